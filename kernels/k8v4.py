@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The k8v4 page format: fp8 (e4m3fn) keys and 4-bit values. The single source of truth.
+
+A page holds one kernel block of `N` tokens of one layer, one region after another for each KV
+head. Whatever the layout, a region is `N * slot_bytes(D)` bytes long and made of four planes:
+
+    keys [N * D]  |  values [N * D/2]  |  scale [N] fp16  |  zero [N] fp16
+
+A key byte is the e4m3fn code of the key clamped to +-448. A value is stored as a 4-bit code,
+`v = code * scale + zero`. A layout says where inside its plane a token's bytes stand; one byte
+never holds bits of two tokens, so that writing a token is never a read-modify-write.
+
+Bytes per token and head: D + D/2 + 4 (196 at D = 128, 388 at D = 256), which is also the slot
+of vLLM's own TurboQuant k8v4, so that both lead to the same memory plan.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+KEY_MAX = 448.0
+"""Largest finite e4m3fn number; keys are clamped to it, infinities included."""
+
+VALUE_MAX = 65504.0
+"""Largest finite fp16 number; values are clamped to it, infinities included."""
+
+VALUE_LEVELS = 16
+"""Number of value codes: 0 to 15."""
+
+NAN_SCALE_BITS = 0x7E00
+"""The fp16 scale of a token whose key or value held a NaN."""
+
+TILE_TOKENS = 16
+"""Tokens in a tile of `Layout.CPU_TILED`, and what every page size is a multiple of."""
+
+MIN_HEAD_SIZE = 64
+MAX_HEAD_SIZE = 256
+HEAD_SIZE_MULTIPLE = 8
+
+
+class Layout(enum.Enum):
+    """Where a token's bytes stand inside the key and value planes of a page.
+
+    `LINEAR`: a token's bytes stand together. Key (t, d) is byte `t * D + d`. Value (t, d) is in
+    byte `t * D/2 + d // 2`, even dims in the low nibble. For every head size.
+
+    `CPU_TILED`: made for the dot product and tile instructions of CPUs, which multiply pairs of
+    neighbours; tiles of 16 tokens follow one another. Head sizes that are a multiple of 32.
+
+    * keys: a tile is `[D/2, 16, 2]`: dim pair, token, dim of the pair. Sixteen dim pairs of a
+      tile, widened to bf16, are one operand of an AMX tile product as they stand.
+    * values: a tile is `[D/32, 4, 64]`: chunks of 32 dims, four quads of four tokens. The 64
+      bytes of a quad are `[16, 4]`: dim `i` of the chunk's first half in the low nibble and
+      `16 + i` in the high one, tokens in the order 0, 2, 1, 3. Seen as 16-bit words, the four
+      nibbles selected by shifts of 0, 4, 8, 12 bits are pairs of tokens side by side:
+      (0, 1) of the low dims, (0, 1) of the high dims, (2, 3) of the low, (2, 3) of the high.
+    """
+
+    LINEAR = "linear"
+    CPU_TILED = "cpu_tiled"
+
+
+QUAD_BYTE_OF_TOKEN = (0, 2, 1, 3)
+"""Byte of token `t % 4` inside the four bytes of one dim of a `CPU_TILED` quad."""
+
+
+def slot_bytes(head_size: int) -> int:
+    """Return the bytes of one token of one KV head, `D + D/2 + 4`.
+
+    Args:
+        head_size: D, the number of dims of a head.
+
+    Raises:
+        ValueError: The head size is not one that the format stores; see `refuse_head_size`.
+    """
+    reason = refuse_head_size(head_size)
+    if reason is not None:
+        raise ValueError(reason)
+    return head_size + head_size // 2 + 4
+
+
+def refuse_head_size(head_size: int) -> str | None:
+    """Return why a head size cannot be stored, or None if it can."""
+    if head_size % HEAD_SIZE_MULTIPLE or not MIN_HEAD_SIZE <= head_size <= MAX_HEAD_SIZE:
+        return (
+            f"k8v4 stores head sizes from {MIN_HEAD_SIZE} to {MAX_HEAD_SIZE} in multiples of "
+            f"{HEAD_SIZE_MULTIPLE}, got {head_size}"
+        )
+    return None
+
+
+def cpu_layout(head_size: int) -> Layout:
+    """Return the layout that CPU pages of this head size have."""
+    return Layout.CPU_TILED if head_size % 32 == 0 else Layout.LINEAR
+
+
+@dataclass(frozen=True)
+class PageFormat:
+    """Sizes and offsets of one KV head's region of a page, in bytes from the region's start.
+
+    Attributes:
+        head_size: D, dims of a head.
+        page_size: N, tokens of a page; a multiple of 16.
+        layout: The arrangement inside the planes.
+    """
+
+    head_size: int
+    page_size: int
+    layout: Layout
+
+    def __post_init__(self) -> None:
+        """Check what the planes' alignment relies on."""
+        slot_bytes(self.head_size)
+        if self.page_size <= 0 or self.page_size % TILE_TOKENS:
+            raise ValueError(
+                f"a k8v4 page holds a positive multiple of {TILE_TOKENS} tokens, "
+                f"got {self.page_size}"
+            )
+        if self.layout is Layout.CPU_TILED and self.head_size % 32:
+            raise ValueError(
+                f"the layout {self.layout.value} needs a head size that is a multiple of 32, "
+                f"got {self.head_size}"
+            )
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of one KV head's region: `N * slot_bytes(D)`."""
+        return self.page_size * slot_bytes(self.head_size)
+
+    @property
+    def value_offset(self) -> int:
+        """Start of the value plane; keys start at 0."""
+        return self.page_size * self.head_size
+
+    @property
+    def scale_offset(self) -> int:
+        """Start of the fp16 scales."""
+        return self.value_offset + self.page_size * self.head_size // 2
+
+    @property
+    def zero_offset(self) -> int:
+        """Start of the fp16 zeros."""
+        return self.scale_offset + 2 * self.page_size
+
+    def key_byte(self, token: int, dim: int) -> int:
+        """Return the byte of key (token, dim)."""
+        if self.layout is Layout.LINEAR:
+            return token * self.head_size + dim
+        tile, t = divmod(token, TILE_TOKENS)
+        pair, odd = divmod(dim, 2)
+        return TILE_TOKENS * self.head_size * tile + 2 * TILE_TOKENS * pair + 2 * t + odd
+
+    def value_byte(self, token: int, dim: int) -> tuple[int, int]:
+        """Return the byte of value (token, dim) and the shift of its nibble, 0 or 4."""
+        half = self.head_size // 2
+        if self.layout is Layout.LINEAR:
+            return self.value_offset + token * half + dim // 2, 4 * (dim % 2)
+        tile, t = divmod(token, TILE_TOKENS)
+        chunk, rest = divmod(dim, 32)
+        high, i = divmod(rest, 16)
+        quad, of_quad = divmod(t, 4)
+        byte = TILE_TOKENS * half * tile + 256 * chunk + 64 * quad + 4 * i
+        return self.value_offset + byte + QUAD_BYTE_OF_TOKEN[of_quad], 4 * high
