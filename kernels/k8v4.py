@@ -48,8 +48,11 @@ class Layout(enum.Enum):
     `CPU_TILED`: made for the dot product and tile instructions of CPUs, which multiply pairs of
     neighbours; tiles of 16 tokens follow one another. Head sizes that are a multiple of 32.
 
-    * keys: a tile is `[D/2, 16, 2]`: dim pair, token, dim of the pair. Sixteen dim pairs of a
-      tile, widened to bf16, are one operand of an AMX tile product as they stand.
+    * keys: a tile is `[D/4, 4, 2, 4, 2]`: four dims in 64 bytes, and in them quad of tokens,
+      dim pair, token of the quad, dim of the pair. Codes are widened to bf16 by interleaving
+      their lower and upper bytes, which vector units do within 16 bytes: so interleaved, the
+      lower halves of a line are its first dim pair for tokens 0 to 15 and the upper halves
+      its second. Sixteen dim pairs are one operand of an AMX tile product as they stand.
     * values: a tile is `[D/32, 4, 64]`: chunks of 32 dims, four quads of four tokens. The 64
       bytes of a quad are `[16, 4]`: dim `i` of the chunk's first half in the low nibble and
       `16 + i` in the high one, tokens in the order 0, 2, 1, 3. Seen as 16-bit words, the four
@@ -148,8 +151,11 @@ class PageFormat:
         if self.layout is Layout.LINEAR:
             return token * self.head_size + dim
         tile, t = divmod(token, TILE_TOKENS)
-        pair, odd = divmod(dim, 2)
-        return TILE_TOKENS * self.head_size * tile + 2 * TILE_TOKENS * pair + 2 * t + odd
+        quad, of_quad = divmod(t, 4)
+        line, rest = divmod(dim, 4)
+        pair, odd = divmod(rest, 2)
+        byte = TILE_TOKENS * self.head_size * tile + 64 * line + 16 * quad + 8 * pair
+        return byte + 2 * of_quad + odd
 
     def value_byte(self, token: int, dim: int) -> tuple[int, int]:
         """Return the byte of value (token, dim) and the shift of its nibble, 0 or 4."""

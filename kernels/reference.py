@@ -116,25 +116,27 @@ def store(
         slot_mapping: int64 [T], block * N + token within the block.
         layout: The arrangement of the pages.
     """
-    num_tokens, num_heads, head_size = quantised.key_codes.shape
+    _, num_heads, head_size = quantised.key_codes.shape
     page_format = PageFormat(head_size, cache.shape[2], layout)
     where = _positions(page_format)
-    for i in range(num_tokens):
-        slot = int(slot_mapping[i])
-        if slot < 0:
-            continue
-        block, t = divmod(slot, page_format.page_size)
-        for h in range(num_heads):
-            region = cache[block, h].view(-1)
-            region[where.key[t]] = quantised.key_codes[i, h]
-            codes = quantised.value_codes[i, h] << where.shift[t]
-            low = where.shift[t] == 0
-            region[where.value[t][low]] = codes[low] | codes[~low]
-            for offset, number in (
-                (page_format.scale_offset, quantised.scale[i, h]),
-                (page_format.zero_offset, quantised.zero[i, h]),
-            ):
-                region[offset + 2 * t : offset + 2 * t + 2] = number.reshape(1).view(torch.uint8)
+    kept = slot_mapping >= 0
+    slots = slot_mapping[kept].to(torch.int64)
+    t = slots % page_format.page_size
+    block = (slots // page_format.page_size)[:, None, None]
+    head = torch.arange(num_heads)[None, :, None]
+    regions = cache.view(cache.shape[0], num_heads, -1)
+    regions[block, head, where.key[t][:, None]] = quantised.key_codes[kept]
+    # The same dims are in low nibbles whatever the token, in the order of their partners.
+    low = where.shift[0] == 0
+    codes = quantised.value_codes[kept]
+    pairs = codes[..., low] | codes[..., ~low] << 4
+    regions[block, head, where.value[t][:, None, low]] = pairs
+    for offset, numbers in (
+        (page_format.scale_offset, quantised.scale),
+        (page_format.zero_offset, quantised.zero),
+    ):
+        two_bytes = (offset + 2 * t)[:, None, None] + torch.arange(2)
+        regions[block, head, two_bytes] = numbers[kept].unsqueeze(-1).view(torch.uint8)
 
 
 def load(cache: torch.Tensor, head_size: int, layout: Layout) -> Quantised:

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paged attention with the AVX-512 BF16 dot product, for bf16 queries and `CPU_TILED` pages."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from . import avx512, drive, fast, widen
+from .compile_cache import cached_callback
+
+_FEW_ROWS = 8
+"""Most rows that are multiplied straight from the page; for more it is widened first."""
+
+_CHUNK_OF_FEW = 64
+_CHUNK_OF_MANY = drive.CHUNK
+
+
+@drive.inner
+def _scores_of_few(call, item, scratch, found, ahead, tiles):  # type: ignore[no-untyped-def]
+    drive.keep_apart()
+    count = item[drive.ROWS]
+    queries = scratch + drive.QUERIES
+    for tile in range(0, tiles, 2):
+        here = found.ctypes.data + 32 * tile
+        soon = ahead.ctypes.data + 32 * tile
+        scores = scratch + drive.SCORES + 64 * tile
+        if count > 4:
+            avx512.scores_of_page_8(here, soon, queries, call.dims, scores, drive.SCORE_STRIDE)
+        elif count > 2:
+            avx512.scores_of_page_4(here, soon, queries, call.dims, scores, drive.SCORE_STRIDE)
+        elif count > 1:
+            avx512.scores_of_page_2(here, soon, queries, call.dims, scores, drive.SCORE_STRIDE)
+        else:
+            avx512.scores_of_page_1(here, soon, queries, call.dims, scores, drive.SCORE_STRIDE)
+
+
+@drive.inner
+def _outputs_of_few(call, item, scratch, found, ahead, tiles):  # type: ignore[no-untyped-def]
+    drive.keep_apart()
+    count = item[drive.ROWS]
+    here, soon = found.ctypes.data, ahead.ctypes.data
+    weights, outputs = scratch + drive.WEIGHTS, scratch + drive.OUTPUTS
+    for chunk in range(call.dims // 32):
+        if count > 4:
+            avx512.outputs_of_page_8(
+                here, tiles, chunk, soon, weights, drive.SCORE_STRIDE, outputs, call.output_stride
+            )
+        elif count > 2:
+            avx512.outputs_of_page_4(
+                here, tiles, chunk, soon, weights, drive.SCORE_STRIDE, outputs, call.output_stride
+            )
+        elif count > 1:
+            avx512.outputs_of_page_2(
+                here, tiles, chunk, soon, weights, drive.SCORE_STRIDE, outputs, call.output_stride
+            )
+        else:
+            avx512.outputs_of_page_1(
+                here, tiles, chunk, soon, weights, drive.SCORE_STRIDE, outputs, call.output_stride
+            )
+
+
+@drive.inner
+def _scores_of_many(call, item, scratch, found, ahead, tiles):  # type: ignore[no-untyped-def]
+    drive.keep_apart()
+    fast.widen_keys(call, scratch, found, ahead, tiles)
+    for tile in range(0, tiles, 2):
+        for row in range(0, item[drive.ROWS], 8):
+            avx512.scores_widened(
+                scratch + drive.KEYS + tile * (call.dims // 32) * widen.OPERAND,
+                scratch + drive.QUERIES + row * 2 * call.dims,
+                call.dims,
+                scratch + drive.SCORES + row * drive.SCORE_STRIDE + 64 * tile,
+                drive.SCORE_STRIDE,
+            )
+
+
+@drive.inner
+def _outputs_of_many(call, item, scratch, found, ahead, tiles):  # type: ignore[no-untyped-def]
+    drive.keep_apart()
+    fast.widen_values(call, scratch, found, ahead, tiles)
+    for chunk in range(call.dims // 32):
+        for row in range(0, item[drive.ROWS], 8):
+            avx512.outputs_widened(
+                scratch + drive.VALUES,
+                tiles,
+                chunk,
+                call.dims,
+                scratch + drive.WEIGHTS + row * drive.SCORE_STRIDE,
+                drive.SCORE_STRIDE,
+                scratch + drive.OUTPUTS + row * call.output_stride,
+                call.output_stride,
+            )
+
+
+@drive.inner
+def _attend(call, item, head, scratch):  # type: ignore[no-untyped-def]
+    state = np.empty((drive.ROW_BLOCK, 4), np.float32)
+    found = np.empty((fast.TILES, 4), np.int64)
+    ahead = np.empty((fast.TILES, 4), np.int64)
+    drive.begin(call, item, head, scratch, state, 2 * call.dims)
+    few = item[drive.ROWS] <= _FEW_ROWS
+    chunk = np.int64(_CHUNK_OF_FEW if few else _CHUNK_OF_MANY)
+    first, last = drive.keys_of_item(call, item, chunk)
+    tiles = drive.tiles_of_chunk(first, last, chunk)
+    drive.tile_addresses(call, item, head, first, tiles, found)
+    while first < last:
+        following = drive.tiles_of_chunk(first + chunk, last, chunk)
+        drive.tile_addresses(call, item, head, first + chunk, following, ahead)
+        fast.repeat_tiles(found, ahead, following, tiles)
+        drive.load_scales(scratch, found, tiles)
+        if few:
+            _scores_of_few(call, item, scratch, found, ahead, tiles)
+        else:
+            _scores_of_many(call, item, scratch, found, ahead, tiles)
+        drive.weigh(call, item, scratch, state, first, tiles, 1.0, True)
+        if few:
+            _outputs_of_few(call, item, scratch, found, ahead, tiles)
+        else:
+            _outputs_of_many(call, item, scratch, found, ahead, tiles)
+        found, ahead = ahead, found
+        tiles = following
+        first += chunk
+    drive.finish(call, item, head, scratch, state, fast.OFFSET)
+
+
+@cached_callback
+def work(call_address, scratch):  # type: ignore[no-untyped-def]
+    """Work off items of a call until none is left; both arguments are addresses."""
+    call = drive.call_at(call_address)
+    count = call.num_items * call.num_kv_heads
+    index = drive.take_next(call.counters)
+    while index < count:
+        item, head = divmod(index, call.num_kv_heads)
+        _attend(call, drive.item_at(call, item), head, scratch)
+        index = drive.take_next(call.counters)

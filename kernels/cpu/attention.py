@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paged attention over k8v4 pages on CPUs: one entry for every case."""
+
+from __future__ import annotations
+
+import threading
+import numpy as np
+import torch
+
+from .. import k8v4
+from ..k8v4 import Layout, PageFormat
+from . import attend_portable, drive
+from . import isa as isa_module
+from .plan import Plan, plan_attention
+from .run import run_on_threads
+from .threads import follow_torch
+
+_NUMBERS = {
+    torch.bfloat16: drive.BFLOAT16,
+    torch.float16: drive.FLOAT16,
+    torch.float32: drive.FLOAT32,
+}
+
+
+class _Workspace(threading.local):
+    """Memory of one calling thread, kept between calls and grown where needed."""
+
+    def __init__(self) -> None:
+        self.scratch = np.empty((0, drive.SCRATCH_BYTES), np.uint8)
+        self.partials = np.empty(0, np.float32)
+        self.counters = np.empty(0, np.int64)
+
+    def reserve(self, threads: int, partials: int, counters: int) -> None:
+        if self.scratch.shape[0] < threads:
+            self.scratch = np.empty((threads, drive.SCRATCH_BYTES), np.uint8)
+        if self.partials.size < partials + 16:
+            self.partials = np.empty(partials + 16, np.float32)
+        if self.counters.size < counters:
+            self.counters = np.empty(2 * counters, np.int64)
+        self.counters[:counters] = 0
+
+
+_workspace = _Workspace()
+
+
+def check_inputs(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    sinks: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+    debug: bool = False,
+) -> None:
+    """Check what the kernels rely on; with `debug` the contents of the index tensors as well.
+
+    Args:
+        query, cache, block_table, seq_lens, query_start_loc, out, sinks, lse: As for
+            `paged_attention`.
+        debug: Check that lengths and block numbers stay inside the tensors, which reads them
+            all.
+
+    Raises:
+        ValueError: A shape, dtype, stride or, with `debug`, an index is not as required.
+    """
+
+    def need(holds: bool, message: str) -> None:
+        if not holds:
+            raise ValueError(f"k8v4 attention on CPU: {message}")
+
+    need(query.dim() == 3 and query.dtype in _NUMBERS, "query must be bf16, fp16 or fp32 [T, Hq, D]")
+    tokens, num_heads, head_size = query.shape
+    need(
+        cache.dim() == 4 and cache.dtype == torch.uint8,
+        f"cache must be uint8 [blocks, H, N, bytes], got {cache.dtype} {tuple(cache.shape)}",
+    )
+    _, num_kv_heads, page_size, slot = cache.shape
+    need(
+        slot == k8v4.slot_bytes(head_size),
+        f"a slot of head size {head_size} has {k8v4.slot_bytes(head_size)} bytes, "
+        f"the cache's have {slot}",
+    )
+    need(
+        cache.stride()[1:] == (page_size * slot, slot, 1),
+        f"the pages of the cache must be contiguous inside, got strides {cache.stride()}",
+    )
+    need(
+        num_kv_heads > 0 and num_heads % num_kv_heads == 0,
+        f"{num_heads} query heads are not a multiple of {num_kv_heads} KV heads",
+    )
+    need(
+        out.shape == query.shape and out.dtype == query.dtype,
+        f"out must be like query, {query.dtype} {tuple(query.shape)}, "
+        f"got {out.dtype} {tuple(out.shape)}",
+    )
+    need(query.stride(2) == 1 and out.stride(2) == 1, "the dims of query and out must be contiguous")
+    requests = seq_lens.shape[0]
+    need(
+        seq_lens.dtype == torch.int32 and seq_lens.dim() == 1 and seq_lens.is_contiguous(),
+        "seq_lens must be contiguous int32 [B]",
+    )
+    need(
+        query_start_loc.dtype == torch.int32 and query_start_loc.shape == (requests + 1,),
+        f"query_start_loc must be int32 [{requests + 1}]",
+    )
+    need(
+        block_table.dtype == torch.int32
+        and block_table.dim() == 2
+        and block_table.shape[0] >= requests
+        and (block_table.stride(1) == 1 or block_table.shape[1] <= 1),
+        f"block_table must be int32 with at least {requests} rows, contiguous inside",
+    )
+    need(
+        sinks is None or sinks.shape == (num_heads,),
+        f"sinks must hold {num_heads} numbers, one for each query head",
+    )
+    need(
+        lse is None or (lse.dtype == torch.float32 and lse.shape == (tokens, num_heads)),
+        f"lse must be float32 [{tokens}, {num_heads}]",
+    )
+    if debug:
+        _check_contents(cache, block_table, seq_lens, query_start_loc, tokens)
+
+
+def _check_contents(
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    tokens: int,
+) -> None:
+    starts = query_start_loc.tolist()
+    if starts[0] != 0 or starts != sorted(starts) or starts[-1] > tokens:
+        raise ValueError(
+            f"k8v4 attention on CPU: query_start_loc must rise from 0 to at most {tokens} "
+            f"query tokens, got {starts}"
+        )
+    page_size = cache.shape[2]
+    for request, length in enumerate(seq_lens.tolist()):
+        pages = -(-length // page_size)
+        if length < 0 or pages > block_table.shape[1]:
+            raise ValueError(
+                f"k8v4 attention on CPU: request {request} of {length} tokens needs {pages} "
+                f"pages of {page_size}, its block table has {block_table.shape[1]}"
+            )
+        blocks = block_table[request, :pages]
+        if pages and not 0 <= int(blocks.min()) <= int(blocks.max()) < cache.shape[0]:
+            raise ValueError(
+                f"k8v4 attention on CPU: request {request} names a block outside the cache's "
+                f"{cache.shape[0]}: {blocks.tolist()}"
+            )
+
+
+def path_for(query_dtype: torch.dtype, head_size: int, isa: str | None = None) -> str:
+    """Return the path that attends with such queries: the fast ones take bf16 tiles only."""
+    chosen = isa_module.best_isa() if isa is None else isa_module.require(isa)
+    tiled = k8v4.cpu_layout(head_size) is Layout.CPU_TILED
+    return chosen if tiled and query_dtype == torch.bfloat16 else isa_module.PORTABLE
+
+
+def _code_of(path: str) -> int:
+    if path == isa_module.AMX:
+        from . import attend_amx
+
+        return attend_amx.work()
+    if path == isa_module.AVX512_BF16:
+        from . import attend_avx512
+
+        return attend_avx512.work()
+    return attend_portable.work()
+
+
+def paged_attention(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+    plan: Plan | None = None,
+    isa: str | None = None,
+    debug: bool = False,
+) -> None:
+    """Attend to paged k8v4 tokens for a batch of requests; `reference.attend` has the formula.
+
+    A query of request i at position p sees, of its request's `seq_lens[i]` tokens, those up to p
+    if causal, and those in (p - window, p + window) if there is a window. A visible token whose
+    scale is NaN makes the rows that see it NaN, and no others; memory behind the last token, and
+    tokens that a row does not see, have no influence whatever they hold.
+
+    Args:
+        query: bf16, fp16 or fp32 [T, Hq, D], the requests' new tokens one after another; dims
+            contiguous.
+        cache: uint8 [blocks, H, N, slot_bytes(D)], `k8v4.cpu_layout(D)`, contiguous but for the
+            stride between blocks.
+        block_table: int32 [at least B, max blocks].
+        seq_lens: int32 [B], tokens of each request including its new ones.
+        query_start_loc: int32 [B + 1], offsets of the requests in `query`. Tokens behind the
+            last are padding: their rows of `out` and `lse` are left as they are.
+        out: Like `query`; written. 0 where nothing is visible.
+        scale: Factor of the scores.
+        causal, window, soft_cap: As in `reference.attend`.
+        sinks: [Hq], any floating dtype.
+        lse: float32 [T, Hq], written: natural log of the sum over visible keys and the sink;
+            -inf where there is neither.
+        plan: From `plan_attention` for this batch; made here if None.
+        isa: A path of `isa.ALL`; the best one, or the environment's, if None. Queries in fp16
+            and fp32, and head sizes that are not a multiple of 32, take the portable path.
+        debug: Check the contents of the index tensors as well; see `check_inputs`.
+
+    Raises:
+        ValueError: An argument is not as required, or this CPU cannot run `isa`.
+    """
+    check_inputs(
+        query, cache, block_table, seq_lens, query_start_loc, out,
+        sinks=sinks, lse=lse, debug=debug,
+    )  # fmt: skip
+    tokens, num_heads, head_size = query.shape
+    num_kv_heads, page_size = cache.shape[1], cache.shape[2]
+    threads = follow_torch()
+    if plan is None:
+        plan = plan_attention(
+            seq_lens, query_start_loc, num_heads, num_kv_heads, head_size, page_size,
+            causal=causal, window=window, num_threads=threads,
+        )  # fmt: skip
+    made_for = (seq_lens.shape[0], num_heads, num_kv_heads, head_size, causal, window)
+    if plan.made_for[:1] + plan.made_for[2:] != made_for or plan.made_for[1] > tokens:
+        raise ValueError(
+            f"k8v4 attention on CPU: the plan was made for (requests, query tokens, heads, KV "
+            f"heads, head size, causal, window) = {plan.made_for}, the call has "
+            f"{(made_for[0], tokens, *made_for[1:])}"
+        )
+    if plan.items.shape[0] == 0:
+        return
+    page_format = PageFormat(head_size, page_size, k8v4.cpu_layout(head_size))
+    if sinks is not None:
+        sinks = sinks.to(torch.float32).contiguous()
+    output_stride = -(-head_size // 16) * 64
+    _workspace.reserve(
+        threads,
+        plan.partial_rows * num_kv_heads * (output_stride + 64) // 4,
+        1 + plan.num_merges * num_kv_heads,
+    )
+    width = query.element_size()
+    call = dict(
+        query=query.data_ptr(),
+        query_token_stride=query.stride(0) * width,
+        query_head_stride=query.stride(1) * width,
+        out=out.data_ptr(),
+        out_token_stride=out.stride(0) * width,
+        out_head_stride=out.stride(1) * width,
+        number=_NUMBERS[query.dtype],
+        lse=0 if lse is None else lse.data_ptr(),
+        lse_token_stride=0 if lse is None else 4 * lse.stride(0),
+        lse_head_stride=0 if lse is None else 4 * lse.stride(1),
+        cache=cache.data_ptr(),
+        block_stride=cache.stride(0),
+        head_bytes=page_format.head_bytes,
+        value_offset=page_format.value_offset,
+        scale_offset=page_format.scale_offset,
+        zero_offset=page_format.zero_offset,
+        tiled=int(page_format.layout is Layout.CPU_TILED),
+        block_table=block_table.data_ptr(),
+        block_table_stride=4 * block_table.stride(0),
+        sinks=0 if sinks is None else sinks.data_ptr(),
+        num_kv_heads=num_kv_heads,
+        group=num_heads // num_kv_heads,
+        dims=head_size,
+        output_stride=output_stride,
+        page_size=page_size,
+        causal=int(causal),
+        window=0 if window is None else window,
+        scale=float(scale),
+        soft_cap=float(soft_cap),
+        items=plan.items.ctypes.data,
+        num_items=plan.items.shape[0],
+        merges=plan.merges.ctypes.data,
+        partials=(_workspace.partials.ctypes.data + 63) // 64 * 64,
+        counters=_workspace.counters.ctypes.data,
+    )
+    record = np.empty(1, drive.CALL)
+    record[0] = tuple(call[name] for name in drive.CALL.names)
+    work = _code_of(path_for(query.dtype, head_size, isa))
+    run_on_threads(work, record.ctypes.data, _workspace.scratch[:threads])
+
+
+def warm_up(head_size: int, query_dtype: torch.dtype, isa: str | None = None) -> None:
+    """Compile, or load from disk, the kernel that such queries take.
+
+    One kernel serves every page size, group and length of a path, so that this is all there is
+    to compile.
+
+    Args:
+        head_size: Dims of a head.
+        query_dtype: bf16, fp16 or fp32.
+        isa: As for `paged_attention`.
+    """
+    query = torch.zeros(1, 1, head_size, dtype=query_dtype)
+    cache = torch.zeros(1, 1, k8v4.TILE_TOKENS, k8v4.slot_bytes(head_size), dtype=torch.uint8)
+    one = torch.ones(1, dtype=torch.int32)
+    paged_attention(
+        query, cache, torch.zeros(1, 1, dtype=torch.int32), one,
+        torch.tensor([0, 1], dtype=torch.int32), torch.empty_like(query), scale=1.0, isa=isa,
+    )  # fmt: skip

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the paths with bf16 products share: widening a chunk's tiles to scratch memory."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from . import drive, rows, widen
+
+TILES = drive.CHUNK // drive.TILE
+"""Most tiles of a chunk."""
+
+OFFSET = np.float32(widen.VALUE_OFFSET + rows.MIDDLE_CODE)
+"""What rounded weights must be relieved of; see `drive.finish`."""
+
+
+@drive.inner
+def repeat_tiles(found, ahead, following, tiles):  # type: ignore[no-untyped-def]
+    """Let the tiles to ask for be known ones where the next chunk has fewer than this one."""
+    for tile in range(following, tiles):
+        ahead[tile, 0], ahead[tile, 1] = found[tile, 0], found[tile, 1]
+    if tiles % 2:
+        # Products take tiles in pairs; the weights of a missing one are zeros.
+        for address in range(4):
+            found[tiles, address] = found[tiles - 1, address]
+            ahead[tiles, address] = found[tiles - 1, address]
+
+
+@drive.inner
+def widen_keys(call, scratch, found, ahead, tiles):  # type: ignore[no-untyped-def]
+    """Widen a chunk's keys."""
+    for tile in range(tiles):
+        to = scratch + drive.KEYS + tile * (call.dims // 32) * widen.OPERAND
+        widen.widen_keys(found[tile, 0], to, call.dims, ahead[tile, 0])
+
+
+@drive.inner
+def widen_values(call, scratch, found, ahead, tiles):  # type: ignore[no-untyped-def]
+    """Widen a chunk's values; where their tiles are odd, the last one twice.
+
+    The weights of the one that is not there are zeros, but zero times whatever the memory held
+    might be NaN.
+    """
+    for tile in range((tiles + 1) // 2 * 2):
+        to = scratch + drive.VALUES + tile // 2 * (call.dims // 16) * widen.OPERAND
+        widen.widen_values(found[tile, 1], to, call.dims, tile % 2, ahead[tile, 1])

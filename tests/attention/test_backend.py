@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backend hands vLLM's batches to the kernels as they are: exact, unpadded, per layer."""
+
+import pytest
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.turboquant_attn import TurboQuantAttentionBackend
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, SlidingWindowSpec
+
+from vllm_hybrid_kv.attention.backend import (
+    K8V4AttentionBackend,
+    K8V4AttentionImpl,
+    K8V4MetadataBuilder,
+)
+from vllm_hybrid_kv.attention.refusal import UnsupportedLayerError
+from vllm_hybrid_kv.kernels import k8v4, reference
+
+HEADS, KV_HEADS, HEAD_SIZE, PAGE = 8, 2, 64, 32
+BF16_TOLERANCE = 0.02
+"""Outputs of size 1 in bf16 (2^-9 each way) from weights in bf16 (2^-9 on average)."""
+
+
+def spec(cls=FullAttentionSpec, **changes):
+    fields = {
+        "block_size": 16,
+        "num_kv_heads": 2,
+        "head_size": 256,
+        "dtype": torch.uint8,
+        "kv_quant_mode": KVQuantMode.TURBOQUANT_K8V4,
+    }
+    return cls(**{**fields, **changes})
+
+
+@pytest.mark.parametrize("head_size", [64, 80, 128, 256])
+def test_a_page_has_the_size_that_stock_plans_with(head_size):
+    ours = K8V4AttentionBackend.customize_spec(spec(head_size=head_size))
+    stock = TurboQuantAttentionBackend.customize_spec(spec(head_size=head_size))
+    assert ours.page_size_bytes == stock.page_size_bytes
+    assert ours.page_size_bytes == 16 * 2 * k8v4.slot_bytes(head_size)
+
+
+def test_a_page_of_two_heads_of_256_and_16_tokens_has_12416_bytes():
+    assert K8V4AttentionBackend.customize_spec(spec()).page_size_bytes == 12_416
+
+
+def test_a_sliding_window_layer_gets_the_same_slots():
+    windowed = spec(SlidingWindowSpec, sliding_window=512)
+    assert K8V4AttentionBackend.customize_spec(windowed).page_size_bytes == 12_416
+
+
+def test_an_unquantised_layer_keeps_its_spec():
+    plain = spec(dtype=torch.bfloat16, kv_quant_mode=KVQuantMode.NONE)
+    assert K8V4AttentionBackend.customize_spec(plain) is plain
+
+
+def test_values_of_another_size_than_keys_are_refused():
+    with pytest.raises(UnsupportedLayerError, match="values of 64 dims beside keys of 256"):
+        K8V4AttentionBackend.customize_spec(spec(head_size_v=64))
+
+
+def layer(**changes):
+    parameters = {
+        "num_heads": HEADS,
+        "head_size": HEAD_SIZE,
+        "scale": HEAD_SIZE**-0.5,
+        "num_kv_heads": KV_HEADS,
+        "kv_cache_dtype": "turboquant_k8v4",
+    }
+    return K8V4AttentionImpl(**{**parameters, **changes})
+
+
+def builder():
+    # The constructor wants a whole engine configuration and compiles kernels; what `build`
+    # makes of vLLM's metadata needs neither.
+    made = object.__new__(K8V4MetadataBuilder)
+    made.layer_names = ["model.layers.3.self_attn.attn"]
+    return made
+
+
+def batch(seq_lens, query_lens, causal=True, padding=0):
+    starts = torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32)
+    pages = -(-max(seq_lens) // PAGE)
+    table = torch.arange(len(seq_lens) * pages, dtype=torch.int32).view(len(seq_lens), pages)
+    slots = []
+    for row, (length, new) in enumerate(zip(seq_lens, query_lens, strict=True)):
+        positions = torch.arange(length - new, length)
+        slots.append(table[row, positions // PAGE].long() * PAGE + positions % PAGE)
+    return CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
+        num_reqs=len(seq_lens),
+        num_actual_tokens=sum(query_lens),
+        max_query_len=max(query_lens),
+        # vLLM hands upper bounds in these; exact work must not depend on them.
+        max_seq_len=max(seq_lens) + 1000,
+        seq_lens_cpu_upper_bound=torch.tensor(seq_lens) + 7,
+        block_table_tensor=table,
+        slot_mapping=torch.cat([*slots, torch.full((padding,), -1)]),
+        causal=causal,
+    )
+
+
+def run(impl, common, tokens, seed=0):
+    """Store everything that is not new with one batch, then run one step on top of it."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(count, heads):
+        return torch.randn(count, heads, HEAD_SIZE, generator=generator, dtype=torch.bfloat16)
+
+    pages = int(common.block_table_tensor.max()) + 1
+    cache = torch.zeros(pages, KV_HEADS, PAGE, k8v4.slot_bytes(HEAD_SIZE), dtype=torch.uint8)
+    past = pages * PAGE
+    impl.do_kv_cache_update(
+        None, noise(past, KV_HEADS), noise(past, KV_HEADS), cache, torch.arange(past)
+    )
+    query = noise(tokens, HEADS)
+    key, value = noise(tokens, KV_HEADS), noise(tokens, KV_HEADS)
+    impl.do_kv_cache_update(None, key, value, cache, common.slot_mapping)
+    output = torch.full((tokens, HEADS, HEAD_SIZE), 77.0, dtype=torch.bfloat16)
+    metadata = builder().build(0, common)
+    impl.forward(None, query, key, value, cache, metadata, output)
+    expected, _ = reference.paged_attention(
+        query[: common.num_actual_tokens],
+        cache,
+        common.block_table_tensor,
+        common.seq_lens,
+        common.query_start_loc,
+        k8v4.cpu_layout(HEAD_SIZE),
+        scale=impl.scale,
+        causal=common.causal,
+        window=impl.sliding_window,
+        soft_cap=impl.soft_cap,
+        sinks=impl.sinks,
+    )
+    return output, expected, metadata
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_mixed_batch_attends_with_the_exact_lengths(causal):
+    common = batch([70, 1, 33, 40], [1, 1, 33, 4], causal=causal)
+    output, expected, _ = run(layer(), common, 39)
+    torch.testing.assert_close(output.float(), expected, atol=BF16_TOLERANCE, rtol=BF16_TOLERANCE)
+
+
+def test_window_soft_cap_and_sinks_of_the_layer_reach_the_kernel():
+    impl = layer(sliding_window=20, logits_soft_cap=0.5, sinks=torch.randn(HEADS) + 1)
+    output, expected, _ = run(impl, batch([70, 50], [1, 5]), 6)
+    torch.testing.assert_close(output.float(), expected, atol=BF16_TOLERANCE, rtol=BF16_TOLERANCE)
+
+
+def test_padding_tokens_are_neither_stored_nor_attended():
+    common = batch([40, 12], [1, 1], padding=3)
+    output, expected, _ = run(layer(), common, 5)
+    torch.testing.assert_close(
+        output[:2].float(), expected, atol=BF16_TOLERANCE, rtol=BF16_TOLERANCE
+    )
+    assert (output[2:] == 77.0).all()
+
+
+def test_layers_with_another_window_or_head_count_have_a_plan_of_their_own():
+    common = batch([70], [1])
+    metadata = builder().build(0, common)
+    cache = torch.zeros(3, KV_HEADS, PAGE, k8v4.slot_bytes(HEAD_SIZE), dtype=torch.uint8)
+    for impl in (layer(), layer(sliding_window=20), layer(num_heads=4), layer()):
+        query = torch.randn(1, impl.num_heads, HEAD_SIZE, dtype=torch.bfloat16)
+        impl.forward(None, query, query, query, cache, metadata, torch.empty_like(query))
+    assert set(metadata.plans) == {(HEADS, None), (HEADS, 20), (4, None)}
+
+
+def test_profiling_without_metadata_gives_zeros():
+    output = torch.full((3, HEADS, HEAD_SIZE), 5.0)
+    layer().forward(None, output, output, output, torch.tensor([]), None, output)
+    assert (output == 0).all()
+
+
+def test_a_batch_that_mixes_causal_and_bidirectional_requests_is_refused_by_name():
+    common = batch([4, 4], [4, 4])
+    common.causal = torch.tensor([True, False])
+    with pytest.raises(ValueError, match=r"model\.layers\.3\.self_attn\.attn.*mixes"):
+        builder().build(0, common)
+
+
+def test_another_cache_dtype_is_refused():
+    with pytest.raises(UnsupportedLayerError, match="KV cache dtype is turboquant_4bit_nc"):
+        layer(kv_cache_dtype="turboquant_4bit_nc")
+
+
+def test_fused_output_quantisation_is_refused():
+    x = torch.zeros(1, HEADS, HEAD_SIZE)
+    with pytest.raises(ValueError, match="does not fuse output quantisation"):
+        layer().forward(None, x, x, x, torch.tensor([]), None, x, output_scale=torch.ones(1))

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+# The host, its worker and the faults are scripts and modules of these tests alone.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from engine_host import EngineHost
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """A function that builds a model, by name and dtype, once."""
+    import torch
+
+    from demo.models import CONFIGS, build_model
+
+    folder = tmp_path_factory.mktemp("models")
+
+    def build(name: str, dtype: str) -> Path:
+        path = folder / f"{name}-{dtype}"
+        if not path.exists():
+            build_model(CONFIGS[name](), path, getattr(torch, dtype))
+        return path
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineHost]:
+    """A process in which engines of this module run one after another."""
+    host = EngineHost(tmp_path_factory.mktemp("host") / "log.txt")
+    yield host
+    host.close()
+
+
+@pytest.fixture(scope="module")
+def host_with_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineHost]:
+    """The same, but engines and workers are processes of their own, as under `vllm serve`."""
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if (os.cpu_count() or 1) > 1 else {}
+    host = EngineHost(tmp_path_factory.mktemp("host") / "log.txt", own_process=True, **environment)
+    yield host
+    host.close()

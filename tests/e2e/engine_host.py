@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts engines in a process of their own and talks to them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+CALL_TIMEOUT_S = 300.0
+"""No start and no batch of requests of a small model takes this long on two cores."""
+
+BASE_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+class EngineError(RuntimeError):
+    """An engine did not start, or a request failed."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one request gave.
+
+    Attributes:
+        tokens: The generated token ids.
+        logprobs: Their log-probabilities.
+        margins: How far each is ahead of the second, in log-probability.
+        prompt_logprobs: Of the prompt's tokens from the second on, if asked for.
+        cached: Prompt tokens that came from the prefix cache.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    margins: list[float]
+    prompt_logprobs: list[float] | None
+    cached: int
+
+
+class EngineHost:
+    """A process that runs one engine at a time.
+
+    Args:
+        log: File that takes the process's output.
+        environment: Beside `BASE_ENVIRONMENT`.
+        own_process: Whether the engine's core and its workers are processes of their own, as
+            `vllm serve` has them; if not, they run inside the host, which starts much faster.
+    """
+
+    def __init__(self, log: Path, own_process: bool = False, **environment: str) -> None:
+        environ = {**os.environ, **BASE_ENVIRONMENT}
+        environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if own_process else "0"
+        if not own_process:
+            # Threads of one engine must not wait on each other where the cores are shared.
+            environ["OMP_NUM_THREADS"] = "1"
+        environ.update(environment)
+        ours, theirs = socket.socketpair()
+        self.log = log
+        worker = Path(__file__).with_name("engine_worker.py")
+        with log.open("ab") as sink:
+            self._process = subprocess.Popen(
+                [sys.executable, str(worker), str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                env=environ,
+                cwd=log.parent,
+                start_new_session=True,
+            )
+        theirs.close()
+        self._connection = Connection(ours.detach())
+        self._settings: dict[str, Any] | None = None
+        self.started: dict[str, Any] = {}
+
+    def engine(self, **settings: Any) -> EngineHost:
+        """Run an engine of these settings, unless it is the one that runs already."""
+        if settings != self._settings:
+            self._call("stop")
+            self._settings = None
+            self.started = self._call(
+                "start",
+                gpu_memory_utilization=0.3,
+                max_model_len=2048,
+                disable_log_stats=False,
+                seed=0,
+                **settings,
+            )
+            self._settings = settings
+        return self
+
+    def generate(self, prompts: list[list[int]], max_tokens: int, **how: bool) -> list[Output]:
+        """Send greedy requests: all at once, or one after another with `alone=True`.
+
+        `fresh=True` empties the prefix cache before each batch, `prompt_logprobs=True` asks for
+        the prompt's log-probabilities (vLLM then reads nothing from the prefix cache).
+        """
+        outputs = self._call("generate", prompts=prompts, max_tokens=max_tokens, **how)
+        return [Output(**output) for output in outputs]
+
+    def metrics(self) -> dict[str, float]:
+        """Return vLLM's counters and gauges by name."""
+        return self._call("metrics")
+
+    def layers(self) -> dict[str, dict[str, Any]]:
+        """Return backend, block size and page size of each layer with a KV cache."""
+        return self._call("layers")
+
+    def plant(self, fault: str | None) -> None:
+        """Make every layer store its cache wrongly, see `faults`; None for right again."""
+        self._call("plant", fault=fault)
+
+    def log_tail(self, lines: int = 60) -> str:
+        """Return the end of what the processes printed."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def close(self) -> None:
+        """Stop the engine and end every process of the host."""
+        self._connection.close()
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def _call(self, command: str, **arguments: Any) -> Any:
+        try:
+            self._connection.send((command, arguments))
+            if not self._connection.poll(CALL_TIMEOUT_S):
+                raise EngineError(f"{command}: no answer in {CALL_TIMEOUT_S:.0f} s")
+            done, result = self._connection.recv()
+        except (EOFError, BrokenPipeError) as error:
+            raise EngineError(f"{command}: the engine's process ended") from error
+        if not done:
+            raise EngineError(f"{command} failed:\n{result}\n{self.log_tail()}")
+        return result

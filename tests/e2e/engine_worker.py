@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process that runs vLLM engines, one after another, and does what its parent asks.
+
+Run by `engine_host.EngineHost`. Importing vLLM takes many times as long as starting an engine
+of a small model, so one process serves several engines; each is shut down before the next.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+import faults
+
+
+class Worker:
+    """One engine at a time, and the requests to it."""
+
+    def __init__(self) -> None:
+        self.llm: Any = None
+
+    def start(self, **engine_args: Any) -> dict[str, Any]:
+        from vllm import LLM
+
+        began = time.monotonic()
+        _let_vllm_scan_llvmlite()
+        self.llm = LLM(**engine_args)
+        cache = self.llm.llm_engine.vllm_config.cache_config
+        return {
+            "seconds": time.monotonic() - began,
+            "block_size": cache.block_size,
+            "capacity_tokens": cache.kv_cache_size_tokens,
+        }
+
+    def stop(self) -> None:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        if self.llm is None:
+            return
+        self.llm.llm_engine.engine_core.shutdown()
+        self.llm = None
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        max_tokens: int,
+        prompt_logprobs: bool = False,
+        alone: bool = False,
+        fresh: bool = False,
+    ) -> list[dict[str, Any]]:
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(
+            temperature=0.0,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            logprobs=2,
+            prompt_logprobs=0 if prompt_logprobs else None,
+        )
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = []
+        for batch in [[r] for r in requests] if alone else [requests]:
+            if fresh and not self.llm.reset_prefix_cache():
+                raise RuntimeError("the prefix cache could not be emptied")
+            outputs += self.llm.generate(batch, sampling, use_tqdm=False)
+        return [self._read(output) for output in outputs]
+
+    def _read(self, output: Any) -> dict[str, Any]:
+        completion = output.outputs[0]
+        logprobs, margins = [], []
+        for token, candidates in zip(completion.token_ids, completion.logprobs, strict=True):
+            values = sorted((c.logprob for c in candidates.values()), reverse=True)
+            logprobs.append(candidates[token].logprob)
+            margins.append(values[0] - values[1])
+        prompt_logprobs = None
+        if output.prompt_logprobs is not None:
+            prompt_logprobs = [
+                candidates[token].logprob
+                for token, candidates in zip(
+                    output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True
+                )
+            ]
+        return {
+            "tokens": list(completion.token_ids),
+            "logprobs": logprobs,
+            "margins": margins,
+            "prompt_logprobs": prompt_logprobs,
+            "cached": output.num_cached_tokens,
+        }
+
+    def metrics(self) -> dict[str, float]:
+        return {m.name: m.value for m in self.llm.get_metrics() if hasattr(m, "value")}
+
+    def layers(self) -> dict[str, dict[str, Any]]:
+        """Return each attention layer's backend, block size and page size as vLLM runs them."""
+        core = self.llm.llm_engine.engine_core.engine_core
+        runner = core.model_executor.driver_worker.worker.model_runner
+        layers = {}
+        for groups in runner.attn_groups:
+            for group in groups:
+                for name in group.layer_names:
+                    layers[name] = {
+                        "backend": f"{group.backend.__module__}.{group.backend.__qualname__}",
+                        "block_size": group.kv_cache_spec.block_size,
+                        "page_bytes": group.kv_cache_spec.page_size_bytes,
+                        "content_bytes": getattr(group.kv_cache_spec, "real_page_size_bytes", None),
+                    }
+        return layers
+
+    def plant(self, fault: str | None) -> None:
+        faults.plant(fault)
+
+
+def _let_vllm_scan_llvmlite() -> None:
+    """Let an engine start in a process that has imported numba already.
+
+    On CPUs vLLM 0.32 looks into `vars()` of every name of every module as its worker starts.
+    llvmlite's library object answers any attribute with a C function, `__dict__` too, and the
+    look fails. `vllm serve` never meets this: there each worker is a new process.
+    """
+    if "llvmlite.binding.ffi" in sys.modules:
+        from llvmlite.binding import ffi
+
+        ffi.lib._fntab["__dict__"] = {}
+
+
+def main() -> None:
+    connection = Connection(int(sys.argv[1]))
+    worker = Worker()
+    while True:
+        try:
+            command, arguments = connection.recv()
+        except EOFError:
+            break
+        try:
+            connection.send((True, getattr(worker, command)(**arguments)))
+        except Exception:
+            connection.send((False, traceback.format_exc()))
+    worker.stop()
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    # Nothing that vLLM leaves behind may keep the tests waiting.
+    os._exit(0)

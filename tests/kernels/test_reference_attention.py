@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reference attention against torch's own in float64 and against sums written out by hand."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from vllm_hybrid_kv.kernels import k8v4
+from vllm_hybrid_kv.kernels.k8v4 import Layout
+from vllm_hybrid_kv.kernels.reference import (
+    attend,
+    dequantise,
+    load,
+    paged_attention,
+    quantise,
+    store,
+)
+
+TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
+"""Sums of up to 300 float32 products of numbers near 1."""
+
+
+def inputs(
+    queries: int, length: int, heads: int, kv_heads: int, head_size: int, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(queries, heads, head_size, generator=generator)
+    k = torch.randn(length, kv_heads, head_size, generator=generator)
+    v = torch.randn(length, kv_heads, head_size, generator=generator)
+    return q, k, v
+
+
+def torch_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool
+) -> torch.Tensor:
+    queries, length = q.shape[0], k.shape[0]
+    group = q.shape[1] // k.shape[1]
+    q, k, v = (x.to(torch.float64).transpose(0, 1) for x in (q, k, v))
+    k, v = (x.repeat_interleave(group, dim=0) for x in (k, v))
+    mask = torch.ones(queries, length, dtype=torch.bool)
+    if causal:
+        mask = mask.tril(length - queries)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return out.transpose(0, 1).to(torch.float32)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("queries", "length", "heads", "kv_heads"),
+    [(1, 1, 1, 1), (1, 123, 5, 1), (7, 7, 4, 4), (123, 300, 6, 2), (300, 300, 8, 2)],
+)
+def test_plain_attention_is_that_of_torch(
+    queries: int, length: int, heads: int, kv_heads: int, causal: bool
+) -> None:
+    q, k, v = inputs(queries, length, heads, kv_heads, 64)
+    out, lse = attend(q, k, v, scale=0.125, causal=causal)
+    torch.testing.assert_close(out, torch_attention(q, k, v, 0.125, causal), **TOLERANCE)
+    assert lse.shape == (queries, heads)
+
+
+def attend_by_hand(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    soft_cap: float,
+    sinks: list[float] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    queries, heads, head_size = q.shape
+    length, kv_heads, _ = k.shape
+    out, lse = torch.zeros(queries, heads, head_size), torch.zeros(queries, heads)
+    for i, h in itertools.product(range(queries), range(heads)):
+        kv = h // (heads // kv_heads)
+        position = length - queries + i
+        logits = {}
+        for j in range(length):
+            if causal and j > position:
+                continue
+            if window is not None and abs(position - j) >= window:
+                continue
+            products = (float(q[i, h, d]) * float(k[j, kv, d]) for d in range(head_size))
+            s = scale * math.fsum(products)
+            logits[j] = soft_cap * math.tanh(s / soft_cap) if soft_cap else s
+        total = math.fsum(math.exp(s) for s in logits.values())
+        total += math.exp(sinks[h]) if sinks else 0.0
+        lse[i, h] = math.log(total) if total else -math.inf
+        for d in range(head_size):
+            terms = (math.exp(s) / total * float(v[j, kv, d]) for j, s in logits.items())
+            out[i, h, d] = math.fsum(terms)
+    return out, lse
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 2, 4, 100])
+@pytest.mark.parametrize("soft_cap", [0.0, 0.7])
+@pytest.mark.parametrize("sinks", [None, [0.5, -1.0, 3.0, 0.0]])
+def test_window_sinks_and_soft_cap_are_as_written_out_by_hand(
+    causal: bool, window: int | None, soft_cap: float, sinks: list[float] | None
+) -> None:
+    q, k, v = inputs(4, 9, 4, 2, 3)
+    out, lse = attend(
+        q, k, v, scale=0.6, causal=causal, window=window, soft_cap=soft_cap,
+        sinks=None if sinks is None else torch.tensor(sinks),
+    )  # fmt: skip
+    expected_out, expected_lse = attend_by_hand(q, k, v, 0.6, causal, window, soft_cap, sinks)
+    torch.testing.assert_close(out, expected_out, **TOLERANCE)
+    torch.testing.assert_close(lse, expected_lse, **TOLERANCE)
+
+
+def test_two_halves_of_the_keys_merged_by_their_log_sum_exp_are_the_whole() -> None:
+    q, k, v = inputs(3, 50, 4, 2, 64)
+    whole, whole_lse = attend(q, k, v, scale=0.125, causal=False)
+    parts = [attend(q, k[a:b], v[a:b], scale=0.125, causal=False) for a, b in ((0, 17), (17, 50))]
+    lse = torch.logaddexp(parts[0][1], parts[1][1])
+    merged = sum(out * torch.exp(part - lse)[..., None] for out, part in parts)
+    torch.testing.assert_close(lse, whole_lse, **TOLERANCE)
+    torch.testing.assert_close(merged, whole, **TOLERANCE)
+
+
+def test_a_sink_is_a_key_with_no_value() -> None:
+    q, k, v = inputs(2, 5, 2, 2, 8)
+    sinks = torch.tensor([1.25, -0.5])
+    out, lse = attend(q, k, v, scale=0.3, causal=False, sinks=sinks)
+    bare, bare_lse = attend(q, k, v, scale=0.3, causal=False)
+    torch.testing.assert_close(lse, torch.logaddexp(bare_lse, sinks.expand(2, 2)), **TOLERANCE)
+    torch.testing.assert_close(out, bare * torch.exp(bare_lse - lse)[..., None], **TOLERANCE)
+
+
+def test_a_query_that_sees_nothing_gives_zeros_and_a_log_sum_exp_of_minus_infinity() -> None:
+    q, k, v = inputs(3, 2, 2, 1, 8)  # the first query stands before every key
+    out, lse = attend(q, k, v, scale=1.0)
+    assert out[0].count_nonzero() == 0
+    assert bool((lse[0] == -math.inf).all())
+    assert bool(lse[1:].isfinite().all())
+
+
+def test_scores_of_several_hundred_do_not_overflow() -> None:
+    q, k, v = inputs(2, 40, 2, 1, 64)
+    out, lse = attend(q * 30, k * 30, v, scale=1.0)
+    torch.testing.assert_close(out, torch_attention(q * 30, k * 30, v, 1.0, True), **TOLERANCE)
+    assert bool(lse.isfinite().all())
+
+
+def test_a_nan_value_reaches_the_queries_and_heads_that_see_it_and_no_others() -> None:
+    q, k, v = inputs(4, 6, 4, 2, 8)  # queries at positions 2 to 5
+    clean, _ = attend(q, k, v, scale=0.3, window=2)
+    v[3, 1] = math.nan
+    out, lse = attend(q, k, v, scale=0.3, window=2)
+    hit = torch.zeros(4, 4, dtype=torch.bool)
+    hit[1:3, 2:] = True  # positions 3 and 4, the heads of the second KV head
+    assert torch.equal(out.isnan(), hit[..., None].expand_as(out))
+    assert torch.equal(out[~hit], clean[~hit])
+    assert bool(lse.isfinite().all())
+
+
+class Batch:
+    """Three requests of 2 KV heads in shuffled pages, whose unused bytes are all 0xFF (NaN)."""
+
+    head_size, page_size, layout = 64, 16, Layout.CPU_TILED
+    lengths, queries = (37, 1, 80), (5, 1, 3)
+
+    def __init__(self, nan_at: tuple[int, int, int, int] | None = None) -> None:
+        blocks = [-(-length // self.page_size) for length in self.lengths]
+        order = torch.randperm(sum(blocks) + 2, generator=torch.Generator().manual_seed(0))
+        shape = (len(order), 2, self.page_size, k8v4.slot_bytes(self.head_size))
+        self.cache = torch.full(shape, 0xFF, dtype=torch.uint8)
+        self.table = torch.full((3, max(blocks)), 10_000, dtype=torch.int32)
+        self.tokens = []
+        taken = 0
+        for i, (length, count) in enumerate(zip(self.lengths, blocks, strict=True)):
+            mine = order[taken : taken + count]
+            taken += count
+            self.table[i, :count] = mine.to(torch.int32)
+            _, key, value = inputs(1, length, 2, 2, self.head_size, seed=i)
+            if nan_at is not None and nan_at[0] == i:
+                key[nan_at[1:]] = math.nan
+            position = torch.arange(length)
+            slots = mine[position // self.page_size] * self.page_size + position % self.page_size
+            self.tokens.append(quantise(key, value))
+            store(self.tokens[-1], self.cache, slots, self.layout)
+        self.query = inputs(sum(self.queries), 1, 4, 2, self.head_size, seed=9)[0]
+        self.starts = torch.tensor([0, *itertools.accumulate(self.queries)], dtype=torch.int32)
+
+    def attend(self) -> tuple[torch.Tensor, torch.Tensor]:
+        lengths = torch.tensor(self.lengths, dtype=torch.int32)
+        return paged_attention(
+            self.query, self.cache, self.table, lengths, self.starts, self.layout, scale=0.125
+        )
+
+
+def test_paged_attention_is_attention_to_each_requests_own_dequantised_tokens() -> None:
+    batch = Batch()
+    out, lse = batch.attend()
+    for i, tokens in enumerate(batch.tokens):
+        rows = slice(int(batch.starts[i]), int(batch.starts[i + 1]))
+        expected = attend(batch.query[rows], *dequantise(tokens), scale=0.125)
+        torch.testing.assert_close(out[rows], expected[0], **TOLERANCE)
+        torch.testing.assert_close(lse[rows], expected[1], **TOLERANCE)
+
+
+def test_a_nan_key_shows_in_its_own_request_and_head_and_nowhere_else() -> None:
+    clean, _ = Batch().attend()
+    out, _ = Batch(nan_at=(0, 20, 1, 3)).attend()
+    hit = torch.zeros(9, 4, dtype=torch.bool)
+    hit[:5, 2:] = True
+    assert torch.equal(out.isnan(), hit[..., None].expand_as(out))
+    assert torch.equal(out[~hit], clean[~hit])
+
+
+def test_unused_slots_of_a_page_do_not_matter_even_if_their_bytes_are_nan() -> None:
+    batch = Batch()
+    assert bool(load(batch.cache, batch.head_size, batch.layout).scale.isnan().any())
+    out, lse = batch.attend()
+    assert bool(out.isfinite().all())
+    assert bool(lse.isfinite().all())

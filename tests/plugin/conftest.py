@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the plugin's tests share.
+
+Most of them run twice: here against the installed vLLM, and by `test_vllm_0_33.py` in a process of
+its own against the unpacked 0.33 wheel. There `EXPECTED_MINOR` is set, and as that wheel finds no
+device the platform is set to CPU.
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+EXPECTED_MINOR = "HYBRID_KV_TEST_VLLM_MINOR"
+WHEEL_0_33 = "HYBRID_KV_TEST_WHEEL_033_DIR"
+MAX_MODEL_LEN = 27_680
+
+
+def pytest_configure() -> None:
+    if EXPECTED_MINOR in os.environ:
+        import vllm
+        import vllm.platforms
+        from vllm.platforms.cpu import CpuPlatform
+
+        if not vllm.__version__.startswith(os.environ[EXPECTED_MINOR]):
+            pytest.exit(f"this is vLLM {vllm.__version__} from {vllm.__file__}", returncode=4)
+        vllm.platforms.current_platform = CpuPlatform()
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start every test without the plugin's variables, and without settings in force."""
+    for name in list(os.environ):
+        if name.startswith("VLLM_HYBRID_KV_") or name == "VLLM_PLUGINS":
+            monkeypatch.delenv(name)
+    from vllm_hybrid_kv import settings
+
+    monkeypatch.setattr(settings, "_in_force", None)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the configuration of a very small Llama; no weights, no tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "vocab_size": 512,
+        "max_position_embeddings": MAX_MODEL_LEN,
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+class Log(logging.Handler):
+    """Keeps what the plugin logs. vLLM's loggers do not propagate to pytest's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+    def lines(self, level: int) -> list[str]:
+        return [record.getMessage() for record in self.records if record.levelno == level]
+
+
+@pytest.fixture
+def log() -> Iterator[Log]:
+    handler = Log()
+    logger = logging.getLogger("vllm.hybrid_kv")
+    level = logger.level
+    logger.setLevel(logging.DEBUG)
+    logger.addHandler(handler)
+    yield handler
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+@pytest.fixture
+def unregistered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process in which the plugin is not active; afterwards all is as it was before."""
+    from vllm_hybrid_kv import plugin
+    from vllm_hybrid_kv.seams import base
+
+    before = plugin.applied()
+    if before is not None:
+        before.undo()
+    monkeypatch.setattr(plugin, "_applied", None)
+    monkeypatch.setattr(plugin, "_left_alone", False)
+    monkeypatch.setattr(plugin, "_announced", set())
+    # Else errors end the process as they do in one of vLLM's command line.
+    monkeypatch.delitem(sys.modules, "vllm.entrypoints.cli.main", raising=False)
+    yield
+    active = plugin.applied()
+    # First what the test rebound over us, for else its undoing would bring us back.
+    monkeypatch.undo()
+    if active is not None:
+        active.undo()
+    if before is not None:
+        plugin._applied = base.apply(before.seams)
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
+    """Installs a package with an entry point for us into a folder on `sys.path`."""
+    added: list[str] = []
+
+    def install(name: str, code: str) -> Path:
+        folder = tmp_path / "site"
+        module = f"{name}_kv"
+        metadata = folder / f"{module}-1.5.dist-info"
+        metadata.mkdir(parents=True)
+        (folder / f"{module}.py").write_text(code)
+        (metadata / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}-kv\nVersion: 1.5\n"
+        )
+        (metadata / "entry_points.txt").write_text(f"[vllm_hybrid_kv]\n{name} = {module}\n")
+        monkeypatch.syspath_prepend(str(folder))
+        added.append(module)
+        return folder
+
+    yield install
+    for module in added:
+        sys.modules.pop(module, None)
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs Python in a process of its own, with nothing of ours in the environment."""
+
+    def run(*arguments: str, timeout: float = 120, **environment: str) -> Any:
+        clean = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("VLLM_HYBRID_KV_") and name != "VLLM_PLUGINS"
+        }
+        return subprocess.run(
+            [sys.executable, *arguments],
+            env={**clean, "HF_HUB_OFFLINE": "1", **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def wheel_0_33() -> Path:
+    """The folder of the unpacked vLLM 0.33 wheel, downloaded where it is not there yet."""
+    folder = Path(os.environ.get(WHEEL_0_33) or REPOSITORY / ".cache" / "vllm-0.33.0")
+    if not (folder / "vllm" / "__init__.py").is_file():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+        done = subprocess.run(
+            [*command, "--target", str(folder), "vllm==0.33.0"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            pytest.fail(
+                f"the vLLM 0.33.0 wheel is not in {folder} and cannot be downloaded; unpack it "
+                f"there or name its folder in {WHEEL_0_33}.\n{done.stderr}",
+                pytrace=False,
+            )
+    return folder
+
+
+@pytest.fixture
+def make_config(model: Path) -> Callable[..., Any]:
+    """Makes real configurations of an engine, with settings of ours."""
+
+    def make(settings: dict[str, Any] | None = None, **arguments: Any) -> Any:
+        from vllm.engine.arg_utils import EngineArgs
+
+        config = EngineArgs(
+            model=str(model),
+            skip_tokenizer_init=True,
+            max_model_len=MAX_MODEL_LEN,
+            additional_config={} if settings is None else {"hybrid_kv": settings},
+            **arguments,
+        ).create_engine_config()
+        # What the engine core resolves before it plans.
+        config.cache_config.kv_cache_layout = "LBHNC"
+        return config
+
+    return make

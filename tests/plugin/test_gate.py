@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On a vLLM that it does not know the plugin steps aside, or stops where it was asked for."""
+
+import logging
+import sys
+
+import pytest
+import vllm.plugins
+import vllm.version
+from vllm.v1.core import kv_cache_coordinator
+
+from vllm_hybrid_kv import plugin
+from vllm_hybrid_kv.errors import HybridKVSettingsError, HybridKVVersionError
+
+pytestmark = pytest.mark.usefixtures("unregistered")
+
+
+@pytest.fixture
+def unsupported(monkeypatch):
+    monkeypatch.setattr(vllm.version, "__version__", "0.34.1")
+    monkeypatch.setattr(vllm.version, "__version_tuple__", (0, 34, 1))
+
+
+@pytest.mark.usefixtures("unsupported")
+def test_an_unsupported_version_warns_once_and_leaves_vllm_untouched(log):
+    stock = [kv_cache_coordinator.get_kv_cache_coordinator]
+    plugin.register()
+    plugin.register()
+    assert plugin.applied() is None
+    assert kv_cache_coordinator.get_kv_cache_coordinator is stock[0]
+    (warning,) = log.lines(logging.WARNING)
+    assert "supports vLLM 0.32 and 0.33, this is vLLM 0.34.1" in warning
+    assert "The plugin is inactive and vLLM is unchanged" in warning
+
+
+@pytest.mark.usefixtures("unsupported")
+@pytest.mark.parametrize("plugins", ["hybrid_kv", "other,hybrid_kv"])
+def test_an_unsupported_version_stops_where_the_plugin_was_named(plugins, monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    with pytest.raises(HybridKVVersionError, match=r"supports vLLM 0\.32 and 0\.33, this is"):
+        plugin.register()
+
+
+@pytest.mark.usefixtures("unsupported")
+def test_vllm_lets_the_error_through_and_does_not_start(monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "hybrid_kv")
+    monkeypatch.setattr(vllm.plugins, "plugins_loaded", False)
+    with pytest.raises(HybridKVVersionError):
+        vllm.plugins.load_general_plugins()
+
+
+def test_a_vllm_that_was_changed_warns_and_is_left_as_it_is(log, monkeypatch):
+    def changed(*args, **kwargs):
+        """Another plugin's."""
+
+    monkeypatch.setattr(kv_cache_coordinator, "get_kv_cache_coordinator", changed)
+    plugin.register()
+    assert plugin.applied() is None
+    assert kv_cache_coordinator.get_kv_cache_coordinator is changed
+    (warning,) = log.lines(logging.WARNING)
+    assert "get_kv_cache_coordinator has the signature (*args, **kwargs)" in warning
+
+
+def test_a_supported_version_becomes_active_through_vllms_own_loader(monkeypatch):
+    monkeypatch.setattr(vllm.plugins, "plugins_loaded", False)
+    vllm.plugins.load_general_plugins()
+    plugin.applied().verify()
+
+
+def test_registering_twice_does_no_harm():
+    plugin.register()
+    first, ours = plugin.applied(), [kv_cache_coordinator.get_kv_cache_coordinator]
+    plugin.register()
+    assert plugin.applied() is first
+    assert kv_cache_coordinator.get_kv_cache_coordinator is ours[0]
+
+
+def test_a_bad_variable_stops_at_registration_and_changes_nothing(monkeypatch):
+    stock = [kv_cache_coordinator.get_kv_cache_coordinator]
+    monkeypatch.setenv("VLLM_HYBRID_KV_COORDINATOR", "nonsense")
+    with pytest.raises(HybridKVSettingsError) as error:
+        plugin.register()
+    assert str(error.value) == (
+        "coordinator='nonsense' (from VLLM_HYBRID_KV_COORDINATOR) is not valid: no such strategy; "
+        "available: stock"
+    )
+    assert kv_cache_coordinator.get_kv_cache_coordinator is stock[0]
+
+
+def test_a_process_of_vllms_command_line_ends_with_the_message_alone(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm.entrypoints.cli.main", vllm)
+    monkeypatch.setenv("VLLM_HYBRID_KV_DEBUG", "perhaps")
+    with pytest.raises(SystemExit) as stop:
+        plugin.register()
+    assert stop.value.code.startswith("hybrid_kv: debug='perhaps' (from VLLM_HYBRID_KV_DEBUG)")

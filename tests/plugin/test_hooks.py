@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Strategies are registered by name, picked by a setting, and named in every error."""
+
+import pytest
+
+from vllm_hybrid_kv.errors import HybridKVSettingsError, HybridKVStrategyError
+from vllm_hybrid_kv.hooks import Strategies, hookimpl
+from vllm_hybrid_kv.settings import Settings
+
+
+class Answer:
+    """A strategy that answers with what it was made with."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    @hookimpl
+    def hybrid_kv_prefix_match_unit(self):
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+def ask(strategies, name):
+    settings = Settings(prefix_match_unit=name)
+    return strategies.ask("prefix_match_unit", settings, vllm_config=None, kv_cache_config=None)
+
+
+def test_only_the_strategy_picked_is_called():
+    strategies = Strategies({"sixteen": Answer(16), "broken": Answer(RuntimeError("called"))})
+    assert ask(strategies, "sixteen") == 16
+
+
+def test_a_strategy_that_passes_leaves_no_answer():
+    strategies = Strategies({"passes": Answer(None), "sixteen": Answer(16)})
+    assert ask(strategies, "passes") is None
+
+
+def test_stock_calls_vllms_own_functions():
+    strategies, settings = Strategies({}), Settings(token_capacity_groups="stock")
+    specs = {"layer": object()}
+    assert strategies.ask(
+        "unify_page_sizes", settings, vllm_config=None, kv_cache_spec=specs, stock=lambda s: [s]
+    ) == [specs]
+    assert strategies.ask(
+        "coordinator",
+        settings,
+        kv_cache_config=None,
+        factory_args={"a": 1, "b": 2},
+        stock=lambda a, b: (a, b),
+    ) == (1, 2)
+
+
+def test_a_name_that_does_not_exist_is_refused_with_those_that_do():
+    strategies = Strategies({"sixteen": Answer(16)})
+    strategies.add("theirs", Answer(8), "their-package 2.0")
+    with pytest.raises(HybridKVSettingsError) as error:
+        strategies.check(Settings(prefix_match_unit="seventeen", token_capacity_groups="stock"))
+    assert str(error.value) == (
+        "prefix_match_unit='seventeen' (from default) is not valid: no such strategy; available: "
+        "sixteen, stock, theirs (from their-package 2.0)"
+    )
+
+
+def test_a_strategy_of_another_hook_is_not_available():
+    strategies = Strategies({"sixteen": Answer(16)})
+    with pytest.raises(HybridKVSettingsError, match=r"coordinator='sixteen'.*available: stock"):
+        strategies.check(Settings(coordinator="sixteen", token_capacity_groups="stock"))
+
+
+def test_a_name_that_is_taken_is_refused():
+    with pytest.raises(HybridKVStrategyError, match=r"'stock' \(from late 1.0\): there already"):
+        Strategies({}).add("stock", Answer(1), "late 1.0")
+
+
+def test_a_hook_that_does_not_exist_is_refused_at_registration():
+    class Misspelt:
+        @hookimpl
+        def hybrid_kv_prefix_match_units(self):
+            """Not a hook."""
+
+    with pytest.raises(HybridKVStrategyError, match=r"'odd' \(from odd 1.0\).*match_units"):
+        Strategies({}).add("odd", Misspelt(), "odd 1.0")
+
+
+def test_an_argument_that_does_not_exist_is_refused_at_registration():
+    class Greedy:
+        @hookimpl
+        def hybrid_kv_prefix_match_unit(self, everything):
+            """Asks for what is not there."""
+
+    with pytest.raises(HybridKVStrategyError, match=r"'odd' \(from odd 1.0\).*everything"):
+        Strategies({}).add("odd", Greedy(), "odd 1.0")
+
+
+def test_a_plugin_without_marked_functions_is_refused():
+    class Unmarked:
+        def hybrid_kv_prefix_match_unit(self):
+            return 16
+
+    with pytest.raises(HybridKVStrategyError, match=r"'odd'.*implements no hook"):
+        Strategies({}).add("odd", Unmarked(), "odd 1.0")
+
+
+def test_a_class_is_refused():
+    with pytest.raises(HybridKVStrategyError, match="is the class Answer; register an instance"):
+        Strategies({}).add("odd", Answer, "odd 1.0")
+
+
+def test_an_error_inside_a_strategy_names_its_package():
+    strategies = Strategies({})
+    strategies.add("odd", Answer(KeyError("layer.3")), "odd 1.0")
+    with pytest.raises(HybridKVStrategyError) as error:
+        ask(strategies, "odd")
+    assert str(error.value) == (
+        "prefix_match_unit strategy 'odd' (from odd 1.0) failed in hybrid_kv_prefix_match_unit: "
+        "KeyError: 'layer.3'"
+    )
+
+
+def test_a_strategy_that_gives_up_lets_vllm_try_its_fallback():
+    strategies = Strategies({})
+    strategies.add("odd", Answer(NotImplementedError("too odd")), "odd 1.0")
+    with pytest.raises(NotImplementedError, match="too odd"):
+        ask(strategies, "odd")
+
+
+def test_an_installed_package_is_found_by_its_entry_point(package):
+    package(
+        "acme",
+        "from vllm_hybrid_kv import hookimpl\n"
+        "@hookimpl\n"
+        "def hybrid_kv_prefix_match_unit(): return 48\n",
+    )
+    strategies = Strategies({})
+    strategies.discover()
+    assert ask(strategies, "acme") == 48
+    assert strategies.available("prefix_match_unit") == ["acme", "stock"]
+
+
+def test_a_package_that_cannot_be_imported_is_named(package):
+    package("acme", "import no_such_module_at_all\n")
+    with pytest.raises(HybridKVStrategyError) as error:
+        Strategies({}).discover()
+    assert "strategy 'acme' (from acme-kv 1.5): acme_kv cannot be imported" in str(error.value)
+    assert "no_such_module_at_all" in str(error.value)

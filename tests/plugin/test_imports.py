@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Importing the plugin costs next to nothing, and it says what is missing where vLLM is."""
+
+import json
+import sys
+from pathlib import Path
+
+import pluggy
+import pytest
+
+import vllm_hybrid_kv
+
+NEW_MODULES = """
+import json, sys
+before = set(sys.modules)
+import vllm_hybrid_kv.plugin
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+
+
+@pytest.fixture
+def without_vllm(tmp_path):
+    """Arguments for a Python that has this package and pluggy, and no other package."""
+    for package in (vllm_hybrid_kv, pluggy):
+        folder = Path(package.__file__).parent
+        (tmp_path / folder.name).symlink_to(folder, target_is_directory=True)
+
+    return ("-S", "-c"), {"PYTHONPATH": str(tmp_path)}
+
+
+def test_importing_the_entry_point_loads_four_small_modules_of_ours(run_python):
+    done = run_python("-c", NEW_MODULES)
+    assert done.returncode == 0, done.stderr
+    new = json.loads(done.stdout)
+    ours = [name for name in new if name.startswith("vllm_hybrid_kv")]
+    assert ours == [
+        "vllm_hybrid_kv",
+        "vllm_hybrid_kv.errors",
+        "vllm_hybrid_kv.plugin",
+        "vllm_hybrid_kv.version",
+    ]
+    others = {name.partition(".")[0] for name in new} - {"vllm_hybrid_kv"}
+    assert others <= sys.stdlib_module_names
+
+
+REGISTER = """
+import sys
+import vllm.plugins
+from vllm.engine.arg_utils import EngineArgs
+from vllm_hybrid_kv import plugin
+vllm.plugins.load_general_plugins()
+EngineArgs(model=sys.argv[1], skip_tokenizer_init=True).create_engine_config()
+assert plugin.applied() is not None
+print("kernels" if "vllm_hybrid_kv.kernels.cpu" in sys.modules else "no kernels")
+"""
+
+
+def test_without_a_cache_of_ours_no_kernels_are_loaded(model, run_python):
+    done = run_python("-c", REGISTER, str(model))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "no kernels"
+
+
+def test_without_vllm_the_package_imports(without_vllm, run_python):
+    arguments, environment = without_vllm
+    code = "import vllm_hybrid_kv as p; print(p.__version__, p.hookimpl, p.HybridKVError)"
+    done = run_python(*arguments, code, **environment)
+    assert done.returncode == 0, done.stderr
+    assert vllm_hybrid_kv.__version__ in done.stdout
+
+
+@pytest.mark.parametrize("use", ["p.register()", "p.Settings", "p.current_settings"])
+def test_without_vllm_a_use_says_what_to_install(use, without_vllm, run_python):
+    arguments, environment = without_vllm
+    done = run_python(*arguments, f"import vllm_hybrid_kv as p; {use}", **environment)
+    assert done.returncode != 0
+    assert "vLLM is not installed" in done.stderr.splitlines()[-1]
+    assert "pip install 'vllm-hybrid-kv[cpu]'" in done.stderr.splitlines()[-1]
+
+
+def test_every_public_name_is_there():
+    for name in vllm_hybrid_kv.__all__:
+        assert getattr(vllm_hybrid_kv, name) is not None
+    assert set(vllm_hybrid_kv.__all__) <= set(dir(vllm_hybrid_kv))
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        _ = vllm_hybrid_kv.nonsense

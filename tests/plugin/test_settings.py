@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings come from the command line and the environment; what is not valid stops start-up."""
+
+import pytest
+
+from vllm_hybrid_kv.errors import HybridKVSettingsError
+from vllm_hybrid_kv.kernels.cpu import isa
+from vllm_hybrid_kv.settings import current_settings, resolve
+
+
+def section(**settings):
+    return {"hybrid_kv": settings, "another_plugin": {"debug": "maybe"}}
+
+
+def test_without_anything_every_rule_is_vllms_own():
+    settings = resolve({}, {})
+    assert settings.unify_page_sizes == "stock"
+    assert settings.token_capacity_groups == "all"
+    assert settings.coordinator == "stock"
+    assert settings.prefix_match_unit == "stock"
+    assert settings.debug is False
+    assert settings.cpu_isa == "auto"
+
+
+def test_the_command_line_sets_a_field():
+    settings = resolve(section(unify_page_sizes="lcm", debug=True), {})
+    assert (settings.unify_page_sizes, settings.debug) == ("lcm", True)
+    assert settings.token_capacity_groups == "all"
+
+
+def test_the_environment_wins_over_the_command_line():
+    environment = {"VLLM_HYBRID_KV_UNIFY_PAGE_SIZES": "from_env", "VLLM_HYBRID_KV_DEBUG": "0"}
+    settings = resolve(section(unify_page_sizes="from_line", debug=True), environment)
+    assert (settings.unify_page_sizes, settings.debug) == ("from_env", False)
+
+
+def test_every_value_says_where_it_came_from():
+    settings = resolve(section(debug=True), {"VLLM_HYBRID_KV_CPU_ISA": "portable"})
+    assert settings.source("debug") == "--additional-config"
+    assert settings.source("cpu_isa") == "VLLM_HYBRID_KV_CPU_ISA"
+    assert settings.source("coordinator") == "default"
+
+
+@pytest.mark.parametrize(("written", "meant"), [("1", True), ("true", True), ("0", False)])
+def test_a_switch_in_the_environment_is_read_as_people_write_it(written, meant):
+    assert resolve({}, {"VLLM_HYBRID_KV_DEBUG": written}).debug is meant
+
+
+def test_an_empty_variable_counts_as_unset():
+    assert resolve(section(debug=True), {"VLLM_HYBRID_KV_DEBUG": ""}).debug is True
+
+
+def test_an_unknown_field_is_refused_with_the_valid_ones():
+    with pytest.raises(HybridKVSettingsError) as error:
+        resolve(section(unify_page_size="lcm"), {})
+    assert "unknown setting 'unify_page_size' in --additional-config" in str(error.value)
+    assert "unify_page_sizes, token_capacity_groups, coordinator" in str(error.value)
+
+
+def test_an_unknown_variable_is_refused_with_the_valid_ones():
+    with pytest.raises(HybridKVSettingsError) as error:
+        resolve({}, {"VLLM_HYBRID_KV_DEBUGGING": "1", "VLLM_HYBRID": "not ours"})
+    assert "unknown environment variable VLLM_HYBRID_KV_DEBUGGING; valid: " in str(error.value)
+    assert "VLLM_HYBRID_KV_DEBUG," in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment", "message"),
+    [
+        ({"debug": "perhaps"}, {}, "debug='perhaps' (from --additional-config) is not valid"),
+        (
+            {},
+            {"VLLM_HYBRID_KV_CPU_ISA": "sse2"},
+            "cpu_isa='sse2' (from VLLM_HYBRID_KV_CPU_ISA) is not valid: input should be 'auto', "
+            "'amx', 'avx512_bf16' or 'portable'",
+        ),
+        ({"coordinator": 3}, {}, "coordinator=3 (from --additional-config) is not valid"),
+        ({"coordinator": ""}, {}, "coordinator='' (from --additional-config) is not valid"),
+    ],
+)
+def test_a_bad_value_is_refused_with_its_source(settings, environment, message):
+    with pytest.raises(HybridKVSettingsError) as error:
+        resolve(section(**settings), environment)
+    assert message in str(error.value)
+
+
+def test_all_mistakes_come_in_one_message():
+    with pytest.raises(HybridKVSettingsError) as error:
+        resolve(section(colour="red", cpu_isa="mmx"), {"VLLM_HYBRID_KV_DEBUG": "perhaps"})
+    for mistake in ("'colour'", "cpu_isa='mmx'", "debug='perhaps'"):
+        assert mistake in str(error.value)
+
+
+def test_a_section_that_is_not_an_object_is_refused():
+    with pytest.raises(HybridKVSettingsError, match="must be an object of settings, got 'lcm'"):
+        resolve({"hybrid_kv": "lcm"}, {})
+
+
+def test_a_configuration_object_of_another_platform_holds_no_settings():
+    assert resolve(object(), {}).unify_page_sizes == "stock"
+
+
+def test_before_any_engine_the_environment_is_in_force(monkeypatch):
+    monkeypatch.setenv("VLLM_HYBRID_KV_DEBUG", "1")
+    assert current_settings().debug is True
+
+
+def test_the_kernels_get_the_fastest_instructions_unless_told():
+    assert resolve({}, {}).kernel_isa() == isa.available()[-1]
+    assert resolve(section(cpu_isa="portable"), {}).kernel_isa() == "portable"
+
+
+def test_instructions_that_the_cpu_lacks_are_refused(monkeypatch):
+    monkeypatch.setattr(isa, "available", lambda: ("portable",))
+    with pytest.raises(HybridKVSettingsError) as error:
+        resolve({}, {"VLLM_HYBRID_KV_CPU_ISA": "amx"}).kernel_isa()
+    assert "cpu_isa='amx' (from VLLM_HYBRID_KV_CPU_ISA)" in str(error.value)
+    assert "choose auto or one of portable" in str(error.value)

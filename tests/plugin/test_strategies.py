@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Strategies answer inside vLLM's own planning and coordination, and are checked there."""
+
+import importlib
+import logging
+
+import pytest
+import torch
+import vllm
+import vllm.plugins
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, MambaSpec
+from vllm.v1.worker.worker_base import WorkerBase
+
+from vllm_hybrid_kv import plugin
+from vllm_hybrid_kv.errors import HybridKVSettingsError, HybridKVStrategyError
+from vllm_hybrid_kv.settings import current_settings
+
+pytestmark = pytest.mark.usefixtures("unregistered")
+
+MINOR = tuple(vllm.__version_tuple__[:2])
+if MINOR == (0, 32):
+    planning = kv_cache_utils
+else:
+    from vllm.v1.core import kv_cache_planning as planning
+
+BLOCK = 2_768
+ATTENTION, STATE = "model.layers.3.self_attn.attn", "model.layers.0.linear_attn"
+PRELUDE = "from dataclasses import replace\nfrom vllm_hybrid_kv import hookimpl\ncalls = []\n"
+
+
+def attention(block_size=16):
+    return FullAttentionSpec(
+        block_size=block_size,
+        num_kv_heads=2,
+        head_size=256,
+        dtype=torch.uint8,
+        state_content_bytes=388,
+    )
+
+
+def state(page=12_648_448, block_size=16, **fields):
+    return MambaSpec(block_size=block_size, shapes=((page,),), dtypes=(torch.uint8,), **fields)
+
+
+def specs():
+    """A hybrid model whose pages do not divide each other."""
+    return {STATE: state(), ATTENTION: attention()}
+
+
+def plan(config, memory=1 << 36):
+    """The whole of vLLM's planning, as the engine core runs it."""
+    if MINOR == (0, 32):
+        return planning.get_kv_cache_configs(config, [specs()], [memory])
+    groups = planning.get_global_kv_cache_groups(config, [specs()])
+    return planning.get_kv_cache_configs(config, [specs()], [memory], groups)
+
+
+def hybrid(num_blocks=262, full=2, states=3):
+    """A plan with pages of equal size in several groups."""
+    page = BLOCK * 776
+    layers = [attention(BLOCK)] * full + [
+        state(page, BLOCK, mamba_cache_mode="align", page_size_padded=page)
+    ] * states
+    groups = [KVCacheGroupSpec([f"layer.{index}"], spec) for index, spec in enumerate(layers)]
+    return KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
+
+
+def manager(config, kv_cache_config):
+    scheduler_size, hash_size = kv_cache_utils.resolve_kv_cache_block_sizes(kv_cache_config, config)
+    return KVCacheManager(
+        kv_cache_config,
+        max_model_len=config.model_config.max_model_len,
+        scheduler_block_size=scheduler_size,
+        hash_block_size=hash_size,
+    )
+
+
+def test_with_stock_rules_planning_gives_what_vllm_gives(make_config):
+    config = make_config()
+    alone = plan(config)
+    plugin.register()
+    assert plan(config) == alone
+    assert {group.kv_cache_spec.page_size_bytes for group in alone[0].kv_cache_groups} == {
+        12_648_448
+    }
+
+
+def test_with_stock_rules_capacity_and_block_sizes_are_vllms(make_config):
+    config, groups = make_config(), hybrid()
+    capacity = kv_cache_utils.get_kv_cache_capacity(config, groups)
+    sizes = kv_cache_utils.resolve_kv_cache_block_sizes(groups, config)
+    plugin.register()
+    assert kv_cache_utils.get_kv_cache_capacity(config, groups) == capacity
+    assert kv_cache_utils.resolve_kv_cache_block_sizes(groups, config) == sizes
+    assert type(manager(config, groups).coordinator) is HybridKVCacheCoordinator
+
+
+def test_lcm_plans_pages_without_waste(make_config):
+    plugin.register()
+    (planned,) = plan(make_config({"unify_page_sizes": "lcm"}))
+    by_layer = {group.layer_names[0]: group.kv_cache_spec for group in planned.kv_cache_groups}
+    assert {spec.page_size_bytes for spec in by_layer.values()} == {12_651_904}
+    assert by_layer[ATTENTION].block_size == 16_304
+    assert planned.num_blocks == (1 << 36) // 12_651_904
+
+
+def test_a_third_partys_unequal_pages_stop_planning_with_layer_and_numbers(package, make_config):
+    package(
+        "acme",
+        PRELUDE + "@hookimpl\n"
+        "def hybrid_kv_unify_page_sizes(kv_cache_spec):\n"
+        "    def grown(spec): return replace(spec, page_size_padded=20_000_000)\n"
+        f"    return {{**kv_cache_spec, {STATE!r}: grown(kv_cache_spec[{STATE!r}])}}\n",
+    )
+    plugin.register()
+    with pytest.raises(HybridKVStrategyError) as error:
+        plan(make_config({"unify_page_sizes": "acme"}))
+    message = str(error.value)
+    assert (
+        "unify_page_sizes strategy 'acme' (from acme-kv 1.5) must make all pages equal" in message
+    )
+    assert f"layer {STATE} has 20,000,000 bytes" in message
+    assert f"layer {ATTENTION} has 12,416 bytes" in message
+
+
+def test_a_third_partys_pages_are_what_vllm_plans_with(package, make_config):
+    package(
+        "acme",
+        PRELUDE + "@hookimpl\n"
+        "def hybrid_kv_unify_page_sizes(vllm_config, kv_cache_spec, stock):\n"
+        "    calls.append((vllm_config, stock(kv_cache_spec)))\n"
+        "    return {n: replace(s, page_size_padded=1 << 24) for n, s in kv_cache_spec.items()}\n",
+    )
+    plugin.register()
+    config = make_config({"unify_page_sizes": "acme"})
+    (planned,) = plan(config)
+    assert {group.kv_cache_spec.page_size_bytes for group in planned.kv_cache_groups} == {1 << 24}
+    ((told, stock_answer),) = importlib.import_module("acme_kv").calls
+    assert told is config
+    assert stock_answer[STATE].page_size_bytes == 12_648_448
+
+
+def test_a_third_party_that_changes_what_it_was_given_is_still_checked(package, make_config):
+    package(
+        "acme",
+        PRELUDE + "@hookimpl\n"
+        "def hybrid_kv_unify_page_sizes(kv_cache_spec):\n"
+        f"    del kv_cache_spec[{STATE!r}]\n"
+        "    return kv_cache_spec\n",
+    )
+    plugin.register()
+    with pytest.raises(HybridKVStrategyError, match=f"left out layer {STATE}"):
+        plan(make_config({"unify_page_sizes": "acme"}))
+
+
+def test_a_third_party_that_passes_leaves_pages_to_vllm(package, make_config):
+    package(
+        "acme",
+        PRELUDE + "@hookimpl\ndef hybrid_kv_unify_page_sizes(): calls.append(1)\n",
+    )
+    config = make_config({"unify_page_sizes": "acme"})
+    alone = plan(config)
+    plugin.register()
+    assert plan(config) == alone
+    assert importlib.import_module("acme_kv").calls == [1]
+
+
+def test_growing_counts_the_groups_that_grow(make_config):
+    # The numbers of vLLM's #40384: 262 blocks of 2768 tokens, five groups of which two grow.
+    plugin.register()
+    config = make_config({"token_capacity_groups": "growing"})
+    kv_cache_utils.update_kv_cache_capacity(config, hybrid())
+    assert config.cache_config.kv_cache_size_tokens == 362_608
+
+
+def test_growing_leaves_the_concurrency_to_all_groups(make_config):
+    config, groups = make_config(), hybrid()
+    tokens, concurrency = kv_cache_utils.get_kv_cache_capacity(config, groups)
+    plugin.register()
+    growing = make_config({"token_capacity_groups": "growing"})
+    more, same = kv_cache_utils.get_kv_cache_capacity(growing, groups)
+    assert more > tokens
+    assert same == concurrency
+
+
+def test_a_third_partys_foreign_group_stops_start_up(package, make_config):
+    package(
+        "acme",
+        PRELUDE + "@hookimpl\ndef hybrid_kv_token_capacity_groups(): return ['layer.0']\n",
+    )
+    plugin.register()
+    config = make_config({"token_capacity_groups": "acme"})
+    with pytest.raises(
+        HybridKVStrategyError, match=r"'acme' \(from acme-kv 1.5\) chose a KV group"
+    ):
+        kv_cache_utils.update_kv_cache_capacity(config, hybrid())
+
+
+COORDINATOR = (
+    PRELUDE + "from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator\n"
+    "class Coordinator(HybridKVCacheCoordinator): pass\n"
+    "@hookimpl\n"
+    "def hybrid_kv_make_coordinator(kv_cache_config, factory_args, stock):\n"
+    "    calls.append(factory_args)\n"
+    "    made = stock(**factory_args)\n"
+    "    made.__class__ = Coordinator\n"
+    "    return made\n"
+)
+
+
+def test_a_third_partys_coordinator_manages_the_cache(package, make_config):
+    package("acme", COORDINATOR)
+    plugin.register()
+    groups = hybrid()
+    made = manager(make_config({"coordinator": "acme"}), groups).coordinator
+    acme = importlib.import_module("acme_kv")
+    assert type(made) is acme.Coordinator
+    (arguments,) = acme.calls
+    assert arguments["kv_cache_config"] is groups
+    assert arguments["hash_block_size"] == BLOCK
+    assert arguments["allow_partial_hash_hits"] is True
+    assert ("num_hash_lookahead_tokens" in arguments) == (MINOR >= (0, 33))
+
+
+def test_a_coordinator_of_another_type_stops_start_up(package, make_config):
+    package("acme", PRELUDE + "@hookimpl\ndef hybrid_kv_make_coordinator(): return 'mine'\n")
+    plugin.register()
+    with pytest.raises(HybridKVStrategyError, match=r"acme-kv 1\.5\) must answer with a KVCache"):
+        manager(make_config({"coordinator": "acme"}), hybrid())
+
+
+def unit(answer):
+    return PRELUDE + f"@hookimpl\ndef hybrid_kv_prefix_match_unit(): return {answer}\n"
+
+
+def test_a_third_partys_unit_is_what_prefixes_are_hashed_by(package, make_config):
+    package("acme", unit(173))
+    plugin.register()
+    config = make_config({"prefix_match_unit": "acme"}, enable_prefix_caching=True)
+    sizes = kv_cache_utils.resolve_kv_cache_block_sizes(hybrid(), config)
+    assert sizes == (BLOCK, 173)
+    assert config.cache_config.prefix_match_unit is None
+
+
+def test_the_users_own_unit_wins_over_a_strategy(package, make_config):
+    package("acme", unit(173))
+    plugin.register()
+    config = make_config(
+        {"prefix_match_unit": "acme"}, enable_prefix_caching=True, prefix_match_unit=16
+    )
+    assert kv_cache_utils.resolve_kv_cache_block_sizes(hybrid(), config) == (BLOCK, 16)
+    assert config.cache_config.prefix_match_unit == 16
+
+
+def test_a_unit_that_does_not_divide_the_blocks_stops_start_up(package, make_config):
+    package("acme", unit(100))
+    plugin.register()
+    config = make_config({"prefix_match_unit": "acme"}, enable_prefix_caching=True)
+    with pytest.raises(HybridKVStrategyError) as error:
+        kv_cache_utils.resolve_kv_cache_block_sizes(hybrid(), config)
+    assert "'acme' (from acme-kv 1.5) answered 100 tokens, which vLLM refuses" in str(error.value)
+    assert f"layer.0: {BLOCK}" in str(error.value)
+    assert config.cache_config.prefix_match_unit is None
+
+
+@pytest.mark.parametrize("answer", [0, -16, "True", "'16'", 16.0])
+def test_a_unit_that_is_no_number_of_tokens_stops_start_up(answer, package, make_config):
+    package("acme", unit(answer))
+    plugin.register()
+    config = make_config({"prefix_match_unit": "acme"}, enable_prefix_caching=True)
+    with pytest.raises(HybridKVStrategyError, match="a positive number of tokens, got"):
+        kv_cache_utils.resolve_kv_cache_block_sizes(hybrid(), config)
+
+
+def test_a_package_that_does_not_fit_stops_registration(package):
+    package("acme", "nothing = 1\n")
+    with pytest.raises(HybridKVStrategyError, match=r"'acme' \(from acme-kv 1.5\) implements no"):
+        plugin.register()
+    assert plugin.applied() is None
+
+
+def test_bad_settings_stop_before_the_model_is_looked_into(tmp_path):
+    plugin.register()
+    arguments = EngineArgs(
+        model=str(tmp_path), additional_config={"hybrid_kv": {"unify_page_sizes": "nonsense"}}
+    )
+    with pytest.raises(HybridKVSettingsError) as error:
+        arguments.create_engine_config()
+    assert str(error.value) == (
+        "unify_page_sizes='nonsense' (from --additional-config) is not valid: no such strategy; "
+        "available: lcm, stock"
+    )
+
+
+def test_a_worker_puts_its_engines_settings_in_force(make_config):
+    config = make_config({"debug": True})
+    plugin.register()
+    assert current_settings().debug is False
+    WorkerBase(config, local_rank=0, rank=0, distributed_init_method="")
+    assert current_settings().debug is True
+
+
+def test_planning_puts_the_engines_settings_in_force(make_config):
+    config = make_config({"debug": True})
+    plugin.register()
+    plan(config)
+    assert current_settings().debug is True
+
+
+def test_one_line_says_what_is_active(make_config, log, monkeypatch):
+    monkeypatch.setenv("VLLM_HYBRID_KV_CPU_ISA", "portable")
+    plugin.register()
+    assert log.lines(logging.INFO) == []
+    config = make_config({"unify_page_sizes": "lcm"}, kv_cache_dtype="turboquant_k8v4")
+    WorkerBase(config, local_rank=0, rank=0, distributed_init_method="")
+    kv_cache_utils.update_kv_cache_capacity(config, hybrid())
+    assert log.lines(logging.INFO) == [
+        f"hybrid_kv {plugin.__version__} active on vLLM {vllm.__version__} (cpu): "
+        "unify_page_sizes=lcm, token_capacity_groups=all, coordinator=stock, "
+        "prefix_match_unit=stock, kernels=cpu:portable"
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_the_line_names_no_kernels_where_none_are_used(dtype, make_config, log):
+    plugin.register()
+    config = make_config(kv_cache_dtype=dtype)
+    (line,) = log.lines(logging.INFO)
+    assert line.endswith(f"kernels=none for cache dtype {config.cache_config.cache_dtype}")

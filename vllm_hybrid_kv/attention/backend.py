@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's attention backend interface over the k8v4 kernels.
+
+One backend class, one metadata builder and one implementation. A layer's cache is vLLM's
+`[num_blocks, num_kv_heads, block_size, slot_bytes]` uint8 view; to the kernels each
+`[block_size, slot_bytes]` region of it is one k8v4 region (see `kernels/k8v4.py`), whose inner
+arrangement is none of vLLM's business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionLayer,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+
+from vllm_hybrid_kv.attention import refusal
+from vllm_hybrid_kv.attention.refusal import CACHE_DTYPE, UnsupportedLayerError
+from vllm_hybrid_kv.kernels import cpu, k8v4
+from vllm_hybrid_kv.settings import current_settings
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+
+class K8V4AttentionBackend(AttentionBackend):
+    """Attention over a paged k8v4 KV cache, registered as vLLM's TURBOQUANT."""
+
+    accept_output_buffer: bool = True
+    forward_includes_kv_cache_update: bool = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = [
+        torch.bfloat16,
+        torch.float16,
+        torch.float32,
+    ]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = [CACHE_DTYPE]
+
+    @staticmethod
+    def get_name() -> str:
+        """Return the registry name that vLLM looks this backend up by."""
+        return "TURBOQUANT"
+
+    @staticmethod
+    def get_impl_cls() -> type[K8V4AttentionImpl]:
+        """Return the class that runs one layer."""
+        return K8V4AttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[K8V4MetadataBuilder]:
+        """Return the class that prepares one step for a group of layers."""
+        return K8V4MetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        """Return the page sizes in tokens: any multiple of a tile."""
+        return [MultipleOf(k8v4.TILE_TOKENS)]
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        """Say whether heads of this size can be stored."""
+        return k8v4.refuse_head_size(head_size) is None
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        """Attention sinks are computed."""
+        return True
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        """Sliding windows are computed."""
+        return True
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        """Bidirectional attention over the paged cache is computed."""
+        return True
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Return the one layout in which a head's part of a block is contiguous."""
+        return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Give a layer's spec the k8v4 slot, `slot_bytes(D)` bytes per token and KV head."""
+        if spec.state_content_bytes is not None or not spec.kv_quant_mode.is_turboquant:
+            return spec
+        value_size = getattr(spec, "head_size_v", None) or spec.head_size
+        if value_size != spec.head_size:
+            raise UnsupportedLayerError(
+                f"values of {value_size} dims beside keys of {spec.head_size}"
+            )
+        slot = k8v4.slot_bytes(spec.head_size)
+        customised = replace(spec, state_content_bytes=slot)
+        expected = spec.block_size * spec.num_kv_heads * slot
+        if customised.real_page_size_bytes != expected:
+            raise RuntimeError(
+                f"vLLM counts {customised.real_page_size_bytes} bytes for a page of "
+                f"{spec.block_size} tokens and {spec.num_kv_heads} KV heads of {slot} bytes, "
+                f"not {expected}; this vLLM is not the one that the plugin knows"
+            )
+        return customised
+
+    @classmethod
+    def refusal(cls, config: AttentionSelectorConfig) -> str | None:
+        """Return why a layer cannot have this cache, or None; see `refuse_selection`."""
+        return refusal.refuse_selection(config)
+
+
+@dataclass
+class K8V4Metadata(AttentionMetadata):
+    """What one step's layers of one KV group share. All tensors are on the CPU.
+
+    Attributes:
+        num_tokens: Tokens of the step without padding.
+        query_start_loc: int32 [B + 1], offsets of the requests' tokens.
+        seq_lens: int32 [B], exact lengths including the step's tokens.
+        block_table: int32 [B, max blocks].
+        causal: Whether queries see only what stands before them.
+        plans: How the work is split over threads, by query heads and sliding window of a layer.
+    """
+
+    num_tokens: int
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    causal: bool
+    plans: dict[tuple[int, int | None], Any]
+
+
+class K8V4MetadataBuilder(AttentionMetadataBuilder[K8V4Metadata]):
+    """Builds a step's metadata from vLLM's, with exact lengths."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # Compiled here, in the start-up of the engine, not in its first request.
+        cpu.warm_up(
+            kv_cache_spec.head_size,
+            vllm_config.model_config.dtype,
+            isa=current_settings().kernel_isa(),
+        )
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> K8V4Metadata:
+        """Return the metadata of one step.
+
+        Raises:
+            ValueError: The batch mixes causal and bidirectional requests.
+        """
+        common = common_attn_metadata
+        if isinstance(common.causal, torch.Tensor):
+            raise ValueError(
+                f"layers {', '.join(self.layer_names)}: a batch that mixes causal and "
+                f"bidirectional requests cannot be served from a {CACHE_DTYPE} cache; serve the "
+                "model with --kv-cache-dtype auto"
+            )
+        return K8V4Metadata(
+            num_tokens=common.num_actual_tokens,
+            query_start_loc=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            causal=common.causal,
+            plans={},
+        )
+
+
+class K8V4AttentionImpl(AttentionImpl[K8V4Metadata]):
+    """Stores one layer's keys and values and attends to them."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+        **extra: Any,
+    ) -> None:
+        """Take a layer's parameters from vLLM.
+
+        Raises:
+            UnsupportedLayerError: The layer needs what the kernels do not compute.
+        """
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        reason = refusal.refuse_implementation(
+            num_heads=num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_size=head_size,
+            alibi_slopes=alibi_slopes,
+            attn_type=attn_type,
+            extra=extra,
+        )
+        if kv_cache_dtype != CACHE_DTYPE:
+            reason = f"its KV cache dtype is {kv_cache_dtype}"
+        if reason is not None:
+            raise UnsupportedLayerError(reason)
+        self.kv_cache_dtype = kv_cache_dtype
+        self.sliding_window = sliding_window
+        self.soft_cap = float(logits_soft_cap or 0.0)
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self.sinks = sinks
+        settings = current_settings()
+        self._debug = settings.debug
+        self._isa = settings.kernel_isa()
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Quantise a step's keys and values into their slots.
+
+        Args:
+            layer: The attention layer.
+            key: [T, num_kv_heads, head_size], T at least the number of slots.
+            value: Likewise.
+            kv_cache: uint8 [num_blocks, num_kv_heads, block_size, slot_bytes].
+            slot_mapping: int64 slots; a negative one is not written.
+        """
+        cpu.quantise_and_store(key, value, kv_cache, slot_mapping, debug=self._debug)
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: K8V4Metadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend with a step's queries to the cache, which already holds their own tokens.
+
+        Args:
+            layer: The attention layer.
+            query: [T, num_heads, head_size].
+            key: Not read: its tokens are in the cache.
+            value: Not read, likewise.
+            kv_cache: uint8 [num_blocks, num_kv_heads, block_size, slot_bytes].
+            attn_metadata: The step's metadata; None while vLLM profiles memory.
+            output: [T, num_heads, head_size], written for all but padding tokens.
+            output_scale: Must be None; no fused output quantisation.
+            output_block_scale: Must be None, likewise.
+
+        Returns:
+            `output`.
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise ValueError("the k8v4 backend does not fuse output quantisation")
+        if attn_metadata is None:
+            return output.fill_(0)
+        metadata = attn_metadata
+        kind = (self.num_heads, self.sliding_window)
+        plan = metadata.plans.get(kind)
+        if plan is None:
+            plan = metadata.plans[kind] = cpu.plan_attention(
+                metadata.seq_lens,
+                metadata.query_start_loc,
+                num_heads=self.num_heads,
+                num_kv_heads=self.num_kv_heads,
+                head_size=self.head_size,
+                page_size=kv_cache.shape[2],
+                causal=metadata.causal,
+                window=self.sliding_window,
+            )
+        cpu.paged_attention(
+            query[: metadata.num_tokens],
+            kv_cache,
+            metadata.block_table,
+            metadata.seq_lens,
+            metadata.query_start_loc,
+            output[: metadata.num_tokens],
+            scale=self.scale,
+            causal=metadata.causal,
+            window=self.sliding_window,
+            soft_cap=self.soft_cap,
+            sinks=self.sinks,
+            plan=plan,
+            isa=self._isa,
+            debug=self._debug,
+        )
+        return output

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The errors that stop start-up. Each carries one message that says what to change."""
+
+from __future__ import annotations
+
+
+class HybridKVError(ValueError):
+    """Start-up cannot go on. The message is for the person who started vLLM."""
+
+
+class HybridKVVersionError(HybridKVError):
+    """This vLLM is not one that the plugin knows."""
+
+
+class HybridKVSettingsError(HybridKVError):
+    """A setting is unknown or has a value that is not valid."""
+
+
+class HybridKVStrategyError(HybridKVError):
+    """A strategy could not be registered, failed, or gave an answer that cannot be used."""
+
+
+class HybridKVSeamError(HybridKVError):
+    """What the plugin rebinds in vLLM is not what it knows, or did not stay rebound."""
+
+
+class HybridKVFingerprintError(HybridKVSeamError):
+    """What the plugin would rebind is not what it knows. Nothing was changed."""

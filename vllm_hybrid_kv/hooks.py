@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The extension points (pluggy, project name `hybrid_kv`) and the strategies behind them.
+
+A strategy is a plugin: an object or a module with hook implementations, registered under a name.
+A setting picks one plugin for each hook by that name, and only the one picked is called. What it
+answers is checked before vLLM sees it; where it passes (returns None) vLLM's own rule answers.
+
+Another package registers a strategy through the entry point group `vllm_hybrid_kv`; the entry
+point's name is the strategy's name:
+
+    [project.entry-points.vllm_hybrid_kv]
+    my_rule = "my_package.my_module"
+
+    # my_package/my_module.py
+    from vllm_hybrid_kv import hookimpl
+
+    @hookimpl
+    def hybrid_kv_unify_page_sizes(kv_cache_spec): ...
+
+A hook implementation names only the arguments that it needs.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from vllm_hybrid_kv.errors import HybridKVSettingsError, HybridKVStrategyError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec
+
+    from vllm_hybrid_kv.settings import Settings
+
+PROJECT = "hybrid_kv"
+ENTRY_POINT_GROUP = "vllm_hybrid_kv"
+BUILT_IN = "built in"
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+HOOK_OF_SETTING = {
+    "unify_page_sizes": "hybrid_kv_unify_page_sizes",
+    "token_capacity_groups": "hybrid_kv_token_capacity_groups",
+    "coordinator": "hybrid_kv_make_coordinator",
+    "prefix_match_unit": "hybrid_kv_prefix_match_unit",
+}
+
+
+class Specifications:
+    """What a strategy may implement. Every function is called with keyword arguments."""
+
+    @hookspec(firstresult=True)
+    def hybrid_kv_unify_page_sizes(
+        self,
+        vllm_config: VllmConfig | None,
+        kv_cache_spec: dict[str, KVCacheSpec],
+        stock: Callable[[dict[str, KVCacheSpec]], dict[str, KVCacheSpec]],
+    ) -> dict[str, KVCacheSpec] | None:
+        """Give the layers of a model pages of one size.
+
+        Called while the KV cache is planned, for a model whose layers differ in kind, in a cache
+        layout that keeps a layer's pages together (others need no equal pages). Answer with a
+        spec for every layer: all pages of the same number of bytes, and no page and no block size
+        smaller than it was. A page grows by more tokens per block (`block_size`) or, for states
+        and for attention that is not MLA, by padding (`page_size_padded`, bytes). To give up
+        raise NotImplementedError: vLLM then tries to allocate every layer in full, and stops
+        where it cannot.
+
+        Args:
+            vllm_config: The engine's configuration, or None where vLLM plans without one.
+            kv_cache_spec: The spec of every layer by the layer's name. Not to be changed.
+            stock: vLLM's own rule.
+
+        Returns:
+            The specs of all layers, or None to leave it to vLLM.
+        """
+
+    @hookspec(firstresult=True)
+    def hybrid_kv_token_capacity_groups(
+        self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+    ) -> list[KVCacheGroupSpec] | None:
+        """Choose the KV groups that the reported number of cached tokens counts.
+
+        Called once per engine, after planning. vLLM logs the number as "KV cache size", in
+        tokens, and publishes it in its metrics; what is allocated does not depend on it, nor does
+        the concurrency logged beside it. At least one group chosen must be on the device.
+
+        Args:
+            vllm_config: The engine's configuration.
+            kv_cache_config: The plan.
+
+        Returns:
+            Some of `kv_cache_config.kv_cache_groups`, or None for all.
+        """
+
+    @hookspec(firstresult=True)
+    def hybrid_kv_make_coordinator(
+        self,
+        kv_cache_config: KVCacheConfig,
+        factory_args: Mapping[str, Any],
+        stock: Callable[..., KVCacheCoordinator],
+    ) -> KVCacheCoordinator | None:
+        """Make the coordinator of the KV cache managers of all groups.
+
+        Called whenever vLLM makes one: in the scheduler, and in KV connectors that keep blocks
+        of their own. vLLM treats a model as hybrid in some places where the coordinator is a
+        `HybridKVCacheCoordinator`.
+
+        Args:
+            kv_cache_config: The plan, also in `factory_args`.
+            factory_args: All arguments of vLLM's factory by name, defaults included. Versions of
+                vLLM differ in them, so that they come as one mapping; `stock(**factory_args)` and
+                `MyCoordinator(**factory_args)` are what it is for. Not to be changed.
+            stock: vLLM's own factory.
+
+        Returns:
+            A `KVCacheCoordinator`, or None to leave it to vLLM.
+        """
+
+    @hookspec(firstresult=True)
+    def hybrid_kv_prefix_match_unit(
+        self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+    ) -> int | None:
+        """Choose the number of tokens by which prefixes are hashed and matched.
+
+        Called wherever vLLM resolves its block sizes, which is in several processes: the answer
+        may depend on the arguments alone. Not called where the user chose a unit with
+        `--prefix-match-unit`.
+
+        Args:
+            vllm_config: The engine's configuration.
+            kv_cache_config: The plan.
+
+        Returns:
+            A number of tokens that divides the block size of every group with a prefix cache,
+            or None to leave it to vLLM.
+        """
+
+
+class Stock:
+    """vLLM's own rules, the strategy `stock` of every hook."""
+
+    @hookimpl
+    def hybrid_kv_unify_page_sizes(
+        self, kv_cache_spec: dict[str, KVCacheSpec], stock: Callable[..., Any]
+    ) -> dict[str, KVCacheSpec]:
+        """Grow blocks where pages divide the largest, and pad where they do not."""
+        unified: dict[str, KVCacheSpec] = stock(kv_cache_spec)
+        return unified
+
+    @hookimpl
+    def hybrid_kv_token_capacity_groups(
+        self, kv_cache_config: KVCacheConfig
+    ) -> list[KVCacheGroupSpec]:
+        """Count every group."""
+        return list(kv_cache_config.kv_cache_groups)
+
+    @hookimpl
+    def hybrid_kv_make_coordinator(
+        self, factory_args: Mapping[str, Any], stock: Callable[..., KVCacheCoordinator]
+    ) -> KVCacheCoordinator:
+        """Make the coordinator that vLLM would."""
+        return stock(**factory_args)
+
+    @hookimpl
+    def hybrid_kv_prefix_match_unit(self, vllm_config: VllmConfig) -> int | None:
+        """Take the unit that the user chose; None, the greatest common divisor of the blocks."""
+        unit: int | None = vllm_config.cache_config.prefix_match_unit
+        return unit
+
+
+class Strategies:
+    """The plugins of this process by name, and the calls to the ones that settings pick."""
+
+    def __init__(self, built_in: Mapping[str, object]) -> None:
+        """Register the built-in strategies beside `stock`.
+
+        Args:
+            built_in: Plugins by name.
+        """
+        self._manager = pluggy.PluginManager(PROJECT)
+        self._manager.add_hookspecs(Specifications)
+        self._origin: dict[str, str] = {}
+        for name, plugin in {"stock": Stock(), **built_in}.items():
+            self.add(name, plugin, BUILT_IN)
+
+    def add(self, name: str, plugin: object, origin: str) -> None:
+        """Register one plugin.
+
+        Args:
+            name: What settings call it.
+            plugin: An object or a module with hook implementations.
+            origin: Who brings it, for messages: a package and its version.
+
+        Raises:
+            HybridKVStrategyError: The name is taken, or the plugin does not fit the hooks.
+        """
+        who = f"strategy {name!r} (from {origin})"
+        if name in self._origin:
+            raise HybridKVStrategyError(
+                f"{who}: there already is one of that name, {self._origin[name]}; uninstall one "
+                "or rename the entry point"
+            )
+        if inspect.isclass(plugin):
+            raise HybridKVStrategyError(
+                f"{who} is the class {plugin.__qualname__}; register an instance or a module"
+            )
+        try:
+            self._manager.register(plugin, name)
+            self._manager.check_pending()
+        except (pluggy.PluginValidationError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise HybridKVStrategyError(f"{who} does not fit the hooks: {reason}") from error
+        if not self._manager.get_hookcallers(plugin):
+            raise HybridKVStrategyError(
+                f"{who} implements no hook; mark one of {', '.join(HOOK_OF_SETTING.values())} "
+                "with vllm_hybrid_kv.hookimpl"
+            )
+        self._origin[name] = origin
+
+    def discover(self) -> None:
+        """Register the strategies of other packages.
+
+        Raises:
+            HybridKVStrategyError: One cannot be imported or registered; names its package.
+        """
+        for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+            package = entry_point.dist
+            origin = f"{package.name} {package.version}" if package else entry_point.value
+            try:
+                plugin = entry_point.load()
+            except Exception as error:
+                raise HybridKVStrategyError(
+                    f"strategy {entry_point.name!r} (from {origin}): {entry_point.value} cannot "
+                    f"be imported: {type(error).__name__}: {error}"
+                ) from error
+            self.add(entry_point.name, plugin, origin)
+
+    def available(self, setting: str) -> list[str]:
+        """Return the names that a setting may have."""
+        implementations = getattr(self._manager.hook, HOOK_OF_SETTING[setting]).get_hookimpls()
+        return sorted(implementation.plugin_name for implementation in implementations)
+
+    def check(self, settings: Settings) -> None:
+        """Check that every strategy picked exists.
+
+        Raises:
+            HybridKVSettingsError: One does not; lists those that do.
+        """
+        problems = []
+        for setting in HOOK_OF_SETTING:
+            available = self.available(setting)
+            if (name := getattr(settings, setting)) not in available:
+                listed = ", ".join(
+                    choice
+                    if self._origin[choice] == BUILT_IN
+                    else f"{choice} (from {self._origin[choice]})"
+                    for choice in available
+                )
+                problems.append(
+                    f"{setting}={name!r} (from {settings.source(setting)}) is not valid: no such "
+                    f"strategy; available: {listed}"
+                )
+        if problems:
+            raise HybridKVSettingsError("; ".join(problems))
+
+    def describe(self, settings: Settings) -> str:
+        """Return the strategies picked in a form for logs."""
+        return ", ".join(f"{setting}={getattr(settings, setting)}" for setting in HOOK_OF_SETTING)
+
+    def who(self, setting: str, settings: Settings) -> str:
+        """Name the strategy picked in a form for messages, with the package it comes from."""
+        name = getattr(settings, setting)
+        return f"{setting} strategy {name!r} (from {self._origin[name]})"
+
+    def ask(self, setting: str, settings: Settings, **arguments: Any) -> Any:
+        """Call the strategy that a setting picks.
+
+        Args:
+            setting: A key of `HOOK_OF_SETTING`.
+            settings: The engine's settings, checked before.
+            **arguments: What the hook's specification lists.
+
+        Returns:
+            Its answer, not checked; None where it passes.
+
+        Raises:
+            NotImplementedError: As the strategy raised it.
+            HybridKVStrategyError: A strategy of another package failed.
+        """
+        hook, name = HOOK_OF_SETTING[setting], getattr(settings, setting)
+        others = [plugin for other, plugin in self._manager.list_name_plugin() if other != name]
+        try:
+            return self._manager.subset_hook_caller(hook, others)(**arguments)
+        except (NotImplementedError, HybridKVStrategyError):
+            raise
+        except Exception as error:
+            if self._origin[name] == BUILT_IN:
+                raise
+            raise HybridKVStrategyError(
+                f"{self.who(setting, settings)} failed in {hook}: {type(error).__name__}: {error}"
+            ) from error

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The entry point: checks the version, applies the seams, says what is active.
+
+vLLM imports this module and calls `register` in every process, before it knows the engine's
+configuration. Whatever is needed beyond the standard library is imported when it is called.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from vllm_hybrid_kv import INSTALL_VLLM
+from vllm_hybrid_kv.errors import (
+    HybridKVError,
+    HybridKVFingerprintError,
+    HybridKVVersionError,
+)
+from vllm_hybrid_kv.version import __version__
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_hybrid_kv.seams.base import Applied
+    from vllm_hybrid_kv.settings import Settings
+
+NAME = "hybrid_kv"
+
+_applied: Applied | None = None
+_left_alone = False
+_announced: set[tuple[int, str]] = set()
+
+
+def register() -> None:
+    """Make the plugin active in this process. Calling it again does no harm.
+
+    On a vLLM that the plugin does not know it warns once and changes nothing, unless the user
+    named it in `VLLM_PLUGINS`.
+
+    Raises:
+        HybridKVError: A setting is not valid, another plugin is in the way, or the plugin was
+            named in `VLLM_PLUGINS` and does not know this vLLM. vLLM lets it through, so that
+            start-up stops. In the process of a `vllm` command it is a SystemExit with the
+            message.
+        ImportError: vLLM is not installed.
+    """
+    global _applied, _left_alone
+    if _applied is not None:
+        _applied.verify()
+        return
+    if _left_alone:
+        return
+    try:
+        try:
+            _applied = _activate()
+        except (HybridKVVersionError, HybridKVFingerprintError) as error:
+            if NAME in os.environ.get("VLLM_PLUGINS", "").split(","):
+                raise
+            _left_alone = True
+            _logger().warning(
+                "%s. The plugin is inactive and vLLM is unchanged. Set VLLM_PLUGINS=%s to stop "
+                "start-up instead.",
+                error,
+                NAME,
+            )
+    except HybridKVError as error:
+        _stop(error)
+
+
+def applied() -> Applied | None:
+    """Return the seams that are in force in this process, or None where the plugin is inactive."""
+    return _applied
+
+
+def _activate() -> Applied:
+    try:
+        from vllm.version import __version__ as vllm_version
+        from vllm.version import __version_tuple__ as version_tuple
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{NAME}: {INSTALL_VLLM}") from error
+    from vllm_hybrid_kv.seams import ADAPTERS, SUPPORTED, seams_for
+
+    minor = tuple(version_tuple[:2])
+    if minor not in ADAPTERS:
+        raise HybridKVVersionError(
+            f"{NAME} {__version__} supports vLLM {SUPPORTED}, this is vLLM {vllm_version}; "
+            "install one of them, or a vllm-hybrid-kv for this one"
+        )
+
+    import vllm.platforms
+
+    from vllm_hybrid_kv.attention.refusal import CACHE_DTYPE
+    from vllm_hybrid_kv.hooks import Strategies
+    from vllm_hybrid_kv.planning.capacity import AllGroups, GrowingGroups
+    from vllm_hybrid_kv.planning.page_sizes import LeastCommonMultiple
+    from vllm_hybrid_kv.seams import base
+    from vllm_hybrid_kv.seams.context import Context
+
+    strategies = Strategies(
+        {"lcm": LeastCommonMultiple(), "all": AllGroups(), "growing": GrowingGroups()}
+    )
+    strategies.discover()
+    platform = vllm.platforms.current_platform
+
+    def announce(vllm_config: VllmConfig, settings: Settings) -> None:
+        device = platform.device_type or "unspecified device"
+        dtype = vllm_config.cache_config.cache_dtype
+        if dtype != CACHE_DTYPE:
+            kernels = f"none for cache dtype {dtype}"
+        elif context.on_cpu:
+            kernels = f"cpu:{settings.kernel_isa()}"
+        else:
+            kernels = "vLLM's own, there are none for this device yet"
+        line = (
+            f"{NAME} {__version__} active on vLLM {vllm_version} ({device}): "
+            f"{strategies.describe(settings)}, kernels={kernels}"
+        )
+        if (os.getpid(), line) not in _announced:
+            _announced.add((os.getpid(), line))
+            _logger().info("%s", line)
+
+    context = Context(
+        strategies=strategies, on_cpu=bool(platform.is_cpu()), announce=announce, stop=_stop
+    )
+    # The environment's part of the settings is known before any configuration is.
+    context.check(None)
+    try:
+        return base.apply(seams_for((int(minor[0]), int(minor[1])), context))
+    except HybridKVFingerprintError as error:
+        raise HybridKVFingerprintError(
+            f"{NAME} {__version__} does not know this vLLM {vllm_version}: {error}. It may be "
+            "patched, by hand or by another plugin"
+        ) from None
+
+
+def _logger() -> Any:
+    from vllm.logger import init_logger
+
+    # Below `vllm`, whose handlers vLLM configures.
+    return init_logger(f"vllm.{NAME}")
+
+
+def _stop(error: HybridKVError) -> NoReturn:
+    """End start-up: in a process of vLLM's command line with the message alone, else raise."""
+    main = getattr(sys.modules.get("__main__"), "__spec__", None)
+    command_line = "vllm.entrypoints.cli.main" in sys.modules or (
+        main is not None and main.name.startswith("vllm.")
+    )
+    if command_line and not _is_child():
+        raise SystemExit(f"{NAME}: {error}") from None
+    raise error
+
+
+def _is_child() -> bool:
+    import multiprocessing
+
+    return multiprocessing.parent_process() is not None

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an adapter knows of its vLLM minor, and the seams that follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm_hybrid_kv.seams import attention, configuration, coordination, planning
+from vllm_hybrid_kv.seams.base import Seam, Target
+from vllm_hybrid_kv.seams.context import Context
+
+
+@dataclass(frozen=True)
+class Known:
+    """Where one vLLM minor has what the seams rebind, and what it must look like.
+
+    Attributes:
+        get_groups: Splits layers into KV groups.
+        unify: Makes page sizes equal.
+        get_capacity: Computes the reported capacity.
+        make_coordinator: Makes the coordinator.
+        resolve_block_sizes: Computes the scheduler's and the hashes' block size.
+        create_engine_config: Makes the configuration from the arguments.
+        init_worker: Initialises any worker.
+        validate_environ: Warns of unknown variables.
+        get_attn_backend_cls: Selects an attention backend on CPUs.
+        cpu_refuses_dtypes: Whether the CPU platform refuses cache dtypes that it cannot store.
+    """
+
+    get_groups: Target
+    unify: Target
+    get_capacity: Target
+    make_coordinator: Target
+    resolve_block_sizes: Target
+    create_engine_config: Target
+    init_worker: Target
+    validate_environ: Target
+    get_attn_backend_cls: Target
+    cpu_refuses_dtypes: bool
+
+
+def build(context: Context, known: Known) -> list[Seam]:
+    """Return the seams of a minor, not applied.
+
+    Away from CPUs vLLM's own TURBOQUANT backend stays, for ours has no kernels there.
+    """
+    seams = [
+        configuration.settings_seam(context, known.create_engine_config, known.init_worker),
+        configuration.known_variables_seam(known.validate_environ),
+        planning.page_size_seam(context, known.get_groups, known.unify),
+        planning.capacity_seam(context, known.get_capacity),
+        coordination.coordinator_seam(context, known.make_coordinator),
+        coordination.prefix_match_unit_seam(context, known.resolve_block_sizes),
+    ]
+    if context.on_cpu:
+        seams += [
+            attention.registration_seam(),
+            attention.selection_seam(
+                known.get_attn_backend_cls, stock_refuses=known.cpu_refuses_dtypes
+            ),
+        ]
+    return seams

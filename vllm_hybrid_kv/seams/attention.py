@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seams that put our attention backend in the place of vLLM's TURBOQUANT on CPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import vllm.platforms
+from vllm.logger import init_logger
+from vllm.v1.attention import selector
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+from vllm_hybrid_kv.attention.refusal import CACHE_DTYPE, UnsupportedLayerError, refuse_selection
+from vllm_hybrid_kv.errors import HybridKVError
+from vllm_hybrid_kv.kernels import k8v4
+from vllm_hybrid_kv.seams.base import Edit, MethodRebinding, Notice, Seam, Target
+
+logger = init_logger("vllm.hybrid_kv.attention")
+
+BACKEND_PATH = "vllm_hybrid_kv.attention.backend.K8V4AttentionBackend"
+
+
+class BackendRegistration(Edit):
+    """Registers our backend class under vLLM's name TURBOQUANT."""
+
+    def problems(self) -> list[str]:
+        """Check that nobody else has the name, and that stock's slots are as large as ours."""
+        backend = AttentionBackendEnum.TURBOQUANT
+        if backend.is_overridden():
+            return [f"the backend {backend.name} already is {backend.get_path()}"]
+        return slot_size_problems()
+
+    def apply(self) -> None:
+        """Register."""
+        register_backend(AttentionBackendEnum.TURBOQUANT, BACKEND_PATH)
+
+    def failures(self) -> list[str]:
+        """Check what vLLM would load."""
+        path = AttentionBackendEnum.TURBOQUANT.get_path()
+        return [] if path == BACKEND_PATH else [f"the backend TURBOQUANT is {path}"]
+
+    def undo(self) -> None:
+        """Give the name back to vLLM's own backend."""
+        AttentionBackendEnum.TURBOQUANT.clear_override()
+
+    def __str__(self) -> str:
+        return "AttentionBackendEnum.TURBOQUANT"
+
+
+def slot_size_problems() -> list[str]:
+    """Say where vLLM would plan other slots than the k8v4 format has.
+
+    vLLM asks its own TurboQuant backend for the bytes of a slot when it aligns the blocks of
+    hybrid models, whatever backend is registered. While both agree no seam is needed there.
+    """
+    import torch
+    from vllm.v1.attention.backends.turboquant_attn import TurboQuantAttentionBackend
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode
+
+    problems = []
+    for head_size in range(k8v4.MIN_HEAD_SIZE, k8v4.MAX_HEAD_SIZE + 1, k8v4.HEAD_SIZE_MULTIPLE):
+        spec = FullAttentionSpec(
+            block_size=1,
+            num_kv_heads=1,
+            head_size=head_size,
+            dtype=torch.uint8,
+            kv_quant_mode=KVQuantMode.TURBOQUANT_K8V4,
+        )
+        stock = TurboQuantAttentionBackend.customize_spec(spec).page_size_bytes
+        if stock != (ours := k8v4.slot_bytes(head_size)):
+            problems.append(
+                f"vLLM plans {stock} bytes for a slot of head size {head_size}, k8v4 has {ours}"
+            )
+    return problems
+
+
+class ClearedSelection(Edit):
+    """Makes vLLM forget which backends it selected before the plugin was there."""
+
+    def problems(self) -> list[str]:
+        """Check that the cache is there to be cleared."""
+        if not hasattr(selector._cached_get_attn_backend, "cache_clear"):
+            return [f"{self} has no cache"]
+        return []
+
+    def apply(self) -> None:
+        """Forget what vLLM selected."""
+        selector._cached_get_attn_backend.cache_clear()
+
+    def failures(self) -> list[str]:
+        """Nothing can fail: the cache fills with what the seams select."""
+        return []
+
+    def undo(self) -> None:
+        """Forget what the seams selected."""
+        selector._cached_get_attn_backend.cache_clear()
+
+    def __str__(self) -> str:
+        return "vllm.v1.attention.selector._cached_get_attn_backend"
+
+
+def registration_seam() -> Seam:
+    """Register our backend."""
+    return Seam(
+        "attention_backend",
+        Notice(
+            replaces="the class behind AttentionBackendEnum.TURBOQUANT",
+            why="vLLM's own has no CPU kernels; register_backend is vLLM's way to replace one",
+            upstream="vllm-project/vllm#49465 (TurboQuant on CPUs)",
+            until="vLLM serves turboquant_k8v4 on CPUs as fast",
+        ),
+        [BackendRegistration()],
+    )
+
+
+def selection_seam(get_attn_backend_cls: Target, *, stock_refuses: bool) -> Seam:
+    """Select our backend for k8v4 layers on CPUs.
+
+    Args:
+        get_attn_backend_cls: `CpuPlatform.get_attn_backend_cls`.
+        stock_refuses: Whether vLLM itself refuses cache dtypes that its CPU backend cannot store.
+    """
+
+    def make(original: Any) -> Any:
+        def replacement(
+            cls: type,
+            selected_backend: AttentionBackendEnum | None,
+            attn_selector_config: Any,
+            num_heads: int | None = None,
+        ) -> str:
+            dtype = attn_selector_config.kv_cache_dtype
+            if dtype == CACHE_DTYPE:
+                return _select(selected_backend, attn_selector_config)
+            if not stock_refuses and str(dtype).startswith("turboquant_"):
+                raise HybridKVError(
+                    f"--kv-cache-dtype {dtype} has no CPU kernels and vLLM would compute nonsense "
+                    f"with it; use {CACHE_DTYPE}, fp8 or auto"
+                )
+            path: str = original(cls, selected_backend, attn_selector_config, num_heads)
+            return path
+
+        return replacement
+
+    return Seam(
+        "backend_selection",
+        Notice(
+            replaces="CpuPlatform.get_attn_backend_cls for layers with a turboquant cache",
+            why="it knows one backend; for k8v4 0.32 runs it on the wrong bytes, 0.33 refuses",
+            upstream="vllm-project/vllm#49465 (TurboQuant on CPUs)",
+            until="CPU platforms select among registered backends by their supports_* methods",
+        ),
+        [
+            MethodRebinding(
+                get_attn_backend_cls, make, seen_from=lambda: type(vllm.platforms.current_platform)
+            ),
+            ClearedSelection(),
+        ],
+    )
+
+
+def _select(selected_backend: AttentionBackendEnum | None, attn_selector_config: Any) -> str:
+    reason = refuse_selection(attn_selector_config)
+    if reason is not None:
+        raise UnsupportedLayerError(reason)
+    if selected_backend not in (None, AttentionBackendEnum.TURBOQUANT):
+        # As vLLM does on CPUs, where it sets the option itself in some modes.
+        logger.info("Cannot use %s backend for a %s cache on CPU.", selected_backend, CACHE_DTYPE)
+    return AttentionBackendEnum.TURBOQUANT.get_path()

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seams that let strategies coordinate prefix caching over several KV groups."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from vllm_hybrid_kv.coordinator.answers import check_coordinator, check_prefix_match_unit
+from vllm_hybrid_kv.errors import HybridKVStrategyError
+from vllm_hybrid_kv.seams.base import FunctionRebinding, Notice, Seam, Target
+from vllm_hybrid_kv.settings import current_settings
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from vllm_hybrid_kv.seams.context import Context
+
+
+def coordinator_seam(context: Context, factory: Target) -> Seam:
+    """Let a strategy make the coordinator.
+
+    Args:
+        context: The process's.
+        factory: `get_kv_cache_coordinator`.
+    """
+
+    def make(original: Any) -> Any:
+        signature = inspect.signature(original)
+
+        def get_kv_cache_coordinator(*args: Any, **kwargs: Any) -> Any:
+            # The factory is not told the engine's configuration. Its settings are in force since
+            # the KV cache was planned.
+            settings = current_settings()
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            coordinator = context.strategies.ask(
+                "coordinator",
+                settings,
+                kv_cache_config=bound.arguments["kv_cache_config"],
+                factory_args=dict(bound.arguments),
+                stock=original,
+            )
+            if coordinator is None:
+                return original(*args, **kwargs)
+            check_coordinator(coordinator, context.strategies.who("coordinator", settings))
+            return coordinator
+
+        return get_kv_cache_coordinator
+
+    return Seam(
+        "coordinator",
+        Notice(
+            replaces="get_kv_cache_coordinator",
+            why="the choice of coordinator class is fixed in it",
+            upstream="vllm-project/vllm#31707 (prefix caching over any mix of groups)",
+            until="the coordinator class can be configured as the scheduler class can",
+        ),
+        [FunctionRebinding(factory, make)],
+    )
+
+
+def prefix_match_unit_seam(context: Context, resolve_block_sizes: Target) -> Seam:
+    """Let a strategy choose the prefix match unit where the user did not.
+
+    Args:
+        context: The process's.
+        resolve_block_sizes: `resolve_kv_cache_block_sizes`.
+    """
+
+    def make(original: Any) -> Any:
+        def resolve_kv_cache_block_sizes(
+            kv_cache_config: KVCacheConfig, vllm_config: VllmConfig
+        ) -> tuple[int, int]:
+            settings = context.adopt(vllm_config)
+            cache_config = vllm_config.cache_config
+            unit = None
+            if cache_config.prefix_match_unit is None:
+                unit = context.strategies.ask(
+                    "prefix_match_unit",
+                    settings,
+                    vllm_config=vllm_config,
+                    kv_cache_config=kv_cache_config,
+                )
+            if unit is None:
+                sizes: tuple[int, int] = original(kv_cache_config, vllm_config)
+                return sizes
+            who = context.strategies.who("prefix_match_unit", settings)
+            check_prefix_match_unit(unit, who)
+            # vLLM reads the unit from the configuration and checks it. It is taken out again so
+            # that the next call does not take it for the user's choice.
+            cache_config.prefix_match_unit = unit
+            try:
+                sizes = original(kv_cache_config, vllm_config)
+            except ValueError as error:
+                layers = ", ".join(
+                    f"{group.layer_names[0]}: {group.kv_cache_spec.block_size}"
+                    for group in kv_cache_config.kv_cache_groups
+                    if group.layer_names
+                )
+                raise HybridKVStrategyError(
+                    f"{who} answered {unit} tokens, which vLLM refuses: {error} "
+                    f"(block sizes by first layer of each group: {layers})"
+                ) from error
+            finally:
+                cache_config.prefix_match_unit = None
+            return sizes
+
+        return resolve_kv_cache_block_sizes
+
+    return Seam(
+        "prefix_match_unit",
+        Notice(
+            replaces="resolve_kv_cache_block_sizes",
+            why="the unit must be known before the groups are unless it is chosen here",
+            upstream="vllm-project/vllm#40696 and #53749 (prompts shorter than a block never hit)",
+            until="vLLM chooses a unit that hits where block sizes are large",
+        ),
+        [FunctionRebinding(resolve_block_sizes, make)],
+    )

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seams that let strategies plan: page sizes and reported capacity."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from vllm_hybrid_kv.planning.capacity import check_capacity_groups
+from vllm_hybrid_kv.planning.page_sizes import check_page_sizes
+from vllm_hybrid_kv.seams.base import FunctionRebinding, Notice, Seam, Target
+from vllm_hybrid_kv.settings import current_settings
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec
+
+    from vllm_hybrid_kv.seams.context import Context
+
+# unify_kv_cache_spec_page_size gets the specs alone; get_kv_cache_groups, which calls it, has the
+# configuration that strategies are promised.
+_planned_for: ContextVar[VllmConfig | None] = ContextVar("planned_for", default=None)
+
+
+def page_size_seam(context: Context, get_groups: Target, unify: Target) -> Seam:
+    """Let a strategy unify page sizes.
+
+    Args:
+        context: The process's.
+        get_groups: `get_kv_cache_groups`.
+        unify: `unify_kv_cache_spec_page_size`.
+    """
+
+    def make_groups(original: Any) -> Any:
+        def get_kv_cache_groups(
+            vllm_config: VllmConfig, kv_cache_spec: dict[str, KVCacheSpec]
+        ) -> list[KVCacheGroupSpec]:
+            context.adopt(vllm_config)
+            token = _planned_for.set(vllm_config)
+            try:
+                groups: list[KVCacheGroupSpec] = original(vllm_config, kv_cache_spec)
+            finally:
+                _planned_for.reset(token)
+            return groups
+
+        return get_kv_cache_groups
+
+    def make_unify(original: Any) -> Any:
+        def unify_kv_cache_spec_page_size(
+            kv_cache_spec: dict[str, KVCacheSpec],
+        ) -> dict[str, KVCacheSpec]:
+            settings = current_settings()
+            before = dict(kv_cache_spec)
+            unified: dict[str, KVCacheSpec] | None = context.strategies.ask(
+                "unify_page_sizes",
+                settings,
+                vllm_config=_planned_for.get(),
+                kv_cache_spec=kv_cache_spec,
+                stock=original,
+            )
+            if unified is None:
+                unified = original(kv_cache_spec)
+            check_page_sizes(before, unified, context.strategies.who("unify_page_sizes", settings))
+            return unified
+
+        return unify_kv_cache_spec_page_size
+
+    return Seam(
+        "page_sizes",
+        Notice(
+            replaces="unify_kv_cache_spec_page_size, and get_kv_cache_groups around it",
+            why="grouping calls it by name; 0.33's KVCacheConfigBuilder replaces all of grouping",
+            upstream="vllm-project/vllm#40128 (pages that do not divide)",
+            until="the rule can be chosen, or pads no more than needed",
+        ),
+        [FunctionRebinding(get_groups, make_groups), FunctionRebinding(unify, make_unify)],
+    )
+
+
+def capacity_seam(context: Context, get_capacity: Target) -> Seam:
+    """Let a strategy choose the groups that the reported token capacity counts.
+
+    Args:
+        context: The process's.
+        get_capacity: `get_kv_cache_capacity`.
+    """
+
+    def make(original: Any) -> Any:
+        def get_kv_cache_capacity(
+            vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+        ) -> tuple[int, float]:
+            settings = context.adopt(vllm_config)
+            tokens, concurrency = original(vllm_config, kv_cache_config)
+            groups = context.strategies.ask(
+                "token_capacity_groups",
+                settings,
+                vllm_config=vllm_config,
+                kv_cache_config=kv_cache_config,
+            )
+            if groups is None:
+                return tokens, concurrency
+            who = context.strategies.who("token_capacity_groups", settings)
+            check_capacity_groups(kv_cache_config, groups, who)
+            if len(groups) < len(kv_cache_config.kv_cache_groups):
+                # The concurrency stays that of all groups: a request needs blocks of each.
+                tokens, _ = original(
+                    vllm_config, replace(kv_cache_config, kv_cache_groups=list(groups))
+                )
+            return tokens, concurrency
+
+        return get_kv_cache_capacity
+
+    return Seam(
+        "token_capacity",
+        Notice(
+            replaces="get_kv_cache_capacity",
+            why="which groups count is fixed in it",
+            upstream="vllm-project/vllm#40384 and #40417 (groups that do not grow)",
+            until="vLLM reports the tokens that fit, not those of requests of the longest length",
+        ),
+        [FunctionRebinding(get_capacity, make)],
+    )

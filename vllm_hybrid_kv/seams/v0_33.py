@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM 0.33. Planning has a module of its own, and the CPU platform refuses cache dtypes."""
+
+from __future__ import annotations
+
+from vllm_hybrid_kv.seams.adapter import Known, build
+from vllm_hybrid_kv.seams.base import Fingerprint, Seam, Target
+from vllm_hybrid_kv.seams.context import Context
+
+KNOWN = Known(
+    get_groups=Target(
+        "vllm.v1.core.kv_cache_planning",
+        "get_kv_cache_groups",
+        Fingerprint("(vllm_config, kv_cache_spec)", "abb09ca9630ec32c"),
+    ),
+    unify=Target(
+        "vllm.v1.core.kv_cache_planning",
+        "unify_kv_cache_spec_page_size",
+        Fingerprint("(kv_cache_spec)", "607c52c16b200bb1"),
+    ),
+    get_capacity=Target(
+        "vllm.v1.core.kv_cache_utils",
+        "get_kv_cache_capacity",
+        Fingerprint("(vllm_config, kv_cache_config)", "81cbcc96abc5fcc6"),
+    ),
+    make_coordinator=Target(
+        "vllm.v1.core.kv_cache_coordinator",
+        "get_kv_cache_coordinator",
+        Fingerprint(
+            "(kv_cache_config, max_model_len, max_in_flight_tokens, use_eagle, "
+            "enable_caching, enable_kv_cache_events, dcp_world_size, pcp_world_size, "
+            "scheduler_block_size, hash_block_size, metrics_collector=None, "
+            "num_hash_lookahead_tokens=0, num_prefill_lookahead=0, "
+            "allow_partial_hash_hits=True)",
+            "2294e5b6fadd7d11",
+        ),
+    ),
+    resolve_block_sizes=Target(
+        "vllm.v1.core.kv_cache_utils",
+        "resolve_kv_cache_block_sizes",
+        Fingerprint("(kv_cache_config, vllm_config)", "eec76ee7844aa155"),
+    ),
+    create_engine_config=Target(
+        "vllm.engine.arg_utils",
+        "EngineArgs.create_engine_config",
+        Fingerprint("(self, usage_context=None, headless=False)", "3e19b2ef611bdae8"),
+    ),
+    init_worker=Target(
+        "vllm.v1.worker.worker_base",
+        "WorkerBase.__init__",
+        Fingerprint(
+            "(self, vllm_config, local_rank, rank, distributed_init_method, "
+            "is_driver_worker=False)",
+            "20f92c08edc2ca06",
+        ),
+    ),
+    validate_environ=Target(
+        "vllm.platforms.interface",
+        "Platform.validate_environ",
+        Fingerprint("(cls, hard_fail)", "4e0b7df82b309d73"),
+    ),
+    get_attn_backend_cls=Target(
+        "vllm.platforms.cpu",
+        "CpuPlatform.get_attn_backend_cls",
+        Fingerprint(
+            "(cls, selected_backend, attn_selector_config, num_heads=None)", "91da3a4d6e0ad421"
+        ),
+    ),
+    cpu_refuses_dtypes=True,
+)
+
+
+def seams(context: Context) -> list[Seam]:
+    """Return this minor's seams, not applied."""
+    return build(context, KNOWN)

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings: one typed model, filled from the command line and the environment.
+
+    vllm serve MODEL --additional-config '{"hybrid_kv": {"unify_page_sizes": "lcm"}}'
+    VLLM_HYBRID_KV_UNIFY_PAGE_SIZES=lcm vllm serve MODEL
+
+The environment wins. An unknown name or a bad value stops start-up.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+
+from vllm_hybrid_kv.errors import HybridKVSettingsError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+SECTION = "hybrid_kv"
+"""The key of our settings in vLLM's `--additional-config`."""
+
+ENVIRONMENT_PREFIX = "VLLM_HYBRID_KV_"
+"""What the environment's names start with; the field in capitals follows."""
+
+FROM_DEFAULT = "default"
+FROM_CONFIG = "--additional-config"
+
+StrategyName = Annotated[str, Field(min_length=1)]
+
+
+class Settings(BaseModel):
+    """What a user can choose. The strategies are names that `hooks.py` resolves.
+
+    Attributes:
+        unify_page_sizes: Makes the pages of all layers one size.
+        token_capacity_groups: Chooses the KV groups that the reported capacity counts.
+        coordinator: Makes the KV cache coordinator.
+        prefix_match_unit: Chooses how finely prefixes are matched, in tokens.
+        debug: Whether the kernels check block tables and slots before they use them.
+        cpu_isa: The instructions that the CPU kernels use; `auto` for the fastest there are.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    unify_page_sizes: StrategyName = "stock"
+    token_capacity_groups: StrategyName = "all"
+    coordinator: StrategyName = "stock"
+    prefix_match_unit: StrategyName = "stock"
+    debug: bool = False
+    cpu_isa: Literal["auto", "amx", "avx512_bf16", "portable"] = "auto"
+
+    _sources: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def source(self, field: str) -> str:
+        """Say where a field's value came from: the default, the command line or a variable."""
+        return self._sources.get(field, FROM_DEFAULT)
+
+    def kernel_isa(self) -> str:
+        """Return the CPU kernels' instructions: what `cpu_isa` asks for, or the fastest.
+
+        Raises:
+            HybridKVSettingsError: This CPU lacks what was asked for.
+        """
+        from vllm_hybrid_kv.kernels.cpu import isa
+
+        if self.cpu_isa == "auto":
+            return isa.available()[-1]
+        if self.cpu_isa not in isa.available():
+            raise HybridKVSettingsError(
+                f"cpu_isa={self.cpu_isa!r} (from {self.source('cpu_isa')}) is not possible on "
+                f"this CPU: choose auto or one of {', '.join(isa.available())}"
+            )
+        return self.cpu_isa
+
+
+def environment_name(field: str) -> str:
+    """Return the environment variable of a field."""
+    return ENVIRONMENT_PREFIX + field.upper()
+
+
+def resolve(additional_config: object, environment: Mapping[str, str] | None = None) -> Settings:
+    """Build the settings of one engine.
+
+    Args:
+        additional_config: vLLM's `VllmConfig.additional_config`. Where it is not a mapping (vLLM
+            allows any hashable object) it holds no settings of ours.
+        environment: The environment; this process's own where None. An empty value counts as
+            unset.
+
+    Raises:
+        HybridKVSettingsError: A name is unknown or a value is not valid; lists the valid ones.
+    """
+    if environment is None:
+        environment = os.environ
+    section = _section_of(additional_config)
+    variables = {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(ENVIRONMENT_PREFIX) and value
+    }
+    fields = tuple(Settings.model_fields)
+    field_of_variable = {environment_name(field): field for field in fields}
+    problems = []
+    if unknown := sorted(set(section) - set(fields)):
+        problems.append(
+            f"unknown setting {', '.join(map(repr, unknown))} in {FROM_CONFIG} "
+            f"{SECTION!r}; valid: {', '.join(fields)}"
+        )
+    if unknown := sorted(set(variables) - set(field_of_variable)):
+        problems.append(
+            f"unknown environment variable {', '.join(unknown)}; "
+            f"valid: {', '.join(field_of_variable)}"
+        )
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for field in fields:
+        variable = environment_name(field)
+        if variable in variables:
+            values[field], sources[field] = variables[variable], variable
+        elif field in section:
+            values[field], sources[field] = section[field], FROM_CONFIG
+    try:
+        settings = Settings.model_validate(values)
+    except ValidationError as error:
+        problems += [_explain(details, values, sources) for details in error.errors()]
+    if problems:
+        raise HybridKVSettingsError("; ".join(problems))
+    settings._sources.update(sources)
+    return settings
+
+
+def _section_of(additional_config: object) -> Mapping[str, Any]:
+    if not isinstance(additional_config, Mapping) or SECTION not in additional_config:
+        return {}
+    section = additional_config[SECTION]
+    if not isinstance(section, Mapping):
+        raise HybridKVSettingsError(
+            f"{FROM_CONFIG} {SECTION!r} must be an object of settings, got {section!r}; "
+            f"valid: {', '.join(Settings.model_fields)}"
+        )
+    return {str(name): value for name, value in section.items()}
+
+
+def _explain(details: Any, values: Mapping[str, Any], sources: Mapping[str, str]) -> str:
+    field = str(details["loc"][0])
+    said = details["msg"][0].lower() + details["msg"][1:]
+    return f"{field}={values[field]!r} (from {sources[field]}) is not valid: {said}"
+
+
+_in_force: Settings | None = None
+
+
+def adopt(vllm_config: VllmConfig) -> Settings:
+    """Put an engine's settings in force in this process and return them.
+
+    Raises:
+        HybridKVSettingsError: See `resolve`.
+    """
+    global _in_force
+    _in_force = resolve(vllm_config.additional_config)
+    return _in_force
+
+
+def current_settings() -> Settings:
+    """Return the settings of the engine that this process set up last.
+
+    Before any engine they are what the environment says, for then nothing else is known.
+
+    Raises:
+        HybridKVSettingsError: See `resolve`.
+    """
+    return _in_force if _in_force is not None else resolve(None)
