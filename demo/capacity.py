@@ -1,32 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start an engine of a model only to let vLLM log how many tokens its KV cache holds."""
+"""How many tokens a KV cache holds, as vLLM itself plans it. Run as a program of its own.
+
+`python -m demo.capacity MODEL CACHE_DTYPE` starts an engine in this process, which is what it
+takes to know every layer's cache, and prints one line of JSON.
+"""
 
 from __future__ import annotations
 
-import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from demo.server import ENVIRONMENT, ServerError
+
+MARK = "capacity: "
+"""Stands before the line of JSON, among whatever vLLM prints."""
 
 
-def main() -> None:
-    """Plan and allocate the KV cache, then end."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("--kv-cache-dtype", default="auto")
-    parser.add_argument("--max-model-len", type=int, required=True)
-    parser.add_argument("--gpu-memory-utilization", type=float, required=True)
-    options = parser.parse_args()
+@dataclass(frozen=True)
+class Capacity:
+    """The plan of a KV cache.
 
+    Attributes:
+        tokens: What vLLM logs as the KV cache size.
+        block_size: Tokens of an attention block.
+        num_blocks: Blocks in the pool.
+    """
+
+    tokens: int
+    block_size: int
+    num_blocks: int
+
+    @classmethod
+    def of(cls, cache_config: Any) -> Capacity:
+        """Read the plan from an engine's cache configuration."""
+        return cls(
+            tokens=cache_config.kv_cache_size_tokens,
+            block_size=cache_config.block_size,
+            num_blocks=cache_config.num_gpu_blocks,
+        )
+
+
+def plan(model: Path, engine_arguments: dict[str, Any]) -> Capacity:
+    """Let vLLM plan the cache of an engine that serves nothing.
+
+    Args:
+        model: Folder of the model.
+        engine_arguments: Of `vllm.LLM`.
+
+    Raises:
+        ServerError: vLLM does not start with them; the message ends with what it printed.
+    """
+    command = [sys.executable, "-m", "demo.capacity", str(model), json.dumps(engine_arguments)]
+    done = subprocess.run(
+        command,
+        env={**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    for line in done.stdout.splitlines():
+        if line.startswith(MARK):
+            return Capacity(**json.loads(line.removeprefix(MARK)))
+    printed = "\n".join((done.stdout + done.stderr).splitlines()[-40:])
+    raise ServerError(f"vLLM did not plan a cache for {engine_arguments}:\n{printed}")
+
+
+def _main() -> None:
     from vllm import LLM
 
-    LLM(
-        options.model,
-        kv_cache_dtype=options.kv_cache_dtype,
-        max_model_len=options.max_model_len,
-        gpu_memory_utilization=options.gpu_memory_utilization,
-        enforce_eager=True,
-        skip_tokenizer_init=True,
-        enable_prefix_caching=True,
-    )
+    model, arguments = sys.argv[1:]
+    llm = LLM(model=model, **json.loads(arguments))
+    capacity = Capacity.of(llm.llm_engine.vllm_config.cache_config)
+    print(MARK + json.dumps(asdict(capacity)), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    _main()

@@ -26,7 +26,7 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from demo.tokenizer import VOCAB_SIZE, build_tokenizer, readable_tokens
+from demo.tokenizer import VOCAB_SIZE, build_tokenizer, word_tokens
 
 SCORE_SIZE = 2.0
 """Standard deviation of attention scores over the tokens of a prompt."""
@@ -103,6 +103,8 @@ def build_model(
     config: PreTrainedConfig,
     folder: Path,
     dtype: torch.dtype = torch.bfloat16,
+    *,
+    words_only: bool = False,
     seed: int = 0,
 ) -> Path:
     """Write a model with random weights as safetensors, and its tokenizer.
@@ -111,6 +113,8 @@ def build_model(
         config: One of `CONFIGS`, or a variant of it.
         folder: Where to write; made if it is not there.
         dtype: Of the weights in the file; they are drawn in float32.
+        words_only: Make greedy answers consist of whole words. Without, every token is as likely
+            as any other, and none ends an answer more often than others do.
         seed: Of the weights.
 
     Returns:
@@ -125,11 +129,10 @@ def build_model(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             _initialise(name, parameter, config, generator)
-        head = model.get_output_embeddings().weight
-        unreadable = torch.ones(VOCAB_SIZE, dtype=torch.bool)
-        unreadable[readable_tokens(tokenizer)] = False
-        # An answer of a random model is to be text, and is not to end early.
-        head[unreadable] *= 0.25
+        if words_only:
+            others = torch.ones(VOCAB_SIZE, dtype=torch.bool)
+            others[word_tokens(tokenizer)] = False
+            model.get_output_embeddings().weight[others] *= 0.2
     model.to(dtype).save_pretrained(folder)
     return folder
 

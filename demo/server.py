@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A `vllm serve` process: started, waited for, read, and always shut down."""
+"""A `vllm serve` process that cannot outlive the block it was started in."""
 
 from __future__ import annotations
 
@@ -11,143 +11,199 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
+
+import httpx
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+START_TIMEOUT_S = 300.0
+"""A small model is served within a minute on two cores; a busy machine may take longer."""
+
+STOP_TIMEOUT_S = 30.0
+"""How long a server may take to end its requests and its processes."""
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    # GiB for the KV cache: a small model on a small machine.
     "VLLM_CPU_KVCACHE_SPACE": "1",
 }
+"""The demo's model and tokenizer are local, and 1 GiB of KV cache is plenty for them."""
 
-START_TIMEOUT_S = 600.0
-STOP_TIMEOUT_S = 60.0
+STAGES = (
+    ("Initializing a V1 LLM engine", "starting the engine"),
+    ("Starting to load model", "loading the model"),
+    ("Loading weights took", "planning the KV cache"),
+    ("KV cache size", "warming up"),
+    ("Starting vLLM server", "opening the port"),
+)
+"""What in the server's log says how far it has come."""
 
 
 class ServerError(RuntimeError):
-    """The server did not start, or ended by itself. Carries the end of its log."""
+    """The server did not start, or did not stop."""
 
 
 class Server:
-    """`vllm serve` on a free local port, as a context manager.
+    """A running `vllm serve`.
 
-    Args:
-        model: Folder of the model.
-        log: File that takes the server's output.
-        arguments: Beside the model and the port, as on the command line.
+    Attributes:
+        url: Where it listens, such as http://127.0.0.1:8000.
+        log: File with everything its processes print.
     """
 
-    def __init__(self, model: Path, log: Path, arguments: list[str]) -> None:
-        self.port = _free_port()
+    def __init__(self, model: Path, arguments: Sequence[str], log: Path) -> None:
+        """Start the process; use `serve` instead, which also waits and stops it.
+
+        Args:
+            model: Folder of the model.
+            arguments: Further arguments of `vllm serve`.
+            log: Where its output goes.
+        """
+        port = _free_port()
+        self.url = f"http://127.0.0.1:{port}"
         self.log = log
-        self._command = [
-            *(str(Path(sys.executable).with_name("vllm")), "serve", str(model)),
-            *("--host", "127.0.0.1", "--port", str(self.port)),
-            *arguments,
-        ]
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        """The server's address, without a path."""
-        return f"http://127.0.0.1:{self.port}"
-
-    def __enter__(self) -> Server:
-        """Start the process; it is not ready yet, see `wait`."""
-        with self.log.open("wb") as sink:
+        vllm = Path(sys.executable).with_name("vllm")
+        with log.open("wb") as sink:
             self._process = subprocess.Popen(
-                self._command,
+                [vllm, "serve", model, "--host", "127.0.0.1", "--port", str(port), *arguments],
+                env={**os.environ, **ENVIRONMENT},
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
-                env={**ENVIRONMENT, **os.environ},
-                # A group of its own, so that its children can be found when it is gone.
+                # A session of its own: Ctrl-C reaches us alone, and its processes are one group.
                 start_new_session=True,
             )
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Stop the server and whatever it started."""
-        process = self._process
-        if process is None:
-            return
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-        with contextlib.suppress(ProcessLookupError):  # nothing was left behind
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    def wait(self, console: Console) -> float:
+        """Wait until it answers, showing how far it has come.
 
-    def wait(self, progress: Callable[[float, str], None]) -> None:
-        """Return when the server answers.
-
-        Args:
-            progress: Called twice a second with the seconds so far and the last log line.
+        Returns:
+            Seconds waited.
 
         Raises:
-            ServerError: The server ended, or did not answer within `START_TIMEOUT_S`.
+            ServerError: It ended, or did not answer within `START_TIMEOUT_S`.
         """
-        begin = time.monotonic()
-        while not self._answers():
-            seconds = time.monotonic() - begin
-            if self._process is None or self._process.poll() is not None:
-                raise ServerError(f"vllm serve ended while starting\n{self.tail()}")
-            if seconds > START_TIMEOUT_S:
-                raise ServerError(f"no answer within {START_TIMEOUT_S:.0f} s\n{self.tail()}")
-            progress(seconds, last_message(self.log))
-            time.sleep(0.5)
+        began = time.monotonic()
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("starting vllm serve", total=None)
+            shown = ""
+            while not self._answers():
+                if self._process.poll() is not None:
+                    raise ServerError(f"vllm serve ended with status {self._process.returncode}")
+                if time.monotonic() - began > START_TIMEOUT_S:
+                    raise ServerError(f"vllm serve was not ready in {START_TIMEOUT_S:.0f} s")
+                stage = self._stage()
+                progress.update(task, description=f"vllm serve: {stage}")
+                if stage != shown and not console.is_terminal:
+                    console.print(f"  {time.monotonic() - began:3.0f} s  {stage}")
+                shown = stage
+                time.sleep(0.3)
+        return time.monotonic() - began
 
-    def text(self, path: str) -> str:
-        """Return what the server answers under a path, such as `/metrics`."""
-        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
-            content: bytes = answer.read()
-        return content.decode()
+    def find_in_log(self, pattern: str) -> str:
+        """Return what the first group of a pattern matches in the log.
 
-    def tail(self, lines: int = 40) -> str:
-        """Return the end of the log."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+        Raises:
+            ServerError: Nothing in the log matches.
+        """
+        found = re.search(pattern, self._read_log())
+        if found is None:
+            raise ServerError(f"nothing in {self.log} matches {pattern!r}")
+        return found.group(1)
+
+    def log_tail(self, lines: int = 40) -> str:
+        """Return the last lines of the log."""
+        return "\n".join(self._read_log().splitlines()[-lines:])
+
+    def stop(self) -> float:
+        """End all processes of the server, if need be by force.
+
+        Returns:
+            Seconds that it took.
+
+        Raises:
+            ServerError: It had to be forced, or a process is left even so.
+        """
+        began = time.monotonic()
+        group = self._process.pid
+        try:
+            if self._process.poll() is None:
+                self._process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_TIMEOUT_S)
+            # Its children end a moment after it.
+            forced = not _wait_for_group(group, began + STOP_TIMEOUT_S)
+        finally:
+            # Reached by a second Ctrl-C as well.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+            self._process.wait()
+        if not _wait_for_group(group, time.monotonic() + STOP_TIMEOUT_S):
+            raise ServerError(f"processes of group {group} cannot be ended")
+        if forced:
+            raise ServerError(f"vllm serve did not stop within {STOP_TIMEOUT_S:.0f} s: killed")
+        return time.monotonic() - began
 
     def _answers(self) -> bool:
-        try:
-            self.text("/health")
-        except OSError:
-            return False
-        return True
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(f"{self.url}/health", timeout=2.0).status_code == httpx.codes.OK
+        return False
+
+    def _stage(self) -> str:
+        log = self._read_log()
+        reached = [stage for mark, stage in STAGES if mark in log]
+        return reached[-1] if reached else "importing vLLM"
+
+    def _read_log(self) -> str:
+        return self.log.read_text(errors="replace")
 
 
-def last_message(log: Path) -> str:
-    """Return the last line of a vLLM log without its time, place and process."""
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    return re.sub(r"^.*?\] ", "", lines[-1]) if lines else "starting Python"
+@contextlib.contextmanager
+def serve(
+    model: Path, arguments: Sequence[str], log: Path, console: Console
+) -> Iterator[tuple[Server, float]]:
+    """Serve a model for the length of a `with` block.
 
+    Args:
+        model: Folder of the model.
+        arguments: Further arguments of `vllm serve`.
+        log: Where its output goes.
+        console: Where to show progress.
 
-def find_line(log: Path, pattern: str) -> re.Match[str]:
-    """Return the last match of a pattern in a log.
+    Yields:
+        The server once it answers, and the seconds that took.
 
     Raises:
-        ServerError: There is none.
+        ServerError: It did not start, or had to be killed at the end of a block that went well.
     """
-    found = None
-    for line in log.read_text(errors="replace").splitlines():
-        found = re.search(pattern, line) or found
-    if found is None:
-        raise ServerError(f"{log} has no line with {pattern!r}")
-    return found
+    server = Server(model, arguments, log)
+    try:
+        yield server, server.wait(console)
+    except BaseException:
+        # Whatever went wrong is what is to be reported.
+        with contextlib.suppress(ServerError):
+            server.stop()
+        raise
+    seconds = server.stop()
+    console.print(f"Server stopped in {seconds:.1f} s; none of its processes is left.")
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-    return port
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_for_group(group: int, deadline: float) -> bool:
+    """Wait until no process of a group is left; say whether that was before the deadline."""
+    while True:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)

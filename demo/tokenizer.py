@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -79,11 +80,11 @@ def build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return fast
 
 
-def readable_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Return the ids of the tokens that stand for letters, spaces and full stops only."""
-    readable = []
-    for token in range(len(SPECIAL_TOKENS), VOCAB_SIZE):
-        text = tokenizer.decode([token])
-        if text.isascii() and text.replace(" ", "").replace(".", "").isalpha():
-            readable.append(token)
-    return readable
+def word_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Return the ids of the tokens that are a word of the training text with a space before."""
+    words = {f" {word}" for word in re.findall(r"[a-z]{3,}", TRAINING_TEXT)}
+    return [
+        token
+        for token in range(len(SPECIAL_TOKENS), VOCAB_SIZE)
+        if tokenizer.decode([token]) in words
+    ]

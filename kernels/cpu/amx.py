@@ -36,7 +36,7 @@ def _multiply(e: Emitter, sums: int, left: int, right: int) -> None:
     _tile(e, "tdpbf16ps", sums, I8(left), I8(right))
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def configure(context: Any, memory: Any, rows: Any) -> Any:
     """Give the rows' tiles (0 to 4) `rows` lines and the others 16; 64 bytes of memory."""
 
@@ -53,7 +53,7 @@ def configure(context: Any, memory: Any, rows: Any) -> Any:
     return procedure(emit, 2)
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def release(context: Any, unused: Any) -> Any:
     """Give the tile registers back, so that the system need not save them."""
 
@@ -63,7 +63,7 @@ def release(context: Any, unused: Any) -> Any:
     return procedure(emit, 1)
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def scores_few(
     context: Any, queries: Any, query_stride: Any, keys: Any, steps: Any, scores: Any, stride: Any
 ) -> Any:
@@ -130,7 +130,7 @@ def _outputs_few(parts: int) -> Any:
     return procedure(emit, 7)
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def outputs_few(
     context: Any,
     weights: Any,
@@ -148,7 +148,7 @@ def outputs_few(
     return _outputs_few(4)
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def outputs_few_last(
     context: Any,
     weights: Any,
@@ -190,7 +190,7 @@ def _two_by_two(
     e.loop(steps, [], step)
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def scores_many(
     context: Any, queries: Any, query_stride: Any, keys: Any, steps: Any, scores: Any, stride: Any
 ) -> Any:
@@ -216,7 +216,7 @@ def scores_many(
     return procedure(emit, 6)
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def outputs_many(
     context: Any,
     weights: Any,

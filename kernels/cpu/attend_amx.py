@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import amx, drive, fast, widen
+from . import amx, drive, fast, memory, widen
 from .compile_cache import cached_callback
 
 _FEW_ROWS = 16
@@ -19,9 +19,10 @@ the next chunk, asked for ahead of time, still fits the first-level cache beside
 
 _CHUNK_OF_MANY = drive.CHUNK
 
+
 @drive.inner
 def _scores(call, item, scratch, found, ahead, tiles):  # type: ignore[no-untyped-def]
-    drive.keep_apart()
+    memory.keep_apart()
     fast.widen_keys(call, scratch, found, ahead, tiles)
     steps = call.dims // 32
     stride = 2 * call.dims
@@ -50,7 +51,7 @@ def _scores(call, item, scratch, found, ahead, tiles):  # type: ignore[no-untype
 
 @drive.inner
 def _outputs(call, item, scratch, found, ahead, tiles):  # type: ignore[no-untyped-def]
-    drive.keep_apart()
+    memory.keep_apart()
     fast.widen_values(call, scratch, found, ahead, tiles)
     step_bytes = call.dims // 16 * widen.OPERAND
     steps = (tiles + 1) // 2
@@ -85,15 +86,13 @@ def _outputs(call, item, scratch, found, ahead, tiles):  # type: ignore[no-untyp
 
 @drive.inner
 def _attend(call, item, head, scratch):  # type: ignore[no-untyped-def]
-    state = np.empty((drive.ROW_BLOCK, 4), np.float32)
+    state = np.empty((drive.ROW_BLOCK, 3), np.float32)
     found = np.empty((fast.TILES, 4), np.int64)
     ahead = np.empty((fast.TILES, 4), np.int64)
     drive.begin(call, item, head, scratch, state, 2 * call.dims)
     few = item[drive.ROWS] <= _FEW_ROWS
     chunk = np.int64(_CHUNK_OF_FEW if few else _CHUNK_OF_MANY)
-    amx.configure(
-        scratch + drive.CONFIGURATION, item[drive.ROWS] if few else np.int64(_FEW_ROWS)
-    )
+    amx.configure(scratch + drive.CONFIGURATION, item[drive.ROWS] if few else np.int64(_FEW_ROWS))
     first, last = drive.keys_of_item(call, item, chunk)
     tiles = drive.tiles_of_chunk(first, last, chunk)
     drive.tile_addresses(call, item, head, first, tiles, found)
@@ -101,24 +100,24 @@ def _attend(call, item, head, scratch):  # type: ignore[no-untyped-def]
         following = drive.tiles_of_chunk(first + chunk, last, chunk)
         drive.tile_addresses(call, item, head, first + chunk, following, ahead)
         fast.repeat_tiles(found, ahead, following, tiles)
-        drive.load_scales(scratch, found, tiles)
+        drive.load_scales(scratch, found, tiles, widen.MIDDLE_CODE)
         _scores(call, item, scratch, found, ahead, tiles)
         drive.weigh(call, item, scratch, state, first, tiles, 1.0, True)
         _outputs(call, item, scratch, found, ahead, tiles)
         found, ahead = ahead, found
         tiles = following
         first += chunk
-    drive.finish(call, item, head, scratch, state, fast.OFFSET)
+    drive.finish(call, item, head, scratch, state)
 
 
 @cached_callback
 def work(call_address, scratch):  # type: ignore[no-untyped-def]
     """Work off items of a call until none is left; both arguments are addresses."""
-    call = drive.call_at(call_address)
+    call = memory.call_at(call_address)
     count = call.num_items * call.num_kv_heads
-    index = drive.take_next(call.counters)
+    index = memory.take_next(call.counters)
     while index < count:
         item, head = divmod(index, call.num_kv_heads)
         _attend(call, drive.item_at(call, item), head, scratch)
-        index = drive.take_next(call.counters)
+        index = memory.take_next(call.counters)
     amx.release(scratch)

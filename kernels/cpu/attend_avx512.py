@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import avx512, drive, fast, widen
+from . import avx512, drive, fast, memory, widen
 from .compile_cache import cached_callback
 
 _FEW_ROWS = 8
@@ -17,7 +17,7 @@ _CHUNK_OF_MANY = drive.CHUNK
 
 @drive.inner
 def _scores_of_few(call, item, scratch, found, ahead, tiles):  # type: ignore[no-untyped-def]
-    drive.keep_apart()
+    memory.keep_apart()
     count = item[drive.ROWS]
     queries = scratch + drive.QUERIES
     for tile in range(0, tiles, 2):
@@ -36,7 +36,7 @@ def _scores_of_few(call, item, scratch, found, ahead, tiles):  # type: ignore[no
 
 @drive.inner
 def _outputs_of_few(call, item, scratch, found, ahead, tiles):  # type: ignore[no-untyped-def]
-    drive.keep_apart()
+    memory.keep_apart()
     count = item[drive.ROWS]
     here, soon = found.ctypes.data, ahead.ctypes.data
     weights, outputs = scratch + drive.WEIGHTS, scratch + drive.OUTPUTS
@@ -61,7 +61,7 @@ def _outputs_of_few(call, item, scratch, found, ahead, tiles):  # type: ignore[n
 
 @drive.inner
 def _scores_of_many(call, item, scratch, found, ahead, tiles):  # type: ignore[no-untyped-def]
-    drive.keep_apart()
+    memory.keep_apart()
     fast.widen_keys(call, scratch, found, ahead, tiles)
     for tile in range(0, tiles, 2):
         for row in range(0, item[drive.ROWS], 8):
@@ -76,7 +76,7 @@ def _scores_of_many(call, item, scratch, found, ahead, tiles):  # type: ignore[n
 
 @drive.inner
 def _outputs_of_many(call, item, scratch, found, ahead, tiles):  # type: ignore[no-untyped-def]
-    drive.keep_apart()
+    memory.keep_apart()
     fast.widen_values(call, scratch, found, ahead, tiles)
     for chunk in range(call.dims // 32):
         for row in range(0, item[drive.ROWS], 8):
@@ -94,7 +94,7 @@ def _outputs_of_many(call, item, scratch, found, ahead, tiles):  # type: ignore[
 
 @drive.inner
 def _attend(call, item, head, scratch):  # type: ignore[no-untyped-def]
-    state = np.empty((drive.ROW_BLOCK, 4), np.float32)
+    state = np.empty((drive.ROW_BLOCK, 3), np.float32)
     found = np.empty((fast.TILES, 4), np.int64)
     ahead = np.empty((fast.TILES, 4), np.int64)
     drive.begin(call, item, head, scratch, state, 2 * call.dims)
@@ -107,7 +107,7 @@ def _attend(call, item, head, scratch):  # type: ignore[no-untyped-def]
         following = drive.tiles_of_chunk(first + chunk, last, chunk)
         drive.tile_addresses(call, item, head, first + chunk, following, ahead)
         fast.repeat_tiles(found, ahead, following, tiles)
-        drive.load_scales(scratch, found, tiles)
+        drive.load_scales(scratch, found, tiles, widen.MIDDLE_CODE)
         if few:
             _scores_of_few(call, item, scratch, found, ahead, tiles)
         else:
@@ -120,16 +120,16 @@ def _attend(call, item, head, scratch):  # type: ignore[no-untyped-def]
         found, ahead = ahead, found
         tiles = following
         first += chunk
-    drive.finish(call, item, head, scratch, state, fast.OFFSET)
+    drive.finish(call, item, head, scratch, state)
 
 
 @cached_callback
 def work(call_address, scratch):  # type: ignore[no-untyped-def]
     """Work off items of a call until none is left; both arguments are addresses."""
-    call = drive.call_at(call_address)
+    call = memory.call_at(call_address)
     count = call.num_items * call.num_kv_heads
-    index = drive.take_next(call.counters)
+    index = memory.take_next(call.counters)
     while index < count:
         item, head = divmod(index, call.num_kv_heads)
         _attend(call, drive.item_at(call, item), head, scratch)
-        index = drive.take_next(call.counters)
+        index = memory.take_next(call.counters)

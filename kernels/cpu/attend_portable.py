@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import drive, portable
+from . import drive, memory, portable
 from .compile_cache import cached_callback
 
 _CHUNK = 64
@@ -15,7 +15,7 @@ _QUERY_STRIDE = 4 * drive.MAX_DIMS
 
 @drive.inner
 def _scores(call, item, scratch, found, tiles):  # type: ignore[no-untyped-def]
-    drive.keep_apart()
+    memory.keep_apart()
     keys = scratch + drive.KEYS
     for first in range(0, tiles, 2):
         for tile in range(first, min(first + 2, tiles)):
@@ -27,9 +27,7 @@ def _scores(call, item, scratch, found, tiles):  # type: ignore[no-untyped-def]
         row = 0
         while row < item[drive.ROWS]:
             queries = scratch + drive.QUERIES + row * _QUERY_STRIDE
-            scores = (
-                scratch + drive.SCORES + row * drive.SCORE_STRIDE + 4 * drive.TILE * first
-            )
+            scores = scratch + drive.SCORES + row * drive.SCORE_STRIDE + 4 * drive.TILE * first
             left = item[drive.ROWS] - row
             if left >= 4:
                 portable.dot_four(
@@ -50,7 +48,7 @@ def _scores(call, item, scratch, found, tiles):  # type: ignore[no-untyped-def]
 
 @drive.inner
 def _accumulate(call, item, scratch, found, tiles):  # type: ignore[no-untyped-def]
-    drive.keep_apart()
+    memory.keep_apart()
     values = scratch + drive.VALUES
     for tile in range(tiles):
         to = values + tile * drive.TILE * call.output_stride
@@ -83,28 +81,28 @@ def _accumulate(call, item, scratch, found, tiles):  # type: ignore[no-untyped-d
 
 @drive.inner
 def _attend(call, item, head, scratch):  # type: ignore[no-untyped-def]
-    state = np.empty((drive.ROW_BLOCK, 4), np.float32)
+    state = np.empty((drive.ROW_BLOCK, 3), np.float32)
     found = np.empty((_TILES, 4), np.int64)
     drive.begin(call, item, head, scratch, state, _QUERY_STRIDE)
     first, last = drive.keys_of_item(call, item, _CHUNK)
     while first < last:
         tiles = drive.tiles_of_chunk(first, last, np.int64(_CHUNK))
         drive.tile_addresses(call, item, head, first, tiles, found)
-        drive.load_scales(scratch, found, tiles)
+        drive.load_scales(scratch, found, tiles, 0.0)
         _scores(call, item, scratch, found, tiles)
         drive.weigh(call, item, scratch, state, first, tiles, portable.KEY_SCALE, False)
         _accumulate(call, item, scratch, found, tiles)
         first += _CHUNK
-    drive.finish(call, item, head, scratch, state, np.float32(0.0))
+    drive.finish(call, item, head, scratch, state)
 
 
 @cached_callback
 def work(call_address, scratch):  # type: ignore[no-untyped-def]
     """Work off items of a call until none is left; both arguments are addresses."""
-    call = drive.call_at(call_address)
+    call = memory.call_at(call_address)
     count = call.num_items * call.num_kv_heads
-    index = drive.take_next(call.counters)
+    index = memory.take_next(call.counters)
     while index < count:
         item, head = divmod(index, call.num_kv_heads)
         _attend(call, drive.item_at(call, item), head, scratch)
-        index = drive.take_next(call.counters)
+        index = memory.take_next(call.counters)

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import threading
+
 import numpy as np
 import torch
 
 from .. import k8v4
 from ..k8v4 import Layout, PageFormat
-from . import attend_portable, drive
+from . import attend_portable, drive, memory
 from . import isa as isa_module
 from .plan import Plan, plan_attention
 from .run import run_on_threads
@@ -71,7 +72,9 @@ def check_inputs(
         if not holds:
             raise ValueError(f"k8v4 attention on CPU: {message}")
 
-    need(query.dim() == 3 and query.dtype in _NUMBERS, "query must be bf16, fp16 or fp32 [T, Hq, D]")
+    need(
+        query.dim() == 3 and query.dtype in _NUMBERS, "query must be bf16, fp16 or fp32 [T, Hq, D]"
+    )
     tokens, num_heads, head_size = query.shape
     need(
         cache.dim() == 4 and cache.dtype == torch.uint8,
@@ -96,7 +99,9 @@ def check_inputs(
         f"out must be like query, {query.dtype} {tuple(query.shape)}, "
         f"got {out.dtype} {tuple(out.shape)}",
     )
-    need(query.stride(2) == 1 and out.stride(2) == 1, "the dims of query and out must be contiguous")
+    need(
+        query.stride(2) == 1 and out.stride(2) == 1, "the dims of query and out must be contiguous"
+    )
     requests = seq_lens.shape[0]
     need(
         seq_lens.dtype == torch.int32 and seq_lens.dim() == 1 and seq_lens.is_contiguous(),
@@ -252,44 +257,44 @@ def paged_attention(
         1 + plan.num_merges * num_kv_heads,
     )
     width = query.element_size()
-    call = dict(
-        query=query.data_ptr(),
-        query_token_stride=query.stride(0) * width,
-        query_head_stride=query.stride(1) * width,
-        out=out.data_ptr(),
-        out_token_stride=out.stride(0) * width,
-        out_head_stride=out.stride(1) * width,
-        number=_NUMBERS[query.dtype],
-        lse=0 if lse is None else lse.data_ptr(),
-        lse_token_stride=0 if lse is None else 4 * lse.stride(0),
-        lse_head_stride=0 if lse is None else 4 * lse.stride(1),
-        cache=cache.data_ptr(),
-        block_stride=cache.stride(0),
-        head_bytes=page_format.head_bytes,
-        value_offset=page_format.value_offset,
-        scale_offset=page_format.scale_offset,
-        zero_offset=page_format.zero_offset,
-        tiled=int(page_format.layout is Layout.CPU_TILED),
-        block_table=block_table.data_ptr(),
-        block_table_stride=4 * block_table.stride(0),
-        sinks=0 if sinks is None else sinks.data_ptr(),
-        num_kv_heads=num_kv_heads,
-        group=num_heads // num_kv_heads,
-        dims=head_size,
-        output_stride=output_stride,
-        page_size=page_size,
-        causal=int(causal),
-        window=0 if window is None else window,
-        scale=float(scale),
-        soft_cap=float(soft_cap),
-        items=plan.items.ctypes.data,
-        num_items=plan.items.shape[0],
-        merges=plan.merges.ctypes.data,
-        partials=(_workspace.partials.ctypes.data + 63) // 64 * 64,
-        counters=_workspace.counters.ctypes.data,
-    )
-    record = np.empty(1, drive.CALL)
-    record[0] = tuple(call[name] for name in drive.CALL.names)
+    call = {
+        "query": query.data_ptr(),
+        "query_token_stride": query.stride(0) * width,
+        "query_head_stride": query.stride(1) * width,
+        "out": out.data_ptr(),
+        "out_token_stride": out.stride(0) * width,
+        "out_head_stride": out.stride(1) * width,
+        "number": _NUMBERS[query.dtype],
+        "lse": 0 if lse is None else lse.data_ptr(),
+        "lse_token_stride": 0 if lse is None else 4 * lse.stride(0),
+        "lse_head_stride": 0 if lse is None else 4 * lse.stride(1),
+        "cache": cache.data_ptr(),
+        "block_stride": cache.stride(0),
+        "head_bytes": page_format.head_bytes,
+        "value_offset": page_format.value_offset,
+        "scale_offset": page_format.scale_offset,
+        "zero_offset": page_format.zero_offset,
+        "tiled": int(page_format.layout is Layout.CPU_TILED),
+        "block_table": block_table.data_ptr(),
+        "block_table_stride": 4 * block_table.stride(0),
+        "sinks": 0 if sinks is None else sinks.data_ptr(),
+        "num_kv_heads": num_kv_heads,
+        "group": num_heads // num_kv_heads,
+        "dims": head_size,
+        "output_stride": output_stride,
+        "page_size": page_size,
+        "causal": int(causal),
+        "window": 0 if window is None else window,
+        "scale": float(scale),
+        "soft_cap": float(soft_cap),
+        "items": plan.items.ctypes.data,
+        "num_items": plan.items.shape[0],
+        "merges": plan.merges.ctypes.data,
+        "partials": (_workspace.partials.ctypes.data + 63) // 64 * 64,
+        "counters": _workspace.counters.ctypes.data,
+    }
+    record = np.empty(1, memory.CALL)
+    record[0] = tuple(call[name] for name in memory.CALL_FIELDS)
     work = _code_of(path_for(query.dtype, head_size, isa))
     run_on_threads(work, record.ctypes.data, _workspace.scratch[:threads])
 

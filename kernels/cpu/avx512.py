@@ -66,7 +66,7 @@ def _score_rows(
 
 
 def _scores_of_page(rows: int) -> Any:
-    @intrinsic  # type: ignore[misc]
+    @intrinsic
     def scores_of_page(
         context: Any, tiles: Any, ahead: Any, queries: Any, dims: Any, scores: Any, stride: Any
     ) -> Any:
@@ -104,7 +104,7 @@ scores_of_page_4 = _scores_of_page(4)
 scores_of_page_8 = _scores_of_page(8)
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def scores_widened(
     context: Any, keys: Any, queries: Any, dims: Any, scores: Any, stride: Any
 ) -> Any:
@@ -169,7 +169,7 @@ def _output_rows(
 
 
 def _outputs_of_page(rows: int) -> Any:
-    @intrinsic  # type: ignore[misc]
+    @intrinsic
     def outputs_of_page(
         context: Any,
         tiles: Any,
@@ -219,7 +219,7 @@ outputs_of_page_4 = _outputs_of_page(4)
 outputs_of_page_8 = _outputs_of_page(8)
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def outputs_widened(
     context: Any,
     values: Any,

@@ -36,8 +36,13 @@ def _digest_of_sources() -> str:
     return digest.hexdigest()
 
 
-@functools.lru_cache(maxsize=1)
+_warned: list[str] = []
+
+
 def _warn_once(reason: str) -> None:
+    if _warned:
+        return
+    _warned.append(reason)
     _logger.warning(
         "k8v4 CPU kernels are compiled in memory at each start, because their cache cannot be "
         "used (%s); set NUMBA_CACHE_DIR to a writable directory to keep them",
@@ -45,7 +50,7 @@ def _warn_once(reason: str) -> None:
     )
 
 
-class _Cache(FunctionCache):  # type: ignore[misc]
+class _Cache(FunctionCache):
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
         digest = _digest_of_sources()

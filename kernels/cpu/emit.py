@@ -23,7 +23,7 @@ LANES = 16
 """float32 numbers of a vector; a cache line, and the tokens of a tile."""
 
 
-class _BFloat16(ir.types._BaseFloatType):  # type: ignore[misc]
+class _BFloat16(ir.types._BaseFloatType):
     """LLVM's `bfloat`, which llvmlite has no name for."""
 
     null = "0.0"

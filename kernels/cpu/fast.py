@@ -3,15 +3,10 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from . import drive, rows, widen
+from . import drive, widen
 
 TILES = drive.CHUNK // drive.TILE
 """Most tiles of a chunk."""
-
-OFFSET = np.float32(widen.VALUE_OFFSET + rows.MIDDLE_CODE)
-"""What rounded weights must be relieved of; see `drive.finish`."""
 
 
 @drive.inner

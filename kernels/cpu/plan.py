@@ -45,10 +45,10 @@ class Plan:
 
 
 def part_tokens(length: int, num_kv_heads: int, num_threads: int) -> int:
-    """Return how many tokens a part of a sequence has, a multiple of 64."""
+    """Return how many tokens a part of a sequence has, a multiple of the largest chunk."""
     parts = max(1, -(-_ITEMS_PER_THREAD * num_threads // num_kv_heads)) if num_threads > 1 else 1
     part = max(_MIN_PART, -(-length // parts))
-    return -(-part // 64) * 64
+    return -(-part // drive.CHUNK) * drive.CHUNK
 
 
 def plan_attention(
@@ -94,7 +94,7 @@ def plan_attention(
         if rows <= _MAX_PART_ROWS:
             first = 0
             if window is not None:
-                first = max(0, length - queries - window + 1) // 64 * 64
+                first = max(0, length - queries - window + 1) // drive.CHUNK * drive.CHUNK
             part = part_tokens(length - first, num_kv_heads, threads)
             parts = max(1, -(-(length - first) // part))
             if parts == 1:

@@ -13,8 +13,20 @@ from typing import Any
 from llvmlite import ir
 from numba.extending import intrinsic
 
-from .emit import F32, I8, I16, I32, I64, LANES, NOTHING, Emitter, constant, every, procedure
-from .emit import vector
+from .emit import (
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    LANES,
+    NOTHING,
+    Emitter,
+    constant,
+    every,
+    procedure,
+    vector,
+)
 
 KEY_SCALE = 256.0
 """How much larger keys are than what the decoders here make of them."""
@@ -30,7 +42,7 @@ def _halves_of_codes(e: Emitter, codes: ir.Value) -> ir.Value:
     return b.or_(magnitude, b.shl(b.and_(codes, every(I16, 0x80)), every(I16, 8)))
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def decode_tiled_keys(context: Any, tile: Any, to: Any, dims: Any) -> Any:
     """Decode the key tile of a `CPU_TILED` page to float32 [D, 16], rows `KEY_STRIDE` apart."""
 
@@ -52,7 +64,7 @@ def decode_tiled_keys(context: Any, tile: Any, to: Any, dims: Any) -> Any:
     return procedure(emit, 3)
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def decode_linear_keys(context: Any, tile: Any, to: Any, dims: Any) -> Any:
     """Decode 16 tokens' keys of a `LINEAR` page to float32 [D, 16], rows `KEY_STRIDE` apart."""
 
@@ -73,7 +85,7 @@ def decode_linear_keys(context: Any, tile: Any, to: Any, dims: Any) -> Any:
     return procedure(emit, 3)
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def decode_tiled_values(context: Any, tile: Any, to: Any, dims: Any) -> Any:
     """Decode the value codes of a `CPU_TILED` tile to float32 [16, D]."""
 
@@ -96,13 +108,11 @@ def decode_tiled_values(context: Any, tile: Any, to: Any, dims: Any) -> Any:
     return procedure(emit, 3)
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def decode_linear_values(context: Any, tile: Any, to: Any, dims: Any, stride: Any) -> Any:
     """Decode 16 tokens' value codes of a `LINEAR` page to float32, rows `stride` bytes apart."""
 
-    def emit(
-        e: Emitter, tile: ir.Value, to: ir.Value, dims: ir.Value, stride: ir.Value
-    ) -> None:
+    def emit(e: Emitter, tile: ir.Value, to: ir.Value, dims: ir.Value, stride: ir.Value) -> None:
         eights = e.b.ashr(dims, I64(3))
 
         def token(t: ir.Value, _: Any) -> list[ir.Value]:
@@ -157,7 +167,7 @@ def _dot(rows: int) -> Any:
     return procedure(emit, 6)
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def dot_one(
     context: Any, queries: Any, query_stride: Any, keys: Any, dims: Any, scores: Any, stride: Any
 ) -> Any:
@@ -165,7 +175,7 @@ def dot_one(
     return _dot(1)
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def dot_two(
     context: Any, queries: Any, query_stride: Any, keys: Any, dims: Any, scores: Any, stride: Any
 ) -> Any:
@@ -173,7 +183,7 @@ def dot_two(
     return _dot(2)
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def dot_four(
     context: Any, queries: Any, query_stride: Any, keys: Any, dims: Any, scores: Any, stride: Any
 ) -> Any:
@@ -224,7 +234,7 @@ def _accumulate(rows: int) -> Any:
     return procedure(emit, 6)
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def accumulate_one(
     context: Any, weights: Any, weight_stride: Any, values: Any, tokens: Any, outputs: Any, row: Any
 ) -> Any:
@@ -232,7 +242,7 @@ def accumulate_one(
     return _accumulate(1)
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def accumulate_two(
     context: Any, weights: Any, weight_stride: Any, values: Any, tokens: Any, outputs: Any, row: Any
 ) -> Any:
@@ -240,7 +250,7 @@ def accumulate_two(
     return _accumulate(2)
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def accumulate_four(
     context: Any, weights: Any, weight_stride: Any, values: Any, tokens: Any, outputs: Any, row: Any
 ) -> Any:

@@ -14,7 +14,7 @@ from .compile_cache import cached
 from .emit import I64
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def _call(context: Any, code: Any, first: Any, second: Any) -> Any:
     """Call a C function of two int64 by its address."""
 

@@ -8,8 +8,9 @@ of tokens, columns are dims.
 * A key's bf16 comes from a table of its 7 lower bits, once for the upper byte and once for the
   lower. Shifting the code into place would be wrong for keys below 2^-6, which are denormals of
   e4m3: the products flush bf16 denormals to zero.
-* A value's code c becomes 0x4300 | c, which is 128 + c in bf16. The 128 are taken back with the
-  sum of the weights (`VALUE_OFFSET`).
+* A value's code c becomes c - `MIDDLE_CODE`, from a table as well. Weights rounded to bf16
+  multiply these; the middle is added with exact weights, through the tokens' zeros. That halves
+  what rounding the weights costs.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from typing import Any
 from llvmlite import ir
 from numba.extending import intrinsic
 
+from .. import k8v4
 from .emit import I8, I16, I32, I64, Emitter, constant, every, procedure, vector
 
 OPERAND = 1024
 """Bytes of an operand of 16 pairs and 16 columns."""
 
-VALUE_OFFSET = 128.0
-"""What widened values are larger by than their codes."""
+MIDDLE_CODE = (k8v4.VALUE_LEVELS - 1) / 2
+"""What widened values are smaller by than their codes."""
 
 LINE = 64
 
@@ -36,19 +38,25 @@ _INTERLEAVE_LOW = [place for i in _HALVES for place in (i, 64 + i)]
 _INTERLEAVE_HIGH = [place for i in _HALVES for place in (8 + i, 72 + i)]
 
 
+def _bfloat16(number: float) -> int:
+    """Return the upper 16 bits of a number's float32."""
+    return int.from_bytes(struct.pack("<f", number), "little") >> 16
+
+
 def _bfloat16_of_code(code: int) -> int:
-    """Return the upper 16 bits of float32 of a positive e4m3fn code; finite for the NaN's."""
+    """Return the bf16 of a positive e4m3fn code; finite for the NaN's."""
     exponent, mantissa = code >> 3, code & 7
     if exponent:
-        number = math.ldexp(1 + mantissa / 8, exponent - 7)
-    else:
-        number = math.ldexp(mantissa / 8, -6)
-    return int.from_bytes(struct.pack("<f", number), "little") >> 16
+        return _bfloat16(math.ldexp(1 + mantissa / 8, exponent - 7))
+    return _bfloat16(math.ldexp(mantissa / 8, -6))
 
 
 _TABLE = [_bfloat16_of_code(code) for code in range(128)]
 _LOWER_BYTES = [bits & 255 for bits in _TABLE]
 _UPPER_BYTES = [bits >> 8 for bits in _TABLE]
+
+# Twice, because the look-up takes five bits, the fifth of them the next code's.
+_VALUES = 2 * [_bfloat16(code - MIDDLE_CODE) for code in range(k8v4.VALUE_LEVELS)]
 
 
 def key_pairs(e: Emitter, line: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -71,18 +79,16 @@ def value_pairs(e: Emitter, line: ir.Value) -> list[ir.Value]:
     widened = []
     for nibble in range(4):
         codes = e.b.lshr(line, every(I16, 4 * nibble, 32)) if nibble else line
-        codes = e.b.and_(codes, every(I16, 15, 32))
-        widened.append(e.b.or_(codes, every(I16, 0x4300, 32)))
+        name = "llvm.x86.avx512.permvar.hi.512"
+        widened.append(e.call(name, vector(I16, 32), constant(I16, _VALUES), codes))
     return widened
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def widen_keys(context: Any, tile: Any, to: Any, dims: Any, ahead: Any) -> Any:
     """Widen a key tile to its dims / 32 operands, and ask for the tile at `ahead`."""
 
-    def emit(
-        e: Emitter, tile: ir.Value, to: ir.Value, dims: ir.Value, ahead: ir.Value
-    ) -> None:
+    def emit(e: Emitter, tile: ir.Value, to: ir.Value, dims: ir.Value, ahead: ir.Value) -> None:
         def line(i: ir.Value, _: Any) -> list[ir.Value]:
             # Four lines a pass: less than that waits for the loop.
             for part in range(4):
@@ -99,10 +105,8 @@ def widen_keys(context: Any, tile: Any, to: Any, dims: Any, ahead: Any) -> Any:
     return procedure(emit, 4)
 
 
-@intrinsic  # type: ignore[misc]
-def widen_values(
-    context: Any, tile: Any, to: Any, dims: Any, upper_lines: Any, ahead: Any
-) -> Any:
+@intrinsic
+def widen_values(context: Any, tile: Any, to: Any, dims: Any, upper_lines: Any, ahead: Any) -> Any:
     """Widen a value tile to 8 lines of each of dims / 16 operands, and ask for `ahead`.
 
     Two tiles make an operand's 16 pairs of tokens; `upper_lines` is 0 for the first, 1 for the

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,14 +33,5 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str]
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineHost]:
     """A process in which engines of this module run one after another."""
     host = EngineHost(tmp_path_factory.mktemp("host") / "log.txt")
-    yield host
-    host.close()
-
-
-@pytest.fixture(scope="module")
-def host_with_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineHost]:
-    """The same, but engines and workers are processes of their own, as under `vllm serve`."""
-    environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if (os.cpu_count() or 1) > 1 else {}
-    host = EngineHost(tmp_path_factory.mktemp("host") / "log.txt", own_process=True, **environment)
     yield host
     host.close()

@@ -75,10 +75,12 @@ def test_pages_left_by_another_prompt_with_the_same_beginning_give_the_same_toke
 ) -> None:
     engine = reference.engine()
     beginning = random_prompt(512, seed=11)
-    pool = [beginning + random_prompt(40 + i, seed=100 + i) for i in range(reference.case.candidates)]
+    pool = [
+        beginning + random_prompt(40 + i, seed=100 + i) for i in range(reference.case.candidates)
+    ]
     prompts = choose_prompts(engine, reference.case, pool, 4, tokens=reference.case.tokens)
     expected = run_alone(engine, prompts, reference.case.tokens)
-    engine.generate([beginning + [7, 8, 9]], 1, fresh=True)
+    engine.generate([[*beginning, 7, 8, 9]], 1, fresh=True)
     outputs = engine.generate(prompts, reference.case.tokens, alone=True)
     assert all(output.cached >= 256 for output in outputs)
     assert_same(outputs, expected, reference.case)

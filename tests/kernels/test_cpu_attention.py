@@ -349,7 +349,7 @@ def test_the_largest_keys_scales_and_queries_stay_finite_and_right(path: str) ->
 def test_small_keys_count(path: str) -> None:
     # Denormal e4m3 keys only: each is below 2^-6.
     batch = make(Case(lengths=(200,), queries=(3,)))
-    codes = torch.randint(0, 8, batch.cache.shape[:2] + (128 * 128,), dtype=torch.uint8)
+    codes = torch.randint(0, 8, (*batch.cache.shape[:2], 128 * 128), dtype=torch.uint8)
     batch.cache.flatten(2)[..., : 128 * 128] = codes
     batch.query *= 30
     assert_close(attend(batch, path), expected(batch))

@@ -243,6 +243,8 @@ def test_views_of_a_fused_tensor_and_of_any_other_strides_are_read_right(
     heads_first = torch.randn(2, heads, tokens, head_size, generator=generator).to(dtype)
     key, value = heads_first.transpose(1, 2)
     assert stored_like_the_reference(key, value, slots)
+    assert stored_like_the_reference(key.contiguous(), value, slots)
+    assert stored_like_the_reference(key, value.contiguous(), slots)
     one_head = torch.randn(2, tokens, 1, head_size, generator=generator).to(dtype)
     key, value = one_head.expand(2, tokens, heads, head_size)
     assert stored_like_the_reference(key, value, slots)

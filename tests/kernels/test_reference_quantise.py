@@ -233,6 +233,12 @@ def test_any_other_constant_is_off_by_no_more_than_half_a_step_of_its_own(x: flo
     assert float((exact - x).abs().max()) <= HALF_STEP * step + UNDERFLOW
 
 
+def test_a_spread_too_small_for_any_step_is_stored_as_its_zero_with_codes_0() -> None:
+    quantised = values_only(torch.tensor([[0.0, 1e-45, 0.0, 1e-45]]))
+    assert quantised.scale.view(torch.int16).tolist() == [[0]]
+    assert quantised.value_codes.count_nonzero() == 0
+
+
 def test_zeros_of_either_sign_are_stored_as_the_same_bits() -> None:
     rows = torch.tensor([[0.0] * 8, [-0.0] * 8, [0.0, -0.0] * 4])
     quantised = values_only(rows)

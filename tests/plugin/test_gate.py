@@ -67,11 +67,12 @@ def test_a_supported_version_becomes_active_through_vllms_own_loader(monkeypatch
     plugin.applied().verify()
 
 
-def test_registering_twice_does_no_harm():
+def test_registering_twice_does_no_harm(log):
     plugin.register()
     first, ours = plugin.applied(), [kv_cache_coordinator.get_kv_cache_coordinator]
     plugin.register()
     assert plugin.applied() is first
+    assert log.records == []
     assert kv_cache_coordinator.get_kv_cache_coordinator is ours[0]
 
 

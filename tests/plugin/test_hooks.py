@@ -118,6 +118,16 @@ def test_an_error_inside_a_strategy_names_its_package():
     )
 
 
+def test_an_error_of_vllms_own_rule_comes_through_as_it_is():
+    def stock(kv_cache_spec):
+        raise KeyError("layer 3")
+
+    with pytest.raises(KeyError, match="'layer 3'"):
+        Strategies({}).ask(
+            "unify_page_sizes", Settings(), vllm_config=None, kv_cache_spec={}, stock=stock
+        )
+
+
 def test_a_strategy_that_gives_up_lets_vllm_try_its_fallback():
     strategies = Strategies({})
     strategies.add("odd", Answer(NotImplementedError("too odd")), "odd 1.0")

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which layers get k8v4 pages, read off a running engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_host import EngineHost
+from workload import Case, random_prompt, settings
+
+pytestmark = pytest.mark.engine
+
+BF16_BYTES = 2
+
+
+def layers(
+    host: EngineHost, small_model: Callable[[str, str], Path], model: str, **more: Any
+) -> dict[int, dict[str, Any]]:
+    """Return what vLLM's runner holds for each attention layer, by index."""
+    case = Case(model, "bfloat16", rounding=0.0, tokens=1, candidates=1)
+    engine = host.engine(**settings(small_model(model, case.dtype), case, **more))
+    # It runs, too.
+    (output,) = engine.generate([random_prompt(300, seed=3)], 2)
+    assert len(output.tokens) == 2
+    return {
+        int(name.split(".")[2]): layer
+        for name, layer in engine.layers().items()
+        if "linear_attn" not in name
+    }
+
+
+def is_quantised(layer: dict[str, Any]) -> bool:
+    return "vllm_hybrid_kv" in layer["backend"]
+
+
+@pytest.mark.parametrize("model", ["llama", "gemma3"])
+def test_boundary_layers_of_dense_models_keep_their_backend_and_bytes(
+    host: EngineHost, small_model: Callable[[str, str], Path], model: str
+) -> None:
+    found = layers(host, small_model, model)
+    assert sorted(found) == list(range(8))
+    assert [i for i in sorted(found) if is_quantised(found[i])] == [2, 3, 4, 5]
+    kv_heads, head_size = 2, 64
+    for layer in found.values():
+        per_token = layer["content_bytes"] / layer["block_size"]
+        if is_quantised(layer):
+            assert per_token == kv_heads * (head_size + head_size // 2 + 4)
+        else:
+            assert layer["backend"].endswith("CPUAttentionBackend")
+            assert per_token == kv_heads * 2 * head_size * BF16_BYTES
+
+
+def test_layers_to_skip_are_added_to_the_boundary(
+    host: EngineHost, small_model: Callable[[str, str], Path]
+) -> None:
+    found = layers(host, small_model, "llama", kv_cache_dtype_skip_layers=["3"])
+    assert [i for i in sorted(found) if is_quantised(found[i])] == [2, 4, 5]
+
+
+def test_layer_kinds_can_be_skipped_by_name(
+    host: EngineHost, small_model: Callable[[str, str], Path]
+) -> None:
+    found = layers(host, small_model, "gemma3", kv_cache_dtype_skip_layers=["sliding_window"])
+    assert [i for i in sorted(found) if is_quantised(found[i])] == [3, 5]
+
+
+def test_every_attention_layer_of_a_hybrid_model_is_quantised(
+    host: EngineHost, small_model: Callable[[str, str], Path]
+) -> None:
+    found = layers(host, small_model, "qwen3-next")
+    assert sorted(found) == [3, 7]
+    assert all(map(is_quantised, found.values()))
+
+
+def test_a_hybrid_model_can_skip_a_layer(
+    host: EngineHost, small_model: Callable[[str, str], Path]
+) -> None:
+    found = layers(host, small_model, "qwen3-next", kv_cache_dtype_skip_layers=["7"])
+    assert [i for i in sorted(found) if is_quantised(found[i])] == [3]
