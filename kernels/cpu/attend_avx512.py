@@ -62,11 +62,11 @@ def _outputs_of_few(call, item, scratch, found, ahead, tiles):  # type: ignore[n
 @drive.inner
 def _scores_of_many(call, item, scratch, found, ahead, tiles):  # type: ignore[no-untyped-def]
     memory.keep_apart()
-    fast.widen_keys(call, scratch, found, ahead, tiles)
     for tile in range(0, tiles, 2):
+        fast.widen_keys(call, scratch, found, ahead, tile, min(tile + 2, tiles))
         for row in range(0, item[drive.ROWS], 8):
             avx512.scores_widened(
-                scratch + drive.KEYS + tile * (call.dims // 32) * widen.OPERAND,
+                scratch + drive.KEYS,
                 scratch + drive.QUERIES + row * 2 * call.dims,
                 call.dims,
                 scratch + drive.SCORES + row * drive.SCORE_STRIDE + 64 * tile,
@@ -77,7 +77,7 @@ def _scores_of_many(call, item, scratch, found, ahead, tiles):  # type: ignore[n
 @drive.inner
 def _outputs_of_many(call, item, scratch, found, ahead, tiles):  # type: ignore[no-untyped-def]
     memory.keep_apart()
-    fast.widen_values(call, scratch, found, ahead, tiles)
+    fast.widen_values(call, scratch, found, ahead, 0, tiles)
     for chunk in range(call.dims // 32):
         for row in range(0, item[drive.ROWS], 8):
             avx512.outputs_widened(
@@ -100,12 +100,13 @@ def _attend(call, item, head, scratch):  # type: ignore[no-untyped-def]
     drive.begin(call, item, head, scratch, state, 2 * call.dims)
     few = item[drive.ROWS] <= _FEW_ROWS
     chunk = np.int64(_CHUNK_OF_FEW if few else _CHUNK_OF_MANY)
-    first, last = drive.keys_of_item(call, item, chunk)
+    first, last = drive.keys_of_item(call, item)
     tiles = drive.tiles_of_chunk(first, last, chunk)
     drive.tile_addresses(call, item, head, first, tiles, found)
     while first < last:
-        following = drive.tiles_of_chunk(first + chunk, last, chunk)
-        drive.tile_addresses(call, item, head, first + chunk, following, ahead)
+        first_ahead = drive.next_chunk(first, chunk)
+        following = drive.tiles_of_chunk(first_ahead, last, chunk)
+        drive.tile_addresses(call, item, head, first_ahead, following, ahead)
         fast.repeat_tiles(found, ahead, following, tiles)
         drive.load_scales(scratch, found, tiles, widen.MIDDLE_CODE)
         if few:
@@ -119,7 +120,7 @@ def _attend(call, item, head, scratch):  # type: ignore[no-untyped-def]
             _outputs_of_many(call, item, scratch, found, ahead, tiles)
         found, ahead = ahead, found
         tiles = following
-        first += chunk
+        first = first_ahead
     drive.finish(call, item, head, scratch, state)
 
 

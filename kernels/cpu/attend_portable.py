@@ -84,7 +84,7 @@ def _attend(call, item, head, scratch):  # type: ignore[no-untyped-def]
     state = np.empty((drive.ROW_BLOCK, 3), np.float32)
     found = np.empty((_TILES, 4), np.int64)
     drive.begin(call, item, head, scratch, state, _QUERY_STRIDE)
-    first, last = drive.keys_of_item(call, item, _CHUNK)
+    first, last = drive.keys_of_item(call, item)
     while first < last:
         tiles = drive.tiles_of_chunk(first, last, np.int64(_CHUNK))
         drive.tile_addresses(call, item, head, first, tiles, found)
@@ -92,7 +92,7 @@ def _attend(call, item, head, scratch):  # type: ignore[no-untyped-def]
         _scores(call, item, scratch, found, tiles)
         drive.weigh(call, item, scratch, state, first, tiles, portable.KEY_SCALE, False)
         _accumulate(call, item, scratch, found, tiles)
-        first += _CHUNK
+        first = drive.next_chunk(first, np.int64(_CHUNK))
     drive.finish(call, item, head, scratch, state)
 
 

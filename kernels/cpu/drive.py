@@ -95,12 +95,12 @@ def visible_keys(call, item, row):  # type: ignore[no-untyped-def]
 
 
 @inner
-def keys_of_item(call, item, chunk):  # type: ignore[no-untyped-def]
-    """Return the tokens that any row of an item sees, from a multiple of `chunk` on."""
+def keys_of_item(call, item):  # type: ignore[no-untyped-def]
+    """Return the tokens that any row of an item sees, from a whole tile on."""
     first, _ = visible_keys(call, item, np.int64(0))
     _, last = visible_keys(call, item, item[ROWS] - 1)
     first = max(first, item[FIRST_KEY])
-    return first // chunk * chunk, min(last, item[LAST_KEY])
+    return first // TILE * TILE, min(last, item[LAST_KEY])
 
 
 @inner
@@ -136,9 +136,20 @@ def begin(call, item, head, scratch, state, stride):  # type: ignore[no-untyped-
 
 
 @inner
+def next_chunk(first, chunk):  # type: ignore[no-untyped-def]
+    """Return the next multiple of `chunk` after token `first`.
+
+    Chunks end at the same tokens whatever is seen before them, so that a row's sums do not
+    depend on how its request's prefill was divided.
+    """
+    return (first // chunk + 1) * chunk
+
+
+@inner
 def tiles_of_chunk(first, last, chunk):  # type: ignore[no-untyped-def]
     """Return how many tiles the chunk from token `first` on has before `last`."""
-    return (max(min(last - first, chunk), np.int64(0)) + TILE - 1) // TILE
+    tokens = min(last, next_chunk(first, chunk)) - first
+    return (max(tokens, np.int64(0)) + TILE - 1) // TILE
 
 
 @inner

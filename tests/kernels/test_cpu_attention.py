@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm_hybrid_kv.kernels import k8v4, reference
-from vllm_hybrid_kv.kernels.cpu import isa, paged_attention, plan_attention
+from vllm_hybrid_kv.kernels.cpu import attention, isa, paged_attention, plan_attention
 from vllm_hybrid_kv.kernels.k8v4 import PageFormat
 
 # Largest ||out - reference|| / ||reference|| over the dims of one row.
@@ -222,8 +222,37 @@ def test_several_tokens_of_one_request_see_up_to_themselves(queries: int, path: 
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_long_sequence_divided_among_threads_attends_as_defined(path: str) -> None:
-    check(Case(lengths=(9000, 5), queries=(2, 1), num_kv_heads=1, num_heads=5), path)
+@pytest.mark.parametrize("queries", [1, 2, 4])
+def test_a_long_sequence_divided_among_threads_attends_as_defined(queries: int, path: str) -> None:
+    batch = make(Case(lengths=(9000, 5), queries=(queries, 1), num_kv_heads=1, num_heads=5))
+    assert_close(attend(batch, path), expected(batch))
+    # Parts whose largest scores are further apart than float32 can express the ratio of.
+    batch.query *= 100
+    assert_close(attend(batch, path), expected(batch))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_scores_far_below_zero_are_scores(path: str) -> None:
+    batch = make(Case(lengths=(200,), queries=(3,)))
+    batch.cache.flatten(2)[..., : 128 * 128] = 0x50  # every key is 8
+    batch.query[:] = -30.0
+    assert_close(attend(batch, path), expected(batch))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("lengths", [(40,), (305, 4000)])
+@pytest.mark.parametrize("queries", [1, 12, 40])
+def test_leftovers_in_the_kernels_own_memory_never_show(
+    queries: int, lengths: tuple[int, ...], path: str
+) -> None:
+    batch = make(Case(lengths=lengths, queries=(queries, *[1] * (len(lengths) - 1))))
+    out, lse = attend(batch, path)
+    attention._workspace.scratch.fill(0xFF)  # NaN as bf16 and as float32
+    attention._workspace.partials.fill(math.nan)
+    attention._workspace.counters.fill(-1)
+    again, lse_again = attend(batch, path)
+    assert torch.equal(again, out)
+    assert torch.equal(lse_again, lse)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -408,6 +437,27 @@ def test_a_plan_made_once_gives_what_a_call_without_one_gives(path: str) -> None
         out, lse = attend(batch, path, plan=plan)
         assert torch.equal(out, without[0])
         assert torch.equal(lse, without[1])
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("window", [None, 150])
+def test_a_prompt_gives_the_same_bits_however_its_prefill_is_divided(
+    window: int | None, path: str
+) -> None:
+    batch = make(Case(lengths=(700,), queries=(700,), options={"window": window}))
+    out, lse = attend(batch, path)
+    for step in (96, 256):
+        for start in range(0, 700, step):
+            stop = min(700, start + step)
+            part = replace(
+                batch,
+                query=batch.query[start:stop],
+                seq_lens=torch.tensor([stop], dtype=torch.int32),
+                query_start_loc=torch.tensor([0, stop - start], dtype=torch.int32),
+            )
+            got, got_lse = attend(part, path)
+            assert torch.equal(got, out[start:stop])
+            assert torch.equal(got_lse, lse[start:stop])
 
 
 @st.composite
