@@ -11,14 +11,18 @@ TILES = drive.CHUNK // drive.TILE
 
 @drive.inner
 def repeat_tiles(found, ahead, following, tiles):  # type: ignore[no-untyped-def]
-    """Let the tiles to ask for be known ones where the next chunk has fewer than this one."""
+    """Let the tiles to ask for be known ones where the next chunk has fewer than this one.
+
+    The next chunk may also have more: those addresses are its own and stay as they are.
+    """
     for tile in range(following, tiles):
         ahead[tile, 0], ahead[tile, 1] = found[tile, 0], found[tile, 1]
     if tiles % 2:
         # Products take tiles in pairs; the weights of a missing one are zeros.
         for address in range(4):
             found[tiles, address] = found[tiles - 1, address]
-            ahead[tiles, address] = found[tiles - 1, address]
+        if following <= tiles:
+            ahead[tiles, 0], ahead[tiles, 1] = found[tiles, 0], found[tiles, 1]
 
 
 @drive.inner

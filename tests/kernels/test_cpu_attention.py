@@ -216,6 +216,16 @@ def test_masks_caps_and_sinks_act_as_defined(options: dict[str, Any], path: str)
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("window", [3, 20, 40, 300])
+@pytest.mark.parametrize("queries", [1, 70])
+def test_a_window_that_starts_late_in_a_chunk_attends_as_defined(
+    queries: int, window: int, path: str
+) -> None:
+    # The first chunk then has few tiles, an odd number among them, and the next one more.
+    check(Case(lengths=(305, 570), queries=(queries, 1), options={"window": window}), path)
+
+
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("queries", [1, 2, 3, 4, 5, 6, 7, 8])
 def test_several_tokens_of_one_request_see_up_to_themselves(queries: int, path: str) -> None:
     check(Case(lengths=(900, 33), queries=(queries, queries), num_heads=6), path)
