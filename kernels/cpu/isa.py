@@ -17,6 +17,9 @@ PORTABLE = "portable"
 AVX512_BF16 = "avx512_bf16"
 AMX = "amx"
 
+AUTO = "auto"
+"""What the environment may say for the fastest path, as if it said nothing."""
+
 ALL = (PORTABLE, AVX512_BF16, AMX)
 """Every path, slowest first."""
 
@@ -65,7 +68,7 @@ def best_isa() -> str:
         ValueError: The variable names no path, or one that this CPU cannot run.
     """
     asked = os.environ.get(ENVIRONMENT, "")
-    return require(asked) if asked else available()[-1]
+    return available()[-1] if asked in ("", AUTO) else require(asked)
 
 
 def describe() -> str:

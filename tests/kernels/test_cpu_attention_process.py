@@ -56,6 +56,11 @@ def test_the_fastest_path_of_the_cpu_is_the_default(monkeypatch: pytest.MonkeyPa
     assert isa.describe() == f"cpu:{isa.best_isa()}"
 
 
+def test_auto_in_the_environment_asks_for_the_fastest_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(isa.ENVIRONMENT, isa.AUTO)
+    assert isa.best_isa() == isa.available()[-1]
+
+
 def test_the_environment_chooses_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(isa.ENVIRONMENT, isa.PORTABLE)
     assert isa.best_isa() == isa.PORTABLE
