@@ -58,7 +58,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	MYPYPATH=.lint $(BIN)/mypy --package vllm_hybrid_kv
 	$(BIN)/mypy demo
-	PYTHONPATH=.lint $(BIN)/lint-imports
+	cd .lint && ../$(BIN)/lint-imports --config ../pyproject.toml --no-cache
 
 pytest: setup $(NEXT_VLLM)/.unpacked
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
