@@ -144,16 +144,6 @@ store_floats, store_bytes = _storer(FLOATS), _storer(BYTES)
 
 
 @intrinsic
-def every_float(typing_context: Any, number: Any) -> Any:
-    """Return sixteen times the same float32."""
-
-    def emit(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        return broadcast(b, args[0])
-
-    return FLOATS(types.float32), emit
-
-
-@intrinsic
 def no_words(typing_context: Any) -> Any:
     """Return sixteen zeros, what `largest_magnitude` starts from."""
 
