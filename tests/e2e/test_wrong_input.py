@@ -3,25 +3,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from engine_host import BASE_ENVIRONMENT
-from transformers import BloomConfig, DeepseekV2Config, PreTrainedConfig
+import torch
+from engine_host import BASE_ENVIRONMENT, EngineHost
+from transformers import BloomConfig, DeepseekV2Config, Gemma4TextConfig, PreTrainedConfig
 
-from demo.models import llama_config
+from demo.models import gemma3_config, llama_config
 from demo.tokenizer import VOCAB_SIZE, build_tokenizer
 
 pytestmark = pytest.mark.engine
 
 TIMEOUT_S = 240.0
+SKIP = "--kv-cache-dtype-skip-layers"
 
 Refuse = Callable[..., str]
+Follow = Callable[[dict[str, object]], dict[int, str]]
 
 
 @pytest.fixture
@@ -42,28 +48,61 @@ def refuse(tmp_path: Path) -> Refuse:
         if "--kv-cache-memory-bytes" in arguments:
             # It wins over the argument.
             del environment["VLLM_CPU_KVCACHE_SPACE"]
-        done = subprocess.run(
+        with subprocess.Popen(
             command,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=TIMEOUT_S,
-            check=False,
-        )
-        assert done.returncode not in (0, -9), done.stdout[-2000:]
-        return done.stdout
+            start_new_session=True,
+        ) as process:
+            try:
+                output = process.communicate(timeout=TIMEOUT_S)[0]
+            except subprocess.TimeoutExpired as error:
+                raise AssertionError((error.output or b"")[-4000:].decode()) from error
+            finally:
+                # A server that started after all, and its engine.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        assert process.returncode not in (0, -9), output[-2000:]
+        return output
 
     return run
 
 
-def assert_said(output: str, *parts: str, times: int = 1) -> None:
-    """Assert that one message, and no other, has all of the parts."""
+@pytest.fixture
+def follow(host: EngineHost, tmp_path: Path) -> Follow:
+    """A function that serves the refused model as advised, returns each layer's backend."""
+
+    def run(advised: dict[str, object]) -> dict[int, str]:
+        engine = host.engine(
+            model=str(tmp_path), load_format="dummy", enforce_eager=True, **advised
+        )
+        (output,) = engine.generate([list(range(3, 303))], 2)
+        assert len(output.tokens) == 2
+        return {
+            int(re.search(r"\.(\d+)\.", name)[1]): layer["backend"].rsplit(".", 1)[1]
+            for name, layer in engine.layers().items()
+        }
+
+    return run
+
+
+def assert_said(output: str, *parts: str, times: int = 1) -> str:
+    """Assert that one message, and no other, has all of the parts; return it."""
     lines = [line for line in output.splitlines() if all(part in line for part in parts)]
     messages = {line[line.index(parts[0]) :] for line in lines}
     assert len(messages) == 1, f"{len(messages)} messages with {parts} in:\n{output[-4000:]}"
     assert len(lines) == times, f"said {len(lines)} times:\n{output[-4000:]}"
+    return messages.pop()
+
+
+def advised_dtypes(message: str) -> list[str]:
+    """Return the values of --kv-cache-dtype that a message ends with advising."""
+    found = re.search(r"serve the model with --kv-cache-dtype ([\w ]+)", message, re.IGNORECASE)
+    assert found is not None, message
+    return found[1].split(" or ")
 
 
 @pytest.mark.parametrize("source", ["command line", "environment"])
@@ -77,20 +116,72 @@ def test_an_unknown_strategy_is_refused_with_the_known_ones(refuse: Refuse, sour
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("head_size", [48, 264])
-def test_an_unsupported_head_size_is_refused_naming_the_layer_and_the_sizes(
-    refuse: Refuse, head_size: int
+def test_a_head_size_that_no_layer_can_have_is_refused_with_dtypes_that_serve_the_model(
+    refuse: Refuse, follow: Follow
 ) -> None:
-    output = refuse(llama_config(head_size=head_size), "LlamaForCausalLM")
-    assert_said(
+    output = refuse(llama_config(head_size=32), "LlamaForCausalLM")
+    message = assert_said(
+        output, "model.layers.2.self_attn.attn", "64 to 256 in multiples of 8, got 32"
+    )
+    assert SKIP not in message
+    dtypes = advised_dtypes(message)
+    assert dtypes == (["auto", "fp8"] if torch.cpu._is_avx512_supported() else ["auto"])
+    for dtype in dtypes:
+        assert set(follow({"kv_cache_dtype": dtype}).values()) == {"CPUAttentionBackend"}
+
+
+def test_a_head_size_that_vllm_lacks_as_well_is_refused_with_the_sizes_of_both(
+    refuse: Refuse,
+) -> None:
+    output = refuse(llama_config(head_size=264), "LlamaForCausalLM")
+    message = assert_said(
         output,
         "model.layers.2.self_attn.attn",
-        f"64 to 256 in multiples of 8, got {head_size}",
-        "--kv-cache-dtype auto",
+        "64 to 256 in multiples of 8, got 264",
+        "--kv-cache-dtype auto, if vLLM's own CPU kernels take heads of 264 (they list 32, 64,",
     )
+    assert SKIP not in message
 
 
-def test_latent_attention_is_refused_naming_the_layer(refuse: Refuse) -> None:
+def test_an_odd_head_size_is_refused_with_the_layers_to_skip(
+    refuse: Refuse, follow: Follow
+) -> None:
+    common = gemma3_config(layers=6).to_dict()
+    kept = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads")
+    config = Gemma4TextConfig(
+        **{name: common[name] for name in kept},
+        num_hidden_layers=8,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention", "full_attention"]
+        * 2,
+        head_dim=64,
+        global_head_dim=512,
+        intermediate_size=512,
+        sliding_window=96,
+        max_position_embeddings=8192,
+        vocab_size_per_layer_input=common["vocab_size"],
+        hidden_size_per_layer_input=0,
+        num_kv_shared_layers=0,
+    )
+    output = refuse(config, "Gemma4ForCausalLM")
+    message = assert_said(
+        output, "model.layers.2.self_attn.attn", "64 to 256 in multiples of 8, got 512", SKIP
+    )
+    skipped = re.search(rf"{SKIP} ([\d ]+), or", message)
+    assert skipped is not None, message
+    # The first and last two are vLLM's own choice.
+    assert skipped[1] == "0 1 2 3 6 7"
+    backends = follow(
+        {
+            "kv_cache_dtype": "turboquant_k8v4",
+            "kv_cache_dtype_skip_layers": skipped[1].split(),
+        }
+    )
+    assert [i for i in sorted(backends) if backends[i] == "K8V4AttentionBackend"] == [4, 5]
+
+
+def test_latent_attention_is_refused_with_the_dtype_that_serves_the_model(
+    refuse: Refuse, follow: Follow
+) -> None:
     config = DeepseekV2Config(
         vocab_size=VOCAB_SIZE,
         hidden_size=256,
@@ -111,15 +202,23 @@ def test_latent_attention_is_refused_naming_the_layer(refuse: Refuse) -> None:
         max_position_embeddings=2048,
     )
     output = refuse(config, "DeepseekV2ForCausalLM")
-    assert_said(
-        output, "model.layers.2.self_attn.attn", "multi-head latent", "--kv-cache-dtype auto"
-    )
+    message = assert_said(output, "model.layers.2.self_attn.attn", "multi-head latent")
+    assert SKIP not in message
+    (dtype,) = advised_dtypes(message)
+    backends = follow({"kv_cache_dtype": dtype})
+    assert len(backends) == 6
+    assert all("MLA" in backend for backend in backends.values()), backends
 
 
-def test_alibi_is_refused_naming_the_layer(refuse: Refuse) -> None:
+def test_alibi_is_refused_with_dtypes_that_serve_the_model(refuse: Refuse, follow: Follow) -> None:
     config = BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=512, n_layer=6, n_head=8)
     output = refuse(config, "BloomForCausalLM", "--max-model-len", "512")
-    assert_said(output, "transformer.h.2.self_attention.attn", "ALiBi", "--kv-cache-dtype auto")
+    message = assert_said(output, "transformer.h.2.self_attention.attn", "ALiBi")
+    assert SKIP not in message
+    dtypes = advised_dtypes(message)
+    assert dtypes[0] == "auto"
+    for dtype in dtypes:
+        assert set(follow({"kv_cache_dtype": dtype}).values()) == {"CPUAttentionBackend"}
 
 
 def test_a_cache_too_small_for_one_request_is_refused_with_the_sizes(refuse: Refuse) -> None:
