@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from demo.capacity import Capacity, plan
+from demo.capacity import Capacity, planning
 from demo.models import build_model, qwen3_next_config
 from demo.server import Server, ServerError, serve
 
@@ -35,6 +35,15 @@ SERVE_ARGUMENTS = (
     "--enable-prefix-caching",
     "--enforce-eager",
 )
+
+BF16_ENGINE = {
+    "kv_cache_dtype": "auto",
+    "max_model_len": MAX_MODEL_LEN,
+    "gpu_memory_utilization": MEMORY_FRACTION,
+    "enable_prefix_caching": True,
+    "enforce_eager": True,
+}
+"""The same engine with vLLM's own cache, to compare capacities with."""
 
 DOCUMENT = (
     "The river runs slowly through the old town and the children watch the boats. In winter the "
@@ -58,9 +67,10 @@ def main() -> int:
             console.print("Interrupted; the server is stopped.", style="red")
             return 130
         except (ServerError, openai.OpenAIError, httpx.HTTPError) as error:
+            log = getattr(error, "log", None) or log
             if log.exists():
-                console.rule("end of the server's log")
-                console.print(_tail(log), markup=False)
+                console.rule(f"end of {log.name}")
+                console.print(_tail(log), markup=False, soft_wrap=True)
             console.print(f"The demo failed: {error}", style="bold red", markup=False)
             return 1
     console.print(f"Done in {time.monotonic() - began:.0f} s.")
@@ -73,25 +83,18 @@ def _run(folder: Path, log: Path) -> None:
         "Made a Qwen3-Next model with random weights: 6 Gated DeltaNet and 2 attention layers.",
         soft_wrap=True,
     )
-    with console.status("planning a bf16 KV cache for comparison"):
-        bf16 = plan(
-            model,
-            {
-                "kv_cache_dtype": "auto",
-                "max_model_len": MAX_MODEL_LEN,
-                "gpu_memory_utilization": MEMORY_FRACTION,
-                "enable_prefix_caching": True,
-                "enforce_eager": True,
-            },
-        )
-    console.print("$ vllm serve qwen3-next", *SERVE_ARGUMENTS, style="bold", soft_wrap=True)
-    with serve(model, SERVE_ARGUMENTS, log, console) as (server, seconds):
-        console.print(f"Ready after {seconds:.0f} s.")
-        active = server.find_in_log(r"(hybrid_kv \S+ active[^\n]*)")
-        console.print(f"Plugin: {active}", markup=False, soft_wrap=True)
-        _ask(server)
-        _show_capacity(_served_capacity(server), bf16)
-        _show_prefix_cache(server)
+    # Beside the server: most of both starts is imports, which take one core each.
+    with planning(model, BF16_ENGINE, folder / "bf16-plan.log") as plan:
+        console.print("$ vllm serve qwen3-next", *SERVE_ARGUMENTS, style="bold", soft_wrap=True)
+        with serve(model, SERVE_ARGUMENTS, log, console, watch=plan.check) as (server, seconds):
+            console.print(f"Ready after {seconds:.0f} s.")
+            active = server.find_in_log(r"(hybrid_kv \S+ active[^\n]*)")
+            console.print(f"Plugin: {active}", markup=False, soft_wrap=True)
+            _ask(server)
+            with console.status("planning a bf16 KV cache for comparison"):
+                bf16 = plan.result()
+            _show_capacity(_served_capacity(server), bf16)
+            _show_prefix_cache(server)
 
 
 def _ask(server: Server) -> None:

@@ -7,18 +7,26 @@ takes to know every layer's cache, and prints one line of JSON.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from demo.server import ENVIRONMENT, ServerError
+from demo.server import START_TIMEOUT_S, ServerError, kill_group, start_group
 
 MARK = "capacity: "
 """Stands before the line of JSON, among whatever vLLM prints."""
+
+PLAN_ENVIRONMENT = {
+    # In one process, which starts faster, and with one thread, which leaves the server its core.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "OMP_NUM_THREADS": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -45,30 +53,72 @@ class Capacity:
         )
 
 
-def plan(model: Path, engine_arguments: dict[str, Any]) -> Capacity:
-    """Let vLLM plan the cache of an engine that serves nothing.
+class Plan:
+    """A cache that vLLM plans in a process of its own, for an engine that serves nothing.
+
+    Attributes:
+        log: File with everything that the process prints.
+    """
+
+    def __init__(self, model: Path, engine_arguments: dict[str, Any], log: Path) -> None:
+        """Start the process; use `planning` instead, which also ends it.
+
+        Args:
+            model: Folder of the model.
+            engine_arguments: Of `vllm.LLM`.
+            log: Where its output goes.
+        """
+        self.log = log
+        self._arguments = engine_arguments
+        command = [sys.executable, "-m", "demo.capacity", str(model), json.dumps(engine_arguments)]
+        self._process = start_group(command, log, **PLAN_ENVIRONMENT)
+
+    def check(self) -> None:
+        """Raise a ServerError if the process has failed."""
+        if self._process.poll():
+            raise ServerError(f"vLLM did not plan a cache for {self._arguments}", self.log)
+
+    def result(self) -> Capacity:
+        """Wait for the plan.
+
+        Raises:
+            ServerError: vLLM does not start with these arguments, or takes too long.
+        """
+        try:
+            self._process.wait(START_TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:
+            raise ServerError(
+                f"vLLM did not plan a cache in {START_TIMEOUT_S:.0f} s", self.log
+            ) from error
+        self.check()
+        # Wherever it stands in a line: vLLM's progress bars go to the same file.
+        found = re.search(rf"{MARK}({{.*?}})", self.log.read_text(errors="replace"))
+        if found is None:
+            raise ServerError("vLLM planned a cache without saying which", self.log)
+        return Capacity(**json.loads(found.group(1)))
+
+    def stop(self) -> None:
+        """End its processes, whether it is done or not."""
+        kill_group(self._process)
+
+
+@contextlib.contextmanager
+def planning(model: Path, engine_arguments: dict[str, Any], log: Path) -> Iterator[Plan]:
+    """Let vLLM plan a cache for the length of a `with` block, beside what the block does.
 
     Args:
         model: Folder of the model.
         engine_arguments: Of `vllm.LLM`.
+        log: Where its output goes.
 
-    Raises:
-        ServerError: vLLM does not start with them; the message ends with what it printed.
+    Yields:
+        The plan, whose `result` is there some time later.
     """
-    command = [sys.executable, "-m", "demo.capacity", str(model), json.dumps(engine_arguments)]
-    done = subprocess.run(
-        command,
-        env={**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    for line in done.stdout.splitlines():
-        if line.startswith(MARK):
-            return Capacity(**json.loads(line.removeprefix(MARK)))
-    printed = "\n".join((done.stdout + done.stderr).splitlines()[-40:])
-    raise ServerError(f"vLLM did not plan a cache for {engine_arguments}:\n{printed}")
+    plan = Plan(model, engine_arguments, log)
+    try:
+        yield plan
+    finally:
+        plan.stop()
 
 
 def _main() -> None:

@@ -11,10 +11,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import httpx
+import psutil
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -42,7 +43,15 @@ STAGES = (
 
 
 class ServerError(RuntimeError):
-    """The server did not start, or did not stop."""
+    """A process of the demo did not start, or did not stop.
+
+    Attributes:
+        log: File that says why, if it is not the server's own.
+    """
+
+    def __init__(self, message: str, log: Path | None = None) -> None:
+        super().__init__(message)
+        self.log = log
 
 
 class Server:
@@ -64,20 +73,19 @@ class Server:
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
+        # One for all questions whether it is there yet: each new client reads the certificates.
+        self._client = httpx.Client(timeout=2.0)
         vllm = Path(sys.executable).with_name("vllm")
-        with log.open("wb") as sink:
-            self._process = subprocess.Popen(
-                [vllm, "serve", model, "--host", "127.0.0.1", "--port", str(port), *arguments],
-                env={**os.environ, **ENVIRONMENT},
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                # A session of its own: Ctrl-C reaches us alone, and its processes are one group.
-                start_new_session=True,
-            )
+        self._process = start_group(
+            [vllm, "serve", model, "--host", "127.0.0.1", "--port", str(port), *arguments], log
+        )
 
-    def wait(self, console: Console) -> float:
+    def wait(self, console: Console, watch: Callable[[], None]) -> float:
         """Wait until it answers, showing how far it has come.
+
+        Args:
+            console: Where to show it.
+            watch: Called while waiting; raises what ends the wait.
 
         Returns:
             Seconds waited.
@@ -91,6 +99,7 @@ class Server:
             task = progress.add_task("starting vllm serve", total=None)
             shown = ""
             while not self._answers():
+                watch()
                 if self._process.poll() is not None:
                     raise ServerError(f"vllm serve ended with status {self._process.returncode}")
                 if time.monotonic() - began > START_TIMEOUT_S:
@@ -130,6 +139,7 @@ class Server:
         began = time.monotonic()
         group = self._process.pid
         try:
+            self._client.close()
             if self._process.poll() is None:
                 self._process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -138,18 +148,14 @@ class Server:
             forced = not _wait_for_group(group, began + STOP_TIMEOUT_S)
         finally:
             # Reached by a second Ctrl-C as well.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(group, signal.SIGKILL)
-            self._process.wait()
-        if not _wait_for_group(group, time.monotonic() + STOP_TIMEOUT_S):
-            raise ServerError(f"processes of group {group} cannot be ended")
+            kill_group(self._process)
         if forced:
             raise ServerError(f"vllm serve did not stop within {STOP_TIMEOUT_S:.0f} s: killed")
         return time.monotonic() - began
 
     def _answers(self) -> bool:
         with contextlib.suppress(httpx.TransportError):
-            return httpx.get(f"{self.url}/health", timeout=2.0).status_code == httpx.codes.OK
+            return self._client.get(f"{self.url}/health").status_code == httpx.codes.OK
         return False
 
     def _stage(self) -> str:
@@ -163,7 +169,11 @@ class Server:
 
 @contextlib.contextmanager
 def serve(
-    model: Path, arguments: Sequence[str], log: Path, console: Console
+    model: Path,
+    arguments: Sequence[str],
+    log: Path,
+    console: Console,
+    watch: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[Server, float]]:
     """Serve a model for the length of a `with` block.
 
@@ -172,6 +182,7 @@ def serve(
         arguments: Further arguments of `vllm serve`.
         log: Where its output goes.
         console: Where to show progress.
+        watch: Called while the server starts; raises what is to stop it.
 
     Yields:
         The server once it answers, and the seconds that took.
@@ -181,7 +192,7 @@ def serve(
     """
     server = Server(model, arguments, log)
     try:
-        yield server, server.wait(console)
+        yield server, server.wait(console, watch)
     except BaseException:
         # Whatever went wrong is what is to be reported.
         with contextlib.suppress(ServerError):
@@ -189,6 +200,57 @@ def serve(
         raise
     seconds = server.stop()
     console.print(f"Server stopped in {seconds:.1f} s; none of its processes is left.")
+
+
+def start_group(
+    command: Sequence[str | Path], log: Path, **environ: str
+) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own, which Ctrl-C does not reach.
+
+    Args:
+        command: What to run.
+        log: Where its output goes.
+        environ: Variables beside our own and `ENVIRONMENT`.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C came meanwhile; the process is ended.
+    """
+    interrupts: list[int] = []
+    # An exception between its start and our knowing of it would leave the process behind.
+    handlers = {
+        number: signal.signal(number, lambda number, frame: interrupts.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        with log.open("wb") as sink:
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, **ENVIRONMENT, **environ},
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if interrupts:
+        kill_group(process)
+        raise KeyboardInterrupt
+    return process
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """End a process and all others of the session that was started with it, by force.
+
+    Raises:
+        ServerError: One of them is left.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if not _wait_for_group(process.pid, time.monotonic() + STOP_TIMEOUT_S):
+        raise ServerError(f"processes of group {process.pid} cannot be ended")
 
 
 def _free_port() -> int:
@@ -199,11 +261,17 @@ def _free_port() -> int:
 
 def _wait_for_group(group: int, deadline: float) -> bool:
     """Wait until no process of a group is left; say whether that was before the deadline."""
-    while True:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
+    while _is_left(group):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)
+    return True
+
+
+def _is_left(group: int) -> bool:
+    """Whether a process of a group runs; one that waits for its parent to look at it does not."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
