@@ -65,9 +65,14 @@ class EngineHost:
             # Threads of one engine must not wait on each other where the cores are shared.
             environ["OMP_NUM_THREADS"] = "1"
         environ.update(environment)
+        folder = Path(__file__).parent
+        # For workers in processes of their own, which import `faults` by name.
+        environ["PYTHONPATH"] = os.pathsep.join(
+            filter(None, (str(folder), os.environ.get("PYTHONPATH")))
+        )
         ours, theirs = socket.socketpair()
         self.log = log
-        worker = Path(__file__).with_name("engine_worker.py")
+        worker = folder / "engine_worker.py"
         with log.open("ab") as sink:
             self._process = subprocess.Popen(
                 [sys.executable, str(worker), str(theirs.fileno())],
@@ -118,7 +123,7 @@ class EngineHost:
         return self._call("layers")
 
     def plant(self, fault: str | None) -> None:
-        """Make every layer store its cache wrongly, see `faults`; None for right again."""
+        """Make the engine go wrong in every layer, see `faults`; None for right again."""
         self._call("plant", fault=fault)
 
     def log_tail(self, lines: int = 60) -> str:

@@ -15,8 +15,6 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
-import faults
-
 
 class Worker:
     """One engine at a time, and the requests to it."""
@@ -29,9 +27,11 @@ class Worker:
 
         began = time.monotonic()
         _let_vllm_scan_llvmlite()
-        self.llm = LLM(**engine_args)
-        cache = self.llm.llm_engine.vllm_config.cache_config
+        self.llm = LLM(worker_extension_cls="faults.WorkerExtension", **engine_args)
+        config = self.llm.llm_engine.vllm_config
+        cache = config.cache_config
         return {
+            "compiled": config.compilation_config.mode.name != "NONE",
             "seconds": time.monotonic() - began,
             "block_size": cache.block_size,
             "capacity_tokens": cache.kv_cache_size_tokens,
@@ -115,7 +115,7 @@ class Worker:
         return layers
 
     def plant(self, fault: str | None) -> None:
-        faults.plant(fault)
+        self.llm.collective_rpc("plant_fault", args=(fault,))
 
 
 def _let_vllm_scan_llvmlite() -> None:

@@ -1,50 +1,99 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways to store a k8v4 cache wrongly, to prove that the end-to-end bounds would show them."""
+"""Ways to go wrong on purpose, to prove that the end-to-end comparisons would show them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 FAULTS = ("swapped nibbles", "scale of the neighbour", "stale page", "clipped keys")
+"""Ways to store a cache wrongly."""
 
-_original: Any = None
+STEP_FAULTS = (
+    "page of the neighbour",
+    "lost slot",
+    "window off by one",
+    "one token short",
+    "drafts see each other",
+    "heads of the neighbour",
+    "stored too late",
+)
+"""Ways to run a step wrongly.
+
+* page of the neighbour: what continues a prompt reads its second page in place of its first
+* lost slot: the last token of a step of several is not stored
+* window off by one: sliding windows are a token too long
+* one token short: in a step of several requests a decode does not see its own token
+* drafts see each other: a token to be verified sees the drafts behind it
+* heads of the neighbour: the second tensor-parallel process shifts its query heads by one
+* stored too late: a step's tokens are stored when it has attended
+"""
+
+_originals: dict[tuple[type, str], Callable[..., Any]] = {}
+
+
+class WorkerExtension:
+    """What vLLM adds to its workers, in whatever process they run."""
+
+    def plant_fault(self, fault: str | None) -> None:
+        """Plant a fault in this worker's process."""
+        plant(fault)
 
 
 def plant(fault: str | None) -> None:
-    """Replace the cache update of the k8v4 backend by a wrong one, or put the right one back.
+    """Put a fault into the k8v4 backend of this process, in place of the one before.
 
     Args:
-        fault: One of `FAULTS`; None for the right one.
+        fault: One of `FAULTS` and `STEP_FAULTS`; None for none.
     """
-    global _original
+    if fault not in (None, *FAULTS, *STEP_FAULTS):
+        raise ValueError(f"no fault {fault!r}; there are {', '.join(FAULTS + STEP_FAULTS)}")
+    for (owner, name), original in _originals.items():
+        setattr(owner, name, original)
+    if fault in ("lost slot", *FAULTS):
+        _spoil_updates(fault)
+    elif fault == "stored too late":
+        _update_after_attention()
+    elif fault in ("window off by one", "heads of the neighbour"):
+        _spoil_attention(fault)
+    elif fault is not None:
+        _spoil_metadata(fault)
+
+
+def _replace(owner: type, name: str, make: Callable[[Callable[..., Any]], Any]) -> None:
+    original = _originals.setdefault((owner, name), getattr(owner, name))
+    setattr(owner, name, make(original))
+
+
+def _spoil_updates(fault: str) -> None:
     from vllm_hybrid_kv.attention.backend import K8V4AttentionImpl
 
-    if _original is None:
-        _original = K8V4AttentionImpl.do_kv_cache_update
-    if fault is None:
-        K8V4AttentionImpl.do_kv_cache_update = _original
-        return
-    if fault not in FAULTS:
-        raise ValueError(f"no fault {fault!r}; there are {', '.join(FAULTS)}")
+    def make(original: Callable[..., Any]) -> Any:
+        def update(
+            self: Any, layer: Any, key: Any, value: Any, kv_cache: Any, slot_mapping: Any
+        ) -> None:
+            if fault == "clipped keys":
+                # What a conversion by way of e4b15 does to large keys.
+                key = key.clamp(-1.75, 1.75)
+            stored = (slot_mapping >= 0).nonzero().flatten()
+            if fault == "lost slot" and stored.numel() > 1:
+                slot_mapping = slot_mapping.clone()
+                slot_mapping[stored[-1]] = -1
+            original(self, layer, key, value, kv_cache, slot_mapping)
+            blocks = slot_mapping[slot_mapping >= 0].div(kv_cache.shape[2], rounding_mode="floor")
+            blocks = blocks.unique()
+            if fault == "stale page" and blocks.numel() > 3:
+                kv_cache[blocks[1]] = kv_cache[blocks[2]]
+            if fault in ("swapped nibbles", "scale of the neighbour"):
+                _spoil_pages(fault, kv_cache, blocks, key.shape[-1])
 
-    def update(
-        self: Any, layer: Any, key: Any, value: Any, kv_cache: Any, slot_mapping: Any
-    ) -> None:
-        if fault == "clipped keys":
-            # What a conversion by way of e4b15 does to large keys.
-            key = key.clamp(-1.75, 1.75)
-        _original(self, layer, key, value, kv_cache, slot_mapping)
-        blocks = slot_mapping[slot_mapping >= 0].div(kv_cache.shape[2], rounding_mode="floor")
-        blocks = blocks.unique()
-        if fault == "stale page" and blocks.numel() > 3:
-            kv_cache[blocks[1]] = kv_cache[blocks[2]]
-        if fault in ("swapped nibbles", "scale of the neighbour"):
-            _spoil(fault, kv_cache, blocks, key.shape[-1])
+        return update
 
-    K8V4AttentionImpl.do_kv_cache_update = update
+    _replace(K8V4AttentionImpl, "do_kv_cache_update", make)
 
 
-def _spoil(fault: str, kv_cache: Any, blocks: Any, head_size: int) -> None:
+def _spoil_pages(fault: str, kv_cache: Any, blocks: Any, head_size: int) -> None:
     """Swap the nibbles of some pages' values, or give each token the scale of the one before."""
     from vllm_hybrid_kv.kernels import k8v4
 
@@ -58,3 +107,78 @@ def _spoil(fault: str, kv_cache: Any, blocks: Any, head_size: int) -> None:
             else:
                 scales = region[page.scale_offset : page.zero_offset]
                 scales.copy_(scales.clone().roll(2))
+
+
+def _update_after_attention() -> None:
+    from vllm_hybrid_kv.attention.backend import K8V4AttentionImpl
+
+    kept: dict[int, tuple[Any, ...]] = {}
+    updates: list[Callable[..., Any]] = []
+
+    def make_update(original: Callable[..., Any]) -> Any:
+        updates.append(original)
+
+        def update(self: Any, *arguments: Any) -> None:
+            kept[id(self)] = arguments
+
+        return update
+
+    def make_forward(original: Callable[..., Any]) -> Any:
+        def forward(self: Any, *arguments: Any, **more: Any) -> Any:
+            output = original(self, *arguments, **more)
+            if id(self) in kept:
+                updates[0](self, *kept.pop(id(self)))
+            return output
+
+        return forward
+
+    _replace(K8V4AttentionImpl, "do_kv_cache_update", make_update)
+    _replace(K8V4AttentionImpl, "forward", make_forward)
+
+
+def _spoil_attention(fault: str) -> None:
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    from vllm_hybrid_kv.attention.backend import K8V4AttentionImpl
+
+    def make(original: Callable[..., Any]) -> Any:
+        def forward(self: Any, layer: Any, query: Any, *arguments: Any, **more: Any) -> Any:
+            window = self.sliding_window
+            if fault == "window off by one" and window is not None:
+                self.sliding_window = window + 1
+            if fault == "heads of the neighbour" and get_tensor_model_parallel_rank() == 1:
+                query = query.roll(1, dims=1)
+            try:
+                return original(self, layer, query, *arguments, **more)
+            finally:
+                self.sliding_window = window
+
+        return forward
+
+    _replace(K8V4AttentionImpl, "forward", make)
+
+
+def _spoil_metadata(fault: str) -> None:
+    from vllm_hybrid_kv.attention.backend import K8V4MetadataBuilder
+
+    def make(original: Callable[..., Any]) -> Any:
+        def build(self: Any, *arguments: Any, **more: Any) -> Any:
+            step = original(self, *arguments, **more)
+            queries = step.query_start_loc.diff()
+            cached = step.seq_lens - queries > 0
+            if fault == "page of the neighbour":
+                table = step.block_table.clone()
+                continued = cached & (queries > 1)
+                table[continued, 0] = table[continued, 1]
+                return replace(step, block_table=table)
+            if fault == "one token short" and len(queries) > 1:
+                short = (cached & (queries == 1)).to(step.seq_lens.dtype)
+                return replace(step, seq_lens=step.seq_lens - short)
+            # Steps of a few tokens for each request are those that verify drafts.
+            if fault == "drafts see each other" and 1 < queries.max() <= 4:
+                return replace(step, causal=False)
+            return step
+
+        return build
+
+    _replace(K8V4MetadataBuilder, "build", make)
