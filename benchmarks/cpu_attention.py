@@ -7,7 +7,11 @@ One process, calls of all kernels in turn, medians. Every kernel goes round as m
 exceed the last-level cache, as the layers of a model do, so that keys and values come from
 memory; where one cache alone is larger, it goes round two. vLLM's kernel runs with its best
 block size, the instruction set that vLLM picks, and scheduler metadata made once, as its backend
-makes them once a step; ours with a plan made once.
+makes them once a step; ours with a plan made once. Where vLLM picks AMX its kernel is measured
+without it as well, as it runs on CPUs that have AVX-512 alone.
+
+Ratios are medians over rounds of one round's times, because a shared machine changes its speed
+from one second to the next.
 
 Quantising is measured against a plain copy of as many bytes as it reads, in the same process.
 """
@@ -107,12 +111,16 @@ def round_robin(calls: list[Kernel]) -> Kernel:
     return call
 
 
-def of_vllm(shape: Shape, query: torch.Tensor, cache_dtype: str) -> Kernel:
-    from vllm import _custom_ops as ops
+def isa_of_vllm(shape: Shape, cache_dtype: str) -> str:
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
+    return _get_attn_isa(torch.bfloat16, BLOCK, shape.head_size, cache_dtype)
+
+
+def of_vllm(shape: Shape, query: torch.Tensor, cache_dtype: str, chosen: str) -> Kernel:
+    from vllm import _custom_ops as ops
+
     table, seq_lens, starts = indices(shape)
-    chosen = _get_attn_isa(query.dtype, BLOCK, shape.head_size, cache_dtype)
     stored = torch.bfloat16 if cache_dtype == "auto" else torch.uint8
     dims = (table.numel(), shape.kv_heads, 2 * BLOCK, shape.head_size)
     keys = torch.randn(table.numel() * BLOCK, shape.kv_heads, shape.head_size).to(query.dtype)
@@ -182,7 +190,7 @@ def of_ours(shape: Shape, query: torch.Tensor, path: str) -> Kernel:
     return round_robin([lambda cache=cache: attend(cache) for cache in caches])  # type: ignore[misc]
 
 
-def medians(kernels: dict[str, Kernel], seconds: float) -> dict[str, float]:
+def times_of(kernels: dict[str, Kernel], seconds: float) -> dict[str, list[float]]:
     """Milliseconds of each kernel, called in turn for about `seconds` each, 7 times at least."""
     rounds = 7
     for kernel in kernels.values():
@@ -196,18 +204,32 @@ def medians(kernels: dict[str, Kernel], seconds: float) -> dict[str, float]:
             start = time.perf_counter()
             kernel()
             times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(of_one) for name, of_one in times.items()}
+    return times
+
+
+def median_ratio(slower: list[float], faster: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
 
 
 def measure_attention(shape: Shape, seconds: float) -> dict[str, Any]:
     query = torch.randn(shape.batch * shape.queries, shape.heads, shape.head_size)
     query = query.to(torch.bfloat16)
-    # Each kernel is measured beside the bf16 one with only their caches in memory at a time.
     row: dict[str, Any] = {**asdict(shape), "name": shape.name}
-    kernels = {"vllm bf16": of_vllm(shape, query, "auto"), "vllm fp8": of_vllm(shape, query, "fp8")}
+    kernels = {}
+    for name, cache_dtype in (("bf16", "auto"), ("fp8", "fp8")):
+        chosen = isa_of_vllm(shape, cache_dtype)
+        kernels[f"vllm {name}"] = of_vllm(shape, query, cache_dtype, chosen)
+        if chosen == "amx":
+            kernels[f"vllm {name}, no AMX"] = of_vllm(shape, query, cache_dtype, "vec")
+    theirs = list(kernels)
     for path in reversed(isa.available()):
         kernels[path] = of_ours(shape, query, path)
-    row["ms"] = medians(kernels, seconds)
+    times = times_of(kernels, seconds)
+    row["ms"] = {name: statistics.median(of_one) for name, of_one in times.items()}
+    row["times_faster"] = {
+        path: {name: median_ratio(times[name], times[path]) for name in theirs}
+        for path in isa.available()
+    }
     slot = k8v4.slot_bytes(shape.head_size)
     row["gb_per_s"] = {
         path: shape.tokens * shape.kv_heads * slot / row["ms"][path] / 1e6
@@ -238,13 +260,13 @@ def measure_quantising(heads: int, head_size: int, tokens: int, seconds: float) 
         "copy": round_robin([lambda i=i: copy(i) for i in range(count)]),  # type: ignore[misc]
         "quantise": round_robin([lambda i=i: quantise(i) for i in range(count)]),  # type: ignore[misc]
     }
-    ms = medians(kernels, seconds)
+    times = times_of(kernels, seconds)
     return {
         "heads": heads,
         "head_size": head_size,
         "tokens": tokens,
-        "ms": ms,
-        "share_of_copy": ms["copy"] / ms["quantise"],
+        "ms": {name: statistics.median(of_one) for name, of_one in times.items()},
+        "share_of_copy": median_ratio(times["copy"], times["quantise"]),
     }
 
 
@@ -281,27 +303,38 @@ def _installed(name: str) -> bool:
 def table(result: dict[str, Any]) -> str:
     where = result["machine"]
     paths = [path for path in reversed(isa.ALL) if path in where["paths"]]
+    without = any("vllm bf16, no AMX" in row["ms"] for row in result["attention"])
     lines = [
         "# Attention over k8v4 pages on a CPU, beside vLLM's own kernel",
         "",
         f"{where['cpu']}; {where['threads']} threads; {', '.join(where['flags'])}; "
         f"torch {where['torch']}, numba {where['numba']}, {where['vllm']}.",
         "",
-        "Medians in one process. `x / y` after a path: times faster than vLLM's kernel on a "
-        "bf16 / on an fp8 cache.",
+        "Medians in one process, milliseconds. `x / y` after a path: times faster than vLLM's "
+        "kernel on a bf16 / on an fp8 cache, the median over rounds of calls in turn"
+        + (", and in brackets than the same kernels without AMX." if without else "."),
         "",
-        "| heads | batch, tokens | bf16 ms | fp8 ms | " + " | ".join(paths) + " |",
+        "| heads | batch, tokens | vLLM bf16 | vLLM fp8 | " + " | ".join(paths) + " |",
         "|---|---|---|---|" + "---|" * len(paths),
     ]
     for row in result["attention"]:
         ms = row["ms"]
+
+        def pair(path: str, suffix: str, row: dict[str, Any] = row) -> str:
+            times = row["times_faster"][path]
+            return f"{times['vllm bf16' + suffix]:.2f} / {times['vllm fp8' + suffix]:.2f}"
+
+        def theirs(name: str, ms: dict[str, float] = ms) -> str:
+            return f"{ms[name]:.3f}" + (f" ({ms[name + ', no AMX']:.3f})" if without else "")
+
         cells = [
-            f"{ms[path]:.3f} ms, {ms['vllm bf16'] / ms[path]:.2f} / {ms['vllm fp8'] / ms[path]:.2f}"
+            f"{ms[path]:.3f}: {pair(path, '')}"
+            + (f" ({pair(path, ', no AMX')})" if without else "")
             for path in paths
         ]
         lines.append(
-            f"| {row['name']} | {row['batch']}, {row['length']} | {ms['vllm bf16']:.3f} "
-            f"| {ms['vllm fp8']:.3f} | " + " | ".join(cells) + " |"
+            f"| {row['name']} | {row['batch']}, {row['length']} | {theirs('vllm bf16')} "
+            f"| {theirs('vllm fp8')} | " + " | ".join(cells) + " |"
         )
     lines += [
         "",

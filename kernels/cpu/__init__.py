@@ -11,9 +11,10 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attention import check_inputs, paged_attention, warm_up
+    from .attention import check_inputs, paged_attention
     from .plan import Plan, plan_attention
     from .quantise import quantise_and_store
+    from .warming import warm_up
 
 __all__ = [
     "Plan",
@@ -30,7 +31,7 @@ _HOMES = {
     "paged_attention": "attention",
     "plan_attention": "plan",
     "quantise_and_store": "quantise",
-    "warm_up": "attention",
+    "warm_up": "warming",
 }
 
 if "numba" not in sys.modules:

@@ -3,7 +3,8 @@
 
 The eight tile registers are named by number in the instructions themselves:
 
-    few rows:  0-3 sums, 4 rows' operand, 5-7 operands of keys or values
+    few rows:  0-3 sums, 4 rows' operand, 5-7 operands of keys or values; 7 also the rows'
+               second operand where upper and lower bytes of weights do not fit one
     32 rows:   0-3 sums (2 x 2), 4-5 rows' operands, 6-7 operands of keys or values
 """
 
@@ -15,7 +16,10 @@ from llvmlite import ir
 from numba.extending import intrinsic
 
 from .emit import I8, I16, I64, Emitter, procedure
-from .widen import LINE, OPERAND
+from .widen import LINE, OPERAND, TILE_RECORD
+
+SUMS_STRIDE = 4 * LINE
+"""Bytes of a row of sums of codes: 64 dims of int32."""
 
 _VOID = ir.VoidType()
 
@@ -65,9 +69,22 @@ def release(context: Any, unused: Any) -> Any:
 
 @intrinsic
 def scores_few(
-    context: Any, queries: Any, query_stride: Any, keys: Any, steps: Any, scores: Any, stride: Any
+    context: Any,
+    queries: Any,
+    query_stride: Any,
+    keys: Any,
+    steps: Any,
+    scores: Any,
+    stride: Any,
+    more: Any,
+    ahead: Any,
+    offset: Any,
 ) -> Any:
-    """Write the configured rows' scores of 64 widened tokens; `steps` operands a tile of 16."""
+    """Write the configured rows' scores of 64 widened tokens; `steps` operands a tile of 16.
+
+    Adds to what is there if `more`. Asks meanwhile for two lines a step of each of four key
+    tiles, `offset` bytes into them; `ahead` is the address of the tiles' records.
+    """
 
     def emit(
         e: Emitter,
@@ -77,10 +94,19 @@ def scores_few(
         steps: ir.Value,
         scores: ir.Value,
         stride: ir.Value,
+        more: ir.Value,
+        ahead: ir.Value,
+        offset: ir.Value,
     ) -> None:
-        for tile in range(4):
-            _tile(e, "tilezero", tile)
+        with e.b.if_else(e.b.icmp_signed("!=", more, I64(0))) as (then, otherwise):
+            with then:
+                for tile in range(4):
+                    _load(e, tile, e.at(scores, LINE * tile), stride)
+            with otherwise:
+                for tile in range(4):
+                    _tile(e, "tilezero", tile)
         per_tile = e.b.mul(steps, I64(OPERAND))
+        asked = [e.b.add(e.load(I64, e.at(ahead, TILE_RECORD * t)), offset) for t in range(4)]
 
         def step(i: ir.Value, _: Any) -> list[ir.Value]:
             _load(e, 4, e.at(queries, i, LINE), query_stride)
@@ -89,78 +115,82 @@ def scores_few(
                 right = 5 + tile % 3
                 _load(e, right, operand, I64(LINE))
                 _multiply(e, tile, 4, right)
+                for line in range(2):
+                    e.prefetch(e.at(e.at(asked[tile], i, 2 * LINE), LINE * line))
             return []
 
         e.loop(steps, [], step)
         for tile in range(4):
             _store(e, tile, e.at(scores, LINE * tile), stride)
 
-    return procedure(emit, 6)
+    return procedure(emit, 9)
 
 
-def _outputs_few(parts: int) -> Any:
-    """Return an intrinsic's answer: add weights times values to `parts` x 16 dims of outputs."""
+def _sums_of_codes(parts: int, stacked: bool) -> Any:
+    """Return an intrinsic's answer; `parts` x 16 dims, both limbs in one tile if `stacked`."""
 
     def emit(
         e: Emitter,
         weights: ir.Value,
-        weight_stride: ir.Value,
-        values: ir.Value,
-        steps: ir.Value,
-        step_bytes: ir.Value,
-        outputs: ir.Value,
         stride: ir.Value,
+        lower: ir.Value,
+        codes: ir.Value,
+        steps: ir.Value,
+        sums: ir.Value,
+        lower_sums: ir.Value,
     ) -> None:
-        for part in range(parts):
-            _load(e, part, e.at(outputs, LINE * part), stride)
+        limbs = 1 if stacked else 2
+        for tile in range(parts * limbs):
+            _tile(e, "tilezero", tile)
 
         def step(i: ir.Value, _: Any) -> list[ir.Value]:
-            _load(e, 4, e.at(weights, i, LINE), weight_stride)
-            operands = e.b.add(values, e.b.mul(i, step_bytes))
+            upper = e.at(weights, i, LINE)
+            _load(e, 4, upper, stride)
+            if not stacked:
+                _load(e, 7, e.b.add(upper, lower), stride)
             for part in range(parts):
-                right = 5 + part % 3
-                _load(e, right, e.at(operands, OPERAND * part), I64(LINE))
-                _multiply(e, part, 4, right)
+                right = 5 + part % (3 if stacked else 2)
+                _load(e, right, e.at(e.at(codes, i, 4 * OPERAND), OPERAND * part), I64(LINE))
+                for limb in range(limbs):
+                    left = (4, 7)[limb]
+                    _tile(e, "tdpbuud", part + parts * limb, I8(left), I8(right))
             return []
 
         e.loop(steps, [], step)
         for part in range(parts):
-            _store(e, part, e.at(outputs, LINE * part), stride)
+            _store(e, part, e.at(sums, LINE * part), I64(SUMS_STRIDE))
+            if not stacked:
+                _store(e, parts + part, e.at(lower_sums, LINE * part), I64(SUMS_STRIDE))
 
     return procedure(emit, 7)
 
 
-@intrinsic
-def outputs_few(
-    context: Any,
-    weights: Any,
-    weight_stride: Any,
-    values: Any,
-    steps: Any,
-    step_bytes: Any,
-    outputs: Any,
-    stride: Any,
-) -> Any:
-    """Add the configured rows' weights times widened values to 64 dims of their outputs.
+def _sums_of_codes_intrinsic(parts: int, stacked: bool) -> Any:
+    @intrinsic
+    def sums_of_codes(
+        context: Any,
+        weights: Any,
+        stride: Any,
+        lower: Any,
+        codes: Any,
+        steps: Any,
+        sums: Any,
+        lower_sums: Any,
+    ) -> Any:
+        """Multiply weights of two bytes with codes of `parts` x 16 dims, exactly, in int32.
 
-    `steps` pairs of tiles, whose operands for these dims are `step_bytes` apart.
-    """
-    return _outputs_few(4)
+        `weights` are rows of the upper bytes, 64 tokens a step, and the lower ones are `lower`
+        bytes further: where `stacked`, as more rows of the same tile. `codes` are what
+        `widen.split_values` writes. Sums are rows of 64 int32.
+        """
+        return _sums_of_codes(parts, stacked)
+
+    return sums_of_codes
 
 
-@intrinsic
-def outputs_few_last(
-    context: Any,
-    weights: Any,
-    weight_stride: Any,
-    values: Any,
-    steps: Any,
-    step_bytes: Any,
-    outputs: Any,
-    stride: Any,
-) -> Any:
-    """Do as `outputs_few` for 32 dims."""
-    return _outputs_few(2)
+sums_of_codes_64 = _sums_of_codes_intrinsic(4, stacked=True)
+sums_of_codes_32 = _sums_of_codes_intrinsic(2, stacked=True)
+sums_of_codes_32_apart = _sums_of_codes_intrinsic(2, stacked=False)
 
 
 def _two_by_two(

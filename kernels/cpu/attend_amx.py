@@ -9,32 +9,48 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import amx, drive, fast, memory, widen
+from . import amx, drive, fast, memory, rows, softmax, widen
 from .compile_cache import cached_callback
 
 _FEW_ROWS = 16
+_STACKED_ROWS = 8
+"""Most rows whose weights' upper and lower bytes make one tile operand."""
 
-_VALUE_TILES = 4
-"""Value tiles that few rows take at once: widened, they and the outputs fit the first-level
-cache; fewer would load and store the outputs more often."""
+_KEY_DIMS = 128
+"""Most dims of four key tiles that are widened at once: 16 KB, a third of the first-level cache."""
 
 
 @drive.inner
-def _scores(call, item, scratch, found, ahead, tiles):  # type: ignore[no-untyped-def]
+def _scores_of_few(call, scratch, found, ahead, tiles):  # type: ignore[no-untyped-def]
+    memory.keep_apart()
+    for first in range(0, tiles, 4):
+        for dim in range(0, call.dims, _KEY_DIMS):
+            dims = min(np.int64(_KEY_DIMS), call.dims - dim)
+            for tile in range(first, min(first + 4, tiles)):
+                to = scratch + drive.KEYS + (tile - first) * (dims // 32) * widen.OPERAND
+                soon = ahead[tile, 0] + 8 * dim
+                widen.widen_keys_ask_half(found[tile, 0] + 16 * dim, to, dims, soon)
+            amx.scores_few(
+                scratch + drive.QUERIES + 2 * dim,
+                2 * call.dims,
+                scratch + drive.KEYS,
+                dims // 32,
+                scratch + drive.SCORES + 64 * first,
+                drive.SCORE_STRIDE,
+                dim,
+                ahead.ctypes.data + widen.TILE_RECORD * first,
+                8 * call.dims + 4 * dim,
+            )
+
+
+@drive.inner
+def _scores_of_many(call, item, scratch, found, ahead, tiles):  # type: ignore[no-untyped-def]
     memory.keep_apart()
     steps = call.dims // 32
     stride = 2 * call.dims
-    few = item[drive.ROWS] <= _FEW_ROWS
-    at_once = 4 if few else 2
-    for tile in range(0, tiles, at_once):
-        fast.widen_keys(call, scratch, found, ahead, tile, min(tile + at_once, tiles))
+    for tile in range(0, tiles, 2):
+        fast.widen_keys(call, scratch, found, ahead, tile, min(tile + 2, tiles))
         scores = scratch + drive.SCORES + 64 * tile
-        if few:
-            amx.scores_few(
-                scratch + drive.QUERIES, stride, scratch + drive.KEYS, steps, scores,
-                drive.SCORE_STRIDE,
-            )  # fmt: skip
-            continue
         for row in range(0, item[drive.ROWS], 32):
             amx.scores_many(
                 scratch + drive.QUERIES + row * stride,
@@ -47,27 +63,48 @@ def _scores(call, item, scratch, found, ahead, tiles):  # type: ignore[no-untype
 
 
 @drive.inner
-def _outputs_of_few(call, scratch, first, last):  # type: ignore[no-untyped-def]
-    step_bytes = call.dims // 16 * widen.OPERAND
-    steps = (last - first + 1) // 2
-    weights = scratch + drive.WEIGHTS + 32 * first
-    for dim in range(0, call.dims, 64):
-        values = scratch + drive.VALUES + dim // 16 * widen.OPERAND
-        outputs = scratch + drive.OUTPUTS + 4 * dim
-        if dim + 64 <= call.dims:
-            amx.outputs_few(
-                weights, drive.SCORE_STRIDE, values, steps, step_bytes, outputs,
-                call.output_stride,
-            )  # fmt: skip
+def _outputs_of_few(call, item, scratch, state, found, ahead, tiles):  # type: ignore[no-untyped-def]
+    """Add integer weights times codes, whose sums are exact, to the outputs."""
+    memory.keep_apart()
+    count = item[drive.ROWS]
+    here, soon = found.ctypes.data, ahead.ctypes.data
+    weights, codes = scratch + drive.WEIGHTS, scratch + drive.KEYS
+    lower = count * drive.SCORE_STRIDE
+    stacked = count <= _STACKED_ROWS
+    sums = scratch + drive.VALUES
+    lower_sums = sums + amx.SUMS_STRIDE * (count if stacked else _FEW_ROWS)
+    steps = (tiles + 3) // 4
+    dim = np.int64(0)
+    while dim < call.dims:
+        offset, ask = 8 * dim, 4 * call.dims + 4 * dim
+        dims = np.int64(64 if stacked and dim + 64 <= call.dims else 32)
+        if dims == 64:
+            widen.split_values_64(here, tiles, offset, codes, soon, ask)
+            amx.sums_of_codes_64(weights, drive.SCORE_STRIDE, lower, codes, steps, sums, lower_sums)
         else:
-            amx.outputs_few_last(
-                weights, drive.SCORE_STRIDE, values, steps, step_bytes, outputs,
-                call.output_stride,
-            )  # fmt: skip
+            widen.split_values_32(here, tiles, offset, codes, soon, ask)
+            if stacked:
+                amx.sums_of_codes_32(
+                    weights, drive.SCORE_STRIDE, lower, codes, steps, sums, lower_sums
+                )
+            else:
+                amx.sums_of_codes_32_apart(
+                    weights, drive.SCORE_STRIDE, lower, codes, steps, sums, lower_sums
+                )
+        for row in range(count):
+            rows.add_limbs(
+                scratch + drive.OUTPUTS + row * call.output_stride + 4 * dim,
+                sums + amx.SUMS_STRIDE * row,
+                lower_sums + amx.SUMS_STRIDE * row,
+                dims // 16,
+                state[row, 3],
+            )
+        dim += dims
 
 
 @drive.inner
 def _outputs_of_many(call, item, scratch, tiles):  # type: ignore[no-untyped-def]
+    memory.keep_apart()
     for dim in range(0, call.dims, 32):
         for row in range(0, item[drive.ROWS], 32):
             amx.outputs_many(
@@ -82,27 +119,16 @@ def _outputs_of_many(call, item, scratch, tiles):  # type: ignore[no-untyped-def
 
 
 @drive.inner
-def _outputs(call, item, scratch, found, ahead, tiles):  # type: ignore[no-untyped-def]
-    memory.keep_apart()
-    if item[drive.ROWS] <= _FEW_ROWS:
-        for tile in range(0, tiles, _VALUE_TILES):
-            last = min(tile + _VALUE_TILES, tiles)
-            fast.widen_values(call, scratch, found, ahead, tile, last)
-            _outputs_of_few(call, scratch, tile, last)
-    else:
-        fast.widen_values(call, scratch, found, ahead, 0, tiles)
-        _outputs_of_many(call, item, scratch, tiles)
-
-
-@drive.inner
 def _attend(call, item, head, scratch):  # type: ignore[no-untyped-def]
-    state = np.empty((drive.ROW_BLOCK, 3), np.float32)
-    found = np.empty((fast.TILES, 4), np.int64)
-    ahead = np.empty((fast.TILES, 4), np.int64)
+    state = np.empty((drive.ROW_BLOCK, drive.STATE_NUMBERS), np.float32)
+    found = np.zeros((fast.TILES, 4), np.int64)
+    ahead = np.zeros((fast.TILES, 4), np.int64)
     drive.begin(call, item, head, scratch, state, 2 * call.dims)
     few = item[drive.ROWS] <= _FEW_ROWS
     chunk = np.int64(drive.CHUNK)
-    amx.configure(scratch + drive.CONFIGURATION, item[drive.ROWS] if few else np.int64(_FEW_ROWS))
+    stacked = item[drive.ROWS] <= _STACKED_ROWS
+    lines = 2 * item[drive.ROWS] if stacked else np.int64(_FEW_ROWS)
+    amx.configure(scratch + drive.CONFIGURATION, lines)
     first, last = drive.keys_of_item(call, item)
     tiles = drive.tiles_of_chunk(first, last, chunk)
     drive.tile_addresses(call, item, head, first, tiles, found)
@@ -112,9 +138,16 @@ def _attend(call, item, head, scratch):  # type: ignore[no-untyped-def]
         drive.tile_addresses(call, item, head, first_ahead, following, ahead)
         fast.repeat_tiles(found, ahead, following, tiles)
         drive.load_scales(scratch, found, tiles, widen.MIDDLE_CODE)
-        _scores(call, item, scratch, found, ahead, tiles)
-        drive.weigh(call, item, scratch, state, first, tiles, 1.0, True)
-        _outputs(call, item, scratch, found, ahead, tiles)
+        if few:
+            _scores_of_few(call, scratch, found, ahead, tiles)
+            soon = ahead.ctypes.data
+            drive.weigh(call, item, scratch, state, first, tiles, 1.0, softmax.LIMBS, soon)
+            _outputs_of_few(call, item, scratch, state, found, ahead, tiles)
+        else:
+            _scores_of_many(call, item, scratch, found, ahead, tiles)
+            drive.weigh(call, item, scratch, state, first, tiles, 1.0, softmax.BFLOATS, 0)
+            fast.widen_values(call, scratch, found, ahead, 0, tiles)
+            _outputs_of_many(call, item, scratch, tiles)
         found, ahead = ahead, found
         tiles = following
         first = first_ahead

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import avx512, drive, fast, memory, widen
+from . import avx512, drive, fast, memory, softmax, widen
 from .compile_cache import cached_callback
 
 _FEW_ROWS = 8
@@ -94,7 +94,7 @@ def _outputs_of_many(call, item, scratch, found, ahead, tiles):  # type: ignore[
 
 @drive.inner
 def _attend(call, item, head, scratch):  # type: ignore[no-untyped-def]
-    state = np.empty((drive.ROW_BLOCK, 3), np.float32)
+    state = np.empty((drive.ROW_BLOCK, drive.STATE_NUMBERS), np.float32)
     found = np.empty((fast.TILES, 4), np.int64)
     ahead = np.empty((fast.TILES, 4), np.int64)
     drive.begin(call, item, head, scratch, state, 2 * call.dims)
@@ -113,7 +113,7 @@ def _attend(call, item, head, scratch):  # type: ignore[no-untyped-def]
             _scores_of_few(call, item, scratch, found, ahead, tiles)
         else:
             _scores_of_many(call, item, scratch, found, ahead, tiles)
-        drive.weigh(call, item, scratch, state, first, tiles, 1.0, True)
+        drive.weigh(call, item, scratch, state, first, tiles, 1.0, softmax.BFLOATS, 0)
         if few:
             _outputs_of_few(call, item, scratch, found, ahead, tiles)
         else:

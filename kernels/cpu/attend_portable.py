@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import drive, memory, portable
+from . import drive, memory, portable, softmax
 from .compile_cache import cached_callback
 
 _CHUNK = 64
@@ -81,7 +81,7 @@ def _accumulate(call, item, scratch, found, tiles):  # type: ignore[no-untyped-d
 
 @drive.inner
 def _attend(call, item, head, scratch):  # type: ignore[no-untyped-def]
-    state = np.empty((drive.ROW_BLOCK, 3), np.float32)
+    state = np.empty((drive.ROW_BLOCK, drive.STATE_NUMBERS), np.float32)
     found = np.empty((_TILES, 4), np.int64)
     drive.begin(call, item, head, scratch, state, _QUERY_STRIDE)
     first, last = drive.keys_of_item(call, item)
@@ -90,7 +90,7 @@ def _attend(call, item, head, scratch):  # type: ignore[no-untyped-def]
         drive.tile_addresses(call, item, head, first, tiles, found)
         drive.load_scales(scratch, found, tiles, 0.0)
         _scores(call, item, scratch, found, tiles)
-        drive.weigh(call, item, scratch, state, first, tiles, portable.KEY_SCALE, False)
+        drive.weigh(call, item, scratch, state, first, tiles, portable.KEY_SCALE, softmax.FLOATS, 0)
         _accumulate(call, item, scratch, found, tiles)
         first = drive.next_chunk(first, np.int64(_CHUNK))
     drive.finish(call, item, head, scratch, state)

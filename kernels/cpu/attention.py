@@ -29,19 +29,30 @@ class _Workspace(threading.local):
     def __init__(self) -> None:
         self.scratch = np.empty((0, drive.SCRATCH_BYTES), np.uint8)
         self.partials = np.empty(0, np.float32)
+        self.partials_address = 0
         self.counters = np.empty(0, np.int64)
+        self.counters_address = 0
+        self.call = np.empty(memory.CALL.itemsize, np.uint8)
+        self.call_bytes = self.call.data
+        self.call_address = self.call.ctypes.data
 
     def reserve(self, threads: int, partials: int, counters: int) -> None:
-        if self.scratch.shape[0] < threads:
+        if self.scratch.shape[0] != threads:
             self.scratch = np.empty((threads, drive.SCRATCH_BYTES), np.uint8)
         if self.partials.size < partials + 16:
             self.partials = np.empty(partials + 16, np.float32)
+            self.partials_address = (self.partials.ctypes.data + 63) // 64 * 64
         if self.counters.size < counters:
             self.counters = np.empty(2 * counters, np.int64)
+            self.counters_address = self.counters.ctypes.data
         self.counters[:counters] = 0
 
 
 _workspace = _Workspace()
+
+
+def _refused(reason: str) -> ValueError:
+    return ValueError(f"k8v4 attention on CPU: {reason}")
 
 
 def check_inputs(
@@ -68,64 +79,51 @@ def check_inputs(
         ValueError: A shape, dtype, stride or, with `debug`, an index is not as required.
     """
 
-    def need(holds: bool, message: str) -> None:
-        if not holds:
-            raise ValueError(f"k8v4 attention on CPU: {message}")
-
-    need(
-        query.dim() == 3 and query.dtype in _NUMBERS, "query must be bf16, fp16 or fp32 [T, Hq, D]"
-    )
+    # Messages are put together only where one is needed: this runs at every call.
+    if query.dim() != 3 or query.dtype not in _NUMBERS:
+        raise _refused("query must be bf16, fp16 or fp32 [T, Hq, D]")
     tokens, num_heads, head_size = query.shape
-    need(
-        cache.dim() == 4 and cache.dtype == torch.uint8,
-        f"cache must be uint8 [blocks, H, N, bytes], got {cache.dtype} {tuple(cache.shape)}",
-    )
+    if cache.dim() != 4 or cache.dtype != torch.uint8:
+        raise _refused(
+            f"cache must be uint8 [blocks, H, N, bytes], got {cache.dtype} {tuple(cache.shape)}"
+        )
     _, num_kv_heads, page_size, slot = cache.shape
-    need(
-        slot == k8v4.slot_bytes(head_size),
-        f"a slot of head size {head_size} has {k8v4.slot_bytes(head_size)} bytes, "
-        f"the cache's have {slot}",
-    )
-    need(
-        cache.stride()[1:] == (page_size * slot, slot, 1),
-        f"the pages of the cache must be contiguous inside, got strides {cache.stride()}",
-    )
-    need(
-        num_kv_heads > 0 and num_heads % num_kv_heads == 0,
-        f"{num_heads} query heads are not a multiple of {num_kv_heads} KV heads",
-    )
-    need(
-        out.shape == query.shape and out.dtype == query.dtype,
-        f"out must be like query, {query.dtype} {tuple(query.shape)}, "
-        f"got {out.dtype} {tuple(out.shape)}",
-    )
-    need(
-        query.stride(2) == 1 and out.stride(2) == 1, "the dims of query and out must be contiguous"
-    )
+    if slot != k8v4.slot_bytes(head_size):
+        raise _refused(
+            f"a slot of head size {head_size} has {k8v4.slot_bytes(head_size)} bytes, "
+            f"the cache's have {slot}"
+        )
+    if cache.stride()[1:] != (page_size * slot, slot, 1):
+        raise _refused(
+            f"the pages of the cache must be contiguous inside, got strides {cache.stride()}"
+        )
+    if num_kv_heads <= 0 or num_heads % num_kv_heads:
+        raise _refused(f"{num_heads} query heads are not a multiple of {num_kv_heads} KV heads")
+    if out.shape != query.shape or out.dtype != query.dtype:
+        raise _refused(
+            f"out must be like query, {query.dtype} {tuple(query.shape)}, "
+            f"got {out.dtype} {tuple(out.shape)}"
+        )
+    if query.stride(2) != 1 or out.stride(2) != 1:
+        raise _refused("the dims of query and out must be contiguous")
     requests = seq_lens.shape[0]
-    need(
-        seq_lens.dtype == torch.int32 and seq_lens.dim() == 1 and seq_lens.is_contiguous(),
-        "seq_lens must be contiguous int32 [B]",
-    )
-    need(
-        query_start_loc.dtype == torch.int32 and query_start_loc.shape == (requests + 1,),
-        f"query_start_loc must be int32 [{requests + 1}]",
-    )
-    need(
-        block_table.dtype == torch.int32
-        and block_table.dim() == 2
-        and block_table.shape[0] >= requests
-        and (block_table.stride(1) == 1 or block_table.shape[1] <= 1),
-        f"block_table must be int32 with at least {requests} rows, contiguous inside",
-    )
-    need(
-        sinks is None or sinks.shape == (num_heads,),
-        f"sinks must hold {num_heads} numbers, one for each query head",
-    )
-    need(
-        lse is None or (lse.dtype == torch.float32 and lse.shape == (tokens, num_heads)),
-        f"lse must be float32 [{tokens}, {num_heads}]",
-    )
+    if seq_lens.dtype != torch.int32 or seq_lens.dim() != 1 or not seq_lens.is_contiguous():
+        raise _refused("seq_lens must be contiguous int32 [B]")
+    if query_start_loc.dtype != torch.int32 or query_start_loc.shape != (requests + 1,):
+        raise _refused(f"query_start_loc must be int32 [{requests + 1}]")
+    if (
+        block_table.dtype != torch.int32
+        or block_table.dim() != 2
+        or block_table.shape[0] < requests
+        or (block_table.stride(1) != 1 and block_table.shape[1] > 1)
+    ):
+        raise _refused(
+            f"block_table must be int32 with at least {requests} rows, contiguous inside"
+        )
+    if sinks is not None and sinks.shape != (num_heads,):
+        raise _refused(f"sinks must hold {num_heads} numbers, one for each query head")
+    if lse is not None and (lse.dtype != torch.float32 or lse.shape != (tokens, num_heads)):
+        raise _refused(f"lse must be float32 [{tokens}, {num_heads}]")
     if debug:
         _check_contents(cache, block_table, seq_lens, query_start_loc, tokens)
 
@@ -139,22 +137,21 @@ def _check_contents(
 ) -> None:
     starts = query_start_loc.tolist()
     if starts[0] != 0 or starts != sorted(starts) or starts[-1] > tokens:
-        raise ValueError(
-            f"k8v4 attention on CPU: query_start_loc must rise from 0 to at most {tokens} "
-            f"query tokens, got {starts}"
+        raise _refused(
+            f"query_start_loc must rise from 0 to at most {tokens} query tokens, got {starts}"
         )
     page_size = cache.shape[2]
     for request, length in enumerate(seq_lens.tolist()):
         pages = -(-length // page_size)
         if length < 0 or pages > block_table.shape[1]:
-            raise ValueError(
-                f"k8v4 attention on CPU: request {request} of {length} tokens needs {pages} "
+            raise _refused(
+                f"request {request} of {length} tokens needs {pages} "
                 f"pages of {page_size}, its block table has {block_table.shape[1]}"
             )
         blocks = block_table[request, :pages]
         if pages and not 0 <= int(blocks.min()) <= int(blocks.max()) < cache.shape[0]:
-            raise ValueError(
-                f"k8v4 attention on CPU: request {request} names a block outside the cache's "
+            raise _refused(
+                f"request {request} names a block outside the cache's "
                 f"{cache.shape[0]}: {blocks.tolist()}"
             )
 
@@ -240,8 +237,8 @@ def paged_attention(
         )  # fmt: skip
     made_for = (seq_lens.shape[0], num_heads, num_kv_heads, head_size, causal, window)
     if plan.made_for[:1] + plan.made_for[2:] != made_for or plan.made_for[1] > tokens:
-        raise ValueError(
-            f"k8v4 attention on CPU: the plan was made for (requests, query tokens, heads, KV "
+        raise _refused(
+            f"the plan was made for (requests, query tokens, heads, KV "
             f"heads, head size, causal, window) = {plan.made_for}, the call has "
             f"{(made_for[0], tokens, *made_for[1:])}"
         )
@@ -257,63 +254,23 @@ def paged_attention(
         1 + plan.num_merges * num_kv_heads,
     )
     width = query.element_size()
-    call = {
-        "query": query.data_ptr(),
-        "query_token_stride": query.stride(0) * width,
-        "query_head_stride": query.stride(1) * width,
-        "out": out.data_ptr(),
-        "out_token_stride": out.stride(0) * width,
-        "out_head_stride": out.stride(1) * width,
-        "number": _NUMBERS[query.dtype],
-        "lse": 0 if lse is None else lse.data_ptr(),
-        "lse_token_stride": 0 if lse is None else 4 * lse.stride(0),
-        "lse_head_stride": 0 if lse is None else 4 * lse.stride(1),
-        "cache": cache.data_ptr(),
-        "block_stride": cache.stride(0),
-        "head_bytes": page_format.head_bytes,
-        "value_offset": page_format.value_offset,
-        "scale_offset": page_format.scale_offset,
-        "zero_offset": page_format.zero_offset,
-        "tiled": int(page_format.layout is Layout.CPU_TILED),
-        "block_table": block_table.data_ptr(),
-        "block_table_stride": 4 * block_table.stride(0),
-        "sinks": 0 if sinks is None else sinks.data_ptr(),
-        "num_kv_heads": num_kv_heads,
-        "group": num_heads // num_kv_heads,
-        "dims": head_size,
-        "output_stride": output_stride,
-        "page_size": page_size,
-        "causal": int(causal),
-        "window": 0 if window is None else window,
-        "scale": float(scale),
-        "soft_cap": float(soft_cap),
-        "items": plan.items.ctypes.data,
-        "num_items": plan.items.shape[0],
-        "merges": plan.merges.ctypes.data,
-        "partials": (_workspace.partials.ctypes.data + 63) // 64 * 64,
-        "counters": _workspace.counters.ctypes.data,
-    }
-    record = np.empty(1, memory.CALL)
-    record[0] = tuple(call[name] for name in memory.CALL_FIELDS)
-    work = _code_of(path_for(query.dtype, head_size, isa))
-    run_on_threads(work, record.ctypes.data, _workspace.scratch[:threads])
-
-
-def warm_up(head_size: int, query_dtype: torch.dtype, isa: str | None = None) -> None:
-    """Compile, or load from disk, the kernel that such queries take.
-
-    One kernel serves every page size, group and length of a path, so that this is all there is
-    to compile.
-
-    Args:
-        head_size: Dims of a head.
-        query_dtype: bf16, fp16 or fp32.
-        isa: As for `paged_attention`.
-    """
-    query = torch.zeros(1, 1, head_size, dtype=query_dtype)
-    cache = torch.zeros(1, 1, k8v4.TILE_TOKENS, k8v4.slot_bytes(head_size), dtype=torch.uint8)
-    one = torch.ones(1, dtype=torch.int32)
-    paged_attention(
-        query, cache, torch.zeros(1, 1, dtype=torch.int32), one,
-        torch.tensor([0, 1], dtype=torch.int32), torch.empty_like(query), scale=1.0, isa=isa,
+    tiled = page_format.layout is Layout.CPU_TILED
+    memory.CALL_STRUCT.pack_into(
+        _workspace.call_bytes, 0,
+        # In the order of `memory.CALL_FIELDS`.
+        query.data_ptr(), width * query.stride(0), width * query.stride(1),
+        out.data_ptr(), width * out.stride(0), width * out.stride(1),
+        _NUMBERS[query.dtype],
+        *((0, 0, 0) if lse is None else (lse.data_ptr(), 4 * lse.stride(0), 4 * lse.stride(1))),
+        cache.data_ptr(), cache.stride(0), page_format.head_bytes,
+        page_format.value_offset, page_format.scale_offset, page_format.zero_offset, tiled,
+        block_table.data_ptr(), 4 * block_table.stride(0),
+        0 if sinks is None else sinks.data_ptr(),
+        num_kv_heads, num_heads // num_kv_heads, head_size, output_stride, page_size,
+        causal, 0 if window is None else window,
+        plan.items_address, plan.items.shape[0], plan.merges_address,
+        _workspace.partials_address, _workspace.counters_address,
+        scale, soft_cap,
     )  # fmt: skip
+    work = _code_of(path_for(query.dtype, head_size, isa))
+    run_on_threads(work, _workspace.call_address, _workspace.scratch)

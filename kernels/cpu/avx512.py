@@ -16,10 +16,7 @@ from llvmlite import ir
 from numba.extending import intrinsic
 
 from .emit import BF16, F32, I8, I16, I32, I64, NOTHING, Emitter, procedure, vector
-from .widen import LINE, OPERAND, key_pairs, value_pairs
-
-_TILE_RECORD = 32
-"""Bytes of a tile's addresses: keys, values, scales, zeros; see `drive.tile_addresses`."""
+from .widen import LINE, OPERAND, TILE_RECORD, key_pairs, value_pairs
 
 
 def _dot(e: Emitter, sums: ir.Value, operand: ir.Value, pair: ir.Value) -> ir.Value:
@@ -84,8 +81,8 @@ def _scores_of_page(rows: int) -> Any:
             scores: ir.Value,
             stride: ir.Value,
         ) -> None:
-            bases = [e.load(I64, e.at(tiles, _TILE_RECORD * t)) for t in range(2)]
-            soon = [e.load(I64, e.at(ahead, _TILE_RECORD * t)) for t in range(2)]
+            bases = [e.load(I64, e.at(tiles, TILE_RECORD * t)) for t in range(2)]
+            soon = [e.load(I64, e.at(ahead, TILE_RECORD * t)) for t in range(2)]
 
             def line(base: ir.Value, i: ir.Value) -> tuple[ir.Value, ir.Value]:
                 e.prefetch(e.at(soon[bases.index(base)], i, LINE))
@@ -198,7 +195,7 @@ def _outputs_of_page(rows: int) -> Any:
             stride: ir.Value,
         ) -> None:
             def quads(i: ir.Value, quad: int) -> list[ir.Value]:
-                offset = e.at(I64(8), i, _TILE_RECORD)
+                offset = e.at(I64(8), i, TILE_RECORD)
                 base = e.load(I64, e.b.add(tiles, offset))
                 soon = e.load(I64, e.b.add(ahead, offset))
                 e.prefetch(e.at(e.at(soon, chunk, 4 * LINE), LINE * quad))

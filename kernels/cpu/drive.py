@@ -68,6 +68,7 @@ SCRATCH_BYTES = CONFIGURATION + 4096
 _LOG2_E = np.float32(softmax.LOG2_E)
 _LN_2 = np.float32(math.log(2.0))
 _STATE = softmax.STATE_BYTES
+STATE_NUMBERS = _STATE // 4
 
 
 inner = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy")
@@ -181,26 +182,43 @@ def load_scales(scratch, found, tiles, middle):  # type: ignore[no-untyped-def]
 
 
 @inner
-def weigh(call, item, scratch, state, first, tiles, key_scale, short):  # type: ignore[no-untyped-def]
-    """Turn a chunk's scores into weights, and rescale outputs whose largest score grew."""
+def weigh(call, item, scratch, state, first, tiles, key_scale, kind, ahead):  # type: ignore[no-untyped-def]
+    """Turn a chunk's scores into weights, and rescale outputs whose largest score grew.
+
+    Weights become what `kind` of `softmax` says. Integers' lower bytes are as many rows below
+    the upper ones as the item has, and for them `ahead` is the address of the next chunk's tile
+    records: what the products leave of it, a quarter of the keys and half of the values, is
+    asked for row by row.
+    """
     memory.keep_apart()
     scale = np.float32(call.scale * key_scale)
     cap = np.float32(call.soft_cap)
     if call.soft_cap <= 0.0:
         scale = np.float32(call.scale * key_scale * softmax.LOG2_E)
+    # Products take tokens by 16, by 32 or by 64.
+    step = 1 << kind
+    vectors = (tiles + step - 1) // step * step
+    lower = item[ROWS] * SCORE_STRIDE
     for row in range(item[ROWS]):
         seen, unseen = visible_keys(call, item, row)
         seen = max(seen - first, np.int64(0))
         unseen = min(min(unseen, item[LAST_KEY]) - first, TILE * tiles)
-        # Products of rounded weights take tokens by 32.
-        vectors = (tiles + 1) // 2 * 2 if short else tiles
         weights = scratch + WEIGHTS + row * SCORE_STRIDE
         if unseen <= seen:
-            rows.fill(weights, vectors // 2 if short else tiles)
+            rows.fill(weights, vectors >> kind)
+            if kind == softmax.LIMBS:
+                rows.fill(weights + lower, vectors >> kind)
+                state[row, 3] = np.float32(0.0)
             continue
         scores = scratch + SCORES + row * SCORE_STRIDE
         own = state.ctypes.data + row * _STATE
-        if short:
+        if kind == softmax.LIMBS:
+            line = min(128 * row, 4 * call.dims - 128)
+            decay = softmax.softmax_row_limbs(
+                scores, weights, scratch + SCALES, scratch + ZEROS, own, vectors, seen, unseen,
+                scale, cap, lower, ahead, 12 * call.dims + line, line,
+            )  # fmt: skip
+        elif kind == softmax.BFLOATS:
             decay = softmax.softmax_row_bfloat16(
                 scores, weights, scratch + SCALES, scratch + ZEROS, own, vectors, seen, unseen,
                 scale, cap,

@@ -29,7 +29,7 @@ ENVIRONMENT = "VLLM_HYBRID_KV_CPU_ISA"
 # The key decoder permutes bytes through a 128-entry table (VBMI), so that a CPU with the dot
 # product but without the permute (Cooper Lake) stays on the portable path.
 _AVX512_FLAGS = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_vbmi", "avx512_bf16")
-_AMX_FLAGS = ("amx_tile", "amx_bf16")
+_AMX_FLAGS = ("amx_tile", "amx_bf16", "amx_int8")
 
 
 @functools.lru_cache(maxsize=1)

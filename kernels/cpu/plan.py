@@ -7,7 +7,7 @@ what else is in the batch, so that a request's result does not either.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +42,13 @@ class Plan:
     partial_rows: int
     num_merges: int
     made_for: tuple[int, int, int, int, int, bool, int | None]
+    items_address: int = field(init=False)
+    merges_address: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Look the addresses up once, for all layers that the plan serves."""
+        object.__setattr__(self, "items_address", self.items.ctypes.data)
+        object.__setattr__(self, "merges_address", self.merges.ctypes.data)
 
 
 def part_tokens(length: int, num_kv_heads: int, num_threads: int) -> int:

@@ -17,7 +17,7 @@ import torch
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.kernels.k8v4 import Layout, PageFormat
 
-from . import codes, lanes
+from . import codes, halves, lanes
 from .compile_cache import cached
 from .threads import follow_torch
 
@@ -41,46 +41,8 @@ _SCRATCH = 4 * (_ROW_BYTES + _KEY_BYTES)
 _ITEM_TOKENS = 16
 """Tokens that a thread takes at a time, all heads of each, so that it reads straight on."""
 
-_SERIAL_ROWS = 256
+SERIAL_ROWS = 256
 """Rows (tokens times heads) up to which waking other threads costs more than it saves."""
-
-
-@numba.njit
-def _cut_to_half(x):  # type: ignore[no-untyped-def]
-    """Return |x| rounded towards 0 to fp16, as bits, and 1 if that changed it, else 0."""
-    bits = np.int64(codes.float_bits(x)) & 0x7FFFFFFF
-    if bits >= 0x38800000:  # 2^-14, the smallest normal fp16 number
-        return (bits - 0x38000000) >> 13, np.int64((bits & 0x1FFF) != 0)
-    steps = codes.bits_float(np.uint32(bits)) * np.float32(2.0**24)
-    whole = np.int64(steps)
-    return whole, np.int64(np.float32(whole) != steps)
-
-
-@numba.njit
-def _half_down(x):  # type: ignore[no-untyped-def]
-    """Return the bits of the largest fp16 number not above x; +0 for both zeros."""
-    magnitude, inexact = _cut_to_half(x)
-    if x < np.float32(0.0):
-        return (magnitude + inexact) | 0x8000
-    return magnitude
-
-
-@numba.njit
-def _half_up(x):  # type: ignore[no-untyped-def]
-    """Return the bits of the smallest fp16 number not below x, for x not negative."""
-    magnitude, inexact = _cut_to_half(x)
-    return magnitude + inexact
-
-
-@numba.njit
-def _from_half(bits):  # type: ignore[no-untyped-def]
-    """Return a finite fp16 number, given as bits, as float32."""
-    magnitude = bits & 0x7FFF
-    if magnitude >= 0x400:
-        x = codes.bits_float(np.uint32((magnitude << 13) + 0x38000000))
-    else:
-        x = np.float32(magnitude) * np.float32(2.0**-24)
-    return -x if bits & 0x8000 else x
 
 
 @numba.njit
@@ -128,15 +90,15 @@ def _measure_values(row, head_size, nan_key):  # type: ignore[no-untyped-def]
         lanes.store_floats(row + 4 * d, x)
     if nan_key or lanes.largest_word(magnitude) > _INFINITY:
         return _NAN_SCALE, 0
-    zero = _half_down(lanes.smallest(lo))
-    return _half_up((lanes.largest(hi) - _from_half(zero)) / _LAST_CODE), zero
+    zero = halves.round_down(lanes.smallest(lo))
+    return halves.round_up((lanes.largest(hi) - halves.widen(zero)) / _LAST_CODE), zero
 
 
 @numba.njit
 def _inverse(scale):  # type: ignore[no-untyped-def]
     """Return the factor of the codes; 0, which makes every code 0, for scales of 0 and NaN."""
     if 0 < scale < _NAN_SCALE:
-        return np.float32(1.0) / _from_half(scale)
+        return np.float32(1.0) / halves.widen(scale)
     return np.float32(0.0)
 
 
@@ -241,7 +203,7 @@ def _store_item(  # type: ignore[no-untyped-def]
         for h in range(num_heads if slot >= 0 else 0):
             region = cache + block * block_stride + h * head_bytes
             plane = region + page_size * head_size
-            halves = plane + page_size * (head_size // 2) + 2 * t
+            scales = plane + page_size * (head_size // 2) + 2 * t
             k = key + i * key_token + h * key_head
             v = value + i * value_token + h * value_head
             _prefetch_rows(k, key_token, row_bytes, count)
@@ -254,9 +216,9 @@ def _store_item(  # type: ignore[no-untyped-def]
                 magnitude = _encode_keys(row, head_size, keys + token * _KEY_BYTES)
                 _widen(v + token * value_token, kind, head_size, row)
                 scale, zero = _measure_values(row, head_size, magnitude > _INFINITY)
-                zeros[token], inverses[token] = _from_half(zero), _inverse(scale)
-                lanes.store_half(halves + 2 * token, scale)
-                lanes.store_half(halves + 2 * (page_size + token), zero)
+                zeros[token], inverses[token] = halves.widen(zero), _inverse(scale)
+                lanes.store_half(scales + 2 * token, scale)
+                lanes.store_half(scales + 2 * (page_size + token), zero)
             if quad:
                 _place_quad(keys, rows, zeros, inverses, head_size, region, plane, t)
             elif tiled:
@@ -421,7 +383,7 @@ def quantise_and_store(
         page_size,
         _is_tiled(head_size, page_size),
     )
-    if num_tokens * num_heads <= _SERIAL_ROWS or follow_torch() == 1:
+    if num_tokens * num_heads <= SERIAL_ROWS or follow_torch() == 1:
         outside = _store_serial(*arguments)
     else:
         outside = _store_parallel(*arguments)

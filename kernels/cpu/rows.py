@@ -196,3 +196,28 @@ def fill(context: Any, to: Any, lines: Any) -> Any:
         e.loop(lines, [], line)
 
     return procedure(emit, 2)
+
+
+@intrinsic
+def add_limbs(context: Any, to: Any, upper: Any, lower: Any, vectors: Any, factor: Any) -> Any:
+    """Add `(256 * upper + lower) * factor` to a row of float32; sums of int32, below 2^23 each."""
+
+    def code(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
+        e = Emitter(builder)
+        to, upper, lower, vectors, factor = values
+        factor = e.splat(factor)
+
+        def sixteen(i: ir.Value, _: Any) -> list[ir.Value]:
+            high = e.load(vector(I32), e.at(upper, i, 64))
+            low = e.load(vector(I32), e.at(lower, i, 64))
+            both = e.b.add(e.b.shl(high, every(I32, 8)), low)
+            place = e.at(to, i, 64)
+            x = e.b.sitofp(both, vector(F32))
+            e.store(e.fma(x, factor, e.load(vector(F32), place)), place)
+            return []
+
+        e.loop(vectors, [], sixteen)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(i64, i64, i64, i64, types.float32), code

@@ -11,9 +11,11 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from ..k8v4 import QUAD_BYTE_OF_TOKEN, VALUE_LEVELS
 from .emit import (
     BF16,
     F32,
+    I8,
     I16,
     I32,
     I64,
@@ -24,11 +26,28 @@ from .emit import (
     every,
     vector,
 )
+from .widen import LINE, TILE_RECORD
 
 LOG2_E = math.log2(math.e)
 
-STATE_BYTES = 12
-"""Running numbers of a row, float32: largest score, sum of weights, sum of weight x zero."""
+STATE_BYTES = 16
+"""Numbers of a row, float32: largest score, sum of weights, sum of weight x zero so far; and what
+a weight of the last chunk counts, where weights are integers."""
+
+TOP_WEIGHT = 65534.0
+"""The integer that a chunk's largest weight becomes; one less than what two bytes hold, so that
+rounding cannot pass that."""
+
+_LEAST_TOP = 1e-30
+"""Chunks whose weights are all below this count as nothing: their inverse would overflow."""
+
+_ROUND = 1.5 * 2.0**23
+"""Added to a float32, leaves the rounded number in its lower bits."""
+
+_MIDDLE_CODE = (VALUE_LEVELS - 1) / 2
+
+FLOATS, BFLOATS, LIMBS = range(3)
+"""What weights become: float32, bf16, or integers of two bytes."""
 
 
 def _soft_capped(e: Emitter, x: ir.Value, cap: ir.Value) -> ir.Value:
@@ -42,14 +61,42 @@ def _soft_capped(e: Emitter, x: ir.Value, cap: ir.Value) -> ir.Value:
     return b.fsub(wide, b.fdiv(b.fadd(wide, wide), grown))
 
 
+def _lower_bytes() -> list[int]:
+    """Return where the lower bytes of 64 tokens' weights stand, in the order of their values.
+
+    Vectors 0 and 1 of sixteen tokens are the halves of one vector's 32-bit lanes, and 2 and 3 of
+    another's, which stands behind it.
+    """
+    found = [0] * 64
+    for token in range(64):
+        v, lane = divmod(token, LANES)
+        place = token // 4 * 4 + QUAD_BYTE_OF_TOKEN[token % 4]
+        found[place] = 64 * (v // 2) + 4 * lane + 2 * (v % 2)
+    return found
+
+
+_LOWER_BYTES = _lower_bytes()
+
+
 class _Softmax:
     """The online softmax of one row and chunk; see `softmax_row`."""
 
-    def __init__(self, e: Emitter, values: list[ir.Value], rounded: bool) -> None:
+    def __init__(self, e: Emitter, values: list[ir.Value], kind: int) -> None:
         (self.scores, self.weights, self.scales, self.zeros, self.state, self.vectors,
-         self.first, self.last, factor, self.cap) = values  # fmt: skip
-        self.e, self.rounded = e, rounded
+         self.first, self.last, factor, self.cap, *more) = values  # fmt: skip
+        self.lower, *self.ahead = more or [None]
+        self.e, self.kind = e, kind
         self.factor = e.splat(factor)
+
+    def ask(self, i: ir.Value, column: int) -> None:
+        """Ask for two lines of the keys (0) or values (1) of tile `i` of the next chunk."""
+        if self.ahead:
+            e = self.e
+            records, *offsets = self.ahead
+            tile = e.load(I64, e.at(e.at(records, i, TILE_RECORD), 8 * column))
+            place = e.b.add(tile, offsets[column])
+            for line in range(2):
+                e.prefetch(e.at(place, LINE * line))
 
     def weigh(
         self,
@@ -65,6 +112,7 @@ class _Softmax:
         decay = b.extract_element(e.exp2(b.fsub(e.splat(before), shift)), I32(0))
 
         def sixteen(i: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+            self.ask(i, 1)
             weight = e.exp2(exponent(i, shift))
             zero = e.load(vector(F32), e.at(self.zeros, i, 64))
             scaled = b.fmul(weight, e.load(vector(F32), e.at(self.scales, i, 64)))
@@ -74,20 +122,59 @@ class _Softmax:
                 weight = b.select(seen, weight, NOTHING)
                 scaled = b.select(seen, scaled, NOTHING)
                 zero = b.select(seen, zero, NOTHING)
-            if self.rounded:
+            if self.kind == BFLOATS:
                 short = b.bitcast(b.fptrunc(scaled, vector(BF16)), vector(I16))
                 e.store(short, e.at(self.weights, i, 32))
             else:
-                e.store(scaled, e.at(self.weights, i, 64))
-            return [b.fadd(sums[0], weight), e.fma(weight, zero, sums[1])]
+                place = self.scores if self.kind == LIMBS else self.weights
+                e.store(scaled, e.at(place, i, 64))
+            top = [e.larger(scaled, sums[2])] if self.kind == LIMBS else []
+            return [b.fadd(sums[0], weight), e.fma(weight, zero, sums[1]), *top]
 
-        sums = e.loop(self.vectors, [NOTHING] * 2, sixteen)
+        limbs = self.kind == LIMBS
+        total, zeros, *top = e.loop(self.vectors, [NOTHING] * (3 if limbs else 2), sixteen)
+        more = e.reduce(zeros, b.fadd)
+        if limbs:
+            more = b.fsub(more, self.write_limbs(e.reduce(top[0], e.larger)))
         e.store(largest, self.state)
-        for place, total in enumerate(sums, 1):
-            address = e.at(self.state, 4 * place)
-            grown = b.fmul(e.load(F32, address), decay)
-            e.store(b.fadd(grown, e.reduce(total, b.fadd)), address)
+        for number, grown in enumerate((e.reduce(total, b.fadd), more), 1):
+            address = e.at(self.state, 4 * number)
+            e.store(b.fadd(b.fmul(e.load(F32, address), decay), grown), address)
         return decay
+
+    def write_limbs(self, top: ir.Value) -> ir.Value:
+        """Write weights as integers and return what they count times the middle code.
+
+        A weight becomes round(weight / top * TOP_WEIGHT), its upper byte in one row and its
+        lower one in another, four tokens of a quad as their values stand in a page.
+        """
+        e, b = self.e, self.e.b
+        counts = b.fcmp_ordered(">", top, F32(_LEAST_TOP))
+        factor = b.select(counts, b.fdiv(top, F32(TOP_WEIGHT)), F32(0.0))
+        e.store(factor, e.at(self.state, 12))
+        inverse = e.splat(b.select(counts, b.fdiv(F32(TOP_WEIGHT), top), F32(0.0)))
+        lower = constant(I32, _LOWER_BYTES)
+        upper = constant(I32, [place + 1 for place in _LOWER_BYTES])
+
+        def four(i: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+            words = []
+            for v in range(4):
+                x = e.load(vector(F32), e.at(e.at(self.scores, i, 256), 64 * v))
+                raised = b.fadd(b.fmul(x, inverse), every(F32, _ROUND))
+                sums = [b.fadd(sums[0], b.fsub(raised, every(F32, _ROUND)))]
+                words.append(b.bitcast(raised, vector(I32)))
+            pairs = []
+            for low, high in ((words[0], words[1]), (words[2], words[3])):
+                low = b.and_(low, every(I32, 0xFFFF))
+                pair = b.or_(low, b.shl(high, every(I32, 16)))
+                pairs.append(b.bitcast(pair, vector(I8, 64)))
+            place = e.at(self.weights, i, 64)
+            e.store(b.shuffle_vector(*pairs, upper), place)
+            e.store(b.shuffle_vector(*pairs, lower), e.b.add(place, self.lower))
+            return sums
+
+        sums = e.loop(b.ashr(self.vectors, I64(2)), [NOTHING], four)
+        return b.fmul(b.fmul(e.reduce(sums[0], b.fadd), factor), F32(_MIDDLE_CODE))
 
     def plain(self) -> ir.Value:
         """Every token is visible, no cap, a positive factor."""
@@ -97,6 +184,7 @@ class _Softmax:
             return e.load(vector(F32), e.at(self.scores, i, 64))
 
         def larger(i: ir.Value, largest: list[ir.Value]) -> list[ir.Value]:
+            self.ask(i, 0)
             return [e.larger(load(i), largest[0])]
 
         found = e.loop(self.vectors, [every(F32, -math.inf)], larger)[0]
@@ -139,6 +227,7 @@ class _Softmax:
             return e.load(vector(F32), e.at(self.scores, i, 64))
 
         def larger(i: ir.Value, largest: list[ir.Value]) -> list[ir.Value]:
+            self.ask(i, 0)
             return [e.larger(b.select(visible(i), load(i), minus_infinity), largest[0])]
 
         found = e.loop(self.vectors, [minus_infinity], larger)[0]
@@ -146,15 +235,15 @@ class _Softmax:
         return self.weigh(largest, lambda i, shift: b.fsub(load(i), shift), visible)
 
 
-def _softmax_code(rounded: bool) -> Any:
+def _softmax_code(kind: int) -> Any:
     """Return an intrinsic's answer for the online softmax of a row; see `softmax_row`."""
 
     def code(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
-        softmax = _Softmax(Emitter(builder), values, rounded)
+        softmax = _Softmax(Emitter(builder), values, kind)
         b = builder
         every_token = b.icmp_signed("==", b.mul(softmax.vectors, I64(LANES)), softmax.last)
         every_token = b.and_(every_token, b.icmp_signed("<=", softmax.first, I64(0)))
-        *_, factor, cap = values
+        factor, cap = values[8:10]
         is_plain = b.and_(every_token, b.fcmp_ordered("<=", cap, F32(0.0)))
         is_plain = b.and_(is_plain, b.fcmp_ordered(">", factor, F32(0.0)))
         with b.if_else(is_plain) as (then, otherwise):
@@ -170,7 +259,7 @@ def _softmax_code(rounded: bool) -> Any:
         return decay
 
     i64, f32 = types.int64, types.float32
-    return f32(i64, i64, i64, i64, i64, i64, i64, i64, f32, f32), code
+    return f32(*[i64] * 8, f32, f32, *[i64] * (4 if kind == LIMBS else 0)), code
 
 
 @intrinsic
@@ -209,7 +298,7 @@ def softmax_row(
     Returns:
         What the row's sums so far, its output included, are to be multiplied by.
     """
-    return _softmax_code(rounded=False)
+    return _softmax_code(FLOATS)
 
 
 @intrinsic
@@ -227,4 +316,35 @@ def softmax_row_bfloat16(
     cap: Any,
 ) -> Any:
     """Do as `softmax_row` with weights rounded to bf16."""
-    return _softmax_code(rounded=True)
+    return _softmax_code(BFLOATS)
+
+
+@intrinsic
+def softmax_row_limbs(
+    context: Any,
+    scores: Any,
+    weights: Any,
+    scales: Any,
+    zeros: Any,
+    state: Any,
+    vectors: Any,
+    first: Any,
+    last: Any,
+    factor: Any,
+    cap: Any,
+    lower: Any,
+    ahead: Any,
+    key_offset: Any,
+    value_offset: Any,
+) -> Any:
+    """Do as `softmax_row` with weights as integers, `vectors` a multiple of 4.
+
+    Weights are relative to the chunk's largest, which becomes `TOP_WEIGHT`; the state's last
+    number is what 1 counts. Upper bytes are written to `weights`, the others `lower` bytes
+    further. What the middle code adds to every dim is taken off the sum of zeros, as `scales`
+    and `zeros` are those of codes less the middle one.
+
+    Meanwhile asks for lines of the next chunk: two of each tile's keys and two of its values, so
+    many bytes into them; `ahead` is the address of the tiles' records.
+    """
+    return _softmax_code(LIMBS)

@@ -18,7 +18,8 @@ def follow_torch() -> int:
     """
     wanted = torch.get_num_threads()
     count = max(1, min(wanted, numba.config.NUMBA_NUM_THREADS))
-    numba.set_num_threads(count)
+    if numba.get_num_threads() != count:
+        numba.set_num_threads(count)
     # The first call starts the pool, and that tells OpenMP, hence torch, to use all of it.
     if torch.get_num_threads() != wanted:
         torch.set_num_threads(wanted)

@@ -33,6 +33,9 @@ MIDDLE_CODE = (k8v4.VALUE_LEVELS - 1) / 2
 
 LINE = 64
 
+TILE_RECORD = 32
+"""Bytes of a tile's addresses: keys, values, scales, zeros; see `drive.tile_addresses`."""
+
 _HALVES = [16 * lane + i for lane in range(4) for i in range(8)]
 _INTERLEAVE_LOW = [place for i in _HALVES for place in (i, 64 + i)]
 _INTERLEAVE_HIGH = [place for i in _HALVES for place in (8 + i, 72 + i)]
@@ -84,9 +87,8 @@ def value_pairs(e: Emitter, line: ir.Value) -> list[ir.Value]:
     return widened
 
 
-@intrinsic
-def widen_keys(context: Any, tile: Any, to: Any, dims: Any, ahead: Any) -> Any:
-    """Widen a key tile to its dims / 32 operands, and ask for the tile at `ahead`."""
+def _widen_keys(asked: int) -> Any:
+    """Return an intrinsic's answer; a pass takes four lines and asks for `asked`."""
 
     def emit(e: Emitter, tile: ir.Value, to: ir.Value, dims: ir.Value, ahead: ir.Value) -> None:
         def line(i: ir.Value, _: Any) -> list[ir.Value]:
@@ -94,7 +96,8 @@ def widen_keys(context: Any, tile: Any, to: Any, dims: Any, ahead: Any) -> Any:
             for part in range(4):
                 place = e.at(e.at(tile, i, 4 * LINE), LINE * part)
                 target = e.at(e.at(to, i, 8 * LINE), 2 * LINE * part)
-                e.prefetch(e.at(e.at(ahead, i, 4 * LINE), LINE * part))
+                if part < asked:
+                    e.prefetch(e.at(e.at(ahead, i, asked * LINE), LINE * part))
                 first, second = key_pairs(e, e.load(vector(I8, 64), place))
                 e.store(first, target)
                 e.store(second, e.at(target, LINE))
@@ -106,12 +109,19 @@ def widen_keys(context: Any, tile: Any, to: Any, dims: Any, ahead: Any) -> Any:
 
 
 @intrinsic
-def widen_values(context: Any, tile: Any, to: Any, dims: Any, upper_lines: Any, ahead: Any) -> Any:
-    """Widen a value tile to 8 lines of each of dims / 16 operands, and ask for `ahead`.
+def widen_keys(context: Any, tile: Any, to: Any, dims: Any, ahead: Any) -> Any:
+    """Widen a key tile to its dims / 32 operands, and ask for the tile at `ahead`."""
+    return _widen_keys(4)
 
-    Two tiles make an operand's 16 pairs of tokens; `upper_lines` is 0 for the first, 1 for the
-    second.
-    """
+
+@intrinsic
+def widen_keys_ask_half(context: Any, tile: Any, to: Any, dims: Any, ahead: Any) -> Any:
+    """Widen a key tile as `widen_keys` does, and ask for half a tile's lines at `ahead`."""
+    return _widen_keys(2)
+
+
+def _widen_values(asked: int) -> Any:
+    """Return an intrinsic's answer; a pass takes four lines and asks for `asked`."""
 
     def emit(
         e: Emitter,
@@ -127,7 +137,8 @@ def widen_values(context: Any, tile: Any, to: Any, dims: Any, upper_lines: Any, 
             low = e.at(to, i, 2 * OPERAND)
             for quad in range(4):
                 place = e.at(e.at(tile, i, 4 * LINE), LINE * quad)
-                e.prefetch(e.at(e.at(ahead, i, 4 * LINE), LINE * quad))
+                if quad < asked:
+                    e.prefetch(e.at(e.at(ahead, i, asked * LINE), LINE * quad))
                 widened = value_pairs(e, e.load(vector(I16, 32), place))
                 for pair in range(2):
                     for half in range(2):
@@ -138,3 +149,73 @@ def widen_values(context: Any, tile: Any, to: Any, dims: Any, upper_lines: Any, 
         e.loop(e.b.ashr(dims, I64(5)), [], chunk)
 
     return procedure(emit, 5)
+
+
+@intrinsic
+def widen_values(context: Any, tile: Any, to: Any, dims: Any, upper_lines: Any, ahead: Any) -> Any:
+    """Widen a value tile to 8 lines of each of dims / 16 operands, and ask for `ahead`.
+
+    Two tiles make an operand's 16 pairs of tokens; `upper_lines` is 0 for the first, 1 for the
+    second.
+    """
+    return _widen_values(4)
+
+
+def _split_values(chunks: int) -> Any:
+    """Return an intrinsic's answer for `chunks` x 32 dims; see `split_values_64`."""
+
+    def emit(
+        e: Emitter,
+        records: ir.Value,
+        tiles: ir.Value,
+        offset: ir.Value,
+        to: ir.Value,
+        ahead: ir.Value,
+        offset_ahead: ir.Value,
+    ) -> None:
+        def of_value(records: ir.Value, i: ir.Value, offset: ir.Value) -> ir.Value:
+            return e.b.add(e.load(I64, e.at(e.at(records, i, TILE_RECORD), 8)), offset)
+
+        def tile(i: ir.Value, _: Any) -> list[ir.Value]:
+            base = of_value(records, i, offset)
+            soon = of_value(ahead, i, offset_ahead)
+            of_step = e.at(to, e.b.ashr(i, I64(2)), 4 * OPERAND)
+            target = e.at(of_step, e.b.and_(i, I64(3)), 4 * LINE)
+            nibble = every(I8, 15, 64)
+            for chunk in range(chunks):
+                for quad in range(4):
+                    line = 4 * chunk + quad
+                    if line % 2:
+                        e.prefetch(e.at(soon, LINE * (line // 2)))
+                    codes = e.load(vector(I16, 32), e.at(base, LINE * line))
+                    high = e.b.bitcast(e.b.lshr(codes, every(I16, 4, 32)), vector(I8, 64))
+                    place = e.at(target, 2 * OPERAND * chunk + LINE * quad)
+                    low = e.b.bitcast(codes, vector(I8, 64))
+                    e.store(e.b.and_(low, nibble), place)
+                    e.store(e.b.and_(high, nibble), e.at(place, OPERAND))
+            return []
+
+        e.loop(tiles, [], tile)
+
+    return procedure(emit, 6)
+
+
+@intrinsic
+def split_values_64(
+    context: Any, records: Any, tiles: Any, offset: Any, to: Any, ahead: Any, offset_ahead: Any
+) -> Any:
+    """Split the value codes of 64 dims into bytes: operands of 64 tokens x 16 dims, four a step.
+
+    An operand's line is a quad of tokens, in the order of `k8v4.QUAD_BYTE_OF_TOKEN`; columns
+    are dims. `records` is the address of the tiles' records, `offset` where the dims begin in a
+    tile. Asks for half as many lines of the tiles of `ahead`, from `offset_ahead` on.
+    """
+    return _split_values(2)
+
+
+@intrinsic
+def split_values_32(
+    context: Any, records: Any, tiles: Any, offset: Any, to: Any, ahead: Any, offset_ahead: Any
+) -> Any:
+    """Do as `split_values_64` for 32 dims."""
+    return _split_values(1)

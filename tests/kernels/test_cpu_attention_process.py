@@ -164,6 +164,29 @@ def test_processes_that_compile_at_once_share_a_cache_and_a_damaged_one_is_survi
     assert again.stderr.count("compiled in memory") == 1
 
 
+def test_after_warm_up_nothing_is_left_to_compile() -> None:
+    code = """
+import numba.core.compiler as compiler, torch
+from vllm_hybrid_kv.kernels.cpu import paged_attention, quantise_and_store, warm_up
+torch.set_num_threads(2)
+warm_up(64, torch.bfloat16)
+compiled = []
+compiler.compile_extra = lambda *arguments, **more: compiled.append(arguments)
+key = torch.randn(300, 2, 64).bfloat16()
+cache = torch.zeros(20, 2, 16, 100, dtype=torch.uint8)
+slots = torch.arange(300)
+for tokens in (1, 40, 300):
+    quantise_and_store(key[:tokens], key[:tokens], cache, slots[:tokens])
+table, length = torch.arange(20, dtype=torch.int32)[None], torch.tensor([300], dtype=torch.int32)
+for tokens in (1, 3, 300):
+    query = key[:tokens].repeat(1, 2, 1)
+    starts = torch.tensor([0, tokens], dtype=torch.int32)
+    paged_attention(query, cache, table, length, starts, torch.empty_like(query), scale=1.0)
+assert not compiled, compiled
+"""
+    succeeded(python(code))
+
+
 def test_kernels_run_where_nothing_can_be_written(tmp_path: Path) -> None:
     package = tmp_path / "vllm_hybrid_kv"
     skip = shutil.ignore_patterns("__pycache__", "kernels")

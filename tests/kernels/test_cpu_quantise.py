@@ -290,9 +290,9 @@ def test_several_threads_store_what_one_does(
     for pattern in PATTERNS:
         slots = pattern(700, 1600)
         alone, together = (Pages(100, 3, 16, head_size, padding=6) for _ in range(2))
-        monkeypatch.setattr(module, "_SERIAL_ROWS", 10**9)
+        monkeypatch.setattr(module, "SERIAL_ROWS", 10**9)
         quantise_and_store(key, value, alone.cache, slots)
-        monkeypatch.setattr(module, "_SERIAL_ROWS", 0)
+        monkeypatch.setattr(module, "SERIAL_ROWS", 0)
         quantise_and_store(key, value, together.cache, slots)
         assert torch.equal(together.memory, alone.memory)
     assert stored_like_the_reference(key, value, slots)

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What unusual numbers do to attention on CPUs: NaN, extremes, and memory not to be read."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from batches import PATHS, Case, assert_close, attend, expected, make
+
+from vllm_hybrid_kv.kernels.cpu import attention
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_scores_far_below_zero_are_scores(path: str) -> None:
+    batch = make(Case(lengths=(200,), queries=(3,)))
+    batch.cache.flatten(2)[..., : 128 * 128] = 0x50  # every key is 8
+    batch.query[:] = -30.0
+    assert_close(attend(batch, path), expected(batch))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("lengths", [(40,), (305, 4000)])
+@pytest.mark.parametrize("queries", [1, 12, 40])
+def test_leftovers_in_the_kernels_own_memory_never_show(
+    queries: int, lengths: tuple[int, ...], path: str
+) -> None:
+    batch = make(Case(lengths=lengths, queries=(queries, *[1] * (len(lengths) - 1))))
+    out, lse = attend(batch, path)
+    attention._workspace.scratch.fill(0xFF)  # NaN as bf16 and as float32
+    attention._workspace.partials.fill(math.nan)
+    attention._workspace.counters.fill(-1)
+    again, lse_again = attend(batch, path)
+    assert torch.equal(again, out)
+    assert torch.equal(lse_again, lse)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_memory_that_no_row_sees_never_shows(path: str) -> None:
+    batch = make(Case(options={"window": 100}, lengths=(300, 129), queries=(1, 30)))
+    out, lse = attend(batch, path)
+    used = {int(b) for b in batch.block_table[0, :3]} | {int(b) for b in batch.block_table[1, :2]}
+    for block in set(range(batch.cache.shape[0])) - used:
+        batch.cache[block] = 0x7F  # NaN keys, and 0x7F7F is a NaN as fp16
+    page_format = batch.page_format
+    # Behind the last token, in front of the window, and in every head.
+    for request, tokens in ((0, (*range(300, 384), *range(200))), (1, (129, 200, 255))):
+        for token in tokens:
+            for head in range(2):
+                block = int(batch.block_table[request, token // 128])
+                region = batch.cache[block, head].view(-1)
+                for dim in range(128):
+                    region[page_format.key_byte(token % 128, dim)] = 0x7F
+                batch.half(request, token, head, page_format.scale_offset)[:] = 0x7F
+                batch.half(request, token, head, page_format.zero_offset)[:] = 0x7F
+    again, lse_again = attend(batch, path)
+    assert torch.equal(again, out)
+    assert torch.equal(lse_again, lse)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("queries", [(20, 1, 1), (200, 8, 1)])
+def test_a_nan_token_shows_in_later_rows_of_its_own_request_and_head(
+    queries: tuple[int, ...], path: str
+) -> None:
+    batch = make(Case(lengths=(250, 300, 40), queries=queries))
+    clean, clean_lse = attend(batch, path)
+    batch.set_scale(0, 240, 1, math.nan)
+    batch.set_scale(2, 39, 0, math.nan)
+    out, lse = attend(batch, path)
+    assert_close((out, lse), expected(batch))
+    nan = out.isnan().any(-1)
+    wanted = torch.zeros_like(nan)
+    wanted[240 - (250 - queries[0]) : queries[0], 4:] = True
+    wanted[-1, :4] = True
+    assert torch.equal(nan, wanted)
+    assert torch.equal(out[~nan], clean[~nan])
+    assert torch.equal(lse, clean_lse)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_nan_query_spoils_its_own_row_only(path: str) -> None:
+    batch = make(Case(lengths=(250, 300), queries=(20, 1)))
+    clean, _ = attend(batch, path)
+    batch.query[7, 3, 5] = math.nan
+    out, _ = attend(batch, path)
+    spoilt = torch.zeros(out.shape[:2], dtype=torch.bool)
+    spoilt[7, 3] = True
+    assert out[7, 3].isnan().all()
+    assert torch.equal(out[~spoilt], clean[~spoilt])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_largest_keys_scales_and_queries_stay_finite_and_right(path: str) -> None:
+    batch = make(Case(lengths=(200,), queries=(3,)))
+    batch.query *= 100
+    page_format = batch.page_format
+    for token, scale in ((5, 8733.0), (60, 6e-8), (150, 65504.0)):
+        for dim in range(128):
+            block = int(batch.block_table[0, token // 128])
+            region = batch.cache[block, 0].view(-1)
+            region[page_format.key_byte(token % 128, dim)] = 0x7E | (0x80 * (dim % 2))
+        batch.set_scale(0, token, 0, scale)
+    assert_close(attend(batch, path), expected(batch))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_small_keys_count(path: str) -> None:
+    # Denormal e4m3 keys only: each is below 2^-6.
+    batch = make(Case(lengths=(200,), queries=(3,)))
+    codes = torch.randint(0, 8, (*batch.cache.shape[:2], 128 * 128), dtype=torch.uint8)
+    batch.cache.flatten(2)[..., : 128 * 128] = codes
+    batch.query *= 30
+    assert_close(attend(batch, path), expected(batch))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("queries", [1, 3, 40])
+def test_many_small_weights_behind_one_large_one_count(queries: int, path: str) -> None:
+    # Each of 6000 tokens weighs 1/20,000 of the first one: together 0.3 of it.
+    batch = make(Case(lengths=(6000,), queries=(queries,)))
+    page_format = batch.page_format
+    for region in batch.cache.view(-1, batch.cache[0, 0].numel()):
+        region[: page_format.value_offset] = 0
+        region[page_format.value_offset : page_format.scale_offset] = 0xFF
+    halves = batch.cache.flatten(2)[..., page_format.scale_offset :].view(torch.float16)
+    halves[..., : page_format.page_size] = 1 / 15
+    halves[..., page_format.page_size :] = 0.0
+    batch.query[:] = 1.0
+    for region in batch.cache[int(batch.block_table[0, 0])]:
+        flat = region.view(-1)
+        flat[page_format.key_byte(0, 0)] = 0x6E  # 112, hence a score of 9.9
+        for dim in range(128):
+            byte, shift = page_format.value_byte(0, dim)
+            flat[byte] &= 0xF0 >> shift
+    wanted = expected(batch)
+    torch.testing.assert_close(wanted[0].mean(), torch.tensor(0.23), atol=0.01, rtol=0)
+    assert_close(attend(batch, path), wanted)
