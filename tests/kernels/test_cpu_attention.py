@@ -80,6 +80,15 @@ def test_several_tokens_of_one_request_see_up_to_themselves(queries: int, path: 
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("options", [{}, {"window": 60}])
+@pytest.mark.parametrize(("length", "queries"), [(65, 2), (257, 2), (258, 4), (520, 16)])
+def test_tokens_on_both_sides_of_a_chunks_end_see_up_to_themselves(
+    length: int, queries: int, options: dict[str, Any], path: str
+) -> None:
+    check(Case(lengths=(length,), queries=(queries,), options=options), path)
+
+
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("queries", [1, 2, 4])
 def test_a_long_sequence_divided_among_threads_attends_as_defined(queries: int, path: str) -> None:
     batch = make(Case(lengths=(9000, 5), queries=(queries, 1), num_kv_heads=1, num_heads=5))
