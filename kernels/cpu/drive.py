@@ -205,10 +205,11 @@ def weigh(call, item, scratch, state, first, tiles, key_scale, kind, ahead):  # 
         unseen = min(min(unseen, item[LAST_KEY]) - first, TILE * tiles)
         weights = scratch + WEIGHTS + row * SCORE_STRIDE
         if unseen <= seen:
-            rows.fill(weights, vectors >> kind)
             if kind == softmax.LIMBS:
-                rows.fill(weights + lower, vectors >> kind)
+                # Whatever the integers are, they count nothing.
                 state[row, 3] = np.float32(0.0)
+            else:
+                rows.fill(weights, vectors >> kind)
             continue
         scores = scratch + SCORES + row * SCORE_STRIDE
         own = state.ctypes.data + row * _STATE
