@@ -194,9 +194,10 @@ def test_latent_attention_is_refused_with_the_dtype_that_serves_the_model(
         n_routed_experts=2,
         num_experts_per_tok=1,
         first_k_dense_replace=6,
-        kv_lora_rank=64,
+        # Latent heads of 576, which vLLM's CPU kernel for AMX needs.
+        kv_lora_rank=512,
         q_lora_rank=None,
-        qk_rope_head_dim=32,
+        qk_rope_head_dim=64,
         qk_nope_head_dim=64,
         v_head_dim=64,
         max_position_embeddings=2048,
