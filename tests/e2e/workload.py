@@ -22,11 +22,12 @@ class Case:
     Attributes:
         model: Name of the model in `demo.models.CONFIGS`.
         dtype: Of its weights and activations.
-        rounding: How far rounding alone may move a log-probability.
+        rounding: How far rounding alone may move a log-probability, but for one in twenty.
         tokens: Tokens to generate.
         candidates: Prompts to choose from; see `decisive`.
         compare_greedily: Whether the greedy tests run it.
         speculates: Whether vLLM can decode it speculatively on CPUs.
+        farthest: How far rounding alone may move any log-probability; `rounding` if None.
     """
 
     model: str
@@ -36,6 +37,7 @@ class Case:
     candidates: int
     compare_greedily: bool = False
     speculates: bool = True
+    farthest: float | None = None
 
     def __str__(self) -> str:
         return f"{self.model}-{self.dtype}"
@@ -45,8 +47,8 @@ class Case:
 # code, the stored number moves by a whole step; of some 100,000 in a prompt a few always do.
 # bfloat16 rounds logits of 8 to 16 to multiples of 1/16. With Gated DeltaNet a prompt's chunks,
 # each rounded to bfloat16, make its state: cut into 32s in place of one piece, vLLM with an
-# unquantised cache moves the log-probabilities of a prompt by 0.095 on average and by 0.34 in one
-# of 100; with k8v4 those of decisive outputs were seen to move by up to 0.25.
+# unquantised cache moves the log-probabilities of a prompt by 0.095 on average, by more than 0.34
+# in one of 100, and by up to 0.987.
 CASES = [
     Case("llama", "float32", rounding=0.03, tokens=8, candidates=48, compare_greedily=True),
     Case("gemma3", "float32", rounding=0.03, tokens=8, candidates=48, compare_greedily=True),
@@ -61,6 +63,7 @@ CASES = [
         candidates=224,
         compare_greedily=True,
         speculates=False,
+        farthest=1.0,
     ),
 ]
 
@@ -128,13 +131,17 @@ def choose_prompts(
 def assert_same(outputs: Sequence[Output], expected: Sequence[Output], case: Case) -> None:
     """Assert equal tokens, and log-probabilities that differ by no more than rounding."""
     assert len(outputs) == len(expected)
-    largest = 0.0
+    farthest = case.rounding if case.farthest is None else case.farthest
+    differences: list[float] = []
     for i, (output, wanted) in enumerate(zip(outputs, expected, strict=True)):
         assert output.tokens == wanted.tokens, f"prompt {i}: other tokens, {wanted.margins=}"
-        apart = max(abs(a - b) for a, b in zip(output.logprobs, wanted.logprobs, strict=True))
-        assert apart <= case.rounding, f"prompt {i}: log-probabilities {apart:.4f} apart"
-        largest = max(largest, apart)
-    print(f"{case}: {len(outputs)} outputs, {largest:.2g} apart of {case.rounding}")
+        apart = [abs(a - b) for a, b in zip(output.logprobs, wanted.logprobs, strict=True)]
+        assert max(apart) <= farthest, f"prompt {i}: log-probabilities {max(apart):.4f} apart"
+        differences += apart
+        far = sum(difference > case.rounding for difference in differences)
+        # The first may be the one in twenty.
+        assert far <= max(1, len(differences) / 20), f"prompt {i}: log-probabilities {far=}"
+    print(f"{case}: {len(outputs)} outputs, {max(differences):.2g} apart of {case.rounding}")
 
 
 def run_alone(host: EngineHost, prompts: list[list[int]], tokens: int) -> list[Output]:
