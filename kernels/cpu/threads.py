@@ -20,7 +20,8 @@ def follow_torch() -> int:
     count = max(1, min(wanted, numba.config.NUMBA_NUM_THREADS))
     if numba.get_num_threads() != count:
         numba.set_num_threads(count)
-    # The first call starts the pool, and that tells OpenMP, hence torch, to use all of it.
+    # The first call starts the pool, and that tells OpenMP, hence torch, to use all of it. vLLM's
+    # workers replace `torch.set_num_threads`, once bound to their cores, by one that does nothing.
     if torch.get_num_threads() != wanted:
-        torch.set_num_threads(wanted)
+        torch._C.set_num_threads(wanted)
     return count

@@ -164,6 +164,16 @@ def test_processes_that_compile_at_once_share_a_cache_and_a_damaged_one_is_survi
     assert again.stderr.count("compiled in memory") == 1
 
 
+def test_a_worker_bound_to_fewer_cores_keeps_its_number_of_threads() -> None:
+    # As vLLM leaves torch in its workers: a number, and no way to change it.
+    code = (
+        "import torch; torch.set_num_threads(1); torch.set_num_threads = lambda count: None\n"
+        + ATTEND
+        + "print(torch.get_num_threads())"
+    )
+    assert succeeded(python(code)).strip() == "1"
+
+
 def test_after_warm_up_nothing_is_left_to_compile() -> None:
     code = """
 import numba.core.compiler as compiler, torch
