@@ -146,7 +146,7 @@ def _attend(call, item, head, scratch):  # type: ignore[no-untyped-def]
         else:
             _scores_of_many(call, item, scratch, found, ahead, tiles)
             drive.weigh(call, item, scratch, state, first, tiles, 1.0, softmax.BFLOATS, 0)
-            fast.widen_values(call, scratch, found, ahead, 0, tiles)
+            fast.widen_values(call, scratch, found, ahead, tiles)
             _outputs_of_many(call, item, scratch, tiles)
         found, ahead = ahead, found
         tiles = following

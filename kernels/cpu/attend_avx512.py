@@ -21,8 +21,8 @@ def _scores_of_few(call, item, scratch, found, ahead, tiles):  # type: ignore[no
     count = item[drive.ROWS]
     queries = scratch + drive.QUERIES
     for tile in range(0, tiles, 2):
-        here = found.ctypes.data + 32 * tile
-        soon = ahead.ctypes.data + 32 * tile
+        here = found.ctypes.data + widen.TILE_RECORD * tile
+        soon = ahead.ctypes.data + widen.TILE_RECORD * tile
         scores = scratch + drive.SCORES + 64 * tile
         if count > 4:
             avx512.scores_of_page_8(here, soon, queries, call.dims, scores, drive.SCORE_STRIDE)
@@ -77,7 +77,7 @@ def _scores_of_many(call, item, scratch, found, ahead, tiles):  # type: ignore[n
 @drive.inner
 def _outputs_of_many(call, item, scratch, found, ahead, tiles):  # type: ignore[no-untyped-def]
     memory.keep_apart()
-    fast.widen_values(call, scratch, found, ahead, 0, tiles)
+    fast.widen_values(call, scratch, found, ahead, tiles)
     for chunk in range(call.dims // 32):
         for row in range(0, item[drive.ROWS], 8):
             avx512.outputs_widened(

@@ -257,7 +257,7 @@ def paged_attention(
     tiled = page_format.layout is Layout.CPU_TILED
     memory.CALL_STRUCT.pack_into(
         _workspace.call_bytes, 0,
-        # In the order of `memory.CALL_FIELDS`.
+        # In the order of `memory.CALL`.
         query.data_ptr(), width * query.stride(0), width * query.stride(1),
         out.data_ptr(), width * out.stride(0), width * out.stride(1),
         _NUMBERS[query.dtype],

@@ -34,12 +34,12 @@ def widen_keys(call, scratch, found, ahead, first, last):  # type: ignore[no-unt
 
 
 @drive.inner
-def widen_values(call, scratch, found, ahead, first, last):  # type: ignore[no-untyped-def]
-    """Widen a chunk's value tiles `first`, which is even, to `last - 1`, to the same memory.
+def widen_values(call, scratch, found, ahead, tiles):  # type: ignore[no-untyped-def]
+    """Widen a chunk's values; where their tiles are odd, the last one twice.
 
-    Where they are odd, the last one twice: the weights of the one that is not there are zeros,
-    but zero times whatever the memory held might be NaN.
+    The weights of the one that is not there are zeros, but zero times whatever the memory held
+    might be NaN.
     """
-    for tile in range(first, (last + 1) // 2 * 2):
-        to = scratch + drive.VALUES + (tile - first) // 2 * (call.dims // 16) * widen.OPERAND
+    for tile in range((tiles + 1) // 2 * 2):
+        to = scratch + drive.VALUES + tile // 2 * (call.dims // 16) * widen.OPERAND
         widen.widen_values(found[tile, 1], to, call.dims, tile % 2, ahead[tile, 1])

@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from ..k8v4 import QUAD_BYTE_OF_TOKEN, VALUE_LEVELS
+from ..k8v4 import QUAD_BYTE_OF_TOKEN
 from .emit import (
     BF16,
     F32,
@@ -26,7 +26,7 @@ from .emit import (
     every,
     vector,
 )
-from .widen import LINE, TILE_RECORD
+from .widen import LINE, MIDDLE_CODE, TILE_RECORD
 
 LOG2_E = math.log2(math.e)
 
@@ -43,8 +43,6 @@ _LEAST_TOP = 1e-30
 
 _ROUND = 1.5 * 2.0**23
 """Added to a float32, leaves the rounded number in its lower bits."""
-
-_MIDDLE_CODE = (VALUE_LEVELS - 1) / 2
 
 FLOATS, BFLOATS, LIMBS = range(3)
 """What weights become: float32, bf16, or integers of two bytes."""
@@ -174,7 +172,7 @@ class _Softmax:
             return sums
 
         sums = e.loop(b.ashr(self.vectors, I64(2)), [NOTHING], four)
-        return b.fmul(b.fmul(e.reduce(sums[0], b.fadd), factor), F32(_MIDDLE_CODE))
+        return b.fmul(b.fmul(e.reduce(sums[0], b.fadd), factor), F32(MIDDLE_CODE))
 
     def plain(self) -> ir.Value:
         """Every token is visible, no cap, a positive factor."""

@@ -120,8 +120,13 @@ def widen_keys_ask_half(context: Any, tile: Any, to: Any, dims: Any, ahead: Any)
     return _widen_keys(2)
 
 
-def _widen_values(asked: int) -> Any:
-    """Return an intrinsic's answer; a pass takes four lines and asks for `asked`."""
+@intrinsic
+def widen_values(context: Any, tile: Any, to: Any, dims: Any, upper_lines: Any, ahead: Any) -> Any:
+    """Widen a value tile to 8 lines of each of dims / 16 operands, and ask for `ahead`.
+
+    Two tiles make an operand's 16 pairs of tokens; `upper_lines` is 0 for the first, 1 for the
+    second.
+    """
 
     def emit(
         e: Emitter,
@@ -137,8 +142,7 @@ def _widen_values(asked: int) -> Any:
             low = e.at(to, i, 2 * OPERAND)
             for quad in range(4):
                 place = e.at(e.at(tile, i, 4 * LINE), LINE * quad)
-                if quad < asked:
-                    e.prefetch(e.at(e.at(ahead, i, asked * LINE), LINE * quad))
+                e.prefetch(e.at(e.at(ahead, i, 4 * LINE), LINE * quad))
                 widened = value_pairs(e, e.load(vector(I16, 32), place))
                 for pair in range(2):
                     for half in range(2):
@@ -149,16 +153,6 @@ def _widen_values(asked: int) -> Any:
         e.loop(e.b.ashr(dims, I64(5)), [], chunk)
 
     return procedure(emit, 5)
-
-
-@intrinsic
-def widen_values(context: Any, tile: Any, to: Any, dims: Any, upper_lines: Any, ahead: Any) -> Any:
-    """Widen a value tile to 8 lines of each of dims / 16 operands, and ask for `ahead`.
-
-    Two tiles make an operand's 16 pairs of tokens; `upper_lines` is 0 for the first, 1 for the
-    second.
-    """
-    return _widen_values(4)
 
 
 def _split_values(chunks: int) -> Any:
