@@ -51,6 +51,25 @@ def _tanh(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _both_halves(words):  # type: ignore[no-untyped-def]
+    """Return the two fp16 numbers of each int32 as float32, in their order in memory."""
+    low = words.to(tl.int16).to(tl.float16, bitcast=True)
+    high = (words >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return tl.reshape(tl.join(low, high), [2 * words.shape[0]]).to(tl.float32)
+
+
+@triton.jit
+def _sum_in_threads(x, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return [LANES, 8, rows], sums over those keys of float32 [keys, rows] that a thread holds.
+
+    Tensor cores leave a thread the keys 8 apart in each 16, of every LANES-th 16.
+    """
+    KEYS: tl.constexpr = x.shape[0] // (16 * LANES)
+    apart = tl.reshape(x, [KEYS, LANES, 2, 8, x.shape[1]])
+    return tl.sum(tl.sum(apart, axis=2), axis=0)
+
+
+@triton.jit
 def _attend_tile(  # type: ignore[no-untyped-def]
     tile, top, total, offset, exponent, out0, out1, out2, out3,
     query_even, query_odd, unit, position,
@@ -58,14 +77,15 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
     KEY_WAY: tl.constexpr, VALUE_WAY: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, MASKED: tl.constexpr,
-    ONE_PAGE: tl.constexpr,
+    ONE_PAGE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Take one tile of keys into the running results of a row tile.
 
     Args:
         top: float32 [rows], largest score so far.
-        total: float32 [rows], sum of weights relative to it.
-        offset: float32 [rows], sum of weights times zeros.
+        total: float32 [LANES, 8, rows], sums of weights relative to it.
+        offset: float32 [LANES, 8, rows], sums of weights times zeros. Like `total` summed over
+            threads after the last tile only: sums across threads cost more than all else.
         exponent: int32, float32's exponent of the largest scale so far.
         out0: float32 [dims / 4, rows], sums of weights times scales times codes, dims 4 i; `out1`
             to `out3` dims 4 i + 1 to 4 i + 3. Times `2^(14 - exponent)` and the code's unit.
@@ -85,6 +105,7 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     n = tl.arange(0, BLOCK_N)
     half = tl.arange(0, HALVES)
     quarter = tl.arange(0, QUARTERS)
+    pair = tl.arange(0, BLOCK_N // 2)
     key = tile * BLOCK_N + n
     words = cache.to(tl.pointer_type(tl.int16))
     if ONE_PAGE:
@@ -93,11 +114,10 @@ def _attend_tile(  # type: ignore[no-untyped-def]
         region = block * (cache_block // 2) + head_byte // 2
         region = tl.multiple_of(region, 8)
         start = tile * BLOCK_N % PAGE
-        in_page = start + n
         key_at = (words + region + start * HALF) + (n * HALF)[:, None] + half[None, :]
         value_at = words + (region + KEY_WORDS + start * QUARTER)
-        value_at = value_at + (n * QUARTER)[:, None] + quarter[None, :]
-        scale_at = words + (region + KEY_WORDS + VALUE_WORDS) + in_page
+        value_at = value_at + (n * QUARTER)[None, :] + quarter[:, None]
+        pair_at = words + (region + KEY_WORDS + VALUE_WORDS + start) + 2 * pair
     else:
         if MASKED:
             block = tl.load(block_row + key // PAGE, mask=key < length, other=0)
@@ -107,16 +127,25 @@ def _attend_tile(  # type: ignore[no-untyped-def]
         region = tl.max_constancy(tl.multiple_of(region, [8]), [16])
         in_page = key % PAGE
         key_at = words + (region + in_page * HALF)[:, None] + half[None, :]
-        value_at = words + (region + KEY_WORDS + in_page * QUARTER)[:, None] + quarter[None, :]
-        scale_at = words + (region + (KEY_WORDS + VALUE_WORDS)) + in_page
+        value_at = words + (region + KEY_WORDS + in_page * QUARTER)[None, :] + quarter[:, None]
+        pair_key = tile * BLOCK_N + 2 * pair
+        if MASKED:
+            block = tl.load(block_row + pair_key // PAGE, mask=pair_key < length, other=0)
+        else:
+            block = tl.load(block_row + pair_key // PAGE)
+        region = block.to(tl.int64) * (cache_block // 2) + head_byte // 2
+        pair_at = words + (region + (KEY_WORDS + VALUE_WORDS)) + pair_key % PAGE
     if HALVES == HALF:
         key_bits = tl.load(key_at)
         value_bits = tl.load(value_at)
     else:
         key_bits = tl.load(key_at, mask=(half < HALF)[None, :], other=0)
-        value_bits = tl.load(value_at, mask=(quarter < QUARTER)[None, :], other=0)
-    scale = tl.load(scale_at).to(tl.float16, bitcast=True).to(tl.float32)
-    zero = tl.load(scale_at + PAGE).to(tl.float16, bitcast=True).to(tl.float32)
+        value_bits = tl.load(value_at, mask=(quarter < QUARTER)[:, None], other=0)
+    # Scales and zeros in one load of 32-bit words: Triton fetches a load ahead only if it leads
+    # to a product of tensor cores, and in no smaller pieces. Zeros alone do not.
+    both_at = pair_at[:, None] + (tl.arange(0, 2) * PAGE)[None, :]
+    scale_words, zero_words = tl.split(tl.load(both_at.to(tl.pointer_type(tl.int32))))
+    scale, zero = _both_halves(scale_words), _both_halves(zero_words)
     # A NaN scale tells of a token that must show in every row that sees it, and in no other:
     # it goes by way of the zeros, which a mask can keep out, and not into a product.
     nan = scale != scale
@@ -148,11 +177,12 @@ def _attend_tile(  # type: ignore[no-untyped-def]
         base = new_top
     shrink = tl.exp2(top - base)
     weight = tl.exp2(scores - base[None, :])
-    total = total * shrink + tl.sum(weight, axis=0)
+    lane_shrink = shrink[None, None, :]
+    total = total * lane_shrink + _sum_in_threads(weight, LANES)
     zeros = weight * zero[:, None]
     if MASKED:
         zeros = tl.where(seen, zeros, 0.0)
-    offset = offset * shrink + tl.sum(zeros, axis=0)
+    offset = offset * lane_shrink + _sum_in_threads(zeros, LANES)
 
     largest = tl.max(scale, axis=0).to(tl.int32, bitcast=True) >> 23
     new_exponent = tl.maximum(exponent, largest)
@@ -160,10 +190,10 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     scaled = scaled.to(tl.float16)
     shrink = (shrink * _power_of_two(exponent - new_exponent))[None, :]
     code0, code1, code2, code3 = value_words(value_bits, VALUE_WAY)
-    out0 = tl.dot(tl.trans(code0), scaled, out0 * shrink)
-    out1 = tl.dot(tl.trans(code1), scaled, out1 * shrink)
-    out2 = tl.dot(tl.trans(code2), scaled, out2 * shrink)
-    out3 = tl.dot(tl.trans(code3), scaled, out3 * shrink)
+    out0 = tl.dot(code0, scaled, out0 * shrink)
+    out1 = tl.dot(code1, scaled, out1 * shrink)
+    out2 = tl.dot(code2, scaled, out2 * shrink)
+    out3 = tl.dot(code3, scaled, out3 * shrink)
     return new_top, total, offset, new_exponent, out0, out1, out2, out3
 
 
@@ -178,7 +208,8 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     partial_out, partial_lse,
     scale, window, soft_cap,
     GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
-    DIMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTIAL_ROWS: tl.constexpr,
+    DIMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr,
+    PARTIAL_ROWS: tl.constexpr,
     KEY_WAY: tl.constexpr, VALUE_WAY: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
     SINKS: tl.constexpr, LSE: tl.constexpr,
@@ -201,6 +232,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
         partial_lse: float32 [programs, H, PARTIAL_ROWS], likewise, to base 2.
         scale: Factor of the scores.
         DIMS: The power of two that is not below D.
+        LANES: Warps that tensor cores give different keys.
         KEY_WAY: One of `KeyWords`.
         VALUE_WAY: One of `ValueWords`.
     """
@@ -250,8 +282,8 @@ def attend_kernel(  # type: ignore[no-untyped-def]
         unit = unit * _LOG2_E
 
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    offset = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([LANES, 8, BLOCK_M], tl.float32)
+    offset = tl.zeros([LANES, 8, BLOCK_M], tl.float32)
     scale_exponent = tl.full([], _SMALLEST_SCALE, tl.int32)
     out0 = tl.zeros([QUARTERS, BLOCK_M], tl.float32)
     out1 = tl.zeros([QUARTERS, BLOCK_M], tl.float32)
@@ -280,6 +312,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
             query_even, query_odd, unit, position,
             cache, cache_block, head_byte, block_row, length, window, soft_cap,
             D, PAGE, BLOCK_N, KEY_WAY, VALUE_WAY, CAUSAL, WINDOW, SOFT_CAP, False, ONE_PAGE,
+            LANES,
         )  # fmt: skip
     for tile in tl.range(clear, last_tile):
         top, total, offset, scale_exponent, out0, out1, out2, out3 = _attend_tile(
@@ -287,8 +320,11 @@ def attend_kernel(  # type: ignore[no-untyped-def]
             query_even, query_odd, unit, position,
             cache, cache_block, head_byte, block_row, length, window, soft_cap,
             D, PAGE, BLOCK_N, KEY_WAY, VALUE_WAY, CAUSAL, WINDOW, SOFT_CAP, True, ONE_PAGE,
+            LANES,
         )  # fmt: skip
 
+    total = tl.sum(tl.sum(total, axis=0), axis=0)
+    offset = tl.sum(tl.sum(offset, axis=0), axis=0)
     if SINKS:
         if splits == 1:
             sink = tl.load(sinks + head, mask=here, other=-float("inf")) * _LOG2_E
@@ -312,17 +348,16 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     result = tl.reshape(result, [DIMS, BLOCK_M])
     dim = tl.arange(0, DIMS)
     result_lse = top + tl.log2(total)
+    keep = here[None, :] & (dim < D)[:, None]
     if splits == 1:
-        to = out + (token * out_token + head * out_head)[None, :] + dim[:, None]
-        keep = here[None, :] & (dim < D)[:, None]
-        tl.store(to, result.to(out.dtype.element_ty), mask=keep)
+        out_at = out + (token * out_token + head * out_head)[None, :] + dim[:, None]
+        tl.store(out_at, result.to(out.dtype.element_ty), mask=keep)
         if LSE:
-            to = lse + token * lse_token + head * lse_head
-            tl.store(to, result_lse * _LN_2, mask=here)
+            lse_at = lse + token * lse_token + head * lse_head
+            tl.store(lse_at, result_lse * _LN_2, mask=here)
     else:
         part = (program.to(tl.int64) * kv_heads + kv_head) * PARTIAL_ROWS + m
-        to = partial_out + (part * D)[None, :] + dim[:, None]
-        tl.store(to, result, mask=here[None, :] & (dim < D)[:, None])
+        tl.store(partial_out + (part * D)[None, :] + dim[:, None], result, mask=keep)
         tl.store(partial_lse + part, result_lse, mask=here)
 
 
@@ -384,7 +419,7 @@ def merge_kernel(  # type: ignore[no-untyped-def]
         result = result * shrink + tl.sum(values * weight[:, None], axis=0)
         top = new_top
     result = result * tl.where(total == 0.0, 0.0, 1.0 / total)
-    to = out + token * out_token + head * out_head + dim
-    tl.store(to, result.to(out.dtype.element_ty), mask=dim < D)
+    out_at = out + token * out_token + head * out_head + dim
+    tl.store(out_at, result.to(out.dtype.element_ty), mask=dim < D)
     if LSE:
         tl.store(lse + token * lse_token + head * lse_head, (top + tl.log2(total)) * _LN_2)

@@ -201,6 +201,7 @@ def paged_attention(
         scale, 0 if window is None else window, soft_cap,
         GROUP=group, D=head_size, PAGE=page_size,
         DIMS=dims, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n,
+        LANES=tiling.lanes,
         PARTIAL_ROWS=plan.partial_rows,
         KEY_WAY=int(key_words), VALUE_WAY=int(value_words),
         CAUSAL=causal, WINDOW=window is not None, SOFT_CAP=soft_cap > 0,

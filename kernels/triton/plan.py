@@ -186,6 +186,11 @@ class Tiling:
     num_warps: int
     num_stages: int
 
+    @property
+    def lanes(self) -> int:
+        """Warps that tensor cores give different keys, 16 each at a time."""
+        return min(self.num_warps, self.block_n // 16)
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:

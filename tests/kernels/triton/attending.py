@@ -177,3 +177,135 @@ def check(case: Case) -> None:
 
 MIXED: dict[str, Any] = {"lengths": (150, 1, 0, 37, 90, 64), "queries": (1, 1, 0, 37, 5, 20)}
 DECODE: dict[str, Any] = {"lengths": (600, 1, 0, 37, 64, 65), "queries": (1, 1, 1, 1, 1, 1)}
+
+
+def tiles_of_programs(lengths: tuple[int, ...], processors: int) -> list[int]:
+    """Tiles of keys that each program of a decode plan takes."""
+    seq_lens = torch.tensor(lengths, dtype=torch.int32)
+    starts = torch.arange(len(lengths) + 1, dtype=torch.int32)
+    plan = plan_attention(
+        seq_lens, starts, len(lengths), 4, 1, 64, max_query_len=1, processors=processors
+    )
+    counts = []
+    for request, first_row, split, splits in plan.items.tolist():
+        if request >= 0:
+            assert first_row == 0
+            tiles = -(-lengths[request] // plan.tiling.block_n)
+            counts.append(tiles * (split + 1) // splits - tiles * split // splits)
+    return counts
+
+
+def check_replay() -> None:
+    """The tensors of one plan serve other lengths, as in a captured graph."""
+    for case, other in (
+        (Case(**DECODE), Case(lengths=(3, 200, 64, 0, 500, 1), queries=DECODE["queries"])),
+        (Case(**MIXED), Case(lengths=(10, 80, 90, 40, 0, 7), queries=(10, 1, 40, 6, 0, 7))),
+    ):
+        first, second = make(case), make(other)
+        options = {"max_query_len": 40} if case.queries == MIXED["queries"] else {}
+        plan = planned(first, **options)
+        assert_close(attend(first, plan), expected(first))
+        assert planned(second, into=plan, **options) is plan
+        assert_close(attend(second, plan), expected(second))
+
+
+def check_scales_far_apart() -> None:
+    """Scales from fp16's smallest to its largest that values can have, met in either order."""
+    batch = make(Case(lengths=(300, 300), queries=(1, 1), dtype=torch.float32, page_size=16))
+    sizes = torch.logspace(-7, 3.9, 304).to(torch.float16)
+    for request, order in enumerate((sizes, sizes.flip(0))):
+        for page, scales in enumerate(batch.halves(request, 0, "scale")):
+            scales.copy_(order[16 * page : 16 * page + 16])
+        for zeros in batch.halves(request, 0, "zero"):
+            zeros.zero_()
+    assert_close(attend(batch), expected(batch))
+
+
+def rows_with_nan(split: bool) -> list[int]:
+    """Tokens whose output is NaN where token 51 is, of 14 new ones at positions 40 to 53."""
+    case = Case(lengths=(54, 54), queries=(14, 14), num_heads=4, num_kv_heads=2)
+    batch = make(case)
+    batch.halves(0, 1, "scale")[1][51 - 32] = math.nan
+    plan = planned(batch, split=split, processors=64)
+    out, lse = attend(batch, plan)
+    assert_close((out, lse), expected(batch))
+    assert not out[:, :2].isnan().any()
+    return out[:, 2:].isnan().all(-1).all(-1).nonzero().flatten().tolist()
+
+
+def check_padding() -> None:
+    batch = make(Case(lengths=(40, 20), queries=(2, 1)))
+    out, lse = attend(batch)
+    batch.query = torch.cat([batch.query, batch.query[:2]])
+    padded, padded_lse = attend(batch)
+    assert torch.equal(padded[:3], out)
+    assert torch.equal(padded_lse[:3], lse)
+    assert (padded[3:] == 7.0).all()
+    assert (padded_lse[3:] == 7.0).all()
+
+
+def check_strides() -> None:
+    batch = make(Case(num_heads=4, num_kv_heads=2, **MIXED))
+    out, lse = attend(batch)
+    blocks, heads, page_size, slot = batch.cache.shape
+    apart = torch.full((blocks, heads * page_size * slot + 4096), 255, dtype=torch.uint8)
+    pages = apart[:, : heads * page_size * slot].view(batch.cache.shape)
+    pages.copy_(batch.cache)
+    tokens = batch.query.shape[0]
+    wide = torch.zeros(tokens, 12, 2, 64, dtype=batch.query.dtype)
+    wide[:, 8:, 1] = batch.query
+    out_wide = torch.zeros(tokens, 4, 3, 64, dtype=batch.query.dtype)
+    lse_wide = torch.zeros(4, tokens).t()
+    table = torch.zeros(batch.block_table.shape[0], batch.block_table.shape[1] + 5).int()
+    table[:, : batch.block_table.shape[1]] = batch.block_table
+    paged_attention(
+        wide[:, 8:, 1],
+        pages,
+        table,
+        batch.seq_lens,
+        batch.query_start_loc,
+        out_wide[:, :, 1],
+        lse=lse_wide,
+        **batch.options,
+    )
+    assert torch.equal(out_wide[:, :, 1], out)
+    assert torch.equal(lse_wide, lse)
+    assert not out_wide[:, :, ::2].any()
+
+
+def check_far_blocks() -> None:
+    batch = make(Case(lengths=(100,), page_size=64))
+    out, _ = attend(batch)
+    _, heads, page_size, slot = batch.cache.shape
+    stride = 2**31 + 4096  # mostly never touched, hence never allocated
+    memory = torch.empty(2 * stride + heads * page_size * slot, dtype=torch.uint8)
+    far = memory.as_strided((3, heads, page_size, slot), (stride, page_size * slot, slot, 1))
+    far[2] = batch.cache[int(batch.block_table[0, 0])]
+    far[1] = batch.cache[int(batch.block_table[0, 1])]
+    batch.cache, batch.block_table = far, torch.tensor([[2, 1]], dtype=torch.int32)
+    assert torch.equal(attend(batch)[0], out)
+
+
+def check_merging_halves() -> None:
+    """Partial attention to the first and the other pages, as decode context parallelism does."""
+    case = Case(lengths=(160,), queries=(3,), dtype=torch.float32, options={"causal": False})
+    batch = make(case)
+    whole, whole_lse = expected(batch)
+    table = batch.block_table
+    parts = []
+    for pages, length in ((slice(0, 3), 96), (slice(3, 6), 64)):
+        batch.block_table = table[:, pages].contiguous()
+        batch.seq_lens = torch.tensor([length], dtype=torch.int32)
+        parts.append(attend(batch))
+    lse = torch.logaddexp(parts[0][1], parts[1][1])
+    out = sum(out * torch.exp(part - lse)[..., None] for out, part in parts)
+    assert_close((out, lse), (whole, whole_lse))
+
+
+def refusal_of_a_foreign_plan() -> str:
+    plan = planned(make(Case()))
+    try:
+        attend(make(Case(queries=(2,))), plan)
+    except ValueError as error:
+        return str(error)
+    return "not refused"
