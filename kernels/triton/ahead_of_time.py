@@ -22,6 +22,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .convert import KeyWords, ValueWords
+from .plan import Tiling
+
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -67,6 +70,91 @@ def compile_kernel(
     source = ASTSource(kernel, signature, given, attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages}
     return triton.compile(source, target=target, options=options)
+
+
+_ATTENTION_TYPES = {
+    "query": "*bf16", "query_token": "i32", "query_head": "i32",
+    "out": "*bf16", "out_token": "i32", "out_head": "i32",
+    "lse": "*fp32", "lse_token": "i32", "lse_head": "i32",
+    "cache": "*u8", "page_stride": "i64",
+    "block_table": "*i32", "block_table_row": "i32",
+    "seq_lens": "*i32", "query_start_loc": "*i32", "items": "*i32", "sinks": "*fp32",
+    "partial_out": "*fp32", "partial_lse": "*fp32",
+    "scale": "fp32", "window": "i32", "soft_cap": "fp32",
+}  # fmt: skip
+# What may be any number, and so must not be taken for a multiple of 16.
+_ANY_NUMBER = {
+    "lse_token", "lse_head", "page_stride", "block_table_row", "scale", "window", "soft_cap",
+    "num_rows", "num_slots", "slot_stride", "key_dim", "value_dim",
+}  # fmt: skip
+
+
+def fastest_key_words(target: GPUTarget) -> KeyWords:
+    """Return the way of widening keys that a target takes."""
+    if target.backend != "cuda":
+        return KeyWords.PORTABLE
+    return KeyWords.NATIVE_PTX if target.arch >= 89 else KeyWords.INTEGER_PTX
+
+
+def compile_attention(
+    target: GPUTarget, tiling: Tiling, head_size: int, group: int, page_size: int, **modes: bool
+) -> Any:
+    """Compile the attention kernel for bf16 queries as `paged_attention` launches it.
+
+    Args:
+        target: The GPU.
+        tiling: The size of a program.
+        head_size: D.
+        group: Query heads of a KV head.
+        page_size: Tokens of a page.
+        modes: CAUSAL (true if not given), WINDOW, SOFT_CAP, SINKS and LSE (false).
+    """
+    from .attend import attend_kernel
+
+    constants = {
+        "GROUP": group, "D": head_size, "PAGE": page_size,
+        "DIMS": triton.next_power_of_2(head_size),
+        "BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "LANES": tiling.lanes,
+        "PARTIAL_ROWS": min(tiling.block_m, group),
+        "KEY_WAY": int(fastest_key_words(target)),
+        "VALUE_WAY": int(ValueWords.PTX if target.backend == "cuda" else ValueWords.PORTABLE),
+        "CAUSAL": True, "WINDOW": False, "SOFT_CAP": False, "SINKS": False, "LSE": False,
+    }  # fmt: skip
+    return compile_kernel(
+        attend_kernel, target, _ATTENTION_TYPES, constants | modes,
+        divisible=set(_ATTENTION_TYPES) - _ANY_NUMBER,
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+    )  # fmt: skip
+
+
+def compile_quantise(target: GPUTarget, head_size: int, num_heads: int, page_size: int) -> Any:
+    """Compile the quantising kernel for bf16 as `quantise_and_store` launches it.
+
+    Args:
+        target: The GPU.
+        head_size: D.
+        num_heads: H.
+        page_size: Tokens of a page.
+    """
+    from .quantise import NUMBERS_PER_PROGRAM, quantise_and_store_kernel
+
+    types = {
+        "key": "*bf16", "key_token": "i32", "key_head": "i32",
+        "value": "*bf16", "value_token": "i32", "value_head": "i32",
+        "cache": "*u8", "cache_block": "i64", "slots": "*i64",
+        "num_rows": "i32", "num_slots": "i32",
+    }  # fmt: skip
+    dims = triton.next_power_of_2(head_size)
+    constants = {
+        # A launch makes constants of strides of 1.
+        "key_dim": 1, "value_dim": 1, "slot_stride": 1,
+        "HEADS": num_heads, "D": head_size, "DIMS": dims, "PAGE": page_size,
+        "ROWS": NUMBERS_PER_PROGRAM // dims,
+        "NATIVE": target.backend == "cuda" and target.arch >= 89,
+    }  # fmt: skip
+    return compile_kernel(
+        quantise_and_store_kernel, target, types, constants, divisible=set(types) - _ANY_NUMBER
+    )  # fmt: skip
 
 
 _CLASSES = (
@@ -179,9 +267,7 @@ def read_machine_code(compiled: Any) -> MachineCode:
             if found[1].startswith("BRA") and to:
                 branches.append((len(operations), to[1]))
             operations.append(found[1])
-    loops = tuple(
-        (labels[label], at) for at, label in branches if labels.get(label, at + 1) <= at
-    )
+    loops = tuple((labels[label], at) for at, label in branches if labels.get(label, at + 1) <= at)
     loops = tuple(loop for loop in loops if loop[1] > loop[0])  # the trap behind the last
     return MachineCode(
         int(counts["REG"]),

@@ -73,7 +73,7 @@ def _sum_in_threads(x, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
 def _attend_tile(  # type: ignore[no-untyped-def]
     tile, top, total, offset, exponent, out0, out1, out2, out3,
     query_even, query_odd, unit, position,
-    cache, cache_block, head_byte, block_row, length, window, soft_cap,
+    cache, page_stride, head_offset, block_row, length, window, soft_cap,
     D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
     KEY_WAY: tl.constexpr, VALUE_WAY: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, MASKED: tl.constexpr,
@@ -90,6 +90,7 @@ def _attend_tile(  # type: ignore[no-untyped-def]
         out0: float32 [dims / 4, rows], sums of weights times scales times codes, dims 4 i; `out1`
             to `out3` dims 4 i + 1 to 4 i + 3. Times `2^(14 - exponent)` and the code's unit.
         unit: float32 [rows], factor of the scores, to base 2 unless SOFT_CAP.
+        position: int32 [rows], with MASKED; negative before the first key.
         block_row: The request's row of the block table.
         MASKED: Whether some key of the tile may be one that some row does not see.
         ONE_PAGE: Whether all keys of a tile are in one page.
@@ -110,8 +111,8 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     words = cache.to(tl.pointer_type(tl.int16))
     if ONE_PAGE:
         # The table has an entry for every tile in range.
-        block = tl.load(block_row + tile * BLOCK_N // PAGE).to(tl.int64)
-        region = block * (cache_block // 2) + head_byte // 2
+        block = tl.load(block_row + tile * BLOCK_N // PAGE)
+        region = block.to(tl.int64) * page_stride + head_offset
         region = tl.multiple_of(region, 8)
         start = tile * BLOCK_N % PAGE
         key_at = (words + region + start * HALF) + (n * HALF)[:, None] + half[None, :]
@@ -123,7 +124,7 @@ def _attend_tile(  # type: ignore[no-untyped-def]
             block = tl.load(block_row + key // PAGE, mask=key < length, other=0)
         else:
             block = tl.load(block_row + key // PAGE)
-        region = block.to(tl.int64) * (cache_block // 2) + head_byte // 2
+        region = block.to(tl.int64) * page_stride + head_offset
         region = tl.max_constancy(tl.multiple_of(region, [8]), [16])
         in_page = key % PAGE
         key_at = words + (region + in_page * HALF)[:, None] + half[None, :]
@@ -133,7 +134,7 @@ def _attend_tile(  # type: ignore[no-untyped-def]
             block = tl.load(block_row + pair_key // PAGE, mask=pair_key < length, other=0)
         else:
             block = tl.load(block_row + pair_key // PAGE)
-        region = block.to(tl.int64) * (cache_block // 2) + head_byte // 2
+        region = block.to(tl.int64) * page_stride + head_offset
         pair_at = words + (region + (KEY_WORDS + VALUE_WORDS)) + pair_key % PAGE
     if HALVES == HALF:
         key_bits = tl.load(key_at)
@@ -181,7 +182,7 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     total = total * lane_shrink + _sum_in_threads(weight, LANES)
     zeros = weight * zero[:, None]
     if MASKED:
-        zeros = tl.where(seen, zeros, 0.0)
+        zeros = tl.where(scores == -float("inf"), 0.0, zeros)
     offset = offset * lane_shrink + _sum_in_threads(zeros, LANES)
 
     largest = tl.max(scale, axis=0).to(tl.int32, bitcast=True) >> 23
@@ -202,7 +203,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     query, query_token, query_head,
     out, out_token, out_head,
     lse, lse_token, lse_head,
-    cache, cache_block,
+    cache, page_stride,
     block_table, block_table_row,
     seq_lens, query_start_loc, items, sinks,
     partial_out, partial_lse,
@@ -222,7 +223,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
         query: bf16, fp16 or fp32 [T, H GROUP, D]; strides in elements, dims contiguous.
         out: Likewise; written for row tiles of one split.
         lse: float32 [T, H GROUP], natural logarithms, written likewise with LSE.
-        cache: uint8 [blocks, H, PAGE, slot]; `cache_block` bytes between blocks.
+        cache: uint8 [blocks, H, PAGE, slot]; `page_stride` 16-bit words between blocks.
         block_table: int32 [requests, blocks of a request].
         seq_lens: int32 [requests].
         query_start_loc: int32 [requests + 1].
@@ -238,8 +239,10 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     """
     HALVES: tl.constexpr = DIMS // 2
     QUARTERS: tl.constexpr = DIMS // 4
-    HEAD_BYTES: tl.constexpr = PAGE * (D + D // 2 + 4)
-    ONE_PAGE: tl.constexpr = PAGE % BLOCK_N == 0
+    HEAD_WORDS: tl.constexpr = PAGE * (D + D // 2 + 4) // 2
+    # Large heads have no registers left for what the shortcut keeps: Triton 3.9 then spills on
+    # compute capability 10.0.
+    ONE_PAGE: tl.constexpr = PAGE % BLOCK_N == 0 and DIMS <= 128
     program = tl.program_id(0)
     kv_head = tl.program_id(1)
     kv_heads = tl.num_programs(1)
@@ -258,8 +261,6 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     here = row < queries * GROUP
     token = (first_token + row // GROUP).to(tl.int64)
     head = kv_head * GROUP + row % GROUP
-    # Rows behind the last see what the last sees, so that they do not count as masked.
-    position = length - queries + tl.minimum(row // GROUP, queries - 1)
 
     half = tl.arange(0, HALVES)
     even_at = query + (token * query_token + head * query_head)[None, :] + 2 * half[:, None]
@@ -305,27 +306,37 @@ def attend_kernel(  # type: ignore[no-untyped-def]
         clear = tl.maximum(clear, 0) // BLOCK_N
         clear = tl.minimum(tl.maximum(clear, first_tile), last_tile)
     block_row = block_table + request.to(tl.int64) * block_table_row
-    head_byte = kv_head * HEAD_BYTES
+    head_offset = kv_head * HEAD_WORDS
     for tile in tl.range(first_tile, clear):
         top, total, offset, scale_exponent, out0, out1, out2, out3 = _attend_tile(
             tile, top, total, offset, scale_exponent, out0, out1, out2, out3,
-            query_even, query_odd, unit, position,
-            cache, cache_block, head_byte, block_row, length, window, soft_cap,
+            query_even, query_odd, unit, m,
+            cache, page_stride, head_offset, block_row, length, window, soft_cap,
             D, PAGE, BLOCK_N, KEY_WAY, VALUE_WAY, CAUSAL, WINDOW, SOFT_CAP, False, ONE_PAGE,
             LANES,
         )  # fmt: skip
+    # What follows the loop over most of the tiles is read again, so that nothing made of it lies
+    # in registers during the loop, which needs them all.
+    first_row = tl.load(items + program * _FIELDS + 1, volatile=True)
+    first_token = tl.load(query_start_loc + request, volatile=True)
+    row = first_row + m
+    here = row < queries * GROUP
+    token = (first_token + row // GROUP).to(tl.int64)
+    head = kv_head * GROUP + row % GROUP
+    # Rows behind the last see what the last sees.
+    position = length - queries + tl.minimum(row // GROUP, queries - 1)
     for tile in tl.range(clear, last_tile):
         top, total, offset, scale_exponent, out0, out1, out2, out3 = _attend_tile(
             tile, top, total, offset, scale_exponent, out0, out1, out2, out3,
             query_even, query_odd, unit, position,
-            cache, cache_block, head_byte, block_row, length, window, soft_cap,
+            cache, page_stride, head_offset, block_row, length, window, soft_cap,
             D, PAGE, BLOCK_N, KEY_WAY, VALUE_WAY, CAUSAL, WINDOW, SOFT_CAP, True, ONE_PAGE,
             LANES,
         )  # fmt: skip
 
     total = tl.sum(tl.sum(total, axis=0), axis=0)
     offset = tl.sum(tl.sum(offset, axis=0), axis=0)
-    if SINKS:
+    if SINKS:  # noqa: SIM102 - decided when compiled, and `sinks` may be no sinks
         if splits == 1:
             sink = tl.load(sinks + head, mask=here, other=-float("inf")) * _LOG2_E
             new_top = tl.maximum(top, sink)

@@ -194,7 +194,7 @@ def paged_attention(
         query, query.stride(0), query.stride(1),
         out, out.stride(0), out.stride(1),
         lse_pointer, *lse_strides,
-        cache, cache.stride(0),
+        cache, cache.stride(0) // 2,
         block_table, block_table.stride(0),
         seq_lens, query_start_loc, plan.items, sinks_pointer,
         plan.partial_out, plan.partial_lse,

@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .convert import is_nvidia
+
 MIN_SPLIT_TILES = 4
 """Tiles of keys below which a split is not made: what its partial result costs to write and read
 again is then below a tenth of what its keys cost to read."""
@@ -220,18 +222,31 @@ def processors_of(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def choose_tiling(rows: int, head_size: int) -> Tiling:
+def has_tensor_memory(device: torch.device) -> bool:
+    """Return whether a GPU's tensor cores have a memory of their own (10.x and 11.x)."""
+    return is_nvidia(device) and 10 <= torch.cuda.get_device_capability(device)[0] < 12
+
+
+def choose_tiling(rows: int, head_size: int, tensor_memory: bool = False) -> Tiling:
     """Return the size of a program for a request's largest number of rows for one KV head.
 
-    Two warps for up to 16 rows: with four, Triton 3.9 takes `wgmma` on compute capability 9.0,
-    which wants its second operand in shared memory. More rows share what widening a key costs,
-    until their results no longer fit the registers.
+    More rows share what widening a key costs, until their results no longer fit the registers.
+    Every size here is free of spills from compute capability 8.0 to 12.0 with Triton 3.9. With
+    four warps and 64 keys, or 64 dims of a quarter, Triton takes the instructions that work for
+    four warps at once: `wgmma` on 9.0, which wants its second operand in shared memory, and on
+    10.0 those of the tensor memory, with thousands of moves to and from it.
+
+    Args:
+        rows: New tokens of a request at most times query heads of a KV head.
+        head_size: D.
+        tensor_memory: As `has_tensor_memory` says.
     """
-    if rows <= 16:
+    large = head_size > 128
+    if rows <= 16 or (large and tensor_memory):
         return Tiling(16, 64, 2, 3)
-    if rows <= 32:
+    if large:
         return Tiling(32, 64, 4, 3)
-    return Tiling(64, 64, 4 if head_size <= 128 else 8, 2)
+    return Tiling(32, 32, 2, 3) if rows <= 32 else Tiling(64, 32, 4, 2)
 
 
 def plan_attention(
@@ -275,7 +290,7 @@ def plan_attention(
     group = num_heads // num_kv_heads
     rows = max_query_len * group
     if tiling is None:
-        tiling = choose_tiling(rows, head_size)
+        tiling = choose_tiling(rows, head_size, has_tensor_memory(seq_lens.device))
     if processors is None:
         processors = processors_of(seq_lens.device)
     one_tile = rows <= tiling.block_m

@@ -27,9 +27,9 @@ _NAN_SCALE = tl.constexpr(k8v4.NAN_SCALE_BITS)
 # integer stands in the low bits.
 _INTEGER_ROUNDER = tl.constexpr(1.5 * 2.0**23)
 
-NUMBERS_PER_PROGRAM = 2048
-"""Keys that a program takes, and as many values: 16 of each for every thread of four warps, the
-16 bytes of key codes that a thread stores at once."""
+NUMBERS_PER_PROGRAM = 4096
+"""Keys that a program takes, and as many values: 32 of each for every thread of four warps, whose
+value codes are the 16 bytes that a thread stores at once."""
 
 
 @triton.jit

@@ -95,9 +95,7 @@ def past_two_gigabytes() -> bool:
     slot = k8v4.slot_bytes(head_size)
     # Only the pages of memory that are written exist.
     memory = torch.empty(4 * stride, dtype=torch.uint8)
-    cache = memory.as_strided(
-        (4, heads, page_size, slot), (stride, page_size * slot, slot, 1)
-    )
+    cache = memory.as_strided((4, heads, page_size, slot), (stride, page_size * slot, slot, 1))
     cache.fill_(UNTOUCHED)
     key, value = random_rows(14, heads, head_size, torch.bfloat16)
     slots = torch.cat([torch.arange(3 * page_size + 5, 4 * page_size), torch.tensor([2, 37, -1])])

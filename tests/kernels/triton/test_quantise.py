@@ -97,8 +97,7 @@ def test_a_slot_past_the_end_writes_nothing_and_is_refused_in_debug(
 ) -> None:
     past = torch.tensor([48, 10**12, -1])
     assert interpreter(storing.refusal, {"slot_mapping": past, "debug": True}) == (
-        "quantise_and_store: slot_mapping must be below the cache's 48 slots, "
-        f"got slot {10**12}"
+        f"quantise_and_store: slot_mapping must be below the cache's 48 slots, got slot {10**12}"
     )
     assert interpreter(storing.refusal, {"slot_mapping": past[:2]}) == "not refused"
 
