@@ -9,8 +9,9 @@ import triton
 from vllm_hybrid_kv.kernels import k8v4
 
 from . import convert
-from .attend import attend_kernel, merge_kernel
+from .attend import attend_kernel
 from .convert import KeyWords, ValueWords
+from .merge import merge_kernel
 from .plan import Plan, plan_attention
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
