@@ -157,6 +157,54 @@ def compile_quantise(target: GPUTarget, head_size: int, num_heads: int, page_siz
     )  # fmt: skip
 
 
+def compile_plan(target: GPUTarget, *, split: bool, one_tile: bool, smallest: bool = False) -> Any:
+    """Compile the planning kernel as `plan_attention` launches it.
+
+    Args:
+        target: The GPU.
+        split: SPLIT.
+        one_tile: ONE_TILE.
+        smallest: One request of one row tile; a launch makes constants of numbers that are 1.
+    """
+    from .plan import MIN_SPLIT_TILES, plan_kernel
+
+    pointers = dict.fromkeys(("query_start_loc", "seq_lens", "items", "tiles_start"), "*i32")
+    numbers = ("requests", "num_tiles", "steps", "tile_steps", "num_items", "target", "window")
+    ones = dict.fromkeys(numbers[:4], 1) if smallest else {}
+    types = pointers | {name: "i32" for name in numbers if name not in ones}
+    constants = {
+        "GROUP": 4, "BLOCK_M": 16, "BLOCK_N": 64, "CAUSAL": True, "WINDOW": True,
+        "ONE_TILE": one_tile, "SPLIT": split, "MIN_TILES": MIN_SPLIT_TILES,
+        "TILES": 1 if smallest else 128, "ITEMS": 512,
+    }  # fmt: skip
+    return compile_kernel(plan_kernel, target, types, constants | ones, divisible=pointers)
+
+
+def compile_merge(target: GPUTarget, head_size: int) -> Any:
+    """Compile the merging kernel as `paged_attention` launches it.
+
+    Args:
+        target: The GPU.
+        head_size: D.
+    """
+    from .attention import MERGED_AT_A_TIME
+    from .merge import merge_kernel
+
+    names = (
+        "out", "out_token", "out_head", "lse", "lse_token", "lse_head", "query_start_loc",
+        "items", "sinks", "partial_out", "partial_lse",
+    )  # fmt: skip
+    types = {name: _ATTENTION_TYPES[name] for name in names}
+    constants = {
+        "GROUP": 4, "D": head_size, "DIMS": triton.next_power_of_2(head_size), "PARTIAL_ROWS": 4,
+        "PARTS": MERGED_AT_A_TIME, "SINKS": True, "LSE": True,
+    }  # fmt: skip
+    divisible = set(types) - _ANY_NUMBER
+    return compile_kernel(
+        merge_kernel, target, types, constants, divisible=divisible, num_warps=2
+    )  # fmt: skip
+
+
 _CLASSES = (
     ("tensor core", re.compile(r"[HIQU]?[A-Z]*MMA\b")),
     ("load 16", re.compile(r"(LDG|LDGSTS)\b.*\.128")),

@@ -65,12 +65,19 @@ def key_tiles(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _last_not_above(table, stride, factor, BLOCK_M: tl.constexpr, count, steps, wanted):  # type: ignore[no-untyped-def]
-    """Return for each number the last i < count with `table[i] * factor // BLOCK_M + i` <= it."""
+def _last_not_above(table, rows, count, steps, wanted, BLOCK_M: tl.constexpr = 1):  # type: ignore[no-untyped-def]
+    """Return for each number the last i < count with `table[i]` not above it.
+
+    With BLOCK_M the table counts tokens of `rows` rows each, and the first row tile of request i,
+    `table[i] * rows // BLOCK_M + i`, is compared: room for every request's rows and a rest.
+    """
     low, high = wanted * 0, wanted * 0 + count
     for _ in range(steps):
         middle = (low + high) // 2
-        found = tl.load(table + middle * stride) * factor // BLOCK_M + middle <= wanted
+        entry = tl.load(table + middle)
+        if BLOCK_M > 1:
+            entry = entry * rows // BLOCK_M + middle
+        found = entry <= wanted
         low, high = tl.where(found, middle, low), tl.where(found, high, middle)
     return low
 
@@ -85,7 +92,7 @@ def _row_tiles(  # type: ignore[no-untyped-def]
     if ONE_TILE:
         request = tile
     else:
-        request = _last_not_above(query_start_loc, 1, GROUP, BLOCK_M, requests, steps, tile)
+        request = _last_not_above(query_start_loc, GROUP, requests, steps, tile, BLOCK_M)
     here = tile < num_tiles
     begin = tl.load(query_start_loc + request, mask=here, other=0)
     queries = tl.load(query_start_loc + request + 1, mask=here, other=0) - begin
@@ -100,6 +107,23 @@ def _row_tiles(  # type: ignore[no-untyped-def]
     )
     keys = tl.where(here, last_key - first_key, 0)
     return tl.where(here, request, -1), first_row, keys
+
+
+@triton.jit
+def _splits_of(keys, total, target, MIN_TILES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the programs of row tiles that see `keys` of all `total` (int64) tiles of keys."""
+    wanted = ((keys.to(tl.int64) * target + total - 1) // total).to(tl.int32)
+    return tl.maximum(tl.minimum(wanted, (keys + MIN_TILES - 1) // MIN_TILES), 1)
+
+
+@triton.jit
+def _write_items(items, item, num_items, request, first_row, split, splits):  # type: ignore[no-untyped-def]
+    row = items + item * _FIELDS
+    here = item < num_items
+    tl.store(row, request, mask=here)
+    tl.store(row + 1, first_row, mask=here)
+    tl.store(row + 2, split, mask=here)
+    tl.store(row + 3, splits, mask=here)
 
 
 @triton.jit
@@ -136,9 +160,7 @@ def plan_kernel(  # type: ignore[no-untyped-def]
             GROUP, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, ONE_TILE,
         )  # fmt: skip
         total = tl.maximum(tl.sum(keys, axis=0), 1).to(tl.int64)
-        wanted = ((keys.to(tl.int64) * target + total - 1) // total).to(tl.int32)
-        splits = tl.minimum(wanted, (keys + MIN_TILES - 1) // MIN_TILES)
-        splits = tl.where(request >= 0, tl.maximum(splits, 1), 0)
+        splits = tl.where(request >= 0, _splits_of(keys, total, target, MIN_TILES), 0)
         behind = tl.cumsum(splits, axis=0)
         tl.store(tiles_start + tile, behind - splits)
         programs = tl.sum(splits, axis=0)
@@ -146,37 +168,25 @@ def plan_kernel(  # type: ignore[no-untyped-def]
         tl.debug_barrier()
         for start in range(0, num_items, ITEMS):
             item = start + tl.arange(0, ITEMS)
-            low, high = item * 0, item * 0 + num_tiles
-            for _ in range(tile_steps):
-                middle = (low + high) // 2
-                found = tl.load(tiles_start + middle) <= item
-                low, high = tl.where(found, middle, low), tl.where(found, high, middle)
             # Row tiles without rows have no program and start where the next one does, so that
             # the last of those that start there is meant.
-            request, first_row, keys = _row_tiles(
-                low, num_tiles, query_start_loc, seq_lens, requests, steps, window,
+            mine = _last_not_above(tiles_start, 0, num_tiles, tile_steps, item)
+            its_request, its_row, its_keys = _row_tiles(
+                mine, num_tiles, query_start_loc, seq_lens, requests, steps, window,
                 GROUP, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, ONE_TILE,
             )  # fmt: skip
-            wanted = ((keys.to(tl.int64) * target + total - 1) // total).to(tl.int32)
-            splits = tl.minimum(wanted, (keys + MIN_TILES - 1) // MIN_TILES)
-            row = items + item * _FIELDS
-            write = item < num_items
-            tl.store(row, tl.where(item < programs, request, -1), mask=write)
-            tl.store(row + 1, first_row, mask=write)
-            tl.store(row + 2, item - tl.load(tiles_start + low), mask=write)
-            tl.store(row + 3, tl.maximum(splits, 1), mask=write)
+            _write_items(
+                items, item, num_items, tl.where(item < programs, its_request, -1), its_row,
+                item - tl.load(tiles_start + mine),
+                _splits_of(its_keys, total, target, MIN_TILES),
+            )  # fmt: skip
     else:
         item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)
         request, first_row, _ = _row_tiles(
             item, num_tiles, query_start_loc, seq_lens, requests, steps, window,
             GROUP, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, ONE_TILE,
         )  # fmt: skip
-        row = items + item * _FIELDS
-        write = item < num_items
-        tl.store(row, request, mask=write)
-        tl.store(row + 1, first_row, mask=write)
-        tl.store(row + 2, item * 0, mask=write)
-        tl.store(row + 3, item * 0 + 1, mask=write)
+        _write_items(items, item, num_items, request, first_row, item * 0, item * 0 + 1)
 
 
 @dataclass(frozen=True)
