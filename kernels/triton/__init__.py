@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GPU kernels of k8v4 in Triton: quantise-and-store and paged attention. Torch in, torch out.
+
+Importing this package is cheap; Triton is loaded with the first kernel that is asked for. Pages
+have the layout `LINEAR`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .attention import paged_attention
+    from .plan import Plan, plan_attention
+    from .quantise import quantise_and_store
+
+__all__ = ["Plan", "paged_attention", "plan_attention", "quantise_and_store"]
+
+_HOMES = {
+    "Plan": "plan",
+    "paged_attention": "attention",
+    "plan_attention": "plan",
+    "quantise_and_store": "quantise",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load the module of a kernel on first use."""
+    import importlib
+
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
