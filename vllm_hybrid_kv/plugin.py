@@ -110,8 +110,10 @@ def _activate() -> Applied:
             kernels = f"none for cache dtype {dtype}"
         elif context.on_cpu:
             kernels = f"cpu:{settings.kernel_isa()}"
+        elif context.on_gpu:
+            kernels = f"triton, tile sizes {_tile_sizes(platform)}"
         else:
-            kernels = "vLLM's own, there are none for this device yet"
+            kernels = "vLLM's own, there are none for this device"
         line = (
             f"{NAME} {__version__} active on vLLM {vllm_version} ({device}): "
             f"{strategies.describe(settings)}, kernels={kernels}"
@@ -121,7 +123,11 @@ def _activate() -> Applied:
             _logger().info("%s", line)
 
     context = Context(
-        strategies=strategies, on_cpu=bool(platform.is_cpu()), announce=announce, stop=_stop
+        strategies=strategies,
+        on_cpu=bool(platform.is_cpu()),
+        on_gpu=bool(platform.is_cuda_alike()),
+        announce=announce,
+        stop=_stop,
     )
     # The environment's part of the settings is known before any configuration is.
     context.check(None)
@@ -132,6 +138,17 @@ def _activate() -> Applied:
             f"{NAME} {__version__} does not know this vLLM {vllm_version}: {error}. It may be "
             "patched, by hand or by another plugin"
         ) from None
+
+
+def _tile_sizes(platform: Any) -> str:
+    """Say whether the sizes of the GPU kernels' programs were measured on such a GPU.
+
+    Asked of the platform, for torch would start CUDA in a process that may yet fork.
+    """
+    from vllm_hybrid_kv.kernels.triton import tuning
+
+    capability = platform.get_device_capability() if platform.is_cuda() else None
+    return tuning.origin(capability and (capability.major, capability.minor))
 
 
 def _logger() -> Any:

@@ -29,6 +29,9 @@ ENVIRONMENT_PREFIX = "VLLM_HYBRID_KV_"
 FROM_DEFAULT = "default"
 FROM_CONFIG = "--additional-config"
 
+INTERPRETER = "interpreter"
+"""The value of `cpu_isa` for the GPU kernels in Triton's interpreter."""
+
 StrategyName = Annotated[str, Field(min_length=1)]
 
 
@@ -42,6 +45,8 @@ class Settings(BaseModel):
         prefix_match_unit: Chooses how finely prefixes are matched, in tokens.
         debug: Whether the kernels check block tables and slots before they use them.
         cpu_isa: The instructions that the CPU kernels use; `auto` for the fastest there are.
+            `interpreter` has Triton interpret the GPU kernels, to check them without a GPU; a
+            token then takes seconds.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,7 +56,7 @@ class Settings(BaseModel):
     coordinator: StrategyName = "stock"
     prefix_match_unit: StrategyName = "stock"
     debug: bool = False
-    cpu_isa: Literal["auto", "amx", "avx512_bf16", "portable"] = "auto"
+    cpu_isa: Literal["auto", "amx", "avx512_bf16", "portable", "interpreter"] = "auto"
 
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
 
@@ -63,10 +68,18 @@ class Settings(BaseModel):
         """Return the CPU kernels' instructions: what `cpu_isa` asks for, or the fastest.
 
         Raises:
-            HybridKVSettingsError: This CPU lacks what was asked for.
+            HybridKVSettingsError: This CPU lacks what was asked for, or Triton would compile.
         """
         from vllm_hybrid_kv.kernels.cpu import isa
 
+        if self.cpu_isa == INTERPRETER:
+            # Triton decides with the first kernel that is defined, its own library's included.
+            if os.environ.get("TRITON_INTERPRET") != "1":
+                raise HybridKVSettingsError(
+                    f"cpu_isa={INTERPRETER!r} (from {self.source('cpu_isa')}) needs "
+                    "TRITON_INTERPRET=1 in the environment"
+                )
+            return self.cpu_isa
         if self.cpu_isa == "auto":
             return isa.available()[-1]
         if self.cpu_isa not in isa.available():

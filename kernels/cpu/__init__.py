@@ -11,14 +11,13 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attention import check_inputs, paged_attention
+    from .attention import paged_attention
     from .plan import Plan, plan_attention
     from .quantise import quantise_and_store
     from .warming import warm_up
 
 __all__ = [
     "Plan",
-    "check_inputs",
     "paged_attention",
     "plan_attention",
     "quantise_and_store",
@@ -27,7 +26,6 @@ __all__ = [
 
 _HOMES = {
     "Plan": "plan",
-    "check_inputs": "attention",
     "paged_attention": "attention",
     "plan_attention": "plan",
     "quantise_and_store": "quantise",

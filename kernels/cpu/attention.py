@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .. import k8v4
+from ..inputs import attention_refusal, check_attention
 from ..k8v4 import Layout, PageFormat
 from . import attend_portable, drive, memory
 from . import isa as isa_module
@@ -49,111 +50,6 @@ class _Workspace(threading.local):
 
 
 _workspace = _Workspace()
-
-
-def _refused(reason: str) -> ValueError:
-    return ValueError(f"k8v4 attention on CPU: {reason}")
-
-
-def check_inputs(
-    query: torch.Tensor,
-    cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    out: torch.Tensor,
-    *,
-    sinks: torch.Tensor | None = None,
-    lse: torch.Tensor | None = None,
-    debug: bool = False,
-) -> None:
-    """Check what the kernels rely on; with `debug` the contents of the index tensors as well.
-
-    Args:
-        query, cache, block_table, seq_lens, query_start_loc, out, sinks, lse: As for
-            `paged_attention`.
-        debug: Check that lengths and block numbers stay inside the tensors, which reads them
-            all.
-
-    Raises:
-        ValueError: A shape, dtype, stride or, with `debug`, an index is not as required.
-    """
-
-    # Messages are put together only where one is needed: this runs at every call.
-    if query.dim() != 3 or query.dtype not in _NUMBERS:
-        raise _refused("query must be bf16, fp16 or fp32 [T, Hq, D]")
-    tokens, num_heads, head_size = query.shape
-    if cache.dim() != 4 or cache.dtype != torch.uint8:
-        raise _refused(
-            f"cache must be uint8 [blocks, H, N, bytes], got {cache.dtype} {tuple(cache.shape)}"
-        )
-    _, num_kv_heads, page_size, slot = cache.shape
-    if slot != k8v4.slot_bytes(head_size):
-        raise _refused(
-            f"a slot of head size {head_size} has {k8v4.slot_bytes(head_size)} bytes, "
-            f"the cache's have {slot}"
-        )
-    if cache.stride()[1:] != (page_size * slot, slot, 1):
-        raise _refused(
-            f"the pages of the cache must be contiguous inside, got strides {cache.stride()}"
-        )
-    if num_kv_heads <= 0 or num_heads % num_kv_heads:
-        raise _refused(f"{num_heads} query heads are not a multiple of {num_kv_heads} KV heads")
-    if out.shape != query.shape or out.dtype != query.dtype:
-        raise _refused(
-            f"out must be like query, {query.dtype} {tuple(query.shape)}, "
-            f"got {out.dtype} {tuple(out.shape)}"
-        )
-    if query.stride(2) != 1 or out.stride(2) != 1:
-        raise _refused("the dims of query and out must be contiguous")
-    requests = seq_lens.shape[0]
-    if seq_lens.dtype != torch.int32 or seq_lens.dim() != 1 or not seq_lens.is_contiguous():
-        raise _refused("seq_lens must be contiguous int32 [B]")
-    if query_start_loc.dtype != torch.int32 or query_start_loc.shape != (requests + 1,):
-        raise _refused(f"query_start_loc must be int32 [{requests + 1}]")
-    if (
-        block_table.dtype != torch.int32
-        or block_table.dim() != 2
-        or block_table.shape[0] < requests
-        or (block_table.stride(1) != 1 and block_table.shape[1] > 1)
-    ):
-        raise _refused(
-            f"block_table must be int32 with at least {requests} rows, contiguous inside"
-        )
-    if sinks is not None and sinks.shape != (num_heads,):
-        raise _refused(f"sinks must hold {num_heads} numbers, one for each query head")
-    if lse is not None and (lse.dtype != torch.float32 or lse.shape != (tokens, num_heads)):
-        raise _refused(f"lse must be float32 [{tokens}, {num_heads}]")
-    if debug:
-        _check_contents(cache, block_table, seq_lens, query_start_loc, tokens)
-
-
-def _check_contents(
-    cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    tokens: int,
-) -> None:
-    starts = query_start_loc.tolist()
-    if starts[0] != 0 or starts != sorted(starts) or starts[-1] > tokens:
-        raise _refused(
-            f"query_start_loc must rise from 0 to at most {tokens} query tokens, got {starts}"
-        )
-    page_size = cache.shape[2]
-    for request, length in enumerate(seq_lens.tolist()):
-        pages = -(-length // page_size)
-        if length < 0 or pages > block_table.shape[1]:
-            raise _refused(
-                f"request {request} of {length} tokens needs {pages} "
-                f"pages of {page_size}, its block table has {block_table.shape[1]}"
-            )
-        blocks = block_table[request, :pages]
-        if pages and not 0 <= int(blocks.min()) <= int(blocks.max()) < cache.shape[0]:
-            raise _refused(
-                f"request {request} names a block outside the cache's "
-                f"{cache.shape[0]}: {blocks.tolist()}"
-            )
 
 
 def path_for(query_dtype: torch.dtype, head_size: int, isa: str | None = None) -> str:
@@ -218,12 +114,12 @@ def paged_attention(
         plan: From `plan_attention` for this batch; made here if None.
         isa: A path of `isa.ALL`; the best one, or the environment's, if None. Queries in fp16
             and fp32, and head sizes that are not a multiple of 32, take the portable path.
-        debug: Check the contents of the index tensors as well; see `check_inputs`.
+        debug: Check the contents of the index tensors as well; see `check_attention`.
 
     Raises:
         ValueError: An argument is not as required, or this CPU cannot run `isa`.
     """
-    check_inputs(
+    check_attention(
         query, cache, block_table, seq_lens, query_start_loc, out,
         sinks=sinks, lse=lse, debug=debug,
     )  # fmt: skip
@@ -237,7 +133,7 @@ def paged_attention(
         )  # fmt: skip
     made_for = (seq_lens.shape[0], num_heads, num_kv_heads, head_size, causal, window)
     if plan.made_for[:1] + plan.made_for[2:] != made_for or plan.made_for[1] > tokens:
-        raise _refused(
+        raise attention_refusal(
             f"the plan was made for (requests, query tokens, heads, KV "
             f"heads, head size, causal, window) = {plan.made_for}, the call has "
             f"{(made_for[0], tokens, *made_for[1:])}"

@@ -14,7 +14,7 @@ import numba
 import numpy as np
 import torch
 
-from vllm_hybrid_kv.kernels import k8v4
+from vllm_hybrid_kv.kernels import inputs, k8v4
 from vllm_hybrid_kv.kernels.k8v4 import Layout, PageFormat
 
 from . import codes, halves, lanes
@@ -276,57 +276,6 @@ def _is_tiled(head_size: int, page_size: int) -> bool:
     return page_format.layout is Layout.CPU_TILED
 
 
-def _refusal(tensor: str, expected: str, got: object) -> ValueError:
-    return ValueError(f"quantise_and_store: {tensor} must be {expected}, got {got}")
-
-
-def _check_inputs(key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
-    if key.dtype not in _KINDS:
-        raise _refusal("key", "bfloat16, float16 or float32", key.dtype)
-    if value.dtype != key.dtype:
-        raise _refusal("value", f"of key's dtype, {key.dtype}", value.dtype)
-    if key.dim() != 3:
-        raise _refusal("key", "[tokens, heads, head size]", list(key.shape))
-    if value.shape != key.shape:
-        raise _refusal("value", f"of key's shape, {list(key.shape)}", list(value.shape))
-    if slots.dtype not in (torch.int64, torch.int32):
-        raise _refusal("slot_mapping", "int64 or int32", slots.dtype)
-    if slots.dim() != 1 or slots.shape[0] > key.shape[0]:
-        expected = f"one slot for each of at most {key.shape[0]} tokens"
-        raise _refusal("slot_mapping", expected, f"shape {list(slots.shape)}")
-    for name, tensor in (("key", key), ("value", value), ("slot_mapping", slots)):
-        if not tensor.is_cpu:
-            raise _refusal(name, "on the CPU", tensor.device)
-
-
-def _check_cache(cache: torch.Tensor, num_heads: int, head_size: int) -> None:
-    if cache.dtype != torch.uint8:
-        raise _refusal("cache", "uint8", cache.dtype)
-    if not cache.is_cpu:
-        raise _refusal("cache", "on the CPU", cache.device)
-    slot = k8v4.slot_bytes(head_size)
-    shape = cache.shape
-    if len(shape) != 4 or shape[1] != num_heads or shape[3] != slot:
-        expected = f"[blocks, {num_heads}, page size, {slot}] for {num_heads} heads of {head_size}"
-        raise _refusal("cache", expected, list(shape))
-    blocks, heads, tokens, last = cache.stride()
-    head_bytes = shape[2] * slot
-    if (
-        (last, tokens) != (1, slot)
-        or (num_heads > 1 and heads != head_bytes)
-        or (shape[0] > 1 and blocks < num_heads * head_bytes)
-    ):
-        expected = f"contiguous within a block, strides [any, {head_bytes}, {slot}, 1]"
-        raise _refusal("cache", expected, list(cache.stride()))
-
-
-def _check_duplicates(slots: torch.Tensor) -> None:
-    named, counts = slots[slots >= 0].unique(return_counts=True)
-    twice = named[counts > 1]
-    if len(twice):
-        raise _refusal("slot_mapping", "without a slot twice", f"slot {int(twice[0])} again")
-
-
 def quantise_and_store(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -353,14 +302,18 @@ def quantise_and_store(
         ValueError: A tensor has the wrong shape, dtype, strides or device, or a slot is past the
             end of the cache. Nothing has been written then.
     """
-    _check_inputs(key, value, slot_mapping)
+    inputs.check_tokens(key, value, slot_mapping)
     num_tokens = slot_mapping.shape[0]
     _, num_heads, head_size = key.shape
-    _check_cache(cache, num_heads, head_size)
+    inputs.check_pages(cache, num_heads, head_size)
+    tensors = {"key": key, "value": value, "slot_mapping": slot_mapping, "cache": cache}
+    for name, tensor in tensors.items():
+        if not tensor.is_cpu:
+            raise inputs.store_refusal(name, "on the CPU", tensor.device)
     num_blocks, _, page_size, _ = cache.shape
     slots = slot_mapping.to(torch.int64).contiguous()
     if debug:
-        _check_duplicates(slots)
+        inputs.check_duplicates(slots)
     key = key if key.stride(2) == 1 else key.contiguous()
     value = value if value.stride(2) == 1 else value.contiguous()
     size = key.element_size()

@@ -11,15 +11,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attention import paged_attention
-    from .plan import Plan, plan_attention
+    from .plan import Plan, largest_scratch, plan_attention, planned_requests
     from .quantise import quantise_and_store
+    from .tuning import MOST_ROWS
 
-__all__ = ["Plan", "paged_attention", "plan_attention", "quantise_and_store"]
+__all__ = [
+    "MOST_ROWS",
+    "Plan",
+    "largest_scratch",
+    "paged_attention",
+    "plan_attention",
+    "planned_requests",
+    "quantise_and_store",
+]
 
 _HOMES = {
+    "MOST_ROWS": "tuning",
     "Plan": "plan",
+    "largest_scratch": "plan",
     "paged_attention": "attention",
     "plan_attention": "plan",
+    "planned_requests": "plan",
     "quantise_and_store": "quantise",
 }
 

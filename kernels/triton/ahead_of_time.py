@@ -115,7 +115,7 @@ def compile_attention(
         "GROUP": group, "D": head_size, "PAGE": page_size,
         "DIMS": triton.next_power_of_2(head_size),
         "BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "LANES": tiling.lanes,
-        "PARTIAL_ROWS": min(tiling.block_m, group),
+        "PARTIAL_ROWS": tiling.block_m,
         "KEY_WAY": int(fastest_key_words(target)),
         "VALUE_WAY": int(ValueWords.PTX if target.backend == "cuda" else ValueWords.PORTABLE),
         "CAUSAL": True, "WINDOW": False, "SOFT_CAP": False, "SINKS": False, "LSE": False,
@@ -157,27 +157,25 @@ def compile_quantise(target: GPUTarget, head_size: int, num_heads: int, page_siz
     )  # fmt: skip
 
 
-def compile_plan(target: GPUTarget, *, split: bool, one_tile: bool, smallest: bool = False) -> Any:
+def compile_plan(target: GPUTarget, *, split: bool, one_tile: bool) -> Any:
     """Compile the planning kernel as `plan_attention` launches it.
 
     Args:
         target: The GPU.
         split: SPLIT.
         one_tile: ONE_TILE.
-        smallest: One request of one row tile; a launch makes constants of numbers that are 1.
     """
-    from .plan import MIN_SPLIT_TILES, plan_kernel
+    from .plan import FEWEST_TILES, ITEMS_AT_A_TIME, MIN_SPLIT_TILES, plan_kernel
 
     pointers = dict.fromkeys(("query_start_loc", "seq_lens", "items", "tiles_start"), "*i32")
     numbers = ("requests", "num_tiles", "steps", "tile_steps", "num_items", "target", "window")
-    ones = dict.fromkeys(numbers[:4], 1) if smallest else {}
-    types = pointers | {name: "i32" for name in numbers if name not in ones}
+    types = pointers | dict.fromkeys(numbers, "i32")
     constants = {
         "GROUP": 4, "BLOCK_M": 16, "BLOCK_N": 64, "CAUSAL": True, "WINDOW": True,
         "ONE_TILE": one_tile, "SPLIT": split, "MIN_TILES": MIN_SPLIT_TILES,
-        "TILES": 1 if smallest else 128, "ITEMS": 512,
+        "TILES": FEWEST_TILES if split else 0, "ITEMS": ITEMS_AT_A_TIME,
     }  # fmt: skip
-    return compile_kernel(plan_kernel, target, types, constants | ones, divisible=pointers)
+    return compile_kernel(plan_kernel, target, types, constants, divisible=pointers)
 
 
 def compile_merge(target: GPUTarget, head_size: int) -> Any:
@@ -196,7 +194,7 @@ def compile_merge(target: GPUTarget, head_size: int) -> Any:
     )  # fmt: skip
     types = {name: _ATTENTION_TYPES[name] for name in names}
     constants = {
-        "GROUP": 4, "D": head_size, "DIMS": triton.next_power_of_2(head_size), "PARTIAL_ROWS": 4,
+        "GROUP": 4, "D": head_size, "DIMS": triton.next_power_of_2(head_size), "PARTIAL_ROWS": 16,
         "PARTS": MERGED_AT_A_TIME, "SINKS": True, "LSE": True,
     }  # fmt: skip
     divisible = set(types) - _ANY_NUMBER

@@ -204,7 +204,12 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     return new_top, total, offset, new_exponent, out0, out1, out2, out3
 
 
-@triton.jit
+# A launch would compile anew where one of these turned 1 or a multiple of 16.
+@triton.jit(
+    do_not_specialize=[
+        "lse_token", "lse_head", "page_stride", "block_table_row", "window", "soft_cap", "scale",
+    ]
+)  # fmt: skip
 def attend_kernel(  # type: ignore[no-untyped-def]
     query, query_token, query_head,
     out, out_token, out_head,
@@ -235,8 +240,8 @@ def attend_kernel(  # type: ignore[no-untyped-def]
         query_start_loc: int32 [requests + 1].
         items: int32 [programs, ITEM_FIELDS], from `plan_attention`.
         sinks: float32 [H GROUP] with SINKS.
-        partial_out: float32 [programs, H, PARTIAL_ROWS, D], written for several splits.
-        partial_lse: float32 [programs, H, PARTIAL_ROWS], likewise, to base 2.
+        partial_out: float32 [parts, H, PARTIAL_ROWS, D], written for several splits.
+        partial_lse: float32 [parts, H, PARTIAL_ROWS], likewise, to base 2.
         scale: Factor of the scores.
         DIMS: The power of two that is not below D.
         LANES: Warps that tensor cores give different keys.
@@ -373,6 +378,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
             lse_at = lse + token * lse_token + head * lse_head
             tl.store(lse_at, result_lse * _LN_2, mask=here)
     else:
-        part = (program.to(tl.int64) * kv_heads + kv_head) * PARTIAL_ROWS + m
+        part = tl.load(items + program * _FIELDS + 4).to(tl.int64)
+        part = (part * kv_heads + kv_head) * PARTIAL_ROWS + m
         tl.store(partial_out + (part * D)[None, :] + dim[:, None], result, mask=keep)
         tl.store(partial_lse + part, result_lse, mask=here)

@@ -7,6 +7,7 @@ import torch
 import triton
 
 from vllm_hybrid_kv.kernels import k8v4
+from vllm_hybrid_kv.kernels.inputs import attention_refusal, check_attention
 
 from . import convert
 from .attend import attend_kernel
@@ -14,93 +15,22 @@ from .convert import KeyWords, ValueWords
 from .merge import merge_kernel
 from .plan import Plan, plan_attention
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
 MERGED_AT_A_TIME = 8
 """Partial results that a merging program reads at a time; 8 KiB at a head size of 256."""
 
 
-def _refused(reason: str) -> ValueError:
-    return ValueError(f"k8v4 attention on GPU: {reason}")
-
-
-def check_inputs(
-    query: torch.Tensor,
-    cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    out: torch.Tensor,
-    *,
-    sinks: torch.Tensor | None = None,
-    lse: torch.Tensor | None = None,
-) -> None:
-    """Check what the kernels rely on, but for what stands in the index tensors.
-
-    Args:
-        query, cache, block_table, seq_lens, query_start_loc, out, sinks, lse: As for
-            `paged_attention`.
-
-    Raises:
-        ValueError: A shape, dtype or stride is not as required.
-    """
-    # Messages are put together only where one is needed: this runs at every call.
-    if query.dim() != 3 or query.dtype not in _DTYPES:
-        raise _refused("query must be bf16, fp16 or fp32 [T, Hq, D]")
-    tokens, num_heads, head_size = query.shape
-    if cache.dim() != 4 or cache.dtype != torch.uint8:
-        raise _refused(
-            f"cache must be uint8 [blocks, H, N, bytes], got {cache.dtype} {tuple(cache.shape)}"
-        )
-    _, num_kv_heads, page_size, slot = cache.shape
-    if slot != k8v4.slot_bytes(head_size):
-        raise _refused(
-            f"a slot of head size {head_size} has {k8v4.slot_bytes(head_size)} bytes, "
-            f"the cache's have {slot}"
-        )
+def _check_pages(cache: torch.Tensor) -> None:
+    page_size = cache.shape[2]
     if page_size <= 0 or page_size % k8v4.TILE_TOKENS:
-        raise _refused(f"a page holds a multiple of {k8v4.TILE_TOKENS} tokens, got {page_size}")
-    if cache.stride()[1:] != (page_size * slot, slot, 1):
-        raise _refused(
-            f"the pages of the cache must be contiguous inside, got strides {cache.stride()}"
+        raise attention_refusal(
+            f"a page holds a multiple of {k8v4.TILE_TOKENS} tokens, got {page_size}"
         )
     # Every plane starts at a multiple of 16 bytes if the pages do, and is read in such pieces.
     if cache.stride(0) % 16 or cache.data_ptr() % 16:
-        raise _refused(
+        raise attention_refusal(
             f"the pages of the cache must start at multiples of 16 bytes, got one at "
             f"{cache.data_ptr():#x} and {cache.stride(0)} bytes from one to the next"
         )
-    if num_kv_heads <= 0 or num_heads % num_kv_heads:
-        raise _refused(f"{num_heads} query heads are not a multiple of {num_kv_heads} KV heads")
-    if out.shape != query.shape or out.dtype not in _DTYPES:
-        raise _refused(
-            f"out must be bf16, fp16 or fp32 {tuple(query.shape)}, "
-            f"got {out.dtype} {tuple(out.shape)}"
-        )
-    if query.stride(2) != 1 or out.stride(2) != 1:
-        raise _refused("the dims of query and out must be contiguous")
-    requests = seq_lens.shape[0]
-    if seq_lens.dtype != torch.int32 or seq_lens.dim() != 1 or not seq_lens.is_contiguous():
-        raise _refused("seq_lens must be contiguous int32 [B]")
-    if (
-        query_start_loc.dtype != torch.int32
-        or query_start_loc.shape != (requests + 1,)
-        or not query_start_loc.is_contiguous()
-    ):
-        raise _refused(f"query_start_loc must be contiguous int32 [{requests + 1}]")
-    if (
-        block_table.dtype != torch.int32
-        or block_table.dim() != 2
-        or block_table.shape[0] < requests
-        or (block_table.stride(1) != 1 and block_table.shape[1] > 1)
-    ):
-        raise _refused(
-            f"block_table must be int32 with at least {requests} rows, contiguous inside"
-        )
-    if sinks is not None and sinks.shape != (num_heads,):
-        raise _refused(f"sinks must hold {num_heads} numbers, one for each query head")
-    if lse is not None and (lse.dtype != torch.float32 or lse.shape != (tokens, num_heads)):
-        raise _refused(f"lse must be float32 [{tokens}, {num_heads}]")
 
 
 def paged_attention(
@@ -121,6 +51,7 @@ def paged_attention(
     max_query_len: int | None = None,
     key_words: KeyWords | None = None,
     value_words: ValueWords | None = None,
+    debug: bool = False,
 ) -> None:
     """Attend to paged k8v4 tokens for a batch of requests; `reference.attend` has the formula.
 
@@ -142,7 +73,7 @@ def paged_attention(
         seq_lens: int32 [B], tokens of each request including its new ones.
         query_start_loc: int32 [B + 1], offsets of the requests in `query`. Tokens behind the
             last are padding: their rows of `out` and `lse` are left as they are.
-        out: bf16, fp16 or fp32, of the shape of `query`; written. 0 where nothing is visible.
+        out: Like `query`; written. 0 where nothing is visible.
         scale: Factor of the scores.
         causal, window, soft_cap: As in `reference.attend`.
         sinks: [Hq], any floating dtype.
@@ -152,13 +83,17 @@ def paged_attention(
         max_query_len: New tokens of a request at most, for the plan made here; read from the
             device if None.
         key_words, value_words: Ways of widening codes; the device's fastest if None.
+        debug: Check the contents of the index tensors as well, which waits for the device; see
+            `check_attention`.
 
     Raises:
         ValueError: An argument is not as required.
     """
-    check_inputs(
-        query, cache, block_table, seq_lens, query_start_loc, out, sinks=sinks, lse=lse
+    check_attention(
+        query, cache, block_table, seq_lens, query_start_loc, out,
+        sinks=sinks, lse=lse, debug=debug,
     )  # fmt: skip
+    _check_pages(cache)
     tokens, num_heads, head_size = query.shape
     num_kv_heads, page_size = cache.shape[1], cache.shape[2]
     requests = seq_lens.shape[0]
@@ -173,7 +108,7 @@ def paged_attention(
         )  # fmt: skip
     made_for = (requests, tokens, num_heads, num_kv_heads, head_size, causal, window)
     if plan.made_for != made_for:
-        raise _refused(
+        raise attention_refusal(
             f"the plan was made for (requests, query tokens, heads, KV heads, head size, "
             f"causal, window) = {plan.made_for}, the call has {made_for}"
         )
@@ -210,7 +145,7 @@ def paged_attention(
         num_warps=tiling.num_warps, num_stages=tiling.num_stages,
     )  # fmt: skip
     if plan.partial_rows:
-        merge_kernel[(programs, num_kv_heads, plan.partial_rows)](
+        merge_kernel[(programs, num_kv_heads, plan.merged_rows)](
             out, out.stride(0), out.stride(1),
             lse_pointer, *lse_strides,
             query_start_loc, plan.items, sinks_pointer, plan.partial_out, plan.partial_lse,

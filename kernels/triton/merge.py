@@ -13,7 +13,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lse_token", "lse_head"])
 def merge_kernel(  # type: ignore[no-untyped-def]
     out, out_token, out_head,
     lse, lse_token, lse_head,
@@ -23,8 +23,8 @@ def merge_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Put the splits of one row together, and the sink.
 
-    The grid is [programs of the plan, KV heads, PARTIAL_ROWS]; one works for each row of a row
-    tile of several splits, the others have nothing to do.
+    The grid is [programs of the plan, KV heads, rows of a row tile at most]; one works for each
+    row of a row tile of several splits, the others have nothing to do.
 
         lse = log2(sum 2^lse_i + 2^sink),  out = sum out_i 2^(lse_i - lse)
 
@@ -45,6 +45,7 @@ def merge_kernel(  # type: ignore[no-untyped-def]
     queries = tl.load(query_start_loc + request + 1) - first_token
     if (split > 0) | (splits == 1) | (row >= queries * GROUP):
         return
+    first_part = tl.load(items + program * _FIELDS + 4)
     token = (first_token + row // GROUP).to(tl.int64)
     head = kv_head * GROUP + row % GROUP
     top = -float("inf")
@@ -56,7 +57,7 @@ def merge_kernel(  # type: ignore[no-untyped-def]
     result = tl.zeros([DIMS], tl.float32)
     for start in range(0, splits, PARTS):
         i = start + tl.arange(0, PARTS)
-        part = ((program + i).to(tl.int64) * kv_heads + kv_head) * PARTIAL_ROWS + m
+        part = ((first_part + i).to(tl.int64) * kv_heads + kv_head) * PARTIAL_ROWS + m
         part_lse = tl.load(partial_lse + part, mask=i < splits, other=-float("inf"))
         values = tl.load(
             partial_out + (part * D)[:, None] + dim[None, :],

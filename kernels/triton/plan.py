@@ -11,26 +11,33 @@ is decided by shapes alone.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from .convert import is_nvidia
+# `ahead_of_time` and the tests of the machine code take these from here.
+from .tuning import MIN_SPLIT_TILES as MIN_SPLIT_TILES
+from .tuning import MOST_ROWS, Tiling, capability_of, tiling_for
+from .tuning import derived_tiling as choose_tiling
 
-MIN_SPLIT_TILES = 4
-"""Tiles of keys below which a split is not made: what its partial result costs to write and read
-again is then below a tenth of what its keys cost to read."""
-
-PROGRAMS_PER_PROCESSOR = 4
-"""Programs that a streaming multiprocessor should have at hand to keep its memory busy."""
+__all__ = ["MIN_SPLIT_TILES", "Tiling", "choose_tiling"]
 
 INTERPRETED_PROCESSORS = 4
 """What stands for the number of multiprocessors where there is no GPU."""
 
-ITEM_FIELDS = 4
-"""Numbers of a program's row of the table: request (-1 for none), first row, split, splits."""
+FEWEST_TILES = 128
+"""Row tiles that the planning kernel has room for at least. Its room is a power of two, and every
+other one is another kernel to compile."""
+
+ITEMS_AT_A_TIME = 256
+"""Rows of the table of programs that are written at a time."""
+
+ITEM_FIELDS = 5
+"""Numbers of a program's row of the table: request (-1 for none), first row, split, splits, and
+where its partial result goes if there are several splits."""
 
 _FIELDS = tl.constexpr(ITEM_FIELDS)
 
@@ -117,16 +124,22 @@ def _splits_of(keys, total, target, MIN_TILES: tl.constexpr):  # type: ignore[no
 
 
 @triton.jit
-def _write_items(items, item, num_items, request, first_row, split, splits):  # type: ignore[no-untyped-def]
+def _write_items(items, item, num_items, request, first_row, split, splits, part):  # type: ignore[no-untyped-def]
     row = items + item * _FIELDS
     here = item < num_items
     tl.store(row, request, mask=here)
     tl.store(row + 1, first_row, mask=here)
     tl.store(row + 2, split, mask=here)
     tl.store(row + 3, splits, mask=here)
+    tl.store(row + 4, part, mask=here)
 
 
-@triton.jit
+# A launch would compile anew where one of these turned 1 or a multiple of 16.
+@triton.jit(
+    do_not_specialize=[
+        "requests", "num_tiles", "num_items", "target", "steps", "tile_steps", "window",
+    ]
+)  # fmt: skip
 def plan_kernel(  # type: ignore[no-untyped-def]
     query_start_loc, seq_lens, items, tiles_start,
     requests, num_tiles, num_items, target, steps, tile_steps, window,
@@ -140,13 +153,15 @@ def plan_kernel(  # type: ignore[no-untyped-def]
     Without SPLIT there is one program for each row tile. With it, a row tile with `n` of all `N`
     key tiles gets `ceil(target n / N)` programs, no fewer than one and no more than
     `ceil(n / MIN_TILES)`: equal work for equal programs, and never more than `target` and one for
-    each row tile in all.
+    each row tile in all. A row tile of several splits has `n / N > 1 / target`, so that these
+    splits, which alone leave partial results, are fewer than `2 target`.
 
     Args:
         query_start_loc: int32 [requests + 1].
         seq_lens: int32 [requests].
         items: int32 [num_items, ITEM_FIELDS], written.
-        tiles_start: int32 [TILES], scratch; the first program of each row tile.
+        tiles_start: int32 [2, TILES], scratch; the first program of each row tile, and its first
+            partial result.
         steps: Halvings that find a request among all.
         tile_steps: Halvings that find a row tile among all.
         ONE_TILE: Every request has one row tile at most.
@@ -163,6 +178,8 @@ def plan_kernel(  # type: ignore[no-untyped-def]
         splits = tl.where(request >= 0, _splits_of(keys, total, target, MIN_TILES), 0)
         behind = tl.cumsum(splits, axis=0)
         tl.store(tiles_start + tile, behind - splits)
+        parts = tl.where(splits > 1, splits, 0)
+        tl.store(tiles_start + TILES + tile, tl.cumsum(parts, axis=0) - parts)
         programs = tl.sum(splits, axis=0)
         # What other threads of this program have written is read below.
         tl.debug_barrier()
@@ -175,10 +192,11 @@ def plan_kernel(  # type: ignore[no-untyped-def]
                 mine, num_tiles, query_start_loc, seq_lens, requests, steps, window,
                 GROUP, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, ONE_TILE,
             )  # fmt: skip
+            split = item - tl.load(tiles_start + mine)
             _write_items(
                 items, item, num_items, tl.where(item < programs, its_request, -1), its_row,
-                item - tl.load(tiles_start + mine),
-                _splits_of(its_keys, total, target, MIN_TILES),
+                split, _splits_of(its_keys, total, target, MIN_TILES),
+                tl.load(tiles_start + TILES + mine) + split,
             )  # fmt: skip
     else:
         item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)
@@ -186,22 +204,8 @@ def plan_kernel(  # type: ignore[no-untyped-def]
             item, num_tiles, query_start_loc, seq_lens, requests, steps, window,
             GROUP, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, ONE_TILE,
         )  # fmt: skip
-        _write_items(items, item, num_items, request, first_row, item * 0, item * 0 + 1)
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """The size of a program: rows, keys at a time, warps, and tiles of keys in flight."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-    @property
-    def lanes(self) -> int:
-        """Warps that tensor cores give different keys, 16 each at a time."""
-        return min(self.num_warps, self.block_n // 16)
+        none = item * 0
+        _write_items(items, item, num_items, request, first_row, none, none + 1, none)
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,15 +216,18 @@ class Plan:
         made_for: Requests, query tokens, heads, KV heads, head size, causal, window.
         tiling: The size of a program.
         items: int32 [programs, ITEM_FIELDS].
-        partial_rows: Rows that a program may have a partial result of; 0 without splits.
-        partial_out: float32 [programs, H, partial_rows, D], scratch; empty without splits.
-        partial_lse: float32 [programs, H, partial_rows], likewise; base 2.
+        partial_rows: Rows that a partial result has room for; 0 without splits. It follows from
+            the tiling alone, for another number is another kernel to compile.
+        merged_rows: Rows of them that are used at most.
+        partial_out: float32 [parts, H, partial_rows, D], scratch; empty without splits.
+        partial_lse: float32 [parts, H, partial_rows], likewise; base 2.
     """
 
     made_for: tuple[int, int, int, int, int, bool, int | None]
     tiling: Tiling
     items: torch.Tensor
     partial_rows: int
+    merged_rows: int
     partial_out: torch.Tensor
     partial_lse: torch.Tensor
 
@@ -232,31 +239,42 @@ def processors_of(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def has_tensor_memory(device: torch.device) -> bool:
-    """Return whether a GPU's tensor cores have a memory of their own (10.x and 11.x)."""
-    return is_nvidia(device) and 10 <= torch.cuda.get_device_capability(device)[0] < 12
+def _programs_wanted(tiling: Tiling, num_kv_heads: int, processors: int) -> int:
+    """Return how many programs of each KV head keep the multiprocessors busy."""
+    return triton.cdiv(tiling.programs_per_processor * processors, num_kv_heads)
 
 
-def choose_tiling(rows: int, head_size: int, tensor_memory: bool = False) -> Tiling:
-    """Return the size of a program for a request's largest number of rows for one KV head.
+def largest_scratch(num_kv_heads: int, head_size: int, device: torch.device) -> int:
+    """Return how many float32 numbers the scratch memory of any plan takes at most.
 
-    More rows share what widening a key costs, until their results no longer fit the registers.
-    Every size here is free of spills from compute capability 8.0 to 12.0 with Triton 3.9. With
-    four warps and 64 keys, or 64 dims of a quarter, Triton takes the instructions that work for
-    four warps at once: `wgmma` on 9.0, which wants its second operand in shared memory, and on
-    10.0 those of the tensor memory, with thousands of moves to and from it.
+    Splits that leave partial results are fewer than twice the programs that keep the device busy,
+    whatever the batch and its lengths; see `plan_kernel`.
 
     Args:
-        rows: New tokens of a request at most times query heads of a KV head.
+        num_kv_heads: H.
         head_size: D.
-        tensor_memory: As `has_tensor_memory` says.
+        device: Where the kernels run.
     """
-    large = head_size > 128
-    if rows <= 16 or (large and tensor_memory):
-        return Tiling(16, 64, 2, 3)
-    if large:
-        return Tiling(32, 64, 4, 3)
-    return Tiling(32, 32, 2, 3) if rows <= 32 else Tiling(64, 32, 4, 2)
+    processors, capability = processors_of(device), capability_of(device)
+    tilings = [tiling_for(most, head_size, capability) for most in MOST_ROWS]
+    rows = max(
+        2 * _programs_wanted(tiling, num_kv_heads, processors) * tiling.block_m
+        for tiling in tilings
+    )
+    return rows * num_kv_heads * (head_size + 1)
+
+
+def planned_requests(max_requests: int) -> list[int]:
+    """Return numbers of requests of which each has a planning kernel of its own in decoding.
+
+    Args:
+        max_requests: Requests at most.
+    """
+    found, room = [max_requests], FEWEST_TILES
+    while room < max_requests:
+        found.append(room)
+        room *= 2
+    return found
 
 
 def plan_attention(
@@ -273,6 +291,7 @@ def plan_attention(
     split: bool | None = None,
     processors: int | None = None,
     tiling: Tiling | None = None,
+    scratch: torch.Tensor | None = None,
     into: Plan | None = None,
 ) -> Plan:
     """Plan a batch on its device; one plan serves all layers of the same shape in a step.
@@ -290,63 +309,76 @@ def plan_attention(
         split: Whether keys of one row are divided among programs; decided by the shapes if None.
         processors: Multiprocessors to keep busy; those of the device if None.
         tiling: The size of a program; from the shapes if None.
+        scratch: float32 [`largest_scratch`] for partial results, in use during each call of
+            `paged_attention` only; allocated if None.
         into: A plan of the same shapes whose tensors are written again, as a captured graph
             needs it.
 
     Raises:
-        ValueError: `into` was made for other shapes.
+        ValueError: `into` was made for other shapes, or `scratch` is too small.
     """
     requests = seq_lens.shape[0]
     group = num_heads // num_kv_heads
     rows = max_query_len * group
     if tiling is None:
-        tiling = choose_tiling(rows, head_size, has_tensor_memory(seq_lens.device))
+        tiling = tiling_for(rows, head_size, capability_of(seq_lens.device))
     if processors is None:
         processors = processors_of(seq_lens.device)
     one_tile = rows <= tiling.block_m
     num_tiles = requests if one_tile else num_tokens * group // tiling.block_m + requests
-    target = triton.cdiv(PROGRAMS_PER_PROCESSOR * processors, num_kv_heads)
+    target = _programs_wanted(tiling, num_kv_heads, processors)
     if split is None:
         # Decode batches are divided whatever their size, for their lengths may be ragged.
-        split = one_tile or num_tiles * num_kv_heads < 2 * PROGRAMS_PER_PROCESSOR * processors
+        split = (
+            one_tile or num_tiles * num_kv_heads < 2 * tiling.programs_per_processor * processors
+        )
     num_items = num_tiles + target if split else num_tiles
     made_for = (requests, num_tokens, num_heads, num_kv_heads, head_size, causal, window)
-    partial_rows = min(tiling.block_m, rows) if split else 0
+    partial_rows = tiling.block_m if split else 0
+    merged_rows = min(partial_rows, rows)
     if into is None:
-        floats = {"dtype": torch.float32, "device": seq_lens.device}
-        shape = (num_items, num_kv_heads, partial_rows)
+        shape = (min(num_items, 2 * target), num_kv_heads, partial_rows)
+        sizes = [math.prod(shape) * head_size, math.prod(shape)]
+        if scratch is None:
+            scratch = torch.empty(sum(sizes), dtype=torch.float32, device=seq_lens.device)
+        elif scratch.numel() < sum(sizes):
+            raise ValueError(
+                f"k8v4 attention: partial results take {sum(sizes)} numbers of scratch "
+                f"memory, {scratch.numel()} are given"
+            )
+        partial_out, partial_lse, _ = scratch.split([*sizes, scratch.numel() - sum(sizes)])
         into = Plan(
             made_for,
             tiling,
             torch.empty((num_items, ITEM_FIELDS), dtype=torch.int32, device=seq_lens.device),
             partial_rows,
-            torch.empty((*shape, head_size), **floats),
-            torch.empty(shape, **floats),
+            merged_rows,
+            partial_out.view(*shape, head_size),
+            partial_lse.view(shape),
         )
     elif (
         into.made_for != made_for
         or into.tiling != tiling
         or into.items.shape[0] != num_items
-        or into.partial_rows != partial_rows
+        or (into.partial_rows, into.merged_rows) != (partial_rows, merged_rows)
     ):
         raise ValueError(
-            f"k8v4 attention on GPU: the plan to write again was made for (requests, query "
+            f"k8v4 attention: the plan to write again was made for (requests, query "
             f"tokens, heads, KV heads, head size, causal, window) = {into.made_for}, "
             f"not for {made_for}, or for another number of tokens a request"
         )
     if num_items == 0 or requests == 0:
         return into
-    tiles = triton.next_power_of_2(num_tiles)
-    items = min(1024, triton.next_power_of_2(num_items))
-    starts = torch.empty(tiles if split else 0, dtype=torch.int32, device=seq_lens.device)
-    plan_kernel[(1 if split else triton.cdiv(num_items, items),)](
+    tiles = max(FEWEST_TILES, triton.next_power_of_2(num_tiles))
+    starts = torch.empty(2 * tiles if split else 0, dtype=torch.int32, device=seq_lens.device)
+    plan_kernel[(1 if split else triton.cdiv(num_items, ITEMS_AT_A_TIME),)](
         query_start_loc, seq_lens, into.items, starts,
         requests, num_tiles, num_items, target,
         requests.bit_length(), num_tiles.bit_length(), 0 if window is None else window,
         GROUP=group, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n,
         CAUSAL=causal, WINDOW=window is not None, ONE_TILE=one_tile,
-        SPLIT=split, MIN_TILES=MIN_SPLIT_TILES,
-        TILES=tiles, ITEMS=items,
+        SPLIT=split, MIN_TILES=tiling.min_split_tiles,
+        TILES=tiles if split else 0, ITEMS=ITEMS_AT_A_TIME,
         num_warps=4,
     )  # fmt: skip
     return into

@@ -11,13 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_hybrid_kv.kernels import k8v4
-from vllm_hybrid_kv.kernels.k8v4 import Layout, PageFormat
+from vllm_hybrid_kv.kernels import inputs, k8v4
 
 from . import convert
 from .convert import half_rounded_down, key_codes, widened_half
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _VALUE_MAX = tl.constexpr(k8v4.VALUE_MAX)
 _LAST_CODE = tl.constexpr(float(k8v4.VALUE_LEVELS - 1))
@@ -32,7 +29,8 @@ NUMBERS_PER_PROGRAM = 4096
 value codes are the 16 bytes that a thread stores at once."""
 
 
-@triton.jit
+# A launch would compile anew where one of these turned 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["num_rows", "num_slots"])
 def quantise_and_store_kernel(  # type: ignore[no-untyped-def]
     key, key_token, key_head, key_dim,
     value, value_token, value_head, value_dim,
@@ -116,67 +114,11 @@ def quantise_and_store_kernel(  # type: ignore[no-untyped-def]
     tl.store(numbers + PAGE, zero_bits.to(tl.int16), mask=kept)
 
 
-def _refusal(name: str, expected: str, got: object) -> ValueError:
-    return ValueError(f"quantise_and_store: {name} must be {expected}, got {got}")
-
-
-def _check_inputs(key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
-    if key.dtype not in _DTYPES:
-        raise _refusal("key", "bfloat16, float16 or float32", key.dtype)
-    if value.dtype != key.dtype:
-        raise _refusal("value", f"of key's dtype, {key.dtype}", value.dtype)
-    if key.dim() != 3:
-        raise _refusal("key", "[tokens, heads, head size]", list(key.shape))
-    if value.shape != key.shape:
-        raise _refusal("value", f"of key's shape, {list(key.shape)}", list(value.shape))
-    if slots.dtype not in (torch.int64, torch.int32):
-        raise _refusal("slot_mapping", "int64 or int32", slots.dtype)
-    if slots.dim() != 1 or slots.shape[0] > key.shape[0]:
-        expected = f"one slot for each of at most {key.shape[0]} tokens"
-        raise _refusal("slot_mapping", expected, f"shape {list(slots.shape)}")
-
-
-def check_cache(cache: torch.Tensor, num_heads: int, head_size: int) -> PageFormat:
-    """Return the format of a cache's pages, having checked what the kernels rely on.
-
-    Args:
-        cache: uint8 [num_blocks, H, N, slot_bytes(D)].
-        num_heads: H that is expected.
-        head_size: D that is expected.
-
-    Raises:
-        ValueError: The cache is of another shape, dtype or arrangement.
-    """
-    if cache.dtype != torch.uint8:
-        raise _refusal("cache", "uint8", cache.dtype)
-    slot = k8v4.slot_bytes(head_size)
-    shape = cache.shape
-    if len(shape) != 4 or shape[1] != num_heads or shape[3] != slot:
-        expected = f"[blocks, {num_heads}, page size, {slot}] for {num_heads} heads of {head_size}"
-        raise _refusal("cache", expected, list(shape))
-    page_format = PageFormat(head_size, shape[2], Layout.LINEAR)
-    blocks, heads, tokens, last = cache.stride()
-    if (
-        (last, tokens) != (1, slot)
-        or (num_heads > 1 and heads != page_format.head_bytes)
-        or (shape[0] > 1 and (blocks < num_heads * page_format.head_bytes or blocks % 2))
-    ):
-        expected = (
-            f"contiguous within a block, an even number of bytes between blocks, "
-            f"strides [any, {page_format.head_bytes}, {slot}, 1]"
-        )
-        raise _refusal("cache", expected, list(cache.stride()))
-    return page_format
-
-
 def _check_slots(slots: torch.Tensor, num_slots: int) -> None:
-    named, counts = slots[slots >= 0].unique(return_counts=True)
-    if len(named) and int(named[-1]) >= num_slots:
+    if len(slots) and int(slots.max()) >= num_slots:
         expected = f"below the cache's {num_slots} slots"
-        raise _refusal("slot_mapping", expected, f"slot {int(named[-1])}")
-    twice = named[counts > 1]
-    if len(twice):
-        raise _refusal("slot_mapping", "without a slot twice", f"slot {int(twice[0])} again")
+        raise inputs.store_refusal("slot_mapping", expected, f"slot {int(slots.max())}")
+    inputs.check_duplicates(slots)
 
 
 def quantise_and_store(
@@ -208,11 +150,16 @@ def quantise_and_store(
     Raises:
         ValueError: A tensor has the wrong shape, dtype or strides. Nothing has been written then.
     """
-    _check_inputs(key, value, slot_mapping)
+    inputs.check_tokens(key, value, slot_mapping)
     num_tokens = slot_mapping.shape[0]
     _, num_heads, head_size = key.shape
-    page_format = check_cache(cache, num_heads, head_size)
-    num_slots = cache.shape[0] * page_format.page_size
+    inputs.check_pages(cache, num_heads, head_size)
+    # Scales and zeros are stored as 16-bit words.
+    if cache.shape[0] > 1 and cache.stride(0) % 2:
+        expected = "with an even number of bytes between blocks"
+        raise inputs.store_refusal("cache", expected, list(cache.stride()))
+    page_size = cache.shape[2]
+    num_slots = cache.shape[0] * page_size
     if debug:
         _check_slots(slot_mapping, num_slots)
     num_rows = num_tokens * num_heads
@@ -226,7 +173,7 @@ def quantise_and_store(
         cache, cache.stride(0),
         slot_mapping, slot_mapping.stride(0),
         num_rows, num_slots,
-        HEADS=num_heads, D=head_size, DIMS=dims, PAGE=page_format.page_size,
+        HEADS=num_heads, D=head_size, DIMS=dims, PAGE=page_size,
         ROWS=rows,
         NATIVE=convert.has_native_e4m3(key.device) if native is None else native,
         num_warps=4,

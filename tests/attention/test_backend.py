@@ -7,11 +7,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.turboquant_attn import TurboQuantAttentionBackend
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, SlidingWindowSpec
 
-from vllm_hybrid_kv.attention.backend import (
-    K8V4AttentionBackend,
-    K8V4AttentionImpl,
-    K8V4MetadataBuilder,
-)
+from vllm_hybrid_kv.attention.backend import K8V4AttentionBackend, K8V4AttentionImpl
+from vllm_hybrid_kv.attention.metadata import K8V4MetadataBuilder
 from vllm_hybrid_kv.attention.refusal import UnsupportedLayerError
 from vllm_hybrid_kv.kernels import k8v4, reference
 
@@ -74,6 +71,7 @@ def builder():
     # makes of vLLM's metadata needs neither.
     made = object.__new__(K8V4MetadataBuilder)
     made.layer_names = ["model.layers.3.self_attn.attn"]
+    made._decode_query_len = 1
     return made
 
 

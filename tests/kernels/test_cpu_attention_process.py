@@ -15,8 +15,9 @@ import torch
 import vllm_hybrid_kv
 from vllm_hybrid_kv import kernels
 from vllm_hybrid_kv.kernels import k8v4
-from vllm_hybrid_kv.kernels.cpu import check_inputs, isa, paged_attention, plan_attention
+from vllm_hybrid_kv.kernels.cpu import isa, paged_attention, plan_attention
 from vllm_hybrid_kv.kernels.cpu.threads import follow_torch
+from vllm_hybrid_kv.kernels.inputs import check_attention
 
 ATTEND = """
 import torch
@@ -239,7 +240,7 @@ def tensors(head_size: int = 64) -> dict[str, torch.Tensor]:
         ("cache", torch.zeros(2, 16, 2, 100, dtype=torch.uint8).transpose(1, 2), "contiguous"),
         ("out", torch.zeros(3, 4, 64, dtype=torch.bfloat16), "out must be like query"),
         ("seq_lens", torch.tensor([5, 20]), "seq_lens must be contiguous int32"),
-        ("query_start_loc", torch.tensor([0, 3], dtype=torch.int32), r"must be int32 \[3\]"),
+        ("query_start_loc", torch.tensor([0, 3], dtype=torch.int32), r"contiguous int32 \[3\]"),
         ("block_table", torch.zeros(1, 2, dtype=torch.int32), "at least 2 rows"),
         ("sinks", torch.zeros(3), "sinks must hold 4 numbers"),
         ("lse", torch.zeros(3, 4, dtype=torch.float64), "lse must be float32"),
@@ -252,7 +253,7 @@ def test_tensors_that_do_not_fit_are_refused_in_words(
     if name == "query" and value.dtype == torch.float32:
         arguments["out"] = torch.zeros(value.shape)
     with pytest.raises(ValueError, match=message):
-        check_inputs(**arguments)  # type: ignore[arg-type]
+        check_attention(**arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -269,9 +270,9 @@ def test_indices_outside_the_tensors_are_refused_when_asked(
     name: str, value: torch.Tensor, message: str
 ) -> None:
     arguments = {**tensors(), name: value}
-    check_inputs(**arguments)
+    check_attention(**arguments)
     with pytest.raises(ValueError, match=message):
-        check_inputs(**arguments, debug=True)
+        check_attention(**arguments, debug=True)
 
 
 def test_a_plan_of_another_batch_is_refused() -> None:

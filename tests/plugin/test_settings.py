@@ -72,7 +72,7 @@ def test_an_unknown_variable_is_refused_with_the_valid_ones():
             {},
             {"VLLM_HYBRID_KV_CPU_ISA": "sse2"},
             "cpu_isa='sse2' (from VLLM_HYBRID_KV_CPU_ISA) is not valid: input should be 'auto', "
-            "'amx', 'avx512_bf16' or 'portable'",
+            "'amx', 'avx512_bf16', 'portable' or 'interpreter'",
         ),
         ({"coordinator": 3}, {}, "coordinator=3 (from --additional-config) is not valid"),
         ({"coordinator": ""}, {}, "coordinator='' (from --additional-config) is not valid"),
@@ -116,3 +116,12 @@ def test_instructions_that_the_cpu_lacks_are_refused(monkeypatch):
         resolve({}, {"VLLM_HYBRID_KV_CPU_ISA": "amx"}).kernel_isa()
     assert "cpu_isa='amx' (from VLLM_HYBRID_KV_CPU_ISA)" in str(error.value)
     assert "choose auto or one of portable" in str(error.value)
+
+
+def test_the_interpreter_is_refused_where_triton_would_compile(monkeypatch):
+    settings = resolve({}, {"VLLM_HYBRID_KV_CPU_ISA": "interpreter"})
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(HybridKVSettingsError, match="needs TRITON_INTERPRET=1"):
+        settings.kernel_isa()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert settings.kernel_isa() == "interpreter"

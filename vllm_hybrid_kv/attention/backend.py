@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's attention backend interface over the k8v4 kernels.
 
-One backend class, one metadata builder and one implementation. A layer's cache is vLLM's
+One backend class, one metadata builder (`metadata.py`) and one implementation for every device;
+`device.py` picks the kernels. A layer's cache is vLLM's
 `[num_blocks, num_kv_heads, block_size, slot_bytes]` uint8 view; to the kernels each
 `[block_size, slot_bytes]` region of it is one k8v4 region (see `kernels/k8v4.py`), whose inner
-arrangement is none of vLLM's business.
+arrangement is none of vLLM's business: connectors and offloading move whole pages of bytes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,21 +19,20 @@ from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
     AttentionLayer,
-    AttentionMetadata,
-    AttentionMetadataBuilder,
     AttentionType,
-    CommonAttentionMetadata,
     MultipleOf,
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from vllm_hybrid_kv.attention import refusal
+from vllm_hybrid_kv.attention.device import Kernels, kernels_for
+from vllm_hybrid_kv.attention.metadata import K8V4Metadata, K8V4MetadataBuilder
 from vllm_hybrid_kv.attention.refusal import CACHE_DTYPE, UnsupportedLayerError
-from vllm_hybrid_kv.kernels import cpu, k8v4
+from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.settings import current_settings
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.platforms.interface import DeviceCapability
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
 
@@ -88,6 +89,20 @@ class K8V4AttentionBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_compute_capability(cls, capability: DeviceCapability) -> bool:
+        """Say whether Triton compiles for an NVIDIA GPU."""
+        return (capability.major, capability.minor) >= (7, 5)
+
+    @classmethod
+    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
+        """Return why a layer on a GPU cannot be served, as vLLM asks every backend, in words."""
+        reasons = super().validate_configuration(*args, **kwargs)
+        if not cls.supports_kv_cache_dtype(kwargs.get("kv_cache_dtype")):
+            return reasons
+        refused = refusal.refuse_selection(SimpleNamespace(**kwargs))
+        return reasons if refused is None else [*reasons, f"{refused}; {refused.instead}"]
+
+    @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         """Return the one layout in which a head's part of a block is contiguous."""
         return (KVCacheLayout.LBHNC,)
@@ -117,73 +132,6 @@ class K8V4AttentionBackend(AttentionBackend):
     def refusal(cls, config: AttentionSelectorConfig) -> str | None:
         """Return why a layer cannot have this cache, or None; see `refuse_selection`."""
         return refusal.refuse_selection(config)
-
-
-@dataclass
-class K8V4Metadata(AttentionMetadata):
-    """What one step's layers of one KV group share. All tensors are on the CPU.
-
-    Attributes:
-        num_tokens: Tokens of the step without padding.
-        query_start_loc: int32 [B + 1], offsets of the requests' tokens.
-        seq_lens: int32 [B], exact lengths including the step's tokens.
-        block_table: int32 [B, max blocks].
-        causal: Whether queries see only what stands before them.
-        plans: How the work is split over threads, by query heads and sliding window of a layer.
-    """
-
-    num_tokens: int
-    query_start_loc: torch.Tensor
-    seq_lens: torch.Tensor
-    block_table: torch.Tensor
-    causal: bool
-    plans: dict[tuple[int, int | None], Any]
-
-
-class K8V4MetadataBuilder(AttentionMetadataBuilder[K8V4Metadata]):
-    """Builds a step's metadata from vLLM's, with exact lengths."""
-
-    def __init__(
-        self,
-        kv_cache_spec: AttentionSpec,
-        layer_names: list[str],
-        vllm_config: VllmConfig,
-        device: torch.device,
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        # Compiled here, in the start-up of the engine, not in its first request.
-        cpu.warm_up(
-            kv_cache_spec.head_size,
-            vllm_config.model_config.dtype,
-            isa=current_settings().kernel_isa(),
-        )
-
-    def build(
-        self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
-    ) -> K8V4Metadata:
-        """Return the metadata of one step.
-
-        Raises:
-            ValueError: The batch mixes causal and bidirectional requests.
-        """
-        common = common_attn_metadata
-        if isinstance(common.causal, torch.Tensor):
-            raise ValueError(
-                f"layers {', '.join(self.layer_names)}: a batch that mixes causal and "
-                f"bidirectional requests cannot be served from a {CACHE_DTYPE} cache; serve the "
-                "model with --kv-cache-dtype auto"
-            )
-        return K8V4Metadata(
-            num_tokens=common.num_actual_tokens,
-            query_start_loc=common.query_start_loc,
-            seq_lens=common.seq_lens,
-            block_table=common.block_table_tensor,
-            causal=common.causal,
-            plans={},
-        )
 
 
 class K8V4AttentionImpl(AttentionImpl[K8V4Metadata]):
@@ -230,9 +178,13 @@ class K8V4AttentionImpl(AttentionImpl[K8V4Metadata]):
         self.soft_cap = float(logits_soft_cap or 0.0)
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.sinks = sinks
-        settings = current_settings()
-        self._debug = settings.debug
-        self._isa = settings.kernel_isa()
+        self._kernels: Kernels | None = None
+
+    def _kernels_for(self, tensor: torch.Tensor) -> Kernels:
+        # Not when the layer is made: its weights may move to another device after that.
+        if self._kernels is None:
+            self._kernels = kernels_for(tensor.device, current_settings())
+        return self._kernels
 
     def do_kv_cache_update(
         self,
@@ -251,7 +203,7 @@ class K8V4AttentionImpl(AttentionImpl[K8V4Metadata]):
             kv_cache: uint8 [num_blocks, num_kv_heads, block_size, slot_bytes].
             slot_mapping: int64 slots; a negative one is not written.
         """
-        cpu.quantise_and_store(key, value, kv_cache, slot_mapping, debug=self._debug)
+        self._kernels_for(kv_cache).store(key, value, kv_cache, slot_mapping)
 
     def forward(
         self,
@@ -283,36 +235,10 @@ class K8V4AttentionImpl(AttentionImpl[K8V4Metadata]):
         """
         if output_scale is not None or output_block_scale is not None:
             raise ValueError("the k8v4 backend does not fuse output quantisation")
+        kernels = self._kernels_for(query)
         if attn_metadata is None:
+            kernels.reserve(self, query.device)
             return output.fill_(0)
-        metadata = attn_metadata
-        kind = (self.num_heads, self.sliding_window)
-        plan = metadata.plans.get(kind)
-        if plan is None:
-            plan = metadata.plans[kind] = cpu.plan_attention(
-                metadata.seq_lens,
-                metadata.query_start_loc,
-                num_heads=self.num_heads,
-                num_kv_heads=self.num_kv_heads,
-                head_size=self.head_size,
-                page_size=kv_cache.shape[2],
-                causal=metadata.causal,
-                window=self.sliding_window,
-            )
-        cpu.paged_attention(
-            query[: metadata.num_tokens],
-            kv_cache,
-            metadata.block_table,
-            metadata.seq_lens,
-            metadata.query_start_loc,
-            output[: metadata.num_tokens],
-            scale=self.scale,
-            causal=metadata.causal,
-            window=self.sliding_window,
-            soft_cap=self.soft_cap,
-            sinks=self.sinks,
-            plan=plan,
-            isa=self._isa,
-            debug=self._debug,
-        )
+        tokens = attn_metadata.num_tokens
+        kernels.attend(self, attn_metadata, query[:tokens], kv_cache, output[:tokens])
         return output

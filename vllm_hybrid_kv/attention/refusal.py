@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
+from vllm.platforms import current_platform
 
 from vllm_hybrid_kv.kernels import k8v4
 
@@ -123,7 +124,9 @@ def _skipped_kinds() -> list[str]:
 
 
 def _serve_unquantised(head_size: int) -> str:
-    """Say what vLLM's own CPU kernels can do for layers that differ in nothing but this."""
+    """Say what vLLM's own kernels can do for layers that differ in nothing but this."""
+    if not current_platform.is_cpu():
+        return f"{INSTEAD} or fp8"
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     listed = CPUAttentionBackend.get_supported_head_sizes()
@@ -138,7 +141,7 @@ def _serve_unquantised(head_size: int) -> str:
     return f"{INSTEAD} or fp8" if fp8 else INSTEAD
 
 
-def refuse_selection(config: AttentionSelectorConfig) -> str | None:
+def refuse_selection(config: AttentionSelectorConfig) -> Refusal | None:
     """Return why a layer that vLLM selects a backend for cannot have a k8v4 cache.
 
     Args:
@@ -164,7 +167,7 @@ def refuse_selection(config: AttentionSelectorConfig) -> str | None:
     for parallel in ("decode", "prefill"):
         if asks(f"use_{parallel[0]}cp"):
             return Refusal(
-                f"{parallel} context parallelism on CPUs",
+                f"{parallel} context parallelism",
                 f"serve the model with --{parallel}-context-parallel-size 1",
             )
     return _refuse_kind(config.attn_type) or _refuse_head_size(config.head_size)

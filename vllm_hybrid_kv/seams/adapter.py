@@ -42,7 +42,8 @@ class Known:
 def build(context: Context, known: Known) -> list[Seam]:
     """Return the seams of a minor, not applied.
 
-    Away from CPUs vLLM's own TURBOQUANT backend stays, for ours has no kernels there.
+    On other devices than CPUs and GPUs vLLM's own TURBOQUANT backend stays. On GPUs vLLM selects
+    ours by itself, through what the class says that it supports.
     """
     seams = [
         configuration.settings_seam(context, known.create_engine_config, known.init_worker),
@@ -52,11 +53,12 @@ def build(context: Context, known: Known) -> list[Seam]:
         coordination.coordinator_seam(context, known.make_coordinator),
         coordination.prefix_match_unit_seam(context, known.resolve_block_sizes),
     ]
+    if context.on_cpu or context.on_gpu:
+        seams.append(attention.registration_seam(context))
     if context.on_cpu:
-        seams += [
-            attention.registration_seam(),
+        seams.append(
             attention.selection_seam(
                 known.get_attn_backend_cls, stock_refuses=known.cpu_refuses_dtypes
-            ),
-        ]
+            )
+        )
     return seams

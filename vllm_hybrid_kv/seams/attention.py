@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The seams that put our attention backend in the place of vLLM's TURBOQUANT on CPUs."""
+"""The seams that put our attention backend in the place of vLLM's TURBOQUANT."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import vllm.platforms
 from vllm.logger import init_logger
@@ -15,13 +15,25 @@ from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.seams.base import Edit, MethodRebinding, Notice, Seam, Target
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_hybrid_kv.seams.context import Context
+
 logger = init_logger("vllm.hybrid_kv.attention")
 
 BACKEND_PATH = "vllm_hybrid_kv.attention.backend.K8V4AttentionBackend"
 
 
 class BackendRegistration(Edit):
-    """Registers our backend class under vLLM's name TURBOQUANT."""
+    """Registers our backend class under vLLM's name TURBOQUANT.
+
+    vLLM has one name for all its presets. An engine with one that is not ours gets vLLM's own
+    backend, as without the plugin.
+    """
+
+    def __init__(self) -> None:
+        self._ours = True
 
     def problems(self) -> list[str]:
         """Check that nobody else has the name, and that stock's slots are as large as ours."""
@@ -34,10 +46,21 @@ class BackendRegistration(Edit):
         """Register."""
         register_backend(AttentionBackendEnum.TURBOQUANT, BACKEND_PATH)
 
+    def follow(self, vllm_config: VllmConfig) -> None:
+        """Give the name to the backend that serves an engine's cache dtype."""
+        dtype = vllm_config.cache_config.cache_dtype
+        ours = dtype == CACHE_DTYPE or not str(dtype).startswith("turboquant_")
+        if ours != self._ours:
+            self._ours = ours
+            if ours:
+                self.apply()
+            else:
+                self.undo()
+
     def failures(self) -> list[str]:
         """Check what vLLM would load."""
         path = AttentionBackendEnum.TURBOQUANT.get_path()
-        return [] if path == BACKEND_PATH else [f"the backend TURBOQUANT is {path}"]
+        return [f"the backend TURBOQUANT is {path}"] if (path == BACKEND_PATH) != self._ours else []
 
     def undo(self) -> None:
         """Give the name back to vLLM's own backend."""
@@ -51,22 +74,15 @@ def slot_size_problems() -> list[str]:
     """Say where vLLM would plan other slots than the k8v4 format has.
 
     vLLM asks its own TurboQuant backend for the bytes of a slot when it aligns the blocks of
-    hybrid models, whatever backend is registered. While both agree no seam is needed there.
+    hybrid models, whatever backend is registered. While both agree no seam is needed there. The
+    backend gets them from this table; it itself is not imported here, for it brings
+    FlashAttention with it.
     """
-    import torch
-    from vllm.v1.attention.backends.turboquant_attn import TurboQuantAttentionBackend
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode
+    from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
 
     problems = []
     for head_size in range(k8v4.MIN_HEAD_SIZE, k8v4.MAX_HEAD_SIZE + 1, k8v4.HEAD_SIZE_MULTIPLE):
-        spec = FullAttentionSpec(
-            block_size=1,
-            num_kv_heads=1,
-            head_size=head_size,
-            dtype=torch.uint8,
-            kv_quant_mode=KVQuantMode.TURBOQUANT_K8V4,
-        )
-        stock = TurboQuantAttentionBackend.customize_spec(spec).page_size_bytes
+        stock = TurboQuantConfig.from_cache_dtype(CACHE_DTYPE, head_size).slot_size_aligned
         if stock != (ours := k8v4.slot_bytes(head_size)):
             problems.append(
                 f"vLLM plans {stock} bytes for a slot of head size {head_size}, k8v4 has {ours}"
@@ -99,17 +115,24 @@ class ClearedSelection(Edit):
         return "vllm.v1.attention.selector._cached_get_attn_backend"
 
 
-def registration_seam() -> Seam:
-    """Register our backend."""
+def registration_seam(context: Context) -> Seam:
+    """Register our backend for engines with a k8v4 cache.
+
+    Args:
+        context: The process's, which tells of each engine.
+    """
+    registration = BackendRegistration()
+    context.followers.append(registration.follow)
     return Seam(
         "attention_backend",
         Notice(
-            replaces="the class behind AttentionBackendEnum.TURBOQUANT",
-            why="vLLM's own has no CPU kernels; register_backend is vLLM's way to replace one",
-            upstream="vllm-project/vllm#49465 (TurboQuant on CPUs)",
-            until="vLLM serves turboquant_k8v4 on CPUs as fast",
+            replaces="the class behind AttentionBackendEnum.TURBOQUANT, for turboquant_k8v4",
+            why="vLLM's own has no CPU kernels, and reads each KV byte once for every query head "
+            "on GPUs; register_backend is vLLM's way to replace one",
+            upstream="vllm-project/vllm#49465 (TurboQuant on CPUs), #55610 (its speed on GPUs)",
+            until="vLLM serves turboquant_k8v4 on CPUs and GPUs as fast",
         ),
-        [BackendRegistration()],
+        [registration],
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm import envs
 
+from vllm_hybrid_kv.attention.refusal import CACHE_DTYPE
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.seams.base import Edit, MethodRebinding, Notice, Seam, Target
 from vllm_hybrid_kv.settings import ENVIRONMENT_PREFIX
@@ -39,6 +40,12 @@ def settings_seam(context: Context, create_engine_config: Target, init_worker: T
             except HybridKVError as error:
                 context.stop(error)
             vllm_config: VllmConfig = original(self, *args, **kwargs)
+            if vllm_config.cache_config.cache_dtype == CACHE_DTYPE:
+                # vLLM sets FlashAttention 2 beside any TurboQuant cache. It says that newer ones
+                # want every layer to be theirs; the layers left unquantised are, and its code has
+                # come to skip the others.
+                chosen = self.attention_config.flash_attn_version
+                vllm_config.attention_config.flash_attn_version = chosen
             context.adopt(vllm_config)
             return vllm_config
 
@@ -55,7 +62,8 @@ def settings_seam(context: Context, create_engine_config: Target, init_worker: T
         "settings",
         Notice(
             replaces="EngineArgs.create_engine_config and WorkerBase.__init__, which it wraps",
-            why="plugins load before the configuration is known, and are not told it later",
+            why="plugins load before the configuration is known, and are not told it later; and "
+            "the version of FlashAttention stays what the user chose, which vLLM overrides",
             upstream="none",
             until="vLLM calls plugins with the configuration",
         ),

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NoReturn
 
 from vllm_hybrid_kv import settings
@@ -23,15 +23,19 @@ class Context:
 
     Attributes:
         strategies: The strategies of this process.
-        on_cpu: Whether the platform is a CPU, where our attention backend runs.
+        on_cpu: Whether the platform is a CPU.
+        on_gpu: Whether it is a GPU of NVIDIA's or AMD's.
         announce: Is told an engine's configuration and settings wherever they become known.
         stop: Ends start-up with an error from the process that the user started.
+        followers: Are told an engine's configuration likewise, before any layer is made.
     """
 
     strategies: Strategies
     on_cpu: bool
+    on_gpu: bool
     announce: Callable[[VllmConfig, Settings], None]
     stop: Callable[[HybridKVError], NoReturn]
+    followers: list[Callable[[VllmConfig], None]] = field(default_factory=list)
 
     def check(self, additional_config: object) -> Settings:
         """Return the settings that a command line and the environment make.
@@ -54,5 +58,7 @@ class Context:
         """
         self.check(vllm_config.additional_config)
         adopted = settings.adopt(vllm_config)
+        for follow in self.followers:
+            follow(vllm_config)
         self.announce(vllm_config, adopted)
         return adopted

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The size of an attention program on each GPU: measured where somebody has, derived elsewhere.
+
+`python -m benchmarks.gpu --tune` tries the candidates on the GPU at hand and prints rows for
+`MEASURED`. A GPU without rows takes `derived_tiling`, which follows from what the machine code
+takes (registers, shared memory, spills) and from the cost of a split, not from a measurement.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .convert import is_nvidia
+
+MIN_SPLIT_TILES = 4
+"""Tiles of keys below which a split is not made: what its partial result costs to write and read
+again is then below a tenth of what its keys cost to read."""
+
+PROGRAMS_PER_PROCESSOR = 4
+"""Programs that a streaming multiprocessor should have at hand to keep its memory busy."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The size of a program, and how finely the keys of a row are divided among programs.
+
+    Attributes:
+        block_m: Rows.
+        block_n: Keys at a time.
+        num_warps: Warps.
+        num_stages: Tiles of keys in flight.
+        programs_per_processor: Programs wanted for each streaming multiprocessor.
+        min_split_tiles: Tiles of keys that a split has at least, but for a row's last.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    programs_per_processor: int = PROGRAMS_PER_PROCESSOR
+    min_split_tiles: int = MIN_SPLIT_TILES
+
+    @property
+    def lanes(self) -> int:
+        """Warps that tensor cores give different keys, 16 each at a time."""
+        return min(self.num_warps, self.block_n // 16)
+
+
+class Rows(enum.Enum):
+    """Classes of the number of rows: new tokens of a request times query heads of a KV head."""
+
+    UP_TO_16 = 16
+    UP_TO_32 = 32
+    UP_TO_64 = 64
+    MORE = 0
+
+
+MOST_ROWS = (16, 32, 64, 65)
+"""A number of rows of each class."""
+
+HEAD_CLASSES = (64, 128, 256)
+"""Classes of head sizes: those up to 64, up to 128 and up to 256 dims, as products are padded."""
+
+Key = tuple[tuple[int, int], int, Rows]
+"""Compute capability (major, minor), head class, row class."""
+
+MEASURED: Mapping[Key, Tiling] = {}
+"""What `python -m benchmarks.gpu --tune` found, and on which GPU: none has been measured yet."""
+
+
+def head_class(head_size: int) -> int:
+    """Return the class of a head size.
+
+    Raises:
+        ValueError: There is none that large.
+    """
+    for largest in HEAD_CLASSES:
+        if head_size <= largest:
+            return largest
+    raise ValueError(f"k8v4 attention: no head class holds a head size of {head_size}")
+
+
+def row_class(rows: int) -> Rows:
+    """Return the class of a number of rows."""
+    for bounded in (Rows.UP_TO_16, Rows.UP_TO_32, Rows.UP_TO_64):
+        if rows <= bounded.value:
+            return bounded
+    return Rows.MORE
+
+
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """Return the compute capability of an NVIDIA GPU, None for any other device."""
+    return torch.cuda.get_device_capability(device) if is_nvidia(device) else None
+
+
+def has_tensor_memory(capability: tuple[int, int] | None) -> bool:
+    """Return whether tensor cores have a memory of their own (10.x and 11.x)."""
+    return capability is not None and 10 <= capability[0] < 12
+
+
+def derived_tiling(rows: int, head_size: int, tensor_memory: bool = False) -> Tiling:
+    """Return the size of a program where none was measured.
+
+    More rows share what widening a key costs, until their results no longer fit the registers.
+    Every size here is free of spills from compute capability 8.0 to 12.0 with Triton 3.9. With
+    four warps and 64 keys, or 64 dims of a quarter, Triton takes the instructions that work for
+    four warps at once: `wgmma` on 9.0, which wants its second operand in shared memory, and on
+    10.0 those of the tensor memory, with thousands of moves to and from it.
+
+    Args:
+        rows: New tokens of a request at most times query heads of a KV head.
+        head_size: D.
+        tensor_memory: As `has_tensor_memory` says.
+    """
+    large = head_size > 128
+    if rows <= 16 or (large and tensor_memory):
+        return Tiling(16, 64, 2, 3)
+    if large:
+        return Tiling(32, 64, 4, 3)
+    return Tiling(32, 32, 2, 3) if rows <= 32 else Tiling(64, 32, 4, 2)
+
+
+def tiling_for(rows: int, head_size: int, capability: tuple[int, int] | None) -> Tiling:
+    """Return the size of a program: what was measured for the GPU, or what is derived.
+
+    Args:
+        rows: New tokens of a request at most times query heads of a KV head.
+        head_size: D.
+        capability: As `capability_of` says.
+    """
+    if capability is not None:
+        measured = MEASURED.get((capability, head_class(head_size), row_class(rows)))
+        if measured is not None:
+            return measured
+    return derived_tiling(rows, head_size, has_tensor_memory(capability))
+
+
+def origin(capability: tuple[int, int] | None) -> str:
+    """Return 'measured' if the table has rows for a compute capability, else 'derived'."""
+    known = any(key[0] == capability for key in MEASURED)
+    return "measured" if known else "derived"

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On GPUs the backend is registered for engines with our cache, and for no others."""
+
+import logging
+
+import pytest
+import vllm
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.worker.worker_base import WorkerBase
+
+from vllm_hybrid_kv import plugin
+
+pytestmark = pytest.mark.usefixtures("unregistered")
+
+OURS = "vllm_hybrid_kv.attention.backend.K8V4AttentionBackend"
+
+
+@pytest.fixture
+def stocks_path():
+    return AttentionBackendEnum.TURBOQUANT.get_path()
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A platform that says of itself what CUDA's does; no GPU is used."""
+    platform = type(current_platform)
+    monkeypatch.setattr(platform, "is_cpu", lambda self: False)
+    monkeypatch.setattr(platform, "is_cuda", lambda self: True)
+    monkeypatch.setattr(platform, "is_cuda_alike", lambda self: True)
+    capability = classmethod(lambda cls, device_id=0: DeviceCapability(9, 0))
+    monkeypatch.setattr(platform, "get_device_capability", capability)
+
+
+def names():
+    return {seam.name for seam in plugin.applied().seams}
+
+
+def adopt(config, dtype):
+    config.cache_config.cache_dtype = dtype
+    WorkerBase(config, local_rank=0, rank=0, distributed_init_method="")
+
+
+def test_the_backend_is_registered_and_vllm_itself_selects_it(gpu):
+    plugin.register()
+    assert AttentionBackendEnum.TURBOQUANT.get_path() == OURS
+    assert "attention_backend" in names()
+    assert "backend_selection" not in names()
+
+
+def test_a_platform_without_kernels_keeps_vllms_backend(monkeypatch, stocks_path):
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    plugin.register()
+    assert AttentionBackendEnum.TURBOQUANT.get_path() == stocks_path != OURS
+    assert "attention_backend" not in names()
+
+
+def test_an_engine_with_another_preset_gets_vllms_backend(gpu, make_config, stocks_path):
+    config = make_config()
+    plugin.register()
+    adopt(config, "turboquant_4bit_nc")
+    assert AttentionBackendEnum.TURBOQUANT.get_path() == stocks_path != OURS
+    plugin.register()  # verifies what is in force
+    adopt(config, "turboquant_k8v4")
+    assert AttentionBackendEnum.TURBOQUANT.get_path() == OURS
+    adopt(config, "auto")
+    assert AttentionBackendEnum.TURBOQUANT.get_path() == OURS
+
+
+def test_one_line_says_whose_tile_sizes_the_kernels_take(gpu, make_config, log):
+    config = make_config()
+    plugin.register()
+    adopt(config, "turboquant_k8v4")
+    (line,) = log.lines(logging.INFO)
+    assert line.startswith(f"hybrid_kv {plugin.__version__} active on vLLM {vllm.__version__}")
+    assert line.endswith("kernels=triton, tile sizes derived")
+
+
+@pytest.mark.parametrize("version", [None, 2, 3, 4])
+def test_unquantised_layers_keep_the_flash_attention_that_the_user_chose(version, make_config):
+    arguments = {"attention_config": {"flash_attn_version": version}}
+    stock = make_config(kv_cache_dtype="turboquant_k8v4", **arguments)
+    assert stock.attention_config.flash_attn_version == 2
+    plugin.register()
+    config = make_config(kv_cache_dtype="turboquant_k8v4", **arguments)
+    assert config.attention_config.flash_attn_version == version

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU kernels as the backend calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_hybrid_kv.kernels import cpu
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+    from vllm_hybrid_kv.attention.device import Layer
+    from vllm_hybrid_kv.attention.metadata import K8V4Metadata
+
+
+class CpuKernels:
+    """Stores and attends on CPUs.
+
+    Args:
+        isa: The instructions that they use.
+        debug: Whether they check block tables and slots.
+    """
+
+    def __init__(self, isa: str, *, debug: bool) -> None:
+        self._isa = isa
+        self._debug = debug
+
+    def warm_up(
+        self,
+        layers: Sequence[Layer],
+        spec: AttentionSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        max_requests: int,
+    ) -> None:
+        """Compile what the layers of a KV group will call."""
+        cpu.warm_up(spec.head_size, dtype, isa=self._isa)
+
+    def reserve(self, layer: Layer, device: torch.device) -> None:
+        """Nothing: partial results are a few KiB for each thread."""
+
+    def store(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Quantise tokens into their slots."""
+        cpu.quantise_and_store(key, value, cache, slot_mapping, debug=self._debug)
+
+    def attend(
+        self,
+        layer: Layer,
+        metadata: K8V4Metadata,
+        query: torch.Tensor,
+        cache: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Attend to the cache."""
+        kind = (layer.num_heads, layer.sliding_window)
+        plan = metadata.plans.get(kind)
+        if plan is None:
+            plan = metadata.plans[kind] = cpu.plan_attention(
+                metadata.seq_lens,
+                metadata.query_start_loc,
+                num_heads=layer.num_heads,
+                num_kv_heads=layer.num_kv_heads,
+                head_size=layer.head_size,
+                page_size=cache.shape[2],
+                causal=metadata.causal,
+                window=layer.sliding_window,
+            )
+        cpu.paged_attention(
+            query,
+            cache,
+            metadata.block_table,
+            metadata.seq_lens,
+            metadata.query_start_loc,
+            out,
+            scale=layer.scale,
+            causal=metadata.causal,
+            window=layer.sliding_window,
+            soft_cap=layer.soft_cap,
+            sinks=layer.sinks,
+            plan=plan,
+            isa=self._isa,
+            debug=self._debug,
+        )

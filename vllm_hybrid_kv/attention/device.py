@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels of each kind of device, as the backend calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from vllm_hybrid_kv.settings import INTERPRETER, Settings
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+    from vllm_hybrid_kv.attention.metadata import K8V4Metadata
+
+
+class Layer(Protocol):
+    """What the kernels are told of a layer.
+
+    Attributes:
+        num_heads: Query heads.
+        num_kv_heads: KV heads.
+        head_size: Dims of a head.
+        scale: Factor of the scores.
+        sliding_window: Tokens that a query sees back, itself included, or None.
+        soft_cap: Bound of the scores, 0 for none.
+        sinks: [num_heads], scores of the sinks, or None.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    scale: float
+    sliding_window: int | None
+    soft_cap: float
+    sinks: torch.Tensor | None
+
+
+class Kernels(Protocol):
+    """Stores and attends on one kind of device."""
+
+    def warm_up(
+        self,
+        layers: Sequence[Layer],
+        spec: AttentionSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        max_requests: int,
+    ) -> None:
+        """Compile what the layers of a KV group will call.
+
+        Args:
+            layers: The layers.
+            spec: Their KV cache.
+            dtype: Of queries, keys and values.
+            device: Where they run.
+            max_requests: Requests of a step at most.
+        """
+
+    def reserve(self, layer: Layer, device: torch.device) -> None:
+        """Take the scratch memory that any step of a layer may need, while vLLM profiles memory."""
+
+    def store(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Quantise tokens into their slots; see `quantise_and_store` of the kernels."""
+
+    def attend(
+        self,
+        layer: Layer,
+        metadata: K8V4Metadata,
+        query: torch.Tensor,
+        cache: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Attend to the cache; see `paged_attention` of the kernels."""
+
+
+def kernels_for(device: torch.device, settings: Settings) -> Kernels:
+    """Return the kernels that run on a device.
+
+    Raises:
+        HybridKVSettingsError: The settings ask for instructions that this CPU has not.
+    """
+    if device.type == "cpu" and (isa := settings.kernel_isa()) != INTERPRETER:
+        from vllm_hybrid_kv.attention.cpu import CpuKernels
+
+        return CpuKernels(isa, debug=settings.debug)
+    from vllm_hybrid_kv.attention.gpu import GpuKernels
+
+    return GpuKernels(debug=settings.debug)
