@@ -12,17 +12,22 @@ spread by `LOGIT_SIZE`, so that greedy choices are seldom close.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
     PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3_5TextConfig,
     Qwen3NextConfig,
 )
 
@@ -71,32 +76,45 @@ def qwen3_next_config(head_size: int = 128, layers: int = 8) -> Qwen3NextConfig:
     """Return a hybrid model: three Gated DeltaNet layers to one of full attention, and experts."""
     return Qwen3NextConfig(
         **_common(layers),
-        head_dim=head_size,
-        linear_num_key_heads=2,
-        linear_num_value_heads=2,
-        linear_key_head_dim=64,
-        linear_value_head_dim=64,
+        **_gated_delta_net(head_size, layers),
         num_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=128,
         shared_expert_intermediate_size=256,
-        intermediate_size=512,
-        layer_types=["linear_attention", "linear_attention", "linear_attention", "full_attention"]
-        * (layers // 4),
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "partial_rotary_factor": 0.25,
-        },
     )
+
+
+def qwen3_5_config(head_size: int = 128, layers: int = 8) -> Qwen3_5TextConfig:
+    """Return a hybrid model as `qwen3_next_config` does, but dense: no experts."""
+    return Qwen3_5TextConfig(**_common(layers), **_gated_delta_net(head_size, layers))
 
 
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": llama_config,
     "gemma3": gemma3_config,
     "qwen3-next": qwen3_next_config,
+    "qwen3.5": qwen3_5_config,
 }
 """The models by name."""
+
+MTP_LAYERS = {
+    "qwen3_next": "num_nextn_predict_layers",
+    "qwen3_5_text": "mtp_num_hidden_layers",
+}
+"""Where vLLM reads, by type of model, how many layers predict further tokens."""
+
+
+def with_mtp_layer(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the configuration of the same model with a layer for multi-token prediction.
+
+    Raises:
+        ValueError: vLLM knows no such layer for this type of model.
+    """
+    if config.model_type not in MTP_LAYERS:
+        raise ValueError(f"a model of type {config.model_type} has no layer that predicts tokens")
+    config = copy.deepcopy(config)
+    setattr(config, MTP_LAYERS[config.model_type], 1)
+    return config
 
 
 def build_model(
@@ -110,7 +128,7 @@ def build_model(
     """Write a model with random weights as safetensors, and its tokenizer.
 
     Args:
-        config: One of `CONFIGS`, or a variant of it.
+        config: One of `CONFIGS`, or a variant of it, such as one of `with_mtp_layer`.
         folder: Where to write; made if it is not there.
         dtype: Of the weights in the file; they are drawn in float32.
         words_only: Make greedy answers consist of whole words. Without, every token is as likely
@@ -122,19 +140,83 @@ def build_model(
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(folder)
+    generator = torch.Generator().manual_seed(seed)
+    model = _random_model(config, generator)
+    if words_only:
+        others = torch.ones(VOCAB_SIZE, dtype=torch.bool)
+        others[word_tokens(tokenizer)] = False
+        with torch.no_grad():
+            model.get_output_embeddings().weight[others] *= 0.2
+    model.to(dtype).save_pretrained(folder)
+    if getattr(config, MTP_LAYERS.get(config.model_type, ""), 0):
+        _add_mtp_layer(config, folder, dtype, generator)
+    return folder
+
+
+def _random_model(config: PreTrainedConfig, generator: torch.Generator) -> PreTrainedModel:
+    """Return a model in float32 with weights drawn as this module says."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             _initialise(name, parameter, config, generator)
-        if words_only:
-            others = torch.ones(VOCAB_SIZE, dtype=torch.bool)
-            others[word_tokens(tokenizer)] = False
-            model.get_output_embeddings().weight[others] *= 0.2
-    model.to(dtype).save_pretrained(folder)
-    return folder
+    return model
+
+
+def _add_mtp_layer(
+    config: PreTrainedConfig, folder: Path, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """Write the weights of a layer that predicts the token after the next one beside the model's.
+
+    It sees the embedding of the next token and the hidden state before that. With random weights
+    alone it would hardly ever be right. The model's own answer depends on that embedding more
+    than on anything else, so the layer passes it on and adds little to it: some drafts are then
+    accepted and most are not.
+    """
+    hidden_size = config.hidden_size
+    block = copy.deepcopy(config)
+    block.num_hidden_layers, block.layer_types = 1, ["full_attention"]
+    with TemporaryDirectory() as scratch:
+        # Through a file, because transformers writes experts under other names than it runs them.
+        _random_model(block, generator).save_pretrained(scratch)
+        layer = {
+            f"mtp.{name.removeprefix('model.')}": weight
+            for name, weight in load_file(f"{scratch}/model.safetensors").items()
+            if name.startswith("model.layers.")
+        }
+    for name, weight in layer.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight.mul_(0.25)
+    state_part = 0.1 * torch.randn(hidden_size, hidden_size, generator=generator)
+    layer["mtp.fc.weight"] = torch.cat(
+        [torch.eye(hidden_size), state_part / math.sqrt(hidden_size)], dim=1
+    )
+    for norm in ("norm", "pre_fc_norm_hidden", "pre_fc_norm_embedding"):
+        # These multiply by 1 + weight, too.
+        layer[f"mtp.{norm}.weight"] = torch.zeros(hidden_size)
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    weights.update({name: weight.to(dtype) for name, weight in layer.items()})
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def _gated_delta_net(head_size: int, layers: int) -> dict[str, object]:
+    """Return what hybrid models of three Gated DeltaNet layers to one of attention share."""
+    return {
+        "head_dim": head_size,
+        "intermediate_size": 512,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "layer_types": [*["linear_attention"] * 3, "full_attention"] * (layers // 4),
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.25,
+        },
+    }
 
 
 def _common(layers: int) -> dict[str, object]:
