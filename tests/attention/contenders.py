@@ -37,8 +37,16 @@ from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends import turboquant_attn as stock_backend
 from vllm.v1.attention.ops import triton_turboquant_decode as stock_decode
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheTensor,
+    KVQuantMode,
+)
 from vllm.v1.worker import workspace
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+from vllm.v1.worker.utils import AttentionGroup, allocate_kv_cache
 
 from vllm_hybrid_kv.attention import gpu
 from vllm_hybrid_kv.attention.backend import K8V4AttentionBackend, K8V4AttentionImpl
@@ -273,10 +281,14 @@ class Recorder(TorchDispatchMode):
     """Runs operations again as a captured graph does: the same tensors, the same numbers.
 
     Of what Python does between them nothing is repeated.
+
+    Args:
+        launch: Whether kernels are launched as well; what they give is not defined otherwise.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, launch: bool = True) -> None:
         super().__init__()
+        self._launches_kernels = launch
         self.launches: list[tuple[Any, Any, Any]] = []
         self._operations: list[Callable[[], None]] = []
         self._executor = triton.runtime.interpreter.GridExecutor
@@ -304,9 +316,10 @@ class Recorder(TorchDispatchMode):
         def launch(executor: Any, *args: Any, **kwargs: Any) -> None:
             self.launches.append((executor, args, kwargs))
             self._operations.append(lambda: self._launch(executor, *args, **kwargs))
-            self._inside = True
-            self._launch(executor, *args, **kwargs)
-            self._inside = False
+            if self._launches_kernels:
+                self._inside = True
+                self._launch(executor, *args, **kwargs)
+                self._inside = False
 
         self._executor.__call__ = launch
         gpu._capturing = lambda device: True
@@ -341,7 +354,9 @@ def replay_error(name: str, captured: Step, replayed: Step) -> float:
     backend.impl.forward(backend.layer, *tensors, cache, metadata, out)
     with Recorder() as recorder:
         backend.impl.forward(backend.layer, *tensors, cache, metadata, out)
-    assert recorder.launches
+    launched = [executor.fn.__name__ for executor, _, _ in recorder.launches]
+    # A plan from before the capture would not be wrong for decodes, but made for other lengths.
+    assert name == "stock" or "plan_kernel" in launched
 
     backend.store(made.key, made.value, cache, slots)
     requests = other.num_reqs
@@ -355,6 +370,13 @@ def replay_error(name: str, captured: Step, replayed: Step) -> float:
         tensor[:new] = content
     recorder.replay()
     return error(out[:new], expected(replayed, made))
+
+
+def captured_lengths() -> list[int]:
+    """Lengths that the runs before a capture attend to."""
+    common, _ = common_metadata(Step((200, 90), (3, 3)))
+    Backend("ours", vllm_config(), {}).builder.build_for_cudagraph_capture(common)
+    return common.seq_lens.tolist()
 
 
 def draft_error(update: bool) -> float:
@@ -394,7 +416,7 @@ def not_warmed_up(steps: list[Step]) -> set[Any]:
     """Return what the steps launch that was not launched when the engine started."""
     layer = {"sliding_window": 20}
     backend = Backend("ours", vllm_config(), layer)
-    with Recorder() as warm:
+    with Recorder(launch=False) as warm:
         cache = backend.cache(2 * PAGE)
         gpu._warm_up_layer(backend.impl, cache, DTYPE, max_requests=300)
     launched = []
@@ -403,11 +425,81 @@ def not_warmed_up(steps: list[Step]) -> set[Any]:
         made = texts(step)
         cache = backend.cache(int(slots.max()) + 1)
         tensors = [made.query, made.key[made.new], made.value[made.new]]
-        with Recorder() as recorder:
+        with Recorder(launch=False) as recorder:
             backend.store(*tensors[1:], cache, common.slot_mapping)
             backend.forward(tensors, cache, backend.builder.build(0, common))
         launched += recorder.launches
     return kernels_of(launched) - kernels_of(warm.launches)
+
+
+def second_runner_error(bound: int) -> float:
+    """Run a step with metadata built as vLLM's second model runner does."""
+    step = Step((20, 9), (2, 2), bound=bound)
+    backend = Backend("ours", vllm_config(), {})
+    group = AttentionGroup(K8V4AttentionBackend, ["layer"], spec(), 0)
+    group.create_metadata_builders(vllm_config(), torch.device("cpu"), PAGE)
+    common, slots = common_metadata(step)
+    metadata = build_attn_metadata(
+        attn_groups=[[group]],
+        num_reqs=common.num_reqs,
+        num_tokens=common.num_actual_tokens,
+        query_start_loc_gpu=common.query_start_loc,
+        query_start_loc_cpu=common.query_start_loc_cpu,
+        max_query_len=common.max_query_len,
+        seq_lens=common.seq_lens,
+        max_seq_len=common.max_seq_len,
+        block_tables=[common.block_table_tensor],
+        slot_mappings=common.slot_mapping[None],
+        kv_cache_config=SimpleNamespace(kv_cache_groups=[None]),
+        seq_lens_cpu_upper_bound=common.seq_lens_cpu_upper_bound,
+    )
+    made = texts(step)
+    cache = backend.cache(int(slots.max()) + 1)
+    backend.store(made.key, made.value, cache, slots)
+    tensors = [made.query, made.key[made.new], made.value[made.new]]
+    return error(backend.forward(tensors, cache, metadata["layer"]), expected(step, made))
+
+
+def pages_of(cache: torch.Tensor, layer: int, blocks: int) -> torch.Tensor:
+    """A layer's pages as a connector sees them: bytes of vLLM's allocation, of the planned size."""
+    page = K8V4AttentionBackend.customize_spec(spec()).page_size_bytes
+    raw = torch.tensor([], dtype=torch.uint8).set_(cache.untyped_storage())
+    return raw[layer * page * blocks :][: page * blocks].view(blocks, page)
+
+
+def moved_pages_are_equal() -> bool:
+    """Attend to pages that were moved, as bytes, into another layer's blocks in another order."""
+    blocks = 9
+    planned = K8V4AttentionBackend.customize_spec(spec())
+    page = planned.page_size_bytes
+    config = KVCacheConfig(
+        num_blocks=blocks,
+        kv_cache_tensors=[
+            KVCacheTensor(
+                layers=["a", "b"], size=2 * page * blocks, offset=0,
+                layer_stride=page * blocks, block_stride=page,
+            )
+        ],
+        kv_cache_groups=[KVCacheGroupSpec(["a", "b"], planned)],
+    )  # fmt: skip
+    layout = K8V4AttentionBackend.supported_kv_cache_layouts()[0]
+    caches = allocate_kv_cache(config, torch.device("cpu"), layout)
+    step = Step((50, 33), (1, 3))
+    backend = Backend("ours", vllm_config(), {})
+    common, slots = common_metadata(step)
+    made = texts(step)
+    backend.store(made.key, made.value, caches["a"].view(torch.uint8), slots)
+    tensors = [made.query, made.key[made.new], made.value[made.new]]
+
+    def attend(layer: str) -> torch.Tensor:
+        metadata = backend.builder.build(0, common)
+        return backend.forward(tensors, caches[layer].view(torch.uint8), metadata)
+
+    before = attend("a")
+    order = torch.arange(blocks).flip(0)
+    pages_of(caches["b"], 1, blocks)[order] = pages_of(caches["a"], 0, blocks)
+    common.block_table_tensor.copy_(order[common.block_table_tensor.long()])
+    return torch.equal(before, attend("b")) and not torch.equal(before, attend("a"))
 
 
 def refused(name: str, asked: dict[str, Any]) -> list[str]:

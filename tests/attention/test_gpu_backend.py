@@ -65,6 +65,10 @@ def test_a_graph_of_decodes_follows_numbers_of_tokens_that_change(run: Run) -> N
     assert run("replay_error", "ours", captured, replayed) < TOLERANCE
 
 
+def test_the_runs_before_a_capture_attend_to_short_texts(run: Run) -> None:
+    assert run("captured_lengths") == [3, 3]
+
+
 def test_a_drafts_next_token_attends_with_its_own_length(run: Run) -> None:
     assert run("draft_error", True) < TOLERANCE
 
@@ -137,3 +141,11 @@ def test_every_kernel_of_a_step_was_called_when_the_engine_started(run: Run) -> 
         Step((40, *[2] * 20), (40, *[1] * 20)),
     ]
     assert run("not_warmed_up", steps) == set()
+
+
+def test_the_second_model_runner_gets_exact_lengths_too(run: Run) -> None:
+    assert run("second_runner_error", 3) < TOLERANCE
+
+
+def test_pages_can_be_moved_as_bytes_of_the_planned_size(run: Run) -> None:
+    assert run("moved_pages_are_equal")

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -16,13 +16,22 @@ from workload import (
     Case,
     assert_same,
     choose_prompts,
+    decisive,
     mixed_prompts,
     random_prompt,
     run_alone,
     settings,
+    shortened,
 )
 
 pytestmark = pytest.mark.engine
+
+SPECULATION = {
+    "method": "ngram",
+    "num_speculative_tokens": 3,
+    "prompt_lookup_min": 1,
+    "prompt_lookup_max": 3,
+}
 
 BEGINNING = random_prompt(512, seed=11)
 """What several prompts have in common: whole pages of it come from the prefix cache."""
@@ -117,14 +126,7 @@ def speculate(reference: Reference) -> EngineHost:
     case, repeated = reference.case, reference.repeated
     if repeated is None:
         pytest.skip("vLLM 0.32 has no speculative decoding for Gated DeltaNet on CPUs")
-    engine = reference.engine(
-        speculative_config={
-            "method": "ngram",
-            "num_speculative_tokens": 3,
-            "prompt_lookup_min": 1,
-            "prompt_lookup_max": 3,
-        }
-    )
+    engine = reference.engine(speculative_config=SPECULATION)
     for alone in (False, True):
         outputs = engine.generate(repeated.prompts, 4 * case.tokens, alone=alone)
         assert_same(outputs, repeated.outputs, case)
@@ -207,6 +209,43 @@ def test_ngram_speculation_gives_what_decoding_without_it_gives(reference: Refer
     accepted = metrics["vllm:spec_decode_num_accepted_tokens"]
     print(f"{drafted:.0f} drafted, {accepted:.0f} accepted")
     assert drafted > accepted > 4
+
+
+@pytest.fixture
+def interpreting_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineHost]:
+    """A host whose engines run the GPU kernels in Triton's interpreter."""
+    host = EngineHost(
+        tmp_path_factory.mktemp("interpreter") / "log.txt",
+        TRITON_INTERPRET="1",
+        VLLM_HYBRID_KV_CPU_ISA="interpreter",
+    )
+    yield host
+    host.close()
+
+
+def test_the_gpu_kernels_give_what_the_cpu_kernels_give(
+    reference: Reference, interpreting_host: EngineHost
+) -> None:
+    """Backend, metadata, plans and kernels are a GPU's; the engine is vLLM's for CPUs."""
+    if reference.case.model != "gemma3" or reference.repeated is None:
+        pytest.skip("takes a minute, and Gemma3 has both kinds of attention layers")
+    tokens = 3
+    # They round queries and weights to fp16.
+    case = replace(reference.case, rounding=0.1)
+    prompts, expected = [], []
+    for texts, wanted in ((reference.mixed, 2), (reference.repeated, 1)):
+        outputs = [shortened(output, tokens) for output in texts.outputs]
+        found = sorted(decisive(outputs, case), key=lambda i: len(texts.prompts[i]))[:wanted]
+        prompts += [texts.prompts[i] for i in found]
+        expected += [outputs[i] for i in found]
+    assert len(prompts) == 3
+    engine = interpreting_host.engine(
+        **settings(reference.model, case, max_num_batched_tokens=32, speculative_config=SPECULATION)
+    )
+    assert "kernels=cpu:interpreter" in engine.log.read_text()
+    # All at once: whole prompts, chunks, drafts to verify and plain decodes share steps.
+    assert_same(engine.generate(prompts, tokens), expected, case)
+    assert engine.metrics()["vllm:spec_decode_num_draft_tokens"] > 0
 
 
 def test_drafts_that_see_each_other_would_show(

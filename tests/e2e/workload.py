@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,16 @@ def decisive(outputs: Sequence[Output], case: Case) -> list[int]:
     of the second by more than twice the rounding of one.
     """
     return [i for i, o in enumerate(outputs) if min(o.margins) > 2 * case.rounding]
+
+
+def shortened(output: Output, tokens: int) -> Output:
+    """Return the beginning of an output."""
+    return replace(
+        output,
+        tokens=output.tokens[:tokens],
+        logprobs=output.logprobs[:tokens],
+        margins=output.margins[:tokens],
+    )
 
 
 def choose_prompts(
