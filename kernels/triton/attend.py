@@ -329,6 +329,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     # What follows the loop over most of the tiles is read again, so that nothing made of it lies
     # in registers during the loop, which needs them all.
     first_row = tl.load(items + program * _FIELDS + 1, volatile=True)
+    its_part = tl.load(items + program * _FIELDS + 4, volatile=True)
     first_token = tl.load(query_start_loc + request, volatile=True)
     row = first_row + m
     here = row < queries * GROUP
@@ -378,7 +379,6 @@ def attend_kernel(  # type: ignore[no-untyped-def]
             lse_at = lse + token * lse_token + head * lse_head
             tl.store(lse_at, result_lse * _LN_2, mask=here)
     else:
-        part = tl.load(items + program * _FIELDS + 4).to(tl.int64)
-        part = (part * kv_heads + kv_head) * PARTIAL_ROWS + m
+        part = (its_part.to(tl.int64) * kv_heads + kv_head) * PARTIAL_ROWS + m
         tl.store(partial_out + (part * D)[None, :] + dim[:, None], result, mask=keep)
         tl.store(partial_lse + part, result_lse, mask=here)

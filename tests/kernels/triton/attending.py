@@ -11,7 +11,7 @@ import torch
 
 from vllm_hybrid_kv.kernels import k8v4, reference
 from vllm_hybrid_kv.kernels.k8v4 import Layout, PageFormat
-from vllm_hybrid_kv.kernels.triton import paged_attention, plan_attention
+from vllm_hybrid_kv.kernels.triton import largest_scratch, paged_attention, plan_attention
 from vllm_hybrid_kv.kernels.triton.plan import Plan
 
 # Largest ||out - reference|| / ||reference|| over the dims of one row.
@@ -175,8 +175,9 @@ def check(case: Case) -> None:
     assert_close(attend(batch, plan), expected(batch))
 
 
-# Small, because the interpreter takes some milliseconds for a tile; of every kind there is one.
-MIXED: dict[str, Any] = {"lengths": (130, 1, 0, 20, 70), "queries": (1, 1, 0, 20, 5)}
+# Small, because the interpreter takes some milliseconds for a tile and one for each row that a
+# program may have left a part of. The first request is long enough to be split in every tiling.
+MIXED: dict[str, Any] = {"lengths": (290, 1, 0, 20, 150), "queries": (1, 1, 0, 9, 5)}
 DECODE: dict[str, Any] = {"lengths": (330, 1, 0, 37, 64), "queries": (1, 1, 1, 1, 1)}
 
 
@@ -188,7 +189,7 @@ def tiles_of_programs(lengths: tuple[int, ...], processors: int) -> list[int]:
         seq_lens, starts, len(lengths), 4, 1, 64, max_query_len=1, processors=processors
     )
     counts = []
-    for request, first_row, split, splits in plan.items.tolist():
+    for request, first_row, split, splits, _ in plan.items.tolist():
         if request >= 0:
             assert first_row == 0
             tiles = -(-lengths[request] // plan.tiling.block_n)
@@ -196,14 +197,42 @@ def tiles_of_programs(lengths: tuple[int, ...], processors: int) -> list[int]:
     return counts
 
 
+def check_scratch() -> None:
+    """Partial results of any batch fit what is reserved for all, each in a place of its own."""
+    generator = torch.Generator().manual_seed(0)
+    splits_seen = set()
+    for kv_heads, head_size, group in ((1, 64, 4), (2, 128, 8), (8, 256, 1)):
+        scratch = torch.empty(largest_scratch(kv_heads, head_size, torch.device("cpu")))
+        for requests, longest, most in ((1, 9000, 1), (3, 3000, 40), (40, 400, 1), (60, 2000, 2)):
+            queries = torch.randint(0, most + 1, (requests,), generator=generator)
+            queries[0] = most
+            lengths = queries + torch.randint(0, longest, (requests,), generator=generator)
+            starts = torch.cat([torch.zeros(1), queries.cumsum(0)]).to(torch.int32)
+            plan = plan_attention(
+                lengths.to(torch.int32), starts, int(starts[-1]), kv_heads * group, kv_heads,
+                head_size, max_query_len=most, scratch=scratch,
+            )  # fmt: skip
+            parts = [
+                part
+                for request, _, _, splits, part in plan.items.tolist()
+                if request >= 0 and splits > 1
+            ]
+            assert len(set(parts)) == len(parts)
+            assert all(0 <= part < plan.partial_out.shape[0] for part in parts)
+            splits_seen.update(splits for request, _, _, splits, _ in plan.items.tolist())
+    assert max(splits_seen) >= 8
+
+
 def check_replay() -> None:
     """The tensors of one plan serve other lengths, as in a captured graph."""
     for case, other in (
         (Case(**DECODE), Case(lengths=(3, 64, 0, 300, 1), queries=DECODE["queries"])),
-        (Case(**MIXED), Case(lengths=(10, 80, 40, 0, 7), queries=(10, 1, 9, 0, 7))),
+        (Case(**MIXED), Case(lengths=(6, 180, 40, 0, 7), queries=(6, 1, 5, 0, 4))),
     ):
         first, second = make(case), make(other)
-        options = {"max_query_len": 40} if case.queries == MIXED["queries"] else {}
+        options = {"processors": 1}
+        if case.queries == MIXED["queries"]:
+            options["max_query_len"] = 9
         plan = planned(first, **options)
         assert_close(attend(first, plan), expected(first))
         assert planned(second, into=plan, **options) is plan
@@ -223,11 +252,11 @@ def check_scales_far_apart() -> None:
 
 
 def rows_with_nan(split: bool) -> list[int]:
-    """Tokens whose output is NaN where token 51 is, of 14 new ones at positions 40 to 53."""
-    case = Case(lengths=(54, 54), queries=(14, 14), num_heads=4, num_kv_heads=2)
+    """Tokens whose output is NaN where token 177 is, of 14 new ones at positions 166 to 179."""
+    case = Case(lengths=(180, 54), queries=(14, 14), num_heads=4, num_kv_heads=2)
     batch = make(case)
-    batch.halves(0, 1, "scale")[1][51 - 32] = math.nan
-    plan = planned(batch, split=split, processors=64)
+    batch.halves(0, 1, "scale")[177 // 32][177 % 32] = math.nan
+    plan = planned(batch, split=split, processors=1)
     out, lse = attend(batch, plan)
     assert_close((out, lse), expected(batch))
     assert not out[:, :2].isnan().any()
@@ -246,7 +275,8 @@ def check_padding() -> None:
 
 
 def check_strides() -> None:
-    batch = make(Case(num_heads=4, num_kv_heads=2, **MIXED))
+    case = Case(num_heads=4, num_kv_heads=2, lengths=(290, 1, 0, 20), queries=(1, 1, 0, 3))
+    batch = make(case)
     out, lse = attend(batch)
     blocks, heads, page_size, slot = batch.cache.shape
     apart = torch.full((blocks, heads * page_size * slot + 4096), 255, dtype=torch.uint8)

@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pytest
 from triton.backends.compiler import GPUTarget
 
 from vllm_hybrid_kv.kernels import k8v4
@@ -18,13 +17,21 @@ BLOCK_KV = 4
 """Tokens of an iteration, as in `triton_turboquant_decode_attention`."""
 
 
-def kernel(folder: Path) -> Any:
-    """The kernel alone: on a CPU vLLM puts something in Triton's place, which does not compile."""
+def _vllm() -> Path | None:
     spec = importlib.util.find_spec("vllm")
     if spec is None or not spec.submodule_search_locations:
-        pytest.skip("vLLM is not installed")
-    package = Path(next(iter(spec.submodule_search_locations)))
-    file = package / "v1" / "attention" / "ops" / "triton_turboquant_decode.py"
+        return None
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+VLLM = _vllm()
+"""Where vLLM is installed."""
+
+
+def kernel(folder: Path) -> Any:
+    """The kernel alone: on a CPU vLLM puts something in Triton's place, which does not compile."""
+    assert VLLM is not None
+    file = VLLM / "v1" / "attention" / "ops" / "triton_turboquant_decode.py"
     found = re.search(
         r"^@triton\.jit\ndef _tq_decode_stage1\(.*?(?=^# -----)", file.read_text(), re.S | re.M
     )

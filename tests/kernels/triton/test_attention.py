@@ -3,76 +3,74 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import attending
 import pytest
 import torch
 from attending import DECODE, MIXED, Case
-from interpreter import Interpreter
+from processes import Interpreter
 
-
-@pytest.mark.parametrize("lengths", [DECODE, MIXED], ids=["decode", "mixed"])
-@pytest.mark.parametrize("head_size", [64, 72, 80, 96, 112, 128, 160, 192, 256])
-def test_every_head_size_attends_as_defined(
-    head_size: int, lengths: dict[str, Any], interpreter: Interpreter
-) -> None:
-    interpreter(attending.check, Case(head_size=head_size, **lengths))
-
-
-@pytest.mark.parametrize("lengths", [DECODE, MIXED], ids=["decode", "mixed"])
-@pytest.mark.parametrize("group", [1, 2, 3, 5, 6, 7, 8, 12, 16, 20])
-def test_every_ratio_of_query_to_kv_heads_attends_as_defined(
-    group: int, lengths: dict[str, Any], interpreter: Interpreter
-) -> None:
-    kv_heads = 2 if group < 8 else 1
-    case = Case(num_heads=kv_heads * group, num_kv_heads=kv_heads, **lengths)
-    interpreter(attending.check, case)
-
-
-@pytest.mark.parametrize("queries", [1, 40])
-@pytest.mark.parametrize("page_size", [16, 48, 64, 128, 528, 2768])
-def test_every_page_size_attends_as_defined(
-    page_size: int, queries: int, interpreter: Interpreter
-) -> None:
-    case = Case(page_size=page_size, lengths=(700, 200), queries=(1, queries))
-    interpreter(attending.check, case)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("lengths", [DECODE, MIXED], ids=["decode", "mixed"])
-def test_every_dtype_attends_as_defined(
-    lengths: dict[str, Any], dtype: torch.dtype, interpreter: Interpreter
-) -> None:
-    interpreter(attending.check, Case(dtype=dtype, head_size=128, **lengths))
-
-
+# The matrix. Every value of these lists meets every kind of batch: decode and mixed, with and
+# without splits. The lists are turned against each other, so that they do not go in step; what is
+# not turned are the options, which meet each kind alone and together.
 OPTIONS: list[dict[str, Any]] = [
+    {},
     {"window": 1},
     {"window": 50},
     {"window": 1000},
     {"causal": False},
-    {"causal": False, "window": 30},
+    {"causal": False, "window": 6},  # shorter than what follows the first of several queries
     {"soft_cap": 2.0},
-    {"sinks": torch.linspace(-3, 5, 4)},
-    {"sinks": torch.full((4,), -math.inf)},
-    {"window": 40, "soft_cap": 30.0, "sinks": torch.linspace(-3, 5, 4).bfloat16()},
+    {"sinks": torch.linspace(6, -3, 20)},
+    {"sinks": torch.full((20,), -math.inf)},
+    {"window": 40, "soft_cap": 30.0, "sinks": torch.linspace(6, -3, 20).bfloat16()},
 ]
+BATCHES = [(DECODE, True), (DECODE, False), (MIXED, True), (MIXED, False)]
+HEAD_SIZES = [64, 72, 80, 96, 112, 128, 160, 192, 256]
+GROUPS = [1, 2, 3, 5, 6, 7, 8, 12, 16, 20]
+PAGE_SIZES = [16, 48, 64, 128, 528, 2768]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-@pytest.mark.parametrize("split", [True, False])
-@pytest.mark.parametrize("lengths", [DECODE, MIXED], ids=["decode", "mixed"])
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options))
-def test_masks_caps_and_sinks_act_as_defined(
-    options: dict[str, Any], lengths: dict[str, Any], split: bool, interpreter: Interpreter
-) -> None:
-    case = Case(options=options, plan={"split": split, "processors": 8}, **lengths)
+def matrix() -> Iterator[Any]:
+    for (i, options), (k, (lengths, split)) in itertools.product(
+        enumerate(OPTIONS), enumerate(BATCHES)
+    ):
+        group = GROUPS[(3 * i + k) % len(GROUPS)]
+        kv_heads = 2 if group < 8 else 1
+        heads = kv_heads * group
+        if "sinks" in options:
+            options = options | {"sinks": options["sinks"][:heads]}
+        case = Case(
+            head_size=HEAD_SIZES[(i + 2 * k) % len(HEAD_SIZES)],
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            page_size=PAGE_SIZES[(i + k) % len(PAGE_SIZES)],
+            dtype=DTYPES[(i + i // 3 + k) % len(DTYPES)],
+            options=options,
+            plan={"split": split, "processors": 1 if lengths is MIXED else 2},
+            **lengths,
+        )
+        kind = f"{'decode' if lengths is DECODE else 'mixed'}-{'split' if split else 'whole'}"
+        yield pytest.param(
+            case,
+            id=f"{'-'.join(options) or 'plain'}-{kind}-size{case.head_size}-group{group}"
+            f"-page{case.page_size}-{str(case.dtype).removeprefix('torch.')}",
+        )
+
+
+@pytest.mark.parametrize("case", matrix())
+def test_every_combination_attends_as_defined(case: Case, interpreter: Interpreter) -> None:
     interpreter(attending.check, case)
 
 
-@pytest.mark.parametrize("window", [None, 3, 70])
-@pytest.mark.parametrize("queries", [2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize(
+    ("queries", "window"), [(2, 70), (3, None), (4, 3), (5, 70), (6, None), (7, 3), (8, None)]
+)
 def test_several_tokens_of_one_request_see_up_to_themselves(
     queries: int, window: int | None, interpreter: Interpreter
 ) -> None:
@@ -80,17 +78,17 @@ def test_several_tokens_of_one_request_see_up_to_themselves(
     interpreter(attending.check, case)
 
 
-@pytest.mark.parametrize("processors", [1, 3, 16, 200])
+# With 100 the scores of splits are further apart than float32 can express the ratio of; with 64
+# processors there are more splits of one row than are merged at a time.
+@pytest.mark.parametrize(("processors", "query_size"), [(1, 1.0), (3, 100.0), (64, 1.0)])
 def test_any_number_of_splits_gives_what_one_does(
-    processors: int, interpreter: Interpreter
+    processors: int, query_size: float, interpreter: Interpreter
 ) -> None:
-    # The scores of the splits are further apart than float32 can express the ratio of.
-    for size in (1.0, 100.0):
-        case = Case(
-            lengths=(3000, 0, 5, 900, 1), queries=(1, 1, 1, 2, 1), dtype=torch.float16,
-            plan={"processors": processors}, query_size=size,
-        )  # fmt: skip
-        interpreter(attending.check, case)
+    case = Case(
+        lengths=(2400, 0, 5, 300, 1), queries=(1, 1, 1, 2, 1), num_heads=1, dtype=torch.float16,
+        plan={"processors": processors}, query_size=query_size,
+    )  # fmt: skip
+    interpreter(attending.check, case)
 
 
 def test_splits_are_balanced_over_ragged_lengths(interpreter: Interpreter) -> None:
@@ -102,16 +100,21 @@ def test_splits_are_balanced_over_ragged_lengths(interpreter: Interpreter) -> No
     assert len(tiles) <= 128 + len(lengths)
 
 
+def test_partial_results_of_any_batch_fit_the_scratch_memory(interpreter: Interpreter) -> None:
+    interpreter(attending.check_scratch)
+
+
 def test_a_plan_written_again_follows_lengths_that_have_changed(interpreter: Interpreter) -> None:
     interpreter(attending.check_replay)
 
 
-@pytest.mark.parametrize("chunk", [17, 64, 150])
+@pytest.mark.parametrize("chunk", [17, 64, 110])
 def test_a_prompt_in_chunks_attends_as_defined(chunk: int, interpreter: Interpreter) -> None:
-    lengths = tuple(min(stop, 150) for stop in range(chunk, 150 + chunk, chunk))
-    for length in lengths:
-        queries = length - (length - 1) // chunk * chunk
-        interpreter(attending.check, Case(lengths=(length,), queries=(queries,), num_heads=3))
+    lengths = tuple(min(stop, 110) for stop in range(chunk, 110 + chunk, chunk))
+    queries = tuple(length - (length - 1) // chunk * chunk for length in lengths)
+    plan = {"processors": 1}
+    case = Case(lengths=lengths, queries=queries, num_heads=3, plan=plan)
+    interpreter(attending.check, case)
 
 
 @pytest.mark.parametrize("size", [1e-7, 1e-5, 1e-3, 100.0, 6e3])
@@ -126,7 +129,8 @@ def test_scales_far_apart_in_one_request_attend_as_defined(interpreter: Interpre
 
 @pytest.mark.parametrize("size", [1e-6, 1e-2, 1e3])
 def test_queries_of_any_size_attend_as_defined(size: float, interpreter: Interpreter) -> None:
-    case = Case(query_size=size, options={"scale": 0.125 / size}, **MIXED)
+    options = {"scale": 0.125 / size}
+    case = Case(lengths=(70, 40), queries=(3, 1), query_size=size, options=options)
     interpreter(attending.check, case)
 
 
@@ -162,7 +166,7 @@ def test_two_halves_of_the_keys_merge_by_their_log_sum_exp(interpreter: Interpre
 def test_a_plan_for_another_batch_is_refused_in_words(interpreter: Interpreter) -> None:
     message = interpreter(attending.refusal_of_a_foreign_plan)
     assert message == (
-        "k8v4 attention on GPU: the plan was made for (requests, query tokens, heads, KV heads, "
+        "k8v4 attention: the plan was made for (requests, query tokens, heads, KV heads, "
         "head size, causal, window) = (1, 1, 4, 1, 64, True, None), the call has "
         "(1, 2, 4, 1, 64, True, None)"
     )

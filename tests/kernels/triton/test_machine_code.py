@@ -1,41 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels compile to for GPUs that are not here."""
+"""What the kernels compile to for GPUs that are not here.
+
+Every `job` of a selected test begins to compile with the first test of this folder. The figures
+of decode are printed, ours beside stock's, by `python tests/kernels/triton/machine_code_table.py`.
+"""
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import stock
 import triton
+from compiling import (
+    AmdAttention,
+    Attention,
+    Quantise,
+    SmallKernels,
+    StockDecode,
+    figures,
+)
+from processes import Compiler
 from triton.backends.compiler import GPUTarget
 
-from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.kernels.triton import ahead_of_time
-from vllm_hybrid_kv.kernels.triton.ahead_of_time import (
-    MachineCode,
-    compile_attention,
-    compile_merge,
-    compile_plan,
-    compile_quantise,
-    cuda,
-    read_machine_code,
-)
-from vllm_hybrid_kv.kernels.triton.plan import choose_tiling
+from vllm_hybrid_kv.kernels.triton.ahead_of_time import MachineCode, cuda
+
+REASON = ahead_of_time.missing_tools()
+if REASON:
+    pytest.skip(REASON, allow_module_level=True)
 
 # What the bounds are for. 3.6 compiles everything too, right in the interpreter; it issues up to
 # 0.152 instructions a byte (8.0, D = 128, pages of 16) and spills up to 29 times at D = 256.
 BOUNDS_FOR = (3, 9)
 
-REASON = ahead_of_time.missing_tools() or (
-    "Triton interprets here" if os.environ.get("TRITON_INTERPRET") == "1" else ""
-)
-pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
-
-GROUP = 4
 MOST_ISSUED_PER_BYTE = 0.13
 """An H100 can issue 0.268 warp instructions a byte at its full memory bandwidth; half of that
 leaves room for what stalls."""
@@ -43,14 +42,10 @@ SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 SHARED_BYTES |= {100: 227 * 1024, 120: 99 * 1024}
 
 
-def attention(capability: int, head_size: int, rows: int, page_size: int) -> MachineCode:
-    tiling = choose_tiling(rows, head_size, 100 <= capability < 120)
-    compiled = compile_attention(cuda(capability), tiling, head_size, GROUP, page_size)
-    return read_machine_code(compiled)
-
-
-OLDER = tuple(map(int, triton.__version__.split(".")[:2])) < BOUNDS_FOR
-bounded = pytest.mark.skipif(OLDER, reason=f"the bounds are for Triton {BOUNDS_FOR}")
+def bounds_only() -> None:
+    """Leave the rest of a test, having compiled, to the version that its bounds are for."""
+    if tuple(map(int, triton.__version__.split(".")[:2])) < BOUNDS_FOR:
+        pytest.skip(f"compiles; the bounds are for Triton {BOUNDS_FOR}")
 
 
 def assert_fits(code: MachineCode, capability: int) -> None:
@@ -62,53 +57,76 @@ def assert_fits(code: MachineCode, capability: int) -> None:
     assert 2 * code.shared_bytes <= SHARED_BYTES[capability]
 
 
-@bounded
-@pytest.mark.parametrize("page_size", [16, 128])
-@pytest.mark.parametrize("head_size", [128, 256])
-@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+# Pages of 128 tokens take a way of their own up to D = 128, and 8.6 and 8.9 the same as 8.0.
+DECODE = [
+    *(Attention(capability, size) for capability in SHARED_BYTES for size in (128, 256)),
+    *(Attention(capability, 128, page_size=128) for capability in (80, 90, 100, 120)),
+]
+
+
+@pytest.mark.parametrize("job", DECODE, ids=str)
 def test_decode_reads_16_bytes_at_a_time_spills_nothing_and_issues_little(
-    capability: int, head_size: int, page_size: int
+    job: Attention, compiler: Compiler
 ) -> None:
-    if page_size == 128 and (head_size == 256 or capability in (86, 89)):
-        pytest.skip("compiles to the same as another case")
-    code = attention(capability, head_size, GROUP, page_size)
-    assert_fits(code, capability)
+    code = compiler(job)
+    bounds_only()
+    assert_fits(code, job.capability)
     kinds = code.kinds(code.main_loop())
     assert kinds["tensor core"] >= 32
-    tokens = choose_tiling(GROUP, head_size).block_n
-    planes = tokens * (head_size + head_size // 2)
+    planes = job.tiling.block_n * (job.head_size + job.head_size // 2)
     assert kinds["load 16"] * 16 * 32 * code.num_warps == planes
     # What is left are scales, zeros and block numbers.
     assert kinds["load 8"] == kinds["load 2"] == kinds["load 1"] == 0
     assert kinds["load 4"] <= 3
-    issued = code.issued_per_byte(tokens * k8v4.slot_bytes(head_size))
-    assert issued < MOST_ISSUED_PER_BYTE
+    assert figures(job, code).issued_per_byte < MOST_ISSUED_PER_BYTE
 
 
-@bounded
-@pytest.mark.parametrize("rows", [32, 64])
-@pytest.mark.parametrize("head_size", [128, 256])
-@pytest.mark.parametrize("capability", [80, 90, 100, 120])
-def test_many_new_tokens_spill_nothing(capability: int, head_size: int, rows: int) -> None:
-    if rows == 64 and head_size == 256:
-        pytest.skip("has the same size of program as 32 rows")
-    code = attention(capability, head_size, rows, 16)
-    assert_fits(code, capability)
+# Programs of 32 and of 64 rows; with 256 dims 64 rows are two of 32, and on 10.0 four of 16.
+MANY_TOKENS = [
+    *(Attention(capability, 128, rows) for capability in (80, 90, 100, 120) for rows in (32, 64)),
+    *(Attention(capability, 256, 32) for capability in (80, 90, 120)),
+]
+
+
+@pytest.mark.parametrize("job", MANY_TOKENS, ids=str)
+def test_many_new_tokens_spill_nothing(job: Attention, compiler: Compiler) -> None:
+    code = compiler(job)
+    bounds_only()
+    assert_fits(code, job.capability)
     kinds = code.kinds(code.main_loop())
     assert kinds["tensor core"] >= 32
     assert kinds["load 2"] == kinds["load 1"] == 0
 
 
-def test_compute_capability_7_5_compiles() -> None:
-    code = attention(75, 64, GROUP, 16)
+MODES = [
+    Attention(90, 96, modes=("WINDOW",)),
+    Attention(90, 96, causal=False),
+    Attention(90, 96, modes=("SOFT_CAP", "SINKS", "LSE")),
+    Attention(90, 96, causal=False, modes=("WINDOW", "SOFT_CAP", "SINKS", "LSE")),
+]
+
+
+@pytest.mark.parametrize("job", MODES, ids=str)
+def test_every_mode_compiles_without_spills(job: Attention, compiler: Compiler) -> None:
+    code = compiler(job)
+    bounds_only()
+    assert_fits(code, job.capability)
+
+
+@pytest.mark.parametrize("job", [Attention(75, 64)], ids=str)
+def test_compute_capability_7_5_compiles(job: Attention, compiler: Compiler) -> None:
+    code = compiler(job)
     assert code.kinds(code.main_loop())["load 16"] >= 1
 
 
-@pytest.mark.parametrize("head_size", [128, 256])
-def test_gfx942_compiles_from_the_same_source_without_spills(head_size: int) -> None:
-    target = GPUTarget("hip", "gfx942", 64)
-    compiled = compile_attention(target, choose_tiling(GROUP, head_size), head_size, GROUP, 16)
-    assembly = compiled.asm["amdgcn"]
+AMD = [AmdAttention("gfx942", 128), AmdAttention("gfx942", 256), AmdAttention("gfx950", 128)]
+
+
+@pytest.mark.parametrize("job", AMD, ids=str)
+def test_amds_gpus_compile_from_the_same_source_without_spills(
+    job: AmdAttention, compiler: Compiler
+) -> None:
+    assembly = compiler(job)
     spills = re.findall(r"\.[sv]gpr_spill_count: +(\d+)", assembly)
     assert spills
     assert set(spills) == {"0"}
@@ -118,63 +136,54 @@ def test_gfx942_compiles_from_the_same_source_without_spills(head_size: int) -> 
     assert operations["global_load_ubyte"] == 0
 
 
-@bounded
-@pytest.mark.parametrize("head_size", [96, 128, 256])
-@pytest.mark.parametrize("capability", [80, 90, 120])
+STORING = [
+    Quantise(75, 128),
+    Quantise(80, 96),
+    Quantise(86, 256),
+    Quantise(89, 128),
+    Quantise(90, 256),
+    Quantise(100, 96),
+    Quantise(120, 128),
+]
+
+
+@pytest.mark.parametrize("job", STORING, ids=str)
 def test_storing_writes_16_bytes_at_a_time_and_spills_nothing(
-    capability: int, head_size: int
+    job: Quantise, compiler: Compiler
 ) -> None:
-    code = read_machine_code(compile_quantise(cuda(capability), head_size, 8, 16))
+    code = compiler(job)
+    bounds_only()
     kinds = code.kinds()
     assert kinds["spill"] == 0
     assert kinds["store 16"] >= 2  # keys and values
     assert kinds["store other"] <= 2  # scales and zeros
     assert kinds["load 16"] >= 2
     native = sum("F2FP" in name and "E4M3" in name for name in code.operations)
-    assert (native > 0) == (capability >= 89)
+    assert (native > 0) == (job.capability >= 89)
 
 
+SMALL = [
+    SmallKernels(target)
+    for target in (*map(cuda, (75, 80, 90, 100, 120)), GPUTarget("hip", "gfx942", 64))
+]
+
+
+@pytest.mark.parametrize("job", SMALL, ids=str)
+def test_planning_and_merging_compile(job: SmallKernels, compiler: Compiler) -> None:
+    compiler(job)
+
+
+@pytest.mark.skipif(stock.VLLM is None, reason="vLLM is not installed")
 @pytest.mark.parametrize(
-    "target", [cuda(75), cuda(90), cuda(100), GPUTarget("hip", "gfx942", 64)], ids=str
+    "job",
+    [StockDecode(capability, size) for capability in SHARED_BYTES for size in (128, 256)],
+    ids=str,
 )
-def test_planning_and_merging_compile(target: GPUTarget) -> None:
-    compile_merge(target, 96)
-    for split in (True, False):
-        for one_tile in (True, False):
-            compile_plan(target, split=split, one_tile=one_tile)
-        compile_plan(target, split=split, one_tile=True, smallest=True)
-
-
-@bounded
-@pytest.mark.parametrize(
-    "modes",
-    [
-        {"WINDOW": True},
-        {"CAUSAL": False},
-        {"SOFT_CAP": True, "SINKS": True, "LSE": True},
-        {"CAUSAL": False, "WINDOW": True, "SOFT_CAP": True, "SINKS": True, "LSE": True},
-    ],
-    ids="-".join,
-)
-def test_every_mode_compiles_without_spills(modes: dict[str, bool]) -> None:
-    code = read_machine_code(compile_attention(cuda(90), choose_tiling(4, 96), 96, 4, 16, **modes))
-    assert_fits(code, 90)
-
-
-@pytest.mark.parametrize("head_size", [128, 256])
-@pytest.mark.parametrize("capability", [80, 90])
 def test_stocks_kernel_issues_many_times_as_much_for_a_byte(
-    capability: int, head_size: int, tmp_path: Path
+    job: StockDecode, compiler: Compiler
 ) -> None:
-    compiled = stock.compile_decode(cuda(capability), head_size, GROUP, 16, tmp_path)
-    code = read_machine_code(compiled)
-    kinds = code.kinds(code.main_loop())
-    first, last = code.main_loop()
-    theirs = (last - first + 1) / stock.bytes_per_iteration(head_size, GROUP)
-    ours = attention(capability, head_size, GROUP, 16).issued_per_byte(
-        choose_tiling(GROUP, head_size).block_n * k8v4.slot_bytes(head_size)
-    )
-    print(f"cc {capability} D {head_size}: stock {theirs:.2f}, ours {ours:.3f} a byte; {kinds}")
-    assert kinds["tensor core"] == 0
-    assert kinds["load 1"] > 0
-    assert theirs > 10 * ours
+    ours = Attention(job.capability, job.head_size)
+    found = figures(job, compiler(job))
+    assert found.tensor_core == 0
+    assert found.wide < 1
+    assert found.issued_per_byte > 10 * figures(ours, compiler(ours)).issued_per_byte
