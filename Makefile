@@ -17,7 +17,11 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 NEXT_RELEASE := 0.33.0
 NEXT_VLLM := .cache/vllm-$(NEXT_RELEASE)
 
-.PHONY: demo test setup lint pytest bench clean
+# A machine with a GPU brings its own Python with torch, Triton and vLLM.
+GPU_PYTHON ?= python3
+GPU_OUT ?= benchmarks/results
+
+.PHONY: demo test setup lint pytest bench gpu gpu-e2e clean
 
 demo: setup
 	$(BIN)/python -m demo
@@ -56,7 +60,7 @@ lint: setup
 	ln -s $(CURDIR)/vllm_hybrid_kv/* $(CURDIR)/kernels .lint/vllm_hybrid_kv/
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	MYPYPATH=.lint $(BIN)/mypy --package vllm_hybrid_kv
+	MYPYPATH=.lint $(BIN)/mypy --package vllm_hybrid_kv --package benchmarks
 	$(BIN)/mypy demo
 	cd .lint && ../$(BIN)/lint-imports --config ../pyproject.toml --no-cache
 
@@ -65,6 +69,12 @@ pytest: setup $(NEXT_VLLM)/.unpacked
 
 bench: setup
 	$(BIN)/python -m benchmarks.cpu_attention
+
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu --out $(GPU_OUT)
+
+gpu-e2e:
+	$(GPU_PYTHON) -m benchmarks.engine --out $(GPU_OUT)
 
 clean:
 	rm -rf $(VENV) .cache .lint build dist *.egg-info

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .convert import KeyWords, ValueWords
-from .plan import Tiling
+from .tuning import MIN_SPLIT_TILES, Tiling
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -165,7 +165,7 @@ def compile_plan(target: GPUTarget, *, split: bool, one_tile: bool) -> Any:
         split: SPLIT.
         one_tile: ONE_TILE.
     """
-    from .plan import FEWEST_TILES, ITEMS_AT_A_TIME, MIN_SPLIT_TILES, plan_kernel
+    from .plan import FEWEST_TILES, ITEMS_AT_A_TIME, plan_kernel
 
     pointers = dict.fromkeys(("query_start_loc", "seq_lens", "items", "tiles_start"), "*i32")
     numbers = ("requests", "num_tiles", "steps", "tile_steps", "num_items", "target", "window")

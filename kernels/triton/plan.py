@@ -18,12 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-# `ahead_of_time` and the tests of the machine code take these from here.
-from .tuning import MIN_SPLIT_TILES as MIN_SPLIT_TILES
 from .tuning import MOST_ROWS, Tiling, capability_of, tiling_for
-from .tuning import derived_tiling as choose_tiling
-
-__all__ = ["MIN_SPLIT_TILES", "Tiling", "choose_tiling"]
 
 INTERPRETED_PROCESSORS = 4
 """What stands for the number of multiprocessors where there is no GPU."""

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels that are measured, each launched as its own backend launches it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+
+from ..measure import Call
+from ..shapes import PAGE, Shape
+
+FILLED_AT_A_TIME = 65536
+"""Tokens whose keys and values are drawn; larger caches hold them several times."""
+
+
+class Unavailable(Exception):
+    """Why a contender cannot take part here."""
+
+
+class Batch:
+    """What all contenders of a measurement are given.
+
+    Attributes:
+        shape: Requests, lengths and heads.
+        dtype: bf16 of queries, keys and values; fp16 where Triton interprets.
+        query: [batch * queries, Hq, D].
+        block_table: int32 [batch, pages]; pages scattered over the cache, as after a while of
+            serving; the width a multiple of 16, so that all shapes take the same kernels.
+        seq_lens: int32 [batch].
+        starts: int32 [batch + 1], offsets of the requests in `query`.
+        pages: Pages of a cache.
+        scale: Factor of the scores.
+    """
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        self.shape = shape
+        self.device = device
+        # Triton's interpreter multiplies the bits of bf16 numbers as if they were integers.
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+        generator = torch.Generator(device).manual_seed(0)
+        drawn = min(shape.tokens, FILLED_AT_A_TIME)
+        dims = (drawn, shape.heads.kv, shape.heads.size)
+        self._key, self._value = (
+            torch.randn(dims, generator=generator, device=device).to(self.dtype) for _ in "kv"
+        )
+        self.query = torch.randn(
+            (shape.batch * shape.queries, shape.heads.query, shape.heads.size),
+            generator=generator,
+            device=device,
+        ).to(self.dtype)
+        self.pages = shape.batch * shape.pages
+        order = torch.randperm(self.pages, generator=generator, device=device)
+        self.block_table = torch.zeros(
+            (shape.batch, -(-shape.pages // 16) * 16), dtype=torch.int32, device=device
+        )
+        self.block_table[:, : shape.pages] = order.view(shape.batch, shape.pages)
+        self.seq_lens = torch.full((shape.batch,), shape.length, dtype=torch.int32, device=device)
+        self.starts = torch.arange(
+            0, shape.batch * shape.queries + 1, shape.queries, dtype=torch.int32, device=device
+        )
+        self.scale = shape.heads.size**-0.5
+
+    def stored(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Yield keys and values [n, H, D] and slots int64 [n] of all tokens, in pieces."""
+        for start in range(0, self.shape.tokens, FILLED_AT_A_TIME):
+            stop = min(start + FILLED_AT_A_TIME, self.shape.tokens)
+            token = torch.arange(start, stop, device=self.device)
+            request, position = token // self.shape.length, token % self.shape.length
+            block = self.block_table[request, position // PAGE].to(torch.int64)
+            slots = block * PAGE + position % PAGE
+            yield self._key[: stop - start], self._value[: stop - start], slots
+
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the same keys and values as [batch, length, H, D], outside any page."""
+        dims = (self.shape.batch, self.shape.length, self.shape.heads.kv, self.shape.heads.size)
+        token = torch.arange(self.shape.tokens, device=self.device) % FILLED_AT_A_TIME
+        return self._key[token].view(dims), self._value[token].view(dims)
+
+    def new(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values of the new tokens, [batch * queries, H, D]."""
+        key, value = (x[:, -self.shape.queries :].flatten(0, 1) for x in self.dense())
+        return key.contiguous(), value.contiguous()
+
+
+class Contender(ABC):
+    """A kernel with the caches of several layers.
+
+    Attributes:
+        name: As in tables.
+        stored: What the cache holds: k8v4, bf16 or fp8.
+        note: What must be known about how it ran.
+    """
+
+    name: ClassVar[str]
+    stored: ClassVar[str]
+    note: str = ""
+
+    @abstractmethod
+    def __init__(self, batch: Batch, layers: int) -> None:
+        """Make and fill the caches.
+
+        Args:
+            batch: What is attended to.
+            layers: Caches to make.
+
+        Raises:
+            Unavailable: It cannot take part here.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def token_bytes(head_size: int) -> int:
+        """Return the bytes of a token of one KV head."""
+
+    @abstractmethod
+    def attend(self, layer: int) -> torch.Tensor:
+        """Attend with a layer's cache and return [batch * queries, Hq, D]."""
+
+    @property
+    def once_a_step(self) -> Call | None:
+        """What an engine runs once for all layers before them, if there is such a thing."""
+        return None
+
+
+def copies(first: torch.Tensor, layers: int) -> list[torch.Tensor]:
+    """Return a filled cache and equal ones for the other layers."""
+    return [first, *(first.clone() for _ in range(layers - 1))]

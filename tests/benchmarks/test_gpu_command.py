@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m benchmarks.gpu` from its first line to its last, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.gpu.processes import share_out
+from benchmarks.gpu.report import JSON, MARKDOWN
+from benchmarks.gpu.sections import LARGEST_DISTANCE
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(*arguments: object, interpret: bool = True) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"TRITON_INTERPRET": str(int(interpret)), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu", *map(str, arguments)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """What a whole run wrote: JSON and Markdown."""
+    folder = tmp_path_factory.mktemp("gpu")
+    done = command("--out", folder, "--smallest")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / JSON).read_text()), (folder / MARKDOWN).read_text()
+
+
+def test_every_section_runs_with_stocks_kernels_beside_ours(
+    run: tuple[dict[str, Any], str],
+) -> None:
+    found = {one["section"]: set(one["ms"]) for one in run[0]["results"]}
+    paged = {"ours", "stock k8v4", "unified fp8", "unified bf16"}
+    assert found == {
+        "decode": paged,
+        "verify": paged | {"ours, one token"},
+        "chunked": paged,
+        "prefill": {"ours", "stock k8v4", "unified bf16", "torch's SDPA bf16"},
+        "store": {"ours", "stock k8v4", "copy"},
+    }
+
+
+def test_all_of_them_compute_the_same(run: tuple[dict[str, Any], str]) -> None:
+    distances = [d for one in run[0]["results"] for d in one.get("distance", {}).values()]
+    assert len(distances) == 3 + 3 + 3 + 3
+    assert max(distances) < LARGEST_DISTANCE / 2
+
+
+def test_the_checks_pass_and_those_for_a_gpu_say_what_they_need(
+    run: tuple[dict[str, Any], str],
+) -> None:
+    outcomes = {one["name"]: one["outcome"] for one in run[0]["checks"]}
+    needing_gpu = {"keys by NATIVE_PTX", "a graph follows the lengths"}
+    assert {name for name, outcome in outcomes.items() if outcome == "not here"} == needing_gpu
+    assert set(outcomes.values()) == {"passed", "not here"}
+
+
+def test_who_is_left_out_is_named_with_the_reason(run: tuple[dict[str, Any], str]) -> None:
+    assert "- FlashAttention bf16: there is no GPU" in run[1]
+    assert "- FlashInfer fp8: there is no GPU" in run[1]
+
+
+def test_an_interpreted_run_says_so_and_nothing_about_speed(
+    run: tuple[dict[str, Any], str],
+) -> None:
+    everything, text = run
+    assert "Nothing here says anything about speed" in text
+    for unit in ("µs", "GB/s", "TFLOP", "% ", "Goals", "roofline"):
+        assert unit not in text
+    assert everything["times_mean_something"] is False
+    assert everything["goals"] == []
+
+
+def test_tuning_tries_sizes_and_takes_no_row_from_the_interpreter(tmp_path: Path) -> None:
+    done = command("--out", tmp_path, "--smallest", "--tune")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "gpu_tuning.json").read_text())
+    (task,) = found["tasks"]
+    assert [set(one) for one in task["tried"]] == [{"candidate", "times_as_fast"}] * 3
+    assert found["rows"] == []
+    assert found["before"] == "derived"
+
+
+def test_processes_share_work_and_what_is_not_done_in_time_is_known() -> None:
+    assert share_out(math.sqrt, [4.0, 9.0, 16.0], seconds=300.0) == [2.0, 3.0, 4.0]
+    assert share_out(os.strerror, [1, 2], seconds=0.0) == [None, None]
+
+
+def test_sizes_that_take_hours_are_refused_to_the_interpreter(tmp_path: Path) -> None:
+    done = command("--out", tmp_path, "--quick")
+    assert done.returncode == 2
+    assert "--smallest" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_command_says_what_it_needs(tmp_path: Path) -> None:
+    done = command("--out", tmp_path, interpret=False)
+    assert done.returncode == 1
+    assert "no GPU that torch can use; with TRITON_INTERPRET=1" in done.stderr
