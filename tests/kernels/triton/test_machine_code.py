@@ -31,8 +31,7 @@ REASON = ahead_of_time.missing_tools()
 if REASON:
     pytest.skip(REASON, allow_module_level=True)
 
-# What the bounds are for. 3.6 compiles everything too, right in the interpreter; it issues up to
-# 0.152 instructions a byte (8.0, D = 128, pages of 16) and spills up to 29 times at D = 256.
+# What the bounds are for. Older versions compile everything too; docs/gpu-kernels.md has how well.
 BOUNDS_FOR = (3, 9)
 
 MOST_ISSUED_PER_BYTE = 0.13
