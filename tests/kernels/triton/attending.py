@@ -39,6 +39,7 @@ class Case:
     options: dict[str, Any] | None = None
     plan: dict[str, Any] | None = None
     value_size: float = 1.0
+    unused: int = 0xFF
     query_size: float = 1.0
 
 
@@ -66,11 +67,11 @@ class Batch:
 
 
 def make(case: Case) -> Batch:
-    """Requests in shuffled pages; every byte that belongs to no token is 0xFF, a NaN."""
+    """Requests in shuffled pages; bytes that belong to no token are `unused`, 0xFF of a NaN."""
     generator = torch.Generator().manual_seed(case.seed)
     pages = [-(-length // case.page_size) for length in case.lengths]
     shape = (sum(pages) + 2, case.num_kv_heads, case.page_size, k8v4.slot_bytes(case.head_size))
-    cache = torch.full(shape, 0xFF, dtype=torch.uint8)
+    cache = torch.full(shape, case.unused, dtype=torch.uint8)
     order = torch.randperm(shape[0], generator=generator)
     table = torch.full((len(pages), max(pages, default=0) + 1), 10**8, dtype=torch.int32)
     start = 0
@@ -205,8 +206,9 @@ def check_scratch() -> None:
         scratch = torch.empty(largest_scratch(kv_heads, head_size, torch.device("cpu")))
         for requests, longest, most in ((1, 9000, 1), (3, 3000, 40), (40, 400, 1), (60, 2000, 2)):
             queries = torch.randint(0, most + 1, (requests,), generator=generator)
-            queries[0] = most
+            queries[-1] = most
             lengths = queries + torch.randint(0, longest, (requests,), generator=generator)
+            lengths[-1] += 50 * longest  # split, behind many that are not
             starts = torch.cat([torch.zeros(1), queries.cumsum(0)]).to(torch.int32)
             plan = plan_attention(
                 lengths.to(torch.int32), starts, int(starts[-1]), kv_heads * group, kv_heads,

@@ -123,6 +123,12 @@ def test_values_of_any_size_attend_as_defined(size: float, interpreter: Interpre
     interpreter(attending.check, case)
 
 
+def test_large_numbers_behind_the_last_token_have_no_influence(interpreter: Interpreter) -> None:
+    # 0x7B7B is 61,280 in fp16; beside it the scales of the values would vanish.
+    case = Case(value_size=1e-5, unused=0x7B, dtype=torch.float32, **MIXED)
+    interpreter(attending.check, case)
+
+
 def test_scales_far_apart_in_one_request_attend_as_defined(interpreter: Interpreter) -> None:
     interpreter(attending.check_scales_far_apart)
 
