@@ -32,7 +32,7 @@ vllm.triton_utils.tl = tl
 # vLLM's workspace returns memory to a device before it grows.
 torch.accelerator.empty_cache = lambda: None
 
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends import turboquant_attn as stock_backend
@@ -138,7 +138,8 @@ def common_metadata(step: Step) -> tuple[CommonAttentionMetadata, torch.Tensor]:
 
 def vllm_config(max_model_len: int = 1024, **changes: Any) -> Any:
     """The parts of an engine's configuration that builders and implementations read."""
-    config = VllmConfig()
+    # Where vLLM has no platform it does not guess one.
+    config = VllmConfig(device_config=DeviceConfig(device="cpu"))
     config.model_config = SimpleNamespace(
         max_model_len=max_model_len,
         dtype=DTYPE,

@@ -8,7 +8,13 @@ import pytest
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 
-SUITES = ("test_gate.py", "test_seams.py", "test_strategies.py", "test_selection.py")
+SUITES = (
+    "test_gate.py",
+    "test_gpu_platform.py",
+    "test_seams.py",
+    "test_selection.py",
+    "test_strategies.py",
+)
 
 
 @pytest.fixture(scope="module")
