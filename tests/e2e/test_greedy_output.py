@@ -211,7 +211,7 @@ def test_ngram_speculation_gives_what_decoding_without_it_gives(reference: Refer
     assert drafted > accepted > 4
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def interpreting_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineHost]:
     """A host whose engines run the GPU kernels in Triton's interpreter."""
     host = EngineHost(
@@ -224,11 +224,12 @@ def interpreting_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engi
 
 
 def test_the_gpu_kernels_give_what_the_cpu_kernels_give(
-    reference: Reference, interpreting_host: EngineHost
+    reference: Reference, request: pytest.FixtureRequest
 ) -> None:
     """Backend, metadata, plans and kernels are a GPU's; the engine is vLLM's for CPUs."""
     if reference.case.model != "gemma3" or reference.repeated is None:
         pytest.skip("takes a minute, and Gemma3 has both kinds of attention layers")
+    interpreting_host: EngineHost = request.getfixturevalue("interpreting_host")
     tokens = 3
     # They round queries and weights to fp16.
     case = replace(reference.case, rounding=0.1)

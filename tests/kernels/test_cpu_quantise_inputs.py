@@ -107,7 +107,7 @@ REFUSED = {
     ),
     "page of an odd number of tokens": (
         {"cache": cache_of(BLOCKS, HEADS, 20, SLOT)},
-        r"a k8v4 page holds a positive multiple of 16 tokens, got 20",
+        r"cache must be of pages of a multiple of 16 tokens, got 20",
     ),
     "head size that the format does not store": (
         {"key": torch.ones(5, 2, 68), "value": torch.ones(5, 2, 68)},

@@ -18,17 +18,26 @@ SUITES = (
 
 
 @pytest.fixture(scope="module")
-def report(wheel_0_33, run_python):
+def run_pytest(wheel_0_33, run_python):
+    """Runs pytest in a process that sees the wheel."""
+
+    def run(*arguments):
+        return run_python(
+            *("-m", "pytest", "-rA", "-q", "-p", "no:cacheprovider", *arguments),
+            timeout=300,
+            PYTHONPATH=str(wheel_0_33),
+            # What it finds out about model classes would else replace what the installed one found.
+            VLLM_CACHE_ROOT=str(REPOSITORY / ".cache" / "vllm-0.33-cache"),
+            HYBRID_KV_TEST_VLLM_MINOR="0.33",
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def report(run_pytest):
     """What pytest says of the suites that depend on the minor, run against the wheel."""
-    return run_python(
-        *("-m", "pytest", "-rA", "-q", "-p", "no:cacheprovider"),
-        *(str(HERE / suite) for suite in SUITES),
-        timeout=300,
-        PYTHONPATH=str(wheel_0_33),
-        # What it finds out about model classes would else replace what the installed one found.
-        VLLM_CACHE_ROOT=str(REPOSITORY / ".cache" / "vllm-0.33-cache"),
-        HYBRID_KV_TEST_VLLM_MINOR="0.33",
-    )
+    return run_pytest(*(str(HERE / suite) for suite in SUITES))
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -38,3 +47,10 @@ def test_the_suite_passes_against_the_0_33_wheel(suite, report):
     assert lines, f"{report.stdout[-4000:]}\n{report.stderr[-4000:]}"
     assert not failed, f"{failed}\n{report.stdout[-8000:]}"
     assert report.returncode == 0, report.stdout[-4000:]
+
+
+def test_the_gpu_backend_works_with_the_0_33_wheel(run_pytest):
+    suite = REPOSITORY / "tests" / "attention" / "test_gpu_backend.py"
+    done = run_pytest(str(suite), "-k", "not stock")
+    assert done.returncode == 0, done.stdout[-8000:]
+    assert "second_model_runner" in done.stdout
