@@ -19,7 +19,8 @@ from benchmarks.engine.comparing import (
     far_from_unquantised,
 )
 from benchmarks.engine.configurations import Configuration, LeftOut, Place
-from benchmarks.engine.process import Engine, EngineError, Engines, Output
+from benchmarks.engine.process import Engine, EngineError, Engines
+from benchmarks.engine.requests import Output
 from benchmarks.engine.results import Check, Results, Verdict
 from benchmarks.engine.subjects import Sizes, prompt_pool
 

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.engine.process import Output
+from benchmarks.engine.requests import Output
 from demo.models import SCORE_SIZE
 
 

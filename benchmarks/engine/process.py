@@ -10,12 +10,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from benchmarks.engine.configurations import Configuration
+from benchmarks.engine.requests import Output
 
 ROOT = Path(__file__).parents[2]
 """The folder that `benchmarks` and `demo` are imported from."""
@@ -31,25 +31,6 @@ ENVIRONMENT = {
 
 class EngineError(RuntimeError):
     """An engine did not start, or a request failed. The message is one line."""
-
-
-@dataclass(frozen=True)
-class Output:
-    """What one request gave.
-
-    Attributes:
-        tokens: The generated token ids.
-        logprobs: Their log-probabilities.
-        margins: How far each is ahead of the second, in log-probability.
-        prompt_logprobs: Of the prompt's tokens from the second on, if asked for.
-        cached: Prompt tokens that came from the prefix cache.
-    """
-
-    tokens: list[int]
-    logprobs: list[float]
-    margins: list[float]
-    prompt_logprobs: list[float] | None = None
-    cached: int = 0
 
 
 class Engine:
@@ -117,8 +98,7 @@ class Engine:
         `fresh=True` empties the prefix cache before each batch, `prompt_logprobs=True` asks for
         the prompt's log-probabilities (vLLM then reads nothing from the prefix cache).
         """
-        outputs = self._call("generate", prompts=prompts, max_tokens=max_tokens, **how)
-        return [Output(**output) for output in outputs]
+        return self._call("generate", prompts=prompts, max_tokens=max_tokens, **how)
 
     def metrics(self) -> dict[str, float]:
         """Return vLLM's counters and gauges by name."""

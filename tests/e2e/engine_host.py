@@ -9,10 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from benchmarks.engine.requests import Output
 
 CALL_TIMEOUT_S = 300.0
 """No start and no batch of requests of a small model takes this long on two cores."""
@@ -27,25 +28,6 @@ BASE_ENVIRONMENT = {
 
 class EngineError(RuntimeError):
     """An engine did not start, or a request failed."""
-
-
-@dataclass(frozen=True)
-class Output:
-    """What one request gave.
-
-    Attributes:
-        tokens: The generated token ids.
-        logprobs: Their log-probabilities.
-        margins: How far each is ahead of the second, in log-probability.
-        prompt_logprobs: Of the prompt's tokens from the second on, if asked for.
-        cached: Prompt tokens that came from the prefix cache.
-    """
-
-    tokens: list[int]
-    logprobs: list[float]
-    margins: list[float]
-    prompt_logprobs: list[float] | None
-    cached: int
 
 
 class EngineHost:
@@ -67,9 +49,8 @@ class EngineHost:
         environ.update(environment)
         folder = Path(__file__).parent
         # For workers in processes of their own, which import `faults` by name.
-        environ["PYTHONPATH"] = os.pathsep.join(
-            filter(None, (str(folder), os.environ.get("PYTHONPATH")))
-        )
+        path = (str(folder), str(folder.parents[1]), os.environ.get("PYTHONPATH"))
+        environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
         ours, theirs = socket.socketpair()
         self.log = log
         worker = folder / "engine_worker.py"
@@ -111,8 +92,7 @@ class EngineHost:
         `fresh=True` empties the prefix cache before each batch, `prompt_logprobs=True` asks for
         the prompt's log-probabilities (vLLM then reads nothing from the prefix cache).
         """
-        outputs = self._call("generate", prompts=prompts, max_tokens=max_tokens, **how)
-        return [Output(**output) for output in outputs]
+        return self._call("generate", prompts=prompts, max_tokens=max_tokens, **how)
 
     def metrics(self) -> dict[str, float]:
         """Return vLLM's counters and gauges by name."""

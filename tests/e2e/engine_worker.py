@@ -15,6 +15,9 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
+from benchmarks.engine import requests
+from benchmarks.engine.requests import Output
+
 
 class Worker:
     """One engine at a time, and the requests to it."""
@@ -47,56 +50,11 @@ class Worker:
         gc.collect()
         cleanup_dist_env_and_memory()
 
-    def generate(
-        self,
-        prompts: list[list[int]],
-        max_tokens: int,
-        prompt_logprobs: bool = False,
-        alone: bool = False,
-        fresh: bool = False,
-    ) -> list[dict[str, Any]]:
-        from vllm import SamplingParams
-
-        sampling = SamplingParams(
-            temperature=0.0,
-            max_tokens=max_tokens,
-            ignore_eos=True,
-            logprobs=2,
-            prompt_logprobs=0 if prompt_logprobs else None,
-        )
-        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-        outputs = []
-        for batch in [[r] for r in requests] if alone else [requests]:
-            if fresh and not self.llm.reset_prefix_cache():
-                raise RuntimeError("the prefix cache could not be emptied")
-            outputs += self.llm.generate(batch, sampling, use_tqdm=False)
-        return [self._read(output) for output in outputs]
-
-    def _read(self, output: Any) -> dict[str, Any]:
-        completion = output.outputs[0]
-        logprobs, margins = [], []
-        for token, candidates in zip(completion.token_ids, completion.logprobs, strict=True):
-            values = sorted((c.logprob for c in candidates.values()), reverse=True)
-            logprobs.append(candidates[token].logprob)
-            margins.append(values[0] - values[1])
-        prompt_logprobs = None
-        if output.prompt_logprobs is not None:
-            prompt_logprobs = [
-                candidates[token].logprob
-                for token, candidates in zip(
-                    output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True
-                )
-            ]
-        return {
-            "tokens": list(completion.token_ids),
-            "logprobs": logprobs,
-            "margins": margins,
-            "prompt_logprobs": prompt_logprobs,
-            "cached": output.num_cached_tokens,
-        }
+    def generate(self, **how: Any) -> list[Output]:
+        return requests.generate(self.llm, **how)
 
     def metrics(self) -> dict[str, float]:
-        return {m.name: m.value for m in self.llm.get_metrics() if hasattr(m, "value")}
+        return requests.metrics(self.llm)
 
     def layers(self) -> dict[str, dict[str, Any]]:
         """Return each attention layer's backend, block size and page size as vLLM runs them."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from engine_host import EngineHost, Output
+from engine_host import EngineHost
 from workload import (
     CASES,
     CONCURRENT,
@@ -23,6 +23,8 @@ from workload import (
     settings,
     shortened,
 )
+
+from benchmarks.engine.requests import Output
 
 pytestmark = pytest.mark.engine
 

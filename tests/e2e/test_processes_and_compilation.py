@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from engine_host import EngineHost, Output
+from engine_host import EngineHost
 from workload import (
     DIFFERENT,
     Case,
@@ -37,6 +37,8 @@ from workload import (
     run_alone,
     settings,
 )
+
+from benchmarks.engine.requests import Output
 
 pytestmark = pytest.mark.engine
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engine_host import EngineHost, Output
+from engine_host import EngineHost
 
+from benchmarks.engine.requests import Output
 from demo.models import BOS_TOKEN_ID
 from demo.tokenizer import SPECIAL_TOKENS, VOCAB_SIZE
 

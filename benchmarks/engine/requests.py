@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Greedy requests to an engine of this process; the end-to-end tests send theirs this way too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one request gave.
+
+    Attributes:
+        tokens: The generated token ids.
+        logprobs: Their log-probabilities.
+        margins: How far each is ahead of the second, in log-probability.
+        prompt_logprobs: Of the prompt's tokens from the second on, if asked for.
+        cached: Prompt tokens that came from the prefix cache.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    margins: list[float]
+    prompt_logprobs: list[float] | None = None
+    cached: int = 0
+
+
+def generate(
+    llm: Any,
+    prompts: list[list[int]],
+    max_tokens: int,
+    prompt_logprobs: bool = False,
+    alone: bool = False,
+    fresh: bool = False,
+) -> list[Output]:
+    """Send greedy requests.
+
+    Args:
+        llm: A `vllm.LLM`.
+        prompts: Token ids.
+        max_tokens: Tokens to generate, no fewer.
+        prompt_logprobs: Ask for those of the prompt; vLLM then reads nothing from the prefix cache.
+        alone: One after another, not all at once.
+        fresh: Empty the prefix cache before each batch.
+
+    Raises:
+        RuntimeError: The prefix cache could not be emptied.
+    """
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(
+        temperature=0.0,
+        max_tokens=max_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=2,
+        prompt_logprobs=0 if prompt_logprobs else None,
+    )
+    requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = []
+    for batch in [[r] for r in requests] if alone else [requests]:
+        if fresh and not llm.reset_prefix_cache():
+            raise RuntimeError("the prefix cache could not be emptied")
+        outputs += llm.generate(batch, sampling, use_tqdm=False)
+    return [_read(output) for output in outputs]
+
+
+def metrics(llm: Any) -> dict[str, float]:
+    """Return vLLM's counters and gauges by name."""
+    return {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+
+
+def _read(output: Any) -> Output:
+    completion = output.outputs[0]
+    logprobs, margins = [], []
+    for token, candidates in zip(completion.token_ids, completion.logprobs, strict=True):
+        values = sorted((c.logprob for c in candidates.values()), reverse=True)
+        logprobs.append(candidates[token].logprob)
+        margins.append(values[0] - values[1])
+    prompt_logprobs = None
+    if output.prompt_logprobs is not None:
+        prompt_logprobs = [
+            candidates[token].logprob
+            for token, candidates in zip(
+                output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True
+            )
+        ]
+    tokens = list(completion.token_ids)
+    return Output(tokens, logprobs, margins, prompt_logprobs, output.num_cached_tokens or 0)
