@@ -29,7 +29,7 @@ class Step:
 
 
 def call(function: str, *arguments: Any) -> Any:
-    """Call a function of `contenders`, in a process in which Triton interprets."""
-    import contenders
+    """Call a function of `scenarios`, in a process in which Triton interprets."""
+    import scenarios
 
-    return getattr(contenders, function)(*arguments)
+    return getattr(scenarios, function)(*arguments)

@@ -51,10 +51,7 @@ def test_a_graph_of_1_to_8_tokens_a_request_follows_lengths_that_change(
     assert run("replay_error", "ours", captured, replayed) < TOLERANCE
 
 
-@pytest.mark.parametrize(
-    "tokens",
-    [1, pytest.param(2, marks=pytest.mark.xfail(strict=True, reason="its prefill is in Python"))],
-)
+@pytest.mark.parametrize("tokens", [1, pytest.param(2, marks=wrong("its prefill is in Python"))])
 def test_a_graph_of_stocks_backend_follows_them_with_one_token_alone(tokens: int, run: Run) -> None:
     captured, replayed = Step((9, 9), (tokens,) * 2), Step((20, 6), (tokens,) * 2)
     assert run("replay_error", "stock", captured, replayed) < TOLERANCE

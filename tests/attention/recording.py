@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A captured graph, as far as one can be had where Triton interprets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton.runtime.interpreter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vllm_hybrid_kv.attention import gpu
+
+
+class Recorder(TorchDispatchMode):
+    """Runs operations again as a captured graph does: the same tensors, the same numbers.
+
+    Of what Python does between them nothing is repeated.
+
+    Args:
+        launch: Whether kernels are launched as well; what they give is not defined otherwise.
+    """
+
+    def __init__(self, launch: bool = True) -> None:
+        super().__init__()
+        self._launches_kernels = launch
+        self.launches: list[tuple[Any, Any, Any]] = []
+        self._operations: list[Callable[[], None]] = []
+        self._executor = triton.runtime.interpreter.GridExecutor
+        self._inside = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not self._inside and isinstance(result, torch.Tensor):
+            made = not any(
+                alias.alias_info is not None for alias in func._schema.returns
+            )  # neither a view nor an argument
+
+            def again() -> None:
+                repeated = func(*args, **kwargs)
+                if made:
+                    result.copy_(repeated)
+
+            self._operations.append(again)
+        return result
+
+    def __enter__(self) -> Recorder:
+        self._launch, self._capturing = self._executor.__call__, gpu._capturing
+
+        def launch(executor: Any, *args: Any, **kwargs: Any) -> None:
+            self.launches.append((executor, args, kwargs))
+            self._operations.append(lambda: self._launch(executor, *args, **kwargs))
+            if self._launches_kernels:
+                self._inside = True
+                self._launch(executor, *args, **kwargs)
+                self._inside = False
+
+        self._executor.__call__ = launch
+        gpu._capturing = lambda device: True
+        return super().__enter__()
+
+    def __exit__(self, *failed: Any) -> None:
+        super().__exit__(*failed)
+        self._executor.__call__, gpu._capturing = self._launch, self._capturing
+
+    def replay(self) -> None:
+        for operation in self._operations:
+            operation()
+
+
+def kernels_of(launches: list[Any]) -> set[Any]:
+    """What launches compile on a GPU: a kernel, its constants and the kinds of its arguments."""
+    return {
+        (
+            executor.fn.__name__,
+            tuple(sorted(kwargs.items())),
+            tuple(getattr(value, "dtype", type(value)) for value in args),
+        )
+        for executor, args, kwargs in launches
+    }
