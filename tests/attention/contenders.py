@@ -117,7 +117,7 @@ def common_metadata(step: Step) -> tuple[CommonAttentionMetadata, torch.Tensor]:
     return common, torch.cat(slots)
 
 
-def vllm_config(max_model_len: int = 1024, **changes: Any) -> Any:
+def vllm_config(max_model_len: int = 1024) -> Any:
     """The parts of an engine's configuration that builders and implementations read."""
     # Where vLLM has no platform it does not guess one.
     config = VllmConfig(device_config=DeviceConfig(device="cpu"))
@@ -128,8 +128,6 @@ def vllm_config(max_model_len: int = 1024, **changes: Any) -> Any:
     )
     config.scheduler_config.max_num_batched_tokens = 2048
     config.attention_config.tq_max_kv_splits_for_cuda_graph = 2  # each takes the interpreter time
-    for name, value in changes.items():
-        setattr(config, name, value)
     return config
 
 

@@ -33,7 +33,6 @@ from vllm_hybrid_kv.settings import current_settings
 
 if TYPE_CHECKING:
     from vllm.platforms.interface import DeviceCapability
-    from vllm.v1.attention.selector import AttentionSelectorConfig
 
 
 class K8V4AttentionBackend(AttentionBackend):
@@ -127,11 +126,6 @@ class K8V4AttentionBackend(AttentionBackend):
                 f"not {expected}; this vLLM is not the one that the plugin knows"
             )
         return customised
-
-    @classmethod
-    def refusal(cls, config: AttentionSelectorConfig) -> str | None:
-        """Return why a layer cannot have this cache, or None; see `refuse_selection`."""
-        return refusal.refuse_selection(config)
 
 
 class K8V4AttentionImpl(AttentionImpl[K8V4Metadata]):
