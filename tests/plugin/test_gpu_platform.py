@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import vllm
+from vllm.model_executor.models.registry import ModelRegistry
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -25,6 +26,9 @@ def stocks_path():
 @pytest.fixture
 def gpu(monkeypatch):
     """A platform that says of itself what CUDA's does; no GPU is used."""
+    # vLLM imports a model to look at its class and remembers what it saw; on CUDA that takes
+    # CUDA's code.
+    ModelRegistry.models["LlamaForCausalLM"].inspect_model_cls()
     platform = type(current_platform)
     monkeypatch.setattr(platform, "is_cpu", lambda self: False)
     monkeypatch.setattr(platform, "is_cuda", lambda self: True)
