@@ -4,6 +4,8 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+# Processes that share the test files. Real engines wait a lot, so two take little more than one.
+PYTEST_PROCESSES ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,7 +23,7 @@ NEXT_VLLM := .cache/vllm-$(NEXT_RELEASE)
 GPU_PYTHON ?= python3
 GPU_OUT ?= benchmarks/results
 
-.PHONY: demo test setup lint pytest bench gpu gpu-e2e clean
+.PHONY: demo test setup lint pytest conformance bench gpu gpu-e2e clean
 
 demo: setup
 	$(BIN)/python -m demo
@@ -65,7 +67,10 @@ lint: setup
 	cd .lint && ../$(BIN)/lint-imports --config ../pyproject.toml --no-cache
 
 pytest: setup $(NEXT_VLLM)/.unpacked
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(PYTEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+conformance: setup $(NEXT_VLLM)/.unpacked
+	$(BIN)/python -m tests.conformance --out .cache/conformance/result.json
 
 bench: setup
 	$(BIN)/python -m benchmarks.cpu_attention

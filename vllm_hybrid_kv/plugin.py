@@ -91,6 +91,8 @@ def _activate() -> Applied:
     import vllm.platforms
 
     from vllm_hybrid_kv.attention.refusal import CACHE_DTYPE
+    from vllm_hybrid_kv.coordinator.match_unit import AutoMatchUnit
+    from vllm_hybrid_kv.coordinator.strategies import FixedPoint, HybridAware
     from vllm_hybrid_kv.hooks import Strategies
     from vllm_hybrid_kv.planning.capacity import AllGroups, GrowingGroups
     from vllm_hybrid_kv.planning.page_sizes import LeastCommonMultiple
@@ -98,7 +100,14 @@ def _activate() -> Applied:
     from vllm_hybrid_kv.seams.context import Context
 
     strategies = Strategies(
-        {"lcm": LeastCommonMultiple(), "all": AllGroups(), "growing": GrowingGroups()}
+        {
+            "lcm": LeastCommonMultiple(),
+            "all": AllGroups(),
+            "growing": GrowingGroups(),
+            "fixed_point": FixedPoint(),
+            "hybrid_aware": HybridAware(),
+            "auto": AutoMatchUnit(),
+        }
     )
     strategies.discover()
     platform = vllm.platforms.current_platform

@@ -10,6 +10,9 @@ from typing import Any
 FAULTS = ("swapped nibbles", "scale of the neighbour", "stale page", "clipped keys")
 """Ways to store a cache wrongly."""
 
+STATE_FAULT = "states not copied"
+"""A request that resumes inside a block gets a block whose state nobody copied there."""
+
 STEP_FAULTS = (
     "page of the neighbour",
     "lost slot",
@@ -30,7 +33,7 @@ STEP_FAULTS = (
 * stored too late: a step's tokens are stored when it has attended
 """
 
-_originals: dict[tuple[type, str], Callable[..., Any]] = {}
+_originals: dict[tuple[Any, str], Callable[..., Any]] = {}
 
 
 class WorkerExtension:
@@ -45,14 +48,19 @@ def plant(fault: str | None) -> None:
     """Put a fault into the k8v4 backend of this process, in place of the one before.
 
     Args:
-        fault: One of `FAULTS` and `STEP_FAULTS`; None for none.
+        fault: `STATE_FAULT`, or one of `FAULTS` and `STEP_FAULTS`; None for none.
     """
-    if fault not in (None, *FAULTS, *STEP_FAULTS):
-        raise ValueError(f"no fault {fault!r}; there are {', '.join(FAULTS + STEP_FAULTS)}")
+    known = (STATE_FAULT, *FAULTS, *STEP_FAULTS)
+    if fault is not None and fault not in known:
+        raise ValueError(f"no fault {fault!r}; there are {', '.join(known)}")
     for (owner, name), original in _originals.items():
         setattr(owner, name, original)
     if fault in ("lost slot", *FAULTS):
         _spoil_updates(fault)
+    elif fault == STATE_FAULT:
+        from vllm.v1.worker import gpu_model_runner
+
+        _replace(gpu_model_runner, "copy_kv_cache_blocks_inplace", lambda _: lambda *_, **__: None)
     elif fault == "stored too late":
         _update_after_attention()
     elif fault in ("window off by one", "heads of the neighbour"):
@@ -61,7 +69,7 @@ def plant(fault: str | None) -> None:
         _spoil_metadata(fault)
 
 
-def _replace(owner: type, name: str, make: Callable[[Callable[..., Any]], Any]) -> None:
+def _replace(owner: Any, name: str, make: Callable[[Callable[..., Any]], Any]) -> None:
     original = _originals.setdefault((owner, name), getattr(owner, name))
     setattr(owner, name, make(original))
 

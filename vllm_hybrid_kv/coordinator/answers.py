@@ -3,9 +3,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
 from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 
 from vllm_hybrid_kv.errors import HybridKVStrategyError
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+
+@runtime_checkable
+class KVCacheManagerObserver(Protocol):
+    """A coordinator that wants to know the manager that had it made."""
+
+    def attach(self, kv_cache_manager: KVCacheManager) -> None:
+        """Be told the manager once it is complete, before the scheduler asks it anything."""
 
 
 def check_coordinator(coordinator: object, who: str) -> None:

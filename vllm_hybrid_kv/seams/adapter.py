@@ -19,6 +19,7 @@ class Known:
         unify: Makes page sizes equal.
         get_capacity: Computes the reported capacity.
         make_coordinator: Makes the coordinator.
+        init_kv_cache_manager: Initialises the manager that has the coordinator made.
         resolve_block_sizes: Computes the scheduler's and the hashes' block size.
         create_engine_config: Makes the configuration from the arguments.
         init_worker: Initialises any worker.
@@ -31,6 +32,7 @@ class Known:
     unify: Target
     get_capacity: Target
     make_coordinator: Target
+    init_kv_cache_manager: Target
     resolve_block_sizes: Target
     create_engine_config: Target
     init_worker: Target
@@ -50,7 +52,7 @@ def build(context: Context, known: Known) -> list[Seam]:
         configuration.known_variables_seam(known.validate_environ),
         planning.page_size_seam(context, known.get_groups, known.unify),
         planning.capacity_seam(context, known.get_capacity),
-        coordination.coordinator_seam(context, known.make_coordinator),
+        coordination.coordinator_seam(context, known.make_coordinator, known.init_kv_cache_manager),
         coordination.prefix_match_unit_seam(context, known.resolve_block_sizes),
     ]
     if context.on_cpu or context.on_gpu:

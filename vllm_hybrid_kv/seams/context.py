@@ -53,9 +53,16 @@ class Context:
     def adopt(self, vllm_config: VllmConfig) -> Settings:
         """Put an engine's settings in force in this process.
 
+        Whoever calls vLLM's planning functions by themselves may have something else than an
+        engine's configuration; what is in force then stays.
+
         Raises:
             HybridKVError: See `check`.
         """
+        from vllm.config import VllmConfig
+
+        if not isinstance(vllm_config, VllmConfig):
+            return settings.current_settings()
         self.check(vllm_config.additional_config)
         adopted = settings.adopt(vllm_config)
         for follow in self.followers:

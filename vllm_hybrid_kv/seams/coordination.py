@@ -6,9 +6,19 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from vllm_hybrid_kv.coordinator.answers import check_coordinator, check_prefix_match_unit
+from vllm_hybrid_kv.coordinator.answers import (
+    KVCacheManagerObserver,
+    check_coordinator,
+    check_prefix_match_unit,
+)
 from vllm_hybrid_kv.errors import HybridKVStrategyError
-from vllm_hybrid_kv.seams.base import FunctionRebinding, Notice, Seam, Target
+from vllm_hybrid_kv.seams.base import (
+    FunctionRebinding,
+    MethodRebinding,
+    Notice,
+    Seam,
+    Target,
+)
 from vllm_hybrid_kv.settings import current_settings
 
 if TYPE_CHECKING:
@@ -18,12 +28,13 @@ if TYPE_CHECKING:
     from vllm_hybrid_kv.seams.context import Context
 
 
-def coordinator_seam(context: Context, factory: Target) -> Seam:
-    """Let a strategy make the coordinator.
+def coordinator_seam(context: Context, factory: Target, init_kv_cache_manager: Target) -> Seam:
+    """Let a strategy make the coordinator, and a coordinator know its manager.
 
     Args:
         context: The process's.
         factory: `get_kv_cache_coordinator`.
+        init_kv_cache_manager: `KVCacheManager.__init__`, which calls the factory.
     """
 
     def make(original: Any) -> Any:
@@ -49,15 +60,24 @@ def coordinator_seam(context: Context, factory: Target) -> Seam:
 
         return get_kv_cache_coordinator
 
+    def make_init(original: Any) -> Any:
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            if isinstance(self.coordinator, KVCacheManagerObserver):
+                self.coordinator.attach(self)
+
+        return init
+
     return Seam(
         "coordinator",
         Notice(
-            replaces="get_kv_cache_coordinator",
-            why="the choice of coordinator class is fixed in it",
+            replaces="get_kv_cache_coordinator, and KVCacheManager.__init__, which it wraps",
+            why="the choice of coordinator class is fixed in the one; in the other, that states "
+            "are kept at branch points inside a block is decided by what EAGLE needs",
             upstream="vllm-project/vllm#31707 (prefix caching over any mix of groups)",
             until="the coordinator class can be configured as the scheduler class can",
         ),
-        [FunctionRebinding(factory, make)],
+        [FunctionRebinding(factory, make), MethodRebinding(init_kv_cache_manager, make_init)],
     )
 
 

@@ -35,6 +35,19 @@ KNOWN = Known(
             "2294e5b6fadd7d11",
         ),
     ),
+    init_kv_cache_manager=Target(
+        "vllm.v1.core.kv_cache_manager",
+        "KVCacheManager.__init__",
+        Fingerprint(
+            "(self, kv_cache_config, max_model_len, scheduler_block_size, hash_block_size, "
+            "max_in_flight_tokens=None, enable_caching=True, use_eagle=False, "
+            "num_hash_lookahead_tokens=0, num_prefill_lookahead=0, log_stats=False, "
+            "enable_kv_cache_events=False, dcp_world_size=1, pcp_world_size=1, "
+            "metrics_collector=None, watermark=0.0, "
+            "enable_mamba_shared_prefix_checkpoint=False)",
+            "666129fc19e4d275",
+        ),
+    ),
     resolve_block_sizes=Target(
         "vllm.v1.core.kv_cache_utils",
         "resolve_kv_cache_block_sizes",

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's own tests of its core, run with and without the plugin.
+
+    python -m tests.conformance --minor 0.32 --strategy fixed_point
+
+`docs/conformance.md` explains it.
+"""

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pytest plugin that runs in the process of vLLM's own tests (`-p conformance_report`).
+
+It loads vLLM's general plugins as every process of vLLM does, so that the plugin comes in through
+its entry point if `VLLM_PLUGINS` lets it. It watches who makes the coordinators, writes the
+outcome of every test to a file, and changes nothing that a test can see.
+
+The folder is on `PYTHONPATH` there, alone: `tests` is vLLM's package in that process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import weakref
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXPECTED_MINOR = "HYBRID_KV_TEST_VLLM_MINOR"
+
+REASON_LENGTH = 300
+
+
+def _prepare() -> None:
+    """Check that this is the vLLM that was asked for, and give the unpacked wheel a platform."""
+    import vllm
+    import vllm.platforms
+
+    if not vllm.__version__.startswith(os.environ[EXPECTED_MINOR] + "."):
+        pytest.exit(f"this is vLLM {vllm.__version__} from {vllm.__file__}", returncode=4)
+    if vllm.platforms.current_platform.is_unspecified():
+        # A CUDA wheel finds no device here. Before any other module imports the name.
+        from vllm.platforms.cpu import CpuPlatform
+
+        vllm.platforms.current_platform = CpuPlatform()
+
+
+class Coordinators:
+    """Counts who made the coordinators of the managers that the tests use."""
+
+    def __init__(self) -> None:
+        self.by_strategy: Counter[str] = Counter()
+        """Class names of the coordinators that a strategy of the plugin made."""
+        self.managers = 0
+        """`KVCacheManager`s made."""
+        self.managers_of_ours = 0
+        """Those of them whose coordinator a strategy of the plugin made."""
+        self.available: list[str] = []
+        """The coordinator strategies that the plugin has."""
+        self._made: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def watch_strategies(self) -> None:
+        """Note every coordinator that a strategy answers with. Before the plugin is loaded."""
+        from vllm_hybrid_kv.hooks import Strategies
+
+        ask, check = Strategies.ask, Strategies.check
+
+        def checking(strategies: Any, settings: Any) -> None:
+            self.available = strategies.available("coordinator")
+            check(strategies, settings)
+
+        def noting(strategies: Any, setting: str, settings: Any, **arguments: Any) -> Any:
+            answer = ask(strategies, setting, settings, **arguments)
+            if setting == "coordinator" and answer is not None:
+                self._made.add(answer)
+                kind = type(answer)
+                self.by_strategy[f"{kind.__module__}.{kind.__qualname__}"] += 1
+            return answer
+
+        Strategies.ask = noting  # type: ignore[method-assign]
+        Strategies.check = checking  # type: ignore[method-assign]
+
+    def watch_managers(self) -> None:
+        """Note every manager, and whether its coordinator is one of those."""
+        from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+        initialise = KVCacheManager.__init__
+
+        def noting(manager: Any, *args: Any, **kwargs: Any) -> None:
+            initialise(manager, *args, **kwargs)
+            self.managers += 1
+            self.managers_of_ours += manager.coordinator in self._made
+
+        KVCacheManager.__init__ = noting
+
+
+class Report:
+    """Collects the outcome of every test.
+
+    Args:
+        path: Where to write the report.
+        left_out: Node ids of tests and files not to run; one without brackets is all its cases.
+    """
+
+    def __init__(self, path: Path, left_out: frozenset[str]) -> None:
+        self._path = path
+        self._left_out = left_out
+        self._outcomes: dict[str, str] = {}
+        self._seconds: Counter[str] = Counter()
+        self._reasons: dict[str, str] = {}
+        self._coordinators = Coordinators()
+        self._plugin_active = False
+
+    def pytest_configure(self, config: pytest.Config) -> None:
+        self._coordinators.watch_strategies()
+        plugins = importlib.import_module("vllm.plugins")
+        plugins.load_general_plugins()
+        self._coordinators.watch_managers()
+        from vllm_hybrid_kv import plugin
+
+        self._plugin_active = plugin.applied() is not None
+
+    def pytest_ignore_collect(self, collection_path: Path, config: pytest.Config) -> bool | None:
+        # A file that cannot be imported is reported under its own name.
+        path = collection_path.relative_to(config.rootpath).as_posix()
+        return True if path in self._left_out else None
+
+    def pytest_collection_modifyitems(
+        self, config: pytest.Config, items: list[pytest.Item]
+    ) -> None:
+        dropped = [item for item in items if self._is_left_out(item.nodeid)]
+        if dropped:
+            config.hook.pytest_deselected(items=dropped)
+            items[:] = [item for item in items if item not in dropped]
+        for item in items:
+            # vLLM's own switch for tests without GPU memory: half a second each.
+            item.add_marker("skip_global_cleanup")
+
+    def _is_left_out(self, test: str) -> bool:
+        return test in self._left_out or test.partition("[")[0] in self._left_out
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self._note(report, "error")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._seconds[report.nodeid] += report.duration
+        if report.failed:
+            self._note(report, "failed" if report.when == "call" else "error")
+        elif report.skipped:
+            self._note(report, "skipped")
+        elif report.when == "call":
+            self._outcomes.setdefault(report.nodeid, "passed")
+
+    def _note(self, report: pytest.CollectReport | pytest.TestReport, outcome: str) -> None:
+        self._outcomes[report.nodeid] = outcome
+        crash = getattr(report.longrepr, "reprcrash", None)
+        text = report.longreprtext if crash is None else crash.message
+        self._reasons[report.nodeid] = " ".join(text.split())[:REASON_LENGTH]
+
+    def pytest_sessionfinish(self) -> None:
+        import vllm
+
+        counts = self._coordinators
+        report = {
+            "vllm": vllm.__version__,
+            "plugin_active": self._plugin_active,
+            "available": counts.available,
+            "managers": counts.managers,
+            "managers_of_ours": counts.managers_of_ours,
+            "coordinators": dict(counts.by_strategy.most_common()),
+            "outcomes": self._outcomes,
+            "reasons": self._reasons,
+            "seconds": {test: round(value, 3) for test, value in self._seconds.items()},
+        }
+        self._path.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        counts = self._coordinators
+        terminalreporter.write_line(
+            f"{counts.managers} KV cache managers, {counts.managers_of_ours} with a coordinator "
+            f"that the plugin's strategy made: {dict(counts.by_strategy.most_common())}"
+        )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("conformance")
+    group.addoption("--conformance-out", type=Path, required=True, help="where the report goes")
+    group.addoption("--conformance-leave-out", type=Path, help="JSON list of node ids not to run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--conformance-leave-out")
+    left_out = frozenset(json.loads(path.read_text())) if path is not None else frozenset()
+    report = Report(config.getoption("--conformance-out"), left_out)
+    config.pluginmanager.register(report, "conformance_outcomes")
+
+
+_prepare()

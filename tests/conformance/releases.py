@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's releases: their tests, what those need, and the folder they run in."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CACHE = REPOSITORY / ".cache"
+
+RELEASES = {"0.32": "0.32.0", "0.33": "0.33.0"}
+"""The release of each supported minor whose tests are run."""
+
+SUITE = "tests/v1/core"
+"""The folder of vLLM's tests that is run."""
+
+INSTALLED_MINOR = "0.32"
+"""The minor in this environment. The other one has no build for CPUs and is unpacked."""
+
+WHEEL_0_33 = "HYBRID_KV_TEST_WHEEL_033_DIR"
+
+# What vLLM's conftest.py imports, and a limit for tests that hang.
+TEST_TOOLS = ("tblib==3.2.2", "pytest-timeout==2.4.0")
+
+# pip asks the source archive for its metadata, and its setup.py imports these.
+BUILD_TOOLS = ("setuptools-rust==1.13.0", "setuptools-scm==10.3.4")
+
+# The tests ask for these by name and load no weights. vLLM finds a folder of that name before it
+# asks a hub.
+MODEL_CONFIGURATIONS: dict[str, dict[str, object]] = {
+    "facebook/opt-125m": {
+        "architectures": ["OPTForCausalLM"],
+        "model_type": "opt",
+        "hidden_size": 768,
+        "word_embed_proj_dim": 768,
+        "ffn_dim": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "vocab_size": 50272,
+        "max_position_embeddings": 2048,
+        "do_layer_norm_before": True,
+        "torch_dtype": "float16",
+    },
+    "facebook/opt-350m": {
+        "architectures": ["OPTForCausalLM"],
+        "model_type": "opt",
+        "hidden_size": 1024,
+        "word_embed_proj_dim": 512,
+        "ffn_dim": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "vocab_size": 50272,
+        "max_position_embeddings": 2048,
+        "do_layer_norm_before": False,
+        "torch_dtype": "float16",
+    },
+    "Qwen/Qwen1.5-7B": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 151936,
+        "max_position_embeddings": 32768,
+        "torch_dtype": "bfloat16",
+    },
+    "Qwen/Qwen3-0.6B": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "torch_dtype": "bfloat16",
+    },
+    "Qwen/Qwen3-Next-80B-A3B-Instruct": {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "model_type": "qwen3_next",
+        "hidden_size": 2048,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "full_attention_interval": 4,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_value_head_dim": 128,
+        "moe_intermediate_size": 512,
+        "num_experts": 512,
+        "num_experts_per_tok": 10,
+        "shared_expert_intermediate_size": 512,
+        "vocab_size": 151936,
+        "max_position_embeddings": 262144,
+        "torch_dtype": "bfloat16",
+    },
+}
+
+
+class ConformanceError(Exception):
+    """vLLM's tests could not be run."""
+
+
+def fetch_tests(minor: str) -> Path:
+    """Return the folder with a release's `tests/` and `pyproject.toml`, fetched if need be.
+
+    Raises:
+        ConformanceError: It cannot be downloaded.
+    """
+    release = RELEASES[minor]
+    folder = CACHE / f"vllm-tests-{release}"
+    with _filled_once(folder) as empty:
+        if empty is not None:
+            _download_tests(release, empty)
+    return folder
+
+
+def fetch_test_tools() -> Path:
+    """Return a folder with the packages that vLLM's tests need beside ours, fetched if need be.
+
+    Raises:
+        ConformanceError: They cannot be downloaded.
+    """
+    folder = CACHE / "vllm-tests-tools"
+    with _filled_once(folder) as empty:
+        if empty is not None:
+            _pip("install", "--no-deps", "--target", str(empty), *TEST_TOOLS)
+    return folder
+
+
+def unpacked_wheel(minor: str) -> Path | None:
+    """Return the folder to put on `PYTHONPATH` for a minor; None for the installed one.
+
+    Raises:
+        ConformanceError: There is no such folder.
+    """
+    if minor == INSTALLED_MINOR:
+        return None
+    release = RELEASES[minor]
+    folder = Path(os.environ.get(WHEEL_0_33) or CACHE / f"vllm-{release}")
+    if not (folder / "vllm" / "__init__.py").is_file():
+        raise ConformanceError(
+            f"vLLM {release} is not unpacked in {folder}: "
+            f"python -m pip install --no-deps --target {folder} vllm=={release}"
+        )
+    return folder
+
+
+def write_model_configurations(folder: Path) -> None:
+    """Write a folder for every model that the tests ask for by name."""
+    for name, configuration in MODEL_CONFIGURATIONS.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text(json.dumps(configuration, indent=1))
+
+
+def _download_tests(release: str, folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        tools = Path(scratch) / "tools"
+        _pip("install", "--target", str(tools), *BUILD_TOOLS)
+        _pip(
+            *("download", "--no-deps", "--no-binary", "vllm", "--no-build-isolation"),
+            *("--dest", scratch, f"vllm=={release}"),
+            # No extensions, and versions that setup.py would else ask git and CUDA for.
+            PYTHONPATH=str(tools),
+            VLLM_TARGET_DEVICE="empty",
+            VLLM_VERSION_OVERRIDE=release,
+            SETUPTOOLS_SCM_PRETEND_VERSION=release,
+        )
+        top = f"vllm-{release}/"
+        with tarfile.open(Path(scratch) / f"vllm-{release}.tar.gz") as archive:
+            for member in archive:
+                path = member.name.removeprefix(top)
+                # pyproject.toml declares the tests' markers.
+                if path == "pyproject.toml" or path.startswith("tests/"):
+                    archive.extract(member.replace(name=path), folder, filter="data")
+
+
+def _pip(*arguments: str, **environment: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise ConformanceError(f"pip {' '.join(arguments)} failed:\n{done.stderr[-4000:]}")
+
+
+@contextmanager
+def _filled_once(folder: Path) -> Iterator[Path | None]:
+    """Give an empty folder to fill, which then becomes the one asked for; None if it is there.
+
+    One that is filled in part, by a run that was cut short, never gets the name. Another process
+    that wants the same waits.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.is_dir():
+            yield None
+            return
+        part = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        yield part
+        part.rename(folder)

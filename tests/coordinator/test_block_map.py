@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`GroupedBlockMap` beside the map of vLLM that it takes the place of."""
+
+import copy
+import random
+
+import pytest
+from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
+from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+
+from vllm_hybrid_kv.coordinator.block_map import GroupedBlockMap, grouped_blocks
+
+HASHES = [bytes([number]) * 32 for number in range(6)]
+KEYS = [make_block_hash_with_group_id(one, group) for one in HASHES for group in (0, 1, 258)]
+
+
+def pool_of(num_blocks=12):
+    return BlockPool(num_blocks, enable_caching=True, hash_block_size=16)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_it_answers_like_vllms_after_any_changes(seed):
+    rng = random.Random(seed)
+    blocks = pool_of().blocks[1:]
+    stock, ours = BlockHashToBlockMap(), GroupedBlockMap()
+    for _ in range(500):
+        key, block = rng.choice(KEYS), rng.choice(blocks)
+        if rng.random() < 0.5:
+            stock.insert(key, block)
+            ours.insert(key, block)
+        else:
+            assert ours.pop(key, block.block_id) is stock.pop(key, block.block_id)
+        for key in KEYS:
+            assert ours.get_one_block(key) is stock.get_one_block(key)
+            assert all(
+                ours.contain(key, block.block_id) == stock.contain(key, block.block_id)
+                for block in blocks
+            )
+        assert len(ours) == len([key for key in KEYS if stock.get_one_block(key)])
+
+
+def test_each_group_has_its_blocks_by_the_requests_own_hashes():
+    first, second, third = pool_of().blocks[1:4]
+    ours = GroupedBlockMap()
+    ours.insert(make_block_hash_with_group_id(HASHES[0], 0), first)
+    ours.insert(make_block_hash_with_group_id(HASHES[0], 0), second)
+    ours.insert(make_block_hash_with_group_id(HASHES[1], 258), third)
+    assert ours.group(0) == {HASHES[0]: first}
+    assert ours.group(258) == {HASHES[1]: third}
+    assert ours.group(3) == {}
+
+
+def test_code_that_reaches_into_vllms_dictionary_finds_it():
+    first, second, third = pool_of().blocks[1:4]
+    ours = GroupedBlockMap()
+    one, other = KEYS[0], KEYS[5]
+    ours.insert(one, first)
+    ours.insert(one, second)
+    assert ours._cache[one] == {first.block_id: first, second.block_id: second}
+    ours._cache[other] = third
+    assert ours.get_one_block(other) is third
+    before = copy.copy(ours._cache)
+    assert ours._cache.pop(other) is third
+    assert ours.get_one_block(other) is None
+    assert sorted(before) == sorted([one, other])
+    assert list(ours._cache) == [one]
+    ours._cache[one] = third
+    assert ours._cache[one] is third
+    ours._cache.clear()
+    assert len(ours) == 0
+    with pytest.raises(KeyError):
+        ours._cache[one]
+
+
+def test_it_takes_the_place_of_a_pools_map_with_all_that_is_in_it():
+    pool = pool_of()
+    first, second, third = pool.blocks[1:4]
+    for key, block in ((KEYS[0], first), (KEYS[0], second), (KEYS[4], third)):
+        pool._insert_block_hash(key, block, num_tokens=16)
+    grouped = grouped_blocks(pool)
+    assert grouped is pool.cached_block_hash_to_block
+    assert grouped is grouped_blocks(pool)
+    assert pool.get_cached_block(HASHES[0], [0]) == [first]
+    assert grouped.contain(KEYS[0], second.block_id)
+    assert grouped.get_one_block(KEYS[4]) is third
+
+
+def test_a_block_that_the_pool_hands_out_again_is_gone_from_it():
+    pool = pool_of(3)
+    grouped = grouped_blocks(pool)
+    block = pool.get_new_blocks(1)[0]
+    pool._insert_block_hash(KEYS[0], block, num_tokens=16)
+    pool.free_blocks([block])
+    pool.get_new_blocks(2)
+    assert len(grouped) == 0

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which coordinator a strategy makes, with the arguments that vLLM's factory gets."""
+
+import inspect
+
+import pytest
+from contents import NUM_BLOCKS, full, layout_of, mamba
+from vllm.v1.core.kv_cache_coordinator import (
+    HybridKVCacheCoordinator,
+    KVCacheCoordinatorNoPrefixCache,
+    UnitaryKVCacheCoordinator,
+    get_kv_cache_coordinator,
+)
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from vllm_hybrid_kv.coordinator.fixed_point import FixedPointCoordinator
+from vllm_hybrid_kv.coordinator.strategies import FixedPoint
+
+
+def factory_args(layout, **more):
+    """Give everything that the factory gets, as the seam hands it on."""
+    bound = inspect.signature(get_kv_cache_coordinator).bind(
+        kv_cache_config=KVCacheConfig(NUM_BLOCKS, [], list(layout.groups)),
+        max_model_len=4096,
+        max_in_flight_tokens=4096,
+        use_eagle=False,
+        enable_kv_cache_events=False,
+        dcp_world_size=1,
+        pcp_world_size=1,
+        scheduler_block_size=layout.scheduler_block_size,
+        hash_block_size=layout.hash_unit,
+        **{"enable_caching": True, **more},
+    )
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def made(layout, **more):
+    return FixedPoint().hybrid_kv_make_coordinator(
+        factory_args=factory_args(layout, **more), stock=get_kv_cache_coordinator
+    )
+
+
+def test_several_groups_get_the_fixed_point():
+    coordinator = made(layout_of(full(64), mamba(64), unit=16))
+    assert type(coordinator) is FixedPointCoordinator
+    assert isinstance(coordinator, HybridKVCacheCoordinator)
+    assert coordinator.enable_partial_hash_hits
+    assert coordinator.full_attention_group_id == 0
+
+
+def test_arguments_of_the_factory_reach_the_coordinator():
+    layout = layout_of(full(64), mamba(64), unit=16)
+    assert not made(layout, allow_partial_hash_hits=False).enable_partial_hash_hits
+    assert made(layout, num_prefill_lookahead=3).num_reprefillable_tokens == 2
+    new_in_0_33 = "num_hash_lookahead_tokens"
+    if new_in_0_33 in inspect.signature(get_kv_cache_coordinator).parameters:
+        assert made(layout, **{new_in_0_33: 2}).block_pool.num_hash_lookahead_tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("layout", "more", "kind"),
+    [
+        (layout_of(full(16)), {}, UnitaryKVCacheCoordinator),
+        (
+            layout_of(full(16), mamba(16)),
+            {"enable_caching": False},
+            KVCacheCoordinatorNoPrefixCache,
+        ),
+    ],
+    ids=["one group", "no prefix caching"],
+)
+def test_where_nothing_is_to_be_agreed_vllms_own_is_made(layout, more, kind):
+    assert type(made(layout, **more)) is kind

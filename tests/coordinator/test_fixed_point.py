@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lookups that vLLM's coordinator gets wrong or short, and what the coordinator owes to vLLM."""
+
+from dataclasses import replace
+
+import pytest
+from contents import (
+    NUM_BLOCKS,
+    chunked,
+    coordinator_of,
+    fill,
+    full,
+    layout_of,
+    mamba,
+    random_cases,
+    request_of,
+    ring,
+    window,
+)
+from oracle import Cached, longest, serves
+from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator
+from vllm.v1.core.single_type_kv_cache_manager import (
+    ChunkedLocalAttentionManager,
+    FullAttentionManager,
+    HiSparseSourceManager,
+    MambaManager,
+    SlidingWindowManager,
+)
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, KVCacheGroupRole
+
+from vllm_hybrid_kv.coordinator.fixed_point import FixedPointCoordinator
+from vllm_hybrid_kv.coordinator.lookup import ManagerLookup, lookup_class
+
+WRONG_IN_VLLM = pytest.mark.xfail(strict=True, raises=AssertionError, reason="vLLM's own")
+BOTH = [
+    FixedPointCoordinator,
+    pytest.param(HybridKVCacheCoordinator, marks=WRONG_IN_VLLM),
+]
+UNIT = 16
+
+
+def look_up(coordinator_class, layout, num_tokens, *boundaries):
+    """Look up a request of which each group has cached what ends at the boundaries given."""
+    request = request_of(layout, list(range(num_tokens)))
+    cached = Cached(len(request.block_hashes) * layout.hash_unit)
+    for group_id, ends in enumerate(boundaries):
+        for number, end in enumerate(ends):
+            cached.blocks[group_id, end] = [100 * (group_id + 1) + number]
+    coordinator = coordinator_of(layout, coordinator_class)
+    fill(coordinator.block_pool, request, cached, request_of(layout, []))
+    hits, length, uncached = coordinator.find_longest_cache_hit(
+        request.block_hashes, num_tokens - 1
+    )
+    ids = [[block.block_id for block in blocks] for blocks in hits]
+    return ids, length, uncached
+
+
+def every(step, end):
+    return range(step, end + 1, step)
+
+
+@pytest.mark.parametrize("coordinator_class", BOTH)
+def test_a_second_window_that_shortens_the_hit_makes_the_drafts_of_the_first_prove_theirs(
+    coordinator_class,
+):
+    layout = layout_of(full(16), window(16, 17), window(16, 33), drafts=(1, 2))
+    # The first window has blocks for 96 tokens and one more, and for 48 with none behind them.
+    first = (48, 96, 112)
+    second = (16, 32, 48, 64)
+    _, length, _ = look_up(coordinator_class, layout, 130, every(16, 128), first, second)
+    assert length == 0
+
+
+@pytest.mark.parametrize("coordinator_class", BOTH)
+def test_a_state_that_shortens_the_hit_makes_drafts_prove_theirs(coordinator_class):
+    # No group is marked, so that all count as having drafts, the states among them.
+    layout = layout_of(full(16), window(16, 17), mamba(16), drafts=())
+    _, length, _ = look_up(coordinator_class, layout, 130, every(16, 128), (48, 96, 112), (48,))
+    assert length == 0
+
+
+@pytest.mark.parametrize("coordinator_class", BOTH)
+def test_a_chunk_that_begins_inside_a_block_needs_that_block(coordinator_class):
+    layout = layout_of(full(16), chunked(16, 24))
+    # After 32 tokens the chunk is the one from 24 on. vLLM finds none of its blocks and falls back
+    # to 16 tokens, which are in the chunk before, without a look at that one's.
+    _, length, _ = look_up(coordinator_class, layout, 40, every(16, 32), ())
+    assert length == 0
+
+
+@pytest.mark.parametrize("coordinator_class", BOTH)
+def test_drafts_with_a_window_longer_than_the_prefix_cost_one_unit_once(coordinator_class):
+    layout = layout_of(full(64), window(16, 1024), drafts=(1,))
+    _, length, _ = look_up(coordinator_class, layout, 100, (64,), every(16, 96))
+    assert length == 64
+
+
+@pytest.mark.parametrize("coordinator_class", BOTH)
+def test_a_whole_block_serves_a_prefix_that_ends_inside_it(coordinator_class):
+    layout = layout_of(full(64), mamba(64), unit=UNIT)
+    ids, length, _ = look_up(coordinator_class, layout, 128, (64, 128), (112,))
+    assert (length, ids) == (112, [[100, 101], [0, 200]])
+
+
+@pytest.mark.parametrize("coordinator_class", BOTH)
+def test_groups_of_equal_specs_may_hold_different_parts_of_their_last_block(coordinator_class):
+    layout = layout_of(full(64), full(64), mamba(64), unit=UNIT)
+    ids, length, _ = look_up(coordinator_class, layout, 128, (64, 96), (64, 112), (96, 112))
+    assert (length, ids) == (96, [[100, 101], [200, 201], [0, 300]])
+
+
+@pytest.mark.parametrize("coordinator_class", BOTH)
+def test_chunked_local_attention_goes_with_larger_blocks_beside_it(coordinator_class):
+    layout = layout_of(full(64), chunked(16, 32))
+    _, length, _ = look_up(coordinator_class, layout, 100, (64,), ())
+    assert length == 64
+
+
+@pytest.mark.parametrize("coordinator_class", BOTH)
+def test_chunked_local_attention_goes_with_drafts(coordinator_class):
+    layout = layout_of(full(16), chunked(16, 64), drafts=())
+    _, length, _ = look_up(coordinator_class, layout, 60, every(16, 48), every(16, 48))
+    assert length == 32
+
+
+def test_models_without_full_attention_hit_where_all_states_are():
+    layout = layout_of(mamba(32), mamba(64, width=6), window(32, 64))
+    ids, length, _ = look_up(
+        FixedPointCoordinator, layout, 400, (128, 192, 320), (64, 192, 256), every(32, 384)
+    )
+    assert length == 192
+    assert ids == [[0, 0, 0, 0, 0, 101], [0, 0, 201], [0, 0, 0, 0, 304, 305]]
+
+
+def test_context_parallel_ranks_make_full_attention_blocks_longer_but_not_states():
+    layout = layout_of(full(16), mamba(32), dcp=2)
+    ids, length, _ = look_up(FixedPointCoordinator, layout, 100, every(32, 96), (32, 64))
+    assert (length, ids) == (64, [[100, 101], [0, 201]])
+
+
+def test_what_full_attention_alone_would_have_served_is_told():
+    layout = layout_of(full(16), mamba(16))
+    _, length, uncached = look_up(FixedPointCoordinator, layout, 130, every(16, 96), (32,))
+    assert (length, uncached) == (32, 64)
+
+
+def test_groups_that_opt_out_of_prefix_caching_get_no_blocks():
+    layout = layout_of(full(16), ring(16), mamba(16))
+    ids, length, _ = look_up(FixedPointCoordinator, layout, 60, (16, 32), (), (32,))
+    assert (length, ids) == (32, [[100, 101], [], [0, 300]])
+
+
+def test_a_block_evicted_in_the_middle_ends_full_attention_there():
+    layout = layout_of(full(16), mamba(16))
+    _, length, _ = look_up(
+        FixedPointCoordinator, layout, 200, (*every(16, 64), *range(96, 193, 16)), every(16, 192)
+    )
+    assert length == 64
+
+
+def test_after_a_reset_nothing_is_found_and_new_blocks_are():
+    layout = layout_of(full(16), mamba(16))
+    request = request_of(layout, list(range(50)))
+    cached = Cached(48, {(0, 16): [5], (1, 16): [6]})
+    coordinator = coordinator_of(layout, FixedPointCoordinator)
+    for _ in range(2):
+        fill(coordinator.block_pool, request, cached, request_of(layout, []))
+        assert coordinator.find_longest_cache_hit(request.block_hashes, 49)[1] == 16
+        assert coordinator.reset_prefix_cache()
+        assert coordinator.find_longest_cache_hit(request.block_hashes, 49)[1] == 0
+
+
+def test_a_group_that_keeps_its_longer_hit_for_a_connector_keeps_it():
+    layout = layout_of(full(16), window(16, 16))
+    host = replace(layout.groups[0], role=KVCacheGroupRole.HISPARSE_SOURCE, host_resident=True)
+    layout = replace(layout, groups=(host, layout.groups[1]))
+    coordinator = coordinator_of(layout, FixedPointCoordinator)
+    source = coordinator.single_type_managers[0]
+    assert isinstance(source, HiSparseSourceManager)
+    source.bind_host_pool(NUM_BLOCKS)
+    request = request_of(layout, list(range(100)))
+    on_host = Cached(96, {(0, end): [end] for end in every(16, 80)})
+    on_device = Cached(96, {(1, end): [end] for end in (16, 32)})
+    for pool, cached in ((source.block_pool, on_host), (coordinator.block_pool, on_device)):
+        fill(pool, request, cached, request_of(layout, []))
+    hits, length, _ = coordinator.find_longest_cache_hit(request.block_hashes, 99)
+    assert length == 32
+    assert [block.block_id for block in hits[0]] == [16, 32, 48, 64, 80]
+    assert [block.block_id for block in hits[1]] == [0, 32]
+
+
+class ForeignFull(FullAttentionManager):
+    @classmethod
+    def find_longest_cache_hit(cls, *args, **kwargs):
+        return super().find_longest_cache_hit(*args, **kwargs)
+
+
+class ForeignWindow(SlidingWindowManager):
+    @classmethod
+    def find_longest_cache_hit(cls, *args, **kwargs):
+        return super().find_longest_cache_hit(*args, **kwargs)
+
+
+class ForeignChunked(ChunkedLocalAttentionManager):
+    @classmethod
+    def find_longest_cache_hit(cls, *args, **kwargs):
+        return super().find_longest_cache_hit(*args, **kwargs)
+
+
+class ForeignMamba(MambaManager):
+    @classmethod
+    def find_longest_cache_hit(cls, *args, **kwargs):
+        return super().find_longest_cache_hit(*args, **kwargs)
+
+
+def test_managers_that_are_not_vllms_own_are_asked_themselves_and_hits_are_safe():
+    foreign = {
+        kind.__mro__[1]: kind for kind in (ForeignFull, ForeignWindow, ForeignChunked, ForeignMamba)
+    }
+    as_long = compared = 0
+    for cases in random_cases(7, 60, 10):
+        layout = cases[0].layout
+        coordinator = coordinator_of(layout, FixedPointCoordinator)
+        alignment = coordinator._cache_hit_alignment_tokens
+        if any(
+            # vLLM's manager stops on these.
+            isinstance(spec, ChunkedLocalAttentionSpec)
+            and (layout.use_eagle or spec.block_size != alignment)
+            for spec in map(layout.spec, range(len(layout.groups)))
+        ):
+            continue
+        coordinator.attention_groups = [
+            group._replace(manager_cls=foreign[group.manager_cls])
+            for group in coordinator.attention_groups
+        ]
+        for group in coordinator.attention_groups:
+            assert lookup_class(group.manager_cls) is ManagerLookup
+        for case in cases:
+            assert coordinator.reset_prefix_cache()
+            fill(coordinator.block_pool, case.request, case.cached, request_of(layout, []))
+            _, length, _ = coordinator.find_longest_cache_hit(case.request.block_hashes, case.limit)
+            groups = range(len(layout.groups))
+            assert all(serves(layout, case.cached, alignment, group, length) for group in groups), (
+                case.what
+            )
+            want = longest(layout, case.cached, alignment, case.limit, groups)
+            compared += 1
+            as_long += length == want
+    assert as_long > 0.9 * compared

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The policy `hybrid_aware` in vLLM's real scheduler, with no model."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id
+
+from vllm_hybrid_kv.coordinator.hybrid_aware import HybridAwareCoordinator
+from vllm_hybrid_kv.replay.engine import Engine, Model
+from vllm_hybrid_kv.replay.replay import Replay, Tally
+from vllm_hybrid_kv.replay.trace import BLOCK_TOKENS, TracedRequest
+
+POLICY = {"coordinator": "hybrid_aware", "prefix_match_unit": "auto"}
+STOCK = {"coordinator": "stock", "prefix_match_unit": "stock"}
+
+QWEN3_NEXT = {
+    "architectures": ["Qwen3NextForCausalLM"],
+    "model_type": "qwen3_next",
+    "hidden_size": 256,
+    "intermediate_size": 128,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "full_attention_interval": 4,
+    "linear_num_value_heads": 8,
+    "linear_num_key_heads": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "vocab_size": 512,
+    "max_position_embeddings": 16384,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 128,
+    "decoder_sparse_step": 1,
+    "norm_topk_prob": True,
+    "partial_rotary_factor": 0.25,
+    "rope_theta": 10000,
+    "rms_norm_eps": 1e-6,
+    "torch_dtype": "bfloat16",
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    folder = tmp_path_factory.mktemp("hybrid")
+    (folder / "config.json").write_text(json.dumps(QWEN3_NEXT))
+    arguments: dict[str, Any] = {
+        "model": str(folder),
+        "block_size": 16,
+        "kv_cache_dtype": "turboquant_k8v4",
+        "gpu_memory_utilization": 0.1,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 2048,
+    }
+    return Model(arguments)
+
+
+class Script:
+    """Writes a trace of chats whose blocks have ids of their own."""
+
+    def __init__(self) -> None:
+        self.requests: list[TracedRequest] = []
+        self._next = 0
+
+    def new(self, blocks: int) -> list[int]:
+        ids = list(range(self._next, self._next + blocks))
+        self._next += blocks
+        return ids
+
+    def send(self, ids: list[int], tail: int = 0, answer: int = 4) -> None:
+        own = self.new(1) if tail else []
+        length = BLOCK_TOKENS * len(ids) + tail
+        self.requests.append(TracedRequest(0, length, answer, (*ids, *own)))
+
+
+def chats(count: int, turns: int, seed: int, shared: int = 0) -> list[TracedRequest]:
+    """Return chats whose turns come in random order, with `shared` blocks in front of all."""
+    draw, script = random.Random(seed), Script()
+    system = script.new(shared)
+    waiting = dict.fromkeys(range(count), turns)
+    ids = {chat: list(system) for chat in range(count)}
+    while waiting:
+        chat = draw.choice(list(waiting))
+        ids[chat] += script.new(draw.randrange(1, 4))
+        script.send(ids[chat], tail=draw.randrange(1, BLOCK_TOKENS), answer=draw.randrange(1, 30))
+        waiting[chat] -= 1
+        if not waiting[chat]:
+            del waiting[chat]
+    return script.requests
+
+
+def engine_of(model: Model, blocks: int, settings: dict[str, str]) -> Engine:
+    (page,) = {spec.page_size_bytes for spec in model.specs.values()}
+    attention = sum("self_attn" in name for name in model.specs)
+    engine = model.engine(blocks * page * attention, settings)
+    assert engine.kv_cache_config.num_blocks == blocks
+    return engine
+
+
+def coordinator_of(engine: Engine) -> Any:
+    return engine.scheduler.kv_cache_manager.coordinator
+
+
+def replay(
+    model: Model, requests: list[TracedRequest], blocks: int, settings: dict[str, str], at_once=1
+) -> Tally:
+    return Replay(engine_of(model, blocks, settings), requests, at_once).run()
+
+
+def check(coordinator: Any) -> None:
+    """Check that tables, reference counts, the free queue and the hash map agree."""
+    pool = coordinator.block_pool
+    held: Counter[int] = Counter()
+    for manager in coordinator.single_type_managers:
+        for table in manager.req_to_blocks.values():
+            held.update(block.block_id for block in table if not block.is_null)
+    queue = pool.free_block_queue
+    free = [block.block_id for block in queue.get_all_free_blocks()]
+    assert len(free) == len(set(free)) == queue.num_free_blocks
+    assert not set(free) & set(held)
+    for block in pool.blocks[1:]:
+        # The ends of a copy that is under way are held for it.
+        assert block.ref_cnt >= held[block.block_id], block
+        assert (block.block_id in set(free)) == (block.ref_cnt == 0)
+    # The blocks to take at any time are in front, and nothing behind them is without need.
+    spent = len(queue._spent)
+    assert set(free[:spent]) == queue._spent
+    assert all(coordinator._is_needed(pool.blocks[block]) for block in free[spent:])
+    assert {b.block_id for b in pool.blocks if b.block_hash} == {
+        block.block_id
+        for entry in pool.cached_block_hash_to_block._cache.values()
+        for block in (entry.values() if isinstance(entry, dict) else [entry])
+    }
+
+
+def test_the_strategy_makes_the_coordinator_and_a_fine_unit(model):
+    engine = engine_of(model, 100, POLICY)
+    assert isinstance(coordinator_of(engine), HybridAwareCoordinator)
+    assert engine.hash_block_size == 16 < engine.scheduler_block_size
+    assert not isinstance(coordinator_of(engine_of(model, 100, STOCK)), HybridAwareCoordinator)
+
+
+def test_a_turn_resumes_at_the_end_of_the_prompt_before_it(model):
+    script = Script()
+    ids = script.new(2)
+    script.send(ids, tail=100)
+    script.send([*ids, *script.new(1)], tail=40)
+    assert replay(model, script.requests, 200, POLICY).hits == [0, (1024 + 100 - 1) // 16 * 16]
+
+
+def test_a_prompt_shorter_than_a_block_hits(model):
+    script = Script()
+    ids = script.new(1)
+    script.send(ids, tail=7)
+    script.send(ids, tail=7)
+    engine = engine_of(model, 200, POLICY)
+    tally = Replay(engine, script.requests, 1).run()
+    assert tally.hits[1] >= 512
+    assert replay(model, script.requests, 200, STOCK).hits[1] < tally.hits[1]
+
+
+def test_the_second_request_shows_a_branch_and_the_third_resumes_there(model):
+    script = Script()
+    system = script.new(1)
+    for _ in range(4):
+        script.send([*system, *script.new(2)])
+    assert replay(model, script.requests, 200, POLICY).hits == [0, 0, 512, 512]
+    assert sum(replay(model, script.requests, 200, STOCK).hits) < 1024
+
+
+def test_a_conversation_that_goes_on_is_no_branch(model):
+    engine = engine_of(model, 200, POLICY)
+    Replay(engine, chats(3, 4, seed=0), 1).run()
+    assert not any(checkpoint.branch for checkpoint in coordinator_of(engine).checkpoints._kept)
+
+
+def test_states_are_kept_at_the_end_of_prompts_and_nowhere_else(model):
+    script = Script()
+    script.send(script.new(5), tail=33)
+    engine = engine_of(model, 200, POLICY)
+    Replay(engine, script.requests, 1).run()
+    coordinator = coordinator_of(engine)
+    states = [
+        block
+        for block in coordinator.block_pool.free_block_queue.get_all_free_blocks()
+        if block.block_hash and get_group_id(block.block_hash) in coordinator._state_ids
+    ]
+    needed = [block for block in states if coordinator._is_needed(block)]
+    assert {block.block_hash_num_tokens for block in needed} == {(5 * 512 + 32) // 16 * 16}
+    assert len(needed) == len(coordinator._state_groups)
+    assert len({get_block_hash(block.block_hash) for block in needed}) == 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_tables_queue_and_map_agree_after_every_step(model, seed):
+    engine = engine_of(model, 60, POLICY)
+    coordinator = coordinator_of(engine)
+    update = engine.scheduler.update_from_output
+
+    def checked(*arguments: Any) -> Any:
+        result = update(*arguments)
+        check(coordinator)
+        return result
+
+    engine.scheduler.update_from_output = checked
+    tally = Replay(engine, chats(25, 4, seed, shared=seed % 2), 6).run()
+    assert tally.steps > 300
+    assert coordinator.checkpoints.counts["evicted unused"] > 10
+
+
+@pytest.mark.parametrize("blocks", [45, 70, 120, 400])
+def test_it_never_hits_less_than_vllm(model, blocks):
+    requests = chats(30, 5, seed=7, shared=1)
+    ours = replay(model, requests, blocks, POLICY, at_once=2)
+    stock = replay(model, requests, blocks, STOCK, at_once=2)
+    assert ours.prompt_tokens == stock.prompt_tokens
+    assert ours.hit_tokens > stock.hit_tokens
+    assert ours.preemptions <= stock.preemptions
+
+
+def test_emptying_the_cache_forgets_the_checkpoints(model):
+    script = Script()
+    ids = script.new(2)
+    for _ in range(3):
+        script.send(ids, tail=9)
+    engine = engine_of(model, 200, POLICY)
+    Replay(engine, script.requests, 1).run()
+    coordinator = coordinator_of(engine)
+    assert len(coordinator.checkpoints) > 0
+    assert engine.scheduler.reset_prefix_cache()
+    assert len(coordinator.checkpoints) == 0
+    assert Replay(engine, script.requests, 1).run().hits[0] == 0
+
+
+def test_a_model_without_states_gets_what_fixed_point_gives_it(tmp_path: Path):
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "vocab_size": 512,
+        "max_position_embeddings": 8192,
+        "torch_dtype": "bfloat16",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    llama = Model({"model": str(tmp_path), "block_size": 16, "gpu_memory_utilization": 0.1})
+    ours, stock = (llama.engine(1 << 28, settings) for settings in (POLICY, STOCK))
+    assert type(coordinator_of(ours)) is type(coordinator_of(stock))
+    assert ours.hash_block_size == stock.hash_block_size

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The coordinators against the real 0.33 wheel, in a process that sees it instead of 0.32."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[1]
+WHEEL = Path(
+    os.environ.get("HYBRID_KV_TEST_WHEEL_033_DIR") or REPOSITORY / ".cache" / "vllm-0.33.0"
+)
+SUITES = (
+    "test_block_map.py",
+    "test_coordinator_strategies.py",
+    "test_fixed_point.py",
+    "test_fixed_point_oracle.py",
+)
+
+
+def test_the_coordinators_suites_pass_against_the_0_33_wheel():
+    if not (WHEEL / "vllm" / "__init__.py").is_file():
+        pytest.fail(f"the vLLM 0.33.0 wheel is not in {WHEEL}; tests/plugin downloads it there")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+            # Of the random cases a part; the rest runs against the installed vLLM.
+            *("-k", "not oracle or [0]"),
+            *(str(HERE / suite) for suite in SUITES),
+        ],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(WHEEL),
+            "VLLM_CACHE_ROOT": str(REPOSITORY / ".cache" / "vllm-0.33-cache"),
+            "HYBRID_KV_TEST_VLLM_MINOR": "0.33",
+        },
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
+    assert " passed" in done.stdout

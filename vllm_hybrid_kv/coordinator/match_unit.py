@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How finely prefixes are matched."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from vllm.v1.core.kv_cache_utils import partial_hash_hits_enabled, resolve_dcp_kv_block_size
+from vllm.v1.kv_cache_interface import iter_layer_specs
+
+from vllm_hybrid_kv.hooks import hookimpl
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+FINEST = 16
+"""Tokens. Finer units hit hardly more and cost a hash each; 16 is vLLM's usual block size."""
+
+
+class AutoMatchUnit:
+    """The strategy `auto`: fine units where vLLM can end a hit inside a block."""
+
+    @hookimpl
+    def hybrid_kv_prefix_match_unit(
+        self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+    ) -> int | None:
+        """See `match_unit`."""
+        return match_unit(kv_cache_config, vllm_config.parallel_config.decode_context_parallel_size)
+
+
+def match_unit(kv_cache_config: KVCacheConfig, dcp_world_size: int) -> int | None:
+    """Choose a number of tokens that divides the block size of every group with a prefix cache.
+
+    The blocks of models with states are hundreds or thousands of tokens long, and by vLLM's own
+    choice hits end at whole blocks only: prompts shorter than a block never hit.
+
+    Args:
+        kv_cache_config: The plan.
+        dcp_world_size: Devices among which attention's blocks are dealt out.
+
+    Returns:
+        The smallest multiple of `FINEST`, and of the tokens that share one entry of a compressed
+        layer, that divides all blocks. None, which leaves it to vLLM, where there is none, and
+        where vLLM ends no hit inside a block: in models without states in cache mode `align`.
+    """
+    groups = [
+        group for group in kv_cache_config.kv_cache_groups if group.kv_cache_spec.prefix_cacheable
+    ]
+    if len(groups) < 2:
+        return None
+    common = math.gcd(
+        *(resolve_dcp_kv_block_size(group.kv_cache_spec, dcp_world_size) for group in groups)
+    )
+    compressed = (
+        spec.tokens_per_state
+        for group in groups
+        for spec in iter_layer_specs(group.kv_cache_spec)
+        if isinstance(spec.tokens_per_state, int) and spec.tokens_per_state > 1
+    )
+    finest = math.lcm(FINEST, *compressed)
+    units = (unit for unit in range(finest, common + 1, finest) if common % unit == 0)
+    unit = next(units, None)
+    if unit is None or not partial_hash_hits_enabled(groups, unit, dcp_world_size):
+        return None
+    return unit
