@@ -180,6 +180,21 @@ def test_the_second_request_shows_a_branch_and_the_third_resumes_there(model):
     assert sum(replay(model, script.requests, 200, STOCK).hits) < 1024
 
 
+def test_the_second_to_go_on_from_a_whole_prompt_whose_state_is_gone_shows_a_branch(model):
+    script = Script()
+    system = script.new(1)
+    script.send(system)
+    for _ in range(4):
+        script.send([*system, *script.new(2)])
+    engine = engine_of(model, 200, POLICY)
+    coordinator = coordinator_of(engine)
+    first = Replay(engine, script.requests[:1], 1)
+    first.run()
+    while (released := coordinator._give_up()) is not None:
+        coordinator.block_pool.evict_blocks({block.block_id for block in released})
+    assert Replay(engine, script.requests[1:], 1).run().hits == [0, 0, 512, 512]
+
+
 def test_a_conversation_that_goes_on_is_no_branch(model):
     engine = engine_of(model, 200, POLICY)
     Replay(engine, chats(3, 4, seed=0), 1).run()

@@ -89,6 +89,15 @@ def test_only_the_ends_of_requests_are_ends():
     assert seen.longest(prompt, 20) == 20
 
 
+def test_an_end_that_somebody_passed_is_none_any_more():
+    seen = SeenPrefixes(1 << 12)
+    prompt = hashes(20)
+    seen.add(prompt[:12])
+    seen.pass_by(prompt[11])
+    assert not seen.ended(prompt[11])
+    assert seen.longest(prompt, 20) == 12
+
+
 def test_old_prefixes_are_forgotten_and_used_ones_are_not():
     seen = SeenPrefixes(1000)
     used, unused = hashes(100, seed=1), hashes(100, seed=2)

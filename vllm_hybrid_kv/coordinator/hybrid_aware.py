@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from vllm.utils.math_utils import round_down
+from vllm.v1.core.kv_cache_coordinator import replay_boundaries
 from vllm.v1.core.kv_cache_utils import (
     BlockHash,
     KVCacheBlock,
@@ -84,6 +86,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         ]
         self._state_ids = frozenset(self._state_groups)
         self._unit = self.hash_block_size
+        self._alignment = self._cache_hit_alignment_tokens
         block_tokens = self.single_type_managers[self._state_groups[0]].block_size
         self.checkpoints = Checkpoints(len(self._state_groups), block_tokens)
         hashes = 2 * self.block_pool.num_gpu_blocks * block_tokens // self._unit
@@ -151,7 +154,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         """
         blocks, hit, _ = super().find_longest_cache_hit(block_hashes, max_cache_hit_length)
         units = self._seen.longest(block_hashes, max_cache_hit_length // self._unit)
-        branch = units * self._unit
+        branch = round_down(units * self._unit, self._alignment)
         if branch <= hit or self._seen.ended(block_hashes[units - 1]):
             return blocks, hit, 0
         return blocks, hit, branch - hit
@@ -176,18 +179,25 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         for partial in running.partial:
             self._insert(*partial)
         tokens = units * self._unit
-        prompt_end = get_mamba_prefill_checkpoint_position(
-            request.num_prompt_tokens, self._unit, bool(self.eagle_group_ids)
-        )
-        if tokens == request.shared_prefix_boundary and tokens < prompt_end:
-            self._enter(running, tokens, branch=True)
-        elif tokens == prompt_end:
+        if tokens in self._prompt_ends(request):
             self._enter(running, tokens, branch=False)
+        elif tokens == request.shared_prefix_boundary:
+            self._enter(running, tokens, branch=True)
+
+    def _prompt_ends(self, request: Request) -> set[int]:
+        """Return where the next turn can resume, and with draft layers one that asks again."""
+        length = request.num_prompt_tokens
+        drafts = bool(self.eagle_group_ids)
+        end = get_mamba_prefill_checkpoint_position(length, self._alignment, drafts)
+        boundaries = replay_boundaries(length, self.scheduler_block_size, drafts) if drafts else ()
+        return {end, *boundaries}
 
     def _begin(self, request: Request) -> _Running:
         hashes = request.block_hashes
         limit = self._seen.longest(hashes, len(hashes))
         latest = self.checkpoints.arrive(hashes, limit)
+        if 0 < limit < len(hashes):
+            self._seen.pass_by(hashes[limit - 1])
         self._seen.add(hashes)
         running = _Running(request, 0, len(hashes), latest)
         self._running[request.request_id] = running

@@ -105,6 +105,11 @@ class SeenPrefixes:
                 high = middle - 1
         return low
 
+    def pass_by(self, block_hash: bytes) -> None:
+        """Remember that a request went on where another ended: the next to do so branches off."""
+        self._young.ends.discard(bytes(block_hash))
+        self._old.ends.discard(bytes(block_hash))
+
     def ended(self, block_hash: bytes) -> bool:
         """Whether a request ended with a hash: what goes on from there need not be a branch."""
         return bytes(block_hash) in self._young.ends or bytes(block_hash) in self._old.ends
