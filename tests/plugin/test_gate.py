@@ -83,7 +83,7 @@ def test_a_bad_variable_stops_at_registration_and_changes_nothing(monkeypatch):
         plugin.register()
     assert str(error.value) == (
         "coordinator='nonsense' (from VLLM_HYBRID_KV_COORDINATOR) is not valid: no such strategy; "
-        "available: stock"
+        "available: fixed_point, hybrid_aware, stock"
     )
     assert kv_cache_coordinator.get_kv_cache_coordinator is stock[0]
 
