@@ -4,14 +4,21 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator
+from vllm.v1.core.kv_cache_utils import (
+    KVCacheBlock,
+    get_group_id,
+    get_request_block_hasher,
+    init_none_hash,
+)
+from vllm.v1.kv_cache_interface import get_kv_cache_spec_kind
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
@@ -31,8 +38,10 @@ class Tally:
         requests: Requests answered.
         prompt_tokens: Tokens of their prompts.
         hit_tokens: Those of them that came from the cache, at the first lookup.
-        recomputed_tokens: Tokens computed again after a preemption.
+        recomputed_tokens: Tokens that full attention had in the cache when their request began,
+            and that were computed again, for other groups lacked what goes with them.
         preemptions: How often a request was preempted.
+        evicted_blocks: Blocks with cached contents that were taken for others, by kind of group.
         steps: Steps of the scheduler.
         schedule_seconds: Time in the scheduler, by step.
         hits: Cached tokens by request, in the order of the trace.
@@ -43,6 +52,7 @@ class Tally:
     hit_tokens: int = 0
     recomputed_tokens: int = 0
     preemptions: int = 0
+    evicted_blocks: Counter[str] = field(default_factory=Counter)
     steps: int = 0
     schedule_seconds: list[float] = field(default_factory=list)
     hits: list[int] = field(default_factory=list)
@@ -74,8 +84,12 @@ class Replay:
         init_none_hash(hash_function)
         self._hasher = get_request_block_hasher(engine.hash_block_size, hash_function)
         self._answers: dict[str, list[int]] = {}
+        # Requests that wait for their first step, and what full attention alone could serve.
+        self._attention_served: dict[str, int] = {}
         self._live: dict[str, Request] = {}
         self.tally = Tally(hits=[0] * len(requests))
+        self._coordinator = engine.scheduler.kv_cache_manager.coordinator
+        self._count_evictions()
 
     def run(self, answered: Callable[[int], None] | None = None) -> Tally:
         """Replay the whole trace.
@@ -92,6 +106,7 @@ class Replay:
             while waiting and len(self._live) < self._concurrency:
                 self._send(waiting.popleft())
             before = self.tally.requests
+            self._ask_attention()
             started = time.perf_counter()
             output = scheduler.schedule()
             spent = time.perf_counter() - started
@@ -118,13 +133,47 @@ class Replay:
         )
         self._answers[request.request_id] = answer
         self._live[request.request_id] = request
+        self._attention_served[request.request_id] = 0
         self._engine.scheduler.add_request(request)
+
+    def _ask_attention(self) -> None:
+        """Note what full attention could serve of each request that waits for its first step."""
+        coordinator = self._coordinator
+        if not isinstance(coordinator, HybridKVCacheCoordinator):
+            return
+        group = coordinator.full_attention_group_id
+        if group is None:
+            return
+        for name in self._attention_served:
+            request = self._live[name]
+            _, lengths = coordinator.find_longest_cache_hit_per_group(
+                request.block_hashes, request.num_tokens - 1
+            )
+            self._attention_served[name] = lengths[group]
+
+    def _count_evictions(self) -> None:
+        pool = self._coordinator.block_pool
+        evict = pool._maybe_evict_cached_block
+        kinds = [
+            get_kv_cache_spec_kind(group.kv_cache_spec).value
+            for group in self._engine.kv_cache_config.kv_cache_groups
+        ]
+
+        def counted(block: KVCacheBlock) -> bool:
+            if block.block_hash is not None:
+                self.tally.evicted_blocks[kinds[get_group_id(block.block_hash)]] += 1
+            evicted: bool = evict(block)
+            return evicted
+
+        pool._maybe_evict_cached_block = counted
 
     def _answer(self, output: SchedulerOutput) -> ModelRunnerOutput:
         """Return what a model would have, had it computed the step."""
         names = list(output.num_scheduled_tokens)
         for new in output.scheduled_new_reqs:
             self.tally.hits[int(new.req_id)] = new.num_computed_tokens
+            served = self._attention_served.pop(new.req_id)
+            self.tally.recomputed_tokens += max(served - new.num_computed_tokens, 0)
         sampled: list[list[int]] = []
         for name in names:
             request = self._live[name]

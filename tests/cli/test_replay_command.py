@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-hybrid-kv replay` in a process of its own, as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_hybrid_kv.cli.sizes import format_size, parse_size
+from vllm_hybrid_kv.replay.trace import TracedRequest, write_trace
+
+MODEL = {
+    "architectures": ["Qwen3NextForCausalLM"],
+    "model_type": "qwen3_next",
+    "hidden_size": 256,
+    "intermediate_size": 128,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "full_attention_interval": 4,
+    "linear_num_value_heads": 8,
+    "linear_num_key_heads": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "vocab_size": 512,
+    "max_position_embeddings": 16384,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 128,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("20GiB", 20 << 30),
+        ("20 gib", 20 << 30),
+        ("1.5G", 3 << 29),
+        ("2GB", 2 * 10**9),
+        ("512MiB", 512 << 20),
+        ("4096", 4096),
+        ("1T", 1 << 40),
+    ],
+)
+def test_a_size_is_read_as_people_write_it(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "0", "-1GiB", "20 apples", "0.1"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ValueError, match="is not a size; write it like 20GiB"):
+        parse_size(text)
+
+
+def test_a_size_is_written_in_gib():
+    assert format_size(3 << 29) == "1.5 GiB"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("replay")
+    (folder / "hybrid.json").write_text(json.dumps(MODEL))
+    requests = []
+    for i in range(12):
+        for turn in range(3):
+            ids = (0, *(100 + 10 * i + k for k in range(turn + 2)))
+            requests.append(TracedRequest(0, 512 * len(ids), 5, ids))
+    write_trace(folder / "trace.jsonl", requests)
+    return folder
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = Path(sys.executable).with_name("vllm-hybrid-kv")
+    return subprocess.run(
+        [command, "replay", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "COLUMNS": "100", "VLLM_PLUGINS": "hybrid_kv"},
+    )
+
+
+@pytest.fixture(scope="module")
+def outcome(files):
+    return run(
+        files,
+        *("trace.jsonl", "--model", "hybrid.json", "--memory", "64MiB", "--memory", "256MiB"),
+        *("--compare", "stock", "--compare", "fixed_point", "--concurrency", "2"),
+        *("--json", "outcome.json"),
+    )
+
+
+def test_strategies_stand_side_by_side_for_each_size(outcome):
+    assert outcome.returncode == 0, outcome.stderr
+    tables = outcome.stdout.split("36 requests")[1:]
+    assert ["0.0625 GiB" in tables[0], "0.25 GiB" in tables[1], len(tables)] == [True, True, 2]
+    for table in tables:
+        assert "stock" in table
+        assert "fixed_point" in table
+        assert "hybrid_aware" in table
+        assert "evicted blocks, mamba" in table or "evicted" not in table
+
+
+def test_the_numbers_are_written_as_json(outcome, files):
+    rows = json.loads((files / "outcome.json").read_text())
+    assert [(row["memory"], row["coordinator"]) for row in rows] == [
+        (size, name)
+        for size in (64 << 20, 256 << 20)
+        for name in ("stock", "fixed_point", "hybrid_aware")
+    ]
+    for row in rows:
+        assert row["requests"] == 36
+        assert row["prompt_tokens"] == sum(512 * (turn + 3) for turn in range(3)) * 12
+        assert row["hit_rate"] == row["hit_tokens"] / row["prompt_tokens"]
+        assert len(row["progress"]) == 20
+        assert row["step_ms"] > 0
+    stock, _, ours = rows[3:]
+    assert ours["hit_tokens"] > stock["hit_tokens"] > 0
+    assert stock["recomputed_tokens"] > ours["recomputed_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("missing.jsonl", "--memory", "1GiB"), "missing.jsonl"),
+        (("trace.jsonl", "--memory", "many"), "--memory: 'many' is not a size"),
+        (("trace.jsonl", "--memory", "1GiB", "--coordinator", "lru"), "'lru'"),
+        (("trace.jsonl", "--memory", "1MiB"), "max seq len"),
+    ],
+)
+def test_wrong_input_ends_with_one_message(files, arguments, message):
+    done = run(files, *arguments, "--model", "hybrid.json")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

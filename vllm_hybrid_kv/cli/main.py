@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `vllm-hybrid-kv` and its subcommands."""
+
+from __future__ import annotations
+
+import typer
+
+from vllm_hybrid_kv.cli import replay
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Looks at hybrid and quantised KV caches without running a model.",
+)
+
+
+@app.callback()
+def main() -> None:
+    """Keep subcommands' names, of which there is one so far."""
+
+
+app.command("replay")(replay.replay)

@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-hybrid-kv replay`: what a prefix cache would give on recorded traffic."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from vllm_hybrid_kv.cli.sizes import format_size, parse_size
+
+if TYPE_CHECKING:
+    from vllm_hybrid_kv.replay.engine import Model
+    from vllm_hybrid_kv.replay.trace import TracedRequest
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one strategy came to with one size of memory.
+
+    Attributes:
+        coordinator: The strategy.
+        memory: Bytes of KV cache.
+        blocks: Blocks of the pool.
+        block_tokens: Tokens of a block.
+        match_tokens: Tokens by which prefixes are matched.
+        requests: Requests answered.
+        prompt_tokens: Tokens of their prompts.
+        hit_tokens: Those of them that came from the cache: prefill saved.
+        hit_rate: `hit_tokens / prompt_tokens`.
+        recomputed_tokens: Tokens that full attention had in the cache, and that were computed
+            again for want of a state or a window.
+        preemptions: How often a request was preempted.
+        evicted_blocks: Blocks with cached contents that were taken for others, by kind of group.
+        steps: Steps of the scheduler.
+        step_ms: Median time of a step in the scheduler.
+        request_ms: Time in the scheduler by request, all steps together.
+        progress: The hit rate after each twentieth of the requests.
+    """
+
+    coordinator: str
+    memory: int
+    blocks: int
+    block_tokens: int
+    match_tokens: int
+    requests: int
+    prompt_tokens: int
+    hit_tokens: int
+    hit_rate: float
+    recomputed_tokens: int
+    preemptions: int
+    evicted_blocks: dict[str, int]
+    steps: int
+    step_ms: float
+    request_ms: float
+    progress: list[float]
+
+
+def replay(
+    trace: Annotated[Path, typer.Argument(help="Requests in Mooncake's format.", dir_okay=False)],
+    model: Annotated[
+        str, typer.Option(help="A folder with a config.json, that file, or a name on the hub.")
+    ],
+    memory: Annotated[
+        list[str], typer.Option(help="Memory of the KV cache, like 20GiB. More than one: a sweep.")
+    ],
+    coordinator: Annotated[str, typer.Option(help="The strategy.")] = "hybrid_aware",
+    compare: Annotated[
+        list[str] | None, typer.Option(help="Another strategy, beside it. May be repeated.")
+    ] = None,
+    prefix_match_unit: Annotated[
+        str, typer.Option(help="Strategy of the match unit; stock for the coordinator stock.")
+    ] = "auto",
+    kv_cache_dtype: Annotated[str, typer.Option(help="As vLLM's.")] = "turboquant_k8v4",
+    block_size: Annotated[
+        int, typer.Option(help="As vLLM's; 16 plans as a GPU does, whatever this machine is.")
+    ] = 16,
+    concurrency: Annotated[int, typer.Option(help="Requests in flight.")] = 32,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="As vLLM's.")] = 8192,
+    limit: Annotated[int | None, typer.Option(help="Take the first N requests only.")] = None,
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="Write the outcome there; - for the output.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the hit rates there (matplotlib).")
+    ] = None,
+) -> None:
+    """Send recorded requests through vLLM's real scheduler, with no model and no GPU.
+
+    Prompts, answers and their order are the trace's; a fixed number of requests is in flight.
+    The planner, the scheduler and the coordinators are those that `vllm serve` would run.
+    """
+    console = Console(stderr=True)
+    if plot is not None:
+        _check_matplotlib()
+    sizes = [_size(text) for text in memory]
+    strategies = list(dict.fromkeys([*(compare or ()), coordinator]))
+    with _quiet_vllm(), _folder_of(model) as folder:
+        from vllm_hybrid_kv.errors import HybridKVError
+        from vllm_hybrid_kv.replay.trace import TraceError, read_trace
+
+        try:
+            requests = read_trace(trace, limit)
+        except (OSError, TraceError) as error:
+            raise _stop(str(error)) from None
+        try:
+            described = _describe(
+                folder, kv_cache_dtype, block_size, concurrency, max_num_batched_tokens
+            )
+            outcomes = [
+                _run(described, requests, size, name, prefix_match_unit, concurrency, console)
+                for size in sizes
+                for name in strategies
+            ]
+        except (HybridKVError, ValueError) as error:
+            raise _stop(str(error)) from None
+    if json_ is not None:
+        text = json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n"
+        if str(json_) == "-":
+            typer.echo(text, nl=False)
+        else:
+            json_.write_text(text)
+    if str(json_) != "-":
+        for table in _tables(outcomes, requests):
+            Console().print(table)
+    if plot is not None:
+        _draw(plot, outcomes)
+
+
+def _stop(message: str) -> typer.Exit:
+    typer.echo(f"vllm-hybrid-kv replay: {message}", err=True)
+    return typer.Exit(2)
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise _stop(f"--memory: {error}") from None
+
+
+def _check_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError:
+        raise _stop("--plot needs matplotlib: pip install 'vllm-hybrid-kv[plot]'") from None
+
+
+@contextmanager
+def _quiet_vllm() -> Iterator[None]:
+    """Keep vLLM's log to errors, unless the user said otherwise."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    yield
+
+
+@contextmanager
+def _folder_of(model: str) -> Iterator[str]:
+    """Give the folder of a model whose configuration is a file, under whatever name."""
+    path = Path(model)
+    if not path.is_file():
+        yield model
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(path.read_text())
+        yield folder
+
+
+def _describe(
+    folder: str, kv_cache_dtype: str, block_size: int, concurrency: int, batched_tokens: int
+) -> Model:
+    from vllm_hybrid_kv.replay.engine import Model
+
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+    return Model(
+        {
+            "model": folder,
+            "kv_cache_dtype": kv_cache_dtype,
+            "block_size": block_size,
+            "max_num_seqs": concurrency,
+            "max_num_batched_tokens": batched_tokens,
+            "enable_prefix_caching": True,
+            "gpu_memory_utilization": 0.1,
+        }
+    )
+
+
+def _run(
+    model: Model,
+    requests: Sequence[TracedRequest],
+    memory: int,
+    coordinator: str,
+    prefix_match_unit: str,
+    concurrency: int,
+    console: Console,
+) -> Outcome:
+    from vllm_hybrid_kv.replay.replay import Replay
+
+    unit = "stock" if coordinator == "stock" else prefix_match_unit
+    engine = model.engine(memory, {"coordinator": coordinator, "prefix_match_unit": unit})
+    replayed = Replay(engine, requests, concurrency)
+    bar = Progress(
+        TextColumn(f"{coordinator}, {format_size(memory)}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("hit rate {task.fields[rate]:.1%}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    progress: list[float] = []
+    with bar:
+        task = bar.add_task("", total=len(requests), rate=0.0)
+
+        def answered(count: int) -> None:
+            rate = replayed.tally.hit_rate
+            bar.update(task, completed=count, rate=rate)
+            while len(progress) < 20 * count // len(requests):
+                progress.append(rate)
+
+        tally = replayed.run(answered)
+    times = [1000 * seconds for seconds in tally.schedule_seconds]
+    return Outcome(
+        coordinator=coordinator,
+        memory=memory,
+        blocks=engine.kv_cache_config.num_blocks,
+        block_tokens=engine.scheduler_block_size,
+        match_tokens=engine.hash_block_size,
+        requests=tally.requests,
+        prompt_tokens=tally.prompt_tokens,
+        hit_tokens=tally.hit_tokens,
+        hit_rate=tally.hit_rate,
+        recomputed_tokens=tally.recomputed_tokens,
+        preemptions=tally.preemptions,
+        evicted_blocks=dict(tally.evicted_blocks),
+        steps=tally.steps,
+        step_ms=statistics.median(times),
+        request_ms=sum(times) / tally.requests,
+        progress=progress,
+    )
+
+
+def _tables(outcomes: Sequence[Outcome], requests: Sequence[TracedRequest]) -> Iterator[Table]:
+    """Give one table for each size of memory, a column for each strategy."""
+    from vllm_hybrid_kv.replay.trace import BLOCK_TOKENS, shareable_tokens
+
+    tokens = sum(request.input_length for request in requests)
+    shared = shareable_tokens(requests) / tokens
+    rows: dict[str, Callable[[Outcome], str]] = {
+        "hit rate": lambda o: f"{o.hit_rate:.2%}",
+        "tokens of prefill saved": lambda o: f"{o.hit_tokens:,}",
+        "recomputed for want of a state": lambda o: f"{o.recomputed_tokens:,}",
+        "preemptions": lambda o: f"{o.preemptions:,}",
+        "scheduler, ms a step (median)": lambda o: f"{o.step_ms:.2f}",
+        "scheduler, ms a request": lambda o: f"{o.request_ms:.1f}",
+        "prefixes matched by (tokens)": lambda o: f"{o.match_tokens:,}",
+        "blocks of the pool": lambda o: f"{o.blocks:,} of {o.block_tokens:,} tokens",
+    }
+    for memory in dict.fromkeys(outcome.memory for outcome in outcomes):
+        columns = [outcome for outcome in outcomes if outcome.memory == memory]
+        kinds = dict.fromkeys(kind for outcome in columns for kind in outcome.evicted_blocks)
+        table = Table(
+            title=f"{len(requests):,} requests, {tokens:,} prompt tokens, {format_size(memory)}",
+            caption=f"{shared:.1%} of the prompt tokens are in whole blocks of {BLOCK_TOKENS} that "
+            "came before.",
+        )
+        table.add_column()
+        for outcome in columns:
+            table.add_column(outcome.coordinator, justify="right")
+        for name, value in rows.items():
+            table.add_row(name, *(value(outcome) for outcome in columns))
+        for kind in kinds:
+            counts = (f"{outcome.evicted_blocks.get(kind, 0):,}" for outcome in columns)
+            table.add_row(f"evicted blocks, {kind.replace('_', ' ')}", *counts)
+        yield table
+
+
+def _draw(path: Path, outcomes: Sequence[Outcome]) -> None:
+    """Draw hit rates by memory, or where there is one size, along the trace."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    sweep = len({outcome.memory for outcome in outcomes}) > 1
+    by_strategy: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        by_strategy.setdefault(outcome.coordinator, []).append(outcome)
+    for name, rows in by_strategy.items():
+        if sweep:
+            rows.sort(key=lambda row: row.memory)
+            x: list[Any] = [row.memory / (1 << 30) for row in rows]
+            axes.plot(x, [100 * row.hit_rate for row in rows], marker="o", label=name)
+        else:
+            rates = rows[0].progress
+            x = [100 * (i + 1) / len(rates) for i in range(len(rates))]
+            axes.plot(x, [100 * rate for rate in rates], label=name)
+    if sweep:
+        axes.set_xscale("log")
+    axes.set_xlabel("KV cache, GiB" if sweep else "% of the trace")
+    axes.set_ylabel("prompt tokens from the cache, %")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
