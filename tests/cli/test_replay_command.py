@@ -94,7 +94,7 @@ def outcome(files):
         files,
         *("trace.jsonl", "--model", "hybrid.json", "--memory", "64MiB", "--memory", "256MiB"),
         *("--compare", "stock", "--compare", "fixed_point", "--concurrency", "2"),
-        *("--json", "outcome.json"),
+        *("--json", "outcome.json", "--plot", "outcome.png"),
     )
 
 
@@ -122,9 +122,23 @@ def test_the_numbers_are_written_as_json(outcome, files):
         assert row["hit_rate"] == row["hit_tokens"] / row["prompt_tokens"]
         assert len(row["progress"]) == 20
         assert row["step_ms"] > 0
-    stock, _, ours = rows[3:]
-    assert ours["hit_tokens"] > stock["hit_tokens"] > 0
-    assert stock["recomputed_tokens"] > ours["recomputed_tokens"]
+    for stock, fixed_point, ours in (rows[:3], rows[3:]):
+        assert ours["hit_tokens"] > fixed_point["hit_tokens"] > stock["hit_tokens"] > 0
+    # With the smaller cache something has to go, states among it that attention outlives.
+    small, large = rows[2], rows[5]
+    assert small["evicted_blocks"]["mamba"] > 0 < small["evicted_blocks"]["full_attention"]
+    assert large["evicted_blocks"] == {}
+    assert small["recomputed_tokens"] > 0 == large["recomputed_tokens"]
+
+
+def test_the_hit_rates_are_drawn(outcome, files):
+    from matplotlib import image
+
+    drawn = image.imread(files / "outcome.png")
+    assert drawn.shape[:2] == (675, 1050)
+    # One curve in a colour of its own for each strategy.
+    colours = {tuple(pixel) for pixel in (drawn[..., :3] * 255).astype(int).reshape(-1, 3)}
+    assert {(31, 119, 180), (255, 127, 14), (44, 160, 44)} <= colours
 
 
 @pytest.mark.parametrize(
@@ -133,7 +147,7 @@ def test_the_numbers_are_written_as_json(outcome, files):
         (("missing.jsonl", "--memory", "1GiB"), "missing.jsonl"),
         (("trace.jsonl", "--memory", "many"), "--memory: 'many' is not a size"),
         (("trace.jsonl", "--memory", "1GiB", "--coordinator", "lru"), "'lru'"),
-        (("trace.jsonl", "--memory", "1MiB"), "max seq len"),
+        (("trace.jsonl", "--memory", "1MiB"), "No available memory"),
     ],
 )
 def test_wrong_input_ends_with_one_message(files, arguments, message):
