@@ -75,6 +75,10 @@ def test_the_wheel_says_what_it_needs_and_what_it_registers(unpacked):
     assert {"cpu", "cuda", "plot", "test"} <= set(metadata.get_all("Provides-Extra"))
     entry_points = (info / "entry_points.txt").read_text().split()
     assert entry_points == [
+        "[console_scripts]",
+        "vllm-hybrid-kv",
+        "=",
+        "vllm_hybrid_kv.cli.main:app",
         "[vllm.general_plugins]",
         "hybrid_kv",
         "=",

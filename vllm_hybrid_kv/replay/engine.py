@@ -23,6 +23,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.utils import customize_attention_spec
 
+from vllm_hybrid_kv import plugin
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
@@ -67,6 +69,8 @@ class Model:
             arguments: For vLLM's `EngineArgs`: `model`, `kv_cache_dtype`, `block_size` and so on.
         """
         self._arguments = arguments
+        # vLLM loads plugins once a process, and only those that VLLM_PLUGINS names.
+        plugin.register()
         self.specs = self._layers()
 
     def _configure(self, settings: dict[str, Any] | None = None) -> VllmConfig:
