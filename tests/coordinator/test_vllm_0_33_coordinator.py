@@ -6,13 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from tests.conformance.releases import CACHE, unpacked_wheel
 
 HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parents[1]
-WHEEL = Path(
-    os.environ.get("HYBRID_KV_TEST_WHEEL_033_DIR") or REPOSITORY / ".cache" / "vllm-0.33.0"
-)
 SUITES = (
     "test_block_map.py",
     "test_coordinator_strategies.py",
@@ -22,8 +18,6 @@ SUITES = (
 
 
 def test_the_coordinators_suites_pass_against_the_0_33_wheel():
-    if not (WHEEL / "vllm" / "__init__.py").is_file():
-        pytest.fail(f"the vLLM 0.33.0 wheel is not in {WHEEL}; tests/plugin downloads it there")
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
@@ -33,8 +27,8 @@ def test_the_coordinators_suites_pass_against_the_0_33_wheel():
         ],
         env={
             **os.environ,
-            "PYTHONPATH": str(WHEEL),
-            "VLLM_CACHE_ROOT": str(REPOSITORY / ".cache" / "vllm-0.33-cache"),
+            "PYTHONPATH": str(unpacked_wheel("0.33")),
+            "VLLM_CACHE_ROOT": str(CACHE / "vllm-0.33-cache"),
             "HYBRID_KV_TEST_VLLM_MINOR": "0.33",
         },
         capture_output=True,

@@ -107,7 +107,8 @@ def replay(
         _check_matplotlib()
     sizes = [_size(text) for text in memory]
     strategies = list(dict.fromkeys([*(compare or ()), coordinator]))
-    with _quiet_vllm(), _folder_of(model) as folder:
+    _quiet_vllm()
+    with _folder_of(model) as folder:
         from vllm_hybrid_kv.errors import HybridKVError
         from vllm_hybrid_kv.replay.trace import TraceError, read_trace
 
@@ -158,12 +159,10 @@ def _check_matplotlib() -> None:
         raise _stop("--plot needs matplotlib: pip install 'vllm-hybrid-kv[plot]'") from None
 
 
-@contextmanager
-def _quiet_vllm() -> Iterator[None]:
+def _quiet_vllm() -> None:
     """Keep vLLM's log to errors, unless the user said otherwise."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    yield
 
 
 @contextmanager

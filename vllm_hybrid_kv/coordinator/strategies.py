@@ -25,8 +25,7 @@ class FixedPoint:
         With one group there is nothing to agree about and vLLM's own coordinator finds the
         longest hit; without prefix caching there is nothing to find.
         """
-        groups = factory_args["kv_cache_config"].kv_cache_groups
-        if not factory_args["enable_caching"] or len(groups) <= 1:
+        if not _groups_have_to_agree(factory_args):
             return stock(**factory_args)
         return FixedPointCoordinator(**factory_args)
 
@@ -43,8 +42,14 @@ class HybridAware:
         A model without states gets what `fixed_point` gives it, and one with a single group what
         vLLM does: their hits end at any block, and no block is worth much more than another.
         """
-        coordinator = FixedPoint().hybrid_kv_make_coordinator(factory_args, stock)
-        config = factory_args["kv_cache_config"]
-        if isinstance(coordinator, FixedPointCoordinator) and HybridAwareCoordinator.suits(config):
-            return HybridAwareCoordinator(**factory_args)
-        return coordinator
+        if not _groups_have_to_agree(factory_args):
+            return stock(**factory_args)
+        if not HybridAwareCoordinator.suits(factory_args["kv_cache_config"]):
+            return FixedPointCoordinator(**factory_args)
+        return HybridAwareCoordinator(**factory_args)
+
+
+def _groups_have_to_agree(factory_args: Mapping[str, Any]) -> bool:
+    return factory_args["enable_caching"] and (
+        len(factory_args["kv_cache_config"].kv_cache_groups) > 1
+    )
