@@ -23,7 +23,7 @@ NEXT_VLLM := .cache/vllm-$(NEXT_RELEASE)
 GPU_PYTHON ?= python3
 GPU_OUT ?= benchmarks/results
 
-.PHONY: demo test setup lint pytest conformance bench gpu gpu-e2e clean
+.PHONY: demo test setup lint pytest conformance soak bench gpu gpu-e2e clean
 
 demo: setup
 	$(BIN)/python -m demo
@@ -68,6 +68,10 @@ lint: setup
 
 pytest: setup $(NEXT_VLLM)/.unpacked
 	$(BIN)/python -m pytest -n $(PYTEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+# A test: 200,000 steps of the scheduler in random worlds, checked after every one.
+soak: setup
+	$(BIN)/python -m tests.coordinator.soak
 
 conformance: setup $(NEXT_VLLM)/.unpacked
 	$(BIN)/python -m tests.conformance --out .cache/conformance/result.json

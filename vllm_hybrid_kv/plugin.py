@@ -94,6 +94,7 @@ def _activate() -> Applied:
     from vllm_hybrid_kv.coordinator.match_unit import AutoMatchUnit
     from vllm_hybrid_kv.coordinator.strategies import FixedPoint, HybridAware
     from vllm_hybrid_kv.hooks import Strategies
+    from vllm_hybrid_kv.metrics import directory
     from vllm_hybrid_kv.planning.capacity import AllGroups, GrowingGroups
     from vllm_hybrid_kv.planning.page_sizes import LeastCommonMultiple
     from vllm_hybrid_kv.seams import base
@@ -137,6 +138,7 @@ def _activate() -> Applied:
         on_gpu=bool(platform.is_cuda_alike()),
         announce=announce,
         stop=_stop,
+        followers=[directory.follow],
     )
     # The environment's part of the settings is known before any configuration is.
     context.check(None)

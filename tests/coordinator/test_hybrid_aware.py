@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id
+from vllm.v1.core.kv_cache_utils import get_group_id
 
 from demo.models import llama_config
 from tests.described_model import hybrid_config
+from vllm_hybrid_kv.coordinator.checkpoints import Place
 from vllm_hybrid_kv.coordinator.hybrid_aware import HybridAwareCoordinator
 from vllm_hybrid_kv.replay.engine import Engine, Model
 from vllm_hybrid_kv.replay.replay import Replay, Tally
@@ -168,24 +169,37 @@ def test_the_second_to_go_on_from_a_whole_prompt_whose_state_is_gone_shows_a_bra
 def test_a_conversation_that_goes_on_is_no_branch(model):
     engine = engine_of(model, 200, POLICY)
     Replay(engine, chats(3, 4, seed=0), 1).run()
-    assert not any(checkpoint.branch for checkpoint in coordinator_of(engine).checkpoints._kept)
+    assert not any(
+        checkpoint.at is Place.BRANCH for checkpoint in coordinator_of(engine).checkpoints._kept
+    )
 
 
-def test_states_are_kept_at_the_end_of_prompts_and_nowhere_else(model):
+def needed_states(coordinator: Any) -> Counter[int]:
+    """Count the states that a checkpoint needs by the length of their prefix in tokens."""
+    return Counter(
+        block.block_hash_num_tokens
+        for block in coordinator.block_pool.free_block_queue.get_all_free_blocks()
+        if block.block_hash
+        and get_group_id(block.block_hash) in coordinator._state_ids
+        and coordinator._is_needed(block)
+    )
+
+
+def test_states_are_kept_at_the_end_of_prompts_and_at_whole_blocks_only_if_that_pays(model):
     script = Script()
     script.send(script.new(5), tail=33)
+    script.send(script.new(5), tail=49)
     engine = engine_of(model, 200, POLICY)
-    Replay(engine, script.requests, 1).run()
     coordinator = coordinator_of(engine)
-    states = [
-        block
-        for block in coordinator.block_pool.free_block_queue.get_all_free_blocks()
-        if block.block_hash and get_group_id(block.block_hash) in coordinator._state_ids
-    ]
-    needed = [block for block in states if coordinator._is_needed(block)]
-    assert {block.block_hash_num_tokens for block in needed} == {(5 * 512 + 32) // 16 * 16}
-    assert len(needed) == len(coordinator._state_groups)
-    assert len({get_block_hash(block.block_hash) for block in needed}) == 1
+    groups = len(coordinator._state_groups)
+    Replay(engine, script.requests[:1], 1).run()
+    block, end = coordinator._block_tokens, 5 * 512 + 32
+    assert needed_states(coordinator) == {block: groups, end: groups}
+    # Nothing had to be given up so far. From here on there is something to compare with.
+    while coordinator._give_up() is not None:
+        pass
+    Replay(engine, script.requests[1:], 1).run()
+    assert needed_states(coordinator) == {end + 16: groups}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -237,3 +251,60 @@ def test_a_model_without_states_gets_what_fixed_point_gives_it(tmp_path: Path):
     ours, stock = (llama.engine(1 << 28, settings) for settings in (POLICY, STOCK))
     assert type(coordinator_of(ours)) is type(coordinator_of(stock))
     assert ours.hash_block_size == stock.hash_block_size
+
+
+def test_a_turn_resumes_in_the_answer_before_it_where_there_is_room_for_its_state(model):
+    script = Script()
+    ids = script.new(2)
+    script.send(ids, tail=100, answer=300)
+    script.send([*ids, *script.new(1)], tail=40)
+    # The last token of an answer is never computed, and states are copied every 64.
+    assert replay(model, script.requests, 200, POLICY).hits == [0, (1124 + 299) // 64 * 64]
+
+
+def test_no_states_are_copied_where_answers_do_not_come_back(model):
+    script = Script()
+    ids = script.new(2)
+    script.send(ids, tail=100, answer=300)
+    script.send([*ids, *script.new(1)], tail=40)
+    engine = engine_of(model, 200, POLICY)
+    for _ in range(40):
+        coordinator_of(engine)._answers.returns.record(False)
+    assert Replay(engine, script.requests, 1).run().hits == [0, 1124 // 16 * 16]
+
+
+def long_answers(seed: int) -> list[TracedRequest]:
+    draw = random.Random(seed)
+    return [
+        TracedRequest(0, request.input_length, draw.randrange(100, 300), request.hash_ids)
+        for request in chats(20, 4, seed)
+    ]
+
+
+def test_copies_are_made_over_and_over_and_leave_no_block_behind(model):
+    engine = engine_of(model, 2000, POLICY)
+    coordinator = coordinator_of(engine)
+    Replay(engine, long_answers(3), 6).run()
+    assert coordinator.stats()["kept answer"] > 40
+    assert coordinator.stats()["used answer"] > 20
+    assert coordinator._answers.returns.rate > 0.8
+    assert coordinator.block_pool.get_num_free_blocks() == 1999
+    check(coordinator)
+
+
+def test_where_there_are_many_requests_for_the_memory_no_block_is_held_for_copies(model):
+    engine = engine_of(model, 90, POLICY)
+    Replay(engine, long_answers(3), 6).run()
+    assert coordinator_of(engine).stats().get("kept answer", 0) == 0
+
+
+@pytest.mark.parametrize("blocks", [46, 50])
+def test_states_give_way_before_a_request_is_preempted(model, blocks):
+    draw, script = random.Random(0), Script()
+    for _ in range(60):
+        tail, answer = draw.randrange(1, BLOCK_TOKENS), draw.randrange(20, 60)
+        script.send(script.new(1), tail=tail, answer=answer)
+    ours, stock = (
+        replay(model, script.requests, blocks, settings, at_once=16) for settings in (POLICY, STOCK)
+    )
+    assert ours.preemptions == stock.preemptions == 0

@@ -57,6 +57,7 @@ def test_a_prompt_sent_again_hits_inside_a_block_and_writes_to_copies(manager_of
     compute(manager, first, 16)
     manager.free(first)
     again = request_of(layout, [*range(120), *range(500, 508)])
+    manager.new_step_starts()
     blocks, length, _ = manager.get_computed_blocks(again)
     assert length == 112
     shared = [group[-1] for group in blocks.blocks]

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from vllm_hybrid_kv.coordinator.checkpoints import Checkpoints, Kind
+from vllm_hybrid_kv.coordinator.checkpoints import Checkpoints, Kind, Place
 from vllm_hybrid_kv.coordinator.reuse import EDGES, ReuseCurve, age_range
 from vllm_hybrid_kv.coordinator.seen_prefixes import SeenPrefixes
 
@@ -41,7 +41,7 @@ def test_rates_are_returns_by_time_waited():
     for _ in range(20_000):
         # A chance of 1/500 at any age, and nobody is watched for longer than 1,000.
         age = int(draw.expovariate(1 / 500))
-        curve.record(min(age, 1000), returned=age < 1000)
+        curve.record(0, min(age, 1000), returned=age < 1000)
     curve.update(())
     for place in range(4, 9):
         assert curve.rates[place] == pytest.approx(1 / 500, rel=0.15)
@@ -52,7 +52,7 @@ def test_rates_are_returns_by_time_waited():
 def test_the_index_rises_towards_the_age_at_which_users_return():
     curve = ReuseCurve()
     for i in range(1000):
-        curve.record(256 + i % 256 if i % 4 == 0 else 4096, returned=i % 4 == 0)
+        curve.record(0, 256 + i % 256 if i % 4 == 0 else 4096, returned=i % 4 == 0)
     curve.update(())
     young, waiting, returning, old = (curve.index[age_range(a)] for a in (2, 100, 300, 2000))
     assert young < waiting < returning
@@ -62,11 +62,26 @@ def test_the_index_rises_towards_the_age_at_which_users_return():
 def test_those_that_still_wait_count_as_not_returned():
     curve = ReuseCurve()
     for _ in range(50):
-        curve.record(10, returned=True)
+        curve.record(0, 10, returned=True)
     curve.update(())
     alone = curve.rates[age_range(10)]
-    curve.update([100] * 950)
+    curve.update([(0, 100)] * 950)
     assert curve.rates[age_range(10)] < alone / 5
+
+
+def test_time_counts_for_the_kind_that_it_was_spent_as():
+    whole, first, then = ReuseCurve(), ReuseCurve(), ReuseCurve()
+    whole.record(0, 700, returned=True)
+    first.record(0, 300, returned=False)
+    then.record(300, 700, returned=True)
+    assert list(first._time + then._time) == list(whole._time)
+    assert list(first._returns + then._returns) == list(whole._returns)
+    waiting = ReuseCurve()
+    waiting.update([(300, 700), (0, 300)])
+    whole.update(())
+    # What waits has not returned.
+    assert waiting.rates[age_range(700)] < whole.rates[age_range(700)]
+    assert waiting.rates[age_range(200)] == whole.rates[age_range(200)]
 
 
 def test_the_longest_seen_prefix_is_found_at_every_length():
@@ -123,16 +138,22 @@ def checkpoints():
     return Checkpoints(state_blocks=3, block_tokens=1000)
 
 
+def add(checkpoints, key, tokens, at, blocks, parent):
+    checkpoint = checkpoints.watch(key, tokens, at, blocks, parent)
+    checkpoints.keep(checkpoint)
+    return checkpoint
+
+
 def arrive(checkpoints, *keys):
     return checkpoints.arrive(list(keys), len(keys))
 
 
 def test_what_a_longer_turn_has_superseded_is_given_up_first(checkpoints):
     arrive(checkpoints)
-    other = checkpoints.add(b"other", 3000, False, [1, 2, 3], None)
-    first = checkpoints.add(b"first", 3000, False, [4, 5, 6], None)
+    other = add(checkpoints, b"other", 3000, Place.PROMPT_END, [1, 2, 3], None)
+    first = add(checkpoints, b"first", 3000, Place.PROMPT_END, [4, 5, 6], None)
     assert arrive(checkpoints, b"first", b"unknown") is first
-    second = checkpoints.add(b"second", 4000, False, [4, 5, 6, 7], first)
+    second = add(checkpoints, b"second", 4000, Place.PROMPT_END, [4, 5, 6, 7], first)
     assert checkpoints.kind(first) is Kind.SUPERSEDED
     assert checkpoints.give_up() is first
     # Its blocks are the longer one's too.
@@ -142,10 +163,70 @@ def test_what_a_longer_turn_has_superseded_is_given_up_first(checkpoints):
     assert not any(checkpoints.needs(block) for block in range(8))
 
 
+def test_a_turn_stays_superseded_when_the_next_is_gone_and_the_one_after_it_is_kept(checkpoints):
+    arrive(checkpoints)
+    first = add(checkpoints, b"first", 1000, Place.PROMPT_END, [1], None)
+    second = add(checkpoints, b"second", 2000, Place.PROMPT_END, [1, 2], first)
+    third = add(checkpoints, b"third", 3000, Place.PROMPT_END, [1, 2, 3], second)
+    checkpoints.drop(second)
+    assert checkpoints.kind(first) is Kind.SUPERSEDED
+    assert third.fallback() is None
+    checkpoints.drop(third)
+    assert checkpoints.kind(first) is not Kind.SUPERSEDED
+    assert not first.extensions
+
+
+def test_an_answer_that_may_not_come_back_supersedes_nothing(checkpoints):
+    arrive(checkpoints)
+    end = add(checkpoints, b"end", 3000, Place.PROMPT_END, [1, 2, 3], None)
+    answer = checkpoints.watch(b"answer", 3200, Place.ANSWER, [1, 2, 3], end, supersedes=False)
+    checkpoints.keep(answer)
+    assert checkpoints.kind(end) is Kind.PROMPT
+    assert answer.fallback() is end
+
+
+def test_a_return_counts_for_all_that_are_gone_down_to_the_one_that_is_kept(checkpoints):
+    arrive(checkpoints)
+    first = add(checkpoints, b"first", 1000, Place.PROMPT_END, [1], None)
+    second = add(checkpoints, b"second", 2000, Place.PROMPT_END, [1, 2], first)
+    third = add(checkpoints, b"third", 3000, Place.PROMPT_END, [1, 2, 3], second)
+    checkpoints.drop(second)
+    checkpoints.drop(third)
+    arrive(checkpoints, b"first", b"second", b"third", b"new")
+    assert [first.uses, second.uses, third.uses] == [1, 1, 1]
+    add(checkpoints, b"second", 2000, Place.PROMPT_END, [1, 2], first)
+    arrive(checkpoints, b"first", b"second", b"new")
+    assert [first.uses, second.uses, third.uses] == [1, 2, 1]
+
+
+def test_block_ends_on_the_way_to_a_checkpoint_are_not_what_the_request_came_for(checkpoints):
+    arrive(checkpoints)
+    boundary = checkpoints.watch(b"boundary", 2000, Place.BOUNDARY, [1, 2], None, supersedes=False)
+    add(checkpoints, b"end", 3000, Place.PROMPT_END, [1, 2, 3], None)
+    checkpoints.drop(checkpoints.kept_at(b"end"))
+    returns = checkpoints._curves[Kind.BOUNDARY]._returns
+    arrive(checkpoints, b"boundary", b"end")
+    assert returns.sum() == 0
+    arrive(checkpoints, b"boundary", b"another")
+    assert boundary.uses == 2
+    assert checkpoints._curves[Kind.REUSED]._returns.sum() + returns.sum() == 1
+
+
+def test_a_block_end_pays_until_something_worth_more_was_given_up(checkpoints):
+    arrive(checkpoints)
+    boundary = checkpoints.watch(b"boundary", 2000, Place.BOUNDARY, [1, 2], None, supersedes=False)
+    assert not boundary.kept
+    assert checkpoints.pays(boundary)
+    add(checkpoints, b"end", 2000, Place.PROMPT_END, [3, 4], None)
+    checkpoints.give_up()
+    checkpoints.give_up()
+    assert not checkpoints.pays(boundary)
+
+
 def test_a_branch_point_is_not_superseded_by_one_that_goes_on(checkpoints):
     arrive(checkpoints)
-    branch = checkpoints.add(b"branch", 500, True, [1], None)
-    checkpoints.add(b"end", 900, False, [1], branch)
+    branch = add(checkpoints, b"branch", 500, Place.BRANCH, [1], None)
+    add(checkpoints, b"end", 900, Place.PROMPT_END, [1], branch)
     assert checkpoints.kind(branch) is Kind.BRANCH
     arrive(checkpoints, b"branch")
     assert checkpoints.kind(branch) is Kind.REUSED
@@ -153,29 +234,29 @@ def test_a_branch_point_is_not_superseded_by_one_that_goes_on(checkpoints):
 
 def test_the_one_that_saves_more_for_its_memory_is_kept(checkpoints):
     arrive(checkpoints)
-    long = checkpoints.add(b"long", 20_000, False, range(20), None)
-    short = checkpoints.add(b"short", 2000, False, [30, 31], None)
+    long = add(checkpoints, b"long", 20_000, Place.PROMPT_END, range(20), None)
+    short = add(checkpoints, b"short", 2000, Place.PROMPT_END, [30, 31], None)
     assert checkpoints.give_up() is short
     assert checkpoints.give_up() is long
 
 
 def test_a_parent_is_shorter_even_if_the_prompt_was_known_to_be_longer(checkpoints):
     arrive(checkpoints)
-    long = checkpoints.add(b"long", 3000, False, [1, 2, 3], None)
-    branch = checkpoints.add(b"branch", 1000, True, [1], long)
+    long = add(checkpoints, b"long", 3000, Place.PROMPT_END, [1, 2, 3], None)
+    branch = add(checkpoints, b"branch", 1000, Place.BRANCH, [1], long)
     assert branch.parent is None
-    again = checkpoints.add(b"more", 2000, False, [1, 2], branch)
+    again = add(checkpoints, b"more", 2000, Place.PROMPT_END, [1, 2], branch)
     assert again.fallback() is branch
 
 
 def test_who_comes_too_late_is_counted_and_remembered(checkpoints):
     arrive(checkpoints)
-    gone = checkpoints.add(b"gone", 3000, False, [1, 2, 3], None)
+    gone = add(checkpoints, b"gone", 3000, Place.PROMPT_END, [1, 2, 3], None)
     checkpoints.give_up()
     assert not checkpoints.keeps(b"gone")
     assert arrive(checkpoints, b"gone") is gone
     assert gone.uses == 1
-    back = checkpoints.add(b"gone", 3000, False, [4, 5, 6], None)
+    back = add(checkpoints, b"gone", 3000, Place.PROMPT_END, [4, 5, 6], None)
     assert back is gone
     assert checkpoints.keeps(b"gone")
     assert checkpoints.needs(4)
@@ -184,7 +265,7 @@ def test_who_comes_too_late_is_counted_and_remembered(checkpoints):
 def test_no_more_is_watched_than_a_few_times_what_is_kept(checkpoints):
     for i in range(20_000):
         arrive(checkpoints)
-        checkpoints.add(str(i).encode(), 3000, False, [i], None)
+        add(checkpoints, str(i).encode(), 3000, Place.PROMPT_END, [i], None)
         if len(checkpoints) > 50:
             checkpoints.give_up()
     assert len(checkpoints._known) < 4 * 51 + 1024 + 64

@@ -12,6 +12,7 @@ HERE = Path(__file__).resolve().parent
 SUITES = (
     "test_block_map.py",
     "test_coordinator_strategies.py",
+    "test_explanation.py",
     "test_fixed_point.py",
     "test_fixed_point_oracle.py",
 )

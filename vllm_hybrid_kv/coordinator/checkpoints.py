@@ -25,11 +25,21 @@ CANDIDATES = 128
 """Of more checkpoints than this, as many are drawn to find one to give up (as LHD does, NSDI'18):
 the time that it takes must not grow with the cache."""
 
-SUPERSEDED_LIKELY = 0.1
-"""How likely anybody returns to a superseded checkpoint, compared with others, until learned."""
-
 WATCHED = 1024
 """Checkpoints that were given up and are still watched, beside three times as many as are kept."""
+
+
+PRICE_MEMORY = 0.95
+"""The price of a block is an average over about twenty checkpoints that were given up last."""
+
+
+class Place(Enum):
+    """Where in a request a checkpoint is."""
+
+    PROMPT_END = "prompt end"
+    BRANCH = "branch point"
+    ANSWER = "answer"
+    BOUNDARY = "block boundary"
 
 
 class Kind(Enum):
@@ -38,8 +48,20 @@ class Kind(Enum):
     SHORT = "short prompt"
     PROMPT = "prompt"
     BRANCH = "branch point"
+    ANSWER = "answer"
+    BOUNDARY = "block boundary"
     REUSED = "reused"
     SUPERSEDED = "superseded"
+
+
+_KINDS = {
+    Place.BRANCH: Kind.BRANCH,
+    Place.ANSWER: Kind.ANSWER,
+    Place.BOUNDARY: Kind.BOUNDARY,
+}
+
+LIKELY = {Kind.SUPERSEDED: 0.1, Kind.BOUNDARY: 0.02}
+"""How likely anybody returns to a checkpoint, compared with a prompt's end, until learned."""
 
 
 @dataclass(eq=False)
@@ -49,30 +71,37 @@ class Checkpoint:
     Attributes:
         key: The hash of the prefix that it ends.
         tokens: The length of that prefix.
-        branch: Whether it is where a second prompt left a first one, not at a prompt's end.
+        at: Where it is.
         blocks: Ids of the attention blocks that a hit takes, of all groups.
-        parent: The checkpoint that the request which made it resumed at, or made before.
+        parent: The longest one before it that was kept when it was made, or what that left.
         last_use: When it was made or used last, in requests.
+        since: Its age when it became of the kind that it is.
         uses: Requests that resumed here; those that came too late count.
-        extensions: Checkpoints in the cache that have this one for parent.
+        supersedes: Whether nobody is likely to return to its parent now that there is this one.
+        answered: Tokens up to which a state could be kept in the answer that followed it, if any.
+        extensions: Checkpoints in the cache that have this one for parent and supersede it.
         kept: Whether it is in the cache. One that was given up is watched for a while.
     """
 
     key: BlockHash
     tokens: int
-    branch: bool
+    at: Place
     blocks: tuple[int, ...]
     parent: Checkpoint | None
     last_use: int
     uses: int
-    extensions: int = 0
-    kept: bool = True
-    place: int = field(default=-1, repr=False)
+    since: int = 0
+    supersedes: bool = True
+    answered: int = 0
+    extensions: set[Checkpoint] = field(default_factory=set, repr=False)
+    kept: bool = False
+    slot: int = field(default=-1, repr=False)
 
     @property
     def superseded(self) -> bool:
         """Whether one request came, and left a longer checkpoint: a conversation that goes on."""
-        return self.extensions == 1 and self.uses <= 1 and not self.branch
+        ends = self.at in (Place.PROMPT_END, Place.ANSWER)
+        return ends and len(self.extensions) == 1 and self.uses <= 1
 
     def fallback(self) -> Checkpoint | None:
         """Return the longest kept checkpoint before this one, but for those that it superseded."""
@@ -111,10 +140,9 @@ class Checkpoints:
         self._known: dict[BlockHash, Checkpoint] = {}
         self._kept: list[Checkpoint] = []
         self._needed: Counter[int] = Counter()
-        self._curves = {
-            kind: ReuseCurve(SUPERSEDED_LIKELY if kind is Kind.SUPERSEDED else 1.0) for kind in Kind
-        }
+        self._curves = {kind: ReuseCurve(LIKELY.get(kind, 1.0)) for kind in Kind}
         self._now = 0
+        self._price = 0.0
         self.counts: Counter[str] = Counter()
 
     def __len__(self) -> int:
@@ -124,6 +152,15 @@ class Checkpoints:
         """Whether there is a checkpoint at the end of a prefix."""
         checkpoint = self._known.get(key)
         return checkpoint is not None and checkpoint.kept
+
+    def kept(self) -> tuple[Checkpoint, ...]:
+        """Return all checkpoints in the cache."""
+        return tuple(self._kept)
+
+    def kept_at(self, key: BlockHash) -> Checkpoint | None:
+        """Return the checkpoint that is kept at the end of a prefix."""
+        checkpoint = self._known.get(key)
+        return checkpoint if checkpoint is not None and checkpoint.kept else None
 
     def needs(self, block_id: int) -> bool:
         """Whether a checkpoint needs an attention block."""
@@ -135,9 +172,14 @@ class Checkpoints:
             return Kind.SUPERSEDED
         if checkpoint.uses > 1:
             return Kind.REUSED
-        if checkpoint.branch:
-            return Kind.BRANCH
-        return Kind.SHORT if checkpoint.tokens <= self._block_tokens else Kind.PROMPT
+        if checkpoint.at is Place.PROMPT_END:
+            return Kind.SHORT if checkpoint.tokens <= self._block_tokens else Kind.PROMPT
+        return _KINDS[checkpoint.at]
+
+    def longest(self, hashes: Sequence[BlockHash]) -> Checkpoint | None:
+        """Return the longest checkpoint known for a prefix, kept or not."""
+        known = (self._known.get(key) for key in reversed(hashes))
+        return next((checkpoint for checkpoint in known if checkpoint is not None), None)
 
     def arrive(self, hashes: Sequence[BlockHash], limit: int) -> Checkpoint | None:
         """Count a request.
@@ -155,60 +197,79 @@ class Checkpoints:
             checkpoint = self._known.get(hashes[place])
             if checkpoint is None:
                 continue
-            if longest is None:
-                longest = checkpoint
-                waited = self._now - checkpoint.last_use
-                self._curves[self.kind(checkpoint)].record(waited, True)
-            # The longest one may have been given up. It is the longest kept that is used.
+            longest = longest or checkpoint
+            # The longest one may have been given up. It is the longest kept that is used, and the
+            # request came for all that are longer as well. The ends of blocks are on the way to
+            # any of them, and count only where there is nothing further on.
+            returned = checkpoint is longest or checkpoint.at is not Place.BOUNDARY
+            if checkpoint.kept:
+                self.counts[f"used {self.kind(checkpoint).value}"] += 1
+            self._settle(checkpoint, returned)
             checkpoint.uses += 1
-            checkpoint.last_use = self._now
+            self.use_now(checkpoint)
             if checkpoint.kept:
                 break
         if self._now % UPDATE_INTERVAL == 0:
             self._learn()
         return longest
 
-    def add(
+    def watch(
         self,
         key: BlockHash,
         tokens: int,
-        branch: bool,
+        at: Place,
         blocks: Iterable[int],
         parent: Checkpoint | None,
+        supersedes: bool = True,
     ) -> Checkpoint:
-        """Enter a checkpoint that is not kept yet.
+        """Enter a checkpoint that could be kept, to learn whether anybody returns to it.
 
         Args:
             key: The hash of the prefix that it ends.
             tokens: The length of that prefix.
-            branch: Whether it is at a branch point.
+            at: Where in a request it is.
             blocks: Ids of the attention blocks that a hit takes.
             parent: A shorter one of the same prefix.
+            supersedes: Whether nobody is likely to return to the parent once this one is kept.
+
+        Returns:
+            It, or the one that is known for the same prefix, with these blocks.
         """
-        while parent is not None and parent.tokens >= tokens:
+        while parent is not None and (parent.tokens >= tokens or not parent.kept):
             parent = parent.parent
         checkpoint = self._known.get(key)
         if checkpoint is None:
             # A branch point is known by its second user.
-            checkpoint = Checkpoint(
-                key, tokens, branch, tuple(blocks), parent, self._now, uses=int(branch)
-            )
+            uses = int(at is Place.BRANCH)
+            checkpoint = Checkpoint(key, tokens, at, (), parent, self._now, uses)
             self._known[key] = checkpoint
-        else:
-            checkpoint.blocks, checkpoint.parent = tuple(blocks), parent
-            checkpoint.last_use = self._now
-            checkpoint.kept = True
-        checkpoint.place = len(self._kept)
+        if not checkpoint.kept:
+            checkpoint.at, checkpoint.parent, checkpoint.supersedes = at, parent, supersedes
+            checkpoint.uses = max(checkpoint.uses, int(at is Place.BRANCH))
+            checkpoint.blocks = tuple(blocks)
+            self.use_now(checkpoint)
+        return checkpoint
+
+    def pays(self, checkpoint: Checkpoint) -> bool:
+        """Whether one that is not kept is worth more than those that were given up last."""
+        return self._worth(checkpoint) >= self._price
+
+    def keep(self, checkpoint: Checkpoint) -> None:
+        """Have a checkpoint that is watched in the cache."""
+        checkpoint.kept = True
+        checkpoint.slot = len(self._kept)
         self._kept.append(checkpoint)
         self._needed.update(checkpoint.blocks)
-        if parent is not None:
-            parent.extensions += 1
-        self.counts["kept"] += 1
-        return checkpoint
+        self._extend(checkpoint)
+        self.counts[f"kept {self.kind(checkpoint).value}"] += 1
+
+    def drop(self, checkpoint: Checkpoint) -> None:
+        """Keep a checkpoint no more, which is not given up for its place."""
+        self._remove(checkpoint)
 
     def use_now(self, checkpoint: Checkpoint) -> None:
         """Let a checkpoint's age begin again: the request that made it ended only now."""
-        checkpoint.last_use = self._now
+        checkpoint.last_use, checkpoint.since = self._now, 0
 
     def give_up(self) -> Checkpoint | None:
         """Take out the checkpoint that is worth the least; None where there is none."""
@@ -216,9 +277,10 @@ class Checkpoints:
             return None
         kept = self._kept
         drawn = kept if len(kept) <= CANDIDATES else self._draw.sample(kept, CANDIDATES)
-        least = min(drawn, key=self._worth)
+        worth, _, least = min((self._worth(one), one.slot, one) for one in drawn)
+        self._price = PRICE_MEMORY * self._price + (1 - PRICE_MEMORY) * worth
         self.counts[f"evicted {self.kind(least).value}"] += 1
-        if least.uses <= int(least.branch):
+        if least.uses <= int(least.at is Place.BRANCH):
             self.counts["evicted unused"] += 1
         self._remove(least)
         return least
@@ -227,7 +289,8 @@ class Checkpoints:
         fallback = checkpoint.fallback()
         saved = checkpoint.tokens - (0 if fallback is None else fallback.tokens)
         needed = self._needed
-        own = sum([needed[block_id] == 1 for block_id in checkpoint.blocks])
+        alone = int(checkpoint.kept)
+        own = sum([needed[block_id] == alone for block_id in checkpoint.blocks])
         age = age_range(self._now - checkpoint.last_use)
         index = self._curves[self.kind(checkpoint)].index[age]
         return index * saved / (self._state_blocks + own)
@@ -236,24 +299,48 @@ class Checkpoints:
         checkpoint.kept = False
         last = self._kept.pop()
         if last is not checkpoint:
-            self._kept[checkpoint.place] = last
-            last.place = checkpoint.place
-        for block_id in checkpoint.blocks:
+            self._kept[checkpoint.slot] = last
+            last.slot = checkpoint.slot
+        self._release(checkpoint.blocks)
+        parent = checkpoint.parent
+        if parent is not None and checkpoint in parent.extensions:
+            self._settle(parent, returned=False)
+            parent.extensions.remove(checkpoint)
+        # What it was superseded by supersedes what it had superseded.
+        for longer in checkpoint.extensions:
+            longer.parent = parent
+            self._extend(longer)
+        checkpoint.extensions.clear()
+
+    def _extend(self, checkpoint: Checkpoint) -> None:
+        """Enter a checkpoint that is kept with the one that it supersedes."""
+        parent = checkpoint.parent
+        if parent is not None and checkpoint.supersedes:
+            # Its kind may change. Its wait so far was that of one of the old.
+            self._settle(parent, returned=False)
+            parent.extensions.add(checkpoint)
+
+    def _settle(self, checkpoint: Checkpoint, returned: bool) -> None:
+        age = self._now - checkpoint.last_use
+        self._curves[self.kind(checkpoint)].record(checkpoint.since, age, returned)
+        checkpoint.since = age
+
+    def _release(self, blocks: Iterable[int]) -> None:
+        for block_id in blocks:
             if self._needed[block_id] == 1:
                 del self._needed[block_id]
             else:
                 self._needed[block_id] -= 1
-        if checkpoint.parent is not None:
-            checkpoint.parent.extensions -= 1
 
     def _learn(self) -> None:
         if self._now % FADE_INTERVAL == 0:
             for curve in self._curves.values():
                 curve.fade()
         self._forget()
-        waiting: dict[Kind, list[int]] = {kind: [] for kind in Kind}
+        waiting: dict[Kind, list[tuple[int, int]]] = {kind: [] for kind in Kind}
         for checkpoint in self._known.values():
-            waiting[self.kind(checkpoint)].append(self._now - checkpoint.last_use)
+            age = self._now - checkpoint.last_use
+            waiting[self.kind(checkpoint)].append((checkpoint.since, age))
         for kind, curve in self._curves.items():
             curve.update(waiting[kind])
 
@@ -265,6 +352,5 @@ class Checkpoints:
         gone = [checkpoint for checkpoint in self._known.values() if not checkpoint.kept]
         gone.sort(key=lambda checkpoint: checkpoint.last_use)
         for checkpoint in gone[: excess + len(gone) // 8]:
-            age = self._now - checkpoint.last_use
-            self._curves[self.kind(checkpoint)].record(age, False)
+            self._settle(checkpoint, returned=False)
             del self._known[checkpoint.key]

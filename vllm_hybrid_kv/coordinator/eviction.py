@@ -39,17 +39,33 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
         # The first block of the second part; behind both is the list's own end.
         self._first_needed: KVCacheBlock = self.fake_free_list_tail
 
+    @property
+    def num_spent(self) -> int:
+        """How many blocks can be taken before any checkpoint is given up."""
+        return len(self._spent)
+
+    def release(self, blocks: Iterable[KVCacheBlock]) -> None:
+        """Have blocks that no checkpoint needs any more taken before those that one does."""
+        for block in blocks:
+            is_free = block.next_free_block is not None
+            if is_free and block.block_id not in self._spent:
+                self.remove(block)
+                self._insert_spent([block])
+
+    def retain(self, blocks: Iterable[KVCacheBlock]) -> None:
+        """Have free blocks that a checkpoint needs from now on taken after all others."""
+        for block in blocks:
+            if block.block_id in self._spent:
+                self.remove(block)
+                self.append(block)
+
     def _make_room(self, wanted: int) -> None:
         while len(self._spent) < wanted:
             released = self._give_up()
             if released is None:
                 # Nothing is left that could be given up: the second part is taken in its order.
                 return
-            for block in released:
-                is_free = block.next_free_block is not None
-                if is_free and block.block_id not in self._spent:
-                    self.remove(block)
-                    self._insert_spent([block])
+            self.release(released)
 
     def _insert_spent(self, blocks: list[KVCacheBlock]) -> None:
         """Put blocks at the end of the first part, to be taken after those that are there."""

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm.utils.math_utils import round_down
@@ -13,12 +12,12 @@ from vllm.v1.core.kv_cache_utils import (
     KVCacheBlock,
     get_block_hash,
     get_group_id,
-    make_block_hash_with_group_id,
 )
 from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.kv_cache_interface import MambaSpec, get_mamba_prefill_checkpoint_position
 
-from vllm_hybrid_kv.coordinator.checkpoints import Checkpoint, Checkpoints
+from vllm_hybrid_kv.coordinator.answer_states import USUAL, AnswerStates, Running
+from vllm_hybrid_kv.coordinator.checkpoints import Checkpoint, Checkpoints, Place
 from vllm_hybrid_kv.coordinator.eviction import CheckpointQueue
 from vllm_hybrid_kv.coordinator.fixed_point import FixedPointCoordinator
 from vllm_hybrid_kv.coordinator.seen_prefixes import SeenPrefixes
@@ -32,32 +31,14 @@ SEEN_LIMITS = (1 << 16, 1 << 22)
 """Bounds of the number of hashes remembered in a generation; 4 bytes each at most."""
 
 
-@dataclass
-class _Running:
-    """What a request with blocks has come to.
-
-    Attributes:
-        request: vLLM's.
-        units: Hash units that were computed.
-        prompt_units: Hash units that were remembered when it began.
-        latest: The checkpoint that it resumed at or made last.
-        partial: Group, block, key and tokens of the checkpoints that end inside a block.
-    """
-
-    request: Request
-    units: int
-    prompt_units: int
-    latest: Checkpoint | None
-    partial: list[tuple[int, KVCacheBlock, BlockHash, int]] = field(default_factory=list)
-
-
 class HybridAwareCoordinator(FixedPointCoordinator):
     """A coordinator for models with states (Mamba, Gated DeltaNet) in cache mode `align`.
 
     **Where states are kept.** At the end of a prompt, rounded down to the match unit: the next
-    turn of a conversation resumes there. At a branch point, where a prompt leaves one that was
-    seen before, as soon as the second request shows it. Nowhere else: the states at whole block
-    boundaries that vLLM keeps beside them are left to be overwritten.
+    turn of a conversation resumes there. At the end of an answer, if answers come back
+    (`AnswerStates`). At a branch point, where a prompt leaves one that was seen before, as soon as
+    the second request shows it. Those at whole blocks, which vLLM makes beside them, if they are
+    worth more than what was given up last; else they are left to be overwritten.
 
     **What is given up first.** Blocks are free to take once no checkpoint can be resumed at with
     them: attention beyond the last checkpoint, states of no checkpoint, copies of what another
@@ -87,14 +68,22 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         self._state_ids = frozenset(self._state_groups)
         self._unit = self.hash_block_size
         self._alignment = self._cache_hit_alignment_tokens
-        block_tokens = self.single_type_managers[self._state_groups[0]].block_size
-        self.checkpoints = Checkpoints(len(self._state_groups), block_tokens)
-        hashes = 2 * self.block_pool.num_gpu_blocks * block_tokens // self._unit
+        self._block_tokens = self.single_type_managers[self._state_groups[0]].block_size
+        self.checkpoints = Checkpoints(len(self._state_groups), self._block_tokens)
+        hashes = 2 * self.block_pool.num_gpu_blocks * self._block_tokens // self._unit
         self._seen = SeenPrefixes(min(max(hashes, SEEN_LIMITS[0]), SEEN_LIMITS[1]))
-        self._running: dict[str, _Running] = {}
+        self._running: dict[str, Running] = {}
+        self._answers = AnswerStates(
+            {group: self.single_type_managers[group] for group in self._state_groups},
+            self.block_pool,
+            self._alignment,
+        )
         self.block_pool.free_block_queue = CheckpointQueue(
             self.block_pool.free_block_queue, self._is_needed, self._give_up
         )
+        # The manager asks the pool, which does not know who needs the blocks.
+        self._evict_blocks = self.block_pool.evict_blocks
+        self.block_pool.evict_blocks = self.evict_blocks
 
     @staticmethod
     def suits(kv_cache_config: KVCacheConfig) -> bool:
@@ -111,6 +100,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         Args:
             kv_cache_manager: The one that made this coordinator; the scheduler asks it.
         """
+        super().attach(kv_cache_manager)
         if self.enable_partial_hash_hits and self.num_reprefillable_tokens == 0:
             kv_cache_manager.mamba_shared_prefix_checkpoint = True
             for group in self._state_groups:
@@ -126,18 +116,37 @@ class HybridAwareCoordinator(FixedPointCoordinator):
 
     def _give_up(self) -> list[KVCacheBlock] | None:
         checkpoint = self.checkpoints.give_up()
-        if checkpoint is None:
-            return None
+        return None if checkpoint is None else self._released(checkpoint)
+
+    def _released(self, checkpoint: Checkpoint) -> list[KVCacheBlock]:
+        """Return the blocks that only a checkpoint needed which is not kept any more."""
         blocks = self.block_pool.blocks
         released = [
             blocks[block_id]
             for block_id in checkpoint.blocks
-            if not self.checkpoints.needs(block_id)
+            if not self._is_needed(blocks[block_id])
         ]
         # One by one, for another's state may be gone, after a connector's failure for one.
         for group in self._state_groups:
             released += self.block_pool.get_cached_block(checkpoint.key, [group]) or []
         return released
+
+    def evict_blocks(self, block_ids: set[int]) -> None:
+        """Forget what blocks hold, which a connector failed to load, and what cannot do without.
+
+        Args:
+            block_ids: Their ids.
+        """
+        self._evict_blocks(block_ids)
+        for checkpoint in self.checkpoints.kept():
+            if block_ids.isdisjoint(checkpoint.blocks):
+                self._drop_if_gone(checkpoint)
+            else:
+                self._drop(checkpoint)
+        blocks = [self.block_pool.blocks[block_id] for block_id in block_ids]
+        self.block_pool.free_block_queue.release(
+            [block for block in blocks if not self._is_needed(block)]
+        )
 
     def find_longest_cache_hit(
         self, block_hashes: list[BlockHash], max_cache_hit_length: int
@@ -159,6 +168,76 @@ class HybridAwareCoordinator(FixedPointCoordinator):
             return blocks, hit, 0
         return blocks, hit, branch - hit
 
+    def allocate_new_blocks(
+        self, request_id: str, *arguments: int, **keywords: int
+    ) -> tuple[list[KVCacheBlock], ...]:
+        """Allocate blocks for a step of a request. See vLLM's.
+
+        This is also when its states can be copied: they are those after the tokens computed so
+        far, which later, with steps scheduled ahead, nobody can tell.
+        """
+        blocks: tuple[list[KVCacheBlock], ...] = super().allocate_new_blocks(
+            request_id, *arguments, **keywords
+        )
+        running = self._running.get(request_id)
+        if running is not None:
+            self._answers.follow(running, len(self._running))
+        return blocks
+
+    def get_num_blocks_to_allocate(self, request_id: str, *arguments: Any, **named: Any) -> int:
+        """Return how many blocks a step of a request takes. See vLLM's.
+
+        A state that is kept takes a block of each group, for the request to go on with. Where these
+        are not free the state is given up, rather than another request.
+        """
+        needed: int = super().get_num_blocks_to_allocate(request_id, *arguments, **named)
+        pool = self.block_pool
+        # More than there are means that it has to wait for the next step, whatever is free.
+        too_many = pool.get_num_free_blocks() < needed <= pool.num_gpu_blocks
+        if too_many and self._make_do(request_id):
+            needed = super().get_num_blocks_to_allocate(request_id, *arguments, **named)
+        return needed
+
+    def _make_do(self, request_id: str) -> bool:
+        """Keep fewer states of requests that run; False where none are to be kept."""
+        forgone = self._forgo_copies(request_id)
+        for running in self._running.values():
+            if running.copies:
+                self._answers.release(running)
+                forgone = True
+        return forgone
+
+    def _forgo_copies(self, request_id: str) -> bool:
+        """Have a request that runs write over the state that it was to keep; False if none."""
+        forgone = False
+        for group in self._state_groups:
+            manager = self.single_type_managers[group]
+            kept = manager._partial_hit_reqs.get(request_id)
+            # One that is about to begin needs a copy of what it hit.
+            if kept is None or request_id not in manager._allocated_block_reqs:
+                continue
+            del manager._partial_hit_reqs[request_id]
+            manager._producer_partial_tail_reqs.pop(request_id, None)
+            self.block_pool._maybe_evict_cached_block(kept[1])
+            forgone = True
+        running = self._running.get(request_id)
+        latest = None if running is None else running.latest
+        if forgone and latest is not None and latest.kept:
+            self._drop_if_gone(latest)
+        return forgone
+
+    def _drop(self, checkpoint: Checkpoint) -> None:
+        self.checkpoints.drop(checkpoint)
+        self.block_pool.free_block_queue.release(self._released(checkpoint))
+
+    def _drop_if_gone(self, checkpoint: Checkpoint) -> None:
+        state = self.block_pool.get_cached_block(checkpoint.key, self._state_groups)
+        if state is None:
+            self._drop(checkpoint)
+        else:
+            # What is left may be another request's, which was not needed so far.
+            self.block_pool.free_block_queue.retain(state)
+
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
         """Cache a request's blocks, and enter the checkpoints that it has come to.
 
@@ -170,19 +249,28 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         running = self._running.get(request.request_id)
         if running is None:
             running = self._begin(request)
+        if running.partial:
+            cached = self._num_cached_blocks(request.request_id)
+            if cached != running.cached or num_computed_tokens <= request.num_prompt_tokens:
+                running.cached = cached
+                # vLLM drops a block's entry at a shorter prefix for one at a longer. Attention's
+                # pages still hold what it promised.
+                self._cache_partial(running)
         units = num_computed_tokens // self._unit
         if units <= running.units:
             return
         running.units = units
-        # vLLM drops a block's entry at a shorter prefix for one at a longer. Attention's pages
-        # still hold what it promised.
-        for partial in running.partial:
-            self._insert(*partial)
         tokens = units * self._unit
         if tokens in self._prompt_ends(request):
-            self._enter(running, tokens, branch=False)
+            running.prompt_end = self._enter(running, tokens, Place.PROMPT_END)
         elif tokens == request.shared_prefix_boundary:
-            self._enter(running, tokens, branch=True)
+            self._enter(running, tokens, Place.BRANCH)
+        elif tokens % self._block_tokens == tokens % self._alignment == 0:
+            self._enter(running, tokens, Place.BOUNDARY)
+
+    def _num_cached_blocks(self, request_id: str) -> int:
+        managers = [self.single_type_managers[group] for group in self._attention_groups]
+        return sum([manager.num_cached_block.get(request_id, 0) for manager in managers])
 
     def _prompt_ends(self, request: Request) -> set[int]:
         """Return where the next turn can resume, and with draft layers one that asks again."""
@@ -192,42 +280,106 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         boundaries = replay_boundaries(length, self.scheduler_block_size, drafts) if drafts else ()
         return {end, *boundaries}
 
-    def _begin(self, request: Request) -> _Running:
+    def _begin(self, request: Request) -> Running:
         hashes = request.block_hashes
         limit = self._seen.longest(hashes, len(hashes))
-        latest = self.checkpoints.arrive(hashes, limit)
-        if 0 < limit < len(hashes):
-            self._seen.pass_by(hashes[limit - 1])
-        self._seen.add(hashes)
-        running = _Running(request, 0, len(hashes), latest)
+        if request.num_preemptions:
+            # It is no new request, and comes back to what it left itself.
+            latest = self.checkpoints.longest(hashes)
+        else:
+            latest = self.checkpoints.arrive(hashes, limit)
+            if latest is not None:
+                self._learn_of_answers(latest, limit)
+            if 0 < limit < len(hashes):
+                self._seen.pass_by(hashes[limit - 1])
+            self._seen.add(hashes)
+        running = Running(request, 0, len(hashes), latest)
         self._running[request.request_id] = running
         return running
 
-    def _enter(self, running: _Running, tokens: int, branch: bool) -> None:
+    def _learn_of_answers(self, latest: Checkpoint, limit: int) -> None:
+        """Learn whether a turn that came after an answer brought it back.
+
+        Args:
+            latest: The longest checkpoint known for its prompt.
+            limit: Units of it that were seen before.
+        """
+        if latest.at is Place.ANSWER and latest.uses == 1:
+            self._answers.returns.record(True)
+        elif latest.at is Place.PROMPT_END and latest.uses == 1 and latest.answered:
+            self._answers.returns.record(limit * self._unit >= latest.answered)
+
+    def _enter(self, running: Running, tokens: int, at: Place) -> Checkpoint | None:
+        """Keep a checkpoint of a request, if its states are cached and that pays."""
         request = running.request
-        if tokens // self._unit > len(request.block_hashes):
+        units = tokens // self._unit
+        if units > len(request.block_hashes):
             # Where draft layers look ahead, a unit is hashed once the tokens after it are known.
-            return
-        key = request.block_hashes[tokens // self._unit - 1]
-        if self.checkpoints.keeps(key):
-            return
-        if self.block_pool.get_cached_block(key, self._state_groups) is None:
-            return
+            return None
+        key = request.block_hashes[units - 1]
+        states = self.block_pool.get_cached_block(key, self._state_groups)
+        if states is None:
+            return None
+        there = self.checkpoints.kept_at(key)
+        if there is not None:
+            if there.at is not Place.BOUNDARY or at is Place.BOUNDARY:
+                return None
+            # What it turns out to be says more than that a block ends there.
+            self._drop(there)
+        blocks = self._attention_blocks(request.request_id, tokens)
+        if blocks is None:
+            return None
+        if at is Place.BOUNDARY:
+            parent = running.boundary or running.latest
+            checkpoint = self.checkpoints.watch(key, tokens, at, blocks, parent, supersedes=False)
+            running.boundary = checkpoint
+            if not self.checkpoints.pays(checkpoint):
+                return None
+        else:
+            supersedes = at is not Place.ANSWER or self._answers.returns.rate >= USUAL
+            checkpoint = self.checkpoints.watch(key, tokens, at, blocks, running.latest, supersedes)
+            running.latest = checkpoint
+        self.checkpoints.keep(checkpoint)
+        # Another request's, which were not needed so far, may be those that lookups find.
+        self.block_pool.free_block_queue.retain(states)
+        self._end_inside_blocks(running, tokens)
+        return checkpoint
+
+    def _attention_blocks(self, request_id: str, tokens: int) -> list[int] | None:
+        """Return the ids of the attention blocks that a hit of a request's first tokens takes.
+
+        None where a window has left some of them behind since.
+        """
         needed: list[int] = []
         for group in self._attention_groups:
             manager = self.single_type_managers[group]
-            table = manager.req_to_blocks[request.request_id]
-            blocks = table[: -(-tokens // manager.block_size)]
-            needed += [block.block_id for block in blocks if not block.is_null]
-            if tokens % manager.block_size and manager.supports_fine_grained_hash_lookup:
-                partial = (group, blocks[-1], key, tokens)
-                self._insert(*partial)
-                running.partial.append(partial)
-        running.latest = self.checkpoints.add(key, tokens, branch, needed, running.latest)
+            table = manager.req_to_blocks[request_id]
+            first = max(manager.get_num_skipped_tokens(tokens), 0) // manager.block_size
+            blocks = table[first : -(-tokens // manager.block_size)]
+            if any(block.is_null for block in blocks):
+                return None
+            needed += [block.block_id for block in blocks]
+        return needed
 
-    def _insert(self, group: int, block: KVCacheBlock, key: BlockHash, tokens: int) -> None:
-        name = make_block_hash_with_group_id(key, group)
-        self.block_pool._insert_block_hash(name, block, num_tokens=tokens)
+    def _end_inside_blocks(self, running: Running, tokens: int) -> None:
+        """Have attention serve a prefix that ends inside a block."""
+        for group in self._attention_groups:
+            manager = self.single_type_managers[group]
+            if tokens % manager.block_size and manager.supports_fine_grained_hash_lookup:
+                table = manager.req_to_blocks[running.request.request_id]
+                running.partial.append((group, table[tokens // manager.block_size], tokens))
+        self._cache_partial(running)
+
+    def _cache_partial(self, running: Running) -> None:
+        # The longest first: a longer one would push out what is shorter.
+        for group, block, tokens in sorted(running.partial, key=lambda entry: -entry[2]):
+            self.block_pool.cache_partial_block(
+                request=running.request,
+                block=block,
+                num_tokens=tokens,
+                kv_cache_group_id=group,
+                block_size=self.single_type_managers[group].block_size,
+            )
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Take a request's blocks away from it. See vLLM's."""
@@ -243,6 +395,15 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         running = self._running.pop(request_id, None)
         if running is None:
             return
+        if running.copies:
+            if self._answers.finish(running):
+                self._enter(running, running.copied, Place.ANSWER)
+            self._answers.release(running)
+        if running.prompt_end is not None:
+            request = running.request
+            running.prompt_end.answered = self._answers.last(
+                len(request.block_hashes) * self._unit, request.num_prompt_tokens
+            )
         self._seen.add(running.request.block_hashes, known=running.prompt_units)
         if running.latest is not None and running.latest.kept:
             self.checkpoints.use_now(running.latest)
@@ -252,6 +413,9 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         done: bool = super().reset_prefix_cache()
         if done:
             self.checkpoints.clear()
+            queue = self.block_pool.free_block_queue
+            queue.release(queue.get_all_free_blocks())
+            self._answers.clear()
             self._seen.clear()
         return done
 

@@ -53,14 +53,16 @@ class ReuseCurve:
         self._time = np.zeros(len(_LOW))
         self.update(())
 
-    def record(self, age: int, returned: bool) -> None:
+    def record(self, since: int, age: int, returned: bool) -> None:
         """Count a checkpoint's wait that is over.
 
         Args:
-            age: How long it was, in requests.
-            returned: Whether a request came for it; else it is no longer watched.
+            since: The age at which it became one of this kind, in requests.
+            age: Its age at the end.
+            returned: Whether a request came for it; else it is no longer watched, or has become
+                one of another kind.
         """
-        self._time += np.clip(age - _LOW, 0, _WIDTH)
+        self._time += np.clip(age - _LOW, 0, _WIDTH) - np.clip(since - _LOW, 0, _WIDTH)
         if returned:
             self._returns[age_range(age)] += 1
 
@@ -69,16 +71,18 @@ class ReuseCurve:
         self._returns /= 2
         self._time /= 2
 
-    def update(self, waiting: Sequence[int]) -> None:
+    def update(self, waiting: Sequence[tuple[int, int]]) -> None:
         """Compute the index anew.
 
         Args:
-            waiting: The ages of the checkpoints whose wait is not over.
+            waiting: The checkpoints whose wait is not over: since what age they are of this kind,
+                and their age now.
         """
         time = self._time
-        if len(waiting):
-            ages = np.asarray(waiting, dtype=np.float64)[:, None]
-            time = time + np.clip(ages - _LOW, 0, _WIDTH).sum(axis=0)
+        if waiting:
+            ages = np.asarray(waiting, dtype=np.float64)[:, :, None]
+            since, now = np.clip(ages - _LOW, 0, _WIDTH).sum(axis=0)
+            time = time + now - since
         weight = PRIOR_WEIGHT * _WIDTH
         self.rates = (self._returns + self._prior * weight) / (time + weight)
         # Within a range of width w at rate h: 1 - exp(-hw) return, after (1 - exp(-hw)) / h.

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Take many random scheduler steps, and check after each that everything agrees.
+
+    python -m tests.coordinator.soak [--steps 200000] [--seed N] [--world N] [--strategy NAME]
+
+Ends with 1 at the first thing that does not agree, and says which world it was in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import sys
+import time
+import traceback
+from pathlib import Path
+
+# Read by vLLM when it is imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")
+# `contents` is a module of these tests alone.
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from tests.coordinator.soak.plans import STRATEGIES
+from tests.coordinator.soak.soak import Soak
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: Of the command line; None for the process's.
+
+    Returns:
+        Its exit status.
+    """
+    parser = argparse.ArgumentParser(prog="python -m tests.coordinator.soak")
+    parser.add_argument("--steps", type=int, default=200_000, help="of all worlds")
+    parser.add_argument("--seed", type=int, default=None, help="drawn and printed by default")
+    parser.add_argument("--world", type=int, default=None, help="run this world alone")
+    parser.add_argument("--strategy", choices=STRATEGIES, default=None, help="drawn by default")
+    options = parser.parse_args(arguments)
+    soak = Soak(secrets.randbits(32) if options.seed is None else options.seed, options.strategy)
+    print(f"seed {soak.seed}", flush=True)
+    started = time.monotonic()
+    number = options.world or 0
+    while soak.tally["steps"] < options.steps:
+        try:
+            soak.run(number)
+        except Exception as error:
+            print()
+            # With the notes, which say what the world was made of.
+            traceback.print_exception(error, file=sys.stdout)
+            print(
+                f"python -m tests.coordinator.soak --seed {soak.seed} --world {number}"
+                + (f" --strategy {options.strategy}" if options.strategy else "")
+            )
+            return 1
+        number += 1
+        steps, spent = soak.tally["steps"], time.monotonic() - started
+        print(f"\r{steps} of {options.steps} steps, {number} worlds, {spent:.0f} s", end="")
+        sys.stdout.flush()
+        if options.world is not None:
+            break
+    print()
+    for name, count in sorted(soak.tally.items()):
+        print(f"{count:9} {name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What has to agree after every step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock, get_block_hash, get_group_id
+from vllm.v1.kv_cache_interface import MambaSpec
+
+from tests.coordinator.soak.plans import Plan
+from tests.coordinator.soak.prefixes import Prefixes
+from tests.coordinator.soak.worker import SoakError, Worker
+from vllm_hybrid_kv.coordinator.block_map import GroupedBlockMap
+from vllm_hybrid_kv.coordinator.checkpoints import Checkpoint
+from vllm_hybrid_kv.coordinator.hybrid_aware import HybridAwareCoordinator
+
+if TYPE_CHECKING:
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_utils import BlockHash, BlockHashWithGroupId
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+
+def require(condition: object, *what: object) -> None:
+    """Raise a `SoakError` that says what does not agree unless a condition holds."""
+    if not condition:
+        raise SoakError(" ".join(map(str, what)))
+
+
+def check_references(scheduler: Scheduler) -> None:
+    """Check that blocks count as many references as there are, and that the rest is free."""
+    manager = scheduler.kv_cache_manager
+    held: Counter[int] = Counter()
+    for group in manager.coordinator.single_type_managers:
+        for request_id, table in group.req_to_blocks.items():
+            require(not table or request_id in scheduler.requests, "table of nobody:", request_id)
+            held.update(block.block_id for block in table)
+        for pair in group._pending_cow_copies:
+            held.update(block.block_id for block in pair)
+        for mapping in (group.num_cached_block, group._partial_hit_reqs):
+            require(mapping.keys() <= scheduler.requests.keys(), "kept of nobody:", mapping)
+    if isinstance(manager.coordinator, HybridAwareCoordinator):
+        for running in manager.coordinator._running.values():
+            held.update(block.block_id for block in running.copies)
+    for _, blocks in scheduler.deferred_frees:
+        held.update(block.block_id for block in blocks)
+    pool: BlockPool = manager.block_pool
+    for block in pool.blocks[1:]:
+        require(block.ref_cnt == held[block.block_id], block, "is held", held[block.block_id])
+    check_free_list(pool, {block.block_id for block in pool.blocks[1:] if block.ref_cnt == 0})
+
+
+def check_free_list(pool: BlockPool, free: set[int]) -> None:
+    """Check that the free list holds some blocks, and is linked both ways."""
+    queue = pool.free_block_queue
+    block, listed = queue.fake_free_list_head, []
+    while block.next_free_block is not None:
+        require(block.next_free_block.prev_free_block is block, "no way back to", block)
+        block = block.next_free_block
+        listed.append(block.block_id)
+        require(len(listed) <= len(pool.blocks), "the free list runs in a circle")
+    require(block is queue.fake_free_list_tail, "the free list ends at", block)
+    listed.pop()
+    require(len(listed) == len(set(listed)) == queue.num_free_blocks, "free:", listed)
+    require(set(listed) == free, "listed, not free:", set(listed) ^ free)
+    for block in pool.blocks:
+        linked = block.next_free_block is not None or block.prev_free_block is not None
+        require(linked == (block.block_id in free), block, "is linked")
+
+
+def hashes_of(pool: BlockPool, block: KVCacheBlock) -> list[BlockHashWithGroupId]:
+    """Return all keys that a block is to be found under."""
+    if block.block_hash is None:
+        return []
+    return [block.block_hash, *pool.cached_block_hashes_by_block.get(block.block_id, ())]
+
+
+def num_entries(pool: BlockPool) -> int:
+    """Return the number of pairs of key and block in the hash map."""
+    hash_map = pool.cached_block_hash_to_block
+    if isinstance(hash_map, GroupedBlockMap):
+        copies = hash_map._copies.values()
+        require(all(len(blocks) > 1 for blocks in copies), "copies of one block")
+        return len(hash_map) + sum(len(blocks) - 1 for blocks in copies)
+    found = hash_map._cache.values()
+    return sum(len(entry) if isinstance(entry, dict) else 1 for entry in found)
+
+
+def check_hash_map(pool: BlockPool) -> None:
+    """Check that keys lead to the blocks that carry them, and to no other."""
+    hash_map = pool.cached_block_hash_to_block
+    carried = 0
+    for block in pool.blocks:
+        keys = hashes_of(pool, block)
+        carried += len(set(keys))
+        for key in keys:
+            require(hash_map.contain(key, block.block_id), block, "is not under its key", key)
+        require(len({get_group_id(key) for key in keys}) <= 1, block, "is in several groups")
+    for block_id in pool.cached_block_hashes_by_block:
+        require(pool.blocks[block_id].block_hash, block_id, "has other hashes and no first")
+    # As many entries as blocks carry keys, each of which has one: there is no other.
+    found = num_entries(pool)
+    require(found == carried, found, "entries,", carried, "are carried")
+
+
+class Contents:
+    """Checks that blocks hold what their hashes promise."""
+
+    def __init__(self, pool: BlockPool, plan: Plan, worker: Worker, prefixes: Prefixes) -> None:
+        self._pool, self._plan, self._worker, self._prefixes = pool, plan, worker, prefixes
+        # What was seen of a block last: nothing is looked at again that did not change.
+        self._seen: list[tuple[Any, ...] | None] = [None] * plan.num_blocks
+
+    def check(self, meaning: Mapping[BlockHash, tuple[int, int]]) -> None:
+        """Check them all; no step may be under way.
+
+        Args:
+            meaning: The prefix that a hash is of, and its length in tokens.
+        """
+        for block in self._pool.blocks:
+            if block.block_hash is None:
+                continue
+            keys = hashes_of(self._pool, block)
+            version = self._worker.versions[block.block_id]
+            seen = (version, block.block_hash_num_tokens, *keys)
+            if seen == self._seen[block.block_id]:
+                continue
+            for key in keys:
+                self._check_key(block, key, *meaning[get_block_hash(key)])
+            self._seen[block.block_id] = seen
+
+    def _check_key(
+        self, block: KVCacheBlock, key: BlockHashWithGroupId, prefix: int, tokens: int
+    ) -> None:
+        group = get_group_id(key)
+        if key == block.block_hash:
+            require(block.block_hash_num_tokens == tokens, block, "ends at", tokens)
+        spec = self._plan.specs[group]
+        if isinstance(spec, MambaSpec):
+            promised = [prefix]
+        else:
+            count = tokens - (tokens - 1) // spec.block_size * spec.block_size
+            promised = self._prefixes.path(prefix, count)
+            if group in self._worker.draft_groups:
+                # The last entry hangs on a token that nobody may have had here.
+                promised = promised[1:]
+        require(
+            self._worker.holds(group, block.block_id, promised),
+            f"{block} of group {group} does not hold what it has for {tokens} tokens:",
+            f"{promised}, but {self._worker.blocks[block.block_id]}",
+        )
+
+
+def check_policy(
+    scheduler: Scheduler,
+    lost: set[int],
+    hashes: Mapping[BlockHash, list[BlockHash]],
+    hopeless: set[Checkpoint],
+) -> None:
+    """Check the books of `hybrid_aware`.
+
+    Args:
+        scheduler: Has the coordinator.
+        lost: Blocks whose hashes were taken since they were handed out. vLLM does not cache them
+            again, and a checkpoint that a running request makes later with them is no hit.
+        hashes: Those of a request that goes through a prefix, by the hash of the prefix.
+        hopeless: The checkpoints that were made with lost blocks; taken along from step to step.
+    """
+    coordinator = scheduler.kv_cache_manager.coordinator
+    if not isinstance(coordinator, HybridAwareCoordinator):
+        return
+    _check_queue(coordinator)
+    _check_checkpoints(coordinator)
+    _check_hits(coordinator, lost, hashes, hopeless)
+    tables = {
+        request_id
+        for group in coordinator.single_type_managers
+        for request_id, table in group.req_to_blocks.items()
+        if table
+    }
+    require(coordinator._running.keys() <= tables, "run on:", coordinator._running.keys() - tables)
+
+
+def _check_queue(coordinator: HybridAwareCoordinator) -> None:
+    queue = coordinator.block_pool.free_block_queue
+    free = queue.get_all_free_blocks()
+    first = [block.block_id for block in free[: len(queue._spent)]]
+    require(set(first) == queue._spent, "first part:", first, "not", queue._spent)
+    second = free[len(first) :]
+    border = second[0] if second else queue.fake_free_list_tail
+    require(queue._first_needed is border, "border at", queue._first_needed, "not", border)
+    useless = [block for block in second if not coordinator._is_needed(block)]
+    require(not useless, "kept without need:", useless)
+
+
+def _check_checkpoints(coordinator: HybridAwareCoordinator) -> None:
+    checkpoints = coordinator.checkpoints
+    kept = checkpoints._kept
+    needed: Counter[int] = Counter()
+    extensions: dict[int, set[Checkpoint]] = {}
+    for place, checkpoint in enumerate(kept):
+        require(checkpoint.kept and checkpoint.slot == place, "misplaced:", checkpoint)
+        require(checkpoints._known[checkpoint.key] is checkpoint, "unknown:", checkpoint)
+        needed.update(checkpoint.blocks)
+        if checkpoint.parent is not None and checkpoint.supersedes:
+            extensions.setdefault(id(checkpoint.parent), set()).add(checkpoint)
+    require(needed == checkpoints._needed, "needed:", needed, "not", checkpoints._needed)
+    require(
+        sum(checkpoint.kept for checkpoint in checkpoints._known.values()) == len(kept),
+        "kept and not listed",
+    )
+    for checkpoint in checkpoints._known.values():
+        expected = extensions.get(id(checkpoint), set())
+        require(checkpoint.extensions == expected, "extensions of", checkpoint)
+
+
+def _check_hits(
+    coordinator: HybridAwareCoordinator,
+    lost: set[int],
+    hashes: Mapping[BlockHash, list[BlockHash]],
+    hopeless: set[Checkpoint],
+) -> None:
+    pool = coordinator.block_pool
+    for checkpoint in coordinator.checkpoints._kept:
+        states = pool.get_cached_block(checkpoint.key, coordinator._state_groups)
+        require(states is not None, "no state:", checkpoint)
+        # What draft layers look ahead at is another request's matter.
+        if not lost.isdisjoint(checkpoint.blocks):
+            hopeless.add(checkpoint)
+        if not coordinator.eagle_group_ids and checkpoint not in hopeless:
+            found = coordinator.reconcile(
+                hashes[checkpoint.key], checkpoint.tokens, coordinator.attention_groups
+            ).length
+            require(found == checkpoint.tokens, "a hit of", found, "tokens at", checkpoint)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's scheduler for a plan, with no model."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cache
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.structured_output import StructuredOutputManager
+
+from demo.models import with_mtp_layer
+from tests.coordinator.soak import connector
+from tests.coordinator.soak.connector import SoakConnector
+from tests.coordinator.soak.plans import Plan
+from tests.described_model import hybrid_config
+from vllm_hybrid_kv import plugin, settings
+
+
+def make_scheduler(plan: Plan) -> Scheduler:
+    """Return the scheduler that an engine of a plan would have."""
+    config = _configure(plan)
+    make = AsyncScheduler if plan.lag else Scheduler
+    return make(
+        vllm_config=config,
+        kv_cache_config=plan.kv_cache_config,
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=plan.scheduler_block_size,
+        hash_block_size=plan.unit,
+        log_stats=True,
+    )
+
+
+@cache
+def _folder() -> str:
+    """Return a folder with a model's configuration: what vLLM makes its own one of."""
+    folder = tempfile.mkdtemp()
+    with_mtp_layer(hybrid_config()).save_pretrained(folder)
+    return folder
+
+
+def _configure(plan: Plan) -> VllmConfig:
+    """Return what an engine of the plan would have. The model in it is never built."""
+    plugin.register()
+    more: dict[str, Any] = {}
+    if plan.drafting == "ngram":
+        more["speculative_config"] = {
+            "method": "ngram", "num_speculative_tokens": plan.draft_tokens, "prompt_lookup_max": 2
+        }  # fmt: skip
+    elif plan.drafting == "mtp":
+        more["speculative_config"] = {
+            "method": "mtp", "num_speculative_tokens": plan.draft_tokens
+        }  # fmt: skip
+    if plan.connector is not None:
+        name = SoakConnector.__name__
+        if name not in KVConnectorFactory._registry:
+            KVConnectorFactory.register_connector(name, connector.__name__, name)
+        more["kv_transfer_config"] = {
+            "kv_connector": name,
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": plan.load_failure_policy,
+        }
+    config = EngineArgs(
+        model=_folder(),
+        skip_tokenizer_init=True,
+        max_num_seqs=plan.max_num_seqs,
+        max_num_batched_tokens=2048,
+        gpu_memory_utilization=0.1,
+        enable_prefix_caching=True,
+        mamba_cache_mode="align" if plan.has_states else "none",
+        additional_config={"hybrid_kv": {"coordinator": plan.strategy}},
+        **more,
+    ).create_engine_config()
+    config.scheduler_config.max_num_batched_tokens = plan.budget
+    config.scheduler_config.max_num_scheduled_tokens = plan.budget
+    config.scheduler_config.long_prefill_token_threshold = plan.long_prefill
+    config.scheduler_config.async_scheduling = plan.lag > 0
+    config.scheduler_config.scheduler_reserve_full_isl = plan.reserve_full
+    config.model_config.max_model_len = plan.max_model_len
+    config.cache_config.block_size = plan.block_size
+    config.cache_config.num_gpu_blocks = plan.num_blocks
+    settings.adopt(config)
+    return config

@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a worker would do to the blocks, told nothing but what the scheduler's output tells it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vllm.utils.math_utils import cdiv, round_down
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    KVCacheSpec,
+    MambaSpec,
+    SlidingWindowSpec,
+)
+
+from tests.coordinator.soak.connector import Load
+from tests.coordinator.soak.plans import Plan
+from tests.coordinator.soak.prefixes import DRAFT, LOST, Prefixes
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+
+class SoakError(AssertionError):
+    """Something does not agree."""
+
+
+@dataclass
+class Told:
+    """A request as the worker knows it.
+
+    Attributes:
+        tables: Block ids by group.
+        tokens: Its tokens, those of outputs that the scheduler does not know yet among them.
+        prefixes: Numbers of their prefixes.
+        computed: Tokens that are computed and stay.
+        prompt_tokens: Of the prompt.
+        column: Where in its tables the states are that were written last, None before that.
+        accepted: Draft tokens that were accepted last, and one: the state to go on from is as
+            many columns further, less one.
+        is_new: Whether it has not run since it was told of.
+    """
+
+    tables: list[list[int]]
+    tokens: list[int]
+    prefixes: list[int]
+    computed: int
+    prompt_tokens: int
+    column: int | None = None
+    accepted: int = 1
+    is_new: bool = True
+
+
+@dataclass
+class Answer:
+    """What a step came to.
+
+    Attributes:
+        sampled: New tokens by request, in the order of the scheduler's output.
+        hits: Tokens that requests began with, of those that did.
+    """
+
+    sampled: dict[str, list[int]] = field(default_factory=dict)
+    hits: list[int] = field(default_factory=list)
+
+
+class Worker:
+    """Blocks and what they hold: numbers of prefixes where K, V and states would be.
+
+    A block holds what was written to it last, whichever group had it then, and nothing that was
+    not written. Whenever a request runs, everything that its next token needs is looked at: K and
+    V of all positions that attention reaches, and the state after exactly the tokens before.
+    """
+
+    def __init__(self, plan: Plan, prefixes: Prefixes, draw: random.Random) -> None:
+        self._plan = plan
+        self._prefixes = prefixes
+        self._draw = draw
+        self._specs = plan.specs
+        self._states = [i for i, spec in enumerate(self._specs) if isinstance(spec, MambaSpec)]
+        self._attention = [i for i in range(len(self._specs)) if i not in self._states]
+        self.draft_groups = {i for i, group in enumerate(plan.groups) if group.is_eagle_group}
+        self._sequences: dict[str, Told] = {}
+        # Group and contents by block; a state's block has one entry.
+        self.blocks: list[tuple[int, list[int | None]]] = [(-1, [])] * plan.num_blocks
+        # How often a block was written to.
+        self.versions = [0] * plan.num_blocks
+
+    # What is in blocks
+
+    def write(self, group: int, block: int, offset: int, values: Sequence[int]) -> None:
+        """Write K and V of some tokens, or a state, into a block."""
+        if block == 0:
+            raise SoakError(f"group {group} writes to the null block")
+        spec = self._specs[group]
+        owner, slots = self.blocks[block]
+        if owner != group:
+            slots = [None] * (1 if isinstance(spec, MambaSpec) else spec.block_size)
+            self.blocks[block] = (group, slots)
+        slots[offset : offset + len(values)] = values
+        self.versions[block] += 1
+
+    def holds(self, group: int, block: int, values: Sequence[int]) -> bool:
+        """Whether a block begins with some values."""
+        return self._differs(group, block, 0, values) is None
+
+    def _differs(
+        self, group: int, block: int, offset: int, values: Sequence[int]
+    ) -> list[int | None] | None:
+        owner, slots = self.blocks[block]
+        if owner != group:
+            return [None] * len(values)
+        found = slots[offset : offset + len(values)]
+        if found == values:
+            return None
+        if group in self.draft_groups:
+            # The last entry before a place where a hit may end hangs on the token behind it, which
+            # the hash does not know of. vLLM lets a draft layer guess worse there.
+            unit = self._plan.unit
+            wanted = zip(range(offset + 1, offset + 1 + len(values)), found, values, strict=True)
+            if all(a == b for end, a, b in wanted if end % unit):
+                return None
+        return found
+
+    def load(self, load: Load, prefixes: Sequence[int], failed: bool) -> list[int]:
+        """Write what a load brings, and return the blocks that it wrote to.
+
+        Args:
+            load: The load.
+            prefixes: Numbers of the request's prefixes, of one token more than is loaded.
+            failed: Whether it brings nothing of use.
+        """
+        written = []
+        for group, table in enumerate(load.tables):
+            if group in self._states:
+                value = LOST if failed else prefixes[load.end - 1]
+                block = table[cdiv(load.end, self._specs[group].block_size) - 1]
+                self.write(group, block, 0, [value])
+                written.append(block)
+                continue
+            shift = int(group in self.draft_groups)
+            for block, position, offset, count in self._runs(group, table, load.start, load.end):
+                if block:
+                    values = list(prefixes[position + shift : position + shift + count])
+                    self.write(group, block, offset, [LOST] * count if failed else values)
+                    written.append(block)
+        return written
+
+    def _runs(
+        self, group: int, table: Sequence[int], start: int, end: int
+    ) -> Iterator[tuple[int, int, int, int]]:
+        """Yield block, first position, place of it in the block and count, block by block."""
+        size = self._specs[group].block_size
+        while start < end:
+            count = min(end, (start // size + 1) * size) - start
+            yield table[start // size], start, start % size, count
+            start += count
+
+    # Steps
+
+    def tables(self, request_id: str) -> list[list[int]]:
+        return self._sequences[request_id].tables
+
+    def receive(self, output: SchedulerOutput, lag: int) -> None:
+        """Take in what the scheduler says of requests, before the step runs."""
+        for request_id in (*output.finished_req_ids, *(output.preempted_req_ids or ())):
+            self._sequences.pop(request_id, None)
+        for new in output.scheduled_new_reqs:
+            tokens = list(new.prompt_token_ids)
+            self._begin(new.req_id, new.block_ids, tokens, new.num_computed_tokens, len(tokens))
+        cached = output.scheduled_cached_reqs
+        for place, request_id in enumerate(cached.req_ids):
+            blocks, computed = cached.new_block_ids[place], cached.num_computed_tokens[place]
+            if request_id in cached.resumed_req_ids:
+                tokens = list(cached.all_token_ids[request_id])
+                prompt = len(tokens) - cached.num_output_tokens[place]
+                self._begin(request_id, blocks, tokens, computed, prompt)
+                continue
+            sequence = self._sequences[request_id]
+            for table, new_ids in zip(sequence.tables, blocks or (), strict=False):
+                table.extend(new_ids)
+            if not lag:
+                # After a load in the step before has failed, its output does not count.
+                known = sequence.prompt_tokens + cached.num_output_tokens[place]
+                del sequence.tokens[known:], sequence.prefixes[known:]
+                if sequence.computed != computed:
+                    raise SoakError(f"{request_id}: {computed} computed, not {sequence.computed}")
+                sequence.computed = computed
+
+    def _begin(
+        self,
+        request_id: str,
+        tables: Iterable[list[int]],
+        tokens: list[int],
+        computed: int,
+        prompt_tokens: int,
+    ) -> None:
+        numbers: list[int] = []
+        self._prefixes.extend(numbers, tokens)
+        self._sequences[request_id] = Told(
+            [list(table) for table in tables], tokens, numbers, computed, prompt_tokens
+        )
+
+    def run(self, output: SchedulerOutput) -> Answer:
+        """Run a step.
+
+        Raises:
+            SoakError: A block does not hold what a request needs of it.
+        """
+        self._copy(output)
+        answer = Answer()
+        chunks = {
+            request_id: (sequence, sequence.computed, sequence.computed + count)
+            for request_id, count in output.num_scheduled_tokens.items()
+            for sequence in [self._sequences[request_id]]
+        }
+        self._check_states(chunks)
+        for request_id, (sequence, start, end) in chunks.items():
+            if sequence.is_new and start:
+                answer.hits.append(start)
+            drafts = output.scheduled_spec_decode_tokens.get(request_id, [])
+            answer.sampled[request_id] = self._compute(request_id, sequence, start, end, drafts)
+        # A layer's K and V are all written before any of its queries attends to them.
+        for request_id, (sequence, start, _) in chunks.items():
+            self._check_attention(request_id, sequence, start)
+        return answer
+
+    def _copy(self, output: SchedulerOutput) -> None:
+        copies = output.kv_cache_block_copies or []
+        targets = [copy.dst_block_id for copy in copies]
+        sources = {copy.src_block_id for copy in copies}
+        if len(set(targets)) != len(targets) or sources & set(targets):
+            raise SoakError(f"copies overwrite each other: {copies}")
+        for copy in copies:
+            owner, slots = self.blocks[copy.src_block_id]
+            self.blocks[copy.dst_block_id] = (owner, list(slots))
+            self.versions[copy.dst_block_id] += 1
+
+    def _source(self, group: int, sequence: Told, start: int) -> int:
+        """Return the block of the state that a chunk begins with."""
+        column = sequence.column
+        if column is None:
+            return sequence.tables[group][(start - 1) // self._specs[group].block_size]
+        return sequence.tables[group][column + sequence.accepted - 1]
+
+    def _check_states(self, chunks: dict[str, tuple[Told, int, int]]) -> None:
+        if not self._states:
+            return
+        sources: dict[int, str] = {}
+        for request_id, (sequence, start, _) in chunks.items():
+            for group in self._states if start else ():
+                block = self._source(group, sequence, start)
+                wanted = sequence.prefixes[start - 1]
+                found = self._differs(group, block, 0, [wanted])
+                if found is not None:
+                    raise SoakError(
+                        f"{request_id}: group {group}'s state in block {block} is not the one "
+                        f"after {start} tokens (prefix {wanted}, found {found})"
+                        f"{', which was to be a hit' * sequence.is_new}"
+                    )
+                sources[block] = request_id
+        for request_id, (sequence, _, end) in chunks.items():
+            for group in self._states:
+                column = cdiv(end, self._specs[group].block_size) - 1
+                block = sequence.tables[group][column]
+                if sources.get(block, request_id) != request_id:
+                    raise SoakError(f"{request_id} writes its state over {sources[block]}'s")
+
+    def _compute(
+        self, request_id: str, sequence: Told, start: int, end: int, drafts: Sequence[int]
+    ) -> list[int]:
+        """Write what a chunk makes, and return the tokens that it ends with."""
+        certain = end - len(drafts)
+        samples = certain == len(sequence.tokens)
+        if certain > len(sequence.tokens) or (drafts and not samples):
+            raise SoakError(f"{request_id} runs to {certain} of {len(sequence.tokens)} tokens")
+        accepted = 0
+        if drafts:
+            if not sequence.is_new and (self._plan.lag or min(drafts) >= 0):
+                accepted = self._draw.randint(0, len(drafts))
+            # The worker's own guess where the scheduler does not know it.
+            guess = [self._token() if token < 0 else token for token in drafts]
+            sequence.tokens += guess
+            self._prefixes.extend(sequence.prefixes, sequence.tokens)
+        guessed = list(sequence.prefixes[:end])
+        sampled: list[int] = []
+        if samples:
+            del sequence.tokens[certain + accepted :], sequence.prefixes[certain + accepted :]
+            sequence.tokens.append(self._token())
+            self._prefixes.extend(sequence.prefixes, sequence.tokens)
+            sampled = sequence.tokens[certain:]
+        self._write_attention(sequence, start, end, certain + accepted, guessed)
+        self._write_states(sequence, certain, end, accepted, guessed)
+        sequence.computed = certain + accepted
+        sequence.is_new = False
+        return sampled
+
+    def _token(self) -> int:
+        return self._draw.randrange(self._plan.vocabulary)
+
+    def _write_attention(
+        self, sequence: Told, start: int, end: int, kept: int, guessed: Sequence[int]
+    ) -> None:
+        for group in self._attention:
+            table = sequence.tables[group]
+            values = list(guessed)
+            behind = end
+            if group in self.draft_groups:
+                # A draft layer's entry hangs on the next token too.
+                values = [*sequence.prefixes[1 : kept + 1], *[DRAFT] * (end - kept)]
+                ahead = min(
+                    self._plan.draft_tokens, len(table) * self._specs[group].block_size - end
+                )
+                if len(sequence.tokens) == kept + 1 and ahead > 0:
+                    values += [DRAFT] * ahead
+                    behind += ahead
+            for block, position, offset, count in self._runs(group, table, start, behind):
+                self.write(group, block, offset, values[position : position + count])
+
+    def _write_states(
+        self, sequence: Told, certain: int, end: int, accepted: int, guessed: Sequence[int]
+    ) -> None:
+        for group in self._states:
+            table, size = sequence.tables[group], self._specs[group].block_size
+            column = cdiv(end, size) - 1
+            for place, length in enumerate(range(certain, end + 1)):
+                self.write(group, table[column + place], 0, [guessed[length - 1]])
+            reached = round_down(certain + accepted, size)
+            sequence.column, sequence.accepted = column, accepted + 1
+            if self._plan.draft_tokens and reached >= certain:
+                # A state at the end of a block is put there, wherever it was made.
+                self.write(group, table[reached // size - 1], 0, [guessed[reached - 1]])
+                if reached // size - 1 == column:
+                    sequence.accepted = 1
+
+    def _check_attention(self, request_id: str, sequence: Told, start: int) -> None:
+        for group in self._attention:
+            values = sequence.prefixes[group in self.draft_groups :]
+            first = _first_needed(self._specs[group], start)
+            table = sequence.tables[group]
+            for block, position, offset, count in self._runs(group, table, first, start):
+                wanted = values[position : position + count]
+                found = self._differs(group, block, offset, wanted)
+                if found is not None:
+                    raise SoakError(
+                        f"{request_id}: group {group}'s block {block} does not hold tokens "
+                        f"{position} to {position + count}, which the one at {start} needs "
+                        f"(prefixes {wanted}, found {found})"
+                    )
+
+
+def _first_needed(spec: KVCacheSpec, position: int) -> int:
+    """Return the first position that the query at a position attends to."""
+    if isinstance(spec, SlidingWindowSpec):
+        return max(0, position - spec.sliding_window + 1)
+    if isinstance(spec, ChunkedLocalAttentionSpec):
+        return round_down(position, spec.attention_chunk_size)
+    return 0

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random worlds of requests, checked after every step. `python -m tests.coordinator.soak` runs
+many more."""
+
+from __future__ import annotations
+
+import secrets
+
+import pytest
+
+from tests.coordinator.soak.soak import Soak
+
+HAPPENS = (
+    "arrivals",
+    "aborts",
+    "preemptions",
+    "resets",
+    "resets with requests running",
+    "async loads",
+    "failed loads",
+    "blocks kept after the end",
+    "hashes taken by evict_blocks",
+    "hits",
+    "evictions",
+)
+"""What has to happen for the checks to mean anything."""
+
+
+@pytest.mark.parametrize("strategy", ["stock", "fixed_point", "hybrid_aware"])
+def test_tables_counts_lists_and_contents_agree_after_every_step(strategy):
+    soak = Soak(seed=1, strategy=strategy)
+    for number in range(14):
+        soak.run(number, steps=120)
+    assert [name for name in HAPPENS if not soak.tally[name]] == []
+
+
+def test_they_agree_in_worlds_nobody_has_seen():
+    soak = Soak(secrets.randbits(32))
+    print(f"seed {soak.seed}")
+    for number in range(4):
+        soak.run(number, steps=120)

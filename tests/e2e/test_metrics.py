@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `vllm serve` shows on /metrics of a hybrid model's prefix cache, while chats go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+from workload import random_prompt
+
+from demo.server import serve
+
+pytestmark = pytest.mark.engine
+
+CHATS, TURNS = 3, 3
+BEGINNING = 300
+"""Tokens that all chats begin with: more than two blocks, so that attention can serve them."""
+
+SETTLED_S = 60.0
+"""By then a server has been told what its engine did."""
+
+ANY = "any"
+
+
+@dataclass(frozen=True)
+class Scrape:
+    """What /metrics showed.
+
+    Attributes:
+        values: By name and kind (`ANY` where there is none).
+        labels: Model and engine, by name.
+        help: By name, without `_total`.
+    """
+
+    values: dict[tuple[str, str], float]
+    labels: dict[str, tuple[str, str]]
+    help: dict[str, str]
+
+    def of(self, name: str, kind: str = ANY) -> float:
+        return self.values[f"vllm_hybrid_kv:{name}_total", kind]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server that answered chats, and was stopped with SIGTERM.
+
+    Attributes:
+        before: Its metrics before the first request.
+        after: Those after the last, from several requests for them.
+        cached: Tokens from the cache, by request, as the server's answers have them.
+        folders: Names and permissions of what lay in its temporary folder meanwhile.
+        left: What it left there.
+    """
+
+    before: Scrape
+    after: list[Scrape]
+    cached: list[int]
+    folders: dict[str, int]
+    left: list[str]
+
+
+def scrape(url: str) -> Scrape:
+    text = httpx.get(f"{url}/metrics", follow_redirects=True, timeout=60).text
+    found = Scrape({}, {}, {})
+    for family in text_string_to_metric_families(text):
+        found.help[family.name] = family.documentation
+        for sample in family.samples:
+            if sample.name.startswith(("vllm_hybrid_kv:", "vllm:prefix_cache_")):
+                name = sample.name, sample.labels.get("kind", ANY)
+                assert name not in found.values, f"{name} twice"
+                found.values[name] = sample.value
+                found.labels[sample.name] = sample.labels["model_name"], sample.labels["engine"]
+    return found
+
+
+def settled(url: str, requests: int) -> Scrape:
+    """Wait until the server knows of all requests."""
+    deadline = time.monotonic() + SETTLED_S
+    while True:
+        found = scrape(url)
+        ours = found.values.get(("vllm_hybrid_kv:prefix_cache_requests_total", ANY), 0)
+        if found.values["vllm:prefix_cache_queries_total", ANY] and ours == requests:
+            return found
+        assert time.monotonic() < deadline, found
+        time.sleep(0.2)
+
+
+def chat(url: str, model: str) -> list[int]:
+    """Send chats whose turns come in turn; return each request's tokens from the cache."""
+    beginning = random_prompt(BEGINNING, seed=7)
+    chats = [beginning + random_prompt(300, seed=70 + i)[1:] for i in range(CHATS)]
+    cached = []
+    for turn in range(TURNS):
+        for i in range(CHATS):
+            answer = httpx.post(
+                f"{url}/v1/completions",
+                json={"model": model, "prompt": chats[i], "max_tokens": 3, "ignore_eos": True},
+                timeout=300,
+            )
+            assert answer.status_code == httpx.codes.OK, answer.text
+            details = answer.json()["usage"]["prompt_tokens_details"]
+            cached.append((details or {}).get("cached_tokens") or 0)
+            chats[i] = chats[i] + random_prompt(30 + 10 * i, seed=100 * turn + i)[1:]
+    return cached
+
+
+@pytest.fixture(scope="module", params=["1", "2"], ids=["one API server", "two API servers"])
+def served(
+    request: pytest.FixtureRequest,
+    small_model: Callable[[str, str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Served]:
+    model = small_model("qwen3-next", "bfloat16")
+    folder = tmp_path_factory.mktemp("served")
+    temporary = folder / "tmp"
+    temporary.mkdir()
+    policy = {"coordinator": "hybrid_aware", "prefix_match_unit": "auto"}
+    arguments = [
+        *("--kv-cache-dtype", "turboquant_k8v4", "--enforce-eager", "--enable-prefix-caching"),
+        *("--gpu-memory-utilization", "0.3", "--max-model-len", "2048", "--max-num-seqs", "8"),
+        *("--additional-config", json.dumps({"hybrid_kv": policy})),
+        *("--api-server-count", request.param, "--enable-prompt-tokens-details"),
+    ]
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TMPDIR", str(temporary))
+        for name in ("PROMETHEUS_MULTIPROC_DIR", "HYBRID_KV_METRICS_DIR"):
+            environment.delenv(name, raising=False)
+        console = Console(file=(folder / "progress.txt").open("w"))
+        with serve(model, arguments, folder / "server.log", console) as (server, _):
+            before = scrape(server.url)
+            cached = chat(server.url, str(model))
+            settled(server.url, len(cached))
+            after = [scrape(server.url) for _ in range(4)]
+            folders = {
+                path.name: stat.S_IMODE(path.stat().st_mode)
+                for path in temporary.iterdir()
+                if list(path.glob("counter_hybrid-kv-*.db"))
+            }
+        left = [name for name in os.listdir(temporary) if name in folders or "hybrid" in name]
+    return Served(before, after, cached, folders, left)
+
+
+def test_the_counters_agree_with_vllms_and_with_what_the_answers_say(served: Served) -> None:
+    for after in served.after:
+        hits = after.values["vllm:prefix_cache_hits_total", ANY]
+        assert hits == sum(served.cached) > 0
+        assert after.of("prefix_cache_hit_tokens", "full_attention") == hits
+        assert after.of("prefix_cache_hit_tokens", "mamba") == hits
+        assert after.of("prefix_cache_requests") == CHATS * TURNS
+        name = "vllm_hybrid_kv:prefix_cache_hit_tokens_total"
+        assert after.labels[name] == after.labels["vllm:prefix_cache_hits_total"]
+
+
+def test_the_counters_say_which_kind_lost_what_the_others_had(served: Served) -> None:
+    after = served.after[-1]
+    reach = after.of("prefix_cache_alone_tokens", "full_attention")
+    lost = after.of("prefix_cache_lost_tokens", "mamba")
+    assert after.of("prefix_cache_hit_tokens", "mamba") + lost == reach
+    # The second chat shows where it leaves the first one; only the third can resume there.
+    assert lost > BEGINNING / 2
+    assert after.of("prefix_cache_limited_requests", "mamba") >= 1
+    assert after.of("prefix_cache_limited_requests", "full_attention") == 0
+    assert after.of("prefix_cache_alone_tokens", "mamba") >= sum(served.cached)
+
+
+def test_checkpoints_that_were_kept_and_used_are_counted(served: Served) -> None:
+    after = served.after[-1]
+    kept, used = (
+        sum(value for (name, _), value in after.values.items() if name == f"vllm_hybrid_kv:{what}")
+        for what in ("checkpoints_kept_total", "checkpoints_used_total")
+    )
+    assert kept > 0
+    assert used == sum(tokens > 0 for tokens in served.cached)
+
+
+def test_every_counter_starts_at_0_and_says_what_it_counts(served: Served) -> None:
+    ours = {name for name, _ in served.before.values if name.startswith("vllm_hybrid_kv:")}
+    assert len(ours) == 9
+    assert not any(
+        value for (name, _), value in served.before.values.items() if name.startswith("vllm_hybrid")
+    )
+    for name in ours:
+        assert len(served.before.help[name.removesuffix("_total")]) > 30
+
+
+def test_one_folder_that_only_its_owner_reads_is_used_and_none_is_left(served: Served) -> None:
+    assert list(served.folders.values()) == [0o700]
+    assert not served.left
