@@ -7,7 +7,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
@@ -89,7 +89,10 @@ class Replay:
         self._live: dict[str, Request] = {}
         self.tally = Tally(hits=[0] * len(requests))
         self._coordinator = engine.scheduler.kv_cache_manager.coordinator
+        # Seconds that questions of our own took within the scheduler.
+        self._asking = 0.0
         self._count_evictions()
+        self._ask_attention()
 
     def run(self, answered: Callable[[int], None] | None = None) -> Tally:
         """Replay the whole trace.
@@ -106,10 +109,10 @@ class Replay:
             while waiting and len(self._live) < self._concurrency:
                 self._send(waiting.popleft())
             before = self.tally.requests
-            self._ask_attention()
+            asking = self._asking
             started = time.perf_counter()
             output = scheduler.schedule()
-            spent = time.perf_counter() - started
+            spent = time.perf_counter() - started - (self._asking - asking)
             result = self._answer(output)
             started = time.perf_counter()
             scheduler.update_from_output(output, result)
@@ -137,19 +140,27 @@ class Replay:
         self._engine.scheduler.add_request(request)
 
     def _ask_attention(self) -> None:
-        """Note what full attention could serve of each request that waits for its first step."""
+        """Note what full attention could serve of each request when the scheduler looks it up."""
         coordinator = self._coordinator
         if not isinstance(coordinator, HybridKVCacheCoordinator):
             return
         group = coordinator.full_attention_group_id
         if group is None:
             return
-        for name in self._attention_served:
-            request = self._live[name]
-            _, lengths = coordinator.find_longest_cache_hit_per_group(
-                request.block_hashes, request.num_tokens - 1
-            )
-            self._attention_served[name] = lengths[group]
+        manager = self._engine.scheduler.kv_cache_manager
+        look_up = manager.get_computed_blocks
+
+        def asked(request: Request) -> Any:
+            if request.request_id in self._attention_served:
+                started = time.perf_counter()
+                _, lengths = coordinator.find_longest_cache_hit_per_group(
+                    request.block_hashes, request.num_tokens - 1
+                )
+                self._attention_served[request.request_id] = lengths[group]
+                self._asking += time.perf_counter() - started
+            return look_up(request)
+
+        manager.get_computed_blocks = asked
 
     def _count_evictions(self) -> None:
         pool = self._coordinator.block_pool
