@@ -53,8 +53,8 @@ class Settings(BaseModel):
 
     unify_page_sizes: StrategyName = "stock"
     token_capacity_groups: StrategyName = "all"
-    coordinator: StrategyName = "stock"
-    prefix_match_unit: StrategyName = "stock"
+    coordinator: StrategyName = "hybrid_aware"
+    prefix_match_unit: StrategyName = "auto"
     debug: bool = False
     cpu_isa: Literal["auto", "amx", "avx512_bf16", "portable", "interpreter"] = "auto"
 

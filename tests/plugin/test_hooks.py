@@ -7,6 +7,13 @@ from vllm_hybrid_kv.errors import HybridKVSettingsError, HybridKVStrategyError
 from vllm_hybrid_kv.hooks import Strategies, hookimpl
 from vllm_hybrid_kv.settings import Settings
 
+STOCK = {
+    "token_capacity_groups": "stock",
+    "coordinator": "stock",
+    "prefix_match_unit": "stock",
+}
+"""What there is where no strategy has been registered."""
+
 
 class Answer:
     """A strategy that answers with what it was made with."""
@@ -37,7 +44,7 @@ def test_a_strategy_that_passes_leaves_no_answer():
 
 
 def test_stock_calls_vllms_own_functions():
-    strategies, settings = Strategies({}), Settings(token_capacity_groups="stock")
+    strategies, settings = Strategies({}), Settings(**STOCK)
     specs = {"layer": object()}
     assert strategies.ask(
         "unify_page_sizes", settings, vllm_config=None, kv_cache_spec=specs, stock=lambda s: [s]
@@ -55,7 +62,7 @@ def test_a_name_that_does_not_exist_is_refused_with_those_that_do():
     strategies = Strategies({"sixteen": Answer(16)})
     strategies.add("theirs", Answer(8), "their-package 2.0")
     with pytest.raises(HybridKVSettingsError) as error:
-        strategies.check(Settings(prefix_match_unit="seventeen", token_capacity_groups="stock"))
+        strategies.check(Settings(**{**STOCK, "prefix_match_unit": "seventeen"}))
     assert str(error.value) == (
         "prefix_match_unit='seventeen' (from default) is not valid: no such strategy; available: "
         "sixteen, stock, theirs (from their-package 2.0)"
@@ -65,7 +72,7 @@ def test_a_name_that_does_not_exist_is_refused_with_those_that_do():
 def test_a_strategy_of_another_hook_is_not_available():
     strategies = Strategies({"sixteen": Answer(16)})
     with pytest.raises(HybridKVSettingsError, match=r"coordinator='sixteen'.*available: stock"):
-        strategies.check(Settings(coordinator="sixteen", token_capacity_groups="stock"))
+        strategies.check(Settings(**{**STOCK, "coordinator": "sixteen"}))
 
 
 def test_a_name_that_is_taken_is_refused():

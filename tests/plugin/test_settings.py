@@ -12,12 +12,12 @@ def section(**settings):
     return {"hybrid_kv": settings, "another_plugin": {"debug": "maybe"}}
 
 
-def test_without_anything_every_rule_is_vllms_own():
+def test_without_anything_prefix_caching_is_ours_and_planning_vllms_own():
     settings = resolve({}, {})
     assert settings.unify_page_sizes == "stock"
     assert settings.token_capacity_groups == "all"
-    assert settings.coordinator == "stock"
-    assert settings.prefix_match_unit == "stock"
+    assert settings.coordinator == "hybrid_aware"
+    assert settings.prefix_match_unit == "auto"
     assert settings.debug is False
     assert settings.cpu_isa == "auto"
 

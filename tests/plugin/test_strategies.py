@@ -90,7 +90,8 @@ def test_with_stock_rules_planning_gives_what_vllm_gives(make_config):
 
 
 def test_with_stock_rules_capacity_and_block_sizes_are_vllms(make_config):
-    config, groups = make_config(), hybrid()
+    stock = {"coordinator": "stock", "prefix_match_unit": "stock"}
+    config, groups = make_config(stock), hybrid()
     capacity = kv_cache_utils.get_kv_cache_capacity(config, groups)
     sizes = kv_cache_utils.resolve_kv_cache_block_sizes(groups, config)
     plugin.register()
@@ -216,7 +217,8 @@ def test_a_third_partys_coordinator_manages_the_cache(package, make_config):
     package("acme", COORDINATOR)
     plugin.register()
     groups = hybrid()
-    made = manager(make_config({"coordinator": "acme"}), groups).coordinator
+    settings = {"coordinator": "acme", "prefix_match_unit": "stock"}
+    made = manager(make_config(settings), groups).coordinator
     acme = importlib.import_module("acme_kv")
     assert type(made) is acme.Coordinator
     (arguments,) = acme.calls
@@ -320,8 +322,8 @@ def test_one_line_says_what_is_active(make_config, log, monkeypatch):
     kv_cache_utils.update_kv_cache_capacity(config, hybrid())
     assert log.lines(logging.INFO) == [
         f"hybrid_kv {plugin.__version__} active on vLLM {vllm.__version__} (cpu): "
-        "unify_page_sizes=lcm, token_capacity_groups=all, coordinator=stock, "
-        "prefix_match_unit=stock, kernels=cpu:portable"
+        "unify_page_sizes=lcm, token_capacity_groups=all, coordinator=hybrid_aware, "
+        "prefix_match_unit=auto, kernels=cpu:portable"
     ]
 
 
