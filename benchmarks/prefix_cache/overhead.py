@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What does a strategy cost in the scheduler, beside stock?
+
+One process replays the same requests with each strategy in turn, round after round, every other
+round the other way about, for a shared machine changes its speed. Only `schedule` and
+`update_from_output` are timed; what the replay itself does between them is not.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .cases import CONCURRENCY, GIB, HYBRID_AWARE, STOCK, STOCK_16, STRATEGIES, Sources
+from .processes import serve
+from .worker import describe
+
+TIMED = (STOCK, STOCK_16, HYBRID_AWARE)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What is timed.
+
+    Attributes:
+        model: The name of a shape.
+        kv_cache_dtype: vLLM's.
+        trace: The name of a trace.
+        public: The file of the public trace, if there is one.
+        requests: The number of its requests that are sent.
+        memory: GiB of KV cache.
+        rounds: How often each strategy has its turn.
+    """
+
+    model: str
+    kv_cache_dtype: str
+    trace: str
+    public: str | None
+    requests: int
+    memory: float
+    rounds: int
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def turns(timing: Timing) -> Iterator[dict[str, Any]]:
+    """Time every turn, after a short one of each that is not counted.
+
+    Yields:
+        The strategy, the round, milliseconds in the scheduler by step (median) and by request
+        (all steps together), and what the turn came to.
+    """
+    from vllm_hybrid_kv.replay.replay import Replay
+
+    sources = Sources(Path(timing.public) if timing.public else None)
+    requests = sources.requests(timing.trace, timing.requests)
+    model = describe(timing.model, timing.kv_cache_dtype)
+    for number in range(timing.rounds + 1):
+        for strategy in TIMED if number % 2 else reversed(TIMED):
+            sent = requests if number else requests[: 2 * CONCURRENCY]
+            settings = dict(STRATEGIES[strategy])
+            replay = Replay(model.engine(int(timing.memory * GIB), settings), sent, CONCURRENCY)
+            # As vLLM's engine does once it is up.
+            gc.collect()
+            gc.freeze()
+            tally = replay.run()
+            gc.unfreeze()
+            times = [1e3 * seconds for seconds in tally.schedule_seconds]
+            if number:
+                yield {
+                    "strategy": strategy,
+                    "round": number,
+                    "step_ms": statistics.median(times),
+                    "request_ms": sum(times) / tally.requests,
+                    "steps": tally.steps,
+                    "hit_rate": tally.hit_rate,
+                }
+
+
+if __name__ == "__main__":
+    serve(lambda text: turns(Timing(**json.loads(text))))

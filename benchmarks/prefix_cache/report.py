@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Markdown tables, for people."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from .cases import (
+    BY_MODEL,
+    CONTROL,
+    HYBRID_AWARE,
+    MEMORY,
+    OVERHEAD,
+    STOCK,
+    STOCK_16,
+    STRATEGIES,
+    TRAFFIC,
+)
+from .findings import Goal, comparisons, goals, overhead, rate, runs
+
+Row = Mapping[str, Any]
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """Write all that was found.
+
+    Args:
+        result: As the JSON file has it.
+    """
+    rows = {part: list(found["rows"]) for part, found in result["parts"].items()}
+    where = result["machine"]
+    lines = [
+        "# What prefix caches hit, through vLLM's scheduler with no model",
+        "",
+        f"vLLM {where['vllm']}, Python {where['python']}; {where['cpu']}, {where['cpus']} CPUs. "
+        "Hits do not depend on the machine, scheduler times do.",
+        "",
+        "Percent of the prompt tokens that came from the cache, 32 requests in flight, whole "
+        "answers. `stock, unit 16` is vLLM's coordinator with `prefix_match_unit=16`, "
+        "`fixed_point` and `hybrid_aware` have `prefix_match_unit=auto`.",
+        "",
+        "## Goals",
+        "",
+        *_goals(goals(result)),
+    ]
+    sections: dict[str, Callable[[Sequence[Row], Mapping[str, Any]], Iterator[str]]] = {
+        MEMORY: _by_memory,
+        BY_MODEL: _by_model,
+        CONTROL: _by_model,
+        TRAFFIC: _by_memory,
+        OVERHEAD: _overhead,
+    }
+    titles = {
+        MEMORY: "The public trace, by memory",
+        BY_MODEL: "Models and KV cache dtypes",
+        CONTROL: "Models with no states",
+        TRAFFIC: "Other traffic, made for this",
+        OVERHEAD: "Time in the scheduler",
+    }
+    for part, section in sections.items():
+        if rows.get(part):
+            lines += ["", f"## {titles[part]}", "", *section(rows[part], result)]
+    return "\n".join([*lines, "", "## Never below stock", "", *_below(runs(result))]) + "\n"
+
+
+def _goals(found: Iterable[Goal]) -> Iterator[str]:
+    yield from _head("goal", "measured", "")
+    for goal in found:
+        verdict = {True: "met", False: "**missed**", None: "not measured"}[goal.met]
+        yield _line(goal.what, goal.measured, verdict)
+
+
+def _by_memory(rows: Sequence[Row], result: Mapping[str, Any]) -> Iterator[str]:
+    """Give a table for each trace: a line for each size of memory, a column for each strategy."""
+    for number, (trace, some) in enumerate(_split(rows, "trace").items()):
+        if number:
+            yield ""
+        first = some[0]
+        shared = result["traces"][f"{trace} {first['requests']}"]["shareable"]
+        yield (
+            f"{trace.capitalize()}: {first['requests']:,} requests, {first['model']}, "
+            f"{first['kv_cache_dtype']}. In whole blocks of 512 tokens that came before: "
+            f"{shared:.1%}."
+        )
+        yield ""
+        strategies = [name for name in STRATEGIES if name in _split(some, "strategy")]
+        yield from _head("GiB", *strategies)
+        for memory, line in _split(some, "memory").items():
+            found = {row["strategy"]: row for row in line}
+            yield _line(f"{memory:g}", *(_rate(found.get(name)) for name in strategies))
+
+
+def _by_model(rows: Sequence[Row], result: Mapping[str, Any]) -> Iterator[str]:
+    """Give one table: a line for each model, dtype and strategy, a column for each size."""
+    sizes = list(_split(rows, "memory"))
+    first = rows[0]
+    yield f"{first['trace'].capitalize()} trace, {first['requests']:,} requests, by GiB."
+    yield ""
+    yield from _head(
+        "model", "dtype", "block, tokens", "strategy", *(f"{size:g}" for size in sizes)
+    )
+    for model, of_model in _split(rows, "model").items():
+        for dtype, of_dtype in _split(of_model, "kv_cache_dtype").items():
+            blocks = {row["block_tokens"] for row in of_dtype if row["fits"]}
+            for strategy, line in _split(of_dtype, "strategy").items():
+                found = {row["memory"]: row for row in line}
+                cells = [_rate(found.get(size)) for size in sizes]
+                block = ", ".join(str(tokens) for tokens in sorted(blocks))
+                yield _line(model, dtype, block, strategy, *cells)
+
+
+def _overhead(turns: Sequence[Row], result: Mapping[str, Any]) -> Iterator[str]:
+    timing = result["parts"][OVERHEAD]
+    yield (
+        f"`schedule` and `update_from_output`, {timing['requests']:,} requests of "
+        f"{timing['trace']}, {timing['model']}, {timing['kv_cache_dtype']}, "
+        f"{timing['memory']:g} GiB; medians over {timing['rounds']} rounds in turn in one process, "
+        "ratios are medians of the rounds' ratios. Load average "
+        f"{timing['load']:.1f} at the start."
+    )
+    yield ""
+    yield from _head(
+        "strategy", "ms a step", "ms a request", "steps", "a step, of stock", "a request, of stock"
+    )
+    for strategy, some in _split(turns, "strategy").items():
+        yield _line(
+            strategy,
+            f"{_median(some, 'step_ms'):.3f}",
+            f"{_median(some, 'request_ms'):.2f}",
+            f"{some[0]['steps']:,}",
+            *(
+                f"{overhead(turns, measure, strategy, STOCK):.3f}"
+                for measure in ("step_ms", "request_ms")
+            ),
+        )
+    ratio = overhead(turns, "request_ms", HYBRID_AWARE, STOCK_16)
+    yield ""
+    yield f"By request beside stock with the same match unit: {ratio:.3f}."
+
+
+def _below(rows: Sequence[Row]) -> Iterator[str]:
+    """List what is below stock, and what is below stock with the finer match unit."""
+    for number, reference in enumerate((STOCK, STOCK_16)):
+        compared = comparisons(rows, reference)
+        below = [pair for pair in compared if pair.below]
+        if number:
+            yield ""
+        yield f"Beside {reference}: {len(below)} of {len(compared)} runs hit fewer tokens."
+        if below:
+            yield ""
+            yield from (f"- {pair}" for pair in below)
+
+
+def _rate(row: Row | None) -> str:
+    return "" if row is None else rate(row)
+
+
+def _median(rows: Iterable[Row], name: str) -> float:
+    return statistics.median(row[name] for row in rows)
+
+
+def _split(rows: Iterable[Row], name: str) -> dict[Any, list[Row]]:
+    found: dict[Any, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row[name], []).append(row)
+    return found
+
+
+def _head(*names: str) -> list[str]:
+    return [_line(*names), "|" + "---|" * len(names)]
+
+
+def _line(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"

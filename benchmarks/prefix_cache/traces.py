@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Traces made for the benchmark, of traffic that differs from a chat service's.
+
+A trace of this format can show that prompts begin alike by whole blocks of 512 tokens only. So what
+is to be found again here, a task, a repeat or a turn, is at least that long.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+
+from vllm_hybrid_kv.replay.trace import BLOCK_TOKENS, TracedRequest
+
+SYSTEM_BLOCKS = 12
+"""Blocks of the agents' system prompt with its tools."""
+REPEATED = 0.1
+"""The share of short prompts that are an earlier one, sent again."""
+CONTINUED = 0.15
+"""The share of short prompts that are an earlier one's second turn."""
+MEMORY = 200
+"""Prompts that a repeat or a second turn reaches back."""
+
+
+def agents(requests: int, seed: int = 0) -> list[TracedRequest]:
+    """Make a trace of agents that share one long system prompt with their tools.
+
+    The system prompt has 6,144 tokens. An agent's task has 600 to 6,000, and its session 4 to 40
+    calls; each sends all that came before, the last answer and what a tool returned, 200 to 4,000
+    tokens more, 2 to 60 s after the answer. A new session begins every 4 s on average.
+
+    Args:
+        requests: How many requests.
+        seed: Of the random numbers.
+    """
+    draw = random.Random(seed)
+    ids = itertools.count()
+    system = [next(ids) for _ in range(SYSTEM_BLOCKS)]
+    sent: list[TracedRequest] = []
+    # When, a tie-breaker, the blocks so far, the tokens of the next prompt, the calls left.
+    due: list[tuple[float, int, list[int], int, int]] = []
+    sessions = itertools.count()
+    begin = 0.0
+    while len(sent) < requests:
+        while not due or begin <= due[0][0]:
+            first = SYSTEM_BLOCKS * BLOCK_TOKENS + int(600 * 10 ** draw.random())
+            heapq.heappush(due, (begin, next(sessions), list(system), first, draw.randint(4, 40)))
+            begin += draw.expovariate(1 / 4000)
+        now, session, blocks, tokens, calls = heapq.heappop(due)
+        blocks += [next(ids) for _ in range(tokens // BLOCK_TOKENS - len(blocks))]
+        answer = draw.randint(30, 300)
+        sent.append(_request(now, tokens, answer, blocks, ids))
+        tokens += answer + int(200 * 20 ** draw.random())
+        if calls > 1:
+            wait = 20 * answer + 2000 * 30 ** draw.random()
+            heapq.heappush(due, (now + wait, session, blocks, tokens, calls - 1))
+    return sent
+
+
+def short_prompts(requests: int, seed: int = 0) -> list[TracedRequest]:
+    """Make a trace of short prompts that have nothing in common.
+
+    They have 30 to 1,500 tokens. A tenth are one of the last 200, sent again, and three in twenty
+    such a one with its answer and 20 to 200 tokens more, once each; the others are of one user
+    each, who does not come back.
+
+    Args:
+        requests: How many requests.
+        seed: Of the random numbers.
+    """
+    draw = random.Random(seed)
+    ids = itertools.count()
+    sent: list[TracedRequest] = []
+    # Prompts that can be seen to come again.
+    recent: list[TracedRequest] = []
+    now = 0.0
+    for _ in range(requests):
+        kind = draw.random()
+        answer = draw.randint(20, 400)
+        if recent and kind < REPEATED:
+            earlier = draw.choice(recent)
+            one = _request(now, earlier.input_length, answer, earlier.full_ids, ids)
+        elif recent and kind < REPEATED + CONTINUED:
+            earlier = recent.pop(draw.randrange(len(recent)))
+            tokens = earlier.input_length + earlier.output_length + draw.randint(20, 200)
+            more = tokens // BLOCK_TOKENS - len(earlier.full_ids)
+            blocks = [*earlier.full_ids, *(next(ids) for _ in range(more))]
+            one = _request(now, tokens, answer, blocks, ids)
+        else:
+            tokens = int(30 * 50 ** draw.random())
+            blocks = [next(ids) for _ in range(tokens // BLOCK_TOKENS)]
+            one = _request(now, tokens, answer, blocks, ids)
+            if blocks:
+                recent = [*recent[1 - MEMORY :], one]
+        sent.append(one)
+        now += draw.expovariate(1 / 200)
+    return sent
+
+
+def _request(
+    now: float, tokens: int, answer: int, full: Sequence[int], ids: Iterator[int]
+) -> TracedRequest:
+    """Return a request, whose partial block has an id of its own as in recorded traces."""
+    tail = [next(ids)] if tokens % BLOCK_TOKENS else []
+    return TracedRequest(round(now), tokens, answer, (*full, *tail))
