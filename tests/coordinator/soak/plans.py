@@ -155,7 +155,8 @@ def random_plan(rng: random.Random, strategy: str | None = None) -> Plan:
         max_model_len=max_model_len,
         max_num_seqs=rng.choice((2, 4, 8)),
         budget=budget,
-        long_prefill=rng.choice((0, 0, scheduler_block_size)),
+        # vLLM gives up on a chunk that is too small for a token and its drafts.
+        long_prefill=rng.choice((0, 0, max(scheduler_block_size, draft_tokens + 1))),
         lag=lag,
         drafting=drafting,
         draft_tokens=draft_tokens,
