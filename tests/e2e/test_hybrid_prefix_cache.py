@@ -16,7 +16,7 @@ from benchmarks.engine.requests import Output
 
 pytestmark = pytest.mark.engine
 
-UNIT = 16
+UNIT = 64
 TURNS = 6
 CHATS = 12
 POLICY = {"hybrid_kv": {"coordinator": "hybrid_aware", "prefix_match_unit": "auto"}}
@@ -89,10 +89,9 @@ def test_cached_tokens_grow_turn_by_turn_across_blocks(chats: Chats) -> None:
 def first_tokens(uncached: list[Output], cached: list[Output], case: Case) -> None:
     """Assert that answers begin alike.
 
-    A prompt that resumes at a place that is no multiple of 64 tokens is cut into other chunks by
-    Gated DeltaNet, which rounds each to bfloat16. `CASES` says how far that moves single
-    log-probabilities; on average it must be less. Where the best token is ahead of the second by
-    more than two such moves it must be the same.
+    Prompts resume at multiples of 64 tokens, where Gated DeltaNet cuts a prompt anyway: the states
+    that it goes on from are the same but for the shapes of the matrices that were multiplied.
+    Where the best token is ahead of the second by more than that it must be the same.
     """
     assert case.farthest is not None
     pairs = list(zip(uncached, cached, strict=True))
@@ -107,8 +106,8 @@ def first_tokens(uncached: list[Output], cached: list[Output], case: Case) -> No
     ]
     mean = sum(apart) / len(apart)
     print(f"{len(apart)} of {len(pairs)} first tokens the same, {mean:.2g} apart on average")
-    assert len(apart) >= 0.7 * len(pairs), "first tokens differ"
-    assert mean <= case.rounding, "log-probabilities differ"
+    assert len(apart) >= 0.9 * len(pairs), "first tokens differ"
+    assert mean <= 0.01, "log-probabilities differ"
 
 
 def test_answers_do_not_depend_on_what_came_from_the_cache(chats: Chats, case: Case) -> None:
@@ -141,7 +140,22 @@ def test_the_third_prompt_with_a_common_beginning_resumes_at_its_end(
     host: EngineHost, case: Case, model: Path, chats: Chats
 ) -> None:
     engine = host.engine(**settings(model, case, additional_config=POLICY))
-    beginning = random_prompt(10 * UNIT, seed=77)
+    # Not at the end of a block, where a state of the first prompt may be kept, too.
+    beginning = random_prompt(9 * UNIT, seed=77)
     prompts = [beginning + random_prompt(100, seed=80 + i)[1:] for i in range(4)]
     outputs = engine.generate(prompts, case.tokens, alone=True)
-    assert [output.cached for output in outputs] == [0, 0, 10 * UNIT, 10 * UNIT]
+    assert [output.cached for output in outputs] == [0, 0, 9 * UNIT, 9 * UNIT]
+
+
+def test_a_prompt_sent_again_gives_the_same_to_the_last_bit(
+    host: EngineHost, case: Case, model: Path, chats: Chats
+) -> None:
+    engine = host.engine(**settings(model, case, additional_config=POLICY))
+    prompts = [random_prompt(100 + 61 * i, seed=500 + i) for i in range(8)]
+    first, again = (engine.generate(prompts, case.tokens, alone=True) for _ in range(2))
+    assert [output.cached for output in again] == [
+        (len(prompt) - 1) // UNIT * UNIT for prompt in prompts
+    ]
+    assert any(output.cached % chats.block for output in again)
+    assert [output.tokens for output in again] == [output.tokens for output in first]
+    assert [output.logprobs for output in again] == [output.logprobs for output in first]

@@ -287,6 +287,7 @@ def test_away_from_cpus_vllms_own_backend_stays(monkeypatch):
         "known_variables",
         "page_sizes",
         "token_capacity",
+        "block_copies",
         "coordinator",
         "prefix_match_unit",
     }

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
+EXACT = 64
+"""Tokens that Gated DeltaNet and its kin compute at a time, from where a request resumes. What
+resumes at a multiple of them is cut as what starts at 0, and is rounded alike."""
+
 FINEST = 16
 """Tokens. Finer units hit hardly more and cost a hash each; 16 is vLLM's usual block size."""
 
@@ -41,9 +45,10 @@ def match_unit(kv_cache_config: KVCacheConfig, dcp_world_size: int) -> int | Non
         dcp_world_size: Devices among which attention's blocks are dealt out.
 
     Returns:
-        The smallest multiple of `FINEST`, and of the tokens that share one entry of a compressed
-        layer, that divides all blocks. None, which leaves it to vLLM, where there is none, and
-        where vLLM ends no hit inside a block: in models without states in cache mode `align`.
+        The smallest multiple of `EXACT`, and of the tokens that share one entry of a compressed
+        layer, that divides all blocks; if there is none, of `FINEST` instead. None, which leaves it
+        to vLLM, where there is none either, and where vLLM ends no hit inside a block: in models
+        without states in cache mode `align`.
     """
     groups = [
         group for group in kv_cache_config.kv_cache_groups if group.kv_cache_spec.prefix_cacheable
@@ -53,15 +58,15 @@ def match_unit(kv_cache_config: KVCacheConfig, dcp_world_size: int) -> int | Non
     common = math.gcd(
         *(resolve_dcp_kv_block_size(group.kv_cache_spec, dcp_world_size) for group in groups)
     )
-    compressed = (
+    compressed = [
         spec.tokens_per_state
         for group in groups
         for spec in iter_layer_specs(group.kv_cache_spec)
         if isinstance(spec.tokens_per_state, int) and spec.tokens_per_state > 1
-    )
-    finest = math.lcm(FINEST, *compressed)
-    units = (unit for unit in range(finest, common + 1, finest) if common % unit == 0)
-    unit = next(units, None)
-    if unit is None or not partial_hash_hits_enabled(groups, unit, dcp_world_size):
-        return None
-    return unit
+    ]
+    entry = math.lcm(*compressed)
+    for least in (math.lcm(EXACT, entry), math.lcm(FINEST, entry)):
+        for unit in range(least, common + 1, least):
+            if common % unit == 0:
+                return unit if partial_hash_hits_enabled(groups, unit, dcp_world_size) else None
+    return None

@@ -21,6 +21,7 @@ class Known:
         make_coordinator: Makes the coordinator.
         init_kv_cache_manager: Initialises the manager that has the coordinator made.
         resolve_block_sizes: Computes the scheduler's and the hashes' block size.
+        copy_blocks: Copies blocks at the start of a step.
         create_engine_config: Makes the configuration from the arguments.
         init_worker: Initialises any worker.
         validate_environ: Warns of unknown variables.
@@ -34,6 +35,7 @@ class Known:
     make_coordinator: Target
     init_kv_cache_manager: Target
     resolve_block_sizes: Target
+    copy_blocks: Target
     create_engine_config: Target
     init_worker: Target
     validate_environ: Target
@@ -54,6 +56,7 @@ def build(context: Context, known: Known) -> list[Seam]:
         planning.capacity_seam(context, known.get_capacity),
         coordination.coordinator_seam(context, known.make_coordinator, known.init_kv_cache_manager),
         coordination.prefix_match_unit_seam(context, known.resolve_block_sizes),
+        coordination.block_copies_seam(known.copy_blocks),
     ]
     if context.on_cpu or context.on_gpu:
         seams.append(attention.registration_seam(context))

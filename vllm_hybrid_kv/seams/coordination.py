@@ -11,6 +11,7 @@ from vllm_hybrid_kv.coordinator.answers import (
     check_coordinator,
     check_prefix_match_unit,
 )
+from vllm_hybrid_kv.coordinator.block_copies import copy_whole_blocks
 from vllm_hybrid_kv.errors import HybridKVStrategyError
 from vllm_hybrid_kv.seams.base import (
     FunctionRebinding,
@@ -138,4 +139,24 @@ def prefix_match_unit_seam(context: Context, resolve_block_sizes: Target) -> Sea
             until="vLLM chooses a unit that hits where block sizes are large",
         ),
         [FunctionRebinding(resolve_block_sizes, make)],
+    )
+
+
+def block_copies_seam(copy_blocks: Target) -> Seam:
+    """Have blocks copied whole where layers of different groups share memory.
+
+    Args:
+        copy_blocks: `copy_kv_cache_blocks_inplace`.
+    """
+    return Seam(
+        "block_copies",
+        Notice(
+            replaces="copy_kv_cache_blocks_inplace, which it calls once for each kind of view",
+            why="of views that begin at one address it copies the first, a state of which may be "
+            "shorter than a page of attention: a prompt that resumes inside a block then attends "
+            "to what was in the copy before",
+            upstream="none known",
+            until="it takes the views that begin at one address for different ones",
+        ),
+        [FunctionRebinding(copy_blocks, copy_whole_blocks)],
     )

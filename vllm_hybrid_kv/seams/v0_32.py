@@ -51,6 +51,11 @@ KNOWN = Known(
         "resolve_kv_cache_block_sizes",
         Fingerprint("(kv_cache_config, vllm_config)", "eec76ee7844aa155"),
     ),
+    copy_blocks=Target(
+        "vllm.v1.worker.utils",
+        "copy_kv_cache_blocks_inplace",
+        Fingerprint("(kv_caches, num_blocks, kv_cache_block_copies)", "c41e0cc1a179c6ae"),
+    ),
     create_engine_config=Target(
         "vllm.engine.arg_utils",
         "EngineArgs.create_engine_config",
