@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from tests.coordinator.soak.worker import ChainedCopyError
 from tests.coordinator.soak.world import World
 
 WORLD_STEPS = 500
@@ -43,10 +44,13 @@ class Soak:
         try:
             world.run(steps)
         except Exception as error:
-            error.add_note(
-                f"Seed {self.seed}, world {number}, step {world.tally['steps']}: {world.plan}"
-            )
-            raise
+            # vLLM's own coordinator does that, which is why `step_writes` has requests wait.
+            if not isinstance(error, ChainedCopyError) or world.plan.strategy != "stock":
+                error.add_note(
+                    f"Seed {self.seed}, world {number}, step {world.tally['steps']}: {world.plan}"
+                )
+                raise
+            self.tally["worlds that ended with a block copied before it was written"] += 1
         self.tally += world.tally
         self.tally["worlds"] += 1
         self.tally[f"worlds of {world.plan.strategy}"] += 1

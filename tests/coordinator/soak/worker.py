@@ -28,6 +28,10 @@ class SoakError(AssertionError):
     """Something does not agree."""
 
 
+class ChainedCopyError(SoakError):
+    """A block is copied in the step whose copies or tokens are only being written to it."""
+
+
 @dataclass
 class Told:
     """A request as the worker knows it.
@@ -233,7 +237,7 @@ class Worker:
         targets = [copy.dst_block_id for copy in copies]
         sources = {copy.src_block_id for copy in copies}
         if len(set(targets)) != len(targets) or sources & set(targets):
-            raise SoakError(f"copies overwrite each other: {copies}")
+            raise ChainedCopyError(f"copies overwrite each other: {copies}")
         for copy in copies:
             owner, slots = self.blocks[copy.src_block_id]
             self.blocks[copy.dst_block_id] = (owner, list(slots))
