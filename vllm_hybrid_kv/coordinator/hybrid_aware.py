@@ -210,6 +210,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
     def _forgo_copies(self, request_id: str) -> bool:
         """Have a request that runs write over the state that it was to keep; False if none."""
         forgone = False
+        keys: set[BlockHash] = set()
         for group in self._state_groups:
             manager = self.single_type_managers[group]
             kept = manager._partial_hit_reqs.get(request_id)
@@ -218,12 +219,15 @@ class HybridAwareCoordinator(FixedPointCoordinator):
                 continue
             del manager._partial_hit_reqs[request_id]
             manager._producer_partial_tail_reqs.pop(request_id, None)
+            if kept[1].block_hash is not None:
+                keys.add(get_block_hash(kept[1].block_hash))
             self.block_pool._maybe_evict_cached_block(kept[1])
             forgone = True
-        running = self._running.get(request_id)
-        latest = None if running is None else running.latest
-        if forgone and latest is not None and latest.kept:
-            self._drop_if_gone(latest)
+        # It may be another request that entered the checkpoint, with states of its own since gone.
+        for key in keys:
+            checkpoint = self.checkpoints.kept_at(key)
+            if checkpoint is not None:
+                self._drop_if_gone(checkpoint)
         return forgone
 
     def _drop(self, checkpoint: Checkpoint) -> None:
