@@ -12,6 +12,7 @@ import pytest
 from vllm.v1.core.kv_cache_utils import get_group_id
 
 from demo.models import llama_config
+from tests.coordinator.soak import checks
 from tests.described_model import hybrid_config
 from vllm_hybrid_kv.coordinator.checkpoints import Place
 from vllm_hybrid_kv.coordinator.hybrid_aware import HybridAwareCoordinator
@@ -90,30 +91,11 @@ def replay(
     return Replay(engine_of(model, blocks, settings), requests, at_once).run()
 
 
-def check(coordinator: Any) -> None:
+def check(engine: Engine) -> None:
     """Check that tables, reference counts, the free queue and the hash map agree."""
-    pool = coordinator.block_pool
-    held: Counter[int] = Counter()
-    for manager in coordinator.single_type_managers:
-        for table in manager.req_to_blocks.values():
-            held.update(block.block_id for block in table if not block.is_null)
-    queue = pool.free_block_queue
-    free = [block.block_id for block in queue.get_all_free_blocks()]
-    assert len(free) == len(set(free)) == queue.num_free_blocks
-    assert not set(free) & set(held)
-    for block in pool.blocks[1:]:
-        # The ends of a copy that is under way are held for it.
-        assert block.ref_cnt >= held[block.block_id], block
-        assert (block.block_id in set(free)) == (block.ref_cnt == 0)
-    # The blocks to take at any time are in front, and nothing behind them is without need.
-    spent = len(queue._spent)
-    assert set(free[:spent]) == queue._spent
-    assert all(coordinator._is_needed(pool.blocks[block]) for block in free[spent:])
-    assert {b.block_id for b in pool.blocks if b.block_hash} == {
-        block.block_id
-        for entry in pool.cached_block_hash_to_block._cache.values()
-        for block in (entry.values() if isinstance(entry, dict) else [entry])
-    }
+    checks.check_references(engine.scheduler)
+    checks.check_hash_map(coordinator_of(engine).block_pool)
+    checks.check_queue(coordinator_of(engine))
 
 
 def test_the_strategy_makes_the_coordinator_and_a_fine_unit(model):
@@ -202,6 +184,32 @@ def test_states_are_kept_at_the_end_of_prompts_and_at_whole_blocks_only_if_that_
     assert needed_states(coordinator) == {end + 16: groups}
 
 
+def test_a_state_that_lookups_find_in_another_block_is_kept_in_that_one(model):
+    script = Script()
+    script.send(script.new(2), tail=33)
+    engine = engine_of(model, 200, POLICY)
+    coordinator = coordinator_of(engine)
+    Replay(engine, script.requests, 1).run()
+    pool, queue = coordinator.block_pool, coordinator.block_pool.free_block_queue
+    (checkpoint,) = [c for c in coordinator.checkpoints.kept() if c.at is Place.PROMPT_END]
+    first = pool.get_cached_block(checkpoint.key, coordinator._state_groups)
+    # Another request has computed the states too, and ended; the first goes on in its own blocks.
+    pool.touch(first)
+    keys = [block.block_hash for block in first]
+    others, copies = pool.get_new_blocks(len(first)), pool.get_new_blocks(len(first))
+    for key, block in zip(keys, others, strict=True):
+        pool._insert_block_hash(key, block, num_tokens=checkpoint.tokens)
+    pool.free_blocks(others)
+    assert queue._spent.issuperset(block.block_id for block in others)
+    for block, copy in zip(first, copies, strict=True):
+        pool.move_block_hashes(block, copy)
+    pool.free_blocks(copies)
+    pool.free_blocks(first)
+    assert pool.get_cached_block(checkpoint.key, coordinator._state_groups) == others
+    assert queue._spent.isdisjoint(block.block_id for block in others)
+    check(engine)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_tables_queue_and_map_agree_after_every_step(model, seed):
     engine = engine_of(model, 60, POLICY)
@@ -210,7 +218,7 @@ def test_tables_queue_and_map_agree_after_every_step(model, seed):
 
     def checked(*arguments: Any) -> Any:
         result = update(*arguments)
-        check(coordinator)
+        check(engine)
         return result
 
     engine.scheduler.update_from_output = checked
@@ -289,7 +297,7 @@ def test_copies_are_made_over_and_over_and_leave_no_block_behind(model):
     assert coordinator.stats()["used answer"] > 20
     assert coordinator._answers.returns.rate > 0.8
     assert coordinator.block_pool.get_num_free_blocks() == 1999
-    check(coordinator)
+    check(engine)
 
 
 def test_where_there_are_many_requests_for_the_memory_no_block_is_held_for_copies(model):

@@ -79,7 +79,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
             self._alignment,
         )
         self.block_pool.free_block_queue = CheckpointQueue(
-            self.block_pool.free_block_queue, self._is_needed, self._give_up
+            self.block_pool.free_block_queue, self._is_needed_when_free, self._give_up
         )
         # The manager asks the pool, which does not know who needs the blocks.
         self._evict_blocks = self.block_pool.evict_blocks
@@ -113,6 +113,18 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         # Of several requests that computed one state at a time, lookups find the first's.
         hash_map = self.block_pool.cached_block_hash_to_block
         return self.checkpoints.keeps(get_block_hash(key)) and hash_map.get_one_block(key) is block
+
+    def _is_needed_when_free(self, block: KVCacheBlock) -> bool:
+        if self._is_needed(block):
+            return True
+        key = block.block_hash
+        if key is not None and get_group_id(key) in self._state_ids:
+            checkpoint = self.checkpoints.kept_at(get_block_hash(key))
+            if checkpoint is not None:
+                # Another's is the first now, since this one's entry was moved here from the block
+                # that its request went on with. It was not needed so far.
+                self._drop_if_gone(checkpoint)
+        return False
 
     def _give_up(self) -> list[KVCacheBlock] | None:
         checkpoint = self.checkpoints.give_up()

@@ -171,7 +171,7 @@ def check_policy(
     coordinator = scheduler.kv_cache_manager.coordinator
     if not isinstance(coordinator, HybridAwareCoordinator):
         return
-    _check_queue(coordinator)
+    check_queue(coordinator)
     _check_checkpoints(coordinator)
     _check_hits(coordinator, lost, hashes, hopeless)
     tables = {
@@ -183,7 +183,8 @@ def check_policy(
     require(coordinator._running.keys() <= tables, "run on:", coordinator._running.keys() - tables)
 
 
-def _check_queue(coordinator: HybridAwareCoordinator) -> None:
+def check_queue(coordinator: HybridAwareCoordinator) -> None:
+    """Check that what nothing needs is first in the queue, and needed is what follows."""
     queue = coordinator.block_pool.free_block_queue
     free = queue.get_all_free_blocks()
     first = [block.block_id for block in free[: len(queue._spent)]]
