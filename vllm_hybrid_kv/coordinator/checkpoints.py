@@ -150,8 +150,7 @@ class Checkpoints:
 
     def keeps(self, key: BlockHash) -> bool:
         """Whether there is a checkpoint at the end of a prefix."""
-        checkpoint = self._known.get(key)
-        return checkpoint is not None and checkpoint.kept
+        return self.kept_at(key) is not None
 
     def kept(self) -> tuple[Checkpoint, ...]:
         """Return all checkpoints in the cache."""
@@ -263,10 +262,6 @@ class Checkpoints:
         self._extend(checkpoint)
         self.counts[f"kept {self.kind(checkpoint).value}"] += 1
 
-    def drop(self, checkpoint: Checkpoint) -> None:
-        """Keep a checkpoint no more, which is not given up for its place."""
-        self._remove(checkpoint)
-
     def use_now(self, checkpoint: Checkpoint) -> None:
         """Let a checkpoint's age begin again: the request that made it ended only now."""
         checkpoint.last_use, checkpoint.since = self._now, 0
@@ -282,7 +277,7 @@ class Checkpoints:
         self.counts[f"evicted {self.kind(least).value}"] += 1
         if least.uses <= int(least.at is Place.BRANCH):
             self.counts["evicted unused"] += 1
-        self._remove(least)
+        self.drop(least)
         return least
 
     def _worth(self, checkpoint: Checkpoint) -> float:
@@ -295,7 +290,8 @@ class Checkpoints:
         index = self._curves[self.kind(checkpoint)].index[age]
         return index * saved / (self._state_blocks + own)
 
-    def _remove(self, checkpoint: Checkpoint) -> None:
+    def drop(self, checkpoint: Checkpoint) -> None:
+        """Keep a checkpoint no more. It is watched on."""
         checkpoint.kept = False
         last = self._kept.pop()
         if last is not checkpoint:

@@ -193,6 +193,10 @@ class Cache:
         full = [tokens for kind, tokens in by_kind if kind.full_attention and tokens is not None]
         return max(full or [tokens for tokens in alone if tokens is not None], default=0)
 
+    def lost_by_kind(self, found: Found) -> list[int]:
+        """Return by how many tokens the groups of each kind shortened a hit."""
+        return [sum([found.lost[group] for group in kind.groups]) for kind in self.kinds]
+
     def explain(
         self,
         found: Found | None,
@@ -239,8 +243,10 @@ class Cache:
 
     def _kind_hits(self, found: Found) -> tuple[KindHit, ...]:
         return tuple(
-            KindHit(kind.name, kind.draft, alone, sum(found.lost[group] for group in kind.groups))
-            for kind, alone in zip(self.kinds, found.alone, strict=True)
+            KindHit(kind.name, kind.draft, alone, lost)
+            for kind, alone, lost in zip(
+                self.kinds, found.alone, self.lost_by_kind(found), strict=True
+            )
         )
 
     def _reason(self, found: Found) -> Reason:

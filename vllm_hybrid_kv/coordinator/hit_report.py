@@ -105,8 +105,8 @@ class HitReport:
         self._requests += 1
         self._reach += max(self._cache.reach(found.alone), found.hit)
         if any(found.lost):
-            for place, kind in enumerate(self._cache.kinds):
-                self._lost[place] += sum([found.lost[group] for group in kind.groups])
+            for place, lost in enumerate(self._cache.lost_by_kind(found)):
+                self._lost[place] += lost
         if self._requests == WATCHED_REQUESTS:
             if 2 * sum(self._lost) > self._reach and self._clock() >= self._quiet_until:
                 self._quiet_until = self._clock() + WARNING_INTERVAL_S
@@ -176,7 +176,7 @@ class _Counters:
             self._hit[place].add(found.hit)
             self._alone[place].add(alone or 0)
         if any(found.lost):
-            lost = [sum(found.lost[group] for group in kind.groups) for kind in self._cache.kinds]
+            lost = self._cache.lost_by_kind(found)
             for counter, tokens in zip(self._lost, lost, strict=True):
                 counter.add(tokens)
             self._limited[max(range(len(lost)), key=lost.__getitem__)].add(1)
