@@ -39,3 +39,14 @@ def test_they_agree_in_worlds_nobody_has_seen():
     print(f"seed {soak.seed}")
     for number in range(4):
         soak.run(number, steps=120)
+
+
+@pytest.mark.parametrize(
+    ("seed", "world"),
+    [
+        pytest.param(99, 23, id="a window's blocks that were not to be cached"),
+        pytest.param(20261122, 364, id="blocks that a load failed for while the answer went on"),
+    ],
+)
+def test_no_checkpoint_is_kept_whose_attention_blocks_are_not_cached(seed, world):
+    Soak(seed).run(world)

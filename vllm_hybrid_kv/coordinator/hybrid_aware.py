@@ -364,7 +364,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
     def _attention_blocks(self, request_id: str, tokens: int) -> list[int] | None:
         """Return the ids of the attention blocks that a hit of a request's first tokens takes.
 
-        None where a window has left some of them behind since.
+        None where a window has left some of them behind since, or they were not to be cached there.
         """
         needed: list[int] = []
         for group in self._attention_groups:
@@ -372,7 +372,8 @@ class HybridAwareCoordinator(FixedPointCoordinator):
             table = manager.req_to_blocks[request_id]
             first = max(manager.get_num_skipped_tokens(tokens), 0) // manager.block_size
             blocks = table[first : -(-tokens // manager.block_size)]
-            if any(block.is_null for block in blocks):
+            whole = blocks[: tokens // manager.block_size - first]
+            if any(block.is_null for block in blocks) or not all(b.block_hash for b in whole):
                 return None
             needed += [block.block_id for block in blocks]
         return needed

@@ -45,6 +45,8 @@ class Plan:
         load_failure_policy: vLLM's `kv_load_failure_policy`.
         vocabulary: Tokens there are. With few, strangers share prefixes.
         reserve_full: vLLM's `scheduler_reserve_full_isl`.
+        retention: vLLM's `prefix_cache_retention_interval`: tokens between the windows and states
+            that are cached, 0 for those at the ends of prompts alone, None for all.
     """
 
     strategy: str
@@ -64,6 +66,7 @@ class Plan:
     load_failure_policy: str
     vocabulary: int
     reserve_full: bool
+    retention: int | None = None
 
     @property
     def specs(self) -> list[KVCacheSpec]:
@@ -71,7 +74,12 @@ class Plan:
 
     @property
     def kv_cache_config(self) -> KVCacheConfig:
-        return KVCacheConfig(self.num_blocks, [], list(self.groups))
+        return KVCacheConfig(
+            self.num_blocks,
+            [],
+            list(self.groups),
+            prefix_cache_retention_interval=self.retention,
+        )
 
     @property
     def has_states(self) -> bool:
@@ -86,6 +94,13 @@ class Plan:
         kinds = {type(spec) for spec in self.specs}
         return kinds == {MambaSpec, FullAttentionSpec}
 
+    def with_retention(self, rng: random.Random) -> Plan:
+        """Return the plan with the windows and states that are cached drawn, if it has any."""
+        if not any(isinstance(spec, SlidingWindowSpec | MambaSpec) for spec in self.specs):
+            return self
+        block = self.scheduler_block_size
+        return replace(self, retention=rng.choice((None, None, 0, block, 3 * block)))
+
     def __str__(self) -> str:
         groups = ", ".join(_describe(group) for group in self.groups)
         return (
@@ -93,7 +108,8 @@ class Plan:
             f"{self.max_model_len} tokens, {self.max_num_seqs} requests, budget {self.budget}, "
             f"long prefill {self.long_prefill}, lag {self.lag}, "
             f"drafting {self.drafting} x {self.draft_tokens}, connector {self.connector} "
-            f"({self.load_failure_policy}), vocabulary {self.vocabulary}"
+            f"({self.load_failure_policy}), vocabulary {self.vocabulary}, "
+            f"retention {self.retention}"
         )
 
 

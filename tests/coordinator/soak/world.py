@@ -77,7 +77,8 @@ class World:
         """
         self.seed = seed
         self._draw = random.Random(seed)
-        self.plan = plan = random_plan(self._draw, strategy)
+        plan = random_plan(self._draw, strategy)
+        self.plan = plan = plan.with_retention(random.Random(f"{seed} retention"))
         # States of answers are copied more often than is worth it: answers are short here, and
         # there are few blocks.
         usual = answer_states.INTERVAL, answer_states.SHARE
