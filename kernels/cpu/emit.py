@@ -133,6 +133,24 @@ class Emitter:
         lanes = bits.type.count
         return self.b.fpext(self.b.bitcast(bits, vector(F16, lanes)), vector(F32, lanes))
 
+    def floats_to_bfloat16(self, x: ir.Value) -> ir.Value:
+        """Round a vector of float32 to the nearest bf16 bit patterns, to even ones at half way.
+
+        In integers: where the machine has no such instruction LLVM calls a library that numba's
+        code is not linked with, and ends the process.
+        """
+        b, lanes = self.b, x.type.count
+
+        def word(number: int) -> ir.Constant:
+            return every(I32, number, lanes)
+
+        bits = b.bitcast(x, vector(I32, lanes))
+        last = b.and_(b.lshr(bits, word(16)), word(1))
+        rounded = b.add(b.add(bits, word(0x7FFF)), last)
+        # Rounding up the largest payload of a NaN would make it a zero.
+        rounded = b.select(b.fcmp_unordered("uno", x, x), word(0x7FC00000), rounded)
+        return b.trunc(b.lshr(rounded, word(16)), vector(I16, lanes))
+
     def exp2(self, x: ir.Value) -> ir.Value:
         """Return 2^x of a vector; 2^-126 below -126, NaN of NaN. For x up to 127.
 

@@ -39,17 +39,6 @@ def _floats_of_float16(e: Emitter, address: ir.Value) -> ir.Value:
     return e.halves_to_floats(e.load(vector(I16, _EIGHT), address))
 
 
-def _bfloat16_of_floats(e: Emitter, x: ir.Value) -> ir.Value:
-    b = e.b
-    bits = b.bitcast(x, vector(I32, _EIGHT))
-    last = b.and_(b.lshr(bits, every(I32, 16, _EIGHT)), every(I32, 1, _EIGHT))
-    rounded = b.add(b.add(bits, every(I32, 0x7FFF, _EIGHT)), last)
-    # Rounding up the largest payload of a NaN would make it a zero.
-    quiet = every(I32, 0x7FC00000, _EIGHT)
-    rounded = b.select(b.fcmp_unordered("uno", x, x), quiet, rounded)
-    return b.trunc(b.lshr(rounded, every(I32, 16, _EIGHT)), vector(I16, _EIGHT))
-
-
 def _row_loader(kind: str) -> Callable[[Emitter, ir.Value, ir.Value, ir.Value], None]:
     def emit(e: Emitter, source: ir.Value, to: ir.Value, dims: ir.Value) -> None:
         def eight(i: ir.Value, _: Any) -> list[ir.Value]:
@@ -99,7 +88,7 @@ def _store_row(kind: str) -> Any:
             if kind == "float32":
                 e.store(x, e.at(to, i, 32))
             elif kind == "bfloat16":
-                e.store(_bfloat16_of_floats(e, x), e.at(to, i, 16))
+                e.store(e.floats_to_bfloat16(x), e.at(to, i, 16))
             else:
                 e.store(e.b.fptrunc(x, vector(F16, _EIGHT)), e.at(to, i, 16))
             return []

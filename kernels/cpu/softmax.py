@@ -12,6 +12,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from ..k8v4 import QUAD_BYTE_OF_TOKEN
+from . import isa
 from .emit import (
     BF16,
     F32,
@@ -96,6 +97,15 @@ class _Softmax:
             for line in range(2):
                 e.prefetch(e.at(place, LINE * line))
 
+    def bfloat16(self, x: ir.Value) -> ir.Value:
+        """Round to bf16, with the machine's instruction if it has one.
+
+        The portable path is compiled with this in it and never comes here.
+        """
+        if isa.AVX512_BF16 in isa.available():
+            return self.e.b.bitcast(self.e.b.fptrunc(x, vector(BF16)), vector(I16))
+        return self.e.floats_to_bfloat16(x)
+
     def weigh(
         self,
         largest: ir.Value,
@@ -121,8 +131,7 @@ class _Softmax:
                 scaled = b.select(seen, scaled, NOTHING)
                 zero = b.select(seen, zero, NOTHING)
             if self.kind == BFLOATS:
-                short = b.bitcast(b.fptrunc(scaled, vector(BF16)), vector(I16))
-                e.store(short, e.at(self.weights, i, 32))
+                e.store(self.bfloat16(scaled), e.at(self.weights, i, 32))
             else:
                 place = self.scores if self.kind == LIMBS else self.weights
                 e.store(scaled, e.at(place, i, 64))

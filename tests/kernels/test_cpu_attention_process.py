@@ -34,6 +34,13 @@ assert (out == 2.0).all(), out
 """Five tokens of value 2 (code 0, zero 2) on the portable path."""
 
 
+BUILT_FOR_AVX2 = """
+from vllm_hybrid_kv.kernels.cpu import isa
+isa.available = lambda: (isa.PORTABLE,)
+"""
+"""What the kernels see on a CPU without AVX-512; LLVM is told so by `NUMBA_CPU_NAME`."""
+
+
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -291,3 +298,13 @@ def test_partial_sums_are_bounded_by_the_batch_and_the_threads_not_by_lengths() 
         assert plan.items.shape[0] == 8 * 8
     alone = plan_attention(lengths[:1], starts[:2], 8, 2, 128, 128, num_threads=1)
     assert alone.partial_rows == 0
+
+
+def test_the_portable_path_needs_no_instruction_beyond_avx2(tmp_path: Path) -> None:
+    """LLVM ends the process where it has to call a library for an instruction that is not there."""
+    environment = {
+        "NUMBA_CPU_NAME": "haswell",
+        "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c",
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
+    succeeded(python(BUILT_FOR_AVX2 + ATTEND, **environment))
