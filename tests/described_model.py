@@ -12,6 +12,6 @@ def hybrid_config() -> Qwen3NextConfig:
     config.architectures = ["Qwen3NextForCausalLM"]
     config.dtype = "bfloat16"
     config.max_position_embeddings = 16384
-    config.linear_num_key_heads, config.linear_num_value_heads = 4, 8
+    config.linear_num_key_heads, config.linear_num_value_heads = 4, 16
     config.linear_key_head_dim = config.linear_value_head_dim = 128
     return config

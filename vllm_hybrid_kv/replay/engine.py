@@ -3,20 +3,27 @@
 
 The layers are built on PyTorch's meta device, by the model's own class, so that their KV cache
 specs are the ones that an engine would plan with. No weights are read and none are allocated.
+
+What is described is an engine on GPUs, whatever this machine is: `as_on_gpus` keeps its CPU from
+having a say.
 """
 
 from __future__ import annotations
 
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from vllm.config import get_layers_from_vllm_config, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import MultipleOf
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import AttentionSpec
@@ -74,11 +81,13 @@ class Model:
         self.specs = self._layers()
 
     def _configure(self, settings: dict[str, Any] | None = None) -> VllmConfig:
-        config = EngineArgs(
+        arguments = EngineArgs(
             skip_tokenizer_init=True,
             additional_config={} if settings is None else {"hybrid_kv": settings},
             **self._arguments,
-        ).create_engine_config()
+        )
+        with as_on_gpus():
+            config = arguments.create_engine_config()
         config.cache_config.kv_cache_layout = "LBHNC"
         return config
 
@@ -89,7 +98,6 @@ class Model:
         )
         from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
         from vllm.model_executor.model_loader.utils import initialize_model
-        from vllm.platforms import current_platform
         from vllm.utils.torch_utils import set_default_torch_dtype
 
         config = self._configure()
@@ -103,7 +111,8 @@ class Model:
             stack.enter_context(torch.device("meta"))
             stack.enter_context(set_default_torch_dtype(config.model_config.dtype))
             initialize_model(config)
-            current_platform.update_block_size_for_backend(config)
+            with as_on_gpus():
+                current_platform.update_block_size_for_backend(config)
             self.block_size = config.cache_config.block_size
             self._mamba_block_size = config.cache_config.mamba_block_size
             self._mamba_page_size_padded = config.cache_config.mamba_page_size_padded
@@ -139,6 +148,32 @@ class Model:
             plan, config
         )
         return Engine(config, plan, scheduler_block_size, hash_block_size)
+
+
+@contextmanager
+def as_on_gpus() -> Iterator[None]:
+    """Have vLLM's platform for CPUs configure and align blocks as its platforms for GPUs do.
+
+    There, states have the dtype that the model asks for; CPUs that multiply bfloat16 store float32.
+    And blocks are multiples of 16 tokens, not of the 32 that vLLM's attention on CPUs works by.
+    """
+    if not current_platform.is_cpu():
+        yield
+        return
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    with ExitStack() as stack:
+        stack.enter_context(
+            patch.object(torch.cpu, "_is_avx512_bf16_supported", return_value=False)
+        )
+        stack.enter_context(
+            patch.object(
+                CPUAttentionBackend,
+                "get_supported_kernel_block_sizes",
+                staticmethod(lambda kv_cache_spec=None: [MultipleOf(16)]),
+            )
+        )
+        yield
 
 
 def _spec_of(layer: Any, config: VllmConfig) -> KVCacheSpec | None:
