@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 # Before vLLM is imported: the backend of this process interprets the GPU kernels.
@@ -26,6 +27,11 @@ from steps import Step
 
 vllm.triton_utils.triton = triton
 vllm.triton_utils.tl = tl
+# Stock's backend asks vLLM's platform for AMD's GPUs, which loads `vllm._C`. On a CPU without the
+# instructions for bfloat16 its operators come from another library, and PyTorch ends a process that
+# registers them twice.
+if not torch.cpu._is_avx512_bf16_supported():
+    sys.modules["vllm._C"] = ModuleType("vllm._C")
 # vLLM's workspace returns memory to a device before it grows.
 torch.accelerator.empty_cache = lambda: None
 
