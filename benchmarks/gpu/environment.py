@@ -8,6 +8,7 @@ import importlib
 import os
 import shutil
 import subprocess
+import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
@@ -106,6 +107,10 @@ class _Vllm:
             utilities.tl = triton.language
             # Its workspace has torch give back memory of a GPU, of which there is none.
             torch.accelerator.empty_cache = lambda: None
+            if not torch.cpu._is_avx512_bf16_supported():
+                # Its backend asks the platform for AMD's GPUs, which loads this. In vLLM for CPUs
+                # it is code that ends a process on a CPU without those instructions.
+                sys.modules.setdefault("vllm._C", ModuleType("vllm._C"))
         self._prepared = True
 
     def version(self) -> str | None:
