@@ -60,8 +60,8 @@ def register() -> None:
                 raise
             _left_alone = error
             _logger().warning(
-                "%s. The plugin is inactive and vLLM is unchanged. Set VLLM_PLUGINS=%s to stop "
-                "start-up instead.",
+                "%s. The plugin is inactive and vLLM is unchanged; `vllm-hybrid-kv doctor` says "
+                "more. Set VLLM_PLUGINS=%s to stop start-up instead.",
                 error,
                 NAME,
             )

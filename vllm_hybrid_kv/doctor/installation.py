@@ -99,7 +99,7 @@ def look(environment: Mapping[str, str] | None = None) -> Installation:
     spec = importlib.util.find_spec("vllm")
     return Installation(
         plugin_version=__version__,
-        plugin_folder=str(Path(__file__).resolve().parents[1]),
+        plugin_folder=str(Path(__file__).absolute().parents[1]),
         plugin_copies=_copies(PLUGIN),
         vllm_copies=tuple(copy for package in VLLM for copy in _copies(package)),
         vllm_module=spec.origin if spec else None,

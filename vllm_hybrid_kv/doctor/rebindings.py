@@ -59,6 +59,9 @@ class Places:
                 if not target.problems():
                     self._vllms.append(binding)
         for module, name, _ in globals_among(functions):
+            # Not where whoever rebinds it keeps it.
+            if module.partition(".")[0] != "vllm":
+                continue
             self._globals[f"{module}.{name}"] = (module, name)
 
     def foreign(self) -> list[Foreign]:

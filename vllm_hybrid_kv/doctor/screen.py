@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 
 from rich import box
@@ -14,6 +15,9 @@ from rich.text import Text
 from vllm_hybrid_kv.doctor.diagnosis import Diagnosis
 from vllm_hybrid_kv.doctor.findings import Finding, Severity
 from vllm_hybrid_kv.seams import SUPPORTED
+
+LONGEST_REASON = 80
+"""Characters. Whole signatures fill the screen and say no more."""
 
 COLOURS = {Severity.PROBLEM: "red", Severity.WARNING: "yellow", Severity.NOTE: "cyan"}
 
@@ -65,9 +69,9 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[RenderableType]]) -> 
 
 
 def _versions(diagnosis: Diagnosis) -> Table:
-    versions = diagnosis.as_json()["versions"]
-    folders = diagnosis.as_json()["folders"]
-    fits = {True: "fits", False: "does not fit", None: ""}[versions["vllm_fits"]]
+    found = diagnosis.as_json()
+    versions, folders = found["versions"], found["folders"]
+    fits = {True: "fits; ", False: "does not fit; ", None: ""}[versions["vllm_fits"]]
     others = [
         f"{row['name']} ({row['package']})"
         + (f" {row['state']}" if row["state"] != "loaded" else "")
@@ -75,20 +79,19 @@ def _versions(diagnosis: Diagnosis) -> Table:
         if row["name"] != "hybrid_kv" and row["state"] is not None
     ]
     rows = [
-        ("vllm-hybrid-kv", versions["vllm_hybrid_kv"], folders["vllm_hybrid_kv"]),
-        (
-            "vLLM",
-            versions["vllm"] or "none",
-            ", ".join(filter(None, (f"{fits} ({SUPPORTED})" if fits else "", folders["vllm"])))
-            or f"supported: {SUPPORTED}",
-        ),
+        ("vllm-hybrid-kv", versions["vllm_hybrid_kv"], _site(folders["vllm_hybrid_kv"])),
+        ("vLLM", versions["vllm"] or "none", f"{fits}supported: {SUPPORTED}"),
+        ("", "", _site(folders["vllm"])),
         ("torch", versions["torch"] or "none", f"Python {versions['python']}"),
     ]
     if others:
         rows.append(("other plugins", str(len(others)), ", ".join(others)))
-    return _table(
-        ("package", "version", ""), [tuple(Text(str(cell)) for cell in row) for row in rows]
-    )
+    return _table(("package", "version", ""), [tuple(map(Text, row)) for row in rows if any(row)])
+
+
+def _site(folder: str | None) -> str:
+    """Return the folder on `sys.path` that a package lies in."""
+    return f"in {os.path.dirname(folder)}" if folder else ""
 
 
 def _settings(diagnosis: Diagnosis) -> Table:
@@ -111,7 +114,7 @@ def _seams(diagnosis: Diagnosis) -> Table:
     rows: list[tuple[RenderableType, ...]] = []
     for seam in diagnosis.seams:
         edits = seam["edits"]
-        reasons = [reason for edit in edits for reason in edit["why"]]
+        reasons = [_cut(reason, edit["name"]) for edit in edits for reason in edit["why"]]
         if reasons:
             state = Text("; ".join(reasons), style="red")
         elif applied:
@@ -120,7 +123,18 @@ def _seams(diagnosis: Diagnosis) -> Table:
             state = Text("not applied, would fit")
         names = ", ".join(_short(edit["name"]) for edit in edits)
         rows.append((Text(seam["name"]), Text(names), state))
-    return _table(("seam", "rebinds", "state"), rows)
+    table = _table(("seam", "rebinds", "state"), rows)
+    # Reasons are the longest, and break at words; names do not.
+    table.columns[1].min_width = max(
+        len(_short(edit["name"])) for seam in diagnosis.seams for edit in seam["edits"]
+    )
+    return table
+
+
+def _cut(reason: str, name: str) -> str:
+    """Return a reason as far as it says what is wrong; `--json` has all of it."""
+    reason = reason.replace(name, _short(name))
+    return reason if len(reason) <= LONGEST_REASON else f"{reason[: LONGEST_REASON - 1]}…"
 
 
 def _short(name: str) -> str:
