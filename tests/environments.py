@@ -4,7 +4,6 @@
 import os
 import subprocess
 import sys
-import sysconfig
 import venv
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -96,9 +95,7 @@ def make(folder: Path, wheel: Path, *, without: Iterable[str] = ()) -> Environme
     """
     venv.EnvBuilder(symlinks=True, with_pip=False).create(folder)
     python = folder / "bin" / "python"
-    site = Path(
-        sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)})
-    )
+    (site,) = folder.glob("lib/python*/site-packages")
     left_out = (*OURS, "__pycache__", *without)
     for installed in map(Path, sys.path):
         if installed.name == "site-packages":

@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an answer of vLLM's process means, on machines and in installations unlike this one."""
 
+import io
+import json
 from dataclasses import replace
+from pathlib import Path
 
+import jsonschema
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
 
-from vllm_hybrid_kv.doctor.checks import check
+from vllm_hybrid_kv.doctor.checks import STAGES, check
 from vllm_hybrid_kv.doctor.child import Answer, Error
 from vllm_hybrid_kv.doctor.devices import devices
 from vllm_hybrid_kv.doctor.diagnosis import Diagnosis
 from vllm_hybrid_kv.doctor.installation import Copy, EntryPoint, Installation
+from vllm_hybrid_kv.doctor.screen import show
 
 CPU = {
     "paths": ["portable", "avx512_bf16", "amx"],
@@ -22,6 +30,10 @@ SETTINGS = [
 ]
 LOADED = {"name": "hybrid_kv", "state": "loaded", "error": None}
 EDIT = {"name": "vllm.a.f", "in_force": True, "why": []}
+SEAM = dict.fromkeys(("replaces", "why", "upstream", "until"), "a line")
+SCHEMA = json.loads(
+    (Path(__file__).resolve().parents[2] / "docs" / "doctor.schema.json").read_text()
+)
 
 
 def installed(**changes):
@@ -55,7 +67,7 @@ def answered(errors=None, **found):
             "plugins": {"plugins": [LOADED], "active": True, "left_alone": None, "foreign": []},
             "strategies": {"hooks": {}, "errors": []},
             "chosen": {"isa": "amx"},
-            "seams": [{"name": "s", "edits": [EDIT]}],
+            "seams": [{"name": "s", **SEAM, "edits": [EDIT]}],
             "gpus": [],
             "tile_sizes": {},
             **found,
@@ -291,3 +303,40 @@ def test_a_torchvision_that_breaks_vllm_is_the_way_out():
     assert first.message.startswith("Loading vLLM's plugins raises RuntimeError: operator")
     assert "pip uninstall torchvision" in first.remedy
     assert (second.check, second.severity.value) == ("torchvision", "warning")
+
+
+def test_an_error_of_a_later_stage_keeps_its_path_and_is_said():
+    error = Error("OSError", "no driver", "", "/site/vllm/x.py:1")
+    answer = answered(errors={"seams": error, "tile_sizes": error})
+    del answer.found["seams"], answer.found["tile_sizes"]
+    first, second = check(installed(), answer)
+    assert first.message == ("Verifying the seams raises OSError: no driver (at /site/vllm/x.py:1)")
+    assert (second.check, second.severity.value) == ("device", "warning")
+    assert second.message.startswith("Asking Triton for GPUs raises OSError: no driver")
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.dictionaries(st.sampled_from(sorted(STAGES)), st.sampled_from(["raises", "absent"])),
+    st.sampled_from([None, *STAGES]),
+    st.booleans(),
+)
+def test_whatever_is_not_known_there_is_a_verdict_and_a_screen(stages, unfinished, on_gpu):
+    whole = on_a_gpu([9, 0], boundary_layers=2) if on_gpu else answered(boundary_layers=2)
+    error = Error("OSError", "no", "", "x.py:1")
+    answer = Answer(
+        {stage: found for stage, found in whole.found.items() if stage not in stages},
+        {stage: error for stage, how in stages.items() if how == "raises"},
+        unfinished,
+        "ended" if unfinished else "",
+        ("a line",),
+    )
+    installation = installed()
+    diagnosis = Diagnosis(
+        installation, answer, check(installation, answer), devices(installation, answer)
+    )
+    jsonschema.validate(diagnosis.as_json(), SCHEMA)
+    show(diagnosis, Console(width=80, file=(file := io.StringIO())))
+    assert file.getvalue().startswith(diagnosis.verdict[:40])
+    if diagnosis.exit_status < 2 and "absent" not in stages.values():
+        assert diagnosis.active

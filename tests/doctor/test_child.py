@@ -5,7 +5,7 @@ import json
 import signal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_hybrid_kv.doctor.checks import STAGES
@@ -27,6 +27,7 @@ def report(stages, errors=(), end=True):
     return "".join(json.dumps(line) + "\n" for line in [*lines, *([{"end": True}] if end else [])])
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(sorted(STAGES)), unique=True), st.data())
 def test_a_report_cut_anywhere_gives_what_was_found_before(stages, data):
     errors = data.draw(st.sets(st.sampled_from(stages))) if stages else set()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The exit status is what the worst finding makes it."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_hybrid_kv.doctor.findings import EXIT_STATUS, Finding, Severity, exit_status, ordered
@@ -9,6 +9,7 @@ from vllm_hybrid_kv.doctor.findings import EXIT_STATUS, Finding, Severity, exit_
 FINDINGS = st.lists(st.builds(Finding, st.sampled_from(Severity), st.text(), st.text()))
 
 
+@settings(deadline=None)
 @given(FINDINGS)
 def test_the_status_is_0_with_notes_1_with_warnings_and_2_with_problems(findings):
     severities = {finding.severity for finding in findings}
@@ -20,6 +21,7 @@ def test_the_status_is_0_with_notes_1_with_warnings_and_2_with_problems(findings
         assert exit_status(findings) == 0
 
 
+@settings(deadline=None)
 @given(FINDINGS)
 def test_the_worst_come_first_and_equals_keep_their_order(findings):
     in_order = ordered(findings)

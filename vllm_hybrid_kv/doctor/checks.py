@@ -62,6 +62,10 @@ def _warning(check: str, message: str, remedy: str = "") -> Finding:
     return Finding(Severity.WARNING, check, message, remedy)
 
 
+def _doing(stage: str) -> str:
+    return STAGES[stage][0].upper() + STAGES[stage][1:]
+
+
 def _vllm(installation: Installation, answer: Answer) -> Iterator[Finding]:
     torchvision = answer.errors.get("torchvision")
     if (error := answer.errors.get("vllm")) is not None:
@@ -85,8 +89,7 @@ def _vllm(installation: Installation, answer: Answer) -> Iterator[Finding]:
         said = f"; it said: {answer.output[-1]}" if answer.output else ""
         yield _problem(
             "process",
-            f"{STAGES[answer.unfinished].capitalize()} {answer.ended}".replace("vllm", "vLLM")
-            + said,
+            f"{_doing(answer.unfinished)} {answer.ended}{said}",
             "Give it longer with --timeout"
             if answer.ended.startswith("took")
             else "No server can start here: install again what is named, built for this machine",
@@ -95,9 +98,7 @@ def _vllm(installation: Installation, answer: Answer) -> Iterator[Finding]:
         if (error := answer.errors.get(stage)) is not None:
             yield _problem(
                 "vllm",
-                f"{STAGES[stage].capitalize()} raises {error} (at {error.where})".replace(
-                    "vllm", "vLLM"
-                ),
+                f"{_doing(stage)} raises {error} (at {error.where})",
                 WITHOUT_TORCHVISION if torchvision is not None else "Install vLLM again",
             )
     if torchvision is not None:
@@ -276,6 +277,9 @@ def _metadata(installation: Installation, answer: Answer) -> Iterator[Finding]:
 
 
 def _devices(answer: Answer) -> Iterator[Finding]:
+    for stage in ("cpu", "gpus", "tile_sizes"):
+        if (error := answer.errors.get(stage)) is not None and "vllm" in answer.found:
+            yield _warning("device", f"{_doing(stage)} raises {error} (at {error.where})")
     platform = answer.found.get("platform")
     if platform is None:
         return
@@ -320,7 +324,8 @@ def _models(answer: Answer) -> Iterator[Finding]:
             "whole blocks only, of hundreds or thousands of tokens, and shorter prompts never",
             "Set it to auto, or start vLLM with --prefix-match-unit",
         )
-    if (boundary := answer.found.get("boundary_layers")) and answer.found["plugins"]["active"]:
+    active = answer.found.get("plugins", {}).get("active", False)
+    if active and (boundary := answer.found.get("boundary_layers")):
         yield Finding(
             Severity.NOTE,
             "boundary_layers",

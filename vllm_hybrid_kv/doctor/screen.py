@@ -110,14 +110,13 @@ def _settings(diagnosis: Diagnosis) -> Table:
 
 
 def _seams(diagnosis: Diagnosis) -> Table:
-    applied = bool(diagnosis.answer.found["plugins"]["active"])
     rows: list[tuple[RenderableType, ...]] = []
     for seam in diagnosis.seams:
         edits = seam["edits"]
         reasons = [_cut(reason, edit["name"]) for edit in edits for reason in edit["why"]]
         if reasons:
             state = Text("; ".join(reasons), style="red")
-        elif applied:
+        elif all(edit["in_force"] for edit in edits):
             state = Text("in force, verified", style="green")
         else:
             state = Text("not applied, would fit")
