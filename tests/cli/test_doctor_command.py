@@ -7,6 +7,8 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from tests.conformance.releases import CACHE, unpacked_wheel
+
 SCHEMA = json.loads(
     (Path(__file__).resolve().parents[2] / "docs" / "doctor.schema.json").read_text()
 )
@@ -215,6 +217,23 @@ def test_a_rival_that_rebinds_our_names_afterwards_is_named_wherever_it_does(mak
     moved = edits(found)["vllm.v1.core.kv_cache_utils.resolve_kv_cache_block_sizes"]
     assert moved["why"]
     assert moved["in_force"] is False
+
+
+def test_beside_0_33_every_seam_is_verified_and_what_is_amiss_are_warnings(make_environment):
+    # Its wheel finds no CPU, and lies beside the installed release.
+    found = read(
+        make_environment().doctor(
+            "--json",
+            PYTHONPATH=str(unpacked_wheel("0.33")),
+            VLLM_CACHE_ROOT=str(CACHE / "vllm-0.33-cache"),
+        )
+    )
+    assert found["exit_status"] == 1
+    assert found["active"] is True
+    assert found["versions"]["vllm"].startswith("0.33.")
+    assert found["versions"]["vllm_fits"] is True
+    assert "vLLM runs on no device it found" in finding(found, "device", "warning")["message"]
+    assert "vLLM is installed more than once" in finding(found, "copies", "warning")["message"]
 
 
 def test_bad_settings_and_a_strategy_that_cannot_be_imported_are_problems(make_environment):

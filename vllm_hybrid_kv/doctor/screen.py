@@ -133,7 +133,7 @@ def _seams(diagnosis: Diagnosis) -> Table:
 def _cut(reason: str, name: str) -> str:
     """Return a reason as far as it says what is wrong; `--json` has all of it."""
     reason = reason.replace(name, _short(name))
-    return reason if len(reason) <= LONGEST_REASON else f"{reason[: LONGEST_REASON - 1]}…"
+    return reason if len(reason) <= LONGEST_REASON else f"{reason[: LONGEST_REASON - 3]}..."
 
 
 def _short(name: str) -> str:
