@@ -232,21 +232,33 @@ class Strategies:
             HybridKVStrategyError: One cannot be imported or registered; names its package.
         """
         for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
-            package = entry_point.dist
-            origin = f"{package.name} {package.version}" if package else entry_point.value
-            try:
-                plugin = entry_point.load()
-            except Exception as error:
-                raise HybridKVStrategyError(
-                    f"strategy {entry_point.name!r} (from {origin}): {entry_point.value} cannot "
-                    f"be imported: {type(error).__name__}: {error}"
-                ) from error
-            self.add(entry_point.name, plugin, origin)
+            self.add_entry_point(entry_point)
+
+    def add_entry_point(self, entry_point: importlib.metadata.EntryPoint) -> None:
+        """Register the strategy of another package.
+
+        Raises:
+            HybridKVStrategyError: It cannot be imported or registered; names its package.
+        """
+        package = entry_point.dist
+        origin = f"{package.name} {package.version}" if package else entry_point.value
+        try:
+            plugin = entry_point.load()
+        except Exception as error:
+            raise HybridKVStrategyError(
+                f"strategy {entry_point.name!r} (from {origin}): {entry_point.value} cannot "
+                f"be imported: {type(error).__name__}: {error}"
+            ) from error
+        self.add(entry_point.name, plugin, origin)
 
     def available(self, setting: str) -> list[str]:
         """Return the names that a setting may have."""
         implementations = getattr(self._manager.hook, HOOK_OF_SETTING[setting]).get_hookimpls()
         return sorted(implementation.plugin_name for implementation in implementations)
+
+    def origin(self, name: str) -> str:
+        """Return who brings a strategy: `BUILT_IN`, or a package and its version."""
+        return self._origin[name]
 
     def check(self, settings: Settings) -> None:
         """Check that every strategy picked exists.

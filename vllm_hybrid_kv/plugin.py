@@ -22,13 +22,14 @@ from vllm_hybrid_kv.version import __version__
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from vllm_hybrid_kv.hooks import Strategies
     from vllm_hybrid_kv.seams.base import Applied
     from vllm_hybrid_kv.settings import Settings
 
 NAME = "hybrid_kv"
 
 _applied: Applied | None = None
-_left_alone = False
+_left_alone: HybridKVError | None = None
 _announced: set[tuple[int, str]] = set()
 
 
@@ -49,7 +50,7 @@ def register() -> None:
     if _applied is not None:
         _applied.verify()
         return
-    if _left_alone:
+    if _left_alone is not None:
         return
     try:
         try:
@@ -57,10 +58,10 @@ def register() -> None:
         except (HybridKVVersionError, HybridKVFingerprintError) as error:
             if NAME in os.environ.get("VLLM_PLUGINS", "").split(","):
                 raise
-            _left_alone = True
+            _left_alone = error
             _logger().warning(
-                "%s. The plugin is inactive and vLLM is unchanged. Set VLLM_PLUGINS=%s to stop "
-                "start-up instead.",
+                "%s. The plugin is inactive and vLLM is unchanged; `vllm-hybrid-kv doctor` says "
+                "more. Set VLLM_PLUGINS=%s to stop start-up instead.",
                 error,
                 NAME,
             )
@@ -73,34 +74,43 @@ def applied() -> Applied | None:
     return _applied
 
 
-def _activate() -> Applied:
+def left_alone() -> HybridKVError | None:
+    """Return why `register` left vLLM as it is in this process, or None where it did not."""
+    return _left_alone
+
+
+def vllm_version() -> tuple[str, tuple[int, int]]:
+    """Return the version of vLLM in this process and its minor, one that the plugin knows.
+
+    Raises:
+        HybridKVVersionError: The plugin does not know it.
+        ImportError: vLLM is not installed.
+    """
     try:
-        from vllm.version import __version__ as vllm_version
+        from vllm.version import __version__ as version
         from vllm.version import __version_tuple__ as version_tuple
     except ModuleNotFoundError as error:
         raise ImportError(f"{NAME}: {INSTALL_VLLM}") from error
-    from vllm_hybrid_kv.seams import ADAPTERS, SUPPORTED, seams_for
+    from vllm_hybrid_kv.seams import ADAPTERS, SUPPORTED
 
     minor = tuple(version_tuple[:2])
     if minor not in ADAPTERS:
         raise HybridKVVersionError(
-            f"{NAME} {__version__} supports vLLM {SUPPORTED}, this is vLLM {vllm_version}; "
+            f"{NAME} {__version__} supports vLLM {SUPPORTED}, this is vLLM {version}; "
             "install one of them, or a vllm-hybrid-kv for this one"
         )
+    return str(version), (int(minor[0]), int(minor[1]))
 
-    import vllm.platforms
 
-    from vllm_hybrid_kv.attention.refusal import CACHE_DTYPE
+def built_in_strategies() -> Strategies:
+    """Return the strategies of this package, without those of others."""
     from vllm_hybrid_kv.coordinator.match_unit import AutoMatchUnit
     from vllm_hybrid_kv.coordinator.strategies import FixedPoint, HybridAware
     from vllm_hybrid_kv.hooks import Strategies
-    from vllm_hybrid_kv.metrics import directory
     from vllm_hybrid_kv.planning.capacity import AllGroups, GrowingGroups
     from vllm_hybrid_kv.planning.page_sizes import LeastCommonMultiple
-    from vllm_hybrid_kv.seams import base
-    from vllm_hybrid_kv.seams.context import Context
 
-    strategies = Strategies(
+    return Strategies(
         {
             "lcm": LeastCommonMultiple(),
             "all": AllGroups(),
@@ -110,6 +120,19 @@ def _activate() -> Applied:
             "auto": AutoMatchUnit(),
         }
     )
+
+
+def _activate() -> Applied:
+    version, minor = vllm_version()
+
+    import vllm.platforms
+
+    from vllm_hybrid_kv.attention.refusal import CACHE_DTYPE
+    from vllm_hybrid_kv.metrics import directory
+    from vllm_hybrid_kv.seams import base, seams_for
+    from vllm_hybrid_kv.seams.context import Context
+
+    strategies = built_in_strategies()
     strategies.discover()
     platform = vllm.platforms.current_platform
 
@@ -125,7 +148,7 @@ def _activate() -> Applied:
         else:
             kernels = "vLLM's own, there are none for this device"
         line = (
-            f"{NAME} {__version__} active on vLLM {vllm_version} ({device}): "
+            f"{NAME} {__version__} active on vLLM {version} ({device}): "
             f"{strategies.describe(settings)}, kernels={kernels}"
         )
         if (os.getpid(), line) not in _announced:
@@ -143,10 +166,10 @@ def _activate() -> Applied:
     # The environment's part of the settings is known before any configuration is.
     context.check(None)
     try:
-        return base.apply(seams_for((int(minor[0]), int(minor[1])), context))
+        return base.apply(seams_for(minor, context))
     except HybridKVFingerprintError as error:
         raise HybridKVFingerprintError(
-            f"{NAME} {__version__} does not know this vLLM {vllm_version}: {error}. It may be "
+            f"{NAME} {__version__} does not know this vLLM {version}: {error}. It may be "
             "patched, by hand or by another plugin"
         ) from None
 

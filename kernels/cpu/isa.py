@@ -45,6 +45,16 @@ def available() -> tuple[str, ...]:
     return tuple(found)
 
 
+def lacking(isa: str) -> tuple[str, ...]:
+    """Return the instructions that this CPU lacks for a path, by torch's names.
+
+    Empty for a path that it can run, and for `AMX` where the operating system alone is in its way.
+    """
+    flags = torch.cpu.get_capabilities()
+    needed = {PORTABLE: (), AVX512_BF16: _AVX512_FLAGS, AMX: (*_AVX512_FLAGS, *_AMX_FLAGS)}[isa]
+    return tuple(name for name in needed if not flags.get(name, False))
+
+
 def require(isa: str) -> str:
     """Return `isa` if this CPU can run it.
 

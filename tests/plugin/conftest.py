@@ -102,7 +102,7 @@ def unregistered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if before is not None:
         before.undo()
     monkeypatch.setattr(plugin, "_applied", None)
-    monkeypatch.setattr(plugin, "_left_alone", False)
+    monkeypatch.setattr(plugin, "_left_alone", None)
     monkeypatch.setattr(plugin, "_announced", set())
     # Else errors end the process as they do in one of vLLM's command line.
     monkeypatch.delitem(sys.modules, "vllm.entrypoints.cli.main", raising=False)

@@ -31,6 +31,7 @@ def test_an_unsupported_version_warns_once_and_leaves_vllm_untouched(log):
     (warning,) = log.lines(logging.WARNING)
     assert "supports vLLM 0.32 and 0.33, this is vLLM 0.34.1" in warning
     assert "The plugin is inactive and vLLM is unchanged" in warning
+    assert isinstance(plugin.left_alone(), HybridKVVersionError)
 
 
 @pytest.mark.usefixtures("unsupported")

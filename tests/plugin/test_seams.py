@@ -199,6 +199,9 @@ def test_a_module_that_still_has_the_stock_function_fails_the_check(monkeypatch)
     message = "kv_cache_manager.get_kv_cache_coordinator still is vLLM's"
     with pytest.raises(HybridKVSeamError, match=message):
         plugin.applied().verify()
+    (row,) = (row for row in plugin.applied().table() if row.failures)
+    assert row.edit == "vllm.v1.core.kv_cache_coordinator.get_kv_cache_coordinator"
+    assert message in row.failures[0]
 
 
 def test_a_method_rebound_in_a_platform_subclass_fails_the_check(monkeypatch):

@@ -286,13 +286,7 @@ class Applied:
         Raises:
             HybridKVSeamError: One is not; the message lists all.
         """
-        failures = [failure for edit in _edits(self.seams) for failure in edit.failures()]
-        originals = {id(edit.original): edit for edit in _functions(self.seams)}
-        for module, name, value in _globals_among(originals):
-            target = originals[id(value)].target
-            if f"{module}.{name}" != str(target):
-                failures.append(f"{module}.{name} still is vLLM's {target}")
-        if failures:
+        if failures := [failure for row in self.table() for failure in row.failures]:
             raise HybridKVSeamError(
                 f"vLLM was changed behind the plugin's back: {'; '.join(failures)}. Another "
                 "plugin may patch the same names; keep one of them out with VLLM_PLUGINS"
@@ -300,7 +294,17 @@ class Applied:
 
     def table(self) -> list[Row]:
         """Return what `doctor` shows: every edit and how it fails, if it does."""
-        return [Row(seam, str(edit), edit.failures()) for seam in self.seams for edit in seam.edits]
+        originals = {id(edit.original): edit for edit in _functions(self.seams)}
+        stale: dict[Edit, list[str]] = {}
+        for module, name, value in globals_among(originals):
+            edit = originals[id(value)]
+            if f"{module}.{name}" != str(edit.target):
+                stale.setdefault(edit, []).append(f"{module}.{name} still is vLLM's {edit.target}")
+        return [
+            Row(seam, str(edit), [*edit.failures(), *stale.get(edit, ())])
+            for seam in self.seams
+            for edit in seam.edits
+        ]
 
     def undo(self) -> None:
         """Take every edit back, the last one first."""
@@ -350,11 +354,11 @@ def _functions(seams: Sequence[Seam]) -> Iterator[FunctionRebinding]:
 def _swap(replacement_of: Mapping[Any, Any]) -> None:
     """Replace functions by others in the globals of every module."""
     by_id = {id(old): new for old, new in replacement_of.items()}
-    for module, name, value in list(_globals_among(by_id)):
+    for module, name, value in list(globals_among(by_id)):
         setattr(sys.modules[module], name, by_id[id(value)])
 
 
-def _globals_among(wanted: Mapping[int, Any]) -> Iterator[tuple[str, str, Any]]:
+def globals_among(wanted: Mapping[int, Any]) -> Iterator[tuple[str, str, Any]]:
     """Yield module, name and value of every module global whose id is wanted."""
     ids = frozenset(wanted)
     for module_name in list(sys.modules):
