@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from vllm_hybrid_kv.errors import HybridKVStrategyError
-from vllm_hybrid_kv.planning.capacity import check_capacity_groups, growing_groups
+from vllm_hybrid_kv.planning.capacity import check_capacity_groups, token_capacity_kv_cache_groups
 
 SHAPE = {"block_size": 16, "num_kv_heads": 1, "head_size": 64, "dtype": torch.bfloat16}
 FULL = FullAttentionSpec(**SHAPE)
@@ -42,31 +42,31 @@ def names(groups):
 
 
 def test_full_attention_and_its_subclasses_grow():
-    assert names(growing_groups(plan(FULL, MLA))) == ["layer.0", "layer.1"]
+    assert names(token_capacity_kv_cache_groups(None, plan(FULL, MLA))) == ["layer.0", "layer.1"]
 
 
 @pytest.mark.parametrize("bounded", [WINDOW, WINDOW_MLA, CHUNKED, mamba("none"), mamba("align")])
 def test_what_is_bounded_does_not_count_beside_full_attention(bounded):
-    assert names(growing_groups(plan(bounded, FULL, bounded))) == ["layer.1"]
+    assert names(token_capacity_kv_cache_groups(None, plan(bounded, FULL, bounded))) == ["layer.1"]
 
 
 def test_mamba_that_keeps_a_state_for_every_block_grows():
-    assert names(growing_groups(plan(FULL, mamba("all")))) == ["layer.0", "layer.1"]
+    assert names(token_capacity_kv_cache_groups(None, plan(FULL, mamba("all")))) == ["layer.0", "layer.1"]
 
 
 def test_a_group_of_layers_with_specs_of_their_own_is_looked_into():
     inner = UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"a": FULL, "b": FULL})
-    assert names(growing_groups(plan(WINDOW, inner))) == ["layer.1"]
+    assert names(token_capacity_kv_cache_groups(None, plan(WINDOW, inner))) == ["layer.1"]
 
 
 def test_where_nothing_grows_every_group_counts():
-    assert names(growing_groups(plan(WINDOW, mamba("align")))) == ["layer.0", "layer.1"]
+    assert names(token_capacity_kv_cache_groups(None, plan(WINDOW, mamba("align")))) == ["layer.0", "layer.1"]
 
 
 def test_groups_in_host_memory_alone_are_not_enough():
     everything = plan(FULL, WINDOW)
     everything.kv_cache_groups[0].host_resident = True
-    assert names(growing_groups(everything)) == ["layer.0", "layer.1"]
+    assert names(token_capacity_kv_cache_groups(None, everything)) == ["layer.0", "layer.1"]
 
 
 def test_a_choice_of_the_plans_groups_is_accepted():
