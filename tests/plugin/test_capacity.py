@@ -51,7 +51,10 @@ def test_what_is_bounded_does_not_count_beside_full_attention(bounded):
 
 
 def test_mamba_that_keeps_a_state_for_every_block_grows():
-    assert names(token_capacity_kv_cache_groups(None, plan(FULL, mamba("all")))) == ["layer.0", "layer.1"]
+    assert names(token_capacity_kv_cache_groups(None, plan(FULL, mamba("all")))) == [
+        "layer.0",
+        "layer.1",
+    ]
 
 
 def test_a_group_of_layers_with_specs_of_their_own_is_looked_into():
@@ -60,7 +63,10 @@ def test_a_group_of_layers_with_specs_of_their_own_is_looked_into():
 
 
 def test_where_nothing_grows_every_group_counts():
-    assert names(token_capacity_kv_cache_groups(None, plan(WINDOW, mamba("align")))) == ["layer.0", "layer.1"]
+    assert names(token_capacity_kv_cache_groups(None, plan(WINDOW, mamba("align")))) == [
+        "layer.0",
+        "layer.1",
+    ]
 
 
 def test_groups_in_host_memory_alone_are_not_enough():

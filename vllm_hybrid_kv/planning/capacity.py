@@ -115,6 +115,17 @@ class Capacity:
     max_len_tokens: int
     concurrency: float
 
+    def describe(self) -> str:
+        """Return a line with the three numbers and what each says."""
+        # Cut, not rounded: 1.999 requests are not 2.
+        concurrency = math.floor(100 * self.concurrency) / 100
+        return (
+            f"KV cache of {self.num_blocks:,} blocks: {self.short_tokens:,} tokens fit in short "
+            f"requests ({self.short_request:,} tokens each), {self.max_len_tokens:,} in requests "
+            f"of max_model_len ({self.max_model_len:,}), of which {concurrency:,.2f} fit at once; "
+            "docs/capacity.md has the formulas"
+        )
+
 
 def capacity(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Capacity:
     """Return what a plan's pool holds: see `Capacity` for the three numbers and their formulas.
@@ -170,7 +181,9 @@ def blocks_per_request(vllm_config: VllmConfig, spec: KVCacheSpec, tokens: int) 
         tokens: Tokens of the request, prompt and answer together.
     """
     dcp = vllm_config.parallel_config.decode_context_parallel_size
-    return max(_blocks_of_layer(vllm_config, layer, tokens, dcp) for layer in iter_layer_specs(spec))
+    return max(
+        _blocks_of_layer(vllm_config, layer, tokens, dcp) for layer in iter_layer_specs(spec)
+    )
 
 
 def _blocks_of_layer(vllm_config: VllmConfig, spec: KVCacheSpec, tokens: int, dcp: int) -> int:
