@@ -15,6 +15,8 @@ SUITES = (
     "test_explanation.py",
     "test_fixed_point.py",
     "test_fixed_point_oracle.py",
+    "test_pool_capacity.py",
+    "test_smallest_hit.py",
 )
 
 

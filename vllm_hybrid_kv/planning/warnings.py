@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     KVCacheConfig,
+    KVCacheGroupSpec,
     KVCacheSpec,
     KVQuantMode,
     MambaSpec,
+    UniformTypeKVCacheSpecs,
     get_kv_quant_mode,
     iter_layer_specs,
 )
@@ -34,6 +37,7 @@ def startup_warnings(
     scheduler_block_size: int,
     hash_block_size: int,
     settings: Settings,
+    layers: Mapping[str, KVCacheSpec] | None = None,
 ) -> list[str]:
     """Return a line for everything that was asked for and that the plan makes useless.
 
@@ -42,17 +46,22 @@ def startup_warnings(
 
     Args:
         vllm_config: The engine's configuration.
-        kv_cache_config: The plan, the scheduler's.
+        kv_cache_config: The plan.
         scheduler_block_size: Tokens, of `resolve_kv_cache_block_sizes`.
         hash_block_size: The match unit in tokens, of the same function.
         settings: The plugin's, for what is chosen now.
+        layers: The spec of every layer by name, as it was planned with. Needed with the
+            scheduler's plan, where one layer's spec stands for a whole group; None takes the
+            groups' own, as workers have them.
     """
+    if layers is None:
+        layers = _specs(kv_cache_config)
     lines = (
         _inert_prefix_cache(
             vllm_config, kv_cache_config, scheduler_block_size, hash_block_size, settings
         ),
-        _unused_cache_dtype(vllm_config, kv_cache_config),
-        _padded_pool(vllm_config, kv_cache_config, settings),
+        _unused_cache_dtype(vllm_config, layers),
+        _padded_pool(vllm_config, kv_cache_config, settings, layers),
     )
     return [line for line in lines if line is not None]
 
@@ -78,26 +87,25 @@ def _inert_prefix_cache(
     )
 
 
-def _unused_cache_dtype(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str | None:
+def _specs(kv_cache_config: KVCacheConfig) -> dict[str, KVCacheSpec]:
+    specs: dict[str, KVCacheSpec] = {}
+    for group in kv_cache_config.kv_cache_groups:
+        if isinstance(group.kv_cache_spec, UniformTypeKVCacheSpecs):
+            specs.update(group.kv_cache_spec.kv_cache_specs)
+        else:
+            specs.update(dict.fromkeys(group.layer_names, group.kv_cache_spec))
+    return specs
+
+
+def _unused_cache_dtype(vllm_config: VllmConfig, layers: Mapping[str, KVCacheSpec]) -> str | None:
     asked = vllm_config.cache_config.cache_dtype
-    if asked == "auto":
+    if asked == "auto" or any(_stores(vllm_config, spec, asked) for spec in layers.values()):
         return None
-    specs = [
-        spec
-        for group in kv_cache_config.kv_cache_groups
-        for spec in iter_layer_specs(group.kv_cache_spec)
-    ]
-    if any(_stores(vllm_config, spec, asked) for spec in specs):
-        return None
-    attention = sum(
-        len(group.layer_names)
-        for group in kv_cache_config.kv_cache_groups
-        if any(isinstance(spec, AttentionSpec) for spec in iter_layer_specs(group.kv_cache_spec))
-    )
+    attention = sum(isinstance(spec, AttentionSpec) for spec in layers.values())
     skipped = vllm_config.cache_config.kv_cache_dtype_skip_layers
     way_out = (
         f"--kv-cache-dtype-skip-layers takes out {' '.join(skipped)}"
-        if skipped
+        if skipped and attention
         else "give --kv-cache-dtype auto, which is what it does now"
     )
     return (
@@ -131,43 +139,62 @@ def padding_share(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> fl
         vllm_config: The engine's configuration.
         kv_cache_config: The plan.
     """
-    padding = pool = 0.0
-    for group in kv_cache_config.kv_cache_groups:
-        if group.host_resident:
-            continue
-        blocks = blocks_per_request(
-            vllm_config, group.kv_cache_spec, vllm_config.model_config.max_model_len
-        )
-        specs = list(iter_layer_specs(group.kv_cache_spec))
-        page = sum(spec.page_size_bytes for spec in specs)
-        padded = sum(spec.page_size_bytes - _content_bytes(spec) for spec in specs)
-        padding += blocks * padded / page
-        pool += blocks
-    return padding / pool if pool else 0.0
+    return sum(share for share, _ in _padding_by_group(vllm_config, kv_cache_config))
+
+
+def _padding_by_group(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+) -> list[tuple[float, KVCacheGroupSpec]]:
+    """Return the share of the pool that is padding of each group's pages."""
+    groups = [group for group in kv_cache_config.kv_cache_groups if not group.host_resident]
+    max_model_len = vllm_config.model_config.max_model_len
+    blocks = [
+        blocks_per_request(vllm_config, group.kv_cache_spec, max_model_len) for group in groups
+    ]
+    pool = max(sum(blocks), 1)
+    return [
+        (count / pool * _padding_of_page(group.kv_cache_spec), group)
+        for count, group in zip(blocks, groups, strict=True)
+    ]
+
+
+def _padding_of_page(spec: KVCacheSpec) -> float:
+    layers = list(iter_layer_specs(spec))
+    page = sum(layer.page_size_bytes for layer in layers)
+    return 1 - sum(map(_content_bytes, layers)) / page
 
 
 def _content_bytes(spec: KVCacheSpec) -> int:
-    if isinstance(spec, AttentionSpec | MambaSpec):
+    if isinstance(spec, (AttentionSpec, MambaSpec)):
         return int(spec.real_page_size_bytes)
     return int(spec.page_size_bytes)
 
 
 def _padded_pool(
-    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settings
+    vllm_config: VllmConfig,
+    kv_cache_config: KVCacheConfig,
+    settings: Settings,
+    layers: Mapping[str, KVCacheSpec],
 ) -> str | None:
-    share = padding_share(vllm_config, kv_cache_config)
+    by_group = _padding_by_group(vllm_config, kv_cache_config)
+    share = sum(share for share, _ in by_group)
     if share <= MOST_PADDING:
         return None
-    group, spec = max(
-        (
-            (group, spec)
-            for group in kv_cache_config.kv_cache_groups
-            for spec in iter_layer_specs(group.kv_cache_spec)
-        ),
-        key=lambda pair: 1 - _content_bytes(pair[1]) / pair[1].page_size_bytes,
-    )
+    _, group = max(by_group, key=lambda pair: pair[0])
+    spec = max(iter_layer_specs(group.kv_cache_spec), key=_padding_of_page)
+    layer = group.layer_names[0]
+    way_out = f"choose another unify_page_sizes than {settings.unify_page_sizes!r}"
+    if isinstance(spec, MambaSpec) and getattr(layers.get(layer), "page_size_padded", None):
+        # vLLM pads states to attention's pages before page sizes are unified, and where layers
+        # are skipped to the least common multiple of both kinds of attention's.
+        cache_config = vllm_config.cache_config
+        way_out = (
+            "vLLM pads states to a page of attention: give a smaller --block-size than "
+            f"{cache_config.block_size}"
+        )
+        if cache_config.kv_cache_dtype_skip_layers:
+            way_out += ", or no --kv-cache-dtype-skip-layers"
     return (
-        f"{100 * share:.1f} % of the KV pool is padding (layer {group.layer_names[0]}: "
-        f"{_content_bytes(spec):,} bytes in a page of {spec.page_size_bytes:,}); choose another "
-        f"unify_page_sizes than {settings.unify_page_sizes!r}, or another --block-size"
+        f"{100 * share:.1f} % of the KV pool is padding (most of it in pages as layer {layer} has: "
+        f"{_content_bytes(spec):,} bytes in {spec.page_size_bytes:,}); {way_out}"
     )

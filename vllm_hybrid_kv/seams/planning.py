@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,12 @@ logger = init_logger("vllm.hybrid_kv.planning")
 # configuration that strategies are promised.
 _planned_for: ContextVar[VllmConfig | None] = ContextVar("planned_for", default=None)
 
+# The scheduler's plan, which the capacity is computed of, has one spec for all layers of a group.
+# What was planned last in this process, and for which engine.
+_layers: ContextVar[tuple[weakref.ref[VllmConfig], dict[str, KVCacheSpec]] | None] = ContextVar(
+    "layers", default=None
+)
+
 
 def page_size_seam(context: Context, get_groups: Target, unify: Target) -> Seam:
     """Let a strategy unify page sizes.
@@ -46,6 +53,7 @@ def page_size_seam(context: Context, get_groups: Target, unify: Target) -> Seam:
         ) -> list[KVCacheGroupSpec]:
             context.adopt(vllm_config)
             token = _planned_for.set(vllm_config)
+            _layers.set((weakref.ref(vllm_config), dict(kv_cache_spec)))
             try:
                 groups: list[KVCacheGroupSpec] = original(vllm_config, kv_cache_spec)
             finally:
@@ -102,8 +110,10 @@ def _report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: S
     except (ValueError, HybridKVStrategyError):
         # vLLM asks next, and stops.
         return
+    planned = _layers.get()
+    layers = planned[1] if planned is not None and planned[0]() is vllm_config else None
     for line in startup_warnings(
-        vllm_config, kv_cache_config, scheduler_block_size, hash_block_size, settings
+        vllm_config, kv_cache_config, scheduler_block_size, hash_block_size, settings, layers
     ):
         logger.warning("%s", line)
 
