@@ -24,12 +24,15 @@ def send(scheduler: Scheduler, name: str, prompt: Sequence[int], hash_unit: int)
         prompt: Token ids.
         hash_unit: Tokens of a hash.
     """
+    # vLLM 0.33 has hashes cover the tokens that draft layers look ahead to.
+    ahead = getattr(scheduler, "num_hash_lookahead_tokens", 0)
+    more = {"num_hash_lookahead_tokens": ahead} if ahead else {}
     request = Request(
         request_id=name,
         prompt_token_ids=list(prompt),
         sampling_params=SamplingParams(max_tokens=1, ignore_eos=True),
         pooling_params=None,
-        block_hasher=get_request_block_hasher(hash_unit, sha256),
+        block_hasher=get_request_block_hasher(hash_unit, sha256, **more),
     )
     scheduler.add_request(request)
     hit = None

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from contents import chunked, full, mamba, ring, window
@@ -97,8 +97,9 @@ class Pool:
         raise AssertionError("more requests than blocks")
 
 
-def mode_of(mode: str, max_model_len: int, block: int) -> MambaSpec:
-    return mamba(max_model_len if mode == "none" else block, mode=mode)
+def states_of(mode: str, max_model_len: int, block: int, drafts: int) -> KVCacheSpec:
+    spec = mamba(max_model_len if mode == "none" else block, mode=mode)
+    return replace(spec, num_speculative_blocks=drafts)
 
 
 @st.composite
@@ -108,7 +109,8 @@ def pools(draw: st.DrawFn, bounded: bool) -> Pool:
     max_model_len = draw(st.integers(2 * unit, 24 * unit))
     mode = draw(st.sampled_from(["none", "all", "align"] if bounded else ["none", "all"]))
     sizes = st.sampled_from([unit, unit, 2 * unit, 3 * unit])
-    kinds = [st.builds(full, sizes), st.builds(lambda: mode_of(mode, max_model_len, unit))]
+    drafts = draw(st.sampled_from([0, 0, 1, 2]))
+    kinds = [st.builds(full, sizes), st.just(states_of(mode, max_model_len, unit, drafts))]
     kinds.append(st.builds(ring, st.just(4)))
     if bounded:
         reach = st.integers(2, 8 * unit)
@@ -124,7 +126,7 @@ def pools(draw: st.DrawFn, bounded: bool) -> Pool:
     )
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(pools(bounded=False))
 def test_without_groups_that_free_blocks_the_formulas_are_exact(pool):
     said = pool.said
@@ -132,7 +134,7 @@ def test_without_groups_that_free_blocks_the_formulas_are_exact(pool):
     assert pool.fit(pool.max_model_len) == int(said.concurrency)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(pools(bounded=True))
 def test_with_any_groups_as_many_fit_as_is_said(pool):
     said = pool.said
@@ -140,7 +142,7 @@ def test_with_any_groups_as_many_fit_as_is_said(pool):
     assert pool.fit(pool.max_model_len) >= int(said.concurrency)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(pools(bounded=True))
 def test_no_more_fit_than_if_each_held_one_block_of_every_group(pool):
     # The bound from above, where windows and states give blocks back once they are computed.

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import vllm
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -20,6 +21,11 @@ from vllm.v1.kv_cache_interface import (
 from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.planning.warnings import padding_share, startup_warnings
 from vllm_hybrid_kv.settings import Settings, current_settings
+
+if tuple(vllm.__version_tuple__[:2]) == (0, 32):
+    planning = kv_cache_utils
+else:
+    from vllm.v1.core import kv_cache_planning as planning
 
 BLOCK = 256
 PLAIN = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
@@ -58,8 +64,10 @@ def lines(config, kv_cache_config, settings=None, layers=None):
 def config(make_config):
     # Whole blocks, whether or not the plugin is active in this process.
     whole = {"prefix_match_unit": "stock"}
-    config = make_config(whole, mamba_cache_mode="align", enable_prefix_caching=True)
+    config = make_config(whole, enable_prefix_caching=True)
     config.cache_config.block_size = BLOCK
+    # vLLM sets it back for a model without states.
+    config.cache_config.mamba_cache_mode = "align"
     return config
 
 
@@ -176,7 +184,7 @@ def start_up(unregistered, log):
 
     def start(config, kv_cache_config, specs):
         plugin.register()
-        kv_cache_utils.get_kv_cache_groups(config, specs)
+        planning.get_kv_cache_groups(config, specs)
         log.records.clear()
         kv_cache_utils.update_kv_cache_capacity(config, kv_cache_config)
         kv_cache_utils.resolve_kv_cache_block_sizes(kv_cache_config, config)
@@ -208,7 +216,7 @@ def test_start_up_logs_each_line_once_whatever_the_strategies(start_up, make_con
 def test_the_unit_that_a_strategy_chooses_is_the_one_that_hits_are_counted_by(
     start_up, make_config
 ):
-    config = make_config({"prefix_match_unit": "auto"}, mamba_cache_mode="align")
+    config = make_config({"prefix_match_unit": "auto"})
     config.cache_config.enable_prefix_caching = True
     config.model_config.max_model_len = BLOCK
     specs = {"layer.0": PLAIN, "layer.1": state(PLAIN.page_size_bytes)}
@@ -229,7 +237,7 @@ def test_layers_that_the_schedulers_plan_lacks_are_remembered_from_planning(star
 
 
 def test_a_unit_that_vllm_refuses_stops_start_up_as_it_does_without_us(start_up, make_config):
-    config = make_config(mamba_cache_mode="align", enable_prefix_caching=True)
+    config = make_config(enable_prefix_caching=True)
     config.cache_config.prefix_match_unit = 7
     specs = {"layer.0": PLAIN, "layer.1": state(PLAIN.page_size_bytes)}
     with pytest.raises(ValueError, match="Invalid prefix_match_unit=7"):

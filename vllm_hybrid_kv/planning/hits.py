@@ -29,10 +29,14 @@ def smallest_hit(
     blocks, else the scheduler's block. A prompt's last token is always computed, for its logits
     are needed, so without drafts the answer is A + 1.
 
-    Draft layers (EAGLE, MTP) use a hit only where the cache goes on for a margin M behind its end,
-    which they then drop: one block of theirs, or one match unit where hits end inside blocks. The
-    answer is then A + M, for M is at least one token; with a single KV group the last token is
-    left out first, and it is A + M + 1.
+    Draft layers (EAGLE, MTP) write the last entry before a boundary for the token behind it, and
+    shorten hits in one of two ways:
+
+    * vLLM 0.32, and 0.33 with a KV connector: a hit needs the cache to go on for a margin M behind
+      its end, which is then dropped: one block of the draft layers, or one match unit where hits
+      end inside blocks. The answer is A + M, for M is at least one token; with a single KV group
+      the last token is left out first, and it is A + M + 1.
+    * vLLM 0.33: hashes cover the L tokens behind their block, and the answer is A + L.
 
     Args:
         vllm_config: The engine's configuration.
@@ -43,6 +47,8 @@ def smallest_hit(
     alignment = resolve_cache_hit_alignment_tokens(
         kv_cache_config, vllm_config, scheduler_block_size, hash_block_size
     )
+    if lookahead := getattr(vllm_config, "num_hash_lookahead_tokens", 0):
+        return alignment + int(lookahead)
     margin = _draft_margin(vllm_config, kv_cache_config, alignment, hash_block_size)
     if len(kv_cache_config.kv_cache_groups) <= 1:
         return alignment + margin + 1
@@ -56,6 +62,9 @@ def _draft_margin(
     speculative = vllm_config.speculative_config
     drops = speculative is not None and speculative.use_eagle_block_drop()
     groups = kv_cache_config.kv_cache_groups
+    if not drops and hasattr(vllm_config, "num_hash_lookahead_tokens"):
+        # In 0.33 the mark alone drops nothing.
+        return 0
     # Where none is marked, vLLM takes all for groups with draft layers.
     drafting = [group for group in groups if group.is_eagle_group] or (groups if drops else [])
     dcp = vllm_config.parallel_config.decode_context_parallel_size
