@@ -237,6 +237,18 @@ def test_a_last_block_that_a_long_request_leaves_empty_is_not_counted(config_of)
     assert said.max_len_tokens < said.short_tokens
 
 
+def test_a_short_request_fills_blocks_of_several_sizes(config_of):
+    planned = plan(*[FullAttentionSpec(**{**SHAPE, "block_size": size}) for size in (32, 48)])
+    planned.num_blocks = 101
+    said = capacity(config_of(), planned)
+    # 3 blocks of 32 tokens and 2 of 48.
+    assert (said.short_request, said.short_tokens) == (96, 20 * 96)
+    # No request is longer than max_model_len, nor is there room for a block of as many in one.
+    assert capacity(config_of(max_model_len=90), planned).short_request == 90
+    assert capacity(config_of(max_model_len=48), planned).short_request == 32
+    assert capacity(config_of(max_model_len=32), planned).short_request == 32
+
+
 def test_a_request_longer_than_the_pool_is_a_fraction(config_of):
     said = capacity(config_of(), plan(FULL))
     assert said.concurrency == 9 / (LEN // 16)
