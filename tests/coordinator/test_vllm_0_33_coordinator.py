@@ -36,7 +36,7 @@ def test_the_coordinators_suites_pass_against_the_0_33_wheel():
         },
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
         check=False,
     )
     assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
