@@ -15,6 +15,8 @@ SUITES = (
     "test_explanation.py",
     "test_fixed_point.py",
     "test_fixed_point_oracle.py",
+    "test_pool_capacity.py",
+    "test_smallest_hit.py",
 )
 
 
@@ -34,7 +36,7 @@ def test_the_coordinators_suites_pass_against_the_0_33_wheel():
         },
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
         check=False,
     )
     assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-2000:]}"

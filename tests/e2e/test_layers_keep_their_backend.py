@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layers get k8v4 pages, read off a running engine."""
+"""Which layers get k8v4 pages, read off a running engine, and what start-up says of the plan."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,19 @@ def layers(
     }
 
 
+def said(host: EngineHost, since: int = 0) -> list[str]:
+    """Return what the plugin logged of plans behind a place in the log, levels before."""
+    lines = host.log.read_text(errors="replace")[since:].splitlines()
+    found = [re.search(r"(INFO|WARNING) .*\[planning\.py:\d+\] (.*)", line) for line in lines]
+    return [f"{match[1]} {match[2]}" for match in found if match]
+
+
+CAPACITY = (
+    r"INFO KV cache of ([\d,]+) blocks: ([\d,]+) tokens fit in short requests \(([\d,]+) tokens "
+    r"each\), ([\d,]+) in requests of max_model_len \(2,048\), of which ([\d,.]+) fit at once; "
+)
+
+
 def is_quantised(layer: dict[str, Any]) -> bool:
     return "vllm_hybrid_kv" in layer["backend"]
 
@@ -40,8 +54,13 @@ def is_quantised(layer: dict[str, Any]) -> bool:
 def test_boundary_layers_of_dense_models_keep_their_backend_and_bytes(
     host: EngineHost, small_model: Callable[[str, str], Path], model: str
 ) -> None:
+    before = len(host.log.read_text(errors="replace"))
     found = layers(host, small_model, model)
     assert sorted(found) == list(range(8))
+    if model == "llama":
+        # One line and no warning, though the first layer, which is not quantised, stands for all.
+        (line,) = said(host, before)
+        assert line.startswith("INFO KV cache of ")
     assert [i for i in sorted(found) if is_quantised(found[i])] == [2, 3, 4, 5]
     kv_heads, head_size = 2, 64
     for layer in found.values():
@@ -80,3 +99,24 @@ def test_a_hybrid_model_can_skip_a_layer(
 ) -> None:
     found = layers(host, small_model, "qwen3-next", kv_cache_dtype_skip_layers=["7"])
     assert [i for i in sorted(found) if is_quantised(found[i])] == [3]
+
+
+def test_start_up_says_what_the_pool_holds_and_warns_of_what_is_padding(
+    host: EngineHost, small_model: Callable[[str, str], Path]
+) -> None:
+    # The engine of the test before: a skipped layer has vLLM pad states by several MB.
+    layers(host, small_model, "qwen3-next", kv_cache_dtype_skip_layers=["7"])
+    capacity, warning = said(host)[-2:]
+    match = re.match(CAPACITY, capacity)
+    assert match is not None, capacity
+    blocks, short, each, longest = (int(number.replace(",", "")) for number in match.groups()[:4])
+    # vLLM counts the null block too.
+    vllms = host.started["capacity_tokens"]
+    assert longest == pytest.approx(vllms * (blocks - 1) / blocks, abs=1)
+    assert float(match[5]) == pytest.approx(longest / 2048, abs=0.01)
+    # Blocks of attention are longer than any request here; those of states are not.
+    assert each == host.started["block_size"]
+    assert 0 < short < longest
+    assert short % each == 0
+    assert re.match(r"WARNING \d+\.\d % of the KV pool is padding ", warning), warning
+    assert warning.endswith("--block-size than 128, or no --kv-cache-dtype-skip-layers")

@@ -9,10 +9,12 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 
 SUITES = (
+    "test_capacity.py",
     "test_gate.py",
     "test_gpu_platform.py",
     "test_seams.py",
     "test_selection.py",
+    "test_startup_warnings.py",
     "test_strategies.py",
 )
 

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which KV groups the reported token capacity counts."""
+"""How many tokens a pool of KV blocks holds, and which KV groups the reported number counts."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from vllm.v1.core.kv_cache_utils import resolve_dcp_kv_block_size
 from vllm.v1.kv_cache_interface import (
+    CrossAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
@@ -16,6 +21,9 @@ from vllm.v1.kv_cache_interface import (
 
 from vllm_hybrid_kv.errors import HybridKVStrategyError
 from vllm_hybrid_kv.hooks import hookimpl
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 
 class AllGroups:
@@ -34,22 +42,34 @@ class GrowingGroups:
 
     @hookimpl
     def hybrid_kv_token_capacity_groups(
-        self, kv_cache_config: KVCacheConfig
+        self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
     ) -> list[KVCacheGroupSpec]:
-        """See `growing_groups`."""
-        return growing_groups(kv_cache_config)
+        """See `token_capacity_kv_cache_groups`."""
+        return token_capacity_kv_cache_groups(vllm_config, kv_cache_config)
 
 
-def growing_groups(kv_cache_config: KVCacheConfig) -> list[KVCacheGroupSpec]:
+def token_capacity_kv_cache_groups(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+) -> list[KVCacheGroupSpec]:
     """Return the groups that need more blocks the longer a sequence gets.
 
-    The rule of vLLM's #40384 and #40417. Full attention and its subclasses grow; Mamba grows only
-    in cache mode `all`, which keeps a state per block; a sliding window and chunked local
-    attention are bounded. Where no group in device memory grows, all groups are returned.
+    The rule of vLLM's #40384 and #40417, and its signature. Full attention and its subclasses
+    grow; Mamba grows only in cache mode `all`, which keeps a state per block; a sliding window,
+    chunked local attention and everything else whose memory is bounded do not. Where no group in
+    device memory grows, all groups are returned.
 
-    The capacity that follows is that of one sequence as long as the pool allows, without the
-    bounded groups' few blocks per request.
+    The capacity that follows is that of sequences as long as the pool allows, without the bounded
+    groups' few blocks per request. What #40384 divided by is another number: `Capacity`.
+
+    Args:
+        vllm_config: The engine's configuration. Every layer's spec carries its own cache mode, so
+            that nothing of it is needed; upstream's signature has it.
+        kv_cache_config: The plan.
+
+    Returns:
+        Groups of the plan, in its order.
     """
+    del vllm_config
     growing = [
         group
         for group in kv_cache_config.kv_cache_groups
@@ -64,6 +84,149 @@ def _grows(spec: KVCacheSpec) -> bool:
     if isinstance(spec, MambaSpec):
         return bool(spec.mamba_cache_mode == "all")
     return isinstance(spec, FullAttentionSpec)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What a pool of KV blocks holds; nothing is shared between the requests that are counted.
+
+    All groups draw blocks from one pool, and one block of it, the null block, holds nothing. With
+    N blocks, and r(n) blocks that a request of n tokens holds at most (`blocks_per_request`):
+
+        short_tokens   = floor((N - 1) / r(S)) * S
+        concurrency    = (N - 1) / r(max_model_len)
+        max_len_tokens = floor(concurrency * max_model_len)
+
+    Attributes:
+        num_blocks: N, the blocks of the pool, the null block among them.
+        short_request: S, tokens of a short request: it fills one block of every group, as nearly
+            as their block sizes allow (`short_request_tokens`). A shorter one takes as many blocks.
+        short_tokens: Tokens that fit in requests of S tokens.
+        max_model_len: Tokens of the longest request.
+        max_len_tokens: Tokens that fit in requests of `max_model_len`.
+        concurrency: Requests of `max_model_len` that fit at once, with all of them at their peak;
+            the whole part of it always fits.
+    """
+
+    num_blocks: int
+    short_request: int
+    short_tokens: int
+    max_model_len: int
+    max_len_tokens: int
+    concurrency: float
+
+    def describe(self) -> str:
+        """Return a line with the three numbers and what each says."""
+        # Cut, not rounded: 1.999 requests are not 2.
+        concurrency = math.floor(100 * self.concurrency) / 100
+        return (
+            f"KV cache of {self.num_blocks:,} blocks: {self.short_tokens:,} tokens fit in short "
+            f"requests ({self.short_request:,} tokens each), {self.max_len_tokens:,} in requests "
+            f"of max_model_len ({self.max_model_len:,}), of which {concurrency:,.2f} fit at once; "
+            "docs/capacity.md has the formulas"
+        )
+
+
+def capacity(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Capacity:
+    """Return what a plan's pool holds: see `Capacity` for the three numbers and their formulas.
+
+    Args:
+        vllm_config: The engine's configuration: `max_model_len`, the tokens in flight, context
+            parallelism and the cache mode of states.
+        kv_cache_config: The plan, with its number of blocks; a worker's or the scheduler's.
+    """
+    max_model_len = vllm_config.model_config.max_model_len
+    short = short_request_tokens(vllm_config, kv_cache_config)
+    at_once = _requests_at_once(vllm_config, kv_cache_config, max_model_len)
+    return Capacity(
+        num_blocks=kv_cache_config.num_blocks,
+        short_request=short,
+        short_tokens=int(_requests_at_once(vllm_config, kv_cache_config, short)) * short,
+        max_model_len=max_model_len,
+        max_len_tokens=int(at_once * max_model_len),
+        concurrency=at_once,
+    )
+
+
+def short_request_tokens(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
+    """Return the tokens of a request that fills whole blocks of every group, the shortest such.
+
+    The least common multiple of the groups' blocks, which is what vLLM's scheduler aligns chunks
+    to. Left out are blocks of `max_model_len` and more, such as the one state of cache mode
+    `none`, and those of groups outside prefix caching, such as ring buffers. It is never more than
+    `max_model_len`.
+    """
+    max_model_len = vllm_config.model_config.max_model_len
+    dcp = vllm_config.parallel_config.decode_context_parallel_size
+    blocks = [
+        resolve_dcp_kv_block_size(group.kv_cache_spec, dcp)
+        for group in kv_cache_config.kv_cache_groups
+        if group.kv_cache_spec.prefix_cacheable
+    ]
+    shorter = [block for block in blocks if block < max_model_len]
+    return min(math.lcm(*shorter), max_model_len) if shorter else max_model_len
+
+
+def blocks_per_request(vllm_config: VllmConfig, spec: KVCacheSpec, tokens: int) -> int:
+    """Return the most blocks of one group that a request of `tokens` tokens holds at once.
+
+    The blocks that its tokens span, but no more than vLLM reserves at most for a request of the
+    group's kind: a window's blocks and those of the tokens in flight, or the states that a request
+    keeps. Speculative states come on top. At `max_model_len` this is vLLM's own count, except
+    that Mamba in cache mode `all` counts a state per block, as is allocated.
+
+    Args:
+        vllm_config: The engine's configuration.
+        spec: The group's.
+        tokens: Tokens of the request, prompt and answer together.
+    """
+    dcp = vllm_config.parallel_config.decode_context_parallel_size
+    return max(
+        _blocks_of_layer(vllm_config, layer, tokens, dcp) for layer in iter_layer_specs(spec)
+    )
+
+
+def _blocks_of_layer(vllm_config: VllmConfig, spec: KVCacheSpec, tokens: int, dcp: int) -> int:
+    most = -(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes)
+    if isinstance(spec, CrossAttentionSpec):
+        # The encoder's tokens, however many the request has of its own.
+        return most
+    spanned = -(-tokens // resolve_dcp_kv_block_size(spec, dcp))
+    if isinstance(spec, MambaSpec):
+        spanned += spec.num_speculative_blocks
+        if spec.mamba_cache_mode == "all":
+            return spanned
+    return min(spanned, most)
+
+
+def _requests_at_once(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, tokens: int
+) -> float:
+    """Return how many requests of `tokens` tokens fit, the null block of each pool aside."""
+    device = host = 0
+    for group in kv_cache_config.kv_cache_groups:
+        blocks = blocks_per_request(vllm_config, group.kv_cache_spec, tokens)
+        if group.host_resident:
+            host += blocks
+        else:
+            device += blocks
+    limits = [(kv_cache_config.num_blocks - 1) / device] if device else []
+    if host:
+        limits.append(((kv_cache_config.hisparse_host_num_blocks or 1) - 1) / host)
+    return min(limits) if limits else 0.0
+
+
+def addressable_slots(group: KVCacheGroupSpec, kv_cache_config: KVCacheConfig) -> int:
+    """Return the slots that a group's slot mapping can name on one rank.
+
+    The length of a buffer that is indexed by slot, such as that of routed experts (vLLM's #37118).
+    A slot is block * block_size + offset, and blocks of a group may be any of the pool, so that
+    the groups' slots overlap in number and none of the capacities is enough.
+    """
+    num_blocks = kv_cache_config.num_blocks
+    if group.host_resident:
+        num_blocks = kv_cache_config.hisparse_host_num_blocks or 0
+    return num_blocks * int(group.kv_cache_spec.block_size)
 
 
 def check_capacity_groups(

@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
+import weakref
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from vllm_hybrid_kv.planning.capacity import check_capacity_groups
+from vllm.logger import init_logger
+from vllm.v1.core import kv_cache_utils
+
+from vllm_hybrid_kv.errors import HybridKVStrategyError
+from vllm_hybrid_kv.planning.capacity import capacity, check_capacity_groups
 from vllm_hybrid_kv.planning.page_sizes import check_page_sizes
+from vllm_hybrid_kv.planning.warnings import startup_warnings
 from vllm_hybrid_kv.seams.base import FunctionRebinding, Notice, Seam, Target
 from vllm_hybrid_kv.settings import current_settings
 
@@ -17,10 +23,19 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec
 
     from vllm_hybrid_kv.seams.context import Context
+    from vllm_hybrid_kv.settings import Settings
+
+logger = init_logger("vllm.hybrid_kv.planning")
 
 # unify_kv_cache_spec_page_size gets the specs alone; get_kv_cache_groups, which calls it, has the
 # configuration that strategies are promised.
 _planned_for: ContextVar[VllmConfig | None] = ContextVar("planned_for", default=None)
+
+# The scheduler's plan, which the capacity is computed of, has one spec for all layers of a group.
+# What was planned last in this process, and for which engine.
+_layers: ContextVar[tuple[weakref.ref[VllmConfig], dict[str, KVCacheSpec]] | None] = ContextVar(
+    "layers", default=None
+)
 
 
 def page_size_seam(context: Context, get_groups: Target, unify: Target) -> Seam:
@@ -38,6 +53,7 @@ def page_size_seam(context: Context, get_groups: Target, unify: Target) -> Seam:
         ) -> list[KVCacheGroupSpec]:
             context.adopt(vllm_config)
             token = _planned_for.set(vllm_config)
+            _layers.set((weakref.ref(vllm_config), dict(kv_cache_spec)))
             try:
                 groups: list[KVCacheGroupSpec] = original(vllm_config, kv_cache_spec)
             finally:
@@ -78,6 +94,30 @@ def page_size_seam(context: Context, get_groups: Target, unify: Target) -> Seam:
     )
 
 
+def _report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settings) -> None:
+    """Log what the pool holds, and what the plan makes useless."""
+    from vllm.config import VllmConfig
+
+    if not isinstance(vllm_config, VllmConfig):
+        # Whoever calls vLLM's planning functions by themselves starts no engine.
+        return
+    logger.info("%s", capacity(vllm_config, kv_cache_config).describe())
+    try:
+        # By its module, for the unit that a strategy chooses is chosen in there.
+        scheduler_block_size, hash_block_size = kv_cache_utils.resolve_kv_cache_block_sizes(
+            kv_cache_config, vllm_config
+        )
+    except (ValueError, HybridKVStrategyError):
+        # vLLM asks next, and stops.
+        return
+    planned = _layers.get()
+    layers = planned[1] if planned is not None and planned[0]() is vllm_config else None
+    for line in startup_warnings(
+        vllm_config, kv_cache_config, scheduler_block_size, hash_block_size, settings, layers
+    ):
+        logger.warning("%s", line)
+
+
 def capacity_seam(context: Context, get_capacity: Target) -> Seam:
     """Let a strategy choose the groups that the reported token capacity counts.
 
@@ -92,6 +132,8 @@ def capacity_seam(context: Context, get_capacity: Target) -> Seam:
         ) -> tuple[int, float]:
             settings = context.adopt(vllm_config)
             tokens, concurrency = original(vllm_config, kv_cache_config)
+            # Called once for an engine, in its core's process, as soon as the plan is made.
+            _report(vllm_config, kv_cache_config, settings)
             groups = context.strategies.ask(
                 "token_capacity_groups",
                 settings,
@@ -115,7 +157,7 @@ def capacity_seam(context: Context, get_capacity: Target) -> Seam:
         "token_capacity",
         Notice(
             replaces="get_kv_cache_capacity",
-            why="which groups count is fixed in it",
+            why="which groups count is fixed in it, and it is where the whole plan is known",
             upstream="vllm-project/vllm#40384 and #40417 (groups that do not grow)",
             until="vLLM reports the tokens that fit, not those of requests of the longest length",
         ),

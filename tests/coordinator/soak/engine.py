@@ -24,7 +24,7 @@ from vllm_hybrid_kv import plugin, settings
 
 def make_scheduler(plan: Plan) -> Scheduler:
     """Return the scheduler that an engine of a plan would have."""
-    config = _configure(plan)
+    config = configure(plan)
     make = AsyncScheduler if plan.lag else Scheduler
     return make(
         vllm_config=config,
@@ -44,7 +44,7 @@ def _folder() -> str:
     return folder
 
 
-def _configure(plan: Plan) -> VllmConfig:
+def configure(plan: Plan) -> VllmConfig:
     """Return what an engine of the plan would have. The model in it is never built."""
     plugin.register()
     more: dict[str, Any] = {}

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`smallest_hit` against vLLM's scheduler: the shortest prompt that hits when it is sent again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+from contents import chunked, full, mamba, ring, window
+from prompts import send
+from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
+from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheSpec
+
+from tests.coordinator.soak.engine import configure, make_scheduler
+from tests.coordinator.soak.plans import STRATEGIES, Plan
+from vllm_hybrid_kv import plugin
+from vllm_hybrid_kv.coordinator.match_unit import match_unit
+from vllm_hybrid_kv.planning.hits import hits_are_possible, smallest_hit
+
+LONGEST = 1024
+
+
+def plan_of(
+    specs: Sequence[KVCacheSpec], strategy: str, drafts: Sequence[int] | None = None
+) -> Plan:
+    """Return a plan whose block sizes are still to be resolved."""
+    return Plan(
+        strategy=strategy,
+        groups=tuple(
+            KVCacheGroupSpec([f"layer {i}"], spec, is_eagle_group=i in (drafts or ()))
+            for i, spec in enumerate(specs)
+        ),
+        unit=1,
+        block_size=min(spec.block_size for spec in specs if spec.prefix_cacheable),
+        scheduler_block_size=1,
+        num_blocks=600,
+        max_model_len=LONGEST,
+        max_num_seqs=4,
+        budget=2048,
+        long_prefill=0,
+        lag=0,
+        drafting=None if drafts is None else "mtp",
+        draft_tokens=0 if drafts is None else 1,
+        connector=None,
+        load_failure_policy="fail",
+        vocabulary=1000,
+        reserve_full=True,
+    )
+
+
+def resolved(plan: Plan, unit_strategy: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Plan, int]:
+    """Return a plan with its block sizes, and what the smallest hit is said to be."""
+    monkeypatch.setenv("VLLM_HYBRID_KV_PREFIX_MATCH_UNIT", unit_strategy)
+    plugin.register()
+    config = configure(plan)
+    sizes = resolve_kv_cache_block_sizes(plan.kv_cache_config, config)
+    # The names bound here may be vLLM's own, from before the plugin rebound them.
+    if unit_strategy == "auto" and (unit := match_unit(plan.kv_cache_config, 1)) is not None:
+        config.cache_config.prefix_match_unit = unit
+        sizes = resolve_kv_cache_block_sizes(plan.kv_cache_config, config)
+    plan = replace(plan, scheduler_block_size=sizes[0], unit=sizes[1])
+    return plan, smallest_hit(config, plan.kv_cache_config, *sizes)
+
+
+def hits(plan: Plan, tokens: int) -> int:
+    """Return the cached tokens of a prompt that is sent a second time."""
+    scheduler = make_scheduler(plan)
+    prompt = [index % 900 for index in range(tokens)]
+    assert send(scheduler, "first", prompt, plan.unit) == 0
+    return send(scheduler, "second", prompt, plan.unit)
+
+
+def states(block: int, drafts: int = 0) -> KVCacheSpec:
+    return replace(mamba(block), num_speculative_blocks=drafts)
+
+
+SHAPES = {
+    "full attention alone": ([full(16)], None),
+    "full attention and a window": ([full(16), window(16, 40)], None),
+    "blocks of two sizes": ([full(16), window(32, 40)], None),
+    "full attention and chunks": ([full(16), chunked(16, 32)], None),
+    "states and attention": ([states(256), full(256)], None),
+    "states, two kinds of attention": ([states(192), full(192), full(192, 16)], None),
+    "states and a window": ([states(128), full(128), window(64, 100)], None),
+    "states and a ring": ([states(256), full(256), ring(4)], None),
+    "drafts alone": ([full(16)], [0]),
+    "drafts beside a window": ([full(16), window(16, 40)], [0]),
+    "drafts with a window": ([full(16), window(16, 40)], [1]),
+    "drafts nobody marked": ([full(16), window(16, 40)], []),
+    "drafts beside states": ([states(256, 1), full(256), full(256, 16)], [2]),
+    "drafts of another block": ([full(64), full(16, 16)], [1]),
+}
+
+
+@pytest.mark.parametrize("unit_strategy", ["stock", "auto"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_prompt_as_long_hits_and_no_shorter_one_does(shape, strategy, unit_strategy, monkeypatch):
+    specs, drafts = SHAPES[shape]
+    plan, smallest = resolved(plan_of(specs, strategy, drafts), unit_strategy, monkeypatch)
+    assert hits(plan, smallest) > 0
+    for tokens in {smallest - 1, smallest - 2, smallest // 2, plan.unit + 1, 2} - {0, 1}:
+        if tokens < smallest:
+            assert hits(plan, tokens) == 0, tokens
+
+
+def test_a_unit_of_64_brings_the_smallest_hit_down_to_65_tokens(monkeypatch):
+    specs = [states(256), full(256)]
+    _, whole = resolved(plan_of(specs, "stock"), "stock", monkeypatch)
+    _, fine = resolved(plan_of(specs, "stock"), "auto", monkeypatch)
+    assert (whole, fine) == (257, 65)
+
+
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_no_hit(monkeypatch):
+    plan = plan_of([states(256), full(256)], "stock")
+    plan, smallest = resolved(plan, "stock", monkeypatch)
+    assert hits_are_possible(configure(plan), smallest)
+    assert hits_are_possible(configure(replace(plan, max_model_len=smallest + 1)), smallest)
+    assert not hits_are_possible(configure(replace(plan, max_model_len=smallest)), smallest)

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What start-up says of a plan: the three capacities, and a line for everything that is useless."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+import vllm
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVQuantMode,
+    MambaSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
+
+from vllm_hybrid_kv import plugin
+from vllm_hybrid_kv.planning.warnings import padding_share, startup_warnings
+from vllm_hybrid_kv.settings import Settings, current_settings
+
+if tuple(vllm.__version_tuple__[:2]) == (0, 32):
+    planning = kv_cache_utils
+else:
+    from vllm.v1.core import kv_cache_planning as planning
+
+BLOCK = 256
+PLAIN = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
+K8V4 = replace(
+    PLAIN,
+    dtype=torch.uint8,
+    state_content_bytes=100,
+    kv_quant_mode=KVQuantMode.TURBOQUANT_K8V4,
+)
+WINDOW = SlidingWindowSpec(
+    block_size=BLOCK, num_kv_heads=2, head_size=64, dtype=torch.bfloat16, sliding_window=512
+)
+
+
+def state(page: int, content: int | None = None, block: int = BLOCK) -> MambaSpec:
+    return MambaSpec(
+        block_size=block,
+        shapes=((content or page,),),
+        dtypes=(torch.uint8,),
+        mamba_cache_mode="align",
+        page_size_padded=None if content is None else page,
+    )
+
+
+def plan(*specs, num_blocks=100):
+    groups = [KVCacheGroupSpec([f"layer.{index}"], spec) for index, spec in enumerate(specs)]
+    return KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
+
+
+def lines(config, kv_cache_config, settings=None, layers=None):
+    sizes = kv_cache_utils.resolve_kv_cache_block_sizes(kv_cache_config, config)
+    return startup_warnings(config, kv_cache_config, *sizes, settings or Settings(), layers)
+
+
+@pytest.fixture
+def config(make_config):
+    # Whole blocks, whether or not the plugin is active in this process.
+    whole = {"prefix_match_unit": "stock"}
+    config = make_config(whole, enable_prefix_caching=True)
+    config.cache_config.block_size = BLOCK
+    # vLLM sets it back for a model without states.
+    config.cache_config.mamba_cache_mode = "align"
+    return config
+
+
+def test_a_plan_with_nothing_wrong_is_not_warned_of(config):
+    page = PLAIN.page_size_bytes
+    assert lines(config, plan(PLAIN, state(page))) == []
+    assert lines(config, plan(PLAIN)) == []
+    assert lines(config, plan(PLAIN, WINDOW)) == []
+
+
+def test_a_prefix_cache_that_no_prompt_can_hit_is_warned_of(config):
+    groups = plan(PLAIN, state(PLAIN.page_size_bytes))
+    config.model_config.max_model_len = BLOCK + 1
+    (line,) = lines(config, groups, Settings(prefix_match_unit="stock"))
+    assert line == (
+        "prefix caching is on and cannot hit: the shortest prompt that can has 257 tokens, with "
+        "an answer more than --max-model-len 257; choose prefix_match_unit=auto, raise "
+        "--max-model-len above 257, or turn it off with --no-enable-prefix-caching"
+    )
+    config.model_config.max_model_len = BLOCK + 2
+    assert lines(config, groups) == []
+
+
+def test_a_finer_unit_is_not_advised_where_it_is_chosen_already(config):
+    config.model_config.max_model_len = BLOCK
+    (line,) = lines(config, plan(PLAIN, state(PLAIN.page_size_bytes)))
+    assert "prefix_match_unit" not in line
+
+
+def test_a_prefix_cache_that_is_off_is_not_warned_of(config):
+    config.model_config.max_model_len = BLOCK
+    config.cache_config.enable_prefix_caching = False
+    assert lines(config, plan(PLAIN, state(PLAIN.page_size_bytes))) == []
+
+
+@pytest.mark.parametrize("dtype", ["turboquant_k8v4", "fp8"])
+def test_a_cache_dtype_that_no_layer_has_is_warned_of(config, dtype):
+    config.cache_config.cache_dtype = dtype
+    (line,) = lines(config, plan(PLAIN, WINDOW))
+    assert line == (
+        f"--kv-cache-dtype {dtype} is used on none of the 2 attention layers with a KV cache; "
+        "give --kv-cache-dtype auto, which is what it does now"
+    )
+    config.cache_config.kv_cache_dtype_skip_layers = ["0", "sliding_window"]
+    (line,) = lines(config, plan(PLAIN, WINDOW))
+    assert line.endswith("; --kv-cache-dtype-skip-layers takes out 0 sliding_window")
+
+
+def test_one_layer_that_has_the_cache_dtype_is_enough(config):
+    config.cache_config.cache_dtype = "turboquant_k8v4"
+    assert lines(config, plan(replace(PLAIN, block_size=100), replace(K8V4, block_size=256))) == []
+    config.cache_config.cache_dtype = "fp8"
+    assert lines(config, plan(replace(PLAIN, kv_quant_mode=KVQuantMode.FP8_PER_TENSOR))) == []
+    config.cache_config.cache_dtype = "bfloat16"
+    assert lines(config, plan(PLAIN)) == []
+
+
+def test_layers_are_asked_where_one_stands_for_its_group_in_the_schedulers_plan(config):
+    config.cache_config.cache_dtype = "turboquant_k8v4"
+    specs = {"layer.0": PLAIN, "layer.1": K8V4}
+    workers = plan(UniformTypeKVCacheSpecs(block_size=BLOCK, kv_cache_specs=specs))
+    workers.kv_cache_groups[0].layer_names[:] = specs
+    scheduler = kv_cache_utils.generate_scheduler_kv_cache_config([workers])
+    assert lines(config, workers) == []
+    assert lines(config, scheduler, layers=specs) == []
+    (line,) = lines(config, scheduler)
+    assert "none of the 2 attention layers" in line
+
+
+def test_a_model_of_states_alone_uses_no_cache_dtype(config):
+    config.cache_config.cache_dtype = "fp8"
+    (line,) = lines(config, plan(state(1000)))
+    assert "none of the 0 attention layers with a KV cache; give --kv-cache-dtype auto" in line
+
+
+def test_padding_counts_by_the_blocks_that_the_longest_request_holds(config):
+    config.model_config.max_model_len = 18 * BLOCK
+    # 18 blocks of attention and 2 states, of whose pages half is padding.
+    page = PLAIN.page_size_bytes
+    groups = plan(PLAIN, state(page, content=page // 2))
+    assert padding_share(config, groups) == pytest.approx(0.05)
+    assert lines(config, groups) == []
+    config.model_config.max_model_len = 17 * BLOCK
+    assert padding_share(config, groups) == pytest.approx(1 / 19)
+    (line,) = lines(config, groups, layers={"layer.0": PLAIN, "layer.1": state(page)})
+    assert line == (
+        "5.3 % of the KV pool is padding (most of it in pages as layer layer.1 has: "
+        f"{page // 2:,} bytes in {page:,}); choose another unify_page_sizes than 'stock'"
+    )
+
+
+def test_states_that_vllm_padded_itself_need_another_block_size(config):
+    padded = state(PLAIN.page_size_bytes, content=100)
+    config.model_config.max_model_len = 4 * BLOCK
+    groups, layers = plan(PLAIN, padded), {"layer.0": PLAIN, "layer.1": padded}
+    (line,) = lines(config, groups, layers=layers)
+    assert line.endswith(
+        "vLLM pads states to a page of attention: give a smaller --block-size than 256"
+    )
+    config.cache_config.kv_cache_dtype_skip_layers = ["7"]
+    (line,) = lines(config, groups, layers=layers)
+    assert line.endswith("than 256, or no --kv-cache-dtype-skip-layers")
+
+
+def test_each_trap_has_a_line_of_its_own(config):
+    config.cache_config.cache_dtype = "fp8"
+    config.model_config.max_model_len = BLOCK
+    assert len(lines(config, plan(PLAIN, state(PLAIN.page_size_bytes, content=100)))) == 3
+
+
+@pytest.fixture
+def start_up(unregistered, log):
+    """Does with an engine's configuration what its core does, and returns what is logged."""
+
+    def start(config, kv_cache_config, specs):
+        plugin.register()
+        planning.get_kv_cache_groups(config, specs)
+        log.records.clear()
+        kv_cache_utils.update_kv_cache_capacity(config, kv_cache_config)
+        kv_cache_utils.resolve_kv_cache_block_sizes(kv_cache_config, config)
+        kv_cache_utils.resolve_kv_cache_block_sizes(kv_cache_config, config)
+        return [record for record in log.records if record.name == "vllm.hybrid_kv.planning"]
+
+    return start
+
+
+STOCK = {"coordinator": "stock", "prefix_match_unit": "stock"}
+
+
+@pytest.mark.parametrize("settings", [None, STOCK], ids=["defaults", "all stock"])
+def test_start_up_logs_each_line_once_whatever_the_strategies(start_up, make_config, settings):
+    config = make_config(settings, enable_prefix_caching=True)
+    config.cache_config.cache_dtype = "fp8"
+    records = start_up(config, plan(PLAIN), {"layer.0": PLAIN})
+    assert [record.levelno for record in records] == [logging.INFO, logging.WARNING]
+    info, warning = (record.getMessage() for record in records)
+    # 99 blocks of 256 tokens; the longest request of 27,680 has 109 of them.
+    assert info == (
+        "KV cache of 100 blocks: 25,344 tokens fit in short requests (256 tokens each), 25,140 in "
+        "requests of max_model_len (27,680), of which 0.90 fit at once; docs/capacity.md has the "
+        "formulas"
+    )
+    assert "used on none of the 1 attention layers" in warning
+
+
+def test_the_unit_that_a_strategy_chooses_is_the_one_that_hits_are_counted_by(
+    start_up, make_config
+):
+    config = make_config({"prefix_match_unit": "auto"})
+    config.cache_config.enable_prefix_caching = True
+    config.model_config.max_model_len = BLOCK
+    specs = {"layer.0": PLAIN, "layer.1": state(PLAIN.page_size_bytes)}
+    records = start_up(config, plan(*specs.values()), specs)
+    assert [record.levelno for record in records] == [logging.INFO]
+    assert config.cache_config.prefix_match_unit is None
+    assert current_settings().prefix_match_unit == "auto"
+
+
+def test_layers_that_the_schedulers_plan_lacks_are_remembered_from_planning(start_up, make_config):
+    config = make_config()
+    config.cache_config.cache_dtype = "turboquant_k8v4"
+    specs = {"layer.0": PLAIN, "layer.1": K8V4}
+    workers = plan(UniformTypeKVCacheSpecs(block_size=BLOCK, kv_cache_specs=specs))
+    scheduler = kv_cache_utils.generate_scheduler_kv_cache_config([workers])
+    records = start_up(config, scheduler, specs)
+    assert [record.levelno for record in records] == [logging.INFO]
+
+
+def test_a_unit_that_vllm_refuses_stops_start_up_as_it_does_without_us(start_up, make_config):
+    config = make_config(enable_prefix_caching=True)
+    config.cache_config.prefix_match_unit = 7
+    specs = {"layer.0": PLAIN, "layer.1": state(PLAIN.page_size_bytes)}
+    with pytest.raises(ValueError, match="Invalid prefix_match_unit=7"):
+        start_up(config, plan(*specs.values()), specs)
+    assert config.cache_config.kv_cache_size_tokens is not None

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a plan makes useless without a word: one line for each, to be logged at start-up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    KVQuantMode,
+    MambaSpec,
+    UniformTypeKVCacheSpecs,
+    get_kv_quant_mode,
+    iter_layer_specs,
+)
+
+from vllm_hybrid_kv.planning.capacity import blocks_per_request
+from vllm_hybrid_kv.planning.hits import hits_are_possible, smallest_hit
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_hybrid_kv.settings import Settings
+
+MOST_PADDING = 0.05
+"""The share of the pool above which padding is worth a line."""
+
+
+def startup_warnings(
+    vllm_config: VllmConfig,
+    kv_cache_config: KVCacheConfig,
+    scheduler_block_size: int,
+    hash_block_size: int,
+    settings: Settings,
+    layers: Mapping[str, KVCacheSpec] | None = None,
+) -> list[str]:
+    """Return a line for everything that was asked for and that the plan makes useless.
+
+    Each names its number and the setting to change. A warning changes no behaviour, so they do not
+    depend on which strategies are chosen; the traps are there with vLLM's own above all.
+
+    Args:
+        vllm_config: The engine's configuration.
+        kv_cache_config: The plan.
+        scheduler_block_size: Tokens, of `resolve_kv_cache_block_sizes`.
+        hash_block_size: The match unit in tokens, of the same function.
+        settings: The plugin's, for what is chosen now.
+        layers: The spec of every layer by name, as it was planned with. Needed with the
+            scheduler's plan, where one layer's spec stands for a whole group; None takes the
+            groups' own, as workers have them.
+    """
+    if layers is None:
+        layers = _specs(kv_cache_config)
+    lines = (
+        _inert_prefix_cache(
+            vllm_config, kv_cache_config, scheduler_block_size, hash_block_size, settings
+        ),
+        _unused_cache_dtype(vllm_config, layers),
+        _padded_pool(vllm_config, kv_cache_config, settings, layers),
+    )
+    return [line for line in lines if line is not None]
+
+
+def _inert_prefix_cache(
+    vllm_config: VllmConfig,
+    kv_cache_config: KVCacheConfig,
+    scheduler_block_size: int,
+    hash_block_size: int,
+    settings: Settings,
+) -> str | None:
+    if not vllm_config.cache_config.enable_prefix_caching:
+        return None
+    smallest = smallest_hit(vllm_config, kv_cache_config, scheduler_block_size, hash_block_size)
+    if hits_are_possible(vllm_config, smallest):
+        return None
+    finer = "" if settings.prefix_match_unit == "auto" else "choose prefix_match_unit=auto, "
+    return (
+        "prefix caching is on and cannot hit: the shortest prompt that can has "
+        f"{smallest:,} tokens, with an answer more than --max-model-len "
+        f"{vllm_config.model_config.max_model_len:,}; {finer}raise --max-model-len above "
+        f"{smallest:,}, or turn it off with --no-enable-prefix-caching"
+    )
+
+
+def _specs(kv_cache_config: KVCacheConfig) -> dict[str, KVCacheSpec]:
+    specs: dict[str, KVCacheSpec] = {}
+    for group in kv_cache_config.kv_cache_groups:
+        if isinstance(group.kv_cache_spec, UniformTypeKVCacheSpecs):
+            specs.update(group.kv_cache_spec.kv_cache_specs)
+        else:
+            specs.update(dict.fromkeys(group.layer_names, group.kv_cache_spec))
+    return specs
+
+
+def _unused_cache_dtype(vllm_config: VllmConfig, layers: Mapping[str, KVCacheSpec]) -> str | None:
+    asked = vllm_config.cache_config.cache_dtype
+    if asked == "auto" or any(_stores(vllm_config, spec, asked) for spec in layers.values()):
+        return None
+    attention = sum(isinstance(spec, AttentionSpec) for spec in layers.values())
+    skipped = vllm_config.cache_config.kv_cache_dtype_skip_layers
+    way_out = (
+        f"--kv-cache-dtype-skip-layers takes out {' '.join(skipped)}"
+        if skipped and attention
+        else "give --kv-cache-dtype auto, which is what it does now"
+    )
+    return (
+        f"--kv-cache-dtype {asked} is used on none of the {attention} attention layers "
+        f"with a KV cache; {way_out}"
+    )
+
+
+def _stores(vllm_config: VllmConfig, spec: KVCacheSpec, asked: str) -> bool:
+    """Return whether a layer stores what was asked for; any doubt counts as yes."""
+    if not isinstance(spec, AttentionSpec):
+        return False
+    mode = get_kv_quant_mode(asked)
+    if mode != KVQuantMode.NONE and spec.kv_quant_mode == mode:
+        return True
+    # MLA has formats of its own, named by a string.
+    if getattr(spec, "cache_dtype_str", None) not in (None, "auto"):
+        return True
+    stored = kv_cache_dtype_str_to_dtype(asked, vllm_config.model_config)
+    return bool(mode == KVQuantMode.NONE and spec.dtype == stored)
+
+
+def padding_share(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> float:
+    """Return the share of the pool, from 0 to 1, that is padding of pages.
+
+    Of a pool that is full of requests of `max_model_len`: every group's pages count by the blocks
+    that such a request holds of it. Places for layers that a group has fewer than the largest do
+    not count; no setting changes them.
+
+    Args:
+        vllm_config: The engine's configuration.
+        kv_cache_config: The plan.
+    """
+    return sum(share for share, _ in _padding_by_group(vllm_config, kv_cache_config))
+
+
+def _padding_by_group(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+) -> list[tuple[float, KVCacheGroupSpec]]:
+    """Return the share of the pool that is padding of each group's pages."""
+    groups = [group for group in kv_cache_config.kv_cache_groups if not group.host_resident]
+    max_model_len = vllm_config.model_config.max_model_len
+    blocks = [
+        blocks_per_request(vllm_config, group.kv_cache_spec, max_model_len) for group in groups
+    ]
+    pool = max(sum(blocks), 1)
+    return [
+        (count / pool * _padding_of_page(group.kv_cache_spec), group)
+        for count, group in zip(blocks, groups, strict=True)
+    ]
+
+
+def _padding_of_page(spec: KVCacheSpec) -> float:
+    layers = list(iter_layer_specs(spec))
+    page = sum(layer.page_size_bytes for layer in layers)
+    return 1 - sum(map(_content_bytes, layers)) / page
+
+
+def _content_bytes(spec: KVCacheSpec) -> int:
+    if isinstance(spec, (AttentionSpec, MambaSpec)):
+        return int(spec.real_page_size_bytes)
+    return int(spec.page_size_bytes)
+
+
+def _padded_pool(
+    vllm_config: VllmConfig,
+    kv_cache_config: KVCacheConfig,
+    settings: Settings,
+    layers: Mapping[str, KVCacheSpec],
+) -> str | None:
+    by_group = _padding_by_group(vllm_config, kv_cache_config)
+    share = sum(share for share, _ in by_group)
+    if share <= MOST_PADDING:
+        return None
+    _, group = max(by_group, key=lambda pair: pair[0])
+    spec = max(iter_layer_specs(group.kv_cache_spec), key=_padding_of_page)
+    layer = group.layer_names[0]
+    way_out = f"choose another unify_page_sizes than {settings.unify_page_sizes!r}"
+    if isinstance(spec, MambaSpec) and getattr(layers.get(layer), "page_size_padded", None):
+        # vLLM pads states to attention's pages before page sizes are unified, and where layers
+        # are skipped to the least common multiple of both kinds of attention's.
+        cache_config = vllm_config.cache_config
+        way_out = (
+            "vLLM pads states to a page of attention: give a smaller --block-size than "
+            f"{cache_config.block_size}"
+        )
+        if cache_config.kv_cache_dtype_skip_layers:
+            way_out += ", or no --kv-cache-dtype-skip-layers"
+    return (
+        f"{100 * share:.1f} % of the KV pool is padding (most of it in pages as layer {layer} has: "
+        f"{_content_bytes(spec):,} bytes in {spec.page_size_bytes:,}); {way_out}"
+    )
