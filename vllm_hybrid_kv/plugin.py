@@ -22,12 +22,14 @@ from vllm_hybrid_kv.version import __version__
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from vllm_hybrid_kv.hooks import Strategies
     from vllm_hybrid_kv.seams.base import Applied
     from vllm_hybrid_kv.settings import Settings
 
 NAME = "hybrid_kv"
 
 _applied: Applied | None = None
+_strategies: Strategies | None = None
 _left_alone = False
 _announced: set[tuple[int, str]] = set()
 
@@ -73,7 +75,13 @@ def applied() -> Applied | None:
     return _applied
 
 
+def registered_strategies() -> Strategies | None:
+    """Return the strategies of this process, or None where the plugin is inactive."""
+    return _strategies
+
+
 def _activate() -> Applied:
+    global _strategies
     try:
         from vllm.version import __version__ as vllm_version
         from vllm.version import __version_tuple__ as version_tuple
@@ -143,12 +151,14 @@ def _activate() -> Applied:
     # The environment's part of the settings is known before any configuration is.
     context.check(None)
     try:
-        return base.apply(seams_for((int(minor[0]), int(minor[1])), context))
+        in_force = base.apply(seams_for((int(minor[0]), int(minor[1])), context))
     except HybridKVFingerprintError as error:
         raise HybridKVFingerprintError(
             f"{NAME} {__version__} does not know this vLLM {vllm_version}: {error}. It may be "
             "patched, by hand or by another plugin"
         ) from None
+    _strategies = strategies
+    return in_force
 
 
 def _tile_sizes(platform: Any) -> str:

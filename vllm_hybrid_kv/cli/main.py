@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import typer
 
-from vllm_hybrid_kv.cli import replay
+from vllm_hybrid_kv.cli import plan, replay
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -16,7 +16,8 @@ app = typer.Typer(
 
 @app.callback()
 def main() -> None:
-    """Keep subcommands' names, of which there is one so far."""
+    """Look at a KV cache without running a model."""
 
 
+app.command("plan")(plan.plan)
 app.command("replay")(replay.replay)
