@@ -60,7 +60,9 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise DescriptionError(f"{file} is JSON and no model's configuration: not an object")
     architectures = config.get("architectures")
-    if not (isinstance(architectures, list) and architectures and isinstance(architectures[0], str)):
+    if not (
+        isinstance(architectures, list) and architectures and isinstance(architectures[0], str)
+    ):
         raise DescriptionError(f"{file} names no architecture: 'architectures' is missing or empty")
     if not isinstance(config.get("model_type"), str):
         raise DescriptionError(f"{file} names no model: 'model_type' is missing")

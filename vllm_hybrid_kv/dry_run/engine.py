@@ -49,13 +49,16 @@ class Engine:
 
     Attributes:
         vllm_config: The configuration.
-        kv_cache_config: The plan.
+        kv_cache_config: The plan, the scheduler's: of a group whose layers' pages differ it has
+            one layer's spec.
+        worker_kv_cache_config: The plan of one rank, with every layer's spec.
         scheduler_block_size: What chunks of prompts are aligned to, in tokens.
         hash_block_size: What prefixes are matched by, in tokens.
     """
 
     vllm_config: VllmConfig
     kv_cache_config: KVCacheConfig
+    worker_kv_cache_config: KVCacheConfig
     scheduler_block_size: int
     hash_block_size: int
 
@@ -120,6 +123,7 @@ class Model:
         from vllm.distributed import (
             ensure_model_parallel_initialized,
             init_distributed_environment,
+            parallel_state,
         )
         from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
         from vllm.model_executor.model_loader.utils import initialize_model
@@ -132,6 +136,9 @@ class Model:
             rendezvous = (Path(folder) / "rendezvous").as_uri()
             if not torch.distributed.is_initialized():
                 init_distributed_environment(1, 0, rendezvous, 0, "gloo")
+            if config.model_config.get_num_experts() > 0 and parallel_state._EP is None:
+                # Made by a model without experts, which has no group for theirs.
+                parallel_state.destroy_model_parallel()
             ensure_model_parallel_initialized(1, 1)
             stack.enter_context(as_one_rank_of(config.parallel_config.tensor_parallel_size))
             stack.enter_context(model_classes_in_this_process())
@@ -171,8 +178,8 @@ class Model:
         cache.block_size = self.block_size
         cache.mamba_block_size = self._mamba_block_size
         cache.mamba_page_size_padded = self._mamba_page_size_padded
-        (plan,) = kv_cache_utils.get_kv_cache_configs(config, [dict(self.specs)], [memory])
-        plan = kv_cache_utils.generate_scheduler_kv_cache_config([plan])
+        (worker_plan,) = kv_cache_utils.get_kv_cache_configs(config, [dict(self.specs)], [memory])
+        plan = kv_cache_utils.generate_scheduler_kv_cache_config([worker_plan])
         cache.num_gpu_blocks = plan.num_blocks
         cache.block_size = min(
             group.kv_cache_spec.block_size
@@ -183,7 +190,7 @@ class Model:
         scheduler_block_size, hash_block_size = kv_cache_utils.resolve_kv_cache_block_sizes(
             plan, config
         )
-        return Engine(config, plan, scheduler_block_size, hash_block_size)
+        return Engine(config, plan, worker_plan, scheduler_block_size, hash_block_size)
 
 
 def _spec_of(layer: Any, config: VllmConfig) -> KVCacheSpec | None:

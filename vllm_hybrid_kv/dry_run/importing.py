@@ -37,7 +37,7 @@ def import_vllm() -> None:
         before = set(sys.modules)
         sys.modules[COMPILER] = None  # type: ignore[assignment]
         try:
-            import vllm  # noqa: F401
+            import vllm
         except ImportError:
             # With this PyTorch vLLM insists, or there is none. What was begun is begun anew.
             for name in set(sys.modules) - before:
@@ -48,7 +48,18 @@ def import_vllm() -> None:
     import vllm  # noqa: F401
 
     if importlib.util.find_spec(IMAGES) is not None and not _images_work():
-        _Placeholders.install()
+        _have_images_missing()
+
+
+def _have_images_missing() -> None:
+    """Have transformers, which asks once, find that there is no torchvision."""
+    sys.modules[IMAGES] = None  # type: ignore[assignment]
+    try:
+        from transformers.utils import is_torchvision_available
+
+        is_torchvision_available()
+    finally:
+        del sys.modules[IMAGES]
 
 
 def _images_work() -> bool:
@@ -73,8 +84,7 @@ def model_classes_in_this_process() -> Iterator[None]:
     from transformers.utils import is_torchvision_available
     from vllm.model_executor.models import registry
 
-    # Asked first, so that transformers remembers that it is not there.
-    if not is_torchvision_available() and importlib.util.find_spec(IMAGES) is None:
+    if not is_torchvision_available():
         _Placeholders.install()
 
     def inspect(self: Any) -> Any:
@@ -94,7 +104,8 @@ class _Placeholders(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     @classmethod
     def install(cls) -> None:
         """Find these from now on, before whatever else has their names."""
-        sys.meta_path.insert(0, cls())
+        if not any(isinstance(finder, cls) for finder in sys.meta_path):
+            sys.meta_path.insert(0, cls())
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None

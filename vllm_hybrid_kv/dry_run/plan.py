@@ -147,6 +147,7 @@ def plan_of(model: Model, memory: int, settings: dict[str, Any]) -> Planned:
     """
     engine = model.engine(memory, settings)
     config, planned = engine.vllm_config, engine.kv_cache_config
+    by_layer = engine.worker_kv_cache_config
     sizes = engine.scheduler_block_size, engine.hash_block_size
     chosen = resolve(config.additional_config)
     plan = Plan(
@@ -155,12 +156,12 @@ def plan_of(model: Model, memory: int, settings: dict[str, Any]) -> Planned:
         memory=memory,
         pages=tuple(
             pages
-            for number, group in enumerate(planned.kv_cache_groups)
+            for number, group in enumerate(by_layer.kv_cache_groups)
             for pages in _pages_of(number, group)
         ),
         block_bytes=planned.kv_cache_tensors[0].size // planned.num_blocks,
         blocks=planned.num_blocks,
-        pool_padding=padding_share(config, planned),
+        pool_padding=padding_share(config, by_layer),
         capacity=capacity(config, planned),
         reported_tokens=config.cache_config.kv_cache_size_tokens,
         reported_concurrency=config.cache_config.kv_cache_max_concurrency,
@@ -168,7 +169,7 @@ def plan_of(model: Model, memory: int, settings: dict[str, Any]) -> Planned:
         scheduler_block_tokens=engine.scheduler_block_size,
         match_tokens=engine.hash_block_size,
         smallest_hit=smallest_hit(config, planned, *sizes),
-        warnings=tuple(startup_warnings(config, planned, *sizes, chosen)),
+        warnings=tuple(startup_warnings(config, by_layer, *sizes, chosen)),
     )
     return Planned(plan, engine)
 
