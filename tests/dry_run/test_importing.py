@@ -66,4 +66,3 @@ def test_a_process_that_has_vllm_already_is_left_alone(monkeypatch):
     monkeypatch.setattr(importing, "_images_work", lambda: pytest.fail("looked for torchvision"))
     importing.import_vllm()
     assert sys.modules["vllm"] is vllm
-    assert sys.modules.get(importing.COMPILER, vllm) is not None

@@ -17,34 +17,20 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-COMPILER = "torch._inductor"
 IMAGES = "torchvision"
 
 
 def import_vllm() -> None:
-    """Import vLLM without what a plan does not need, in a process that has not imported it yet.
+    """Import vLLM in a process that has not imported it yet, whatever state torchvision is in.
 
-    vLLM's package patches PyTorch's compiler as it is imported, and imports it for that alone.
-    Where it cannot be imported, vLLM goes on without; here nothing is compiled. A torchvision that
-    is installed and broken, which keeps vLLM from being imported at all, is put aside.
+    One that is installed and broken, as vLLM for CPUs can bring it along, keeps transformers from
+    being imported, and so vLLM. It is put aside.
 
     Raises:
         ImportError: vLLM is not installed, or broken.
     """
     if "vllm" in sys.modules:
         return
-    if COMPILER not in sys.modules:
-        before = set(sys.modules)
-        sys.modules[COMPILER] = None  # type: ignore[assignment]
-        try:
-            import vllm
-        except ImportError:
-            # With this PyTorch vLLM insists, or there is none. What was begun is begun anew.
-            for name in set(sys.modules) - before:
-                if name.partition(".")[0] == "vllm":
-                    del sys.modules[name]
-        finally:
-            del sys.modules[COMPILER]
     import vllm  # noqa: F401
 
     if importlib.util.find_spec(IMAGES) is not None and not _images_work():
