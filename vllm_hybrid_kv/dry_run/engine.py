@@ -123,7 +123,6 @@ class Model:
         from vllm.distributed import (
             ensure_model_parallel_initialized,
             init_distributed_environment,
-            parallel_state,
         )
         from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
         from vllm.model_executor.model_loader.utils import initialize_model
@@ -136,9 +135,6 @@ class Model:
             rendezvous = (Path(folder) / "rendezvous").as_uri()
             if not torch.distributed.is_initialized():
                 init_distributed_environment(1, 0, rendezvous, 0, "gloo")
-            if config.model_config.get_num_experts() > 0 and parallel_state._EP is None:
-                # Made by a model without experts, which has no group for theirs.
-                parallel_state.destroy_model_parallel()
             ensure_model_parallel_initialized(1, 1)
             stack.enter_context(as_one_rank_of(config.parallel_config.tensor_parallel_size))
             stack.enter_context(model_classes_in_this_process())

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
 import torch
-from vllm.distributed import get_tp_group
+from vllm.distributed import get_tp_group, parallel_state
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import MultipleOf
 
@@ -89,7 +89,13 @@ def as_one_rank_of(size: int) -> Iterator[None]:
     """Have layers that are built meanwhile be those of one rank among `size` in tensor parallel.
 
     There is one process, and it is rank 0; every rank has the same KV cache. Nothing is sent
-    between ranks while layers are built, so that the group's size is all they see of it.
+    between ranks while layers are built, so that the group's size is all they see of it. The ranks
+    that share experts are the same; vLLM has no group of them where the process's first model has
+    no experts.
     """
-    with patch.object(get_tp_group(), "world_size", size):
+    ranks = get_tp_group()
+    with (
+        patch.object(ranks, "world_size", size),
+        patch.object(parallel_state, "_EP", ranks),
+    ):
         yield
