@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 NAME = "hybrid_kv"
 
 _applied: Applied | None = None
+_strategies: Strategies | None = None
 _left_alone: HybridKVError | None = None
 _announced: set[tuple[int, str]] = set()
 
@@ -79,6 +80,11 @@ def left_alone() -> HybridKVError | None:
     return _left_alone
 
 
+def registered_strategies() -> Strategies | None:
+    """Return the strategies of this process, or None where the plugin is inactive."""
+    return _strategies
+
+
 def vllm_version() -> tuple[str, tuple[int, int]]:
     """Return the version of vLLM in this process and its minor, one that the plugin knows.
 
@@ -123,6 +129,7 @@ def built_in_strategies() -> Strategies:
 
 
 def _activate() -> Applied:
+    global _strategies
     version, minor = vllm_version()
 
     import vllm.platforms
@@ -166,12 +173,14 @@ def _activate() -> Applied:
     # The environment's part of the settings is known before any configuration is.
     context.check(None)
     try:
-        return base.apply(seams_for(minor, context))
+        in_force = base.apply(seams_for(minor, context))
     except HybridKVFingerprintError as error:
         raise HybridKVFingerprintError(
             f"{NAME} {__version__} does not know this vLLM {version}: {error}. It may be "
             "patched, by hand or by another plugin"
         ) from None
+    _strategies = strategies
+    return in_force
 
 
 def _tile_sizes(platform: Any) -> str:

@@ -22,10 +22,10 @@ from .cases import CONCURRENCY, GIB, SHAPES, STRATEGIES, Case, Sources, fingerpr
 from .processes import serve
 
 if TYPE_CHECKING:
-    from vllm_hybrid_kv.replay.engine import Engine, Model
+    from vllm_hybrid_kv.dry_run.engine import Engine, Model
     from vllm_hybrid_kv.replay.trace import TracedRequest
 
-DECIDING = ("coordinator", "planning", "replay", "seams", "hooks.py", "settings.py")
+DECIDING = ("coordinator", "dry_run", "planning", "replay", "seams", "hooks.py", "settings.py")
 """The parts of the package that hits depend on."""
 
 
@@ -67,7 +67,7 @@ def sources_fingerprint() -> str:
 
 def describe(shape: str, kv_cache_dtype: str) -> Model:
     """Return a described model, with the settings that `vllm-hybrid-kv replay` has by default."""
-    from vllm_hybrid_kv.replay.engine import Model
+    from vllm_hybrid_kv.dry_run.engine import Model
 
     config = json.loads((SHAPES / shape / "config.json").read_text())
     return Model(

@@ -16,7 +16,7 @@ from tests.coordinator.soak import checks
 from tests.described_model import hybrid_config
 from vllm_hybrid_kv.coordinator.checkpoints import Place
 from vllm_hybrid_kv.coordinator.hybrid_aware import HybridAwareCoordinator
-from vllm_hybrid_kv.replay.engine import Engine, Model
+from vllm_hybrid_kv.dry_run.engine import Engine, Model
 from vllm_hybrid_kv.replay.replay import Replay, Tally
 from vllm_hybrid_kv.replay.trace import BLOCK_TOKENS, TracedRequest
 

@@ -102,6 +102,10 @@ class EngineHost:
         """Return backend, block size and page size of each layer with a KV cache."""
         return self._call("layers")
 
+    def plan(self) -> dict[str, Any]:
+        """Return the running engine's plan of the KV cache, and what vLLM reports of it."""
+        return self._call("plan")
+
     def plant(self, fault: str | None) -> None:
         """Make the engine go wrong in every layer, see `faults`; None for right again."""
         self._call("plant", fault=fault)

@@ -72,6 +72,31 @@ class Worker:
                     }
         return layers
 
+    def plan(self) -> dict[str, Any]:
+        """Return the engine core's plan of the KV cache, and what vLLM reports of it."""
+        core = self.llm.llm_engine.engine_core.engine_core
+        cache = self.llm.llm_engine.vllm_config.cache_config
+        planned = core.scheduler.kv_cache_config
+        # The scheduler's plan has one layer's spec for each group.
+        runner = core.model_executor.driver_worker.worker.model_runner
+        pages = []
+        for number, group in enumerate(runner.kv_cache_config.kv_cache_groups):
+            spec = group.kv_cache_spec
+            by_layer = getattr(spec, "kv_cache_specs", dict.fromkeys(group.layer_names, spec))
+            for name in group.layer_names:
+                page = by_layer[name]
+                pages.append((number, name, page.block_size, page.page_size_bytes))
+        return {
+            "blocks": planned.num_blocks,
+            "num_gpu_blocks": cache.num_gpu_blocks,
+            "bytes": planned.kv_cache_tensors[0].size,
+            "pages": pages,
+            "reported_tokens": cache.kv_cache_size_tokens,
+            "reported_concurrency": cache.kv_cache_max_concurrency,
+            "match_tokens": core.scheduler.kv_cache_manager.block_pool.hash_block_size,
+            "scheduler_block_tokens": core.scheduler.block_size,
+        }
+
     def plant(self, fault: str | None) -> None:
         self.llm.collective_rpc("plant_fault", args=(fault,))
 

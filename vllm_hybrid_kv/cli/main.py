@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import typer
 
-from vllm_hybrid_kv.cli import doctor, replay
+from vllm_hybrid_kv.cli import doctor, plan, replay
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -16,8 +16,9 @@ app = typer.Typer(
 
 @app.callback()
 def main() -> None:
-    """Keep subcommands' names."""
+    """Look at a KV cache without running a model."""
 
 
 app.command("doctor")(doctor.doctor)
+app.command("plan")(plan.plan)
 app.command("replay")(replay.replay)

@@ -22,7 +22,7 @@ from rich.table import Table
 from vllm_hybrid_kv.cli.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
-    from vllm_hybrid_kv.replay.engine import Model
+    from vllm_hybrid_kv.dry_run.engine import Model
     from vllm_hybrid_kv.replay.trace import TracedRequest
 
 
@@ -180,7 +180,7 @@ def _folder_of(model: str) -> Iterator[str]:
 def _describe(
     folder: str, kv_cache_dtype: str, block_size: int, concurrency: int, batched_tokens: int
 ) -> Model:
-    from vllm_hybrid_kv.replay.engine import Model
+    from vllm_hybrid_kv.dry_run.engine import Model
 
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
     return Model(

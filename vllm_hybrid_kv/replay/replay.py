@@ -27,7 +27,7 @@ from vllm_hybrid_kv.replay.trace import Conversations, TracedRequest
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
-    from vllm_hybrid_kv.replay.engine import Engine
+    from vllm_hybrid_kv.dry_run.engine import Engine
 
 
 @dataclass

@@ -3,37 +3,43 @@
 
 The layers are built on PyTorch's meta device, by the model's own class, so that their KV cache
 specs are the ones that an engine would plan with. No weights are read and none are allocated.
-
-What is described is an engine on GPUs, whatever this machine is: `as_on_gpus` keeps its CPU from
-having a say.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import torch
 from vllm.config import get_layers_from_vllm_config, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
-from vllm.v1.attention.backend import MultipleOf
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.attention.backends.utils import (
+    get_supported_kv_cache_layouts,
+    resolve_kv_cache_layout,
+)
 from vllm.v1.core import kv_cache_utils
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import AttentionSpec
-from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.utils import customize_attention_spec
 
 from vllm_hybrid_kv import plugin
+from vllm_hybrid_kv.dry_run.importing import model_classes_in_this_process
+from vllm_hybrid_kv.dry_run.platform import (
+    GPU,
+    as_on_gpus,
+    as_one_rank_of,
+    check_device,
+    experts_as_on_gpus,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 
@@ -43,19 +49,25 @@ class Engine:
 
     Attributes:
         vllm_config: The configuration.
-        kv_cache_config: The plan.
+        kv_cache_config: The plan, the scheduler's: of a group whose layers' pages differ it has
+            one layer's spec.
+        worker_kv_cache_config: The plan of one rank, with every layer's spec.
         scheduler_block_size: What chunks of prompts are aligned to, in tokens.
         hash_block_size: What prefixes are matched by, in tokens.
     """
 
     vllm_config: VllmConfig
     kv_cache_config: KVCacheConfig
+    worker_kv_cache_config: KVCacheConfig
     scheduler_block_size: int
     hash_block_size: int
 
     @cached_property
     def scheduler(self) -> Scheduler:
         """The scheduler that an engine core would make."""
+        from vllm.v1.core.sched.scheduler import Scheduler
+        from vllm.v1.structured_output import StructuredOutputManager
+
         return Scheduler(
             vllm_config=self.vllm_config,
             kv_cache_config=self.kv_cache_config,
@@ -67,18 +79,35 @@ class Engine:
 
 
 class Model:
-    """A model's configuration and its layers' KV cache specs, with no weights."""
+    """A model's configuration and its layers' KV cache specs, with no weights.
 
-    def __init__(self, arguments: dict[str, Any]) -> None:
+    Attributes:
+        specs: The spec of each layer with a KV cache, by name; those of one rank.
+        layout: The name of the cache's layout.
+    """
+
+    def __init__(self, arguments: dict[str, Any], device: str = GPU) -> None:
         """Configure the model and build its layers.
 
         Args:
             arguments: For vLLM's `EngineArgs`: `model`, `kv_cache_dtype`, `block_size` and so on.
+            device: `gpu` describes an engine on GPUs, whatever this machine is; `cpu` one here.
+
+        Raises:
+            ValueError: vLLM cannot run this model so, or not on this device.
         """
+        check_device(device)
         self._arguments = arguments
+        self._device = device
         # vLLM loads plugins once a process, and only those that VLLM_PLUGINS names.
         plugin.register()
         self.specs = self._layers()
+
+    def _on_device(self) -> ExitStack:
+        stack = ExitStack()
+        if self._device == GPU:
+            stack.enter_context(as_on_gpus())
+        return stack
 
     def _configure(self, settings: dict[str, Any] | None = None) -> VllmConfig:
         arguments = EngineArgs(
@@ -86,10 +115,9 @@ class Model:
             additional_config={} if settings is None else {"hybrid_kv": settings},
             **self._arguments,
         )
-        with as_on_gpus():
-            config = arguments.create_engine_config()
-        config.cache_config.kv_cache_layout = "LBHNC"
-        return config
+        with self._on_device(), model_classes_in_this_process():
+            # Sizes of batches that are not given are those of `vllm serve`.
+            return arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
 
     def _layers(self) -> dict[str, KVCacheSpec]:
         from vllm.distributed import (
@@ -108,35 +136,46 @@ class Model:
             if not torch.distributed.is_initialized():
                 init_distributed_environment(1, 0, rendezvous, 0, "gloo")
             ensure_model_parallel_initialized(1, 1)
-            stack.enter_context(torch.device("meta"))
-            stack.enter_context(set_default_torch_dtype(config.model_config.dtype))
-            initialize_model(config)
-            with as_on_gpus():
-                current_platform.update_block_size_for_backend(config)
-            self.block_size = config.cache_config.block_size
-            self._mamba_block_size = config.cache_config.mamba_block_size
-            self._mamba_page_size_padded = config.cache_config.mamba_page_size_padded
+            stack.enter_context(as_one_rank_of(config.parallel_config.tensor_parallel_size))
+            stack.enter_context(model_classes_in_this_process())
+            stack.enter_context(self._on_device())
+            if self._device == GPU and config.model_config.get_num_experts() > 0:
+                stack.enter_context(experts_as_on_gpus())
+            with torch.device("meta"), set_default_torch_dtype(config.model_config.dtype):
+                initialize_model(config)
+            current_platform.update_block_size_for_backend(config)
             layers = get_layers_from_vllm_config(config, AttentionLayerBase)
-            return {
+            specs = {
                 name: spec
                 for name, layer in layers.items()
                 if (spec := _spec_of(layer, config)) is not None
             }
+            backends = {layer.get_attn_backend() for layer in layers.values()}
+            layouts = [layout.name for layout in get_supported_kv_cache_layouts(backends)]
+            self.layout = resolve_kv_cache_layout(config, [layouts], specs.values()).name
+        self.block_size = config.cache_config.block_size
+        self._mamba_block_size = config.cache_config.mamba_block_size
+        self._mamba_page_size_padded = config.cache_config.mamba_page_size_padded
+        return specs
 
     def engine(self, memory: int, settings: dict[str, Any]) -> Engine:
         """Plan a cache and return what an engine would have.
 
         Args:
-            memory: Bytes for the KV cache.
+            memory: Bytes for the KV cache, of each rank.
             settings: The plugin's.
+
+        Raises:
+            ValueError: The memory does not do for one request of the greatest length.
         """
         config = self._configure(settings)
         cache = config.cache_config
+        cache.kv_cache_layout = self.layout
         cache.block_size = self.block_size
         cache.mamba_block_size = self._mamba_block_size
         cache.mamba_page_size_padded = self._mamba_page_size_padded
-        (plan,) = kv_cache_utils.get_kv_cache_configs(config, [dict(self.specs)], [memory])
-        plan = kv_cache_utils.generate_scheduler_kv_cache_config([plan])
+        (worker_plan,) = kv_cache_utils.get_kv_cache_configs(config, [dict(self.specs)], [memory])
+        plan = kv_cache_utils.generate_scheduler_kv_cache_config([worker_plan])
         cache.num_gpu_blocks = plan.num_blocks
         cache.block_size = min(
             group.kv_cache_spec.block_size
@@ -147,33 +186,7 @@ class Model:
         scheduler_block_size, hash_block_size = kv_cache_utils.resolve_kv_cache_block_sizes(
             plan, config
         )
-        return Engine(config, plan, scheduler_block_size, hash_block_size)
-
-
-@contextmanager
-def as_on_gpus() -> Iterator[None]:
-    """Have vLLM's platform for CPUs configure and align blocks as its platforms for GPUs do.
-
-    There, states have the dtype that the model asks for; CPUs that multiply bfloat16 store float32.
-    And blocks are multiples of 16 tokens, not of the 32 that vLLM's attention on CPUs works by.
-    """
-    if not current_platform.is_cpu():
-        yield
-        return
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-
-    with ExitStack() as stack:
-        stack.enter_context(
-            patch.object(torch.cpu, "_is_avx512_bf16_supported", return_value=False)
-        )
-        stack.enter_context(
-            patch.object(
-                CPUAttentionBackend,
-                "get_supported_kernel_block_sizes",
-                staticmethod(lambda kv_cache_spec=None: [MultipleOf(16)]),
-            )
-        )
-        yield
+        return Engine(config, plan, worker_plan, scheduler_block_size, hash_block_size)
 
 
 def _spec_of(layer: Any, config: VllmConfig) -> KVCacheSpec | None:

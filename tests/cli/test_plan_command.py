@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-hybrid-kv plan`: what it prints, writes and draws, and what it says to wrong input."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.shapes import SHAPES
+from vllm_hybrid_kv.cli.main import app
+from vllm_hybrid_kv.cli.plan_report import ranges
+
+QWEN = SHAPES["qwen3.6-35b-a3b"]
+LLAMA = SHAPES["llama-3.1-8b"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan")
+    # As vLLM for CPUs brings it along: a build for GPUs, which cannot be imported.
+    (folder / "torchvision").mkdir()
+    (folder / "torchvision" / "__init__.py").write_text("raise RuntimeError('no operator nms')\n")
+    (folder / "broken.json").write_text("{")
+    larch = {**json.loads((LLAMA / "config.json").read_text()), "architectures": ["Larch"]}
+    (folder / "larch.json").write_text(json.dumps(larch))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outcome(folder):
+    """One run with everything, in a process of its own, as a user runs it."""
+    command = Path(sys.executable).with_name("vllm-hybrid-kv")
+    return subprocess.run(
+        [
+            *(command, "plan", QWEN, "--memory", "24GiB", "--compare"),
+            *("--json", "plan.json", "--plot", "plan.png"),
+        ],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "COLUMNS": "100", "PYTHONPATH": str(folder)},
+    )
+
+
+def test_a_model_is_planned_without_weights_images_or_a_word_of_vllms(outcome):
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    lines = outcome.stdout.splitlines()
+    assert lines[0] == "Qwen3_5MoeForCausalLM, turboquant_k8v4, 24 GiB of KV cache on a GPU"
+    assert lines[1].endswith("is planned as its language model, Qwen3_5MoeForCausalLM")
+    (state,) = (line for line in lines if "state (gdn)" in line)
+    assert [cell.strip() for cell in state.split("│")[1:-1]] == [
+        *("0-2", "10", "state (gdn)", "bfloat16, float32"),
+        *("2,768", "2,147,968", "1,664", "0.08"),
+    ]
+
+
+def test_dtypes_and_strategies_stand_side_by_side(outcome):
+    header = next(line for line in outcome.stdout.splitlines() if " fp8 " in line)
+    assert [cell.strip() for cell in header.split("┃")[2:-1]] == ["auto", "fp8", "turboquant_k8v4"]
+    strategies = outcome.stdout.split("unify_page_sizes, turboquant_k8v4")[1].splitlines()[2]
+    assert {"lcm", "stock"} <= {cell.strip() for cell in strategies.split("┃")[2:-1]}
+
+
+def test_what_is_printed_is_written_as_json(outcome, folder):
+    written = json.loads((folder / "plan.json").read_text())
+    assert written["architecture"] == "Qwen3_5MoeForCausalLM"
+    assert [column["name"] for column in written["dtypes"]] == ["auto", "fp8", "turboquant_k8v4"]
+    assert {"lcm", "stock"} <= {column["name"] for column in written["strategies"]}
+    plan = written["plan"]
+    assert plan == written["dtypes"][2]["plan"]
+    assert [row["block_tokens"] for row in plan["pages"]] == [2768] * 4
+    assert sum(len(row["layers"]) for row in plan["pages"]) == 40
+    assert plan["memory"] == 24 << 30
+    assert plan["blocks"] == plan["memory"] // plan["block_bytes"]
+    assert plan["smallest_hit"] == 17
+    assert plan["can_hit"] is True
+    for key in ("short_tokens", "max_len_tokens", "concurrency"):
+        assert f"{int(plan['capacity'][key]):,}" in outcome.stdout
+
+
+def test_a_block_and_the_capacities_are_drawn(outcome, folder):
+    from matplotlib import image
+
+    drawn = image.imread(folder / "plan.png")
+    assert drawn.shape[:2] == (750, 1950)
+    colours = {tuple(pixel) for pixel in (drawn[..., :3] * 255).astype(int).reshape(-1, 3)}
+    states, attention = (0x44, 0x77, 0xAA), (0xEE, 0x66, 0x77)
+    auto, fp8, k8v4 = (0x55, 0x55, 0x55), (0xEE, 0x77, 0x33), (0x00, 0x99, 0x88)
+    assert {states, attention, auto, fp8, k8v4} <= colours
+
+
+@pytest.fixture
+def run():
+    """A function that runs the command in this process, which has imported vLLM already."""
+    kept, level = dict(os.environ), logging.getLogger("vllm").level
+    yield lambda *arguments: CliRunner().invoke(app, ["plan", *map(str, arguments)])
+    os.environ.clear()
+    os.environ.update(kept)
+    logging.getLogger("vllm").setLevel(level)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("missing",), "no such file: missing"),
+        (("broken.json",), "broken.json is not JSON"),
+        (("larch.json",), "vLLM knows no architecture Larch"),
+        ((LLAMA, "--memory", "much"), "--memory: 'much' is not a size"),
+        ((LLAMA, "--memory", "1GiB"), "larger than the available KV cache memory"),
+        ((LLAMA, "--unify", "best"), "unify_page_sizes='best'"),
+        ((LLAMA, "--kv-cache-dtype", "fp3"), "cache_dtype: Input should be"),
+        ((LLAMA, "--tensor-parallel-size", "3"), "must be divisible by tensor parallel size (3)"),
+        ((LLAMA, "--device", "tpu"), "'tpu' is no device"),
+        ((LLAMA, "--plot", "plan.larch"), "--plot: plan.larch"),
+        ((LLAMA, "--json", "no/such/folder.json"), "--json: no/such/folder.json"),
+    ],
+)
+def test_wrong_input_ends_with_one_line(run, folder, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
+    if "--memory" not in arguments:
+        arguments = (*arguments, "--memory", "24GiB")
+    done = run(*arguments)
+    assert done.exit_code == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("vllm-hybrid-kv plan: ")
+    assert message in line
+
+
+def test_what_a_server_would_refuse_is_said_beside_what_it_would_not(run):
+    asked = (SHAPES["llama-4-scout"], "--memory", "24GiB", "--max-model-len", 131072)
+    refused = run(*asked)
+    assert refused.exit_code == 2
+    assert "cannot serve this layer" in refused.stderr
+    done = run(*asked, "--kv-cache-dtype", "auto", "--json", "-")
+    assert done.exit_code == 0, done.stderr
+    *_, k8v4 = json.loads(done.stdout)["dtypes"]
+    assert k8v4["plan"] is None
+    assert k8v4["reason"] in refused.stderr
+
+
+def test_a_dtype_that_does_not_fit_is_said_beside_one_that_does(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    done = run(LLAMA, "--memory", "10GiB")
+    assert done.exit_code == 0, done.stderr
+    assert "auto: To serve at least one request" in done.stdout
+    (blocks,) = (line for line in done.stdout.splitlines() if line.startswith("│ blocks"))
+    auto, fp8, k8v4 = (cell.strip() for cell in blocks.split("│")[2:-1])
+    assert auto == "-"
+    assert int(fp8.replace(",", "")) < int(k8v4.replace(",", ""))
+
+
+def test_the_command_line_wins_over_the_environment(run, monkeypatch):
+    monkeypatch.setenv("VLLM_HYBRID_KV_UNIFY_PAGE_SIZES", "stock")
+    asked = (SHAPES["gemma-3-27b"], "--memory", "24GiB", "--json", "-")
+    for more, strategy in ((("--unify", "lcm"), "lcm"), ((), "stock")):
+        monkeypatch.setenv("VLLM_HYBRID_KV_UNIFY_PAGE_SIZES", "stock")
+        done = run(*asked, *more)
+        assert json.loads(done.stdout)["plan"]["unify_page_sizes"] == strategy
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [([0], "0"), ([0, 1, 2], "0-2"), ([0, 2, 3, 7], "0, 2-3, 7"), ([], "")],
+)
+def test_runs_of_groups_are_drawn_together(numbers, text):
+    assert ranges(numbers) == text

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans of public models, and that their numbers are vLLM's own."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.kv_cache_interface import AttentionSpec, MambaSpec
+
+from vllm_hybrid_kv.attention.refusal import UnsupportedLayerError
+from vllm_hybrid_kv.dry_run.plan import Pages, merge_alike, plan_of
+from vllm_hybrid_kv.kernels.k8v4 import slot_bytes
+
+GIB = 1 << 30
+K8V4 = "turboquant_k8v4"
+
+# Layers by kind, as each model's public description has them.
+LAYERS = {
+    "qwen3.6-35b-a3b": {"state (gdn)": 30, "full attention": 10},
+    "qwen3-next-80b-a3b": {"state (gdn)": 36, "full attention": 12},
+    "nemotron-h-8b": {"state (mamba2)": 24, "full attention": 4},
+    "gemma-3-27b": {"sliding window 1,024": 52, "full attention": 10},
+    "gpt-oss-20b": {"sliding window 128": 12, "full attention": 12},
+    "llama-4-scout": {"chunked local 8,192": 36, "full attention": 12},
+    "jamba-1.5-mini": {"state (mamba1)": 28, "full attention": 4},
+    "llama-3.1-8b": {"full attention": 32},
+}
+
+
+def kinds(pages):
+    counted = Counter()
+    for row in pages:
+        counted[row.kind] += len(row.layers)
+    return counted
+
+
+# Of Llama 4 vLLM gives the boundary's chunked local layers the backend of k8v4, unquantised.
+PLANNED = [
+    (name, dtype)
+    for name in LAYERS
+    for dtype in ("auto", "fp8", K8V4)
+    if (name, dtype) != ("llama-4-scout", K8V4)
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), PLANNED)
+def test_every_public_model_is_planned_with_every_dtype(shape, name, dtype):
+    plan = plan_of(shape(name, dtype), 24 * GIB, {}).plan
+    assert kinds(plan.pages) == LAYERS[name]
+    assert plan.blocks == 24 * GIB // plan.block_bytes
+    assert plan.capacity.concurrency >= 1
+    assert plan.can_hit
+    by_group = Counter()
+    for row in plan.pages:
+        by_group[row.group] += row.page_bytes * len(row.layers)
+        assert 0 <= row.padding_bytes < row.page_bytes
+    assert max(by_group.values()) == plan.block_bytes
+
+
+def test_llama_4_is_refused_as_a_server_refuses_it(shape):
+    with pytest.raises(UnsupportedLayerError, match=r"layers\.0\.self_attn\.attn: .*dtype is auto"):
+        shape("llama-4-scout", K8V4)
+
+
+def test_qwen3_6_has_the_blocks_of_its_servers(shape):
+    model = shape("qwen3.6-35b-a3b", K8V4)
+    plan = plan_of(model, 24 * GIB, {}).plan
+    state, attention = (rows for rows, _ in merge_alike(plan.pages))
+    assert (state.block_tokens, attention.block_tokens) == (2768, 2768)
+    assert round(100 * state.padding, 2) == 0.08
+    assert state.stores == "bfloat16, float32"
+    assert (attention.stores, attention.padding_bytes) == ("k8v4", 0)
+    assert attention.page_bytes == 2768 * 2 * slot_bytes(256) == 2768 * 2 * 388
+    assert state.page_bytes == attention.page_bytes
+
+
+def test_dense_models_keep_their_boundary_layers_unquantised(shape):
+    plan = plan_of(shape("llama-3.1-8b", K8V4), 24 * GIB, {}).plan
+    stored = {layer: row.stores for row in plan.pages for layer in row.layers}
+    unquantised = [int(name.split(".")[2]) for name in stored if stored[name] == "bfloat16"]
+    assert sorted(unquantised) == [0, 1, 30, 31]
+    assert set(stored.values()) == {"k8v4", "bfloat16"}
+    assert {row.group for row in plan.pages} == {0}
+    assert not plan.warnings
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "heads"),
+    [
+        ("qwen3.6-35b-a3b", 2, 1),
+        # More ranks than KV heads: each head is held by several.
+        ("qwen3.6-35b-a3b", 8, 1),
+        ("llama-3.1-8b", 4, 2),
+        # Experts that are narrower than vLLM's kernels on CPUs take.
+        ("gpt-oss-20b", 4, 2),
+        ("jamba-1.5-mini", 2, 4),
+        ("nemotron-h-8b", 4, 2),
+    ],
+)
+def test_a_rank_has_its_part_of_the_heads_and_states(shape, name, ranks, heads):
+    whole, part = shape(name, "auto"), shape(name, "auto", ranks)
+    engine = part.engine(24 * GIB, {})
+    config = engine.vllm_config
+    assert config.model_config.get_num_kv_heads(config.parallel_config) == heads
+    assert part.specs.keys() == whole.specs.keys()
+    for layer, spec in part.specs.items():
+        if isinstance(spec, AttentionSpec):
+            assert spec.num_kv_heads == heads
+        else:
+            assert isinstance(spec, MambaSpec)
+            assert _elements(spec.shapes[1]) * ranks == _elements(whole.specs[layer].shapes[1])
+    # The groups of all ranks' workers are those of one.
+    (_, *others) = kv_cache_utils.get_kv_cache_configs(
+        config, [dict(part.specs) for _ in range(ranks)], [24 * GIB] * ranks
+    )
+    for plan in others:
+        assert plan.num_blocks == engine.kv_cache_config.num_blocks
+
+
+def _elements(shape):
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+def test_other_memory_is_what_another_plan_has(shape):
+    model = shape("qwen3.6-35b-a3b", K8V4)
+    planned = plan_of(model, 24 * GIB, {})
+    for memory in (8 * GIB, 40 * GIB):
+        other = plan_of(model, memory, {}).plan
+        assert planned.tokens_in(memory) == other.capacity.max_len_tokens
+    assert planned.tokens_in(GIB) is None
+    with pytest.raises(ValueError, match="larger than the available KV cache memory"):
+        plan_of(model, GIB, {})
+
+
+def test_a_prompt_too_short_to_hit_is_told_from_one_that_can(shape):
+    model = shape("nemotron-h-8b", K8V4)
+    with_unit = plan_of(model, 24 * GIB, {"prefix_match_unit": "auto"}).plan
+    without = plan_of(model, 24 * GIB, {"prefix_match_unit": "stock"}).plan
+    assert (with_unit.smallest_hit, without.smallest_hit) == (17, 2721)
+    assert with_unit.can_hit
+    assert without.can_hit
+    short = replace(without, capacity=replace(without.capacity, max_model_len=2721))
+    assert not short.can_hit
+
+
+def test_a_plan_says_which_strategy_made_it(shape):
+    model = shape("gemma-3-27b", K8V4)
+    lcm, stock = (
+        plan_of(model, 24 * GIB, {"unify_page_sizes": name}).plan for name in ("lcm", "stock")
+    )
+    assert (lcm.unify_page_sizes, stock.unify_page_sizes) == ("lcm", "stock")
+    assert lcm.pool_padding < 0.01 < 0.6 < stock.pool_padding
+    assert lcm.capacity.max_len_tokens > 2 * stock.capacity.max_len_tokens
+    assert any("% of the KV pool is padding" in line for line in stock.warnings)
+    assert not lcm.warnings
+
+
+rows = st.builds(
+    Pages,
+    group=st.integers(0, 5),
+    layers=st.lists(st.sampled_from("abc"), max_size=3).map(tuple),
+    kind=st.sampled_from(["full attention", "state"]),
+    stores=st.just("k8v4"),
+    block_tokens=st.sampled_from([16, 32]),
+    page_bytes=st.just(100),
+    padding_bytes=st.sampled_from([0, 10]),
+)
+
+
+@given(st.lists(rows, max_size=12))
+def test_merging_keeps_every_row_once(pages):
+    merged = merge_alike(pages)
+    assert sum(len(groups) for _, groups in merged) == len(pages)
+    told = [replace(row, group=0, layers=("",) * len(row.layers)) for row, _ in merged]
+    assert len(set(told)) == len(told)
+    for row, groups in merged:
+        alike = [p.group for p in pages if _told(p) == _told(row)]
+        assert groups == alike
+
+
+def _told(row):
+    return len(row.layers), row.kind, row.stores, row.block_tokens, row.padding_bytes

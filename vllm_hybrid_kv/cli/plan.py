@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-hybrid-kv plan`: the KV cache of a server that is not started."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from vllm_hybrid_kv.cli.plan_report import Column, Result, report
+from vllm_hybrid_kv.cli.sizes import parse_size
+from vllm_hybrid_kv.dry_run.described import DescriptionError, read_config
+from vllm_hybrid_kv.errors import HybridKVError
+from vllm_hybrid_kv.settings import environment_name
+
+if TYPE_CHECKING:
+    from vllm_hybrid_kv.dry_run.described import Described
+    from vllm_hybrid_kv.dry_run.engine import Model
+    from vllm_hybrid_kv.dry_run.plan import Planned
+
+SIDE_BY_SIDE = ("auto", "fp8", "turboquant_k8v4")
+"""Dtypes of the cache that every plan is shown beside."""
+
+SIDE_BY_SIDE = ("auto", "fp8", "turboquant_k8v4")
+"""Dtypes of the cache that every plan is shown beside."""
+
+
+def plan(
+    model: Annotated[Path, typer.Argument(help="A model's folder, or its config.json.")],
+    memory: Annotated[str, typer.Option(help="Memory of the KV cache, like 24GiB; of each GPU.")],
+    kv_cache_dtype: Annotated[str, typer.Option(help="As vLLM's.")] = "turboquant_k8v4",
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, help="As vLLM's; by default the model's.")
+    ] = None,
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="As vLLM's.")] = 1,
+    unify: Annotated[
+        str | None, typer.Option(help="Strategy that makes pages one size: unify_page_sizes.")
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(min=1, help="As vLLM's; by default the device's.")
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="gpu plans for GPUs, whatever this machine is; cpu for it.")
+    ] = "gpu",
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(min=1, help="As vLLM's; 8192 by default for gpu.")
+    ] = None,
+    max_num_seqs: Annotated[
+        int | None, typer.Option(min=1, help="As vLLM's; 1024 by default for gpu.")
+    ] = None,
+    enable_prefix_caching: Annotated[bool | None, typer.Option(help="As vLLM's.")] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Show every strategy of --unify, side by side.")
+    ] = False,
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="Write the plans there; - for the output.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw a block and the capacity there (matplotlib).")
+    ] = None,
+) -> None:
+    """Show the KV cache that a server would have: no weights, no GPU, no download.
+
+    vLLM's own planning code is asked, with the plugin's strategies, so that the numbers are those
+    that `vllm serve` would report with the same arguments.
+    """
+    if plot is not None:
+        _check_matplotlib()
+    size = _size(memory)
+    arguments = {
+        "max_model_len": max_model_len,
+        "tensor_parallel_size": tensor_parallel_size,
+        "block_size": block_size,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "max_num_seqs": max_num_seqs,
+        "enable_prefix_caching": enable_prefix_caching,
+    }
+    with _stopping():
+        read_config(model)
+        _prepare(keep_strategy=unify is None and not compare)
+        from vllm_hybrid_kv.dry_run.described import described
+
+        with described(model) as description:
+            models = _Models(description, device, arguments)
+            settings = {} if unify is None else {"unify_page_sizes": unify}
+            asked = models.plan(kv_cache_dtype, size, settings)
+            dtypes = [
+                models.column(name, name, size, settings)
+                for name in dict.fromkeys((*SIDE_BY_SIDE, kv_cache_dtype))
+            ]
+            strategies = [
+                models.column(name, kv_cache_dtype, size, {"unify_page_sizes": name})
+                for name in (_strategies() if compare else ())
+            ]
+    result = Result(
+        model=str(model),
+        architecture=description.architecture,
+        device=device,
+        tensor_parallel_size=tensor_parallel_size,
+        notes=description.notes,
+        asked=asked,
+        dtypes=dtypes,
+        strategies=strategies,
+    )
+    if json_ is not None:
+        _write_json(json_, result)
+    if str(json_) != "-":
+        console = Console()
+        for part in report(result):
+            console.print(part, markup=False, highlight=False)
+    if plot is not None:
+        from vllm_hybrid_kv.cli.plan_plot import draw
+
+        try:
+            draw(plot, result)
+        except (OSError, ValueError) as error:
+            raise _stop(f"--plot: {plot}: {' '.join(str(error).split())}") from None
+
+
+class _Models:
+    """A described model with each dtype of the cache that is asked for, built once."""
+
+    def __init__(self, description: Described, device: str, arguments: dict[str, Any]) -> None:
+        from vllm_hybrid_kv.dry_run.platform import GPU, GPU_BATCH, GPU_BLOCK_TOKENS
+
+        given = {name: value for name, value in arguments.items() if value is not None}
+        if device == GPU:
+            given = {"block_size": GPU_BLOCK_TOKENS, **GPU_BATCH, **given}
+        if given["tensor_parallel_size"] > 1:
+            # vLLM else looks for that many devices, or for Ray.
+            given["distributed_executor_backend"] = "mp"
+        self._description = description
+        self._device = device
+        self._arguments = {
+            "model": description.folder,
+            # So that vLLM does not look how much of this machine's memory is free.
+            "gpu_memory_utilization": 0.1,
+            **given,
+        }
+        self._built: dict[str, Model] = {}
+
+    def plan(self, kv_cache_dtype: str, memory: int, settings: dict[str, Any]) -> Planned:
+        """Plan with one dtype.
+
+        Raises:
+            PlanError: vLLM would not start so.
+        """
+        from vllm_hybrid_kv.dry_run.engine import Model
+        from vllm_hybrid_kv.dry_run.plan import plan_of
+
+        try:
+            if kv_cache_dtype not in self._built:
+                stored = self._description.kv_cache_dtype
+                resolved = stored if kv_cache_dtype == "auto" and stored else kv_cache_dtype
+                self._built[kv_cache_dtype] = Model(
+                    {**self._arguments, "kv_cache_dtype": resolved}, self._device
+                )
+            return plan_of(self._built[kv_cache_dtype], memory, settings)
+        except Exception as error:
+            raise PlanError(_one_line(error)) from error
+
+    def column(
+        self, name: str, kv_cache_dtype: str, memory: int, settings: dict[str, Any]
+    ) -> Column:
+        """Plan with one dtype, or say why it cannot be."""
+        try:
+            return Column(name, self.plan(kv_cache_dtype, memory, settings))
+        except PlanError as error:
+            return Column(name, None, str(error))
+
+
+class PlanError(ValueError):
+    """A cache cannot be planned as asked."""
+
+
+def _one_line(error: Exception) -> str:
+    """Return what an error says in one line, with its kind where it is no word to a user."""
+    from pydantic import ValidationError
+
+    if isinstance(error, ValidationError):
+        message = "; ".join(
+            ": ".join(
+                (
+                    *(str(part) for part in details["loc"]),
+                    details["msg"].removeprefix("Value error, "),
+                )
+            )
+            for details in error.errors()
+        )
+    elif isinstance(error, ValueError | NotImplementedError):
+        message = str(error)
+    else:
+        message = f"vLLM cannot build this model: {type(error).__name__}: {error}"
+    return " ".join(message.split())
+
+
+def _prepare(keep_strategy: bool) -> None:
+    """Make this process one that plans: import vLLM, and keep it from talking.
+
+    Args:
+        keep_strategy: Whether a strategy of page sizes in the environment counts, which is else
+            chosen on the command line, and would lose.
+
+    Raises:
+        PlanError: There is no vLLM, or none that the plugin knows.
+    """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not keep_strategy:
+        os.environ.pop(environment_name("unify_page_sizes"), None)
+    from vllm_hybrid_kv.dry_run.importing import import_vllm
+
+    try:
+        # Before vLLM sets its logging up, what it logs goes to the screen.
+        logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+        import_vllm()
+        from vllm_hybrid_kv import plugin
+
+        plugin.register()
+    except (ImportError, HybridKVError) as error:
+        raise PlanError(str(error)) from error
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+    if plugin.applied() is None:
+        raise PlanError("the plugin is inactive, for it does not know this vLLM")
+
+
+def _strategies() -> list[str]:
+    from vllm_hybrid_kv import plugin
+
+    strategies = plugin.registered_strategies()
+    return strategies.available("unify_page_sizes") if strategies is not None else []
+
+
+@contextmanager
+def _stopping() -> Iterator[None]:
+    try:
+        yield
+    except (PlanError, DescriptionError) as error:
+        raise _stop(str(error)) from None
+
+
+def _stop(message: str) -> typer.Exit:
+    typer.echo(f"vllm-hybrid-kv plan: {message}", err=True)
+    return typer.Exit(2)
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise _stop(f"--memory: {error}") from None
+
+
+def _check_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError:
+        raise _stop("--plot needs matplotlib: pip install 'vllm-hybrid-kv[plot]'") from None
+
+
+def _write_json(path: Path, result: Result) -> None:
+    text = json.dumps(result.to_json(), indent=1) + "\n"
+    if str(path) == "-":
+        typer.echo(text, nl=False)
+        return
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise _stop(f"--json: {path}: {error.strerror}") from None
