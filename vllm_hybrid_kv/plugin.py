@@ -96,13 +96,15 @@ def _activate() -> Applied:
     from vllm_hybrid_kv.hooks import Strategies
     from vllm_hybrid_kv.metrics import directory
     from vllm_hybrid_kv.planning.capacity import AllGroups, GrowingGroups
-    from vllm_hybrid_kv.planning.page_sizes import LeastCommonMultiple
+    from vllm_hybrid_kv.planning.lcm import LeastCommonMultiple
+    from vllm_hybrid_kv.planning.min_waste import MinWaste
     from vllm_hybrid_kv.seams import base
     from vllm_hybrid_kv.seams.context import Context
 
     strategies = Strategies(
         {
             "lcm": LeastCommonMultiple(),
+            "min_waste": MinWaste(),
             "all": AllGroups(),
             "growing": GrowingGroups(),
             "fixed_point": FixedPoint(),
