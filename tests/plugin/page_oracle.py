@@ -100,6 +100,11 @@ def is_mamba(spec) -> bool:
     return isinstance(spec, MambaSpec)
 
 
+def least_page(spec) -> int:
+    aligned = getattr(spec, "alignment", None) is not None
+    return spec.page_size_bytes if aligned else spec.real_page_size_bytes
+
+
 def exhaustive(specs, longest: int, tolerance: Fraction, by_lcm: Fraction | None):
     """The page and the share wasted of the plan that `min_waste` promises, or None.
 
@@ -120,13 +125,11 @@ def exhaustive(specs, longest: int, tolerance: Fraction, by_lcm: Fraction | None
             return None
         return 1 - sum(parts) / (page * len(specs))
 
-    largest = max(spec.page_size_bytes for spec in specs)
+    largest = max(spec.real_page_size_bytes for spec in specs)
     # The worker may not be able to view the largest page as the layers' dtypes.
     lowest = -(-largest // granularity(specs)) * granularity(specs)
     highest = max(highest_page(specs), lowest)
-    reach = max(
-        s.page_size_bytes * (1 if is_state(s) else -(-longest // s.block_size)) for s in specs
-    )
+    reach = max(least_page(s) * (1 if is_state(s) else -(-longest // s.block_size)) for s in specs)
     reach = max(reach, lowest, highest if by_lcm is not None else 0)
     plans = ((w, page) for page in range(largest, reach + 1) if (w := plan(page)) is not None)
     first = next(plans, None)

@@ -24,6 +24,7 @@ from vllm_hybrid_kv.planning.min_waste import (
     unify_with_least_waste,
     waste,
 )
+from vllm_hybrid_kv.planning.page_sizes import check_page_sizes
 
 STATE_PAGE = 12_648_448
 KERNEL_BLOCKS = {"block_stride_alignment": MultipleOf(64)}
@@ -201,6 +202,22 @@ def test_a_padding_that_is_there_is_filled():
     assert unified["padded"] == replace(padded, block_size=48)
 
 
+def test_the_padding_that_vllm_gave_a_state_beforehand_is_no_bound():
+    # Qwen3.6-35B-A3B with one layer left unquantised: vLLM pads states to a multiple of both
+    # attention pages before it plans.
+    specs = {
+        **named([state(1_097_728, 128, page_size_padded=25_427_968)] * 30),
+        **{f"k8v4.{index}": attention(128) for index in range(9)},
+        "bf16": attention(128, 1_024),
+    }
+    assert waste(specs, unify_by_lcm(specs)) > Fraction(7, 10)
+    unified = unify_with_least_waste(specs)
+    check_page_sizes(specs, unified, "min_waste")
+    assert page(unified) == 1_097_728
+    assert (unified["k8v4.0"].block_size, unified["bf16"].block_size) == (1_408, 512)
+    assert waste(specs, unified) < Fraction(1, 400)
+
+
 def test_pages_can_be_viewed_as_the_layers_dtypes():
     specs = {"state": state(1_001), "attention": attention(1, 2, 25, dtype=torch.bfloat16)}
     unified = unify_with_least_waste(specs)
@@ -250,8 +267,8 @@ def test_what_cannot_be_unified_is_said_with_layers_sizes_and_a_way_out():
     assert str(error.value) == (
         "min_waste: layer mla.0 and 1 more (MLAAttentionSpec) has a page of 73,792 bytes for 64 "
         "tokens; layer draft (MLAAttentionSpec) has a page of 73,664 bytes for 64 tokens. These "
-        "pages can only be scaled as a whole, the largest page of all layers has 73,792 bytes, and "
-        "no size from there to 4,722,688 bytes, where a block holds the 4,096 tokens of "
+        "pages can only be scaled as a whole, the largest page of all layers holds 73,792 bytes, "
+        "and no size from there to 4,722,688 bytes, where a block holds the 4,096 tokens of "
         "max_model_len, is a multiple of all of them. Give these layers equal pages (one "
         "--kv-cache-dtype, a draft model of the same shape) or change --block-size"
     )

@@ -126,6 +126,12 @@ def test_an_answer_that_breaks_a_rule_is_refused_by_layer_and_number(changed, me
         check_page_sizes(BEFORE, {**BEFORE, **changed}, "strategy 'odd'")
 
 
+def test_an_answer_may_drop_padding():
+    before = {"state": state(1_000, page_size_padded=12_416), "attention": attention(1)}
+    after = {"state": replace(before["state"], page_size_padded=1_552), "attention": attention(2)}
+    check_page_sizes(before, after, "strategy 'odd'")
+
+
 def test_an_answer_without_a_layer_is_refused():
     with pytest.raises(HybridKVStrategyError, match=f"strategy 'odd' left out layer {A}"):
         check_page_sizes(BEFORE, {B: BEFORE[B]}, "strategy 'odd'")

@@ -149,5 +149,5 @@ def test_the_worker_refuses_a_padded_page_that_is_split_into_kernel_blocks(make_
     # What stock plans for vLLM's TurboQuant beside a larger page.
     backend, spec = layer(TurboQuantAttentionBackend, 256, head_size=72)
     padded = replace(spec, page_size_padded=spec.page_size_bytes + 64)
-    with pytest.raises(AssertionError, match="Padded KV pages do not support kernel block"):
+    with pytest.raises(ValueError, match="cannot be split into 2 kernel blocks of 128 tokens"):
         allocated(make_config(), {"layer": backend}, {"layer": padded})

@@ -59,10 +59,10 @@ def unify_with_least_waste(
 ) -> dict[str, KVCacheSpec]:
     """Give all layers pages of the size that leaves the smallest share of the pool as padding.
 
-    Of the page sizes from the largest present page up to the one that `lcm` aims at, the one with
-    the smallest `waste`; of equals the smallest, which has the shortest blocks. Shares up to
-    `tolerance` count as equal where they are not above what `lcm` leaves. Where no size up to that
-    one suits all layers, the next larger one that does.
+    Of the page sizes from what the largest page holds, without padding, up to the one that `lcm`
+    aims at: the one with the smallest `waste`; of equals the smallest, which has the shortest
+    blocks. Shares up to `tolerance` count as equal where they are not above what `lcm` leaves.
+    Where no size up to that one suits all layers, the next larger one that does.
 
     Args:
         kv_cache_spec: The spec of every layer by name. Page sizes are in bytes, block sizes in
@@ -97,7 +97,7 @@ def unify_with_least_waste(
         stiff = [name for name, key in keys.items() if not kinds[key].elastic]
         raise NotImplementedError(
             f"min_waste: {describe_layers(kv_cache_spec, stiff)}. These pages can only be scaled "
-            f"as a whole, the largest page of all layers has {search.largest:,} bytes, and no "
+            f"as a whole, the largest page of all layers holds {search.least:,} bytes, and no "
             f"size from there to {search.reach:,} bytes, where a block holds the {longest:,} "
             "tokens of max_model_len, is a multiple of all of them. Give these layers equal pages "
             "(one --kv-cache-dtype, a draft model of the same shape) or change --block-size"

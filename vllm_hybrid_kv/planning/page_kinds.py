@@ -47,13 +47,18 @@ class LayerKind(ABC):
 
     @property
     def elastic(self) -> bool:
-        """Whether the layer can have every page from its present one up."""
+        """Whether the layer can have every page from `least_page` up."""
         return True
+
+    @property
+    def least_page(self) -> int:
+        """The smallest page there is, in bytes: the present one without padding."""
+        return self.unit
 
     @property
     def longest_page(self) -> int:
         """The page that holds the longest sequence there is, in bytes."""
-        return self.cap * self.spec.page_size_bytes
+        return self.cap * self.least_page
 
     @abstractmethod
     def blocks(self, pages: Bytes) -> Bytes:
@@ -79,11 +84,6 @@ class LayerKind(ABC):
 
 class State(LayerKind):
     """One state per block, or one ring per request: a page only pads."""
-
-    @property
-    def longest_page(self) -> int:
-        """A state's page holds any sequence."""
-        return self.spec.page_size_bytes
 
     def blocks(self, pages: Bytes) -> Bytes:
         """One, wherever the state fits."""
@@ -164,6 +164,11 @@ class RowAligned(LayerKind):
         """Never."""
         return False
 
+    @property
+    def least_page(self) -> int:
+        """The present one, whose padding is part of its rows' alignment."""
+        return self.spec.page_size_bytes
+
     def blocks(self, pages: Bytes) -> Bytes:
         """As the spec rounds up a scaled block's bytes, or as multiples of the present page."""
         present = self.spec.page_size_bytes
@@ -204,7 +209,7 @@ class Fixed(LayerKind):
         return False
 
     @property
-    def longest_page(self) -> int:
+    def least_page(self) -> int:
         """It has one page."""
         return self.spec.page_size_bytes
 

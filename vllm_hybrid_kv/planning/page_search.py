@@ -32,7 +32,7 @@ class PageSearch:
     """The common pages of some layers.
 
     Attributes:
-        largest: The largest page before planning, in bytes.
+        least: Bytes that the largest page holds before planning. No common page is smaller.
         reach: Bytes up to which a page may be. From there on every block holds the longest
             sequence.
     """
@@ -47,8 +47,8 @@ class PageSearch:
         self._kinds = [(kind, layers[key]) for key, kind in kinds.items()]
         self._layers = sum(count for _, count in self._kinds)
         self._granularity = page_granularity(kinds.values())
-        self.largest = max(kind.spec.page_size_bytes for kind, _ in self._kinds)
-        self.reach = max(self.largest, *(kind.longest_page for kind, _ in self._kinds))
+        self.least = max(kind.least_page for kind, _ in self._kinds)
+        self.reach = max(self.least, *(kind.longest_page for kind, _ in self._kinds))
         most = [(kind.cap > 1, count, count * kind.cap * kind.unit) for kind, count in self._kinds]
         self._growing = sum(count for grows, count, _ in most if grows)
         self._most = sum(used for _, _, used in most)
@@ -66,7 +66,7 @@ class PageSearch:
         Returns:
             The page, of equals the smallest; None where none within reach suits all layers.
         """
-        low = high = -(-self.largest // self._granularity) * self._granularity
+        low = high = -(-self.least // self._granularity) * self._granularity
         highest = max(highest, low)
         self.reach = max(self.reach, highest if at_highest else low)
         best: Page | None = None

@@ -44,8 +44,8 @@ def check_page_sizes(
         who: The strategy, for the message.
 
     Raises:
-        HybridKVStrategyError: A layer is missing or new, a page or block is smaller than it was,
-            or two pages differ.
+        HybridKVStrategyError: A layer is missing or new, a block is smaller than it was, a page
+            is smaller than what it held without padding, or two pages differ.
     """
     if not isinstance(after, Mapping):
         raise HybridKVStrategyError(f"{who} must answer with a dict of specs, got {after!r}")
@@ -72,7 +72,7 @@ def check_page_sizes(
                 f"{who} shrank the block of layer {name} from {old.block_size} to "
                 f"{new.block_size} tokens"
             )
-        if pages[name] < old.page_size_bytes:
+        if pages[name] < getattr(old, "real_page_size_bytes", old.page_size_bytes):
             raise HybridKVStrategyError(
                 f"{who} shrank the page of layer {name} from {old.page_size_bytes:,} to "
                 f"{pages[name]:,} bytes"
