@@ -8,9 +8,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import fields
 from fractions import Fraction
+from functools import cache
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
@@ -82,19 +83,22 @@ def unify_with_least_waste(
     """
     if not kv_cache_spec:
         return {}
-    keys = {name: _key(spec) for name, spec in kv_cache_spec.items()}
-    kinds: dict[Hashable, LayerKind] = {}
-    for name, key in keys.items():
-        if key not in kinds:
-            kinds[key] = kind_of(kv_cache_spec[name], longest)
-    layers = Counter(keys.values())
-    highest = lcm_page_size([kind.spec for kind in kinds.values()])
-    search = PageSearch(kinds, layers)
-    by_lcm = _waste_by_lcm(kinds, layers, highest)
+    # One of a kind stands for all: models have hundreds of layers and a handful of kinds.
+    number_of: dict[Hashable, int] = {}
+    numbers = {
+        name: number_of.setdefault(_key(spec), len(number_of))
+        for name, spec in kv_cache_spec.items()
+    }
+    count = Counter(numbers.values())
+    first = {number: kv_cache_spec[name] for name, number in reversed(numbers.items())}
+    kinds = [(kind_of(first[number], longest), count[number]) for number in range(len(count))]
+    highest = lcm_page_size([kind.spec for kind, _ in kinds])
+    by_lcm = _waste_by_lcm(kinds, highest)
     enough = tolerance if by_lcm is None else min(tolerance, by_lcm)
+    search = PageSearch(kinds)
     page = search.best(highest, enough, at_highest=by_lcm is not None)
     if page is None:
-        stiff = [name for name, key in keys.items() if not kinds[key].elastic]
+        stiff = [name for name, number in numbers.items() if not kinds[number][0].elastic]
         raise NotImplementedError(
             f"min_waste: {describe_layers(kv_cache_spec, stiff)}. These pages can only be scaled "
             f"as a whole, the largest page of all layers holds {search.least:,} bytes, and no "
@@ -102,16 +106,16 @@ def unify_with_least_waste(
             "tokens of max_model_len, is a multiple of all of them. Give these layers equal pages "
             "(one --kv-cache-dtype, a draft model of the same shape) or change --block-size"
         )
-    planned = {key: kind.with_page(page.size) for key, kind in kinds.items()}
-    if any(planned[key] is not kind.spec for key, kind in kinds.items()):
+    planned = [kind.with_page(page.size) for kind, _ in kinds]
+    if any(after is not kind.spec for after, (kind, _) in zip(planned, kinds, strict=True)):
         logger.info(
             "min_waste: pages of %s bytes, %.2f %% of the pool is padding",
             f"{page.size:,}",
             100 * page.waste,
         )
-        for key, kind in kinds.items():
-            _log_padding(layers[key], kind, planned[key])
-    return {name: planned[key] for name, key in keys.items()}
+        for after, (kind, layers) in zip(planned, kinds, strict=True):
+            _log_padding(layers, kind, after)
+    return {name: planned[number] for name, number in numbers.items()}
 
 
 def waste(
@@ -134,22 +138,25 @@ def waste(
     return 1 - Fraction(used, sum(spec.page_size_bytes for spec in after.values()))
 
 
-def _waste_by_lcm(
-    kinds: Mapping[Hashable, LayerKind], layers: Mapping[Hashable, int], page: int
-) -> Fraction | None:
+def _waste_by_lcm(kinds: Sequence[tuple[LayerKind, int]], page: int) -> Fraction | None:
     """Return the share that `lcm` leaves with its page, or None where it has no plan."""
     used = 0
-    for key, kind in kinds.items():
+    for kind, layers in kinds:
         planned = with_page_size(kind.spec, page)
         if planned is None:
             return None
-        used += layers[key] * kind.used_in(planned)
-    return 1 - Fraction(used, page * sum(layers.values()))
+        used += layers * kind.used_in(planned)
+    return 1 - Fraction(used, page * sum(layers for _, layers in kinds))
 
 
 def _key(spec: KVCacheSpec) -> Hashable:
     """Return what makes specs one, marks included that vLLM does not compare (`is_draft`)."""
-    return spec, tuple(getattr(spec, f.name) for f in fields(spec) if not f.compare)
+    return spec, *(getattr(spec, name) for name in _not_compared(type(spec)))
+
+
+@cache
+def _not_compared(cls: type[KVCacheSpec]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(cls) if not field.compare)
 
 
 def _log_padding(layers: int, kind: LayerKind, planned: KVCacheSpec) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -37,16 +37,15 @@ class PageSearch:
             sequence.
     """
 
-    def __init__(self, kinds: Mapping[Hashable, LayerKind], layers: Mapping[Hashable, int]) -> None:
+    def __init__(self, kinds: Sequence[tuple[LayerKind, int]]) -> None:
         """Prepare.
 
         Args:
-            kinds: What the layers can do, by any key.
-            layers: How many layers there are of each kind.
+            kinds: What the layers can do, and how many there are of each kind.
         """
-        self._kinds = [(kind, layers[key]) for key, kind in kinds.items()]
+        self._kinds = kinds
         self._layers = sum(count for _, count in self._kinds)
-        self._granularity = page_granularity(kinds.values())
+        self._granularity = page_granularity(kind for kind, _ in kinds)
         self.least = max(kind.least_page for kind, _ in self._kinds)
         self.reach = max(self.least, *(kind.longest_page for kind, _ in self._kinds))
         most = [(kind.cap > 1, count, count * kind.cap * kind.unit) for kind, count in self._kinds]
