@@ -138,6 +138,8 @@ def exhaustive(specs, longest: int, tolerance: Fraction, by_lcm: Fraction | None
     if first[1] > highest:
         return first[::-1]
     enough = tolerance if by_lcm is None else min(tolerance, by_lcm)
+    if (at_present := plan(max(spec.page_size_bytes for spec in specs))) is not None:
+        enough = min(enough, at_present)
     choice = [first]
     choice += ((w, p) for p in range(first[1] + 1, highest + 1) if (w := plan(p)) is not None)
     for wasted, page in choice:

@@ -24,7 +24,7 @@ from vllm_hybrid_kv.planning.lcm import unify_by_lcm
 from vllm_hybrid_kv.planning.min_waste import TOLERANCE, unify_with_least_waste, waste
 from vllm_hybrid_kv.planning.page_sizes import check_page_sizes
 
-tolerances = st.sampled_from([Fraction(0), TOLERANCE, Fraction(1, 10)])
+tolerances = st.sampled_from([Fraction(0), TOLERANCE, Fraction(1, 10), Fraction(1, 2)])
 sequences = st.sampled_from([1, 40, 1_000, 8_192, 262_144])
 QUICK = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

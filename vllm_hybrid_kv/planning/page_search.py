@@ -56,6 +56,8 @@ class PageSearch:
     def best(self, highest: int, enough: Fraction, at_highest: bool) -> Page | None:
         """Return the smallest page that wastes no more than enough, else the one that wastes least.
 
+        Nor does it waste more than the largest present page would.
+
         Args:
             highest: Bytes up to which there is a choice. Where no page up to there suits all
                 layers, it is the next one that does.
@@ -67,6 +69,10 @@ class PageSearch:
         """
         low = high = -(-self.least // self._granularity) * self._granularity
         highest = max(highest, low)
+        present = max(kind.spec.page_size_bytes for kind, _ in self._kinds)
+        for size in self._common(present, present):
+            # What vLLM's own rule has at least, whose page this is.
+            enough = min(enough, self._page(size, self._used(np.array([size]))[0]).waste)
         self.reach = max(self.reach, highest if at_highest else low)
         best: Page | None = None
         while low <= high:
