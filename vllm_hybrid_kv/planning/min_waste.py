@@ -12,7 +12,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import fields
 from fractions import Fraction
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheSpec
@@ -151,11 +151,12 @@ def _waste_by_lcm(kinds: Sequence[tuple[LayerKind, int]], page: int) -> Fraction
 
 def _key(spec: KVCacheSpec) -> Hashable:
     """Return what makes specs one, marks included that vLLM does not compare (`is_draft`)."""
-    return spec, *(getattr(spec, name) for name in _not_compared(type(spec)))
+    cls: Any = type(spec)
+    return spec, *(getattr(spec, name) for name in _not_compared(cls))
 
 
 @cache
-def _not_compared(cls: type[KVCacheSpec]) -> tuple[str, ...]:
+def _not_compared(cls: Any) -> tuple[str, ...]:
     return tuple(field.name for field in fields(cls) if not field.compare)
 
 

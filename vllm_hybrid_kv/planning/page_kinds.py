@@ -97,7 +97,7 @@ class State(LayerKind):
         """Pad."""
         if self.spec.page_size_bytes == page:
             return self.spec
-        return replace(self.spec, page_size_padded=page)  # type: ignore[call-arg]
+        return replace(self.spec, page_size_padded=page)
 
 
 class Attention(LayerKind):
@@ -272,7 +272,7 @@ def _scales(spec: KVCacheSpec, unit: int | None) -> bool:
     twice = spec.copy_with_new_block_size(2 * spec.block_size)
     if unit is None:
         return bool(twice.page_size_bytes == 2 * spec.page_size_bytes)
-    return unit > 0 and bool(twice.unpadded_page_size_bytes == 2 * unit)  # type: ignore[attr-defined]
+    return unit > 0 and bool(twice.unpadded_page_size_bytes == 2 * unit)
 
 
 def _scaled(spec: KVCacheSpec, blocks: int, page: int, padded: bool) -> KVCacheSpec:
