@@ -4,7 +4,8 @@
     python -m benchmarks.planning [--out DIR] [--rounds N]
 
 Every strategy plans the same layers, made of vLLM's own specs, in turn in one process. Times are
-medians over rounds; each round plans new spec objects, as the first plan of an engine does.
+medians over rounds, of the processor's time for this thread, because planning waits for nothing and
+the machine may be shared; each round plans new spec objects, as the first plan of an engine does.
 """
 
 from __future__ import annotations
@@ -104,9 +105,9 @@ def measure(mixture: str, rounds: int) -> dict[str, tuple[float, str, float] | N
             for _ in range(rounds):
                 specs = layers(mixture)
                 gc.collect(0)
-                start = time.perf_counter()
+                start = time.thread_time()
                 plan = strategy(dict(specs))
-                times.append(1e3 * (time.perf_counter() - start))
+                times.append(1e3 * (time.thread_time() - start))
         except NotImplementedError:
             found[name] = None
             continue
@@ -124,7 +125,8 @@ def table(results: Mapping[str, dict[str, tuple[float, str, float] | None]], loa
         f"{where['cpu']}, {where['cpus']} CPUs; Python {where['python']}, vLLM {where['vllm']}; "
         f"load average {load:.1f} at the start. `python -m benchmarks.planning`.",
         "",
-        "Milliseconds are medians; the page is in bytes, padding the share of the pool.",
+        "Milliseconds of processor time are medians; the page is in bytes, padding the share of "
+        "the pool.",
         "",
         "| layers, in equal parts or as listed | strategy | ms | page | padding |",
         "|---|---|---|---|---|",

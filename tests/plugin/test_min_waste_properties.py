@@ -51,7 +51,14 @@ def layers(block_sizes, slots, state_pages, kernel_blocks):
     windowed = st.builds(
         attention, block_sizes, slots, cls=st.just(SlidingWindowSpec), sliding_window=st.just(64)
     )
+    split = st.builds(
+        attention,
+        block_sizes,
+        slots,
+        block_stride_alignment=st.sampled_from([MultipleOf(size) for size in kernel_blocks]),
+    )
     others = [
+        split,
         st.builds(attention, block_sizes, slots, cls=st.just(FullAttentionSpec)),
         st.builds(attention, block_sizes, slots, cls=st.just(CrossAttentionSpec)),
         st.builds(attention, st.integers(1, 9), slots, cls=st.just(CircularBufferSpec)),
