@@ -67,11 +67,11 @@ class Specifications:
 
         Called while the KV cache is planned, for a model whose layers differ in kind, in a cache
         layout that keeps a layer's pages together (others need no equal pages). Answer with a
-        spec for every layer: all pages of the same number of bytes, and no page and no block size
-        smaller than it was. A page grows by more tokens per block (`block_size`) or, for states
-        and for attention that is not MLA, by padding (`page_size_padded`, bytes). To give up
-        raise NotImplementedError: vLLM then tries to allocate every layer in full, and stops
-        where it cannot.
+        spec for every layer: all pages of the same number of bytes, no block size smaller than it
+        was, and no page smaller than what it held without padding. A page grows by more tokens
+        per block (`block_size`) or, for states and for attention that is not MLA, by padding
+        (`page_size_padded`, bytes). To give up raise NotImplementedError: vLLM then tries to
+        allocate every layer in full, and stops where it cannot.
 
         Args:
             vllm_config: The engine's configuration, or None where vLLM plans without one.

@@ -114,11 +114,13 @@ def built_in_strategies() -> Strategies:
     from vllm_hybrid_kv.coordinator.strategies import FixedPoint, HybridAware
     from vllm_hybrid_kv.hooks import Strategies
     from vllm_hybrid_kv.planning.capacity import AllGroups, GrowingGroups
-    from vllm_hybrid_kv.planning.page_sizes import LeastCommonMultiple
+    from vllm_hybrid_kv.planning.lcm import LeastCommonMultiple
+    from vllm_hybrid_kv.planning.min_waste import MinWaste
 
     return Strategies(
         {
             "lcm": LeastCommonMultiple(),
+            "min_waste": MinWaste(),
             "all": AllGroups(),
             "growing": GrowingGroups(),
             "fixed_point": FixedPoint(),

@@ -67,15 +67,14 @@ def sources_fingerprint() -> str:
 
 def describe(shape: str, kv_cache_dtype: str) -> Model:
     """Return a described model, with the settings that `vllm-hybrid-kv replay` has by default."""
+    from vllm_hybrid_kv.dry_run.importing import import_vllm
+
+    import_vllm()
     from vllm_hybrid_kv.dry_run.engine import Model
 
-    config = json.loads((SHAPES / shape / "config.json").read_text())
     return Model(
         {
             "model": str(SHAPES / shape),
-            # vLLM reads it from the configuration for Qwen3.5's own class only, whose module
-            # wants torchvision.
-            "mamba_ssm_cache_dtype": config.get("mamba_ssm_dtype", "auto"),
             "kv_cache_dtype": kv_cache_dtype,
             "block_size": 16,
             "max_num_seqs": CONCURRENCY,

@@ -6,6 +6,7 @@ its own against the unpacked 0.33 wheel. There `EXPECTED_MINOR` is set, and as t
 device the platform is set to CPU.
 """
 
+import inspect
 import json
 import logging
 import os
@@ -202,3 +203,13 @@ def make_config(model: Path) -> Callable[..., Any]:
         return config
 
     return make
+
+
+@pytest.fixture(scope="session")
+def stock() -> Callable[..., Any]:
+    """vLLM's own rule for page sizes."""
+    try:
+        from vllm.v1.core.kv_cache_planning import unify_kv_cache_spec_page_size
+    except ModuleNotFoundError:
+        from vllm.v1.core.kv_cache_utils import unify_kv_cache_spec_page_size
+    return inspect.unwrap(unify_kv_cache_spec_page_size)

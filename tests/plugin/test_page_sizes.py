@@ -6,39 +6,14 @@ import math
 from dataclasses import replace
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from vllm.v1.kv_cache_interface import (
-    FullAttentionSpec,
-    MambaSpec,
-    MLAAttentionSpec,
-    SlidingWindowSpec,
-)
+from vllm.v1.kv_cache_interface import MambaSpec, SlidingWindowSpec
 
+from tests.plugin.layers import attention, mla, pages, state
 from vllm_hybrid_kv.errors import HybridKVStrategyError
-from vllm_hybrid_kv.planning.page_sizes import check_page_sizes, unify_by_lcm
-
-
-def attention(block_size=16, slot=388, kv_heads=2, cls=FullAttentionSpec, **fields):
-    """A layer whose page has `block_size * kv_heads * slot` bytes."""
-    return cls(
-        block_size=block_size,
-        num_kv_heads=kv_heads,
-        head_size=256,
-        dtype=torch.uint8,
-        state_content_bytes=slot,
-        **fields,
-    )
-
-
-def state(page, block_size=16, **fields):
-    """A state of `page` bytes."""
-    return MambaSpec(block_size=block_size, shapes=((page,),), dtypes=(torch.uint8,), **fields)
-
-
-def pages(specs):
-    return {name: spec.page_size_bytes for name, spec in specs.items()}
+from vllm_hybrid_kv.planning.lcm import unify_by_lcm
+from vllm_hybrid_kv.planning.page_sizes import check_page_sizes
 
 
 def test_a_large_state_is_padded_to_a_multiple_of_the_attention_page(log):
@@ -91,11 +66,16 @@ def test_attention_with_the_largest_page_is_padded():
     assert unified["large"] == replace(specs["large"], page_size_padded=3 * 12_416)
 
 
-def test_mla_with_the_largest_page_is_not_padded():
-    mla = MLAAttentionSpec(block_size=64, num_kv_heads=1, head_size=576, dtype=torch.bfloat16)
-    specs = {"mla": mla, "small": attention(16, slot=100)}
-    with pytest.raises(NotImplementedError, match=r"layer mla: its page of 73,728 bytes"):
+def test_layers_that_lcm_cannot_unify_are_named_with_their_sizes_and_a_way_out():
+    specs = {"mla.0": mla(), "mla.1": mla(), "small": attention(16, slot=100)}
+    with pytest.raises(NotImplementedError) as error:
         unify_by_lcm(specs)
+    assert str(error.value) == (
+        "lcm: layer mla.0 and 1 more (MLAAttentionSpec) has a page of 73,728 bytes for 64 tokens, "
+        "which can be neither scaled nor padded to the 76,800 bytes that the other layers' pages "
+        "divide; choose unify_page_sizes=min_waste, which looks for other sizes, or another "
+        "--block-size"
+    )
 
 
 page_specs = st.one_of(
@@ -144,6 +124,12 @@ A, B = BEFORE
 def test_an_answer_that_breaks_a_rule_is_refused_by_layer_and_number(changed, message):
     with pytest.raises(HybridKVStrategyError, match=f"^strategy 'odd'.*{message}"):
         check_page_sizes(BEFORE, {**BEFORE, **changed}, "strategy 'odd'")
+
+
+def test_an_answer_may_drop_padding():
+    before = {"state": state(1_000, page_size_padded=12_416), "attention": attention(1)}
+    after = {"state": replace(before["state"], page_size_padded=1_552), "attention": attention(2)}
+    check_page_sizes(before, after, "strategy 'odd'")
 
 
 def test_an_answer_without_a_layer_is_refused():

@@ -12,7 +12,14 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, MambaSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_hybrid_kv import plugin
@@ -107,6 +114,40 @@ def test_lcm_plans_pages_without_waste(make_config):
     assert {spec.page_size_bytes for spec in by_layer.values()} == {12_651_904}
     assert by_layer[ATTENTION].block_size == 16_304
     assert planned.num_blocks == (1 << 36) // 12_651_904
+
+
+def test_min_waste_plans_for_the_longest_sequence(make_config, log):
+    plugin.register()
+    config = make_config({"unify_page_sizes": "min_waste"})
+    (planned,) = plan(config)
+    by_layer = {group.layer_names[0]: group.kv_cache_spec for group in planned.kv_cache_groups}
+    assert {spec.page_size_bytes for spec in by_layer.values()} == {12_651_904}
+    assert by_layer[ATTENTION].block_size == 16_304
+    config.model_config.max_model_len = 4_096
+    (planned,) = plan(config)
+    by_layer = {group.layer_names[0]: group.kv_cache_spec for group in planned.kv_cache_groups}
+    assert {spec.page_size_bytes for spec in by_layer.values()} == {12_648_448}
+    assert by_layer[ATTENTION].block_size == 4_096
+    assert planned.num_blocks == (1 << 36) // 12_648_448
+    assert "min_waste: pages of 12,648,448 bytes, 37.44 % of the pool is padding" in log.lines(
+        logging.INFO
+    )
+
+
+def test_what_min_waste_cannot_unify_is_left_to_vllms_fallback(make_config):
+    mla = MLAAttentionSpec(block_size=64, num_kv_heads=1, head_size=577, dtype=torch.bfloat16)
+    draft = MLAAttentionSpec(block_size=64, num_kv_heads=1, head_size=575, dtype=torch.bfloat16)
+    window = SlidingWindowSpec(
+        block_size=64, num_kv_heads=1, head_size=64, dtype=torch.bfloat16, sliding_window=128
+    )
+    plugin.register()
+    layers = {"mla": mla, "draft": draft, "window": window}
+    config = make_config({"unify_page_sizes": "min_waste"})
+    config.model_config.max_model_len = 4_096
+    (group,) = planning.get_kv_cache_groups(config, dict(layers))
+    assert set(group.layer_names) == set(layers)
+    with pytest.raises(NotImplementedError, match=r"min_waste: layer mla .*; layer draft "):
+        planning.get_kv_cache_groups(config, {"mla": mla, "draft": draft, STATE: state(4_000)})
 
 
 def test_a_third_partys_unequal_pages_stop_planning_with_layer_and_numbers(package, make_config):
@@ -294,7 +335,7 @@ def test_bad_settings_stop_before_the_model_is_looked_into(tmp_path):
         arguments.create_engine_config()
     assert str(error.value) == (
         "unify_page_sizes='nonsense' (from --additional-config) is not valid: no such strategy; "
-        "available: lcm, stock"
+        "available: lcm, min_waste, stock"
     )
 
 

@@ -12,6 +12,9 @@ SUITES = (
     "test_capacity.py",
     "test_gate.py",
     "test_gpu_platform.py",
+    "test_min_waste.py",
+    "test_page_sizes.py",
+    "test_pages_in_the_worker.py",
     "test_seams.py",
     "test_selection.py",
     "test_startup_warnings.py",
@@ -49,6 +52,12 @@ def test_the_suite_passes_against_the_0_33_wheel(suite, report):
     assert lines, f"{report.stdout[-4000:]}\n{report.stderr[-4000:]}"
     assert not failed, f"{failed}\n{report.stdout[-8000:]}"
     assert report.returncode == 0, report.stdout[-4000:]
+
+
+def test_min_waste_keeps_its_promises_with_the_0_33_wheel(run_pytest):
+    done = run_pytest(str(HERE / "test_min_waste_properties.py"), "-k", "stock_or_lcm")
+    assert done.returncode == 0, done.stdout[-8000:]
+    assert "1 passed" in done.stdout
 
 
 def test_the_gpu_backend_works_with_the_0_33_wheel(run_pytest):

@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 SIDE_BY_SIDE = ("auto", "fp8", "turboquant_k8v4")
 """Dtypes of the cache that every plan is shown beside."""
 
-SIDE_BY_SIDE = ("auto", "fp8", "turboquant_k8v4")
-"""Dtypes of the cache that every plan is shown beside."""
-
 
 def plan(
     model: Annotated[Path, typer.Argument(help="A model's folder, or its config.json.")],

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import statistics
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -108,15 +107,12 @@ def replay(
     sizes = [_size(text) for text in memory]
     strategies = list(dict.fromkeys([*(compare or ()), coordinator]))
     _quiet_vllm()
-    with _folder_of(model) as folder:
-        from vllm_hybrid_kv.errors import HybridKVError
-        from vllm_hybrid_kv.replay.trace import TraceError, read_trace
+    from vllm_hybrid_kv.errors import HybridKVError
+    from vllm_hybrid_kv.replay.trace import TraceError, read_trace
 
-        try:
-            requests = read_trace(trace, limit)
-        except (OSError, TraceError) as error:
-            raise _stop(str(error)) from None
-        try:
+    try:
+        requests = read_trace(trace, limit)
+        with _folder_of(model) as folder:
             described = _describe(
                 folder, kv_cache_dtype, block_size, concurrency, max_num_batched_tokens
             )
@@ -125,8 +121,8 @@ def replay(
                 for size in sizes
                 for name in strategies
             ]
-        except (HybridKVError, ValueError) as error:
-            raise _stop(str(error)) from None
+    except (OSError, TraceError, HybridKVError, ValueError) as error:
+        raise _stop(str(error)) from None
     if json_ is not None:
         text = json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n"
         if str(json_) == "-":
@@ -167,14 +163,17 @@ def _quiet_vllm() -> None:
 
 @contextmanager
 def _folder_of(model: str) -> Iterator[str]:
-    """Give the folder of a model whose configuration is a file, under whatever name."""
-    path = Path(model)
-    if not path.is_file():
+    """Give the folder of a model as it is planned, or its name on the hub."""
+    from vllm_hybrid_kv.dry_run.importing import import_vllm
+
+    import_vllm()
+    if not Path(model).exists():
         yield model
         return
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(path.read_text())
-        yield folder
+    from vllm_hybrid_kv.dry_run.described import described
+
+    with described(Path(model)) as description:
+        yield description.folder
 
 
 def _describe(

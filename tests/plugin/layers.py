@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers' specs for the tests of planning, of vLLM's own classes."""
+
+import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MambaSpec, MLAAttentionSpec
+
+
+def attention(block_size=16, slot=388, kv_heads=2, cls=FullAttentionSpec, **fields):
+    """A layer whose page has `block_size * kv_heads * slot` bytes."""
+    fields = {"dtype": torch.uint8, **fields}
+    return cls(
+        block_size=block_size,
+        num_kv_heads=kv_heads,
+        head_size=256,
+        state_content_bytes=slot,
+        **fields,
+    )
+
+
+def mla(block_size=64, row=1_152, cls=MLAAttentionSpec, **fields):
+    """An MLA layer with rows of `row` bytes."""
+    return attention(block_size, row, 1, cls, **fields)
+
+
+def state(page, block_size=16, dtype=torch.uint8, **fields):
+    """A state of `page` bytes."""
+    shapes = ((page // dtype.itemsize,),)
+    return MambaSpec(block_size=block_size, shapes=shapes, dtypes=(dtype,), **fields)
+
+
+def pages(specs: dict[str, KVCacheSpec]) -> dict[str, int]:
+    return {name: spec.page_size_bytes for name, spec in specs.items()}
+
+
+def blocks(specs: dict[str, KVCacheSpec]) -> dict[str, int]:
+    return {name: spec.block_size for name, spec in specs.items()}
+
+
+def named(specs) -> dict[str, KVCacheSpec]:
+    return {f"layer.{index}": spec for index, spec in enumerate(specs)}

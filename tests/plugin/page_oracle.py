@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every plan of page sizes that there is, tried one by one with vLLM's own specs.
+
+Written from what a worker can read, with nothing of the planner's arithmetic: for slow, small
+cases.
+"""
+
+import math
+from dataclasses import replace
+from fractions import Fraction
+
+from vllm.v1.attention.backend import MultipleOf
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    CircularBufferSpec,
+    KVCacheSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+)
+
+
+def is_state(spec: KVCacheSpec) -> bool:
+    return isinstance(spec, (MambaSpec, CircularBufferSpec))
+
+
+def readable(before: KVCacheSpec, after: KVCacheSpec) -> bool:
+    """Whether the worker can view and the kernels can read a layer's pages."""
+    page, real = after.page_size_bytes, after.real_page_size_bytes
+    scale, rest = divmod(after.block_size, before.block_size)
+    if rest or scale < 1:
+        return False
+    if is_state(before):
+        return scale == 1
+    if page == real:
+        return True
+    alignment = getattr(before, "alignment", None)
+    if isinstance(before, MLAAttentionSpec) or alignment is not None:
+        own = alignment is not None and page % alignment == 0 and page - real < alignment
+        return own or page == scale * before.page_size_bytes
+    kernel_blocks = before.block_stride_alignment
+    if isinstance(kernel_blocks, MultipleOf):
+        return scale == 1 and after.block_size <= kernel_blocks.base
+    return True
+
+
+def granularity(specs) -> int:
+    sizes = [dtype.itemsize for spec in specs for dtype in getattr(spec, "dtypes", ())]
+    sizes += [spec.dtype.itemsize for spec in specs if isinstance(spec, AttentionSpec)]
+    return math.lcm(*sizes)
+
+
+def plan_is_readable(before, after) -> bool:
+    return all(
+        readable(spec, after[name]) and after[name].page_size_bytes % granularity([spec]) == 0
+        for name, spec in before.items()
+    )
+
+
+def used(before: KVCacheSpec, after: KVCacheSpec, longest: int) -> Fraction:
+    """Bytes of a page that can hold tokens of a sequence of the longest length, or a state."""
+    if is_state(before):
+        return Fraction(before.real_page_size_bytes)
+    per_token = Fraction(before.real_page_size_bytes, before.block_size)
+    most = -(-longest // before.block_size) * before.block_size
+    return per_token * min(after.block_size, most)
+
+
+def share_wasted(before, after, longest: int) -> Fraction:
+    total = sum(spec.page_size_bytes for spec in after.values())
+    return 1 - sum(used(spec, after[name], longest) for name, spec in before.items()) / total
+
+
+def best_for(spec: KVCacheSpec, page: int, longest: int) -> Fraction | None:
+    """The most bytes that a layer can use of a page, or None where it cannot have that page."""
+    best = None
+    for scale in range(1, page // spec.real_page_size_bytes + 1):
+        for padding in (None, page):
+            try:
+                after = replace(spec, block_size=scale * spec.block_size, page_size_padded=padding)
+                if after.page_size_bytes != page or not readable(spec, after):
+                    continue
+            except AssertionError:
+                continue
+            found = used(spec, after, longest)
+            best = found if best is None else max(best, found)
+    return best
+
+
+def highest_page(specs) -> int:
+    """The largest page, or the multiple of all smaller pages of tokens that follows it."""
+    largest = max(spec.page_size_bytes for spec in specs)
+    smaller = [s.page_size_bytes for s in specs if not is_mamba(s) and s.page_size_bytes < largest]
+    page = largest
+    while any(page % one for one in smaller):
+        page += 1
+    return page
+
+
+def is_mamba(spec) -> bool:
+    return isinstance(spec, MambaSpec)
+
+
+def least_page(spec) -> int:
+    aligned = getattr(spec, "alignment", None) is not None
+    return spec.page_size_bytes if aligned else spec.real_page_size_bytes
+
+
+def exhaustive(specs, longest: int, tolerance: Fraction, by_lcm: Fraction | None):
+    """The page and the share wasted of the plan that `min_waste` promises, or None.
+
+    The first page that wastes no more than it has to, else the one that wastes least, up to the
+    highest that `lcm` aims at. Where none up to there suits all layers the next one, as long as
+    there is a block that does not hold the longest sequence.
+
+    Args:
+        specs: The layers'.
+        longest: Tokens of the longest sequence.
+        tolerance: What counts as no waste.
+        by_lcm: The share that `lcm` wastes, None where it has no plan.
+    """
+
+    def plan(page):
+        parts = [best_for(spec, page, longest) for spec in specs]
+        if page % granularity(specs) or None in parts:
+            return None
+        return 1 - sum(parts) / (page * len(specs))
+
+    largest = max(spec.real_page_size_bytes for spec in specs)
+    # The worker may not be able to view the largest page as the layers' dtypes.
+    lowest = -(-largest // granularity(specs)) * granularity(specs)
+    highest = max(highest_page(specs), lowest)
+    reach = max(least_page(s) * (1 if is_state(s) else -(-longest // s.block_size)) for s in specs)
+    reach = max(reach, lowest, highest if by_lcm is not None else 0)
+    plans = ((w, page) for page in range(largest, reach + 1) if (w := plan(page)) is not None)
+    first = next(plans, None)
+    if first is None:
+        return None
+    if first[1] > highest:
+        return first[::-1]
+    enough = tolerance if by_lcm is None else min(tolerance, by_lcm)
+    if (at_present := plan(max(spec.page_size_bytes for spec in specs))) is not None:
+        enough = min(enough, at_present)
+    choice = [first]
+    choice += ((w, p) for p in range(first[1] + 1, highest + 1) if (w := plan(p)) is not None)
+    for wasted, page in choice:
+        if wasted <= enough:
+            return page, wasted
+    return min(choice)[::-1]

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's worker can allocate and view what `min_waste` plans, and why some pages may not be padded.
+
+With vLLM's own backends and the functions that its model runner calls.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+from vllm.v1.attention.backends.turboquant_attn import TurboQuantAttentionBackend
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheLayout,
+    MambaSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
+from vllm.v1.worker.utils import (
+    AttentionGroup,
+    allocate_kv_cache,
+    customize_attention_spec,
+    prepare_kernel_block_sizes,
+)
+
+from tests.plugin.layers import named, state
+from vllm_hybrid_kv.attention.backend import K8V4AttentionBackend
+from vllm_hybrid_kv.planning.min_waste import unify_with_least_waste
+
+try:
+    from vllm.v1.core import kv_cache_planning as planning
+except ImportError:
+    planning = kv_cache_utils
+
+BLOCKS = 3
+CPU = torch.device("cpu")
+
+
+def layer(backend, block_size, kv_heads=2, head_size=64, cls=FullAttentionSpec, **fields):
+    """A layer's backend, and its spec as the model runner has it."""
+    spec = cls(
+        block_size=block_size,
+        num_kv_heads=kv_heads,
+        head_size=head_size,
+        dtype=torch.bfloat16,
+        **fields,
+    )
+    return backend, customize_attention_spec(backend, spec)
+
+
+def allocated(config, backends, planned):
+    """The layers' views of a cache of a few blocks, made as the model runner makes them."""
+    groups = planning._get_kv_cache_groups_uniform_page_size(planned)
+    page = groups[0].kv_cache_spec.page_size_bytes
+    memory = BLOCKS * page * max(len(group.layer_names) for group in groups)
+    cache = planning.get_kv_cache_config_from_groups(config, groups, memory)
+    assert cache.num_blocks == BLOCKS
+    attention_groups = [
+        [AttentionGroup(backends[group.layer_names[0]], group.layer_names, group.kv_cache_spec, i)]
+        for i, group in enumerate(groups)
+    ]
+    sizes = prepare_kernel_block_sizes(cache, attention_groups)
+    return allocate_kv_cache(cache, CPU, KVCacheLayout.LBHNC, sizes)
+
+
+mixes = st.lists(
+    st.one_of(
+        st.builds(
+            layer,
+            st.sampled_from([CPUAttentionBackend, TritonAttentionBackend, K8V4AttentionBackend]),
+            st.sampled_from([32, 64, 96]),
+            st.integers(1, 3),
+            st.sampled_from([64, 80, 128]),
+        ),
+        st.builds(
+            layer,
+            st.just(TritonAttentionBackend),
+            st.sampled_from([16, 48]),
+            cls=st.just(SlidingWindowSpec),
+            sliding_window=st.just(64),
+        ),
+        st.builds(
+            layer,
+            st.just(TritonAttentionBackend),
+            st.sampled_from([16, 48]),
+            st.just(3),
+            cls=st.just(ChunkedLocalAttentionSpec),
+            attention_chunk_size=st.just(64),
+        ),
+        st.builds(
+            layer,
+            st.just(TurboQuantAttentionBackend),
+            st.sampled_from([16, 128, 256, 2_768]),
+            head_size=st.sampled_from([64, 72]),
+        ),
+        st.builds(
+            layer,
+            st.just(CPUMLABackend),
+            st.sampled_from([16, 64]),
+            st.just(1),
+            st.just(576),
+            cls=st.just(MLAAttentionSpec),
+        ),
+        st.tuples(
+            st.none(),
+            st.builds(
+                state, st.integers(1, 50_000).map(lambda n: 4 * n), dtype=st.just(torch.float32)
+            ),
+        ),
+    ),
+    min_size=2,
+    max_size=5,
+)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(mix=mixes)
+def test_every_plan_can_be_allocated_and_viewed(mix, make_config):
+    global _config
+    if _config is None:
+        _config = make_config()
+    backends = dict(zip(named(mix), (backend for backend, _ in mix), strict=True))
+    specs = named([spec for _, spec in mix])
+    planned = unify_with_least_waste(specs)
+    views = allocated(_config, backends, planned)
+    for name, spec in planned.items():
+        view = views[name]
+        if isinstance(spec, MambaSpec):
+            pages = view.squeeze(dim=(1, 2))[:, : spec.state_content_size_bytes]
+            assert pages.view(torch.float32).shape[0] == BLOCKS
+            continue
+        kernel_blocks, heads, tokens, _ = view.shape
+        assert kernel_blocks * tokens == BLOCKS * spec.block_size
+        assert heads == spec.num_heads
+        view.fill_(0)
+
+
+_config = None
+
+
+def test_the_worker_refuses_a_padded_page_that_is_split_into_kernel_blocks(make_config):
+    # What stock plans for vLLM's TurboQuant beside a larger page.
+    backend, spec = layer(TurboQuantAttentionBackend, 256, head_size=72)
+    padded = replace(spec, page_size_padded=spec.page_size_bytes + 64)
+    with pytest.raises(ValueError, match="cannot be split into 2 kernel blocks of 128 tokens"):
+        allocated(make_config(), {"layer": backend}, {"layer": padded})
