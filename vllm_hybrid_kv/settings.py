@@ -51,8 +51,8 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    unify_page_sizes: StrategyName = "stock"
-    token_capacity_groups: StrategyName = "all"
+    unify_page_sizes: StrategyName = "min_waste"
+    token_capacity_groups: StrategyName = "growing"
     coordinator: StrategyName = "hybrid_aware"
     prefix_match_unit: StrategyName = "auto"
     debug: bool = False

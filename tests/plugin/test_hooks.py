@@ -8,6 +8,7 @@ from vllm_hybrid_kv.hooks import Strategies, hookimpl
 from vllm_hybrid_kv.settings import Settings
 
 STOCK = {
+    "unify_page_sizes": "stock",
     "token_capacity_groups": "stock",
     "coordinator": "stock",
     "prefix_match_unit": "stock",
@@ -131,7 +132,7 @@ def test_an_error_of_vllms_own_rule_comes_through_as_it_is():
 
     with pytest.raises(KeyError, match="'layer 3'"):
         Strategies({}).ask(
-            "unify_page_sizes", Settings(), vllm_config=None, kv_cache_spec={}, stock=stock
+            "unify_page_sizes", Settings(**STOCK), vllm_config=None, kv_cache_spec={}, stock=stock
         )
 
 

@@ -83,7 +83,7 @@ def test_vllm_serve_stops_with_one_message_on_a_strategy_that_does_not_exist(
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
         "hybrid_kv: unify_page_sizes='nonsense' (from --additional-config) is not valid: no such "
-        "strategy; available: lcm, stock"
+        "strategy; available: lcm, min_waste, stock"
     )
     assert (done.stderr + done.stdout).count("no such strategy") == 1
     assert "Traceback" not in done.stderr + done.stdout

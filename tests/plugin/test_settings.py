@@ -12,10 +12,10 @@ def section(**settings):
     return {"hybrid_kv": settings, "another_plugin": {"debug": "maybe"}}
 
 
-def test_without_anything_prefix_caching_is_ours_and_planning_vllms_own():
+def test_without_anything_planning_and_prefix_caching_are_ours():
     settings = resolve({}, {})
-    assert settings.unify_page_sizes == "stock"
-    assert settings.token_capacity_groups == "all"
+    assert settings.unify_page_sizes == "min_waste"
+    assert settings.token_capacity_groups == "growing"
     assert settings.coordinator == "hybrid_aware"
     assert settings.prefix_match_unit == "auto"
     assert settings.debug is False
@@ -25,7 +25,7 @@ def test_without_anything_prefix_caching_is_ours_and_planning_vllms_own():
 def test_the_command_line_sets_a_field():
     settings = resolve(section(unify_page_sizes="lcm", debug=True), {})
     assert (settings.unify_page_sizes, settings.debug) == ("lcm", True)
-    assert settings.token_capacity_groups == "all"
+    assert settings.token_capacity_groups == "growing"
 
 
 def test_the_environment_wins_over_the_command_line():
@@ -97,7 +97,7 @@ def test_a_section_that_is_not_an_object_is_refused():
 
 
 def test_a_configuration_object_of_another_platform_holds_no_settings():
-    assert resolve(object(), {}).unify_page_sizes == "stock"
+    assert resolve(object(), {}).unify_page_sizes == "min_waste"
 
 
 def test_before_any_engine_the_environment_is_in_force(monkeypatch):

@@ -155,7 +155,7 @@ def test_padding_counts_by_the_blocks_that_the_longest_request_holds(config):
     (line,) = lines(config, groups, layers={"layer.0": PLAIN, "layer.1": state(page)})
     assert line == (
         "5.3 % of the KV pool is padding (most of it in pages as layer layer.1 has: "
-        f"{page // 2:,} bytes in {page:,}); choose another unify_page_sizes than 'stock'"
+        f"{page // 2:,} bytes in {page:,}); choose another unify_page_sizes than 'min_waste'"
     )
 
 

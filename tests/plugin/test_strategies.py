@@ -87,7 +87,7 @@ def manager(config, kv_cache_config):
 
 
 def test_with_stock_rules_planning_gives_what_vllm_gives(make_config):
-    config = make_config()
+    config = make_config({"unify_page_sizes": "stock"})
     alone = plan(config)
     plugin.register()
     assert plan(config) == alone
@@ -97,7 +97,11 @@ def test_with_stock_rules_planning_gives_what_vllm_gives(make_config):
 
 
 def test_with_stock_rules_capacity_and_block_sizes_are_vllms(make_config):
-    stock = {"coordinator": "stock", "prefix_match_unit": "stock"}
+    stock = {
+        "token_capacity_groups": "stock",
+        "coordinator": "stock",
+        "prefix_match_unit": "stock",
+    }
     config, groups = make_config(stock), hybrid()
     capacity = kv_cache_utils.get_kv_cache_capacity(config, groups)
     sizes = kv_cache_utils.resolve_kv_cache_block_sizes(groups, config)
@@ -365,7 +369,7 @@ def test_one_line_says_what_is_active(make_config, log, monkeypatch):
     # And one says what the pool holds.
     assert [line for line in lines if not line.startswith("KV cache of 262 blocks: ")] == [
         f"hybrid_kv {plugin.__version__} active on vLLM {vllm.__version__} (cpu): "
-        "unify_page_sizes=lcm, token_capacity_groups=all, coordinator=hybrid_aware, "
+        "unify_page_sizes=lcm, token_capacity_groups=growing, coordinator=hybrid_aware, "
         "prefix_match_unit=auto, kernels=cpu:portable"
     ]
 
