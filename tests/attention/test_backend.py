@@ -184,6 +184,14 @@ def test_another_cache_dtype_is_refused():
         layer(kv_cache_dtype="turboquant_4bit_nc")
 
 
+def test_a_layer_left_unquantised_that_gets_this_backend_is_not_advised_to_be_skipped():
+    """As vLLM does with chunked local attention, whose backend does not depend on the skip list."""
+    with pytest.raises(UnsupportedLayerError, match="KV cache dtype is auto") as refused:
+        layer(kv_cache_dtype="auto")
+    assert "skip" not in str(refused.value)
+    assert "--kv-cache-dtype auto" in str(refused.value)
+
+
 def test_fused_output_quantisation_is_refused():
     x = torch.zeros(1, HEADS, HEAD_SIZE)
     with pytest.raises(ValueError, match="does not fuse output quantisation"):

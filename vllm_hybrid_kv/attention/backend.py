@@ -164,7 +164,7 @@ class K8V4AttentionImpl(AttentionImpl[K8V4Metadata]):
             extra=extra,
         )
         if kv_cache_dtype != CACHE_DTYPE:
-            reason = f"its KV cache dtype is {kv_cache_dtype}"
+            reason = refusal.refuse_cache_dtype(kv_cache_dtype, head_size)
         if reason is not None:
             raise UnsupportedLayerError(reason)
         self.kv_cache_dtype = kv_cache_dtype

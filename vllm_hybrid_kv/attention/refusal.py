@@ -181,6 +181,19 @@ def _refuse_kind(attn_type: str) -> Refusal | None:
     return Refusal(f"attention type {attn_type!r} is not decoder self-attention")
 
 
+def refuse_cache_dtype(kv_cache_dtype: str, head_size: int) -> Refusal:
+    """Return why a layer with another cache dtype cannot have this backend.
+
+    vLLM chooses the backend of chunked local attention by the engine's cache dtype, for layers that
+    it leaves unquantised too. Skipping more of them would change nothing.
+
+    Args:
+        kv_cache_dtype: The layer's.
+        head_size: Dims of a head.
+    """
+    return Refusal(f"its KV cache dtype is {kv_cache_dtype}", _serve_unquantised(head_size))
+
+
 def _refuse_head_size(head_size: int) -> Refusal | None:
     reason = k8v4.refuse_head_size(head_size)
     if reason is None:
