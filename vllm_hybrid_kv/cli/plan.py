@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from vllm_hybrid_kv.cli.plan_report import Column, Result, report
-from vllm_hybrid_kv.cli.sizes import parse_size
+from vllm_hybrid_kv.cli.stopping import memory_size, need_matplotlib, stop
 from vllm_hybrid_kv.dry_run.described import DescriptionError, read_config
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.settings import environment_name
@@ -69,8 +69,8 @@ def plan(
     that `vllm serve` would report with the same arguments.
     """
     if plot is not None:
-        _check_matplotlib()
-    size = _size(memory)
+        need_matplotlib("plan")
+    size = memory_size("plan", memory)
     arguments = {
         "max_model_len": max_model_len,
         "tensor_parallel_size": tensor_parallel_size,
@@ -246,22 +246,7 @@ def _stopping() -> Iterator[None]:
 
 
 def _stop(message: str) -> typer.Exit:
-    typer.echo(f"vllm-hybrid-kv plan: {message}", err=True)
-    return typer.Exit(2)
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise _stop(f"--memory: {error}") from None
-
-
-def _check_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError:
-        raise _stop("--plot needs matplotlib: pip install 'vllm-hybrid-kv[plot]'") from None
+    return stop("plan", message)
 
 
 def _write_json(path: Path, result: Result) -> None:

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from vllm_hybrid_kv.cli.sizes import format_size, parse_size
+from vllm_hybrid_kv.cli.sizes import format_size
+from vllm_hybrid_kv.cli.stopping import memory_size, need_matplotlib, stop
 
 if TYPE_CHECKING:
     from vllm_hybrid_kv.dry_run.engine import Model
@@ -103,8 +104,8 @@ def replay(
     """
     console = Console(stderr=True)
     if plot is not None:
-        _check_matplotlib()
-    sizes = [_size(text) for text in memory]
+        need_matplotlib("replay")
+    sizes = [memory_size("replay", text) for text in memory]
     strategies = list(dict.fromkeys([*(compare or ()), coordinator]))
     _quiet_vllm()
     from vllm_hybrid_kv.errors import HybridKVError
@@ -137,22 +138,7 @@ def replay(
 
 
 def _stop(message: str) -> typer.Exit:
-    typer.echo(f"vllm-hybrid-kv replay: {message}", err=True)
-    return typer.Exit(2)
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise _stop(f"--memory: {error}") from None
-
-
-def _check_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError:
-        raise _stop("--plot needs matplotlib: pip install 'vllm-hybrid-kv[plot]'") from None
+    return stop("replay", message)
 
 
 def _quiet_vllm() -> None:
