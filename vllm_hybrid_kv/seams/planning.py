@@ -53,7 +53,8 @@ def page_size_seam(context: Context, get_groups: Target, unify: Target) -> Seam:
         ) -> list[KVCacheGroupSpec]:
             context.adopt(vllm_config)
             token = _planned_for.set(vllm_config)
-            _layers.set((weakref.ref(vllm_config), dict(kv_cache_spec)))
+            if _is_an_engines(vllm_config):
+                _layers.set((weakref.ref(vllm_config), dict(kv_cache_spec)))
             try:
                 groups: list[KVCacheGroupSpec] = original(vllm_config, kv_cache_spec)
             finally:
@@ -94,12 +95,16 @@ def page_size_seam(context: Context, get_groups: Target, unify: Target) -> Seam:
     )
 
 
-def _report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settings) -> None:
-    """Log what the pool holds, and what the plan makes useless."""
+def _is_an_engines(vllm_config: object) -> bool:
+    """Whether an engine starts; whoever calls vLLM's planning functions may have anything else."""
     from vllm.config import VllmConfig
 
-    if not isinstance(vllm_config, VllmConfig):
-        # Whoever calls vLLM's planning functions by themselves starts no engine.
+    return isinstance(vllm_config, VllmConfig)
+
+
+def _report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settings) -> None:
+    """Log what the pool holds, and what the plan makes useless."""
+    if not _is_an_engines(vllm_config):
         return
     logger.info("%s", capacity(vllm_config, kv_cache_config).describe())
     try:
