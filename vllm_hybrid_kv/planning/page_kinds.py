@@ -69,9 +69,10 @@ class LayerKind(ABC):
         """Return the pages from `low` to `high` at which more tokens fit, or, of kinds that are
         not elastic, all that the layer can have."""
 
-    @abstractmethod
     def with_page(self, page: int) -> KVCacheSpec:
-        """Return the spec with a page that `blocks` has a way for."""
+        """Return the spec with a page that `blocks` has a way for: scaled, and the rest padded."""
+        blocks = int(self.blocks(np.array([page]))[0])
+        return _scaled(self.spec, blocks, page, padded=blocks * self.unit != page)
 
     def used(self, pages: Bytes) -> Bytes:
         """Return the bytes of pages of these sizes that can hold tokens or a state."""
@@ -143,11 +144,6 @@ class SplitAttention(LayerKind):
         """Return the multiples of a block's bytes."""
         return _multiples(self.unit, low, high)
 
-    def with_page(self, page: int) -> KVCacheSpec:
-        """Scale exactly, else pad."""
-        blocks = int(self.blocks(np.array([page]))[0])
-        return _scaled(self.spec, blocks, page, padded=blocks * self.unit != page)
-
 
 @dataclass(frozen=True)
 class RowAligned(LayerKind):
@@ -192,11 +188,6 @@ class RowAligned(LayerKind):
         pages = np.union1d(rounded, _multiples(present, low, high))
         pages = pages[(pages >= low) & (pages <= high)]
         return pages[self.blocks(pages) > 0]
-
-    def with_page(self, page: int) -> KVCacheSpec:
-        """Scale, with the padding that `blocks` found."""
-        blocks = int(self.blocks(np.array([page]))[0])
-        return _scaled(self.spec, blocks, page, padded=blocks * self.unit != page)
 
 
 @dataclass(frozen=True)
