@@ -15,6 +15,7 @@ from demo.models import llama_config
 from tests.coordinator.soak import checks
 from tests.described_model import hybrid_config
 from vllm_hybrid_kv.coordinator.checkpoints import Place
+from vllm_hybrid_kv.coordinator.fixed_point import FixedPointCoordinator
 from vllm_hybrid_kv.coordinator.hybrid_aware import HybridAwareCoordinator
 from vllm_hybrid_kv.dry_run.engine import Engine, Model
 from vllm_hybrid_kv.replay.replay import Replay, Tally
@@ -223,8 +224,48 @@ def test_tables_queue_and_map_agree_after_every_step(model, seed):
 
     engine.scheduler.update_from_output = checked
     tally = Replay(engine, chats(25, 4, seed, shared=seed % 2), 6).run()
-    assert tally.steps > 300
+    assert tally.steps > 250
     assert coordinator.checkpoints.counts["evicted unused"] > 10
+
+
+@pytest.mark.parametrize("coordinator", ["fixed_point", "hybrid_aware"])
+def test_a_request_starts_while_the_one_whose_prefix_it_shares_still_answers(model, coordinator):
+    script = Script()
+    ids = script.new(1)
+    script.send(ids, tail=50, answer=200)
+    script.send(ids, tail=50, answer=200)
+    engine = engine_of(model, 200, {**POLICY, "coordinator": coordinator})
+    # The first one's answer is in the very block that the second one's prefix ends in.
+    assert engine.scheduler_block_size > BLOCK_TOKENS + 50 + 200
+    tally = Replay(engine, script.requests, 2).run()
+    assert tally.hits[1] > 0
+    assert tally.steps < 220
+
+
+def contents_by_step(engine: Engine, requests: list[TracedRequest]) -> list[Any]:
+    """Replay, and return after every step which blocks are cached under which hashes."""
+    blocks = coordinator_of(engine).block_pool.blocks
+    update = engine.scheduler.update_from_output
+    steps: list[Any] = []
+
+    def noted(*arguments: Any) -> Any:
+        result = update(*arguments)
+        steps.append([(block.block_hash, block.block_hash_num_tokens) for block in blocks])
+        return result
+
+    engine.scheduler.update_from_output = noted
+    Replay(engine, requests, 6).run()
+    return steps
+
+
+@pytest.mark.parametrize("coordinator", ["fixed_point", "hybrid_aware"])
+def test_steps_that_complete_no_unit_would_cache_nothing(model, coordinator, monkeypatch):
+    requests = chats(12, 3, seed=5, shared=1)
+    settings = {**POLICY, "coordinator": coordinator}
+    skipped = contents_by_step(engine_of(model, 60, settings), requests)
+    never = lambda *_: False  # noqa: E731
+    monkeypatch.setattr(FixedPointCoordinator, "_is_inside_a_unit", never)
+    assert skipped == contents_by_step(engine_of(model, 60, settings), requests)
 
 
 @pytest.mark.parametrize("blocks", [45, 70, 120, 400])

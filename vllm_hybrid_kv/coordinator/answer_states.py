@@ -116,8 +116,13 @@ class AnswerStates:
         """Forget what was learned."""
         self.returns = AnswerReturns()
 
+    def is_time(self, request: Request) -> bool:
+        """Whether the states of a request are to be copied before this step."""
+        tokens = request.num_computed_tokens
+        return tokens % self._interval == 0 and tokens > request.num_prompt_tokens
+
     def follow(self, running: Running, requests: int) -> None:
-        """Copy the states of a request that answers, if it is time and there is room.
+        """Copy the states of a request that answers, when it is time and if there is room.
 
         To be called before a step, when the request's blocks are allocated: its blocks hold the
         states after all tokens computed so far. Later, with steps scheduled ahead, nobody can tell.
@@ -128,8 +133,6 @@ class AnswerStates:
         """
         request = running.request
         tokens = request.num_computed_tokens
-        if tokens % self._interval or tokens <= request.num_prompt_tokens:
-            return
         if not self._possible or self.returns.rate < RARE:
             return
         sources = [self._state(manager, request, tokens) for manager in self._managers.values()]

@@ -111,6 +111,8 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
         self._scheduled: dict[str, Found | None] = {}
         # The hashes of those among them that nothing was told of yet.
         self._untold: dict[str, Sequence[BlockHash]] = {}
+        # Whole hash units that were offered to the cache, by request.
+        self._offered: dict[str, int] = {}
 
     def find_longest_cache_hit(
         self, block_hashes: list[BlockHash], max_cache_hit_length: int
@@ -291,7 +293,9 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
         More than there are, which is vLLM's own way to have it wait for the next step, if it hits a
         part of what this one writes.
         """
-        if self._step_writes.meet(new_computed_blocks, num_local_computed_tokens):
+        if any(new_computed_blocks) and self._step_writes.meet(
+            new_computed_blocks, num_local_computed_tokens
+        ):
             return self.block_pool.num_gpu_blocks + 1
         blocks: int = super().get_num_blocks_to_allocate(
             request_id,
@@ -307,10 +311,32 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
         """Cache a request's blocks. See vLLM's."""
+        if not self._is_inside_a_unit(request, num_computed_tokens):
+            self._cache_blocks(request, num_computed_tokens)
+
+    def _cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
         self._step_writes.add(request, num_computed_tokens)
         if self._report is not None and request.request_id in self._untold:
             self._tell(self._report, request)
         super().cache_blocks(request, num_computed_tokens)
+
+    def _is_inside_a_unit(self, request: Request, num_computed_tokens: int) -> bool:
+        """Whether a step of decoding completes no hash unit, so that there is nothing to cache.
+
+        All that is cached, whole blocks and parts of them, ends where a unit does, and nobody can
+        hit what such a step writes. Most steps are like that, and asking every group in each of
+        them takes a fifth of the scheduler's time. Draft layers cache what is behind, which the
+        unit does not tell.
+        """
+        units = num_computed_tokens // self.hash_block_size
+        if (
+            units == self._offered.get(request.request_id)
+            and request.num_computed_tokens >= request.num_prompt_tokens
+            and not self.eagle_group_ids
+        ):
+            return True
+        self._offered[request.request_id] = units
+        return False
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Take a request's blocks away from it. See vLLM's."""
@@ -324,6 +350,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
         super().free(request_id)
 
     def _forget(self, request_id: str) -> None:
+        self._offered.pop(request_id, None)
         if self._report is None or request_id not in self._scheduled:
             return
         del self._scheduled[request_id]

@@ -192,7 +192,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
             request_id, *arguments, **keywords
         )
         running = self._running.get(request_id)
-        if running is not None:
+        if running is not None and self._answers.is_time(running.request):
             self._answers.follow(running, len(self._running))
         return blocks
 
@@ -205,8 +205,11 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         needed: int = super().get_num_blocks_to_allocate(request_id, *arguments, **named)
         pool = self.block_pool
         # More than there are means that it has to wait for the next step, whatever is free.
-        too_many = pool.get_num_free_blocks() < needed <= pool.num_gpu_blocks
-        if too_many and self._make_do(request_id):
+        if (
+            needed > 0
+            and pool.get_num_free_blocks() < needed <= pool.num_gpu_blocks
+            and self._make_do(request_id)
+        ):
             needed = super().get_num_blocks_to_allocate(request_id, *arguments, **named)
         return needed
 
@@ -261,7 +264,9 @@ class HybridAwareCoordinator(FixedPointCoordinator):
             request: The request.
             num_computed_tokens: Its tokens whose K, V and states are computed when the step is.
         """
-        super().cache_blocks(request, num_computed_tokens)
+        if self._is_inside_a_unit(request, num_computed_tokens):
+            return
+        self._cache_blocks(request, num_computed_tokens)
         running = self._running.get(request.request_id)
         if running is None:
             running = self._begin(request)

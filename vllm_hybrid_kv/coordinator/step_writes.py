@@ -13,14 +13,17 @@ if TYPE_CHECKING:
 
 
 class StepWrites:
-    """The attention blocks that the step being scheduled writes to.
+    """The attention blocks that the step being scheduled writes to, and from which token on.
 
     A block is entered in the hash map when its tokens are scheduled, and another request may hit it
     in the same step, for it reads what was written before it in that step. Not so where the hit
-    ends inside the block: that is copied before the step, when nothing is in it yet. vLLM has such
-    requests wait for the next step if it is a state that they hit, which a hit of the same prefix
-    mostly does; but the state may be an older one of a prefix whose attention has been given up
-    and computed again.
+    ends inside the block: that is copied before the step, when what the step writes is not in it
+    yet. vLLM has such requests wait for the next step if it is a state that they hit, which a hit
+    of the same prefix mostly does; but the state may be an older one of a prefix whose attention
+    has been given up and computed again.
+
+    A request that decodes writes to its last block at every step, for as long as it runs. What it
+    wrote there before, the prefix that others share with it among it, can be copied at any time.
     """
 
     def __init__(self, managers: dict[int, SingleTypeKVCacheManager]) -> None:
@@ -30,7 +33,8 @@ class StepWrites:
             managers: Those of the groups whose blocks can be hit in part, but for states.
         """
         self._managers = managers
-        self._written: set[int] = set()
+        # The first token that the step writes, by block.
+        self._written: dict[int, int] = {}
 
     def clear(self) -> None:
         """Begin a step."""
@@ -47,7 +51,8 @@ class StepWrites:
             table = manager.req_to_blocks[request.request_id]
             first = request.num_computed_tokens // manager.block_size
             last = -(-num_computed_tokens // manager.block_size)
-            self._written.update([block.block_id for block in table[first:last]])
+            for block in table[first:last]:
+                self._written[block.block_id] = request.num_computed_tokens
 
     def meet(self, hits: tuple[Sequence[KVCacheBlock], ...], tokens: int) -> bool:
         """Whether a part of a block that is hit is only being written.
@@ -58,6 +63,9 @@ class StepWrites:
         """
         for group, manager in self._managers.items():
             hit = hits[group]
-            if hit and tokens % manager.block_size and hit[-1].block_id in self._written:
+            if not hit or tokens % manager.block_size == 0:
+                continue
+            written = self._written.get(hit[-1].block_id)
+            if written is not None and written < tokens:
                 return True
         return False
