@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 from vllm.v1.core.kv_cache_utils import get_group_id
+from vllm.v1.kv_cache_interface import MambaSpec
 
 from demo.models import llama_config
 from tests.coordinator.soak import checks
 from tests.described_model import hybrid_config
+from tests.shapes import SHAPES
 from vllm_hybrid_kv.coordinator.checkpoints import Place
 from vllm_hybrid_kv.coordinator.fixed_point import FixedPointCoordinator
 from vllm_hybrid_kv.coordinator.hybrid_aware import HybridAwareCoordinator
@@ -260,7 +262,11 @@ def contents_by_step(engine: Engine, requests: list[TracedRequest]) -> list[Any]
 
 @pytest.mark.parametrize("coordinator", ["fixed_point", "hybrid_aware"])
 def test_steps_that_complete_no_unit_would_cache_nothing(model, coordinator, monkeypatch):
-    requests = chats(12, 3, seed=5, shared=1)
+    script = Script()
+    for tail in (310, 326):
+        # The answer completes a block.
+        script.send(script.new(2), tail=tail, answer=120)
+    requests = [*script.requests, *chats(12, 3, seed=5, shared=1)]
     settings = {**POLICY, "coordinator": coordinator}
     skipped = contents_by_step(engine_of(model, 60, settings), requests)
     never = lambda *_: False  # noqa: E731
@@ -357,3 +363,22 @@ def test_states_give_way_before_a_request_is_preempted(model, blocks):
         replay(model, script.requests, blocks, settings, at_once=16) for settings in (POLICY, STOCK)
     )
     assert ours.preemptions == stock.preemptions == 0
+
+
+@pytest.mark.parametrize(("coordinator", "fine"), [("stock", False), ("hybrid_aware", True)])
+def test_hits_end_inside_blocks_only_with_a_coordinator_that_caches_no_block_passed_by(
+    coordinator, fine
+):
+    model = Model(
+        {
+            "model": str(SHAPES["nemotron-h-8b"]),
+            "kv_cache_dtype": "turboquant_k8v4",
+            "enable_prefix_caching": True,
+            "max_model_len": 8192,
+            "gpu_memory_utilization": 0.1,
+        }
+    )
+    states = [spec for spec in model.specs.values() if isinstance(spec, MambaSpec)]
+    assert all(spec.num_prefill_checkpoint_blocks for spec in states)
+    engine = model.engine(4 << 30, {"coordinator": coordinator, "prefix_match_unit": "auto"})
+    assert (engine.hash_block_size < engine.scheduler_block_size) is fine

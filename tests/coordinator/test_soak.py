@@ -8,8 +8,9 @@ import secrets
 
 import pytest
 
-from tests.coordinator.soak.soak import Soak
+from tests.coordinator.soak.soak import WRONG, Soak
 
+WITHIN = "states kept from within a chunk"
 HAPPENS = (
     "arrivals",
     "aborts",
@@ -20,6 +21,7 @@ HAPPENS = (
     "failed loads",
     "blocks kept after the end",
     "hashes taken by evict_blocks",
+    WITHIN,
     "hits",
     "evictions",
 )
@@ -31,7 +33,10 @@ def test_tables_counts_lists_and_contents_agree_after_every_step(strategy):
     soak = Soak(seed=1, strategy=strategy)
     for number in range(14):
         soak.run(number, steps=120)
-    assert [name for name in HAPPENS if not soak.tally[name]] == []
+    assert soak.tally[WRONG] == 0
+    # vLLM's own caches wrong ones, but where hits end at whole blocks.
+    expected = [name for name in HAPPENS if strategy != "stock" or name != WITHIN]
+    assert [name for name in expected if not soak.tally[name]] == []
 
 
 def test_they_agree_in_worlds_nobody_has_seen():
@@ -50,3 +55,16 @@ def test_they_agree_in_worlds_nobody_has_seen():
 )
 def test_no_checkpoint_is_kept_whose_attention_blocks_are_not_cached(seed, world):
     Soak(seed).run(world)
+
+
+@pytest.mark.parametrize(
+    ("seed", "world", "strategy"),
+    [
+        pytest.param(3, 37, "fixed_point", id="one that it passes"),
+        pytest.param(3, 17, "hybrid_aware", id="one that it passes from a branch point"),
+        pytest.param(2749508442, 125, None, id="one whose state is exported"),
+    ],
+)
+def test_a_block_is_not_cached_with_an_earlier_state_than_that_at_its_end(seed, world, strategy):
+    # vLLM's own coordinator does that.
+    Soak(seed, strategy).run(world)

@@ -19,6 +19,7 @@ from vllm.v1.kv_cache_interface import MambaSpec
 from vllm_hybrid_kv.coordinator.explanation import Cache, Explanation, Found, kinds_of
 from vllm_hybrid_kv.coordinator.hit_report import CheckpointKeeper, HitReport
 from vllm_hybrid_kv.coordinator.lookup import GroupLookup, lookup_class
+from vllm_hybrid_kv.coordinator.passed_blocks import PassedBlocks
 from vllm_hybrid_kv.coordinator.step_writes import StepWrites
 from vllm_hybrid_kv.settings import current_settings
 
@@ -104,6 +105,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
                 and not isinstance(manager, MambaManager)
             }
         )
+        self._passed_blocks = PassedBlocks(self.single_type_managers)
         self._report: HitReport | None = None
         self._checkpoint_keeper: CheckpointKeeper | None = None
         self._last_lookup: tuple[Sequence[BlockHash], int, Agreement] | None = None
@@ -250,6 +252,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
         request_id: str,
         new_computed_blocks: tuple[Sequence[KVCacheBlock], ...],
         num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
         *more: Any,
         **named: Any,
     ) -> None:
@@ -257,7 +260,15 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
         if self._report is not None and request_id not in self._scheduled:
             self._schedule(self._report, request_id, num_local_computed_tokens)
         super().allocate_new_computed_blocks(
-            request_id, new_computed_blocks, num_local_computed_tokens, *more, **named
+            request_id,
+            new_computed_blocks,
+            num_local_computed_tokens,
+            num_external_computed_tokens,
+            *more,
+            **named,
+        )
+        self._passed_blocks.resume(
+            request_id, num_local_computed_tokens + num_external_computed_tokens
         )
 
     def allocate_new_blocks(
@@ -316,6 +327,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
 
     def _cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
         self._step_writes.add(request, num_computed_tokens)
+        self._passed_blocks.keep_out(request, num_computed_tokens)
         if self._report is not None and request.request_id in self._untold:
             self._tell(self._report, request)
         super().cache_blocks(request, num_computed_tokens)
@@ -351,6 +363,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
 
     def _forget(self, request_id: str) -> None:
         self._offered.pop(request_id, None)
+        self._passed_blocks.forget(request_id)
         if self._report is None or request_id not in self._scheduled:
             return
         del self._scheduled[request_id]

@@ -7,9 +7,10 @@ import math
 from typing import TYPE_CHECKING
 
 from vllm.v1.core.kv_cache_utils import partial_hash_hits_enabled, resolve_dcp_kv_block_size
-from vllm.v1.kv_cache_interface import iter_layer_specs
+from vllm.v1.kv_cache_interface import MambaSpec, iter_layer_specs
 
 from vllm_hybrid_kv.hooks import hookimpl
+from vllm_hybrid_kv.settings import current_settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -30,7 +31,14 @@ class AutoMatchUnit:
     def hybrid_kv_prefix_match_unit(
         self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
     ) -> int | None:
-        """See `match_unit`."""
+        """See `match_unit`. None with vLLM's own coordinator where it would cache wrong states."""
+        if current_settings().coordinator == "stock" and any(
+            isinstance(group.kv_cache_spec, MambaSpec)
+            and group.kv_cache_spec.num_prefill_checkpoint_blocks
+            for group in kv_cache_config.kv_cache_groups
+        ):
+            # `PassedBlocks` says what it does where hits do not end at whole blocks.
+            return None
         return match_unit(kv_cache_config, vllm_config.parallel_config.decode_context_parallel_size)
 
 

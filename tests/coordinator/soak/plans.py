@@ -89,10 +89,10 @@ class Plan:
     def may_diverge(self) -> bool:
         """Whether groups may hit different lengths before a load: states and full attention may.
 
-        With a window that lags behind, vLLM's own `truncate_computed_blocks` fails.
+        With a window or draft layers that lag behind, vLLM's own `truncate_computed_blocks` fails.
         """
         kinds = {type(spec) for spec in self.specs}
-        return kinds == {MambaSpec, FullAttentionSpec}
+        return kinds == {MambaSpec, FullAttentionSpec} and self.drafting != "mtp"
 
     def with_retention(self, rng: random.Random) -> Plan:
         """Return the plan with the windows and states that are cached drawn, if it has any."""
@@ -100,6 +100,31 @@ class Plan:
             return self
         block = self.scheduler_block_size
         return replace(self, retention=rng.choice((None, None, 0, block, 3 * block)))
+
+    def with_checkpoints(self, rng: random.Random) -> Plan:
+        """Return the plan, at times with states that are kept from within a chunk of a prompt.
+
+        Mamba 2's kernel does that. vLLM's own coordinator caches wrong states but where hits end at
+        whole blocks: `coordinator/passed_blocks.py` says how. With draft tokens its worker may
+        write such a state over the one that a request goes on with, for its tables have blocks that
+        the scheduler has moved; and with draft layers it takes that state for a later one where
+        hits fall on multiples of more than a block.
+        """
+        whole = self.unit == self.block_size == self.scheduler_block_size
+        if self.drafting is not None or (self.strategy == "stock" and not whole):
+            return self
+        if rng.random() < 0.6:
+            return self
+        alignment = rng.choice((1, self.unit, 2 * self.unit))
+        kept = {"num_prefill_checkpoint_blocks": 1, "prefill_checkpoint_alignment": alignment}
+        groups, states = [], 0
+        for group in self.groups:
+            spec = group.kv_cache_spec
+            if isinstance(spec, MambaSpec):
+                states += 1
+                group = replace(group, kv_cache_spec=replace(spec, **kept))
+            groups.append(group)
+        return replace(self, groups=tuple(groups), num_blocks=self.num_blocks + states)
 
     def __str__(self) -> str:
         groups = ", ".join(_describe(group) for group in self.groups)
@@ -121,6 +146,8 @@ def _describe(group: KVCacheGroupSpec) -> str:
         reach = f" {spec.sliding_window}"
     elif isinstance(spec, ChunkedLocalAttentionSpec):
         reach = f" {spec.attention_chunk_size}"
+    elif isinstance(spec, MambaSpec) and spec.num_prefill_checkpoint_blocks:
+        reach = f" kept by {spec.prefill_checkpoint_alignment}"
     return f"{kind}{reach} x {spec.block_size}{' drafts' * group.is_eagle_group}"
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from vllm.model_executor.layers.mamba.checkpoint import compute_mamba_prefill_checkpoints
 from vllm.utils.math_utils import cdiv, round_down
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
@@ -65,10 +66,12 @@ class Answer:
     Attributes:
         sampled: New tokens by request, in the order of the scheduler's output.
         hits: Tokens that requests began with, of those that did.
+        checkpoints: States that were kept from within a chunk.
     """
 
     sampled: dict[str, list[int]] = field(default_factory=dict)
     hits: list[int] = field(default_factory=list)
+    checkpoints: int = 0
 
 
 class Worker:
@@ -79,8 +82,10 @@ class Worker:
     V of all positions that attention reaches, and the state after exactly the tokens before.
     """
 
-    def __init__(self, plan: Plan, prefixes: Prefixes, draw: random.Random) -> None:
+    def __init__(self, plan: Plan, prefixes: Prefixes, draw: random.Random, alignment: int) -> None:
         self._plan = plan
+        # What the lengths of hits are multiples of.
+        self._alignment = alignment
         self._prefixes = prefixes
         self._draw = draw
         self._specs = plan.specs
@@ -227,6 +232,8 @@ class Worker:
                 answer.hits.append(start)
             drafts = output.scheduled_spec_decode_tokens.get(request_id, [])
             answer.sampled[request_id] = self._compute(request_id, sequence, start, end, drafts)
+            if not drafts and end - start > 1:
+                answer.checkpoints += self._write_checkpoints(sequence, start, end)
         # A layer's K and V are all written before any of its queries attends to them.
         for request_id, (sequence, start, _) in chunks.items():
             self._check_attention(request_id, sequence, start)
@@ -339,6 +346,35 @@ class Worker:
                 self.write(group, table[reached // size - 1], 0, [guessed[reached - 1]])
                 if reached // size - 1 == column:
                     sequence.accepted = 1
+
+    def _write_checkpoints(self, sequence: Told, start: int, end: int) -> int:
+        """Write the states that a chunk of a prompt passes and that vLLM's backends keep.
+
+        A backend is told the chunk alone, and reckons as the scheduler does where that is.
+
+        Returns:
+            How many these are.
+        """
+        written = 0
+        for group in self._states:
+            spec = self._specs[group]
+            assert isinstance(spec, MambaSpec)
+            if not spec.num_prefill_checkpoint_blocks:
+                continue
+            (offset,), (column,) = compute_mamba_prefill_checkpoints(
+                [end],
+                [end - start],
+                hash_block_size=self._plan.unit,
+                mamba_block_size=spec.block_size,
+                checkpoint_alignment=spec.prefill_checkpoint_alignment,
+                drop_eagle_block=self._plan.drafting == "mtp",
+                cache_hit_alignment_tokens=self._alignment,
+            )
+            block = sequence.tables[group][column] if offset else 0
+            if block:
+                self.write(group, block, 0, [sequence.prefixes[start + offset - 1]])
+                written += 1
+        return written
 
     def _check_attention(self, request_id: str, sequence: Told, start: int) -> None:
         for group in self._attention:

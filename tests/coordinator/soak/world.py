@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import DraftTokenIds, KVConnectorOutput, ModelRunnerOutput
@@ -78,6 +79,7 @@ class World:
         self.seed = seed
         self._draw = random.Random(seed)
         plan = random_plan(self._draw, strategy)
+        plan = plan.with_checkpoints(random.Random(f"{seed} checkpoints"))
         self.plan = plan = plan.with_retention(random.Random(f"{seed} retention"))
         # States of answers are copied more often than is worth it: answers are short here, and
         # there are few blocks.
@@ -89,7 +91,12 @@ class World:
         self._pool = self._scheduler.kv_cache_manager.block_pool
         self._hasher = get_request_block_hasher(plan.unit, sha256)
         self._prefixes = Prefixes()
-        self._worker = Worker(plan, self._prefixes, random.Random(f"{seed} worker"))
+        coordinator = self._scheduler.kv_cache_manager.coordinator
+        alignment = plan.scheduler_block_size
+        if isinstance(coordinator, HybridKVCacheCoordinator):
+            alignment = coordinator._cache_hit_alignment_tokens
+        worker_draw = random.Random(f"{seed} worker")
+        self._worker = Worker(plan, self._prefixes, worker_draw, alignment)
         self._contents = checks.Contents(self._pool, plan, self._worker, self._prefixes)
         self._connector: SoakConnector | None = self._scheduler.connector
         if self._connector is not None:
@@ -304,7 +311,15 @@ class World:
             self._idle = 0
             return
         self._idle += 1
-        checks.require(self._idle < 50, "nothing moves:", dict(self._scheduler.requests))
+        if self._idle < 50:
+            return
+        # Requests whose loads are done hold their blocks while they wait for more, and vLLM takes
+        # blocks from requests that run alone, whichever coordinator it has. So one gives up.
+        loaded = [r for r in self._scheduler.requests.values() if r.num_computed_tokens]
+        stuck = len(loaded) > 1 and not self._scheduler.running
+        checks.require(stuck, "nothing moves:", dict(self._scheduler.requests))
+        self._abort([loaded[-1].request_id])
+        self.tally["standstills of requests that were loaded"] += 1
 
     def _finish_step(self, step: Step) -> None:
         worker, output = self._worker, step.output
@@ -320,6 +335,7 @@ class World:
         for load in step.loads:
             self._carry_out(load, fails=False)
         answer = worker.run(output)
+        self.tally["states kept from within a chunk"] += answer.checkpoints
         self.tally["hits"] += len(answer.hits)
         self.tally["hit tokens"] += sum(answer.hits)
         names = list(output.num_scheduled_tokens)
