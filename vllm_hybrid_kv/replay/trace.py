@@ -13,9 +13,11 @@ prefix up to and including that block.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from vllm_hybrid_kv.errors import HybridKVError
 
@@ -57,36 +59,43 @@ def read_trace(path: Path, limit: int | None = None) -> list[TracedRequest]:
         limit: The number of requests to read; None for all.
 
     Raises:
-        TraceError: A line is not in the format, or there is no request at all.
+        TraceError: The file cannot be read, a line is not in the format, or there is no request.
     """
     requests: list[TracedRequest] = []
-    with path.open() as lines:
-        for number, line in enumerate(lines, 1):
-            if limit is not None and len(requests) >= limit:
-                break
-            if line.strip():
-                requests.append(_parse(line, f"{path}, line {number}"))
+    try:
+        # As bytes, for what is no text belongs to a line too.
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if limit is not None and len(requests) >= limit:
+                    break
+                if line.strip():
+                    requests.append(_parse(line, f"{path}, line {number}"))
+    except OSError as error:
+        raise TraceError(f"{path} cannot be read: {error.strerror}") from error
     if not requests:
         raise TraceError(f"{path} has no requests")
     return requests
 
 
-def _parse(line: str, where: str) -> TracedRequest:
+def _parse(line: bytes, where: str) -> TracedRequest:
     try:
         fields = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        # What is no text, and numbers of thousands of digits, are errors of their own.
         raise TraceError(f"{where} is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise TraceError(f"{where} is not an object")
     for name in ("input_length", "output_length"):
         value = fields.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not _is_number(value) or value < 1:
             raise TraceError(f"{where}: {name} must be a positive number, got {value!r}")
     timestamp = fields.get("timestamp", 0)
-    if not isinstance(timestamp, int | float) or isinstance(timestamp, bool):
+    if not _is_number(timestamp) and not (
+        isinstance(timestamp, float) and math.isfinite(timestamp)
+    ):
         raise TraceError(f"{where}: timestamp must be in milliseconds, got {timestamp!r}")
     ids = fields.get("hash_ids")
-    if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
+    if not isinstance(ids, list) or not all(map(_is_number, ids)):
         raise TraceError(f"{where}: hash_ids must be a list of numbers")
     wanted = -(-fields["input_length"] // BLOCK_TOKENS)
     if len(ids) != wanted:
@@ -95,6 +104,11 @@ def _parse(line: str, where: str) -> TracedRequest:
             f"but hash_ids has {len(ids)}"
         )
     return TracedRequest(timestamp, fields["input_length"], fields["output_length"], tuple(ids))
+
+
+def _is_number(value: object) -> TypeGuard[int]:
+    # JSON's true and false are Python's 1 and 0.
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def write_trace(path: Path, requests: Iterable[TracedRequest]) -> None:

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever is in `--additional-config` and the environment: settings, or one message."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_hybrid_kv.errors import HybridKVSettingsError
+from vllm_hybrid_kv.settings import ENVIRONMENT_PREFIX, SECTION, Settings, environment_name, resolve
+
+FIELDS = tuple(Settings.model_fields)
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from(("stock", "auto", "lcm", "true", "interpreter", "0")),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+NAMES = st.sampled_from(FIELDS) | st.text(max_size=20)
+SECTIONS = st.dictionaries(NAMES, ANYTHING, max_size=4) | ANYTHING
+VALUES = st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=20)
+VARIABLES = st.dictionaries(
+    st.sampled_from([*map(environment_name, FIELDS), ENVIRONMENT_PREFIX + "FIELD", "PATH"]),
+    VALUES | st.sampled_from(("stock", "auto", "true", "0")),
+    max_size=4,
+)
+
+
+def resolved(additional_config: Any, environment: dict[str, str]) -> Settings | str:
+    try:
+        return resolve(additional_config, environment)
+    except HybridKVSettingsError as error:
+        return str(error)
+
+
+@settings(max_examples=500, deadline=None)
+@given(SECTIONS, VARIABLES)
+def test_any_section_and_environment_give_settings_or_one_message(section, environment):
+    answer = resolved({SECTION: section, "another": 1}, environment)
+    if isinstance(answer, Settings):
+        for field in FIELDS:
+            source = answer.source(field)
+            if source == environment_name(field):
+                assert environment[source]
+            elif source == "--additional-config":
+                assert field in section
+            else:
+                assert getattr(answer, field) == Settings.model_fields[field].default
+    else:
+        # Of what was given something is named.
+        given_names = [*map(str, section)] if isinstance(section, dict) else [repr(section)]
+        assert any(
+            name in answer or repr(name) in answer for name in (*given_names, *environment)
+        ), answer
+
+
+@settings(max_examples=200, deadline=None)
+@given(ANYTHING)
+def test_a_config_that_is_not_ours_gives_the_defaults(additional_config):
+    if isinstance(additional_config, dict):
+        additional_config.pop(SECTION, None)
+    assert resolved(additional_config, {}) == Settings()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=20).filter(lambda name: name not in FIELDS), ANYTHING)
+def test_an_unknown_name_is_refused_with_the_valid_ones(name, value):
+    with pytest.raises(HybridKVSettingsError) as error:
+        resolve({SECTION: {name: value}}, {})
+    assert repr(name) in str(error.value)
+    assert all(field in str(error.value) for field in FIELDS)

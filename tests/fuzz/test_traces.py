@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever is in a trace: requests, or a message that names the file and the line."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from vllm_hybrid_kv.replay.trace import (
+    BLOCK_TOKENS,
+    Conversations,
+    TracedRequest,
+    TraceError,
+    read_trace,
+    write_trace,
+)
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=2)
+    ),
+    max_leaves=5,
+)
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> TracedRequest:
+    length = draw(st.integers(1, 3 * BLOCK_TOKENS))
+    count = -(-length // BLOCK_TOKENS)
+    ids = draw(st.lists(st.integers(-5, 1 << 40), min_size=count, max_size=count))
+    timestamp = draw(st.integers(0, 1 << 40) | st.floats(0, 1e12))
+    return TracedRequest(timestamp, length, draw(st.integers(1, 50)), tuple(ids))
+
+
+@st.composite
+def lines(draw: st.DrawFn) -> bytes:
+    """Return a request's line with something about it changed."""
+    request = draw(requests())
+    fields: dict[str, Any] = {**vars(request), "hash_ids": list(request.hash_ids)}
+    kind = draw(st.sampled_from(("value", "name", "cut", "bytes", "nothing")))
+    name = draw(st.sampled_from(sorted(fields)))
+    if kind == "value":
+        fields[name] = draw(VALUES)
+    elif kind == "name":
+        del fields[name]
+    line = json.dumps(fields).encode()
+    if kind == "cut":
+        line = line[: draw(st.integers(0, len(line)))]
+    elif kind == "bytes":
+        place = draw(st.integers(0, len(line)))
+        line = line[:place] + draw(st.binary(min_size=1, max_size=4)) + line[place:]
+    return line.replace(b"\n", b" ").replace(b"\r", b" ")
+
+
+def read(content: bytes) -> tuple[list[TracedRequest], str]:
+    """Return a file's requests, or none and what is said instead."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.jsonl"
+        path.write_bytes(content)
+        try:
+            return read_trace(path), ""
+        except TraceError as error:
+            return [], str(error).replace(str(path), "FILE")
+
+
+@settings(max_examples=400, deadline=None)
+@example([b'{"input_length": 1, "output_length": 1, "hash_ids": [0]}', b"\xff"])
+@example([b"[" * 100_000])
+@example([b'{"input_length": ' + b"1" * 5000 + b"}"])
+@given(st.lists(lines() | st.binary(max_size=30), max_size=4))
+def test_any_lines_are_read_or_refused_with_the_file_and_the_line(content):
+    found, message = read(b"\n".join(content))
+    assert found or message.startswith(("FILE, line ", "FILE has no requests"))
+    for request in found:
+        assert request.input_length > 0 < request.output_length
+        assert isinstance(request.timestamp, int) or math.isfinite(request.timestamp)
+        assert len(request.hash_ids) == -(-request.input_length // BLOCK_TOKENS)
+        assert not any(isinstance(block, bool) for block in request.hash_ids)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(requests(), min_size=1, max_size=5))
+def test_what_is_written_is_read_again(written):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.jsonl"
+        write_trace(path, written)
+        assert read_trace(path) == written
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(requests(), min_size=1, max_size=6))
+def test_every_request_of_a_trace_has_its_tokens(trace):
+    conversations = Conversations(trace)
+    for index, request in enumerate(trace):
+        prompt, answer = conversations.tokens(index)
+        assert (len(prompt), len(answer)) == (request.input_length, request.output_length)
+
+
+def test_a_folder_is_no_trace(tmp_path):
+    with pytest.raises(TraceError, match="cannot be read"):
+        read_trace(tmp_path)
