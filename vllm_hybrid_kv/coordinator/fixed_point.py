@@ -331,6 +331,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
         if self._report is not None and request.request_id in self._untold:
             self._tell(self._report, request)
         super().cache_blocks(request, num_computed_tokens)
+        self._passed_blocks.settle(request)
 
     def _is_inside_a_unit(self, request: Request, num_computed_tokens: int) -> bool:
         """Whether a step of decoding completes no hash unit, so that there is nothing to cache.

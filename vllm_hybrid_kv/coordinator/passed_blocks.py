@@ -57,7 +57,7 @@ class PassedBlocks:
         self._resumed.pop(request_id, None)
 
     def keep_out(self, request: Request, num_computed_tokens: int) -> None:
-        """Count a block that is passed as cached, so that it will not be.
+        """Count a block that is passed as cached, so that it will not be. Before blocks are cached.
 
         Args:
             request: As it is before the step.
@@ -70,13 +70,26 @@ class PassedBlocks:
             # When draft tokens reach beyond a block's end the state at its end is put there.
             return
         for manager in self._managers:
-            size = manager.block_size
-            passed = -1
-            if start % size and num_computed_tokens > (start // size + 1) * size:
-                passed = start // size
+            column = start // manager.block_size
+            end = (column + 1) * manager.block_size
+            if start % manager.block_size and num_computed_tokens > end:
+                self._count(manager, request, column)
+
+    def settle(self, request: Request) -> None:
+        """Count a block with an exported state as cached. After blocks are cached.
+
+        By then it is, under what it holds: vLLM caches it as a whole one first, if it has come to
+        its end, and tells a KV connector of what has become of it.
+
+        Args:
+            request: As it is before the step.
+        """
+        for manager in self._managers:
             exported = manager._checkpoints.get(request.request_id)
-            if exported is not None and exported[0] != (exported[1] + 1) * size:
-                passed = exported[1]
-            if passed >= 0:
-                cached = manager.num_cached_block.get(request.request_id, 0)
-                manager.num_cached_block[request.request_id] = max(cached, passed + 1)
+            if exported is not None:
+                self._count(manager, request, exported[1])
+
+    @staticmethod
+    def _count(manager: MambaManager, request: Request, column: int) -> None:
+        cached = manager.num_cached_block.get(request.request_id, 0)
+        manager.num_cached_block[request.request_id] = max(cached, column + 1)
