@@ -80,6 +80,11 @@ class Server:
             [vllm, "serve", model, "--host", "127.0.0.1", "--port", str(port), *arguments], log
         )
 
+    @property
+    def group(self) -> int:
+        """The process group that all processes of the server are in."""
+        return self._process.pid
+
     def wait(self, console: Console, watch: Callable[[], None]) -> float:
         """Wait until it answers, showing how far it has come.
 
@@ -137,7 +142,7 @@ class Server:
             ServerError: It had to be forced, or a process is left even so.
         """
         began = time.monotonic()
-        group = self._process.pid
+        group = self.group
         try:
             self._client.close()
             if self._process.poll() is None:

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clients that hang up and engines that are killed: vLLM's own recovery, and nothing left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+from rich.console import Console
+from workload import random_prompt
+
+from demo.server import Server, serve
+
+pytestmark = pytest.mark.engine
+
+STREAMS = 4
+SETTLED_S = 60.0
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a server ended whose engine was killed while it answered.
+
+    Attributes:
+        running_after_hang_up: Requests that ran once a client had hung up.
+        answered_after_hang_up: Tokens of the next request.
+        ended_by_itself: Whether its other processes ended without being told to.
+        broken: Streams that ended with an error, of `STREAMS`.
+        processes: Names of its processes that were left.
+        shared_memory: What it left in /dev/shm.
+        temporary: What it left in its temporary folder.
+    """
+
+    running_after_hang_up: float
+    answered_after_hang_up: int
+    ended_by_itself: bool
+    broken: int
+    processes: list[str]
+    shared_memory: list[str]
+    temporary: list[str]
+
+
+def shared_memory() -> set[str]:
+    return {path.name for path in SHARED_MEMORY.iterdir()} if SHARED_MEMORY.exists() else set()
+
+
+def processes_of(group: int) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def stream(url: str, seed: int, tokens: int) -> Iterator[str]:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300)
+    chunks = client.completions.create(
+        model="served",
+        prompt=random_prompt(60, seed),
+        max_tokens=tokens,
+        temperature=0.0,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    with chunks:
+        for chunk in chunks:
+            yield chunk.choices[0].text
+
+
+def running(url: str) -> float:
+    text = httpx.get(f"{url}/metrics", follow_redirects=True, timeout=60).text
+    values = [
+        float(line.rsplit(" ", 1)[1])
+        for line in text.splitlines()
+        if line.startswith("vllm:num_requests_running{")
+    ]
+    return sum(values)
+
+
+def until(done: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + SETTLED_S
+    while time.monotonic() < deadline:
+        if done():
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def hang_up(url: str) -> tuple[float, int]:
+    """Hang up in the middle of an answer; return what runs then, and the next answer's chunks."""
+    answer = stream(url, seed=1, tokens=1500)
+    for _ in range(5):
+        next(answer)
+    answer.close()
+    until(lambda: running(url) == 0)
+    return running(url), sum(1 for _ in stream(url, seed=2, tokens=5))
+
+
+def kill_engine(server: Server) -> tuple[int, bool]:
+    """Kill the engine while it answers; return the broken streams, and whether all ended."""
+    began, broken = threading.Barrier(STREAMS + 1, timeout=120), []
+
+    def read(seed: int) -> None:
+        answer = stream(server.url, seed, tokens=1500)
+        next(answer)
+        began.wait()
+        try:
+            for _ in answer:
+                pass
+        except (openai.APIError, httpx.TransportError):
+            broken.append(seed)
+
+    readers = [threading.Thread(target=read, args=(seed,)) for seed in range(STREAMS)]
+    for reader in readers:
+        reader.start()
+    began.wait()
+    engines = [p for p in processes_of(server.group) if "EngineCore" in " ".join(p.cmdline())]
+    assert len(engines) == 1
+    engines[0].send_signal(signal.SIGKILL)
+    for reader in readers:
+        reader.join(SETTLED_S)
+    return len(broken), until(lambda: not processes_of(server.group))
+
+
+def crash(model: Path, folder: Path, *arguments: str) -> Ended:
+    temporary = folder / "tmp"
+    temporary.mkdir()
+    before = shared_memory()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(temporary))
+        options = [
+            *("--served-model-name", "served", "--max-model-len", "2048", "--enforce-eager"),
+            *("--gpu-memory-utilization", "0.3", "--enable-prefix-caching", *arguments),
+        ]
+        console = Console(quiet=True)
+        # It is gone before it is stopped, which is nothing that `serve` minds.
+        with serve(model, options, folder / "log.txt", console) as (server, _):
+            left_running, answered = hang_up(server.url)
+            broken, by_itself = kill_engine(server)
+            names = [process.name() for process in processes_of(server.group)]
+    return Ended(
+        left_running,
+        answered,
+        by_itself,
+        broken,
+        names,
+        sorted(shared_memory() - before),
+        sorted(path.name for path in temporary.iterdir()),
+    )
+
+
+@pytest.fixture(scope="module")
+def ended(small_model, tmp_path_factory) -> Ended:
+    folder = tmp_path_factory.mktemp("ours")
+    return crash(small_model("llama", "bfloat16"), folder, "--kv-cache-dtype", "turboquant_k8v4")
+
+
+def test_a_client_that_hangs_up_stops_its_request_and_no_other(ended):
+    assert ended.running_after_hang_up == 0
+    assert ended.answered_after_hang_up >= 5
+
+
+def test_a_killed_engine_ends_the_server_and_every_stream_with_an_error(ended):
+    assert ended.ended_by_itself
+    assert ended.broken == STREAMS
+    assert ended.processes == []
+
+
+def test_a_killed_engine_leaves_nothing_of_ours(ended):
+    assert [name for name in ended.temporary if "hybrid" in name] == []
+
+
+def test_without_the_plugin_a_killed_engine_ends_a_server_in_the_same_way(
+    ended, small_model, tmp_path_factory, monkeypatch
+):
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    stock = crash(small_model("llama", "bfloat16"), tmp_path_factory.mktemp("stock"))
+    assert (stock.ended_by_itself, stock.broken, stock.processes) == (
+        ended.ended_by_itself, ended.broken, ended.processes
+    )  # fmt: skip
+    assert len(ended.shared_memory) <= len(stock.shared_memory)
+    assert len(ended.temporary) <= len(stock.temporary)
