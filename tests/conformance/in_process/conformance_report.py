@@ -2,8 +2,8 @@
 """The pytest plugin that runs in the process of vLLM's own tests (`-p conformance_report`).
 
 It loads vLLM's general plugins as every process of vLLM does, so that the plugin comes in through
-its entry point if `VLLM_PLUGINS` lets it. It watches who makes the coordinators, writes the
-outcome of every test to a file, and changes nothing that a test can see.
+its entry point if `VLLM_PLUGINS` lets it. It watches who makes the coordinators and writes the
+outcome of every test to a file. All that it changes is how long a test waits for a process.
 
 The folder is on `PYTHONPATH` there, alone: `tests` is vLLM's package in that process.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import subprocess
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -23,6 +24,10 @@ import pytest
 EXPECTED_MINOR = "HYBRID_KV_TEST_VLLM_MINOR"
 
 REASON_LENGTH = 300
+
+PATIENCE = 5.0
+"""Tests wait so many times longer for processes than they ask for: one allows 60 s for an import of
+vLLM, which takes longer on two cores that run other tests, too."""
 
 
 def _prepare() -> None:
@@ -37,6 +42,16 @@ def _prepare() -> None:
         from vllm.platforms.cpu import CpuPlatform
 
         vllm.platforms.current_platform = CpuPlatform()
+
+
+def _wait_longer() -> None:
+    """Multiply the time limit of every process that is started and waited for."""
+    run = subprocess.run
+
+    def patient(*args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
+        return run(*args, timeout=None if timeout is None else PATIENCE * timeout, **kwargs)
+
+    subprocess.run = patient
 
 
 class Coordinators:
@@ -191,3 +206,4 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 _prepare()
+_wait_longer()
