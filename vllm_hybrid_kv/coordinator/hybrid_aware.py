@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 SEEN_LIMITS = (1 << 16, 1 << 22)
 """Bounds of the number of hashes remembered in a generation; 4 bytes each at most."""
 
+STATES_OF_PROMPT = 3
+"""Blocks of a group that a prompt may hold while it is computed: the states that a chunk begins and
+ends with, and one that is kept. vLLM counts one for a prompt that waits."""
+
 
 class HybridAwareCoordinator(FixedPointCoordinator):
     """A coordinator for models with states (Mamba, Gated DeltaNet) in cache mode `align`.
@@ -201,8 +205,15 @@ class HybridAwareCoordinator(FixedPointCoordinator):
 
         A state that is kept takes a block of each group, for the request to go on with. Where these
         are not free the state is given up, rather than another request.
+
+        When vLLM asks whether the whole prompt of a request that waits would fit, what the prompts
+        that are being computed still lack is not free. vLLM lets it begin, and preempts it when
+        they come to need it; what it had computed is lost.
         """
         needed: int = super().get_num_blocks_to_allocate(request_id, *arguments, **named)
+        if named.get("apply_admission_cap") and self._running:
+            own = (STATES_OF_PROMPT - 1) * len(self._state_groups)
+            return needed + own + self._lacking()
         pool = self.block_pool
         # More than there are means that it has to wait for the next step, whatever is free.
         if (
@@ -212,6 +223,26 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         ):
             needed = super().get_num_blocks_to_allocate(request_id, *arguments, **named)
         return needed
+
+    def _lacking(self) -> int:
+        """Return how many blocks the prompts lack that are being computed."""
+        lacking = 0
+        for running in self._running.values():
+            request = running.request
+            # One that was preempted computes its answer again, too.
+            if request.num_computed_tokens >= max(
+                request.num_prompt_tokens, request.num_tokens - 1
+            ):
+                continue
+            for group in self._attention_groups:
+                manager = self.single_type_managers[group]
+                blocks = -(-request.num_tokens // manager.block_size)
+                lacking += max(blocks - len(manager.req_to_blocks[request.request_id]), 0)
+            for group in self._state_groups:
+                table = self.single_type_managers[group].req_to_blocks[request.request_id]
+                held = sum([not block.is_null for block in table])
+                lacking += max(STATES_OF_PROMPT - held, 0)
+        return lacking
 
     def _make_do(self, request_id: str) -> bool:
         """Keep fewer states of requests that run; False where none are to be kept."""
