@@ -91,11 +91,8 @@ def breaks_callers(old: Sequence[str], new: Sequence[str]) -> bool:
     names = [parameter.partition("=")[0] for parameter in new]
     before = [parameter.partition("=")[0] for parameter in old]
     required = [parameter for parameter in new if "=" not in parameter and parameter[0] != "*"]
-    return not (
-        set(before) <= set(names)
-        and set(required) <= {parameter for parameter in old if "=" not in parameter}
-        and names[: len(before)] == before
-    )
+    was_required = {parameter for parameter in old if "=" not in parameter}
+    return names[: len(before)] != before or not set(required) <= was_required
 
 
 def compare_bases(

@@ -87,9 +87,9 @@ def test_a_function_that_moved_and_changed_is_both(compare):
 
 def test_of_two_functions_of_a_name_the_one_alike_has_moved(compare):
     text = synthetic.FILES["planning.py"]
-    another = "def plan(route):\n    return sorted(route)\n"
+    similar = text.replace("total += size", "total -= size")
     findings = compare(
-        planning=None, a_route=another, sizing=text, **edited("managing", ("planning", "sizing"))
+        planning=None, a_copy=similar, sizing=text, **edited("managing", ("planning", "sizing"))
     )
     assert str(findings["plan"].now) == "vllm.sizing.plan"
 
