@@ -4,6 +4,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+DRIFT_ARGS ?=
 # Processes that share the test files. Real engines wait a lot, so two take little more than one.
 PYTEST_PROCESSES ?= 2
 
@@ -23,7 +24,10 @@ NEXT_VLLM := .cache/vllm-$(NEXT_RELEASE)
 GPU_PYTHON ?= python3
 GPU_OUT ?= benchmarks/results
 
-.PHONY: demo test setup lint pytest conformance soak bench gpu gpu-e2e clean
+# The release that `make drift` compares: a version, a wheel or a folder.
+VLLM ?= $(NEXT_RELEASE)
+
+.PHONY: demo test setup lint pytest conformance drift soak bench gpu gpu-e2e clean
 
 demo: setup
 	$(BIN)/python -m demo
@@ -75,6 +79,9 @@ soak: setup
 
 conformance: setup $(NEXT_VLLM)/.unpacked
 	$(BIN)/python -m tests.conformance --out .cache/conformance/result.json
+
+drift: setup $(NEXT_VLLM)/.unpacked
+	$(BIN)/python -m tests.drift $(VLLM) --pip-args='$(PIP_ARGS)' $(DRIFT_ARGS)
 
 bench: setup
 	$(BIN)/python -m benchmarks.cpu_attention

@@ -127,7 +127,7 @@ def fetch_tests(minor: str) -> Path:
     """
     release = RELEASES[minor]
     folder = CACHE / f"vllm-tests-{release}"
-    with _filled_once(folder) as empty:
+    with filled_once(folder) as empty:
         if empty is not None:
             _download_tests(release, empty)
     return folder
@@ -140,7 +140,7 @@ def fetch_test_tools() -> Path:
         ConformanceError: They cannot be downloaded.
     """
     folder = CACHE / "vllm-tests-tools"
-    with _filled_once(folder) as empty:
+    with filled_once(folder) as empty:
         if empty is not None:
             _pip("install", "--no-deps", "--target", str(empty), *TEST_TOOLS)
     return folder
@@ -206,7 +206,7 @@ def _pip(*arguments: str, **environment: str) -> None:
 
 
 @contextmanager
-def _filled_once(folder: Path) -> Iterator[Path | None]:
+def filled_once(folder: Path) -> Iterator[Path | None]:
     """Give an empty folder to fill, which then becomes the one asked for; None if it is there.
 
     One that is filled in part, by a run that was cut short, never gets the name. Another process

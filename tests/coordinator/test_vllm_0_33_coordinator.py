@@ -4,29 +4,16 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+from tests.adapter_suites import COORDINATORS
 from tests.conformance.releases import CACHE, unpacked_wheel
-
-HERE = Path(__file__).resolve().parent
-SUITES = (
-    "test_block_map.py",
-    "test_coordinator_strategies.py",
-    "test_explanation.py",
-    "test_fixed_point.py",
-    "test_fixed_point_oracle.py",
-    "test_pool_capacity.py",
-    "test_smallest_hit.py",
-)
 
 
 def test_the_coordinators_suites_pass_against_the_0_33_wheel():
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
-            # Of the random cases a part; the rest runs against the installed vLLM.
-            *("-k", "not oracle or [0]"),
-            *(str(HERE / suite) for suite in SUITES),
+            *COORDINATORS.arguments(),
         ],
         env={
             **os.environ,

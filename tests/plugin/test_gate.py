@@ -17,8 +17,8 @@ pytestmark = pytest.mark.usefixtures("unregistered")
 
 @pytest.fixture
 def unsupported(monkeypatch):
-    monkeypatch.setattr(vllm.version, "__version__", "0.34.1")
-    monkeypatch.setattr(vllm.version, "__version_tuple__", (0, 34, 1))
+    monkeypatch.setattr(vllm.version, "__version__", "0.99.1")
+    monkeypatch.setattr(vllm.version, "__version_tuple__", (0, 99, 1))
 
 
 @pytest.mark.usefixtures("unsupported")
@@ -29,7 +29,7 @@ def test_an_unsupported_version_warns_once_and_leaves_vllm_untouched(log):
     assert plugin.applied() is None
     assert kv_cache_coordinator.get_kv_cache_coordinator is stock[0]
     (warning,) = log.lines(logging.WARNING)
-    assert "supports vLLM 0.32 and 0.33, this is vLLM 0.34.1" in warning
+    assert "supports vLLM 0.32 and 0.33, this is vLLM 0.99.1" in warning
     assert "The plugin is inactive and vLLM is unchanged" in warning
     assert isinstance(plugin.left_alone(), HybridKVVersionError)
 

@@ -5,21 +5,9 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parents[1]
+from tests.adapter_suites import GPU_BACKEND, PLUGIN, PROMISES
 
-SUITES = (
-    "test_capacity.py",
-    "test_gate.py",
-    "test_gpu_platform.py",
-    "test_min_waste.py",
-    "test_page_sizes.py",
-    "test_pages_in_the_worker.py",
-    "test_seams.py",
-    "test_selection.py",
-    "test_startup_warnings.py",
-    "test_strategies.py",
-)
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +30,10 @@ def run_pytest(wheel_0_33, run_python):
 @pytest.fixture(scope="module")
 def report(run_pytest):
     """What pytest says of the suites that depend on the minor, run against the wheel."""
-    return run_pytest(*(str(HERE / suite) for suite in SUITES))
+    return run_pytest(*PLUGIN.arguments())
 
 
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("suite", PLUGIN.files)
 def test_the_suite_passes_against_the_0_33_wheel(suite, report):
     lines = [line for line in report.stdout.splitlines() if f"{suite}::" in line]
     failed = [line for line in lines if not line.startswith("PASSED")]
@@ -55,13 +43,12 @@ def test_the_suite_passes_against_the_0_33_wheel(suite, report):
 
 
 def test_min_waste_keeps_its_promises_with_the_0_33_wheel(run_pytest):
-    done = run_pytest(str(HERE / "test_min_waste_properties.py"), "-k", "stock_or_lcm")
+    done = run_pytest(*PROMISES.arguments())
     assert done.returncode == 0, done.stdout[-8000:]
     assert "1 passed" in done.stdout
 
 
 def test_the_gpu_backend_works_with_the_0_33_wheel(run_pytest):
-    suite = REPOSITORY / "tests" / "attention" / "test_gpu_backend.py"
-    done = run_pytest(str(suite), "-k", "not stock")
+    done = run_pytest(*GPU_BACKEND.arguments())
     assert done.returncode == 0, done.stdout[-8000:]
     assert "second_model_runner" in done.stdout

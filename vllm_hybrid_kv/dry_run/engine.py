@@ -168,13 +168,22 @@ class Model:
         Raises:
             ValueError: The memory does not do for one request of the greatest length.
         """
+        # By way of the engine core, for 0.33 has them in another module than 0.32.
+        from vllm.v1.engine import core
+
         config = self._configure(settings)
         cache = config.cache_config
         cache.kv_cache_layout = self.layout
         cache.block_size = self.block_size
         cache.mamba_block_size = self._mamba_block_size
         cache.mamba_page_size_padded = self._mamba_page_size_padded
-        (worker_plan,) = kv_cache_utils.get_kv_cache_configs(config, [dict(self.specs)], [memory])
+        # From 0.33 on the core makes the groups apart, before it knows the memory.
+        groups = (
+            [core.get_global_kv_cache_groups(config, [dict(self.specs)])]
+            if hasattr(core, "get_global_kv_cache_groups")
+            else []
+        )
+        (worker_plan,) = core.get_kv_cache_configs(config, [dict(self.specs)], [memory], *groups)
         plan = kv_cache_utils.generate_scheduler_kv_cache_config([worker_plan])
         cache.num_gpu_blocks = plan.num_blocks
         cache.block_size = min(

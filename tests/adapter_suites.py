@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tests that an adapter has to pass beside a vLLM that is unpacked and not installed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Files of one folder, which one run of pytest takes.
+
+    Attributes:
+        folder: In `tests/`.
+        files: In the folder.
+        selection: An expression for `-k`; empty for all tests.
+    """
+
+    folder: str
+    files: tuple[str, ...]
+    selection: str = ""
+
+    def arguments(self) -> list[str]:
+        """Return what pytest is given."""
+        selection = ["-k", self.selection] if self.selection else []
+        return [*selection, *(str(HERE / self.folder / file) for file in self.files)]
+
+
+PLUGIN = Suite(
+    "plugin",
+    (
+        "test_capacity.py",
+        "test_gate.py",
+        "test_gpu_platform.py",
+        "test_min_waste.py",
+        "test_page_sizes.py",
+        "test_pages_in_the_worker.py",
+        "test_seams.py",
+        "test_selection.py",
+        "test_startup_warnings.py",
+        "test_strategies.py",
+    ),
+)
+
+PROMISES = Suite("plugin", ("test_min_waste_properties.py",), "stock_or_lcm")
+
+# Of the random cases a part; the rest runs against the installed vLLM.
+COORDINATORS = Suite(
+    "coordinator",
+    (
+        "test_block_map.py",
+        "test_coordinator_strategies.py",
+        "test_explanation.py",
+        "test_fixed_point.py",
+        "test_fixed_point_oracle.py",
+        "test_pool_capacity.py",
+        "test_smallest_hit.py",
+    ),
+    "not oracle or [0]",
+)
+
+GPU_BACKEND = Suite("attention", ("test_gpu_backend.py",), "not stock")
+
+SUITES = (PLUGIN, PROMISES, COORDINATORS, GPU_BACKEND)
