@@ -29,7 +29,6 @@ DECIDING = ("coordinator", "dry_run", "planning", "replay", "seams", "hooks.py",
 """The parts of the package that hits depend on."""
 POLICY = (
     "answer_states.py",
-    "answers.py",
     "checkpoints.py",
     "eviction.py",
     "hybrid_aware.py",

@@ -221,5 +221,9 @@ def filled_once(folder: Path) -> Iterator[Path | None]:
         part = folder.with_name(f"{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
-        yield part
+        try:
+            yield part
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
         part.rename(folder)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from contents import chunked, full, mamba, ring, window
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
@@ -136,6 +136,7 @@ def test_without_groups_that_free_blocks_the_formulas_are_exact(pool):
 
 @settings(max_examples=120, deadline=None)
 @given(pools(bounded=True))
+@example(Pool((chunked(32, 2),), num_blocks=2, max_model_len=33, budget=17))
 def test_with_any_groups_as_many_fit_as_is_said(pool):
     said = pool.said
     assert pool.fit(said.short_request) * said.short_request >= said.short_tokens

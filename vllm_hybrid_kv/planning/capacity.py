@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.core.kv_cache_utils import resolve_dcp_kv_block_size
 from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
     CrossAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
@@ -172,8 +173,9 @@ def blocks_per_request(vllm_config: VllmConfig, spec: KVCacheSpec, tokens: int) 
 
     The blocks that its tokens span, but no more than vLLM reserves at most for a request of the
     group's kind: a window's blocks and those of the tokens in flight, or the states that a request
-    keeps. Speculative states come on top. At `max_model_len` this is vLLM's own count, except
-    that Mamba in cache mode `all` counts a state per block, as is allocated.
+    keeps. Speculative states come on top. At `max_model_len` this is vLLM's own count, with two
+    exceptions. Mamba in cache mode `all` counts a state per block, as is allocated. Chunked local
+    attention counts one block more, as windows do: its tokens need not begin where a block does.
 
     Args:
         vllm_config: The engine's configuration.
@@ -192,6 +194,10 @@ def _blocks_of_layer(vllm_config: VllmConfig, spec: KVCacheSpec, tokens: int, dc
         # The encoder's tokens, however many the request has of its own.
         return most
     spanned = -(-tokens // resolve_dcp_kv_block_size(spec, dcp))
+    if isinstance(spec, ChunkedLocalAttentionSpec):
+        # Of 17 tokens computed and 16 to come, with blocks of 32, both blocks are held, though
+        # vLLM reserves for the chunk and the tokens in flight as if they lay in one.
+        most += 1
     if isinstance(spec, MambaSpec):
         spanned += spec.num_speculative_blocks
         if spec.mamba_cache_mode == "all":
