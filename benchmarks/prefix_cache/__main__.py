@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from .cases import (
     Grid,
     Sources,
 )
+from .earlier import earlier, repeat
 from .findings import MAIN_REQUESTS, goals
 from .overhead import Timing
 from .plot import draw
@@ -61,6 +62,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--jobs", type=int, default=1, help="processes at a time")
     add("--resume", action="store_true", help="do not repeat what was run on the same sources")
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="the others stay as they are")
+    add(
+        "--carry",
+        type=int,
+        default=0,
+        help="keep runs of other sources if so many of each strategy's hit the same when repeated",
+    )
     models = sorted(path.name for path in SHAPES.iterdir())
 
     def grid(part: str, requests: int, *memory: float) -> None:
@@ -144,30 +151,17 @@ def measure_overhead(options: argparse.Namespace) -> dict[str, Any]:
         "rounds": timing.rounds,
         "load": os.getloadavg()[0],
         "rows": [],
+        "medians": [],
     }
     log = options.cache / "overhead.txt"
     for turn in answers("benchmarks.prefix_cache.overhead", timing.to_json(), log):
+        which = f"round {turn['round']}" if "round" in turn else "medians"
         say(
-            f"round {turn['round']}, {turn['strategy']}: {turn['step_ms']:.3f} ms a step, "
+            f"{which}, {turn['strategy']}: {turn['step_ms']:.3f} ms a step, "
             f"{turn['request_ms']:.2f} ms a request"
         )
-        found["rows"].append(turn)
+        found["rows" if "round" in turn else "medians"].append(turn)
     return found
-
-
-def earlier(file: Path, sources: str, parts: Iterable[str]) -> dict[str, Any]:
-    """Return what the result file has of parts that are not measured now.
-
-    Nothing, where it was measured with other sources: tables do not mix the two.
-    """
-    if not file.exists():
-        return {"parts": {}, "traces": {}}
-    found = json.loads(file.read_text())
-    if found["sources"] != sources:
-        say(f"{file} is of other sources and is written anew")
-        return {"parts": {}, "traces": {}}
-    kept = {name: part for name, part in found["parts"].items() if name not in parts}
-    return {"parts": kept, "traces": found["traces"]}
 
 
 def say(text: str) -> None:
@@ -184,9 +178,12 @@ def main() -> int:
         "sources": code,
         **earlier(options.out / f"{NAME}.json", code, options.parts),
     }
+    journal = Journal(options.cache / JOURNAL)
     swept = grids(options)
     cases = [case for grid in swept for case in grid.cases()]
     try:
+        if "of" in result:
+            repeat(result, options.carry, sources, journal, options.jobs, say)
         for key, case in {trace_key(case): case for case in cases}.items():
             requests = sources.requests(case.trace, case.requests)
             tokens = sum(request.input_length for request in requests)
@@ -194,7 +191,6 @@ def main() -> int:
                 "prompt_tokens": tokens,
                 "shareable": shareable_tokens(requests) / tokens,
             }
-        journal = Journal(options.cache / JOURNAL)
         rows = sweep(cases, sources, journal, options.jobs, options.resume, say)
         for grid in swept:
             found = [row for row in rows if row["part"] == grid.part]

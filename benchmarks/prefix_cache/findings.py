@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,7 +123,7 @@ def goals(result: Mapping[str, Any]) -> list[Goal]:
         result: As the JSON file has it.
     """
     rows = runs(result)
-    turns = result["parts"].get(OVERHEAD, {"rows": []})["rows"]
+    medians = result["parts"].get(OVERHEAD, {"medians": []})["medians"]
     compared = comparisons(rows)
     policy = [pair for pair in compared if pair.ours["strategy"] == HYBRID_AWARE]
     below = [pair for pair in policy if pair.below]
@@ -142,24 +141,21 @@ def goals(result: Mapping[str, Any]) -> list[Goal]:
             _count(different, alike, "different"),
             not different if alike else None,
         ),
-        _overhead_goal(turns),
+        _overhead_goal(medians),
     ]
 
 
-def overhead(turns: Iterable[Row], measure: str, strategy: str, reference: str) -> float:
-    """Return the median over rounds of a strategy's time divided by the reference's.
+def overhead(medians: Iterable[Row], measure: str, strategy: str, reference: str) -> float:
+    """Return a strategy's time divided by the reference's.
 
     Args:
-        turns: Of all rounds.
+        medians: What the medians of each strategy's steps over the rounds come to.
         measure: `step_ms` or `request_ms`.
         strategy: Whose time.
         reference: Beside whose.
     """
-    times = {(turn["strategy"], turn["round"]): turn[measure] for turn in turns}
-    rounds = sorted({number for _, number in times})
-    return statistics.median(
-        times[strategy, number] / times[reference, number] for number in rounds
-    )
+    times = {row["strategy"]: float(row[measure]) for row in medians}
+    return times[strategy] / times[reference]
 
 
 def _hit_goal(rows: Iterable[Row], memory: float, least: float, better: float) -> Goal:
@@ -172,11 +168,11 @@ def _hit_goal(rows: Iterable[Row], memory: float, least: float, better: float) -
     return Goal(what, f"not measured with {MAIN_REQUESTS:,} requests", None)
 
 
-def _overhead_goal(turns: Sequence[Row]) -> Goal:
+def _overhead_goal(medians: Sequence[Row]) -> Goal:
     what = f"scheduler time by request at most {OVERHEAD_GOAL - 1:.0%} over stock"
-    if not turns:
+    if not medians:
         return Goal(what, "not measured", None)
-    ratio = overhead(turns, "request_ms", HYBRID_AWARE, STOCK)
+    ratio = overhead(medians, "request_ms", HYBRID_AWARE, STOCK)
     return Goal(what, f"{ratio - 1:+.1%}", ratio <= OVERHEAD_GOAL)
 
 

@@ -4,6 +4,9 @@
 One process replays the same requests with each strategy in turn, round after round, every other
 round the other way about, for a shared machine changes its speed. Only `schedule` and
 `update_from_output` are timed; what the replay itself does between them is not.
+
+A strategy takes the same steps in every round, so each step counts with its median over the rounds:
+what comes between in one of them does not, what the strategy does every 64 requests does.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import gc
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,18 +52,20 @@ class Timing:
         return json.dumps(asdict(self))
 
 
-def turns(timing: Timing) -> Iterator[dict[str, Any]]:
+def measure(timing: Timing) -> Iterator[dict[str, Any]]:
     """Time every turn, after a short one of each that is not counted.
 
     Yields:
-        The strategy, the round, milliseconds in the scheduler by step (median) and by request
-        (all steps together), and what the turn came to.
+        For each turn the strategy, the round, milliseconds in the scheduler by step (median) and by
+        request (all steps together), and what the turn came to. After the last, for each strategy
+        the same of its steps' medians over the rounds, without a round.
     """
     from vllm_hybrid_kv.replay.replay import Replay
 
     sources = Sources(Path(timing.public) if timing.public else None)
     requests = sources.requests(timing.trace, timing.requests)
     model = describe(timing.model, timing.kv_cache_dtype)
+    rounds: dict[str, list[list[float]]] = {strategy: [] for strategy in TIMED}
     for number in range(timing.rounds + 1):
         for strategy in TIMED if number % 2 else reversed(TIMED):
             sent = requests if number else requests[: 2 * CONCURRENCY]
@@ -73,15 +78,34 @@ def turns(timing: Timing) -> Iterator[dict[str, Any]]:
             gc.unfreeze()
             times = [1e3 * seconds for seconds in tally.schedule_seconds]
             if number:
-                yield {
-                    "strategy": strategy,
-                    "round": number,
-                    "step_ms": statistics.median(times),
-                    "request_ms": sum(times) / tally.requests,
-                    "steps": tally.steps,
-                    "hit_rate": tally.hit_rate,
-                }
+                rounds[strategy].append(times)
+                found = came_to(strategy, times, tally.requests)
+                yield {**found, "round": number, "hit_rate": tally.hit_rate}
+    for strategy, turns in rounds.items():
+        yield came_to(strategy, medians(turns), len(requests))
+
+
+def came_to(strategy: str, times: Sequence[float], requests: int) -> dict[str, Any]:
+    """Return what the milliseconds of a strategy's steps come to."""
+    return {
+        "strategy": strategy,
+        "step_ms": statistics.median(times),
+        "request_ms": sum(times) / requests,
+        "steps": len(times),
+    }
+
+
+def medians(turns: Sequence[Sequence[float]]) -> list[float]:
+    """Return each step's median over the turns of one strategy.
+
+    Raises:
+        ValueError: They did not take the same steps.
+    """
+    if len({len(times) for times in turns}) != 1:
+        taken = ", ".join(str(len(times)) for times in turns)
+        raise ValueError(f"the same requests took different numbers of steps: {taken}")
+    return [statistics.median(step) for step in zip(*turns, strict=True)]
 
 
 if __name__ == "__main__":
-    serve(lambda text: turns(Timing(**json.loads(text))))
+    serve(lambda text: measure(Timing(**json.loads(text))))

@@ -41,6 +41,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         "answers. `stock, unit 16` is vLLM's coordinator with `prefix_match_unit=16`, "
         "`fixed_point` and `hybrid_aware` have `prefix_match_unit=auto`.",
         "",
+        *_carried(result.get("carried")),
         "## Goals",
         "",
         *_goals(goals(result)),
@@ -63,6 +64,20 @@ def markdown(result: Mapping[str, Any]) -> str:
         if rows.get(part):
             lines += ["", f"## {titles[part]}", "", *section(rows[part], result)]
     return "\n".join([*lines, "", "## Never below stock", "", *_below(runs(result))]) + "\n"
+
+
+def _carried(carried: Mapping[str, Any] | None) -> Iterator[str]:
+    """Say which runs are of an earlier version of the sources."""
+    if carried is None:
+        return
+    yield (
+        f"{carried['runs']} of the runs are of an earlier version of the sources, "
+        f"{carried['sources']}. {len(carried['repeated'])} of them, drawn at random, were repeated "
+        "with this one, and every request hit the same:"
+    )
+    yield ""
+    yield from (f"- {run}" for run in carried["repeated"])
+    yield ""
 
 
 def _goals(found: Iterable[Goal]) -> Iterator[str]:
@@ -113,29 +128,40 @@ def _by_model(rows: Sequence[Row], result: Mapping[str, Any]) -> Iterator[str]:
 
 def _overhead(turns: Sequence[Row], result: Mapping[str, Any]) -> Iterator[str]:
     timing = result["parts"][OVERHEAD]
+    medians = timing["medians"]
     yield (
         f"`schedule` and `update_from_output`, {timing['requests']:,} requests of "
         f"{timing['trace']}, {timing['model']}, {timing['kv_cache_dtype']}, "
-        f"{timing['memory']:g} GiB; medians over {timing['rounds']} rounds in turn in one process, "
-        "ratios are medians of the rounds' ratios. Load average "
-        f"{timing['load']:.1f} at the start."
+        f"{timing['memory']:g} GiB; {timing['rounds']} rounds in turn in one process, each step "
+        f"with its median over the rounds. Load average {timing['load']:.1f} at the start."
     )
     yield ""
     yield from _head(
-        "strategy", "ms a step", "ms a request", "steps", "a step, of stock", "a request, of stock"
+        "strategy",
+        "ms a step",
+        "ms a request",
+        "steps",
+        "a step, of stock",
+        "a request, of stock",
+        "a request, by round",
     )
-    for strategy, some in _split(turns, "strategy").items():
+    for row in medians:
+        strategy = row["strategy"]
+        ratios = [
+            overhead(one, "request_ms", strategy, STOCK) for one in _split(turns, "round").values()
+        ]
         yield _line(
             strategy,
-            f"{_median(some, 'step_ms'):.3f}",
-            f"{_median(some, 'request_ms'):.2f}",
-            f"{some[0]['steps']:,}",
+            f"{row['step_ms']:.3f}",
+            f"{row['request_ms']:.2f}",
+            f"{row['steps']:,}",
             *(
-                f"{overhead(turns, measure, strategy, STOCK):.3f}"
+                f"{overhead(medians, measure, strategy, STOCK):.3f}"
                 for measure in ("step_ms", "request_ms")
             ),
+            f"{min(ratios):.3f} to {max(ratios):.3f}",
         )
-    ratio = overhead(turns, "request_ms", HYBRID_AWARE, STOCK_16)
+    ratio = overhead(medians, "request_ms", HYBRID_AWARE, STOCK_16)
     yield ""
     yield f"By request beside stock with the same match unit: {ratio:.3f}."
 

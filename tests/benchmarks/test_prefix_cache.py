@@ -30,6 +30,7 @@ from benchmarks.prefix_cache.cases import (
     fingerprint,
 )
 from benchmarks.prefix_cache.findings import comparisons, goals, overhead
+from benchmarks.prefix_cache.overhead import came_to, medians
 from benchmarks.prefix_cache.plot import draw
 from benchmarks.prefix_cache.processes import ChildError, answers
 from benchmarks.prefix_cache.report import markdown
@@ -72,12 +73,25 @@ def result(rows: list[dict[str, Any]], turns: list[dict[str, Any]] | None = None
             "memory": 20.0,
             "rounds": 3,
             "rows": turns,
+            "medians": medians_of(turns),
         }
     return {
         "machine": {"cpu": "a processor", "cpus": 2, "python": "3.11", "vllm": "0.32.0"},
         "parts": parts,
         "traces": {trace_key(case_of(one)): {"shareable": 0.335} for one in rows},
     }
+
+
+def medians_of(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the steps' medians come to, where all steps take the same time."""
+    return [
+        came_to(
+            name,
+            medians([[one["request_ms"] / 7] * 7 for one in turns if one["strategy"] == name]),
+            1,
+        )
+        for name in (STOCK, STOCK_16, HYBRID_AWARE)
+    ]
 
 
 def turns(*request_ms: tuple[float, float, float]) -> list[dict[str, Any]]:
@@ -218,14 +232,23 @@ def test_models_of_attention_only_must_hit_the_same_request_by_request() -> None
     assert {goal.what: goal.met for goal in goals(result(rows))}[what] is False
 
 
-def test_overhead_is_the_median_of_the_rounds_ratios() -> None:
+def test_overhead_is_that_of_the_steps_medians_over_the_rounds() -> None:
     # The machine is half as fast in round 2; in round 3 something came between.
-    found = turns((10.0, 11.0, 10.5), (20.0, 22.0, 21.0), (10.0, 11.0, 30.0))
-    assert overhead(found, "request_ms", HYBRID_AWARE, STOCK) == pytest.approx(1.05)
-    assert overhead(found, "step_ms", STOCK_16, STOCK) == pytest.approx(1.1)
+    usual = (10.0, 11.0, 10.5)
+    found = turns(usual, (20.0, 22.0, 21.0), (10.0, 11.0, 30.0), usual, usual)
     goal = goals(result([], found))[-1]
     assert (goal.met, goal.measured) == (True, "+5.0%")
     assert goals(result([], turns((10.0, 10.0, 11.1))))[-1].met is False
+    rows = [came_to(STOCK, [1.0, 2.0, 6.0], 2), came_to(HYBRID_AWARE, [1.0, 3.0, 6.5], 2)]
+    assert overhead(rows, "request_ms", HYBRID_AWARE, STOCK) == pytest.approx(10.5 / 9)
+    assert overhead(rows, "step_ms", HYBRID_AWARE, STOCK) == pytest.approx(1.5)
+
+
+def test_a_step_that_is_slow_in_every_round_counts_and_one_that_is_slow_once_does_not() -> None:
+    rounds = [[1.0, 9.0, 1.0, 1.0], [8.0, 9.0, 1.0, 1.0], [1.0, 9.0, 1.0, 7.0]]
+    assert medians(rounds) == [1.0, 9.0, 1.0, 1.0]
+    with pytest.raises(ValueError, match="different numbers of steps: 4, 3"):
+        medians([[1.0] * 4, [1.0] * 3])
 
 
 def test_every_part_has_its_table_and_its_panels(tmp_path: Path) -> None:

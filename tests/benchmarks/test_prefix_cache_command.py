@@ -113,6 +113,9 @@ def test_the_schedulers_time_is_measured_in_turns(run: dict[str, Any]) -> None:
     for row in rows:
         assert 0 < row["step_ms"] < row["request_ms"]
         assert row["steps"] > 4
+    settled = run["parts"]["overhead"]["medians"]
+    assert [row["strategy"] for row in settled] == forth
+    assert all(row["request_ms"] > row["step_ms"] > 0 for row in settled)
 
 
 def test_tables_and_picture_are_written(run: dict[str, Any], folder: Path) -> None:
@@ -170,8 +173,38 @@ def test_results_of_other_sources_are_not_kept_beside_new_ones(
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "prefix_cache.json").write_text(json.dumps({**run, "sources": "older"}))
     done = command(tmp_path, "--resume", *SMALL, "--parts", "memory")
-    assert "is of other sources and is written anew" in done.stdout
+    assert "the earlier result is of other sources and is written anew" in done.stdout
     assert list(json.loads((tmp_path / "prefix_cache.json").read_text())["parts"]) == ["memory"]
+
+
+def test_results_of_other_sources_are_kept_if_runs_that_are_repeated_hit_the_same(
+    run: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "prefix_cache.json"
+    file.write_text(json.dumps({**run, "sources": "older"}))
+    # What is repeated is in the journal, which belongs to these sources.
+    done = command(tmp_path, "--carry", 1, "--resume", *SMALL, "--parts", "memory")
+    assert "written anew" not in done.stdout
+    result = json.loads(file.read_text())
+    assert list(result["parts"]) == ["models", "control", "memory"]
+    assert result["parts"]["control"] == run["parts"]["control"]
+    assert (result["carried"]["sources"], result["carried"]["runs"]) == ("older", 8)
+    strategies = [name.rsplit(": ", 1)[1] for name in result["carried"]["repeated"]]
+    assert strategies == [FIXED_POINT, HYBRID_AWARE, STOCK]
+    text = (tmp_path / "prefix_cache.md").read_text()
+    assert "8 of the runs are of an earlier version of the sources, older. 3 of them" in text
+
+    others = json.loads(json.dumps({**run, "sources": "older"}))
+    for part in ("control", "models"):
+        for row in others["parts"][part]["rows"]:
+            row["hits_digest"] = "of other requests"
+    file.write_text(json.dumps(others))
+    done = command(tmp_path, "--carry", 1, "--resume", *SMALL, "--parts", "memory")
+    assert "hits are others than with older" in done.stdout
+    result = json.loads(file.read_text())
+    assert list(result["parts"]) == ["memory"]
+    assert "carried" not in result
 
 
 def test_a_package_that_changes_meanwhile_stops_the_sweep(

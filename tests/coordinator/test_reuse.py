@@ -133,6 +133,16 @@ def test_hardly_a_hash_is_taken_for_one_that_was_seen():
     assert false <= 0.002 * len(strangers)
 
 
+@pytest.mark.parametrize("at_a_time", [1, 50, 1024])
+def test_every_hash_that_was_entered_is_found_though_many_share_a_byte(at_a_time):
+    seen = SeenPrefixes(1024)
+    entered = hashes(1024)
+    for first in range(0, 1024, at_a_time):
+        seen.add(entered[: first + at_a_time], known=first)
+    # One by one: bisection would not miss the loss of a few.
+    assert all(seen.longest([key], 1) for key in entered)
+
+
 @pytest.fixture
 def checkpoints():
     return Checkpoints(state_blocks=3, block_tokens=1000)
@@ -269,3 +279,17 @@ def test_no_more_is_watched_than_a_few_times_what_is_kept(checkpoints):
         if len(checkpoints) > 50:
             checkpoints.give_up()
     assert len(checkpoints._known) < 4 * 51 + 1024 + 64
+
+
+def test_the_one_to_give_up_is_worth_the_least_of_all(checkpoints):
+    draw = random.Random(5)
+    for i in range(60):
+        arrive(checkpoints, *(str(j).encode() for j in draw.sample(range(i + 1), min(i, 2))))
+        # They share many of their blocks, which those that are alone in needing theirs do not.
+        blocks = {draw.randrange(40) for _ in range(draw.randrange(1, 9))}
+        at = draw.choice(list(Place))
+        add(checkpoints, str(i).encode(), draw.randrange(100, 9000), at, blocks, None)
+    for _ in range(60):
+        worths = [(checkpoints._worth(one), one.slot) for one in checkpoints.kept()]
+        least = checkpoints.kept()[min(worths)[1]]
+        assert checkpoints.give_up() is least

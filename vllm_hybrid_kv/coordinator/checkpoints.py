@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -36,6 +37,9 @@ PRICE_MEMORY = 0.95
 class Place(Enum):
     """Where in a request a checkpoint is."""
 
+    # There is one object of each. Enum's own hash is that of the name, and takes longer.
+    __hash__ = object.__hash__
+
     PROMPT_END = "prompt end"
     BRANCH = "branch point"
     ANSWER = "answer"
@@ -44,6 +48,8 @@ class Place(Enum):
 
 class Kind(Enum):
     """What is known of a checkpoint beforehand. The chance of a return is learned for each."""
+
+    __hash__ = object.__hash__
 
     SHORT = "short prompt"
     PROMPT = "prompt"
@@ -272,7 +278,7 @@ class Checkpoints:
             return None
         kept = self._kept
         drawn = kept if len(kept) <= CANDIDATES else self._draw.sample(kept, CANDIDATES)
-        worth, _, least = min((self._worth(one), one.slot, one) for one in drawn)
+        worth, least = self._least(drawn)
         self._price = PRICE_MEMORY * self._price + (1 - PRICE_MEMORY) * worth
         self.counts[f"evicted {self.kind(least).value}"] += 1
         if least.uses <= int(least.at is Place.BRANCH):
@@ -280,15 +286,36 @@ class Checkpoints:
         self.drop(least)
         return least
 
+    def _least(self, checkpoints: Iterable[Checkpoint]) -> tuple[float, Checkpoint]:
+        """Return the worth of the one that is worth the least, and it."""
+        worth, least = math.inf, None
+        for one in checkpoints:
+            saving = self._saving(one)
+            # If no other needed any of its blocks. With others it is worth more, and counting them
+            # is what takes the time.
+            if least is not None and saving / (self._state_blocks + len(one.blocks)) > worth:
+                continue
+            its = saving / (self._state_blocks + self._own(one))
+            if least is None or its < worth or (its == worth and one.slot < least.slot):
+                worth, least = its, one
+        assert least is not None
+        return worth, least
+
     def _worth(self, checkpoint: Checkpoint) -> float:
+        return self._saving(checkpoint) / (self._state_blocks + self._own(checkpoint))
+
+    def _saving(self, checkpoint: Checkpoint) -> float:
+        """Return the tokens of prefill that a checkpoint saves by request that comes."""
         fallback = checkpoint.fallback()
         saved = checkpoint.tokens - (0 if fallback is None else fallback.tokens)
+        age = age_range(self._now - checkpoint.last_use)
+        return self._curves[self.kind(checkpoint)].index[age] * saved
+
+    def _own(self, checkpoint: Checkpoint) -> int:
+        """Return how many of its attention blocks no other kept checkpoint needs."""
         needed = self._needed
         alone = int(checkpoint.kept)
-        own = sum([needed[block_id] == alone for block_id in checkpoint.blocks])
-        age = age_range(self._now - checkpoint.last_use)
-        index = self._curves[self.kind(checkpoint)].index[age]
-        return index * saved / (self._state_blocks + own)
+        return sum([needed[block_id] == alone for block_id in checkpoint.blocks])
 
     def drop(self, checkpoint: Checkpoint) -> None:
         """Keep a checkpoint no more. It is watched on."""
