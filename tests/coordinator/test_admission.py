@@ -7,6 +7,10 @@ import random
 from typing import Any
 
 import pytest
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.request import Request, RequestStatus
 
 from tests.described_model import hybrid_config
 from vllm_hybrid_kv.dry_run.engine import Engine, Model
@@ -94,3 +98,51 @@ def test_a_prompt_that_takes_all_there_is_begins_when_nothing_else_runs(model):
     blocks = smallest(model)
     ours = Replay(engine_of(model, blocks, POLICY), prompts([31, 5, 31, 7]), 4).run()
     assert ours.requests == 4
+
+
+def request_of(engine: Engine, name: str, prompt: TracedRequest) -> Request:
+    return Request(
+        request_id=name,
+        prompt_token_ids=list(range(prompt.input_length)),
+        sampling_params=SamplingParams(max_tokens=prompt.output_length),
+        pooling_params=None,
+        block_hasher=get_request_block_hasher(engine.hash_block_size, sha256),
+        cache_salt=name,
+    )
+
+
+def load_all_but_the_end(engine: Engine, request: Request) -> None:
+    """Give a request what a connector loads beside the steps, as vLLM's scheduler does."""
+    manager = engine.scheduler.kv_cache_manager
+    loaded = request.num_tokens // engine.scheduler_block_size * engine.scheduler_block_size
+    blocks = manager.allocate_slots(
+        request, 0, num_external_computed_tokens=loaded, delay_cache_blocks=True
+    )
+    assert blocks is not None
+    request.num_computed_tokens = loaded
+    manager.cache_blocks(request, loaded)
+    request.status = RequestStatus.WAITING
+
+
+def begin(engine: Engine, request: Request) -> bool:
+    """Return whether a request is let begin."""
+    blocks = engine.scheduler.kv_cache_manager.allocate_slots(
+        request, request.num_tokens - request.num_computed_tokens, full_sequence_must_fit=True
+    )
+    if blocks is not None:
+        request.status = RequestStatus.RUNNING
+    return blocks is not None
+
+
+def test_requests_that_were_loaded_into_do_not_wait_for_each_other(model):
+    init_none_hash(sha256)
+    engine = engine_of(model, 24, POLICY)
+    pool = engine.scheduler.kv_cache_manager.block_pool
+    first, second = (request_of(engine, name, *prompts([12])) for name in ("first", "second"))
+    for request in (first, second):
+        load_all_but_the_end(engine, request)
+    # They hold 4 blocks of attention and 3 of states each. What is free is enough to begin with,
+    # and less than what both of them may come to hold.
+    assert pool.get_num_free_blocks() == 9
+    assert begin(engine, first)
+    assert not begin(engine, second)

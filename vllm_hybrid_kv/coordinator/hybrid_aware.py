@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from vllm.utils.math_utils import round_down
@@ -15,6 +16,7 @@ from vllm.v1.core.kv_cache_utils import (
 )
 from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.kv_cache_interface import MambaSpec, get_mamba_prefill_checkpoint_position
+from vllm.v1.request import Request, RequestStatus
 
 from vllm_hybrid_kv.coordinator.answer_states import USUAL, AnswerStates, Running
 from vllm_hybrid_kv.coordinator.checkpoints import Checkpoint, Checkpoints, Place
@@ -25,7 +27,6 @@ from vllm_hybrid_kv.coordinator.seen_prefixes import SeenPrefixes
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.kv_cache_interface import KVCacheConfig
-    from vllm.v1.request import Request
 
 SEEN_LIMITS = (1 << 16, 1 << 22)
 """Bounds of the number of hashes remembered in a generation; 4 bytes each at most."""
@@ -211,9 +212,11 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         they come to need it; what it had computed is lost.
         """
         needed: int = super().get_num_blocks_to_allocate(request_id, *arguments, **named)
-        if named.get("apply_admission_cap") and self._running:
-            own = (STATES_OF_PROMPT - 1) * len(self._state_groups)
-            return needed + own + self._lacking()
+        if named.get("apply_admission_cap"):
+            computed = self._computed()
+            if computed:
+                own = (STATES_OF_PROMPT - 1) * len(self._state_groups)
+                return needed + own + self._lacking(computed)
         pool = self.block_pool
         # More than there are means that it has to wait for the next step, whatever is free.
         if (
@@ -224,11 +227,19 @@ class HybridAwareCoordinator(FixedPointCoordinator):
             needed = super().get_num_blocks_to_allocate(request_id, *arguments, **named)
         return needed
 
-    def _lacking(self) -> int:
-        """Return how many blocks the prompts lack that are being computed."""
+    def _computed(self) -> list[Request]:
+        """Return the requests that take part in steps.
+
+        Those that a connector has loaded into hold blocks too, and wait. Where all that hold some
+        do, the next has to begin with what is free, for nobody else will free any.
+        """
+        requests = [running.request for running in self._running.values()]
+        return [request for request in requests if request.status is RequestStatus.RUNNING]
+
+    def _lacking(self, requests: Iterable[Request]) -> int:
+        """Return how many blocks those among some requests lack whose prompts are computed."""
         lacking = 0
-        for running in self._running.values():
-            request = running.request
+        for request in requests:
             # One that was preempted computes its answer again, too.
             if request.num_computed_tokens >= max(
                 request.num_prompt_tokens, request.num_tokens - 1
