@@ -9,23 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.fuzz.json_values import json_values
 from vllm_hybrid_kv.errors import HybridKVSettingsError
 from vllm_hybrid_kv.settings import ENVIRONMENT_PREFIX, SECTION, Settings, environment_name, resolve
 
 FIELDS = tuple(Settings.model_fields)
 
-ANYTHING = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=20)
-    | st.sampled_from(("stock", "auto", "lcm", "true", "interpreter", "0")),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
-    ),
-    max_leaves=6,
-)
+ANYTHING = json_values("stock", "auto", "lcm", "true", "interpreter", "0")
 NAMES = st.sampled_from(FIELDS) | st.text(max_size=20)
 SECTIONS = st.dictionaries(NAMES, ANYTHING, max_size=4) | ANYTHING
 VALUES = st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=20)

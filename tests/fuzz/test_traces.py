@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.fuzz.json_values import damaged, encoded, json_values, with_a_change
 from vllm_hybrid_kv.replay.trace import (
     BLOCK_TOKENS,
     Conversations,
@@ -22,13 +22,7 @@ from vllm_hybrid_kv.replay.trace import (
     write_trace,
 )
 
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=2)
-    ),
-    max_leaves=5,
-)
+VALUES = json_values(length=5)
 
 
 @st.composite
@@ -45,18 +39,12 @@ def lines(draw: st.DrawFn) -> bytes:
     """Return a request's line with something about it changed."""
     request = draw(requests())
     fields: dict[str, Any] = {**vars(request), "hash_ids": list(request.hash_ids)}
-    kind = draw(st.sampled_from(("value", "name", "cut", "bytes", "nothing")))
-    name = draw(st.sampled_from(sorted(fields)))
-    if kind == "value":
-        fields[name] = draw(VALUES)
-    elif kind == "name":
-        del fields[name]
-    line = json.dumps(fields).encode()
-    if kind == "cut":
-        line = line[: draw(st.integers(0, len(line)))]
-    elif kind == "bytes":
-        place = draw(st.integers(0, len(line)))
-        line = line[:place] + draw(st.binary(min_size=1, max_size=4)) + line[place:]
+    kind = draw(st.sampled_from(("a field", "bytes", "nothing")))
+    if kind == "a field":
+        fields = draw(with_a_change(fields, VALUES, sorted(fields)))
+    line = encoded(fields)
+    if kind == "bytes":
+        line = draw(damaged(line))
     return line.replace(b"\n", b" ").replace(b"\r", b" ")
 
 

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from vllm_hybrid_kv.cli.plan_report import Column, Result, report
-from vllm_hybrid_kv.cli.stopping import memory_size, need_matplotlib, stop
+from vllm_hybrid_kv.cli.stopping import memory_size, need_matplotlib, one_line, stop
 from vllm_hybrid_kv.dry_run.described import DescriptionError, read_config
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.settings import environment_name
@@ -161,7 +161,7 @@ class _Models:
                 )
             return plan_of(self._built[kv_cache_dtype], memory, settings)
         except Exception as error:
-            raise PlanError(_one_line(error)) from error
+            raise PlanError(one_line(error)) from error
 
     def column(
         self, name: str, kv_cache_dtype: str, memory: int, settings: dict[str, Any]
@@ -177,27 +177,6 @@ class PlanError(ValueError):
     """A cache cannot be planned as asked."""
 
 
-def _one_line(error: Exception) -> str:
-    """Return what an error says in one line, with its kind where it is no word to a user."""
-    from pydantic import ValidationError
-
-    if isinstance(error, ValidationError):
-        message = "; ".join(
-            ": ".join(
-                (
-                    *(str(part) for part in details["loc"]),
-                    details["msg"].removeprefix("Value error, "),
-                )
-            )
-            for details in error.errors()
-        )
-    elif isinstance(error, ValueError | NotImplementedError):
-        message = str(error)
-    else:
-        message = f"vLLM cannot build this model: {type(error).__name__}: {error}"
-    return " ".join(message.split())
-
-
 def _prepare(keep_strategy: bool) -> None:
     """Make this process one that plans: import vLLM, and keep it from talking.
 
@@ -208,7 +187,7 @@ def _prepare(keep_strategy: bool) -> None:
     Raises:
         PlanError: There is no vLLM, or none that the plugin knows.
     """
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from vllm_hybrid_kv.cli.sizes import format_size
-from vllm_hybrid_kv.cli.stopping import memory_size, need_matplotlib, stop
+from vllm_hybrid_kv.cli.stopping import memory_size, need_matplotlib, one_line, stop
 
 if TYPE_CHECKING:
     from vllm_hybrid_kv.dry_run.engine import Model
@@ -85,11 +85,14 @@ def replay(
     ] = "auto",
     kv_cache_dtype: Annotated[str, typer.Option(help="As vLLM's.")] = "turboquant_k8v4",
     block_size: Annotated[
-        int, typer.Option(help="As vLLM's; 16 plans as a GPU does, whatever this machine is.")
+        int,
+        typer.Option(min=1, help="As vLLM's; 16 plans as a GPU does, whatever this machine is."),
     ] = 16,
-    concurrency: Annotated[int, typer.Option(help="Requests in flight.")] = 32,
-    max_num_batched_tokens: Annotated[int, typer.Option(help="As vLLM's.")] = 8192,
-    limit: Annotated[int | None, typer.Option(help="Take the first N requests only.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 32,
+    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="As vLLM's.")] = 8192,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Take the first N requests only.")
+    ] = None,
     json_: Annotated[
         Path | None, typer.Option("--json", help="Write the outcome there; - for the output.")
     ] = None,
@@ -129,12 +132,31 @@ def replay(
         if str(json_) == "-":
             typer.echo(text, nl=False)
         else:
-            json_.write_text(text)
+            _write(json_, text)
     if str(json_) != "-":
         for table in _tables(outcomes, requests):
             Console().print(table)
     if plot is not None:
-        _draw(plot, outcomes)
+        try:
+            _draw(plot, outcomes)
+        except (OSError, ValueError) as error:
+            raise _stop(f"--plot: {plot}: {error}") from None
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise _stop(f"--json: {path}: {error.strerror}") from None
+
+
+@contextmanager
+def _vllm_in_one_line() -> Iterator[None]:
+    """Have whatever vLLM makes of a description end the command as wrong input does."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(one_line(error)) from error
 
 
 def _stop(message: str) -> typer.Exit:
@@ -142,8 +164,9 @@ def _stop(message: str) -> typer.Exit:
 
 
 def _quiet_vllm() -> None:
-    """Keep vLLM's log to errors, unless the user said otherwise."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    """Keep vLLM from logging errors that it also raises, unless the user said otherwise."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
@@ -168,17 +191,18 @@ def _describe(
     from vllm_hybrid_kv.dry_run.engine import Model
 
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
-    return Model(
-        {
-            "model": folder,
-            "kv_cache_dtype": kv_cache_dtype,
-            "block_size": block_size,
-            "max_num_seqs": concurrency,
-            "max_num_batched_tokens": batched_tokens,
-            "enable_prefix_caching": True,
-            "gpu_memory_utilization": 0.1,
-        }
-    )
+    with _vllm_in_one_line():
+        return Model(
+            {
+                "model": folder,
+                "kv_cache_dtype": kv_cache_dtype,
+                "block_size": block_size,
+                "max_num_seqs": concurrency,
+                "max_num_batched_tokens": batched_tokens,
+                "enable_prefix_caching": True,
+                "gpu_memory_utilization": 0.1,
+            }
+        )
 
 
 def _run(
@@ -193,7 +217,8 @@ def _run(
     from vllm_hybrid_kv.replay.replay import Replay
 
     unit = "stock" if coordinator == "stock" else prefix_match_unit
-    engine = model.engine(memory, {"coordinator": coordinator, "prefix_match_unit": unit})
+    with _vllm_in_one_line():
+        engine = model.engine(memory, {"coordinator": coordinator, "prefix_match_unit": unit})
     replayed = Replay(engine, requests, concurrency)
     bar = Progress(
         TextColumn(f"{coordinator}, {format_size(memory)}"),

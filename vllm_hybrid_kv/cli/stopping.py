@@ -15,7 +15,7 @@ def stop(command: str, message: str) -> typer.Exit:
         command: The subcommand's name.
         message: The line.
     """
-    typer.echo(f"vllm-hybrid-kv {command}: {message}", err=True)
+    typer.echo(f"vllm-hybrid-kv {command}: {' '.join(message.split())}", err=True)
     return typer.Exit(2)
 
 
@@ -42,3 +42,28 @@ def need_matplotlib(command: str) -> None:
     except ModuleNotFoundError:
         message = "--plot needs matplotlib: pip install 'vllm-hybrid-kv[plot]'"
         raise stop(command, message) from None
+
+
+def one_line(error: Exception) -> str:
+    """Return what an error of vLLM's says in one line, with its kind where it is no word to a user.
+
+    Args:
+        error: What came of building or planning a model.
+    """
+    from pydantic import ValidationError
+
+    if isinstance(error, ValidationError):
+        message = "; ".join(
+            ": ".join(
+                (
+                    *(str(part) for part in details["loc"]),
+                    details["msg"].removeprefix("Value error, "),
+                )
+            )
+            for details in error.errors()
+        )
+    elif isinstance(error, ValueError | NotImplementedError):
+        message = str(error)
+    else:
+        message = f"vLLM cannot build this model: {type(error).__name__}: {error}"
+    return " ".join(message.split())

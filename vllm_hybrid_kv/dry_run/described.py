@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,12 @@ CONFIG = "config.json"
 
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 """Where models for more than text keep the configuration of their language model."""
+
+LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+"""Where configurations keep the number of layers."""
+
+MOST_LAYERS = 10_000
+"""Each layer is built, some thousand times as many as models have would be without end."""
 
 
 class DescriptionError(ValueError):
@@ -47,15 +54,19 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         DescriptionError: There is none, or it is none.
     """
-    file = path / CONFIG if path.is_dir() else path
-    if not file.exists():
-        where = f"folder {path} has no {CONFIG}" if path.is_dir() else f"no such file: {path}"
-        raise DescriptionError(f"{where}; give a model's folder or its {CONFIG}")
+    file = path
     try:
-        config = json.loads(file.read_text())
+        file = path / CONFIG if path.is_dir() else path
+        if not file.exists():
+            where = f"folder {path} has no {CONFIG}" if path.is_dir() else f"no such file: {path}"
+            raise DescriptionError(f"{where}; give a model's folder or its {CONFIG}")
+        text = file.read_bytes()
     except OSError as error:
         raise DescriptionError(f"{file}: {error.strerror}") from None
-    except ValueError as error:
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        # What is no text, and numbers of thousands of digits, are errors of their own.
         raise DescriptionError(f"{file} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise DescriptionError(f"{file} is JSON and no model's configuration: not an object")
@@ -88,22 +99,28 @@ def described(path: Path) -> Iterator[Described]:
     notes = []
     architecture = config["architectures"][0]
     _check_known(architecture, path)
-    quantisation = config.pop("quantization_config", None) or {}
-    text = next((config[key] for key in TEXT_CONFIGS if isinstance(config.get(key), dict)), None)
-    if text is not None:
-        text = dict(text)
-        quantisation = text.pop("quantization_config", None) or quantisation
-        wrapper, architecture = architecture, _text_architecture(architecture, text)
+    quantisation = _pop_quantisation(config, path)
+    part = next((config[key] for key in TEXT_CONFIGS if isinstance(config.get(key), dict)), None)
+    if part is not None:
+        part = dict(part)
+        quantisation = _pop_quantisation(part, path) or quantisation
+        wrapper, architecture = architecture, _text_architecture(architecture, part)
         for key in ("dtype", "torch_dtype", "tie_word_embeddings"):
             if key in config:
-                text.setdefault(key, config[key])
-        config = {**text, "architectures": [architecture]}
+                part.setdefault(key, config[key])
+        config = {**part, "architectures": [architecture]}
         notes.append(f"{wrapper} is planned as its language model, {architecture}")
+    _check_size(config, path)
     if quantisation:
         method = quantisation.get("quant_method", "quantised")
+        method = method if method.isprintable() else repr(method)
         notes.append(f"the weights' quantisation ({method}) is left out: the KV cache is the same")
+    try:
+        text = json.dumps(config)
+    except RecursionError:
+        raise DescriptionError(f"{path} is nested too deeply for a model's configuration") from None
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / CONFIG).write_text(json.dumps(config))
+        (Path(folder) / CONFIG).write_text(text)
         yield Described(folder, architecture, _stored_by(quantisation), tuple(notes))
 
 
@@ -114,23 +131,54 @@ def _check_known(architecture: str, path: Path) -> None:
         raise DescriptionError(f"{path}: vLLM knows no architecture {architecture}")
 
 
+def _pop_quantisation(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Take out how weights are quantised: an object, of what vLLM asks about as it expects it."""
+    said = config.pop("quantization_config", None) or {}
+    if not isinstance(said, dict):
+        raise DescriptionError(
+            f"{path}: 'quantization_config' must be an object, not {_short(said)}; plan without it"
+        )
+    for name, kind, words in (("quant_method", str, "a name"), ("quantization", dict, "an object")):
+        if not isinstance(said.get(name, kind()), kind):
+            raise DescriptionError(
+                f"{path}: {name!r} of 'quantization_config' must be {words}, not "
+                f"{_short(said[name])}; plan without 'quantization_config'"
+            )
+    return said
+
+
+def _check_size(config: dict[str, Any], path: Path) -> None:
+    for name in LAYER_COUNTS:
+        count = config.get(name)
+        if isinstance(count, int | float) and count > MOST_LAYERS:
+            raise DescriptionError(
+                f"{path}: {name!r} is {_short(count)}, and models of more than {MOST_LAYERS:,} "
+                "layers are not planned"
+            )
+
+
+def _short(value: object) -> str:
+    return reprlib.repr(value)
+
+
 def _text_architecture(wrapper: str, text: dict[str, Any]) -> str:
     """Return the class of vLLM's that a model for more than text has for its text."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from vllm.model_executor.models import ModelRegistry
 
     known = ModelRegistry.get_supported_archs()
+    named, model_type = text.get("architectures"), text.get("model_type")
     candidates = (
-        *(text.get("architectures") or ()),
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text.get("model_type")),
+        *(named if isinstance(named, list) else ()),
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type if isinstance(model_type, str) else ""),
         wrapper.replace("ForConditionalGeneration", "ForCausalLM"),
     )
     for candidate in candidates:
-        if candidate in known and candidate != wrapper:
-            return str(candidate)
+        if isinstance(candidate, str) and candidate in known and candidate != wrapper:
+            return candidate
     raise DescriptionError(
         f"{wrapper} is for more than text, and vLLM knows no class for its language model alone "
-        f"(model_type {text.get('model_type')!r}); give a config.json of the language model"
+        f"(model_type {_short(model_type)}); give a config.json of the language model"
     )
 
 

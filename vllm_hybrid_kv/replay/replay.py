@@ -73,7 +73,20 @@ class Replay:
             engine: A fresh one.
             requests: The trace.
             concurrency: Requests in flight; the next one is sent as one is answered.
+
+        Raises:
+            ValueError: A request is longer than the engine takes, and no step would ever end it.
         """
+        longest = engine.vllm_config.model_config.max_model_len
+        for number, request in enumerate(requests, 1):
+            tokens = request.input_length + request.output_length
+            if tokens > longest:
+                raise ValueError(
+                    f"request {number} of the trace has {tokens:,} tokens, "
+                    f"{request.input_length:,} of them its prompt, and the model takes "
+                    f"{longest:,}: a server would refuse it. Leave it out of the trace, or replay "
+                    "with a model that takes more"
+                )
         self._engine = engine
         self._requests = requests
         self._conversations = Conversations(requests)
