@@ -75,9 +75,9 @@ def check_attention(
         )
     if query.stride(2) != 1 or out.stride(2) != 1:
         raise attention_refusal("the dims of query and out must be contiguous")
-    requests = seq_lens.shape[0]
     if seq_lens.dtype != torch.int32 or seq_lens.dim() != 1 or not seq_lens.is_contiguous():
         raise attention_refusal("seq_lens must be contiguous int32 [B]")
+    requests = seq_lens.shape[0]
     if (
         query_start_loc.dtype != torch.int32
         or query_start_loc.shape != (requests + 1,)
@@ -97,6 +97,13 @@ def check_attention(
         raise attention_refusal(f"sinks must hold {num_heads} numbers, one for each query head")
     if lse is not None and (lse.dtype != torch.float32 or lse.shape != (tokens, num_heads)):
         raise attention_refusal(f"lse must be float32 [{tokens}, {num_heads}]")
+    # An address of another device is none here, and reading it ends the process.
+    device = query.device
+    for tensor in (cache, block_table, seq_lens, query_start_loc, out, sinks, lse):
+        if tensor is not None and tensor.device != device:
+            raise attention_refusal(
+                f"all tensors must be where query is, on {device}, got one on {tensor.device}"
+            )
     if debug:
         _check_contents(cache, block_table, seq_lens, query_start_loc, tokens)
 
@@ -184,6 +191,21 @@ def check_pages(cache: torch.Tensor, num_heads: int, head_size: int) -> None:
     ):
         expected = f"contiguous within a block, strides [any, {head_bytes}, {slot}, 1]"
         raise store_refusal("cache", expected, list(cache.stride()))
+
+
+def check_device(device: torch.device, **tensors: torch.Tensor) -> None:
+    """Check that the tensors of a store are where its kernel runs.
+
+    Args:
+        device: Where that is.
+        tensors: By the names of the arguments.
+
+    Raises:
+        ValueError: One is elsewhere.
+    """
+    for name, tensor in tensors.items():
+        if tensor.device != device:
+            raise store_refusal(name, f"on {device}", tensor.device)
 
 
 def check_duplicates(slots: torch.Tensor) -> None:

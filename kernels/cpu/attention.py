@@ -123,6 +123,8 @@ def paged_attention(
         query, cache, block_table, seq_lens, query_start_loc, out,
         sinks=sinks, lse=lse, debug=debug,
     )  # fmt: skip
+    if not query.is_cpu:
+        raise attention_refusal(f"query must be on the CPU, got {query.device}")
     tokens, num_heads, head_size = query.shape
     num_kv_heads, page_size = cache.shape[1], cache.shape[2]
     threads = follow_torch()

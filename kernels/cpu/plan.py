@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..inputs import attention_refusal
 from . import drive
 
 _ITEMS_PER_THREAD = 4
@@ -85,10 +86,16 @@ def plan_attention(
         page_size: Tokens of a page.
         causal, window: As for `paged_attention`.
         num_threads: Threads to divide among; torch's number if None.
+
+    Raises:
+        ValueError: The offsets do not rise from 0 on, so that rows outside the output would be
+            written.
     """
     threads = torch.get_num_threads() if num_threads is None else num_threads
     group = num_heads // num_kv_heads
     lengths, starts = seq_lens.tolist(), query_start_loc.tolist()
+    if starts[0] < 0 or starts != sorted(starts):
+        raise attention_refusal(f"query_start_loc must rise from 0, got {starts}")
     items: list[tuple[int, ...]] = []
     merges: list[tuple[int, int]] = []
     partial_rows = 0

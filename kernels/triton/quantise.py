@@ -154,6 +154,7 @@ def quantise_and_store(
     num_tokens = slot_mapping.shape[0]
     _, num_heads, head_size = key.shape
     inputs.check_pages(cache, num_heads, head_size)
+    inputs.check_device(cache.device, key=key, value=value, slot_mapping=slot_mapping)
     # Scales and zeros are stored as 16-bit words.
     if cache.shape[0] > 1 and cache.stride(0) % 2:
         expected = "with an even number of bytes between blocks"
