@@ -13,6 +13,7 @@ from vllm_hybrid_kv.version import __version__
 
 if TYPE_CHECKING:
     from vllm_hybrid_kv.errors import (
+        HybridKVAgreementError,
         HybridKVError,
         HybridKVFingerprintError,
         HybridKVSeamError,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from vllm_hybrid_kv.settings import Settings, current_settings
 
 __all__ = [
+    "HybridKVAgreementError",
     "HybridKVError",
     "HybridKVFingerprintError",
     "HybridKVSeamError",
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 _MODULE_OF_NAME = {
+    "HybridKVAgreementError": "errors",
     "HybridKVError": "errors",
     "HybridKVFingerprintError": "errors",
     "HybridKVSeamError": "errors",

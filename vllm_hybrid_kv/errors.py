@@ -26,3 +26,7 @@ class HybridKVSeamError(HybridKVError):
 
 class HybridKVFingerprintError(HybridKVSeamError):
     """What the plugin would rebind is not what it knows. Nothing was changed."""
+
+
+class HybridKVAgreementError(HybridKVError):
+    """A process of an engine has another plugin than the one that started it."""

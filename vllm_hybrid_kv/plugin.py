@@ -41,10 +41,10 @@ def register() -> None:
     named it in `VLLM_PLUGINS`.
 
     Raises:
-        HybridKVError: A setting is not valid, another plugin is in the way, or the plugin was
-            named in `VLLM_PLUGINS` and does not know this vLLM. vLLM lets it through, so that
-            start-up stops. In the process of a `vllm` command it is a SystemExit with the
-            message.
+        HybridKVError: A setting is not valid, another plugin is in the way, the process that
+            started this one has another plugin, or the plugin was named in `VLLM_PLUGINS` and
+            does not know this vLLM. vLLM lets it through, so that start-up stops. In the process
+            of a `vllm` command it is a SystemExit with the message.
         ImportError: vLLM is not installed.
     """
     global _applied, _left_alone
@@ -53,12 +53,15 @@ def register() -> None:
         return
     if _left_alone is not None:
         return
+    from vllm_hybrid_kv.agreement import agree
+
     try:
         try:
-            _applied = _activate()
+            in_force = _activate()
         except (HybridKVVersionError, HybridKVFingerprintError) as error:
             if NAME in os.environ.get("VLLM_PLUGINS", "").split(","):
                 raise
+            agree(f"{NAME} {__version__} inactive ({error})")
             _left_alone = error
             _logger().warning(
                 "%s. The plugin is inactive and vLLM is unchanged; `vllm-hybrid-kv doctor` says "
@@ -66,6 +69,13 @@ def register() -> None:
                 error,
                 NAME,
             )
+            return
+        try:
+            agree(f"{NAME} {__version__} active on vLLM {vllm_version()[0]}")
+        except HybridKVError:
+            in_force.undo()
+            raise
+        _applied = in_force
     except HybridKVError as error:
         _stop(error)
 

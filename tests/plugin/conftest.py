@@ -41,8 +41,9 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("VLLM_HYBRID_KV_") or name == "VLLM_PLUGINS":
             monkeypatch.delenv(name)
-    from vllm_hybrid_kv import settings
+    from vllm_hybrid_kv import agreement, settings
 
+    monkeypatch.setenv(agreement.VARIABLE, "")
     monkeypatch.setattr(settings, "_in_force", None)
 
 
