@@ -30,6 +30,7 @@ class Suite:
 PLUGIN = Suite(
     "plugin",
     (
+        "test_boundary_layers.py",
         "test_capacity.py",
         "test_gate.py",
         "test_gpu_platform.py",

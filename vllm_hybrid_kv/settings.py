@@ -43,6 +43,8 @@ class Settings(BaseModel):
         token_capacity_groups: Chooses the KV groups that the reported capacity counts.
         coordinator: Makes the KV cache coordinator.
         prefix_match_unit: Chooses how finely prefixes are matched, in tokens.
+        boundary_layers: How many attention layers at each end of a model that is not hybrid stay
+            unquantised beside a k8v4 cache.
         debug: Whether the kernels check block tables and slots before they use them.
         cpu_isa: The instructions that the CPU kernels use; `auto` for the fastest there are.
             `interpreter` has Triton interpret the GPU kernels, to check them without a GPU; a
@@ -55,6 +57,7 @@ class Settings(BaseModel):
     token_capacity_groups: StrategyName = "growing"
     coordinator: StrategyName = "hybrid_aware"
     prefix_match_unit: StrategyName = "auto"
+    boundary_layers: Annotated[int, Field(ge=0)] = 2
     debug: bool = False
     cpu_isa: Literal["auto", "amx", "avx512_bf16", "portable", "interpreter"] = "auto"
 

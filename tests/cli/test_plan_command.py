@@ -165,6 +165,15 @@ def test_the_command_line_wins_over_the_environment(run, monkeypatch):
         assert json.loads(done.stdout)["plan"]["unify_page_sizes"] == strategy
 
 
+@pytest.mark.parametrize(("number", "unquantised"), [(0, []), (1, [0, 31])])
+def test_the_layers_left_unquantised_are_those_asked_for(run, monkeypatch, number, unquantised):
+    monkeypatch.setenv("VLLM_HYBRID_KV_BOUNDARY_LAYERS", "3")
+    done = run(LLAMA, "--memory", "24GiB", "--boundary-layers", number, "--json", "-")
+    pages = json.loads(done.stdout)["plan"]["pages"]
+    layers = [name for row in pages if row["stores"] != "k8v4" for name in row["layers"]]
+    assert sorted(int(name.split(".")[2]) for name in layers) == unquantised
+
+
 @pytest.mark.parametrize(
     ("numbers", "text"),
     [([0], "0"), ([0, 1, 2], "0-2"), ([0, 2, 3, 7], "0, 2-3, 7"), ([], "")],

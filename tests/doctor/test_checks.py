@@ -28,6 +28,7 @@ SETTINGS = [
     {"name": name, "value": "auto", "source": "default", "choices": []}
     for name in ("prefix_match_unit", "cpu_isa")
 ]
+BOUNDARY = "VLLM_HYBRID_KV_BOUNDARY_LAYERS"
 LOADED = {"name": "hybrid_kv", "state": "loaded", "error": None}
 EDIT = {"name": "vllm.a.f", "in_force": True, "why": []}
 SEAM = dict.fromkeys(("replaces", "why", "upstream", "until"), "a line")
@@ -53,6 +54,10 @@ def installed(**changes):
         ),
         **changes,
     )
+
+
+def boundary_layers(value):
+    return {"name": "boundary_layers", "value": value, "source": BOUNDARY, "choices": []}
 
 
 def answered(errors=None, **found):
@@ -288,9 +293,14 @@ def test_another_plugin_that_cannot_be_imported_is_a_warning():
 
 
 def test_boundary_layers_are_a_note():
-    finding = only(check(installed(), answered(boundary_layers=2)))
+    finding = only(check(installed(), answered(settings=[boundary_layers(3)])))
     assert (finding.check, finding.severity.value) == ("boundary_layers", "note")
-    assert "first and last 2 attention layers" in finding.message
+    assert "first and last 3 attention layers stay unquantised" in finding.message
+    assert "from VLLM_HYBRID_KV_BOUNDARY_LAYERS" in finding.message
+
+
+def test_where_no_boundary_layer_is_left_out_there_is_no_note():
+    assert check(installed(), answered(settings=[boundary_layers(0)])) == []
 
 
 def test_a_torchvision_that_breaks_vllm_is_the_way_out():
@@ -322,7 +332,8 @@ def test_an_error_of_a_later_stage_keeps_its_path_and_is_said():
     st.booleans(),
 )
 def test_whatever_is_not_known_there_is_a_verdict_and_a_screen(stages, unfinished, on_gpu):
-    whole = on_a_gpu([9, 0], boundary_layers=2) if on_gpu else answered(boundary_layers=2)
+    settings = [*SETTINGS, boundary_layers(2)]
+    whole = on_a_gpu([9, 0], settings=settings) if on_gpu else answered(settings=settings)
     error = Error("OSError", "no", "", "x.py:1")
     answer = Answer(
         {stage: found for stage, found in whole.found.items() if stage not in stages},

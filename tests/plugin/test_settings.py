@@ -18,6 +18,7 @@ def test_without_anything_planning_and_prefix_caching_are_ours():
     assert settings.token_capacity_groups == "growing"
     assert settings.coordinator == "hybrid_aware"
     assert settings.prefix_match_unit == "auto"
+    assert settings.boundary_layers == 2
     assert settings.debug is False
     assert settings.cpu_isa == "auto"
 
@@ -73,6 +74,17 @@ def test_an_unknown_variable_is_refused_with_the_valid_ones():
             {"VLLM_HYBRID_KV_CPU_ISA": "sse2"},
             "cpu_isa='sse2' (from VLLM_HYBRID_KV_CPU_ISA) is not valid: input should be 'auto', "
             "'amx', 'avx512_bf16', 'portable' or 'interpreter'",
+        ),
+        (
+            {"boundary_layers": -1},
+            {},
+            "boundary_layers=-1 (from --additional-config) is not valid: input should be greater "
+            "than or equal to 0",
+        ),
+        (
+            {},
+            {"VLLM_HYBRID_KV_BOUNDARY_LAYERS": "few"},
+            "boundary_layers='few' (from VLLM_HYBRID_KV_BOUNDARY_LAYERS) is not valid",
         ),
         ({"coordinator": 3}, {}, "coordinator=3 (from --additional-config) is not valid"),
         ({"coordinator": ""}, {}, "coordinator='' (from --additional-config) is not valid"),

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,6 +39,10 @@ def plan(
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="As vLLM's.")] = 1,
     unify: Annotated[
         str | None, typer.Option(help="Strategy that makes pages one size: unify_page_sizes.")
+    ] = None,
+    boundary_layers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Layers at each end left unquantised, unless it is hybrid."),
     ] = None,
     block_size: Annotated[
         int | None, typer.Option(min=1, help="As vLLM's; by default the device's.")
@@ -81,11 +85,13 @@ def plan(
     }
     with _stopping():
         read_config(model)
-        _prepare(keep_strategy=unify is None and not compare)
+        chosen = {"unify_page_sizes": unify is not None or compare}
+        chosen["boundary_layers"] = boundary_layers is not None
+        _prepare([name for name, by_option in chosen.items() if by_option])
         from vllm_hybrid_kv.dry_run.described import described
 
         with described(model) as description:
-            models = _Models(description, device, arguments)
+            models = _Models(description, device, arguments, boundary_layers)
             settings = {} if unify is None else {"unify_page_sizes": unify}
             asked = models.plan(kv_cache_dtype, size, settings)
             dtypes = [
@@ -124,7 +130,13 @@ def plan(
 class _Models:
     """A described model with each dtype of the cache that is asked for, built once."""
 
-    def __init__(self, description: Described, device: str, arguments: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        description: Described,
+        device: str,
+        arguments: dict[str, Any],
+        boundary_layers: int | None,
+    ) -> None:
         from vllm_hybrid_kv.dry_run.platform import GPU, GPU_BATCH, GPU_BLOCK_TOKENS
 
         given = {name: value for name, value in arguments.items() if value is not None}
@@ -135,6 +147,7 @@ class _Models:
             given["distributed_executor_backend"] = "mp"
         self._description = description
         self._device = device
+        self._settings = {} if boundary_layers is None else {"boundary_layers": boundary_layers}
         self._arguments = {
             "model": description.folder,
             # So that vLLM does not look how much of this machine's memory is free.
@@ -157,7 +170,7 @@ class _Models:
                 stored = self._description.kv_cache_dtype
                 resolved = stored if kv_cache_dtype == "auto" and stored else kv_cache_dtype
                 self._built[kv_cache_dtype] = Model(
-                    {**self._arguments, "kv_cache_dtype": resolved}, self._device
+                    {**self._arguments, "kv_cache_dtype": resolved}, self._device, self._settings
                 )
             return plan_of(self._built[kv_cache_dtype], memory, settings)
         except Exception as error:
@@ -177,12 +190,12 @@ class PlanError(ValueError):
     """A cache cannot be planned as asked."""
 
 
-def _prepare(keep_strategy: bool) -> None:
+def _prepare(by_option: Iterable[str]) -> None:
     """Make this process one that plans: import vLLM, and keep it from talking.
 
     Args:
-        keep_strategy: Whether a strategy of page sizes in the environment counts, which is else
-            chosen on the command line, and would lose.
+        by_option: Settings that are chosen on the command line, which would lose against the
+            environment.
 
     Raises:
         PlanError: There is no vLLM, or none that the plugin knows.
@@ -191,8 +204,8 @@ def _prepare(keep_strategy: bool) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if not keep_strategy:
-        os.environ.pop(environment_name("unify_page_sizes"), None)
+    for name in by_option:
+        os.environ.pop(environment_name(name), None)
     from vllm_hybrid_kv.dry_run.importing import import_vllm
 
     try:

@@ -26,7 +26,6 @@ STAGES = {
     "seams": "verifying the seams",
     "gpus": "asking torch for GPUs",
     "tile_sizes": "asking Triton for GPUs",
-    "boundary_layers": "reading vLLM's rule of boundary layers",
     "torchvision": "importing torchvision",
 }
 """What the probe does in each of its stages."""
@@ -325,10 +324,12 @@ def _models(answer: Answer) -> Iterator[Finding]:
             "Set it to auto, or start vLLM with --prefix-match-unit",
         )
     active = answer.found.get("plugins", {}).get("active", False)
-    if active and (boundary := answer.found.get("boundary_layers")):
+    boundary = settings.get("boundary_layers")
+    if active and boundary is not None and boundary["value"]:
         yield Finding(
             Severity.NOTE,
             "boundary_layers",
-            f"on models that are not hybrid vLLM leaves the first and last {boundary} attention "
-            "layers unquantised, whatever --kv-cache-dtype-skip-layers says",
+            f"on models that are not hybrid the first and last {boundary['value']} attention "
+            f"layers stay unquantised (boundary_layers, from {boundary['source']}), whatever "
+            "--kv-cache-dtype-skip-layers says",
         )

@@ -61,7 +61,6 @@ class Probe:
             (self.seams, ("plugins", "strategies")),
             (self.gpus, ("torch",)),
             (self.tile_sizes, ("gpus",)),
-            (self.boundary_layers, ("platform",)),
             (self.torchvision, ()),
         )
         for stage, needs in stages:
@@ -289,15 +288,6 @@ class Probe:
                     "origin": tuning.origin(capability),
                 }
         return found
-
-    def boundary_layers(self) -> int:
-        """Return how many layers at each end vLLM leaves unquantised in models without states."""
-        import inspect
-
-        from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
-
-        rule = inspect.signature(TurboQuantConfig.get_boundary_skip_layers)
-        return int(rule.parameters["n"].default)
 
     def torchvision(self) -> str | None:
         """Import torchvision where it is installed; transformers does, and vLLM imports that."""

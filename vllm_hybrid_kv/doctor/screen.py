@@ -19,6 +19,9 @@ from vllm_hybrid_kv.seams import SUPPORTED
 LONGEST_REASON = 80
 """Characters. Whole signatures fill the screen and say no more."""
 
+WIDEST_NAME = 38
+"""Characters of a name beside its seam and its state on a screen of 80 columns."""
+
 COLOURS = {Severity.PROBLEM: "red", Severity.WARNING: "yellow", Severity.NOTE: "cyan"}
 
 
@@ -102,7 +105,8 @@ def _settings(diagnosis: Diagnosis) -> Table:
         for choice in row["choices"]:
             who = origin.get((row["name"], choice), "built in")
             choices.append(choice if who == "built in" else f"{choice} ({who})")
-        value = str(row["value"]).lower() if isinstance(row["value"], bool) else row["value"]
+        value = str(row["value"])
+        value = value.lower() if isinstance(row["value"], bool) else value
         rows.append(
             tuple(Text(cell) for cell in (row["name"], value, row["source"], ", ".join(choices)))
         )
@@ -120,12 +124,15 @@ def _seams(diagnosis: Diagnosis) -> Table:
             state = Text("in force, verified", style="green")
         else:
             state = Text("not applied, would fit")
-        names = ", ".join(_short(edit["name"]) for edit in edits)
+        names = ", ".join(_fitting(edit["name"]) for edit in edits)
         rows.append((Text(seam["name"]), Text(names), state))
     table = _table(("seam", "rebinds", "state"), rows)
     # Reasons are the longest, and break at words; names do not.
     table.columns[1].min_width = max(
-        len(_short(edit["name"])) for seam in diagnosis.seams for edit in seam["edits"]
+        len(line)
+        for seam in diagnosis.seams
+        for edit in seam["edits"]
+        for line in _fitting(edit["name"]).splitlines()
     )
     return table
 
@@ -134,6 +141,12 @@ def _cut(reason: str, name: str) -> str:
     """Return a reason as far as it says what is wrong; `--json` has all of it."""
     reason = reason.replace(name, _short(name))
     return reason if len(reason) <= LONGEST_REASON else f"{reason[: LONGEST_REASON - 3]}..."
+
+
+def _fitting(name: str) -> str:
+    """Return the name without its modules, on two lines where it is too wide for one."""
+    short = _short(name)
+    return short if len(short) <= WIDEST_NAME else short.replace(".", ".\n")
 
 
 def _short(name: str) -> str:

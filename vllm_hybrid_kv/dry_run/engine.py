@@ -86,12 +86,18 @@ class Model:
         layout: The name of the cache's layout.
     """
 
-    def __init__(self, arguments: dict[str, Any], device: str = GPU) -> None:
+    def __init__(
+        self,
+        arguments: dict[str, Any],
+        device: str = GPU,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
         """Configure the model and build its layers.
 
         Args:
             arguments: For vLLM's `EngineArgs`: `model`, `kv_cache_dtype`, `block_size` and so on.
             device: `gpu` describes an engine on GPUs, whatever this machine is; `cpu` one here.
+            settings: Those of the plugin's that layers depend on: `boundary_layers`.
 
         Raises:
             ValueError: vLLM cannot run this model so, or not on this device.
@@ -99,6 +105,7 @@ class Model:
         check_device(device)
         self._arguments = arguments
         self._device = device
+        self._settings = settings or {}
         # vLLM loads plugins once a process, and only those that VLLM_PLUGINS names.
         plugin.register()
         self.specs = self._layers()
@@ -112,7 +119,7 @@ class Model:
     def _configure(self, settings: dict[str, Any] | None = None) -> VllmConfig:
         arguments = EngineArgs(
             skip_tokenizer_init=True,
-            additional_config={} if settings is None else {"hybrid_kv": settings},
+            additional_config={"hybrid_kv": {**self._settings, **(settings or {})}},
             **self._arguments,
         )
         with self._on_device(), model_classes_in_this_process():
@@ -163,7 +170,7 @@ class Model:
 
         Args:
             memory: Bytes for the KV cache, of each rank.
-            settings: The plugin's.
+            settings: The plugin's, beside those that the layers were built with.
 
         Raises:
             ValueError: The memory does not do for one request of the greatest length.

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vllm_hybrid_kv.seams import attention, configuration, coordination, planning
+from vllm_hybrid_kv.seams import attention, boundary, configuration, coordination, planning
 from vllm_hybrid_kv.seams.base import Seam, Target
 from vllm_hybrid_kv.seams.context import Context
 
@@ -26,6 +26,7 @@ class Known:
         init_worker: Initialises any worker.
         validate_environ: Warns of unknown variables.
         get_attn_backend_cls: Selects an attention backend on CPUs.
+        get_boundary_layers: Names the layers at each end that stay unquantised.
         cpu_refuses_dtypes: Whether the CPU platform refuses cache dtypes that it cannot store.
     """
 
@@ -40,6 +41,7 @@ class Known:
     init_worker: Target
     validate_environ: Target
     get_attn_backend_cls: Target
+    get_boundary_layers: Target
     cpu_refuses_dtypes: bool
 
 
@@ -59,6 +61,7 @@ def build(context: Context, known: Known) -> list[Seam]:
         coordination.block_copies_seam(known.copy_blocks),
     ]
     if context.on_cpu or context.on_gpu:
+        seams.append(boundary.boundary_seam(known.get_boundary_layers))
         seams.append(attention.registration_seam(context))
     if context.on_cpu:
         seams.append(

@@ -103,7 +103,7 @@ class Target:
         return self.name.rpartition(".")[2]
 
     def binding(self) -> Any:
-        """Return what the owner's namespace holds, a classmethod object undressed or not."""
+        """Return what the owner's namespace holds, a classmethod or staticmethod as such."""
         return vars(self.owner())[self.attribute]
 
     def problems(self) -> list[str]:
@@ -123,12 +123,12 @@ class Target:
 
 
 def underlying(binding: Any) -> FunctionType:
-    """Return the function of a binding: a function or a classmethod.
+    """Return the function of a binding: a function, a classmethod or a staticmethod.
 
     Raises:
-        TypeError: It is neither.
+        TypeError: It is none of them.
     """
-    function = binding.__func__ if isinstance(binding, classmethod) else binding
+    function = binding.__func__ if isinstance(binding, classmethod | staticmethod) else binding
     if not isinstance(function, FunctionType):
         raise TypeError(f"{binding!r} is not a Python function")
     return function
@@ -199,7 +199,7 @@ class FunctionRebinding(Edit):
 
 
 class MethodRebinding(Edit):
-    """Rebinds a method or classmethod in its class, and so for every subclass that inherits it."""
+    """Rebinds a method of any kind in its class, and so for every subclass that inherits it."""
 
     def __init__(
         self,
@@ -229,11 +229,9 @@ class MethodRebinding(Edit):
         self._original = self.target.binding()
         function = underlying(self._original)
         self._replacement = functools.wraps(function)(self._make(function))
-        dressed = (
-            classmethod(self._replacement)
-            if isinstance(self._original, classmethod)
-            else self._replacement
-        )
+        dressed = self._replacement
+        if isinstance(self._original, classmethod | staticmethod):
+            dressed = type(self._original)(self._replacement)
         setattr(self.target.owner(), self.target.attribute, dressed)
 
     def failures(self) -> list[str]:

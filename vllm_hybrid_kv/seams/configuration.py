@@ -13,6 +13,7 @@ from vllm import envs
 from vllm_hybrid_kv.attention.refusal import CACHE_DTYPE
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.seams.base import Edit, MethodRebinding, Notice, Seam, Target
+from vllm_hybrid_kv.seams.boundary import boundary_layers
 from vllm_hybrid_kv.settings import ENVIRONMENT_PREFIX
 
 if TYPE_CHECKING:
@@ -36,10 +37,13 @@ def settings_seam(context: Context, create_engine_config: Target, init_worker: T
     def make_create(original: Any) -> Any:
         def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> VllmConfig:
             try:
-                context.check(self.additional_config)
+                settings = context.check(self.additional_config)
             except HybridKVError as error:
                 context.stop(error)
-            vllm_config: VllmConfig = original(self, *args, **kwargs)
+            # No checkpoint makes `auto` our cache: what was asked for is what the engine has.
+            ours = self.kv_cache_dtype == CACHE_DTYPE
+            with boundary_layers(settings.boundary_layers if ours else None):
+                vllm_config: VllmConfig = original(self, *args, **kwargs)
             if vllm_config.cache_config.cache_dtype == CACHE_DTYPE:
                 # vLLM sets FlashAttention 2 beside any TurboQuant cache. It says that newer ones
                 # want every layer to be theirs; the layers left unquantised are, and its code has

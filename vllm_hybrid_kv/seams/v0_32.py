@@ -82,6 +82,11 @@ KNOWN = Known(
             "(cls, selected_backend, attn_selector_config, num_heads=None)", "d04c31e09d1a67ce"
         ),
     ),
+    get_boundary_layers=Target(
+        "vllm.model_executor.layers.quantization.turboquant.config",
+        "TurboQuantConfig.get_boundary_skip_layers",
+        Fingerprint("(model_config, n=2)", "0432bb2cbfb9fd65"),
+    ),
     cpu_refuses_dtypes=False,
 )
 

@@ -84,6 +84,11 @@ KNOWN = Known(
             "(cls, selected_backend, attn_selector_config, num_heads=None)", "91da3a4d6e0ad421"
         ),
     ),
+    get_boundary_layers=Target(
+        "vllm.model_executor.layers.quantization.turboquant.config",
+        "TurboQuantConfig.get_boundary_skip_layers",
+        Fingerprint("(model_config, n=2)", "0432bb2cbfb9fd65"),
+    ),
     cpu_refuses_dtypes=True,
 )
 
