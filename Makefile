@@ -27,7 +27,7 @@ GPU_OUT ?= benchmarks/results
 # The release that `make drift` compares: a version, a wheel or a folder.
 VLLM ?= $(NEXT_RELEASE)
 
-.PHONY: demo test setup lint pytest conformance drift soak bench gpu gpu-e2e clean
+.PHONY: demo test setup lint pytest long-tests conformance drift soak eval-demo bench gpu gpu-e2e clean
 
 demo: setup
 	$(BIN)/python -m demo
@@ -73,6 +73,9 @@ lint: setup
 pytest: setup $(NEXT_VLLM)/.unpacked
 	$(BIN)/python -m pytest -n $(PYTEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
+long-tests: setup
+	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
+
 # A test: 200,000 steps of the scheduler in random worlds, checked after every one.
 soak: setup
 	$(BIN)/python -m tests.coordinator.soak
@@ -82,6 +85,10 @@ conformance: setup $(NEXT_VLLM)/.unpacked
 
 drift: setup $(NEXT_VLLM)/.unpacked
 	$(BIN)/python -m tests.drift $(VLLM) --pip-args='$(PIP_ARGS)' $(DRIFT_ARGS)
+
+# Five engines of a small model, one after another: a quarter of an hour.
+eval-demo: setup
+	$(BIN)/python -m benchmarks.eval_demo
 
 bench: setup
 	$(BIN)/python -m benchmarks.cpu_attention

@@ -5,20 +5,21 @@ from __future__ import annotations
 
 import typer
 
-from vllm_hybrid_kv.cli import doctor, plan, replay
+from vllm_hybrid_kv.cli import doctor, evaluate, plan, replay
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="Looks at hybrid and quantised KV caches without running a model.",
+    help="Looks at hybrid and quantised KV caches.",
 )
 
 
 @app.callback()
 def main() -> None:
-    """Look at a KV cache without running a model."""
+    """Look at a KV cache; only `eval` runs a model."""
 
 
 app.command("doctor")(doctor.doctor)
 app.command("plan")(plan.plan)
+app.command("eval")(evaluate.evaluate)
 app.command("replay")(replay.replay)

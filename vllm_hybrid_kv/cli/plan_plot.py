@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_hybrid_kv.cli.figures import figure
 from vllm_hybrid_kv.cli.plan_report import Result, ranges
 from vllm_hybrid_kv.cli.sizes import format_size
 
@@ -39,22 +40,14 @@ def draw(path: Path, result: Result) -> None:
         OSError: It cannot be written.
         ValueError: matplotlib does not know the format.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     plan = result.asked.plan
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(13, 5), width_ratios=(1.15, 1), layout="constrained"
-    )
-    figure.suptitle(
-        f"{result.architecture}: KV cache of {plan.blocks:,} blocks in {format_size(plan.memory)}"
-    )
-    _draw_block(left, plan)
-    _draw_capacity(right, result)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    with figure(path, 1, 2, figsize=(13, 5), width_ratios=(1.15, 1)) as (drawn, (left, right)):
+        drawn.suptitle(
+            f"{result.architecture}: KV cache of {plan.blocks:,} blocks in "
+            f"{format_size(plan.memory)}"
+        )
+        _draw_block(left, plan)
+        _draw_capacity(right, result)
 
 
 def _draw_block(axes: Any, plan: Plan) -> None:

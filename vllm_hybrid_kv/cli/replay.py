@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from vllm_hybrid_kv.cli.figures import figure
 from vllm_hybrid_kv.cli.sizes import format_size
 from vllm_hybrid_kv.cli.stopping import memory_size, need_matplotlib, one_line, stop
 
@@ -297,31 +298,23 @@ def _tables(outcomes: Sequence[Outcome], requests: Sequence[TracedRequest]) -> I
 
 def _draw(path: Path, outcomes: Sequence[Outcome]) -> None:
     """Draw hit rates by memory, or where there is one size, along the trace."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
     sweep = len({outcome.memory for outcome in outcomes}) > 1
     by_strategy: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         by_strategy.setdefault(outcome.coordinator, []).append(outcome)
-    for name, rows in by_strategy.items():
+    with figure(path, figsize=(7, 4.5)) as (_, axes):
+        for name, rows in by_strategy.items():
+            if sweep:
+                rows.sort(key=lambda row: row.memory)
+                x: list[Any] = [row.memory / (1 << 30) for row in rows]
+                axes.plot(x, [100 * row.hit_rate for row in rows], marker="o", label=name)
+            else:
+                rates = rows[0].progress
+                x = [100 * (i + 1) / len(rates) for i in range(len(rates))]
+                axes.plot(x, [100 * rate for rate in rates], label=name)
         if sweep:
-            rows.sort(key=lambda row: row.memory)
-            x: list[Any] = [row.memory / (1 << 30) for row in rows]
-            axes.plot(x, [100 * row.hit_rate for row in rows], marker="o", label=name)
-        else:
-            rates = rows[0].progress
-            x = [100 * (i + 1) / len(rates) for i in range(len(rates))]
-            axes.plot(x, [100 * rate for rate in rates], label=name)
-    if sweep:
-        axes.set_xscale("log")
-    axes.set_xlabel("KV cache, GiB" if sweep else "% of the trace")
-    axes.set_ylabel("prompt tokens from the cache, %")
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+            axes.set_xscale("log")
+        axes.set_xlabel("KV cache, GiB" if sweep else "% of the trace")
+        axes.set_ylabel("prompt tokens from the cache, %")
+        axes.set_ylim(bottom=0)
+        axes.legend()
