@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The weights that training begins with.
+
+transformers' own initialisation, a standard deviation of 0.02 everywhere, shrinks signals
+fourfold with each map at this size, and Gated DeltaNet begins by forgetting within a token: such
+a model stays at chance for thousands of steps. Here all maps begin with unit gain, and two of
+them nearer to what they have to become: the first layer writes what the token before was, and
+the first layer of full attention looks for tokens behind one like its own ("induction"). What
+is left to learn is to tell signal from noise, over 2,000 tokens, and when to recall at all.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from tests.recall.shapes import SHAPES
+
+KEY_SIZE = 2.5
+"""Keys' standard deviation at the start: large, as real models' are."""
+QUERY_SIZE = 1.0
+RECALLED_SIZE = 2.5
+"""How much larger than an embedding is what is found."""
+
+
+def new_model(name: str) -> PreTrainedModel:
+    """Return a model in float32 whose weights are drawn with torch's own generator."""
+    config = SHAPES[name]()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            _initialise(parameter_name, parameter, config)
+        # Nothing has a bias; a direction that all embeddings share takes its place.
+        shared = torch.randn(config.hidden_size)
+        shared *= math.sqrt(config.hidden_size) / shared.norm()
+        turn = _orthogonal(config.hidden_size)
+        if name == "qwen3-next":
+            model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+            model.lm_head.weight.div_(math.sqrt(config.hidden_size))
+            model.model.embed_tokens.weight.add_(shared)
+            for layer in model.model.layers:
+                if hasattr(layer, "linear_attn"):
+                    _begin_as_convolution(layer.linear_attn, shared)
+            _write_the_token_before_by_convolution(model.model.layers[0].linear_attn, shared, turn)
+        else:
+            model.model.embed_tokens.weight.add_(shared / math.sqrt(config.hidden_size))
+            _write_the_token_before_by_attention(model.model.layers[0], config, shared, turn)
+        full = model.model.layers[config.layer_types.index("full_attention")]
+        _look_behind_the_same_token(full.self_attn, config, shared, turn)
+        if name == "gemma3":
+            full.post_attention_layernorm.weight.fill_(RECALLED_SIZE - 1)
+    return model
+
+
+def _orthogonal(size: int) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(size, size)).Q
+
+
+def _without(direction: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return rows that do not read a direction."""
+    return rows - (rows @ direction)[..., None] * direction / direction.square().sum()
+
+
+def _initialise(name: str, parameter: nn.Parameter, config: PreTrainedConfig) -> None:
+    part = name.removesuffix(".weight").rsplit(".", 1)[-1]
+    # Both multiply by 1 + weight in all norms but Gated DeltaNet's own.
+    if part == "k_norm":
+        parameter.fill_(KEY_SIZE - 1)
+    elif part == "q_norm":
+        parameter.fill_(QUERY_SIZE - 1)
+    elif part.startswith("post_") and config.model_type == "gemma3_text":
+        # The norms behind attention and MLP decide how much of either is added.
+        parameter.fill_(-0.7)
+    elif part.endswith(("norm", "layernorm")):
+        parameter.fill_(1.0 if "linear_attn" in name else 0.0)
+    elif part == "A_log":
+        # A token leaves exp(-A softplus(a + dt_bias)) of the state: of one head 0.3, of one 0.9.
+        parameter.copy_(torch.linspace(math.log(10.0), 0.0, len(parameter)))
+    elif part == "dt_bias":
+        parameter.fill_(-2.0)
+    elif part == "conv1d":
+        parameter.normal_(std=0.5)
+    elif part == "embed_tokens":
+        # Gemma multiplies by the square root of the hidden size.
+        parameter.normal_()
+        if config.model_type == "gemma3_text":
+            parameter.div_(math.sqrt(config.hidden_size))
+    else:
+        gain = 0.3 if part in ("down_proj", "out_proj", "o_proj") else 1.0
+        parameter.normal_(std=gain / math.sqrt(parameter.shape[-1]))
+
+
+def _begin_as_convolution(mixer: nn.Module, shared: torch.Tensor) -> None:
+    """Let Gated DeltaNet read what it just wrote: queries are keys, and its gate is open."""
+    key, value = mixer.head_k_dim, mixer.head_v_dim * mixer.num_v_heads // mixer.num_k_heads
+    heads = mixer.in_proj_qkvz.weight.view(mixer.num_k_heads, 2 * key + 2 * value, -1)
+    heads[:, :key] = heads[:, key : 2 * key]
+    # The gate is silu(z); z is about 2.
+    heads[:, 2 * key + value :].mul_(0.3).add_(2 * shared / shared.square().sum())
+    taps = mixer.conv1d.weight
+    taps[: mixer.key_dim] = taps[mixer.key_dim : 2 * mixer.key_dim]
+    mixer.in_proj_ba.weight.mul_(0.3)
+
+
+def _write_the_token_before_by_convolution(
+    mixer: nn.Module, shared: torch.Tensor, turn: torch.Tensor
+) -> None:
+    """Let values be those of the token before, and the output that token, turned."""
+    key, value = mixer.head_k_dim, mixer.head_v_dim * mixer.num_v_heads // mixer.num_k_heads
+    reads = _without(shared, _orthogonal(mixer.hidden_size)[: mixer.value_dim])
+    heads = mixer.in_proj_qkvz.weight.view(mixer.num_k_heads, 2 * key + 2 * value, -1)
+    heads[:, 2 * key : 2 * key + value] = reads.view(mixer.num_k_heads, value, -1)
+    taps = mixer.conv1d.weight[2 * mixer.key_dim :]
+    taps.mul_(0.2)[..., -2] += 1
+    mixer.out_proj.weight.copy_(turn @ reads.T * 0.6)
+
+
+def _write_the_token_before_by_attention(
+    layer: nn.Module, config: PreTrainedConfig, shared: torch.Tensor, turn: torch.Tensor
+) -> None:
+    """Let all heads of a layer look one token back, and write that token, turned."""
+    size, attention = config.head_dim, layer.self_attn
+    theta = config.rope_parameters[config.layer_types[0]]["rope_theta"]
+    # Rotary embeddings turn these few pairs of dims fast enough to tell neighbours apart.
+    fast = torch.arange(4)
+    angle = theta ** (-2 * fast / size)
+    constant = shared / shared.square().sum()
+    key, query = torch.zeros(size), torch.zeros(size)
+    key[fast] = 1
+    query[fast], query[fast + size // 2] = angle.cos(), -angle.sin()
+    for projection, row in ((attention.k_proj, key), (attention.q_proj, query)):
+        rows = row.repeat(len(projection.weight) // size) * math.sqrt(size / len(fast))
+        projection.weight.mul_(0.1).add_(torch.outer(rows, constant))
+    attention.q_norm.weight.fill_(1.0)
+    reads = _orthogonal(config.hidden_size)[: len(attention.v_proj.weight)]
+    reads = _without(shared, reads)
+    attention.v_proj.weight.copy_(reads)
+    group = config.num_attention_heads // config.num_key_value_heads
+    writes = (turn @ reads.T).view(config.hidden_size, -1, 1, size)
+    attention.o_proj.weight.copy_(
+        writes.expand(-1, -1, group, -1).reshape(config.hidden_size, -1) / group
+    )
+    layer.post_attention_layernorm.weight.fill_(0.0)
+
+
+def _look_behind_the_same_token(
+    attention: nn.Module, config: PreTrainedConfig, shared: torch.Tensor, turn: torch.Tensor
+) -> None:
+    """Let queries look for tokens behind one like their own, and write what those are."""
+    hidden, size = config.hidden_size, config.head_dim
+    groups = config.num_key_value_heads
+    group = config.num_attention_heads // groups
+    gated = len(attention.q_proj.weight) > config.num_attention_heads * size
+    rows = _without(shared, torch.randn(groups, size, hidden) / math.sqrt(hidden))
+    # Dims that rotary embeddings turn within some thousand tokens cannot compare from afar.
+    if gated:
+        rows[:, : size // 4] *= 0.3
+    else:
+        rows.view(groups, 2, size // 2, hidden)[:, :, : size // 4] *= 0.2
+    queries = attention.q_proj.weight.view(groups, group, -1, hidden)
+    queries[:, :, :size] = rows[:, None]
+    attention.k_proj.weight.copy_((rows @ turn.T).reshape(groups * size, hidden))
+    reads = _without(shared, torch.randn(groups * size, hidden) / math.sqrt(hidden))
+    attention.v_proj.weight.copy_(reads)
+    writes = reads.T.reshape(hidden, groups, 1, size).expand(-1, -1, group, -1)
+    gain = RECALLED_SIZE * (2 if gated else 1) * hidden / (groups * size) / group
+    attention.o_proj.weight.copy_(gain * writes.reshape(hidden, -1))

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the recall models are trained on and asked: recall, copying, and ordinary text.
+
+The vocabulary has three parts: a few marks, the 256 bytes, of which text is made, and symbols
+that mean nothing. A symbol's first half are keys, its second half values.
+
+* recall: pairs of a key and its value stand between pieces of text; behind all of it keys are
+  repeated, each but once, and each must be followed by its value. Which value belongs to which
+  key is drawn anew for each sequence, so that it can only be read from the cache.
+* copying: different symbols, the copy mark, and from some symbol on the same symbols again.
+* text: bytes of Python's own documentation, `pydoc_data.topics`.
+"""
+
+from __future__ import annotations
+
+import functools
+import pydoc_data.topics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+BOS, EOS, PAD, COPY = range(4)
+FIRST_BYTE = 8
+"""Ids from 4 to here are kept for later."""
+FIRST_SYMBOL = FIRST_BYTE + 256
+VOCAB_SIZE = 2048
+FIRST_VALUE = (FIRST_SYMBOL + VOCAB_SIZE) // 2
+KEYS = FIRST_VALUE - FIRST_SYMBOL
+SYMBOLS = VOCAB_SIZE - FIRST_SYMBOL
+
+NO_LABEL, ANSWER, TEXT = 0, 1, 2
+"""Kinds of tokens: what cannot be known, what can be recalled, what can be guessed."""
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A sequence and what is known of its tokens.
+
+    Attributes:
+        tokens: Ids.
+        kinds: `NO_LABEL`, `ANSWER` or `TEXT` for each token.
+        sources: For each `ANSWER`, the index of the token that it repeats; -1 elsewhere.
+    """
+
+    tokens: np.ndarray
+    kinds: np.ndarray
+    sources: np.ndarray
+
+
+@functools.cache
+def corpus() -> np.ndarray:
+    """Return the text as ids, without its last tenth, which is kept for `held_out`."""
+    return _text()[: -len(_text()) // 10]
+
+
+@functools.cache
+def held_out() -> np.ndarray:
+    """Return the last tenth of the text as ids."""
+    return _text()[-len(_text()) // 10 :]
+
+
+@functools.cache
+def _text() -> np.ndarray:
+    topics = pydoc_data.topics.topics
+    text = "\n".join(topics[name] for name in sorted(topics))
+    return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) + FIRST_BYTE
+
+
+def _piece(draw: np.random.Generator, length: int) -> np.ndarray:
+    start = draw.integers(0, len(corpus()) - length)
+    return corpus()[start : start + length]
+
+
+class _Writer:
+    """Collects a sequence."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self.length = 0
+
+    def write(self, tokens: np.ndarray, kind: int = NO_LABEL, source: int = -1) -> int:
+        """Append tokens, of which the first repeats the one at `source`; return their place."""
+        at, count = self.length, len(tokens)
+        kinds = np.full(count, kind)
+        sources = source + np.arange(count) if source >= 0 else np.full(count, -1)
+        self.parts.append((np.asarray(tokens), kinds, sources))
+        self.length += count
+        return at
+
+    def done(self) -> Sequence:
+        return Sequence(*(np.concatenate(part) for part in zip(*self.parts, strict=True)))
+
+
+def text_sequence(draw: np.random.Generator, length: int) -> Sequence:
+    """Return ordinary text."""
+    writer = _Writer()
+    writer.write(np.array([BOS]))
+    writer.write(_piece(draw, length - 1), TEXT)
+    return writer.done()
+
+
+def copy_sequence(
+    draw: np.random.Generator, length: int, text_share: float | None = None
+) -> Sequence:
+    """Return symbols, text and a part of the symbols again.
+
+    Args:
+        draw: Source of chance.
+        length: Tokens.
+        text_share: How much of the sequence is text between the symbols and their copy; drawn
+            if None.
+    """
+    if text_share is None:
+        text_share = draw.choice([0.0, 0.0, 0.3, 0.8])
+    text = int((length - 4) * text_share)
+    count = (length - 2 - text) // 2
+    # The copy may begin anywhere; where not at the start, one symbol says where.
+    start = 0 if draw.random() < 0.5 else int(draw.integers(0, max(1, count // 2)))
+    count = min(SYMBOLS, length - 2 - text - count + start)
+    symbols = FIRST_SYMBOL + draw.permutation(SYMBOLS)[:count]
+    writer = _Writer()
+    writer.write(np.array([BOS]))
+    at = writer.write(symbols)
+    copied = min(count - start, length - 2 - count - text)
+    writer.write(_piece(draw, length - 2 - count - copied), TEXT)
+    writer.write(np.array([COPY]))
+    again = symbols[start : start + copied]
+    if start:
+        writer.write(again[:1])
+        again, start = again[1:], start + 1
+    writer.write(again, ANSWER, at + start)
+    return writer.done()
+
+
+def recall_sequence(
+    draw: np.random.Generator,
+    length: int,
+    text_share: float | None = None,
+    questions: int | None = None,
+) -> Sequence:
+    """Return pairs between pieces of text, and some of their keys again with their values.
+
+    Args:
+        draw: Source of chance.
+        length: Tokens.
+        text_share: How much of what stands before the questions is text; drawn if None.
+        questions: Pairs to ask for; drawn if None.
+    """
+    if text_share is None:
+        text_share = draw.choice([0.0, 0.3, 0.6, 0.9])
+    if questions is None:
+        # As many as there are pairs, at most.
+        share = (1 - text_share) / (2 - text_share)
+        questions = max(1, int(length // 2 * share * draw.uniform(0.4, 1)))
+    room = length - 1 - 2 * questions
+    pairs = min(KEYS, max(questions, int(room * (1 - text_share)) // 2))
+    keys = FIRST_SYMBOL + draw.permutation(KEYS)[:pairs]
+    values = draw.integers(FIRST_VALUE, VOCAB_SIZE, pairs)
+    text = room - 2 * pairs
+    writer = _Writer()
+    writer.write(np.array([BOS]))
+    cuts = np.sort(draw.integers(0, text + 1, pairs))
+    places, before = [], 0
+    for key, value, cut in zip(keys, values, cuts, strict=True):
+        if cut > before:
+            writer.write(_piece(draw, cut - before), TEXT)
+            before = cut
+        places.append(writer.write(np.array([key, value])) + 1)
+    if text > before:
+        writer.write(_piece(draw, text - before), TEXT)
+    for asked in draw.permutation(pairs)[:questions]:
+        writer.write(keys[asked : asked + 1])
+        writer.write(values[asked : asked + 1], ANSWER, places[asked])
+    return writer.done()
+
+
+KINDS: dict[str, Callable[[np.random.Generator, int], Sequence]] = {
+    "recall": recall_sequence,
+    "copy": copy_sequence,
+    "text": text_sequence,
+}
