@@ -19,6 +19,9 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+FORMAT_VERSION = 1
+"""Raised with every change after which the same bytes mean other numbers."""
+
 KEY_MAX = 448.0
 """Largest finite e4m3fn number; keys are clamped to it, infinities included."""
 

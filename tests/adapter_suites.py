@@ -41,6 +41,7 @@ PLUGIN = Suite(
         "test_selection.py",
         "test_startup_warnings.py",
         "test_strategies.py",
+        "test_transfer.py",
     ),
 )
 

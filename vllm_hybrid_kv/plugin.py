@@ -150,6 +150,8 @@ def _activate() -> Applied:
     from vllm_hybrid_kv.metrics import directory
     from vllm_hybrid_kv.seams import base, seams_for
     from vllm_hybrid_kv.seams.context import Context
+    from vllm_hybrid_kv.transfer import fingerprint
+    from vllm_hybrid_kv.transfer.carriers import check_connectors
 
     strategies = built_in_strategies()
     strategies.discover()
@@ -174,13 +176,17 @@ def _activate() -> Applied:
             _announced.add((os.getpid(), line))
             _logger().info("%s", line)
 
+    def check_transfer(vllm_config: VllmConfig) -> None:
+        if context.on_cpu or context.on_gpu:
+            check_connectors(vllm_config, on_cpu=context.on_cpu)
+
     context = Context(
         strategies=strategies,
         on_cpu=bool(platform.is_cpu()),
         on_gpu=bool(platform.is_cuda_alike()),
         announce=announce,
         stop=_stop,
-        followers=[directory.follow],
+        followers=[fingerprint.follow, check_transfer, directory.follow],
     )
     # The environment's part of the settings is known before any configuration is.
     context.check(None)

@@ -63,7 +63,7 @@ def generate(
         if fresh and not llm.reset_prefix_cache():
             raise RuntimeError("the prefix cache could not be emptied")
         outputs += llm.generate(batch, sampling, use_tqdm=False)
-    return [_read(output) for output in outputs]
+    return [read(output) for output in outputs]
 
 
 def metrics(llm: Any) -> dict[str, float]:
@@ -71,7 +71,8 @@ def metrics(llm: Any) -> dict[str, float]:
     return {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
 
 
-def _read(output: Any) -> Output:
+def read(output: Any) -> Output:
+    """Return what a finished request of `vllm.LLM` gave."""
     completion = output.outputs[0]
     logprobs, margins = [], []
     for token, candidates in zip(completion.token_ids, completion.logprobs, strict=True):

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 FAULTS = ("swapped nibbles", "scale of the neighbour", "stale page", "clipped keys")
 """Ways to store a cache wrongly."""
 
@@ -42,6 +44,28 @@ class WorkerExtension:
     def plant_fault(self, fault: str | None) -> None:
         """Plant a fault in this worker's process."""
         plant(fault)
+
+    def read_pages(self, blocks: tuple[list[int], ...]) -> dict[str, list[bytes]]:
+        """Return what blocks hold in this worker, by KV group: each layer's bytes of each."""
+        from vllm.v1.kv_cache_interface import group_kernel_blocks
+
+        runner = self.model_runner  # type: ignore[attr-defined]
+        config = runner.kv_cache_config
+        layers = runner.compilation_config.static_forward_context
+        pages: dict[str, list[bytes]] = {}
+        for group, ids in zip(config.kv_cache_groups, blocks, strict=True):
+            for name in group.layer_names:
+                parts = layers[name].kv_cache
+                parts = parts if isinstance(parts, (list, tuple)) else [parts]
+                whole = [group_kernel_blocks(part, config.num_blocks) for part in parts]
+                pages[name] = [
+                    b"".join(
+                        part[i].contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+                        for part in whole
+                    )
+                    for i in ids
+                ]
+        return pages
 
 
 def plant(fault: str | None) -> None:

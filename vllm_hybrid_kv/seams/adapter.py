@@ -5,7 +5,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vllm_hybrid_kv.seams import attention, boundary, configuration, coordination, planning
+from vllm_hybrid_kv.seams import (
+    attention,
+    boundary,
+    configuration,
+    coordination,
+    planning,
+    transfer,
+)
 from vllm_hybrid_kv.seams.base import Seam, Target
 from vllm_hybrid_kv.seams.context import Context
 
@@ -27,6 +34,10 @@ class Known:
         validate_environ: Warns of unknown variables.
         get_attn_backend_cls: Selects an attention backend on CPUs.
         get_boundary_layers: Names the layers at each end that stay unquantised.
+        nixl_compatibility_hash: Computes what NIXL's peers compare.
+        none_hash_seed: Resolves what the hashes of blocks begin with.
+        offloading_config: Names stored pages for offloading.
+        init_example_connector: Chooses the folder that ExampleConnector keeps pages in.
         cpu_refuses_dtypes: Whether the CPU platform refuses cache dtypes that it cannot store.
     """
 
@@ -42,6 +53,10 @@ class Known:
     validate_environ: Target
     get_attn_backend_cls: Target
     get_boundary_layers: Target
+    nixl_compatibility_hash: Target
+    none_hash_seed: Target
+    offloading_config: Target
+    init_example_connector: Target
     cpu_refuses_dtypes: bool
 
 
@@ -61,8 +76,14 @@ def build(context: Context, known: Known) -> list[Seam]:
         coordination.block_copies_seam(known.copy_blocks),
     ]
     if context.on_cpu or context.on_gpu:
-        seams.append(boundary.boundary_seam(known.get_boundary_layers))
-        seams.append(attention.registration_seam(context))
+        seams += [
+            boundary.boundary_seam(known.get_boundary_layers),
+            attention.registration_seam(context),
+            transfer.handshake_seam(known.nixl_compatibility_hash),
+            transfer.stored_pages_seam(
+                known.none_hash_seed, known.offloading_config, known.init_example_connector
+            ),
+        ]
     if context.on_cpu:
         seams.append(
             attention.selection_seam(

@@ -50,7 +50,10 @@ def settings_seam(context: Context, create_engine_config: Target, init_worker: T
                 # come to skip the others.
                 chosen = self.attention_config.flash_attn_version
                 vllm_config.attention_config.flash_attn_version = chosen
-            context.adopt(vllm_config)
+            try:
+                context.adopt(vllm_config)
+            except HybridKVError as error:
+                context.stop(error)
             return vllm_config
 
         return create_engine_config

@@ -87,6 +87,26 @@ KNOWN = Known(
         "TurboQuantConfig.get_boundary_skip_layers",
         Fingerprint("(model_config, n=2)", "0432bb2cbfb9fd65"),
     ),
+    nixl_compatibility_hash=Target(
+        "vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata",
+        "compute_nixl_compatibility_hash",
+        Fingerprint("(vllm_config, attn_backend_name, transfer_mode='pull')", "4b063e3460344c34"),
+    ),
+    none_hash_seed=Target(
+        "vllm.v1.core.kv_cache_utils",
+        "resolve_none_hash_seed",
+        Fingerprint("(hash_fn)", "5a4908813819f2ec"),
+    ),
+    offloading_config=Target(
+        "vllm.distributed.kv_transfer.kv_connector.v1.offloading.config",
+        "build_offloading_config",
+        Fingerprint("(vllm_config, kv_cache_config)", "2cf4ae4cfc3c286f"),
+    ),
+    init_example_connector=Target(
+        "vllm.distributed.kv_transfer.kv_connector.v1.example_connector",
+        "ExampleConnector.__init__",
+        Fingerprint("(self, vllm_config, role, kv_cache_config)", "d3e9436607777ed5"),
+    ),
     cpu_refuses_dtypes=False,
 )
 

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of vLLM's KV connectors can carry k8v4 pages, said before an engine starts.
+
+A connector carries them if it copies pages whole, whatever is in them, and if a peer that cannot
+read them finds out: by a handshake, by keys or by folders that hold the fingerprint. The others
+are refused by name. Those of other packages are not known here; of them a warning says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+
+from vllm_hybrid_kv.attention.refusal import CACHE_DTYPE
+from vllm_hybrid_kv.errors import HybridKVError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger("vllm.hybrid_kv.transfer")
+
+HANDSHAKE = ("NixlConnector", "NixlPullConnector", "NixlPushConnector")
+"""Their peers compare fingerprints before the first page crosses."""
+
+CARRIERS = (*HANDSHAKE, "ExampleConnector", "OffloadingConnector", "SimpleCPUOffloadConnector")
+"""Copy whole pages; `docs/scaling.md` says which of them ran here and which were only read."""
+
+GPU_ONLY = ("SimpleCPUOffloadConnector",)
+"""Copy with CUDA streams, on CPUs as well: vLLM ends in the worker, after it loaded the model."""
+
+UNMARKED = "its peers do not compare page formats, and one without this plugin would read garbage"
+RESHAPES = "it copies pages by the shape of a cache of keys and values, which a k8v4 page has not"
+
+REFUSED = {
+    "DecodeBenchConnector": "it fills the cache with random numbers, which are no k8v4 pages",
+    "FlexKVConnectorV1": RESHAPES,
+    "HF3FSKVConnector": UNMARKED,
+    "HiSparseConnector": "it serves sparse attention, which k8v4 does not",
+    "LMCacheConnectorV1": RESHAPES,
+    "LMCacheMPConnector": RESHAPES,
+    "MoRIIOConnector": UNMARKED,
+    "MooncakeConnector": UNMARKED,
+    "MooncakeStoreConnector": "nobody has tried whether it copies them whole",
+}
+"""vLLM's other connectors, and why they cannot carry k8v4 pages."""
+
+
+WITHOUT_PAGES = ("ExampleHiddenStatesConnector",)
+"""Carries hidden states, and no page."""
+
+
+def check_connectors(vllm_config: VllmConfig, *, on_cpu: bool) -> None:
+    """Stop where an engine with a k8v4 cache has a connector that cannot carry its pages.
+
+    Args:
+        vllm_config: The engine's.
+        on_cpu: Whether it runs on a CPU.
+
+    Raises:
+        HybridKVError: It has; the message says why and what carries them.
+    """
+    transfer = vllm_config.kv_transfer_config
+    if vllm_config.cache_config.cache_dtype != CACHE_DTYPE or transfer is None:
+        return
+    for name, module, extra in _connectors(transfer):
+        if module:
+            logger.warning_once(
+                "Of the KV connector %s of %s nothing is known: it carries %s pages only if it "
+                "copies them whole, and nothing keeps peers of another format from reading them",
+                name,
+                module,
+                CACHE_DTYPE,
+            )
+        elif (reason := _refusal(name, extra, on_cpu=on_cpu)) is not None:
+            raise HybridKVError(
+                f"the KV connector {name} cannot carry {CACHE_DTYPE} pages: {reason}. "
+                f"{_way_out(name)}"
+            )
+
+
+def _connectors(transfer: Any) -> Iterator[tuple[str, str | None, Mapping[str, Any]]]:
+    """Yield the name, the module if it is not vLLM's, and the options of each connector."""
+    if transfer.kv_connector is None:
+        return
+    if transfer.kv_connector != "MultiConnector":
+        extra = transfer.kv_connector_extra_config or {}
+        yield transfer.kv_connector, transfer.kv_connector_module_path, extra
+        return
+    for child in transfer.kv_connector_extra_config.get("connectors", []):
+        extra = child.get("kv_connector_extra_config") or {}
+        yield str(child.get("kv_connector")), child.get("kv_connector_module_path"), extra
+
+
+def _refusal(name: str, extra: Mapping[str, Any], *, on_cpu: bool) -> str | None:
+    if name in REFUSED:
+        return REFUSED[name]
+    if name in HANDSHAKE and extra.get("enforce_handshake_compat", True) is not True:
+        return "enforce_handshake_compat is switched off, by which a peer's page format is checked"
+    if on_cpu and name in GPU_ONLY:
+        return "it needs CUDA, and vLLM would end when the model is loaded"
+    return None
+
+
+def _way_out(name: str) -> str:
+    if name in HANDSHAKE:
+        return "Leave enforce_handshake_compat as it is"
+    return (
+        f"Use one of {', '.join(carrier for carrier in CARRIERS if carrier != name)}, or serve the "
+        "model with --kv-cache-dtype auto"
+    )
