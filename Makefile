@@ -78,7 +78,7 @@ long-tests: setup
 
 # A test: 200,000 steps of the scheduler in random worlds, checked after every one.
 soak: setup
-	$(BIN)/python -m tests.coordinator.soak
+	$(BIN)/python -m tests.coordinator.soak --out benchmarks/results/soak.md
 
 conformance: setup $(NEXT_VLLM)/.unpacked
 	$(BIN)/python -m tests.conformance --out .cache/conformance/result.json

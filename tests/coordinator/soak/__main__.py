@@ -2,6 +2,7 @@
 """Take many random scheduler steps, and check after each that everything agrees.
 
     python -m tests.coordinator.soak [--steps 200000] [--seed N] [--world N] [--strategy NAME]
+        [--out FILE]
 
 Ends with 1 at the first thing that does not agree, and says which world it was in.
 """
@@ -24,6 +25,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tests.coordinator.soak.plans import STRATEGIES
+from tests.coordinator.soak.report import report
 from tests.coordinator.soak.soak import Soak
 
 
@@ -41,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=None, help="drawn and printed by default")
     parser.add_argument("--world", type=int, default=None, help="run this world alone")
     parser.add_argument("--strategy", choices=STRATEGIES, default=None, help="drawn by default")
+    parser.add_argument("--out", type=Path, help="file for what a run without a fault came to")
     options = parser.parse_args(arguments)
     soak = Soak(secrets.randbits(32) if options.seed is None else options.seed, options.strategy)
     print(f"seed {soak.seed}", flush=True)
@@ -67,6 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
     print()
     for name, count in sorted(soak.tally.items()):
         print(f"{count:9} {name}")
+    if options.out is not None:
+        options.out.write_text(report(soak.seed, options.steps, soak.tally))
     return 0
 
 
