@@ -77,8 +77,10 @@ def _mean(numbers: list[float]) -> float:
     return sum(numbers) / len(numbers) if numbers else 0.0
 
 
-def train(name: str, folder: Path, seed: int, save_every_s: float = 60.0) -> None:
-    """Train the model of a name into a folder."""
+def train(
+    name: str, folder: Path, seed: int, most_steps: int | None = None, save_every_s: float = 60.0
+) -> None:
+    """Train the model of a name into a folder, with `most_steps` no longer than that."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     draw = np.random.default_rng(seed)
@@ -96,7 +98,7 @@ def train(name: str, folder: Path, seed: int, save_every_s: float = 60.0) -> Non
     stage, last_from, began, saved = 0, None, time.monotonic(), time.monotonic()
     lately = {kind: collections.deque(maxlen=LATELY) for kind in ("recall", "copy")}
     step = 0
-    while last_from is None or step < last_from + LAST_STEPS:
+    while step != most_steps and (last_from is None or step < last_from + LAST_STEPS):
         length = LENGTHS[stage]
         drawn = batch(draw, length, ROWS[stage], first=stage == 0)
         for group in optimiser.param_groups:
