@@ -16,6 +16,7 @@ class Output:
         logprobs: Their log-probabilities.
         margins: How far each is ahead of the second, in log-probability.
         prompt_logprobs: Of the prompt's tokens from the second on, if asked for.
+        prompt_ranks: Of the same tokens; 1 for the likeliest.
         cached: Prompt tokens that came from the prefix cache.
     """
 
@@ -23,6 +24,7 @@ class Output:
     logprobs: list[float]
     margins: list[float]
     prompt_logprobs: list[float] | None = None
+    prompt_ranks: list[int] | None = None
     cached: int = 0
 
 
@@ -79,13 +81,17 @@ def read(output: Any) -> Output:
         values = sorted((c.logprob for c in candidates.values()), reverse=True)
         logprobs.append(candidates[token].logprob)
         margins.append(values[0] - values[1])
-    prompt_logprobs = None
+    prompt_logprobs = prompt_ranks = None
     if output.prompt_logprobs is not None:
-        prompt_logprobs = [
-            candidates[token].logprob
+        of_prompt = [
+            candidates[token]
             for token, candidates in zip(
                 output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True
             )
         ]
+        prompt_logprobs = [candidate.logprob for candidate in of_prompt]
+        prompt_ranks = [candidate.rank for candidate in of_prompt]
     tokens = list(completion.token_ids)
-    return Output(tokens, logprobs, margins, prompt_logprobs, output.num_cached_tokens or 0)
+    return Output(
+        tokens, logprobs, margins, prompt_logprobs, prompt_ranks, output.num_cached_tokens or 0
+    )

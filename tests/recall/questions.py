@@ -22,24 +22,37 @@ Place = tuple[int, int]
 
 @dataclass
 class Tally:
-    """Questions asked and answered rightly, by place."""
+    """Questions asked and answered rightly, by place.
+
+    Attributes:
+        asked: Number of questions.
+        right: Number of those for which the right answer was the likeliest.
+        surprise: The right answers' log-probabilities, added up and negated.
+    """
 
     asked: Counter[Place] = field(default_factory=Counter)
     right: Counter[Place] = field(default_factory=Counter)
+    surprise: float = 0.0
 
     @property
     def share(self) -> float:
         """Share of right answers over all places."""
         return self.right.total() / self.asked.total()
 
+    @property
+    def loss(self) -> float:
+        """Mean negative log-probability of the right answers."""
+        return self.surprise / self.asked.total()
+
     def shares(self) -> dict[Place, float]:
         """Return the share of right answers of each place."""
         return {place: self.right[place] / asked for place, asked in sorted(self.asked.items())}
 
-    def count(self, place: Place, right: bool) -> None:
+    def count(self, place: Place, right: bool, logprob: float = 0.0) -> None:
         """Count one question."""
         self.asked[place] += 1
         self.right[place] += right
+        self.surprise -= logprob
 
     def table(self) -> str:
         """Return the shares as a table, a line for each band of distances."""
@@ -50,7 +63,7 @@ class Tally:
                 for depth in range(DEPTHS)
             ]
             lines.append(f"up to {distance:4d} back: {' '.join(cells)}")
-        return "\n".join([*lines, f"all: {self.share:.2%}"])
+        return "\n".join([*lines, f"all: {self.share:.2%}, loss {self.loss:.4f}"])
 
 
 def place(index: int, source: int, first: int) -> Place:
@@ -59,7 +72,7 @@ def place(index: int, source: int, first: int) -> Place:
     The first question of the sequence is at `first`.
     """
     distance = next(band for band in DISTANCES if index - source <= band)
-    return distance, source * DEPTHS // first
+    return distance, int(source) * DEPTHS // int(first)
 
 
 def sheets(seed: int, lengths: Iterable[int], text_share: float = 0.0) -> list[Sequence]:
@@ -68,14 +81,22 @@ def sheets(seed: int, lengths: Iterable[int], text_share: float = 0.0) -> list[S
     return [recall_sequence(draw, length, text_share, length // 5) for length in lengths]
 
 
-def count_ranks(sequences: list[Sequence], ranks: list[list[int]]) -> Tally:
-    """Count the answers that were the likeliest token; ranks begin with the second token."""
+def count_answers(
+    sequences: list[Sequence], ranks: list[list[int]], logprobs: list[list[float]]
+) -> Tally:
+    """Count the answers that were the likeliest token.
+
+    Args:
+        sequences: What was sent.
+        ranks: Of each sequence's tokens from the second on; 1 is the likeliest.
+        logprobs: Of the same tokens.
+    """
     tally = Tally()
-    for sequence, of_prompt in zip(sequences, ranks, strict=True):
+    for sequence, rank, logprob in zip(sequences, ranks, logprobs, strict=True):
         answers = np.flatnonzero(sequence.kinds == ANSWER)
         for index in answers:
             where = place(index, sequence.sources[index], answers[0])
-            tally.count(where, of_prompt[index - 1] == 1)
+            tally.count(where, rank[index - 1] == 1, logprob[index - 1])
     return tally
 
 
