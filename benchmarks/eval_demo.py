@@ -43,7 +43,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", type=Path, default=TRAINED, help="a trained model of tests/recall")
     add("--out", type=Path, default=Path(__file__).parent / "results", help="for the results")
-    add("--windows", type=int, default=24, help="sequences of each kind")
+    add("--windows", type=int, default=10, help="sequences of each kind")
     add("--work", type=Path, default=ROOT / ".cache" / NAME, help="where a run goes on")
     return parser.parse_args(arguments)
 

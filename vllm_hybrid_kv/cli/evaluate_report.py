@@ -132,7 +132,7 @@ def _side_by_side(evaluation: Evaluation) -> Table:
 
 def _folded(name: str) -> str:
     """Return a cache's name with its settings on a line of their own."""
-    return name.replace("[", "\n[")
+    return name.replace("[", "\n").removesuffix("]")
 
 
 def _perplexity(perplexity: float) -> str:
