@@ -27,7 +27,7 @@ GPU_OUT ?= benchmarks/results
 # The release that `make drift` compares: a version, a wheel or a folder.
 VLLM ?= $(NEXT_RELEASE)
 
-.PHONY: demo test setup lint pytest long-tests conformance drift soak eval-demo bench gpu gpu-e2e clean
+.PHONY: demo test setup lint pytest long-tests load fuzz conformance drift soak eval-demo bench gpu gpu-e2e clean
 
 demo: setup
 	$(BIN)/python -m demo
@@ -75,6 +75,15 @@ pytest: setup $(NEXT_VLLM)/.unpacked
 
 long-tests: setup
 	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
+
+# Ten minutes of requests to a real server, and every answer compared with the one computed alone.
+load: setup
+	$(BIN)/python -m tests.load --out benchmarks/results/load.json
+
+# A minute for each parser, guided by the code that an input reaches.
+fuzz: setup
+	$(INSTALL) --editable '.[fuzz]'
+	$(BIN)/python -m tests.fuzz.coverage_guided --seconds 60
 
 # A test: 200,000 steps of the scheduler in random worlds, checked after every one.
 soak: setup

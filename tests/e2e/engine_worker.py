@@ -7,13 +7,16 @@ of a small model, so one process serves several engines; each is shut down befor
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
+from unittest.mock import patch
 
 from benchmarks.engine import requests
 from benchmarks.engine.requests import Output
@@ -25,12 +28,13 @@ class Worker:
     def __init__(self) -> None:
         self.llm: Any = None
 
-    def start(self, **engine_args: Any) -> dict[str, Any]:
+    def start(self, every_layer: bool = False, **engine_args: Any) -> dict[str, Any]:
         from vllm import LLM
 
         began = time.monotonic()
         _let_vllm_scan_llvmlite()
-        self.llm = LLM(worker_extension_cls="faults.WorkerExtension", **engine_args)
+        with _no_boundary_layers() if every_layer else contextlib.nullcontext():
+            self.llm = LLM(worker_extension_cls="faults.WorkerExtension", **engine_args)
         config = self.llm.llm_engine.vllm_config
         cache = config.cache_config
         return {
@@ -137,6 +141,15 @@ class Worker:
 
     def plant(self, fault: str | None) -> None:
         self.llm.collective_rpc("plant_fault", args=(fault,))
+
+
+@contextlib.contextmanager
+def _no_boundary_layers() -> Iterator[None]:
+    """Have the first and last layers of a dense model stored as the others are."""
+    from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
+
+    with patch.object(TurboQuantConfig, "get_boundary_skip_layers", lambda *_: []):
+        yield
 
 
 def _let_vllm_scan_llvmlite() -> None:

@@ -35,6 +35,21 @@ STEP_FAULTS = (
 * stored too late: a step's tokens are stored when it has attended
 """
 
+NUMBER_FAULTS = (
+    "NaN key",
+    "NaN value",
+    "infinite key",
+    "infinite value",
+    "negative infinite value",
+)
+"""Numbers that one request alone has in its keys or values, in every layer.
+
+It is the one of more than `MARKED_TOKENS` tokens. The first head of its first token in each step
+is spoilt.
+"""
+
+MARKED_TOKENS = 400
+
 _originals: dict[tuple[Any, str], Callable[..., Any]] = {}
 
 
@@ -72,9 +87,10 @@ def plant(fault: str | None) -> None:
     """Put a fault into the k8v4 backend of this process, in place of the one before.
 
     Args:
-        fault: `STATE_FAULT`, or one of `FAULTS` and `STEP_FAULTS`; None for none.
+        fault: `STATE_FAULT`, or one of `FAULTS`, `STEP_FAULTS` and `NUMBER_FAULTS`; None for
+            none.
     """
-    known = (STATE_FAULT, *FAULTS, *STEP_FAULTS)
+    known = (STATE_FAULT, *FAULTS, *STEP_FAULTS, *NUMBER_FAULTS)
     if fault is not None and fault not in known:
         raise ValueError(f"no fault {fault!r}; there are {', '.join(known)}")
     for (owner, name), original in _originals.items():
@@ -85,6 +101,8 @@ def plant(fault: str | None) -> None:
         from vllm.v1.worker import gpu_model_runner
 
         _replace(gpu_model_runner, "copy_kv_cache_blocks_inplace", lambda _: lambda *_, **__: None)
+    elif fault in NUMBER_FAULTS:
+        _spoil_numbers(fault)
     elif fault == "stored too late":
         _update_after_attention()
     elif fault in ("window off by one", "heads of the neighbour"):
@@ -139,6 +157,30 @@ def _spoil_pages(fault: str, kv_cache: Any, blocks: Any, head_size: int) -> None
             else:
                 scales = region[page.scale_offset : page.zero_offset]
                 scales.copy_(scales.clone().roll(2))
+
+
+def _spoil_numbers(fault: str) -> None:
+    from vllm.forward_context import get_forward_context
+
+    from vllm_hybrid_kv.attention.backend import K8V4AttentionImpl
+
+    number = float("nan") if "NaN" in fault else float("inf")
+
+    def make(original: Callable[..., Any]) -> Any:
+        def update(self: Any, layer: Any, key: Any, value: Any, *more: Any) -> None:
+            steps = get_forward_context().attn_metadata
+            step = steps[layer.layer_name] if steps else None
+            marked = step is not None and int(step.seq_lens.max()) > MARKED_TOKENS
+            if marked:
+                row = int(step.query_start_loc[int(step.seq_lens.argmax())])
+                spoilt = (key if "key" in fault else value).clone()
+                spoilt[row, 0, 3] = -number if "negative" in fault else number
+                key, value = (spoilt, value) if "key" in fault else (key, spoilt)
+            original(self, layer, key, value, *more)
+
+        return update
+
+    _replace(K8V4AttentionImpl, "do_kv_cache_update", make)
 
 
 def _update_after_attention() -> None:

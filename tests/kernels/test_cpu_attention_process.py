@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cpu_processes import ATTEND, python, succeeded
 
 import vllm_hybrid_kv
 from vllm_hybrid_kv import kernels
@@ -19,42 +20,11 @@ from vllm_hybrid_kv.kernels.cpu import isa, paged_attention, plan_attention
 from vllm_hybrid_kv.kernels.cpu.threads import follow_torch
 from vllm_hybrid_kv.kernels.inputs import check_attention
 
-ATTEND = """
-import torch
-from vllm_hybrid_kv.kernels.cpu import paged_attention
-query = torch.ones(1, 2, 64)
-cache = torch.zeros(1, 1, 16, 100, dtype=torch.uint8)
-cache[0, 0].view(-1)[16 * 96 + 32 : 16 * 96 + 64] = torch.tensor(
-    [2.0] * 16, dtype=torch.float16).view(torch.uint8)
-out = torch.zeros_like(query)
-index = lambda *numbers: torch.tensor(numbers, dtype=torch.int32)
-paged_attention(query, cache, index(0)[None], index(5), index(0, 1), out, scale=1.0)
-assert (out == 2.0).all(), out
-"""
-"""Five tokens of value 2 (code 0, zero 2) on the portable path."""
-
-
 BUILT_FOR_AVX2 = """
 from vllm_hybrid_kv.kernels.cpu import isa
 isa.available = lambda: (isa.PORTABLE,)
 """
 """What the kernels see on a CPU without AVX-512; LLVM is told so by `NUMBA_CPU_NAME`."""
-
-
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
-def succeeded(result: subprocess.CompletedProcess[str]) -> str:
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def test_the_fastest_path_of_the_cpu_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

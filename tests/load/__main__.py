@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Load a real server for minutes, and compare every answer with the one computed alone.
 
-    python -m tests.load [--model llama] [--minutes 10] [--out FILE]
+    python -m tests.load [--model llama] [--minutes 10] [--alone-minutes 60] [--out FILE]
 
 500 requests of random lengths go to `vllm serve`, 16 at a time, again and again; some of them are
 given up on in the middle, and the KV cache is so small that requests are preempted. Ends with 1 if
@@ -53,7 +53,8 @@ class Outcome:
         cancelled: Requests given up on by the client.
         preemptions: As vLLM counts them.
         errors: What else came of requests.
-        differing: Numbers of requests whose answers were not all as computed alone.
+        compared: Requests that were computed alone as well.
+        differing: Numbers of those whose answers were not all as computed alone.
         memory_mib: Of all processes of the server, by time.
     """
 
@@ -65,6 +66,7 @@ class Outcome:
     cancelled: int = 0
     preemptions: int = 0
     errors: list[str] = field(default_factory=list)
+    compared: int = 0
     differing: list[int] = field(default_factory=list)
     memory_mib: list[int] = field(default_factory=list)
 
@@ -80,6 +82,8 @@ class Outcome:
     def problems(self) -> list[str]:
         """Return what is not as it should be."""
         found = [f"errors: {self.errors[:5]}"] * bool(self.errors)
+        if not self.compared:
+            found.append("no answer was compared")
         if self.differing:
             found.append(f"answers that differ from those computed alone: {self.differing}")
         if not self.preemptions:
@@ -128,6 +132,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.load")
     parser.add_argument("--model", choices=sorted(CONFIGS), default="llama")
     parser.add_argument("--minutes", type=float, default=10.0, help="for which requests are sent")
+    parser.add_argument(
+        "--alone-minutes", type=float, default=60.0, help="for which answers are compared"
+    )
     parser.add_argument("--requests", type=int, default=500, help="different ones")
     parser.add_argument("--at-once", type=int, default=16)
     parser.add_argument("--blocks", type=int, default=120, help="of the KV cache")
@@ -171,11 +178,15 @@ async def _load(server: Server, options: argparse.Namespace, outcome: Outcome) -
 async def _compare(server: Server, options: argparse.Namespace, outcome: Outcome) -> None:
     planned = plan(options.requests, VOCAB_SIZE, options.seed)
     client = Client(server.url)
+    until = time.monotonic() + 60 * options.alone_minutes
     for number in track(sorted(_ANSWERS), "computing alone", transient=True):
+        if time.monotonic() > until:
+            break
         httpx.post(f"{server.url}/reset_prefix_cache", timeout=60).raise_for_status()
         alone = await client.ask(planned[number], hang_up=False)
         if _ANSWERS[number] != [alone]:
             outcome.differing.append(number)
+        outcome.compared += 1
 
 
 def _memory_mib(group: int) -> int:
