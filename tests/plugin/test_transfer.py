@@ -229,6 +229,21 @@ def test_a_connector_that_cannot_carry_its_pages_is_refused_by_name(name, check)
         check(name)
 
 
+@pytest.mark.parametrize("name", carriers.GPU_ONLY)
+def test_offloading_to_memory_is_refused_where_the_cache_is_in_memory(name, check):
+    with pytest.raises(HybridKVError, match=f"{name} .*: it copies between a GPU and"):
+        check(name)
+    # One that another package brings may do something else.
+    check("OffloadingConnector", kv_connector_extra_config={"spec_module_path": "theirs"})
+
+
+def test_on_gpus_offloading_to_memory_is_not_refused(engine):
+    config = engine()
+    for name in carriers.GPU_ONLY:
+        config.kv_transfer_config = transfer(name)
+        carriers.check_connectors(config, on_cpu=False)
+
+
 def test_a_refusal_stops_start_up(engine):
     with pytest.raises(HybridKVError, match="LMCacheConnectorV1 cannot carry"):
         engine(connector="LMCacheConnectorV1")

@@ -27,8 +27,8 @@ HANDSHAKE = ("NixlConnector", "NixlPullConnector", "NixlPushConnector")
 CARRIERS = (*HANDSHAKE, "ExampleConnector", "OffloadingConnector", "SimpleCPUOffloadConnector")
 """Copy whole pages; `docs/scaling.md` says which of them ran here and which were only read."""
 
-GPU_ONLY = ("SimpleCPUOffloadConnector",)
-"""Copy with CUDA streams, on CPUs as well: vLLM ends in the worker, after it loaded the model."""
+GPU_ONLY = ("OffloadingConnector", "SimpleCPUOffloadConnector")
+"""Copy between a GPU and the machine's memory: on CPUs vLLM ends once the model is loaded."""
 
 UNMARKED = "its peers do not compare page formats, and one without this plugin would read garbage"
 RESHAPES = "it copies pages by the shape of a cache of keys and values, which a k8v4 page has not"
@@ -98,15 +98,14 @@ def _refusal(name: str, extra: Mapping[str, Any], *, on_cpu: bool) -> str | None
         return REFUSED[name]
     if name in HANDSHAKE and extra.get("enforce_handshake_compat", True) is not True:
         return "enforce_handshake_compat is switched off, by which a peer's page format is checked"
-    if on_cpu and name in GPU_ONLY:
-        return "it needs CUDA, and vLLM would end when the model is loaded"
+    if on_cpu and name in GPU_ONLY and not extra.get("spec_module_path"):
+        return "it copies between a GPU and the machine's memory, and this is a CPU"
     return None
 
 
 def _way_out(name: str) -> str:
     if name in HANDSHAKE:
         return "Leave enforce_handshake_compat as it is"
-    return (
-        f"Use one of {', '.join(carrier for carrier in CARRIERS if carrier != name)}, or serve the "
-        "model with --kv-cache-dtype auto"
-    )
+    if name in GPU_ONLY:
+        return "Leave it out: the cache is in the machine's memory already"
+    return f"Use one of {', '.join(CARRIERS)}, or serve the model with --kv-cache-dtype auto"
