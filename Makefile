@@ -73,7 +73,13 @@ lint: setup
 pytest: setup $(NEXT_VLLM)/.unpacked
 	$(BIN)/python -m pytest -n $(PYTEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-long-tests: setup
+# vLLM's connector between machines, which runs on CPUs as well. Of its CUDA builds it loads the one
+# that is there.
+$(VENV)/.nixl: | $(VENV)/.installed
+	$(PIP) install $(PIP_ARGS) --no-deps nixl==1.5.1 nixl-cu13==1.5.1
+	touch $@
+
+long-tests: setup $(VENV)/.nixl
 	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
 
 # Ten minutes of requests to a real server, and every answer compared with the one computed alone.

@@ -95,13 +95,13 @@ class EngineHost:
         return self._call("generate", prompts=prompts, max_tokens=max_tokens, **how)
 
     def hand_over(
-        self, prompts: list[list[int]], max_tokens: int, params: list[dict[str, Any]]
-    ) -> list[tuple[Output, dict[str, Any] | None, tuple[list[int], ...]]]:
-        """Send greedy requests with parameters for a KV connector, see `Worker.hand_over`."""
+        self, prompts: list[list[int]], max_tokens: int, params: list[dict[str, Any] | None]
+    ) -> list[Any]:
+        """Send greedy requests with parameters for a KV connector, see `handed_over`."""
         return self._call("hand_over", prompts=prompts, max_tokens=max_tokens, params=params)
 
     def pages(self, blocks: tuple[list[int], ...]) -> list[dict[str, list[bytes]]]:
-        """Return what blocks hold in each worker: by layer, the bytes of each block."""
+        """Return what blocks hold, given by KV group, in each worker: by layer, their bytes."""
         return self._call("pages", blocks=blocks)
 
     def metrics(self) -> dict[str, float]:

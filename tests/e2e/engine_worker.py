@@ -18,6 +18,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 from unittest.mock import patch
 
+import handed_over
+from handed_over import Handed
+
 from benchmarks.engine import requests
 from benchmarks.engine.requests import Output
 
@@ -57,43 +60,11 @@ class Worker:
     def generate(self, **how: Any) -> list[Output]:
         return requests.generate(self.llm, **how)
 
-    def hand_over(
-        self, prompts: list[list[int]], max_tokens: int, params: list[dict[str, Any]]
-    ) -> list[tuple[Output, dict[str, Any] | None, tuple[list[int], ...]]]:
-        """Send greedy requests one after another with parameters for a KV connector.
+    def hand_over(self, prompts: list[list[int]], **how: Any) -> list[Handed]:
+        return handed_over.hand_over(self.llm, prompts, **how)
 
-        Returns:
-            For each the output, the parameters that the connector answered with, and the blocks
-            that held the request, by KV group.
-        """
-        from vllm import SamplingParams
-
-        engine = self.llm.llm_engine
-        manager = engine.engine_core.engine_core.scheduler.kv_cache_manager
-        results = []
-        for number, (prompt, given) in enumerate(zip(prompts, params, strict=True)):
-            sampling = SamplingParams(
-                temperature=0.0,
-                max_tokens=max_tokens,
-                ignore_eos=True,
-                detokenize=False,
-                logprobs=2,
-                extra_args={"kv_transfer_params": given} if given else None,
-            )
-            engine.add_request(f"handed-{number}", {"prompt_token_ids": prompt}, sampling)
-            blocks: tuple[list[int], ...] = ()
-            finished = None
-            while engine.has_unfinished_requests():
-                for request in engine.engine_core.engine_core.scheduler.running:
-                    blocks = manager.get_block_ids(request.request_id)
-                for output in engine.step():
-                    finished = output if output.finished else finished
-            results.append((requests.read(finished), finished.kv_transfer_params, blocks))
-        return results
-
-    def pages(self, blocks: tuple[list[int], ...]) -> list[dict[str, list[bytes]]]:
-        """Return what blocks hold, by KV group, in every worker: each layer's bytes of each."""
-        return self.llm.collective_rpc("read_pages", args=(blocks,))
+    def pages(self, blocks: tuple[list[int], ...]) -> handed_over.Pages:
+        return handed_over.pages(self.llm, blocks)
 
     def metrics(self) -> dict[str, float]:
         return requests.metrics(self.llm)

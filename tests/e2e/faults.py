@@ -61,26 +61,30 @@ class WorkerExtension:
         plant(fault)
 
     def read_pages(self, blocks: tuple[list[int], ...]) -> dict[str, list[bytes]]:
-        """Return what blocks hold in this worker, by KV group: each layer's bytes of each."""
+        """Return what blocks hold in this worker: by layer, the bytes of each of its group's.
+
+        Args:
+            blocks: Their ids, by KV group.
+        """
         from vllm.v1.kv_cache_interface import group_kernel_blocks
 
         runner = self.model_runner  # type: ignore[attr-defined]
         config = runner.kv_cache_config
         layers = runner.compilation_config.static_forward_context
-        pages: dict[str, list[bytes]] = {}
+        pages = {}
         for group, ids in zip(config.kv_cache_groups, blocks, strict=True):
             for name in group.layer_names:
-                parts = layers[name].kv_cache
-                parts = parts if isinstance(parts, (list, tuple)) else [parts]
-                whole = [group_kernel_blocks(part, config.num_blocks) for part in parts]
-                pages[name] = [
-                    b"".join(
-                        part[i].contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-                        for part in whole
-                    )
-                    for i in ids
-                ]
+                cache = layers[name].kv_cache
+                # States come as several tensors.
+                parts = cache if isinstance(cache, (list, tuple)) else [cache]
+                by_block = [group_kernel_blocks(part, config.num_blocks) for part in parts]
+                pages[name] = [b"".join(as_bytes(part[i]) for part in by_block) for i in ids]
         return pages
+
+
+def as_bytes(tensor: torch.Tensor) -> bytes:
+    """Return what a tensor holds, one element after the other."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def plant(fault: str | None) -> None:
