@@ -6,9 +6,10 @@ head. Whatever the layout, a region is `N * slot_bytes(D)` bytes long and made o
 
     keys [N * D]  |  values [N * D/2]  |  scale [N] fp16  |  zero [N] fp16
 
-A key byte is the e4m3fn code of the key clamped to +-448. A value is stored as a 4-bit code,
-`v = code * scale + zero`. A layout says where inside its plane a token's bytes stand; one byte
-never holds bits of two tokens, so that writing a token is never a read-modify-write.
+A key byte is the e4m3fn code of the key clamped to +-448. Values are rotated among the dims of a
+head and then stored as 4-bit codes, `v = rotate(code * scale + zero)`; see `rotation_strides`. A
+layout says where inside its plane a token's bytes stand; one byte never holds bits of two tokens,
+so that writing a token is never a read-modify-write.
 
 Bytes per token and head: D + D/2 + 4 (196 at D = 128, 388 at D = 256), which is also the slot
 of vLLM's own TurboQuant k8v4, so that both lead to the same memory plan.
@@ -94,6 +95,23 @@ def refuse_head_size(head_size: int) -> str | None:
             f"{HEAD_SIZE_MULTIPLE}, got {head_size}"
         )
     return None
+
+
+def rotation_strides(head_size: int) -> tuple[int, ...]:
+    """Return the strides of the stages that rotate a head's values: powers of four from 1 on.
+
+    The stage of stride s takes the dims `d, d + s, d + 2 s, d + 3 s` of each aligned run of 4 s,
+    and every one of the four becomes half of their sum less itself. A stage undoes itself, stages
+    commute, and equal values stay as they are.
+
+    Args:
+        head_size: D. The last stride s is the largest with D a multiple of 4 s.
+    """
+    strides, stride = [], 1
+    while head_size % (4 * stride) == 0:
+        strides.append(stride)
+        stride *= 4
+    return tuple(strides)
 
 
 def cpu_layout(head_size: int) -> Layout:

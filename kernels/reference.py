@@ -4,13 +4,14 @@
 Every kernel stores the same bits as `quantise` and `store`, and attends as `paged_attention`
 does up to the rounding of its own sums.
 
-Values of one token and head, with lo and hi their extremes after clamping to +-65504:
+Values of one token and head, clamped to +-65504, rotated, and clamped again; with lo and hi their
+extremes then:
 
     zero  = lo rounded down to fp16
     scale = (hi - zero) / 15 rounded up to fp16
     code  = round_half_even((v - zero) * (1 / scale)), kept in 0..15; 0 where scale is 0
 
-Rounding outwards makes [zero, zero + 15 scale] cover every value, so that no value is off by
+Rounding outwards makes [zero, zero + 15 scale] cover every rotated value, so that none is off by
 more than half a step, however large its offset; rounding to nearest would cut the ends off.
 """
 
@@ -31,7 +32,7 @@ class Quantised(NamedTuple):
 
     Attributes:
         key_codes: uint8 [T, H, D], e4m3fn bit patterns.
-        value_codes: uint8 [T, H, D], 0 to 15.
+        value_codes: uint8 [T, H, D], 0 to 15, of the rotated values.
         scale: float16 [T, H].
         zero: float16 [T, H].
     """
@@ -42,7 +43,7 @@ class Quantised(NamedTuple):
     zero: torch.Tensor
 
 
-def _half_rounded_down(x: torch.Tensor) -> torch.Tensor:
+def half_rounded_down(x: torch.Tensor) -> torch.Tensor:
     """Round float32 within fp16's finite range to the largest fp16 that is not above it."""
     half = x.to(torch.float16)
     bits = half.view(torch.int16).to(torch.int32)
@@ -51,6 +52,24 @@ def _half_rounded_down(x: torch.Tensor) -> torch.Tensor:
     stepped = torch.where(half > 0, bits - 1, torch.where(half < 0, bits + 1, -0x7FFF))
     lower = stepped.to(torch.int16).view(torch.float16)
     return torch.where(half.to(torch.float32) > x, lower, half)
+
+
+def rotate(x: torch.Tensor) -> torch.Tensor:
+    """Rotate float32 [..., D] among the dims of a head; done twice it is undone.
+
+    For each stride s of `k8v4.rotation_strides(D)` in turn, and each four numbers s apart:
+
+        x_k <- ((x_0 + x_1) + (x_2 + x_3)) - 2 x_k
+
+    and in the end all are divided by 2 for each stride. As a matrix it is symmetric, orthogonal
+    and of entries of one size, so that one large number is spread over all; its rows add up to 1.
+    """
+    strides = k8v4.rotation_strides(x.shape[-1])
+    for stride in strides:
+        four = x.unflatten(-1, (-1, 4, stride))
+        a, b, c, d = four.unbind(-2)
+        x = (((a + b) + (c + d)).unsqueeze(-2) - 2.0 * four).flatten(-3)
+    return x * 2.0 ** -len(strides)
 
 
 def quantise(key: torch.Tensor, value: torch.Tensor) -> Quantised:
@@ -67,9 +86,11 @@ def quantise(key: torch.Tensor, value: torch.Tensor) -> Quantised:
     key_codes = k.clamp(-k8v4.KEY_MAX, k8v4.KEY_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
     nan = k.isnan().any(-1) | v.isnan().any(-1)
     v = v.clamp(-k8v4.VALUE_MAX, k8v4.VALUE_MAX).masked_fill(nan[..., None], 0.0)
-    zero = _half_rounded_down(v.amin(-1))
+    # Clamped anew: of numbers near the limit the rotated ones may lie beyond it.
+    v = rotate(v).clamp(-k8v4.VALUE_MAX, k8v4.VALUE_MAX)
+    zero = half_rounded_down(v.amin(-1))
     span = v.amax(-1) - zero.to(torch.float32)
-    scale = -_half_rounded_down(-(span / (k8v4.VALUE_LEVELS - 1)))
+    scale = -half_rounded_down(-(span / (k8v4.VALUE_LEVELS - 1)))
     step = scale.to(torch.float32)
     inverse = torch.where(step > 0, 1.0 / step, torch.zeros_like(step))
     steps = (v - zero.to(torch.float32)[..., None]) * inverse[..., None]
@@ -88,7 +109,7 @@ def dequantise(quantised: Quantised) -> tuple[torch.Tensor, torch.Tensor]:
     key = quantised.key_codes.view(torch.float8_e4m3fn).to(torch.float32)
     scale = quantised.scale.to(torch.float32)[..., None]
     zero = quantised.zero.to(torch.float32)[..., None]
-    return key, quantised.value_codes.to(torch.float32) * scale + zero
+    return key, rotate(quantised.value_codes.to(torch.float32) * scale + zero)
 
 
 class _Positions(NamedTuple):

@@ -15,7 +15,7 @@ import math
 import numba
 import numpy as np
 
-from . import memory, rows, softmax
+from . import memory, rotation, rows, softmax
 
 ROW_BLOCK = 64
 """Most rows of an item."""
@@ -236,7 +236,10 @@ def weigh(call, item, scratch, state, first, tiles, key_scale, kind, ahead):  # 
 
 @inner
 def write_row(call, token, query_head, output, add, largest, total):  # type: ignore[no-untyped-def]
-    """Write `(output + add) / total` of a row, with its sink, and its log-sum-exp."""
+    """Write `(output + add) / total` of a row, with its sink, and its log-sum-exp.
+
+    What was summed are rotated values; they are turned back here, once for each row, in place.
+    """
     memory.keep_apart()
     decay = np.float32(1.0)
     if call.sinks:
@@ -251,6 +254,10 @@ def write_row(call, token, query_head, output, add, largest, total):  # type: ig
         factor = decay / total
         lse = (largest + np.float32(np.log2(total))) * _LN_2
     to = call.out + token * call.out_token_stride + query_head * call.out_head_stride
+    rotation.rotate(output, call.dims)
+    # What is added to all dims alike is the same before and after.
+    unit = rotation.unit(call.dims)
+    add, factor = add / unit, factor * unit
     if call.number == BFLOAT16:
         rows.store_bfloat16(output, to, call.dims, add, factor)
     elif call.number == FLOAT16:

@@ -189,6 +189,16 @@ def clamp(typing_context: Any, x: Any, limit: Any) -> Any:
     return FLOATS(FLOATS, types.float32), emit
 
 
+@intrinsic
+def times(typing_context: Any, x: Any, factor: Any) -> Any:
+    """Return x * factor."""
+
+    def emit(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return b.fmul(args[0], broadcast(b, args[1]))
+
+    return FLOATS(FLOATS, types.float32), emit
+
+
 def _reduction(
     kind: LanesType,
     of: types.Type,

@@ -17,7 +17,7 @@ import torch
 from vllm_hybrid_kv.kernels import inputs, k8v4
 from vllm_hybrid_kv.kernels.k8v4 import Layout, PageFormat
 
-from . import codes, halves, lanes
+from . import codes, halves, lanes, rotation
 from .compile_cache import cached
 from .threads import follow_torch
 
@@ -78,17 +78,31 @@ def _encode_keys(row, head_size, keys):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
-def _measure_values(row, head_size, nan_key):  # type: ignore[no-untyped-def]
-    """Clamp a row in place; return the bits of its scale and its zero."""
+def _rotate_values(row, head_size):  # type: ignore[no-untyped-def]
+    """Clamp a row in place and rotate it; return the bits of its largest magnitude before."""
     magnitude = lanes.no_words()
-    lo = hi = lanes.clamp(lanes.load_float32(row), _VALUE_MAX)
     for d in range(0, head_size, _LANES):
         x = lanes.load_float32(row + 4 * d)
         magnitude = codes.largest_magnitude(magnitude, x)
-        x = lanes.clamp(x, _VALUE_MAX)
+        x = rotation.within_fours(lanes.clamp(x, _VALUE_MAX))
+        if head_size % _LANES == 0:
+            x = rotation.within_sixteen(x)
+        lanes.store_floats(row + 4 * d, x)
+    rotation.across(row, head_size)
+    return lanes.largest_word(magnitude)
+
+
+@numba.njit
+def _measure_values(row, head_size, nan_key):  # type: ignore[no-untyped-def]
+    """Rotate a row in place; return the bits of its scale and its zero."""
+    magnitude = _rotate_values(row, head_size)
+    unit = rotation.unit(head_size)
+    lo = hi = lanes.clamp(lanes.times(lanes.load_float32(row), unit), _VALUE_MAX)
+    for d in range(0, head_size, _LANES):
+        x = lanes.clamp(lanes.times(lanes.load_float32(row + 4 * d), unit), _VALUE_MAX)
         lo, hi = lanes.minimum(lo, x), lanes.maximum(hi, x)
         lanes.store_floats(row + 4 * d, x)
-    if nan_key or lanes.largest_word(magnitude) > _INFINITY:
+    if nan_key or magnitude > _INFINITY:
         return _NAN_SCALE, 0
     zero = halves.round_down(lanes.smallest(lo))
     return halves.round_up((lanes.largest(hi) - halves.widen(zero)) / _LAST_CODE), zero

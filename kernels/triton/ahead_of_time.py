@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .convert import KeyWords, ValueWords
+from .rotation import rotation_unit
 from .tuning import MIN_SPLIT_TILES, Tiling
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -116,6 +117,7 @@ def compile_attention(
         "DIMS": triton.next_power_of_2(head_size),
         "BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "LANES": tiling.lanes,
         "PARTIAL_ROWS": tiling.block_m,
+        "UNIT": rotation_unit(head_size),
         "KEY_WAY": int(fastest_key_words(target)),
         "VALUE_WAY": int(ValueWords.PTX if target.backend == "cuda" else ValueWords.PORTABLE),
         "CAUSAL": True, "WINDOW": False, "SOFT_CAP": False, "SINKS": False, "LSE": False,
@@ -150,6 +152,7 @@ def compile_quantise(target: GPUTarget, head_size: int, num_heads: int, page_siz
         "key_dim": 1, "value_dim": 1, "slot_stride": 1,
         "HEADS": num_heads, "D": head_size, "DIMS": dims, "PAGE": page_size,
         "ROWS": NUMBERS_PER_PROGRAM // dims,
+        "UNIT": rotation_unit(head_size),
         "NATIVE": target.backend == "cuda" and target.arch >= 89,
     }  # fmt: skip
     return compile_kernel(

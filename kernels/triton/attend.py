@@ -8,9 +8,10 @@ registers without a transposition, and every query row of a KV head shares each 
 
 Scores are kept in base 2. With code, scale and zero of a value, p the weights of a row:
 
-    out = (sum p scale code + sum p zero) / sum p
+    out = rotate((sum p scale code + sum p zero) / sum p)
 
-so that a scale and a zero are applied to a weight once, not to D values.
+so that a scale and a zero are applied to a weight once, not to D values, and the rotation, see
+`reference.rotate`, is undone once for each row.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .convert import (
     value_words,
 )
 from .plan import ITEM_FIELDS, key_tiles
+from .rotation import turned_quarter
 
 _FIELDS = tl.constexpr(ITEM_FIELDS)
 _NATIVE_PTX = tl.constexpr(int(KeyWords.NATIVE_PTX))
@@ -221,7 +223,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     scale, window, soft_cap,
     GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     DIMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr,
-    PARTIAL_ROWS: tl.constexpr,
+    PARTIAL_ROWS: tl.constexpr, UNIT: tl.constexpr,
     KEY_WAY: tl.constexpr, VALUE_WAY: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
     SINKS: tl.constexpr, LSE: tl.constexpr,
@@ -245,6 +247,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
         scale: Factor of the scores.
         DIMS: The power of two that is not below D.
         LANES: Warps that tensor cores give different keys.
+        UNIT: Factor of rotated values, see `rotation_unit`.
         KEY_WAY: One of `KeyWords`.
         VALUE_WAY: One of `ValueWords`.
     """
@@ -360,12 +363,20 @@ def attend_kernel(  # type: ignore[no-untyped-def]
             out2, out3 = out2 * shrink[None, :], out3 * shrink[None, :]
             top = new_top
     # Not `total > 0`, which would turn a NaN into 0.
-    inverse = tl.where(total == 0.0, 0.0, 1.0 / total)
+    inverse = tl.where(total == 0.0, 0.0, UNIT / total)
     low = (inverse * (_power_of_two(scale_exponent - (_WEIGHT_BITS + _BIAS)) * _LOW_UNIT))[None, :]
     high = low * (_HIGH_UNIT / _LOW_UNIT)
     constant = (offset * inverse)[None, :]
-    low_pair = tl.join(out0 * low + constant, out1 * high + constant)
-    high_pair = tl.join(out2 * low + constant, out3 * high + constant)
+    out0, out1 = out0 * low + constant, out1 * high + constant
+    out2, out3 = out2 * low + constant, out3 * high + constant
+    # Rotated values were summed. The stage of stride 1 is among the four, the others within each.
+    four = (out0 + out1) + (out2 + out3)
+    out0 = turned_quarter(four - 2.0 * out0, D)
+    out1 = turned_quarter(four - 2.0 * out1, D)
+    out2 = turned_quarter(four - 2.0 * out2, D)
+    out3 = turned_quarter(four - 2.0 * out3, D)
+    low_pair = tl.join(out0, out1)
+    high_pair = tl.join(out2, out3)
     # [dims / 4, rows, which of a pair, which pair] to [dims, rows].
     result = tl.permute(tl.join(low_pair, high_pair), (0, 3, 2, 1))
     result = tl.reshape(result, [DIMS, BLOCK_M])

@@ -14,6 +14,7 @@ from .attend import attend_kernel
 from .convert import KeyWords, ValueWords
 from .merge import merge_kernel
 from .plan import Plan, plan_attention
+from .rotation import rotation_unit
 
 MERGED_AT_A_TIME = 8
 """Partial results that a merging program reads at a time; 8 KiB at a head size of 256."""
@@ -138,7 +139,7 @@ def paged_attention(
         GROUP=group, D=head_size, PAGE=page_size,
         DIMS=dims, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n,
         LANES=tiling.lanes,
-        PARTIAL_ROWS=plan.partial_rows,
+        PARTIAL_ROWS=plan.partial_rows, UNIT=rotation_unit(head_size),
         KEY_WAY=int(key_words), VALUE_WAY=int(value_words),
         CAUSAL=causal, WINDOW=window is not None, SOFT_CAP=soft_cap > 0,
         SINKS=sinks is not None, LSE=lse is not None,

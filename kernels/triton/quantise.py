@@ -15,6 +15,7 @@ from vllm_hybrid_kv.kernels import inputs, k8v4
 
 from . import convert
 from .convert import half_rounded_down, key_codes, widened_half
+from .rotation import rotation_unit, turned
 
 _VALUE_MAX = tl.constexpr(k8v4.VALUE_MAX)
 _LAST_CODE = tl.constexpr(float(k8v4.VALUE_LEVELS - 1))
@@ -38,7 +39,7 @@ def quantise_and_store_kernel(  # type: ignore[no-untyped-def]
     slots, slot_stride,
     num_rows, num_slots,
     HEADS: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, PAGE: tl.constexpr,
-    ROWS: tl.constexpr, NATIVE: tl.constexpr,
+    ROWS: tl.constexpr, UNIT: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Store rows (token, head) of K and V as codes, see `reference.quantise` for the formula.
 
@@ -51,6 +52,7 @@ def quantise_and_store_kernel(  # type: ignore[no-untyped-def]
         num_slots: Tokens that the cache has room for.
         DIMS: The power of two that is not below D.
         ROWS: Rows of a program.
+        UNIT: Factor of rotated values, see `rotation_unit`.
         NATIVE: Whether Triton converts to e4m3fn; see `key_codes`.
     """
     KEY_BYTES: tl.constexpr = PAGE * D
@@ -82,6 +84,8 @@ def quantise_and_store_kernel(  # type: ignore[no-untyped-def]
 
     nan = tl.max(((k != k) | (v != v)).to(tl.int32), axis=1) > 0
     v = tl.where(nan[:, None], 0.0, tl.minimum(tl.maximum(v, -_VALUE_MAX), _VALUE_MAX))
+    v = turned(v, D) * UNIT
+    v = tl.minimum(tl.maximum(v, -_VALUE_MAX), _VALUE_MAX)
     lowest = tl.min(tl.where((dim < D)[None, :], v, _VALUE_MAX), axis=1)
     highest = tl.max(tl.where((dim < D)[None, :], v, -_VALUE_MAX), axis=1)
     zero_bits = half_rounded_down(lowest)
@@ -175,7 +179,7 @@ def quantise_and_store(
         slot_mapping, slot_mapping.stride(0),
         num_rows, num_slots,
         HEADS=num_heads, D=head_size, DIMS=dims, PAGE=page_size,
-        ROWS=rows,
+        ROWS=rows, UNIT=rotation_unit(head_size),
         NATIVE=convert.has_native_e4m3(key.device) if native is None else native,
         num_warps=4,
     )  # fmt: skip

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_hybrid_kv.kernels.reference import Quantised, dequantise, quantise
+from vllm_hybrid_kv.kernels import k8v4
+from vllm_hybrid_kv.kernels.reference import Quantised, dequantise, quantise, rotate
 
 ROUNDING = 2.0**-24
 """Largest relative error of one float32 operation."""
@@ -17,6 +18,8 @@ ROUNDING = 2.0**-24
 NORMAL_KEY_ERROR = 1 / 17
 DENORMAL_KEY_ERROR = 2.0**-10
 HALF_STEP = 0.5 + 46 * ROUNDING
+STAGE_ERROR = 5.01 * ROUNDING
+"""Of the norm of the numbers that a stage of the rotation mixes."""
 UNDERFLOW = 2.0**-146
 
 HUGE = float(np.float32(3e38))
@@ -56,6 +59,25 @@ def values_only(rows: torch.Tensor) -> Quantised:
     """Rows [T, D] quantised as the values of one head, beside keys of 0."""
     value = rows[:, None]
     return quantise(torch.zeros_like(value), value)
+
+
+def turned(rows: torch.Tensor) -> torch.Tensor:
+    """What is quantised of rows of values, as float64."""
+    return rotate(rows.to(torch.float32).clamp(-65504, 65504)).clamp(-65504, 65504).double()
+
+
+def mixed_dims(head_size: int) -> int:
+    """How many neighbouring dims a rotation mixes."""
+    return 4 ** len(k8v4.rotation_strides(head_size))
+
+
+def matrix(head_size: int) -> torch.Tensor:
+    """The rotation as a matrix, from its definition as a product of stages and not by `rotate`."""
+    stage = torch.full((4, 4), 0.5, dtype=torch.float64) - torch.eye(4, dtype=torch.float64)
+    block = torch.ones(1, 1, dtype=torch.float64)
+    for _ in k8v4.rotation_strides(head_size):
+        block = torch.kron(block, stage)
+    return torch.block_diag(*[block] * (head_size // len(block)))
 
 
 float32s = st.integers(0, 2**32 - 1).map(
@@ -154,20 +176,16 @@ def rows_with_offset() -> st.SearchStrategy[torch.Tensor]:
         lambda x: torch.tensor(x, dtype=torch.float32)[None]
     )
 )
-def test_the_error_of_a_value_is_half_a_step_and_the_step_is_as_derived(
+def test_the_error_of_a_rotated_value_is_half_a_step_and_the_step_is_as_derived(
     rows: torch.Tensor,
 ) -> None:
     quantised = values_only(rows)
-    exact = rows.to(torch.float64).clamp(-65504, 65504)
+    exact = turned(rows)
     step = quantised.scale.to(torch.float64)
     zero = quantised.zero.to(torch.float64)
     codes = quantised.value_codes[:, 0].to(torch.float64)
     assert bool((codes <= 15).all())
     assert bool(((exact - (codes * step + zero)).abs() <= HALF_STEP * step + UNDERFLOW).all())
-    _, back = dequantise(quantised)
-    rounding = ROUNDING * back[:, 0].to(torch.float64).abs()
-    error = (exact - back[:, 0].to(torch.float64)).abs()
-    assert bool((error <= HALF_STEP * step + rounding * (1 + 2 * ROUNDING) + UNDERFLOW).all())
 
     lo, hi = exact.amin(-1, keepdim=True), exact.amax(-1, keepdim=True)
     added_by_zero = torch.clamp(2.0**-10 * lo.abs(), min=2.0**-24)
@@ -175,6 +193,81 @@ def test_the_error_of_a_value_is_half_a_step_and_the_step_is_as_derived(
     assert bool((lo - zero <= added_by_zero).all())
     widest = (hi - lo + added_by_zero) / 15 * (1 + 2.0**-10) * (1 + 3 * ROUNDING) + 2.0**-24
     assert bool((step <= widest).all())
+
+
+@settings(max_examples=200, deadline=None)
+@given(rows_with_offset(), st.sampled_from([64, 72, 80, 128, 192, 256]))
+def test_the_error_of_values_that_are_read_is_that_of_their_steps_and_of_two_rotations(
+    rows: torch.Tensor, head_size: int
+) -> None:
+    rows = rows.repeat(1, 4)[:, :head_size]
+    rows[:, ::7] *= 3
+    exact = rows.to(torch.float64).clamp(-65504, 65504)
+    quantised = values_only(rows)
+    _, back = dequantise(quantised)
+    dims = mixed_dims(head_size)
+    blocks = exact.unflatten(-1, (-1, dims))
+    size = blocks.norm(dim=-1)
+    error = (back[:, 0].to(torch.float64).unflatten(-1, (-1, dims)) - blocks).norm(dim=-1)
+    rounding = 2 * len(k8v4.rotation_strides(head_size)) * STAGE_ERROR + 2 * ROUNDING
+    within_steps = dims**0.5 * (HALF_STEP * quantised.scale.to(torch.float64) + UNDERFLOW)
+    bound = (1 + rounding) * within_steps + rounding * size
+    # Of a longer block some rotated number may lie beyond 65504.
+    assert bool((error <= bound)[size <= 65504].all())
+
+
+@pytest.mark.parametrize("head_size", range(64, 257, 8))
+def test_the_rotation_is_the_symmetric_orthogonal_matrix_of_equal_entries_and_rows_of_sum_1(
+    head_size: int,
+) -> None:
+    found = rotate(torch.eye(head_size)).double()
+    dims = mixed_dims(head_size)
+    assert torch.equal(found, matrix(head_size))
+    assert torch.equal(found, found.T)
+    assert torch.equal(found @ found, torch.eye(head_size, dtype=torch.float64))
+    assert torch.equal(found.sum(1), torch.ones(head_size, dtype=torch.float64))
+    entries = found.abs().unflatten(0, (-1, dims)).unflatten(2, (-1, dims))
+    own = torch.arange(head_size // dims)
+    assert bool((entries[own, :, own] == dims**-0.5).all())
+    # A head size has what it can: the next larger block would not divide it.
+    assert head_size % dims == 0
+    assert head_size % (4 * dims) != 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from([64, 72, 96, 256]), st.integers(0, 2**32 - 1))
+def test_the_rotation_is_off_by_no_more_than_its_stages_may_be(head_size: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(8, head_size, generator=generator)
+    rows *= 10 ** (8 * torch.rand(8, head_size, generator=generator) - 4)
+    exact = rows.double() @ matrix(head_size)
+    dims = mixed_dims(head_size)
+    error = (rotate(rows).double() - exact).unflatten(-1, (-1, dims)).norm(dim=-1)
+    size = rows.double().unflatten(-1, (-1, dims)).norm(dim=-1)
+    assert bool((error <= len(k8v4.rotation_strides(head_size)) * STAGE_ERROR * size).all())
+
+
+def test_a_large_value_is_spread_over_its_block_and_reaches_no_other() -> None:
+    row = torch.zeros(1, 128)
+    row[0, 70] = 800.0
+    quantised = values_only(row)
+    assert float(quantised.scale) <= 200 / 15 * (1 + 2.0**-10)
+    _, back = dequantise(quantised)
+    assert float((back.flatten() - row)[:, 70].abs()) < 1.0
+    assert quantised.value_codes[0, 0, :64].unique().numel() == 1
+
+
+@pytest.mark.parametrize("head_size", [64, 256])
+def test_rotated_values_beyond_the_largest_half_are_clamped_to_it(head_size: int) -> None:
+    largest = torch.zeros(1, head_size)
+    largest[0, 3] = 1.0
+    row = 65504.0 * rotate(largest).sign()
+    quantised = values_only(row)
+    assert turned(row).max() == 65504
+    assert quantised.value_codes[0, 0].tolist() == [15 * (d == 3) for d in range(head_size)]
+    assert bool(quantised.scale.isfinite())
+    _, back = dequantise(quantised)
+    assert bool(back.isfinite().all())
 
 
 def neighbour(x: torch.Tensor, towards: float) -> torch.Tensor:
@@ -185,7 +278,7 @@ def neighbour(x: torch.Tensor, towards: float) -> torch.Tensor:
 @given(rows_with_offset())
 def test_zero_and_scale_are_the_nearest_halves_on_the_outer_side(rows: torch.Tensor) -> None:
     quantised = values_only(rows)
-    exact = rows.to(torch.float32).clamp(-65504, 65504)
+    exact = turned(rows).to(torch.float32)
     lo, hi = exact.amin(-1, keepdim=True), exact.amax(-1, keepdim=True)
     zero, scale = quantised.zero, quantised.scale
     assert bool((zero.to(torch.float32) <= lo).all())
@@ -203,7 +296,9 @@ def test_a_value_in_the_middle_of_two_codes_goes_to_the_even_one(
 ) -> None:
     scale = 2.0**exponent
     zero = steps_of_zero * scale
-    row = torch.tensor([[zero, zero + 15 * scale, zero + (code + 0.5) * scale, zero]])
+    wanted = torch.tensor([[zero, zero + 15 * scale, zero + (code + 0.5) * scale, zero]])
+    row = rotate(wanted)
+    assert torch.equal(rotate(row), wanted)  # all of them multiples of half a step
     quantised = values_only(row)
     assert (float(quantised.scale), float(quantised.zero)) == (scale, zero)
     assert quantised.value_codes.flatten().tolist() == [0, 15, code + code % 2, 0]

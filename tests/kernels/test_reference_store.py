@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.kernels.k8v4 import Layout, PageFormat
-from vllm_hybrid_kv.kernels.reference import Quantised, dequantise, load, quantise, store
+from vllm_hybrid_kv.kernels.reference import (
+    Quantised,
+    dequantise,
+    load,
+    quantise,
+    rotate,
+    store,
+)
 
 UNTOUCHED = 0xA5
 
@@ -123,9 +130,14 @@ def test_blocks_with_padding_between_them_are_stored_and_loaded_like_dense_ones(
         assert torch.equal(found[slots], expected[slots])
 
 
-def test_dequantised_values_are_code_times_scale_plus_zero() -> None:
+def test_dequantised_values_are_code_times_scale_plus_zero_rotated_back() -> None:
     codes = torch.arange(16, dtype=torch.uint8).reshape(1, 1, 16)
     scale = torch.tensor([[0.25]], dtype=torch.float16)
     zero = torch.tensor([[-3.5]], dtype=torch.float16)
     _, value = dequantise(Quantised(codes, codes, scale, zero))
-    assert value.flatten().tolist() == [0.25 * code - 3.5 for code in range(16)]
+    # Few bits, of which the rotation loses none.
+    assert rotate(value).flatten().tolist() == [0.25 * code - 3.5 for code in range(16)]
+    half_sum = sum(0.25 * code - 3.5 for code in (0, 1, 2, 3)) / 2
+    one_stage = [half_sum - (0.25 * code - 3.5) for code in (0, 1, 2, 3)]
+    _, value = dequantise(Quantised(codes[..., :4], codes[..., :4], scale, zero))
+    assert value.flatten().tolist() == one_stage

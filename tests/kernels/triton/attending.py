@@ -16,8 +16,10 @@ from vllm_hybrid_kv.kernels.triton.plan import Plan
 
 # Largest ||out - reference|| / ||reference|| over the dims of one row.
 TOLERANCE = {
-    torch.float32: 2e-3,  # queries and weights rounded to fp16's 11 bits: 2^-12 each
-    torch.float16: 2e-3,  # likewise, and outputs
+    # Queries and weights rounded to fp16's 11 bits, 2^-12 each: 4e-4 in the mean over rows, and
+    # several times that in a row whose values cancel.
+    torch.float32: 2.5e-3,
+    torch.float16: 2.5e-3,  # likewise, and outputs
     torch.bfloat16: 6e-3,  # outputs rounded to 8 bits: 2^-9, and room for cancellation
 }
 # Largest |lse - reference|: queries rounded to fp16, on scores of size one.

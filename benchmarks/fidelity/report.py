@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report of a run, in Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from .rules import FP8, KEY_RULES, OURS, STOCK, VALUE_RULES
+from .sources import RECORDED, SCORE_SIZES
+
+Row = dict[str, Any]
+
+HEAVY_LIMIT = 0.8
+"""What ours may err at most relative to stock's rule where tails are heavy."""
+
+SHOWN_SIZE = 128
+"""The head size whose rules are shown side by side."""
+
+
+def _ratio(row: Row, kind: str, name: str) -> float:
+    errors = row["values"][kind]
+    return float(errors[name] / errors[STOCK])
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+
+
+def _sources(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(row["source"] for row in rows))
+
+
+def _ours_beside_stock(rows: list[Row], kind: str) -> list[str]:
+    sizes = sorted({(row["head_size"], row["length"]) for row in rows})
+    lines = []
+    for source in _sources(rows):
+        cells = [
+            f"{_ratio(row, kind, OURS):.3f} +- {row['doubt'][kind]:.3f}"
+            for size in sizes
+            for row in rows
+            if row["source"] == source and (row["head_size"], row["length"]) == size
+        ]
+        lines.append([source, *cells])
+    return _table(["", *(f"{size}, {length}" for size, length in sizes)], lines)
+
+
+def _rules(rows: list[Row], kind: str) -> list[str]:
+    """Every rule beside stock's, for rows of different sources."""
+    lines = []
+    for name in VALUE_RULES:
+        if name == STOCK:
+            cells = [f"{row['values'][kind][name]:.4f}" for row in rows]
+            lines.append([f"{name}: relative error", *cells])
+        else:
+            lines.append([name, *(f"{_ratio(row, kind, name):.3f}" for row in rows)])
+    return _table(["", *(row["source"] for row in rows)], lines)
+
+
+def _keys(rows: list[Row], kind: str) -> list[str]:
+    lines = [
+        [name, *(f"{row['keys'][kind][name]:.4f}" for row in rows)] for name in KEY_RULES
+    ]  # fmt: skip
+    return _table(["", *(row["source"] for row in rows)], lines)
+
+
+def _goals(rows: list[Row]) -> list[str]:
+    """Every place where a goal is missed by more than two standard errors."""
+    missed = []
+    for row in rows:
+        limit = HEAVY_LIMIT if row["heavy"] else 1.0
+        for size in SCORE_SIZES:
+            ratio = _ratio(row, f"{size:g}", OURS)
+            doubt = row["doubt"][f"{size:g}"]
+            if ratio > limit + 2 * doubt:
+                missed.append(
+                    f"* {row['source']}, {row['head_size']} dims, {row['length']} tokens, scores "
+                    f"of {size:g}: {ratio:.3f} +- {doubt:.3f}"
+                )
+    found = len(rows) * len(SCORE_SIZES) - len(missed)
+    return [f"{found} of {len(rows) * len(SCORE_SIZES)} within the goals. Not within:", "", *missed]
+
+
+def _recorded(rows: list[Row]) -> list[str]:
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model]
+        lines += [
+            "",
+            f"## Recorded: {model}, head size {own[0]['head_size']}, {own[0]['length']} tokens",
+            "",
+            *_rules([*own, _mean_of(own)], RECORDED),
+            "",
+            *_keys(own, RECORDED),
+        ]
+    return lines
+
+
+def _mean_of(rows: list[Row]) -> Row:
+    """A row of the rows' mean errors."""
+    return {
+        "source": "mean",
+        "values": {
+            RECORDED: {
+                name: statistics.fmean(row["values"][RECORDED][name] for row in rows)
+                for name in VALUE_RULES
+            }
+        },
+    }
+
+
+def text(result: Row) -> str:
+    """Return the report."""
+    rows, where = result["distributions"], result["machine"]
+    lines = [
+        "# Errors of attention with keys and values stored by different rules",
+        "",
+        f"{where['cpu']}; Python {where['Python']}, torch {where['torch']}; samples: "
+        + ", ".join(f"{count} of {length} tokens" for length, count in result["seeds"].items())
+        + "; `+-` is a standard error over them.",
+        "",
+        f"Relative errors of attention outputs. All rules but `{FP8}` store a value in 4 bits and "
+        "an fp16 scale and zero for D of them; all store keys in e4m3. A score's standard "
+        "deviation over the keys is 1 in one table and 2 in the other.",
+    ]
+    for size in SCORE_SIZES:
+        lines += [
+            "",
+            f"## `{OURS}` relative to `{STOCK}`, scores of {size:g}",
+            "",
+            "Head size, tokens:",
+            "",
+            *_ours_beside_stock(rows, f"{size:g}"),
+        ]
+    lines += ["", f"## Goals: {HEAVY_LIMIT} where tails are heavy, 1 elsewhere", "", *_goals(rows)]
+    for length in sorted({row["length"] for row in rows}):
+        own = [r for r in rows if (r["head_size"], r["length"]) == (SHOWN_SIZE, length)]
+        kind = f"{SCORE_SIZES[0]:g}"
+        lines += [
+            "",
+            f"## Rules relative to `{STOCK}`: {SHOWN_SIZE} dims, {length} tokens, scores of {kind}",
+            "",
+            *_rules(own, kind),
+            "",
+            "Keys alone, relative errors:",
+            "",
+            *_keys(own, kind),
+        ]
+    lines += _recorded(result["recorded"])
+    return "\n".join(lines) + "\n"
