@@ -124,14 +124,15 @@ def _vllm_version() -> str:
     from vllm_hybrid_kv.evaluate.errors import EvaluationError
     from vllm_hybrid_kv.plugin import vllm_version
 
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    level = os.environ.get("VLLM_LOGGING_LEVEL")
+    os.environ["VLLM_LOGGING_LEVEL"] = level or "ERROR"
     try:
         return vllm_version()[0]
     except ImportError as error:
         raise EvaluationError(str(error)) from None
     finally:
         # Not for the engines, whose logs are to be read.
-        if os.environ.get("VLLM_LOGGING_LEVEL") == "ERROR":
+        if level is None:
             del os.environ["VLLM_LOGGING_LEVEL"]
 
 

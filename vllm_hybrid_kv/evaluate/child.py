@@ -58,15 +58,19 @@ def _work(job: dict[str, Any], report: TextIO) -> None:
         worker_extension_cls=RECORDER,
     )
     _check_vocabulary(llm, job["sequences"])
-    layers = next(counts for counts in llm.collective_rpc("hybrid_kv_layers") if sum(counts))
+    # Ranks of a pipeline have different layers, those of a tensor-parallel group the same.
+    quantised, whole = (
+        {name for names in ranks for name in names}
+        for ranks in zip(*llm.collective_rpc("hybrid_kv_layers"), strict=True)
+    )
     config = llm.llm_engine.vllm_config
     _say(
         report,
         facts={
             "cache_dtype": config.cache_config.cache_dtype,
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
-            "quantised_layers": layers[0],
-            "unquantised_layers": layers[1],
+            "quantised_layers": len(quantised),
+            "unquantised_layers": len(whole),
             "device": current_platform.get_device_name(),
         },
     )

@@ -54,12 +54,14 @@ class _Head:
         self._scoring = False
         self._compute: Callable[..., torch.Tensor | None] = runner.model.compute_logits
         runner.model.compute_logits = self
-        # vLLM has two model runners.
+        # vLLM has two model runners. Of the second, ranks without the head have no such worker.
         owner, name = (
             (runner, "_get_prompt_logprobs_dict")
             if hasattr(runner, "_get_prompt_logprobs_dict")
             else (runner.prompt_logprobs_worker, "compute_prompt_logprobs")
         )
+        if owner is None:
+            return
         original = getattr(owner, name)
 
         @functools.wraps(original)
@@ -131,11 +133,12 @@ class Recorder:
             partial.replace(file)
         return asdict(request.scores)
 
-    def hybrid_kv_layers(self) -> list[int]:
-        """Return how many attention layers store quantised keys and values, and how many do not."""
+    def hybrid_kv_layers(self) -> list[list[str]]:
+        """Name this rank's attention layers whose cache is quantised, and the others."""
         from vllm.v1.kv_cache_interface import AttentionSpec, KVQuantMode
 
-        quantised = whole = 0
+        quantised: list[str] = []
+        whole: list[str] = []
         for group in self.model_runner.kv_cache_config.kv_cache_groups:  # type: ignore[attr-defined]
             spec = group.kv_cache_spec
             by_layer = getattr(spec, "kv_cache_specs", None) or dict.fromkeys(
@@ -143,8 +146,6 @@ class Recorder:
             )
             for name in group.layer_names:
                 if isinstance(by_layer[name], AttentionSpec):
-                    if by_layer[name].kv_quant_mode == KVQuantMode.NONE:
-                        whole += 1
-                    else:
-                        quantised += 1
+                    mode = by_layer[name].kv_quant_mode
+                    (whole if mode == KVQuantMode.NONE else quantised).append(name)
         return [quantised, whole]
