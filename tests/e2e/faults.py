@@ -20,6 +20,7 @@ STEP_FAULTS = (
     "lost slot",
     "window off by one",
     "one token short",
+    "drafts one token short",
     "drafts see each other",
     "heads of the neighbour",
     "stored too late",
@@ -30,6 +31,7 @@ STEP_FAULTS = (
 * lost slot: the last token of a step of several is not stored
 * window off by one: sliding windows are a token too long
 * one token short: in a step of several requests a decode does not see its own token
+* drafts one token short: where drafts are verified, each token sees one token fewer
 * drafts see each other: a token to be verified sees the drafts behind it
 * heads of the neighbour: the second tensor-parallel process shifts its query heads by one
 * stored too late: a step's tokens are stored when it has attended
@@ -253,6 +255,9 @@ def _spoil_metadata(fault: str) -> None:
                 short = (cached & (queries == 1)).to(step.seq_lens.dtype)
                 return replace(step, seq_lens=step.seq_lens - short)
             # Steps of a few tokens for each request are those that verify drafts.
+            if fault == "drafts one token short" and 1 < queries.max() <= 4:
+                short = (cached & (queries > 1)).to(step.seq_lens.dtype)
+                return replace(step, seq_lens=step.seq_lens - short)
             if fault == "drafts see each other" and 1 < queries.max() <= 4:
                 return replace(step, causal=False)
             return step

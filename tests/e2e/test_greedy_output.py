@@ -265,9 +265,10 @@ def test_the_gpu_kernels_give_what_the_cpu_kernels_give(
     assert engine.metrics()["vllm:spec_decode_num_draft_tokens"] > 0
 
 
-def test_drafts_that_see_each_other_would_show(
-    reference: Reference, plant: Callable[[str], None]
+@pytest.mark.parametrize("fault", ["drafts see each other", "drafts one token short"])
+def test_drafts_that_see_too_much_or_too_little_would_show(
+    reference: Reference, plant: Callable[[str], None], fault: str
 ) -> None:
-    plant("drafts see each other")
+    plant(fault)
     with pytest.raises(AssertionError, match=DIFFERENT):
         speculate(reference)
