@@ -211,3 +211,25 @@ def test_k8v4_copies_with_drafts_to_verify(plain: Plain) -> None:
     accepted = metrics["vllm:spec_decode_num_accepted_tokens"]
     print(f"{drafted:.0f} drafted, {accepted:.0f} accepted")
     assert drafted >= accepted > 100
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineHost]:
+    """A host whose engines are of two tensor-parallel processes."""
+    log = tmp_path_factory.mktemp("two") / "log.txt"
+    # A thread each, on whatever cores there are.
+    host = EngineHost(log, VLLM_CPU_OMP_THREADS_BIND="nobind")
+    yield host
+    host.close()
+
+
+@pytest.mark.long
+def test_k8v4_recalls_with_its_heads_in_two_processes(
+    plain: Plain, two_processes: EngineHost
+) -> None:
+    engine = two_processes.engine(**settings(plain.shape, tensor_parallel_size=2))
+    assert_as_good(answer(engine, few_sheets()), plain.few)
+    assert copied_share(engine, fresh=True) >= plain.copied - WORSE
+    engine.plant("stale page")
+    with pytest.raises(AssertionError, match=DIFFERENT):
+        assert_as_good(answer(engine, few_sheets()), plain.few)
