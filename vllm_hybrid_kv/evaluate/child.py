@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -58,11 +59,7 @@ def _work(job: dict[str, Any], report: TextIO) -> None:
         worker_extension_cls=RECORDER,
     )
     _check_vocabulary(llm, job["sequences"])
-    # Ranks of a pipeline have different layers, those of a tensor-parallel group the same.
-    quantised, whole = (
-        {name for names in ranks for name in names}
-        for ranks in zip(*llm.collective_rpc("hybrid_kv_layers"), strict=True)
-    )
+    quantised, whole = over_ranks(llm.collective_rpc("hybrid_kv_layers"))
     config = llm.llm_engine.vllm_config
     _say(
         report,
@@ -88,6 +85,14 @@ def _work(job: dict[str, Any], report: TextIO) -> None:
         write_scores(Path(job["scores"][number]), scored)
         _say(report, done=number)
     llm.llm_engine.engine_core.shutdown()
+
+
+def over_ranks(answers: Sequence[Sequence[Sequence[str]]]) -> list[set[str]]:
+    """Return the quantised layers and the others of a model, of what each rank has of both.
+
+    Ranks of a pipeline have different layers, those of a tensor-parallel group the same.
+    """
+    return [{name for names in ranks for name in names} for ranks in zip(*answers, strict=True)]
 
 
 def _check_vocabulary(llm: Any, sequences: list[list[int]]) -> None:
