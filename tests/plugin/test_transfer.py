@@ -57,12 +57,15 @@ def test_a_fingerprint_says_what_two_engines_must_share(engine):
         "page_tokens": 128,
         "kv_heads": 2,
         "head_size": 64,
+        "unquantised": "0 1 4 5",
         "words": f"hybrid_kv {plugin.__version__}: k8v4 format 1, cpu_tiled, pages of 128 tokens, "
-        "2 KV heads of 64",
+        "2 KV heads of 64, unquantised layers: 0 1 4 5",
     }
 
 
-@pytest.mark.parametrize("field", ["plugin", "page_format", "arrangement", "page_tokens"])
+@pytest.mark.parametrize(
+    "field", ["plugin", "page_format", "arrangement", "page_tokens", "unquantised"]
+)
 def test_whatever_differs_makes_another_fingerprint(field, engine, monkeypatch):
     config = engine(block_size=128)
     before = fingerprint.fingerprint_of(config)
@@ -75,6 +78,8 @@ def test_whatever_differs_makes_another_fingerprint(field, engine, monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         monkeypatch.setenv("VLLM_HYBRID_KV_CPU_ISA", "interpreter")
         monkeypatch.setattr(settings, "_in_force", None)
+    elif field == "unquantised":
+        config.cache_config.kv_cache_dtype_skip_layers = ["3"]
     else:
         config.cache_config.block_size = 64
     after = fingerprint.fingerprint_of(config)
@@ -117,7 +122,9 @@ def none_hash(monkeypatch):
 def test_the_hashes_of_blocks_differ_from_those_of_a_server_without_the_plugin(engine, monkeypatch):
     engine(block_size=128)
     ours = none_hash(monkeypatch)
-    assert kv_cache_utils.get_none_hash_seed().endswith("2 KV heads of 64]")
+    assert kv_cache_utils.get_none_hash_seed().endswith(
+        "2 KV heads of 64, unquantised layers: 0 1 4 5]"
+    )
     engine(block_size=64)
     assert none_hash(monkeypatch) != ours
     engine("auto")

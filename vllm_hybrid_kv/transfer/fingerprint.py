@@ -36,6 +36,7 @@ class PageFingerprint:
         page_tokens: Tokens of a page.
         kv_heads: KV heads of the model, one region of the page after another.
         head_size: Dims of a head.
+        unquantised: Layers whose pages are not k8v4, as vLLM names them.
     """
 
     plugin: str
@@ -44,12 +45,14 @@ class PageFingerprint:
     page_tokens: int
     kv_heads: int
     head_size: int
+    unquantised: str
 
     def __str__(self) -> str:
         """Return it in words."""
         return (
             f"hybrid_kv {self.plugin}: k8v4 format {self.page_format}, {self.arrangement}, pages "
-            f"of {self.page_tokens} tokens, {self.kv_heads} KV heads of {self.head_size}"
+            f"of {self.page_tokens} tokens, {self.kv_heads} KV heads of {self.head_size}, "
+            f"unquantised layers: {self.unquantised}"
         )
 
     @property
@@ -84,6 +87,7 @@ def fingerprint_of(vllm_config: VllmConfig) -> PageFingerprint | None:
         page_tokens=cache.block_size,
         kv_heads=model.get_total_num_kv_heads(),
         head_size=head_size,
+        unquantised=" ".join(sorted(cache.kv_cache_dtype_skip_layers)) or "none",
     )
 
 
