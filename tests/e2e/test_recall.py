@@ -201,6 +201,22 @@ def test_k8v4_recalls_from_chunks_that_share_steps_with_other_requests(plain: Pl
 
 
 @pytest.mark.long
+def test_k8v4_copies_after_preemption_what_it_copies_without(plain: Plain) -> None:
+    if plain.shape == "gemma3":
+        pytest.skip("a cache that one whole prompt just fits into, holds all eight in windows")
+    lengths, tokens = [2000] * 8, 500
+    engine = plain.engine()
+    # In long copies a model may lose its place, so it is compared with itself.
+    expected = copied_share(engine, lengths, tokens, fresh=True)
+    plan = engine.plan()
+    # Enough for two of the longest requests.
+    blocks = int(2 * plan["blocks"] / plan["reported_concurrency"]) + 1
+    engine = plain.engine(num_gpu_blocks_override=blocks)
+    assert copied_share(engine, lengths, tokens, fresh=True) >= expected - WORSE
+    assert engine.metrics()["vllm:num_preemptions"] > 0
+
+
+@pytest.mark.long
 def test_k8v4_copies_with_drafts_to_verify(plain: Plain) -> None:
     if plain.shape == "qwen3-next":
         pytest.skip("vLLM 0.32 has no speculative decoding for Gated DeltaNet on CPUs")
