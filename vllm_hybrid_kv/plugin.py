@@ -56,17 +56,20 @@ def register() -> None:
     from vllm_hybrid_kv.agreement import agree
 
     try:
+        unknown: HybridKVError | None = None
         try:
             in_force = _activate()
         except (HybridKVVersionError, HybridKVFingerprintError) as error:
             if NAME in os.environ.get("VLLM_PLUGINS", "").split(","):
                 raise
-            agree(f"{NAME} {__version__} inactive ({error})")
-            _left_alone = error
+            unknown = error
+        if unknown is not None:
+            agree(f"{NAME} {__version__} inactive ({unknown})")
+            _left_alone = unknown
             _logger().warning(
                 "%s. The plugin is inactive and vLLM is unchanged; `vllm-hybrid-kv doctor` says "
                 "more. Set VLLM_PLUGINS=%s to stop start-up instead.",
-                error,
+                unknown,
                 NAME,
             )
             return

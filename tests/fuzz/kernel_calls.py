@@ -218,7 +218,11 @@ def check_attention_in_debug_mode(kernels: Kernels, examples: int) -> None:
             assert said.startswith(("k8v4 attention: ", "k8v4 stores ")), said
             assert torch.equal(memory, before)
             return
-        out, starts = given_[-1], given_[-2]
+        _, cache, table, lengths, starts, out = given_
+        for request, length in enumerate(lengths.tolist()):
+            named = table[request, : -(-length // PAGE_SIZE)].tolist()
+            assert len(named) * PAGE_SIZE >= length
+            assert set(named) <= set(range(len(cache)))
         if out.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr():
             # Rows behind the last request are padding.
             end = GUARD + int(starts[-1]) * (out[0].nbytes if len(out) else 0)
