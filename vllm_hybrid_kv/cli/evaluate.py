@@ -15,7 +15,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vllm_hybrid_kv.cli.evaluate_plot import draw
 from vllm_hybrid_kv.cli.evaluate_report import Column, Evaluation, report
+from vllm_hybrid_kv.cli.output import hand_out
 from vllm_hybrid_kv.cli.stopping import need_matplotlib, stop
 from vllm_hybrid_kv.doctor.installation import cpu_model
 from vllm_hybrid_kv.errors import HybridKVError
@@ -77,19 +79,14 @@ def evaluate(
         versions={"vllm_hybrid_kv": __version__, "vllm": vllm},
         columns=columns,
     )
-    if json_ is not None:
-        _write_json(json_, evaluation)
-    if str(json_) != "-":
-        output = Console()
-        for part in report(evaluation):
-            output.print(part, markup=False, highlight=False)
-    if plot is not None:
-        from vllm_hybrid_kv.cli.evaluate_plot import draw
-
-        try:
-            draw(plot, evaluation)
-        except (OSError, ValueError) as error:
-            raise _stop(f"--plot: {plot}: {' '.join(str(error).split())}") from None
+    hand_out(
+        "eval",
+        evaluation.to_json(),
+        lambda: report(evaluation),
+        json_,
+        plot,
+        lambda path: draw(path, evaluation),
+    )
     if missing := [column for column in columns if column.summary is None]:
         raise _stop("; ".join(f"{column.name}: {column.reason}" for column in missing))
 
@@ -264,14 +261,3 @@ def _stopping() -> Iterator[None]:
 
 def _stop(message: str) -> typer.Exit:
     return stop("eval", message)
-
-
-def _write_json(path: Path, evaluation: Evaluation) -> None:
-    text = json.dumps(evaluation.to_json(), indent=1) + "\n"
-    if str(path) == "-":
-        typer.echo(text, nl=False)
-        return
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise _stop(f"--json: {path}: {error.strerror}") from None

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterable, Iterator
@@ -12,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
+from vllm_hybrid_kv.cli.output import hand_out
+from vllm_hybrid_kv.cli.plan_plot import draw
 from vllm_hybrid_kv.cli.plan_report import Column, Result, report
 from vllm_hybrid_kv.cli.stopping import memory_size, need_matplotlib, one_line, stop
 from vllm_hybrid_kv.dry_run.described import DescriptionError, read_config
@@ -112,19 +112,14 @@ def plan(
         dtypes=dtypes,
         strategies=strategies,
     )
-    if json_ is not None:
-        _write_json(json_, result)
-    if str(json_) != "-":
-        console = Console()
-        for part in report(result):
-            console.print(part, markup=False, highlight=False)
-    if plot is not None:
-        from vllm_hybrid_kv.cli.plan_plot import draw
-
-        try:
-            draw(plot, result)
-        except (OSError, ValueError) as error:
-            raise _stop(f"--plot: {plot}: {' '.join(str(error).split())}") from None
+    hand_out(
+        "plan",
+        result.to_json(),
+        lambda: report(result),
+        json_,
+        plot,
+        lambda path: draw(path, result),
+    )
 
 
 class _Models:
@@ -239,14 +234,3 @@ def _stopping() -> Iterator[None]:
 
 def _stop(message: str) -> typer.Exit:
     return stop("plan", message)
-
-
-def _write_json(path: Path, result: Result) -> None:
-    text = json.dumps(result.to_json(), indent=1) + "\n"
-    if str(path) == "-":
-        typer.echo(text, nl=False)
-        return
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise _stop(f"--json: {path}: {error.strerror}") from None

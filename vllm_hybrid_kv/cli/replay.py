@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import statistics
@@ -19,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from vllm_hybrid_kv.cli.figures import figure
+from vllm_hybrid_kv.cli.output import hand_out
 from vllm_hybrid_kv.cli.sizes import format_size
 from vllm_hybrid_kv.cli.stopping import memory_size, need_matplotlib, one_line, stop
 
@@ -128,27 +128,14 @@ def replay(
             ]
     except (OSError, TraceError, HybridKVError, ValueError) as error:
         raise _stop(str(error)) from None
-    if json_ is not None:
-        text = json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n"
-        if str(json_) == "-":
-            typer.echo(text, nl=False)
-        else:
-            _write(json_, text)
-    if str(json_) != "-":
-        for table in _tables(outcomes, requests):
-            Console().print(table)
-    if plot is not None:
-        try:
-            _draw(plot, outcomes)
-        except (OSError, ValueError) as error:
-            raise _stop(f"--plot: {plot}: {error}") from None
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise _stop(f"--json: {path}: {error.strerror}") from None
+    hand_out(
+        "replay",
+        [asdict(outcome) for outcome in outcomes],
+        lambda: _tables(outcomes, requests),
+        json_,
+        plot,
+        lambda path: _draw(path, outcomes),
+    )
 
 
 @contextmanager
