@@ -29,8 +29,8 @@ WORSE = 0.005
 LESS_SURE = 0.003
 """By how much the mean negative log-probability of right answers may be higher.
 
-With k8v4 it was 0.0004 (Gemma3) and 0.0007 (Qwen3-Next) higher. A token's values with the scale of
-its neighbour are often near enough to be told apart, but not as surely: 0.034 and 0.007 higher.
+With k8v4 it was 0.0005 (Gemma3) and 0.0008 (Qwen3-Next) higher. A token's values with the scale of
+its neighbour are often near enough to be told apart, but not as surely: 0.040 and 0.008 higher.
 """
 ENOUGH = 200
 """Questions of one distance and depth that make a share of them: one is half a point."""
