@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -71,6 +72,19 @@ def in_use() -> set[str]:
             maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
             names |= {line.rsplit("/", 1)[1] for line in maps if f" {SHARED_MEMORY}/" in line}
     return names
+
+
+def left_behind(before: set[str]) -> list[str]:
+    """Return the shared memory that came since and that no process uses.
+
+    Looked at twice: engines beside ours come and go, and theirs may go between two looks.
+    """
+    found = []
+    for wait in (0.0, 1.0):
+        time.sleep(wait)
+        there = shared_memory()
+        found.append(there - before - in_use())
+    return sorted(set.intersection(*found))
 
 
 def processes_of(group: int) -> list[psutil.Process]:
@@ -165,15 +179,15 @@ def crash(model: Path, folder: Path, name: str, *arguments: str) -> Ended:
 
     Args:
         model: Its folder.
-        folder: For the log and for temporary files.
+        folder: For the log.
         name: Part of the command line of the process to kill.
         arguments: Further ones of `vllm serve`.
     """
-    temporary = folder / "tmp"
-    temporary.mkdir()
     before = shared_memory()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TMPDIR", str(temporary))
+    # vLLM's sockets are in it, whose paths must not be longer than 107 characters; a test's own
+    # folder may have most of these.
+    with tempfile.TemporaryDirectory() as short, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", short)
         options = [
             *("--served-model-name", "served", "--max-model-len", str(ENDLESS + 100)),
             *("--gpu-memory-utilization", "0.3", "--enable-prefix-caching", "--enforce-eager"),
@@ -185,12 +199,13 @@ def crash(model: Path, folder: Path, name: str, *arguments: str) -> Ended:
             left_running, answered = hang_up(server.url)
             endings, by_itself = kill(server, name)
             names = [process.name() for process in processes_of(server.group)]
+        temporary = sorted(path.name for path in Path(short).iterdir())
     return Ended(
         left_running,
         answered,
         by_itself,
         endings,
         names,
-        sorted(shared_memory() - before - in_use()),
-        sorted(path.name for path in temporary.iterdir()),
+        left_behind(before),
+        temporary,
     )

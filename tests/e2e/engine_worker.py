@@ -7,16 +7,13 @@ of a small model, so one process serves several engines; each is shut down befor
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
-from unittest.mock import patch
 
 import handed_over
 from handed_over import Handed
@@ -31,13 +28,12 @@ class Worker:
     def __init__(self) -> None:
         self.llm: Any = None
 
-    def start(self, every_layer: bool = False, **engine_args: Any) -> dict[str, Any]:
+    def start(self, **engine_args: Any) -> dict[str, Any]:
         from vllm import LLM
 
         began = time.monotonic()
         _let_vllm_scan_llvmlite()
-        with _no_boundary_layers() if every_layer else contextlib.nullcontext():
-            self.llm = LLM(worker_extension_cls="faults.WorkerExtension", **engine_args)
+        self.llm = LLM(worker_extension_cls="faults.WorkerExtension", **engine_args)
         config = self.llm.llm_engine.vllm_config
         cache = config.cache_config
         return {
@@ -112,15 +108,6 @@ class Worker:
 
     def plant(self, fault: str | None) -> None:
         self.llm.collective_rpc("plant_fault", args=(fault,))
-
-
-@contextlib.contextmanager
-def _no_boundary_layers() -> Iterator[None]:
-    """Have the first and last layers of a dense model stored as the others are."""
-    from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
-
-    with patch.object(TurboQuantConfig, "get_boundary_skip_layers", lambda *_: []):
-        yield
 
 
 def _let_vllm_scan_llvmlite() -> None:

@@ -32,7 +32,7 @@ def engine(host: EngineHost, small_model: Callable[[str, str], Path]) -> EngineH
         model=str(small_model("llama", "bfloat16")),
         dtype="bfloat16",
         kv_cache_dtype="turboquant_k8v4",
-        every_layer=True,
+        additional_config={"hybrid_kv": {"boundary_layers": 0}},
         enforce_eager=True,
         enable_prefix_caching=True,
         max_num_seqs=16,
