@@ -89,10 +89,14 @@ def _environment(release: Release, proposed: str | None, scratch: Path) -> dict[
 
 
 def _run(suite: Suite, out: Path, environment: dict[str, str], lent: bool) -> Outcome:
+    folder = REPOSITORY / "tests" / suite.folder
+    # Else what names begin with depends on what the folder and this repository have in common.
+    root = REPOSITORY if folder.is_relative_to(REPOSITORY) else folder
     try:
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+                *("--rootdir", str(root)),
                 *(("-p", "lend_adapter") if lent else ()),
                 *("--junitxml", str(out), *suite.arguments()),
             ],
