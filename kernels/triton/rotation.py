@@ -30,22 +30,28 @@ def rotation_stage(x, STRIDE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def turned(x, D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return all stages, of rows of values.
-
-    Args:
-        x: float32 [rows, dims], 0 from dim D on.
-    """
-    shape: tl.constexpr = x.shape
-    x = tl.reshape(x, [shape[0], shape[1], 1])
-    x = rotation_stage(x, 1)
+def _stages(x, D: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return all stages of D numbers, along axis 1 of three."""
+    if D % 4 == 0:
+        x = rotation_stage(x, 1)
     if D % 16 == 0:
         x = rotation_stage(x, 4)
     if D % 64 == 0:
         x = rotation_stage(x, 16)
     if D % 256 == 0:
         x = rotation_stage(x, 64)
-    return tl.reshape(x, shape)
+    return x
+
+
+@triton.jit
+def turned(x, D: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return all stages, of rows of values.
+
+    Args:
+        x: float32 [rows, dims], 0 from dim D on.
+    """
+    stages = _stages(tl.reshape(x, [x.shape[0], x.shape[1], 1]), D)
+    return tl.reshape(stages, [x.shape[0], x.shape[1]])
 
 
 @triton.jit
@@ -55,11 +61,5 @@ def turned_quarter(x, D: tl.constexpr):  # type: ignore[no-untyped-def]
     Args:
         x: float32 [dims / 4, rows].
     """
-    x = tl.reshape(x, [1, x.shape[0], x.shape[1]])
-    if D % 16 == 0:
-        x = rotation_stage(x, 1)
-    if D % 64 == 0:
-        x = rotation_stage(x, 4)
-    if D % 256 == 0:
-        x = rotation_stage(x, 16)
-    return tl.reshape(x, [x.shape[1], x.shape[2]])
+    stages = _stages(tl.reshape(x, [1, x.shape[0], x.shape[1]]), D // 4)
+    return tl.reshape(stages, [x.shape[0], x.shape[1]])
