@@ -101,7 +101,7 @@ conformance: setup $(NEXT_VLLM)/.unpacked
 drift: setup $(NEXT_VLLM)/.unpacked
 	$(BIN)/python -m tests.drift $(VLLM) --pip-args='$(PIP_ARGS)' $(DRIFT_ARGS)
 
-# Five engines of a small model, one after another: a quarter of an hour.
+# Five engines of a small model, one after another.
 eval-demo: setup
 	$(BIN)/python -m benchmarks.eval_demo
 

@@ -28,6 +28,26 @@ class Output:
     cached: int = 0
 
 
+def greedy(max_tokens: int, **more: Any) -> Any:
+    """Return vLLM's parameters for so many of the likeliest tokens, whatever they are.
+
+    Args:
+        max_tokens: How many.
+        more: Further parameters.
+    """
+    from vllm import SamplingParams
+
+    # The second likeliest says how close the choice was.
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=max_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=2,
+        **more,
+    )
+
+
 def generate(
     llm: Any,
     prompts: list[list[int]],
@@ -49,16 +69,7 @@ def generate(
     Raises:
         RuntimeError: The prefix cache could not be emptied.
     """
-    from vllm import SamplingParams
-
-    sampling = SamplingParams(
-        temperature=0.0,
-        max_tokens=max_tokens,
-        ignore_eos=True,
-        detokenize=False,
-        logprobs=2,
-        prompt_logprobs=0 if prompt_logprobs else None,
-    )
+    sampling = greedy(max_tokens, prompt_logprobs=0 if prompt_logprobs else None)
     requests = [{"prompt_token_ids": prompt} for prompt in prompts]
     outputs = []
     for batch in [[r] for r in requests] if alone else [requests]:

@@ -55,15 +55,8 @@ def hand_over(
 def _hand_over(
     llm: Any, prompt: list[int], max_tokens: int, params: dict[str, Any] | None
 ) -> Handed:
-    from vllm import SamplingParams
-
-    sampling = SamplingParams(
-        temperature=0.0,
-        max_tokens=max_tokens,
-        ignore_eos=True,
-        detokenize=False,
-        logprobs=2,
-        extra_args={"kv_transfer_params": params} if params else None,
+    sampling = requests.greedy(
+        max_tokens, extra_args={"kv_transfer_params": params} if params else None
     )
     engine = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
