@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import signal
@@ -28,75 +29,80 @@ TIMEOUT_S = 500.0
 DEMO = [sys.executable, "-m", "demo"]
 
 
-def processes() -> list[psutil.Process]:
-    """Return the processes that a marked test started, zombies aside.
+class Started:
+    """The processes that a test started, and those that they did, whoever their parent is now.
 
-    vLLM's engines write their title over their environment, and the mark with it. One whose
-    parent is gone is known by its title instead.
+    The kernel makes this process the parent of those whose own is gone: vLLM's engines write their
+    title over their environment, and would not be known by a mark in it. Other tests have engines
+    of their own, here and in processes beside this one.
     """
-    ours = psutil.Process().create_time()
-    wanted = ["cmdline", "create_time", "cwd", "environ", "pid", "ppid", "status"]
-    found = []
-    for process in psutil.process_iter(wanted):
-        info = process.info
-        if info["status"] == psutil.STATUS_ZOMBIE:
-            continue
-        marked = (info["environ"] or {}).get("HYBRID_KV_TEST_MARK") == str(os.getpid())
-        titled = is_titled("".join(info["cmdline"] or [])) and info["cwd"] == str(ROOT)
-        if marked or (titled and info["create_time"] > ours and is_orphan(info)):
-            found.append(process)
-    return found
+
+    def __init__(self) -> None:
+        self._before = set(psutil.Process().children(recursive=True))
+
+    def processes(self) -> list[psutil.Process]:
+        """Return those that run, zombies aside."""
+        found = []
+        to_ask = [psutil.Process()]
+        while to_ask:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                children = set(to_ask.pop().children()) - self._before
+                to_ask += children
+                found += [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+        return found
+
+    def left(self) -> list[str]:
+        """Return the command lines of those that run."""
+        commands = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                commands.append(" ".join(process.cmdline()))
+        return commands
+
+    def left_after(self, seconds: float) -> list[str]:
+        """Wait for them to end, return the command lines of those that do not."""
+        deadline = time.monotonic() + seconds
+        while self.left() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return self.left()
+
+    def kill_all(self) -> None:
+        for process in self.processes():
+            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+                group = os.getpgid(process.pid)
+                if group == os.getpgid(0):
+                    process.kill()
+                else:
+                    os.killpg(group, signal.SIGKILL)
+
+
+def adopt_orphans(wanted: bool) -> None:
+    """Have the kernel make this process the parent of orphans among its descendants, or not."""
+    pr_set_child_subreaper = 36
+    if ctypes.CDLL(None, use_errno=True).prctl(pr_set_child_subreaper, wanted, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
 
 
 def is_titled(command: str) -> bool:
     return command.startswith("VLLM::")
 
 
-def is_orphan(info: dict[str, Any]) -> bool:
-    """Say whether a process of a server has been handed to a parent of another session."""
-    try:
-        return os.getsid(info["ppid"]) != os.getsid(info["pid"])
-    except ProcessLookupError:
-        return False
-
-
-def left() -> list[str]:
-    """Return the command lines of the processes that a marked test started."""
-    return [" ".join(process.info["cmdline"] or []) for process in processes()]
-
-
-def left_after(seconds: float) -> list[str]:
-    """Wait for the processes to end, return those that do not."""
-    deadline = time.monotonic() + seconds
-    while left() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return left()
-
-
-def kill_all() -> None:
-    for process in processes():
-        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
-            group = os.getpgid(process.pid)
-            if group == os.getpgid(0):
-                process.kill()
-            else:
-                os.killpg(group, signal.SIGKILL)
-
-
 @pytest.fixture
-def marked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Mark every process that this test starts, however it is started, and end them all."""
-    monkeypatch.setenv("HYBRID_KV_TEST_MARK", str(os.getpid()))
+def started() -> Iterator[Started]:
+    """Know every process that this test starts, however it is started, and end them all."""
     # A shell's background jobs, tests among them, ignore Ctrl-C, and so would what they start.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
+    adopt_orphans(True)
+    found = Started()
+    yield found
+    found.kill_all()
+    adopt_orphans(False)
     signal.signal(signal.SIGINT, before)
-    kill_all()
 
 
 @pytest.fixture
 def fake_vllm(
-    monkeypatch: pytest.MonkeyPatch, marked: None, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, started: Started, tmp_path: Path
 ) -> Callable[[str], None]:
     """A function that puts a body of `LLM.__init__` in vLLM's place for processes started here."""
 
@@ -109,7 +115,9 @@ def fake_vllm(
     return write
 
 
-def test_a_plan_is_read_from_the_engine(fake_vllm: Callable[[str], None], tmp_path: Path) -> None:
+def test_a_plan_is_read_from_the_engine(
+    fake_vllm: Callable[[str], None], tmp_path: Path, started: Started
+) -> None:
     fake_vllm("""
         from types import SimpleNamespace as Names
         print("as", model, "with", arguments)
@@ -121,7 +129,7 @@ def test_a_plan_is_read_from_the_engine(fake_vllm: Callable[[str], None], tmp_pa
         assert plan.result() == Capacity(tokens=1000, block_size=16, num_blocks=70)
         plan.check()
     assert "as some-model with {'kv_cache_dtype': 'auto'}" in (tmp_path / "log").read_text()
-    assert not left_after(5)
+    assert not started.left_after(5)
 
 
 def test_a_failed_plan_is_noticed_and_points_to_its_log(
@@ -151,7 +159,7 @@ def test_a_plan_that_says_nothing_is_an_error(
 
 
 def test_an_interrupted_plan_ends_with_the_processes_that_it_started(
-    fake_vllm: Callable[[str], None], tmp_path: Path
+    fake_vllm: Callable[[str], None], tmp_path: Path, started: Started
 ) -> None:
     fake_vllm("""
         import subprocess, time
@@ -167,18 +175,17 @@ def test_an_interrupted_plan_ends_with_the_processes_that_it_started(
             while "running" not in log.read_text() and time.monotonic() < deadline:
                 plan.check()
                 time.sleep(0.1)
-            assert len(left()) == 2
+            assert len(started.left()) == 2
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupt()
-    assert not left_after(5)
+    assert not started.left_after(5)
 
 
-@pytest.mark.usefixtures("marked")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_while_a_process_starts_ends_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals, started: Started
 ) -> None:
     class Interrupted(subprocess.Popen):
         def _execute_child(self, *arguments: Any, **more: Any) -> None:
@@ -196,22 +203,39 @@ def test_an_interrupt_while_a_process_starts_ends_it(
         assert signal.getsignal(number) is interrupt
     finally:
         signal.signal(number, before)
-    assert not left_after(5)
+    assert not started.left_after(5)
 
 
-@pytest.mark.usefixtures("marked")
-def test_an_engine_that_hides_its_mark_and_outlives_its_server_is_found() -> None:
+def test_an_engine_that_writes_over_its_environment_and_outlives_its_server_is_found(
+    started: Started,
+) -> None:
     titled = "import setproctitle, time; setproctitle.setproctitle('VLLM::EngineCore' + ' ' * 9000)"
     engine = [sys.executable, "-c", f"{titled}; time.sleep(600)"]
     server = f"import subprocess; subprocess.Popen({engine!r})"
-    subprocess.run([sys.executable, "-c", server], cwd=ROOT, start_new_session=True, check=True)
+    subprocess.run([sys.executable, "-c", server], start_new_session=True, check=True)
     deadline = time.monotonic() + 60
-    while not any(map(is_titled, left())) and time.monotonic() < deadline:
+    while not any(map(is_titled, started.left())) and time.monotonic() < deadline:
         time.sleep(0.1)
-    (engine_left,) = processes()
-    assert "HYBRID_KV_TEST_MARK" not in engine_left.environ()
-    kill_all()
-    assert not left_after(5)
+    (engine_left,) = started.processes()
+    assert is_titled(engine_left.cmdline()[0])
+    started.kill_all()
+    assert not started.left_after(5)
+
+
+def test_a_process_that_ran_before_a_test_is_not_one_of_its_own(started: Started) -> None:
+    sleep = ["sh", "-c", "sleep 600 & wait"]
+    with subprocess.Popen(sleep) as other:
+        deadline = time.monotonic() + 60
+        while len(started.left()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        later = Started()
+        assert not later.left()
+        (child,) = psutil.Process(other.pid).children()
+        other.kill()
+        other.wait()
+        assert child.ppid() == os.getpid()
+        assert not later.left()
+        assert started.left() == ["sleep 600"]
 
 
 def test_the_table_shows_each_cache_in_its_own_row(capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,8 +271,7 @@ def test_prompts_that_miss_the_prefix_cache_are_an_error(
 
 
 @pytest.mark.engine
-@pytest.mark.usefixtures("marked")
-def test_the_demo_serves_answers_measures_and_leaves_no_process() -> None:
+def test_the_demo_serves_answers_measures_and_leaves_no_process(started: Started) -> None:
     done = subprocess.run(
         DEMO, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
     )
@@ -284,16 +307,15 @@ def test_the_demo_serves_answers_measures_and_leaves_no_process() -> None:
     assert asked > found >= 2 * 256
 
     assert "none of its processes is left" in output
-    assert not left()
+    assert not started.left()
 
 
 @pytest.mark.engine
-@pytest.mark.usefixtures("marked")
 @pytest.mark.parametrize(
     ("stage", "number"), [("importing vLLM", signal.SIGINT), ("Ready", signal.SIGTERM)]
 )
 def test_an_interrupted_demo_ends_the_server_and_the_plan(
-    stage: str, number: signal.Signals
+    stage: str, number: signal.Signals, started: Started
 ) -> None:
     demo = subprocess.Popen(
         DEMO, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -303,7 +325,7 @@ def test_an_interrupted_demo_ends_the_server_and_the_plan(
         for line in demo.stdout:
             if stage in line:
                 break
-        running = left()
+        running = started.left()
         assert any("vllm serve" in command for command in running), running
         if stage == "importing vLLM":
             assert any("demo.capacity" in command for command in running), running
@@ -312,14 +334,13 @@ def test_an_interrupted_demo_ends_the_server_and_the_plan(
         assert demo.returncode == 130, rest
         assert "Interrupted" in rest
         assert "Traceback" not in rest
-        assert not left_after(10)
+        assert not started.left_after(10)
     finally:
         demo.kill()
 
 
 @pytest.mark.engine
-@pytest.mark.usefixtures("marked")
-def test_a_demo_whose_server_fails_shows_its_log_and_fails() -> None:
+def test_a_demo_whose_server_fails_shows_its_log_and_fails(started: Started) -> None:
     # The plan is told that it can be made, so that the server is what fails.
     code = "from demo import capacity; "
     code += "capacity.PLAN_ENVIRONMENT['VLLM_HYBRID_KV_COORDINATOR'] = 'stock'; "
@@ -328,12 +349,11 @@ def test_a_demo_whose_server_fails_shows_its_log_and_fails() -> None:
     assert "end of server.log" in done.stdout
     assert "no such strategy" in done.stdout
     assert "The demo failed: vllm serve ended" in done.stdout
-    assert not left()
+    assert not started.left()
 
 
 @pytest.mark.engine
-@pytest.mark.usefixtures("marked")
-def test_a_demo_whose_plan_fails_shows_its_log_and_fails() -> None:
+def test_a_demo_whose_plan_fails_shows_its_log_and_fails(started: Started) -> None:
     done = run_changed(
         "from demo import __main__ as main; main.BF16_ENGINE['max_model_len'] = -5; "
     )
@@ -343,7 +363,7 @@ def test_a_demo_whose_plan_fails_shows_its_log_and_fails() -> None:
     assert done.stdout.count("The demo failed: vLLM did not plan a cache for") == 1
     assert "Done in" not in done.stdout
     assert "Traceback" not in done.stderr
-    assert not left()
+    assert not started.left()
 
 
 def run_changed(code: str, **environ: str) -> subprocess.CompletedProcess[str]:

@@ -8,7 +8,6 @@ from functools import cache
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -57,11 +56,9 @@ def configure(plan: Plan) -> VllmConfig:
             "method": "mtp", "num_speculative_tokens": plan.draft_tokens
         }  # fmt: skip
     if plan.connector is not None:
-        name = SoakConnector.__name__
-        if name not in KVConnectorFactory._registry:
-            KVConnectorFactory.register_connector(name, connector.__name__, name)
         more["kv_transfer_config"] = {
-            "kv_connector": name,
+            "kv_connector": SoakConnector.__name__,
+            "kv_connector_module_path": connector.__name__,
             "kv_role": "kv_both",
             "kv_load_failure_policy": plan.load_failure_policy,
         }
