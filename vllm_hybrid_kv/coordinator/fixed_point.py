@@ -34,14 +34,13 @@ class Agreement(NamedTuple):
     Attributes:
         start: The length in tokens that the first of them was asked for.
         length: The longest that all of them serve.
-        lookups: By group. Where the length came to nothing the rest was not asked and has none.
-        answers: What each answered when it was first asked.
+        answers: What each answered when it was first asked. Where the length came to nothing the
+            rest was not asked and has none.
         later: Places of groups that shortened it when asked again, from how much and to how much.
     """
 
     start: int
     length: int
-    lookups: list[GroupLookup]
     answers: list[int]
     later: list[tuple[int, int, int]]
 
@@ -130,11 +129,14 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
             and by how many tokens the first lookup's hit was longer, full attention's where there
             is any: vLLM keeps states and windows at the end of such a prefix when it is computed.
         """
-        agreement = self.reconcile(block_hashes, max_cache_hit_length, self.attention_groups)
+        agreement, lookups = self._reconcile(
+            block_hashes, max_cache_hit_length, self.attention_groups
+        )
+        # Without the lookups: they have thousands of blocks, which nobody may keep but a request.
         self._last_lookup = (block_hashes, max_cache_hit_length, agreement)
         length = agreement.length
         hits: list[list[KVCacheBlock]] = [[] for _ in self.single_type_managers]
-        for lookup, answer in zip(agreement.lookups, agreement.answers, strict=True):
+        for lookup, answer in zip(lookups, agreement.answers, strict=True):
             served = answer if lookup.manager.retains_longer_hit else length
             if served > 0:
                 self._hand_out(lookup, served, hits)
@@ -166,7 +168,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
         # What a KV connector then brings may let the groups hit different lengths: none shortens
         # another's.
         start = round_down(max_cache_hit_length, self._cache_hit_alignment_tokens)
-        self._last_lookup = (block_hashes, max_cache_hit_length, Agreement(start, 0, [], [], []))
+        self._last_lookup = (block_hashes, max_cache_hit_length, Agreement(start, 0, [], []))
         return tuple(hits), tuple(lengths)
 
     @staticmethod
@@ -191,6 +193,12 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
             limit: No hit is longer than this many tokens.
             groups: Some of `attention_groups`, in their order.
         """
+        return self._reconcile(block_hashes, limit, groups)[0]
+
+    def _reconcile(
+        self, block_hashes: Sequence[BlockHash], limit: int, groups: Sequence[SpecGroup]
+    ) -> tuple[Agreement, list[GroupLookup]]:
+        """Reconcile, and return the lookups of the groups that were asked too."""
         start = length = round_down(limit, self._cache_hit_alignment_tokens)
         lookups: list[GroupLookup] = []
         answers: list[int] = []
@@ -199,7 +207,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
         agreed = 0
         for group in groups:
             if length <= 0:
-                return Agreement(start, 0, lookups, answers, later)
+                return Agreement(start, 0, answers, later), lookups
             lookup = self.make_lookup(group, block_hashes)
             answer = lookup.longest(length)
             lookups.append(lookup)
@@ -216,7 +224,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
                 later.append((place, length, answer))
                 agreed = 1
                 length = answer
-        return Agreement(start, length, lookups, answers, later)
+        return Agreement(start, length, answers, later), lookups
 
     def attach(self, kv_cache_manager: KVCacheManager) -> None:
         """Be told the manager that had this made, whose requests are told of from now on.

@@ -25,7 +25,7 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache, cached_property
-from itertools import compress, takewhile
+from itertools import compress, islice
 
 from vllm.utils.math_utils import cdiv, round_down
 from vllm.v1.core.kv_cache_coordinator import SpecGroup
@@ -75,12 +75,8 @@ class GroupLookup(ABC):
         """Tokens of the request that can be looked up."""
         self.lookahead = min(alignment, manager.block_size) if group.use_eagle else 0
         """Tokens that draft layers want beyond the length that they serve."""
-
-    @cached_property
-    def cached(self) -> list[dict[BlockHash, KVCacheBlock]]:
+        self.cached = list(map(grouped_blocks(pool).group, group.group_ids))
         """What is cached, by hash, for each group."""
-        blocks = grouped_blocks(self.manager.block_pool)
-        return [blocks.group(group_id) for group_id in self.group.group_ids]
 
     @abstractmethod
     def longest(self, limit: int) -> int:
@@ -105,9 +101,6 @@ class GroupLookup(ABC):
 class FullAttentionLookup(GroupLookup):
     """Full attention: one scan from the left, after which shorter lengths cost nothing."""
 
-    _FIRST_STEP, _LAST_STEP = 4, 1024
-    """Blocks looked up at a time: few at first, for most misses come early."""
-
     _reach: int | None = None
     _num_whole: int
     _runs: list[list[KVCacheBlock]]
@@ -120,13 +113,17 @@ class FullAttentionLookup(GroupLookup):
         return round_down(max(0, min(limit, self._reach - self.lookahead)), self.alignment)
 
     def blocks(self, length: int) -> list[list[KVCacheBlock]]:
-        """Return whole blocks, and the one that the length ends in."""
+        """Return whole blocks, and the one that the length ends in.
+
+        Asked once: the lists that were found are cut to the length and handed out.
+        """
         count = cdiv(length, self.block_size)
-        blocks = [run[: min(count, self._num_whole)] for run in self._runs]
+        for run in self._runs:
+            del run[min(count, self._num_whole) :]
         if count > self._num_whole:
-            for run, tail in zip(blocks, self._tails, strict=True):
+            for run, tail in zip(self._runs, self._tails, strict=True):
                 run.append(tail)
-        return blocks
+        return self._runs
 
     def _scan(self, num_tokens: int) -> int:
         """Return how many tokens from the start all groups hold, at least up to `num_tokens`."""
@@ -146,19 +143,15 @@ class FullAttentionLookup(GroupLookup):
 
     def _run(self, cached: dict[BlockHash, KVCacheBlock], most: int) -> list[KVCacheBlock]:
         """Return the first blocks that one group holds without a gap."""
-        step = self._FIRST_STEP
-        hashes = self._hashes(0, min(step, most))
-        run = list(takewhile(bool, map(cached.get, hashes)))
-        if len(run) < len(hashes):
-            return run
-        while len(run) < most:
-            hashes = self._hashes(len(run), min(len(run) + step, most))
-            try:
-                run += [cached[block_hash] for block_hash in hashes]
-            except KeyError:
-                run += takewhile(bool, map(cached.get, hashes))
-                break
-            step = min(4 * step, self._LAST_STEP)
+        run: list[KVCacheBlock] = []
+        one_each = self.block_size == self.unit
+        hashes = islice(self.block_hashes, most) if one_each else self._hashes(0, most)
+        # What comes before the first gap stays in the list.
+        # (suppress() would take longer than all of a lookup that finds nothing.)
+        try:  # noqa: SIM105
+            run.extend(map(cached.__getitem__, hashes))
+        except KeyError:
+            pass
         return run
 
     def _extend(self, whole: int) -> int:
@@ -225,6 +218,12 @@ class _WindowLookup(GroupLookup):
 
     def _first_missing(self, first: int, end: int) -> int | None:
         """Return the first of some blocks that one of the groups lacks."""
+        if first >= end:
+            return None
+        # Where nothing is cached for long, this is all that is asked for every window.
+        (first_hash,) = self._hashes(first, first + 1)
+        if any(first_hash not in cached for cached in self.cached):
+            return first
         missing = None
         for cached in self.cached:
             lacks = map(operator.not_, map(cached.__contains__, self._hashes(first, end)))
@@ -270,6 +269,12 @@ class MambaLookup(GroupLookup):
             return 0
         units = self.alignment // self.unit
         end = min(limit, self.num_hashed) // self.alignment
+        # Most often all have what the groups before them have.
+        if end > 0:
+            last = self.block_hashes[end * units - 1]
+            if all(last in cached for cached in self.cached):
+                return end * self.alignment
+            end -= 1
         step = self._FIRST_STEP
         while end > 0:
             start = max(0, end - step)
