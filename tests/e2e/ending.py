@@ -42,7 +42,8 @@ class Ended:
         ended_by_itself: Whether its other processes ended without being told to.
         endings: Of every stream: the error that it ended with, or the reason that vLLM gave.
         processes: Names of its processes that were left.
-        shared_memory: What it left in /dev/shm, and no process uses.
+        mapped: What it had mapped of /dev/shm when the process was killed.
+        shared_memory: What of that it left there.
         temporary: What it left in its temporary folder.
     """
 
@@ -51,6 +52,7 @@ class Ended:
     ended_by_itself: bool
     endings: list[str]
     processes: list[str]
+    mapped: list[str]
     shared_memory: list[str]
     temporary: list[str]
 
@@ -64,27 +66,14 @@ def shared_memory() -> set[str]:
     return {path.name for path in SHARED_MEMORY.iterdir()} if SHARED_MEMORY.exists() else set()
 
 
-def in_use() -> set[str]:
-    """Return the shared memory that some process has mapped: engines beside ours have theirs."""
+def mapped_by(processes: list[psutil.Process]) -> set[str]:
+    """Return the shared memory that these have mapped. Engines beside them have theirs."""
     names = set()
-    for process in psutil.process_iter():
+    for process in processes:
         with contextlib.suppress(OSError, psutil.Error):
             maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
             names |= {line.rsplit("/", 1)[1] for line in maps if f" {SHARED_MEMORY}/" in line}
     return names
-
-
-def left_behind(before: set[str]) -> list[str]:
-    """Return the shared memory that came since and that no process uses.
-
-    Looked at twice: engines beside ours come and go, and theirs may go between two looks.
-    """
-    found = []
-    for wait in (0.0, 1.0):
-        time.sleep(wait)
-        there = shared_memory()
-        found.append(there - before - in_use())
-    return sorted(set.intersection(*found))
 
 
 def processes_of(group: int) -> list[psutil.Process]:
@@ -142,12 +131,15 @@ def hang_up(url: str) -> tuple[float, int]:
     return running(url), last.usage.completion_tokens
 
 
-def kill(server: Server, name: str) -> tuple[list[str], bool]:
-    """Kill a process while it answers; return the streams' endings, and whether all ended.
+def kill(server: Server, name: str) -> tuple[list[str], bool, set[str]]:
+    """Kill a process of a server while it answers.
 
     Args:
         server: The server.
         name: Part of the command line of the process, and of no other.
+
+    Returns:
+        The streams' endings, whether all processes ended, and the shared memory they had mapped.
     """
     began, endings = threading.Barrier(STREAMS + 1, timeout=120), []
 
@@ -160,18 +152,21 @@ def kill(server: Server, name: str) -> tuple[list[str], bool]:
             for chunk in answer:
                 reason = chunk.choices[0].finish_reason if chunk.choices else reason
             endings.append(f"finish_reason={reason}")
-        except (openai.APIError, httpx.TransportError) as error:
+        except Exception as error:
+            # A stream may break off anywhere, within what a client takes for JSON too.
             endings.append(f"{type(error).__name__}: {error}")
 
     readers = [threading.Thread(target=read, args=(seed,)) for seed in range(STREAMS)]
     for reader in readers:
         reader.start()
     began.wait()
-    (process,) = (p for p in processes_of(server.group) if name in " ".join(p.cmdline()))
+    processes = processes_of(server.group)
+    (process,) = (p for p in processes if name in " ".join(p.cmdline()))
+    mapped = mapped_by(processes)
     process.send_signal(signal.SIGKILL)
     for reader in readers:
         reader.join(SETTLED_S)
-    return endings, until(lambda: not processes_of(server.group))
+    return endings, until(lambda: not processes_of(server.group)), mapped
 
 
 def crash(model: Path, folder: Path, name: str, *arguments: str) -> Ended:
@@ -183,7 +178,6 @@ def crash(model: Path, folder: Path, name: str, *arguments: str) -> Ended:
         name: Part of the command line of the process to kill.
         arguments: Further ones of `vllm serve`.
     """
-    before = shared_memory()
     # vLLM's sockets are in it, whose paths must not be longer than 107 characters; a test's own
     # folder may have most of these.
     with tempfile.TemporaryDirectory() as short, pytest.MonkeyPatch.context() as patch:
@@ -197,7 +191,7 @@ def crash(model: Path, folder: Path, name: str, *arguments: str) -> Ended:
         # It is gone before it is stopped, which is nothing that `serve` minds.
         with serve(model, options, folder / "log.txt", console) as (server, _):
             left_running, answered = hang_up(server.url)
-            endings, by_itself = kill(server, name)
+            endings, by_itself, mapped = kill(server, name)
             names = [process.name() for process in processes_of(server.group)]
         temporary = sorted(path.name for path in Path(short).iterdir())
     return Ended(
@@ -206,6 +200,7 @@ def crash(model: Path, folder: Path, name: str, *arguments: str) -> Ended:
         by_itself,
         endings,
         names,
-        left_behind(before),
+        sorted(mapped),
+        sorted(mapped & shared_memory()),
         temporary,
     )

@@ -34,6 +34,7 @@ def test_a_killed_engine_ends_the_server_and_no_stream_passes_for_complete(ended
 
 def test_a_killed_engine_leaves_nothing_of_ours(ended):
     assert [name for name in ended.temporary if "hybrid" in name] == []
+    assert ended.mapped
 
 
 def test_without_the_plugin_a_killed_engine_ends_a_server_in_the_same_way(
