@@ -190,20 +190,22 @@ def kept(handed: list[Handed]) -> list[tuple[list[int], ...]]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["llama", "qwen3-next"])
+@pytest.mark.parametrize("name", ["llama", "qwen3-next", "gemma3"])
 def test_pages_and_states_cross_from_memory_to_memory_byte_for_byte(
     name, prefill, decode, small_model
 ):
     case = case_of(name)
     model = small_model(case.model, case.dtype)
-    started(prefill, "kv_producer", model, case)
-    started(decode, "kv_consumer", model, case)
+    # Unquantised layers would have other pages, and NIXL takes none that are padded.
+    alike = {"hybrid_kv": {"boundary_layers": 0}} if name == "gemma3" else {}
+    started(prefill, "kv_producer", model, case, additional_config=alike)
+    started(decode, "kv_consumer", model, case, additional_config=alike)
     expected = decode.generate(PROMPTS, TOKENS, alone=True, fresh=True)
     assert decode.generate([random_prompt(3, seed=0)], 1, fresh=True)
 
     read = prefill.hand_over(PROMPTS, 1, [PREFILL] * len(PROMPTS))
     answered = decode.hand_over(PROMPTS, TOKENS, [request.params for request in read])
-    if name == "llama":
+    if name != "qwen3-next":
         assert_same_answers(answered, expected, case)
     else:
         # Whether a state was rounded between two chunks moves it by more than many choices.

@@ -294,3 +294,40 @@ def test_of_a_connector_of_another_package_a_warning_says_what_is_not_known(chec
     check("TheirConnector", kv_connector_module_path="theirs")
     (line,) = log.lines(logging.WARNING)
     assert "Of the KV connector TheirConnector of theirs nothing is known" in line
+
+
+def plan(padded_to, layers=2):
+    """A plan with a group of so many layers whose pages hold 65,536 bytes."""
+    spec = FullAttentionSpec(
+        block_size=128,
+        num_kv_heads=2,
+        head_size=64,
+        dtype=torch.bfloat16,
+        page_size_padded=padded_to,
+    )
+    names = [f"layers.{number}" for number in range(layers)]
+    return KVCacheConfig(10, [], [KVCacheGroupSpec(names, spec)])
+
+
+def test_padded_pages_are_refused_before_nixl_fails_to_cut_them(engine):
+    config = engine()
+    words = (
+        r"NixlConnector cannot take pages that are padded, as those of layer layers\.0 are: 65,536 "
+        r"bytes in 76,800; set boundary_layers, which is 2, to 0, or serve"
+    )
+    with pytest.raises(HybridKVError, match=words):
+        carriers.check_pages(config, plan(76_800), 2)
+    with pytest.raises(HybridKVError, match=r"76,800; serve the model with --kv-cache-dtype auto"):
+        carriers.check_pages(config, plan(76_800), 0)
+
+
+def test_pages_that_nixl_can_cut_are_not_refused(engine):
+    config = engine()
+    carriers.check_pages(config, plan(None), 2)
+    carriers.check_pages(config, plan(65_536), 2)
+    # One layer alone has the memory for itself.
+    carriers.check_pages(config, plan(76_800, layers=1), 2)
+    config.kv_transfer_config = transfer("ExampleConnector")
+    carriers.check_pages(config, plan(76_800), 2)
+    config.kv_transfer_config = None
+    carriers.check_pages(config, plan(76_800), 2)

@@ -17,6 +17,7 @@ from vllm_hybrid_kv.planning.page_sizes import check_page_sizes
 from vllm_hybrid_kv.planning.warnings import startup_warnings
 from vllm_hybrid_kv.seams.base import FunctionRebinding, Notice, Seam, Target
 from vllm_hybrid_kv.settings import current_settings
+from vllm_hybrid_kv.transfer.carriers import check_pages
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -138,6 +139,8 @@ def capacity_seam(context: Context, get_capacity: Target) -> Seam:
             settings = context.adopt(vllm_config)
             tokens, concurrency = original(vllm_config, kv_cache_config)
             # Called once for an engine, in its core's process, as soon as the plan is made.
+            if _is_an_engines(vllm_config):
+                check_pages(vllm_config, kv_cache_config, settings.boundary_layers)
             _report(vllm_config, kv_cache_config, settings)
             groups = context.strategies.ask(
                 "token_capacity_groups",

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, iter_layer_specs
 
 from vllm_hybrid_kv.attention.refusal import CACHE_DTYPE
 from vllm_hybrid_kv.errors import HybridKVError
@@ -78,6 +79,46 @@ def check_connectors(vllm_config: VllmConfig, *, on_cpu: bool) -> None:
                 f"the KV connector {name} cannot carry {CACHE_DTYPE} pages: {reason}. "
                 f"{_way_out(name)}"
             )
+
+
+def check_pages(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, boundary_layers: int
+) -> None:
+    """Stop where pages are planned that NIXL cannot take.
+
+    It cuts memory in which layers lie one after another into pages by what attention reads of it,
+    and fails an assertion where that is less than a page.
+
+    Args:
+        vllm_config: The engine's.
+        kv_cache_config: The plan.
+        boundary_layers: The setting: unquantised layers at either end, whose pages are padded to
+            those of the others.
+
+    Raises:
+        HybridKVError: The message names the layer, its bytes and what to set.
+    """
+    transfer = vllm_config.kv_transfer_config
+    if vllm_config.cache_config.cache_dtype != CACHE_DTYPE or transfer is None:
+        return
+    name = next((name for name, *_ in _connectors(transfer) if name in HANDSHAKE), None)
+    if name is None:
+        return
+    for group in kv_cache_config.kv_cache_groups:
+        if len(group.layer_names) < 2:
+            continue
+        for spec in iter_layer_specs(group.kv_cache_spec):
+            if not isinstance(spec, AttentionSpec):
+                continue
+            content, page = spec.real_page_size_bytes, spec.page_size_bytes
+            if content < page:
+                way_out = "serve the model with --kv-cache-dtype auto"
+                if boundary_layers:
+                    way_out = f"set boundary_layers, which is {boundary_layers}, to 0, or {way_out}"
+                raise HybridKVError(
+                    f"the KV connector {name} cannot take pages that are padded, as those of "
+                    f"layer {group.layer_names[0]} are: {content:,} bytes in {page:,}; {way_out}"
+                )
 
 
 def _connectors(transfer: Any) -> Iterator[tuple[str, str | None, Mapping[str, Any]]]:
