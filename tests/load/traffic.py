@@ -16,6 +16,9 @@ LONGEST_PROMPT, LONGEST_ANSWER = 600, 120
 SHARED = 0.3
 """Of the requests so many begin as another does."""
 
+LIKELIEST = 5
+"""Tokens whose log-probabilities are asked for with an answer computed alone."""
+
 CANCELLED = 0.15
 """So many are given up on by the client, in the middle of the answer."""
 
@@ -58,6 +61,28 @@ def plan(count: int, vocabulary: int, seed: int) -> list[Planned]:
     return planned
 
 
+def margin(
+    alone: Sequence[int], likeliest: Sequence[dict[int, float]], answer: Sequence[int]
+) -> tuple[int, float]:
+    """Say by how much one answer lost to another where they part.
+
+    Args:
+        alone: The answer computed alone.
+        likeliest: For each of its tokens, the likeliest ones with their log-probabilities.
+        answer: Another one.
+
+    Returns:
+        The number of the first token that differs, and how much likelier that of `alone` was than
+        that of `answer`; infinitely, where that is not among the likeliest, or has no token there.
+    """
+    pairs = zip(alone, answer, strict=False)
+    place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(alone), len(answer)))
+    if place == min(len(alone), len(answer)):
+        return place, math.inf
+    logs = likeliest[place]
+    return place, logs[alone[place]] - logs.get(answer[place], -math.inf)
+
+
 class Client:
     """Sends requests to a server and keeps their answers."""
 
@@ -71,7 +96,7 @@ class Client:
             base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600
         )
 
-    async def ask(self, request: Planned, hang_up: bool = True) -> list[int] | None:
+    async def ask(self, request: Planned) -> list[int] | None:
         """Send a request and return the answer's token ids; None if it was given up on."""
         stream = await self._client.completions.create(
             model=MODEL,
@@ -86,9 +111,30 @@ class Client:
             async for chunk in stream:
                 for choice in chunk.choices:
                     tokens += (choice.model_extra or {}).get("token_ids") or ()
-                if hang_up and len(tokens) >= (request.cancelled_after or math.inf):
+                if len(tokens) >= (request.cancelled_after or math.inf):
                     return None
         return tokens
+
+    async def ask_alone(self, request: Planned) -> tuple[list[int], list[dict[int, float]]]:
+        """Send a request; return its answer, and for each token the likeliest and their logs."""
+        completion = await self._client.completions.create(
+            model=MODEL,
+            prompt=list(request.prompt),
+            max_tokens=request.answer,
+            temperature=0.0,
+            logprobs=LIKELIEST,
+            extra_body={
+                "ignore_eos": True,
+                "return_token_ids": True,
+                "return_tokens_as_token_ids": True,
+            },
+        )
+        (choice,) = completion.choices
+        likeliest = [
+            {int(name.removeprefix("token_id:")): log for name, log in of_token.items()}
+            for of_token in choice.logprobs.top_logprobs
+        ]
+        return list(choice.token_ids), likeliest
 
     async def rounds(
         self,
