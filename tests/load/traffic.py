@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import httpx
 import openai
 
 MODEL = "load"
@@ -92,8 +93,15 @@ class Client:
         Args:
             url: The server's.
         """
+        # vLLM's server closes a connection that was idle for 5 seconds, as clients do, and a request
+        # that is sent at that moment is lost.
+        soon_closed = httpx.Limits(max_connections=None, keepalive_expiry=1.0)
         self._client = openai.AsyncOpenAI(
-            base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600
+            base_url=f"{url}/v1",
+            api_key="none",
+            max_retries=0,
+            timeout=600,
+            http_client=openai.DefaultAsyncHttpxClient(limits=soon_closed),
         )
 
     async def ask(self, request: Planned) -> list[int] | None:
