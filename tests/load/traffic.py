@@ -93,8 +93,8 @@ class Client:
         Args:
             url: The server's.
         """
-        # vLLM's server closes a connection that was idle for 5 seconds, as clients do, and a request
-        # that is sent at that moment is lost.
+        # vLLM's server closes connections that were idle for 5 seconds, and so do clients: what is
+        # sent at that moment is lost.
         soon_closed = httpx.Limits(max_connections=None, keepalive_expiry=1.0)
         self._client = openai.AsyncOpenAI(
             base_url=f"{url}/v1",
