@@ -239,19 +239,17 @@ def measure_attention(shape: Shape, seconds: float) -> dict[str, Any]:
 
 
 def measure_quantising(heads: int, head_size: int, tokens: int, seconds: float) -> dict[str, Any]:
-    slot = k8v4.slot_bytes(head_size)
-    source_bytes = 2 * 2 * tokens * heads * head_size
-    count = caches_needed(source_bytes)
-    sources = [torch.randn(2, tokens, heads, head_size).to(torch.bfloat16) for _ in range(count)]
-    caches = [
-        torch.zeros(-(-tokens // BLOCK), heads, BLOCK, slot, dtype=torch.uint8)
-        for _ in range(count)
-    ]
+    count = caches_needed(2 * 2 * tokens * heads * head_size)
+    sources = torch.randn(count, 2, tokens, heads, head_size, dtype=torch.bfloat16).unbind()
+    # One cache with a place for each source: a page for each would take a hundred times the memory
+    # where there is one token.
+    pages = -(-count * tokens // BLOCK)
+    cache = torch.zeros(pages, heads, BLOCK, k8v4.slot_bytes(head_size), dtype=torch.uint8)
     target = torch.empty_like(sources[0])
-    slots = torch.arange(tokens)
+    slots = torch.arange(count * tokens).view(count, tokens).unbind()
 
     def quantise(i: int) -> None:
-        quantise_and_store(sources[i][0], sources[i][1], caches[i], slots)
+        quantise_and_store(sources[i][0], sources[i][1], cache, slots[i])
 
     def copy(i: int) -> None:
         target.copy_(sources[i])
