@@ -42,8 +42,9 @@ def test_without_the_plugin_a_killed_engine_ends_a_server_in_the_same_way(
 ):
     monkeypatch.setenv("VLLM_PLUGINS", "")
     stock = crash(small_model("llama", "bfloat16"), tmp_path_factory.mktemp("stock"), "EngineCore")
-    assert (stock.ended_by_itself, len(stock.broken_off), stock.processes) == (
-        ended.ended_by_itself, len(ended.broken_off), ended.processes
-    )  # fmt: skip
+    assert stock.ended_by_itself == ended.ended_by_itself
+    # All of ours break off, see above. Of vLLM's own one of four did not, twice, on a busy machine.
+    assert 1 <= len(stock.broken_off) <= len(ended.broken_off), (stock.endings, ended.endings)
+    assert stock.processes == ended.processes
     assert len(ended.shared_memory) <= len(stock.shared_memory)
     assert len(ended.temporary) <= len(stock.temporary)
