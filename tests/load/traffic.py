@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import openai
@@ -106,14 +107,7 @@ class Client:
 
     async def ask(self, request: Planned) -> list[int] | None:
         """Send a request and return the answer's token ids; None if it was given up on."""
-        stream = await self._client.completions.create(
-            model=MODEL,
-            prompt=list(request.prompt),
-            max_tokens=request.answer,
-            temperature=0.0,
-            stream=True,
-            extra_body={"ignore_eos": True, "return_token_ids": True},
-        )
+        stream = await self._send(request, stream=True)
         tokens: list[int] = []
         async with stream:
             async for chunk in stream:
@@ -125,24 +119,28 @@ class Client:
 
     async def ask_alone(self, request: Planned) -> tuple[list[int], list[dict[int, float]]]:
         """Send a request; return its answer, and for each token the likeliest and their logs."""
-        completion = await self._client.completions.create(
-            model=MODEL,
-            prompt=list(request.prompt),
-            max_tokens=request.answer,
-            temperature=0.0,
-            logprobs=LIKELIEST,
-            extra_body={
-                "ignore_eos": True,
-                "return_token_ids": True,
-                "return_tokens_as_token_ids": True,
-            },
-        )
+        completion = await self._send(request, logprobs=LIKELIEST)
         (choice,) = completion.choices
         likeliest = [
             {int(name.removeprefix("token_id:")): log for name, log in of_token.items()}
             for of_token in choice.logprobs.top_logprobs
         ]
         return list(choice.token_ids), likeliest
+
+    async def _send(self, request: Planned, **more: Any) -> Any:
+        return await self._client.completions.create(
+            model=MODEL,
+            prompt=list(request.prompt),
+            max_tokens=request.answer,
+            temperature=0.0,
+            # Names of tokens come with log-probabilities only.
+            extra_body={
+                "ignore_eos": True,
+                "return_token_ids": True,
+                "return_tokens_as_token_ids": True,
+            },
+            **more,
+        )
 
     async def rounds(
         self,

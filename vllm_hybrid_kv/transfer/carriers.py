@@ -104,20 +104,18 @@ def check_pages(
     name = next((name for name, *_ in _connectors(transfer) if name in HANDSHAKE), None)
     if name is None:
         return
-    for group in kv_cache_config.kv_cache_groups:
-        if len(group.layer_names) < 2:
-            continue
+    # One layer alone has its memory for itself.
+    groups = [group for group in kv_cache_config.kv_cache_groups if len(group.layer_names) > 1]
+    for group in groups:
         for spec in iter_layer_specs(group.kv_cache_spec):
-            if not isinstance(spec, AttentionSpec):
-                continue
-            content, page = spec.real_page_size_bytes, spec.page_size_bytes
-            if content < page:
+            if isinstance(spec, AttentionSpec) and spec.real_page_size_bytes < spec.page_size_bytes:
                 way_out = "serve the model with --kv-cache-dtype auto"
                 if boundary_layers:
                     way_out = f"set boundary_layers, which is {boundary_layers}, to 0, or {way_out}"
                 raise HybridKVError(
                     f"the KV connector {name} cannot take pages that are padded, as those of "
-                    f"layer {group.layer_names[0]} are: {content:,} bytes in {page:,}; {way_out}"
+                    f"layer {group.layer_names[0]} are: {spec.real_page_size_bytes:,} bytes in "
+                    f"{spec.page_size_bytes:,}; {way_out}"
                 )
 
 
