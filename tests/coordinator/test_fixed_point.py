@@ -247,3 +247,9 @@ def test_managers_that_are_not_vllms_own_are_asked_themselves_and_hits_are_safe(
             compared += 1
             as_long += length == want
     assert as_long > 0.9 * compared
+
+
+def test_a_state_that_one_of_several_equal_groups_lacks_is_no_hit():
+    layout = layout_of(full(16), mamba(16), mamba(16))
+    _, length, _ = look_up(FixedPointCoordinator, layout, 65, every(16, 64), (32, 64), (32,))
+    assert length == 32
