@@ -190,44 +190,18 @@ def clamp(typing_context: Any, x: Any, limit: Any) -> Any:
 
 
 @intrinsic
-def times(typing_context: Any, x: Any, factor: Any) -> Any:
-    """Return x * factor."""
+def same(typing_context: Any, x: Any) -> Any:
+    """Return sixteen copies of x."""
 
     def emit(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        return b.fmul(args[0], broadcast(b, args[1]))
+        return broadcast(b, args[0])
 
-    return FLOATS(FLOATS, types.float32), emit
-
-
-def _reduction(
-    kind: LanesType,
-    of: types.Type,
-    pick: Callable[[ir.IRBuilder, ir.Value, ir.Value], ir.Value],
-    what: str,
-) -> Any:
-    @intrinsic
-    def reduce(typing_context: Any, x: Any) -> Any:
-        def emit(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-            x = args[0]
-            for distance in (8, 4, 2, 1):
-                turned = [(lane + distance) % LANES for lane in range(LANES)]
-                x = pick(b, x, b.shuffle_vector(x, x, ir.Constant(vector(I32), turned)))
-            return b.extract_element(x, I32(0))
-
-        return of(kind), emit
-
-    reduce.__doc__ = f"Return the {what} of sixteen numbers."
-    return reduce
+    return FLOATS(types.float32), emit
 
 
 def more_word(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     """Emit the larger of each two lanes of signed integers."""
     return b.select(b.icmp_signed(">", x, y), x, y)
-
-
-smallest = _reduction(FLOATS, types.float32, less, "smallest")
-largest = _reduction(FLOATS, types.float32, more, "largest")
-largest_word = _reduction(WORDS, types.int32, more_word, "largest")
 
 
 @intrinsic(prefer_literal=True)

@@ -4,6 +4,9 @@
 The arithmetic is `reference.quantise`, bit for bit; the place of each byte is `k8v4.PageFormat`.
 One kernel serves every dtype, head size and page size: it widens a row of D numbers to float32
 in a buffer that stays in the first-level cache, and everything after works on that buffer.
+
+What limits it is the number of vector operations, not memory. So the reference's clamps are left
+out where they change nothing, which is nearly always; see `_quantise_row`.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import torch
 from vllm_hybrid_kv.kernels import inputs, k8v4
 from vllm_hybrid_kv.kernels.k8v4 import Layout, PageFormat
 
-from . import codes, halves, lanes, rotation
+from . import codes, lanes, placing, rotation, scales
 from .compile_cache import cached
 from .threads import follow_torch
 
@@ -25,18 +28,18 @@ _BFLOAT16, _FLOAT16, _FLOAT32 = 0, 1, 2
 _KINDS = {torch.bfloat16: _BFLOAT16, torch.float16: _FLOAT16, torch.float32: _FLOAT32}
 
 _LANES = lanes.LANES
-_TILE = k8v4.TILE_TOKENS
 _VALUE_MAX = np.float32(k8v4.VALUE_MAX)
-_LAST_CODE = np.float32(k8v4.VALUE_LEVELS - 1)
-_NAN_SCALE = k8v4.NAN_SCALE_BITS
 _INFINITY = codes.INFINITY_BITS
-_BYTE_OF_TOKEN = k8v4.QUAD_BYTE_OF_TOKEN
 
-_CACHE_LINE = 64
-_ROW_BYTES = 4 * k8v4.MAX_HEAD_SIZE
-_KEY_BYTES = k8v4.MAX_HEAD_SIZE
-_SCRATCH = 4 * (_ROW_BYTES + _KEY_BYTES)
-"""Bytes a thread works in: four rows of float32, four of key codes."""
+_NO_CLAMP = int(np.float32(2048).view(np.int32))
+"""The bits of a magnitude up to which no value of a row is clamped, before the rotation or after:
+each of its four stages at most doubles the largest."""
+
+_ROW_BYTES = placing.ROW_BYTES
+_KEY_BYTES = placing.KEY_BYTES
+_EXTREMES_BYTES = scales.EXTREMES_BYTES
+_SCRATCH = 4 * (_ROW_BYTES + _KEY_BYTES + _EXTREMES_BYTES) + scales.RESULT_BYTES
+"""Bytes a thread works in: four rows of float32, four of key codes, extremes and scales of four."""
 
 _ITEM_TOKENS = 16
 """Tokens that a thread takes at a time, all heads of each, so that it reads straight on."""
@@ -67,104 +70,62 @@ def _widen(source, kind, head_size, row):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
-def _encode_keys(row, head_size, keys):  # type: ignore[no-untyped-def]
-    """Write the e4m3fn codes of a row; return the bits of its largest magnitude."""
+def _any_magnitude_above(source, kind, head_size, row, limit):  # type: ignore[no-untyped-def]
+    """Return whether a row that was widened holds a magnitude above a limit of bf16, or a NaN."""
     magnitude = lanes.no_words()
-    for d in range(0, head_size, _LANES):
-        x = lanes.load_float32(row + 4 * d)
-        magnitude = codes.largest_magnitude(magnitude, x)
-        lanes.store_bytes(keys + d, codes.key_codes(x))
-    return lanes.largest_word(magnitude)
+    if kind == _BFLOAT16 and head_size % (2 * _LANES) == 0:
+        for at in range(source, source + 2 * head_size, 4 * _LANES):
+            magnitude = codes.largest_bfloat16(magnitude, at)
+        return codes.any_bfloat16_above(magnitude, limit)
+    for at in range(row, row + 4 * head_size, 4 * _LANES):
+        magnitude = codes.largest_magnitude(magnitude, lanes.load_float32(at))
+    return codes.any_above(magnitude, limit)
 
 
 @numba.njit
-def _rotate_values(row, head_size):  # type: ignore[no-untyped-def]
-    """Clamp a row in place and rotate it; return the bits of its largest magnitude before."""
-    magnitude = lanes.no_words()
-    for d in range(0, head_size, _LANES):
-        x = lanes.load_float32(row + 4 * d)
-        magnitude = codes.largest_magnitude(magnitude, x)
-        x = rotation.within_fours(lanes.clamp(x, _VALUE_MAX))
-        if head_size % _LANES == 0:
-            x = rotation.within_sixteen(x)
-        lanes.store_floats(row + 4 * d, x)
-    rotation.across(row, head_size)
-    return lanes.largest_word(magnitude)
+def _encode_keys(row, head_size, keys, nan):  # type: ignore[no-untyped-def]
+    """Write the e4m3fn codes of a row."""
+    if nan:
+        for d in range(0, head_size, _LANES):
+            x = lanes.load_float32(row + 4 * d)
+            lanes.store_bytes(keys + d, codes.key_codes_or_nan(x))
+    else:
+        for d in range(0, head_size, _LANES):
+            lanes.store_bytes(keys + d, codes.key_codes(lanes.load_float32(row + 4 * d)))
 
 
 @numba.njit
-def _measure_values(row, head_size, nan_key):  # type: ignore[no-untyped-def]
-    """Rotate a row in place; return the bits of its scale and its zero."""
-    magnitude = _rotate_values(row, head_size)
-    unit = rotation.unit(head_size)
-    lo = hi = lanes.clamp(lanes.times(lanes.load_float32(row), unit), _VALUE_MAX)
-    for d in range(0, head_size, _LANES):
-        x = lanes.clamp(lanes.times(lanes.load_float32(row + 4 * d), unit), _VALUE_MAX)
-        lo, hi = lanes.minimum(lo, x), lanes.maximum(hi, x)
-        lanes.store_floats(row + 4 * d, x)
-    if nan_key or magnitude > _INFINITY:
-        return _NAN_SCALE, 0
-    zero = halves.round_down(lanes.smallest(lo))
-    return halves.round_up((lanes.largest(hi) - halves.widen(zero)) / _LAST_CODE), zero
+def _clamp(row, head_size, limit):  # type: ignore[no-untyped-def]
+    """Clamp a row in place; a NaN becomes -limit."""
+    for at in range(row, row + 4 * head_size, 4 * _LANES):
+        lanes.store_floats(at, lanes.clamp(lanes.load_float32(at), limit))
 
 
 @numba.njit
-def _inverse(scale):  # type: ignore[no-untyped-def]
-    """Return the factor of the codes; 0, which makes every code 0, for scales of 0 and NaN."""
-    if 0 < scale < _NAN_SCALE:
-        return np.float32(1.0) / halves.widen(scale)
-    return np.float32(0.0)
+def _quantise_row(key, value, kind, head_size, row, keys, extremes, unit):  # type: ignore[no-untyped-def]
+    """Write the codes of a key, a value rotated but for `unit`, and its extremes.
 
+    Only a row with a magnitude above `_NO_CLAMP` is clamped: by 65504 before it is rotated, and
+    after it by what `unit` makes 65504 of, and its extremes with it.
 
-@numba.njit
-def _place_linear(keys, row, zero, inverse, head_size, region, plane, t):  # type: ignore[no-untyped-def]
-    """Store one token of `Layout.LINEAR`; the key codes' buffer then holds the values'."""
-    lanes.copy_bytes(region + t * head_size, keys, head_size)
-    for d in range(0, head_size, _LANES):
-        x = codes.value_codes(lanes.load_float32(row + 4 * d), zero, inverse)
-        codes.store_packed(keys + d // 2, x)
-    lanes.copy_bytes(plane + t * (head_size // 2), keys, head_size // 2)
-
-
-@numba.njit
-def _chunk(row, chunk, zero, inverse):  # type: ignore[no-untyped-def]
-    """Return the 16 bytes of a token's chunk of 32 values in `Layout.CPU_TILED`."""
-    low = codes.value_codes(lanes.load_float32(row + 128 * chunk), zero, inverse)
-    high = codes.value_codes(lanes.load_float32(row + 128 * chunk + 64), zero, inverse)
-    return codes.nibbles(low, high)
-
-
-@numba.njit
-def _place_tiled(keys, row, zero, inverse, head_size, region, plane, t):  # type: ignore[no-untyped-def]
-    """Store one token of `Layout.CPU_TILED`; the key codes' buffer then holds the values'."""
-    tile, of_tile = t // _TILE * _TILE, t % _TILE
-    to = region + tile * head_size + 16 * (of_tile // 4) + 2 * (of_tile % 4)
-    for line in range(head_size // 4):
-        lanes.copy_pair(to + 64 * line, keys + 4 * line)
-        lanes.copy_pair(to + 64 * line + 8, keys + 4 * line + 2)
-    to = plane + tile * (head_size // 2) + 64 * (of_tile // 4) + _BYTE_OF_TOKEN[t % 4]
-    for chunk in range(head_size // 32):
-        lanes.store_bytes(keys, _chunk(row, chunk, zero, inverse))
-        for i in range(_LANES):
-            lanes.copy_byte(to + 256 * chunk + 4 * i, keys + i)
-
-
-@numba.njit
-def _place_quad(keys, row, zeros, inverses, head_size, region, plane, t):  # type: ignore[no-untyped-def]
-    """Store the four tokens of a quad of `Layout.CPU_TILED` at once; `t` is its first."""
-    tile, of_tile = t // _TILE * _TILE, t % _TILE
-    to = region + tile * head_size + 16 * (of_tile // 4)
-    for d in range(0, head_size, _LANES):
-        codes.scatter_keys(to + _TILE * d, keys + d, _KEY_BYTES)
-    to = plane + tile * (head_size // 2) + 64 * (of_tile // 4)
-    for chunk in range(head_size // 32):
-        codes.store_interleaved(
-            to + 256 * chunk,
-            _chunk(row, chunk, zeros[0], inverses[0]),
-            _chunk(row + 2 * _ROW_BYTES, chunk, zeros[2], inverses[2]),
-            _chunk(row + _ROW_BYTES, chunk, zeros[1], inverses[1]),
-            _chunk(row + 3 * _ROW_BYTES, chunk, zeros[3], inverses[3]),
-        )
+    Returns:
+        Whether the key or the value holds a NaN.
+    """
+    _widen(key, kind, head_size, row)
+    nan = _any_magnitude_above(key, kind, head_size, row, _INFINITY)
+    _encode_keys(row, head_size, keys, nan)
+    _widen(value, kind, head_size, row)
+    large = _any_magnitude_above(value, kind, head_size, row, _NO_CLAMP)
+    if large:
+        nan |= _any_magnitude_above(value, kind, head_size, row, _INFINITY)
+        _clamp(row, head_size, _VALUE_MAX)
+    lo, hi = rotation.rotate(row, head_size)
+    lanes.store_floats(extremes, lo)
+    lanes.store_floats(extremes + 4 * _LANES, hi)
+    if large:
+        _clamp(row, head_size, _VALUE_MAX / unit)
+        _clamp(extremes, 2 * _LANES, _VALUE_MAX / unit)
+    return nan
 
 
 @numba.njit
@@ -173,27 +134,21 @@ def _is_quad(slots, i, last):  # type: ignore[no-untyped-def]
     if i + 4 > last:
         return False
     slot = lanes.load_slot(slots + 8 * i)
+    if slot % 4 != 0:
+        return False
     for token in range(1, 4):
         if lanes.load_slot(slots + 8 * (i + token)) != slot + token:
             return False
-    return slot % 4 == 0
+    return slot >= 0
 
 
 @numba.njit
-def _prefetch_rows(source, stride, row_bytes, count):  # type: ignore[no-untyped-def]
-    """Ask for the rows of the `count` tokens after the `count` at hand."""
-    for token in range(count, 2 * count):
-        for byte in range(0, row_bytes, _CACHE_LINE):
-            lanes.prefetch_read(source + token * stride + byte)
-
-
-@numba.njit
-def _prefetch_next_tile(region, plane, t, head_size):  # type: ignore[no-untyped-def]
-    """Ask for a quarter of the lines that the tile after the one of this quad is stored in."""
-    for byte in range(0, 4 * head_size, _CACHE_LINE):
-        lanes.prefetch_write(region + (t + _TILE) * head_size + byte)
-    for byte in range(0, 2 * head_size, _CACHE_LINE):
-        lanes.prefetch_write(plane + (t + _TILE) * (head_size // 2) + byte)
+def _tokens_before_quad(slots, i, last):  # type: ignore[no-untyped-def]
+    """Return how many tokens from i on, four at most, come before the next quad."""
+    count = 1
+    while count < 4 and i + count < last and not _is_quad(slots, i + count, last):
+        count += 1
+    return count
 
 
 @numba.njit
@@ -201,44 +156,51 @@ def _store_item(  # type: ignore[no-untyped-def]
     item, key, key_token, key_head, value, value_token, value_head, kind, cache, block_stride,
     slots, num_tokens, num_heads, head_size, page_size, tiled,
 ):  # fmt: skip
-    """Quantise and store up to `_ITEM_TOKENS` tokens."""
+    """Quantise and store up to `_ITEM_TOKENS` tokens, four at a time."""
     rows = lanes.stack_bytes(_SCRATCH)
     keys = rows + 4 * _ROW_BYTES
-    zeros, inverses = np.empty(4, np.float32), np.empty(4, np.float32)
+    extremes = keys + 4 * _KEY_BYTES
+    results = extremes + 4 * _EXTREMES_BYTES
+    for at in range(extremes, results, 4 * _LANES):
+        lanes.store_floats(at, lanes.same(np.float32(0.0)))  # of tokens that are not there
+    unit = rotation.unit(head_size)
     head_bytes = page_size * (head_size + head_size // 2 + 4)
     row_bytes = head_size * (4 if kind == _FLOAT32 else 2)
     i = item * _ITEM_TOKENS
     last = min(i + _ITEM_TOKENS, num_tokens)
     while i < last:
-        slot = lanes.load_slot(slots + 8 * i)
         quad = tiled and _is_quad(slots, i, last)
-        count = 4 if quad else 1
-        block, t = slot // page_size, slot % page_size
-        for h in range(num_heads if slot >= 0 else 0):
-            region = cache + block * block_stride + h * head_bytes
-            plane = region + page_size * head_size
-            scales = plane + page_size * (head_size // 2) + 2 * t
+        count = 4 if quad else _tokens_before_quad(slots, i, last)
+        for h in range(num_heads):
+            head = cache + h * head_bytes
             k = key + i * key_token + h * key_head
             v = value + i * value_token + h * value_head
-            _prefetch_rows(k, key_token, row_bytes, count)
-            _prefetch_rows(v, value_token, row_bytes, count)
+            placing.prefetch_rows(k, key_token, row_bytes, count)
+            placing.prefetch_rows(v, value_token, row_bytes, count)
             if quad:
-                _prefetch_next_tile(region, plane, t, head_size)
+                slot = lanes.load_slot(slots + 8 * i)
+                region, t = head + slot // page_size * block_stride, slot % page_size
+                placing.prefetch_next_tile(region, page_size, t, head_size)
+            nan_tokens = 0
             for token in range(count):
-                row = rows + token * _ROW_BYTES
-                _widen(k + token * key_token, kind, head_size, row)
-                magnitude = _encode_keys(row, head_size, keys + token * _KEY_BYTES)
-                _widen(v + token * value_token, kind, head_size, row)
-                scale, zero = _measure_values(row, head_size, magnitude > _INFINITY)
-                zeros[token], inverses[token] = halves.widen(zero), _inverse(scale)
-                lanes.store_half(scales + 2 * token, scale)
-                lanes.store_half(scales + 2 * (page_size + token), zero)
+                nan = _quantise_row(
+                    k + token * key_token, v + token * value_token, kind, head_size,
+                    rows + token * _ROW_BYTES, keys + token * _KEY_BYTES,
+                    extremes + token * _EXTREMES_BYTES, unit,
+                )  # fmt: skip
+                nan_tokens |= nan << token
+            scales.write_scales(extremes, unit, nan_tokens, results)
             if quad:
-                _place_quad(keys, rows, zeros, inverses, head_size, region, plane, t)
-            elif tiled:
-                _place_tiled(keys, rows, zeros[0], inverses[0], head_size, region, plane, t)
+                placing.place_quad(keys, rows, results, head_size, region, page_size, t)
             else:
-                _place_linear(keys, rows, zeros[0], inverses[0], head_size, region, plane, t)
+                for token in range(count):
+                    slot = lanes.load_slot(slots + 8 * (i + token))
+                    if slot >= 0:
+                        region = head + slot // page_size * block_stride
+                        placing.place_token(
+                            keys, rows, results, token, head_size, region, page_size,
+                            slot % page_size, tiled,
+                        )  # fmt: skip
         i += count
 
 

@@ -250,6 +250,19 @@ def test_views_of_a_fused_tensor_and_of_any_other_strides_are_read_right(
     assert stored_like_the_reference(key, value, slots)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+def test_what_stands_beside_a_row_in_memory_does_not_change_what_is_stored_of_it(
+    dtype: torch.dtype, head_size: int
+) -> None:
+    key, value = random_rows(21, 2, head_size, dtype)
+    between = torch.full((2, 21, 2, head_size + 32), math.nan, dtype=dtype)
+    between[..., 16 : 16 + head_size] = torch.stack((key, value))
+    apart_key, apart_value = between[..., 16 : 16 + head_size]
+    slots = torch.arange(1, 22)
+    assert stored_like_the_reference(apart_key, apart_value, slots)
+
+
 def test_tokens_after_the_end_of_the_slot_mapping_are_padding() -> None:
     key, value = random_rows(40, 2, 64, torch.bfloat16)
     key[19:], value[19:] = math.nan, math.nan
