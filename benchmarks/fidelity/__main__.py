@@ -16,22 +16,54 @@ import torch
 from benchmarks.engine.machine import cpu_name
 
 from . import measure, prompts, report, sources
-from .rules import OURS, STOCK
+from .rules import BESIDE_STOCK, EXACT, OURS, STOCK
 
 HEAD_SIZES = (64, 96, 128, 256)
 SEEDS = {512: 4, 2048: 2}
-"""Samples of each length."""
+"""Samples of each length for which every rule is measured."""
+
+MANY = 16
+"""How many times as many are measured for ours and vLLM's rule alone."""
 
 
-def _doubt(found: list[measure.Errors]) -> dict[str, float]:
-    """Return the standard error over samples of ours relative to stock's rule, by kind of query."""
-    ratios = {
-        kind: [one[kind][OURS] / one[kind][STOCK] for one in found] for kind in found[0]
-    }  # fmt: skip
-    return {
-        kind: statistics.stdev(of_kind) / len(of_kind) ** 0.5 if len(of_kind) > 1 else 0.0
-        for kind, of_kind in ratios.items()
-    }
+class Found:
+    """The errors of one source's samples.
+
+    Attributes:
+        values: Of every rule for values, one for each sample that they were measured on.
+        beside_stock: Of ours, of vLLM's rule and of exact values, one for each sample.
+        keys: Of every rule for keys.
+    """
+
+    def __init__(self) -> None:
+        self.values: list[measure.Errors] = []
+        self.beside_stock: list[measure.Errors] = []
+        self.keys: list[measure.Errors] = []
+
+    def add(self, sample: sources.Sample, every_rule: bool) -> None:
+        self.beside_stock.append(measure.errors_of_values(sample, BESIDE_STOCK))
+        if every_rule:
+            self.values.append(measure.errors_of_values(sample))
+            self.keys.append(measure.errors_of_keys(sample))
+
+    def row(self) -> dict[str, Any]:
+        return {
+            "values": _mean(self.values),
+            "keys": _mean(self.keys),
+            "samples": len(self.beside_stock),
+            "beside_stock": {
+                kind: self._beside_stock(kind, errors)
+                for kind, errors in _mean(self.beside_stock).items()
+            },
+        }
+
+    def _beside_stock(self, kind: str, mean: dict[str, float]) -> dict[str, float]:
+        ratios = [one[kind][OURS] / one[kind][STOCK] for one in self.beside_stock]
+        return {
+            "ratio": mean[OURS] / mean[STOCK],
+            "doubt": statistics.stdev(ratios) / len(ratios) ** 0.5,
+            "of keys alone": mean[EXACT] / mean[STOCK],
+        }
 
 
 def _mean(found: list[measure.Errors]) -> measure.Errors:
@@ -41,43 +73,40 @@ def _mean(found: list[measure.Errors]) -> measure.Errors:
     }
 
 
-def measure_distributions(head_sizes: Iterable[int], seeds: dict[int, int]) -> list[dict[str, Any]]:
+def measure_distributions(
+    head_sizes: Iterable[int], seeds: dict[int, int], many: int
+) -> list[dict[str, Any]]:
     """Return a row for each head size, length and distribution, means over seeds."""
     rows = []
     for head_size in head_sizes:
         for length, count in seeds.items():
-            values: dict[str, list[measure.Errors]] = {}
-            keys: dict[str, list[measure.Errors]] = {}
-            for seed in range(count):
+            found: dict[str, Found] = {}
+            for seed in range(count * many):
                 for sample in sources.drawn(head_size, length, seed):
-                    values.setdefault(sample.name, []).append(measure.errors_of_values(sample))
-                    keys.setdefault(sample.name, []).append(measure.errors_of_keys(sample))
-            for name in values:
-                rows.append(
-                    {
-                        "head_size": head_size,
-                        "length": length,
-                        "source": name,
-                        "heavy": sources.DISTRIBUTIONS[name][0],
-                        "values": _mean(values[name]),
-                        "doubt": _doubt(values[name]),
-                        "keys": _mean(keys[name]),
-                    }
-                )
+                    found.setdefault(sample.name, Found()).add(sample, seed < count)
+            rows += [
+                {
+                    "head_size": head_size,
+                    "length": length,
+                    "source": name,
+                    "heavy": sources.DISTRIBUTIONS[name][0],
+                    **of_name.row(),
+                }
+                for name, of_name in found.items()
+            ]
             print(f"head size {head_size}, {length} tokens", flush=True)
     return rows
 
 
 def measure_model(folder: Path) -> list[dict[str, Any]]:
     """Return a row for each attention layer of a model, means over prompts."""
-    values: dict[str, list[measure.Errors]] = {}
-    keys: dict[str, list[measure.Errors]] = {}
+    found: dict[str, Found] = {}
     shape = (0, 0)
     for sample in sources.recorded(str(folder), prompts.of_model(folder)):
-        values.setdefault(sample.name, []).append(measure.errors_of_values(sample))
-        keys.setdefault(sample.name, []).append(measure.errors_of_keys(sample))
+        of_name = found.setdefault(sample.name, Found())
+        of_name.add(sample, len(of_name.values) < prompts.EVERY_RULE)
         shape = (sample.key.shape[2], sample.key.shape[0])
-    print(f"{folder.name}: {len(values)} layers", flush=True)
+    print(f"{folder.name}: {len(found)} layers", flush=True)
     return [
         {
             "model": folder.name,
@@ -85,10 +114,9 @@ def measure_model(folder: Path) -> list[dict[str, Any]]:
             "length": shape[1],
             "source": name,
             "heavy": False,
-            "values": _mean(values[name]),
-            "keys": _mean(keys[name]),
+            **of_name.row(),
         }
-        for name in values
+        for name, of_name in found.items()
     ]
 
 
@@ -105,7 +133,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few samples of 512 tokens")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    sizes, seeds = ((64, 128), {512: 2}) if arguments.quick else (HEAD_SIZES, SEEDS)
+    sizes, seeds, many = (HEAD_SIZES, SEEDS, MANY)
+    if arguments.quick:
+        sizes, seeds, many = (64, 128), {512: 2}, 1
     result = {
         "machine": {
             "cpu": cpu_name(),
@@ -113,7 +143,8 @@ def main() -> None:
             "torch": torch.__version__,
         },
         "seeds": seeds,
-        "distributions": measure_distributions(sizes, seeds),
+        "many": many,
+        "distributions": measure_distributions(sizes, seeds, many),
         "recorded": [row for folder in arguments.model for row in measure_model(folder)],
     }
     arguments.out.mkdir(parents=True, exist_ok=True)

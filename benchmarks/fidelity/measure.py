@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
-from .rules import KEY_RULES, VALUE_RULES, e4m3
+from .rules import KEY_RULES, VALUE_RULES, Rule, e4m3
 from .sources import Sample
 
 Errors = dict[str, dict[str, float]]
@@ -34,9 +36,9 @@ def _relative(found: torch.Tensor, exact: torch.Tensor) -> float:
     return float(((found - exact).norm(dim=-1) / exact.norm(dim=-1).clamp_min(1e-20)).mean())
 
 
-def errors_of_values(sample: Sample) -> Errors:
-    """Return the errors of every rule for values, keys in e4m3, against nothing rounded."""
-    stored = {name: rule(sample.value) for name, rule in VALUE_RULES.items()}
+def errors_of_values(sample: Sample, rules: Mapping[str, Rule] = VALUE_RULES) -> Errors:
+    """Return the errors of rules for values, keys in e4m3, against nothing rounded."""
+    stored = {name: rule(sample.value) for name, rule in rules.items()}
     found: Errors = {}
     for kind, query in sample.queries.items():
         exact = _attended(_weights(sample, query, sample.key), sample.value)

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import torch
 
-PROMPTS, TOKENS = 4, 1024
+PROMPTS, TOKENS = 64, 1024
+
+EVERY_RULE = 4
+"""Prompts for which every rule is measured, and not ours and vLLM's alone."""
 
 
 def of_model(folder: Path) -> torch.Tensor:
@@ -16,5 +19,5 @@ def of_model(folder: Path) -> torch.Tensor:
     from transformers import AutoTokenizer
 
     text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
-    ids = AutoTokenizer.from_pretrained(folder)(text[: 64 * TOKENS])["input_ids"]
+    ids = AutoTokenizer.from_pretrained(folder)(text[: 8 * PROMPTS * TOKENS])["input_ids"]
     return torch.tensor(ids[: PROMPTS * TOKENS]).view(PROMPTS, TOKENS)

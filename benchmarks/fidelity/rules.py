@@ -167,7 +167,7 @@ def chosen(value: torch.Tensor) -> torch.Tensor:
     return back.view_as(value)
 
 
-FP8, STOCK, OURS = "fp8", "stock", "k8v4"
+FP8, STOCK, OURS, EXACT = "fp8", "stock", "k8v4", "exact"
 
 VALUE_RULES: dict[str, Rule] = {
     FP8: e4m3,
@@ -187,6 +187,15 @@ VALUE_RULES: dict[str, Rule] = {
     "rotated, refitted once": rotated(refitted(1)),
 }
 """`k8v4` is what the kernels store: rotated, min-max, rounded outwards."""
+
+
+def exact(value: torch.Tensor) -> torch.Tensor:
+    """Store with no error: what is left is the keys' share."""
+    return value
+
+
+BESIDE_STOCK: dict[str, Rule] = {name: VALUE_RULES[name] for name in (STOCK, OURS)} | {EXACT: exact}
+"""What is measured on many samples."""
 
 
 def head_scaled(key: torch.Tensor) -> torch.Tensor:

@@ -189,6 +189,24 @@ def kept(handed: list[Handed]) -> list[tuple[list[int], ...]]:
     return [tuple(request.params["remote_block_ids"]) for request in handed]
 
 
+def assert_crossed(prefill: EngineHost, read: list[Handed], answered: list[Handed]) -> int:
+    """Assert that each process has what its peer keeps, and other bytes than its siblings.
+
+    Returns:
+        The processes of an engine.
+    """
+    for request, blocks in zip(answered, kept(read), strict=True):
+        everywhere = prefill.pages(blocks)
+        for sent, arrived in zip(everywhere, request.arrived, strict=True):
+            assert set(sent) == set(arrived)
+            for layer, pages in sent.items():
+                # Of states and windows only what is still needed is sent: the last ones.
+                assert pages == arrived[layer][-len(pages) :]
+                assert any(pages[-1])
+        assert all(one != everywhere[0] for one in everywhere[1:])
+    return len(everywhere)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["llama", "qwen3-next", "gemma3"])
 def test_pages_and_states_cross_from_memory_to_memory_byte_for_byte(
@@ -211,14 +229,24 @@ def test_pages_and_states_cross_from_memory_to_memory_byte_for_byte(
         # Whether a state was rounded between two chunks moves it by more than many choices.
         for got, wanted in zip(answered, expected, strict=True):
             assert got.output.tokens[:1] == wanted.tokens[:1] or wanted.margins[0] < 0.8
-    for request, blocks in zip(answered, kept(read), strict=True):
-        (sent,) = prefill.pages(blocks)
-        (arrived,) = request.arrived
-        assert set(sent) == set(arrived)
-        for layer, pages in sent.items():
-            # Of states and windows only what is still needed is sent: the last ones.
-            assert pages == arrived[layer][-len(pages) :]
-            assert any(pages[-1])
+    assert assert_crossed(prefill, read, answered) == 1
+
+
+@pytest.mark.long
+def test_pages_cross_between_engines_of_two_processes_each(engines, case, small_model):
+    # A thread each, on whatever cores there are.
+    two = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    model = small_model(case.model, case.dtype)
+    prefill, decode = engines("prefill of two", 24600, **two), engines("decode of two", 24620, **two)
+    started(prefill, "kv_producer", model, case, tensor_parallel_size=2)
+    started(decode, "kv_consumer", model, case, tensor_parallel_size=2)
+    expected = decode.generate(PROMPTS, TOKENS, alone=True, fresh=True)
+    assert decode.generate([random_prompt(3, seed=0)], 1, fresh=True)
+
+    read = prefill.hand_over(PROMPTS, 1, [PREFILL] * len(PROMPTS))
+    answered = decode.hand_over(PROMPTS, TOKENS, [request.params for request in read])
+    assert_same_answers(answered, expected, case)
+    assert assert_crossed(prefill, read, answered) == 2
 
 
 @pytest.mark.long
