@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -192,7 +193,10 @@ def of_ours(shape: Shape, query: torch.Tensor, path: str) -> Kernel:
 
 
 def times_of(kernels: dict[str, Kernel], seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of each kernel, called in turn for about `seconds` each, 7 times at least."""
+    """Milliseconds of each kernel, called in turn for about `seconds` each, 7 times at least.
+
+    Which is whose turn changes from round to round.
+    """
     rounds = 7
     for kernel in kernels.values():
         kernel()
@@ -200,10 +204,13 @@ def times_of(kernels: dict[str, Kernel], seconds: float) -> dict[str, list[float
         kernel()
         rounds = max(rounds, min(200, int(seconds / (time.perf_counter() - start))))
     times: dict[str, list[float]] = {name: [] for name in kernels}
+    turns, order = list(kernels), random.Random(0)
     for _ in range(rounds):
-        for name, kernel in kernels.items():
+        # What a kernel leaves behind, in caches or of threads that still spin, is the next one's.
+        order.shuffle(turns)
+        for name in turns:
             start = time.perf_counter()
-            kernel()
+            kernels[name]()
             times[name].append(1e3 * (time.perf_counter() - start))
     return times
 

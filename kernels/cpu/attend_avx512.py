@@ -93,7 +93,14 @@ def _outputs_of_many(call, item, scratch, found, ahead, tiles):  # type: ignore[
 
 
 @drive.inner
-def _attend(call, item, head, scratch):  # type: ignore[no-untyped-def]
+def _attend(call, index, scratch):  # type: ignore[no-untyped-def]
+    """Attend for the item with a number, and return the number of the next one.
+
+    That is taken when this one's last chunk begins, so that its first chunk can be asked for.
+    """
+    number, head = divmod(index, call.num_kv_heads)
+    item = drive.item_at(call, number)
+    index_ahead = np.int64(-1)
     state = np.empty((drive.ROW_BLOCK, drive.STATE_NUMBERS), np.float32)
     found = np.empty((fast.TILES, 4), np.int64)
     ahead = np.empty((fast.TILES, 4), np.int64)
@@ -106,7 +113,11 @@ def _attend(call, item, head, scratch):  # type: ignore[no-untyped-def]
     while first < last:
         first_ahead = drive.next_chunk(first, chunk)
         following = drive.tiles_of_chunk(first_ahead, last, chunk)
-        drive.tile_addresses(call, item, head, first_ahead, following, ahead)
+        if following > 0:
+            drive.tile_addresses(call, item, head, first_ahead, following, ahead)
+        else:
+            index_ahead = memory.take_next(call.counters)
+            following = drive.first_tiles(call, index_ahead, chunk, ahead)
         fast.repeat_tiles(found, ahead, following, tiles)
         drive.load_scales(scratch, found, tiles, widen.MIDDLE_CODE)
         if few:
@@ -122,6 +133,7 @@ def _attend(call, item, head, scratch):  # type: ignore[no-untyped-def]
         tiles = following
         first = first_ahead
     drive.finish(call, item, head, scratch, state)
+    return memory.take_next(call.counters) if index_ahead < 0 else index_ahead
 
 
 @cached_callback
@@ -131,6 +143,4 @@ def work(call_address, scratch):  # type: ignore[no-untyped-def]
     count = call.num_items * call.num_kv_heads
     index = memory.take_next(call.counters)
     while index < count:
-        item, head = divmod(index, call.num_kv_heads)
-        _attend(call, drive.item_at(call, item), head, scratch)
-        index = memory.take_next(call.counters)
+        index = _attend(call, index, scratch)

@@ -169,6 +169,23 @@ def tile_addresses(call, item, head, first, tiles, found):  # type: ignore[no-un
 
 
 @inner
+def first_tiles(call, index, chunk, found):  # type: ignore[no-untyped-def]
+    """Find the tiles of the first chunk of the item with a number; return how many it has.
+
+    None, if there is no such item.
+    """
+    memory.keep_apart()
+    number, head = divmod(index, call.num_kv_heads)
+    if number >= call.num_items:
+        return np.int64(0)
+    item = item_at(call, number)
+    first, last = keys_of_item(call, item)
+    tiles = tiles_of_chunk(first, last, chunk)
+    tile_addresses(call, item, head, first, tiles, found)
+    return tiles
+
+
+@inner
 def load_scales(scratch, found, tiles, middle):  # type: ignore[no-untyped-def]
     """Widen the scales of a chunk's tokens, and their values at the code `middle`."""
     for tile in range(tiles):

@@ -237,7 +237,8 @@ def test_pages_cross_between_engines_of_two_processes_each(engines, case, small_
     # A thread each, on whatever cores there are.
     two = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     model = small_model(case.model, case.dtype)
-    prefill, decode = engines("prefill of two", 24600, **two), engines("decode of two", 24620, **two)
+    prefill = engines("prefill of two", 24600, **two)
+    decode = engines("decode of two", 24620, **two)
     started(prefill, "kv_producer", model, case, tensor_parallel_size=2)
     started(decode, "kv_consumer", model, case, tensor_parallel_size=2)
     expected = decode.generate(PROMPTS, TOKENS, alone=True, fresh=True)
