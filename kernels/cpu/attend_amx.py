@@ -131,9 +131,10 @@ def _attend(call, index, scratch):  # type: ignore[no-untyped-def]
     found = np.zeros((fast.TILES, 4), np.int64)
     ahead = np.zeros((fast.TILES, 4), np.int64)
     drive.begin(call, item, head, scratch, state, 2 * call.dims)
-    few = item[drive.ROWS] <= _FEW_ROWS
+    # Of all rows of the request: those left over in its last item are computed as all others.
+    few = item[drive.QUERY_LENGTH] * call.group <= _FEW_ROWS
     chunk = np.int64(drive.CHUNK)
-    stacked = item[drive.ROWS] <= _STACKED_ROWS
+    stacked = few and item[drive.ROWS] <= _STACKED_ROWS
     lines = 2 * item[drive.ROWS] if stacked else np.int64(_FEW_ROWS)
     amx.configure(scratch + drive.CONFIGURATION, lines)
     first, last = drive.keys_of_item(call, item)

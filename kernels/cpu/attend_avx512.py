@@ -105,7 +105,8 @@ def _attend(call, index, scratch):  # type: ignore[no-untyped-def]
     found = np.empty((fast.TILES, 4), np.int64)
     ahead = np.empty((fast.TILES, 4), np.int64)
     drive.begin(call, item, head, scratch, state, 2 * call.dims)
-    few = item[drive.ROWS] <= _FEW_ROWS
+    # Of all rows of the request: those left over in its last item are computed as all others.
+    few = item[drive.QUERY_LENGTH] * call.group <= _FEW_ROWS
     chunk = np.int64(_CHUNK_OF_FEW if few else _CHUNK_OF_MANY)
     first, last = drive.keys_of_item(call, item)
     tiles = drive.tiles_of_chunk(first, last, chunk)

@@ -17,8 +17,8 @@ import numpy as np
 
 from . import memory, rotation, rows, softmax
 
-ROW_BLOCK = 64
-"""Most rows of an item."""
+ROW_BLOCK = 128
+"""Most rows of an item, for which keys and values are widened once."""
 
 CHUNK = 256
 """Most tokens of a chunk."""

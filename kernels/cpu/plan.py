@@ -22,8 +22,9 @@ _ITEMS_PER_THREAD = 4
 _MIN_PART = 256
 """Fewest tokens of a part, below which merging costs more than it gains."""
 
-_MAX_PART_ROWS = drive.ROW_BLOCK
-"""Requests with more rows than this have enough items without parts."""
+_MAX_PART_ROWS = 64
+"""Requests with more rows than this have enough items without parts: a long prompt's chunks are not
+divided along their keys, so that its bits are the same whatever its chunks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +58,12 @@ def part_tokens(length: int, num_kv_heads: int, num_threads: int) -> int:
     parts = max(1, -(-_ITEMS_PER_THREAD * num_threads // num_kv_heads)) if num_threads > 1 else 1
     part = max(_MIN_PART, -(-length // parts))
     return -(-part // drive.CHUNK) * drive.CHUNK
+
+
+def block_rows(rows: int, num_kv_heads: int, num_threads: int) -> int:
+    """Return how many rows an item of a request with so many has: more only if all have work."""
+    items = rows * num_kv_heads // drive.ROW_BLOCK
+    return drive.ROW_BLOCK if items >= _ITEMS_PER_THREAD * num_threads else _MAX_PART_ROWS
 
 
 def plan_attention(
@@ -122,9 +129,9 @@ def plan_attention(
             merges.append((len(items) - parts, parts))
             partial_rows += parts * rows
         else:
-            for row in range(0, rows, drive.ROW_BLOCK):
-                block = min(drive.ROW_BLOCK, rows - row)
-                items.append((*head, row, block, 0, length, -1, -1))
+            most = block_rows(rows, num_kv_heads, threads)
+            for row in range(0, rows, most):
+                items.append((*head, row, min(most, rows - row), 0, length, -1, -1))
     table = np.array(items, np.int64).reshape(-1, drive.ITEM_COLUMNS)
     order = np.argsort(-_cost(table, group, causal, window), kind="stable")
     place = np.empty_like(order)

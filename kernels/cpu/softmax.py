@@ -219,27 +219,23 @@ class _Softmax:
             e.store(_soft_capped(e, x, self.cap), place)
             return []
 
-        def scale(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            place = e.at(self.scores, i, 64)
-            e.store(b.fmul(e.load(vector(F32), place), self.factor), place)
-            return []
-
-        with b.if_else(b.fcmp_ordered(">", self.cap, F32(0.0))) as (then, otherwise):
-            with then:
-                e.loop(self.vectors, [], cap)
-            with otherwise:
-                e.loop(self.vectors, [], scale)
+        capped = b.fcmp_ordered(">", self.cap, F32(0.0))
+        with b.if_then(capped):
+            e.loop(self.vectors, [], cap)
+        factor = b.select(capped, every(F32, 1.0), self.factor)
 
         def load(i: ir.Value) -> ir.Value:
             return e.load(vector(F32), e.at(self.scores, i, 64))
 
         def larger(i: ir.Value, largest: list[ir.Value]) -> list[ir.Value]:
             self.ask(i, 0)
-            return [e.larger(b.select(visible(i), load(i), minus_infinity), largest[0])]
+            x = b.fmul(load(i), factor)
+            return [e.larger(b.select(visible(i), x, minus_infinity), largest[0])]
 
         found = e.loop(self.vectors, [minus_infinity], larger)[0]
         largest = e.reduce(found, e.larger)
-        return self.weigh(largest, lambda i, shift: b.fsub(load(i), shift), visible)
+        # Rounded as in `plain`: which of the two a row takes depends on the rows beside it.
+        return self.weigh(largest, lambda i, shift: e.fma(load(i), factor, b.fneg(shift)), visible)
 
 
 def _softmax_code(kind: int) -> Any:

@@ -16,7 +16,7 @@ from cpu_processes import ATTEND, python, succeeded
 import vllm_hybrid_kv
 from vllm_hybrid_kv import kernels
 from vllm_hybrid_kv.kernels import k8v4
-from vllm_hybrid_kv.kernels.cpu import isa, paged_attention, plan_attention
+from vllm_hybrid_kv.kernels.cpu import drive, isa, paged_attention, plan_attention
 from vllm_hybrid_kv.kernels.cpu.threads import follow_torch
 from vllm_hybrid_kv.kernels.inputs import check_attention
 
@@ -268,6 +268,18 @@ def test_partial_sums_are_bounded_by_the_batch_and_the_threads_not_by_lengths() 
         assert plan.items.shape[0] == 8 * 8
     alone = plan_attention(lengths[:1], starts[:2], 8, 2, 128, 128, num_threads=1)
     assert alone.partial_rows == 0
+
+
+@pytest.mark.parametrize(("threads", "rows"), [(2, 128), (64, 128), (65, 64), (96, 64)])
+def test_a_prompt_has_blocks_of_more_rows_where_all_threads_have_work_all_the_same(
+    threads: int, rows: int
+) -> None:
+    lengths, starts = torch.tensor([9000]), torch.tensor([0, 1024])
+    plan = plan_attention(lengths, starts, 32, 4, 128, 128, num_threads=threads)
+    assert plan.partial_rows == 0
+    assert plan.items.shape[0] == 1024 * (32 // 4) // rows
+    assert sorted(plan.items[:, drive.FIRST_ROW]) == list(range(0, 1024 * 8, rows))
+    assert set(plan.items[:, drive.ROWS]) == {rows}
 
 
 def test_the_portable_path_needs_no_instruction_beyond_avx2(tmp_path: Path) -> None:
