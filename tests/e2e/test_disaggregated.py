@@ -232,13 +232,25 @@ def test_pages_and_states_cross_from_memory_to_memory_byte_for_byte(
     assert assert_crossed(prefill, read, answered) == 1
 
 
+@pytest.fixture
+def of_two_processes(tmp_path: Path) -> Iterator[tuple[EngineHost, EngineHost]]:
+    """Hosts of two engines of two processes each, which are not left to spin beside others."""
+    hosts = []
+    for name, port in (("prefill", 24600), ("decode", 24620)):
+        # A thread each, on whatever cores there are.
+        variables = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        variables["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(port)
+        hosts.append(EngineHost(tmp_path / f"{name}.txt", **variables))
+    yield hosts[0], hosts[1]
+    for host in hosts:
+        host.close()
+
+
 @pytest.mark.long
-def test_pages_cross_between_engines_of_two_processes_each(engines, case, small_model):
-    # A thread each, on whatever cores there are.
-    two = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+@pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="NIXL is not installed")
+def test_pages_cross_between_engines_of_two_processes_each(of_two_processes, case, small_model):
+    prefill, decode = of_two_processes
     model = small_model(case.model, case.dtype)
-    prefill = engines("prefill of two", 24600, **two)
-    decode = engines("decode of two", 24620, **two)
     started(prefill, "kv_producer", model, case, tensor_parallel_size=2)
     started(decode, "kv_consumer", model, case, tensor_parallel_size=2)
     expected = decode.generate(PROMPTS, TOKENS, alone=True, fresh=True)
