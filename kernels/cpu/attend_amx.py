@@ -142,12 +142,7 @@ def _attend(call, index, scratch):  # type: ignore[no-untyped-def]
     drive.tile_addresses(call, item, head, first, tiles, found)
     while first < last:
         first_ahead = drive.next_chunk(first, chunk)
-        following = drive.tiles_of_chunk(first_ahead, last, chunk)
-        if following > 0:
-            drive.tile_addresses(call, item, head, first_ahead, following, ahead)
-        else:
-            index_ahead = memory.take_next(call.counters)
-            following = drive.first_tiles(call, index_ahead, chunk, ahead)
+        following, index_ahead = fast.look_ahead(call, item, head, first_ahead, last, chunk, ahead)
         fast.repeat_tiles(found, ahead, following, tiles)
         drive.load_scales(scratch, found, tiles, widen.MIDDLE_CODE)
         if few:

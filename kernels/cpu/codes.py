@@ -85,9 +85,9 @@ def any_bfloat16_above(typing_context: Any, magnitudes: Any, limit: Any) -> Any:
 
     def emit(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         pairs = vector(I16, 2 * LANES)
-        limit = broadcast(b, b.trunc(args[1], I32))
-        limit = b.or_(b.lshr(limit, splat(I32, 16)), b.and_(limit, splat(I32, -1 << 16)))
-        return _any(b, b.icmp_signed(">", b.bitcast(args[0], pairs), b.bitcast(limit, pairs)))
+        upper = b.trunc(b.lshr(args[1], args[1].type(16)), I16)
+        limit = broadcast(b, upper, 2 * LANES)
+        return _any(b, b.icmp_signed(">", b.bitcast(args[0], pairs), limit))
 
     return types.boolean(WORDS, types.int64), emit
 

@@ -3,10 +3,30 @@
 
 from __future__ import annotations
 
-from . import drive, widen
+import numpy as np
+
+from . import drive, memory, widen
 
 TILES = drive.CHUNK // drive.TILE
 """Most tiles of a chunk."""
+
+
+@drive.inner
+def look_ahead(call, item, head, first_ahead, last, chunk, ahead):  # type: ignore[no-untyped-def]
+    """Find the tiles to ask for while a chunk is computed: those from token `first_ahead` on.
+
+    While it is the item's last one, those of the first chunk of the thread's next item, which is
+    taken for that.
+
+    Returns:
+        How many there are, and the number of the next item, -1 where none was taken.
+    """
+    following = drive.tiles_of_chunk(first_ahead, last, chunk)
+    if following > 0:
+        drive.tile_addresses(call, item, head, first_ahead, following, ahead)
+        return following, np.int64(-1)
+    index = memory.take_next(call.counters)
+    return drive.first_tiles(call, index, chunk, ahead), index
 
 
 @drive.inner

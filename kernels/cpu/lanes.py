@@ -54,11 +54,11 @@ def splat(element: ir.Type, number: float, lanes: int = LANES) -> ir.Constant:
     return ir.Constant(vector(element, lanes), [number] * lanes)
 
 
-def broadcast(b: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
-    """Emit sixteen copies of a scalar."""
-    undefined = ir.Constant(vector(scalar.type), ir.Undefined)
+def broadcast(b: ir.IRBuilder, scalar: ir.Value, lanes: int = LANES) -> ir.Value:
+    """Emit copies of a scalar, sixteen unless told."""
+    undefined = ir.Constant(vector(scalar.type, lanes), ir.Undefined)
     first = b.insert_element(undefined, scalar, I32(0))
-    return b.shuffle_vector(first, undefined, splat(I32, 0))
+    return b.shuffle_vector(first, undefined, splat(I32, 0, lanes))
 
 
 def load_vector(b: ir.IRBuilder, element: ir.Type, lanes: int, address: ir.Value) -> ir.Value:

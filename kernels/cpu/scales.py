@@ -123,7 +123,7 @@ def _of_four(typing_context: Any, extremes: Any, unit: Any, results: Any) -> Any
         smallest = [b.fneg(extreme(token, 0)) for token in range(TOKENS)]
         largest = [extreme(token, 1) for token in range(TOKENS)]
         eight = _largest_of_eight(b, smallest + largest)
-        factor = four(broadcast(b, unit), 0)
+        factor = broadcast(b, unit, TOKENS)
         lo, hi = b.fmul(b.fneg(four(eight, 0)), factor), b.fmul(four(eight, TOKENS), factor)
 
         halves = _Halves(b)

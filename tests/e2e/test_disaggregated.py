@@ -8,6 +8,7 @@ copies them from one process's memory into another's. NIXL is a package of its o
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import re
@@ -148,20 +149,23 @@ def test_an_engine_without_the_plugin_reads_nothing_of_the_folder(
 # NIXL
 
 
+def talking(log: Path, port: int, **environment: str) -> EngineHost:
+    """Start a host whose engines talk NIXL on a port."""
+    if importlib.util.find_spec("nixl") is None:
+        pytest.skip("NIXL is not installed; make long-tests does that")
+    return EngineHost(log, VLLM_NIXL_SIDE_CHANNEL_PORT=str(port), **environment)
+
+
 @pytest.fixture(scope="module")
 def engines(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[..., EngineHost]]:
     """Starts engines that talk NIXL, each in a process that stays."""
-    if importlib.util.find_spec("nixl") is None:
-        pytest.skip("NIXL is not installed; make long-tests does that")
     hosts: dict[str, EngineHost] = {}
 
     def start(name: str, port: int, **environment: str) -> EngineHost:
         if name not in hosts:
-            log = tmp_path_factory.mktemp(name) / "log.txt"
-            port_variable = {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(port)}
-            hosts[name] = EngineHost(log, **port_variable, **environment)
+            hosts[name] = talking(tmp_path_factory.mktemp(name) / "log.txt", port, **environment)
         return hosts[name]
 
     yield start
@@ -233,21 +237,19 @@ def test_pages_and_states_cross_from_memory_to_memory_byte_for_byte(
 
 
 @pytest.fixture
-def of_two_processes(tmp_path: Path) -> Iterator[tuple[EngineHost, EngineHost]]:
+def of_two_processes(tmp_path: Path) -> Iterator[list[EngineHost]]:
     """Hosts of two engines of two processes each, which are not left to spin beside others."""
-    hosts = []
-    for name, port in (("prefill", 24600), ("decode", 24620)):
-        # A thread each, on whatever cores there are.
-        variables = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        variables["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(port)
-        hosts.append(EngineHost(tmp_path / f"{name}.txt", **variables))
-    yield hosts[0], hosts[1]
-    for host in hosts:
-        host.close()
+    with contextlib.ExitStack() as stack:
+        hosts = []
+        for name, port in (("prefill", 24600), ("decode", 24620)):
+            # A thread each, on whatever cores there are.
+            host = talking(tmp_path / f"{name}.txt", port, VLLM_CPU_OMP_THREADS_BIND="nobind")
+            stack.callback(host.close)
+            hosts.append(host)
+        yield hosts
 
 
 @pytest.mark.long
-@pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="NIXL is not installed")
 def test_pages_cross_between_engines_of_two_processes_each(of_two_processes, case, small_model):
     prefill, decode = of_two_processes
     model = small_model(case.model, case.dtype)
