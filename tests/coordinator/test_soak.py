@@ -63,6 +63,8 @@ def test_no_checkpoint_is_kept_whose_attention_blocks_are_not_cached(seed, world
         pytest.param(3, 37, "fixed_point", id="one that it passes"),
         pytest.param(3, 17, "hybrid_aware", id="one that it passes from a branch point"),
         pytest.param(2749508442, 125, None, id="one whose state is exported"),
+        pytest.param(1, 2, "fixed_point", id="one longer than the blocks that chunks align to"),
+        pytest.param(71248785, 203, None, id="one at a prompt's end that is computed again"),
     ],
 )
 def test_a_block_is_not_cached_with_an_earlier_state_than_that_at_its_end(seed, world, strategy):

@@ -335,11 +335,13 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
 
     def _cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
         self._step_writes.add(request, num_computed_tokens)
-        self._passed_blocks.keep_out(request, num_computed_tokens)
         if self._report is not None and request.request_id in self._untold:
             self._tell(self._report, request)
-        super().cache_blocks(request, num_computed_tokens)
-        self._passed_blocks.settle(request)
+        self._passed_blocks.hide(request, num_computed_tokens)
+        try:
+            super().cache_blocks(request, num_computed_tokens)
+        finally:
+            self._passed_blocks.restore(request)
 
     def _is_inside_a_unit(self, request: Request, num_computed_tokens: int) -> bool:
         """Whether a step of decoding completes no hash unit, so that there is nothing to cache.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps blocks from being cached under prefixes whose states nobody wrote into them."""
+"""Prevents the caching of blocks as states that were never written into them."""
 
 from __future__ import annotations
 
@@ -9,45 +9,56 @@ from typing import TYPE_CHECKING
 from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 
 if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
     from vllm.v1.request import Request
 
 
 class PassedBlocks:
-    """The blocks of states that a chunk of a prompt begins in and goes beyond.
+    """Tracks state blocks that a prompt's chunk starts inside and runs past.
 
-    Chunks end where blocks do, so that a state is written at every block's end. But where a kernel
-    exports the state at a prompt's end from within the last chunk, as Mamba 2's does, vLLM lets
-    that chunk begin inside a block, where a hit ends, and run to the prompt's end. In that block
-    is still the state that the chunk began with. vLLM's own coordinator, in 0.32 and 0.33, caches
-    it as the state at the block's end, and whoever shares the tokens up to there gets a wrong one.
+    A state is written where a chunk ends. If a chunk starts inside a state block and ends beyond
+    it, the block keeps the state that the chunk started with. vLLM 0.32 and 0.33 cache it as the
+    state at the block's end, and every request that shares the tokens up to there resumes from a
+    wrong state. There are two ways to such a chunk:
 
-    The state that is exported goes into the last block but one. Where hits fall on multiples of
-    more than a block, it may be an earlier one than that at the block's end, and vLLM caches it as
-    that one too when it comes to the next multiple.
+    - The scheduler aligns chunks to `cache_config.block_size`, which is the smallest block of all
+      groups. A state block that is longer is passed by any chunk that starts inside it
+      (vllm-project/vllm#54076).
+    - A kernel exports the state at a prompt's end from within the last chunk, as Mamba 2's does.
+      vLLM lets that chunk start inside a block, where a hit ended, and run to the prompt's end.
+
+    The exported state goes into the last block but one. If hits end at multiples of more than a
+    block, it may be an earlier state than the one at that block's end. vLLM then caches it as the
+    later one, too, at the next multiple.
     """
 
     def __init__(self, managers: Iterable[SingleTypeKVCacheManager]) -> None:
-        """Prepare.
+        """Select the managers of cached states.
 
         Args:
-            managers: Those of all groups.
+            managers: The managers of all groups.
         """
         self._managers = [
             manager
             for manager in managers
-            if isinstance(manager, MambaManager)
-            and manager.kv_cache_spec.num_prefill_checkpoint_blocks
+            if isinstance(manager, MambaManager) and manager.mamba_cache_mode == "align"
         ]
-        # Tokens that requests resumed after. vLLM tells the request itself after its first step.
+        self._exporting = [
+            manager for manager in self._managers if manager.has_prefill_checkpoint_blocks
+        ]
+        # Tokens that requests resumed after. vLLM updates the request itself after its first step.
         self._resumed: dict[str, int] = {}
+        # Managers and columns of the blocks that requests have passed and still hold.
+        self._passed: dict[str, list[tuple[MambaManager, int]]] = {}
+        self._hidden: list[tuple[list[KVCacheBlock], int, KVCacheBlock]] = []
 
     def resume(self, request_id: str, num_computed_tokens: int) -> None:
-        """Note where a request resumes.
+        """Record where a request resumes.
 
         Args:
             request_id: Its id.
-            num_computed_tokens: Its tokens that were hit or are loaded.
+            num_computed_tokens: Its tokens that were cache hits or are loaded.
         """
         if self._managers:
             self._resumed[request_id] = num_computed_tokens
@@ -55,41 +66,54 @@ class PassedBlocks:
     def forget(self, request_id: str) -> None:
         """Forget a request."""
         self._resumed.pop(request_id, None)
+        self._passed.pop(request_id, None)
 
-    def keep_out(self, request: Request, num_computed_tokens: int) -> None:
-        """Count a block that is passed as cached, so that it will not be. Before blocks are cached.
+    def hide(self, request: Request, num_computed_tokens: int) -> None:
+        """Show null blocks to vLLM in place of the blocks that the request's chunks have passed.
+
+        vLLM caches no null block, neither as a whole block nor as the end of a prompt, which it
+        may take a block for that was passed steps ago. Call it before blocks are cached.
 
         Args:
-            request: As it is before the step.
-            num_computed_tokens: Its tokens that are computed when the step is.
+            request: The request before the step.
+            num_computed_tokens: Its tokens that are computed after the step.
         """
         if not self._managers:
             return
-        start = max(request.num_computed_tokens, self._resumed.get(request.request_id, 0))
-        if start >= max(request.num_prompt_tokens, request.num_tokens - 1):
-            # When draft tokens reach beyond a block's end the state at its end is put there.
+        request_id = request.request_id
+        passed = self._passed.get(request_id, [])
+        start = max(request.num_computed_tokens, self._resumed.get(request_id, 0))
+        # In decoding, the worker copies the state at a block's end into that block.
+        if start < max(request.num_prompt_tokens, request.num_tokens - 1):
+            for manager in self._managers:
+                column = start // manager.block_size
+                end = (column + 1) * manager.block_size
+                if start % manager.block_size and num_computed_tokens > end:
+                    passed.append((manager, column))
+        if not passed:
             return
-        for manager in self._managers:
-            column = start // manager.block_size
-            end = (column + 1) * manager.block_size
-            if start % manager.block_size and num_computed_tokens > end:
-                self._count(manager, request, column)
+        self._passed[request_id] = []
+        for manager, column in passed:
+            table = manager.req_to_blocks[request_id]
+            if not table[column].is_null:
+                self._passed[request_id].append((manager, column))
+                self._hidden.append((table, column, table[column]))
+                table[column] = manager._null_block
 
-    def settle(self, request: Request) -> None:
-        """Count a block with an exported state as cached. After blocks are cached.
+    def restore(self, request: Request) -> None:
+        """Undo `hide`, and mark the block with an exported state as cached.
 
-        By then it is, under what it holds: vLLM caches it as a whole one first, if it has come to
-        its end, and tells a KV connector of what has become of it.
+        Call it after blocks are cached: by then vLLM has cached the exported state under its
+        prefix, and has told a KV connector.
 
         Args:
-            request: As it is before the step.
+            request: The request before the step.
         """
-        for manager in self._managers:
+        for table, column, block in self._hidden:
+            table[column] = block
+        self._hidden.clear()
+        for manager in self._exporting:
             exported = manager._checkpoints.get(request.request_id)
             if exported is not None:
-                self._count(manager, request, exported[1])
-
-    @staticmethod
-    def _count(manager: MambaManager, request: Request, column: int) -> None:
-        cached = manager.num_cached_block.get(request.request_id, 0)
-        manager.num_cached_block[request.request_id] = max(cached, column + 1)
+                cached = manager.num_cached_block.get(request.request_id, 0)
+                manager.num_cached_block[request.request_id] = max(cached, exported[1] + 1)

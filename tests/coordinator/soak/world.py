@@ -79,6 +79,7 @@ class World:
         self.seed = seed
         self._draw = random.Random(seed)
         plan = random_plan(self._draw, strategy)
+        plan = plan.with_smaller_attention(random.Random(f"{seed} smaller attention"))
         plan = plan.with_checkpoints(random.Random(f"{seed} checkpoints"))
         self.plan = plan = plan.with_retention(random.Random(f"{seed} retention"))
         # States of answers are copied more often than is worth it: answers are short here, and

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State blocks are cached only under the prefix whose state was written into them."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import vllm.v1.core.kv_cache_manager as manager_module
+from contents import NUM_BLOCKS, Layout, full, layout_of, mamba, request_of
+from vllm.v1.core.kv_cache_utils import get_group_id
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from vllm_hybrid_kv.coordinator.fixed_point import FixedPointCoordinator
+from vllm_hybrid_kv.coordinator.hybrid_aware import HybridAwareCoordinator
+
+STATE_BLOCK = 64
+CHUNK_GRID = 16
+"""The attention block: the engine core makes the smallest block the grid that chunks end on."""
+
+LAYOUT = layout_of(full(CHUNK_GRID), mamba(STATE_BLOCK), unit=CHUNK_GRID)
+STATES = 1
+
+
+class Engine:
+    """vLLM's KV cache manager, and the states that its worker would have in each block."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.manager = manager_module.KVCacheManager(
+            kv_cache_config=KVCacheConfig(NUM_BLOCKS, [], list(layout.groups)),
+            max_model_len=4096,
+            scheduler_block_size=layout.scheduler_block_size,
+            hash_block_size=layout.hash_unit,
+        )
+        # Tokens that the state in a block comes after.
+        self.written: dict[int, int] = {}
+
+    def send(self, token_ids: list[int], *ends: int) -> int:
+        """Compute a prompt in chunks that end at `ends`, and return the length of its hit."""
+        request = request_of(self.layout, token_ids)
+        manager = self.manager
+        manager.new_step_starts()
+        blocks, hit, _ = manager.get_computed_blocks(request)
+        for end in ends:
+            if end <= hit:
+                continue
+            start = max(request.num_computed_tokens, hit)
+            first = request.num_computed_tokens == 0
+            new = (end - start, hit, blocks) if first else (end - start,)
+            assert manager.allocate_slots(request, *new) is not None
+            table = manager.coordinator.get_blocks(request.request_id)[STATES]
+            for source, copy in manager.coordinator.single_type_managers[
+                STATES
+            ].take_pending_cow_copies():
+                self.written[copy.block_id] = self.written[source.block_id]
+            self.written[table[-(-end // STATE_BLOCK) - 1].block_id] = end
+            request.num_computed_tokens = end
+            manager.new_step_starts()
+            self.check()
+        manager.free(request)
+        return hit
+
+    def check(self) -> None:
+        for block in self.manager.block_pool.blocks:
+            if block.block_hash is not None and get_group_id(block.block_hash) == STATES:
+                assert self.written[block.block_id] == block.block_hash_num_tokens
+
+
+@pytest.fixture(params=[FixedPointCoordinator, HybridAwareCoordinator])
+def engine(request, monkeypatch):
+    monkeypatch.setattr(
+        manager_module, "get_kv_cache_coordinator", lambda **named: request.param(**named)
+    )
+    return Engine(LAYOUT)
+
+
+def test_a_state_that_a_chunk_ends_with_is_cached(engine):
+    prompt = list(range(100))
+    assert engine.send(prompt, 64, 96, 100) == 0
+    assert engine.send([*prompt[:70], 999], 71) == 64
+    assert engine.send(prompt, 100) == 96
+
+
+def test_a_chunk_that_passes_a_state_blocks_end_leaves_no_state_there(engine):
+    prompt = list(range(100))
+    # The chunk from 16 to 80 tokens does not stop at 64.
+    engine.send(prompt, 16, 80, 100)
+    assert engine.send(prompt, 100) == 0
+
+
+def test_a_request_that_resumes_inside_a_state_block_and_passes_its_end_leaves_no_state(engine):
+    prompt = list(range(210))
+    assert engine.send(prompt[:84], 64, 80, 84) == 0
+    # It resumes at 80 tokens, and does not stop at 128.
+    assert engine.send(prompt, 160, 208, 210) == 80
+    assert engine.send([*prompt[:150], 999], 151) == 80
+
+
+def test_no_wrong_state_is_cached_however_prompts_are_cut_into_chunks(engine):
+    draw = random.Random(0)
+    hits = 0
+    for _ in range(60):
+        shared, length = draw.randrange(1, 240), draw.randrange(20, 260)
+        prompt = [*range(shared), *(draw.randrange(1000, 1003) for _ in range(length))]
+        inner = range(CHUNK_GRID, len(prompt), CHUNK_GRID)
+        tail = (len(prompt) - 1) // CHUNK_GRID * CHUNK_GRID
+        cuts = draw.sample(inner, draw.randrange(1 + min(len(inner), 6)))
+        hits += engine.send(prompt, *sorted({*cuts, tail}), len(prompt)) > 0
+    assert hits > 10
