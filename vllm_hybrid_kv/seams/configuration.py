@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from vllm import envs
 
 from vllm_hybrid_kv.attention.refusal import CACHE_DTYPE
+from vllm_hybrid_kv.coordinator.drafts import check_drafts
 from vllm_hybrid_kv.errors import HybridKVError
+from vllm_hybrid_kv.hooks import HOOK_OF_SETTING
 from vllm_hybrid_kv.seams.base import Edit, MethodRebinding, Notice, Seam, Target
 from vllm_hybrid_kv.seams.boundary import boundary_layers
 from vllm_hybrid_kv.settings import ENVIRONMENT_PREFIX
@@ -51,6 +53,12 @@ def settings_seam(context: Context, create_engine_config: Target, init_worker: T
                 chosen = self.attention_config.flash_attn_version
                 vllm_config.attention_config.flash_attn_version = chosen
             try:
+                # With vLLM's own cache and rules an engine starts as it does without the plugin.
+                as_stock = vllm_config.cache_config.cache_dtype != CACHE_DTYPE and all(
+                    getattr(settings, name) == "stock" for name in HOOK_OF_SETTING
+                )
+                if not as_stock and not settings.allow_drafts_with_cached_states:
+                    check_drafts(vllm_config)
                 context.adopt(vllm_config)
             except HybridKVError as error:
                 context.stop(error)

@@ -70,7 +70,10 @@ def configure(plan: Plan) -> VllmConfig:
         gpu_memory_utilization=0.1,
         enable_prefix_caching=True,
         mamba_cache_mode="align" if plan.has_states else "none",
-        additional_config={"hybrid_kv": {"coordinator": plan.strategy}},
+        additional_config={
+            # The model in it is never run: what can corrupt its states is in the worker.
+            "hybrid_kv": {"coordinator": plan.strategy, "allow_drafts_with_cached_states": True}
+        },
         **more,
     ).create_engine_config()
     config.scheduler_config.max_num_batched_tokens = plan.budget
