@@ -55,8 +55,9 @@ def generate(
     prompt_logprobs: bool = False,
     alone: bool = False,
     fresh: bool = False,
+    seed: int | None = None,
 ) -> list[Output]:
-    """Send greedy requests.
+    """Send greedy requests, or seeded ones.
 
     Args:
         llm: A `vllm.LLM`.
@@ -65,11 +66,14 @@ def generate(
         prompt_logprobs: Ask for those of the prompt; vLLM then reads nothing from the prefix cache.
         alone: One after another, not all at once.
         fresh: Empty the prefix cache before each batch.
+        seed: Sample at temperature 1 with this seed.
 
     Raises:
         RuntimeError: The prefix cache could not be emptied.
     """
     sampling = greedy(max_tokens, prompt_logprobs=0 if prompt_logprobs else None)
+    if seed is not None:
+        sampling.temperature, sampling.seed = 1.0, seed
     requests = [{"prompt_token_ids": prompt} for prompt in prompts]
     outputs = []
     for batch in [[r] for r in requests] if alone else [requests]:

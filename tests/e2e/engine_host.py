@@ -86,8 +86,8 @@ class EngineHost:
             self._settings = settings
         return self
 
-    def generate(self, prompts: list[list[int]], max_tokens: int, **how: bool) -> list[Output]:
-        """Send greedy requests: all at once, or one after another with `alone=True`.
+    def generate(self, prompts: list[list[int]], max_tokens: int, **how: Any) -> list[Output]:
+        """Send greedy requests, or ones with a `seed`: at once, or one by one with `alone=True`.
 
         `fresh=True` empties the prefix cache before each batch, `prompt_logprobs=True` asks for
         the prompt's log-probabilities (vLLM then reads nothing from the prefix cache).

@@ -159,3 +159,18 @@ def test_a_prompt_sent_again_gives_the_same_to_the_last_bit(
     assert any(output.cached % chats.block for output in again)
     assert [output.tokens for output in again] == [output.tokens for output in first]
     assert [output.logprobs for output in again] == [output.logprobs for output in first]
+
+
+def test_a_seeded_request_survives_chunks_and_does_not_depend_on_them(
+    host: EngineHost, case: Case, model: Path, chats: Chats
+) -> None:
+    engine = host.engine(**settings(model, case, additional_config=POLICY))
+    prompts = [random_prompt(length, seed=900 + length) for length in (100, 300)]
+    # A chunk ends where a state is kept, and its sample is discarded. A hit leaves one chunk.
+    chunked = engine.generate(prompts, case.tokens, alone=True, seed=7)
+    hit = engine.generate(prompts, case.tokens, alone=True, seed=7)
+    assert [output.cached for output in chunked] == [0, 0]
+    assert [output.cached for output in hit] == [UNIT, 4 * UNIT]
+    assert [output.tokens for output in hit] == [output.tokens for output in chunked]
+    other = engine.generate(prompts, case.tokens, alone=True, seed=8)
+    assert [output.tokens for output in other] != [output.tokens for output in hit]

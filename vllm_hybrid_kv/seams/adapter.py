@@ -11,6 +11,7 @@ from vllm_hybrid_kv.seams import (
     configuration,
     coordination,
     planning,
+    sampling,
     transfer,
 )
 from vllm_hybrid_kv.seams.base import Seam, Target
@@ -39,6 +40,9 @@ class Known:
         offloading_config: Names stored pages for offloading.
         init_example_connector: Chooses the folder that ExampleConnector keeps pages in.
         cpu_refuses_dtypes: Whether the CPU platform refuses cache dtypes that it cannot store.
+        align_chunks: Ends chunks of prompts where states are cached. Checked, not patched.
+        cache_prompt_end: Caches the state at a prompt's end. Checked, not patched.
+        add_to_batch: Adds a request to the worker's batch.
     """
 
     get_groups: Target
@@ -58,6 +62,9 @@ class Known:
     offloading_config: Target
     init_example_connector: Target
     cpu_refuses_dtypes: bool
+    align_chunks: Target
+    cache_prompt_end: Target
+    add_to_batch: Target
 
 
 def build(context: Context, known: Known) -> list[Seam]:
@@ -71,7 +78,12 @@ def build(context: Context, known: Known) -> list[Seam]:
         configuration.known_variables_seam(known.validate_environ),
         planning.page_size_seam(context, known.get_groups, known.unify),
         planning.capacity_seam(context, known.get_capacity),
-        coordination.coordinator_seam(context, known.make_coordinator, known.init_kv_cache_manager),
+        coordination.coordinator_seam(
+            context,
+            known.make_coordinator,
+            known.init_kv_cache_manager,
+            [known.align_chunks, known.cache_prompt_end],
+        ),
         coordination.prefix_match_unit_seam(context, known.resolve_block_sizes),
         coordination.block_copies_seam(known.copy_blocks),
     ]
@@ -85,6 +97,7 @@ def build(context: Context, known: Known) -> list[Seam]:
             ),
         ]
     if context.on_cpu:
+        seams.append(sampling.seeded_sampling_seam(known.add_to_batch))
         seams.append(
             attention.selection_seam(
                 known.get_attn_backend_cls, stock_refuses=known.cpu_refuses_dtypes

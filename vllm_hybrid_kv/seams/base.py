@@ -254,6 +254,39 @@ class MethodRebinding(Edit):
         return str(self.target)
 
 
+class UnchangedTarget(Edit):
+    """Changes nothing. Checks the fingerprint of a function whose behaviour the plugin needs."""
+
+    def __init__(self, target: Target) -> None:
+        """Remember the function.
+
+        Args:
+            target: The function or method.
+        """
+        self.target = target
+        self._binding: Any = None
+
+    def problems(self) -> list[str]:
+        """See `Target.problems`."""
+        return self.target.problems()
+
+    def apply(self) -> None:
+        """Remember the function that was checked."""
+        self._binding = self.target.binding()
+
+    def failures(self) -> list[str]:
+        """Check that nothing has replaced the function."""
+        if self.target.binding() is not self._binding:
+            return [f"{self.target} is no longer vLLM's"]
+        return []
+
+    def undo(self) -> None:
+        """Nothing was changed."""
+
+    def __str__(self) -> str:
+        return f"{self.target} (checked, not patched)"
+
+
 @dataclass(frozen=True)
 class Seam:
     """One purpose, why it needs a seam, and its edits."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_hybrid_kv.coordinator.answers import (
@@ -19,6 +20,7 @@ from vllm_hybrid_kv.seams.base import (
     Notice,
     Seam,
     Target,
+    UnchangedTarget,
 )
 from vllm_hybrid_kv.settings import current_settings
 
@@ -29,13 +31,16 @@ if TYPE_CHECKING:
     from vllm_hybrid_kv.seams.context import Context
 
 
-def coordinator_seam(context: Context, factory: Target, init_kv_cache_manager: Target) -> Seam:
+def coordinator_seam(
+    context: Context, factory: Target, init_kv_cache_manager: Target, relied_on: Sequence[Target]
+) -> Seam:
     """Let a strategy make the coordinator, and a coordinator know its manager.
 
     Args:
         context: The process's.
         factory: `get_kv_cache_coordinator`.
         init_kv_cache_manager: `KVCacheManager.__init__`, which calls the factory.
+        relied_on: Methods that decide where chunks end and which states are cached.
     """
 
     def make(original: Any) -> Any:
@@ -78,7 +83,11 @@ def coordinator_seam(context: Context, factory: Target, init_kv_cache_manager: T
             upstream="vllm-project/vllm#31707 (prefix caching over any mix of groups)",
             until="the coordinator class can be configured as the scheduler class can",
         ),
-        [FunctionRebinding(factory, make), MethodRebinding(init_kv_cache_manager, make_init)],
+        [
+            FunctionRebinding(factory, make),
+            MethodRebinding(init_kv_cache_manager, make_init),
+            *map(UnchangedTarget, relied_on),
+        ],
     )
 
 

@@ -110,6 +110,25 @@ KNOWN = Known(
         Fingerprint("(self, vllm_config, role, kv_cache_config)", "d3e9436607777ed5"),
     ),
     cpu_refuses_dtypes=True,
+    align_chunks=Target(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler._mamba_block_aligned_split",
+        Fingerprint(
+            "(self, request, num_new_tokens, num_new_local_computed_tokens=0, "
+            "num_external_computed_tokens=0)",
+            "816f905bbf46c72d",
+        ),
+    ),
+    cache_prompt_end=Target(
+        "vllm.v1.core.single_type_kv_cache_manager",
+        "MambaManager._cache_partial_tail_block",
+        Fingerprint("(self, request, num_tokens, retention_interval)", "50dffd6f704e5495"),
+    ),
+    add_to_batch=Target(
+        "vllm.v1.worker.gpu_input_batch",
+        "InputBatch.add_request",
+        Fingerprint("(self, request)", "c7c44acb74fbcfd3"),
+    ),
 )
 
 

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A seeded request on a CPU samples what it would without the samples that vLLM discards."""
+
+import torch
+
+from vllm_hybrid_kv.seams.sampling import RewindableGenerator
+
+
+def draw(generator):
+    return torch.empty(8).exponential_(generator=generator)
+
+
+def discard(generator, chunks):
+    for _ in range(chunks):
+        draw(generator)
+        # As vLLM's model runner does.
+        generator.set_offset(generator.get_offset() - 4)
+
+
+def test_discarded_samples_leave_no_trace_before_and_after_a_preemption():
+    plain = torch.Generator().manual_seed(7)
+    expected = [draw(plain) for _ in range(4)]
+    generator = RewindableGenerator(device="cpu")
+    generator.manual_seed(7)
+    generator.join_batch()
+    discard(generator, chunks=3)
+    found = [draw(generator), draw(generator)]
+    # A preempted request joins the batch again, and its prompt is computed again.
+    generator.join_batch()
+    discard(generator, chunks=2)
+    found += [draw(generator), draw(generator)]
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
