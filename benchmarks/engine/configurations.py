@@ -84,6 +84,9 @@ class Configuration:
             found["compilation_config"] = {"cudagraph_mode": self.graphs}
         if self.speculation is not None:
             found["speculative_config"] = SPECULATION[self.speculation]
+            # Whether cached states stay right is what such a configuration checks.
+            allowed = {"allow_drafts_with_cached_states": True}
+            found["additional_config"] = {"hybrid_kv": allowed}
         if self.prefix_caching is not None:
             found["enable_prefix_caching"] = self.prefix_caching
         return found

@@ -162,7 +162,7 @@ def test_a_prompt_sent_again_gives_the_same_to_the_last_bit(
 
 
 def test_a_seeded_request_survives_chunks_and_does_not_depend_on_them(
-    host: EngineHost, case: Case, model: Path, chats: Chats
+    host: EngineHost, case: Case, model: Path
 ) -> None:
     engine = host.engine(**settings(model, case, additional_config=POLICY))
     prompts = [random_prompt(length, seed=900 + length) for length in (100, 300)]
