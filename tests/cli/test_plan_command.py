@@ -133,8 +133,10 @@ def test_wrong_input_ends_with_one_line(run, folder, monkeypatch, arguments, mes
     assert message in line
 
 
-def test_what_a_server_would_refuse_is_said_beside_what_it_would_not(run):
-    asked = (SHAPES["llama-4-scout"], "--memory", "24GiB", "--max-model-len", 131072)
+def test_what_a_server_would_refuse_is_said_beside_what_it_would_not(run, tmp_path):
+    config = json.loads((SHAPES["llama-3.1-8b"] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "head_dim": 32}))
+    asked = (tmp_path, "--memory", "24GiB", "--max-model-len", 131072)
     refused = run(*asked)
     assert refused.exit_code == 2
     assert "cannot serve this layer" in refused.stderr

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans of public models, and that their numbers are vLLM's own."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import AttentionSpec, MambaSpec
 
-from vllm_hybrid_kv.attention.refusal import UnsupportedLayerError
+from vllm_hybrid_kv.attention.refusal import UnsupportedModelError
+from vllm_hybrid_kv.dry_run.engine import Model
 from vllm_hybrid_kv.dry_run.plan import Pages, merge_alike, plan_of
 from vllm_hybrid_kv.kernels.k8v4 import slot_bytes
 
@@ -27,6 +29,9 @@ LAYERS = {
     "llama-4-scout": {"chunked local 8,192": 36, "full attention": 12},
     "jamba-1.5-mini": {"state (mamba1)": 28, "full attention": 4},
     "llama-3.1-8b": {"full attention": 32},
+    # vLLM cannot tell their attention layers from their configs.
+    "falcon-h1-1.5b": {"state (mamba2)": 24, "full attention": 24},
+    "zamba2-2.7b": {"state (mamba2)": 54, "full attention": 9},
 }
 
 
@@ -37,16 +42,8 @@ def kinds(pages):
     return counted
 
 
-# Of Llama 4 vLLM gives the boundary's chunked local layers the backend of k8v4, unquantised.
-PLANNED = [
-    (name, dtype)
-    for name in LAYERS
-    for dtype in ("auto", "fp8", K8V4)
-    if (name, dtype) != ("llama-4-scout", K8V4)
-]
-
-
-@pytest.mark.parametrize(("name", "dtype"), PLANNED)
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("dtype", ["auto", "fp8", K8V4])
 def test_every_public_model_is_planned_with_every_dtype(shape, name, dtype):
     plan = plan_of(shape(name, dtype), 24 * GIB, {}).plan
     assert kinds(plan.pages) == LAYERS[name]
@@ -60,9 +57,40 @@ def test_every_public_model_is_planned_with_every_dtype(shape, name, dtype):
     assert max(by_group.values()) == plan.block_bytes
 
 
-def test_llama_4_is_refused_as_a_server_refuses_it(shape):
-    with pytest.raises(UnsupportedLayerError, match=r"layers\.0\.self_attn\.attn: .*dtype is auto"):
-        shape("llama-4-scout", K8V4)
+def test_llama_4_has_whole_blocks_in_each_chunk_and_unquantised_boundary_layers(shape):
+    plan = plan_of(shape("llama-4-scout", K8V4), 24 * GIB, {}).plan
+    stored = {layer: row for row in plan.pages for layer in row.layers}
+    unquantised = [name for name in stored if stored[name].stores == "bfloat16"]
+    indices = sorted(
+        int(part) for name in unquantised for part in name.split(".") if part.isdigit()
+    )
+    assert indices == [0, 1, 46, 47]
+    chunked = [row for row in plan.pages if row.kind == "chunked local 8,192"]
+    assert {row.stores for row in chunked} == {"k8v4", "bfloat16"}
+    for row in chunked:
+        assert 8192 % row.block_tokens == 0
+
+
+def test_a_model_with_latent_attention_is_refused_before_its_layers_are_built(tmp_path):
+    config = {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "num_hidden_layers": 2,
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 64,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 32,
+        "vocab_size": 512,
+        "max_position_embeddings": 4096,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match=r"model .*: .* latent attention \(MLA\) "):
+        Model({"model": str(tmp_path), "kv_cache_dtype": K8V4})
 
 
 def test_qwen3_6_has_the_blocks_of_its_servers(shape):

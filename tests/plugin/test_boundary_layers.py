@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`boundary_layers` says how many layers at each end stay unquantised, of k8v4 engines alone."""
+"""`boundary_layers` sets how many layers at each end stay unquantised, in k8v4 engines only."""
+
+from types import SimpleNamespace
 
 import pytest
 from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
 
 from vllm_hybrid_kv import plugin
+from vllm_hybrid_kv.attention.refusal import UnsupportedModelError
+from vllm_hybrid_kv.seams.boundary import boundary_layers, cache_owners
 
 pytestmark = pytest.mark.usefixtures("unregistered")
 
@@ -69,3 +73,52 @@ def test_a_value_that_is_not_valid_stops_start_up(make_config):
     plugin.register()
     with pytest.raises(ValueError, match=r"boundary_layers=-1 .* is not valid"):
         make_config({"boundary_layers": -1}, kv_cache_dtype=K8V4)
+
+
+def rule(config, number=2, hybrid=False, mla=False):
+    """What vLLM gets for a model while an engine with a k8v4 cache is configured."""
+    plugin.register()
+    model = SimpleNamespace(
+        model="some/model", hf_text_config=config, is_hybrid=hybrid, use_mla=mla, hf_config=config
+    )
+    with boundary_layers(number):
+        return TurboQuantConfig.get_boundary_skip_layers(model)
+
+
+@pytest.mark.parametrize(
+    ("shared", "number", "layers"),
+    [(4, 2, "0145"), (4, 1, "05"), (4, 0, ""), (4, 9, "012345"), (0, 2, "0189"), (None, 1, "09")],
+)
+def test_boundary_layers_are_counted_among_layers_that_own_a_cache(shared, number, layers):
+    config = SimpleNamespace(num_hidden_layers=10, num_kv_shared_layers=shared)
+    assert rule(config, number) == list(layers)
+
+
+@pytest.mark.parametrize("as_dict", [True, False])
+def test_layers_without_attention_are_not_counted(as_dict):
+    make = dict if as_dict else SimpleNamespace
+    kinds = [{"no_op": True}, {}, {"replace_with_linear": True}, {"no_op": False}, {}, {}]
+    blocks = [make(attention=make(**kind)) for kind in kinds]
+    config = SimpleNamespace(num_hidden_layers=6, block_configs=blocks)
+    if not as_dict:
+        assert cache_owners(config) == [1, 3, 4, 5]
+    assert rule(config, 1) == ["1", "5"]
+
+
+def test_a_hybrid_model_whose_config_does_not_list_its_attention_layers_is_served():
+    config = SimpleNamespace(num_hidden_layers=6)
+    assert rule(config, hybrid=True) == []
+    # vLLM's own rule refuses it.
+    with pytest.raises(NotImplementedError, match="identifiable full-attention layers"):
+        rule(config, number=None, hybrid=True)
+
+
+@pytest.mark.parametrize("hybrid", [True, False])
+def test_a_model_with_latent_attention_is_refused_by_name(hybrid):
+    with pytest.raises(UnsupportedModelError) as caught:
+        rule(SimpleNamespace(num_hidden_layers=6), hybrid=hybrid, mla=True)
+    assert str(caught.value) == (
+        "model some/model: --kv-cache-dtype turboquant_k8v4 cannot serve this model: multi-head "
+        "latent attention (MLA) has a latent cache of its own. Serve the model with "
+        "--kv-cache-dtype auto"
+    )

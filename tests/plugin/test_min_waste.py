@@ -5,6 +5,7 @@ import logging
 from dataclasses import replace
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from vllm.v1.attention.backend import MultipleOf
@@ -24,6 +25,7 @@ from vllm_hybrid_kv.planning.min_waste import (
     unify_with_least_waste,
     waste,
 )
+from vllm_hybrid_kv.planning.page_kinds import kind_of
 from vllm_hybrid_kv.planning.page_sizes import check_page_sizes
 
 STATE_PAGE = 12_648_448
@@ -118,6 +120,31 @@ def test_a_thousandth_of_the_pool_is_not_worth_longer_blocks():
     assert waste(specs, unified) <= waste(specs, unify_by_lcm(specs))
     assert max(blocks(exact).values()) == 2_240
     assert max(blocks(unified).values()) == 336
+
+
+def test_a_block_of_chunked_local_attention_divides_its_chunk():
+    chunked = attention(128, slot=100, cls=ChunkedLocalAttentionSpec, attention_chunk_size=256)
+    specs = {"k8v4": attention(128, slot=100), "chunked": chunked, "plain": attention(128, 256)}
+    unified = unify_with_least_waste(specs)
+    # A page of the unquantised layer holds 327 k8v4 tokens.
+    assert blocks(unified)["k8v4"] == 384
+    assert blocks(unified)["chunked"] == 256
+    assert len(set(pages(unified).values())) == 1
+    assert check_page_sizes(specs, unified) is None
+
+
+@pytest.mark.parametrize("longest", [64, 100, 200, 10_000])
+@pytest.mark.parametrize("chunk", [48, 96, 256, 8_192])
+def test_every_page_gives_chunked_local_attention_a_block_that_divides_its_chunk(chunk, longest):
+    fields = {"cls": ChunkedLocalAttentionSpec, "attention_chunk_size": chunk}
+    kind = kind_of(attention(16, slot=100, **fields), longest)
+    sizes = np.arange(kind.least_page, kind.longest_page + 5_000, 700)
+    counts = kind.blocks(sizes)
+    assert all(chunk % (16 * count) == 0 for count in counts)
+    assert 16 * counts[-1] >= min(longest, chunk)
+    steps = kind.steps(kind.least_page, kind.longest_page)
+    assert list(kind.blocks(steps)) == sorted(set(kind.blocks(steps)))
+    assert kind.with_page(int(sizes[-1])).block_size == 16 * counts[-1]
 
 
 def test_the_tolerance_never_takes_more_than_lcm_leaves():

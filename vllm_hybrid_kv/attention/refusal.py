@@ -17,14 +17,18 @@ import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.platforms import current_platform
 
+from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.kernels import k8v4
 
 if TYPE_CHECKING:
+    from vllm.config import ModelConfig
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
 CACHE_DTYPE = "turboquant_k8v4"
 
 SKIP = "--kv-cache-dtype-skip-layers"
+
+MLA = "multi-head latent attention (MLA) has a latent cache of its own"
 
 INSTEAD = "serve the model with --kv-cache-dtype auto"
 
@@ -61,6 +65,25 @@ class UnsupportedLayerError(ValueError):
         )
 
 
+class UnsupportedModelError(HybridKVError):
+    """No layer of a model can have a k8v4 cache."""
+
+    def __init__(self, model: str, refusal: Refusal) -> None:
+        super().__init__(
+            f"model {model}: --kv-cache-dtype {CACHE_DTYPE} cannot serve this model: {refusal}. "
+            f"{_sentence(refusal.instead)}"
+        )
+
+
+def refuse_model(model_config: ModelConfig) -> Refusal | None:
+    """Return why no layer of a model can have a k8v4 cache, or None.
+
+    Args:
+        model_config: vLLM's, known before any layer is built.
+    """
+    return Refusal(MLA) if model_config.use_mla else None
+
+
 def _layer_under_construction() -> str:
     """Name the vLLM layer that is being made or asked for its cache.
 
@@ -89,11 +112,15 @@ def _way_out(layer: str, refusal: Refusal) -> str:
     indices = [int(part) for part in layer.split(".") if part.isdigit()]
     # vLLM skips by the one number in a layer's name.
     if not refusal.skippable or len(indices) != 1:
-        return refusal.instead[0].upper() + refusal.instead[1:]
+        return _sentence(refusal.instead)
     alike = _layers_like(indices[0])
     whom = "the layers of its kind" if len(alike) > 1 else "it"
     skipped = " ".join([*map(str, sorted(alike | _skipped_indices())), *_skipped_kinds()])
     return f"Either keep {whom} unquantised with {SKIP} {skipped}, or {refusal.instead}"
+
+
+def _sentence(words: str) -> str:
+    return words[0].upper() + words[1:]
 
 
 def _layers_like(index: int) -> set[int]:
@@ -156,7 +183,7 @@ def refuse_selection(config: AttentionSelectorConfig) -> Refusal | None:
         return bool(getattr(config, name, False))
 
     for unsupported, reason in (
-        (asks("use_mla"), "multi-head latent attention (MLA) has a latent cache of its own"),
+        (asks("use_mla"), MLA),
         (asks("use_sparse"), "sparse attention selects keys that k8v4 pages do not index"),
         (asks("use_mm_prefix"), "bidirectional attention inside multimodal prefixes"),
         (asks("use_per_head_quant_scales"), "per-head scales from the checkpoint"),

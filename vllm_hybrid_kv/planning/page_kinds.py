@@ -119,6 +119,31 @@ class Attention(LayerKind):
 
 
 @dataclass(frozen=True)
+class ChunkedAttention(Attention):
+    """Chunked local attention: vLLM cuts a chunk into whole blocks, so that a block divides it.
+
+    Attributes:
+        counts: Present blocks that a block can have, ascending.
+    """
+
+    counts: tuple[int, ...]
+
+    def blocks(self, pages: Bytes) -> Bytes:
+        """Return the longest block of a chunk that fits."""
+        fitting = np.searchsorted(self.counts, pages // self.unit, side="right")
+        return np.array([0, *self.counts], np.int64)[fitting]
+
+    def steps(self, low: int, high: int) -> Bytes:
+        """Return the bytes of each block that divides a chunk."""
+        pages = np.array(self.counts, np.int64) * self.unit
+        return pages[(pages >= low) & (pages <= high)]
+
+    def with_page(self, page: int) -> KVCacheSpec:
+        """Scale, and pad what remains."""
+        return LayerKind.with_page(self, page)
+
+
+@dataclass(frozen=True)
 class SplitAttention(LayerKind):
     """Attention whose kernels take blocks of a few sizes only, into which longer blocks are split.
 
@@ -238,6 +263,11 @@ def kind_of(spec: KVCacheSpec, longest: int) -> LayerKind:
     kernel_blocks = spec.block_stride_alignment
     if isinstance(kernel_blocks, MultipleOf):
         return SplitAttention(spec, unit, cap, pads=spec.block_size <= kernel_blocks.base)
+    in_a_chunk, rest = divmod(getattr(spec, "attention_chunk_size", None) or 0, spec.block_size)
+    if in_a_chunk and not rest:
+        divisors = [k for k in range(1, in_a_chunk + 1) if in_a_chunk % k == 0]
+        counts = [k for k in divisors if k < cap] + [k for k in divisors if k >= cap][:1]
+        return ChunkedAttention(spec, unit, counts[-1], tuple(counts))
     return Attention(spec, unit, cap)
 
 

@@ -10,6 +10,7 @@ from vllm_hybrid_kv.seams import (
     boundary,
     configuration,
     coordination,
+    layers,
     planning,
     sampling,
     transfer,
@@ -43,6 +44,8 @@ class Known:
         align_chunks: Ends chunks of prompts where states are cached. Checked, not patched.
         cache_prompt_end: Caches the state at a prompt's end. Checked, not patched.
         add_to_batch: Adds a request to the worker's batch.
+        init_attention: Builds an attention layer.
+        initialize_from_config: Gives a worker its plan of the KV cache.
     """
 
     get_groups: Target
@@ -65,6 +68,8 @@ class Known:
     align_chunks: Target
     cache_prompt_end: Target
     add_to_batch: Target
+    init_attention: Target
+    initialize_from_config: Target
 
 
 def build(context: Context, known: Known) -> list[Seam]:
@@ -89,12 +94,14 @@ def build(context: Context, known: Known) -> list[Seam]:
     ]
     if context.on_cpu or context.on_gpu:
         seams += [
-            boundary.boundary_seam(known.get_boundary_layers),
+            boundary.boundary_seam(context, known.get_boundary_layers),
             attention.registration_seam(context),
             transfer.handshake_seam(known.nixl_compatibility_hash),
             transfer.stored_pages_seam(
                 known.none_hash_seed, known.offloading_config, known.init_example_connector
             ),
+            layers.layer_dtype_seam(known.init_attention),
+            layers.layer_pages_seam(known.initialize_from_config),
         ]
     if context.on_cpu:
         seams.append(sampling.seeded_sampling_seam(known.add_to_batch))

@@ -129,6 +129,23 @@ KNOWN = Known(
         "InputBatch.add_request",
         Fingerprint("(self, request)", "c7c44acb74fbcfd3"),
     ),
+    init_attention=Target(
+        "vllm.model_executor.layers.attention.attention",
+        "Attention.__init__",
+        Fingerprint(
+            "(self, num_heads, head_size, scale, num_kv_heads=None, alibi_slopes=None, "
+            "use_alibi_sqrt=None, cache_config=None, quant_config=None, logits_soft_cap=None, "
+            "per_layer_sliding_window=None, prefix='', attn_type=<AttentionType.DECODER: "
+            "'decoder'>, kv_sharing_target_layer_name=None, mm_prefix_clamp_sliding_window=False, "
+            "attn_backend=None, head_size_v=None, **extra_impl_args)",
+            "4a5707fd62bbbc69",
+        ),
+    ),
+    initialize_from_config=Target(
+        "vllm.v1.worker.worker_base",
+        "WorkerWrapperBase.initialize_from_config",
+        Fingerprint("(self, kv_cache_configs)", "672ea392c68cfbdd"),
+    ),
 )
 
 

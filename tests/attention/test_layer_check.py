@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layer whose pages have another layout than the layer stops start-up, with both named."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheGroupSpec,
+    KVQuantMode,
+    MambaSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
+
+from vllm_hybrid_kv.attention.backend import K8V4AttentionBackend
+from vllm_hybrid_kv.attention.layer_check import (
+    BuiltLayer,
+    LayerPagesError,
+    check_plan,
+    check_views,
+)
+
+K8V4 = "turboquant_k8v4"
+WAY_OUT = (
+    ". Serve the model with --kv-cache-dtype auto, or with boundary_layers 0 and without "
+    "--kv-cache-dtype-skip-layers if layers are left unquantised"
+)
+
+
+def spec(quantised=True, head_size=64, kv_heads=2, block_size=64, cls=FullAttentionSpec, **fields):
+    """A spec as the model runner makes it."""
+    backend = K8V4AttentionBackend if quantised else CPUAttentionBackend
+    return backend.customize_spec(
+        cls(
+            block_size=block_size,
+            num_kv_heads=kv_heads,
+            head_size=head_size,
+            dtype=torch.uint8 if quantised else torch.bfloat16,
+            kv_quant_mode=KVQuantMode.TURBOQUANT_K8V4 if quantised else KVQuantMode.NONE,
+            **fields,
+        )
+    )
+
+
+def layer(own=None, target=None, **fields):
+    own = own or spec(**fields)
+    quantised = own.kv_quant_mode.is_turboquant
+    backend, dtype = ("TURBOQUANT", K8V4) if quantised else ("CPU_ATTN", "auto")
+    return BuiltLayer(backend, dtype, own, target)
+
+
+def group(own, *names):
+    return KVCacheGroupSpec(list(names), own)
+
+
+def said(layers, *groups):
+    with pytest.raises(LayerPagesError) as caught:
+        check_plan(layers, groups)
+    message = str(caught.value)
+    assert message.endswith(WAY_OUT)
+    return message.removesuffix(WAY_OUT)
+
+
+def test_layers_and_pages_that_agree_pass():
+    planned = replace(spec(), block_size=384, page_size_padded=2**18)
+    layers = {
+        "0": layer(quantised=False),
+        "1": layer(),
+        "2": layer(cls=SlidingWindowSpec, sliding_window=96),
+        "3": layer(target="1"),
+        "4": layer(cls=SlidingWindowSpec, sliding_window=96, target="2"),
+    }
+    check_plan(
+        layers,
+        [
+            group(spec(quantised=False, block_size=128), "0"),
+            # Listed, as the model runner does it later, or not.
+            group(planned, "1", "3"),
+            group(spec(cls=SlidingWindowSpec, sliding_window=96, block_size=128), "2"),
+            group(MambaSpec(block_size=16, shapes=((8,),), dtypes=(torch.uint8,)), "states"),
+        ],
+    )
+
+
+def test_a_window_may_be_planned_as_full_attention():
+    window = layer(cls=SlidingWindowSpec, sliding_window=96)
+    check_plan({"0": window}, [group(spec(sliding_window=96), "0")])
+
+
+def test_pages_of_different_sizes_in_one_group_are_compared_by_layer():
+    own = {"0": spec(quantised=False), "1": spec(), "2": spec(head_size=128)}
+    layers = {name: layer(own=value) for name, value in own.items()}
+    planned = UniformTypeKVCacheSpecs(block_size=64, kv_cache_specs=own)
+    check_plan(layers, [group(planned, *own)])
+    mixed = UniformTypeKVCacheSpecs(block_size=64, kv_cache_specs={**own, "2": own["1"]})
+    message = said(layers, group(mixed, *own))
+    assert message.startswith("layer 2 cannot use the pages of KV cache group 0, which it shares ")
+    assert "its head size is 128, theirs is 64" in message
+
+
+def test_pages_in_a_group_with_different_sizes_cannot_be_shared():
+    own = {"0": spec(quantised=False), "1": spec()}
+    layers = {name: layer(own=value) for name, value in own.items()} | {"2": layer(target="1")}
+    planned = UniformTypeKVCacheSpecs(block_size=64, kv_cache_specs=own)
+    message = said(layers, group(planned, *own))
+    assert message.startswith("layer 2 cannot use the pages of layer 1: vLLM does not share pages")
+    assert "--disable-hybrid-kv-cache-manager" in message
+
+
+@pytest.mark.parametrize("sharing_is_quantised", [True, False])
+def test_a_sharing_layer_with_another_dtype_stops_start_up(sharing_is_quantised):
+    layers = {
+        "model.layers.5": layer(quantised=not sharing_is_quantised),
+        "model.layers.9": layer(quantised=sharing_is_quantised, target="model.layers.5"),
+    }
+    message = said(layers, group(layers["model.layers.5"].spec, "model.layers.5"))
+    assert message.startswith("layer model.layers.9 cannot use the pages of layer model.layers.5: ")
+    dtypes = ("turboquant_k8v4 (TURBOQUANT_K8V4)", "NONE")
+    if not sharing_is_quantised:
+        dtypes = ("auto (NONE)", "TURBOQUANT_K8V4")
+    assert f"its cache dtype is {dtypes[0]}, theirs is {dtypes[1]}" in message
+    slots = (100, 256) if sharing_is_quantised else (256, 100)
+    mine, theirs = (f"{slot} bytes for 1 tokens" for slot in slots)
+    assert f"its slot is {mine}, theirs is {theirs}" in message
+    mine, theirs = (f"{slot * 2 * 64} bytes for 64 tokens" for slot in slots)
+    assert f"its page is {mine}, theirs is {theirs}" in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"head_size": 128}, "its head size is 64, theirs is 128"),
+        ({"kv_heads": 4}, "its number of KV heads is 2, theirs is 4"),
+        ({"quantised": False}, "its torch dtype is torch.uint8, theirs is torch.bfloat16"),
+        ({"block_size": 24}, "its block is a multiple of 16 tokens, theirs has 24"),
+    ],
+)
+def test_a_layer_in_a_group_with_other_pages_stops_start_up(fields, words):
+    planned = spec(**fields)
+    layers = {"a": layer(own=planned), "b": layer()}
+    message = said(layers, group(planned, "a", "b"))
+    assert "layer b cannot use the pages of KV cache group 0, which it shares with layer a: " in (
+        message
+    )
+    assert words in message
+
+
+@pytest.mark.parametrize("quantised", [True, False])
+def test_a_boundary_or_skipped_layer_among_quantised_ones_stops_start_up(quantised):
+    layers = {str(index): layer(quantised=index > 1) for index in range(4)}
+    planned = spec(quantised=quantised)
+    message = said(layers, group(planned, *layers))
+    wrong = {"0", "1"} if quantised else {"2", "3"}
+    assert {part.split()[1] for part in message.split("; ")} == wrong
+
+
+def test_a_draft_layer_that_shares_the_targets_pages_is_compared():
+    target = "language_model.model.layers.14.self_attn.attn"
+    draft = "draft_model.layers.2.self_attn.attn"
+    layers = {target: layer(quantised=False, head_size=128), draft: layer(target=target)}
+    message = said(layers, group(layers[target].spec, target))
+    assert message.startswith(f"layer {draft} cannot use the pages of layer {target}: ")
+    assert "its head size is 64, theirs is 128" in message
+
+
+def test_a_draft_layer_in_the_targets_group_is_compared():
+    layers = {"model.layers.0": layer(), "model.layers.1": layer(kv_heads=1)}
+    message = said(layers, group(spec(), *layers))
+    assert message.startswith("layer model.layers.1 cannot use the pages of KV cache group 0, ")
+    assert "its number of KV heads is 1, theirs is 2" in message
+
+
+def test_a_rank_has_its_own_layers_in_its_plan_and_no_others():
+    message = said({"model.layers.1": layer()}, group(spec(), "model.layers.0", "model.layers.1"))
+    assert message == "KV cache group 0 lists layer model.layers.0, which this rank lacks"
+    message = said(
+        {"model.layers.0": layer(), "model.layers.1": layer()}, group(spec(), "model.layers.0")
+    )
+    assert message == "layer model.layers.1 uses the pages of layer model.layers.1, which has none"
+    message = said({"model.layers.9": layer(target="model.layers.1")})
+    assert message == "layer model.layers.9 uses the pages of layer model.layers.1, which has none"
+
+
+def window(size):
+    return {"cls": SlidingWindowSpec, "sliding_window": size}
+
+
+def chunks(size):
+    return {"cls": ChunkedLocalAttentionSpec, "attention_chunk_size": size}
+
+
+@pytest.mark.parametrize(
+    ("own", "planned", "words"),
+    [
+        ({}, window(96), "it attends to all tokens, they keep a window of 96 tokens"),
+        (window(128), window(96), "a window of 128 tokens, they keep a window of 96 tokens"),
+        (window(96), chunks(96), "a window of 96 tokens, they keep chunks of 96 tokens"),
+        ({}, chunks(96), "it attends to all tokens, they keep chunks of 96 tokens"),
+    ],
+)
+def test_pages_that_are_freed_too_early_stop_start_up(own, planned, words):
+    layers = {"a": layer(**planned), "b": layer(target="a", **own)}
+    assert words in said(layers, group(layers["a"].spec, "a"))
+
+
+@pytest.mark.parametrize("planned", [{}, window(128), window(96)])
+def test_pages_that_are_kept_longer_than_needed_pass(planned):
+    check_plan({"b": layer(**window(96))}, [group(spec(**planned), "b")])
+
+
+def test_a_backend_that_does_not_fit_the_dtype_stops_start_up():
+    mixed = replace(layer(), backend="CPU_ATTN")
+    message = said({"a": mixed}, group(spec(), "a"))
+    assert "its backend is CPU_ATTN and its cache dtype turboquant_k8v4" in message
+    mixed = replace(layer(quantised=False), backend="TURBOQUANT")
+    message = said({"a": mixed}, group(spec(quantised=False), "a"))
+    assert "its backend is TURBOQUANT and its cache dtype auto" in message
+
+
+def test_an_attention_layer_with_a_states_pages_stops_start_up():
+    state = MambaSpec(block_size=16, shapes=((8,),), dtypes=(torch.uint8,))
+    assert "planned by a MambaSpec" in said({"a": layer()}, group(state, "a"))
+
+
+def view(*shape, dtype=torch.uint8):
+    return torch.zeros(shape, dtype=dtype)
+
+
+def test_tensors_of_the_k8v4_layout_pass():
+    cache = view(3, 2, 32, 100)
+    check_views({"a": layer(), "b": layer(target="a")}, {"a": cache, "b": cache.view(cache.shape)})
+    # Padding between pages.
+    check_views({"a": layer()}, {"a": view(3, 7000)[:, :6400].unflatten(1, (2, 32, 100))})
+    check_views({"a": layer(quantised=False)}, {"a": view(3, 2, 32, 128, dtype=torch.bfloat16)})
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        view(3, 2, 32, 96),
+        view(3, 4, 32, 100),
+        view(3, 2, 24, 100),
+        view(3, 6400),
+        view(3, 2, 32, 100, dtype=torch.int8),
+        view(3, 2, 100, 32).transpose(2, 3),
+        view(3, 2, 32, 200)[..., :100],
+    ],
+)
+def test_a_tensor_of_another_layout_stops_start_up(cache):
+    with pytest.raises(LayerPagesError, match=r"layer a got a .* uint8 \[blocks, 2, .*16, 100\]"):
+        check_views({"a": layer()}, {"a": cache})
+
+
+def test_a_sharing_layer_with_a_tensor_of_its_own_stops_start_up():
+    layers = {"a": layer(), "b": layer(target="a")}
+    caches = {"a": view(3, 2, 32, 100), "b": view(3, 2, 32, 100)}
+    with pytest.raises(LayerPagesError, match=r"layer b got the pages .* layer a, whose pages"):
+        check_views(layers, caches)
