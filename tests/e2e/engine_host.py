@@ -120,6 +120,10 @@ class EngineHost:
         """Make the engine go wrong in every layer, see `faults`; None for right again."""
         self._call("plant", fault=fault)
 
+    def plant_in_plans(self, fault: str | None) -> None:
+        """Spoil the plans of engines that start from now on, see `planted_plans`."""
+        self._call("plant_in_plans", fault=fault)
+
     def log_tail(self, lines: int = 60) -> str:
         """Return the end of what the processes printed."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])

@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import handed_over
+import planted_plans
 from handed_over import Handed
 
 from benchmarks.engine import requests
@@ -108,6 +109,9 @@ class Worker:
 
     def plant(self, fault: str | None) -> None:
         self.llm.collective_rpc("plant_fault", args=(fault,))
+
+    def plant_in_plans(self, fault: str | None) -> None:
+        planted_plans.plant(fault)
 
 
 def _let_vllm_scan_llvmlite() -> None:
