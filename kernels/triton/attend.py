@@ -27,7 +27,7 @@ from .convert import (
     key_words,
     value_words,
 )
-from .plan import ITEM_FIELDS, key_tiles
+from .plan import ITEM_FIELDS, key_range, key_tiles
 from .rotation import turned_quarter
 
 _FIELDS = tl.constexpr(ITEM_FIELDS)
@@ -44,6 +44,7 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 _BIAS = tl.constexpr(127)
 _SMALLEST_SCALE = tl.constexpr(127 - 24)  # fp16's smallest denormal
 _WEIGHT_BITS = tl.constexpr(14)
+_LARGEST_HALF = tl.constexpr(65504.0)
 
 
 @triton.jit
@@ -81,7 +82,7 @@ def _sum_in_threads(x, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
 def _attend_tile(  # type: ignore[no-untyped-def]
     tile, top, total, offset, exponent, out0, out1, out2, out3,
     query_even, query_odd, unit, position,
-    cache, page_stride, head_offset, block_row, length, window, soft_cap,
+    cache, page_stride, head_offset, block_row, length, first_key, end_key, window, soft_cap,
     D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
     KEY_WAY: tl.constexpr, VALUE_WAY: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, MASKED: tl.constexpr,
@@ -100,6 +101,8 @@ def _attend_tile(  # type: ignore[no-untyped-def]
         unit: float32 [rows], factor of the scores, to base 2 unless SOFT_CAP.
         position: int32 [rows], with MASKED; negative before the first key.
         block_row: The request's row of the block table.
+        first_key: First key that some row sees, with MASKED.
+        end_key: The key behind the last that some row sees, with MASKED.
         MASKED: Whether some key of the tile may be one that some row does not see.
         ONE_PAGE: Whether all keys of a tile are in one page.
     """
@@ -155,14 +158,15 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     both_at = pair_at[:, None] + (tl.arange(0, 2) * PAGE)[None, :]
     scale_words, zero_words = tl.split(tl.load(both_at.to(tl.pointer_type(tl.int32))))
     scale, zero = _both_halves(scale_words), _both_halves(zero_words)
-    # A NaN scale tells of a token that must show in every row that sees it, and in no other:
-    # it goes by way of the zeros, which a mask can keep out, and not into a product.
-    nan = scale != scale
-    scale = tl.where(nan, 0.0, scale)
-    zero = tl.where(nan, float("nan"), zero)
+    # A token whose scale is not finite makes every row that sees it NaN, and no other row. The
+    # NaN travels with the zeros, which are masked for each row. In the product one NaN or
+    # infinity would reach all rows.
+    finite = tl.abs(scale) <= _LARGEST_HALF
+    scale = tl.where(finite, scale, 0.0)
+    zero = tl.where(finite, zero, float("nan"))
     if MASKED:
-        # Memory behind the last token may hold anything.
-        scale = tl.where(key < length, scale, 0.0)
+        # The bytes of a token that no row sees may hold a scale of any size.
+        scale = tl.where((key >= first_key) & (key < end_key), scale, 0.0)
 
     even, odd = key_words(key_bits, KEY_WAY)
     scores = tl.dot(even, query_even)
@@ -325,7 +329,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
         top, total, offset, scale_exponent, out0, out1, out2, out3 = _attend_tile(
             tile, top, total, offset, scale_exponent, out0, out1, out2, out3,
             query_even, query_odd, unit, m,
-            cache, page_stride, head_offset, block_row, length, window, soft_cap,
+            cache, page_stride, head_offset, block_row, length, 0, length, window, soft_cap,
             D, PAGE, BLOCK_N, KEY_WAY, VALUE_WAY, CAUSAL, WINDOW, SOFT_CAP, False, ONE_PAGE,
             LANES,
         )  # fmt: skip
@@ -340,13 +344,16 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     head = kv_head * GROUP + row % GROUP
     # Rows behind the last see what the last sees.
     position = length - queries + tl.minimum(row // GROUP, queries - 1)
+    first_key, end_key = key_range(
+        length, queries, first_row, window, GROUP, BLOCK_M, CAUSAL, WINDOW
+    )
     for tile in tl.range(clear, last_tile):
         top, total, offset, scale_exponent, out0, out1, out2, out3 = _attend_tile(
             tile, top, total, offset, scale_exponent, out0, out1, out2, out3,
             query_even, query_odd, unit, position,
-            cache, page_stride, head_offset, block_row, length, window, soft_cap,
-            D, PAGE, BLOCK_N, KEY_WAY, VALUE_WAY, CAUSAL, WINDOW, SOFT_CAP, True, ONE_PAGE,
-            LANES,
+            cache, page_stride, head_offset, block_row, length, first_key, end_key, window,
+            soft_cap, D, PAGE, BLOCK_N, KEY_WAY, VALUE_WAY, CAUSAL, WINDOW, SOFT_CAP, True,
+            ONE_PAGE, LANES,
         )  # fmt: skip
 
     total = tl.sum(tl.sum(total, axis=0), axis=0)

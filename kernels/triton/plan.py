@@ -38,12 +38,11 @@ _FIELDS = tl.constexpr(ITEM_FIELDS)
 
 
 @triton.jit
-def key_tiles(  # type: ignore[no-untyped-def]
+def key_range(  # type: ignore[no-untyped-def]
     length, queries, first_row, window,
-    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Return the first tile of keys that a row tile sees and the one behind the last.
+    """Return the first key that some row of a row tile sees and the one behind the last.
 
     Args:
         length: Tokens of the request.
@@ -61,8 +60,22 @@ def key_tiles(  # type: ignore[no-untyped-def]
     if WINDOW:
         begin = tl.maximum(first_position - window + 1, 0)
         end = tl.minimum(end, last_position + window)
+    return begin, tl.maximum(end, 0)
+
+
+@triton.jit
+def key_tiles(  # type: ignore[no-untyped-def]
+    length, queries, first_row, window,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Return the first tile of keys that a row tile sees and the one behind the last.
+
+    Takes the arguments of `key_range`.
+    """
+    begin, end = key_range(length, queries, first_row, window, GROUP, BLOCK_M, CAUSAL, WINDOW)
     begin = begin // BLOCK_N
-    end = (tl.maximum(end, 0) + BLOCK_N - 1) // BLOCK_N
+    end = (end + BLOCK_N - 1) // BLOCK_N
     return begin, tl.maximum(begin, end)
 
 

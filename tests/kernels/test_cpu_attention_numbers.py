@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from batches import PATHS, Case, assert_close, attend, expected, make
+from batches import PATHS, Batch, Case, assert_close, attend, expected, make
 
 from vllm_hybrid_kv.kernels.cpu import attention
 
@@ -36,27 +36,53 @@ def test_leftovers_in_the_kernels_own_memory_never_show(
     assert torch.equal(lse_again, lse)
 
 
+def fill_token(batch: Batch, request: int, token: int, half: int) -> None:
+    """Give a token's scales and zeros the bits of a half, and its keys NaN."""
+    page_format = batch.page_format
+    bits = torch.tensor([half & 0xFF, half >> 8], dtype=torch.uint8)
+    for head in range(batch.cache.shape[1]):
+        block = int(batch.block_table[request, token // page_format.page_size])
+        region = batch.cache[block, head].view(-1)
+        t = token % page_format.page_size
+        region[[page_format.key_byte(t, dim) for dim in range(page_format.head_size)]] = 0x7F
+        for offset in (page_format.scale_offset, page_format.zero_offset):
+            batch.half(request, token, head, offset)[:] = bits
+
+
+HIDDEN_HALVES = (0x7F7F, 0x7C00, 0xFC00, 0x7BFF)
+"""Scales and zeros that no store writes: NaN, both infinities, the largest number."""
+
+
 @pytest.mark.parametrize("path", PATHS)
-def test_memory_that_no_row_sees_never_shows(path: str) -> None:
-    batch = make(Case(options={"window": 100}, lengths=(300, 129), queries=(1, 30)))
+@pytest.mark.parametrize("head_size", [72, 128])
+def test_memory_that_no_row_sees_never_shows(head_size: int, path: str) -> None:
+    case = Case(head_size, options={"window": 100}, lengths=(300, 129), queries=(1, 30))
+    batch = make(case)
     out, lse = attend(batch, path)
     used = {int(b) for b in batch.block_table[0, :3]} | {int(b) for b in batch.block_table[1, :2]}
-    for block in set(range(batch.cache.shape[0])) - used:
-        batch.cache[block] = 0x7F  # NaN keys, and 0x7F7F is a NaN as fp16
-    page_format = batch.page_format
-    # Behind the last token, in front of the window, and in every head.
-    for request, tokens in ((0, (*range(300, 384), *range(200))), (1, (129, 200, 255))):
-        for token in tokens:
-            for head in range(2):
-                block = int(batch.block_table[request, token // 128])
-                region = batch.cache[block, head].view(-1)
-                for dim in range(128):
-                    region[page_format.key_byte(token % 128, dim)] = 0x7F
-                batch.half(request, token, head, page_format.scale_offset)[:] = 0x7F
-                batch.half(request, token, head, page_format.zero_offset)[:] = 0x7F
-    again, lse_again = attend(batch, path)
-    assert torch.equal(again, out)
-    assert torch.equal(lse_again, lse)
+    for half in HIDDEN_HALVES:
+        for block in set(range(batch.cache.shape[0])) - used:
+            batch.cache[block].view(torch.int16).fill_(half - (half >> 15 << 16))
+        # Behind the last token, in front of the window, and in every head.
+        for request, tokens in ((0, (*range(300, 384), *range(200))), (1, (129, 200, 255))):
+            for token in tokens:
+                fill_token(batch, request, token, half)
+        again, lse_again = attend(batch, path)
+        assert torch.equal(again, out)
+        assert torch.equal(lse_again, lse)
+        assert_close((again, lse_again), expected(batch))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("queries", [3, 12, 70])
+def test_a_token_hidden_from_some_rows_never_shows_in_them(queries: int, path: str) -> None:
+    batch = make(Case(lengths=(300,), queries=(queries,)))
+    out, lse = attend(batch, path)
+    for half in HIDDEN_HALVES:
+        fill_token(batch, 0, 299, half)
+        again, lse_again = attend(batch, path)
+        assert torch.equal(again[:-1], out[:-1])
+        assert torch.equal(lse_again[:-1], lse[:-1])
 
 
 @pytest.mark.parametrize("path", PATHS)

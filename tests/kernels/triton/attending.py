@@ -255,6 +255,58 @@ def check_scales_far_apart() -> None:
     assert_close(attend(batch), expected(batch))
 
 
+HIDDEN_HALVES = (0x0000, 0x7E00, 0x7C00, 0xFC00, 0x7BFF)
+"""Scales and zeros that no store writes: NaN, infinities, the largest number; and zero."""
+
+
+def _fill_token(batch: Batch, request: int, token: int, half: int) -> None:
+    """Give a token's scales and zeros the bits of a half, and its keys and values NaN bytes."""
+    page_size = batch.cache.shape[2]
+    page_format = PageFormat(batch.query.shape[2], page_size, Layout.LINEAR)
+    t = token % page_size
+    for region in batch.cache[batch.block_table[request, token // page_size]].flatten(1):
+        region[t * page_format.head_size :][: page_format.head_size] = 0x7F
+        value = page_format.value_offset + t * page_format.head_size // 2
+        region[value : value + page_format.head_size // 2] = half >> 8
+        bits = torch.tensor([half & 0xFF, half >> 8], dtype=torch.uint8)
+        for offset in (page_format.scale_offset, page_format.zero_offset):
+            region[offset + 2 * t : offset + 2 * t + 2] = bits
+
+
+def check_hidden_bytes(queries: int, options: dict[str, Any], split: bool) -> None:
+    """Whatever the bytes of tokens hold that no row sees, every bit of the output stays."""
+    case = Case(lengths=(150, 40), queries=(queries, 1), options=options, num_kv_heads=2)
+    batch = make(case)
+    plan = planned(batch, split=split, processors=4)
+    wanted = expected(batch)
+    hidden = [(0, token) for token in range(150, 160)] + [(1, token) for token in range(40, 64)]
+    if (window := options.get("window")) is not None:
+        hidden += [(0, token) for token in range(max(0, 150 - queries - window + 1))]
+        hidden += [(1, token) for token in range(max(0, 40 - window))]
+    got = []
+    for half in HIDDEN_HALVES:
+        for request, token in hidden:
+            _fill_token(batch, request, token, half)
+        got.append(attend(batch, plan))
+        assert_close(got[-1], wanted)
+    for out, lse in got[1:]:
+        assert torch.equal(out, got[0][0])
+        assert torch.equal(lse, got[0][1])
+
+
+def check_token_hidden_from_some_rows(options: dict[str, Any], split: bool) -> None:
+    """The last of several new tokens shows in its own row only, whatever its bytes hold."""
+    case = Case(lengths=(150,), queries=(3,), options=options)
+    batch = make(case)
+    plan = planned(batch, split=split, processors=4)
+    wanted = [part[:2] for part in expected(batch)]
+    for half in HIDDEN_HALVES:
+        _fill_token(batch, 0, 149, half)
+        out, lse = attend(batch, plan)
+        assert_close((out[:2], lse[:2]), (wanted[0], wanted[1]))
+        assert out[2].isnan().all() == (half & 0x7C00 == 0x7C00)
+
+
 def rows_with_nan(split: bool) -> list[int]:
     """Tokens whose output is NaN where token 177 is, of 14 new ones at positions 166 to 179."""
     case = Case(lengths=(180, 54), queries=(14, 14), num_heads=4, num_kv_heads=2)

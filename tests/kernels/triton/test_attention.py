@@ -147,6 +147,22 @@ def test_a_nan_shows_in_the_rows_that_see_it_and_in_no_others(
     assert interpreter(attending.rows_with_nan, split) == [11, 12, 13]
 
 
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize(("queries", "options"), [(1, {"window": 40}), (3, {}), (9, {"window": 3})])
+def test_the_bytes_of_a_token_that_no_row_sees_have_no_influence(
+    queries: int, options: dict[str, Any], split: bool, interpreter: Interpreter
+) -> None:
+    interpreter(attending.check_hidden_bytes, queries, options, split)
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("options", [{}, {"window": 40}])
+def test_a_token_hidden_from_some_rows_has_no_influence_on_them(
+    options: dict[str, Any], split: bool, interpreter: Interpreter
+) -> None:
+    interpreter(attending.check_token_hidden_from_some_rows, options, split)
+
+
 def test_rows_behind_the_last_request_are_left_alone(interpreter: Interpreter) -> None:
     interpreter(attending.check_padding)
 
