@@ -11,7 +11,7 @@ head and then stored as 4-bit codes, `v = rotate(code * scale + zero)`; see `rot
 layout says where inside its plane a token's bytes stand; one byte never holds bits of two tokens,
 so that writing a token is never a read-modify-write.
 
-Bytes per token and head: D + D/2 + 4 (196 at D = 128, 388 at D = 256), which is also the slot
+Bytes per token and head: D + D/2 + 4 (196 at D = 128, 772 at D = 512), which is also the slot
 of vLLM's own TurboQuant k8v4, so that both lead to the same memory plan.
 """
 
@@ -38,9 +38,10 @@ NAN_SCALE_BITS = 0x7E00
 TILE_TOKENS = 16
 """Tokens in a tile of `Layout.CPU_TILED`, and what every page size is a multiple of."""
 
-MIN_HEAD_SIZE = 64
-MAX_HEAD_SIZE = 256
-HEAD_SIZE_MULTIPLE = 8
+HEAD_SIZES = (*range(64, 257, 8), 512)
+"""The numbers of dims that a head may have."""
+
+MAX_HEAD_SIZE = HEAD_SIZES[-1]
 
 
 class Layout(enum.Enum):
@@ -89,12 +90,9 @@ def slot_bytes(head_size: int) -> int:
 
 def refuse_head_size(head_size: int) -> str | None:
     """Return why a head size cannot be stored, or None if it can."""
-    if head_size % HEAD_SIZE_MULTIPLE or not MIN_HEAD_SIZE <= head_size <= MAX_HEAD_SIZE:
-        return (
-            f"k8v4 stores head sizes from {MIN_HEAD_SIZE} to {MAX_HEAD_SIZE} in multiples of "
-            f"{HEAD_SIZE_MULTIPLE}, got {head_size}"
-        )
-    return None
+    if head_size in HEAD_SIZES:
+        return None
+    return f"k8v4 stores head sizes from 64 to 256 in multiples of 8, and 512, got {head_size}"
 
 
 def rotation_strides(head_size: int) -> tuple[int, ...]:

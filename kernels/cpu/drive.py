@@ -15,6 +15,7 @@ import math
 import numba
 import numpy as np
 
+from .. import k8v4
 from . import memory, rotation, rows, softmax
 
 ROW_BLOCK = 128
@@ -52,7 +53,7 @@ BFLOAT16, FLOAT16, FLOAT32 = range(3)
 
 # A thread's scratch memory. Rows of scores are an odd number of cache lines apart, so that a
 # column of them does not fall into few sets of the cache.
-MAX_DIMS = 256
+MAX_DIMS = k8v4.MAX_HEAD_SIZE
 SCORE_STRIDE = 4 * CHUNK + 64
 QUERIES = 0
 SCORES = QUERIES + 4 * ROW_BLOCK * MAX_DIMS

@@ -137,8 +137,8 @@ def _extremes(four, lo, hi):  # type: ignore[no-untyped-def]
 def rotate(row, head_size):  # type: ignore[no-untyped-def]
     """Take a row through all stages, in place; its memory goes on to a multiple of 16 numbers.
 
-    A block of 64 numbers goes through its stages in registers; where there is one more, among
-    four blocks, it is read again for that.
+    A block of 64 numbers goes through its stages in registers. If there is one more stage, among
+    four blocks, the row is read again for it.
 
     Returns:
         Sixteen numbers with the smallest among them, and sixteen with the largest.
@@ -153,11 +153,12 @@ def rotate(row, head_size):  # type: ignore[no-untyped-def]
                 lo, hi = _extremes(four, lo, hi)
             _store_four(at, 4 * LANES, four)
         if one_more:
-            for at in range(row, row + 4 * BLOCK, 4 * LANES):
-                w, x, y, z = _load_four(at, 4 * BLOCK)
-                four = _among_four(w, x, y, z)
-                lo, hi = _extremes(four, lo, hi)
-                _store_four(at, 4 * BLOCK, four)
+            for blocks in range(row, row + 4 * head_size, 16 * BLOCK):
+                for at in range(blocks, blocks + 4 * BLOCK, 4 * LANES):
+                    w, x, y, z = _load_four(at, 4 * BLOCK)
+                    four = _among_four(w, x, y, z)
+                    lo, hi = _extremes(four, lo, hi)
+                    _store_four(at, 4 * BLOCK, four)
     else:
         for at in range(row, row + 4 * head_size, 4 * LANES):
             x = load_float32(at)

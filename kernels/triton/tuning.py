@@ -66,8 +66,8 @@ class Rows(enum.Enum):
 MOST_ROWS = (16, 32, 64, 65)
 """A number of rows of each class."""
 
-HEAD_CLASSES = (64, 128, 256)
-"""Classes of head sizes: those up to 64, up to 128 and up to 256 dims, as products are padded."""
+HEAD_CLASSES = (64, 128, 256, 512)
+"""Classes of head sizes: the powers of two to which products are padded."""
 
 Key = tuple[tuple[int, int], int, Rows]
 """Compute capability (major, minor), head class, row class."""

@@ -125,7 +125,7 @@ def test_a_head_size_of_all_layers_is_refused_with_the_dtypes_that_can_be_served
     engine(head_size=head_size, made=[head_size, head_size])
     found = refuse(head_size=head_size)
     said = message(refuse_selection(found) if refuse is selection else found)
-    assert f"from 64 to 256 in multiples of 8, got {head_size}. " in said
+    assert f"from 64 to 256 in multiples of 8, and 512, got {head_size}. " in said
     assert said.endswith(f"{AUTO} or fp8")
 
 

@@ -119,7 +119,7 @@ def test_a_head_size_that_no_layer_can_have_is_refused_with_dtypes_that_serve_th
 ) -> None:
     output = refuse(llama_config(head_size=32), "LlamaForCausalLM")
     message = assert_said(
-        output, "model.layers.2.self_attn.attn", "64 to 256 in multiples of 8, got 32"
+        output, "model.layers.2.self_attn.attn", "64 to 256 in multiples of 8, and 512, got 32"
     )
     assert SKIP not in message
     dtypes = advised_dtypes(message)
@@ -135,7 +135,7 @@ def test_a_head_size_that_vllm_lacks_as_well_is_refused_with_the_sizes_of_both(
     message = assert_said(
         output,
         "model.layers.2.self_attn.attn",
-        "64 to 256 in multiples of 8, got 264",
+        "64 to 256 in multiples of 8, and 512, got 264",
         "--kv-cache-dtype auto, if vLLM's own CPU kernels take heads of 264 (they list 32, 64,",
     )
     assert SKIP not in message
@@ -162,7 +162,7 @@ def test_an_odd_head_size_is_refused_with_the_layers_to_skip(
     )
     output = refuse(config, "Gemma4ForCausalLM")
     message = assert_said(
-        output, "model.layers.2.self_attn.attn", "64 to 256 in multiples of 8, got 512", SKIP
+        output, "model.layers.2.self_attn.attn", "64 to 256 in multiples of 8, and 512, got 512", SKIP
     )
     skipped = re.search(rf"{SKIP} ([\d ]+), or", message)
     assert skipped is not None, message

@@ -17,7 +17,7 @@ from vllm_hybrid_kv.kernels.cpu import paged_attention, plan_attention
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("head_size", [64, 72, 80, 96, 112, 128, 160, 192, 256])
+@pytest.mark.parametrize("head_size", [64, 72, 80, 96, 112, 128, 160, 192, 256, 512])
 def test_every_head_size_attends_as_defined(head_size: int, path: str) -> None:
     check(Case(head_size=head_size, **MIXED), path)
 

@@ -17,7 +17,7 @@ from vllm_hybrid_kv.kernels import k8v4, reference
 from vllm_hybrid_kv.kernels.cpu import quantise as module
 from vllm_hybrid_kv.kernels.cpu import quantise_and_store
 
-HEAD_SIZES = [64, 72, 80, 96, 112, 128, 160, 192, 256]
+HEAD_SIZES = [64, 72, 80, 96, 112, 128, 160, 192, 256, 512]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 UNTOUCHED = 0xA5
 

@@ -9,7 +9,7 @@ import torch
 from vllm_hybrid_kv.kernels import reference
 from vllm_hybrid_kv.kernels.cpu import lanes, rotation
 
-HEAD_SIZES = [64, 72, 80, 96, 112, 128, 160, 192, 256]
+HEAD_SIZES = [64, 72, 80, 96, 112, 128, 160, 192, 256, 512]
 
 
 @numba.njit

@@ -6,7 +6,7 @@ import pytest
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.kernels.k8v4 import Layout, PageFormat
 
-HEAD_SIZES = [64, 72, 80, 96, 112, 128, 160, 192, 256]
+HEAD_SIZES = [64, 72, 80, 96, 112, 128, 160, 192, 256, 512]
 
 
 def layouts_of(head_size: int) -> list[Layout]:
@@ -111,7 +111,7 @@ def test_shifted_words_of_a_quad_are_pairs_of_neighbouring_tokens(head_size: int
                         assert (token, held_dim) == (4 * quad + first_token + word, dim)
 
 
-@pytest.mark.parametrize(("head_size", "expected"), [(64, 100), (128, 196), (256, 388)])
+@pytest.mark.parametrize(("head_size", "expected"), [(64, 100), (128, 196), (256, 388), (512, 772)])
 def test_a_slot_is_a_key_byte_and_half_a_value_byte_per_dim_and_two_halves(
     head_size: int, expected: int
 ) -> None:
@@ -122,15 +122,15 @@ def test_the_page_of_16_tokens_and_2_heads_of_256_is_as_large_as_that_of_vllm() 
     assert 2 * PageFormat(256, 16, Layout.CPU_TILED).head_bytes == 12_416
 
 
-@pytest.mark.parametrize("head_size", [-64, 0, 8, 56, 63, 65, 68, 257, 264, 512])
+@pytest.mark.parametrize("head_size", [-64, 0, 8, 56, 63, 65, 68, 257, 264, 320, 511, 520, 1024])
 def test_a_head_size_outside_the_format_is_refused_with_the_limits(head_size: int) -> None:
-    with pytest.raises(ValueError, match=f"from 64 to 256 in multiples of 8, got {head_size}$"):
+    with pytest.raises(ValueError, match=f"from 64 to 256 in multiples of 8, and 512, got {head_size}$"):
         k8v4.slot_bytes(head_size)
     with pytest.raises(ValueError, match=f"got {head_size}$"):
         PageFormat(head_size, 16, Layout.LINEAR)
 
 
-@pytest.mark.parametrize("head_size", range(64, 257, 8))
+@pytest.mark.parametrize("head_size", [*range(64, 257, 8), 512])
 def test_a_head_size_of_the_format_is_not_refused(head_size: int) -> None:
     assert k8v4.refuse_head_size(head_size) is None
     assert PageFormat(head_size, 16, k8v4.cpu_layout(head_size)).head_bytes > 0

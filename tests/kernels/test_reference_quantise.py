@@ -196,7 +196,7 @@ def test_the_error_of_a_rotated_value_is_half_a_step_and_the_step_is_as_derived(
 
 
 @settings(max_examples=200, deadline=None)
-@given(rows_with_offset(), st.sampled_from([64, 72, 80, 128, 192, 256]))
+@given(rows_with_offset(), st.sampled_from([64, 72, 80, 128, 192, 256, 512]))
 def test_the_error_of_values_that_are_read_is_that_of_their_steps_and_of_two_rotations(
     rows: torch.Tensor, head_size: int
 ) -> None:
@@ -235,7 +235,7 @@ def test_the_rotation_is_the_symmetric_orthogonal_matrix_of_equal_entries_and_ro
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.sampled_from([64, 72, 96, 256]), st.integers(0, 2**32 - 1))
+@given(st.sampled_from([64, 72, 96, 256, 512]), st.integers(0, 2**32 - 1))
 def test_the_rotation_is_off_by_no_more_than_its_stages_may_be(head_size: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(8, head_size, generator=generator)

@@ -81,7 +81,7 @@ def slot_size_problems() -> list[str]:
     from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
 
     problems = []
-    for head_size in range(k8v4.MIN_HEAD_SIZE, k8v4.MAX_HEAD_SIZE + 1, k8v4.HEAD_SIZE_MULTIPLE):
+    for head_size in k8v4.HEAD_SIZES:
         stock = TurboQuantConfig.from_cache_dtype(CACHE_DTYPE, head_size).slot_size_aligned
         if stock != (ours := k8v4.slot_bytes(head_size)):
             problems.append(

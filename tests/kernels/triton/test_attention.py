@@ -30,7 +30,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"window": 40, "soft_cap": 30.0, "sinks": torch.linspace(6, -3, 20).bfloat16()},
 ]
 BATCHES = [(DECODE, True), (DECODE, False), (MIXED, True), (MIXED, False)]
-HEAD_SIZES = [64, 72, 80, 96, 112, 128, 160, 192, 256]
+HEAD_SIZES = [64, 72, 80, 96, 112, 128, 160, 192, 256, 512]
 GROUPS = [1, 2, 3, 5, 6, 7, 8, 12, 16, 20]
 PAGE_SIZES = [16, 48, 64, 128, 528, 2768]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -15,7 +15,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_size", [64, 72, 80, 96, 112, 128, 160, 192, 248, 256])
+@pytest.mark.parametrize("head_size", [64, 72, 80, 96, 112, 128, 160, 192, 248, 256, 512])
 def test_every_head_size_and_dtype_is_stored_like_the_reference(
     head_size: int, dtype: torch.dtype, interpreter: Interpreter
 ) -> None:
