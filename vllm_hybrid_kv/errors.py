@@ -16,6 +16,10 @@ class HybridKVSettingsError(HybridKVError):
     """A setting is unknown or has a value that is not valid."""
 
 
+class HybridKVKernelError(HybridKVError):
+    """A kernel fails its known-answer test on this machine."""
+
+
 class HybridKVStrategyError(HybridKVError):
     """A strategy could not be registered, failed, or gave an answer that cannot be used."""
 

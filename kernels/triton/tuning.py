@@ -120,6 +120,9 @@ def derived_tiling(rows: int, head_size: int, tensor_memory: bool = False) -> Ti
         head_size: D.
         tensor_memory: As `has_tensor_memory` says.
     """
+    if head_size > 256:
+        # Two warps, 64 keys or 32 rows spill inside the loop.
+        return Tiling(16, 32, 4, 3)
     large = head_size > 128
     if rows <= 16 or (large and tensor_memory):
         # With 64 keys of large heads Triton 3.8, unlike those before and after, spills a

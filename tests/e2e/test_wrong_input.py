@@ -162,7 +162,10 @@ def test_an_odd_head_size_is_refused_with_the_layers_to_skip(
     )
     output = refuse(config, "Gemma4ForCausalLM")
     message = assert_said(
-        output, "model.layers.2.self_attn.attn", "64 to 256 in multiples of 8, and 512, got 512", SKIP
+        output,
+        "model.layers.2.self_attn.attn",
+        "64 to 256 in multiples of 8, and 512, got 512",
+        SKIP,
     )
     skipped = re.search(rf"{SKIP} ([\d ]+), or", message)
     assert skipped is not None, message

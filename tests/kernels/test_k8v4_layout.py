@@ -124,7 +124,9 @@ def test_the_page_of_16_tokens_and_2_heads_of_256_is_as_large_as_that_of_vllm() 
 
 @pytest.mark.parametrize("head_size", [-64, 0, 8, 56, 63, 65, 68, 257, 264, 320, 511, 520, 1024])
 def test_a_head_size_outside_the_format_is_refused_with_the_limits(head_size: int) -> None:
-    with pytest.raises(ValueError, match=f"from 64 to 256 in multiples of 8, and 512, got {head_size}$"):
+    with pytest.raises(
+        ValueError, match=f"from 64 to 256 in multiples of 8, and 512, got {head_size}$"
+    ):
         k8v4.slot_bytes(head_size)
     with pytest.raises(ValueError, match=f"got {head_size}$"):
         PageFormat(head_size, 16, Layout.LINEAR)

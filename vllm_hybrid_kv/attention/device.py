@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from vllm_hybrid_kv.errors import HybridKVKernelError
+from vllm_hybrid_kv.kernels import known_answer
 from vllm_hybrid_kv.settings import INTERPRETER, Settings
 
 if TYPE_CHECKING:
@@ -43,21 +45,24 @@ class Kernels(Protocol):
 
     def warm_up(
         self,
-        layers: Sequence[Layer],
+        layers: Mapping[str, Layer],
         spec: AttentionSpec,
         dtype: torch.dtype,
         device: torch.device,
         *,
         max_requests: int,
     ) -> None:
-        """Compile what the layers of a KV group will call.
+        """Compile what the layers of a KV group will call, and compare it with known answers.
 
         Args:
-            layers: The layers.
+            layers: The layers by name.
             spec: Their KV cache.
             dtype: Of queries, keys and values.
             device: Where they run.
             max_requests: Requests of a step at most.
+
+        Raises:
+            HybridKVKernelError: A kernel's result is wrong.
         """
 
     def reserve(self, layer: Layer, device: torch.device) -> None:
@@ -81,6 +86,39 @@ class Kernels(Protocol):
         out: torch.Tensor,
     ) -> None:
         """Attend to the cache; see `paged_attention` of the kernels."""
+
+
+def require_known_answers(
+    path: str,
+    layers: Mapping[str, Layer],
+    variant_of: Callable[[Layer], known_answer.Variant],
+    batches: Callable[[Layer], Sequence[tuple[Sequence[int], known_answer.Attend]]],
+    store: known_answer.Store,
+    device: torch.device,
+    instead: str,
+) -> None:
+    """Test the kernels of each different layer once; see `known_answer.require`.
+
+    Args:
+        path: Name of the kernels.
+        layers: The layers by name.
+        variant_of: Which kernels a layer calls.
+        batches: New tokens of the requests of each batch, and the attention kernel for it.
+        store: The store kernel.
+        device: Where both run.
+        instead: What to do if the kernels are wrong.
+
+    Raises:
+        HybridKVKernelError: A kernel's result is wrong.
+    """
+    for name, layer in layers.items():
+        variant = variant_of(layer)
+        try:
+            known_answer.require(path, variant, batches(layer), store, device)
+        except known_answer.WrongKernelError as error:
+            alike = sum(variant_of(other) == variant for other in layers.values()) - 1
+            more = f" and {alike} more" if alike else ""
+            raise HybridKVKernelError(f"layer {name}{more}: {error}. {instead}") from None
 
 
 def kernels_for(device: torch.device, settings: Settings) -> Kernels:

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
-from vllm_hybrid_kv.kernels import k8v4, triton
+from vllm_hybrid_kv.attention.device import require_known_answers
+from vllm_hybrid_kv.kernels import triton
+from vllm_hybrid_kv.kernels.known_answer import Attend, Call, Variant, steps
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
@@ -31,26 +34,52 @@ class GpuKernels:
 
     def warm_up(
         self,
-        layers: Sequence[Layer],
+        layers: Mapping[str, Layer],
         spec: AttentionSpec,
         dtype: torch.dtype,
         device: torch.device,
         *,
         max_requests: int,
     ) -> None:
-        """Compile what the layers of a KV group will call, by calling it on two empty pages."""
-        if device.type == "cpu":
-            return  # nothing is compiled for the interpreter
-        kinds = {
-            (layer.num_heads, layer.sliding_window, layer.soft_cap > 0, layer.sinks is None): layer
-            for layer in layers
-        }
-        slot = k8v4.slot_bytes(spec.head_size)
-        cache = torch.zeros(
-            (2, spec.num_kv_heads, spec.block_size, slot), dtype=torch.uint8, device=device
+        """Compile what the layers of a KV group will call, and compare it with known answers.
+
+        Triton's interpreter takes seconds for some hundred tokens: it tests decodes alone.
+        """
+
+        def variant_of(layer: Layer) -> Variant:
+            return Variant(
+                layer.head_size,
+                layer.num_heads,
+                layer.num_kv_heads,
+                spec.block_size,
+                dtype,
+                layer.sliding_window is not None,
+                layer.soft_cap > 0,
+                None if layer.sinks is None else layer.sinks.dtype,
+            )
+
+        interpreted = device.type == "cpu"
+
+        def batches(layer: Layer) -> list[tuple[list[int], Attend]]:
+            if interpreted:
+                return [([1], _attend_known)]
+            counts = steps(layer.num_heads // layer.num_kv_heads, triton.MOST_ROWS)
+            # Batches of many row tiles are not split, which is a kernel of its own.
+            whole = partial(_attend_known, split=False)
+            return [*(([count], _attend_known) for count in counts), (counts[-1:], whole)]
+
+        require_known_answers(
+            "triton:interpreter" if interpreted else f"triton:{torch.cuda.get_device_name(device)}",
+            layers,
+            variant_of,
+            batches,
+            triton.quantise_and_store,
+            device,
+            "Serve the model with --kv-cache-dtype auto or fp8",
         )
-        for layer in kinds.values():
-            _warm_up_layer(layer, cache, dtype, max_requests)
+        if not interpreted:
+            for layer in layers.values():
+                warm_up_plans(layer, device, max_requests)
 
     def reserve(self, layer: Layer, device: torch.device) -> None:
         """Take the scratch memory that any step of a layer may need from vLLM's workspace."""
@@ -128,43 +157,35 @@ def _scratch(layer: Layer, device: torch.device) -> torch.Tensor:
     return scratch
 
 
-def _warm_up_layer(
-    layer: Layer, cache: torch.Tensor, dtype: torch.dtype, max_requests: int
-) -> None:
-    """Call the kernels of a layer with every size of program, on zeros."""
-    device = cache.device
-    group = layer.num_heads // layer.num_kv_heads
-    shape = (layer.num_heads, layer.num_kv_heads, layer.head_size)
-    window = layer.sliding_window
-    most = -(-triton.MOST_ROWS[-1] // group)
-    query = torch.zeros((most, layer.num_heads, layer.head_size), dtype=dtype, device=device)
-    tokens = query[:, : layer.num_kv_heads]
-    triton.quantise_and_store(tokens, tokens, cache, torch.arange(most, device=device) % 16)
-    block_table = torch.zeros((1, -(-most // cache.shape[2])), dtype=torch.int32, device=device)
-    for rows in triton.MOST_ROWS:
-        queries = most if rows == triton.MOST_ROWS[-1] else max(1, rows // group)
-        # Apart from each other, as in vLLM: the address of a tensor decides too what is compiled.
-        starts = torch.tensor([0, queries], dtype=torch.int32, device=device)
-        lengths = torch.tensor([queries], dtype=torch.int32, device=device)
-        # Batches of many row tiles are not split; one request would be.
-        for split in (True, False) if queries == most else (True,):
-            plan = triton.plan_attention(
-                lengths, starts, queries, *shape, max_query_len=queries, window=window, split=split
-            )
-            triton.paged_attention(
-                query[:queries],
-                cache,
-                block_table,
-                lengths,
-                starts,
-                torch.empty_like(query[:queries]),
-                scale=layer.scale,
-                window=window,
-                soft_cap=layer.soft_cap,
-                sinks=layer.sinks,
-                plan=plan,
-            )
+def _attend_known(call: Call, *, split: bool = True) -> None:
+    counts = call.query_start_loc[1:] - call.query_start_loc[:-1]
+    tokens, num_heads, head_size = call.query.shape
+    plan = triton.plan_attention(
+        call.seq_lens,
+        call.query_start_loc,
+        tokens,
+        num_heads,
+        call.cache.shape[1],
+        head_size,
+        max_query_len=int(counts.max()),
+        window=call.window,
+        split=split,
+    )
+    triton.paged_attention(**call._asdict(), plan=plan)
+
+
+def warm_up_plans(layer: Layer, device: torch.device, max_requests: int) -> None:
+    """Compile the planning kernel for every number of requests."""
     for requests in triton.planned_requests(max_requests):
         starts = torch.arange(requests + 1, dtype=torch.int32, device=device)
         lengths = torch.ones(requests, dtype=torch.int32, device=device)
-        triton.plan_attention(lengths, starts, requests, *shape, max_query_len=1, window=window)
+        triton.plan_attention(
+            lengths,
+            starts,
+            requests,
+            layer.num_heads,
+            layer.num_kv_heads,
+            layer.head_size,
+            max_query_len=1,
+            window=layer.sliding_window,
+        )

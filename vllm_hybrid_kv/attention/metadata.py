@@ -77,9 +77,9 @@ class K8V4MetadataBuilder(AttentionMetadataBuilder[K8V4Metadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._decode_query_len = max_decode_query_len(vllm_config)
         layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names)
-        # Compiled here, in the start-up of the engine, not in its first request.
+        # Compiled and tested while the engine starts, not in its first request.
         kernels_for(device, current_settings()).warm_up(
-            [layer.impl for layer in layers.values()],
+            {name: layer.impl for name, layer in layers.items()},
             kv_cache_spec,
             vllm_config.model_config.dtype,
             device,

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wrong kernels fail the known-answer test; right ones pass it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_hybrid_kv.kernels import known_answer, reference
+from vllm_hybrid_kv.kernels.k8v4 import Layout, PageFormat
+from vllm_hybrid_kv.kernels.known_answer import Call, Variant, WrongKernelError
+
+CPU = torch.device("cpu")
+VARIANT = Variant(64, 4, 2, 16, torch.bfloat16)
+QUERIES = [1, 3, 33]
+
+
+def store(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
+    """Store as the reference does."""
+    reference.store(reference.quantise(key, value), cache, slots, Layout.LINEAR)
+
+
+def attend(call: Call, **changes: Any) -> None:
+    """Attend as the reference does, with some arguments changed."""
+    options = call._asdict() | changes
+    out = options.pop("out")
+    out.copy_(reference.paged_attention(layout=Layout.LINEAR, **options)[0])
+
+
+def require(
+    variant: Variant, stores: Callable[..., None] = store, attends: Callable[..., None] = attend
+) -> None:
+    known_answer._passed.clear()
+    known_answer.require("test", variant, [(QUERIES, attends)], stores, CPU)
+
+
+def one_byte_further(
+    key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor
+) -> None:
+    store(key, value, cache, slots)
+    page = PageFormat(key.shape[-1], cache.shape[2], Layout.LINEAR)
+    for block in {int(slot) // page.page_size for slot in slots if slot >= 0}:
+        values = cache[block].flatten(1)[:, page.value_offset : page.scale_offset]
+        values.copy_(values.roll(1, dims=1))
+
+
+def swapped_nibbles(
+    key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor
+) -> None:
+    store(key, value.unflatten(-1, (-1, 2)).flip(-1).flatten(-2), cache, slots)
+
+
+def unrotated(
+    key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor
+) -> None:
+    store(key, reference.rotate(value.float()).to(value.dtype), cache, slots)
+
+
+def lost_last_token(
+    key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor
+) -> None:
+    store(key[:-1], value[:-1], cache, slots[:-1])
+
+
+def negative_slots_are_stored(
+    key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor
+) -> None:
+    store(key.nan_to_num(0.0), value.nan_to_num(0.0), cache, slots)
+
+
+def first_split_alone(call: Call) -> None:
+    attend(call, window=256)
+
+
+def hidden_scales_count(call: Call) -> None:
+    """Multiply weights of 0 with whatever the scales of hidden tokens are."""
+    attend(call)
+    zero = PageFormat(call.query.shape[-1], call.cache.shape[2], Layout.LINEAR).scale_offset
+    scales = call.cache.flatten(2)[..., zero : zero + 2 * call.cache.shape[2]].contiguous()
+    if scales.view(torch.float16).isinf().any():
+        call.out.fill_(math.nan)
+
+
+WRONG_STORES = [one_byte_further, swapped_nibbles, unrotated, lost_last_token]
+WINDOW = Variant(64, 4, 2, 16, torch.bfloat16, window=True)
+CAPPED = Variant(64, 4, 2, 16, torch.bfloat16, soft_cap=True)
+SINKS = Variant(64, 4, 2, 16, torch.bfloat16, sinks=torch.bfloat16)
+
+
+@pytest.mark.parametrize("variant", [VARIANT, WINDOW, CAPPED, SINKS], ids=str)
+def test_the_reference_passes(variant: Variant) -> None:
+    require(variant)
+
+
+@pytest.mark.parametrize("wrong", WRONG_STORES, ids=lambda wrong: wrong.__name__)
+def test_a_wrong_store_kernel_fails(wrong: Callable[..., None]) -> None:
+    with pytest.raises(WrongKernelError, match=r"fail their known-answer test.* the bound is"):
+        require(VARIANT, stores=wrong)
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes"),
+    [
+        (VARIANT, {"causal": False}),
+        (WINDOW, {"window": None}),
+        (WINDOW, {"window": known_answer.WINDOW + 1}),
+        (WINDOW, {"window": known_answer.WINDOW - 1}),
+        (CAPPED, {"soft_cap": 0.0}),
+        (SINKS, {"sinks": None}),
+        (VARIANT, {"scale": 64**-0.5 * 1.05}),
+    ],
+    ids=str,
+)
+def test_a_kernel_that_ignores_an_option_fails(variant: Variant, changes: dict[str, Any]) -> None:
+    with pytest.raises(WrongKernelError):
+        require(variant, attends=lambda call: attend(call, **changes))
+
+
+@pytest.mark.parametrize("wrong", [first_split_alone, hidden_scales_count])
+def test_a_kernel_that_skips_a_split_or_reads_hidden_scales_fails(
+    wrong: Callable[..., None],
+) -> None:
+    with pytest.raises(WrongKernelError):
+        require(VARIANT, attends=wrong)
+
+
+def test_a_nan_without_effect_fails() -> None:
+    with pytest.raises(WrongKernelError, match="NaN where the reference has none, or none where"):
+        require(VARIANT, stores=negative_slots_are_stored)
+
+
+def test_the_message_names_the_kernels_the_step_the_error_and_the_bound() -> None:
+    known_answer._passed.clear()
+    with pytest.raises(WrongKernelError) as caught:
+        known_answer.require(
+            "cpu:test", WINDOW, [([1], lambda call: call.out.zero_())], store, CPU
+        )  # fmt: skip
+    assert str(caught.value).startswith(
+        "the kernels cpu:test (head size 64, 4 query heads on 2 KV heads, pages of 16 tokens, "
+        "bfloat16, sliding window) fail their known-answer test: decode has "
+    )
+    assert str(caught.value).endswith("the bound is 0.01")
+
+
+def test_a_variant_is_tested_once_in_a_process() -> None:
+    calls = []
+
+    def counted(call: Call) -> None:
+        calls.append(call)
+        attend(call)
+
+    known_answer._passed.clear()
+    for _ in range(2):
+        known_answer.require("test", VARIANT, [([1], counted)], store, CPU)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("group", "expected"), [(1, [1, 2, 8, 17]), (3, [1, 2, 6]), (8, [1, 3]), (40, [1])]
+)
+def test_numbers_of_new_tokens_fill_every_class_of_rows(group: int, expected: list[int]) -> None:
+    assert known_answer.steps(group, (1, 2, 8, 17)) == expected
