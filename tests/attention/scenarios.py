@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import unittest.mock
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,6 +36,7 @@ from vllm.v1.worker.utils import AttentionGroup, allocate_kv_cache
 
 from vllm_hybrid_kv.attention import gpu
 from vllm_hybrid_kv.attention.backend import K8V4AttentionBackend
+from vllm_hybrid_kv.kernels import known_answer
 
 
 def step_error(name: str, step: Step) -> float:
@@ -125,8 +127,12 @@ def not_warmed_up(steps: list[Step]) -> set[Any]:
     layer = {"sliding_window": 20}
     backend = Backend("ours", vllm_config(), layer)
     with Recorder(launch=False) as warm:
-        cache = backend.cache(2 * PAGE)
-        gpu._warm_up_layer(backend.impl, cache, DTYPE, max_requests=300)
+        known_answer._passed.clear()
+        # Kernels are not launched here, so that no answer can be right.
+        with unittest.mock.patch.object(known_answer.Result, "is_right", True):
+            device = torch.device("cpu")
+            gpu.GpuKernels(debug=False).test({"layer": backend.impl}, PAGE, DTYPE, device, "all")
+            gpu._warm_up_plans(backend.impl, device, max_requests=300)
     launched = []
     for step in steps:
         common, slots = common_metadata(step)

@@ -45,23 +45,39 @@ class GpuKernels:
 
         Triton's interpreter takes seconds for some hundred tokens: it tests decodes alone.
         """
+        if device.type == "cpu":
+            self.test(layers, spec.block_size, dtype, device, "interpreter", decodes_only=True)
+            return
+        self.test(layers, spec.block_size, dtype, device, torch.cuda.get_device_name(device))
+        for layer in layers.values():
+            _warm_up_plans(layer, device, max_requests)
+
+    def test(
+        self,
+        layers: Mapping[str, Layer],
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        name: str,
+        *,
+        decodes_only: bool = False,
+    ) -> None:
+        """Compare every program that layers may launch with known answers."""
 
         def variant_of(layer: Layer) -> Variant:
             return Variant(
                 layer.head_size,
                 layer.num_heads,
                 layer.num_kv_heads,
-                spec.block_size,
+                page_size,
                 dtype,
                 layer.sliding_window is not None,
                 layer.soft_cap > 0,
                 None if layer.sinks is None else layer.sinks.dtype,
             )
 
-        interpreted = device.type == "cpu"
-
         def batches(layer: Layer) -> list[tuple[list[int], Attend]]:
-            if interpreted:
+            if decodes_only:
                 return [([1], _attend_known)]
             counts = steps(layer.num_heads // layer.num_kv_heads, triton.MOST_ROWS)
             # Batches of many row tiles are not split, which is a kernel of its own.
@@ -69,7 +85,7 @@ class GpuKernels:
             return [*(([count], _attend_known) for count in counts), (counts[-1:], whole)]
 
         require_known_answers(
-            "triton:interpreter" if interpreted else f"triton:{torch.cuda.get_device_name(device)}",
+            f"triton:{name}",
             layers,
             variant_of,
             batches,
@@ -77,9 +93,6 @@ class GpuKernels:
             device,
             "Serve the model with --kv-cache-dtype auto or fp8",
         )
-        if not interpreted:
-            for layer in layers.values():
-                warm_up_plans(layer, device, max_requests)
 
     def reserve(self, layer: Layer, device: torch.device) -> None:
         """Take the scratch memory that any step of a layer may need from vLLM's workspace."""
@@ -174,7 +187,7 @@ def _attend_known(call: Call, *, split: bool = True) -> None:
     triton.paged_attention(**call._asdict(), plan=plan)
 
 
-def warm_up_plans(layer: Layer, device: torch.device, max_requests: int) -> None:
+def _warm_up_plans(layer: Layer, device: torch.device, max_requests: int) -> None:
     """Compile the planning kernel for every number of requests."""
     for requests in triton.planned_requests(max_requests):
         starts = torch.arange(requests + 1, dtype=torch.int32, device=device)
