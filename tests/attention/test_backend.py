@@ -1,16 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backend hands vLLM's batches to the kernels as they are: exact, unpadded, per layer."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.turboquant_attn import TurboQuantAttentionBackend
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, SlidingWindowSpec
 
-from vllm_hybrid_kv.attention.backend import K8V4AttentionBackend, K8V4AttentionImpl
+from vllm_hybrid_kv.attention.backend import (
+    K8V4AttentionBackend,
+    K8V4AttentionImpl,
+    refuse_rocm_gpu,
+)
 from vllm_hybrid_kv.attention.metadata import K8V4MetadataBuilder
 from vllm_hybrid_kv.attention.refusal import UnsupportedLayerError
 from vllm_hybrid_kv.kernels import k8v4, reference
+from vllm_hybrid_kv.seams import v0_32
+from vllm_hybrid_kv.seams.attention import several_head_sizes_seam
+from vllm_hybrid_kv.seams.base import apply
 
 HEADS, KV_HEADS, HEAD_SIZE, PAGE = 8, 2, 64, 32
 BF16_TOLERANCE = 0.02
@@ -28,7 +38,7 @@ def spec(cls=FullAttentionSpec, **changes):
     return cls(**{**fields, **changes})
 
 
-@pytest.mark.parametrize("head_size", [64, 80, 128, 256])
+@pytest.mark.parametrize("head_size", [64, 80, 128, 256, 512])
 def test_a_page_has_the_size_that_stock_plans_with(head_size):
     ours = K8V4AttentionBackend.customize_spec(spec(head_size=head_size))
     stock = TurboQuantAttentionBackend.customize_spec(spec(head_size=head_size))
@@ -196,3 +206,57 @@ def test_fused_output_quantisation_is_refused():
     x = torch.zeros(1, HEADS, HEAD_SIZE)
     with pytest.raises(ValueError, match="does not fuse output quantisation"):
         layer().forward(None, x, x, x, torch.tensor([]), None, x, output_scale=torch.ones(1))
+
+
+@pytest.mark.parametrize("name", ["gfx90a:sramecc+:xnack-", "gfx908", "gfx1100", "gfx1201"])
+def test_an_amd_gpu_that_flushes_subnormals_or_was_never_compiled_for_is_refused(name):
+    assert refuse_rocm_gpu(name) == (
+        f"k8v4 kernels run on gfx942 and gfx950 of AMD's GPUs, not on {name}"
+    )
+
+
+@pytest.mark.parametrize("name", ["gfx942:sramecc+:xnack-", "gfx950"])
+def test_amds_gfx942_and_gfx950_are_served(name):
+    assert refuse_rocm_gpu(name) is None
+
+
+@pytest.mark.parametrize("flash_attention_4", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "asked", "left"),
+    [
+        ("turboquant_k8v4", None, None),
+        ("turboquant_k8v4", AttentionBackendEnum.FLASHINFER, AttentionBackendEnum.FLASHINFER),
+        ("auto", None, AttentionBackendEnum.TRITON_ATTN),
+    ],
+)
+def test_gemma_4_leaves_the_backend_of_k8v4_layers_to_their_selection(
+    flash_attention_4, dtype, asked, left, monkeypatch
+):
+    from vllm.model_executor.models.config import Gemma4Config
+    from vllm.v1.attention.backends import fa_utils
+
+    monkeypatch.setattr(fa_utils, "is_fa_version_supported", lambda version: flash_attention_4)
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(
+            model_arch_config=Sizes([64, 512]),
+            hf_text_config=SimpleNamespace(layer_types=["sliding_attention", "full_attention"]),
+        ),
+        attention_config=SimpleNamespace(backend=asked, flash_attn_version=None),
+        cache_config=SimpleNamespace(cache_dtype=dtype),
+    )
+    applied = apply([several_head_sizes_seam(v0_32.KNOWN.verify_gemma4_config)])
+    try:
+        Gemma4Config.verify_and_update_config(config)
+    finally:
+        applied.undo()
+    chosen = None if flash_attention_4 and dtype == "auto" else left
+    assert config.attention_config.backend == chosen
+
+
+class Sizes(list):
+    """Head sizes of layers, as vLLM's model config has them."""
+
+    total_num_hidden_layers = 2
+
+    def __getitem__(self, index):
+        return SimpleNamespace(head_size=super().__getitem__(index))

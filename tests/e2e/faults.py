@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,9 @@ FAULTS = ("swapped nibbles", "scale of the neighbour", "stale page", "clipped ke
 
 STATE_FAULT = "states not copied"
 """A request that resumes inside a block gets a block whose state nobody copied there."""
+
+KERNEL_FAULT = "kernel swaps nibbles"
+"""The store kernel itself is wrong, which an engine finds when it starts."""
 
 STEP_FAULTS = (
     "page of the neighbour",
@@ -93,16 +97,18 @@ def plant(fault: str | None) -> None:
     """Put a fault into the k8v4 backend of this process, in place of the one before.
 
     Args:
-        fault: `STATE_FAULT`, or one of `FAULTS`, `STEP_FAULTS` and `NUMBER_FAULTS`; None for
-            none.
+        fault: `STATE_FAULT`, `KERNEL_FAULT`, or one of `FAULTS`, `STEP_FAULTS` and
+            `NUMBER_FAULTS`; None for none.
     """
-    known = (STATE_FAULT, *FAULTS, *STEP_FAULTS, *NUMBER_FAULTS)
+    known = (STATE_FAULT, KERNEL_FAULT, *FAULTS, *STEP_FAULTS, *NUMBER_FAULTS)
     if fault is not None and fault not in known:
         raise ValueError(f"no fault {fault!r}; there are {', '.join(known)}")
     for (owner, name), original in _originals.items():
         setattr(owner, name, original)
     if fault in ("lost slot", *FAULTS):
         _spoil_updates(fault)
+    elif fault == KERNEL_FAULT:
+        _swap_nibbles_in_the_kernel()
     elif fault == STATE_FAULT:
         from vllm.v1.worker import gpu_model_runner
 
@@ -163,6 +169,23 @@ def _spoil_pages(fault: str, kv_cache: Any, blocks: Any, head_size: int) -> None
             else:
                 scales = region[page.scale_offset : page.zero_offset]
                 scales.copy_(scales.clone().roll(2))
+
+
+def _swap_nibbles_in_the_kernel() -> None:
+    from vllm_hybrid_kv.kernels import known_answer
+    from vllm_hybrid_kv.kernels.cpu import quantise
+
+    known_answer._passed.clear()
+
+    def make(original: Callable[..., Any]) -> Any:
+        def store(key: Any, value: Any, cache: Any, slots: Any, **more: Any) -> None:
+            original(key, value, cache, slots, **more)
+            blocks = slots[slots >= 0].div(cache.shape[2], rounding_mode="floor").unique()
+            _spoil_pages("swapped nibbles", cache, blocks, key.shape[-1])
+
+        return store
+
+    _replace(quantise, "quantise_and_store", make)
 
 
 def _spoil_numbers(fault: str) -> None:
@@ -265,3 +288,8 @@ def _spoil_metadata(fault: str) -> None:
         return build
 
     _replace(K8V4MetadataBuilder, "build", make)
+
+
+# For a fault that has to be there before an engine starts.
+if _fault := os.environ.get("PLANTED_KERNEL_FAULT"):
+    plant(_fault)

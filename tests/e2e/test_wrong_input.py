@@ -152,7 +152,7 @@ def test_an_odd_head_size_is_refused_with_the_layers_to_skip(
         layer_types=["sliding_attention", "sliding_attention", "full_attention", "full_attention"]
         * 2,
         head_dim=64,
-        global_head_dim=512,
+        global_head_dim=32,
         intermediate_size=512,
         sliding_window=96,
         max_position_embeddings=8192,

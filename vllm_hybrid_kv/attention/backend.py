@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -33,6 +34,25 @@ from vllm_hybrid_kv.settings import current_settings
 
 if TYPE_CHECKING:
     from vllm.platforms.interface import DeviceCapability
+
+
+ROCM_GPUS = ("gfx942", "gfx950")
+
+
+def refuse_rocm_gpu(name: str) -> str | None:
+    """Return why the kernels are not right on one of AMD's GPUs, or None if they are.
+
+    Args:
+        name: Architecture as ROCm names it, such as `gfx90a:sramecc+:xnack-`.
+    """
+    if name.split(":")[0] in ROCM_GPUS:
+        return None
+    # Value codes are fp16 subnormals: gfx90a multiplies them as zeros, and RDNA was never compiled.
+    return f"k8v4 kernels run on {' and '.join(ROCM_GPUS)} of AMD's GPUs, not on {name}"
+
+
+def _gfx_name() -> str:
+    return str(torch.cuda.get_device_properties(0).gcnArchName)
 
 
 class K8V4AttentionBackend(AttentionBackend):
@@ -96,6 +116,8 @@ class K8V4AttentionBackend(AttentionBackend):
     def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
         """Return why a layer on a GPU cannot be served, as vLLM asks every backend, in words."""
         reasons = super().validate_configuration(*args, **kwargs)
+        if current_platform.is_rocm() and (reason := refuse_rocm_gpu(_gfx_name())) is not None:
+            reasons.append(reason)
         if not cls.supports_kv_cache_dtype(kwargs.get("kv_cache_dtype")):
             return reasons
         refused = refusal.refuse_selection(SimpleNamespace(**kwargs))

@@ -36,6 +36,7 @@ class Known:
         validate_environ: Warns of unknown variables.
         get_attn_backend_cls: Selects an attention backend on CPUs.
         get_boundary_layers: Names the layers at each end that stay unquantised.
+        verify_gemma4_config: Chooses a backend for models with heads of several sizes.
         nixl_compatibility_hash: Computes what NIXL's peers compare.
         none_hash_seed: Resolves what the hashes of blocks begin with.
         offloading_config: Names stored pages for offloading.
@@ -60,6 +61,7 @@ class Known:
     validate_environ: Target
     get_attn_backend_cls: Target
     get_boundary_layers: Target
+    verify_gemma4_config: Target
     nixl_compatibility_hash: Target
     none_hash_seed: Target
     offloading_config: Target
@@ -103,6 +105,8 @@ def build(context: Context, known: Known) -> list[Seam]:
             layers.layer_dtype_seam(known.init_attention),
             layers.layer_pages_seam(known.initialize_from_config),
         ]
+    if context.on_gpu:
+        seams.append(attention.several_head_sizes_seam(known.verify_gemma4_config))
     if context.on_cpu:
         seams.append(sampling.seeded_sampling_seam(known.add_to_batch))
         seams.append(

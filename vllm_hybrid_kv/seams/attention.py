@@ -181,6 +181,37 @@ def selection_seam(get_attn_backend_cls: Target, *, stock_refuses: bool) -> Seam
     )
 
 
+def several_head_sizes_seam(verify_gemma4_config: Target) -> Seam:
+    """Leave the backend of a Gemma 4 with k8v4 layers to the selection of each layer.
+
+    Args:
+        verify_gemma4_config: `Gemma4Config.verify_and_update_config`.
+    """
+
+    def make(original: Any) -> Any:
+        def verify_and_update_config(vllm_config: VllmConfig) -> None:
+            attention = vllm_config.attention_config
+            asked = attention.backend
+            original(vllm_config)
+            if vllm_config.cache_config.cache_dtype == CACHE_DTYPE and asked is None:
+                attention.backend = None
+
+        return verify_and_update_config
+
+    return Seam(
+        "several_head_sizes",
+        Notice(
+            replaces="Gemma4Config.verify_and_update_config, whose forced backend is undone for "
+            "turboquant_k8v4",
+            why="without FlashAttention 4 it forces TRITON_ATTN, which cannot read k8v4 pages, and "
+            "a forced backend that does not fit is an error",
+            upstream="none yet",
+            until="vLLM forces a backend only on layers that it fits",
+        ),
+        [MethodRebinding(verify_gemma4_config, make)],
+    )
+
+
 def _select(selected_backend: AttentionBackendEnum | None, attn_selector_config: Any) -> str:
     reason = refuse_selection(attn_selector_config)
     if reason is not None:

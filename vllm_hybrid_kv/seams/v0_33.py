@@ -89,6 +89,11 @@ KNOWN = Known(
         "TurboQuantConfig.get_boundary_skip_layers",
         Fingerprint("(model_config, n=2)", "0432bb2cbfb9fd65"),
     ),
+    verify_gemma4_config=Target(
+        "vllm.model_executor.models.config",
+        "Gemma4Config.verify_and_update_config",
+        Fingerprint("(vllm_config)", "5b5eaee1eeff9654"),
+    ),
     nixl_compatibility_hash=Target(
         "vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata",
         "compute_nixl_compatibility_hash",
