@@ -230,6 +230,12 @@ def require(
     _passed.add(tested)
 
 
+def forget() -> None:
+    """Test every variant again, and make the tokens again."""
+    _passed.clear()
+    _normal.cache_clear()
+
+
 def steps(group: int, rows: Sequence[int]) -> list[int]:
     """Return numbers of new tokens whose rows fill classes of rows.
 

@@ -89,6 +89,19 @@ def test_decode_reads_16_bytes_at_a_time_spills_nothing_and_issues_little(
     assert figures(job, code).issued_per_byte < MOST_ISSUED_PER_BYTE
 
 
+@pytest.mark.parametrize("job", [Attention(90, 512), Attention(120, 512)], ids=str)
+def test_heads_of_512_dims_read_16_bytes_at_a_time_and_spill_nothing(
+    job: Attention, compiler: Compiler
+) -> None:
+    code = compiler(job)
+    bounds_only()
+    assert_fits(code, job.capability)
+    kinds = code.kinds(code.main_loop())
+    planes = job.tiling.block_n * (job.head_size + job.head_size // 2)
+    assert kinds["load 16"] * 16 * 32 * code.num_warps == planes
+    assert kinds["tensor core"] >= 32
+
+
 # Programs of 32 and of 64 rows; with 256 dims 64 rows are two of 32, and on 10.0 four of 16.
 MANY_TOKENS = [
     *(Attention(capability, 128, rows) for capability in (80, 90, 100, 120) for rows in (32, 64)),
@@ -153,6 +166,7 @@ STORING = [
     Quantise(86, 256),
     Quantise(89, 128),
     Quantise(90, 256),
+    Quantise(90, 512),
     Quantise(100, 96),
     Quantise(120, 128),
 ]
