@@ -355,7 +355,8 @@ def test_every_check_has_a_name_of_its_own() -> None:
 def test_every_class_of_rows_and_heads_is_tuned_with_sizes_that_fit_it() -> None:
     tasks = tune.tasks(FULL)
     found = {(task.rows, tuning.head_class(task.head_size)) for task in tasks}
-    assert found == {(rows, head) for rows in Rows for head in tuning.HEAD_CLASSES}
+    # Heads of 512 dims have the one size of program that does not spill.
+    assert found == {(rows, head) for rows in Rows for head in tuning.HEAD_CLASSES if head < 512}
     for task in tasks:
         for shape in task.shapes:
             assert tuning.row_class(shape.queries * shape.heads.group) is task.rows
