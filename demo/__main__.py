@@ -149,14 +149,15 @@ def _served_capacity(server: Server) -> Capacity:
 
 def _show_capacity(k8v4: Capacity, bf16: Capacity) -> None:
     table = Table(title="KV cache in 1 GiB", title_justify="left")
-    for heading in ("cache", "tokens", "block size", "blocks"):
+    for heading in ("cache", "tokens at max_model_len", "block size", "blocks"):
         table.add_column(heading, justify="left" if heading == "cache" else "right")
     for name, capacity in (("bf16", bf16), ("k8v4", k8v4)):
         table.add_row(
             name, f"{capacity.tokens:,}", str(capacity.block_size), f"{capacity.num_blocks:,}"
         )
     console.print(table)
-    console.print(f"k8v4 holds {k8v4.tokens / bf16.tokens:.2f} times the tokens of bf16.")
+    times = k8v4.tokens / bf16.tokens
+    console.print(f"In requests of max_model_len k8v4 holds {times:.2f} times the tokens of bf16.")
 
 
 def _show_prefix_cache(server: Server) -> None:

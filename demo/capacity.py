@@ -34,7 +34,7 @@ class Capacity:
     """The plan of a KV cache.
 
     Attributes:
-        tokens: What vLLM logs as the KV cache size.
+        tokens: The KV cache size that vLLM logs: tokens that fit in requests of max_model_len.
         block_size: Tokens of an attention block.
         num_blocks: Blocks in the pool.
     """

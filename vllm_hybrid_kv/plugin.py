@@ -126,7 +126,7 @@ def built_in_strategies() -> Strategies:
     from vllm_hybrid_kv.coordinator.match_unit import AutoMatchUnit
     from vllm_hybrid_kv.coordinator.strategies import FixedPoint, HybridAware
     from vllm_hybrid_kv.hooks import Strategies
-    from vllm_hybrid_kv.planning.capacity import AllGroups, GrowingGroups
+    from vllm_hybrid_kv.planning.capacity import GrowingGroups
     from vllm_hybrid_kv.planning.lcm import LeastCommonMultiple
     from vllm_hybrid_kv.planning.min_waste import MinWaste
 
@@ -134,7 +134,6 @@ def built_in_strategies() -> Strategies:
         {
             "lcm": LeastCommonMultiple(),
             "min_waste": MinWaste(),
-            "all": AllGroups(),
             "growing": GrowingGroups(),
             "fixed_point": FixedPoint(),
             "hybrid_aware": HybridAware(),

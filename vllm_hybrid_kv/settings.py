@@ -56,7 +56,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     unify_page_sizes: StrategyName = "min_waste"
-    token_capacity_groups: StrategyName = "growing"
+    token_capacity_groups: StrategyName = "stock"
     coordinator: StrategyName = "hybrid_aware"
     prefix_match_unit: StrategyName = "auto"
     boundary_layers: Annotated[int, Field(ge=0)] = 2

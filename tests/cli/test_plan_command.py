@@ -81,7 +81,7 @@ def test_what_is_printed_is_written_as_json(outcome, folder):
     assert plan["blocks"] == plan["memory"] // plan["block_bytes"]
     assert plan["smallest_hit"] == 17
     assert plan["can_hit"] is True
-    for key in ("short_tokens", "max_len_tokens", "concurrency"):
+    for key in ("short_requests", "max_len_tokens", "max_len_requests"):
         assert f"{int(plan['capacity'][key]):,}" in outcome.stdout
 
 

@@ -243,7 +243,7 @@ def test_the_table_shows_each_cache_in_its_own_row(capsys: pytest.CaptureFixture
     output = capsys.readouterr().out
     assert re.search(r"bf16\W+1,000\W+64\W+15\b", output)
     assert re.search(r"k8v4\W+2,612\W+128\W+20\b", output)
-    assert "k8v4 holds 2.61 times the tokens of bf16." in output
+    assert "In requests of max_model_len k8v4 holds 2.61 times the tokens of bf16." in output
 
 
 def test_an_empty_answer_is_an_error() -> None:

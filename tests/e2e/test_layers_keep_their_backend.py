@@ -41,8 +41,8 @@ def said(host: EngineHost, since: int = 0) -> list[str]:
 
 
 CAPACITY = (
-    r"INFO KV cache of ([\d,]+) blocks: ([\d,]+) tokens fit in short requests \(([\d,]+) tokens "
-    r"each\), ([\d,]+) in requests of max_model_len \(2,048\), of which ([\d,.]+) fit at once; "
+    r"INFO KV cache of ([\d,]+) blocks: ([\d,]+) tokens in requests of max_model_len "
+    r"\(2,048 tokens\), ([\d,.]+) of them at once; ([\d,]+) whole ones always fit"
 )
 
 
@@ -58,9 +58,10 @@ def test_boundary_layers_of_dense_models_keep_their_backend_and_bytes(
     found = layers(host, small_model, model)
     assert sorted(found) == list(range(8))
     if model == "llama":
-        # One line and no warning, though the first layer, which is not quantised, stands for all.
-        (line,) = said(host, before)
-        assert line.startswith("INFO KV cache of ")
+        # No warning, though the first layer, which is not quantised, represents all.
+        long, short = said(host, before)
+        assert re.match(CAPACITY, long)
+        assert short.startswith("INFO Short requests (512 tokens): ")
     assert [i for i in sorted(found) if is_quantised(found[i])] == [2, 3, 4, 5]
     kv_heads, head_size = 2, 64
     for layer in found.values():
@@ -114,17 +115,14 @@ def test_start_up_says_what_the_pool_holds_and_warns_of_what_is_padding(
             "hybrid_kv": {"unify_page_sizes": "stock", "token_capacity_groups": "stock"}
         },
     )
-    capacity, warning = said(host)[-2:]
-    match = re.match(CAPACITY, capacity)
-    assert match is not None, capacity
-    blocks, short, each, longest = (int(number.replace(",", "")) for number in match.groups()[:4])
-    # vLLM counts the null block too.
-    vllms = host.started["capacity_tokens"]
-    assert longest == pytest.approx(vllms * (blocks - 1) / blocks, abs=1)
-    assert float(match[5]) == pytest.approx(longest / 2048, abs=0.01)
-    # Blocks of attention are longer than any request here; those of states are not.
-    assert each == host.started["block_size"]
-    assert 0 < short < longest
-    assert short % each == 0
+    long, short, warning = said(host)[-3:]
+    match = re.match(CAPACITY, long)
+    assert match is not None, long
+    tokens, whole = (int(match[group].replace(",", "")) for group in (2, 4))
+    concurrency = float(match[3].replace(",", ""))
+    assert tokens == host.started["capacity_tokens"]
+    assert concurrency == pytest.approx(tokens / 2048, abs=0.01)
+    assert concurrency - 2 < whole <= concurrency
+    assert re.match(r"INFO Short requests \(512 tokens\): [\d,]+ always fit at once", short), short
     assert re.match(r"WARNING \d+\.\d % of the KV pool is padding ", warning), warning
     assert warning.endswith("--block-size than 128, or no --kv-cache-dtype-skip-layers")

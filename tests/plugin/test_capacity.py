@@ -7,6 +7,7 @@
 import pytest
 import torch
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
@@ -25,6 +26,7 @@ from vllm_hybrid_kv.planning.capacity import (
     blocks_per_request,
     capacity,
     check_capacity_groups,
+    requests_at_once,
     token_capacity_kv_cache_groups,
 )
 
@@ -181,21 +183,21 @@ def test_the_shapes_of_40384(shape, config_of):
 def test_what_40384_calls_deflated_is_what_short_requests_can_have(shape, config_of):
     full, states, mode, _, before, _ = SHAPES_OF_40384[shape]
     planned = hybrid(full, states, mode)
-    said = capacity(config_of(mode), planned)
-    assert said.short_request == BLOCK
-    # The null block aside, which may cost one request.
-    assert before - BLOCK <= said.short_tokens <= before
+    fit = requests_at_once(config_of(mode), planned, BLOCK)
+    # The null block may cost one request.
+    assert before - BLOCK <= fit * BLOCK <= before
 
 
 def test_long_requests_can_have_what_the_growing_groups_leave_room_for(config_of):
     said = capacity(config_of("align"), hybrid(2, 3, "align"))
     # 10 blocks of each of two groups that grow, and two states of each of three that do not.
-    assert said.concurrency == 261 / 26
-    assert said.max_len_tokens == int(261 / 26 * LEN) == 277_864
+    assert said.max_len_requests == 261 // 26
+    assert said.concurrency == 262 / 26
+    assert said.max_len_tokens == int(262 / 26 * LEN) == 278_929
     # The longer the requests, the nearer to #40384's number.
     longer = capacity(config_of("align", 100 * BLOCK), hybrid(2, 3, "align"))
     assert said.max_len_tokens < longer.max_len_tokens < 362_608
-    assert longer.max_len_tokens == int(261 / 206 * 100 * BLOCK)
+    assert longer.max_len_tokens == int(262 / 206 * 100 * BLOCK)
 
 
 @pytest.mark.parametrize("bounded", [WINDOW, WINDOW_MLA, CHUNKED])
@@ -205,11 +207,11 @@ def test_the_shapes_of_40417_windows_and_chunks_are_bounded(bounded, config_of):
     planned.num_blocks = 60_001
     assert names(token_capacity_kv_cache_groups(config, planned)) == ["layer.0"]
     said = capacity(config, planned)
-    assert (said.short_request, said.short_tokens) == (16, 160_000)
+    assert (said.short_request, said.short_requests) == (512, 60_000 // (6 * 32))
     # 128 tokens and the 4096 in flight, in place of 16,384.
     in_flight = 4096 + 128
     least, most = in_flight // 16 - 1, in_flight // 16 + 1
-    assert 60_000 / (1024 + 5 * most) <= said.concurrency <= 60_000 / (1024 + 5 * least)
+    assert 60_000 // (1024 + 5 * most) <= said.max_len_requests <= 60_000 // (1024 + 5 * least)
 
 
 def test_nemotron_h_with_several_groups_of_attention(config_of):
@@ -217,42 +219,43 @@ def test_nemotron_h_with_several_groups_of_attention(config_of):
     config, planned = config_of("align"), hybrid(2, 12, "align", num_blocks=1401)
     assert len(token_capacity_kv_cache_groups(config, planned)) == 2
     said = capacity(config, planned)
-    assert said.short_tokens == 1400 // 14 * BLOCK
-    assert said.concurrency == 1400 / (2 * 10 + 12 * 2)
+    assert said.short_requests == 1400 // 14
+    assert said.max_len_requests == 1400 // (2 * 10 + 12 * 2)
 
 
-def test_models_of_attention_alone_hold_as_many_tokens_either_way(config_of):
+def test_whole_requests_do_not_use_the_null_block(config_of):
     planned = plan(FULL)
-    planned.num_blocks = 1001
+    planned.num_blocks = 300
     said = capacity(config_of(max_model_len=1600), planned)
-    assert said.short_tokens == said.max_len_tokens == 1000 * 16
-    assert said.concurrency == 10
+    assert (said.concurrency, said.max_len_tokens) == (3.0, 4800)
+    assert (said.max_len_requests, said.short_requests) == (2, 299 // 32)
 
 
-def test_a_last_block_that_a_long_request_leaves_empty_is_not_counted(config_of):
+def test_the_reported_size_is_what_vllm_reports_without_the_plugin(config_of):
+    config, planned = config_of("align"), hybrid(2, 3, "align")
+    said = capacity(config, planned)
+    stock = kv_cache_utils.get_kv_cache_capacity(config, planned)
+    assert stock == (said.max_len_tokens, said.concurrency)
+
+
+def test_a_request_is_not_longer_than_max_model_len(config_of):
     planned = plan(FULL)
-    planned.num_blocks = 1001
-    said = capacity(config_of(max_model_len=1601), planned)
-    assert said.concurrency == 1000 / 101
-    assert said.max_len_tokens < said.short_tokens
-
-
-def test_a_short_request_fills_blocks_of_several_sizes(config_of):
-    planned = plan(*[FullAttentionSpec(**{**SHAPE, "block_size": size}) for size in (32, 48)])
     planned.num_blocks = 101
-    said = capacity(config_of(), planned)
-    # 3 blocks of 32 tokens and 2 of 48.
-    assert (said.short_request, said.short_tokens) == (96, 20 * 96)
-    # No request is longer than max_model_len, nor is there room for a block of as many in one.
-    assert capacity(config_of(max_model_len=90), planned).short_request == 90
-    assert capacity(config_of(max_model_len=48), planned).short_request == 32
-    assert capacity(config_of(max_model_len=32), planned).short_request == 32
+    said = capacity(config_of(max_model_len=90), planned)
+    assert (said.short_request, said.short_requests) == (90, 100 // 6)
 
 
 def test_a_request_longer_than_the_pool_is_a_fraction(config_of):
     said = capacity(config_of(), plan(FULL))
-    assert said.concurrency == 9 / (LEN // 16)
-    assert ", of which 0.00 fit at once" in said.describe()
+    assert said.concurrency == 10 / (LEN // 16)
+    assert (said.max_len_requests, said.short_requests) == (0, 0)
+    assert ", 0.00 of them at once; 0 whole ones" in said.describe()[0]
+
+
+def test_another_reported_size_is_explained_in_the_log(config_of):
+    said = capacity(config_of("align"), hybrid(2, 3, "align"))
+    assert len(said.describe()) == len(said.describe(said.max_len_tokens)) == 2
+    assert "362,608 tokens, counts only" in said.describe(362_608)[2]
 
 
 def test_drafts_need_states_of_their_own(config_of):

@@ -15,7 +15,7 @@ def section(**settings):
 def test_without_anything_planning_and_prefix_caching_are_ours():
     settings = resolve({}, {})
     assert settings.unify_page_sizes == "min_waste"
-    assert settings.token_capacity_groups == "growing"
+    assert settings.token_capacity_groups == "stock"
     assert settings.coordinator == "hybrid_aware"
     assert settings.prefix_match_unit == "auto"
     assert settings.boundary_layers == 2
@@ -26,7 +26,7 @@ def test_without_anything_planning_and_prefix_caching_are_ours():
 def test_the_command_line_sets_a_field():
     settings = resolve(section(unify_page_sizes="lcm", debug=True), {})
     assert (settings.unify_page_sizes, settings.debug) == ("lcm", True)
-    assert settings.token_capacity_groups == "growing"
+    assert settings.token_capacity_groups == "stock"
 
 
 def test_the_environment_wins_over_the_command_line():

@@ -202,14 +202,15 @@ def test_start_up_logs_each_line_once_whatever_the_strategies(start_up, make_con
     config = make_config(settings, enable_prefix_caching=True)
     config.cache_config.cache_dtype = "fp8"
     records = start_up(config, plan(PLAIN), {"layer.0": PLAIN})
-    assert [record.levelno for record in records] == [logging.INFO, logging.WARNING]
-    info, warning = (record.getMessage() for record in records)
-    # 99 blocks of 256 tokens; the longest request of 27,680 has 109 of them.
+    assert [record.levelno for record in records] == [logging.INFO, logging.INFO, logging.WARNING]
+    info, short, warning = (record.getMessage() for record in records)
+    # 99 blocks of 256 tokens besides the null block; the longest request of 27,680 has 109.
     assert info == (
-        "KV cache of 100 blocks: 25,344 tokens fit in short requests (256 tokens each), 25,140 in "
-        "requests of max_model_len (27,680), of which 0.90 fit at once; docs/capacity.md has the "
-        "formulas"
+        "KV cache of 100 blocks: 25,394 tokens in requests of max_model_len (27,680 tokens), 0.91 "
+        "of them at once; 0 whole ones always fit next to vLLM's null block"
     )
+    assert short == "Short requests (512 tokens): 49 always fit at once, 25,088 tokens"
+    assert config.cache_config.kv_cache_size_tokens == 25_394
     assert "used on none of the 1 attention layers" in warning
 
 
@@ -221,7 +222,7 @@ def test_the_unit_that_a_strategy_chooses_is_the_one_that_hits_are_counted_by(
     config.model_config.max_model_len = BLOCK
     specs = {"layer.0": PLAIN, "layer.1": state(PLAIN.page_size_bytes)}
     records = start_up(config, plan(*specs.values()), specs)
-    assert [record.levelno for record in records] == [logging.INFO]
+    assert [record.levelno for record in records] == [logging.INFO, logging.INFO]
     assert config.cache_config.prefix_match_unit is None
     assert current_settings().prefix_match_unit == "auto"
 
@@ -233,7 +234,7 @@ def test_layers_that_the_schedulers_plan_lacks_are_remembered_from_planning(star
     workers = plan(UniformTypeKVCacheSpecs(block_size=BLOCK, kv_cache_specs=specs))
     scheduler = kv_cache_utils.generate_scheduler_kv_cache_config([workers])
     records = start_up(config, scheduler, specs)
-    assert [record.levelno for record in records] == [logging.INFO]
+    assert [record.levelno for record in records] == [logging.INFO, logging.INFO]
 
 
 def test_a_unit_that_vllm_refuses_stops_start_up_as_it_does_without_us(start_up, make_config):

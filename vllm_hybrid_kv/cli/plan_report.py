@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -145,17 +144,17 @@ def _side_by_side(title: str, columns: Sequence[Column]) -> Table:
 
 
 def _rows(max_model_len: int) -> dict[str, Callable[[Plan], str]]:
+    from vllm_hybrid_kv.planning.capacity import SHORT_REQUEST
+
     return {
         "block, tokens": lambda p: _distinct(page.block_tokens for page in p.pages),
         "block, bytes": lambda p: f"{p.block_bytes:,}",
         "blocks": lambda p: f"{p.blocks:,}",
         "padding of the pool": lambda p: f"{100 * p.pool_padding:.2f} %",
-        "short request, tokens": lambda p: f"{p.capacity.short_request:,}",
-        "tokens in short requests": lambda p: f"{p.capacity.short_tokens:,}",
         f"tokens in requests of {max_model_len:,}": lambda p: f"{p.capacity.max_len_tokens:,}",
-        # Cut, not rounded: 1.999 requests are not 2.
-        f"requests of {max_model_len:,} at once": (
-            lambda p: f"{math.floor(100 * p.capacity.concurrency) / 100:,.2f}"
+        f"requests of {max_model_len:,} at once": lambda p: f"{p.capacity.max_len_requests:,}",
+        f"requests of {min(SHORT_REQUEST, max_model_len):,} at once": (
+            lambda p: f"{p.capacity.short_requests:,}"
         ),
         "tokens that vLLM reports": lambda p: f"{p.reported_tokens:,}",
         "prefixes matched by, tokens": lambda p: _if_cached(p, f"{p.match_tokens:,}"),

@@ -131,7 +131,7 @@ class Planned:
         blocks = memory // self.plan.block_bytes
         pool = replace(self.engine.kv_cache_config, num_blocks=blocks)
         held = capacity(self.engine.vllm_config, pool)
-        return held.max_len_tokens if held.concurrency >= 1 else None
+        return held.max_len_tokens if held.max_len_requests >= 1 else None
 
 
 def plan_of(model: Model, memory: int, settings: dict[str, Any]) -> Planned:

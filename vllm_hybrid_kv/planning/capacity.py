@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.kv_cache_utils import resolve_dcp_kv_block_size
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
@@ -25,17 +26,6 @@ from vllm_hybrid_kv.hooks import hookimpl
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-
-class AllGroups:
-    """The strategy `all`: every group, which is vLLM's own rule."""
-
-    @hookimpl
-    def hybrid_kv_token_capacity_groups(
-        self, kv_cache_config: KVCacheConfig
-    ) -> list[KVCacheGroupSpec]:
-        """Return every group."""
-        return list(kv_cache_config.kv_cache_groups)
 
 
 class GrowingGroups:
@@ -59,8 +49,8 @@ def token_capacity_kv_cache_groups(
     chunked local attention and everything else whose memory is bounded do not. Where no group in
     device memory grows, all groups are returned.
 
-    The capacity that follows is that of sequences as long as the pool allows, without the bounded
-    groups' few blocks per request. What #40384 divided by is another number: `Capacity`.
+    The capacity that follows is that of sequences as long as the pool allows, without the few
+    blocks that a request holds of the bounded groups. No request reaches it: see `Capacity`.
 
     Args:
         vllm_config: The engine's configuration. Every layer's spec carries its own cache mode, so
@@ -87,49 +77,71 @@ def _grows(spec: KVCacheSpec) -> bool:
     return isinstance(spec, FullAttentionSpec)
 
 
+SHORT_REQUEST = 512
+"""Tokens of the short request that capacities are also reported for."""
+
+
 @dataclass(frozen=True)
 class Capacity:
-    """What a pool of KV blocks holds; nothing is shared between the requests that are counted.
+    """How many requests a pool of KV blocks holds at once. No two requests share a prefix.
 
-    All groups draw blocks from one pool, and one block of it, the null block, holds nothing. With
-    N blocks, and r(n) blocks that a request of n tokens holds at most (`blocks_per_request`):
+    All groups draw blocks from one pool. With N blocks, one of which is the null block, and r(n)
+    blocks that a request of n tokens holds at most (`blocks_per_request`):
 
-        short_tokens   = floor((N - 1) / r(S)) * S
-        concurrency    = (N - 1) / r(max_model_len)
-        max_len_tokens = floor(concurrency * max_model_len)
+        max_len_requests = floor((N - 1) / r(max_model_len))
+        short_requests   = floor((N - 1) / r(short_request))
+
+    `--max-num-seqs` may allow fewer.
 
     Attributes:
-        num_blocks: N, the blocks of the pool, the null block among them.
-        short_request: S, tokens of a short request: it fills one block of every group, as nearly
-            as their block sizes allow (`short_request_tokens`). A shorter one takes as many blocks.
-        short_tokens: Tokens that fit in requests of S tokens.
+        num_blocks: N, the blocks of the pool, including the null block.
         max_model_len: Tokens of the longest request.
-        max_len_tokens: Tokens that fit in requests of `max_model_len`.
-        concurrency: Requests of `max_model_len` that fit at once, with all of them at their peak;
-            the whole part of it always fits.
+        max_len_requests: Requests of `max_model_len` that the scheduler can always run at once.
+        concurrency: The same with a fraction of a request and with the null block: vLLM's
+            "Maximum concurrency".
+        max_len_tokens: floor(concurrency * max_model_len), the KV cache size that vLLM reports.
+        short_request: Tokens of a short request: `SHORT_REQUEST`, at most `max_model_len`.
+        short_requests: Short requests that the scheduler can always run at once.
     """
 
     num_blocks: int
-    short_request: int
-    short_tokens: int
     max_model_len: int
-    max_len_tokens: int
+    max_len_requests: int
     concurrency: float
+    max_len_tokens: int
+    short_request: int
+    short_requests: int
 
-    def describe(self) -> str:
-        """Return a line with the three numbers and what each says."""
-        # Cut, not rounded: 1.999 requests are not 2.
+    @property
+    def short_tokens(self) -> int:
+        """Return the tokens that the short requests have."""
+        return self.short_requests * self.short_request
+
+    def describe(self, reported_tokens: int | None = None) -> list[str]:
+        """Return the lines for the log, each about one number.
+
+        Args:
+            reported_tokens: The KV cache size in tokens that vLLM logs; None for the default.
+        """
+        # Truncated, because 1.999 requests are not 2.
         concurrency = math.floor(100 * self.concurrency) / 100
-        return (
-            f"KV cache of {self.num_blocks:,} blocks: {self.short_tokens:,} tokens fit in short "
-            f"requests ({self.short_request:,} tokens each), {self.max_len_tokens:,} in requests "
-            f"of max_model_len ({self.max_model_len:,}), of which {concurrency:,.2f} fit at once; "
-            "docs/capacity.md has the formulas"
-        )
+        lines = [
+            f"KV cache of {self.num_blocks:,} blocks: {self.max_len_tokens:,} tokens in requests "
+            f"of max_model_len ({self.max_model_len:,} tokens), {concurrency:,.2f} of them at "
+            f"once; {self.max_len_requests:,} whole ones always fit next to vLLM's null block",
+            f"Short requests ({self.short_request:,} tokens): {self.short_requests:,} always fit "
+            f"at once, {self.short_tokens:,} tokens",
+        ]
+        if reported_tokens not in (None, self.max_len_tokens):
+            lines.append(
+                f"The KV cache size that vLLM logs and exports, {reported_tokens:,} tokens, counts "
+                "only the KV groups that the setting token_capacity_groups selects"
+            )
+        return lines
 
 
 def capacity(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Capacity:
-    """Return what a plan's pool holds: see `Capacity` for the three numbers and their formulas.
+    """Return what the pool of a plan holds. Every capacity that is shown comes from here.
 
     Args:
         vllm_config: The engine's configuration: `max_model_len`, the tokens in flight, context
@@ -137,35 +149,19 @@ def capacity(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Capacit
         kv_cache_config: The plan, with its number of blocks; a worker's or the scheduler's.
     """
     max_model_len = vllm_config.model_config.max_model_len
-    short = short_request_tokens(vllm_config, kv_cache_config)
-    at_once = _requests_at_once(vllm_config, kv_cache_config, max_model_len)
+    short = min(SHORT_REQUEST, max_model_len)
+    concurrency = kv_cache_utils.get_max_concurrency_for_kv_cache_config(
+        vllm_config, kv_cache_config
+    )
     return Capacity(
         num_blocks=kv_cache_config.num_blocks,
-        short_request=short,
-        short_tokens=int(_requests_at_once(vllm_config, kv_cache_config, short)) * short,
         max_model_len=max_model_len,
-        max_len_tokens=int(at_once * max_model_len),
-        concurrency=at_once,
+        max_len_requests=requests_at_once(vllm_config, kv_cache_config, max_model_len),
+        concurrency=concurrency,
+        max_len_tokens=int(concurrency * max_model_len),
+        short_request=short,
+        short_requests=requests_at_once(vllm_config, kv_cache_config, short),
     )
-
-
-def short_request_tokens(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
-    """Return the tokens of a request that fills whole blocks of every group, the shortest such.
-
-    The least common multiple of the groups' blocks, which is what vLLM's scheduler aligns chunks
-    to. Left out are blocks of `max_model_len` and more, such as the one state of cache mode
-    `none`, and those of groups outside prefix caching, such as ring buffers. It is never more than
-    `max_model_len`.
-    """
-    max_model_len = vllm_config.model_config.max_model_len
-    dcp = vllm_config.parallel_config.decode_context_parallel_size
-    blocks = [
-        resolve_dcp_kv_block_size(group.kv_cache_spec, dcp)
-        for group in kv_cache_config.kv_cache_groups
-        if group.kv_cache_spec.prefix_cacheable
-    ]
-    shorter = [block for block in blocks if block < max_model_len]
-    return min(math.lcm(*shorter), max_model_len) if shorter else max_model_len
 
 
 def blocks_per_request(vllm_config: VllmConfig, spec: KVCacheSpec, tokens: int) -> int:
@@ -205,10 +201,14 @@ def _blocks_of_layer(vllm_config: VllmConfig, spec: KVCacheSpec, tokens: int, dc
     return min(spanned, most)
 
 
-def _requests_at_once(
-    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, tokens: int
-) -> float:
-    """Return how many requests of `tokens` tokens fit, the null block of each pool aside."""
+def requests_at_once(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, tokens: int) -> int:
+    """Return how many requests of `tokens` tokens always fit next to each pool's null block.
+
+    Args:
+        vllm_config: The engine's configuration.
+        kv_cache_config: The plan.
+        tokens: Tokens of a request, prompt and answer together.
+    """
     device = host = 0
     for group in kv_cache_config.kv_cache_groups:
         blocks = blocks_per_request(vllm_config, group.kv_cache_spec, tokens)
@@ -216,10 +216,10 @@ def _requests_at_once(
             host += blocks
         else:
             device += blocks
-    limits = [(kv_cache_config.num_blocks - 1) / device] if device else []
+    limits = [(kv_cache_config.num_blocks - 1) // device] if device else []
     if host:
-        limits.append(((kv_cache_config.hisparse_host_num_blocks or 1) - 1) / host)
-    return min(limits) if limits else 0.0
+        limits.append(((kv_cache_config.hisparse_host_num_blocks or 1) - 1) // host)
+    return min(limits, default=0)
 
 
 def addressable_slots(group: KVCacheGroupSpec, kv_cache_config: KVCacheConfig) -> int:

@@ -103,11 +103,12 @@ def _is_an_engines(vllm_config: object) -> bool:
     return isinstance(vllm_config, VllmConfig)
 
 
-def _report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settings) -> None:
-    """Log what the pool holds, and what the plan makes useless."""
-    if not _is_an_engines(vllm_config):
-        return
-    logger.info("%s", capacity(vllm_config, kv_cache_config).describe())
+def _report(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settings, tokens: int
+) -> None:
+    """Log what the pool holds and the start-up warnings."""
+    for line in capacity(vllm_config, kv_cache_config).describe(tokens):
+        logger.info("%s", line)
     try:
         # By its module, for the unit that a strategy chooses is chosen in there.
         scheduler_block_size, hash_block_size = kv_cache_utils.resolve_kv_cache_block_sizes(
@@ -141,22 +142,22 @@ def capacity_seam(context: Context, get_capacity: Target) -> Seam:
             # Called once for an engine, in its core's process, as soon as the plan is made.
             if _is_an_engines(vllm_config):
                 check_pages(vllm_config, kv_cache_config, settings.boundary_layers)
-            _report(vllm_config, kv_cache_config, settings)
             groups = context.strategies.ask(
                 "token_capacity_groups",
                 settings,
                 vllm_config=vllm_config,
                 kv_cache_config=kv_cache_config,
             )
-            if groups is None:
-                return tokens, concurrency
-            who = context.strategies.who("token_capacity_groups", settings)
-            check_capacity_groups(kv_cache_config, groups, who)
-            if len(groups) < len(kv_cache_config.kv_cache_groups):
-                # The concurrency stays that of all groups: a request needs blocks of each.
-                tokens, _ = original(
-                    vllm_config, replace(kv_cache_config, kv_cache_groups=list(groups))
-                )
+            if groups is not None:
+                who = context.strategies.who("token_capacity_groups", settings)
+                check_capacity_groups(kv_cache_config, groups, who)
+                if len(groups) < len(kv_cache_config.kv_cache_groups):
+                    # Concurrency still counts all groups: a request needs blocks of each.
+                    tokens, _ = original(
+                        vllm_config, replace(kv_cache_config, kv_cache_groups=list(groups))
+                    )
+            if _is_an_engines(vllm_config):
+                _report(vllm_config, kv_cache_config, settings, tokens)
             return tokens, concurrency
 
         return get_kv_cache_capacity
