@@ -6,7 +6,9 @@ import torch
 from vllm.platforms import current_platform
 
 from vllm_hybrid_kv.dry_run.engine import Model
-from vllm_hybrid_kv.dry_run.platform import as_on_gpus, as_one_rank_of, check_device
+from vllm_hybrid_kv.dry_run.gpu import described_gpu
+from vllm_hybrid_kv.dry_run.platform import as_one_rank_of, check_device
+from vllm_hybrid_kv.dry_run.weightless import without_weights
 
 
 def test_only_known_devices_are_planned_for():
@@ -22,14 +24,27 @@ def test_a_cpu_is_planned_for_only_where_vllm_runs_on_it(monkeypatch):
     check_device("gpu")
 
 
-def test_the_cpu_has_its_say_again_afterwards(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
-    with as_on_gpus():
-        assert not torch.cpu._is_avx512_bf16_supported()
-        assert torch.cpu._is_avx512_supported()
-    assert torch.cpu._is_avx512_bf16_supported()
-    assert not torch.cpu._is_avx512_supported()
+def test_the_described_gpu_is_seen_by_every_module_and_goes_again():
+    from vllm.model_executor.layers.attention import attention
+
+    kind = type(current_platform)
+    with described_gpu():
+        assert attention.current_platform.is_cuda()
+        assert not current_platform.is_cpu()
+        assert current_platform.get_device_capability() == (9, 0)
+        assert current_platform.get_device_total_memory() == 80 << 30
+    assert type(current_platform) is kind
+    assert not hasattr(torch.ops._C, "no_such_operator")
+
+
+def test_large_tensors_take_no_memory_and_small_ones_have_values():
+    with without_weights():
+        large, small = torch.zeros(1 << 20), torch.arange(4, device="cuda")
+        mixed = large[:4] + small
+        small.copy_(large[:4])
+    assert large.is_meta
+    assert mixed.is_meta
+    assert small.tolist() == [0, 1, 2, 3]
 
 
 def test_one_rank_is_the_only_one_again_afterwards(shape):

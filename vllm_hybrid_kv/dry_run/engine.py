@@ -26,16 +26,21 @@ from vllm.v1.attention.backends.utils import (
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.worker.utils import customize_attention_spec
+from vllm.v1.worker.workspace import (
+    init_workspace_manager,
+    is_workspace_manager_initialized,
+    reset_workspace_manager,
+)
 
 from vllm_hybrid_kv import plugin
+from vllm_hybrid_kv.dry_run.gpu import described_gpu
 from vllm_hybrid_kv.dry_run.importing import model_classes_in_this_process
 from vllm_hybrid_kv.dry_run.platform import (
     GPU,
-    as_on_gpus,
     as_one_rank_of,
     check_device,
-    experts_as_on_gpus,
 )
+from vllm_hybrid_kv.dry_run.weightless import without_weights
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -113,7 +118,7 @@ class Model:
     def _on_device(self) -> ExitStack:
         stack = ExitStack()
         if self._device == GPU:
-            stack.enter_context(as_on_gpus())
+            stack.enter_context(described_gpu())
         return stack
 
     def _configure(self, settings: dict[str, Any] | None = None) -> VllmConfig:
@@ -146,9 +151,10 @@ class Model:
             stack.enter_context(as_one_rank_of(config.parallel_config.tensor_parallel_size))
             stack.enter_context(model_classes_in_this_process())
             stack.enter_context(self._on_device())
-            if self._device == GPU and config.model_config.get_num_experts() > 0:
-                stack.enter_context(experts_as_on_gpus())
-            with torch.device("meta"), set_default_torch_dtype(config.model_config.dtype):
+            if not is_workspace_manager_initialized():
+                init_workspace_manager(torch.device("cpu"))
+                stack.callback(reset_workspace_manager)
+            with without_weights(), set_default_torch_dtype(config.model_config.dtype):
                 initialize_model(config)
             current_platform.update_block_size_for_backend(config)
             layers = get_layers_from_vllm_config(config, AttentionLayerBase)
@@ -160,6 +166,11 @@ class Model:
             backends = {layer.get_attn_backend() for layer in layers.values()}
             layouts = [layout.name for layout in get_supported_kv_cache_layouts(backends)]
             self.layout = resolve_kv_cache_layout(config, [layouts], specs.values()).name
+        if not specs:
+            raise ValueError(
+                f"{config.model_config.architecture} has no KV cache: none of its layers keeps "
+                "keys, values or states, so there is nothing to plan"
+            )
         self.block_size = config.cache_config.block_size
         self._mamba_block_size = config.cache_config.mamba_block_size
         self._mamba_page_size_padded = config.cache_config.mamba_page_size_padded

@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A described NVIDIA GPU: vLLM's CUDA platform with fixed answers and no driver.
+
+While it is installed, every module of vLLM that holds `current_platform` sees this GPU, because the
+class of that one object is replaced. Nothing of the platform underneath can be reached.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import vllm.platforms
+from vllm.platforms.interface import DeviceCapability, Platform
+
+CAPABILITY = (9, 0)
+NAME = "NVIDIA H100 80GB HBM3"
+MEMORY = 80 << 30
+PROCESSORS = 132
+DEVICES_IN_A_NODE = 1 << 20
+"""More than any parallel size: whether there are enough GPUs is not planned."""
+
+_EXTENSIONS = ("_C", "_C_stable_libtorch")
+_PACKAGES = (
+    "cuda",
+    "cutlass",
+    "tilelang",
+    "vllm.third_party.deep_gemm",
+    "vllm.third_party.flashmla",
+)
+
+
+@contextmanager
+def described_gpu() -> Iterator[None]:
+    """Make vLLM configure and build for the described GPU, whatever this machine is.
+
+    On a machine where vLLM runs on NVIDIA GPUs, its own platform stays.
+    """
+    platform = vllm.platforms.current_platform
+    if platform.is_cuda():
+        yield
+        return
+    # Compiler passes look for CUDA's operators where the platform is CUDA's. Nothing is compiled.
+    importlib.import_module("vllm.compilation.backends")
+
+    kind = type(platform)
+    with ExitStack() as stack:
+        stack.enter_context(_cuda_modules())
+        described = _described_class()
+        stack.callback(_forget_answers)
+        stack.callback(setattr, platform, "__class__", kind)
+        platform.__class__ = described
+        _forget_answers()
+        for target, name, value in _available():
+            stack.enter_context(patch.object(target, name, value, create=True))
+        yield
+
+
+@functools.cache
+def _described_class() -> type[Platform]:
+    from vllm.platforms.cuda import CudaPlatformBase
+
+    class DescribedGpu(CudaPlatformBase):  # type: ignore[misc]
+        """One Hopper GPU of 80 GiB, the kind that vLLM's defaults for servers are made for."""
+
+        device_name = NAME
+
+        @classmethod
+        def import_kernels(cls) -> None:
+            pass
+
+        @classmethod
+        def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
+            return DeviceCapability(*CAPABILITY)
+
+        @classmethod
+        def get_device_name(cls, device_id: int = 0) -> str:
+            return NAME
+
+        @classmethod
+        def get_device_uuid(cls, device_id: int = 0) -> str:
+            return f"GPU-{device_id}"
+
+        @classmethod
+        def get_device_total_memory(cls, device_id: int = 0) -> int:
+            return MEMORY
+
+        @classmethod
+        def get_cuda_runtime_major(cls) -> int:
+            return 13
+
+        @classmethod
+        def device_count(cls) -> int:
+            return DEVICES_IN_A_NODE
+
+        @classmethod
+        def num_compute_units(cls, device_id: int = 0) -> int:
+            return PROCESSORS
+
+        @classmethod
+        def is_fully_connected(cls, *_: Any) -> bool:
+            return True
+
+        @classmethod
+        def is_integrated_gpu(cls, device_id: int = 0) -> bool:
+            return False
+
+        @classmethod
+        def is_arch_support_pdl(cls) -> bool:
+            return True
+
+        @classmethod
+        def is_pin_memory_available(cls) -> bool:
+            return False
+
+        @classmethod
+        def get_device_numa_node(cls, device_id: int = 0) -> int | None:
+            return None
+
+        @classmethod
+        def get_all_device_numa_nodes(cls) -> list[int] | None:
+            return None
+
+        @classmethod
+        def log_warnings(cls) -> None:
+            pass
+
+        @classmethod
+        def get_valid_backends(cls, *args: Any, **kwargs: Any) -> Any:
+            valid, refused = super().get_valid_backends(*args, **kwargs)
+            # A package that this machine lacks says nothing of the GPU.
+            told = {
+                backend: (priority, reasons)
+                for backend, (priority, reasons) in refused.items()
+                if not any("Error: " in reason for reason in reasons)
+            }
+            return valid, told
+
+    return DescribedGpu
+
+
+def _forget_answers() -> None:
+    """Clear what vLLM caches of a platform's answers."""
+    from vllm.v1.attention import selector
+
+    selector._cached_get_attn_backend.cache_clear()
+
+
+def _available() -> Iterator[tuple[Any, str, Any]]:
+    """Give what a module would hold if CUDA's extensions had been there when it was imported."""
+    from vllm import _custom_ops, triton_utils
+    from vllm.v1.attention.backends import fa_utils
+    from vllm.v1.attention.ops import flashmla
+    from vllm.vllm_flash_attn import flash_attn_interface
+
+    for name in ("FA2_AVAILABLE", "FA3_AVAILABLE", "FA4_AVAILABLE"):
+        yield flash_attn_interface, name, True
+    for name in ("_flashmla_C_AVAILABLE", "_flashmla_extension_C_AVAILABLE"):
+        yield flashmla, name, True
+    for name in (
+        "flash_attn_varlen_func",
+        "get_scheduler_metadata",
+        "reshape_and_cache_flash",
+        "compile_flash_attn_varlen_func_from_specs",
+    ):
+        if not hasattr(fa_utils, name):
+            yield fa_utils, name, _never_called
+    for name in dir(_custom_ops):
+        if "_supports_" in name or name.endswith("_supported"):
+            # Hopper's tensor cores multiply FP8; FP4 came later.
+            yield _custom_ops, name, lambda *_, answer="fp4" not in name: answer
+    yield torch._ops._OpNamespace, "__getattr__", _operator
+    if not triton_utils.HAS_TRITON:
+        # vLLM's placeholders for Triton have the names that modules use on CPUs.
+        for kind in (type(triton_utils.triton), type(triton_utils.tl)):
+            yield kind, "__getattr__", lambda _, name: _any_name(name)
+        yield triton_utils.triton, "Config", _config
+    yield torch.cuda, "current_device", lambda: 0
+    yield torch.cuda, "get_device_capability", lambda *_: CAPABILITY
+    yield torch.cuda, "get_device_name", lambda *_: NAME
+    yield torch.cuda, "get_device_properties", lambda *_: _PROPERTIES
+    yield torch.accelerator, "current_device_index", lambda: 0
+    yield torch.accelerator, "empty_cache", lambda: None
+    yield torch.accelerator, "synchronize", lambda *_: None
+    for name in ("Stream", "Event"):
+        yield torch.cuda, name, _Nothing
+    for name in ("current_stream", "default_stream"):
+        yield torch.cuda, name, lambda *_: _Nothing()
+
+
+_PROPERTIES = SimpleNamespace(
+    name=NAME,
+    major=CAPABILITY[0],
+    minor=CAPABILITY[1],
+    total_memory=MEMORY,
+    multi_processor_count=PROCESSORS,
+    is_integrated=False,
+    shared_memory_per_block_optin=232448,
+    warp_size=32,
+    L2_cache_size=50 << 20,
+)
+
+
+_find_operator = torch._ops._OpNamespace.__getattr__
+
+
+def _operator(self: Any, name: str) -> Any:
+    """Return an operator, or a name for one of vLLM's that only its CUDA build has."""
+    try:
+        return _find_operator(self, name)
+    except AttributeError:
+        if self.name.startswith(("_C", "_moe_C")):
+            return _any_name(name)
+        raise
+
+
+def _config(
+    arguments: dict[str, Any], num_warps: int = 4, num_stages: int = 3, **more: Any
+) -> SimpleNamespace:
+    """Return a choice of Triton's autotuner."""
+    return SimpleNamespace(kwargs=arguments, num_warps=num_warps, num_stages=num_stages, **more)
+
+
+class _Nothing:
+    """A stream or an event of a GPU on which nothing runs."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+def _never_called(*_: Any, **__: Any) -> Any:
+    raise NotImplementedError("a dry run calls no kernel")
+
+
+class _AnyName(type):
+    """The class of names of kernel packages: types, decorators, functions that nothing calls."""
+
+    def __getattr__(cls, name: str) -> type:
+        return _any_name(name)
+
+    def __getitem__(cls, _: Any) -> type:
+        return cls
+
+    def __call__(cls, *args: Any, **_: Any) -> Any:
+        return args[0] if len(args) == 1 and callable(args[0]) else lambda function: function
+
+
+def _any_name(name: str) -> type:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return _AnyName(name, (), {})
+
+
+@contextmanager
+def _cuda_modules() -> Iterator[None]:
+    """Give vLLM's modules what they import on CUDA and this machine lacks."""
+    extensions, packages = _EmptyExtensions(), _MissingPackages()
+    sys.meta_path.insert(0, extensions)
+    sys.meta_path.append(packages)
+    try:
+        yield
+    finally:
+        for finder in (extensions, packages):
+            sys.meta_path.remove(finder)
+            for name in finder.made:
+                sys.modules.pop(name, None)
+
+
+class _EmptyExtensions(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Modules without contents for vLLM's compiled ones."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if self._has(fullname):
+            return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+        return None
+
+    def _has(self, fullname: str) -> bool:
+        return fullname.startswith("vllm.") and fullname.endswith(_EXTENSIONS)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
+        pass
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.made.append(module.__name__)
+
+
+class _MissingPackages(_EmptyExtensions):
+    """Modules with any name for packages of kernels that come with vLLM for CUDA alone."""
+
+    def _has(self, fullname: str) -> bool:
+        return any(f"{fullname}.".startswith(f"{package}.") for package in _PACKAGES)
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        module.__getattr__ = _any_name  # type: ignore[method-assign]
