@@ -115,9 +115,13 @@ def run():
         ((LLAMA, "--memory", "much"), "--memory: 'much' is not a size"),
         ((LLAMA, "--memory", "1GiB"), "larger than the available KV cache memory"),
         ((LLAMA, "--unify", "best"), "unify_page_sizes='best'"),
-        ((LLAMA, "--kv-cache-dtype", "fp3"), "cache_dtype: Input should be"),
+        ((LLAMA, "--kv-cache-dtype", "fp3"), "argument --kv-cache-dtype: invalid choice: 'fp3'"),
         ((LLAMA, "--tensor-parallel-size", "3"), "must be divisible by tensor parallel size (3)"),
-        ((LLAMA, "--device", "tpu"), "'tpu' is no device"),
+        ((LLAMA, "--device", "tpu"), "--device: 'tpu' is no device"),
+        ((LLAMA, "--larch", "3"), "unrecognized arguments: --larch 3"),
+        ((LLAMA, "--max-num-seqs", "few"), "argument --max-num-seqs: invalid int value"),
+        (("no/such-model",), "the local Hugging Face cache has no config.json"),
+        ((QWEN, "--memory", "20GiB"), "lower max_num_seqs to at most 999"),
         ((LLAMA, "--plot", "plan.larch"), "--plot: plan.larch"),
         ((LLAMA, "--json", "no/such/folder.json"), "--json: no/such/folder.json"),
     ],
@@ -174,6 +178,29 @@ def test_the_layers_left_unquantised_are_those_asked_for(run, monkeypatch, numbe
     pages = json.loads(done.stdout)["plan"]["pages"]
     layers = [name for row in pages if row["stores"] != "k8v4" for name in row["layers"]]
     assert sorted(int(name.split(".")[2]) for name in layers) == unquantised
+
+
+def test_options_of_a_server_change_the_plan_or_are_ignored(run):
+    asked = (LLAMA, "--memory", "10GiB", "--max-model-len", 4096, "--json", "-")
+    plain = json.loads(run(*asked).stdout)["plan"]
+    ignored = run(*asked, "--port", 8001, "--served-model-name", "larch", "--data-parallel-size", 4)
+    assert ignored.exit_code == 0, ignored.stderr
+    assert json.loads(ignored.stdout)["plan"] == plain
+    staged = json.loads(run(*asked, "--pipeline_parallel_size", 2).stdout)["plan"]
+    layers = [name for row in staged["pages"] for name in row["layers"]]
+    assert len(layers) == len(set(layers)) == 32
+    assert staged["blocks"] * staged["block_bytes"] <= 10 << 30
+    skipped = run(*asked, "--kv-cache-dtype-skip-layers", "7", "--boundary-layers", 0)
+    pages = json.loads(skipped.stdout)["plan"]["pages"]
+    assert {n for r in pages if r["stores"] != "k8v4" for n in r["layers"]} == {
+        "model.layers.7.self_attn.attn"
+    }
+
+
+def test_a_server_with_fewer_requests_than_state_blocks_is_planned(run):
+    done = run(QWEN, "--memory", "20GiB", "--max-num-seqs", 999, "--json", "-")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["plan"]["blocks"] == 999
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import typer
 
 from vllm_hybrid_kv.cli import doctor, evaluate, plan, replay
+from vllm_hybrid_kv.cli.serve_options import PASS_THROUGH
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,6 +21,6 @@ def main() -> None:
 
 
 app.command("doctor")(doctor.doctor)
-app.command("plan")(plan.plan)
+app.command("plan", context_settings=PASS_THROUGH)(plan.plan)
 app.command("eval")(evaluate.evaluate)
-app.command("replay")(replay.replay)
+app.command("replay", context_settings=PASS_THROUGH)(replay.replay)

@@ -15,8 +15,17 @@ import typer
 from vllm_hybrid_kv.cli.output import hand_out
 from vllm_hybrid_kv.cli.plan_plot import draw
 from vllm_hybrid_kv.cli.plan_report import Column, Result, report
-from vllm_hybrid_kv.cli.stopping import memory_size, need_matplotlib, one_line, stop
+from vllm_hybrid_kv.cli.serve_options import OptionError, config_path, early_model, parse
+from vllm_hybrid_kv.cli.stopping import (
+    check_folder,
+    in_our_options,
+    memory_size,
+    need_matplotlib,
+    one_line,
+    stop,
+)
 from vllm_hybrid_kv.dry_run.described import DescriptionError, read_config
+from vllm_hybrid_kv.dry_run.devices import DEVICES
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.settings import environment_name
 
@@ -30,13 +39,8 @@ SIDE_BY_SIDE = ("auto", "fp8", "turboquant_k8v4")
 
 
 def plan(
-    model: Annotated[Path, typer.Argument(help="A model's folder, or its config.json.")],
+    context: typer.Context,
     memory: Annotated[str, typer.Option(help="Memory of the KV cache, like 24GiB; of each GPU.")],
-    kv_cache_dtype: Annotated[str, typer.Option(help="As vLLM's.")] = "turboquant_k8v4",
-    max_model_len: Annotated[
-        int | None, typer.Option(min=1, help="As vLLM's; by default the model's.")
-    ] = None,
-    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="As vLLM's.")] = 1,
     unify: Annotated[
         str | None, typer.Option(help="Strategy that makes pages one size: unify_page_sizes.")
     ] = None,
@@ -44,19 +48,9 @@ def plan(
         int | None,
         typer.Option(min=0, help="Layers at each end left unquantised, unless it is hybrid."),
     ] = None,
-    block_size: Annotated[
-        int | None, typer.Option(min=1, help="As vLLM's; by default the device's.")
-    ] = None,
     device: Annotated[
         str, typer.Option(help="gpu plans for GPUs, whatever this machine is; cpu for it.")
     ] = "gpu",
-    max_num_batched_tokens: Annotated[
-        int | None, typer.Option(min=1, help="As vLLM's; 8192 by default for gpu.")
-    ] = None,
-    max_num_seqs: Annotated[
-        int | None, typer.Option(min=1, help="As vLLM's; 1024 by default for gpu.")
-    ] = None,
-    enable_prefix_caching: Annotated[bool | None, typer.Option(help="As vLLM's.")] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Show every strategy of --unify, side by side.")
     ] = False,
@@ -75,22 +69,21 @@ def plan(
     if plot is not None:
         need_matplotlib("plan")
     size = memory_size("plan", memory)
-    arguments = {
-        "max_model_len": max_model_len,
-        "tensor_parallel_size": tensor_parallel_size,
-        "block_size": block_size,
-        "max_num_batched_tokens": max_num_batched_tokens,
-        "max_num_seqs": max_num_seqs,
-        "enable_prefix_caching": enable_prefix_caching,
-    }
+    if device not in DEVICES:
+        raise _stop(f"--device: {device!r} is no device: choose {' or '.join(DEVICES)}")
+    for option, path in (("--json", json_), ("--plot", plot)):
+        check_folder("plan", option, path)
     with _stopping():
-        read_config(model)
+        if (early := early_model(context.args)) is not None:
+            read_config(config_path(early))
         chosen = {"unify_page_sizes": unify is not None or compare}
         chosen["boundary_layers"] = boundary_layers is not None
         _prepare([name for name, by_option in chosen.items() if by_option])
         from vllm_hybrid_kv.dry_run.described import described
 
-        with described(model) as description:
+        model, arguments = parse(context.args)
+        kv_cache_dtype = arguments["kv_cache_dtype"]
+        with described(config_path(model, arguments.get("revision"))) as description:
             models = _Models(description, device, arguments, boundary_layers)
             settings = {} if unify is None else {"unify_page_sizes": unify}
             asked = models.plan(kv_cache_dtype, size, settings)
@@ -103,10 +96,10 @@ def plan(
                 for name in (_strategies() if compare else ())
             ]
     result = Result(
-        model=str(model),
+        model=model,
         architecture=description.architecture,
         device=device,
-        tensor_parallel_size=tensor_parallel_size,
+        tensor_parallel_size=arguments["tensor_parallel_size"],
         notes=description.notes,
         asked=asked,
         dtypes=dtypes,
@@ -132,22 +125,14 @@ class _Models:
         arguments: dict[str, Any],
         boundary_layers: int | None,
     ) -> None:
-        from vllm_hybrid_kv.dry_run.platform import GPU, GPU_BATCH, GPU_BLOCK_TOKENS
-
-        given = {name: value for name, value in arguments.items() if value is not None}
-        if device == GPU:
-            given = {"block_size": GPU_BLOCK_TOKENS, **GPU_BATCH, **given}
-        if given["tensor_parallel_size"] > 1:
-            # vLLM else looks for that many devices, or for Ray.
-            given["distributed_executor_backend"] = "mp"
         self._description = description
         self._device = device
         self._settings = {} if boundary_layers is None else {"boundary_layers": boundary_layers}
         self._arguments = {
+            **arguments,
             "model": description.folder,
             # So that vLLM does not look how much of this machine's memory is free.
             "gpu_memory_utilization": 0.1,
-            **given,
         }
         self._built: dict[str, Model] = {}
 
@@ -169,7 +154,7 @@ class _Models:
                 )
             return plan_of(self._built[kv_cache_dtype], memory, settings)
         except Exception as error:
-            raise PlanError(one_line(error)) from error
+            raise PlanError(in_our_options(one_line(error))) from error
 
     def column(
         self, name: str, kv_cache_dtype: str, memory: int, settings: dict[str, Any]
@@ -228,7 +213,7 @@ def _strategies() -> list[str]:
 def _stopping() -> Iterator[None]:
     try:
         yield
-    except (PlanError, DescriptionError) as error:
+    except (PlanError, DescriptionError, OptionError) as error:
         raise _stop(str(error)) from None
 
 

@@ -19,10 +19,20 @@ from rich.table import Table
 
 from vllm_hybrid_kv.cli.figures import figure
 from vllm_hybrid_kv.cli.output import hand_out
+from vllm_hybrid_kv.cli.serve_options import config_path, parse
 from vllm_hybrid_kv.cli.sizes import format_size
-from vllm_hybrid_kv.cli.stopping import memory_size, need_matplotlib, one_line, stop
+from vllm_hybrid_kv.cli.stopping import (
+    check_folder,
+    in_our_options,
+    memory_size,
+    need_matplotlib,
+    one_line,
+    stop,
+)
+from vllm_hybrid_kv.dry_run.described import read_config
 
 if TYPE_CHECKING:
+    from vllm_hybrid_kv.dry_run.described import Described
     from vllm_hybrid_kv.dry_run.engine import Model
     from vllm_hybrid_kv.replay.trace import TracedRequest
 
@@ -70,6 +80,7 @@ class Outcome:
 
 
 def replay(
+    context: typer.Context,
     trace: Annotated[Path, typer.Argument(help="Requests in Mooncake's format.", dir_okay=False)],
     model: Annotated[
         str, typer.Option(help="A folder with a config.json, that file, or a name on the hub.")
@@ -81,16 +92,10 @@ def replay(
     compare: Annotated[
         list[str] | None, typer.Option(help="Another strategy, beside it. May be repeated.")
     ] = None,
-    prefix_match_unit: Annotated[
+    match_unit: Annotated[
         str, typer.Option(help="Strategy of the match unit; stock for the coordinator stock.")
     ] = "auto",
-    kv_cache_dtype: Annotated[str, typer.Option(help="As vLLM's.")] = "turboquant_k8v4",
-    block_size: Annotated[
-        int,
-        typer.Option(min=1, help="As vLLM's; 16 plans as a GPU does, whatever this machine is."),
-    ] = 16,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 32,
-    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="As vLLM's.")] = 8192,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Take the first N requests only.")
     ] = None,
@@ -111,18 +116,20 @@ def replay(
         need_matplotlib("replay")
     sizes = [memory_size("replay", text) for text in memory]
     strategies = list(dict.fromkeys([*(compare or ()), coordinator]))
-    _quiet_vllm()
+    for option, path in (("--json", json_), ("--plot", plot)):
+        check_folder("replay", option, path)
     from vllm_hybrid_kv.errors import HybridKVError
     from vllm_hybrid_kv.replay.trace import TraceError, read_trace
 
     try:
         requests = read_trace(trace, limit)
-        with _folder_of(model) as folder:
-            described = _describe(
-                folder, kv_cache_dtype, block_size, concurrency, max_num_batched_tokens
-            )
+        path = config_path(model)
+        read_config(path)
+        _quiet_vllm()
+        with _described(path) as description:
+            described = _describe(description, model, context.args, concurrency)
             outcomes = [
-                _run(described, requests, size, name, prefix_match_unit, concurrency, console)
+                _run(described, requests, size, name, match_unit, concurrency, console)
                 for size in sizes
                 for name in strategies
             ]
@@ -144,7 +151,7 @@ def _vllm_in_one_line() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(one_line(error)) from error
+        raise ValueError(in_our_options(one_line(error))) from error
 
 
 def _stop(message: str) -> typer.Exit:
@@ -159,34 +166,30 @@ def _quiet_vllm() -> None:
 
 
 @contextmanager
-def _folder_of(model: str) -> Iterator[str]:
-    """Give the folder of a model as it is planned, or its name on the hub."""
+def _described(path: Path) -> Iterator[Described]:
     from vllm_hybrid_kv.dry_run.importing import import_vllm
 
     import_vllm()
-    if not Path(model).exists():
-        yield model
-        return
     from vllm_hybrid_kv.dry_run.described import described
 
-    with described(Path(model)) as description:
-        yield description.folder
+    with described(path) as description:
+        yield description
 
 
 def _describe(
-    folder: str, kv_cache_dtype: str, block_size: int, concurrency: int, batched_tokens: int
+    description: Described, model: str, options: Sequence[str], concurrency: int
 ) -> Model:
     from vllm_hybrid_kv.dry_run.engine import Model
 
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+    _, arguments = parse([model, *options])
+    if arguments["max_num_seqs"] is None:
+        arguments["max_num_seqs"] = concurrency
     with _vllm_in_one_line():
         return Model(
             {
-                "model": folder,
-                "kv_cache_dtype": kv_cache_dtype,
-                "block_size": block_size,
-                "max_num_seqs": concurrency,
-                "max_num_batched_tokens": batched_tokens,
+                **arguments,
+                "model": description.folder,
                 "enable_prefix_caching": True,
                 "gpu_memory_utilization": 0.1,
             }
@@ -207,6 +210,7 @@ def _run(
     unit = "stock" if coordinator == "stock" else prefix_match_unit
     with _vllm_in_one_line():
         engine = model.engine(memory, {"coordinator": coordinator, "prefix_match_unit": unit})
+        model.check_graphs(engine)
     replayed = Replay(engine, requests, concurrency)
     bar = Progress(
         TextColumn(f"{coordinator}, {format_size(memory)}"),

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import os
+import traceback
+from pathlib import Path
+
 import typer
 
 from vllm_hybrid_kv.cli.sizes import parse_size
@@ -31,6 +35,16 @@ def memory_size(command: str, text: str) -> int:
         raise stop(command, f"--memory: {error}") from None
 
 
+def check_folder(command: str, option: str, path: Path | None) -> None:
+    """End a command whose output file cannot be made, before it does any work.
+
+    Raises:
+        typer.Exit: The file's folder does not exist.
+    """
+    if path is not None and str(path) != "-" and not path.absolute().parent.is_dir():
+        raise stop(command, f"{option}: {path}: No such file or directory")
+
+
 def need_matplotlib(command: str) -> None:
     """End a command that is to plot where there is nothing to plot with.
 
@@ -52,11 +66,13 @@ def one_line(error: Exception) -> str:
     """
     from pydantic import ValidationError
 
+    from vllm_hybrid_kv.cli.serve_options import option_of
+
     if isinstance(error, ValidationError):
         message = "; ".join(
             ": ".join(
                 (
-                    *(str(part) for part in details["loc"]),
+                    *(option_of(str(part)) for part in details["loc"]),
                     details["msg"].removeprefix("Value error, "),
                 )
             )
@@ -65,5 +81,24 @@ def one_line(error: Exception) -> str:
     elif isinstance(error, ValueError | NotImplementedError):
         message = str(error)
     else:
-        message = f"vLLM cannot build this model: {type(error).__name__}: {error}"
+        message = (
+            "vLLM's class of this model cannot be built without weights "
+            f"({_where(error)}); set VLLM_LOGGING_LEVEL=DEBUG to see why"
+        )
+        if os.environ.get("VLLM_LOGGING_LEVEL") == "DEBUG":
+            traceback.print_exception(error)
     return " ".join(message.split())
+
+
+def in_our_options(message: str) -> str:
+    """Name the options of `plan` and `replay` after advice of vLLM's that changes no plan."""
+    advice = message.replace("max_num_seqs", "max_num_seqs (--max-num-seqs)", 1)
+    if "gpu_memory_utilization" in message:
+        return f"{advice} Here: more --memory."
+    return message
+
+
+def _where(error: Exception) -> str:
+    """Return the file and line that an error came from."""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    return f"{Path(last.filename).name}, line {last.lineno}"

@@ -7,7 +7,9 @@ specs are the ones that an engine would plan with. No weights are read and none 
 
 from __future__ import annotations
 
+import copy
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,10 +35,11 @@ from vllm.v1.worker.workspace import (
 )
 
 from vllm_hybrid_kv import plugin
+from vllm_hybrid_kv.dry_run.devices import GPU
+from vllm_hybrid_kv.dry_run.draft import build_draft
 from vllm_hybrid_kv.dry_run.gpu import described_gpu
 from vllm_hybrid_kv.dry_run.importing import model_classes_in_this_process
 from vllm_hybrid_kv.dry_run.platform import (
-    GPU,
     as_one_rank_of,
     check_device,
 )
@@ -59,6 +62,7 @@ class Engine:
         worker_kv_cache_config: The plan of one rank, with every layer's spec.
         scheduler_block_size: What chunks of prompts are aligned to, in tokens.
         hash_block_size: What prefixes are matched by, in tokens.
+        stage_kv_cache_configs: The plans of one rank of each pipeline stage.
     """
 
     vllm_config: VllmConfig
@@ -66,6 +70,7 @@ class Engine:
     worker_kv_cache_config: KVCacheConfig
     scheduler_block_size: int
     hash_block_size: int
+    stage_kv_cache_configs: Sequence[KVCacheConfig] = ()
 
     @cached_property
     def scheduler(self) -> Scheduler:
@@ -113,7 +118,17 @@ class Model:
         self._settings = settings or {}
         # vLLM loads plugins once a process, and only those that VLLM_PLUGINS names.
         plugin.register()
-        self.specs = self._layers()
+        self._graph_builders: dict[str, Any] = {}
+        self._stage_specs: list[dict[str, KVCacheSpec]] = []
+        stages = int(self._arguments.get("pipeline_parallel_size") or 1)
+        for stage in range(stages):
+            self._stage_specs.append(self._layers(stage))
+        self.specs = {name: spec for specs in self._stage_specs for name, spec in specs.items()}
+        if not self.specs:
+            raise ValueError(
+                "this model has no KV cache: none of its layers keeps keys, values or states, so "
+                "there is nothing to plan"
+            )
 
     def _on_device(self) -> ExitStack:
         stack = ExitStack()
@@ -122,16 +137,28 @@ class Model:
         return stack
 
     def _configure(self, settings: dict[str, Any] | None = None) -> VllmConfig:
+        more = dict(self._arguments.get("additional_config") or {})
+        given = more.pop("hybrid_kv", {})
         arguments = EngineArgs(
             skip_tokenizer_init=True,
-            additional_config={"hybrid_kv": {**self._settings, **(settings or {})}},
-            **self._arguments,
+            additional_config={
+                **more,
+                "hybrid_kv": {**given, **self._settings, **(settings or {})},
+            },
+            **{
+                name: value
+                for name, value in self._arguments.items()
+                if name != "additional_config"
+            },
         )
+        if self._device == GPU and arguments.distributed_executor_backend is None:
+            # Otherwise vLLM counts devices, and looks for Ray.
+            arguments.distributed_executor_backend = "mp"
         with self._on_device(), model_classes_in_this_process():
             # Sizes of batches that are not given are those of `vllm serve`.
             return arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
 
-    def _layers(self) -> dict[str, KVCacheSpec]:
+    def _layers(self, stage: int) -> dict[str, KVCacheSpec]:
         from vllm.distributed import (
             ensure_model_parallel_initialized,
             init_distributed_environment,
@@ -148,7 +175,15 @@ class Model:
             if not torch.distributed.is_initialized():
                 init_distributed_environment(1, 0, rendezvous, 0, "gloo")
             ensure_model_parallel_initialized(1, 1)
-            stack.enter_context(as_one_rank_of(config.parallel_config.tensor_parallel_size))
+            parallel = config.parallel_config
+            stack.enter_context(
+                as_one_rank_of(
+                    parallel.tensor_parallel_size,
+                    stages=parallel.pipeline_parallel_size,
+                    stage=stage,
+                    decode_context=parallel.decode_context_parallel_size,
+                )
+            )
             stack.enter_context(model_classes_in_this_process())
             stack.enter_context(self._on_device())
             if not is_workspace_manager_initialized():
@@ -156,6 +191,8 @@ class Model:
                 stack.callback(reset_workspace_manager)
             with without_weights(), set_default_torch_dtype(config.model_config.dtype):
                 initialize_model(config)
+                if stage == parallel.pipeline_parallel_size - 1:
+                    build_draft(config)
             current_platform.update_block_size_for_backend(config)
             layers = get_layers_from_vllm_config(config, AttentionLayerBase)
             specs = {
@@ -163,14 +200,13 @@ class Model:
                 for name, layer in layers.items()
                 if (spec := _spec_of(layer, config)) is not None
             }
+            if self._device == GPU:
+                self._graph_builders |= {
+                    name: layers[name].get_attn_backend().get_builder_cls() for name in specs
+                }
             backends = {layer.get_attn_backend() for layer in layers.values()}
             layouts = [layout.name for layout in get_supported_kv_cache_layouts(backends)]
             self.layout = resolve_kv_cache_layout(config, [layouts], specs.values()).name
-        if not specs:
-            raise ValueError(
-                f"{config.model_config.architecture} has no KV cache: none of its layers keeps "
-                "keys, values or states, so there is nothing to plan"
-            )
         self.block_size = config.cache_config.block_size
         self._mamba_block_size = config.cache_config.mamba_block_size
         self._mamba_page_size_padded = config.cache_config.mamba_page_size_padded
@@ -197,12 +233,13 @@ class Model:
         cache.mamba_page_size_padded = self._mamba_page_size_padded
         # From 0.33 on the core makes the groups apart, before it knows the memory.
         groups = (
-            [core.get_global_kv_cache_groups(config, [dict(self.specs)])]
+            [core.get_global_kv_cache_groups(config, list(map(dict, self._stage_specs)))]
             if hasattr(core, "get_global_kv_cache_groups")
             else []
         )
-        (worker_plan,) = core.get_kv_cache_configs(config, [dict(self.specs)], [memory], *groups)
-        plan = kv_cache_utils.generate_scheduler_kv_cache_config([worker_plan])
+        stages = list(map(dict, self._stage_specs))
+        worker_plans = core.get_kv_cache_configs(config, stages, [memory] * len(stages), *groups)
+        plan = kv_cache_utils.generate_scheduler_kv_cache_config(worker_plans)
         cache.num_gpu_blocks = plan.num_blocks
         cache.block_size = min(
             group.kv_cache_spec.block_size
@@ -213,7 +250,38 @@ class Model:
         scheduler_block_size, hash_block_size = kv_cache_utils.resolve_kv_cache_block_sizes(
             plan, config
         )
-        return Engine(config, plan, worker_plan, scheduler_block_size, hash_block_size)
+        return Engine(
+            config, plan, worker_plans[0], scheduler_block_size, hash_block_size, worker_plans
+        )
+
+    def check_graphs(self, engine: Engine) -> None:
+        """Check what a server checks before it captures CUDA graphs.
+
+        Raises:
+            ValueError: It would not start, in vLLM's words.
+        """
+        config = engine.vllm_config
+        if self._device != GPU or not config.compilation_config.cudagraph_mode:
+            return
+        from vllm.v1.attention.backend import AttentionCGSupport
+
+        least, backend = AttentionCGSupport.ALWAYS, None
+        with self._on_device(), set_current_vllm_config(config):
+            for group in engine.kv_cache_config.kv_cache_groups:
+                for builder in {self._graph_builders[name] for name in group.layer_names}:
+                    support = builder.get_cudagraph_support(config, group.kv_cache_spec)
+                    if support.value < least.value:
+                        least, backend = support, builder.__name__
+            speculative = config.speculative_config
+            # The check changes sizes of graphs, which is of no use here.
+            copy.copy(config.compilation_config).resolve_cudagraph_mode_and_sizes(
+                least,
+                backend,
+                1 + (speculative.num_speculative_tokens if speculative else 0),
+                use_v2_model_runner=False,
+                kv_cache_config=engine.worker_kv_cache_config,
+                max_num_reqs=config.scheduler_config.max_num_seqs,
+            )
 
 
 def _spec_of(layer: Any, config: VllmConfig) -> KVCacheSpec | None:

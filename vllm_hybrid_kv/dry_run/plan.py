@@ -146,6 +146,7 @@ def plan_of(model: Model, memory: int, settings: dict[str, Any]) -> Planned:
         ValueError: The memory does not do, or a strategy's answer.
     """
     engine = model.engine(memory, settings)
+    model.check_graphs(engine)
     config, planned = engine.vllm_config, engine.kv_cache_config
     by_layer = engine.worker_kv_cache_config
     sizes = engine.scheduler_block_size, engine.hash_block_size
@@ -156,7 +157,8 @@ def plan_of(model: Model, memory: int, settings: dict[str, Any]) -> Planned:
         memory=memory,
         pages=tuple(
             pages
-            for number, group in enumerate(by_layer.kv_cache_groups)
+            for stage in engine.stage_kv_cache_configs
+            for number, group in enumerate(stage.kv_cache_groups)
             for pages in _pages_of(number, group)
         ),
         block_bytes=planned.kv_cache_tensors[0].size // planned.num_blocks,

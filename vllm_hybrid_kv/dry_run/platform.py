@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
-from vllm.distributed import get_tp_group, parallel_state
+from vllm.distributed import get_pp_group, get_tp_group, parallel_state
 from vllm.platforms import current_platform
 
-GPU = "gpu"
-CPU = "cpu"
-DEVICES = (GPU, CPU)
+from vllm_hybrid_kv.dry_run.devices import CPU, DEVICES
 
 GPU_BLOCK_TOKENS = 16
 """vLLM's default block on NVIDIA GPUs, which its attention backends there take as it is."""
@@ -37,17 +35,33 @@ def check_device(device: str) -> None:
 
 
 @contextmanager
-def as_one_rank_of(size: int) -> Iterator[None]:
-    """Have layers that are built meanwhile be those of one rank among `size` in tensor parallel.
+def as_one_rank_of(
+    size: int, *, stages: int = 1, stage: int = 0, decode_context: int = 1
+) -> Iterator[None]:
+    """Build layers as one rank of several would.
 
-    There is one process, and it is rank 0; every rank has the same KV cache. Nothing is sent
-    between ranks while layers are built, so that the group's size is all they see of it. The ranks
-    that share experts are the same; vLLM has no group of them where the process's first model has
-    no experts.
+    There is one process. Nothing is sent between ranks while layers are built, so the sizes of the
+    groups are all that layers see of them. Ranks of one stage have the same KV cache.
+
+    Args:
+        size: Tensor parallel ranks.
+        stages: Pipeline stages.
+        stage: The stage whose layers are built, from 0.
+        decode_context: Decode context parallel ranks, among those of tensor parallel.
     """
-    ranks = get_tp_group()
-    with (
-        patch.object(ranks, "world_size", size),
-        patch.object(parallel_state, "_EP", ranks),
-    ):
+    ranks, pipeline = get_tp_group(), get_pp_group()
+    contexts = getattr(parallel_state, "_DCP", None)
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(ranks, "world_size", size))
+        # The ranks that share experts are the same; a first model without experts makes no group.
+        stack.enter_context(patch.object(parallel_state, "_EP", ranks))
+        for name, value in (
+            ("world_size", stages),
+            ("rank_in_group", stage),
+            ("rank", stage),
+            ("ranks", list(range(stages))),
+        ):
+            stack.enter_context(patch.object(pipeline, name, value))
+        if contexts is not None and decode_context > 1:
+            stack.enter_context(patch.object(contexts, "world_size", decode_context))
         yield

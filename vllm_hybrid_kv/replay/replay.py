@@ -30,6 +30,14 @@ if TYPE_CHECKING:
     from vllm_hybrid_kv.dry_run.engine import Engine
 
 
+MOST_IDLE_STEPS = 100
+"""Steps in a row without a scheduled token after which a replay would never end."""
+
+
+class StuckError(ValueError):
+    """The scheduler never schedules the requests that it has."""
+
+
 @dataclass
 class Tally:
     """What a replay came to.
@@ -100,6 +108,7 @@ class Replay:
         # Requests that wait for their first step, and what full attention alone could serve.
         self._attention_served: dict[str, int] = {}
         self._live: dict[str, Request] = {}
+        self._idle_steps = 0
         self.tally = Tally(hits=[0] * len(requests))
         self._coordinator = engine.scheduler.kv_cache_manager.coordinator
         # Seconds that questions of our own took within the scheduler.
@@ -126,6 +135,12 @@ class Replay:
             started = time.perf_counter()
             output = scheduler.schedule()
             spent = time.perf_counter() - started - (self._asking - asking)
+            if not output.total_num_scheduled_tokens:
+                self._idle_steps += 1
+                if self._idle_steps > MOST_IDLE_STEPS:
+                    raise StuckError(self._state())
+            else:
+                self._idle_steps = 0
             result = self._answer(output)
             started = time.perf_counter()
             scheduler.update_from_output(output, result)
@@ -135,6 +150,28 @@ class Replay:
             if answered is not None and self.tally.requests > before:
                 answered(self.tally.requests)
         return self.tally
+
+    def _state(self) -> str:
+        """Return why nothing is scheduled, as far as the scheduler's state tells."""
+        scheduler = self._engine.scheduler
+        head = next(iter(scheduler.waiting), None) or next(iter(scheduler.running), None)
+        needs = ""
+        if head is not None:
+            blocks = [
+                -(-head.num_tokens // group.kv_cache_spec.block_size)
+                for group in self._engine.kv_cache_config.kv_cache_groups
+            ]
+            needs = (
+                f"; request {int(head.request_id) + 1} is first and has {head.num_tokens:,} "
+                f"tokens, {' + '.join(f'{count:,}' for count in blocks)} blocks of the groups"
+            )
+        pool = self._coordinator.block_pool
+        return (
+            f"the scheduler scheduled nothing in {self._idle_steps} steps: "
+            f"{len(scheduler.waiting):,} requests wait and {len(scheduler.running):,} run, "
+            f"{pool.get_num_free_blocks():,} of {pool.num_gpu_blocks:,} blocks are free{needs}. "
+            "Replay with more --memory or fewer requests in flight (--concurrency)"
+        )
 
     def _send(self, index: int) -> None:
         prompt, answer = self._conversations.tokens(index)
