@@ -16,7 +16,8 @@ INSTALL := $(PIP) install $(PIP_ARGS) --constraint constraints.txt
 # vLLM for CPUs needs PyTorch's CPU build, which PyTorch's own index has where no other does.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-# The release without a CPU build, unpacked to test its adapter against.
+# The release without a CPU build: its Python files, with the CPU extension of the installed one.
+# VLLM_TARGET_DEVICE=cpu and its folder on PYTHONPATH make engines of it. See docs/conformance.md.
 NEXT_RELEASE := 0.33.0
 NEXT_VLLM := .cache/vllm-$(NEXT_RELEASE)
 
@@ -58,6 +59,13 @@ $(NEXT_VLLM)/.unpacked: | $(VENV)/.installed
 	$(PIP) install $(PIP_ARGS) --no-deps --no-compile --target $(NEXT_VLLM) vllm==$(NEXT_RELEASE)
 	touch $@
 
+# Separate from the step above: the folder may be unpacked already, or the installed vLLM replaced.
+# Of what this release requires and the installed one does not, orjson alone is used on CPUs.
+$(NEXT_VLLM)/.cpu: $(NEXT_VLLM)/.unpacked $(VENV)/.vllm
+	$(PIP) install $(PIP_ARGS) --no-deps --no-compile --upgrade --target $(NEXT_VLLM) orjson==3.13.0
+	ln -sf $(CURDIR)/$(VENV)/lib/python*/site-packages/vllm/_C*.abi3.so $(NEXT_VLLM)/vllm/
+	touch $@
+
 # setup.cfg installs kernels/ as vllm_hybrid_kv.kernels. mypy and import-linter read folders, so
 # they are shown the package as it is installed.
 lint: setup
@@ -70,7 +78,7 @@ lint: setup
 	$(BIN)/mypy demo
 	cd .lint && ../$(BIN)/lint-imports --config ../pyproject.toml --no-cache
 
-pytest: setup $(NEXT_VLLM)/.unpacked
+pytest: setup $(NEXT_VLLM)/.cpu
 	$(BIN)/python -m pytest -n $(PYTEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # vLLM's connector between machines, which runs on CPUs as well. Of its CUDA builds it loads the one
@@ -79,8 +87,11 @@ $(VENV)/.nixl: | $(VENV)/.installed
 	$(PIP) install $(PIP_ARGS) --no-deps nixl==1.5.1 nixl-cu13==1.5.1
 	touch $@
 
-long-tests: setup $(VENV)/.nixl
+long-tests: setup $(VENV)/.nixl $(NEXT_VLLM)/.cpu
 	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
+	VLLM_CACHE_ROOT=$(CURDIR)/.cache/vllm-0.33-cache HYBRID_KV_TEST_VLLM_MINOR=0.33 \
+	    PYTHONPATH=$(CURDIR)/$(NEXT_VLLM) VLLM_TARGET_DEVICE=cpu \
+	    $(BIN)/python -m pytest -m '' tests/e2e $(PYTEST_ARGS)
 
 # Ten minutes of requests to a real server, and every answer compared with the one computed alone.
 load: setup
@@ -95,10 +106,10 @@ fuzz: setup
 soak: setup
 	$(BIN)/python -m tests.coordinator.soak --out benchmarks/results/soak.md
 
-conformance: setup $(NEXT_VLLM)/.unpacked
+conformance: setup $(NEXT_VLLM)/.cpu
 	$(BIN)/python -m tests.conformance --out .cache/conformance/result.json
 
-drift: setup $(NEXT_VLLM)/.unpacked
+drift: setup $(NEXT_VLLM)/.cpu
 	$(BIN)/python -m tests.drift $(VLLM) --pip-args='$(PIP_ARGS)' $(DRIFT_ARGS)
 
 # Five engines of a small model, one after another.

@@ -15,16 +15,21 @@ class Suite:
         folder: In `tests/`.
         files: In the folder.
         selection: An expression for `-k`; empty for all tests.
+        markers: An expression for `-m`; pytest's own default if empty.
+        engines: Whether the tests start engines, which need vLLM's CPU platform.
     """
 
     folder: str
     files: tuple[str, ...]
     selection: str = ""
+    markers: str = ""
+    engines: bool = False
 
     def arguments(self) -> list[str]:
         """Return what pytest is given."""
         selection = ["-k", self.selection] if self.selection else []
-        return [*selection, *(str(HERE / self.folder / file) for file in self.files)]
+        markers = ["-m", self.markers] if self.markers else []
+        return [*selection, *markers, *(str(HERE / self.folder / file) for file in self.files)]
 
 
 PLUGIN = Suite(
@@ -65,3 +70,20 @@ COORDINATORS = Suite(
 GPU_BACKEND = Suite("attention", ("test_gpu_backend.py",), "not stock")
 
 SUITES = (PLUGIN, PROMISES, COORDINATORS, GPU_BACKEND)
+
+# One model of each kind: Llama, a window (Gemma3) and recurrent states (Qwen3-Next).
+ENGINES = Suite(
+    "e2e",
+    (
+        "test_greedy_output.py",
+        "test_hybrid_prefix_cache.py",
+        "test_metrics.py",
+        "test_recall.py",
+    ),
+    selection=(
+        "(test_greedy_output and llama) or test_hybrid_prefix_cache"
+        " or (test_metrics and not two) or (test_recall and gemma3)"
+    ),
+    markers="both_minors",
+    engines=True,
+)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from tests.adapter_suites import ENGINES, SUITES
 from tests.drift import adapter_tests, comparison, report
 from tests.drift.adapters import adapters
 from tests.drift.release import DriftError, get
@@ -47,7 +48,8 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     if not arguments.no_tests:
         ours = not chosen.moved and ADAPTERS.get(release.minor) == chosen.adapter.module
         proposed = None if ours else chosen.proposed()
-        outcome = adapter_tests.run(release, proposed, jobs=arguments.jobs)
+        suites = (*SUITES, ENGINES) if release.runs_on_cpu else SUITES
+        outcome = adapter_tests.run(release, proposed, suites, jobs=arguments.jobs)
     report.print_report(console, chosen, all_of_them, outcome)
     if arguments.json is not None:
         found = report.as_json(chosen, all_of_them, outcome)

@@ -58,7 +58,8 @@ def run(
 
         def run_one(numbered: tuple[int, Suite]) -> Outcome:
             number, suite = numbered
-            return _run(suite, Path(scratch) / f"{number}.xml", environment, lent)
+            own = {**environment, "VLLM_TARGET_DEVICE": "cpu"} if suite.engines else environment
+            return _run(suite, Path(scratch) / f"{number}.xml", own, lent)
 
         outcomes = list(pool.map(run_one, enumerate(suites)))
     return Outcome(
@@ -85,6 +86,8 @@ def _environment(release: Release, proposed: str | None, scratch: Path) -> dict[
         module = f"v{minor.replace('.', '_')}"
         (scratch / f"{module}.py").write_text(proposed)
         environment["HYBRID_KV_DRIFT_ADAPTER"] = f"{minor}={module}"
+        # Processes of engines do not load pytest's plugin.
+        (scratch / "sitecustomize.py").write_text("import lend_adapter; lend_adapter.lend()\n")
     return environment
 
 

@@ -51,6 +51,11 @@ class Release:
             )
 
     @property
+    def runs_on_cpu(self) -> bool:
+        """Whether it has a CPU extension, its own or one that `make` linked into its folder."""
+        return (self.folder / "vllm" / "_C.abi3.so").is_file()
+
+    @property
     def sources(self) -> Sources:
         """Its files."""
         return _sources(self.folder.resolve())

@@ -147,6 +147,7 @@ def speculate(reference: Reference) -> EngineHost:
     return engine
 
 
+@pytest.mark.both_minors
 def test_a_prompt_gives_the_same_tokens_when_its_pages_come_from_the_prefix_cache(
     reference: Reference,
 ) -> None:
@@ -161,6 +162,7 @@ def test_reading_a_wrong_page_of_the_prefix_cache_would_show(
         read_from_the_prefix_cache(reference)
 
 
+@pytest.mark.both_minors
 def test_pages_left_by_another_prompt_with_the_same_beginning_give_the_same_tokens(
     reference: Reference,
 ) -> None:
@@ -171,6 +173,7 @@ def test_pages_left_by_another_prompt_with_the_same_beginning_give_the_same_toke
     assert_same(outputs, texts.outputs, reference.case)
 
 
+@pytest.mark.both_minors
 def test_twenty_requests_of_mixed_lengths_at_once_give_what_each_gives_alone(
     reference: Reference,
 ) -> None:
@@ -181,6 +184,7 @@ def test_twenty_requests_of_mixed_lengths_at_once_give_what_each_gives_alone(
     run_at_once(reference)
 
 
+@pytest.mark.both_minors
 def test_a_token_missed_in_company_would_show(
     reference: Reference, plant: Callable[[str], None]
 ) -> None:
@@ -189,6 +193,7 @@ def test_a_token_missed_in_company_would_show(
         run_at_once(reference)
 
 
+@pytest.mark.both_minors
 @pytest.mark.parametrize("chunk", [96, 32])
 def test_output_does_not_depend_on_the_chunks_a_prompt_is_cut_into(
     reference: Reference, chunk: int
@@ -217,6 +222,7 @@ def test_a_chunk_that_is_stored_or_read_wrongly_would_show(
         run_in_chunks(reference, chunk=32, longest=4)
 
 
+@pytest.mark.both_minors
 def test_ngram_speculation_gives_what_decoding_without_it_gives(reference: Reference) -> None:
     metrics = speculate(reference).metrics()
     drafted = metrics["vllm:spec_decode_num_draft_tokens"]

@@ -14,7 +14,7 @@ from workload import CASES, Case, random_prompt, settings
 
 from benchmarks.engine.requests import Output
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.both_minors]
 
 UNIT = 64
 TURNS = 6

@@ -19,7 +19,7 @@ from workload import random_prompt
 
 from demo.server import serve
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.both_minors]
 
 CHATS, TURNS = 3, 3
 BEGINNING = 300

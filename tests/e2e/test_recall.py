@@ -142,6 +142,7 @@ def plant(plain: Plain) -> Iterator[Callable[[str], None]]:
     plain.host.plant(None)
 
 
+@pytest.mark.both_minors
 def test_the_model_recalls_and_copies_with_an_unquantised_cache(plain: Plain) -> None:
     assert plain.tally.share >= RECALL
     assert plain.copied >= RECALL
@@ -150,14 +151,17 @@ def test_the_model_recalls_and_copies_with_an_unquantised_cache(plain: Plain) ->
     assert set(few) <= {(2048, 3)}
 
 
+@pytest.mark.both_minors
 def test_k8v4_recalls_at_every_distance_and_depth(plain: Plain) -> None:
     assert_as_good(answer(plain.engine(), all_sheets()), plain.tally)
 
 
+@pytest.mark.both_minors
 def test_k8v4_copies_token_by_token_in_mixed_company(plain: Plain) -> None:
     assert copied_share(plain.engine(), fresh=True) >= plain.copied - WORSE
 
 
+@pytest.mark.both_minors
 def test_k8v4_recalls_from_pages_of_the_prefix_cache(plain: Plain) -> None:
     engine = plain.engine()
     sheet = all_sheets()[0]

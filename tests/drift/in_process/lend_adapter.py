@@ -7,6 +7,11 @@ from vllm_hybrid_kv import seams
 
 
 def pytest_configure() -> None:
+    lend()
+
+
+def lend() -> None:
+    """Enter the adapter that the environment names."""
     minor, module = os.environ["HYBRID_KV_DRIFT_ADAPTER"].split("=")
     major, _, rest = minor.partition(".")
     seams.ADAPTERS[int(major), int(rest)] = module
