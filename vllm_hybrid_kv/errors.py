@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class HybridKVError(ValueError):
     """Start-up cannot go on. The message is for the person who started vLLM."""
@@ -34,3 +37,15 @@ class HybridKVFingerprintError(HybridKVSeamError):
 
 class HybridKVAgreementError(HybridKVError):
     """A process of an engine has another plugin than the one that started it."""
+
+
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return `"; did you mean 'lcm'?"` for the closest known word; empty if none is close.
+
+    Args:
+        word: What the user wrote.
+        known: The valid words.
+        cutoff: The least similarity, from 0 to 1, as in `difflib.get_close_matches`.
+    """
+    close = difflib.get_close_matches(word, list(known), 1, cutoff)
+    return f"; did you mean {close[0]!r}?" if close else ""

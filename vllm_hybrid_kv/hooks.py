@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from vllm_hybrid_kv.errors import HybridKVSettingsError, HybridKVStrategyError
+from vllm_hybrid_kv.errors import HybridKVSettingsError, HybridKVStrategyError, did_you_mean
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -278,7 +278,7 @@ class Strategies:
                 )
                 problems.append(
                     f"{setting}={name!r} (from {settings.source(setting)}) is not valid: no such "
-                    f"strategy; available: {listed}"
+                    f"strategy; available: {listed}{did_you_mean(name, available)}"
                 )
         if problems:
             raise HybridKVSettingsError("; ".join(problems))

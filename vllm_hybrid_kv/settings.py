@@ -10,12 +10,12 @@ The environment wins. An unknown name or a bad value stops start-up.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from vllm_hybrid_kv.errors import HybridKVSettingsError
+from vllm_hybrid_kv.errors import HybridKVSettingsError, did_you_mean
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -25,6 +25,12 @@ SECTION = "hybrid_kv"
 
 ENVIRONMENT_PREFIX = "VLLM_HYBRID_KV_"
 """What the environment's names start with; the field in capitals follows."""
+
+NEAR_MISS = 0.87
+"""How close to one of our names a name outside of our section must be to count as misspelt.
+
+`hybrid_kvs` and `VLLM_HYBRIDKV_DEBUG` are closer; `hybrid` and `VLLM_HYBRID` are not.
+"""
 
 FROM_DEFAULT = "default"
 FROM_CONFIG = "--additional-config"
@@ -123,16 +129,24 @@ def resolve(additional_config: object, environment: Mapping[str, str] | None = N
     }
     fields = tuple(Settings.model_fields)
     field_of_variable = {environment_name(field): field for field in fields}
-    problems = []
+    problems = _misspelt_sections(additional_config)
     if unknown := sorted(set(section) - set(fields)):
         problems.append(
             f"unknown setting {', '.join(map(repr, unknown))} in {FROM_CONFIG} "
-            f"{SECTION!r}; valid: {', '.join(fields)}"
+            f"{SECTION!r}; valid: {', '.join(fields)}{_meant(unknown, fields)}"
         )
-    if unknown := sorted(set(variables) - set(field_of_variable)):
+    misspelt = {
+        name
+        for name, value in environment.items()
+        if value
+        and name.startswith("VLLM_")
+        and not name.startswith(ENVIRONMENT_PREFIX)
+        and did_you_mean(name, field_of_variable, NEAR_MISS)
+    }
+    if unknown := sorted(set(variables) - set(field_of_variable) | misspelt):
         problems.append(
             f"unknown environment variable {', '.join(unknown)}; "
-            f"valid: {', '.join(field_of_variable)}"
+            f"valid: {', '.join(field_of_variable)}{_meant(unknown, field_of_variable)}"
         )
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
@@ -152,6 +166,25 @@ def resolve(additional_config: object, environment: Mapping[str, str] | None = N
     return settings
 
 
+def _meant(unknown: list[str], known: Iterable[str]) -> str:
+    return "".join(did_you_mean(name, known) for name in unknown)
+
+
+def _misspelt_sections(additional_config: object) -> list[str]:
+    """Name sections that are nearly ours; other plugins' sections are not our business."""
+    if not isinstance(additional_config, Mapping):
+        return []
+
+    def letters(name: object) -> str:
+        return str(name).lower().replace("_", "").replace("-", "").replace(" ", "")
+
+    return [
+        f"unknown section {name!r} in {FROM_CONFIG}; did you mean {SECTION!r}?"
+        for name in additional_config
+        if name != SECTION and did_you_mean(letters(name), [letters(SECTION)], NEAR_MISS)
+    ]
+
+
 def _section_of(additional_config: object) -> Mapping[str, Any]:
     if not isinstance(additional_config, Mapping) or SECTION not in additional_config:
         return {}
@@ -167,7 +200,11 @@ def _section_of(additional_config: object) -> Mapping[str, Any]:
 def _explain(details: Any, values: Mapping[str, Any], sources: Mapping[str, str]) -> str:
     field = str(details["loc"][0])
     said = details["msg"][0].lower() + details["msg"][1:]
-    return f"{field}={values[field]!r} (from {sources[field]}) is not valid: {said}"
+    meant = ""
+    if details["type"] == "literal_error":
+        known = get_args(Settings.model_fields[field].annotation)
+        meant = did_you_mean(str(values[field]), known)
+    return f"{field}={values[field]!r} (from {sources[field]}) is not valid: {said}{meant}"
 
 
 _in_force: Settings | None = None

@@ -99,6 +99,13 @@ def assert_said(output: str, *parts: str, times: int = 1) -> str:
     return messages.pop()
 
 
+def assert_ended_before_an_engine(output: str, message: str) -> None:
+    """Assert that the last line is the message, and that no engine process was started."""
+    assert output.splitlines()[-1].startswith(message), output[-2000:]
+    assert "Traceback" not in output
+    assert "EngineCore" not in output
+
+
 def advised_dtypes(message: str) -> list[str]:
     """Return the values of --kv-cache-dtype that a message ends with advising."""
     found = re.search(r"serve the model with --kv-cache-dtype ([\w ]+)", message, re.IGNORECASE)
@@ -111,7 +118,16 @@ def test_an_unknown_strategy_in_the_environment_is_refused_with_the_known_ones(
 ) -> None:
     output = refuse(llama_config(), "LlamaForCausalLM", VLLM_HYBRID_KV_UNIFY_PAGE_SIZES="least")
     assert_said(output, "unify_page_sizes='least'", "no such strategy", "lcm", "stock")
-    assert "Traceback" not in output
+    assert_ended_before_an_engine(output, "hybrid_kv: unify_page_sizes='least'")
+
+
+def test_a_cache_dtype_without_cpu_kernels_is_refused_before_an_engine_starts(
+    refuse: Refuse,
+) -> None:
+    output = refuse(llama_config(), "LlamaForCausalLM", "--kv-cache-dtype", "turboquant_4bit_nc")
+    assert_ended_before_an_engine(
+        output, "hybrid_kv: --kv-cache-dtype turboquant_4bit_nc has no CPU kernels"
+    )
 
 
 def test_a_head_size_that_no_layer_can_have_is_refused_with_dtypes_that_serve_the_model(

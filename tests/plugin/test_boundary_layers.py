@@ -8,6 +8,7 @@ from vllm.model_executor.layers.quantization.turboquant.config import TurboQuant
 
 from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.attention.refusal import UnsupportedModelError
+from vllm_hybrid_kv.seams import configuration
 from vllm_hybrid_kv.seams.boundary import boundary_layers, cache_owners
 
 pytestmark = pytest.mark.usefixtures("unregistered")
@@ -56,7 +57,9 @@ def test_another_cache_leaves_out_none(dtype, unquantised):
     assert unquantised({"boundary_layers": 1}, kv_cache_dtype=dtype) == []
 
 
-def test_vllms_coarser_presets_keep_vllms_number(unquantised):
+def test_vllms_coarser_presets_keep_vllms_number(unquantised, monkeypatch):
+    # They have kernels on GPUs alone.
+    monkeypatch.setattr(configuration, "runs_on_cpu", lambda: False)
     layers = unquantised({"boundary_layers": 0}, kv_cache_dtype="turboquant_4bit_nc")
     assert layers == ["0", "1", "4", "5"]
 

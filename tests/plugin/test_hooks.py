@@ -66,7 +66,7 @@ def test_a_name_that_does_not_exist_is_refused_with_those_that_do():
         strategies.check(Settings(**{**STOCK, "prefix_match_unit": "seventeen"}))
     assert str(error.value) == (
         "prefix_match_unit='seventeen' (from default) is not valid: no such strategy; available: "
-        "sixteen, stock, theirs (from their-package 2.0)"
+        "sixteen, stock, theirs (from their-package 2.0); did you mean 'sixteen'?"
     )
 
 

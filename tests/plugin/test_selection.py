@@ -10,6 +10,7 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.attention.refusal import UnsupportedLayerError
+from vllm_hybrid_kv.errors import HybridKVError
 
 pytestmark = pytest.mark.usefixtures("unregistered")
 
@@ -66,6 +67,13 @@ def test_a_layer_that_cannot_be_served_is_refused_by_name(fields, reason):
         Layer(prefix="model.layers.7.self_attn.attn")
     assert "layer model.layers.7.self_attn.attn: " in str(error.value)
     assert reason in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", ["turboquant_4bit_nc", "turboquant_3bit_nc"])
+def test_a_turboquant_dtype_without_cpu_kernels_stops_before_an_engine(dtype, make_config):
+    plugin.register()
+    with pytest.raises(HybridKVError, match=f"^--kv-cache-dtype {dtype} has no CPU kernels; use"):
+        make_config(kv_cache_dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", ["turboquant_4bit_nc", "turboquant_3bit_nc"])

@@ -96,6 +96,47 @@ def test_a_bad_value_is_refused_with_its_source(settings, environment, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("config", "environment", "meant"),
+    [
+        ({"hybrid_kvs": {"coordinator": "stock"}}, {}, "'hybrid_kv'"),
+        ({"hybrid-kv": {}}, {}, "'hybrid_kv'"),
+        ({"HybridKV": {}}, {}, "'hybrid_kv'"),
+        ({"hybird_kv": {}}, {}, "'hybrid_kv'"),
+        ({"hybrid_kv": {}, "hybrid_kvs": {}}, {}, "'hybrid_kv'"),
+        (section(unify_page_size="lcm"), {}, "'unify_page_sizes'"),
+        (section(cpu_isa="portabel"), {}, "'portable'"),
+        ({}, {"VLLM_HYBRID_KV_COORDINATR": "stock"}, "'VLLM_HYBRID_KV_COORDINATOR'"),
+        ({}, {"VLLM_HYBRIDKV_DEBUG": "1"}, "'VLLM_HYBRID_KV_DEBUG'"),
+        ({}, {"VLLM_HYBIRD_KV_CPU_ISA": "portable"}, "'VLLM_HYBRID_KV_CPU_ISA'"),
+    ],
+)
+def test_a_near_miss_is_refused_with_the_name_that_was_meant(config, environment, meant):
+    with pytest.raises(HybridKVSettingsError) as error:
+        resolve(config, environment)
+    assert f"did you mean {meant}?" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_name_that_is_like_none_of_ours_is_refused_without_a_guess():
+    with pytest.raises(HybridKVSettingsError) as error:
+        resolve(section(colour="red"), {})
+    assert "did you mean" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["hybrid", "kv", "hybrid_kv_offload", "hybrid_attention", "lmcache"]
+)
+def test_another_plugins_section_is_left_alone(name):
+    assert resolve({name: {"debug": "maybe"}}, {}) == resolve({}, {})
+
+
+def test_vllms_own_variables_are_not_taken_for_ours():
+    from vllm import envs
+
+    assert resolve({}, dict.fromkeys(envs.environment_variables, "1")) == resolve({}, {})
+
+
 def test_all_mistakes_come_in_one_message():
     with pytest.raises(HybridKVSettingsError) as error:
         resolve(section(colour="red", cpu_isa="mmx"), {"VLLM_HYBRID_KV_DEBUG": "perhaps"})

@@ -154,11 +154,8 @@ def selection_seam(get_attn_backend_cls: Target, *, stock_refuses: bool) -> Seam
             dtype = attn_selector_config.kv_cache_dtype
             if dtype == CACHE_DTYPE:
                 return _select(selected_backend, attn_selector_config)
-            if not stock_refuses and str(dtype).startswith("turboquant_"):
-                raise HybridKVError(
-                    f"--kv-cache-dtype {dtype} has no CPU kernels and vLLM would compute nonsense "
-                    f"with it; use {CACHE_DTYPE}, fp8 or auto"
-                )
+            if not stock_refuses:
+                refuse_without_cpu_kernels(dtype)
             path: str = original(cls, selected_backend, attn_selector_config, num_heads)
             return path
 
@@ -210,6 +207,18 @@ def several_head_sizes_seam(verify_gemma4_config: Target) -> Seam:
         ),
         [MethodRebinding(verify_gemma4_config, make)],
     )
+
+
+def refuse_without_cpu_kernels(dtype: str | None) -> None:
+    """Refuse a cache dtype that no CPU kernel can read, in vLLM or here.
+
+    Raises:
+        HybridKVError: It is a turboquant dtype other than ours.
+    """
+    if str(dtype).startswith("turboquant_") and dtype != CACHE_DTYPE:
+        raise HybridKVError(
+            f"--kv-cache-dtype {dtype} has no CPU kernels; use {CACHE_DTYPE}, fp8 or auto"
+        )
 
 
 def _select(selected_backend: AttentionBackendEnum | None, attn_selector_config: Any) -> str:

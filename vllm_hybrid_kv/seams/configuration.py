@@ -8,12 +8,14 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import vllm.platforms
 from vllm import envs
 
 from vllm_hybrid_kv.attention.refusal import CACHE_DTYPE
 from vllm_hybrid_kv.coordinator.drafts import check_drafts
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.hooks import HOOK_OF_SETTING
+from vllm_hybrid_kv.seams.attention import refuse_without_cpu_kernels
 from vllm_hybrid_kv.seams.base import Edit, MethodRebinding, Notice, Seam, Target
 from vllm_hybrid_kv.seams.boundary import boundary_layers
 from vllm_hybrid_kv.settings import ENVIRONMENT_PREFIX
@@ -22,6 +24,11 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from vllm_hybrid_kv.seams.context import Context
+
+
+def runs_on_cpu() -> bool:
+    """Whether the engine that is being configured runs on a CPU."""
+    return bool(vllm.platforms.current_platform.is_cpu())
 
 
 def settings_seam(context: Context, create_engine_config: Target, init_worker: Target) -> Seam:
@@ -40,6 +47,8 @@ def settings_seam(context: Context, create_engine_config: Target, init_worker: T
         def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> VllmConfig:
             try:
                 settings = context.check(self.additional_config)
+                if runs_on_cpu():
+                    refuse_without_cpu_kernels(self.kv_cache_dtype)
             except HybridKVError as error:
                 context.stop(error)
             # No checkpoint makes `auto` our cache: what was asked for is what the engine has.
