@@ -36,7 +36,7 @@ def milliseconds(path: str, head_size: int, group: int, window: int | None, runs
         began = time.process_time()
         CpuKernels(path, debug=False).warm_up(
             {"layer": layer},
-            spec,  # type: ignore[arg-type]
+            spec,
             torch.bfloat16,
             CPU,
             max_requests=1,

@@ -171,8 +171,15 @@ def measure(
     out = torch.empty_like(query)
     starts = torch.tensor([0, *(len(request.query) for request in requests)]).cumsum(0)
     lengths = torch.tensor([request.length for request in requests], dtype=torch.int32)
-    tensors = (table, lengths, starts.to(torch.int32))
-    call = Call(query, cache, *(tensor.to(device) for tensor in tensors), out, **_options(variant))
+    call = Call(
+        query,
+        cache,
+        table.to(device),
+        lengths.to(device),
+        starts.to(device, torch.int32),
+        out,
+        **_options(variant),
+    )
     if call.sinks is not None:
         call = call._replace(sinks=call.sinks.to(device))
     attend(call)

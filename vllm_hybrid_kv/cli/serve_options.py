@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     except ModuleNotFoundError:
         from vllm.entrypoints.launchers.cli_args import make_arg_parser
 
-    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
+    class Parser(FlexibleArgumentParser):
         def error(self, message: str) -> NoReturn:
             raise OptionError(message)
 

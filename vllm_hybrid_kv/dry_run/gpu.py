@@ -69,7 +69,7 @@ def described_gpu() -> Iterator[None]:
 def _described_class() -> type[Platform]:
     from vllm.platforms.cuda import CudaPlatformBase
 
-    class DescribedGpu(CudaPlatformBase):  # type: ignore[misc]
+    class DescribedGpu(CudaPlatformBase):
         """One Hopper GPU of 80 GiB, the kind that vLLM's defaults for servers are made for."""
 
         device_name = NAME
