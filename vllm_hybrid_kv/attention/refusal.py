@@ -211,8 +211,7 @@ def _refuse_kind(attn_type: str) -> Refusal | None:
 def refuse_cache_dtype(kv_cache_dtype: str, head_size: int) -> Refusal:
     """Return why a layer with another cache dtype cannot have this backend.
 
-    vLLM chooses the backend of chunked local attention by the engine's cache dtype, for layers that
-    it leaves unquantised too. Skipping more of them would change nothing.
+    The patch of `Attention.__init__` prevents this; skipping more layers would change nothing.
 
     Args:
         kv_cache_dtype: The layer's.
