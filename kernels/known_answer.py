@@ -171,15 +171,10 @@ def measure(
     out = torch.empty_like(query)
     starts = torch.tensor([0, *(len(request.query) for request in requests)]).cumsum(0)
     lengths = torch.tensor([request.length for request in requests], dtype=torch.int32)
-    call = Call(
-        query,
-        cache,
-        table.to(device),
-        lengths.to(device),
-        starts.to(device, torch.int32),
-        out,
-        **_options(variant),
+    table, lengths, starts = (
+        tensor.to(device) for tensor in (table, lengths, starts.to(torch.int32))
     )
+    call = Call(query, cache, table, lengths, starts, out, **_options(variant))
     if call.sinks is not None:
         call = call._replace(sinks=call.sinks.to(device))
     attend(call)
