@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from vllm_hybrid_kv.attention.cpu import CpuKernels
+from vllm_hybrid_kv.errors import HybridKVKernelError
 from vllm_hybrid_kv.kernels import known_answer, reference
+from vllm_hybrid_kv.kernels.cpu import isa, quantise
 from vllm_hybrid_kv.kernels.k8v4 import Layout, PageFormat
 from vllm_hybrid_kv.kernels.known_answer import Call, Variant, WrongKernelError
 
@@ -164,3 +168,41 @@ def test_a_variant_is_tested_once_in_a_process() -> None:
 )
 def test_numbers_of_new_tokens_fill_every_class_of_rows(group: int, expected: list[int]) -> None:
     assert known_answer.steps(group, (1, 2, 8, 17)) == expected
+
+
+def layer(head_size: int, sinks: bool) -> Any:
+    return SimpleNamespace(
+        num_heads=6, num_kv_heads=2, head_size=head_size, scale=1.0, soft_cap=30.0,
+        sliding_window=100, sinks=torch.zeros(6, dtype=torch.bfloat16) if sinks else None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("path", isa.available())
+@pytest.mark.parametrize("head_size", [64, 72, 512])
+def test_the_cpu_kernels_pass(head_size: int, path: str) -> None:
+    known_answer.forget()
+    layers = {"plain": layer(head_size, sinks=False), "sinks": layer(head_size, sinks=True)}
+    kernels = CpuKernels(path, debug=True)
+    spec: Any = SimpleNamespace(block_size=48)
+    kernels.warm_up(layers, spec, torch.bfloat16, CPU, max_requests=1)
+
+
+def test_a_wrong_cpu_kernel_is_reported_with_its_layers_and_the_way_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known_answer.forget()
+    right = quantise.quantise_and_store
+
+    def half_scales(key: torch.Tensor, value: torch.Tensor, *more: Any, **debug: Any) -> None:
+        right(key, value / 2, *more, **debug)
+
+    monkeypatch.setattr(quantise, "quantise_and_store", half_scales)
+    path = isa.available()[-1]
+    spec: Any = SimpleNamespace(block_size=48)
+    layers = dict.fromkeys(("a", "b", "c"), layer(64, sinks=False))
+    with pytest.raises(HybridKVKernelError) as caught:
+        CpuKernels(path, debug=True).warm_up(layers, spec, torch.bfloat16, CPU, max_requests=1)
+    said = str(caught.value)
+    assert said.startswith(f"layer a and 2 more: the kernels cpu:{path} (head size 64, ")
+    assert "has a relative error of 0.5, the bound is 0.01. Serve the model with --kv-" in said
+    assert said.endswith("" if path == "portable" else " or with the setting cpu_isa=portable")
