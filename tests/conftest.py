@@ -18,7 +18,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 # spin where they wait for one that has no core, and keep it from getting one.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-LONGEST = {"e2e", "test_machine_code.py", "test_vllm_0_33.py"}
+LONGEST = {"e2e", "test_machine_code.py", "test_real_engines.py", "test_vllm_0_33.py"}
 """Folders and files whose tests take a minute or more in one file."""
 
 
