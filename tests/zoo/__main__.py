@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make zoo`: plan every architecture, run an engine for every pattern, write the tables."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from tests.conformance.releases import unpacked_wheel
+from tests.zoo.architectures import architectures
+from tests.zoo.models import LANGUAGE_MODELS
+from tests.zoo.report import PAGE, render, representatives
+from tests.zoo.results import Results
+from tests.zoo.workers import ROOT, WorkerError, worker
+
+MOST_ENGINES = 40
+LOG = ROOT / ".cache" / "zoo.log"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
+    parser.add_argument("names", nargs="*", help="only these architectures")
+    parser.add_argument("--part", choices=("plans", "engines", "tables"), help="only this part")
+    parser.add_argument("--keep", action="store_true", help="do not repeat rows of older sources")
+    parser.add_argument("--minutes", type=float, default=600.0, help="start no row after these")
+    options = parser.parse_args()
+    LOG.parent.mkdir(exist_ok=True)
+    until = time.monotonic() + 60 * options.minutes
+    results = Results(keep=options.keep)
+    if options.part in (None, "plans"):
+        plan_all(results, set(options.names), until)
+    if options.part in (None, "engines"):
+        run_all(results, set(options.names), until)
+    PAGE.write_text(render(results.tables))
+
+
+def plan_all(results: Results, only: set[str], until: float) -> None:
+    """Plan every architecture that is no other one's language model alone."""
+    wheel = unpacked_wheel("0.33")
+    for minor, arguments, path in (("0.32", (), None), ("0.33", ("--as-cpu",), wheel)):
+        todo = [
+            name
+            for name, architecture in architectures().items()
+            if architecture.minors[0] == minor
+            and name not in LANGUAGE_MODELS
+            and (not only or name in only)
+            and not results.done("plans", name)
+        ]
+        with worker("tests.zoo.planner", LOG, 240.0, *arguments, wheel=path) as planner:
+            for name in todo:
+                if time.monotonic() > until:
+                    return
+                try:
+                    row = planner.ask(name)
+                except WorkerError as error:
+                    row = {"crashed": str(error)}
+                results.put("plans", name, {"minor": minor, **row})
+                print(minor, name, row.get("seconds"), row.get("pattern"), flush=True)
+
+
+def run_all(results: Results, only: set[str], until: float) -> None:
+    """Run one architecture of each pattern, and others of it where vLLM on CPUs runs none."""
+    with worker("tests.zoo.runner", LOG, 300.0) as runner:
+        while time.monotonic() < until:
+            todo = [
+                name
+                for name in representatives(results.tables).values()
+                if (not only or name in only) and not results.done("engines", name)
+            ]
+            if not todo or len(results.tables["engines"]) >= MOST_ENGINES:
+                return
+            try:
+                row = runner.ask(todo[0])
+            except WorkerError as error:
+                row = {"crashed": str(error)}
+            results.put("engines", todo[0], row)
+            print(todo[0], row.get("errors") or row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The architectures that generate text, as the registries of the supported vLLM releases list them.
+
+The registries are read as source: importing two releases into one process is impossible.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from tests.conformance.releases import unpacked_wheel
+
+MINORS = ("0.32", "0.33")
+
+REGISTRY = Path("model_executor/models/registry.py")
+
+TEXT = ("_TEXT_GENERATION_MODELS", "_TRANSFORMERS_SUPPORTED_MODELS")
+MULTIMODAL = "_MULTIMODAL_MODELS"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """An entry of vLLM's registry.
+
+    Attributes:
+        name: As `architectures` of a config.json has it.
+        table: The registry's table that lists it.
+        minors: The releases that list it.
+    """
+
+    name: str
+    table: str
+    minors: tuple[str, ...]
+
+    @property
+    def multimodal(self) -> bool:
+        return self.table == MULTIMODAL or "ForConditional" in self.name
+
+
+def sources() -> dict[str, Path]:
+    """Return the `vllm` package of each supported minor."""
+    installed = importlib.util.find_spec("vllm")
+    assert installed is not None
+    assert installed.origin is not None
+    return {"0.32": Path(installed.origin).parent, "0.33": unpacked_wheel("0.33") / "vllm"}
+
+
+def table(source: Path, name: str) -> set[str]:
+    """Return the keys of one table of a registry's source."""
+    for node in ast.parse((source / REGISTRY).read_text()).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == name:
+            assert isinstance(node.value, ast.Dict)
+            return {ast.literal_eval(key) for key in node.value.keys if key is not None}
+    raise LookupError(f"{source / REGISTRY} has no table {name}")
+
+
+@cache
+def architectures() -> dict[str, Architecture]:
+    """Return every architecture that generates text, by name."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    for minor, source in sources().items():
+        for name in (*TEXT, MULTIMODAL):
+            for key in table(source, name):
+                found.setdefault(key, (name, []))[1].append(minor)
+    return {
+        key: Architecture(key, where, tuple(minors))
+        for key, (where, minors) in sorted(found.items())
+    }

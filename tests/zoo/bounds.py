@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far a small engine's outputs may be apart, as the end-to-end tests bound them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+CACHED_APART = 0.15
+"""Log-probabilities of bfloat16 models, fresh and cached; `tests/e2e/workload.py` has the reason."""
+
+STATES_APART = 1.0
+"""The same where states are rounded to bfloat16 at each chunk of a prompt."""
+
+SCORE_SIZE = 2.0
+
+
+def expected_error(head_size: int) -> float:
+    """Return the share of the logits' spread that k8v4 may move them by.
+
+    `tests/e2e/test_prompt_log_probabilities.py` derives it.
+    """
+    value_error = 2 * math.sqrt(2 * math.log(head_size)) / (15 * math.sqrt(12))
+    key_error = 2**-3 / math.sqrt(12) * math.sqrt(3 / (8 * math.log(2)))
+    return math.hypot(value_error, key_error * SCORE_SIZE)
+
+
+def errors_of(auto: list[float], k8v4: list[float], head_size: int) -> dict[str, list[float]]:
+    """Return how far log-probabilities are apart, by name: measured, and its bound."""
+    unit = expected_error(head_size) * statistics.pstdev(auto)
+    apart = sorted(abs(a - b) for a, b in zip(auto, k8v4, strict=True))
+    return {
+        "mean": [statistics.fmean(apart), math.sqrt(2 / math.pi) * unit],
+        "99 of 100": [apart[int(0.99 * len(apart))], 3.26 * unit],
+        "greatest": [apart[-1], 8 * unit],
+    }
+
+
+def verdict(row: dict[str, Any], states: bool) -> list[str]:
+    """Return what is wrong with the outputs of an architecture's engines, in words.
+
+    Args:
+        row: Of `tests.zoo.runner`, with both dtypes run.
+        states: Whether the model has recurrent states.
+    """
+    # A bound that is not a number is broken, too.
+    wrong = [
+        f"{name} difference from auto {measured:.3f}, bound {bound:.3f}"
+        for name, (measured, bound) in row["errors"].items()
+        if not measured <= bound
+    ]
+    ran = row["turboquant_k8v4"]
+    limit = STATES_APART if states else CACHED_APART
+    if not ran["apart"] <= limit:
+        wrong.append(f"cached and fresh log-probabilities {ran['apart']:.3f} apart, bound {limit}")
+    missed = [
+        length
+        for length, cached in zip(row["lengths"], ran["cached"], strict=True)
+        if length >= ran["smallest_hit"] and not cached
+    ]
+    if missed:
+        wrong.append(f"prompts of {missed} tokens did not hit, shortest is {ran['smallest_hit']}")
+    return wrong

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes the config.json of an architecture; runs in a process that has imported vLLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tests.zoo.models import LANGUAGE_MODELS, SAME_AS, SIZES
+
+TEXT_KEYS = ("text_config", "llm_config", "language_config", "thinker_config")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What a checkpoint of an architecture has as its config.json.
+
+    Attributes:
+        fields: The fields.
+        source: Where they come from.
+    """
+
+    fields: dict[str, Any]
+    source: str
+
+
+def configuration_of(architecture: str) -> Configuration:
+    """Return an architecture's configuration.
+
+    Raises:
+        LookupError: There is none: neither in `tests.zoo.models` nor in transformers.
+    """
+    if architecture in LANGUAGE_MODELS:
+        return configuration_of(LANGUAGE_MODELS[architecture])
+    base = SAME_AS.get(architecture, architecture)
+    fields = SIZES.get(base)
+    if fields is None:
+        fields, source = _from_transformers(base)
+    elif "transformers" in fields:
+        fields, source = _from_transformers(base, fields["transformers"])
+    elif "vllm" in fields:
+        fields, source = _from_vllm(fields)
+    else:
+        fields, source = dict(fields), "published sizes"
+        _register(fields["model_type"])
+    fields["architectures"] = [architecture]
+    fields["dtype"] = "bfloat16"
+    return Configuration(fields, source)
+
+
+def _from_transformers(architecture: str, model_type: str | None = None) -> tuple[dict, str]:
+    from transformers import CONFIG_MAPPING
+
+    model_type = model_type or _model_type(architecture)
+    config = CONFIG_MAPPING[model_type]()
+    return _as_json(config, model_type), f"defaults of transformers' {type(config).__name__}"
+
+
+def _model_type(architecture: str) -> str:
+    from transformers.models.auto import modeling_auto
+
+    if architecture == "GPT2LMHeadModel":
+        return "gpt2"  # transformers names a descendant of it first.
+    for name, names in vars(modeling_auto).items():
+        if name.startswith("MODEL_") and name.endswith("_MAPPING_NAMES"):
+            for model_type, classes in names.items():
+                if architecture in ([classes] if isinstance(classes, str) else classes):
+                    return model_type
+    raise LookupError(f"no configuration for {architecture}: write its sizes into tests/zoo/models")
+
+
+def _from_vllm(fields: dict[str, Any]) -> tuple[dict, str]:
+    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+
+    name = fields["vllm"]
+    given = {key: value for key, value in fields.items() if key != "vllm"}
+    if name == "muse_glimmer_text":
+        _CONFIG_REGISTRY["muse_glimmer"]
+    config = _CONFIG_REGISTRY[name](**given)
+    return _as_json(config, name), f"defaults of vLLM's {type(config).__name__}"
+
+
+def _as_json(config: Any, model_type: str) -> dict[str, Any]:
+    """Return a configuration's fields; of a model for more than text, those of its text."""
+    text = config.get_text_config(decoder=True)
+    if text is config:
+        thinker = getattr(config, "thinker_config", None)
+        text = thinker.get_text_config() if thinker is not None else config
+    fields = text.to_dict()
+    fields.setdefault("model_type", text.model_type or model_type)
+    return fields
+
+
+def _register(model_type: str) -> None:
+    """Give a model type whose class comes with the checkpoint's code a class with any fields."""
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+
+    if model_type not in CONFIG_MAPPING and model_type not in _CONFIG_REGISTRY:
+        plain = type("PlainConfig", (PreTrainedConfig,), {"model_type": model_type})
+        AutoConfig.register(model_type, plain)

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pattern of a model: what its layers keep of a sequence, and how they share and mix it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What distinguishes models for a KV cache.
+
+    Attributes:
+        attention: Kinds of attention, with what changes their scores.
+        state: Kinds of recurrent states.
+        window: What bounds attention.
+        sharing: Whether layers read another layer's cache.
+        experts: Whether there is a mixture of experts.
+    """
+
+    attention: tuple[str, ...]
+    state: tuple[str, ...]
+    window: tuple[str, ...]
+    sharing: bool
+    experts: bool
+
+    def __str__(self) -> str:
+        parts = [
+            " + ".join(self.attention) or "no attention",
+            " + ".join(self.state),
+            " + ".join(self.window),
+            "shared caches" if self.sharing else "",
+            "experts" if self.experts else "",
+        ]
+        return ", ".join(filter(None, parts))
+
+    def to_json(self) -> list[Any]:
+        return [list(part) if isinstance(part, tuple) else part for part in astuple(self)]
+
+    @classmethod
+    def from_json(cls, values: list[Any]) -> Pattern:
+        return cls(*(tuple(value) if isinstance(value, list) else value for value in values))
+
+
+ATTENTION = {
+    "full",
+    "full with sinks",
+    "full with soft cap",
+    "full with ALiBi",
+    "full, keys and values of other sizes",
+    "MLA",
+    "sparse MLA",
+    "sparse",
+    "cross",
+    "linear",
+}
+STATES = {
+    "Mamba 1",
+    "Mamba 2",
+    "Gated DeltaNet",
+    "Kimi delta",
+    "linear attention",
+    "short convolution",
+    "other state",
+}
+WINDOWS = {"sliding window", "chunked local"}
+
+_STATES = {
+    "MAMBA1": "Mamba 1",
+    "MAMBA2": "Mamba 2",
+    "GDN": "Gated DeltaNet",
+    "KDA": "Kimi delta",
+    "LINEAR": "linear attention",
+    "SHORT_CONV": "short convolution",
+}
+
+
+def pattern_of(model: Any, layers: dict[str, Any]) -> Pattern:
+    """Classify a model that vLLM built.
+
+    Args:
+        model: The model.
+        layers: Its layers with a KV cache, by name, as vLLM keeps them.
+
+    Raises:
+        LookupError: A layer is of no known kind.
+    """
+    found: dict[str, set[str]] = {"attention": set(), "state": set(), "window": set()}
+    for layer in layers.values():
+        for part, kind in _kinds_of(layer):
+            found[part].add(kind)
+    names = {type(module).__name__ for module in model.modules()}
+    return Pattern(
+        **{part: tuple(sorted(kinds)) for part, kinds in found.items()},
+        sharing=any(
+            getattr(layer, "kv_sharing_target_layer_name", None) for layer in layers.values()
+        ),
+        experts=any(("MoE" in name and "Fused" in name) or name == "MoERunner" for name in names),
+    )
+
+
+def _kinds_of(layer: Any) -> Iterable[tuple[str, str]]:
+    from vllm.model_executor.layers.attention import Attention, MLAAttention
+    from vllm.model_executor.layers.mamba.abstract import MambaBase
+
+    if isinstance(layer, MambaBase):
+        kind = str(getattr(layer.mamba_type, "name", layer.mamba_type)).upper()
+        yield "state", _STATES[kind.removesuffix("_ATTN").removesuffix("_ATTENTION")]
+    elif isinstance(layer, MLAAttention):
+        yield "attention", "sparse MLA" if getattr(layer, "use_sparse", False) else "MLA"
+        if getattr(layer, "sliding_window", None):
+            yield "window", "sliding window"
+    elif isinstance(layer, Attention):
+        yield "attention", _attention_of(layer)
+        if getattr(layer, "attention_chunk_size", None) or "Chunked" in type(layer).__name__:
+            yield "window", "chunked local"
+        elif layer.sliding_window is not None:
+            yield "window", "sliding window"
+    else:
+        # Caches of models that come with their own kinds of layers, such as indexers.
+        yield "attention", "sparse"
+
+
+def _attention_of(layer: Any) -> str:
+    impl = layer.impl
+    attn_type = str(getattr(layer.attn_type, "value", layer.attn_type))
+    if attn_type == "encoder_decoder":
+        return "cross"
+    if getattr(impl, "alibi_slopes", None) is not None:
+        return "full with ALiBi"
+    if getattr(impl, "sinks", None) is not None:
+        return "full with sinks"
+    if getattr(impl, "logits_soft_cap", None):
+        return "full with soft cap"
+    if getattr(layer, "head_size_v", layer.head_size) != layer.head_size:
+        return "full, keys and values of other sizes"
+    return "full"

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The zoo's results as docs/models.md has them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from tests.zoo.architectures import architectures
+from tests.zoo.bounds import verdict
+from tests.zoo.models import LANGUAGE_MODELS
+from tests.zoo.patterns import Pattern
+from tests.zoo.workers import ROOT
+
+PAGE = ROOT / "docs" / "models.md"
+
+K8V4 = "turboquant_k8v4"
+Tables = dict[str, dict[str, Any]]
+
+HEAD = """# Models
+
+Made by `make zoo`; do not edit. Every architecture of the registries of vLLM 0.32 and 0.33 that
+generates text has a row. Models for more than text are planned as their language model.
+
+- **Plans** are for one GPU with 128 GiB for the cache, by vLLM's planner and without a model's
+  weights, from the configuration in the column *Configuration*. The columns *fp8* and *k8v4* give
+  the tokens that fit, compared with `auto`.
+- **Engines** are vLLM's on a CPU, with a small model of random weights that has the architecture's
+  pattern of layers. Two checks: prompt log-probabilities with k8v4 and with `auto` agree within
+  the error of the format, and a prompt that is sent again gives the same log-probabilities from
+  the prefix cache.
+
+"""
+
+
+def pattern(row: dict[str, Any]) -> Pattern | None:
+    """Return the pattern of a planned architecture, or None."""
+    return Pattern.from_json(row["pattern"]) if row.get("pattern") else None
+
+
+def representatives(tables: Tables) -> dict[Pattern, str]:
+    """Return the architecture that runs for each pattern: one that ran, else the first planned."""
+    found: dict[Pattern, str] = {}
+    for name, row in sorted(tables["plans"].items()):
+        kind = pattern(row)
+        if kind is None or row["minor"] != "0.32" or row["planned_as"] != name:
+            continue
+        if kind not in found or (
+            "refused" in _auto(tables, found[kind]) and "refused" not in _auto(tables, name)
+        ):
+            found[kind] = name
+    return found
+
+
+def _auto(tables: Tables, name: str) -> dict[str, Any]:
+    return tables["engines"].get(name, {}).get("auto", {"refused": "did not run"})
+
+
+def engine_of(row: dict[str, Any], kind: Pattern) -> str:
+    """Say what an engine showed, in a few words."""
+    if "crashed" in row:
+        return f"fails: {row['crashed']}"
+    if "refused" in row["auto"]:
+        return f"vLLM on CPUs does not run it: {row['auto']['refused']}"
+    if "refused" in row[K8V4]:
+        return f"k8v4 refused: {row[K8V4]['refused']}"
+    broken = verdict(row, bool(kind.state))
+    return f"differs: {'; '.join(broken)}" if broken else "agrees"
+
+
+def status_of(name: str, tables: Tables) -> str:
+    """Return what is known of an architecture, in one cell of the table."""
+    base = LANGUAGE_MODELS.get(name, name)
+    row = tables["plans"].get(base)
+    if row is None:
+        return "not planned yet"
+    if "plans" not in row or not row["plans"]:
+        return f"not planned: {row.get('crashed') or row.get('no_configuration')}"
+    refusal = row["plans"][K8V4].get("refused")
+    if refusal:
+        return f"refused: {refusal}"
+    kind = pattern(row)
+    runs_as = representatives(tables).get(kind) if kind else None
+    ran = tables["engines"].get(runs_as or "")
+    if kind is None or ran is None:
+        return "planned only: its pattern has not run"
+    outcome = engine_of(ran, kind)
+    if outcome == "agrees":
+        return "served and compared" if runs_as == base else f"planned; pattern run as {runs_as}"
+    return f"planned only; {runs_as}: {outcome}"
+
+
+def render(tables: Tables) -> str:
+    """Return the page."""
+    names = architectures()
+    status = {name: status_of(name, tables) for name in names}
+    counted = Counter(_kind_of(text) for text in status.values())
+    lines = [HEAD, "| Status | Architectures |", "|---|---|"]
+    lines += [f"| {kind} | {count} |" for kind, count in counted.most_common()]
+    lines += [
+        "",
+        "## Patterns",
+        "",
+        "| Pattern | Architectures | Run as | Result |",
+        "|---|---|---|---|",
+    ]
+    chosen = representatives(tables)
+    of_pattern = Counter(pattern(tables["plans"].get(LANGUAGE_MODELS.get(n, n), {})) for n in names)
+    for kind, count in of_pattern.most_common():
+        if kind is None:
+            continue
+        name = chosen.get(kind)
+        ran = tables["engines"].get(name or "")
+        result = engine_of(ran, kind) if ran else "not run"
+        lines.append(f"| {kind} | {count} | {name or '-'} | {_cell(result)} |")
+    lines += [
+        "",
+        "## Architectures",
+        "",
+        "| Architecture | vLLM | Configuration | Pattern | fp8 | k8v4 | Status |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, architecture in names.items():
+        base = LANGUAGE_MODELS.get(name, name)
+        row = tables["plans"].get(base, {})
+        source = row.get("source", "-") if base == name else f"as {base}"
+        if base == name and row.get("planned_as", name) != name:
+            source += f", its language model {row['planned_as']}"
+        cells = (
+            name,
+            " and ".join(architecture.minors),
+            source,
+            str(pattern(row) or "-"),
+            _times(row, "fp8"),
+            _times(row, K8V4),
+            _cell(status[name]),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _kind_of(status: str) -> str:
+    for kind in ("served and compared", "planned; pattern run", "planned only", "refused"):
+        if status.startswith(kind):
+            return {"planned; pattern run": "planned, its pattern served and compared"}.get(
+                kind, kind
+            )
+    return "not planned"
+
+
+def _times(row: dict[str, Any], dtype: str) -> str:
+    plans = row.get("plans") or {}
+    auto, other = plans.get("auto", {}), plans.get(dtype, {})
+    if "refused" in other:
+        return "refused"
+    if not auto.get("tokens") or not other.get("tokens"):
+        return "-"
+    return f"{other['tokens'] / auto['tokens']:.2f}x"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "/").replace("\n", " ")

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process that runs small engines, one after another: names in, JSON out, a line each.
+
+Each architecture runs with `auto` and with k8v4; the answer has what both gave.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+DTYPES = ("auto", "turboquant_k8v4")
+LENGTHS = (900, 640, 333, 97)
+
+
+def run(architecture: str) -> dict[str, Any]:
+    """Return what an architecture's small model gives with each dtype, or why it does not run."""
+    from tests.zoo.bounds import errors_of
+    from tests.zoo.configurations import configuration_of
+    from tests.zoo.tiny import shrink
+
+    began = time.monotonic()
+    fields = shrink(architecture, configuration_of(architecture).fields)
+    row: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(fields, default=str))
+        for dtype in DTYPES:
+            try:
+                with _engine(folder, dtype) as llm:
+                    row[dtype] = _measure(llm)
+            except Exception as error:
+                traceback.print_exc()
+                row[dtype] = {"refused": _said_by(error)}
+            if "refused" in row[dtype]:
+                break
+        else:
+            auto, k8v4 = (row[dtype].pop("logprobs") for dtype in DTYPES)
+            row["errors"] = errors_of(auto, k8v4, row["auto"]["head_size"])
+            row["spread"] = statistics.pstdev(auto)
+            row["lengths"] = list(LENGTHS)
+    row["auto"].pop("logprobs", None)
+    row["seconds"] = round(time.monotonic() - began, 1)
+    return row
+
+
+def _said_by(error: BaseException) -> str:
+    from vllm_hybrid_kv.cli.stopping import one_line
+
+    return one_line(error) if isinstance(error, Exception) else repr(error)
+
+
+@contextlib.contextmanager
+def _engine(folder: str, dtype: str) -> Iterator[Any]:
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+
+    from tests.zoo.weights import fill
+
+    def load_weights(self: Any, model: Any, model_config: Any) -> None:
+        fill(model)
+
+    llm = None
+    try:
+        with patch.object(DummyModelLoader, "load_weights", load_weights):
+            llm = LLM(
+                model=folder,
+                load_format="dummy",
+                skip_tokenizer_init=True,
+                kv_cache_dtype=dtype,
+                dtype="bfloat16",
+                enforce_eager=True,
+                enable_prefix_caching=True,
+                max_model_len=1024,
+                max_num_seqs=8,
+                max_num_batched_tokens=2048,
+                gpu_memory_utilization=0.1,
+                disable_log_stats=False,
+                seed=0,
+            )
+        yield llm
+    finally:
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def _measure(llm: Any) -> dict[str, Any]:
+    """Send prompts: for their log-probabilities, then each twice with the prefix cache."""
+    from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
+
+    from benchmarks.engine import requests
+    from tests.zoo.tiny import VOCABULARY
+    from vllm_hybrid_kv.planning.hits import smallest_hit
+
+    prompts = [_prompt(length, VOCABULARY) for length in LENGTHS]
+    outputs = requests.generate(llm, prompts, 1, prompt_logprobs=True)
+    logprobs = [value for output in outputs for value in output.prompt_logprobs or []]
+    fresh = requests.generate(llm, prompts, 4, alone=True, fresh=True)
+    first = requests.generate(llm, prompts, 4, alone=True)
+    again = requests.generate(llm, prompts, 4, alone=True)
+    config = llm.llm_engine.vllm_config
+    plan = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
+    return {
+        "logprobs": logprobs,
+        "apart": max(_apart(a, b) for a, b in zip(fresh, again, strict=True)),
+        "cached": [output.cached for output in again],
+        "cached_at_first": [output.cached for output in first],
+        "block_tokens": config.cache_config.block_size,
+        "tokens": config.cache_config.kv_cache_size_tokens,
+        "head_size": config.model_config.get_head_size(),
+        "smallest_hit": smallest_hit(config, plan, *resolve_kv_cache_block_sizes(plan, config)),
+    }
+
+
+def _apart(one: Any, other: Any) -> float:
+    """Return how far the log-probabilities of two outputs are apart, as long as tokens agree."""
+    if one.tokens[0] != other.tokens[0] and max(one.margins[0], other.margins[0]) > 0.5:
+        return math.inf
+    apart = [0.0]
+    for a, b, x, y in zip(one.tokens, other.tokens, one.logprobs, other.logprobs, strict=True):
+        if a != b:
+            break
+        apart.append(abs(x - y))
+    return max(apart)
+
+
+def _prompt(length: int, vocabulary: int) -> list[int]:
+    import random
+
+    draw = random.Random(length)
+    return [draw.randrange(4, vocabulary) for _ in range(length)]
+
+
+def main() -> None:
+    """Answer the names on standard input."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    from vllm_hybrid_kv import plugin
+
+    plugin.register()
+    for line in sys.stdin:
+        print(json.dumps(run(line.strip())), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
