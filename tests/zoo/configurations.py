@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from tests.zoo.models import LANGUAGE_MODELS, SAME_AS, SIZES
-
-TEXT_KEYS = ("text_config", "llm_config", "language_config", "thinker_config")
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,9 @@ def configuration_of(architecture: str) -> Configuration:
     if fields is None:
         fields, source = _from_transformers(base)
     elif "transformers" in fields:
+        more = {key: value for key, value in fields.items() if key != "transformers"}
         fields, source = _from_transformers(base, fields["transformers"])
+        fields |= more
     elif "vllm" in fields:
         fields, source = _from_vllm(fields)
     else:
@@ -77,25 +78,53 @@ def _from_vllm(fields: dict[str, Any]) -> tuple[dict, str]:
     if name == "muse_glimmer_text":
         _CONFIG_REGISTRY["muse_glimmer"]
     config = _CONFIG_REGISTRY[name](**given)
+    _register(config.model_type, type(config))
+    text = getattr(config, "text_config", None)
+    if text is not None and not isinstance(text, dict):
+        _register(text.model_type, type(text))
     return _as_json(config, name), f"defaults of vLLM's {type(config).__name__}"
 
 
 def _as_json(config: Any, model_type: str) -> dict[str, Any]:
-    """Return a configuration's fields; of a model for more than text, those of its text."""
-    text = config.get_text_config(decoder=True)
-    if text is config:
-        thinker = getattr(config, "thinker_config", None)
-        text = thinker.get_text_config() if thinker is not None else config
-    fields = text.to_dict()
-    fields.setdefault("model_type", text.model_type or model_type)
+    """Return a configuration's fields, with the part for text where `plan` finds it."""
+    fields = _plain(config.to_dict())
+    thinker = fields.get("thinker_config") or fields
+    if isinstance(thinker.get("text_config"), dict):
+        fields["text_config"] = thinker["text_config"]
+    fields.setdefault("model_type", model_type)
     return fields
 
 
-def _register(model_type: str) -> None:
+def _plain(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return fields without those that say nothing about a model, in parts of it too."""
+    return {
+        key: _plain(value) if isinstance(value, dict) else value
+        for key, value in fields.items()
+        if key not in ("_name_or_path", "output_attentions", "transformers_version")
+    }
+
+
+def _register(model_type: str, config_class: Any = None) -> None:
     """Give a model type whose class comes with the checkpoint's code a class with any fields."""
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
-    if model_type not in CONFIG_MAPPING and model_type not in _CONFIG_REGISTRY:
-        plain = type("PlainConfig", (PreTrainedConfig,), {"model_type": model_type})
-        AutoConfig.register(model_type, plain)
+    if model_type in CONFIG_MAPPING or model_type in _CONFIG_REGISTRY:
+        return
+
+    class PlainConfig(PreTrainedConfig):
+        def __init__(self, **fields: Any) -> None:
+            for name in ("block_configs", "per_layer_config"):
+                if name in fields:
+                    fields[name] = [_as_object(each) for each in fields[name]]
+            super().__init__(**fields)
+
+    PlainConfig.model_type = model_type
+    AutoConfig.register(model_type, config_class or PlainConfig)
+
+
+def _as_object(value: Any) -> Any:
+    """Return an object with a dict's keys as attributes, as those classes have their layers."""
+    if not isinstance(value, dict):
+        return value
+    return SimpleNamespace(**{key: _as_object(each) for key, each in value.items()})

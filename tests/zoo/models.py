@@ -34,6 +34,7 @@ def sizes(
         "intermediate_size": intermediate,
         "vocab_size": vocabulary,
         "max_position_embeddings": positions,
+        "max_seq_len": positions,
         "head_dim": hidden // heads,
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
@@ -143,7 +144,6 @@ SIZES: dict[str, dict[str, Any]] = {
     ),
     # inclusionAI/Ling-3.0-flash: vLLM brings the config class, under its multimodal name.
     "BailingMoeV3ForCausalLM": {"vllm": "bailing_moe_v3_vl"},
-    "ChatGLMModel": {"vllm": "chatglm"},
     # nvidia/Llama-3_1-Nemotron-51B-Instruct: some layers have no attention, some no experts.
     "DeciLMForCausalLM": sizes(
         "nemotron-nas",
@@ -237,7 +237,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "topk_method": "noaux_tc",
         "routed_scaling_factor": 2.5,
         "num_nextn_predict_layers": 0,
-        "swiglu_limit": None,
+        "swiglu_limit": 0.0,
     },
     # internlm/internlm2_5-7b-chat and internlm3-8b-instruct.
     "InternLM2ForCausalLM": sizes("internlm2", 4096, 32, 32, 8, 14336, 92544),
@@ -458,7 +458,7 @@ SIZES: dict[str, dict[str, Any]] = {
         4,
         16384,
         107520,
-        interleaved_sliding_window=None,
+        interleaved_sliding_window=[None if i % 8 == 7 else 2048 for i in range(32)],
         sliding_window=2048,
         layer_types=every(32, 8, _SLIDING, _FULL),
         rope_local_theta=10000,
@@ -564,6 +564,7 @@ SIZES: dict[str, dict[str, Any]] = {
         mlp_bias=True,
         bias=False,
         n_layer=30,
+        ffn_hidden_size=12288,
     ),
     "TeleChat3ForCausalLM": sizes("telechat3", 6144, 64, 48, 8, 24576, 131072),
     "TeleFLMForCausalLM": sizes(
@@ -580,11 +581,51 @@ SIZES: dict[str, dict[str, Any]] = {
         output_mult=16.0,
         input_mult=1.0,
     ),
-    "NanbeigeForCausalLM": sizes("nanbeige", 2560, 32, 20, 4, 10496, 166144, 262144),
     "LLaMAForCausalLM": {"transformers": "llama"},
     # HunYuanVL's and LongCat's classes come with transformers; these do not.
     "NemotronHPuzzleForCausalLM": {"transformers": "nemotron_h"},
     "MuseGlimmerForCausalLM": {"vllm": "muse_glimmer_text"},
+    # What vLLM reads of a checkpoint and the config class has no default for.
+    "AfmoeForCausalLM": {"transformers": "afmoe", "score_func": "sigmoid", "rope_scaling": None},
+    "Glm4MoeForCausalLM": {"transformers": "glm4_moe", "head_dim": 128},
+    "Glm4MoeLiteForCausalLM": {"transformers": "glm4_moe_lite", "first_k_dense_replace": 1},
+    "HYV3ForCausalLM": {"transformers": "hy_v3", "first_k_dense_replace": 1},
+    "HunYuanDenseV1ForCausalLM": sizes(
+        "hunyuan_v1_dense", 4096, 32, 32, 8, 14336, 128167, attention_bias=False
+    ),
+    "HunYuanMoEV1ForCausalLM": {
+        **sizes("hunyuan_v1_moe", 4096, 32, 32, 8, 3072, 128167, attention_bias=False),
+        "num_experts": 64,
+        "moe_topk": 8,
+        "moe_intermediate_size": 3072,
+        "num_shared_expert": 1,
+    },
+    "Lfm2ForCausalLM": {
+        "transformers": "lfm2",
+        "block_dim": 2560,
+        "conv_dim": 2560,
+        "block_ff_dim": 12288,
+        "block_multiple_of": 256,
+        "block_ffn_dim_multiplier": 1.0,
+        "block_auto_adjust_ff_dim": True,
+        "conv_L_cache": 3,
+        "conv_bias": False,
+        "block_norm_eps": 1e-5,
+        "layer_types": every(32, 4, "conv", _FULL),
+    },
+    "Lfm2MoeForCausalLM": {"transformers": "lfm2_moe", "layer_types": every(32, 4, "conv", _FULL)},
+    "LongcatFlashForCausalLM": {
+        "transformers": "longcat_flash",
+        "mla_scale_q_lora": True,
+        "mla_scale_kv_lora": True,
+    },
+    "MiniMaxM2ForCausalLM": {"transformers": "minimax_m2", "rotary_dim": 64},
+    "NemotronForCausalLM": {"transformers": "nemotron", "num_key_value_heads": 8},
+    "Qwen4ExpForCausalLM": {"transformers": "qwen4_exp", "output_gate_type": "swish"},
+    "ChatGLMModel": {"vllm": "chatglm", "original_rope": True},
+    "DeepseekV41ForCausalLM": {"vllm": "deepseek_v41"},
+    "Dots3NoteForCausalLM": {"vllm": "dots3_note"},
+    "InklingForCausalLM": {"vllm": "inkling_model"},
     # Models that only 0.33 lists; vLLM brings the config classes of the first two.
     "BeamForCausalLM": {
         "vllm": "beam",
@@ -660,11 +701,14 @@ SAME_AS = {
     "ChatGLMForConditionalGeneration": "ChatGLMModel",
     "ExaoneMoEForCausalLM": "ExaoneMoeForCausalLM",
     "Kolibri1ForCausalLM": "Qwen3MoeForCausalLM",
+    "MiMoV2FlashForCausalLM": "MiMoV2ForCausalLM",
+    "NanbeigeForCausalLM": "LlamaForCausalLM",
 }
 """Architectures that are another one's under a second name, with the same configuration."""
 
 LANGUAGE_MODELS = {
     "AriaForConditionalGeneration": "LlamaForCausalLM",
+    "InklingForConditionalGeneration": "InklingForCausalLM",
     "Alpamayo2Super": "Qwen3ForCausalLM",
     "BagelForConditionalGeneration": "Qwen2ForCausalLM",
     "BailingMoeV3VLForConditionalGeneration": "BailingMoeV3ForCausalLM",
