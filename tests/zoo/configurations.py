@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from tests.zoo.architectures import architectures
 from tests.zoo.models import LANGUAGE_MODELS, SAME_AS, SIZES
 
 
@@ -44,6 +45,8 @@ def configuration_of(architecture: str) -> Configuration:
     else:
         fields, source = dict(fields), "published sizes"
         _register(fields["model_type"])
+    if not architectures()[architecture].multimodal and isinstance(fields.get("text_config"), dict):
+        fields = dict(fields["text_config"])
     fields["architectures"] = [architecture]
     fields["dtype"] = "bfloat16"
     return Configuration(fields, source)

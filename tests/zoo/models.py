@@ -84,6 +84,14 @@ _BAILING = {
 }
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
+_NEMOTRON_H = {
+    "num_hidden_layers": 52,
+    "layers_block_type": [
+        {"M": "mamba", "-": "mlp", "*": "attention"}[kind]
+        for kind in "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
+    ],
+}
+
 SIZES: dict[str, dict[str, Any]] = {
     # inclusionAI/Ling-lite, Ling-mini-2.0 and Ring-2.5-1T.
     "BailingMoeForCausalLM": sizes(
@@ -583,7 +591,24 @@ SIZES: dict[str, dict[str, Any]] = {
     ),
     "LLaMAForCausalLM": {"transformers": "llama"},
     # HunYuanVL's and LongCat's classes come with transformers; these do not.
-    "NemotronHPuzzleForCausalLM": {"transformers": "nemotron_h"},
+    # nvidia/Nemotron-H-8B-Base-8K and ibm-granite/granite-4.0-h-small.
+    "NemotronHForCausalLM": {
+        "transformers": "nemotron_h",
+        **_NEMOTRON_H,
+    },
+    "NemotronHPuzzleForCausalLM": {"transformers": "nemotron_h", **_NEMOTRON_H},
+    "GraniteMoeHybridForCausalLM": {
+        "transformers": "granitemoehybrid",
+        "num_hidden_layers": 40,
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 72,
+        "num_experts_per_tok": 10,
+        "mamba_n_heads": 128,
+        "mamba_d_head": 64,
+        "layer_types": ["attention" if i % 10 == 5 else "mamba" for i in range(40)],
+    },
     "MuseGlimmerForCausalLM": {"vllm": "muse_glimmer_text"},
     # What vLLM reads of a checkpoint and the config class has no default for.
     "AfmoeForCausalLM": {"transformers": "afmoe", "score_func": "sigmoid", "rope_scaling": None},

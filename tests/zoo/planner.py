@@ -28,7 +28,7 @@ def plan(architecture: str) -> dict[str, Any]:
     """Return an architecture's row: its configuration's source, pattern and plans."""
     from tests.zoo.configurations import configuration_of
     from vllm_hybrid_kv.cli.stopping import one_line
-    from vllm_hybrid_kv.dry_run.described import described
+    from vllm_hybrid_kv.dry_run.described import DescriptionError, described
 
     began = time.monotonic()
     row: dict[str, Any] = {"plans": {}, "pattern": None}
@@ -44,7 +44,7 @@ def plan(architecture: str) -> dict[str, Any]:
                 row["planned_as"] = description.architecture
                 for dtype in DTYPES:
                     row["plans"][dtype] = _plan_with(description, dtype, row)
-        except Exception as error:
+        except DescriptionError as error:
             row["plans"] = {dtype: {"refused": one_line(error)} for dtype in DTYPES}
     row["seconds"] = round(time.monotonic() - began, 1)
     return row
@@ -54,7 +54,7 @@ def _plan_with(description: Any, dtype: str, row: dict[str, Any]) -> dict[str, A
     from vllm_hybrid_kv.cli.stopping import one_line
     from vllm_hybrid_kv.dry_run.engine import Model
     from vllm_hybrid_kv.dry_run.plan import plan_of
-    from vllm_hybrid_kv.dry_run.platform import GPU, GPU_BATCH, GPU_BLOCK_TOKENS
+    from vllm_hybrid_kv.dry_run.devices import GPU
 
     fields = json.loads((Path(description.folder) / "config.json").read_text())
     positions = fields.get("max_position_embeddings") or LONGEST
@@ -62,8 +62,6 @@ def _plan_with(description: Any, dtype: str, row: dict[str, Any]) -> dict[str, A
         "model": description.folder,
         "kv_cache_dtype": dtype,
         "gpu_memory_utilization": 0.1,
-        "block_size": GPU_BLOCK_TOKENS,
-        **GPU_BATCH,
     }
     if isinstance(positions, int) and positions > LONGEST:
         arguments["max_model_len"] = LONGEST

@@ -17,6 +17,28 @@ CONFIG = "config.json"
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 """Where models for more than text keep the configuration of their language model."""
 
+TEXT_CLASSES = {
+    "bailing_hybrid": "BailingMoeV3ForCausalLM",
+    "cosmos3_edge_text": "Qwen3ForCausalLM",
+    "diffusion_gemma_text": "Gemma4ForCausalLM",
+    "emu3_text_model": "LlamaForCausalLM",
+    "ernie4_5_vl_moe_text": "Ernie4_5_MoeForCausalLM",
+    "gemma4_unified_text": "Gemma4ForCausalLM",
+    "glm4v_moe_text": "Glm4MoeForCausalLM",
+    "glm4v_text": "Glm4ForCausalLM",
+    "glm_ocr_text": "Glm4ForCausalLM",
+    "hunyuan_vl_text": "HunYuanDenseV1ForCausalLM",
+    "minimax_m3_text": "MiniMaxM3SparseForCausalLM",
+    "paddleocr_vl_text": "Ernie4_5ForCausalLM",
+    "qwen2_5_omni_text": "Qwen2ForCausalLM",
+    "qwen2_5_vl_text": "Qwen2ForCausalLM",
+    "qwen2_vl_text": "Qwen2ForCausalLM",
+    "qwen3_omni_moe_text": "Qwen3MoeForCausalLM",
+    "qwen3_vl_moe_text": "Qwen3MoeForCausalLM",
+    "qwen3_vl_text": "Qwen3ForCausalLM",
+}
+"""vLLM's class for a language model whose `model_type` transformers gives no class of its own."""
+
 LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 """Where configurations keep the number of layers."""
 
@@ -171,6 +193,7 @@ def _text_architecture(wrapper: str, text: dict[str, Any]) -> str:
     candidates = (
         *(named if isinstance(named, list) else ()),
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type if isinstance(model_type, str) else ""),
+        TEXT_CLASSES.get(model_type if isinstance(model_type, str) else ""),
         wrapper.replace("ForConditionalGeneration", "ForCausalLM"),
     )
     for candidate in candidates:
