@@ -5,6 +5,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 DRIFT_ARGS ?=
+ZOO_ARGS ?=
 # Processes that share the test files. Real engines wait a lot, so two take little more than one.
 PYTEST_PROCESSES ?= 2
 
@@ -28,7 +29,7 @@ GPU_OUT ?= benchmarks/results
 # The release that `make drift` compares: a version, a wheel or a folder.
 VLLM ?= $(NEXT_RELEASE)
 
-.PHONY: demo test setup lint pytest long-tests load fuzz conformance drift soak eval-demo bench gpu gpu-e2e clean
+.PHONY: demo test setup lint pytest long-tests load fuzz conformance drift soak zoo eval-demo bench gpu gpu-e2e clean
 
 demo: setup
 	$(BIN)/python -m demo
@@ -105,6 +106,10 @@ fuzz: setup
 # A test: 200,000 steps of the scheduler in random worlds, checked after every one.
 soak: setup
 	$(BIN)/python -m tests.coordinator.soak --out benchmarks/results/soak.md
+
+# Plans every architecture and runs one small engine for each pattern of layers. Resumes.
+zoo: setup $(NEXT_VLLM)/.cpu
+	$(BIN)/python -m tests.zoo $(ZOO_ARGS)
 
 conformance: setup $(NEXT_VLLM)/.cpu
 	$(BIN)/python -m tests.conformance --out .cache/conformance/result.json

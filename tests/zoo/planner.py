@@ -52,9 +52,9 @@ def plan(architecture: str) -> dict[str, Any]:
 
 def _plan_with(description: Any, dtype: str, row: dict[str, Any]) -> dict[str, Any]:
     from vllm_hybrid_kv.cli.stopping import one_line
+    from vllm_hybrid_kv.dry_run.devices import GPU
     from vllm_hybrid_kv.dry_run.engine import Model
     from vllm_hybrid_kv.dry_run.plan import plan_of
-    from vllm_hybrid_kv.dry_run.devices import GPU
 
     fields = json.loads((Path(description.folder) / "config.json").read_text())
     positions = fields.get("max_position_embeddings") or LONGEST

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every architecture has a configuration, and a few are planned and run; `make zoo` does all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.zoo.architectures import architectures
+from tests.zoo.bounds import errors_of, verdict
+from tests.zoo.models import ENCODER_DECODER, LANGUAGE_MODELS, SAME_AS, SIZES
+from tests.zoo.patterns import ATTENTION, STATES, WINDOWS, Pattern
+from tests.zoo.refusals import unfit
+from tests.zoo.report import PAGE, render, status_of
+from tests.zoo.results import RESULTS
+from tests.zoo.workers import Worker, worker
+
+K8V4 = "turboquant_k8v4"
+
+
+@pytest.fixture(scope="module")
+def tables() -> dict[str, dict]:
+    return json.loads(RESULTS.read_text())
+
+
+@pytest.fixture(scope="module")
+def planner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    log = tmp_path_factory.mktemp("zoo") / "planner.log"
+    with worker("tests.zoo.planner", log, 240.0) as running:
+        yield running
+
+
+def test_the_tables_of_models_name_only_architectures_of_the_registries():
+    named = {*SIZES, *SAME_AS, *SAME_AS.values(), *LANGUAGE_MODELS, *LANGUAGE_MODELS.values()}
+    assert not (named | ENCODER_DECODER) - architectures().keys()
+
+
+def test_every_architecture_has_a_row(tables: dict[str, dict]):
+    missing = [
+        name for name in architectures() if LANGUAGE_MODELS.get(name, name) not in tables["plans"]
+    ]
+    assert not missing
+
+
+def test_every_pattern_is_of_known_kinds(tables: dict[str, dict]):
+    patterns = [
+        Pattern.from_json(row["pattern"]) for row in tables["plans"].values() if row["pattern"]
+    ]
+    assert len(set(patterns)) > 10
+    for pattern in patterns:
+        assert set(pattern.attention) <= ATTENTION
+        assert set(pattern.state) <= STATES
+        assert set(pattern.window) <= WINDOWS
+
+
+def test_the_committed_page_is_made_from_the_committed_results(tables: dict[str, dict]):
+    assert PAGE.read_text() == render(tables)
+
+
+def test_no_refusal_has_words_of_pythons_or_of_another_device(tables: dict[str, dict]):
+    bad = {
+        (name, dtype): unfit(plan["refused"])
+        for name, row in tables["plans"].items()
+        for dtype, plan in row["plans"].items()
+        if "refused" in plan and unfit(plan["refused"])
+    }
+    assert not bad
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "AttributeError: 'NoneType' object has no attribute 'x'",
+        "Sparse Attention is not supported on CPU.",
+        "Tensor.item() cannot be called on meta tensors",
+        "min() iterable argument is an empty sequence",
+        "",
+    ],
+)
+def test_words_of_pythons_or_of_another_device_are_found(text: str):
+    assert unfit(text)
+
+
+PLANNED = {
+    "LlamaForCausalLM": Pattern(("full",), (), (), False, False),
+    "Gemma3nForCausalLM": Pattern(("full",), (), ("sliding window",), True, False),
+    "Qwen3NextForCausalLM": Pattern(("full",), ("Gated DeltaNet",), (), False, True),
+    "GptOssForCausalLM": Pattern(("full with sinks",), (), ("sliding window",), False, True),
+}
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_a_plan_is_right(planner: Worker, name: str):
+    row = planner.ask(name)
+    assert Pattern.from_json(row["pattern"]) == PLANNED[name]
+    plans = row["plans"]
+    assert plans["auto"]["tokens"] < plans["fp8"]["tokens"]
+    assert plans["auto"]["tokens"] < plans[K8V4]["tokens"]
+    assert any("k8v4" in kind for kind in plans[K8V4]["layers"])
+
+
+def test_latent_attention_is_refused_by_name(planner: Worker):
+    refused = planner.ask("DeepseekV3ForCausalLM")["plans"][K8V4]["refused"]
+    assert "MLA" in refused
+    assert not unfit(refused)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma3ForCausalLM"])
+def test_a_small_engine_with_k8v4_agrees_with_auto(runner: Worker, name: str):
+    row = runner.ask(name)
+    assert "errors" in row, row
+    assert not verdict(row, states=False)
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    log: Path = tmp_path_factory.mktemp("zoo") / "runner.log"
+    with worker("tests.zoo.runner", log, 300.0) as running:
+        yield running
+
+
+def row_of(apart: float, cached: list[int], far: float = 0.0) -> dict:
+    """Return an engine's row: k8v4 `far` from auto, cached `apart` from fresh."""
+    auto = [-3.0 + 0.01 * i for i in range(400)]
+    return {
+        "errors": errors_of(auto, [value + far for value in auto], 64),
+        "lengths": [300, 10],
+        K8V4: {"apart": apart, "cached": cached, "smallest_hit": 17},
+    }
+
+
+def test_outputs_that_agree_are_accepted():
+    assert verdict(row_of(0.1, [288, 0], far=0.05), states=False) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "word"),
+    [
+        (row_of(0.1, [288, 0], far=5.0), "mean"),
+        (row_of(0.1, [288, 0], far=float("nan")), "mean"),
+        (row_of(0.3, [288, 0]), "apart"),
+        (row_of(float("nan"), [288, 0]), "apart"),
+        (row_of(0.1, [0, 0]), "did not hit"),
+    ],
+)
+def test_outputs_that_differ_are_reported(row: dict, word: str):
+    assert any(word in text for text in verdict(row, states=False))
+
+
+def test_a_row_whose_engine_differs_is_not_called_served():
+    plans = {"auto": {"tokens": 1}, "fp8": {"tokens": 2}, K8V4: {"tokens": 2}}
+    planned = {
+        "minor": "0.32", "planned_as": "LlamaForCausalLM", "plans": plans,
+        "pattern": [["full"], [], [], False, False],
+    }  # fmt: skip
+    ran = {**row_of(0.1, [288, 0], far=5.0), "auto": {}}
+    broken = {"plans": {"LlamaForCausalLM": planned}, "engines": {"LlamaForCausalLM": ran}}
+    assert status_of("LlamaForCausalLM", broken).startswith(
+        "planned only; LlamaForCausalLM: differs"
+    )
+    good = {**broken, "engines": {"LlamaForCausalLM": {**row_of(0.1, [288, 0]), "auto": {}}}}
+    assert status_of("LlamaForCausalLM", good) == "served and compared"
