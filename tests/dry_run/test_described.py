@@ -105,3 +105,10 @@ def test_a_model_without_a_known_language_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(DescriptionError, match="'larch'"), described(tmp_path):
         pass
+
+
+def test_messages_name_the_users_path_and_not_the_temporary_folder(tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text((SHAPES["llama-3.1-8b"] / "config.json").read_text())
+    with described(file) as description:
+        assert description.with_path(f"model {description.folder}: no") == f"model {file}: no"

@@ -154,7 +154,8 @@ class _Models:
                 )
             return plan_of(self._built[kv_cache_dtype], memory, settings)
         except Exception as error:
-            raise PlanError(in_our_options(one_line(error))) from error
+            message = self._description.with_path(one_line(error))
+            raise PlanError(in_our_options(message)) from error
 
     def column(
         self, name: str, kv_cache_dtype: str, memory: int, settings: dict[str, Any]

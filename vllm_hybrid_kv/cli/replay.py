@@ -129,7 +129,7 @@ def replay(
         with _described(path) as description:
             described = _describe(description, model, context.args, concurrency)
             outcomes = [
-                _run(described, requests, size, name, match_unit, concurrency, console)
+                _run(description, described, requests, size, name, match_unit, concurrency, console)
                 for size in sizes
                 for name in strategies
             ]
@@ -146,12 +146,13 @@ def replay(
 
 
 @contextmanager
-def _vllm_in_one_line() -> Iterator[None]:
-    """Have whatever vLLM makes of a description end the command as wrong input does."""
+def _vllm_in_one_line(description: Described) -> Iterator[None]:
+    """Turn an error of vLLM about a described model into one line."""
     try:
         yield
     except Exception as error:
-        raise ValueError(in_our_options(one_line(error))) from error
+        message = description.with_path(one_line(error))
+        raise ValueError(in_our_options(message)) from error
 
 
 def _stop(message: str) -> typer.Exit:
@@ -185,7 +186,7 @@ def _describe(
     _, arguments = parse([model, *options])
     if arguments["max_num_seqs"] is None:
         arguments["max_num_seqs"] = concurrency
-    with _vllm_in_one_line():
+    with _vllm_in_one_line(description):
         return Model(
             {
                 **arguments,
@@ -197,6 +198,7 @@ def _describe(
 
 
 def _run(
+    description: Described,
     model: Model,
     requests: Sequence[TracedRequest],
     memory: int,
@@ -208,7 +210,7 @@ def _run(
     from vllm_hybrid_kv.replay.replay import Replay
 
     unit = "stock" if coordinator == "stock" else prefix_match_unit
-    with _vllm_in_one_line():
+    with _vllm_in_one_line(description):
         engine = model.engine(memory, {"coordinator": coordinator, "prefix_match_unit": unit})
         model.check_graphs(engine)
     replayed = Replay(engine, requests, concurrency)
