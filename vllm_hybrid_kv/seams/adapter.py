@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from vllm_hybrid_kv.seams import (
     attention,
+    block_alignment,
     boundary,
     configuration,
     coordination,
@@ -47,6 +48,8 @@ class Known:
         add_to_batch: Adds a request to the worker's batch.
         init_attention: Builds an attention layer.
         initialize_from_config: Gives a worker its plan of the KV cache.
+        align_hybrid: Aligns blocks of hybrid models.
+        align_heterogeneous: Aligns blocks of layers with several cache dtypes.
     """
 
     get_groups: Target
@@ -72,6 +75,8 @@ class Known:
     add_to_batch: Target
     init_attention: Target
     initialize_from_config: Target
+    align_hybrid: Target
+    align_heterogeneous: Target
 
 
 def build(context: Context, known: Known) -> list[Seam]:
@@ -104,6 +109,7 @@ def build(context: Context, known: Known) -> list[Seam]:
             ),
             layers.layer_dtype_seam(known.init_attention),
             layers.layer_pages_seam(known.initialize_from_config),
+            block_alignment.block_alignment_seam(known.align_hybrid, known.align_heterogeneous),
         ]
     if context.on_gpu:
         seams.append(attention.several_head_sizes_seam(known.verify_gemma4_config))

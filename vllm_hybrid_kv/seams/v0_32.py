@@ -149,6 +149,16 @@ KNOWN = Known(
         "WorkerWrapperBase.initialize_from_config",
         Fingerprint("(self, kv_cache_configs)", "672ea392c68cfbdd"),
     ),
+    align_hybrid=Target(
+        "vllm.platforms.interface",
+        "Platform._align_hybrid_block_size",
+        Fingerprint("(cls, vllm_config, backend_cls)", "515dcf9a651dc981"),
+    ),
+    align_heterogeneous=Target(
+        "vllm.platforms.interface",
+        "Platform._align_heterogeneous_kv_block_size",
+        Fingerprint("(cls, vllm_config, backend_cls)", "86ebbd8be1a4bf67"),
+    ),
 )
 
 

@@ -151,6 +151,16 @@ KNOWN = Known(
         "WorkerWrapperBase.initialize_from_config",
         Fingerprint("(self, kv_cache_configs)", "672ea392c68cfbdd"),
     ),
+    align_hybrid=Target(
+        "vllm.platforms.interface",
+        "Platform._align_hybrid_block_size",
+        Fingerprint("(cls, vllm_config, backend_cls)", "12abcafa19901797"),
+    ),
+    align_heterogeneous=Target(
+        "vllm.platforms.interface",
+        "Platform._align_heterogeneous_kv_block_size",
+        Fingerprint("(cls, vllm_config, backend_cls)", "c625dd669afa8cee"),
+    ),
 )
 
 
