@@ -44,7 +44,7 @@ def plan_all(results: Results, only: set[str], until: float) -> None:
             if architecture.minors[0] == minor
             and name not in LANGUAGE_MODELS
             and (not only or name in only)
-            and not results.done("plans", name)
+            and (name in only or not results.done("plans", name))
         ]
         with worker("tests.zoo.planner", LOG, 240.0, *arguments, wheel=path) as planner:
             for name in todo:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 from tests.zoo.architectures import architectures
@@ -126,8 +125,17 @@ def _register(model_type: str, config_class: Any = None) -> None:
     AutoConfig.register(model_type, config_class or PlainConfig)
 
 
+class _Fields(dict):
+    """A dict's keys as attributes too, as those classes have their layers."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
 def _as_object(value: Any) -> Any:
-    """Return an object with a dict's keys as attributes, as those classes have their layers."""
     if not isinstance(value, dict):
         return value
-    return SimpleNamespace(**{key: _as_object(each) for key, each in value.items()})
+    return _Fields({key: _as_object(each) for key, each in value.items()})

@@ -229,6 +229,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "linear_conv_kernel_dim": 4,
         "linear_lower_bound": -5.0,
         "mla_use_nope": True,
+        "qk_rope_head_dim": 0,
         "index_head_dim": 128,
         "index_n_heads": 32,
         "index_topk": 2048,
@@ -489,6 +490,7 @@ SIZES: dict[str, dict[str, Any]] = {
         use_qk_norm=True,
         use_bias=False,
         use_qkv_bias=False,
+        moe_router_enable_expert_bias=True,
         score_function="sigmoid",
         embedding_dropout=0.0,
     ),
@@ -508,7 +510,10 @@ SIZES: dict[str, dict[str, Any]] = {
     ),
     # stepfun-ai/Step-Audio-2-mini's family: ALiBi.
     "Step1ForCausalLM": sizes("step1", 3072, 32, 48, 4, 8192, 74752),
-    "Step3TextForCausalLM": {"vllm": "step3_text"},
+    "Step3TextForCausalLM": {
+        "vllm": "step3_text",
+        "moe_layers_enum": ",".join(map(str, range(4, 60))),
+    },
     # stepfun-ai/Step-3.5-Flash.
     "Step3p5ForCausalLM": sizes(
         "step3p5",
@@ -573,6 +578,7 @@ SIZES: dict[str, dict[str, Any]] = {
         bias=False,
         n_layer=30,
         ffn_hidden_size=12288,
+        layer_norm_epsilon=1e-5,
     ),
     "TeleChat3ForCausalLM": sizes("telechat3", 6144, 64, 48, 8, 24576, 131072),
     "TeleFLMForCausalLM": sizes(
@@ -611,10 +617,22 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "MuseGlimmerForCausalLM": {"vllm": "muse_glimmer_text"},
     # What vLLM reads of a checkpoint and the config class has no default for.
-    "AfmoeForCausalLM": {"transformers": "afmoe", "score_func": "sigmoid", "rope_scaling": None},
+    "AfmoeForCausalLM": {
+        "transformers": "afmoe",
+        "score_func": "sigmoid",
+        "rope_scaling": None,
+        "route_norm": True,
+        "n_group": 1,
+        "topk_group": 1,
+        "route_scale": 1.0,
+    },
     "Glm4MoeForCausalLM": {"transformers": "glm4_moe", "head_dim": 128},
     "Glm4MoeLiteForCausalLM": {"transformers": "glm4_moe_lite", "first_k_dense_replace": 1},
-    "HYV3ForCausalLM": {"transformers": "hy_v3", "first_k_dense_replace": 1},
+    "HYV3ForCausalLM": {
+        "transformers": "hy_v3",
+        "expert_hidden_dim": 1536,
+        "first_k_dense_replace": 1,
+    },
     "HunYuanDenseV1ForCausalLM": sizes(
         "hunyuan_v1_dense", 4096, 32, 32, 8, 14336, 128167, attention_bias=False
     ),
@@ -643,11 +661,30 @@ SIZES: dict[str, dict[str, Any]] = {
         "transformers": "longcat_flash",
         "mla_scale_q_lora": True,
         "mla_scale_kv_lora": True,
+        "zero_expert_type": "identity",
     },
-    "MiniMaxM2ForCausalLM": {"transformers": "minimax_m2", "rotary_dim": 64},
+    "MiniMaxM2ForCausalLM": {
+        "transformers": "minimax_m2",
+        "rotary_dim": 64,
+        "scoring_func": "sigmoid",
+    },
     "NemotronForCausalLM": {"transformers": "nemotron", "num_key_value_heads": 8},
     "Qwen4ExpForCausalLM": {"transformers": "qwen4_exp", "output_gate_type": "swish"},
-    "ChatGLMModel": {"vllm": "chatglm", "original_rope": True},
+    "ChatGLMModel": {"vllm": "chatglm", "original_rope": True, "tie_word_embeddings": False},
+    "DeepseekV2ForCausalLM": {"transformers": "deepseek_v2", "n_group": 8, "topk_group": 3},
+    "DeepseekV4ForCausalLM": {"vllm": "deepseek_v4"},
+    "KimiLinearForCausalLM": {"transformers": "kimi_linear", "mla_use_nope": True},
+    # databricks/dbrx-instruct.
+    "DbrxForCausalLM": {
+        "transformers": "dbrx",
+        "d_model": 6144,
+        "n_heads": 48,
+        "n_layers": 40,
+        "vocab_size": 100352,
+        "max_seq_len": 32768,
+        "attn_config": {"kv_n_heads": 8, "rope_theta": 500000, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
+    },
     "DeepseekV41ForCausalLM": {"vllm": "deepseek_v41"},
     "Dots3NoteForCausalLM": {"vllm": "dots3_note"},
     "InklingForCausalLM": {"vllm": "inkling_model"},
@@ -732,6 +769,11 @@ SAME_AS = {
 """Architectures that are another one's under a second name, with the same configuration."""
 
 LANGUAGE_MODELS = {
+    "Qwen3OmniMoeForConditionalGeneration": "Qwen3MoeForCausalLM",
+    "Qwen3VLMoeForConditionalGeneration": "Qwen3MoeForCausalLM",
+    "Ernie4_5_VLMoeForConditionalGeneration": "Ernie4_5_MoeForCausalLM",
+    "Glm4vMoeForConditionalGeneration": "Glm4MoeForCausalLM",
+    "Lfm2VlForConditionalGeneration": "Lfm2ForCausalLM",
     "AriaForConditionalGeneration": "LlamaForCausalLM",
     "InklingForConditionalGeneration": "InklingForCausalLM",
     "Alpamayo2Super": "Qwen3ForCausalLM",

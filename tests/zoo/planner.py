@@ -62,6 +62,7 @@ def _plan_with(description: Any, dtype: str, row: dict[str, Any]) -> dict[str, A
         "model": description.folder,
         "kv_cache_dtype": dtype,
         "gpu_memory_utilization": 0.1,
+        "max_num_seqs": 256,
     }
     if isinstance(positions, int) and positions > LONGEST:
         arguments["max_model_len"] = LONGEST

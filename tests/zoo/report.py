@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.zoo.architectures import architectures
 from tests.zoo.bounds import verdict
-from tests.zoo.models import LANGUAGE_MODELS
+from tests.zoo.models import ENCODER_DECODER, LANGUAGE_MODELS
 from tests.zoo.patterns import Pattern
 from tests.zoo.workers import ROOT
 
@@ -74,6 +74,8 @@ def status_of(name: str, tables: Tables) -> str:
     row = tables["plans"].get(base)
     if row is None:
         return "not planned yet"
+    if base in ENCODER_DECODER and not row.get("plans"):
+        return "not planned: an encoder-decoder model has no language model to plan by itself"
     if "plans" not in row or not row["plans"]:
         return f"not planned: {row.get('crashed') or row.get('no_configuration')}"
     refusal = row["plans"][K8V4].get("refused")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 from pathlib import Path
@@ -46,6 +47,12 @@ class Results:
 
     def put(self, table: str, name: str, row: dict[str, Any]) -> None:
         """Add a row and write the file."""
-        self.tables[table][name] = {**row, "sources": self._sources}
-        ordered = {key: dict(sorted(rows.items())) for key, rows in self.tables.items()}
-        self._path.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n")
+        lock = ROOT / ".cache" / "zoo.lock"
+        with lock.open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            if self._path.exists():
+                # Another process may have added rows meanwhile.
+                self.tables.update(json.loads(self._path.read_text()))
+            self.tables[table][name] = {**row, "sources": self._sources}
+            ordered = {key: dict(sorted(rows.items())) for key, rows in self.tables.items()}
+            self._path.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n")

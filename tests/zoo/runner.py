@@ -72,6 +72,11 @@ def _engine(folder: str, dtype: str) -> Iterator[Any]:
     def load_weights(self: Any, model: Any, model_config: Any) -> None:
         fill(model)
 
+    if "llvmlite.binding.ffi" in sys.modules:
+        # See `_let_vllm_scan_llvmlite` of tests/e2e/engine_worker.py.
+        from llvmlite.binding import ffi
+
+        ffi.lib._fntab["__dict__"] = {}
     llm = None
     try:
         with patch.object(DummyModelLoader, "load_weights", load_weights):

@@ -19,15 +19,11 @@ TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 
 TEXT_CLASSES = {
     "bailing_hybrid": "BailingMoeV3ForCausalLM",
-    "cosmos3_edge_text": "Qwen3ForCausalLM",
     "diffusion_gemma_text": "Gemma4ForCausalLM",
     "emu3_text_model": "LlamaForCausalLM",
-    "ernie4_5_vl_moe_text": "Ernie4_5_MoeForCausalLM",
     "gemma4_unified_text": "Gemma4ForCausalLM",
-    "glm4v_moe_text": "Glm4MoeForCausalLM",
     "glm4v_text": "Glm4ForCausalLM",
     "glm_ocr_text": "Glm4ForCausalLM",
-    "hunyuan_vl_text": "HunYuanDenseV1ForCausalLM",
     "minimax_m3_text": "MiniMaxM3SparseForCausalLM",
     "paddleocr_vl_text": "Ernie4_5ForCausalLM",
     "qwen2_5_omni_text": "Qwen2ForCausalLM",
