@@ -107,8 +107,10 @@ def test_a_model_without_a_known_language_model_is_refused(tmp_path):
         pass
 
 
-def test_messages_name_the_users_path_and_not_the_temporary_folder(tmp_path):
-    file = tmp_path / "mine.json"
-    file.write_text((SHAPES["llama-3.1-8b"] / "config.json").read_text())
-    with described(file) as description:
-        assert description.with_path(f"model {description.folder}: no") == f"model {file}: no"
+def test_the_language_model_of_a_vision_model_without_a_class_of_its_own_is_planned(tmp_path):
+    text = {"model_type": "qwen3_vl_text", "hidden_size": 64}
+    wrapped = {"architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl"}
+    (tmp_path / "config.json").write_text(json.dumps({**wrapped, "text_config": text}))
+    with described(tmp_path) as model:
+        assert model.architecture == "Qwen3ForCausalLM"
+        assert model.in_words(f"model {model.folder}: no") == "model Qwen3ForCausalLM: no"

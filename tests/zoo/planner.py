@@ -76,7 +76,7 @@ def _plan_with(description: Any, dtype: str, row: dict[str, Any]) -> dict[str, A
             import traceback
 
             traceback.print_exc()
-        return {"refused": one_line(error).replace(description.folder, description.architecture)}
+        return {"refused": description.in_words(one_line(error))}
     if dtype == "auto":
         from tests.zoo.patterns import pattern_of
 

@@ -45,6 +45,8 @@ def representatives(tables: Tables) -> dict[Pattern, str]:
         kind = pattern(row)
         if kind is None or row["minor"] != "0.32" or row["planned_as"] != name:
             continue
+        if "refused" in row["plans"][K8V4]:
+            continue
         if kind not in found or (
             "refused" in _auto(tables, found[kind]) and "refused" not in _auto(tables, name)
         ):

@@ -55,10 +55,12 @@ def run(architecture: str) -> dict[str, Any]:
     return row
 
 
-def _said_by(error: BaseException) -> str:
-    from vllm_hybrid_kv.cli.stopping import one_line
-
-    return one_line(error) if isinstance(error, Exception) else repr(error)
+def _said_by(error: Exception) -> str:
+    """Return vLLM's own reason in one line, or where its code for the model failed."""
+    if isinstance(error, ValueError | NotImplementedError):
+        return " ".join(str(error).split())[:300]
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"vLLM's code fails ({Path(last.filename).name}, line {last.lineno})"
 
 
 @contextlib.contextmanager

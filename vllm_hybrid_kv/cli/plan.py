@@ -154,7 +154,7 @@ class _Models:
                 )
             return plan_of(self._built[kv_cache_dtype], memory, settings)
         except Exception as error:
-            message = self._description.with_path(one_line(error))
+            message = self._description.in_words(one_line(error))
             raise PlanError(in_our_options(message)) from error
 
     def column(

@@ -151,7 +151,7 @@ def _vllm_in_one_line(description: Described) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        message = description.with_path(one_line(error))
+        message = description.in_words(one_line(error))
         raise ValueError(in_our_options(message)) from error
 
 

@@ -55,18 +55,16 @@ class Described:
         architecture: The class that vLLM builds.
         kv_cache_dtype: What the checkpoint says that `auto` means, by name; None if nothing.
         notes: What was changed of the description, a line each.
-        path: The path that the user gave.
     """
 
     folder: str
     architecture: str
     kv_cache_dtype: str | None
     notes: tuple[str, ...]
-    path: str = ""
 
-    def with_path(self, message: str) -> str:
-        """Return a message of vLLM's with the user's path instead of the temporary folder's."""
-        return message.replace(self.folder, self.path)
+    def in_words(self, message: str) -> str:
+        """Return a message of vLLM's with the architecture's name instead of the folder's."""
+        return message.replace(self.folder, self.architecture)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -145,7 +143,7 @@ def described(path: Path) -> Iterator[Described]:
         raise DescriptionError(f"{path} is nested too deeply for a model's configuration") from None
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / CONFIG).write_text(text)
-        yield Described(folder, architecture, _stored_by(quantisation), tuple(notes), str(path))
+        yield Described(folder, architecture, _stored_by(quantisation), tuple(notes))
 
 
 def _check_known(architecture: str, path: Path) -> None:
