@@ -39,7 +39,10 @@ def pattern(row: dict[str, Any]) -> Pattern | None:
 
 
 def representatives(tables: Tables) -> dict[Pattern, str]:
-    """Return the architecture that runs for each pattern: one that ran, else the first planned."""
+    """Return the architecture that runs for each pattern.
+
+    One that ran, else one that has not been tried, else one that vLLM on CPUs does not run.
+    """
     found: dict[Pattern, str] = {}
     for name, row in sorted(tables["plans"].items()):
         kind = pattern(row)
@@ -47,15 +50,16 @@ def representatives(tables: Tables) -> dict[Pattern, str]:
             continue
         if "refused" in row["plans"][K8V4]:
             continue
-        if kind not in found or (
-            "refused" in _auto(tables, found[kind]) and "refused" not in _auto(tables, name)
-        ):
+        if kind not in found or _rank(tables, name) < _rank(tables, found[kind]):
             found[kind] = name
     return found
 
 
-def _auto(tables: Tables, name: str) -> dict[str, Any]:
-    return tables["engines"].get(name, {}).get("auto", {"refused": "did not run"})
+def _rank(tables: Tables, name: str) -> int:
+    ran = tables["engines"].get(name)
+    if ran is None:
+        return 1
+    return 2 if "crashed" in ran or "refused" in ran["auto"] else 0
 
 
 def engine_of(row: dict[str, Any], kind: Pattern) -> str:
