@@ -84,6 +84,8 @@ def status_of(name: str, tables: Tables) -> str:
         return "not planned: an encoder-decoder model has no language model to plan by itself"
     if "plans" not in row or not row["plans"]:
         return f"not planned: {row.get('crashed') or row.get('no_configuration')}"
+    if "refused" in row["plans"]["auto"]:
+        return f"not planned, with auto neither: {row['plans']['auto']['refused']}"
     refusal = row["plans"][K8V4].get("refused")
     if refusal:
         return f"refused: {refusal}"
