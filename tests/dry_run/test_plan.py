@@ -11,10 +11,14 @@ from hypothesis import strategies as st
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import AttentionSpec, MambaSpec
 
+from tests.shapes import SHAPES
 from vllm_hybrid_kv.attention.refusal import UnsupportedModelError
+from vllm_hybrid_kv.dry_run.described import described
 from vllm_hybrid_kv.dry_run.engine import Model
 from vllm_hybrid_kv.dry_run.plan import Pages, merge_alike, plan_of
 from vllm_hybrid_kv.kernels.k8v4 import slot_bytes
+from vllm_hybrid_kv.replay.replay import Replay
+from vllm_hybrid_kv.replay.trace import TracedRequest
 
 GIB = 1 << 30
 K8V4 = "turboquant_k8v4"
@@ -183,8 +187,45 @@ def test_a_plan_says_which_strategy_made_it(shape):
         plan_of(model, 24 * GIB, {"unify_page_sizes": name}).plan for name in ("lcm", "stock")
     )
     assert (lcm.unify_page_sizes, stock.unify_page_sizes) == ("lcm", "stock")
-    assert lcm.block_bytes != stock.block_bytes
+    assert lcm.pool_padding < 0.02 < 0.5 < stock.pool_padding
+    assert lcm.capacity.max_len_tokens > 2 * stock.capacity.max_len_tokens
     assert any("% of the KV pool is padding" in line for line in stock.warnings)
+
+
+@pytest.mark.parametrize(
+    ("name", "skipped"), [("jamba-1.5-mini", "4"), ("qwen3-next-80b-a3b", "47")]
+)
+def test_a_hybrid_model_with_a_skipped_layer_hits_as_with_fp8(name, skipped):
+    hits = {}
+    for dtype in ("fp8", K8V4):
+        with described(SHAPES[name]) as description:
+            model = Model(
+                {
+                    "model": description.folder,
+                    "kv_cache_dtype": dtype,
+                    "kv_cache_dtype_skip_layers": [skipped],
+                    "enable_prefix_caching": True,
+                    "max_model_len": 32768,
+                    "max_num_seqs": 256,
+                }
+            )
+            plan = plan_of(model, 24 * GIB, {}).plan
+            hits[dtype] = plan.smallest_hit, hits_of(model.engine(24 * GIB, {}), 4096, 9216)
+            # A state is no shorter than with an unquantised cache, and blocks are its multiples.
+            blocks = sorted({row.block_tokens for row in plan.pages})
+            assert blocks[0] >= 80
+            assert all(block % blocks[0] == 0 for block in blocks)
+    assert hits[K8V4] == hits["fp8"] == (17, [4080, 9200])
+
+
+def hits_of(engine, *lengths):
+    """Return the tokens that the second of two equal prompts of each length gets from the cache."""
+    requests = [
+        TracedRequest(0.0, length, 4, tuple(range(1000 * length, 1000 * length + length // 512)))
+        for length in lengths
+        for _ in range(2)
+    ]
+    return Replay(engine, requests, concurrency=1).run().hits[1::2]
 
 
 rows = st.builds(
