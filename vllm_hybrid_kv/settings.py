@@ -51,7 +51,7 @@ class Settings(BaseModel):
         prefix_match_unit: Chooses how finely prefixes are matched, in tokens.
         boundary_layers: How many attention layers at each end of a model that is not hybrid stay
             unquantised beside a k8v4 cache.
-        allow_drafts_with_cached_states: Whether an engine may start whose draft tokens can corrupt
+        allow_unsafe_drafts: Whether an engine may start whose draft tokens can corrupt
             the states in its prefix cache.
         debug: Whether the kernels check block tables and slots before they use them.
         cpu_isa: The instructions that the CPU kernels use; `auto` for the fastest there are.
@@ -66,7 +66,7 @@ class Settings(BaseModel):
     coordinator: StrategyName = "hybrid_aware"
     prefix_match_unit: StrategyName = "auto"
     boundary_layers: Annotated[int, Field(ge=0)] = 2
-    allow_drafts_with_cached_states: bool = False
+    allow_unsafe_drafts: bool = False
     debug: bool = False
     cpu_isa: Literal["auto", "amx", "avx512_bf16", "portable", "interpreter"] = "auto"
 

@@ -85,7 +85,7 @@ class Configuration:
         if self.speculation is not None:
             found["speculative_config"] = SPECULATION[self.speculation]
             # Whether cached states stay right is what such a configuration checks.
-            allowed = {"allow_drafts_with_cached_states": True}
+            allowed = {"allow_unsafe_drafts": True}
             found["additional_config"] = {"hybrid_kv": allowed}
         if self.prefix_caching is not None:
             found["enable_prefix_caching"] = self.prefix_caching

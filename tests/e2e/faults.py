@@ -172,8 +172,7 @@ def _spoil_pages(fault: str, kv_cache: Any, blocks: Any, head_size: int) -> None
 
 
 def _swap_nibbles_in_the_kernel() -> None:
-    from vllm_hybrid_kv.kernels import known_answer
-    from vllm_hybrid_kv.kernels.cpu import quantise
+    from vllm_hybrid_kv.kernels import cpu, known_answer
 
     known_answer.forget()
 
@@ -185,7 +184,7 @@ def _swap_nibbles_in_the_kernel() -> None:
 
         return store
 
-    _replace(quantise, "quantise_and_store", make)
+    _replace(cpu, "quantise_and_store", make)
 
 
 def _spoil_numbers(fault: str) -> None:

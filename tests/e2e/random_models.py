@@ -60,15 +60,23 @@ MODELS: dict[str, Callable[[], Any]] = {"gemma4": gemma4, "gemma3n": gemma3n, "l
 """The models by name."""
 
 
-def build(name: str, folder: Path) -> Path:
-    """Write one of `MODELS` in bfloat16, with weights that keep activations at unit size."""
+def build(name: str, folder: Path, **fields: Any) -> Path:
+    """Write one of `MODELS` in bfloat16, with weights that keep activations at unit size.
+
+    Args:
+        name: A key of `MODELS`.
+        folder: Where to write it.
+        fields: Fields of its configuration to change.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     build_tokenizer(folder)
     generator = torch.Generator().manual_seed(0)
-    model = AutoModelForCausalLM.from_config(MODELS[name](), dtype=torch.float32)
+    config = MODELS[name]()
+    config.update(fields)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.dim() > 1:
@@ -77,7 +85,7 @@ def build(name: str, folder: Path) -> Path:
                 parameter.mul_(size / math.sqrt(parameter.shape[-1]))
             elif parameter_name.endswith("q_norm.weight"):
                 # Gemma 4 and 3n do not divide scores by the root of the head size.
-                parameter.fill_(SCORE_SIZE / math.sqrt(HEAD_SIZE))
+                parameter.fill_(SCORE_SIZE / math.sqrt(parameter.numel()))
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
 

@@ -74,7 +74,7 @@ def test_drafts_that_can_corrupt_cached_states_are_refused(start, config, drafts
         "about 20 % lower accuracy",
         "--no-enable-prefix-caching",
         "--speculative-config",
-        "allow_drafts_with_cached_states=true",
+        "allow_unsafe_drafts=true",
     ):
         assert part in message
 
@@ -87,9 +87,7 @@ def test_drafts_that_can_corrupt_cached_states_are_refused(start, config, drafts
         pytest.param(gated_delta_net, NGRAM, {}, {}, id="text drafts, states not exported"),
         pytest.param(windows, NGRAM, {}, {}, id="no states"),
         pytest.param(gated_delta_net, MTP, STOCK, {}, id="vLLM's own rules and cache"),
-        pytest.param(
-            mamba2, NGRAM, {"allow_drafts_with_cached_states": True}, {}, id="risk accepted"
-        ),
+        pytest.param(mamba2, NGRAM, {"allow_unsafe_drafts": True}, {}, id="risk accepted"),
     ],
 )
 def test_other_engines_with_drafts_or_cached_states_start(

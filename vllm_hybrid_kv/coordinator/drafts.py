@@ -14,7 +14,7 @@ from vllm_hybrid_kv.errors import HybridKVSettingsError
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
-ALLOWED_BY = "allow_drafts_with_cached_states"
+ALLOWED_BY = "allow_unsafe_drafts"
 """The setting that lets such an engine start."""
 
 TEXT_METHODS = ("ngram", "suffix")

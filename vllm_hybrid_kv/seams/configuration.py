@@ -66,7 +66,7 @@ def settings_seam(context: Context, create_engine_config: Target, init_worker: T
                 as_stock = vllm_config.cache_config.cache_dtype != CACHE_DTYPE and all(
                     getattr(settings, name) == "stock" for name in HOOK_OF_SETTING
                 )
-                if not as_stock and not settings.allow_drafts_with_cached_states:
+                if not as_stock and not settings.allow_unsafe_drafts:
                     check_drafts(vllm_config)
                 context.adopt(vllm_config)
             except HybridKVError as error:

@@ -72,7 +72,7 @@ def configure(plan: Plan) -> VllmConfig:
         mamba_cache_mode="align" if plan.has_states else "none",
         additional_config={
             # The model in it is never run: what can corrupt its states is in the worker.
-            "hybrid_kv": {"coordinator": plan.strategy, "allow_drafts_with_cached_states": True}
+            "hybrid_kv": {"coordinator": plan.strategy, "allow_unsafe_drafts": True}
         },
         **more,
     ).create_engine_config()
