@@ -82,7 +82,7 @@ def _sum_in_threads(x, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
 def _attend_tile(  # type: ignore[no-untyped-def]
     tile, top, total, offset, exponent, out0, out1, out2, out3,
     query_even, query_odd, unit, position,
-    cache, page_stride, head_offset, block_row, length, first_key, end_key, window, soft_cap,
+    cache, page_stride, head_offset, block_row, first_key, end_key, window, soft_cap,
     D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
     KEY_WAY: tl.constexpr, VALUE_WAY: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, MASKED: tl.constexpr,
@@ -101,8 +101,8 @@ def _attend_tile(  # type: ignore[no-untyped-def]
         unit: float32 [rows], factor of the scores, to base 2 unless SOFT_CAP.
         position: int32 [rows], with MASKED; negative before the first key.
         block_row: The request's row of the block table.
-        first_key: First key that some row sees, with MASKED.
-        end_key: The key behind the last that some row sees, with MASKED.
+        first_key: First key that some row sees, with MASKED and WINDOW.
+        end_key: The key behind the last that some row sees.
         MASKED: Whether some key of the tile may be one that some row does not see.
         ONE_PAGE: Whether all keys of a tile are in one page.
     """
@@ -132,7 +132,7 @@ def _attend_tile(  # type: ignore[no-untyped-def]
         pair_at = words + (region + KEY_WORDS + VALUE_WORDS + start) + 2 * pair
     else:
         if MASKED:
-            block = tl.load(block_row + key // PAGE, mask=key < length, other=0)
+            block = tl.load(block_row + key // PAGE, mask=key < end_key, other=0)
         else:
             block = tl.load(block_row + key // PAGE)
         region = block.to(tl.int64) * page_stride + head_offset
@@ -142,7 +142,7 @@ def _attend_tile(  # type: ignore[no-untyped-def]
         value_at = words + (region + KEY_WORDS + in_page * QUARTER)[None, :] + quarter[:, None]
         pair_key = tile * BLOCK_N + 2 * pair
         if MASKED:
-            block = tl.load(block_row + pair_key // PAGE, mask=pair_key < length, other=0)
+            block = tl.load(block_row + pair_key // PAGE, mask=pair_key < end_key, other=0)
         else:
             block = tl.load(block_row + pair_key // PAGE)
         region = block.to(tl.int64) * page_stride + head_offset
@@ -166,7 +166,9 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     zero = tl.where(finite, zero, float("nan"))
     if MASKED:
         # The bytes of a token that no row sees may hold a scale of any size.
-        scale = tl.where((key >= first_key) & (key < end_key), scale, 0.0)
+        scale = tl.where(key < end_key, scale, 0.0)
+        if WINDOW:
+            scale = tl.where(key >= first_key, scale, 0.0)
 
     even, odd = key_words(key_bits, KEY_WAY)
     scores = tl.dot(even, query_even)
@@ -174,7 +176,7 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     if SOFT_CAP:
         scores = _tanh(scores / soft_cap) * (soft_cap * _LOG2_E)
     if MASKED:
-        seen = (key < length)[:, None] & (position >= 0)[None, :]
+        seen = (key < end_key)[:, None] & (position >= 0)[None, :]
         if CAUSAL:
             seen = seen & (key[:, None] <= position[None, :])
         if WINDOW:
@@ -329,7 +331,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
         top, total, offset, scale_exponent, out0, out1, out2, out3 = _attend_tile(
             tile, top, total, offset, scale_exponent, out0, out1, out2, out3,
             query_even, query_odd, unit, m,
-            cache, page_stride, head_offset, block_row, length, 0, length, window, soft_cap,
+            cache, page_stride, head_offset, block_row, 0, length, window, soft_cap,
             D, PAGE, BLOCK_N, KEY_WAY, VALUE_WAY, CAUSAL, WINDOW, SOFT_CAP, False, ONE_PAGE,
             LANES,
         )  # fmt: skip
@@ -338,6 +340,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     first_row = tl.load(items + program * _FIELDS + 1, volatile=True)
     its_part = tl.load(items + program * _FIELDS + 4, volatile=True)
     first_token = tl.load(query_start_loc + request, volatile=True)
+    queries = tl.load(query_start_loc + request + 1, volatile=True) - first_token
     row = first_row + m
     here = row < queries * GROUP
     token = (first_token + row // GROUP).to(tl.int64)
@@ -351,8 +354,8 @@ def attend_kernel(  # type: ignore[no-untyped-def]
         top, total, offset, scale_exponent, out0, out1, out2, out3 = _attend_tile(
             tile, top, total, offset, scale_exponent, out0, out1, out2, out3,
             query_even, query_odd, unit, position,
-            cache, page_stride, head_offset, block_row, length, first_key, end_key, window,
-            soft_cap, D, PAGE, BLOCK_N, KEY_WAY, VALUE_WAY, CAUSAL, WINDOW, SOFT_CAP, True,
+            cache, page_stride, head_offset, block_row, first_key, end_key, window, soft_cap,
+            D, PAGE, BLOCK_N, KEY_WAY, VALUE_WAY, CAUSAL, WINDOW, SOFT_CAP, True,
             ONE_PAGE, LANES,
         )  # fmt: skip
 
