@@ -187,8 +187,9 @@ def test_a_plan_says_which_strategy_made_it(shape):
         plan_of(model, 24 * GIB, {"unify_page_sizes": name}).plan for name in ("lcm", "stock")
     )
     assert (lcm.unify_page_sizes, stock.unify_page_sizes) == ("lcm", "stock")
-    assert lcm.pool_padding < 0.02 < 0.5 < stock.pool_padding
-    assert lcm.capacity.max_len_tokens > 2 * stock.capacity.max_len_tokens
+    # vLLM aligns blocks for its own rule before it plans, and not for the plugin's.
+    assert lcm.pool_padding < 0.02 < 0.2 < stock.pool_padding < 0.25
+    assert lcm.capacity.max_len_tokens > 1.2 * stock.capacity.max_len_tokens
     assert any("% of the KV pool is padding" in line for line in stock.warnings)
 
 

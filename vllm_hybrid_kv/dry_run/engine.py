@@ -44,6 +44,7 @@ from vllm_hybrid_kv.dry_run.platform import (
     check_device,
 )
 from vllm_hybrid_kv.dry_run.weightless import without_weights
+from vllm_hybrid_kv.settings import resolve
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -107,7 +108,8 @@ class Model:
         Args:
             arguments: For vLLM's `EngineArgs`: `model`, `kv_cache_dtype`, `block_size` and so on.
             device: `gpu` describes an engine on GPUs, whatever this machine is; `cpu` one here.
-            settings: Those of the plugin's that layers depend on: `boundary_layers`.
+            settings: The plugin's settings that layers depend on: `boundary_layers`, and whether
+                `unify_page_sizes` is `stock`, which decides how blocks are aligned.
 
         Raises:
             ValueError: vLLM cannot run this model so, or not on this device.
@@ -116,6 +118,7 @@ class Model:
         self._arguments = arguments
         self._device = device
         self._settings = settings or {}
+        self._other_alignment: Model | None = None
         # vLLM loads plugins once a process, and only those that VLLM_PLUGINS names.
         plugin.register()
         self._graph_builders: dict[str, Any] = {}
@@ -168,6 +171,7 @@ class Model:
         from vllm.utils.torch_utils import set_default_torch_dtype
 
         config = self._configure()
+        self._stock_alignment = _aligns_as_stock(config)
         with ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             stack.enter_context(set_current_vllm_config(config))
@@ -226,6 +230,13 @@ class Model:
         from vllm.v1.engine import core
 
         config = self._configure(settings)
+        if _aligns_as_stock(config) != self._stock_alignment:
+            if self._other_alignment is None:
+                unify = resolve(config.additional_config).unify_page_sizes
+                self._other_alignment = Model(
+                    self._arguments, self._device, {**self._settings, "unify_page_sizes": unify}
+                )
+            return self._other_alignment.engine(memory, settings)
         cache = config.cache_config
         cache.kv_cache_layout = self.layout
         cache.block_size = self.block_size
@@ -282,6 +293,10 @@ class Model:
                 kv_cache_config=engine.worker_kv_cache_config,
                 max_num_reqs=config.scheduler_config.max_num_seqs,
             )
+
+
+def _aligns_as_stock(config: VllmConfig) -> bool:
+    return resolve(config.additional_config).unify_page_sizes == "stock"
 
 
 def _spec_of(layer: Any, config: VllmConfig) -> KVCacheSpec | None:
