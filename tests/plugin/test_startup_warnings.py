@@ -22,7 +22,9 @@ from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.planning.warnings import padding_share, startup_warnings
 from vllm_hybrid_kv.settings import Settings, current_settings
 
-if tuple(vllm.__version_tuple__[:2]) == (0, 32):
+MINOR = tuple(vllm.__version_tuple__[:2])
+
+if MINOR == (0, 32):
     planning = kv_cache_utils
 else:
     from vllm.v1.core import kv_cache_planning as planning
@@ -195,6 +197,21 @@ def start_up(unregistered, log):
 
 
 STOCK = {"coordinator": "stock", "prefix_match_unit": "stock"}
+
+
+@pytest.mark.skipif(MINOR < (0, 33), reason="in vLLM 0.32 nobody else can group layers")
+def test_a_platform_that_groups_layers_itself_is_named_at_start_up(unregistered, log, make_config):
+    class OwnBuilder(planning.DefaultKVCacheConfigBuilder):
+        def get_kv_cache_groups(self, vllm_config, kv_cache_spec):
+            return [KVCacheGroupSpec([name], spec) for name, spec in kv_cache_spec.items()]
+
+    plugin.register()
+    config = make_config()
+    specs = {"layer.0": PLAIN, "layer.1": state(PLAIN.page_size_bytes)}
+    groups = planning.get_kv_cache_groups_from_builder(OwnBuilder(), config, specs)
+    kv_cache_utils.update_kv_cache_capacity(config, KVCacheConfig(100, [], groups))
+    warnings = log.lines(logging.WARNING)
+    assert any("unify_page_sizes=min_waste has no effect" in line for line in warnings)
 
 
 @pytest.mark.parametrize("settings", [None, STOCK], ids=["defaults", "all stock"])

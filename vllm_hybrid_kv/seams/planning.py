@@ -119,6 +119,12 @@ def _report(
         return
     planned = _layers.get()
     layers = planned[1] if planned is not None and planned[0]() is vllm_config else None
+    if layers is None and len(kv_cache_config.kv_cache_groups) > 1:
+        logger.warning(
+            "The KV cache groups of this engine were not made by vLLM's get_kv_cache_groups: the "
+            "model or the platform brings its own grouping, and unify_page_sizes=%s has no effect",
+            settings.unify_page_sizes,
+        )
     for line in startup_warnings(
         vllm_config, kv_cache_config, scheduler_block_size, hash_block_size, settings, layers
     ):
