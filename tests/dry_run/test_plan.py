@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import Gemma3TextConfig
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import AttentionSpec, MambaSpec
 
@@ -217,6 +218,53 @@ def test_a_hybrid_model_with_a_skipped_layer_hits_as_with_fp8(name, skipped):
             assert blocks[0] >= 80
             assert all(block % blocks[0] == 0 for block in blocks)
     assert hits[K8V4] == hits["fp8"] == (17, [4080, 9200])
+
+
+def small_gemma3(folder):
+    """The shape of Gemma 3 270M: one KV head of 256 dims, windows of 512 tokens."""
+    config = Gemma3TextConfig(
+        vocab_size=512, hidden_size=640, intermediate_size=256, num_hidden_layers=18,
+        num_attention_heads=4, num_key_value_heads=1, head_dim=256, sliding_window=512,
+        architectures=["Gemma3ForCausalLM"], dtype="bfloat16",
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    return folder
+
+
+def qwen3_6(folder):
+    return SHAPES["qwen3.6-35b-a3b"]
+
+
+SKIP_3 = {"kv_cache_dtype_skip_layers": ["3"]}
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "arguments", "settings", "advice", "better"),
+    [
+        (small_gemma3, "cpu", {}, {}, "boundary_layers to 0", ({}, {"boundary_layers": 0})),
+        (
+            small_gemma3, "cpu", {}, {"unify_page_sizes": "stock"}, "unify_page_sizes=min_waste",
+            ({}, {"unify_page_sizes": "min_waste"}),
+        ),
+        (qwen3_6, "gpu", SKIP_3, {}, "drop --kv-cache-dtype-skip-layers", ({}, {})),
+    ],
+    ids=["boundary layers", "another strategy", "skipped layers"],
+)  # fmt: skip
+def test_the_advice_of_the_padding_warning_reduces_the_padding(
+    tmp_path, model, device, arguments, settings, advice, better
+):
+    def planned(arguments, settings):
+        with described(model(tmp_path)) as description:
+            common = {"model": description.folder, "kv_cache_dtype": K8V4, "max_num_seqs": 256,
+                      "max_model_len": 32768, "gpu_memory_utilization": 0.1}  # fmt: skip
+            built = Model({**common, **arguments}, device, settings)
+            return plan_of(built, 8 * GIB, settings).plan
+
+    before, after = planned(arguments, settings), planned(*better)
+    (line,) = (line for line in before.warnings if "of the KV pool is padding" in line)
+    assert advice in line
+    assert after.pool_padding < before.pool_padding
+    assert after.capacity.max_len_tokens > before.capacity.max_len_tokens
 
 
 def hits_of(engine, *lengths):

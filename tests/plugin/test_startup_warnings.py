@@ -157,8 +157,16 @@ def test_padding_counts_by_the_blocks_that_the_longest_request_holds(config):
     (line,) = lines(config, groups, layers={"layer.0": PLAIN, "layer.1": state(page)})
     assert line == (
         "5.3 % of the KV pool is padding (most of it in pages as layer layer.1 has: "
-        f"{page // 2:,} bytes in {page:,}); choose another unify_page_sizes than 'min_waste'"
+        f"{page // 2:,} bytes in {page:,}); no setting avoids it, because no smaller page suits "
+        "all layers of this model"
     )
+    (line,) = lines(
+        config,
+        groups,
+        layers={"layer.0": PLAIN, "layer.1": state(page)},
+        settings=Settings(unify_page_sizes="lcm"),
+    )
+    assert line.endswith("; choose unify_page_sizes=min_waste")
 
 
 def test_states_that_vllm_padded_itself_need_another_block_size(config):

@@ -183,7 +183,7 @@ def _padded_pool(
     _, group = max(by_group, key=lambda pair: pair[0])
     spec = max(iter_layer_specs(group.kv_cache_spec), key=_padding_of_page)
     layer = group.layer_names[0]
-    way_out = f"choose another unify_page_sizes than {settings.unify_page_sizes!r}"
+    way_out = _less_padding(vllm_config, settings, layers)
     if isinstance(spec, MambaSpec) and getattr(layers.get(layer), "page_size_padded", None):
         # vLLM pads states to attention's pages before page sizes are unified, and where layers
         # are skipped to the least common multiple of both kinds of attention's.
@@ -198,3 +198,17 @@ def _padded_pool(
         f"{100 * share:.1f} % of the KV pool is padding (most of it in pages as layer {layer} has: "
         f"{_content_bytes(spec):,} bytes in {spec.page_size_bytes:,}); {way_out}"
     )
+
+
+def _less_padding(
+    vllm_config: VllmConfig, settings: Settings, layers: Mapping[str, KVCacheSpec]
+) -> str:
+    """Return the setting that reduces padding: `min_waste` wastes no more than other strategies."""
+    if settings.unify_page_sizes != "min_waste":
+        return "choose unify_page_sizes=min_waste"
+    modes = {spec.kv_quant_mode for spec in layers.values() if isinstance(spec, AttentionSpec)}
+    if len(modes) > 1:
+        if settings.boundary_layers and not vllm_config.model_config.is_hybrid:
+            return "set boundary_layers to 0, which quantises the outermost layers too"
+        return "quantise all layers: drop --kv-cache-dtype-skip-layers"
+    return "no setting avoids it, because no smaller page suits all layers of this model"
