@@ -18,7 +18,7 @@ from vllm_hybrid_kv.dry_run.described import described
 from vllm_hybrid_kv.dry_run.engine import Model
 from vllm_hybrid_kv.dry_run.plan import Pages, merge_alike, plan_of
 from vllm_hybrid_kv.kernels.k8v4 import slot_bytes
-from vllm_hybrid_kv.replay.replay import Replay
+from vllm_hybrid_kv.replay.replay import Replay, StuckError
 from vllm_hybrid_kv.replay.trace import TracedRequest
 
 GIB = 1 << 30
@@ -275,6 +275,18 @@ def hits_of(engine, *lengths):
         for _ in range(2)
     ]
     return Replay(engine, requests, concurrency=1).run().hits[1::2]
+
+
+def test_a_replay_in_which_nothing_is_ever_scheduled_ends_with_the_schedulers_state(shape):
+    engine = shape("llama-3.1-8b", K8V4).engine(24 * GIB, {})
+    replayed = Replay(engine, [TracedRequest(0.0, 1024, 4, (1, 2))], concurrency=1)
+    pool = engine.scheduler.kv_cache_manager.block_pool
+    pool.get_new_blocks(pool.get_num_free_blocks())
+    with pytest.raises(StuckError) as error:
+        replayed.run()
+    assert "1 requests wait and 0 run, 0 of " in str(error.value)
+    assert "request 1 is first and has 1,024 tokens, 64 blocks of the groups" in str(error.value)
+    assert "--memory" in str(error.value)
 
 
 rows = st.builds(
