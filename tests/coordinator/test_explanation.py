@@ -327,7 +327,8 @@ def test_what_was_found_is_explained_as_it_was_when_the_request_was_scheduled(fo
     put(manager.block_pool, HYBRID, request, every(64, 256), (64, 80))
     waiting = manager.coordinator.explain(request)
     assert (waiting.scheduled, waiting.hit_tokens) == (False, 80)
-    schedule(manager, request)
+    # In chunks that end where state blocks do, or none of its states would be cached.
+    schedule(manager, request, chunk=16)
     # Its own blocks and its state are now cached under the hashes that were looked up.
     assert (
         manager.coordinator.reconcile(

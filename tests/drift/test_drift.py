@@ -76,7 +76,7 @@ def test_what_has_not_changed_is_not_listed(findings):
     assert same == {
         *("get_capacity", "resolve_block_sizes", "copy_blocks", "init_worker"),
         *("validate_environ", "get_boundary_layers", "nixl_compatibility_hash"),
-        *("none_hash_seed", "init_example_connector"),
+        *("none_hash_seed", "init_example_connector", "add_to_batch", "initialize_from_config"),
     }
     # Alike, in another module.
     assert findings["unify"].kinds == ("moved",)

@@ -111,7 +111,7 @@ REFUSED = {
     ),
     "head size that the format does not store": (
         {"key": torch.ones(5, 2, 68), "value": torch.ones(5, 2, 68)},
-        r"k8v4 stores head sizes from 64 to 256 in multiples of 8, got 68",
+        r"k8v4 stores head sizes from 64 to 256 in multiples of 8, and 512, got 68",
     ),
     "slot past the end": (
         {"slot_mapping": torch.tensor([0, 1, 48, -1, 50])},

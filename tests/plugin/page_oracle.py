@@ -74,6 +74,10 @@ def best_for(spec: KVCacheSpec, page: int, longest: int) -> Fraction | None:
     """The most bytes that a layer can use of a page, or None where it cannot have that page."""
     best = None
     for scale in range(1, page // spec.real_page_size_bytes + 1):
+        # vLLM cuts a chunk of local attention into whole blocks, if any multiple divides it.
+        chunk = getattr(spec, "attention_chunk_size", None) or 0
+        if not chunk % spec.block_size and chunk % (scale * spec.block_size):
+            continue
         for padding in (None, page):
             try:
                 after = replace(spec, block_size=scale * spec.block_size, page_size_padded=padding)

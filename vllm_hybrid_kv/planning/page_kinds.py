@@ -128,6 +128,11 @@ class ChunkedAttention(Attention):
 
     counts: tuple[int, ...]
 
+    @property
+    def longest_page(self) -> int:
+        """The page whose block holds the longest sequence, or a whole chunk, in bytes."""
+        return self.counts[-1] * self.least_page
+
     def blocks(self, pages: Bytes) -> Bytes:
         """Return the longest block of a chunk that fits."""
         fitting = np.searchsorted(self.counts, pages // self.unit, side="right")
@@ -267,7 +272,7 @@ def kind_of(spec: KVCacheSpec, longest: int) -> LayerKind:
     if in_a_chunk and not rest:
         divisors = [k for k in range(1, in_a_chunk + 1) if in_a_chunk % k == 0]
         counts = [k for k in divisors if k < cap] + [k for k in divisors if k >= cap][:1]
-        return ChunkedAttention(spec, unit, counts[-1], tuple(counts))
+        return ChunkedAttention(spec, unit, cap, tuple(counts))
     return Attention(spec, unit, cap)
 
 
