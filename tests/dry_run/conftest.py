@@ -8,7 +8,6 @@ import pytest
 from tests.shapes import SHAPES
 from vllm_hybrid_kv.dry_run.described import described
 from vllm_hybrid_kv.dry_run.engine import Model
-from vllm_hybrid_kv.dry_run.platform import GPU_BATCH, GPU_BLOCK_TOKENS
 
 
 @pytest.fixture(scope="session")
@@ -24,10 +23,8 @@ def shape() -> Iterator[Callable[..., Model]]:
                 arguments: dict[str, Any] = {
                     "model": description.folder,
                     "kv_cache_dtype": kv_cache_dtype,
-                    "block_size": GPU_BLOCK_TOKENS,
                     "tensor_parallel_size": ranks,
                     "gpu_memory_utilization": 0.1,
-                    **GPU_BATCH,
                     # Fewer than the state blocks of any plan here, or vLLM refuses CUDA graphs.
                     "max_num_seqs": 256,
                 }

@@ -9,7 +9,6 @@ from vllm.v1.request import Request
 from tests.shapes import SHAPES
 from vllm_hybrid_kv.dry_run.described import described
 from vllm_hybrid_kv.dry_run.engine import Model
-from vllm_hybrid_kv.dry_run.platform import GPU_BLOCK_TOKENS
 from vllm_hybrid_kv.planning.capacity import capacity
 
 GIB = 1 << 30
@@ -24,7 +23,6 @@ def qwen(request):
             {
                 "model": description.folder,
                 "kv_cache_dtype": request.param,
-                "block_size": GPU_BLOCK_TOKENS,
                 "max_model_len": MAX_MODEL_LEN,
                 "max_num_seqs": 256,
                 "max_num_batched_tokens": 8192,

@@ -8,7 +8,6 @@ import pytest
 from tests.shapes import SHAPES
 from vllm_hybrid_kv.dry_run.described import described
 from vllm_hybrid_kv.dry_run.engine import Model
-from vllm_hybrid_kv.dry_run.platform import GPU_BATCH, GPU_BLOCK_TOKENS
 from vllm_hybrid_kv.evaluate.child import over_ranks
 from vllm_hybrid_kv.evaluate.recorder import Recorder
 
@@ -28,9 +27,7 @@ def test_layers_are_counted_as_they_are_planned(shape, dtype, boundary, quantise
         arguments = {
             "model": description.folder,
             "kv_cache_dtype": dtype,
-            "block_size": GPU_BLOCK_TOKENS,
             "gpu_memory_utilization": 0.1,
-            **GPU_BATCH,
         }
         planned = Model(arguments, settings={"boundary_layers": boundary}).engine(24 << 30, {})
     recorder = Recorder()

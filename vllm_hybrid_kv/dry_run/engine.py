@@ -44,6 +44,7 @@ from vllm_hybrid_kv.dry_run.platform import (
     check_device,
 )
 from vllm_hybrid_kv.dry_run.weightless import without_weights
+from vllm_hybrid_kv.seams.block_alignment import unifies_as_stock
 from vllm_hybrid_kv.settings import resolve
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ class Model:
         from vllm.utils.torch_utils import set_default_torch_dtype
 
         config = self._configure()
-        self._stock_alignment = _aligns_as_stock(config)
+        self._stock_alignment = unifies_as_stock(config)
         with ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             stack.enter_context(set_current_vllm_config(config))
@@ -230,7 +231,7 @@ class Model:
         from vllm.v1.engine import core
 
         config = self._configure(settings)
-        if _aligns_as_stock(config) != self._stock_alignment:
+        if unifies_as_stock(config) != self._stock_alignment:
             if self._other_alignment is None:
                 unify = resolve(config.additional_config).unify_page_sizes
                 self._other_alignment = Model(
@@ -293,10 +294,6 @@ class Model:
                 kv_cache_config=engine.worker_kv_cache_config,
                 max_num_reqs=config.scheduler_config.max_num_seqs,
             )
-
-
-def _aligns_as_stock(config: VllmConfig) -> bool:
-    return resolve(config.additional_config).unify_page_sizes == "stock"
 
 
 def _spec_of(layer: Any, config: VllmConfig) -> KVCacheSpec | None:

@@ -12,12 +12,6 @@ from vllm.platforms import current_platform
 
 from vllm_hybrid_kv.dry_run.devices import CPU, DEVICES
 
-GPU_BLOCK_TOKENS = 16
-"""vLLM's default block on NVIDIA GPUs, which its attention backends there take as it is."""
-
-GPU_BATCH = {"max_num_batched_tokens": 8192, "max_num_seqs": 1024}
-"""vLLM's defaults for `vllm serve` on GPUs of 70 to 160 GiB that are no A100."""
-
 
 def check_device(device: str) -> None:
     """Check that vLLM here can plan for a device.

@@ -12,7 +12,10 @@ from vllm_hybrid_kv.settings import resolve
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-STOCK = "stock"
+
+def unifies_as_stock(vllm_config: VllmConfig) -> bool:
+    """Whether an engine's pages are unified by vLLM's own rule, for which vLLM aligns blocks."""
+    return resolve(vllm_config.additional_config).unify_page_sizes == "stock"
 
 
 def block_alignment_seam(align_hybrid: Target, align_heterogeneous: Target) -> Seam:
@@ -72,4 +75,4 @@ def _strategy_unifies(vllm_config: VllmConfig) -> bool:
     cache = vllm_config.cache_config
     if cache.cache_dtype != CACHE_DTYPE or not cache.kv_cache_dtype_skip_layers:
         return False
-    return resolve(vllm_config.additional_config).unify_page_sizes != STOCK
+    return not unifies_as_stock(vllm_config)
