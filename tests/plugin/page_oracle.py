@@ -70,10 +70,15 @@ def share_wasted(before, after, longest: int) -> Fraction:
     return 1 - sum(used(spec, after[name], longest) for name, spec in before.items()) / total
 
 
-def best_for(spec: KVCacheSpec, page: int, longest: int) -> Fraction | None:
-    """The most bytes that a layer can use of a page, or None where it cannot have that page."""
+def best_for(spec: KVCacheSpec, page: int, longest: int, match_unit: int = 0) -> Fraction | None:
+    """The most bytes that a layer can use of a page, or None if it cannot have that page.
+
+    With a match unit, of the blocks that divide it.
+    """
     best = None
     for scale in range(1, page // spec.real_page_size_bytes + 1):
+        if match_unit % (scale * spec.block_size):
+            continue
         # vLLM cuts a chunk of local attention into whole blocks, if any multiple divides it.
         chunk = getattr(spec, "attention_chunk_size", None) or 0
         if not chunk % spec.block_size and chunk % (scale * spec.block_size):
@@ -150,3 +155,26 @@ def exhaustive(specs, longest: int, tolerance: Fraction, by_lcm: Fraction | None
         if wasted <= enough:
             return page, wasted
     return min(choice)[::-1]
+
+
+def match_unit_of(plan) -> int:
+    """The tokens at whose multiples hits end, in a model without states in mode `align`."""
+    return math.lcm(*(spec.block_size for spec in plan.values()))
+
+
+def cheapest(specs, longest: int, reference: Fraction):
+    """The lowest cost of any plan, its match unit and page, or None if no plan costs below 1.
+
+    The cost is the share wasted plus what a match unit costs for a request of `reference` tokens.
+    """
+    present = math.lcm(*(spec.block_size for spec in specs))
+    lowest = max(spec.real_page_size_bytes for spec in specs)
+    found = []
+    for unit in range(present, math.ceil(2 * reference), present):
+        highest = max(least_page(s) * (1 if is_state(s) else unit // s.block_size) for s in specs)
+        for page in range(lowest, max(highest, lowest + granularity(specs)) + 1):
+            parts = [best_for(spec, page, longest, unit) for spec in specs]
+            if page % granularity(specs) == 0 and None not in parts:
+                wasted = 1 - sum(parts) / (page * len(specs))
+                found.append((wasted + unit / (2 * reference), unit, page))
+    return min((plan for plan in found if plan[0] < 1), default=None)

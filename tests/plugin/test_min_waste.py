@@ -18,9 +18,12 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from tests.plugin.layers import attention, blocks, mla, named, pages, state
+from tests.plugin.page_oracle import match_unit_of
 from vllm_hybrid_kv.planning.lcm import unify_by_lcm
 from vllm_hybrid_kv.planning.min_waste import (
     LONGEST_SEQUENCE,
+    REFERENCE_REQUEST,
+    MinWaste,
     longest_sequence,
     unify_with_least_waste,
     waste,
@@ -298,6 +301,48 @@ def test_what_cannot_be_unified_is_said_with_layers_sizes_and_a_way_out():
         "max_model_len, is a multiple of all of them. Give these layers equal pages (one "
         "--kv-cache-dtype, a draft model of the same shape) or change --block-size"
     )
+
+
+def three_kinds_of_attention():
+    return named(
+        [attention()] * 28
+        + [attention(slot=1_024)] * 4
+        + [attention(slot=584, cls=SlidingWindowSpec, sliding_window=1_024)] * 10
+    )
+
+
+def test_a_few_percent_of_padding_are_accepted_for_a_finer_match_unit():
+    specs = three_kinds_of_attention()
+    least = unify_with_least_waste(specs)
+    weighed = unify_with_least_waste(specs, reference=Fraction(REFERENCE_REQUEST))
+    assert (match_unit_of(least), match_unit_of(weighed)) == (2_688, 96)
+    assert waste(specs, least) < Fraction(1, 100) < waste(specs, weighed) < Fraction(4, 100)
+
+
+def test_only_models_whose_hits_end_at_blocks_weigh_match_units(make_config):
+    specs = three_kinds_of_attention()
+    config = make_config()
+
+    def units(specs):
+        plan = MinWaste().hybrid_kv_unify_page_sizes(vllm_config=config, kv_cache_spec=specs)
+        least = unify_with_least_waste(specs, longest_sequence(config))
+        return match_unit_of(plan), match_unit_of(least)
+
+    weighed, least = units(specs)
+    assert weighed < least
+    weighed, least = units({"state": state(1_000, 16, mamba_cache_mode="align"), **specs})
+    assert weighed == least
+    config.cache_config.enable_prefix_caching = False
+    weighed, least = units(specs)
+    assert weighed == least
+
+
+def test_blocks_of_several_devices_count_as_one_block(make_config):
+    specs = three_kinds_of_attention()
+    config = make_config()
+    config.parallel_config.decode_context_parallel_size = 64
+    plan = MinWaste().hybrid_kv_unify_page_sizes(vllm_config=config, kv_cache_spec=specs)
+    assert match_unit_of(plan) == 32
 
 
 def test_the_longest_sequence_is_the_models_where_there_is_a_configuration(make_config):

@@ -46,7 +46,7 @@ class Outcome:
         memory: Bytes of KV cache.
         blocks: Blocks of the pool.
         block_tokens: Tokens of a block.
-        match_tokens: Tokens by which prefixes are matched.
+        match_tokens: Hits end at multiples of these tokens.
         requests: Requests answered.
         prompt_tokens: Tokens of their prompts.
         hit_tokens: Those of them that came from the cache: prefill saved.
@@ -207,6 +207,7 @@ def _run(
     concurrency: int,
     console: Console,
 ) -> Outcome:
+    from vllm_hybrid_kv.dry_run.plan import hit_alignment
     from vllm_hybrid_kv.replay.replay import Replay
 
     unit = "stock" if coordinator == "stock" else prefix_match_unit
@@ -239,7 +240,7 @@ def _run(
         memory=memory,
         blocks=engine.kv_cache_config.num_blocks,
         block_tokens=engine.scheduler_block_size,
-        match_tokens=engine.hash_block_size,
+        match_tokens=hit_alignment(engine),
         requests=tally.requests,
         prompt_tokens=tally.prompt_tokens,
         hit_tokens=tally.hit_tokens,

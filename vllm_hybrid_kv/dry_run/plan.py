@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from vllm.v1.core.kv_cache_utils import resolve_cache_hit_alignment_tokens
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     ChunkedLocalAttentionSpec,
@@ -73,7 +74,7 @@ class Plan:
         reported_concurrency: The requests of `max_model_len` at once that it logs beside them.
         prefix_caching: Whether it is on.
         scheduler_block_tokens: What chunks of prompts are aligned to.
-        match_tokens: What prefixes are matched by.
+        match_tokens: Hits in the prefix cache end at multiples of these tokens.
         smallest_hit: The shortest prompt that can hit the prefix cache, in tokens.
         warnings: What a server would warn of.
     """
@@ -169,11 +170,17 @@ def plan_of(model: Model, memory: int, settings: dict[str, Any]) -> Planned:
         reported_concurrency=config.cache_config.kv_cache_max_concurrency,
         prefix_caching=bool(config.cache_config.enable_prefix_caching),
         scheduler_block_tokens=engine.scheduler_block_size,
-        match_tokens=engine.hash_block_size,
+        match_tokens=hit_alignment(engine),
         smallest_hit=smallest_hit(config, planned, *sizes),
         warnings=tuple(startup_warnings(config, by_layer, *sizes, chosen)),
     )
     return Planned(plan, engine)
+
+
+def hit_alignment(engine: Engine) -> int:
+    """Return the tokens at whose multiples hits in the prefix cache end."""
+    sizes = engine.scheduler_block_size, engine.hash_block_size
+    return resolve_cache_hit_alignment_tokens(engine.kv_cache_config, engine.vllm_config, *sizes)
 
 
 def _pages_of(number: int, group: KVCacheGroupSpec) -> list[Pages]:

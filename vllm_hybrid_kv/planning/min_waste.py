@@ -15,12 +15,12 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
-from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 
 from vllm_hybrid_kv.hooks import hookimpl
 from vllm_hybrid_kv.planning.lcm import lcm_page_size, with_page_size
 from vllm_hybrid_kv.planning.page_kinds import LayerKind, kind_of
-from vllm_hybrid_kv.planning.page_search import PageSearch
+from vllm_hybrid_kv.planning.page_search import PageSearch, weighed_page
 from vllm_hybrid_kv.planning.page_sizes import describe_layers
 
 if TYPE_CHECKING:
@@ -36,6 +36,11 @@ TOLERANCE = Fraction(1, 100)
 every request `n / 2` tokens more on average, in its last block, and lets fewer prefixes match."""
 
 
+REFERENCE_REQUEST = 3_200
+"""Tokens of the request that match units are compared with: a unit of `u` tokens costs as much as
+`u / (2 * REFERENCE_REQUEST)` of the pool as padding. `docs/planning.md` has the source."""
+
+
 class MinWaste:
     """The strategy `min_waste`."""
 
@@ -44,7 +49,36 @@ class MinWaste:
         self, vllm_config: VllmConfig | None, kv_cache_spec: dict[str, KVCacheSpec]
     ) -> dict[str, KVCacheSpec]:
         """See `unify_with_least_waste`."""
-        return unify_with_least_waste(kv_cache_spec, longest_sequence(vllm_config))
+        return unify_with_least_waste(
+            kv_cache_spec,
+            longest_sequence(vllm_config),
+            reference=_reference_request(vllm_config, kv_cache_spec),
+        )
+
+
+def _reference_request(
+    vllm_config: VllmConfig | None, kv_cache_spec: Mapping[str, KVCacheSpec]
+) -> Fraction | None:
+    """Return what match units are compared with, None if blocks do not decide where hits end."""
+    if vllm_config is None or not hits_end_at_blocks(vllm_config, kv_cache_spec):
+        return None
+    tokens = min(longest_sequence(vllm_config), REFERENCE_REQUEST)
+    # A block of all devices together is that many times as long.
+    return Fraction(tokens, vllm_config.parallel_config.decode_context_parallel_size)
+
+
+def hits_end_at_blocks(vllm_config: VllmConfig, kv_cache_spec: Mapping[str, KVCacheSpec]) -> bool:
+    """Whether prefix-cache hits end at multiples of the least common multiple of all blocks.
+
+    They do not if states are cached in mode `align`: then vLLM ends hits inside blocks
+    (`partial_hash_hits_enabled`).
+    """
+    if not vllm_config.cache_config.enable_prefix_caching:
+        return False
+    return not any(
+        isinstance(spec, MambaSpec) and spec.mamba_cache_mode == "align"
+        for spec in kv_cache_spec.values()
+    )
 
 
 def longest_sequence(vllm_config: VllmConfig | None) -> int:
@@ -57,13 +91,18 @@ def unify_with_least_waste(
     kv_cache_spec: Mapping[str, KVCacheSpec],
     longest: int = LONGEST_SEQUENCE,
     tolerance: Fraction = TOLERANCE,
+    reference: Fraction | None = None,
 ) -> dict[str, KVCacheSpec]:
     """Give all layers pages of the size that leaves the smallest share of the pool as padding.
 
-    Of the page sizes from what the largest page holds, without padding, up to the one that `lcm`
-    aims at: the one with the smallest `waste`; of equals the smallest, which has the shortest
-    blocks. Shares up to `tolerance` count as equal where they are not above what `lcm` leaves.
-    Where no size up to that one suits all layers, the next larger one that does.
+    With a reference request, choose the page and blocks with the lowest cost instead: `waste`
+    plus `match_unit / (2 * reference)`, where the match unit is the least common multiple of all
+    blocks.
+
+    Without one, of the page sizes from what the largest page holds, without padding, up to the one
+    that `lcm` aims at: the one with the smallest `waste`; of equals the smallest, which has the
+    shortest blocks. Shares up to `tolerance` count as equal where they are not above what `lcm`
+    leaves. Where no size up to that one suits all layers, the next larger one that does.
 
     Args:
         kv_cache_spec: The spec of every layer by name. Page sizes are in bytes, block sizes in
@@ -72,6 +111,8 @@ def unify_with_least_waste(
             no longer than it takes to hold one.
         tolerance: The share of the pool that is not worth longer blocks; with 0 the plan is the
             one with the fewest wasted bytes to the last.
+        reference: Tokens of the request that match units are compared with; None if prefix-cache
+            hits do not end at multiples of the blocks.
 
     Returns:
         New specs of equal `page_size_bytes`, in the same order. Layers that need no change keep
@@ -92,11 +133,18 @@ def unify_with_least_waste(
     count = Counter(numbers.values())
     first = {number: kv_cache_spec[name] for name, number in reversed(numbers.items())}
     kinds = [(kind_of(first[number], longest), count[number]) for number in range(len(count))]
-    highest = lcm_page_size([kind.spec for kind, _ in kinds])
-    by_lcm = _waste_by_lcm(kinds, highest)
-    enough = tolerance if by_lcm is None else min(tolerance, by_lcm)
-    search = PageSearch(kinds)
-    page = search.best(highest, enough, at_highest=by_lcm is not None)
+    page = None
+    if reference is not None:
+        weighed = weighed_page(kinds, reference)
+        if weighed is not None:
+            page, unit = weighed
+            kinds = [(kind.within(unit), layers) for kind, layers in kinds]
+    if page is None:
+        search = PageSearch(kinds)
+        highest = lcm_page_size([kind.spec for kind, _ in kinds])
+        by_lcm = _waste_by_lcm(kinds, highest)
+        enough = tolerance if by_lcm is None else min(tolerance, by_lcm)
+        page = search.best(highest, enough, at_highest=by_lcm is not None)
     if page is None:
         stiff = [name for name, number in numbers.items() if not kinds[number][0].elastic]
         raise NotImplementedError(

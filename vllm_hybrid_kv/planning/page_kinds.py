@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -69,6 +71,14 @@ class LayerKind(ABC):
         """Return the pages from `low` to `high` at which more tokens fit, or, of kinds that are
         not elastic, all that the layer can have."""
 
+    def within(self, match_unit: int) -> LayerKind:
+        """Return what is left of the choice if every block has to divide a match unit.
+
+        Args:
+            match_unit: Tokens, a multiple of the present block.
+        """
+        return self
+
     def with_page(self, page: int) -> KVCacheSpec:
         """Return the spec with a page that `blocks` has a way for: scaled, and the rest padded."""
         blocks = int(self.blocks(np.array([page]))[0])
@@ -112,15 +122,17 @@ class Attention(LayerKind):
         """Return the multiples of a block's bytes."""
         return _multiples(self.unit, low, min(high, self.cap * self.unit))
 
-    def with_page(self, page: int) -> KVCacheSpec:
-        """Scale, and pad what remains."""
-        blocks = min(page // self.unit, self.cap)
-        return _scaled(self.spec, blocks, page, padded=blocks * self.unit != page)
+    def within(self, match_unit: int) -> LayerKind:
+        """Leave the blocks that divide the unit."""
+        counts = _divisors(match_unit // self.spec.block_size)
+        return DividingAttention(self.spec, self.unit, self.cap, _up_to(self.cap, counts))
 
 
 @dataclass(frozen=True)
-class ChunkedAttention(Attention):
-    """Chunked local attention: vLLM cuts a chunk into whole blocks, so that a block divides it.
+class DividingAttention(Attention):
+    """Attention whose block has to divide a number of tokens.
+
+    vLLM cuts a chunk of chunked local attention into whole blocks.
 
     Attributes:
         counts: Present blocks that a block can have, ascending.
@@ -143,9 +155,10 @@ class ChunkedAttention(Attention):
         pages = np.array(self.counts, np.int64) * self.unit
         return pages[(pages >= low) & (pages <= high)]
 
-    def with_page(self, page: int) -> KVCacheSpec:
-        """Scale, and pad what remains."""
-        return LayerKind.with_page(self, page)
+    def within(self, match_unit: int) -> LayerKind:
+        """Leave the blocks that divide the unit as well."""
+        allowed = set(_divisors(match_unit // self.spec.block_size))
+        return replace(self, counts=tuple(count for count in self.counts if count in allowed))
 
 
 @dataclass(frozen=True)
@@ -173,6 +186,12 @@ class SplitAttention(LayerKind):
     def steps(self, low: int, high: int) -> Bytes:
         """Return the multiples of a block's bytes."""
         return _multiples(self.unit, low, high)
+
+    def within(self, match_unit: int) -> LayerKind:
+        """Leave the blocks that divide the unit, the present one padded among them."""
+        counts = _divisors(match_unit // self.spec.block_size)
+        pages = tuple(count * self.unit for count in counts)
+        return Listed(self.spec, self.unit, self.cap, pages, counts, int(self.pads))
 
 
 @dataclass(frozen=True)
@@ -218,6 +237,63 @@ class RowAligned(LayerKind):
         pages = np.union1d(rounded, _multiples(present, low, high))
         pages = pages[(pages >= low) & (pages <= high)]
         return pages[self.blocks(pages) > 0]
+
+    def within(self, match_unit: int) -> LayerKind:
+        """Leave the blocks that divide the unit."""
+        present = self.spec.page_size_bytes
+        counts: dict[int, int] = {}
+        # Of blocks that have one page, the longest.
+        for count in _divisors(match_unit // self.spec.block_size):
+            whole = count * present
+            if self.alignment is None:
+                counts[whole] = count
+                continue
+            counts[-(-count * self.unit // self.alignment) * self.alignment] = count
+            if count * self.unit % self.alignment == 0:
+                counts.setdefault(whole, count)
+        pages, blocks = zip(*sorted(counts.items()), strict=True)
+        return Listed(self.spec, self.unit, self.cap, pages, blocks, otherwise=0)
+
+
+@dataclass(frozen=True)
+class Listed(LayerKind):
+    """Layers with a list of pages that they can have.
+
+    Attributes:
+        pages: Bytes, ascending.
+        counts: Present blocks of each page.
+        otherwise: Present blocks of every other page.
+    """
+
+    pages: tuple[int, ...]
+    counts: tuple[int, ...]
+    otherwise: int
+
+    @property
+    def elastic(self) -> bool:
+        """Only if every other page can be padded."""
+        return self.otherwise > 0
+
+    @property
+    def least_page(self) -> int:
+        """The first of the list, in bytes."""
+        return self.pages[0]
+
+    @property
+    def longest_page(self) -> int:
+        """The last of the list, in bytes."""
+        return self.pages[-1]
+
+    def blocks(self, pages: Bytes) -> Bytes:
+        """Look the pages up."""
+        index = np.searchsorted(self.pages, pages).clip(max=len(self.pages) - 1)
+        found = np.asarray(self.pages)[index] == pages
+        return np.where(found, np.asarray(self.counts)[index], self.otherwise)
+
+    def steps(self, low: int, high: int) -> Bytes:
+        """Return the listed pages from `low` to `high`."""
+        pages = np.array(self.pages, np.int64)
+        return pages[(pages >= low) & (pages <= high)]
 
 
 @dataclass(frozen=True)
@@ -270,9 +346,7 @@ def kind_of(spec: KVCacheSpec, longest: int) -> LayerKind:
         return SplitAttention(spec, unit, cap, pads=spec.block_size <= kernel_blocks.base)
     in_a_chunk, rest = divmod(getattr(spec, "attention_chunk_size", None) or 0, spec.block_size)
     if in_a_chunk and not rest:
-        divisors = [k for k in range(1, in_a_chunk + 1) if in_a_chunk % k == 0]
-        counts = [k for k in divisors if k < cap] + [k for k in divisors if k >= cap][:1]
-        return ChunkedAttention(spec, unit, cap, tuple(counts))
+        return DividingAttention(spec, unit, cap, _up_to(cap, _divisors(in_a_chunk)))
     return Attention(spec, unit, cap)
 
 
@@ -308,6 +382,17 @@ def _scaled(spec: KVCacheSpec, blocks: int, page: int, padded: bool) -> KVCacheS
     if isinstance(spec, AttentionSpec):
         changed["page_size_padded"] = page if padded else None
     return replace(spec, **changed)
+
+
+@cache
+def _divisors(number: int) -> tuple[int, ...]:
+    low = [k for k in range(1, math.isqrt(number) + 1) if number % k == 0]
+    return tuple(sorted({*low, *(number // k for k in low)}))
+
+
+def _up_to(cap: int, counts: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the counts below a cap and the first that reaches it."""
+    return counts[: bisect_left(counts, cap) + 1]
 
 
 def _multiples(unit: int, low: int, high: int) -> Bytes:

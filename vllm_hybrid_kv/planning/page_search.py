@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
+import numpy.typing as npt
 
 from vllm_hybrid_kv.planning.page_kinds import Bytes, LayerKind, RowAligned, page_granularity
 
@@ -26,6 +27,56 @@ class Page:
     size: int
     used: int
     waste: Fraction
+
+
+def weighed_page(
+    kinds: Sequence[tuple[LayerKind, int]], reference: Fraction
+) -> tuple[Page, int] | None:
+    """Return the page with the lowest cost, and the match unit that its blocks divide.
+
+    The cost is the share of the pool that is padding plus `match_unit / (2 * reference)`, the share
+    of a request that a cache hit misses on average because hits end at multiples of the unit.
+
+    Args:
+        kinds: What the layers can do, and how many there are of each kind.
+        reference: Tokens of the request that match units are compared with.
+
+    Returns:
+        The page and the unit in tokens, of equals those with the smallest unit; None if no plan
+        costs less than the whole pool.
+    """
+    present = math.lcm(*(kind.spec.block_size for kind, _ in kinds))
+    units = np.arange(present, math.ceil(2 * reference), present, dtype=np.int64)
+    bounds = _least_costs(kinds, units, float(reference))
+    best: tuple[Fraction, int, Page] | None = None
+    for index in np.argsort(bounds, kind="stable"):
+        # Bounds are rounded.
+        if best is not None and bounds[index] > float(best[0]) + 1e-12:
+            break
+        unit = int(units[index])
+        page = PageSearch([(kind.within(unit), count) for kind, count in kinds]).least_waste()
+        if page is None:
+            continue
+        cost = page.waste + unit / (2 * reference)
+        if best is None or (cost, unit) < best[:2]:
+            best = cost, unit, page
+    return None if best is None or best[0] >= 1 else (best[2], best[1])
+
+
+def _least_costs(
+    kinds: Sequence[tuple[LayerKind, int]], units: Bytes, reference: float
+) -> npt.NDArray[np.float64]:
+    """Return for each match unit a cost that no plan is below.
+
+    A block has at most a unit's tokens, and a page at least the bytes of the largest present one.
+    """
+    layers = sum(count for _, count in kinds)
+    least = max(kind.least_page for kind, _ in kinds)
+    filled = np.zeros(len(units))
+    for kind, count in kinds:
+        blocks = np.minimum(units // kind.spec.block_size, kind.cap)
+        filled += count * np.minimum(1, blocks * kind.unit / least)
+    return 1 - filled / layers + units / (2 * reference)
 
 
 class PageSearch:
@@ -95,6 +146,22 @@ class PageSearch:
                 best = self._page(size, self._used(np.array([size]))[0])
             low = high + 1
         return best
+
+    def least_waste(self) -> Page | None:
+        """Return the page that wastes least, of equals the smallest; None if none suits all.
+
+        No page is larger than what the longest blocks fill. Larger ones only add padding.
+        """
+        low, high = (
+            -(-size // self._granularity) * self._granularity for size in (self.least, self.reach)
+        )
+        pages = self._common(low, high)
+        if not len(pages):
+            return None
+        used = self._used(pages)
+        waste = 1 - used / pages / self._layers
+        closest = np.flatnonzero(waste <= waste.min() + 1e-12)
+        return min((self._page(pages[i], used[i]) for i in closest), key=lambda page: page.waste)
 
     def _page(self, size: np.int64, used: np.int64) -> Page:
         waste = 1 - Fraction(int(used), int(size) * self._layers)
