@@ -93,6 +93,14 @@ _NEMOTRON_H = {
 }
 
 SIZES: dict[str, dict[str, Any]] = {
+    # bigscience/bloom-7b1.
+    "BloomForCausalLM": {
+        "transformers": "bloom",
+        "hidden_size": 4096,
+        "n_layer": 30,
+        "n_head": 32,
+        "vocab_size": 250880,
+    },
     # inclusionAI/Ling-lite, Ling-mini-2.0 and Ring-2.5-1T.
     "BailingMoeForCausalLM": sizes(
         "bailing_moe",

@@ -15,6 +15,15 @@ from tests.zoo.workers import ROOT
 PAGE = ROOT / "docs" / "models.md"
 
 K8V4 = "turboquant_k8v4"
+
+KINDS = {
+    "served and compared": "served and compared",
+    "planned; pattern run": "planned, its pattern served and compared",
+    "planned: it has no attention": "planned, no attention to quantise",
+    "planned only": "planned only",
+    "refused": "refused",
+}
+"""How a status begins, and what it is counted as."""
 Tables = dict[str, dict[str, Any]]
 
 HEAD = """# Models
@@ -48,7 +57,7 @@ def representatives(tables: Tables) -> dict[Pattern, str]:
         kind = pattern(row)
         if kind is None or row["minor"] != "0.32" or row["planned_as"] != name:
             continue
-        if "refused" in row["plans"][K8V4]:
+        if "refused" in row["plans"][K8V4] or not kind.attention:
             continue
         if kind not in found or _rank(tables, name) < _rank(tables, found[kind]):
             found[kind] = name
@@ -67,7 +76,7 @@ def engine_of(row: dict[str, Any], kind: Pattern) -> str:
     if "crashed" in row:
         return f"fails: {row['crashed']}"
     if "refused" in row["auto"]:
-        return f"vLLM on CPUs does not run it: {row['auto']['refused']}"
+        return f"vLLM on CPUs does not run this pattern: {row['auto']['refused']}"
     if "refused" in row[K8V4]:
         return f"k8v4 refused: {row[K8V4]['refused']}"
     broken = verdict(row, bool(kind.state))
@@ -90,13 +99,16 @@ def status_of(name: str, tables: Tables) -> str:
     if refusal:
         return f"refused: {refusal}"
     kind = pattern(row)
+    if kind is not None and not kind.attention:
+        return "planned: it has no attention, so the cache dtype changes nothing"
     runs_as = representatives(tables).get(kind) if kind else None
     ran = tables["engines"].get(runs_as or "")
     if kind is None or ran is None:
         return "planned only: its pattern has not run"
     outcome = engine_of(ran, kind)
     if outcome == "agrees":
-        return "served and compared" if runs_as == base else f"planned; pattern run as {runs_as}"
+        model = ran.get("model", runs_as)
+        return "served and compared" if model == base else f"planned; pattern run as {model}"
     return f"planned only; {runs_as}: {outcome}"
 
 
@@ -122,7 +134,10 @@ def render(tables: Tables) -> str:
         name = chosen.get(kind)
         ran = tables["engines"].get(name or "")
         result = engine_of(ran, kind) if ran else "not run"
-        lines.append(f"| {kind} | {count} | {name or '-'} | {_cell(result)} |")
+        if name is None:
+            result = "refused" if kind.attention else "has nothing to quantise"
+        model = (ran or {}).get("model", name) or "-"
+        lines.append(f"| {kind} | {count} | {model} | {_cell(result)} |")
     lines += [
         "",
         "## Architectures",
@@ -150,12 +165,7 @@ def render(tables: Tables) -> str:
 
 
 def _kind_of(status: str) -> str:
-    for kind in ("served and compared", "planned; pattern run", "planned only", "refused"):
-        if status.startswith(kind):
-            return {"planned; pattern run": "planned, its pattern served and compared"}.get(
-                kind, kind
-            )
-    return "not planned"
+    return next((kind for start, kind in KINDS.items() if status.startswith(start)), "not planned")
 
 
 def _times(row: dict[str, Any], dtype: str) -> str:

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
 DTYPES = ("auto", "turboquant_k8v4")
 LENGTHS = (900, 640, 333, 97)
 
@@ -28,12 +30,11 @@ LENGTHS = (900, 640, 333, 97)
 def run(architecture: str) -> dict[str, Any]:
     """Return what an architecture's small model gives with each dtype, or why it does not run."""
     from tests.zoo.bounds import errors_of
-    from tests.zoo.configurations import configuration_of
-    from tests.zoo.tiny import shrink
+    from tests.zoo.tiny import small_model
 
     began = time.monotonic()
-    fields = shrink(architecture, configuration_of(architecture).fields)
-    row: dict[str, Any] = {}
+    fields, name = small_model(architecture)
+    row: dict[str, Any] = {"model": name}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(fields, default=str))
         for dtype in DTYPES:
@@ -56,11 +57,15 @@ def run(architecture: str) -> dict[str, Any]:
 
 
 def _said_by(error: Exception) -> str:
-    """Return vLLM's own reason in one line, or where its code for the model failed."""
+    """Return vLLM's own reason in one line, or which of its layers fails."""
     if isinstance(error, ValueError | NotImplementedError):
         return " ".join(str(error).split())[:300]
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"vLLM's code fails ({Path(last.filename).name}, line {last.lineno})"
+    failing = "model"
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        layer = frame.f_locals.get("self")
+        if isinstance(layer, torch.nn.Module) and type(layer).__module__.startswith("vllm."):
+            failing = type(layer).__name__
+    return f"vLLM's {failing} fails"
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.zoo.configurations import configuration_of
+
 LAYERS = 8
 VOCABULARY = 1024
 WINDOW = 96
@@ -19,9 +21,10 @@ SMALLER: dict[str, int] = {
     "moe_intermediate_size": 128, "expert_ffn_hidden_size": 128, "shared_intermediate_size": 256,
     "shared_expert_intermediate_size": 128, "moe_shared_expert_intermediate_size": 128,
     "share_expert_dim": 128, "share_q_dim": 256, "q_lora_rank": 128,
+    "conv_dim": HIDDEN, "block_dim": HIDDEN, "block_ff_dim": HIDDEN,
     "num_attention_heads": 8, "n_head": 8, "n_heads": 8, "num_experts": 4, "n_routed_experts": 4,
-    "num_local_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2, "moe_top_k": 2,
-    "moe_topk": 2, "moe_k": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    "num_local_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 4, "moe_top_k": 4,
+    "moe_topk": 4, "moe_k": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
     "vocab_size": VOCABULARY, "padded_vocab_size": VOCABULARY, "max_position_embeddings": 2048,
     "n_positions": 2048, "seq_length": 2048, "sliding_window": WINDOW,
     "sliding_window_size": WINDOW,
@@ -29,10 +32,32 @@ SMALLER: dict[str, int] = {
     "hidden_size_per_layer_input": 64, "num_kv_shared_layers": 3,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4,
 }  # fmt: skip
-"""Fields that are no greater than this; 0 and less stay as they are."""
+"""Upper bounds of fields. As many experts for each token as there are, if the model has more than a
+few: which ones are chosen then does not hang on rounding."""
 
-OVERRIDES: dict[str, dict[str, Any]] = {}
-"""What further fields of an architecture have to be, so that its sizes agree."""
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "GraniteMoeHybridForCausalLM": {"mamba_n_heads": 16, "attention_multiplier": 0.125},
+    "GraniteSWAForCausalLM": {"attention_multiplier": 0.125},
+    "Mamba2ForCausalLM": {"num_heads": 16},
+}
+"""Further fields of an architecture: its other sizes follow from them, or its defaults are not what
+its models have."""
+
+STAND_INS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "OlmoHybridForCausalLM": (
+        "Qwen3NextForCausalLM",
+        {"mlp_only_layers": list(range(LAYERS - 1))},
+        "Qwen3NextForCausalLM with experts in one layer",
+    ),
+}
+"""Architectures that vLLM cannot run on CPUs: one that it can, fields that give it the same layers,
+and what to call it."""
+
+
+def small_model(architecture: str) -> tuple[dict[str, Any], str]:
+    """Return a small configuration with an architecture's pattern, and what to call the model."""
+    stand_in, fields, name = STAND_INS.get(architecture, (architecture, {}, architecture))
+    return {**shrink(stand_in, configuration_of(stand_in).fields), **fields}, name
 
 
 def shrink(architecture: str, fields: dict[str, Any]) -> dict[str, Any]:
