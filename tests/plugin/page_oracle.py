@@ -70,15 +70,9 @@ def share_wasted(before, after, longest: int) -> Fraction:
     return 1 - sum(used(spec, after[name], longest) for name, spec in before.items()) / total
 
 
-def best_for(spec: KVCacheSpec, page: int, longest: int, match_unit: int = 0) -> Fraction | None:
-    """The most bytes that a layer can use of a page, or None if it cannot have that page.
-
-    With a match unit, of the blocks that divide it.
-    """
-    best = None
+def plans_of(spec: KVCacheSpec, page: int):
+    """Every way in which a layer can have a page, with ever longer blocks."""
     for scale in range(1, page // spec.real_page_size_bytes + 1):
-        if match_unit % (scale * spec.block_size):
-            continue
         # vLLM cuts a chunk of local attention into whole blocks, if any multiple divides it.
         chunk = getattr(spec, "attention_chunk_size", None) or 0
         if not chunk % spec.block_size and chunk % (scale * spec.block_size):
@@ -86,13 +80,21 @@ def best_for(spec: KVCacheSpec, page: int, longest: int, match_unit: int = 0) ->
         for padding in (None, page):
             try:
                 after = replace(spec, block_size=scale * spec.block_size, page_size_padded=padding)
-                if after.page_size_bytes != page or not readable(spec, after):
-                    continue
+                if after.page_size_bytes == page and readable(spec, after):
+                    yield after
             except AssertionError:
                 continue
-            found = used(spec, after, longest)
-            best = found if best is None else max(best, found)
-    return best
+
+
+def best_for(spec: KVCacheSpec, page: int, longest: int) -> Fraction | None:
+    """The most bytes that a layer can use of a page, or None if it cannot have that page."""
+    return max((used(spec, after, longest) for after in plans_of(spec, page)), default=None)
+
+
+def longest_block(spec: KVCacheSpec, page: int, match_unit: int) -> KVCacheSpec | None:
+    """A layer with the longest block of a page that divides a match unit, or None."""
+    plans = (plan for plan in plans_of(spec, page) if match_unit % plan.block_size == 0)
+    return max(plans, key=lambda plan: plan.block_size, default=None)
 
 
 def highest_page(specs) -> int:
@@ -162,19 +164,34 @@ def match_unit_of(plan) -> int:
     return math.lcm(*(spec.block_size for spec in plan.values()))
 
 
-def cheapest(specs, longest: int, reference: Fraction):
-    """The lowest cost of any plan, its match unit and page, or None if no plan costs below 1.
+def held(spec, request: Fraction) -> Fraction:
+    """How many tokens of a request a layer holds, with one state for as many as a block has."""
+    if is_state(spec):
+        return Fraction(spec.block_size)
+    bounds = [getattr(spec, "sliding_window", None), getattr(spec, "attention_chunk_size", None)]
+    return min([request, *map(Fraction, filter(None, bounds))])
 
-    The cost is the share wasted plus what a match unit costs for a request of `reference` tokens.
-    """
-    present = math.lcm(*(spec.block_size for spec in specs))
+
+def cost(before, after, request: Fraction) -> Fraction:
+    """The share of its pages that a request leaves as padding, and of it that a hit misses."""
+    held_bytes = taken = Fraction(0)
+    for name, spec in before.items():
+        tokens = held(spec, request)
+        held_bytes += tokens * spec.real_page_size_bytes / spec.block_size
+        taken += after[name].page_size_bytes * max(1, tokens / after[name].block_size)
+    return 1 - held_bytes / taken + match_unit_of(after) / (2 * request)
+
+
+def cheapest(specs, request: Fraction) -> Fraction | None:
+    """The lowest cost of any plan, or None if no plan costs less than 1."""
+    layers = dict(enumerate(specs))
+    present = match_unit_of(layers)
     lowest = max(spec.real_page_size_bytes for spec in specs)
     found = []
-    for unit in range(present, math.ceil(2 * reference), present):
+    for unit in range(present, math.ceil(2 * request), present):
         highest = max(least_page(s) * (1 if is_state(s) else unit // s.block_size) for s in specs)
         for page in range(lowest, max(highest, lowest + granularity(specs)) + 1):
-            parts = [best_for(spec, page, longest, unit) for spec in specs]
-            if page % granularity(specs) == 0 and None not in parts:
-                wasted = 1 - sum(parts) / (page * len(specs))
-                found.append((wasted + unit / (2 * reference), unit, page))
-    return min((plan for plan in found if plan[0] < 1), default=None)
+            plan = {name: longest_block(spec, page, unit) for name, spec in layers.items()}
+            if page % granularity(specs) == 0 and None not in plan.values():
+                found.append(cost(layers, plan, request))
+    return min((one for one in found if one < 1), default=None)

@@ -37,8 +37,8 @@ every request `n / 2` tokens more on average, in its last block, and lets fewer 
 
 
 REFERENCE_REQUEST = 3_200
-"""Tokens of the request that match units are compared with: a unit of `u` tokens costs as much as
-`u / (2 * REFERENCE_REQUEST)` of the pool as padding. `docs/planning.md` has the source."""
+"""Tokens of the request for which padding and match units are weighed. `docs/planning.md` has the
+source."""
 
 
 class MinWaste:
@@ -95,9 +95,9 @@ def unify_with_least_waste(
 ) -> dict[str, KVCacheSpec]:
     """Give all layers pages of the size that leaves the smallest share of the pool as padding.
 
-    With a reference request, choose the page and blocks with the lowest cost instead: `waste`
-    plus `match_unit / (2 * reference)`, where the match unit is the least common multiple of all
-    blocks.
+    With a reference request, choose the page and blocks with the lowest cost instead: the share of
+    its pages that the request leaves as padding, plus `match_unit / (2 * reference)`, where the
+    match unit is the least common multiple of all blocks.
 
     Without one, of the page sizes from what the largest page holds, without padding, up to the one
     that `lcm` aims at: the one with the smallest `waste`; of equals the smallest, which has the
@@ -134,11 +134,14 @@ def unify_with_least_waste(
     first = {number: kv_cache_spec[name] for name, number in reversed(numbers.items())}
     kinds = [(kind_of(first[number], longest), count[number]) for number in range(len(count))]
     page = None
-    if reference is not None:
-        weighed = weighed_page(kinds, reference)
-        if weighed is not None:
-            page, unit = weighed
-            kinds = [(kind.within(unit), layers) for kind, layers in kinds]
+    of_what = "of the pool is padding"
+    if reference is not None and (weighed := weighed_page(kinds, reference)) is not None:
+        page, unit = weighed
+        kinds = [(kind.within(unit), layers) for kind, layers in kinds]
+        of_what = (
+            f"of a request of {float(reference):,.0f} tokens is padding, prefix-cache hits end at "
+            f"multiples of {unit:,} tokens"
+        )
     if page is None:
         search = PageSearch(kinds)
         highest = lcm_page_size([kind.spec for kind, _ in kinds])
@@ -157,9 +160,10 @@ def unify_with_least_waste(
     planned = [kind.with_page(page.size) for kind, _ in kinds]
     if any(after is not kind.spec for after, (kind, _) in zip(planned, kinds, strict=True)):
         logger.info(
-            "min_waste: pages of %s bytes, %.2f %% of the pool is padding",
+            "min_waste: pages of %s bytes, %.2f %% %s",
             f"{page.size:,}",
             100 * page.waste,
+            of_what,
         )
         for after, (kind, layers) in zip(planned, kinds, strict=True):
             _log_padding(layers, kind, after)

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cache
 from typing import Any
 
@@ -28,6 +29,8 @@ from vllm.v1.kv_cache_interface import (
 )
 
 Bytes = npt.NDArray[np.int64]
+
+_BOUNDS = ("sliding_window", "attention_chunk_size")
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,11 @@ class LayerKind(ABC):
         """Return the pages from `low` to `high` at which more tokens fit, or, of kinds that are
         not elastic, all that the layer can have."""
 
+    def held(self, request: Fraction) -> Fraction:
+        """Return how many tokens of a request the layer holds: all, or its window or chunk."""
+        bounds = (getattr(self.spec, name, None) for name in _BOUNDS)
+        return min([request, *(Fraction(bound) for bound in bounds if bound)])
+
     def within(self, match_unit: int) -> LayerKind:
         """Return what is left of the choice if every block has to divide a match unit.
 
@@ -95,6 +103,10 @@ class LayerKind(ABC):
 
 class State(LayerKind):
     """One state per block, or one ring per request: a page only pads."""
+
+    def held(self, request: Fraction) -> Fraction:
+        """One block, whatever the request."""
+        return Fraction(self.spec.block_size)
 
     def blocks(self, pages: Bytes) -> Bytes:
         """One, wherever the state fits."""
@@ -299,6 +311,10 @@ class Listed(LayerKind):
 @dataclass(frozen=True)
 class Fixed(LayerKind):
     """A layer whose bytes do not grow in step with its block: has the page that it has."""
+
+    def held(self, request: Fraction) -> Fraction:
+        """One block, whatever the request."""
+        return Fraction(self.spec.block_size)
 
     @property
     def elastic(self) -> bool:

@@ -34,27 +34,29 @@ def weighed_page(
 ) -> tuple[Page, int] | None:
     """Return the page with the lowest cost, and the match unit that its blocks divide.
 
-    The cost is the share of the pool that is padding plus `match_unit / (2 * reference)`, the share
-    of a request that a cache hit misses on average because hits end at multiples of the unit.
+    The cost is what share of its pages a reference request leaves as padding, plus
+    `match_unit / (2 * reference)`, the share of it that a cache hit misses on average because hits
+    end at multiples of the unit.
 
     Args:
         kinds: What the layers can do, and how many there are of each kind.
-        reference: Tokens of the request that match units are compared with.
+        reference: Tokens of the request.
 
     Returns:
-        The page and the unit in tokens, of equals those with the smallest unit; None if no plan
-        costs less than the whole pool.
+        The page, with the share that the request leaves as its waste, and the unit in tokens; of
+        equal costs the one with the smallest unit. None if no plan costs less than 1.
     """
     present = math.lcm(*(kind.spec.block_size for kind, _ in kinds))
     units = np.arange(present, math.ceil(2 * reference), present, dtype=np.int64)
-    bounds = _least_costs(kinds, units, float(reference))
+    bounds = _least_costs(kinds, units, reference)
     best: tuple[Fraction, int, Page] | None = None
     for index in np.argsort(bounds, kind="stable"):
         # Bounds are rounded.
         if best is not None and bounds[index] > float(best[0]) + 1e-12:
             break
         unit = int(units[index])
-        page = PageSearch([(kind.within(unit), count) for kind, count in kinds]).least_waste()
+        search = PageSearch([(kind.within(unit), count) for kind, count in kinds])
+        page = search.best_for(reference)
         if page is None:
             continue
         cost = page.waste + unit / (2 * reference)
@@ -64,19 +66,20 @@ def weighed_page(
 
 
 def _least_costs(
-    kinds: Sequence[tuple[LayerKind, int]], units: Bytes, reference: float
+    kinds: Sequence[tuple[LayerKind, int]], units: Bytes, reference: Fraction
 ) -> npt.NDArray[np.float64]:
     """Return for each match unit a cost that no plan is below.
 
     A block has at most a unit's tokens, and a page at least the bytes of the largest present one.
     """
-    layers = sum(count for _, count in kinds)
     least = max(kind.least_page for kind, _ in kinds)
-    filled = np.zeros(len(units))
+    content, taken = 0.0, np.zeros(len(units))
     for kind, count in kinds:
-        blocks = np.minimum(units // kind.spec.block_size, kind.cap)
-        filled += count * np.minimum(1, blocks * kind.unit / least)
-    return 1 - filled / layers + units / (2 * reference)
+        held = float(kind.held(reference))
+        per_token = kind.unit / kind.spec.block_size
+        content += count * held * per_token
+        taken += count * np.maximum(least, held * np.maximum(per_token, least / units))
+    return 1 - content / taken + units / (2 * float(reference))
 
 
 class PageSearch:
@@ -147,21 +150,40 @@ class PageSearch:
             low = high + 1
         return best
 
-    def least_waste(self) -> Page | None:
-        """Return the page that wastes least, of equals the smallest; None if none suits all.
+    def best_for(self, request: Fraction) -> Page | None:
+        """Return the page of which a request leaves the smallest share, None if none suits all.
 
         No page is larger than what the longest blocks fill. Larger ones only add padding.
+
+        Args:
+            request: Its tokens.
+
+        Returns:
+            Of equals the smallest, with the share as its waste. A layer takes at least one page.
         """
-        low, high = (
-            -(-size // self._granularity) * self._granularity for size in (self.least, self.reach)
-        )
-        pages = self._common(low, high)
-        if not len(pages):
+        low, high = (-(-size // self._granularity) for size in (self.least, self.reach))
+        sizes = self._common(low * self._granularity, high * self._granularity)
+        if not len(sizes):
             return None
-        used = self._used(pages)
-        waste = 1 - used / pages / self._layers
-        closest = np.flatnonzero(waste <= waste.min() + 1e-12)
-        return min((self._page(pages[i], used[i]) for i in closest), key=lambda page: page.waste)
+        held = [(kind, count, kind.held(request)) for kind, count in self._kinds]
+        content = sum(
+            count * tokens * kind.unit / kind.spec.block_size for kind, count, tokens in held
+        )
+        taken = np.zeros(len(sizes))
+        for kind, count, tokens in held:
+            blocks = kind.blocks(sizes) * kind.spec.block_size
+            taken += count * sizes * np.maximum(1, float(tokens) / blocks)
+        best: Page | None = None
+        for size in sizes[taken <= taken.min() * (1 + 1e-12)]:
+            one = np.array([size])
+            pages = sum(
+                count * max(Fraction(1), tokens / int(kind.blocks(one)[0] * kind.spec.block_size))
+                for kind, count, tokens in held
+            )
+            waste = 1 - content / (pages * int(size))
+            if best is None or waste < best.waste:
+                best = Page(int(size), int(self._used(one)[0]), waste)
+        return best
 
     def _page(self, size: np.int64, used: np.int64) -> Page:
         waste = 1 - Fraction(int(used), int(size) * self._layers)
