@@ -96,6 +96,7 @@ class Worker:
             for name in group.layer_names:
                 page = by_layer[name]
                 pages.append((number, name, page.block_size, page.page_size_bytes))
+        managers = core.scheduler.kv_cache_manager.coordinator.single_type_managers
         return {
             "blocks": planned.num_blocks,
             "num_gpu_blocks": cache.num_gpu_blocks,
@@ -103,7 +104,7 @@ class Worker:
             "pages": pages,
             "reported_tokens": cache.kv_cache_size_tokens,
             "reported_concurrency": cache.kv_cache_max_concurrency,
-            "match_tokens": core.scheduler.kv_cache_manager.block_pool.hash_block_size,
+            "match_tokens": managers[0].cache_hit_alignment_tokens,
             "scheduler_block_tokens": core.scheduler.block_size,
         }
 

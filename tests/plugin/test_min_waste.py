@@ -330,7 +330,7 @@ def test_only_models_whose_hits_end_at_blocks_weigh_match_units(make_config):
 
     weighed, least = units(specs)
     assert weighed < least
-    weighed, least = units({"state": state(1_000, 16, mamba_cache_mode="align"), **specs})
+    weighed, least = units({"state": state(1_000), **specs})
     assert weighed == least
     config.cache_config.enable_prefix_caching = False
     weighed, least = units(specs)

@@ -45,7 +45,7 @@ def test_the_suite_passes_against_the_0_33_wheel(suite, report):
 def test_min_waste_keeps_its_promises_with_the_0_33_wheel(run_pytest):
     done = run_pytest(*PROMISES.arguments())
     assert done.returncode == 0, done.stdout[-8000:]
-    assert "1 passed" in done.stdout
+    assert "2 passed" in done.stdout
 
 
 def test_the_gpu_backend_works_with_the_0_33_wheel(run_pytest):

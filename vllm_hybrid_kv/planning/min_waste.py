@@ -70,15 +70,11 @@ def _reference_request(
 def hits_end_at_blocks(vllm_config: VllmConfig, kv_cache_spec: Mapping[str, KVCacheSpec]) -> bool:
     """Whether prefix-cache hits end at multiples of the least common multiple of all blocks.
 
-    They do not if states are cached in mode `align`: then vLLM ends hits inside blocks
-    (`partial_hash_hits_enabled`).
+    In models with states vLLM ends hits inside blocks (`partial_hash_hits_enabled`).
     """
     if not vllm_config.cache_config.enable_prefix_caching:
         return False
-    return not any(
-        isinstance(spec, MambaSpec) and spec.mamba_cache_mode == "align"
-        for spec in kv_cache_spec.values()
-    )
+    return not any(isinstance(spec, MambaSpec) for spec in kv_cache_spec.values())
 
 
 def longest_sequence(vllm_config: VllmConfig | None) -> int:
