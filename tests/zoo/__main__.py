@@ -9,7 +9,7 @@ import time
 from tests.conformance.releases import unpacked_wheel
 from tests.zoo.architectures import architectures
 from tests.zoo.models import LANGUAGE_MODELS
-from tests.zoo.report import PAGE, render, representatives
+from tests.zoo.report import representatives, write
 from tests.zoo.results import Results
 from tests.zoo.workers import ROOT, WorkerError, worker
 
@@ -31,7 +31,7 @@ def main() -> None:
         plan_all(results, set(options.names), until)
     if options.part in (None, "engines"):
         run_all(results, set(options.names), until)
-    PAGE.write_text(render(results.tables))
+    write(results.tables)
 
 
 def plan_all(results: Results, only: set[str], until: float) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -13,6 +14,9 @@ from tests.zoo.patterns import Pattern
 from tests.zoo.workers import ROOT
 
 PAGE = ROOT / "docs" / "models.md"
+README = ROOT / "README.md"
+MARKS = "<!-- made by make zoo -->\n", "<!-- end -->"
+"""Around the README's table."""
 
 K8V4 = "turboquant_k8v4"
 
@@ -40,6 +44,14 @@ generates text has a row. Models for more than text are planned as their languag
   the prefix cache.
 
 """
+
+
+def write(tables: Tables) -> None:
+    """Write the page and the README's table."""
+    PAGE.write_text(render(tables))
+    before, _, rest = README.read_text().partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    README.write_text(f"{before}{MARKS[0]}{matrix(tables)}\n{MARKS[1]}{after}")
 
 
 def pattern(row: dict[str, Any]) -> Pattern | None:
@@ -127,17 +139,10 @@ def render(tables: Tables) -> str:
         "|---|---|---|---|",
     ]
     chosen = representatives(tables)
-    of_pattern = Counter(pattern(tables["plans"].get(LANGUAGE_MODELS.get(n, n), {})) for n in names)
-    for kind, count in of_pattern.most_common():
-        if kind is None:
-            continue
-        name = chosen.get(kind)
-        ran = tables["engines"].get(name or "")
-        result = engine_of(ran, kind) if ran else "not run"
-        if name is None:
-            result = "refused" if kind.attention else "has nothing to quantise"
-        model = (ran or {}).get("model", name) or "-"
-        lines.append(f"| {kind} | {count} | {model} | {_cell(result)} |")
+    for kind, count in _patterns(tables):
+        ran = tables["engines"].get(chosen.get(kind, ""), {})
+        model = ran.get("model", chosen.get(kind, "-"))
+        lines.append(f"| {kind} | {count} | {model} | {_cell(_result(kind, tables))} |")
     lines += [
         "",
         "## Architectures",
@@ -162,6 +167,42 @@ def render(tables: Tables) -> str:
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def matrix(tables: Tables) -> str:
+    """Return the README's table of models: a row for each pattern of layers."""
+    lines = ["| layers | architectures | k8v4 |", "|---|---|---|"]
+    for kind, count in _patterns(tables):
+        result = _result(kind, tables).replace("agrees", "served and compared")
+        lines.append(f"| {kind} | {count} | {_cell(result)} |")
+    return "\n".join(lines)
+
+
+def _patterns(tables: Tables) -> list[tuple[Pattern, int]]:
+    """Return the patterns that were planned, those of most architectures first."""
+    rows = (tables["plans"].get(LANGUAGE_MODELS.get(name, name), {}) for name in architectures())
+    return Counter(kind for row in rows if (kind := pattern(row))).most_common()
+
+
+def _result(kind: Pattern, tables: Tables) -> str:
+    """Say what is known of a pattern, in a few words."""
+    if not kind.attention:
+        return "planned, has no attention to quantise"
+    name = representatives(tables).get(kind)
+    if name is None:
+        return f"refused: {_reason(kind, tables)}"
+    ran = tables["engines"].get(name)
+    return engine_of(ran, kind) if ran else "planned only"
+
+
+def _reason(kind: Pattern, tables: Tables) -> str:
+    """Return the reason that most architectures of a pattern are refused for."""
+    reasons: Counter[str] = Counter()
+    for row in tables["plans"].values():
+        if pattern(row) == kind and (refusal := row["plans"][K8V4].get("refused")):
+            found = re.search(r"cannot serve this (?:model|layer): (.*?)\. Serve", refusal)
+            reasons[found[1] if found else refusal] += 1
+    return reasons.most_common(1)[0][0] if reasons else "vLLM 0.33 alone has it"
 
 
 def _kind_of(status: str) -> str:

@@ -14,7 +14,7 @@ from tests.zoo.bounds import errors_of, verdict
 from tests.zoo.models import ENCODER_DECODER, LANGUAGE_MODELS, SAME_AS, SIZES
 from tests.zoo.patterns import ATTENTION, STATES, WINDOWS, Pattern
 from tests.zoo.refusals import unfit
-from tests.zoo.report import PAGE, render, status_of
+from tests.zoo.report import MARKS, PAGE, README, matrix, render, status_of
 from tests.zoo.results import RESULTS
 from tests.zoo.workers import Worker, worker
 
@@ -58,6 +58,10 @@ def test_every_pattern_is_of_known_kinds(tables: dict[str, dict]):
 
 def test_the_committed_page_is_made_from_the_committed_results(tables: dict[str, dict]):
     assert PAGE.read_text() == render(tables)
+
+
+def test_the_readme_has_a_row_for_every_pattern(tables: dict[str, dict]):
+    assert "".join([MARKS[0], matrix(tables), "\n", MARKS[1]]) in README.read_text()
 
 
 def test_no_refusal_has_words_of_pythons_or_of_another_device(tables: dict[str, dict]):
