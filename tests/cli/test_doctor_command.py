@@ -219,10 +219,36 @@ def test_a_rival_that_rebinds_our_names_afterwards_is_named_wherever_it_does(mak
     assert moved["in_force"] is False
 
 
+PLATFORM = """
+from vllm.platforms.interface import UnspecifiedPlatform
+
+class Platform(UnspecifiedPlatform):
+    @classmethod
+    def get_kv_cache_config_builder_cls(cls, vllm_config):
+        return "acme_builder.Builder"
+"""
+BUILDER = """
+from vllm.v1.core.kv_cache_planning import DefaultKVCacheConfigBuilder
+
+class Builder(DefaultKVCacheConfigBuilder):
+    def get_kv_cache_groups(self, vllm_config, kv_cache_spec):
+        return []
+"""
+FINDS = "def find():\n    return 'acme_platform.Platform'\n"
+
+
 def test_beside_0_33_every_seam_is_verified_and_what_is_amiss_are_warnings(make_environment):
-    # Its wheel finds no CPU, and lies beside the installed release.
+    # Its wheel finds no CPU, and is installed next to the other release. A vendor's platform,
+    # which groups layers itself, is found instead.
+    environment = make_environment()
+    environment.distribution(
+        *("acme-platform", "1.0", "[vllm.platform_plugins]\nacme = acme_find:find\n"),
+        acme_find=FINDS,
+        acme_platform=PLATFORM,
+        acme_builder=BUILDER,
+    )
     found = read(
-        make_environment().doctor(
+        environment.doctor(
             "--json",
             PYTHONPATH=str(unpacked_wheel("0.33")),
             VLLM_CACHE_ROOT=str(CACHE / "vllm-0.33-cache"),
@@ -234,6 +260,7 @@ def test_beside_0_33_every_seam_is_verified_and_what_is_amiss_are_warnings(make_
     assert found["versions"]["vllm_fits"] is True
     assert "vLLM runs on no device it found" in finding(found, "device", "warning")["message"]
     assert "vLLM is installed more than once" in finding(found, "copies", "warning")["message"]
+    assert "acme_builder.Builder" in finding(found, "grouping", "warning")["message"]
 
 
 def test_bad_settings_and_a_strategy_that_cannot_be_imported_are_problems(make_environment):

@@ -71,6 +71,7 @@ def answered(errors=None, **found):
             "platform": {"device": "cpu", "cpu": True, "gpu": False},
             "plugins": {"plugins": [LOADED], "active": True, "left_alone": None, "foreign": []},
             "strategies": {"hooks": {}, "errors": []},
+            "grouping": None,
             "chosen": {"isa": "amx"},
             "seams": [{"name": "s", **SEAM, "edits": [EDIT]}],
             "gpus": [],
@@ -290,6 +291,18 @@ def test_another_plugin_that_cannot_be_imported_is_a_warning():
     finding = only(check(installed(), answered(plugins=plugins)))
     assert (finding.check, finding.severity.value) == ("other_plugin", "warning")
     assert "vLLM goes on without it" in finding.message
+
+
+def test_a_platform_that_groups_layers_itself_is_a_warning():
+    builder = "the platform's KV cache config builder acme.Builder"
+    finding = only(check(installed(), answered(grouping=builder)))
+    assert (finding.check, finding.severity.value) == ("grouping", "warning")
+    assert finding.message.startswith(f"{builder} groups the layers")
+
+
+def test_a_platforms_grouping_changes_nothing_where_page_sizes_are_vllms_own():
+    settings = [{**SETTINGS[0], "name": "unify_page_sizes", "value": "stock"}]
+    assert check(installed(), answered(grouping="acme.Builder", settings=settings)) == []
 
 
 def test_boundary_layers_are_a_note():

@@ -207,19 +207,66 @@ def start_up(unregistered, log):
 STOCK = {"coordinator": "stock", "prefix_match_unit": "stock"}
 
 
-@pytest.mark.skipif(MINOR < (0, 33), reason="in vLLM 0.32 nobody else can group layers")
-def test_a_platform_that_groups_layers_itself_is_named_at_start_up(unregistered, log, make_config):
+if MINOR >= (0, 33):
+
     class OwnBuilder(planning.DefaultKVCacheConfigBuilder):
+        """A platform's builder that groups layers itself."""
+
         def get_kv_cache_groups(self, vllm_config, kv_cache_spec):
             return [KVCacheGroupSpec([name], spec) for name, spec in kv_cache_spec.items()]
 
+    class SameGroups(planning.DefaultKVCacheConfigBuilder):
+        """A platform's builder that only calls vLLM's grouping."""
+
+        def get_kv_cache_groups(self, vllm_config, kv_cache_spec):
+            return super().get_kv_cache_groups(vllm_config, kv_cache_spec)
+
+    class OwnGroups(torch.nn.Module):
+        """A model that groups layers itself."""
+
+        get_kv_cache_groups = classmethod(OwnBuilder.get_kv_cache_groups)
+
+
+@pytest.mark.skipif(MINOR < (0, 33), reason="in vLLM 0.32 nobody else can group layers")
+@pytest.mark.parametrize("unify", ["min_waste", "stock"])
+@pytest.mark.parametrize("who", ["OwnBuilder", "SameGroups", "OwnGroups", "nobody"])
+def test_a_platform_or_model_that_groups_layers_itself_is_named_at_start_up(
+    unregistered, log, make_config, monkeypatch, who, unify
+):
     plugin.register()
-    config = make_config()
+    config = make_config({"unify_page_sizes": unify})
+    if who == "OwnGroups":
+        registry = config.model_config.registry
+        monkeypatch.setattr(registry, "models", {**registry.models})
+        registry.register_model("LlamaForCausalLM", OwnGroups)
+        monkeypatch.setattr(
+            config.model_config,
+            "_model_info",
+            registry.inspect_model_cls("LlamaForCausalLM", config.model_config)[0],
+        )
+    elif who != "nobody":
+        name = f"{__name__}.{who}"
+        monkeypatch.setattr(
+            type(vllm.platforms.current_platform),
+            "get_kv_cache_config_builder_cls",
+            classmethod(lambda cls, vllm_config: name),
+        )
+    from vllm.v1.core.kv_cache_config_builder import get_kv_cache_config_builder
+
+    builder = get_kv_cache_config_builder(config)
     specs = {"layer.0": PLAIN, "layer.1": state(PLAIN.page_size_bytes)}
-    groups = planning.get_kv_cache_groups_from_builder(OwnBuilder(), config, specs)
+    groups = planning.get_kv_cache_groups_from_builder(builder, config, specs)
     kv_cache_utils.update_kv_cache_capacity(config, KVCacheConfig(100, [], groups))
-    warnings = log.lines(logging.WARNING)
-    assert any("unify_page_sizes=min_waste has no effect" in line for line in warnings)
+    named = [line for line in log.lines(logging.WARNING) if "were made by" in line]
+    expected = {
+        "OwnBuilder": f"the platform's KV cache config builder {__name__}.OwnBuilder",
+        "OwnGroups": "the model's class LlamaForCausalLM",
+    }.get(who)
+    if expected is None or unify == "stock":
+        assert named == []
+    else:
+        (line,) = named
+        assert f"by {expected}: unify_page_sizes=min_waste has no effect" in line
 
 
 @pytest.mark.parametrize("settings", [None, STOCK], ids=["defaults", "all stock"])

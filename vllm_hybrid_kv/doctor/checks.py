@@ -22,6 +22,7 @@ STAGES = {
     "platform": "asking vLLM for its device",
     "plugins": "loading vLLM's plugins",
     "strategies": "loading strategies",
+    "grouping": "asking the platform how it groups KV cache layers",
     "chosen": "checking the settings",
     "seams": "verifying the seams",
     "gpus": "asking torch for GPUs",
@@ -48,6 +49,7 @@ def check(installation: Installation, answer: Answer) -> list[Finding]:
             *_copies(installation, answer),
             *_metadata(installation, answer),
             *_devices(answer),
+            *_grouping(answer),
             *_models(answer),
         ]
     )
@@ -311,6 +313,20 @@ def _devices(answer: Answer) -> Iterator[Finding]:
                     f"a GPU has compute capability {capability}, and the k8v4 kernels need 7.5",
                     "Serve with --kv-cache-dtype auto there",
                 )
+
+
+def _grouping(answer: Answer) -> Iterator[Finding]:
+    if (error := answer.errors.get("grouping")) is not None:
+        yield _warning("grouping", f"{_doing('grouping')} raises {error} (at {error.where})")
+    settings = {row["name"]: row["value"] for row in answer.found.get("settings", ())}
+    unify = settings.get("unify_page_sizes")
+    if (grouping := answer.found.get("grouping")) is not None and unify != "stock":
+        yield _warning(
+            "grouping",
+            f"{grouping} groups the layers of KV caches itself: unless it calls vLLM's "
+            "get_kv_cache_groups, the setting unify_page_sizes has no effect",
+            "A server's log says whether it does; unify_page_sizes=stock expects nothing else",
+        )
 
 
 def _models(answer: Answer) -> Iterator[Finding]:

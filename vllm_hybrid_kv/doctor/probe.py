@@ -57,6 +57,7 @@ class Probe:
             (self.platform, ("version",)),
             (self.plugins, ("platform",)),
             (self.strategies, ("platform",)),
+            (self.grouping, ("plugins",)),
             (self.chosen, ("settings", "strategies")),
             (self.seams, ("plugins", "strategies")),
             (self.gpus, ("torch",)),
@@ -190,6 +191,12 @@ class Probe:
             "left_alone": None if reason is None else describe(reason),
             "foreign": [vars(foreign) for foreign in places.foreign()],
         }
+
+    def grouping(self) -> str | None:
+        """Return what the platform groups the layers of a KV cache with; None for vLLM's own."""
+        from vllm_hybrid_kv.planning.grouping import own_grouping
+
+        return own_grouping(None)
 
     def strategies(self) -> dict[str, Any]:
         """Return the strategies of each setting and who brings them."""

@@ -13,6 +13,7 @@ from vllm.v1.core import kv_cache_utils
 
 from vllm_hybrid_kv.errors import HybridKVStrategyError
 from vllm_hybrid_kv.planning.capacity import capacity, check_capacity_groups
+from vllm_hybrid_kv.planning.grouping import own_grouping
 from vllm_hybrid_kv.planning.page_sizes import check_page_sizes
 from vllm_hybrid_kv.planning.warnings import startup_warnings
 from vllm_hybrid_kv.seams.base import FunctionRebinding, Notice, Seam, Target
@@ -119,12 +120,17 @@ def _report(
         return
     planned = _layers.get()
     layers = planned[1] if planned is not None and planned[0]() is vllm_config else None
-    if layers is None and len(kv_cache_config.kv_cache_groups) > 1:
-        logger.warning(
-            "The KV cache groups of this engine were not made by vLLM's get_kv_cache_groups: the "
-            "model or the platform brings its own grouping, and unify_page_sizes=%s has no effect",
-            settings.unify_page_sizes,
-        )
+    if layers is None and settings.unify_page_sizes != "stock":
+        grouping = own_grouping(vllm_config)
+        if grouping is None and len(kv_cache_config.kv_cache_groups) > 1:
+            grouping = "code that does not call vLLM's get_kv_cache_groups"
+        if grouping is not None:
+            logger.warning(
+                "The KV cache groups of this engine were made by %s: unify_page_sizes=%s has no "
+                "effect",
+                grouping,
+                settings.unify_page_sizes,
+            )
     for line in startup_warnings(
         vllm_config, kv_cache_config, scheduler_block_size, hash_block_size, settings, layers
     ):
