@@ -45,6 +45,7 @@ PLUGIN = Suite(
         "test_seams.py",
         "test_selection.py",
         "test_startup_warnings.py",
+        "test_state_blocks.py",
         "test_strategies.py",
         "test_transfer.py",
     ),

@@ -4,6 +4,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -121,7 +122,6 @@ def run():
         ((LLAMA, "--larch", "3"), "unrecognized arguments: --larch 3"),
         ((LLAMA, "--max-num-seqs", "few"), "argument --max-num-seqs: invalid int value"),
         (("no/such-model",), "the local Hugging Face cache has no config.json"),
-        ((QWEN, "--memory", "20GiB"), "lower max_num_seqs to at most 999"),
         ((LLAMA, "--plot", "plan.larch"), "--plot: plan.larch"),
         ((LLAMA, "--json", "no/such/folder.json"), "--json: no/such/folder.json"),
     ],
@@ -197,10 +197,25 @@ def test_options_of_a_server_change_the_plan_or_are_ignored(run):
     }
 
 
-def test_a_server_with_fewer_requests_than_state_blocks_is_planned(run):
-    done = run(QWEN, "--memory", "20GiB", "--max-num-seqs", 999, "--json", "-")
+@pytest.mark.parametrize(
+    ("model", "memory", "blocks"),
+    [
+        (QWEN, "20GiB", 999),
+        (QWEN, "12GiB", 599),
+        (SHAPES["nemotron-h-8b"], "12GiB", 755),
+    ],
+)
+def test_more_requests_than_state_blocks_are_refused_with_a_number_that_is_planned(
+    run, model, memory, blocks
+):
+    refused = run(model, "--memory", memory)
+    assert refused.exit_code == 2
+    (line,) = refused.stderr.splitlines()
+    assert f"max_num_seqs (1024) exceeds available Mamba cache blocks ({blocks}):" in line
+    advice = re.search(r"Pass (--max-num-seqs) (\d+)", line)
+    done = run(model, "--memory", memory, *advice.groups(), "--json", "-")
     assert done.exit_code == 0, done.stderr
-    assert json.loads(done.stdout)["plan"]["blocks"] == 999
+    assert json.loads(done.stdout)["plan"]["blocks"] == blocks == int(advice[2])
 
 
 @pytest.mark.parametrize(

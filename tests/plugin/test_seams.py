@@ -294,6 +294,7 @@ def test_away_from_cpus_vllms_own_backend_stays(monkeypatch):
         "block_copies",
         "coordinator",
         "prefix_match_unit",
+        "state_blocks",
     }
 
 

@@ -91,10 +91,9 @@ def one_line(error: Exception) -> str:
 
 
 def in_our_options(message: str) -> str:
-    """Name the options of `plan` and `replay` after advice of vLLM's that changes no plan."""
-    advice = message.replace("max_num_seqs", "max_num_seqs (--max-num-seqs)", 1)
+    """Name the option of `plan` and `replay` after advice to give a server more memory."""
     if "gpu_memory_utilization" in message:
-        return f"{advice} Here: more --memory."
+        return f"{message.rstrip('.')}. Here: more --memory."
     return message
 
 

@@ -11,6 +11,7 @@ from vllm_hybrid_kv.seams import (
     boundary,
     configuration,
     coordination,
+    cuda_graphs,
     layers,
     planning,
     sampling,
@@ -50,6 +51,7 @@ class Known:
         initialize_from_config: Gives a worker its plan of the KV cache.
         align_hybrid: Aligns blocks of hybrid models.
         align_heterogeneous: Aligns blocks of layers with several cache dtypes.
+        resolve_cudagraph_mode: Chooses CUDA graphs, and checks the plan for them.
     """
 
     get_groups: Target
@@ -77,6 +79,7 @@ class Known:
     initialize_from_config: Target
     align_hybrid: Target
     align_heterogeneous: Target
+    resolve_cudagraph_mode: Target
 
 
 def build(context: Context, known: Known) -> list[Seam]:
@@ -98,6 +101,7 @@ def build(context: Context, known: Known) -> list[Seam]:
         ),
         coordination.prefix_match_unit_seam(context, known.resolve_block_sizes),
         coordination.block_copies_seam(known.copy_blocks),
+        cuda_graphs.state_blocks_seam(known.resolve_cudagraph_mode),
     ]
     if context.on_cpu or context.on_gpu:
         seams += [

@@ -159,6 +159,16 @@ KNOWN = Known(
         "Platform._align_heterogeneous_kv_block_size",
         Fingerprint("(cls, vllm_config, backend_cls)", "86ebbd8be1a4bf67"),
     ),
+    resolve_cudagraph_mode=Target(
+        "vllm.config.compilation",
+        "CompilationConfig.resolve_cudagraph_mode_and_sizes",
+        Fingerprint(
+            "(self, min_cg_support, min_cg_attn_backend, uniform_decode_query_len=1, "
+            "use_v2_model_runner=False, kv_cache_config=None, max_num_reqs=None, "
+            "is_profiling=False, piecewise_capture_available=True)",
+            "ee74aeb7a2896858",
+        ),
+    ),
 )
 
 
