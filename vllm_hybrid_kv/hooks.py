@@ -52,6 +52,27 @@ HOOK_OF_SETTING = {
     "prefix_match_unit": "hybrid_kv_prefix_match_unit",
 }
 
+BUILT_IN_NAMES = {
+    "unify_page_sizes": ("lcm", "min_waste", "stock"),
+    "token_capacity_groups": ("growing", "stock"),
+    "coordinator": ("fixed_point", "hybrid_aware", "stock"),
+    "prefix_match_unit": ("auto", "stock"),
+}
+"""The strategies of this package by setting, known without importing them and vLLM."""
+
+
+def strategy_names(setting: str) -> list[str]:
+    """Return the names that a setting may have, as far as they are known without importing vLLM.
+
+    Args:
+        setting: A key of `HOOK_OF_SETTING`.
+
+    Returns:
+        The built-in strategies of the setting, then all strategies of other packages.
+    """
+    others = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP).names
+    return [*BUILT_IN_NAMES[setting], *sorted(others)]
+
 
 class Specifications:
     """What a strategy may implement. Every function is called with keyword arguments."""

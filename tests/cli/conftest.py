@@ -2,6 +2,8 @@
 """Virtual environments in which commands run from the wheel of this tree."""
 
 import itertools
+import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -44,3 +46,13 @@ def make_environment(wheel, tmp_path_factory):
         return environments.make(folder / "venv", wheel, **options)
 
     return make
+
+
+@pytest.fixture
+def restored_environment():
+    """Undoes what a command that runs in this process sets for it."""
+    kept, level = dict(os.environ), logging.getLogger("vllm").level
+    yield
+    os.environ.clear()
+    os.environ.update(kept)
+    logging.getLogger("vllm").setLevel(level)

@@ -24,6 +24,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.errors import HybridKVSettingsError, HybridKVStrategyError
+from vllm_hybrid_kv.hooks import BUILT_IN_NAMES, HOOK_OF_SETTING
 from vllm_hybrid_kv.settings import current_settings
 
 pytestmark = pytest.mark.usefixtures("unregistered")
@@ -379,3 +380,9 @@ def test_the_line_names_no_kernels_where_none_are_used(dtype, make_config, log):
     config = make_config(kv_cache_dtype=dtype)
     (line,) = log.lines(logging.INFO)
     assert line.endswith(f"kernels=none for cache dtype {config.cache_config.cache_dtype}")
+
+
+def test_the_names_known_without_vllm_are_those_of_the_built_in_strategies():
+    strategies = plugin.built_in_strategies()
+    for setting in HOOK_OF_SETTING:
+        assert list(BUILT_IN_NAMES[setting]) == strategies.available(setting)

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vllm_hybrid_kv.cli.evaluate_plot import draw
 from vllm_hybrid_kv.cli.evaluate_report import Column, Evaluation, report
 from vllm_hybrid_kv.cli.output import hand_out
-from vllm_hybrid_kv.cli.stopping import need_matplotlib, stop
+from vllm_hybrid_kv.cli.stopping import check_outputs, stop
 from vllm_hybrid_kv.doctor.installation import cpu_model
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.settings import ENVIRONMENT_PREFIX, SECTION
@@ -59,8 +59,7 @@ def evaluate(
     vLLM's own engine runs the model, once for each cache. A run that was interrupted goes on when
     the same command is given again.
     """
-    if plot is not None:
-        need_matplotlib("eval")
+    check_outputs("eval", json_, plot)
     console = Console(stderr=True)
     with _stopping():
         subjects = _subjects(kv_cache_dtype, reference)

@@ -7,8 +7,10 @@ import typer
 
 from vllm_hybrid_kv.cli import doctor, evaluate, plan, replay
 from vllm_hybrid_kv.cli.serve_options import PASS_THROUGH
+from vllm_hybrid_kv.cli.stopping import OneLineErrors
 
 app = typer.Typer(
+    cls=OneLineErrors,
     no_args_is_help=True,
     add_completion=False,
     help="Looks at hybrid and quantised KV caches.",

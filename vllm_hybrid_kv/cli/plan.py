@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,19 +13,18 @@ import typer
 from vllm_hybrid_kv.cli.output import hand_out
 from vllm_hybrid_kv.cli.plan_plot import draw
 from vllm_hybrid_kv.cli.plan_report import Column, Result, report
+from vllm_hybrid_kv.cli.preparation import check_environment, check_strategy, prepare
 from vllm_hybrid_kv.cli.serve_options import OptionError, config_path, early_model, parse
 from vllm_hybrid_kv.cli.stopping import (
-    check_folder,
+    check_outputs,
     in_our_options,
     memory_size,
-    need_matplotlib,
     one_line,
     stop,
 )
 from vllm_hybrid_kv.dry_run.described import DescriptionError, read_config
 from vllm_hybrid_kv.dry_run.devices import DEVICES
 from vllm_hybrid_kv.errors import HybridKVError
-from vllm_hybrid_kv.settings import environment_name
 
 if TYPE_CHECKING:
     from vllm_hybrid_kv.dry_run.described import Described
@@ -66,19 +63,19 @@ def plan(
     vLLM's own planning code is asked, with the plugin's strategies, so that the numbers are those
     that `vllm serve` would report with the same arguments.
     """
-    if plot is not None:
-        need_matplotlib("plan")
     size = memory_size("plan", memory)
     if device not in DEVICES:
-        raise _stop(f"--device: {device!r} is no device: choose {' or '.join(DEVICES)}")
-    for option, path in (("--json", json_), ("--plot", plot)):
-        check_folder("plan", option, path)
+        raise _stop(f"--device: {device!r} is not a device: choose {' or '.join(DEVICES)}")
+    check_outputs("plan", json_, plot)
+    if unify is not None:
+        check_strategy("plan", "--unify", "unify_page_sizes", unify)
+    chosen = {"unify_page_sizes": unify is not None or compare}
+    chosen["boundary_layers"] = boundary_layers is not None
+    check_environment("plan", [name for name, by_option in chosen.items() if by_option])
     with _stopping():
         if (early := early_model(context.args)) is not None:
             read_config(config_path(early))
-        chosen = {"unify_page_sizes": unify is not None or compare}
-        chosen["boundary_layers"] = boundary_layers is not None
-        _prepare([name for name, by_option in chosen.items() if by_option])
+        prepare()
         from vllm_hybrid_kv.dry_run.described import described
 
         model, arguments = parse(context.args)
@@ -171,38 +168,6 @@ class PlanError(ValueError):
     """A cache cannot be planned as asked."""
 
 
-def _prepare(by_option: Iterable[str]) -> None:
-    """Make this process one that plans: import vLLM, and keep it from talking.
-
-    Args:
-        by_option: Settings that are chosen on the command line, which would lose against the
-            environment.
-
-    Raises:
-        PlanError: There is no vLLM, or none that the plugin knows.
-    """
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    for name in by_option:
-        os.environ.pop(environment_name(name), None)
-    from vllm_hybrid_kv.dry_run.importing import import_vllm
-
-    try:
-        # Before vLLM sets its logging up, what it logs goes to the screen.
-        logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
-        import_vllm()
-        from vllm_hybrid_kv import plugin
-
-        plugin.register()
-    except (ImportError, HybridKVError) as error:
-        raise PlanError(str(error)) from error
-    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
-    if plugin.applied() is None:
-        raise PlanError("the plugin is inactive, for it does not know this vLLM")
-
-
 def _strategies() -> list[str]:
     from vllm_hybrid_kv import plugin
 
@@ -214,7 +179,7 @@ def _strategies() -> list[str]:
 def _stopping() -> Iterator[None]:
     try:
         yield
-    except (PlanError, DescriptionError, OptionError) as error:
+    except (PlanError, DescriptionError, OptionError, HybridKVError, ImportError) as error:
         raise _stop(str(error)) from None
 
 

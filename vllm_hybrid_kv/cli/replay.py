@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,17 +17,17 @@ from rich.table import Table
 
 from vllm_hybrid_kv.cli.figures import figure
 from vllm_hybrid_kv.cli.output import hand_out
+from vllm_hybrid_kv.cli.preparation import check_environment, check_strategy, prepare
 from vllm_hybrid_kv.cli.serve_options import config_path, parse
 from vllm_hybrid_kv.cli.sizes import format_size
 from vllm_hybrid_kv.cli.stopping import (
-    check_folder,
+    check_outputs,
     in_our_options,
     memory_size,
-    need_matplotlib,
     one_line,
     stop,
 )
-from vllm_hybrid_kv.dry_run.described import read_config
+from vllm_hybrid_kv.dry_run.described import described, read_config
 
 if TYPE_CHECKING:
     from vllm_hybrid_kv.dry_run.described import Described
@@ -112,28 +110,31 @@ def replay(
     The planner, the scheduler and the coordinators are those that `vllm serve` would run.
     """
     console = Console(stderr=True)
-    if plot is not None:
-        need_matplotlib("replay")
     sizes = [memory_size("replay", text) for text in memory]
     strategies = list(dict.fromkeys([*(compare or ()), coordinator]))
-    for option, path in (("--json", json_), ("--plot", plot)):
-        check_folder("replay", option, path)
-    from vllm_hybrid_kv.errors import HybridKVError
+    check_outputs("replay", json_, plot)
+    for option, name in (
+        *(("--compare", name) for name in compare or ()),
+        ("--coordinator", coordinator),
+    ):
+        check_strategy("replay", option, "coordinator", name)
+    check_strategy("replay", "--match-unit", "prefix_match_unit", match_unit)
+    check_environment("replay", ["coordinator", "prefix_match_unit"])
     from vllm_hybrid_kv.replay.trace import TraceError, read_trace
 
     try:
         requests = read_trace(trace, limit)
         path = config_path(model)
         read_config(path)
-        _quiet_vllm()
-        with _described(path) as description:
-            described = _describe(description, model, context.args, concurrency)
+        prepare()
+        with described(path) as description:
+            built = _build(description, model, context.args, concurrency)
             outcomes = [
-                _run(description, described, requests, size, name, match_unit, concurrency, console)
+                _run(description, built, requests, size, name, match_unit, concurrency, console)
                 for size in sizes
                 for name in strategies
             ]
-    except (OSError, TraceError, HybridKVError, ValueError) as error:
+    except (ImportError, OSError, TraceError, ValueError) as error:
         raise _stop(str(error)) from None
     hand_out(
         "replay",
@@ -159,30 +160,9 @@ def _stop(message: str) -> typer.Exit:
     return stop("replay", message)
 
 
-def _quiet_vllm() -> None:
-    """Keep vLLM from logging errors that it also raises, unless the user said otherwise."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-
-
-@contextmanager
-def _described(path: Path) -> Iterator[Described]:
-    from vllm_hybrid_kv.dry_run.importing import import_vllm
-
-    import_vllm()
-    from vllm_hybrid_kv.dry_run.described import described
-
-    with described(path) as description:
-        yield description
-
-
-def _describe(
-    description: Described, model: str, options: Sequence[str], concurrency: int
-) -> Model:
+def _build(description: Described, model: str, options: Sequence[str], concurrency: int) -> Model:
     from vllm_hybrid_kv.dry_run.engine import Model
 
-    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
     _, arguments = parse([model, *options])
     if arguments["max_num_seqs"] is None:
         arguments["max_num_seqs"] = concurrency

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import os
+import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from vllm_hybrid_kv.cli.sizes import parse_size
 
@@ -16,11 +19,40 @@ def stop(command: str, message: str) -> typer.Exit:
     """Print why a command ends, and return what it raises.
 
     Args:
-        command: The subcommand's name.
+        command: The subcommand's name; empty if there is none.
         message: The line.
     """
-    typer.echo(f"vllm-hybrid-kv {command}: {' '.join(message.split())}", err=True)
+    who = " ".join(filter(None, ("vllm-hybrid-kv", command)))
+    typer.echo(f"{who}: {' '.join(message.split())}", err=True)
     return typer.Exit(2)
+
+
+_ClickException: Any = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
+)
+"""The base of errors that typer raises for wrong arguments; newer ones bring their own click."""
+
+
+class OneLineErrors(TyperGroup):
+    """A command whose usage errors are one line, not typer's box."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Run the command line and end the process with its exit status."""
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **extra)
+        try:
+            status = super().main(*args, standalone_mode=False, **extra)
+        except typer.Abort:
+            status = stop("", "aborted").exit_code
+        except _ClickException as error:
+            context = error.ctx
+            command = context.info_name if context is not None and context.parent else ""
+            if type(error).__name__ == "NoArgsIsHelpError":
+                error.show()
+                status = error.exit_code
+            else:
+                status = stop(command, error.format_message()).exit_code
+        sys.exit(status)
 
 
 def memory_size(command: str, text: str) -> int:
@@ -35,27 +67,35 @@ def memory_size(command: str, text: str) -> int:
         raise stop(command, f"--memory: {error}") from None
 
 
-def check_folder(command: str, option: str, path: Path | None) -> None:
-    """End a command whose output file cannot be made, before it does any work.
+def check_outputs(command: str, json_: Path | None, plot: Path | None) -> None:
+    """End a command whose output files cannot be written, before it does any work.
+
+    Args:
+        command: The subcommand's name.
+        json_: The file of `--json`; `-` for the output.
+        plot: The file of `--plot`.
 
     Raises:
-        typer.Exit: The file's folder does not exist.
+        typer.Exit: A file's folder does not exist, the file is a folder, matplotlib is not
+            installed or does not know the file's format.
     """
-    if path is not None and str(path) != "-" and not path.absolute().parent.is_dir():
-        raise stop(command, f"{option}: {path}: No such file or directory")
-
-
-def need_matplotlib(command: str) -> None:
-    """End a command that is to plot where there is nothing to plot with.
-
-    Raises:
-        typer.Exit: matplotlib is not installed.
-    """
+    for option, path in (("--json", json_), ("--plot", plot)):
+        if path is None or str(path) == "-":
+            continue
+        reason = "Is a directory" if path.is_dir() else "No such file or directory"
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise stop(command, f"{option}: {path}: {reason}")
+    if plot is None:
+        return
     try:
         import matplotlib  # noqa: F401
+        from matplotlib.backend_bases import FigureCanvasBase
     except ModuleNotFoundError:
         message = "--plot needs matplotlib: pip install 'vllm-hybrid-kv[plot]'"
         raise stop(command, message) from None
+    formats = sorted(FigureCanvasBase.get_supported_filetypes())
+    if (ending := plot.suffix[1:].lower()) and ending not in formats:
+        raise stop(command, f"--plot: {plot}: {ending!r} is none of {', '.join(formats)}")
 
 
 def one_line(error: Exception) -> str:
