@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,35 @@ def test_what_a_server_would_refuse_is_said_beside_what_it_would_not(run, tmp_pa
     *_, k8v4 = json.loads(done.stdout)["dtypes"]
     assert k8v4["plan"] is None
     assert k8v4["reason"] in refused.stderr
+
+
+def test_a_layer_whose_pages_have_another_layout_is_refused_as_a_server_does(run, monkeypatch):
+    from vllm.v1.engine import core
+
+    from vllm_hybrid_kv.attention.layer_check import INSTEAD
+
+    original = core.get_kv_cache_configs
+
+    def with_wider_heads(*arguments):
+        plans = original(*arguments)
+        for group in plans[-1].kv_cache_groups:
+            group.kv_cache_spec = replace(group.kv_cache_spec, head_size=256)
+        return plans
+
+    asked = (LLAMA, "--memory", "24GiB", "--boundary-layers", 0, "--pipeline-parallel-size", 2)
+    assert run(*asked).exit_code == 0
+    # In the last stage.
+    monkeypatch.setattr(core, "get_kv_cache_configs", with_wider_heads)
+    refused = run(*asked)
+    assert refused.exit_code == 2
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith(
+        "vllm-hybrid-kv plan: layer model.layers.16.self_attn.attn cannot use the pages of KV "
+    )
+    assert "its head size is 128, theirs is 256" in line
+    assert line.endswith(INSTEAD)
+    # Only layers with k8v4 pages are checked, as on a server.
+    assert run(*asked, "--kv-cache-dtype", "auto").exit_code == 0
 
 
 def test_a_dtype_that_does_not_fit_is_said_beside_one_that_does(run, monkeypatch):

@@ -193,7 +193,7 @@ def _run(
     unit = "stock" if coordinator == "stock" else prefix_match_unit
     with _vllm_in_one_line(description):
         engine = model.engine(memory, {"coordinator": coordinator, "prefix_match_unit": unit})
-        model.check_graphs(engine)
+        model.check(engine)
     replayed = Replay(engine, requests, concurrency)
     bar = Progress(
         TextColumn(f"{coordinator}, {format_size(memory)}"),

@@ -35,6 +35,8 @@ from vllm.v1.worker.workspace import (
 )
 
 from vllm_hybrid_kv import plugin
+from vllm_hybrid_kv.attention.layer_check import BuiltLayer, built_layers, check_plan
+from vllm_hybrid_kv.attention.refusal import CACHE_DTYPE
 from vllm_hybrid_kv.dry_run.devices import GPU
 from vllm_hybrid_kv.dry_run.draft import build_draft
 from vllm_hybrid_kv.dry_run.gpu import described_gpu
@@ -124,6 +126,7 @@ class Model:
         plugin.register()
         self._graph_builders: dict[str, Any] = {}
         self._stage_specs: list[dict[str, KVCacheSpec]] = []
+        self._stage_layers: list[dict[str, BuiltLayer]] = []
         stages = int(self._arguments.get("pipeline_parallel_size") or 1)
         for stage in range(stages):
             self._stage_specs.append(self._layers(stage))
@@ -205,6 +208,11 @@ class Model:
                 for name, layer in layers.items()
                 if (spec := _spec_of(layer, config)) is not None
             }
+            self._stage_layers.append(
+                built_layers(layers, config)
+                if config.cache_config.cache_dtype == CACHE_DTYPE
+                else {}
+            )
             if self._device == GPU:
                 self._graph_builders |= {
                     name: layers[name].get_attn_backend().get_builder_cls() for name in specs
@@ -266,12 +274,18 @@ class Model:
             config, plan, worker_plans[0], scheduler_block_size, hash_block_size, worker_plans
         )
 
-    def check_graphs(self, engine: Engine) -> None:
-        """Check what a server checks before it captures CUDA graphs.
+    def check(self, engine: Engine) -> None:
+        """Check a plan as a server does after planning.
 
         Raises:
-            ValueError: It would not start, in vLLM's words.
+            ValueError: A server would not start, in its words.
         """
+        for layers, plan in zip(self._stage_layers, engine.stage_kv_cache_configs, strict=True):
+            if layers:
+                check_plan(layers, plan.kv_cache_groups)
+        self._check_graphs(engine)
+
+    def _check_graphs(self, engine: Engine) -> None:
         config = engine.vllm_config
         if self._device != GPU or not config.compilation_config.cudagraph_mode:
             return

@@ -147,7 +147,7 @@ def plan_of(model: Model, memory: int, settings: dict[str, Any]) -> Planned:
         ValueError: The memory does not do, or a strategy's answer.
     """
     engine = model.engine(memory, settings)
-    model.check_graphs(engine)
+    model.check(engine)
     config, planned = engine.vllm_config, engine.kv_cache_config
     by_layer = engine.worker_kv_cache_config
     sizes = engine.scheduler_block_size, engine.hash_block_size
