@@ -10,8 +10,10 @@ import sys
 import zipfile
 
 import pytest
+from typer.testing import CliRunner
 
 from tests import environments
+from vllm_hybrid_kv.cli.main import app
 
 ROOT = environments.ROOT
 
@@ -56,3 +58,9 @@ def restored_environment():
     os.environ.clear()
     os.environ.update(kept)
     logging.getLogger("vllm").setLevel(level)
+
+
+@pytest.fixture
+def run(restored_environment):
+    """A function that runs `plan` in this process, which has imported vLLM already."""
+    return lambda *arguments: CliRunner().invoke(app, ["plan", *map(str, arguments)])

@@ -10,10 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from tests.shapes import SHAPES
-from vllm_hybrid_kv.cli.main import app
 from vllm_hybrid_kv.cli.plan_report import ranges
 
 QWEN = SHAPES["qwen3.6-35b-a3b"]
@@ -95,12 +93,6 @@ def test_a_block_and_the_capacities_are_drawn(outcome, folder):
     states, attention = (0x44, 0x77, 0xAA), (0xEE, 0x66, 0x77)
     auto, fp8, k8v4 = (0x55, 0x55, 0x55), (0xEE, 0x77, 0x33), (0x00, 0x99, 0x88)
     assert {states, attention, auto, fp8, k8v4} <= colours
-
-
-@pytest.fixture
-def run(restored_environment):
-    """A function that runs the command in this process, which has imported vLLM already."""
-    return lambda *arguments: CliRunner().invoke(app, ["plan", *map(str, arguments)])
 
 
 @pytest.mark.parametrize(
@@ -198,23 +190,6 @@ def test_the_layers_left_unquantised_are_those_asked_for(run, monkeypatch, numbe
     pages = json.loads(done.stdout)["plan"]["pages"]
     layers = [name for row in pages if row["stores"] != "k8v4" for name in row["layers"]]
     assert sorted(int(name.split(".")[2]) for name in layers) == unquantised
-
-
-def test_options_of_a_server_change_the_plan_or_are_ignored(run):
-    asked = (LLAMA, "--memory", "10GiB", "--max-model-len", 4096, "--json", "-")
-    plain = json.loads(run(*asked).stdout)["plan"]
-    ignored = run(*asked, "--port", 8001, "--served-model-name", "larch", "--data-parallel-size", 4)
-    assert ignored.exit_code == 0, ignored.stderr
-    assert json.loads(ignored.stdout)["plan"] == plain
-    staged = json.loads(run(*asked, "--pipeline_parallel_size", 2).stdout)["plan"]
-    layers = [name for row in staged["pages"] for name in row["layers"]]
-    assert len(layers) == len(set(layers)) == 32
-    assert staged["blocks"] * staged["block_bytes"] <= 10 << 30
-    skipped = run(*asked, "--kv-cache-dtype-skip-layers", "7", "--boundary-layers", 0)
-    pages = json.loads(skipped.stdout)["plan"]["pages"]
-    assert {n for r in pages if r["stores"] != "k8v4" for n in r["layers"]} == {
-        "model.layers.7.self_attn.attn"
-    }
 
 
 @pytest.mark.parametrize(

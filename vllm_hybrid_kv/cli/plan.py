@@ -14,7 +14,13 @@ from vllm_hybrid_kv.cli.output import hand_out
 from vllm_hybrid_kv.cli.plan_plot import draw
 from vllm_hybrid_kv.cli.plan_report import Column, Result, report
 from vllm_hybrid_kv.cli.preparation import check_environment, check_strategy, prepare
-from vllm_hybrid_kv.cli.serve_options import OptionError, config_path, early_model, parse
+from vllm_hybrid_kv.cli.serve_options import (
+    OptionError,
+    check_config_file,
+    config_path,
+    early_model,
+    parse,
+)
 from vllm_hybrid_kv.cli.stopping import (
     check_outputs,
     in_our_options,
@@ -73,6 +79,7 @@ def plan(
     chosen["boundary_layers"] = boundary_layers is not None
     check_environment("plan", [name for name, by_option in chosen.items() if by_option])
     with _stopping():
+        check_config_file(context.args)
         if (early := early_model(context.args)) is not None:
             read_config(config_path(early))
         prepare()

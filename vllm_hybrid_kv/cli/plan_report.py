@@ -76,7 +76,8 @@ class Result:
 def report(result: Result) -> Iterator[Table | str]:
     """Give what is to be printed, part by part."""
     plan = result.asked.plan
-    ranks = result.tensor_parallel_size
+    stages = 1 + max(pages.stage for pages in plan.pages)
+    ranks = result.tensor_parallel_size * stages
     where = {"gpu": "on each GPU of" if ranks > 1 else "on a GPU", "cpu": "on this machine's CPU"}
     yield (
         f"{result.architecture}, {plan.kv_cache_dtype}, {format_size(plan.memory)} of KV cache "
@@ -100,12 +101,14 @@ def _groups(plan: Plan) -> Table:
         title=f"KV groups, {plan.unify_page_sizes}",
         caption=f"A block has {plan.block_bytes:,} bytes: a page of every layer of one group.",
     )
-    for name in ("groups", "layers", "kind", "stores"):
+    staged = any(pages.stage for pages in plan.pages)
+    for name in (*(("stage",) if staged else ()), "groups", "layers", "kind", "stores"):
         table.add_column(name, overflow="fold")
     for name in ("block,\ntokens", "page,\nbytes", "padding,\nbytes", "\n%"):
         table.add_column(name, justify="right")
     for pages, groups in merge_alike(plan.pages):
         table.add_row(
+            *((f"{pages.stage}",) if staged else ()),
             ranges(groups),
             f"{len(pages.layers)}",
             pages.kind,

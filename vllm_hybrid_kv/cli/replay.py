@@ -18,7 +18,7 @@ from rich.table import Table
 from vllm_hybrid_kv.cli.figures import figure
 from vllm_hybrid_kv.cli.output import hand_out
 from vllm_hybrid_kv.cli.preparation import check_environment, check_strategy, prepare
-from vllm_hybrid_kv.cli.serve_options import config_path, parse
+from vllm_hybrid_kv.cli.serve_options import check_config_file, config_path, parse
 from vllm_hybrid_kv.cli.sizes import format_size
 from vllm_hybrid_kv.cli.stopping import (
     check_outputs,
@@ -126,6 +126,7 @@ def replay(
         requests = read_trace(trace, limit)
         path = config_path(model)
         read_config(path)
+        check_config_file(context.args)
         prepare()
         with described(path) as description:
             built = _build(description, model, context.args, concurrency)

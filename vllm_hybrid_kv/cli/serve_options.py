@@ -45,12 +45,29 @@ class OptionError(ValueError):
 
 def early_model(arguments: Sequence[str]) -> str | None:
     """Return the model if it can be told without vLLM's parser: first, or after `--model`."""
-    for number, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        if name == "--model":
-            return value or (arguments[number + 1] if number + 1 < len(arguments) else None)
+    if (model := _value_of("--model", arguments)) is not None:
+        return model
     if arguments and not arguments[0].startswith("-"):
         return arguments[0]
+    return None
+
+
+def check_config_file(arguments: Sequence[str]) -> None:
+    """Check that the file of vLLM's `--config` is there.
+
+    Raises:
+        OptionError: It is not.
+    """
+    file = _value_of("--config", arguments)
+    if file is not None and not Path(file).is_file():
+        raise OptionError(f"--config: {file}: No such file")
+
+
+def _value_of(option: str, arguments: Sequence[str]) -> str | None:
+    for number, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name == option:
+            return value or (arguments[number + 1] if number + 1 < len(arguments) else None)
     return None
 
 

@@ -143,7 +143,7 @@ def described(path: Path) -> Iterator[Described]:
         raise DescriptionError(f"{path} is nested too deeply for a model's configuration") from None
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / CONFIG).write_text(text)
-        yield Described(folder, architecture, _stored_by(quantisation), tuple(notes))
+        yield Described(folder, architecture, _stored_by(quantisation, path), tuple(notes))
 
 
 def _check_known(architecture: str, path: Path) -> None:
@@ -205,8 +205,19 @@ def _text_architecture(wrapper: str, text: dict[str, Any]) -> str:
     )
 
 
-def _stored_by(quantisation: dict[str, Any]) -> str | None:
+def _stored_by(quantisation: dict[str, Any], path: Path) -> str | None:
+    """Return the KV cache dtype that a checkpoint's quantisation gives `auto`, by vLLM's name."""
     from vllm.utils.torch_utils import get_kv_cache_quant_algo_string
 
+    scheme = quantisation.get("kv_cache_scheme")
+    if scheme is not None and quantisation.get("quant_method") == "compressed-tensors":
+        # Attention layers read it from the quantisation, which is left out here.
+        from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors
+
+        try:
+            compressed_tensors.CompressedTensorsKVCacheMethod.validate_kv_cache_scheme(scheme)
+        except (AttributeError, NotImplementedError, ValueError) as error:
+            raise DescriptionError(f"{path}: 'kv_cache_scheme': {error}") from None
+        return "fp8"
     stored: str | None = get_kv_cache_quant_algo_string(quantisation) if quantisation else None
     return stored

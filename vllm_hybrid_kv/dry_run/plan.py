@@ -34,7 +34,8 @@ class Pages:
     """Layers of one KV group whose pages are alike.
 
     Attributes:
-        group: The group's number, from 0.
+        stage: The pipeline stage that has the layers, from 0.
+        group: The group's number in its stage, from 0.
         layers: Their names.
         kind: What they are: full attention, sliding window, state and so on.
         stores: What they store: k8v4, fp8, PyTorch's names of dtypes.
@@ -43,6 +44,7 @@ class Pages:
         padding_bytes: Bytes of those that hold nothing.
     """
 
+    stage: int
     group: int
     layers: tuple[str, ...]
     kind: str
@@ -158,9 +160,9 @@ def plan_of(model: Model, memory: int, settings: dict[str, Any]) -> Planned:
         memory=memory,
         pages=tuple(
             pages
-            for stage in engine.stage_kv_cache_configs
-            for number, group in enumerate(stage.kv_cache_groups)
-            for pages in _pages_of(number, group)
+            for stage, worker in enumerate(engine.stage_kv_cache_configs)
+            for number, group in enumerate(worker.kv_cache_groups)
+            for pages in _pages_of(stage, number, group)
         ),
         block_bytes=planned.kv_cache_tensors[0].size // planned.num_blocks,
         blocks=planned.num_blocks,
@@ -183,7 +185,7 @@ def hit_alignment(engine: Engine) -> int:
     return resolve_cache_hit_alignment_tokens(engine.kv_cache_config, engine.vllm_config, *sizes)
 
 
-def _pages_of(number: int, group: KVCacheGroupSpec) -> list[Pages]:
+def _pages_of(stage: int, number: int, group: KVCacheGroupSpec) -> list[Pages]:
     """Return what one group is made of, layers with the same pages together."""
     by_layer = getattr(group.kv_cache_spec, "kv_cache_specs", None) or dict.fromkeys(
         group.layer_names, group.kv_cache_spec
@@ -193,6 +195,7 @@ def _pages_of(number: int, group: KVCacheGroupSpec) -> list[Pages]:
         alike.setdefault(by_layer[name], []).append(name)
     return [
         Pages(
+            stage=stage,
             group=number,
             layers=tuple(names),
             kind=kind_of(spec),

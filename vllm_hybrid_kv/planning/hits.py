@@ -10,7 +10,7 @@ from vllm.v1.core.kv_cache_utils import (
     resolve_cache_hit_alignment_tokens,
     resolve_dcp_kv_block_size,
 )
-from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec, UniformTypeKVCacheSpecs
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 if TYPE_CHECKING:
@@ -71,6 +71,9 @@ def _draft_margin(
     margins = [0]
     for group in drafting:
         spec = group.kv_cache_spec
+        if isinstance(spec, UniformTypeKVCacheSpecs):
+            # A rank's plan; the scheduler's has one of them.
+            spec = next(iter(spec.kv_cache_specs.values()))
         if isinstance(spec, MambaSpec) or not spec.prefix_cacheable:
             continue
         manager = KVCacheSpecRegistry.get_manager_class(spec, group.role)
