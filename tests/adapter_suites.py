@@ -44,6 +44,7 @@ PLUGIN = Suite(
         "test_pages_in_the_worker.py",
         "test_seams.py",
         "test_selection.py",
+        "test_startup_refusals.py",
         "test_startup_warnings.py",
         "test_state_blocks.py",
         "test_strategies.py",

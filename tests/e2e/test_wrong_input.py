@@ -106,6 +106,15 @@ def assert_ended_before_an_engine(output: str, message: str) -> None:
     assert "EngineCore" not in output
 
 
+def assert_refused_by_a_worker(output: str, *parts: str) -> str:
+    """Assert that a worker logs one message, that it is the last line too, and return it."""
+    message = assert_said(output, *parts, times=2)
+    last = output.splitlines()[-1]
+    assert last.startswith("hybrid_kv: layer "), output[-2000:]
+    assert last.endswith(message)
+    return message
+
+
 def advised_dtypes(message: str) -> list[str]:
     """Return the values of --kv-cache-dtype that a message ends with advising."""
     found = re.search(r"serve the model with --kv-cache-dtype ([\w ]+)", message, re.IGNORECASE)
@@ -134,7 +143,7 @@ def test_a_head_size_that_no_layer_can_have_is_refused_with_dtypes_that_serve_th
     refuse: Refuse, follow: Follow
 ) -> None:
     output = refuse(llama_config(head_size=32), "LlamaForCausalLM")
-    message = assert_said(
+    message = assert_refused_by_a_worker(
         output, "model.layers.2.self_attn.attn", "64 to 256 in multiples of 8, and 512, got 32"
     )
     assert SKIP not in message
@@ -148,7 +157,7 @@ def test_a_head_size_that_vllm_lacks_as_well_is_refused_with_the_sizes_of_both(
     refuse: Refuse,
 ) -> None:
     output = refuse(llama_config(head_size=264), "LlamaForCausalLM")
-    message = assert_said(
+    message = assert_refused_by_a_worker(
         output,
         "model.layers.2.self_attn.attn",
         "64 to 256 in multiples of 8, and 512, got 264",
@@ -177,7 +186,7 @@ def test_an_odd_head_size_is_refused_with_the_layers_to_skip(
         num_kv_shared_layers=0,
     )
     output = refuse(config, "Gemma4ForCausalLM")
-    message = assert_said(
+    message = assert_refused_by_a_worker(
         output,
         "model.layers.2.self_attn.attn",
         "64 to 256 in multiples of 8, and 512, got 32",
@@ -233,7 +242,7 @@ def test_latent_attention_is_refused_with_the_dtype_that_serves_the_model(
 def test_alibi_is_refused_with_dtypes_that_serve_the_model(refuse: Refuse, follow: Follow) -> None:
     config = BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=512, n_layer=6, n_head=8)
     output = refuse(config, "BloomForCausalLM", "--max-model-len", "512")
-    message = assert_said(output, "transformer.h.2.self_attention.attn", "ALiBi")
+    message = assert_refused_by_a_worker(output, "transformer.h.2.self_attention.attn", "ALiBi")
     assert SKIP not in message
     dtypes = advised_dtypes(message)
     assert dtypes[0] == "auto"

@@ -295,6 +295,7 @@ def test_away_from_cpus_vllms_own_backend_stays(monkeypatch):
         "coordinator",
         "prefix_match_unit",
         "state_blocks",
+        "startup",
     }
 
 

@@ -53,7 +53,7 @@ class Refusal(str):
         return refusal
 
 
-class UnsupportedLayerError(ValueError):
+class UnsupportedLayerError(HybridKVError):
     """A layer asks for something that the k8v4 cache cannot give."""
 
     def __init__(self, reason: str, layer: str | None = None) -> None:

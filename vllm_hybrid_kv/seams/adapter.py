@@ -15,6 +15,7 @@ from vllm_hybrid_kv.seams import (
     layers,
     planning,
     sampling,
+    startup,
     transfer,
 )
 from vllm_hybrid_kv.seams.base import Seam, Target
@@ -52,6 +53,7 @@ class Known:
         align_hybrid: Aligns blocks of hybrid models.
         align_heterogeneous: Aligns blocks of layers with several cache dtypes.
         resolve_cudagraph_mode: Chooses CUDA graphs, and checks the plan for them.
+        wait_for_engines: Waits until the engine cores have started.
     """
 
     get_groups: Target
@@ -80,6 +82,7 @@ class Known:
     align_hybrid: Target
     align_heterogeneous: Target
     resolve_cudagraph_mode: Target
+    wait_for_engines: Target
 
 
 def build(context: Context, known: Known) -> list[Seam]:
@@ -102,6 +105,7 @@ def build(context: Context, known: Known) -> list[Seam]:
         coordination.prefix_match_unit_seam(context, known.resolve_block_sizes),
         coordination.block_copies_seam(known.copy_blocks),
         cuda_graphs.state_blocks_seam(known.resolve_cudagraph_mode),
+        startup.startup_seam(context, known.wait_for_engines),
     ]
     if context.on_cpu or context.on_gpu:
         seams += [

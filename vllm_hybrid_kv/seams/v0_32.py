@@ -169,6 +169,15 @@ KNOWN = Known(
             "ee74aeb7a2896858",
         ),
     ),
+    wait_for_engines=Target(
+        "vllm.v1.engine.utils",
+        "wait_for_engine_startup",
+        Fingerprint(
+            "(handshake_socket, core_engines, parallel_config, coordinated_dp, cache_config, "
+            "launch)",
+            "427c92904b59e91d",
+        ),
+    ),
 )
 
 

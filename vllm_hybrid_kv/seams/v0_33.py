@@ -171,6 +171,15 @@ KNOWN = Known(
             "ee74aeb7a2896858",
         ),
     ),
+    wait_for_engines=Target(
+        "vllm.v1.engine.utils",
+        "wait_for_engine_startup",
+        Fingerprint(
+            "(handshake_socket, core_engines, parallel_config, coordinated_dp, cache_config, "
+            "launch)",
+            "612000fd2d8cc72a",
+        ),
+    ),
 )
 
 

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A refusal in a process of an engine reaches the process that the user started."""
+
+import logging
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from vllm_hybrid_kv import plugin
+from vllm_hybrid_kv.errors import HybridKVError
+from vllm_hybrid_kv.seams.startup import VARIABLE, _take_refusal
+
+WORDS = "layer model.layers.2 cannot be served"
+
+
+def log_failure(kind):
+    """Log as vLLM's worker processes do when they fail."""
+    try:
+        if kind == "another error":
+            raise RuntimeError(WORDS)
+        try:
+            raise HybridKVError(WORDS)
+        except HybridKVError as error:
+            if kind == "a refusal":
+                raise
+            raise RuntimeError("the worker failed") from error
+    except Exception:
+        logging.getLogger("vllm.v1.executor.multiproc_executor").exception("WorkerProc failed")
+
+
+def in_a_child(kind):
+    process = multiprocessing.get_context("fork").Process(target=log_failure, args=(kind,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+
+
+@pytest.fixture(autouse=True)
+def _registered(unregistered, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "")
+    plugin.register()
+
+
+@pytest.mark.parametrize("kind", ["a refusal", "an error that comes from one"])
+def test_what_a_child_logs_is_taken_once(kind):
+    in_a_child(kind)
+    file = Path(os.environ[VARIABLE])
+    assert file.is_file()
+    assert _take_refusal() == WORDS
+    assert not file.exists()
+    assert _take_refusal() == ""
+
+
+def test_other_errors_leave_nothing():
+    in_a_child("another error")
+    assert not Path(os.environ[VARIABLE]).exists()
+
+
+def test_the_process_that_the_user_started_leaves_nothing():
+    log_failure("a refusal")
+    assert not Path(os.environ[VARIABLE]).exists()
+
+
+def test_without_the_plugin_nothing_is_left():
+    applied = plugin.applied()
+    assert applied is not None
+    applied.undo()
+    plugin._applied = None
+    in_a_child("a refusal")
+    assert not Path(os.environ[VARIABLE]).exists()
