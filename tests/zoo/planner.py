@@ -17,7 +17,6 @@ import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 DTYPES = ("auto", "fp8", "turboquant_k8v4")
 MEMORY = 128 << 30
@@ -53,7 +52,6 @@ def plan(architecture: str) -> dict[str, Any]:
 def _plan_with(description: Any, dtype: str, row: dict[str, Any]) -> dict[str, Any]:
     from vllm_hybrid_kv.cli.stopping import one_line
     from vllm_hybrid_kv.dry_run.devices import GPU
-    from vllm_hybrid_kv.dry_run.engine import Model
     from vllm_hybrid_kv.dry_run.plan import plan_of
 
     fields = json.loads((Path(description.folder) / "config.json").read_text())
@@ -68,8 +66,7 @@ def _plan_with(description: Any, dtype: str, row: dict[str, Any]) -> dict[str, A
         arguments["max_model_len"] = LONGEST
     built: list[Any] = []
     try:
-        with _recording(built):
-            model = Model(arguments, GPU)
+        model = _recording(built)(arguments, GPU)
         planned = plan_of(model, MEMORY, {}).plan
     except Exception as error:
         if os.environ.get("ZOO_TRACEBACKS"):
@@ -95,20 +92,19 @@ def _plan_with(description: Any, dtype: str, row: dict[str, Any]) -> dict[str, A
 
 
 def _recording(built: list[Any]) -> Any:
-    """Record the models that vLLM builds, with their layers that have a KV cache."""
-    from vllm.model_executor.model_loader import utils
+    """Return `Model` that records what it builds, with the layers that have a KV cache."""
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
-    build = utils.initialize_model
+    from vllm_hybrid_kv.dry_run.engine import Model
 
-    def initialize_model(vllm_config: Any, *args: Any, **more: Any) -> Any:
-        from vllm.config import get_layers_from_vllm_config
-        from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    class RecordingModel(Model):
+        def build(self, config: Any) -> Any:
+            model = super().build(config)
+            built.append((model, get_layers_from_vllm_config(config, AttentionLayerBase)))
+            return model
 
-        model = build(vllm_config, *args, **more)
-        built.append((model, get_layers_from_vllm_config(vllm_config, AttentionLayerBase)))
-        return model
-
-    return patch.object(utils, "initialize_model", initialize_model)
+    return RecordingModel
 
 
 def main() -> None:

@@ -134,10 +134,8 @@ class K8V4AttentionBackend(AttentionBackend):
         if spec.state_content_bytes is not None or not spec.kv_quant_mode.is_turboquant:
             return spec
         value_size = getattr(spec, "head_size_v", None) or spec.head_size
-        if value_size != spec.head_size:
-            raise UnsupportedLayerError(
-                f"values of {value_size} dims beside keys of {spec.head_size}"
-            )
+        if (refused := refusal.refuse_value_size(spec.head_size, value_size)) is not None:
+            raise UnsupportedLayerError(refused)
         slot = k8v4.slot_bytes(spec.head_size)
         customised = replace(spec, state_content_bytes=slot)
         expected = spec.block_size * spec.num_kv_heads * slot

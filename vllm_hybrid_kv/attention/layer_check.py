@@ -20,7 +20,12 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.worker.utils import customize_attention_spec
 
-from vllm_hybrid_kv.attention.refusal import CACHE_DTYPE
+from vllm_hybrid_kv.attention.refusal import (
+    CACHE_DTYPE,
+    UnsupportedLayerError,
+    refuse_backend,
+    refuse_value_size,
+)
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.kernels import k8v4
 
@@ -83,6 +88,29 @@ def built_layers(layers: Mapping[str, Any], vllm_config: VllmConfig) -> dict[str
             getattr(layer, "kv_sharing_target_layer_name", None),
         )
     return built
+
+
+def check_k8v4_layers(layers: Mapping[str, Any]) -> None:
+    """Check that every layer that was built for a k8v4 cache can have one.
+
+    vLLM asks no backend about sizes of values, and models may choose a backend themselves.
+
+    Args:
+        layers: vLLM's layers by name.
+
+    Raises:
+        UnsupportedLayerError: A layer cannot.
+    """
+    for name, layer in layers.items():
+        if getattr(layer, "kv_cache_dtype", None) != CACHE_DTYPE:
+            continue
+        head_size = layer.head_size
+        refusal = refuse_value_size(head_size, getattr(layer, "head_size_v", head_size))
+        backend = layer.get_attn_backend().get_name()
+        if refusal is None and backend != BACKEND:
+            refusal = refuse_backend(backend)
+        if refusal is not None:
+            raise UnsupportedLayerError(refusal, f"layer {name}")
 
 
 def check_plan(layers: Mapping[str, BuiltLayer], groups: Iterable[KVCacheGroupSpec]) -> None:

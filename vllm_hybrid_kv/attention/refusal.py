@@ -220,6 +220,30 @@ def refuse_cache_dtype(kv_cache_dtype: str, head_size: int) -> Refusal:
     return Refusal(f"its KV cache dtype is {kv_cache_dtype}", _serve_unquantised(head_size))
 
 
+def refuse_value_size(head_size: int, value_size: int) -> Refusal | None:
+    """Return why keys and values of these sizes cannot share k8v4 pages, or None if they can.
+
+    Args:
+        head_size: Dims of a key.
+        value_size: Dims of a value.
+    """
+    if value_size == head_size:
+        return None
+    reason = f"its keys have {head_size} dims and its values {value_size}, k8v4 needs equal sizes"
+    return Refusal(reason, _serve_unquantised(head_size))
+
+
+def refuse_backend(name: str) -> Refusal:
+    """Return why a k8v4 layer cannot run on the backend that its model chose.
+
+    Args:
+        name: The backend's, as vLLM logs it.
+    """
+    if "SPARSE" in name:
+        return Refusal(f"sparse attention ({name}) selects keys that k8v4 pages do not index")
+    return Refusal(f"its model runs it on {name}, which cannot read k8v4 pages")
+
+
 def _refuse_head_size(head_size: int) -> Refusal | None:
     reason = k8v4.refuse_head_size(head_size)
     if reason is None:

@@ -171,7 +171,6 @@ class Model:
             init_distributed_environment,
         )
         from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-        from vllm.model_executor.model_loader.utils import initialize_model
         from vllm.utils.torch_utils import set_default_torch_dtype
 
         config = self._configure()
@@ -198,7 +197,7 @@ class Model:
                 init_workspace_manager(torch.device("cpu"))
                 stack.callback(reset_workspace_manager)
             with without_weights(), set_default_torch_dtype(config.model_config.dtype):
-                initialize_model(config)
+                self.build(config)
                 if stage == parallel.pipeline_parallel_size - 1:
                     build_draft(config)
             current_platform.update_block_size_for_backend(config)
@@ -224,6 +223,12 @@ class Model:
         self._mamba_block_size = config.cache_config.mamba_block_size
         self._mamba_page_size_padded = config.cache_config.mamba_page_size_padded
         return specs
+
+    def build(self, config: VllmConfig) -> torch.nn.Module:
+        """Build the model's layers and return it, without weights."""
+        from vllm.model_executor.model_loader.utils import initialize_model
+
+        return initialize_model(config)
 
     def engine(self, memory: int, settings: dict[str, Any]) -> Engine:
         """Plan a cache and return what an engine would have.
@@ -304,7 +309,7 @@ class Model:
                 least,
                 backend,
                 1 + (speculative.num_speculative_tokens if speculative else 0),
-                use_v2_model_runner=False,
+                use_v2_model_runner=config.use_v2_model_runner,
                 kv_cache_config=engine.worker_kv_cache_config,
                 max_num_reqs=config.scheduler_config.max_num_seqs,
             )

@@ -33,10 +33,12 @@ _EXTENSIONS = ("_C", "_C_stable_libtorch")
 _PACKAGES = (
     "cuda",
     "cutlass",
+    "flashinfer",
     "tilelang",
     "vllm.third_party.deep_gemm",
     "vllm.third_party.flashmla",
 )
+"""Packages of kernels that vLLM for CUDA requires or brings. They may be missing or broken here."""
 
 
 @contextmanager
@@ -149,15 +151,22 @@ def _described_class() -> type[Platform]:
 
 
 def _forget_answers() -> None:
-    """Clear what vLLM caches of a platform's answers."""
+    """Clear what vLLM caches of a platform's answers and of the packages that it found."""
+    from vllm.utils import deep_gemm, flashinfer
     from vllm.v1.attention import selector
 
     selector._cached_get_attn_backend.cache_clear()
+    for module in (deep_gemm, flashinfer):
+        for value in vars(module).values():
+            if callable(clear := getattr(value, "cache_clear", None)):
+                clear()
 
 
 def _available() -> Iterator[tuple[Any, str, Any]]:
     """Give what a module would hold if CUDA's extensions had been there when it was imported."""
+    import vllm.config.vllm
     from vllm import _custom_ops, triton_utils
+    from vllm.utils import flashinfer
     from vllm.v1.attention.backends import fa_utils
     from vllm.v1.attention.ops import flashmla
     from vllm.vllm_flash_attn import flash_attn_interface
@@ -179,6 +188,10 @@ def _available() -> Iterator[tuple[Any, str, Any]]:
             # Hopper's tensor cores multiply FP8; FP4 came later.
             yield _custom_ops, name, lambda *_, answer="fp4" not in name: answer
     yield torch._ops._OpNamespace, "__getattr__", _operator
+    # FlashInfer's kernels come with it or are compiled by CUDA's compiler.
+    yield flashinfer, "has_flashinfer_cubin", lambda: True
+    # Decides which model runner a server has.
+    yield vllm.config.vllm, "HAS_TRITON", True
     if not triton_utils.HAS_TRITON:
         # vLLM's placeholders for Triton have the names that modules use on CPUs.
         for kind in (type(triton_utils.triton), type(triton_utils.tl)):
@@ -218,7 +231,9 @@ def _operator(self: Any, name: str) -> Any:
     try:
         return _find_operator(self, name)
     except AttributeError:
-        if self.name.startswith(("_C", "_moe_C")):
+        if name == "get_workspace_size":
+            return lambda *_: 0
+        if self.name.startswith("_") and "_C" in self.name:
             return _any_name(name)
         raise
 
@@ -263,13 +278,12 @@ def _any_name(name: str) -> type:
 @contextmanager
 def _cuda_modules() -> Iterator[None]:
     """Give vLLM's modules what they import on CUDA and this machine lacks."""
-    extensions, packages = _EmptyExtensions(), _MissingPackages()
-    sys.meta_path.insert(0, extensions)
-    sys.meta_path.append(packages)
+    finders = _KernelPackages(), _EmptyExtensions()
+    sys.meta_path[:0] = finders
     try:
         yield
     finally:
-        for finder in (extensions, packages):
+        for finder in finders:
             sys.meta_path.remove(finder)
             for name in finder.made:
                 sys.modules.pop(name, None)
@@ -298,12 +312,21 @@ class _EmptyExtensions(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self.made.append(module.__name__)
 
 
-class _MissingPackages(_EmptyExtensions):
-    """Modules with any name for packages of kernels that come with vLLM for CUDA alone."""
+class _KernelPackages(_EmptyExtensions):
+    """Modules with any name instead of packages of kernels, which need a GPU to be imported."""
 
     def _has(self, fullname: str) -> bool:
         return any(f"{fullname}.".startswith(f"{package}.") for package in _PACKAGES)
 
     def exec_module(self, module: ModuleType) -> None:
         super().exec_module(module)
+        if module.__name__ == "flashinfer.mla":
+            module.BatchMLAPagedAttentionWrapper = _LatentAttention  # type: ignore[attr-defined]
         module.__getattr__ = _any_name  # type: ignore[method-assign]
+
+
+class _LatentAttention:
+    """FlashInfer's wrapper: vLLM looks at the signature of `run` to see what FlashInfer can do."""
+
+    def run(self, *_: Any, ckv_scale_arr: Any = None) -> Any:
+        return _never_called()

@@ -38,6 +38,7 @@ class Known:
         init_worker: Initialises any worker.
         validate_environ: Warns of unknown variables.
         get_attn_backend_cls: Selects an attention backend on CPUs.
+        select_backend: Selects an attention backend on any device, cached.
         get_boundary_layers: Names the layers at each end that stay unquantised.
         verify_gemma4_config: Chooses a backend for models with heads of several sizes.
         nixl_compatibility_hash: Computes what NIXL's peers compare.
@@ -49,6 +50,7 @@ class Known:
         cache_prompt_end: Caches the state at a prompt's end. Checked, not patched.
         add_to_batch: Adds a request to the worker's batch.
         init_attention: Builds an attention layer.
+        initialize_model: Builds a model's layers.
         initialize_from_config: Gives a worker its plan of the KV cache.
         align_hybrid: Aligns blocks of hybrid models.
         align_heterogeneous: Aligns blocks of layers with several cache dtypes.
@@ -67,6 +69,7 @@ class Known:
     init_worker: Target
     validate_environ: Target
     get_attn_backend_cls: Target
+    select_backend: Target
     get_boundary_layers: Target
     verify_gemma4_config: Target
     nixl_compatibility_hash: Target
@@ -78,6 +81,7 @@ class Known:
     cache_prompt_end: Target
     add_to_batch: Target
     init_attention: Target
+    initialize_model: Target
     initialize_from_config: Target
     align_hybrid: Target
     align_heterogeneous: Target
@@ -111,11 +115,13 @@ def build(context: Context, known: Known) -> list[Seam]:
         seams += [
             boundary.boundary_seam(context, known.get_boundary_layers),
             attention.registration_seam(context),
+            attention.refusal_seam(known.select_backend),
             transfer.handshake_seam(known.nixl_compatibility_hash),
             transfer.stored_pages_seam(
                 known.none_hash_seed, known.offloading_config, known.init_example_connector
             ),
             layers.layer_dtype_seam(known.init_attention),
+            layers.built_model_seam(known.initialize_model),
             layers.layer_pages_seam(known.initialize_from_config),
             block_alignment.block_alignment_seam(known.align_hybrid, known.align_heterogeneous),
         ]

@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import vllm.platforms
 from vllm.logger import init_logger
-from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from vllm_hybrid_kv.attention.refusal import CACHE_DTYPE, UnsupportedLayerError, refuse_selection
+from vllm_hybrid_kv.attention.refusal import (
+    CACHE_DTYPE,
+    Refusal,
+    UnsupportedLayerError,
+    refuse_selection,
+)
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.kernels import k8v4
-from vllm_hybrid_kv.seams.base import Edit, MethodRebinding, Notice, Seam, Target
+from vllm_hybrid_kv.seams.base import Edit, FunctionRebinding, MethodRebinding, Notice, Seam, Target
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -90,31 +94,6 @@ def slot_size_problems() -> list[str]:
     return problems
 
 
-class ClearedSelection(Edit):
-    """Makes vLLM forget which backends it selected before the plugin was there."""
-
-    def problems(self) -> list[str]:
-        """Check that the cache is there to be cleared."""
-        if not hasattr(selector._cached_get_attn_backend, "cache_clear"):
-            return [f"{self} has no cache"]
-        return []
-
-    def apply(self) -> None:
-        """Forget what vLLM selected."""
-        selector._cached_get_attn_backend.cache_clear()
-
-    def failures(self) -> list[str]:
-        """Nothing can fail: the cache fills with what the seams select."""
-        return []
-
-    def undo(self) -> None:
-        """Forget what the seams selected."""
-        selector._cached_get_attn_backend.cache_clear()
-
-    def __str__(self) -> str:
-        return "vllm.v1.attention.selector._cached_get_attn_backend"
-
-
 def registration_seam(context: Context) -> Seam:
     """Register our backend for engines with a k8v4 cache.
 
@@ -136,6 +115,51 @@ def registration_seam(context: Context) -> Seam:
     )
 
 
+def refusal_seam(select_backend: Target) -> Seam:
+    """Refuse a k8v4 layer that no backend can serve in one line, on every device.
+
+    Args:
+        select_backend: The selector's cached function. Its cache starts empty, so that vLLM also
+            forgets what it selected before the plugin was there.
+    """
+
+    def make(original: Any) -> Any:
+        def select(backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any) -> Any:
+            if attn_selector_config.kv_cache_dtype != CACHE_DTYPE:
+                return original(backend, attn_selector_config, *args, **kwargs)
+            if (refusal := refuse_selection(attn_selector_config)) is not None:
+                raise UnsupportedLayerError(refusal)
+            try:
+                return original(backend, attn_selector_config, *args, **kwargs)
+            except ValueError:
+                if backend is None and (reasons := _reasons_against(attn_selector_config)):
+                    raise UnsupportedLayerError(Refusal("; ".join(reasons))) from None
+                raise
+
+        return select
+
+    return Seam(
+        "layer_refusals",
+        Notice(
+            replaces="the attention selector's _cached_get_attn_backend, which it wraps for "
+            "turboquant_k8v4",
+            why="vLLM names neither the layer nor the way out, and lists every backend instead",
+            upstream="none yet",
+            until="vLLM says in one line which layer cannot be served with a cache dtype, and why",
+        ),
+        [FunctionRebinding(select_backend, make)],
+    )
+
+
+def _reasons_against(attn_selector_config: Any) -> list[str]:
+    """Return why our backend cannot run on this device, as it tells vLLM."""
+    reasons: list[str] = AttentionBackendEnum.TURBOQUANT.get_class().validate_configuration(
+        device_capability=vllm.platforms.current_platform.get_device_capability(),
+        **attn_selector_config._asdict(),
+    )
+    return reasons
+
+
 def selection_seam(get_attn_backend_cls: Target, *, stock_refuses: bool) -> Seam:
     """Select our backend for k8v4 layers on CPUs.
 
@@ -153,7 +177,7 @@ def selection_seam(get_attn_backend_cls: Target, *, stock_refuses: bool) -> Seam
         ) -> str:
             dtype = attn_selector_config.kv_cache_dtype
             if dtype == CACHE_DTYPE:
-                return _select(selected_backend, attn_selector_config)
+                return _select(selected_backend)
             if not stock_refuses:
                 refuse_without_cpu_kernels(dtype)
             path: str = original(cls, selected_backend, attn_selector_config, num_heads)
@@ -173,7 +197,6 @@ def selection_seam(get_attn_backend_cls: Target, *, stock_refuses: bool) -> Seam
             MethodRebinding(
                 get_attn_backend_cls, make, seen_from=lambda: type(vllm.platforms.current_platform)
             ),
-            ClearedSelection(),
         ],
     )
 
@@ -221,10 +244,7 @@ def refuse_without_cpu_kernels(dtype: str | None) -> None:
         )
 
 
-def _select(selected_backend: AttentionBackendEnum | None, attn_selector_config: Any) -> str:
-    reason = refuse_selection(attn_selector_config)
-    if reason is not None:
-        raise UnsupportedLayerError(reason)
+def _select(selected_backend: AttentionBackendEnum | None) -> str:
     if selected_backend not in (None, AttentionBackendEnum.TURBOQUANT):
         # As vLLM does on CPUs, where it sets the option itself in some modes.
         logger.info("Cannot use %s backend for a %s cache on CPU.", selected_backend, CACHE_DTYPE)

@@ -123,15 +123,21 @@ class Target:
 
 
 def underlying(binding: Any) -> FunctionType:
-    """Return the function of a binding: a function, a classmethod or a staticmethod.
+    """Return the function of a binding: a function, cached or not, a classmethod, a staticmethod.
 
     Raises:
         TypeError: It is none of them.
     """
     function = binding.__func__ if isinstance(binding, classmethod | staticmethod) else binding
+    if _is_cached(function):
+        function = function.__wrapped__
     if not isinstance(function, FunctionType):
         raise TypeError(f"{binding!r} is not a Python function")
     return function
+
+
+def _is_cached(function: Any) -> bool:
+    return hasattr(function, "cache_clear") and hasattr(function, "__wrapped__")
 
 
 class Edit(ABC):
@@ -161,7 +167,8 @@ class Edit(ABC):
 class FunctionRebinding(Edit):
     """Rebinds a module's function, there and in every module that imported it by name.
 
-    The search through all modules is done once for all functions, by `Applied`.
+    The replacement of a cached function is cached, too, and starts with an empty cache. `Applied`
+    searches all modules once for all functions.
     """
 
     def __init__(self, target: Target, make: Callable[[Any], Any]) -> None:
@@ -183,7 +190,10 @@ class FunctionRebinding(Edit):
     def apply(self) -> None:
         """Make the replacement."""
         self.original = self.target.binding()
-        self.replacement = functools.wraps(self.original)(self._make(self.original))
+        function = underlying(self.original)
+        replacement = functools.wraps(function)(self._make(function))
+        cached = _is_cached(self.original)
+        self.replacement = functools.cache(replacement) if cached else replacement
 
     def failures(self) -> list[str]:
         """Check the defining module; `Applied` looks through the others."""

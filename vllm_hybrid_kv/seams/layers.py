@@ -12,11 +12,17 @@ from vllm.config import get_current_vllm_config, get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
-from vllm_hybrid_kv.attention.layer_check import built_layers, check_plan, check_views
+from vllm_hybrid_kv.attention.layer_check import (
+    built_layers,
+    check_k8v4_layers,
+    check_plan,
+    check_views,
+)
 from vllm_hybrid_kv.attention.refusal import CACHE_DTYPE
-from vllm_hybrid_kv.seams.base import MethodRebinding, Notice, Seam, Target
+from vllm_hybrid_kv.seams.base import FunctionRebinding, MethodRebinding, Notice, Seam, Target
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 logger = init_logger("vllm.hybrid_kv.attention")
@@ -37,7 +43,7 @@ def layer_dtype_seam(init_attention: Target) -> Seam:
             cache_config = call.arguments.get("cache_config")
             if cache_config is not None and cache_config.cache_dtype == CACHE_DTYPE:
                 _follow_target(call.arguments)
-                _choose_chunked_backend(self, call.arguments)
+                _choose_wrapped_backend(self, call.arguments)
             original(*call.args, **call.kwargs)
 
         return init
@@ -79,23 +85,65 @@ def _follow_target(arguments: dict[str, Any]) -> None:
     arguments["cache_config"] = cache_config
 
 
-def _choose_chunked_backend(layer: Any, arguments: dict[str, Any]) -> None:
-    """Replace the k8v4 backend of a chunked local attention layer that is left unquantised."""
+def _choose_wrapped_backend(layer: Any, arguments: dict[str, Any]) -> None:
+    """Replace the k8v4 backend that a layer's class wrapped though the layer is left unquantised.
+
+    Static sinks are not among these classes: their models choose a backend themselves.
+    """
     from vllm.model_executor.layers.attention.chunked_local_attention import (
         ChunkedLocalAttention,
         create_chunked_local_attention_backend,
+    )
+    from vllm.model_executor.layers.attention.encoder_only_attention import (
+        create_encoder_only_attention_backend,
+    )
+    from vllm.model_executor.layers.attention.prefill_prefix_lm_attention import (
+        PrefillPrefixLMAttention,
     )
     from vllm.model_executor.models.utils import extract_layer_index
     from vllm.v1.attention.selector import get_attn_backend
 
     skipped = arguments["cache_config"].kv_cache_dtype_skip_layers
-    if not isinstance(layer, ChunkedLocalAttention) or not skipped:
+    if not skipped or not isinstance(layer, ChunkedLocalAttention | PrefillPrefixLMAttention):
         return
-    if str(extract_layer_index(arguments["prefix"])) in skipped:
-        backend = get_attn_backend(arguments["head_size"], torch.get_default_dtype(), "auto")
-        arguments["attn_backend"] = create_chunked_local_attention_backend(
-            backend, layer.attention_chunk_size
-        )
+    if str(extract_layer_index(arguments["prefix"])) not in skipped:
+        return
+    backend = get_attn_backend(arguments["head_size"], torch.get_default_dtype(), "auto")
+    arguments["attn_backend"] = (
+        create_chunked_local_attention_backend(backend, layer.attention_chunk_size)
+        if isinstance(layer, ChunkedLocalAttention)
+        else create_encoder_only_attention_backend(backend)
+    )
+
+
+def built_model_seam(initialize_model: Target) -> Seam:
+    """Stop start-up, before weights are loaded, if a layer that was built cannot have its cache.
+
+    Args:
+        initialize_model: Builds a model, for servers and dry runs.
+    """
+
+    def make(original: Any) -> Any:
+        def initialize(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
+            model = original(vllm_config, *args, **kwargs)
+            if vllm_config.cache_config.cache_dtype == CACHE_DTYPE:
+                layers = get_layers_from_vllm_config(vllm_config, cast(Any, AttentionLayerBase))
+                check_k8v4_layers(layers)
+            return model
+
+        return initialize
+
+    return Seam(
+        "built_model",
+        Notice(
+            replaces="initialize_model, which it wraps for engines with a k8v4 cache",
+            why="vLLM does not ask a backend about values of another size than keys, nor whether "
+            "the backend that a model chose itself can read the cache",
+            upstream="none yet",
+            until="vLLM checks every layer's backend against its cache dtype and head sizes",
+        ),
+        [FunctionRebinding(initialize_model, make)],
+    )
 
 
 def layer_pages_seam(initialize_from_config: Target) -> Seam:

@@ -84,6 +84,14 @@ KNOWN = Known(
             "(cls, selected_backend, attn_selector_config, num_heads=None)", "91da3a4d6e0ad421"
         ),
     ),
+    select_backend=Target(
+        "vllm.v1.attention.selector",
+        "_cached_get_attn_backend",
+        Fingerprint(
+            "(backend, attn_selector_config, num_heads=None, *, _run_kv_cache_dtype=None)",
+            "e9717be527e12b42",
+        ),
+    ),
     get_boundary_layers=Target(
         "vllm.model_executor.layers.quantization.turboquant.config",
         "TurboQuantConfig.get_boundary_skip_layers",
@@ -145,6 +153,12 @@ KNOWN = Known(
             "attn_backend=None, head_size_v=None, **extra_impl_args)",
             "4a5707fd62bbbc69",
         ),
+    ),
+    # A decorator's function: what it wraps is only called, and its result is checked.
+    initialize_model=Target(
+        "vllm.model_executor.model_loader.utils",
+        "initialize_model",
+        Fingerprint("(*args, **kwargs)", "2bdd984927e70605"),
     ),
     initialize_from_config=Target(
         "vllm.v1.worker.worker_base",
