@@ -38,6 +38,8 @@ def configuration_of(architecture: str) -> Configuration:
     elif "transformers" in fields:
         more = {key: value for key, value in fields.items() if key != "transformers"}
         fields, source = _from_transformers(base, fields["transformers"])
+        if isinstance(more.get("text_config"), dict):
+            more["text_config"] = {**fields["text_config"], **more["text_config"]}
         fields |= more
     elif "vllm" in fields:
         fields, source = _from_vllm(fields)
@@ -116,9 +118,11 @@ def _register(model_type: str, config_class: Any = None) -> None:
 
     class PlainConfig(PreTrainedConfig):
         def __init__(self, **fields: Any) -> None:
-            for name in ("block_configs", "per_layer_config"):
-                if name in fields:
-                    fields[name] = [_as_object(each) for each in fields[name]]
+            if "block_configs" in fields:
+                fields["block_configs"] = [_as_object(each) for each in fields["block_configs"]]
+            if "decoder" in fields:
+                fields["encoder"] = _as_object(fields["encoder"])
+                fields["decoder"] = CONFIG_MAPPING["mbart"](**fields["decoder"])
             super().__init__(**fields)
 
     PlainConfig.model_type = model_type

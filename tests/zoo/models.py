@@ -75,6 +75,32 @@ def every(count: int, period: int, most: str, last: str) -> list[str]:
     return [last if (i + 1) % period == 0 else most for i in range(count)]
 
 
+def _nemotron_parse(**more: Any) -> dict[str, Any]:
+    decoder = {
+        "d_model": 1024,
+        "decoder_layers": 10,
+        "decoder_attention_heads": 16,
+        "decoder_ffn_dim": 4096,
+        "encoder_attention_heads": 16,
+        "encoder_ffn_dim": 4096,
+        "vocab_size": 52352,
+        "activation_function": "gelu",
+        "scale_embedding": True,
+        "max_position_embeddings": 9000,
+        "max_sequence_length": 9000,
+        "pad_token_id": 1,
+        **more,
+    }
+    return {
+        **sizes("nemotron_parse", 1024, 10, 16, 16, 4096, 52352, 9000),
+        "is_encoder_decoder": "add_cross_attention" not in more,
+        "navit_packing": True,
+        "image_size": [2048, 1664],
+        "encoder": {"patch_size": 16, "args": {"model": "vit_huge_patch16_224"}},
+        "decoder": decoder,
+    }
+
+
 _BAILING = {
     "use_bias": False,
     "use_qkv_bias": False,
@@ -84,12 +110,66 @@ _BAILING = {
 }
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
+_QWEN4 = {
+    "output_gate_type": "sigmoid",
+    "indexer_n_heads": 32,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 128,
+    "indexer_budget": 2048,
+    "indexer_compress_ratio": 4,
+    "rope_parameters": {**ROPE, "partial_rotary_factor": 0.25},
+}
+
 _NEMOTRON_H = {
     "num_hidden_layers": 52,
     "layers_block_type": [
         {"M": "mamba", "-": "mlp", "*": "attention"}[kind]
         for kind in "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
     ],
+}
+
+# deepseek-ai/DeepSeek-V4-Flash.
+_DEEPSEEK_V4 = {
+    "vocab_size": 129280,
+    "hidden_size": 4096,
+    "num_hidden_layers": 43,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 1,
+    "head_dim": 512,
+    "qk_rope_head_dim": 64,
+    "q_lora_rank": 1024,
+    "o_lora_rank": 1024,
+    "o_groups": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 6,
+    "moe_intermediate_size": 2048,
+    "norm_topk_prob": True,
+    "scoring_func": "sqrtsoftplus",
+    "topk_method": "noaux_tc",
+    "routed_scaling_factor": 1.5,
+    "num_hash_layers": 3,
+    "num_nextn_predict_layers": 1,
+    "compress_ratios": [4 if i > 2 and i % 2 else 128 for i in range(43)] + [0],
+    "compress_rope_theta": 160000.0,
+    "sliding_window": 128,
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "index_topk": 512,
+    "hc_mult": 4,
+    "hc_eps": 1e-6,
+    "hc_sinkhorn_iters": 20,
+    "swiglu_limit": 10.0,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 16,
+        "original_max_position_embeddings": 65536,
+        "beta_fast": 32,
+        "beta_slow": 1,
+    },
 }
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -136,7 +216,7 @@ SIZES: dict[str, dict[str, Any]] = {
         rotary_dim=64,
     ),
     "BailingMoeV2_5ForCausalLM": sizes(
-        "bailing_moe_linear",
+        "bailing_hybrid",
         8192,
         80,
         64,
@@ -159,7 +239,7 @@ SIZES: dict[str, dict[str, Any]] = {
         partial_rotary_factor=0.5,
     ),
     # inclusionAI/Ling-3.0-flash: vLLM brings the config class, under its multimodal name.
-    "BailingMoeV3ForCausalLM": {"vllm": "bailing_moe_v3_vl"},
+    "BailingMoeV3ForCausalLM": {"vllm": "bailing_moe_v3_vl", "text_config": {"no_kda_lora": True}},
     # nvidia/Llama-3_1-Nemotron-51B-Instruct: some layers have no attention, some no experts.
     "DeciLMForCausalLM": sizes(
         "nemotron-nas",
@@ -210,7 +290,7 @@ SIZES: dict[str, dict[str, Any]] = {
         activation_function="silu",
         layer_norm_epsilon=1e-5,
     ),
-    # EssentialAI/rnj-1-instruct.
+    # EssentialAI/rnj-1-instruct, with chunks as vLLM's class has them.
     "Rnj1ForCausalLM": sizes(
         "rnj1",
         4096,
@@ -223,8 +303,8 @@ SIZES: dict[str, dict[str, Any]] = {
         hidden_activation="gelu_pytorch_tanh",
         query_pre_attn_scalar=128,
         final_logit_softcapping=30.0,
-        sliding_window=None,
-        layer_types=[_FULL] * 32,
+        sliding_window=8192,
+        layer_types=every(32, 4, "chunked_attention", _FULL),
     ),
     "Glm5NextForCausalLM": {
         **sizes("glm5_next_text", 4096, 48, 32, 32, 12288, 151552, 131072, **latent(1536)),
@@ -301,36 +381,26 @@ SIZES: dict[str, dict[str, Any]] = {
         router_score_func="sigmoid",
     ),
     # meituan-longcat/LongCat-Flash-Lite.
-    "LongcatFlashNgramForCausalLM": sizes(
-        "longcat_flash_ngram",
-        3072,
-        14,
-        32,
-        32,
-        6144,
-        131072,
-        131072,
-        **latent(1536),
-        num_layers=14,
-        ffn_hidden_size=6144,
-        expert_ffn_hidden_size=1024,
-        n_routed_experts=256,
-        moe_topk=12,
-        zero_expert_num=128,
-        zero_expert_type="identity",
-        routed_scaling_factor=6.0,
-        mla_scale_q_lora=True,
-        mla_scale_kv_lora=True,
-        attention_method="MLA",
-        attention_bias=False,
-        router_bias=False,
-        norm_topk_prob=False,
-        emb_neighbor_num=4,
-        emb_split_num=4,
-        ngram_vocab_size_ratio=78,
-        eos_token_id=2,
-        pad_token_id=3,
-    ),
+    "LongcatFlashNgramForCausalLM": {
+        "transformers": "longcat_flash",
+        "hidden_size": 3072,
+        "num_layers": 14,
+        "num_attention_heads": 32,
+        "vocab_size": 131072,
+        "ffn_hidden_size": 6144,
+        "expert_ffn_hidden_size": 1024,
+        "n_routed_experts": 256,
+        "moe_topk": 12,
+        "zero_expert_num": 128,
+        "zero_expert_type": "identity",
+        "mla_scale_q_lora": True,
+        "mla_scale_kv_lora": True,
+        "emb_neighbor_num": 4,
+        "emb_split_num": 4,
+        "ngram_vocab_size_ratio": 78,
+        "eos_token_id": 2,
+        "pad_token_id": 3,
+    },
     # openbmb/MiniCPM-2B-sft-bf16.
     "MiniCPMForCausalLM": sizes(
         "minicpm",
@@ -639,6 +709,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "HYV3ForCausalLM": {
         "transformers": "hy_v3",
         "expert_hidden_dim": 1536,
+        "route_norm": True,
+        "qk_norm": True,
         "first_k_dense_replace": 1,
     },
     "HunYuanDenseV1ForCausalLM": sizes(
@@ -677,11 +749,27 @@ SIZES: dict[str, dict[str, Any]] = {
         "scoring_func": "sigmoid",
     },
     "NemotronForCausalLM": {"transformers": "nemotron", "num_key_value_heads": 8},
-    "Qwen4ExpForCausalLM": {"transformers": "qwen4_exp", "output_gate_type": "swish"},
+    "Qwen4ExpForCausalLM": {"transformers": "qwen4_exp_text", **_QWEN4},
+    "Qwen4ExpForConditionalGeneration": {"transformers": "qwen4_exp", "text_config": _QWEN4},
     "ChatGLMModel": {"vllm": "chatglm", "original_rope": True, "tie_word_embeddings": False},
     "DeepseekV2ForCausalLM": {"transformers": "deepseek_v2", "n_group": 8, "topk_group": 3},
-    "DeepseekV4ForCausalLM": {"vllm": "deepseek_v4"},
-    "KimiLinearForCausalLM": {"transformers": "kimi_linear", "mla_use_nope": True},
+    "DeepseekV4ForCausalLM": {"vllm": "deepseek_v4", **_DEEPSEEK_V4},
+    # moonshotai/Kimi-Linear-48B-A3B-Instruct counts its layers from one.
+    "KimiLinearForCausalLM": {
+        "transformers": "kimi_linear",
+        "mla_use_nope": True,
+        "moe_layer_freq": 1,
+        "first_k_dense_replace": 1,
+        "moe_router_activation_func": "sigmoid",
+        "use_grouped_topk": True,
+        "linear_attn_config": {
+            "full_attn_layers": [4, 8, 12, 16, 20, 24, 27],
+            "kda_layers": [i for i in range(1, 27) if i % 4],
+            "head_dim": 128,
+            "num_heads": 32,
+            "short_conv_kernel_size": 4,
+        },
+    },
     # databricks/dbrx-instruct.
     "DbrxForCausalLM": {
         "transformers": "dbrx",
@@ -693,9 +781,105 @@ SIZES: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 8, "rope_theta": 500000, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
     },
-    "DeepseekV41ForCausalLM": {"vllm": "deepseek_v41"},
-    "Dots3NoteForCausalLM": {"vllm": "dots3_note"},
-    "InklingForCausalLM": {"vllm": "inkling_model"},
+    "DeepseekV41ForCausalLM": {
+        "vllm": "deepseek_v41",
+        "text_config": {
+            **_DEEPSEEK_V4,
+            "max_position_embeddings": 1048576,
+            "compress_ratios": [0, 0] + [1 + i % 2 for i in range(41)],
+            "kv_source_layer_ids": list(range(2, 43)),
+            "index_source_layer_ids": list(range(2, 43)),
+        },
+    },
+    "Dots3NoteForCausalLM": {
+        "vllm": "dots3_note",
+        "layer_types": every(61, 4, _SLIDING, _FULL),
+        "sliding_window_size": 512,
+        "swa_num_attention_heads": 64,
+        "swa_qk_nope_head_dim": 128,
+        "swa_qk_rope_head_dim": 64,
+        "swa_v_head_dim": 128,
+        "swa_q_lora_rank": 1536,
+        "swa_kv_lora_rank": 512,
+        "swa_rope_theta": 10000.0,
+        "swa_attention_gate_type": "headwise",
+        "attention_gate_type": "headwise",
+        "apply_mla_qkv_lora_rescale": False,
+        "index_topk": 2048,
+        "index_n_heads": 64,
+        "index_head_dim": 128,
+    },
+    "HunYuanVLForConditionalGeneration": {
+        "transformers": "hunyuan_vl",
+        "text_config": {"head_dim": 128},
+    },
+    "CohereCompassForConditionalGeneration": {
+        "transformers": "cohere_compass",
+        "text_config": {
+            "layer_types": every(40, 4, _SLIDING, _FULL),
+            "rope_parameters": {_SLIDING: ROPE, _FULL: ROPE},
+        },
+    },
+    # nvidia/NVIDIA-Nemotron-Parse: a C-RADIO tower with an mBART decoder.
+    "NemotronParseForConditionalGeneration": _nemotron_parse(),
+    "RadioMBartPrefixForCausalLM": _nemotron_parse(
+        causal_vision_prefix=True, add_cross_attention=False
+    ),
+    # CohereLabs/cohere-transcribe: NeMo's names for a Conformer and its decoder.
+    "CohereAsrForConditionalGeneration": {
+        "transformers": "cohere_asr",
+        "transf_decoder": {
+            "config_dict": {
+                "hidden_size": 1024,
+                "inner_size": 4096,
+                "hidden_act": "relu",
+                "num_attention_heads": 8,
+                "num_layers": 8,
+                "max_sequence_length": 1024,
+            }
+        },
+        "head": {"num_classes": 16384, "hidden_size": 1024, "num_layers": 1},
+        "encoder": {
+            "n_layers": 48,
+            "n_heads": 8,
+            "d_model": 1280,
+            "feat_in": 128,
+            "feat_out": -1,
+            "causal_downsampling": False,
+            "subsampling": "dw_striding",
+            "subsampling_factor": 8,
+            "subsampling_conv_channels": 256,
+            "ff_expansion_factor": 4,
+            "self_attention_model": "rel_pos",
+            "att_context_size": [-1, -1],
+            "xscaling": False,
+            "untie_biases": True,
+            "pos_emb_max_len": 5000,
+            "conv_kernel_size": 9,
+            "conv_norm_type": "batch_norm",
+            "conv_context_size": None,
+        },
+        "preprocessor": {"sample_rate": 16000, "window_size": 0.025, "window_stride": 0.01},
+    },
+    # thinkingmachines/Inkling.
+    "InklingForCausalLM": {
+        "vllm": "inkling_model",
+        "hidden_size": 6144,
+        "num_hidden_layers": 66,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "swa_num_key_value_heads": 16,
+        "local_layer_ids": [i for i in range(66) if i % 6 != 5],
+        "dense_intermediate_size": 24576,
+        "intermediate_size": 3072,
+        "n_routed_experts": 256,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 6,
+        "shared_expert_sink": True,
+        "route_scale": 8.0,
+        "use_sconv": True,
+    },
     # Models that only 0.33 lists; vLLM brings the config classes of the first two.
     "BeamForCausalLM": {
         "vllm": "beam",
@@ -710,7 +894,16 @@ SIZES: dict[str, dict[str, Any]] = {
             for kind in (_SLIDING, _FULL)
         },
     },
-    "Step5ForCausalLM": {"vllm": "step5"},
+    "Step5ForCausalLM": {
+        "vllm": "step5",
+        "num_attention_heads": 32,
+        "num_attention_groups": 4,
+        "head_dim": 192,
+        "use_head_wise_attn_gate": True,
+        "use_moe_router_bias": True,
+        "need_fp32_gate": True,
+        "sparse_config": {"enabled": True},
+    },
     "AliceAIForCausalLM": sizes(
         "alice_ai",
         2048,
@@ -723,7 +916,7 @@ SIZES: dict[str, dict[str, Any]] = {
         **experts(512, 10, 512),
         shared_expert_intermediate_size=512,
         layer_types=every(48, 4, "linear_attention", _FULL),
-        linear_num_key_heads=16,
+        linear_num_key_heads=32,
         linear_num_value_heads=32,
         linear_key_head_dim=128,
         linear_value_head_dim=128,
@@ -731,6 +924,10 @@ SIZES: dict[str, dict[str, Any]] = {
         attention_bias=False,
         partial_rotary_factor=0.25,
         attn_output_gate=True,
+        kda_allow_negative_eigenvalues=False,
+        router_score_function="sigmoid",
+        router_bias_correction=True,
+        block_attn_res_block_size=4,
         decoder_sparse_step=1,
         mlp_only_layers=[],
     )
@@ -743,29 +940,25 @@ SIZES: dict[str, dict[str, Any]] = {
         4,
         10240,
         128256,
-        per_layer_config=[{"head_dim": 128}] * 32,
+        per_layer_config={str(i): {"head_dim": 128} for i in range(32)},
         position_layers=["nope" if i % 4 == 3 else "rope" for i in range(32)],
         window_sizes=[[-1, -1] if i % 4 == 3 else [4095, 0] for i in range(32)],
     ),
-    "FlintForCausalLM": sizes(
-        "flint",
-        2048,
-        32,
-        32,
-        4,
-        6144,
-        151936,
-        **experts(64, 8, 768),
-        attention_bias=False,
-        layer_types=every(32, 4, _SLIDING, _FULL),
-        mlp_only_layers=[0],
-        no_rope_layer_indices=[],
-        router_score_function="sigmoid",
-        shared_expert_intermediate_size=768,
-        sliding_window=1024,
-    )
-    | {"head_dim": 128},
+    "FlintForCausalLM": {
+        "vllm": "flint",
+        "layer_types": every(49, 4, _SLIDING, _FULL),
+        "no_rope_layer_indices": list(range(3, 49, 4)),
+    },
 }
+
+FILES = {"Dots3NoteForCausalLM": {"added_tokens.json": '{"<|imgpad|>": 151665}'}}
+"""Files that vLLM's class reads beside config.json while it builds the language model."""
+
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "Rnj1ForCausalLM": {"attention_backend": "TRITON_ATTN"},
+    "Step1ForCausalLM": {"attention_backend": "TRITON_ATTN"},
+}
+"""Options that a server needs, because vLLM's default backend lacks what these models use."""
 
 SAME_AS = {
     "ChatGLMForConditionalGeneration": "ChatGLMModel",

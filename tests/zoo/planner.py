@@ -26,6 +26,7 @@ LONGEST = 32768
 def plan(architecture: str) -> dict[str, Any]:
     """Return an architecture's row: its configuration's source, pattern and plans."""
     from tests.zoo.configurations import configuration_of
+    from tests.zoo.models import ARGUMENTS, FILES
     from vllm_hybrid_kv.cli.stopping import one_line
     from vllm_hybrid_kv.dry_run.described import DescriptionError, described
 
@@ -36,20 +37,25 @@ def plan(architecture: str) -> dict[str, Any]:
     except Exception as error:
         return {**row, "no_configuration": f"{type(error).__name__}: {error}"}
     row["source"] = configuration.source
+    asked = ARGUMENTS.get(architecture, {})
+    for name, value in asked.items():
+        row["source"] += f", --{name.replace('_', '-')} {value}"
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(configuration.fields, default=str))
+        for name, text in FILES.get(architecture, {}).items():
+            (Path(folder) / name).write_text(text)
         try:
             with described(Path(folder)) as description:
                 row["planned_as"] = description.architecture
                 for dtype in DTYPES:
-                    row["plans"][dtype] = _plan_with(description, dtype, row)
+                    row["plans"][dtype] = _plan_with(description, {"kv_cache_dtype": dtype, **asked}, row)
         except DescriptionError as error:
             row["plans"] = {dtype: {"refused": one_line(error)} for dtype in DTYPES}
     row["seconds"] = round(time.monotonic() - began, 1)
     return row
 
 
-def _plan_with(description: Any, dtype: str, row: dict[str, Any]) -> dict[str, Any]:
+def _plan_with(description: Any, asked: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     from vllm_hybrid_kv.cli.stopping import one_line
     from vllm_hybrid_kv.dry_run.devices import GPU
     from vllm_hybrid_kv.dry_run.plan import plan_of
@@ -58,9 +64,9 @@ def _plan_with(description: Any, dtype: str, row: dict[str, Any]) -> dict[str, A
     positions = fields.get("max_position_embeddings") or LONGEST
     arguments = {
         "model": description.folder,
-        "kv_cache_dtype": dtype,
         "gpu_memory_utilization": 0.1,
         "max_num_seqs": 256,
+        **asked,
     }
     if isinstance(positions, int) and positions > LONGEST:
         arguments["max_model_len"] = LONGEST
@@ -74,7 +80,7 @@ def _plan_with(description: Any, dtype: str, row: dict[str, Any]) -> dict[str, A
 
             traceback.print_exc()
         return {"refused": description.in_words(one_line(error))}
-    if dtype == "auto":
+    if asked["kv_cache_dtype"] == "auto":
         from tests.zoo.patterns import pattern_of
 
         row["pattern"] = pattern_of(*built[0]).to_json()

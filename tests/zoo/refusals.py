@@ -26,6 +26,10 @@ FORBIDDEN = (
     r"empty sequence",
     r"0x[0-9a-f]{6,}",
     r"/tmp/",
+    r"cannot be built without weights",
+    r"does not build from this configuration",
+    r"\(\w+\.py, line \d+\)",
+    r"AttentionSelectorConfig",
 )
 """Patterns of which none may occur in what a plan for GPUs says."""
 

@@ -104,9 +104,9 @@ def check_k8v4_layers(layers: Mapping[str, Any]) -> None:
     for name, layer in layers.items():
         if getattr(layer, "kv_cache_dtype", None) != CACHE_DTYPE:
             continue
-        head_size = layer.head_size
-        refusal = refuse_value_size(head_size, getattr(layer, "head_size_v", head_size))
         backend = layer.get_attn_backend().get_name()
+        sizes = [getattr(layer, field, None) for field in ("head_size", "head_size_v")]
+        refusal = refuse_value_size(*sizes) if all(sizes) else None
         if refusal is None and backend != BACKEND:
             refusal = refuse_backend(backend)
         if refusal is not None:

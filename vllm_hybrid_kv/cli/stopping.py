@@ -112,7 +112,7 @@ def check_outputs(command: str, json_: Path | None, plot: Path | None) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """Return what an error of vLLM's says in one line, with its kind where it is no word to a user.
+    """Return what an error of vLLM's says in one line, or `UNKNOWN` if it has no words for users.
 
     Args:
         error: What came of building or planning a model.
@@ -131,16 +131,36 @@ def one_line(error: Exception) -> str:
             )
             for details in error.errors()
         )
-    elif isinstance(error, ValueError | NotImplementedError):
-        message = str(error)
     else:
-        message = (
-            "vLLM's class of this model cannot be built without weights "
-            f"({_where(error)}); set VLLM_LOGGING_LEVEL=DEBUG to see why"
-        )
-        if os.environ.get("VLLM_LOGGING_LEVEL") == "DEBUG":
+        message = _said(error) or _missing_field(error) or UNKNOWN
+        if message == UNKNOWN and os.environ.get("VLLM_LOGGING_LEVEL") == "DEBUG":
             traceback.print_exception(error)
     return " ".join(message.split())
+
+
+UNKNOWN = (
+    "vLLM's class of this model does not build from this configuration; set "
+    "VLLM_LOGGING_LEVEL=DEBUG to see where it fails"
+)
+
+
+def _said(error: BaseException) -> str | None:
+    """Return the words of an error, or of its cause, that vLLM wrote for users."""
+    if isinstance(error, ValueError | NotImplementedError | AssertionError):
+        return str(error) or None
+    return _said(error.__cause__) if error.__cause__ is not None else None
+
+
+def _missing_field(error: Exception) -> str | None:
+    """Return a line about the field of a configuration that was asked for in vain."""
+    from transformers import PreTrainedConfig
+
+    if not (isinstance(error, AttributeError) and isinstance(error.obj, PreTrainedConfig)):
+        return None
+    return (
+        f"the configuration has no {error.name!r}, which vLLM's class of this model reads; add it "
+        "to the config.json"
+    )
 
 
 def in_our_options(message: str) -> str:
@@ -148,9 +168,3 @@ def in_our_options(message: str) -> str:
     if "gpu_memory_utilization" in message:
         return f"{message.rstrip('.')}. Here: more --memory."
     return message
-
-
-def _where(error: Exception) -> str:
-    """Return the file and line that an error came from."""
-    *_, last = traceback.extract_tb(error.__traceback__)
-    return f"{Path(last.filename).name}, line {last.lineno}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import reprlib
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,12 @@ TEXT_CLASSES = {
     "qwen3_vl_text": "Qwen3ForCausalLM",
 }
 """vLLM's class for a language model whose `model_type` transformers gives no class of its own."""
+
+TRANSFORMERS = "TransformersForCausalLM"
+"""vLLM's class for any language model that transformers has."""
+
+ALSO_READ = {"Dots3NoteForCausalLM": "added_tokens.json"}
+"""Files that vLLM's class of an architecture reads while it builds the language model."""
 
 LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 """Where configurations keep the number of layers."""
@@ -121,6 +128,7 @@ def described(path: Path) -> Iterator[Described]:
     notes = []
     architecture = config["architectures"][0]
     _check_known(architecture, path)
+    more = _also_read(architecture, path)
     quantisation = _pop_quantisation(config, path)
     part = next((config[key] for key in TEXT_CONFIGS if isinstance(config.get(key), dict)), None)
     if part is not None:
@@ -143,6 +151,8 @@ def described(path: Path) -> Iterator[Described]:
         raise DescriptionError(f"{path} is nested too deeply for a model's configuration") from None
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / CONFIG).write_text(text)
+        for file in more:
+            shutil.copy(file, folder)
         yield Described(folder, architecture, _stored_by(quantisation, path), tuple(notes))
 
 
@@ -151,6 +161,18 @@ def _check_known(architecture: str, path: Path) -> None:
 
     if architecture not in ModelRegistry.get_supported_archs():
         raise DescriptionError(f"{path}: vLLM knows no architecture {architecture}")
+
+
+def _also_read(architecture: str, path: Path) -> list[Path]:
+    name = ALSO_READ.get(architecture)
+    if name is None:
+        return []
+    file = (path if path.is_dir() else path.parent) / name
+    if not file.is_file():
+        raise DescriptionError(
+            f"{path}: vLLM's class {architecture} also reads {name}, which is not next to {CONFIG}"
+        )
+    return [file]
 
 
 def _pop_quantisation(config: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -185,7 +207,10 @@ def _short(value: object) -> str:
 
 def _text_architecture(wrapper: str, text: dict[str, Any]) -> str:
     """Return the class of vLLM's that a model for more than text has for its text."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_MAPPING_NAMES,
+    )
     from vllm.model_executor.models import ModelRegistry
 
     known = ModelRegistry.get_supported_archs()
@@ -195,6 +220,7 @@ def _text_architecture(wrapper: str, text: dict[str, Any]) -> str:
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type if isinstance(model_type, str) else ""),
         TEXT_CLASSES.get(model_type if isinstance(model_type, str) else ""),
         wrapper.replace("ForConditionalGeneration", "ForCausalLM"),
+        TRANSFORMERS if model_type in MODEL_MAPPING_NAMES else None,
     )
     for candidate in candidates:
         if isinstance(candidate, str) and candidate in known and candidate != wrapper:

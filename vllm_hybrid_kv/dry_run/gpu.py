@@ -34,11 +34,14 @@ _PACKAGES = (
     "cuda",
     "cutlass",
     "flashinfer",
+    "quack",
     "tilelang",
+    "torchaudio",
     "vllm.third_party.deep_gemm",
     "vllm.third_party.flashmla",
+    "vllm.vllm_flash_attn.cute",
 )
-"""Packages of kernels that vLLM for CUDA requires or brings. They may be missing or broken here."""
+"""Packages that vLLM for CUDA requires or brings, and that may be missing or broken here."""
 
 
 @contextmanager
@@ -152,11 +155,11 @@ def _described_class() -> type[Platform]:
 
 def _forget_answers() -> None:
     """Clear what vLLM caches of a platform's answers and of the packages that it found."""
-    from vllm.utils import deep_gemm, flashinfer
+    from vllm.utils import deep_gemm, flashinfer, import_utils
     from vllm.v1.attention import selector
 
     selector._cached_get_attn_backend.cache_clear()
-    for module in (deep_gemm, flashinfer):
+    for module in (deep_gemm, flashinfer, import_utils):
         for value in vars(module).values():
             if callable(clear := getattr(value, "cache_clear", None)):
                 clear()

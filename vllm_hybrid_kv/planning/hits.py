@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.core.kv_cache_utils import (
     eagle_proof_margin,
+    generate_scheduler_kv_cache_config,
     resolve_cache_hit_alignment_tokens,
     resolve_dcp_kv_block_size,
 )
@@ -44,6 +45,12 @@ def smallest_hit(
         scheduler_block_size: Tokens, of `resolve_kv_cache_block_sizes`.
         hash_block_size: The match unit in tokens, of the same function.
     """
+    if any(
+        isinstance(group.kv_cache_spec, UniformTypeKVCacheSpecs)
+        for group in kv_cache_config.kv_cache_groups
+    ):
+        # A worker's plan. Hits are the scheduler's, and only its specs have managers.
+        kv_cache_config = generate_scheduler_kv_cache_config([kv_cache_config])
     alignment = resolve_cache_hit_alignment_tokens(
         kv_cache_config, vllm_config, scheduler_block_size, hash_block_size
     )

@@ -124,8 +124,9 @@ def _stores(vllm_config: VllmConfig, spec: KVCacheSpec, asked: str) -> bool:
     # MLA has formats of its own, named by a string.
     if getattr(spec, "cache_dtype_str", None) not in (None, "auto"):
         return True
+    # Some models keep fp8 in pages that have its dtype and no mode.
     stored = kv_cache_dtype_str_to_dtype(asked, vllm_config.model_config)
-    return bool(mode == KVQuantMode.NONE and spec.dtype == stored)
+    return mode in (KVQuantMode.NONE, KVQuantMode.FP8_PER_TENSOR) and bool(spec.dtype == stored)
 
 
 def padding_share(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> float:

@@ -132,7 +132,8 @@ def refusal_seam(select_backend: Target) -> Seam:
             try:
                 return original(backend, attn_selector_config, *args, **kwargs)
             except ValueError:
-                if backend is None and (reasons := _reasons_against(attn_selector_config)):
+                reasons = _reasons_against(backend, attn_selector_config)
+                if reasons:
                     raise UnsupportedLayerError(Refusal("; ".join(reasons))) from None
                 raise
 
@@ -151,11 +152,13 @@ def refusal_seam(select_backend: Target) -> Seam:
     )
 
 
-def _reasons_against(attn_selector_config: Any) -> list[str]:
-    """Return why our backend cannot run on this device, as it tells vLLM."""
+def _reasons_against(backend: AttentionBackendEnum | None, config: Any) -> list[str]:
+    """Return why our backend cannot run on this device, or is not the one that was asked for."""
+    if backend not in (None, AttentionBackendEnum.TURBOQUANT):
+        return [f"the chosen backend {backend.name} cannot read k8v4 pages"]
     reasons: list[str] = AttentionBackendEnum.TURBOQUANT.get_class().validate_configuration(
         device_capability=vllm.platforms.current_platform.get_device_capability(),
-        **attn_selector_config._asdict(),
+        **config._asdict(),
     )
     return reasons
 
