@@ -91,7 +91,7 @@ def test_decode_context_parallelism_divides_the_tokens_and_is_refused_with_k8v4(
     refused = run(*asked[:3], "--decode-context-parallel-size", 2, "--memory", "24GiB")
     assert refused.exit_code == 2
     (line,) = refused.stderr.splitlines()
-    assert "serve the model with --decode-context-parallel-size 1" in line
+    assert "Serve the model with --decode-context-parallel-size 1" in line
 
 
 def test_options_in_a_file_are_read_as_vllm_serve_reads_them(run, tmp_path):

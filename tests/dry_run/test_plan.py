@@ -313,4 +313,4 @@ def test_merging_keeps_every_row_once(pages):
 
 
 def _told(row):
-    return len(row.layers), row.kind, row.stores, row.block_tokens, row.padding_bytes
+    return len(row.layers), row.kind, row.stores, row.block_tokens, row.padding_bytes, row.stage
