@@ -150,7 +150,7 @@ def _activate() -> Applied:
 
     from vllm_hybrid_kv.attention.refusal import CACHE_DTYPE
     from vllm_hybrid_kv.metrics import directory
-    from vllm_hybrid_kv.seams import base, seams_for
+    from vllm_hybrid_kv.seams import base, seams_for, startup
     from vllm_hybrid_kv.seams.context import Context
     from vllm_hybrid_kv.transfer import fingerprint
     from vllm_hybrid_kv.transfer.carriers import check_connectors
@@ -188,7 +188,7 @@ def _activate() -> Applied:
         on_gpu=bool(platform.is_cuda_alike()),
         announce=announce,
         stop=_stop,
-        followers=[fingerprint.follow, check_transfer, directory.follow],
+        followers=[fingerprint.follow, check_transfer, directory.follow, startup.forget],
     )
     # The environment's part of the settings is known before any configuration is.
     context.check(None)

@@ -53,6 +53,12 @@ def test_what_a_child_logs_is_taken_once(kind):
     assert _take_refusal() == ""
 
 
+def test_what_an_earlier_engine_has_left_is_forgotten(make_config):
+    in_a_child("a refusal")
+    make_config()
+    assert _take_refusal() == ""
+
+
 def test_other_errors_leave_nothing():
     in_a_child("another error")
     assert not Path(os.environ[VARIABLE]).exists()

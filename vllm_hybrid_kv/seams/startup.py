@@ -8,6 +8,7 @@ message in a file, whose name they inherit, and the starting process ends with i
 
 from __future__ import annotations
 
+import atexit
 import logging
 import multiprocessing
 import os
@@ -61,6 +62,7 @@ class RecordRefusals(Edit):
         if multiprocessing.parent_process() is None:
             name = f"vllm-hybrid-kv-refusal-{os.getpid()}-{secrets.token_hex(8)}"
             os.environ[VARIABLE] = str(Path(tempfile.gettempdir()) / name)
+            atexit.register(forget)
         logging.getLogger("vllm").addHandler(self._handler)
 
     def failures(self) -> list[str]:
@@ -105,6 +107,12 @@ def startup_seam(context: Context, wait_for_engines: Target) -> Seam:
         ),
         [FunctionRebinding(wait_for_engines, make), RecordRefusals()],
     )
+
+
+def forget(*_: Any) -> None:
+    """Remove what an earlier engine of the starting process has left, such as a later failure."""
+    if multiprocessing.parent_process() is None:
+        _take_refusal()
 
 
 def _take_refusal() -> str:
