@@ -126,6 +126,7 @@ def test_what_a_server_would_refuse_is_said_beside_what_it_would_not(run, tmp_pa
     asked = (tmp_path, "--memory", "24GiB", "--max-model-len", 131072)
     refused = run(*asked)
     assert refused.exit_code == 2
+    assert "layer model.layers.2.self_attn.attn: --kv-cache-dtype" in refused.stderr
     assert "64 to 256 in multiples of 8, and 512, got 32. Serve the model with" in refused.stderr
     done = run(*asked, "--kv-cache-dtype", "auto", "--json", "-")
     assert done.exit_code == 0, done.stderr

@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On CPUs a layer with a k8v4 cache gets our backend; every other layer gets what it got."""
+"""On CPUs a layer with a k8v4 cache gets our backend; every other layer gets what it got.
+
+A layer that k8v4 cannot serve is refused in one line, on CPUs and on GPUs.
+"""
+
+from contextlib import ExitStack
 
 import pytest
 import torch
 import vllm
 import vllm.platforms
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.attention.refusal import UnsupportedLayerError
+from vllm_hybrid_kv.dry_run.gpu import described_gpu
 from vllm_hybrid_kv.errors import HybridKVError
 
 pytestmark = pytest.mark.usefixtures("unregistered")
@@ -17,11 +25,16 @@ pytestmark = pytest.mark.usefixtures("unregistered")
 MINOR = tuple(vllm.__version_tuple__[:2])
 
 
-def select(dtype="turboquant_k8v4", backend=None, **fields):
-    config = AttentionSelectorConfig(
-        head_size=128, dtype=torch.bfloat16, kv_cache_dtype=dtype, block_size=16, **fields
+def wanted(dtype="turboquant_k8v4", **fields):
+    return AttentionSelectorConfig(
+        **{"head_size": 128, "dtype": torch.bfloat16, "block_size": 16, **fields},
+        kv_cache_dtype=dtype,
     )
-    return vllm.platforms.current_platform.get_attn_backend_cls(backend, config, num_heads=8)
+
+
+def select(dtype="turboquant_k8v4", backend=None):
+    platform = vllm.platforms.current_platform
+    return platform.get_attn_backend_cls(backend, wanted(dtype), num_heads=8)
 
 
 def test_a_k8v4_layer_gets_our_backend():
@@ -54,19 +67,50 @@ def test_other_layers_get_what_they_got(dtype):
         ({"use_sparse": True}, "sparse attention"),
         ({"attn_type": "encoder_only"}, "'encoder_only' is not decoder self-attention"),
         ({"attn_type": "encoder_decoder"}, "'encoder_decoder' is not decoder self-attention"),
+        ({"use_mm_prefix": True}, "bidirectional attention"),
+        ({"head_size": 32}, "got 32"),
     ],
 )
-def test_a_layer_that_cannot_be_served_is_refused_by_name(fields, reason):
+@pytest.mark.parametrize("device", ["here", "a GPU"])
+def test_a_layer_that_cannot_be_served_is_refused_by_name(device, fields, reason):
     plugin.register()
 
     class Layer:
         def __init__(self, prefix):
-            select(**fields)
+            selector._cached_get_attn_backend(None, wanted(**fields), 8)
 
-    with pytest.raises(UnsupportedLayerError) as error:
-        Layer(prefix="model.layers.7.self_attn.attn")
-    assert "layer model.layers.7.self_attn.attn: " in str(error.value)
-    assert reason in str(error.value)
+    with ExitStack() as stack:
+        if device == "a GPU":
+            stack.enter_context(described_gpu())
+        with pytest.raises(UnsupportedLayerError) as error:
+            Layer(prefix="model.layers.7.self_attn.attn")
+    message = str(error.value)
+    assert message.startswith("layer model.layers.7.self_attn.attn: --kv-cache-dtype")
+    assert reason in message
+    assert "erve the model with --kv-cache-dtype auto" in message
+    assert "AttentionSelectorConfig" not in message
+
+
+def test_a_gpu_that_cannot_run_the_kernels_is_refused_in_one_line(monkeypatch):
+    plugin.register()
+    with described_gpu():
+        platform = type(vllm.platforms.current_platform)
+        old = classmethod(lambda cls, device_id=0: DeviceCapability(7, 0))
+        monkeypatch.setattr(platform, "get_device_capability", old)
+        with pytest.raises(UnsupportedLayerError, match="compute capability not supported"):
+            selector._cached_get_attn_backend(None, wanted(), 8)
+
+
+def test_a_backend_that_cannot_read_k8v4_is_refused_by_its_name():
+    plugin.register()
+    with described_gpu(), pytest.raises(UnsupportedLayerError, match="FLASH_ATTN cannot read k8v4"):
+        selector._cached_get_attn_backend(AttentionBackendEnum.FLASH_ATTN, wanted(), 8)
+
+
+def test_another_dtype_keeps_vllms_own_words():
+    plugin.register()
+    with described_gpu(), pytest.raises(ValueError, match="No valid attention backend found"):
+        selector._cached_get_attn_backend(None, wanted("fp8", use_sparse=True), 8)
 
 
 @pytest.mark.parametrize("dtype", ["turboquant_4bit_nc", "turboquant_3bit_nc"])

@@ -48,9 +48,8 @@ def plan(architecture: str) -> dict[str, Any]:
             with described(Path(folder)) as description:
                 row["planned_as"] = description.architecture
                 for dtype in DTYPES:
-                    row["plans"][dtype] = _plan_with(
-                        description, {"kv_cache_dtype": dtype, **asked}, row
-                    )
+                    arguments = {"kv_cache_dtype": dtype, **asked}
+                    row["plans"][dtype] = _plan_with(description, arguments, row)
         except DescriptionError as error:
             row["plans"] = {dtype: {"refused": one_line(error)} for dtype in DTYPES}
     row["seconds"] = round(time.monotonic() - began, 1)

@@ -161,8 +161,8 @@ def _forget_answers() -> None:
     selector._cached_get_attn_backend.cache_clear()
     for module in (deep_gemm, flashinfer, import_utils):
         for value in vars(module).values():
-            if callable(clear := getattr(value, "cache_clear", None)):
-                clear()
+            if callable(value) and hasattr(value, "cache_clear"):
+                value.cache_clear()
 
 
 def _available() -> Iterator[tuple[Any, str, Any]]:
