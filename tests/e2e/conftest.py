@@ -29,9 +29,21 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str]
     return build
 
 
+@pytest.fixture(scope="session")
+def hosts() -> Iterator[list[EngineHost]]:
+    """The hosts that `host` started; the last one is in use."""
+    started: list[EngineHost] = []
+    yield started
+    for host in started:
+        host.close()
+
+
 @pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineHost]:
-    """A process in which engines of this module run one after another."""
-    host = EngineHost(tmp_path_factory.mktemp("host") / "log.txt")
+def host(hosts: list[EngineHost], tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineHost]:
+    """A process in which the engines of all modules run one after another."""
+    if not (hosts and hosts[-1].runs):
+        hosts.append(EngineHost(tmp_path_factory.mktemp("host") / "log.txt"))
+    host = hosts[-1]
     yield host
-    host.close()
+    if host.runs:
+        host.stop()

@@ -70,11 +70,15 @@ class EngineHost:
         self._settings: dict[str, Any] | None = None
         self.started: dict[str, Any] = {}
 
+    @property
+    def runs(self) -> bool:
+        """Whether the host's process runs."""
+        return self._process.poll() is None
+
     def engine(self, **settings: Any) -> EngineHost:
         """Run an engine of these settings, unless it is the one that runs already."""
         if settings != self._settings:
-            self._call("stop")
-            self._settings = None
+            self.stop()
             self.started = self._call(
                 "start",
                 gpu_memory_utilization=0.3,
@@ -85,6 +89,11 @@ class EngineHost:
             )
             self._settings = settings
         return self
+
+    def stop(self) -> None:
+        """Stop the engine, if one runs."""
+        self._settings = None
+        self._call("stop")
 
     def generate(self, prompts: list[list[int]], max_tokens: int, **how: Any) -> list[Output]:
         """Send greedy requests, or ones with a `seed`: at once, or one by one with `alone=True`.
