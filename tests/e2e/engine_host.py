@@ -27,7 +27,15 @@ BASE_ENVIRONMENT = {
 
 
 class EngineError(RuntimeError):
-    """An engine did not start, or a request failed."""
+    """An engine did not start, or a request failed.
+
+    Attributes:
+        reason: The last line of the engine's traceback; empty if there is none.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class EngineHost:
@@ -158,5 +166,6 @@ class EngineHost:
         except (EOFError, BrokenPipeError) as error:
             raise EngineError(f"{command}: the engine's process ended") from error
         if not done:
-            raise EngineError(f"{command} failed:\n{result}\n{self.log_tail()}")
+            reason = result.strip().splitlines()[-1]
+            raise EngineError(f"{command} failed:\n{result}\n{self.log_tail()}", reason)
         return result

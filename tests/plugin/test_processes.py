@@ -96,3 +96,4 @@ def test_vllm_serve_stops_with_one_message_on_a_bad_variable(model, vllm_command
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("hybrid_kv: cpu_isa='sse2' (from VLLM_HYBRID")
     assert "Traceback" not in done.stderr + done.stdout
+    assert "EngineCore" not in done.stderr + done.stdout

@@ -751,8 +751,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "NemotronForCausalLM": {"transformers": "nemotron", "num_key_value_heads": 8},
     "Qwen4ExpForCausalLM": {"transformers": "qwen4_exp_text", **_QWEN4},
     "Qwen4ExpForConditionalGeneration": {"transformers": "qwen4_exp", "text_config": _QWEN4},
-    # bigscience/bloom-7b1.
-    "BloomForCausalLM": {"transformers": "bloom", "hidden_size": 4096, "n_layer": 30, "n_head": 32},
     "ChatGLMModel": {"vllm": "chatglm", "original_rope": True, "tie_word_embeddings": False},
     "DeepseekV2ForCausalLM": {"transformers": "deepseek_v2", "n_group": 8, "topk_group": 3},
     "DeepseekV4ForCausalLM": {"vllm": "deepseek_v4", **_DEEPSEEK_V4},
