@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tests that an adapter has to pass beside a vLLM that is unpacked and not installed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,17 @@ class Suite:
         selection = ["-k", self.selection] if self.selection else []
         markers = ["-m", self.markers] if self.markers else []
         return [*selection, *markers, *(str(HERE / self.folder / file) for file in self.files)]
+
+
+def arguments_of(suites: Sequence[Suite]) -> list[str]:
+    """Return what pytest is given to run suites without markers in one process."""
+    selections = [
+        f"(not ({' or '.join(suite.files)}) or ({suite.selection}))"
+        for suite in suites
+        if suite.selection
+    ]
+    files = [str(HERE / suite.folder / file) for suite in suites for file in suite.files]
+    return ["-k", " and ".join(selections), *files]
 
 
 PLUGIN = Suite(
