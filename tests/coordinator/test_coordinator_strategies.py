@@ -15,6 +15,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_hybrid_kv.coordinator.fixed_point import FixedPointCoordinator
 from vllm_hybrid_kv.coordinator.strategies import FixedPoint
+from vllm_hybrid_kv.hooks import Stock
 
 
 def factory_args(layout, **more):
@@ -35,8 +36,8 @@ def factory_args(layout, **more):
     return dict(bound.arguments)
 
 
-def made(layout, **more):
-    return FixedPoint().hybrid_kv_make_coordinator(
+def made(layout, strategy=None, **more):
+    return (strategy or FixedPoint()).hybrid_kv_make_coordinator(
         factory_args=factory_args(layout, **more), stock=get_kv_cache_coordinator
     )
 
@@ -47,6 +48,14 @@ def test_several_groups_get_the_fixed_point():
     assert isinstance(coordinator, HybridKVCacheCoordinator)
     assert coordinator.enable_partial_hash_hits
     assert coordinator.full_attention_group_id == 0
+
+
+def test_stock_makes_vllms_own_coordinator_with_the_same_arguments():
+    layout = layout_of(full(64), mamba(64), unit=16)
+    coordinator = made(layout, Stock(), allow_partial_hash_hits=False)
+    assert type(coordinator) is HybridKVCacheCoordinator
+    assert not coordinator.enable_partial_hash_hits
+    assert made(layout, Stock()).enable_partial_hash_hits
 
 
 def test_arguments_of_the_factory_reach_the_coordinator():
