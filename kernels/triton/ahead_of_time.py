@@ -67,7 +67,7 @@ def compile_kernel(
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
     given = {name: constants[name] for name in names if signature[name] == "constexpr"}
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in sorted(divisible)}
     source = ASTSource(kernel, signature, given, attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages}
     return triton.compile(source, target=target, options=options)
