@@ -193,7 +193,6 @@ def test_a_token_missed_in_company_would_show(
         run_at_once(reference)
 
 
-@pytest.mark.both_minors
 @pytest.mark.parametrize("chunk", [96, 32])
 def test_output_does_not_depend_on_the_chunks_a_prompt_is_cut_into(
     reference: Reference, chunk: int
@@ -222,7 +221,6 @@ def test_a_chunk_that_is_stored_or_read_wrongly_would_show(
         run_in_chunks(reference, chunk=32, longest=4)
 
 
-@pytest.mark.both_minors
 def test_ngram_speculation_gives_what_decoding_without_it_gives(reference: Reference) -> None:
     metrics = speculate(reference).metrics()
     drafted = metrics["vllm:spec_decode_num_draft_tokens"]
