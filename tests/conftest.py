@@ -18,11 +18,42 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 # spin where they wait for one that has no core, and keep it from getting one.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-LONGEST = {"e2e", "test_machine_code.py", "test_real_engines.py", "test_vllm_0_33.py"}
-"""Folders and files whose tests take a minute or more in one file."""
+SECONDS = {
+    "kernels/triton/test_machine_code.py": 200,
+    "e2e/test_greedy_output.py": 150,
+    "conformance/test_conformance.py": 130,
+    "e2e/test_demo.py": 130,
+    "drift/test_real_engines.py": 115,
+    "e2e/test_wrong_input.py": 110,
+    "e2e/test_processes_and_compilation.py": 100,
+    "benchmarks/test_prefix_cache_command.py": 90,
+    "plugin/test_vllm_0_33.py": 85,
+    "e2e/test_metrics.py": 70,
+    "cli/test_doctor_command.py": 60,
+    "kernels/test_cpu_attention_process.py": 60,
+    "e2e/test_plan_command.py": 50,
+    "zoo/test_zoo.py": 50,
+    "cli/test_plan_command.py": 50,
+    "kernels/triton/test_attention.py": 50,
+    "evaluate/test_engines.py": 45,
+    "e2e/test_broken_connections.py": 45,
+    "cli/test_replay_command.py": 45,
+    "drift/test_drift.py": 45,
+    "e2e/test_engine_command.py": 40,
+    "e2e/test_hybrid_prefix_cache.py": 35,
+    "dry_run/test_plan.py": 35,
+}
+"""About how many CPU seconds the longest files in `tests/` take."""
+
+
+def _seconds(item: pytest.Item) -> int:
+    file = item.path.relative_to(ROOT / "tests").as_posix()
+    return SECONDS.get(file, 30 if item.get_closest_marker("engine") else 0)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Let the processes of `pytest -n` take the longest files first, so that they end together."""
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: LONGEST.isdisjoint(item.path.parts))
+        missing = [file for file in SECONDS if not (ROOT / "tests" / file).is_file()]
+        assert not missing, f"no such files: {missing}"
+        items.sort(key=lambda item: -_seconds(item))
