@@ -154,6 +154,10 @@ def _let_vllm_scan_llvmlite() -> None:
 
 
 def main() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from tests.kernels.triton.processes import interpret_faster
+
+        interpret_faster()
     connection = Connection(int(sys.argv[1]))
     worker = Worker()
     while True:
