@@ -105,8 +105,8 @@ def check_k8v4_layers(layers: Mapping[str, Any]) -> None:
         if getattr(layer, "kv_cache_dtype", None) != CACHE_DTYPE:
             continue
         backend = layer.get_attn_backend().get_name()
-        sizes = [getattr(layer, field, None) for field in ("head_size", "head_size_v")]
-        refusal = refuse_value_size(*sizes) if all(sizes) else None
+        keys, values = (getattr(layer, field, None) for field in ("head_size", "head_size_v"))
+        refusal = refuse_value_size(keys, values) if keys and values else None
         if refusal is None and backend != BACKEND:
             refusal = refuse_backend(backend)
         if refusal is not None:

@@ -128,7 +128,9 @@ def underlying(binding: Any) -> FunctionType:
     Raises:
         TypeError: It is none of them.
     """
-    function = binding.__func__ if isinstance(binding, classmethod | staticmethod) else binding
+    function: Any = binding
+    if isinstance(binding, classmethod | staticmethod):
+        function = binding.__func__
     if _is_cached(function):
         function = function.__wrapped__
     if not isinstance(function, FunctionType):
