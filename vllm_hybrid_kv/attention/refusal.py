@@ -283,7 +283,9 @@ def refuse_implementation(
         extra: Parameters of the layer that this backend has no meaning for.
     """
     if alibi_slopes is not None:
-        return Refusal("ALiBi position biases", _serve_unquantised(head_size))
+        # On GPUs only FlashAttention 2 takes ALiBi, and it has no fp8 cache.
+        instead = _serve_unquantised(head_size) if current_platform.is_cpu() else INSTEAD
+        return Refusal("ALiBi position biases", instead)
     if (refusal := _refuse_kind(attn_type)) is not None:
         return refusal
     if num_heads % num_kv_heads:
