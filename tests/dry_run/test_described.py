@@ -114,3 +114,21 @@ def test_the_language_model_of_a_vision_model_without_a_class_of_its_own_is_plan
     with described(tmp_path) as model:
         assert model.architecture == "Qwen3ForCausalLM"
         assert model.in_words(f"model {model.folder}: no") == "model Qwen3ForCausalLM: no"
+
+
+def test_a_language_model_that_only_transformers_has_is_planned_with_its_class(tmp_path):
+    text = {"model_type": "cosmos3_edge_text", "hidden_size": 64}
+    wrapped = {"architectures": ["Cosmos3EdgeForConditionalGeneration"], "model_type": "cosmos3"}
+    (tmp_path / "config.json").write_text(json.dumps({**wrapped, "text_config": text}))
+    with described(tmp_path) as model:
+        assert model.architecture == "TransformersForCausalLM"
+
+
+def test_a_file_that_vllm_also_reads_is_kept_and_demanded(tmp_path):
+    config = {"architectures": ["Dots3NoteForCausalLM"], "model_type": "dots3_note"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DescriptionError, match="also reads added_tokens"), described(tmp_path):
+        pass
+    (tmp_path / "added_tokens.json").write_text("{}")
+    with described(tmp_path) as model:
+        assert (Path(model.folder) / "added_tokens.json").read_text() == "{}"
