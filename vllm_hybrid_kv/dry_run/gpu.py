@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.abc
 import importlib.machinery
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -61,6 +62,7 @@ def described_gpu() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_cuda_modules())
         described = _described_class()
+        stack.callback(_restore_environment, dict(os.environ))
         stack.callback(_forget_answers)
         stack.callback(setattr, platform, "__class__", kind)
         platform.__class__ = described
@@ -151,6 +153,17 @@ def _described_class() -> type[Platform]:
             return valid, told
 
     return DescribedGpu
+
+
+def _restore_environment(before: dict[str, str]) -> None:
+    """Undo what vLLM sets for one model, which would hold for the next; the plugin's stays."""
+    for name in os.environ.keys() | before.keys():
+        if "HYBRID_KV" in name:
+            continue
+        if name in before:
+            os.environ[name] = before[name]
+        else:
+            del os.environ[name]
 
 
 def _forget_answers() -> None:
