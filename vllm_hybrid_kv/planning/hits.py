@@ -78,9 +78,6 @@ def _draft_margin(
     margins = [0]
     for group in drafting:
         spec = group.kv_cache_spec
-        if isinstance(spec, UniformTypeKVCacheSpecs):
-            # A rank's plan; the scheduler's has one of them.
-            spec = next(iter(spec.kv_cache_specs.values()))
         if isinstance(spec, MambaSpec) or not spec.prefix_cacheable:
             continue
         manager = KVCacheSpecRegistry.get_manager_class(spec, group.role)
