@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         missing = [file for file in SECONDS if not (ROOT / "tests" / file).is_file()]
         assert not missing, f"no such files: {missing}"
         items.sort(key=lambda item: -_seconds(item))
+
+
+@pytest.fixture
+def unregistered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process in which the plugin is not active; afterwards all is as it was before."""
+    from vllm_hybrid_kv import plugin
+    from vllm_hybrid_kv.seams import base
+
+    before = plugin.applied()
+    if before is not None:
+        before.undo()
+    monkeypatch.setattr(plugin, "_applied", None)
+    monkeypatch.setattr(plugin, "_left_alone", None)
+    monkeypatch.setattr(plugin, "_announced", set())
+    # Else errors end the process as they do in one of vLLM's command line.
+    monkeypatch.delitem(sys.modules, "vllm.entrypoints.cli.main", raising=False)
+    yield
+    active = plugin.applied()
+    # First what the test rebound over us, for else its undoing would bring us back.
+    monkeypatch.undo()
+    if active is not None:
+        active.undo()
+    if before is not None:
+        plugin._applied = base.apply(before.seams)

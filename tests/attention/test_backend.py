@@ -61,7 +61,7 @@ def test_an_unquantised_layer_keeps_its_spec():
 
 
 def test_values_of_another_size_than_keys_are_refused():
-    with pytest.raises(UnsupportedLayerError, match="values of 64 dims beside keys of 256"):
+    with pytest.raises(UnsupportedLayerError, match="keys have 256 dims and its values 64"):
         K8V4AttentionBackend.customize_spec(spec(head_size_v=64))
 
 

@@ -17,6 +17,9 @@ from vllm_hybrid_kv.coordinator.fixed_point import FixedPointCoordinator
 from vllm_hybrid_kv.coordinator.strategies import FixedPoint
 from vllm_hybrid_kv.hooks import Stock
 
+# The strategies get vLLM's own factory, which the plugin replaces.
+pytestmark = pytest.mark.usefixtures("unregistered")
+
 
 def factory_args(layout, **more):
     """Give everything that the factory gets, as the seam hands it on."""

@@ -95,30 +95,6 @@ def log() -> Iterator[Log]:
 
 
 @pytest.fixture
-def unregistered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A process in which the plugin is not active; afterwards all is as it was before."""
-    from vllm_hybrid_kv import plugin
-    from vllm_hybrid_kv.seams import base
-
-    before = plugin.applied()
-    if before is not None:
-        before.undo()
-    monkeypatch.setattr(plugin, "_applied", None)
-    monkeypatch.setattr(plugin, "_left_alone", None)
-    monkeypatch.setattr(plugin, "_announced", set())
-    # Else errors end the process as they do in one of vLLM's command line.
-    monkeypatch.delitem(sys.modules, "vllm.entrypoints.cli.main", raising=False)
-    yield
-    active = plugin.applied()
-    # First what the test rebound over us, for else its undoing would bring us back.
-    monkeypatch.undo()
-    if active is not None:
-        active.undo()
-    if before is not None:
-        plugin._applied = base.apply(before.seams)
-
-
-@pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
     """Installs a package with an entry point for us into a folder on `sys.path`."""
     added: list[str] = []

@@ -215,10 +215,11 @@ def _text_architecture(wrapper: str, text: dict[str, Any]) -> str:
 
     known = ModelRegistry.get_supported_archs()
     named, model_type = text.get("architectures"), text.get("model_type")
+    model_type = model_type if isinstance(model_type, str) else ""
     candidates = (
         *(named if isinstance(named, list) else ()),
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type if isinstance(model_type, str) else ""),
-        TEXT_CLASSES.get(model_type if isinstance(model_type, str) else ""),
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type),
+        TEXT_CLASSES.get(model_type),
         wrapper.replace("ForConditionalGeneration", "ForCausalLM"),
         TRANSFORMERS if model_type in MODEL_MAPPING_NAMES else None,
     )
@@ -227,7 +228,7 @@ def _text_architecture(wrapper: str, text: dict[str, Any]) -> str:
             return candidate
     raise DescriptionError(
         f"{wrapper} is for more than text, and vLLM knows no class for its language model alone "
-        f"(model_type {_short(model_type)}); give a config.json of the language model"
+        f"(model_type {_short(text.get('model_type'))}); give a config.json of the language model"
     )
 
 
