@@ -337,6 +337,21 @@ def test_only_models_whose_hits_end_at_blocks_weigh_match_units(make_config):
     assert weighed == least
 
 
+@pytest.mark.parametrize(
+    ("spec", "tokens"),
+    [
+        (attention(), 3_200),
+        (attention(cls=SlidingWindowSpec, sliding_window=1_024), 1_024),
+        (attention(cls=SlidingWindowSpec, sliding_window=4_096), 3_200),
+        (attention(cls=ChunkedLocalAttentionSpec, attention_chunk_size=256), 256),
+        (state(1_000), 16),
+        (attention(4, cls=CircularBufferSpec), 4),
+    ],
+)
+def test_a_layer_holds_no_more_of_a_request_than_its_window_or_chunk(spec, tokens):
+    assert kind_of(spec, 8_192).held(Fraction(3_200)) == tokens
+
+
 def test_blocks_of_several_devices_count_as_one_block(make_config):
     specs = three_kinds_of_attention()
     config = make_config()

@@ -49,7 +49,11 @@ def layers(block_sizes, slots, state_pages, kernel_blocks):
         block_stride_alignment=st.sampled_from([None, None, *map(MultipleOf, kernel_blocks)]),
     )
     windowed = st.builds(
-        attention, block_sizes, slots, cls=st.just(SlidingWindowSpec), sliding_window=st.just(64)
+        attention,
+        block_sizes,
+        slots,
+        cls=st.just(SlidingWindowSpec),
+        sliding_window=st.sampled_from([3, 64]),
     )
     split = st.builds(
         attention,
