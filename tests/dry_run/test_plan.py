@@ -12,6 +12,7 @@ from transformers import Gemma3TextConfig
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import AttentionSpec, MambaSpec
 
+from demo.models import qwen3_next_config
 from tests.shapes import SHAPES
 from vllm_hybrid_kv.attention.refusal import UnsupportedModelError
 from vllm_hybrid_kv.dry_run.described import described
@@ -235,6 +236,15 @@ def qwen3_6(folder):
     return SHAPES["qwen3.6-35b-a3b"]
 
 
+def small_qwen3_next(folder):
+    """The demo's hybrid model."""
+    config = qwen3_next_config()
+    config.architectures = ["Qwen3NextForCausalLM"]
+    config.save_pretrained(folder)
+    return folder
+
+
+SHORT = {"max_model_len": 2048}
 SKIP_3 = {"kv_cache_dtype_skip_layers": ["3"]}
 
 
@@ -247,8 +257,12 @@ SKIP_3 = {"kv_cache_dtype_skip_layers": ["3"]}
             ({}, {"unify_page_sizes": "min_waste"}),
         ),
         (qwen3_6, "gpu", SKIP_3, {}, "drop --kv-cache-dtype-skip-layers", ({}, {})),
+        (
+            small_qwen3_next, "cpu", SHORT, {}, "give --block-size 32",
+            ({**SHORT, "block_size": 32}, {}),
+        ),
     ],
-    ids=["boundary layers", "another strategy", "skipped layers"],
+    ids=["boundary layers", "another strategy", "skipped layers", "block size"],
 )  # fmt: skip
 def test_the_advice_of_the_padding_warning_reduces_the_padding(
     tmp_path, model, device, arguments, settings, advice, better

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`boundary_layers` sets how many layers at each end stay unquantised, in k8v4 engines only."""
 
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -95,6 +96,13 @@ def rule(config, number=2, hybrid=False, mla=False):
 def test_boundary_layers_are_counted_among_layers_that_own_a_cache(shared, number, layers):
     config = SimpleNamespace(num_hidden_layers=10, num_kv_shared_layers=shared)
     assert rule(config, number) == list(layers)
+
+
+def test_the_layers_that_stay_unquantised_are_logged(log):
+    rule(SimpleNamespace(num_hidden_layers=7), 1)
+    assert log.lines(logging.INFO) == [
+        "boundary_layers=1: 2 of 7 attention layers stay unquantised (0, 6)"
+    ]
 
 
 @pytest.mark.parametrize("as_dict", [True, False])

@@ -115,7 +115,10 @@ def test_a_cache_dtype_that_no_layer_has_is_warned_of(config, dtype):
     )
     config.cache_config.kv_cache_dtype_skip_layers = ["0", "sliding_window"]
     (line,) = lines(config, plan(PLAIN, WINDOW))
-    assert line.endswith("; --kv-cache-dtype-skip-layers takes out 0 sliding_window")
+    assert line.endswith(
+        "; layers 0 sliding_window stay unquantised by boundary_layers or "
+        "--kv-cache-dtype-skip-layers"
+    )
 
 
 def test_one_layer_that_has_the_cache_dtype_is_enough(config):
@@ -174,12 +177,15 @@ def test_states_that_vllm_padded_itself_need_another_block_size(config):
     config.model_config.max_model_len = 4 * BLOCK
     groups, layers = plan(PLAIN, padded), {"layer.0": PLAIN, "layer.1": padded}
     (line,) = lines(config, groups, layers=layers)
-    assert line.endswith(
-        "vLLM pads states to a page of attention: give a smaller --block-size than 256"
-    )
+    assert line.endswith("vLLM pads states to a page of attention: give --block-size 32")
+    config.cache_config.block_size = 32
+    (line,) = lines(config, groups, layers=layers)
+    assert line.endswith("and no --block-size pads them less")
     config.cache_config.kv_cache_dtype_skip_layers = ["7"]
     (line,) = lines(config, groups, layers=layers)
-    assert line.endswith("than 256, or no --kv-cache-dtype-skip-layers")
+    assert line.endswith(
+        "vLLM pads states to a page of attention: drop --kv-cache-dtype-skip-layers"
+    )
 
 
 def test_each_trap_has_a_line_of_its_own(config):

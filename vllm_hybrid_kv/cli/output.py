@@ -13,6 +13,9 @@ from rich.console import Console, RenderableType
 
 from vllm_hybrid_kv.cli.stopping import stop
 
+LEAST_WIDTH = 100
+"""Columns that a table needs."""
+
 
 def hand_out(
     command: str,
@@ -47,6 +50,8 @@ def hand_out(
                 raise stop(command, f"--json: {json_}: {error.strerror}") from None
     if not printed:
         console = Console()
+        # Narrower tables cut numbers.
+        console.width = max(console.width, LEAST_WIDTH)
         for part in parts():
             console.print(part, markup=False, highlight=False)
     if plot is not None:

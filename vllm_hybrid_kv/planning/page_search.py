@@ -34,7 +34,7 @@ def weighed_page(
 ) -> tuple[Page, int] | None:
     """Return the page with the lowest cost, and the match unit that its blocks divide.
 
-    The cost is what share of its pages a reference request leaves as padding, plus
+    The cost is the share of a reference request's pages that is padding, plus
     `match_unit / (2 * reference)`, the share of it that a cache hit misses on average because hits
     end at multiples of the unit.
 
@@ -110,7 +110,7 @@ class PageSearch:
     def best(self, highest: int, enough: Fraction, at_highest: bool) -> Page | None:
         """Return the smallest page that wastes no more than enough, else the one that wastes least.
 
-        Nor does it waste more than the largest present page would.
+        Its waste is at most that of the largest present page.
 
         Args:
             highest: Bytes up to which there is a choice. Where no page up to there suits all
@@ -218,18 +218,18 @@ class PageSearch:
         return pages[suits]
 
     def _candidates(self, low: int, high: int) -> Iterator[Bytes]:
-        stiff = [kind for kind, _ in self._kinds if not kind.elastic]
-        if not stiff:
+        restricted = [kind for kind, _ in self._kinds if not kind.elastic]
+        if not restricted:
             for steps in [np.array([low]), *(kind.steps(low, high) for kind, _ in self._kinds)]:
                 yield -(-steps // self._granularity) * self._granularity
             return
         whole = [
             kind.spec.page_size_bytes
-            for kind in stiff
+            for kind in restricted
             if isinstance(kind, RowAligned) and kind.alignment is None
         ]
         if whole:
             unit = math.lcm(self._granularity, *whole)
             yield np.arange(-(-low // unit), high // unit + 1, dtype=np.int64) * unit
         else:
-            yield min((kind.steps(low, high) for kind in stiff), key=len)
+            yield min((kind.steps(low, high) for kind in restricted), key=len)

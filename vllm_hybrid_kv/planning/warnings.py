@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a plan makes useless without a word: one line for each, to be logged at start-up."""
+"""Warnings at start-up about settings that the plan makes useless, a line each."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -104,7 +105,8 @@ def _unused_cache_dtype(vllm_config: VllmConfig, layers: Mapping[str, KVCacheSpe
     attention = sum(isinstance(spec, AttentionSpec) for spec in layers.values())
     skipped = vllm_config.cache_config.kv_cache_dtype_skip_layers
     way_out = (
-        f"--kv-cache-dtype-skip-layers takes out {' '.join(skipped)}"
+        f"layers {' '.join(skipped)} stay unquantised by boundary_layers or "
+        "--kv-cache-dtype-skip-layers"
         if skipped and attention
         else "give --kv-cache-dtype auto, which is what it does now"
     )
@@ -186,19 +188,42 @@ def _padded_pool(
     layer = group.layer_names[0]
     way_out = _less_padding(vllm_config, settings, layers)
     if isinstance(spec, MambaSpec) and getattr(layers.get(layer), "page_size_padded", None):
-        # vLLM pads states to attention's pages before page sizes are unified, and where layers
-        # are skipped to the least common multiple of both kinds of attention's.
-        cache_config = vllm_config.cache_config
-        way_out = (
-            "vLLM pads states to a page of attention: give a smaller --block-size than "
-            f"{cache_config.block_size}"
-        )
-        if cache_config.kv_cache_dtype_skip_layers:
-            way_out += ", or no --kv-cache-dtype-skip-layers"
+        way_out = "vLLM pads states to a page of attention"
+        if (smaller := _block_size_that_pads_less(vllm_config, layers)) is not None:
+            way_out += f": give --block-size {smaller}"
+        elif vllm_config.cache_config.kv_cache_dtype_skip_layers:
+            way_out += ": drop --kv-cache-dtype-skip-layers"
+        else:
+            way_out += ", and no --block-size pads them less"
     return (
         f"{100 * share:.1f} % of the KV pool is padding (most of it in pages as layer {layer} has: "
         f"{_content_bytes(spec):,} bytes in {spec.page_size_bytes:,}); {way_out}"
     )
+
+
+def _block_size_that_pads_less(
+    vllm_config: VllmConfig, layers: Mapping[str, KVCacheSpec]
+) -> int | None:
+    """Return a `--block-size` that makes a shorter block hold a state, or None.
+
+    vLLM makes a block as many of these as a page of attention needs to cover a state.
+    """
+    specs = list(layers.values())
+    attention = [
+        spec.real_page_size_bytes / spec.block_size
+        for spec in specs
+        if isinstance(spec, AttentionSpec)
+    ]
+    states = [spec.real_page_size_bytes for spec in specs if isinstance(spec, MambaSpec)]
+    if not attention or not states:
+        return None
+    tokens = math.ceil(max(states) / max(attention))
+    # On CPUs vLLM takes multiples of 32.
+    blocks = {size: -(-tokens // size) * size for size in (128, 64, 32)}
+    shortest = min(blocks.values())
+    if shortest >= vllm_config.cache_config.block_size:
+        return None
+    return next(size for size, block in blocks.items() if block == shortest)
 
 
 def _less_padding(

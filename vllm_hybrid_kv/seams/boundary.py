@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from vllm.logger import init_logger
+
 from vllm_hybrid_kv.attention.refusal import UnsupportedModelError, refuse_model
 from vllm_hybrid_kv.seams.base import MethodRebinding, Notice, Seam, Target
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
     from vllm_hybrid_kv.seams.context import Context
+
+logger = init_logger("vllm.hybrid_kv.planning")
 
 _asked: ContextVar[int | None] = ContextVar("boundary_layers", default=None)
 
@@ -55,7 +59,13 @@ def boundary_seam(context: Context, get_boundary_layers: Target) -> Seam:
                 return []
             owners = cache_owners(model_config.hf_text_config)
             count = min(asked, len(owners) // 2)
-            return [str(index) for index in [*owners[:count], *owners[len(owners) - count :]]]
+            kept = [str(index) for index in [*owners[:count], *owners[len(owners) - count :]]]
+            if kept:
+                logger.info_once(
+                    "boundary_layers=%d: %d of %d attention layers stay unquantised (%s)",
+                    *(asked, len(kept), len(owners), ", ".join(kept)),
+                )
+            return kept
 
         return get_boundary_skip_layers
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The patch that ends a failed start-up with the plugin's own message.
+"""Reports a worker's refusal as the last line of a failed start-up.
 
 A worker or the engine core finds out that a layer cannot be served, and vLLM logs that there. The
 process that the user started only knows that another one ended. So processes of an engine leave the
@@ -58,7 +58,7 @@ class RecordRefusals(Edit):
         return []
 
     def apply(self) -> None:
-        """Add the handler. A process that the user started names a file, which nobody makes yet."""
+        """Add the handler. A process that the user started sets the file's path, not the file."""
         if multiprocessing.parent_process() is None:
             name = f"vllm-hybrid-kv-refusal-{os.getpid()}-{secrets.token_hex(8)}"
             os.environ[VARIABLE] = str(Path(tempfile.gettempdir()) / name)
@@ -78,7 +78,7 @@ class RecordRefusals(Edit):
 
 
 def startup_seam(context: Context, wait_for_engines: Target) -> Seam:
-    """End a start-up that a refusal in another process stopped with the refusal.
+    """Return the patch that re-raises a refusal from another process in the starting process.
 
     Args:
         context: The process's.
