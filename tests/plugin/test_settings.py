@@ -131,7 +131,7 @@ def test_another_plugins_section_is_left_alone(name):
     assert resolve({name: {"debug": "maybe"}}, {}) == resolve({}, {})
 
 
-def test_vllms_own_variables_are_not_taken_for_ours():
+def test_vllms_own_variables_are_not_taken_for_ours(unregistered):
     from vllm import envs
 
     assert resolve({}, dict.fromkeys(envs.environment_variables, "1")) == resolve({}, {})

@@ -367,7 +367,8 @@ def test_one_line_says_what_is_active(make_config, log, monkeypatch):
     WorkerBase(config, local_rank=0, rank=0, distributed_init_method="")
     kv_cache_utils.update_kv_cache_capacity(config, hybrid())
     lines = log.lines(logging.INFO)
-    assert [line for line in lines if not line.startswith(("KV cache of ", "Short requests "))] == [
+    others = ("boundary_layers=", "KV cache of ", "Short requests ")
+    assert [line for line in lines if not line.startswith(others)] == [
         f"hybrid_kv {plugin.__version__} active on vLLM {vllm.__version__} (cpu): "
         "unify_page_sizes=lcm, token_capacity_groups=stock, coordinator=hybrid_aware, "
         "prefix_match_unit=auto, kernels=cpu:portable"
