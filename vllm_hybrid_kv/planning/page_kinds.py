@@ -101,12 +101,16 @@ class LayerKind(ABC):
         return min(planned.block_size // self.spec.block_size, self.cap) * self.unit
 
 
-class State(LayerKind):
-    """One state per block, or one ring per request: a page only pads."""
+class OneBlock(LayerKind):
+    """Layers of which a request holds one block, however long it is."""
 
     def held(self, request: Fraction) -> Fraction:
-        """One block, whatever the request."""
+        """Return the tokens of one block."""
         return Fraction(self.spec.block_size)
+
+
+class State(OneBlock):
+    """One state per block, or one ring per request: a page only pads."""
 
     def blocks(self, pages: Bytes) -> Bytes:
         """One, wherever the state fits."""
@@ -309,12 +313,8 @@ class Listed(LayerKind):
 
 
 @dataclass(frozen=True)
-class Fixed(LayerKind):
+class Fixed(OneBlock):
     """A layer whose bytes do not grow in step with its block: has the page that it has."""
-
-    def held(self, request: Fraction) -> Fraction:
-        """One block, whatever the request."""
-        return Fraction(self.spec.block_size)
 
     @property
     def elastic(self) -> bool:

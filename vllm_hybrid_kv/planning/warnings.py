@@ -186,7 +186,6 @@ def _padded_pool(
     _, group = max(by_group, key=lambda pair: pair[0])
     spec = max(iter_layer_specs(group.kv_cache_spec), key=_padding_of_page)
     layer = group.layer_names[0]
-    way_out = _less_padding(vllm_config, settings, layers)
     if isinstance(spec, MambaSpec) and getattr(layers.get(layer), "page_size_padded", None):
         way_out = "vLLM pads states to a page of attention"
         if (smaller := _block_size_that_pads_less(vllm_config, layers)) is not None:
@@ -195,6 +194,8 @@ def _padded_pool(
             way_out += ": drop --kv-cache-dtype-skip-layers"
         else:
             way_out += ", and no --block-size pads them less"
+    else:
+        way_out = _less_padding(vllm_config, settings, layers)
     return (
         f"{100 * share:.1f} % of the KV pool is padding (most of it in pages as layer {layer} has: "
         f"{_content_bytes(spec):,} bytes in {spec.page_size_bytes:,}); {way_out}"
