@@ -102,19 +102,17 @@ def test_a_hybrid_model_can_skip_a_layer(
     assert [i for i in sorted(found) if is_quantised(found[i])] == [3]
 
 
-def test_start_up_says_what_the_pool_holds_and_warns_of_what_is_padding(
+def test_following_the_padding_warning_reduces_the_padding(
     host: EngineHost, small_model: Callable[[str, str], Path]
 ) -> None:
-    # With vLLM's own planning a skipped layer has states padded by several MB.
-    layers(
-        host,
-        small_model,
-        "qwen3-next",
-        kv_cache_dtype_skip_layers=["7"],
-        additional_config={
+    # With vLLM's own planning, the states next to a skipped layer are padded by several MB.
+    options: dict[str, Any] = {
+        "kv_cache_dtype_skip_layers": ["7"],
+        "additional_config": {
             "hybrid_kv": {"unify_page_sizes": "stock", "token_capacity_groups": "stock"}
         },
-    )
+    }
+    layers(host, small_model, "qwen3-next", **options)
     long, short, warning = said(host)[-3:]
     match = re.match(CAPACITY, long)
     assert match is not None, long
@@ -124,5 +122,12 @@ def test_start_up_says_what_the_pool_holds_and_warns_of_what_is_padding(
     assert concurrency == pytest.approx(tokens / 2048, abs=0.01)
     assert concurrency - 2 < whole <= concurrency
     assert re.match(r"INFO Short requests \(512 tokens\): [\d,]+ always fit at once", short), short
-    assert re.match(r"WARNING \d+\.\d % of the KV pool is padding ", warning), warning
-    assert warning.endswith("--block-size than 128, or no --kv-cache-dtype-skip-layers")
+    padding = re.match(r"WARNING (\d+\.\d) % of the KV pool is padding ", warning)
+    advice = re.search(r"pads states to a page of attention: give --block-size (\d+)$", warning)
+    assert padding is not None and advice is not None, warning
+
+    before = len(host.log.read_text(errors="replace"))
+    layers(host, small_model, "qwen3-next", block_size=int(advice[1]), **options)
+    lines = [line for line in said(host, before) if "is padding" in line]
+    now = re.match(r"WARNING (\d+\.\d) %", lines[0]) if lines else None
+    assert now is None or float(now[1]) < float(padding[1]), lines
