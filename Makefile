@@ -67,17 +67,11 @@ $(NEXT_VLLM)/.cpu: $(NEXT_VLLM)/.unpacked $(VENV)/.vllm
 	ln -sf $(CURDIR)/$(VENV)/lib/python*/site-packages/vllm/_C*.abi3.so $(NEXT_VLLM)/vllm/
 	touch $@
 
-# setup.cfg installs kernels/ as vllm_hybrid_kv.kernels. mypy and import-linter read folders, so
-# they are shown the package as it is installed.
 lint: setup
-	rm -rf .lint
-	mkdir -p .lint/vllm_hybrid_kv
-	ln -s $(CURDIR)/vllm_hybrid_kv/* $(CURDIR)/kernels .lint/vllm_hybrid_kv/
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	MYPYPATH=.lint $(BIN)/mypy --package vllm_hybrid_kv --package benchmarks
-	$(BIN)/mypy demo
-	cd .lint && ../$(BIN)/lint-imports --config ../pyproject.toml --no-cache
+	$(BIN)/mypy --package vllm_hybrid_kv --package benchmarks --package demo
+	$(BIN)/lint-imports --no-cache
 
 pytest: setup $(NEXT_VLLM)/.cpu
 	$(BIN)/python -m pytest -n $(PYTEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
@@ -131,4 +125,4 @@ gpu-e2e:
 	$(GPU_PYTHON) -m benchmarks.engine --out $(GPU_OUT)
 
 clean:
-	rm -rf $(VENV) .cache .lint build dist *.egg-info
+	rm -rf $(VENV) .cache build dist *.egg-info

@@ -69,8 +69,8 @@ def random_data(folder: Path, count: int) -> tuple[str, list[list[int]]]:
     """Make a model with random weights, once; return random tokens, and what they are."""
     import random
 
-    from demo.models import CONFIGS, build_model
-    from demo.tokenizer import VOCAB_SIZE
+    from testing.models import CONFIGS, build_model
+    from testing.tokenizer import VOCAB_SIZE
 
     if not (folder / "config.json").exists():
         build_model(CONFIGS["gemma3"](), folder)
@@ -129,8 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             model, work = options.work / "model", options.work / "random"
             what, sequences = random_data(model, options.windows)
             about = (
-                "**The model has random weights** (`demo/models.py`, gemma3): no trained one was "
-                "there. How far apart the caches are says something, how far from auto does not."
+                "**The model has random weights** (gemma3 of `testing/models.py`): no trained "
+                "one was found. Compare the caches with each other, not with auto."
             )
         data = Path(scratch) / "data.jsonl"
         lines = (json.dumps({"prompt_token_ids": tokens}) for tokens in sequences)

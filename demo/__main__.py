@@ -19,8 +19,8 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from demo.capacity import Capacity, planning
-from demo.models import build_model, qwen3_next_config
-from demo.server import Server, ServerError, serve
+from testing.models import build_model, qwen3_next_config
+from testing.server import Server, ServerError, serve
 
 CACHE_DTYPE = "turboquant_k8v4"
 MAX_MODEL_LEN = 4096

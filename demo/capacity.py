@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from demo.server import START_TIMEOUT_S, ServerError, kill_group, start_group
+from testing.server import START_TIMEOUT_S, ServerError, kill_group, start_group
 
 MARK = "capacity: "
 """Stands before the line of JSON, among whatever vLLM prints."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from . import k8v4
+from vllm_hybrid_kv.kernels import k8v4
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Of queries, keys, values and outputs."""

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import reference
-from .k8v4 import slot_bytes
+from vllm_hybrid_kv.kernels import reference
+from vllm_hybrid_kv.kernels.k8v4 import slot_bytes
 
 HIDDEN = 40
 """Tokens before the first that any row of the long request sees, if there is a window."""

@@ -23,8 +23,8 @@ from typing import NamedTuple
 
 import torch
 
-from . import k8v4
-from .k8v4 import Layout, PageFormat
+from vllm_hybrid_kv.kernels import k8v4
+from vllm_hybrid_kv.kernels.k8v4 import Layout, PageFormat
 
 
 class Quantised(NamedTuple):

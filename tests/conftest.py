@@ -30,19 +30,19 @@ SECONDS = {
     "benchmarks/test_prefix_cache_command.py": 90,
     "plugin/test_vllm_0_33.py": 85,
     "e2e/test_metrics.py": 70,
-    "cli/test_doctor_command.py": 60,
+    "tools/test_doctor_command.py": 60,
     "kernels/test_cpu_attention_process.py": 60,
     "e2e/test_plan_command.py": 50,
     "zoo/test_zoo.py": 50,
-    "cli/test_plan_command.py": 50,
+    "tools/test_plan_command.py": 50,
     "kernels/triton/test_attention.py": 50,
-    "evaluate/test_engines.py": 45,
+    "tools/eval/test_engines.py": 45,
     "e2e/test_broken_connections.py": 45,
-    "cli/test_replay_command.py": 45,
+    "tools/test_replay_command.py": 45,
     "drift/test_drift.py": 45,
     "e2e/test_engine_command.py": 40,
     "e2e/test_hybrid_prefix_cache.py": 35,
-    "dry_run/test_plan.py": 35,
+    "tools/plan/test_plan.py": 35,
 }
 """About how many CPU seconds the longest files in `tests/` take."""
 
@@ -64,7 +64,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def unregistered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A process in which the plugin is not active; afterwards all is as it was before."""
     from vllm_hybrid_kv import plugin
-    from vllm_hybrid_kv.seams import base
+    from vllm_hybrid_kv.patches import base
 
     before = plugin.applied()
     if before is not None:

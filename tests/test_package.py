@@ -19,7 +19,12 @@ def wheel(tmp_path_factory):
     # Built from a copy: setuptools leaves a build folder behind, and takes old files from it.
     source = tmp_path_factory.mktemp("source")
     for name in ("vllm_hybrid_kv", "kernels"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / name,
+            source / name,
+            symlinks=True,
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
     for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     folder = tmp_path_factory.mktemp("wheel")
@@ -78,7 +83,7 @@ def test_the_wheel_says_what_it_needs_and_what_it_registers(unpacked):
         "[console_scripts]",
         "vllm-hybrid-kv",
         "=",
-        "vllm_hybrid_kv.cli.main:app",
+        "vllm_hybrid_kv.tools.main:app",
         "[vllm.general_plugins]",
         "hybrid_kv",
         "=",

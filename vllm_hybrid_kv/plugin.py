@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from vllm_hybrid_kv.hooks import Strategies
-    from vllm_hybrid_kv.seams.base import Applied
+    from vllm_hybrid_kv.patches.base import Applied
     from vllm_hybrid_kv.settings import Settings
 
 NAME = "hybrid_kv"
@@ -110,7 +110,7 @@ def vllm_version() -> tuple[str, tuple[int, int]]:
         from vllm.version import __version_tuple__ as version_tuple
     except ModuleNotFoundError as error:
         raise ImportError(f"{NAME}: {INSTALL_VLLM}") from error
-    from vllm_hybrid_kv.seams import ADAPTERS, SUPPORTED
+    from vllm_hybrid_kv.patches import ADAPTERS, SUPPORTED
 
     minor = tuple(version_tuple[:2])
     if minor not in ADAPTERS:
@@ -148,10 +148,10 @@ def _activate() -> Applied:
 
     import vllm.platforms
 
-    from vllm_hybrid_kv.attention.refusal import CACHE_DTYPE
+    from vllm_hybrid_kv.attention.unsupported import CACHE_DTYPE
     from vllm_hybrid_kv.metrics import directory
-    from vllm_hybrid_kv.seams import base, seams_for, startup
-    from vllm_hybrid_kv.seams.context import Context
+    from vllm_hybrid_kv.patches import base, seams_for, startup
+    from vllm_hybrid_kv.patches.context import Context
     from vllm_hybrid_kv.transfer import fingerprint
     from vllm_hybrid_kv.transfer.carriers import check_connectors
 

@@ -16,10 +16,7 @@ from typing import Any
 from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator
 from vllm.v1.core.kv_cache_utils import BlockHash
 
-from benchmarks.engine.machine import host
-from vllm_hybrid_kv.coordinator.fixed_point import FixedPointCoordinator
-
-from .contents import (
+from benchmarks.coordinator.contents import (
     CONTENTS,
     PROMPTS,
     TOKENS,
@@ -31,6 +28,8 @@ from .contents import (
     models,
     prompt_hashes,
 )
+from benchmarks.engine.machine import host
+from vllm_hybrid_kv.coordinator.fixed_point import FixedPointCoordinator
 
 COORDINATORS = {"vLLM": HybridKVCacheCoordinator, "fixed_point": FixedPointCoordinator}
 LIMIT_MS = 1.0

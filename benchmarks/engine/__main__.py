@@ -40,7 +40,7 @@ from benchmarks.engine.process import EngineError, Engines
 from benchmarks.engine.results import Gap, Results, Verdict
 from benchmarks.engine.speed import ModelSpeed
 from benchmarks.engine.subjects import Sizes
-from demo.models import build_model
+from testing.models import build_model
 
 PARTS = ("checks", "speed")
 

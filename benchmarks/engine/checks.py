@@ -20,9 +20,9 @@ from benchmarks.engine.comparing import (
 )
 from benchmarks.engine.configurations import Configuration, LeftOut, Place
 from benchmarks.engine.process import Engine, EngineError, Engines
-from benchmarks.engine.requests import Output
 from benchmarks.engine.results import Check, Results, Verdict
 from benchmarks.engine.subjects import Sizes, prompt_pool
+from testing.requests import Output
 
 SCORED = 8
 """Prompts, with what was generated, whose log-probabilities are compared with an unquantised

@@ -8,8 +8,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.engine.requests import Output
-from demo.models import SCORE_SIZE
+from testing.models import SCORE_SIZE
+from testing.requests import Output
 
 
 @dataclass(frozen=True)

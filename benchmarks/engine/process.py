@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine.configurations import Configuration
-from benchmarks.engine.requests import Output
+from testing.requests import Output
 
 ROOT = Path(__file__).parents[2]
 """The folder that `benchmarks` and `demo` are imported from."""

@@ -11,8 +11,8 @@ from transformers import PreTrainedConfig
 
 from benchmarks.engine.comparing import Bounds
 from benchmarks.engine.configurations import HYBRIDS
-from demo.models import BOS_TOKEN_ID, CONFIGS, with_mtp_layer
-from demo.tokenizer import SPECIAL_TOKENS, VOCAB_SIZE
+from testing.models import BOS_TOKEN_ID, CONFIGS, with_mtp_layer
+from testing.tokenizer import SPECIAL_TOKENS, VOCAB_SIZE
 
 MODELS = ("llama", "gemma3", "qwen3-next", "qwen3.5")
 """Full attention; sliding windows; Gated DeltaNet with experts and, dense, without."""

@@ -11,8 +11,8 @@ from collections import Counter
 from multiprocessing.connection import Connection
 from typing import Any
 
-from benchmarks.engine import requests
-from benchmarks.engine.requests import Output
+from testing import requests
+from testing.requests import Output
 
 
 class Worker:

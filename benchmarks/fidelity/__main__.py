@@ -14,9 +14,8 @@ from typing import Any
 import torch
 
 from benchmarks.engine.machine import cpu_name
-
-from . import measure, prompts, report, sources
-from .rules import BESIDE_STOCK, EXACT, OURS, STOCK
+from benchmarks.fidelity import measure, prompts, report, sources
+from benchmarks.fidelity.rules import BESIDE_STOCK, EXACT, OURS, STOCK
 
 HEAD_SIZES = (64, 96, 128, 256)
 SEEDS = {512: 4, 2048: 2}

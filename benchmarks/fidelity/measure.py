@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
-from .rules import KEY_RULES, VALUE_RULES, Rule, e4m3
-from .sources import Sample
+from benchmarks.fidelity.rules import KEY_RULES, VALUE_RULES, Rule, e4m3
+from benchmarks.fidelity.sources import Sample
 
 Errors = dict[str, dict[str, float]]
 """Relative errors of attention outputs, by kind of query and by rule."""

@@ -6,9 +6,9 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from .prompts import EVERY_RULE
-from .rules import FP8, KEY_RULES, OURS, STOCK, VALUE_RULES
-from .sources import RECORDED, SCORE_SIZES
+from benchmarks.fidelity.prompts import EVERY_RULE
+from benchmarks.fidelity.rules import FP8, KEY_RULES, OURS, STOCK, VALUE_RULES
+from benchmarks.fidelity.sources import RECORDED, SCORE_SIZES
 
 Row = dict[str, Any]
 

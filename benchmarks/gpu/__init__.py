@@ -20,14 +20,3 @@ It needs torch, Triton and vLLM's Python files; what is missing is left out, wit
 Where there is no GPU, Triton's interpreter (TRITON_INTERPRET=1) runs all of it at tiny sizes
 (`--smallest`), which shows that the command works and says nothing about speed.
 """
-
-from __future__ import annotations
-
-import importlib.util
-from pathlib import Path
-
-import vllm_hybrid_kv
-
-# In a checkout that is not installed `kernels/` stands beside the package that it belongs to.
-if importlib.util.find_spec("vllm_hybrid_kv.kernels") is None:
-    vllm_hybrid_kv.__path__.append(str(Path(__file__).parents[2]))

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from .environment import Budget, device_for_kernels, interpreted, machine, nvidia_smi
-from .matrix import checks
-from .processes import compile_ahead, run_checks
-from .report import MARKDOWN, Report
-from .sections import measure_limits, measure_of
-from .shapes import FULL, QUICK, SECTIONS, SMALLEST, Job, Preset, jobs
-from .tune import tune
+from benchmarks.gpu.environment import Budget, device_for_kernels, interpreted, machine, nvidia_smi
+from benchmarks.gpu.matrix import checks
+from benchmarks.gpu.processes import compile_ahead, run_checks
+from benchmarks.gpu.report import MARKDOWN, Report
+from benchmarks.gpu.sections import measure_limits, measure_of
+from benchmarks.gpu.shapes import FULL, QUICK, SECTIONS, SMALLEST, Job, Preset, jobs
+from benchmarks.gpu.tune import tune
 
 DEFAULT_BUDGET = 450.0
 """Seconds: 8 minutes with room for starting up and writing."""

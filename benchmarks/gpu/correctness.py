@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.environment import device_for_kernels
 from vllm_hybrid_kv.kernels import k8v4, reference
 from vllm_hybrid_kv.kernels.k8v4 import Layout
 from vllm_hybrid_kv.kernels.triton import paged_attention, plan_attention, quantise_and_store
@@ -26,8 +27,6 @@ from vllm_hybrid_kv.kernels.triton.convert import (
     is_nvidia,
 )
 from vllm_hybrid_kv.kernels.triton.plan import Plan
-
-from .environment import device_for_kernels
 
 TOLERANCE = {
     torch.float32: 2e-3,  # queries and weights rounded to fp16's 11 bits: 2^-12 each

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 import triton
 
+from benchmarks.gpu.contenders import Unavailable
 from vllm_hybrid_kv.kernels.triton import tuning
-
-from .contenders import Unavailable
 
 _SMI_FIELDS = (
     "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem",

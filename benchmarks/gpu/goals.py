@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .shapes import GOAL_LENGTH
+from benchmarks.gpu.shapes import GOAL_LENGTH
 
 Result = Mapping[str, Any]
 

@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 
-from vllm_hybrid_kv.kernels.triton.convert import KeyWords, ValueWords
-
-from .correctness import (
+from benchmarks.gpu.correctness import (
     ROWS,
     Case,
     Check,
@@ -20,6 +18,7 @@ from .correctness import (
     attention_is_as_defined,
     stored_bits_are_the_references,
 )
+from vllm_hybrid_kv.kernels.triton.convert import KeyWords, ValueWords
 
 MIXED: dict[str, Any] = {"lengths": (530, 1, 0, 20, 270), "queries": (1, 1, 0, 20, 70)}
 """Decode, a first token, an idle request, a whole prompt and a chunk, in one batch."""

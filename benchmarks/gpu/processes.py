@@ -13,15 +13,14 @@ from typing import TypeVar
 
 import torch
 
+from benchmarks.gpu import correctness
+from benchmarks.gpu.contenders import Batch
+from benchmarks.gpu.contenders.ours import Ours
+from benchmarks.gpu.correctness import Check, Finding
+from benchmarks.gpu.environment import device_for_kernels
+from benchmarks.gpu.sections import COMPETITORS, build
+from benchmarks.gpu.shapes import Heads, Job, Shape
 from vllm_hybrid_kv.kernels.triton.tuning import Tiling
-
-from . import correctness
-from .contenders import Batch
-from .contenders.ours import Ours
-from .correctness import Check, Finding
-from .environment import device_for_kernels
-from .sections import COMPETITORS, build
-from .shapes import Heads, Job, Shape
 
 MOST_PROCESSES = 12
 """Each has a CUDA context of its own, about half a GiB."""

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .correctness import Finding
-from .goals import STOCK, Verdict, verdicts
-from .roofline import draw
-from .sections import LAYERS_OF_A_MODEL, Limits
-from .shapes import PAGE
+from benchmarks.gpu.correctness import Finding
+from benchmarks.gpu.goals import STOCK, Verdict, verdicts
+from benchmarks.gpu.roofline import draw
+from benchmarks.gpu.sections import LAYERS_OF_A_MODEL, Limits
+from benchmarks.gpu.shapes import PAGE
 
 JSON, MARKDOWN, PICTURE = "gpu.json", "gpu.md", "gpu_roofline.png"
 

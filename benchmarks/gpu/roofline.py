@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .sections import Limits
+from benchmarks.gpu.sections import Limits
 
 _MARKERS = {"decode": "o", "verify": "s", "chunked": "^", "prefill": "D"}
 _SAID = "circles: decode, squares: verification, triangles: chunks, diamonds: whole prompts"

@@ -12,17 +12,22 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.contenders import Batch, Contender, Unavailable
+from benchmarks.gpu.contenders.flash import (
+    FlashAttnPackage,
+    Sdpa,
+    TorchFlash,
+    VllmFlashBf16,
+    VllmFlashFp8,
+)
+from benchmarks.gpu.contenders.flashinfer import FlashInferBf16, FlashInferFp8
+from benchmarks.gpu.contenders.ours import Ours
+from benchmarks.gpu.contenders.stock import Backend, Stock, empty_cache
+from benchmarks.gpu.contenders.unified import UnifiedBf16, UnifiedFp8
+from benchmarks.gpu.environment import free_bytes, l2_bytes
+from benchmarks.gpu.measure import Call, Replay, alternating, ratio, spread
+from benchmarks.gpu.shapes import PAGE, Job, Shape, bf16_bytes, k8v4_bytes, layers_needed
 from vllm_hybrid_kv.kernels.triton import quantise_and_store
-
-from .contenders import Batch, Contender, Unavailable
-from .contenders.flash import FlashAttnPackage, Sdpa, TorchFlash, VllmFlashBf16, VllmFlashFp8
-from .contenders.flashinfer import FlashInferBf16, FlashInferFp8
-from .contenders.ours import Ours
-from .contenders.stock import Backend, Stock, empty_cache
-from .contenders.unified import UnifiedBf16, UnifiedFp8
-from .environment import free_bytes, l2_bytes
-from .measure import Call, Replay, alternating, ratio, spread
-from .shapes import PAGE, Job, Shape, bf16_bytes, k8v4_bytes, layers_needed
 
 LAYERS_OF_A_MODEL = 16
 """Attention layers among which the plan of a step is divided: those of a hybrid model with 64

@@ -21,6 +21,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.contenders import Batch
+from benchmarks.gpu.contenders.ours import Ours
+from benchmarks.gpu.environment import Budget, free_bytes, l2_bytes, machine
+from benchmarks.gpu.measure import Replay, alternating, ratio
+from benchmarks.gpu.processes import compile_tilings
+from benchmarks.gpu.sections import SHARE_OF_MEMORY
+from benchmarks.gpu.shapes import SMALLEST, Heads, Preset, Shape, k8v4_bytes, layers_needed
 from vllm_hybrid_kv.kernels.triton.tuning import (
     MIN_SPLIT_TILES,
     PROGRAMS_PER_PROCESSOR,
@@ -33,14 +40,6 @@ from vllm_hybrid_kv.kernels.triton.tuning import (
     origin,
     row_class,
 )
-
-from .contenders import Batch
-from .contenders.ours import Ours
-from .environment import Budget, free_bytes, l2_bytes, machine
-from .measure import Replay, alternating, ratio
-from .processes import compile_tilings
-from .sections import SHARE_OF_MEMORY
-from .shapes import SMALLEST, Heads, Preset, Shape, k8v4_bytes, layers_needed
 
 WORTHWHILE = 1.02
 """Times as fast as the derived size that a row of the table must be: less is noise."""

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine.machine import host
-from vllm_hybrid_kv.replay.trace import TraceError, shareable_tokens
-
-from .cases import (
+from benchmarks.prefix_cache.cases import (
     BY_MODEL,
     CONTROL,
     CONTROLS,
@@ -36,14 +34,15 @@ from .cases import (
     Grid,
     Sources,
 )
-from .earlier import earlier, repeat
-from .findings import MAIN_REQUESTS, goals
-from .overhead import Timing
-from .plot import draw
-from .processes import ROOT, ChildError, answers
-from .report import markdown
-from .runs import JOURNAL, Journal, SourcesChangedError, sweep, trace_key
-from .worker import sources_fingerprint
+from benchmarks.prefix_cache.earlier import earlier, repeat
+from benchmarks.prefix_cache.findings import MAIN_REQUESTS, goals
+from benchmarks.prefix_cache.overhead import Timing
+from benchmarks.prefix_cache.plot import draw
+from benchmarks.prefix_cache.processes import ROOT, ChildError, answers
+from benchmarks.prefix_cache.report import markdown
+from benchmarks.prefix_cache.runs import JOURNAL, Journal, SourcesChangedError, sweep, trace_key
+from benchmarks.prefix_cache.worker import sources_fingerprint
+from vllm_hybrid_kv.tools.replay.trace import TraceError, shareable_tokens
 
 NAME = "prefix_cache"
 

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vllm_hybrid_kv.replay.trace import TracedRequest, read_trace
-
-from .traces import agents, short_prompts
+from benchmarks.prefix_cache.traces import agents, short_prompts
+from vllm_hybrid_kv.tools.replay.trace import TracedRequest, read_trace
 
 GIB = 1 << 30
 SHAPES = Path(__file__).with_name("shapes")

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .cases import OVERHEAD, PUBLIC, Sources
-from .findings import runs, setting_of
-from .runs import Journal, case_of, sweep
+from benchmarks.prefix_cache.cases import OVERHEAD, PUBLIC, Sources
+from benchmarks.prefix_cache.findings import runs, setting_of
+from benchmarks.prefix_cache.runs import Journal, case_of, sweep
 
 Row = Mapping[str, Any]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .cases import (
+from benchmarks.prefix_cache.cases import (
     ATTENTION_ONLY,
     FIXED_POINT,
     HYBRID_AWARE,

@@ -19,9 +19,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .cases import CONCURRENCY, GIB, HYBRID_AWARE, STOCK, STOCK_16, STRATEGIES, Sources
-from .processes import serve
-from .worker import describe
+from benchmarks.prefix_cache.cases import (
+    CONCURRENCY,
+    GIB,
+    HYBRID_AWARE,
+    STOCK,
+    STOCK_16,
+    STRATEGIES,
+    Sources,
+)
+from benchmarks.prefix_cache.processes import serve
+from benchmarks.prefix_cache.worker import describe
 
 TIMED = (STOCK, STOCK_16, HYBRID_AWARE)
 
@@ -60,7 +68,7 @@ def measure(timing: Timing) -> Iterator[dict[str, Any]]:
         request (all steps together), and what the turn came to. After the last, for each strategy
         the same of its steps' medians over the rounds, without a round.
     """
-    from vllm_hybrid_kv.replay.replay import Replay
+    from vllm_hybrid_kv.tools.replay.replay import Replay
 
     sources = Sources(Path(timing.public) if timing.public else None)
     requests = sources.requests(timing.trace, timing.requests)

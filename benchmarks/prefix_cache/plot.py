@@ -8,7 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .cases import BY_MODEL, DTYPES, HYBRID_AWARE, MEMORY, STOCK, STRATEGIES, TRAFFIC
+from benchmarks.prefix_cache.cases import (
+    BY_MODEL,
+    DTYPES,
+    HYBRID_AWARE,
+    MEMORY,
+    STOCK,
+    STRATEGIES,
+    TRAFFIC,
+)
 
 Row = Mapping[str, Any]
 

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from .cases import (
+from benchmarks.prefix_cache.cases import (
     BY_MODEL,
     CONTROL,
     HYBRID_AWARE,
@@ -18,7 +18,7 @@ from .cases import (
     STRATEGIES,
     TRAFFIC,
 )
-from .findings import Goal, comparisons, goals, overhead, rate, runs
+from benchmarks.prefix_cache.findings import Goal, comparisons, goals, overhead, rate, runs
 
 Row = Mapping[str, Any]
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from .cases import Case, Sources, fingerprint
-from .processes import answers
-from .worker import Job, sources_fingerprint
+from benchmarks.prefix_cache.cases import Case, Sources, fingerprint
+from benchmarks.prefix_cache.processes import answers
+from benchmarks.prefix_cache.worker import Job, sources_fingerprint
 
 Row = dict[str, Any]
 

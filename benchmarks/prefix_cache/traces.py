@@ -12,7 +12,7 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 
-from vllm_hybrid_kv.replay.trace import BLOCK_TOKENS, TracedRequest
+from vllm_hybrid_kv.tools.replay.trace import BLOCK_TOKENS, TracedRequest
 
 SYSTEM_BLOCKS = 12
 """Blocks of the agents' system prompt with its tools."""

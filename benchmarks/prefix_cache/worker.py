@@ -17,13 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 import vllm_hybrid_kv
 from benchmarks.engine.machine import first_version
-
-from .cases import CONCURRENCY, GIB, HYBRID_AWARE, SHAPES, STRATEGIES, Case, Sources, fingerprint
-from .processes import serve
+from benchmarks.prefix_cache.cases import (
+    CONCURRENCY,
+    GIB,
+    HYBRID_AWARE,
+    SHAPES,
+    STRATEGIES,
+    Case,
+    Sources,
+    fingerprint,
+)
+from benchmarks.prefix_cache.processes import serve
 
 if TYPE_CHECKING:
-    from vllm_hybrid_kv.dry_run.engine import Engine, Model
-    from vllm_hybrid_kv.replay.trace import TracedRequest
+    from vllm_hybrid_kv.tools.plan.engine import Engine, Model
+    from vllm_hybrid_kv.tools.replay.trace import TracedRequest
 
 DECIDING = ("coordinator", "dry_run", "planning", "replay", "seams", "hooks.py", "settings.py")
 """The parts of the package that hits depend on."""
@@ -82,10 +90,10 @@ def sources_fingerprint(strategy: str = HYBRID_AWARE) -> str:
 
 def describe(shape: str, kv_cache_dtype: str) -> Model:
     """Return a described model, with the settings that `vllm-hybrid-kv replay` has by default."""
-    from vllm_hybrid_kv.dry_run.importing import import_vllm
+    from vllm_hybrid_kv.tools.plan.importing import import_vllm
 
     import_vllm()
-    from vllm_hybrid_kv.dry_run.engine import Model
+    from vllm_hybrid_kv.tools.plan.engine import Model
 
     return Model(
         {
@@ -103,7 +111,7 @@ def describe(shape: str, kv_cache_dtype: str) -> Model:
 def run(model: Model, requests: Sequence[TracedRequest], case: Case) -> dict[str, Any]:
     """Replay a trace and return what it came to, or why the memory does not do."""
     from vllm_hybrid_kv.errors import HybridKVError
-    from vllm_hybrid_kv.replay.replay import Replay
+    from vllm_hybrid_kv.tools.replay.replay import Replay
 
     begun = time.process_time()
     try:

@@ -11,10 +11,10 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attention import paged_attention
-    from .plan import Plan, plan_attention
-    from .quantise import quantise_and_store
-    from .warming import warm_up
+    from vllm_hybrid_kv.kernels.cpu.attention import paged_attention
+    from vllm_hybrid_kv.kernels.cpu.plan import Plan, plan_attention
+    from vllm_hybrid_kv.kernels.cpu.quantise import quantise_and_store
+    from vllm_hybrid_kv.kernels.cpu.warming import warm_up
 
 __all__ = [
     "Plan",

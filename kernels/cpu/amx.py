@@ -15,8 +15,8 @@ from typing import Any
 from llvmlite import ir
 from numba.extending import intrinsic
 
-from .emit import I8, I16, I64, Emitter, procedure
-from .widen import LINE, OPERAND, TILE_RECORD
+from vllm_hybrid_kv.kernels.cpu.emit import I8, I16, I64, Emitter, procedure
+from vllm_hybrid_kv.kernels.cpu.widen import LINE, OPERAND, TILE_RECORD
 
 SUMS_STRIDE = 4 * LINE
 """Bytes of a row of sums of codes: 64 dims of int32."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import amx, drive, fast, memory, rows, softmax, widen
-from .compile_cache import cached_callback
+from vllm_hybrid_kv.kernels.cpu import amx, drive, fast, memory, rows, softmax, widen
+from vllm_hybrid_kv.kernels.cpu.compile_cache import cached_callback
 
 _FEW_ROWS = 16
 _STACKED_ROWS = 8

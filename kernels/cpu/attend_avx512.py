@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import avx512, drive, fast, memory, softmax, widen
-from .compile_cache import cached_callback
+from vllm_hybrid_kv.kernels.cpu import avx512, drive, fast, memory, softmax, widen
+from vllm_hybrid_kv.kernels.cpu.compile_cache import cached_callback
 
 _FEW_ROWS = 8
 """Most rows that are multiplied straight from the page; for more it is widened first."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import drive, memory, portable, softmax
-from .compile_cache import cached_callback
+from vllm_hybrid_kv.kernels.cpu import drive, memory, portable, softmax
+from vllm_hybrid_kv.kernels.cpu.compile_cache import cached_callback
 
 _CHUNK = 64
 _TILES = _CHUNK // drive.TILE

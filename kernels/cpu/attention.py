@@ -8,14 +8,14 @@ import threading
 import numpy as np
 import torch
 
-from .. import k8v4
-from ..inputs import attention_refusal, check_attention
-from ..k8v4 import Layout, PageFormat
-from . import attend_portable, drive, memory
-from . import isa as isa_module
-from .plan import Plan, plan_attention
-from .run import run_on_threads
-from .threads import follow_torch
+from vllm_hybrid_kv.kernels import k8v4
+from vllm_hybrid_kv.kernels.cpu import attend_portable, drive, memory
+from vllm_hybrid_kv.kernels.cpu import isa as isa_module
+from vllm_hybrid_kv.kernels.cpu.plan import Plan, plan_attention
+from vllm_hybrid_kv.kernels.cpu.run import run_on_threads
+from vllm_hybrid_kv.kernels.cpu.threads import follow_torch
+from vllm_hybrid_kv.kernels.inputs import attention_refusal, check_attention
+from vllm_hybrid_kv.kernels.k8v4 import Layout, PageFormat
 
 _NUMBERS = {
     torch.bfloat16: drive.BFLOAT16,
@@ -61,11 +61,11 @@ def path_for(query_dtype: torch.dtype, head_size: int, isa: str | None = None) -
 
 def _code_of(path: str) -> int:
     if path == isa_module.AMX:
-        from . import attend_amx
+        from vllm_hybrid_kv.kernels.cpu import attend_amx
 
         return attend_amx.work()
     if path == isa_module.AVX512_BF16:
-        from . import attend_avx512
+        from vllm_hybrid_kv.kernels.cpu import attend_avx512
 
         return attend_avx512.work()
     return attend_portable.work()

@@ -15,8 +15,19 @@ from typing import Any
 from llvmlite import ir
 from numba.extending import intrinsic
 
-from .emit import BF16, F32, I8, I16, I32, I64, NOTHING, Emitter, procedure, vector
-from .widen import LINE, OPERAND, TILE_RECORD, key_pairs, value_pairs
+from vllm_hybrid_kv.kernels.cpu.emit import (
+    BF16,
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    NOTHING,
+    Emitter,
+    procedure,
+    vector,
+)
+from vllm_hybrid_kv.kernels.cpu.widen import LINE, OPERAND, TILE_RECORD, key_pairs, value_pairs
 
 
 def _dot(e: Emitter, sums: ir.Value, operand: ir.Value, pair: ir.Value) -> ir.Value:

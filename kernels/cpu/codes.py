@@ -14,8 +14,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from vllm_hybrid_kv.kernels import k8v4
-
-from .lanes import (
+from vllm_hybrid_kv.kernels.cpu.lanes import (
     BYTES,
     F32,
     FLOATS,

@@ -15,8 +15,8 @@ import math
 import numba
 import numpy as np
 
-from .. import k8v4
-from . import memory, rotation, rows, softmax
+from vllm_hybrid_kv.kernels import k8v4
+from vllm_hybrid_kv.kernels.cpu import memory, rotation, rows, softmax
 
 ROW_BLOCK = 128
 """Most rows of an item, for which keys and values are widened once."""

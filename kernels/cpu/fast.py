@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import drive, memory, widen
+from vllm_hybrid_kv.kernels.cpu import drive, memory, widen
 
 TILES = drive.CHUNK // drive.TILE
 """Most tiles of a chunk."""

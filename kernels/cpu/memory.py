@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .emit import F32, I32, I64, Emitter
+from vllm_hybrid_kv.kernels.cpu.emit import F32, I32, I64, Emitter
 
 _INTEGERS = (
     "query",

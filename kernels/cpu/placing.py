@@ -10,9 +10,8 @@ from __future__ import annotations
 import numba
 
 from vllm_hybrid_kv.kernels import k8v4
-
-from . import codes, lanes, scales
-from .memory import read_float
+from vllm_hybrid_kv.kernels.cpu import codes, lanes, scales
+from vllm_hybrid_kv.kernels.cpu.memory import read_float
 
 ROW_BYTES = 4 * k8v4.MAX_HEAD_SIZE
 """Bytes between two rows of values."""

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..inputs import attention_refusal
-from . import drive
+from vllm_hybrid_kv.kernels.cpu import drive
+from vllm_hybrid_kv.kernels.inputs import attention_refusal
 
 _ITEMS_PER_THREAD = 4
 """Items wanted for each thread from one request alone, for threads to even out."""

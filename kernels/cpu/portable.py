@@ -13,7 +13,7 @@ from typing import Any
 from llvmlite import ir
 from numba.extending import intrinsic
 
-from .emit import (
+from vllm_hybrid_kv.kernels.cpu.emit import (
     F32,
     I8,
     I16,

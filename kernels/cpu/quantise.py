@@ -18,11 +18,10 @@ import numpy as np
 import torch
 
 from vllm_hybrid_kv.kernels import inputs, k8v4
+from vllm_hybrid_kv.kernels.cpu import codes, lanes, placing, rotation, scales
+from vllm_hybrid_kv.kernels.cpu.compile_cache import cached
+from vllm_hybrid_kv.kernels.cpu.threads import follow_torch
 from vllm_hybrid_kv.kernels.k8v4 import Layout, PageFormat
-
-from . import codes, lanes, placing, rotation, scales
-from .compile_cache import cached
-from .threads import follow_torch
 
 _BFLOAT16, _FLOAT16, _FLOAT32 = 0, 1, 2
 _KINDS = {torch.bfloat16: _BFLOAT16, torch.float16: _FLOAT16, torch.float32: _FLOAT32}

@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .lanes import (
+from vllm_hybrid_kv.kernels.cpu.lanes import (
     F32,
     FLOATS,
     I32,

@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .emit import (
+from vllm_hybrid_kv.kernels.cpu.emit import (
     F16,
     F32,
     I16,

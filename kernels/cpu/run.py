@@ -10,8 +10,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .compile_cache import cached
-from .emit import I64
+from vllm_hybrid_kv.kernels.cpu.compile_cache import cached
+from vllm_hybrid_kv.kernels.cpu.emit import I64
 
 
 @intrinsic

@@ -16,10 +16,19 @@ from numba import types
 from numba.extending import intrinsic
 
 from vllm_hybrid_kv.kernels import k8v4
-
-from . import lanes
-from .lanes import F32, I16, I32, LANES, broadcast, load_vector, more, splat, vector
-from .memory import write_float
+from vllm_hybrid_kv.kernels.cpu import lanes
+from vllm_hybrid_kv.kernels.cpu.lanes import (
+    F32,
+    I16,
+    I32,
+    LANES,
+    broadcast,
+    load_vector,
+    more,
+    splat,
+    vector,
+)
+from vllm_hybrid_kv.kernels.cpu.memory import write_float
 
 TOKENS = 4
 """Tokens whose scales are made at once."""

@@ -11,9 +11,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from ..k8v4 import QUAD_BYTE_OF_TOKEN
-from . import isa
-from .emit import (
+from vllm_hybrid_kv.kernels.cpu import isa
+from vllm_hybrid_kv.kernels.cpu.emit import (
     BF16,
     F32,
     I8,
@@ -27,7 +26,8 @@ from .emit import (
     every,
     vector,
 )
-from .widen import LINE, MIDDLE_CODE, TILE_RECORD
+from vllm_hybrid_kv.kernels.cpu.widen import LINE, MIDDLE_CODE, TILE_RECORD
+from vllm_hybrid_kv.kernels.k8v4 import QUAD_BYTE_OF_TOKEN
 
 LOG2_E = math.log2(math.e)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import torch
 
-from .. import k8v4
-from .attention import paged_attention
-from .quantise import SERIAL_ROWS, quantise_and_store
+from vllm_hybrid_kv.kernels import k8v4
+from vllm_hybrid_kv.kernels.cpu.attention import paged_attention
+from vllm_hybrid_kv.kernels.cpu.quantise import SERIAL_ROWS, quantise_and_store
 
 
 def warm_up(head_size: int, dtype: torch.dtype, isa: str | None = None) -> None:

@@ -22,8 +22,18 @@ from typing import Any
 from llvmlite import ir
 from numba.extending import intrinsic
 
-from .. import k8v4
-from .emit import I8, I16, I32, I64, Emitter, constant, every, procedure, vector
+from vllm_hybrid_kv.kernels import k8v4
+from vllm_hybrid_kv.kernels.cpu.emit import (
+    I8,
+    I16,
+    I32,
+    I64,
+    Emitter,
+    constant,
+    every,
+    procedure,
+    vector,
+)
 
 OPERAND = 1024
 """Bytes of an operand of 16 pairs and 16 columns."""

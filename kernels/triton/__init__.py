@@ -10,10 +10,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attention import paged_attention
-    from .plan import Plan, largest_scratch, plan_attention, planned_requests
-    from .quantise import quantise_and_store
-    from .tuning import MOST_ROWS
+    from vllm_hybrid_kv.kernels.triton.attention import paged_attention
+    from vllm_hybrid_kv.kernels.triton.plan import (
+        Plan,
+        largest_scratch,
+        plan_attention,
+        planned_requests,
+    )
+    from vllm_hybrid_kv.kernels.triton.quantise import quantise_and_store
+    from vllm_hybrid_kv.kernels.triton.tuning import MOST_ROWS
 
 __all__ = [
     "MOST_ROWS",

@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .convert import (
+from vllm_hybrid_kv.kernels.triton.convert import (
     HIGH_CODE_UNIT,
     INTEGER_KEY_UNIT,
     LOW_CODE_UNIT,
@@ -27,8 +27,8 @@ from .convert import (
     key_words,
     value_words,
 )
-from .plan import ITEM_FIELDS, key_range, key_tiles
-from .rotation import turned_quarter
+from vllm_hybrid_kv.kernels.triton.plan import ITEM_FIELDS, key_range, key_tiles
+from vllm_hybrid_kv.kernels.triton.rotation import turned_quarter
 
 _FIELDS = tl.constexpr(ITEM_FIELDS)
 _NATIVE_PTX = tl.constexpr(int(KeyWords.NATIVE_PTX))

@@ -8,13 +8,12 @@ import triton
 
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.kernels.inputs import attention_refusal, check_attention
-
-from . import convert
-from .attend import attend_kernel
-from .convert import KeyWords, ValueWords
-from .merge import merge_kernel
-from .plan import Plan, plan_attention
-from .rotation import rotation_unit
+from vllm_hybrid_kv.kernels.triton import convert
+from vllm_hybrid_kv.kernels.triton.attend import attend_kernel
+from vllm_hybrid_kv.kernels.triton.convert import KeyWords, ValueWords
+from vllm_hybrid_kv.kernels.triton.merge import merge_kernel
+from vllm_hybrid_kv.kernels.triton.plan import Plan, plan_attention
+from vllm_hybrid_kv.kernels.triton.rotation import rotation_unit
 
 MERGED_AT_A_TIME = 8
 """Partial results that a merging program reads at a time; 8 KiB at a head size of 256."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .plan import ITEM_FIELDS
+from vllm_hybrid_kv.kernels.triton.plan import ITEM_FIELDS
 
 _FIELDS = tl.constexpr(ITEM_FIELDS)
 _LOG2_E = tl.constexpr(1.4426950408889634)

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .tuning import MOST_ROWS, Tiling, capability_of, tiling_for
+from vllm_hybrid_kv.kernels.triton.tuning import MOST_ROWS, Tiling, capability_of, tiling_for
 
 INTERPRETED_PROCESSORS = 4
 """What stands for the number of multiprocessors where there is no GPU."""

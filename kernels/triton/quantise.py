@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 
 from vllm_hybrid_kv.kernels import inputs, k8v4
-
-from . import convert
-from .convert import half_rounded_down, key_codes, widened_half
-from .rotation import rotation_unit, turned
+from vllm_hybrid_kv.kernels.triton import convert
+from vllm_hybrid_kv.kernels.triton.convert import half_rounded_down, key_codes, widened_half
+from vllm_hybrid_kv.kernels.triton.rotation import rotation_unit, turned
 
 _VALUE_MAX = tl.constexpr(k8v4.VALUE_MAX)
 _LAST_CODE = tl.constexpr(float(k8v4.VALUE_LEVELS - 1))

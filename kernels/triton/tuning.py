@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from .convert import is_nvidia
+from vllm_hybrid_kv.kernels.triton.convert import is_nvidia
 
 MIN_SPLIT_TILES = 4
 """Tiles of keys below which a split is not made: what its partial result costs to write and read

@@ -16,11 +16,11 @@ from vllm_hybrid_kv.attention.backend import (
     refuse_rocm_gpu,
 )
 from vllm_hybrid_kv.attention.metadata import K8V4MetadataBuilder
-from vllm_hybrid_kv.attention.refusal import UnsupportedLayerError
+from vllm_hybrid_kv.attention.unsupported import UnsupportedLayerError
 from vllm_hybrid_kv.kernels import k8v4, reference
-from vllm_hybrid_kv.seams import v0_32
-from vllm_hybrid_kv.seams.attention import several_head_sizes_seam
-from vllm_hybrid_kv.seams.base import apply
+from vllm_hybrid_kv.patches import v0_32
+from vllm_hybrid_kv.patches.attention import several_head_sizes_seam
+from vllm_hybrid_kv.patches.base import apply
 
 HEADS, KV_HEADS, HEAD_SIZE, PAGE = 8, 2, 64, 32
 BF16_TOLERANCE = 0.02

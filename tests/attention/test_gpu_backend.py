@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from processes import Interpreter
-from steps import Step, call
+
+from testing.attention.steps import Step, call
+from testing.triton.processes import Interpreter
 
 TOLERANCE = 0.4
 """Largest ||out - exact|| / ||exact|| of a token's head that fp8 keys and 4-bit values explain;

@@ -37,7 +37,7 @@ from benchmarks.prefix_cache.report import markdown
 from benchmarks.prefix_cache.runs import Journal, batches, case_of, fingerprints, sweep, trace_key
 from benchmarks.prefix_cache.traces import SYSTEM_BLOCKS, agents, short_prompts
 from benchmarks.prefix_cache.worker import POLICY, sources_fingerprint
-from vllm_hybrid_kv.replay.trace import BLOCK_TOKENS, Conversations, shareable_tokens
+from vllm_hybrid_kv.tools.replay.trace import BLOCK_TOKENS, Conversations, shareable_tokens
 
 CASE = Case("memory", MAIN_MODEL, MAIN_DTYPE, PUBLIC, 3000, 20.0, STOCK)
 

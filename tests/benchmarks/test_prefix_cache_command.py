@@ -27,7 +27,7 @@ from benchmarks.prefix_cache.cases import (
     Sources,
 )
 from benchmarks.prefix_cache.traces import agents
-from vllm_hybrid_kv.replay.trace import write_trace
+from vllm_hybrid_kv.tools.replay.trace import write_trace
 
 ROOT = Path(__file__).parents[2]
 REQUESTS = 12

@@ -1,12 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
-import sys
-from pathlib import Path
 
 import pytest
-
-# `oracle` and `contents` are modules of these tests alone.
-sys.path.insert(0, str(Path(__file__).parent))
 
 EXPECTED_MINOR = "HYBRID_KV_TEST_VLLM_MINOR"
 

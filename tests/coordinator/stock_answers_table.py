@@ -10,11 +10,12 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 
-from contents import Case, coordinator_of, fill, random_cases, request_of
-from oracle import longest, serves, wrong_blocks
 from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec
 from vllm.version import __version__
+
+from testing.coordinator.contents import Case, coordinator_of, fill, random_cases, request_of
+from testing.coordinator.oracle import longest, serves, wrong_blocks
 
 ANSWERS = ("the longest", "shorter", "not cached in every group", "wrong blocks", "stops")
 

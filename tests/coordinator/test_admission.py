@@ -12,10 +12,10 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request, RequestStatus
 
-from tests.described_model import hybrid_config
-from vllm_hybrid_kv.dry_run.engine import Engine, Model
-from vllm_hybrid_kv.replay.replay import Replay
-from vllm_hybrid_kv.replay.trace import BLOCK_TOKENS, TracedRequest
+from testing.described_model import hybrid_config
+from vllm_hybrid_kv.tools.plan.engine import Engine, Model
+from vllm_hybrid_kv.tools.replay.replay import Replay
+from vllm_hybrid_kv.tools.replay.trace import BLOCK_TOKENS, TracedRequest
 
 POLICY = {"coordinator": "hybrid_aware", "prefix_match_unit": "auto"}
 STOCK = {"coordinator": "stock", "prefix_match_unit": "stock"}

@@ -8,7 +8,14 @@ from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import pytest
-from contents import (
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.request import Request, RequestStatus
+
+from testing.coordinator.contents import (
     NUM_BLOCKS,
     chunked,
     coordinator_of,
@@ -20,14 +27,7 @@ from contents import (
     request_of,
     window,
 )
-from oracle import Cached, Layout, longest
-from vllm.sampling_params import SamplingParams
-from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher
-from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.request import Request, RequestStatus
-
+from testing.coordinator.oracle import Cached, Layout, longest
 from vllm_hybrid_kv import plugin, settings
 from vllm_hybrid_kv.coordinator.explanation import Cache, Found, Kind, Reason
 from vllm_hybrid_kv.coordinator.fixed_point import FixedPointCoordinator

@@ -4,7 +4,17 @@
 from dataclasses import replace
 
 import pytest
-from contents import (
+from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator
+from vllm.v1.core.single_type_kv_cache_manager import (
+    ChunkedLocalAttentionManager,
+    FullAttentionManager,
+    HiSparseSourceManager,
+    MambaManager,
+    SlidingWindowManager,
+)
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, KVCacheGroupRole
+
+from testing.coordinator.contents import (
     NUM_BLOCKS,
     chunked,
     coordinator_of,
@@ -17,17 +27,7 @@ from contents import (
     ring,
     window,
 )
-from oracle import Cached, longest, serves
-from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator
-from vllm.v1.core.single_type_kv_cache_manager import (
-    ChunkedLocalAttentionManager,
-    FullAttentionManager,
-    HiSparseSourceManager,
-    MambaManager,
-    SlidingWindowManager,
-)
-from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, KVCacheGroupRole
-
+from testing.coordinator.oracle import Cached, longest, serves
 from vllm_hybrid_kv.coordinator.fixed_point import FixedPointCoordinator
 from vllm_hybrid_kv.coordinator.lookup import ManagerLookup, lookup_class
 

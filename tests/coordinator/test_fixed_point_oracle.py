@@ -4,9 +4,9 @@
 import os
 
 import pytest
-from contents import coordinator_of, fill, random_cases, request_of
-from oracle import longest, wrong_blocks
 
+from testing.coordinator.contents import coordinator_of, fill, random_cases, request_of
+from testing.coordinator.oracle import longest, wrong_blocks
 from vllm_hybrid_kv.coordinator.fixed_point import FixedPointCoordinator
 
 SEED = int(os.environ.get("HYBRID_KV_TEST_SEED", "20261122"))

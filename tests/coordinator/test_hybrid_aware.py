@@ -12,16 +12,16 @@ import pytest
 from vllm.v1.core.kv_cache_utils import get_group_id
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from demo.models import llama_config
+from testing.described_model import hybrid_config
+from testing.models import llama_config
+from testing.shapes import SHAPES
 from tests.coordinator.soak import checks
-from tests.described_model import hybrid_config
-from tests.shapes import SHAPES
 from vllm_hybrid_kv.coordinator.checkpoints import Place
 from vllm_hybrid_kv.coordinator.fixed_point import FixedPointCoordinator
 from vllm_hybrid_kv.coordinator.hybrid_aware import HybridAwareCoordinator
-from vllm_hybrid_kv.dry_run.engine import Engine, Model
-from vllm_hybrid_kv.replay.replay import Replay, Tally
-from vllm_hybrid_kv.replay.trace import BLOCK_TOKENS, TracedRequest
+from vllm_hybrid_kv.tools.plan.engine import Engine, Model
+from vllm_hybrid_kv.tools.replay.replay import Replay, Tally
+from vllm_hybrid_kv.tools.replay.trace import BLOCK_TOKENS, TracedRequest
 
 POLICY = {"coordinator": "hybrid_aware", "prefix_match_unit": "auto"}
 STOCK = {"coordinator": "stock", "prefix_match_unit": "stock"}

@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass, replace
 from functools import cache
 
-from contents import chunked, full, mamba, ring, window
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from vllm.config import VllmConfig
@@ -23,6 +22,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.request import Request
 
+from testing.coordinator.contents import chunked, full, mamba, ring, window
 from tests.coordinator.soak.engine import configure
 from tests.coordinator.test_smallest_hit import plan_of
 from vllm_hybrid_kv.planning.capacity import Capacity, capacity

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-from contents import chunked, full, mamba, ring, window
-from prompts import send
 from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheSpec
 
+from testing.coordinator.contents import chunked, full, mamba, ring, window
+from testing.coordinator.prompts import send
 from tests.coordinator.soak.engine import configure, make_scheduler
 from tests.coordinator.soak.plans import STRATEGIES, Plan
 from vllm_hybrid_kv import plugin

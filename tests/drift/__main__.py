@@ -24,7 +24,7 @@ from tests.drift import adapter_tests, comparison, report
 from tests.drift.adapters import adapters
 from tests.drift.release import DriftError, get
 from tests.drift.uses import uses
-from vllm_hybrid_kv.seams import ADAPTERS
+from vllm_hybrid_kv.patches import ADAPTERS
 
 
 def main(command_line: Sequence[str] | None = None) -> int:

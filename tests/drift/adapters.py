@@ -11,8 +11,8 @@ from typing import Any
 
 from tests.drift import release
 from tests.drift.release import DriftError, Minor, Release
-from vllm_hybrid_kv.seams import ADAPTERS
-from vllm_hybrid_kv.seams.base import Fingerprint, Target
+from vllm_hybrid_kv.patches import ADAPTERS
+from vllm_hybrid_kv.patches.base import Fingerprint, Target
 
 
 @dataclass(frozen=True)

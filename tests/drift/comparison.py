@@ -14,7 +14,7 @@ from tests.drift.release import Minor, Release
 from tests.drift.surroundings import Surroundings
 from tests.drift.targets import BODY, GONE, MOVED, SIGNATURE, UNREADABLE, Finding
 from tests.drift.uses import Uses
-from vllm_hybrid_kv.seams import ADAPTERS
+from vllm_hybrid_kv.patches import ADAPTERS
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Comparison:
                 yield f"vLLM {self.release.version} has an adapter of its own, {name}"
             elif minor != self.adapter.minor:
                 yield (
-                    f"write vllm_hybrid_kv/seams/{name}.py after {self.adapter.name}.py, enter it "
-                    "in ADAPTERS (seams/__init__.py), and raise the bounds of the extras cpu and "
+                    f"write vllm_hybrid_kv/patches/{name}.py after {self.adapter.name}.py, add it "
+                    "to ADAPTERS (patches/__init__.py), and raise the bounds of the extras cpu and "
                     "cuda in setup.cfg"
                 )
             elif self.adapter.known is not None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from tests.drift.adapters import Adapter
 from tests.drift.targets import Finding
-from vllm_hybrid_kv.seams.base import Target
+from vllm_hybrid_kv.patches.base import Target
 
 WIDTH = 100
 
@@ -33,9 +33,9 @@ def adapter_module(adapter: Adapter, findings: Sequence[Finding], version: str) 
 
 from __future__ import annotations
 
-from vllm_hybrid_kv.seams.adapter import Known, build
-from vllm_hybrid_kv.seams.base import Fingerprint, Seam, Target
-from vllm_hybrid_kv.seams.context import Context
+from vllm_hybrid_kv.patches.adapter import Known, build
+from vllm_hybrid_kv.patches.base import Fingerprint, Seam, Target
+from vllm_hybrid_kv.patches.context import Context
 
 KNOWN = Known(
 {fields}{facts})

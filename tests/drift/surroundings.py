@@ -18,7 +18,7 @@ from tests.drift.names import Change
 from tests.drift.release import Release
 from tests.drift.sources import Sources
 from tests.drift.uses import Subclass
-from vllm_hybrid_kv.seams.base import Target
+from vllm_hybrid_kv.patches.base import Target
 
 WATCHED = {
     ("vllm.plugins", "load_general_plugins"): "loads the plugin, once in every process",

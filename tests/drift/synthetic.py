@@ -10,7 +10,7 @@ from typing import Any
 from tests.drift.adapters import Adapter
 from tests.drift.release import Release
 from tests.drift.targets import fingerprints
-from vllm_hybrid_kv.seams.base import Fingerprint, Target
+from vllm_hybrid_kv.patches.base import Fingerprint, Target
 
 FILES = {
     "__init__.py": "from .version import __version__\n",

@@ -18,7 +18,7 @@ from tests.conformance.releases import CACHE
 from tests.drift.adapters import Adapter
 from tests.drift.release import DriftError, Release
 from tests.drift.sources import Definition, FunctionNode, Sources
-from vllm_hybrid_kv.seams.base import Fingerprint, Target
+from vllm_hybrid_kv.patches.base import Fingerprint, Target
 
 READER = Path(__file__).resolve().parent / "in_process" / "read_fingerprints.py"
 IMPORT_TIMEOUT_S = 300

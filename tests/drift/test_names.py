@@ -15,7 +15,7 @@ from tests.drift.sources import Sources
 from tests.drift.surroundings import Surroundings
 from tests.drift.synthetic import edited
 from tests.drift.uses import Uses, uses
-from vllm_hybrid_kv.seams.base import Fingerprint, Target
+from vllm_hybrid_kv.patches.base import Fingerprint, Target
 
 
 @pytest.fixture

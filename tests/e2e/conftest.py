@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-# The host, its worker and the faults are scripts and modules of these tests alone.
-sys.path.insert(0, str(Path(__file__).parent))
-
-from engine_host import EngineHost
+from testing.engine_host import EngineHost
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +12,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str]
     """A function that builds a model, by name and dtype, once."""
     import torch
 
-    from demo.models import CONFIGS, build_model
+    from testing.models import CONFIGS, build_model
 
     folder = tmp_path_factory.mktemp("models")
 

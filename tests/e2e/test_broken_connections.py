@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import pytest
-from ending import STREAMS, Ended, crash
+
+from testing.ending import STREAMS, Ended, crash
 
 pytestmark = pytest.mark.engine
 

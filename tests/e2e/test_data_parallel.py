@@ -10,11 +10,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from engine_host import EngineHost
 from rich.console import Console
-from workload import CASES, Case, random_prompt, settings
 
-from demo.server import Server, serve
+from testing.engine_host import EngineHost
+from testing.server import Server, serve
+from testing.workload import CASES, Case, random_prompt, settings
 
 pytestmark = [pytest.mark.engine, pytest.mark.long]
 
@@ -38,7 +38,7 @@ def server(
     log = tmp_path_factory.mktemp("server") / "log.txt"
     with pytest.MonkeyPatch.context() as patch:
         # Four processes import vLLM at once.
-        patch.setattr("demo.server.START_TIMEOUT_S", 900.0)
+        patch.setattr("testing.server.START_TIMEOUT_S", 900.0)
         # A thread each, on whatever cores there are.
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         patch.setenv("OMP_NUM_THREADS", "1")

@@ -21,7 +21,7 @@ import pytest
 
 import demo.__main__ as demo_main
 from demo.capacity import MARK, Capacity, planning
-from demo.server import ServerError, start_group
+from testing.server import ServerError, start_group
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 500.0

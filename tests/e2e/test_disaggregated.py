@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_host import EngineHost
-from handed_over import Handed
-from workload import CASES, Case, random_prompt, settings
 
-from benchmarks.engine.requests import Output
+from testing.engine_host import EngineHost
+from testing.handed_over import Handed
+from testing.requests import Output
+from testing.workload import CASES, Case, random_prompt, settings
 
 pytestmark = pytest.mark.engine
 

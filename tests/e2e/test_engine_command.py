@@ -19,10 +19,10 @@ from benchmarks.engine import configurations, machine, process, report, subjects
 from benchmarks.engine.comparing import Bounds, choose, compare, decisive, far_from_unquantised
 from benchmarks.engine.configurations import AUTO, K8V4, REFERENCE, Configuration, Place
 from benchmarks.engine.process import Engine, EngineError, Engines
-from benchmarks.engine.requests import Output
 from benchmarks.engine.results import Check, Gap, Results, Speed, Verdict
 from benchmarks.engine.worker import reason
-from demo.models import build_model, qwen3_5_config, qwen3_next_config, with_mtp_layer
+from testing.models import build_model, qwen3_5_config, qwen3_next_config, with_mtp_layer
+from testing.requests import Output
 
 BOUNDS = Bounds(rounding=0.1, farthest=0.5)
 ON_CPU = Place("cpu", compiled=True, memory_bytes=1 << 34)

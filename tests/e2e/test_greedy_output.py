@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_host import EngineHost
-from workload import (
+
+from testing.engine_host import EngineHost
+from testing.requests import Output
+from testing.workload import (
     CASES,
     CONCURRENT,
     DIFFERENT,
@@ -24,8 +26,6 @@ from workload import (
     settings,
     shortened,
 )
-
-from benchmarks.engine.requests import Output
 
 pytestmark = pytest.mark.engine
 

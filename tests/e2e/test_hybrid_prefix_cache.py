@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import faults
 import pytest
-from engine_host import EngineHost
-from workload import CASES, Case, random_prompt, settings
 
 from benchmarks.engine.requests import Output
+from testing import faults
+from testing.engine_host import EngineHost
+from testing.workload import CASES, Case, random_prompt, settings
 
 pytestmark = [pytest.mark.engine, pytest.mark.both_minors]
 

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import planted_plans
 import pytest
-import random_models
-from engine_host import EngineError, EngineHost
-from workload import random_prompt
+
+from testing import planted_plans, random_models
+from testing.engine_host import EngineError, EngineHost
+from testing.workload import random_prompt
 
 pytestmark = pytest.mark.engine
 

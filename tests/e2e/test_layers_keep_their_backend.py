@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_host import EngineHost
-from workload import Case, random_prompt, settings
+
+from testing.engine_host import EngineHost
+from testing.workload import Case, random_prompt, settings
 
 pytestmark = pytest.mark.engine
 
@@ -124,7 +125,8 @@ def test_following_the_padding_warning_reduces_the_padding(
     assert re.match(r"INFO Short requests \(512 tokens\): [\d,]+ always fit at once", short), short
     padding = re.match(r"WARNING (\d+\.\d) % of the KV pool is padding ", warning)
     advice = re.search(r"pads states to a page of attention: give --block-size (\d+)$", warning)
-    assert padding is not None and advice is not None, warning
+    assert padding, warning
+    assert advice, warning
 
     before = len(host.log.read_text(errors="replace"))
     layers(host, small_model, "qwen3-next", block_size=int(advice[1]), **options)

@@ -15,9 +15,9 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
-from workload import random_prompt
 
-from demo.server import serve
+from testing.server import serve
+from testing.workload import random_prompt
 
 pytestmark = [pytest.mark.engine, pytest.mark.both_minors]
 

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from engine_host import EngineHost
-from faults import MARKED_TOKENS, NUMBER_FAULTS
-from workload import random_prompt
 
-from benchmarks.engine.requests import Output
+from testing.engine_host import EngineHost
+from testing.faults import MARKED_TOKENS, NUMBER_FAULTS
+from testing.requests import Output
+from testing.workload import random_prompt
 
 pytestmark = pytest.mark.engine
 

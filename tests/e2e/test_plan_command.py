@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_host import BASE_ENVIRONMENT, EngineHost
-from workload import Case, settings
+
+from testing.engine_host import BASE_ENVIRONMENT, EngineHost
+from testing.workload import Case, settings
 
 pytestmark = pytest.mark.engine
 

@@ -26,8 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from engine_host import EngineHost
-from workload import (
+
+from testing.engine_host import EngineHost
+from testing.requests import Output
+from testing.workload import (
     DIFFERENT,
     Case,
     assert_same,
@@ -37,8 +39,6 @@ from workload import (
     run_alone,
     settings,
 )
-
-from benchmarks.engine.requests import Output
 
 pytestmark = pytest.mark.engine
 

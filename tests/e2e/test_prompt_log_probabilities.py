@@ -10,7 +10,7 @@ How far apart they may be, from the format alone:
 * An e4m3 key has three bits behind the leading one: steps of 2^-3 of the power of two below
   it. Averaged over the octave the error is 2^-3 / sqrt(12) * sqrt(3 / (8 ln 2)) = 0.0265 of the
   element. The errors of D elements add up in a score as the products themselves do, so a score
-  is off by 0.0265 of the scores' standard deviation S (demo.models.SCORE_SIZE), and a softmax
+  is off by 0.0265 of the scores' standard deviation S (testing.models.SCORE_SIZE), and a softmax
   weight by e_k = 0.0265 S of itself. Errors of many weights add up in the output as the
   weighted values themselves do: the output is off by e_k, too.
 
@@ -33,12 +33,12 @@ import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import faults
 import pytest
-from engine_host import EngineHost
-from workload import CASES, Case, random_prompt, settings
 
-from demo.models import CONFIGS, SCORE_SIZE
+from testing import faults
+from testing.engine_host import EngineHost
+from testing.models import CONFIGS, SCORE_SIZE
+from testing.workload import CASES, Case, random_prompt, settings
 
 pytestmark = pytest.mark.engine
 

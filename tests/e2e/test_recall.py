@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_host import EngineHost
 
+from testing.engine_host import EngineHost
 from tests.recall import sequences
 from tests.recall.questions import Tally, copies, count_answers, questions_one_by_one, sheets
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from ending import stream
 from rich.console import Console
 
-from demo.server import Server
+from testing.ending import stream
+from testing.server import Server
 
 pytestmark = [pytest.mark.engine, pytest.mark.long]
 

@@ -8,11 +8,12 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-import faults
 import pytest
-from engine_host import EngineError, EngineHost
-from random_models import build
-from workload import random_prompt
+
+from testing import faults
+from testing.engine_host import EngineError, EngineHost
+from testing.random_models import build
+from testing.workload import random_prompt
 
 pytestmark = pytest.mark.engine
 

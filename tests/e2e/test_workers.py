@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from ending import STREAMS, Ended, crash, processes_of, until
-from engine_host import BASE_ENVIRONMENT
+
+from testing.ending import STREAMS, Ended, crash, processes_of, until
+from testing.engine_host import BASE_ENVIRONMENT
 
 pytestmark = [pytest.mark.engine, pytest.mark.long]
 
@@ -25,7 +26,7 @@ import multiprocessing
 
 def not_taken():
     if multiprocessing.current_process().name == "VllmWorker-1":
-        from vllm_hybrid_kv.seams import base
+        from vllm_hybrid_kv.patches import base
         base.MethodRebinding.apply = lambda self: None
 
 def patched():

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_host import BASE_ENVIRONMENT, EngineError, EngineHost
 from transformers import BloomConfig, DeepseekV2Config, Gemma4TextConfig, PreTrainedConfig
 
-from demo.models import gemma3_config, llama_config
-from demo.tokenizer import VOCAB_SIZE, build_tokenizer
+from testing.engine_host import BASE_ENVIRONMENT, EngineError, EngineHost
+from testing.models import gemma3_config, llama_config
+from testing.tokenizer import VOCAB_SIZE, build_tokenizer
 
 pytestmark = pytest.mark.engine
 

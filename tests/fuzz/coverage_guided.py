@@ -64,7 +64,7 @@ class Fuzzed:
 
 def trace(folder: Path) -> Callable[[bytes], None]:
     """Read a trace, and make its tokens."""
-    from vllm_hybrid_kv.replay.trace import Conversations, TraceError, read_trace
+    from vllm_hybrid_kv.tools.replay.trace import Conversations, TraceError, read_trace
 
     path = folder / "trace.jsonl"
 
@@ -83,7 +83,7 @@ def trace(folder: Path) -> Callable[[bytes], None]:
 
 def config(folder: Path) -> Callable[[bytes], None]:
     """Read a model's config.json and make it ready to be planned."""
-    from vllm_hybrid_kv.dry_run.described import DescriptionError, described
+    from vllm_hybrid_kv.tools.plan.described import DescriptionError, described
 
     path = folder / "config.json"
 
@@ -120,7 +120,7 @@ def settings(folder: Path) -> Callable[[bytes], None]:
 
 def sizes(folder: Path) -> Callable[[bytes], None]:
     """Read a size of memory as users write it."""
-    from vllm_hybrid_kv.cli.sizes import format_size, parse_size
+    from vllm_hybrid_kv.tools.sizes import format_size, parse_size
 
     def parse(content: bytes) -> None:
         try:

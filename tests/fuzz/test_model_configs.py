@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-from tests.described_model import hybrid_config
+from testing.described_model import hybrid_config
+from testing.shapes import SHAPES
 from tests.fuzz.json_values import damaged, encoded, json_values, with_a_change
-from tests.shapes import SHAPES
-from vllm_hybrid_kv.cli.main import app
-from vllm_hybrid_kv.dry_run.described import DescriptionError, described
-from vllm_hybrid_kv.replay.trace import TracedRequest, write_trace
+from vllm_hybrid_kv.tools.main import app
+from vllm_hybrid_kv.tools.plan.described import DescriptionError, described
+from vllm_hybrid_kv.tools.replay.trace import TracedRequest, write_trace
 
 MODELS = [
     json.loads((SHAPES[name] / "config.json").read_text())

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.fuzz.json_values import damaged, encoded, json_values, with_a_change
-from vllm_hybrid_kv.replay.trace import (
+from vllm_hybrid_kv.tools.replay.trace import (
     BLOCK_TOKENS,
     Conversations,
     TracedRequest,

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from batches import MIXED, PATHS, Case, assert_close, attend, check, expected, make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from testing.kernels.batches import MIXED, PATHS, Case, assert_close, attend, check, expected, make
 from vllm_hybrid_kv.kernels.cpu import paged_attention, plan_attention
 
 

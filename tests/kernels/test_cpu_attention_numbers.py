@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
-from batches import PATHS, Batch, Case, assert_close, attend, expected, make
 
+from testing.kernels.batches import PATHS, Batch, Case, assert_close, attend, expected, make
 from vllm_hybrid_kv.kernels.cpu import attention
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cpu_processes import ATTEND, python, succeeded
 
 import vllm_hybrid_kv
+from testing.kernels.cpu_processes import ATTEND, python, succeeded
 from vllm_hybrid_kv import kernels
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.kernels.cpu import drive, isa, paged_attention, plan_attention

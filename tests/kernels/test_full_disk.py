@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cpu_processes import ATTEND, python, succeeded
+
+from testing.kernels.cpu_processes import ATTEND, python, succeeded
 
 ROOM = "40k"
 """For the indexes of the cache, and for none of the compiled kernels that they name."""

@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.engine.machine import first_version
-from demo.models import CONFIGS, build_model
-from demo.server import Server, ServerError, serve
-from demo.tokenizer import VOCAB_SIZE
+from testing.models import CONFIGS, build_model
+from testing.server import Server, ServerError, serve
+from testing.tokenizer import VOCAB_SIZE
 from tests.load.traffic import MODEL, Client, margin, plan
 
 SAMPLE_S = 5.0
@@ -41,7 +41,7 @@ allocator's own ups and downs."""
 
 CLOSE = 0.06
 """How much likelier one token may be than another that is chosen in its place in another batch.
-Twice `rounding` of `tests/e2e/workload.py`, which says why float32 moves log-probabilities by it:
+Twice `rounding` of `testing/workload.py`, which says why float32 moves log-probabilities by it:
 where rounding takes a key or a value across a step of its code, a whole step is stored."""
 
 STEP_TOKENS = 64

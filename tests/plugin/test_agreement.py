@@ -19,7 +19,7 @@ def patched():
     kv_cache_utils.get_kv_cache_capacity = lambda vllm_config, kv_cache_config: (0, 0)
 
 def not_taken():
-    from vllm_hybrid_kv.seams import base
+    from vllm_hybrid_kv.patches import base
     base.MethodRebinding.apply = lambda self: None
 
 def as_it_is():

@@ -8,9 +8,9 @@ import pytest
 from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
 
 from vllm_hybrid_kv import plugin
-from vllm_hybrid_kv.attention.refusal import UnsupportedModelError
-from vllm_hybrid_kv.seams import configuration
-from vllm_hybrid_kv.seams.boundary import boundary_layers, cache_owners
+from vllm_hybrid_kv.attention.unsupported import UnsupportedModelError
+from vllm_hybrid_kv.patches import configuration
+from vllm_hybrid_kv.patches.boundary import boundary_layers, cache_owners
 
 pytestmark = pytest.mark.usefixtures("unregistered")
 

@@ -7,8 +7,8 @@ import pytest
 from transformers import FalconH1Config
 from vllm.engine.arg_utils import EngineArgs
 
-from demo.models import gemma3_config, with_mtp_layer
-from tests.described_model import hybrid_config
+from testing.described_model import hybrid_config
+from testing.models import gemma3_config, with_mtp_layer
 from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.errors import HybridKVError
 

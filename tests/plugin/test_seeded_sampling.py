@@ -3,7 +3,7 @@
 
 import torch
 
-from vllm_hybrid_kv.seams.sampling import RewindableGenerator
+from vllm_hybrid_kv.patches.sampling import RewindableGenerator
 
 
 def draw(generator):

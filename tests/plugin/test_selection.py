@@ -16,9 +16,9 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from vllm_hybrid_kv import plugin
-from vllm_hybrid_kv.attention.refusal import UnsupportedLayerError
-from vllm_hybrid_kv.dry_run.gpu import described_gpu
+from vllm_hybrid_kv.attention.unsupported import UnsupportedLayerError
 from vllm_hybrid_kv.errors import HybridKVError
+from vllm_hybrid_kv.tools.plan.gpu import described_gpu
 
 pytestmark = pytest.mark.usefixtures("unregistered")
 

@@ -10,7 +10,7 @@ import pytest
 
 from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.errors import HybridKVError
-from vllm_hybrid_kv.seams.startup import VARIABLE, _take_refusal
+from vllm_hybrid_kv.patches.startup import VARIABLE, _take_refusal
 
 WORDS = "layer model.layers.2 cannot be served"
 

@@ -80,7 +80,7 @@ def _engine(folder: str, dtype: str) -> Iterator[Any]:
         fill(model)
 
     if "llvmlite.binding.ffi" in sys.modules:
-        # See `_let_vllm_scan_llvmlite` of tests/e2e/engine_worker.py.
+        # See `_let_vllm_scan_llvmlite` of testing/engine_worker.py.
         from llvmlite.binding import ffi
 
         ffi.lib._fntab["__dict__"] = {}
@@ -115,7 +115,7 @@ def _measure(llm: Any) -> dict[str, Any]:
     """Send prompts: for their log-probabilities, then each twice with the prefix cache."""
     from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 
-    from benchmarks.engine import requests
+    from testing import requests
     from tests.zoo.tiny import VOCABULARY
     from vllm_hybrid_kv.planning.hits import smallest_hit
 

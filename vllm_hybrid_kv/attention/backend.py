@@ -25,10 +25,10 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from vllm_hybrid_kv.attention import refusal
-from vllm_hybrid_kv.attention.device import Kernels, kernels_for
+from vllm_hybrid_kv.attention import unsupported as refusal
+from vllm_hybrid_kv.attention.kernel_factory import Kernels, kernels_for
 from vllm_hybrid_kv.attention.metadata import K8V4Metadata, K8V4MetadataBuilder
-from vllm_hybrid_kv.attention.refusal import CACHE_DTYPE, UnsupportedLayerError
+from vllm_hybrid_kv.attention.unsupported import CACHE_DTYPE, UnsupportedLayerError
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.settings import current_settings
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
-from vllm_hybrid_kv.attention.device import require_known_answers
+from vllm_hybrid_kv.attention.kernel_factory import require_known_answers
 from vllm_hybrid_kv.kernels import triton
 from vllm_hybrid_kv.kernels.known_answer import Attend, Call, Variant, steps
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
 
-    from vllm_hybrid_kv.attention.device import Layer
+    from vllm_hybrid_kv.attention.kernel_factory import Layer
     from vllm_hybrid_kv.attention.metadata import K8V4Metadata
 
 

@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.worker.utils import customize_attention_spec
 
-from vllm_hybrid_kv.attention.refusal import (
+from vllm_hybrid_kv.attention.unsupported import (
     CACHE_DTYPE,
     UnsupportedLayerError,
     refuse_backend,

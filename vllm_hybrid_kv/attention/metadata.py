@@ -19,8 +19,8 @@ from vllm.v1.attention.backend import (
     max_decode_query_len,
 )
 
-from vllm_hybrid_kv.attention.device import kernels_for
-from vllm_hybrid_kv.attention.refusal import CACHE_DTYPE
+from vllm_hybrid_kv.attention.kernel_factory import kernels_for
+from vllm_hybrid_kv.attention.unsupported import CACHE_DTYPE
 from vllm_hybrid_kv.settings import current_settings
 
 if TYPE_CHECKING:

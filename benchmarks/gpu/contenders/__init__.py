@@ -9,8 +9,8 @@ from typing import ClassVar
 
 import torch
 
-from ..measure import Call
-from ..shapes import PAGE, Shape
+from benchmarks.gpu.measure import Call
+from benchmarks.gpu.shapes import PAGE, Shape
 
 FILLED_AT_A_TIME = 65536
 """Tokens whose keys and values are drawn; larger caches hold them several times."""

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..environment import VLLM, FlashAttentionKind
-from ..shapes import PAGE, bf16_bytes, fp8_bytes
-from . import Batch, Contender, Unavailable, copies
-from .unified import packed_cache
+from benchmarks.gpu.contenders import Batch, Contender, Unavailable, copies
+from benchmarks.gpu.contenders.unified import packed_cache
+from benchmarks.gpu.environment import VLLM, FlashAttentionKind
+from benchmarks.gpu.shapes import PAGE, bf16_bytes, fp8_bytes
 
 
 class VllmFlashBf16(Contender):

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..shapes import PAGE, bf16_bytes, fp8_bytes
-from . import Batch, Contender, Unavailable, copies
-from .unified import packed_cache
+from benchmarks.gpu.contenders import Batch, Contender, Unavailable, copies
+from benchmarks.gpu.contenders.unified import packed_cache
+from benchmarks.gpu.shapes import PAGE, bf16_bytes, fp8_bytes
 
 WORKSPACE_BYTES = 512 << 20
 """More than vLLM gives it, so that it never splits less for want of memory."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import torch
 
+from benchmarks.gpu.contenders import Batch, Contender, copies
+from benchmarks.gpu.measure import Call
+from benchmarks.gpu.shapes import PAGE, k8v4_bytes
 from vllm_hybrid_kv.kernels.triton import paged_attention, plan_attention, quantise_and_store
 from vllm_hybrid_kv.kernels.triton.plan import Plan
 from vllm_hybrid_kv.kernels.triton.tuning import Tiling
-
-from ..measure import Call
-from ..shapes import PAGE, k8v4_bytes
-from . import Batch, Contender, copies
 
 
 class Ours(Contender):

@@ -9,9 +9,9 @@ from unittest import mock
 
 import torch
 
-from ..environment import VLLM
-from ..shapes import PAGE, k8v4_bytes
-from . import Batch, Contender, Unavailable, copies
+from benchmarks.gpu.contenders import Batch, Contender, Unavailable, copies
+from benchmarks.gpu.environment import VLLM
+from benchmarks.gpu.shapes import PAGE, k8v4_bytes
 
 PRESET = "turboquant_k8v4"
 

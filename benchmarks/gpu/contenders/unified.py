@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ..environment import VLLM
-from ..shapes import PAGE, bf16_bytes, fp8_bytes
-from . import Batch, Contender, Unavailable, copies
+from benchmarks.gpu.contenders import Batch, Contender, Unavailable, copies
+from benchmarks.gpu.environment import VLLM
+from benchmarks.gpu.shapes import PAGE, bf16_bytes, fp8_bytes
 
 
 def packed_cache(batch: Batch, dtype: torch.dtype) -> torch.Tensor:

@@ -13,11 +13,11 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.structured_output import StructuredOutputManager
 
-from demo.models import with_mtp_layer
+from testing.described_model import hybrid_config
+from testing.models import with_mtp_layer
 from tests.coordinator.soak import connector
 from tests.coordinator.soak.connector import SoakConnector
 from tests.coordinator.soak.plans import Plan
-from tests.described_model import hybrid_config
 from vllm_hybrid_kv import plugin, settings
 
 

@@ -7,7 +7,6 @@ import math
 import random
 from dataclasses import dataclass, replace
 
-from contents import chunked, full, mamba, window
 from vllm.utils.math_utils import round_up
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
@@ -18,6 +17,8 @@ from vllm.v1.kv_cache_interface import (
     MambaSpec,
     SlidingWindowSpec,
 )
+
+from testing.coordinator.contents import chunked, full, mamba, window
 
 STRATEGIES = ("stock", "fixed_point", "hybrid_aware")
 

@@ -8,7 +8,7 @@ fingerprints are taken as the plugin takes them.
 import json
 import sys
 
-from vllm_hybrid_kv.seams.base import Fingerprint, Target, underlying
+from vllm_hybrid_kv.patches.base import Fingerprint, Target, underlying
 
 
 def main() -> None:

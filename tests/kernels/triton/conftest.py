@@ -1,14 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-# Modules of these tests alone.
-sys.path.insert(0, str(Path(__file__).parent))
-
-from processes import Compiler, Interpreter
+from testing.triton.processes import Compiler, Interpreter
 
 _compiler = Compiler()
 

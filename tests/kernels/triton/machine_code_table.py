@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import triton
-from compiling import Attention, Figures, StockDecode, figures
-from processes import Compiler
+
+from testing.triton.compiling import Attention, Figures, StockDecode, figures
+from testing.triton.processes import Compiler
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 HEAD_SIZES = (128, 256)

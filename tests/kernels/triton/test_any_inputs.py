@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from processes import Interpreter
+from testing.triton.processes import Interpreter
 
 
 def stores(examples: int) -> None:

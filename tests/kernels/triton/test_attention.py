@@ -8,11 +8,12 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import attending
 import pytest
 import torch
-from attending import DECODE, MIXED, Case
-from processes import Interpreter
+
+from testing.triton import attending
+from testing.triton.attending import DECODE, MIXED, Case
+from testing.triton.processes import Interpreter
 
 # The matrix. Every value of these lists meets every kind of batch: decode and mixed, with and
 # without splits. The lists are turned against each other, so that they do not go in step; what is

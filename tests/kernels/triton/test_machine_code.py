@@ -11,9 +11,12 @@ import re
 from collections import Counter
 
 import pytest
-import stock
 import triton
-from compiling import (
+from triton.backends.compiler import GPUTarget
+
+from testing.triton import ahead_of_time, stock
+from testing.triton.ahead_of_time import MachineCode, cuda
+from testing.triton.compiling import (
     AmdAttention,
     Attention,
     Quantise,
@@ -21,11 +24,7 @@ from compiling import (
     StockDecode,
     figures,
 )
-from processes import Compiler
-from triton.backends.compiler import GPUTarget
-
-from vllm_hybrid_kv.kernels.triton import ahead_of_time
-from vllm_hybrid_kv.kernels.triton.ahead_of_time import MachineCode, cuda
+from testing.triton.processes import Compiler
 
 REASON = ahead_of_time.missing_tools()
 if REASON:

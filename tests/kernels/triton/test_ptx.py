@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import numpy as np
-import ptx
 import pytest
 import torch
 
+from testing.triton import ptx
 from vllm_hybrid_kv.kernels.triton import convert
 
 WORDS = np.arange(65536, dtype=np.uint32)

@@ -6,10 +6,11 @@ from __future__ import annotations
 import math
 
 import pytest
-import storing
 import torch
-from processes import Interpreter
-from storing import random_rows
+
+from testing.triton import storing
+from testing.triton.processes import Interpreter
+from testing.triton.storing import random_rows
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps of an engine, and a way to run them in the process that can; imports nothing of vLLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of an engine.
+
+    Attributes:
+        lengths: Tokens of each request, its new ones included.
+        queries: New tokens of each request.
+        bound: By how much the host's lengths are above the exact ones, as under asynchronous
+            speculation, where they count every draft token as accepted.
+        layer: Parameters of the layer.
+        key_size: Standard deviation of the keys; stock clips them to 1.75 on GPUs without a
+            conversion to fp8.
+    """
+
+    lengths: tuple[int, ...]
+    queries: tuple[int, ...]
+    bound: int = 0
+    layer: dict[str, Any] = field(default_factory=dict)
+    key_size: float = 0.5
+
+
+def call(function: str, *arguments: Any) -> Any:
+    """Call a function of `scenarios`, in a process in which Triton interprets."""
+    from testing.attention import scenarios
+
+    return getattr(scenarios, function)(*arguments)

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Virtual environments made of links to what is installed here, and of what a test puts in."""
+
+import os
+import subprocess
+import sys
+import venv
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = ("vllm_hybrid_kv", "__editable__")
+COMMAND = "from vllm_hybrid_kv.tools.main import app; app(prog_name='vllm-hybrid-kv')"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment.
+
+    Attributes:
+        python: Its Python.
+        site: Its `site-packages`.
+    """
+
+    python: Path
+    site: Path
+
+    def distribution(
+        self,
+        name: str,
+        version: str,
+        entry_points: str = "",
+        site: Path | None = None,
+        **modules: Any,
+    ) -> Path:
+        """Install a package: its metadata, and the source of its modules by name."""
+        site = site or self.site
+        information = site / f"{name.replace('-', '_')}-{version}.dist-info"
+        information.mkdir(parents=True)
+        (information / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        )
+        (information / "entry_points.txt").write_text(entry_points)
+        for module, code in modules.items():
+            (site / f"{module}.py").write_text(code)
+        return site
+
+    def package(self, name: str, **files: str) -> Path:
+        """Put a package of Python without metadata in the place of the one that is linked."""
+        folder = self.site / name
+        folder.unlink(missing_ok=True)
+        folder.mkdir()
+        for file, code in files.items():
+            (folder / f"{file}.py").write_text(code)
+        return folder
+
+    def later(self, name: str) -> Path:
+        """Make a folder that comes after `site-packages` on the path."""
+        folder = self.site.parent / name
+        folder.mkdir()
+        (self.site / f"{name}.pth").write_text(f"{folder}\n")
+        return folder
+
+    def run(self, code: str, *arguments: str, **environment: str) -> Any:
+        """Run Python in it, with nothing of ours or of vLLM's in the environment."""
+        clean = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("VLLM_HYBRID_KV_", "PYTHON")) and name != "VLLM_PLUGINS"
+        }
+        return subprocess.run(
+            [str(self.python), "-c", code, *arguments],
+            env={**clean, "HF_HUB_OFFLINE": "1", "COLUMNS": "100", **environment},
+            cwd=self.site.parent,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+
+    def doctor(self, *arguments: str, **environment: str) -> Any:
+        """Run `vllm-hybrid-kv doctor` in it."""
+        return self.run(COMMAND, "doctor", *arguments, **environment)
+
+
+def make(folder: Path, wheel: Path, *, without: Iterable[str] = ()) -> Environment:
+    """Make an environment with everything that is installed here, and with our wheel.
+
+    Args:
+        folder: Where to make it.
+        wheel: The unpacked wheel.
+        without: Beginnings of names in `site-packages` that are left out.
+    """
+    venv.EnvBuilder(symlinks=True, with_pip=False).create(folder)
+    python = folder / "bin" / "python"
+    (site,) = folder.glob("lib/python*/site-packages")
+    left_out = (*OURS, "__pycache__", *without)
+    for installed in map(Path, sys.path):
+        if installed.name == "site-packages":
+            for entry in installed.iterdir():
+                link = site / entry.name
+                if (
+                    not entry.name.startswith(left_out)
+                    and entry.suffix != ".pth"
+                    and not link.is_symlink()
+                ):
+                    link.symlink_to(entry)
+    for entry in wheel.iterdir():
+        (site / entry.name).symlink_to(entry)
+    return Environment(python, site)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Virtual environments in which commands run from the wheel of this tree."""
+
+import itertools
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from typer.testing import CliRunner
+
+from testing import environments
+from vllm_hybrid_kv.tools.main import app
+
+ROOT = environments.ROOT
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """The wheel of this tree, unpacked."""
+    source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
+    for name in ("vllm_hybrid_kv", "kernels"):
+        shutil.copytree(
+            ROOT / name,
+            source / name,
+            symlinks=True,
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
+    for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"),
+            *("--no-build-isolation", "--wheel-dir", str(built), str(source)),
+        ],
+        check=True,
+    )
+    (file,) = built.glob("*.whl")
+    zipfile.ZipFile(file).extractall(built / "unpacked")
+    return built / "unpacked"
+
+
+@pytest.fixture(scope="session")
+def make_environment(wheel, tmp_path_factory):
+    """Makes virtual environments with this tree's wheel in them."""
+    numbers = itertools.count()
+
+    def make(**options):
+        folder = tmp_path_factory.mktemp(f"environment{next(numbers)}")
+        return environments.make(folder / "venv", wheel, **options)
+
+    return make
+
+
+@pytest.fixture
+def restored_environment():
+    """Undoes what a command that runs in this process sets for it."""
+    kept, level = dict(os.environ), logging.getLogger("vllm").level
+    yield
+    os.environ.clear()
+    os.environ.update(kept)
+    logging.getLogger("vllm").setLevel(level)
+
+
+@pytest.fixture
+def run(restored_environment):
+    """A function that runs `plan` in this process, which has imported vLLM already."""
+    return lambda *arguments: CliRunner().invoke(app, ["plan", *map(str, arguments)])

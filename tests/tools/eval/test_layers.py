@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers that an evaluation counts are those of vLLM's plan, on whatever ranks they are."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from testing.shapes import SHAPES
+from vllm_hybrid_kv.tools.eval.child import over_ranks
+from vllm_hybrid_kv.tools.eval.recorder import Recorder
+from vllm_hybrid_kv.tools.plan.described import described
+from vllm_hybrid_kv.tools.plan.engine import Model
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "boundary", "quantised", "whole"),
+    [
+        ("llama-3.1-8b", "turboquant_k8v4", 1, 30, 2),
+        ("llama-3.1-8b", "auto", 1, 0, 32),
+        ("gemma-3-27b", "turboquant_k8v4", 2, 58, 4),
+        # Of its 40 layers 30 keep a state and no keys.
+        ("qwen3.6-35b-a3b", "turboquant_k8v4", 2, 10, 0),
+    ],
+)
+def test_layers_are_counted_as_they_are_planned(shape, dtype, boundary, quantised, whole):
+    with described(SHAPES[shape]) as description:
+        arguments = {
+            "model": description.folder,
+            "kv_cache_dtype": dtype,
+            "gpu_memory_utilization": 0.1,
+        }
+        planned = Model(arguments, settings={"boundary_layers": boundary}).engine(24 << 30, {})
+    recorder = Recorder()
+    recorder.model_runner = SimpleNamespace(kv_cache_config=planned.worker_kv_cache_config)
+    found = over_ranks([recorder.hybrid_kv_layers()])
+    assert [len(names) for names in found] == [quantised, whole]
+    assert not found[0] & found[1]
+
+
+def test_layers_of_a_pipeline_add_up_and_those_of_tensor_parallel_ranks_do_not():
+    first, last = [["a", "b"], ["c"]], [["d"], []]
+    assert over_ranks([first, first, last, last]) == [{"a", "b", "d"}, {"c"}]

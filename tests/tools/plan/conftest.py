@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from testing.shapes import SHAPES
+from vllm_hybrid_kv.tools.plan.described import described
+from vllm_hybrid_kv.tools.plan.engine import Model
+
+
+@pytest.fixture(scope="session")
+def shape() -> Iterator[Callable[..., Model]]:
+    """A function that builds one of `SHAPES` as an engine on GPUs would have it, once."""
+    built: dict[tuple[Any, ...], Model] = {}
+    with ExitStack() as stack:
+
+        def build(name: str, kv_cache_dtype: str, ranks: int = 1) -> Model:
+            key = (name, kv_cache_dtype, ranks)
+            if key not in built:
+                description = stack.enter_context(described(SHAPES[name]))
+                arguments: dict[str, Any] = {
+                    "model": description.folder,
+                    "kv_cache_dtype": kv_cache_dtype,
+                    "tensor_parallel_size": ranks,
+                    "gpu_memory_utilization": 0.1,
+                    # Fewer than the state blocks of any plan here, or vLLM refuses CUDA graphs.
+                    "max_num_seqs": 256,
+                }
+                if name == "llama-4-scout":
+                    # Its own 10 million tokens fit into nothing here.
+                    arguments["max_model_len"] = 131072
+                if ranks > 1:
+                    arguments["distributed_executor_backend"] = "mp"
+                built[key] = Model(arguments)
+            return built[key]
+
+        yield build

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What takes the place of modules that a plan does not need."""
+
+import importlib
+import importlib.util
+import sys
+
+import pytest
+
+from vllm_hybrid_kv.tools.plan import importing
+from vllm_hybrid_kv.tools.plan.importing import IMAGES, _images_work, _Placeholders
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    """The process's modules without torchvision; whatever is imported meanwhile goes again."""
+    kept = {name: module for name, module in sys.modules.items() if not _of_images(name)}
+    monkeypatch.setattr(sys, "modules", kept)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for finder in list(sys.meta_path):
+        if isinstance(finder, _Placeholders):
+            sys.meta_path.remove(finder)
+    return kept
+
+
+def _of_images(name):
+    return name.partition(".")[0] == IMAGES
+
+
+def test_placeholders_have_any_name_and_any_attribute(modules):
+    _Placeholders.install()
+    functional = importlib.import_module("torchvision.transforms.v2.functional")
+    from torchvision.io import ImageReadMode
+
+    assert isinstance(ImageReadMode.RGB, type)
+    assert isinstance(functional.InterpolationMode.BICUBIC, type)
+    # What Python itself asks modules and classes for is not there, as it should be.
+    assert not hasattr(functional, "__wrapped__")
+    assert not hasattr(ImageReadMode, "__wrapped__")
+
+
+def test_nothing_else_is_found_by_placeholders(modules):
+    _Placeholders.install()
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("torchvision_extras")
+
+
+def test_a_broken_torchvision_is_told_and_leaves_nothing_behind(modules, tmp_path):
+    package = tmp_path / IMAGES
+    package.mkdir()
+    (package / "__init__.py").write_text("from . import io\nraise RuntimeError('no operator')\n")
+    (package / "io.py").write_text("")
+    sys.path.insert(0, str(tmp_path))
+    importlib.invalidate_caches()
+    assert not _images_work()
+    assert not any(map(_of_images, sys.modules))
+    (package / "__init__.py").write_text("")
+    importlib.invalidate_caches()
+    assert _images_work()
+
+
+def test_a_process_that_has_vllm_already_is_left_alone(monkeypatch):
+    import vllm
+
+    monkeypatch.setattr(importing, "_images_work", lambda: pytest.fail("looked for torchvision"))
+    importing.import_vllm()
+    assert sys.modules["vllm"] is vllm

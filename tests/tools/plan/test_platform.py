@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Planning for GPUs on a machine without one."""
+
+import pytest
+import torch
+from vllm.platforms import current_platform
+
+from vllm_hybrid_kv.tools.plan.engine import Model
+from vllm_hybrid_kv.tools.plan.gpu import described_gpu
+from vllm_hybrid_kv.tools.plan.platform import as_one_rank_of, check_device
+from vllm_hybrid_kv.tools.plan.weightless import without_weights
+
+
+def test_only_known_devices_are_planned_for():
+    with pytest.raises(ValueError, match="'tpu' is no device: choose gpu or cpu"):
+        check_device("tpu")
+
+
+def test_a_cpu_is_planned_for_only_where_vllm_runs_on_it(monkeypatch):
+    check_device("cpu")
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    with pytest.raises(ValueError, match="plan with --device gpu"):
+        check_device("cpu")
+    check_device("gpu")
+
+
+def test_the_described_gpu_is_seen_by_every_module_and_goes_again():
+    from vllm.model_executor.layers.attention import attention
+
+    kind = type(current_platform)
+    with described_gpu():
+        assert attention.current_platform.is_cuda()
+        assert not current_platform.is_cpu()
+        assert current_platform.get_device_capability() == (9, 0)
+        assert current_platform.get_device_total_memory() == 80 << 30
+    assert type(current_platform) is kind
+    assert not hasattr(torch.ops._C, "no_such_operator")
+
+
+def test_large_tensors_take_no_memory_and_small_ones_have_values():
+    with without_weights():
+        large, small = torch.zeros(1 << 20), torch.arange(4, device="cuda")
+        mixed = large[:4] + small
+        small.copy_(large[:4])
+    assert large.is_meta
+    assert mixed.is_meta
+    assert small.tolist() == [0, 1, 2, 3]
+
+
+def test_one_rank_is_the_only_one_again_afterwards(shape):
+    from vllm.distributed import get_tensor_model_parallel_world_size
+
+    model = shape("llama-3.1-8b", "auto")
+    assert isinstance(model, Model)
+    with as_one_rank_of(8):
+        assert get_tensor_model_parallel_world_size() == 8
+    assert get_tensor_model_parallel_world_size() == 1
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_states_on_gpus_do_not_depend_on_this_machines_cpu(monkeypatch, tmp_path, bf16):
+    from testing.described_model import hybrid_config
+
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    (tmp_path / "config.json").write_text(hybrid_config().to_json_string())
+    arguments = {"model": str(tmp_path), "gpu_memory_utilization": 0.1}
+    on_gpu = Model({**arguments, "block_size": 16}, "gpu").specs["model.layers.0.linear_attn"]
+    on_cpu = Model(arguments, "cpu").specs["model.layers.0.linear_attn"]
+    assert on_gpu.dtypes == (torch.bfloat16, torch.bfloat16)
+    assert on_cpu.dtypes == (torch.bfloat16, torch.float32 if bf16 else torch.bfloat16)

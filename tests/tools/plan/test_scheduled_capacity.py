@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reported requests at once, compared with what vLLM's scheduler really runs at once."""
+
+import pytest
+from vllm.sampling_params import SamplingParams
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+
+from testing.shapes import SHAPES
+from vllm_hybrid_kv.planning.capacity import capacity
+from vllm_hybrid_kv.tools.plan.described import described
+from vllm_hybrid_kv.tools.plan.engine import Model
+
+GIB = 1 << 30
+MAX_MODEL_LEN = 32768
+
+
+@pytest.fixture(scope="module", params=["auto", "fp8", "turboquant_k8v4"])
+def qwen(request):
+    """Qwen3.6 with room for more sequences than its pool has blocks."""
+    with described(SHAPES["qwen3.6-35b-a3b"]) as description:
+        yield Model(
+            {
+                "model": description.folder,
+                "kv_cache_dtype": request.param,
+                "max_model_len": MAX_MODEL_LEN,
+                "max_num_seqs": 256,
+                "max_num_batched_tokens": 8192,
+                "gpu_memory_utilization": 0.1,
+                "enable_prefix_caching": False,
+                "async_scheduling": False,
+            }
+        )
+
+
+def most_at_once(engine, tokens: int, requests: int) -> int:
+    """Send requests of `tokens` tokens and return how many hold all of their tokens at once."""
+    scheduler = engine.scheduler
+    for number in range(requests):
+        scheduler.add_request(
+            Request(
+                request_id=str(number),
+                prompt_token_ids=[1] * (tokens - 1),
+                sampling_params=SamplingParams(max_tokens=2, ignore_eos=True),
+                pooling_params=None,
+            )
+        )
+    while True:
+        output = scheduler.schedule()
+        if not output.num_scheduled_tokens:
+            return len(scheduler.running)
+        # No request gets its last token, so none ends and frees its blocks.
+        for request in scheduler.running:
+            assert request.num_computed_tokens <= tokens
+        ids = list(output.num_scheduled_tokens)
+        scheduler.update_from_output(
+            output,
+            ModelRunnerOutput(
+                req_ids=ids,
+                req_id_to_index={name: index for index, name in enumerate(ids)},
+                sampled_token_ids=[[] for _ in ids],
+            ),
+        )
+
+
+@pytest.mark.parametrize("tokens", [512, MAX_MODEL_LEN])
+def test_the_scheduler_runs_as_many_requests_as_are_reported(qwen, tokens):
+    engine = qwen.engine(2 * GIB, {})
+    said = capacity(engine.vllm_config, engine.kv_cache_config)
+    reported = said.short_requests if tokens == 512 else said.max_len_requests
+    assert most_at_once(engine, tokens, reported + 3) == reported
+    assert int(said.concurrency) == said.max_len_requests

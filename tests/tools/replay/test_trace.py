@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Traces in Mooncake's format, and the tokens that they stand for."""
+
+import json
+
+import pytest
+
+from vllm_hybrid_kv.tools.replay.trace import (
+    Conversations,
+    TracedRequest,
+    TraceError,
+    read_trace,
+    shareable_tokens,
+    write_trace,
+)
+
+
+def request(length, answer, *ids):
+    return TracedRequest(0, length, answer, ids)
+
+
+def test_what_was_written_is_read_again(tmp_path):
+    requests = [request(1024, 5, 1, 2), TracedRequest(27.5, 700, 1, (1, 3))]
+    write_trace(tmp_path / "trace", requests)
+    assert read_trace(tmp_path / "trace") == requests
+    assert read_trace(tmp_path / "trace", limit=1) == requests[:1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_length": 0}, "input_length must be a positive number, got 0"),
+        ({"output_length": None}, "output_length must be a positive number, got None"),
+        ({"output_length": True}, "output_length must be a positive number, got True"),
+        ({"hash_ids": [1]}, "700 tokens are 2 blocks of 512, but hash_ids has 1"),
+        ({"hash_ids": [1, "a"]}, "hash_ids must be a list of numbers"),
+        ({"timestamp": "now"}, "timestamp must be in milliseconds, got 'now'"),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path, change, message):
+    fields = {"timestamp": 0, "input_length": 700, "output_length": 1, "hash_ids": [1, 3]}
+    path = tmp_path / "trace"
+    path.write_text(json.dumps(fields) + "\n\n" + json.dumps(fields | change) + "\n")
+    with pytest.raises(TraceError, match=f"{path}, line 3: {message}"):
+        read_trace(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "has no requests"), ("{", "line 1 is not JSON"), ("[]", "line 1 is not an object")],
+)
+def test_a_file_without_requests_is_refused(tmp_path, text, message):
+    path = tmp_path / "trace"
+    path.write_text(text)
+    with pytest.raises(TraceError, match=message):
+        read_trace(path)
+
+
+def test_equal_ids_are_equal_tokens_and_others_are_not():
+    talks = Conversations([request(1024, 1, 1, 2), request(1536, 1, 1, 2, 4), request(512, 1, 9)])
+    first, second, third = (talks.tokens(i)[0] for i in range(3))
+    assert second[:1024] == first
+    assert len(set(second)) == 1536
+    assert not set(third) & set(second)
+
+
+def test_the_next_turn_has_the_tail_and_the_answer_of_the_one_before():
+    talks = Conversations([request(700, 300, 1, 2), request(1536, 4, 1, 3, 4)])
+    prompt, answer = talks.tokens(0)
+    assert (len(prompt), len(answer)) == (700, 300)
+    assert prompt + answer == talks.tokens(1)[0][:1000]
+
+
+def test_an_answer_is_what_follows_as_far_as_the_next_turn_goes():
+    talks = Conversations([request(700, 900, 1, 2), request(1024, 4, 1, 3)])
+    prompt, answer = talks.tokens(0)
+    whole = talks.tokens(1)[0]
+    assert prompt + answer[: 1024 - 700] == whole
+    assert not set(answer[1024 - 700 :]) & set(whole)
+
+
+def test_the_tail_comes_from_whoever_sends_the_same_full_blocks_next():
+    # The second is the first again and ends elsewhere; the third goes on.
+    talks = Conversations(
+        [
+            request(600, 1, 1, 2),
+            request(650, 1, 1, 3),
+            request(1024, 1, 1, 4),
+            request(520, 1, 1, 5),
+        ]
+    )
+    first, second, third, fourth = (talks.tokens(i)[0] for i in range(4))
+    assert first == third[:600]
+    assert second == third[:650]
+    assert fourth[:512] == third[:512]
+    assert not set(fourth[512:]) & set(third)
+
+
+def test_what_can_be_shared_is_the_full_blocks_that_came_before():
+    requests = [request(1024, 1, 1, 2), request(1100, 1, 1, 2, 3), request(512, 1, 1)]
+    assert shareable_tokens(requests) == 1024 + 512

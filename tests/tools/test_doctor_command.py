@@ -1,0 +1,438 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-hybrid-kv doctor` from the wheel, in real environments, each wrong in a way of its own."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from tests.conformance.releases import CACHE, unpacked_wheel
+
+SCHEMA = json.loads(
+    (Path(__file__).resolve().parents[2] / "docs" / "doctor.schema.json").read_text()
+)
+
+LOOK_ONCE = """
+import io, json
+from rich.console import Console
+from vllm_hybrid_kv.tools.doctor.diagnosis import diagnose
+from vllm_hybrid_kv.tools.doctor.screen import show
+diagnosis = diagnose()
+screens = {}
+for width in (80, 120):
+    show(diagnosis, Console(width=width, file=(file := io.StringIO())))
+    screens[width] = file.getvalue()
+print(json.dumps([diagnosis.as_json(), screens]))
+"""
+
+
+def read(done):
+    """The JSON of a run, which says what its exit status says and fits the schema."""
+    assert done.stdout.startswith("{"), done.stderr
+    found = json.loads(done.stdout)
+    jsonschema.validate(found, SCHEMA)
+    assert found["exit_status"] == done.returncode
+    assert "Traceback" not in done.stderr
+    return found
+
+
+def findings(found, check):
+    return [finding for finding in found["findings"] if finding["check"] == check]
+
+
+def finding(found, check, severity="problem"):
+    (only,) = findings(found, check)
+    assert only["severity"] == severity
+    return only
+
+
+def edits(found):
+    return {edit["name"]: edit for seam in found["seams"] for edit in seam["edits"]}
+
+
+@pytest.fixture(scope="module")
+def healthy(make_environment):
+    """What is found where all is well: as JSON, and the screens by their width."""
+    done = make_environment().run(LOOK_ONCE)
+    assert done.returncode == 0, done.stderr
+    found, screens = json.loads(done.stdout)
+    jsonschema.validate(found, SCHEMA)
+    return found, screens
+
+
+def test_where_all_is_well_the_status_is_0_and_the_first_line_says_so(healthy):
+    found, screens = healthy
+    assert found["exit_status"] == 0
+    assert found["active"] is True
+    first = screens["80"].splitlines()[0]
+    assert first == found["verdict"]
+    assert first.startswith("hybrid_kv ")
+    assert first.endswith("(cpu): all is well.")
+    assert {finding["severity"] for finding in found["findings"]} == {"note"}
+
+
+def test_every_edit_of_every_seam_is_verified(healthy):
+    found, _ = healthy
+    assert all(edit["in_force"] and not edit["why"] for edit in edits(found).values())
+    assert {"page_sizes", "coordinator", "attention_backend", "backend_selection"} <= {
+        seam["name"] for seam in found["seams"]
+    }
+    assert all(seam[key] for seam in found["seams"] for key in ("replaces", "why", "until"))
+
+
+def test_settings_say_where_they_are_from_and_strategies_who_brings_them(healthy):
+    found, _ = healthy
+    assert {row["source"] for row in found["settings"]} == {"default"}
+    picked = {row["setting"]: row["name"] for row in found["strategies"] if row["picked"]}
+    values = {row["name"]: row["value"] for row in found["settings"]}
+    assert picked == {setting: values[setting] for setting in picked}
+    assert len(picked) == 4
+    assert {row["origin"] for row in found["strategies"]} == {"built in"}
+
+
+def test_the_cpu_is_named_with_its_kernels_and_why(healthy):
+    found, _ = healthy
+    (device,) = found["devices"]
+    assert device["kind"] == "cpu"
+    assert device["kernels"].startswith("cpu:")
+    assert device["why"].startswith("the fastest that this CPU runs")
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_screen_is_one_screen_wide_and_holds_everything(healthy, width):
+    found, screens = healthy
+    screen = screens[str(width)]
+    assert max(map(len, screen.splitlines())) <= width
+    for row in (*found["settings"], *found["seams"]):
+        assert row["name"] in screen
+    assert found["versions"]["torch"] in screen
+
+
+def test_a_plugin_that_vllm_plugins_leaves_out_is_a_warning_beside_what_else_is_amiss(
+    make_environment,
+):
+    # In one process, for each that imports vLLM takes long.
+    environment = make_environment(without=("vllm-",))
+    environment.distribution("vllm-hybrid-kv", "0.0.1", site=environment.later("older"))
+    environment.distribution(
+        "acme-kv",
+        "1.5",
+        "[vllm_hybrid_kv]\nacme = acme_kv\n",
+        acme_kv="from vllm_hybrid_kv import hookimpl\n"
+        "@hookimpl\ndef hybrid_kv_unify_page_sizes(kv_cache_spec, stock):\n"
+        "    return stock(kv_cache_spec)\n",
+    )
+    config = {"hybrid_kv": {"prefix_match_unit": "stock", "debug": True}}
+    found = read(
+        environment.doctor(
+            *("--json", "--additional-config", json.dumps(config)),
+            VLLM_PLUGINS="other",
+            VLLM_HYBRID_KV_UNIFY_PAGE_SIZES="acme",
+        )
+    )
+    assert found["exit_status"] == 1
+    assert found["active"] is False
+    assert "would work on vLLM" in found["verdict"]
+    left_out = finding(found, "vllm_plugins", "warning")
+    assert "VLLM_PLUGINS=other does not name hybrid_kv" in left_out["message"]
+    assert "VLLM_PLUGINS=other,hybrid_kv" in left_out["remedy"]
+    assert all(edit["why"] == [] and not edit["in_force"] for edit in edits(found).values())
+
+    assert "PackageNotFoundError: vllm" in finding(found, "metadata", "warning")["message"]
+    assert "vllm-hybrid-kv 0.0.1 in" in finding(found, "copies", "warning")["message"]
+    assert (
+        "prefix_match_unit=stock (from --additional-config)"
+        in finding(found, "prefix_caching", "warning")["message"]
+    )
+    sources = {row["name"]: row["source"] for row in found["settings"]}
+    assert sources["debug"] == "--additional-config"
+    assert sources["unify_page_sizes"] == "VLLM_HYBRID_KV_UNIFY_PAGE_SIZES"
+    (acme,) = (row for row in found["strategies"] if row["name"] == "acme")
+    assert acme == {
+        "setting": "unify_page_sizes",
+        "hook": "hybrid_kv_unify_page_sizes",
+        "name": "acme",
+        "origin": "acme-kv 1.5",
+        "picked": True,
+    }
+
+
+RIVAL = """
+def register():
+    from vllm.v1.core import kv_cache_coordinator
+    stock = kv_cache_coordinator.get_kv_cache_coordinator
+    def mine(*args, **kwargs):
+        return stock(*args, **kwargs)
+    kv_cache_coordinator.get_kv_cache_coordinator = mine
+"""
+
+LATE_RIVAL = """
+import functools
+def register():
+    from vllm.v1.core import kv_cache_manager, kv_cache_utils
+    # One where it is defined, the other only where it is called; both look like what they wrap.
+    wrapped = kv_cache_utils.resolve_kv_cache_block_sizes
+    @functools.wraps(wrapped)
+    def sizes(*args, **kwargs):
+        return wrapped(*args, **kwargs)
+    kv_cache_utils.resolve_kv_cache_block_sizes = sizes
+    factory = kv_cache_manager.get_kv_cache_coordinator
+    @functools.wraps(factory)
+    def make(*args, **kwargs):
+        return factory(*args, **kwargs)
+    kv_cache_manager.get_kv_cache_coordinator = make
+"""
+
+PLUGIN = "[vllm.general_plugins]\nrival = rival_patch:register\n"
+
+
+def test_a_rival_that_was_there_first_is_named_and_the_plugin_cannot_be_active(make_environment):
+    environment = make_environment()
+    first = environment.site.parent / "first"
+    environment.distribution("rival-kv", "2.0", PLUGIN, site=first, rival_patch=RIVAL)
+    found = read(environment.doctor("--json", PYTHONPATH=str(first)))
+    assert found["exit_status"] == 2
+    assert found["active"] is False
+    rival = finding(found, "rival")
+    assert "nothing was changed" in rival["message"]
+    assert "rival_patch (from rival-kv 2.0)" in rival["message"]
+    assert "VLLM_PLUGINS=hybrid_kv" in rival["remedy"]
+    factory = edits(found)["vllm.v1.core.kv_cache_coordinator.get_kv_cache_coordinator"]
+    assert "has the signature (*args, **kwargs)" in factory["why"][0]
+
+
+def test_a_rival_that_rebinds_our_names_afterwards_is_named_wherever_it_does(make_environment):
+    environment = make_environment()
+    late = environment.later("late")
+    environment.distribution("rival-kv", "2.0", PLUGIN, site=late, rival_patch=LATE_RIVAL)
+    done = environment.doctor("--json")
+    found = read(done)
+    assert found["exit_status"] == 2
+    assert found["active"] is False
+    rival = finding(found, "rival")
+    assert "vllm.v1.core.kv_cache_utils.resolve_kv_cache_block_sizes" in rival["message"]
+    assert "vllm.v1.core.kv_cache_manager.get_kv_cache_coordinator" in rival["message"]
+    assert "rival_patch (from rival-kv 2.0)" in rival["message"]
+    moved = edits(found)["vllm.v1.core.kv_cache_utils.resolve_kv_cache_block_sizes"]
+    assert moved["why"]
+    assert moved["in_force"] is False
+
+
+PLATFORM = """
+from vllm.platforms.interface import UnspecifiedPlatform
+
+class Platform(UnspecifiedPlatform):
+    @classmethod
+    def get_kv_cache_config_builder_cls(cls, vllm_config):
+        return "acme_builder.Builder"
+"""
+BUILDER = """
+from vllm.v1.core.kv_cache_planning import DefaultKVCacheConfigBuilder
+
+class Builder(DefaultKVCacheConfigBuilder):
+    def get_kv_cache_groups(self, vllm_config, kv_cache_spec):
+        return []
+"""
+FINDS = "def find():\n    return 'acme_platform.Platform'\n"
+
+
+def test_beside_0_33_every_seam_is_verified_and_what_is_amiss_are_warnings(make_environment):
+    # Its wheel finds no CPU, and is installed next to the other release. A vendor's platform,
+    # which groups layers itself, is found instead.
+    environment = make_environment()
+    environment.distribution(
+        *("acme-platform", "1.0", "[vllm.platform_plugins]\nacme = acme_find:find\n"),
+        acme_find=FINDS,
+        acme_platform=PLATFORM,
+        acme_builder=BUILDER,
+    )
+    found = read(
+        environment.doctor(
+            "--json",
+            PYTHONPATH=str(unpacked_wheel("0.33")),
+            VLLM_CACHE_ROOT=str(CACHE / "vllm-0.33-cache"),
+        )
+    )
+    assert found["exit_status"] == 1
+    assert found["active"] is True
+    assert found["versions"]["vllm"].startswith("0.33.")
+    assert found["versions"]["vllm_fits"] is True
+    assert "vLLM runs on no device it found" in finding(found, "device", "warning")["message"]
+    assert "vLLM is installed more than once" in finding(found, "copies", "warning")["message"]
+    assert "acme_builder.Builder" in finding(found, "grouping", "warning")["message"]
+
+
+def test_bad_settings_and_a_strategy_that_cannot_be_imported_are_problems(make_environment):
+    environment = make_environment()
+    environment.distribution(
+        "acme-kv", "1.5", "[vllm_hybrid_kv]\nacme = acme_kv\n", acme_kv="import not_there\n"
+    )
+    environment.distribution(
+        "loud-kv",
+        "3.0",
+        "[vllm.general_plugins]\nloud = loud_kv:register\n",
+        loud_kv="def register(): raise RuntimeError('too loud')\n",
+    )
+    found = read(
+        environment.doctor("--json", VLLM_HYBRID_KV_NONSENSE="1", VLLM_HYBRID_KV_CPU_ISA="pentium")
+    )
+    assert found["exit_status"] == 2
+    said = finding(found, "settings")["message"]
+    assert "unknown environment variable VLLM_HYBRID_KV_NONSENSE; valid: " in said
+    assert "cpu_isa='pentium' (from VLLM_HYBRID_KV_CPU_ISA) is not valid" in said
+    assert "acme_kv cannot be imported" in finding(found, "strategy")["message"]
+    assert "'acme' (from acme-kv 1.5)" in finding(found, "strategy")["message"]
+    loud = finding(found, "other_plugin")["message"]
+    assert "loud (from loud-kv 3.0) raises RuntimeError: too loud" in loud
+
+
+@pytest.fixture(scope="module")
+def without_vllm(make_environment):
+    return make_environment(without=("vllm", "torch", "functorch"))
+
+
+def test_without_vllm_and_torch_it_says_what_to_install(without_vllm):
+    found = read(without_vllm.doctor("--json"))
+    assert found["exit_status"] == 2
+    assert found["versions"]["vllm"] is None
+    assert found["versions"]["torch"] is None
+    missing = finding(found, "vllm")
+    assert missing["message"] == "vLLM is not installed"
+    assert "vllm-hybrid-kv[cpu]" in missing["remedy"]
+    assert found["devices"][0]["kernels"] is None
+    assert "torch cannot be imported" in found["devices"][0]["why"]
+    assert {row["source"] for row in found["settings"]} == {"default"}
+
+
+def test_the_screen_says_the_same_without_a_traceback(without_vllm):
+    done = without_vllm.doctor(VLLM_HYBRID_KV_DEBUG="perhaps")
+    assert done.returncode == 2
+    lines = done.stdout.splitlines()
+    assert lines[0].endswith("cannot be active here: 2 problems.")
+    assert lines[1] == "problem: vLLM is not installed."
+    assert "debug='perhaps' (from VLLM_HYBRID_KV_DEBUG)" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_what_is_no_json_is_refused(without_vllm):
+    done = without_vllm.doctor("--additional-config", "{")
+    assert done.returncode == 2
+    assert done.stderr.startswith("vllm-hybrid-kv doctor: --additional-config is not JSON: ")
+
+
+def test_without_pydantic_too_it_says_what_to_install(make_environment):
+    # Typer may need it for itself, and the doctor has to work with any Typer.
+    environment = make_environment(without=("vllm", "torch", "pydantic"))
+    done = environment.run(
+        "import json; from vllm_hybrid_kv.tools.doctor.diagnosis import diagnose; "
+        "print(json.dumps(diagnose().as_json()))"
+    )
+    found = json.loads(done.stdout)
+    jsonschema.validate(found, SCHEMA)
+    assert [finding["check"] for finding in found["findings"]] == ["vllm"]
+
+
+@pytest.fixture(scope="module")
+def fake_vllm(make_environment):
+    """An environment whose vLLM does what a test writes into it."""
+    environment = make_environment(without=("vllm", "torch", "functorch"))
+    environment.distribution("vllm", "0.32.0")
+    folder = environment.package("vllm", __init__="")
+
+    def write(init, version="__version__ = '0.32.0'\n__version_tuple__ = (0, 32, 0)\n"):
+        (folder / "__init__.py").write_text(init)
+        (folder / "version.py").write_text(version)
+        return environment
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("raise RuntimeError('built for another torch')", "RuntimeError: built for another torch"),
+        ("import sys; sys.exit('no licence')", "SystemExit: no licence"),
+        ("import not_there", "ModuleNotFoundError: No module named 'not_there'"),
+    ],
+)
+def test_a_vllm_that_raises_is_named_with_its_error(fake_vllm, code, reason):
+    found = read(fake_vllm(code).doctor("--json"))
+    assert found["exit_status"] == 2
+    broken = finding(found, "vllm")
+    assert reason in broken["message"]
+    assert "vllm/__init__.py:1" in broken["message"]
+
+
+@pytest.mark.parametrize(
+    ("code", "end"),
+    [
+        ("import os; os.abort()", "with SIGABRT at {folder}/__init__.py:1"),
+        ("import ctypes; ctypes.string_at(0)", "with SIGSEGV at "),
+        (
+            "import os; print('farewell', flush=True); os._exit(0)",
+            "with status 0; it said: farewell",
+        ),
+    ],
+)
+def test_a_vllm_that_ends_the_process_is_named_with_the_signal(fake_vllm, code, end):
+    environment = fake_vllm(code)
+    found = read(environment.doctor("--json"))
+    assert found["exit_status"] == 2
+    message = finding(found, "process")["message"]
+    assert message.startswith("Importing vLLM ended the process ")
+    assert end.format(folder=environment.site / "vllm") in message
+
+
+def test_a_vllm_that_hangs_is_ended_with_what_it_started(fake_vllm, tmp_path):
+    started = tmp_path / "started"
+    environment = fake_vllm(
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"open({str(started)!r}, 'w').write(str(child.pid))\n"
+        "time.sleep(600)"
+    )
+    found = read(environment.doctor("--json", "--timeout", "4"))
+    assert finding(found, "process")["message"].startswith("Importing vLLM took more than 4 s")
+    state = Path(f"/proc/{started.read_text()}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_an_unsupported_vllm_is_named_with_the_supported_ones(fake_vllm):
+    environment = fake_vllm("", "__version__ = '0.99.0'\n__version_tuple__ = (0, 99, 0)\n")
+    found = read(environment.doctor("--json"))
+    assert found["exit_status"] == 2
+    assert found["versions"]["vllm_fits"] is False
+    assert (
+        "supports vLLM 0.32 and 0.33, this is vLLM 0.99.0" in finding(found, "version")["message"]
+    )
+    # Its metadata says another version.
+    assert "vllm 0.32.0 in" in finding(found, "copies", "warning")["message"]
+
+
+def test_a_vllm_in_the_folder_that_it_is_started_in_is_not_the_one_that_counts(without_vllm):
+    checkout = without_vllm.site.parent / "vllm"
+    checkout.mkdir()
+    (checkout / "__init__.py").write_text("raise RuntimeError('a checkout')")
+    found = read(without_vllm.doctor("--json"))
+    assert finding(found, "vllm")["message"] == "vLLM is not installed"
+
+
+def test_a_torchvision_that_cannot_be_imported_is_a_warning(make_environment):
+    environment = make_environment(without=("vllm", "torch", "functorch"))
+    environment.package(
+        "torchvision",
+        __init__="raise RuntimeError('operator torchvision::nms does not exist')",
+    )
+    found = read(environment.doctor("--json"))
+    broken = finding(found, "torchvision", "warning")
+    assert "operator torchvision::nms does not exist" in broken["message"]
+    assert "pip uninstall torchvision torchaudio torchcodec" in broken["remedy"]
+
+
+def test_a_package_without_metadata_is_not_found_by_vllm(make_environment):
+    environment = make_environment(without=("vllm", "torch", "functorch"))
+    for information in environment.site.glob("vllm_hybrid_kv-*.dist-info"):
+        information.unlink()
+    found = read(environment.doctor("--json"))
+    assert "no installed package registers" in finding(found, "entry_point")["message"]

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of `vllm serve` and properties of checkpoints that change what `plan` says."""
+
+import json
+
+import pytest
+
+from testing.shapes import SHAPES
+
+QWEN = SHAPES["qwen3.6-35b-a3b"]
+LLAMA = SHAPES["llama-3.1-8b"]
+
+
+def test_options_of_a_server_change_the_plan_or_are_ignored(run):
+    asked = (LLAMA, "--memory", "10GiB", "--max-model-len", 4096, "--json", "-")
+    plain = json.loads(run(*asked).stdout)["plan"]
+    ignored = run(*asked, "--port", 8001, "--served-model-name", "larch", "--data-parallel-size", 4)
+    assert ignored.exit_code == 0, ignored.stderr
+    assert json.loads(ignored.stdout)["plan"] == plain
+    skipped = run(*asked, "--kv-cache-dtype-skip-layers", "7", "--boundary-layers", 0)
+    pages = json.loads(skipped.stdout)["plan"]["pages"]
+    assert {n for r in pages if r["stores"] != "k8v4" for n in r["layers"]} == {
+        "model.layers.7.self_attn.attn"
+    }
+
+
+def test_the_groups_of_each_pipeline_stage_stand_under_its_number(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    asked = (QWEN, "--memory", "24GiB", "--max-num-seqs", 256, "--pipeline-parallel-size", 2)
+    written = run(*asked, "--json", "-")
+    assert written.exit_code == 0, written.stderr
+    staged = json.loads(written.stdout)["plan"]
+    assert staged["blocks"] * staged["block_bytes"] <= 24 << 30
+    places = [(row["stage"], row["group"]) for row in staged["pages"]]
+    assert places == [(stage, group) for stage in (0, 1) for group in range(4)]
+    for row in staged["pages"]:
+        first = 20 * row["stage"]
+        assert {int(name.split(".")[2]) for name in row["layers"]} <= set(range(first, first + 20))
+    layers = [name for row in staged["pages"] for name in row["layers"]]
+    assert len(layers) == len(set(layers)) == 40
+    printed = run(*asked).stdout.splitlines()
+    assert printed[0].endswith("on each GPU of 2")
+    rows = [[cell.strip() for cell in line.split("│")[1:5]] for line in printed if "state" in line]
+    assert rows[:2] == [["0", "0-2", "5", "state (gdn)"], ["1", "0-2", "5", "state (gdn)"]]
+
+
+@pytest.fixture(scope="module")
+def described(tmp_path_factory):
+    """A function that writes a changed Llama and returns its folder."""
+
+    def write(name, **changes):
+        folder = tmp_path_factory.mktemp("models") / name
+        folder.mkdir()
+        config = json.loads((LLAMA / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+        return folder
+
+    return write
+
+
+def plan_of(run, *arguments):
+    done = run(*arguments, "--memory", "24GiB", "--json", "-")
+    assert done.exit_code == 0, done.stderr
+    return json.loads(done.stdout)["plan"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "method", "drafts"),
+    [
+        ("LlamaForCausalLMEagle3", "eagle3", 1),
+        ("EagleLlamaForCausalLM", "eagle", 1),
+        ("LlamaForCausalLM", "draft_model", 2),
+    ],
+)
+def test_the_layers_of_a_draft_model_are_planned_too(run, described, architecture, method, drafts):
+    draft = described("draft", architectures=[architecture], num_hidden_layers=drafts)
+    config = {"method": method, "model": str(draft), "num_speculative_tokens": 3}
+    plan = plan_of(run, LLAMA, "--speculative-config", json.dumps(config))
+    plain = plan_of(run, LLAMA)
+    assert sum(len(row["layers"]) for row in plan["pages"]) == 32 + drafts
+    assert plan["blocks"] < plain["blocks"]
+    # EAGLE's layer needs the token behind a hit; a whole block of the single group is dropped.
+    later = {"draft_model": 0}.get(method, 16)
+    assert plan["smallest_hit"] == plain["smallest_hit"] + later
+
+
+def test_decode_context_parallelism_divides_the_tokens_and_is_refused_with_k8v4(run):
+    asked = (LLAMA, "--tensor-parallel-size", 16, "--kv-cache-dtype", "auto")
+    plain, divided = plan_of(run, *asked), plan_of(run, *asked, "--decode-context-parallel-size", 2)
+    assert divided["reported_tokens"] == 2 * plain["reported_tokens"]
+    refused = run(*asked[:3], "--decode-context-parallel-size", 2, "--memory", "24GiB")
+    assert refused.exit_code == 2
+    (line,) = refused.stderr.splitlines()
+    assert "Serve the model with --decode-context-parallel-size 1" in line
+
+
+def test_options_in_a_file_are_read_as_vllm_serve_reads_them(run, tmp_path):
+    file = tmp_path / "serve.yaml"
+    file.write_text(f"model: {LLAMA}\nmax-model-len: 4096\nkv-cache-dtype: fp8\nport: 8001\n")
+    plan = plan_of(run, "--config", file)
+    assert (plan["kv_cache_dtype"], plan["capacity"]["max_model_len"]) == ("fp8", 4096)
+    # What is typed wins.
+    assert (
+        plan_of(run, "--config", file, "--max-model-len", 512)["capacity"]["max_model_len"] == 512
+    )
+
+
+def test_a_name_on_the_hub_is_found_in_the_local_cache(run, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    cached = tmp_path / "models--acme--llama"
+    snapshot = cached / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("a" * 40)
+    (snapshot / "config.json").write_text((LLAMA / "config.json").read_text())
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert plan_of(run, "acme/llama") == plan_of(run, "acme/llama", "--revision", "main")
+    assert plan_of(run, "acme/llama") == plan_of(run, LLAMA)
+    missing = run("acme/llama", "--revision", "other", "--memory", "24GiB")
+    assert "the local Hugging Face cache has no config.json" in missing.stderr
+
+
+FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "stored"),
+    [
+        ({"quant_method": "compressed-tensors", "kv_cache_scheme": FP8}, "fp8"),
+        ({"quant_method": "compressed-tensors", "kv_cache_scheme": None}, "auto"),
+        ({"quant_method": "modelopt", "kv_cache_quant_algo": "FP8"}, "fp8_e4m3"),
+    ],
+)
+def test_auto_means_what_a_quantised_checkpoint_says_of_its_kv_cache(
+    run, described, quantisation, stored
+):
+    folder = described("quantised", quantization_config=quantisation)
+    plan = plan_of(run, folder, "--kv-cache-dtype", "auto")
+    assert plan["kv_cache_dtype"] == stored
+    same = plan_of(run, LLAMA, "--kv-cache-dtype", "fp8" if "fp8" in stored else "auto")
+    assert plan["blocks"] == same["blocks"]
+    # What is typed wins.
+    assert plan_of(run, folder, "--kv-cache-dtype", "bfloat16")["kv_cache_dtype"] == "bfloat16"
+
+
+def test_a_kv_cache_scheme_that_vllm_does_not_load_is_refused_in_its_words(run, described):
+    quantisation = {"quant_method": "compressed-tensors", "kv_cache_scheme": {**FP8, "num_bits": 4}}
+    refused = run(described("int4", quantization_config=quantisation), "--memory", "24GiB")
+    assert refused.exit_code == 2
+    assert "num_bits=8, type=float, however received num_bits=4" in refused.stderr

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-hybrid-kv replay` in a process of its own, as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from testing.described_model import hybrid_config
+from vllm_hybrid_kv.tools.main import app
+from vllm_hybrid_kv.tools.replay.trace import TracedRequest, write_trace
+from vllm_hybrid_kv.tools.sizes import format_size, parse_size
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("20GiB", 20 << 30),
+        ("20 gib", 20 << 30),
+        ("1.5G", 3 << 29),
+        ("2GB", 2 * 10**9),
+        ("512MiB", 512 << 20),
+        ("4096", 4096),
+        ("1T", 1 << 40),
+    ],
+)
+def test_a_size_is_read_as_people_write_it(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "0", "-1GiB", "20 apples", "0.1"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ValueError, match="is not a size; write it like 20GiB"):
+        parse_size(text)
+
+
+def test_a_size_is_written_in_gib():
+    assert format_size(3 << 29) == "1.5 GiB"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("replay")
+    (folder / "hybrid.json").write_text(hybrid_config().to_json_string())
+    requests = []
+    for i in range(12):
+        for turn in range(3):
+            ids = (0, *(100 + 10 * i + k for k in range(turn + 2)))
+            requests.append(TracedRequest(0, 512 * len(ids), 5, ids))
+    write_trace(folder / "trace.jsonl", requests)
+    return folder
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = Path(sys.executable).with_name("vllm-hybrid-kv")
+    return subprocess.run(
+        [command, "replay", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        # The command line chooses strategies, not the environment.
+        env={
+            **os.environ,
+            "COLUMNS": "100",
+            "VLLM_PLUGINS": "hybrid_kv",
+            "VLLM_HYBRID_KV_COORDINATOR": "stock",
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def outcome(files):
+    return run(
+        files,
+        *("trace.jsonl", "--model", "hybrid.json", "--memory", "64MiB", "--memory", "256MiB"),
+        *("--compare", "stock", "--compare", "fixed_point", "--concurrency", "2"),
+        *("--json", "outcome.json", "--plot", "outcome.png"),
+    )
+
+
+def test_strategies_stand_side_by_side_for_each_size(outcome):
+    assert outcome.returncode == 0, outcome.stderr
+    tables = outcome.stdout.split("36 requests")[1:]
+    assert ["0.0625 GiB" in tables[0], "0.25 GiB" in tables[1], len(tables)] == [True, True, 2]
+    for table in tables:
+        assert "stock" in table
+        assert "fixed_point" in table
+        assert "hybrid_aware" in table
+        assert "evicted blocks, mamba" in table or "evicted" not in table
+
+
+def test_the_numbers_are_written_as_json(outcome, files):
+    rows = json.loads((files / "outcome.json").read_text())
+    assert [(row["memory"], row["coordinator"]) for row in rows] == [
+        (size, name)
+        for size in (64 << 20, 256 << 20)
+        for name in ("stock", "fixed_point", "hybrid_aware")
+    ]
+    for row in rows:
+        assert row["requests"] == 36
+        assert row["prompt_tokens"] == sum(512 * (turn + 3) for turn in range(3)) * 12
+        assert row["hit_rate"] == row["hit_tokens"] / row["prompt_tokens"]
+        assert len(row["progress"]) == 20
+        assert row["step_ms"] > 0
+    for stock, fixed_point, ours in (rows[:3], rows[3:]):
+        assert ours["hit_tokens"] > fixed_point["hit_tokens"] > stock["hit_tokens"] > 0
+    # With the smaller cache something has to go, states among it that attention outlives.
+    small, large = rows[2], rows[5]
+    assert small["evicted_blocks"]["mamba"] > 0 < small["evicted_blocks"]["full_attention"]
+    assert large["evicted_blocks"] == {}
+    assert small["recomputed_tokens"] > 0 == large["recomputed_tokens"]
+
+
+def test_the_hit_rates_are_drawn(outcome, files):
+    from matplotlib import image
+
+    drawn = image.imread(files / "outcome.png")
+    assert drawn.shape[:2] == (675, 1050)
+    # One curve in a colour of its own for each strategy.
+    colours = {tuple(pixel) for pixel in (drawn[..., :3] * 255).astype(int).reshape(-1, 3)}
+    assert {(31, 119, 180), (255, 127, 14), (44, 160, 44)} <= colours
+
+
+def test_what_a_server_would_refuse_is_one_line(files, monkeypatch, restored_environment):
+    # In this process, which has imported vLLM already.
+    monkeypatch.chdir(files)
+    arguments = ("trace.jsonl", "--memory", "1MiB", "--model", "hybrid.json")
+    done = CliRunner().invoke(app, ["replay", *arguments])
+    assert done.exit_code == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("vllm-hybrid-kv replay: No available memory")

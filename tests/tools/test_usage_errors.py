@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wrong arguments end a command with one line, status 2, and before vLLM is imported."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from testing.shapes import SHAPES
+
+LLAMA = str(SHAPES["llama-3.1-8b"])
+PLAN = ("plan", LLAMA, "--memory", "24GiB")
+REPLAY = ("replay", "trace.jsonl", "--model", LLAMA, "--memory", "1GiB")
+EVAL = ("eval", "model", "--data", "data.jsonl")
+
+COMMAND = """
+import sys
+from vllm_hybrid_kv.tools.main import app
+try:
+    app(prog_name="vllm-hybrid-kv")
+finally:
+    print(sorted({"vllm", "torch", "transformers"} & set(sys.modules)))
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs the command in a process that prints which slow packages it has imported."""
+    (tmp_path / "folder").mkdir()
+    metadata = tmp_path / "site" / "acme_kv-1.5.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-kv\nVersion: 1.5\n")
+    (metadata / "entry_points.txt").write_text("[vllm_hybrid_kv]\nacme = acme_kv\n")
+
+    def call(*arguments, **environment):
+        return subprocess.run(
+            [sys.executable, "-c", COMMAND, *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            env={**os.environ, "PYTHONPATH": str(tmp_path / "site"), **environment},
+        )
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nope",), "No such command 'nope'"),
+        (("--nope",), "No such option: --nope"),
+        (("plan", LLAMA), "plan: Missing option '--memory'"),
+        (("plan", LLAMA, "--memory"), "Option '--memory' requires an argument"),
+        ((*PLAN, "--boundary-layers", "-1"), "plan: Invalid value for '--boundary-layers'"),
+        ((*PLAN, "--device", "tpu"), "plan: --device: 'tpu' is not a device"),
+        ((*PLAN, "--unify", "best"), "plan: --unify: 'best' is not a strategy: choose lcm or "),
+        ((*PLAN, "--json", "no/such/file"), "plan: --json: no/such/file: No such file"),
+        ((*PLAN, "--json", "folder"), "plan: --json: folder: Is a directory"),
+        ((*PLAN, "--plot", "plan.larch"), "plan: --plot: plan.larch: 'larch' is none of "),
+        (("plan", "missing", *PLAN[2:]), "plan: no such file: missing"),
+        (("replay",), "replay: Missing argument"),
+        ((*REPLAY, "--coordinator", "lru"), "replay: --coordinator: 'lru' is not a strategy"),
+        ((*REPLAY, "--compare", "lru"), "replay: --compare: 'lru' is not a strategy"),
+        ((*REPLAY, "--match-unit", "16"), "replay: --match-unit: '16' is not a strategy"),
+        (REPLAY, "replay: trace.jsonl cannot be read: No such file"),
+        (("doctor", "--timeout", "0"), "doctor: Invalid value for '--timeout'"),
+        ((*EVAL, "--nope"), "eval: No such option: --nope"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_before_vllm_is_imported(run, arguments, message):
+    done = run(*arguments)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(("vllm-hybrid-kv ", "vllm-hybrid-kv: "))
+    assert message in line
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("COORDINATOR", "lru"), ("BOUNDARY_LAYERS", "few")],
+)
+def test_a_wrong_setting_in_the_environment_is_one_line_before_vllm_is_imported(
+    run, variable, value
+):
+    done = run(*PLAN, **{f"VLLM_HYBRID_KV_{variable}": value})
+    assert (done.returncode, done.stdout) == (2, "[]\n")
+    (line,) = done.stderr.splitlines()
+    assert f"VLLM_HYBRID_KV_{variable}" in line
+    assert repr(value) in line
+
+
+def test_a_strategy_of_another_package_is_accepted_by_its_name(run):
+    done = run("plan", "missing", "--memory", "24GiB", "--unify", "acme")
+    assert (done.returncode, done.stdout) == (2, "[]\n")
+    assert "no such file: missing" in done.stderr
+
+
+def test_help_and_no_arguments_print_help(run):
+    assert "Commands" in run("--help").stdout
+    assert run("plan", "--help").returncode == 0
+    without = run()
+    assert without.returncode == 2
+    assert "doctor" in without.stdout + without.stderr

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seams that put our attention backend in the place of vLLM's TURBOQUANT."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import vllm.platforms
+from vllm.logger import init_logger
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+from vllm_hybrid_kv.attention.unsupported import (
+    CACHE_DTYPE,
+    Refusal,
+    UnsupportedLayerError,
+    refuse_selection,
+)
+from vllm_hybrid_kv.errors import HybridKVError
+from vllm_hybrid_kv.kernels import k8v4
+from vllm_hybrid_kv.patches.base import (
+    Edit,
+    FunctionRebinding,
+    MethodRebinding,
+    Notice,
+    Seam,
+    Target,
+)
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_hybrid_kv.patches.context import Context
+
+logger = init_logger("vllm.hybrid_kv.attention")
+
+BACKEND_PATH = "vllm_hybrid_kv.attention.backend.K8V4AttentionBackend"
+
+
+class BackendRegistration(Edit):
+    """Registers our backend class under vLLM's name TURBOQUANT.
+
+    vLLM has one name for all its presets. An engine with one that is not ours gets vLLM's own
+    backend, as without the plugin.
+    """
+
+    def __init__(self) -> None:
+        self._ours = True
+
+    def problems(self) -> list[str]:
+        """Check that nobody else has the name, and that stock's slots are as large as ours."""
+        backend = AttentionBackendEnum.TURBOQUANT
+        if backend.is_overridden():
+            return [f"the backend {backend.name} already is {backend.get_path()}"]
+        return slot_size_problems()
+
+    def apply(self) -> None:
+        """Register."""
+        register_backend(AttentionBackendEnum.TURBOQUANT, BACKEND_PATH)
+
+    def follow(self, vllm_config: VllmConfig) -> None:
+        """Give the name to the backend that serves an engine's cache dtype."""
+        dtype = vllm_config.cache_config.cache_dtype
+        ours = dtype == CACHE_DTYPE or not str(dtype).startswith("turboquant_")
+        if ours != self._ours:
+            self._ours = ours
+            if ours:
+                self.apply()
+            else:
+                self.undo()
+
+    def failures(self) -> list[str]:
+        """Check what vLLM would load."""
+        path = AttentionBackendEnum.TURBOQUANT.get_path()
+        return [f"the backend TURBOQUANT is {path}"] if (path == BACKEND_PATH) != self._ours else []
+
+    def undo(self) -> None:
+        """Give the name back to vLLM's own backend."""
+        AttentionBackendEnum.TURBOQUANT.clear_override()
+
+    def __str__(self) -> str:
+        return "AttentionBackendEnum.TURBOQUANT"
+
+
+def slot_size_problems() -> list[str]:
+    """Say where vLLM would plan other slots than the k8v4 format has.
+
+    vLLM asks its own TurboQuant backend for the bytes of a slot when it aligns the blocks of
+    hybrid models, whatever backend is registered. While both agree no seam is needed there. The
+    backend gets them from this table; it itself is not imported here, for it brings
+    FlashAttention with it.
+    """
+    from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
+
+    problems = []
+    for head_size in k8v4.HEAD_SIZES:
+        stock = TurboQuantConfig.from_cache_dtype(CACHE_DTYPE, head_size).slot_size_aligned
+        if stock != (ours := k8v4.slot_bytes(head_size)):
+            problems.append(
+                f"vLLM plans {stock} bytes for a slot of head size {head_size}, k8v4 has {ours}"
+            )
+    return problems
+
+
+def registration_seam(context: Context) -> Seam:
+    """Register our backend for engines with a k8v4 cache.
+
+    Args:
+        context: The process's, which tells of each engine.
+    """
+    registration = BackendRegistration()
+    context.followers.append(registration.follow)
+    return Seam(
+        "attention_backend",
+        Notice(
+            replaces="the class behind AttentionBackendEnum.TURBOQUANT, for turboquant_k8v4",
+            why="vLLM's own has no CPU kernels, and reads each KV byte once for every query head "
+            "on GPUs; register_backend is vLLM's way to replace one",
+            upstream="vllm-project/vllm#49465 (TurboQuant on CPUs), #55610 (its speed on GPUs)",
+            until="vLLM serves turboquant_k8v4 on CPUs and GPUs as fast",
+        ),
+        [registration],
+    )
+
+
+def refusal_seam(select_backend: Target) -> Seam:
+    """Refuse a k8v4 layer that no backend can serve in one line, on every device.
+
+    Args:
+        select_backend: The selector's cached function. Its cache starts empty, so that vLLM also
+            forgets what it selected before the plugin was there.
+    """
+
+    def make(original: Any) -> Any:
+        def select(backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any) -> Any:
+            if attn_selector_config.kv_cache_dtype != CACHE_DTYPE:
+                return original(backend, attn_selector_config, *args, **kwargs)
+            if (refusal := refuse_selection(attn_selector_config)) is not None:
+                raise UnsupportedLayerError(refusal)
+            try:
+                return original(backend, attn_selector_config, *args, **kwargs)
+            except ValueError:
+                reasons = _reasons_against(backend, attn_selector_config)
+                if reasons:
+                    raise UnsupportedLayerError(Refusal("; ".join(reasons))) from None
+                raise
+
+        return select
+
+    return Seam(
+        "layer_refusals",
+        Notice(
+            replaces="the attention selector's _cached_get_attn_backend, which it wraps for "
+            "turboquant_k8v4",
+            why="vLLM names neither the layer nor the way out, and lists every backend instead",
+            upstream="none yet",
+            until="vLLM says in one line which layer cannot be served with a cache dtype, and why",
+        ),
+        [FunctionRebinding(select_backend, make)],
+    )
+
+
+def _reasons_against(backend: AttentionBackendEnum | None, config: Any) -> list[str]:
+    """Return why our backend cannot run on this device, or is not the one that was asked for."""
+    if backend not in (None, AttentionBackendEnum.TURBOQUANT):
+        return [f"the chosen backend {backend.name} cannot read k8v4 pages"]
+    reasons: list[str] = AttentionBackendEnum.TURBOQUANT.get_class().validate_configuration(
+        device_capability=vllm.platforms.current_platform.get_device_capability(),
+        **config._asdict(),
+    )
+    return reasons
+
+
+def selection_seam(get_attn_backend_cls: Target, *, stock_refuses: bool) -> Seam:
+    """Select our backend for k8v4 layers on CPUs.
+
+    Args:
+        get_attn_backend_cls: `CpuPlatform.get_attn_backend_cls`.
+        stock_refuses: Whether vLLM itself refuses cache dtypes that its CPU backend cannot store.
+    """
+
+    def make(original: Any) -> Any:
+        def replacement(
+            cls: type,
+            selected_backend: AttentionBackendEnum | None,
+            attn_selector_config: Any,
+            num_heads: int | None = None,
+        ) -> str:
+            dtype = attn_selector_config.kv_cache_dtype
+            if dtype == CACHE_DTYPE:
+                return _select(selected_backend)
+            if not stock_refuses:
+                refuse_without_cpu_kernels(dtype)
+            path: str = original(cls, selected_backend, attn_selector_config, num_heads)
+            return path
+
+        return replacement
+
+    return Seam(
+        "backend_selection",
+        Notice(
+            replaces="CpuPlatform.get_attn_backend_cls for layers with a turboquant cache",
+            why="it knows one backend; for k8v4 0.32 runs it on the wrong bytes, 0.33 refuses",
+            upstream="vllm-project/vllm#49465 (TurboQuant on CPUs)",
+            until="CPU platforms select among registered backends by their supports_* methods",
+        ),
+        [
+            MethodRebinding(
+                get_attn_backend_cls, make, seen_from=lambda: type(vllm.platforms.current_platform)
+            ),
+        ],
+    )
+
+
+def several_head_sizes_seam(verify_gemma4_config: Target) -> Seam:
+    """Leave the backend of a Gemma 4 with k8v4 layers to the selection of each layer.
+
+    Args:
+        verify_gemma4_config: `Gemma4Config.verify_and_update_config`.
+    """
+
+    def make(original: Any) -> Any:
+        def verify_and_update_config(vllm_config: VllmConfig) -> None:
+            attention = vllm_config.attention_config
+            asked = attention.backend
+            original(vllm_config)
+            if vllm_config.cache_config.cache_dtype == CACHE_DTYPE and asked is None:
+                attention.backend = None
+
+        return verify_and_update_config
+
+    return Seam(
+        "several_head_sizes",
+        Notice(
+            replaces="Gemma4Config.verify_and_update_config, whose forced backend is undone for "
+            "turboquant_k8v4",
+            why="without FlashAttention 4 it forces TRITON_ATTN, which cannot read k8v4 pages, and "
+            "a forced backend that does not fit is an error",
+            upstream="none yet",
+            until="vLLM forces a backend only on layers that it fits",
+        ),
+        [MethodRebinding(verify_gemma4_config, make)],
+    )
+
+
+def refuse_without_cpu_kernels(dtype: str | None) -> None:
+    """Refuse a cache dtype that no CPU kernel can read, in vLLM or here.
+
+    Raises:
+        HybridKVError: It is a turboquant dtype other than ours.
+    """
+    if str(dtype).startswith("turboquant_") and dtype != CACHE_DTYPE:
+        raise HybridKVError(
+            f"--kv-cache-dtype {dtype} has no CPU kernels; use {CACHE_DTYPE}, fp8 or auto"
+        )
+
+
+def _select(selected_backend: AttentionBackendEnum | None) -> str:
+    if selected_backend not in (None, AttentionBackendEnum.TURBOQUANT):
+        # As vLLM does on CPUs, where it sets the option itself in some modes.
+        logger.info("Cannot use %s backend for a %s cache on CPU.", selected_backend, CACHE_DTYPE)
+    return AttentionBackendEnum.TURBOQUANT.get_path()

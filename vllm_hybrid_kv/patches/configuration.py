@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seams that learn an engine's configuration early, and tell vLLM our variables."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import vllm.platforms
+from vllm import envs
+
+from vllm_hybrid_kv.attention.unsupported import CACHE_DTYPE
+from vllm_hybrid_kv.coordinator.drafts import check_drafts
+from vllm_hybrid_kv.errors import HybridKVError
+from vllm_hybrid_kv.hooks import HOOK_OF_SETTING
+from vllm_hybrid_kv.patches.attention import refuse_without_cpu_kernels
+from vllm_hybrid_kv.patches.base import Edit, MethodRebinding, Notice, Seam, Target
+from vllm_hybrid_kv.patches.boundary import boundary_layers
+from vllm_hybrid_kv.settings import ENVIRONMENT_PREFIX
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_hybrid_kv.patches.context import Context
+
+
+def runs_on_cpu() -> bool:
+    """Whether the engine that is being configured runs on a CPU."""
+    return bool(vllm.platforms.current_platform.is_cpu())
+
+
+def settings_seam(context: Context, create_engine_config: Target, init_worker: Target) -> Seam:
+    """Check the settings where each process first sees them, before anything is loaded.
+
+    The engine core sees them through the planning seams.
+
+    Args:
+        context: The process's.
+        create_engine_config: `EngineArgs.create_engine_config`, in the process that the user
+            started.
+        init_worker: `WorkerBase.__init__`, in workers.
+    """
+
+    def make_create(original: Any) -> Any:
+        def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> VllmConfig:
+            try:
+                settings = context.check(self.additional_config)
+                if runs_on_cpu():
+                    refuse_without_cpu_kernels(self.kv_cache_dtype)
+            except HybridKVError as error:
+                context.stop(error)
+            # No checkpoint makes `auto` our cache: what was asked for is what the engine has.
+            ours = self.kv_cache_dtype == CACHE_DTYPE
+            with boundary_layers(settings.boundary_layers if ours else None):
+                vllm_config: VllmConfig = original(self, *args, **kwargs)
+            if vllm_config.cache_config.cache_dtype == CACHE_DTYPE:
+                # vLLM sets FlashAttention 2 beside any TurboQuant cache. It says that newer ones
+                # want every layer to be theirs; the layers left unquantised are, and its code has
+                # come to skip the others.
+                chosen = self.attention_config.flash_attn_version
+                vllm_config.attention_config.flash_attn_version = chosen
+            try:
+                # With vLLM's own cache and rules an engine starts as it does without the plugin.
+                as_stock = vllm_config.cache_config.cache_dtype != CACHE_DTYPE and all(
+                    getattr(settings, name) == "stock" for name in HOOK_OF_SETTING
+                )
+                if not as_stock and not settings.allow_unsafe_drafts:
+                    check_drafts(vllm_config)
+                context.adopt(vllm_config)
+            except HybridKVError as error:
+                context.stop(error)
+            return vllm_config
+
+        return create_engine_config
+
+    def make_init(original: Any) -> Any:
+        def init(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+            context.adopt(vllm_config)
+            original(self, vllm_config, *args, **kwargs)
+
+        return init
+
+    return Seam(
+        "settings",
+        Notice(
+            replaces="EngineArgs.create_engine_config and WorkerBase.__init__, which it wraps",
+            why="plugins load before the configuration is known, and are not told it later; and "
+            "the version of FlashAttention stays what the user chose, which vLLM overrides",
+            upstream="none",
+            until="vLLM calls plugins with the configuration",
+        ),
+        [
+            MethodRebinding(create_engine_config, make_create),
+            MethodRebinding(init_worker, make_init),
+        ],
+    )
+
+
+class KnownVariables(Edit):
+    """Adds those of our environment variables that are set to the ones that vLLM knows."""
+
+    def __init__(self, validate_environ: Target) -> None:
+        self._validate_environ = validate_environ
+        self._added: dict[str, Callable[[], Any]] = {}
+
+    def problems(self) -> list[str]:
+        """Check that vLLM still looks its variables up where we add ours."""
+        return self._validate_environ.problems()
+
+    def apply(self) -> None:
+        """Add what is set; the others would only change the key of vLLM's compile cache."""
+        for name in os.environ:
+            if name.startswith(ENVIRONMENT_PREFIX) and name not in envs.environment_variables:
+                self._added[name] = functools.partial(os.environ.get, name)
+        envs.environment_variables.update(self._added)
+
+    def failures(self) -> list[str]:
+        """Check that what was added is still there."""
+        return [
+            f"vLLM no longer knows the variable {name}"
+            for name, getter in self._added.items()
+            if envs.environment_variables.get(name) is not getter
+        ]
+
+    def undo(self) -> None:
+        """Remove what was added."""
+        for name in self._added:
+            envs.environment_variables.pop(name, None)
+        self._added.clear()
+
+    def __str__(self) -> str:
+        return "vllm.envs.environment_variables"
+
+
+def known_variables_seam(validate_environ: Target) -> Seam:
+    """Keep vLLM from calling our variables unknown.
+
+    Args:
+        validate_environ: `Platform.validate_environ`, which does.
+    """
+    return Seam(
+        "known_variables",
+        Notice(
+            replaces="nothing; adds to vllm.envs.environment_variables",
+            why="vLLM warns of any VLLM_* it does not know, and stops if so asked",
+            upstream="none",
+            until="vLLM lets plugins register variables",
+        ),
+        [KnownVariables(validate_environ)],
+    )

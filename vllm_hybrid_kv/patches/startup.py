@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reports a worker's refusal as the last line of a failed start-up.
+
+A worker or the engine core finds out that a layer cannot be served, and vLLM logs that there. The
+process that the user started only knows that another one ended. So processes of an engine leave the
+message in a file, whose name they inherit, and the starting process ends with it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import multiprocessing
+import os
+import secrets
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_hybrid_kv.errors import HybridKVError
+from vllm_hybrid_kv.patches.base import Edit, FunctionRebinding, Notice, Seam, Target
+
+if TYPE_CHECKING:
+    from vllm_hybrid_kv.patches.context import Context
+
+VARIABLE = "HYBRID_KV_REFUSAL"
+"""The environment variable with the file's name. It is not a setting."""
+
+
+class RefusalHandler(logging.Handler):
+    """Writes a refusal that vLLM logs in a process of an engine to the file of `VARIABLE`."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the message of the refusal that the logged exception is or comes from."""
+        error = record.exc_info[1] if record.exc_info else None
+        while error is not None and not isinstance(error, HybridKVError):
+            error = error.__cause__ or error.__context__
+        name = os.environ.get(VARIABLE)
+        if error is None or not name or multiprocessing.parent_process() is None:
+            return
+        try:
+            Path(name).write_text(str(error))
+        except OSError:
+            self.handleError(record)
+
+
+class RecordRefusals(Edit):
+    """Adds the handler to vLLM's logger, and names the file in the starting process."""
+
+    def __init__(self) -> None:
+        self._handler = RefusalHandler()
+
+    def problems(self) -> list[str]:
+        """Return nothing: any logger takes a handler."""
+        return []
+
+    def apply(self) -> None:
+        """Add the handler. A process that the user started sets the file's path, not the file."""
+        if multiprocessing.parent_process() is None:
+            name = f"vllm-hybrid-kv-refusal-{os.getpid()}-{secrets.token_hex(8)}"
+            os.environ[VARIABLE] = str(Path(tempfile.gettempdir()) / name)
+            atexit.register(forget)
+        logging.getLogger("vllm").addHandler(self._handler)
+
+    def failures(self) -> list[str]:
+        """Return nothing: without the handler vLLM's own message stays."""
+        return []
+
+    def undo(self) -> None:
+        """Remove the handler."""
+        logging.getLogger("vllm").removeHandler(self._handler)
+
+    def __str__(self) -> str:
+        return "the logger vllm (a handler is added)"
+
+
+def startup_seam(context: Context, wait_for_engines: Target) -> Seam:
+    """Return the patch that re-raises a refusal from another process in the starting process.
+
+    Args:
+        context: The process's.
+        wait_for_engines: `wait_for_engine_startup`, which raises if an engine's process ends.
+    """
+
+    def make(original: Any) -> Any:
+        def wait_for_engine_startup(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return original(*args, **kwargs)
+            except RuntimeError:
+                refusal = _take_refusal()
+                if refusal:
+                    context.stop(HybridKVError(refusal))
+                raise
+
+        return wait_for_engine_startup
+
+    return Seam(
+        "startup",
+        Notice(
+            replaces="wait_for_engine_startup, which it wraps; adds a handler to the logger vllm",
+            why="vLLM ends with 'Engine core initialization failed', far below the reason",
+            upstream="none",
+            until="vLLM hands the reason on to the process that the user started",
+        ),
+        [FunctionRebinding(wait_for_engines, make), RecordRefusals()],
+    )
+
+
+def forget(*_: Any) -> None:
+    """Remove what an earlier engine of the starting process has left, such as a later failure."""
+    if multiprocessing.parent_process() is None:
+        _take_refusal()
+
+
+def _take_refusal() -> str:
+    """Return what a process of the engine has left, and remove it; empty if there is nothing."""
+    file = Path(os.environ.get(VARIABLE) or os.devnull)
+    if not file.is_file():
+        return ""
+    refusal = file.read_text()
+    file.unlink()
+    return refusal

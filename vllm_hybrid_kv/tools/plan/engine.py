@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's planner and scheduler for a model that is described and never run.
+
+The layers are built on PyTorch's meta device, by the model's own class, so that their KV cache
+specs are the ones that an engine would plan with. No weights are read and none are allocated.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import get_layers_from_vllm_config, set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.attention.backends.utils import (
+    get_supported_kv_cache_layouts,
+    resolve_kv_cache_layout,
+)
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.worker.utils import customize_attention_spec
+from vllm.v1.worker.workspace import (
+    init_workspace_manager,
+    is_workspace_manager_initialized,
+    reset_workspace_manager,
+)
+
+from vllm_hybrid_kv import plugin
+from vllm_hybrid_kv.attention.layer_check import BuiltLayer, built_layers, check_plan
+from vllm_hybrid_kv.attention.unsupported import CACHE_DTYPE
+from vllm_hybrid_kv.patches.block_alignment import unifies_as_stock
+from vllm_hybrid_kv.settings import resolve
+from vllm_hybrid_kv.tools.plan.devices import GPU
+from vllm_hybrid_kv.tools.plan.draft import build_draft
+from vllm_hybrid_kv.tools.plan.gpu import described_gpu
+from vllm_hybrid_kv.tools.plan.importing import model_classes_in_this_process
+from vllm_hybrid_kv.tools.plan.platform import (
+    as_one_rank_of,
+    check_device,
+)
+from vllm_hybrid_kv.tools.plan.weightless import without_weights
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What an engine has before it runs a model.
+
+    Attributes:
+        vllm_config: The configuration.
+        kv_cache_config: The plan, the scheduler's: of a group whose layers' pages differ it has
+            one layer's spec.
+        worker_kv_cache_config: The plan of one rank, with every layer's spec.
+        scheduler_block_size: What chunks of prompts are aligned to, in tokens.
+        hash_block_size: What prefixes are matched by, in tokens.
+        stage_kv_cache_configs: The plans of one rank of each pipeline stage.
+    """
+
+    vllm_config: VllmConfig
+    kv_cache_config: KVCacheConfig
+    worker_kv_cache_config: KVCacheConfig
+    scheduler_block_size: int
+    hash_block_size: int
+    stage_kv_cache_configs: Sequence[KVCacheConfig] = ()
+
+    @cached_property
+    def scheduler(self) -> Scheduler:
+        """The scheduler that an engine core would make."""
+        from vllm.v1.core.sched.scheduler import Scheduler
+        from vllm.v1.structured_output import StructuredOutputManager
+
+        return Scheduler(
+            vllm_config=self.vllm_config,
+            kv_cache_config=self.kv_cache_config,
+            structured_output_manager=StructuredOutputManager(self.vllm_config),
+            block_size=self.scheduler_block_size,
+            hash_block_size=self.hash_block_size,
+            log_stats=True,
+        )
+
+
+class Model:
+    """A model's configuration and its layers' KV cache specs, with no weights.
+
+    Attributes:
+        specs: The spec of each layer with a KV cache, by name; those of one rank.
+        layout: The name of the cache's layout.
+    """
+
+    def __init__(
+        self,
+        arguments: dict[str, Any],
+        device: str = GPU,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        """Configure the model and build its layers.
+
+        Args:
+            arguments: For vLLM's `EngineArgs`: `model`, `kv_cache_dtype`, `block_size` and so on.
+            device: `gpu` describes an engine on GPUs, whatever this machine is; `cpu` one here.
+            settings: The plugin's settings that layers depend on: `boundary_layers`, and whether
+                `unify_page_sizes` is `stock`, which decides how blocks are aligned.
+
+        Raises:
+            ValueError: vLLM cannot run this model so, or not on this device.
+        """
+        check_device(device)
+        self._arguments = arguments
+        self._device = device
+        self._settings = settings or {}
+        self._other_alignment: Model | None = None
+        # vLLM loads plugins once a process, and only those that VLLM_PLUGINS names.
+        plugin.register()
+        self._graph_builders: dict[str, Any] = {}
+        self._stage_specs: list[dict[str, KVCacheSpec]] = []
+        self._stage_layers: list[dict[str, BuiltLayer]] = []
+        stages = int(self._arguments.get("pipeline_parallel_size") or 1)
+        for stage in range(stages):
+            self._stage_specs.append(self._layers(stage))
+        self.specs = {name: spec for specs in self._stage_specs for name, spec in specs.items()}
+        if not self.specs:
+            raise ValueError(
+                "this model has no KV cache: none of its layers keeps keys, values or states, so "
+                "there is nothing to plan"
+            )
+
+    def _on_device(self) -> ExitStack:
+        stack = ExitStack()
+        if self._device == GPU:
+            stack.enter_context(described_gpu())
+        return stack
+
+    def _configure(self, settings: dict[str, Any] | None = None) -> VllmConfig:
+        more = dict(self._arguments.get("additional_config") or {})
+        given = more.pop("hybrid_kv", {})
+        arguments = EngineArgs(
+            skip_tokenizer_init=True,
+            additional_config={
+                **more,
+                "hybrid_kv": {**given, **self._settings, **(settings or {})},
+            },
+            **{
+                name: value
+                for name, value in self._arguments.items()
+                if name != "additional_config"
+            },
+        )
+        if self._device == GPU and arguments.distributed_executor_backend is None:
+            # Otherwise vLLM counts devices, and looks for Ray.
+            arguments.distributed_executor_backend = "mp"
+        with self._on_device(), model_classes_in_this_process():
+            # Sizes of batches that are not given are those of `vllm serve`.
+            return arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+
+    def _layers(self, stage: int) -> dict[str, KVCacheSpec]:
+        from vllm.distributed import (
+            ensure_model_parallel_initialized,
+            init_distributed_environment,
+        )
+        from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+        from vllm.utils.torch_utils import set_default_torch_dtype
+
+        config = self._configure()
+        self._stock_alignment = unifies_as_stock(config)
+        with ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            stack.enter_context(set_current_vllm_config(config))
+            rendezvous = (Path(folder) / "rendezvous").as_uri()
+            if not torch.distributed.is_initialized():
+                init_distributed_environment(1, 0, rendezvous, 0, "gloo")
+            ensure_model_parallel_initialized(1, 1)
+            parallel = config.parallel_config
+            stack.enter_context(
+                as_one_rank_of(
+                    parallel.tensor_parallel_size,
+                    stages=parallel.pipeline_parallel_size,
+                    stage=stage,
+                    decode_context=parallel.decode_context_parallel_size,
+                )
+            )
+            stack.enter_context(model_classes_in_this_process())
+            stack.enter_context(self._on_device())
+            if not is_workspace_manager_initialized():
+                init_workspace_manager(torch.device("cpu"))
+                stack.callback(reset_workspace_manager)
+            with without_weights(), set_default_torch_dtype(config.model_config.dtype):
+                self.build(config)
+                if stage == parallel.pipeline_parallel_size - 1:
+                    build_draft(config)
+            current_platform.update_block_size_for_backend(config)
+            layers = get_layers_from_vllm_config(config, AttentionLayerBase)
+            specs = {
+                name: spec
+                for name, layer in layers.items()
+                if (spec := _spec_of(layer, config)) is not None
+            }
+            self._stage_layers.append(
+                built_layers(layers, config)
+                if config.cache_config.cache_dtype == CACHE_DTYPE
+                else {}
+            )
+            if self._device == GPU:
+                self._graph_builders |= {
+                    name: layers[name].get_attn_backend().get_builder_cls() for name in specs
+                }
+            backends = {layer.get_attn_backend() for layer in layers.values()}
+            layouts = [layout.name for layout in get_supported_kv_cache_layouts(backends)]
+            self.layout = resolve_kv_cache_layout(config, [layouts], specs.values()).name
+        self.block_size = config.cache_config.block_size
+        self._mamba_block_size = config.cache_config.mamba_block_size
+        self._mamba_page_size_padded = config.cache_config.mamba_page_size_padded
+        return specs
+
+    def build(self, config: VllmConfig) -> torch.nn.Module:
+        """Build the model's layers and return it, without weights."""
+        from vllm.model_executor.model_loader.utils import initialize_model
+
+        return initialize_model(config)
+
+    def engine(self, memory: int, settings: dict[str, Any]) -> Engine:
+        """Plan a cache and return what an engine would have.
+
+        Args:
+            memory: Bytes for the KV cache, of each rank.
+            settings: The plugin's, beside those that the layers were built with.
+
+        Raises:
+            ValueError: The memory does not do for one request of the greatest length.
+        """
+        # By way of the engine core, for 0.33 has them in another module than 0.32.
+        from vllm.v1.engine import core
+
+        config = self._configure(settings)
+        if unifies_as_stock(config) != self._stock_alignment:
+            if self._other_alignment is None:
+                unify = resolve(config.additional_config).unify_page_sizes
+                self._other_alignment = Model(
+                    self._arguments, self._device, {**self._settings, "unify_page_sizes": unify}
+                )
+            return self._other_alignment.engine(memory, settings)
+        cache = config.cache_config
+        cache.kv_cache_layout = self.layout
+        cache.block_size = self.block_size
+        cache.mamba_block_size = self._mamba_block_size
+        cache.mamba_page_size_padded = self._mamba_page_size_padded
+        # From 0.33 on the core makes the groups apart, before it knows the memory.
+        groups = (
+            [core.get_global_kv_cache_groups(config, list(map(dict, self._stage_specs)))]
+            if hasattr(core, "get_global_kv_cache_groups")
+            else []
+        )
+        stages = list(map(dict, self._stage_specs))
+        worker_plans = core.get_kv_cache_configs(config, stages, [memory] * len(stages), *groups)
+        plan = kv_cache_utils.generate_scheduler_kv_cache_config(worker_plans)
+        cache.num_gpu_blocks = plan.num_blocks
+        cache.block_size = min(
+            group.kv_cache_spec.block_size
+            for group in plan.kv_cache_groups
+            if group.kv_cache_spec.prefix_cacheable
+        )
+        kv_cache_utils.update_kv_cache_capacity(config, plan)
+        scheduler_block_size, hash_block_size = kv_cache_utils.resolve_kv_cache_block_sizes(
+            plan, config
+        )
+        return Engine(
+            config, plan, worker_plans[0], scheduler_block_size, hash_block_size, worker_plans
+        )
+
+    def check(self, engine: Engine) -> None:
+        """Check a plan as a server does after planning.
+
+        Raises:
+            ValueError: A server would not start, in its words.
+        """
+        for layers, plan in zip(self._stage_layers, engine.stage_kv_cache_configs, strict=True):
+            if layers:
+                check_plan(layers, plan.kv_cache_groups)
+        self._check_graphs(engine)
+
+    def _check_graphs(self, engine: Engine) -> None:
+        config = engine.vllm_config
+        if self._device != GPU or not config.compilation_config.cudagraph_mode:
+            return
+        from vllm.v1.attention.backend import AttentionCGSupport
+
+        least, backend = AttentionCGSupport.ALWAYS, None
+        with self._on_device(), set_current_vllm_config(config):
+            for group in engine.kv_cache_config.kv_cache_groups:
+                for builder in {self._graph_builders[name] for name in group.layer_names}:
+                    support = builder.get_cudagraph_support(config, group.kv_cache_spec)
+                    if support.value < least.value:
+                        least, backend = support, builder.__name__
+            speculative = config.speculative_config
+            # The check changes sizes of graphs, which is of no use here.
+            copy.copy(config.compilation_config).resolve_cudagraph_mode_and_sizes(
+                least,
+                backend,
+                1 + (speculative.num_speculative_tokens if speculative else 0),
+                use_v2_model_runner=config.use_v2_model_runner,
+                kv_cache_config=engine.worker_kv_cache_config,
+                max_num_reqs=config.scheduler_config.max_num_seqs,
+            )
+
+
+def _spec_of(layer: Any, config: VllmConfig) -> KVCacheSpec | None:
+    """Return what the model runner would take as a layer's spec."""
+    if getattr(layer, "kv_sharing_target_layer_name", None):
+        return None
+    spec: KVCacheSpec | None = layer.get_kv_cache_spec(config)
+    if isinstance(spec, AttentionSpec):
+        spec = customize_attention_spec(layer.get_attn_backend(), spec)
+    return spec

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM would plan for a model's KV cache, in numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from vllm.v1.core.kv_cache_utils import resolve_cache_hit_alignment_tokens
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    KVQuantMode,
+    MambaSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
+
+from vllm_hybrid_kv.planning.capacity import Capacity, capacity
+from vllm_hybrid_kv.planning.hits import smallest_hit
+from vllm_hybrid_kv.planning.warnings import padding_share, startup_warnings
+from vllm_hybrid_kv.settings import resolve
+from vllm_hybrid_kv.tools.plan.engine import Engine, Model
+
+_QUANTISED = {KVQuantMode.TURBOQUANT_K8V4: "k8v4", KVQuantMode.FP8_PER_TENSOR: "fp8"}
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Layers of one KV group whose pages are alike.
+
+    Attributes:
+        stage: The pipeline stage that has the layers, from 0.
+        group: The group's number in its stage, from 0.
+        layers: Their names.
+        kind: What they are: full attention, sliding window, state and so on.
+        stores: What they store: k8v4, fp8, PyTorch's names of dtypes.
+        block_tokens: Tokens of a block.
+        page_bytes: Bytes that a layer has in a block, padding included.
+        padding_bytes: Bytes of those that hold nothing.
+    """
+
+    stage: int
+    group: int
+    layers: tuple[str, ...]
+    kind: str
+    stores: str
+    block_tokens: int
+    page_bytes: int
+    padding_bytes: int
+
+    @property
+    def padding(self) -> float:
+        """The share of the page, from 0 to 1, that is padding."""
+        return self.padding_bytes / self.page_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A KV cache as an engine would have it.
+
+    Attributes:
+        kv_cache_dtype: As asked for.
+        unify_page_sizes: The strategy that planned it.
+        memory: Bytes for the cache, of each rank.
+        pages: What the groups are made of.
+        block_bytes: Bytes of one block of the pool: one page of every layer of a group.
+        blocks: Blocks of the pool.
+        pool_padding: The share of a full pool, from 0 to 1, that is padding of pages.
+        capacity: What they hold.
+        reported_tokens: The tokens that vLLM logs and publishes as the cache's size.
+        reported_concurrency: The requests of `max_model_len` at once that it logs beside them.
+        prefix_caching: Whether it is on.
+        scheduler_block_tokens: What chunks of prompts are aligned to.
+        match_tokens: Hits in the prefix cache end at multiples of these tokens.
+        smallest_hit: The shortest prompt that can hit the prefix cache, in tokens.
+        warnings: What a server would warn of.
+    """
+
+    kv_cache_dtype: str
+    unify_page_sizes: str
+    memory: int
+    pages: tuple[Pages, ...]
+    block_bytes: int
+    blocks: int
+    pool_padding: float
+    capacity: Capacity
+    reported_tokens: int
+    reported_concurrency: float
+    prefix_caching: bool
+    scheduler_block_tokens: int
+    match_tokens: int
+    smallest_hit: int
+    warnings: tuple[str, ...]
+
+    @property
+    def can_hit(self) -> bool:
+        """Whether a prompt that fits into `max_model_len` can hit the prefix cache."""
+        return self.prefix_caching and self.smallest_hit < self.capacity.max_model_len
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON has it: fields by name, sizes in bytes and tokens."""
+        fields = asdict(self)
+        for pages, row in zip(self.pages, fields["pages"], strict=True):
+            row["padding_percent"] = 100 * pages.padding
+        return {**fields, "can_hit": self.can_hit}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, and the engine that it is of.
+
+    Attributes:
+        plan: The plan.
+        engine: The engine.
+    """
+
+    plan: Plan
+    engine: Engine
+
+    def tokens_in(self, memory: int) -> int | None:
+        """Return the tokens that fit in requests of `max_model_len`, had it another memory.
+
+        Args:
+            memory: Bytes for the cache, of each rank.
+
+        Returns:
+            None where not even one such request fits, and vLLM does not start.
+        """
+        blocks = memory // self.plan.block_bytes
+        pool = replace(self.engine.kv_cache_config, num_blocks=blocks)
+        held = capacity(self.engine.vllm_config, pool)
+        return held.max_len_tokens if held.max_len_requests >= 1 else None
+
+
+def plan_of(model: Model, memory: int, settings: dict[str, Any]) -> Planned:
+    """Plan the KV cache of a model.
+
+    Args:
+        model: The model, of one dtype of the cache.
+        memory: Bytes for the cache, of each rank.
+        settings: The plugin's.
+
+    Raises:
+        ValueError: The memory does not do, or a strategy's answer.
+    """
+    engine = model.engine(memory, settings)
+    model.check(engine)
+    config, planned = engine.vllm_config, engine.kv_cache_config
+    by_layer = engine.worker_kv_cache_config
+    sizes = engine.scheduler_block_size, engine.hash_block_size
+    chosen = resolve(config.additional_config)
+    plan = Plan(
+        kv_cache_dtype=config.cache_config.cache_dtype,
+        unify_page_sizes=chosen.unify_page_sizes,
+        memory=memory,
+        pages=tuple(
+            pages
+            for stage, worker in enumerate(engine.stage_kv_cache_configs)
+            for number, group in enumerate(worker.kv_cache_groups)
+            for pages in _pages_of(stage, number, group)
+        ),
+        block_bytes=planned.kv_cache_tensors[0].size // planned.num_blocks,
+        blocks=planned.num_blocks,
+        pool_padding=padding_share(config, by_layer),
+        capacity=capacity(config, planned),
+        reported_tokens=config.cache_config.kv_cache_size_tokens,
+        reported_concurrency=config.cache_config.kv_cache_max_concurrency,
+        prefix_caching=bool(config.cache_config.enable_prefix_caching),
+        scheduler_block_tokens=engine.scheduler_block_size,
+        match_tokens=hit_alignment(engine),
+        smallest_hit=smallest_hit(config, planned, *sizes),
+        warnings=tuple(startup_warnings(config, by_layer, *sizes, chosen)),
+    )
+    return Planned(plan, engine)
+
+
+def hit_alignment(engine: Engine) -> int:
+    """Return the tokens at whose multiples hits in the prefix cache end."""
+    sizes = engine.scheduler_block_size, engine.hash_block_size
+    return resolve_cache_hit_alignment_tokens(engine.kv_cache_config, engine.vllm_config, *sizes)
+
+
+def _pages_of(stage: int, number: int, group: KVCacheGroupSpec) -> list[Pages]:
+    """Return what one group is made of, layers with the same pages together."""
+    by_layer = getattr(group.kv_cache_spec, "kv_cache_specs", None) or dict.fromkeys(
+        group.layer_names, group.kv_cache_spec
+    )
+    alike: dict[KVCacheSpec, list[str]] = {}
+    for name in group.layer_names:
+        alike.setdefault(by_layer[name], []).append(name)
+    return [
+        Pages(
+            stage=stage,
+            group=number,
+            layers=tuple(names),
+            kind=kind_of(spec),
+            stores=_stores(spec),
+            block_tokens=spec.block_size,
+            page_bytes=spec.page_size_bytes,
+            padding_bytes=spec.page_size_bytes - _content_bytes(spec),
+        )
+        for spec, names in alike.items()
+    ]
+
+
+def kind_of(spec: KVCacheSpec) -> str:
+    """Name the kind of a layer, with the window or chunk that bounds it."""
+    if isinstance(spec, MambaSpec):
+        return f"state ({spec.mamba_type.name.removesuffix('_ATTN').lower().replace('_', ' ')})"
+    if isinstance(spec, MLAAttentionSpec):
+        return "MLA"
+    if isinstance(spec, ChunkedLocalAttentionSpec):
+        return f"chunked local {spec.attention_chunk_size:,}"
+    if isinstance(spec, SlidingWindowSpec):
+        return f"sliding window {spec.sliding_window:,}"
+    if isinstance(spec, FullAttentionSpec):
+        return "full attention"
+    return type(spec).__name__.removesuffix("Spec")
+
+
+def _stores(spec: KVCacheSpec) -> str:
+    if isinstance(spec, MambaSpec):
+        return ", ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in spec.dtypes))
+    if not isinstance(spec, AttentionSpec):
+        return ""
+    if spec.kv_quant_mode == KVQuantMode.NONE:
+        return str(spec.dtype).removeprefix("torch.")
+    return _QUANTISED.get(spec.kv_quant_mode, spec.kv_quant_mode.name.lower())
+
+
+def _content_bytes(spec: KVCacheSpec) -> int:
+    if isinstance(spec, AttentionSpec | MambaSpec):
+        return int(spec.real_page_size_bytes)
+    return int(spec.page_size_bytes)
+
+
+def merge_alike(pages: Sequence[Pages]) -> list[tuple[Pages, list[int]]]:
+    """Return pages that differ in nothing but group and layers' names once, with their groups."""
+    merged: dict[Pages, tuple[Pages, list[int]]] = {}
+    for row in pages:
+        key = replace(row, group=0, layers=("",) * len(row.layers))
+        merged.setdefault(key, (row, []))[1].append(row.group)
+    return list(merged.values())

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drives vLLM's scheduler with a trace, in place of the model and the clients."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator
+from vllm.v1.core.kv_cache_utils import (
+    KVCacheBlock,
+    get_group_id,
+    get_request_block_hasher,
+    init_none_hash,
+)
+from vllm.v1.kv_cache_interface import get_kv_cache_spec_kind
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+
+from vllm_hybrid_kv.tools.replay.trace import Conversations, TracedRequest
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    from vllm_hybrid_kv.tools.plan.engine import Engine
+
+
+MOST_IDLE_STEPS = 100
+"""Steps in a row without a scheduled token after which a replay would never end."""
+
+
+class StuckError(ValueError):
+    """The scheduler never schedules the requests that it has."""
+
+
+@dataclass
+class Tally:
+    """What a replay came to.
+
+    Attributes:
+        requests: Requests answered.
+        prompt_tokens: Tokens of their prompts.
+        hit_tokens: Those of them that came from the cache, at the first lookup.
+        recomputed_tokens: Tokens that full attention had in the cache when their request began,
+            and that were computed again, for other groups lacked what goes with them.
+        preemptions: How often a request was preempted.
+        evicted_blocks: Blocks with cached contents that were taken for others, by kind of group.
+        steps: Steps of the scheduler.
+        schedule_seconds: Time in the scheduler, by step.
+        hits: Cached tokens by request, in the order of the trace.
+    """
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    hit_tokens: int = 0
+    recomputed_tokens: int = 0
+    preemptions: int = 0
+    evicted_blocks: Counter[str] = field(default_factory=Counter)
+    steps: int = 0
+    schedule_seconds: list[float] = field(default_factory=list)
+    hits: list[int] = field(default_factory=list)
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of prompt tokens that came from the cache."""
+        return self.hit_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+
+class Replay:
+    """One replay of a trace: a closed loop of a fixed number of requests in flight."""
+
+    def __init__(self, engine: Engine, requests: Sequence[TracedRequest], concurrency: int) -> None:
+        """Prepare a replay.
+
+        Args:
+            engine: A fresh one.
+            requests: The trace.
+            concurrency: Requests in flight; the next one is sent as one is answered.
+
+        Raises:
+            ValueError: A request is longer than the engine takes, and no step would ever end it.
+        """
+        longest = engine.vllm_config.model_config.max_model_len
+        for number, request in enumerate(requests, 1):
+            tokens = request.input_length + request.output_length
+            if tokens > longest:
+                raise ValueError(
+                    f"request {number} of the trace has {tokens:,} tokens, "
+                    f"{request.input_length:,} of them its prompt, and the model takes "
+                    f"{longest:,}: a server would refuse it. Leave it out of the trace, or replay "
+                    "with a model that takes more"
+                )
+        self._engine = engine
+        self._requests = requests
+        self._conversations = Conversations(requests)
+        self._concurrency = concurrency
+        hash_function = get_hash_fn_by_name(
+            engine.vllm_config.cache_config.prefix_caching_hash_algo
+        )
+        init_none_hash(hash_function)
+        self._hasher = get_request_block_hasher(engine.hash_block_size, hash_function)
+        self._answers: dict[str, list[int]] = {}
+        # Requests that wait for their first step, and what full attention alone could serve.
+        self._attention_served: dict[str, int] = {}
+        self._live: dict[str, Request] = {}
+        self._idle_steps = 0
+        self.tally = Tally(hits=[0] * len(requests))
+        self._coordinator = engine.scheduler.kv_cache_manager.coordinator
+        # Seconds that questions of our own took within the scheduler.
+        self._asking = 0.0
+        self._count_evictions()
+        self._ask_attention()
+
+    def run(self, answered: Callable[[int], None] | None = None) -> Tally:
+        """Replay the whole trace.
+
+        Args:
+            answered: Is told the number of requests answered after each step that answered some.
+
+        Returns:
+            What it came to.
+        """
+        waiting = deque(range(len(self._requests)))
+        scheduler = self._engine.scheduler
+        while waiting or self._live:
+            while waiting and len(self._live) < self._concurrency:
+                self._send(waiting.popleft())
+            before = self.tally.requests
+            asking = self._asking
+            started = time.perf_counter()
+            output = scheduler.schedule()
+            spent = time.perf_counter() - started - (self._asking - asking)
+            if not output.total_num_scheduled_tokens:
+                self._idle_steps += 1
+                if self._idle_steps > MOST_IDLE_STEPS:
+                    raise StuckError(self._state())
+            else:
+                self._idle_steps = 0
+            result = self._answer(output)
+            started = time.perf_counter()
+            scheduler.update_from_output(output, result)
+            self.tally.schedule_seconds.append(spent + time.perf_counter() - started)
+            self.tally.steps += 1
+            self._collect()
+            if answered is not None and self.tally.requests > before:
+                answered(self.tally.requests)
+        return self.tally
+
+    def _state(self) -> str:
+        """Return why nothing is scheduled, as far as the scheduler's state tells."""
+        scheduler = self._engine.scheduler
+        head = next(iter(scheduler.waiting), None) or next(iter(scheduler.running), None)
+        needs = ""
+        if head is not None:
+            blocks = [
+                -(-head.num_tokens // group.kv_cache_spec.block_size)
+                for group in self._engine.kv_cache_config.kv_cache_groups
+            ]
+            needs = (
+                f"; request {int(head.request_id) + 1} is first and has {head.num_tokens:,} "
+                f"tokens, {' + '.join(f'{count:,}' for count in blocks)} blocks of the groups"
+            )
+        pool = self._coordinator.block_pool
+        return (
+            f"the scheduler scheduled nothing in {self._idle_steps} steps: "
+            f"{len(scheduler.waiting):,} requests wait and {len(scheduler.running):,} run, "
+            f"{pool.get_num_free_blocks():,} of {pool.num_gpu_blocks:,} blocks are free{needs}. "
+            "Replay with more --memory or fewer requests in flight (--concurrency)"
+        )
+
+    def _send(self, index: int) -> None:
+        prompt, answer = self._conversations.tokens(index)
+        request = Request(
+            request_id=str(index),
+            prompt_token_ids=prompt,
+            sampling_params=SamplingParams(
+                max_tokens=len(answer), ignore_eos=True, temperature=0.0
+            ),
+            pooling_params=None,
+            block_hasher=self._hasher,
+        )
+        self._answers[request.request_id] = answer
+        self._live[request.request_id] = request
+        self._attention_served[request.request_id] = 0
+        self._engine.scheduler.add_request(request)
+
+    def _ask_attention(self) -> None:
+        """Note what full attention could serve of each request when the scheduler looks it up."""
+        coordinator = self._coordinator
+        if not isinstance(coordinator, HybridKVCacheCoordinator):
+            return
+        lookup = next(
+            (
+                lookup
+                for lookup in coordinator.attention_groups
+                if coordinator.full_attention_group_id in lookup.group_ids
+            ),
+            None,
+        )
+        if lookup is None:
+            return
+        attention = coordinator.single_type_managers[lookup.group_ids[0]]
+        manager = self._engine.scheduler.kv_cache_manager
+        look_up = manager.get_computed_blocks
+
+        def asked(request: Request) -> Any:
+            if request.request_id in self._attention_served:
+                started = time.perf_counter()
+                # Of all groups at once vLLM's coordinator answers as well; looking for a state at
+                # every unit of a prompt took a quarter of a replay.
+                _, served = lookup.manager_cls.find_longest_cache_hit(
+                    block_hashes=request.block_hashes,
+                    max_length=request.num_tokens - 1,
+                    kv_cache_group_ids=lookup.group_ids,
+                    block_pool=attention.block_pool,
+                    kv_cache_spec=lookup.spec,
+                    drop_eagle_block=False,
+                    alignment_tokens=coordinator._cache_hit_alignment_tokens,
+                    dcp_world_size=attention.dcp_world_size,
+                    pcp_world_size=attention.pcp_world_size,
+                )
+                self._attention_served[request.request_id] = served
+                self._asking += time.perf_counter() - started
+            return look_up(request)
+
+        manager.get_computed_blocks = asked
+
+    def _count_evictions(self) -> None:
+        pool = self._coordinator.block_pool
+        evict = pool._maybe_evict_cached_block
+        kinds = [
+            get_kv_cache_spec_kind(group.kv_cache_spec).value
+            for group in self._engine.kv_cache_config.kv_cache_groups
+        ]
+
+        def counted(block: KVCacheBlock) -> bool:
+            if block.block_hash is not None:
+                self.tally.evicted_blocks[kinds[get_group_id(block.block_hash)]] += 1
+            evicted: bool = evict(block)
+            return evicted
+
+        pool._maybe_evict_cached_block = counted
+
+    def _answer(self, output: SchedulerOutput) -> ModelRunnerOutput:
+        """Return what a model would have, had it computed the step."""
+        names = list(output.num_scheduled_tokens)
+        for new in output.scheduled_new_reqs:
+            self.tally.hits[int(new.req_id)] = new.num_computed_tokens
+            served = self._attention_served.pop(new.req_id)
+            self.tally.recomputed_tokens += max(served - new.num_computed_tokens, 0)
+        sampled: list[list[int]] = []
+        for name in names:
+            request = self._live[name]
+            # `num_computed_tokens` counts this step already.
+            if request.num_computed_tokens < request.num_tokens:
+                sampled.append([])
+            else:
+                sampled.append([self._answers[name][request.num_output_tokens]])
+        return ModelRunnerOutput(
+            req_ids=names,
+            req_id_to_index={name: index for index, name in enumerate(names)},
+            sampled_token_ids=sampled,
+        )
+
+    def _collect(self) -> None:
+        for name in [name for name, request in self._live.items() if request.is_finished()]:
+            request = self._live.pop(name)
+            del self._answers[name]
+            index = int(name)
+            self.tally.requests += 1
+            self.tally.prompt_tokens += self._requests[index].input_length
+            self.tally.hit_tokens += self.tally.hits[index]
+            self.tally.preemptions += request.num_preemptions
