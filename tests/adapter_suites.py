@@ -54,7 +54,7 @@ PLUGIN = Suite(
         "test_min_waste.py",
         "test_page_sizes.py",
         "test_pages_in_the_worker.py",
-        "test_seams.py",
+        "test_patches.py",
         "test_selection.py",
         "test_startup_refusals.py",
         "test_startup_warnings.py",

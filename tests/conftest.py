@@ -81,4 +81,4 @@ def unregistered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if active is not None:
         active.undo()
     if before is not None:
-        plugin._applied = base.apply(before.seams)
+        plugin._applied = base.apply(before.patches)

@@ -27,11 +27,11 @@ class HybridKVStrategyError(HybridKVError):
     """A strategy could not be registered, failed, or gave an answer that cannot be used."""
 
 
-class HybridKVSeamError(HybridKVError):
+class HybridKVPatchError(HybridKVError):
     """What the plugin rebinds in vLLM is not what it knows, or did not stay rebound."""
 
 
-class HybridKVFingerprintError(HybridKVSeamError):
+class HybridKVFingerprintError(HybridKVPatchError):
     """What the plugin would rebind is not what it knows. Nothing was changed."""
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The entry point: checks the version, applies the seams, says what is active.
+"""The entry point: checks the version, applies the patches, says what is active.
 
 vLLM imports this module and calls `register` in every process, before it knows the engine's
 configuration. Whatever is needed beyond the standard library is imported when it is called.
@@ -84,7 +84,7 @@ def register() -> None:
 
 
 def applied() -> Applied | None:
-    """Return the seams that are in force in this process, or None where the plugin is inactive."""
+    """Return the active patches of this process, or None if the plugin is inactive."""
     return _applied
 
 
@@ -150,7 +150,7 @@ def _activate() -> Applied:
 
     from vllm_hybrid_kv.attention.unsupported import CACHE_DTYPE
     from vllm_hybrid_kv.metrics import directory
-    from vllm_hybrid_kv.patches import base, seams_for, startup
+    from vllm_hybrid_kv.patches import base, patches_for, startup
     from vllm_hybrid_kv.patches.context import Context
     from vllm_hybrid_kv.transfer import fingerprint
     from vllm_hybrid_kv.transfer.carriers import check_connectors
@@ -193,7 +193,7 @@ def _activate() -> Applied:
     # The environment's part of the settings is known before any configuration is.
     context.check(None)
     try:
-        in_force = base.apply(seams_for(minor, context))
+        in_force = base.apply(patches_for(minor, context))
     except HybridKVFingerprintError as error:
         raise HybridKVFingerprintError(
             f"{NAME} {__version__} does not know this vLLM {version}: {error}. It may be "

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from vllm_hybrid_kv.tools.plan.engine import Engine, Model
     from vllm_hybrid_kv.tools.replay.trace import TracedRequest
 
-DECIDING = ("coordinator", "dry_run", "planning", "replay", "seams", "hooks.py", "settings.py")
+DECIDING = ("coordinator", "dry_run", "planning", "replay", "patches", "hooks.py", "settings.py")
 """The parts of the package that hits depend on."""
 POLICY = (
     "answer_states.py",

@@ -19,7 +19,7 @@ from vllm_hybrid_kv.attention.metadata import K8V4MetadataBuilder
 from vllm_hybrid_kv.attention.unsupported import UnsupportedLayerError
 from vllm_hybrid_kv.kernels import k8v4, reference
 from vllm_hybrid_kv.patches import v0_32
-from vllm_hybrid_kv.patches.attention import several_head_sizes_seam
+from vllm_hybrid_kv.patches.attention import several_head_sizes_patch
 from vllm_hybrid_kv.patches.base import apply
 
 HEADS, KV_HEADS, HEAD_SIZE, PAGE = 8, 2, 64, 32
@@ -244,7 +244,7 @@ def test_gemma_4_leaves_the_backend_of_k8v4_layers_to_their_selection(
         attention_config=SimpleNamespace(backend=asked, flash_attn_version=None),
         cache_config=SimpleNamespace(cache_dtype=dtype),
     )
-    applied = apply([several_head_sizes_seam(v0_32.KNOWN.verify_gemma4_config)])
+    applied = apply([several_head_sizes_patch(v0_32.TARGETS.verify_gemma4_config)])
     try:
         Gemma4Config.verify_and_update_config(config)
     finally:

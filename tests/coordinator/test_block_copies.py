@@ -53,7 +53,7 @@ def test_vllms_own_leaves_the_rest_of_an_attention_block_behind(stock):
     stock(views(storage), BLOCKS, COPIES)
     blocks, was = (every[: BLOCKS * PAGE].view(BLOCKS, PAGE) for every in (storage, before))
     assert torch.equal(blocks[5, :STATE], was[2, :STATE])
-    # Where this fails vLLM copies whole blocks, and the seam can go.
+    # Where this fails vLLM copies whole blocks, and the patch can go.
     assert torch.equal(blocks[5, STATE:], was[5, STATE:])
 
 

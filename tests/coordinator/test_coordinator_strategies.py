@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("unregistered")
 
 
 def factory_args(layout, **more):
-    """Give everything that the factory gets, as the seam hands it on."""
+    """Give everything that the factory gets, as the patch hands it on."""
     bound = inspect.signature(get_kv_cache_coordinator).bind(
         kv_cache_config=KVCacheConfig(NUM_BLOCKS, [], list(layout.groups)),
         max_model_len=4096,

@@ -22,8 +22,8 @@ class Adapter:
     Attributes:
         minor: The minor that it is for.
         module: Its module.
-        targets: What it rebinds, by the field of `Known`.
-        facts: The other fields of `Known`.
+        targets: What it rebinds, by the field of `Targets`.
+        facts: The other fields of `Targets`.
         known: A release of that minor; None where none is at hand.
     """
 
@@ -54,7 +54,7 @@ def adapters() -> list[Adapter]:
 
 
 def read_known(source: str) -> dict[str, Any]:
-    """Return the fields of an adapter's `KNOWN`.
+    """Return the fields of an adapter's `TARGETS`.
 
     Args:
         source: Of the adapter's module.
@@ -63,9 +63,9 @@ def read_known(source: str) -> dict[str, Any]:
         DriftError: It has none.
     """
     for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "KNOWN":
-            code = compile(ast.Expression(node.value), "KNOWN", "eval")
-            names = {"Known": dict, "Target": Target, "Fingerprint": Fingerprint}
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "TARGETS":
+            code = compile(ast.Expression(node.value), "TARGETS", "eval")
+            names = {"Targets": dict, "Target": Target, "Fingerprint": Fingerprint}
             known: dict[str, Any] = eval(code, names)
             return known
-    raise DriftError("an adapter has no KNOWN")
+    raise DriftError("an adapter has no TARGETS")

@@ -13,7 +13,7 @@ from vllm_hybrid_kv.patches.base import Target
 WIDTH = 100
 
 DECIDES = {"get_attn_backend_cls": "cpu_refuses_dtypes"}
-"""Fields of `Known` that are decided by reading the source of a target."""
+"""Fields of `Targets` that are decided by reading the source of a target."""
 
 
 def adapter_module(adapter: Adapter, findings: Sequence[Finding], version: str) -> str:
@@ -33,22 +33,22 @@ def adapter_module(adapter: Adapter, findings: Sequence[Finding], version: str) 
 
 from __future__ import annotations
 
-from vllm_hybrid_kv.patches.adapter import Known, build
-from vllm_hybrid_kv.patches.base import Fingerprint, Seam, Target
+from vllm_hybrid_kv.patches.adapter import Targets, build
+from vllm_hybrid_kv.patches.base import Fingerprint, Patch, Target
 from vllm_hybrid_kv.patches.context import Context
 
-KNOWN = Known(
+TARGETS = Targets(
 {fields}{facts})
 
 
-def seams(context: Context) -> list[Seam]:
-    """Return this minor's seams, not applied."""
-    return build(context, KNOWN)
+def patches(context: Context) -> list[Patch]:
+    """Return this minor's patches, not applied."""
+    return build(context, TARGETS)
 '''
 
 
 def field_source(finding: Finding) -> str:
-    """Return the lines of one field of `Known`, formatted as ruff does."""
+    """Return the lines of one field of `Targets`, formatted as ruff does."""
     target: Target = finding.now or finding.target
     signature, source = target.fingerprint.signature, target.fingerprint.source
     short = f'        Fingerprint("{signature}", "{source}"),\n'

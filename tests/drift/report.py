@@ -191,7 +191,7 @@ def _print_surroundings(console: Console, chosen: Comparison) -> None:
 def _print_fields(console: Console, chosen: Comparison) -> None:
     fields = [finding for finding in chosen.moved if finding.now is not None]
     if fields:
-        _head(console, "For KNOWN of the adapter (--adapter FILE writes all of it)")
+        _head(console, "For TARGETS of the adapter (--adapter FILE writes all of it)")
         for finding in fields:
             _say(console, proposal.field_source(finding).rstrip("\n"))
 

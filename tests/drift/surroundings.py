@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands around the seams in vLLM: who holds the functions, who checks the classes, and more.
+"""What vLLM has around the patches: who imports the functions, who checks the classes, and more.
 
 Everything here is compared by name between two releases, and is to be read. The plugin finds who
 holds a function by itself, if it is the global of a module.

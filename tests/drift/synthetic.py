@@ -120,7 +120,7 @@ def adapter(known: Release) -> Adapter:
         fingerprint = read[place]
         assert isinstance(fingerprint, Fingerprint), fingerprint
         targets[field] = Target(*place, fingerprint)
-    return Adapter(known.minor, "plugin.seams.v0_90", targets, {}, known)
+    return Adapter(known.minor, "plugin.patches.v0_90", targets, {}, known)
 
 
 PLUGIN = {

@@ -39,7 +39,7 @@ class Finding:
     """What became of one function.
 
     Attributes:
-        field: Of `Known`.
+        field: Of `Targets`.
         target: What the adapter knows.
         kinds: `moved`, `signature` and `body` in any combination, or `gone`, or `unreadable`;
             empty where all is as known.

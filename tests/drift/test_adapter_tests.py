@@ -15,7 +15,7 @@ from tests.drift.release import Release
 
 TESTS = """
 import pytest
-from vllm_hybrid_kv import seams
+from vllm_hybrid_kv import patches
 
 def test_passes(): pass
 
@@ -26,12 +26,12 @@ def test_fails(): assert 1 == 2, "one is not two"
 
 def test_has_the_lent_adapter():
     import v0_90
-    assert seams.ADAPTERS[0, 90] == "v0_90"
-    assert v0_90.KNOWN == "as proposed"
+    assert patches.ADAPTERS[0, 90] == "v0_90"
+    assert v0_90.TARGETS == "as proposed"
 
 def test_a_process_that_a_test_starts_has_the_lent_adapter_too():
     import subprocess, sys
-    code = "from vllm_hybrid_kv import seams; print(seams.ADAPTERS[0, 90])"
+    code = "from vllm_hybrid_kv import patches; print(patches.ADAPTERS[0, 90])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "v0_90\\n"
 """
 
@@ -49,7 +49,7 @@ def suite(folder: Path, code: str) -> Suite:
 
 def test_tests_run_with_the_release_and_a_lent_adapter(new, tmp_path):
     code = f"{TESTS}\ndef test_release():\n    import vllm; assert vllm.__version__ == '0.90.0'\n"
-    outcome = adapter_tests.run(new, "KNOWN = 'as proposed'\n", [suite(tmp_path / "suite", code)])
+    outcome = adapter_tests.run(new, "TARGETS = 'as proposed'\n", [suite(tmp_path / "suite", code)])
     assert (outcome.passed, outcome.skipped) == (4, 1)
     assert outcome.failed == {"test_it::test_fails": "AssertionError: one is not two"}
     assert not outcome.fits

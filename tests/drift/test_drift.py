@@ -135,7 +135,7 @@ def test_the_proposed_adapter_is_the_one_that_was_written_by_hand(v0_32, both):
 
 def test_the_adapters_are_read_as_they_are_imported():
     for adapter in adapters():
-        known = importlib.import_module(adapter.module).KNOWN
+        known = importlib.import_module(adapter.module).TARGETS
         for field, value in {**adapter.targets, **adapter.facts}.items():
             assert getattr(known, field) == value
         assert len(adapter.targets) + len(adapter.facts) == len(vars(known))

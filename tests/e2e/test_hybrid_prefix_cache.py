@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.engine.requests import Output
 from testing import faults
 from testing.engine_host import EngineHost
+from testing.requests import Output
 from testing.workload import CASES, Case, random_prompt, settings
 
 pytestmark = [pytest.mark.engine, pytest.mark.both_minors]

@@ -74,10 +74,10 @@ def test_a_process_with_another_vllm_stops_where_alone_it_would_leave_vllm_uncha
     assert "VLLM_PLUGINS=hybrid_kv to stop" not in processes[1]
 
 
-def test_a_process_in_which_a_seam_did_not_take_stops_with_its_name(processes):
+def test_a_process_in_which_a_patch_did_not_take_stops_with_its_name(processes):
     said, active = processes[0]["not_taken"]
     assert not active
-    assert said.startswith("HybridKVSeamError: ")
+    assert said.startswith("HybridKVPatchError: ")
     assert "WorkerBase.__init__ is not the plugin's" in said
 
 

@@ -38,7 +38,7 @@ def gpu(monkeypatch):
 
 
 def names():
-    return {seam.name for seam in plugin.applied().seams}
+    return {patch.name for patch in plugin.applied().patches}
 
 
 def adopt(config, dtype):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seams are applied all or none, hold in every module, and can be taken back."""
+"""Patches are applied all or none, hold in every module, and can be taken back."""
 
 import dataclasses
 import os
@@ -17,27 +17,27 @@ from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.core import kv_cache_coordinator, kv_cache_manager, kv_cache_utils
 
-from vllm_hybrid_kv import plugin, seams
-from vllm_hybrid_kv.errors import HybridKVFingerprintError, HybridKVSeamError
+from vllm_hybrid_kv import patches, plugin
+from vllm_hybrid_kv.errors import HybridKVFingerprintError, HybridKVPatchError
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.patches import base
 
 pytestmark = pytest.mark.usefixtures("unregistered")
 
 MINOR = tuple(vllm.__version_tuple__[:2])
-ADAPTER = __import__(seams.ADAPTERS[MINOR], fromlist=["KNOWN"])
+ADAPTER = __import__(patches.ADAPTERS[MINOR], fromlist=["TARGETS"])
 GPU_ONLY = {"verify_gemma4_config"}
 TARGETS = [
     field.name
-    for field in dataclasses.fields(ADAPTER.KNOWN)
-    if isinstance(getattr(ADAPTER.KNOWN, field.name), base.Target) and field.name not in GPU_ONLY
+    for field in dataclasses.fields(ADAPTER.TARGETS)
+    if isinstance(getattr(ADAPTER.TARGETS, field.name), base.Target) and field.name not in GPU_ONLY
 ]
 BACKEND = "vllm_hybrid_kv.attention.backend.K8V4AttentionBackend"
 
 
 def bindings():
-    """Everything that the seams change, as it is now."""
-    targets = {name: getattr(ADAPTER.KNOWN, name).binding() for name in TARGETS}
+    """Everything that the patches change, as it is now."""
+    targets = {name: getattr(ADAPTER.TARGETS, name).binding() for name in TARGETS}
     return {
         **targets,
         "manager": kv_cache_manager.get_kv_cache_coordinator,
@@ -54,7 +54,7 @@ WRAPPED = [name for name in TARGETS if name not in READ_ONLY]
 
 def test_the_adapter_is_that_of_the_vllm_under_test():
     assert plugin.__version__
-    assert MINOR in seams.ADAPTERS
+    assert MINOR in patches.ADAPTERS
     assert ADAPTER.__name__.endswith("v{}_{}".format(*MINOR))
 
 
@@ -125,11 +125,11 @@ def test_a_rebound_function_keeps_its_name_and_signature():
 @pytest.mark.parametrize("part", ["source", "signature"])
 def test_one_wrong_fingerprint_applies_nothing(name, part, monkeypatch):
     before = bindings()
-    target = getattr(ADAPTER.KNOWN, name)
+    target = getattr(ADAPTER.TARGETS, name)
     wrong = dataclasses.replace(
         target, fingerprint=dataclasses.replace(target.fingerprint, **{part: "0" * 16})
     )
-    monkeypatch.setattr(ADAPTER, "KNOWN", dataclasses.replace(ADAPTER.KNOWN, **{name: wrong}))
+    monkeypatch.setattr(ADAPTER, "KNOWN", dataclasses.replace(ADAPTER.TARGETS, **{name: wrong}))
     monkeypatch.setenv("VLLM_PLUGINS", "hybrid_kv")
     with pytest.raises(HybridKVFingerprintError) as error:
         plugin.register()
@@ -189,7 +189,7 @@ def test_slots_of_another_size_than_vllm_plans_apply_nothing(monkeypatch):
 def test_a_name_rebound_behind_our_back_stops_the_next_registration(monkeypatch):
     plugin.register()
     monkeypatch.setattr(kv_cache_utils, "get_kv_cache_capacity", lambda *_: (0, 0.0))
-    with pytest.raises(HybridKVSeamError, match="get_kv_cache_capacity is not the plugin's"):
+    with pytest.raises(HybridKVPatchError, match="get_kv_cache_capacity is not the plugin's"):
         plugin.register()
 
 
@@ -198,7 +198,7 @@ def test_a_module_that_still_has_the_stock_function_fails_the_check(monkeypatch)
     plugin.register()
     monkeypatch.setattr(kv_cache_manager, "get_kv_cache_coordinator", stock[0])
     message = "kv_cache_manager.get_kv_cache_coordinator still is vLLM's"
-    with pytest.raises(HybridKVSeamError, match=message):
+    with pytest.raises(HybridKVPatchError, match=message):
         plugin.applied().verify()
     (row,) = (row for row in plugin.applied().table() if row.failures)
     assert row.edit == "vllm.v1.core.kv_cache_coordinator.get_kv_cache_coordinator"
@@ -214,7 +214,7 @@ def test_a_method_rebound_in_a_platform_subclass_fails_the_check(monkeypatch):
     plugin.register()
     monkeypatch.setattr(vllm.platforms, "current_platform", TheirPlatform())
     message = "TheirPlatform.get_attn_backend_cls is not the plugin's"
-    with pytest.raises(HybridKVSeamError, match=message):
+    with pytest.raises(HybridKVPatchError, match=message):
         plugin.applied().verify()
 
 
@@ -245,14 +245,14 @@ def test_an_edit_that_does_not_take_undoes_all_others(raises, monkeypatch):
     unfaithful = Unfaithful()
     if raises:
         monkeypatch.setattr(Unfaithful, "apply", lambda self: 1 / 0)
-    notice = base.Notice("nothing", "a test", "none", "never")
-    stock_seams = seams.seams_for
+    notice = base.PatchInfo("nothing", "a test", "none", "never")
+    stock_patches = patches.patches_for
     monkeypatch.setattr(
-        seams,
-        "seams_for",
-        lambda *args: [*stock_seams(*args), base.Seam("last", notice, [unfaithful])],
+        patches,
+        "patches_for",
+        lambda *args: [*stock_patches(*args), base.Patch("last", notice, [unfaithful])],
     )
-    expected = ZeroDivisionError if raises else HybridKVSeamError
+    expected = ZeroDivisionError if raises else HybridKVPatchError
     with pytest.raises(expected):
         plugin.register()
     assert plugin.applied() is None
@@ -264,10 +264,10 @@ def test_the_table_names_every_edit_and_its_reasons():
     plugin.register()
     rows = plugin.applied().table()
     edits = {row.edit for row in rows}
-    assert {str(getattr(ADAPTER.KNOWN, name)) for name in WRAPPED} < edits
+    assert {str(getattr(ADAPTER.TARGETS, name)) for name in WRAPPED} < edits
     assert [row.failures for row in rows] == [[]] * len(rows)
     for row in rows:
-        assert all(dataclasses.astuple(row.seam.notice))
+        assert all(dataclasses.astuple(row.patch.notice))
 
 
 def test_a_selection_made_before_is_forgotten():
@@ -286,7 +286,7 @@ def test_away_from_cpus_vllms_own_backend_stays(monkeypatch):
     monkeypatch.setattr(vllm.platforms, "current_platform", UnspecifiedPlatform())
     plugin.register()
     assert AttentionBackendEnum.TURBOQUANT.get_path() == stock
-    assert {row.seam.name for row in plugin.applied().table()} == {
+    assert {row.patch.name for row in plugin.applied().table()} == {
         "settings",
         "known_variables",
         "page_sizes",

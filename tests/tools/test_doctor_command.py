@@ -48,7 +48,7 @@ def finding(found, check, severity="problem"):
 
 
 def edits(found):
-    return {edit["name"]: edit for seam in found["seams"] for edit in seam["edits"]}
+    return {edit["name"]: edit for patch in found["patches"] for edit in patch["edits"]}
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +72,13 @@ def test_where_all_is_well_the_status_is_0_and_the_first_line_says_so(healthy):
     assert {finding["severity"] for finding in found["findings"]} == {"note"}
 
 
-def test_every_edit_of_every_seam_is_verified(healthy):
+def test_every_edit_of_every_patch_is_verified(healthy):
     found, _ = healthy
     assert all(edit["in_force"] and not edit["why"] for edit in edits(found).values())
     assert {"page_sizes", "coordinator", "attention_backend", "backend_selection"} <= {
-        seam["name"] for seam in found["seams"]
+        patch["name"] for patch in found["patches"]
     }
-    assert all(seam[key] for seam in found["seams"] for key in ("replaces", "why", "until"))
+    assert all(patch[key] for patch in found["patches"] for key in ("replaces", "why", "until"))
 
 
 def test_settings_say_where_they_are_from_and_strategies_who_brings_them(healthy):
@@ -104,7 +104,7 @@ def test_the_screen_is_one_screen_wide_and_holds_everything(healthy, width):
     found, screens = healthy
     screen = screens[str(width)]
     assert max(map(len, screen.splitlines())) <= width
-    for row in (*found["settings"], *found["seams"]):
+    for row in (*found["settings"], *found["patches"]):
         assert row["name"] in screen
     assert found["versions"]["torch"] in screen
 
@@ -237,7 +237,7 @@ class Builder(DefaultKVCacheConfigBuilder):
 FINDS = "def find():\n    return 'acme_platform.Platform'\n"
 
 
-def test_beside_0_33_every_seam_is_verified_and_what_is_amiss_are_warnings(make_environment):
+def test_beside_0_33_every_patch_is_verified_and_what_is_amiss_are_warnings(make_environment):
     # Its wheel finds no CPU, and is installed next to the other release. A vendor's platform,
     # which groups layers itself, is found instead.
     environment = make_environment()

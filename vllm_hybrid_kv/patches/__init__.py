@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vllm_hybrid_kv.patches.base import Seam
+    from vllm_hybrid_kv.patches.base import Patch
     from vllm_hybrid_kv.patches.context import Context
 
 ADAPTERS = {
@@ -20,7 +20,7 @@ SUPPORTED = " and ".join(".".join(map(str, minor)) for minor in ADAPTERS)
 """The supported minors in words."""
 
 
-def seams_for(minor: tuple[int, int], context: Context) -> list[Seam]:
-    """Return the seams of a supported minor, not applied."""
-    seams: list[Seam] = importlib.import_module(ADAPTERS[minor]).seams(context)
-    return seams
+def patches_for(minor: tuple[int, int], context: Context) -> list[Patch]:
+    """Return the patches of a supported minor, not applied."""
+    patches: list[Patch] = importlib.import_module(ADAPTERS[minor]).patches(context)
+    return patches

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter knows of its vLLM minor, and the seams that follow from it."""
+"""What an adapter knows of its vLLM minor, and the patches that follow from it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from vllm_hybrid_kv.patches import (
     startup,
     transfer,
 )
-from vllm_hybrid_kv.patches.base import Seam, Target
+from vllm_hybrid_kv.patches.base import Patch, Target
 from vllm_hybrid_kv.patches.context import Context
 
 
 @dataclass(frozen=True)
-class Known:
-    """Where one vLLM minor has what the seams rebind, and what it must look like.
+class Targets:
+    """Where one vLLM minor has what the patches rebind, and what it must look like.
 
     Attributes:
         get_groups: Splits layers into KV groups.
@@ -89,49 +89,49 @@ class Known:
     wait_for_engines: Target
 
 
-def build(context: Context, known: Known) -> list[Seam]:
-    """Return the seams of a minor, not applied.
+def build(context: Context, known: Targets) -> list[Patch]:
+    """Return the patches of a minor, not applied.
 
     On other devices than CPUs and GPUs vLLM's own TURBOQUANT backend stays. On GPUs vLLM selects
     ours by itself, through what the class says that it supports.
     """
-    seams = [
-        configuration.settings_seam(context, known.create_engine_config, known.init_worker),
-        configuration.known_variables_seam(known.validate_environ),
-        planning.page_size_seam(context, known.get_groups, known.unify),
-        planning.capacity_seam(context, known.get_capacity),
-        coordination.coordinator_seam(
+    patches = [
+        configuration.settings_patch(context, known.create_engine_config, known.init_worker),
+        configuration.known_variables_patch(known.validate_environ),
+        planning.page_size_patch(context, known.get_groups, known.unify),
+        planning.capacity_patch(context, known.get_capacity),
+        coordination.coordinator_patch(
             context,
             known.make_coordinator,
             known.init_kv_cache_manager,
             [known.align_chunks, known.cache_prompt_end],
         ),
-        coordination.prefix_match_unit_seam(context, known.resolve_block_sizes),
-        coordination.block_copies_seam(known.copy_blocks),
-        cuda_graphs.state_blocks_seam(known.resolve_cudagraph_mode),
-        startup.startup_seam(context, known.wait_for_engines),
+        coordination.prefix_match_unit_patch(context, known.resolve_block_sizes),
+        coordination.block_copies_patch(known.copy_blocks),
+        cuda_graphs.state_blocks_patch(known.resolve_cudagraph_mode),
+        startup.startup_patch(context, known.wait_for_engines),
     ]
     if context.on_cpu or context.on_gpu:
-        seams += [
-            boundary.boundary_seam(context, known.get_boundary_layers),
-            attention.registration_seam(context),
-            attention.refusal_seam(known.select_backend),
-            transfer.handshake_seam(known.nixl_compatibility_hash),
-            transfer.stored_pages_seam(
+        patches += [
+            boundary.boundary_patch(context, known.get_boundary_layers),
+            attention.registration_patch(context),
+            attention.refusal_patch(known.select_backend),
+            transfer.handshake_patch(known.nixl_compatibility_hash),
+            transfer.stored_pages_patch(
                 known.none_hash_seed, known.offloading_config, known.init_example_connector
             ),
-            layers.layer_dtype_seam(known.init_attention),
-            layers.built_model_seam(known.initialize_model),
-            layers.layer_pages_seam(known.initialize_from_config),
-            block_alignment.block_alignment_seam(known.align_hybrid, known.align_heterogeneous),
+            layers.layer_dtype_patch(known.init_attention),
+            layers.built_model_patch(known.initialize_model),
+            layers.layer_pages_patch(known.initialize_from_config),
+            block_alignment.block_alignment_patch(known.align_hybrid, known.align_heterogeneous),
         ]
     if context.on_gpu:
-        seams.append(attention.several_head_sizes_seam(known.verify_gemma4_config))
+        patches.append(attention.several_head_sizes_patch(known.verify_gemma4_config))
     if context.on_cpu:
-        seams.append(sampling.seeded_sampling_seam(known.add_to_batch))
-        seams.append(
-            attention.selection_seam(
+        patches.append(sampling.seeded_sampling_patch(known.add_to_batch))
+        patches.append(
+            attention.selection_patch(
                 known.get_attn_backend_cls, stock_refuses=known.cpu_refuses_dtypes
             )
         )
-    return seams
+    return patches

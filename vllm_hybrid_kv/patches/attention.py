@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The seams that put our attention backend in the place of vLLM's TURBOQUANT."""
+"""The patches that put our attention backend in the place of vLLM's TURBOQUANT."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from vllm_hybrid_kv.patches.base import (
     Edit,
     FunctionRebinding,
     MethodRebinding,
-    Notice,
-    Seam,
+    Patch,
+    PatchInfo,
     Target,
 )
 
@@ -85,7 +85,7 @@ def slot_size_problems() -> list[str]:
     """Say where vLLM would plan other slots than the k8v4 format has.
 
     vLLM asks its own TurboQuant backend for the bytes of a slot when it aligns the blocks of
-    hybrid models, whatever backend is registered. While both agree no seam is needed there. The
+    hybrid models, whatever backend is registered. While both agree no patch is needed there. The
     backend gets them from this table; it itself is not imported here, for it brings
     FlashAttention with it.
     """
@@ -101,7 +101,7 @@ def slot_size_problems() -> list[str]:
     return problems
 
 
-def registration_seam(context: Context) -> Seam:
+def registration_patch(context: Context) -> Patch:
     """Register our backend for engines with a k8v4 cache.
 
     Args:
@@ -109,9 +109,9 @@ def registration_seam(context: Context) -> Seam:
     """
     registration = BackendRegistration()
     context.followers.append(registration.follow)
-    return Seam(
+    return Patch(
         "attention_backend",
-        Notice(
+        PatchInfo(
             replaces="the class behind AttentionBackendEnum.TURBOQUANT, for turboquant_k8v4",
             why="vLLM's own has no CPU kernels, and reads each KV byte once for every query head "
             "on GPUs; register_backend is vLLM's way to replace one",
@@ -122,7 +122,7 @@ def registration_seam(context: Context) -> Seam:
     )
 
 
-def refusal_seam(select_backend: Target) -> Seam:
+def refusal_patch(select_backend: Target) -> Patch:
     """Refuse a k8v4 layer that no backend can serve in one line, on every device.
 
     Args:
@@ -146,9 +146,9 @@ def refusal_seam(select_backend: Target) -> Seam:
 
         return select
 
-    return Seam(
+    return Patch(
         "layer_refusals",
-        Notice(
+        PatchInfo(
             replaces="the attention selector's _cached_get_attn_backend, which it wraps for "
             "turboquant_k8v4",
             why="vLLM names neither the layer nor the way out, and lists every backend instead",
@@ -170,7 +170,7 @@ def _reasons_against(backend: AttentionBackendEnum | None, config: Any) -> list[
     return reasons
 
 
-def selection_seam(get_attn_backend_cls: Target, *, stock_refuses: bool) -> Seam:
+def selection_patch(get_attn_backend_cls: Target, *, stock_refuses: bool) -> Patch:
     """Select our backend for k8v4 layers on CPUs.
 
     Args:
@@ -195,9 +195,9 @@ def selection_seam(get_attn_backend_cls: Target, *, stock_refuses: bool) -> Seam
 
         return replacement
 
-    return Seam(
+    return Patch(
         "backend_selection",
-        Notice(
+        PatchInfo(
             replaces="CpuPlatform.get_attn_backend_cls for layers with a turboquant cache",
             why="it knows one backend; for k8v4 0.32 runs it on the wrong bytes, 0.33 refuses",
             upstream="vllm-project/vllm#49465 (TurboQuant on CPUs)",
@@ -211,7 +211,7 @@ def selection_seam(get_attn_backend_cls: Target, *, stock_refuses: bool) -> Seam
     )
 
 
-def several_head_sizes_seam(verify_gemma4_config: Target) -> Seam:
+def several_head_sizes_patch(verify_gemma4_config: Target) -> Patch:
     """Leave the backend of a Gemma 4 with k8v4 layers to the selection of each layer.
 
     Args:
@@ -228,9 +228,9 @@ def several_head_sizes_seam(verify_gemma4_config: Target) -> Seam:
 
         return verify_and_update_config
 
-    return Seam(
+    return Patch(
         "several_head_sizes",
-        Notice(
+        PatchInfo(
             replaces="Gemma4Config.verify_and_update_config, whose forced backend is undone for "
             "turboquant_k8v4",
             why="without FlashAttention 4 it forces TRITON_ATTN, which cannot read k8v4 pages, and "

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a name of vLLM's is rebound: fingerprints first, all or nothing, verified, undone.
 
-A seam is one purpose with the edits it takes. Before the first edit is applied every edit of every
-seam compares what it replaces with what is known of that vLLM minor; one mismatch and nothing is
+A patch is one purpose with the edits it takes. Before the first edit is applied every edit of every
+patch compares what it replaces with what is known of that vLLM minor; one mismatch and nothing is
 applied. A function is rebound in its own module and in every module that imported it by name.
 Modules imported later get the new one from there.
 """
@@ -21,18 +21,18 @@ from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any
 
-from vllm_hybrid_kv.errors import HybridKVFingerprintError, HybridKVSeamError
+from vllm_hybrid_kv.errors import HybridKVFingerprintError, HybridKVPatchError
 
 
 @dataclass(frozen=True)
-class Notice:
-    """What a reader of a seam wants to know, one line each.
+class PatchInfo:
+    """What a reader of a patch wants to know, one line each.
 
     Attributes:
         replaces: What it replaces.
         why: Why there is no other way.
         upstream: Where vLLM is discussing or changing it.
-        until: When the seam can go.
+        until: When the patch can go.
     """
 
     replaces: str
@@ -300,96 +300,96 @@ class UnchangedTarget(Edit):
 
 
 @dataclass(frozen=True)
-class Seam:
-    """One purpose, why it needs a seam, and its edits."""
+class Patch:
+    """One purpose, why it needs a patch, and its edits."""
 
     name: str
-    notice: Notice
+    notice: PatchInfo
     edits: Sequence[Edit]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table of seams: an edit and whether it is in force here."""
+    """One line of the table of patches: an edit and whether it is in force here."""
 
-    seam: Seam
+    patch: Patch
     edit: str
     failures: list[str]
 
 
 class Applied:
-    """Seams that are in force in this process."""
+    """Patches that are in force in this process."""
 
-    def __init__(self, seams: Sequence[Seam]) -> None:
-        self.seams = list(seams)
+    def __init__(self, patches: Sequence[Patch]) -> None:
+        self.patches = list(patches)
 
     def verify(self) -> None:
         """Check by identity that every edit is in force in every module.
 
         Raises:
-            HybridKVSeamError: One is not; the message lists all.
+            HybridKVPatchError: One is not; the message lists all.
         """
         if failures := [failure for row in self.table() for failure in row.failures]:
-            raise HybridKVSeamError(
+            raise HybridKVPatchError(
                 f"vLLM was changed behind the plugin's back: {'; '.join(failures)}. Another "
                 "plugin may patch the same names; keep one of them out with VLLM_PLUGINS"
             )
 
     def table(self) -> list[Row]:
         """Return what `doctor` shows: every edit and how it fails, if it does."""
-        originals = {id(edit.original): edit for edit in _functions(self.seams)}
+        originals = {id(edit.original): edit for edit in _functions(self.patches)}
         stale: dict[Edit, list[str]] = {}
         for module, name, value in globals_among(originals):
             edit = originals[id(value)]
             if f"{module}.{name}" != str(edit.target):
                 stale.setdefault(edit, []).append(f"{module}.{name} still is vLLM's {edit.target}")
         return [
-            Row(seam, str(edit), [*edit.failures(), *stale.get(edit, ())])
-            for seam in self.seams
-            for edit in seam.edits
+            Row(patch, str(edit), [*edit.failures(), *stale.get(edit, ())])
+            for patch in self.patches
+            for edit in patch.edits
         ]
 
     def undo(self) -> None:
         """Take every edit back, the last one first."""
-        _swap({edit.replacement: edit.original for edit in _functions(self.seams)})
-        for edit in reversed(list(_edits(self.seams))):
+        _swap({edit.replacement: edit.original for edit in _functions(self.patches)})
+        for edit in reversed(list(_edits(self.patches))):
             edit.undo()
 
 
-def apply(seams: Sequence[Seam]) -> Applied:
-    """Apply all seams, or none.
+def apply(patches: Sequence[Patch]) -> Applied:
+    """Apply all patches, or none.
 
     Raises:
         HybridKVFingerprintError: Something is not what the plugin knows; nothing was changed.
-        HybridKVSeamError: The changes did not take; all were taken back.
+        HybridKVPatchError: The changes did not take; all were taken back.
     """
-    problems = [problem for edit in _edits(seams) for problem in edit.problems()]
+    problems = [problem for edit in _edits(patches) for problem in edit.problems()]
     if problems:
         raise HybridKVFingerprintError("; ".join(problems))
     applied = Applied([])
     try:
-        for seam in seams:
+        for patch in patches:
             started: list[Edit] = []
-            applied.seams.append(Seam(seam.name, seam.notice, started))
-            for edit in seam.edits:
+            applied.patches.append(Patch(patch.name, patch.notice, started))
+            for edit in patch.edits:
                 started.append(edit)
                 edit.apply()
-        _swap({edit.original: edit.replacement for edit in _functions(seams)})
+        _swap({edit.original: edit.replacement for edit in _functions(patches)})
         applied.verify()
     except BaseException:
         applied.undo()
         raise
-    return Applied(seams)
+    return Applied(patches)
 
 
-def _edits(seams: Sequence[Seam]) -> Iterator[Edit]:
-    return (edit for seam in seams for edit in seam.edits)
+def _edits(patches: Sequence[Patch]) -> Iterator[Edit]:
+    return (edit for patch in patches for edit in patch.edits)
 
 
-def _functions(seams: Sequence[Seam]) -> Iterator[FunctionRebinding]:
+def _functions(patches: Sequence[Patch]) -> Iterator[FunctionRebinding]:
     return (
         edit
-        for edit in _edits(seams)
+        for edit in _edits(patches)
         if isinstance(edit, FunctionRebinding) and edit.replacement is not None
     )
 

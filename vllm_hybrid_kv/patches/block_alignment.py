@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm_hybrid_kv.attention.unsupported import CACHE_DTYPE
-from vllm_hybrid_kv.patches.base import MethodRebinding, Notice, Seam, Target
+from vllm_hybrid_kv.patches.base import MethodRebinding, Patch, PatchInfo, Target
 from vllm_hybrid_kv.settings import resolve
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ def unifies_as_stock(vllm_config: VllmConfig) -> bool:
     return resolve(vllm_config.additional_config).unify_page_sizes == "stock"
 
 
-def block_alignment_seam(align_hybrid: Target, align_heterogeneous: Target) -> Seam:
+def block_alignment_patch(align_hybrid: Target, align_heterogeneous: Target) -> Patch:
     """Plan blocks of k8v4 engines with unquantised layers as `unify_page_sizes` needs them.
 
     Blocks are aligned before any spec exists, so that vLLM's own unification finds equal pages. A
@@ -53,9 +53,9 @@ def block_alignment_seam(align_hybrid: Target, align_heterogeneous: Target) -> S
 
         return align
 
-    return Seam(
+    return Patch(
         "block_alignment",
-        Notice(
+        PatchInfo(
             replaces="Platform._align_hybrid_block_size and _align_heterogeneous_kv_block_size, "
             "which it wraps for k8v4 engines with unquantised layers",
             why="the first makes states 16 tokens long, which turns prefix caching off for most "

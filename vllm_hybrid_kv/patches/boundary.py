@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 
 from vllm_hybrid_kv.attention.unsupported import UnsupportedModelError, refuse_model
-from vllm_hybrid_kv.patches.base import MethodRebinding, Notice, Seam, Target
+from vllm_hybrid_kv.patches.base import MethodRebinding, Patch, PatchInfo, Target
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -37,7 +37,7 @@ def boundary_layers(asked: int | None) -> Iterator[None]:
         _asked.reset(token)
 
 
-def boundary_seam(context: Context, get_boundary_layers: Target) -> Seam:
+def boundary_patch(context: Context, get_boundary_layers: Target) -> Patch:
     """Replace vLLM's rule for engines with a k8v4 cache.
 
     Args:
@@ -69,9 +69,9 @@ def boundary_seam(context: Context, get_boundary_layers: Target) -> Seam:
 
         return get_boundary_skip_layers
 
-    return Seam(
+    return Patch(
         "boundary_layers",
-        Notice(
+        PatchInfo(
             replaces="TurboQuantConfig.get_boundary_skip_layers, for engines with a k8v4 cache",
             why="vLLM's number is fixed, was found for coarser presets, and no option lowers it; "
             "it counts layers without a cache of their own; it refuses some hybrid models",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The seams that learn an engine's configuration early, and tell vLLM our variables."""
+"""The patches that learn an engine's configuration early, and tell vLLM our variables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllm_hybrid_kv.coordinator.drafts import check_drafts
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.hooks import HOOK_OF_SETTING
 from vllm_hybrid_kv.patches.attention import refuse_without_cpu_kernels
-from vllm_hybrid_kv.patches.base import Edit, MethodRebinding, Notice, Seam, Target
+from vllm_hybrid_kv.patches.base import Edit, MethodRebinding, Patch, PatchInfo, Target
 from vllm_hybrid_kv.patches.boundary import boundary_layers
 from vllm_hybrid_kv.settings import ENVIRONMENT_PREFIX
 
@@ -31,10 +31,10 @@ def runs_on_cpu() -> bool:
     return bool(vllm.platforms.current_platform.is_cpu())
 
 
-def settings_seam(context: Context, create_engine_config: Target, init_worker: Target) -> Seam:
+def settings_patch(context: Context, create_engine_config: Target, init_worker: Target) -> Patch:
     """Check the settings where each process first sees them, before anything is loaded.
 
-    The engine core sees them through the planning seams.
+    The engine core sees them through the planning patches.
 
     Args:
         context: The process's.
@@ -82,9 +82,9 @@ def settings_seam(context: Context, create_engine_config: Target, init_worker: T
 
         return init
 
-    return Seam(
+    return Patch(
         "settings",
-        Notice(
+        PatchInfo(
             replaces="EngineArgs.create_engine_config and WorkerBase.__init__, which it wraps",
             why="plugins load before the configuration is known, and are not told it later; and "
             "the version of FlashAttention stays what the user chose, which vLLM overrides",
@@ -134,15 +134,15 @@ class KnownVariables(Edit):
         return "vllm.envs.environment_variables"
 
 
-def known_variables_seam(validate_environ: Target) -> Seam:
+def known_variables_patch(validate_environ: Target) -> Patch:
     """Keep vLLM from calling our variables unknown.
 
     Args:
         validate_environ: `Platform.validate_environ`, which does.
     """
-    return Seam(
+    return Patch(
         "known_variables",
-        Notice(
+        PatchInfo(
             replaces="nothing; adds to vllm.envs.environment_variables",
             why="vLLM warns of any VLLM_* it does not know, and stops if so asked",
             upstream="none",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the seams of one process share."""
+"""What the patches of one process share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Context:
-    """What the seams of one process share.
+    """What the patches of one process share.
 
     Attributes:
         strategies: The strategies of this process.

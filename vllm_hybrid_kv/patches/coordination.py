@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The seams that let strategies coordinate prefix caching over several KV groups."""
+"""The patches that let strategies coordinate prefix caching over several KV groups."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from vllm_hybrid_kv.errors import HybridKVStrategyError
 from vllm_hybrid_kv.patches.base import (
     FunctionRebinding,
     MethodRebinding,
-    Notice,
-    Seam,
+    Patch,
+    PatchInfo,
     Target,
     UnchangedTarget,
 )
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from vllm_hybrid_kv.patches.context import Context
 
 
-def coordinator_seam(
+def coordinator_patch(
     context: Context, factory: Target, init_kv_cache_manager: Target, relied_on: Sequence[Target]
-) -> Seam:
+) -> Patch:
     """Let a strategy make the coordinator, and a coordinator know its manager.
 
     Args:
@@ -74,9 +74,9 @@ def coordinator_seam(
 
         return init
 
-    return Seam(
+    return Patch(
         "coordinator",
-        Notice(
+        PatchInfo(
             replaces="get_kv_cache_coordinator, and KVCacheManager.__init__, which it wraps",
             why="the choice of coordinator class is fixed in the one; in the other, that states "
             "are kept at branch points inside a block is decided by what EAGLE needs",
@@ -91,7 +91,7 @@ def coordinator_seam(
     )
 
 
-def prefix_match_unit_seam(context: Context, resolve_block_sizes: Target) -> Seam:
+def prefix_match_unit_patch(context: Context, resolve_block_sizes: Target) -> Patch:
     """Let a strategy choose the prefix match unit where the user did not.
 
     Args:
@@ -139,9 +139,9 @@ def prefix_match_unit_seam(context: Context, resolve_block_sizes: Target) -> Sea
 
         return resolve_kv_cache_block_sizes
 
-    return Seam(
+    return Patch(
         "prefix_match_unit",
-        Notice(
+        PatchInfo(
             replaces="resolve_kv_cache_block_sizes",
             why="the unit must be known before the groups are unless it is chosen here",
             upstream="vllm-project/vllm#40696 and #53749 (prompts shorter than a block never hit)",
@@ -151,15 +151,15 @@ def prefix_match_unit_seam(context: Context, resolve_block_sizes: Target) -> Sea
     )
 
 
-def block_copies_seam(copy_blocks: Target) -> Seam:
+def block_copies_patch(copy_blocks: Target) -> Patch:
     """Have blocks copied whole where layers of different groups share memory.
 
     Args:
         copy_blocks: `copy_kv_cache_blocks_inplace`.
     """
-    return Seam(
+    return Patch(
         "block_copies",
-        Notice(
+        PatchInfo(
             replaces="copy_kv_cache_blocks_inplace, which it calls once for each kind of view",
             why="of views that begin at one address it copies the first, a state of which may be "
             "shorter than a page of attention: a prompt that resumes inside a block then attends "

@@ -7,10 +7,10 @@ import inspect
 from typing import Any
 
 from vllm_hybrid_kv.errors import HybridKVError
-from vllm_hybrid_kv.patches.base import MethodRebinding, Notice, Seam, Target
+from vllm_hybrid_kv.patches.base import MethodRebinding, Patch, PatchInfo, Target
 
 
-def state_blocks_seam(resolve_cudagraph_mode: Target) -> Seam:
+def state_blocks_patch(resolve_cudagraph_mode: Target) -> Patch:
     """Replace vLLM's check that every request in decode has a block of states.
 
     `vllm-hybrid-kv plan` calls the same method, so that it refuses in the same words.
@@ -47,9 +47,9 @@ def state_blocks_seam(resolve_cudagraph_mode: Target) -> Seam:
 
         return resolve
 
-    return Seam(
+    return Patch(
         "state_blocks",
-        Notice(
+        PatchInfo(
             replaces="CompilationConfig.resolve_cudagraph_mode_and_sizes, which it wraps",
             why="vLLM's message names no option, and `plan` has to refuse in the words of a server",
             upstream="vllm-project/vllm#34094",

@@ -19,7 +19,7 @@ from vllm_hybrid_kv.attention.layer_check import (
     check_views,
 )
 from vllm_hybrid_kv.attention.unsupported import CACHE_DTYPE
-from vllm_hybrid_kv.patches.base import FunctionRebinding, MethodRebinding, Notice, Seam, Target
+from vllm_hybrid_kv.patches.base import FunctionRebinding, MethodRebinding, Patch, PatchInfo, Target
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.hybrid_kv.attention")
 
 
-def layer_dtype_seam(init_attention: Target) -> Seam:
+def layer_dtype_patch(init_attention: Target) -> Patch:
     """Give layers that share pages their target's cache dtype, and skipped ones a fitting backend.
 
     Args:
@@ -48,9 +48,9 @@ def layer_dtype_seam(init_attention: Target) -> Seam:
 
         return init
 
-    return Seam(
+    return Patch(
         "layer_dtypes",
-        Notice(
+        PatchInfo(
             replaces="Attention.__init__, which it wraps for engines with a k8v4 cache",
             why="vLLM chooses a layer's cache dtype by its own index, though it may read another "
             "layer's pages, and the backend of chunked attention without looking at skipped layers",
@@ -116,7 +116,7 @@ def _choose_wrapped_backend(layer: Any, arguments: dict[str, Any]) -> None:
     )
 
 
-def built_model_seam(initialize_model: Target) -> Seam:
+def built_model_patch(initialize_model: Target) -> Patch:
     """Stop start-up, before weights are loaded, if a layer that was built cannot have its cache.
 
     Args:
@@ -133,9 +133,9 @@ def built_model_seam(initialize_model: Target) -> Seam:
 
         return initialize
 
-    return Seam(
+    return Patch(
         "built_model",
-        Notice(
+        PatchInfo(
             replaces="initialize_model, which it wraps for engines with a k8v4 cache",
             why="vLLM does not ask a backend about values of another size than keys, nor whether "
             "the backend that a model chose itself can read the cache",
@@ -146,7 +146,7 @@ def built_model_seam(initialize_model: Target) -> Seam:
     )
 
 
-def layer_pages_seam(initialize_from_config: Target) -> Seam:
+def layer_pages_patch(initialize_from_config: Target) -> Patch:
     """Stop start-up if a layer's pages have another layout than the layer.
 
     Args:
@@ -169,9 +169,9 @@ def layer_pages_seam(initialize_from_config: Target) -> Seam:
 
         return initialize
 
-    return Seam(
+    return Patch(
         "layer_pages",
-        Notice(
+        PatchInfo(
             replaces="WorkerWrapperBase.initialize_from_config, which it wraps",
             why="vLLM does not compare layers with the pages that they read and write; a layer "
             "with pages of another layout computes garbage without an error",

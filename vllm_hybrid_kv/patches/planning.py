@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The seams that let strategies plan: page sizes and reported capacity."""
+"""The patches that let strategies plan: page sizes and reported capacity."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm.logger import init_logger
 from vllm.v1.core import kv_cache_utils
 
 from vllm_hybrid_kv.errors import HybridKVStrategyError
-from vllm_hybrid_kv.patches.base import FunctionRebinding, Notice, Seam, Target
+from vllm_hybrid_kv.patches.base import FunctionRebinding, Patch, PatchInfo, Target
 from vllm_hybrid_kv.planning.capacity import capacity, check_capacity_groups
 from vllm_hybrid_kv.planning.grouping import own_grouping
 from vllm_hybrid_kv.planning.page_sizes import check_page_sizes
@@ -40,7 +40,7 @@ _layers: ContextVar[tuple[weakref.ref[VllmConfig], dict[str, KVCacheSpec]] | Non
 )
 
 
-def page_size_seam(context: Context, get_groups: Target, unify: Target) -> Seam:
+def page_size_patch(context: Context, get_groups: Target, unify: Target) -> Patch:
     """Let a strategy unify page sizes.
 
     Args:
@@ -85,9 +85,9 @@ def page_size_seam(context: Context, get_groups: Target, unify: Target) -> Seam:
 
         return unify_kv_cache_spec_page_size
 
-    return Seam(
+    return Patch(
         "page_sizes",
-        Notice(
+        PatchInfo(
             replaces="unify_kv_cache_spec_page_size, and get_kv_cache_groups around it",
             why="grouping calls it by name; 0.33's KVCacheConfigBuilder replaces all of grouping",
             upstream="vllm-project/vllm#40128 (pages that do not divide)",
@@ -137,7 +137,7 @@ def _report(
         logger.warning("%s", line)
 
 
-def capacity_seam(context: Context, get_capacity: Target) -> Seam:
+def capacity_patch(context: Context, get_capacity: Target) -> Patch:
     """Let a strategy choose the groups that the reported token capacity counts.
 
     Args:
@@ -174,9 +174,9 @@ def capacity_seam(context: Context, get_capacity: Target) -> Seam:
 
         return get_kv_cache_capacity
 
-    return Seam(
+    return Patch(
         "token_capacity",
-        Notice(
+        PatchInfo(
             replaces="get_kv_cache_capacity",
             why="which groups count is fixed in it, and it is where the whole plan is known",
             upstream="vllm-project/vllm#40384 and #40417 (groups that do not grow)",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vllm_hybrid_kv.patches.base import MethodRebinding, Notice, Seam, Target
+from vllm_hybrid_kv.patches.base import MethodRebinding, Patch, PatchInfo, Target
 
 
 class RewindableGenerator(torch.Generator):
@@ -33,7 +33,7 @@ class RewindableGenerator(torch.Generator):
         self.set_state(self._joined)
 
 
-def seeded_sampling_seam(add_request: Target) -> Seam:
+def seeded_sampling_patch(add_request: Target) -> Patch:
     """Keep a seeded request with a chunked prompt from ending a CPU engine.
 
     Args:
@@ -54,9 +54,9 @@ def seeded_sampling_seam(add_request: Target) -> Seam:
 
         return add
 
-    return Seam(
+    return Patch(
         "seeded_sampling",
-        Notice(
+        PatchInfo(
             replaces="InputBatch.add_request, which it wraps",
             why="after a chunk of a prompt the runner rewinds a request's generator by its offset, "
             "which CPU generators do not have: the error ends the engine for all requests",

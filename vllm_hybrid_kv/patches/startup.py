@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_hybrid_kv.errors import HybridKVError
-from vllm_hybrid_kv.patches.base import Edit, FunctionRebinding, Notice, Seam, Target
+from vllm_hybrid_kv.patches.base import Edit, FunctionRebinding, Patch, PatchInfo, Target
 
 if TYPE_CHECKING:
     from vllm_hybrid_kv.patches.context import Context
@@ -77,7 +77,7 @@ class RecordRefusals(Edit):
         return "the logger vllm (a handler is added)"
 
 
-def startup_seam(context: Context, wait_for_engines: Target) -> Seam:
+def startup_patch(context: Context, wait_for_engines: Target) -> Patch:
     """Return the patch that re-raises a refusal from another process in the starting process.
 
     Args:
@@ -97,9 +97,9 @@ def startup_seam(context: Context, wait_for_engines: Target) -> Seam:
 
         return wait_for_engine_startup
 
-    return Seam(
+    return Patch(
         "startup",
-        Notice(
+        PatchInfo(
             replaces="wait_for_engine_startup, which it wraps; adds a handler to the logger vllm",
             why="vLLM ends with 'Engine core initialization failed', far below the reason",
             upstream="none",

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The seams that put the fingerprint of k8v4 pages into what vLLM's connectors compare."""
+"""The patches that put the fingerprint of k8v4 pages into what vLLM's connectors compare."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-from vllm_hybrid_kv.patches.base import FunctionRebinding, MethodRebinding, Notice, Seam, Target
+from vllm_hybrid_kv.patches.base import FunctionRebinding, MethodRebinding, Patch, PatchInfo, Target
 from vllm_hybrid_kv.transfer import folders
 from vllm_hybrid_kv.transfer.fingerprint import marked
 
 
-def handshake_seam(compatibility_hash: Target) -> Seam:
+def handshake_patch(compatibility_hash: Target) -> Patch:
     """Have NIXL's peers compare fingerprints.
 
     The words stand behind vLLM's own hash, and its message shows both sides', so that a peer
@@ -27,9 +27,9 @@ def handshake_seam(compatibility_hash: Target) -> Seam:
 
         return compute_nixl_compatibility_hash
 
-    return Seam(
+    return Patch(
         "handshake",
-        Notice(
+        PatchInfo(
             replaces="compute_nixl_compatibility_hash, to whose result it adds the fingerprint",
             why="of the cache it hashes the dtype and a name of a backend, which are the same for "
             "vLLM's own TurboQuant, whose pages are others",
@@ -40,9 +40,9 @@ def handshake_seam(compatibility_hash: Target) -> Seam:
     )
 
 
-def stored_pages_seam(
+def stored_pages_patch(
     none_hash_seed: Target, offloading_config: Target, init_example_connector: Target
-) -> Seam:
+) -> Patch:
     """Keep stored pages apart by fingerprint.
 
     Args:
@@ -65,9 +65,9 @@ def stored_pages_seam(
 
         return build_offloading_config
 
-    return Seam(
+    return Patch(
         "stored_pages",
-        Notice(
+        PatchInfo(
             replaces="resolve_none_hash_seed and build_offloading_config, to which it adds the "
             "fingerprint, and ExampleConnector.__init__, whose folder it replaces by one inside it",
             why="blocks are looked up by their tokens, and stores named by the cache dtype: a "

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from vllm_hybrid_kv.patches.adapter import Known, build
-from vllm_hybrid_kv.patches.base import Fingerprint, Seam, Target
+from vllm_hybrid_kv.patches.adapter import Targets, build
+from vllm_hybrid_kv.patches.base import Fingerprint, Patch, Target
 from vllm_hybrid_kv.patches.context import Context
 
-KNOWN = Known(
+TARGETS = Targets(
     get_groups=Target(
         "vllm.v1.core.kv_cache_planning",
         "get_kv_cache_groups",
@@ -197,6 +197,6 @@ KNOWN = Known(
 )
 
 
-def seams(context: Context) -> list[Seam]:
-    """Return this minor's seams, not applied."""
-    return build(context, KNOWN)
+def patches(context: Context) -> list[Patch]:
+    """Return this minor's patches, not applied."""
+    return build(context, TARGETS)

@@ -3,7 +3,7 @@
 
 import os
 
-from vllm_hybrid_kv import seams
+from vllm_hybrid_kv import patches
 
 
 def pytest_configure() -> None:
@@ -14,4 +14,4 @@ def lend() -> None:
     """Enter the adapter that the environment names."""
     minor, module = os.environ["HYBRID_KV_DRIFT_ADAPTER"].split("=")
     major, _, rest = minor.partition(".")
-    seams.ADAPTERS[int(major), int(rest)] = module
+    patches.ADAPTERS[int(major), int(rest)] = module

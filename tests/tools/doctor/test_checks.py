@@ -31,9 +31,9 @@ SETTINGS = [
 BOUNDARY = "VLLM_HYBRID_KV_BOUNDARY_LAYERS"
 LOADED = {"name": "hybrid_kv", "state": "loaded", "error": None}
 EDIT = {"name": "vllm.a.f", "in_force": True, "why": []}
-SEAM = dict.fromkeys(("replaces", "why", "upstream", "until"), "a line")
+PATCH = dict.fromkeys(("replaces", "why", "upstream", "until"), "a line")
 SCHEMA = json.loads(
-    (Path(__file__).resolve().parents[2] / "docs" / "doctor.schema.json").read_text()
+    (Path(__file__).resolve().parents[3] / "docs" / "doctor.schema.json").read_text()
 )
 
 
@@ -73,7 +73,7 @@ def answered(errors=None, **found):
             "strategies": {"hooks": {}, "errors": []},
             "grouping": None,
             "chosen": {"isa": "amx"},
-            "seams": [{"name": "s", **SEAM, "edits": [EDIT]}],
+            "patches": [{"name": "s", **PATCH, "edits": [EDIT]}],
             "gpus": [],
             "tile_sizes": {},
             **found,
@@ -112,16 +112,16 @@ def only(findings):
     return finding
 
 
-@pytest.mark.parametrize("fault", ["seam", "foreign", "unseen"])
-def test_active_means_that_every_seam_was_verified(fault):
+@pytest.mark.parametrize("fault", ["patch", "foreign", "unseen"])
+def test_active_means_that_every_patch_was_verified(fault):
     answer = answered()
-    if fault == "seam":
-        answer = answered(seams=[{"name": "s", "edits": [EDIT | {"in_force": False}]}])
+    if fault == "patch":
+        answer = answered(patches=[{"name": "s", "edits": [EDIT | {"in_force": False}]}])
     elif fault == "foreign":
         place = {"place": "vllm.b.f", "module": "rival", "package": ""}
         answer = answered(plugins=answer.found["plugins"] | {"foreign": [place]})
     else:
-        del answer.found["seams"]
+        del answer.found["patches"]
     assert not Diagnosis(installed(), answer, [], []).active
 
 
@@ -250,10 +250,10 @@ def test_the_advice_about_vllm_plugins_keeps_those_that_are_named(named, advised
         assert only(findings).remedy.startswith(f"VLLM_PLUGINS={advised}, or unset")
 
 
-def test_a_seam_that_was_undone_by_nobody_known_is_a_problem():
+def test_a_patch_that_was_undone_by_nobody_known_is_a_problem():
     edit = EDIT | {"in_force": False, "why": ["vllm.a.f is not the plugin's"]}
-    finding = only(check(installed(), answered(seams=[{"name": "s", "edits": [edit]}])))
-    assert (finding.check, finding.severity.value) == ("seams", "problem")
+    finding = only(check(installed(), answered(patches=[{"name": "s", "edits": [edit]}])))
+    assert (finding.check, finding.severity.value) == ("patches", "problem")
     assert "vllm.a.f" in finding.message
 
 
@@ -319,7 +319,7 @@ def test_where_no_boundary_layer_is_left_out_there_is_no_note():
 def test_a_torchvision_that_breaks_vllm_is_the_way_out():
     broken = Error("RuntimeError", "operator torchvision::nms does not exist", "", "a.py:1")
     answer = answered(errors={"torchvision": broken, "plugins": broken})
-    for stage in ("plugins", "seams", "chosen", "strategies"):
+    for stage in ("plugins", "patches", "chosen", "strategies"):
         del answer.found[stage]
     first, second = check(installed(), answer)
     assert (first.check, first.severity.value) == ("vllm", "problem")
@@ -330,10 +330,12 @@ def test_a_torchvision_that_breaks_vllm_is_the_way_out():
 
 def test_an_error_of_a_later_stage_keeps_its_path_and_is_said():
     error = Error("OSError", "no driver", "", "/site/vllm/x.py:1")
-    answer = answered(errors={"seams": error, "tile_sizes": error})
-    del answer.found["seams"], answer.found["tile_sizes"]
+    answer = answered(errors={"patches": error, "tile_sizes": error})
+    del answer.found["patches"], answer.found["tile_sizes"]
     first, second = check(installed(), answer)
-    assert first.message == ("Verifying the seams raises OSError: no driver (at /site/vllm/x.py:1)")
+    assert first.message == (
+        "Verifying the patches raises OSError: no driver (at /site/vllm/x.py:1)"
+    )
     assert (second.check, second.severity.value) == ("device", "warning")
     assert second.message.startswith("Asking Triton for GPUs raises OSError: no driver")
 

@@ -16,14 +16,14 @@ FUNCTION = "vllm.v1.core.kv_cache_utils.unify_kv_cache_spec_page_size"
 REASON = f"{FUNCTION} has the signature (*args, **kwargs), known is ({'argument, ' * 30})"
 
 
-def seam(name, *edits):
+def patch(name, *edits):
     return {
         "name": name,
         "edits": [{"name": edit, "in_force": not why, "why": why} for edit, why in edits],
     }
 
 
-def screen(width, findings=(), seams=()):
+def screen(width, findings=(), patches=()):
     installation = Installation(
         plugin_version="0.1.0",
         plugin_folder="/site/vllm_hybrid_kv",
@@ -37,7 +37,7 @@ def screen(width, findings=(), seams=()):
         cpu_model="A CPU",
         cpu_count=2,
     )
-    answer = Answer({"seams": list(seams)}, {}, None, "", ())
+    answer = Answer({"patches": list(patches)}, {}, None, "", ())
     show(
         Diagnosis(installation, answer, ordered(findings), []),
         Console(width=width, file=(file := io.StringIO())),
@@ -62,7 +62,7 @@ def test_the_verdict_is_followed_by_the_worst_and_its_way_out():
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_long_reason_is_cut_and_leaves_names_whole(width):
     lines = screen(
-        width, seams=[seam("page_sizes", (FUNCTION, [REASON])), seam("other", ("f", []))]
+        width, patches=[patch("page_sizes", (FUNCTION, [REASON])), patch("other", ("f", []))]
     )
     text = "\n".join(lines)
     assert max(map(len, lines)) <= width
@@ -74,10 +74,10 @@ def test_a_long_reason_is_cut_and_leaves_names_whole(width):
     assert other.rstrip().endswith("in force, verified")
 
 
-def test_a_seam_with_an_edit_that_is_not_applied_is_not_called_verified():
-    edits = seam("page_sizes", ("f", []), ("g", []))
+def test_a_patch_with_an_edit_that_is_not_applied_is_not_called_verified():
+    edits = patch("page_sizes", ("f", []), ("g", []))
     edits["edits"][1]["in_force"] = False
-    (line,) = (line for line in screen(80, seams=[edits]) if line.startswith("page_sizes"))
+    (line,) = (line for line in screen(80, patches=[edits]) if line.startswith("page_sizes"))
     assert line.rstrip().endswith("not applied, would fit")
 
 

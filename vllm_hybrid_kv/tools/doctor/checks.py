@@ -24,7 +24,7 @@ STAGES = {
     "strategies": "loading strategies",
     "grouping": "asking the platform how it groups KV cache layers",
     "chosen": "checking the settings",
-    "seams": "verifying the seams",
+    "patches": "verifying the patches",
     "gpus": "asking torch for GPUs",
     "tile_sizes": "asking Triton for GPUs",
     "torchvision": "importing torchvision",
@@ -45,7 +45,7 @@ def check(installation: Installation, answer: Answer) -> list[Finding]:
             *_vllm(installation, answer),
             *_settings(answer),
             *_plugins(installation, answer),
-            *_seams(installation, answer),
+            *_patches(installation, answer),
             *_copies(installation, answer),
             *_metadata(installation, answer),
             *_devices(answer),
@@ -95,7 +95,7 @@ def _vllm(installation: Installation, answer: Answer) -> Iterator[Finding]:
             if answer.ended.startswith("took")
             else "No server can start here: install again what is named, built for this machine",
         )
-    for stage in ("platform", "plugins", "strategies", "seams"):
+    for stage in ("platform", "plugins", "strategies", "patches"):
         if (error := answer.errors.get(stage)) is not None:
             yield _problem(
                 "vllm",
@@ -148,7 +148,7 @@ def _plugins(installation: Installation, answer: Answer) -> Iterator[Finding]:
         reason = f"{error.get('kind')}: {error.get('message')}"
         who = f"the plugin {name} (from {package_of.get(name) or 'an unknown package'})"
         if state == "raises" and name == NAME:
-            # What the settings, strategies and seams say of themselves is said there.
+            # What the settings, strategies and patches say of themselves is said there.
             if not said and error["kind"] != "HybridKVFingerprintError":
                 yield _problem("plugin", f"{NAME} stops start-up: {reason}")
         elif state == "raises":
@@ -166,7 +166,7 @@ def _plugins(installation: Installation, answer: Answer) -> Iterator[Finding]:
             )
 
 
-def _seams(installation: Installation, answer: Answer) -> Iterator[Finding]:
+def _patches(installation: Installation, answer: Answer) -> Iterator[Finding]:
     plugins = answer.found.get("plugins")
     if plugins is None:
         return
@@ -177,8 +177,8 @@ def _seams(installation: Installation, answer: Answer) -> Iterator[Finding]:
     )
     names = [
         edit["name"]
-        for seam in answer.found.get("seams", ())
-        for edit in seam["edits"]
+        for patch in answer.found.get("patches", ())
+        for edit in patch["edits"]
         if edit["why"]
     ]
     names += [place["place"] for place in foreign if place["place"] not in names]
@@ -206,7 +206,7 @@ def _seams(installation: Installation, answer: Answer) -> Iterator[Finding]:
     else:
         remedy = "If this vLLM was patched by hand or by another plugin, take the patch back"
     make = _problem if refused or plugins["active"] else _warning
-    yield make("rival" if culprits else "seams", message, remedy)
+    yield make("rival" if culprits else "patches", message, remedy)
 
 
 def _copies(installation: Installation, answer: Answer) -> Iterator[Finding]:

@@ -42,13 +42,13 @@ class Diagnosis:
 
     @property
     def active(self) -> bool:
-        """Whether the plugin is in force in a process of vLLM's, every seam verified."""
+        """Whether the plugin is in force in a process of vLLM's, every patch verified."""
         plugins = self.answer.found.get("plugins") or {"active": False, "foreign": []}
         return (
             plugins["active"]
             and not plugins["foreign"]
-            and "seams" in self.answer.found
-            and all(edit["in_force"] for seam in self.seams for edit in seam["edits"])
+            and "patches" in self.answer.found
+            and all(edit["in_force"] for patch in self.patches for edit in patch["edits"])
         )
 
     @property
@@ -58,9 +58,9 @@ class Diagnosis:
         return found["version"] if found else None
 
     @property
-    def seams(self) -> list[dict[str, Any]]:
-        """The seams with their edits, as `probe.Probe.seams` returns them."""
-        found: list[dict[str, Any]] = self.answer.found.get("seams", [])
+    def patches(self) -> list[dict[str, Any]]:
+        """The patches with their edits, as `probe.Probe.patches` returns them."""
+        found: list[dict[str, Any]] = self.answer.found.get("patches", [])
         return found
 
     @property
@@ -157,7 +157,7 @@ class Diagnosis:
             "devices": [asdict(device) for device in self.devices],
             "settings": self.settings,
             "strategies": self.strategies,
-            "seams": self.seams,
+            "patches": self.patches,
             "plugins": self.plugins,
         }
 

@@ -59,7 +59,7 @@ class Probe:
             (self.strategies, ("platform",)),
             (self.grouping, ("plugins",)),
             (self.chosen, ("settings", "strategies")),
-            (self.seams, ("plugins", "strategies")),
+            (self.patches, ("plugins", "strategies")),
             (self.gpus, ("torch",)),
             (self.tile_sizes, ("gpus",)),
             (self.torchvision, ()),
@@ -231,23 +231,25 @@ class Probe:
         on_cpu = self._platform.is_cpu()
         return {"isa": self._settings.kernel_isa() if on_cpu else None}
 
-    def seams(self) -> list[dict[str, Any]]:
-        """Return every seam with its edits, and whether each is in force or could be applied."""
+    def patches(self) -> list[dict[str, Any]]:
+        """Return every patch with its edits, and whether each is in force or could be applied."""
         from vllm_hybrid_kv import plugin
-        from vllm_hybrid_kv.patches import seams_for
+        from vllm_hybrid_kv.patches import patches_for
 
         applied = plugin.applied()
         if applied is not None:
-            found = [(row.seam, row.edit, row.failures) for row in applied.table()]
+            found = [(row.patch, row.edit, row.failures) for row in applied.table()]
         else:
             found = [
-                (seam, str(edit), edit.problems())
-                for seam in seams_for(self._minor, self._context())
-                for edit in seam.edits
+                (patch, str(edit), edit.problems())
+                for patch in patches_for(self._minor, self._context())
+                for edit in patch.edits
             ]
         rows: dict[str, dict[str, Any]] = {}
-        for seam, edit, reasons in found:
-            row = rows.setdefault(seam.name, {"name": seam.name, **vars(seam.notice), "edits": []})
+        for patch, edit, reasons in found:
+            row = rows.setdefault(
+                patch.name, {"name": patch.name, **vars(patch.notice), "edits": []}
+            )
             row["edits"].append(
                 {"name": edit, "in_force": applied is not None and not reasons, "why": reasons}
             )

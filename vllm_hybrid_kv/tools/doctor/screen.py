@@ -20,7 +20,7 @@ LONGEST_REASON = 80
 """Characters. Whole signatures fill the screen and say no more."""
 
 WIDEST_NAME = 38
-"""Characters of a name beside its seam and its state on a screen of 80 columns."""
+"""Characters of a name beside its patch and its state on a screen of 80 columns."""
 
 COLOURS = {Severity.PROBLEM: "red", Severity.WARNING: "yellow", Severity.NOTE: "cyan"}
 
@@ -57,8 +57,8 @@ def _tables(diagnosis: Diagnosis) -> Iterator[Table]:
     )
     if diagnosis.settings:
         yield _settings(diagnosis)
-    if diagnosis.seams:
-        yield _seams(diagnosis)
+    if diagnosis.patches:
+        yield _patches(diagnosis)
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[RenderableType]]) -> Table:
@@ -113,10 +113,10 @@ def _settings(diagnosis: Diagnosis) -> Table:
     return _table(("setting", "value", "from", "choices"), rows)
 
 
-def _seams(diagnosis: Diagnosis) -> Table:
+def _patches(diagnosis: Diagnosis) -> Table:
     rows: list[tuple[RenderableType, ...]] = []
-    for seam in diagnosis.seams:
-        edits = seam["edits"]
+    for patch in diagnosis.patches:
+        edits = patch["edits"]
         reasons = [_cut(reason, edit["name"]) for edit in edits for reason in edit["why"]]
         if reasons:
             state = Text("; ".join(reasons), style="red")
@@ -125,13 +125,13 @@ def _seams(diagnosis: Diagnosis) -> Table:
         else:
             state = Text("not applied, would fit")
         names = ", ".join(_fitting(edit["name"]) for edit in edits)
-        rows.append((Text(seam["name"]), Text(names), state))
-    table = _table(("seam", "rebinds", "state"), rows)
+        rows.append((Text(patch["name"]), Text(names), state))
+    table = _table(("patch", "rebinds", "state"), rows)
     # Reasons are the longest, and break at words; names do not.
     table.columns[1].min_width = max(
         len(line)
-        for seam in diagnosis.seams
-        for edit in seam["edits"]
+        for patch in diagnosis.patches
+        for edit in patch["edits"]
         for line in _fitting(edit["name"]).splitlines()
     )
     return table
