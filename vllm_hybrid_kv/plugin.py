@@ -148,12 +148,12 @@ def _activate() -> Applied:
 
     import vllm.platforms
 
-    from vllm_hybrid_kv.attention.unsupported import CACHE_DTYPE
+    from vllm_hybrid_kv.constants import CACHE_DTYPE
     from vllm_hybrid_kv.metrics import directory
     from vllm_hybrid_kv.patches import base, patches_for, startup
     from vllm_hybrid_kv.patches.context import Context
     from vllm_hybrid_kv.transfer import fingerprint
-    from vllm_hybrid_kv.transfer.carriers import check_connectors
+    from vllm_hybrid_kv.transfer.connectors import check_connectors
 
     strategies = built_in_strategies()
     strategies.discover()

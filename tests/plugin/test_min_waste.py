@@ -28,7 +28,7 @@ from vllm_hybrid_kv.planning.min_waste import (
     unify_with_least_waste,
     waste,
 )
-from vllm_hybrid_kv.planning.page_kinds import kind_of
+from vllm_hybrid_kv.planning.page_kinds import layer_kind
 from vllm_hybrid_kv.planning.page_sizes import check_page_sizes
 
 STATE_PAGE = 12_648_448
@@ -139,7 +139,7 @@ def test_a_block_of_chunked_local_attention_divides_its_chunk():
 @pytest.mark.parametrize("chunk", [48, 96, 256, 8_192])
 def test_every_page_gives_chunked_local_attention_a_block_that_divides_its_chunk(chunk, longest):
     fields = {"cls": ChunkedLocalAttentionSpec, "attention_chunk_size": chunk}
-    kind = kind_of(attention(16, slot=100, **fields), longest)
+    kind = layer_kind(attention(16, slot=100, **fields), longest)
     sizes = np.arange(kind.least_page, kind.longest_page + 5_000, 700)
     counts = kind.blocks(sizes)
     assert all(chunk % (16 * count) == 0 for count in counts)
@@ -349,7 +349,7 @@ def test_only_models_whose_hits_end_at_blocks_weigh_match_units(make_config):
     ],
 )
 def test_a_layer_holds_no_more_of_a_request_than_its_window_or_chunk(spec, tokens):
-    assert kind_of(spec, 8_192).held(Fraction(3_200)) == tokens
+    assert layer_kind(spec, 8_192).held(Fraction(3_200)) == tokens
 
 
 def test_blocks_of_several_devices_count_as_one_block(make_config):

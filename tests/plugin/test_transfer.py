@@ -20,7 +20,7 @@ from vllm.v1.kv_offload.file_mapper import FileMapper
 from vllm_hybrid_kv import plugin, settings
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.kernels import k8v4
-from vllm_hybrid_kv.transfer import carriers, fingerprint, folders
+from vllm_hybrid_kv.transfer import connectors, fingerprint, folders
 
 K8V4 = "turboquant_k8v4"
 
@@ -225,18 +225,18 @@ def check(engine):
 
     def run(*args, **more):
         config.kv_transfer_config = transfer(*args, **more)
-        carriers.check_connectors(config, on_cpu=True)
+        connectors.check_connectors(config, on_cpu=True)
 
     return run
 
 
-@pytest.mark.parametrize("name", sorted(carriers.REFUSED))
+@pytest.mark.parametrize("name", sorted(connectors.REFUSED))
 def test_a_connector_that_cannot_carry_its_pages_is_refused_by_name(name, check):
     with pytest.raises(HybridKVError, match=rf"KV connector {name} cannot carry {K8V4} pages: "):
         check(name)
 
 
-@pytest.mark.parametrize("name", carriers.GPU_ONLY)
+@pytest.mark.parametrize("name", connectors.GPU_ONLY)
 def test_offloading_to_memory_is_refused_where_the_cache_is_in_memory(name, check):
     with pytest.raises(HybridKVError, match=f"{name} .*: it copies between a GPU and"):
         check(name)
@@ -246,9 +246,9 @@ def test_offloading_to_memory_is_refused_where_the_cache_is_in_memory(name, chec
 
 def test_on_gpus_offloading_to_memory_is_not_refused(engine):
     config = engine()
-    for name in carriers.GPU_ONLY:
+    for name in connectors.GPU_ONLY:
         config.kv_transfer_config = transfer(name)
-        carriers.check_connectors(config, on_cpu=False)
+        connectors.check_connectors(config, on_cpu=False)
 
 
 def test_a_refusal_stops_start_up(engine):
@@ -271,7 +271,7 @@ def test_a_connector_that_carries_them_starts(name, engine):
 
 
 def test_every_connector_of_vllm_is_known():
-    known = {*carriers.CARRIERS, *carriers.REFUSED, *carriers.WITHOUT_PAGES, "MultiConnector"}
+    known = {*connectors.CARRIERS, *connectors.REFUSED, *connectors.WITHOUT_PAGES, "MultiConnector"}
     assert known == set(KVConnectorFactory._registry)
 
 
@@ -316,18 +316,18 @@ def test_padded_pages_are_refused_before_nixl_fails_to_cut_them(engine):
         r"bytes in 76,800; set boundary_layers, which is 2, to 0, or serve"
     )
     with pytest.raises(HybridKVError, match=words):
-        carriers.check_pages(config, plan(76_800), 2)
+        connectors.check_pages(config, plan(76_800), 2)
     with pytest.raises(HybridKVError, match=r"76,800; serve the model with --kv-cache-dtype auto"):
-        carriers.check_pages(config, plan(76_800), 0)
+        connectors.check_pages(config, plan(76_800), 0)
 
 
 def test_pages_that_nixl_can_cut_are_not_refused(engine):
     config = engine()
-    carriers.check_pages(config, plan(None), 2)
-    carriers.check_pages(config, plan(65_536), 2)
+    connectors.check_pages(config, plan(None), 2)
+    connectors.check_pages(config, plan(65_536), 2)
     # One layer alone has the memory for itself.
-    carriers.check_pages(config, plan(76_800, layers=1), 2)
+    connectors.check_pages(config, plan(76_800, layers=1), 2)
     config.kv_transfer_config = transfer("ExampleConnector")
-    carriers.check_pages(config, plan(76_800), 2)
+    connectors.check_pages(config, plan(76_800), 2)
     config.kv_transfer_config = None
-    carriers.check_pages(config, plan(76_800), 2)
+    connectors.check_pages(config, plan(76_800), 2)

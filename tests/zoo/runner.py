@@ -117,7 +117,7 @@ def _measure(llm: Any) -> dict[str, Any]:
 
     from testing import requests
     from tests.zoo.tiny import VOCABULARY
-    from vllm_hybrid_kv.planning.hits import smallest_hit
+    from vllm_hybrid_kv.planning.smallest_hit import smallest_hit
 
     prompts = [_prompt(length, VOCABULARY) for length in LENGTHS]
     outputs = requests.generate(llm, prompts, 1, prompt_logprobs=True)

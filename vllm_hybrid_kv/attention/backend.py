@@ -28,7 +28,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 from vllm_hybrid_kv.attention import unsupported as refusal
 from vllm_hybrid_kv.attention.kernel_factory import Kernels, kernels_for
 from vllm_hybrid_kv.attention.metadata import K8V4Metadata, K8V4MetadataBuilder
-from vllm_hybrid_kv.attention.unsupported import CACHE_DTYPE, UnsupportedLayerError
+from vllm_hybrid_kv.attention.unsupported import UnsupportedLayerError
+from vllm_hybrid_kv.constants import BACKEND, CACHE_DTYPE
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.settings import current_settings
 
@@ -70,7 +71,7 @@ class K8V4AttentionBackend(AttentionBackend):
     @staticmethod
     def get_name() -> str:
         """Return the registry name that vLLM looks this backend up by."""
-        return "TURBOQUANT"
+        return BACKEND
 
     @staticmethod
     def get_impl_cls() -> type[K8V4AttentionImpl]:

@@ -21,11 +21,11 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.worker.utils import customize_attention_spec
 
 from vllm_hybrid_kv.attention.unsupported import (
-    CACHE_DTYPE,
     UnsupportedLayerError,
     refuse_backend,
     refuse_value_size,
 )
+from vllm_hybrid_kv.constants import BACKEND, CACHE_DTYPE
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.kernels import k8v4
 
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheSpec
-
-BACKEND = "TURBOQUANT"
-"""vLLM's name of the backend that reads k8v4 pages."""
 
 INSTEAD = (
     "Serve the model with --kv-cache-dtype auto, or with boundary_layers 0 and without "

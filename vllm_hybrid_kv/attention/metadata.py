@@ -20,7 +20,7 @@ from vllm.v1.attention.backend import (
 )
 
 from vllm_hybrid_kv.attention.kernel_factory import kernels_for
-from vllm_hybrid_kv.attention.unsupported import CACHE_DTYPE
+from vllm_hybrid_kv.constants import CACHE_DTYPE
 from vllm_hybrid_kv.settings import current_settings
 
 if TYPE_CHECKING:

@@ -17,14 +17,13 @@ import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.platforms import current_platform
 
+from vllm_hybrid_kv.constants import CACHE_DTYPE
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.kernels import k8v4
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
     from vllm.v1.attention.selector import AttentionSelectorConfig
-
-CACHE_DTYPE = "turboquant_k8v4"
 
 SKIP = "--kv-cache-dtype-skip-layers"
 

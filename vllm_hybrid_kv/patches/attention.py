@@ -10,11 +10,11 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from vllm_hybrid_kv.attention.unsupported import (
-    CACHE_DTYPE,
     Refusal,
     UnsupportedLayerError,
     refuse_selection,
 )
+from vllm_hybrid_kv.constants import CACHE_DTYPE
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.patches.base import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_hybrid_kv.attention.unsupported import CACHE_DTYPE
+from vllm_hybrid_kv.constants import CACHE_DTYPE
 from vllm_hybrid_kv.patches.base import MethodRebinding, Patch, PatchInfo, Target
 from vllm_hybrid_kv.settings import resolve
 

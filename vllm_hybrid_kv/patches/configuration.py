@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import vllm.platforms
 from vllm import envs
 
-from vllm_hybrid_kv.attention.unsupported import CACHE_DTYPE
+from vllm_hybrid_kv.constants import CACHE_DTYPE
 from vllm_hybrid_kv.coordinator.drafts import check_drafts
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.hooks import HOOK_OF_SETTING

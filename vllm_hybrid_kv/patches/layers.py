@@ -18,7 +18,7 @@ from vllm_hybrid_kv.attention.layer_check import (
     check_plan,
     check_views,
 )
-from vllm_hybrid_kv.attention.unsupported import CACHE_DTYPE
+from vllm_hybrid_kv.constants import CACHE_DTYPE
 from vllm_hybrid_kv.patches.base import FunctionRebinding, MethodRebinding, Patch, PatchInfo, Target
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from vllm_hybrid_kv.planning.grouping import own_grouping
 from vllm_hybrid_kv.planning.page_sizes import check_page_sizes
 from vllm_hybrid_kv.planning.warnings import startup_warnings
 from vllm_hybrid_kv.settings import current_settings
-from vllm_hybrid_kv.transfer.carriers import check_pages
+from vllm_hybrid_kv.transfer.connectors import check_pages
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -19,7 +19,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 
 from vllm_hybrid_kv.hooks import hookimpl
 from vllm_hybrid_kv.planning.lcm import lcm_page_size, with_page_size
-from vllm_hybrid_kv.planning.page_kinds import LayerKind, kind_of
+from vllm_hybrid_kv.planning.page_kinds import LayerKind, layer_kind
 from vllm_hybrid_kv.planning.page_search import PageSearch, weighed_page
 from vllm_hybrid_kv.planning.page_sizes import describe_layers
 
@@ -128,7 +128,7 @@ def unify_with_least_waste(
     }
     count = Counter(numbers.values())
     first = {number: kv_cache_spec[name] for name, number in reversed(numbers.items())}
-    kinds = [(kind_of(first[number], longest), count[number]) for number in range(len(count))]
+    kinds = [(layer_kind(first[number], longest), count[number]) for number in range(len(count))]
     page = None
     of_what = "of the pool is padding"
     if reference is not None and (weighed := weighed_page(kinds, reference)) is not None:
@@ -182,7 +182,7 @@ def waste(
         after: The plan, with pages of one size.
         longest: Tokens of the longest sequence there is.
     """
-    used = sum(kind_of(spec, longest).used_in(after[name]) for name, spec in before.items())
+    used = sum(layer_kind(spec, longest).used_in(after[name]) for name, spec in before.items())
     return 1 - Fraction(used, sum(spec.page_size_bytes for spec in after.values()))
 
 

@@ -339,7 +339,7 @@ class Fixed(OneBlock):
         return self.spec
 
 
-def kind_of(spec: KVCacheSpec, longest: int) -> LayerKind:
+def layer_kind(spec: KVCacheSpec, longest: int) -> LayerKind:
     """Return what a layer can do.
 
     Args:

@@ -21,7 +21,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from vllm_hybrid_kv.planning.capacity import blocks_per_request
-from vllm_hybrid_kv.planning.hits import hits_are_possible, smallest_hit
+from vllm_hybrid_kv.planning.smallest_hit import hits_are_possible, smallest_hit
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

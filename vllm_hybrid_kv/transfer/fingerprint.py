@@ -13,7 +13,7 @@ import hashlib
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from vllm_hybrid_kv.attention.unsupported import CACHE_DTYPE
+from vllm_hybrid_kv.constants import CACHE_DTYPE
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.settings import INTERPRETER, current_settings
 from vllm_hybrid_kv.version import __version__

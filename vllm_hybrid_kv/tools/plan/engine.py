@@ -36,7 +36,7 @@ from vllm.v1.worker.workspace import (
 
 from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.attention.layer_check import BuiltLayer, built_layers, check_plan
-from vllm_hybrid_kv.attention.unsupported import CACHE_DTYPE
+from vllm_hybrid_kv.constants import CACHE_DTYPE
 from vllm_hybrid_kv.patches.block_alignment import unifies_as_stock
 from vllm_hybrid_kv.settings import resolve
 from vllm_hybrid_kv.tools.plan.devices import GPU

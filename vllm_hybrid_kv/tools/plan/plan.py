@@ -21,7 +21,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from vllm_hybrid_kv.planning.capacity import Capacity, capacity
-from vllm_hybrid_kv.planning.hits import smallest_hit
+from vllm_hybrid_kv.planning.smallest_hit import smallest_hit
 from vllm_hybrid_kv.planning.warnings import padding_share, startup_warnings
 from vllm_hybrid_kv.settings import resolve
 from vllm_hybrid_kv.tools.plan.engine import Engine, Model

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, iter_layer_specs
 
-from vllm_hybrid_kv.attention.unsupported import CACHE_DTYPE
+from vllm_hybrid_kv.constants import CACHE_DTYPE
 from vllm_hybrid_kv.errors import HybridKVError
 
 if TYPE_CHECKING:
