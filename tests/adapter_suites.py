@@ -47,24 +47,31 @@ def arguments_of(suites: Sequence[Suite]) -> list[str]:
 PLUGIN = Suite(
     "plugin",
     (
-        "test_boundary_layers.py",
-        "test_capacity.py",
         "test_gate.py",
         "test_gpu_platform.py",
-        "test_min_waste.py",
-        "test_page_sizes.py",
-        "test_pages_in_the_worker.py",
         "test_patches.py",
         "test_selection.py",
         "test_startup_refusals.py",
-        "test_startup_warnings.py",
-        "test_state_blocks.py",
         "test_strategies.py",
-        "test_transfer.py",
     ),
 )
 
-PROMISES = Suite("plugin", ("test_min_waste_properties.py",), "stock_or_lcm")
+PLANNING = Suite(
+    "planning",
+    (
+        "test_boundary_layers.py",
+        "test_capacity.py",
+        "test_min_waste.py",
+        "test_page_sizes.py",
+        "test_pages_in_the_worker.py",
+        "test_startup_warnings.py",
+        "test_state_blocks.py",
+    ),
+)
+
+TRANSFER = Suite("transfer", ("test_transfer.py",))
+
+PROMISES = Suite("planning", ("test_min_waste_properties.py",), "stock_or_lcm")
 
 # Of the random cases a part; the rest runs against the installed vLLM.
 COORDINATORS = Suite(
@@ -83,7 +90,7 @@ COORDINATORS = Suite(
 
 GPU_BACKEND = Suite("attention", ("test_gpu_backend.py",), "not stock")
 
-SUITES = (PLUGIN, PROMISES, COORDINATORS, GPU_BACKEND)
+SUITES = (PLUGIN, PLANNING, TRANSFER, PROMISES, COORDINATORS, GPU_BACKEND)
 
 # One model of each kind: Llama, a window (Gemma3) and recurrent states (Qwen3-Next).
 ENGINES = Suite(

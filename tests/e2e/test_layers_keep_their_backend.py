@@ -43,7 +43,7 @@ def said(host: EngineHost, since: int = 0) -> list[str]:
 
 CAPACITY = (
     r"INFO KV cache of ([\d,]+) blocks: ([\d,]+) tokens in requests of max_model_len "
-    r"\(2,048 tokens\), ([\d,.]+) of them at once; ([\d,]+) whole ones always fit"
+    r"\(2,048 tokens\), ([\d,.]+) of them at once; ([\d,]+) whole requests always fit"
 )
 
 
@@ -123,8 +123,8 @@ def test_following_the_padding_warning_reduces_the_padding(
     assert concurrency == pytest.approx(tokens / 2048, abs=0.01)
     assert concurrency - 2 < whole <= concurrency
     assert re.match(r"INFO Short requests \(512 tokens\): [\d,]+ always fit at once", short), short
-    padding = re.match(r"WARNING (\d+\.\d) % of the KV pool is padding ", warning)
-    advice = re.search(r"pads states to a page of attention: give --block-size (\d+)$", warning)
+    padding = re.match(r"WARNING (\d+\.\d) % of the KV pool is padding,", warning)
+    advice = re.search(r"; pass --block-size (\d+), because vLLM pads states", warning)
     assert padding, warning
     assert advice, warning
 

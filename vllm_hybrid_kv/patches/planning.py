@@ -14,9 +14,8 @@ from vllm.v1.core import kv_cache_utils
 from vllm_hybrid_kv.errors import HybridKVStrategyError
 from vllm_hybrid_kv.patches.base import FunctionRebinding, Patch, PatchInfo, Target
 from vllm_hybrid_kv.planning.capacity import capacity, check_capacity_groups
-from vllm_hybrid_kv.planning.grouping import own_grouping
 from vllm_hybrid_kv.planning.page_sizes import check_page_sizes
-from vllm_hybrid_kv.planning.warnings import startup_warnings
+from vllm_hybrid_kv.planning.warnings import own_grouping, startup_warnings
 from vllm_hybrid_kv.settings import current_settings
 from vllm_hybrid_kv.transfer.connectors import check_pages
 

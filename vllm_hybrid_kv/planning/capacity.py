@@ -27,48 +27,30 @@ from vllm_hybrid_kv.hooks import hookimpl
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+SHORT_REQUEST = 512
+"""Tokens of the short request that capacities are also reported for."""
+
 
 class GrowingGroups:
-    """The strategy `growing`: the groups whose memory grows with the sequence."""
+    """The strategy `growing`: the groups that need more blocks the longer a sequence gets.
+
+    The rule of vLLM's #40384 and #40417. Full attention and its subclasses grow. Mamba grows only
+    in cache mode `all`, which keeps a state per block. Sliding windows, chunked local attention
+    and every other bounded kind do not grow. If no group in device memory grows, all groups count.
+
+    The resulting capacity is that of sequences as long as the pool allows, without the few blocks
+    that a request holds of the bounded groups. No request reaches it: see `Capacity`.
+    """
 
     @hookimpl
     def hybrid_kv_token_capacity_groups(
-        self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+        self, kv_cache_config: KVCacheConfig
     ) -> list[KVCacheGroupSpec]:
-        """See `token_capacity_kv_cache_groups`."""
-        return token_capacity_kv_cache_groups(vllm_config, kv_cache_config)
-
-
-def token_capacity_kv_cache_groups(
-    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
-) -> list[KVCacheGroupSpec]:
-    """Return the groups that need more blocks the longer a sequence gets.
-
-    The rule of vLLM's #40384 and #40417, and its signature. Full attention and its subclasses
-    grow; Mamba grows only in cache mode `all`, which keeps a state per block; a sliding window,
-    chunked local attention and everything else whose memory is bounded do not. Where no group in
-    device memory grows, all groups are returned.
-
-    The capacity that follows is that of sequences as long as the pool allows, without the few
-    blocks that a request holds of the bounded groups. No request reaches it: see `Capacity`.
-
-    Args:
-        vllm_config: The engine's configuration. Every layer's spec carries its own cache mode, so
-            that nothing of it is needed; upstream's signature has it.
-        kv_cache_config: The plan.
-
-    Returns:
-        Groups of the plan, in its order.
-    """
-    del vllm_config
-    growing = [
-        group
-        for group in kv_cache_config.kv_cache_groups
-        if any(_grows(spec) for spec in iter_layer_specs(group.kv_cache_spec))
-    ]
-    if all(group.host_resident for group in growing):
-        return list(kv_cache_config.kv_cache_groups)
-    return growing
+        groups = list(kv_cache_config.kv_cache_groups)
+        growing = [
+            group for group in groups if any(map(_grows, iter_layer_specs(group.kv_cache_spec)))
+        ]
+        return groups if all(group.host_resident for group in growing) else growing
 
 
 def _grows(spec: KVCacheSpec) -> bool:
@@ -77,16 +59,12 @@ def _grows(spec: KVCacheSpec) -> bool:
     return isinstance(spec, FullAttentionSpec)
 
 
-SHORT_REQUEST = 512
-"""Tokens of the short request that capacities are also reported for."""
-
-
 @dataclass(frozen=True)
 class Capacity:
     """How many requests a pool of KV blocks holds at once. No two requests share a prefix.
 
-    All groups draw blocks from one pool. With N blocks, one of which is the null block, and r(n)
-    blocks that a request of n tokens holds at most (`blocks_per_request`):
+    All groups draw blocks from one pool. With N blocks, one of which is the null block, and at
+    most r(n) blocks held by a request of n tokens (`blocks_per_request`):
 
         max_len_requests = floor((N - 1) / r(max_model_len))
         short_requests   = floor((N - 1) / r(short_request))
@@ -112,25 +90,21 @@ class Capacity:
     short_request: int
     short_requests: int
 
-    @property
-    def short_tokens(self) -> int:
-        """Return the tokens that the short requests have."""
-        return self.short_requests * self.short_request
-
     def describe(self, reported_tokens: int | None = None) -> list[str]:
-        """Return the lines for the log, each about one number.
+        """Return the lines for the log, one per number.
 
         Args:
             reported_tokens: The KV cache size in tokens that vLLM logs; None for the default.
         """
         # Truncated, because 1.999 requests are not 2.
         concurrency = math.floor(100 * self.concurrency) / 100
+        short_tokens = self.short_requests * self.short_request
         lines = [
             f"KV cache of {self.num_blocks:,} blocks: {self.max_len_tokens:,} tokens in requests "
             f"of max_model_len ({self.max_model_len:,} tokens), {concurrency:,.2f} of them at "
-            f"once; {self.max_len_requests:,} whole ones always fit next to vLLM's null block",
+            f"once; {self.max_len_requests:,} whole requests always fit next to vLLM's null block",
             f"Short requests ({self.short_request:,} tokens): {self.short_requests:,} always fit "
-            f"at once, {self.short_tokens:,} tokens",
+            f"at once, {short_tokens:,} tokens",
         ]
         if reported_tokens not in (None, self.max_len_tokens):
             lines.append(
@@ -141,12 +115,12 @@ class Capacity:
 
 
 def capacity(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Capacity:
-    """Return what the pool of a plan holds. Every capacity that is shown comes from here.
+    """Return what the pool of a plan holds. All displayed capacities come from here.
 
     Args:
         vllm_config: The engine's configuration: `max_model_len`, the tokens in flight, context
             parallelism and the cache mode of states.
-        kv_cache_config: The plan, with its number of blocks; a worker's or the scheduler's.
+        kv_cache_config: The plan of a worker or of the scheduler, with its number of blocks.
     """
     max_model_len = vllm_config.model_config.max_model_len
     short = min(SHORT_REQUEST, max_model_len)
@@ -156,26 +130,27 @@ def capacity(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Capacit
     return Capacity(
         num_blocks=kv_cache_config.num_blocks,
         max_model_len=max_model_len,
-        max_len_requests=requests_at_once(vllm_config, kv_cache_config, max_model_len),
+        max_len_requests=_requests_at_once(vllm_config, kv_cache_config, max_model_len),
         concurrency=concurrency,
         max_len_tokens=int(concurrency * max_model_len),
         short_request=short,
-        short_requests=requests_at_once(vllm_config, kv_cache_config, short),
+        short_requests=_requests_at_once(vllm_config, kv_cache_config, short),
     )
 
 
 def blocks_per_request(vllm_config: VllmConfig, spec: KVCacheSpec, tokens: int) -> int:
-    """Return the most blocks of one group that a request of `tokens` tokens holds at once.
+    """Return the most blocks of one group that a request holds at once.
 
-    The blocks that its tokens span, but no more than vLLM reserves at most for a request of the
+    These are the blocks that its tokens span, at most what vLLM reserves for a request of the
     group's kind: a window's blocks and those of the tokens in flight, or the states that a request
-    keeps. Speculative states come on top. At `max_model_len` this is vLLM's own count, with two
-    exceptions. Mamba in cache mode `all` counts a state per block, as is allocated. Chunked local
-    attention counts one block more, as windows do: its tokens need not begin where a block does.
+    keeps. Speculative states are added. At `max_model_len` this is vLLM's own count, with two
+    exceptions. Mamba in cache mode `all` counts one state per block, which is what is allocated.
+    Chunked local attention counts one more block, as windows do, because its tokens may start
+    inside a block.
 
     Args:
         vllm_config: The engine's configuration.
-        spec: The group's.
+        spec: The group's spec.
         tokens: Tokens of the request, prompt and answer together.
     """
     dcp = vllm_config.parallel_config.decode_context_parallel_size
@@ -187,12 +162,12 @@ def blocks_per_request(vllm_config: VllmConfig, spec: KVCacheSpec, tokens: int) 
 def _blocks_of_layer(vllm_config: VllmConfig, spec: KVCacheSpec, tokens: int, dcp: int) -> int:
     most = -(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes)
     if isinstance(spec, CrossAttentionSpec):
-        # The encoder's tokens, however many the request has of its own.
+        # It holds the encoder's tokens, whatever the request's length.
         return most
     spanned = -(-tokens // resolve_dcp_kv_block_size(spec, dcp))
     if isinstance(spec, ChunkedLocalAttentionSpec):
-        # Of 17 tokens computed and 16 to come, with blocks of 32, both blocks are held, though
-        # vLLM reserves for the chunk and the tokens in flight as if they lay in one.
+        # With blocks of 32, 17 computed tokens and 16 new ones hold two blocks. vLLM reserves
+        # for the chunk and the tokens in flight as if they shared one.
         most += 1
     if isinstance(spec, MambaSpec):
         spanned += spec.num_speculative_blocks
@@ -201,14 +176,8 @@ def _blocks_of_layer(vllm_config: VllmConfig, spec: KVCacheSpec, tokens: int, dc
     return min(spanned, most)
 
 
-def requests_at_once(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, tokens: int) -> int:
-    """Return how many requests of `tokens` tokens always fit next to each pool's null block.
-
-    Args:
-        vllm_config: The engine's configuration.
-        kv_cache_config: The plan.
-        tokens: Tokens of a request, prompt and answer together.
-    """
+def _requests_at_once(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, tokens: int) -> int:
+    """Return how many requests of `tokens` tokens always fit next to each pool's null block."""
     device = host = 0
     for group in kv_cache_config.kv_cache_groups:
         blocks = blocks_per_request(vllm_config, group.kv_cache_spec, tokens)
@@ -222,30 +191,17 @@ def requests_at_once(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, to
     return min(limits, default=0)
 
 
-def addressable_slots(group: KVCacheGroupSpec, kv_cache_config: KVCacheConfig) -> int:
-    """Return the slots that a group's slot mapping can name on one rank.
-
-    The length of a buffer that is indexed by slot, such as that of routed experts (vLLM's #37118).
-    A slot is block * block_size + offset, and blocks of a group may be any of the pool, so that
-    the groups' slots overlap in number and none of the capacities is enough.
-    """
-    num_blocks = kv_cache_config.num_blocks
-    if group.host_resident:
-        num_blocks = kv_cache_config.hisparse_host_num_blocks or 0
-    return num_blocks * int(group.kv_cache_spec.block_size)
-
-
 def check_capacity_groups(
     kv_cache_config: KVCacheConfig, chosen: Sequence[KVCacheGroupSpec], who: str
 ) -> None:
     """Check a strategy's choice of groups.
 
     Raises:
-        HybridKVStrategyError: A group is not the plan's or is there twice, or none is in device
-            memory, so that there is nothing to count.
+        HybridKVStrategyError: A group is not part of the plan or is chosen twice, or no chosen
+            group is in device memory.
     """
     if not isinstance(chosen, Sequence):
-        raise HybridKVStrategyError(f"{who} must answer with a list of KV groups, got {chosen!r}")
+        raise HybridKVStrategyError(f"{who} must return a list of KV groups, got {chosen!r}")
     groups = kv_cache_config.kv_cache_groups
     for index, group in enumerate(chosen):
         if not any(group is planned for planned in groups):

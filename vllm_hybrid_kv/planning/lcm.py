@@ -1,5 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The strategy `lcm`: the rule of vLLM's #40128."""
+"""The strategy `lcm`: the rule of vLLM's #40128, in integers.
+
+Blocks are scaled exactly; pages are padded only if they cannot be scaled. With the page sizes p_i
+of the layers whose page grows with the block size, and the largest page P, the common size is the
+smallest multiple of lcm(p_i < P) that is not below P. The cases:
+
+* every p_i divides P: the common size is P, nothing is padded and every block is full;
+* otherwise the layers with the largest page are padded, or scaled if the common size is a multiple
+  of P. They must be states (Mamba) or attention other than MLA: only their pages can be padded;
+* a smaller state is padded, because a state does not grow with its block.
+
+Example: attention with 12,416 bytes for 16 tokens and a state of 12,648,448 bytes. The state is
+padded to 1019 * 12,416 = 12,651,904 bytes (0.03 %). The block becomes 1019 * 16 = 16,304 tokens,
+without padding. vLLM's own rule pads the attention page by 99.9 %.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +32,17 @@ logger = init_logger("vllm.hybrid_kv.planning")
 
 
 class LeastCommonMultiple:
-    """The strategy `lcm`: scale blocks exactly, and pad only the largest page, and only so far."""
+    """The strategy `lcm`."""
 
     @hookimpl
     def hybrid_kv_unify_page_sizes(
         self, kv_cache_spec: dict[str, KVCacheSpec]
     ) -> dict[str, KVCacheSpec]:
-        """See `unify_by_lcm`."""
         return unify_by_lcm(kv_cache_spec)
 
 
 def lcm_page_size(specs: Collection[KVCacheSpec]) -> int:
-    """Return the page size that the rule aims at, in bytes, whether or not all layers can have it.
-
-    With the page sizes p_i of the layers whose page grows with the block size, and the largest
-    page P: the smallest multiple of lcm(p_i < P) that is not below P.
-    """
+    """Return the page size that the rule aims at, in bytes; not every layer may support it."""
     scalable = {s.page_size_bytes for s in specs if not isinstance(s, MambaSpec)}
     largest = max(spec.page_size_bytes for spec in specs)
     unit = math.lcm(*(page for page in scalable if page < largest))
@@ -41,57 +50,34 @@ def lcm_page_size(specs: Collection[KVCacheSpec]) -> int:
 
 
 def unify_by_lcm(kv_cache_spec: Mapping[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
-    """Pad the largest page to a multiple of all smaller ones and scale the smaller blocks to it.
-
-    The rule of vLLM's #40128, in integers. With the page sizes p_i of the layers whose page grows
-    with the block size, and the largest page P, the new size is that of `lcm_page_size`. The cases:
-
-    * every p_i divides P: the new size is P, nothing is padded and every block is full;
-    * otherwise the layers with the largest page are padded (or scaled, should the new size be a
-      multiple of P). They must be states (Mamba) or attention that is not MLA, for only their
-      pages can be padded;
-    * a smaller state is padded as well, for a state does not grow with its block.
-
-    Worked example: attention of 12,416 bytes for 16 tokens beside a state of 12,648,448. The
-    state is padded to 1019 * 12,416 = 12,651,904 bytes (0.03 %) and the block becomes
-    1019 * 16 = 16,304 tokens, all of it used. vLLM's own rule pads the attention page, 99.9 %.
+    """Return specs of equal `page_size_bytes`, in the same order.
 
     Args:
         kv_cache_spec: The spec of every layer by name. Page sizes are in bytes, block sizes in
             tokens.
 
-    Returns:
-        New specs of equal `page_size_bytes`, in the same order.
-
     Raises:
-        NotImplementedError: A page can be neither scaled nor padded to the new size. vLLM then
+        NotImplementedError: A page can be neither scaled nor padded to the common size. vLLM then
             tries to allocate every layer in full.
     """
-    pages = {name: spec.page_size_bytes for name, spec in kv_cache_spec.items()}
-    if len(set(pages.values())) <= 1:
+    if len({spec.page_size_bytes for spec in kv_cache_spec.values()}) <= 1:
         return dict(kv_cache_spec)
     target = lcm_page_size(kv_cache_spec.values())
-    unified = {}
-    refused = []
-    for name, spec in kv_cache_spec.items():
-        changed = with_page_size(spec, target)
-        if changed is None:
-            refused.append(name)
-        else:
-            unified[name] = changed
-    if refused:
+    unified, stiff, padded = {}, [], Counter[int]()
+    for name, before in kv_cache_spec.items():
+        after = with_page_size(before, target)
+        if after is None:
+            stiff.append(name)
+            continue
+        unified[name] = after
+        if after is not before and after.block_size == before.block_size:
+            padded[before.page_size_bytes] += 1
+    if stiff:
         raise NotImplementedError(
-            f"lcm: {describe_layers(kv_cache_spec, refused)}, which can be neither scaled nor "
-            f"padded to the {target:,} bytes that the other layers' pages divide; choose "
-            "unify_page_sizes=min_waste, which looks for other sizes, or another --block-size"
+            f"lcm: {describe_layers(kv_cache_spec, stiff)}, which can be neither scaled nor padded "
+            f"to the {target:,} bytes that the other layers' pages divide; choose "
+            "unify_page_sizes=min_waste, which tries other sizes, or another --block-size"
         )
-    padded = Counter(
-        pages[name]
-        for name, spec in unified.items()
-        if getattr(spec, "page_size_padded", None) == target
-        and spec.block_size == kv_cache_spec[name].block_size
-        and pages[name] != target
-    )
     for page, layers in sorted(padded.items()):
         logger.info(
             "lcm: pages of %d layers padded from %s to %s bytes (%.2f %%)",
@@ -104,14 +90,14 @@ def unify_by_lcm(kv_cache_spec: Mapping[str, KVCacheSpec]) -> dict[str, KVCacheS
 
 
 def with_page_size(spec: KVCacheSpec, target: int) -> KVCacheSpec | None:
-    """Return a spec with a page of `target` bytes as the rule makes it.
+    """Return a spec with a page of `target` bytes: scaled if that is exact, otherwise padded.
 
     Args:
-        spec: A layer's.
+        spec: A layer's spec.
         target: The common page size, in bytes.
 
     Returns:
-        The spec scaled if that is exact, else padded, or None where neither can be.
+        The spec, or None if its page can be neither scaled nor padded to the target.
     """
     page = spec.page_size_bytes
     if page == target:
@@ -122,7 +108,7 @@ def with_page_size(spec: KVCacheSpec, target: int) -> KVCacheSpec | None:
         ratio = target // page
         changed = replace(spec, block_size=spec.block_size * ratio)
         if padding is not None:
-            # A padded page keeps its size whatever its block, so its padding scales along.
+            # A padded page has one size for any block, so its padding is scaled, too.
             changed = replace(changed, page_size_padded=padding * ratio)
     elif isinstance(spec, MambaSpec) or (
         isinstance(spec, AttentionSpec) and not isinstance(spec, MLAAttentionSpec)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What pages a layer can have, by the kind of its spec. `docs/planning.md` says why it is so.
+"""The page sizes that a layer can have, by kind of spec. `docs/planning.md` gives the reasons.
 
-All functions of page sizes take and return arrays, int64, so that a search can ask for many at
-once.
+Page sizes are int64 arrays of bytes, so that a search evaluates many at once.
 """
 
 from __future__ import annotations
@@ -30,20 +29,17 @@ from vllm.v1.kv_cache_interface import (
 
 Bytes = npt.NDArray[np.int64]
 
-_BOUNDS = ("sliding_window", "attention_chunk_size")
-
 
 @dataclass(frozen=True)
 class LayerKind(ABC):
-    """Layers of one spec.
+    """Layers with one spec, and the pages that they can have.
 
-    A plan gives a layer `k` of its present blocks to a page: a block of `k * block_size` tokens.
+    A planned page holds `k` present blocks, so the planned block has `k * block_size` tokens.
 
     Attributes:
-        spec: The spec as it is before planning.
-        unit: Bytes that the tokens of one present block take, or a state, without padding.
-        cap: Present blocks that hold the longest sequence there is. What a page has beyond them
-            is never written.
+        spec: The spec before planning.
+        unit: Bytes of the tokens of a present block, or of a state, without padding.
+        cap: Present blocks that hold the longest sequence. Page space beyond them is never written.
     """
 
     spec: KVCacheSpec
@@ -52,35 +48,39 @@ class LayerKind(ABC):
 
     @property
     def elastic(self) -> bool:
-        """Whether the layer can have every page from `least_page` up."""
+        """Whether every page from `least_page` up is possible."""
         return True
 
     @property
     def least_page(self) -> int:
-        """The smallest page there is, in bytes: the present one without padding."""
+        """The smallest possible page in bytes: the present one without padding."""
         return self.unit
 
     @property
     def longest_page(self) -> int:
-        """The page that holds the longest sequence there is, in bytes."""
+        """The page that holds the longest sequence, in bytes."""
         return self.cap * self.least_page
 
     @abstractmethod
     def blocks(self, pages: Bytes) -> Bytes:
-        """Return the present blocks that pages of these sizes take, 0 where there is no way."""
+        """Return how many present blocks each page holds; 0 if a page is not possible."""
 
     @abstractmethod
     def steps(self, low: int, high: int) -> Bytes:
-        """Return the pages from `low` to `high` at which more tokens fit, or, of kinds that are
-        not elastic, all that the layer can have."""
+        """Return the pages from `low` to `high` at which the number of blocks grows.
+
+        For kinds that are not elastic: all possible pages in that range.
+        """
 
     def held(self, request: Fraction) -> Fraction:
         """Return how many tokens of a request the layer holds: all, or its window or chunk."""
-        bounds = (getattr(self.spec, name, None) for name in _BOUNDS)
+        bounds = (
+            getattr(self.spec, name, None) for name in ("sliding_window", "attention_chunk_size")
+        )
         return min([request, *(Fraction(bound) for bound in bounds if bound)])
 
     def within(self, match_unit: int) -> LayerKind:
-        """Return what is left of the choice if every block has to divide a match unit.
+        """Return this kind restricted to blocks that divide a match unit.
 
         Args:
             match_unit: Tokens, a multiple of the present block.
@@ -88,67 +88,65 @@ class LayerKind(ABC):
         return self
 
     def with_page(self, page: int) -> KVCacheSpec:
-        """Return the spec with a page that `blocks` has a way for: scaled, and the rest padded."""
+        """Return the spec with a possible page: scaled, and the rest of the page padded."""
         blocks = int(self.blocks(np.array([page]))[0])
-        return _scaled(self.spec, blocks, page, padded=blocks * self.unit != page)
+        if blocks == 1 and self.spec.page_size_bytes == page:
+            return self.spec
+        changed: dict[str, Any] = {"block_size": blocks * self.spec.block_size}
+        if isinstance(self.spec, AttentionSpec):
+            changed["page_size_padded"] = page if blocks * self.unit != page else None
+        return replace(self.spec, **changed)
 
     def used(self, pages: Bytes) -> Bytes:
-        """Return the bytes of pages of these sizes that can hold tokens or a state."""
+        """Return the bytes of each page that can hold tokens or a state."""
         return np.minimum(self.blocks(pages), self.cap) * self.unit
 
     def used_in(self, planned: KVCacheSpec) -> int:
-        """Return the bytes of a page that can hold tokens or a state, whoever planned it."""
+        """Return the bytes that can hold tokens or a state in a page of any strategy's plan."""
         return min(planned.block_size // self.spec.block_size, self.cap) * self.unit
 
 
 class OneBlock(LayerKind):
-    """Layers of which a request holds one block, however long it is."""
+    """Layers of which a request holds one block, whatever its length."""
 
     def held(self, request: Fraction) -> Fraction:
-        """Return the tokens of one block."""
         return Fraction(self.spec.block_size)
 
 
 class State(OneBlock):
-    """One state per block, or one ring per request: a page only pads."""
+    """One state per block, or one ring per request: pages are only padded."""
 
     def blocks(self, pages: Bytes) -> Bytes:
-        """One, wherever the state fits."""
         return (pages >= self.unit).astype(np.int64)
 
     def steps(self, low: int, high: int) -> Bytes:
-        """No page holds more of a state."""
         return np.empty(0, np.int64)
 
     def with_page(self, page: int) -> KVCacheSpec:
-        """Pad."""
         if self.spec.page_size_bytes == page:
             return self.spec
         return replace(self.spec, page_size_padded=page)
 
 
 class Attention(LayerKind):
-    """Attention whose kernels take blocks of any multiple: scales, and pads what remains."""
+    """Attention whose kernels take blocks of any multiple: scaled, then padded."""
 
     def blocks(self, pages: Bytes) -> Bytes:
-        """As many as fit, or as many as are ever needed."""
         return np.minimum(pages // self.unit, self.cap)
 
     def steps(self, low: int, high: int) -> Bytes:
-        """Return the multiples of a block's bytes."""
         return _multiples(self.unit, low, min(high, self.cap * self.unit))
 
     def within(self, match_unit: int) -> LayerKind:
-        """Leave the blocks that divide the unit."""
         counts = _divisors(match_unit // self.spec.block_size)
         return DividingAttention(self.spec, self.unit, self.cap, _up_to(self.cap, counts))
 
 
 @dataclass(frozen=True)
 class DividingAttention(Attention):
-    """Attention whose block has to divide a number of tokens.
+    """Attention whose block must divide a number of tokens.
 
-    vLLM cuts a chunk of chunked local attention into whole blocks.
+    vLLM splits a chunk of chunked local attention into whole blocks.
 
     Attributes:
         counts: Present blocks that a block can have, ascending.
@@ -158,208 +156,163 @@ class DividingAttention(Attention):
 
     @property
     def longest_page(self) -> int:
-        """The page whose block holds the longest sequence, or a whole chunk, in bytes."""
         return self.counts[-1] * self.least_page
 
     def blocks(self, pages: Bytes) -> Bytes:
-        """Return the longest block of a chunk that fits."""
         fitting = np.searchsorted(self.counts, pages // self.unit, side="right")
         return np.array([0, *self.counts], np.int64)[fitting]
 
     def steps(self, low: int, high: int) -> Bytes:
-        """Return the bytes of each block that divides a chunk."""
-        pages = np.array(self.counts, np.int64) * self.unit
-        return pages[(pages >= low) & (pages <= high)]
+        return _in_range(np.array(self.counts, np.int64) * self.unit, low, high)
 
     def within(self, match_unit: int) -> LayerKind:
-        """Leave the blocks that divide the unit as well."""
         allowed = set(_divisors(match_unit // self.spec.block_size))
         return replace(self, counts=tuple(count for count in self.counts if count in allowed))
 
 
 @dataclass(frozen=True)
-class SplitAttention(LayerKind):
-    """Attention whose kernels take blocks of a few sizes only, into which longer blocks are split.
+class WholeBlocks(LayerKind):
+    """Layers whose pages are multiples of one size, such as MLA, which is read in whole rows.
 
-    Only a page without padding can be split, so that a page either scales exactly, or is padded
-    with the block as it is, if that is short enough for a kernel.
+    If kernels take a few block sizes and longer blocks are split into those, only a page without
+    padding can be split. Such a page can also be padded if a kernel takes the present block whole.
+
+    Attributes:
+        step: Bytes of the page of a present block.
+        pads: Whether every other page can hold the present block and padding.
     """
 
-    pads: bool
+    step: int
+    pads: bool = False
 
     @property
     def elastic(self) -> bool:
-        """Only with a block that a kernel takes whole."""
         return self.pads
 
+    @property
+    def least_page(self) -> int:
+        return self.step
+
     def blocks(self, pages: Bytes) -> Bytes:
-        """All of a page, or one and padding, or there is no way."""
         alone = np.full(len(pages), int(self.pads), np.int64)
         if self.pads and self.cap == 1:
             return alone
-        return np.where(pages % self.unit == 0, pages // self.unit, alone)
+        return np.where(pages % self.step == 0, pages // self.step, alone)
 
     def steps(self, low: int, high: int) -> Bytes:
-        """Return the multiples of a block's bytes."""
-        return _multiples(self.unit, low, high)
+        return _multiples(self.step, low, high)
 
     def within(self, match_unit: int) -> LayerKind:
-        """Leave the blocks that divide the unit, the present one padded among them."""
         counts = _divisors(match_unit // self.spec.block_size)
-        pages = tuple(count * self.unit for count in counts)
+        pages = tuple(count * self.step for count in counts)
         return Listed(self.spec, self.unit, self.cap, pages, counts, int(self.pads))
 
 
 @dataclass(frozen=True)
 class RowAligned(LayerKind):
-    """MLA, and whatever else only scales: read in whole rows, padded by its own alignment at most.
+    """MLA whose spec rounds every page up to an alignment in bytes."""
 
-    Attributes:
-        alignment: Bytes that a page is a multiple of, or None.
-    """
-
-    alignment: int | None
+    alignment: int
 
     @property
     def elastic(self) -> bool:
-        """Never."""
         return False
 
     @property
     def least_page(self) -> int:
-        """The present one, whose padding is part of its rows' alignment."""
         return self.spec.page_size_bytes
 
     def blocks(self, pages: Bytes) -> Bytes:
-        """As the spec rounds up a scaled block's bytes, or as multiples of the present page."""
-        present = self.spec.page_size_bytes
-        whole = pages // present
-        if self.alignment is None:
-            return np.where(pages % present == 0, whole, 0)
-        fit = pages // self.unit
+        fit, whole = pages // self.unit, pages // self.least_page
         rounded = (pages % self.alignment == 0) & (pages - fit * self.unit < self.alignment)
-        # Where a scaled block needs no rounding, the spec keeps a padding that it is given.
-        kept = (pages % present == 0) & (whole * self.unit % self.alignment == 0)
+        # If a scaled block needs no rounding, the spec keeps an explicit padding.
+        kept = (pages % self.least_page == 0) & (whole * self.unit % self.alignment == 0)
         return np.where(rounded, fit, np.where(kept, whole, 0))
 
     def steps(self, low: int, high: int) -> Bytes:
-        """Return every page that `blocks` has a way for."""
-        present = self.spec.page_size_bytes
-        if self.alignment is None:
-            return _multiples(present, low, high)
         first = max(1, (low - self.alignment) // self.unit)
         blocks = np.arange(first, high // self.unit + 1, dtype=np.int64)
-        rounded = -(-blocks * self.unit // self.alignment) * self.alignment
-        pages = np.union1d(rounded, _multiples(present, low, high))
-        pages = pages[(pages >= low) & (pages <= high)]
+        pages = np.union1d(self._rounded(blocks), _multiples(self.least_page, low, high))
+        pages = _in_range(pages, low, high)
         return pages[self.blocks(pages) > 0]
 
     def within(self, match_unit: int) -> LayerKind:
-        """Leave the blocks that divide the unit."""
-        present = self.spec.page_size_bytes
         counts: dict[int, int] = {}
-        # Of blocks that have one page, the longest.
+        # Of several blocks with the same page, the longest wins.
         for count in _divisors(match_unit // self.spec.block_size):
-            whole = count * present
-            if self.alignment is None:
-                counts[whole] = count
-                continue
-            counts[-(-count * self.unit // self.alignment) * self.alignment] = count
+            counts[self._rounded(count)] = count
             if count * self.unit % self.alignment == 0:
-                counts.setdefault(whole, count)
+                counts.setdefault(count * self.least_page, count)
         pages, blocks = zip(*sorted(counts.items()), strict=True)
-        return Listed(self.spec, self.unit, self.cap, pages, blocks, otherwise=0)
+        return Listed(self.spec, self.unit, self.cap, pages, blocks, others=0)
+
+    def _rounded(self, blocks: Any) -> Any:
+        return -(-blocks * self.unit // self.alignment) * self.alignment
 
 
 @dataclass(frozen=True)
 class Listed(LayerKind):
-    """Layers with a list of pages that they can have.
+    """Layers with a list of pages.
 
     Attributes:
         pages: Bytes, ascending.
         counts: Present blocks of each page.
-        otherwise: Present blocks of every other page.
+        others: Present blocks of every page that is not listed.
     """
 
     pages: tuple[int, ...]
     counts: tuple[int, ...]
-    otherwise: int
+    others: int
 
     @property
     def elastic(self) -> bool:
-        """Only if every other page can be padded."""
-        return self.otherwise > 0
+        return self.others > 0
 
     @property
     def least_page(self) -> int:
-        """The first of the list, in bytes."""
         return self.pages[0]
 
     @property
     def longest_page(self) -> int:
-        """The last of the list, in bytes."""
         return self.pages[-1]
 
     def blocks(self, pages: Bytes) -> Bytes:
-        """Look the pages up."""
         index = np.searchsorted(self.pages, pages).clip(max=len(self.pages) - 1)
-        found = np.asarray(self.pages)[index] == pages
-        return np.where(found, np.asarray(self.counts)[index], self.otherwise)
+        listed = np.asarray(self.pages)[index] == pages
+        return np.where(listed, np.asarray(self.counts)[index], self.others)
 
     def steps(self, low: int, high: int) -> Bytes:
-        """Return the listed pages from `low` to `high`."""
-        pages = np.array(self.pages, np.int64)
-        return pages[(pages >= low) & (pages <= high)]
+        return _in_range(np.array(self.pages, np.int64), low, high)
 
 
-@dataclass(frozen=True)
-class Fixed(OneBlock):
-    """A layer whose bytes do not grow in step with its block: has the page that it has."""
-
-    @property
-    def elastic(self) -> bool:
-        """Never."""
-        return False
-
-    @property
-    def least_page(self) -> int:
-        """It has one page."""
-        return self.spec.page_size_bytes
-
-    def blocks(self, pages: Bytes) -> Bytes:
-        """One, at the present page."""
-        return (pages == self.spec.page_size_bytes).astype(np.int64)
-
-    def steps(self, low: int, high: int) -> Bytes:
-        """Return the present page."""
-        return _multiples(self.spec.page_size_bytes, low, min(high, self.spec.page_size_bytes))
-
-    def with_page(self, page: int) -> KVCacheSpec:
-        """Leave it."""
-        return self.spec
+class Fixed(OneBlock, Listed):
+    """Layers whose bytes do not grow in step with their block: the present page only."""
 
 
 def layer_kind(spec: KVCacheSpec, longest: int) -> LayerKind:
-    """Return what a layer can do.
+    """Return the kind of a layer.
 
     Args:
-        spec: The layer's.
-        longest: Tokens of the longest sequence there is.
+        spec: The layer's spec.
+        longest: Tokens of the longest sequence.
     """
     if isinstance(spec, (MambaSpec, CircularBufferSpec)):
         return State(spec, spec.real_page_size_bytes, 1)
     cap = max(1, -(-longest // spec.block_size))
     unit = spec.unpadded_page_size_bytes if isinstance(spec, AttentionSpec) else None
     if not _scales(spec, unit):
+        page = spec.page_size_bytes
         pads = isinstance(spec, AttentionSpec) and not _is_mla(spec)
-        return State(spec, unit or 0, 1) if pads else Fixed(spec, unit or spec.page_size_bytes, 1)
+        return State(spec, unit or 0, 1) if pads else Fixed(spec, unit or page, 1, (page,), (1,), 0)
     if unit is None:
-        return RowAligned(spec, spec.page_size_bytes, cap, None)
+        return WholeBlocks(spec, spec.page_size_bytes, cap, spec.page_size_bytes)
     if _is_mla(spec):
-        return RowAligned(spec, unit, cap, getattr(spec, "alignment", None))
+        if (alignment := getattr(spec, "alignment", None)) is not None:
+            return RowAligned(spec, unit, cap, alignment)
+        return WholeBlocks(spec, unit, cap, spec.page_size_bytes)
     kernel_blocks = spec.block_stride_alignment
     if isinstance(kernel_blocks, MultipleOf):
-        return SplitAttention(spec, unit, cap, pads=spec.block_size <= kernel_blocks.base)
+        return WholeBlocks(spec, unit, cap, unit, pads=spec.block_size <= kernel_blocks.base)
     in_a_chunk, rest = divmod(getattr(spec, "attention_chunk_size", None) or 0, spec.block_size)
     if in_a_chunk and not rest:
         return DividingAttention(spec, unit, cap, _up_to(cap, _divisors(in_a_chunk)))
@@ -367,7 +320,7 @@ def layer_kind(spec: KVCacheSpec, longest: int) -> LayerKind:
 
 
 def page_granularity(kinds: Iterable[LayerKind]) -> int:
-    """Return what a common page must be a multiple of for the worker's views, in bytes.
+    """Return the bytes that a common page must be a multiple of.
 
     The worker views pages as tensors of the layers' dtypes.
     """
@@ -379,7 +332,7 @@ def page_granularity(kinds: Iterable[LayerKind]) -> int:
 
 
 def _is_mla(spec: AttentionSpec) -> bool:
-    # A sliding-window MLA layer with an alignment has its page rounded up by its spec too.
+    # The spec of a sliding-window MLA layer with an alignment rounds its page up, too.
     return isinstance(spec, MLAAttentionSpec) or getattr(spec, "alignment", None) is not None
 
 
@@ -389,15 +342,6 @@ def _scales(spec: KVCacheSpec, unit: int | None) -> bool:
     if unit is None:
         return bool(twice.page_size_bytes == 2 * spec.page_size_bytes)
     return unit > 0 and bool(twice.unpadded_page_size_bytes == 2 * unit)
-
-
-def _scaled(spec: KVCacheSpec, blocks: int, page: int, padded: bool) -> KVCacheSpec:
-    if blocks == 1 and spec.page_size_bytes == page:
-        return spec
-    changed: dict[str, Any] = {"block_size": blocks * spec.block_size}
-    if isinstance(spec, AttentionSpec):
-        changed["page_size_padded"] = page if padded else None
-    return replace(spec, **changed)
 
 
 @cache
@@ -413,3 +357,7 @@ def _up_to(cap: int, counts: tuple[int, ...]) -> tuple[int, ...]:
 
 def _multiples(unit: int, low: int, high: int) -> Bytes:
     return np.arange(-(-low // unit), high // unit + 1, dtype=np.int64) * unit
+
+
+def _in_range(pages: Bytes, low: int, high: int) -> Bytes:
+    return pages[(pages >= low) & (pages <= high)]

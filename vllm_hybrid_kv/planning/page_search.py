@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The search for a common page. `docs/planning.md` has the proof that it overlooks none."""
+"""The search for a common page. `docs/planning.md` proves that it overlooks none."""
 
 from __future__ import annotations
 
@@ -7,21 +7,25 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_hybrid_kv.planning.page_kinds import Bytes, LayerKind, RowAligned, page_granularity
+from vllm_hybrid_kv.planning.page_kinds import Bytes, LayerKind, WholeBlocks, page_granularity
+
+CLOSE = 1e-12
+"""Floats that differ by less are compared again as fractions."""
 
 
 @dataclass(frozen=True)
-class Page:
-    """A common page.
+class CommonPage:
+    """A page that suits all layers.
 
     Attributes:
         size: Its bytes.
         used: Bytes that can hold tokens or a state, summed over one page of every layer.
-        waste: The share of the pool that is padding.
+        waste: The share of the pool, or of a request's pages, that is padding.
     """
 
     size: int
@@ -29,30 +33,29 @@ class Page:
     waste: Fraction
 
 
-def weighed_page(
+def cheapest_page(
     kinds: Sequence[tuple[LayerKind, int]], reference: Fraction
-) -> tuple[Page, int] | None:
+) -> tuple[CommonPage, int] | None:
     """Return the page with the lowest cost, and the match unit that its blocks divide.
 
     The cost is the share of a reference request's pages that is padding, plus
-    `match_unit / (2 * reference)`, the share of it that a cache hit misses on average because hits
-    end at multiples of the unit.
+    `match_unit / (2 * reference)`: the share of the request that a cache hit misses on average,
+    because hits end at multiples of the match unit.
 
     Args:
-        kinds: What the layers can do, and how many there are of each kind.
+        kinds: Each kind of layer and its number of layers.
         reference: Tokens of the request.
 
     Returns:
-        The page, with the share that the request leaves as its waste, and the unit in tokens; of
-        equal costs the one with the smallest unit. None if no plan costs less than 1.
+        The page, whose waste is that of the request, and the match unit in tokens. Of equal costs
+        the smallest match unit wins. None if no plan costs less than 1.
     """
     present = math.lcm(*(kind.spec.block_size for kind, _ in kinds))
     units = np.arange(present, math.ceil(2 * reference), present, dtype=np.int64)
     bounds = _least_costs(kinds, units, reference)
-    best: tuple[Fraction, int, Page] | None = None
+    best: tuple[Fraction, int, CommonPage] | None = None
     for index in np.argsort(bounds, kind="stable"):
-        # Bounds are rounded.
-        if best is not None and bounds[index] > float(best[0]) + 1e-12:
+        if best is not None and bounds[index] > float(best[0]) + CLOSE:
             break
         unit = int(units[index])
         search = PageSearch([(kind.within(unit), count) for kind, count in kinds])
@@ -68,9 +71,10 @@ def weighed_page(
 def _least_costs(
     kinds: Sequence[tuple[LayerKind, int]], units: Bytes, reference: Fraction
 ) -> npt.NDArray[np.float64]:
-    """Return for each match unit a cost that no plan is below.
+    """Return a lower bound of the cost for each match unit.
 
-    A block has at most a unit's tokens, and a page at least the bytes of the largest present one.
+    A block has at most a match unit's tokens. A page has at least the bytes of the largest present
+    one.
     """
     least = max(kind.least_page for kind, _ in kinds)
     content, taken = 0.0, np.zeros(len(units))
@@ -85,121 +89,120 @@ def _least_costs(
 class PageSearch:
     """The common pages of some layers.
 
+    Args:
+        kinds: Each kind of layer and its number of layers.
+
     Attributes:
-        least: Bytes that the largest page holds before planning. No common page is smaller.
-        reach: Bytes up to which a page may be. From there on every block holds the longest
-            sequence.
+        least: Bytes of the largest page before planning, without padding. No common page is
+            smaller.
+        reach: Bytes of the largest page to consider. Its blocks hold the longest sequence.
     """
 
     def __init__(self, kinds: Sequence[tuple[LayerKind, int]]) -> None:
-        """Prepare.
-
-        Args:
-            kinds: What the layers can do, and how many there are of each kind.
-        """
         self._kinds = kinds
-        self._layers = sum(count for _, count in self._kinds)
+        self._layers = sum(count for _, count in kinds)
         self._granularity = page_granularity(kind for kind, _ in kinds)
-        self.least = max(kind.least_page for kind, _ in self._kinds)
-        self.reach = max(self.least, *(kind.longest_page for kind, _ in self._kinds))
-        most = [(kind.cap > 1, count, count * kind.cap * kind.unit) for kind, count in self._kinds]
+        self.least = max(kind.least_page for kind, _ in kinds)
+        self.reach = max(self.least, *(kind.longest_page for kind, _ in kinds))
+        most = [(kind.cap > 1, count, count * kind.cap * kind.unit) for kind, count in kinds]
         self._growing = sum(count for grows, count, _ in most if grows)
         self._most = sum(used for _, _, used in most)
         self._most_of_others = sum(used for grows, _, used in most if not grows)
 
-    def best(self, highest: int, enough: Fraction, at_highest: bool) -> Page | None:
-        """Return the smallest page that wastes no more than enough, else the one that wastes least.
+    def best(self, highest: int, enough: Fraction, at_highest: bool) -> CommonPage | None:
+        """Return the smallest page with little enough waste, otherwise the one with least waste.
 
         Its waste is at most that of the largest present page.
 
         Args:
-            highest: Bytes up to which there is a choice. Where no page up to there suits all
-                layers, it is the next one that does.
-            enough: The share of the pool.
+            highest: Bytes of the largest page to choose. If no page up to there suits all layers,
+                the next larger one that does is chosen.
+            enough: The share of the pool that may be wasted.
             at_highest: Whether `highest` is known to suit all layers, which extends the reach.
 
         Returns:
-            The page, of equals the smallest; None where none within reach suits all layers.
+            The page, of equal ones the smallest; None if no page within reach suits all layers.
         """
-        low = high = -(-self.least // self._granularity) * self._granularity
+        low = high = self._round_up(self.least)
         highest = max(highest, low)
         present = max(kind.spec.page_size_bytes for kind, _ in self._kinds)
-        for size in self._common(present, present):
-            # What vLLM's own rule has at least, whose page this is.
-            enough = min(enough, self._page(size, self._used(np.array([size]))[0]).waste)
+        for page in self._pages(self._common(present, present)):
+            # vLLM's own rule takes this page and wastes no less.
+            enough = min(enough, page.waste)
         self.reach = max(self.reach, highest if at_highest else low)
-        best: Page | None = None
+        best: CommonPage | None = None
         while low <= high:
-            pages = self._common(low, high)
-            used = self._used(pages)
-            waste = 1 - used / pages / self._layers
-            # Shares are rounded; what is close is compared exactly.
-            for index in np.flatnonzero(waste <= float(enough) + 1e-12):
-                page = self._page(pages[index], used[index])
+            sizes = self._common(low, high)
+            waste = 1 - self._used(sizes) / sizes / self._layers
+            for page in self._pages(sizes[waste <= float(enough) + CLOSE]):
                 if page.waste <= enough:
                     return page
-            for index in np.flatnonzero(waste <= waste.min(initial=1) + 1e-12):
-                page = self._page(pages[index], used[index])
+            for page in self._pages(sizes[waste <= waste.min(initial=1) + CLOSE]):
                 if best is None or page.waste < best.waste:
                     best = page
             low, high = high + 1, min(2 * high, self._limit(best, highest))
         while best is None and low <= self.reach:
             high = min(2 * low, self.reach)
-            for size in self._common(low, high)[:1]:
-                best = self._page(size, self._used(np.array([size]))[0])
+            best = next(self._pages(self._common(low, high)), None)
             low = high + 1
         return best
 
-    def best_for(self, request: Fraction) -> Page | None:
-        """Return the page of which a request leaves the smallest share, None if none suits all.
+    def best_for(self, request: Fraction) -> CommonPage | None:
+        """Return the page with the least padding in a request's pages; None if none suits all.
 
-        No page is larger than what the longest blocks fill. Larger ones only add padding.
+        A page is at most as large as the longest blocks need; larger ones only add padding.
 
         Args:
-            request: Its tokens.
+            request: Tokens of the request.
 
         Returns:
-            Of equals the smallest, with the share as its waste. A layer takes at least one page.
+            The page, of equal ones the smallest. Its waste is the padding's share of the request's
+            pages.
         """
-        low, high = (-(-size // self._granularity) for size in (self.least, self.reach))
-        sizes = self._common(low * self._granularity, high * self._granularity)
+        sizes = self._common(self._round_up(self.least), self._round_up(self.reach))
         if not len(sizes):
             return None
-        held = [(kind, count, kind.held(request)) for kind, count in self._kinds]
+        taken = self._bytes_taken(sizes, request, float)
+        sizes = sizes[taken <= taken.min() * (1 + CLOSE)]
+        exact = self._bytes_taken(sizes, request, object)
+        index = int(np.argmin(exact))
         content = sum(
-            count * tokens * kind.unit / kind.spec.block_size for kind, count, tokens in held
+            count * kind.held(request) * kind.unit / kind.spec.block_size
+            for kind, count in self._kinds
         )
-        taken = np.zeros(len(sizes))
-        for kind, count, tokens in held:
-            blocks = kind.blocks(sizes) * kind.spec.block_size
-            taken += count * sizes * np.maximum(1, float(tokens) / blocks)
-        best: Page | None = None
-        for size in sizes[taken <= taken.min() * (1 + 1e-12)]:
-            one = np.array([size])
-            pages = sum(
-                count * max(Fraction(1), tokens / int(kind.blocks(one)[0] * kind.spec.block_size))
-                for kind, count, tokens in held
-            )
-            waste = 1 - content / (pages * int(size))
-            if best is None or waste < best.waste:
-                best = Page(int(size), int(self._used(one)[0]), waste)
-        return best
+        (used,) = self._used(sizes[index : index + 1])
+        return CommonPage(int(sizes[index]), int(used), 1 - content / exact[index])
 
-    def _page(self, size: np.int64, used: np.int64) -> Page:
-        waste = 1 - Fraction(int(used), int(size) * self._layers)
-        return Page(int(size), int(used), waste)
+    def _bytes_taken(self, sizes: Bytes, request: Fraction, dtype: type) -> npt.NDArray[Any]:
+        """Return the bytes that a request's pages take, at least a page of every layer.
 
-    def _used(self, pages: Bytes) -> Bytes:
-        used = np.zeros(len(pages), np.int64)
+        Args:
+            sizes: Bytes of the pages to compare.
+            request: Tokens of the request.
+            dtype: float, or object for exact fractions.
+        """
+        taken = np.zeros(len(sizes), dtype)
         for kind, count in self._kinds:
-            used += count * kind.used(pages)
+            held = kind.held(request) if dtype is object else float(kind.held(request))
+            block_tokens = (kind.blocks(sizes) * kind.spec.block_size).astype(dtype)
+            taken += count * sizes.astype(dtype) * np.maximum(1, held / block_tokens)
+        return taken
+
+    def _pages(self, sizes: Bytes) -> Iterator[CommonPage]:
+        for size, used in zip(sizes.tolist(), self._used(sizes).tolist(), strict=True):
+            yield CommonPage(size, used, 1 - Fraction(used, size * self._layers))
+
+    def _used(self, sizes: Bytes) -> Bytes:
+        used = np.zeros(len(sizes), np.int64)
+        for kind, count in self._kinds:
+            used += count * kind.used(sizes)
         return used
 
-    def _limit(self, best: Page | None, highest: int) -> int:
-        """Return the page above which none wastes less than the best so far.
+    def _limit(self, best: CommonPage | None, highest: int) -> int:
+        """Return the page above which none wastes less than the best one yet.
 
-        A page of T bytes uses no more than `most` in all, and no more than T of each layer that
-        grows with what the others use at most.
+        All layers together use at most `most`. A page of T bytes also uses at most T for each
+        layer that grows, plus what the others use at most.
         """
         if best is None:
             return min(highest, self.reach)
@@ -209,13 +212,16 @@ class PageSearch:
             limit = min(limit, self._most_of_others * best.size // ahead)
         return limit
 
+    def _round_up(self, size: int) -> int:
+        return -(-size // self._granularity) * self._granularity
+
     def _common(self, low: int, high: int) -> Bytes:
-        """Return pages that suit all layers, ascending: the best of any part of the range."""
-        pages = np.unique(np.concatenate(list(self._candidates(low, high))))
-        suits = (pages >= low) & (pages <= high) & (pages % self._granularity == 0)
+        """Return pages that suit all layers, ascending, with the best of any part of the range."""
+        sizes = np.unique(np.concatenate(list(self._candidates(low, high))))
+        suits = (sizes >= low) & (sizes <= high) & (sizes % self._granularity == 0)
         for kind, _ in self._kinds:
-            suits &= kind.blocks(pages) > 0
-        return pages[suits]
+            suits &= kind.blocks(sizes) > 0
+        return sizes[suits]
 
     def _candidates(self, low: int, high: int) -> Iterator[Bytes]:
         restricted = [kind for kind, _ in self._kinds if not kind.elastic]
@@ -223,12 +229,7 @@ class PageSearch:
             for steps in [np.array([low]), *(kind.steps(low, high) for kind, _ in self._kinds)]:
                 yield -(-steps // self._granularity) * self._granularity
             return
-        whole = [
-            kind.spec.page_size_bytes
-            for kind in restricted
-            if isinstance(kind, RowAligned) and kind.alignment is None
-        ]
-        if whole:
+        if whole := [kind.step for kind in restricted if isinstance(kind, WholeBlocks)]:
             unit = math.lcm(self._granularity, *whole)
             yield np.arange(-(-low // unit), high // unit + 1, dtype=np.int64) * unit
         else:

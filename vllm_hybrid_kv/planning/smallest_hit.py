@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shortest prompt that the prefix cache can serve anything of."""
+"""The shortest prompt that can hit the prefix cache."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ def smallest_hit(
 ) -> int:
     """Return the tokens of the shortest prompt that hits when it is sent a second time.
 
-    A hit ends at a multiple of the alignment A: the match unit where vLLM can end hits inside
-    blocks, else the scheduler's block. A prompt's last token is always computed, for its logits
-    are needed, so without drafts the answer is A + 1.
+    A hit ends at a multiple of the alignment A: the match unit if vLLM can end hits inside blocks,
+    otherwise the scheduler's block. A prompt's last token is always computed, because its logits
+    are needed. So without drafts the result is A + 1.
 
-    Draft layers (EAGLE, MTP) write the last entry before a boundary for the token behind it, and
+    Draft layers (EAGLE, MTP) write the last entry before a boundary for the next token, and
     shorten hits in one of two ways:
 
-    * vLLM 0.32, and 0.33 with a KV connector: a hit needs the cache to go on for a margin M behind
-      its end, which is then dropped: one block of the draft layers, or one match unit where hits
-      end inside blocks. The answer is A + M, for M is at least one token; with a single KV group
-      the last token is left out first, and it is A + M + 1.
-    * vLLM 0.33: hashes cover the L tokens behind their block, and the answer is A + L.
+    * vLLM 0.32, and 0.33 with a KV connector: a hit needs a margin of M more cached tokens, which
+      are then dropped. M is one block of the draft layers, or one match unit if hits end inside
+      blocks. The result is A + M, because M is at least one token. With a single KV group the last
+      token is left out first, and the result is A + M + 1.
+    * vLLM 0.33: hashes cover L tokens after their block, and the result is A + L.
 
     Args:
         vllm_config: The engine's configuration.
-        kv_cache_config: The plan.
-        scheduler_block_size: Tokens, of `resolve_kv_cache_block_sizes`.
-        hash_block_size: The match unit in tokens, of the same function.
+        kv_cache_config: The plan of a worker or of the scheduler.
+        scheduler_block_size: Tokens, from `resolve_kv_cache_block_sizes`.
+        hash_block_size: The match unit in tokens, from the same function.
     """
     if any(
         isinstance(group.kv_cache_spec, UniformTypeKVCacheSpecs)
         for group in kv_cache_config.kv_cache_groups
     ):
-        # A worker's plan. Hits are the scheduler's, and only its specs have managers.
+        # A worker's plan. Only the specs of the scheduler's plan have managers.
         kv_cache_config = generate_scheduler_kv_cache_config([kv_cache_config])
     alignment = resolve_cache_hit_alignment_tokens(
         kv_cache_config, vllm_config, scheduler_block_size, hash_block_size
@@ -65,14 +65,14 @@ def smallest_hit(
 def _draft_margin(
     vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, alignment: int, hash_block_size: int
 ) -> int:
-    """Return the tokens behind a hit that draft layers need cached, 0 without such layers."""
+    """Return the tokens after a hit that draft layers need cached, 0 without such layers."""
     speculative = vllm_config.speculative_config
     drops = speculative is not None and speculative.use_eagle_block_drop()
     groups = kv_cache_config.kv_cache_groups
     if not drops and hasattr(vllm_config, "num_hash_lookahead_tokens"):
         # In 0.33 the mark alone drops nothing.
         return 0
-    # Where none is marked, vLLM takes all for groups with draft layers.
+    # If no group is marked, vLLM treats all as groups with draft layers.
     drafting = [group for group in groups if group.is_eagle_group] or (groups if drops else [])
     dcp = vllm_config.parallel_config.decode_context_parallel_size
     margins = [0]
@@ -89,12 +89,5 @@ def _draft_margin(
 
 
 def hits_are_possible(vllm_config: VllmConfig, smallest: int) -> bool:
-    """Return whether any prompt that the engine accepts is as long as the smallest hit.
-
-    A request must have room for one token of its answer.
-
-    Args:
-        vllm_config: The engine's configuration.
-        smallest: Of `smallest_hit`, in tokens.
-    """
+    """Return whether `max_model_len` has room for the smallest hit and one token of its answer."""
     return smallest < int(vllm_config.model_config.max_model_len)

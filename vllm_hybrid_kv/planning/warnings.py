@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Warnings at start-up about settings that the plan makes useless, a line each."""
+"""Warnings at start-up about settings that have no effect with the plan, one line each."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import vllm.platforms
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
@@ -20,6 +22,7 @@ from vllm.v1.kv_cache_interface import (
     iter_layer_specs,
 )
 
+from vllm_hybrid_kv.constants import CACHE_DTYPE
 from vllm_hybrid_kv.planning.capacity import blocks_per_request
 from vllm_hybrid_kv.planning.smallest_hit import hits_are_possible, smallest_hit
 
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
     from vllm_hybrid_kv.settings import Settings
 
 MOST_PADDING = 0.05
-"""The share of the pool above which padding is worth a line."""
+"""The share of the pool above which padding is reported."""
 
 
 def startup_warnings(
@@ -40,51 +43,53 @@ def startup_warnings(
     settings: Settings,
     layers: Mapping[str, KVCacheSpec] | None = None,
 ) -> list[str]:
-    """Return a line for everything that was asked for and that the plan makes useless.
+    """Return a line for each setting that has no effect with the plan, and what to change.
 
-    Each names its number and the setting to change. A warning changes no behaviour, so they do not
-    depend on which strategies are chosen; the traps are there with vLLM's own above all.
+    The strategies do not matter: the problems occur with vLLM's own, too.
 
     Args:
         vllm_config: The engine's configuration.
         kv_cache_config: The plan.
-        scheduler_block_size: Tokens, of `resolve_kv_cache_block_sizes`.
-        hash_block_size: The match unit in tokens, of the same function.
-        settings: The plugin's, for what is chosen now.
-        layers: The spec of every layer by name, as it was planned with. Needed with the
-            scheduler's plan, where one layer's spec stands for a whole group; None takes the
-            groups' own, as workers have them.
+        scheduler_block_size: Tokens, from `resolve_kv_cache_block_sizes`.
+        hash_block_size: The match unit in tokens, from the same function.
+        settings: The plugin's settings.
+        layers: The spec of every layer by name before planning. The scheduler's plan needs it,
+            because it has one spec for a whole group. None takes the specs of a worker's plan.
     """
     if layers is None:
         layers = _specs(kv_cache_config)
+    sizes = scheduler_block_size, hash_block_size
     lines = (
-        _inert_prefix_cache(
-            vllm_config, kv_cache_config, scheduler_block_size, hash_block_size, settings
-        ),
-        _unused_cache_dtype(vllm_config, layers),
+        _useless_prefix_cache(vllm_config, kv_cache_config, sizes, settings),
+        _unused_cache_dtype(vllm_config, settings, layers),
         _padded_pool(vllm_config, kv_cache_config, settings, layers),
     )
     return [line for line in lines if line is not None]
 
 
-def _inert_prefix_cache(
+def _set(settings: Settings, field: str, value: object) -> str:
+    source = settings.source(field)
+    return f"set {source if source.startswith('VLLM_') else field}={value}"
+
+
+def _useless_prefix_cache(
     vllm_config: VllmConfig,
     kv_cache_config: KVCacheConfig,
-    scheduler_block_size: int,
-    hash_block_size: int,
+    sizes: tuple[int, int],
     settings: Settings,
 ) -> str | None:
     if not vllm_config.cache_config.enable_prefix_caching:
         return None
-    smallest = smallest_hit(vllm_config, kv_cache_config, scheduler_block_size, hash_block_size)
+    smallest = smallest_hit(vllm_config, kv_cache_config, *sizes)
     if hits_are_possible(vllm_config, smallest):
         return None
-    finer = "" if settings.prefix_match_unit == "auto" else "choose prefix_match_unit=auto, "
+    auto = _set(settings, "prefix_match_unit", "auto")
+    finer = "" if settings.prefix_match_unit == "auto" else f"{auto}, "
     return (
-        "prefix caching is on and cannot hit: the shortest prompt that can has "
-        f"{smallest:,} tokens, with an answer more than --max-model-len "
+        f"prefix caching is on but can never hit: the shortest prompt that can hit has "
+        f"{smallest:,} tokens, and with one token of answer it exceeds --max-model-len "
         f"{vllm_config.model_config.max_model_len:,}; {finer}raise --max-model-len above "
-        f"{smallest:,}, or turn it off with --no-enable-prefix-caching"
+        f"{smallest:,}, or pass --no-enable-prefix-caching"
     )
 
 
@@ -98,45 +103,55 @@ def _specs(kv_cache_config: KVCacheConfig) -> dict[str, KVCacheSpec]:
     return specs
 
 
-def _unused_cache_dtype(vllm_config: VllmConfig, layers: Mapping[str, KVCacheSpec]) -> str | None:
-    asked = vllm_config.cache_config.cache_dtype
-    if asked == "auto" or any(_stores(vllm_config, spec, asked) for spec in layers.values()):
+def _unused_cache_dtype(
+    vllm_config: VllmConfig, settings: Settings, layers: Mapping[str, KVCacheSpec]
+) -> str | None:
+    dtype = vllm_config.cache_config.cache_dtype
+    if dtype == "auto" or any(_stores(vllm_config, spec, dtype) for spec in layers.values()):
         return None
     attention = sum(isinstance(spec, AttentionSpec) for spec in layers.values())
     skipped = vllm_config.cache_config.kv_cache_dtype_skip_layers
-    way_out = (
-        f"layers {' '.join(skipped)} stay unquantised by boundary_layers or "
-        "--kv-cache-dtype-skip-layers"
-        if skipped and attention
-        else "give --kv-cache-dtype auto, which is what it does now"
-    )
+    advice = "pass --kv-cache-dtype auto, which stores the same"
+    if skipped and attention:
+        advice = f"layers {' '.join(skipped)} are skipped: {_quantise_all(vllm_config, settings)}"
     return (
-        f"--kv-cache-dtype {asked} is used on none of the {attention} attention layers "
-        f"with a KV cache; {way_out}"
+        f"--kv-cache-dtype {dtype} has no effect: none of the {attention} attention layers with a "
+        f"KV cache uses it; {advice}"
     )
 
 
-def _stores(vllm_config: VllmConfig, spec: KVCacheSpec, asked: str) -> bool:
-    """Return whether a layer stores what was asked for; any doubt counts as yes."""
+def _stores(vllm_config: VllmConfig, spec: KVCacheSpec, dtype: str) -> bool:
+    """Return whether a layer uses the cache dtype; True in doubt."""
     if not isinstance(spec, AttentionSpec):
         return False
-    mode = get_kv_quant_mode(asked)
+    mode = get_kv_quant_mode(dtype)
     if mode != KVQuantMode.NONE and spec.kv_quant_mode == mode:
         return True
-    # MLA has formats of its own, named by a string.
+    # MLA has its own formats, named by a string.
     if getattr(spec, "cache_dtype_str", None) not in (None, "auto"):
         return True
-    # Some models keep fp8 in pages that have its dtype and no mode.
-    stored = kv_cache_dtype_str_to_dtype(asked, vllm_config.model_config)
+    # Some models store fp8 in pages of that torch dtype without a quantisation mode.
+    stored = kv_cache_dtype_str_to_dtype(dtype, vllm_config.model_config)
     return mode in (KVQuantMode.NONE, KVQuantMode.FP8_PER_TENSOR) and bool(spec.dtype == stored)
+
+
+def _quantise_all(vllm_config: VllmConfig, settings: Settings) -> str:
+    """Return the option that quantises more of the skipped layers."""
+    has_boundary = (
+        vllm_config.cache_config.cache_dtype == CACHE_DTYPE
+        and not vllm_config.model_config.is_hybrid
+    )
+    if settings.boundary_layers and has_boundary:
+        return f"{_set(settings, 'boundary_layers', 0)} to quantise the outermost layers, too"
+    return "remove --kv-cache-dtype-skip-layers to quantise all layers"
 
 
 def padding_share(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> float:
     """Return the share of the pool, from 0 to 1, that is padding of pages.
 
-    Of a pool that is full of requests of `max_model_len`: every group's pages count by the blocks
-    that such a request holds of it. Places for layers that a group has fewer than the largest do
-    not count; no setting changes them.
+    The pool is full of requests of `max_model_len`: each group's pages count by the blocks that
+    such a request holds of it. If a group has fewer layers than the largest group, its unused
+    space does not count, because no setting changes that.
 
     Args:
         vllm_config: The engine's configuration.
@@ -148,7 +163,6 @@ def padding_share(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> fl
 def _padding_by_group(
     vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
 ) -> list[tuple[float, KVCacheGroupSpec]]:
-    """Return the share of the pool that is padding of each group's pages."""
     groups = [group for group in kv_cache_config.kv_cache_groups if not group.host_resident]
     max_model_len = vllm_config.model_config.max_model_len
     blocks = [
@@ -187,55 +201,85 @@ def _padded_pool(
     spec = max(iter_layer_specs(group.kv_cache_spec), key=_padding_of_page)
     layer = group.layer_names[0]
     if isinstance(spec, MambaSpec) and getattr(layers.get(layer), "page_size_padded", None):
-        way_out = "vLLM pads states to a page of attention"
-        if (smaller := _block_size_that_pads_less(vllm_config, layers)) is not None:
-            way_out += f": give --block-size {smaller}"
-        elif vllm_config.cache_config.kv_cache_dtype_skip_layers:
-            way_out += ": drop --kv-cache-dtype-skip-layers"
-        else:
-            way_out += ", and no --block-size pads them less"
+        advice = _less_padding_of_states(vllm_config, layers)
     else:
-        way_out = _less_padding(vllm_config, settings, layers)
+        advice = _less_padding(vllm_config, settings, layers)
     return (
-        f"{100 * share:.1f} % of the KV pool is padding (most of it in pages as layer {layer} has: "
-        f"{_content_bytes(spec):,} bytes in {spec.page_size_bytes:,}); {way_out}"
+        f"{100 * share:.1f} % of the KV pool is padding, most of it in pages like that of layer "
+        f"{layer} ({_content_bytes(spec):,} of {spec.page_size_bytes:,} bytes used); {advice}"
     )
+
+
+def _less_padding_of_states(vllm_config: VllmConfig, layers: Mapping[str, KVCacheSpec]) -> str:
+    """Return what reduces the padding of states that vLLM itself padded."""
+    if (smaller := _block_size_that_pads_less(vllm_config, layers)) is not None:
+        return f"pass --block-size {smaller}, because vLLM pads states to a page of attention"
+    if vllm_config.cache_config.kv_cache_dtype_skip_layers:
+        return (
+            "remove --kv-cache-dtype-skip-layers, because vLLM pads states to the largest page of "
+            "attention"
+        )
+    return "vLLM pads states to a page of attention, and no --block-size makes that page smaller"
 
 
 def _block_size_that_pads_less(
     vllm_config: VllmConfig, layers: Mapping[str, KVCacheSpec]
 ) -> int | None:
-    """Return a `--block-size` that makes a shorter block hold a state, or None.
+    """Return a `--block-size` that makes the blocks that hold a state shorter, or None.
 
-    vLLM makes a block as many of these as a page of attention needs to cover a state.
+    vLLM multiplies the block until a page of attention covers a state.
     """
-    specs = list(layers.values())
     attention = [
         spec.real_page_size_bytes / spec.block_size
-        for spec in specs
+        for spec in layers.values()
         if isinstance(spec, AttentionSpec)
     ]
-    states = [spec.real_page_size_bytes for spec in specs if isinstance(spec, MambaSpec)]
+    states = [spec.real_page_size_bytes for spec in layers.values() if isinstance(spec, MambaSpec)]
     if not attention or not states:
         return None
     tokens = math.ceil(max(states) / max(attention))
-    # On CPUs vLLM takes multiples of 32.
-    blocks = {size: -(-tokens // size) * size for size in (128, 64, 32)}
-    shortest = min(blocks.values())
-    if shortest >= vllm_config.cache_config.block_size:
-        return None
-    return next(size for size, block in blocks.items() if block == shortest)
+    # On CPUs vLLM takes multiples of 32. Of equal blocks the first size is advised.
+    block, size = min((-(-tokens // size) * size, -size) for size in (128, 64, 32))
+    return -size if block < vllm_config.cache_config.block_size else None
 
 
 def _less_padding(
     vllm_config: VllmConfig, settings: Settings, layers: Mapping[str, KVCacheSpec]
 ) -> str:
-    """Return the setting that reduces padding: `min_waste` wastes no more than other strategies."""
+    """Return what reduces padding: `min_waste` wastes no more than other strategies."""
     if settings.unify_page_sizes != "min_waste":
-        return "choose unify_page_sizes=min_waste"
+        return _set(settings, "unify_page_sizes", "min_waste")
     modes = {spec.kv_quant_mode for spec in layers.values() if isinstance(spec, AttentionSpec)}
     if len(modes) > 1:
-        if settings.boundary_layers and not vllm_config.model_config.is_hybrid:
-            return "set boundary_layers to 0, which quantises the outermost layers too"
-        return "quantise all layers: drop --kv-cache-dtype-skip-layers"
-    return "no setting avoids it, because no smaller page suits all layers of this model"
+        return _quantise_all(vllm_config, settings)
+    return "no other page size leaves less padding for the layers of this model"
+
+
+def own_grouping(vllm_config: VllmConfig | None) -> str | None:
+    """Return what makes the KV cache groups instead of vLLM's `get_kv_cache_groups`.
+
+    It may still call vLLM's function; whether it did is known only after planning.
+
+    Args:
+        vllm_config: The engine's configuration. None checks the platform only.
+
+    Returns:
+        The platform's builder or the model's class; None if vLLM groups the layers, as vLLM 0.32
+        always does.
+    """
+    platform = type(vllm.platforms.current_platform)
+    if not hasattr(platform, "get_kv_cache_config_builder_cls"):
+        return None
+    from vllm.v1.core.kv_cache_planning import DefaultKVCacheConfigBuilder
+
+    try:
+        name = platform.get_kv_cache_config_builder_cls(vllm_config)
+    except Exception:
+        # Some platforms cannot choose without a configuration.
+        return f"the KV cache config builder that {platform.__module__}.{platform.__name__} chooses"
+    builder = resolve_obj_by_qualname(name)
+    if builder.get_kv_cache_groups is not DefaultKVCacheConfigBuilder.get_kv_cache_groups:
+        return f"the platform's KV cache config builder {name}"
+    if vllm_config is not None and vllm_config.model_config.supports_kv_cache_grouping:
+        return f"the model's class {vllm_config.model_config.architecture}"
+    return None

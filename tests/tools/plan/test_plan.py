@@ -251,14 +251,14 @@ SKIP_3 = {"kv_cache_dtype_skip_layers": ["3"]}
 @pytest.mark.parametrize(
     ("model", "device", "arguments", "settings", "advice", "better"),
     [
-        (small_gemma3, "cpu", {}, {}, "boundary_layers to 0", ({}, {"boundary_layers": 0})),
+        (small_gemma3, "cpu", {}, {}, "set boundary_layers=0", ({}, {"boundary_layers": 0})),
         (
             small_gemma3, "cpu", {}, {"unify_page_sizes": "stock"}, "unify_page_sizes=min_waste",
             ({}, {"unify_page_sizes": "min_waste"}),
         ),
-        (qwen3_6, "gpu", SKIP_3, {}, "drop --kv-cache-dtype-skip-layers", ({}, {})),
+        (qwen3_6, "gpu", SKIP_3, {}, "remove --kv-cache-dtype-skip-layers", ({}, {})),
         (
-            small_qwen3_next, "cpu", SHORT, {}, "give --block-size 32",
+            small_qwen3_next, "cpu", SHORT, {}, "pass --block-size 32",
             ({**SHORT, "block_size": 32}, {}),
         ),
     ],

@@ -194,7 +194,7 @@ class Probe:
 
     def grouping(self) -> str | None:
         """Return what the platform groups the layers of a KV cache with; None for vLLM's own."""
-        from vllm_hybrid_kv.planning.grouping import own_grouping
+        from vllm_hybrid_kv.planning.warnings import own_grouping
 
         return own_grouping(None)
 

@@ -18,8 +18,8 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from tests.plugin import page_oracle
-from tests.plugin.layers import attention, mla, named, pages, state
+from tests.planning import page_oracle
+from tests.planning.layers import attention, mla, named, pages, state
 from vllm_hybrid_kv.planning.lcm import unify_by_lcm
 from vllm_hybrid_kv.planning.min_waste import TOLERANCE, unify_with_least_waste, waste
 from vllm_hybrid_kv.planning.page_sizes import check_page_sizes

@@ -30,7 +30,7 @@ from vllm.v1.worker.utils import (
     prepare_kernel_block_sizes,
 )
 
-from tests.plugin.layers import named, state
+from tests.planning.layers import named, state
 from vllm_hybrid_kv.attention.backend import K8V4AttentionBackend
 from vllm_hybrid_kv.planning.min_waste import unify_with_least_waste
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.v1.kv_cache_interface import MambaSpec, SlidingWindowSpec
 
-from tests.plugin.layers import attention, mla, pages, state
+from tests.planning.layers import attention, mla, pages, state
 from vllm_hybrid_kv.errors import HybridKVStrategyError
 from vllm_hybrid_kv.planning.lcm import unify_by_lcm
 from vllm_hybrid_kv.planning.page_sizes import check_page_sizes
@@ -73,7 +73,7 @@ def test_layers_that_lcm_cannot_unify_are_named_with_their_sizes_and_a_way_out()
     assert str(error.value) == (
         "lcm: layer mla.0 and 1 more (MLAAttentionSpec) has a page of 73,728 bytes for 64 tokens, "
         "which can be neither scaled nor padded to the 76,800 bytes that the other layers' pages "
-        "divide; choose unify_page_sizes=min_waste, which looks for other sizes, or another "
+        "divide; choose unify_page_sizes=min_waste, which tries other sizes, or another "
         "--block-size"
     )
 
@@ -138,5 +138,5 @@ def test_an_answer_without_a_layer_is_refused():
 
 
 def test_an_answer_that_is_no_dict_is_refused():
-    with pytest.raises(HybridKVStrategyError, match="must answer with a dict of specs"):
+    with pytest.raises(HybridKVStrategyError, match="must return a dict of specs"):
         check_page_sizes(BEFORE, list(BEFORE.values()), "strategy 'odd'")

@@ -17,8 +17,8 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from tests.plugin.layers import attention, blocks, mla, named, pages, state
-from tests.plugin.page_oracle import match_unit_of
+from tests.planning.layers import attention, blocks, mla, named, pages, state
+from tests.planning.page_oracle import match_unit_of
 from vllm_hybrid_kv.planning.lcm import unify_by_lcm
 from vllm_hybrid_kv.planning.min_waste import (
     LONGEST_SEQUENCE,
@@ -52,7 +52,7 @@ def test_a_small_attention_page_beside_a_large_state_is_filled_and_padded(log):
     assert log.lines(logging.INFO) == [
         "min_waste: pages of 12,648,448 bytes, 0.02 % of the pool is padding",
         "min_waste: 1 layers (FullAttentionSpec, blocks of 16,288 tokens) use 12,639,488 bytes of "
-        "a page, 0.07 % of it is padding",
+        "each page, 0.07 % of it is padding",
     ]
     assert waste(specs, unified) < waste(specs, unify_by_lcm(specs))
 
@@ -294,12 +294,12 @@ def test_what_cannot_be_unified_is_said_with_layers_sizes_and_a_way_out():
     with pytest.raises(NotImplementedError) as error:
         unify_with_least_waste(specs, longest=4_096)
     assert str(error.value) == (
-        "min_waste: layer mla.0 and 1 more (MLAAttentionSpec) has a page of 73,792 bytes for 64 "
-        "tokens; layer draft (MLAAttentionSpec) has a page of 73,664 bytes for 64 tokens. These "
-        "pages can only be scaled as a whole, the largest page of all layers holds 73,792 bytes, "
-        "and no size from there to 4,722,688 bytes, where a block holds the 4,096 tokens of "
-        "max_model_len, is a multiple of all of them. Give these layers equal pages (one "
-        "--kv-cache-dtype, a draft model of the same shape) or change --block-size"
+        "min_waste: no page size suits all layers: layer mla.0 and 1 more (MLAAttentionSpec) has a "
+        "page of 73,792 bytes for 64 tokens; layer draft (MLAAttentionSpec) has a page of 73,664 "
+        "bytes for 64 tokens. These pages can only be scaled by whole blocks, and no size from "
+        "73,792 bytes (the largest page) to 4,722,688 bytes (a block of max_model_len, 4,096 "
+        "tokens) is a multiple of all of them. Use one --kv-cache-dtype for all layers, a draft "
+        "model of the same shape, or another --block-size"
     )
 
 

@@ -85,9 +85,9 @@ def test_a_prefix_cache_that_no_prompt_can_hit_is_warned_of(config):
     config.model_config.max_model_len = BLOCK + 1
     (line,) = lines(config, groups, Settings(prefix_match_unit="stock"))
     assert line == (
-        "prefix caching is on and cannot hit: the shortest prompt that can has 257 tokens, with "
-        "an answer more than --max-model-len 257; choose prefix_match_unit=auto, raise "
-        "--max-model-len above 257, or turn it off with --no-enable-prefix-caching"
+        "prefix caching is on but can never hit: the shortest prompt that can hit has 257 tokens, "
+        "and with one token of answer it exceeds --max-model-len 257; set prefix_match_unit=auto, "
+        "raise --max-model-len above 257, or pass --no-enable-prefix-caching"
     )
     config.model_config.max_model_len = BLOCK + 2
     assert lines(config, groups) == []
@@ -110,15 +110,16 @@ def test_a_cache_dtype_that_no_layer_has_is_warned_of(config, dtype):
     config.cache_config.cache_dtype = dtype
     (line,) = lines(config, plan(PLAIN, WINDOW))
     assert line == (
-        f"--kv-cache-dtype {dtype} is used on none of the 2 attention layers with a KV cache; "
-        "give --kv-cache-dtype auto, which is what it does now"
+        f"--kv-cache-dtype {dtype} has no effect: none of the 2 attention layers with a KV cache "
+        "uses it; pass --kv-cache-dtype auto, which stores the same"
     )
     config.cache_config.kv_cache_dtype_skip_layers = ["0", "sliding_window"]
     (line,) = lines(config, plan(PLAIN, WINDOW))
-    assert line.endswith(
-        "; layers 0 sliding_window stay unquantised by boundary_layers or "
-        "--kv-cache-dtype-skip-layers"
-    )
+    advice = {
+        "turboquant_k8v4": "set boundary_layers=0 to quantise the outermost layers, too",
+        "fp8": "remove --kv-cache-dtype-skip-layers to quantise all layers",
+    }
+    assert line.endswith(f"; layers 0 sliding_window are skipped: {advice[dtype]}")
 
 
 def test_one_layer_that_has_the_cache_dtype_is_enough(config):
@@ -145,7 +146,9 @@ def test_layers_are_asked_where_one_stands_for_its_group_in_the_schedulers_plan(
 def test_a_model_of_states_alone_uses_no_cache_dtype(config):
     config.cache_config.cache_dtype = "fp8"
     (line,) = lines(config, plan(state(1000)))
-    assert "none of the 0 attention layers with a KV cache; give --kv-cache-dtype auto" in line
+    assert (
+        "none of the 0 attention layers with a KV cache uses it; pass --kv-cache-dtype auto" in line
+    )
 
 
 def test_padding_counts_by_the_blocks_that_the_longest_request_holds(config):
@@ -159,9 +162,9 @@ def test_padding_counts_by_the_blocks_that_the_longest_request_holds(config):
     assert padding_share(config, groups) == pytest.approx(1 / 19)
     (line,) = lines(config, groups, layers={"layer.0": PLAIN, "layer.1": state(page)})
     assert line == (
-        "5.3 % of the KV pool is padding (most of it in pages as layer layer.1 has: "
-        f"{page // 2:,} bytes in {page:,}); no setting avoids it, because no smaller page suits "
-        "all layers of this model"
+        "5.3 % of the KV pool is padding, most of it in pages like that of layer layer.1 "
+        f"({page // 2:,} of {page:,} bytes used); no other page size leaves less padding for the "
+        "layers of this model"
     )
     (line,) = lines(
         config,
@@ -169,7 +172,7 @@ def test_padding_counts_by_the_blocks_that_the_longest_request_holds(config):
         layers={"layer.0": PLAIN, "layer.1": state(page)},
         settings=Settings(unify_page_sizes="lcm"),
     )
-    assert line.endswith("; choose unify_page_sizes=min_waste")
+    assert line.endswith("; set unify_page_sizes=min_waste")
 
 
 def test_states_that_vllm_padded_itself_need_another_block_size(config):
@@ -177,14 +180,15 @@ def test_states_that_vllm_padded_itself_need_another_block_size(config):
     config.model_config.max_model_len = 4 * BLOCK
     groups, layers = plan(PLAIN, padded), {"layer.0": PLAIN, "layer.1": padded}
     (line,) = lines(config, groups, layers=layers)
-    assert line.endswith("vLLM pads states to a page of attention: give --block-size 32")
+    assert line.endswith("; pass --block-size 32, because vLLM pads states to a page of attention")
     config.cache_config.block_size = 32
     (line,) = lines(config, groups, layers=layers)
-    assert line.endswith("and no --block-size pads them less")
+    assert line.endswith("and no --block-size makes that page smaller")
     config.cache_config.kv_cache_dtype_skip_layers = ["7"]
     (line,) = lines(config, groups, layers=layers)
     assert line.endswith(
-        "vLLM pads states to a page of attention: drop --kv-cache-dtype-skip-layers"
+        "; remove --kv-cache-dtype-skip-layers, because vLLM pads states to the largest page of "
+        "attention"
     )
 
 
@@ -285,11 +289,11 @@ def test_start_up_logs_each_line_once_whatever_the_strategies(start_up, make_con
     # 99 blocks of 256 tokens besides the null block; the longest request of 27,680 has 109.
     assert info == (
         "KV cache of 100 blocks: 25,394 tokens in requests of max_model_len (27,680 tokens), 0.91 "
-        "of them at once; 0 whole ones always fit next to vLLM's null block"
+        "of them at once; 0 whole requests always fit next to vLLM's null block"
     )
     assert short == "Short requests (512 tokens): 49 always fit at once, 25,088 tokens"
     assert config.cache_config.kv_cache_size_tokens == 25_394
-    assert "used on none of the 1 attention layers" in warning
+    assert "none of the 1 attention layers" in warning
 
 
 def test_the_unit_that_a_strategy_chooses_is_the_one_that_hits_are_counted_by(

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Capacities and the groups that count, with the shapes of vLLM's #40384 and #40417.
+
+`tests/coordinator/test_pool_capacity.py` compares the capacities with what vLLM admits.
+"""
+
+import pytest
+import torch
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+    SlidingWindowMLASpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
+
+from vllm_hybrid_kv.errors import HybridKVStrategyError
+from vllm_hybrid_kv.planning.capacity import (
+    GrowingGroups,
+    blocks_per_request,
+    capacity,
+    check_capacity_groups,
+)
+
+SHAPE = {"block_size": 16, "num_kv_heads": 1, "head_size": 64, "dtype": torch.bfloat16}
+FULL = FullAttentionSpec(**SHAPE)
+MLA = MLAAttentionSpec(**SHAPE)
+WINDOW = SlidingWindowSpec(**SHAPE, sliding_window=128)
+WINDOW_MLA = SlidingWindowMLASpec(**SHAPE, sliding_window=128)
+CHUNKED = ChunkedLocalAttentionSpec(**SHAPE, attention_chunk_size=128)
+LEN, BLOCK = 27_680, 2_768
+
+
+def mamba(mode, **fields):
+    return MambaSpec(16, shapes=((8,),), dtypes=(torch.float32,), mamba_cache_mode=mode, **fields)
+
+
+def plan(*specs, num_blocks=10):
+    groups = [KVCacheGroupSpec([f"layer.{index}"], spec) for index, spec in enumerate(specs)]
+    return KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
+
+
+def growing(planned):
+    """The indices of the groups that the strategy `growing` counts."""
+    groups = GrowingGroups().hybrid_kv_token_capacity_groups(kv_cache_config=planned)
+    return [int(group.layer_names[0].removeprefix("layer.")) for group in groups]
+
+
+UNIFORM = UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"a": FULL, "b": FULL})
+
+
+@pytest.mark.parametrize(
+    ("specs", "counted"),
+    [
+        pytest.param([FULL, MLA], [0, 1], id="full attention and MLA"),
+        pytest.param([WINDOW, FULL, WINDOW_MLA], [1], id="windows"),
+        pytest.param([CHUNKED, FULL], [1], id="chunks"),
+        pytest.param([mamba("none"), mamba("align"), FULL], [2], id="states"),
+        pytest.param([WINDOW, mamba("all")], [1], id="a state per block"),
+        pytest.param([WINDOW, UNIFORM], [1], id="a group with one spec per layer"),
+        pytest.param([WINDOW, mamba("align")], [0, 1], id="only bounded groups"),
+    ],
+)
+def test_groups_that_grow_with_the_sequence_count(specs, counted):
+    assert growing(plan(*specs)) == counted
+
+
+def test_all_groups_count_if_only_groups_in_host_memory_grow():
+    planned = plan(FULL, WINDOW)
+    planned.kv_cache_groups[0].host_resident = True
+    assert growing(planned) == [0, 1]
+
+
+def test_any_choice_of_the_plans_groups_is_accepted():
+    planned = plan(FULL, WINDOW)
+    check_capacity_groups(planned, planned.kv_cache_groups[1:], "strategy 'odd'")
+
+
+@pytest.mark.parametrize(
+    ("choose", "message"),
+    [
+        (lambda groups: plan(FULL).kv_cache_groups, "chose a KV group that is not"),
+        (lambda groups: [groups[1], groups[1]], r"chose the KV group of layer layer\.1 twice"),
+        (lambda groups: groups[:1], "none of them in device memory"),
+        (lambda groups: [], "none of them in device memory"),
+        (lambda groups: 1, "must return a list of KV groups"),
+    ],
+)
+def test_an_invalid_choice_of_groups_is_refused(choose, message):
+    planned = plan(FULL, WINDOW)
+    planned.kv_cache_groups[0].host_resident = True
+    with pytest.raises(HybridKVStrategyError, match=f"strategy 'odd' .*{message}"):
+        check_capacity_groups(planned, choose(planned.kv_cache_groups), "strategy 'odd'")
+
+
+@pytest.fixture(scope="module")
+def config_of(model):
+    """Changes the cache mode and length of one real configuration."""
+    made = EngineArgs(
+        model=str(model),
+        skip_tokenizer_init=True,
+        max_num_batched_tokens=4096,
+        async_scheduling=False,
+    ).create_engine_config()
+
+    def make(mode="none", max_model_len=LEN):
+        made.cache_config.mamba_cache_mode = mode
+        made.model_config.max_model_len = max_model_len
+        return made
+
+    return make
+
+
+def hybrid(full, states, mode, num_blocks=262):
+    """The shapes of #40384: groups of attention and groups of states with equal pages."""
+    attention = FullAttentionSpec(
+        block_size=BLOCK, num_kv_heads=2, head_size=256, dtype=torch.uint8, state_content_bytes=388
+    )
+    page = attention.page_size_bytes
+    states_block = LEN if mode == "none" else BLOCK
+    spec = MambaSpec(states_block, shapes=((page,),), dtypes=(torch.uint8,), mamba_cache_mode=mode)
+    return plan(*[attention] * full, *[spec] * states, num_blocks=num_blocks)
+
+
+@pytest.mark.parametrize(
+    ("full", "states", "mode", "grow", "before", "after"),
+    [
+        pytest.param(1, 0, "none", 1, 725_216, 725_216, id="attention"),
+        # The example of #40384.
+        pytest.param(2, 3, "align", 2, 143_936, 362_608, id="two of attention, three of states"),
+        pytest.param(1, 1, "none", 1, 362_608, 725_216, id="one of attention, one of states"),
+        pytest.param(1, 3, "align", 1, 179_920, 725_216, id="one of attention, three of states"),
+        pytest.param(1, 3, "all", 4, 179_920, 179_920, id="a state per block"),
+        pytest.param(0, 3, "align", 3, 240_816, 240_816, id="states"),
+    ],
+)
+def test_the_shapes_of_40384_have_the_numbers_that_it_reports(
+    full, states, mode, grow, before, after, config_of
+):
+    planned = hybrid(full, states, mode)
+    assert len(growing(planned)) == grow
+    # Tokens of the counted groups' share of the pool, before and after #40384.
+    assert [262 // counted * BLOCK for counted in (full + states, grow)] == [before, after]
+    # Its number before is the capacity for requests of one block; the null block may cost one.
+    fit = capacity(config_of(mode, BLOCK), planned).max_len_requests
+    assert before - BLOCK <= fit * BLOCK <= before
+
+
+def test_long_requests_get_most_of_the_capacity_of_the_growing_groups(config_of):
+    found = capacity(config_of("align"), hybrid(2, 3, "align"))
+    # 10 blocks in each of the two groups that grow, and two states in each of the other three.
+    assert found.max_len_requests == 261 // 26
+    assert found.concurrency == 262 / 26
+    assert found.max_len_tokens == int(262 / 26 * LEN) == 278_929
+    # The longer the requests, the nearer to the number of #40384.
+    longer = capacity(config_of("align", 100 * BLOCK), hybrid(2, 3, "align"))
+    assert found.max_len_tokens < longer.max_len_tokens < 362_608
+    assert longer.max_len_tokens == int(262 / 206 * 100 * BLOCK)
+
+
+@pytest.mark.parametrize("bounded", [WINDOW, WINDOW_MLA, CHUNKED])
+def test_windows_and_chunks_are_bounded_as_in_40417(bounded, config_of):
+    found = capacity(config_of(max_model_len=16_384), plan(FULL, *[bounded] * 5, num_blocks=60_001))
+    assert (found.short_request, found.short_requests) == (512, 60_000 // (6 * 32))
+    # 128 tokens and the 4096 in flight instead of 16,384.
+    in_flight = 4096 + 128
+    least, most = in_flight // 16 - 1, in_flight // 16 + 1
+    assert 60_000 // (1024 + 5 * most) <= found.max_len_requests <= 60_000 // (1024 + 5 * least)
+
+
+def test_whole_requests_do_not_use_the_null_block(config_of):
+    found = capacity(config_of(max_model_len=1600), plan(FULL, num_blocks=300))
+    assert (found.concurrency, found.max_len_tokens) == (3.0, 4800)
+    assert (found.max_len_requests, found.short_requests) == (2, 299 // 32)
+
+
+def test_the_reported_size_equals_the_one_of_vllm(config_of):
+    config, planned = config_of("align"), hybrid(2, 3, "align")
+    found = capacity(config, planned)
+    stock = kv_cache_utils.get_kv_cache_capacity(config, planned)
+    assert stock == (found.max_len_tokens, found.concurrency)
+
+
+def test_a_short_request_is_not_longer_than_max_model_len(config_of):
+    found = capacity(config_of(max_model_len=90), plan(FULL, num_blocks=101))
+    assert (found.short_request, found.short_requests) == (90, 100 // 6)
+
+
+def test_a_request_that_does_not_fit_into_the_pool_counts_as_a_fraction(config_of):
+    found = capacity(config_of(), plan(FULL))
+    assert found.concurrency == 10 / (LEN // 16)
+    assert (found.max_len_requests, found.short_requests) == (0, 0)
+    assert ", 0.00 of them at once; 0 whole requests" in found.describe()[0]
+
+
+def test_a_different_reported_size_is_explained_in_the_log(config_of):
+    found = capacity(config_of("align"), hybrid(2, 3, "align"))
+    assert len(found.describe()) == len(found.describe(found.max_len_tokens)) == 2
+    assert "362,608 tokens, counts only" in found.describe(362_608)[2]
+
+
+def test_draft_tokens_need_additional_states(config_of):
+    spec = mamba("align", num_speculative_blocks=3)
+    config = config_of("align", 160)
+    assert [blocks_per_request(config, spec, tokens) for tokens in (1, 16, 17, 160)] == [4, 4, 5, 5]

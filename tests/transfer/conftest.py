@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fixtures of `tests/plugin` with real engine configurations."""
+
+from tests.plugin.conftest import (
+    _no_settings_from_outside,
+    log,
+    make_config,
+    model,
+    pytest_configure,
+)
+
+__all__ = ["_no_settings_from_outside", "log", "make_config", "model", "pytest_configure"]
