@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine.machine import host
+from testing.machine import host
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINED = ROOT / "tests" / "recall" / "models" / "gemma3"

@@ -35,7 +35,7 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from benchmarks.engine.machine import host
+from testing.machine import host
 from vllm_hybrid_kv.planning.lcm import unify_by_lcm
 from vllm_hybrid_kv.planning.min_waste import REFERENCE_REQUEST, unify_with_least_waste, waste
 

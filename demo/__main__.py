@@ -20,7 +20,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from demo.capacity import Capacity, planning
 from testing.models import build_model, qwen3_next_config
-from testing.server import Server, ServerError, serve
+from testing.processes import ProcessError
+from testing.server import Server, serve
 
 CACHE_DTYPE = "turboquant_k8v4"
 MAX_MODEL_LEN = 4096
@@ -66,7 +67,7 @@ def main() -> int:
         except KeyboardInterrupt:
             console.print("Interrupted; the server is stopped.", style="red")
             return 130
-        except (ServerError, openai.OpenAIError, httpx.HTTPError) as error:
+        except (ProcessError, openai.OpenAIError, httpx.HTTPError) as error:
             log = getattr(error, "log", None) or log
             if log.exists():
                 console.rule(f"end of {log.name}")
@@ -127,7 +128,7 @@ def _ask(server: Server) -> None:
 
 def _print_answer(kind: str, prompt: str, answer: str | None, usage: Any) -> None:
     if not answer:
-        raise ServerError(f"{kind}: the server answered without any text")
+        raise ProcessError(f"{kind}: the server answered without any text")
     console.print(f"{kind}: {usage.prompt_tokens} prompt tokens", style="bold")
     console.print(f"  > {prompt}", markup=False)
     console.print(f"  {answer.strip()}", markup=False)
@@ -138,7 +139,7 @@ def _served_capacity(server: Server) -> Capacity:
     tokens = server.find_in_log(r"KV cache size: ([\d,]+) tokens")
     info = re.search(r"^vllm:cache_config_info\{(.*)\} ", _metrics(server), re.MULTILINE)
     if info is None:
-        raise ServerError("the server's metrics have no vllm:cache_config_info")
+        raise ProcessError("the server's metrics have no vllm:cache_config_info")
     labels = dict(re.findall(r'(\w+)="([^"]*)"', info.group(1)))
     return Capacity(
         tokens=int(tokens.replace(",", "")),
@@ -166,14 +167,14 @@ def _show_prefix_cache(server: Server) -> None:
     for name in ("queries", "hits"):
         found = re.search(rf"^vllm:prefix_cache_{name}_total\{{.*\}} (\S+)", metrics, re.MULTILINE)
         if found is None:
-            raise ServerError(f"the server's metrics have no vllm:prefix_cache_{name}_total")
+            raise ProcessError(f"the server's metrics have no vllm:prefix_cache_{name}_total")
         counts[name] = float(found.group(1))
     console.print(
         f"Prefix cache: {counts['queries']:.0f} tokens asked for, {counts['hits']:.0f} found "
         f"({counts['hits'] / counts['queries']:.0%})."
     )
     if not counts["hits"]:
-        raise ServerError("prompts that were sent twice were not found in the prefix cache")
+        raise ProcessError("prompts that were sent twice were not found in the prefix cache")
 
 
 def _metrics(server: Server) -> str:

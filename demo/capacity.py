@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from testing.server import START_TIMEOUT_S, ServerError, kill_group, start_group
+from testing.processes import ProcessError, kill_group, start_group
+from testing.server import ENVIRONMENT, START_TIMEOUT_S
 
 MARK = "capacity: "
 """Stands before the line of JSON, among whatever vLLM prints."""
@@ -71,30 +72,30 @@ class Plan:
         self.log = log
         self._arguments = engine_arguments
         command = [sys.executable, "-m", "demo.capacity", str(model), json.dumps(engine_arguments)]
-        self._process = start_group(command, log, **PLAN_ENVIRONMENT)
+        self._process = start_group(command, log, {**ENVIRONMENT, **PLAN_ENVIRONMENT})
 
     def check(self) -> None:
-        """Raise a ServerError if the process has failed."""
+        """Raise a ProcessError if the process has failed."""
         if self._process.poll():
-            raise ServerError(f"vLLM did not plan a cache for {self._arguments}", self.log)
+            raise ProcessError(f"vLLM did not plan a cache for {self._arguments}", self.log)
 
     def result(self) -> Capacity:
         """Wait for the plan.
 
         Raises:
-            ServerError: vLLM does not start with these arguments, or takes too long.
+            ProcessError: vLLM does not start with these arguments, or takes too long.
         """
         try:
             self._process.wait(START_TIMEOUT_S)
         except subprocess.TimeoutExpired as error:
-            raise ServerError(
+            raise ProcessError(
                 f"vLLM did not plan a cache in {START_TIMEOUT_S:.0f} s", self.log
             ) from error
         self.check()
         # Wherever it stands in a line: vLLM's progress bars go to the same file.
         found = re.search(rf"{MARK}({{.*?}})", self.log.read_text(errors="replace"))
         if found is None:
-            raise ServerError("vLLM planned a cache without saying which", self.log)
+            raise ProcessError("vLLM planned a cache without saying which", self.log)
         return Capacity(**json.loads(found.group(1)))
 
     def stop(self) -> None:

@@ -28,7 +28,7 @@ from benchmarks.coordinator.contents import (
     models,
     prompt_hashes,
 )
-from benchmarks.engine.machine import host
+from testing.machine import host
 from vllm_hybrid_kv.coordinator.fixed_point import FixedPointCoordinator
 
 COORDINATORS = {"vLLM": HybridKVCacheCoordinator, "fixed_point": FixedPointCoordinator}

@@ -33,13 +33,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.engine import configurations as known
-from benchmarks.engine import machine, report, subjects
+from benchmarks.engine import report, subjects
 from benchmarks.engine.checks import ModelChecks, start_unquantised
-from benchmarks.engine.configurations import Place
+from benchmarks.engine.configurations import Place, find_place
 from benchmarks.engine.process import EngineError, Engines
 from benchmarks.engine.results import Gap, Results, Verdict
 from benchmarks.engine.speed import ModelSpeed
 from benchmarks.engine.subjects import Sizes
+from testing import machine
 from testing.models import build_model
 
 PARTS = ("checks", "speed")
@@ -179,7 +180,7 @@ def main() -> int:
     """Run the command and return its exit status."""
     arguments = parse()
     try:
-        place, described = machine.find()
+        place, described = find_place(), machine.vllm_platform()
     except (ImportError, RuntimeError) as error:
         raise SystemExit(f"python -m benchmarks.engine: {error}") from error
     results = Results()

@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from testing.machine import has_compiled_extension
+
 K8V4 = "turboquant_k8v4"
 HYBRIDS = ("qwen3-next", "qwen3.5")
 """Models with Gated DeltaNet. vLLM can draft with a multi-token prediction layer for both."""
@@ -47,6 +49,21 @@ class Place:
     def has_graphs(self) -> bool:
         """Whether vLLM can capture graphs here."""
         return self.device != "cpu" and self.compiled
+
+
+def find_place() -> Place:
+    """Return the place that vLLM runs on here.
+
+    Raises:
+        ImportError: vLLM is not installed.
+        RuntimeError: vLLM finds no device.
+    """
+    from vllm.platforms import current_platform
+
+    device = current_platform.device_type
+    if not device:
+        raise RuntimeError("vLLM finds no device here that it can run on")
+    return Place(device, has_compiled_extension(), current_platform.get_device_total_memory())
 
 
 @dataclass(frozen=True)

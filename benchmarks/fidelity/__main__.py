@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.engine.machine import cpu_name
 from benchmarks.fidelity import measure, prompts, report, sources
 from benchmarks.fidelity.rules import BESIDE_STOCK, EXACT, OURS, STOCK
+from vllm_hybrid_kv.tools.machine import cpu_model
 
 HEAD_SIZES = (64, 96, 128, 256)
 SEEDS = {512: 4, 2048: 2}
@@ -138,7 +138,7 @@ def main() -> None:
         sizes, seeds, many = (64, 128), {512: 2}, 1
     result = {
         "machine": {
-            "cpu": cpu_name(),
+            "cpu": cpu_model(),
             "Python": platform.python_version(),
             "torch": torch.__version__,
         },

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine.machine import host
 from benchmarks.prefix_cache.cases import (
     BY_MODEL,
     CONTROL,
@@ -42,6 +41,7 @@ from benchmarks.prefix_cache.processes import ROOT, ChildError, answers
 from benchmarks.prefix_cache.report import markdown
 from benchmarks.prefix_cache.runs import JOURNAL, Journal, SourcesChangedError, sweep, trace_key
 from benchmarks.prefix_cache.worker import sources_fingerprint
+from testing.machine import host
 from vllm_hybrid_kv.tools.replay.trace import TraceError, shareable_tokens
 
 NAME = "prefix_cache"

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vllm_hybrid_kv
-from benchmarks.engine.machine import first_version
 from benchmarks.prefix_cache.cases import (
     CONCURRENCY,
     GIB,
@@ -28,6 +27,7 @@ from benchmarks.prefix_cache.cases import (
     fingerprint,
 )
 from benchmarks.prefix_cache.processes import serve
+from testing.machine import first_version
 
 if TYPE_CHECKING:
     from vllm_hybrid_kv.tools.plan.engine import Engine, Model

@@ -21,7 +21,7 @@ import pytest
 
 import demo.__main__ as demo_main
 from demo.capacity import MARK, Capacity, planning
-from testing.server import ServerError, start_group
+from testing.processes import ProcessError, start_group
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 500.0
@@ -137,11 +137,11 @@ def test_a_failed_plan_is_noticed_and_points_to_its_log(
 ) -> None:
     fake_vllm("raise ValueError('no room for a cache')")
     with planning(Path("some-model"), {}, tmp_path / "log") as plan:
-        with pytest.raises(ServerError, match=r"did not plan a cache for \{\}") as caught:
+        with pytest.raises(ProcessError, match=r"did not plan a cache for \{\}") as caught:
             plan.result()
         assert caught.value.log is not None
         assert "ValueError: no room for a cache" in caught.value.log.read_text()
-        with pytest.raises(ServerError):
+        with pytest.raises(ProcessError):
             plan.check()
 
 
@@ -151,7 +151,7 @@ def test_a_plan_that_says_nothing_is_an_error(
     fake_vllm("raise SystemExit(0)")
     with (
         planning(Path("some-model"), {}, tmp_path / "log") as plan,
-        pytest.raises(ServerError, match="without saying which") as caught,
+        pytest.raises(ProcessError, match="without saying which") as caught,
     ):
         plan.result()
     assert caught.value.log == tmp_path / "log"
@@ -248,7 +248,7 @@ def test_the_table_shows_each_cache_in_its_own_row(capsys: pytest.CaptureFixture
 
 
 def test_an_empty_answer_is_an_error() -> None:
-    with pytest.raises(ServerError, match="chat, again: the server answered without any text"):
+    with pytest.raises(ProcessError, match="chat, again: the server answered without any text"):
         demo_main._print_answer("chat, again", "a question", "", None)
 
 
@@ -265,7 +265,7 @@ def test_prompts_that_miss_the_prefix_cache_are_an_error(
     if error is None:
         demo_main._show_prefix_cache(None)
     else:
-        with pytest.raises(ServerError, match=error):
+        with pytest.raises(ProcessError, match=error):
             demo_main._show_prefix_cache(None)
     said = f"Prefix cache: 1280 tokens asked for, {hits} found ({hits / 1280:.0%})."
     assert said in capsys.readouterr().out
@@ -307,7 +307,7 @@ def test_the_demo_serves_answers_measures_and_leaves_no_process(started: Started
     asked, found = map(int, counted.groups())
     assert asked > found >= 2 * 256
 
-    assert "none of its processes is left" in output
+    assert "no process is left" in output
     assert not started.left()
 
 

@@ -15,12 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 import benchmarks.engine.__main__ as command
-from benchmarks.engine import configurations, machine, process, report, subjects
+from benchmarks.engine import configurations, process, report, subjects
 from benchmarks.engine.comparing import Bounds, choose, compare, decisive, far_from_unquantised
 from benchmarks.engine.configurations import AUTO, K8V4, REFERENCE, Configuration, Place
 from benchmarks.engine.process import Engine, EngineError, Engines
 from benchmarks.engine.results import Check, Gap, Results, Speed, Verdict
 from benchmarks.engine.worker import reason
+from testing import machine
 from testing.models import build_model, qwen3_5_config, qwen3_next_config, with_mtp_layer
 from testing.requests import Output
 

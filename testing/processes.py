@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Child processes in process groups of their own, so that no grandchild outlives a test."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+KILL_TIMEOUT_S = 30.0
+POLL_S = 0.1
+
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Environment variables that keep vLLM from the network."""
+
+
+class ProcessError(RuntimeError):
+    """A child process failed to start, to answer or to stop.
+
+    Attributes:
+        log: The file that shows why, if there is one.
+    """
+
+    def __init__(self, message: str, log: Path | None = None) -> None:
+        super().__init__(message)
+        self.log = log
+
+
+def start_group(
+    command: Sequence[str | Path],
+    log: Path,
+    environment: Mapping[str, str | None] | None = None,
+    **options: Any,
+) -> subprocess.Popen[Any]:
+    """Start a process in a new session, which Ctrl-C does not reach.
+
+    Args:
+        command: The command line.
+        log: The file that its output is appended to.
+        environment: Changes to `os.environ` and `OFFLINE`; None removes a variable.
+        options: Further arguments of `subprocess.Popen`.
+
+    Raises:
+        KeyboardInterrupt: A signal arrived meanwhile; the process is killed.
+    """
+    changed = {**os.environ, **OFFLINE, **(environment or {})}
+    environ = {name: value for name, value in changed.items() if value is not None}
+    with _delayed_signals() as interrupts, log.open("ab") as sink:
+        default = {"stdin": subprocess.DEVNULL, "stdout": sink, "stderr": sink}
+        process = subprocess.Popen(
+            command, env=environ, start_new_session=True, **{**default, **options}
+        )
+    if interrupts:
+        kill_group(process)
+        raise KeyboardInterrupt
+    return process
+
+
+@contextlib.contextmanager
+def _delayed_signals() -> Any:
+    """Collect SIGINT and SIGTERM: an exception inside `Popen` would leave its process behind."""
+    interrupts: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupts
+        return
+    handlers = {
+        number: signal.signal(number, lambda number, frame: interrupts.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield interrupts
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def kill_group(process: subprocess.Popen[Any]) -> None:
+    """Kill a process that `start_group` started and everything in its process group.
+
+    Raises:
+        ProcessError: A process of the group still runs after `KILL_TIMEOUT_S`.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if not group_ends(process.pid, KILL_TIMEOUT_S):
+        raise ProcessError(f"process group {process.pid} survived SIGKILL")
+
+
+def group_members(group: int) -> list[psutil.Process]:
+    """Return the processes of a group that run, zombies excluded."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def group_ends(group: int, timeout_s: float) -> bool:
+    """Wait until no process of a group runs and return whether that happened in time."""
+    return wait_until(lambda: not group_members(group), timeout_s)
+
+
+def wait_until(done: Callable[[], bool], timeout_s: float) -> bool:
+    """Poll until `done()` is true and return whether that happened in time."""
+    deadline = time.monotonic() + timeout_s
+    while not done():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_S)
+    return True
