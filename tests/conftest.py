@@ -62,23 +62,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def unregistered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A process in which the plugin is not active; afterwards all is as it was before."""
-    from vllm_hybrid_kv import plugin
+    """Run the test in a process without the plugin, and restore the process afterwards."""
     from vllm_hybrid_kv.patches import base
+    from vllm_hybrid_kv.state import STATE
 
-    before = plugin.applied()
+    before = STATE.active_patches
     if before is not None:
         before.undo()
-    monkeypatch.setattr(plugin, "_applied", None)
-    monkeypatch.setattr(plugin, "_left_alone", None)
-    monkeypatch.setattr(plugin, "_announced", set())
-    # Else errors end the process as they do in one of vLLM's command line.
+    saved = dict(vars(STATE))
+    STATE.reset()
+    # Otherwise errors end the process as they do in one of vLLM's command line.
     monkeypatch.delitem(sys.modules, "vllm.entrypoints.cli.main", raising=False)
     yield
-    active = plugin.applied()
-    # First what the test rebound over us, for else its undoing would bring us back.
+    active = STATE.active_patches
+    # Undo the test's own patches first, because they would restore ours afterwards.
     monkeypatch.undo()
     if active is not None:
         active.undo()
+    vars(STATE).update(saved)
     if before is not None:
-        plugin._applied = base.apply(before.patches)
+        STATE.active_patches = base.apply(before.patches)

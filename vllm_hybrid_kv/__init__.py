@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     )
     from vllm_hybrid_kv.hooks import hookimpl
     from vllm_hybrid_kv.plugin import register
-    from vllm_hybrid_kv.settings import Settings, current_settings
+    from vllm_hybrid_kv.settings import Settings
+    from vllm_hybrid_kv.state import current_settings
 
 __all__ = [
     "HybridKVAgreementError",
@@ -49,7 +50,7 @@ _MODULE_OF_NAME = {
     "HybridKVStrategyError": "errors",
     "HybridKVVersionError": "errors",
     "Settings": "settings",
-    "current_settings": "settings",
+    "current_settings": "state",
     "hookimpl": "hooks",
     "register": "plugin",
 }

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The entry point: checks the version, applies the patches, says what is active.
+"""The entry point: checks the version, applies the patches, logs what is active.
 
 vLLM imports this module and calls `register` in every process, before it knows the engine's
-configuration. Whatever is needed beyond the standard library is imported when it is called.
+configuration. Imports beyond the standard library wait until then.
 """
 
 from __future__ import annotations
@@ -13,96 +13,54 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from vllm_hybrid_kv import INSTALL_VLLM
 from vllm_hybrid_kv.errors import (
+    HybridKVAgreementError,
     HybridKVError,
     HybridKVFingerprintError,
     HybridKVVersionError,
 )
+from vllm_hybrid_kv.state import STATE
 from vllm_hybrid_kv.version import __version__
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from vllm_hybrid_kv.hooks import Strategies
-    from vllm_hybrid_kv.patches.base import Applied
+    from vllm_hybrid_kv.patches.context import Context
     from vllm_hybrid_kv.settings import Settings
 
 NAME = "hybrid_kv"
 
-_applied: Applied | None = None
-_strategies: Strategies | None = None
-_left_alone: HybridKVError | None = None
-_announced: set[tuple[int, str]] = set()
+PARENT_VARIABLE = "HYBRID_KV_STARTED_BY"
+"""The environment variable in which a process leaves its plugin state for its children."""
 
 
 def register() -> None:
-    """Make the plugin active in this process. Calling it again does no harm.
+    """Activate the plugin in this process. Further calls check that it is still active.
 
-    On a vLLM that the plugin does not know it warns once and changes nothing, unless the user
-    named it in `VLLM_PLUGINS`.
+    On an unsupported vLLM the plugin warns once and changes nothing, unless the user named it in
+    `VLLM_PLUGINS`.
 
     Raises:
-        HybridKVError: A setting is not valid, another plugin is in the way, the process that
-            started this one has another plugin, or the plugin was named in `VLLM_PLUGINS` and
-            does not know this vLLM. vLLM lets it through, so that start-up stops. In the process
-            of a `vllm` command it is a SystemExit with the message.
+        HybridKVError: A setting is not valid, another plugin patches the same names, the parent
+            process has a different plugin state, or `VLLM_PLUGINS` names the plugin on an
+            unsupported vLLM. vLLM does not catch it, so start-up stops. In the process of a
+            `vllm` command it becomes a SystemExit with the message.
         ImportError: vLLM is not installed.
     """
-    global _applied, _left_alone
-    if _applied is not None:
-        _applied.verify()
-        return
-    if _left_alone is not None:
-        return
-    from vllm_hybrid_kv.agreement import agree
-
-    try:
-        unknown: HybridKVError | None = None
+    if STATE.active_patches is not None:
+        STATE.active_patches.verify()
+    elif STATE.why_inactive is None:
         try:
-            in_force = _activate()
-        except (HybridKVVersionError, HybridKVFingerprintError) as error:
-            if NAME in os.environ.get("VLLM_PLUGINS", "").split(","):
-                raise
-            unknown = error
-        if unknown is not None:
-            agree(f"{NAME} {__version__} inactive ({unknown})")
-            _left_alone = unknown
-            _logger().warning(
-                "%s. The plugin is inactive and vLLM is unchanged; `vllm-hybrid-kv doctor` says "
-                "more. Set VLLM_PLUGINS=%s to stop start-up instead.",
-                unknown,
-                NAME,
-            )
-            return
-        try:
-            agree(f"{NAME} {__version__} active on vLLM {vllm_version()[0]}")
-        except HybridKVError:
-            in_force.undo()
-            raise
-        _applied = in_force
-    except HybridKVError as error:
-        _stop(error)
-
-
-def applied() -> Applied | None:
-    """Return the active patches of this process, or None if the plugin is inactive."""
-    return _applied
-
-
-def left_alone() -> HybridKVError | None:
-    """Return why `register` left vLLM as it is in this process, or None where it did not."""
-    return _left_alone
-
-
-def registered_strategies() -> Strategies | None:
-    """Return the strategies of this process, or None where the plugin is inactive."""
-    return _strategies
+            STATE.why_inactive = _activate()
+        except HybridKVError as error:
+            _stop(error)
 
 
 def vllm_version() -> tuple[str, tuple[int, int]]:
-    """Return the version of vLLM in this process and its minor, one that the plugin knows.
+    """Return the version of vLLM in this process and its minor, a supported one.
 
     Raises:
-        HybridKVVersionError: The plugin does not know it.
+        HybridKVVersionError: The plugin does not support this vLLM.
         ImportError: vLLM is not installed.
     """
     try:
@@ -115,8 +73,8 @@ def vllm_version() -> tuple[str, tuple[int, int]]:
     minor = tuple(version_tuple[:2])
     if minor not in ADAPTERS:
         raise HybridKVVersionError(
-            f"{NAME} {__version__} supports vLLM {SUPPORTED}, this is vLLM {version}; "
-            "install one of them, or a vllm-hybrid-kv for this one"
+            f"{NAME} {__version__} supports vLLM {SUPPORTED}, this is vLLM {version}; install a "
+            "supported vLLM, or a vllm-hybrid-kv for this one"
         )
     return str(version), (int(minor[0]), int(minor[1]))
 
@@ -142,97 +100,145 @@ def built_in_strategies() -> Strategies:
     )
 
 
-def _activate() -> Applied:
-    global _strategies
-    version, minor = vllm_version()
+def compare_with_parent(state: str) -> None:
+    """Check that this process has the same plugin state as the process that started it.
 
+    A worker without the plugin would run vLLM's own backend on pages that the other processes
+    planned for ours. A process without a parent (such as a Ray worker) becomes the new reference.
+
+    Args:
+        state: Which plugin on which vLLM, and whether it is active.
+
+    Raises:
+        HybridKVAgreementError: The states differ.
+    """
+    import multiprocessing
+
+    parent_state = os.environ.get(PARENT_VARIABLE)
+    if multiprocessing.parent_process() is None or not parent_state:
+        os.environ[PARENT_VARIABLE] = state
+    elif state != parent_state:
+        raise HybridKVAgreementError(
+            f"the process {multiprocessing.current_process().name} has {state}, but the process "
+            f"that started it has {parent_state}. All processes of an engine need the same plugin. "
+            "Install it in all of them, and run `vllm-hybrid-kv doctor` to see what another plugin "
+            "patches"
+        )
+
+
+def _activate() -> HybridKVError | None:
+    """Apply the patches, or return why this vLLM is left unchanged."""
+    unsupported: HybridKVError | None = None
+    try:
+        version, minor = vllm_version()
+        context = _context(version)
+        # The environment's settings are known before any configuration is.
+        context.check(None)
+        patches = _apply_patches(version, minor, context)
+    except (HybridKVVersionError, HybridKVFingerprintError) as error:
+        if NAME in os.environ.get("VLLM_PLUGINS", "").split(","):
+            raise
+        unsupported = error
+    if unsupported is not None:
+        compare_with_parent(f"{NAME} {__version__} inactive ({unsupported})")
+        _logger().warning(
+            "%s. The plugin is inactive and vLLM is unchanged. Run `vllm-hybrid-kv doctor` for "
+            "details, or set VLLM_PLUGINS=%s to stop start-up instead.",
+            unsupported,
+            NAME,
+        )
+        return unsupported
+    try:
+        compare_with_parent(f"{NAME} {__version__} active on vLLM {version}")
+    except HybridKVError:
+        patches.undo()
+        raise
+    STATE.active_patches, STATE.strategies = patches, context.strategies
+    return None
+
+
+def _apply_patches(version: str, minor: tuple[int, int], context: Context) -> Any:
+    from vllm_hybrid_kv.patches import base, patches_for
+
+    try:
+        return base.apply(patches_for(minor, context))
+    except HybridKVFingerprintError as error:
+        raise HybridKVFingerprintError(
+            f"{NAME} {__version__} does not support this vLLM {version}: {error}. Another plugin "
+            "or a manual change may have patched it"
+        ) from None
+
+
+def _context(version: str) -> Context:
     import vllm.platforms
 
-    from vllm_hybrid_kv.constants import CACHE_DTYPE
     from vllm_hybrid_kv.metrics import directory
-    from vllm_hybrid_kv.patches import base, patches_for, startup
+    from vllm_hybrid_kv.patches import startup
     from vllm_hybrid_kv.patches.context import Context
-    from vllm_hybrid_kv.transfer import fingerprint
     from vllm_hybrid_kv.transfer.connectors import check_connectors
 
     strategies = built_in_strategies()
     strategies.discover()
     platform = vllm.platforms.current_platform
 
-    def announce(vllm_config: VllmConfig, settings: Settings) -> None:
-        device = platform.device_type or "unspecified device"
-        dtype = vllm_config.cache_config.cache_dtype
-        if dtype != CACHE_DTYPE:
-            kernels = f"none for cache dtype {dtype}"
-        elif context.on_cpu:
-            kernels = f"cpu:{settings.kernel_isa()}"
-        elif context.on_gpu:
-            kernels = f"triton, tile sizes {_tile_sizes(platform)}"
-        else:
-            kernels = "vLLM's own, there are none for this device"
-        line = (
-            f"{NAME} {__version__} active on vLLM {version} ({device}): "
-            f"{strategies.describe(settings)}, kernels={kernels}"
-        )
-        if (os.getpid(), line) not in _announced:
-            _announced.add((os.getpid(), line))
-            _logger().info("%s", line)
-
-    def check_transfer(vllm_config: VllmConfig) -> None:
+    def check_transfer(vllm_config: VllmConfig, _: Settings) -> None:
         if context.on_cpu or context.on_gpu:
             check_connectors(vllm_config, on_cpu=context.on_cpu)
+
+    def log_active(vllm_config: VllmConfig, settings: Settings) -> None:
+        line = (
+            f"{NAME} {__version__} active on vLLM {version} "
+            f"({platform.device_type or 'unspecified device'}): {strategies.describe(settings)}, "
+            f"kernels={_kernels(context, platform, vllm_config, settings)}"
+        )
+        if (os.getpid(), line) not in STATE.logged_lines:
+            STATE.logged_lines.add((os.getpid(), line))
+            _logger().info("%s", line)
 
     context = Context(
         strategies=strategies,
         on_cpu=bool(platform.is_cpu()),
         on_gpu=bool(platform.is_cuda_alike()),
-        announce=announce,
         stop=_stop,
-        followers=[fingerprint.follow, check_transfer, directory.follow, startup.forget],
+        on_engine_config=[check_transfer, directory.publish, startup.forget, log_active],
     )
-    # The environment's part of the settings is known before any configuration is.
-    context.check(None)
-    try:
-        in_force = base.apply(patches_for(minor, context))
-    except HybridKVFingerprintError as error:
-        raise HybridKVFingerprintError(
-            f"{NAME} {__version__} does not know this vLLM {version}: {error}. It may be "
-            "patched, by hand or by another plugin"
-        ) from None
-    _strategies = strategies
-    return in_force
+    return context
 
 
-def _tile_sizes(platform: Any) -> str:
-    """Say whether the sizes of the GPU kernels' programs were measured on such a GPU.
+def _kernels(context: Context, platform: Any, vllm_config: VllmConfig, settings: Settings) -> str:
+    from vllm_hybrid_kv.constants import CACHE_DTYPE
 
-    Asked of the platform, for torch would start CUDA in a process that may yet fork.
-    """
+    dtype = vllm_config.cache_config.cache_dtype
+    if dtype != CACHE_DTYPE:
+        return f"none for cache dtype {dtype}"
+    if context.on_cpu:
+        return f"cpu:{settings.kernel_isa()}"
+    if not context.on_gpu:
+        return "vLLM's own, because this device is neither a CPU nor a GPU"
     from vllm_hybrid_kv.kernels.triton import tuning
 
+    # From the platform, because torch would initialise CUDA in a process that may fork later.
     capability = platform.get_device_capability() if platform.is_cuda() else None
-    return tuning.origin(capability and (capability.major, capability.minor))
+    return (
+        f"triton, tile sizes {tuning.origin(capability and (capability.major, capability.minor))}"
+    )
 
 
 def _logger() -> Any:
     from vllm.logger import init_logger
 
-    # Below `vllm`, whose handlers vLLM configures.
+    # vLLM configures the handlers of `vllm`.
     return init_logger(f"vllm.{NAME}")
 
 
 def _stop(error: HybridKVError) -> NoReturn:
-    """End start-up: in a process of vLLM's command line with the message alone, else raise."""
+    """Raise the error; in the process of a `vllm` command, exit with its message alone."""
+    import multiprocessing
+
     main = getattr(sys.modules.get("__main__"), "__spec__", None)
     command_line = "vllm.entrypoints.cli.main" in sys.modules or (
         main is not None and main.name.startswith("vllm.")
     )
-    if command_line and not _is_child():
+    if command_line and multiprocessing.parent_process() is None:
         raise SystemExit(f"{NAME}: {error}") from None
     raise error
-
-
-def _is_child() -> bool:
-    import multiprocessing
-
-    return multiprocessing.parent_process() is not None

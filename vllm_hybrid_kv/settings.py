@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from vllm_hybrid_kv.errors import HybridKVSettingsError, did_you_mean
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
 
 SECTION = "hybrid_kv"
 """The key of our settings in vLLM's `--additional-config`."""
@@ -36,7 +33,8 @@ FROM_DEFAULT = "default"
 FROM_CONFIG = "--additional-config"
 
 INTERPRETER = "interpreter"
-"""The value of `cpu_isa` for the GPU kernels in Triton's interpreter."""
+"""A value of `cpu_isa` that is not an instruction set: it selects the GPU kernels on a CPU, run by
+Triton's interpreter."""
 
 StrategyName = Annotated[str, Field(min_length=1)]
 
@@ -76,15 +74,20 @@ class Settings(BaseModel):
         """Say where a field's value came from: the default, the command line or a variable."""
         return self._sources.get(field, FROM_DEFAULT)
 
+    @property
+    def runs_triton_interpreter(self) -> bool:
+        """Whether a CPU runs the GPU kernels in Triton's interpreter instead of the CPU kernels."""
+        return self.cpu_isa == INTERPRETER
+
     def kernel_isa(self) -> str:
-        """Return the CPU kernels' instructions: what `cpu_isa` asks for, or the fastest.
+        """Return the instruction set of the CPU kernels, or `INTERPRETER`.
 
         Raises:
-            HybridKVSettingsError: This CPU lacks what was asked for, or Triton would compile.
+            HybridKVSettingsError: This CPU lacks the instruction set, or TRITON_INTERPRET is unset.
         """
         from vllm_hybrid_kv.kernels.cpu import isa
 
-        if self.cpu_isa == INTERPRETER:
+        if self.runs_triton_interpreter:
             # Triton decides with the first kernel that is defined, its own library's included.
             if os.environ.get("TRITON_INTERPRET") != "1":
                 raise HybridKVSettingsError(
@@ -205,28 +208,3 @@ def _explain(details: Any, values: Mapping[str, Any], sources: Mapping[str, str]
         known = get_args(Settings.model_fields[field].annotation)
         meant = did_you_mean(str(values[field]), known)
     return f"{field}={values[field]!r} (from {sources[field]}) is not valid: {said}{meant}"
-
-
-_in_force: Settings | None = None
-
-
-def adopt(vllm_config: VllmConfig) -> Settings:
-    """Put an engine's settings in force in this process and return them.
-
-    Raises:
-        HybridKVSettingsError: See `resolve`.
-    """
-    global _in_force
-    _in_force = resolve(vllm_config.additional_config)
-    return _in_force
-
-
-def current_settings() -> Settings:
-    """Return the settings of the engine that this process set up last.
-
-    Before any engine they are what the environment says, for then nothing else is known.
-
-    Raises:
-        HybridKVSettingsError: See `resolve`.
-    """
-    return _in_force if _in_force is not None else resolve(None)

@@ -26,7 +26,7 @@ class Worker:
     def start(self, **engine_args: Any) -> dict[str, Any]:
         from vllm import LLM
 
-        from vllm_hybrid_kv import plugin
+        from vllm_hybrid_kv.state import STATE
 
         began = time.perf_counter()
         self.llm = LLM(
@@ -38,7 +38,7 @@ class Worker:
         config = self.llm.llm_engine.vllm_config
         return {
             "seconds": time.perf_counter() - began,
-            "plugin": plugin.applied() is not None,
+            "plugin": STATE.active_patches is not None,
             "runner": 2 if config.use_v2_model_runner else 1,
             "graphs": config.compilation_config.cudagraph_mode.name,
             "backends": self._backends(),

@@ -28,12 +28,13 @@ from testing.coordinator.contents import (
     window,
 )
 from testing.coordinator.oracle import Cached, Layout, longest
-from vllm_hybrid_kv import plugin, settings
+from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.coordinator.explanation import Cache, Found, Kind, Reason
 from vllm_hybrid_kv.coordinator.fixed_point import FixedPointCoordinator
 from vllm_hybrid_kv.coordinator.hit_report import HitReport
 from vllm_hybrid_kv.metrics.collector import FolderCollector
 from vllm_hybrid_kv.metrics.directory import VARIABLE
+from vllm_hybrid_kv.state import STATE
 
 UNIT = 16
 HYBRID = layout_of(full(64), mamba(64), unit=UNIT)
@@ -42,7 +43,7 @@ HYBRID = layout_of(full(64), mamba(64), unit=UNIT)
 @pytest.fixture(autouse=True)
 def _settings(monkeypatch):
     plugin.register()
-    monkeypatch.setattr(settings, "_in_force", None)
+    monkeypatch.setattr(STATE, "engine_settings", None)
     monkeypatch.setenv("VLLM_HYBRID_KV_COORDINATOR", "fixed_point")
 
 

@@ -12,14 +12,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_hybrid_kv import settings
 from vllm_hybrid_kv.metrics import directory
+from vllm_hybrid_kv.state import STATE
 
 SCRIPT = """
 import json, multiprocessing, os, sys
 from types import SimpleNamespace
 from vllm_hybrid_kv.metrics import directory
 from vllm_hybrid_kv.metrics.counters import REQUESTS, counter_file
+from vllm_hybrid_kv.state import STATE
+from vllm_hybrid_kv.state import STATE
 
 def configuration(engine):
     model = SimpleNamespace(served_model_name="a model")
@@ -27,12 +29,16 @@ def configuration(engine):
         model_config=model, parallel_config=SimpleNamespace(data_parallel_index=engine)
     )
 
+def publish(engine):
+    STATE.engine_config = configuration(engine)
+    directory.publish(STATE.engine_config, STATE.settings)
+
 def engine(index, amount):
-    directory.follow(configuration(index))
+    publish(index)
     counter_file(directory.folder()).counter(REQUESTS, directory.engine_labels()).add(amount)
 
-directory.follow(configuration(0))
-directory.follow(configuration(0))
+publish(0)
+publish(0)
 told = {"folder": str(directory.folder()), "made": directory.folder().exists()}
 fork = multiprocessing.get_context("fork")
 for index, amount in ((0, 3), (1, 4), (0, 5)):
@@ -98,17 +104,19 @@ def untouched(monkeypatch):
     for name in list(os.environ):
         if name.startswith("VLLM_HYBRID_KV_") or name in (directory.VARIABLE, directory.MULTIPROC):
             monkeypatch.delenv(name)
-    monkeypatch.setattr(directory, "_owner", None)
-    monkeypatch.setattr(settings, "_in_force", None)
+    monkeypatch.setattr(STATE, "metrics_owner", None)
+    monkeypatch.setattr(STATE, "engine_settings", None)
     model = SimpleNamespace(served_model_name="a model")
     parallel = SimpleNamespace(data_parallel_index=3)
-    return SimpleNamespace(model_config=model, parallel_config=parallel)
+    config = SimpleNamespace(model_config=model, parallel_config=parallel)
+    monkeypatch.setattr(STATE, "engine_config", config)
+    return config
 
 
 def test_vllms_folder_is_used_where_there_is_one(untouched, monkeypatch, tmp_path):
     monkeypatch.setenv(directory.MULTIPROC, str(tmp_path))
     monkeypatch.setenv("VLLM_HYBRID_KV_COORDINATOR", "fixed_point")
-    directory.follow(untouched)
+    directory.publish(untouched, STATE.settings)
     assert directory.folder() == tmp_path
     assert directory.VARIABLE not in os.environ
     assert directory.engine_labels() == {"model_name": "a model", "engine": "3"}
@@ -116,5 +124,5 @@ def test_vllms_folder_is_used_where_there_is_one(untouched, monkeypatch, tmp_pat
 
 def test_with_vllms_own_coordinator_no_folder_is_chosen(untouched, monkeypatch):
     monkeypatch.setenv("VLLM_HYBRID_KV_COORDINATOR", "stock")
-    directory.follow(untouched)
+    directory.publish(untouched, STATE.settings)
     assert directory.folder() is None

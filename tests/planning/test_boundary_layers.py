@@ -10,7 +10,8 @@ from vllm.model_executor.layers.quantization.turboquant.config import TurboQuant
 from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.attention.unsupported import UnsupportedModelError
 from vllm_hybrid_kv.patches import configuration
-from vllm_hybrid_kv.patches.boundary import boundary_layers, cache_owners
+from vllm_hybrid_kv.patches.boundary import cache_owners
+from vllm_hybrid_kv.state import STATE
 
 pytestmark = pytest.mark.usefixtures("unregistered")
 
@@ -85,8 +86,11 @@ def rule(config, number=2, hybrid=False, mla=False):
     model = SimpleNamespace(
         model="some/model", hf_text_config=config, is_hybrid=hybrid, use_mla=mla, hf_config=config
     )
-    with boundary_layers(number):
+    STATE.boundary_layers = number
+    try:
         return TurboQuantConfig.get_boundary_skip_layers(model)
+    finally:
+        STATE.boundary_layers = None
 
 
 @pytest.mark.parametrize(

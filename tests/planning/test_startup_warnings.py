@@ -20,7 +20,8 @@ from vllm.v1.kv_cache_interface import (
 
 from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.planning.warnings import padding_share, startup_warnings
-from vllm_hybrid_kv.settings import Settings, current_settings
+from vllm_hybrid_kv.settings import Settings
+from vllm_hybrid_kv.state import current_settings
 
 MINOR = tuple(vllm.__version_tuple__[:2])
 

@@ -9,6 +9,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 
 from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.errors import HybridKVError
+from vllm_hybrid_kv.state import STATE
 
 STATES = MambaSpec(block_size=256, shapes=((64,),), dtypes=(torch.uint8,))
 ATTENTION = FullAttentionSpec(block_size=256, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
@@ -56,14 +57,14 @@ ACCEPTED = [
 @pytest.mark.parametrize("ours", [True, False], ids=["ours", "vllms"])
 def test_whatever_vllm_accepts_is_accepted(resolve, arguments, ours):
     if not ours:
-        plugin.applied().undo()
-        plugin._applied = None
+        STATE.active_patches.undo()
+        STATE.active_patches = None
     resolve(**{"requests": 101, **arguments})
 
 
 def test_vllms_own_check_refuses_at_the_same_number(resolve):
-    plugin.applied().undo()
-    plugin._applied = None
+    STATE.active_patches.undo()
+    STATE.active_patches = None
     with pytest.raises(ValueError, match="exceeds available Mamba cache blocks") as stopped:
         resolve(101)
     assert not isinstance(stopped.value, HybridKVError)

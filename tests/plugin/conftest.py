@@ -37,14 +37,15 @@ def pytest_configure() -> None:
 
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start every test without the plugin's variables, and without settings in force."""
+    """Start every test without the plugin's variables, and without active settings."""
     for name in list(os.environ):
         if name.startswith("VLLM_HYBRID_KV_") or name == "VLLM_PLUGINS":
             monkeypatch.delenv(name)
-    from vllm_hybrid_kv import agreement, settings
+    from vllm_hybrid_kv import plugin
+    from vllm_hybrid_kv.state import STATE
 
-    monkeypatch.setenv(agreement.VARIABLE, "")
-    monkeypatch.setattr(settings, "_in_force", None)
+    monkeypatch.setenv(plugin.PARENT_VARIABLE, "")
+    monkeypatch.setattr(STATE, "engine_settings", None)
 
 
 @pytest.fixture(scope="session")

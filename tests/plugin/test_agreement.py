@@ -2,11 +2,12 @@
 """Processes of one engine that have another plugin than the one that started them do not start."""
 
 import json
+import multiprocessing
 import os
 
 import pytest
 
-from vllm_hybrid_kv import agreement
+from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.errors import HybridKVAgreementError
 
 PROCESSES = """
@@ -27,13 +28,14 @@ def as_it_is():
 
 def worker(change, answers):
     from vllm_hybrid_kv import plugin
+    from vllm_hybrid_kv.state import STATE
     globals()[change]()
     said = ""
     try:
         plugin.register()
     except ValueError as error:
         said = f"{type(error).__name__}: {error}"
-    answers.put((change, said, plugin.applied() is not None))
+    answers.put((change, said, STATE.active_patches is not None))
 
 if __name__ == "__main__":
     from vllm_hybrid_kv import plugin
@@ -68,8 +70,8 @@ def test_a_process_with_another_vllm_stops_where_alone_it_would_leave_vllm_uncha
     assert said.startswith("HybridKVAgreementError: the process patched has hybrid_kv ")
     assert "inactive" in said
     assert "get_kv_cache_capacity" in said
-    assert "and the one that started it hybrid_kv" in said
-    assert "`vllm-hybrid-kv doctor` says" in said
+    assert "but the process that started it has hybrid_kv" in said
+    assert "`vllm-hybrid-kv doctor`" in said
     # Said once: no warning of an inactive plugin beside it.
     assert "VLLM_PLUGINS=hybrid_kv to stop" not in processes[1]
 
@@ -82,15 +84,15 @@ def test_a_process_in_which_a_patch_did_not_take_stops_with_its_name(processes):
 
 
 def test_a_process_that_a_user_starts_does_not_compare_with_what_it_inherits(monkeypatch):
-    monkeypatch.setenv(agreement.VARIABLE, "hybrid_kv 0.0 inactive")
-    agreement.agree("hybrid_kv 1.0 active")
-    assert os.environ[agreement.VARIABLE] == "hybrid_kv 1.0 active"
+    monkeypatch.setenv(plugin.PARENT_VARIABLE, "hybrid_kv 0.0 inactive")
+    plugin.compare_with_parent("hybrid_kv 1.0 active")
+    assert os.environ[plugin.PARENT_VARIABLE] == "hybrid_kv 1.0 active"
 
 
 def test_a_child_of_a_process_without_the_plugin_is_the_first_to_have_it(monkeypatch):
-    monkeypatch.setattr(agreement.multiprocessing, "parent_process", lambda: "another")
-    monkeypatch.setenv(agreement.VARIABLE, "")
-    agreement.agree("one")
-    agreement.agree("one")
-    with pytest.raises(HybridKVAgreementError, match="has two, and the one that started it one"):
-        agreement.agree("two")
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: "another")
+    monkeypatch.setenv(plugin.PARENT_VARIABLE, "")
+    plugin.compare_with_parent("one")
+    plugin.compare_with_parent("one")
+    with pytest.raises(HybridKVAgreementError, match=r"has two, but .* has one"):
+        plugin.compare_with_parent("two")

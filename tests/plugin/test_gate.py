@@ -11,6 +11,7 @@ from vllm.v1.core import kv_cache_coordinator
 
 from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.errors import HybridKVSettingsError, HybridKVVersionError
+from vllm_hybrid_kv.state import STATE
 
 pytestmark = pytest.mark.usefixtures("unregistered")
 
@@ -26,12 +27,12 @@ def test_an_unsupported_version_warns_once_and_leaves_vllm_untouched(log):
     stock = [kv_cache_coordinator.get_kv_cache_coordinator]
     plugin.register()
     plugin.register()
-    assert plugin.applied() is None
+    assert STATE.active_patches is None
     assert kv_cache_coordinator.get_kv_cache_coordinator is stock[0]
     (warning,) = log.lines(logging.WARNING)
     assert "supports vLLM 0.32 and 0.33, this is vLLM 0.99.1" in warning
     assert "The plugin is inactive and vLLM is unchanged" in warning
-    assert isinstance(plugin.left_alone(), HybridKVVersionError)
+    assert isinstance(STATE.why_inactive, HybridKVVersionError)
 
 
 @pytest.mark.usefixtures("unsupported")
@@ -56,7 +57,7 @@ def test_a_vllm_that_was_changed_warns_and_is_left_as_it_is(log, monkeypatch):
 
     monkeypatch.setattr(kv_cache_coordinator, "get_kv_cache_coordinator", changed)
     plugin.register()
-    assert plugin.applied() is None
+    assert STATE.active_patches is None
     assert kv_cache_coordinator.get_kv_cache_coordinator is changed
     (warning,) = log.lines(logging.WARNING)
     assert "get_kv_cache_coordinator has the signature (*args, **kwargs)" in warning
@@ -65,14 +66,14 @@ def test_a_vllm_that_was_changed_warns_and_is_left_as_it_is(log, monkeypatch):
 def test_a_supported_version_becomes_active_through_vllms_own_loader(monkeypatch):
     monkeypatch.setattr(vllm.plugins, "plugins_loaded", False)
     vllm.plugins.load_general_plugins()
-    plugin.applied().verify()
+    STATE.active_patches.verify()
 
 
 def test_registering_twice_does_no_harm(log):
     plugin.register()
-    first, ours = plugin.applied(), [kv_cache_coordinator.get_kv_cache_coordinator]
+    first, ours = STATE.active_patches, [kv_cache_coordinator.get_kv_cache_coordinator]
     plugin.register()
-    assert plugin.applied() is first
+    assert STATE.active_patches is first
     assert log.records == []
     assert kv_cache_coordinator.get_kv_cache_coordinator is ours[0]
 

@@ -12,6 +12,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_hybrid_kv import plugin
+from vllm_hybrid_kv.state import STATE
 
 pytestmark = pytest.mark.usefixtures("unregistered")
 
@@ -38,7 +39,7 @@ def gpu(monkeypatch):
 
 
 def names():
-    return {patch.name for patch in plugin.applied().patches}
+    return {patch.name for patch in STATE.active_patches.patches}
 
 
 def adopt(config, dtype):

@@ -28,7 +28,7 @@ def without_vllm(tmp_path):
     return ("-S", "-c"), {"PYTHONPATH": str(tmp_path)}
 
 
-def test_importing_the_entry_point_loads_four_small_modules_of_ours(run_python):
+def test_importing_the_entry_point_loads_five_small_modules_of_ours(run_python):
     done = run_python("-c", NEW_MODULES)
     assert done.returncode == 0, done.stderr
     new = json.loads(done.stdout)
@@ -37,6 +37,7 @@ def test_importing_the_entry_point_loads_four_small_modules_of_ours(run_python):
         "vllm_hybrid_kv",
         "vllm_hybrid_kv.errors",
         "vllm_hybrid_kv.plugin",
+        "vllm_hybrid_kv.state",
         "vllm_hybrid_kv.version",
     ]
     others = {name.partition(".")[0] for name in new} - {"vllm_hybrid_kv"}
@@ -47,10 +48,10 @@ REGISTER = """
 import sys
 import vllm.plugins
 from vllm.engine.arg_utils import EngineArgs
-from vllm_hybrid_kv import plugin
+from vllm_hybrid_kv.state import STATE
 vllm.plugins.load_general_plugins()
 EngineArgs(model=sys.argv[1], skip_tokenizer_init=True).create_engine_config()
-assert plugin.applied() is not None
+assert STATE.active_patches is not None
 print("kernels" if "vllm_hybrid_kv.kernels.cpu" in sys.modules else "no kernels")
 """
 

@@ -21,6 +21,7 @@ from vllm_hybrid_kv import patches, plugin
 from vllm_hybrid_kv.errors import HybridKVFingerprintError, HybridKVPatchError
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.patches import base
+from vllm_hybrid_kv.state import STATE
 
 pytestmark = pytest.mark.usefixtures("unregistered")
 
@@ -88,13 +89,13 @@ def test_a_module_imported_later_gets_the_rebound_function(monkeypatch):
     import vllm.v1.simple_kv_offload.manager as late
 
     assert late.get_kv_cache_coordinator is kv_cache_coordinator.get_kv_cache_coordinator
-    plugin.applied().verify()
+    STATE.active_patches.verify()
 
 
 def test_undoing_restores_every_binding():
     before = bindings()
     plugin.register()
-    plugin.applied().undo()
+    STATE.active_patches.undo()
     assert bindings() == before
 
 
@@ -105,7 +106,7 @@ def test_undoing_restores_modules_that_were_imported_meanwhile():
     exec("from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity as ours", vars(importer))
     sys.modules[importer.__name__] = importer
     try:
-        plugin.applied().undo()
+        STATE.active_patches.undo()
         assert importer.ours is stock[0]
     finally:
         del sys.modules[importer.__name__]
@@ -199,8 +200,8 @@ def test_a_module_that_still_has_the_stock_function_fails_the_check(monkeypatch)
     monkeypatch.setattr(kv_cache_manager, "get_kv_cache_coordinator", stock[0])
     message = "kv_cache_manager.get_kv_cache_coordinator still is vLLM's"
     with pytest.raises(HybridKVPatchError, match=message):
-        plugin.applied().verify()
-    (row,) = (row for row in plugin.applied().table() if row.failures)
+        STATE.active_patches.verify()
+    (row,) = (row for row in STATE.active_patches.table() if row.failures)
     assert row.edit == "vllm.v1.core.kv_cache_coordinator.get_kv_cache_coordinator"
     assert message in row.failures[0]
 
@@ -215,7 +216,7 @@ def test_a_method_rebound_in_a_platform_subclass_fails_the_check(monkeypatch):
     monkeypatch.setattr(vllm.platforms, "current_platform", TheirPlatform())
     message = "TheirPlatform.get_attn_backend_cls is not the plugin's"
     with pytest.raises(HybridKVPatchError, match=message):
-        plugin.applied().verify()
+        STATE.active_patches.verify()
 
 
 class Unfaithful(base.Edit):
@@ -255,14 +256,14 @@ def test_an_edit_that_does_not_take_undoes_all_others(raises, monkeypatch):
     expected = ZeroDivisionError if raises else HybridKVPatchError
     with pytest.raises(expected):
         plugin.register()
-    assert plugin.applied() is None
+    assert STATE.active_patches is None
     assert unfaithful.undone
     assert bindings() == before
 
 
 def test_the_table_names_every_edit_and_its_reasons():
     plugin.register()
-    rows = plugin.applied().table()
+    rows = STATE.active_patches.table()
     edits = {row.edit for row in rows}
     assert {str(getattr(ADAPTER.TARGETS, name)) for name in WRAPPED} < edits
     assert [row.failures for row in rows] == [[]] * len(rows)
@@ -286,7 +287,7 @@ def test_away_from_cpus_vllms_own_backend_stays(monkeypatch):
     monkeypatch.setattr(vllm.platforms, "current_platform", UnspecifiedPlatform())
     plugin.register()
     assert AttentionBackendEnum.TURBOQUANT.get_path() == stock
-    assert {row.patch.name for row in plugin.applied().table()} == {
+    assert {row.patch.name for row in STATE.active_patches.table()} == {
         "settings",
         "known_variables",
         "page_sizes",
@@ -310,7 +311,7 @@ def test_vllm_knows_our_variables_while_the_plugin_is_active(monkeypatch):
         platform.validate_environ(hard_fail=True)
     plugin.register()
     platform.validate_environ(hard_fail=True)
-    plugin.applied().undo()
+    STATE.active_patches.undo()
     with pytest.raises(ValueError, match="VLLM_HYBRID_KV_DEBUG"):
         platform.validate_environ(hard_fail=True)
 

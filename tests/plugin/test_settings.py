@@ -5,7 +5,8 @@ import pytest
 
 from vllm_hybrid_kv.errors import HybridKVSettingsError
 from vllm_hybrid_kv.kernels.cpu import isa
-from vllm_hybrid_kv.settings import current_settings, resolve
+from vllm_hybrid_kv.settings import resolve
+from vllm_hybrid_kv.state import current_settings
 
 
 def section(**settings):

@@ -11,6 +11,7 @@ import pytest
 from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.patches.startup import VARIABLE, _take_refusal
+from vllm_hybrid_kv.state import STATE
 
 WORDS = "layer model.layers.2 cannot be served"
 
@@ -70,9 +71,9 @@ def test_the_process_that_the_user_started_leaves_nothing():
 
 
 def test_without_the_plugin_nothing_is_left():
-    applied = plugin.applied()
+    applied = STATE.active_patches
     assert applied is not None
     applied.undo()
-    plugin._applied = None
+    STATE.active_patches = None
     in_a_child("a refusal")
     assert not Path(os.environ[VARIABLE]).exists()

@@ -25,7 +25,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.errors import HybridKVSettingsError, HybridKVStrategyError
 from vllm_hybrid_kv.hooks import BUILT_IN_NAMES, HOOK_OF_SETTING
-from vllm_hybrid_kv.settings import current_settings
+from vllm_hybrid_kv.state import STATE, current_settings
 
 pytestmark = pytest.mark.usefixtures("unregistered")
 
@@ -36,7 +36,7 @@ else:
     from vllm.v1.core import kv_cache_planning as planning
 
 BLOCK = 2_768
-ATTENTION, STATE = "model.layers.3.self_attn.attn", "model.layers.0.linear_attn"
+ATTENTION, MAMBA = "model.layers.3.self_attn.attn", "model.layers.0.linear_attn"
 PRELUDE = "from dataclasses import replace\nfrom vllm_hybrid_kv import hookimpl\ncalls = []\n"
 
 
@@ -56,7 +56,7 @@ def state(page=12_648_448, block_size=16, **fields):
 
 def specs():
     """A hybrid model whose pages do not divide each other."""
-    return {STATE: state(), ATTENTION: attention()}
+    return {MAMBA: state(), ATTENTION: attention()}
 
 
 def plan(config, memory=1 << 36):
@@ -152,7 +152,7 @@ def test_what_min_waste_cannot_unify_is_left_to_vllms_fallback(make_config):
     (group,) = planning.get_kv_cache_groups(config, dict(layers))
     assert set(group.layer_names) == set(layers)
     with pytest.raises(NotImplementedError, match=r"min_waste: .* layer mla .*; layer draft "):
-        planning.get_kv_cache_groups(config, {"mla": mla, "draft": draft, STATE: state(4_000)})
+        planning.get_kv_cache_groups(config, {"mla": mla, "draft": draft, MAMBA: state(4_000)})
 
 
 def test_a_third_partys_unequal_pages_stop_planning_with_layer_and_numbers(package, make_config):
@@ -161,7 +161,7 @@ def test_a_third_partys_unequal_pages_stop_planning_with_layer_and_numbers(packa
         PRELUDE + "@hookimpl\n"
         "def hybrid_kv_unify_page_sizes(kv_cache_spec):\n"
         "    def grown(spec): return replace(spec, page_size_padded=20_000_000)\n"
-        f"    return {{**kv_cache_spec, {STATE!r}: grown(kv_cache_spec[{STATE!r}])}}\n",
+        f"    return {{**kv_cache_spec, {MAMBA!r}: grown(kv_cache_spec[{MAMBA!r}])}}\n",
     )
     plugin.register()
     with pytest.raises(HybridKVStrategyError) as error:
@@ -170,7 +170,7 @@ def test_a_third_partys_unequal_pages_stop_planning_with_layer_and_numbers(packa
     assert (
         "unify_page_sizes strategy 'acme' (from acme-kv 1.5) must make all pages equal" in message
     )
-    assert f"layer {STATE} has 20,000,000 bytes" in message
+    assert f"layer {MAMBA} has 20,000,000 bytes" in message
     assert f"layer {ATTENTION} has 12,416 bytes" in message
 
 
@@ -188,7 +188,7 @@ def test_a_third_partys_pages_are_what_vllm_plans_with(package, make_config):
     assert {group.kv_cache_spec.page_size_bytes for group in planned.kv_cache_groups} == {1 << 24}
     ((told, stock_answer),) = importlib.import_module("acme_kv").calls
     assert told is config
-    assert stock_answer[STATE].page_size_bytes == 12_648_448
+    assert stock_answer[MAMBA].page_size_bytes == 12_648_448
 
 
 def test_a_third_party_that_changes_what_it_was_given_is_still_checked(package, make_config):
@@ -196,11 +196,11 @@ def test_a_third_party_that_changes_what_it_was_given_is_still_checked(package, 
         "acme",
         PRELUDE + "@hookimpl\n"
         "def hybrid_kv_unify_page_sizes(kv_cache_spec):\n"
-        f"    del kv_cache_spec[{STATE!r}]\n"
+        f"    del kv_cache_spec[{MAMBA!r}]\n"
         "    return kv_cache_spec\n",
     )
     plugin.register()
-    with pytest.raises(HybridKVStrategyError, match=f"left out layer {STATE}"):
+    with pytest.raises(HybridKVStrategyError, match=f"left out layer {MAMBA}"):
         plan(make_config({"unify_page_sizes": "acme"}))
 
 
@@ -328,7 +328,7 @@ def test_a_package_that_does_not_fit_stops_registration(package):
     package("acme", "nothing = 1\n")
     with pytest.raises(HybridKVStrategyError, match=r"'acme' \(from acme-kv 1.5\) implements no"):
         plugin.register()
-    assert plugin.applied() is None
+    assert STATE.active_patches is None
 
 
 def test_bad_settings_stop_before_the_model_is_looked_into(tmp_path):

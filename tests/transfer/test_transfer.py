@@ -17,18 +17,17 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.kv_offload.file_mapper import FileMapper
 
-from vllm_hybrid_kv import plugin, settings
+from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.kernels import k8v4
-from vllm_hybrid_kv.transfer import connectors, fingerprint, folders
+from vllm_hybrid_kv.state import STATE
+from vllm_hybrid_kv.transfer import connectors, fingerprint
 
 K8V4 = "turboquant_k8v4"
 
 
 @pytest.fixture(autouse=True)
 def _active(unregistered, monkeypatch):
-    monkeypatch.setattr(fingerprint, "_engine", None)
-    monkeypatch.setattr(folders, "_opened", set())
     plugin.register()
 
 
@@ -77,7 +76,7 @@ def test_whatever_differs_makes_another_fingerprint(field, engine, monkeypatch):
         # As on GPUs, whose kernels the interpreter runs.
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         monkeypatch.setenv("VLLM_HYBRID_KV_CPU_ISA", "interpreter")
-        monkeypatch.setattr(settings, "_in_force", None)
+        monkeypatch.setattr(STATE, "engine_settings", None)
     elif field == "unquantised":
         config.cache_config.kv_cache_dtype_skip_layers = ["3"]
     else:
@@ -100,15 +99,15 @@ def compatibility(config):
 
 def test_the_handshake_of_nixl_holds_it_in_words_behind_vllms_own_hash(engine):
     ours = compatibility(engine(block_size=128))
-    plugin.applied().undo()
-    theirs = compatibility(fingerprint._engine)
+    STATE.active_patches.undo()
+    theirs = compatibility(STATE.engine_config)
     assert ours == f"{theirs} [{fingerprint.current_fingerprint()}]"
 
 
 def test_the_handshake_of_another_cache_is_vllms_own(engine):
     config = engine("auto")
     ours = compatibility(config)
-    plugin.applied().undo()
+    STATE.active_patches.undo()
     assert compatibility(config) == ours
 
 
@@ -129,7 +128,7 @@ def test_the_hashes_of_blocks_differ_from_those_of_a_server_without_the_plugin(e
     assert none_hash(monkeypatch) != ours
     engine("auto")
     unquantised = none_hash(monkeypatch)
-    plugin.applied().undo()
+    STATE.active_patches.undo()
     assert none_hash(monkeypatch) == unquantised != ours
 
 
@@ -148,7 +147,7 @@ def test_a_store_of_the_offloading_connector_is_named_by_it(engine):
     config = engine(block_size=128)
     path, fields = stored(config)
     assert fields["dtype"] == f"{K8V4} [{fingerprint.current_fingerprint()}]"
-    plugin.applied().undo()
+    STATE.active_patches.undo()
     stock_path, stock_fields = stored(config)
     assert stock_fields == {**fields, "dtype": K8V4}
     assert path != stock_path
@@ -179,7 +178,7 @@ def folder_of(engine, tmp_path):
 def test_a_folder_of_prompts_is_not_where_a_server_without_the_plugin_looks(folder_of, tmp_path):
     ours = folder_of()
     words = str(fingerprint.current_fingerprint())
-    plugin.applied().undo()
+    STATE.active_patches.undo()
     theirs = folder_of()
     assert ours != theirs
     (manifest,) = tmp_path.glob("*/hybrid_kv.json")

@@ -31,7 +31,7 @@ from vllm_hybrid_kv.attention.metadata import K8V4Metadata, K8V4MetadataBuilder
 from vllm_hybrid_kv.attention.unsupported import UnsupportedLayerError
 from vllm_hybrid_kv.constants import BACKEND, CACHE_DTYPE
 from vllm_hybrid_kv.kernels import k8v4
-from vllm_hybrid_kv.settings import current_settings
+from vllm_hybrid_kv.state import STATE
 
 if TYPE_CHECKING:
     from vllm.platforms.interface import DeviceCapability
@@ -198,7 +198,7 @@ class K8V4AttentionImpl(AttentionImpl[K8V4Metadata]):
     def _kernels_for(self, tensor: torch.Tensor) -> Kernels:
         # Not when the layer is made: its weights may move to another device after that.
         if self._kernels is None:
-            self._kernels = kernels_for(tensor.device, current_settings())
+            self._kernels = kernels_for(tensor.device, STATE.settings)
         return self._kernels
 
     def do_kv_cache_update(

@@ -21,7 +21,7 @@ from vllm.v1.attention.backend import (
 
 from vllm_hybrid_kv.attention.kernel_factory import kernels_for
 from vllm_hybrid_kv.constants import CACHE_DTYPE
-from vllm_hybrid_kv.settings import current_settings
+from vllm_hybrid_kv.state import STATE
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -78,7 +78,7 @@ class K8V4MetadataBuilder(AttentionMetadataBuilder[K8V4Metadata]):
         self._decode_query_len = max_decode_query_len(vllm_config)
         layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names)
         # Compiled and tested while the engine starts, not in its first request.
-        kernels_for(device, current_settings()).warm_up(
+        kernels_for(device, STATE.settings).warm_up(
             {name: layer.impl for name, layer in layers.items()},
             kv_cache_spec,
             vllm_config.model_config.dtype,

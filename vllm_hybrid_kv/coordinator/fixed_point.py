@@ -21,7 +21,7 @@ from vllm_hybrid_kv.coordinator.hit_report import CheckpointKeeper, HitReport
 from vllm_hybrid_kv.coordinator.lookup import GroupLookup, lookup_class
 from vllm_hybrid_kv.coordinator.passed_blocks import PassedBlocks
 from vllm_hybrid_kv.coordinator.step_writes import StepWrites
-from vllm_hybrid_kv.settings import current_settings
+from vllm_hybrid_kv.state import STATE
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -92,7 +92,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
             self._cache_hit_alignment_tokens,
             self.enable_partial_hash_hits,
             bool(states) and all(mode == "align" for mode in states),
-            current_settings().coordinator,
+            STATE.settings.coordinator,
         )
         managers = enumerate(self.single_type_managers)
         self._step_writes = StepWrites(

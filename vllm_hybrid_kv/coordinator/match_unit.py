@@ -10,7 +10,7 @@ from vllm.v1.core.kv_cache_utils import partial_hash_hits_enabled, resolve_dcp_k
 from vllm.v1.kv_cache_interface import MambaSpec, iter_layer_specs
 
 from vllm_hybrid_kv.hooks import hookimpl
-from vllm_hybrid_kv.settings import current_settings
+from vllm_hybrid_kv.state import STATE
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -32,7 +32,7 @@ class AutoMatchUnit:
         self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
     ) -> int | None:
         """See `match_unit`. None with vLLM's own coordinator where it would cache wrong states."""
-        if current_settings().coordinator == "stock" and any(
+        if STATE.settings.coordinator == "stock" and any(
             isinstance(group.kv_cache_spec, MambaSpec)
             and group.kv_cache_spec.num_prefill_checkpoint_blocks
             for group in kv_cache_config.kv_cache_groups

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 
+from vllm_hybrid_kv.state import STATE
+
 PREFIX = "vllm_hybrid_kv:"
 
 FILE_BYTES = 1 << 16
@@ -125,9 +127,6 @@ class CounterFile:
         return self._counters[key]
 
 
-_files: dict[tuple[int, Path], CounterFile] = {}
-
-
 def counter_file(folder: Path) -> CounterFile:
     """Return this process's file in a folder. Engines that it runs one after the other share it.
 
@@ -135,6 +134,6 @@ def counter_file(folder: Path) -> CounterFile:
         OSError: It cannot be made.
     """
     place = (os.getpid(), folder)
-    if place not in _files:
-        _files[place] = CounterFile(folder)
-    return _files[place]
+    if place not in STATE.counter_files:
+        STATE.counter_files[place] = CounterFile(folder)
+    return STATE.counter_files[place]

@@ -20,10 +20,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_hybrid_kv.settings import current_settings
+from vllm_hybrid_kv.state import STATE
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+    from vllm_hybrid_kv.settings import Settings
 
 MULTIPROC = "PROMETHEUS_MULTIPROC_DIR"
 """Names the folder of vLLM's and prometheus_client's multi-process mode."""
@@ -31,26 +33,23 @@ MULTIPROC = "PROMETHEUS_MULTIPROC_DIR"
 VARIABLE = "HYBRID_KV_METRICS_DIR"
 """Names ours, for children. It does not begin like a setting, for it is none."""
 
-_owner: int | None = None
-_engine_labels = {"model_name": "", "engine": "0"}
 
-
-def follow(vllm_config: VllmConfig) -> None:
-    """Be told the configuration of an engine whose settings are in force in this process.
-
-    Args:
-        vllm_config: The engine's.
-    """
-    model = vllm_config.model_config
-    _engine_labels["model_name"] = "" if model is None else str(model.served_model_name)
-    _engine_labels["engine"] = str(vllm_config.parallel_config.data_parallel_index)
-    if current_settings().coordinator != "stock":
+def publish(vllm_config: VllmConfig, settings: Settings) -> None:
+    """Publish the counters of an engine's coordinator, unless it is vLLM's own, which has none."""
+    if settings.coordinator != "stock":
         _share()
 
 
 def engine_labels() -> dict[str, str]:
     """Return the labels that vLLM gives the metrics of the engine that this process runs."""
-    return dict(_engine_labels)
+    config = STATE.engine_config
+    if config is None:
+        return {"model_name": "", "engine": "0"}
+    model = config.model_config
+    return {
+        "model_name": "" if model is None else str(model.served_model_name),
+        "engine": str(config.parallel_config.data_parallel_index),
+    }
 
 
 def folder() -> Path | None:
@@ -61,8 +60,7 @@ def folder() -> Path | None:
 
 def _share() -> None:
     """Choose a folder and show what will lie in it, unless another process does."""
-    global _owner
-    if MULTIPROC in os.environ or _owner == os.getpid():
+    if MULTIPROC in os.environ or STATE.metrics_owner == os.getpid():
         return
     if VARIABLE in os.environ and multiprocessing.parent_process() is not None:
         # One that is no such child, but inherited the variable, is a server of its own.
@@ -72,11 +70,11 @@ def _share() -> None:
 
     from vllm_hybrid_kv.metrics.collector import FolderCollector
 
-    _owner = os.getpid()
-    path = Path(tempfile.gettempdir()) / f"vllm-hybrid-kv-{_owner}-{secrets.token_hex(8)}"
+    STATE.metrics_owner = os.getpid()
+    path = Path(tempfile.gettempdir()) / f"vllm-hybrid-kv-{os.getpid()}-{secrets.token_hex(8)}"
     os.environ[VARIABLE] = str(path)
     REGISTRY.register(FolderCollector(path))
-    atexit.register(_remove, path, _owner)
+    atexit.register(_remove, path, os.getpid())
 
 
 def _remove(path: Path, owner: int) -> None:

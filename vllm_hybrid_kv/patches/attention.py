@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from vllm_hybrid_kv.patches.context import Context
+    from vllm_hybrid_kv.settings import Settings
 
 logger = init_logger("vllm.hybrid_kv.attention")
 
@@ -57,7 +58,7 @@ class BackendRegistration(Edit):
         """Register."""
         register_backend(AttentionBackendEnum.TURBOQUANT, BACKEND_PATH)
 
-    def follow(self, vllm_config: VllmConfig) -> None:
+    def on_engine_config(self, vllm_config: VllmConfig, _: Settings) -> None:
         """Give the name to the backend that serves an engine's cache dtype."""
         dtype = vllm_config.cache_config.cache_dtype
         ours = dtype == CACHE_DTYPE or not str(dtype).startswith("turboquant_")
@@ -108,7 +109,7 @@ def registration_patch(context: Context) -> Patch:
         context: The process's, which tells of each engine.
     """
     registration = BackendRegistration()
-    context.followers.append(registration.follow)
+    context.on_engine_config.append(registration.on_engine_config)
     return Patch(
         "attention_backend",
         PatchInfo(

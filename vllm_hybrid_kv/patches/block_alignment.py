@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_hybrid_kv.constants import CACHE_DTYPE
 from vllm_hybrid_kv.patches.base import MethodRebinding, Patch, PatchInfo, Target
-from vllm_hybrid_kv.settings import resolve
+from vllm_hybrid_kv.state import STATE
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def unifies_as_stock(vllm_config: VllmConfig) -> bool:
     """Whether an engine's pages are unified by vLLM's own rule, for which vLLM aligns blocks."""
-    return resolve(vllm_config.additional_config).unify_page_sizes == "stock"
+    return STATE.settings_of(vllm_config).unify_page_sizes == "stock"
 
 
 def block_alignment_patch(align_hybrid: Target, align_heterogeneous: Target) -> Patch:

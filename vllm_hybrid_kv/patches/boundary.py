@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
 from vllm_hybrid_kv.attention.unsupported import UnsupportedModelError, refuse_model
 from vllm_hybrid_kv.patches.base import MethodRebinding, Patch, PatchInfo, Target
+from vllm_hybrid_kv.state import STATE
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -19,22 +18,6 @@ if TYPE_CHECKING:
     from vllm_hybrid_kv.patches.context import Context
 
 logger = init_logger("vllm.hybrid_kv.planning")
-
-_asked: ContextVar[int | None] = ContextVar("boundary_layers", default=None)
-
-
-@contextmanager
-def boundary_layers(asked: int | None) -> Iterator[None]:
-    """Set the number of boundary layers at each end for the engine configured inside.
-
-    Args:
-        asked: The number; None to leave vLLM's rule unchanged.
-    """
-    token = _asked.set(asked)
-    try:
-        yield
-    finally:
-        _asked.reset(token)
 
 
 def boundary_patch(context: Context, get_boundary_layers: Target) -> Patch:
@@ -47,7 +30,7 @@ def boundary_patch(context: Context, get_boundary_layers: Target) -> Patch:
 
     def make(original: Any) -> Any:
         def get_boundary_skip_layers(model_config: ModelConfig, n: int = 2) -> list[str]:
-            asked = _asked.get()
+            asked = STATE.boundary_layers
             if asked is None:
                 layers: list[str] = original(model_config, n)
                 return layers

@@ -17,8 +17,8 @@ from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.hooks import HOOK_OF_SETTING
 from vllm_hybrid_kv.patches.attention import refuse_without_cpu_kernels
 from vllm_hybrid_kv.patches.base import Edit, MethodRebinding, Patch, PatchInfo, Target
-from vllm_hybrid_kv.patches.boundary import boundary_layers
 from vllm_hybrid_kv.settings import ENVIRONMENT_PREFIX
+from vllm_hybrid_kv.state import STATE
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -53,8 +53,11 @@ def settings_patch(context: Context, create_engine_config: Target, init_worker: 
                 context.stop(error)
             # No checkpoint makes `auto` our cache: what was asked for is what the engine has.
             ours = self.kv_cache_dtype == CACHE_DTYPE
-            with boundary_layers(settings.boundary_layers if ours else None):
+            STATE.boundary_layers = settings.boundary_layers if ours else None
+            try:
                 vllm_config: VllmConfig = original(self, *args, **kwargs)
+            finally:
+                STATE.boundary_layers = None
             if vllm_config.cache_config.cache_dtype == CACHE_DTYPE:
                 # vLLM sets FlashAttention 2 beside any TurboQuant cache. It says that newer ones
                 # want every layer to be theirs; the layers left unquantised are, and its code has
@@ -68,7 +71,7 @@ def settings_patch(context: Context, create_engine_config: Target, init_worker: 
                 )
                 if not as_stock and not settings.allow_unsafe_drafts:
                     check_drafts(vllm_config)
-                context.adopt(vllm_config)
+                context.activate_settings(vllm_config, settings)
             except HybridKVError as error:
                 context.stop(error)
             return vllm_config
@@ -77,7 +80,7 @@ def settings_patch(context: Context, create_engine_config: Target, init_worker: 
 
     def make_init(original: Any) -> Any:
         def init(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
-            context.adopt(vllm_config)
+            context.activate_settings(vllm_config)
             original(self, vllm_config, *args, **kwargs)
 
         return init

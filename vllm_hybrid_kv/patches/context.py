@@ -7,14 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NoReturn
 
-from vllm_hybrid_kv import settings
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.hooks import Strategies
+from vllm_hybrid_kv.settings import Settings, resolve
+from vllm_hybrid_kv.state import STATE
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-    from vllm_hybrid_kv.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -24,37 +23,42 @@ class Context:
     Attributes:
         strategies: The strategies of this process.
         on_cpu: Whether the platform is a CPU.
-        on_gpu: Whether it is a GPU of NVIDIA's or AMD's.
-        announce: Is told an engine's configuration and settings wherever they become known.
+        on_gpu: Whether the platform is a GPU of NVIDIA or AMD.
         stop: Ends start-up with an error from the process that the user started.
-        followers: Are told an engine's configuration likewise, before any layer is made.
+        on_engine_config: Called with an engine's configuration and settings wherever they become
+            known, before any layer is made.
     """
 
     strategies: Strategies
     on_cpu: bool
     on_gpu: bool
-    announce: Callable[[VllmConfig, Settings], None]
     stop: Callable[[HybridKVError], NoReturn]
-    followers: list[Callable[[VllmConfig], None]] = field(default_factory=list)
+    on_engine_config: list[Callable[[VllmConfig, Settings], None]] = field(default_factory=list)
 
     def check(self, additional_config: object) -> Settings:
         """Return the settings that a command line and the environment make.
 
         Raises:
-            HybridKVError: They are not valid, or name a strategy that does not exist.
+            HybridKVError: A setting is not valid, or names a strategy that does not exist.
         """
-        resolved = settings.resolve(additional_config)
-        self.strategies.check(resolved)
-        if self.on_cpu and resolved.cpu_isa != "auto":
-            # Not asked where nothing was chosen: an engine without our cache loads no kernels.
-            resolved.kernel_isa()
-        return resolved
+        settings = resolve(additional_config)
+        self.strategies.check(settings)
+        if self.on_cpu and settings.cpu_isa != "auto":
+            # An engine without a k8v4 cache loads no kernels, so "auto" is not checked here.
+            settings.kernel_isa()
+        return settings
 
-    def adopt(self, vllm_config: VllmConfig) -> Settings:
-        """Put an engine's settings in force in this process.
+    def activate_settings(
+        self, vllm_config: VllmConfig, settings: Settings | None = None
+    ) -> Settings:
+        """Make an engine's settings those of this process, and return them.
 
-        Whoever calls vLLM's planning functions by themselves may have something else than an
-        engine's configuration; what is in force then stays.
+        Code other than an engine may call vLLM's planning functions with something else than an
+        engine's configuration. The current settings then stay active.
+
+        Args:
+            vllm_config: The engine's configuration.
+            settings: Its settings if they are resolved already.
 
         Raises:
             HybridKVError: See `check`.
@@ -62,10 +66,12 @@ class Context:
         from vllm.config import VllmConfig
 
         if not isinstance(vllm_config, VllmConfig):
-            return settings.current_settings()
-        self.check(vllm_config.additional_config)
-        adopted = settings.adopt(vllm_config)
-        for follow in self.followers:
-            follow(vllm_config)
-        self.announce(vllm_config, adopted)
-        return adopted
+            return STATE.settings
+        if settings is None:
+            settings = STATE.engine_settings if STATE.engine_config is vllm_config else None
+        if settings is None:
+            settings = self.check(vllm_config.additional_config)
+        STATE.engine_config, STATE.engine_settings = vllm_config, settings
+        for callback in self.on_engine_config:
+            callback(vllm_config, settings)
+        return settings

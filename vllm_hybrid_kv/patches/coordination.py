@@ -22,7 +22,7 @@ from vllm_hybrid_kv.patches.base import (
     Target,
     UnchangedTarget,
 )
-from vllm_hybrid_kv.settings import current_settings
+from vllm_hybrid_kv.state import STATE
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -47,9 +47,9 @@ def coordinator_patch(
         signature = inspect.signature(original)
 
         def get_kv_cache_coordinator(*args: Any, **kwargs: Any) -> Any:
-            # The factory is not told the engine's configuration. Its settings are in force since
+            # The factory is not told the engine's configuration. Its settings are active since
             # the KV cache was planned.
-            settings = current_settings()
+            settings = STATE.settings
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
             coordinator = context.strategies.ask(
@@ -103,7 +103,7 @@ def prefix_match_unit_patch(context: Context, resolve_block_sizes: Target) -> Pa
         def resolve_kv_cache_block_sizes(
             kv_cache_config: KVCacheConfig, vllm_config: VllmConfig
         ) -> tuple[int, int]:
-            settings = context.adopt(vllm_config)
+            settings = context.activate_settings(vllm_config)
             cache_config = vllm_config.cache_config
             unit = None
             if cache_config.prefix_match_unit is None:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import weakref
-from contextvars import ContextVar
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +14,7 @@ from vllm_hybrid_kv.patches.base import FunctionRebinding, Patch, PatchInfo, Tar
 from vllm_hybrid_kv.planning.capacity import capacity, check_capacity_groups
 from vllm_hybrid_kv.planning.page_sizes import check_page_sizes
 from vllm_hybrid_kv.planning.warnings import own_grouping, startup_warnings
-from vllm_hybrid_kv.settings import current_settings
+from vllm_hybrid_kv.state import STATE
 from vllm_hybrid_kv.transfer.connectors import check_pages
 
 if TYPE_CHECKING:
@@ -27,16 +25,6 @@ if TYPE_CHECKING:
     from vllm_hybrid_kv.settings import Settings
 
 logger = init_logger("vllm.hybrid_kv.planning")
-
-# unify_kv_cache_spec_page_size gets the specs alone; get_kv_cache_groups, which calls it, has the
-# configuration that strategies are promised.
-_planned_for: ContextVar[VllmConfig | None] = ContextVar("planned_for", default=None)
-
-# The scheduler's plan, which the capacity is computed of, has one spec for all layers of a group.
-# What was planned last in this process, and for which engine.
-_layers: ContextVar[tuple[weakref.ref[VllmConfig], dict[str, KVCacheSpec]] | None] = ContextVar(
-    "layers", default=None
-)
 
 
 def page_size_patch(context: Context, get_groups: Target, unify: Target) -> Patch:
@@ -52,14 +40,15 @@ def page_size_patch(context: Context, get_groups: Target, unify: Target) -> Patc
         def get_kv_cache_groups(
             vllm_config: VllmConfig, kv_cache_spec: dict[str, KVCacheSpec]
         ) -> list[KVCacheGroupSpec]:
-            context.adopt(vllm_config)
-            token = _planned_for.set(vllm_config)
+            context.activate_settings(vllm_config)
+            # unify_kv_cache_spec_page_size, which vLLM calls inside, gets the specs alone.
+            STATE.planning_for = vllm_config
             if _is_an_engines(vllm_config):
-                _layers.set((weakref.ref(vllm_config), dict(kv_cache_spec)))
+                STATE.planned_layers = vllm_config, dict(kv_cache_spec)
             try:
                 groups: list[KVCacheGroupSpec] = original(vllm_config, kv_cache_spec)
             finally:
-                _planned_for.reset(token)
+                STATE.planning_for = None
             return groups
 
         return get_kv_cache_groups
@@ -68,12 +57,12 @@ def page_size_patch(context: Context, get_groups: Target, unify: Target) -> Patc
         def unify_kv_cache_spec_page_size(
             kv_cache_spec: dict[str, KVCacheSpec],
         ) -> dict[str, KVCacheSpec]:
-            settings = current_settings()
+            settings = STATE.settings
             before = dict(kv_cache_spec)
             unified: dict[str, KVCacheSpec] | None = context.strategies.ask(
                 "unify_page_sizes",
                 settings,
-                vllm_config=_planned_for.get(),
+                vllm_config=STATE.planning_for,
                 kv_cache_spec=kv_cache_spec,
                 stock=original,
             )
@@ -117,8 +106,8 @@ def _report(
     except (ValueError, HybridKVStrategyError):
         # vLLM asks next, and stops.
         return
-    planned = _layers.get()
-    layers = planned[1] if planned is not None and planned[0]() is vllm_config else None
+    planned = STATE.planned_layers
+    layers = planned[1] if planned is not None and planned[0] is vllm_config else None
     if layers is None and settings.unify_page_sizes != "stock":
         grouping = own_grouping(vllm_config)
         if grouping is None and len(kv_cache_config.kv_cache_groups) > 1:
@@ -148,7 +137,7 @@ def capacity_patch(context: Context, get_capacity: Target) -> Patch:
         def get_kv_cache_capacity(
             vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
         ) -> tuple[int, float]:
-            settings = context.adopt(vllm_config)
+            settings = context.activate_settings(vllm_config)
             tokens, concurrency = original(vllm_config, kv_cache_config)
             # Called once for an engine, in its core's process, as soon as the plan is made.
             if _is_an_engines(vllm_config):

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.hooks import HOOK_OF_SETTING, strategy_names
 from vllm_hybrid_kv.settings import environment_name, resolve
+from vllm_hybrid_kv.state import STATE
 from vllm_hybrid_kv.tools.stopping import stop
 
 
@@ -74,5 +75,5 @@ def prepare() -> None:
 
     plugin.register()
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
-    if plugin.applied() is None:
+    if STATE.active_patches is None:
         raise HybridKVError("the plugin is inactive because it does not know this vLLM")

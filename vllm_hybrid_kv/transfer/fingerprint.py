@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from vllm_hybrid_kv.constants import CACHE_DTYPE
 from vllm_hybrid_kv.kernels import k8v4
-from vllm_hybrid_kv.settings import INTERPRETER, current_settings
+from vllm_hybrid_kv.state import STATE
 from vllm_hybrid_kv.version import __version__
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def fingerprint_of(vllm_config: VllmConfig) -> PageFingerprint | None:
 
     head_size = model.get_head_size()
     # The choice of `attention.device.kernels_for`, before there is a tensor.
-    on_cpu = current_platform.is_cpu() and current_settings().cpu_isa != INTERPRETER
+    on_cpu = current_platform.is_cpu() and not STATE.settings.runs_triton_interpreter
     layout = k8v4.cpu_layout(head_size) if on_cpu else k8v4.Layout.LINEAR
     return PageFingerprint(
         plugin=__version__,
@@ -91,21 +91,13 @@ def fingerprint_of(vllm_config: VllmConfig) -> PageFingerprint | None:
     )
 
 
-_engine: VllmConfig | None = None
-
-
-def follow(vllm_config: VllmConfig) -> None:
-    """Be told the configuration of the engine that this process sets up."""
-    global _engine
-    _engine = vllm_config
-
-
 def current_fingerprint() -> PageFingerprint | None:
     """Return that of the engine which this process set up last; None without a k8v4 cache.
 
     Computed when it is asked for: a model's block size is decided while its engine starts.
     """
-    return None if _engine is None else fingerprint_of(_engine)
+    config = STATE.engine_config
+    return None if config is None else fingerprint_of(config)
 
 
 def marked(text: str) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
+from vllm_hybrid_kv.state import STATE
 from vllm_hybrid_kv.transfer.fingerprint import PageFingerprint, fingerprint_of
 
 if TYPE_CHECKING:
@@ -49,9 +50,6 @@ def make_example_connector(original: Any) -> Any:
     return init
 
 
-_opened: set[Path] = set()
-
-
 def open_store(root: Path, fingerprint: PageFingerprint) -> Path:
     """Return the folder of a fingerprint in a store, and say once what else is in the store.
 
@@ -60,10 +58,10 @@ def open_store(root: Path, fingerprint: PageFingerprint) -> Path:
         fingerprint: Of this engine's pages.
     """
     own = root / f"{PREFIX}{fingerprint.digest}"
-    if own not in _opened:
+    if own not in STATE.opened_stores:
         own.mkdir(parents=True, exist_ok=True)
         _write(own / MANIFEST, fingerprint)
-        _opened.add(own)
+        STATE.opened_stores.add(own)
         for words in others(root, fingerprint):
             logger.warning(
                 "%s holds pages that this engine does not read. They are: %s. Its own are: %s",

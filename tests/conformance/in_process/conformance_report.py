@@ -125,9 +125,10 @@ class Report:
         plugins = importlib.import_module("vllm.plugins")
         plugins.load_general_plugins()
         self._coordinators.watch_managers()
-        from vllm_hybrid_kv import plugin
 
-        self._plugin_active = plugin.applied() is not None
+        from vllm_hybrid_kv.state import STATE
+
+        self._plugin_active = STATE.active_patches is not None
 
     def pytest_ignore_collect(self, collection_path: Path, config: pytest.Config) -> bool | None:
         # A file that cannot be imported is reported under its own name.

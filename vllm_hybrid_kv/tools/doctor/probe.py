@@ -163,7 +163,6 @@ class Probe:
         import vllm.plugins
         from vllm import envs
 
-        from vllm_hybrid_kv import plugin
         from vllm_hybrid_kv.patches import ADAPTERS
         from vllm_hybrid_kv.tools.doctor.rebindings import Places
 
@@ -184,10 +183,12 @@ class Probe:
                 except BaseException as error:
                     row["state"], row["error"] = "raises", describe(error)
             rows.append(row)
-        reason = plugin.left_alone()
+        from vllm_hybrid_kv.state import STATE
+
+        reason = STATE.why_inactive
         return {
             "plugins": rows,
-            "active": plugin.applied() is not None,
+            "active": STATE.active_patches is not None,
             "left_alone": None if reason is None else describe(reason),
             "foreign": [vars(foreign) for foreign in places.foreign()],
         }
@@ -233,10 +234,10 @@ class Probe:
 
     def patches(self) -> list[dict[str, Any]]:
         """Return every patch with its edits, and whether each is in force or could be applied."""
-        from vllm_hybrid_kv import plugin
         from vllm_hybrid_kv.patches import patches_for
+        from vllm_hybrid_kv.state import STATE
 
-        applied = plugin.applied()
+        applied = STATE.active_patches
         if applied is not None:
             found = [(row.patch, row.edit, row.failures) for row in applied.table()]
         else:
@@ -307,9 +308,6 @@ class Probe:
     def _context(self) -> Any:
         from vllm_hybrid_kv.patches.context import Context
 
-        def announce(*_: Any) -> None:
-            """Nothing: no engine is made here."""
-
         def stop(error: Exception) -> Any:
             raise error
 
@@ -317,7 +315,6 @@ class Probe:
             strategies=self._strategies,
             on_cpu=bool(self._platform.is_cpu()),
             on_gpu=bool(self._platform.is_cuda_alike()),
-            announce=announce,
             stop=stop,
         )
 

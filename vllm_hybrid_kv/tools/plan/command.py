@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_hybrid_kv.errors import HybridKVError
+from vllm_hybrid_kv.state import STATE
 from vllm_hybrid_kv.tools.output import hand_out
 from vllm_hybrid_kv.tools.plan.described import DescriptionError, read_config
 from vllm_hybrid_kv.tools.plan.devices import DEVICES
@@ -176,9 +177,8 @@ class PlanError(ValueError):
 
 
 def _strategies() -> list[str]:
-    from vllm_hybrid_kv import plugin
 
-    strategies = plugin.registered_strategies()
+    strategies = STATE.strategies
     return strategies.available("unify_page_sizes") if strategies is not None else []
 
 

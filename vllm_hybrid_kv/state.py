@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one process holds: the only module-level state of the plugin that changes."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheSpec
+
+    from vllm_hybrid_kv.errors import HybridKVError
+    from vllm_hybrid_kv.hooks import Strategies
+    from vllm_hybrid_kv.metrics.counters import CounterFile
+    from vllm_hybrid_kv.patches.base import Applied
+    from vllm_hybrid_kv.settings import Settings
+
+
+@dataclass
+class ProcessState:
+    """What one process holds. A process may set up several engines, one after another.
+
+    Attributes:
+        active_patches: The patches of vLLM; None if the plugin is inactive.
+        why_inactive: Why `register` left vLLM unchanged; None if it did not.
+        strategies: The registered strategies; None if the plugin is inactive.
+        logged_lines: Start-up lines already logged, with the process id, which a fork changes.
+        engine_config: The configuration of the last engine.
+        engine_settings: The settings of the last engine.
+        boundary_layers: The number of unquantised layers at each end of the engine whose
+            configuration vLLM is creating; None if vLLM's rule applies.
+        planning_for: The engine whose layers vLLM is grouping, while it does.
+        planned_layers: The engine whose layers vLLM grouped last, and their specs. The plan has
+            one spec for all layers of a group.
+        opened_stores: Folders of stored pages that this process has announced.
+        counter_files: Open metric files by process id and folder.
+        metrics_owner: Id of the process that publishes the folder of metric files; None if this
+            process has published none.
+    """
+
+    active_patches: Applied | None = None
+    why_inactive: HybridKVError | None = None
+    strategies: Strategies | None = None
+    logged_lines: set[tuple[int, str]] = field(default_factory=set)
+    engine_config: VllmConfig | None = None
+    engine_settings: Settings | None = None
+    boundary_layers: int | None = None
+    planning_for: VllmConfig | None = None
+    planned_layers: tuple[VllmConfig, dict[str, KVCacheSpec]] | None = None
+    opened_stores: set[Path] = field(default_factory=set)
+    counter_files: dict[tuple[int, Path], CounterFile] = field(default_factory=dict)
+    metrics_owner: int | None = None
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of the last engine; before any engine, those of the environment.
+
+        Raises:
+            HybridKVSettingsError: The environment holds an unknown or invalid setting.
+        """
+        from vllm_hybrid_kv.settings import resolve
+
+        return resolve(None) if self.engine_settings is None else self.engine_settings
+
+    def settings_of(self, vllm_config: VllmConfig) -> Settings:
+        """Return the settings of an engine, resolved once for the last engine.
+
+        Raises:
+            HybridKVSettingsError: A name is unknown or a value is not valid.
+        """
+        from vllm_hybrid_kv.settings import resolve
+
+        if self.engine_config is vllm_config and self.engine_settings is not None:
+            return self.engine_settings
+        return resolve(vllm_config.additional_config)
+
+    def reset(self) -> None:
+        """Forget everything but the metrics, which prometheus_client keeps as well. For tests."""
+        for one in fields(self):
+            if one.name not in ("counter_files", "metrics_owner"):
+                make = one.default_factory
+                setattr(self, one.name, one.default if make is MISSING else make())
+
+
+STATE = ProcessState()
+"""The state of this process."""
+
+
+def current_settings() -> Settings:
+    """Return the settings of the engine that this process set up last.
+
+    Before any engine they are those of the environment.
+
+    Raises:
+        HybridKVSettingsError: The environment holds an unknown or invalid setting.
+    """
+    return STATE.settings
