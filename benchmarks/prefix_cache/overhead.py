@@ -68,7 +68,7 @@ def measure(timing: Timing) -> Iterator[dict[str, Any]]:
         request (all steps together), and what the turn came to. After the last, for each strategy
         the same of its steps' medians over the rounds, without a round.
     """
-    from vllm_hybrid_kv.tools.replay.replay import Replay
+    from vllm_hybrid_kv.tools.replay.scheduler import Replay
 
     sources = Sources(Path(timing.public) if timing.public else None)
     requests = sources.requests(timing.trace, timing.requests)

@@ -90,7 +90,7 @@ def sources_fingerprint(strategy: str = HYBRID_AWARE) -> str:
 
 def describe(shape: str, kv_cache_dtype: str) -> Model:
     """Return a described model, with the settings that `vllm-hybrid-kv replay` has by default."""
-    from vllm_hybrid_kv.tools.plan.importing import import_vllm
+    from vllm_hybrid_kv.tools.plan.vllm_import import import_vllm
 
     import_vllm()
     from vllm_hybrid_kv.tools.plan.engine import Model
@@ -111,7 +111,7 @@ def describe(shape: str, kv_cache_dtype: str) -> Model:
 def run(model: Model, requests: Sequence[TracedRequest], case: Case) -> dict[str, Any]:
     """Replay a trace and return what it came to, or why the memory does not do."""
     from vllm_hybrid_kv.errors import HybridKVError
-    from vllm_hybrid_kv.tools.replay.replay import Replay
+    from vllm_hybrid_kv.tools.replay.scheduler import Replay
 
     begun = time.process_time()
     try:

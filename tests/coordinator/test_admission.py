@@ -14,7 +14,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from testing.described_model import hybrid_config
 from vllm_hybrid_kv.tools.plan.engine import Engine, Model
-from vllm_hybrid_kv.tools.replay.replay import Replay
+from vllm_hybrid_kv.tools.replay.scheduler import Replay
 from vllm_hybrid_kv.tools.replay.trace import BLOCK_TOKENS, TracedRequest
 
 POLICY = {"coordinator": "hybrid_aware", "prefix_match_unit": "auto"}

@@ -20,7 +20,7 @@ from vllm_hybrid_kv.coordinator.checkpoints import Place
 from vllm_hybrid_kv.coordinator.fixed_point import FixedPointCoordinator
 from vllm_hybrid_kv.coordinator.hybrid_aware import HybridAwareCoordinator
 from vllm_hybrid_kv.tools.plan.engine import Engine, Model
-from vllm_hybrid_kv.tools.replay.replay import Replay, Tally
+from vllm_hybrid_kv.tools.replay.scheduler import Replay, Tally
 from vllm_hybrid_kv.tools.replay.trace import BLOCK_TOKENS, TracedRequest
 
 POLICY = {"coordinator": "hybrid_aware", "prefix_match_unit": "auto"}

@@ -83,7 +83,7 @@ def trace(folder: Path) -> Callable[[bytes], None]:
 
 def config(folder: Path) -> Callable[[bytes], None]:
     """Read a model's config.json and make it ready to be planned."""
-    from vllm_hybrid_kv.tools.plan.described import DescriptionError, described
+    from vllm_hybrid_kv.tools.plan.model_description import DescriptionError, described
 
     path = folder / "config.json"
 
@@ -120,11 +120,12 @@ def settings(folder: Path) -> Callable[[bytes], None]:
 
 def sizes(folder: Path) -> Callable[[bytes], None]:
     """Read a size of memory as users write it."""
-    from vllm_hybrid_kv.tools.sizes import format_size, parse_size
+    from vllm_hybrid_kv.tools.options import memory_size
+    from vllm_hybrid_kv.tools.output import format_size
 
     def parse(content: bytes) -> None:
         try:
-            size = parse_size(content.decode("utf-8", "replace"))
+            size = memory_size(content.decode("utf-8", "replace"))
         except ValueError:
             return
         format_size(size)

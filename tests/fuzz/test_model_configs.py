@@ -20,7 +20,7 @@ from testing.described_model import hybrid_config
 from testing.shapes import SHAPES
 from tests.fuzz.json_values import damaged, encoded, json_values, with_a_change
 from vllm_hybrid_kv.tools.main import app
-from vllm_hybrid_kv.tools.plan.described import DescriptionError, described
+from vllm_hybrid_kv.tools.plan.model_description import DescriptionError, described
 from vllm_hybrid_kv.tools.replay.trace import TracedRequest, write_trace
 
 MODELS = [

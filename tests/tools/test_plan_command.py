@@ -54,17 +54,17 @@ def test_a_model_is_planned_without_weights_images_or_a_word_of_vllms(outcome):
     assert lines[0] == "Qwen3_5MoeForCausalLM, turboquant_k8v4, 24 GiB of KV cache on a GPU"
     assert lines[1].endswith("is planned as its language model, Qwen3_5MoeForCausalLM")
     (state,) = (line for line in lines if "state (gdn)" in line)
-    assert [cell.strip() for cell in state.split("│")[1:-1]] == [
+    assert re.split("  +", state) == [
         *("0-2", "10", "state (gdn)", "bfloat16, float32"),
         *("2,768", "2,147,968", "1,664", "0.08"),
     ]
 
 
 def test_dtypes_and_strategies_stand_side_by_side(outcome):
-    header = next(line for line in outcome.stdout.splitlines() if " fp8 " in line)
-    assert [cell.strip() for cell in header.split("┃")[2:-1]] == ["auto", "fp8", "turboquant_k8v4"]
-    strategies = outcome.stdout.split("unify_page_sizes, turboquant_k8v4")[1].splitlines()[2]
-    assert {"lcm", "stock"} <= {cell.strip() for cell in strategies.split("┃")[2:-1]}
+    dtypes = outcome.stdout.split("Cache dtypes")[1].split()[:3]
+    assert dtypes == ["auto", "fp8", "turboquant_k8v4"]
+    strategies = outcome.stdout.split("unify_page_sizes with turboquant_k8v4")[1].split()[:3]
+    assert strategies == ["lcm", "min_waste", "stock"]
 
 
 def test_what_is_printed_is_written_as_json(outcome, folder):
@@ -169,8 +169,8 @@ def test_a_dtype_that_does_not_fit_is_said_beside_one_that_does(run, monkeypatch
     done = run(LLAMA, "--memory", "10GiB")
     assert done.exit_code == 0, done.stderr
     assert "auto: To serve at least one request" in done.stdout
-    (blocks,) = (line for line in done.stdout.splitlines() if line.startswith("│ blocks"))
-    auto, fp8, k8v4 = (cell.strip() for cell in blocks.split("│")[2:-1])
+    (blocks,) = (line for line in done.stdout.splitlines() if line.startswith("blocks"))
+    _, auto, fp8, k8v4 = blocks.split()
     assert auto == "-"
     assert int(fp8.replace(",", "")) < int(k8v4.replace(",", ""))
 

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from testing.described_model import hybrid_config
 from vllm_hybrid_kv.tools.main import app
+from vllm_hybrid_kv.tools.options import memory_size
+from vllm_hybrid_kv.tools.output import format_size
 from vllm_hybrid_kv.tools.replay.trace import TracedRequest, write_trace
-from vllm_hybrid_kv.tools.sizes import format_size, parse_size
 
 
 @pytest.mark.parametrize(
@@ -29,17 +30,21 @@ from vllm_hybrid_kv.tools.sizes import format_size, parse_size
     ],
 )
 def test_a_size_is_read_as_people_write_it(text, size):
-    assert parse_size(text) == size
+    assert memory_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "0", "-1GiB", "20 apples", "0.1"])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ValueError, match="is not a size; write it like 20GiB"):
-        parse_size(text)
+        memory_size(text)
 
 
-def test_a_size_is_written_in_gib():
-    assert format_size(3 << 29) == "1.5 GiB"
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(3 << 29, "1.5 GiB"), (1000 << 20, "1000 MiB"), (2 << 40, "2 TiB"), (100, "100 B")],
+)
+def test_a_size_is_written_in_the_largest_binary_unit_that_it_fills(size, text):
+    assert format_size(size) == text
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +92,7 @@ def outcome(files):
 def test_strategies_stand_side_by_side_for_each_size(outcome):
     assert outcome.returncode == 0, outcome.stderr
     tables = outcome.stdout.split("36 requests")[1:]
-    assert ["0.0625 GiB" in tables[0], "0.25 GiB" in tables[1], len(tables)] == [True, True, 2]
+    assert ["64 MiB" in tables[0], "256 MiB" in tables[1], len(tables)] == [True, True, 2]
     for table in tables:
         assert "stock" in table
         assert "fixed_point" in table

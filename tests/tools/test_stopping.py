@@ -4,7 +4,7 @@
 import pytest
 from transformers import LlamaConfig
 
-from vllm_hybrid_kv.tools.stopping import UNKNOWN, one_line
+from vllm_hybrid_kv.tools.serve_options import UNKNOWN, one_line
 
 
 def caused_by(cause: Exception) -> Exception:

@@ -27,8 +27,8 @@ def plan(architecture: str) -> dict[str, Any]:
     """Return an architecture's row: its configuration's source, pattern and plans."""
     from tests.zoo.configurations import configuration_of
     from tests.zoo.models import ARGUMENTS, FILES
-    from vllm_hybrid_kv.tools.plan.described import DescriptionError, described
-    from vllm_hybrid_kv.tools.stopping import one_line
+    from vllm_hybrid_kv.tools.plan.model_description import DescriptionError, described
+    from vllm_hybrid_kv.tools.serve_options import one_line
 
     began = time.monotonic()
     row: dict[str, Any] = {"plans": {}, "pattern": None}
@@ -57,9 +57,9 @@ def plan(architecture: str) -> dict[str, Any]:
 
 
 def _plan_with(description: Any, asked: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
-    from vllm_hybrid_kv.tools.plan.devices import GPU
-    from vllm_hybrid_kv.tools.plan.plan import plan_of
-    from vllm_hybrid_kv.tools.stopping import one_line
+    from vllm_hybrid_kv.tools.plan.kv_cache_plan import plan_of
+    from vllm_hybrid_kv.tools.plan.model_description import GPU
+    from vllm_hybrid_kv.tools.serve_options import one_line
 
     fields = json.loads((Path(description.folder) / "config.json").read_text())
     positions = fields.get("max_position_embeddings") or LONGEST
@@ -123,7 +123,7 @@ def main() -> None:
     # What vLLM and its libraries print goes to standard error.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    from vllm_hybrid_kv.tools.plan.importing import import_vllm
+    from vllm_hybrid_kv.tools.plan.vllm_import import import_vllm
 
     import_vllm()
     if "--as-cpu" in sys.argv:

@@ -1,31 +1,81 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `vllm-hybrid-kv` and its subcommands."""
+"""The command `vllm-hybrid-kv`: its subcommands, and how it reports their errors."""
 
 from __future__ import annotations
 
-import typer
+import sys
+from typing import Any
 
+import typer
+from typer.core import TyperGroup
+
+from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.tools.doctor import command as doctor
 from vllm_hybrid_kv.tools.eval import command as evaluate
+from vllm_hybrid_kv.tools.output import ToolError
 from vllm_hybrid_kv.tools.plan import command as plan
 from vllm_hybrid_kv.tools.replay import command as replay
-from vllm_hybrid_kv.tools.serve_options import PASS_THROUGH
-from vllm_hybrid_kv.tools.stopping import OneLineErrors
+
+_ClickException: Any = next(
+    base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
+)
+"""The base of typer's errors for wrong arguments; newer releases contain their own click."""
+
+
+class OneLineErrors(TyperGroup):
+    """A group of commands that prints an error as one line instead of a box or a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except HybridKVError as error:
+            _print_error(ctx.invoked_subcommand, str(error))
+            raise typer.Exit(error.status if isinstance(error, ToolError) else 2) from None
+
+    def main(self, *args: Any, standalone_mode: bool = True, **options: Any) -> Any:
+        options["standalone_mode"] = False
+        if not standalone_mode:
+            return super().main(*args, **options)
+        status = 2
+        try:
+            status = super().main(*args, **options)
+        except typer.Abort:
+            _print_error(None, "aborted")
+        except _ClickException as error:
+            if type(error).__name__ == "NoArgsIsHelpError":
+                error.show()
+            else:
+                command = error.ctx.info_name if error.ctx and error.ctx.parent else None
+                _print_error(command, error.format_message())
+        sys.exit(status)
+
+
+def _print_error(command: str | None, message: str) -> None:
+    program = f"vllm-hybrid-kv {command}" if command else "vllm-hybrid-kv"
+    typer.echo(f"{program}: {' '.join(message.split())}", err=True)
+
 
 app = typer.Typer(
     cls=OneLineErrors,
     no_args_is_help=True,
     add_completion=False,
-    help="Looks at hybrid and quantised KV caches.",
+    rich_markup_mode="markdown",
+    help="Tools for hybrid and quantised KV caches. Only `eval` runs a model.",
 )
 
 
-@app.callback()
-def main() -> None:
-    """Look at a KV cache; only `eval` runs a model."""
-
+SERVE_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Context settings of a command that also takes options of `vllm serve`."""
 
 app.command("doctor")(doctor.doctor)
-app.command("plan", context_settings=PASS_THROUGH)(plan.plan)
+app.command(
+    "plan",
+    context_settings=SERVE_OPTIONS,
+    options_metavar="MODEL --memory SIZE [OPTIONS] [SERVE OPTIONS]",
+)(plan.plan)
 app.command("eval")(evaluate.evaluate)
-app.command("replay", context_settings=PASS_THROUGH)(replay.replay)
+app.command(
+    "replay",
+    context_settings=SERVE_OPTIONS,
+    options_metavar="--model MODEL --memory SIZE [OPTIONS] [SERVE OPTIONS]",
+)(replay.replay)

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of `vllm serve` on other commands, parsed by vLLM's own parser."""
+"""Options of `vllm serve` in `plan` and `replay`: vLLM's own parser, and its errors in one line."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import re
+import traceback
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vllm_hybrid_kv.tools.plan.described import DescriptionError
+import typer
 
-PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
-"""Context settings of a command that takes options of `vllm serve`."""
+from vllm_hybrid_kv.errors import did_you_mean
+from vllm_hybrid_kv.tools.output import ToolError
 
 DEFAULT_DTYPE = "turboquant_k8v4"
 
@@ -38,96 +41,77 @@ _WITHOUT_EFFECT = (
     "skip_tokenizer_init",
 )
 
+UNKNOWN = (
+    "vLLM's class of this model does not build from this configuration; set "
+    "VLLM_LOGGING_LEVEL=DEBUG to see where it fails"
+)
 
-class OptionError(ValueError):
-    """vLLM's parser refuses an option; the message names it."""
+_ADVICE = (
+    (r" \(which also controls CPU memory on the CPU backend\)", ""),
+    (r" when initializing the engine", ""),
+    (r"`?gpu_memory_utilization`?", "--memory"),
+    (r"`?\bmax_model_len\b`?", "--max-model-len"),
+    (r"\bunify_page_sizes=(\w+)", r"--unify \1"),
+    (r"\bset boundary_layers to (\d+)", r"set --boundary-layers \1"),
+)
+"""Patterns in messages for servers, and the options of `plan` and `replay` that do the same."""
 
 
 def early_model(arguments: Sequence[str]) -> str | None:
-    """Return the model if it can be told without vLLM's parser: first, or after `--model`."""
+    """Return the model if it is the first argument or follows `--model`, without vLLM's parser."""
     if (model := _value_of("--model", arguments)) is not None:
         return model
-    if arguments and not arguments[0].startswith("-"):
-        return arguments[0]
-    return None
+    return arguments[0] if arguments and not arguments[0].startswith("-") else None
 
 
 def check_config_file(arguments: Sequence[str]) -> None:
-    """Check that the file of vLLM's `--config` is there.
+    """Check that the file of vLLM's `--config` exists.
 
     Raises:
-        OptionError: It is not.
+        ToolError: It does not.
     """
     file = _value_of("--config", arguments)
     if file is not None and not Path(file).is_file():
-        raise OptionError(f"--config: {file}: No such file")
+        raise ToolError(f"--config: {file}: No such file")
 
 
 def _value_of(option: str, arguments: Sequence[str]) -> str | None:
-    for number, argument in enumerate(arguments):
+    for i, argument in enumerate(arguments):
         name, _, value = argument.partition("=")
         if name == option:
-            return value or (arguments[number + 1] if number + 1 < len(arguments) else None)
+            return value or next(iter(arguments[i + 1 : i + 2]), None)
     return None
 
 
-def config_path(model: str, revision: str | None = None) -> Path:
-    """Return where the configuration of a model is: a path, or a hub name that is cached here.
+def parse(context: typer.Context, *more: str) -> tuple[str, dict[str, Any]]:
+    """Parse the arguments of `vllm serve` that a command received.
 
     Args:
-        model: A folder, a config.json, or a name on the Hugging Face hub.
-        revision: The hub's revision.
-
-    Raises:
-        DescriptionError: There is neither a path nor a cached model of that name.
-    """
-    path = Path(model)
-    try:
-        here = path.exists()
-    except OSError as error:
-        raise DescriptionError(f"{model}: {error.strerror}") from None
-    if here or model.count("/") != 1 or model.startswith((".", "/")):
-        return path
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        cached = try_to_load_from_cache(model, "config.json", revision=revision)
-    except HFValidationError:
-        cached = None
-    if not isinstance(cached, str):
-        raise DescriptionError(
-            f"no such file: {model}; and the local Hugging Face cache has no config.json of a "
-            f"model of this name: hf download {model} config.json"
-        )
-    return Path(cached).parent
-
-
-def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """Parse what `vllm serve` would be given.
-
-    Args:
-        arguments: The model and options of `vllm serve`, in any order.
+        context: The command's context.
+        more: Arguments before the received ones.
 
     Returns:
-        The model, and arguments of `EngineArgs`, without those that change no plan.
+        The model, and arguments of `EngineArgs` without those that change no plan.
 
     Raises:
-        OptionError: vLLM's parser refuses them.
+        ToolError: vLLM's parser refuses them, or none of them is a model.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
+    own = [option for parameter in context.command.params for option in parameter.opts]
+    parser = _parser(own)
     try:
-        parser = _parser()
-        given = parser.parse_args(list(arguments))
-        model = given.model_tag or _given_model(parser, given)
-        # Offline, vLLM would look for weights of the names here.
+        given = parser.parse_args([*more, *context.args])
+        model = given.model_tag
+        if model is None and given.model != parser.get_default("model"):
+            model = given.model
+        # Offline, vLLM would look up the weights of the names here.
         given.model, given.tokenizer = ".", None
         engine = AsyncEngineArgs.from_cli_args(given)
     except (argparse.ArgumentTypeError, ValueError, OSError, AssertionError) as error:
-        raise OptionError(str(error)) from None
+        raise ToolError(str(error)) from None
     if model is None:
-        raise OptionError("no model: give a folder, a config.json or a name on the hub first")
+        raise ToolError("no model: give a folder, a config.json or a name on the hub first")
     return model, {
         field.name: getattr(engine, field.name)
         for field in fields(EngineArgs)
@@ -135,21 +119,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     }
 
 
-def option_of(field: str) -> str:
-    """Return the option that sets a field of vLLM's configuration, as a user types it."""
-    dest = {"cache_dtype": "kv_cache_dtype"}.get(field, field)
-    for action in _parser()._actions:
-        if action.dest == dest and action.option_strings:
-            return next(o for o in action.option_strings if o.startswith("--"))
-    return field
-
-
-def _given_model(parser: argparse.ArgumentParser, given: argparse.Namespace) -> str | None:
-    model: str | None = given.model
-    return None if model == parser.get_default("model") else model
-
-
-def _parser() -> argparse.ArgumentParser:
+def _parser(own_options: Sequence[str] = ()) -> argparse.ArgumentParser:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     try:
@@ -159,8 +129,66 @@ def _parser() -> argparse.ArgumentParser:
 
     class Parser(FlexibleArgumentParser):
         def error(self, message: str) -> NoReturn:
-            raise OptionError(message)
+            if unknown := re.match(r"unrecognized arguments: (--[^\s=]+)", message):
+                options = (option for action in self._actions for option in action.option_strings)
+                message += did_you_mean(unknown[1], [*own_options, *options])
+            raise ToolError(message)
 
     parser: argparse.ArgumentParser = make_arg_parser(Parser(add_help=False))
     parser.set_defaults(kv_cache_dtype=DEFAULT_DTYPE)
     return parser
+
+
+def in_tool_options(message: str) -> str:
+    """Return a message for servers with the options of `plan` and `replay` in its advice."""
+    for pattern, option in _ADVICE:
+        message = re.sub(pattern, option, message)
+    return message
+
+
+def one_line(error: Exception) -> str:
+    """Return vLLM's message for users of an error in one line, or `UNKNOWN` if it has none."""
+    from pydantic import ValidationError
+
+    if isinstance(error, ValidationError):
+        message = "; ".join(
+            ": ".join(
+                (
+                    *(_option_of(str(part)) for part in details["loc"]),
+                    details["msg"].removeprefix("Value error, "),
+                )
+            )
+            for details in error.errors()
+        )
+    else:
+        message = _message_for_users(error) or _missing_field(error) or UNKNOWN
+        if message == UNKNOWN and os.environ.get("VLLM_LOGGING_LEVEL") == "DEBUG":
+            traceback.print_exception(error)
+    return " ".join(message.split())
+
+
+def _option_of(field: str) -> str:
+    """Return the option that sets a field of vLLM's configuration, or the field."""
+    destination = {"cache_dtype": "kv_cache_dtype"}.get(field, field)
+    for action in _parser()._actions:
+        if action.dest == destination and action.option_strings:
+            return next(option for option in action.option_strings if option.startswith("--"))
+    return field
+
+
+def _message_for_users(error: BaseException) -> str | None:
+    """Return the message of an error, or of its cause, whose class vLLM uses for users."""
+    if isinstance(error, ValueError | NotImplementedError | AssertionError):
+        return str(error) or None
+    return _message_for_users(error.__cause__) if error.__cause__ is not None else None
+
+
+def _missing_field(error: Exception) -> str | None:
+    from transformers import PreTrainedConfig
+
+    if not (isinstance(error, AttributeError) and isinstance(error.obj, PreTrainedConfig)):
+        return None
+    return (
+        f"the configuration has no {error.name!r}, which vLLM's class of this model reads; add it "
+        "to the config.json"
+    )

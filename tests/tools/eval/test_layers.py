@@ -8,8 +8,8 @@ import pytest
 from testing.shapes import SHAPES
 from vllm_hybrid_kv.tools.eval.child import over_ranks
 from vllm_hybrid_kv.tools.eval.recorder import Recorder
-from vllm_hybrid_kv.tools.plan.described import described
 from vllm_hybrid_kv.tools.plan.engine import Model
+from vllm_hybrid_kv.tools.plan.model_description import described
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from testing.shapes import SHAPES
-from vllm_hybrid_kv.tools.plan.described import described
 from vllm_hybrid_kv.tools.plan.engine import Model
+from vllm_hybrid_kv.tools.plan.model_description import described
 
 
 @pytest.fixture(scope="session")

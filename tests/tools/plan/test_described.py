@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from testing.shapes import SHAPES
-from vllm_hybrid_kv.tools.plan.described import DescriptionError, described, read_config
+from vllm_hybrid_kv.tools.plan.model_description import DescriptionError, described, read_config
 
 LLAMA = json.loads((SHAPES["llama-3.1-8b"] / "config.json").read_text())
 

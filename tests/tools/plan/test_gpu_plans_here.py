@@ -23,11 +23,11 @@ from testing.shapes import SHAPES
 from tests.zoo.configurations import configuration_of
 from tests.zoo.refusals import unfit
 from vllm_hybrid_kv import plugin
-from vllm_hybrid_kv.tools.plan.described import described
 from vllm_hybrid_kv.tools.plan.engine import Model
-from vllm_hybrid_kv.tools.plan.importing import _Placeholders
-from vllm_hybrid_kv.tools.plan.plan import plan_of
-from vllm_hybrid_kv.tools.stopping import one_line
+from vllm_hybrid_kv.tools.plan.kv_cache_plan import plan_of
+from vllm_hybrid_kv.tools.plan.model_description import described
+from vllm_hybrid_kv.tools.plan.vllm_import import Placeholders
+from vllm_hybrid_kv.tools.serve_options import one_line
 
 K8V4 = "turboquant_k8v4"
 DTYPES = ("auto", "fp8", K8V4)
@@ -195,7 +195,7 @@ def traces() -> dict[str, Any]:
         "Triton": vllm.config.vllm.HAS_TRITON,
         "FlashInfer": (flashinfer.has_flashinfer(), "flashinfer" in sys.modules),
         "selected backends": selector._cached_get_attn_backend.cache_info().currsize,
-        "finders": [f for f in sys.meta_path if not isinstance(f, _Placeholders)],
+        "finders": [f for f in sys.meta_path if not isinstance(f, Placeholders)],
     }
 
 

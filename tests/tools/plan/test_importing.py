@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from vllm_hybrid_kv.tools.plan import importing
-from vllm_hybrid_kv.tools.plan.importing import IMAGES, _images_work, _Placeholders
+from vllm_hybrid_kv.tools.plan import vllm_import
+from vllm_hybrid_kv.tools.plan.vllm_import import IMAGES, Placeholders, _images_work
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def modules(monkeypatch):
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     monkeypatch.setattr(sys, "path", list(sys.path))
     for finder in list(sys.meta_path):
-        if isinstance(finder, _Placeholders):
+        if isinstance(finder, Placeholders):
             sys.meta_path.remove(finder)
     return kept
 
@@ -29,7 +29,7 @@ def _of_images(name):
 
 
 def test_placeholders_have_any_name_and_any_attribute(modules):
-    _Placeholders.install()
+    Placeholders.install()
     functional = importlib.import_module("torchvision.transforms.v2.functional")
     from torchvision.io import ImageReadMode
 
@@ -41,7 +41,7 @@ def test_placeholders_have_any_name_and_any_attribute(modules):
 
 
 def test_nothing_else_is_found_by_placeholders(modules):
-    _Placeholders.install()
+    Placeholders.install()
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("torchvision_extras")
 
@@ -63,6 +63,6 @@ def test_a_broken_torchvision_is_told_and_leaves_nothing_behind(modules, tmp_pat
 def test_a_process_that_has_vllm_already_is_left_alone(monkeypatch):
     import vllm
 
-    monkeypatch.setattr(importing, "_images_work", lambda: pytest.fail("looked for torchvision"))
-    importing.import_vllm()
+    monkeypatch.setattr(vllm_import, "_images_work", lambda: pytest.fail("looked for torchvision"))
+    vllm_import.import_vllm()
     assert sys.modules["vllm"] is vllm

@@ -16,10 +16,10 @@ from testing.models import qwen3_next_config
 from testing.shapes import SHAPES
 from vllm_hybrid_kv.attention.unsupported import UnsupportedModelError
 from vllm_hybrid_kv.kernels.k8v4 import slot_bytes
-from vllm_hybrid_kv.tools.plan.described import described
 from vllm_hybrid_kv.tools.plan.engine import Model
-from vllm_hybrid_kv.tools.plan.plan import Pages, merge_alike, plan_of
-from vllm_hybrid_kv.tools.replay.replay import Replay, StuckError
+from vllm_hybrid_kv.tools.plan.kv_cache_plan import Pages, merge_alike, plan_of
+from vllm_hybrid_kv.tools.plan.model_description import described
+from vllm_hybrid_kv.tools.replay.scheduler import Replay, StuckError
 from vllm_hybrid_kv.tools.replay.trace import TracedRequest
 
 GIB = 1 << 30

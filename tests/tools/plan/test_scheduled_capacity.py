@@ -8,8 +8,8 @@ from vllm.v1.request import Request
 
 from testing.shapes import SHAPES
 from vllm_hybrid_kv.planning.capacity import capacity
-from vllm_hybrid_kv.tools.plan.described import described
 from vllm_hybrid_kv.tools.plan.engine import Model
+from vllm_hybrid_kv.tools.plan.model_description import described
 
 GIB = 1 << 30
 MAX_MODEL_LEN = 32768

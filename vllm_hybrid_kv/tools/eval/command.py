@@ -6,27 +6,34 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
-from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.settings import ENVIRONMENT_PREFIX, SECTION
 from vllm_hybrid_kv.tools.eval.plot import draw
 from vllm_hybrid_kv.tools.eval.report import Column, Evaluation, report
 from vllm_hybrid_kv.tools.machine import cpu_model
-from vllm_hybrid_kv.tools.output import hand_out
-from vllm_hybrid_kv.tools.stopping import check_outputs, stop
+from vllm_hybrid_kv.tools.output import (
+    JsonOption,
+    MarkdownOption,
+    PlotOption,
+    ToolError,
+    check_paths,
+    progress_bar,
+    write,
+)
 from vllm_hybrid_kv.version import __version__
 
 if TYPE_CHECKING:
     from vllm_hybrid_kv.tools.eval.run import Run
     from vllm_hybrid_kv.tools.eval.subjects import Subject
+
+SCHEMA = 1
 
 
 def evaluate(
@@ -49,26 +56,26 @@ def evaluate(
         Path | None,
         typer.Option(help="Where an interrupted run goes on; by default in the user's cache."),
     ] = None,
-    json_: Annotated[
-        Path | None, typer.Option("--json", help="Write the numbers there; - for the output.")
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw them there (matplotlib).")] = None,
+    json_: JsonOption = None,
+    plot: PlotOption = None,
+    markdown: MarkdownOption = False,
 ) -> None:
     """Compare predictions with quantised caches to those without: perplexity, KL, top-1.
 
     vLLM's own engine runs the model, once for each cache. A run that was interrupted goes on when
     the same command is given again.
     """
-    check_outputs("eval", json_, plot)
-    console = Console(stderr=True)
-    with _stopping():
-        subjects = _subjects(kv_cache_dtype, reference)
-        arguments = _engine_arguments(engine_args)
-        vllm = _vllm_version()
-        with console.status("Reading the data"):
-            sequences = _sequences(model, data, context, limit, arguments)
-        identity = _identity(model, sequences, arguments, reference, vllm)
-        columns = _measure(model, subjects, sequences, arguments, identity, work, console)
+    check_paths(json_, plot)
+    subjects = _subjects(kv_cache_dtype, reference)
+    arguments = _engine_arguments(engine_args)
+    vllm = _vllm_version()
+    with Console(stderr=True).status("Reading the data"):
+        sequences = _sequences(model, data, context, limit, arguments)
+    identity = _identity(model, sequences, arguments, reference, vllm)
+    try:
+        columns = _measure(model, subjects, sequences, arguments, identity, work)
+    except KeyboardInterrupt:
+        raise ToolError("interrupted; run the same command again to continue", 130) from None
     evaluation = Evaluation(
         model=model,
         data=str(data),
@@ -78,16 +85,17 @@ def evaluate(
         versions={"vllm_hybrid_kv": __version__, "vllm": vllm},
         columns=columns,
     )
-    hand_out(
-        "eval",
+    write(
         evaluation.to_json(),
         lambda: report(evaluation),
-        json_,
-        plot,
-        lambda path: draw(path, evaluation),
+        schema=SCHEMA,
+        json_=json_,
+        markdown=markdown,
+        plot=plot,
+        draw=lambda path: draw(path, evaluation),
     )
     if missing := [column for column in columns if column.summary is None]:
-        raise _stop("; ".join(f"{column.name}: {column.reason}" for column in missing))
+        raise ToolError("; ".join(f"{column.name}: {column.reason}" for column in missing))
 
 
 def _subjects(text: str, reference: str) -> list[Subject]:
@@ -189,20 +197,12 @@ def _measure(
     arguments: dict[str, Any],
     identity: dict[str, Any],
     work: Path | None,
-    console: Console,
 ) -> list[Column]:
     from vllm_hybrid_kv.tools.eval.folder import Folder, digest
     from vllm_hybrid_kv.tools.eval.run import Run
 
     folder = Folder(work or _cache() / digest(identity)[:16])
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[state]}"),
-        console=console,
-    )
+    bar = progress_bar("{task.fields[state]}")
     with folder.opened(identity), bar:
         run = Run(folder, model, sequences, arguments)
         columns = [
@@ -243,20 +243,3 @@ def _column(
 def _cache() -> Path:
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "vllm-hybrid-kv" / "eval"
-
-
-@contextmanager
-def _stopping() -> Iterator[None]:
-    from vllm_hybrid_kv.tools.eval.errors import EvaluationError
-
-    try:
-        yield
-    except (EvaluationError, HybridKVError) as error:
-        raise _stop(str(error)) from None
-    except KeyboardInterrupt:
-        _stop("interrupted; the same command goes on behind what is scored")
-        raise typer.Exit(130) from None
-
-
-def _stop(message: str) -> typer.Exit:
-    return stop("eval", message)

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from vllm_hybrid_kv.tools.output import ToolError
 
-class EvaluationError(ValueError):
+
+class EvaluationError(ToolError):
     """An evaluation cannot start or go on."""
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_hybrid_kv.tools.eval.report import Column, Evaluation
-from vllm_hybrid_kv.tools.figures import figure
+from vllm_hybrid_kv.tools.output import figure
 
 if TYPE_CHECKING:
     from vllm_hybrid_kv.tools.eval.summary import Summary

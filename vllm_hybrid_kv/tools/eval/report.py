@@ -7,13 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from vllm_hybrid_kv.tools.output import Table
 
 if TYPE_CHECKING:
     from vllm_hybrid_kv.tools.eval.folder import Scored
     from vllm_hybrid_kv.tools.eval.summary import Range, Summary
-
-CELL = len("0.12345 100.0 %")
 
 FEW = 1000
 """Positions below which a 99.9th percentile is as good as the largest."""
@@ -115,19 +113,20 @@ def _side_by_side(evaluation: Evaluation) -> Table:
         "largest": lambda s: f"{s.divergence_max:.3f}",
         "top-1": lambda s: f"{100 * s.agreement:.2f} %",
     }
-    table = Table(
-        title=f"KL divergence of the next token from {evaluation.columns[0].name}, nats",
-        caption="quantised: attention layers; top-1: the most probable token is the same.",
+    return Table(
+        f"KL divergence of the next token from {evaluation.columns[0].name}, nats",
+        ("cache", "quantised", *(f">{name}" for name in numbers)),
+        [
+            (
+                _folded(column.name),
+                _layers(column.facts),
+                *(value(column.summary) for value in numbers.values()),
+            )
+            for column in evaluation.columns
+            if column.summary is not None
+        ],
+        "quantised: attention layers; top-1: the most probable token is the same.",
     )
-    table.add_column("cache", overflow="fold")
-    table.add_column("quantised")
-    for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True)
-    for column in evaluation.columns:
-        if column.summary is not None:
-            cells = [value(column.summary) for value in numbers.values()]
-            table.add_row(_folded(column.name), _layers(column.facts), *cells)
-    return table
 
 
 def _folded(name: str) -> str:
@@ -151,22 +150,23 @@ def _with_error(summary: Summary) -> str:
 
 def _by_position(evaluation: Evaluation) -> Table:
     (_, reference), *others = evaluation.measured
-    table = Table(
-        title="by tokens of context: mean KL divergence, top-1 agreement",
-        caption="Perplexity is the reference's.",
+    return Table(
+        "Mean KL divergence and top-1 agreement by tokens of context",
+        (
+            *(">context", ">predictions", ">perplexity"),
+            *(f">{_folded(name)}" for name, _ in others),
+        ),
+        [
+            (
+                f"{row.first:,}-{row.last:,}",
+                f"{row.positions:,}",
+                _perplexity(row.perplexity),
+                *(_cell(summary.by_position[number]) for _, summary in others),
+            )
+            for number, row in enumerate(reference.by_position)
+        ],
+        "Perplexity is the reference's.",
     )
-    for name in ("context", "predictions", "perplexity"):
-        table.add_column(name, justify="right")
-    for name, _ in others:
-        table.add_column(_folded(name), justify="right", overflow="fold", min_width=CELL)
-    for number, row in enumerate(reference.by_position):
-        table.add_row(
-            f"{row.first:,}-{row.last:,}",
-            f"{row.positions:,}",
-            _perplexity(row.perplexity),
-            *(_cell(summary.by_position[number]) for _, summary in others),
-        )
-    return table
 
 
 def _cell(row: Range) -> str:

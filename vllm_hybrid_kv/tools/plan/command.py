@@ -3,129 +3,129 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.state import STATE
-from vllm_hybrid_kv.tools.output import hand_out
-from vllm_hybrid_kv.tools.plan.described import DescriptionError, read_config
-from vllm_hybrid_kv.tools.plan.devices import DEVICES
-from vllm_hybrid_kv.tools.plan.plot import draw
-from vllm_hybrid_kv.tools.plan.report import Column, Result, report
-from vllm_hybrid_kv.tools.preparation import check_environment, check_strategy, prepare
-from vllm_hybrid_kv.tools.serve_options import (
-    OptionError,
-    check_config_file,
-    config_path,
-    early_model,
-    parse,
+from vllm_hybrid_kv.tools.options import check_environment, check_strategy, memory_size
+from vllm_hybrid_kv.tools.output import (
+    JsonOption,
+    MarkdownOption,
+    PlotOption,
+    ToolError,
+    check_paths,
+    write,
 )
-from vllm_hybrid_kv.tools.stopping import (
-    check_outputs,
-    in_our_options,
-    memory_size,
+from vllm_hybrid_kv.tools.plan.model_description import DEVICES, config_path, read_config
+from vllm_hybrid_kv.tools.plan.plot import draw
+from vllm_hybrid_kv.tools.plan.report import PlanColumn, PlanResult, report
+from vllm_hybrid_kv.tools.plan.vllm_import import prepare
+from vllm_hybrid_kv.tools.serve_options import (
+    check_config_file,
+    early_model,
+    in_tool_options,
     one_line,
-    stop,
+    parse,
 )
 
 if TYPE_CHECKING:
-    from vllm_hybrid_kv.tools.plan.described import Described
     from vllm_hybrid_kv.tools.plan.engine import Model
-    from vllm_hybrid_kv.tools.plan.plan import Planned
+    from vllm_hybrid_kv.tools.plan.kv_cache_plan import Planned
+    from vllm_hybrid_kv.tools.plan.model_description import ModelDescription
 
-SIDE_BY_SIDE = ("auto", "fp8", "turboquant_k8v4")
-"""Dtypes of the cache that every plan is shown beside."""
+SCHEMA = 1
+ALWAYS_SHOWN = ("auto", "fp8", "turboquant_k8v4")
+"""Cache dtypes that every plan is compared with."""
 
 
 def plan(
     context: typer.Context,
-    memory: Annotated[str, typer.Option(help="Memory of the KV cache, like 24GiB; of each GPU.")],
+    memory: Annotated[
+        str, typer.Option(help="Memory of the KV cache on each device, such as 24GiB.")
+    ],
     unify: Annotated[
-        str | None, typer.Option(help="Strategy that makes pages one size: unify_page_sizes.")
+        str | None, typer.Option(help="Strategy of the setting unify_page_sizes.")
     ] = None,
     boundary_layers: Annotated[
         int | None,
-        typer.Option(min=0, help="Layers at each end left unquantised, unless it is hybrid."),
+        typer.Option(min=0, help="Attention layers at each end of a dense model to keep in bf16."),
     ] = None,
     device: Annotated[
-        str, typer.Option(help="gpu plans for GPUs, whatever this machine is; cpu for it.")
+        str, typer.Option(help="gpu: plan for an H100 on any machine; cpu: for this machine.")
     ] = "gpu",
     compare: Annotated[
-        bool, typer.Option("--compare", help="Show every strategy of --unify, side by side.")
+        bool, typer.Option("--compare", help="Show every strategy that --unify can name.")
     ] = False,
-    json_: Annotated[
-        Path | None, typer.Option("--json", help="Write the plans there; - for the output.")
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw a block and the capacity there (matplotlib).")
-    ] = None,
+    json_: JsonOption = None,
+    plot: PlotOption = None,
+    markdown: MarkdownOption = False,
 ) -> None:
-    """Show the KV cache that a server would have: no weights, no GPU, no download.
+    """Show the KV cache that a server would have. Needs no weights, no GPU and no download.
 
-    vLLM's own planning code is asked, with the plugin's strategies, so that the numbers are those
-    that `vllm serve` would report with the same arguments.
+    MODEL is a folder with a config.json, that file, or the name of a model in the local Hugging
+    Face cache. vLLM's own planner runs with the plugin's strategies, so the numbers are those that
+    `vllm serve` reports with the same options. SERVE OPTIONS are options of `vllm serve`, such as
+    --max-model-len.
     """
-    size = memory_size("plan", memory)
+    size = memory_size(memory)
     if device not in DEVICES:
-        raise _stop(f"--device: {device!r} is not a device: choose {' or '.join(DEVICES)}")
-    check_outputs("plan", json_, plot)
+        raise ToolError(f"--device: {device!r} is not a device: choose {' or '.join(DEVICES)}")
+    check_paths(json_, plot)
     if unify is not None:
-        check_strategy("plan", "--unify", "unify_page_sizes", unify)
-    chosen = {"unify_page_sizes": unify is not None or compare}
-    chosen["boundary_layers"] = boundary_layers is not None
-    check_environment("plan", [name for name, by_option in chosen.items() if by_option])
-    with _stopping():
-        check_config_file(context.args)
-        if (early := early_model(context.args)) is not None:
-            read_config(config_path(early))
-        prepare()
-        from vllm_hybrid_kv.tools.plan.described import described
+        check_strategy("--unify", "unify_page_sizes", unify)
+    by_option = {
+        "unify_page_sizes": unify is not None or compare,
+        "boundary_layers": boundary_layers is not None,
+    }
+    check_environment(name for name, chosen in by_option.items() if chosen)
+    check_config_file(context.args)
+    if (early := early_model(context.args)) is not None:
+        read_config(config_path(early))
+    prepare()
+    from vllm_hybrid_kv.tools.plan.model_description import described
 
-        model, arguments = parse(context.args)
-        kv_cache_dtype = arguments["kv_cache_dtype"]
-        with described(config_path(model, arguments.get("revision"))) as description:
-            models = _Models(description, device, arguments, boundary_layers)
-            settings = {} if unify is None else {"unify_page_sizes": unify}
-            asked = models.plan(kv_cache_dtype, size, settings)
-            dtypes = [
-                models.column(name, name, size, settings)
-                for name in dict.fromkeys((*SIDE_BY_SIDE, kv_cache_dtype))
-            ]
-            strategies = [
-                models.column(name, kv_cache_dtype, size, {"unify_page_sizes": name})
-                for name in (_strategies() if compare else ())
-            ]
-    result = Result(
+    model, arguments = parse(context)
+    kv_cache_dtype = arguments["kv_cache_dtype"]
+    with described(config_path(model, arguments.get("revision"))) as description:
+        models = _Models(description, device, arguments, boundary_layers)
+        settings = {} if unify is None else {"unify_page_sizes": unify}
+        planned = models.plan(kv_cache_dtype, size, settings)
+        dtypes = [
+            models.column(name, name, size, settings)
+            for name in dict.fromkeys((*ALWAYS_SHOWN, kv_cache_dtype))
+        ]
+        strategies = [
+            models.column(name, kv_cache_dtype, size, {"unify_page_sizes": name})
+            for name in (_strategies() if compare else ())
+        ]
+    result = PlanResult(
         model=model,
         architecture=description.architecture,
         device=device,
         tensor_parallel_size=arguments["tensor_parallel_size"],
         notes=description.notes,
-        asked=asked,
+        planned=planned,
         dtypes=dtypes,
         strategies=strategies,
     )
-    hand_out(
-        "plan",
+    write(
         result.to_json(),
         lambda: report(result),
-        json_,
-        plot,
-        lambda path: draw(path, result),
+        schema=SCHEMA,
+        json_=json_,
+        markdown=markdown,
+        plot=plot,
+        draw=lambda path: draw(path, result),
     )
 
 
 class _Models:
-    """A described model with each dtype of the cache that is asked for, built once."""
+    """A described model, built once for each cache dtype."""
 
     def __init__(
         self,
-        description: Described,
+        description: ModelDescription,
         device: str,
         arguments: dict[str, Any],
         boundary_layers: int | None,
@@ -136,19 +136,14 @@ class _Models:
         self._arguments = {
             **arguments,
             "model": description.folder,
-            # So that vLLM does not look how much of this machine's memory is free.
+            # Otherwise vLLM checks how much memory of this machine is free.
             "gpu_memory_utilization": 0.1,
         }
         self._built: dict[str, Model] = {}
 
     def plan(self, kv_cache_dtype: str, memory: int, settings: dict[str, Any]) -> Planned:
-        """Plan with one dtype.
-
-        Raises:
-            PlanError: vLLM would not start so.
-        """
         from vllm_hybrid_kv.tools.plan.engine import Model
-        from vllm_hybrid_kv.tools.plan.plan import plan_of
+        from vllm_hybrid_kv.tools.plan.kv_cache_plan import plan_of
 
         try:
             if kv_cache_dtype not in self._built:
@@ -160,35 +155,17 @@ class _Models:
             return plan_of(self._built[kv_cache_dtype], memory, settings)
         except Exception as error:
             message = self._description.in_words(one_line(error))
-            raise PlanError(in_our_options(message)) from error
+            raise ToolError(in_tool_options(message)) from error
 
     def column(
         self, name: str, kv_cache_dtype: str, memory: int, settings: dict[str, Any]
-    ) -> Column:
-        """Plan with one dtype, or say why it cannot be."""
+    ) -> PlanColumn:
         try:
-            return Column(name, self.plan(kv_cache_dtype, memory, settings))
-        except PlanError as error:
-            return Column(name, None, str(error))
-
-
-class PlanError(ValueError):
-    """A cache cannot be planned as asked."""
+            return PlanColumn(name, self.plan(kv_cache_dtype, memory, settings))
+        except ToolError as error:
+            return PlanColumn(name, None, str(error))
 
 
 def _strategies() -> list[str]:
-
     strategies = STATE.strategies
     return strategies.available("unify_page_sizes") if strategies is not None else []
-
-
-@contextmanager
-def _stopping() -> Iterator[None]:
-    try:
-        yield
-    except (PlanError, DescriptionError, OptionError, HybridKVError, ImportError) as error:
-        raise _stop(str(error)) from None
-
-
-def _stop(message: str) -> typer.Exit:
-    return stop("plan", message)

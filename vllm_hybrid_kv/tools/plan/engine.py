@@ -39,14 +39,14 @@ from vllm_hybrid_kv.attention.layer_check import BuiltLayer, built_layers, check
 from vllm_hybrid_kv.constants import CACHE_DTYPE
 from vllm_hybrid_kv.patches.block_alignment import unifies_as_stock
 from vllm_hybrid_kv.settings import resolve
-from vllm_hybrid_kv.tools.plan.devices import GPU
 from vllm_hybrid_kv.tools.plan.draft import build_draft
 from vllm_hybrid_kv.tools.plan.gpu import described_gpu
-from vllm_hybrid_kv.tools.plan.importing import model_classes_in_this_process
+from vllm_hybrid_kv.tools.plan.model_description import GPU
 from vllm_hybrid_kv.tools.plan.platform import (
     as_one_rank_of,
     check_device,
 )
+from vllm_hybrid_kv.tools.plan.vllm_import import model_classes_in_this_process
 from vllm_hybrid_kv.tools.plan.weightless import without_weights
 
 if TYPE_CHECKING:

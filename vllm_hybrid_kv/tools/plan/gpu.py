@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.abc
-import importlib.machinery
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -22,6 +20,8 @@ from unittest.mock import patch
 import torch
 import vllm.platforms
 from vllm.platforms.interface import DeviceCapability, Platform
+
+from vllm_hybrid_kv.tools.plan.vllm_import import FakeModules, any_class
 
 CAPABILITY = (9, 0)
 NAME = "NVIDIA H100 80GB HBM3"
@@ -211,7 +211,7 @@ def _available() -> Iterator[tuple[Any, str, Any]]:
     if not triton_utils.HAS_TRITON:
         # vLLM's placeholders for Triton have the names that modules use on CPUs.
         for kind in (type(triton_utils.triton), type(triton_utils.tl)):
-            yield kind, "__getattr__", lambda _, name: _any_name(name)
+            yield kind, "__getattr__", lambda _, name: any_class(name)
         yield triton_utils.triton, "Config", _config
     yield torch.cuda, "current_device", lambda: 0
     yield torch.cuda, "get_device_capability", lambda *_: CAPABILITY
@@ -250,7 +250,7 @@ def _operator(self: Any, name: str) -> Any:
         if name == "get_workspace_size":
             return lambda *_: 0
         if self.name.startswith("_") and "_C" in self.name:
-            return _any_name(name)
+            return any_class(name)
         raise
 
 
@@ -272,77 +272,42 @@ def _never_called(*_: Any, **__: Any) -> Any:
     raise NotImplementedError("a dry run calls no kernel")
 
 
-class _AnyName(type):
-    """The class of names of kernel packages: types, decorators, functions that nothing calls."""
-
-    def __getattr__(cls, name: str) -> type:
-        return _any_name(name)
-
-    def __getitem__(cls, _: Any) -> type:
-        return cls
-
-    def __call__(cls, *args: Any, **_: Any) -> Any:
-        return args[0] if len(args) == 1 and callable(args[0]) else lambda function: function
-
-
-def _any_name(name: str) -> type:
-    if name.startswith("__"):
-        raise AttributeError(name)
-    return _AnyName(name, (), {})
-
-
 @contextmanager
 def _cuda_modules() -> Iterator[None]:
     """Give vLLM's modules what they import on CUDA and this machine lacks."""
-    finders = _KernelPackages(), _EmptyExtensions()
+    finders: tuple[FakeModules, ...] = _KernelPackages(), _EmptyExtensions()
     sys.meta_path[:0] = finders
     try:
         yield
     finally:
         for finder in finders:
             sys.meta_path.remove(finder)
-            for name in finder.made:
+            for name in finder.loaded:
                 sys.modules.pop(name, None)
 
 
-class _EmptyExtensions(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Modules without contents for vLLM's compiled ones."""
+class _EmptyExtensions(FakeModules):
+    """Empty modules instead of vLLM's compiled CUDA extensions."""
 
-    def __init__(self) -> None:
-        self.made: list[str] = []
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if self._has(fullname):
-            return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
-        return None
-
-    def _has(self, fullname: str) -> bool:
-        return fullname.startswith("vllm.") and fullname.endswith(_EXTENSIONS)
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
-        pass
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.made.append(module.__name__)
+    def replaces(self, name: str) -> bool:
+        return name.startswith("vllm.") and name.endswith(_EXTENSIONS)
 
 
-class _KernelPackages(_EmptyExtensions):
-    """Modules with any name instead of packages of kernels, which need a GPU to be imported."""
+class _KernelPackages(FakeModules):
+    """Modules in which every name is a class, instead of kernel packages that need a GPU."""
 
-    def _has(self, fullname: str) -> bool:
-        return any(f"{fullname}.".startswith(f"{package}.") for package in _PACKAGES)
+    def replaces(self, name: str) -> bool:
+        return any(f"{name}.".startswith(f"{package}.") for package in _PACKAGES)
 
     def exec_module(self, module: ModuleType) -> None:
         super().exec_module(module)
         if module.__name__ == "flashinfer.mla":
             module.BatchMLAPagedAttentionWrapper = _LatentAttention  # type: ignore[attr-defined]
-        module.__getattr__ = _any_name  # type: ignore[method-assign]
+        module.__getattr__ = any_class  # type: ignore[method-assign]
 
 
 class _LatentAttention:
-    """FlashInfer's wrapper: vLLM looks at the signature of `run` to see what FlashInfer can do."""
+    """FlashInfer's wrapper. vLLM reads the signature of `run` to learn what FlashInfer supports."""
 
     def run(self, *_: Any, ckv_scale_arr: Any = None) -> Any:
         return _never_called()

@@ -10,7 +10,7 @@ from unittest.mock import patch
 from vllm.distributed import get_pp_group, get_tp_group, parallel_state
 from vllm.platforms import current_platform
 
-from vllm_hybrid_kv.tools.plan.devices import CPU, DEVICES
+from vllm_hybrid_kv.tools.plan.model_description import CPU, DEVICES
 
 
 def check_device(device: str) -> None:

@@ -6,12 +6,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_hybrid_kv.tools.figures import figure
-from vllm_hybrid_kv.tools.plan.report import Result, ranges
-from vllm_hybrid_kv.tools.sizes import format_size
+from vllm_hybrid_kv.tools.output import figure, format_size
+from vllm_hybrid_kv.tools.plan.report import PlanResult, ranges
 
 if TYPE_CHECKING:
-    from vllm_hybrid_kv.tools.plan.plan import Pages, Plan
+    from vllm_hybrid_kv.tools.plan.kv_cache_plan import Pages, Plan
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -29,7 +28,7 @@ MOST_BARS = 12
 POINTS = 60
 
 
-def draw(path: Path, result: Result) -> None:
+def draw(path: Path, result: PlanResult) -> None:
     """Draw one block of the plan that was asked for, and tokens by memory for each dtype.
 
     Args:
@@ -40,7 +39,7 @@ def draw(path: Path, result: Result) -> None:
         OSError: It cannot be written.
         ValueError: matplotlib does not know the format.
     """
-    plan = result.asked.plan
+    plan = result.planned.plan
     with figure(path, 1, 2, figsize=(13, 5), width_ratios=(1.15, 1)) as (drawn, (left, right)):
         drawn.suptitle(
             f"{result.architecture}: KV cache of {plan.blocks:,} blocks in "
@@ -54,7 +53,7 @@ def _draw_block(axes: Any, plan: Plan) -> None:
     """Draw a bar for each kind of group: its layers' pages, their padding, and what is left."""
     from matplotlib.patches import Patch
 
-    from vllm_hybrid_kv.tools.plan.plan import merge_alike
+    from vllm_hybrid_kv.tools.plan.kv_cache_plan import merge_alike
 
     kinds = list(dict.fromkeys((pages.kind, pages.stores) for pages in plan.pages))
     colour = {kind: KIND_COLOURS[i % len(KIND_COLOURS)] for i, kind in enumerate(kinds)}
@@ -108,9 +107,9 @@ def _edges() -> dict[str, Any]:
     return {"height": 0.6, "edgecolor": EDGE, "linewidth": 0.4}
 
 
-def _draw_capacity(axes: Any, result: Result) -> None:
+def _draw_capacity(axes: Any, result: PlanResult) -> None:
     """Draw tokens in requests of the greatest length by memory, from where one of them fits."""
-    memory = result.asked.plan.memory
+    memory = result.planned.plan.memory
     sizes = [2 * memory * (i + 1) // POINTS for i in range(POINTS)]
     for i, column in enumerate(result.dtypes):
         if column.planned is None:
@@ -128,7 +127,7 @@ def _draw_capacity(axes: Any, result: Result) -> None:
     axes.set_xlabel("GiB of KV cache")
     axes.set_ylabel("tokens that fit")
     axes.yaxis.set_major_formatter(lambda value, _: _thousands(value))
-    max_model_len = result.asked.plan.capacity.max_model_len
+    max_model_len = result.planned.plan.capacity.max_model_len
     axes.set_title(f"In requests of {max_model_len:,} tokens", fontsize=11)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm-hybrid-kv replay`: what a prefix cache would give on recorded traffic."""
+"""`vllm-hybrid-kv replay`: the prefix-cache hit rate on recorded traffic."""
 
 from __future__ import annotations
 
@@ -11,33 +11,40 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from vllm_hybrid_kv.tools.figures import figure
-from vllm_hybrid_kv.tools.output import hand_out
-from vllm_hybrid_kv.tools.plan.described import described, read_config
-from vllm_hybrid_kv.tools.preparation import check_environment, check_strategy, prepare
-from vllm_hybrid_kv.tools.serve_options import check_config_file, config_path, parse
-from vllm_hybrid_kv.tools.sizes import format_size
-from vllm_hybrid_kv.tools.stopping import (
-    check_outputs,
-    in_our_options,
-    memory_size,
+from vllm_hybrid_kv.tools.options import check_environment, check_strategy, memory_size
+from vllm_hybrid_kv.tools.output import (
+    JsonOption,
+    MarkdownOption,
+    PlotOption,
+    Table,
+    ToolError,
+    check_paths,
+    figure,
+    format_size,
+    progress_bar,
+    write,
+)
+from vllm_hybrid_kv.tools.plan.model_description import config_path, described, read_config
+from vllm_hybrid_kv.tools.plan.vllm_import import prepare
+from vllm_hybrid_kv.tools.serve_options import (
+    check_config_file,
+    in_tool_options,
     one_line,
-    stop,
+    parse,
 )
 
 if TYPE_CHECKING:
-    from vllm_hybrid_kv.tools.plan.described import Described
     from vllm_hybrid_kv.tools.plan.engine import Model
+    from vllm_hybrid_kv.tools.plan.model_description import ModelDescription
     from vllm_hybrid_kv.tools.replay.trace import TracedRequest
+
+SCHEMA = 1
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one strategy came to with one size of memory.
+    """The result of one strategy with one size of memory.
 
     Attributes:
         coordinator: The strategy.
@@ -45,17 +52,17 @@ class Outcome:
         blocks: Blocks of the pool.
         block_tokens: Tokens of a block.
         match_tokens: Hits end at multiples of these tokens.
-        requests: Requests answered.
+        requests: Finished requests.
         prompt_tokens: Tokens of their prompts.
-        hit_tokens: Those of them that came from the cache: prefill saved.
+        hit_tokens: Prompt tokens from the cache, whose prefill was saved.
         hit_rate: `hit_tokens / prompt_tokens`.
-        recomputed_tokens: Tokens that full attention had in the cache, and that were computed
-            again for want of a state or a window.
-        preemptions: How often a request was preempted.
-        evicted_blocks: Blocks with cached contents that were taken for others, by kind of group.
+        recomputed_tokens: Tokens that full attention had in the cache, and that were recomputed
+            because another group's state or window was not cached.
+        preemptions: Preempted requests, counted each time.
+        evicted_blocks: Evicted blocks by kind of KV group.
         steps: Steps of the scheduler.
         step_ms: Median time of a step in the scheduler.
-        request_ms: Time in the scheduler by request, all steps together.
+        request_ms: Time in the scheduler per request, all steps together.
         progress: The hit rate after each twentieth of the requests.
     """
 
@@ -81,93 +88,91 @@ def replay(
     context: typer.Context,
     trace: Annotated[Path, typer.Argument(help="Requests in Mooncake's format.", dir_okay=False)],
     model: Annotated[
-        str, typer.Option(help="A folder with a config.json, that file, or a name on the hub.")
+        str,
+        typer.Option(help="A folder with a config.json, that file, or a locally cached hub name."),
     ],
     memory: Annotated[
-        list[str], typer.Option(help="Memory of the KV cache, like 20GiB. More than one: a sweep.")
+        list[str],
+        typer.Option(help="Memory of the KV cache, such as 20GiB. Repeat it to compare sizes."),
     ],
-    coordinator: Annotated[str, typer.Option(help="The strategy.")] = "hybrid_aware",
+    coordinator: Annotated[
+        str, typer.Option(help="Strategy of the setting coordinator.")
+    ] = "hybrid_aware",
     compare: Annotated[
-        list[str] | None, typer.Option(help="Another strategy, beside it. May be repeated.")
+        list[str] | None, typer.Option(help="Another strategy to compare with. Can be repeated.")
     ] = None,
     match_unit: Annotated[
-        str, typer.Option(help="Strategy of the match unit; stock for the coordinator stock.")
+        str,
+        typer.Option(
+            help="Strategy of the setting prefix_match_unit. The coordinator stock always uses "
+            "stock."
+        ),
     ] = "auto",
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 32,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Take the first N requests only.")
-    ] = None,
-    json_: Annotated[
-        Path | None, typer.Option("--json", help="Write the outcome there; - for the output.")
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw the hit rates there (matplotlib).")
-    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Replay only the first N requests.")] = (
+        None
+    ),
+    json_: JsonOption = None,
+    plot: PlotOption = None,
+    markdown: MarkdownOption = False,
 ) -> None:
-    """Send recorded requests through vLLM's real scheduler, with no model and no GPU.
+    """Replay recorded requests through vLLM's scheduler, without a model or a GPU.
 
-    Prompts, answers and their order are the trace's; a fixed number of requests is in flight.
-    The planner, the scheduler and the coordinators are those that `vllm serve` would run.
+    Prompts, answers and their order come from the trace; a fixed number of requests is in flight.
+    The planner, the scheduler and the coordinators are those that `vllm serve` runs. SERVE OPTIONS
+    are options of `vllm serve`, such as --max-model-len.
     """
-    console = Console(stderr=True)
-    sizes = [memory_size("replay", text) for text in memory]
+    sizes = [memory_size(text) for text in memory]
     strategies = list(dict.fromkeys([*(compare or ()), coordinator]))
-    check_outputs("replay", json_, plot)
-    for option, name in (
-        *(("--compare", name) for name in compare or ()),
-        ("--coordinator", coordinator),
-    ):
-        check_strategy("replay", option, "coordinator", name)
-    check_strategy("replay", "--match-unit", "prefix_match_unit", match_unit)
-    check_environment("replay", ["coordinator", "prefix_match_unit"])
-    from vllm_hybrid_kv.tools.replay.trace import TraceError, read_trace
+    check_paths(json_, plot)
+    for name in compare or ():
+        check_strategy("--compare", "coordinator", name)
+    check_strategy("--coordinator", "coordinator", coordinator)
+    check_strategy("--match-unit", "prefix_match_unit", match_unit)
+    check_environment(["coordinator", "prefix_match_unit"])
+    from vllm_hybrid_kv.tools.replay.trace import read_trace
 
-    try:
-        requests = read_trace(trace, limit)
-        path = config_path(model)
-        read_config(path)
-        check_config_file(context.args)
-        prepare()
-        with described(path) as description:
-            built = _build(description, model, context.args, concurrency)
-            outcomes = [
-                _run(description, built, requests, size, name, match_unit, concurrency, console)
-                for size in sizes
-                for name in strategies
-            ]
-    except (ImportError, OSError, TraceError, ValueError) as error:
-        raise _stop(str(error)) from None
-    hand_out(
-        "replay",
+    requests = read_trace(trace, limit)
+    path = config_path(model)
+    read_config(path)
+    check_config_file(context.args)
+    prepare()
+    with described(path) as description:
+        built = _build(description, model, context, concurrency)
+        outcomes = [
+            _run(description, built, requests, size, name, match_unit, concurrency)
+            for size in sizes
+            for name in strategies
+        ]
+    write(
         [asdict(outcome) for outcome in outcomes],
         lambda: _tables(outcomes, requests),
-        json_,
-        plot,
-        lambda path: _draw(path, outcomes),
+        schema=SCHEMA,
+        json_=json_,
+        markdown=markdown,
+        plot=plot,
+        draw=lambda path: _draw(path, outcomes),
     )
 
 
 @contextmanager
-def _vllm_in_one_line(description: Described) -> Iterator[None]:
-    """Turn an error of vLLM about a described model into one line."""
+def _vllm_errors_in_one_line(description: ModelDescription) -> Iterator[None]:
     try:
         yield
     except Exception as error:
         message = description.in_words(one_line(error))
-        raise ValueError(in_our_options(message)) from error
+        raise ToolError(in_tool_options(message)) from error
 
 
-def _stop(message: str) -> typer.Exit:
-    return stop("replay", message)
-
-
-def _build(description: Described, model: str, options: Sequence[str], concurrency: int) -> Model:
+def _build(
+    description: ModelDescription, model: str, context: typer.Context, concurrency: int
+) -> Model:
     from vllm_hybrid_kv.tools.plan.engine import Model
 
-    _, arguments = parse([model, *options])
+    _, arguments = parse(context, model)
     if arguments["max_num_seqs"] is None:
         arguments["max_num_seqs"] = concurrency
-    with _vllm_in_one_line(description):
+    with _vllm_errors_in_one_line(description):
         return Model(
             {
                 **arguments,
@@ -179,42 +184,34 @@ def _build(description: Described, model: str, options: Sequence[str], concurren
 
 
 def _run(
-    description: Described,
+    description: ModelDescription,
     model: Model,
     requests: Sequence[TracedRequest],
     memory: int,
     coordinator: str,
     prefix_match_unit: str,
     concurrency: int,
-    console: Console,
 ) -> Outcome:
-    from vllm_hybrid_kv.tools.plan.plan import hit_alignment
-    from vllm_hybrid_kv.tools.replay.replay import Replay
+    from vllm_hybrid_kv.tools.plan.kv_cache_plan import hit_alignment
+    from vllm_hybrid_kv.tools.replay.scheduler import Replay
 
     unit = "stock" if coordinator == "stock" else prefix_match_unit
-    with _vllm_in_one_line(description):
+    with _vllm_errors_in_one_line(description):
         engine = model.engine(memory, {"coordinator": coordinator, "prefix_match_unit": unit})
         model.check(engine)
     replayed = Replay(engine, requests, concurrency)
-    bar = Progress(
-        TextColumn(f"{coordinator}, {format_size(memory)}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("hit rate {task.fields[rate]:.1%}"),
-        TimeRemainingColumn(),
-        console=console,
-    )
     progress: list[float] = []
-    with bar:
-        task = bar.add_task("", total=len(requests), rate=0.0)
+    with progress_bar("hit rate {task.fields[rate]:.1%}") as bar:
+        title = f"{coordinator}, {format_size(memory)}"
+        task = bar.add_task(title, total=len(requests), rate=0.0)
 
-        def answered(count: int) -> None:
+        def finished(count: int) -> None:
             rate = replayed.tally.hit_rate
             bar.update(task, completed=count, rate=rate)
             while len(progress) < 20 * count // len(requests):
                 progress.append(rate)
 
-        tally = replayed.run(answered)
+        tally = replayed.run(finished)
     times = [1000 * seconds for seconds in tally.schedule_seconds]
     return Outcome(
         coordinator=coordinator,
@@ -237,42 +234,45 @@ def _run(
 
 
 def _tables(outcomes: Sequence[Outcome], requests: Sequence[TracedRequest]) -> Iterator[Table]:
-    """Give one table for each size of memory, a column for each strategy."""
+    """Yield a table for each size of memory, with a column for each strategy."""
     from vllm_hybrid_kv.tools.replay.trace import BLOCK_TOKENS, shareable_tokens
 
     tokens = sum(request.input_length for request in requests)
     shared = shareable_tokens(requests) / tokens
     rows: dict[str, Callable[[Outcome], str]] = {
         "hit rate": lambda o: f"{o.hit_rate:.2%}",
-        "tokens of prefill saved": lambda o: f"{o.hit_tokens:,}",
-        "recomputed for want of a state": lambda o: f"{o.recomputed_tokens:,}",
+        "prefill tokens saved": lambda o: f"{o.hit_tokens:,}",
+        "tokens recomputed without a state": lambda o: f"{o.recomputed_tokens:,}",
         "preemptions": lambda o: f"{o.preemptions:,}",
-        "scheduler, ms a step (median)": lambda o: f"{o.step_ms:.2f}",
-        "scheduler, ms a request": lambda o: f"{o.request_ms:.1f}",
-        "prefixes matched by (tokens)": lambda o: f"{o.match_tokens:,}",
-        "blocks of the pool": lambda o: f"{o.blocks:,} of {o.block_tokens:,} tokens",
+        "scheduler, ms per step (median)": lambda o: f"{o.step_ms:.2f}",
+        "scheduler, ms per request": lambda o: f"{o.request_ms:.1f}",
+        "match unit, tokens": lambda o: f"{o.match_tokens:,}",
+        "block, tokens": lambda o: f"{o.block_tokens:,}",
+        "blocks": lambda o: f"{o.blocks:,}",
     }
     for memory in dict.fromkeys(outcome.memory for outcome in outcomes):
         columns = [outcome for outcome in outcomes if outcome.memory == memory]
         kinds = dict.fromkeys(kind for outcome in columns for kind in outcome.evicted_blocks)
-        table = Table(
-            title=f"{len(requests):,} requests, {tokens:,} prompt tokens, {format_size(memory)}",
-            caption=f"{shared:.1%} of the prompt tokens are in whole blocks of {BLOCK_TOKENS} that "
-            "came before.",
+        evicted = {
+            f"evicted blocks, {kind.replace('_', ' ')}": (
+                lambda o, kind=kind: f"{o.evicted_blocks.get(kind, 0):,}"
+            )
+            for kind in kinds
+        }
+        yield Table(
+            f"{len(requests):,} requests, {tokens:,} prompt tokens, {format_size(memory)}",
+            ("", *(f">{outcome.coordinator}" for outcome in columns)),
+            [
+                (name, *(value(outcome) for outcome in columns))
+                for name, value in {**rows, **evicted}.items()
+            ],
+            f"{shared:.1%} of the prompt tokens repeat whole blocks of {BLOCK_TOKENS} tokens of "
+            "earlier requests.",
         )
-        table.add_column()
-        for outcome in columns:
-            table.add_column(outcome.coordinator, justify="right")
-        for name, value in rows.items():
-            table.add_row(name, *(value(outcome) for outcome in columns))
-        for kind in kinds:
-            counts = (f"{outcome.evicted_blocks.get(kind, 0):,}" for outcome in columns)
-            table.add_row(f"evicted blocks, {kind.replace('_', ' ')}", *counts)
-        yield table
 
 
 def _draw(path: Path, outcomes: Sequence[Outcome]) -> None:
-    """Draw hit rates by memory, or where there is one size, along the trace."""
+    """Draw hit rates by memory, or along the trace if there is one size."""
     sweep = len({outcome.memory for outcome in outcomes}) > 1
     by_strategy: dict[str, list[Outcome]] = {}
     for outcome in outcomes:

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
-from vllm_hybrid_kv.errors import HybridKVError
+from vllm_hybrid_kv.tools.output import ToolError
 
 BLOCK_TOKENS = 512
 """The tokens that one hash id stands for."""
 
 
-class TraceError(HybridKVError):
+class TraceError(ToolError):
     """A trace is not in the format; names the file, the line and the field."""
 
 

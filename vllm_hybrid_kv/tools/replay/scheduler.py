@@ -22,6 +22,7 @@ from vllm.v1.kv_cache_interface import get_kv_cache_spec_kind
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
+from vllm_hybrid_kv.tools.output import ToolError
 from vllm_hybrid_kv.tools.replay.trace import Conversations, TracedRequest
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ MOST_IDLE_STEPS = 100
 """Steps in a row without a scheduled token after which a replay would never end."""
 
 
-class StuckError(ValueError):
+class StuckError(ToolError):
     """The scheduler never schedules the requests that it has."""
 
 
@@ -83,13 +84,13 @@ class Replay:
             concurrency: Requests in flight; the next one is sent as one is answered.
 
         Raises:
-            ValueError: A request is longer than the engine takes, and no step would ever end it.
+            ToolError: A request is longer than the engine takes, and no step would ever end it.
         """
         longest = engine.vllm_config.model_config.max_model_len
         for number, request in enumerate(requests, 1):
             tokens = request.input_length + request.output_length
             if tokens > longest:
-                raise ValueError(
+                raise ToolError(
                     f"request {number} of the trace has {tokens:,} tokens, "
                     f"{request.input_length:,} of them its prompt, and the model takes "
                     f"{longest:,}: a server would refuse it. Leave it out of the trace, or replay "

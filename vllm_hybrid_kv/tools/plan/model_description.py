@@ -13,6 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_hybrid_kv.tools.output import ToolError
+
+GPU, CPU = DEVICES = ("gpu", "cpu")
+"""Devices that an engine can be planned for."""
+
 CONFIG = "config.json"
 
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
@@ -49,19 +54,20 @@ MOST_LAYERS = 10_000
 """Each layer is built, some thousand times as many as models have would be without end."""
 
 
-class DescriptionError(ValueError):
+class DescriptionError(ToolError):
     """A file does not describe a model that can be planned."""
 
 
 @dataclass(frozen=True)
-class Described:
+class ModelDescription:
     """A model that vLLM can build.
 
     Attributes:
-        folder: Has the config.json that is planned.
+        folder: The folder with the config.json to plan.
         architecture: The class that vLLM builds.
-        kv_cache_dtype: What the checkpoint says that `auto` means, by name; None if nothing.
-        notes: What was changed of the description, a line each.
+        kv_cache_dtype: The cache dtype that `auto` means for this checkpoint; None if the
+            checkpoint names none.
+        notes: Changes of the description, a line each.
     """
 
     folder: str
@@ -72,6 +78,38 @@ class Described:
     def in_words(self, message: str) -> str:
         """Return a message of vLLM's with the architecture's name instead of the folder's."""
         return message.replace(self.folder, self.architecture)
+
+
+def config_path(model: str, revision: str | None = None) -> Path:
+    """Return the path of a model's configuration.
+
+    Args:
+        model: A folder, a config.json, or the name of a model in the local Hugging Face cache.
+        revision: The hub's revision.
+
+    Raises:
+        DescriptionError: There is neither a path nor a cached model of that name.
+    """
+    path = Path(model)
+    try:
+        exists = path.exists()
+    except OSError as error:
+        raise DescriptionError(f"{model}: {error.strerror}") from None
+    if exists or model.count("/") != 1 or model.startswith((".", "/")):
+        return path
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(model, "config.json", revision=revision)
+    except HFValidationError:
+        cached = None
+    if not isinstance(cached, str):
+        raise DescriptionError(
+            f"no such file: {model}; and the local Hugging Face cache has no config.json of a "
+            f"model of this name: hf download {model} config.json"
+        )
+    return Path(cached).parent
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -110,7 +148,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def described(path: Path) -> Iterator[Described]:
+def described(path: Path) -> Iterator[ModelDescription]:
     """Make a model's description ready: the language model alone, its weights not quantised.
 
     Neither changes the KV cache. Towers for images and sounds keep none, and building one wants a
@@ -153,7 +191,7 @@ def described(path: Path) -> Iterator[Described]:
         (Path(folder) / CONFIG).write_text(text)
         for file in more:
             shutil.copy(file, folder)
-        yield Described(folder, architecture, _stored_by(quantisation, path), tuple(notes))
+        yield ModelDescription(folder, architecture, _stored_by(quantisation, path), tuple(notes))
 
 
 def _check_known(architecture: str, path: Path) -> None:

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a tool runs a function in a process of its own and reads what it reports.
+
+The parent names a function, which gets a callable that sends messages, and the arguments:
+
+    with Child("vllm_hybrid_kv.tools.eval.engine:score", job_file, log=log, timeout=60) as child:
+        for message in child.messages():         # dicts, while the child runs
+            ...
+    if child.problem:                            # None if it finished
+        raise ToolError(f"{child.problem}; its output is in {log}")
+
+    def score(send, job_file): send(done=3)      # in the child
+
+What the child and its libraries print goes to the log. At the end of the `with` block, or when the
+time is over, every process of the child's process group is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+# `python -c` puts the current folder on the path, and the command `vllm` does not. A checkout of
+# vLLM in the current folder is not what a server would import.
+_CODE = (
+    "import sys; sys.path[:] = [folder for folder in sys.path if folder]; "
+    "from vllm_hybrid_kv.tools.child import run; run(*sys.argv[1:])"
+)
+
+_FAULT = re.compile(r'Fatal Python error.*?^  File "(.+?)", line (\d+)', re.MULTILINE | re.DOTALL)
+
+_POLL_S = 0.2
+
+
+class Child:
+    """A Python process that runs one function; use it in a `with` block.
+
+    Args:
+        function: `module:name`. It is called with a function that sends the fields of a message,
+            then with the arguments.
+        arguments: Strings.
+        log: The file for what the child prints.
+        timeout: Seconds until the child is killed; None for no limit.
+        environment: The child's whole environment; None for this process's.
+
+    Attributes:
+        problem: How the child failed, in one line: the error that it raised, the signal or exit
+            status that ended it, or the time limit. None while it runs and if it finished.
+    """
+
+    def __init__(
+        self,
+        function: str,
+        *arguments: str,
+        log: Path,
+        timeout: float | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.problem: str | None = None
+        self._log = log
+        self._timeout = timeout
+        self._ends_at = time.monotonic() + (float("inf") if timeout is None else timeout)
+        self._pipe, write = os.pipe()
+        with log.open("wb") as sink, os.fdopen(write, "wb"):
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-X", "faulthandler", "-c", _CODE),
+                    *(str(write), function, *arguments),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                pass_fds=[write],
+                env=environment,
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        kill_group(self._process)
+        os.close(self._pipe)
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """Yield the messages as they arrive, until the child ends; then set `problem`."""
+        error: str | None = None
+        for line in self._lines():
+            message = json.loads(line)
+            if "uncaught" in message:
+                error = message["uncaught"]
+            else:
+                yield message
+        try:
+            left = self._ends_at - time.monotonic()
+            status = self._process.wait(None if left == float("inf") else max(left, 0))
+        except subprocess.TimeoutExpired:
+            kill_group(self._process)
+            self.problem = f"took more than {self._timeout:g} s"
+        else:
+            self.problem = error or self._ending(status)
+
+    def _lines(self) -> Iterator[bytes]:
+        """Yield whole lines of the pipe until its end, the child's end or the time limit."""
+        rest = b""
+        while (left := self._ends_at - time.monotonic()) > 0:
+            # A process that the child forked may hold the pipe open after the child's end.
+            ended = self._process.poll() is not None
+            if not select.select([self._pipe], [], [], 0 if ended else min(left, _POLL_S))[0]:
+                if ended:
+                    return
+                continue
+            if not (chunk := os.read(self._pipe, 1 << 16)):
+                return
+            *lines, rest = (rest + chunk).split(b"\n")
+            yield from lines
+
+    def last_output(self, lines: int = 5) -> tuple[str, ...]:
+        """Return the last lines that the child printed, without empty ones."""
+        printed = self._log.read_text(errors="replace").splitlines()
+        return tuple(line for line in printed if line.strip())[-lines:]
+
+    def _ending(self, status: int) -> str | None:
+        if status == 0:
+            return None
+        if status > 0:
+            return f"ended with exit status {status}"
+        fault = _FAULT.search(self._log.read_text(errors="replace"))
+        place = f" at {fault[1]}:{fault[2]}" if fault else ""
+        return f"ended with {signal_name(-status)}{place}"
+
+
+def run(pipe: str, function: str, *arguments: str) -> None:
+    """Run a function in the child; see `Child` for the arguments."""
+    status = 1
+    with os.fdopen(int(pipe), "w") as messages:
+
+        def send(**fields: Any) -> None:
+            messages.write(json.dumps(fields) + "\n")
+            messages.flush()
+
+        try:
+            module, _, name = function.partition(":")
+            target: Callable[..., None] = getattr(importlib.import_module(module), name)
+            target(send, *arguments)
+            status = 0
+        except BaseException as error:  # vLLM may end its process with SystemExit.
+            traceback.print_exc()
+            send(uncaught=describe(error))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads that vLLM leaves running would keep the process from ending.
+    os._exit(status)
+
+
+def describe(error: BaseException) -> str:
+    """Return an error as one line, with its class unless the message was written for users."""
+    message = " ".join(str(error).split())
+    if isinstance(error, ValueError | SystemExit) and message:
+        return message
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def signal_name(number: int) -> str:
+    """Return a signal's name, or `signal 99` if it has none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def kill_group(process: subprocess.Popen[Any]) -> None:
+    """Kill every process of a process group and wait for its leader.
+
+    Args:
+        process: The leader, started with `start_new_session=True`.
+    """
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

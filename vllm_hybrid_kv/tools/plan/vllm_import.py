@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Imports vLLM into a process that plans and never serves.
+
+Such a process works without torchvision: it replaces it with placeholders.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+from vllm_hybrid_kv.state import STATE
+from vllm_hybrid_kv.tools.output import ToolError
+
+IMAGES = "torchvision"
+
+ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "CRITICAL",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+"""Defaults for planning: no log lines, no download."""
+
+
+def prepare() -> None:
+    """Import vLLM with the plugin active and its log turned off.
+
+    Raises:
+        ToolError: vLLM cannot be imported, or the plugin does not support its version.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # vLLM prints messages until it has configured its logging.
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+    try:
+        import_vllm()
+    except ImportError as error:
+        raise ToolError(str(error)) from error
+    from vllm_hybrid_kv import plugin
+
+    plugin.register()
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+    if STATE.active_patches is None:
+        raise ToolError("the plugin is inactive because it does not support this vLLM version")
+
+
+def import_vllm() -> None:
+    """Import vLLM, even if the installed torchvision is broken.
+
+    vLLM for CPUs can bring a torchvision for GPUs, which cannot be imported. transformers imports
+    it, and vLLM imports transformers. So transformers is made to see no torchvision.
+
+    Raises:
+        ImportError: vLLM is not installed or is broken.
+    """
+    if "vllm" in sys.modules:
+        return
+    import vllm  # noqa: F401
+
+    if importlib.util.find_spec(IMAGES) is not None and not _images_work():
+        # transformers caches the answer.
+        sys.modules[IMAGES] = None  # type: ignore[assignment]
+        try:
+            from transformers.utils import is_torchvision_available
+
+            is_torchvision_available()
+        finally:
+            del sys.modules[IMAGES]
+
+
+def _images_work() -> bool:
+    try:
+        importlib.import_module(IMAGES)
+    except Exception:
+        for name in [name for name in sys.modules if name.partition(".")[0] == IMAGES]:
+            del sys.modules[name]
+        return False
+    return True
+
+
+@contextmanager
+def model_classes_in_this_process() -> Iterator[None]:
+    """Make vLLM inspect model classes in this process, and make classes for images importable.
+
+    vLLM inspects a class in a new process, to keep CUDA out of the process that forks its engine,
+    and caches the result in a file. Here no engine is forked, and the file is not used.
+    """
+    from transformers.utils import is_torchvision_available
+    from vllm.model_executor.models import registry
+
+    if not is_torchvision_available():
+        Placeholders.install()
+
+    def inspect(self: Any) -> Any:
+        return registry._ModelInfo.from_model_cls(self.load_model_cls())
+
+    with patch.object(registry._LazyRegisteredModel, "inspect_model_cls", inspect):
+        yield
+
+
+class FakeModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds an empty module for every name that `replaces` accepts."""
+
+    def __init__(self) -> None:
+        self.loaded: list[str] = []
+
+    def replaces(self, name: str) -> bool:
+        raise NotImplementedError
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if not self.replaces(fullname):
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
+        pass
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loaded.append(module.__name__)
+
+
+class Placeholders(FakeModules):
+    """Replaces torchvision by modules in which every name is a class.
+
+    Modules of transformers and vLLM import such names. Nothing uses them, because no image is
+    processed.
+    """
+
+    @classmethod
+    def install(cls) -> None:
+        """Put a finder before all others, once."""
+        if not any(isinstance(finder, cls) for finder in sys.meta_path):
+            sys.meta_path.insert(0, cls())
+
+    def replaces(self, name: str) -> bool:
+        return name.partition(".")[0] == IMAGES
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        module.__getattr__ = any_class  # type: ignore[method-assign]
+
+
+class _AnyClass(type):
+    """The class of classes that have any attribute, accept any index and decorate functions."""
+
+    def __getattr__(cls, name: str) -> type:
+        return any_class(name)
+
+    def __getitem__(cls, _: Any) -> type:
+        return cls
+
+    def __call__(cls, *args: Any, **_: Any) -> Any:
+        return args[0] if len(args) == 1 and callable(args[0]) else lambda function: function
+
+
+def any_class(name: str) -> type:
+    """Return a class of this name with every attribute, or raise AttributeError for dunders."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return _AnyClass(name, (), {})
