@@ -122,7 +122,7 @@ class K8V4AttentionBackend(AttentionBackend):
         if not cls.supports_kv_cache_dtype(kwargs.get("kv_cache_dtype")):
             return reasons
         refused = refusal.refuse_selection(SimpleNamespace(**kwargs))
-        return reasons if refused is None else [*reasons, f"{refused}; {refused.instead}"]
+        return reasons if refused is None else [*reasons, f"{refused}; {refused.advice}"]
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:

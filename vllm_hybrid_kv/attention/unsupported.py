@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the k8v4 backend cannot serve, said in words before a server starts.
+"""The layers and models that a k8v4 cache cannot serve, refused before a server starts.
 
-A message ends with the way out that works. What belongs to the whole model cannot be cured by
-leaving one layer unquantised: vLLM would start, stop at the next layer, and so on. What belongs
-to some layers can, and then all that are alike are named at once.
+Each message ends with advice that works. Leaving one layer unquantised does not help if the reason
+applies to the whole model: vLLM would stop at the next layer. If it applies to some layers, the
+advice names all of them at once.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from functools import cache
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -26,240 +27,80 @@ if TYPE_CHECKING:
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
 SKIP = "--kv-cache-dtype-skip-layers"
-
-MLA = "multi-head latent attention (MLA) has a latent cache of its own"
-
-INSTEAD = "serve the model with --kv-cache-dtype auto"
+MLA = "multi-head latent attention (MLA) has its own latent cache"
+ADVICE = "serve the model with --kv-cache-dtype auto"
 
 
 class Refusal(str):
-    """Why a layer cannot be served, and what can be done about it.
+    """The reason why a layer cannot be served.
 
     Attributes:
-        instead: What to do instead of serving the model as asked.
-        skippable: Whether leaving this layer and those like it unquantised does it as well.
+        advice: What to do.
+        skippable: Whether leaving this layer and those like it unquantised helps, too.
     """
 
-    __slots__ = ("instead", "skippable")
-    instead: str
+    __slots__ = ("advice", "skippable")
+    advice: str
     skippable: bool
 
-    def __new__(cls, reason: str, instead: str = INSTEAD, *, skippable: bool = False) -> Refusal:
-        """Take the reason as the text."""
+    def __new__(cls, reason: str, advice: str = ADVICE, *, skippable: bool = False) -> Refusal:
         refusal = super().__new__(cls, reason)
-        refusal.instead = instead
+        refusal.advice = advice
         refusal.skippable = skippable
         return refusal
 
 
 class UnsupportedLayerError(HybridKVError):
-    """A layer asks for something that the k8v4 cache cannot give."""
+    """The k8v4 cache cannot serve a layer."""
 
     def __init__(self, reason: str, layer: str | None = None) -> None:
         layer = layer or _layer_under_construction()
         refusal = reason if isinstance(reason, Refusal) else Refusal(reason, skippable=True)
         super().__init__(
             f"{layer}: --kv-cache-dtype {CACHE_DTYPE} cannot serve this layer: {reason}. "
-            f"{_way_out(layer, refusal)}"
+            f"{_advice_for(layer, refusal)}"
         )
 
 
 class UnsupportedModelError(HybridKVError):
-    """No layer of a model can have a k8v4 cache."""
+    """The k8v4 cache can serve no layer of a model."""
 
     def __init__(self, model: str, refusal: Refusal) -> None:
         super().__init__(
             f"model {model}: --kv-cache-dtype {CACHE_DTYPE} cannot serve this model: {refusal}. "
-            f"{_sentence(refusal.instead)}"
+            f"{_sentence(refusal.advice)}"
         )
 
 
 def refuse_model(model_config: ModelConfig) -> Refusal | None:
-    """Return why no layer of a model can have a k8v4 cache, or None.
-
-    Args:
-        model_config: vLLM's, known before any layer is built.
-    """
+    """Return why no layer of a model can have a k8v4 cache, or None."""
     return Refusal(MLA) if model_config.use_mla else None
 
 
-def _layer_under_construction() -> str:
-    """Name the vLLM layer that is being made or asked for its cache.
-
-    vLLM asks for a backend without saying for which layer. The name stands in the frame of the
-    layer's own constructor as `prefix`, which some layers only hand on among their `kwargs`, and
-    later in the layer itself; this runs only when start-up is about to stop.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        values = frame.f_locals
-        names: list[Any] = []
-        if frame.f_code.co_name == "__init__":
-            handed_on = values.get("kwargs")
-            names = [values.get("prefix")]
-            names += [handed_on.get("prefix")] if isinstance(handed_on, dict) else []
-        elif frame.f_code.co_name == "get_kv_cache_spec":
-            names = [values.get("layer_name"), getattr(values.get("self"), "layer_name", None)]
-        for name in names:
-            if isinstance(name, str) and name:
-                return f"layer {name}"
-        frame = frame.f_back
-    return "an attention layer"
-
-
-def _way_out(layer: str, refusal: Refusal) -> str:
-    indices = [int(part) for part in layer.split(".") if part.isdigit()]
-    # vLLM skips by the one number in a layer's name.
-    if not refusal.skippable or len(indices) != 1:
-        return _sentence(refusal.instead)
-    alike = _layers_like(indices[0])
-    whom = "the layers of its kind" if len(alike) > 1 else "it"
-    skipped = " ".join([*map(str, sorted(alike | _skipped_indices())), *_skipped_kinds()])
-    return f"Either keep {whom} unquantised with {SKIP} {skipped}, or {refusal.instead}"
-
-
-def _sentence(words: str) -> str:
-    return words[0].upper() + words[1:]
-
-
-def _layers_like(index: int) -> set[int]:
-    """Return the layers that the model's configuration gives the same type, itself included.
-
-    Where that is all layers, types say nothing of what is odd about this one.
-    """
-    config = get_current_vllm_config_or_none()
-    text_config = getattr(getattr(config, "model_config", None), "hf_text_config", None)
-    types = getattr(text_config, "layer_types", None) or []
-    if index >= len(types) or len(set(types)) == 1:
-        return {index}
-    return {other for other, kind in enumerate(types) if kind == types[index]}
-
-
-def _skipped() -> list[str]:
-    # Named again in the advice, for the option replaces what it was given before.
-    cache_config = getattr(get_current_vllm_config_or_none(), "cache_config", None)
-    return list(getattr(cache_config, "kv_cache_dtype_skip_layers", None) or [])
-
-
-def _skipped_indices() -> set[int]:
-    return {int(name) for name in _skipped() if name.isdigit()}
-
-
-def _skipped_kinds() -> list[str]:
-    return sorted(name for name in _skipped() if not name.isdigit())
-
-
-def _serve_unquantised(head_size: int) -> str:
-    """Say what vLLM's own kernels can do for layers that differ in nothing but this."""
-    if not current_platform.is_cpu():
-        return f"{INSTEAD} or fp8"
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-
-    listed = CPUAttentionBackend.get_supported_head_sizes()
-    if head_size not in listed:
-        # It takes some that it does not list, and finds out only with the first request.
-        return (
-            f"{INSTEAD}, if vLLM's own CPU kernels take heads of {head_size} (they list "
-            f"{', '.join(map(str, listed))})"
-        )
-    # The condition of those kernels for an fp8 cache.
-    fp8 = head_size % 32 == 0 and torch.cpu._is_avx512_supported()
-    return f"{INSTEAD} or fp8" if fp8 else INSTEAD
-
-
 def refuse_selection(config: AttentionSelectorConfig) -> Refusal | None:
-    """Return why a layer that vLLM selects a backend for cannot have a k8v4 cache.
+    """Return why a layer that vLLM selects a backend for cannot have a k8v4 cache, or None.
 
     Args:
-        config: What vLLM knows of the layer: head size, dtype, kind of attention.
-
-    Returns:
-        The reason as a `Refusal`, or None if the layer can be served.
+        config: vLLM's description of the layer: head size, dtype, kind of attention.
     """
-
-    def asks(name: str) -> bool:
-        # Both supported vLLM minors have most of these; one that a minor lacks is not asked.
-        return bool(getattr(config, name, False))
-
-    for unsupported, reason in (
-        (asks("use_mla"), MLA),
-        (asks("use_sparse"), "sparse attention selects keys that k8v4 pages do not index"),
-        (asks("use_mm_prefix"), "bidirectional attention inside multimodal prefixes"),
-        (asks("use_per_head_quant_scales"), "per-head scales from the checkpoint"),
-        (asks("use_rswa"), "reference sliding window attention (R-SWA)"),
+    # getattr, because each vLLM minor lacks some of the fields.
+    if getattr(config, "use_mla", False):
+        return Refusal(MLA)
+    for field, feature in (
+        ("use_sparse", "sparse attention"),
+        ("use_mm_prefix", "bidirectional attention inside multimodal prefixes"),
+        ("use_per_head_quant_scales", "per-head scales from the checkpoint"),
+        ("use_rswa", "reference sliding window attention (R-SWA)"),
     ):
-        if unsupported:
-            return Refusal(reason)
-    for parallel in ("decode", "prefill"):
-        if asks(f"use_{parallel[0]}cp"):
-            return Refusal(
+        if getattr(config, field, False):
+            return _not_implemented(feature)
+    for field, parallel in (("use_dcp", "decode"), ("use_pcp", "prefill")):
+        if getattr(config, field, False):
+            return _not_implemented(
                 f"{parallel} context parallelism",
                 f"serve the model with --{parallel}-context-parallel-size 1",
             )
-    return _refuse_kind(config.attn_type) or _refuse_head_size(config.head_size)
-
-
-def _refuse_kind(attn_type: str) -> Refusal | None:
-    attn_type = str(getattr(attn_type, "value", attn_type))
-    if attn_type == "decoder":
-        return None
-    # vLLM selects the backend of these layers without looking at those to skip.
-    return Refusal(f"attention type {attn_type!r} is not decoder self-attention")
-
-
-def refuse_cache_dtype(kv_cache_dtype: str, head_size: int) -> Refusal:
-    """Return why a layer with another cache dtype cannot have this backend.
-
-    The patch of `Attention.__init__` prevents this; skipping more layers would change nothing.
-
-    Args:
-        kv_cache_dtype: The layer's.
-        head_size: Dims of a head.
-    """
-    return Refusal(f"its KV cache dtype is {kv_cache_dtype}", _serve_unquantised(head_size))
-
-
-def refuse_value_size(head_size: int, value_size: int) -> Refusal | None:
-    """Return why keys and values of these sizes cannot share k8v4 pages, or None if they can.
-
-    Args:
-        head_size: Dims of a key.
-        value_size: Dims of a value.
-    """
-    if value_size == head_size:
-        return None
-    reason = f"its keys have {head_size} dims and its values {value_size}, k8v4 needs equal sizes"
-    return Refusal(reason, _serve_unquantised(head_size))
-
-
-def refuse_backend(name: str) -> Refusal:
-    """Return why a k8v4 layer cannot run on the backend that its model chose.
-
-    Args:
-        name: The backend's, as vLLM logs it.
-    """
-    if "SPARSE" in name:
-        return Refusal(f"sparse attention ({name}) selects keys that k8v4 pages do not index")
-    return Refusal(f"its model runs it on {name}, which cannot read k8v4 pages")
-
-
-def _refuse_head_size(head_size: int) -> Refusal | None:
-    reason = k8v4.refuse_head_size(head_size)
-    if reason is None:
-        return None
-    odd = any(k8v4.refuse_head_size(size) is None for size in _head_sizes_of_the_model())
-    return Refusal(reason, _serve_unquantised(head_size), skippable=odd)
-
-
-def _head_sizes_of_the_model() -> Iterable[int]:
-    """Return the head sizes known while layers are made: the model's and those of layers so far."""
-    config = get_current_vllm_config_or_none()
-    if config is None or config.model_config is None:
-        return set()
-    layers = config.compilation_config.static_forward_context.values()
-    sizes = {getattr(layer, "head_size", None) for layer in layers}
-    sizes.add(config.model_config.get_head_size())
-    return {size for size in sizes if isinstance(size, int)}
+    return _refuse_type(config.attn_type) or _refuse_head_size(config.head_size)
 
 
 def refuse_implementation(
@@ -270,22 +111,22 @@ def refuse_implementation(
     alibi_slopes: list[float] | None,
     attn_type: str,
     extra: dict[str, Any],
-) -> str | None:
-    """Return why a layer's own parameters rule the k8v4 cache out, as a `Refusal`, or None.
+) -> Refusal | None:
+    """Return why a layer's parameters rule out a k8v4 cache, or None.
 
     Args:
         num_heads: Query heads.
         num_kv_heads: KV heads.
         head_size: Dims of a head.
         alibi_slopes: Set for models that bias scores by distance.
-        attn_type: vLLM's kind of attention.
-        extra: Parameters of the layer that this backend has no meaning for.
+        attn_type: vLLM's type of attention.
+        extra: Parameters of the layer that this backend does not implement.
     """
     if alibi_slopes is not None:
         # On GPUs only FlashAttention 2 takes ALiBi, and it has no fp8 cache.
-        instead = _serve_unquantised(head_size) if current_platform.is_cpu() else INSTEAD
-        return Refusal("ALiBi position biases", instead)
-    if (refusal := _refuse_kind(attn_type)) is not None:
+        advice = _serve_unquantised(head_size) if current_platform.is_cpu() else ADVICE
+        return _not_implemented("ALiBi position biases", advice)
+    if (refusal := _refuse_type(attn_type)) is not None:
         return refusal
     if num_heads % num_kv_heads:
         reason = f"{num_heads} query heads are not a multiple of {num_kv_heads} KV heads"
@@ -295,3 +136,150 @@ def refuse_implementation(
         reason = f"it sets {', '.join(unknown)}, which the k8v4 kernels do not implement"
         return Refusal(reason, skippable=True)
     return _refuse_head_size(head_size)
+
+
+def refuse_cache_dtype(kv_cache_dtype: str, head_size: int) -> Refusal:
+    """Return why a layer with another cache dtype cannot have this backend.
+
+    The patch of `Attention.__init__` prevents this, so skipping more layers would change nothing.
+    """
+    reason = f"its KV cache dtype is {kv_cache_dtype}, and the k8v4 backend was selected for it"
+    return Refusal(reason, _serve_unquantised(head_size))
+
+
+def refuse_value_size(head_size: int, value_size: int) -> Refusal | None:
+    """Return why keys and values of these sizes, in dims, cannot share k8v4 pages, or None."""
+    if value_size == head_size:
+        return None
+    sizes = f"its keys have {head_size} dims and its values {value_size}"
+    return Refusal(f"{sizes}, but k8v4 pages need equal sizes", _serve_unquantised(head_size))
+
+
+def refuse_backend(name: str) -> Refusal:
+    """Return why a k8v4 layer cannot run on the backend that its model chose."""
+    if "SPARSE" in name:
+        return _not_implemented(f"sparse attention ({name})")
+    return Refusal(f"its model runs it on {name}, which cannot read k8v4 pages")
+
+
+def _not_implemented(feature: str, advice: str = ADVICE) -> Refusal:
+    return Refusal(f"the k8v4 kernels do not implement {feature}", advice)
+
+
+def _refuse_type(attn_type: str) -> Refusal | None:
+    attn_type = str(getattr(attn_type, "value", attn_type))
+    if attn_type == "decoder":
+        return None
+    # Not skippable: vLLM selects the backend of these layers without looking at the skipped ones.
+    return Refusal(f"attention type {attn_type!r} is not decoder self-attention")
+
+
+def _refuse_head_size(head_size: int) -> Refusal | None:
+    reason = k8v4.refuse_head_size(head_size)
+    if reason is None:
+        return None
+    odd = any(k8v4.refuse_head_size(size) is None for size in _head_sizes_of_the_model())
+    skippable = odd and (not current_platform.is_cpu() or head_size in _cpu_head_sizes())
+    return Refusal(reason, _serve_unquantised(head_size), skippable=skippable)
+
+
+def _head_sizes_of_the_model() -> Iterable[int]:
+    """Return the head sizes of the model's configuration and of the layers made before this one."""
+    config = get_current_vllm_config_or_none()
+    if config is None or config.model_config is None:
+        return set()
+    layers = config.compilation_config.static_forward_context.values()
+    sizes = {getattr(layer, "head_size", None) for layer in layers}
+    sizes.add(config.model_config.get_head_size())
+    return {size for size in sizes if isinstance(size, int)}
+
+
+def _serve_unquantised(head_size: int) -> str:
+    """Return the cache dtypes with which vLLM's own kernels serve heads of this size."""
+    if not current_platform.is_cpu():
+        return f"{ADVICE} or fp8"
+    if head_size not in _cpu_head_sizes():
+        sizes = ", ".join(map(str, _cpu_head_sizes()))
+        return f"serve the model on a GPU: vLLM's own CPU kernels only take heads of {sizes}"
+    # The condition of those kernels for an fp8 cache.
+    fp8 = head_size % 32 == 0 and torch.cpu._is_avx512_supported()
+    return f"{ADVICE} or fp8" if fp8 else ADVICE
+
+
+@cache
+def _cpu_head_sizes() -> list[int]:
+    """Return the head sizes that vLLM's CPU kernels take. Its backend's list lacks 48."""
+    from vllm import _custom_ops
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
+
+    def is_supported(head_size: int) -> bool:
+        dtype = torch.bfloat16
+        length, starts = torch.tensor([1], dtype=torch.int32), torch.arange(2, dtype=torch.int32)
+        isa = _get_attn_isa(dtype, 128, head_size)
+        try:
+            _custom_ops.cpu_attn_get_scheduler_metadata(
+                1, 1, 1, head_size, length, dtype, starts, True, -1, isa, False
+            )
+        except (AttributeError, RuntimeError):
+            return False
+        return True
+
+    listed: list[int] = CPUAttentionBackend.get_supported_head_sizes()
+    return [size for size in range(8, max(listed) + 1, 8) if is_supported(size)] or listed
+
+
+def _layer_under_construction() -> str:
+    """Return the name of the vLLM layer that is being made or asked for its cache.
+
+    vLLM selects a backend without the layer's name. It is in the frame of the layer's constructor
+    as `prefix`, in some layers only within `kwargs`, and later in the layer itself. This runs only
+    when start-up is about to stop.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        values = frame.f_locals
+        names: list[Any] = []
+        if frame.f_code.co_name == "__init__":
+            kwargs = values.get("kwargs")
+            names = [values.get("prefix")]
+            names += [kwargs.get("prefix")] if isinstance(kwargs, dict) else []
+        elif frame.f_code.co_name == "get_kv_cache_spec":
+            names = [values.get("layer_name"), getattr(values.get("self"), "layer_name", None)]
+        for name in names:
+            if isinstance(name, str) and name:
+                return f"layer {name}"
+        frame = frame.f_back
+    return "an attention layer"
+
+
+def _advice_for(layer: str, refusal: Refusal) -> str:
+    numbers = [int(part) for part in layer.split(".") if part.isdigit()]
+    # vLLM skips a layer by the only number in its name.
+    if not refusal.skippable or len(numbers) != 1:
+        return _sentence(refusal.advice)
+    alike = _layers_like(numbers[0])
+    which = "the layers of its type" if len(alike) > 1 else "it"
+    # The option replaces its earlier value, so the advice repeats the layers that it names already.
+    cache_config = getattr(get_current_vllm_config_or_none(), "cache_config", None)
+    skipped = getattr(cache_config, "kv_cache_dtype_skip_layers", None) or []
+    indices = alike | {int(name) for name in skipped if name.isdigit()}
+    types = sorted(name for name in skipped if not name.isdigit())
+    names = " ".join([*map(str, sorted(indices)), *types])
+    return f"Either keep {which} unquantised with {SKIP} {names}, or {refusal.advice}"
+
+
+def _layers_like(index: int) -> set[int]:
+    """Return the layers of the same type in the model's configuration, including this one.
+
+    If all layers have the same type, it does not show how this layer differs.
+    """
+    config = get_current_vllm_config_or_none()
+    text_config = getattr(getattr(config, "model_config", None), "hf_text_config", None)
+    types = getattr(text_config, "layer_types", None) or []
+    if index >= len(types) or len(set(types)) == 1:
+        return {index}
+    return {other for other, kind in enumerate(types) if kind == types[index]}
+
+
+def _sentence(words: str) -> str:
+    return words[0].upper() + words[1:]
