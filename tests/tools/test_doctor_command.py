@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm-hybrid-kv doctor` from the wheel, in real environments, each wrong in a way of its own."""
+"""`vllm-hybrid-kv doctor` from the wheel, in real environments with one fault each."""
 
 import json
 from pathlib import Path
@@ -13,22 +13,22 @@ SCHEMA = json.loads(
     (Path(__file__).resolve().parents[2] / "docs" / "doctor.schema.json").read_text()
 )
 
-LOOK_ONCE = """
+DIAGNOSE_ONCE = """
 import io, json
 from rich.console import Console
-from vllm_hybrid_kv.tools.doctor.diagnosis import diagnose
+from vllm_hybrid_kv.tools.doctor.child import diagnose
 from vllm_hybrid_kv.tools.doctor.screen import show
-diagnosis = diagnose()
+report = diagnose()
 screens = {}
 for width in (80, 120):
-    show(diagnosis, Console(width=width, file=(file := io.StringIO())))
+    show(report, Console(width=width, file=(file := io.StringIO())))
     screens[width] = file.getvalue()
-print(json.dumps([diagnosis.as_json(), screens]))
+print(json.dumps([report.to_json(), screens]))
 """
 
 
 def read(done):
-    """The JSON of a run, which says what its exit status says and fits the schema."""
+    """Return the JSON of a run, checked against its exit status and the schema."""
     assert done.stdout.startswith("{"), done.stderr
     found = json.loads(done.stdout)
     jsonschema.validate(found, SCHEMA)
@@ -53,15 +53,15 @@ def edits(found):
 
 @pytest.fixture(scope="module")
 def healthy(make_environment):
-    """What is found where all is well: as JSON, and the screens by their width."""
-    done = make_environment().run(LOOK_ONCE)
+    """The JSON in an environment without faults, and the text by its width."""
+    done = make_environment().run(DIAGNOSE_ONCE)
     assert done.returncode == 0, done.stderr
     found, screens = json.loads(done.stdout)
     jsonschema.validate(found, SCHEMA)
     return found, screens
 
 
-def test_where_all_is_well_the_status_is_0_and_the_first_line_says_so(healthy):
+def test_without_faults_the_status_is_0_and_the_first_line_is_the_verdict(healthy):
     found, screens = healthy
     assert found["exit_status"] == 0
     assert found["active"] is True
@@ -72,16 +72,16 @@ def test_where_all_is_well_the_status_is_0_and_the_first_line_says_so(healthy):
     assert {finding["severity"] for finding in found["findings"]} == {"note"}
 
 
-def test_every_edit_of_every_patch_is_verified(healthy):
+def test_every_patch_is_active(healthy):
     found, _ = healthy
-    assert all(edit["in_force"] and not edit["why"] for edit in edits(found).values())
+    assert all(edit["active"] and not edit["why"] for edit in edits(found).values())
     assert {"page_sizes", "coordinator", "attention_backend", "backend_selection"} <= {
         patch["name"] for patch in found["patches"]
     }
     assert all(patch[key] for patch in found["patches"] for key in ("replaces", "why", "until"))
 
 
-def test_settings_say_where_they_are_from_and_strategies_who_brings_them(healthy):
+def test_settings_show_their_source_and_strategies_their_package(healthy):
     found, _ = healthy
     assert {row["source"] for row in found["settings"]} == {"default"}
     picked = {row["setting"]: row["name"] for row in found["strategies"] if row["picked"]}
@@ -91,16 +91,16 @@ def test_settings_say_where_they_are_from_and_strategies_who_brings_them(healthy
     assert {row["origin"] for row in found["strategies"]} == {"built in"}
 
 
-def test_the_cpu_is_named_with_its_kernels_and_why(healthy):
+def test_the_cpu_is_shown_with_its_kernels(healthy):
     found, _ = healthy
     (device,) = found["devices"]
     assert device["kind"] == "cpu"
     assert device["kernels"].startswith("cpu:")
-    assert device["why"].startswith("the fastest that this CPU runs")
+    assert device["why"].startswith("the fastest on this CPU")
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_the_screen_is_one_screen_wide_and_holds_everything(healthy, width):
+def test_the_text_fits_the_terminal_and_is_complete(healthy, width):
     found, screens = healthy
     screen = screens[str(width)]
     assert max(map(len, screen.splitlines())) <= width
@@ -109,10 +109,10 @@ def test_the_screen_is_one_screen_wide_and_holds_everything(healthy, width):
     assert found["versions"]["torch"] in screen
 
 
-def test_a_plugin_that_vllm_plugins_leaves_out_is_a_warning_beside_what_else_is_amiss(
+def test_a_plugin_that_vllm_plugins_excludes_is_a_warning_next_to_others(
     make_environment,
 ):
-    # In one process, for each that imports vLLM takes long.
+    # One environment for several faults, because each import of vLLM takes long.
     environment = make_environment(without=("vllm-",))
     environment.distribution("vllm-hybrid-kv", "0.0.1", site=environment.later("older"))
     environment.distribution(
@@ -137,7 +137,7 @@ def test_a_plugin_that_vllm_plugins_leaves_out_is_a_warning_beside_what_else_is_
     left_out = finding(found, "vllm_plugins", "warning")
     assert "VLLM_PLUGINS=other does not name hybrid_kv" in left_out["message"]
     assert "VLLM_PLUGINS=other,hybrid_kv" in left_out["remedy"]
-    assert all(edit["why"] == [] and not edit["in_force"] for edit in edits(found).values())
+    assert all(edit["why"] == [] and not edit["active"] for edit in edits(found).values())
 
     assert "PackageNotFoundError: vllm" in finding(found, "metadata", "warning")["message"]
     assert "vllm-hybrid-kv 0.0.1 in" in finding(found, "copies", "warning")["message"]
@@ -171,7 +171,7 @@ LATE_RIVAL = """
 import functools
 def register():
     from vllm.v1.core import kv_cache_manager, kv_cache_utils
-    # One where it is defined, the other only where it is called; both look like what they wrap.
+    # One in its own module, the other in a calling module; wraps() copies name and module.
     wrapped = kv_cache_utils.resolve_kv_cache_block_sizes
     @functools.wraps(wrapped)
     def sizes(*args, **kwargs):
@@ -187,7 +187,7 @@ def register():
 PLUGIN = "[vllm.general_plugins]\nrival = rival_patch:register\n"
 
 
-def test_a_rival_that_was_there_first_is_named_and_the_plugin_cannot_be_active(make_environment):
+def test_a_rival_that_patches_vllm_first_is_named_and_keeps_the_plugin_inactive(make_environment):
     environment = make_environment()
     first = environment.site.parent / "first"
     environment.distribution("rival-kv", "2.0", PLUGIN, site=first, rival_patch=RIVAL)
@@ -195,14 +195,14 @@ def test_a_rival_that_was_there_first_is_named_and_the_plugin_cannot_be_active(m
     assert found["exit_status"] == 2
     assert found["active"] is False
     rival = finding(found, "rival")
-    assert "nothing was changed" in rival["message"]
+    assert "nothing is patched" in rival["message"]
     assert "rival_patch (from rival-kv 2.0)" in rival["message"]
     assert "VLLM_PLUGINS=hybrid_kv" in rival["remedy"]
     factory = edits(found)["vllm.v1.core.kv_cache_coordinator.get_kv_cache_coordinator"]
     assert "has the signature (*args, **kwargs)" in factory["why"][0]
 
 
-def test_a_rival_that_rebinds_our_names_afterwards_is_named_wherever_it_does(make_environment):
+def test_a_rival_that_patches_our_targets_afterwards_is_named_in_every_module(make_environment):
     environment = make_environment()
     late = environment.later("late")
     environment.distribution("rival-kv", "2.0", PLUGIN, site=late, rival_patch=LATE_RIVAL)
@@ -216,7 +216,7 @@ def test_a_rival_that_rebinds_our_names_afterwards_is_named_wherever_it_does(mak
     assert "rival_patch (from rival-kv 2.0)" in rival["message"]
     moved = edits(found)["vllm.v1.core.kv_cache_utils.resolve_kv_cache_block_sizes"]
     assert moved["why"]
-    assert moved["in_force"] is False
+    assert moved["active"] is False
 
 
 PLATFORM = """
@@ -237,9 +237,9 @@ class Builder(DefaultKVCacheConfigBuilder):
 FINDS = "def find():\n    return 'acme_platform.Platform'\n"
 
 
-def test_beside_0_33_every_patch_is_verified_and_what_is_amiss_are_warnings(make_environment):
-    # Its wheel finds no CPU, and is installed next to the other release. A vendor's platform,
-    # which groups layers itself, is found instead.
+def test_on_vllm_0_33_every_patch_is_active_and_other_faults_are_warnings(make_environment):
+    # The wheel of 0.33 has no CPU platform, and is installed next to the other release. vLLM
+    # uses a vendor's platform instead, which groups layers itself.
     environment = make_environment()
     environment.distribution(
         *("acme-platform", "1.0", "[vllm.platform_plugins]\nacme = acme_find:find\n"),
@@ -258,12 +258,12 @@ def test_beside_0_33_every_patch_is_verified_and_what_is_amiss_are_warnings(make
     assert found["active"] is True
     assert found["versions"]["vllm"].startswith("0.33.")
     assert found["versions"]["vllm_fits"] is True
-    assert "vLLM runs on no device it found" in finding(found, "device", "warning")["message"]
+    assert "vLLM runs on no known device" in finding(found, "device", "warning")["message"]
     assert "vLLM is installed more than once" in finding(found, "copies", "warning")["message"]
     assert "acme_builder.Builder" in finding(found, "grouping", "warning")["message"]
 
 
-def test_bad_settings_and_a_strategy_that_cannot_be_imported_are_problems(make_environment):
+def test_invalid_settings_and_a_strategy_that_cannot_be_imported_are_problems(make_environment):
     environment = make_environment()
     environment.distribution(
         "acme-kv", "1.5", "[vllm_hybrid_kv]\nacme = acme_kv\n", acme_kv="import not_there\n"
@@ -292,7 +292,7 @@ def without_vllm(make_environment):
     return make_environment(without=("vllm", "torch", "functorch"))
 
 
-def test_without_vllm_and_torch_it_says_what_to_install(without_vllm):
+def test_without_vllm_and_torch_the_remedy_is_what_to_install(without_vllm):
     found = read(without_vllm.doctor("--json"))
     assert found["exit_status"] == 2
     assert found["versions"]["vllm"] is None
@@ -301,11 +301,11 @@ def test_without_vllm_and_torch_it_says_what_to_install(without_vllm):
     assert missing["message"] == "vLLM is not installed"
     assert "vllm-hybrid-kv[cpu]" in missing["remedy"]
     assert found["devices"][0]["kernels"] is None
-    assert "torch cannot be imported" in found["devices"][0]["why"]
+    assert "unknown without torch" in found["devices"][0]["why"]
     assert {row["source"] for row in found["settings"]} == {"default"}
 
 
-def test_the_screen_says_the_same_without_a_traceback(without_vllm):
+def test_the_text_has_the_same_problems_and_no_traceback(without_vllm):
     done = without_vllm.doctor(VLLM_HYBRID_KV_DEBUG="perhaps")
     assert done.returncode == 2
     lines = done.stdout.splitlines()
@@ -315,18 +315,18 @@ def test_the_screen_says_the_same_without_a_traceback(without_vllm):
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_what_is_no_json_is_refused(without_vllm):
+def test_invalid_json_is_rejected(without_vllm):
     done = without_vllm.doctor("--additional-config", "{")
     assert done.returncode == 2
     assert done.stderr.startswith("vllm-hybrid-kv doctor: --additional-config is not JSON: ")
 
 
-def test_without_pydantic_too_it_says_what_to_install(make_environment):
-    # Typer may need it for itself, and the doctor has to work with any Typer.
+def test_without_pydantic_only_vllm_is_reported(make_environment):
+    # Not through the command line, because Typer may need pydantic.
     environment = make_environment(without=("vllm", "torch", "pydantic"))
     done = environment.run(
-        "import json; from vllm_hybrid_kv.tools.doctor.diagnosis import diagnose; "
-        "print(json.dumps(diagnose().as_json()))"
+        "import json; from vllm_hybrid_kv.tools.doctor.child import diagnose; "
+        "print(json.dumps(diagnose().to_json()))"
     )
     found = json.loads(done.stdout)
     jsonschema.validate(found, SCHEMA)
@@ -335,7 +335,7 @@ def test_without_pydantic_too_it_says_what_to_install(make_environment):
 
 @pytest.fixture(scope="module")
 def fake_vllm(make_environment):
-    """An environment whose vLLM does what a test writes into it."""
+    """A function that writes the source of an environment's vLLM."""
     environment = make_environment(without=("vllm", "torch", "functorch"))
     environment.distribution("vllm", "0.32.0")
     folder = environment.package("vllm", __init__="")
@@ -356,7 +356,7 @@ def fake_vllm(make_environment):
         ("import not_there", "ModuleNotFoundError: No module named 'not_there'"),
     ],
 )
-def test_a_vllm_that_raises_is_named_with_its_error(fake_vllm, code, reason):
+def test_an_error_of_vllm_is_shown_with_its_place(fake_vllm, code, reason):
     found = read(fake_vllm(code).doctor("--json"))
     assert found["exit_status"] == 2
     broken = finding(found, "vllm")
@@ -371,11 +371,11 @@ def test_a_vllm_that_raises_is_named_with_its_error(fake_vllm, code, reason):
         ("import ctypes; ctypes.string_at(0)", "with SIGSEGV at "),
         (
             "import os; print('farewell', flush=True); os._exit(0)",
-            "with status 0; it said: farewell",
+            "with exit status 0; its last output is: farewell",
         ),
     ],
 )
-def test_a_vllm_that_ends_the_process_is_named_with_the_signal(fake_vllm, code, end):
+def test_a_vllm_that_ends_the_process_is_shown_with_the_signal(fake_vllm, code, end):
     environment = fake_vllm(code)
     found = read(environment.doctor("--json"))
     assert found["exit_status"] == 2
@@ -384,7 +384,7 @@ def test_a_vllm_that_ends_the_process_is_named_with_the_signal(fake_vllm, code, 
     assert end.format(folder=environment.site / "vllm") in message
 
 
-def test_a_vllm_that_hangs_is_ended_with_what_it_started(fake_vllm, tmp_path):
+def test_a_vllm_that_hangs_is_killed_with_its_child_processes(fake_vllm, tmp_path):
     started = tmp_path / "started"
     environment = fake_vllm(
         "import subprocess, sys, time\n"
@@ -398,7 +398,7 @@ def test_a_vllm_that_hangs_is_ended_with_what_it_started(fake_vllm, tmp_path):
     assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
-def test_an_unsupported_vllm_is_named_with_the_supported_ones(fake_vllm):
+def test_an_unsupported_vllm_is_shown_with_the_supported_versions(fake_vllm):
     environment = fake_vllm("", "__version__ = '0.99.0'\n__version_tuple__ = (0, 99, 0)\n")
     found = read(environment.doctor("--json"))
     assert found["exit_status"] == 2
@@ -406,11 +406,11 @@ def test_an_unsupported_vllm_is_named_with_the_supported_ones(fake_vllm):
     assert (
         "supports vLLM 0.32 and 0.33, this is vLLM 0.99.0" in finding(found, "version")["message"]
     )
-    # Its metadata says another version.
+    # Its metadata has another version.
     assert "vllm 0.32.0 in" in finding(found, "copies", "warning")["message"]
 
 
-def test_a_vllm_in_the_folder_that_it_is_started_in_is_not_the_one_that_counts(without_vllm):
+def test_a_vllm_in_the_current_folder_is_ignored(without_vllm):
     checkout = without_vllm.site.parent / "vllm"
     checkout.mkdir()
     (checkout / "__init__.py").write_text("raise RuntimeError('a checkout')")
@@ -430,7 +430,7 @@ def test_a_torchvision_that_cannot_be_imported_is_a_warning(make_environment):
     assert "pip uninstall torchvision torchaudio torchcodec" in broken["remedy"]
 
 
-def test_a_package_without_metadata_is_not_found_by_vllm(make_environment):
+def test_a_plugin_without_metadata_is_a_problem(make_environment):
     environment = make_environment(without=("vllm", "torch", "functorch"))
     for information in environment.site.glob("vllm_hybrid_kv-*.dist-info"):
         information.unlink()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds out whether the plugin works in this environment, and why not.
+"""`vllm-hybrid-kv doctor`: whether the plugin works in this environment, and why not.
 
-vLLM is asked in a process of its own (`child.py` starts it, `probe.py` runs in it): it may be
-missing, raise, hang or end the process that imports it. Everything else here needs the standard
-library and rich alone.
+`command` starts a child process, because vLLM may be missing, raise, hang or end the process that
+imports it. The child runs the list in `checks` and writes findings and facts line by line;
+`report` reads them, also if the child ended early, and makes the text and the JSON.
 """

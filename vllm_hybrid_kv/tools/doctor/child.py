@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts the process in which vLLM is imported, and makes sense of its end.
-
-The process reports stage by stage, a line of JSON each, so that what it found stands whatever
-ends it afterwards.
-"""
+"""Runs the checks in a child process and reads what it reported."""
 
 from __future__ import annotations
 
@@ -15,66 +11,31 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# The folder that a process is started in is on the path of `python -c` and not on that of a
-# command such as `vllm`: a checkout of vLLM in it is not what a server would import.
+from vllm_hybrid_kv.tools.doctor.report import Report
+from vllm_hybrid_kv.tools.doctor.runner import EXIT_STATUS, Finding, problem
+
+# `python -c` puts the current folder on the path, `vllm` does not: a server would not import a
+# checkout of vLLM in that folder.
 _CODE = (
     "import sys; sys.path[:] = [folder for folder in sys.path if folder]; "
-    "from vllm_hybrid_kv.tools.doctor.probe import main; main(sys.argv[1], sys.argv[2])"
+    "from vllm_hybrid_kv.tools.doctor.runner import main; main(sys.argv[1], sys.argv[2])"
 )
 
-_FAULT = re.compile(r'^  File "(.+)", line (\d+)', re.MULTILINE)
+FIRST = ("vllm", "version", "process")
+"""These come before findings of the same severity, because they may cause others."""
+
+_FRAME = re.compile(r'^  File "(.+)", line (\d+)', re.MULTILINE)
 
 
-@dataclass(frozen=True)
-class Error:
-    """What a stage raised.
-
-    Attributes:
-        kind: The name of the exception's class.
-        message: What it says.
-        missing: The module that was not found, or empty.
-        where: File and line.
-    """
-
-    kind: str
-    message: str
-    missing: str
-    where: str
-
-    def __str__(self) -> str:
-        return f"{self.kind}: {self.message}" if self.message else self.kind
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the process reported.
-
-    Attributes:
-        found: What each stage found, by the stage's name.
-        errors: What stages raised.
-        unfinished: The stage in which the process ended before it was done, or None.
-        ended: How it ended then, in words.
-        output: The last lines of what it printed.
-    """
-
-    found: Mapping[str, Any]
-    errors: Mapping[str, Error]
-    unfinished: str | None
-    ended: str
-    output: tuple[str, ...]
-
-
-def ask(additional_config: str, timeout: float) -> Answer:
-    """Ask vLLM in a process of its own.
+def diagnose(additional_config: str = "", timeout: float = 180.0) -> Report:
+    """Check this environment.
 
     Args:
-        additional_config: JSON, as vLLM's `--additional-config`; empty for none.
-        timeout: Seconds after which the process is ended.
+        additional_config: JSON for vLLM's `--additional-config`; empty for none.
+        timeout: Seconds after which the child process is killed.
     """
     with tempfile.TemporaryDirectory(prefix="vllm-hybrid-kv-doctor-") as folder:
         report, printed = Path(folder) / "report", Path(folder) / "output"
@@ -94,61 +55,54 @@ def ask(additional_config: str, timeout: float) -> Answer:
                 status: int | None = process.wait(timeout)
             except subprocess.TimeoutExpired:
                 status = None
-                _kill(process)
-            except BaseException:
-                _kill(process)
-                raise
+            finally:
+                # With the processes that it started.
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         return read(report.read_text(), printed.read_text(errors="replace"), status, timeout)
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End a process with what it started, which has its group."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def read(report: str, output: str, status: int | None, timeout: float) -> Answer:
-    """Make an answer of a report.
+def read(report: str, output: str, status: int | None, timeout: float) -> Report:
+    """Return the report of a child process that may have ended early.
 
     Args:
-        report: Lines of JSON; the last may be cut.
+        report: The lines of `runner.run_checks`; the last line may be incomplete.
         output: What the process printed.
-        status: Its exit status, negative for a signal, None where it took too long.
-        timeout: Seconds that it had.
+        status: Exit status; negative for a signal, None after a timeout.
+        timeout: Seconds.
     """
-    found: dict[str, Any] = {}
-    errors: dict[str, Error] = {}
-    stage, finished = "start", False
+    facts: dict[str, Any] = {}
+    findings: list[Finding] = []
+    activity: str | None = "starting Python"
     for line in report.splitlines():
         try:
             entry = json.loads(line)
         except ValueError:
             break
-        if "begin" in entry:
-            stage = entry["begin"]
-        elif "found" in entry:
-            found[entry["stage"]] = entry["found"]
-        elif "error" in entry:
-            errors[entry["stage"]] = Error(**entry["error"])
-        else:
-            finished = True
-    lines = tuple(line for line in output.splitlines() if line.strip())[-5:]
-    if finished:
-        return Answer(found, errors, None, "", lines)
-    return Answer(found, errors, stage, _end(status, timeout, output), lines)
+        activity = None if "end" in entry else entry.get("begin", activity)
+        facts.update(entry.get("facts", {}))
+        findings += (Finding(**finding) for finding in entry.get("findings", ()))
+    if activity is not None:
+        findings.append(_early_end(activity, output, status, timeout))
+    findings.sort(key=lambda finding: (-EXIT_STATUS[finding.severity], finding.check not in FIRST))
+    return Report(findings, facts)
 
 
-def _end(status: int | None, timeout: float, output: str) -> str:
+def _early_end(activity: str, output: str, status: int | None, timeout: float) -> Finding:
+    message = activity[0].upper() + activity[1:]
+    remedy = "Reinstall the package that is named, in a build for this machine"
     if status is None:
-        return f"took more than {timeout:g} s"
-    if status >= 0:
-        return f"ended the process with status {status}"
-    try:
-        name = signal.Signals(-status).name
-    except ValueError:
-        name = f"signal {-status}"
-    _, fatal, stack = output.partition("Fatal Python error")
-    frame = _FAULT.search(stack) if fatal else None
-    where = f" at {frame[1]}:{frame[2]}" if frame else ""
-    return f"ended the process with {name}{where}"
+        message += f" took more than {timeout:g} s"
+        remedy = "Allow more time with --timeout"
+    elif status >= 0:
+        message += f" ended the process with exit status {status}"
+    else:
+        names = {number.value: number.name for number in signal.Signals}
+        message += f" ended the process with {names.get(-status, f'signal {-status}')}"
+        _, fatal, stack = output.partition("Fatal Python error")
+        if fatal and (frame := _FRAME.search(stack)):
+            message += f" at {frame[1]}:{frame[2]}"
+    if lines := [line for line in output.splitlines() if line.strip()]:
+        message += f"; its last output is: {lines[-1]}"
+    return problem("process", message, remedy)

@@ -1,155 +1,134 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The doctor's screen: the verdict, what to know, then everything that was looked at."""
+"""The text of a report: the verdict, the findings, then everything that was checked."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from vllm_hybrid_kv.patches import SUPPORTED
-from vllm_hybrid_kv.tools.doctor.diagnosis import Diagnosis
-from vllm_hybrid_kv.tools.doctor.findings import Finding, Severity
+from vllm_hybrid_kv.tools.doctor.report import Report
+from vllm_hybrid_kv.tools.doctor.runner import NAME
 
 LONGEST_REASON = 80
-"""Characters. Whole signatures fill the screen and say no more."""
+"""Characters. Longer reasons contain whole signatures; `--json` has all of it."""
 
 WIDEST_NAME = 38
-"""Characters of a name beside its patch and its state on a screen of 80 columns."""
+"""Characters of a target, so that a row with patch and state fits 80 columns."""
 
-COLOURS = {Severity.PROBLEM: "red", Severity.WARNING: "yellow", Severity.NOTE: "cyan"}
+COLOURS = {"problem": "red", "warning": "yellow", "note": "cyan"}
 
 
-def show(diagnosis: Diagnosis, console: Console) -> None:
-    """Print a diagnosis."""
-    colour = ("green", "yellow", "red")[diagnosis.exit_status]
-    console.print(Text(diagnosis.verdict, style=f"bold {colour}"))
-    for finding in diagnosis.findings:
-        console.print(_finding(finding))
-    for table in _tables(diagnosis):
+def show(report: Report, console: Console) -> None:
+    """Print a report."""
+    colour = ("green", "yellow", "red")[report.exit_status]
+    console.print(Text(report.verdict, style=f"bold {colour}"))
+    for finding in report.findings:
+        severity = (finding.severity, f"bold {COLOURS[finding.severity]}")
+        console.print(Text.assemble(severity, ": ", sentence(finding.message)))
+        if finding.remedy:
+            console.print(Padding(Text(sentence(finding.remedy)), (0, 0, 0, 2)))
+    for table in _tables(report.to_json()):
         console.print()
         console.print(table)
 
 
-def _finding(finding: Finding) -> RenderableType:
-    line = Text.assemble(
-        (finding.severity.value, f"bold {COLOURS[finding.severity]}"), f": {finding.message}."
-    )
-    parts: list[RenderableType] = [line]
-    if finding.remedy:
-        parts.append(Padding(Text(f"{finding.remedy}."), (0, 0, 0, 2)))
-    return Group(*parts)
+def sentence(text: str) -> str:
+    """End a text with a full stop, unless it ends like a sentence already."""
+    return text if text.endswith((".", "?", "!")) else f"{text}."
 
 
-def _tables(diagnosis: Diagnosis) -> Iterator[Table]:
-    yield _versions(diagnosis)
-    yield _table(
-        ("device", "kernels", "why"),
-        [
-            (Text(device.name), device.kernels or "none", Text(device.why))
-            for device in diagnosis.devices
-        ],
-    )
-    if diagnosis.settings:
-        yield _settings(diagnosis)
-    if diagnosis.patches:
-        yield _patches(diagnosis)
+def _tables(result: dict[str, Any]) -> Iterator[Table]:
+    yield _table(("package", "version", ""), _versions(result))
+    devices = [(row["name"], row["kernels"] or "none", row["why"]) for row in result["devices"]]
+    yield _table(("device", "kernels", "why"), devices)
+    if result["settings"]:
+        yield _table(("setting", "value", "from", "choices"), _settings(result))
+    if result["patches"]:
+        table = _table(("patch", "targets", "state"), map(_patch, result["patches"]))
+        # Reasons break at words, names must not.
+        table.columns[1].min_width = max(
+            len(line)
+            for patch in result["patches"]
+            for edit in patch["edits"]
+            for line in _fitting(edit["name"]).splitlines()
+        )
+        yield table
 
 
-def _table(headers: Sequence[str], rows: Sequence[Sequence[RenderableType]]) -> Table:
+def _table(headers: Sequence[str], rows: Any) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
     for header in headers:
-        # Long words break rather than vanish.
         table.add_column(header, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     return table
 
 
-def _versions(diagnosis: Diagnosis) -> Table:
-    found = diagnosis.as_json()
-    versions, folders = found["versions"], found["folders"]
+def _versions(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    versions, folders = result["versions"], result["folders"]
     fits = {True: "fits; ", False: "does not fit; ", None: ""}[versions["vllm_fits"]]
+    yield "vllm-hybrid-kv", versions["vllm_hybrid_kv"], _parent(folders["vllm_hybrid_kv"])
+    yield "vLLM", versions["vllm"] or "none", f"{fits}supported: {SUPPORTED}"
+    if folders["vllm"]:
+        yield "", "", _parent(folders["vllm"])
+    yield "torch", versions["torch"] or "none", f"Python {versions['python']}"
     others = [
         f"{row['name']} ({row['package']})"
-        + (f" {row['state']}" if row["state"] != "loaded" else "")
-        for row in diagnosis.plugins
-        if row["name"] != "hybrid_kv" and row["state"] is not None
-    ]
-    rows = [
-        ("vllm-hybrid-kv", versions["vllm_hybrid_kv"], _site(folders["vllm_hybrid_kv"])),
-        ("vLLM", versions["vllm"] or "none", f"{fits}supported: {SUPPORTED}"),
-        ("", "", _site(folders["vllm"])),
-        ("torch", versions["torch"] or "none", f"Python {versions['python']}"),
+        + ("" if row["state"] == "loaded" else f" {row['state']}")
+        for row in result["plugins"]
+        if row["name"] != NAME and row["state"] is not None
     ]
     if others:
-        rows.append(("other plugins", str(len(others)), ", ".join(others)))
-    return _table(("package", "version", ""), [tuple(map(Text, row)) for row in rows if any(row)])
+        yield "other plugins", str(len(others)), ", ".join(others)
 
 
-def _site(folder: str | None) -> str:
-    """Return the folder on `sys.path` that a package lies in."""
-    return f"in {os.path.dirname(folder)}" if folder else ""
+def _parent(folder: str) -> str:
+    return f"in {os.path.dirname(folder)}"
 
 
-def _settings(diagnosis: Diagnosis) -> Table:
-    origin = {(row["setting"], row["name"]): row["origin"] for row in diagnosis.strategies}
-    rows = []
-    for row in diagnosis.settings:
+def _settings(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    origins = {(row["setting"], row["name"]): row["origin"] for row in result["strategies"]}
+    for row in result["settings"]:
         choices = []
         for choice in row["choices"]:
-            who = origin.get((row["name"], choice), "built in")
-            choices.append(choice if who == "built in" else f"{choice} ({who})")
+            origin = origins.get((row["name"], choice), "built in")
+            choices.append(choice if origin == "built in" else f"{choice} ({origin})")
         value = str(row["value"])
         value = value.lower() if isinstance(row["value"], bool) else value
-        rows.append(
-            tuple(Text(cell) for cell in (row["name"], value, row["source"], ", ".join(choices)))
-        )
-    return _table(("setting", "value", "from", "choices"), rows)
+        yield row["name"], value, row["source"], ", ".join(choices)
 
 
-def _patches(diagnosis: Diagnosis) -> Table:
-    rows: list[tuple[RenderableType, ...]] = []
-    for patch in diagnosis.patches:
-        edits = patch["edits"]
-        reasons = [_cut(reason, edit["name"]) for edit in edits for reason in edit["why"]]
-        if reasons:
-            state = Text("; ".join(reasons), style="red")
-        elif all(edit["in_force"] for edit in edits):
-            state = Text("in force, verified", style="green")
-        else:
-            state = Text("not applied, would fit")
-        names = ", ".join(_fitting(edit["name"]) for edit in edits)
-        rows.append((Text(patch["name"]), Text(names), state))
-    table = _table(("patch", "rebinds", "state"), rows)
-    # Reasons are the longest, and break at words; names do not.
-    table.columns[1].min_width = max(
-        len(line)
-        for patch in diagnosis.patches
-        for edit in patch["edits"]
-        for line in _fitting(edit["name"]).splitlines()
-    )
-    return table
+def _patch(patch: dict[str, Any]) -> tuple[RenderableType, ...]:
+    edits = patch["edits"]
+    if reasons := [_shortened(why, edit["name"]) for edit in edits for why in edit["why"]]:
+        state = Text("; ".join(reasons), style="red")
+    elif all(edit["active"] for edit in edits):
+        state = Text("active", style="green")
+    else:
+        state = Text("not applied, would fit")
+    return patch["name"], ", ".join(_fitting(edit["name"]) for edit in edits), state
 
 
-def _cut(reason: str, name: str) -> str:
-    """Return a reason as far as it says what is wrong; `--json` has all of it."""
-    reason = reason.replace(name, _short(name))
+def _shortened(reason: str, target: str) -> str:
+    reason = reason.replace(target, _short(target))
     return reason if len(reason) <= LONGEST_REASON else f"{reason[: LONGEST_REASON - 3]}..."
 
 
-def _fitting(name: str) -> str:
-    """Return the name without its modules, on two lines where it is too wide for one."""
-    short = _short(name)
+def _fitting(target: str) -> str:
+    """Return a target without its modules, on two lines if it is too wide for one."""
+    short = _short(target)
     return short if len(short) <= WIDEST_NAME else short.replace(".", ".\n")
 
 
-def _short(name: str) -> str:
-    """Return a function's or method's name without its modules."""
-    parts = name.split(".")
+def _short(target: str) -> str:
+    """Return `Class.method` or `function` of a dotted path."""
+    parts = target.split(".")
     return ".".join(parts[-2:] if len(parts) > 1 and parts[-2][:1].isupper() else parts[-1:])

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A function that belongs to neither vLLM nor us is seen wherever it stands."""
+"""A function that is neither vLLM's nor ours is found in every place that the plugin patches."""
 
 import functools
+import subprocess
 import sys
 import types
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vllm_hybrid_kv.patches.base import Fingerprint, Target
-from vllm_hybrid_kv.tools.doctor.rebindings import Places, module_of
+from vllm_hybrid_kv.tools.doctor.foreign import Places, module_of
 
 SOURCE = """
 class Owner:
@@ -67,25 +68,39 @@ def rival(load):
 
 
 @pytest.mark.usefixtures("caller")
-def test_nothing_is_foreign_where_nobody_rebinds(known):
+def test_an_unpatched_vllm_has_no_foreign_functions(known):
     assert Places(known).foreign() == []
 
 
-def test_a_function_where_it_is_defined_is_seen(known, definer, rival):
+def test_a_function_replaced_in_its_own_module_is_found(known, definer, rival):
     places = Places(known)
     definer.function = rival.function
-    (foreign,) = places.foreign()
-    assert (foreign.place, foreign.module) == ("vllm.definer.function", "rival.patch")
+    assert places.foreign() == [
+        {"place": "vllm.definer.function", "module": "rival.patch", "package": ""}
+    ]
 
 
-def test_a_function_where_it_is_only_imported_is_seen_under_its_name_there(known, caller, rival):
+def test_a_function_replaced_in_a_calling_module_is_found_under_its_name_there(
+    known, caller, rival
+):
     places = Places(known)
     caller.renamed = rival.function
     (foreign,) = places.foreign()
-    assert foreign.place == "vllm.caller.renamed"
+    assert foreign["place"] == "vllm.caller.renamed"
 
 
-def test_a_wrapper_that_looks_like_what_it_wraps_is_seen(known, definer, load):
+def test_a_replaced_method_is_found(known, definer, rival):
+    places = Places(known)
+    definer.Owner.method = classmethod(rival.function)
+    (foreign,) = places.foreign()
+    assert (foreign["place"], foreign["module"]) == ("vllm.definer.Owner.method", "rival.patch")
+
+
+def modules(places):
+    return [foreign["module"] for foreign in places.foreign()]
+
+
+def test_functools_wraps_does_not_hide_the_replacement(known, definer, load):
     wrap = load(
         "rival.wrap",
         "import functools\n"
@@ -97,35 +112,28 @@ def test_a_wrapper_that_looks_like_what_it_wraps_is_seen(known, definer, load):
     places = Places(known)
     definer.function = wrap(definer.function)
     assert definer.function.__module__ == "vllm.definer"
-    assert [foreign.module for foreign in places.foreign()] == ["rival.wrap"]
+    assert modules(places) == ["rival.wrap"]
 
 
-def test_a_method_is_seen(known, definer, rival):
-    places = Places(known)
-    definer.Owner.method = classmethod(rival.function)
-    (foreign,) = places.foreign()
-    assert (foreign.place, foreign.module) == ("vllm.definer.Owner.method", "rival.patch")
-
-
-def test_what_was_foreign_before_plugins_were_loaded_is_seen(known, definer, rival):
+def test_a_function_replaced_before_plugins_were_loaded_is_found(known, definer, rival):
     definer.function = rival.function
-    assert [foreign.module for foreign in Places(known).foreign()] == ["rival.patch"]
+    assert modules(Places(known)) == ["rival.patch"]
 
 
-def test_what_is_no_function_is_known_by_its_type(known, definer):
+def test_a_replacement_that_is_not_a_function_is_named_by_its_type(known, definer):
     places = Places(known)
     definer.function = functools.partial(print)
-    assert [foreign.module for foreign in places.foreign()] == ["functools"]
+    assert modules(places) == ["functools"]
 
 
-def test_ours_and_vllms_are_not_foreign(known, definer, load):
+def test_functions_of_vllm_and_of_the_plugin_are_not_foreign(known, definer, load):
     places = Places(known)
     definer.function = load("vllm_hybrid_kv.patches.x", "def f(a): return 3\n").f
     definer.Owner.method = classmethod(load("vllm.other", "def f(a): return 3\n").f)
     assert places.foreign() == []
 
 
-def test_what_vllm_itself_decorates_is_vllms(load, definer):
+def test_a_function_that_vllm_decorates_with_another_library_is_not_foreign(load, definer):
     decorator = load("elsewhere", "def decorate(f):\n    def g(a): return f(a)\n    return g\n")
     definer.function = decorator.decorate(definer.function)
     assert module_of(definer.function) == "elsewhere"
@@ -136,14 +144,10 @@ def test_what_vllm_itself_decorates_is_vllms(load, definer):
     assert Places(known).foreign() == []
 
 
-def test_the_command_loads_neither_vllm_nor_torch():
-    import subprocess
-
+def test_the_command_line_loads_neither_vllm_nor_torch():
+    code = "import sys, vllm_hybrid_kv.tools.main; print({'vllm', 'torch'} & set(sys.modules))"
     done = subprocess.run(
-        [
-            *(sys.executable, "-c"),
-            "import sys, vllm_hybrid_kv.tools.main; print({'vllm', 'torch'} & set(sys.modules))",
-        ],
+        [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         check=True,

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report: what a child process that ended anywhere leaves, the verdict, devices, the text."""
+
+import io
+import json
+import signal
+from pathlib import Path
+
+import jsonschema
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from tests.tools.doctor.conftest import FACTS
+from vllm_hybrid_kv.tools.doctor import report
+from vllm_hybrid_kv.tools.doctor.child import read
+from vllm_hybrid_kv.tools.doctor.report import Report, devices
+from vllm_hybrid_kv.tools.doctor.runner import EXIT_STATUS, Finding, problem, warning
+from vllm_hybrid_kv.tools.doctor.screen import show
+from vllm_hybrid_kv.version import __version__
+
+SCHEMA = json.loads(
+    (Path(__file__).resolve().parents[3] / "docs" / "doctor.schema.json").read_text()
+)
+FUNCTION = "vllm.v1.core.kv_cache_utils.unify_kv_cache_spec_page_size"
+REASON = f"{FUNCTION} has the signature (*args, **kwargs), known is ({'argument, ' * 30})"
+WHO = f"hybrid_kv {__version__}"
+
+
+def lines_of(messages):
+    return "".join(json.dumps(message) + "\n" for message in messages)
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from("abcdef"), unique=True), st.data())
+def test_a_report_that_ends_anywhere_keeps_what_came_before(names, data):
+    messages = [
+        message
+        for name in names
+        for message in (
+            {"begin": f"checking {name}"},
+            {"facts": {name: 1}, "findings": [vars(warning(name, "m"))]},
+        )
+    ]
+    text = lines_of([*messages, {"end": True}])
+    cut = data.draw(st.integers(0, len(text)))
+    found = read(text[:cut], "", -signal.SIGKILL, 1)
+    done = list(found.facts)
+    assert done == names[: len(done)]
+    last, *others = found.findings or [None]
+    if cut >= len(text) - 1:
+        assert [finding.check for finding in found.findings] == names
+    else:
+        # Problems come first.
+        assert last.check == "process"
+        assert last.message.endswith(" ended the process with SIGKILL")
+        assert [finding.check for finding in others] == done
+
+
+@pytest.mark.parametrize(
+    ("output", "status", "message"),
+    [
+        ("", 1, "Importing it ended the process with exit status 1"),
+        ("a\nKilled\n\n", 0, "exit status 0; its last output is: Killed"),
+        ("", None, "Importing it took more than 2.5 s"),
+        ("", -250, "with signal 250"),
+        (
+            'hello\n  File "/early.py", line 1\nFatal Python error: Aborted\n\n'
+            'Current thread 0x1 (most recent call first):\n  File "/a/b.py", line 12 in <module>\n'
+            '  File "/c.py", line 3 in f\n',
+            -signal.SIGABRT,
+            "with SIGABRT at /a/b.py:12",
+        ),
+    ],
+)
+def test_an_early_end_names_its_cause(output, status, message):
+    (finding,) = read(lines_of([{"begin": "importing it"}]), output, status, 2.5).findings
+    assert (finding.severity, finding.check) == ("problem", "process")
+    assert message in finding.message
+    (finding,) = read("", output, status, 2.5).findings
+    assert finding.message.startswith("Starting Python ")
+
+
+@given(st.lists(st.sampled_from(list(EXIT_STATUS)), max_size=4))
+def test_the_worst_finding_decides_the_exit_status(severities):
+    found = Report([Finding(severity, "c", "m") for severity in severities])
+    expected = 2 if "problem" in severities else 1 if "warning" in severities else 0
+    assert found.exit_status == expected
+
+
+def test_the_plugin_is_active_if_every_patch_is(facts):
+    healthy = Report([], facts)
+    assert healthy.active
+    assert healthy.verdict == f"{WHO} is active on vLLM 0.32.0 (cpu): all is well."
+    place = {"place": "vllm.b.f", "module": "rival", "package": ""}
+    assert not Report([], facts | {"foreign": [place]}).active
+    assert not Report([], {name: facts[name] for name in facts if name != "patches"}).active
+    facts["patches"][0]["edits"][0]["active"] = False
+    assert not Report([], facts).active
+
+
+def device_rows(facts, **changes):
+    return [(row["kernels"], row["why"]) for row in devices({**facts, **changes})]
+
+
+AVX = {"paths": ["portable", "avx512_bf16"], "numba": None}
+LIMITS = "for bfloat16 and head sizes that are multiples of 32, portable otherwise"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ("cpu:amx", f"the fastest on this CPU; {LIMITS}")),
+        (
+            {
+                "isa": "portable",
+                "cpu": {
+                    "paths": ["portable"],
+                    "lacking": {"portable": [], "avx512_bf16": ["x", "y"]},
+                },
+            },
+            ("cpu:portable", "the fastest on this CPU; avx512_bf16 needs x, y"),
+        ),
+        (
+            {"isa": "avx512_bf16", "cpu": AVX | {"lacking": FACTS["cpu"]["lacking"]}},
+            (
+                "cpu:avx512_bf16",
+                f"the fastest on this CPU; amx is refused by the operating system; {LIMITS}",
+            ),
+        ),
+        (
+            {"isa": "portable", "settings": [{"name": "cpu_isa", "source": "VARIABLE"}]},
+            ("cpu:portable", "chosen by VARIABLE; amx would be faster"),
+        ),
+    ],
+)
+def test_a_cpu_shows_its_kernels_and_why(changes, expected, facts):
+    assert device_rows(facts, **changes) == [expected]
+
+
+def test_a_machine_shows_its_devices_by_name(gpu_facts, monkeypatch):
+    monkeypatch.setattr(report, "cpu_model", lambda: "A CPU")
+    monkeypatch.setattr(report, "_cpu_count", lambda: 1)
+    assert [row["name"] for row in devices(gpu_facts)] == ["A CPU, 1 core", "A GPU, 24 GiB"]
+
+
+@pytest.mark.parametrize(
+    ("row", "kernels", "why"),
+    [
+        (
+            {"served": True, "origin": "derived"},
+            "triton",
+            "tile sizes derived, not measured on compute capability 9.0",
+        ),
+        (
+            {"served": True, "origin": "measured"},
+            "triton",
+            "tile sizes measured on compute capability 9.0",
+        ),
+        ({"served": False}, None, "compute capability 9.0; the kernels need 7.5"),
+    ],
+)
+def test_a_gpu_shows_its_kernels_and_why(row, kernels, why, gpu_facts):
+    cpu, gpu = device_rows(gpu_facts, tile_sizes={"9.0": row})
+    assert cpu == (None, "vLLM runs on cuda")
+    assert gpu == (kernels, why)
+
+
+def test_an_amd_gpu_shows_its_architecture(gpu_facts):
+    gpu_facts["gpus"][0]["capability"] = None
+    assert device_rows(gpu_facts)[1] == ("triton", "tile sizes derived, not measured on gfx942")
+
+
+def test_a_gpu_has_no_kernels_with_a_vllm_for_cpus(facts, gpu_facts):
+    assert device_rows(facts, gpus=gpu_facts["gpus"])[1] == (None, "vLLM runs on cpu")
+
+
+def test_the_json_has_the_keys_of_schema_1_as_well(facts):
+    found = Report([], facts).to_json()
+    jsonschema.validate(found, SCHEMA)
+    (patch,), (seam,) = found["patches"], found["seams"]
+    assert patch["edits"] == [{"name": "vllm.a.f", "active": True, "why": []}]
+    assert seam == patch | {"edits": [{"name": "vllm.a.f", "in_force": True, "why": []}]}
+
+
+def text(width, found):
+    show(found, Console(width=width, file=(file := io.StringIO())))
+    return file.getvalue().splitlines()
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.sets(st.sampled_from(sorted(FACTS))),
+    st.lists(st.sampled_from([problem("p", "m"), warning("w", "m"), Finding("note", "n", "m")])),
+)
+def test_any_incomplete_report_has_a_verdict_text_and_valid_json(missing, findings):
+    facts = {name: value for name, value in FACTS.items() if name not in missing}
+    if "plugins" in missing:  # one check records all of them
+        facts = {k: v for k, v in facts.items() if k not in ("active", "foreign", "left_alone")}
+    if "foreign" in missing:
+        facts.pop("active", None)
+    found = Report(findings, facts)
+    jsonschema.validate(found.to_json(), SCHEMA)
+    assert text(80, found)[0].startswith(found.verdict[:40])
+    if not missing:
+        assert found.active
+
+
+def test_the_text_starts_with_the_verdict_and_the_worst_finding():
+    sent = [{"facts": {}, "findings": [vars(Finding("note", "n", "good to know"))]}]
+    sent += [{"facts": {}, "findings": [vars(problem("p", "is it 'amx'?", "Mend it"))]}]
+    lines = text(80, read(lines_of([*sent, {"end": True}]), "", 0, 9))
+    assert lines[0] == f"{WHO} cannot be active here: 1 problem."
+    # A sentence that has its end gets no second one.
+    assert lines[1] == "problem: is it 'amx'?"
+    assert lines[2].rstrip() == "  Mend it."
+    assert lines[3] == "note: good to know."
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_long_reason_is_shortened_and_names_stay_whole(width, facts):
+    (other,) = facts["patches"]
+    broken = {**other, "edits": [{"name": FUNCTION, "active": False, "why": [REASON]}]}
+    half = {**other, "name": "half", "edits": [*other["edits"], {**broken["edits"][0], "why": []}]}
+    lines = text(width, Report([], facts | {"patches": [broken, other, half]}))
+    assert max(map(len, lines)) <= width
+    joined = " ".join(" ".join(lines).split())
+    assert "unify_kv_cache_spec_page_size" in joined
+    assert "has the signature" in joined
+    assert "..." in joined
+    assert joined.count("argument") < 5
+    states = {line.split()[0]: line.rstrip() for line in lines if line.strip()}
+    assert states["coordinator"].endswith(" active")
+    assert "not applied" in states["half"]
+
+
+def test_text_that_looks_like_markup_is_printed_unchanged():
+    message = "settings [bold]x[/bold] from vllm-hybrid-kv[cpu]"
+    assert text(80, Report([problem("p", message)]))[1] == f"problem: {message}."

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a check is, and the child process that runs all of them."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+NAME = "hybrid_kv"
+
+EXIT_STATUS = {"problem": 2, "warning": 1, "note": 0}
+"""The exit status that each severity causes; the worst finding decides.
+
+problem: the plugin cannot be active, or vLLM cannot start. warning: it works, and something
+probably is not as intended. note: good to know.
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a user should know.
+
+    Attributes:
+        severity: A key of `EXIT_STATUS`.
+        check: A public name; docs/doctor.md lists them.
+        message: What is wrong, with the values.
+        remedy: What to do about it; empty if nothing has to be done.
+    """
+
+    severity: str
+    check: str
+    message: str
+    remedy: str = ""
+
+
+def problem(check: str, message: str, remedy: str = "") -> Finding:
+    return Finding("problem", check, message, remedy)
+
+
+def warning(check: str, message: str, remedy: str = "") -> Finding:
+    return Finding("warning", check, message, remedy)
+
+
+@dataclass
+class Probe:
+    """What the checks of one child process share.
+
+    Attributes:
+        additional_config: The parsed value of vLLM's `--additional-config`.
+        facts: Values for `--json`, for the text and for later checks. JSON can represent them.
+        strategies: The `hooks.Strategies` of this process, if they could be loaded.
+    """
+
+    additional_config: object = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    strategies: Any = None
+
+    def setting(self, name: str) -> dict[str, Any]:
+        """Return the name, value and source of a setting; empty if settings are not valid."""
+        return next((row for row in self.facts.get("settings", ()) if row["name"] == name), {})
+
+
+Run = Callable[[Probe], Iterable[Finding] | None]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check and when it runs.
+
+    Attributes:
+        run: Yields findings or returns None, and may add facts.
+        activity: What the check does, for messages: `importing vLLM`.
+        needs: Facts that have to exist; the check is skipped if one is missing.
+        severity: Severity of the finding if the check raises an exception.
+        name: `check` of that finding.
+    """
+
+    run: Run
+    activity: str
+    needs: tuple[str, ...]
+    severity: str
+    name: str
+
+
+CHECKS: list[Check] = []
+
+
+def check(
+    activity: str, *needs: str, error: tuple[str, str] = ("problem", "vllm")
+) -> Callable[[Run], Run]:
+    """Add a function to `CHECKS`; see `Check` for the arguments, `error` is (severity, name)."""
+
+    def add(function: Run) -> Run:
+        CHECKS.append(Check(function, activity, needs, *error))
+        return function
+
+    return add
+
+
+def main(report: str, additional_config: str) -> None:
+    """Run all checks and end the process.
+
+    Args:
+        report: File that gets lines of JSON.
+        additional_config: JSON; empty for none.
+    """
+    from vllm_hybrid_kv.tools.doctor import checks  # noqa: F401 (fills CHECKS)
+
+    with open(report, "a", encoding="utf-8") as file:
+
+        def send(**message: Any) -> None:
+            file.write(json.dumps(message) + "\n")
+            file.flush()
+
+        run_checks(Probe(json.loads(additional_config) if additional_config else None), send)
+    # Exit handlers of imported modules may hang or crash.
+    os._exit(0)
+
+
+def run_checks(probe: Probe, send: Callable[..., None]) -> None:
+    """Run the checks whose needs are met.
+
+    Sends a message when a check begins, with its activity, and when it ends, with its findings
+    and the facts that it added; and `end=True` after the last.
+    """
+    for entry in CHECKS:
+        if not probe.facts.keys() >= set(entry.needs):
+            continue
+        send(begin=entry.activity)
+        known, findings = set(probe.facts), []
+        try:
+            # Not a comprehension: findings before an exception count.
+            for finding in entry.run(probe) or ():
+                findings.append(finding)
+        except BaseException as error:  # also SystemExit: the other checks still run
+            findings.append(failed(entry, error))
+        facts = {name: value for name, value in probe.facts.items() if name not in known}
+        send(facts=facts, findings=[vars(finding) for finding in findings])
+    send(end=True)
+
+
+REMOVE_TORCHVISION = (
+    "Run `pip uninstall torchvision torchaudio torchcodec`, or install builds that match torch"
+)
+
+
+def reinstall() -> str:
+    """Return what to do if a part of vLLM raises; a broken torchvision is a common cause."""
+    return REMOVE_TORCHVISION if isinstance(import_torchvision(), Exception) else "Reinstall vLLM"
+
+
+@functools.cache
+def import_torchvision() -> str | Exception | None:
+    """Return its version, None if it is not installed, or why it cannot be imported."""
+    if importlib.util.find_spec("torchvision") is None:
+        return None
+    try:
+        return str(importlib.import_module("torchvision").__version__)
+    except Exception as error:
+        return error
+
+
+def failed(check: Check, error: BaseException) -> Finding:
+    """Return the finding for a check that raised an exception."""
+    activity = check.activity[0].upper() + check.activity[1:]
+    remedy = reinstall() if check.severity == "problem" else ""
+    return Finding(check.severity, check.name, f"{activity} raises {located(error)}", remedy)
+
+
+def describe(error: BaseException) -> dict[str, str]:
+    """Return an exception as JSON: `kind`, `message`, the `missing` module and `where`."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith("<frozen ")  # the import system
+    ]
+    return {
+        "kind": type(error).__name__,
+        "message": " ".join(str(error).split()),
+        "missing": (error.name or "") if isinstance(error, ModuleNotFoundError) else "",
+        "where": f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "",
+    }
+
+
+def located(error: BaseException) -> str:
+    """Return an exception with file and line in one line of text."""
+    described = describe(error)
+    text = ": ".join(filter(None, (described["kind"], described["message"])))
+    return f"{text} (at {described['where']})" if described["where"] else text
