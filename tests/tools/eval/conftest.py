@@ -10,7 +10,7 @@ import pytest
 
 LENGTHS = (150, 90, 33)
 ENGINE = {"max_num_batched_tokens": 64, "dtype": "float32"}
-"""Chunks that the longest has three of; and vLLM would else take bfloat16 for float32."""
+"""The longest sequence needs three chunks; vLLM's default dtype for the model is bfloat16."""
 
 
 @pytest.fixture(scope="session")
@@ -26,24 +26,17 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def sequences(model):
-    """Random tokens of that model's."""
+    """Random tokens of the model's vocabulary."""
     size = json.loads((model / "config.json").read_text())["vocab_size"]
     drawn = random.Random(0)
     return [[drawn.randrange(size) for _ in range(length)] for length in LENGTHS]
 
 
 @pytest.fixture(scope="session")
-def data(sequences, tmp_path_factory):
-    """The file with them."""
-    file = tmp_path_factory.mktemp("data") / "tokens.jsonl"
-    lines = (json.dumps({"prompt_token_ids": tokens}) for tokens in sequences)
-    file.write_text("".join(f"{line}\n" for line in lines))
-    return file
-
-
-@pytest.fixture(scope="session")
-def command(model, data):
-    """A function that makes the command line of an evaluation."""
+def command(model, sequences, tmp_path_factory):
+    """A function that returns the command line of an evaluation."""
+    data = tmp_path_factory.mktemp("data") / "tokens.jsonl"
+    data.write_text("".join(f"{json.dumps({'prompt_token_ids': s})}\n" for s in sequences))
 
     def make(caches, work, *more):
         return [
@@ -58,20 +51,19 @@ def command(model, data):
 
 @pytest.fixture(scope="session")
 def environment():
-    """What commands run in."""
-    ours = {name for name in os.environ if name.startswith("VLLM_HYBRID_KV_")}
-    kept = {name: value for name, value in os.environ.items() if name not in ours}
+    """The environment of the commands."""
+    kept = {k: value for k, value in os.environ.items() if not k.startswith("VLLM_HYBRID_KV_")}
     return {**kept, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")
 def run(command, environment):
-    """A function that runs an evaluation, as a user does."""
+    """A function that runs an evaluation as a user does."""
 
-    def call(caches, work, *more, **variables):
+    def call(caches, work, *more):
         return subprocess.run(
             command(caches, work, *more),
-            env={**environment, **variables},
+            env=environment,
             cwd=work.parent,
             capture_output=True,
             text=True,

@@ -1,19 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's folder takes one run, one process at a time, and never a score that is not whole."""
+"""A folder belongs to one run and one process at a time."""
 
-import multiprocessing
-
-import numpy
 import pytest
 
-from vllm_hybrid_kv.tools.eval.errors import EvaluationError
-from vllm_hybrid_kv.tools.eval.folder import (
-    Folder,
-    Scored,
-    model_identity,
-    read_scores,
-    write_scores,
-)
+from vllm_hybrid_kv.tools.eval.folder import Folder, model_identity
+from vllm_hybrid_kv.tools.output import ToolError
 
 IDENTITY = {"model": {"name": "a", "files": [["b", 1, 2]]}, "data": "abc", "engine_args": {}}
 
@@ -23,34 +14,14 @@ def folder(tmp_path):
     return Folder(tmp_path / "run")
 
 
-def scored(positions=5):
-    numbers = numpy.arange(float(positions))
-    return Scored(-numbers, numbers / 7, numbers > 2)
+def refusal(folder, identity=IDENTITY):
+    with pytest.raises(ToolError) as error, folder.opened(identity):
+        pass
+    assert "--work" in str(error.value)
+    return str(error.value)
 
 
-def test_scores_come_back_as_they_were(tmp_path):
-    write_scores(tmp_path / "a.npz", scored())
-    back = read_scores(tmp_path / "a.npz", 5)
-    for name in ("logprobs", "divergences", "agreements"):
-        assert (getattr(back, name) == getattr(scored(), name)).all()
-    assert [file.name for file in tmp_path.iterdir()] == ["a.npz"]
-
-
-@pytest.mark.parametrize("cut", [0, 1, 100, 400, -1])
-def test_scores_that_are_not_whole_are_none(tmp_path, cut):
-    file = tmp_path / "a.npz"
-    write_scores(file, scored())
-    file.write_bytes(file.read_bytes()[:cut])
-    assert read_scores(file, 5) is None
-
-
-def test_scores_of_another_length_are_none(tmp_path):
-    write_scores(tmp_path / "a.npz", scored())
-    assert read_scores(tmp_path / "a.npz", 6) is None
-    assert read_scores(tmp_path / "b.npz", 5) is None
-
-
-def test_the_same_run_goes_on(folder):
+def test_the_same_run_can_open_its_folder_again(folder):
     for _ in range(2):
         with folder.opened(IDENTITY):
             folder.of("auto")
@@ -58,64 +29,39 @@ def test_the_same_run_goes_on(folder):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "differs"),
     [
-        ({"data": "abd"}, "data differs"),
-        ({"model": {"name": "a", "files": [["b", 1, 3]]}}, "model differs"),
-        ({"engine_args": {"dtype": "float32"}, "vllm": "1"}, "engine_args, vllm differ;"),
+        ({"data": "abd"}, "another data;"),
+        ({"model": {"name": "a", "files": [["b", 1, 3]]}}, "another model;"),
+        ({"engine_args": {"dtype": "float32"}, "vllm": "1"}, "another engine_args, vllm;"),
     ],
 )
-def test_another_run_is_refused_with_what_differs(folder, change, said):
+def test_another_run_is_rejected_with_the_difference(folder, change, differs):
     with folder.opened(IDENTITY):
         pass
-    with pytest.raises(EvaluationError) as error, folder.opened({**IDENTITY, **change}):
-        pass
-    assert f"has another evaluation: {said}" in str(error.value)
-    assert "--work" in str(error.value)
+    assert differs in refusal(folder, {**IDENTITY, **change})
 
 
-def test_a_file_of_somebody_elses_is_not_taken_for_a_run(folder):
+def test_a_foreign_file_is_not_a_run(folder):
     folder.path.mkdir()
     (folder.path / "run.json").write_text("5")
-    with pytest.raises(EvaluationError, match="not an evaluation's"), folder.opened(IDENTITY):
-        pass
+    assert "does not belong to an evaluation" in refusal(folder)
 
 
-def hold(path, held, go):
-    with Folder(path).opened(IDENTITY):
-        held.set()
-        go.wait(30)
-
-
-def test_two_processes_do_not_work_in_one_folder(folder):
-    spawn = multiprocessing.get_context("spawn")
-    held, go = spawn.Event(), spawn.Event()
-    other = spawn.Process(target=hold, args=(folder.path, held, go))
-    other.start()
-    try:
-        assert held.wait(30)
-        with (
-            pytest.raises(EvaluationError, match="another evaluation works there"),
-            folder.opened(IDENTITY),
-        ):
-            pass
-    finally:
-        go.set()
-        other.join(30)
+def test_a_folder_is_locked_while_it_is_open(folder):
+    # Locks of `flock` belong to an open file: a second one of this process conflicts, too.
+    with folder.opened(IDENTITY):
+        assert "another evaluation uses this folder" in refusal(folder)
     with folder.opened(IDENTITY):
         pass
 
 
-def test_a_folder_that_cannot_be_written_is_said(tmp_path):
+def test_a_folder_that_cannot_be_written_is_rejected(tmp_path):
     (tmp_path / "file").touch()
-    with (
-        pytest.raises(EvaluationError, match="give a folder that can be written"),
-        Folder(tmp_path / "file" / "run").opened(IDENTITY),
-    ):
-        pass
+    assert "choose a writable folder" in refusal(Folder(tmp_path / "file" / "run"))
 
 
-def test_every_cache_has_a_folder_of_its_own(folder):
+def test_every_cache_has_its_own_folder(folder):
     folder.path.mkdir()
     names = ("auto", "k[a=0,b=1]", "k[a=0_b=1]", "k_a=0_b=1", "k")
     folders = [folder.of(name) for name in names]
@@ -124,7 +70,7 @@ def test_every_cache_has_a_folder_of_its_own(folder):
     assert all(one.parent == folder.path for one in folders)
 
 
-def test_a_model_is_known_by_its_files(tmp_path):
+def test_a_changed_file_makes_another_model(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     before = model_identity(str(tmp_path))
     assert before == model_identity(str(tmp_path))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Summaries of scores, against the plain definitions."""
+"""Summaries of scores against plain definitions."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_hybrid_kv.tools.eval.folder import Scored
+from vllm_hybrid_kv.tools.eval.scores import Scores
 from vllm_hybrid_kv.tools.eval.summary import summarise
 
 LENGTHS = st.lists(st.integers(1, 70), min_size=1, max_size=5)
@@ -19,19 +19,23 @@ LENGTHS = st.lists(st.integers(1, 70), min_size=1, max_size=5)
 def scored_of(lengths, seed=0):
     random = numpy.random.default_rng(seed)
     return [
-        Scored(-random.exponential(2, n), random.exponential(0.1, n) ** 2, random.random(n) < 0.8)
+        Scores(
+            (-random.exponential(2, n)).tolist(),
+            (random.exponential(0.1, n) ** 2).tolist(),
+            (random.random(n) < 0.8).tolist(),
+        )
         for n in lengths
     ]
 
 
 @settings(max_examples=40, deadline=None)
 @given(LENGTHS, st.integers(0, 99))
-def test_a_summary_is_of_all_positions_alike(lengths, seed):
+def test_every_position_has_the_same_weight(lengths, seed):
     scored = scored_of(lengths, seed)
     summary = summarise(scored)
-    logprobs = [float(x) for one in scored for x in one.logprobs]
-    divergences = sorted(float(x) for one in scored for x in one.divergences)
-    agreements = [bool(x) for one in scored for x in one.agreements]
+    logprobs = [x for one in scored for x in one.logprobs]
+    divergences = sorted(x for one in scored for x in one.divergences)
+    agreements = [x for one in scored for x in one.agreements]
     assert summary.positions == sum(lengths)
     assert summary.perplexity == pytest.approx(math.exp(-statistics.fmean(logprobs)))
     assert summary.divergence_mean == pytest.approx(statistics.fmean(divergences))
@@ -44,7 +48,7 @@ def test_a_summary_is_of_all_positions_alike(lengths, seed):
 
 @settings(max_examples=40, deadline=None)
 @given(LENGTHS, st.integers(0, 99))
-def test_ranges_part_the_positions(lengths, seed):
+def test_ranges_contain_every_position_once(lengths, seed):
     scored = scored_of(lengths, seed)
     summary = summarise(scored)
     ranges = summary.by_position
@@ -58,18 +62,16 @@ def test_ranges_part_the_positions(lengths, seed):
         assert row.agreement == pytest.approx(numpy.concatenate(part).mean())
 
 
-def test_the_error_of_the_mean_is_that_of_sequences_of_one_length():
+def test_the_error_of_the_mean_is_the_standard_error_over_equal_sequences():
     scored = scored_of([40] * 6)
-    means = [float(one.divergences.mean()) for one in scored]
+    means = [statistics.fmean(one.divergences) for one in scored]
     expected = statistics.stdev(means) / math.sqrt(6)
     assert summarise(scored).divergence_error == pytest.approx(expected)
     assert summarise(scored[:1]).divergence_error is None
 
 
-def test_what_is_no_number_is_null_in_json():
-    scored = Scored(
-        numpy.array([-1.0, -2.0]), numpy.array([0.5, math.inf]), numpy.array([True] * 2)
-    )
+def test_infinity_and_nan_are_null_in_json():
+    scored = Scores([-1.0, -2.0], [0.5, math.inf], [True, True])
     written = json.loads(json.dumps(summarise([scored]).to_json(), allow_nan=False))
     assert written["divergence_mean"] is None
     assert written["divergence_error"] is None

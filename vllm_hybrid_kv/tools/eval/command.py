@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm-hybrid-kv eval`: what a quantised KV cache changes about a model's predictions."""
+"""`vllm-hybrid-kv eval`: how quantised KV caches change a model's predictions."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
-from vllm_hybrid_kv.settings import ENVIRONMENT_PREFIX, SECTION
-from vllm_hybrid_kv.tools.eval.plot import draw
-from vllm_hybrid_kv.tools.eval.report import Column, Evaluation, report
 from vllm_hybrid_kv.tools.machine import cpu_model
 from vllm_hybrid_kv.tools.output import (
     JsonOption,
@@ -30,10 +26,12 @@ from vllm_hybrid_kv.tools.output import (
 from vllm_hybrid_kv.version import __version__
 
 if TYPE_CHECKING:
+    from vllm_hybrid_kv.tools.eval.report import CacheResult
     from vllm_hybrid_kv.tools.eval.run import Run
-    from vllm_hybrid_kv.tools.eval.subjects import Subject
+    from vllm_hybrid_kv.tools.eval.variants import CacheVariant
 
 SCHEMA = 1
+"""Changes if a key of `Evaluation.to_json` is removed or changes its meaning."""
 
 
 def evaluate(
@@ -44,38 +42,53 @@ def evaluate(
     ],
     kv_cache_dtype: Annotated[
         str,
-        typer.Option(help="Caches between commas; settings like k[boundary_layers=0]."),
+        typer.Option(help="Caches separated by commas; settings like k[boundary_layers=0]."),
     ] = "fp8,turboquant_k8v4",
-    reference: Annotated[str, typer.Option(help="The cache that all are compared with.")] = "auto",
-    context: Annotated[int, typer.Option(min=2, help="The most tokens of a window.")] = 2048,
-    limit: Annotated[int | None, typer.Option(min=1, help="Take the first N windows only.")] = None,
+    reference: Annotated[str, typer.Option(help="The cache to compare all with.")] = "auto",
+    context: Annotated[int, typer.Option(min=2, help="Most tokens of a window.")] = 2048,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first N windows only.")] = None,
     engine_args: Annotated[
         str, typer.Option(help='Further arguments of vLLM, like {"tensor_parallel_size": 2}.')
     ] = "{}",
     work: Annotated[
         Path | None,
-        typer.Option(help="Where an interrupted run goes on; by default in the user's cache."),
+        typer.Option(help="Folder from which an interrupted run continues; default: user's cache."),
     ] = None,
     json_: JsonOption = None,
     plot: PlotOption = None,
     markdown: MarkdownOption = False,
 ) -> None:
-    """Compare predictions with quantised caches to those without: perplexity, KL, top-1.
+    """Compare predictions with quantised and unquantised caches: perplexity, KL, top-1.
 
-    vLLM's own engine runs the model, once for each cache. A run that was interrupted goes on when
-    the same command is given again.
+    vLLM's own engine runs the model, once for each cache. The same command continues an
+    interrupted run.
     """
     check_paths(json_, plot)
-    subjects = _subjects(kv_cache_dtype, reference)
+    # These import pydantic, numpy or torch.
+    from vllm_hybrid_kv.settings import SECTION, resolve
+    from vllm_hybrid_kv.tools.eval.folder import Folder, digest
+    from vllm_hybrid_kv.tools.eval.report import Evaluation, draw, report
+    from vllm_hybrid_kv.tools.eval.run import Run
+    from vllm_hybrid_kv.tools.eval.variants import parse
+
+    variants = parse(kv_cache_dtype, reference)
+    for variant in variants:
+        resolve({SECTION: variant.settings}, {})
     arguments = _engine_arguments(engine_args)
     vllm = _vllm_version()
     with Console(stderr=True).status("Reading the data"):
         sequences = _sequences(model, data, context, limit, arguments)
     identity = _identity(model, sequences, arguments, reference, vllm)
+    folder = Folder(work or _cache() / digest(identity)[:16])
     try:
-        columns = _measure(model, subjects, sequences, arguments, identity, work)
+        with folder.opened(identity):
+            caches = _measure(Run(folder, model, sequences, arguments), variants, len(sequences))
     except KeyboardInterrupt:
         raise ToolError("interrupted; run the same command again to continue", 130) from None
+    failed = [f"{cache.name}: {cache.error}" for cache in caches if cache.summary is None]
+    # A folder that the user chose stays, so that caches can be added.
+    if work is None and not failed:
+        shutil.rmtree(folder.path, ignore_errors=True)
     evaluation = Evaluation(
         model=model,
         data=str(data),
@@ -83,7 +96,7 @@ def evaluate(
         positions=sum(len(sequence) - 1 for sequence in sequences),
         longest=max(map(len, sequences)),
         versions={"vllm_hybrid_kv": __version__, "vllm": vllm},
-        columns=columns,
+        caches=caches,
     )
     write(
         evaluation.to_json(),
@@ -94,48 +107,36 @@ def evaluate(
         plot=plot,
         draw=lambda path: draw(path, evaluation),
     )
-    if missing := [column for column in columns if column.summary is None]:
-        raise ToolError("; ".join(f"{column.name}: {column.reason}" for column in missing))
-
-
-def _subjects(text: str, reference: str) -> list[Subject]:
-    from vllm_hybrid_kv.settings import resolve
-    from vllm_hybrid_kv.tools.eval.subjects import parse
-
-    subjects = parse(text, reference)
-    for subject in subjects:
-        resolve({SECTION: subject.settings}, {})
-    return subjects
+    if failed:
+        raise ToolError("; ".join(failed))
 
 
 def _engine_arguments(text: str) -> dict[str, Any]:
-    from vllm_hybrid_kv.tools.eval.errors import EvaluationError
     from vllm_hybrid_kv.tools.eval.run import RESERVED
 
     try:
         arguments = json.loads(text)
     except ValueError as error:
-        raise EvaluationError(f"--engine-args is not JSON: {error}") from None
+        raise ToolError(f"--engine-args is not JSON: {error}") from None
     if not isinstance(arguments, dict):
-        raise EvaluationError(f"--engine-args is no object: {text}")
+        raise ToolError(f'--engine-args is not a JSON object: {text}; write {{"name": value}}')
     arguments = {name.replace("-", "_"): value for name, value in arguments.items()}
-    if taken := sorted(set(arguments) & set(RESERVED)):
-        raise EvaluationError(f"--engine-args: eval itself sets {', '.join(taken)}")
+    if reserved := sorted(set(arguments) & set(RESERVED)):
+        raise ToolError(f"--engine-args: remove {', '.join(reserved)}, which eval itself sets")
     return arguments
 
 
 def _vllm_version() -> str:
     from vllm_hybrid_kv.plugin import vllm_version
-    from vllm_hybrid_kv.tools.eval.errors import EvaluationError
 
     level = os.environ.get("VLLM_LOGGING_LEVEL")
     os.environ["VLLM_LOGGING_LEVEL"] = level or "ERROR"
     try:
         return vllm_version()[0]
     except ImportError as error:
-        raise EvaluationError(str(error)) from None
+        raise ToolError(str(error)) from None
     finally:
-        # Not for the engines, whose logs are to be read.
+        # The engines log as usual.
         if level is None:
             del os.environ["VLLM_LOGGING_LEVEL"]
 
@@ -143,7 +144,6 @@ def _vllm_version() -> str:
 def _sequences(
     model: str, data: Path, context: int, limit: int | None, arguments: dict[str, Any]
 ) -> list[list[int]]:
-    from vllm_hybrid_kv.tools.eval.errors import EvaluationError
     from vllm_hybrid_kv.tools.eval.sequences import read_sequences
 
     def tokenizer() -> Any:
@@ -155,9 +155,8 @@ def _sequences(
         try:
             return AutoTokenizer.from_pretrained(name, trust_remote_code=trusted)
         except (OSError, ValueError, KeyError) as error:
-            said = " ".join(str(error).split())
-            raise EvaluationError(
-                f"{name} has no tokenizer that can be loaded ({said}); give the data as "
+            raise ToolError(
+                f"the tokenizer of {name} cannot be loaded ({error}); use data with "
                 "'prompt_token_ids'"
             ) from None
 
@@ -171,10 +170,11 @@ def _identity(
     reference: str,
     vllm: str,
 ) -> dict[str, Any]:
-    """Return what scores depend on, beside the cache that they are of."""
+    """Return what scores depend on, without the caches."""
+    from vllm_hybrid_kv.settings import ENVIRONMENT_PREFIX
     from vllm_hybrid_kv.tools.eval.folder import digest, model_identity
 
-    ours = {
+    variables = {
         name: value
         for name, value in os.environ.items()
         if name.startswith(ENVIRONMENT_PREFIX) or name == "VLLM_PLUGINS"
@@ -184,62 +184,42 @@ def _identity(
         "data": digest(sequences),
         "engine_args": arguments,
         "reference": reference,
-        "environment": ours,
+        "environment": variables,
         "vllm": vllm,
         "vllm_hybrid_kv": __version__,
     }
 
 
-def _measure(
-    model: str,
-    subjects: Sequence[Subject],
-    sequences: Sequence[Sequence[int]],
-    arguments: dict[str, Any],
-    identity: dict[str, Any],
-    work: Path | None,
-) -> list[Column]:
-    from vllm_hybrid_kv.tools.eval.folder import Folder, digest
-    from vllm_hybrid_kv.tools.eval.run import Run
-
-    folder = Folder(work or _cache() / digest(identity)[:16])
-    bar = progress_bar("{task.fields[state]}")
-    with folder.opened(identity), bar:
-        run = Run(folder, model, sequences, arguments)
-        columns = [
-            _column(run, subject, subjects[0], bar, len(sequences), alone=subject is subjects[0])
-            for subject in subjects
-        ]
-    # What is kept lets a run go on, and caches be added; where nobody said where, it goes.
-    if work is None and all(column.summary is not None for column in columns):
-        shutil.rmtree(folder.path, ignore_errors=True)
-    return columns
-
-
-def _column(
-    run: Run, subject: Subject, reference: Subject, bar: Progress, total: int, *, alone: bool
-) -> Column:
-    """Measure one cache; where another can do without it, say why it could not be."""
-    from vllm_hybrid_kv.tools.eval.errors import SubjectError
-    from vllm_hybrid_kv.tools.eval.summary import summarise
-
-    task = bar.add_task(subject.name, total=total, state="starting the engine")
-
-    def scored(count: int) -> None:
-        bar.update(task, completed=count, state="" if count else "starting the engine")
-
-    try:
-        measured = run.measure(subject, reference, scored)
-    except SubjectError as error:
-        bar.update(task, state="failed")
-        if alone:
-            raise SubjectError(f"{subject.name}: {error}") from None
-        return Column(subject.name, str(error))
-    facts = dict(measured.facts)
-    if facts["device"] == "cpu":
-        facts["device"] = cpu_model()
-    return Column(subject.name, "", summarise(measured.scored), facts, measured.scored)
-
-
 def _cache() -> Path:
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "vllm-hybrid-kv" / "eval"
+
+
+def _measure(run: Run, variants: Sequence[CacheVariant], total: int) -> list[CacheResult]:
+    """Measure all caches; a cache that fails has an error, but the reference must not fail."""
+    from vllm_hybrid_kv.tools.eval.report import CacheResult
+    from vllm_hybrid_kv.tools.eval.run import CacheError
+    from vllm_hybrid_kv.tools.eval.summary import summarise
+
+    results = []
+    with progress_bar("{task.fields[state]}") as bar:
+        for variant in variants:
+            task = bar.add_task(variant.name, total=total, state="")
+
+            def scored(count: int, task: Any = task) -> None:
+                bar.update(task, completed=count, state="" if count else "starting the engine")
+
+            try:
+                measured = run.measure(variant, variants[0], scored)
+            except CacheError as error:
+                bar.update(task, state="failed")
+                if not results:
+                    raise ToolError(f"{variant.name}: {error}") from None
+                results.append(CacheResult(variant.name, str(error)))
+                continue
+            facts = dict(measured.facts)
+            if facts["device"] == "cpu":
+                facts["device"] = cpu_model()
+            summary = summarise(measured.scored)
+            results.append(CacheResult(variant.name, "", summary, facts, measured.scored))
+    return results

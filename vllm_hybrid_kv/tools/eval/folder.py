@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of a run: what it is a run of, and the scores so far.
+"""The folder of a run, from which an interrupted run continues.
 
-run.json                 what scores depend on; another run may not go on here
-lock                     held by the process that works here
-<cache>/00000.npz        scores of a sequence; there or not there, never half
-<cache>/facts.json       what its engine said of itself
-<cache>/log.txt          what its engine printed
-<reference>/00000.safetensors
-                         hidden states of the reference
+run.json                      what the scores depend on; another run cannot use the folder
+lock                          locked by the process that uses the folder
+<cache>/scores.jsonl          lines {"facts": ...} and {"number": 0, "scores": ...}
+<cache>/log.txt               the output of its engine
+<reference>/00000.safetensors hidden states of the reference
 """
 
 from __future__ import annotations
@@ -15,63 +13,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import re
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
-
-from vllm_hybrid_kv.tools.eval.errors import EvaluationError
-
-RUN = "run.json"
-LOCK = "lock"
-FACTS = "facts.json"
-
-
-@dataclass(frozen=True)
-class Scored:
-    """The scores of one sequence by position, as arrays; see `scores.Scores`.
-
-    Position 0 is the prediction from one token.
-    """
-
-    logprobs: numpy.ndarray
-    divergences: numpy.ndarray
-    agreements: numpy.ndarray
-
-
-def write_scores(file: Path, scored: Scored) -> None:
-    """Write the scores of a sequence, all or nothing."""
-    partial = file.with_name(f"{file.name}.{os.getpid()}")
-    with partial.open("wb") as sink:
-        numpy.savez(
-            sink,
-            logprobs=scored.logprobs,
-            divergences=scored.divergences,
-            agreements=scored.agreements,
-        )
-    partial.replace(file)
-
-
-def read_scores(file: Path, positions: int) -> Scored | None:
-    """Return the scores of a sequence, or None where they are not there or not whole.
-
-    Args:
-        file: Their file.
-        positions: How many there must be.
-    """
-    try:
-        with numpy.load(file) as arrays:
-            scored = Scored(arrays["logprobs"], arrays["divergences"], arrays["agreements"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
-    shapes = {scored.logprobs.shape, scored.divergences.shape, scored.agreements.shape}
-    return scored if shapes == {(positions,)} else None
+from vllm_hybrid_kv.tools.output import ToolError
 
 
 class Folder:
@@ -82,73 +30,69 @@ class Folder:
 
     @contextmanager
     def opened(self, identity: Mapping[str, Any]) -> Iterator[None]:
-        """Work here, alone, on the run that these are of.
+        """Lock the folder for a run.
 
         Args:
-            identity: What scores depend on, as JSON has it.
+            identity: What the scores of the run depend on, as JSON.
 
         Raises:
-            EvaluationError: It is another run's, somebody works here, or it cannot be written.
+            ToolError: It belongs to another run, another process uses it, or it is read-only.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / LOCK).open("w")
+            lock = (self.path / "lock").open("w")
         except OSError as error:
-            raise EvaluationError(
-                f"{self.path}: {error.strerror}; give a folder that can be written with --work"
+            raise ToolError(
+                f"{self.path}: {error.strerror}; choose a writable folder with --work"
             ) from None
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise EvaluationError(
-                    f"{self.path}: another evaluation works there; wait for it, or give another "
-                    "folder with --work"
+                raise ToolError(
+                    f"{self.path}: another evaluation uses this folder; wait for it, or choose "
+                    "another folder with --work"
                 ) from None
-            self._claim(identity)
+            self._check_identity(json.loads(json.dumps(identity)))
             yield
 
-    def _claim(self, identity: Mapping[str, Any]) -> None:
-        file = self.path / RUN
+    def _check_identity(self, identity: dict[str, Any]) -> None:
+        file = self.path / "run.json"
         if not file.exists():
-            partial = file.with_name(f"{RUN}.{os.getpid()}")
-            partial.write_text(json.dumps(identity, indent=1) + "\n")
-            partial.replace(file)
+            file.write_text(json.dumps(identity, indent=1) + "\n")
             return
         try:
-            there = json.loads(file.read_text())
-        except ValueError:
-            there = None
-        if not isinstance(there, dict):
-            raise EvaluationError(f"{file} is not an evaluation's; give another folder with --work")
+            stored = dict(json.loads(file.read_text()))
+        except (ValueError, TypeError):
+            raise ToolError(
+                f"{file} does not belong to an evaluation; choose another folder with --work"
+            ) from None
         differs = [
-            name
-            for name in {**there, **identity}
-            if there.get(name) != json.loads(json.dumps(identity.get(name)))
+            name for name in {**stored, **identity} if stored.get(name) != identity.get(name)
         ]
         if differs:
-            raise EvaluationError(
-                f"{self.path} has another evaluation: {', '.join(differs)} differ"
-                f"{'s' if len(differs) == 1 else ''}; give another folder with --work, or remove it"
+            raise ToolError(
+                f"{self.path} belongs to an evaluation with another {', '.join(differs)}; choose "
+                "another folder with --work, or remove it"
             )
 
-    def of(self, subject: str) -> Path:
-        """Return the folder of a cache, by its name; made if it is not there."""
-        plain = re.sub(r"[^\w.=-]+", "_", subject).strip("_")
-        if plain != subject:
-            plain += f"_{hashlib.sha256(subject.encode()).hexdigest()[:6]}"
+    def of(self, cache: str) -> Path:
+        """Return the folder of a cache by the cache's name, and make it."""
+        plain = re.sub(r"[^\w.=-]+", "_", cache).strip("_")
+        if plain != cache:
+            plain += f"_{hashlib.sha256(cache.encode()).hexdigest()[:6]}"
         folder = self.path / plain
         folder.mkdir(exist_ok=True)
         return folder
 
 
 def digest(value: Any) -> str:
-    """Return the SHA-256 of a value as JSON has it."""
+    """Return the SHA-256 of a value's JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def model_identity(model: str) -> dict[str, Any]:
-    """Return what a model is known by: its files with sizes and times, or its name on the hub."""
+    """Return the files of a model's folder with sizes and times, or its name on the hub."""
     folder = Path(model)
     if not folder.is_dir():
         return {"name": model}

@@ -1,33 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run: an engine for each cache, one after another, each in a process of its own.
+"""A run: one engine for each cache, one after another, each in a child process.
 
-A process may run one engine only: what vLLM compiles and patches is the process's. A run that was
-interrupted goes on behind the last sequence that was scored.
+What vLLM compiles and patches belongs to a process, so that a process runs one engine only.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vllm_hybrid_kv.settings import environment_name
-from vllm_hybrid_kv.tools.eval.errors import EvaluationError, SubjectError
-from vllm_hybrid_kv.tools.eval.folder import FACTS, Folder, Scored, read_scores
-from vllm_hybrid_kv.tools.eval.subjects import Subject
+from vllm_hybrid_kv.tools.child import Child
+from vllm_hybrid_kv.tools.eval.folder import Folder
+from vllm_hybrid_kv.tools.eval.scores import Scores
+from vllm_hybrid_kv.tools.eval.variants import CacheVariant
+from vllm_hybrid_kv.tools.output import ToolError
 
-# The folder that a command is started in is not on its path, and is on that of `python -c`.
-_CODE = (
-    "import sys; sys.path[:] = [folder for folder in sys.path if folder]; "
-    "from vllm_hybrid_kv.tools.eval.child import main; main(sys.argv[1], sys.argv[2])"
-)
+ENGINE = "vllm_hybrid_kv.tools.eval.engine:score"
 
 DEFAULTS = {
     "max_num_batched_tokens": 512,
@@ -35,11 +28,11 @@ DEFAULTS = {
     "skip_tokenizer_init": True,
     "seed": 0,
 }
-"""Arguments of vLLM's that a user may change: chunks bound the logits that are in memory at once,
-and compiling takes longer than a run gains."""
+"""Arguments of vLLM that a user may change. The chunk size bounds the logits in memory, and
+compilation takes longer than it saves."""
 
 FIXED = {"max_num_seqs": 1, "enable_prefix_caching": False, "disable_log_stats": True}
-"""Those that the recorder depends on: one request at a time, and every token computed."""
+"""Arguments that the recorder needs: one request at a time, and every token computed."""
 
 RESERVED = (
     *FIXED,
@@ -49,27 +42,24 @@ RESERVED = (
 
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
-    # One sequence at a time needs little, and vLLM else takes a share of all memory.
+    # One sequence at a time needs little; vLLM's default is a share of the whole memory.
     "VLLM_CPU_KVCACHE_SPACE": "1",
-    # The engine in the process itself: it starts faster, and ends with it.
+    # The engine runs in the child itself: it starts faster, and ends with it.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
-"""What a process gets where the user has not set it."""
+"""Defaults for the environment of the child."""
+
+
+class CacheError(ToolError):
+    """One cache cannot be measured; others may."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One cache's scores.
+    """The facts of one cache's engine, and its scores by sequence."""
 
-    Attributes:
-        subject: The cache.
-        facts: What its engine said of itself.
-        scored: By sequence.
-    """
-
-    subject: Subject
     facts: Mapping[str, Any]
-    scored: Sequence[Scored]
+    scored: Sequence[Scores]
 
 
 class Run:
@@ -85,9 +75,9 @@ class Run:
         """Prepare a run.
 
         Args:
-            folder: Opened for it.
+            folder: A folder that is open for it.
             model: A folder, or a name on the hub.
-            sequences: The tokens of each.
+            sequences: The tokens of each sequence.
             engine: Further arguments of vLLM's `LLM`.
         """
         self._folder = folder
@@ -97,119 +87,93 @@ class Run:
             **engine,
             **FIXED,
             "model": model,
-            # A prompt of that length, and the one token that vLLM has to answer.
+            # The longest prompt, and the one token that vLLM has to generate.
             "max_model_len": max(map(len, self._sequences)) + 1,
         }
 
     def measure(
-        self, subject: Subject, reference: Subject, scored: Callable[[int], None]
+        self, variant: CacheVariant, reference: CacheVariant, progress: Callable[[int], None]
     ) -> Measured:
-        """Score all sequences with one cache, or those that are not scored yet.
+        """Score the sequences that have no scores yet, and return all scores.
 
         Args:
-            subject: The cache.
-            reference: The one to compare with, measured before, or the same.
-            scored: Is told how many sequences are scored, whenever one is.
+            variant: The cache.
+            reference: The cache to compare with; it was measured before, or is the same.
+            progress: Called with the number of scored sequences.
 
         Raises:
-            SubjectError: Its engine does not start or ends.
-            EvaluationError: The folder cannot be written.
+            CacheError: The engine does not start, or fails.
+            ToolError: The folder cannot be written.
         """
         try:
-            folder, states = self._folder.of(subject.name), self._folder.of(reference.name)
-            files = [folder / f"{number:05}.npz" for number in range(len(self._sequences))]
-            kept = [states / f"{number:05}.safetensors" for number in range(len(self._sequences))]
-            keep = subject == reference
-            pending = [
-                number
-                for number in range(len(files))
-                if self._read(files[number], number) is None or (keep and not kept[number].exists())
-            ]
-            scored(len(files) - len(pending))
-            if pending or not (folder / FACTS).exists():
-                job = {
-                    "engine": self._engine,
-                    "kv_cache_dtype": subject.kv_cache_dtype,
-                    "settings": dict(subject.settings),
-                    "sequences": self._sequences,
-                    "pending": pending,
-                    "scores": list(map(str, files)),
-                    "states": list(map(str, kept)),
-                    "keep": keep,
-                }
-                self._work(subject, folder, job, len(files) - len(pending), scored)
-            facts = json.loads((folder / FACTS).read_text())
+            return self._measure(variant, reference, progress)
         except OSError as error:
-            raise EvaluationError(f"{self._folder.path}: {error.strerror or error}") from None
-        found = [self._read(file, number) for number, file in enumerate(files)]
-        if any(one is None for one in found):
-            raise EvaluationError(f"{folder} has lost scores meanwhile; start again")
-        return Measured(subject, facts, [one for one in found if one is not None])
+            raise ToolError(f"{self._folder.path}: {error.strerror or error}") from None
 
-    def _read(self, file: Path, number: int) -> Scored | None:
-        return read_scores(file, len(self._sequences[number]) - 1)
+    def _measure(
+        self, variant: CacheVariant, reference: CacheVariant, progress: Callable[[int], None]
+    ) -> Measured:
+        folder, states_folder = self._folder.of(variant.name), self._folder.of(reference.name)
+        numbers = range(len(self._sequences))
+        states = [states_folder / f"{number:05}.safetensors" for number in numbers]
+        journal, job_file, log = (folder / n for n in ("scores.jsonl", "job.json", "log.txt"))
+        facts, scored = read_scores(journal)
+        is_reference = variant == reference
+        pending = [
+            number
+            for number, tokens in enumerate(self._sequences)
+            if len(scored.get(number, ())) != len(tokens) - 1
+            or (is_reference and not states[number].exists())
+        ]
+        progress(len(numbers) - len(pending))
+        if pending or facts is None:
+            job = {
+                "engine": self._engine,
+                "kv_cache_dtype": variant.kv_cache_dtype,
+                "settings": dict(variant.settings),
+                "sequences": self._sequences,
+                "pending": pending,
+                "states": list(map(str, states)),
+                "is_reference": is_reference,
+            }
+            job_file.write_text(json.dumps(job))
+            done = len(numbers) - len(pending)
+            with (
+                journal.open("a") as lines,
+                Child(ENGINE, str(job_file), log=log, environment=_environment(variant)) as child,
+            ):
+                for message in child.messages():
+                    # A line that an interruption cut off may come before it.
+                    lines.write(f"\n{json.dumps(message)}")
+                    lines.flush()
+                    done += "number" in message
+                    progress(done)
+            if child.problem is not None:
+                raise CacheError(f"{child.problem}; the engine's output is in {log}")
+            facts, scored = read_scores(journal)
+        return Measured(facts or {}, [scored[number] for number in numbers])
 
-    def _work(
-        self,
-        subject: Subject,
-        folder: Path,
-        job: Mapping[str, Any],
-        done: int,
-        scored: Callable[[int], None],
-    ) -> None:
-        """Run an engine, and follow what it says."""
-        job_file, log = folder / "job.json", folder / "log.txt"
-        job_file.write_text(json.dumps(job))
-        process, lines = _start(job_file, log, _environment(subject))
-        problem = None
+
+def read_scores(journal: Path) -> tuple[dict[str, Any] | None, dict[int, Scores]]:
+    """Return the facts and the scores by sequence of a `scores.jsonl`, which may not exist.
+
+    Incomplete lines are ignored; a later line replaces an earlier one for the same sequence.
+    """
+    facts, scored = None, {}
+    for line in journal.read_text().splitlines() if journal.exists() else ():
         try:
-            with lines:
-                for line in lines:
-                    said = json.loads(line)
-                    if "facts" in said:
-                        (folder / FACTS).write_text(json.dumps(said["facts"]) + "\n")
-                    elif "done" in said:
-                        done += 1
-                        scored(done)
-                    else:
-                        problem = said["error"]
-            status = process.wait()
-        finally:
-            _end(process)
-        if problem is not None:
-            raise SubjectError(f"{problem} (all of it is in {log})")
-        if status:
-            how = f"exit status {status}" if status > 0 else signal.Signals(-status).name
-            raise SubjectError(f"its engine ended with {how} (what it printed is in {log})")
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        facts = entry.get("facts", facts)
+        if "scores" in entry:
+            scored[entry["number"]] = Scores(**entry["scores"])
+    return facts, scored
 
 
-def _start(
-    job: Path, log: Path, environment: dict[str, str]
-) -> tuple[subprocess.Popen[bytes], Any]:
-    read, write = os.pipe()
-    with log.open("wb") as sink, os.fdopen(write, "wb"):
-        process = subprocess.Popen(
-            [sys.executable, "-c", _CODE, str(job), str(write)],
-            stdin=subprocess.DEVNULL,
-            stdout=sink,
-            stderr=subprocess.STDOUT,
-            pass_fds=[write],
-            env=environment,
-            start_new_session=True,
-        )
-    return process, os.fdopen(read, encoding="utf-8")
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process with its workers, which are of its group."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _environment(subject: Subject) -> dict[str, str]:
+def _environment(variant: CacheVariant) -> dict[str, str]:
     environment = {**ENVIRONMENT, **os.environ}
-    for setting in subject.settings:
-        # It would win over what the subject says.
+    for setting in variant.settings:
+        # The variable would override the setting of this cache.
         environment.pop(environment_name(setting), None)
     return environment

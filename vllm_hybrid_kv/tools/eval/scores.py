@@ -1,70 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far one prediction is from another, and how good it is."""
+"""Scores of next-token predictions: log-probability, KL divergence and top-1 agreement."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 MOST_ELEMENTS = 1 << 24
-"""Of a slice that is computed at once in float64; 128 MiB."""
+"""Elements of a slice that is computed at once in float64: 128 MiB."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Scores:
-    """What the predictions at some positions came to.
+    """Scores by position; position 0 predicts the second token.
 
     Attributes:
-        logprobs: The log-probability of the token that came, by position.
-        divergences: KL divergence from the reference's distribution, in nats, by position.
+        logprobs: Log-probability of the actual next token.
+        divergences: KL divergence from the reference's distribution, in nats.
         agreements: Whether the most probable token is one of the reference's most probable.
     """
 
-    logprobs: list[float]
-    divergences: list[float]
-    agreements: list[bool]
+    logprobs: list[float] = field(default_factory=list)
+    divergences: list[float] = field(default_factory=list)
+    agreements: list[bool] = field(default_factory=list)
 
+    def __len__(self) -> int:
+        return len(self.logprobs)
 
-def score(
-    logits: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor | None = None
-) -> Scores:
-    """Score predictions of the next token.
+    def add(
+        self, logits: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor | None = None
+    ) -> None:
+        """Append the scores of further positions.
 
-    The divergence is KL(p || q) = sum p (ln p - ln q) over the whole vocabulary, p the reference's
-    distribution and q the one that is scored. It is computed in float64: of caches that are nearly
-    alike it is of the size of float32's rounding.
+        The divergence is KL(p || q) = sum p (ln p - ln q) over the whole vocabulary, with p the
+        reference's distribution. It is computed in float64, because divergences of similar caches
+        are as small as the rounding of float32.
 
-    Args:
-        logits: [positions, vocabulary], of any floating-point dtype.
-        targets: [positions], the tokens that came.
-        reference: [positions, vocabulary], the reference's logits; None to score the reference.
-    """
-    found = Scores([], [], [])
-    rows = max(MOST_ELEMENTS // logits.shape[-1], 1)
-    for at in range(0, len(logits), rows):
-        part = slice(at, at + rows)
-        ours = logits[part].double().log_softmax(-1)
-        came = ours.gather(-1, targets[part, None]).squeeze(-1)
-        found.logprobs.extend(came.tolist())
-        if reference is None:
-            found.divergences.extend([0.0] * len(ours))
-            found.agreements.extend([True] * len(ours))
-            continue
-        theirs = reference[part].double().log_softmax(-1)
-        found.divergences.extend(_divergence(theirs, ours).tolist())
-        found.agreements.extend(_agree(reference[part], logits[part]).tolist())
-    return found
+        Args:
+            logits: [positions, vocabulary], of any floating-point dtype.
+            targets: [positions], the actual next tokens.
+            reference: [positions, vocabulary], the reference's logits; None to score the
+                reference itself.
+        """
+        rows = max(MOST_ELEMENTS // logits.shape[-1], 1)
+        for start in range(0, len(logits), rows):
+            part = slice(start, start + rows)
+            ours = logits[part].double().log_softmax(-1)
+            self.logprobs += ours.gather(-1, targets[part, None]).squeeze(-1).tolist()
+            if reference is None:
+                self.divergences += [0.0] * len(ours)
+                self.agreements += [True] * len(ours)
+            else:
+                theirs = reference[part].double().log_softmax(-1)
+                self.divergences += _divergence(theirs, ours).tolist()
+                self.agreements += _agree(reference[part], logits[part]).tolist()
 
 
 def _divergence(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
     terms = theirs.exp() * (theirs - ours)
-    # 0 ln 0 is 0. Rounding can make the sum of equal distributions less than nothing.
-    impossible = torch.isneginf(theirs)
-    return terms.masked_fill(impossible, 0.0).sum(-1).clamp_min(0.0)
+    # 0 ln 0 is 0. Rounding can make the sum for equal distributions negative.
+    return terms.masked_fill(torch.isneginf(theirs), 0.0).sum(-1).clamp_min(0.0)
 
 
 def _agree(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     # Logits in bfloat16 tie.
-    chosen = reference.gather(-1, logits.argmax(-1, keepdim=True)).squeeze(-1)
-    return chosen == reference.amax(-1)
+    top = reference.gather(-1, logits.argmax(-1, keepdim=True)).squeeze(-1)
+    return top == reference.amax(-1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokens to predict: windows of a text, or of what a file has for each request."""
+"""Reads the tokens to predict: windows of a text, or of lists of tokens."""
 
 from __future__ import annotations
 
@@ -8,38 +8,37 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vllm_hybrid_kv.tools.eval.errors import EvaluationError
+from vllm_hybrid_kv.tools.output import ToolError
 
 SHORTEST = 2
-"""Tokens of a window in which there is something to predict."""
+"""Tokens of a window with one prediction."""
 
 
 def read_sequences(
     file: Path, tokenizer: Callable[[], Any], context: int, limit: int | None
 ) -> list[list[int]]:
-    """Return the windows of a file, in its order.
+    """Return the windows of a file in order; they do not overlap.
 
-    Windows do not overlap. Where the tokenizer begins texts with a token of its own, every window
-    of a text begins with it, for models that never saw one without predict nonsense.
+    If the tokenizer starts texts with a special token, every window of a text starts with it,
+    because models predict badly without it.
 
     Args:
         file: Plain text; or, named `.jsonl`, an object a line with `text` or `prompt_token_ids`.
-        tokenizer: Returns the model's, from transformers; called where there is text.
-        context: The most tokens of a window.
-        limit: The most windows.
+        tokenizer: Returns the model's tokenizer; called if the file contains text.
+        context: Most tokens of a window.
+        limit: Most windows.
 
     Raises:
-        EvaluationError: It cannot be read, is no such file, or has nothing to predict.
+        ToolError: The file cannot be read, has another format, or has nothing to predict.
     """
     loaded: list[Any] = []
 
     def windows_of_text(text: str) -> Iterator[list[int]]:
         if not loaded:
             loaded.append(tokenizer())
-        begin = _begin(loaded[0])
+        start = _start(loaded[0])
         tokens = loaded[0].encode(text, add_special_tokens=False)
-        for window in _cut(tokens, context - len(begin)):
-            yield [*begin, *window]
+        return ([*start, *window] for window in _cut(tokens, context - len(start)))
 
     sequences: list[list[int]] = []
     try:
@@ -49,14 +48,13 @@ def read_sequences(
             if limit is not None and len(sequences) >= limit:
                 break
     except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"--data: {file}: {error}") from None
+        raise ToolError(f"--data: {file}: {error}") from None
     if not sequences:
-        raise EvaluationError(f"--data: {file} has nothing to predict: no {SHORTEST} tokens")
+        raise ToolError(f"--data: {file} has nothing to predict: fewer than {SHORTEST} tokens")
     return sequences[:limit]
 
 
 def _parts(file: Path) -> Iterator[str | list[int]]:
-    """Give a file's texts and lists of tokens, one after another."""
     if file.suffix != ".jsonl":
         yield file.read_text(encoding="utf-8")
         return
@@ -70,22 +68,22 @@ def _part(line: str, where: str) -> str | list[int]:
     try:
         entry = json.loads(line)
     except ValueError as error:
-        raise EvaluationError(f"{where} is not JSON: {error}") from None
+        raise ToolError(f"{where} is not JSON: {error}") from None
     if isinstance(entry, dict):
         text, tokens = entry.get("text"), entry.get("prompt_token_ids")
         if isinstance(text, str):
             return text
         if isinstance(tokens, list) and all(type(token) is int and token >= 0 for token in tokens):
             return tokens
-    raise EvaluationError(
+    raise ToolError(
         f"{where} has neither 'text', a string, nor 'prompt_token_ids', a list of numbers from 0"
     )
 
 
-def _begin(tokenizer: Any) -> list[int]:
-    """Return the token that begins every text, if there is one."""
-    begin = tokenizer.encode("")[:1]
-    return list(begin) if begin and begin[0] == tokenizer.bos_token_id else []
+def _start(tokenizer: Any) -> list[int]:
+    """Return the special token that starts every text, if there is one."""
+    first = tokenizer.encode("")[:1]
+    return list(first) if first and first[0] == tokenizer.bos_token_id else []
 
 
 def _cut(tokens: list[int], length: int) -> Iterator[list[int]]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores as the numbers that people ask for."""
+"""Statistics over the scores of one cache."""
 
 from __future__ import annotations
 
@@ -10,127 +10,114 @@ from typing import Any
 
 import numpy
 
-from vllm_hybrid_kv.tools.eval.folder import Scored
+from vllm_hybrid_kv.tools.eval.scores import Scores
 
 FIRST_RANGE = 16
-"""Tokens of context that the first range ends before; each further one is twice as long."""
+"""End of the first range of context, in tokens; each further range is twice as long."""
 
 
 @dataclass(frozen=True)
-class Range:
-    """Predictions from about as many tokens.
+class Statistics:
+    """Statistics over some predictions. Divergences are from the reference, in nats.
 
     Attributes:
-        first: The fewest tokens before the one that is predicted.
-        last: The most.
-        positions: How many predictions.
-        perplexity: Theirs.
-        divergence_mean: Mean KL divergence from the reference, nats.
-        divergence_p99: Its 99th percentile.
-        agreement: The share, from 0 to 1, in which the most probable token is the reference's.
+        positions: Number of predictions.
+        perplexity: exp of the mean negative log-probability of the actual tokens.
+        divergence_mean: Mean KL divergence.
+        divergence_p99: 99th percentile.
+        agreement: Share, from 0 to 1, with the reference's most probable token.
     """
+
+    positions: int
+    perplexity: float
+    divergence_mean: float
+    divergence_p99: float
+    agreement: float
+
+
+@dataclass(frozen=True)
+class Range(Statistics):
+    """Statistics over predictions with `first` to `last` tokens of context."""
 
     first: int
     last: int
-    positions: int
-    perplexity: float
-    divergence_mean: float
-    divergence_p99: float
-    agreement: float
 
 
 @dataclass(frozen=True)
-class Summary:
-    """What one cache came to. Divergences are KL divergences from the reference, in nats.
+class Summary(Statistics):
+    """Statistics over all predictions with one cache.
 
     Attributes:
-        positions: Predictions.
-        perplexity: exp of the mean negative log-probability of the tokens that came.
-        divergence_mean: Their mean.
-        divergence_error: The mean's standard error, by what sequences differ; None for fewer
-            than two.
-        divergence_p99: The 99th percentile.
-        divergence_p999: The 99.9th percentile.
-        divergence_max: The largest.
-        agreement: The share, from 0 to 1, in which the most probable token is the reference's.
-        by_position: The same by tokens of context.
+        divergence_error: Standard error of the mean over sequences; None for one sequence.
+        divergence_p999: 99.9th percentile.
+        divergence_max: Maximum.
+        by_position: Ranges of context.
     """
 
-    positions: int
-    perplexity: float
-    divergence_mean: float
     divergence_error: float | None
-    divergence_p99: float
     divergence_p999: float
     divergence_max: float
-    agreement: float
     by_position: tuple[Range, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON has it; what is no number there is None."""
-        plain: dict[str, Any] = _finite(asdict(self))
-        return plain
+        """Return the fields as JSON, with None for infinities and NaN."""
+        finite: dict[str, Any] = _finite(asdict(self))
+        return finite
 
 
-def summarise(scored: Sequence[Scored]) -> Summary:
-    """Summarise the scores of one cache.
-
-    Args:
-        scored: By sequence; there is at least one, with at least one position.
-    """
+def summarise(scored: Sequence[Scores]) -> Summary:
+    """Summarise the scores of one cache, one or more sequences with one or more positions."""
     logprobs = numpy.concatenate([one.logprobs for one in scored])
     divergences = numpy.concatenate([one.divergences for one in scored])
     agreements = numpy.concatenate([one.agreements for one in scored])
-    contexts = numpy.concatenate([1 + numpy.arange(len(one.logprobs)) for one in scored])
-    ranges = []
-    for first, end in _ranges(int(contexts.max())):
-        chosen = (contexts >= first) & (contexts < end)
-        if chosen.any():
-            ranges.append(
-                Range(
-                    first=first,
-                    last=min(end - 1, int(contexts.max())),
-                    positions=int(chosen.sum()),
-                    perplexity=_perplexity(logprobs[chosen]),
-                    divergence_mean=float(divergences[chosen].mean()),
-                    divergence_p99=_percentile(divergences[chosen], 99),
-                    agreement=float(agreements[chosen].mean()),
-                )
-            )
+    contexts = numpy.concatenate([1 + numpy.arange(len(one)) for one in scored])
+    longest = int(contexts.max())
+
+    def statistics(chosen: numpy.ndarray) -> dict[str, Any]:
+        with numpy.errstate(over="ignore"):
+            perplexity = float(numpy.exp(-logprobs[chosen].mean()))
+        return {
+            "positions": int(chosen.sum()),
+            "perplexity": perplexity,
+            "divergence_mean": float(divergences[chosen].mean()),
+            "divergence_p99": _percentile(divergences[chosen], 99),
+            "agreement": float(agreements[chosen].mean()),
+        }
+
+    # A sequence of full length has positions in every range.
+    ranges = (
+        Range(
+            **statistics((contexts >= first) & (contexts < end)),
+            first=first,
+            last=min(end - 1, longest),
+        )
+        for first, end in _ranges(longest)
+    )
     return Summary(
-        positions=len(logprobs),
-        perplexity=_perplexity(logprobs),
-        divergence_mean=float(divergences.mean()),
+        **statistics(contexts > 0),
         divergence_error=_error_of_mean([one.divergences for one in scored]),
-        divergence_p99=_percentile(divergences, 99),
         divergence_p999=_percentile(divergences, 99.9),
         divergence_max=float(divergences.max()),
-        agreement=float(agreements.mean()),
         by_position=tuple(ranges),
     )
 
 
-def _perplexity(logprobs: numpy.ndarray) -> float:
-    with numpy.errstate(over="ignore"):
-        return float(numpy.exp(-logprobs.mean()))
-
-
 def _percentile(values: numpy.ndarray, percent: float) -> float:
-    # Beside an infinity it is none, which is no number.
+    # Interpolation next to an infinity gives NaN.
     with numpy.errstate(invalid="ignore"):
         return float(numpy.percentile(values, percent))
 
 
-def _error_of_mean(by_sequence: Sequence[numpy.ndarray]) -> float | None:
-    """Return the standard error of the mean over all positions, whose sequences are the samples.
+def _error_of_mean(by_sequence: Sequence[Sequence[float]]) -> float | None:
+    """Return the standard error of the mean over all positions, with sequences as the samples.
 
-    Positions of one sequence depend on each other. Sequences of different lengths weigh as long as
-    they are: the error is that of a ratio, of sums to lengths.
+    Positions of one sequence depend on each other. The mean is a ratio, of sums to lengths,
+    because sequences of different lengths have different weights.
     """
     count = len(by_sequence)
     if count < 2:
         return None
-    sums = numpy.array([part.sum() for part in by_sequence])
+    sums = numpy.array([sum(part) for part in by_sequence])
     lengths = numpy.array([len(part) for part in by_sequence])
     residuals = sums - sums.sum() / lengths.sum() * lengths
     variance = (residuals**2).sum() / (count - 1) / count
