@@ -1,1 +1,1 @@
-"""Serves a small hybrid model with a k8v4 KV cache and shows what came of it."""
+"""A demo that serves a small hybrid model with a k8v4 KV cache."""

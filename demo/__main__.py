@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m demo`: make a small hybrid model, serve it with a k8v4 KV cache, ask it, stop."""
+"""`python -m demo`: build a small hybrid model, serve it with a k8v4 KV cache, send requests."""
 
 from __future__ import annotations
 
-import re
 import signal
 import sys
 import tempfile
@@ -23,14 +22,13 @@ from testing.models import build_model, qwen3_next_config
 from testing.processes import ProcessError
 from testing.server import Server, serve
 
-CACHE_DTYPE = "turboquant_k8v4"
 MAX_MODEL_LEN = 4096
 MEMORY_FRACTION = 0.3
-"""Part of the memory that must be free at start; vLLM's default of 0.92 seldom is."""
+"""Share of the memory that must be free at start-up; vLLM's default of 0.92 rarely is."""
 
 SERVE_ARGUMENTS = (
     *("--served-model-name", "demo"),
-    *("--kv-cache-dtype", CACHE_DTYPE),
+    *("--kv-cache-dtype", "turboquant_k8v4"),
     *("--max-model-len", str(MAX_MODEL_LEN)),
     *("--gpu-memory-utilization", str(MEMORY_FRACTION)),
     "--enable-prefix-caching",
@@ -44,13 +42,13 @@ BF16_ENGINE = {
     "enable_prefix_caching": True,
     "enforce_eager": True,
 }
-"""The same engine with vLLM's own cache, to compare capacities with."""
+"""The same engine with vLLM's own cache, for its capacity."""
 
 DOCUMENT = (
     "The river runs slowly through the old town and the children watch the boats. In winter the "
     "lake is covered with ice and the people walk across it to the other side. "
 ) * 8
-"""Long enough for several blocks of the cache."""
+"""A text of several cache blocks."""
 
 console = Console(highlight=False)
 
@@ -71,35 +69,44 @@ def main() -> int:
             log = getattr(error, "log", None) or log
             if log.exists():
                 console.rule(f"end of {log.name}")
-                console.print(_tail(log), markup=False, soft_wrap=True)
+                tail = log.read_text(errors="replace").splitlines()[-40:]
+                console.print("\n".join(tail), markup=False, soft_wrap=True)
             console.print(f"The demo failed: {error}", style="bold red", markup=False)
             return 1
     console.print(f"Done in {time.monotonic() - began:.0f} s.")
     return 0
 
 
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """Stop the server as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
 def _run(folder: Path, log: Path) -> None:
     model = build_model(qwen3_next_config(), folder / "qwen3-next", words_only=True)
     console.print(
-        "Made a Qwen3-Next model with random weights: 6 Gated DeltaNet and 2 attention layers.",
+        "Built a Qwen3-Next model with random weights: 6 Gated DeltaNet and 2 attention layers.",
         soft_wrap=True,
     )
-    # Beside the server: most of both starts is imports, which take one core each.
+    # At the same time as the server: both mostly import modules, with one core each.
     with planning(model, BF16_ENGINE, folder / "bf16-plan.log") as plan:
         console.print("$ vllm serve qwen3-next", *SERVE_ARGUMENTS, style="bold", soft_wrap=True)
         with serve(model, SERVE_ARGUMENTS, log, console, watch=plan.check) as (server, seconds):
             console.print(f"Ready after {seconds:.0f} s.")
             active = server.find_in_log(r"(hybrid_kv \S+ active[^\n]*)")
             console.print(f"Plugin: {active}", markup=False, soft_wrap=True)
-            _ask(server)
+            _send_requests(server)
             with console.status("planning a bf16 KV cache for comparison"):
                 bf16 = plan.result()
             _show_capacity(_served_capacity(server), bf16)
-            _show_prefix_cache(server)
+            _show_prefix_cache(
+                server.metric("vllm:prefix_cache_queries_total"),
+                server.metric("vllm:prefix_cache_hits_total"),
+            )
 
 
-def _ask(server: Server) -> None:
-    """Send chat and completion requests, the long ones twice, and print the answers."""
+def _send_requests(server: Server) -> None:
+    """Send a chat and a completion, each twice, and print the answers."""
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120.0)
     question = "What do the children watch?"
     for attempt in ("first time", "again"):
@@ -114,16 +121,11 @@ def _ask(server: Server) -> None:
         )
         _print_answer(f"chat, {attempt}", question, chat.choices[0].message.content, chat.usage)
     for attempt in ("first time", "again"):
-        prompt = DOCUMENT + "On the bridge"
         completion = client.completions.create(
-            model="demo", prompt=prompt, max_tokens=24, temperature=0
+            model="demo", prompt=DOCUMENT + "On the bridge", max_tokens=24, temperature=0
         )
-        _print_answer(
-            f"completion, {attempt}",
-            "... On the bridge",
-            completion.choices[0].text,
-            completion.usage,
-        )
+        answer = completion.choices[0].text
+        _print_answer(f"completion, {attempt}", "... On the bridge", answer, completion.usage)
 
 
 def _print_answer(kind: str, prompt: str, answer: str | None, usage: Any) -> None:
@@ -135,17 +137,14 @@ def _print_answer(kind: str, prompt: str, answer: str | None, usage: Any) -> Non
 
 
 def _served_capacity(server: Server) -> Capacity:
-    """Read the plan of the running server's cache from its log and its metrics."""
+    """Return the plan of the server's cache from its log and its metrics."""
     tokens = server.find_in_log(r"KV cache size: ([\d,]+) tokens")
-    info = re.search(r"^vllm:cache_config_info\{(.*)\} ", _metrics(server), re.MULTILINE)
-    if info is None:
-        raise ProcessError("the server's metrics have no vllm:cache_config_info")
-    labels = dict(re.findall(r'(\w+)="([^"]*)"', info.group(1)))
-    return Capacity(
-        tokens=int(tokens.replace(",", "")),
-        block_size=int(labels["block_size"]),
-        num_blocks=int(labels["num_gpu_blocks"]),
-    )
+    for family in server.metrics():
+        for sample in family.samples:
+            if sample.name == "vllm:cache_config_info":
+                block_size, blocks = sample.labels["block_size"], sample.labels["num_gpu_blocks"]
+                return Capacity(int(tokens.replace(",", "")), int(block_size), int(blocks))
+    raise ProcessError("the server's metrics have no vllm:cache_config_info")
 
 
 def _show_capacity(k8v4: Capacity, bf16: Capacity) -> None:
@@ -161,33 +160,12 @@ def _show_capacity(k8v4: Capacity, bf16: Capacity) -> None:
     console.print(f"In requests of max_model_len k8v4 holds {times:.2f} times the tokens of bf16.")
 
 
-def _show_prefix_cache(server: Server) -> None:
-    metrics = _metrics(server)
-    counts = {}
-    for name in ("queries", "hits"):
-        found = re.search(rf"^vllm:prefix_cache_{name}_total\{{.*\}} (\S+)", metrics, re.MULTILINE)
-        if found is None:
-            raise ProcessError(f"the server's metrics have no vllm:prefix_cache_{name}_total")
-        counts[name] = float(found.group(1))
+def _show_prefix_cache(queries: float, hits: float) -> None:
     console.print(
-        f"Prefix cache: {counts['queries']:.0f} tokens asked for, {counts['hits']:.0f} found "
-        f"({counts['hits'] / counts['queries']:.0%})."
+        f"Prefix cache: {hits:.0f} of {queries:.0f} prompt tokens were hits ({hits / queries:.0%})."
     )
-    if not counts["hits"]:
-        raise ProcessError("prompts that were sent twice were not found in the prefix cache")
-
-
-def _metrics(server: Server) -> str:
-    return httpx.get(f"{server.url}/metrics", timeout=10.0).raise_for_status().text
-
-
-def _tail(log: Path, lines: int = 40) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
-
-
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    """Leave by the same way as Ctrl-C, so that the server is stopped."""
-    raise KeyboardInterrupt
+    if not hits:
+        raise ProcessError("prompts that were sent twice did not hit the prefix cache")
 
 
 if __name__ == "__main__":

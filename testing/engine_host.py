@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts engines in a process of their own and talks to them."""
+"""Start engines in a process of their own and send commands to them."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -13,64 +11,73 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from testing.requests import Output
+from testing.engine_requests import HandedOver, Output, Pages
+from testing.processes import OFFLINE, kill_group, start_group
 
 CALL_TIMEOUT_S = 300.0
-"""No start and no batch of requests of a small model takes this long on two cores."""
+"""More than any start and any batch of requests of a small model takes on two cores."""
 
-BASE_ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
+STOP_TIMEOUT_S = 30.0
+
+BASE_ENVIRONMENT = {**OFFLINE, "VLLM_CPU_KVCACHE_SPACE": "1"}
+
+DEFAULTS = {
+    "gpu_memory_utilization": 0.3,
+    "max_model_len": 2048,
+    "disable_log_stats": False,
+    "skip_tokenizer_init": True,
+    "seed": 0,
 }
+"""Arguments of `vllm.LLM` that `EngineHost.engine` may change."""
 
 
 class EngineError(RuntimeError):
     """An engine did not start, or a request failed.
 
     Attributes:
-        reason: The last line of the engine's traceback; empty if there is none.
+        reason: One line: the name and the message of the error in the engine's process.
     """
 
     def __init__(self, message: str, reason: str = "") -> None:
         super().__init__(message)
-        self.reason = reason
+        self.reason = reason or message
 
 
 class EngineHost:
-    """A process that runs one engine at a time.
+    """A process that runs one engine at a time, with the engine's core inside the process.
 
     Args:
-        log: File that takes the process's output.
-        environment: Beside `BASE_ENVIRONMENT`.
-        own_process: Whether the engine's core and its workers are processes of their own, as
-            `vllm serve` has them; if not, they run inside the host, which starts much faster.
+        log: The file that the process's output is appended to.
+        timeout_s: How long a command may take.
+        environment: Changes to the environment; None removes a variable.
+
+    Attributes:
+        started: Facts about the running engine, see `engine_worker.Worker.start`.
     """
 
-    def __init__(self, log: Path, own_process: bool = False, **environment: str) -> None:
-        environ = {**os.environ, **BASE_ENVIRONMENT}
-        environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if own_process else "0"
-        if not own_process:
-            # Threads of one engine must not wait on each other where the cores are shared.
-            environ["OMP_NUM_THREADS"] = "1"
-        environ.update(environment)
-        # Worker processes import `testing.faults` by name.
+    def __init__(
+        self, log: Path, timeout_s: float = CALL_TIMEOUT_S, **environment: str | None
+    ) -> None:
+        # Worker processes import `testing.planted_faults` by name.
         root = str(Path(__file__).parents[1])
-        environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         ours, theirs = socket.socketpair()
         self.log = log
-        with log.open("ab") as sink:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "testing.engine_worker", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                env=environ,
-                cwd=log.parent,
-                start_new_session=True,
-            )
+        self._timeout_s = timeout_s
+        self._process = start_group(
+            [sys.executable, "-m", "testing.engine_worker", str(theirs.fileno())],
+            log,
+            {
+                **BASE_ENVIRONMENT,
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+                # Threads of one engine must not wait for each other when cores are shared.
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": path,
+                **environment,
+            },
+            pass_fds=[theirs.fileno()],
+            cwd=log.parent,
+        )
         theirs.close()
         self._connection = Connection(ours.detach())
         self._settings: dict[str, Any] | None = None
@@ -78,21 +85,14 @@ class EngineHost:
 
     @property
     def runs(self) -> bool:
-        """Whether the host's process runs."""
+        """Whether the process runs."""
         return self._process.poll() is None
 
     def engine(self, **settings: Any) -> EngineHost:
-        """Run an engine of these settings, unless it is the one that runs already."""
+        """Run an engine with these arguments of `vllm.LLM`, unless it runs already."""
         if settings != self._settings:
             self.stop()
-            self.started = self._call(
-                "start",
-                gpu_memory_utilization=0.3,
-                max_model_len=2048,
-                disable_log_stats=False,
-                seed=0,
-                **settings,
-            )
+            self.started = self._call("start", **{**DEFAULTS, **settings})
             self._settings = settings
         return self
 
@@ -102,21 +102,17 @@ class EngineHost:
         self._call("stop")
 
     def generate(self, prompts: list[list[int]], max_tokens: int, **how: Any) -> list[Output]:
-        """Send greedy requests, or ones with a `seed`: at once, or one by one with `alone=True`.
-
-        `fresh=True` empties the prefix cache before each batch, `prompt_logprobs=True` asks for
-        the prompt's log-probabilities (vLLM then reads nothing from the prefix cache).
-        """
+        """Send greedy requests; the options are those of `engine_requests.generate`."""
         return self._call("generate", prompts=prompts, max_tokens=max_tokens, **how)
 
     def hand_over(
         self, prompts: list[list[int]], max_tokens: int, params: list[dict[str, Any] | None]
-    ) -> list[Any]:
-        """Send greedy requests with parameters for a KV connector, see `handed_over`."""
+    ) -> list[HandedOver]:
+        """Send greedy requests with parameters for a KV connector."""
         return self._call("hand_over", prompts=prompts, max_tokens=max_tokens, params=params)
 
-    def pages(self, blocks: tuple[list[int], ...]) -> list[dict[str, list[bytes]]]:
-        """Return what blocks hold, given by KV group, in each worker: by layer, their bytes."""
+    def pages(self, blocks: tuple[list[int], ...]) -> Pages:
+        """Return the contents of blocks, given by KV group."""
         return self._call("pages", blocks=blocks)
 
     def metrics(self) -> dict[str, float]:
@@ -128,42 +124,52 @@ class EngineHost:
         return self._call("layers")
 
     def plan(self) -> dict[str, Any]:
-        """Return the running engine's plan of the KV cache, and what vLLM reports of it."""
+        """Return the plan of the engine's KV cache, and the capacity that vLLM reports."""
         return self._call("plan")
 
     def plant(self, fault: str | None) -> None:
-        """Make the engine go wrong in every layer, see `faults`; None for right again."""
+        """Plant one of `planted_faults` in every worker; None removes it."""
         self._call("plant", fault=fault)
 
-    def plant_in_plans(self, fault: str | None) -> None:
-        """Spoil the plans of engines that start from now on, see `planted_plans`."""
-        self._call("plant_in_plans", fault=fault)
+    def begin_decoding(self, prompts: list[list[int]], max_tokens: int) -> None:
+        """Start requests and run steps until each has produced a token."""
+        self._call("begin_decoding", prompts=prompts, max_tokens=max_tokens)
 
-    def log_tail(self, lines: int = 60) -> str:
-        """Return the end of what the processes printed."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+    def decode(self, steps: int) -> tuple[float, int]:
+        """Run steps of the requests of `begin_decoding`; return seconds and number of tokens."""
+        return self._call("decode", steps=steps)
+
+    def end_decoding(self) -> None:
+        """Abort the requests of `begin_decoding`."""
+        self._call("end_decoding")
 
     def close(self) -> None:
         """Stop the engine and end every process of the host."""
         self._connection.close()
         try:
-            self._process.wait(timeout=30)
+            self._process.wait(timeout=STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             pass
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            kill_group(self._process)
 
     def _call(self, command: str, **arguments: Any) -> Any:
         try:
             self._connection.send((command, arguments))
-            if not self._connection.poll(CALL_TIMEOUT_S):
-                raise EngineError(f"{command}: no answer in {CALL_TIMEOUT_S:.0f} s")
-            done, result = self._connection.recv()
-        except (EOFError, BrokenPipeError) as error:
-            raise EngineError(f"{command}: the engine's process ended") from error
-        if not done:
-            reason = result.strip().splitlines()[-1]
-            raise EngineError(f"{command} failed:\n{result}\n{self.log_tail()}", reason)
+            if not self._connection.poll(self._timeout_s):
+                raise EngineError(f"{command}: no answer in {self._timeout_s:.0f} s")
+            succeeded, result = self._connection.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError) as error:
+            status = self._process.wait(timeout=STOP_TIMEOUT_S)
+            last = next(iter(reversed(self._log_tail())), "it printed nothing")
+            message = f"{command}: the process ended with status {status}: {last}"
+            raise EngineError(message) from error
+        if not succeeded:
+            trace, reason = result
+            log = "\n".join(self._log_tail())
+            raise EngineError(f"{command} failed:\n{trace}\n{log}", reason)
         return result
+
+    def _log_tail(self) -> list[str]:
+        lines = self.log.read_text(errors="replace").splitlines()
+        return [line.strip() for line in lines if line.strip()][-60:]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that runs vLLM engines, one after another, and does what its parent asks.
+"""A process that runs vLLM engines, one after another, on behalf of an `EngineHost`.
 
-Run by `engine_host.EngineHost`. Importing vLLM takes many times as long as starting an engine
-of a small model, so one process serves several engines; each is shut down before the next.
+Importing vLLM takes many times as long as starting an engine of a small model, so one process
+serves several engines; each is shut down before the next one starts.
 """
 
 from __future__ import annotations
@@ -13,121 +13,46 @@ import os
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
-from testing import handed_over, planted_plans, requests
-from testing.handed_over import Handed
-from testing.requests import Output
+from testing import engine_requests, planted_faults
+from testing.engine_requests import HandedOver, Output, Pages
 
 
-class Worker:
-    """One engine at a time, and the requests to it."""
+def start_engine(**arguments: Any) -> Any:
+    """Return a `vllm.LLM`; several may follow one another in one process."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
 
-    def __init__(self) -> None:
-        self.llm: Any = None
-
-    def start(self, **engine_args: Any) -> dict[str, Any]:
-        from vllm import LLM
-        from vllm.distributed import cleanup_dist_env_and_memory
-
-        began = time.monotonic()
-        _let_vllm_scan_llvmlite()
-        with _no_collections():
-            try:
-                self.llm = LLM(worker_extension_cls="testing.faults.WorkerExtension", **engine_args)
-            except Exception:
-                # The next engine would use the process groups of this one.
-                cleanup_dist_env_and_memory()
-                raise
-        config = self.llm.llm_engine.vllm_config
-        cache = config.cache_config
-        return {
-            "compiled": config.compilation_config.mode.name != "NONE",
-            "seconds": time.monotonic() - began,
-            "block_size": cache.block_size,
-            "capacity_tokens": cache.kv_cache_size_tokens,
-        }
-
-    def stop(self) -> None:
-        from vllm.distributed import cleanup_dist_env_and_memory
-
-        if self.llm is None:
-            return
-        with _no_collections():
-            self.llm.llm_engine.engine_core.shutdown()
-            self.llm = None
+    _let_vllm_scan_llvmlite()
+    with _no_collections():
+        try:
+            return LLM(**arguments)
+        except BaseException:
+            # Otherwise the next engine would use the process groups of this one.
             cleanup_dist_env_and_memory()
-        gc.collect()
+            raise
 
-    def generate(self, **how: Any) -> list[Output]:
-        return requests.generate(self.llm, **how)
 
-    def hand_over(self, prompts: list[list[int]], **how: Any) -> list[Handed]:
-        return handed_over.hand_over(self.llm, prompts, **how)
+def stop_engine(llm: Any) -> None:
+    """Stop the engine of a `vllm.LLM`; the caller drops its reference and collects garbage."""
+    from vllm.distributed import cleanup_dist_env_and_memory
 
-    def pages(self, blocks: tuple[list[int], ...]) -> handed_over.Pages:
-        return handed_over.pages(self.llm, blocks)
-
-    def metrics(self) -> dict[str, float]:
-        return requests.metrics(self.llm)
-
-    def layers(self) -> dict[str, dict[str, Any]]:
-        """Return each attention layer's backend, block size and page size as vLLM runs them."""
-        core = self.llm.llm_engine.engine_core.engine_core
-        runner = core.model_executor.driver_worker.worker.model_runner
-        layers = {}
-        for groups in runner.attn_groups:
-            for group in groups:
-                for name in group.layer_names:
-                    layers[name] = {
-                        "backend": f"{group.backend.__module__}.{group.backend.__qualname__}",
-                        "block_size": group.kv_cache_spec.block_size,
-                        "page_bytes": group.kv_cache_spec.page_size_bytes,
-                        "content_bytes": getattr(group.kv_cache_spec, "real_page_size_bytes", None),
-                    }
-        return layers
-
-    def plan(self) -> dict[str, Any]:
-        """Return the engine core's plan of the KV cache, and what vLLM reports of it."""
-        core = self.llm.llm_engine.engine_core.engine_core
-        cache = self.llm.llm_engine.vllm_config.cache_config
-        planned = core.scheduler.kv_cache_config
-        # The scheduler's plan has one layer's spec for each group.
-        runner = core.model_executor.driver_worker.worker.model_runner
-        pages = []
-        for number, group in enumerate(runner.kv_cache_config.kv_cache_groups):
-            spec = group.kv_cache_spec
-            by_layer = getattr(spec, "kv_cache_specs", dict.fromkeys(group.layer_names, spec))
-            for name in group.layer_names:
-                page = by_layer[name]
-                pages.append((number, name, page.block_size, page.page_size_bytes))
-        managers = core.scheduler.kv_cache_manager.coordinator.single_type_managers
-        return {
-            "blocks": planned.num_blocks,
-            "num_gpu_blocks": cache.num_gpu_blocks,
-            "bytes": planned.kv_cache_tensors[0].size,
-            "pages": pages,
-            "reported_tokens": cache.kv_cache_size_tokens,
-            "reported_concurrency": cache.kv_cache_max_concurrency,
-            "match_tokens": managers[0].cache_hit_alignment_tokens,
-            "scheduler_block_tokens": core.scheduler.block_size,
-        }
-
-    def plant(self, fault: str | None) -> None:
-        self.llm.collective_rpc("plant_fault", args=(fault,))
-
-    def plant_in_plans(self, fault: str | None) -> None:
-        planted_plans.plant(fault)
+    with _no_collections():
+        llm.llm_engine.engine_core.shutdown()
+        llm.llm_engine = None
+        cleanup_dist_env_and_memory()
 
 
 @contextlib.contextmanager
 def _no_collections() -> Iterator[None]:
     """Ignore calls of `gc.collect`.
 
-    vLLM collects five times as an engine starts and three times as it stops. A collection takes
-    0.3 s, and both take less than that without them.
+    vLLM collects five times while an engine starts and three times while it stops. A collection
+    takes 0.3 s, and both take less than that without them.
     """
     collect = gc.collect
     gc.collect = lambda *_: 0
@@ -138,11 +63,11 @@ def _no_collections() -> Iterator[None]:
 
 
 def _let_vllm_scan_llvmlite() -> None:
-    """Let an engine start in a process that has imported numba already.
+    """Let an engine start in a process that has already imported numba.
 
-    On CPUs vLLM 0.32 looks into `vars()` of every name of every module as its worker starts.
-    llvmlite's library object answers any attribute with a C function, `__dict__` too, and the
-    look fails. `vllm serve` never meets this: there each worker is a new process.
+    On CPUs vLLM 0.32 looks into `vars()` of every name of every module when its worker starts.
+    llvmlite's library object answers any attribute with a C function, including `__dict__`, and
+    the scan fails. `vllm serve` is not affected, because there each worker is a new process.
     """
     if "llvmlite.binding.ffi" in sys.modules:
         from llvmlite.binding import ffi
@@ -150,7 +75,175 @@ def _let_vllm_scan_llvmlite() -> None:
         ffi.lib._fntab["__dict__"] = {}
 
 
+class Worker:
+    """One engine at a time. Each method is a command of `EngineHost`."""
+
+    def __init__(self) -> None:
+        self.llm: Any = None
+        self._streams: list[str] = []
+        self._count = 0
+
+    @property
+    def _core(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core
+
+    @property
+    def _runner(self) -> Any:
+        return self._core.model_executor.driver_worker.worker.model_runner
+
+    def start(self, **arguments: Any) -> dict[str, Any]:
+        """Start an engine and return facts about it."""
+        began = time.monotonic()
+        extension = f"{planted_faults.__name__}.WorkerExtension"
+        self.llm = start_engine(worker_extension_cls=extension, **arguments)
+        from vllm_hybrid_kv.state import STATE
+
+        config = self.llm.llm_engine.vllm_config
+        compilation = config.compilation_config
+        backends: Counter[str] = Counter()
+        for layer in compilation.static_forward_context.values():
+            if hasattr(layer, "get_attn_backend"):
+                backend = layer.get_attn_backend()
+                ours = backend.__module__.startswith("vllm_hybrid_kv")
+                backends[("vllm_hybrid_kv " if ours else "") + backend.__qualname__] += 1
+        return {
+            "seconds": time.monotonic() - began,
+            "plugin": STATE.active_patches is not None,
+            "runner": 2 if config.use_v2_model_runner else 1,
+            "compiled": compilation.mode.name != "NONE",
+            "graphs": compilation.cudagraph_mode.name,
+            "backends": dict(backends),
+            "block_size": config.cache_config.block_size,
+            "capacity_tokens": config.cache_config.kv_cache_size_tokens,
+        }
+
+    def stop(self) -> None:
+        if self.llm is not None:
+            stop_engine(self.llm)
+            self.llm = None
+            gc.collect()
+
+    def generate(self, **how: Any) -> list[Output]:
+        return engine_requests.generate(self.llm, **how)
+
+    def hand_over(self, **how: Any) -> list[HandedOver]:
+        return engine_requests.hand_over(self.llm, **how)
+
+    def pages(self, blocks: tuple[list[int], ...]) -> Pages:
+        return engine_requests.pages(self.llm, blocks)
+
+    def metrics(self) -> dict[str, float]:
+        return engine_requests.metrics(self.llm)
+
+    def layers(self) -> dict[str, dict[str, Any]]:
+        layers = {}
+        for groups in self._runner.attn_groups:
+            for group in groups:
+                spec = group.kv_cache_spec
+                for name in group.layer_names:
+                    layers[name] = {
+                        "backend": f"{group.backend.__module__}.{group.backend.__qualname__}",
+                        "block_size": spec.block_size,
+                        "page_bytes": spec.page_size_bytes,
+                        "content_bytes": getattr(spec, "real_page_size_bytes", None),
+                    }
+        return layers
+
+    def plan(self) -> dict[str, Any]:
+        cache = self.llm.llm_engine.vllm_config.cache_config
+        scheduler = self._core.scheduler
+        planned = scheduler.kv_cache_config
+        # The runner's plan has a spec for each layer, the scheduler's one for each group.
+        pages = []
+        for number, group in enumerate(self._runner.kv_cache_config.kv_cache_groups):
+            spec = group.kv_cache_spec
+            by_layer = getattr(spec, "kv_cache_specs", dict.fromkeys(group.layer_names, spec))
+            for name in group.layer_names:
+                page = by_layer[name]
+                pages.append((number, name, page.block_size, page.page_size_bytes))
+        managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+        return {
+            "blocks": planned.num_blocks,
+            "num_gpu_blocks": cache.num_gpu_blocks,
+            "bytes": planned.kv_cache_tensors[0].size,
+            "pages": pages,
+            "reported_tokens": cache.kv_cache_size_tokens,
+            "reported_concurrency": cache.kv_cache_max_concurrency,
+            "match_tokens": managers[0].cache_hit_alignment_tokens,
+            "scheduler_block_tokens": scheduler.block_size,
+        }
+
+    def plant(self, fault: str | None) -> None:
+        if self.llm is None:
+            planted_faults.plant(fault)
+        else:
+            self.llm.collective_rpc("plant_fault", args=(fault,))
+
+    def begin_decoding(self, prompts: list[list[int]], max_tokens: int) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = SamplingParams(
+            temperature=0.0,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        engine = self.llm.llm_engine
+        for prompt in prompts:
+            self._count += 1
+            name = f"stream-{self._count}"
+            engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
+            self._streams.append(name)
+        waiting = set(self._streams)
+        while waiting:
+            if not engine.has_unfinished_requests():
+                raise RuntimeError(f"{len(waiting)} requests ended without a token")
+            for output in engine.step():
+                if output.outputs[0].token_ids:
+                    waiting.discard(output.request_id)
+
+    def decode(self, steps: int) -> tuple[float, int]:
+        engine = self.llm.llm_engine
+        # The first step is not timed: the device has run other engines since the last one.
+        engine.step()
+        tokens = 0
+        began = time.perf_counter()
+        for _ in range(steps):
+            for output in engine.step():
+                if output.finished:
+                    raise RuntimeError("a request ended while it was timed")
+                tokens += len(output.outputs[0].token_ids)
+        seconds = time.perf_counter() - began
+        if not tokens:
+            raise RuntimeError(f"{steps} steps produced no token")
+        return seconds, tokens
+
+    def end_decoding(self) -> None:
+        engine = self.llm.llm_engine
+        engine.abort_request(self._streams)
+        self._streams = []
+        while engine.has_unfinished_requests():
+            engine.step()
+
+
+def reason(error: BaseException) -> str:
+    """Return the name of an error and the last informative line of its message.
+
+    pydantic ends its messages with the input value and a link.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [
+        line.split(" [type=")[0]
+        for line in lines
+        if not line.startswith("For further information visit")
+    ]
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+
+
 def main() -> None:
+    """Execute the commands that arrive at the file descriptor `sys.argv[1]`."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         from testing.triton.processes import interpret_faster
 
@@ -164,13 +257,14 @@ def main() -> None:
             break
         try:
             connection.send((True, getattr(worker, command)(**arguments)))
-        except Exception:
-            connection.send((False, traceback.format_exc()))
+        except Exception as error:
+            traceback.print_exc()
+            connection.send((False, (traceback.format_exc(), reason(error))))
     worker.stop()
 
 
 if __name__ == "__main__":
     main()
     sys.stdout.flush()
-    # Nothing that vLLM leaves behind may keep the tests waiting.
+    # Nothing that vLLM leaves running may delay the end of this process.
     os._exit(0)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small models with random weights whose answers hang on every page of the KV cache.
+"""Small models with random weights whose output depends on every page of the KV cache.
 
 transformers' own initialisation gives a random model nearly uniform attention over keys near
-zero: what stands in one page of the cache then hardly moves the output, and a wrong page would
-go unseen. Here the scales are chosen instead: scores have a standard deviation of
-`SCORE_SIZE`, so that a query looks at a handful of tokens wherever they stand; keys are of the
-size of real models' keys (`KEY_SIZE`, peaks beyond 30); values have a strong common direction,
-so that their range, and with it the k8v4 scale, differs from token to token; and logits are
-spread by `LOGIT_SIZE`, so that greedy choices are seldom close.
+zero: the content of one page then hardly moves the output, and a wrong page would go unnoticed.
+These scales prevent that: scores have a standard deviation of `SCORE_SIZE`, so that a query looks
+at a handful of tokens anywhere in the prompt; keys are as large as real models' keys (`KEY_SIZE`,
+peaks beyond 30); values have a strong common direction, so that their range, and with it the k8v4
+scale, differs from token to token; and logits are spread by `LOGIT_SIZE`, so that few greedy
+choices are close.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
+    Gemma4TextConfig,
+    Llama4TextConfig,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -31,7 +34,14 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from testing.tokenizer import VOCAB_SIZE, build_tokenizer, word_tokens
+from testing.tokenizer import (
+    BOS_TOKEN_ID,
+    EOS_TOKEN_ID,
+    PAD_TOKEN_ID,
+    VOCAB_SIZE,
+    build_tokenizer,
+    word_tokens,
+)
 
 SCORE_SIZE = 2.0
 """Standard deviation of attention scores over the tokens of a prompt."""
@@ -40,17 +50,19 @@ KEY_SIZE = 8.0
 """Standard deviation of a key's elements."""
 
 VALUE_DIRECTION = 2.0
-"""Size of the values' common direction beside the rest, which has size 1."""
+"""Size of the values' common direction; the rest has size 1."""
 
 LOGIT_SIZE = 4.0
 """Standard deviation of logits over the vocabulary."""
 
 HIDDEN_SIZE = 256
 NUM_QUERY_HEADS, NUM_KV_HEADS = 8, 2
-BOS_TOKEN_ID, EOS_TOKEN_ID, PAD_TOKEN_ID = 0, 1, 2
+HEAD_SIZE = 64
+SHARED_LAYERS = 4
+"""Layers of `gemma4` and `gemma3n`, the last ones, that use the pages of the two before them."""
 
 
-def llama_config(head_size: int = 64, layers: int = 8) -> LlamaConfig:
+def llama_config(head_size: int = HEAD_SIZE, layers: int = 8) -> LlamaConfig:
     """Return a dense model of full attention: 4 query heads for each KV head."""
     return LlamaConfig(
         **_common(layers),
@@ -60,8 +72,10 @@ def llama_config(head_size: int = 64, layers: int = 8) -> LlamaConfig:
     )
 
 
-def gemma3_config(head_size: int = 64, layers: int = 8, window: int = 96) -> Gemma3TextConfig:
-    """Return a dense model whose layers attend to a sliding window and to everything in turn."""
+def gemma3_config(
+    head_size: int = HEAD_SIZE, layers: int = 8, window: int = 96
+) -> Gemma3TextConfig:
+    """Return a dense model in which layers with sliding windows and full attention alternate."""
     return Gemma3TextConfig(
         **_common(layers),
         head_dim=head_size,
@@ -73,7 +87,7 @@ def gemma3_config(head_size: int = 64, layers: int = 8, window: int = 96) -> Gem
 
 
 def qwen3_next_config(head_size: int = 128, layers: int = 8) -> Qwen3NextConfig:
-    """Return a hybrid model: three Gated DeltaNet layers to one of full attention, and experts."""
+    """Return a hybrid model with experts: three Gated DeltaNet layers to one of full attention."""
     return Qwen3NextConfig(
         **_common(layers),
         **_gated_delta_net(head_size, layers),
@@ -85,8 +99,54 @@ def qwen3_next_config(head_size: int = 128, layers: int = 8) -> Qwen3NextConfig:
 
 
 def qwen3_5_config(head_size: int = 128, layers: int = 8) -> Qwen3_5TextConfig:
-    """Return a hybrid model as `qwen3_next_config` does, but dense: no experts."""
+    """Return a hybrid model like that of `qwen3_next_config`, without experts."""
     return Qwen3_5TextConfig(**_common(layers), **_gated_delta_net(head_size, layers))
+
+
+def gemma4_config(global_head_size: int = HEAD_SIZE) -> Gemma4TextConfig:
+    """Return a model like Gemma 4 E2B: windows and full attention alternate, shared KV pages."""
+    return Gemma4TextConfig(
+        **_shared_pages(10),
+        global_head_dim=global_head_size,
+        hidden_size_per_layer_input=0,
+    )
+
+
+def gemma3n_config() -> Gemma3nTextConfig:
+    """Return a model like Gemma 3n: as `gemma4_config`, with AltUp and per-layer inputs."""
+    return Gemma3nTextConfig(
+        **_shared_pages(10),
+        hidden_size_per_layer_input=32,
+        vocab_size_per_layer_input=VOCAB_SIZE,
+        laurel_rank=16,
+        altup_num_inputs=2,
+        activation_sparsity_pattern=[0.0] * 10,
+    )
+
+
+def llama4_config() -> Llama4TextConfig:
+    """Return a model like Llama 4: three layers of chunked local attention to one of full."""
+    return Llama4TextConfig(
+        **_common(8),
+        head_dim=HEAD_SIZE,
+        intermediate_size=512,
+        intermediate_size_mlp=512,
+        attention_chunk_size=256,
+        num_local_experts=2,
+        interleave_moe_layer_step=8,
+        attn_temperature_tuning=False,
+    )
+
+
+def large_state_config() -> Qwen3NextConfig:
+    """Return a hybrid model, to describe only, whose states need blocks of over 1,000 tokens."""
+    config = qwen3_next_config()
+    config.architectures = ["Qwen3NextForCausalLM"]
+    config.dtype = "bfloat16"
+    config.max_position_embeddings = 16384
+    config.linear_num_key_heads, config.linear_num_value_heads = 4, 16
+    config.linear_key_head_dim = config.linear_value_head_dim = 128
+    return config
 
 
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
@@ -94,14 +154,20 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma3": gemma3_config,
     "qwen3-next": qwen3_next_config,
     "qwen3.5": qwen3_5_config,
+    "gemma4": gemma4_config,
+    "gemma3n": gemma3n_config,
+    "llama4": llama4_config,
 }
 """The models by name."""
+
+PLAIN_SCALES = ("gemma4_text", "gemma3n_text", "llama4_text")
+"""Types of model whose weights only keep activations at unit size."""
 
 MTP_LAYERS = {
     "qwen3_next": "num_nextn_predict_layers",
     "qwen3_5_text": "mtp_num_hidden_layers",
 }
-"""Where vLLM reads, by type of model, how many layers predict further tokens."""
+"""By type of model, the field with the number of layers for multi-token prediction."""
 
 
 def with_mtp_layer(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -111,7 +177,7 @@ def with_mtp_layer(config: PreTrainedConfig) -> PreTrainedConfig:
         ValueError: vLLM knows no such layer for this type of model.
     """
     if config.model_type not in MTP_LAYERS:
-        raise ValueError(f"a model of type {config.model_type} has no layer that predicts tokens")
+        raise ValueError(f"a {config.model_type} model has no multi-token prediction")
     config = copy.deepcopy(config)
     setattr(config, MTP_LAYERS[config.model_type], 1)
     return config
@@ -128,15 +194,15 @@ def build_model(
     """Write a model with random weights as safetensors, and its tokenizer.
 
     Args:
-        config: One of `CONFIGS`, or a variant of it, such as one of `with_mtp_layer`.
-        folder: Where to write; made if it is not there.
+        config: One of `CONFIGS`, or a variant of it.
+        folder: The folder to write to; created if it does not exist.
         dtype: Of the weights in the file; they are drawn in float32.
-        words_only: Make greedy answers consist of whole words. Without, every token is as likely
-            as any other, and none ends an answer more often than others do.
+        words_only: Make greedy answers consist of whole words. Otherwise every token is equally
+            likely, and no answer ends more often than others.
         seed: Of the weights.
 
     Returns:
-        `folder`, which `vllm serve` and `transformers` take as a model.
+        `folder`, which `vllm serve` and `transformers` accept as a model.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(folder)
@@ -154,31 +220,34 @@ def build_model(
 
 
 def _random_model(config: PreTrainedConfig, generator: torch.Generator) -> PreTrainedModel:
-    """Return a model in float32 with weights drawn as this module says."""
-    with torch.device("meta"):
+    if config.model_type in PLAIN_SCALES:
+        # Parameters that `_initialise_plainly` leaves alone keep transformers' values.
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.to_empty(device="cpu")
+    else:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.to_empty(device="cpu")
+    initialise = _initialise_plainly if config.model_type in PLAIN_SCALES else _initialise
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            _initialise(name, parameter, config, generator)
+            initialise(name, parameter, config, generator)
     return model
 
 
 def _add_mtp_layer(
     config: PreTrainedConfig, folder: Path, dtype: torch.dtype, generator: torch.Generator
 ) -> None:
-    """Write the weights of a layer that predicts the token after the next one beside the model's.
+    """Add the weights of a multi-token prediction layer to the model's file.
 
-    It sees the embedding of the next token and the hidden state before that. With random weights
-    alone it would hardly ever be right. The model's own answer depends on that embedding more
-    than on anything else, so the layer passes it on and adds little to it: some drafts are then
-    accepted and most are not.
+    The layer sees the embedding of the next token and the hidden state before it. With random
+    weights its drafts would almost never be right. The model's own answer depends mostly on that
+    embedding, so the layer passes it on and adds little to it: some drafts are accepted.
     """
     hidden_size = config.hidden_size
     block = copy.deepcopy(config)
     block.num_hidden_layers, block.layer_types = 1, ["full_attention"]
     with TemporaryDirectory() as scratch:
-        # Through a file, because transformers writes experts under other names than it runs them.
+        # Through a file, because transformers saves experts under other names than it uses.
         _random_model(block, generator).save_pretrained(scratch)
         layer = {
             f"mtp.{name.removeprefix('model.')}": weight
@@ -193,7 +262,7 @@ def _add_mtp_layer(
         [torch.eye(hidden_size), state_part / math.sqrt(hidden_size)], dim=1
     )
     for norm in ("norm", "pre_fc_norm_hidden", "pre_fc_norm_embedding"):
-        # These multiply by 1 + weight, too.
+        # These multiply by 1 + weight.
         layer[f"mtp.{norm}.weight"] = torch.zeros(hidden_size)
     file = folder / "model.safetensors"
     weights = load_file(file)
@@ -202,7 +271,6 @@ def _add_mtp_layer(
 
 
 def _gated_delta_net(head_size: int, layers: int) -> dict[str, object]:
-    """Return what hybrid models of three Gated DeltaNet layers to one of attention share."""
     return {
         "head_dim": head_size,
         "intermediate_size": 512,
@@ -215,6 +283,22 @@ def _gated_delta_net(head_size: int, layers: int) -> dict[str, object]:
             "rope_type": "default",
             "rope_theta": 10000.0,
             "partial_rotary_factor": 0.25,
+        },
+    }
+
+
+def _shared_pages(layers: int) -> dict[str, object]:
+    return {
+        **_common(layers),
+        "tie_word_embeddings": True,
+        "head_dim": HEAD_SIZE,
+        "intermediate_size": 512,
+        "layer_types": ["sliding_attention", "full_attention"] * (layers // 2),
+        "sliding_window": 96,
+        "num_kv_shared_layers": SHARED_LAYERS,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": base}
+            for kind, base in (("sliding_attention", 1e4), ("full_attention", 1e6))
         },
     }
 
@@ -237,7 +321,6 @@ def _common(layers: int) -> dict[str, object]:
 def _initialise(
     name: str, parameter: nn.Parameter, config: PreTrainedConfig, generator: torch.Generator
 ) -> None:
-    """Fill one parameter in place with what its place in the model asks for."""
     part = name.removesuffix(".weight").rsplit(".", 1)[-1]
     # Gemma and Qwen3-Next multiply by 1 + weight in all norms but Gated DeltaNet's own.
     one = 0.0 if config.model_type != "llama" and "linear_attn" not in name else 1.0
@@ -247,7 +330,7 @@ def _initialise(
     elif part == "q_norm":
         parameter.fill_(SCORE_SIZE / KEY_SIZE - 1 + one)
     elif part == "A_log":
-        # exp(-A softplus(dt)) is the factor by which a state fades each token: about 1/1000.
+        # A state decays by exp(-A softplus(dt)) for each token: by about 1/1000.
         parameter.fill_(math.log(0.001))
     elif part == "dt_bias":
         parameter.fill_(1.0)
@@ -265,7 +348,6 @@ def _initialise(
 
 
 def _gain(name: str, normed_heads: bool) -> float:
-    """Return the factor of a matrix of unit gain."""
     part = name.removesuffix(".weight").rsplit(".", 1)[-1]
     if part == "lm_head":
         return LOGIT_SIZE
@@ -274,20 +356,32 @@ def _gain(name: str, normed_heads: bool) -> float:
     if part == "q_proj" and not normed_heads:
         return SCORE_SIZE / KEY_SIZE
     if part == "gate":
-        # A clear first expert: where the second and the third change places, little changes.
+        # The first expert dominates: if the second and the third change places, little changes.
         return 4.0
     if name.endswith("experts.down_proj"):
-        # Rounding makes routed experts change places, which is a step and no cache's fault.
+        # Rounding makes routed experts change places, a jump that no cache causes.
         return 0.25
     if name.endswith("linear_attn.out_proj"):
-        # Gated DeltaNet's own rounding depends on how a prompt is cut into chunks.
+        # Gated DeltaNet's own rounding depends on the chunks of a prompt.
         return 0.5
     return 1.0
 
 
 def _add_common_direction(weight: torch.Tensor, generator: torch.Generator) -> None:
-    """Add a rank-one part, so that all dims of a token's value share a factor of its own."""
+    """Add a rank-one part, so that all dims of a token's value have a common component."""
     out_dims, in_dims = weight.shape
     read = torch.randn(in_dims, generator=generator) / math.sqrt(in_dims)
     write = torch.randn(out_dims, generator=generator)
     weight.add_(VALUE_DIRECTION * torch.outer(write, read))
+
+
+def _initialise_plainly(
+    name: str, parameter: nn.Parameter, config: PreTrainedConfig, generator: torch.Generator
+) -> None:
+    if parameter.dim() > 1:
+        size = 3.0 if "embed" in name or "lm_head" in name else 1.0
+        parameter.normal_(generator=generator)
+        parameter.mul_(size / math.sqrt(parameter.shape[-1]))
+    elif name.endswith("q_norm.weight"):
+        # Gemma 4 and 3n do not divide scores by the root of the head size.
+        parameter.fill_(SCORE_SIZE / math.sqrt(parameter.numel()))

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small tokenizer made on the spot: byte-level BPE over a few sentences, with a chat template."""
+"""A small tokenizer: byte-level BPE over a few sentences, a chat template, and prompts of it."""
 
 from __future__ import annotations
 
+import math
+import random
 import re
 from pathlib import Path
 
@@ -10,12 +12,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 VOCAB_SIZE = 512
-"""Tokens, specials included."""
+"""Number of tokens, including special ones."""
 
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 SPECIAL_TOKENS = (BOS, EOS, PAD, *ROLES)
-"""They take the ids 0, 1, 2, ... in this order."""
+"""Tokens 0, 1, 2, ... in this order."""
+
+BOS_TOKEN_ID, EOS_TOKEN_ID, PAD_TOKEN_ID = 0, 1, 2
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -41,14 +45,9 @@ The train left the station at noon and crossed the mountains before the evening 
 
 
 def build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Train the tokenizer, which takes milliseconds, and save it.
+    """Train the tokenizer, which takes milliseconds, save it to a model's folder and return it.
 
-    Args:
-        folder: Where the model lies.
-
-    Returns:
-        A tokenizer of exactly `VOCAB_SIZE` tokens that encodes every text (all 256 bytes are
-        tokens) and has a chat template.
+    It has exactly `VOCAB_SIZE` tokens and encodes every text, because all 256 bytes are tokens.
 
     Raises:
         ValueError: The training text is too short for that many tokens.
@@ -81,10 +80,30 @@ def build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def word_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Return the ids of the tokens that are a word of the training text with a space before."""
+    """Return the ids of tokens that are a space and a word of the training text."""
     words = {f" {word}" for word in re.findall(r"[a-z]{3,}", TRAINING_TEXT)}
     return [
         token
         for token in range(len(SPECIAL_TOKENS), VOCAB_SIZE)
         if tokenizer.decode([token]) in words
     ]
+
+
+def random_prompt(length: int, seed: int) -> list[int]:
+    """Return a prompt of random tokens."""
+    draw = random.Random(seed)
+    tokens = [draw.randrange(len(SPECIAL_TOKENS), VOCAB_SIZE) for _ in range(length - 1)]
+    return [BOS_TOKEN_ID, *tokens]
+
+
+def repeated_prompt(length: int, seed: int) -> list[int]:
+    """Return a short text repeated, whose continuation ngram speculation can propose."""
+    text = random_prompt(7 + seed % 5, seed)[1:]
+    return (text * math.ceil(length / len(text)))[:length]
+
+
+def mixed_prompts(count: int, longest: int = 800) -> list[list[int]]:
+    """Return prompts of 2 to `longest` tokens, lengths spread evenly on a logarithmic scale."""
+    draw = random.Random(0)
+    lengths = [round(2 * (longest / 2) ** draw.random()) for _ in range(count)]
+    return [random_prompt(length, seed) for seed, length in enumerate(lengths)]

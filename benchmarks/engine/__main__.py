@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run real engines with k8v4 caches, compare what they say, and time them beside other caches.
+"""Run real engines with k8v4 caches, compare their outputs, and time them against other caches.
 
     python -m benchmarks.engine --out DIR [--smallest]
 
-On whatever platform vLLM runs here. Small models with random weights: full attention, sliding
-windows, and Gated DeltaNet with and without experts. Each engine is a process of its own, so that
-its memory comes back and one that fails is a row of the report.
+The engines run on the device that vLLM finds. Their models are small and have random weights: full
+attention, sliding windows, and Gated DeltaNet with and without experts. Each engine has a process
+of its own, so that its memory is returned and a failure is only a row of the report.
 
 * Equal outputs: prompts alone, all at once, from the prefix cache, in chunks, with ngram and
   multi-token prediction, with piecewise and full graphs, with either model runner.
-* Speed of decoding beside `--kv-cache-dtype auto`, `fp8` and stock vLLM's k8v4, the engines in
-  turn.
+* Decode speed compared with `--kv-cache-dtype auto`, `fp8` and stock vLLM's k8v4, in turn.
 
-What vLLM cannot run, with an unquantised cache and without the plugin, is in the report with the
-last line of its error. Ends with 1 if outputs differ, or if an engine of ours fails where vLLM's
-does not.
+The report gives the error of each engine that vLLM cannot run with an unquantised cache and
+without the plugin. The exit status is 1 if outputs differ, or if an engine of ours fails and the
+same engine of vLLM does not.
 
-Writes `engine.md` and `engine.json` to DIR, with each finding anew, and the engines' logs to
-DIR/logs. All of it takes many engine starts: `--models` and `--parts` divide it.
+Writes `engine.md` and `engine.json` to DIR after every row, and the engines' logs to DIR/logs.
+A complete run starts many engines: `--models` and `--parts` select some.
 """
 
 from __future__ import annotations
@@ -32,29 +31,27 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.engine import configurations as known
-from benchmarks.engine import report, subjects
-from benchmarks.engine.checks import ModelChecks, start_unquantised
+from benchmarks.engine import report, speed, workload
+from benchmarks.engine.checks import ModelChecks
 from benchmarks.engine.configurations import Place, find_place
-from benchmarks.engine.process import EngineError, Engines
-from benchmarks.engine.results import Gap, Results, Verdict
-from benchmarks.engine.speed import ModelSpeed
-from benchmarks.engine.subjects import Sizes
+from benchmarks.engine.engines import Engines
+from benchmarks.engine.report import Gap, Results, Verdict
 from testing import machine
+from testing.engine_host import EngineError
 from testing.models import build_model
 
 PARTS = ("checks", "speed")
 
 
 class Command:
-    """The command.
+    """The command for any number of models.
 
     Args:
-        arguments: From the command line.
-        place: Where the engines run.
+        arguments: The command's arguments.
+        place: The device.
         scratch: Folder for the models.
-        results: Takes what is found.
-        save: Called with each finding, so that a run that is cut short has a report.
+        results: Collects the rows.
+        save: Called after each row, so that an interrupted run has a report.
     """
 
     def __init__(
@@ -65,11 +62,9 @@ class Command:
         results: Results,
         save: Callable[[], None],
     ) -> None:
+        self._arguments = arguments
         self._place = place
-        self._parts = arguments.parts
-        self._jobs = arguments.jobs or (1 if place.device == "cpu" else 4)
-        self._timeout_s = arguments.timeout
-        self._sizes: Sizes = subjects.SMALLEST if arguments.smallest else subjects.FULL
+        self._sizes = workload.SMALLEST if arguments.smallest else workload.FULL
         self._scratch = scratch
         self._logs = arguments.out / "logs"
         self._logs.mkdir(parents=True, exist_ok=True)
@@ -81,73 +76,53 @@ class Command:
     def run(self, model: str) -> None:
         """Check and time one model."""
         runner = None
-        if "checks" in self._parts:
+        if "checks" in self._arguments.parts:
             runner = self._check(model)
-        if "speed" in self._parts:
-            self._time(model, runner, probed="checks" in self._parts)
+        if "speed" in self._arguments.parts:
+            self._time(model, runner)
 
     def _check(self, model: str) -> str | None:
-        config = subjects.to_compare(model)
-        dtype = subjects.dtype_of(model, self._place.device)
+        config = workload.config_to_compare(model)
+        dtype = workload.dtype_of(model, self._place.device)
         path = build_model(config, self._scratch / model, getattr(torch, dtype))
-        engines = Engines(
-            path,
-            dtype,
-            self._logs / f"{model}-check",
-            self._timeout_s,
-            max_model_len=self._sizes.longest + 2 * self._sizes.tokens + 16,
-            max_num_seqs=32,
-            kv_cache_memory_bytes=1 << 30,
-            gpu_memory_utilization=0.1,
-        )
-        checks = ModelChecks(
-            model,
-            config.head_dim,
-            engines,
-            self._place,
-            self._sizes,
-            subjects.bounds_of(model, dtype),
-            self._jobs,
-            self._results,
-            self._say,
-        )
-        return checks.run()
+        arguments = {
+            "dtype": dtype,
+            "max_model_len": self._sizes.longest + 2 * self._sizes.tokens + 16,
+            "max_num_seqs": 32,
+            "kv_cache_memory_bytes": 1 << 30,
+        }
+        engines = self._engines(model, path, f"{model}-check", arguments)
+        return ModelChecks(engines, config.head_dim, workload.bounds_of(model, dtype)).run()
 
-    def _time(self, model: str, runner: str | None, probed: bool) -> None:
-        config = subjects.to_time(model, self._sizes)
+    def _time(self, model: str, runner: str | None) -> None:
+        config = workload.config_to_time(model, self._sizes)
         path = build_model(config, self._scratch / f"{model}-speed", torch.bfloat16)
-        batches = [batch for batch, _ in self._sizes.cells]
-        engines = Engines(
-            path,
-            "bfloat16",
-            self._logs / f"{model}-speed",
-            self._timeout_s,
-            max_model_len=config.max_position_embeddings,
-            max_num_seqs=max(batches),
-            kv_cache_memory_bytes=int(self._sizes.cache_share * self._place.memory_bytes),
-            gpu_memory_utilization=0.1,
-        )
-        if not probed:
+        arguments = {
+            "dtype": "bfloat16",
+            "max_model_len": config.max_position_embeddings,
+            "max_num_seqs": max(batch for batch, _ in self._sizes.cells),
+            "kv_cache_memory_bytes": int(self._sizes.cache_share * self._place.memory_bytes),
+        }
+        engines = self._engines(model, path, f"{model}-speed", arguments)
+        if "checks" not in self._arguments.parts:
             try:
-                engine, runner = start_unquantised(engines, self._place, known.AUTO)
+                engine, runner = engines.start_unquantised()
             except EngineError as error:
-                gap = Gap(model, "all", "", Verdict.CANNOT, f"with auto: {error}")
-                self._results.gaps.append(gap)
+                reason = f"with auto: {error.reason}"
+                engines.add_gap(Gap(model, "all", "", Verdict.UNSUPPORTED, reason))
                 return
             engine.close()
-        ModelSpeed(
-            model,
-            engines,
-            self._place,
-            self._sizes,
-            runner,
-            self._jobs,
-            self._results,
-            self._say,
-        ).run()
+        speed.measure(engines, runner)
+
+    def _engines(self, model: str, path: Path, log: str, arguments: dict[str, object]) -> Engines:
+        jobs = self._arguments.jobs or (1 if self._place.device == "cpu" else 4)
+        return Engines(
+            *(model, path, arguments, self._place, self._sizes, jobs, self._arguments.timeout),
+            *(self._logs / log, self._results, self._say),
+        )
 
     def _say(self, line: str) -> None:
-        # Engines that run beside each other are checked by threads.
+        # Engines that run at the same time are checked by several threads.
         with self._saving:
             print(f"{time.monotonic() - self._began:6.0f} s  {line}", flush=True)
             self._save()
@@ -155,18 +130,18 @@ class Command:
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     """Return the command's arguments."""
-    assert __doc__ is not None
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.engine",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the report")
-    parser.add_argument("--models", nargs="+", choices=subjects.MODELS, default=subjects.MODELS)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    models, parts = workload.MODELS, PARTS
+    parser.add_argument("--out", type=Path, required=True, help="folder for the report")
+    parser.add_argument("--models", nargs="+", choices=models, default=models)
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--smallest", action="store_true", help="few and short prompts and batches")
     parser.add_argument(
-        "--jobs", type=int, help="engines that start beside each other: 4, on a CPU 1"
+        "--jobs", type=int, help="engines that start at the same time (default: 4, on a CPU 1)"
     )
     parser.add_argument(
         "--timeout", type=float, default=900.0, help="seconds that a call of an engine may take"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which engines are started, with which settings, and which are left out and why."""
+"""The engines that are started, their settings, and the ones that are skipped."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from testing.machine import has_compiled_extension
+from testing.model_cases import NGRAM
 
 K8V4 = "turboquant_k8v4"
 HYBRIDS = ("qwen3-next", "qwen3.5")
@@ -14,12 +15,7 @@ HYBRIDS = ("qwen3-next", "qwen3.5")
 
 NUM_SPECULATIVE_TOKENS = 3
 SPECULATION: dict[str, dict[str, Any]] = {
-    "ngram": {
-        "method": "ngram",
-        "num_speculative_tokens": NUM_SPECULATIVE_TOKENS,
-        "prompt_lookup_min": 1,
-        "prompt_lookup_max": 3,
-    },
+    "ngram": {**NGRAM, "num_speculative_tokens": NUM_SPECULATIVE_TOKENS},
     "mtp": {"method": "mtp", "num_speculative_tokens": NUM_SPECULATIVE_TOKENS},
 }
 
@@ -28,16 +24,16 @@ GRAPHS = {
     "full graphs": "FULL_AND_PIECEWISE",
     "full graphs, decode only": "FULL_DECODE_ONLY",
 }
-"""vLLM's `cudagraph_mode` by our name of it."""
+"""Our names of vLLM's `cudagraph_mode`s."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """What the engines run on.
+    """The device that the engines run on.
 
     Attributes:
-        device: vLLM's name of the platform's device type, such as "cuda" or "cpu".
-        compiled: Whether vLLM's compiled extension is there.
+        device: vLLM's device type, such as "cuda" or "cpu".
+        compiled: Whether vLLM's compiled extension is installed.
         memory_bytes: Of the device.
     """
 
@@ -47,8 +43,13 @@ class Place:
 
     @property
     def has_graphs(self) -> bool:
-        """Whether vLLM can capture graphs here."""
+        """Whether vLLM can capture graphs."""
         return self.device != "cpu" and self.compiled
+
+    @property
+    def why_no_graphs(self) -> str:
+        """The reason if vLLM cannot capture graphs."""
+        return "CPUs have no graphs" if self.device == "cpu" else "no compiled vLLM extension"
 
 
 def find_place() -> Place:
@@ -68,17 +69,17 @@ def find_place() -> Place:
 
 @dataclass(frozen=True)
 class Configuration:
-    """An engine's settings, as far as they differ from one engine to the next.
+    """The settings in which engines differ.
 
     Attributes:
-        name: As it stands in the report.
+        name: The name in the report.
         cache_dtype: vLLM's `kv_cache_dtype`.
-        plugin: Whether this plugin is loaded; without, no plugin is.
+        plugin: Load this plugin; otherwise no plugin is loaded.
         graphs: vLLM's `cudagraph_mode`; None runs eagerly.
         speculation: A key of `SPECULATION`, or None.
-        chunk: Tokens of a step at most, which cuts longer prompts into chunks.
-        prefix_caching: None leaves it as vLLM has it by default.
-        runner: "0" and "1" ask for vLLM's first and second model runner, None leaves it to vLLM.
+        chunk: Maximum number of tokens of a step; longer prompts are cut into chunks.
+        prefix_caching: None uses vLLM's default.
+        runner: "0" or "1" selects vLLM's first or second model runner, None uses the default.
     """
 
     name: str
@@ -91,7 +92,7 @@ class Configuration:
     runner: str | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """Return the arguments of `vllm.LLM` that follow from this."""
+        """Return the arguments of `vllm.LLM`."""
         found: dict[str, Any] = {
             "kv_cache_dtype": self.cache_dtype,
             "enforce_eager": self.graphs is None,
@@ -101,15 +102,14 @@ class Configuration:
             found["compilation_config"] = {"cudagraph_mode": self.graphs}
         if self.speculation is not None:
             found["speculative_config"] = SPECULATION[self.speculation]
-            # Whether cached states stay right is what such a configuration checks.
-            allowed = {"allow_unsafe_drafts": True}
-            found["additional_config"] = {"hybrid_kv": allowed}
+            # This benchmark checks whether cached states stay correct with drafts.
+            found["additional_config"] = {"hybrid_kv": {"allow_unsafe_drafts": True}}
         if self.prefix_caching is not None:
             found["enable_prefix_caching"] = self.prefix_caching
         return found
 
     def environment(self) -> dict[str, str]:
-        """Return the environment variables that follow from this."""
+        """Return the environment variables."""
         found = {"VLLM_PLUGINS": "hybrid_kv" if self.plugin else ""}
         if self.runner is not None:
             found["VLLM_USE_V2_MODEL_RUNNER"] = self.runner
@@ -118,26 +118,21 @@ class Configuration:
     def control(self) -> Configuration:
         """Return the same without the plugin and with an unquantised cache.
 
-        What that engine cannot do is none of this plugin's fault.
+        If that engine fails too, the failure is vLLM's.
         """
         return replace(self, name=f"{self.name}, auto", cache_dtype="auto", plugin=False)
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """A configuration that is not tried.
-
-    Attributes:
-        name: Its name.
-        reason: Why.
-    """
+class Skipped:
+    """A configuration that is not run, and the reason."""
 
     name: str
     reason: str
 
 
 REFERENCE = Configuration("eager")
-"""What the other engines of a model are compared with."""
+"""The engine with which the other engines of a model are compared."""
 
 AUTO = REFERENCE.control()
 CHUNKS = Configuration("prompts in chunks of 96", chunk=96)
@@ -145,90 +140,76 @@ CHUNKS = Configuration("prompts in chunks of 96", chunk=96)
 
 def to_check(
     model: str, place: Place, runner: str | None, second: bool
-) -> tuple[list[Configuration], list[LeftOut]]:
-    """Return what is compared with `REFERENCE`.
+) -> tuple[list[Configuration], list[Skipped]]:
+    """Return the engines that are compared with `REFERENCE`, and those that are skipped.
 
     Args:
-        model: Its name.
-        place: Where.
-        runner: The model runner that all engines of the model are asked to use.
-        second: Whether that, or else vLLM by itself, is its second model runner.
+        model: Name of the model.
+        place: The device.
+        runner: The model runner that all engines of the model must use, if any.
+        second: Whether the model's engines run on vLLM's second model runner.
     """
-    found, left_out = [CHUNKS], []
+    found, skipped = [CHUNKS], []
+    other_runner = "the other model runner"
     if place.device == "cpu":
-        left_out.append(LeftOut("the other model runner", "vLLM's second one needs a GPU"))
+        skipped.append(Skipped(other_runner, "vLLM's second one needs a GPU"))
     elif runner == "0":
-        left_out.append(LeftOut("the other model runner", "vLLM's second one failed with auto"))
+        skipped.append(Skipped(other_runner, "vLLM's second one failed with auto"))
     else:
-        found.append(Configuration("the other model runner", runner="0" if second else "1"))
+        found.append(Configuration(other_runner, runner="0" if second else "1"))
     graphs = [Configuration(name, graphs=mode) for name, mode in GRAPHS.items()]
-    # A draft's verification is a batch of several tokens for each request, captured as such.
-    methods = ["ngram", *(["mtp"] if model in HYBRIDS else [])]
-    # What a hybrid caches while it speculates is vLLM's to choose.
+    # vLLM chooses what a hybrid caches while it speculates.
     caching = None if model in HYBRIDS else True
-    for method in methods:
-        found.append(Configuration(method, speculation=method, prefix_caching=caching))
-        if model in HYBRIDS:
-            # Moving states for the cache takes kernels that CPUs lack.
-            name = f"{method}, no prefix cache"
-            if method == "ngram" and place.device == "cpu":
-                reason = (
-                    "vLLM's causal_conv1d_update_cpu was seen to stop here, seemingly where a "
-                    "request gets fewer drafts than it had accepted before"
-                )
-                left_out.append(LeftOut(name, reason))
-            else:
-                found.append(Configuration(name, speculation=method, prefix_caching=False))
-        graphs.append(
-            Configuration(
-                f"{method}, full graphs",
-                graphs=GRAPHS["full graphs"],
-                speculation=method,
-                prefix_caching=caching,
+    for method in _methods(model):
+        drafts = Configuration(method, speculation=method, prefix_caching=caching)
+        found.append(drafts)
+        uncached = replace(drafts, name=f"{method}, no prefix cache", prefix_caching=False)
+        # Moving states for the cache takes kernels that CPUs lack.
+        if model in HYBRIDS and method == "ngram" and place.device == "cpu":
+            reason = (
+                "vLLM's causal_conv1d_update_cpu stopped here, apparently when a request got "
+                "fewer drafts than it had accepted before"
             )
-        )
+            skipped.append(Skipped(uncached.name, reason))
+        elif model in HYBRIDS:
+            found.append(uncached)
+        # The verification of drafts, several tokens for each request, is captured as a graph too.
+        graphs.append(replace(drafts, name=f"{method}, full graphs", graphs=GRAPHS["full graphs"]))
     if place.has_graphs:
         found += graphs
     else:
-        left_out += [LeftOut(graph.name, no_graphs(place)) for graph in graphs]
+        skipped += [Skipped(graph.name, place.why_no_graphs) for graph in graphs]
     if model not in HYBRIDS:
-        left_out.append(LeftOut("mtp", "vLLM has no such drafting for this type of model"))
-    return [replace(c, runner=c.runner or runner) for c in found], left_out
+        skipped.append(Skipped("mtp", "vLLM has no such drafting for this type of model"))
+    return [replace(c, runner=c.runner or runner) for c in found], skipped
 
 
-def no_graphs(place: Place) -> str:
-    """Return why no graphs are captured."""
-    if place.device == "cpu":
-        return "CPUs have no graphs"
-    return "vLLM's compiled extension is not there"
+def _methods(model: str) -> list[str]:
+    return ["ngram", "mtp"] if model in HYBRIDS else ["ngram"]
 
 
 def to_time(
     model: str, place: Place, runner: str | None
-) -> tuple[dict[str, list[Configuration]], list[LeftOut]]:
-    """Return the engines whose speed is compared, by mode, and what is left out.
+) -> tuple[dict[str, list[Configuration]], list[Skipped]]:
+    """Return the engines to time, by mode, and those that are skipped.
 
     The first of each mode is ours, the second has an unquantised cache.
     """
-    modes = {"eager": Configuration("eager")}
-    methods = ["ngram", *(["mtp"] if model in HYBRIDS else [])]
-    for method in methods:
+    modes = {"eager": REFERENCE}
+    for method in _methods(model):
         modes[method] = Configuration(method, speculation=method)
-    left_out = []
+    skipped = []
     if place.has_graphs:
         graphs = GRAPHS["full graphs"]
         modes |= {f"{n}, full graphs": replace(c, graphs=graphs) for n, c in list(modes.items())}
     else:
-        left_out.append(LeftOut("with graphs", no_graphs(place)))
+        skipped.append(Skipped("with graphs", place.why_no_graphs))
     if place.device == "cpu":
-        left_out.append(
-            LeftOut(
-                "stock k8v4", "stock vLLM has none on CPUs: 0.32 computes nonsense, 0.33 refuses"
-            )
-        )
+        reason = "stock vLLM has none on CPUs: 0.32 computes nonsense, 0.33 refuses"
+        skipped.append(Skipped("stock k8v4", reason))
     found = {}
     for mode, base in modes.items():
-        # Every request is to read pages of its own.
+        # Every request must read pages of its own.
         base = replace(base, runner=runner, prefix_caching=False, chunk=8192)
         caches = {
             "k8v4": base,
@@ -238,4 +219,4 @@ def to_time(
         if place.device != "cpu":
             caches["stock k8v4"] = replace(base, plugin=False)
         found[mode] = [replace(c, name=name) for name, c in caches.items()]
-    return found, left_out
+    return found, skipped

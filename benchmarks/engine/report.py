@@ -1,18 +1,136 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report: JSON with every number, Markdown to read."""
+"""The rows of the report, and the report: JSON with every number, Markdown to read."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from dataclasses import asdict
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine.results import Check, Results, Speed, Verdict
-from benchmarks.engine.speed import OURS
+OURS = "k8v4"
 
-NOT_COMPARED = (Verdict.FAILED, Verdict.CANNOT, Verdict.LEFT_OUT)
+
+class Verdict(str, Enum):
+    """The result of a row."""
+
+    EQUAL = "equal"
+    DIFFERENT = "DIFFERENT"
+    FAILED = "FAILED"
+    INCONCLUSIVE = "inconclusive"
+    UNSUPPORTED = "unsupported by vLLM"
+    SKIPPED = "skipped"
+
+
+FAILURES = (Verdict.DIFFERENT, Verdict.FAILED)
+NOT_COMPARED = (Verdict.FAILED, Verdict.UNSUPPORTED, Verdict.SKIPPED)
+
+
+@dataclass(frozen=True)
+class Check:
+    """A comparison of an engine with the reference of its model, or the reason for its absence.
+
+    Attributes:
+        model: Name of the model.
+        configuration: Name of the engine's configuration.
+        check: What was compared; empty if nothing was.
+        verdict: The result.
+        detail: The difference, or the reason.
+        prompts: Number of prompts compared.
+        tokens: Number of tokens compared.
+        apart: Largest difference of a log-probability; compared with an unquantised cache, the
+            mean.
+    """
+
+    model: str
+    configuration: str
+    check: str
+    verdict: Verdict
+    detail: str = ""
+    prompts: int = 0
+    tokens: int = 0
+    apart: float | None = None
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Decode times of the engines of one mode for one batch.
+
+    Attributes:
+        model: Name of the model.
+        mode: Name of the mode.
+        batch: Number of requests.
+        length: Tokens of each request's context.
+        milliseconds: By cache and round, the time in which a request gets a token.
+    """
+
+    model: str
+    mode: str
+    batch: int
+    length: int
+    milliseconds: dict[str, list[float]]
+
+    def ms_per_token(self, cache: str) -> float:
+        """Return the median over rounds."""
+        return statistics.median(self.milliseconds[cache])
+
+    def tokens_per_s(self, cache: str) -> float:
+        """Return the tokens that all requests together get in a second."""
+        return 1e3 * self.batch / self.ms_per_token(cache)
+
+    def times_faster(self) -> dict[str, float]:
+        """Return by cache how many times faster ours is; empty if ours was not measured.
+
+        The median of the ratios of each round, because a machine's speed changes over time.
+        """
+        ours = self.milliseconds.get(OURS)
+        if ours is None:
+            return {}
+        return {
+            cache: statistics.median(t / o for t, o in zip(times, ours, strict=True))
+            for cache, times in self.milliseconds.items()
+            if cache != OURS
+        }
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A speed that was not measured.
+
+    Attributes:
+        model: Name of the model.
+        mode: Name of the mode.
+        cache: Name of the cache; empty for all.
+        verdict: The kind of reason.
+        reason: The reason.
+        cell: Batch size and context length; None for all.
+    """
+
+    model: str
+    mode: str
+    cache: str
+    verdict: Verdict
+    reason: str
+    cell: tuple[int, int] | None = None
+
+
+@dataclass
+class Results:
+    """All rows."""
+
+    checks: list[Check] = field(default_factory=list)
+    engines: list[dict[str, Any]] = field(default_factory=list)
+    speeds: list[Speed] = field(default_factory=list)
+    gaps: list[Gap] = field(default_factory=list)
+
+    @property
+    def failures(self) -> list[Check | Gap]:
+        """The rows that make the command fail: unequal outputs and failures of our engines."""
+        rows: list[Check | Gap] = [*self.checks, *self.gaps]
+        return [row for row in rows if row.verdict in FAILURES]
 
 
 def write(results: Results, machine: dict[str, Any], folder: Path) -> None:
@@ -26,7 +144,7 @@ def write(results: Results, machine: dict[str, Any], folder: Path) -> None:
             {
                 **asdict(speed),
                 "tokens_per_s": {cache: speed.tokens_per_s(cache) for cache in speed.milliseconds},
-                "times_faster": ratios(speed),
+                "times_faster": speed.times_faster(),
             }
             for speed in results.speeds
         ],
@@ -36,134 +154,114 @@ def write(results: Results, machine: dict[str, Any], folder: Path) -> None:
     (folder / "engine.md").write_text(markdown(results, machine))
 
 
-def ratios(speed: Speed) -> dict[str, float]:
-    """Return how many times faster ours is than each other cache; nothing where ours is missing."""
-    if OURS not in speed.milliseconds:
-        return {}
-    others = [cache for cache in speed.milliseconds if cache != OURS]
-    return {cache: speed.times_faster(OURS, cache) for cache in others}
-
-
 def markdown(results: Results, machine: dict[str, Any]) -> str:
     """Return the report as Markdown."""
-    lines = [
-        "# Real engines with k8v4 caches",
-        "",
-        ", ".join(f"{name} {value}" for name, value in machine.items()) + ".",
-        "",
-        *_summary(results),
-    ]
+    described = ", ".join(f"{name} {value}" for name, value in machine.items())
+    parts = ["# Real engines with k8v4 caches", f"{described}.", _summary(results)]
     if results.checks:
-        lines += ["", "## Equal outputs", "", *_checks(results.checks)]
+        parts += ["## Equal outputs", *_checks(results.checks)]
     if results.speeds or results.gaps:
-        lines += ["", "## Decode speed", "", *_speeds(results, machine)]
-    return "\n".join(lines) + "\n"
+        parts += ["## Decode speed", *_speeds(results, machine)]
+    return "\n\n".join(parts) + "\n"
 
 
-def _summary(results: Results) -> list[str]:
+def _summary(results: Results) -> str:
     compared = [check for check in results.checks if check.tokens]
     different = sum(check.verdict is Verdict.DIFFERENT for check in compared)
-    lines = []
+    sentences = []
     if results.checks:
         prompts = sum(check.prompts for check in compared)
         tokens = sum(check.tokens for check in compared)
-        lines.append(
+        sentences.append(
             f"{len(compared)} comparisons of {prompts} outputs, {tokens} tokens: "
             + (f"{different} DIFFERENT." if different else "all equal.")
         )
     if results.speeds:
-        lines.append(f"{len(results.speeds)} batches timed.")
+        sentences.append(f"{len(results.speeds)} batches timed.")
     failed = sum(row.verdict is Verdict.FAILED for row in results.failures)
     if failed:
-        lines.append(f"{failed} times an engine of ours FAILED.")
-    return [" ".join(lines) or "Nothing was run."]
+        sentences.append(f"{failed} times an engine of ours FAILED.")
+    return " ".join(sentences) or "Nothing was run."
 
 
 def _checks(checks: list[Check]) -> list[str]:
-    compared = [check for check in checks if check.verdict not in NOT_COMPARED]
-    others = [check for check in checks if check.verdict in NOT_COMPARED]
-    lines = []
+    compared = [
+        (
+            *(c.model, c.configuration, c.check, c.prompts or "", c.tokens or ""),
+            *("" if c.apart is None else f"{c.apart:.3f}", c.verdict.value, c.detail),
+        )
+        for c in checks
+        if c.verdict not in NOT_COMPARED
+    ]
+    others = [
+        (c.model, ": ".join(filter(None, (c.configuration, c.check))), c.verdict.value, c.detail)
+        for c in checks
+        if c.verdict in NOT_COMPARED
+    ]
+    parts = []
     if compared:
-        lines += [
-            "Each engine against an eager one of the same model with a k8v4 cache, which computed "
-            "each prompt alone and from its first token on. Tokens that were ahead of the second "
-            "best by more than rounding have to be equal; up to the first close choice they are "
-            "compared. `apart`: the largest difference of a log-probability, and beside an "
-            "unquantised cache the mean.",
-            "",
-            "| model | engine | | outputs | tokens | apart | | |",
-            "|---|---|---|---|---|---|---|---|",
+        parts += [
+            "Each engine is compared with an eager engine of the same model with a k8v4 cache, "
+            "which computed each prompt alone and from its first token on. Tokens before the "
+            "first close choice (closer than rounding) must be equal. `apart`: the largest "
+            "difference of a log-probability; compared with an unquantised cache, the mean.",
+            _table(("model", "engine", "", "outputs", "tokens", "apart", "", ""), compared),
         ]
-    for check in compared:
-        apart = "" if check.apart is None else f"{check.apart:.3f}"
-        cells = (check.model, check.configuration, check.check, check.prompts or "")
-        lines.append(_row(*cells, check.tokens or "", apart, check.verdict.value, check.detail))
     if others:
-        lines += ["", "Not compared:", "", "| model | engine | | why |", "|---|---|---|---|"]
-    for check in others:
-        what = f"{check.configuration}: {check.check}" if check.check else check.configuration
-        lines.append(_row(check.model, what, check.verdict.value, check.detail))
-    return lines
+        parts += ["Not compared:", _table(("model", "engine", "", "reason"), others)]
+    return parts
 
 
 def _speeds(results: Results, machine: dict[str, Any]) -> list[str]:
-    lines = [
+    parts = [
         "Milliseconds in which a request gets a token, and tokens per second of the batch: "
         "medians. The engines of a row ran in turn. In brackets: how many times faster k8v4 is, "
-        "the median over rounds of one round's ratio. Random weights, and the scheduler in the "
+        "the median of the ratios of each round. Random weights, and the scheduler in the "
         "engine's own process: compare within a row, not with a server.",
     ]
     if machine.get("vLLM's compiled extension") == "missing":
-        lines += [
-            "",
-            "vLLM's compiled extension is not there. What stands in for it is slow, and the same "
-            "for all caches: only the ratios mean something, and with it they are farther from 1.",
-        ]
+        parts.append(
+            "vLLM's compiled extension is missing. Its substitute is slow, and equally slow for "
+            "all caches: only the ratios are meaningful, and the real ones are farther from 1."
+        )
     caches = list(dict.fromkeys(cache for s in results.speeds for cache in s.milliseconds))
     if results.speeds:
-        lines += [
-            "",
-            "| model | mode | batch, tokens | " + " | ".join(caches) + " |",
-            "|---|---|---|" + "---|" * len(caches),
+        rows = [
+            (s.model, s.mode, f"{s.batch}, {s.length}", *(_time(s, cache) for cache in caches))
+            for s in results.speeds
         ]
-    for speed in results.speeds:
-        times = ratios(speed)
-        cells = []
-        for cache in caches:
-            if cache not in speed.milliseconds:
-                cells.append("")
-                continue
-            ratio = f" ({times[cache]:.2f})" if cache in times else ""
-            each = f"{speed.ms_per_token(cache):.3f} ms, {speed.tokens_per_s(cache):.0f}/s"
-            cells.append(each + ratio)
-        lines.append(_row(speed.model, speed.mode, f"{speed.batch}, {speed.length}", *cells))
+        parts.append(_table(("model", "mode", "batch, tokens", *caches), rows))
     if results.gaps:
-        lines += [
-            "",
-            "Not measured:",
-            "",
-            "| model | mode | batch, tokens | cache | | why |",
-            "|---|---|---|---|---|---|",
+        gaps = [
+            (
+                *(gap.model, gap.mode, f"{gap.cell[0]}, {gap.cell[1]}" if gap.cell else "all"),
+                *(gap.cache or "all", gap.verdict.value, gap.reason),
+            )
+            for gap in results.gaps
         ]
-    for gap in results.gaps:
-        cell = f"{gap.cell[0]}, {gap.cell[1]}" if gap.cell else "all"
-        why = (gap.verdict.value, gap.reason)
-        lines.append(_row(gap.model, gap.mode, cell, gap.cache or "all", *why))
-    backends = _backends(results)
+        heads = ("model", "mode", "batch, tokens", "cache", "", "reason")
+        parts += ["Not measured:", _table(heads, gaps)]
+    backends = dict.fromkeys(
+        f"{engine['model']}, {engine['cache_dtype']}: "
+        + ", ".join(f"{count} {name}" for name, count in engine["backends"].items())
+        for engine in results.engines
+    )
     if backends:
-        lines += ["", "Attention backends, by number of layers: " + "; ".join(backends) + "."]
-    return lines
+        parts.append("Attention backends, by number of layers: " + "; ".join(backends) + ".")
+    return parts
 
 
-def _backends(results: Results) -> list[str]:
-    """Return what each cache dtype ran on, once."""
-    found: Counter[str] = Counter()
-    for engine in results.engines:
-        backends: Any = engine["backends"]
-        layers = ", ".join(f"{count} {name}" for name, count in backends.items())
-        found[f"{engine['model']}, {engine['cache_dtype']}: {layers}"] += 1
-    return list(found)
+def _time(speed: Speed, cache: str) -> str:
+    if cache not in speed.milliseconds:
+        return ""
+    times = speed.times_faster()
+    ratio = f" ({times[cache]:.2f})" if cache in times else ""
+    return f"{speed.ms_per_token(cache):.3f} ms, {speed.tokens_per_s(cache):.0f}/s{ratio}"
 
 
-def _row(*cells: object) -> str:
-    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+def _table(heads: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    heads = list(heads)
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
+    )

@@ -1,197 +1,147 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast engines decode, with one cache dtype and another, in turn."""
+"""Time the decoding of engines with different caches, in turn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from typing import Any
 
-from benchmarks.engine import configurations as known
-from benchmarks.engine.checks import describe
-from benchmarks.engine.configurations import Configuration, Place
-from benchmarks.engine.process import Engine, EngineError, Engines
-from benchmarks.engine.results import Gap, Results, Speed, Verdict
-from benchmarks.engine.subjects import Sizes, random_prompt, repeated_prompt
+from benchmarks.engine import configurations
+from benchmarks.engine.configurations import NUM_SPECULATIVE_TOKENS, SPECULATION, Configuration
+from benchmarks.engine.engines import Engines
+from benchmarks.engine.report import OURS, Gap, Speed, Verdict
+from testing.engine_host import EngineError, EngineHost
+from testing.tokenizer import random_prompt, repeated_prompt
 
-OURS, UNQUANTISED = "k8v4", "auto"
+UNQUANTISED = "auto"
 
 
-class ModelSpeed:
-    """The speed of one model.
+def measure(engines: Engines, runner: str | None) -> None:
+    """Time every mode of a model, and add a row for each time or its absence.
 
     Args:
-        model: Its name.
-        engines: Starts its engines.
-        place: Where they run.
-        sizes: How much is measured.
-        runner: The model runner that all engines are asked to use.
-        jobs: Engines that may start beside each other.
-        results: Takes what is found.
-        say: Called with each line of progress.
+        engines: The model's engines.
+        runner: The model runner that vLLM needs, if not the default.
     """
-
-    def __init__(
-        self,
-        model: str,
-        engines: Engines,
-        place: Place,
-        sizes: Sizes,
-        runner: str | None,
-        jobs: int,
-        results: Results,
-        say: Callable[[str], None],
-    ) -> None:
-        self._model = model
-        self._engines = engines
-        self._place = place
-        self._sizes = sizes
-        self._runner = runner
-        self._jobs = jobs
-        self._results = results
-        self._say = say
-
-    def run(self) -> None:
-        """Measure every mode, and add a row for each speed that was or was not measured."""
-        modes, left_out = known.to_time(self._model, self._place, self._runner)
-        for row in left_out:
-            self._skip(row.name, "", Verdict.LEFT_OUT, row.reason)
-        for mode, configurations in modes.items():
-            self._measure(mode, configurations)
-
-    def _measure(self, mode: str, configurations: list[Configuration]) -> None:
-        with ExitStack() as stack:
-            engines = self._start(stack, mode, configurations)
-            for batch, length in self._sizes.cells:
-                if len(engines) < 2:
+    modes, skipped = configurations.to_time(engines.name, engines.place, runner)
+    for row in skipped:
+        engines.add_gap(Gap(engines.name, row.name, "", Verdict.SKIPPED, row.reason))
+    for mode, caches in modes.items():
+        with contextlib.ExitStack() as stack:
+            running = _start(engines, stack, mode, caches)
+            for cell in engines.sizes.cells:
+                if len(running) >= 2:
+                    _measure_cell(engines, mode, running, *cell)
+                else:
                     reason = "fewer than two engines run"
-                    self._skip(mode, "", Verdict.LEFT_OUT, reason, (batch, length))
-                    continue
-                self._measure_cell(mode, engines, batch, length)
+                    gap = Gap(engines.name, mode, "", Verdict.SKIPPED, reason, cell)
+                    engines.add_gap(gap)
 
-    def _start(
-        self, stack: ExitStack, mode: str, configurations: list[Configuration]
-    ) -> dict[str, Engine]:
-        """Start a mode's engines, which run beside each other and work in turn."""
 
-        def start(configuration: Configuration) -> Engine | EngineError:
-            try:
-                return self._engines.start(configuration, mode)
-            except EngineError as error:
-                return error
+def _start(
+    engines: Engines, stack: contextlib.ExitStack, mode: str, caches: list[Configuration]
+) -> dict[str, EngineHost]:
+    def start(configuration: Configuration) -> EngineHost | EngineError:
+        try:
+            return engines.start(configuration, mode)
+        except EngineError as error:
+            return error
 
-        with ThreadPoolExecutor(self._jobs) as pool:
-            found = dict(
-                zip((c.name for c in configurations), pool.map(start, configurations), strict=True)
-            )
-        for engine in found.values():
-            if isinstance(engine, Engine):
-                stack.callback(engine.close)
-        for configuration in configurations:
-            engine = found[configuration.name]
-            if isinstance(engine, Engine):
-                row = describe(self._model, configuration, engine.started)
-                self._results.engines.append({**row, "mode": mode})
-        # What vLLM cannot run with an unquantised cache either is no failure of ours.
-        control_runs = isinstance(found[UNQUANTISED], Engine)
-        for name, outcome in found.items():
-            if isinstance(outcome, EngineError):
-                failed = name == OURS and control_runs
-                verdict = Verdict.FAILED if failed else Verdict.CANNOT
-                self._skip(mode, name, verdict, str(outcome))
-        return {name: engine for name, engine in found.items() if isinstance(engine, Engine)}
+    with ThreadPoolExecutor(engines.jobs) as pool:
+        found = dict(zip((c.name for c in caches), pool.map(start, caches), strict=True))
+    running = {name: host for name, host in found.items() if isinstance(host, EngineHost)}
+    for host in running.values():
+        stack.callback(host.close)
+    for name, outcome in found.items():
+        if isinstance(outcome, EngineError):
+            verdict = _verdict(name, UNQUANTISED in running)
+            engines.add_gap(Gap(engines.name, mode, name, verdict, outcome.reason))
+    return running
 
-    def _measure_cell(self, mode: str, engines: dict[str, Engine], batch: int, length: int) -> None:
-        """Measure one batch, and drop an engine that fails at it from `engines`."""
-        cell = (batch, length)
-        speculates = mode.startswith(tuple(known.SPECULATION))
-        decoded = self._sizes.decoded * (known.NUM_SPECULATIVE_TOKENS + 1 if speculates else 1)
-        runs: dict[str, _Run] = {}
-        for name, engine in engines.items():
-            capacity = engine.started["capacity_tokens"]
-            if batch * (length + decoded) > capacity:
-                reason = f"its cache holds {capacity} tokens"
-                self._skip(mode, name, Verdict.LEFT_OUT, reason, cell)
-            else:
-                runs[name] = _Run(engine, batch, self._sizes.steps)
-        make = repeated_prompt if mode.startswith("ngram") else random_prompt
-        prompts = [make(length, seed) for seed in range(batch)]
-        for run in runs.values():
-            run.attempt(lambda run: run.begin(prompts, decoded))
-        names = list(runs)
-        for number in range(self._sizes.rounds):
-            # Each is the first of a round as often as any other.
-            shift = number % max(1, len(names))
-            for name in names[shift:] + names[:shift]:
-                runs[name].attempt(_Run.measure)
-        for run in runs.values():
-            run.attempt(_Run.finish)
-        # What goes well with an unquantised cache has to go well with ours.
-        control_runs = UNQUANTISED in runs and runs[UNQUANTISED].error is None
-        for name, run in runs.items():
-            if run.error is not None:
-                failed = name == OURS and control_runs
-                verdict = Verdict.FAILED if failed else Verdict.CANNOT
-                self._skip(mode, name, verdict, str(run.error), cell)
-                engines.pop(name).close()
-            elif run.preempted:
-                reason = "its cache was too small: a request had to wait"
-                self._skip(mode, name, Verdict.LEFT_OUT, reason, cell)
-        usable = {
-            name: run.milliseconds
-            for name, run in runs.items()
-            if run.error is None and not run.preempted
-        }
-        if usable:
-            speed = Speed(self._model, mode, batch, length, usable)
-            self._results.speeds.append(speed)
-            each = ", ".join(f"{name} {speed.ms_per_token(name):.2f} ms" for name in usable)
-            self._say(f"{self._model}, {mode}, {batch} x {length}: {each}")
 
-    def _skip(
-        self,
-        mode: str,
-        cache: str,
-        verdict: Verdict,
-        reason: str,
-        cell: tuple[int, int] | None = None,
-    ) -> None:
-        self._results.gaps.append(Gap(self._model, mode, cache, verdict, reason, cell))
-        where = f"{cell[0]} x {cell[1]}" if cell else ""
-        words = (self._model, mode, cache, where, verdict.value, reason)
-        self._say(", ".join(filter(None, words)))
+def _verdict(cache: str, control_runs: bool) -> Verdict:
+    """Return whose failure it is: ours only if an unquantised cache works."""
+    return Verdict.FAILED if cache == OURS and control_runs else Verdict.UNSUPPORTED
+
+
+def _measure_cell(
+    engines: Engines, mode: str, running: dict[str, EngineHost], batch: int, length: int
+) -> None:
+    """Time one batch, and remove an engine that fails from `running`."""
+    sizes = engines.sizes
+
+    def skip(cache: str, verdict: Verdict, reason: str) -> None:
+        engines.add_gap(Gap(engines.name, mode, cache, verdict, reason, (batch, length)))
+
+    speculates = mode.startswith(tuple(SPECULATION))
+    decoded = sizes.decoded * (NUM_SPECULATIVE_TOKENS + 1 if speculates else 1)
+    runs: dict[str, _Run] = {}
+    for cache, host in running.items():
+        capacity = host.started["capacity_tokens"]
+        if batch * (length + decoded) > capacity:
+            skip(cache, Verdict.SKIPPED, f"its cache holds {capacity} tokens")
+        else:
+            runs[cache] = _Run(host, batch)
+    make = repeated_prompt if mode.startswith("ngram") else random_prompt
+    prompts = [make(length, seed) for seed in range(batch)]
+    for run in runs.values():
+        run.attempt("begin", prompts, decoded)
+    names = list(runs)
+    for number in range(sizes.rounds):
+        # Each engine is the first of a round equally often.
+        shift = number % max(1, len(names))
+        for cache in names[shift:] + names[:shift]:
+            runs[cache].attempt("measure", sizes.steps)
+    for run in runs.values():
+        run.attempt("end")
+    control_runs = UNQUANTISED in runs and runs[UNQUANTISED].error is None
+    usable = {}
+    for cache, run in runs.items():
+        if run.error is not None:
+            skip(cache, _verdict(cache, control_runs), run.error.reason)
+            running.pop(cache).close()
+        elif run.preempted:
+            skip(cache, Verdict.SKIPPED, "its cache was too small: a request was preempted")
+        else:
+            usable[cache] = run.milliseconds
+    if usable:
+        speed = Speed(engines.name, mode, batch, length, usable)
+        engines.results.speeds.append(speed)
+        each = ", ".join(f"{cache} {speed.ms_per_token(cache):.2f} ms" for cache in usable)
+        engines.say(f"{engines.name}, {mode}, {batch} x {length}: {each}")
 
 
 class _Run:
-    """One batch on one engine, until that fails."""
+    """One batch on one engine, until it fails."""
 
-    def __init__(self, engine: Engine, batch: int, steps: int) -> None:
+    def __init__(self, host: EngineHost, batch: int) -> None:
         self.milliseconds: list[float] = []
         self.error: EngineError | None = None
         self.preempted = False
-        self._engine = engine
+        self._host = host
         self._batch = batch
-        self._steps = steps
         self._preemptions = 0.0
 
-    def attempt(self, do: Callable[[_Run], None]) -> None:
+    def attempt(self, stage: str, *arguments: Any) -> None:
+        """Run a stage unless an earlier one failed."""
         if self.error is None:
             try:
-                do(self)
+                getattr(self, stage)(*arguments)
             except EngineError as error:
                 self.error = error
 
     def begin(self, prompts: list[list[int]], max_tokens: int) -> None:
         self._preemptions = self._count_preemptions()
-        self._engine.begin(prompts, max_tokens)
+        self._host.begin_decoding(prompts, max_tokens)
 
-    def measure(self) -> None:
-        seconds, tokens = self._engine.decode(self._steps)
+    def measure(self, steps: int) -> None:
+        seconds, tokens = self._host.decode(steps)
         self.milliseconds.append(1e3 * seconds * self._batch / tokens)
 
-    def finish(self) -> None:
+    def end(self) -> None:
         self.preempted = self._count_preemptions() > self._preemptions
-        self._engine.finish()
+        self._host.end_decoding()
 
     def _count_preemptions(self) -> float:
-        return self._engine.metrics().get("vllm:num_preemptions", 0.0)
+        return self._host.metrics().get("vllm:num_preemptions", 0.0)

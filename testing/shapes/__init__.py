@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models as their public configurations describe them, as far as that decides about sizes."""
+"""Public configurations of models, reduced to the fields that decide about sizes."""
 
 from pathlib import Path
 

@@ -12,7 +12,7 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request, RequestStatus
 
-from testing.described_model import hybrid_config
+from testing.models import large_state_config
 from vllm_hybrid_kv.tools.plan.engine import Engine, Model
 from vllm_hybrid_kv.tools.replay.scheduler import Replay
 from vllm_hybrid_kv.tools.replay.trace import BLOCK_TOKENS, TracedRequest
@@ -24,7 +24,7 @@ STOCK = {"coordinator": "stock", "prefix_match_unit": "stock"}
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     folder = tmp_path_factory.mktemp("hybrid")
-    hybrid_config().save_pretrained(folder)
+    large_state_config().save_pretrained(folder)
     arguments: dict[str, Any] = {
         "model": str(folder),
         "block_size": 16,

@@ -12,8 +12,7 @@ import pytest
 from vllm.v1.core.kv_cache_utils import get_group_id
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from testing.described_model import hybrid_config
-from testing.models import llama_config
+from testing.models import large_state_config, llama_config
 from testing.shapes import SHAPES
 from tests.coordinator.soak import checks
 from vllm_hybrid_kv.coordinator.checkpoints import Place
@@ -30,7 +29,7 @@ STOCK = {"coordinator": "stock", "prefix_match_unit": "stock"}
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     folder = tmp_path_factory.mktemp("hybrid")
-    hybrid_config().save_pretrained(folder)
+    large_state_config().save_pretrained(folder)
     arguments: dict[str, Any] = {
         "model": str(folder),
         "block_size": 16,

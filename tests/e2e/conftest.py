@@ -8,15 +8,15 @@ from testing.engine_host import EngineHost
 
 
 @pytest.fixture(scope="session")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """A function that builds a model, by name and dtype, once."""
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function that builds a model of `testing.models`, by name and dtype, once."""
     import torch
 
     from testing.models import CONFIGS, build_model
 
     folder = tmp_path_factory.mktemp("models")
 
-    def build(name: str, dtype: str) -> Path:
+    def build(name: str, dtype: str = "bfloat16") -> Path:
         path = folder / f"{name}-{dtype}"
         if not path.exists():
             build_model(CONFIGS[name](), path, getattr(torch, dtype))
@@ -27,7 +27,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str]
 
 @pytest.fixture(scope="session")
 def hosts() -> Iterator[list[EngineHost]]:
-    """The hosts that `host` started; the last one is in use."""
+    """The processes that `host` started; the last one is in use."""
     started: list[EngineHost] = []
     yield started
     for host in started:
@@ -43,3 +43,16 @@ def host(hosts: list[EngineHost], tmp_path_factory: pytest.TempPathFactory) -> I
     yield host
     if host.runs:
         host.stop()
+
+
+@pytest.fixture
+def plant(host: EngineHost) -> Iterator[Callable[[str], None]]:
+    """A function that plants a fault in the running engine until the test ends."""
+    yield host.plant
+    host.plant(None)
+
+
+@pytest.fixture
+def nobind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let processes of an engine share cores; otherwise vLLM wants cores for each of them."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")

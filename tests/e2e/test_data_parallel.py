@@ -1,49 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm serve --data-parallel-size 2`: either engine gives what an engine alone gives."""
+"""`vllm serve --data-parallel-size 2`: both engines give what a single engine gives."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
-from rich.console import Console
 
 from testing.engine_host import EngineHost
+from testing.model_cases import case_of, settings
+from testing.output_comparison import decisive
 from testing.server import Server, serve
-from testing.workload import CASES, Case, random_prompt, settings
+from testing.tokenizer import random_prompt
 
 pytestmark = [pytest.mark.engine, pytest.mark.long]
 
 PROMPTS = [random_prompt(length, seed=length) for length in range(40, 680, 40)]
 TOKENS = 6
-
-
-@pytest.fixture(scope="module")
-def case() -> Case:
-    return next(case for case in CASES if case.model == "llama")
+CASE = case_of("llama")
 
 
 @pytest.fixture(scope="module")
 def server(
-    case: Case, small_model: Callable[[str, str], Path], tmp_path_factory: pytest.TempPathFactory
+    small_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     arguments = ["--data-parallel-size", "2", "--api-server-count", "1"]
     arguments += ["--served-model-name", "small"]
-    arguments += ["--kv-cache-dtype", "turboquant_k8v4", "--dtype", case.dtype]
+    arguments += ["--kv-cache-dtype", "turboquant_k8v4", "--dtype", CASE.dtype]
     arguments += ["--max-model-len", "2048", "--gpu-memory-utilization", "0.3", "--enforce-eager"]
     log = tmp_path_factory.mktemp("server") / "log.txt"
     with pytest.MonkeyPatch.context() as patch:
-        # Four processes import vLLM at once.
+        # Four processes import vLLM at once, and share the cores.
         patch.setattr("testing.server.START_TIMEOUT_S", 900.0)
-        # A thread each, on whatever cores there are.
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         patch.setenv("OMP_NUM_THREADS", "1")
-        model = small_model(case.model, case.dtype)
-        with serve(model, arguments, log, Console(quiet=True)) as (server, _):
+        with serve(small_model(CASE.model, CASE.dtype), arguments, log) as (server, _):
             yield server
 
 
@@ -62,40 +58,27 @@ def ask(server: Server, prompt: list[int]) -> list[int]:
     return tokens
 
 
-def finished(server: Server) -> dict[str, float]:
-    """Requests that each engine has finished."""
-    metrics = httpx.get(f"{server.url}/metrics", timeout=60.0).text
-    counts: dict[str, float] = {}
-    for engine, count in re.findall(
-        r'^vllm:request_success_total\{[^}]*engine="(\d+)"[^}]*\} (\S+)$', metrics, re.MULTILINE
-    ):
-        counts[engine] = counts.get(engine, 0.0) + float(count)
-    return counts
-
-
-def test_both_engines_answer_and_as_an_engine_alone_does(
-    server, host: EngineHost, case, small_model
-):
+def test_both_engines_answer_like_a_single_engine(server, host: EngineHost, small_model):
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda prompt: ask(server, prompt), PROMPTS))
-    counts = finished(server)
-    assert set(counts) == {"0", "1"}
-    assert sum(counts.values()) == len(PROMPTS)
-    assert min(counts.values()) > 0
+    finished: Counter[str] = Counter()
+    for family in server.metrics():
+        for sample in family.samples:
+            if sample.name == "vllm:request_success_total":
+                finished[sample.labels["engine"]] += sample.value
+    assert set(finished) == {"0", "1"}
+    assert sum(finished.values()) == len(PROMPTS)
+    assert min(finished.values()) > 0
 
-    alone = host.engine(**settings(small_model(case.model, case.dtype), case))
-    compared = 0
-    for answer, wanted in zip(
-        answers, alone.generate(PROMPTS, TOKENS, alone=True, fresh=True), strict=True
-    ):
-        close = [margin <= 2 * case.rounding for margin in wanted.margins]
-        count = close.index(True) if True in close else len(close)
-        assert answer[:count] == wanted.tokens[:count]
-        compared += count
-    assert compared >= len(PROMPTS) * TOKENS // 2
+    alone = host.engine(**settings(small_model(CASE.model, CASE.dtype), CASE.dtype))
+    outputs = alone.generate(PROMPTS, TOKENS, alone=True, fresh=True)
+    counts = [decisive(output, CASE.bounds) for output in outputs]
+    for answer, output, count in zip(answers, outputs, counts, strict=True):
+        assert answer[:count] == output.tokens[:count]
+    assert sum(counts) >= len(PROMPTS) * TOKENS // 2
 
 
-def test_every_process_says_that_the_plugin_is_active(server):
+def test_every_process_logs_that_the_plugin_is_active(server):
     active = re.findall(r"hybrid_kv \S+ active on vLLM .*kernels=cpu:", server.log.read_text())
-    # The API server, two engine cores; each says it once.
+    # The API server and two engine cores.
     assert len(active) >= 3

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy output depends on the prompt alone: not on caching, chunks, company or speculation."""
+"""Greedy output does not depend on caching, chunks, other requests or speculation."""
 
 from __future__ import annotations
 
@@ -11,38 +11,35 @@ from typing import Any
 import pytest
 
 from testing.engine_host import EngineHost
-from testing.requests import Output
-from testing.workload import (
+from testing.engine_requests import Output
+from testing.model_cases import (
     CASES,
-    CONCURRENT,
     DIFFERENT,
+    NGRAM,
     Case,
     assert_same,
     choose_prompts,
-    decisive,
-    mixed_prompts,
-    random_prompt,
     run_alone,
     settings,
     shortened,
 )
+from testing.output_comparison import Bounds, is_decisive
+from testing.tokenizer import mixed_prompts, random_prompt
 
 pytestmark = pytest.mark.engine
 
-SPECULATION = {
-    "method": "ngram",
-    "num_speculative_tokens": 3,
-    "prompt_lookup_min": 1,
-    "prompt_lookup_max": 3,
-}
+CONCURRENT = 20
+"""Requests that run at the same time."""
 
 BEGINNING = random_prompt(512, seed=11)
-"""What several prompts have in common: whole pages of it come from the prefix cache."""
+"""The beginning of several prompts: whole pages of it come from the prefix cache."""
+
+Plant = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Prompts, and what one engine gives for each alone, computed from the first token on."""
+    """Prompts, and the outputs of an engine that computed each alone, from its first token on."""
 
     prompts: list[list[int]]
     outputs: list[Output]
@@ -50,10 +47,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the other runs of a case are compared with.
-
-    All of it comes from one engine, so that no test starts that engine again.
-    """
+    """The outputs with which the other runs of a case are compared; one engine computed them."""
 
     case: Case
     model: Path
@@ -68,19 +62,19 @@ class Reference:
 
 
 def arguments(model: Path, case: Case, **more: Any) -> dict[str, Any]:
-    """Return the arguments of a case's engine, which `more` may change.
+    """Return the arguments of a case's engine, changed by `more`.
 
-    Gemma3's blocks are of two lengths, for its boundary layers are not quantised. Prefixes are
-    found by their least common multiple, 640 tokens if the shorter are vLLM's 128.
+    Gemma3 has blocks of two lengths, because its boundary layers are not quantised. Prefixes match
+    at multiples of their least common multiple, which is 640 tokens with vLLM's default of 128.
     """
     if case.model == "gemma3":
         more = {"block_size": 32, **more}
-    return settings(model, case, **more)
+    return settings(model, case.dtype, **more)
 
 
 @pytest.fixture(scope="module", params=[case for case in CASES if case.compare_greedily], ids=str)
 def reference(
-    request: pytest.FixtureRequest, host: EngineHost, small_model: Callable[[str, str], Path]
+    request: pytest.FixtureRequest, host: EngineHost, small_model: Callable[..., Path]
 ) -> Reference:
     case: Case = request.param
     model = small_model(case.model, case.dtype)
@@ -92,21 +86,17 @@ def reference(
 
     mixed = texts(mixed_prompts(case.candidates), CONCURRENT, case.tokens)
     assert len({tuple(output.tokens) for output in mixed.outputs}) > CONCURRENT // 2
+    lengths = sorted(map(len, mixed.prompts))
+    assert lengths[0] < 64
+    assert lengths[-1] > 400
     pool = [BEGINNING + random_prompt(40 + i, seed=100 + i) for i in range(case.candidates // 4)]
     same_beginning = texts(pool, 4, case.tokens)
     repeated = None
     if case.speculates:
-        # A short text over and over: its continuation is proposed, and often enough it is right.
+        # Its continuation is proposed as a draft, and often enough it is accepted.
         pool = [random_prompt(6 + i % 5, seed=i)[1:] * (8 + i % 40) for i in range(case.candidates)]
         repeated = texts(pool, 8, 4 * case.tokens)
     return Reference(case, model, host, mixed, same_beginning, repeated)
-
-
-@pytest.fixture
-def plant(reference: Reference) -> Iterator[Callable[[str], None]]:
-    """A function that makes the running engine go wrong until the test ends."""
-    yield reference.host.plant
-    reference.host.plant(None)
 
 
 def read_from_the_prefix_cache(reference: Reference) -> None:
@@ -123,9 +113,8 @@ def read_from_the_prefix_cache(reference: Reference) -> None:
 
 
 def run_at_once(reference: Reference) -> None:
-    outputs = reference.engine().generate(
-        reference.mixed.prompts, reference.case.tokens, fresh=True
-    )
+    prompts, tokens = reference.mixed.prompts, reference.case.tokens
+    outputs = reference.engine().generate(prompts, tokens, fresh=True)
     assert_same(outputs, reference.mixed.outputs, reference.case)
 
 
@@ -140,7 +129,7 @@ def speculate(reference: Reference) -> EngineHost:
     case, repeated = reference.case, reference.repeated
     if repeated is None:
         pytest.skip("vLLM 0.32 has no speculative decoding for Gated DeltaNet on CPUs")
-    engine = reference.engine(speculative_config=SPECULATION)
+    engine = reference.engine(speculative_config=NGRAM)
     for alone in (False, True):
         outputs = engine.generate(repeated.prompts, 4 * case.tokens, alone=alone)
         assert_same(outputs, repeated.outputs, case)
@@ -148,22 +137,18 @@ def speculate(reference: Reference) -> EngineHost:
 
 
 @pytest.mark.both_minors
-def test_a_prompt_gives_the_same_tokens_when_its_pages_come_from_the_prefix_cache(
-    reference: Reference,
-) -> None:
+def test_output_is_the_same_when_pages_come_from_the_prefix_cache(reference: Reference) -> None:
     read_from_the_prefix_cache(reference)
 
 
-def test_reading_a_wrong_page_of_the_prefix_cache_would_show(
-    reference: Reference, plant: Callable[[str], None]
-) -> None:
+def test_reading_a_wrong_cached_page_is_detected(reference: Reference, plant: Plant) -> None:
     plant("page of the neighbour")
     with pytest.raises(AssertionError, match=DIFFERENT):
         read_from_the_prefix_cache(reference)
 
 
 @pytest.mark.both_minors
-def test_pages_left_by_another_prompt_with_the_same_beginning_give_the_same_tokens(
+def test_output_is_the_same_with_pages_of_another_prompt_with_the_same_beginning(
     reference: Reference,
 ) -> None:
     engine, texts = reference.engine(), reference.same_beginning
@@ -174,31 +159,21 @@ def test_pages_left_by_another_prompt_with_the_same_beginning_give_the_same_toke
 
 
 @pytest.mark.both_minors
-def test_twenty_requests_of_mixed_lengths_at_once_give_what_each_gives_alone(
-    reference: Reference,
-) -> None:
-    lengths = sorted(map(len, reference.mixed.prompts))
-    assert len(lengths) == CONCURRENT
-    assert lengths[0] < 64
-    assert lengths[-1] > 400
+def test_output_is_the_same_in_a_batch_of_twenty_mixed_lengths(reference: Reference) -> None:
     run_at_once(reference)
 
 
 @pytest.mark.both_minors
-def test_a_token_missed_in_company_would_show(
-    reference: Reference, plant: Callable[[str], None]
-) -> None:
+def test_a_token_missed_in_a_batch_is_detected(reference: Reference, plant: Plant) -> None:
     plant("one token short")
     with pytest.raises(AssertionError, match=DIFFERENT):
         run_at_once(reference)
 
 
 @pytest.mark.parametrize("chunk", [96, 32])
-def test_output_does_not_depend_on_the_chunks_a_prompt_is_cut_into(
-    reference: Reference, chunk: int
-) -> None:
+def test_output_does_not_depend_on_the_chunks_of_a_prompt(reference: Reference, chunk: int) -> None:
     engine, mixed = run_in_chunks(reference, chunk), reference.mixed
-    # All at once, chunks of several prompts share a step with other prompts' decodes.
+    # All at once, so that chunks of several prompts share steps with decodes.
     engine.generate(mixed.prompts, 1, fresh=True)
     cached = engine.generate(mixed.prompts, reference.case.tokens)
     assert max(output.cached for output in cached) >= engine.started["block_size"]
@@ -206,27 +181,36 @@ def test_output_does_not_depend_on_the_chunks_a_prompt_is_cut_into(
 
 
 @pytest.mark.parametrize("fault", ["lost slot", "page of the neighbour", "window off by one"])
-def test_a_chunk_that_is_stored_or_read_wrongly_would_show(
-    reference: Reference, plant: Callable[[str], None], fault: str
+def test_a_chunk_that_is_stored_or_read_wrongly_is_detected(
+    reference: Reference, plant: Plant, fault: str
 ) -> None:
     if fault == "window off by one" and reference.case.model != "gemma3":
         pytest.skip("no layer of this model has a sliding window")
     if (fault, reference.case.model) == ("lost slot", "qwen3-next"):
         pytest.skip(
-            "a token lost of each 32 moves log-probabilities by 0.23, and cutting a prompt into "
-            "other chunks moves them by 0.25; the dense models show it"
+            "a lost token of each 32 moves log-probabilities by 0.23, and other chunks move them "
+            "by 0.25; the dense models show it"
         )
     plant(fault)
     with pytest.raises(AssertionError, match=DIFFERENT):
         run_in_chunks(reference, chunk=32, longest=4)
 
 
-def test_ngram_speculation_gives_what_decoding_without_it_gives(reference: Reference) -> None:
+def test_ngram_speculation_does_not_change_the_output(reference: Reference) -> None:
     metrics = speculate(reference).metrics()
     drafted = metrics["vllm:spec_decode_num_draft_tokens"]
     accepted = metrics["vllm:spec_decode_num_accepted_tokens"]
     print(f"{drafted:.0f} drafted, {accepted:.0f} accepted")
     assert drafted > accepted > 4
+
+
+@pytest.mark.parametrize("fault", ["drafts see each other", "drafts one token short"])
+def test_drafts_that_see_too_many_or_too_few_tokens_are_detected(
+    reference: Reference, plant: Plant, fault: str
+) -> None:
+    plant(fault)
+    with pytest.raises(AssertionError, match=DIFFERENT):
+        speculate(reference)
 
 
 @pytest.fixture(scope="module")
@@ -241,60 +225,50 @@ def interpreting_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engi
     host.close()
 
 
-def soonest_drafted(texts: Texts, case: Case, chunk: int) -> tuple[int, int]:
-    """Return the text that shows a verified draft in the fewest steps, and its number of tokens.
+def earliest_draft(texts: Texts, bounds: Bounds, tokens: int, chunk: int) -> tuple[int, int]:
+    """Return the text that verifies a draft after the fewest steps, and its number of tokens.
 
-    Drafts are what stood behind the same token before. The prompt fills at least two chunks.
+    A draft is what followed the same token before. The prompt fills at least two chunks.
     """
     found = []
     for i, (prompt, output) in enumerate(zip(texts.prompts, texts.outputs, strict=True)):
         seen = set(prompt)
-        for count, token in enumerate(output.tokens[: case.tokens - 1], 1):
+        for count, token in enumerate(output.tokens[: tokens - 1], 1):
             if token in seen:
                 chunks = len(prompt) // chunk
-                if chunks >= 2 and decisive([shortened(output, count + 1)], case):
+                if chunks >= 2 and is_decisive(shortened(output, count + 1), bounds):
                     found.append((chunks + count, i, count + 1))
                 break
             seen.add(token)
-    _, text, tokens = min(found)
-    return text, tokens
+    _, text, count = min(found)
+    return text, count
 
 
-def test_the_gpu_kernels_give_what_the_cpu_kernels_give(
+def test_the_gpu_kernels_give_the_output_of_the_cpu_kernels(
     reference: Reference, request: pytest.FixtureRequest
 ) -> None:
     """Backend, metadata, plans and kernels are a GPU's; the engine is vLLM's for CPUs."""
     if reference.case.model != "gemma3" or reference.repeated is None:
         pytest.skip("takes a minute, and Gemma3 has both kinds of attention layers")
     interpreting_host: EngineHost = request.getfixturevalue("interpreting_host")
-    # They round queries and weights to fp16.
-    case = replace(reference.case, rounding=0.1)
+    # The GPU kernels round queries and weights to fp16.
+    bounds = Bounds(0.1, reference.case.bounds.limit)
+    case = replace(reference.case, bounds=bounds)
     chunk = 32
-    drafted, tokens = soonest_drafted(reference.repeated, case, chunk)
+    drafted, tokens = earliest_draft(reference.repeated, bounds, case.tokens, chunk)
     prompts, expected = [reference.repeated.prompts[drafted]], [reference.repeated.outputs[drafted]]
-    mixed = reference.mixed
-    outputs = [shortened(output, tokens) for output in mixed.outputs]
-    for i in sorted(decisive(outputs, case), key=lambda i: len(mixed.prompts[i]))[:2]:
-        prompts.append(mixed.prompts[i])
-        expected.append(mixed.outputs[i])
+    mixed = sorted(zip(*vars(reference.mixed).values(), strict=True), key=lambda t: len(t[0]))
+    for prompt, output in mixed:
+        if is_decisive(shortened(output, tokens), bounds) and len(prompts) < 3:
+            prompts.append(prompt)
+            expected.append(output)
     expected = [shortened(output, tokens) for output in expected]
     assert len(prompts) == 3
     print(f"prompts of {[*map(len, prompts)]} tokens, {tokens} decoded")
     engine = interpreting_host.engine(
-        **arguments(
-            reference.model, case, max_num_batched_tokens=chunk, speculative_config=SPECULATION
-        )
+        **arguments(reference.model, case, max_num_batched_tokens=chunk, speculative_config=NGRAM)
     )
     assert "kernels=cpu:interpreter" in engine.log.read_text()
     # All at once: whole prompts, chunks, drafts to verify and plain decodes share steps.
     assert_same(engine.generate(prompts, tokens), expected, case)
     assert engine.metrics()["vllm:spec_decode_num_draft_tokens"] > 0
-
-
-@pytest.mark.parametrize("fault", ["drafts see each other", "drafts one token short"])
-def test_drafts_that_see_too_much_or_too_little_would_show(
-    reference: Reference, plant: Callable[[str], None], fault: str
-) -> None:
-    plant(fault)
-    with pytest.raises(AssertionError, match=DIFFERENT):
-        speculate(reference)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `vllm serve` shows on /metrics of a hybrid model's prefix cache, while chats go on."""
+"""The metrics of a hybrid model's prefix cache on /metrics of `vllm serve` during chats."""
 
 from __future__ import annotations
 
@@ -7,36 +7,35 @@ import json
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
-from rich.console import Console
 
-from testing.server import serve
-from testing.workload import random_prompt
+from testing.processes import wait_until
+from testing.server import Server, serve
+from testing.tokenizer import random_prompt
 
 pytestmark = [pytest.mark.engine, pytest.mark.both_minors]
 
 CHATS, TURNS = 3, 3
 BEGINNING = 300
-"""Tokens that all chats begin with: more than two blocks, so that attention can serve them."""
+"""Tokens with which all chats begin: more than two blocks, so that attention layers hit."""
 
 SETTLED_S = 60.0
-"""By then a server has been told what its engine did."""
+"""After this time the server has received the counters of its engine."""
 
 ANY = "any"
 
 
 @dataclass(frozen=True)
 class Scrape:
-    """What /metrics showed.
+    """The content of /metrics.
 
     Attributes:
-        values: By name and kind (`ANY` where there is none).
+        values: By name and label `kind` (`ANY` if it has none).
         labels: Model and engine, by name.
         help: By name, without `_total`.
     """
@@ -55,10 +54,10 @@ class Served:
 
     Attributes:
         before: Its metrics before the first request.
-        after: Those after the last, from several requests for them.
-        cached: Tokens from the cache, by request, as the server's answers have them.
-        folders: Names and permissions of what lay in its temporary folder meanwhile.
-        left: What it left there.
+        after: Several scrapes after the last request.
+        cached: For each request, the tokens from the cache by the server's answer.
+        folders: Names and permissions of the folders of metrics in its temporary folder.
+        left: Those that it left behind.
     """
 
     before: Scrape
@@ -68,10 +67,9 @@ class Served:
     left: list[str]
 
 
-def scrape(url: str) -> Scrape:
-    text = httpx.get(f"{url}/metrics", follow_redirects=True, timeout=60).text
+def scrape(server: Server) -> Scrape:
     found = Scrape({}, {}, {})
-    for family in text_string_to_metric_families(text):
+    for family in server.metrics():
         found.help[family.name] = family.documentation
         for sample in family.samples:
             if sample.name.startswith(("vllm_hybrid_kv:", "vllm:prefix_cache_")):
@@ -82,20 +80,8 @@ def scrape(url: str) -> Scrape:
     return found
 
 
-def settled(url: str, requests: int) -> Scrape:
-    """Wait until the server knows of all requests."""
-    deadline = time.monotonic() + SETTLED_S
-    while True:
-        found = scrape(url)
-        ours = found.values.get(("vllm_hybrid_kv:prefix_cache_requests_total", ANY), 0)
-        if found.values["vllm:prefix_cache_queries_total", ANY] and ours == requests:
-            return found
-        assert time.monotonic() < deadline, found
-        time.sleep(0.2)
-
-
 def chat(url: str, model: str) -> list[int]:
-    """Send chats whose turns come in turn; return each request's tokens from the cache."""
+    """Send chats whose turns alternate; return each request's tokens from the cache."""
     beginning = random_prompt(BEGINNING, seed=7)
     chats = [beginning + random_prompt(300, seed=70 + i)[1:] for i in range(CHATS)]
     cached = []
@@ -116,10 +102,10 @@ def chat(url: str, model: str) -> list[int]:
 @pytest.fixture(scope="module", params=["1", "2"], ids=["one API server", "two API servers"])
 def served(
     request: pytest.FixtureRequest,
-    small_model: Callable[[str, str], Path],
+    small_model: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Served]:
-    model = small_model("qwen3-next", "bfloat16")
+) -> Served:
+    model = small_model("qwen3-next")
     folder = tmp_path_factory.mktemp("served")
     temporary = folder / "tmp"
     temporary.mkdir()
@@ -134,12 +120,18 @@ def served(
         environment.setenv("TMPDIR", str(temporary))
         for name in ("PROMETHEUS_MULTIPROC_DIR", "HYBRID_KV_METRICS_DIR"):
             environment.delenv(name, raising=False)
-        console = Console(file=(folder / "progress.txt").open("w"))
-        with serve(model, arguments, folder / "server.log", console) as (server, _):
-            before = scrape(server.url)
+        with serve(model, arguments, folder / "server.log") as (server, _):
+            before = scrape(server)
             cached = chat(server.url, str(model))
-            settled(server.url, len(cached))
-            after = [scrape(server.url) for _ in range(4)]
+
+            def settled() -> bool:
+                values = scrape(server).values
+                ours = values.get(("vllm_hybrid_kv:prefix_cache_requests_total", ANY), 0)
+                return values["vllm:prefix_cache_queries_total", ANY] > 0 and ours == len(cached)
+
+            assert wait_until(settled, SETTLED_S), scrape(server)
+            time.sleep(0.2)
+            after = [scrape(server) for _ in range(4)]
             folders = {
                 path.name: stat.S_IMODE(path.stat().st_mode)
                 for path in temporary.iterdir()
@@ -149,7 +141,7 @@ def served(
     return Served(before, after, cached, folders, left)
 
 
-def test_the_counters_agree_with_vllms_and_with_what_the_answers_say(served: Served) -> None:
+def test_the_counters_agree_with_vllms_and_with_the_answers(served: Served) -> None:
     for after in served.after:
         hits = after.values["vllm:prefix_cache_hits_total", ANY]
         assert hits == sum(served.cached) > 0
@@ -160,7 +152,7 @@ def test_the_counters_agree_with_vllms_and_with_what_the_answers_say(served: Ser
         assert after.labels[name] == after.labels["vllm:prefix_cache_hits_total"]
 
 
-def test_the_counters_say_which_kind_lost_what_the_others_had(served: Served) -> None:
+def test_the_counters_show_the_kind_that_shortened_the_hits(served: Served) -> None:
     after = served.after[-1]
     reach = after.of("prefix_cache_alone_tokens", "full_attention")
     lost = after.of("prefix_cache_lost_tokens", "mamba")
@@ -172,7 +164,7 @@ def test_the_counters_say_which_kind_lost_what_the_others_had(served: Served) ->
     assert after.of("prefix_cache_alone_tokens", "mamba") >= sum(served.cached)
 
 
-def test_checkpoints_that_were_kept_and_used_are_counted(served: Served) -> None:
+def test_kept_and_used_checkpoints_are_counted(served: Served) -> None:
     after = served.after[-1]
     kept, used = (
         sum(value for (name, _), value in after.values.items() if name == f"vllm_hybrid_kv:{what}")
@@ -182,16 +174,15 @@ def test_checkpoints_that_were_kept_and_used_are_counted(served: Served) -> None
     assert used == sum(tokens > 0 for tokens in served.cached)
 
 
-def test_every_counter_starts_at_0_and_says_what_it_counts(served: Served) -> None:
+def test_every_counter_starts_at_0_and_has_a_help_text(served: Served) -> None:
     ours = {name for name, _ in served.before.values if name.startswith("vllm_hybrid_kv:")}
     assert len(ours) == 9
-    assert not any(
-        value for (name, _), value in served.before.values.items() if name.startswith("vllm_hybrid")
-    )
+    for (name, _), value in served.before.values.items():
+        assert value == 0 or name not in ours
     for name in ours:
         assert len(served.before.help[name.removesuffix("_total")]) > 30
 
 
-def test_one_folder_that_only_its_owner_reads_is_used_and_none_is_left(served: Served) -> None:
+def test_one_folder_that_only_its_owner_can_read_is_used_and_removed(served: Served) -> None:
     assert list(served.folders.values()) == [0o700]
     assert not served.left

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trained models recall as well from k8v4 pages as from an unquantised cache.
 
-Random models say that something changed; these say whether it matters. See docs/recall.md.
+Random models show that something changed; these show whether it matters.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from typing import Any
 
 import pytest
 
+from testing import model_cases
 from testing.engine_host import EngineHost
+from testing.model_cases import NGRAM
+from testing.planted_faults import FAULTS
 from tests.recall import sequences
 from tests.recall.questions import Tally, copies, count_answers, questions_one_by_one, sheets
 
@@ -23,24 +26,24 @@ pytestmark = pytest.mark.engine
 MODELS = Path(__file__).parents[1] / "recall" / "models"
 
 RECALL = 0.99
-"""What the models must reach with an unquantised cache."""
+"""Share of right answers that the models must reach with an unquantised cache."""
 WORSE = 0.005
-"""By how much a share of right answers may be lower with k8v4, at each distance and depth."""
+"""How much lower the share may be with k8v4, at each distance and depth."""
 LESS_SURE = 0.003
-"""By how much the mean negative log-probability of right answers may be higher.
+"""How much higher the mean negative log-probability of right answers may be.
 
-With k8v4 it was 0.0005 (Gemma3) and 0.0008 (Qwen3-Next) higher. A token's values with the scale of
-its neighbour are often near enough to be told apart, but not as surely: 0.040 and 0.008 higher.
+With k8v4 it was 0.0005 (Gemma3) and 0.0008 (Qwen3-Next) higher. With a neighbour's scale a token's
+values can often still be told apart, but not as surely: 0.040 and 0.008 higher.
 """
 ENOUGH = 200
-"""Questions of one distance and depth that make a share of them: one is half a point."""
+"""Minimum number of questions of one distance and depth, so that one is half a point."""
 
 DIFFERENT = "recalls"
-"""What is said of an engine that recalls worse."""
+"""The message about an engine that recalls worse."""
 
 LENGTHS = (*[2000] * 4, *[700] * 4, *[200] * 8)
 COPIED = 24
-"""Copies, with what is copied, and tokens of each that are decoded."""
+"""Tokens of each copy that are decoded."""
 
 
 @functools.cache
@@ -54,25 +57,16 @@ def few_sheets() -> list[sequences.Sequence]:
 
 
 def settings(shape: str, **more: Any) -> dict[str, Any]:
-    """Return the arguments of an engine with a k8v4 cache, which `more` may change."""
+    """Return the arguments of an engine with a k8v4 cache, changed by `more`."""
     if shape == "gemma3":
-        # Its blocks are of two lengths, see `test_greedy_output.arguments`.
+        # Its blocks have two lengths, see `test_greedy_output.arguments`.
         more = {"block_size": 32, **more}
-    return {
-        "model": str(MODELS / shape),
-        "dtype": "bfloat16",
-        "kv_cache_dtype": "turboquant_k8v4",
-        "enforce_eager": True,
-        "enable_prefix_caching": True,
-        "max_num_seqs": 32,
-        "max_num_batched_tokens": 2048,
-        **more,
-    }
+    return model_cases.settings(MODELS / shape, "bfloat16", **more)
 
 
 @dataclass(frozen=True)
 class Plain:
-    """What a model recalls with an unquantised cache, and where to run others."""
+    """What a model recalls with an unquantised cache, and the process for other engines."""
 
     shape: str
     host: EngineHost
@@ -86,7 +80,7 @@ class Plain:
 
 
 def answer(engine: EngineHost, asked: list[sequences.Sequence]) -> Tally:
-    """Count what the model would have answered to the questions in prompts."""
+    """Count the answers of the model to the questions in prompts."""
     prompts = [sheet.tokens.tolist() for sheet in asked]
     outputs = engine.generate(prompts, 1, prompt_logprobs=True)
     ranks = [output.prompt_ranks or [] for output in outputs]
@@ -96,9 +90,9 @@ def answer(engine: EngineHost, asked: list[sequences.Sequence]) -> Tally:
 def copied_share(
     engine: EngineHost, lengths: Sequence[int] = LENGTHS, tokens: int = COPIED, **how: bool
 ) -> float:
-    """Return the share of tokens that are decoded as they were in the prompt.
+    """Return the share of decoded tokens that repeat the prompt's.
 
-    A copy may begin in the middle of what is copied, and end before so many tokens.
+    A copy may begin in the middle of the original, and end before `tokens` tokens.
     """
     prompts, wanted = copies(3, lengths)
     outputs = engine.generate(prompts, tokens, **how)
@@ -112,7 +106,7 @@ def copied_share(
 
 
 def assert_as_good(tally: Tally, plain: Tally, enough: int = ENOUGH) -> None:
-    """Assert that at every distance and depth, and in all, recall is not worse than plain."""
+    """Assert that recall is not worse than plain, in total and at every distance and depth."""
     print(tally.table())
     assert tally.share >= plain.share - WORSE, f"recalls {tally.share:.2%}, not {plain.share:.2%}"
     assert tally.loss <= plain.loss + LESS_SURE, (
@@ -135,19 +129,12 @@ def plain(request: pytest.FixtureRequest, host: EngineHost) -> Plain:
     return Plain(shape, host, tally, answer(engine, few_sheets()), copied_share(engine))
 
 
-@pytest.fixture
-def plant(plain: Plain) -> Iterator[Callable[[str], None]]:
-    """A function that makes the running engine go wrong until the test ends."""
-    yield plain.host.plant
-    plain.host.plant(None)
-
-
 @pytest.mark.both_minors
 def test_the_model_recalls_and_copies_with_an_unquantised_cache(plain: Plain) -> None:
     assert plain.tally.share >= RECALL
     assert plain.copied >= RECALL
     few = {place: asked for place, asked in plain.tally.asked.items() if asked < ENOUGH}
-    # So far back, yet in the last quarter: only some pairs of the longest prompts.
+    # Only some pairs of the longest prompts are so far apart and in the last quarter.
     assert set(few) <= {(2048, 3)}
 
 
@@ -157,7 +144,7 @@ def test_k8v4_recalls_at_every_distance_and_depth(plain: Plain) -> None:
 
 
 @pytest.mark.both_minors
-def test_k8v4_copies_token_by_token_in_mixed_company(plain: Plain) -> None:
+def test_k8v4_copies_token_by_token_in_a_mixed_batch(plain: Plain) -> None:
     assert copied_share(plain.engine(), fresh=True) >= plain.copied - WORSE
 
 
@@ -176,10 +163,8 @@ def test_k8v4_recalls_from_pages_of_the_prefix_cache(plain: Plain) -> None:
     assert tally.share >= plain.tally.share - WORSE
 
 
-@pytest.mark.parametrize(
-    "fault", ["swapped nibbles", "scale of the neighbour", "stale page", "clipped keys"]
-)
-def test_a_page_stored_wrongly_would_show(
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_page_that_is_stored_wrongly_is_detected(
     plain: Plain, plant: Callable[[str], None], fault: str
 ) -> None:
     engine = plain.engine()
@@ -188,33 +173,25 @@ def test_a_page_stored_wrongly_would_show(
         assert_as_good(answer(engine, few_sheets()), plain.few)
 
 
-SPECULATION = {
-    "method": "ngram",
-    "num_speculative_tokens": 3,
-    "prompt_lookup_min": 1,
-    "prompt_lookup_max": 3,
-}
-
-
 @pytest.mark.long
 def test_k8v4_recalls_from_chunks_that_share_steps_with_other_requests(plain: Plain) -> None:
     engine = plain.engine(max_num_batched_tokens=96)
     assert_as_good(answer(engine, all_sheets()), plain.tally)
-    # Chunks of long prompts run beside the decodes of short ones.
+    # Chunks of long prompts share steps with the decodes of short ones.
     assert copied_share(engine, fresh=True) >= plain.copied - WORSE
 
 
 @pytest.mark.long
-def test_k8v4_copies_after_preemption_what_it_copies_without(plain: Plain) -> None:
+def test_k8v4_copies_the_same_after_preemption(plain: Plain) -> None:
     lengths, tokens = [2000] * 8, 500
-    # Layers with a window hold a chunk and the window while a prompt is read, and only the window
-    # later: of long chunks an answer would need less than there was room for before it began.
+    # During prefill layers with a window hold a chunk and the window, later only the window: with
+    # long chunks an answer would need less room than its prompt, and nothing would be preempted.
     chunks = {"max_num_batched_tokens": 64} if plain.shape == "gemma3" else {}
     engine = plain.engine(**chunks)
-    # In long copies a model may lose its place, so it is compared with itself.
+    # A model may lose its place in long copies, so it is compared with itself.
     expected = copied_share(engine, lengths, tokens, fresh=True)
     plan = engine.plan()
-    # Enough for two of these prompts, and not for both answers.
+    # Room for two of these prompts, but not for both answers.
     longest = {"gemma3": 1.2, "qwen3-next": 2.0}[plain.shape]
     blocks = int(longest * plan["blocks"] / plan["reported_concurrency"]) + 1
     engine = plain.engine(**chunks, num_gpu_blocks_override=blocks)
@@ -226,7 +203,7 @@ def test_k8v4_copies_after_preemption_what_it_copies_without(plain: Plain) -> No
 def test_k8v4_copies_with_drafts_to_verify(plain: Plain) -> None:
     if plain.shape == "qwen3-next":
         pytest.skip("vLLM 0.32 has no speculative decoding for Gated DeltaNet on CPUs")
-    engine = plain.engine(speculative_config=SPECULATION)
+    engine = plain.engine(speculative_config=NGRAM)
     assert copied_share(engine, tokens=4 * COPIED, fresh=True) >= plain.copied - WORSE
     metrics = engine.metrics()
     drafted = metrics["vllm:spec_decode_num_draft_tokens"]
@@ -239,7 +216,7 @@ def test_k8v4_copies_with_drafts_to_verify(plain: Plain) -> None:
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineHost]:
     """A host whose engines are of two tensor-parallel processes."""
     log = tmp_path_factory.mktemp("two") / "log.txt"
-    # A thread each, on whatever cores there are.
+    # Two processes of a thread each share the cores.
     host = EngineHost(log, VLLM_CPU_OMP_THREADS_BIND="nobind")
     yield host
     host.close()

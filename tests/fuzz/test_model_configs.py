@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-from testing.described_model import hybrid_config
+from testing.models import large_state_config
 from testing.shapes import SHAPES
 from tests.fuzz.json_values import damaged, encoded, json_values, with_a_change
 from vllm_hybrid_kv.tools.main import app
@@ -29,7 +29,7 @@ MODELS = [
 ]
 """One of text alone, two of more than text, one whose weights are quantised."""
 
-LLAMA, HYBRID = MODELS[0], json.loads(hybrid_config().to_json_string())
+LLAMA, HYBRID = MODELS[0], json.loads(large_state_config().to_json_string())
 READ_HERE = (
     *("architectures", "model_type", "quantization_config", "text_config", "llm_config"),
     *("dtype", "num_hidden_layers"),

@@ -7,8 +7,7 @@ import pytest
 from transformers import FalconH1Config
 from vllm.engine.arg_utils import EngineArgs
 
-from testing.described_model import hybrid_config
-from testing.models import gemma3_config, with_mtp_layer
+from testing.models import gemma3_config, large_state_config, with_mtp_layer
 from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.errors import HybridKVError
 
@@ -21,7 +20,7 @@ MESSAGE = "can corrupt them"
 
 
 def gated_delta_net():
-    return with_mtp_layer(hybrid_config())
+    return with_mtp_layer(large_state_config())
 
 
 def mamba2():

@@ -8,14 +8,15 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from testing import environments
+from testing import virtual_environments
 from vllm_hybrid_kv.tools.main import app
 
-ROOT = environments.ROOT
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +51,7 @@ def make_environment(wheel, tmp_path_factory):
 
     def make(**options):
         folder = tmp_path_factory.mktemp(f"environment{next(numbers)}")
-        return environments.make(folder / "venv", wheel, **options)
+        return virtual_environments.make(folder / "venv", wheel, **options)
 
     return make
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from testing.described_model import hybrid_config
+from testing.models import large_state_config
 from vllm_hybrid_kv.tools.main import app
 from vllm_hybrid_kv.tools.options import memory_size
 from vllm_hybrid_kv.tools.output import format_size
@@ -50,7 +50,7 @@ def test_a_size_is_written_in_the_largest_binary_unit_that_it_fills(size, text):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("replay")
-    (folder / "hybrid.json").write_text(hybrid_config().to_json_string())
+    (folder / "hybrid.json").write_text(large_state_config().to_json_string())
     requests = []
     for i in range(12):
         for turn in range(3):

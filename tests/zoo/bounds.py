@@ -8,7 +8,7 @@ import statistics
 from typing import Any
 
 CACHED_APART = 0.15
-"""Log-probabilities of bfloat16 models, fresh and cached: `rounding` in testing/workload.py."""
+"""Log-probabilities of bfloat16 models, fresh and cached: `rounding` in testing/model_cases.py."""
 
 STATES_APART = 1.0
 """The same where states are rounded to bfloat16 at each chunk of a prompt."""

@@ -70,24 +70,18 @@ def _said_by(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _engine(folder: str, dtype: str) -> Iterator[Any]:
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
+    from testing.engine_worker import start_engine, stop_engine
     from tests.zoo.weights import fill
 
     def load_weights(self: Any, model: Any, model_config: Any) -> None:
         fill(model)
 
-    if "llvmlite.binding.ffi" in sys.modules:
-        # See `_let_vllm_scan_llvmlite` of testing/engine_worker.py.
-        from llvmlite.binding import ffi
-
-        ffi.lib._fntab["__dict__"] = {}
     llm = None
     try:
         with patch.object(DummyModelLoader, "load_weights", load_weights):
-            llm = LLM(
+            llm = start_engine(
                 model=folder,
                 load_format="dummy",
                 skip_tokenizer_init=True,
@@ -105,26 +99,25 @@ def _engine(folder: str, dtype: str) -> Iterator[Any]:
         yield llm
     finally:
         if llm is not None:
-            llm.llm_engine.engine_core.shutdown()
+            stop_engine(llm)
         del llm
         gc.collect()
-        cleanup_dist_env_and_memory()
 
 
 def _measure(llm: Any) -> dict[str, Any]:
     """Send prompts: for their log-probabilities, then each twice with the prefix cache."""
     from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 
-    from testing import requests
+    from testing import engine_requests
     from tests.zoo.tiny import VOCABULARY
     from vllm_hybrid_kv.planning.smallest_hit import smallest_hit
 
     prompts = [_prompt(length, VOCABULARY) for length in LENGTHS]
-    outputs = requests.generate(llm, prompts, 1, prompt_logprobs=True)
+    outputs = engine_requests.generate(llm, prompts, 1, prompt_logprobs=True)
     logprobs = [value for output in outputs for value in output.prompt_logprobs or []]
-    fresh = requests.generate(llm, prompts, 4, alone=True, fresh=True)
-    first = requests.generate(llm, prompts, 4, alone=True)
-    again = requests.generate(llm, prompts, 4, alone=True)
+    fresh = engine_requests.generate(llm, prompts, 4, alone=True, fresh=True)
+    first = engine_requests.generate(llm, prompts, 4, alone=True)
+    again = engine_requests.generate(llm, prompts, 4, alone=True)
     config = llm.llm_engine.vllm_config
     plan = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
     return {

@@ -13,8 +13,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.structured_output import StructuredOutputManager
 
-from testing.described_model import hybrid_config
-from testing.models import with_mtp_layer
+from testing.models import large_state_config, with_mtp_layer
 from tests.coordinator.soak import connector
 from tests.coordinator.soak.connector import SoakConnector
 from tests.coordinator.soak.plans import Plan
@@ -39,7 +38,7 @@ def make_scheduler(plan: Plan) -> Scheduler:
 def _folder() -> str:
     """Return a folder with a model's configuration: what vLLM makes its own one of."""
     folder = tempfile.mkdtemp()
-    with_mtp_layer(hybrid_config()).save_pretrained(folder)
+    with_mtp_layer(large_state_config()).save_pretrained(folder)
     return folder
 
 

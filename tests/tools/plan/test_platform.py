@@ -59,10 +59,10 @@ def test_one_rank_is_the_only_one_again_afterwards(shape):
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_states_on_gpus_do_not_depend_on_this_machines_cpu(monkeypatch, tmp_path, bf16):
-    from testing.described_model import hybrid_config
+    from testing.models import large_state_config
 
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
-    (tmp_path / "config.json").write_text(hybrid_config().to_json_string())
+    (tmp_path / "config.json").write_text(large_state_config().to_json_string())
     arguments = {"model": str(tmp_path), "gpu_memory_utilization": 0.1}
     on_gpu = Model({**arguments, "block_size": 16}, "gpu").specs["model.layers.0.linear_attn"]
     on_cpu = Model(arguments, "cpu").specs["model.layers.0.linear_attn"]

@@ -1,37 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models that are run, how large, and the prompts they get."""
+"""The models that are run, their sizes, and their prompts."""
 
 from __future__ import annotations
 
-import math
 import random
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from benchmarks.engine.comparing import Bounds
 from benchmarks.engine.configurations import HYBRIDS
-from testing.models import BOS_TOKEN_ID, CONFIGS, with_mtp_layer
-from testing.tokenizer import SPECIAL_TOKENS, VOCAB_SIZE
+from testing.models import CONFIGS, with_mtp_layer
+from testing.output_comparison import Bounds
+from testing.tokenizer import random_prompt, repeated_prompt
 
 MODELS = ("llama", "gemma3", "qwen3-next", "qwen3.5")
-"""Full attention; sliding windows; Gated DeltaNet with experts and, dense, without."""
+"""Full attention; sliding windows; Gated DeltaNet with experts, and without."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is run.
+    """The amount of work.
 
     Attributes:
-        pool: Prompts to choose from.
-        prompts: Prompts that are compared.
-        longest: Tokens of the longest of them.
-        tokens: Tokens that each generates.
-        small_models: Whether speed is measured with the models that outputs are compared with.
-        cells: Batches and context lengths at which speed is measured.
-        rounds: Times that each engine is measured, in turn.
+        pool: Number of prompts to choose from.
+        prompts: Number of prompts whose outputs are compared.
+        longest: Tokens of the longest prompt.
+        tokens: Tokens that each prompt generates.
+        small_models: Time the same small models whose outputs are compared.
+        cells: Batch sizes and context lengths to time.
+        rounds: How often each engine is timed, in turn.
         steps: Steps of each time.
-        cache_share: Of the device's memory for the cache of an engine whose speed is measured.
+        cache_share: Share of the device's memory for the cache of a timed engine.
     """
 
     pool: int
@@ -46,12 +45,12 @@ class Sizes:
 
     @property
     def longest_context(self) -> int:
-        """Tokens of the longest context at which speed is measured."""
+        """Tokens of the longest context to time."""
         return max(length for _, length in self.cells)
 
     @property
     def decoded(self) -> int:
-        """Steps for which a request is decoded while its speed is measured, and some to spare."""
+        """Upper bound of the steps that a request is decoded while it is timed."""
         return (self.rounds + 1) * (self.steps + 1) + 8
 
 
@@ -79,15 +78,15 @@ SMALLEST = Sizes(
 )
 
 
-def to_compare(model: str) -> PreTrainedConfig:
-    """Return the model whose outputs are compared: small, so that it is made in a second."""
+def config_to_compare(model: str) -> PreTrainedConfig:
+    """Return the model whose outputs are compared; small, so that it is built in a second."""
     config = CONFIGS[model]()
     return with_mtp_layer(config) if model in HYBRIDS else config
 
 
-def to_time(model: str, sizes: Sizes) -> PreTrainedConfig:
-    """Return the model whose speed is measured: attention of the size that real ones have."""
-    config = to_compare(model)
+def config_to_time(model: str, sizes: Sizes) -> PreTrainedConfig:
+    """Return the model to time, whose attention is as large as in real models."""
+    config = config_to_compare(model)
     room = sizes.longest_context + 4 * sizes.decoded
     config.max_position_embeddings = max(config.max_position_embeddings, room)
     if sizes.small_models:
@@ -97,7 +96,7 @@ def to_time(model: str, sizes: Sizes) -> PreTrainedConfig:
     config.head_dim = head_size
     config.hidden_size = 1024
     config.intermediate_size = 2048
-    # Of a dense model the first two and the last two layers stay unquantised.
+    # The first two and the last two layers of a dense model are not quantised.
     layers = 16 if model in HYBRIDS else 12
     config.num_hidden_layers = layers
     if model == "gemma3":
@@ -112,12 +111,10 @@ def to_time(model: str, sizes: Sizes) -> PreTrainedConfig:
 
 
 def bounds_of(model: str, dtype: str) -> Bounds:
-    """Return how far rounding alone may move a log-probability.
+    """Return how far rounding alone may move a log-probability, as measured on CPUs.
 
-    Found with the end-to-end tests, on CPUs. float32 rounds at 1e-7, but a key or a value that
-    it takes across a step of its code moves by a whole step. bfloat16 rounds logits of 8 to 16 to
-    multiples of 1/16, and a compiled graph rounds elsewhere than an eager engine. With Gated
-    DeltaNet the chunks that a prompt is cut into make its state.
+    `testing/model_cases.py` explains the numbers. A compiled graph rounds differently from an
+    eager engine, hence 0.25 for bfloat16.
     """
     if model in HYBRIDS:
         return Bounds(rounding=0.4, farthest=1.0)
@@ -125,21 +122,8 @@ def bounds_of(model: str, dtype: str) -> Bounds:
 
 
 def dtype_of(model: str, device: str) -> str:
-    """Return the dtype in which outputs are compared: the most exact one that vLLM runs."""
+    """Return the most exact dtype that vLLM runs, in which outputs are compared."""
     return "float32" if device == "cpu" and model not in HYBRIDS else "bfloat16"
-
-
-def random_prompt(length: int, seed: int) -> list[int]:
-    """Return a prompt of random tokens."""
-    draw = random.Random(seed)
-    tokens = [draw.randrange(len(SPECIAL_TOKENS), VOCAB_SIZE) for _ in range(length - 1)]
-    return [BOS_TOKEN_ID, *tokens]
-
-
-def repeated_prompt(length: int, seed: int) -> list[int]:
-    """Return a short text over and over: ngram speculation proposes how it goes on."""
-    text = random_prompt(7 + seed % 5, seed)[1:]
-    return (text * math.ceil(length / len(text)))[:length]
 
 
 def prompt_pool(sizes: Sizes) -> list[list[int]]:
@@ -148,6 +132,7 @@ def prompt_pool(sizes: Sizes) -> list[list[int]]:
     pool = []
     for seed in range(sizes.pool):
         length = round(2 * (sizes.longest / 2) ** draw.random())
-        make = repeated_prompt if seed % 4 == 0 else random_prompt
-        pool.append(make(max(length, 8) if seed % 4 == 0 else length, seed))
+        repeated = seed % 4 == 0
+        make = repeated_prompt if repeated else random_prompt
+        pool.append(make(max(length, 8) if repeated else length, seed))
     return pool

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Virtual environments made of links to what is installed here, and of what a test puts in."""
+"""Virtual environments that link to the installed packages and add packages of a test."""
 
 import os
 import subprocess
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
 OURS = ("vllm_hybrid_kv", "__editable__")
 COMMAND = "from vllm_hybrid_kv.tools.main import app; app(prog_name='vllm-hybrid-kv')"
 
@@ -35,7 +34,7 @@ class Environment:
         site: Path | None = None,
         **modules: Any,
     ) -> Path:
-        """Install a package: its metadata, and the source of its modules by name."""
+        """Install a package with metadata and modules, given as source by name."""
         site = site or self.site
         information = site / f"{name.replace('-', '_')}-{version}.dist-info"
         information.mkdir(parents=True)
@@ -48,7 +47,7 @@ class Environment:
         return site
 
     def package(self, name: str, **files: str) -> Path:
-        """Put a package of Python without metadata in the place of the one that is linked."""
+        """Replace a linked package by one of these files without metadata."""
         folder = self.site / name
         folder.unlink(missing_ok=True)
         folder.mkdir()
@@ -64,7 +63,7 @@ class Environment:
         return folder
 
     def run(self, code: str, *arguments: str, **environment: str) -> Any:
-        """Run Python in it, with nothing of ours or of vLLM's in the environment."""
+        """Run Python without this plugin's and vLLM's variables in the environment."""
         clean = {
             name: value
             for name, value in os.environ.items()
@@ -81,28 +80,28 @@ class Environment:
         )
 
     def doctor(self, *arguments: str, **environment: str) -> Any:
-        """Run `vllm-hybrid-kv doctor` in it."""
+        """Run `vllm-hybrid-kv doctor`."""
         return self.run(COMMAND, "doctor", *arguments, **environment)
 
 
 def make(folder: Path, wheel: Path, *, without: Iterable[str] = ()) -> Environment:
-    """Make an environment with everything that is installed here, and with our wheel.
+    """Make an environment with all packages that are installed here, and with our wheel.
 
     Args:
-        folder: Where to make it.
+        folder: The folder to make it in.
         wheel: The unpacked wheel.
-        without: Beginnings of names in `site-packages` that are left out.
+        without: Prefixes of names in `site-packages` to omit.
     """
     venv.EnvBuilder(symlinks=True, with_pip=False).create(folder)
     python = folder / "bin" / "python"
     (site,) = folder.glob("lib/python*/site-packages")
-    left_out = (*OURS, "__pycache__", *without)
+    omitted = (*OURS, "__pycache__", *without)
     for installed in map(Path, sys.path):
         if installed.name == "site-packages":
             for entry in installed.iterdir():
                 link = site / entry.name
                 if (
-                    not entry.name.startswith(left_out)
+                    not entry.name.startswith(omitted)
                     and entry.suffix != ".pth"
                     and not link.is_symlink()
                 ):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways to go wrong on purpose, to prove that the end-to-end comparisons would show them."""
+"""Deliberate errors that prove that the end-to-end comparisons would show them."""
 
 from __future__ import annotations
 
@@ -11,35 +11,25 @@ from typing import Any
 import torch
 
 FAULTS = ("swapped nibbles", "scale of the neighbour", "stale page", "clipped keys")
-"""Ways to store a cache wrongly."""
+"""Faults of the stored cache."""
 
 STATE_FAULT = "states not copied"
-"""A request that resumes inside a block gets a block whose state nobody copied there."""
+"""A request that resumes inside a block gets a block to which no state was copied."""
 
 KERNEL_FAULT = "kernel swaps nibbles"
-"""The store kernel itself is wrong, which an engine finds when it starts."""
+"""The store kernel itself is wrong, which an engine detects at start-up."""
 
 STEP_FAULTS = (
-    "page of the neighbour",
-    "lost slot",
-    "window off by one",
-    "one token short",
-    "drafts one token short",
-    "drafts see each other",
-    "heads of the neighbour",
-    "stored too late",
+    "page of the neighbour",  # A continued prompt reads its second page instead of its first.
+    "lost slot",  # The last token of a step of several tokens is not stored.
+    "window off by one",  # Sliding windows are one token too long.
+    "one token short",  # In a step of several requests a decode does not see its own token.
+    "drafts one token short",  # When drafts are verified, each token sees one token fewer.
+    "drafts see each other",  # A token to be verified sees the drafts after it.
+    "heads of the neighbour",  # The second tensor-parallel process rotates its query heads.
+    "stored too late",  # A step's tokens are stored after its attention.
 )
-"""Ways to run a step wrongly.
-
-* page of the neighbour: what continues a prompt reads its second page in place of its first
-* lost slot: the last token of a step of several is not stored
-* window off by one: sliding windows are a token too long
-* one token short: in a step of several requests a decode does not see its own token
-* drafts one token short: where drafts are verified, each token sees one token fewer
-* drafts see each other: a token to be verified sees the drafts behind it
-* heads of the neighbour: the second tensor-parallel process shifts its query heads by one
-* stored too late: a step's tokens are stored when it has attended
-"""
+"""Faults of a step."""
 
 NUMBER_FAULTS = (
     "NaN key",
@@ -48,11 +38,16 @@ NUMBER_FAULTS = (
     "infinite value",
     "negative infinite value",
 )
-"""Numbers that one request alone has in its keys or values, in every layer.
+"""Numbers in the keys or values of one request, the one of more than `MARKED_TOKENS` tokens.
 
-It is the one of more than `MARKED_TOKENS` tokens. The first head of its first token in each step
-is spoilt.
+The first head of its first token in each step gets the number, in every layer.
 """
+
+DTYPE_FAULT = "shared layer with another dtype"
+"""Layers that share pages choose their own dtype, as in vLLM."""
+
+HEAD_SIZE_FAULT = "group read with another head size"
+"""The plan's first group of k8v4 pages is for heads of twice the size."""
 
 MARKED_TOKENS = 400
 
@@ -60,18 +55,13 @@ _originals: dict[tuple[Any, str], Callable[..., Any]] = {}
 
 
 class WorkerExtension:
-    """What vLLM adds to its workers, in whatever process they run."""
+    """Methods that vLLM adds to its workers."""
 
     def plant_fault(self, fault: str | None) -> None:
-        """Plant a fault in this worker's process."""
         plant(fault)
 
     def read_pages(self, blocks: tuple[list[int], ...]) -> dict[str, list[bytes]]:
-        """Return what blocks hold in this worker: by layer, the bytes of each of its group's.
-
-        Args:
-            blocks: Their ids, by KV group.
-        """
+        """Return by layer the contents of its group's blocks, given by KV group."""
         from vllm.v1.kv_cache_interface import group_kernel_blocks
 
         runner = self.model_runner  # type: ignore[attr-defined]
@@ -81,46 +71,29 @@ class WorkerExtension:
         for group, ids in zip(config.kv_cache_groups, blocks, strict=True):
             for name in group.layer_names:
                 cache = layers[name].kv_cache
-                # States come as several tensors.
+                # States consist of several tensors.
                 parts = cache if isinstance(cache, (list, tuple)) else [cache]
                 by_block = [group_kernel_blocks(part, config.num_blocks) for part in parts]
-                pages[name] = [b"".join(as_bytes(part[i]) for part in by_block) for i in ids]
+                pages[name] = [b"".join(_as_bytes(part[i]) for part in by_block) for i in ids]
         return pages
 
 
-def as_bytes(tensor: torch.Tensor) -> bytes:
-    """Return what a tensor holds, one element after the other."""
+def _as_bytes(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def plant(fault: str | None) -> None:
-    """Put a fault into the k8v4 backend of this process, in place of the one before.
+    """Replace the fault of this process, if any, by another one; None removes it.
 
-    Args:
-        fault: `STATE_FAULT`, `KERNEL_FAULT`, or one of `FAULTS`, `STEP_FAULTS` and
-            `NUMBER_FAULTS`; None for none.
+    Raises:
+        ValueError: There is no such fault.
     """
-    known = (STATE_FAULT, KERNEL_FAULT, *FAULTS, *STEP_FAULTS, *NUMBER_FAULTS)
-    if fault is not None and fault not in known:
-        raise ValueError(f"no fault {fault!r}; there are {', '.join(known)}")
+    if fault is not None and fault not in _PLANTERS:
+        raise ValueError(f"no fault {fault!r}; the faults are {', '.join(_PLANTERS)}")
     for (owner, name), original in _originals.items():
         setattr(owner, name, original)
-    if fault in ("lost slot", *FAULTS):
-        _spoil_updates(fault)
-    elif fault == KERNEL_FAULT:
-        _swap_nibbles_in_the_kernel()
-    elif fault == STATE_FAULT:
-        from vllm.v1.worker import gpu_model_runner
-
-        _replace(gpu_model_runner, "copy_kv_cache_blocks_inplace", lambda _: lambda *_, **__: None)
-    elif fault in NUMBER_FAULTS:
-        _spoil_numbers(fault)
-    elif fault == "stored too late":
-        _update_after_attention()
-    elif fault in ("window off by one", "heads of the neighbour"):
-        _spoil_attention(fault)
-    elif fault is not None:
-        _spoil_metadata(fault)
+    if fault is not None:
+        _PLANTERS[fault](fault)
 
 
 def _replace(owner: Any, name: str, make: Callable[[Callable[..., Any]], Any]) -> None:
@@ -128,23 +101,30 @@ def _replace(owner: Any, name: str, make: Callable[[Callable[..., Any]], Any]) -
     setattr(owner, name, make(original))
 
 
-def _spoil_updates(fault: str) -> None:
+def _replace_update(make: Callable[[Callable[..., Any]], Any]) -> None:
     from vllm_hybrid_kv.attention.backend import K8V4AttentionImpl
 
+    _replace(K8V4AttentionImpl, "do_kv_cache_update", make)
+
+
+def _replace_forward(make: Callable[[Callable[..., Any]], Any]) -> None:
+    from vllm_hybrid_kv.attention.backend import K8V4AttentionImpl
+
+    _replace(K8V4AttentionImpl, "forward", make)
+
+
+def _spoil_updates(fault: str) -> None:
     def make(original: Callable[..., Any]) -> Any:
-        def update(
-            self: Any, layer: Any, key: Any, value: Any, kv_cache: Any, slot_mapping: Any
-        ) -> None:
+        def update(self: Any, layer: Any, key: Any, value: Any, kv_cache: Any, slots: Any) -> None:
             if fault == "clipped keys":
-                # What a conversion by way of e4b15 does to large keys.
+                # A conversion through e4b15 does this to large keys.
                 key = key.clamp(-1.75, 1.75)
-            stored = (slot_mapping >= 0).nonzero().flatten()
+            stored = (slots >= 0).nonzero().flatten()
             if fault == "lost slot" and stored.numel() > 1:
-                slot_mapping = slot_mapping.clone()
-                slot_mapping[stored[-1]] = -1
-            original(self, layer, key, value, kv_cache, slot_mapping)
-            blocks = slot_mapping[slot_mapping >= 0].div(kv_cache.shape[2], rounding_mode="floor")
-            blocks = blocks.unique()
+                slots = slots.clone()
+                slots[stored[-1]] = -1
+            original(self, layer, key, value, kv_cache, slots)
+            blocks = _blocks(slots, kv_cache)
             if fault == "stale page" and blocks.numel() > 3:
                 kv_cache[blocks[1]] = kv_cache[blocks[2]]
             if fault in ("swapped nibbles", "scale of the neighbour"):
@@ -152,11 +132,16 @@ def _spoil_updates(fault: str) -> None:
 
         return update
 
-    _replace(K8V4AttentionImpl, "do_kv_cache_update", make)
+    _replace_update(make)
+
+
+def _blocks(slots: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+    """Return the blocks that contain slots."""
+    return slots[slots >= 0].div(cache.shape[2], rounding_mode="floor").unique()
 
 
 def _spoil_pages(fault: str, kv_cache: Any, blocks: Any, head_size: int) -> None:
-    """Swap the nibbles of some pages' values, or give each token the scale of the one before."""
+    """Swap the nibbles of the values, or shift the scales by one token."""
     from vllm_hybrid_kv.kernels import k8v4
 
     page = k8v4.PageFormat(head_size, kv_cache.shape[2], k8v4.cpu_layout(head_size))
@@ -171,7 +156,7 @@ def _spoil_pages(fault: str, kv_cache: Any, blocks: Any, head_size: int) -> None
                 scales.copy_(scales.clone().roll(2))
 
 
-def _swap_nibbles_in_the_kernel() -> None:
+def _swap_nibbles_in_the_kernel(_: str) -> None:
     from vllm_hybrid_kv.kernels import cpu, known_answer
 
     known_answer.forget()
@@ -179,27 +164,28 @@ def _swap_nibbles_in_the_kernel() -> None:
     def make(original: Callable[..., Any]) -> Any:
         def store(key: Any, value: Any, cache: Any, slots: Any, **more: Any) -> None:
             original(key, value, cache, slots, **more)
-            blocks = slots[slots >= 0].div(cache.shape[2], rounding_mode="floor").unique()
-            _spoil_pages("swapped nibbles", cache, blocks, key.shape[-1])
+            _spoil_pages("swapped nibbles", cache, _blocks(slots, cache), key.shape[-1])
 
         return store
 
     _replace(cpu, "quantise_and_store", make)
 
 
+def _skip_state_copies(_: str) -> None:
+    from vllm.v1.worker import gpu_model_runner
+
+    _replace(gpu_model_runner, "copy_kv_cache_blocks_inplace", lambda _: lambda *_, **__: None)
+
+
 def _spoil_numbers(fault: str) -> None:
     from vllm.forward_context import get_forward_context
-
-    from vllm_hybrid_kv.attention.backend import K8V4AttentionImpl
 
     number = float("nan") if "NaN" in fault else float("inf")
 
     def make(original: Callable[..., Any]) -> Any:
         def update(self: Any, layer: Any, key: Any, value: Any, *more: Any) -> None:
-            steps = get_forward_context().attn_metadata
-            step = steps[layer.layer_name] if steps else None
-            marked = step is not None and int(step.seq_lens.max()) > MARKED_TOKENS
-            if marked:
+            steps: Any = get_forward_context().attn_metadata
+            if steps and int((step := steps[layer.layer_name]).seq_lens.max()) > MARKED_TOKENS:
                 row = int(step.query_start_loc[int(step.seq_lens.argmax())])
                 spoilt = (key if "key" in fault else value).clone()
                 spoilt[row, 0, 3] = -number if "negative" in fault else number
@@ -208,40 +194,34 @@ def _spoil_numbers(fault: str) -> None:
 
         return update
 
-    _replace(K8V4AttentionImpl, "do_kv_cache_update", make)
+    _replace_update(make)
 
 
-def _update_after_attention() -> None:
-    from vllm_hybrid_kv.attention.backend import K8V4AttentionImpl
-
-    kept: dict[int, tuple[Any, ...]] = {}
-    updates: list[Callable[..., Any]] = []
+def _update_after_attention(_: str) -> None:
+    pending: dict[int, tuple[Callable[..., Any], tuple[Any, ...]]] = {}
 
     def make_update(original: Callable[..., Any]) -> Any:
-        updates.append(original)
-
         def update(self: Any, *arguments: Any) -> None:
-            kept[id(self)] = arguments
+            pending[id(self)] = original, arguments
 
         return update
 
     def make_forward(original: Callable[..., Any]) -> Any:
         def forward(self: Any, *arguments: Any, **more: Any) -> Any:
             output = original(self, *arguments, **more)
-            if id(self) in kept:
-                updates[0](self, *kept.pop(id(self)))
+            if id(self) in pending:
+                update, of_update = pending.pop(id(self))
+                update(self, *of_update)
             return output
 
         return forward
 
-    _replace(K8V4AttentionImpl, "do_kv_cache_update", make_update)
-    _replace(K8V4AttentionImpl, "forward", make_forward)
+    _replace_update(make_update)
+    _replace_forward(make_forward)
 
 
 def _spoil_attention(fault: str) -> None:
     from vllm.distributed import get_tensor_model_parallel_rank
-
-    from vllm_hybrid_kv.attention.backend import K8V4AttentionImpl
 
     def make(original: Callable[..., Any]) -> Any:
         def forward(self: Any, layer: Any, query: Any, *arguments: Any, **more: Any) -> Any:
@@ -257,7 +237,7 @@ def _spoil_attention(fault: str) -> None:
 
         return forward
 
-    _replace(K8V4AttentionImpl, "forward", make)
+    _replace_forward(make)
 
 
 def _spoil_metadata(fault: str) -> None:
@@ -276,7 +256,7 @@ def _spoil_metadata(fault: str) -> None:
             if fault == "one token short" and len(queries) > 1:
                 short = (cached & (queries == 1)).to(step.seq_lens.dtype)
                 return replace(step, seq_lens=step.seq_lens - short)
-            # Steps of a few tokens for each request are those that verify drafts.
+            # Steps of a few tokens for each request verify drafts.
             if fault == "drafts one token short" and 1 < queries.max() <= 4:
                 short = (cached & (queries > 1)).to(step.seq_lens.dtype)
                 return replace(step, seq_lens=step.seq_lens - short)
@@ -289,6 +269,43 @@ def _spoil_metadata(fault: str) -> None:
     _replace(K8V4MetadataBuilder, "build", make)
 
 
-# For a fault that has to be there before an engine starts.
-if _fault := os.environ.get("PLANTED_KERNEL_FAULT"):
+def _ignore_the_layer_whose_pages_are_shared(_: str) -> None:
+    from vllm_hybrid_kv.patches import layers
+
+    _replace(layers, "_follow_target", lambda original: lambda arguments: None)
+
+
+def _plan_for_wider_heads(_: str) -> None:
+    from vllm.v1.executor.abstract import Executor
+
+    def make(original: Callable[..., Any]) -> Any:
+        def initialize_from_config(self: Any, plans: list[Any]) -> Any:
+            group = next(
+                group
+                for group in plans[0].kv_cache_groups
+                if group.kv_cache_spec.kv_quant_mode.is_turboquant
+            )
+            spec = group.kv_cache_spec
+            group.kv_cache_spec = replace(spec, head_size=2 * spec.head_size)
+            return original(self, plans)
+
+        return initialize_from_config
+
+    _replace(Executor, "initialize_from_config", make)
+
+
+_PLANTERS: dict[str, Callable[[str], None]] = {
+    **dict.fromkeys(STEP_FAULTS, _spoil_metadata),
+    **dict.fromkeys(("lost slot", *FAULTS), _spoil_updates),
+    **dict.fromkeys(("window off by one", "heads of the neighbour"), _spoil_attention),
+    **dict.fromkeys(NUMBER_FAULTS, _spoil_numbers),
+    "stored too late": _update_after_attention,
+    STATE_FAULT: _skip_state_copies,
+    KERNEL_FAULT: _swap_nibbles_in_the_kernel,
+    DTYPE_FAULT: _ignore_the_layer_whose_pages_are_shared,
+    HEAD_SIZE_FAULT: _plan_for_wider_heads,
+}
+
+# For a fault that has to be present before an engine starts.
+if _fault := os.environ.get("PLANTED_FAULT"):
     plant(_fault)

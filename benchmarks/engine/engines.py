@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start the engines of one model, and record what was found about it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.engine.configurations import AUTO, Configuration, Place
+from benchmarks.engine.report import Check, Gap, Results
+from benchmarks.engine.workload import Sizes
+from testing.engine_host import EngineError, EngineHost
+
+
+@dataclass(frozen=True)
+class Engines:
+    """The engines of one model.
+
+    Attributes:
+        name: Name of the model.
+        folder: Folder of the model.
+        arguments: Arguments of `vllm.LLM` that all its engines have.
+        place: The device.
+        sizes: The amount of work.
+        jobs: Number of engines that may start at the same time.
+        timeout_s: How long a command of an engine may take.
+        log: Beginning of the path of each engine's log.
+        results: Collects the rows of the report.
+        say: Called with each line of progress.
+    """
+
+    name: str
+    folder: Path
+    arguments: dict[str, Any]
+    place: Place
+    sizes: Sizes
+    jobs: int
+    timeout_s: float
+    log: Path
+    results: Results
+    say: Callable[[str], None]
+
+    def start(self, configuration: Configuration, mode: str = "") -> EngineHost:
+        """Start an engine, which the caller closes; `mode` becomes part of its row and its log.
+
+        Raises:
+            EngineError: It did not start, or has the plugin against its configuration.
+        """
+        words = "".join(c if c.isalnum() else "-" for c in f"{mode} {configuration.name}".strip())
+        log = self.log.with_name(f"{self.log.name}-{words}.txt")
+        log.unlink(missing_ok=True)
+        # vLLM prefers this variable to `kv_cache_memory_bytes`. Speed needs all threads.
+        threads = os.environ.get("OMP_NUM_THREADS")
+        environment = {"VLLM_CPU_KVCACHE_SPACE": None, "OMP_NUM_THREADS": threads}
+        if configuration.graphs is not None:
+            # Engines that start at the same time must not share what they compile.
+            environment["VLLM_CACHE_ROOT"] = str(log.with_suffix(".cache"))
+        host = EngineHost(log, self.timeout_s, **environment, **configuration.environment())
+        try:
+            host.engine(
+                model=str(self.folder),
+                gpu_memory_utilization=0.1,
+                **{**configuration.arguments(), **self.arguments},
+            )
+            if host.started["plugin"] != configuration.plugin:
+                raise EngineError(
+                    "the plugin is not active: is vllm-hybrid-kv installed in this Python?"
+                    if configuration.plugin
+                    else "the plugin is active although VLLM_PLUGINS is empty"
+                )
+        except BaseException:
+            host.close()
+            raise
+        row = {
+            "model": self.name,
+            "configuration": configuration.name,
+            "cache_dtype": configuration.cache_dtype,
+            **host.started,
+        }
+        self.results.engines.append({**row, "mode": mode} if mode else row)
+        return host
+
+    @contextlib.contextmanager
+    def running(self, configuration: Configuration) -> Iterator[EngineHost]:
+        """Run an engine during a `with` block."""
+        with contextlib.closing(self.start(configuration)) as engine:
+            yield engine
+
+    def start_unquantised(self) -> tuple[EngineHost, str | None]:
+        """Start an engine of stock vLLM, with its first model runner if the default one fails.
+
+        Returns:
+            The engine, which has answered a request, and the model runner, if not the default.
+
+        Raises:
+            EngineError: It runs with neither.
+        """
+        for runner in (None, "0"):
+            engine = None
+            try:
+                engine = self.start(replace(AUTO, runner=runner))
+                engine.generate([[5, 6, 7, 8]], 2)
+                return engine, runner
+            except EngineError:
+                if engine is not None:
+                    engine.close()
+                if runner is not None or self.place.device == "cpu":
+                    raise
+        raise AssertionError("the loop returns or raises")
+
+    def add_check(self, check: Check) -> None:
+        """Add a row to the report and print it."""
+        self.results.checks.append(check)
+        words = (check.model, check.configuration, check.check, check.verdict.value, check.detail)
+        self.say(", ".join(filter(None, words)))
+
+    def add_gap(self, gap: Gap) -> None:
+        """Add a row to the report and print it."""
+        self.results.gaps.append(gap)
+        cell = f"{gap.cell[0]} x {gap.cell[1]}" if gap.cell else ""
+        words = (gap.model, gap.mode, gap.cache, cell, gap.verdict.value, gap.reason)
+        self.say(", ".join(filter(None, words)))

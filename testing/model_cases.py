@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models of the end-to-end tests, with the precision to which their outputs are comparable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from testing.engine_host import EngineHost
+from testing.engine_requests import Output
+from testing.output_comparison import Bounds, compare, is_decisive
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and how exactly its outputs can be compared.
+
+    Attributes:
+        model: A key of `testing.models.CONFIGS`.
+        dtype: Of weights and activations.
+        bounds: The effect of rounding.
+        tokens: Tokens to generate.
+        candidates: Prompts from which `choose_prompts` selects.
+        compare_greedily: Whether the tests of greedy output run it.
+        speculates: Whether vLLM can decode it speculatively on CPUs.
+    """
+
+    model: str
+    dtype: str
+    bounds: Bounds
+    tokens: int
+    candidates: int
+    compare_greedily: bool = False
+    speculates: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.dtype}"
+
+
+# float32 rounds at 1e-7. If that moves a key or a value across a step of its code, the stored
+# number moves by a whole step; of some 100,000 in a prompt a few always do, and they move more of
+# them in the layers above. The order of sums decides which ones, and so the CPU does: with AVX-512
+# no log-probability of float32 moved by more than 0.03 between batches, chunks and cached prompts,
+# and by 0.16 with two processes or compiled; with AVX2 by 0.078 between batches.
+# bfloat16 rounds logits of 8 to 16 to multiples of 1/16. With Gated DeltaNet a prompt's chunks,
+# each rounded to bfloat16, make its state: with chunks of 32 tokens instead of one chunk, vLLM with
+# an unquantised cache moves the log-probabilities of a prompt by 0.095 on average, by more than
+# 0.34 in one of 100, and by up to 0.987.
+CASES = [
+    Case("llama", "float32", Bounds(0.03, 0.16), tokens=8, candidates=48, compare_greedily=True),
+    Case("gemma3", "float32", Bounds(0.03, 0.16), tokens=8, candidates=48, compare_greedily=True),
+    Case("llama", "bfloat16", Bounds(0.15), tokens=4, candidates=96),
+    Case("gemma3", "bfloat16", Bounds(0.15), tokens=4, candidates=96),
+    # vLLM's Gated DeltaNet for CPUs accepts bfloat16 only.
+    Case(
+        "qwen3-next",
+        "bfloat16",
+        Bounds(0.4, 1.0),
+        tokens=3,
+        candidates=224,
+        compare_greedily=True,
+        speculates=False,
+    ),
+]
+
+NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": 3,
+    "prompt_lookup_min": 1,
+    "prompt_lookup_max": 3,
+}
+"""vLLM's `speculative_config` for drafts from the prompt."""
+
+DIFFERENT = "^outputs differ: "
+"""The message of `assert_same`."""
+
+
+def case_of(model: str) -> Case:
+    """Return the first case of a model."""
+    return next(case for case in CASES if case.model == model)
+
+
+def settings(model: Path, dtype: str, **more: Any) -> dict[str, Any]:
+    """Return the arguments of an engine with a k8v4 cache, changed by `more`."""
+    return {
+        "model": str(model),
+        "dtype": dtype,
+        "kv_cache_dtype": "turboquant_k8v4",
+        "enforce_eager": True,
+        "enable_prefix_caching": True,
+        "max_num_seqs": 32,
+        "max_num_batched_tokens": 2048,
+        **more,
+    }
+
+
+def shortened(output: Output, tokens: int) -> Output:
+    """Return the first tokens of an output."""
+    return replace(
+        output,
+        tokens=output.tokens[:tokens],
+        logprobs=output.logprobs[:tokens],
+        margins=output.margins[:tokens],
+    )
+
+
+def choose_prompts(
+    host: EngineHost, case: Case, pool: list[list[int]], count: int, tokens: int
+) -> list[list[int]]:
+    """Return prompts of a pool for which no choice of a token is close.
+
+    Half of them are the longest, so that many pages are read; the others have all lengths.
+    """
+    outputs = host.generate(pool, tokens, fresh=True)
+    pairs = zip(pool, outputs, strict=True)
+    found = [prompt for prompt, output in pairs if is_decisive(output, case.bounds)]
+    assert len(found) >= count, f"{len(found)} of {len(pool)} prompts are decisive, not {count}"
+    found.sort(key=len)
+    long = found[len(found) - count // 2 :]
+    rest = found[: len(found) - count // 2]
+    step = len(rest) / (count - count // 2)
+    return [rest[int(i * step)] for i in range(count - count // 2)] + long
+
+
+def assert_same(outputs: Sequence[Output], expected: Sequence[Output], case: Case) -> None:
+    """Assert equal tokens, and log-probabilities that differ by no more than rounding."""
+    found = compare(outputs, expected, case.bounds, whole=True)
+    assert not found.different, f"outputs differ: {'; '.join(found.different[:3])}"
+
+
+def assert_same_until_close(
+    outputs: Sequence[Output], expected: Sequence[Output], case: Case, at_least: int
+) -> None:
+    """Assert the same of tokens before the first close choice, `at_least` so many in all."""
+    found = compare(outputs, expected, case.bounds)
+    assert not found.different, f"outputs differ: {'; '.join(found.different[:3])}"
+    assert found.tokens >= at_least
+
+
+def run_alone(host: EngineHost, prompts: list[list[int]], tokens: int) -> list[Output]:
+    """Run each prompt by itself with an empty prefix cache."""
+    return host.generate(prompts, tokens, alone=True, fresh=True)

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compare outputs of engines: with each other up to rounding, or with an unquantised cache."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from testing.engine_requests import Output
+from testing.models import SCORE_SIZE
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How far rounding alone may move a log-probability.
+
+    Attributes:
+        rounding: The bound for 19 of 20 log-probabilities.
+        farthest: The bound for all; `rounding` if None.
+    """
+
+    rounding: float
+    farthest: float | None = None
+
+    @property
+    def limit(self) -> float:
+        """The largest difference that is allowed."""
+        return self.rounding if self.farthest is None else self.farthest
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result of comparing outputs.
+
+    Attributes:
+        prompts: Number of outputs compared.
+        tokens: Number of tokens compared, all of which had to be equal.
+        apart: The largest difference of a log-probability.
+        different: The differences that rounding does not explain, a sentence each.
+    """
+
+    prompts: int
+    tokens: int
+    apart: float
+    different: list[str]
+
+
+def decisive(output: Output, bounds: Bounds) -> int:
+    """Return the number of tokens before the first close choice.
+
+    Two ways to compute the same thing differ by rounding. If the two best tokens are closer than
+    twice the rounding, either is right, and all later tokens depend on the choice.
+    """
+    close = (i for i, margin in enumerate(output.margins) if margin <= 2 * bounds.rounding)
+    return next(close, len(output.margins))
+
+
+def is_decisive(output: Output, bounds: Bounds) -> bool:
+    """Return whether no choice of a token was close."""
+    return decisive(output, bounds) == len(output.margins)
+
+
+def compare(
+    outputs: Sequence[Output], expected: Sequence[Output], bounds: Bounds, whole: bool = False
+) -> Comparison:
+    """Compare tokens and log-probabilities.
+
+    Args:
+        outputs: The outputs to check.
+        expected: The outputs of the reference.
+        bounds: The effect of rounding.
+        whole: Compare all tokens; otherwise only those before the first close choice.
+    """
+    tokens, different = 0, []
+    differences: list[float] = []
+    for i, (output, wanted) in enumerate(zip(outputs, expected, strict=True)):
+        count = len(wanted.tokens) if whole else decisive(wanted, bounds)
+        tokens += count
+        pairs = zip(output.tokens[:count], wanted.tokens[:count], strict=False)
+        unequal = next((at for at, (got, want) in enumerate(pairs) if got != want), None)
+        if len(output.tokens) < count:
+            different.append(f"prompt {i}: {len(output.tokens)} tokens of {count}")
+        elif unequal is not None:
+            different.append(
+                f"prompt {i}: token {unequal} is {output.tokens[unequal]}, not "
+                f"{wanted.tokens[unequal]}, which was {wanted.margins[unequal]:.2f} ahead"
+            )
+        else:
+            logprobs = zip(output.logprobs[:count], wanted.logprobs[:count], strict=True)
+            differences += [abs(a - b) for a, b in logprobs]
+    apart = max(differences, default=0.0)
+    # `not <=` instead of `>`, because every comparison with NaN is false.
+    if not all(difference <= bounds.limit for difference in differences):
+        different.append(f"log-probabilities up to {apart:.3f} apart, {bounds.limit} allowed")
+    far = sum(not difference <= bounds.rounding for difference in differences)
+    # A single one is allowed among fewer than twenty.
+    if far > max(1, len(differences) / 20):
+        different.append(
+            f"{far} of {len(differences)} log-probabilities more than {bounds.rounding} apart"
+        )
+    return Comparison(len(outputs), tokens, apart, different)
+
+
+def format_error(head_size: int) -> float:
+    """Return how far k8v4 moves the output of one layer's attention, relative to its size.
+
+    * A value is rounded to one of 16 levels between a token's smallest and largest element. D
+      normal numbers span about 2 sqrt(2 ln D) standard deviations, a step is 1/15 of that, and
+      rounding to the nearest step has a standard deviation of step / sqrt(12). The relative error
+      of values is e_v = 2 sqrt(2 ln D) / (15 sqrt(12)): 0.111 at D = 64, 0.120 at D = 128.
+    * An e4m3 key has three mantissa bits: steps of 2^-3 of the power of two below it. Averaged
+      over the octave the error is 2^-3 / sqrt(12) * sqrt(3 / (8 ln 2)) = 0.0265 of the element.
+      The errors of D elements add up in a score as the products do, so a score is off by 0.0265
+      of the scores' standard deviation S (`SCORE_SIZE`), and a softmax weight by e_k = 0.0265 S.
+      Errors of many weights add up as the weighted values do: the output is off by e_k too.
+
+    Both together: sqrt(e_v^2 + e_k^2).
+    """
+    value_error = 2 * math.sqrt(2 * math.log(head_size)) / (15 * math.sqrt(12))
+    key_error = 2**-3 / math.sqrt(12) * math.sqrt(3 / (8 * math.log(2)))
+    return math.hypot(value_error, key_error * SCORE_SIZE)
+
+
+def far_from_unquantised(
+    measured: Sequence[float], unquantised: Sequence[float], head_size: int, spread: float
+) -> tuple[float, list[str]]:
+    """Compare log-probabilities with a k8v4 cache with those of an unquantised cache.
+
+    The sum of a layer's attention with the residual stream and other branches is off by less than
+    e = `format_error`; later layers repeat the errors that they receive and add their own. These
+    bounds assume that the two balance, so that logits are off by at most e of their standard
+    deviation. For normal errors the mean is then sqrt(2/pi) e. Tails are heavier, because some
+    positions attend to few tokens and some to many: with the exponential tails of a Laplace
+    distribution 99 of 100 are within ln(100) / sqrt(2) = 3.26 e, and the largest of 2000 is
+    expected at 5.4 e; 8 e are allowed.
+
+    Args:
+        measured: With a k8v4 cache.
+        unquantised: Of the same tokens in the same texts, with a cache of the model's dtype.
+        head_size: Elements of a head.
+        spread: Standard deviation of an unquantised engine's log-probabilities.
+
+    Returns:
+        The mean difference, and the bounds that are exceeded, with the numbers.
+    """
+    unit = format_error(head_size) * spread
+    errors = sorted(abs(a - b) for a, b in zip(measured, unquantised, strict=True))
+    found = {
+        "mean": (statistics.fmean(errors), math.sqrt(2 / math.pi) * unit),
+        "99 of 100": (errors[int(0.99 * len(errors))], 3.26 * unit),
+        "largest": (errors[-1], 8 * unit),
+    }
+    exceeded = [
+        f"{name} {e:.3f} > {bound:.3f}" for name, (e, bound) in found.items() if not e <= bound
+    ]
+    return found["mean"][0], exceeded
