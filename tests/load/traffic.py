@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests of random lengths, some of them given up on, many at a time."""
+"""Random requests, some of them cancelled, and the comparison of their answers.
+
+`vllm bench serve` measures load too, but it neither cancels requests nor compares answers.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,18 @@ from typing import Any
 import httpx
 import openai
 
+from testing.tokenizer import VOCAB_SIZE
+
 MODEL = "load"
 LONGEST_PROMPT, LONGEST_ANSWER = 600, 120
 SHARED = 0.3
-"""Of the requests so many begin as another does."""
-
-LIKELIEST = 5
-"""Tokens whose log-probabilities are asked for with an answer computed alone."""
+"""Share of requests that begin like another one."""
 
 CANCELLED = 0.15
-"""So many are given up on by the client, in the middle of the answer."""
+"""Share of requests that the client cancels in mid-answer."""
+
+LIKELIEST = 5
+"""Number of candidates with log-probabilities for each token of an answer computed alone."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,8 @@ class Planned:
 
     Attributes:
         prompt: Token ids.
-        answer: How many tokens it asks for.
-        cancelled_after: Tokens after which the client hangs up; None if it waits for all.
+        answer: Number of tokens to generate.
+        cancelled_after: Number of tokens after which the client hangs up, or None.
     """
 
     prompt: tuple[int, ...]
@@ -40,14 +45,8 @@ class Planned:
     cancelled_after: int | None
 
 
-def plan(count: int, vocabulary: int, seed: int) -> list[Planned]:
-    """Draw requests.
-
-    Args:
-        count: How many.
-        vocabulary: Tokens there are; the first few are special and left out.
-        seed: Everything is drawn from it.
-    """
+def plan(count: int, seed: int) -> list[Planned]:
+    """Draw requests."""
     draw = random.Random(seed)
     planned: list[Planned] = []
     for _ in range(count):
@@ -56,7 +55,8 @@ def plan(count: int, vocabulary: int, seed: int) -> list[Planned]:
         if planned and draw.random() < SHARED:
             other = draw.choice(planned).prompt
             prompt = list(other[: draw.randint(1, min(len(other), length))])
-        prompt += [draw.randrange(8, vocabulary) for _ in range(length - len(prompt))]
+        rest = range(length - len(prompt))
+        prompt += [draw.randrange(8, VOCAB_SIZE) for _ in rest]
         answer = draw.randint(1, LONGEST_ANSWER)
         stop = draw.randint(1, answer) if draw.random() < CANCELLED and answer > 1 else None
         planned.append(Planned(tuple(prompt), answer, stop))
@@ -66,50 +66,45 @@ def plan(count: int, vocabulary: int, seed: int) -> list[Planned]:
 def margin(
     alone: Sequence[int], likeliest: Sequence[dict[int, float]], answer: Sequence[int]
 ) -> tuple[int, float]:
-    """Say by how much one answer lost to another where they part.
+    """Compare two answers at the first token in which they differ.
 
     Args:
         alone: The answer computed alone.
-        likeliest: For each of its tokens, the likeliest ones with their log-probabilities.
-        answer: Another one.
+        likeliest: The log-probabilities of the likeliest candidates for each of its tokens.
+        answer: Another answer.
 
     Returns:
-        The number of the first token that differs, and how much likelier that of `alone` was than
-        that of `answer`; infinitely, where that is not among the likeliest, or has no token there.
+        The index of the first different token, and how much likelier the token of `alone` was
+        than that of `answer`; infinity if the latter is missing or not among the likeliest.
     """
     pairs = zip(alone, answer, strict=False)
-    place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(alone), len(answer)))
-    if place == min(len(alone), len(answer)):
-        return place, math.inf
-    logs = likeliest[place]
-    return place, logs[alone[place]] - logs.get(answer[place], -math.inf)
+    end = min(len(alone), len(answer))
+    index = next((i for i, (a, b) in enumerate(pairs) if a != b), end)
+    if index == end:
+        return index, math.inf
+    logs = likeliest[index]
+    return index, logs[alone[index]] - logs.get(answer[index], -math.inf)
 
 
 class Client:
-    """Sends requests to a server and keeps their answers."""
+    """Sends requests to a server."""
 
     def __init__(self, url: str) -> None:
-        """Prepare.
-
-        Args:
-            url: The server's.
-        """
-        # vLLM's server closes connections that were idle for 5 seconds, and so do clients: what is
-        # sent at that moment is lost.
-        soon_closed = httpx.Limits(max_connections=None, keepalive_expiry=1.0)
+        # Server and client both close connections after 5 idle seconds; a request sent at that
+        # moment is lost.
+        limits = httpx.Limits(max_connections=None, keepalive_expiry=1.0)
         self._client = openai.AsyncOpenAI(
             base_url=f"{url}/v1",
             api_key="none",
             max_retries=0,
             timeout=600,
-            http_client=openai.DefaultAsyncHttpxClient(limits=soon_closed),
+            http_client=openai.DefaultAsyncHttpxClient(limits=limits),
         )
 
     async def ask(self, request: Planned) -> list[int] | None:
-        """Send a request and return the answer's token ids; None if it was given up on."""
-        stream = await self._send(request, stream=True)
+        """Return the answer's token ids; None if the request was cancelled."""
         tokens: list[int] = []
-        async with stream:
+        async with await self._send(request, stream=True) as stream:
             async for chunk in stream:
                 for choice in chunk.choices:
                     tokens += (choice.model_extra or {}).get("token_ids") or ()
@@ -118,9 +113,8 @@ class Client:
         return tokens
 
     async def ask_alone(self, request: Planned) -> tuple[list[int], list[dict[int, float]]]:
-        """Send a request; return its answer, and for each token the likeliest and their logs."""
-        completion = await self._send(request, logprobs=LIKELIEST)
-        (choice,) = completion.choices
+        """Return the answer's token ids, and the likeliest candidates for each token."""
+        (choice,) = (await self._send(request, logprobs=LIKELIEST)).choices
         likeliest = [
             {int(name.removeprefix("token_id:")): log for name, log in of_token.items()}
             for of_token in choice.logprobs.top_logprobs
@@ -133,7 +127,6 @@ class Client:
             prompt=list(request.prompt),
             max_tokens=request.answer,
             temperature=0.0,
-            # Names of tokens come with log-probabilities only.
             extra_body={
                 "ignore_eos": True,
                 "return_token_ids": True,
@@ -142,37 +135,31 @@ class Client:
             **more,
         )
 
-    async def rounds(
+    async def repeat(
         self,
         planned: Sequence[Planned],
         at_once: int,
-        go_on: Callable[[], bool],
-        answered: Callable[[int, list[int] | None, Exception | None], None],
+        is_over: Callable[[], bool],
+        record: Callable[[int, list[int] | None, Exception | None], None],
     ) -> None:
-        """Send all requests, again and again while `go_on` says so.
+        """Send all requests, `at_once` at a time, until `is_over()` after a round.
 
-        Args:
-            planned: The requests.
-            at_once: How many at a time.
-            go_on: Asked before each further round.
-            answered: Told the number of the request, its answer, and what went wrong.
+        `record` gets each request's index, its answer (None if cancelled) and its error.
         """
-        rooms = asyncio.Semaphore(at_once)
+        slots = asyncio.Semaphore(at_once)
 
-        async def one(number: int) -> None:
+        async def send(index: int) -> None:
             try:
-                answer = await self.ask(planned[number])
+                record(index, await self.ask(planned[index]), None)
             except Exception as error:
-                answered(number, None, error)
-            else:
-                answered(number, answer, None)
+                record(index, None, error)
             finally:
-                rooms.release()
+                slots.release()
 
         while True:
             async with asyncio.TaskGroup() as tasks:
-                for number in range(len(planned)):
-                    await rooms.acquire()
-                    tasks.create_task(one(number))
-            if not go_on():
+                for index in range(len(planned)):
+                    await slots.acquire()
+                    tasks.create_task(send(index))
+            if is_over():
                 return
