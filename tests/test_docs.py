@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Links and names in the documentation lead somewhere, and its words are vLLM's."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+# Words of an old idiom, each with a plainer word in the field's own language.
+IDIOM = re.compile(
+    r"\bbeside\b|\blikewise\b|\bamiss\b|\bat hand\b|\bin force\b|\bgiven up\b|\bgave up\b"
+    r"|\bin the place of\b|\bwhat came of\b|\bfor it is\b|\bfor (there|they) (is|are)\b"
+    r"|\bfor it is none\b|\bof then\b|\btold of\b",
+    re.IGNORECASE,
+)
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_of_a_page_resolves(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("http"):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_a_page_names_exists(page: Path) -> None:
+    for name in re.findall(r"`((?:tests|testing|benchmarks|docs|kernels)/[\w./-]+)`", page.read_text()):
+        assert (ROOT / name).exists(), name
+
+
+def test_no_text_uses_the_old_idiom() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "*.py", "*.md", "*.toml", "*.cfg", "Makefile"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    found = [
+        f"{name}:{number}: {line.strip()}"
+        for name in listed
+        if name not in ("CHANGELOG.md", "tests/test_docs.py") and (ROOT / name).is_file()
+        for number, line in enumerate((ROOT / name).read_text().splitlines(), 1)
+        if IDIOM.search(line)
+    ]
+    assert found == []
