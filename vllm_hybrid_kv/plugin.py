@@ -172,7 +172,7 @@ def _apply_patches(version: str, minor: tuple[int, int], context: Context) -> An
 def _context(version: str) -> Context:
     import vllm.platforms
 
-    from vllm_hybrid_kv.metrics import directory
+    from vllm_hybrid_kv import metrics
     from vllm_hybrid_kv.patches import startup
     from vllm_hybrid_kv.patches.context import Context
     from vllm_hybrid_kv.transfer.connectors import check_connectors
@@ -200,7 +200,7 @@ def _context(version: str) -> Context:
         on_cpu=bool(platform.is_cpu()),
         on_gpu=bool(platform.is_cuda_alike()),
         stop=_stop,
-        on_engine_config=[check_transfer, directory.publish, startup.forget, log_active],
+        on_engine_config=[check_transfer, metrics.publish, startup.forget, log_active],
     )
     return context
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
     from vllm_hybrid_kv.errors import HybridKVError
     from vllm_hybrid_kv.hooks import Strategies
-    from vllm_hybrid_kv.metrics.counters import CounterFile
     from vllm_hybrid_kv.patches.base import Applied
     from vllm_hybrid_kv.settings import Settings
 
@@ -36,7 +35,7 @@ class ProcessState:
         planned_layers: The engine whose layers vLLM grouped last, and their specs. The plan has
             one spec for all layers of a group.
         opened_stores: Folders of stored pages that this process has announced.
-        counter_files: Open metric files by process id and folder.
+        metrics_files: Open files of counters (`MmapedDict`) by process id and folder.
         metrics_owner: Id of the process that publishes the folder of metric files; None if this
             process has published none.
     """
@@ -51,7 +50,7 @@ class ProcessState:
     planning_for: VllmConfig | None = None
     planned_layers: tuple[VllmConfig, dict[str, KVCacheSpec]] | None = None
     opened_stores: set[Path] = field(default_factory=set)
-    counter_files: dict[tuple[int, Path], CounterFile] = field(default_factory=dict)
+    metrics_files: dict[tuple[int, Path], Any] = field(default_factory=dict)
     metrics_owner: int | None = None
 
     @property
@@ -80,7 +79,7 @@ class ProcessState:
     def reset(self) -> None:
         """Forget everything but the metrics, which prometheus_client keeps as well. For tests."""
         for one in fields(self):
-            if one.name not in ("counter_files", "metrics_owner"):
+            if one.name not in ("metrics_files", "metrics_owner"):
                 make = one.default_factory
                 setattr(self, one.name, one.default if make is MISSING else make())
 

@@ -29,7 +29,7 @@ from benchmarks.coordinator.contents import (
     prompt_hashes,
 )
 from testing.machine import host
-from vllm_hybrid_kv.coordinator.fixed_point import FixedPointCoordinator
+from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
 
 COORDINATORS = {"vLLM": HybridKVCacheCoordinator, "fixed_point": FixedPointCoordinator}
 LIMIT_MS = 1.0

@@ -33,15 +33,22 @@ if TYPE_CHECKING:
     from vllm_hybrid_kv.tools.plan.engine import Engine, Model
     from vllm_hybrid_kv.tools.replay.trace import TracedRequest
 
-DECIDING = ("coordinator", "dry_run", "planning", "replay", "patches", "hooks.py", "settings.py")
+DECIDING = (
+    "coordinator",
+    "planning",
+    "tools/plan",
+    "tools/replay",
+    "patches",
+    "hooks.py",
+    "settings.py",
+)
 """The parts of the package that hits depend on."""
 POLICY = (
-    "answer_states.py",
     "checkpoints.py",
-    "eviction.py",
-    "hybrid_aware.py",
-    "reuse.py",
-    "seen_prefixes.py",
+    "decode_snapshots.py",
+    "free_queue.py",
+    "hybrid_policy.py",
+    "traffic.py",
 )
 """Those of the part `coordinator` that only `hybrid_aware` uses."""
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random KV groups, requests and contents of the cache, from a seed."""
+"""KV groups, requests and cache contents, given or random."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,8 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator
 from vllm.v1.core.kv_cache_utils import (
+    BlockHash,
+    KVCacheBlock,
     get_request_block_hasher,
     init_none_hash,
     make_block_hash_with_group_id,
@@ -98,12 +100,12 @@ def layout_of(
     drafts: tuple[int, ...] | None = None,
     dcp: int = 1,
 ) -> Layout:
-    """Make a layout.
+    """Return a layout.
 
     Args:
-        *specs: One for each group.
-        unit: Tokens of a hash; None: the greatest common divisor of the blocks.
-        drafts: The groups marked as having draft layers; None: no drafts are in use.
+        *specs: One per group.
+        unit: Tokens per hash, by default the greatest common divisor of the block sizes.
+        drafts: The groups marked as having draft layers, or None without speculative decoding.
         dcp: Ranks of decode context parallelism.
     """
     sizes = [spec.block_size * (dcp if spec.dcp_sharded else 1) for spec in specs]
@@ -121,12 +123,14 @@ def layout_of(
 
 
 def coordinator_of(
-    layout: Layout, coordinator_class: type[HybridKVCacheCoordinator], **more: Any
+    layout: Layout,
+    coordinator_class: type[HybridKVCacheCoordinator],
+    num_blocks: int = NUM_BLOCKS,
 ) -> HybridKVCacheCoordinator:
     return coordinator_class(
-        kv_cache_config=KVCacheConfig(NUM_BLOCKS, [], list(layout.groups)),
-        max_model_len=1 << 16,
-        max_in_flight_tokens=1 << 16,
+        kv_cache_config=KVCacheConfig(num_blocks, [], list(layout.groups)),
+        max_model_len=1 << 20,
+        max_in_flight_tokens=1 << 20,
         use_eagle=layout.use_eagle,
         enable_caching=True,
         enable_kv_cache_events=False,
@@ -134,15 +138,16 @@ def coordinator_of(
         pcp_world_size=1,
         scheduler_block_size=layout.scheduler_block_size,
         hash_block_size=layout.hash_unit,
-        **more,
     )
 
 
-def request_of(layout: Layout, token_ids: list[int]) -> Request:
+def request_of(
+    layout: Layout, token_ids: Sequence[int], name: str = "request", **sampling: Any
+) -> Request:
     return Request(
-        request_id="request",
-        prompt_token_ids=token_ids,
-        sampling_params=SamplingParams(max_tokens=1),
+        request_id=name,
+        prompt_token_ids=list(token_ids),
+        sampling_params=SamplingParams(**{"max_tokens": 1, **sampling}),
         pooling_params=None,
         block_hasher=get_request_block_hasher(layout.hash_unit, sha256),
     )
@@ -159,11 +164,11 @@ def random_layout(rng: random.Random) -> Layout:
         return unit * rng.choice((1, 2, 3, 4, 6) if whole else (1, 2, 4, 8))
 
     def attention_size() -> int:
-        # vLLM takes partial hits only where windows and chunks have blocks of one hash unit.
+        # vLLM supports partial hits only if windows and chunks have blocks of one hash unit.
         return size() if whole else unit
 
     def one() -> KVCacheSpec:
-        # Decode context parallelism goes with full attention, Mamba and replicated windows.
+        # Decode context parallelism supports full attention, Mamba and replicated windows.
         kinds = ["full", "full", "window", "window", "mamba", "mamba", "ring"]
         kind = rng.choice(kinds if dcp > 1 else [*kinds, "chunked"])
         if kind == "full":
@@ -181,7 +186,7 @@ def random_layout(rng: random.Random) -> Layout:
         specs = [one() for _ in range(rng.randint(2, 6))]
         if style == "partial":
             specs[rng.randrange(len(specs))] = mamba(unit * rng.choice((2, 4, 8)))
-        # Of several groups with equal specs, as models have them.
+        # Models have several groups with equal specs.
         if rng.random() < 0.4:
             specs.append(replace(rng.choice(specs)))
         if not any(spec.prefix_cacheable for spec in specs):
@@ -213,7 +218,7 @@ def random_cached(rng: random.Random, layout: Layout, num_hashed: int) -> Cached
                     continue
                 if boundary > num_hashed or not kept(boundary):
                     continue
-                # Several boundaries of a block lead to it; a state has but one.
+                # A block may be cached under several boundaries, a state under one only.
                 if isinstance(spec, MambaSpec) and boundary != start + size:
                     cached.blocks[group_id, boundary] = [next(ids)]
                 else:
@@ -224,7 +229,7 @@ def random_cached(rng: random.Random, layout: Layout, num_hashed: int) -> Cached
 
 
 def _random_rules(rng: random.Random) -> list[str]:
-    """Return what to draw every group's rule from. Where any group has nothing, nothing is hit."""
+    """Return the rules to draw from for every group. A group without blocks prevents any hit."""
     healthy = ["all", "all", "few holes"]
     return rng.choice(
         (healthy, [*healthy, "states"], ["few holes", "head"], ["tail", "few holes", "all"],
@@ -233,7 +238,7 @@ def _random_rules(rng: random.Random) -> list[str]:
 
 
 def _random_kept(rng: random.Random, rule: str, num_tokens: int) -> Callable[[int], bool]:
-    """Return what says under which boundaries blocks are still cached."""
+    """Return a predicate for the boundaries under which blocks are still cached."""
     edge = rng.randint(0, num_tokens)
     holes = rng.choice((0.2, 0.5))
     return {
@@ -247,26 +252,54 @@ def _random_kept(rng: random.Random, rule: str, num_tokens: int) -> Callable[[in
     }[rule]
 
 
-def fill(pool: BlockPool, request: Request, cached: Cached, strangers: Request) -> None:
-    """Put blocks into a pool's map, and another request's beside them."""
-    unit = pool.hash_block_size
+def insert(
+    pool: BlockPool, hashes: Sequence[BlockHash], group_id: int, end: int, block: KVCacheBlock
+) -> None:
+    """Cache a block of one group that ends at a token of a prompt.
+
+    Args:
+        pool: The pool of the block.
+        hashes: The hashes of the prompt, one per hash unit.
+        group_id: The group.
+        end: The length of the prefix that the block ends, in tokens.
+        block: The block.
+    """
+    key = make_block_hash_with_group_id(hashes[end // pool.hash_block_size - 1], group_id)
+    pool._insert_block_hash(key, block, num_tokens=end)
+
+
+def fill(pool: BlockPool, request: Request, cached: Cached, other: Request | None = None) -> None:
+    """Cache blocks of a request, and some of another one."""
     for (group_id, boundary), ids in cached.blocks.items():
         for block_id in ids:
-            pool._insert_block_hash(
-                make_block_hash_with_group_id(request.block_hashes[boundary // unit - 1], group_id),
-                pool.blocks[block_id],
-                num_tokens=boundary,
-            )
-    for number, block_hash in enumerate(strangers.block_hashes):
-        pool._insert_block_hash(
-            make_block_hash_with_group_id(block_hash, number % 3),
-            pool.blocks[NUM_BLOCKS - 1 - number],
-            num_tokens=(number + 1) * unit,
-        )
+            insert(pool, request.block_hashes, group_id, boundary, pool.blocks[block_id])
+    if other is not None:
+        for index in range(len(other.block_hashes)):
+            end, block = (index + 1) * pool.hash_block_size, pool.blocks[NUM_BLOCKS - 1 - index]
+            insert(pool, other.block_hashes, index % 3, end, block)
+
+
+def every(step: int, end: int) -> range:
+    return range(step, end + 1, step)
+
+
+def fill_at(pool: BlockPool, request: Request, *ends: Iterable[int]) -> None:
+    """Cache the blocks of a request that end at given tokens.
+
+    Args:
+        pool: The pool. Group g gets the blocks 100 * (g + 1) and following.
+        request: The request.
+        *ends: For each group, where its cached blocks end.
+    """
+    cached = Cached(len(request.block_hashes) * pool.hash_block_size)
+    for group, of_group in enumerate(ends):
+        for index, end in enumerate(of_group):
+            cached.blocks[group, end] = [100 * (group + 1) + index]
+    fill(pool, request, cached)
 
 
 def random_cases(seed: int, layouts: int, contents: int) -> Iterator[list[Case]]:
-    """Yield the cases of one layout after the other."""
+    """Yield the cases of each layout in turn."""
     for number in range(layouts):
         rng = random.Random(f"{seed}/{number}")
         layout = random_layout(rng)
@@ -280,7 +313,7 @@ def random_cases(seed: int, layouts: int, contents: int) -> Iterator[list[Case]]
                 )
                 request = request_of(layout, [rng.randrange(1000) for _ in range(count)])
             hashed = len(request.block_hashes) * layout.hash_unit
-            # vLLM leaves a prompt's last token to be computed.
+            # vLLM always computes a prompt's last token.
             limit = count - 1 if rng.random() < 0.8 else rng.randint(0, count)
             cached = random_cached(rng, layout, hashed)
             cases.append(

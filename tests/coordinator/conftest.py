@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
+from collections.abc import Callable
 
 import pytest
 
@@ -14,5 +15,19 @@ def pytest_configure() -> None:
 
         if not vllm.__version__.startswith(os.environ[EXPECTED_MINOR]):
             pytest.exit(f"this is vLLM {vllm.__version__} from {vllm.__file__}", returncode=4)
-        # That wheel finds no device.
+        # The wheel of that minor detects no device.
         vllm.platforms.current_platform = CpuPlatform()
+
+
+@pytest.fixture
+def coordinator_setting(monkeypatch) -> Callable[[str], None]:
+    """Selects a coordinator by the environment, with the plugin registered."""
+    from vllm_hybrid_kv import plugin
+    from vllm_hybrid_kv.state import STATE
+
+    def select(name: str) -> None:
+        plugin.register()
+        monkeypatch.setattr(STATE, "engine_settings", None)
+        monkeypatch.setenv("VLLM_HYBRID_KV_COORDINATOR", name)
+
+    return select

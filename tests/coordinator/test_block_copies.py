@@ -5,7 +5,7 @@ import pytest
 import torch
 from vllm.v1.worker import utils
 
-from vllm_hybrid_kv.coordinator.block_copies import copy_whole_blocks, views_to_copy
+from vllm_hybrid_kv.coordinator.upstream_fixes import copy_whole_blocks, views_to_copy
 
 BLOCKS, PAGE, STATE = 8, 64, 20
 COPIES = [(2, 5)]

@@ -8,7 +8,7 @@ import pytest
 from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
 from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 
-from vllm_hybrid_kv.coordinator.block_map import GroupedBlockMap, grouped_blocks
+from vllm_hybrid_kv.coordinator.block_map import GroupedBlockMap, install_grouped_map
 
 HASHES = [bytes([number]) * 32 for number in range(6)]
 KEYS = [make_block_hash_with_group_id(one, group) for one in HASHES for group in (0, 1, 258)]
@@ -77,9 +77,10 @@ def test_it_takes_the_place_of_a_pools_map_with_all_that_is_in_it():
     first, second, third = pool.blocks[1:4]
     for key, block in ((KEYS[0], first), (KEYS[0], second), (KEYS[4], third)):
         pool._insert_block_hash(key, block, num_tokens=16)
-    grouped = grouped_blocks(pool)
-    assert grouped is pool.cached_block_hash_to_block
-    assert grouped is grouped_blocks(pool)
+    install_grouped_map(pool)
+    grouped = pool.cached_block_hash_to_block
+    install_grouped_map(pool)
+    assert pool.cached_block_hash_to_block is grouped
     assert pool.get_cached_block(HASHES[0], [0]) == [first]
     assert grouped.contain(KEYS[0], second.block_id)
     assert grouped.get_one_block(KEYS[4]) is third
@@ -87,7 +88,8 @@ def test_it_takes_the_place_of_a_pools_map_with_all_that_is_in_it():
 
 def test_a_block_that_the_pool_hands_out_again_is_gone_from_it():
     pool = pool_of(3)
-    grouped = grouped_blocks(pool)
+    install_grouped_map(pool)
+    grouped = pool.cached_block_hash_to_block
     block = pool.get_new_blocks(1)[0]
     pool._insert_block_hash(KEYS[0], block, num_tokens=16)
     pool.free_blocks([block])

@@ -13,7 +13,7 @@ from vllm.v1.core.kv_cache_coordinator import (
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from testing.coordinator.contents import NUM_BLOCKS, full, layout_of, mamba
-from vllm_hybrid_kv.coordinator.fixed_point import FixedPointCoordinator
+from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
 from vllm_hybrid_kv.coordinator.strategies import FixedPoint
 from vllm_hybrid_kv.hooks import Stock
 

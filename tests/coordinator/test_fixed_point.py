@@ -18,7 +18,9 @@ from testing.coordinator.contents import (
     NUM_BLOCKS,
     chunked,
     coordinator_of,
+    every,
     fill,
+    fill_at,
     full,
     layout_of,
     mamba,
@@ -28,7 +30,7 @@ from testing.coordinator.contents import (
     window,
 )
 from testing.coordinator.oracle import Cached, longest, serves
-from vllm_hybrid_kv.coordinator.fixed_point import FixedPointCoordinator
+from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
 from vllm_hybrid_kv.coordinator.lookup import ManagerLookup, lookup_class
 
 WRONG_IN_VLLM = pytest.mark.xfail(strict=True, raises=AssertionError, reason="vLLM's own")
@@ -40,23 +42,15 @@ UNIT = 16
 
 
 def look_up(coordinator_class, layout, num_tokens, *boundaries):
-    """Look up a request of which each group has cached what ends at the boundaries given."""
-    request = request_of(layout, list(range(num_tokens)))
-    cached = Cached(len(request.block_hashes) * layout.hash_unit)
-    for group_id, ends in enumerate(boundaries):
-        for number, end in enumerate(ends):
-            cached.blocks[group_id, end] = [100 * (group_id + 1) + number]
+    """Look up a request, for whose groups the blocks that end at `boundaries` are cached."""
+    request = request_of(layout, range(num_tokens))
     coordinator = coordinator_of(layout, coordinator_class)
-    fill(coordinator.block_pool, request, cached, request_of(layout, []))
+    fill_at(coordinator.block_pool, request, *boundaries)
     hits, length, uncached = coordinator.find_longest_cache_hit(
         request.block_hashes, num_tokens - 1
     )
     ids = [[block.block_id for block in blocks] for blocks in hits]
     return ids, length, uncached
-
-
-def every(step, end):
-    return range(step, end + 1, step)
 
 
 @pytest.mark.parametrize("coordinator_class", BOTH)
@@ -164,7 +158,7 @@ def test_after_a_reset_nothing_is_found_and_new_blocks_are():
     cached = Cached(48, {(0, 16): [5], (1, 16): [6]})
     coordinator = coordinator_of(layout, FixedPointCoordinator)
     for _ in range(2):
-        fill(coordinator.block_pool, request, cached, request_of(layout, []))
+        fill(coordinator.block_pool, request, cached)
         assert coordinator.find_longest_cache_hit(request.block_hashes, 49)[1] == 16
         assert coordinator.reset_prefix_cache()
         assert coordinator.find_longest_cache_hit(request.block_hashes, 49)[1] == 0
@@ -182,7 +176,7 @@ def test_a_group_that_keeps_its_longer_hit_for_a_connector_keeps_it():
     on_host = Cached(96, {(0, end): [end] for end in every(16, 80)})
     on_device = Cached(96, {(1, end): [end] for end in (16, 32)})
     for pool, cached in ((source.block_pool, on_host), (coordinator.block_pool, on_device)):
-        fill(pool, request, cached, request_of(layout, []))
+        fill(pool, request, cached)
     hits, length, _ = coordinator.find_longest_cache_hit(request.block_hashes, 99)
     assert length == 32
     assert [block.block_id for block in hits[0]] == [16, 32, 48, 64, 80]
@@ -237,7 +231,7 @@ def test_managers_that_are_not_vllms_own_are_asked_themselves_and_hits_are_safe(
             assert lookup_class(group.manager_cls) is ManagerLookup
         for case in cases:
             assert coordinator.reset_prefix_cache()
-            fill(coordinator.block_pool, case.request, case.cached, request_of(layout, []))
+            fill(coordinator.block_pool, case.request, case.cached)
             _, length, _ = coordinator.find_longest_cache_hit(case.request.block_hashes, case.limit)
             groups = range(len(layout.groups))
             assert all(serves(layout, case.cached, alignment, group, length) for group in groups), (

@@ -7,7 +7,7 @@ import pytest
 
 from testing.coordinator.contents import coordinator_of, fill, random_cases, request_of
 from testing.coordinator.oracle import longest, wrong_blocks
-from vllm_hybrid_kv.coordinator.fixed_point import FixedPointCoordinator
+from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
 
 SEED = int(os.environ.get("HYBRID_KV_TEST_SEED", "20261122"))
 PARTS = 10

@@ -16,8 +16,8 @@ from testing.models import large_state_config, llama_config
 from testing.shapes import SHAPES
 from tests.coordinator.soak import checks
 from vllm_hybrid_kv.coordinator.checkpoints import Place
-from vllm_hybrid_kv.coordinator.fixed_point import FixedPointCoordinator
-from vllm_hybrid_kv.coordinator.hybrid_aware import HybridAwareCoordinator
+from vllm_hybrid_kv.coordinator.hybrid_policy import HybridAwareCoordinator
+from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
 from vllm_hybrid_kv.tools.plan.engine import Engine, Model
 from vllm_hybrid_kv.tools.replay.scheduler import Replay, Tally
 from vllm_hybrid_kv.tools.replay.trace import BLOCK_TOKENS, TracedRequest
@@ -145,7 +145,7 @@ def test_the_second_to_go_on_from_a_whole_prompt_whose_state_is_gone_shows_a_bra
     coordinator = coordinator_of(engine)
     first = Replay(engine, script.requests[:1], 1)
     first.run()
-    while (released := coordinator._give_up()) is not None:
+    while (released := coordinator._evict()) is not None:
         coordinator.block_pool.evict_blocks({block.block_id for block in released})
     assert Replay(engine, script.requests[1:], 1).run().hits == [0, 0, 512, 512]
 
@@ -154,7 +154,7 @@ def test_a_conversation_that_goes_on_is_no_branch(model):
     engine = engine_of(model, 200, POLICY)
     Replay(engine, chats(3, 4, seed=0), 1).run()
     assert not any(
-        checkpoint.at is Place.BRANCH for checkpoint in coordinator_of(engine).checkpoints._kept
+        checkpoint.place is Place.BRANCH for checkpoint in coordinator_of(engine).checkpoints.pinned
     )
 
 
@@ -165,7 +165,7 @@ def needed_states(coordinator: Any) -> Counter[int]:
         for block in coordinator.block_pool.free_block_queue.get_all_free_blocks()
         if block.block_hash
         and get_group_id(block.block_hash) in coordinator._state_ids
-        and coordinator._is_needed(block)
+        and coordinator._is_pinned(block)
     )
 
 
@@ -180,7 +180,7 @@ def test_states_are_kept_at_the_end_of_prompts_and_at_whole_blocks_only_if_that_
     block, end = coordinator._block_tokens, 5 * 512 + 32
     assert needed_states(coordinator) == {block: groups, end: groups}
     # Nothing had to be given up so far. From here on there is something to compare with.
-    while coordinator._give_up() is not None:
+    while coordinator._evict() is not None:
         pass
     Replay(engine, script.requests[1:], 1).run()
     assert needed_states(coordinator) == {end + 16: groups}
@@ -193,7 +193,7 @@ def test_a_state_that_lookups_find_in_another_block_is_kept_in_that_one(model):
     coordinator = coordinator_of(engine)
     Replay(engine, script.requests, 1).run()
     pool, queue = coordinator.block_pool, coordinator.block_pool.free_block_queue
-    (checkpoint,) = [c for c in coordinator.checkpoints.kept() if c.at is Place.PROMPT_END]
+    (checkpoint,) = [c for c in coordinator.checkpoints.pinned if c.place is Place.PROMPT_END]
     first = pool.get_cached_block(checkpoint.key, coordinator._state_groups)
     # Another request has computed the states too, and ended; the first goes on in its own blocks.
     pool.touch(first)
@@ -202,13 +202,13 @@ def test_a_state_that_lookups_find_in_another_block_is_kept_in_that_one(model):
     for key, block in zip(keys, others, strict=True):
         pool._insert_block_hash(key, block, num_tokens=checkpoint.tokens)
     pool.free_blocks(others)
-    assert queue._spent.issuperset(block.block_id for block in others)
+    assert queue._unpinned.issuperset(block.block_id for block in others)
     for block, copy in zip(first, copies, strict=True):
         pool.move_block_hashes(block, copy)
     pool.free_blocks(copies)
     pool.free_blocks(first)
     assert pool.get_cached_block(checkpoint.key, coordinator._state_groups) == others
-    assert queue._spent.isdisjoint(block.block_id for block in others)
+    assert queue._unpinned.isdisjoint(block.block_id for block in others)
     check(engine)
 
 
@@ -268,8 +268,8 @@ def test_steps_that_complete_no_unit_would_cache_nothing(model, coordinator, mon
     requests = [*script.requests, *chats(12, 3, seed=5, shared=1)]
     settings = {**POLICY, "coordinator": coordinator}
     skipped = contents_by_step(engine_of(model, 60, settings), requests)
-    never = lambda *_: False  # noqa: E731
-    monkeypatch.setattr(FixedPointCoordinator, "_is_inside_a_unit", never)
+    always = lambda *_: True  # noqa: E731
+    monkeypatch.setattr(FixedPointCoordinator, "_completes_a_unit", always)
     assert skipped == contents_by_step(engine_of(model, 60, settings), requests)
 
 
@@ -291,9 +291,9 @@ def test_emptying_the_cache_forgets_the_checkpoints(model):
     engine = engine_of(model, 200, POLICY)
     Replay(engine, script.requests, 1).run()
     coordinator = coordinator_of(engine)
-    assert len(coordinator.checkpoints) > 0
+    assert len(coordinator.checkpoints.pinned) > 0
     assert engine.scheduler.reset_prefix_cache()
-    assert len(coordinator.checkpoints) == 0
+    assert len(coordinator.checkpoints.pinned) == 0
     assert Replay(engine, script.requests, 1).run().hits[0] == 0
 
 
@@ -323,7 +323,7 @@ def test_no_states_are_copied_where_answers_do_not_come_back(model):
     script.send([*ids, *script.new(1)], tail=40)
     engine = engine_of(model, 200, POLICY)
     for _ in range(40):
-        coordinator_of(engine)._answers.returns.record(False)
+        coordinator_of(engine)._returns.record(False)
     assert Replay(engine, script.requests, 1).run().hits == [0, 1124 // 16 * 16]
 
 
@@ -341,7 +341,7 @@ def test_copies_are_made_over_and_over_and_leave_no_block_behind(model):
     Replay(engine, long_answers(3), 6).run()
     assert coordinator.stats()["kept answer"] > 40
     assert coordinator.stats()["used answer"] > 20
-    assert coordinator._answers.returns.rate > 0.8
+    assert coordinator._returns.rate > 0.8
     assert coordinator.block_pool.get_num_free_blocks() == 1999
     check(engine)
 

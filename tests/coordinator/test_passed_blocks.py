@@ -11,8 +11,8 @@ from vllm.v1.core.kv_cache_utils import get_group_id
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from testing.coordinator.contents import NUM_BLOCKS, Layout, full, layout_of, mamba, request_of
-from vllm_hybrid_kv.coordinator.fixed_point import FixedPointCoordinator
-from vllm_hybrid_kv.coordinator.hybrid_aware import HybridAwareCoordinator
+from vllm_hybrid_kv.coordinator.hybrid_policy import HybridAwareCoordinator
+from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
 
 STATE_BLOCK = 64
 CHUNK_GRID = 16

@@ -6,7 +6,7 @@ import vllm.v1.core.kv_cache_manager as manager_module
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from testing.coordinator.contents import NUM_BLOCKS, full, layout_of, mamba, request_of
-from vllm_hybrid_kv.coordinator.fixed_point import FixedPointCoordinator
+from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
 
 
 @pytest.fixture

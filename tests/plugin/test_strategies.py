@@ -277,7 +277,7 @@ def test_a_third_partys_coordinator_manages_the_cache(package, make_config):
 def test_a_coordinator_of_another_type_stops_start_up(package, make_config):
     package("acme", PRELUDE + "@hookimpl\ndef hybrid_kv_make_coordinator(): return 'mine'\n")
     plugin.register()
-    with pytest.raises(HybridKVStrategyError, match=r"acme-kv 1\.5\) must answer with a KVCache"):
+    with pytest.raises(HybridKVStrategyError, match=r"acme-kv 1\.5\) must return a KVCache"):
         manager(make_config({"coordinator": "acme"}), hybrid())
 
 
@@ -310,7 +310,10 @@ def test_a_unit_that_does_not_divide_the_blocks_stops_start_up(package, make_con
     config = make_config({"prefix_match_unit": "acme"}, enable_prefix_caching=True)
     with pytest.raises(HybridKVStrategyError) as error:
         kv_cache_utils.resolve_kv_cache_block_sizes(hybrid(), config)
-    assert "'acme' (from acme-kv 1.5) answered 100 tokens, which vLLM refuses" in str(error.value)
+    assert (
+        "'acme' (from acme-kv 1.5) returned a match unit of 100 tokens, which vLLM rejects"
+        in str(error.value)
+    )
     assert f"layer.0: {BLOCK}" in str(error.value)
     assert config.cache_config.prefix_match_unit is None
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoints in the cache, what each needs, and which is given up first."""
+"""The checkpoints of a cache: which blocks each one pins, and which is evicted first."""
 
 from __future__ import annotations
 
@@ -9,35 +9,33 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from vllm_hybrid_kv.coordinator.reuse import ReuseCurve, age_range
+from vllm_hybrid_kv.coordinator.traffic import ReuseCurve, age_range
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash
 
 UPDATE_INTERVAL = 64
-"""Requests between two computations of the reuse curves."""
+"""Requests between two updates of the reuse curves."""
 
 FADE_INTERVAL = 8192
-"""Requests after which what was learned counts half."""
+"""Requests after which earlier observations count half."""
 
 CANDIDATES = 128
-"""Of more checkpoints than this, as many are drawn to find one to give up (as LHD does, NSDI'18):
-the time that it takes must not grow with the cache."""
+"""The sample size for eviction, as in LHD (NSDI'18): its time must not grow with the cache."""
 
-WATCHED = 1024
-"""Checkpoints that were given up and are still watched, beside three times as many as are kept."""
-
+TRACKED = 1024
+"""Evicted checkpoints that are still tracked, in addition to three times the pinned ones."""
 
 PRICE_MEMORY = 0.95
-"""The price of a block is an average over about twenty checkpoints that were given up last."""
+"""The price of a block is an average over about the last twenty evictions."""
 
 
 class Place(Enum):
     """Where in a request a checkpoint is."""
 
-    # There is one object of each. Enum's own hash is that of the name, and takes longer.
+    # Members are singletons. Enum's own hash is that of the name, and slower.
     __hash__ = object.__hash__
 
     PROMPT_END = "prompt end"
@@ -46,8 +44,8 @@ class Place(Enum):
     BOUNDARY = "block boundary"
 
 
-class Kind(Enum):
-    """What is known of a checkpoint beforehand. The chance of a return is learned for each."""
+class CheckpointKind(Enum):
+    """What is known of a checkpoint. The probability of reuse is learned for each kind."""
 
     __hash__ = object.__hash__
 
@@ -61,37 +59,38 @@ class Kind(Enum):
 
 
 _KINDS = {
-    Place.BRANCH: Kind.BRANCH,
-    Place.ANSWER: Kind.ANSWER,
-    Place.BOUNDARY: Kind.BOUNDARY,
+    Place.BRANCH: CheckpointKind.BRANCH,
+    Place.ANSWER: CheckpointKind.ANSWER,
+    Place.BOUNDARY: CheckpointKind.BOUNDARY,
 }
 
-LIKELY = {Kind.SUPERSEDED: 0.1, Kind.BOUNDARY: 0.02}
-"""How likely anybody returns to a checkpoint, compared with a prompt's end, until learned."""
+PRIOR = {CheckpointKind.SUPERSEDED: 0.1, CheckpointKind.BOUNDARY: 0.02}
+"""The initial probability of reuse, relative to that of a prompt's end."""
 
 
 @dataclass(eq=False)
 class Checkpoint:
-    """A place where a later request can resume: a state and the attention blocks before it.
+    """A position where a later request can resume: a state, and the attention blocks before it.
 
     Attributes:
-        key: The hash of the prefix that it ends.
+        key: The hash of the prefix that ends here.
         tokens: The length of that prefix.
-        at: Where it is.
-        blocks: Ids of the attention blocks that a hit takes, of all groups.
-        parent: The longest one before it that was kept when it was made, or what that left.
-        last_use: When it was made or used last, in requests.
-        since: Its age when it became of the kind that it is.
-        uses: Requests that resumed here; those that came too late count.
-        supersedes: Whether nobody is likely to return to its parent now that there is this one.
-        answered: Tokens up to which a state could be kept in the answer that followed it, if any.
-        extensions: Checkpoints in the cache that have this one for parent and supersede it.
-        kept: Whether it is in the cache. One that was given up is watched for a while.
+        place: Where in a request it is.
+        blocks: Ids of the attention blocks that a hit needs, of all groups.
+        parent: The longest shorter checkpoint that was pinned when this one was entered.
+        last_use: When it was entered or used last, counted in requests.
+        uses: Requests that resumed here, or would have if it had not been evicted.
+        since: Its age when it became of its present kind.
+        supersedes: Whether reuse of its parent is unlikely now.
+        answered: The last position in the answer after it where a state could be kept, or 0.
+        extensions: Pinned checkpoints that supersede this one as their parent.
+        pinned: Whether it is in the cache. Evicted checkpoints are tracked for a while.
+        slot: Its index in the list of pinned checkpoints.
     """
 
     key: BlockHash
     tokens: int
-    at: Place
+    place: Place
     blocks: tuple[int, ...]
     parent: Checkpoint | None
     last_use: int
@@ -100,280 +99,291 @@ class Checkpoint:
     supersedes: bool = True
     answered: int = 0
     extensions: set[Checkpoint] = field(default_factory=set, repr=False)
-    kept: bool = False
+    pinned: bool = False
     slot: int = field(default=-1, repr=False)
 
     @property
     def superseded(self) -> bool:
-        """Whether one request came, and left a longer checkpoint: a conversation that goes on."""
-        ends = self.at in (Place.PROMPT_END, Place.ANSWER)
+        """Whether one request resumed here and left a longer checkpoint, as in a conversation."""
+        ends = self.place in (Place.PROMPT_END, Place.ANSWER)
         return ends and len(self.extensions) == 1 and self.uses <= 1
 
     def fallback(self) -> Checkpoint | None:
-        """Return the longest kept checkpoint before this one, but for those that it superseded."""
+        """Return the longest pinned checkpoint before this one that is not superseded."""
         checkpoint = self.parent
-        while checkpoint is not None and (not checkpoint.kept or checkpoint.superseded):
+        while checkpoint is not None and (not checkpoint.pinned or checkpoint.superseded):
             checkpoint = checkpoint.parent
         return checkpoint
+
+
+class Entry(NamedTuple):
+    """The result of `Checkpoints.enter`.
+
+    Attributes:
+        checkpoint: The checkpoint, pinned or only tracked, or None if nothing was entered.
+        released: The attention blocks of the checkpoint at the same prefix that was unpinned
+            because the new one replaces it, or None if there was none.
+    """
+
+    checkpoint: Checkpoint | None
+    released: tuple[int, ...] | None
 
 
 class Checkpoints:
     """The checkpoints of one cache.
 
-    Which one to give up: the one that saves the least compute for its memory, which is
+    Eviction takes the checkpoint that saves the least compute for its memory:
 
         index(kind, age) x (tokens - tokens of its fallback) / blocks that only it needs
 
-    with the index of `ReuseCurve`. That is tokens of prefill saved per block and request. In the
-    terms of Marconi (arXiv 2411.19379) it is FLOP efficiency with learned recency; in those of
-    LHD (NSDI'18), hit density.
+    with the index of `ReuseCurve`. The unit is tokens of prefill saved per block and request. In
+    terms of Marconi (arXiv 2411.19379) this is FLOP efficiency with learned recency, in terms of
+    LHD (NSDI'18) hit density.
     """
 
     def __init__(self, state_blocks: int, block_tokens: int) -> None:
-        """Start with none.
+        """Start without checkpoints.
 
         Args:
-            state_blocks: The blocks that one state takes in all groups.
-            block_tokens: A prompt that fits into one block of so many tokens is `Kind.SHORT`.
+            state_blocks: Blocks of one state, over all groups.
+            block_tokens: A prompt of at most this many tokens is `CheckpointKind.SHORT`.
         """
         self._state_blocks = state_blocks
         self._block_tokens = block_tokens
-        self._draw = random.Random(0)
+        self._random = random.Random(0)
         self.clear()
 
     def clear(self) -> None:
-        """Forget all, and what was learned."""
-        self._known: dict[BlockHash, Checkpoint] = {}
-        self._kept: list[Checkpoint] = []
-        self._needed: Counter[int] = Counter()
-        self._curves = {kind: ReuseCurve(LIKELY.get(kind, 1.0)) for kind in Kind}
+        """Forget all checkpoints and everything that was learned."""
+        self._tracked: dict[BlockHash, Checkpoint] = {}
+        self.pinned: list[Checkpoint] = []
+        self._pins: Counter[int] = Counter()
+        self._curves = {kind: ReuseCurve(PRIOR.get(kind, 1.0)) for kind in CheckpointKind}
         self._now = 0
         self._price = 0.0
         self.counts: Counter[str] = Counter()
 
-    def __len__(self) -> int:
-        return len(self._kept)
+    def pinned_at(self, key: BlockHash) -> Checkpoint | None:
+        """Return the pinned checkpoint at the end of a prefix."""
+        checkpoint = self._tracked.get(key)
+        return checkpoint if checkpoint is not None and checkpoint.pinned else None
 
-    def keeps(self, key: BlockHash) -> bool:
-        """Whether there is a checkpoint at the end of a prefix."""
-        return self.kept_at(key) is not None
+    def pins(self, block_id: int) -> bool:
+        """Whether a checkpoint pins an attention block."""
+        return block_id in self._pins
 
-    def kept(self) -> tuple[Checkpoint, ...]:
-        """Return all checkpoints in the cache."""
-        return tuple(self._kept)
-
-    def kept_at(self, key: BlockHash) -> Checkpoint | None:
-        """Return the checkpoint that is kept at the end of a prefix."""
-        checkpoint = self._known.get(key)
-        return checkpoint if checkpoint is not None and checkpoint.kept else None
-
-    def needs(self, block_id: int) -> bool:
-        """Whether a checkpoint needs an attention block."""
-        return block_id in self._needed
-
-    def kind(self, checkpoint: Checkpoint) -> Kind:
-        """Return the kind of a checkpoint, which changes with what happens to it."""
+    def kind(self, checkpoint: Checkpoint) -> CheckpointKind:
+        """Return the present kind of a checkpoint."""
         if checkpoint.superseded:
-            return Kind.SUPERSEDED
+            return CheckpointKind.SUPERSEDED
         if checkpoint.uses > 1:
-            return Kind.REUSED
-        if checkpoint.at is Place.PROMPT_END:
-            return Kind.SHORT if checkpoint.tokens <= self._block_tokens else Kind.PROMPT
-        return _KINDS[checkpoint.at]
+            return CheckpointKind.REUSED
+        if checkpoint.place is Place.PROMPT_END:
+            short = checkpoint.tokens <= self._block_tokens
+            return CheckpointKind.SHORT if short else CheckpointKind.PROMPT
+        return _KINDS[checkpoint.place]
 
     def longest(self, hashes: Sequence[BlockHash]) -> Checkpoint | None:
-        """Return the longest checkpoint known for a prefix, kept or not."""
-        known = (self._known.get(key) for key in reversed(hashes))
-        return next((checkpoint for checkpoint in known if checkpoint is not None), None)
+        """Return the longest tracked checkpoint of a prefix, pinned or not."""
+        tracked = (self._tracked.get(key) for key in reversed(hashes))
+        return next((checkpoint for checkpoint in tracked if checkpoint is not None), None)
 
     def arrive(self, hashes: Sequence[BlockHash], limit: int) -> Checkpoint | None:
-        """Count a request.
+        """Record a new request.
 
         Args:
-            hashes: Its prompt's.
-            limit: How many of them are worth looking at: no checkpoint is at a later one.
+            hashes: The hashes of its prompt.
+            limit: No checkpoint is at a hash with this index or a higher one.
 
         Returns:
-            The longest checkpoint known for its prompt, kept or not.
+            The longest tracked checkpoint of its prompt, pinned or not.
         """
         self._now += 1
         longest = None
-        for place in range(min(limit, len(hashes)) - 1, -1, -1):
-            checkpoint = self._known.get(hashes[place])
+        for index in range(min(limit, len(hashes)) - 1, -1, -1):
+            checkpoint = self._tracked.get(hashes[index])
             if checkpoint is None:
                 continue
             longest = longest or checkpoint
-            # The longest one may have been given up. It is the longest kept that is used, and the
-            # request came for all that are longer as well. The ends of blocks are on the way to
-            # any of them, and count only where there is nothing further on.
-            returned = checkpoint is longest or checkpoint.at is not Place.BOUNDARY
-            if checkpoint.kept:
+            # The request uses the longest pinned checkpoint, and would have used all longer ones
+            # that were evicted. Ends of blocks precede any other checkpoint, so they count only if
+            # they are the longest.
+            returned = checkpoint is longest or checkpoint.place is not Place.BOUNDARY
+            if checkpoint.pinned:
                 self.counts[f"used {self.kind(checkpoint).value}"] += 1
-            self._settle(checkpoint, returned)
+            self._record(checkpoint, returned)
             checkpoint.uses += 1
-            self.use_now(checkpoint)
-            if checkpoint.kept:
+            self.touch(checkpoint)
+            if checkpoint.pinned:
                 break
         if self._now % UPDATE_INTERVAL == 0:
             self._learn()
         return longest
 
-    def watch(
+    def enter(
         self,
         key: BlockHash,
         tokens: int,
-        at: Place,
-        blocks: Iterable[int],
+        place: Place,
+        blocks: Iterable[int] | None,
         parent: Checkpoint | None,
         supersedes: bool = True,
-    ) -> Checkpoint:
-        """Enter a checkpoint that could be kept, to learn whether anybody returns to it.
+    ) -> Entry:
+        """Track a checkpoint, and pin it unless it is the end of a block that does not pay.
+
+        A checkpoint that is pinned at the same prefix stays, but the end of a block is replaced by
+        any other place, which says more about the probability of reuse.
 
         Args:
-            key: The hash of the prefix that it ends.
+            key: The hash of the prefix that ends there.
             tokens: The length of that prefix.
-            at: Where in a request it is.
-            blocks: Ids of the attention blocks that a hit takes.
-            parent: A shorter one of the same prefix.
-            supersedes: Whether nobody is likely to return to the parent once this one is kept.
-
-        Returns:
-            It, or the one that is known for the same prefix, with these blocks.
+            place: Where in a request it is.
+            blocks: Ids of the attention blocks that a hit needs, or None if they are not cached.
+            parent: A checkpoint of the same request, pinned or not.
+            supersedes: Whether reuse of the parent is unlikely once this one is pinned.
         """
-        while parent is not None and (parent.tokens >= tokens or not parent.kept):
+        released = None
+        pinned = self.pinned_at(key)
+        if pinned is not None:
+            if pinned.place is not Place.BOUNDARY or place is Place.BOUNDARY:
+                return Entry(None, None)
+            self.unpin(pinned)
+            released = pinned.blocks
+        if blocks is None:
+            return Entry(None, released)
+        while parent is not None and (parent.tokens >= tokens or not parent.pinned):
             parent = parent.parent
-        checkpoint = self._known.get(key)
+        # The second request with a prefix reveals its branch point.
+        uses = int(place is Place.BRANCH)
+        checkpoint = self._tracked.get(key)
         if checkpoint is None:
-            # A branch point is known by its second user.
-            uses = int(at is Place.BRANCH)
-            checkpoint = Checkpoint(key, tokens, at, (), parent, self._now, uses)
-            self._known[key] = checkpoint
-        if not checkpoint.kept:
-            checkpoint.at, checkpoint.parent, checkpoint.supersedes = at, parent, supersedes
-            checkpoint.uses = max(checkpoint.uses, int(at is Place.BRANCH))
-            checkpoint.blocks = tuple(blocks)
-            self.use_now(checkpoint)
-        return checkpoint
+            checkpoint = Checkpoint(key, tokens, place, (), parent, self._now, uses)
+            self._tracked[key] = checkpoint
+        checkpoint.place, checkpoint.parent, checkpoint.supersedes = place, parent, supersedes
+        checkpoint.uses = max(checkpoint.uses, uses)
+        checkpoint.blocks = tuple(blocks)
+        self.touch(checkpoint)
+        if place is not Place.BOUNDARY or self._worth(checkpoint) >= self._price:
+            self._pin(checkpoint)
+        return Entry(checkpoint, released)
 
-    def pays(self, checkpoint: Checkpoint) -> bool:
-        """Whether one that is not kept is worth more than those that were given up last."""
-        return self._worth(checkpoint) >= self._price
-
-    def keep(self, checkpoint: Checkpoint) -> None:
-        """Have a checkpoint that is watched in the cache."""
-        checkpoint.kept = True
-        checkpoint.slot = len(self._kept)
-        self._kept.append(checkpoint)
-        self._needed.update(checkpoint.blocks)
-        self._extend(checkpoint)
+    def _pin(self, checkpoint: Checkpoint) -> None:
+        checkpoint.pinned = True
+        checkpoint.slot = len(self.pinned)
+        self.pinned.append(checkpoint)
+        self._pins.update(checkpoint.blocks)
+        self._extend_parent(checkpoint)
         self.counts[f"kept {self.kind(checkpoint).value}"] += 1
 
-    def use_now(self, checkpoint: Checkpoint) -> None:
-        """Let a checkpoint's age begin again: the request that made it ended only now."""
+    def touch(self, checkpoint: Checkpoint) -> None:
+        """Restart the age of a checkpoint."""
         checkpoint.last_use, checkpoint.since = self._now, 0
 
-    def give_up(self) -> Checkpoint | None:
-        """Take out the checkpoint that is worth the least; None where there is none."""
-        if not self._kept:
+    def evict(self) -> Checkpoint | None:
+        """Unpin and return the checkpoint that is worth the least, or None if none is pinned."""
+        if not self.pinned:
             return None
-        kept = self._kept
-        drawn = kept if len(kept) <= CANDIDATES else self._draw.sample(kept, CANDIDATES)
-        worth, least = self._least(drawn)
+        candidates = self.pinned
+        if len(candidates) > CANDIDATES:
+            candidates = self._random.sample(candidates, CANDIDATES)
+        worth, least = self._least(candidates)
         self._price = PRICE_MEMORY * self._price + (1 - PRICE_MEMORY) * worth
         self.counts[f"evicted {self.kind(least).value}"] += 1
-        if least.uses <= int(least.at is Place.BRANCH):
+        if least.uses <= int(least.place is Place.BRANCH):
             self.counts["evicted unused"] += 1
-        self.drop(least)
+        self.unpin(least)
         return least
 
     def _least(self, checkpoints: Iterable[Checkpoint]) -> tuple[float, Checkpoint]:
-        """Return the worth of the one that is worth the least, and it."""
-        worth, least = math.inf, None
-        for one in checkpoints:
-            saving = self._saving(one)
-            # If no other needed any of its blocks. With others it is worth more, and counting them
-            # is what takes the time.
-            if least is not None and saving / (self._state_blocks + len(one.blocks)) > worth:
+        """Return the lowest worth, and the checkpoint that has it."""
+        lowest, least = math.inf, None
+        for checkpoint in checkpoints:
+            saving = self._saving(checkpoint)
+            # A lower bound of the worth, as if no other needed its blocks. Counting them is slow.
+            if (
+                least is not None
+                and saving / (self._state_blocks + len(checkpoint.blocks)) > lowest
+            ):
                 continue
-            its = saving / (self._state_blocks + self._own(one))
-            if least is None or its < worth or (its == worth and one.slot < least.slot):
-                worth, least = its, one
+            worth = saving / (self._state_blocks + self._own_blocks(checkpoint))
+            if (
+                least is None
+                or worth < lowest
+                or (worth == lowest and checkpoint.slot < least.slot)
+            ):
+                lowest, least = worth, checkpoint
         assert least is not None
-        return worth, least
+        return lowest, least
 
     def _worth(self, checkpoint: Checkpoint) -> float:
-        return self._saving(checkpoint) / (self._state_blocks + self._own(checkpoint))
+        return self._saving(checkpoint) / (self._state_blocks + self._own_blocks(checkpoint))
 
     def _saving(self, checkpoint: Checkpoint) -> float:
-        """Return the tokens of prefill that a checkpoint saves by request that comes."""
+        """Return the expected tokens of prefill saved per arriving request."""
         fallback = checkpoint.fallback()
         saved = checkpoint.tokens - (0 if fallback is None else fallback.tokens)
         age = age_range(self._now - checkpoint.last_use)
         return self._curves[self.kind(checkpoint)].index[age] * saved
 
-    def _own(self, checkpoint: Checkpoint) -> int:
-        """Return how many of its attention blocks no other kept checkpoint needs."""
-        needed = self._needed
-        alone = int(checkpoint.kept)
-        return sum([needed[block_id] == alone for block_id in checkpoint.blocks])
+    def _own_blocks(self, checkpoint: Checkpoint) -> int:
+        """Return how many of its attention blocks no other pinned checkpoint needs."""
+        pins = self._pins
+        alone = int(checkpoint.pinned)
+        return sum([pins[block_id] == alone for block_id in checkpoint.blocks])
 
-    def drop(self, checkpoint: Checkpoint) -> None:
-        """Keep a checkpoint no more. It is watched on."""
-        checkpoint.kept = False
-        last = self._kept.pop()
+    def unpin(self, checkpoint: Checkpoint) -> None:
+        """Remove a checkpoint from the cache, and continue to track it."""
+        checkpoint.pinned = False
+        last = self.pinned.pop()
         if last is not checkpoint:
-            self._kept[checkpoint.slot] = last
+            self.pinned[checkpoint.slot] = last
             last.slot = checkpoint.slot
-        self._release(checkpoint.blocks)
+        for block_id in checkpoint.blocks:
+            if self._pins[block_id] == 1:
+                del self._pins[block_id]
+            else:
+                self._pins[block_id] -= 1
         parent = checkpoint.parent
         if parent is not None and checkpoint in parent.extensions:
-            self._settle(parent, returned=False)
+            self._record(parent, returned=False)
             parent.extensions.remove(checkpoint)
-        # What it was superseded by supersedes what it had superseded.
+        # Its extensions now supersede its parent.
         for longer in checkpoint.extensions:
             longer.parent = parent
-            self._extend(longer)
+            self._extend_parent(longer)
         checkpoint.extensions.clear()
 
-    def _extend(self, checkpoint: Checkpoint) -> None:
-        """Enter a checkpoint that is kept with the one that it supersedes."""
+    def _extend_parent(self, checkpoint: Checkpoint) -> None:
         parent = checkpoint.parent
         if parent is not None and checkpoint.supersedes:
-            # Its kind may change. Its wait so far was that of one of the old.
-            self._settle(parent, returned=False)
+            # The parent's kind may change. Its wait until now counts for the old kind.
+            self._record(parent, returned=False)
             parent.extensions.add(checkpoint)
 
-    def _settle(self, checkpoint: Checkpoint, returned: bool) -> None:
+    def _record(self, checkpoint: Checkpoint, returned: bool) -> None:
         age = self._now - checkpoint.last_use
         self._curves[self.kind(checkpoint)].record(checkpoint.since, age, returned)
         checkpoint.since = age
-
-    def _release(self, blocks: Iterable[int]) -> None:
-        for block_id in blocks:
-            if self._needed[block_id] == 1:
-                del self._needed[block_id]
-            else:
-                self._needed[block_id] -= 1
 
     def _learn(self) -> None:
         if self._now % FADE_INTERVAL == 0:
             for curve in self._curves.values():
                 curve.fade()
         self._forget()
-        waiting: dict[Kind, list[tuple[int, int]]] = {kind: [] for kind in Kind}
-        for checkpoint in self._known.values():
+        waiting: dict[CheckpointKind, list[tuple[int, int]]] = {kind: [] for kind in CheckpointKind}
+        for checkpoint in self._tracked.values():
             age = self._now - checkpoint.last_use
             waiting[self.kind(checkpoint)].append((checkpoint.since, age))
         for kind, curve in self._curves.items():
             curve.update(waiting[kind])
 
     def _forget(self) -> None:
-        """Stop watching the checkpoints that were given up and not asked for the longest."""
-        excess = len(self._known) - 4 * len(self._kept) - WATCHED
+        """Stop tracking the evicted checkpoints that were unused for the longest time."""
+        excess = len(self._tracked) - 4 * len(self.pinned) - TRACKED
         if excess <= 0:
             return
-        gone = [checkpoint for checkpoint in self._known.values() if not checkpoint.kept]
-        gone.sort(key=lambda checkpoint: checkpoint.last_use)
-        for checkpoint in gone[: excess + len(gone) // 8]:
-            self._settle(checkpoint, returned=False)
-            del self._known[checkpoint.key]
+        evicted = [checkpoint for checkpoint in self._tracked.values() if not checkpoint.pinned]
+        evicted.sort(key=lambda checkpoint: checkpoint.last_use)
+        for checkpoint in evicted[: excess + len(evicted) // 8]:
+            self._record(checkpoint, returned=False)
+            del self._tracked[checkpoint.key]

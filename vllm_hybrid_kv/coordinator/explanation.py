@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why a request hit what it hit."""
+"""Explains the length of a request's cache hit."""
 
 from __future__ import annotations
 
@@ -8,57 +8,52 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.kv_cache_interface import KVCacheSpecKind, get_kv_cache_spec_kind
+from vllm.v1.kv_cache_interface import KVCacheSpecKind, MambaSpec, get_kv_cache_spec_kind
 
 if TYPE_CHECKING:
-    from vllm.v1.core.kv_cache_coordinator import SpecGroup
+    from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator
 
 DRAFT = "_draft"
-"""What the name of a kind ends in where draft layers (EAGLE, MTP) are among its groups."""
+"""Suffix of the kind of KV groups that include draft layers (EAGLE, MTP)."""
 
 MAMBA = KVCacheSpecKind.MAMBA.value
 
 
 class Reason(Enum):
-    """What kept a hit from being longer."""
+    """Why a hit was not longer."""
 
     NOT_READ = "the request does not read the prefix cache"
-    TOO_SHORT = "the prompt is shorter than what hits end at"
+    TOO_SHORT = "the prompt is shorter than the match unit"
     LAST_TOKEN = "no longer hit is possible"
     NOT_CACHED = "nothing longer was cached"
-    LIMITED = "groups of one kind could not serve what others could"
+    LIMITED = "KV groups of one kind could not serve what others could"
 
 
 @dataclass(frozen=True)
-class Kind:
+class GroupKind:
     """One kind of KV group of a coordinator.
 
     Attributes:
-        name: What vLLM calls it, with `_draft` behind where draft layers are among its groups.
-        groups: The places of its groups in the coordinator's `attention_groups`.
-        full_attention: Whether all tokens before the next one are attended to.
+        name: vLLM's name, with the suffix `_draft` if its groups include draft layers.
+        groups: Indices of its groups in the coordinator's `attention_groups`.
+        full_attention: Whether every earlier token is attended to.
     """
 
     name: str
     groups: tuple[int, ...]
     full_attention: bool
 
-    @property
-    def draft(self) -> bool:
-        """Whether draft layers are among its groups."""
-        return self.name.endswith(DRAFT)
-
 
 @dataclass(frozen=True)
 class KindHit:
-    """What the groups of one kind had to do with a hit.
+    """How the groups of one kind affected a hit.
 
     Attributes:
-        name: See `Kind`.
-        draft: Whether draft layers are among its groups.
-        alone_tokens: The longest prefix that they could have served had there been no others.
-            None where that was not looked up, for nobody wanted metrics or DEBUG lines.
-        lost_tokens: By how many tokens they made the hit shorter, of those that could be served.
+        name: See `GroupKind`.
+        draft: Whether its groups include draft layers.
+        alone_tokens: The longest prefix that they could serve without the other groups. None if it
+            was not looked up, because neither metrics nor DEBUG lines are on.
+        lost_tokens: By how many tokens they shortened the hit.
     """
 
     name: str
@@ -69,23 +64,23 @@ class KindHit:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why a request hit what it hit. As text, one sentence.
+    """Why a request hit what it hit. Its text form is one sentence.
 
     Attributes:
-        request_id: The request's.
-        scheduled: Whether this is what was found when the request was scheduled. Else it is what
-            would be found now.
-        preempted: Whether it had been preempted before.
-        prompt_tokens: Its tokens that were looked up: the prompt's and, after a preemption, those
-            of its answer up to then.
-        unit_tokens: Hits have a multiple of this many tokens.
-        hit_tokens: Those that come from the cache. What a KV connector loads is not among them.
-        reach_tokens: What full attention alone could have served: what is cached of the prompt.
-            Without full attention, what the kind could that could serve most.
-        kinds: By kind of KV group.
-        limited_by: The kind that lost the most of what could be served, if one did.
-        reason: What kept the hit from being longer.
-        setting: What may help, where a setting may.
+        request_id: The request.
+        scheduled: Whether this describes the lookup with which the request was scheduled.
+            Otherwise it describes a lookup now.
+        preempted: Whether the request was preempted before.
+        prompt_tokens: Tokens that were looked up: the prompt and, after a preemption, the output
+            up to then.
+        unit_tokens: Hits are multiples of this many tokens.
+        hit_tokens: Tokens read from the cache, without those that a KV connector loads.
+        reach_tokens: What full attention alone could serve. If there is no full-attention group,
+            the maximum over all kinds.
+        kinds: The kinds of KV groups.
+        limited_by: The kind that lost most tokens, if any lost some.
+        reason: Why the hit was not longer.
+        setting: A setting that may lengthen hits, if there is one.
     """
 
     request_id: str
@@ -102,45 +97,43 @@ class Explanation:
 
     @property
     def lost_tokens(self) -> int:
-        """Tokens that could be served and were not, for some kind of group could not."""
+        """Cached tokens that were not hit because some kind of group could not serve them."""
         return sum(kind.lost_tokens for kind in self.kinds)
 
     def __str__(self) -> str:
-        """Say it in one sentence."""
-        hit = "hit" if self.scheduled else "would hit"
-        numbers = f"request {self.request_id} {hit} {self.hit_tokens} of {self.prompt_tokens}"
-        again = " tokens after a preemption" if self.preempted else " prompt tokens"
-        return f"{numbers}{again}: {self._why()}{self._advice()}"
+        verb = "hit" if self.scheduled else "would hit"
+        tokens = "tokens after a preemption" if self.preempted else "prompt tokens"
+        advice = f"; try {self.setting}" if self.setting else ""
+        return (
+            f"request {self.request_id} {verb} {self.hit_tokens} of {self.prompt_tokens} {tokens}: "
+            f"{self._why()}{advice}"
+        )
 
     def _why(self) -> str:
         if self.reason in (Reason.TOO_SHORT, Reason.LAST_TOKEN):
-            ends = f"hits end at multiples of {self.unit_tokens} tokens and before the last token"
-            return f"{self.reason.value}, {ends}"
+            return (
+                f"{self.reason.value}, because hits end at multiples of {self.unit_tokens} tokens "
+                "and before the last token"
+            )
         if self.reason is Reason.LIMITED:
-            alone = ", ".join(
-                f"{kind.name} {kind.alone_tokens}"
-                for kind in self.kinds
-                if kind.alone_tokens is not None
-            )
-            lost = ", ".join(
+            alone = [(kind.name, kind.alone_tokens) for kind in self.kinds]
+            prefixes = ", ".join(f"{name} {n}" for name, n in alone if n is not None)
+            lost = [
                 f"{kind.name} lost {kind.lost_tokens}" for kind in self.kinds if kind.lost_tokens
-            )
-            return f"alone could have served {alone}; {lost}"
+            ]
+            return f"longest prefix of each kind alone: {prefixes}; {', '.join(lost)}"
         return self.reason.value
-
-    def _advice(self) -> str:
-        return f"; what may help: {self.setting}" if self.setting else ""
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a lookup found, and what was made of it.
+class HitRecord:
+    """The result of one lookup.
 
     Attributes:
-        limit: No hit is longer than this many tokens: all of the request's but the last.
-        hit: Tokens taken from the cache.
+        limit: The maximum hit in tokens: all tokens of the request but the last.
+        hit: Tokens read from the cache.
         lost: By how many tokens each of the coordinator's `attention_groups` shortened the hit.
-        alone: What each kind could have served, in tokens; None where nobody asked.
+        alone: Tokens that each kind could serve alone, or None if not looked up.
     """
 
     limit: int
@@ -150,31 +143,50 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Cache:
-    """What explanations need to know of a coordinator.
+class CacheDescription:
+    """The properties of a coordinator that explanations depend on.
 
     Attributes:
-        kinds: Its kinds of groups.
-        unit: Hits have a multiple of this many tokens.
+        kinds: The kinds of its groups.
+        unit: Hits are multiples of this many tokens.
         partial: Whether a hit may end inside a block.
-        aligned_states: Whether it caches states, in a mode in which vLLM can do that.
-        strategy: The setting `coordinator` that made it.
+        aligned_states: Whether all its states are cached in mode `align`.
+        strategy: The value of the setting `coordinator`.
     """
 
-    kinds: tuple[Kind, ...]
+    kinds: tuple[GroupKind, ...]
     unit: int
     partial: bool
     aligned_states: bool
     strategy: str
 
+    @classmethod
+    def of(cls, coordinator: HybridKVCacheCoordinator, strategy: str) -> CacheDescription:
+        groups: dict[str, list[int]] = {}
+        full: dict[str, bool] = {}
+        modes = set()
+        for index, group in enumerate(coordinator.attention_groups):
+            name = get_kv_cache_spec_kind(group.spec).value
+            # vLLM marks all groups if the model marks none, but states have no draft layers.
+            if group.use_eagle and name != MAMBA:
+                name += DRAFT
+            groups.setdefault(name, []).append(index)
+            full[name] = issubclass(group.manager_cls, FullAttentionManager)
+            if isinstance(group.spec, MambaSpec):
+                modes.add(group.spec.mamba_cache_mode)
+        return cls(
+            tuple(GroupKind(name, tuple(of_kind), full[name]) for name, of_kind in groups.items()),
+            coordinator._cache_hit_alignment_tokens,
+            coordinator.enable_partial_hash_hits,
+            modes == {"align"},
+            strategy,
+        )
+
     def setting_for(self, kind: str | None) -> str | None:
-        """Return what may lengthen hits.
+        """Return settings or options that may lengthen hits, or None.
 
         Args:
-            kind: What limits them; None for the length of the unit.
-
-        Returns:
-            Settings and options; None where there are none.
+            kind: The kind that limits hits, or None if the match unit does.
         """
         settings = []
         if kind == MAMBA and self.strategy != "hybrid_aware" and self.aligned_states:
@@ -188,86 +200,68 @@ class Cache:
         return "more memory for the KV cache (--gpu-memory-utilization, --kv-cache-memory-bytes)"
 
     def reach(self, alone: tuple[int | None, ...]) -> int:
-        """Return what full attention alone could serve, or else the most of what any kind could."""
-        by_kind = list(zip(self.kinds, alone, strict=True))
-        full = [tokens for kind, tokens in by_kind if kind.full_attention and tokens is not None]
-        return max(full or [tokens for tokens in alone if tokens is not None], default=0)
+        """Return what full attention alone could serve, or the maximum over all kinds without it.
 
-    def lost_by_kind(self, found: Found) -> list[int]:
-        """Return by how many tokens the groups of each kind shortened a hit."""
-        return [sum([found.lost[group] for group in kind.groups]) for kind in self.kinds]
+        Args:
+            alone: Tokens that each kind could serve alone, or None if not looked up.
+        """
+        full = [n for kind, n in zip(self.kinds, alone, strict=True) if kind.full_attention]
+        return max((n for n in full or alone if n is not None), default=0)
+
+    def lost_by_kind(self, record: HitRecord) -> list[int]:
+        return [sum([record.lost[group] for group in kind.groups]) for kind in self.kinds]
 
     def explain(
         self,
-        found: Found | None,
+        record: HitRecord | None,
         request_id: str,
         num_tokens: int,
         scheduled: bool,
         preempted: bool,
     ) -> Explanation:
-        """Say why a request hit what it hit.
+        """Explain a request's hit.
 
         Args:
-            found: What was found; None where the request does not read the cache.
-            request_id: The request's.
-            num_tokens: Its tokens that were looked up, the last one included.
-            scheduled: Whether it was found when the request was scheduled.
-            preempted: Whether it had been preempted before.
+            record: Its lookup, or None if the request does not read the cache.
+            request_id: The request.
+            num_tokens: Tokens that were looked up, including the last one.
+            scheduled: Whether the request was scheduled with this lookup.
+            preempted: Whether it was preempted before.
         """
-        if found is None:
+        reason = Reason.NOT_READ if record is None else self._reason(record)
+        if record is None:
             groups = sum(len(kind.groups) for kind in self.kinds)
-            found = Found(num_tokens - 1, 0, (0,) * groups, (None,) * len(self.kinds))
-            reason = Reason.NOT_READ
-        else:
-            reason = self._reason(found)
-        kinds = self._kind_hits(found)
+            record = HitRecord(num_tokens - 1, 0, (0,) * groups, (None,) * len(self.kinds))
+        kinds = tuple(
+            KindHit(kind.name, kind.name.endswith(DRAFT), alone, lost)
+            for kind, alone, lost in zip(
+                self.kinds, record.alone, self.lost_by_kind(record), strict=True
+            )
+        )
         limited_by = setting = None
         if reason is Reason.LIMITED:
             limited_by = max(kinds, key=lambda kind: kind.lost_tokens).name
+        if reason in (Reason.LIMITED, Reason.TOO_SHORT):
             setting = self.setting_for(limited_by)
-        elif reason is Reason.TOO_SHORT:
-            setting = self.setting_for(None)
         return Explanation(
             request_id,
             scheduled,
             preempted,
             num_tokens,
             self.unit,
-            found.hit,
-            max(self.reach(found.alone), found.hit),
+            record.hit,
+            max(self.reach(record.alone), record.hit),
             kinds,
             limited_by,
             reason,
             setting,
         )
 
-    def _kind_hits(self, found: Found) -> tuple[KindHit, ...]:
-        return tuple(
-            KindHit(kind.name, kind.draft, alone, lost)
-            for kind, alone, lost in zip(
-                self.kinds, found.alone, self.lost_by_kind(found), strict=True
-            )
-        )
-
-    def _reason(self, found: Found) -> Reason:
-        if found.limit < self.unit:
+    def _reason(self, record: HitRecord) -> Reason:
+        if record.limit < self.unit:
             return Reason.TOO_SHORT
-        if any(found.lost):
+        if any(record.lost):
             return Reason.LIMITED
-        if found.hit + self.unit > found.limit:
+        if record.hit + self.unit > record.limit:
             return Reason.LAST_TOKEN
         return Reason.NOT_CACHED
-
-
-def kinds_of(groups: list[SpecGroup]) -> tuple[Kind, ...]:
-    """Return the kinds of a coordinator's `attention_groups`, in their order."""
-    places: dict[str, list[int]] = {}
-    full: dict[str, bool] = {}
-    for place, group in enumerate(groups):
-        name = get_kv_cache_spec_kind(group.spec).value
-        # States have no draft layers, but vLLM marks all groups where the model marks none.
-        if group.use_eagle and name != MAMBA:
-            name += DRAFT
-        places.setdefault(name, []).append(place)
-        full[name] = issubclass(group.manager_cls, FullAttentionManager)
-    return tuple(Kind(name, tuple(groups), full[name]) for name, groups in places.items())

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What prefix of a request the KV groups of one spec can serve from their cached blocks.
+"""Finds the longest prefix of a request that the KV groups of one spec can serve.
 
-Lengths are in tokens. A hit has a multiple of `alignment` tokens: the hash unit where partial hits
-are on, else a multiple of every group's block size. Every kind of group answers for itself which
-of these lengths it can serve; every group can serve 0:
+Lengths are in tokens. A hit is a multiple of `alignment`: the hash unit if partial hits are on,
+otherwise a multiple of every group's block size. Every kind of group defines which of these lengths
+it can serve. All can serve 0.
 
-* full attention: all whole blocks before the length are cached, and, where it lies inside a block,
-  a block that holds at least the tokens up to it;
-* a sliding window: the blocks with the `window - 1` tokens before the length;
-* chunked local attention: the blocks from the start of the length's chunk on;
-* Mamba: the state after exactly that many tokens.
+* Full attention: all whole blocks before the length are cached. If the length is inside a block,
+  a block with at least the tokens up to it is cached.
+* Sliding window: the blocks with the `window - 1` tokens before the length are cached.
+* Chunked local attention: the blocks from the start of the length's chunk are cached.
+* Mamba: the state after exactly that many tokens is cached.
 
-Draft layers (EAGLE, MTP) of attention groups want one unit more than they serve, a block or, where
-partial hits are on, a hash unit (`eagle_proof_margin`): a draft layer's last key and value depend
-on the token behind them, so that they count only where that token is known to be the same.
-Mamba groups have no draft layers.
+Draft layers (EAGLE, MTP) of attention groups require one unit more than they serve: a block or, if
+partial hits are on, a hash unit (`eagle_proof_margin`). A draft layer's last key and value depend
+on the following token, so they are valid only if that token is known to be equal. Mamba groups have
+no draft layers.
 
-Full attention serves every length below one that it serves. The other kinds do not.
+Full attention can serve every length below one that it can serve. The other kinds cannot.
 """
 
 from __future__ import annotations
@@ -39,14 +39,9 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
 
-from vllm_hybrid_kv.coordinator.block_map import grouped_blocks
-
 
 class GroupLookup(ABC):
-    """One request's lookup in the KV groups of one spec.
-
-    Made for one lookup and not kept: what it found is not told of later evictions.
-    """
+    """One lookup of a request in the KV groups of one spec. Later evictions invalidate it."""
 
     def __init__(
         self,
@@ -59,9 +54,9 @@ class GroupLookup(ABC):
 
         Args:
             group: The groups.
-            manager: The manager of one of them.
-            block_hashes: The request's, one for every hash unit of its tokens.
-            alignment: Hits have a multiple of this many tokens.
+            manager: The manager of one of them. Its pool has a `GroupedBlockMap`.
+            block_hashes: The request's hashes, one per hash unit.
+            alignment: Hits are multiples of this many tokens.
         """
         pool = manager.block_pool
         self.group = group
@@ -70,13 +65,13 @@ class GroupLookup(ABC):
         self.alignment = alignment
         self.unit = pool.hash_block_size
         self.block_size = manager.block_size
-        """Tokens, over all ranks of decode context parallelism."""
+        """Tokens per block, over all ranks of decode context parallelism."""
         self.num_hashed = len(block_hashes) * self.unit
         """Tokens of the request that can be looked up."""
         self.lookahead = min(alignment, manager.block_size) if group.use_eagle else 0
-        """Tokens that draft layers want beyond the length that they serve."""
-        self.cached = list(map(grouped_blocks(pool).group, group.group_ids))
-        """What is cached, by hash, for each group."""
+        """Tokens that draft layers require beyond the length that they serve."""
+        self.cached = list(map(pool.cached_block_hash_to_block.group, group.group_ids))
+        """The cached blocks of each group, by hash."""
 
     @abstractmethod
     def longest(self, limit: int) -> int:
@@ -84,14 +79,13 @@ class GroupLookup(ABC):
 
     @abstractmethod
     def blocks(self, length: int) -> list[list[KVCacheBlock]]:
-        """Return the blocks of a length that `longest` gave, a list for each group.
+        """Return the blocks of a length that `longest` returned, a list for each group.
 
-        A list has the length's number of blocks, with null blocks for those that the group does
-        not need.
+        Each list covers the length, with null blocks where the group needs none.
         """
 
     def _hashes(self, first: int, end: int) -> Sequence[BlockHash]:
-        """Return the hashes of whole blocks by their number. They chain: a block's is its last."""
+        """Return the hashes of whole blocks. Hashes are chained: a block's is its last unit's."""
         scale = self.block_size // self.unit
         if scale == 1:
             return self.block_hashes[first:end]
@@ -99,7 +93,7 @@ class GroupLookup(ABC):
 
 
 class FullAttentionLookup(GroupLookup):
-    """Full attention: one scan from the left, after which shorter lengths cost nothing."""
+    """Full attention: one scan from the left, after which shorter lengths need no lookup."""
 
     _reach: int | None = None
     _num_whole: int
@@ -107,16 +101,13 @@ class FullAttentionLookup(GroupLookup):
     _tails: list[KVCacheBlock]
 
     def longest(self, limit: int) -> int:
-        """Return the greatest length up to `limit`, which must not grow from call to call."""
+        """Return the greatest length up to `limit`, which must not increase between calls."""
         if self._reach is None:
             self._reach = self._scan(min(limit + self.lookahead, self.num_hashed))
         return round_down(max(0, min(limit, self._reach - self.lookahead)), self.alignment)
 
     def blocks(self, length: int) -> list[list[KVCacheBlock]]:
-        """Return whole blocks, and the one that the length ends in.
-
-        Asked once: the lists that were found are cut to the length and handed out.
-        """
+        """Return the blocks. Call it once: it truncates the lists of the scan."""
         count = cdiv(length, self.block_size)
         for run in self._runs:
             del run[min(count, self._num_whole) :]
@@ -126,14 +117,14 @@ class FullAttentionLookup(GroupLookup):
         return self._runs
 
     def _scan(self, num_tokens: int) -> int:
-        """Return how many tokens from the start all groups hold, at least up to `num_tokens`."""
+        """Return up to which token all groups hold everything, scanning at least `num_tokens`."""
         block_size = self.block_size
         most = min(cdiv(num_tokens, block_size), self.num_hashed // block_size)
         self._runs, self._tails = [], []
         for cached in self.cached:
             run = self._run(cached, most)
             self._runs.append(run)
-            # One more block than the shortest run may serve as the tail.
+            # The block after the shortest run may be the tail.
             most = min(most, len(run) + 1)
         whole = self._num_whole = min(map(len, self._runs))
         reach = whole * block_size
@@ -142,12 +133,12 @@ class FullAttentionLookup(GroupLookup):
         return self._extend(reach)
 
     def _run(self, cached: dict[BlockHash, KVCacheBlock], most: int) -> list[KVCacheBlock]:
-        """Return the first blocks that one group holds without a gap."""
+        """Return the leading blocks that one group holds without a gap."""
         run: list[KVCacheBlock] = []
         one_each = self.block_size == self.unit
         hashes = islice(self.block_hashes, most) if one_each else self._hashes(0, most)
-        # What comes before the first gap stays in the list.
-        # (suppress() would take longer than all of a lookup that finds nothing.)
+        # The list keeps the blocks before the first gap. `suppress` would take longer than a whole
+        # lookup without a hit.
         try:  # noqa: SIM105
             run.extend(map(cached.__getitem__, hashes))
         except KeyError:
@@ -155,10 +146,10 @@ class FullAttentionLookup(GroupLookup):
         return run
 
     def _extend(self, whole: int) -> int:
-        """Return how far all groups hold the block that begins after `whole` tokens.
+        """Return up to which token all groups hold the block that starts after `whole` tokens.
 
-        Keys and values are only ever appended, so that a block serves every length up to the one
-        it is cached under, a whole block among them.
+        Keys and values are only appended, so a block can serve every length up to the one that it
+        is cached under.
         """
         reach = whole + self.block_size
         first = whole // self.unit
@@ -179,24 +170,24 @@ class FullAttentionLookup(GroupLookup):
 
 
 class _WindowLookup(GroupLookup):
-    """Attention that needs whole blocks from some block on, the later the longer the prefix."""
+    """Attention to a suffix of the prefix: whole blocks from some first block on."""
 
     @abstractmethod
     def _first_block(self, length: int) -> int:
-        """Return the number of the first block needed. It must not fall as lengths grow."""
+        """Return the index of the first block needed, which must not decrease with the length."""
 
     def longest(self, limit: int) -> int:
         """Return the greatest length up to `limit`.
 
-        A length misses some block that it needs. A shorter one needs no later first block, so
-        it needs that block too unless it ends before: the search goes on there.
+        If a length lacks a block, every shorter length that reaches this block needs it too, so the
+        search continues before it.
         """
         length = round_down(min(limit, self.num_hashed - self.lookahead), self.alignment)
         known_first = known_end = 0
         while length > 0:
             first = self._first_block(length)
             end = (length + self.lookahead) // self.block_size
-            # Of the blocks needed, those before the last one missed were all there.
+            # The blocks from `known_first` to `known_end` are known to be cached.
             missing = self._first_missing(first, min(end, max(known_first, first)))
             if missing is None:
                 missing = self._first_missing(max(first, known_end), end)
@@ -207,7 +198,7 @@ class _WindowLookup(GroupLookup):
         return 0
 
     def blocks(self, length: int) -> list[list[KVCacheBlock]]:
-        """Return the blocks that are needed behind null blocks."""
+        """Return null blocks followed by the needed blocks."""
         first, end = self._first_block(length), length // self.block_size
         hashes = self._hashes(first, end)
         return [
@@ -217,28 +208,28 @@ class _WindowLookup(GroupLookup):
         ]
 
     def _first_missing(self, first: int, end: int) -> int | None:
-        """Return the first of some blocks that one of the groups lacks."""
+        """Return the first block of a range that one of the groups lacks."""
         if first >= end:
             return None
-        # Where nothing is cached for long, this is all that is asked for every window.
+        # In a long uncached part, this one lookup per window decides.
         (first_hash,) = self._hashes(first, first + 1)
         if any(first_hash not in cached for cached in self.cached):
             return first
         missing = None
         for cached in self.cached:
             lacks = map(operator.not_, map(cached.__contains__, self._hashes(first, end)))
-            found = next(compress(range(first, end), lacks), None)
-            if found is not None:
-                missing = end = found
+            lacking = next(compress(range(first, end), lacks), None)
+            if lacking is not None:
+                missing = end = lacking
         return missing
 
 
 class SlidingWindowLookup(_WindowLookup):
-    """A sliding window: the blocks that hold the window before the next token."""
+    """Sliding window: the blocks that hold the window before the next token."""
 
     @cached_property
     def _num_needed(self) -> int:
-        """Blocks that hold the window but for the next token, from the managers' own rule."""
+        """Blocks that hold the window without the next token, by vLLM's own rule."""
         needed: int = self.group.manager_cls._contiguous_blocks_for_hit(
             self.group.spec.sliding_window, self.block_size, use_eagle=False
         )
@@ -260,16 +251,16 @@ class MambaLookup(GroupLookup):
     """Mamba and other recurrent layers: a state after exactly the tokens of the prefix."""
 
     _FIRST_STEP, _LAST_STEP = 16, 2048
-    """Lengths looked up at a time: few at first, for states are kept at the ends of prompts."""
+    """Lengths looked up at a time: few at first, because states are kept at the ends of prompts."""
 
     def longest(self, limit: int) -> int:
-        """Return the length of the longest prefix up to `limit` whose state all groups hold."""
+        """Return the longest prefix up to `limit` whose state all groups hold."""
         fewest, *others = sorted(self.cached, key=len)
         if not fewest:
             return 0
         units = self.alignment // self.unit
         end = min(limit, self.num_hashed) // self.alignment
-        # Most often all have what the groups before them have.
+        # Usually the state at the previous group's hit is cached.
         if end > 0:
             last = self.block_hashes[end * units - 1]
             if all(last in cached for cached in self.cached):
@@ -279,9 +270,9 @@ class MambaLookup(GroupLookup):
         while end > 0:
             start = max(0, end - step)
             hashes = self.block_hashes[(start + 1) * units - 1 : end * units : units]
-            # Most stretches have none, which takes half as long to see without making a list.
+            # Most stretches have no state, which `isdisjoint` finds in half the time.
             if not fewest.keys().isdisjoint(hashes):
-                for block_hash in [one for one in reversed(hashes) if one in fewest]:
+                for block_hash in [key for key in reversed(hashes) if key in fewest]:
                     if all(block_hash in cached for cached in others):
                         return (start + hashes.index(block_hash) + 1) * self.alignment
             end = start
@@ -289,7 +280,7 @@ class MambaLookup(GroupLookup):
         return 0
 
     def blocks(self, length: int) -> list[list[KVCacheBlock]]:
-        """Return the state's block behind null blocks."""
+        """Return null blocks followed by the state's block."""
         if length == 0:
             return [[] for _ in self.cached]
         block_hash = self.block_hashes[length // self.unit - 1]
@@ -298,40 +289,38 @@ class MambaLookup(GroupLookup):
 
 
 class ManagerLookup(GroupLookup):
-    """Groups of a kind that is not vLLM's own: their manager's lookup, asked like vLLM does."""
+    """Groups of a kind that is not vLLM's own: calls their manager's lookup as vLLM does."""
 
-    _found: tuple[int, tuple[list[KVCacheBlock], ...]] | None = None
+    _answer: tuple[int, tuple[list[KVCacheBlock], ...]] | None = None
 
     def longest(self, limit: int) -> int:
-        """Return the greatest length for which the manager finds just as much.
+        """Return the greatest length that the manager confirms.
 
-        A manager may answer with less than it was asked for and not be able to serve that: vLLM's
-        for chunked local attention looks no further back than the first length's chunk. So it is
-        asked for its own answer again.
+        A manager may return a shorter length that it cannot serve: vLLM's for chunked local
+        attention looks no further back than the first length's chunk. So its answer is looked up
+        again.
         """
-        if isinstance(self.group.spec, FullAttentionSpec) and self._found is not None:
-            return min(limit, self._found[0])
+        if isinstance(self.group.spec, FullAttentionSpec) and self._answer is not None:
+            return min(limit, self._answer[0])
         limit = round_down(limit, self.alignment)
         while limit > 0:
-            blocks, length = self._ask(limit)
+            blocks, length = self._find(limit)
             if length == limit:
-                self._found = (length, blocks)
+                self._answer = (length, blocks)
                 return length
             limit = round_down(min(length, limit - 1), self.alignment)
-        self._found = (0, tuple([] for _ in self.group.group_ids))
+        self._answer = (0, tuple([] for _ in self.group.group_ids))
         return 0
 
     def blocks(self, length: int) -> list[list[KVCacheBlock]]:
-        """Return the blocks of the manager's last answer, or those of full attention cut off."""
-        assert self._found is not None
-        found, blocks = self._found
-        if length == found:
-            return [list(run) for run in blocks]
-        assert isinstance(self.group.spec, FullAttentionSpec)
+        """Return the blocks of the manager's last answer, truncated for full attention."""
+        assert self._answer is not None
+        longest, blocks = self._answer
+        assert length == longest or isinstance(self.group.spec, FullAttentionSpec)
         count = cdiv(length, self.block_size)
         return [run[:count] for run in blocks]
 
-    def _ask(self, limit: int) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+    def _find(self, limit: int) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         manager, group = self.manager, self.group
         lookahead = 0 if isinstance(group.spec, MambaSpec) else self.lookahead
         answer: tuple[tuple[list[KVCacheBlock], ...], int] = (
@@ -356,10 +345,10 @@ _LOOKUPS: dict[object, type[GroupLookup]] = {
     ChunkedLocalAttentionManager.find_longest_cache_hit.__func__: ChunkedLocalLookup,
     MambaManager.find_longest_cache_hit.__func__: MambaLookup,
 }
-"""By the function that a manager class has for it, which subclasses inherit or replace."""
+"""By the lookup function of the manager class, which subclasses inherit or replace."""
 
 
 @cache
 def lookup_class(manager_cls: type[SingleTypeKVCacheManager]) -> type[GroupLookup]:
-    """Return how to look up the groups of a manager class."""
+    """Return the lookup for the groups of a manager class."""
     return _LOOKUPS.get(manager_cls.find_longest_cache_hit.__func__, ManagerLookup)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How finely prefixes are matched."""
+"""Chooses the prefix match unit: the tokens that prefixes are matched by."""
 
 from __future__ import annotations
 
@@ -17,45 +17,45 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 EXACT = 64
-"""Tokens that Gated DeltaNet and its kin compute at a time, from where a request resumes. What
-resumes at a multiple of them is cut as what starts at 0, and is rounded alike."""
+"""The chunk in tokens of Gated DeltaNet and similar layers, counted from where a request resumes. A
+request that resumes at a multiple has the same chunks and rounding as one that starts at 0."""
 
 FINEST = 16
-"""Tokens. Finer units hit hardly more and cost a hash each; 16 is vLLM's usual block size."""
+"""Tokens. Finer units hardly hit more and cost one hash each. 16 is vLLM's usual block size."""
 
 
 class AutoMatchUnit:
-    """The strategy `auto`: fine units where vLLM can end a hit inside a block."""
+    """The strategy `auto`: a fine unit if vLLM can end a hit inside a block."""
 
     @hookimpl
     def hybrid_kv_prefix_match_unit(
         self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
     ) -> int | None:
-        """See `match_unit`. None with vLLM's own coordinator where it would cache wrong states."""
+        """Return `match_unit`, or None if vLLM's own coordinator would cache wrong states."""
         if STATE.settings.coordinator == "stock" and any(
             isinstance(group.kv_cache_spec, MambaSpec)
             and group.kv_cache_spec.num_prefill_checkpoint_blocks
             for group in kv_cache_config.kv_cache_groups
         ):
-            # `PassedBlocks` says what it does where hits do not end at whole blocks.
+            # See `upstream_fixes.PassedBlocks`: it does so unless hits end at whole blocks.
             return None
         return match_unit(kv_cache_config, vllm_config.parallel_config.decode_context_parallel_size)
 
 
 def match_unit(kv_cache_config: KVCacheConfig, dcp_world_size: int) -> int | None:
-    """Choose a number of tokens that divides the block size of every group with a prefix cache.
+    """Return a match unit that divides the block size of every group with a prefix cache.
 
-    The blocks of models with states are hundreds or thousands of tokens long, and by vLLM's own
-    choice hits end at whole blocks only: prompts shorter than a block never hit.
+    The blocks of models with states are hundreds or thousands of tokens long. vLLM's default is to
+    match whole blocks, so prompts shorter than a block never hit.
 
     Args:
         kv_cache_config: The plan.
-        dcp_world_size: Devices among which attention's blocks are dealt out.
+        dcp_world_size: Ranks of decode context parallelism, which share attention's blocks.
 
     Returns:
-        The smallest multiple of `EXACT`, and of the tokens that share one entry of a compressed
-        layer, that divides all blocks; if there is none, of `FINEST` instead. None, which leaves it
-        to vLLM, where there is none either, and where vLLM ends no hit inside a block: in models
+        The smallest multiple of `EXACT` (and of the tokens per entry of a compressed layer) that
+        divides all block sizes, or else the smallest multiple of `FINEST`. None, which selects
+        vLLM's default, if neither exists or if vLLM ends no hit inside a block, as in models
         without states in cache mode `align`.
     """
     groups = [

@@ -12,7 +12,7 @@ import vllm.platforms
 from vllm import envs
 
 from vllm_hybrid_kv.constants import CACHE_DTYPE
-from vllm_hybrid_kv.coordinator.drafts import check_drafts
+from vllm_hybrid_kv.coordinator.upstream_fixes import check_drafts
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.hooks import HOOK_OF_SETTING
 from vllm_hybrid_kv.patches.attention import refuse_without_cpu_kernels

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The patches that let strategies coordinate prefix caching over several KV groups."""
+"""Patches that let strategies choose the prefix cache coordinator and the match unit."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllm_hybrid_kv.coordinator.answers import (
-    KVCacheManagerObserver,
-    check_coordinator,
-    check_prefix_match_unit,
-)
-from vllm_hybrid_kv.coordinator.block_copies import copy_whole_blocks
+from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
+
+from vllm_hybrid_kv.coordinator.upstream_fixes import copy_whole_blocks
 from vllm_hybrid_kv.errors import HybridKVStrategyError
 from vllm_hybrid_kv.patches.base import (
     FunctionRebinding,
@@ -34,21 +31,20 @@ if TYPE_CHECKING:
 def coordinator_patch(
     context: Context, factory: Target, init_kv_cache_manager: Target, relied_on: Sequence[Target]
 ) -> Patch:
-    """Let a strategy make the coordinator, and a coordinator know its manager.
+    """Return the patch that lets a strategy make the coordinator and attaches it to its manager.
 
     Args:
-        context: The process's.
+        context: The context of the process.
         factory: `get_kv_cache_coordinator`.
         init_kv_cache_manager: `KVCacheManager.__init__`, which calls the factory.
-        relied_on: Methods that decide where chunks end and which states are cached.
+        relied_on: Methods of vLLM that the coordinators depend on, checked and not patched.
     """
 
     def make(original: Any) -> Any:
         signature = inspect.signature(original)
 
         def get_kv_cache_coordinator(*args: Any, **kwargs: Any) -> Any:
-            # The factory is not told the engine's configuration. Its settings are active since
-            # the KV cache was planned.
+            # The factory does not get the engine's configuration. Planning activated its settings.
             settings = STATE.settings
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
@@ -61,7 +57,11 @@ def coordinator_patch(
             )
             if coordinator is None:
                 return original(*args, **kwargs)
-            check_coordinator(coordinator, context.strategies.who("coordinator", settings))
+            if not isinstance(coordinator, KVCacheCoordinator):
+                raise HybridKVStrategyError(
+                    f"{context.strategies.who('coordinator', settings)} must return a "
+                    f"KVCacheCoordinator, got {coordinator!r}"
+                )
             return coordinator
 
         return get_kv_cache_coordinator
@@ -69,8 +69,9 @@ def coordinator_patch(
     def make_init(original: Any) -> Any:
         def init(self: Any, *args: Any, **kwargs: Any) -> None:
             original(self, *args, **kwargs)
-            if isinstance(self.coordinator, KVCacheManagerObserver):
-                self.coordinator.attach(self)
+            attach = getattr(self.coordinator, "attach", None)
+            if attach is not None:
+                attach(self)
 
         return init
 
@@ -78,10 +79,10 @@ def coordinator_patch(
         "coordinator",
         PatchInfo(
             replaces="get_kv_cache_coordinator, and KVCacheManager.__init__, which it wraps",
-            why="the choice of coordinator class is fixed in the one; in the other, that states "
-            "are kept at branch points inside a block is decided by what EAGLE needs",
+            why="the factory has a fixed choice of classes, and the manager caches states at "
+            "branch points inside a block for EAGLE only",
             upstream="vllm-project/vllm#31707 (prefix caching over any mix of groups)",
-            until="the coordinator class can be configured as the scheduler class can",
+            until="the coordinator class can be configured like the scheduler class",
         ),
         [
             FunctionRebinding(factory, make),
@@ -92,10 +93,10 @@ def coordinator_patch(
 
 
 def prefix_match_unit_patch(context: Context, resolve_block_sizes: Target) -> Patch:
-    """Let a strategy choose the prefix match unit where the user did not.
+    """Return the patch that lets a strategy choose the match unit if the user did not.
 
     Args:
-        context: The process's.
+        context: The context of the process.
         resolve_block_sizes: `resolve_kv_cache_block_sizes`.
     """
 
@@ -117,9 +118,12 @@ def prefix_match_unit_patch(context: Context, resolve_block_sizes: Target) -> Pa
                 sizes: tuple[int, int] = original(kv_cache_config, vllm_config)
                 return sizes
             who = context.strategies.who("prefix_match_unit", settings)
-            check_prefix_match_unit(unit, who)
-            # vLLM reads the unit from the configuration and checks it. It is taken out again so
-            # that the next call does not take it for the user's choice.
+            if not isinstance(unit, int) or isinstance(unit, bool) or unit <= 0:
+                raise HybridKVStrategyError(
+                    f"{who} must return a positive number of tokens, got {unit!r}"
+                )
+            # vLLM reads the unit from the configuration and checks it. Reset it afterwards, because
+            # the next call would take it for the user's choice.
             cache_config.prefix_match_unit = unit
             try:
                 sizes = original(kv_cache_config, vllm_config)
@@ -130,7 +134,7 @@ def prefix_match_unit_patch(context: Context, resolve_block_sizes: Target) -> Pa
                     if group.layer_names
                 )
                 raise HybridKVStrategyError(
-                    f"{who} answered {unit} tokens, which vLLM refuses: {error} "
+                    f"{who} returned a match unit of {unit} tokens, which vLLM rejects: {error} "
                     f"(block sizes by first layer of each group: {layers})"
                 ) from error
             finally:
@@ -143,7 +147,7 @@ def prefix_match_unit_patch(context: Context, resolve_block_sizes: Target) -> Pa
         "prefix_match_unit",
         PatchInfo(
             replaces="resolve_kv_cache_block_sizes",
-            why="the unit must be known before the groups are unless it is chosen here",
+            why="only here are the KV groups known, which the choice depends on",
             upstream="vllm-project/vllm#40696 and #53749 (prompts shorter than a block never hit)",
             until="vLLM chooses a unit that hits where block sizes are large",
         ),
@@ -152,20 +156,16 @@ def prefix_match_unit_patch(context: Context, resolve_block_sizes: Target) -> Pa
 
 
 def block_copies_patch(copy_blocks: Target) -> Patch:
-    """Have blocks copied whole where layers of different groups share memory.
-
-    Args:
-        copy_blocks: `copy_kv_cache_blocks_inplace`.
-    """
+    """Return the patch that copies blocks whole (target: `copy_kv_cache_blocks_inplace`)."""
     return Patch(
         "block_copies",
         PatchInfo(
-            replaces="copy_kv_cache_blocks_inplace, which it calls once for each kind of view",
-            why="of views that begin at one address it copies the first, a state of which may be "
-            "shorter than a page of attention: a prompt that resumes inside a block then attends "
-            "to what was in the copy before",
+            replaces="copy_kv_cache_blocks_inplace, which it calls once per kind of view",
+            why="it copies only the first of several views at one address. A state may be shorter "
+            "than a page of attention, so a prompt that resumes inside a block attends to old "
+            "contents of the copy",
             upstream="none known",
-            until="it takes the views that begin at one address for different ones",
+            until="it distinguishes the views at one address",
         ),
         [FunctionRebinding(copy_blocks, copy_whole_blocks)],
     )

@@ -15,7 +15,7 @@ from tests.coordinator.soak.prefixes import Prefixes
 from tests.coordinator.soak.worker import SoakError, Worker
 from vllm_hybrid_kv.coordinator.block_map import GroupedBlockMap
 from vllm_hybrid_kv.coordinator.checkpoints import Checkpoint
-from vllm_hybrid_kv.coordinator.hybrid_aware import HybridAwareCoordinator
+from vllm_hybrid_kv.coordinator.hybrid_policy import HybridAwareCoordinator
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -187,32 +187,32 @@ def check_queue(coordinator: HybridAwareCoordinator) -> None:
     """Check that what nothing needs is first in the queue, and needed is what follows."""
     queue = coordinator.block_pool.free_block_queue
     free = queue.get_all_free_blocks()
-    first = [block.block_id for block in free[: len(queue._spent)]]
-    require(set(first) == queue._spent, "first part:", first, "not", queue._spent)
+    first = [block.block_id for block in free[: len(queue._unpinned)]]
+    require(set(first) == queue._unpinned, "first part:", first, "not", queue._unpinned)
     second = free[len(first) :]
     border = second[0] if second else queue.fake_free_list_tail
-    require(queue._first_needed is border, "border at", queue._first_needed, "not", border)
-    useless = [block for block in second if not coordinator._is_needed(block)]
+    require(queue._first_pinned is border, "border at", queue._first_pinned, "not", border)
+    useless = [block for block in second if not coordinator._is_pinned(block)]
     require(not useless, "kept without need:", useless)
 
 
 def _check_checkpoints(coordinator: HybridAwareCoordinator) -> None:
     checkpoints = coordinator.checkpoints
-    kept = checkpoints._kept
+    kept = checkpoints.pinned
     needed: Counter[int] = Counter()
     extensions: dict[int, set[Checkpoint]] = {}
     for place, checkpoint in enumerate(kept):
-        require(checkpoint.kept and checkpoint.slot == place, "misplaced:", checkpoint)
-        require(checkpoints._known[checkpoint.key] is checkpoint, "unknown:", checkpoint)
+        require(checkpoint.pinned and checkpoint.slot == place, "misplaced:", checkpoint)
+        require(checkpoints._tracked[checkpoint.key] is checkpoint, "unknown:", checkpoint)
         needed.update(checkpoint.blocks)
         if checkpoint.parent is not None and checkpoint.supersedes:
             extensions.setdefault(id(checkpoint.parent), set()).add(checkpoint)
-    require(needed == checkpoints._needed, "needed:", needed, "not", checkpoints._needed)
+    require(needed == checkpoints._pins, "needed:", needed, "not", checkpoints._pins)
     require(
-        sum(checkpoint.kept for checkpoint in checkpoints._known.values()) == len(kept),
+        sum(checkpoint.pinned for checkpoint in checkpoints._tracked.values()) == len(kept),
         "kept and not listed",
     )
-    for checkpoint in checkpoints._known.values():
+    for checkpoint in checkpoints._tracked.values():
         expected = extensions.get(id(checkpoint), set())
         require(checkpoint.extensions == expected, "extensions of", checkpoint)
 
@@ -224,7 +224,7 @@ def _check_hits(
     hopeless: set[Checkpoint],
 ) -> None:
     pool = coordinator.block_pool
-    for checkpoint in coordinator.checkpoints._kept:
+    for checkpoint in coordinator.checkpoints.pinned:
         states = pool.get_cached_block(checkpoint.key, coordinator._state_groups)
         require(states is not None, "no state:", checkpoint)
         # What draft layers look ahead at is another request's matter.

@@ -17,7 +17,9 @@ from testing.models import large_state_config, with_mtp_layer
 from tests.coordinator.soak import connector
 from tests.coordinator.soak.connector import SoakConnector
 from tests.coordinator.soak.plans import Plan
-from vllm_hybrid_kv import plugin, settings
+from vllm_hybrid_kv import plugin
+from vllm_hybrid_kv.settings import resolve
+from vllm_hybrid_kv.state import STATE
 
 
 def make_scheduler(plan: Plan) -> Scheduler:
@@ -83,5 +85,5 @@ def configure(plan: Plan) -> VllmConfig:
     config.model_config.max_model_len = plan.max_model_len
     config.cache_config.block_size = plan.block_size
     config.cache_config.num_gpu_blocks = plan.num_blocks
-    settings.adopt(config)
+    STATE.engine_config, STATE.engine_settings = config, resolve(config.additional_config)
     return config

@@ -107,7 +107,7 @@ class Plan:
         """Return the plan, in some worlds with attention blocks that are shorter than the states'.
 
         The scheduler then ends chunks inside state blocks, and vLLM 0.32 and 0.33 cache states
-        that nobody wrote: `coordinator/passed_blocks.py` says how. This is vLLM's own fault, so
+        that nobody wrote: `coordinator/upstream_fixes.py` says how. This is vLLM's own fault, so
         `stock` has no world in which a state block is longer than another group's.
         """
         states = [spec.block_size for spec in self.specs if isinstance(spec, MambaSpec)]
@@ -138,7 +138,7 @@ class Plan:
         """Return the plan, at times with states that are kept from within a chunk of a prompt.
 
         Mamba 2's kernel does that. vLLM's own coordinator caches wrong states but where hits end at
-        whole blocks: `coordinator/passed_blocks.py` says how. With draft tokens its worker may
+        whole blocks: `coordinator/upstream_fixes.py` says how. With draft tokens its worker may
         write such a state over the one that a request goes on with, for its tables have blocks that
         the scheduler has moved; and with draft layers it takes that state for a later one where
         hits fall on multiples of more than a block.

@@ -52,8 +52,8 @@ class Soak:
                     f"Seed {self.seed}, world {number}, step {world.tally['steps']}: {world.plan}"
                 )
                 raise
-            # vLLM's own coordinator copies blocks before they are written, which is why
-            # `step_writes` has requests wait. What else it gets wrong is for vLLM to mend.
+            # vLLM's own coordinator copies blocks before they are written, see
+            # `upstream_fixes.StepWrites`. Its other faults are out of scope.
             chained = isinstance(error, ChainedCopyError)
             self.tally[COPIED if chained else WRONG] += 1
         self.tally += world.tally

@@ -22,7 +22,7 @@ from tests.coordinator.soak.engine import make_scheduler
 from tests.coordinator.soak.plans import random_plan
 from tests.coordinator.soak.prefixes import Prefixes
 from tests.coordinator.soak.worker import Worker
-from vllm_hybrid_kv.coordinator import answer_states
+from vllm_hybrid_kv.coordinator import decode_snapshots
 
 STOP_TOKEN = 1
 REMEMBERED = 40
@@ -84,11 +84,11 @@ class World:
         self.plan = plan = plan.with_retention(random.Random(f"{seed} retention"))
         # States of answers are copied more often than is worth it: answers are short here, and
         # there are few blocks.
-        usual = answer_states.INTERVAL, answer_states.SHARE
-        answer_states.INTERVAL = self._draw.choice((1, 8, usual[0]))
-        answer_states.SHARE = self._draw.choice((1, 4, usual[1]))
+        usual = decode_snapshots.INTERVAL, decode_snapshots.MAX_SHARE
+        decode_snapshots.INTERVAL = self._draw.choice((1, 8, usual[0]))
+        decode_snapshots.MAX_SHARE = self._draw.choice((1, 4, usual[1]))
         self._scheduler = make_scheduler(plan)
-        answer_states.INTERVAL, answer_states.SHARE = usual
+        decode_snapshots.INTERVAL, decode_snapshots.MAX_SHARE = usual
         self._pool = self._scheduler.kv_cache_manager.block_pool
         self._hasher = get_request_block_hasher(plan.unit, sha256)
         self._prefixes = Prefixes()

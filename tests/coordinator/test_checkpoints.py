@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which checkpoints are pinned, superseded, reused and evicted."""
+
+import random
+
+import pytest
+
+from vllm_hybrid_kv.coordinator.checkpoints import CheckpointKind, Checkpoints, Place
+
+END = Place.PROMPT_END
+
+
+@pytest.fixture
+def checkpoints():
+    return Checkpoints(state_blocks=3, block_tokens=1000)
+
+
+def add(checkpoints, key, tokens, place, blocks, parent, supersedes=True):
+    checkpoint, released = checkpoints.enter(key, tokens, place, blocks, parent, supersedes)
+    assert released is None
+    return checkpoint
+
+
+def arrive(checkpoints, *keys):
+    return checkpoints.arrive(list(keys), len(keys))
+
+
+def conversation(checkpoints):
+    """Enter the ends of three turns."""
+    arrive(checkpoints)
+    turns, parent = [], None
+    for number, key in enumerate((b"first", b"second", b"third"), 1):
+        parent = add(checkpoints, key, 1000 * number, END, range(1, number + 1), parent)
+        turns.append(parent)
+    return turns
+
+
+def test_a_turn_that_a_longer_one_superseded_is_evicted_first(checkpoints):
+    arrive(checkpoints)
+    other = add(checkpoints, b"other", 3000, END, [1, 2, 3], None)
+    first = add(checkpoints, b"first", 3000, END, [4, 5, 6], None)
+    assert arrive(checkpoints, b"first", b"unknown") is first
+    second = add(checkpoints, b"second", 4000, END, [4, 5, 6, 7], first)
+    assert checkpoints.kind(first) is CheckpointKind.SUPERSEDED
+    assert checkpoints.evict() is first
+    # The longer turn pins its blocks too.
+    assert all(checkpoints.pins(block) for block in (1, 2, 3, 4, 5, 6, 7))
+    assert {checkpoints.evict(), checkpoints.evict()} == {other, second}
+    assert checkpoints.evict() is None
+    assert not any(checkpoints.pins(block) for block in range(8))
+
+
+def test_a_turn_stays_superseded_if_a_later_turn_is_still_pinned(checkpoints):
+    first, second, third = conversation(checkpoints)
+    checkpoints.unpin(second)
+    assert checkpoints.kind(first) is CheckpointKind.SUPERSEDED
+    assert third.fallback() is None
+    checkpoints.unpin(third)
+    assert checkpoints.kind(first) is not CheckpointKind.SUPERSEDED
+    assert not first.extensions
+
+
+def test_an_answer_that_may_not_return_supersedes_nothing(checkpoints):
+    arrive(checkpoints)
+    end = add(checkpoints, b"end", 3000, END, [1, 2, 3], None)
+    answer = add(checkpoints, b"answer", 3200, Place.ANSWER, [1, 2, 3], end, supersedes=False)
+    assert checkpoints.kind(end) is CheckpointKind.PROMPT
+    assert answer.fallback() is end
+
+
+def test_a_return_counts_for_all_evicted_checkpoints_down_to_the_longest_pinned(checkpoints):
+    first, second, third = conversation(checkpoints)
+    checkpoints.unpin(second)
+    checkpoints.unpin(third)
+    arrive(checkpoints, b"first", b"second", b"third", b"new")
+    assert [first.uses, second.uses, third.uses] == [1, 1, 1]
+    add(checkpoints, b"second", 2000, END, [1, 2], first)
+    arrive(checkpoints, b"first", b"second", b"new")
+    assert [first.uses, second.uses, third.uses] == [1, 2, 1]
+
+
+def test_the_end_of_a_block_before_a_longer_checkpoint_was_not_returned_to(checkpoints):
+    arrive(checkpoints)
+    boundary = add(checkpoints, b"boundary", 2000, Place.BOUNDARY, [1, 2], None, supersedes=False)
+    checkpoints.unpin(boundary)
+    checkpoints.unpin(add(checkpoints, b"end", 3000, END, [1, 2, 3], None))
+    returns = checkpoints._curves[CheckpointKind.BOUNDARY]._returns
+    arrive(checkpoints, b"boundary", b"end")
+    assert returns.sum() == 0
+    arrive(checkpoints, b"boundary", b"another")
+    assert boundary.uses == 2
+    reused = checkpoints._curves[CheckpointKind.REUSED]._returns
+    assert reused.sum() + returns.sum() == 1
+
+
+def test_the_end_of_a_block_is_pinned_until_something_worth_more_was_evicted(checkpoints):
+    arrive(checkpoints)
+    boundary = ("boundary", 2000, Place.BOUNDARY, [1, 2], None)
+    pinned = add(checkpoints, *boundary)
+    assert pinned.pinned
+    checkpoints.unpin(pinned)
+    add(checkpoints, b"end", 2000, END, [3, 4], None)
+    checkpoints.evict()
+    assert not add(checkpoints, *boundary).pinned
+    assert not checkpoints.pinned
+
+
+@pytest.mark.parametrize("blocks", [[1, 2], None])
+def test_any_other_place_replaces_the_end_of_a_block_at_the_same_prefix(checkpoints, blocks):
+    arrive(checkpoints)
+    add(checkpoints, b"key", 2000, Place.BOUNDARY, [3, 4], None)
+    assert checkpoints.enter(b"key", 2000, Place.BOUNDARY, [1, 2], None) == (None, None)
+    end, released = checkpoints.enter(b"key", 2000, END, blocks, None)
+    assert released == (3, 4)
+    assert not checkpoints.pins(3)
+    # Without blocks that a hit needs, nothing is entered.
+    assert checkpoints.pinned == ([] if blocks is None else [end])
+    assert (end is None) == (blocks is None)
+    if blocks is not None:
+        assert checkpoints.enter(b"key", 2000, Place.BRANCH, blocks, None) == (None, None)
+
+
+def test_a_branch_point_is_not_superseded_by_a_longer_checkpoint(checkpoints):
+    arrive(checkpoints)
+    branch = add(checkpoints, b"branch", 500, Place.BRANCH, [1], None)
+    add(checkpoints, b"end", 900, END, [1], branch)
+    assert checkpoints.kind(branch) is CheckpointKind.BRANCH
+    arrive(checkpoints, b"branch")
+    assert checkpoints.kind(branch) is CheckpointKind.REUSED
+
+
+def test_the_checkpoint_that_saves_less_for_its_memory_is_evicted_first(checkpoints):
+    arrive(checkpoints)
+    long = add(checkpoints, b"long", 20_000, END, range(20), None)
+    short = add(checkpoints, b"short", 2000, END, [30, 31], None)
+    assert checkpoints.evict() is short
+    assert checkpoints.evict() is long
+
+
+def test_a_parent_is_shorter_even_if_a_longer_prompt_was_known(checkpoints):
+    arrive(checkpoints)
+    long = add(checkpoints, b"long", 3000, END, [1, 2, 3], None)
+    branch = add(checkpoints, b"branch", 1000, Place.BRANCH, [1], long)
+    assert branch.parent is None
+    again = add(checkpoints, b"more", 2000, END, [1, 2], branch)
+    assert again.fallback() is branch
+
+
+def test_a_request_for_an_evicted_checkpoint_counts_as_a_use(checkpoints):
+    arrive(checkpoints)
+    evicted = add(checkpoints, b"evicted", 3000, END, [1, 2, 3], None)
+    checkpoints.evict()
+    assert checkpoints.pinned_at(b"evicted") is None
+    assert arrive(checkpoints, b"evicted") is evicted
+    assert evicted.uses == 1
+    assert add(checkpoints, b"evicted", 3000, END, [4, 5, 6], None) is evicted
+    assert checkpoints.pinned_at(b"evicted") is evicted
+    assert checkpoints.pins(4)
+
+
+def test_the_number_of_tracked_checkpoints_is_bounded(checkpoints):
+    for i in range(20_000):
+        arrive(checkpoints)
+        add(checkpoints, str(i).encode(), 3000, END, [i], None)
+        if len(checkpoints.pinned) > 50:
+            checkpoints.evict()
+    assert len(checkpoints._tracked) < 4 * 51 + 1024 + 64
+
+
+def test_the_evicted_checkpoint_is_worth_the_least_of_all(checkpoints):
+    draw = random.Random(5)
+    for i in range(60):
+        arrive(checkpoints, *(str(j).encode() for j in draw.sample(range(i + 1), min(i, 2))))
+        # They share many of their blocks, which makes the lower bound of the worth inexact.
+        blocks = {draw.randrange(40) for _ in range(draw.randrange(1, 9))}
+        place = draw.choice(list(Place))
+        add(checkpoints, str(i).encode(), draw.randrange(100, 9000), place, blocks, None)
+    for _ in range(60):
+        worths = [(checkpoints._worth(one), one.slot) for one in checkpoints.pinned]
+        least = checkpoints.pinned[min(worths)[1]]
+        assert checkpoints.evict() is least

@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the observer reports of scheduled requests: counters, DEBUG lines and the warning."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.request import Request, RequestStatus
+
+from testing.coordinator.contents import (
+    NUM_BLOCKS,
+    every,
+    fill_at,
+    full,
+    layout_of,
+    mamba,
+    request_of,
+)
+from testing.coordinator.oracle import Layout
+from vllm_hybrid_kv.coordinator.explanation import CacheDescription, GroupKind, HitRecord, Reason
+from vllm_hybrid_kv.coordinator.observer import HitCounters, LossWarning
+from vllm_hybrid_kv.metrics import VARIABLE, FolderCollector
+
+HYBRID = layout_of(full(64), mamba(64), unit=16)
+LOGGER = logging.getLogger("vllm.hybrid_kv")
+
+
+@pytest.fixture(autouse=True)
+def _settings(coordinator_setting):
+    coordinator_setting("fixed_point")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "metrics"))
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    return tmp_path / "metrics"
+
+
+@pytest.fixture
+def log():
+    """The lines that the plugin logs, by level."""
+    lines: dict[int, list[str]] = {logging.DEBUG: [], logging.WARNING: []}
+    handler, level = logging.Handler(), LOGGER.level
+    handler.emit = lambda record: lines.setdefault(record.levelno, []).append(record.getMessage())
+    LOGGER.addHandler(handler)
+    yield lines
+    LOGGER.removeHandler(handler)
+    LOGGER.setLevel(level)
+
+
+def counts(folder: Path) -> dict[tuple[str, str | None], float]:
+    """Return the counters other than 0, by name without prefix and suffix, and kind."""
+    return {
+        (sample.name[len("vllm_hybrid_kv:") : -len("_total")], sample.labels.get("kind")): (
+            sample.value
+        )
+        for metric in FolderCollector(folder).collect()
+        for sample in metric.samples
+        if sample.value
+    }
+
+
+def manager_of(layout: Layout, log_stats: bool = True, blocks: int = NUM_BLOCKS) -> KVCacheManager:
+    return KVCacheManager(
+        kv_cache_config=KVCacheConfig(blocks, [], list(layout.groups)),
+        max_model_len=4096,
+        scheduler_block_size=layout.scheduler_block_size,
+        hash_block_size=layout.hash_unit,
+        log_stats=log_stats,
+    )
+
+
+def cached_request(log_stats: bool = True) -> tuple[KVCacheManager, Request]:
+    """Return a request with 256 tokens of attention and a state after 80 in the cache."""
+    manager, request = manager_of(HYBRID, log_stats), request_of(HYBRID, range(300), "a")
+    fill_at(manager.block_pool, request, every(64, 256), (64, 80))
+    return manager, request
+
+
+def look_up(manager: KVCacheManager, request: Request) -> tuple[Any, int]:
+    """Look a waiting request up as the scheduler does, whether or not there is room."""
+    blocks, hit, request.shared_prefix_boundary = manager.get_computed_blocks(request)
+    return blocks, hit
+
+
+def schedule(manager: KVCacheManager, request: Request, chunk: int = 4096) -> int:
+    """Compute a request in chunks as the scheduler does, and return its hit."""
+    manager.new_step_starts()
+    blocks, hit = look_up(manager, request)
+    new = min(chunk, request.num_tokens - hit)
+    assert manager.allocate_slots(request, new, hit, blocks) is not None
+    manager.record_prefix_cache_stats(request, hit)
+    request.status, request.num_computed_tokens = RequestStatus.RUNNING, hit + new
+    while request.num_computed_tokens < request.num_tokens:
+        new = min(chunk, request.num_tokens - request.num_computed_tokens)
+        assert manager.allocate_slots(request, new) is not None
+        request.num_computed_tokens += new
+    return hit
+
+
+def test_a_request_is_counted_once_when_it_is_scheduled(folder):
+    manager, request = cached_request()
+    for _ in range(5):
+        look_up(manager, request)
+    assert not counts(folder)
+    schedule(manager, request)
+    for more in (1, 2):
+        request.append_output_token_ids(7)
+        manager.allocate_slots(request, more)
+    expected = {
+        ("prefix_cache_requests", None): 1,
+        ("prefix_cache_hit_tokens", "full_attention"): 80,
+        ("prefix_cache_hit_tokens", "mamba"): 80,
+        ("prefix_cache_alone_tokens", "full_attention"): 256,
+        ("prefix_cache_alone_tokens", "mamba"): 80,
+        ("prefix_cache_lost_tokens", "mamba"): 176,
+        ("prefix_cache_limited_requests", "mamba"): 1,
+    }
+    assert counts(folder) == expected
+    assert manager.make_prefix_cache_stats().hits == 80
+    manager.free(request)
+    assert counts(folder) == expected
+
+
+def test_a_preempted_request_has_counters_of_its_own(folder):
+    manager, request = manager_of(HYBRID), request_of(HYBRID, range(300), "a")
+    schedule(manager, request, chunk=64)
+    request.append_output_token_ids([7] * 5)
+    manager.free(request)
+    request.status, request.num_computed_tokens = RequestStatus.PREEMPTED, 0
+    request.num_preemptions += 1
+    before = counts(folder)
+    hit = schedule(manager, request)
+    stats = manager.make_prefix_cache_stats()
+    assert (stats.preempted_queries, stats.preempted_hits) == (305, hit)
+    assert hit > 0
+    assert counts(folder) == {
+        **before,
+        ("prefix_cache_preempted_requests", None): 1,
+        ("prefix_cache_preempted_query_tokens", None): 305,
+        ("prefix_cache_preempted_hit_tokens", None): hit,
+    }
+    assert manager.coordinator.explain(request).preempted
+
+
+def test_a_running_request_is_explained_by_the_lookup_that_it_was_scheduled_with(folder):
+    manager, request = cached_request()
+    coordinator = manager.coordinator
+    waiting = coordinator.explain(request)
+    assert (waiting.scheduled, waiting.hit_tokens) == (False, 80)
+    # In chunks that end where state blocks do, otherwise none of its states is cached.
+    schedule(manager, request, chunk=16)
+    # Its own blocks and states are cached now under the hashes that were looked up.
+    hashes, groups = request.block_hashes, coordinator.attention_groups
+    assert coordinator.reconcile(hashes, 299, groups).length > 80
+    request.append_output_token_ids([7] * 20)
+    running = coordinator.explain(request)
+    assert running == replace(waiting, scheduled=True)
+    assert str(running).startswith("request a hit 80 of 300 prompt tokens: ")
+    manager.free(request)
+    assert not coordinator.explain(request).scheduled
+
+
+def test_a_request_that_reads_no_cache_does_not_get_the_lookup_of_a_waiting_one(folder):
+    manager, waits = cached_request()
+    look_up(manager, waits)
+    no_reader = request_of(HYBRID, range(200), "no reader", prompt_logprobs=1)
+    assert schedule(manager, no_reader) == 0
+    why = manager.coordinator.explain(no_reader)
+    assert (why.reason, why.scheduled, why.hit_tokens) == (Reason.NOT_READ, True, 0)
+    assert not counts(folder)
+    assert schedule(manager, waits) == 80
+    assert counts(folder)["prefix_cache_requests", None] == 1
+
+
+def test_a_request_without_room_is_not_counted(folder):
+    manager = manager_of(HYBRID, blocks=8)
+    first = request_of(HYBRID, range(200), "first", max_tokens=8)
+    second = request_of(HYBRID, range(5000, 5300), "second")
+    schedule(manager, first)
+    blocks, hit = look_up(manager, second)
+    assert manager.allocate_slots(second, 300 - hit, hit, blocks) is None
+    # A step of the running request, between two lookups of the waiting one.
+    first.append_output_token_ids(7)
+    assert manager.allocate_slots(first, 1) is not None
+    assert counts(folder) == {("prefix_cache_requests", None): 1}
+    assert not manager.coordinator.explain(second).scheduled
+    ran = manager.coordinator.explain(first)
+    assert (ran.scheduled, ran.prompt_tokens, ran.reason) == (True, 200, Reason.NOT_CACHED)
+
+
+def test_a_prompt_shorter_than_the_match_unit_is_counted(folder):
+    blocks = layout_of(full(64), mamba(64))
+    schedule(manager_of(blocks), request_of(blocks, range(64)))
+    assert counts(folder) == {
+        ("prefix_cache_requests", None): 1,
+        ("prefix_cache_short_requests", None): 1,
+    }
+
+
+def test_a_lookup_of_each_group_alone_loses_nothing(folder):
+    manager, request = cached_request()
+    coordinator = manager.coordinator
+    coordinator.find_longest_cache_hit_per_group(request.block_hashes, 299)
+    coordinator.allocate_new_computed_blocks("a", ([], []), 256, 0)
+    coordinator.cache_blocks(request, 0)
+    assert counts(folder) == {
+        ("prefix_cache_requests", None): 1,
+        ("prefix_cache_hit_tokens", "full_attention"): 256,
+        ("prefix_cache_hit_tokens", "mamba"): 256,
+        ("prefix_cache_alone_tokens", "full_attention"): 256,
+        ("prefix_cache_alone_tokens", "mamba"): 80,
+    }
+
+
+def test_without_statistics_nothing_is_counted_and_no_kind_is_looked_up_alone(folder, log):
+    LOGGER.setLevel(logging.INFO)
+    manager, request = cached_request(log_stats=False)
+    schedule(manager, request)
+    why = manager.coordinator.explain(request)
+    # Full attention is always looked up first, states only up to its hit.
+    assert [kind.alone_tokens for kind in why.kinds] == [256, None]
+    assert (why.hit_tokens, why.limited_by, why.lost_tokens) == (80, "mamba", 176)
+    assert "each kind alone: full_attention 256; mamba lost 176" in str(why)
+    assert not folder.exists()
+    assert not log[logging.DEBUG]
+
+
+def test_each_request_gets_one_debug_line(folder, log):
+    LOGGER.setLevel(logging.DEBUG)
+    manager, request = cached_request(log_stats=False)
+    for _ in range(3):
+        look_up(manager, request)
+    schedule(manager, request)
+    assert log[logging.DEBUG] == [str(manager.coordinator.explain(request))]
+    assert "full_attention 256, mamba 80; mamba lost 176" in log[logging.DEBUG][0]
+
+
+KINDS = (GroupKind("full_attention", (0,), True), GroupKind("mamba", (1,), False))
+CACHE = CacheDescription(KINDS, 64, False, True, "fixed_point")
+WARNING = (
+    "The last 100 requests recomputed 60000 of the 100000 prompt tokens (60 %) that full_attention "
+    "had in the prefix cache, 60000 of them because KV groups of kind mamba could not serve them; "
+    "try the hybrid_kv setting coordinator=hybrid_aware and prefix_match_unit=auto"
+)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def count_losses(warning: LossWarning, lost: int, requests: int) -> None:
+    for _ in range(requests):
+        warning.count(HitRecord(1023, 1000 - lost, (0, lost), (1000, 1000 - lost)))
+
+
+def test_a_warning_comes_if_most_cached_tokens_are_lost_over_100_requests(log):
+    warning = LossWarning(CACHE, Clock())
+    count_losses(warning, 600, 99)
+    assert not log[logging.WARNING]
+    count_losses(warning, 600, 1)
+    assert log[logging.WARNING] == [WARNING]
+
+
+def test_no_warning_comes_if_half_of_the_cached_tokens_are_lost(log):
+    count_losses(LossWarning(CACHE, Clock()), 500, 1000)
+    assert not log[logging.WARNING]
+
+
+@pytest.mark.parametrize("preemptions", [0, 1])
+def test_preempted_requests_cause_no_warning(log, folder, preemptions):
+    manager, request = cached_request()
+    observer = manager.coordinator.observer
+    for _ in range(100):
+        request.num_preemptions = preemptions
+        look_up(manager, request)
+        observer.scheduled("a", 80)
+        observer.cached(request)
+        observer.freed("a")
+    assert len(log[logging.WARNING]) == 1 - preemptions
+
+
+def test_the_next_warning_comes_after_ten_minutes_at_the_earliest(log):
+    clock = Clock()
+    warning = LossWarning(CACHE, clock)
+    count_losses(warning, 600, 300)
+    clock.now = 599.0
+    count_losses(warning, 600, 100)
+    assert len(log[logging.WARNING]) == 1
+    clock.now = 600.0
+    count_losses(warning, 600, 99)
+    assert len(log[logging.WARNING]) == 1
+    count_losses(warning, 600, 1)
+    assert log[logging.WARNING] == [WARNING, WARNING]
+
+
+def test_statistics_of_checkpoints_are_counted_by_event_and_kind(folder):
+    counters = HitCounters.open(CACHE)
+    counters.follow({"kept": 1, "evicted prompt": 1, "now": 1})
+    counters.follow(
+        {"kept": 4, "evicted prompt": 1, "evicted branch point": 2, "evicted unused": 1, "now": 1}
+    )
+    counters.follow({"kept": 4, "used branch point": 5, "evicted unused prompt": 7})
+    assert counts(folder) == {
+        ("checkpoints_kept", None): 4,
+        ("checkpoints_evicted", "prompt"): 1,
+        ("checkpoints_evicted", "branch point"): 2,
+        ("checkpoints_evicted_unused", None): 1,
+        ("checkpoints_evicted_unused", "prompt"): 7,
+        ("checkpoints_used", "branch point"): 5,
+    }
+
+
+def test_statistics_that_restart_at_0_are_added(folder):
+    counters = HitCounters.open(CACHE)
+    for count in (5, 2, 3):
+        counters.follow({"kept": count})
+    assert counts(folder) == {("checkpoints_kept", None): 8}
+
+
+def test_counters_are_exported_as_0_before_the_first_request(folder):
+    HitCounters.open(CACHE)
+    values = {
+        (sample.name, sample.labels.get("kind")): sample.value
+        for metric in FolderCollector(folder).collect()
+        for sample in metric.samples
+    }
+    assert values["vllm_hybrid_kv:prefix_cache_requests_total", None] == 0
+    assert values["vllm_hybrid_kv:prefix_cache_lost_tokens_total", "mamba"] == 0
+    assert len(values) == 5 + 4 * 2
+
+
+def test_a_folder_that_cannot_be_written_costs_the_metrics_and_one_warning(
+    tmp_path, monkeypatch, folder, log
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "file" / "folder"))
+    manager, request = cached_request()
+    assert len(log[logging.WARNING]) == 1
+    assert str(tmp_path / "file" / "folder") in log[logging.WARNING][0]
+    assert schedule(manager, request) == 80

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeps the states at the ends of answers, where the next turns of conversations start."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.core.single_type_kv_cache_manager import MambaManager
+    from vllm.v1.request import Request
+
+    from vllm_hybrid_kv.coordinator.checkpoints import Checkpoint
+
+INTERVAL = 64
+"""Tokens between two copies of a state. A copy costs about one decoding step of memory traffic, and
+linear attention computes in chunks of 64, so a request that resumes there has the same chunks as
+one that starts at 0."""
+
+MAX_SHARE = 32
+"""At most one block in 32 holds copies for decoding requests."""
+
+
+@dataclass
+class Running:
+    """The progress of a request that holds blocks.
+
+    Attributes:
+        request: vLLM's request.
+        units: Computed hash units.
+        prompt_units: Hash units that were remembered when it started.
+        latest: The checkpoint that it resumed at or entered last, except those at ends of blocks.
+        boundary: The checkpoint that it entered last at the end of a block.
+        prompt_end: The checkpoint at the end of its prompt.
+        copies: The blocks with the latest copy of its states, one per group, or none.
+        copied: The tokens after which these states are.
+        partial: Group, block and tokens of its checkpoints that end inside a block.
+        cached: Cached whole attention blocks when `partial` was cached.
+    """
+
+    request: Request
+    units: int
+    prompt_units: int
+    latest: Checkpoint | None
+    boundary: Checkpoint | None = None
+    prompt_end: Checkpoint | None = None
+    copies: list[KVCacheBlock] = field(default_factory=list)
+    copied: int = 0
+    partial: list[tuple[int, KVCacheBlock, int]] = field(default_factory=list)
+    cached: int = -1
+
+
+class DecodeSnapshots:
+    """Copies the states of decoding requests, so that one is cached when a request ends.
+
+    The end of an answer is not known in advance. So the state is copied every `INTERVAL` tokens,
+    over the previous copy, into blocks that are held for the request. vLLM's own copy-on-write runs
+    the copy at the start of the step. Copies have the lowest priority for memory.
+    """
+
+    def __init__(self, managers: dict[int, MambaManager], pool: BlockPool, alignment: int) -> None:
+        """Prepare.
+
+        Args:
+            managers: The managers of the states, by group.
+            pool: The pool of blocks.
+            alignment: Hits are multiples of this many tokens.
+        """
+        self._managers = managers
+        self._pool = pool
+        self._interval = math.lcm(INTERVAL, alignment)
+        self._max_copies = pool.num_gpu_blocks // MAX_SHARE
+        # If hits end at whole blocks, vLLM keeps the states. With draft tokens, the state after the
+        # accepted ones is in any of several blocks.
+        self._possible = all(
+            alignment < manager.block_size and manager.num_speculative_blocks == 0
+            for manager in managers.values()
+        )
+
+    def is_due(self, request: Request) -> bool:
+        """Whether to copy the states of a request before this step."""
+        tokens = request.num_computed_tokens
+        due = tokens % self._interval == 0 and tokens > request.num_prompt_tokens
+        return due and self._possible
+
+    def copy(self, running: Running, num_requests: int) -> None:
+        """Copy the states of a decoding request, if they are available and there is room.
+
+        Call this before a step, when the request's blocks are allocated. Its blocks then hold the
+        states after all computed tokens, which is unknown later if steps are scheduled ahead.
+
+        Args:
+            running: The request.
+            num_requests: The number of requests that hold blocks.
+        """
+        request = running.request
+        tokens = request.num_computed_tokens
+        sources: list[KVCacheBlock] = [
+            manager.req_to_blocks[request.request_id][(tokens - 1) // manager.block_size]
+            for manager in self._managers.values()
+        ]
+        if any(block.is_null for block in sources):
+            return
+        count = len(sources)
+        if not running.copies:
+            if num_requests * count > self._max_copies:
+                return
+            if self._pool.free_block_queue.num_unpinned < count:
+                return
+            running.copies = self._pool.get_new_blocks(count)
+        running.copied = tokens
+        for manager, source, copy in zip(
+            self._managers.values(), sources, running.copies, strict=True
+        ):
+            # vLLM releases both references after the step.
+            source.ref_cnt += 1
+            copy.ref_cnt += 1
+            manager._pending_cow_copies.append((source, copy))
+
+    def cache(self, running: Running) -> bool:
+        """Cache the latest copy of a request that ends.
+
+        Returns:
+            Whether it is cached. It is not if the request was aborted before the tokens up to there
+            were known.
+        """
+        if running.copied // self._pool.hash_block_size > len(running.request.block_hashes):
+            return False
+        for (group, manager), copy in zip(self._managers.items(), running.copies, strict=True):
+            self._pool.cache_partial_block(
+                request=running.request,
+                block=copy,
+                num_tokens=running.copied,
+                kv_cache_group_id=group,
+                block_size=manager.block_size,
+            )
+        return True
+
+    def release(self, running: Running) -> None:
+        """Free the blocks that are held for a request."""
+        copies, running.copies = running.copies, []
+        self._pool.free_blocks(copies)
+
+    def last_copy(self, tokens: int, prompt: int) -> int:
+        """Return the last position up to `tokens` and after the prompt with a copy, or 0."""
+        place = tokens // self._interval * self._interval
+        return place if place > prompt else 0

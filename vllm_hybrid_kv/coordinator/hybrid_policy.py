@@ -1,0 +1,464 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The policy `hybrid_aware`: where states are cached, and what is evicted first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from vllm.utils.math_utils import round_down
+from vllm.v1.core.kv_cache_coordinator import replay_boundaries
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, get_block_hash, get_group_id
+from vllm.v1.core.single_type_kv_cache_manager import MambaManager
+from vllm.v1.kv_cache_interface import MambaSpec, get_mamba_prefill_checkpoint_position
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_hybrid_kv.coordinator.checkpoints import Checkpoint, Checkpoints, Place
+from vllm_hybrid_kv.coordinator.decode_snapshots import DecodeSnapshots, Running
+from vllm_hybrid_kv.coordinator.free_queue import CheckpointQueue
+from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
+from vllm_hybrid_kv.coordinator.traffic import AnswerReturns, SeenPrefixes
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+SEEN_LIMITS = (1 << 16, 1 << 22)
+"""Bounds of the number of hashes remembered per generation, of at most 4 bytes each."""
+
+STATES_OF_PROMPT = 3
+"""Blocks of a group that a prompt may hold while it is computed: the states at the start and end of
+a chunk, and one that is kept. vLLM counts one for a waiting prompt."""
+
+RARE = 0.25
+"""If fewer answers return in the next prompt, as with reasoning models, states are not copied."""
+
+USUAL = 0.9
+"""If more answers return, the end of an answer supersedes that of its prompt."""
+
+
+class HybridAwareCoordinator(FixedPointCoordinator):
+    """A coordinator for models with states (Mamba, Gated DeltaNet) in cache mode `align`.
+
+    **Where states are cached.** At the end of a prompt, rounded down to the match unit, because the
+    next turn of a conversation resumes there. At the end of an answer, if answers return
+    (`DecodeSnapshots`). At a branch point, where a prompt leaves one seen before, once the second
+    request reveals it. vLLM also makes states at whole blocks. They are pinned if they are worth
+    more than the latest evictions, otherwise they may be overwritten.
+
+    **What is evicted first.** Blocks that help no checkpoint: attention after the last checkpoint,
+    states of no checkpoint, duplicates of other requests' blocks. Then whole checkpoints, starting
+    with those that save the least compute for their memory (`Checkpoints`).
+
+    **What is unchanged.** The queue holds free blocks only. `FixedPointCoordinator` looks up hits,
+    in vLLM's hash map. Copy-on-write of partial blocks, preemption, events and connectors are
+    vLLM's own code.
+    """
+
+    def __init__(self, **factory_args: Any) -> None:
+        """Make the coordinator with the arguments of vLLM's factory."""
+        super().__init__(**factory_args)
+        managers = dict(enumerate(self.single_type_managers))
+        states = {
+            group: manager
+            for group, manager in managers.items()
+            if isinstance(manager, MambaManager)
+        }
+        self._state_groups = list(states)
+        self._state_ids = frozenset(states)
+        cached = {group for lookup in self.attention_groups for group in lookup.group_ids}
+        self._attention_managers = {
+            group: manager
+            for group, manager in managers.items()
+            if group in cached and group not in states
+        }
+        self._unit = self.hash_block_size
+        self._alignment = self._cache_hit_alignment_tokens
+        self._block_tokens = managers[self._state_groups[0]].block_size
+        pool = self.block_pool
+        self.checkpoints = Checkpoints(len(states), self._block_tokens)
+        hashes = 2 * pool.num_gpu_blocks * self._block_tokens // self._unit
+        self._seen = SeenPrefixes(min(max(hashes, SEEN_LIMITS[0]), SEEN_LIMITS[1]))
+        self._running: dict[str, Running] = {}
+        self._snapshots = DecodeSnapshots(states, pool, self._alignment)
+        self._returns = AnswerReturns()
+        pool.free_block_queue = CheckpointQueue(
+            pool.free_block_queue, self._is_pinned, self._on_unpinned_free, self._evict
+        )
+        # The manager calls the pool, which does not know about checkpoints.
+        self._evict_blocks = pool.evict_blocks
+        pool.evict_blocks = self.evict_blocks
+
+    @staticmethod
+    def suits(kv_cache_config: KVCacheConfig) -> bool:
+        """Whether a plan has attention, and states that are all in cache mode `align`."""
+        specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+        states = [spec for spec in specs if isinstance(spec, MambaSpec)]
+        return 0 < len(states) < len(specs) and all(
+            spec.mamba_cache_mode == "align" for spec in states
+        )
+
+    def attach(self, kv_cache_manager: KVCacheManager) -> None:
+        """Let states be cached at branch points inside a block, which vLLM does only for EAGLE."""
+        super().attach(kv_cache_manager)
+        if self.enable_partial_hash_hits and self.num_reprefillable_tokens == 0:
+            kv_cache_manager.mamba_shared_prefix_checkpoint = True
+            for group in self._state_groups:
+                self.single_type_managers[group].shared_prefix_checkpoint = True
+
+    def stats(self) -> Mapping[str, int]:
+        return {**self.checkpoints.counts, "now": len(self.checkpoints.pinned)}
+
+    # Pinned blocks
+
+    def _is_pinned(self, block: KVCacheBlock) -> bool:
+        key = block.block_hash
+        if key is None or get_group_id(key) not in self._state_ids:
+            return self.checkpoints.pins(block.block_id)
+        # If several requests computed one state, lookups return the first block with it.
+        return (
+            self.checkpoints.pinned_at(get_block_hash(key)) is not None
+            and self.block_pool.cached_block_hash_to_block.get_one_block(key) is block
+        )
+
+    def _on_unpinned_free(self, block: KVCacheBlock) -> None:
+        key = block.block_hash
+        if key is not None and get_group_id(key) in self._state_ids:
+            # A checkpoint lost its state if vLLM moved the entry of this block, which was the first
+            # one, to the copy that its request continued with.
+            checkpoint = self.checkpoints.pinned_at(get_block_hash(key))
+            if checkpoint is not None:
+                self._recheck(checkpoint)
+
+    def _evict(self) -> list[KVCacheBlock] | None:
+        checkpoint = self.checkpoints.evict()
+        return None if checkpoint is None else self._released(checkpoint.key, checkpoint.blocks)
+
+    def _released(self, key: BlockHash, block_ids: Iterable[int]) -> list[KVCacheBlock]:
+        """Return the states and attention blocks that only an unpinned checkpoint pinned."""
+        blocks = [self.block_pool.blocks[block_id] for block_id in block_ids]
+        released = [block for block in blocks if not self._is_pinned(block)]
+        # Group by group, because one group's state may be lost, such as after a failed load.
+        for group in self._state_groups:
+            released += self.block_pool.get_cached_block(key, [group]) or []
+        return released
+
+    def _unpin(self, checkpoint: Checkpoint) -> None:
+        self.checkpoints.unpin(checkpoint)
+        released = self._released(checkpoint.key, checkpoint.blocks)
+        self.block_pool.free_block_queue.unpin(released)
+
+    def _recheck(self, checkpoint: Checkpoint) -> None:
+        """Unpin a checkpoint if its states are lost. Otherwise pin those that lookups return."""
+        states = self.block_pool.get_cached_block(checkpoint.key, self._state_groups)
+        if states is None:
+            self._unpin(checkpoint)
+        else:
+            self.block_pool.free_block_queue.repin(states)
+
+    def evict_blocks(self, block_ids: set[int]) -> None:
+        """Evict blocks that a connector failed to load, and the checkpoints that need them."""
+        self._evict_blocks(block_ids)
+        for checkpoint in tuple(self.checkpoints.pinned):
+            if block_ids.isdisjoint(checkpoint.blocks):
+                self._recheck(checkpoint)
+            else:
+                self._unpin(checkpoint)
+        blocks = [self.block_pool.blocks[block_id] for block_id in block_ids]
+        self.block_pool.free_block_queue.unpin(
+            [block for block in blocks if not self._is_pinned(block)]
+        )
+
+    # Lookup and allocation
+
+    def find_longest_cache_hit(
+        self, block_hashes: list[BlockHash], max_cache_hit_length: int
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int, int]:
+        """Find the longest prefix that every group can serve, and the branch point after it.
+
+        Args:
+            block_hashes: The request's hashes, one per hash unit.
+            max_cache_hit_length: The maximum hit in tokens.
+
+        Returns:
+            The blocks of each group; the hit in tokens; and the tokens from there to where the
+            prompt leaves those seen before, where vLLM ends a chunk and keeps the state.
+        """
+        blocks, hit, _ = super().find_longest_cache_hit(block_hashes, max_cache_hit_length)
+        units = self._seen.longest(block_hashes, max_cache_hit_length // self._unit)
+        branch = round_down(units * self._unit, self._alignment)
+        if branch <= hit or self._seen.is_end(block_hashes[units - 1]):
+            return blocks, hit, 0
+        return blocks, hit, branch - hit
+
+    def allocate_new_blocks(
+        self, request_id: str, *args: Any, **kwargs: Any
+    ) -> tuple[list[KVCacheBlock], ...]:
+        blocks = super().allocate_new_blocks(request_id, *args, **kwargs)
+        running = self._running.get(request_id)
+        if (
+            running is not None
+            and self._snapshots.is_due(running.request)
+            and self._returns.rate >= RARE
+        ):
+            self._snapshots.copy(running, len(self._running))
+        return blocks
+
+    def get_num_blocks_to_allocate(self, request_id: str, *args: Any, **kwargs: Any) -> int:
+        """Return how many blocks a step of a request needs.
+
+        A state that is kept costs a block of each group, with which the request continues. If these
+        are not free, the state is evicted instead of preempting another request.
+
+        vLLM also asks whether a whole waiting prompt would fit. Then blocks that running prompts
+        still need count as taken. vLLM would start the prompt and preempt it later, which wastes
+        what it had computed.
+        """
+        needed = super().get_num_blocks_to_allocate(request_id, *args, **kwargs)
+        if kwargs.get("apply_admission_cap"):
+            scheduled = self._scheduled_requests()
+            if scheduled:
+                own = (STATES_OF_PROMPT - 1) * len(self._state_groups)
+                return needed + own + self._missing_blocks(scheduled)
+        pool = self.block_pool
+        # More blocks than the pool has: the request must wait for the next step in any case.
+        if (
+            needed > 0
+            and pool.get_num_free_blocks() < needed <= pool.num_gpu_blocks
+            and self._free_optional_states(request_id)
+        ):
+            needed = super().get_num_blocks_to_allocate(request_id, *args, **kwargs)
+        return needed
+
+    def _scheduled_requests(self) -> list[Request]:
+        """Return the requests that take part in steps.
+
+        Requests that a connector has loaded hold blocks too, but wait. If all holders wait, the
+        next one must start with the free blocks, because no other request will free any.
+        """
+        requests = [running.request for running in self._running.values()]
+        return [request for request in requests if request.status is RequestStatus.RUNNING]
+
+    def _missing_blocks(self, requests: Iterable[Request]) -> int:
+        """Return how many blocks requests still need for their prompts."""
+        missing = 0
+        for request in requests:
+            # A preempted request recomputes its answer too.
+            end = max(request.num_prompt_tokens, request.num_tokens - 1)
+            if request.num_computed_tokens >= end:
+                continue
+            for manager in self._attention_managers.values():
+                blocks = -(-request.num_tokens // manager.block_size)
+                missing += max(blocks - len(manager.req_to_blocks[request.request_id]), 0)
+            for group in self._state_groups:
+                table = self.single_type_managers[group].req_to_blocks[request.request_id]
+                held = sum([not block.is_null for block in table])
+                missing += max(STATES_OF_PROMPT - held, 0)
+        return missing
+
+    def _free_optional_states(self, request_id: str) -> bool:
+        """Free states that a request need not keep, and all copies. Return whether any was."""
+        freed = self._overwrite_kept_states(request_id)
+        for running in self._running.values():
+            if running.copies:
+                self._snapshots.release(running)
+                freed = True
+        return freed
+
+    def _overwrite_kept_states(self, request_id: str) -> bool:
+        """Let a running request overwrite the states to keep. Return whether there were any."""
+        overwritten = False
+        keys: set[BlockHash] = set()
+        for group in self._state_groups:
+            manager = self.single_type_managers[group]
+            kept = manager._partial_hit_reqs.get(request_id)
+            # A request that is about to start needs the copy of what it hit.
+            if kept is None or request_id not in manager._allocated_block_reqs:
+                continue
+            _, block = manager._partial_hit_reqs.pop(request_id)
+            manager._producer_partial_tail_reqs.pop(request_id, None)
+            if block.block_hash is not None:
+                keys.add(get_block_hash(block.block_hash))
+            self.block_pool._maybe_evict_cached_block(block)
+            overwritten = True
+        # Another request with the same prefix may have entered the checkpoint.
+        for key in keys:
+            checkpoint = self.checkpoints.pinned_at(key)
+            if checkpoint is not None:
+                self._recheck(checkpoint)
+        return overwritten
+
+    # Entering checkpoints
+
+    def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
+        """Cache a request's blocks, and enter the checkpoints that it has reached.
+
+        Args:
+            request: The request before the step.
+            num_computed_tokens: Its tokens whose K, V and states are computed after the step.
+        """
+        if not self._completes_a_unit(request, num_computed_tokens):
+            return
+        self._cache_blocks(request, num_computed_tokens)
+        running = self._running.get(request.request_id) or self._start(request)
+        if running.partial:
+            cached = sum(
+                [
+                    manager.num_cached_block.get(request.request_id, 0)
+                    for manager in self._attention_managers.values()
+                ]
+            )
+            if cached != running.cached or num_computed_tokens <= request.num_prompt_tokens:
+                running.cached = cached
+                # vLLM replaces a block's entry at a shorter prefix by one at a longer prefix, but
+                # attention's pages still hold the shorter one.
+                self._cache_partial(running)
+        units = num_computed_tokens // self._unit
+        if units <= running.units:
+            return
+        running.units = units
+        tokens = units * self._unit
+        if tokens in self._prompt_ends(request):
+            running.prompt_end = self._enter(running, tokens, Place.PROMPT_END)
+        elif tokens == request.shared_prefix_boundary:
+            self._enter(running, tokens, Place.BRANCH)
+        elif tokens % self._block_tokens == tokens % self._alignment == 0:
+            self._enter(running, tokens, Place.BOUNDARY)
+
+    def _prompt_ends(self, request: Request) -> set[int]:
+        """Return where the next turn, or with draft layers the same prompt, can resume."""
+        length = request.num_prompt_tokens
+        drafts = bool(self.eagle_group_ids)
+        end = get_mamba_prefill_checkpoint_position(length, self._alignment, drafts)
+        boundaries = replay_boundaries(length, self.scheduler_block_size, drafts) if drafts else ()
+        return {end, *boundaries}
+
+    def _start(self, request: Request) -> Running:
+        hashes = request.block_hashes
+        limit = self._seen.longest(hashes, len(hashes))
+        if request.num_preemptions:
+            # Not a new request: it returns to its own checkpoints.
+            latest = self.checkpoints.longest(hashes)
+        else:
+            latest = self.checkpoints.arrive(hashes, limit)
+            if latest is not None:
+                self._record_return(latest, limit)
+            if 0 < limit < len(hashes):
+                self._seen.discard_end(hashes[limit - 1])
+            self._seen.add(hashes)
+        running = self._running[request.request_id] = Running(request, 0, len(hashes), latest)
+        return running
+
+    def _record_return(self, latest: Checkpoint, limit: int) -> None:
+        """Record whether a turn that follows an answer repeats it.
+
+        Args:
+            latest: The longest checkpoint tracked for its prompt.
+            limit: Match units of the prompt that were seen before.
+        """
+        if latest.uses == 1:
+            if latest.place is Place.ANSWER:
+                self._returns.record(True)
+            elif latest.place is Place.PROMPT_END and latest.answered:
+                self._returns.record(limit * self._unit >= latest.answered)
+
+    def _enter(self, running: Running, tokens: int, place: Place) -> Checkpoint | None:
+        """Enter a checkpoint if its states are cached, and return it if it is pinned."""
+        request = running.request
+        units = tokens // self._unit
+        if units > len(request.block_hashes):
+            # With the lookahead of draft layers, a unit is hashed once the next tokens are known.
+            return None
+        key = request.block_hashes[units - 1]
+        states = self.block_pool.get_cached_block(key, self._state_groups)
+        if states is None:
+            return None
+        at_boundary = place is Place.BOUNDARY
+        supersedes = place is Place.PROMPT_END or place is Place.BRANCH
+        checkpoint, released = self.checkpoints.enter(
+            key,
+            tokens,
+            place,
+            self._attention_blocks(request.request_id, tokens),
+            (at_boundary and running.boundary) or running.latest,
+            supersedes or (place is Place.ANSWER and self._returns.rate >= USUAL),
+        )
+        queue = self.block_pool.free_block_queue
+        if released is not None:
+            queue.unpin(self._released(key, released))
+        if checkpoint is None:
+            return None
+        if at_boundary:
+            running.boundary = checkpoint
+        else:
+            running.latest = checkpoint
+        if not checkpoint.pinned:
+            return None
+        # Lookups may return another request's states, which were not pinned yet.
+        queue.repin(states)
+        for group, manager in self._attention_managers.items():
+            if tokens % manager.block_size and manager.supports_fine_grained_hash_lookup:
+                table = manager.req_to_blocks[request.request_id]
+                running.partial.append((group, table[tokens // manager.block_size], tokens))
+        self._cache_partial(running)
+        return checkpoint
+
+    def _attention_blocks(self, request_id: str, tokens: int) -> list[int] | None:
+        """Return the ids of the attention blocks that a hit of a request's first tokens needs.
+
+        None if a window has moved past some of them, or if they are not cached.
+        """
+        needed: list[int] = []
+        for manager in self._attention_managers.values():
+            table = manager.req_to_blocks[request_id]
+            first = max(manager.get_num_skipped_tokens(tokens), 0) // manager.block_size
+            blocks = table[first : -(-tokens // manager.block_size)]
+            whole = blocks[: tokens // manager.block_size - first]
+            if any(block.is_null for block in blocks) or not all(b.block_hash for b in whole):
+                return None
+            needed += [block.block_id for block in blocks]
+        return needed
+
+    def _cache_partial(self, running: Running) -> None:
+        # The longest first, because a longer entry replaces a shorter one.
+        for group, block, tokens in sorted(running.partial, key=lambda entry: -entry[2]):
+            self.block_pool.cache_partial_block(
+                request=running.request,
+                block=block,
+                num_tokens=tokens,
+                kv_cache_group_id=group,
+                block_size=self.single_type_managers[group].block_size,
+            )
+
+    # The end of a request
+
+    def _forget(self, request_id: str) -> None:
+        running = self._running.pop(request_id, None)
+        if running is not None:
+            self._end(running)
+        super()._forget(request_id)
+
+    def _end(self, running: Running) -> None:
+        request = running.request
+        if running.copies:
+            if self._snapshots.cache(running):
+                self._enter(running, running.copied, Place.ANSWER)
+            self._snapshots.release(running)
+        if running.prompt_end is not None:
+            tokens = len(request.block_hashes) * self._unit
+            running.prompt_end.answered = self._snapshots.last_copy(
+                tokens, request.num_prompt_tokens
+            )
+        self._seen.add(request.block_hashes, known=running.prompt_units)
+        if running.latest is not None and running.latest.pinned:
+            self.checkpoints.touch(running.latest)
+
+    def reset_prefix_cache(self) -> bool:
+        done: bool = super().reset_prefix_cache()
+        if done:
+            self.checkpoints.clear()
+            queue = self.block_pool.free_block_queue
+            queue.unpin(queue.get_all_free_blocks())
+            self._returns = AnswerReturns()
+            self._seen.clear()
+        return done

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics of the traffic: reuse by age, returning answers, and prefixes seen before."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+
+EDGES = np.array([0, *(1 << k for k in range(17))], dtype=np.float64)
+"""Edges of the age ranges. Ages are counted in requests."""
+
+PRIOR_WEIGHT = 20.0
+"""The weight of the prior, in observed checkpoints."""
+
+_LOW, _HIGH = EDGES[:-1], EDGES[1:]
+_WIDTH = _HIGH - _LOW
+_PRIOR = 0.3 / ((_LOW + _HIGH) / 2 + 30)
+"""The prior return rate falls with age, so the initial order is that of LRU."""
+
+
+def age_range(age: int) -> int:
+    """Return the index of the range that contains an age."""
+    return min(age.bit_length(), len(_LOW) - 1)
+
+
+class ReuseCurve:
+    """How the return rate of checkpoints of one kind depends on their age.
+
+    The rate in a range of ages is the number of returns at such ages divided by the time that
+    checkpoints spent in it, returned or not (the estimate of a piecewise constant hazard). Evicted
+    checkpoints count like pinned ones, because they show whether a request comes.
+
+    The rates h_b determine the index of an age a: the maximum over all horizons of
+
+        P(return before the horizon | age a, no return yet) / E(time until return or horizon).
+
+    This is the Gittins index of a checkpoint that occupies memory until it is used or evicted: its
+    returns per unit of time if it is kept as long as that pays. It may rise with age. If users take
+    a while to answer, a young checkpoint is worth less than one that has waited.
+    """
+
+    def __init__(self, likelihood: float = 1.0) -> None:
+        """Start with the prior.
+
+        Args:
+            likelihood: A factor for the prior return rate.
+        """
+        self._prior = likelihood * _PRIOR
+        self._returns = np.zeros(len(_LOW))
+        self._time = np.zeros(len(_LOW))
+        self.update(())
+
+    def record(self, since: int, age: int, returned: bool) -> None:
+        """Record a wait that ended.
+
+        Args:
+            since: The age at which the checkpoint became of this kind, in requests.
+            age: Its age at the end of the wait.
+            returned: Whether a request came. Otherwise tracking ended, or the kind changed.
+        """
+        self._time += np.clip(age - _LOW, 0, _WIDTH) - np.clip(since - _LOW, 0, _WIDTH)
+        if returned:
+            self._returns[age_range(age)] += 1
+
+    def fade(self) -> None:
+        """Halve the weight of earlier observations, because traffic changes."""
+        self._returns /= 2
+        self._time /= 2
+
+    def update(self, waiting: Sequence[tuple[int, int]]) -> None:
+        """Recompute rates and index.
+
+        Args:
+            waiting: For each waiting checkpoint, the age at which it became of this kind, and its
+                current age.
+        """
+        time = self._time
+        if waiting:
+            ages = np.asarray(waiting, dtype=np.float64)[:, :, None]
+            since, now = np.clip(ages - _LOW, 0, _WIDTH).sum(axis=0)
+            time = time + now - since
+        weight = PRIOR_WEIGHT * _WIDTH
+        self.rates = (self._returns + self._prior * weight) / (time + weight)
+        # Within a range of width w at rate h: 1 - exp(-hw) return, after (1 - exp(-hw)) / h.
+        returning = -np.expm1(-self.rates * _WIDTH)
+        self.index = [0.0] * len(_LOW)
+        for start in range(len(_LOW)):
+            waits = np.concatenate(([1.0], np.cumprod(1 - returning[start:])[:-1]))
+            returns = np.cumsum(waits * returning[start:])
+            spent = np.cumsum(waits * returning[start:] / self.rates[start:])
+            self.index[start] = float((returns / spent).max())
+
+
+class AnswerReturns:
+    """How often the next turn of a conversation repeats the answer unchanged."""
+
+    FADE = 1024
+    """Turns after which earlier ones count half."""
+
+    def __init__(self) -> None:
+        self._returns, self._turns = 2.0, 4.0
+
+    @property
+    def rate(self) -> float:
+        return self._returns / self._turns
+
+    def record(self, came_back: bool) -> None:
+        """Record a turn that followed an answer."""
+        self._returns += came_back
+        self._turns += 1
+        if self._turns >= self.FADE:
+            self._returns, self._turns = self._returns / 2, self._turns / 2
+
+
+_WORDS = struct.Struct("<QQ")
+
+BITS_PER_HASH = 16
+"""With 6 probes, a full filter has at most (1 - exp(-6/16))^6 = 0.1 % false positives."""
+
+_PROBES = np.arange(6, dtype=np.uint64)
+_THREE, _SEVEN = np.uint64(3), np.uint64(7)
+_BITS = np.left_shift(np.uint8(1), np.arange(8, dtype=np.uint8))
+
+
+class _Generation:
+    """A Bloom filter of hashes, and the exact set of the last hashes of requests."""
+
+    def __init__(self, capacity: int) -> None:
+        self.room = capacity
+        self.ends: set[bytes] = set()
+        self._mask = (1 << (capacity * BITS_PER_HASH - 1).bit_length()) - 1
+        self._table = np.zeros((self._mask + 1) // 8, dtype=np.uint8)
+        # Reading one byte is faster than through the array.
+        self._bytes = self._table.data
+
+    def add(self, hashes: Sequence[bytes]) -> None:
+        # All hashes have one length, because one function makes them.
+        words = np.frombuffer(b"".join(hashes), dtype="<u8").reshape(len(hashes), -1)
+        first, step = words[:, :1], words[:, 1:2]
+        places = ((first + _PROBES * step) & self._mask).ravel()
+        indices, bits = (places >> _THREE).view(np.int64), _BITS[places & _SEVEN]
+        # Of several bits for one byte, an assignment keeps one. Repeating it for the lost bits is
+        # several times faster than `np.bitwise_or.at`, which keeps all.
+        while len(indices):
+            self._table[indices] |= bits
+            lost = (self._table[indices] & bits) == 0
+            indices, bits = indices[lost], bits[lost]
+        self.room -= len(hashes)
+
+    def has(self, first: int, step: int) -> bool:
+        for probe in range(len(_PROBES)):
+            place = (first + probe * step) & self._mask
+            if not self._bytes[place >> 3] >> (place & 7) & 1:
+                return False
+        return True
+
+
+class SeenPrefixes:
+    """The prefixes of recent requests, to detect where a prompt branches off from earlier ones.
+
+    A third request will probably resume at such a branch point, so its state is worth keeping (the
+    admission rule of Marconi, arXiv 2411.19379). The cache itself cannot detect it, because most
+    blocks are evicted before the second request comes.
+
+    Hashes are chained, so bisection finds the longest shared prefix. There are two generations.
+    When the younger one is full, it replaces the older one. A false positive costs at most one
+    unused checkpoint.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        """Start empty.
+
+        Args:
+            capacity: Hashes per generation, of 2 to 4 bytes each.
+        """
+        self._capacity = capacity
+        self.clear()
+
+    def clear(self) -> None:
+        self._young = _Generation(self._capacity)
+        self._old = self._young
+
+    def add(self, hashes: Sequence[bytes], known: int = 0) -> None:
+        """Add a request, and mark its last hash as an end.
+
+        Args:
+            hashes: The chained hashes of its whole match units, in order.
+            known: How many leading hashes were added before.
+        """
+        if not hashes:
+            return
+        new = hashes[known:]
+        if len(new) > self._young.room:
+            self._old, self._young = self._young, _Generation(self._capacity)
+        if new:
+            self._young.add(new)
+        self._young.ends.add(bytes(hashes[-1]))
+
+    def longest(self, hashes: Sequence[bytes], limit: int) -> int:
+        """Return how many of a prompt's first `limit` hashes were seen before."""
+        low, high = 0, min(limit, len(hashes))
+        while low < high:
+            middle = (low + high + 1) // 2
+            # Hashes are uniform, so their first bytes serve as the filter's hash functions.
+            first, step = _WORDS.unpack_from(hashes[middle - 1])
+            if self._young.has(first, step) or self._old.has(first, step):
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def discard_end(self, block_hash: bytes) -> None:
+        """Record that a request continued after another's end: the next to do so branches off."""
+        self._young.ends.discard(bytes(block_hash))
+        self._old.ends.discard(bytes(block_hash))
+
+    def is_end(self, block_hash: bytes) -> bool:
+        """Whether a request ended with a hash. One that continues there need not be a branch."""
+        return bytes(block_hash) in self._young.ends or bytes(block_hash) in self._old.ends

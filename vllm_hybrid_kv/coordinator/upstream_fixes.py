@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Work-arounds for faults of vLLM 0.32 and 0.33 that corrupt cached prefixes.
+
+| work-around | fault | upstream |
+|---|---|---|
+| `PassedBlocks` | blocks are cached as states that were never written into them | #54076 |
+| `StepWrites` | a block is copied in the step that writes it, before it is written | none known |
+| `copy_whole_blocks` | part of a block is not copied if layers share its memory | none known |
+| `check_drafts` | draft tokens corrupt cached states | #47194, #53912, #53919, #43559 |
+
+Numbers are issues of vllm-project/vllm.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.single_type_kv_cache_manager import MambaManager
+
+from vllm_hybrid_kv.errors import HybridKVSettingsError
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+    from vllm.v1.request import Request
+
+
+class PassedBlocks:
+    """Prevents the caching of state blocks that a chunk of a prompt starts inside and passes.
+
+    A state is written where a chunk ends. If a chunk starts inside a state block and ends after it,
+    the block keeps the state that the chunk started with. vLLM 0.32 and 0.33 cache it as the state
+    at the block's end, and every request that shares that prefix resumes from a wrong state. Such
+    chunks occur in two ways:
+
+    - The scheduler aligns chunks to `cache_config.block_size`, the smallest block of all groups.
+      Any chunk that starts inside a longer state block passes its end (vllm-project/vllm#54076).
+    - A kernel, such as Mamba 2's, exports the state at a prompt's end from within the last chunk.
+      vLLM lets that chunk start inside a block, where a hit ended, and run to the prompt's end.
+
+    The exported state goes into the last block but one. If hits end at multiples of more than a
+    block, it may be an earlier state than the one at that block's end, and vLLM caches it as the
+    later one, too, at the next multiple.
+    """
+
+    def __init__(self, managers: Iterable[SingleTypeKVCacheManager]) -> None:
+        """Select the managers of cached states from the managers of all groups."""
+        self._managers = [
+            manager
+            for manager in managers
+            if isinstance(manager, MambaManager) and manager.mamba_cache_mode == "align"
+        ]
+        # By request, the tokens after which it resumed. vLLM sets them in the request only after
+        # the first step.
+        self._resumed: dict[str, int] = {}
+        # Managers and columns of the blocks that requests have passed and still hold.
+        self._passed: dict[str, list[tuple[MambaManager, int]]] = {}
+        self._hidden: list[tuple[list[KVCacheBlock], int, KVCacheBlock]] = []
+
+    def resume(self, request_id: str, num_computed_tokens: int) -> None:
+        """Record after how many hit and loaded tokens a request resumes."""
+        if self._managers:
+            self._resumed[request_id] = num_computed_tokens
+
+    def forget(self, request_id: str) -> None:
+        self._resumed.pop(request_id, None)
+        self._passed.pop(request_id, None)
+
+    def hide(self, request: Request, num_computed_tokens: int) -> None:
+        """Replace the blocks that the request's chunks have passed by null blocks.
+
+        vLLM caches no null block: neither as a whole block nor as the end of a prompt, which may be
+        a block that was passed steps ago. Call this before blocks are cached, then `restore`.
+
+        Args:
+            request: The request before the step.
+            num_computed_tokens: Its computed tokens after the step.
+        """
+        if not self._managers:
+            return
+        request_id = request.request_id
+        passed = self._passed.get(request_id, [])
+        start = max(request.num_computed_tokens, self._resumed.get(request_id, 0))
+        # During decoding, the worker copies the state at a block's end into that block.
+        if start < max(request.num_prompt_tokens, request.num_tokens - 1):
+            for manager in self._managers:
+                column = start // manager.block_size
+                end = (column + 1) * manager.block_size
+                if start % manager.block_size and num_computed_tokens > end:
+                    passed.append((manager, column))
+        if not passed:
+            return
+        self._passed[request_id] = []
+        for manager, column in passed:
+            table = manager.req_to_blocks[request_id]
+            if not table[column].is_null:
+                self._passed[request_id].append((manager, column))
+                self._hidden.append((table, column, table[column]))
+                table[column] = manager._null_block
+
+    def restore(self, request: Request) -> None:
+        """Undo `hide`, and mark the block with an exported state as cached.
+
+        Call this after blocks are cached. By then vLLM has cached the exported state under its
+        prefix and has passed it to a KV connector.
+        """
+        for table, column, block in self._hidden:
+            table[column] = block
+        self._hidden.clear()
+        for manager in self._managers:
+            if not manager.has_prefill_checkpoint_blocks:
+                continue
+            exported = manager._checkpoints.get(request.request_id)
+            if exported is not None:
+                cached = manager.num_cached_block.get(request.request_id, 0)
+                manager.num_cached_block[request.request_id] = max(cached, exported[1] + 1)
+
+
+class StepWrites:
+    """Tracks which attention blocks the step that is being scheduled writes, and from which token.
+
+    vLLM enters a block into the hash map when its tokens are scheduled, so another request may hit
+    it in the same step. That works for a whole block, which the step reads after writing it. A hit
+    that ends inside the block is copied before the step, when the new tokens are not yet in it.
+    vLLM postpones such a request if it hits a state of that step, which is the usual case. But the
+    state may be an older one, whose attention blocks were evicted and are being recomputed.
+
+    A decoding request writes its last block in every step. The tokens that it wrote there in
+    earlier steps can be copied at any time.
+    """
+
+    def __init__(self, managers: Sequence[SingleTypeKVCacheManager]) -> None:
+        """Select the groups whose blocks can be hit in part, other than states.
+
+        Args:
+            managers: The managers of all groups, or none if there are no partial hits.
+        """
+        self._managers = {
+            group: manager
+            for group, manager in enumerate(managers)
+            if manager.supports_fine_grained_hash_lookup and not isinstance(manager, MambaManager)
+        }
+        # By block id, the first token that the step writes.
+        self._first_written: dict[int, int] = {}
+
+    def clear(self) -> None:
+        """Start a step."""
+        self._first_written.clear()
+
+    def add(self, request: Request, num_computed_tokens: int) -> None:
+        """Track the blocks that a step of a request writes.
+
+        Args:
+            request: The request before the step.
+            num_computed_tokens: Its computed tokens after the step.
+        """
+        for manager in self._managers.values():
+            table = manager.req_to_blocks[request.request_id]
+            first = request.num_computed_tokens // manager.block_size
+            last = -(-num_computed_tokens // manager.block_size)
+            for block in table[first:last]:
+                self._first_written[block.block_id] = request.num_computed_tokens
+
+    def overlap(self, hits: tuple[Sequence[KVCacheBlock], ...], tokens: int) -> bool:
+        """Whether a hit ends inside a block and includes tokens that the step writes there.
+
+        Args:
+            hits: The blocks of each group.
+            tokens: The length of the hit.
+        """
+        for group, manager in self._managers.items():
+            if hits[group] and tokens % manager.block_size:
+                first = self._first_written.get(hits[group][-1].block_id)
+                if first is not None and first < tokens:
+                    return True
+        return False
+
+
+def views_to_copy(kv_caches: Iterable[torch.Tensor], num_blocks: int) -> list[list[torch.Tensor]]:
+    """Return the views of the KV cache whose copies together copy blocks whole.
+
+    Layers of different KV groups share memory: a block holds pages of attention or a state. vLLM's
+    `copy_kv_cache_blocks_inplace` treats views that start at one address as equal and copies only
+    the first. If that is a state shorter than the page, the rest of an attention block is not
+    copied.
+
+    Args:
+        kv_caches: The views of all layers, each [num_blocks x kernel blocks per block, ...].
+        num_blocks: Blocks of the pool.
+
+    Returns:
+        Lists in which each address occurs once. Equal views of several layers occur once, and so
+        does memory that consists of blocks only, because vLLM copies that by whole blocks.
+    """
+    rounds: list[list[torch.Tensor]] = []
+    seen: dict[tuple[torch.device, int], list[tuple[Any, ...]]] = {}
+    whole: set[tuple[torch.device, int]] = set()
+    for cache in kv_caches:
+        views = seen.setdefault((cache.device, cache.data_ptr()), [])
+        view = (cache.shape, cache.stride(), cache.dtype)
+        storage = cache.untyped_storage()
+        memory = (cache.device, storage.data_ptr())
+        if view in views or memory in whole:
+            continue
+        if len(views) == len(rounds):
+            rounds.append([])
+        rounds[len(views)].append(cache)
+        views.append(view)
+        per_block = cache.shape[0] // num_blocks * cache.stride(0) * cache.element_size()
+        if storage.nbytes() == num_blocks * per_block:
+            whole.add(memory)
+    return rounds
+
+
+def copy_whole_blocks(original: Callable[..., None]) -> Callable[..., None]:
+    """Return a `copy_kv_cache_blocks_inplace` that copies blocks whole, based on vLLM's."""
+
+    def copy_kv_cache_blocks_inplace(
+        kv_caches: Iterable[torch.Tensor], num_blocks: int, kv_cache_block_copies: Sequence[Any]
+    ) -> None:
+        if kv_cache_block_copies:
+            for views in views_to_copy(kv_caches, num_blocks):
+                original(views, num_blocks, kv_cache_block_copies)
+
+    return copy_kv_cache_blocks_inplace
+
+
+ALLOWED_BY = "allow_unsafe_drafts"
+"""The setting that lets such an engine start."""
+
+TEXT_METHODS = ("ngram", "suffix")
+"""Methods that draft from the text, without a draft model and with synchronous scheduling."""
+
+EXPORTING_LAYER = "MambaMixer2"
+"""The layer that exports a state from within a prompt's last chunk in every configuration."""
+
+
+def check_drafts(vllm_config: VllmConfig) -> None:
+    """Reject an engine whose draft tokens can corrupt the states in its prefix cache.
+
+    Drafts of a model (MTP, EAGLE and others) can corrupt any cached state: see the open issues
+    vllm-project/vllm#47194 and #53912. One cause is in the source of 0.32 and 0.33: model runner V1
+    with asynchronous scheduling may use another request's count of accepted drafts (#53919).
+    Drafts from the text corrupt states only if a kernel exports states, as Mamba 2's does: the
+    worker then writes the exported state into a block that the scheduler has moved.
+
+    Args:
+        vllm_config: A complete configuration. The model need not be loaded.
+
+    Raises:
+        HybridKVSettingsError: The engine has such drafts and caches states.
+    """
+    speculative, cache = vllm_config.speculative_config, vllm_config.cache_config
+    model = vllm_config.model_config
+    if (
+        speculative is None
+        or not vllm_config.num_speculative_tokens
+        or not cache.enable_prefix_caching
+        or cache.mamba_cache_mode != "align"
+        or not (model.is_hybrid or model.has_inner_state)
+    ):
+        return
+    if speculative.method in TEXT_METHODS and not _exports_states(model):
+        return
+    raise HybridKVSettingsError(
+        f"{model.model} ({model.architecture}) caches states, and speculative decoding "
+        f"({speculative.method!r}, {vllm_config.num_speculative_tokens} tokens) can corrupt them. "
+        "Later requests that share the prefix then get wrong answers without an error: "
+        "vllm-project/vllm#43559 measured about 20 % lower accuracy, and #47194 and #53912 are "
+        "open. Pass --no-enable-prefix-caching, or drop --speculative-config, or accept the risk "
+        f"with {ALLOWED_BY}=true in --additional-config 'hybrid_kv'"
+    )
+
+
+def _exports_states(model: ModelConfig) -> bool:
+    """Whether the source of a model names the exporting layer. Does not import the model."""
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    for architecture in model.architectures:
+        registered = ModelRegistry.models.get(architecture)
+        module = getattr(registered, "module_name", None)
+        # A model of another plugin has no module name here. If in doubt, it exports states.
+        spec = None if module is None else importlib.util.find_spec(module)
+        if spec is None or spec.origin is None:
+            return True
+        if EXPORTING_LAYER in Path(spec.origin).read_text(encoding="utf-8"):
+            return True
+    return False

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prometheus counters of the prefix cache, written by the scheduler and exported on /metrics.
+
+`vllm serve` schedules in a child of the process that answers /metrics, so counters pass through
+files in prometheus_client's multi-process format. If vLLM has a folder for such files (with several
+API servers), ours go there and vLLM exports them. Otherwise the process that the user started
+chooses a folder, passes its name to its children in the environment, exports its files together
+with vLLM's metrics, and removes it at exit. The folder exists only once something was counted.
+
+prometheus_client is imported on use, because most workers need none of it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_hybrid_kv.state import STATE
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_hybrid_kv.settings import Settings
+
+PREFIX = "vllm_hybrid_kv:"
+
+FILE_BYTES = 1 << 16
+"""The initial size of prometheus_client's files, enough for all counters here."""
+
+HELP = {
+    "prefix_cache_requests": "Requests that read the prefix cache, each counted once, when first "
+    "scheduled.",
+    "prefix_cache_short_requests": "Requests shorter than the match unit, which can never hit.",
+    "prefix_cache_hit_tokens": "Prompt tokens read from the prefix cache. All kinds of KV groups "
+    "hit the same tokens.",
+    "prefix_cache_alone_tokens": "Prompt tokens that the KV groups of this kind could have served "
+    "without the other groups.",
+    "prefix_cache_limited_requests": "Requests that hit less than was cached, by the kind of KV "
+    "group that lost most tokens.",
+    "prefix_cache_lost_tokens": "Prompt tokens that full attention could serve and that were "
+    "recomputed because the KV groups of this kind could not.",
+    "prefix_cache_preempted_requests": "Requests that read the prefix cache again after a "
+    "preemption. The other counters exclude them.",
+    "prefix_cache_preempted_query_tokens": "Tokens of requests that resumed after a preemption: "
+    "the prompt and the output up to then.",
+    "prefix_cache_preempted_hit_tokens": "Tokens of requests that resumed after a preemption that "
+    "were read from the prefix cache.",
+    "checkpoints_kept": "States that were kept for later requests.",
+    "checkpoints_used": "Requests that resumed at a kept state.",
+    "checkpoints_evicted": "Kept states that were evicted to make room.",
+    "checkpoints_evicted_unused": "Kept states that were evicted before any request used them.",
+}
+"""The help text of each counter, by its name without the prefix and without `_total`."""
+
+
+class Counters:
+    """The counters of one engine."""
+
+    def __init__(self, folder: Path, labels: dict[str, str]) -> None:
+        """Open the file of this process, and create the folder if needed.
+
+        Args:
+            folder: Where the process that answers /metrics looks.
+            labels: The labels of every counter.
+
+        Raises:
+            OSError: The file cannot be written, or the disk is full.
+        """
+        self._file = _open(folder)
+        self._labels = labels
+        self._keys: dict[tuple[str, str | None], str] = {}
+
+    def add(self, name: str, amount: int, kind: str | None = None) -> None:
+        """Add to a counter of `HELP`. The first call creates the counter.
+
+        Args:
+            name: The key in `HELP`.
+            amount: The increment, 0 included.
+            kind: The value of the label `kind`, if the counter has that label.
+        """
+        key = self._keys.get((name, kind))
+        if key is None:
+            key = self._keys[name, kind] = self._key(name, kind)
+        value: float = self._file.read_value(key)[0]
+        if amount:
+            self._file.write_value(key, value + amount, 0.0)
+
+    def _key(self, name: str, kind: str | None) -> str:
+        from prometheus_client.mmap_dict import mmap_key
+
+        labels = self._labels if kind is None else {**self._labels, "kind": kind}
+        metric = PREFIX + name
+        key: str = mmap_key(metric, f"{metric}_total", list(labels), labels.values(), HELP[name])
+        return key
+
+
+def _open(folder: Path) -> Any:
+    """Open the file that all engines of this process share, one after another or concurrently."""
+    process = (os.getpid(), folder)
+    if process in STATE.metrics_files:
+        return STATE.metrics_files[process]
+    from prometheus_client.mmap_dict import MmapedDict
+
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # prometheus_client reads the metric type before the first underscore. vLLM's own counters of
+    # this process have the same name without "hybrid-kv-".
+    path = folder / f"counter_hybrid-kv-{os.getpid()}.db"
+    # The file is written as memory: without space on the disk, SIGBUS would kill the process.
+    with path.open("ab") as file:
+        os.posix_fallocate(file.fileno(), 0, FILE_BYTES)
+    STATE.metrics_files[process] = MmapedDict(str(path))
+    return STATE.metrics_files[process]
+
+
+class FolderCollector:
+    """Exports the counters in a folder, summed over files by label.
+
+    prometheus_client's own collector requires that the folder exists from the start.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def collect(self) -> Iterable[Any]:
+        from prometheus_client.multiprocess import MultiProcessCollector
+
+        files = sorted(str(file) for file in self._path.glob("*.db"))
+        metrics: Iterable[Any] = MultiProcessCollector.merge(files)
+        return metrics
+
+
+MULTIPROC = "PROMETHEUS_MULTIPROC_DIR"
+"""Names the folder of prometheus_client's multi-process mode, which vLLM sets."""
+
+VARIABLE = "HYBRID_KV_METRICS_DIR"
+"""Names our folder for child processes. It lacks the prefix of settings: it is not a setting."""
+
+
+def publish(vllm_config: VllmConfig, settings: Settings) -> None:
+    """Export the counters of an engine's coordinator. vLLM's own coordinator has none."""
+    if settings.coordinator != "stock":
+        _export()
+
+
+def engine_labels() -> dict[str, str]:
+    """Return the labels that vLLM's metrics have for the engine of this process."""
+    config = STATE.engine_config
+    if config is None:
+        return {"model_name": "", "engine": "0"}
+    model = config.model_config
+    return {
+        "model_name": "" if model is None else str(model.served_model_name),
+        "engine": str(config.parallel_config.data_parallel_index),
+    }
+
+
+def folder() -> Path | None:
+    """Return the folder for counters, or None if no process exports them."""
+    name = os.environ.get(MULTIPROC) or os.environ.get(VARIABLE)
+    return Path(name) if name else None
+
+
+def _export() -> None:
+    """Choose a folder and export it, unless another process does."""
+    if MULTIPROC in os.environ or STATE.metrics_owner == os.getpid():
+        return
+    if VARIABLE in os.environ and multiprocessing.parent_process() is not None:
+        # A process that inherited the variable without such a parent is a server of its own.
+        return
+    from prometheus_client import REGISTRY
+
+    owner = STATE.metrics_owner = os.getpid()
+    path = Path(tempfile.gettempdir()) / f"vllm-hybrid-kv-{owner}-{secrets.token_hex(8)}"
+    os.environ[VARIABLE] = str(path)
+    REGISTRY.register(FolderCollector(path))
+    atexit.register(_remove, path, owner)
+
+
+def _remove(path: Path, owner: int) -> None:
+    # A process that was forked from the owner runs this handler too.
+    if os.getpid() == owner:
+        shutil.rmtree(path, ignore_errors=True)
