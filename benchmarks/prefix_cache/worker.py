@@ -34,21 +34,17 @@ if TYPE_CHECKING:
     from vllm_hybrid_kv.tools.replay.trace import TracedRequest
 
 DECIDING = (
-    "coordinator",
-    "planning",
-    "tools/plan",
-    "tools/replay",
-    "patches",
-    "hooks.py",
-    "settings.py",
+    *("coordinator", "planning", "patches", "tools/plan", "tools/replay"),
+    *("hooks.py", "settings.py"),
 )
 """The parts of the package that hits depend on."""
 POLICY = (
+    "answer_states.py",
     "checkpoints.py",
-    "decode_snapshots.py",
-    "free_queue.py",
-    "hybrid_policy.py",
-    "traffic.py",
+    "eviction.py",
+    "hybrid_aware.py",
+    "reuse.py",
+    "seen_prefixes.py",
 )
 """Those of the part `coordinator` that only `hybrid_aware` uses."""
 

@@ -84,7 +84,7 @@ FILES = (
 @given(FILES)
 def test_any_file_describes_a_model_or_is_refused_in_words(content):
     said = described_as(content)
-    assert not said or said.startswith("FILE") or "is for more than text" in said, said
+    assert not said or said.startswith("FILE") or "is multimodal" in said, said
     assert len(said) < 600
 
 
@@ -142,7 +142,7 @@ def test_any_model_is_planned_and_replayed_or_refused_in_one_line(invoke, tmp_pa
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ((), "request 2 of the trace has 20,600 tokens, 20,480 of them its prompt, and the model"),
+        ((), "request 2 of the trace has 20,480 prompt tokens and 120 answer tokens, more than"),
         (("--limit", "1", "--json", "/dev/full"), "--json: /dev/full: No space left on device"),
         (("--limit", "1", "--plot", "/proc/rates.png"), "--plot: /proc/rates.png: "),
     ],

@@ -18,7 +18,7 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.attention.unsupported import UnsupportedLayerError
 from vllm_hybrid_kv.errors import HybridKVError
-from vllm_hybrid_kv.tools.plan.gpu import described_gpu
+from vllm_hybrid_kv.tools.plan.gpu_platform import described_gpu
 
 pytestmark = pytest.mark.usefixtures("unregistered")
 

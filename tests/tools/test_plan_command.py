@@ -99,7 +99,7 @@ def test_a_block_and_the_capacities_are_drawn(outcome, folder):
     ("arguments", "message"),
     [
         (("broken.json",), "broken.json is not JSON"),
-        (("larch.json",), "vLLM knows no architecture Larch"),
+        (("larch.json",), "vLLM has no architecture Larch"),
         ((LLAMA, "--memory", "much"), "--memory: 'much' is not a size"),
         ((LLAMA, "--memory", "1GiB"), "larger than the available KV cache memory"),
         ((LLAMA, "--kv-cache-dtype", "fp3"), "argument --kv-cache-dtype: invalid choice: 'fp3'"),

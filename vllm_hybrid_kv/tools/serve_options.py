@@ -51,8 +51,9 @@ _ADVICE = (
     (r" when initializing the engine", ""),
     (r"`?gpu_memory_utilization`?", "--memory"),
     (r"`?\bmax_model_len\b`?", "--max-model-len"),
-    (r"\bunify_page_sizes=(\w+)", r"--unify \1"),
-    (r"\bset boundary_layers to (\d+)", r"set --boundary-layers \1"),
+    (r"(?i)\bset \w*unify_page_sizes=", "pass --unify "),
+    (r"(?i)\bset \w*boundary_layers=", "pass --boundary-layers "),
+    (r"\bset prefix_match_unit=", "set VLLM_HYBRID_KV_PREFIX_MATCH_UNIT="),
 )
 """Patterns in messages for servers, and the options of `plan` and `replay` that do the same."""
 

@@ -71,7 +71,7 @@ def test_how_weights_are_quantised_is_left_out_and_said():
     with described(SHAPES["gpt-oss-20b"]) as model:
         config = json.loads((Path(model.folder) / "config.json").read_text())
     assert "quantization_config" not in config
-    assert "(mxfp4) is left out" in model.notes[0]
+    assert "(mxfp4) are planned unquantised" in model.notes[0]
     assert model.kv_cache_dtype is None
 
 
@@ -90,7 +90,7 @@ def test_an_architecture_that_vllm_does_not_know_is_refused(tmp_path):
         json.dumps({**LLAMA, "architectures": ["LarchForCausalLM"]})
     )
     with (
-        pytest.raises(DescriptionError, match="vLLM knows no architecture LarchForCausalLM"),
+        pytest.raises(DescriptionError, match="vLLM has no architecture LarchForCausalLM"),
         described(tmp_path),
     ):
         pass

@@ -17,7 +17,7 @@ from testing.shapes import SHAPES
 from vllm_hybrid_kv.attention.unsupported import UnsupportedModelError
 from vllm_hybrid_kv.kernels.k8v4 import slot_bytes
 from vllm_hybrid_kv.tools.plan.engine import Model
-from vllm_hybrid_kv.tools.plan.kv_cache_plan import Pages, merge_alike, plan_of
+from vllm_hybrid_kv.tools.plan.kv_cache_plan import Pages, merge_equal, plan_of
 from vllm_hybrid_kv.tools.plan.model_description import described
 from vllm_hybrid_kv.tools.replay.scheduler import Replay, StuckError
 from vllm_hybrid_kv.tools.replay.trace import TracedRequest
@@ -102,7 +102,7 @@ def test_a_model_with_latent_attention_is_refused_before_its_layers_are_built(tm
 def test_qwen3_6_has_the_blocks_of_its_servers(shape):
     model = shape("qwen3.6-35b-a3b", K8V4)
     plan = plan_of(model, 24 * GIB, {}).plan
-    state, attention = (rows for rows, _ in merge_alike(plan.pages))
+    state, attention = (rows for rows, _ in merge_equal(plan.pages))
     assert (state.block_tokens, attention.block_tokens) == (2768, 2768)
     assert round(100 * state.padding, 2) == 0.08
     assert state.stores == "bfloat16, float32"
@@ -317,7 +317,7 @@ rows = st.builds(
 
 @given(st.lists(rows, max_size=12))
 def test_merging_keeps_every_row_once(pages):
-    merged = merge_alike(pages)
+    merged = merge_equal(pages)
     assert sum(len(groups) for _, groups in merged) == len(pages)
     told = [replace(row, group=0, layers=("",) * len(row.layers)) for row, _ in merged]
     assert len(set(told)) == len(told)

@@ -5,14 +5,13 @@ import pytest
 import torch
 from vllm.platforms import current_platform
 
-from vllm_hybrid_kv.tools.plan.engine import Model
-from vllm_hybrid_kv.tools.plan.gpu import described_gpu
-from vllm_hybrid_kv.tools.plan.platform import as_one_rank_of, check_device
-from vllm_hybrid_kv.tools.plan.weightless import without_weights
+from vllm_hybrid_kv.tools.plan.engine import Model, check_device
+from vllm_hybrid_kv.tools.plan.gpu_platform import described_gpu
+from vllm_hybrid_kv.tools.plan.model_building import as_one_rank_of, without_weights
 
 
 def test_only_known_devices_are_planned_for():
-    with pytest.raises(ValueError, match="'tpu' is no device: choose gpu or cpu"):
+    with pytest.raises(ValueError, match="'tpu' is not a device: choose gpu or cpu"):
         check_device("tpu")
 
 

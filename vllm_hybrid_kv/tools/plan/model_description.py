@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model as its config.json describes it, made ready to be planned."""
+"""A model's config.json, found, checked and reduced to what `plan` builds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GPU, CPU = DEVICES = ("gpu", "cpu")
 CONFIG = "config.json"
 
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
-"""Where models for more than text keep the configuration of their language model."""
+"""Fields in which multimodal models have the configuration of their language model."""
 
 TEXT_CLASSES = {
     "bailing_hybrid": "BailingMoeV3ForCausalLM",
@@ -39,19 +39,19 @@ TEXT_CLASSES = {
     "qwen3_vl_moe_text": "Qwen3MoeForCausalLM",
     "qwen3_vl_text": "Qwen3ForCausalLM",
 }
-"""vLLM's class for a language model whose `model_type` transformers gives no class of its own."""
+"""vLLM's class for language models whose `model_type` has no class in transformers."""
 
 TRANSFORMERS = "TransformersForCausalLM"
 """vLLM's class for any language model that transformers has."""
 
 ALSO_READ = {"Dots3NoteForCausalLM": "added_tokens.json"}
-"""Files that vLLM's class of an architecture reads while it builds the language model."""
+"""Further files that vLLM's class of an architecture reads."""
 
 LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
-"""Where configurations keep the number of layers."""
+"""Fields with the number of layers."""
 
 MOST_LAYERS = 10_000
-"""Each layer is built, some thousand times as many as models have would be without end."""
+"""More layers than any model has. Each layer is built, so many more would take forever."""
 
 
 class DescriptionError(ToolError):
@@ -67,7 +67,7 @@ class ModelDescription:
         architecture: The class that vLLM builds.
         kv_cache_dtype: The cache dtype that `auto` means for this checkpoint; None if the
             checkpoint names none.
-        notes: Changes of the description, a line each.
+        notes: The changes of the description, a line each.
     """
 
     folder: str
@@ -76,7 +76,7 @@ class ModelDescription:
     notes: tuple[str, ...]
 
     def in_words(self, message: str) -> str:
-        """Return a message of vLLM's with the architecture's name instead of the folder's."""
+        """Return a message with the architecture instead of the temporary folder."""
         return message.replace(self.folder, self.architecture)
 
 
@@ -116,27 +116,27 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read a model's configuration.
 
     Args:
-        path: A config.json, under whatever name, or the folder of one.
+        path: A config.json of any file name, or its folder.
 
     Raises:
-        DescriptionError: There is none, or it is none.
+        DescriptionError: There is no file, or it does not describe a model.
     """
     file = path
     try:
         file = path / CONFIG if path.is_dir() else path
         if not file.exists():
-            where = f"folder {path} has no {CONFIG}" if path.is_dir() else f"no such file: {path}"
-            raise DescriptionError(f"{where}; give a model's folder or its {CONFIG}")
+            missing = f"folder {path} has no {CONFIG}" if path.is_dir() else f"no such file: {path}"
+            raise DescriptionError(f"{missing}; give a model's folder or its {CONFIG}")
         text = file.read_bytes()
     except OSError as error:
         raise DescriptionError(f"{file}: {error.strerror}") from None
     try:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:
-        # What is no text, and numbers of thousands of digits, are errors of their own.
+        # Invalid UTF-8 and numbers of thousands of digits are ValueErrors, too.
         raise DescriptionError(f"{file} is not JSON: {error}") from None
     if not isinstance(config, dict):
-        raise DescriptionError(f"{file} is JSON and no model's configuration: not an object")
+        raise DescriptionError(f"{file} is not a model's configuration: its JSON is not an object")
     architectures = config.get("architectures")
     if not (
         isinstance(architectures, list) and architectures and isinstance(architectures[0], str)
@@ -149,18 +149,17 @@ def read_config(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def described(path: Path) -> Iterator[ModelDescription]:
-    """Make a model's description ready: the language model alone, its weights not quantised.
+    """Write the configuration of a model's language model, without quantised weights, to a folder.
 
-    Neither changes the KV cache. Towers for images and sounds keep none, and building one wants a
-    tokenizer and a processor. How weights are stored matters to the cache only where the checkpoint
-    says how `auto` is to store keys and values, which is read first; kernels for it may not be
-    there.
+    Neither changes the KV cache. Encoders of images and sounds have none, and building them needs
+    a tokenizer and a processor. Kernels for quantised weights may not exist here. The cache dtype
+    that a quantised checkpoint gives `auto` is read first.
 
     Args:
-        path: A config.json, under whatever name, or the folder of one.
+        path: A config.json of any file name, or its folder.
 
     Raises:
-        DescriptionError: It is no description, or of an architecture that vLLM does not know.
+        DescriptionError: The file does not describe a model, or vLLM lacks its architecture.
     """
     config = read_config(path)
     notes = []
@@ -182,7 +181,7 @@ def described(path: Path) -> Iterator[ModelDescription]:
     if quantisation:
         method = quantisation.get("quant_method", "quantised")
         method = method if method.isprintable() else repr(method)
-        notes.append(f"the weights' quantisation ({method}) is left out: the KV cache is the same")
+        notes.append(f"quantised weights ({method}) are planned unquantised: the KV cache is equal")
     try:
         text = json.dumps(config)
     except RecursionError:
@@ -198,7 +197,7 @@ def _check_known(architecture: str, path: Path) -> None:
     from vllm.model_executor.models import ModelRegistry
 
     if architecture not in ModelRegistry.get_supported_archs():
-        raise DescriptionError(f"{path}: vLLM knows no architecture {architecture}")
+        raise DescriptionError(f"{path}: vLLM has no architecture {architecture}")
 
 
 def _also_read(architecture: str, path: Path) -> list[Path]:
@@ -214,19 +213,19 @@ def _also_read(architecture: str, path: Path) -> list[Path]:
 
 
 def _pop_quantisation(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Take out how weights are quantised: an object, of what vLLM asks about as it expects it."""
-    said = config.pop("quantization_config", None) or {}
-    if not isinstance(said, dict):
+    """Remove and return the quantisation, an object with the types that vLLM expects."""
+    found = config.pop("quantization_config", None) or {}
+    if not isinstance(found, dict):
         raise DescriptionError(
-            f"{path}: 'quantization_config' must be an object, not {_short(said)}; plan without it"
+            f"{path}: 'quantization_config' must be an object, not {_short(found)}; plan without it"
         )
     for name, kind, words in (("quant_method", str, "a name"), ("quantization", dict, "an object")):
-        if not isinstance(said.get(name, kind()), kind):
+        if not isinstance(found.get(name, kind()), kind):
             raise DescriptionError(
                 f"{path}: {name!r} of 'quantization_config' must be {words}, not "
-                f"{_short(said[name])}; plan without 'quantization_config'"
+                f"{_short(found[name])}; plan without 'quantization_config'"
             )
-    return said
+    return found
 
 
 def _check_size(config: dict[str, Any], path: Path) -> None:
@@ -234,8 +233,8 @@ def _check_size(config: dict[str, Any], path: Path) -> None:
         count = config.get(name)
         if isinstance(count, int | float) and count > MOST_LAYERS:
             raise DescriptionError(
-                f"{path}: {name!r} is {_short(count)}, and models of more than {MOST_LAYERS:,} "
-                "layers are not planned"
+                f"{path}: {name!r} is {_short(count)}; models of more than {MOST_LAYERS:,} layers "
+                "are not planned"
             )
 
 
@@ -244,7 +243,7 @@ def _short(value: object) -> str:
 
 
 def _text_architecture(wrapper: str, text: dict[str, Any]) -> str:
-    """Return the class of vLLM's that a model for more than text has for its text."""
+    """Return vLLM's class of a multimodal model's language model."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_MAPPING_NAMES,
@@ -265,18 +264,18 @@ def _text_architecture(wrapper: str, text: dict[str, Any]) -> str:
         if isinstance(candidate, str) and candidate in known and candidate != wrapper:
             return candidate
     raise DescriptionError(
-        f"{wrapper} is for more than text, and vLLM knows no class for its language model alone "
-        f"(model_type {_short(text.get('model_type'))}); give a config.json of the language model"
+        f"{wrapper} is multimodal, and vLLM has no class for its language model (model_type "
+        f"{_short(text.get('model_type'))}); give a config.json of the language model"
     )
 
 
 def _stored_by(quantisation: dict[str, Any], path: Path) -> str | None:
-    """Return the KV cache dtype that a checkpoint's quantisation gives `auto`, by vLLM's name."""
+    """Return the cache dtype that `auto` means for a quantised checkpoint, or None."""
     from vllm.utils.torch_utils import get_kv_cache_quant_algo_string
 
     scheme = quantisation.get("kv_cache_scheme")
     if scheme is not None and quantisation.get("quant_method") == "compressed-tensors":
-        # Attention layers read it from the quantisation, which is left out here.
+        # Attention layers read it from the quantisation, which is removed.
         from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors
 
         try:

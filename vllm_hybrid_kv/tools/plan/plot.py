@@ -53,12 +53,12 @@ def _draw_block(axes: Any, plan: Plan) -> None:
     """Draw a bar for each kind of group: its layers' pages, their padding, and what is left."""
     from matplotlib.patches import Patch
 
-    from vllm_hybrid_kv.tools.plan.kv_cache_plan import merge_alike
+    from vllm_hybrid_kv.tools.plan.kv_cache_plan import merge_equal
 
     kinds = list(dict.fromkeys((pages.kind, pages.stores) for pages in plan.pages))
     colour = {kind: KIND_COLOURS[i % len(KIND_COLOURS)] for i, kind in enumerate(kinds)}
     bars: dict[str, list[Pages]] = {}
-    for pages, groups in merge_alike(plan.pages):
+    for pages, groups in merge_equal(plan.pages):
         name = f"group {ranges(groups)}" if len(groups) == 1 else f"groups {ranges(groups)}"
         bars.setdefault(name, []).append(pages)
     shown = list(bars.items())[:MOST_BARS]

@@ -92,7 +92,7 @@ def report(result: PlanResult) -> Iterator[Table | str]:
 
 
 def _groups(plan: Plan) -> Table:
-    from vllm_hybrid_kv.tools.plan.kv_cache_plan import merge_alike
+    from vllm_hybrid_kv.tools.plan.kv_cache_plan import merge_equal
 
     stages = ("stage",) if any(pages.stage for pages in plan.pages) else ()
     return Table(
@@ -113,7 +113,7 @@ def _groups(plan: Plan) -> Table:
                 f"{pages.padding_bytes:,}",
                 f"{100 * pages.padding:.2f}",
             )
-            for pages, groups in merge_alike(plan.pages)
+            for pages, groups in merge_equal(plan.pages)
         ],
         f"A block has {plan.block_bytes:,} bytes: one page of every layer of a group.",
     )

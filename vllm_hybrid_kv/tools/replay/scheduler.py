@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drives vLLM's scheduler with a trace, in place of the model and the clients."""
+"""Replays a trace through vLLM's scheduler and counts its prefix-cache hits.
+
+The replay takes the place of the model and the clients. The scheduler has vLLM's V1 runner, because
+it is made outside of the described GPU; the plan is that of the V2 runner. The runners differ in
+what they send to workers, not in lookups and evictions.
+"""
 
 from __future__ import annotations
 
@@ -32,25 +37,25 @@ if TYPE_CHECKING:
 
 
 MOST_IDLE_STEPS = 100
-"""Steps in a row without a scheduled token after which a replay would never end."""
+"""A replay stops after more steps in a row that schedule no token."""
 
 
 class StuckError(ToolError):
-    """The scheduler never schedules the requests that it has."""
+    """The scheduler has requests and never schedules one."""
 
 
 @dataclass
 class Tally:
-    """What a replay came to.
+    """The counters of a replay.
 
     Attributes:
-        requests: Requests answered.
+        requests: Finished requests.
         prompt_tokens: Tokens of their prompts.
-        hit_tokens: Those of them that came from the cache, at the first lookup.
-        recomputed_tokens: Tokens that full attention had in the cache when their request began,
-            and that were computed again, for other groups lacked what goes with them.
-        preemptions: How often a request was preempted.
-        evicted_blocks: Blocks with cached contents that were taken for others, by kind of group.
+        hit_tokens: Prompt tokens from the cache, at the first lookup.
+        recomputed_tokens: Tokens that full attention had in the cache when their request started,
+            and that were recomputed because another group's blocks were not cached.
+        preemptions: Preempted requests, counted each time.
+        evicted_blocks: Evicted blocks by kind of KV group.
         steps: Steps of the scheduler.
         schedule_seconds: Time in the scheduler, by step.
         hits: Cached tokens by request, in the order of the trace.
@@ -68,33 +73,31 @@ class Tally:
 
     @property
     def hit_rate(self) -> float:
-        """The share of prompt tokens that came from the cache."""
+        """The share of prompt tokens from the cache, from 0 to 1."""
         return self.hit_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
 
 class Replay:
-    """One replay of a trace: a closed loop of a fixed number of requests in flight."""
+    """One replay of a trace with a fixed number of requests in flight.
+
+    Args:
+        engine: A new engine.
+        requests: The trace.
+        concurrency: Requests in flight; the next is sent when one finishes.
+
+    Raises:
+        ToolError: A request is longer than `max_model_len`.
+    """
 
     def __init__(self, engine: Engine, requests: Sequence[TracedRequest], concurrency: int) -> None:
-        """Prepare a replay.
-
-        Args:
-            engine: A fresh one.
-            requests: The trace.
-            concurrency: Requests in flight; the next one is sent as one is answered.
-
-        Raises:
-            ToolError: A request is longer than the engine takes, and no step would ever end it.
-        """
         longest = engine.vllm_config.model_config.max_model_len
         for number, request in enumerate(requests, 1):
             tokens = request.input_length + request.output_length
             if tokens > longest:
                 raise ToolError(
-                    f"request {number} of the trace has {tokens:,} tokens, "
-                    f"{request.input_length:,} of them its prompt, and the model takes "
-                    f"{longest:,}: a server would refuse it. Leave it out of the trace, or replay "
-                    "with a model that takes more"
+                    f"request {number} of the trace has {request.input_length:,} prompt tokens and "
+                    f"{request.output_length:,} answer tokens, more than --max-model-len "
+                    f"{longest:,}; remove it from the trace or raise --max-model-len"
                 )
         self._engine = engine
         self._requests = requests
@@ -106,54 +109,51 @@ class Replay:
         init_none_hash(hash_function)
         self._hasher = get_request_block_hasher(engine.hash_block_size, hash_function)
         self._answers: dict[str, list[int]] = {}
-        # Requests that wait for their first step, and what full attention alone could serve.
-        self._attention_served: dict[str, int] = {}
+        # The tokens that full attention alone could serve, by request before its first step.
+        self._attention_hits: dict[str, int] = {}
         self._live: dict[str, Request] = {}
         self._idle_steps = 0
         self.tally = Tally(hits=[0] * len(requests))
         self._coordinator = engine.scheduler.kv_cache_manager.coordinator
-        # Seconds that questions of our own took within the scheduler.
-        self._asking = 0.0
+        # Time of this class's own lookups inside the scheduler.
+        self._lookup_seconds = 0.0
         self._count_evictions()
-        self._ask_attention()
+        self._measure_attention_hits()
 
-    def run(self, answered: Callable[[int], None] | None = None) -> Tally:
-        """Replay the whole trace.
+    def run(self, finished: Callable[[int], None] | None = None) -> Tally:
+        """Replay the whole trace and return its counters.
 
         Args:
-            answered: Is told the number of requests answered after each step that answered some.
+            finished: Called with the number of finished requests after each step that finished
+                some.
 
-        Returns:
-            What it came to.
+        Raises:
+            StuckError: The scheduler never schedules the next request.
         """
         waiting = deque(range(len(self._requests)))
         scheduler = self._engine.scheduler
         while waiting or self._live:
             while waiting and len(self._live) < self._concurrency:
                 self._send(waiting.popleft())
-            before = self.tally.requests
-            asking = self._asking
+            before, own = self.tally.requests, self._lookup_seconds
             started = time.perf_counter()
             output = scheduler.schedule()
-            spent = time.perf_counter() - started - (self._asking - asking)
-            if not output.total_num_scheduled_tokens:
-                self._idle_steps += 1
-                if self._idle_steps > MOST_IDLE_STEPS:
-                    raise StuckError(self._state())
-            else:
-                self._idle_steps = 0
+            spent = time.perf_counter() - started - (self._lookup_seconds - own)
+            self._idle_steps = 0 if output.total_num_scheduled_tokens else self._idle_steps + 1
+            if self._idle_steps > MOST_IDLE_STEPS:
+                raise StuckError(self._state())
             result = self._answer(output)
             started = time.perf_counter()
             scheduler.update_from_output(output, result)
             self.tally.schedule_seconds.append(spent + time.perf_counter() - started)
             self.tally.steps += 1
             self._collect()
-            if answered is not None and self.tally.requests > before:
-                answered(self.tally.requests)
+            if finished is not None and self.tally.requests > before:
+                finished(self.tally.requests)
         return self.tally
 
     def _state(self) -> str:
-        """Return why nothing is scheduled, as far as the scheduler's state tells."""
+        """Return the scheduler's state as the reason that it schedules nothing."""
         scheduler = self._engine.scheduler
         head = next(iter(scheduler.waiting), None) or next(iter(scheduler.running), None)
         needs = ""
@@ -171,7 +171,7 @@ class Replay:
             f"the scheduler scheduled nothing in {self._idle_steps} steps: "
             f"{len(scheduler.waiting):,} requests wait and {len(scheduler.running):,} run, "
             f"{pool.get_num_free_blocks():,} of {pool.num_gpu_blocks:,} blocks are free{needs}. "
-            "Replay with more --memory or fewer requests in flight (--concurrency)"
+            "Replay with more --memory or a smaller --concurrency"
         )
 
     def _send(self, index: int) -> None:
@@ -187,34 +187,29 @@ class Replay:
         )
         self._answers[request.request_id] = answer
         self._live[request.request_id] = request
-        self._attention_served[request.request_id] = 0
+        self._attention_hits[request.request_id] = 0
         self._engine.scheduler.add_request(request)
 
-    def _ask_attention(self) -> None:
-        """Note what full attention could serve of each request when the scheduler looks it up."""
+    def _measure_attention_hits(self) -> None:
+        """Wrap the scheduler's lookup to record the hit of full attention alone."""
         coordinator = self._coordinator
         if not isinstance(coordinator, HybridKVCacheCoordinator):
             return
-        lookup = next(
-            (
-                lookup
-                for lookup in coordinator.attention_groups
-                if coordinator.full_attention_group_id in lookup.group_ids
-            ),
-            None,
-        )
-        if lookup is None:
+        full = coordinator.full_attention_group_id
+        groups = [lookup for lookup in coordinator.attention_groups if full in lookup.group_ids]
+        if not groups:
             return
+        lookup = groups[0]
         attention = coordinator.single_type_managers[lookup.group_ids[0]]
         manager = self._engine.scheduler.kv_cache_manager
         look_up = manager.get_computed_blocks
 
-        def asked(request: Request) -> Any:
-            if request.request_id in self._attention_served:
+        def measured(request: Request) -> Any:
+            if request.request_id in self._attention_hits:
                 started = time.perf_counter()
-                # Of all groups at once vLLM's coordinator answers as well; looking for a state at
-                # every unit of a prompt took a quarter of a replay.
-                _, served = lookup.manager_cls.find_longest_cache_hit(
+                # The coordinator's lookup of all groups also returns this, but takes a quarter of
+                # a replay: it checks for a state at every match unit of a prompt.
+                _, hit = lookup.manager_cls.find_longest_cache_hit(
                     block_hashes=request.block_hashes,
                     max_length=request.num_tokens - 1,
                     kv_cache_group_ids=lookup.group_ids,
@@ -225,11 +220,11 @@ class Replay:
                     dcp_world_size=attention.dcp_world_size,
                     pcp_world_size=attention.pcp_world_size,
                 )
-                self._attention_served[request.request_id] = served
-                self._asking += time.perf_counter() - started
+                self._attention_hits[request.request_id] = hit
+                self._lookup_seconds += time.perf_counter() - started
             return look_up(request)
 
-        manager.get_computed_blocks = asked
+        manager.get_computed_blocks = measured
 
     def _count_evictions(self) -> None:
         pool = self._coordinator.block_pool
@@ -248,16 +243,16 @@ class Replay:
         pool._maybe_evict_cached_block = counted
 
     def _answer(self, output: SchedulerOutput) -> ModelRunnerOutput:
-        """Return what a model would have, had it computed the step."""
+        """Return the output of a model that computed the step."""
         names = list(output.num_scheduled_tokens)
         for new in output.scheduled_new_reqs:
             self.tally.hits[int(new.req_id)] = new.num_computed_tokens
-            served = self._attention_served.pop(new.req_id)
-            self.tally.recomputed_tokens += max(served - new.num_computed_tokens, 0)
+            hit = self._attention_hits.pop(new.req_id)
+            self.tally.recomputed_tokens += max(hit - new.num_computed_tokens, 0)
         sampled: list[list[int]] = []
         for name in names:
             request = self._live[name]
-            # `num_computed_tokens` counts this step already.
+            # `num_computed_tokens` includes this step already.
             if request.num_computed_tokens < request.num_tokens:
                 sampled.append([])
             else:

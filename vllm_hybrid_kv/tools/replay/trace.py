@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Traces of requests in Mooncake's format, and the tokens that they stand for.
+"""Traces of requests in Mooncake's format, and token ids for them.
 
 A line of a trace is one request:
 
     {"timestamp": 27000, "input_length": 1300, "output_length": 52, "hash_ids": [46, 47, 2353]}
 
-`timestamp` is in milliseconds, the lengths are in tokens, and there is one hash id for every 512
-tokens of the prompt, the last of which may be partial. Ids are chained: equal ids mean an equal
-prefix up to and including that block.
+`timestamp` is in milliseconds and the lengths are in tokens. Every 512 tokens of the prompt have a
+hash id; the last block can be partial. Equal ids mean an equal prefix up to the end of that block.
 """
 
 from __future__ import annotations
@@ -15,18 +14,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeGuard
 
 from vllm_hybrid_kv.tools.output import ToolError
 
 BLOCK_TOKENS = 512
-"""The tokens that one hash id stands for."""
+"""Tokens of one hash id."""
 
 
 class TraceError(ToolError):
-    """A trace is not in the format; names the file, the line and the field."""
+    """A trace is not in the format; the message has the file, the line and the field."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +33,10 @@ class TracedRequest:
     """One request of a trace.
 
     Attributes:
-        timestamp: When it arrived, in milliseconds.
+        timestamp: The arrival in milliseconds.
         input_length: Tokens of the prompt.
         output_length: Tokens of the answer, at least 1.
-        hash_ids: One id for each 512 tokens of the prompt, the last block perhaps partial.
+        hash_ids: One id for each 512 tokens of the prompt; the last block can be partial.
     """
 
     timestamp: float
@@ -47,7 +46,7 @@ class TracedRequest:
 
     @property
     def full_ids(self) -> tuple[int, ...]:
-        """The ids of the blocks that the prompt fills."""
+        """The ids of the full blocks."""
         return self.hash_ids[: self.input_length // BLOCK_TOKENS]
 
 
@@ -63,7 +62,7 @@ def read_trace(path: Path, limit: int | None = None) -> list[TracedRequest]:
     """
     requests: list[TracedRequest] = []
     try:
-        # As bytes, for what is no text belongs to a line too.
+        # In binary mode, so that invalid UTF-8 is an error of its line.
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if limit is not None and len(requests) >= limit:
@@ -77,57 +76,49 @@ def read_trace(path: Path, limit: int | None = None) -> list[TracedRequest]:
     return requests
 
 
-def _parse(line: bytes, where: str) -> TracedRequest:
+def _parse(line: bytes, place: str) -> TracedRequest:
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
-        # What is no text, and numbers of thousands of digits, are errors of their own.
-        raise TraceError(f"{where} is not JSON: {error}") from error
+        # Invalid UTF-8 and numbers of thousands of digits are ValueErrors, too.
+        raise TraceError(f"{place} is not JSON: {error}") from error
     if not isinstance(fields, dict):
-        raise TraceError(f"{where} is not an object")
+        raise TraceError(f"{place} is not an object")
     for name in ("input_length", "output_length"):
         value = fields.get(name)
         if not _is_number(value) or value < 1:
-            raise TraceError(f"{where}: {name} must be a positive number, got {value!r}")
+            raise TraceError(f"{place}: {name} must be a positive number, got {value!r}")
     timestamp = fields.get("timestamp", 0)
     if not _is_number(timestamp) and not (
         isinstance(timestamp, float) and math.isfinite(timestamp)
     ):
-        raise TraceError(f"{where}: timestamp must be in milliseconds, got {timestamp!r}")
+        raise TraceError(f"{place}: timestamp must be in milliseconds, got {timestamp!r}")
     ids = fields.get("hash_ids")
     if not isinstance(ids, list) or not all(map(_is_number, ids)):
-        raise TraceError(f"{where}: hash_ids must be a list of numbers")
-    wanted = -(-fields["input_length"] // BLOCK_TOKENS)
-    if len(ids) != wanted:
+        raise TraceError(f"{place}: hash_ids must be a list of numbers")
+    blocks = -(-fields["input_length"] // BLOCK_TOKENS)
+    if len(ids) != blocks:
         raise TraceError(
-            f"{where}: {fields['input_length']} tokens are {wanted} blocks of {BLOCK_TOKENS}, "
+            f"{place}: {fields['input_length']} tokens are {blocks} blocks of {BLOCK_TOKENS}, "
             f"but hash_ids has {len(ids)}"
         )
     return TracedRequest(timestamp, fields["input_length"], fields["output_length"], tuple(ids))
 
 
 def _is_number(value: object) -> TypeGuard[int]:
-    # JSON's true and false are Python's 1 and 0.
+    # JSON's true and false are ints in Python.
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def write_trace(path: Path, requests: Iterable[TracedRequest]) -> None:
     """Write a trace."""
-    with path.open("w") as lines:
-        for request in requests:
-            fields = {
-                "timestamp": request.timestamp,
-                "input_length": request.input_length,
-                "output_length": request.output_length,
-                "hash_ids": list(request.hash_ids),
-            }
-            lines.write(json.dumps(fields) + "\n")
+    path.write_text("".join(json.dumps(asdict(request)) + "\n" for request in requests))
 
 
 def shareable_tokens(requests: Sequence[TracedRequest]) -> int:
-    """Count the prompt tokens in full blocks that an earlier request had: no cache can hit more.
+    """Return the prompt tokens in full blocks of earlier requests, the most that a cache can hit.
 
-    The tail that a prompt shares with what follows it in a later one is not counted.
+    Tokens of partial blocks that a later request continues are not counted.
     """
     seen: set[int] = set()
     shared = 0
@@ -143,21 +134,19 @@ def shareable_tokens(requests: Sequence[TracedRequest]) -> int:
 class Conversations:
     """The token ids of a trace's prompts and answers.
 
-    A block's tokens follow from its hash id. A prompt's last, partial block has an id of its own
-    in such traces, though in a conversation the next turn's prompt starts with this prompt and
-    its answer. So where a later request has every full block of this one, the partial block's
-    tokens are taken to be what that request has there, and the answer to be what follows there.
-    Tokens that nothing says anything about are the request's own.
+    A block's tokens follow from its hash id. The partial block at the end of a prompt has an id of
+    its own in such traces, although the next turn of a conversation starts with this prompt and
+    its answer. So if a later request has every full block of this one, the partial block and the
+    answer get the tokens of that request. All other tokens are unique to the request.
+
+    Args:
+        requests: The trace, in the order of arrival.
     """
 
     def __init__(self, requests: Sequence[TracedRequest]) -> None:
-        """Find each request's continuation, the first later one with all its full blocks.
-
-        Args:
-            requests: The trace, in the order of arrival.
-        """
         self._requests = requests
-        # Ids are chained: who has a request's last full block has them all.
+        # A request's continuation is the first later request with its last full block. Ids are
+        # chained, so that one has all its full blocks.
         first_after: dict[int, int] = {}
         self._continuation: list[int | None] = [None] * len(requests)
         for index in range(len(requests) - 1, -1, -1):
@@ -171,30 +160,30 @@ class Conversations:
         """Return the token ids of a request's prompt and answer.
 
         Args:
-            index: The request's place in the trace.
+            index: The request's position in the trace.
         """
         request = self._requests[index]
-        wanted = request.input_length + request.output_length
+        length = request.input_length + request.output_length
         tokens: list[int] = []
         owner: int | None = index
-        # The full blocks of one request, then those that its continuation has after them, and so
-        # on; each step goes to a later request.
-        while owner is not None and len(tokens) < wanted:
+        # Take the full blocks of the request, then the further ones of its continuation, and so on
+        # with later and later requests.
+        while owner is not None and len(tokens) < length:
             blocks = self._requests[owner].full_ids[len(tokens) // BLOCK_TOKENS :]
-            for block in blocks[: -(-(wanted - len(tokens)) // BLOCK_TOKENS)]:
+            for block in blocks[: -(-(length - len(tokens)) // BLOCK_TOKENS)]:
                 tokens.extend(_block_tokens(block))
             last, owner = owner, self._continuation[owner]
-        del tokens[wanted:]
-        tokens.extend(_own_tokens(last, len(tokens), wanted))
+        del tokens[length:]
+        tokens.extend(_own_tokens(last, len(tokens), length))
         return tokens[: request.input_length], tokens[request.input_length :]
 
 
 def _block_tokens(block: int) -> range:
-    # Ids need only differ; vLLM's scheduler never looks a token up.
+    # Token ids only need to differ: vLLM's scheduler never looks them up.
     return range(block * BLOCK_TOKENS, (block + 1) * BLOCK_TOKENS)
 
 
 def _own_tokens(index: int, start: int, stop: int) -> range:
-    # Below zero, where no block's tokens are; no two requests' overlap.
+    # Negative ids, which no block has. Those of two requests do not overlap.
     base = -1 - index << 24
     return range(base + start, base + stop)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A described NVIDIA GPU: vLLM's CUDA platform with fixed answers and no driver.
+"""A described NVIDIA GPU: vLLM's CUDA platform with fixed answers and without a driver.
 
-While it is installed, every module of vLLM that holds `current_platform` sees this GPU, because the
-class of that one object is replaced. Nothing of the platform underneath can be reached.
+`described_gpu` replaces the class of vLLM's one platform object, so every module that imported
+`current_platform` sees this GPU. The real platform cannot be reached meanwhile.
 """
 
 from __future__ import annotations
@@ -27,9 +27,6 @@ CAPABILITY = (9, 0)
 NAME = "NVIDIA H100 80GB HBM3"
 MEMORY = 80 << 30
 PROCESSORS = 132
-DEVICES_IN_A_NODE = 1 << 20
-"""More than any parallel size: whether there are enough GPUs is not planned."""
-
 _EXTENSIONS = ("_C", "_C_stable_libtorch")
 _PACKAGES = (
     "cuda",
@@ -42,32 +39,53 @@ _PACKAGES = (
     "vllm.third_party.flashmla",
     "vllm.vllm_flash_attn.cute",
 )
-"""Packages that vLLM for CUDA requires or brings, and that may be missing or broken here."""
+"""Packages of vLLM for CUDA that may be missing or broken on this machine."""
+
+
+_ANSWERS = {
+    "import_kernels": None,
+    "log_warnings": None,
+    "get_device_capability": DeviceCapability(*CAPABILITY),
+    "get_device_name": NAME,
+    "get_device_uuid": "GPU-0",
+    "get_device_total_memory": MEMORY,
+    "get_cuda_runtime_major": 13,
+    # More than any parallel size: the number of GPUs is not checked.
+    "device_count": 1 << 20,
+    "num_compute_units": PROCESSORS,
+    "is_fully_connected": True,
+    "is_integrated_gpu": False,
+    "is_arch_support_pdl": True,
+    "is_pin_memory_available": False,
+    "get_device_numa_node": None,
+    "get_all_device_numa_nodes": None,
+}
+"""What each method of the platform returns."""
 
 
 @contextmanager
 def described_gpu() -> Iterator[None]:
-    """Make vLLM configure and build for the described GPU, whatever this machine is.
+    """Make vLLM configure and build models for the described GPU on any machine.
 
-    On a machine where vLLM runs on NVIDIA GPUs, its own platform stays.
+    If vLLM runs on NVIDIA GPUs here, its own platform stays.
     """
     platform = vllm.platforms.current_platform
     if platform.is_cuda():
         yield
         return
-    # Compiler passes look for CUDA's operators where the platform is CUDA's. Nothing is compiled.
+    # Compiler passes look up CUDA's operators when they are imported for CUDA. Nothing is compiled.
     importlib.import_module("vllm.compilation.backends")
 
-    kind = type(platform)
+    real_class = type(platform)
     with ExitStack() as stack:
         stack.enter_context(_cuda_modules())
         described = _described_class()
         stack.callback(_restore_environment, dict(os.environ))
-        stack.callback(_forget_answers)
-        stack.callback(setattr, platform, "__class__", kind)
+        stack.callback(_clear_caches)
+        stack.callback(setattr, platform, "__class__", real_class)
         platform.__class__ = described
-        _forget_answers()
-        for target, name, value in _available():
+        _clear_caches()
+        for target, name, value in _cuda_names():
             stack.enter_context(patch.object(target, name, value, create=True))
         yield
 
@@ -77,86 +95,29 @@ def _described_class() -> type[Platform]:
     from vllm.platforms.cuda import CudaPlatformBase
 
     class DescribedGpu(CudaPlatformBase):
-        """One Hopper GPU of 80 GiB, the kind that vLLM's defaults for servers are made for."""
+        """One Hopper GPU of 80 GiB, for which vLLM's defaults of servers are made."""
 
         device_name = NAME
 
         @classmethod
-        def import_kernels(cls) -> None:
-            pass
-
-        @classmethod
-        def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
-            return DeviceCapability(*CAPABILITY)
-
-        @classmethod
-        def get_device_name(cls, device_id: int = 0) -> str:
-            return NAME
-
-        @classmethod
-        def get_device_uuid(cls, device_id: int = 0) -> str:
-            return f"GPU-{device_id}"
-
-        @classmethod
-        def get_device_total_memory(cls, device_id: int = 0) -> int:
-            return MEMORY
-
-        @classmethod
-        def get_cuda_runtime_major(cls) -> int:
-            return 13
-
-        @classmethod
-        def device_count(cls) -> int:
-            return DEVICES_IN_A_NODE
-
-        @classmethod
-        def num_compute_units(cls, device_id: int = 0) -> int:
-            return PROCESSORS
-
-        @classmethod
-        def is_fully_connected(cls, *_: Any) -> bool:
-            return True
-
-        @classmethod
-        def is_integrated_gpu(cls, device_id: int = 0) -> bool:
-            return False
-
-        @classmethod
-        def is_arch_support_pdl(cls) -> bool:
-            return True
-
-        @classmethod
-        def is_pin_memory_available(cls) -> bool:
-            return False
-
-        @classmethod
-        def get_device_numa_node(cls, device_id: int = 0) -> int | None:
-            return None
-
-        @classmethod
-        def get_all_device_numa_nodes(cls) -> list[int] | None:
-            return None
-
-        @classmethod
-        def log_warnings(cls) -> None:
-            pass
-
-        @classmethod
         def get_valid_backends(cls, *args: Any, **kwargs: Any) -> Any:
-            valid, refused = super().get_valid_backends(*args, **kwargs)
-            # A package that this machine lacks says nothing of the GPU.
-            told = {
+            valid, invalid = super().get_valid_backends(*args, **kwargs)
+            # A package that this machine lacks says nothing about the GPU.
+            about_gpu = {
                 backend: (priority, reasons)
-                for backend, (priority, reasons) in refused.items()
+                for backend, (priority, reasons) in invalid.items()
                 if not any("Error: " in reason for reason in reasons)
             }
-            return valid, told
+            return valid, about_gpu
 
+    for name, answer in _ANSWERS.items():
+        method = classmethod(lambda cls, *_, _answer=answer, **__: _answer)
+        setattr(DescribedGpu, name, method)
     return DescribedGpu
 
 
 def _restore_environment(before: dict[str, str]) -> None:
-    """Undo what vLLM sets for one model, which would hold for the next; the plugin's stays."""
+    """Undo the variables that vLLM sets for one model; the plugin's stay."""
     for name in os.environ.keys() | before.keys():
         if "HYBRID_KV" in name:
             continue
@@ -166,8 +127,8 @@ def _restore_environment(before: dict[str, str]) -> None:
             del os.environ[name]
 
 
-def _forget_answers() -> None:
-    """Clear what vLLM caches of a platform's answers and of the packages that it found."""
+def _clear_caches() -> None:
+    """Clear vLLM's cached answers of the platform and of the search for packages."""
     from vllm.utils import deep_gemm, flashinfer, import_utils
     from vllm.v1.attention import selector
 
@@ -178,8 +139,8 @@ def _forget_answers() -> None:
                 value.cache_clear()
 
 
-def _available() -> Iterator[tuple[Any, str, Any]]:
-    """Give what a module would hold if CUDA's extensions had been there when it was imported."""
+def _cuda_names() -> Iterator[tuple[Any, str, Any]]:
+    """Yield what modules would hold if CUDA's extensions had existed at their import."""
     import vllm.config.vllm
     from vllm import _custom_ops, triton_utils
     from vllm.utils import flashinfer
@@ -201,18 +162,18 @@ def _available() -> Iterator[tuple[Any, str, Any]]:
             yield fa_utils, name, _never_called
     for name in dir(_custom_ops):
         if "_supports_" in name or name.endswith("_supported"):
-            # Hopper's tensor cores multiply FP8; FP4 came later.
+            # Hopper's tensor cores multiply FP8 but not FP4.
             yield _custom_ops, name, lambda *_, answer="fp4" not in name: answer
     yield torch._ops._OpNamespace, "__getattr__", _operator
-    # FlashInfer's kernels come with it or are compiled by CUDA's compiler.
+    # FlashInfer contains its kernels or compiles them with CUDA's compiler.
     yield flashinfer, "has_flashinfer_cubin", lambda: True
-    # Decides which model runner a server has.
+    # A server with Triton has the V2 model runner.
     yield vllm.config.vllm, "HAS_TRITON", True
     if not triton_utils.HAS_TRITON:
-        # vLLM's placeholders for Triton have the names that modules use on CPUs.
+        # vLLM's placeholders for Triton lack the names that modules use only on GPUs.
         for kind in (type(triton_utils.triton), type(triton_utils.tl)):
             yield kind, "__getattr__", lambda _, name: any_class(name)
-        yield triton_utils.triton, "Config", _config
+        yield triton_utils.triton, "Config", _autotuner_config
     yield torch.cuda, "current_device", lambda: 0
     yield torch.cuda, "get_device_capability", lambda *_: CAPABILITY
     yield torch.cuda, "get_device_name", lambda *_: NAME
@@ -243,7 +204,7 @@ _find_operator = torch._ops._OpNamespace.__getattr__
 
 
 def _operator(self: Any, name: str) -> Any:
-    """Return an operator, or a name for one of vLLM's that only its CUDA build has."""
+    """Return an operator, or a placeholder for an operator of vLLM's CUDA build."""
     try:
         return _find_operator(self, name)
     except AttributeError:
@@ -254,27 +215,26 @@ def _operator(self: Any, name: str) -> Any:
         raise
 
 
-def _config(
+def _autotuner_config(
     arguments: dict[str, Any], num_warps: int = 4, num_stages: int = 3, **more: Any
 ) -> SimpleNamespace:
-    """Return a choice of Triton's autotuner."""
     return SimpleNamespace(kwargs=arguments, num_warps=num_warps, num_stages=num_stages, **more)
 
 
 class _Nothing:
-    """A stream or an event of a GPU on which nothing runs."""
+    """A stream or an event of a GPU that runs nothing."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
 
 def _never_called(*_: Any, **__: Any) -> Any:
-    raise NotImplementedError("a dry run calls no kernel")
+    raise NotImplementedError("planning calls no kernel")
 
 
 @contextmanager
 def _cuda_modules() -> Iterator[None]:
-    """Give vLLM's modules what they import on CUDA and this machine lacks."""
+    """Let vLLM's modules import packages of CUDA that this machine lacks."""
     finders: tuple[FakeModules, ...] = _KernelPackages(), _EmptyExtensions()
     sys.meta_path[:0] = finders
     try:
