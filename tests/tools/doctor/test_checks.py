@@ -155,9 +155,9 @@ def test_a_changed_vllm_function_that_stops_start_up_is_reported_once(facts):
 
 
 def test_the_rival_is_reported_if_the_patches_cannot_be_verified(facts, monkeypatch):
-    from vllm_hybrid_kv import plugin
+    from vllm_hybrid_kv.state import STATE
 
-    monkeypatch.setattr(plugin, "applied", lambda: object())
+    monkeypatch.setattr(STATE, "active_patches", object())
     facts["foreign"] = [{"place": "vllm.a.f", "module": "rival", "package": "rival-kv 2.0"}]
     del facts["patches"]
     findings = checks.patches(Probe(facts=facts))
@@ -183,9 +183,9 @@ def test_another_plugin_that_cannot_be_imported_is_a_warning(facts):
 def test_a_platform_that_groups_layers_is_a_warning_unless_page_sizes_are_stock(
     page_sizes, facts, monkeypatch
 ):
-    from vllm_hybrid_kv.planning import grouping
+    from vllm_hybrid_kv.planning import warnings
 
-    monkeypatch.setattr(grouping, "own_grouping", lambda _: "the builder acme.Builder")
+    monkeypatch.setattr(warnings, "own_grouping", lambda _: "the builder acme.Builder")
     set_setting(facts, "unify_page_sizes", page_sizes)
     findings = run(checks.grouping, facts)
     if page_sizes == "stock":

@@ -226,8 +226,8 @@ def plugins(probe: Probe) -> Iterator[Finding]:
     import vllm.plugins
     from vllm import envs
 
-    from vllm_hybrid_kv import plugin
     from vllm_hybrid_kv.patches import ADAPTERS
+    from vllm_hybrid_kv.state import STATE
     from vllm_hybrid_kv.tools.doctor.foreign import Places
 
     places = Places(importlib.import_module(ADAPTERS[probe.facts["minor"]]).TARGETS)
@@ -245,8 +245,8 @@ def plugins(probe: Probe) -> Iterator[Finding]:
             state = "raises"
         rows.append({"name": point.name, "state": state, "error": error})
     probe.facts["plugins"] = rows
-    probe.facts["active"] = plugin.applied() is not None
-    probe.facts["left_alone"] = plugin.left_alone() is not None
+    probe.facts["active"] = STATE.active_patches is not None
+    probe.facts["left_alone"] = STATE.why_inactive is not None
     probe.facts["foreign"] = places.foreign()
     yield from plugin_states(probe)
 
@@ -305,7 +305,7 @@ def strategies(probe: Probe) -> Iterator[Finding]:
 @check("reading how the platform groups KV cache layers", "plugins", error=("warning", "grouping"))
 def grouping(probe: Probe) -> Iterator[Finding]:
     """The platform should not bypass the patch of vLLM's page sizes."""
-    from vllm_hybrid_kv.planning.grouping import own_grouping
+    from vllm_hybrid_kv.planning.warnings import own_grouping
 
     builder = own_grouping(None)
     if builder is not None and probe.setting("unify_page_sizes").get("value") != "stock":
@@ -340,7 +340,6 @@ def _context(probe: Probe) -> Any:
         strategies=probe.strategies,
         on_cpu=probe.facts["platform"]["cpu"],
         on_gpu=probe.facts["platform"]["gpu"],
-        announce=lambda *_: None,
         stop=stop,
     )
 
@@ -359,10 +358,10 @@ def patches(probe: Probe) -> Iterator[Finding]:
 
 
 def _patch_rows(probe: Probe) -> list[dict[str, Any]]:
-    from vllm_hybrid_kv import plugin
     from vllm_hybrid_kv.patches import patches_for
+    from vllm_hybrid_kv.state import STATE
 
-    applied = plugin.applied()
+    applied = STATE.active_patches
     if applied is not None:
         edits = [(row.patch, row.edit, row.failures) for row in applied.table()]
     else:

@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from vllm_hybrid_kv.tools.doctor.child import diagnose
-from vllm_hybrid_kv.tools.doctor.screen import show
-from vllm_hybrid_kv.tools.stopping import stop
+from vllm_hybrid_kv.tools.doctor.report import SCHEMA, diagnose
+from vllm_hybrid_kv.tools.doctor.screen import text
+from vllm_hybrid_kv.tools.output import MarkdownOption, ToolError, write
 
 
 def doctor(
@@ -22,6 +23,7 @@ def doctor(
     timeout: Annotated[
         float, typer.Option(min=1, help="Most seconds for importing vLLM and its plugins.")
     ] = 180.0,
+    markdown: MarkdownOption = False,
 ) -> None:
     """Check whether the plugin works in this environment, and say why not.
 
@@ -32,11 +34,14 @@ def doctor(
         try:
             json.loads(additional_config)
         except ValueError as error:
-            raise stop("doctor", f"--additional-config is not JSON: {error}") from None
+            raise ToolError(f"--additional-config is not JSON: {error}") from None
     with Console(stderr=True).status("Importing vLLM in a child process"):
         report = diagnose(additional_config, timeout)
-    if json_:
-        typer.echo(json.dumps(report.to_json(), indent=1))
-    else:
-        show(report, Console())
+    write(
+        report.to_json(),
+        lambda: text(report),
+        schema=SCHEMA,
+        json_=Path("-") if json_ else None,
+        markdown=markdown,
+    )
     raise typer.Exit(report.exit_status)

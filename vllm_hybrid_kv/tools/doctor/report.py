@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The result of all checks: verdict, exit status, devices and JSON."""
+"""Runs the checks in a child process, and makes the verdict, the devices and the JSON."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from vllm_hybrid_kv.patches import SUPPORTED
+from vllm_hybrid_kv.tools.child import Child
 from vllm_hybrid_kv.tools.doctor.checks import FOLDER
-from vllm_hybrid_kv.tools.doctor.runner import EXIT_STATUS, NAME, Finding
+from vllm_hybrid_kv.tools.doctor.runner import EXIT_STATUS, NAME, Finding, problem
 from vllm_hybrid_kv.tools.machine import cpu_model
 from vllm_hybrid_kv.version import __version__
 
@@ -20,6 +23,9 @@ SCHEMA = 2
 
 2: `patches` replaces `seams`, with `active` instead of `in_force`; 0.3 removes the old keys.
 """
+
+FIRST = ("vllm", "version", "process")
+"""These come before findings of the same severity, because they may cause others."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,48 @@ class Report:
                 for point in facts.get("entry_points", ())
             ],
         }
+
+
+def diagnose(additional_config: str = "", timeout: float = 180.0) -> Report:
+    """Check this environment.
+
+    Args:
+        additional_config: JSON for vLLM's `--additional-config`; empty for none.
+        timeout: Seconds after which the child process is killed.
+    """
+    with tempfile.TemporaryDirectory(prefix="vllm-hybrid-kv-doctor-") as folder:
+        run, log = "vllm_hybrid_kv.tools.doctor.runner:run", Path(folder) / "log"
+        with Child(run, additional_config, log=log, timeout=timeout) as child:
+            messages = list(child.messages())
+        return read(messages, child.problem, child.last_output())
+
+
+def read(messages: Iterable[dict[str, Any]], ending: str | None, output: Sequence[str]) -> Report:
+    """Return the report of a child process that may have ended early.
+
+    Args:
+        messages: The messages of `runner.run_checks`.
+        ending: How the process ended, if it failed.
+        output: The last lines that it printed.
+    """
+    facts: dict[str, Any] = {}
+    findings: list[Finding] = []
+    activity: str | None = "starting Python"
+    for message in messages:
+        activity = None if "end" in message else message.get("begin", activity)
+        facts.update(message.get("facts", {}))
+        findings += (Finding(**finding) for finding in message.get("findings", ()))
+    if activity is not None:
+        text = f"{activity[0].upper()}{activity[1:]} {ending or 'ended with exit status 0'}"
+        text += f"; its last output is: {output[-1]}" if output else ""
+        remedy = (
+            "Allow more time with --timeout"
+            if ending and ending.startswith("took ")
+            else "Reinstall the package that is named, in a build for this machine"
+        )
+        findings.append(problem("process", text, remedy))
+    findings.sort(key=lambda one: (-EXIT_STATUS[one.severity], one.check not in FIRST))
+    return Report(findings, facts)
 
 
 def _in_force(edit: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import functools
 import importlib
 import importlib.util
 import json
-import os
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -104,24 +103,16 @@ def check(
     return add
 
 
-def main(report: str, additional_config: str) -> None:
-    """Run all checks and end the process.
+def run(send: Callable[..., None], additional_config: str) -> None:
+    """Run all checks in a child process.
 
     Args:
-        report: File that gets lines of JSON.
+        send: Sends a message to the parent.
         additional_config: JSON; empty for none.
     """
     from vllm_hybrid_kv.tools.doctor import checks  # noqa: F401 (fills CHECKS)
 
-    with open(report, "a", encoding="utf-8") as file:
-
-        def send(**message: Any) -> None:
-            file.write(json.dumps(message) + "\n")
-            file.flush()
-
-        run_checks(Probe(json.loads(additional_config) if additional_config else None), send)
-    # Exit handlers of imported modules may hang or crash.
-    os._exit(0)
+    run_checks(Probe(json.loads(additional_config) if additional_config else None), send)
 
 
 def run_checks(probe: Probe, send: Callable[..., None]) -> None:
