@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -305,7 +304,3 @@ _PLANTERS: dict[str, Callable[[str], None]] = {
     DTYPE_FAULT: _ignore_the_layer_whose_pages_are_shared,
     HEAD_SIZE_FAULT: _plan_for_wider_heads,
 }
-
-# For a fault that has to be present before an engine starts.
-if _fault := os.environ.get("PLANTED_FAULT"):
-    plant(_fault)

@@ -28,8 +28,10 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from benchmarks.engine import report, speed, workload
 from benchmarks.engine.checks import ModelChecks
@@ -43,93 +45,72 @@ from testing.models import build_model
 PARTS = ("checks", "speed")
 
 
-class Command:
-    """The command for any number of models.
+def run_model(
+    model: str,
+    options: argparse.Namespace,
+    place: Place,
+    scratch: Path,
+    results: Results,
+    say: Callable[[str], None],
+) -> None:
+    """Check and time one model.
 
     Args:
-        arguments: The command's arguments.
+        model: Name of the model.
+        options: The command's options.
         place: The device.
-        scratch: Folder for the models.
+        scratch: Folder for the model's weights.
         results: Collects the rows.
-        save: Called after each row, so that an interrupted run has a report.
+        say: Called with each line of progress.
     """
+    sizes = workload.SMALLEST if options.smallest else workload.FULL
+    jobs = options.jobs or (1 if place.device == "cpu" else 4)
 
-    def __init__(
-        self,
-        arguments: argparse.Namespace,
-        place: Place,
-        scratch: Path,
-        results: Results,
-        save: Callable[[], None],
-    ) -> None:
-        self._arguments = arguments
-        self._place = place
-        self._sizes = workload.SMALLEST if arguments.smallest else workload.FULL
-        self._scratch = scratch
-        self._logs = arguments.out / "logs"
-        self._logs.mkdir(parents=True, exist_ok=True)
-        self._results = results
-        self._save = save
-        self._saving = threading.Lock()
-        self._began = time.monotonic()
+    def engines(part: str, config: PreTrainedConfig, dtype: str, **arguments: Any) -> Engines:
+        name = f"{model}-{part}"
+        path = build_model(config, scratch / name, getattr(torch, dtype))
+        arguments["dtype"] = dtype
+        log = options.out / "logs" / name
+        log.parent.mkdir(parents=True, exist_ok=True)
+        where = (place, sizes, jobs, options.timeout, log)
+        return Engines(model, path, arguments, *where, results, say)
 
-    def run(self, model: str) -> None:
-        """Check and time one model."""
-        runner = None
-        if "checks" in self._arguments.parts:
-            runner = self._check(model)
-        if "speed" in self._arguments.parts:
-            self._time(model, runner)
-
-    def _check(self, model: str) -> str | None:
+    runner = None
+    if "checks" in options.parts:
         config = workload.config_to_compare(model)
-        dtype = workload.dtype_of(model, self._place.device)
-        path = build_model(config, self._scratch / model, getattr(torch, dtype))
-        arguments = {
-            "dtype": dtype,
-            "max_model_len": self._sizes.longest + 2 * self._sizes.tokens + 16,
-            "max_num_seqs": 32,
-            "kv_cache_memory_bytes": 1 << 30,
-        }
-        engines = self._engines(model, path, f"{model}-check", arguments)
-        return ModelChecks(engines, config.head_dim, workload.bounds_of(model, dtype)).run()
-
-    def _time(self, model: str, runner: str | None) -> None:
-        config = workload.config_to_time(model, self._sizes)
-        path = build_model(config, self._scratch / f"{model}-speed", torch.bfloat16)
-        arguments = {
-            "dtype": "bfloat16",
-            "max_model_len": config.max_position_embeddings,
-            "max_num_seqs": max(batch for batch, _ in self._sizes.cells),
-            "kv_cache_memory_bytes": int(self._sizes.cache_share * self._place.memory_bytes),
-        }
-        engines = self._engines(model, path, f"{model}-speed", arguments)
-        if "checks" not in self._arguments.parts:
+        checked = engines(
+            "check",
+            config,
+            workload.dtype_of(model, place.device),
+            max_model_len=sizes.longest + 2 * sizes.tokens + 16,
+            max_num_seqs=32,
+            kv_cache_memory_bytes=1 << 30,
+        )
+        bounds = workload.bounds_of(model, checked.arguments["dtype"])
+        runner = ModelChecks(checked, config.head_dim, bounds).run()
+    if "speed" in options.parts:
+        config = workload.config_to_time(model, sizes)
+        timed = engines(
+            "speed",
+            config,
+            "bfloat16",
+            max_model_len=config.max_position_embeddings,
+            max_num_seqs=max(batch for batch, _ in sizes.cells),
+            kv_cache_memory_bytes=int(sizes.cache_share * place.memory_bytes),
+        )
+        if "checks" not in options.parts:
             try:
-                engine, runner = engines.start_unquantised()
+                engine, runner = timed.start_unquantised()
             except EngineError as error:
                 reason = f"with auto: {error.reason}"
-                engines.add_gap(Gap(model, "all", "", Verdict.UNSUPPORTED, reason))
+                timed.add(Gap(model, "all", "", Verdict.UNSUPPORTED, reason))
                 return
             engine.close()
-        speed.measure(engines, runner)
-
-    def _engines(self, model: str, path: Path, log: str, arguments: dict[str, object]) -> Engines:
-        jobs = self._arguments.jobs or (1 if self._place.device == "cpu" else 4)
-        return Engines(
-            *(model, path, arguments, self._place, self._sizes, jobs, self._arguments.timeout),
-            *(self._logs / log, self._results, self._say),
-        )
-
-    def _say(self, line: str) -> None:
-        # Engines that run at the same time are checked by several threads.
-        with self._saving:
-            print(f"{time.monotonic() - self._began:6.0f} s  {line}", flush=True)
-            self._save()
+        speed.measure(timed, runner)
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
-    """Return the command's arguments."""
+    """Return the command's options."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.engine",
         description=__doc__,
@@ -146,30 +127,33 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--timeout", type=float, default=900.0, help="seconds that a call of an engine may take"
     )
-    arguments = parser.parse_args(words)
-    arguments.out = arguments.out.resolve()
-    return arguments
+    options = parser.parse_args(words)
+    options.out = options.out.resolve()
+    return options
 
 
 def main() -> int:
     """Run the command and return its exit status."""
-    arguments = parse()
+    options = parse()
     try:
         place, described = find_place(), machine.vllm_platform()
     except (ImportError, RuntimeError) as error:
         raise SystemExit(f"python -m benchmarks.engine: {error}") from error
     results = Results()
+    saving = threading.Lock()
+    began = time.monotonic()
 
-    def save() -> None:
-        report.write(results, described, arguments.out)
+    def say(line: str) -> None:
+        # Engines that run at the same time are checked by several threads.
+        with saving:
+            print(f"{time.monotonic() - began:6.0f} s  {line}", flush=True)
+            report.write(results, described, options.out)
 
     with tempfile.TemporaryDirectory() as scratch:
-        command = Command(arguments, place, Path(scratch), results, save)
-        for model in arguments.models:
-            command.run(model)
-    save()
+        for model in options.models:
+            run_model(model, options, place, Path(scratch), results, say)
     print(report.markdown(results, described))
-    print(f"The report is in {arguments.out}.")
+    print(f"The report is in {options.out}.")
     return 1 if results.failures else 0
 
 

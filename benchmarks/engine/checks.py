@@ -126,7 +126,7 @@ class ModelChecks:
                 alone = engine.generate(
                     reference.prompts, self._sizes.tokens, alone=True, fresh=True
                 )
-                self._engines.add_check(self._compared(name, "alone", alone, reference))
+                self._engines.add(self._compared(name, "alone", alone, reference))
                 self._check_batches(configuration, engine, reference)
                 if configuration.speculation is not None:
                     self._check_drafts(name, engine)
@@ -146,7 +146,7 @@ class ModelChecks:
     ) -> None:
         name, prompts, tokens = configuration.name, reference.prompts, self._sizes.tokens
         at_once = engine.generate(prompts, tokens, fresh=True)
-        self._engines.add_check(self._compared(name, "all at once", at_once, reference))
+        self._engines.add(self._compared(name, "all at once", at_once, reference))
         if configuration.prefix_caching is False:
             return
         again = engine.generate(prompts, tokens)
@@ -156,7 +156,7 @@ class ModelChecks:
             check = replace(check, verdict=Verdict.INCONCLUSIVE, detail="no prefix cache hit")
         elif not check.detail:
             check = replace(check, detail=f"{cached} prompt tokens from the cache")
-        self._engines.add_check(check)
+        self._engines.add(check)
 
     def _compared(self, name: str, what: str, outputs: list[Output], reference: Reference) -> Check:
         found = compare(outputs, reference.outputs, self._bounds)
@@ -191,7 +191,7 @@ class ModelChecks:
         verdict = Verdict.DIFFERENT if exceeded else Verdict.EQUAL
         detail = "; ".join(exceeded) or "within the error of the format"
         counts = (len(reference.scored), len(measured), mean)
-        self._engines.add_check(Check(self._engines.name, name, what, verdict, detail, *counts))
+        self._engines.add(Check(self._engines.name, name, what, verdict, detail, *counts))
 
     def _add_failure(
         self, configuration: Configuration, error: EngineError, prompts: list[list[int]]
@@ -209,7 +209,7 @@ class ModelChecks:
             self._add(name, "", Verdict.FAILED, error.reason)
 
     def _add(self, name: str, what: str, verdict: Verdict, detail: str) -> None:
-        self._engines.add_check(Check(self._engines.name, name, what, verdict, detail))
+        self._engines.add(Check(self._engines.name, name, what, verdict, detail))
 
 
 def choose(

@@ -112,15 +112,8 @@ class Engines:
                     raise
         raise AssertionError("the loop returns or raises")
 
-    def add_check(self, check: Check) -> None:
+    def add(self, row: Check | Gap) -> None:
         """Add a row to the report and print it."""
-        self.results.checks.append(check)
-        words = (check.model, check.configuration, check.check, check.verdict.value, check.detail)
-        self.say(", ".join(filter(None, words)))
-
-    def add_gap(self, gap: Gap) -> None:
-        """Add a row to the report and print it."""
-        self.results.gaps.append(gap)
-        cell = f"{gap.cell[0]} x {gap.cell[1]}" if gap.cell else ""
-        words = (gap.model, gap.mode, gap.cache, cell, gap.verdict.value, gap.reason)
-        self.say(", ".join(filter(None, words)))
+        rows: list[Any] = self.results.checks if isinstance(row, Check) else self.results.gaps
+        rows.append(row)
+        self.say(str(row))

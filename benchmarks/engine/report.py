@@ -54,6 +54,10 @@ class Check:
     tokens: int = 0
     apart: float | None = None
 
+    def __str__(self) -> str:
+        words = (self.model, self.configuration, self.check, self.verdict.value, self.detail)
+        return ", ".join(filter(None, words))
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -115,6 +119,11 @@ class Gap:
     verdict: Verdict
     reason: str
     cell: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        cell = "{} x {}".format(*self.cell) if self.cell else ""
+        words = (self.model, self.mode, self.cache, cell, self.verdict.value, self.reason)
+        return ", ".join(filter(None, words))
 
 
 @dataclass

@@ -26,7 +26,7 @@ def measure(engines: Engines, runner: str | None) -> None:
     """
     modes, skipped = configurations.to_time(engines.name, engines.place, runner)
     for row in skipped:
-        engines.add_gap(Gap(engines.name, row.name, "", Verdict.SKIPPED, row.reason))
+        engines.add(Gap(engines.name, row.name, "", Verdict.SKIPPED, row.reason))
     for mode, caches in modes.items():
         with contextlib.ExitStack() as stack:
             running = _start(engines, stack, mode, caches)
@@ -36,7 +36,7 @@ def measure(engines: Engines, runner: str | None) -> None:
                 else:
                     reason = "fewer than two engines run"
                     gap = Gap(engines.name, mode, "", Verdict.SKIPPED, reason, cell)
-                    engines.add_gap(gap)
+                    engines.add(gap)
 
 
 def _start(
@@ -56,7 +56,7 @@ def _start(
     for name, outcome in found.items():
         if isinstance(outcome, EngineError):
             verdict = _verdict(name, UNQUANTISED in running)
-            engines.add_gap(Gap(engines.name, mode, name, verdict, outcome.reason))
+            engines.add(Gap(engines.name, mode, name, verdict, outcome.reason))
     return running
 
 
@@ -72,7 +72,7 @@ def _measure_cell(
     sizes = engines.sizes
 
     def skip(cache: str, verdict: Verdict, reason: str) -> None:
-        engines.add_gap(Gap(engines.name, mode, cache, verdict, reason, (batch, length)))
+        engines.add(Gap(engines.name, mode, cache, verdict, reason, (batch, length)))
 
     speculates = mode.startswith(tuple(SPECULATION))
     decoded = sizes.decoded * (NUM_SPECULATIVE_TOKENS + 1 if speculates else 1)

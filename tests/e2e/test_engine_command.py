@@ -293,13 +293,11 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, KeptHost]]:
 def test_the_command_compares_and_times_two_engines(
     tmp_path: Path, kept: dict[str, KeptHost]
 ) -> None:
-    arguments = command.parse(["--out", str(tmp_path), "--smallest"])
+    options = command.parse(["--out", str(tmp_path), "--smallest"])
     results = Results()
-
-    def save() -> None:
-        report.write(results, {"device": "this one"}, tmp_path)
-
-    command.Command(arguments, ON_CPU, tmp_path, results, save).run("llama")
+    lines: list[str] = []
+    command.run_model("llama", options, ON_CPU, tmp_path, results, lines.append)
+    assert len(lines) == len(results.checks) + len(results.gaps) + len(results.speeds)
 
     checks = {(c.configuration, c.check): c for c in results.checks}
     for engine in ("eager", "prompts in chunks of 96", "ngram"):
@@ -326,9 +324,6 @@ def test_the_command_compares_and_times_two_engines(
     reasons = {gap.cache: gap.reason for gap in results.gaps if gap.mode == "eager"}
     assert reasons == {"fp8": "ValueError: no third engine"}
     assert not results.failures
-    saved = json.loads((tmp_path / "engine.json").read_text())
-    assert len(saved["checks"]) == len(results.checks)
-    assert len(saved["speeds"]) == len(results.speeds)
     backends = {row["cache_dtype"]: row["backends"] for row in results.engines}
     assert "vllm_hybrid_kv K8V4AttentionBackend" in backends[K8V4]
     assert list(backends["auto"]) == ["CPUAttentionBackend"]

@@ -16,7 +16,6 @@ import pytest
 
 from testing import model_cases
 from testing.engine_host import EngineHost
-from testing.model_cases import NGRAM
 from testing.planted_faults import FAULTS
 from tests.recall import sequences
 from tests.recall.questions import Tally, copies, count_answers, questions_one_by_one, sheets
@@ -174,14 +173,6 @@ def test_a_page_that_is_stored_wrongly_is_detected(
 
 
 @pytest.mark.long
-def test_k8v4_recalls_from_chunks_that_share_steps_with_other_requests(plain: Plain) -> None:
-    engine = plain.engine(max_num_batched_tokens=96)
-    assert_as_good(answer(engine, all_sheets()), plain.tally)
-    # Chunks of long prompts share steps with the decodes of short ones.
-    assert copied_share(engine, fresh=True) >= plain.copied - WORSE
-
-
-@pytest.mark.long
 def test_k8v4_copies_the_same_after_preemption(plain: Plain) -> None:
     lengths, tokens = [2000] * 8, 500
     # During prefill layers with a window hold a chunk and the window, later only the window: with
@@ -197,19 +188,6 @@ def test_k8v4_copies_the_same_after_preemption(plain: Plain) -> None:
     engine = plain.engine(**chunks, num_gpu_blocks_override=blocks)
     assert copied_share(engine, lengths, tokens, fresh=True) >= expected - WORSE
     assert engine.metrics()["vllm:num_preemptions"] > 0
-
-
-@pytest.mark.long
-def test_k8v4_copies_with_drafts_to_verify(plain: Plain) -> None:
-    if plain.shape == "qwen3-next":
-        pytest.skip("vLLM 0.32 has no speculative decoding for Gated DeltaNet on CPUs")
-    engine = plain.engine(speculative_config=NGRAM)
-    assert copied_share(engine, tokens=4 * COPIED, fresh=True) >= plain.copied - WORSE
-    metrics = engine.metrics()
-    drafted = metrics["vllm:spec_decode_num_draft_tokens"]
-    accepted = metrics["vllm:spec_decode_num_accepted_tokens"]
-    print(f"{drafted:.0f} drafted, {accepted:.0f} accepted")
-    assert drafted >= accepted > 100
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,14 @@ choice was not close, if no request was preempted, or if the server's memory gre
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -33,6 +34,8 @@ from testing.models import CONFIGS, build_model
 from testing.processes import ProcessError, group_members
 from testing.server import Server, serve
 from tests.load.traffic import MODEL, Client, margin, plan
+
+Answers = dict[int, list[list[int]]]
 
 SAMPLE_S = 5.0
 GROWTH_MIB = 64
@@ -134,9 +137,9 @@ def main() -> int:
         log = folder / "log.txt"
         try:
             with serve(folder / MODEL, arguments, log, console) as (server, _):
-                answers = asyncio.run(_load(server, options, outcome))
+                answers = _load(server, options, outcome)
                 console.print(f"{outcome.finished} answers, {outcome.cancelled} cancelled")
-                asyncio.run(_compare(server, options, outcome, answers))
+                _compare(server, options, outcome, answers)
         except ProcessError as error:
             outcome.errors.append(str(error))
             console.print(log.read_text(errors="replace")[-20_000:], markup=False)
@@ -149,54 +152,48 @@ def main() -> int:
     return int(bool(outcome.problems()))
 
 
-async def _load(
-    server: Server, options: argparse.Namespace, outcome: Outcome
-) -> dict[int, list[list[int]]]:
-    """Send requests and return the different answers to each."""
-    answers: dict[int, list[list[int]]] = {}
+def _load(server: Server, options: argparse.Namespace, outcome: Outcome) -> Answers:
+    """Send all requests repeatedly and return the different answers to each."""
+    answers: Answers = {}
     began = time.monotonic()
+    loaded = threading.Event()
 
-    def record(index: int, answer: list[int] | None, error: Exception | None) -> None:
-        if error is not None:
-            outcome.errors.append(f"request {index}: {error!r}")
-        elif answer is None:
-            outcome.cancelled += 1
-        else:
-            outcome.finished += 1
-            known = answers.setdefault(index, [])
-            if answer not in known:
-                known.append(answer)
-
-    async def sample() -> None:
-        while True:
+    def sample() -> None:
+        while not loaded.wait(SAMPLE_S):
             outcome.memory_mib.append(_memory_mib(server.group))
-            await asyncio.sleep(SAMPLE_S)
 
-    sampling = asyncio.create_task(sample())
-    planned = plan(options.requests, options.seed)
-    end = began + 60 * options.minutes
-    client = Client(server.url)
-    await client.repeat(planned, options.at_once, lambda: time.monotonic() > end, record)
-    sampling.cancel()
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    client, planned = Client(server.url), plan(options.requests, options.seed)
+    with ThreadPoolExecutor(options.at_once) as pool:
+        while time.monotonic() < began + 60 * options.minutes:
+            for index, answer in enumerate(pool.map(client.ask, planned)):
+                if isinstance(answer, Exception):
+                    outcome.errors.append(f"request {index}: {answer!r}")
+                elif answer is None:
+                    outcome.cancelled += 1
+                else:
+                    outcome.finished += 1
+                    known = answers.setdefault(index, [])
+                    if answer not in known:
+                        known.append(answer)
+    loaded.set()
+    sampler.join()
     outcome.minutes = round((time.monotonic() - began) / 60, 1)
     outcome.preemptions = int(server.metric("vllm:num_preemptions_total"))
     return answers
 
 
-async def _compare(
-    server: Server,
-    options: argparse.Namespace,
-    outcome: Outcome,
-    answers: dict[int, list[list[int]]],
+def _compare(
+    server: Server, options: argparse.Namespace, outcome: Outcome, answers: Answers
 ) -> None:
-    planned = plan(options.requests, options.seed)
-    client = Client(server.url)
+    client, planned = Client(server.url), plan(options.requests, options.seed)
     end = time.monotonic() + 60 * options.alone_minutes
     for index in track(sorted(answers), "computing alone", transient=True):
         if time.monotonic() > end:
             break
         httpx.post(f"{server.url}/reset_prefix_cache", timeout=60).raise_for_status()
-        alone, likeliest = await client.ask_alone(planned[index])
+        alone, likeliest = client.ask_alone(planned[index])
         for answer in answers[index]:
             if answer != alone:
                 place, by = margin(alone, likeliest, answer)

@@ -6,10 +6,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,8 +54,7 @@ def plan(count: int, seed: int) -> list[Planned]:
         if planned and draw.random() < SHARED:
             other = draw.choice(planned).prompt
             prompt = list(other[: draw.randint(1, min(len(other), length))])
-        rest = range(length - len(prompt))
-        prompt += [draw.randrange(8, VOCAB_SIZE) for _ in rest]
+        prompt += [draw.randrange(8, VOCAB_SIZE) for _ in range(length - len(prompt))]
         answer = draw.randint(1, LONGEST_ANSWER)
         stop = draw.randint(1, answer) if draw.random() < CANCELLED and answer > 1 else None
         planned.append(Planned(tuple(prompt), answer, stop))
@@ -87,42 +85,45 @@ def margin(
 
 
 class Client:
-    """Sends requests to a server."""
+    """Sends requests to a server; several threads may use it."""
 
     def __init__(self, url: str) -> None:
         # Server and client both close connections after 5 idle seconds; a request sent at that
         # moment is lost.
         limits = httpx.Limits(max_connections=None, keepalive_expiry=1.0)
-        self._client = openai.AsyncOpenAI(
+        self._client = openai.OpenAI(
             base_url=f"{url}/v1",
             api_key="none",
             max_retries=0,
             timeout=600,
-            http_client=openai.DefaultAsyncHttpxClient(limits=limits),
+            http_client=openai.DefaultHttpxClient(limits=limits),
         )
 
-    async def ask(self, request: Planned) -> list[int] | None:
-        """Return the answer's token ids; None if the request was cancelled."""
+    def ask(self, request: Planned) -> list[int] | Exception | None:
+        """Return the answer's token ids, None if the request was cancelled, or its error."""
         tokens: list[int] = []
-        async with await self._send(request, stream=True) as stream:
-            async for chunk in stream:
-                for choice in chunk.choices:
-                    tokens += (choice.model_extra or {}).get("token_ids") or ()
-                if len(tokens) >= (request.cancelled_after or math.inf):
-                    return None
+        try:
+            with self._send(request, stream=True) as stream:
+                for chunk in stream:
+                    for choice in chunk.choices:
+                        tokens += (choice.model_extra or {}).get("token_ids") or ()
+                    if len(tokens) >= (request.cancelled_after or math.inf):
+                        return None
+        except Exception as error:
+            return error
         return tokens
 
-    async def ask_alone(self, request: Planned) -> tuple[list[int], list[dict[int, float]]]:
+    def ask_alone(self, request: Planned) -> tuple[list[int], list[dict[int, float]]]:
         """Return the answer's token ids, and the likeliest candidates for each token."""
-        (choice,) = (await self._send(request, logprobs=LIKELIEST)).choices
+        (choice,) = self._send(request, logprobs=LIKELIEST).choices
         likeliest = [
             {int(name.removeprefix("token_id:")): log for name, log in of_token.items()}
             for of_token in choice.logprobs.top_logprobs
         ]
         return list(choice.token_ids), likeliest
 
-    async def _send(self, request: Planned, **more: Any) -> Any:
-        return await self._client.completions.create(
+    def _send(self, request: Planned, **more: Any) -> Any:
+        return self._client.completions.create(
             model=MODEL,
             prompt=list(request.prompt),
             max_tokens=request.answer,
@@ -134,32 +135,3 @@ class Client:
             },
             **more,
         )
-
-    async def repeat(
-        self,
-        planned: Sequence[Planned],
-        at_once: int,
-        is_over: Callable[[], bool],
-        record: Callable[[int, list[int] | None, Exception | None], None],
-    ) -> None:
-        """Send all requests, `at_once` at a time, until `is_over()` after a round.
-
-        `record` gets each request's index, its answer (None if cancelled) and its error.
-        """
-        slots = asyncio.Semaphore(at_once)
-
-        async def send(index: int) -> None:
-            try:
-                record(index, await self.ask(planned[index]), None)
-            except Exception as error:
-                record(index, None, error)
-            finally:
-                slots.release()
-
-        while True:
-            async with asyncio.TaskGroup() as tasks:
-                for index in range(len(planned)):
-                    await slots.acquire()
-                    tasks.create_task(send(index))
-            if is_over():
-                return
