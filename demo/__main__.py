@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import signal
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -17,32 +22,24 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from demo.capacity import Capacity, planning
 from testing.models import build_model, qwen3_next_config
-from testing.processes import ProcessError
+from testing.processes import ProcessError, kill_group, start_group
 from testing.server import Server, serve
 
-MAX_MODEL_LEN = 4096
-MEMORY_FRACTION = 0.3
-"""Share of the memory that must be free at start-up; vLLM's default of 0.92 rarely is."""
+ENGINE_ARGUMENTS = ("--max-model-len", "4096", "--enable-prefix-caching", "--enforce-eager")
 
 SERVE_ARGUMENTS = (
     *("--served-model-name", "demo"),
     *("--kv-cache-dtype", "turboquant_k8v4"),
-    *("--max-model-len", str(MAX_MODEL_LEN)),
-    *("--gpu-memory-utilization", str(MEMORY_FRACTION)),
-    "--enable-prefix-caching",
-    "--enforce-eager",
+    *ENGINE_ARGUMENTS,
+    # The share of the memory that must be free; vLLM's default of 0.92 rarely is.
+    *("--gpu-memory-utilization", "0.3"),
 )
 
-BF16_ENGINE = {
-    "kv_cache_dtype": "auto",
-    "max_model_len": MAX_MODEL_LEN,
-    "gpu_memory_utilization": MEMORY_FRACTION,
-    "enable_prefix_caching": True,
-    "enforce_eager": True,
-}
-"""The same engine with vLLM's own cache, for its capacity."""
+PLAN_ARGUMENTS = ("--device", "cpu", "--memory", "1GiB", *ENGINE_ARGUMENTS)
+PLAN_TIMEOUT_S = 300.0
+
+FAILURES = (ProcessError, subprocess.TimeoutExpired, openai.OpenAIError, httpx.HTTPError)
 
 DOCUMENT = (
     "The river runs slowly through the old town and the children watch the boats. In winter the "
@@ -51,6 +48,59 @@ DOCUMENT = (
 """A text of several cache blocks."""
 
 console = Console(highlight=False)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """The plan of a KV cache.
+
+    Attributes:
+        tokens: The KV cache size that vLLM logs: tokens that fit in requests of max_model_len.
+        block_size: Tokens of an attention block.
+        num_blocks: Number of blocks in the pool.
+    """
+
+    tokens: int
+    block_size: int
+    num_blocks: int
+
+
+class Plan:
+    """The plan of a bf16 cache, which `vllm-hybrid-kv plan` makes in a process of its own."""
+
+    def __init__(self, process: subprocess.Popen[Any], file: Path, log: Path) -> None:
+        self._process = process
+        self._file = file
+        self._log = log
+
+    def check(self) -> None:
+        """Raise a ProcessError if the process has failed."""
+        if self._process.poll():
+            raise ProcessError("vllm-hybrid-kv plan failed", self._log)
+
+    def result(self) -> Capacity:
+        """Wait for the plan and return it.
+
+        Raises:
+            ProcessError: The process failed.
+            subprocess.TimeoutExpired: It takes too long.
+        """
+        self._process.wait(PLAN_TIMEOUT_S)
+        self.check()
+        plan = json.loads(self._file.read_text())["plan"]
+        return Capacity(plan["reported_tokens"], plan["scheduler_block_tokens"], plan["blocks"])
+
+
+@contextlib.contextmanager
+def planning(model: Path, folder: Path) -> Iterator[Plan]:
+    """Plan a bf16 cache in parallel with a `with` block."""
+    file, log = folder / "bf16-plan.json", folder / "bf16-plan.log"
+    command = [Path(sys.executable).with_name("vllm-hybrid-kv"), "plan", model, *PLAN_ARGUMENTS]
+    process = start_group([*command, "--json", file], log)
+    try:
+        yield Plan(process, file, log)
+    finally:
+        kill_group(process)
 
 
 def main() -> int:
@@ -65,7 +115,7 @@ def main() -> int:
         except KeyboardInterrupt:
             console.print("Interrupted; the server is stopped.", style="red")
             return 130
-        except (ProcessError, openai.OpenAIError, httpx.HTTPError) as error:
+        except FAILURES as error:
             log = getattr(error, "log", None) or log
             if log.exists():
                 console.rule(f"end of {log.name}")
@@ -89,7 +139,7 @@ def _run(folder: Path, log: Path) -> None:
         soft_wrap=True,
     )
     # At the same time as the server: both mostly import modules, with one core each.
-    with planning(model, BF16_ENGINE, folder / "bf16-plan.log") as plan:
+    with planning(model, folder) as plan:
         console.print("$ vllm serve qwen3-next", *SERVE_ARGUMENTS, style="bold", soft_wrap=True)
         with serve(model, SERVE_ARGUMENTS, log, console, watch=plan.check) as (server, seconds):
             console.print(f"Ready after {seconds:.0f} s.")

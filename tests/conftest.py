@@ -8,15 +8,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The demo and the benchmarks are run from the repository's root and are not installed.
+# The demo, the benchmarks and `testing` are not installed.
 sys.path.insert(0, str(ROOT))
 
-# Read by vLLM and by huggingface_hub when they are imported: no test asks the network.
+# vLLM and huggingface_hub read these when they are imported. No test uses the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
-# Read by OpenMP when torch is imported, here and in processes that tests start. Its threads else
-# spin where they wait for one that has no core, and keep it from getting one.
+# OpenMP reads this when torch is imported, here and in child processes. Otherwise its threads spin
+# while they wait for a thread without a core, and keep it from getting one.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 SECONDS = {
@@ -44,7 +44,7 @@ SECONDS = {
     "e2e/test_hybrid_prefix_cache.py": 35,
     "tools/plan/test_plan.py": 35,
 }
-"""About how many CPU seconds the longest files in `tests/` take."""
+"""Approximate CPU seconds of the longest files in `tests/`."""
 
 
 def _seconds(item: pytest.Item) -> int:
@@ -53,7 +53,7 @@ def _seconds(item: pytest.Item) -> int:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Let the processes of `pytest -n` take the longest files first, so that they end together."""
+    """Run the longest files first, so that the processes of `pytest -n` end together."""
     if hasattr(config, "workerinput"):
         missing = [file for file in SECONDS if not (ROOT / "tests" / file).is_file()]
         assert not missing, f"no such files: {missing}"

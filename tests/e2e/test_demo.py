@@ -10,8 +10,7 @@ import re
 import signal
 import subprocess
 import sys
-import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import psutil
 import pytest
 
 import demo.__main__ as demo_main
-from demo.capacity import MARK, Capacity, planning
+from demo.__main__ import Capacity
 from testing.processes import ProcessError, start_group, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,75 +87,6 @@ def descendants() -> Iterator[Descendants]:
     found.kill_all()
     adopt_orphans(False)
     signal.signal(signal.SIGINT, before)
-
-
-@pytest.fixture
-def fake_vllm(
-    monkeypatch: pytest.MonkeyPatch, descendants: Descendants, tmp_path: Path
-) -> Callable[[str], None]:
-    """A function that replaces vLLM in child processes by a class `LLM` with this `__init__`."""
-
-    def write(body: str) -> None:
-        source = "class LLM:\n    def __init__(self, model, **arguments):\n"
-        (tmp_path / "vllm.py").write_text(source + textwrap.indent(textwrap.dedent(body), " " * 8))
-        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-        monkeypatch.chdir(ROOT)
-
-    return write
-
-
-def test_a_plan_is_read_from_the_engine(
-    fake_vllm: Callable[[str], None], tmp_path: Path, descendants: Descendants
-) -> None:
-    fake_vllm("""
-        from types import SimpleNamespace as Names
-        print("as", model, "with", arguments)
-        print("loading: 100%|", end="")
-        cache = Names(kv_cache_size_tokens=1000, block_size=16, num_gpu_blocks=70)
-        self.llm_engine = Names(vllm_config=Names(cache_config=cache))
-    """)
-    with planning(Path("some-model"), {"kv_cache_dtype": "auto"}, tmp_path / "log") as plan:
-        assert plan.result() == Capacity(tokens=1000, block_size=16, num_blocks=70)
-        plan.check()
-    assert "as some-model with {'kv_cache_dtype': 'auto'}" in (tmp_path / "log").read_text()
-    assert descendants.end_within(5)
-
-
-@pytest.mark.parametrize(
-    ("body", "message", "log"),
-    [
-        ("raise ValueError('no room')", r"did not plan a cache for \{\}", "ValueError: no room"),
-        ("raise SystemExit(0)", "printed no capacity", ""),
-    ],
-)
-def test_a_failed_plan_is_an_error_that_names_its_log(
-    fake_vllm: Callable[[str], None], tmp_path: Path, body: str, message: str, log: str
-) -> None:
-    fake_vllm(body)
-    with planning(Path("some-model"), {}, tmp_path / "log") as plan:
-        with pytest.raises(ProcessError, match=message) as caught:
-            plan.result()
-        assert caught.value.log == tmp_path / "log"
-        text = caught.value.log.read_text()
-        assert log in text
-        assert MARK not in text
-
-
-def test_an_interrupted_plan_ends_with_its_child_processes(
-    fake_vllm: Callable[[str], None], tmp_path: Path, descendants: Descendants
-) -> None:
-    fake_vllm("""
-        import subprocess, time
-        subprocess.Popen(["sleep", "600"])
-        print("running", flush=True)
-        time.sleep(600)
-    """)
-    log = tmp_path / "log"
-    with contextlib.suppress(KeyboardInterrupt), planning(Path("some-model"), {}, log):
-        assert wait_until(lambda: "running" in log.read_text(), 60)
-        assert len(descendants.commands()) == 2
-        raise KeyboardInterrupt
-    assert descendants.end_within(5)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -276,7 +206,7 @@ def test_an_interrupted_demo_ends_the_server_and_the_plan(
         running = descendants.commands()
         assert any("vllm serve" in command for command in running), running
         if stage == "importing vLLM":
-            assert any("demo.capacity" in command for command in running), running
+            assert any("vllm-hybrid-kv plan" in command for command in running), running
         demo.send_signal(number)
         rest = demo.communicate(timeout=60)[0]
         assert demo.returncode == 130, rest
@@ -289,29 +219,33 @@ def test_an_interrupted_demo_ends_the_server_and_the_plan(
 
 @pytest.mark.engine
 @pytest.mark.parametrize(
-    ("code", "strategy", "parts"),
+    ("code", "parts"),
     [
         (
-            # Only the server fails, because the plan's process gets a valid strategy.
-            "import demo.capacity as c; c.PLAN_ENVIRONMENT['VLLM_HYBRID_KV_COORDINATOR'] = 'stock'",
-            "no such thing",
-            ("end of server.log", "no such strategy", "The demo failed: vllm serve ended"),
+            "main.SERVE_ARGUMENTS += ('--max-num-seqs', '0')",
+            ("end of server.log", "max_num_seqs", "The demo failed: vllm serve ended"),
         ),
         (
-            "import demo.__main__ as main; main.BF16_ENGINE['max_model_len'] = -5",
-            "stock",
-            ("end of bf16-plan.log", "max_model_len", "The demo failed: vLLM did not plan a cache"),
+            "main.PLAN_ARGUMENTS += ('--max-model-len', '-5')",
+            (
+                "end of bf16-plan.log",
+                "--max-model-len: Input",
+                "The demo failed: vllm-hybrid-kv plan",
+            ),
         ),
     ],
     ids=["server", "plan"],
 )
 def test_a_failing_demo_shows_the_log_and_fails(
-    descendants: Descendants, code: str, strategy: str, parts: tuple[str, ...]
+    descendants: Descendants, code: str, parts: tuple[str, ...]
 ) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", f"{code}; from demo.__main__ import main; raise SystemExit(main())"],
+        [
+            sys.executable,
+            "-c",
+            f"import demo.__main__ as main; {code}; raise SystemExit(main.main())",
+        ],
         cwd=ROOT,
-        env={**os.environ, "VLLM_HYBRID_KV_COORDINATOR": strategy},
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
