@@ -40,7 +40,8 @@ def test_every_link_of_a_page_resolves(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_file_that_a_page_names_exists(page: Path) -> None:
-    for name in re.findall(r"`((?:tests|testing|benchmarks|docs|kernels)/[\w./-]+)`", page.read_text()):
+    paths = r"`((?:tests|testing|benchmarks|docs|kernels)/[\w./-]+)`"
+    for name in re.findall(paths, page.read_text()):
         assert (ROOT / name).exists(), name
 
 

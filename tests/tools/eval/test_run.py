@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from testing.environments import ROOT
+from testing.virtual_environments import ROOT
 from vllm_hybrid_kv.tools.eval import run as run_module
 from vllm_hybrid_kv.tools.eval.folder import Folder
 from vllm_hybrid_kv.tools.eval.run import RESERVED, CacheError, Run, _environment
