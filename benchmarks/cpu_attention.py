@@ -38,7 +38,6 @@ from vllm_hybrid_kv.kernels.cpu import (
     paged_attention,
     plan_attention,
     quantise_and_store,
-    warm_up,
 )
 
 BLOCK = 128
@@ -370,8 +369,6 @@ def main() -> None:
 
     current_platform.import_kernels()
     isa.available()  # asks the system for the tile registers, which vLLM's kernel needs as well
-    for path in isa.available():
-        warm_up(128, torch.bfloat16, path)
     result: dict[str, Any] = {"machine": machine(), "attention": [], "quantise": []}
     for shape in shapes(arguments.quick):
         row = measure_attention(shape, seconds)

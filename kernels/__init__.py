@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The k8v4 page format and the kernels that read and write it. Knows nothing of vLLM.
 
-`k8v4` owns sizes and offsets, `reference` is the float32 definition of the arithmetic that
-every kernel is held to, `cpu` holds the CPU kernels, `triton` those of GPUs.
+k8v4.py          sizes and offsets of the page format
+reference.py     the float32 definition of the arithmetic, which every kernel is compared with
+inputs.py        checks of the kernels' arguments
+known_answer.py  a test of any pair of kernels that runs at every start
+cpu/, triton/    the kernels of CPUs and GPUs
 """

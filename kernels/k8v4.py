@@ -2,17 +2,17 @@
 """The k8v4 page format: fp8 (e4m3fn) keys and 4-bit values. The single source of truth.
 
 A page holds one kernel block of `N` tokens of one layer, one region after another for each KV
-head. Whatever the layout, a region is `N * slot_bytes(D)` bytes long and made of four planes:
+head. In every layout, a region is `N * slot_bytes(D)` bytes long and made of four planes:
 
     keys [N * D]  |  values [N * D/2]  |  scale [N] fp16  |  zero [N] fp16
 
 A key byte is the e4m3fn code of the key clamped to +-448. Values are rotated among the dims of a
 head and then stored as 4-bit codes, `v = rotate(code * scale + zero)`; see `rotation_strides`. A
-layout says where inside its plane a token's bytes stand; one byte never holds bits of two tokens,
-so that writing a token is never a read-modify-write.
+layout places a token's bytes inside their planes. One byte never holds bits of two tokens, so that
+writing a token is never a read-modify-write.
 
-Bytes per token and head: D + D/2 + 4 (196 at D = 128, 772 at D = 512), which is also the slot
-of vLLM's own TurboQuant k8v4, so that both lead to the same memory plan.
+Bytes per token and head: D + D/2 + 4 (196 at D = 128, 772 at D = 512). A slot of vLLM's own
+TurboQuant k8v4 has as many, so that both lead to the same memory plan.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import enum
 from dataclasses import dataclass
 
 FORMAT_VERSION = 1
-"""Raised with every change after which the same bytes mean other numbers."""
+"""Raised with every change that gives the same bytes another meaning."""
 
 KEY_MAX = 448.0
 """Largest finite e4m3fn number; keys are clamped to it, infinities included."""
@@ -32,36 +32,38 @@ VALUE_MAX = 65504.0
 VALUE_LEVELS = 16
 """Number of value codes: 0 to 15."""
 
+MIDDLE_VALUE_CODE = (VALUE_LEVELS - 1) / 2
+
 NAN_SCALE_BITS = 0x7E00
 """The fp16 scale of a token whose key or value held a NaN."""
 
 TILE_TOKENS = 16
-"""Tokens in a tile of `Layout.CPU_TILED`, and what every page size is a multiple of."""
+"""Tokens of a tile of `Layout.CPU_TILED`; every page size is a multiple of it."""
 
 HEAD_SIZES = (*range(64, 257, 8), 512)
-"""The numbers of dims that a head may have."""
+"""The supported numbers of dims of a head."""
 
 MAX_HEAD_SIZE = HEAD_SIZES[-1]
 
 
 class Layout(enum.Enum):
-    """Where a token's bytes stand inside the key and value planes of a page.
+    """The places of a token's bytes inside the key and value planes of a page.
 
-    `LINEAR`: a token's bytes stand together. Key (t, d) is byte `t * D + d`. Value (t, d) is in
+    `LINEAR`: a token's bytes are contiguous. Key (t, d) is byte `t * D + d`. Value (t, d) is in
     byte `t * D/2 + d // 2`, even dims in the low nibble. For every head size.
 
-    `CPU_TILED`: made for the dot product and tile instructions of CPUs, which multiply pairs of
-    neighbours; tiles of 16 tokens follow one another. Head sizes that are a multiple of 32.
+    `CPU_TILED`: for the dot product and tile instructions of CPUs, which multiply pairs of
+    neighbours; tiles of 16 tokens, one after another. For head sizes that are a multiple of 32.
 
     * keys: a tile is `[D/4, 4, 2, 4, 2]`: four dims in 64 bytes, and in them quad of tokens,
       dim pair, token of the quad, dim of the pair. Codes are widened to bf16 by interleaving
-      their lower and upper bytes, which vector units do within 16 bytes: so interleaved, the
+      their lower and upper bytes, which vector units do within 16 bytes: after interleaving, the
       lower halves of a line are its first dim pair for tokens 0 to 15 and the upper halves
-      its second. Sixteen dim pairs are one operand of an AMX tile product as they stand.
+      its second. Sixteen dim pairs are one operand of an AMX tile product.
     * values: a tile is `[D/32, 4, 64]`: chunks of 32 dims, four quads of four tokens. The 64
       bytes of a quad are `[16, 4]`: dim `i` of the chunk's first half in the low nibble and
-      `16 + i` in the high one, tokens in the order 0, 2, 1, 3. Seen as 16-bit words, the four
-      nibbles selected by shifts of 0, 4, 8, 12 bits are pairs of tokens side by side:
+      `16 + i` in the high one, tokens in the order 0, 2, 1, 3. In 16-bit words, the four nibbles
+      selected by shifts of 0, 4, 8, 12 bits are pairs of neighbouring tokens:
       (0, 1) of the low dims, (0, 1) of the high dims, (2, 3) of the low, (2, 3) of the high.
     """
 
@@ -76,20 +78,17 @@ QUAD_BYTE_OF_TOKEN = (0, 2, 1, 3)
 def slot_bytes(head_size: int) -> int:
     """Return the bytes of one token of one KV head, `D + D/2 + 4`.
 
-    Args:
-        head_size: D, the number of dims of a head.
-
     Raises:
-        ValueError: The head size is not one that the format stores; see `refuse_head_size`.
+        ValueError: The format does not support the head size.
     """
-    reason = refuse_head_size(head_size)
+    reason = unsupported_head_size(head_size)
     if reason is not None:
         raise ValueError(reason)
     return head_size + head_size // 2 + 4
 
 
-def refuse_head_size(head_size: int) -> str | None:
-    """Return why a head size cannot be stored, or None if it can."""
+def unsupported_head_size(head_size: int) -> str | None:
+    """Return why a head size is not supported, or None if it is."""
     if head_size in HEAD_SIZES:
         return None
     return f"k8v4 stores head sizes from 64 to 256 in multiples of 8, and 512, got {head_size}"
@@ -98,12 +97,10 @@ def refuse_head_size(head_size: int) -> str | None:
 def rotation_strides(head_size: int) -> tuple[int, ...]:
     """Return the strides of the stages that rotate a head's values: powers of four from 1 on.
 
-    The stage of stride s takes the dims `d, d + s, d + 2 s, d + 3 s` of each aligned run of 4 s,
-    and every one of the four becomes half of their sum less itself. A stage undoes itself, stages
-    commute, and equal values stay as they are.
-
-    Args:
-        head_size: D. The last stride s is the largest with D a multiple of 4 s.
+    The last stride s is the largest with `head_size` a multiple of 4 s. The stage of stride s takes
+    the dims `d, d + s, d + 2 s, d + 3 s` of each aligned run of 4 s, and each of the four becomes
+    half of their sum minus itself. A stage is its own inverse, stages commute, and equal values
+    stay unchanged.
     """
     strides, stride = [], 1
     while head_size % (4 * stride) == 0:
@@ -113,7 +110,7 @@ def rotation_strides(head_size: int) -> tuple[int, ...]:
 
 
 def cpu_layout(head_size: int) -> Layout:
-    """Return the layout that CPU pages of this head size have."""
+    """Return the layout of CPU pages of this head size."""
     return Layout.CPU_TILED if head_size % 32 == 0 else Layout.LINEAR
 
 
@@ -132,7 +129,6 @@ class PageFormat:
     layout: Layout
 
     def __post_init__(self) -> None:
-        """Check what the planes' alignment relies on."""
         slot_bytes(self.head_size)
         if self.page_size <= 0 or self.page_size % TILE_TOKENS:
             raise ValueError(

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A known-answer test of store and attention kernels, cheap enough to run at every start.
+"""A known-answer test of store and attention kernels, fast enough to run at every start.
 
-Fixed tokens are stored with the real store kernel and read with the real attention kernel. The
-result is compared with the float32 reference. One module serves CPUs, GPUs and Triton's
-interpreter: the caller passes the two kernels.
+It stores fixed tokens with the real store kernel, reads them with the real attention kernel, and
+compares the result with the float32 reference. CPUs, GPUs and Triton's interpreter share this
+module: the caller passes the two kernels.
 
 The tokens are chosen so that a wrong kernel shows:
 
 * A long request fills several pages, the last one partly, and is divided into several splits.
-* Its first tokens lie before the window. They are never stored and hold infinities, as do all
+* Its first tokens are before the window. They are never stored and hold infinities, as do all
   other bytes that no request owns. Whole pages before the window become the null block.
-* The tokens at both ends of what a row sees have large weights.
+* The tokens at both ends of the keys that a row sees have large weights.
 * A second request ends with a NaN in one KV head, which must show in its last token only.
 """
 
@@ -37,7 +37,7 @@ SHORT = 37
 """Tokens of the second request before its new ones."""
 
 FEW = 60
-"""Tokens that are stored in a call of their own; some lie behind the hidden ones."""
+"""Tokens that are stored in a separate call; the hidden ones and some more."""
 
 SOFT_CAP = 2.0
 
@@ -48,30 +48,18 @@ for bf16 and fp32. GPU kernels round queries and weights to fp16 for every dtype
 
 @dataclass(frozen=True)
 class Variant:
-    """What distinguishes one pair of kernels from another.
-
-    Attributes:
-        head_size: D.
-        num_heads: Hq.
-        num_kv_heads: H.
-        page_size: N, tokens of a page.
-        dtype: Of queries, keys, values and outputs.
-        window: Whether a sliding window is applied.
-        soft_cap: Whether scores are capped.
-        sinks: The dtype of the sinks, None for no sinks.
-    """
+    """The properties that distinguish one pair of kernels from another."""
 
     head_size: int
     num_heads: int
     num_kv_heads: int
-    page_size: int
-    dtype: torch.dtype
+    page_size: int  # tokens
+    dtype: torch.dtype  # of queries, keys, values and outputs
     window: bool = False
     soft_cap: bool = False
     sinks: torch.dtype | None = None
 
     def __str__(self) -> str:
-        """Return the variant as a part of a message."""
         options = {
             "sliding window": self.window,
             "soft cap": self.soft_cap,
@@ -89,7 +77,7 @@ class Variant:
 
 
 class Call(NamedTuple):
-    """One call of an attention kernel: what `paged_attention` takes, for a batch of requests."""
+    """The arguments of `paged_attention` for a batch of requests."""
 
     query: torch.Tensor
     cache: torch.Tensor
@@ -104,43 +92,28 @@ class Call(NamedTuple):
 
 
 Store = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""Stores key, value [T, H, D] into a cache at slots [T]; as `quantise_and_store`."""
+"""Stores key, value [T, H, D] into a cache at slots [T], like `quantise_and_store`."""
 
 Attend = Callable[[Call], None]
 """Attends and writes `Call.out`."""
 
 
 class Result(NamedTuple):
-    """The worst row of a call.
+    """The worst row of a call."""
 
-    Attributes:
-        error: Largest relative error of a row; infinity if a NaN is missing or in a wrong place.
-        bound: What is accepted.
-        queries: New tokens of the worst row's request.
-    """
-
-    error: float
+    error: float  # largest relative error of a row; infinity if a NaN is missing or misplaced
     bound: float
-    queries: int
+    queries: int  # new tokens of the worst row's request
 
     @property
     def is_right(self) -> bool:
-        """Whether the error is within the bound."""
         return self.error <= self.bound
 
 
 def measure(
     variant: Variant, queries: Sequence[int], store: Store, attend: Attend, device: torch.device
 ) -> Result:
-    """Store and attend once, and return the worst error.
-
-    Args:
-        variant: The kernels.
-        queries: New tokens of the requests of the batch; each stands for a long and a short one.
-        store: The store kernel.
-        attend: The attention kernel.
-        device: Where both run.
-    """
+    """Store and attend once, and return the worst error; see `require` for the arguments."""
     requests = _requests(variant, queries)
     page_size = variant.page_size
     pages = [-(-request.length // page_size) for request in requests]
@@ -149,7 +122,7 @@ def measure(
         dtype=torch.uint8, device=device,
     )  # fmt: skip
     cache.view(torch.int16).fill_(0x7C00)  # infinite scales and zeros
-    # Later requests have the lower blocks, so that no request's blocks rise with its tokens.
+    # Blocks fall with the tokens of a request, so that no kernel may assume that they rise.
     table = torch.zeros((len(requests), max(pages)), dtype=torch.int32)
     slots, free = [], 1
     for row, request, count in zip(table, requests, pages, strict=True):
@@ -164,7 +137,7 @@ def measure(
         for parts in zip(*(request.tokens for request in requests), strict=True)
     )
     key, value, slot = key.to(device), value.to(device), torch.cat(slots).to(device)
-    # Few tokens and many may have kernels of their own.
+    # A kernel may treat few tokens and many differently.
     for part in (slice(0, FEW), slice(FEW, None)):
         store(key[part], value[part], cache, slot[part])
     query = torch.cat([request.query for request in requests]).to(device)
@@ -178,13 +151,13 @@ def measure(
     if call.sinks is not None:
         call = call._replace(sinks=call.sinks.to(device))
     attend(call)
-    found = [
+    results = [
         Result(_error(part, request.expected), BOUNDS[variant.dtype], len(request.query))
         for part, request in zip(
             out.cpu().split([len(request.query) for request in requests]), requests, strict=True
         )
     ]
-    return max(found, key=lambda result: result.error)
+    return max(results, key=lambda result: result.error)
 
 
 class WrongKernelError(RuntimeError):
@@ -206,9 +179,10 @@ def require(
     Args:
         path: Name of the kernels, such as `cpu:amx`.
         variant: The kernels.
-        batches: New tokens of the requests of each batch, and the attention kernel for it.
+        batches: The attention kernel for each batch, after the batch's numbers of new tokens: each
+            number makes a long and a short request.
         store: The store kernel.
-        device: Where both run.
+        device: The kernels' device.
 
     Raises:
         WrongKernelError: An error is above the bound.
@@ -220,30 +194,28 @@ def require(
         result = measure(variant, queries, store, attend, device)
         if not result.is_right:
             step = "decode" if result.queries == 1 else f"a step of {result.queries} new tokens"
-            off = (
-                "NaN where the reference has none, or none where it has one"
+            error = (
+                "NaN in other places than the reference"
                 if math.isinf(result.error)
                 else f"a relative error of {result.error:.2g}"
             )
             raise WrongKernelError(
-                f"the kernels {path} ({variant}) fail their known-answer test: {step} has {off}, "
+                f"the kernels {path} ({variant}) fail their known-answer test: {step} has {error}, "
                 f"the bound is {result.bound:g}"
             )
     _passed.add(tested)
 
 
 def forget() -> None:
-    """Test every variant again, and make the tokens again."""
+    """Forget which variants passed, and the tokens."""
     _passed.clear()
     _normal.cache_clear()
 
 
 def steps(group: int, rows: Sequence[int]) -> list[int]:
-    """Return numbers of new tokens whose rows fill classes of rows.
+    """Return numbers of new tokens whose rows fill each class of rows, and exceed the last one.
 
-    Args:
-        group: Query heads of a KV head; a request has `group` rows for each new token.
-        rows: Most rows of each class, rising.
+    A request has `group` rows for each new token. `rows` are the most rows of each class, rising.
     """
     return sorted({max(1, most // group) for most in rows[:-1]} | {-(-rows[-1] // group)})
 
@@ -284,26 +256,26 @@ def _requests(variant: Variant, queries: Sequence[int]) -> list[_Request]:
     heads, head_size, most = variant.num_kv_heads, variant.head_size, max(queries)
     hidden = HIDDEN if variant.window else 0
     context = HIDDEN + WINDOW - 1
-    # All keys are normal but for those at the ends of what rows see. A component that all queries
-    # share gives these a hundred times the weight of others.
+    # Keys are normal, except at the ends of the keys that a row sees. A component that all queries
+    # share gives those a hundred times the weight of others.
     query = (_normal(1, most, variant.num_heads, head_size) + 0.5).to(variant.dtype)
     key = _normal(2, context + most, heads, head_size).to(variant.dtype)
     key[[hidden, context // 2, *range(context, context + most)]] = 9.2 * head_size**-0.5
     value = (_normal(3, context + most, heads, head_size) + 0.3).to(variant.dtype)
     read_key, read_value = reference.dequantise(reference.quantise(key[hidden:], value[hidden:]))
-    found = []
+    requests = []
     for count in queries:
         length = context + count
         expected = _attend(variant, query[:count], read_key, read_value, length - hidden)
-        found.append(_Request(query[:count], (key, value), length, hidden, expected))
+        requests.append(_Request(query[:count], (key, value), length, hidden, expected))
         length = SHORT + count
         tokens = (key[:length].clone(), value[:length].clone())
         tokens[count % 2][-1, 0, -1] = math.nan
         short_key, short_value = reference.dequantise(reference.quantise(*tokens))
-        # A token with a NaN key has NaN values; its scores must not reach other tokens.
+        # A token with a NaN key has NaN values; its scores must not affect other tokens.
         expected = _attend(variant, query[:count], short_key.nan_to_num(0.0), short_value, length)
-        found.append(_Request(query[:count], tokens, length, 0, expected))
-    return found
+        requests.append(_Request(query[:count], tokens, length, 0, expected))
+    return requests
 
 
 def _attend(

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The float32 definition of k8v4: quantise, dequantise, store, load, attend. Plain torch, slow.
 
-Every kernel stores the same bits as `quantise` and `store`, and attends as `paged_attention`
-does up to the rounding of its own sums.
+Every kernel stores the same bits as `quantise` and `store`. Attention equals `paged_attention` up
+to the rounding of its own sums.
 
-Values of one token and head, clamped to +-65504, rotated, and clamped again; with lo and hi their
-extremes then:
+The values of one token and head are clamped to +-65504, rotated, and clamped again. lo and hi are
+their extremes after that:
 
     zero  = lo rounded down to fp16
     scale = (hi - zero) / 15 rounded up to fp16
-    code  = round_half_even((v - zero) * (1 / scale)), kept in 0..15; 0 where scale is 0
+    code  = round_half_even((v - zero) * (1 / scale)), clamped to 0..15; 0 if scale is 0
 
-Rounding outwards makes [zero, zero + 15 scale] cover every rotated value, so that none is off by
-more than half a step, however large its offset; rounding to nearest would cut the ends off.
+Outward rounding makes [zero, zero + 15 scale] cover every rotated value, so that no error exceeds
+half a step, however large the offset; rounding to nearest would cut off the ends.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ def half_rounded_down(x: torch.Tensor) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor) -> torch.Tensor:
-    """Rotate float32 [..., D] among the dims of a head; done twice it is undone.
+    """Rotate float32 [..., D] among the dims of a head; the rotation is its own inverse.
 
     For each stride s of `k8v4.rotation_strides(D)` in turn, and each four numbers s apart:
 
         x_k <- ((x_0 + x_1) + (x_2 + x_3)) - 2 x_k
 
-    and in the end all are divided by 2 for each stride. As a matrix it is symmetric, orthogonal
-    and of entries of one size, so that one large number is spread over all; its rows add up to 1.
+    The result is divided by 2 for each stride. As a matrix it is symmetric and orthogonal with
+    entries of one magnitude, so that it spreads one large number over all; its rows add up to 1.
     """
     strides = k8v4.rotation_strides(x.shape[-1])
     for stride in strides:
@@ -76,17 +76,17 @@ def quantise(key: torch.Tensor, value: torch.Tensor) -> Quantised:
     """Quantise keys to e4m3fn and values to 4 bits with a scale and a zero per token and head.
 
     A NaN in a token's key or value of one head gives that token and head a NaN scale, a zero
-    of 0 and value codes of 0, so that it shows in whatever attends to the token.
+    of 0 and value codes of 0, so that every query that attends to the token shows it.
 
     Args:
         key: [T, H, D], any floating dtype and strides.
-        value: [T, H, D], likewise.
+        value: [T, H, D], any floating dtype and strides.
     """
     k, v = key.to(torch.float32), value.to(torch.float32)
     key_codes = k.clamp(-k8v4.KEY_MAX, k8v4.KEY_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
     nan = k.isnan().any(-1) | v.isnan().any(-1)
     v = v.clamp(-k8v4.VALUE_MAX, k8v4.VALUE_MAX).masked_fill(nan[..., None], 0.0)
-    # Clamped anew: of numbers near the limit the rotated ones may lie beyond it.
+    # Clamped again, because rotated numbers near the limit may exceed it.
     v = rotate(v).clamp(-k8v4.VALUE_MAX, k8v4.VALUE_MAX)
     zero = half_rounded_down(v.amin(-1))
     span = v.amax(-1) - zero.to(torch.float32)
@@ -95,7 +95,7 @@ def quantise(key: torch.Tensor, value: torch.Tensor) -> Quantised:
     inverse = torch.where(step > 0, 1.0 / step, torch.zeros_like(step))
     steps = (v - zero.to(torch.float32)[..., None]) * inverse[..., None]
     codes = steps.round().clamp(0, k8v4.VALUE_LEVELS - 1).to(torch.uint8)
-    # -0.0 would only say how the scale was rounded; the bits of a zero scale are always 0.
+    # The bits of a zero scale are always 0; -0.0 would only tell how it was rounded.
     scale_bits = scale.view(torch.int16).masked_fill(step == 0, 0)
     scale_bits = scale_bits.masked_fill(nan, k8v4.NAN_SCALE_BITS)
     zero_bits = zero.view(torch.int16).masked_fill(zero == 0, 0)
@@ -139,19 +139,19 @@ def store(
     """
     _, num_heads, head_size = quantised.key_codes.shape
     page_format = PageFormat(head_size, cache.shape[2], layout)
-    where = _positions(page_format)
+    positions = _positions(page_format)
     kept = slot_mapping >= 0
     slots = slot_mapping[kept].to(torch.int64)
     t = slots % page_format.page_size
     block = (slots // page_format.page_size)[:, None, None]
     head = torch.arange(num_heads)[None, :, None]
     regions = cache.view(cache.shape[0], num_heads, -1)
-    regions[block, head, where.key[t][:, None]] = quantised.key_codes[kept]
-    # The same dims are in low nibbles whatever the token, in the order of their partners.
-    low = where.shift[0] == 0
+    regions[block, head, positions.key[t][:, None]] = quantised.key_codes[kept]
+    # The same dims of every token are in low nibbles, in the order of their partners.
+    low = positions.shift[0] == 0
     codes = quantised.value_codes[kept]
     pairs = codes[..., low] | codes[..., ~low] << 4
-    regions[block, head, where.value[t][:, None, low]] = pairs
+    regions[block, head, positions.value[t][:, None, low]] = pairs
     for offset, numbers in (
         (page_format.scale_offset, quantised.scale),
         (page_format.zero_offset, quantised.zero),
@@ -161,32 +161,23 @@ def store(
 
 
 def load(cache: torch.Tensor, head_size: int, layout: Layout) -> Quantised:
-    """Read whole pages back, tokens in page order.
-
-    Args:
-        cache: uint8 [num_blocks, H, N, slot_bytes(D)].
-        head_size: D.
-        layout: The arrangement of the pages.
-
-    Returns:
-        `num_blocks * N` tokens of H heads.
-    """
+    """Return the `num_blocks * N` tokens of uint8 pages [num_blocks, H, N, slot_bytes(D)]."""
     num_blocks, num_heads, page_size, _ = cache.shape
     page_format = PageFormat(head_size, page_size, layout)
-    where = _positions(page_format)
+    positions = _positions(page_format)
     regions = cache.reshape(num_blocks, num_heads, -1)
 
-    def in_token_order(x: torch.Tensor) -> torch.Tensor:
+    def by_token(x: torch.Tensor) -> torch.Tensor:
         return x.transpose(1, 2).flatten(0, 1)
 
     def halves(offset: int) -> torch.Tensor:
         plane = regions[..., offset : offset + 2 * page_size].contiguous()
-        return in_token_order(plane.view(torch.float16))
+        return by_token(plane.view(torch.float16))
 
-    codes = (regions[..., where.value] >> where.shift) & 15
+    codes = (regions[..., positions.value] >> positions.shift) & 15
     return Quantised(
-        in_token_order(regions[..., where.key]),
-        in_token_order(codes),
+        by_token(regions[..., positions.key]),
+        by_token(codes),
         halves(page_format.scale_offset),
         halves(page_format.zero_offset),
     )
@@ -209,17 +200,17 @@ def attend(
         lse = log(sum exp(s) over visible keys + exp(sink)),  out = sum exp(s - lse) v
 
     Args:
-        query: [Q, Hq, D]; query i stands at position L - Q + i.
+        query: [Q, Hq, D]; query i has position L - Q + i.
         key: float32 [L, H, D] with Hq a multiple of H.
         value: float32 [L, H, D].
         scale: Factor of the scores.
         causal: A query sees no key after its own position.
         window: A query at p sees keys in (p - window, p + window) only.
         soft_cap: 0 for none.
-        sinks: float [Hq], a logit per head that takes part in the sum and has no value.
+        sinks: float [Hq], a logit per head that the sum includes and that has no value.
 
     Returns:
-        out float32 [Q, Hq, D] and lse float32 [Q, Hq]; 0 and -inf where nothing is visible.
+        out float32 [Q, Hq, D] and lse float32 [Q, Hq]; 0 and -inf if nothing is visible.
     """
     num_queries, num_heads, head_size = query.shape
     length, num_kv_heads, _ = key.shape
@@ -291,7 +282,7 @@ def paged_attention(
             continue
         blocks = block_table[i, : -(-length // page_size)].to(torch.int64)
         key, value = dequantise(load(cache[blocks], query.shape[2], layout))
-        # A NaN scale tells of NaN keys too; their codes must not spoil the scores of others.
+        # A NaN scale marks NaN keys too; their codes must not affect the scores of others.
         out[first:last], lse[first:last] = attend(
             query[first:last],
             key[:length].nan_to_num(0.0),

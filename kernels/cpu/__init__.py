@@ -1,11 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """CPU kernels of k8v4: quantise-and-store and paged attention. Torch in, torch out.
 
-Importing this package is cheap; numba is loaded with the first kernel that is asked for.
+Importing this package is cheap; the first use of a kernel loads numba. Its modules:
+
+    isa.py                 the instruction sets, and which of them this CPU can run
+    attention.py           `paged_attention`: checks, workspace, choice of the instruction set
+    plan.py                `plan_attention`: divides a batch into work items
+    work_item.py           one work item around the products: pages, weights, merging, results
+    attend_portable.py     the products in float32, for any CPU
+    attend_avx512_bf16.py  the products with the AVX-512 BF16 dot product
+    attend_amx.py          the products with AMX tiles
+    bf16_tiles.py          tiles widened to bf16, and the loop over chunks of the last two
+    softmax.py             the online softmax of a row
+    quantise.py            `quantise_and_store`: rows to codes, four tokens at a time
+    encode.py              key and value codes, and their places in a page
+    value_scales.py        scales and zeros of four tokens
+    rotation.py            the rotation of values, for storing and for attention
+    row_ops.py             loads, stores and sums of rows in scratch memory
+    llvm.py                the vocabulary for LLVM code inside numba functions
+    memory.py              loads, stores and atomics by address for numba functions
+    records.py             records that Python fills and kernels read; a thread's scratch memory
+    threads.py             numba's thread pool
+    compile_cache.py       compiled kernels on disk
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -14,36 +35,25 @@ if TYPE_CHECKING:
     from vllm_hybrid_kv.kernels.cpu.attention import paged_attention
     from vllm_hybrid_kv.kernels.cpu.plan import Plan, plan_attention
     from vllm_hybrid_kv.kernels.cpu.quantise import quantise_and_store
-    from vllm_hybrid_kv.kernels.cpu.warming import warm_up
 
-__all__ = [
-    "Plan",
-    "paged_attention",
-    "plan_attention",
-    "quantise_and_store",
-    "warm_up",
-]
+__all__ = ["Plan", "paged_attention", "plan_attention", "quantise_and_store"]
 
-_HOMES = {
+_MODULES = {
     "Plan": "plan",
     "paged_attention": "attention",
     "plan_attention": "plan",
     "quantise_and_store": "quantise",
-    "warm_up": "warming",
 }
 
 if "numba" not in sys.modules:
     # Numba sizes its thread pool at import by the affinity of the importing thread: one thread
-    # where an engine has pinned it. Left in the environment, because numba reads it again at
-    # each compilation and a changed size is an error once the pool has started.
+    # if an engine has pinned it. The variable stays in the environment, because numba reads it
+    # again at each compilation, and a changed size is an error once the pool has started.
     os.environ.setdefault("NUMBA_NUM_THREADS", str(os.cpu_count() or 1))
     os.environ.setdefault("NUMBA_THREADING_LAYER_PRIORITY", "omp tbb workqueue")
 
 
 def __getattr__(name: str) -> Any:
-    """Load the module of a kernel on first use."""
-    import importlib
-
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,45 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paged attention over k8v4 pages on CPUs: one entry for every case."""
+"""Paged attention over k8v4 pages on CPUs."""
 
 from __future__ import annotations
 
+import importlib
 import threading
 
 import numpy as np
 import torch
 
 from vllm_hybrid_kv.kernels import k8v4
-from vllm_hybrid_kv.kernels.cpu import attend_portable, drive, memory
-from vllm_hybrid_kv.kernels.cpu import isa as isa_module
+from vllm_hybrid_kv.kernels.cpu import isa as instruction_sets
+from vllm_hybrid_kv.kernels.cpu import records
 from vllm_hybrid_kv.kernels.cpu.plan import Plan, plan_attention
-from vllm_hybrid_kv.kernels.cpu.run import run_on_threads
-from vllm_hybrid_kv.kernels.cpu.threads import follow_torch
-from vllm_hybrid_kv.kernels.inputs import attention_refusal, check_attention
+from vllm_hybrid_kv.kernels.cpu.threads import follow_torch, run_on_threads
+from vllm_hybrid_kv.kernels.inputs import attention_error, check_attention
 from vllm_hybrid_kv.kernels.k8v4 import Layout, PageFormat
-
-_NUMBERS = {
-    torch.bfloat16: drive.BFLOAT16,
-    torch.float16: drive.FLOAT16,
-    torch.float32: drive.FLOAT32,
-}
 
 
 class _Workspace(threading.local):
-    """Memory of one calling thread, kept between calls and grown where needed."""
+    """Memory of one calling thread, kept between calls and grown on demand."""
 
     def __init__(self) -> None:
-        self.scratch = np.empty((0, drive.SCRATCH_BYTES), np.uint8)
+        self.call = records.CallBuffer(records.AttentionCall)
+        self.scratch = np.empty((0, records.SCRATCH_BYTES), np.uint8)
         self.partials = np.empty(0, np.float32)
         self.partials_address = 0
         self.counters = np.empty(0, np.int64)
         self.counters_address = 0
-        self.call = np.empty(memory.CALL.itemsize, np.uint8)
-        self.call_bytes = self.call.data
-        self.call_address = self.call.ctypes.data
 
     def reserve(self, threads: int, partials: int, counters: int) -> None:
         if self.scratch.shape[0] != threads:
-            self.scratch = np.empty((threads, drive.SCRATCH_BYTES), np.uint8)
+            self.scratch = np.empty((threads, records.SCRATCH_BYTES), np.uint8)
         if self.partials.size < partials + 16:
             self.partials = np.empty(partials + 16, np.float32)
             self.partials_address = (self.partials.ctypes.data + 63) // 64 * 64
@@ -52,23 +44,17 @@ class _Workspace(threading.local):
 _workspace = _Workspace()
 
 
-def path_for(query_dtype: torch.dtype, head_size: int, isa: str | None = None) -> str:
-    """Return the path that attends with such queries: the fast ones take bf16 tiles only."""
-    chosen = isa_module.best_isa() if isa is None else isa_module.require(isa)
+def isa_for(query_dtype: torch.dtype, head_size: int, isa: str | None = None) -> str:
+    """Return the instruction set that attends with such queries.
+
+    The fast ones take bf16 queries and tiled pages only; otherwise it is the portable one.
+
+    Raises:
+        ValueError: This CPU cannot run `isa`.
+    """
+    chosen = instruction_sets.available()[-1] if isa is None else instruction_sets.require(isa)
     tiled = k8v4.cpu_layout(head_size) is Layout.CPU_TILED
-    return chosen if tiled and query_dtype == torch.bfloat16 else isa_module.PORTABLE
-
-
-def _code_of(path: str) -> int:
-    if path == isa_module.AMX:
-        from vllm_hybrid_kv.kernels.cpu import attend_amx
-
-        return attend_amx.work()
-    if path == isa_module.AVX512_BF16:
-        from vllm_hybrid_kv.kernels.cpu import attend_avx512
-
-        return attend_avx512.work()
-    return attend_portable.work()
+    return chosen if tiled and query_dtype == torch.bfloat16 else instruction_sets.PORTABLE
 
 
 def paged_attention(
@@ -93,38 +79,38 @@ def paged_attention(
 
     A query of request i at position p sees, of its request's `seq_lens[i]` tokens, those up to p
     if causal, and those in (p - window, p + window) if there is a window. A visible token whose
-    scale is NaN makes the rows that see it NaN, and no others; memory behind the last token, and
-    tokens that a row does not see, have no influence whatever they hold.
+    scale is NaN makes the rows that see it NaN, and no others. Memory after the last token, and
+    tokens that a row does not see, have no influence, whatever they hold.
 
     Args:
         query: bf16, fp16 or fp32 [T, Hq, D], the requests' new tokens one after another; dims
             contiguous.
-        cache: uint8 [blocks, H, N, slot_bytes(D)], `k8v4.cpu_layout(D)`, contiguous but for the
-            stride between blocks.
+        cache: uint8 [blocks, H, N, slot_bytes(D)], `k8v4.cpu_layout(D)`, contiguous except for
+            the stride between blocks.
         block_table: int32 [at least B, max blocks].
         seq_lens: int32 [B], tokens of each request including its new ones.
-        query_start_loc: int32 [B + 1], offsets of the requests in `query`. Tokens behind the
-            last are padding: their rows of `out` and `lse` are left as they are.
-        out: Like `query`; written. 0 where nothing is visible.
+        query_start_loc: int32 [B + 1], offsets of the requests in `query`. Tokens after the last
+            request are padding: their rows of `out` and `lse` stay unchanged.
+        out: Like `query`; written. 0 if nothing is visible.
         scale: Factor of the scores.
         causal, window, soft_cap: As in `reference.attend`.
         sinks: [Hq], any floating dtype.
         lse: float32 [T, Hq], written: natural log of the sum over visible keys and the sink;
-            -inf where there is neither.
+            -inf without either.
         plan: From `plan_attention` for this batch; made here if None.
-        isa: A path of `isa.ALL`; the best one, or the environment's, if None. Queries in fp16
-            and fp32, and head sizes that are not a multiple of 32, take the portable path.
-        debug: Check the contents of the index tensors as well; see `check_attention`.
+        isa: One of `isa.ALL`; the fastest that this CPU can run if None. Queries in fp16 and fp32,
+            and head sizes that are not a multiple of 32, always use the portable one.
+        debug: Also check the contents of the index tensors; see `check_attention`.
 
     Raises:
-        ValueError: An argument is not as required, or this CPU cannot run `isa`.
+        ValueError: An argument does not meet its requirements, or this CPU cannot run `isa`.
     """
     check_attention(
         query, cache, block_table, seq_lens, query_start_loc, out,
         sinks=sinks, lse=lse, debug=debug,
     )  # fmt: skip
     if not query.is_cpu:
-        raise attention_refusal(f"query must be on the CPU, got {query.device}")
+        raise attention_error(f"query must be on the CPU, got {query.device}")
     tokens, num_heads, head_size = query.shape
     num_kv_heads, page_size = cache.shape[1], cache.shape[2]
     threads = follow_torch()
@@ -135,7 +121,7 @@ def paged_attention(
         )  # fmt: skip
     made_for = (seq_lens.shape[0], num_heads, num_kv_heads, head_size, causal, window)
     if plan.made_for[:1] + plan.made_for[2:] != made_for or plan.made_for[1] > tokens:
-        raise attention_refusal(
+        raise attention_error(
             f"the plan was made for (requests, query tokens, heads, KV "
             f"heads, head size, causal, window) = {plan.made_for}, the call has "
             f"{(made_for[0], tokens, *made_for[1:])}"
@@ -152,23 +138,42 @@ def paged_attention(
         1 + plan.num_merges * num_kv_heads,
     )
     width = query.element_size()
-    tiled = page_format.layout is Layout.CPU_TILED
-    memory.CALL_STRUCT.pack_into(
-        _workspace.call_bytes, 0,
-        # In the order of `memory.CALL`.
-        query.data_ptr(), width * query.stride(0), width * query.stride(1),
-        out.data_ptr(), width * out.stride(0), width * out.stride(1),
-        _NUMBERS[query.dtype],
-        *((0, 0, 0) if lse is None else (lse.data_ptr(), 4 * lse.stride(0), 4 * lse.stride(1))),
-        cache.data_ptr(), cache.stride(0), page_format.head_bytes,
-        page_format.value_offset, page_format.scale_offset, page_format.zero_offset, tiled,
-        block_table.data_ptr(), 4 * block_table.stride(0),
-        0 if sinks is None else sinks.data_ptr(),
-        num_kv_heads, num_heads // num_kv_heads, head_size, output_stride, page_size,
-        causal, 0 if window is None else window,
-        plan.items_address, plan.items.shape[0], plan.merges_address,
-        _workspace.partials_address, _workspace.counters_address,
-        scale, soft_cap,
-    )  # fmt: skip
-    work = _code_of(path_for(query.dtype, head_size, isa))
-    run_on_threads(work, _workspace.call_address, _workspace.scratch)
+    call = records.AttentionCall(
+        query=query.data_ptr(),
+        query_token_stride=width * query.stride(0),
+        query_head_stride=width * query.stride(1),
+        out=out.data_ptr(),
+        out_token_stride=width * out.stride(0),
+        out_head_stride=width * out.stride(1),
+        dtype_code=records.DTYPE_CODES[query.dtype],
+        lse=0 if lse is None else lse.data_ptr(),
+        lse_token_stride=0 if lse is None else 4 * lse.stride(0),
+        lse_head_stride=0 if lse is None else 4 * lse.stride(1),
+        cache=cache.data_ptr(),
+        block_stride=cache.stride(0),
+        head_bytes=page_format.head_bytes,
+        value_offset=page_format.value_offset,
+        scale_offset=page_format.scale_offset,
+        zero_offset=page_format.zero_offset,
+        tiled=page_format.layout is Layout.CPU_TILED,
+        block_table=block_table.data_ptr(),
+        block_table_stride=4 * block_table.stride(0),
+        sinks=0 if sinks is None else sinks.data_ptr(),
+        num_kv_heads=num_kv_heads,
+        group=num_heads // num_kv_heads,
+        dims=head_size,
+        output_stride=output_stride,
+        page_size=page_size,
+        causal=causal,
+        window=0 if window is None else window,
+        items=plan.items_address,
+        num_items=plan.items.shape[0],
+        merges=plan.merges_address,
+        partials=_workspace.partials_address,
+        counters=_workspace.counters_address,
+        scale=scale,
+        soft_cap=soft_cap,
+    )
+    name = f"vllm_hybrid_kv.kernels.cpu.attend_{isa_for(query.dtype, head_size, isa)}"
+    work = importlib.import_module(name).work()
+    run_on_threads(work, _workspace.call.write(call), _workspace.scratch)

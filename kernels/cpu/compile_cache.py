@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiled kernels on disk: seconds of compilation become a fraction of one at the next start.
+"""Compiled kernels on disk: they load in a fraction of the seconds that compiling takes.
 
-Numba's own cache does it, in the place that numba picks (`NUMBA_CACHE_DIR`, else beside the
-source, else the user's cache directory), with two things changed:
+Numba's own cache in numba's own place (`NUMBA_CACHE_DIR`, else next to the source, else the user's
+cache directory), with two differences:
 
-* An entry belongs to the sources of all kernels, not only to the file of the one function, so
-  that no edit or upgrade runs old code.
-* Where nothing can be written or read, the kernels are compiled in memory and one warning says
-  so. A cache never stops a server.
+* An entry depends on the sources of all kernels, not only on the file of one function, so that no
+  edit or upgrade runs old code.
+* If nothing can be written or read, the kernels are compiled in memory, with one warning. A cache
+  never stops a server.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ _logger = logging.getLogger(__name__)
 @functools.lru_cache(maxsize=1)
 def _digest_of_sources() -> str:
     digest = hashlib.sha256(numba.__version__.encode())
-    here = Path(__file__).parent
-    for source in sorted([*here.parent.glob("*.py"), *here.glob("*.py")]):
+    folder = Path(__file__).parent
+    for source in sorted([*folder.parent.glob("*.py"), *folder.glob("*.py")]):
         digest.update(source.read_bytes())
     return digest.hexdigest()
 
 
-_warned: list[str] = []
+_warnings: list[str] = []
+_callbacks: list[Any] = []  # compiled code lives as long as numba's object of it
 
 
 def _warn_once(reason: str) -> None:
-    if _warned:
-        return
-    _warned.append(reason)
-    _logger.warning(
-        "k8v4 CPU kernels are compiled in memory at each start, because their cache cannot be "
-        "used (%s); set NUMBA_CACHE_DIR to a writable directory to keep them",
-        reason,
-    )
+    if not _warnings:
+        _warnings.append(reason)
+        _logger.warning(
+            "k8v4 CPU kernels are compiled in memory at each start, because their cache cannot be "
+            "used (%s); set NUMBA_CACHE_DIR to a writable directory to keep them",
+            reason,
+        )
 
 
 class _Cache(FunctionCache):
@@ -63,7 +63,7 @@ class _Cache(FunctionCache):
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
             return super().load_overload(sig, target_context)
-        except Exception as error:  # whatever a damaged file makes of unpickling it
+        except Exception as error:  # unpickling a damaged file raises anything
             _warn_once(f"reading {self._cache_path}: {error!r}")
             self._enabled = False
             return None
@@ -86,7 +86,7 @@ def _cache_of(function: Callable[..., Any]) -> Any:
 def cached(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """Return a decorator: `numba.njit(**options)` with the compiled code kept on disk.
 
-    For module-level functions; what they call is part of their entry.
+    For module-level functions; an entry includes the functions that they call.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
@@ -98,13 +98,11 @@ def cached(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 def cached_callback(function: Callable[..., Any]) -> Callable[[], int]:
-    """Compile a function of two addresses when it is first asked for, and keep it on disk.
+    """Return a function that compiles a function of two addresses and returns the code's address.
 
-    Code that is called by address is compiled once. Called by name it would be optimised again
-    in each of the functions that numba makes of a parallel loop.
-
-    Returns:
-        A function that returns the address of the compiled code.
+    It compiles at its first call, and keeps the code on disk. Code that is called by address is
+    compiled once. Called by name it would be optimised again in each of the functions that numba
+    makes of a parallel loop.
     """
 
     @functools.lru_cache(maxsize=1)
@@ -112,10 +110,7 @@ def cached_callback(function: Callable[..., Any]) -> Callable[[], int]:
         callback = CFunc(function, ((types.int64, types.int64), types.void), {}, {})
         callback._cache = _cache_of(function)
         callback.compile()
-        _alive.append(callback)
+        _callbacks.append(callback)
         return int(callback.address)
 
     return address
-
-
-_alive: list[Any] = []  # compiled code lives as long as numba's object of it

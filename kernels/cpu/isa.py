@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which instructions the CPU kernels use. Reads torch's CPU flags; never imports numba.
+"""The instruction sets of the attention kernels. Reads torch's CPU flags; never imports numba.
 
-Three paths compute the same attention: `PORTABLE` in float32 loops that run anywhere,
-`AVX512_BF16` with the bf16 dot product, `AMX` with tile products beside it. Each faster path
-needs everything the slower ones need.
+Each has its own module `attend_<name>` with a function `work`. All compute the same attention:
+`PORTABLE` in float32 loops that run on any CPU, `AVX512_BF16` with the bf16 dot product, `AMX` with
+tile products too.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 
 import torch
 
@@ -17,70 +16,47 @@ PORTABLE = "portable"
 AVX512_BF16 = "avx512_bf16"
 AMX = "amx"
 
-AUTO = "auto"
-"""What the environment may say for the fastest path, as if it said nothing."""
-
-ALL = (PORTABLE, AVX512_BF16, AMX)
-"""Every path, slowest first."""
-
-ENVIRONMENT = "VLLM_HYBRID_KV_CPU_ISA"
-"""Environment variable that asks for a path other than the fastest."""
-
 # The key decoder permutes bytes through a 128-entry table (VBMI), so that a CPU with the dot
-# product but without the permute (Cooper Lake) stays on the portable path.
+# product but without the permute (Cooper Lake) uses the portable path.
 _AVX512_FLAGS = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_vbmi", "avx512_bf16")
-_AMX_FLAGS = ("amx_tile", "amx_bf16", "amx_int8")
+
+_FLAGS = {
+    PORTABLE: (),
+    AVX512_BF16: _AVX512_FLAGS,
+    AMX: (*_AVX512_FLAGS, "amx_tile", "amx_bf16", "amx_int8"),
+}
+"""The CPU flags that each needs, slowest first. Each faster one needs those of the slower ones."""
+
+ALL = tuple(_FLAGS)
 
 
 @functools.lru_cache(maxsize=1)
 def available() -> tuple[str, ...]:
-    """Return the paths that this CPU can run, slowest first; `PORTABLE` is always one."""
-    flags = torch.cpu.get_capabilities()
-    found = [PORTABLE]
-    if all(flags.get(name, False) for name in _AVX512_FLAGS):
-        found.append(AVX512_BF16)
-        # The kernel grants the tile registers to a process that asks for them, or refuses.
-        if all(flags.get(name, False) for name in _AMX_FLAGS) and torch.cpu._init_amx():
-            found.append(AMX)
-    return tuple(found)
+    """Return the instruction sets that this CPU can run, slowest first; `PORTABLE` always."""
+    # The operating system grants the tile registers to a process that requests them, or refuses.
+    return tuple(isa for isa in ALL if not lacking(isa) and (isa != AMX or torch.cpu._init_amx()))
 
 
 def lacking(isa: str) -> tuple[str, ...]:
-    """Return the instructions that this CPU lacks for a path, by torch's names.
+    """Return the flags that this CPU lacks for an instruction set, by torch's names.
 
-    Empty for a path that it can run, and for `AMX` where the operating system alone is in its way.
+    Empty if it can run it, and for `AMX` if only the operating system refuses.
     """
     flags = torch.cpu.get_capabilities()
-    needed = {PORTABLE: (), AVX512_BF16: _AVX512_FLAGS, AMX: (*_AVX512_FLAGS, *_AMX_FLAGS)}[isa]
-    return tuple(name for name in needed if not flags.get(name, False))
+    return tuple(name for name in _FLAGS[isa] if not flags.get(name, False))
 
 
 def require(isa: str) -> str:
     """Return `isa` if this CPU can run it.
 
     Raises:
-        ValueError: It is not a path's name, or the CPU lacks its instructions.
+        ValueError: It is unknown, or the CPU lacks its instructions.
     """
     if isa not in ALL:
-        raise ValueError(f"unknown CPU path {isa!r}: choose one of {', '.join(ALL)}")
+        raise ValueError(f"unknown CPU instruction set {isa!r}: choose one of {', '.join(ALL)}")
     if isa not in available():
         raise ValueError(
-            f"this CPU cannot run the path {isa!r}: it has {', '.join(available())}; "
-            f"unset {ENVIRONMENT} to use the fastest of them"
+            f"this CPU cannot run the instruction set {isa!r}: choose one of "
+            f"{', '.join(available())}"
         )
     return isa
-
-
-def best_isa() -> str:
-    """Return the fastest path of this CPU, or the one that `VLLM_HYBRID_KV_CPU_ISA` asks for.
-
-    Raises:
-        ValueError: The variable names no path, or one that this CPU cannot run.
-    """
-    asked = os.environ.get(ENVIRONMENT, "")
-    return available()[-1] if asked in ("", AUTO) else require(asked)
-
-
-def describe() -> str:
-    """Return the path in use in a form for logs, such as `cpu:amx`."""
-    return f"cpu:{best_isa()}"

@@ -1,135 +1,77 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The record of a call, and the few reads and writes of memory that numba has no word for."""
+"""Loads, stores, copies, prefetches and atomics by address, for numba code."""
 
 from __future__ import annotations
 
-import struct
-from typing import Any
-
-import numba
-import numpy as np
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
+from numba.core import cgutils
 
-from vllm_hybrid_kv.kernels.cpu.emit import F32, I32, I64, Emitter
-
-_INTEGERS = (
-    "query",
-    "query_token_stride",
-    "query_head_stride",
-    "out",
-    "out_token_stride",
-    "out_head_stride",
-    "number",  # BFLOAT16, FLOAT16 or FLOAT32, of queries and outputs
-    "lse",  # 0: not asked for
-    "lse_token_stride",
-    "lse_head_stride",
-    "cache",
-    "block_stride",
-    "head_bytes",
-    "value_offset",
-    "scale_offset",
-    "zero_offset",
-    "tiled",
-    "block_table",
-    "block_table_stride",
-    "sinks",  # float32 [Hq], 0: none
-    "num_kv_heads",
-    "group",
-    "dims",
-    "output_stride",  # of a row of float32 dims, a multiple of 64
-    "page_size",
-    "causal",
-    "window",  # 0: none
-    "items",  # int64 [num_items, ITEM_COLUMNS]
-    "num_items",
-    "merges",  # int64 [., MERGE_COLUMNS]
-    "partials",
-    "counters",  # int64: the next item, then finished parts of each merge and head
-)
-_NUMBERS = ("scale", "soft_cap")  # soft cap 0: none
-
-CALL = np.dtype(
-    [(name, np.int64) for name in _INTEGERS] + [(name, np.float64) for name in _NUMBERS]
-)
-"""One call of attention: addresses, strides in bytes and sizes. A record, which numba passes by
-address: a tuple of thirty numbers would be thirty arguments of every function here."""
-
-CALL_STRUCT = struct.Struct(f"={len(_INTEGERS)}q{len(_NUMBERS)}d")
-"""The same record for Python to fill, fields in the same order; numpy's own way is slower."""
-
-_CALL = numba.from_dtype(CALL)
+from vllm_hybrid_kv.kernels.cpu import llvm
+from vllm_hybrid_kv.kernels.cpu.llvm import Emitter, Float32, Int64, inline_llvm
 
 
-@intrinsic
-def keep_apart(context: Any) -> Any:
-    """Keep the function that this stands in from being inlined, which only costs compilation."""
-
-    def code(context: Any, b: ir.IRBuilder, signature: Any, values: Any) -> Any:
-        b.function.attributes.add("noinline")
-        return context.get_dummy_value()
-
-    return types.void(), code
+@inline_llvm
+def noinline(e: Emitter) -> None:
+    """Keep the calling function from being inlined, which only costs compile time."""
+    e.b.function.attributes.add("noinline")
 
 
-@intrinsic
-def call_at(context: Any, address: Any) -> Any:
-    """Return the record of a call from its address."""
+@inline_llvm
+def stack_bytes(e: Emitter, count: int) -> Int64:
+    """Return the address of `count` bytes on the stack, 64-byte aligned.
 
-    def code(context: Any, b: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
-        return b.inttoptr(values[0], context.get_value_type(_CALL))
-
-    return _CALL(types.int64), code
-
-
-@intrinsic
-def rows_at(context: Any, address: Any) -> Any:
-    """Return a pointer to int64 from its address."""
-
-    def code(context: Any, b: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
-        return b.inttoptr(values[0], I64.as_pointer())
-
-    return types.CPointer(types.int64)(types.int64), code
+    Numba frees an array after the last line that names it, even if its address is still used.
+    """
+    room = cgutils.alloca_once(e.b, ir.ArrayType(llvm.I8, count))
+    room.align = llvm.LINE
+    return e.b.ptrtoint(room, llvm.I64)
 
 
-@intrinsic
-def take_next(context: Any, counter: Any) -> Any:
-    """Add 1 to an int64 shared between threads and return what it was."""
-
-    def code(context: Any, b: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
-        pointer = b.inttoptr(values[0], I64.as_pointer())
-        return b.atomic_rmw("add", pointer, I64(1), "acq_rel")
-
-    return types.int64(types.int64), code
+@inline_llvm
+def fetch_add(e: Emitter, counter: Int64) -> Int64:
+    """Add 1 to an int64 that threads share, and return its value before."""
+    pointer = e.b.inttoptr(counter, llvm.I64.as_pointer())
+    return e.b.atomic_rmw("add", pointer, llvm.I64(1), "acq_rel")
 
 
-@intrinsic
-def read_float(context: Any, address: Any) -> Any:
-    """Load a float32."""
-
-    def code(context: Any, b: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
-        return Emitter(b).load(F32, values[0])
-
-    return types.float32(types.int64), code
+@inline_llvm
+def load_int64(e: Emitter, address: Int64) -> Int64:
+    return e.load(llvm.I64, address)
 
 
-@intrinsic
-def write_float(context: Any, address: Any, number: Any) -> Any:
-    """Store a float32."""
-
-    def code(context: Any, b: ir.IRBuilder, signature: Any, values: Any) -> Any:
-        Emitter(b).store(values[1], values[0])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.float32), code
+@inline_llvm
+def load_int32(e: Emitter, address: Int64) -> Int64:
+    return e.b.sext(e.load(llvm.I32, address), llvm.I64)
 
 
-@intrinsic
-def read_index(context: Any, address: Any) -> Any:
-    """Load an int32 as int64."""
+@inline_llvm
+def load_float32(e: Emitter, address: Int64) -> Float32:
+    return e.load(llvm.F32, address)
 
-    def code(context: Any, b: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
-        return b.sext(Emitter(b).load(I32, values[0]), I64)
 
-    return types.int64(types.int64), code
+@inline_llvm
+def store_float32(e: Emitter, address: Int64, number: Float32) -> None:
+    e.store(number, address)
+
+
+@inline_llvm
+def store_int16(e: Emitter, address: Int64, bits: Int64) -> None:
+    """Store the lower 16 bits of an int64."""
+    e.store(e.b.trunc(bits, llvm.I16), address)
+
+
+@inline_llvm
+def copy_bytes(e: Emitter, to: Int64, source: Int64, count: Int64) -> None:
+    pointer = llvm.I8.as_pointer()
+    to, source = e.b.inttoptr(to, pointer), e.b.inttoptr(source, pointer)
+    cgutils.raw_memcpy(e.b, to, source, count, 1)
+
+
+@inline_llvm
+def prefetch_read(e: Emitter, address: Int64) -> None:
+    e.prefetch(address)
+
+
+@inline_llvm
+def prefetch_write(e: Emitter, address: Int64) -> None:
+    e.prefetch(address, write=True)

@@ -1,30 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Divide a batch's attention into work items; made once a step and shared by all its layers.
+"""Divide a batch's attention into work items. One plan a step serves all layers.
 
-How a request is divided depends on that request, the heads and the number of threads, never on
-what else is in the batch, so that a request's result does not either.
+The division of a request depends on that request, the heads and the number of threads, never on
+the rest of the batch, so that a request's result does not depend on it either.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_hybrid_kv.kernels.cpu import drive
-from vllm_hybrid_kv.kernels.inputs import attention_refusal
+from vllm_hybrid_kv.kernels.cpu.records import CHUNK, ROW_BLOCK, Merge, WorkItem, dtype_of
+from vllm_hybrid_kv.kernels.inputs import attention_error
 
 _ITEMS_PER_THREAD = 4
-"""Items wanted for each thread from one request alone, for threads to even out."""
+"""Wanted items for each thread from one request alone, to balance the threads."""
 
 _MIN_PART = 256
-"""Fewest tokens of a part, below which merging costs more than it gains."""
+"""Fewest tokens of a part; for fewer, merging costs more than it gains."""
 
 _MAX_PART_ROWS = 64
-"""Requests with more rows than this have enough items without parts: a long prompt's chunks are not
-divided along their keys, so that its bits are the same whatever its chunks."""
+"""Requests with more rows have enough items without parts. The keys of a long prompt's chunks are
+not divided, so that its bits do not depend on its chunks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,15 +33,15 @@ class Plan:
     """A division of one batch's attention; opaque to its users.
 
     Attributes:
-        items: int64 [items, ITEM_COLUMNS], largest first; each is done once per KV head.
-        merges: int64 [merges, MERGE_COLUMNS], at least one row.
+        items: `WorkItem`s, largest first; each is done once per KV head.
+        merges: `Merge`s, at least one row.
         partial_rows: Rows of partial sums per KV head.
         num_merges: Merges per KV head.
         made_for: Requests, query tokens and the arguments that items depend on.
     """
 
-    items: npt.NDArray[np.int64]
-    merges: npt.NDArray[np.int64]
+    items: npt.NDArray[Any]
+    merges: npt.NDArray[Any]
     partial_rows: int
     num_merges: int
     made_for: tuple[int, int, int, int, int, bool, int | None]
@@ -48,22 +49,22 @@ class Plan:
     merges_address: int = field(init=False)
 
     def __post_init__(self) -> None:
-        """Look the addresses up once, for all layers that the plan serves."""
+        # Once for all layers, because numpy's look-up is slow.
         object.__setattr__(self, "items_address", self.items.ctypes.data)
         object.__setattr__(self, "merges_address", self.merges.ctypes.data)
 
 
-def part_tokens(length: int, num_kv_heads: int, num_threads: int) -> int:
-    """Return how many tokens a part of a sequence has, a multiple of the largest chunk."""
+def _part_tokens(length: int, num_kv_heads: int, num_threads: int) -> int:
+    """Return the tokens of a part of a sequence, a multiple of the largest chunk."""
     parts = max(1, -(-_ITEMS_PER_THREAD * num_threads // num_kv_heads)) if num_threads > 1 else 1
     part = max(_MIN_PART, -(-length // parts))
-    return -(-part // drive.CHUNK) * drive.CHUNK
+    return -(-part // CHUNK) * CHUNK
 
 
-def block_rows(rows: int, num_kv_heads: int, num_threads: int) -> int:
-    """Return how many rows an item of a request with so many has: more only if all have work."""
-    items = rows * num_kv_heads // drive.ROW_BLOCK
-    return drive.ROW_BLOCK if items >= _ITEMS_PER_THREAD * num_threads else _MAX_PART_ROWS
+def _block_rows(rows: int, num_kv_heads: int, num_threads: int) -> int:
+    """Return the rows of an item of a request: more only if all threads have work."""
+    items = rows * num_kv_heads // ROW_BLOCK
+    return ROW_BLOCK if items >= _ITEMS_PER_THREAD * num_threads else _MAX_PART_ROWS
 
 
 def plan_attention(
@@ -81,8 +82,8 @@ def plan_attention(
     """Divide the attention of a batch among threads.
 
     Partial sums take `rows * parts * num_kv_heads * (head_size + 16) * 4` bytes for each request
-    that is divided along its keys: at most 64 rows, and parts that bring the items of one
-    request to 4 a thread. Nothing depends on the largest length that a model allows.
+    whose keys are divided: at most 64 rows, and 4 items of one request a thread. Nothing depends
+    on the largest length that a model allows.
 
     Args:
         seq_lens: int32 [B], tokens of each request including its new ones; exact.
@@ -95,52 +96,56 @@ def plan_attention(
         num_threads: Threads to divide among; torch's number if None.
 
     Raises:
-        ValueError: The offsets do not rise from 0 on, so that rows outside the output would be
+        ValueError: The offsets do not rise from 0, so that rows outside the output would be
             written.
     """
     threads = torch.get_num_threads() if num_threads is None else num_threads
     group = num_heads // num_kv_heads
     lengths, starts = seq_lens.tolist(), query_start_loc.tolist()
     if starts[0] < 0 or starts != sorted(starts):
-        raise attention_refusal(f"query_start_loc must rise from 0, got {starts}")
-    items: list[tuple[int, ...]] = []
-    merges: list[tuple[int, int]] = []
+        raise attention_error(f"query_start_loc must rise from 0, got {starts}")
+    items: list[WorkItem] = []
+    merges: list[Merge] = []
     partial_rows = 0
     for request, length in enumerate(lengths):
         queries = starts[request + 1] - starts[request]
         rows = queries * group
         if rows <= 0:
             continue
-        head = (request, starts[request], queries, length)
-        if rows <= _MAX_PART_ROWS:
-            first = 0
-            if window is not None:
-                first = max(0, length - queries - window + 1) // drive.CHUNK * drive.CHUNK
-            part = part_tokens(length - first, num_kv_heads, threads)
-            parts = max(1, -(-(length - first) // part))
-            if parts == 1:
-                items.append((*head, 0, rows, 0, length, -1, -1))
-                continue
-            for i in range(parts):
-                from_key = first + i * part
-                to_key = min(length, from_key + part)
-                partial = partial_rows + i * rows
-                items.append((*head, 0, rows, from_key, to_key, partial, len(merges)))
-            merges.append((len(items) - parts, parts))
-            partial_rows += parts * rows
-        else:
-            most = block_rows(rows, num_kv_heads, threads)
+        whole = WorkItem(request, starts[request], queries, length, 0, rows, 0, length, -1, -1)
+        if rows > _MAX_PART_ROWS:
+            most = _block_rows(rows, num_kv_heads, threads)
             for row in range(0, rows, most):
-                items.append((*head, row, min(most, rows - row), 0, length, -1, -1))
-    table = np.array(items, np.int64).reshape(-1, drive.ITEM_COLUMNS)
+                items.append(whole._replace(first_row=row, rows=min(most, rows - row)))
+            continue
+        first = 0
+        if window is not None:
+            first = max(0, length - queries - window + 1) // CHUNK * CHUNK
+        part = _part_tokens(length - first, num_kv_heads, threads)
+        parts = max(1, -(-(length - first) // part))
+        if parts == 1:
+            items.append(whole)
+            continue
+        merges.append(Merge(len(items), parts))
+        for from_key in range(first, length, part):
+            items.append(
+                whole._replace(
+                    first_key=from_key,
+                    last_key=min(length, from_key + part),
+                    partial=partial_rows,
+                    merge=len(merges) - 1,
+                )
+            )
+            partial_rows += rows
+    table = np.array(items, dtype_of(WorkItem))
     order = np.argsort(-_cost(table, group, causal, window), kind="stable")
     place = np.empty_like(order)
     place[order] = np.arange(order.size)
-    joined = np.array(merges or [(0, 0)], np.int64)
+    joined = np.array(merges or [Merge(0, 0)], dtype_of(Merge))
     if merges:
-        joined[:, drive.MERGE_ITEM] = place[joined[:, drive.MERGE_ITEM]]
+        joined["first_item"] = place[joined["first_item"]]
     return Plan(
-        np.ascontiguousarray(table[order]),
+        table[order],
         joined,
         partial_rows,
         len(merges),
@@ -149,15 +154,14 @@ def plan_attention(
 
 
 def _cost(
-    items: npt.NDArray[np.int64], group: int, causal: bool, window: int | None
+    items: npt.NDArray[Any], group: int, causal: bool, window: int | None
 ) -> npt.NDArray[np.int64]:
-    """Estimate items' times: keys that they read, more for more rows."""
-    last_token = (items[:, drive.FIRST_ROW] + items[:, drive.ROWS] - 1) // group
-    position = items[:, drive.LENGTH] - items[:, drive.QUERY_LENGTH] + last_token
-    last = items[:, drive.LAST_KEY]
-    first = items[:, drive.FIRST_KEY]
+    """Estimate items' times: the keys that they read, more for more rows."""
+    last_token = (items["first_row"] + items["rows"] - 1) // group
+    position = items["length"] - items["query_length"] + last_token
+    last, first = items["last_key"], items["first_key"]
     if causal:
         last = np.minimum(last, position + 1)
     if window is not None:
-        first = np.maximum(first, position - window - items[:, drive.ROWS] // group)
-    return np.maximum(last - first, 0) * (8 + items[:, drive.ROWS])
+        first = np.maximum(first, position - window - items["rows"] // group)
+    return np.maximum(last - first, 0) * (8 + items["rows"])

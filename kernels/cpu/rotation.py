@@ -1,122 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`reference.rotate` on a row of float32 in memory, sixteen numbers at a time, in numba code.
+"""`reference.rotate` on a row of float32 in memory, sixteen numbers at a time.
 
-The same additions in the same order, so that the bits are the same. The last step, the division
-by a power of two, is left to the caller; see `unit`.
+The same additions in the same order, so that the bits are the same. The caller does the last step,
+the division by a power of two; see `unit`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
 
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
-from vllm_hybrid_kv.kernels.cpu.lanes import (
-    F32,
-    FLOATS,
-    I32,
-    LANES,
-    load_float32,
-    maximum,
-    minimum,
-    same,
-    splat,
-    store_floats,
-    vector,
-)
-
-_INFINITE = np.float32(np.inf)
-
-BLOCK = 4 * LANES
-"""Numbers whose stages of strides 1, 4 and 16 stay in four registers."""
-
-
-def _less_twice(b: ir.IRBuilder, total: ir.Value, x: ir.Value) -> ir.Value:
-    """Emit `total - 2 x`: doubling is exact, so one rounding gives the bits of two."""
-    name = f"llvm.fmuladd.v{LANES}f32"
-    kind = ir.FunctionType(x.type, [x.type] * 3)
-    function = b.module.globals.get(name) or ir.Function(b.module, kind, name)
-    return b.call(function, [x, splat(F32, -2.0), total])
-
-
-def _stage(b: ir.IRBuilder, x: ir.Value, stride: int) -> ir.Value:
-    """Emit the stage of a stride among sixteen numbers: the sum of four less twice the own."""
-
-    def partner(of: ir.Value, distance: int) -> ir.Value:
-        order = [lane ^ distance for lane in range(LANES)]
-        return b.shuffle_vector(of, of, ir.Constant(vector(I32), order))
-
-    pair = b.fadd(x, partner(x, stride))
-    return _less_twice(b, b.fadd(pair, partner(pair, 2 * stride)), x)
-
-
-@intrinsic
-def _within_fours(typing_context: Any, x: Any) -> Any:
-    """Return the stage of stride 1."""
-
-    def emit(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        return _stage(b, args[0], 1)
-
-    return FLOATS(FLOATS), emit
-
-
-@intrinsic
-def _within_sixteen(typing_context: Any, x: Any) -> Any:
-    """Return the stages of strides 1 and 4."""
-
-    def emit(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        return _stage(b, _stage(b, args[0], 1), 4)
-
-    return FLOATS(FLOATS), emit
-
-
-@intrinsic
-def _among_four(typing_context: Any, w: Any, x: Any, y: Any, z: Any) -> Any:
-    """Return the stage among four vectors of sixteen numbers, as a tuple of four."""
-
-    def emit(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        total = b.fadd(b.fadd(args[0], args[1]), b.fadd(args[2], args[3]))
-        turned = [_less_twice(b, total, x) for x in args]
-        return context.make_tuple(b, signature.return_type, turned)
-
-    return types.UniTuple(FLOATS, 4)(FLOATS, FLOATS, FLOATS, FLOATS), emit
-
-
-@numba.njit
-def _load_four(at, apart):  # type: ignore[no-untyped-def]
-    """Load four vectors, so many bytes apart."""
-    return (
-        load_float32(at),
-        load_float32(at + apart),
-        load_float32(at + 2 * apart),
-        load_float32(at + 3 * apart),
-    )
-
-
-@numba.njit
-def _store_four(at, apart, four):  # type: ignore[no-untyped-def]
-    """Store four vectors, so many bytes apart."""
-    store_floats(at, four[0])
-    store_floats(at + apart, four[1])
-    store_floats(at + 2 * apart, four[2])
-    store_floats(at + 3 * apart, four[3])
-
-
-@numba.njit
-def _block(w, x, y, z):  # type: ignore[no-untyped-def]
-    """Return the stages of strides 1, 4 and 16 of `BLOCK` numbers."""
-    return _among_four(
-        _within_sixteen(w), _within_sixteen(x), _within_sixteen(y), _within_sixteen(z)
-    )
+from vllm_hybrid_kv.kernels.cpu.llvm import F32, LANES, LINE, Emitter, Int64, filled, inline_llvm
 
 
 @numba.njit
 def unit(head_size):  # type: ignore[no-untyped-def]
-    """Return what a row is still to be multiplied by: 1/2 for each stage."""
+    """Return the remaining factor of a rotated row: 1/2 for each stage."""
     factor, run = np.float32(1.0), 4
     while head_size % run == 0:
         factor *= np.float32(0.5)
@@ -124,45 +27,112 @@ def unit(head_size):  # type: ignore[no-untyped-def]
     return factor
 
 
-@numba.njit
-def _extremes(four, lo, hi):  # type: ignore[no-untyped-def]
-    """Return the extremes per lane with those of four vectors."""
+def _less_twice(e: Emitter, total: ir.Value, x: ir.Value) -> ir.Value:
+    """Return `total - 2 x`: doubling is exact, so that one rounding gives the bits of two."""
+    return e.fma(x, filled(F32, -2.0), total)
+
+
+def _stage(e: Emitter, x: ir.Value, stride: int) -> ir.Value:
+    """Return the stage of a stride among sixteen numbers: the sum of four minus twice each."""
+
+    def partner(of: ir.Value, distance: int) -> ir.Value:
+        return e.shuffle(of, of, [lane ^ distance for lane in range(LANES)])
+
+    pair = e.b.fadd(x, partner(x, stride))
+    return _less_twice(e, e.b.fadd(pair, partner(pair, 2 * stride)), x)
+
+
+def _stage_among(e: Emitter, four: Sequence[ir.Value]) -> list[ir.Value]:
+    """Return the stage among four vectors."""
     w, x, y, z = four
-    lo = minimum(minimum(lo, minimum(w, x)), minimum(y, z))
-    hi = maximum(maximum(hi, maximum(w, x)), maximum(y, z))
-    return lo, hi
+    total = e.b.fadd(e.b.fadd(w, x), e.b.fadd(y, z))
+    return [_less_twice(e, total, of) for of in four]
 
 
-@numba.njit
-def rotate(row, head_size):  # type: ignore[no-untyped-def]
-    """Take a row through all stages, in place; its memory goes on to a multiple of 16 numbers.
+def _rotate(e: Emitter, row: ir.Value, head_size: ir.Value) -> list[ir.Value]:
+    """Apply all stages to a row in place; its memory extends to a multiple of 16 numbers.
 
-    A block of 64 numbers goes through its stages in registers. If there is one more stage, among
-    four blocks, the row is read again for it.
+    A block of 64 numbers passes its stages, of strides 1, 4 and 16, in registers. If there is one
+    more stage, among four blocks, it reads the row again.
 
     Returns:
         Sixteen numbers with the smallest among them, and sixteen with the largest.
     """
-    lo, hi = same(_INFINITE), same(-_INFINITE)
-    if head_size % BLOCK == 0:
-        one_more = head_size % (4 * BLOCK) == 0
-        for at in range(row, row + 4 * head_size, 4 * BLOCK):
-            w, x, y, z = _load_four(at, 4 * LANES)
-            four = _block(w, x, y, z)
-            if not one_more:
-                lo, hi = _extremes(four, lo, hi)
-            _store_four(at, 4 * LANES, four)
-        if one_more:
-            for blocks in range(row, row + 4 * head_size, 16 * BLOCK):
-                for at in range(blocks, blocks + 4 * BLOCK, 4 * LANES):
-                    w, x, y, z = _load_four(at, 4 * BLOCK)
-                    four = _among_four(w, x, y, z)
-                    lo, hi = _extremes(four, lo, hi)
-                    _store_four(at, 4 * BLOCK, four)
-    else:
-        for at in range(row, row + 4 * head_size, 4 * LANES):
-            x = load_float32(at)
-            x = _within_sixteen(x) if head_size % LANES == 0 else _within_fours(x)
-            lo, hi = minimum(lo, x), maximum(hi, x)
-            store_floats(at, x)
-    return lo, hi
+    no_extremes = [filled(F32, math.inf), filled(F32, -math.inf)]
+
+    def extend(extremes: list[ir.Value], vectors: Sequence[ir.Value]) -> list[ir.Value]:
+        lo, hi = extremes
+        for x in vectors:
+            lo, hi = e.smaller(lo, x), e.larger(hi, x)
+        return [lo, hi]
+
+    def four_at(address: ir.Value, stride: int) -> list[ir.Value]:
+        return [e.at(address, stride * i) for i in range(4)]
+
+    def blocks() -> list[ir.Value]:
+        def block(i: ir.Value, extremes: list[ir.Value]) -> list[ir.Value]:
+            places = four_at(e.at(row, i, 4 * LINE), LINE)
+            four = [_stage(e, _stage(e, e.load_floats(place), 1), 4) for place in places]
+            four = _stage_among(e, four)
+            for x, place in zip(four, places, strict=True):
+                e.store(x, place)
+            return extend(extremes, four)
+
+        return e.loop(e.shift_right(head_size, 6), no_extremes, block)
+
+    def four_blocks() -> list[ir.Value]:
+        blocks()
+
+        def four(i: ir.Value, extremes: list[ir.Value]) -> list[ir.Value]:
+            first = e.at(row, i, 16 * LINE)
+            for vector in range(4):
+                places = four_at(e.at(first, vector * LINE), 4 * LINE)
+                four = _stage_among(e, [e.load_floats(place) for place in places])
+                for x, place in zip(four, places, strict=True):
+                    e.store(x, place)
+                extremes = extend(extremes, four)
+            return extremes
+
+        return e.loop(e.shift_right(head_size, 8), no_extremes, four)
+
+    def vectors(strides: Sequence[int]) -> list[ir.Value]:
+        def sixteen(i: ir.Value, extremes: list[ir.Value]) -> list[ir.Value]:
+            place = e.at(row, i, LINE)
+            x = e.load_floats(place)
+            for stride in strides:
+                x = _stage(e, x, stride)
+            e.store(x, place)
+            return extend(extremes, [x])
+
+        count = e.shift_right(e.at(head_size, LANES - 1), 4)
+        return e.loop(count, no_extremes, sixteen)
+
+    cases = (
+        (256, four_blocks),
+        (64, blocks),
+        (16, lambda: vectors((1, 4))),
+        (8, lambda: vectors((1,))),
+    )
+    return e.choose(cases, lambda case: e.is_multiple(head_size, case[0]), lambda case: case[1]())
+
+
+@inline_llvm
+def rotate(e: Emitter, row: Int64, head_size: Int64) -> None:
+    """Apply all stages to a row in place."""
+    _rotate(e, row, head_size)
+
+
+@inline_llvm
+def rotate_with_extremes(e: Emitter, row: Int64, head_size: Int64, extremes: Int64) -> None:
+    """Apply all stages to a row in place, and write its extremes.
+
+    Args:
+        e: Emits the code.
+        row: Address of float32 [head_size], in memory that extends to a multiple of 16 numbers.
+        head_size: D.
+        extremes: Address for sixteen numbers with the smallest among them, and sixteen with the
+            largest.
+    """
+    lo, hi = _rotate(e, row, head_size)
+    e.store(lo, extremes)
+    e.store(hi, e.at(extremes, LINE))

@@ -7,7 +7,7 @@ import torch
 import triton
 
 from vllm_hybrid_kv.kernels import k8v4
-from vllm_hybrid_kv.kernels.inputs import attention_refusal, check_attention
+from vllm_hybrid_kv.kernels.inputs import attention_error, check_attention
 from vllm_hybrid_kv.kernels.triton import convert
 from vllm_hybrid_kv.kernels.triton.attend import attend_kernel
 from vllm_hybrid_kv.kernels.triton.convert import KeyWords, ValueWords
@@ -22,12 +22,12 @@ MERGED_AT_A_TIME = 8
 def _check_pages(cache: torch.Tensor) -> None:
     page_size = cache.shape[2]
     if page_size <= 0 or page_size % k8v4.TILE_TOKENS:
-        raise attention_refusal(
+        raise attention_error(
             f"a page holds a multiple of {k8v4.TILE_TOKENS} tokens, got {page_size}"
         )
     # Every plane starts at a multiple of 16 bytes if the pages do, and is read in such pieces.
     if cache.stride(0) % 16 or cache.data_ptr() % 16:
-        raise attention_refusal(
+        raise attention_error(
             f"the pages of the cache must start at multiples of 16 bytes, got one at "
             f"{cache.data_ptr():#x} and {cache.stride(0)} bytes from one to the next"
         )
@@ -108,7 +108,7 @@ def paged_attention(
         )  # fmt: skip
     made_for = (requests, tokens, num_heads, num_kv_heads, head_size, causal, window)
     if plan.made_for != made_for:
-        raise attention_refusal(
+        raise attention_error(
             f"the plan was made for (requests, query tokens, heads, KV heads, head size, "
             f"causal, window) = {plan.made_for}, the call has {made_for}"
         )

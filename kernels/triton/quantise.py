@@ -120,7 +120,7 @@ def quantise_and_store_kernel(  # type: ignore[no-untyped-def]
 def _check_slots(slots: torch.Tensor, num_slots: int) -> None:
     if len(slots) and int(slots.max()) >= num_slots:
         expected = f"below the cache's {num_slots} slots"
-        raise inputs.store_refusal("slot_mapping", expected, f"slot {int(slots.max())}")
+        raise inputs.store_error("slot_mapping", expected, f"slot {int(slots.max())}")
     inputs.check_duplicates(slots)
 
 
@@ -153,15 +153,13 @@ def quantise_and_store(
     Raises:
         ValueError: A tensor has the wrong shape, dtype or strides. Nothing has been written then.
     """
-    inputs.check_tokens(key, value, slot_mapping)
+    inputs.check_store(key, value, cache, slot_mapping, cache.device)
     num_tokens = slot_mapping.shape[0]
     _, num_heads, head_size = key.shape
-    inputs.check_pages(cache, num_heads, head_size)
-    inputs.check_device(cache.device, key=key, value=value, slot_mapping=slot_mapping)
     # Scales and zeros are stored as 16-bit words.
     if cache.shape[0] > 1 and cache.stride(0) % 2:
         expected = "with an even number of bytes between blocks"
-        raise inputs.store_refusal("cache", expected, list(cache.stride()))
+        raise inputs.store_error("cache", expected, list(cache.stride()))
     page_size = cache.shape[2]
     num_slots = cache.shape[0] * page_size
     if debug:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of paged attention on CPUs, and the float32 definition to compare with."""
+"""Batches of paged attention on CPUs, and their comparison with the float32 reference."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from vllm_hybrid_kv.kernels.k8v4 import PageFormat
 TOLERANCE = {
     torch.float32: 2e-5,  # float32 sums in another order
     torch.float16: 2e-3,  # outputs rounded to 11 bits: 2^-11, and room for cancellation
-    torch.bfloat16: 1.5e-2,  # weights and outputs rounded to 8 bits: 2^-9 each, likewise
+    torch.bfloat16: 1.5e-2,  # weights and outputs rounded to 8 bits: 2^-9 each, and the same room
 }
 # Largest |lse - reference|: float32 products in another order, on scores of size one.
 LSE_TOLERANCE = 1e-4
@@ -26,7 +26,7 @@ PATHS = isa.available()
 
 @dataclass
 class Case:
-    """A batch: shapes, lengths and options of one call."""
+    """The shapes, lengths and options of one call."""
 
     head_size: int = 128
     num_heads: int = 8
@@ -36,7 +36,15 @@ class Case:
     queries: tuple[int, ...] = (1,)
     dtype: torch.dtype = torch.bfloat16
     seed: int = 0
-    options: dict[str, Any] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        changed = (
+            f"{own.name}={getattr(self, own.name)}"
+            for own in fields(self)
+            if own.name != "options" and getattr(self, own.name) != own.default
+        )
+        return "-".join([*changed, *self.options])
 
 
 @dataclass
@@ -55,8 +63,13 @@ class Batch:
         head_size = self.query.shape[2]
         return PageFormat(head_size, self.cache.shape[2], k8v4.cpu_layout(head_size))
 
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that `paged_attention` reads, in its order."""
+        return self.query, self.cache, self.block_table, self.seq_lens, self.query_start_loc
+
     def half(self, request: int, token: int, head: int, offset: int) -> torch.Tensor:
-        """The two bytes of a token's scale or zero."""
+        """Return a view of the two bytes of a token's scale or zero."""
         block = int(self.block_table[request, token // self.page_format.page_size])
         start = offset + 2 * (token % self.page_format.page_size)
         return self.cache[block, head].view(-1)[start : start + 2]
@@ -66,22 +79,18 @@ class Batch:
         self.half(request, token, head, self.page_format.scale_offset)[:] = bits
 
 
-def random_pages(
+def _random_pages(
     generator: torch.Generator, blocks: int, num_kv_heads: int, page_format: PageFormat
 ) -> torch.Tensor:
-    """Pages of independent normal keys and uniform value codes, which need no layout."""
+    """Return pages of independent normal keys and uniform value codes, valid in any layout."""
     page_size, head_size = page_format.page_size, page_format.head_size
+    shape = (blocks, num_kv_heads, page_size)
     cache = torch.randint(
-        0,
-        256,
-        (blocks, num_kv_heads, page_size, k8v4.slot_bytes(head_size)),
-        dtype=torch.uint8,
-        generator=generator,
+        0, 256, (*shape, k8v4.slot_bytes(head_size)), dtype=torch.uint8, generator=generator
     )
     regions = cache.view(blocks, num_kv_heads, -1)
     keys = torch.randn(blocks, num_kv_heads, page_size * head_size, generator=generator)
     regions[..., : page_format.value_offset] = keys.to(torch.float8_e4m3fn).view(torch.uint8)
-    shape = (blocks, num_kv_heads, page_size)
     scales = torch.rand(shape, generator=generator) * 0.3 + 0.05
     zeros = torch.randn(shape, generator=generator) - 2.0
     for offset, numbers in ((page_format.scale_offset, scales), (page_format.zero_offset, zeros)):
@@ -91,69 +100,58 @@ def random_pages(
 
 
 def make(case: Case) -> Batch:
+    """Return a batch of random queries and pages in random order."""
     generator = torch.Generator().manual_seed(case.seed)
     page_format = PageFormat(case.head_size, case.page_size, k8v4.cpu_layout(case.head_size))
     pages = [-(-length // case.page_size) for length in case.lengths]
-    cache = random_pages(generator, sum(pages) + 2, case.num_kv_heads, page_format)
+    cache = _random_pages(generator, sum(pages) + 2, case.num_kv_heads, page_format)
     order = torch.randperm(sum(pages) + 2, generator=generator).to(torch.int32)
     table = torch.full((len(pages), max(pages) + 1), 0, dtype=torch.int32)
-    start = 0
-    for request, count in enumerate(pages):
-        table[request, :count] = order[start : start + count]
-        start += count
+    for row, blocks in zip(table, order[: sum(pages)].split(pages), strict=True):
+        row[: len(blocks)] = blocks
     query = torch.randn(sum(case.queries), case.num_heads, case.head_size, generator=generator)
-    starts = torch.tensor([0, *case.queries]).cumsum(0).to(torch.int32)
     return Batch(
         query.to(case.dtype),
         cache,
         table,
         torch.tensor(case.lengths, dtype=torch.int32),
-        starts,
-        {"scale": case.head_size**-0.5, **(case.options or {})},
+        torch.tensor([0, *case.queries]).cumsum(0).to(torch.int32),
+        {"scale": case.head_size**-0.5, **case.options},
     )
 
 
 def attend(batch: Batch, path: str, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the output and log-sum-exp of the CPU kernel; 7 where it wrote nothing."""
     out = torch.full_like(batch.query, 7.0)
     lse = torch.full(batch.query.shape[:2], 7.0)
-    paged_attention(
-        batch.query,
-        batch.cache,
-        batch.block_table,
-        batch.seq_lens,
-        batch.query_start_loc,
-        out,
-        lse=lse,
-        isa=path,
-        debug=True,
-        **batch.options,
-        **more,
-    )
+    paged_attention(*batch.inputs, out, lse=lse, isa=path, debug=True, **batch.options, **more)
     return out, lse
 
 
 def expected(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    return reference.paged_attention(
-        batch.query,
-        batch.cache,
-        batch.block_table,
-        batch.seq_lens,
-        batch.query_start_loc,
-        k8v4.cpu_layout(batch.query.shape[2]),
-        **batch.options,
-    )
+    layout = k8v4.cpu_layout(batch.query.shape[2])
+    return reference.paged_attention(*batch.inputs, layout, **batch.options)
 
 
 def assert_close(
     got: tuple[torch.Tensor, torch.Tensor], wanted: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
+    """Compare outputs row by row and log-sum-exps; NaN must be in the same places."""
     (out, lse), (wanted_out, wanted_lse) = got, wanted
     assert torch.equal(out.isnan(), wanted_out.isnan())
     out, tolerance = out.float().nan_to_num(0.0), TOLERANCE[out.dtype]
     wanted_out = wanted_out.nan_to_num(0.0)
     error = (out - wanted_out).norm(dim=-1) / wanted_out.norm(dim=-1).clamp_min(1e-20)
-    assert error.numel() == 0 or error.max() <= tolerance, f"{error.max():.2e} off"
+    assert error.numel() == 0 or error.max() <= tolerance, f"relative error {error.max():.2e}"
     torch.testing.assert_close(lse, wanted_lse, atol=LSE_TOLERANCE, rtol=1e-5)
+
+
+def assert_equal(
+    got: tuple[torch.Tensor, torch.Tensor], wanted: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    """Compare the bits of outputs and log-sum-exps."""
+    assert torch.equal(got[0], wanted[0])
+    assert torch.equal(got[1], wanted[1])
 
 
 def check(case: Case, path: str) -> None:
@@ -161,4 +159,4 @@ def check(case: Case, path: str) -> None:
     assert_close(attend(batch, path), expected(batch))
 
 
-MIXED = {"lengths": (300, 1, 0, 77, 140, 64), "queries": (1, 1, 0, 77, 5, 20)}
+MIXED: dict[str, Any] = {"lengths": (300, 1, 0, 77, 140, 64), "queries": (1, 1, 0, 77, 5, 20)}

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paged attention on CPUs against the float32 definition, on every path that this CPU has."""
+"""Paged attention equals the float32 reference with every instruction set of this CPU."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -12,216 +13,86 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from testing.kernels.batches import MIXED, PATHS, Case, assert_close, attend, check, expected, make
+from testing.kernels.batches import (
+    MIXED,
+    PATHS,
+    Batch,
+    Case,
+    assert_close,
+    assert_equal,
+    attend,
+    check,
+    expected,
+    make,
+)
 from vllm_hybrid_kv.kernels.cpu import paged_attention, plan_attention
 
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("head_size", [64, 72, 80, 96, 112, 128, 160, 192, 256, 512])
-def test_every_head_size_attends_as_defined(head_size: int, path: str) -> None:
-    check(Case(head_size=head_size, **MIXED), path)
+OPTIONS: list[dict[str, Any]] = [
+    {"window": 1},
+    {"window": 50},
+    {"window": 1000},
+    {"causal": False},
+    {"causal": False, "window": 30},
+    {"soft_cap": 2.0},
+    {"sinks": torch.linspace(-3, 5, 8)},
+    {"sinks": torch.full((8,), -math.inf)},
+    {"window": 40, "soft_cap": 30.0, "sinks": torch.linspace(-3, 5, 8).bfloat16()},
+]
 
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 71])
-def test_every_ratio_of_query_to_kv_heads_attends_as_defined(group: int, path: str) -> None:
-    check(Case(num_heads=2 * group, head_size=64, **MIXED), path)
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("page_size", [16, 32, 128, 384, 2768])
-def test_every_page_size_attends_as_defined(page_size: int, path: str) -> None:
-    check(Case(page_size=page_size, lengths=(2900, 200), queries=(3, 130)), path)
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("head_size", [72, 128])
-def test_every_query_dtype_attends_as_defined(
-    head_size: int, dtype: torch.dtype, path: str
-) -> None:
-    check(Case(head_size=head_size, dtype=dtype, **MIXED), path)
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"window": 1},
-        {"window": 50},
-        {"window": 1000},
-        {"causal": False},
-        {"causal": False, "window": 30},
-        {"soft_cap": 2.0},
-        {"sinks": torch.linspace(-3, 5, 8)},
-        {"sinks": torch.full((8,), -math.inf)},
-        {"window": 40, "soft_cap": 30.0, "sinks": torch.linspace(-3, 5, 8).bfloat16()},
-    ],
-    ids=lambda options: "-".join(options),
-)
-def test_masks_caps_and_sinks_act_as_defined(options: dict[str, Any], path: str) -> None:
-    check(Case(options=options, **MIXED), path)
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("window", [3, 20, 40, 300])
-@pytest.mark.parametrize("queries", [1, 70])
-def test_a_window_that_starts_late_in_a_chunk_attends_as_defined(
-    queries: int, window: int, path: str
-) -> None:
-    # The first chunk then has few tiles, an odd number among them, and the next one more.
-    check(Case(lengths=(305, 570), queries=(queries, 1), options={"window": window}), path)
+CASES = [
+    *(
+        Case(head_size=size, **MIXED)
+        for size in (64, 72, 80, 96, 112, 128, 160, 192, 256, 512)
+    ),
+    *(
+        Case(num_heads=2 * group, head_size=64, **MIXED)
+        for group in (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 71)
+    ),
+    *(
+        Case(page_size=size, lengths=(2900, 200), queries=(3, 130))
+        for size in (16, 32, 128, 384, 2768)
+    ),
+    *(Case(head_size=size, dtype=dtype, **MIXED) for size in (72, 128) for dtype in DTYPES),
+    *(Case(options=options, **MIXED) for options in OPTIONS),
+    # The window starts late in a chunk: the first chunk has few tiles, an odd number too.
+    *(
+        Case(lengths=(305, 570), queries=(queries, 1), options={"window": window})
+        for queries in (1, 70)
+        for window in (3, 20, 40, 300)
+    ),
+    # A few new tokens of one request, which each see the tokens up to themselves.
+    *(
+        Case(lengths=(900, 33), queries=(queries, queries), num_heads=6)
+        for queries in range(1, 9)
+    ),
+    # New tokens on both sides of the end of a chunk.
+    *(
+        Case(lengths=(length,), queries=(queries,), options=options)
+        for length, queries in ((65, 2), (257, 2), (258, 4), (520, 16))
+        for options in ({}, {"window": 60})
+    ),
+    # A prompt after cached context.
+    Case(lengths=(1500, 260), queries=(400, 260), num_heads=4),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("queries", [1, 2, 3, 4, 5, 6, 7, 8])
-def test_several_tokens_of_one_request_see_up_to_themselves(queries: int, path: str) -> None:
-    check(Case(lengths=(900, 33), queries=(queries, queries), num_heads=6), path)
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("options", [{}, {"window": 60}])
-@pytest.mark.parametrize(("length", "queries"), [(65, 2), (257, 2), (258, 4), (520, 16)])
-def test_tokens_on_both_sides_of_a_chunks_end_see_up_to_themselves(
-    length: int, queries: int, options: dict[str, Any], path: str
-) -> None:
-    check(Case(lengths=(length,), queries=(queries,), options=options), path)
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("queries", [1, 2, 4])
-def test_a_long_sequence_divided_among_threads_attends_as_defined(queries: int, path: str) -> None:
-    batch = make(Case(lengths=(9000, 5), queries=(queries, 1), num_kv_heads=1, num_heads=5))
-    assert_close(attend(batch, path), expected(batch))
-    # Parts whose largest scores are further apart than float32 can express the ratio of.
-    batch.query *= 100
-    assert_close(attend(batch, path), expected(batch))
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_a_prompt_attends_over_cached_context_as_defined(path: str) -> None:
-    check(Case(lengths=(1500, 260), queries=(400, 260), num_heads=4), path)
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_pages_apart_and_tensors_with_strides_give_the_same_bits(path: str) -> None:
-    batch = make(Case(**MIXED))
-    out, lse = attend(batch, path)
-    blocks, heads, page_size, slot = batch.cache.shape
-    apart = torch.full((blocks, heads * page_size * slot + 4096), 255, dtype=torch.uint8)
-    pages = apart[:, : heads * page_size * slot].view(batch.cache.shape)
-    pages.copy_(batch.cache)
-    wide = torch.zeros(batch.query.shape[0], 12, 2, 128, dtype=batch.query.dtype)
-    wide[:, 4:, 1] = batch.query
-    out_wide = torch.zeros(batch.query.shape[0], 8, 3, 128, dtype=batch.query.dtype)
-    table = torch.zeros(batch.block_table.shape[0], batch.block_table.shape[1] + 5).int()
-    table[:, : batch.block_table.shape[1]] = batch.block_table
-    lse_wide = torch.zeros(8, batch.query.shape[0]).t()
-    paged_attention(
-        wide[:, 4:, 1],
-        pages,
-        table,
-        batch.seq_lens,
-        batch.query_start_loc,
-        out_wide[:, :, 1],
-        lse=lse_wide,
-        isa=path,
-        **batch.options,
+def request_of(batch: Batch, request: int, first: int, last: int, length: int) -> Batch:
+    """Return a batch of one request's query tokens `first` to `last - 1` alone."""
+    return replace(
+        batch,
+        query=batch.query[first:last],
+        block_table=batch.block_table[request : request + 1],
+        seq_lens=torch.tensor([length], dtype=torch.int32),
+        query_start_loc=torch.tensor([0, last - first], dtype=torch.int32),
     )
-    assert torch.equal(out_wide[:, :, 1], out)
-    assert torch.equal(lse_wide, lse)
-    assert not out_wide[:, :, 0].any()
-    assert not out_wide[:, :, 2].any()
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_blocks_beyond_two_gigabytes_are_found(path: str) -> None:
-    batch = make(Case(lengths=(100,), page_size=64))
-    out, _ = attend(batch, path)
-    _, heads, page_size, slot = batch.cache.shape
-    stride = 2**31 + 4096  # mostly never touched, hence never allocated
-    memory = torch.empty(2 * stride + heads * page_size * slot, dtype=torch.uint8)
-    far = memory.as_strided((3, heads, page_size, slot), (stride, page_size * slot, slot, 1))
-    far[2] = batch.cache[int(batch.block_table[0, 0])]
-    far[1] = batch.cache[int(batch.block_table[0, 1])]
-    moved = replace(batch, cache=far, block_table=torch.tensor([[2, 1]], dtype=torch.int32))
-    assert torch.equal(attend(moved, path)[0], out)
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_rows_behind_the_last_request_are_left_alone(path: str) -> None:
-    batch = make(Case(lengths=(40, 20), queries=(2, 1)))
-    padded = replace(batch, query=torch.cat([batch.query, batch.query[:2]]))
-    out, lse = attend(padded, path)
-    assert (out[3:] == 7.0).all()
-    assert (lse[3:] == 7.0).all()
-    assert torch.equal(out[:3], attend(batch, path)[0])
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_a_query_of_a_request_without_tokens_gets_zero(path: str) -> None:
-    batch = make(Case(lengths=(0, 20), queries=(2, 1)))
-    out, lse = attend(batch, path)
-    assert not out[:2].any()
-    assert (lse[:2] == -math.inf).all()
-    sinks = torch.linspace(-1, 1, 8)
-    out, lse = attend(replace(batch, options={**batch.options, "sinks": sinks}), path)
-    assert not out[:2].any()
-    torch.testing.assert_close(lse[:2], sinks.expand(2, 8))
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_a_request_gives_the_same_bits_alone_and_in_a_batch(path: str) -> None:
-    case = Case(lengths=(700, 3000, 90, 1, 400), queries=(1, 4, 90, 1, 300))
-    batch = make(case)
-    out, lse = attend(batch, path)
-    start = 0
-    for request, queries in enumerate(case.queries):
-        alone = replace(
-            batch,
-            query=batch.query[start : start + queries],
-            block_table=batch.block_table[request : request + 1],
-            seq_lens=batch.seq_lens[request : request + 1],
-            query_start_loc=torch.tensor([0, queries], dtype=torch.int32),
-        )
-        got, got_lse = attend(alone, path)
-        assert torch.equal(got, out[start : start + queries])
-        assert torch.equal(got_lse, lse[start : start + queries])
-        start += queries
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_a_plan_made_once_gives_what_a_call_without_one_gives(path: str) -> None:
-    batch = make(Case(options={"window": 200}, **MIXED))
-    plan = plan_attention(
-        batch.seq_lens, batch.query_start_loc, 8, 2, 128, 128, causal=True, window=200
-    )
-    without = attend(batch, path)
-    for _ in range(2):
-        out, lse = attend(batch, path, plan=plan)
-        assert torch.equal(out, without[0])
-        assert torch.equal(lse, without[1])
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("window", [None, 150])
-def test_a_prompt_gives_the_same_bits_however_its_prefill_is_divided(
-    window: int | None, path: str
-) -> None:
-    batch = make(Case(lengths=(700,), queries=(700,), options={"window": window}))
-    out, lse = attend(batch, path)
-    for step in (37, 96, 256):
-        for start in range(0, 700, step):
-            stop = min(700, start + step)
-            part = replace(
-                batch,
-                query=batch.query[start:stop],
-                seq_lens=torch.tensor([stop], dtype=torch.int32),
-                query_start_loc=torch.tensor([0, stop - start], dtype=torch.int32),
-            )
-            got, got_lse = attend(part, path)
-            assert torch.equal(got, out[start:stop])
-            assert torch.equal(got_lse, lse[start:stop])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention_equals_the_reference(case: Case, path: str) -> None:
+    check(case, path)
 
 
 @st.composite
@@ -242,7 +113,7 @@ def cases(draw: st.DrawFn) -> Case:
         16 * draw(st.integers(1, 20)),
         tuple(length for length, _ in requests),
         tuple(min(length, queries) for length, queries in requests),
-        draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32])),
+        draw(st.sampled_from(DTYPES)),
         draw(st.integers(0, 1000)),
         options,
     )
@@ -251,5 +122,105 @@ def cases(draw: st.DrawFn) -> Case:
 @pytest.mark.parametrize("path", PATHS)
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=cases())
-def test_any_batch_attends_as_defined(path: str, case: Case) -> None:
+def test_attention_of_random_batches_equals_the_reference(path: str, case: Case) -> None:
     check(case, path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("queries", [1, 2, 4])
+def test_a_long_sequence_divided_among_threads_equals_the_reference(
+    queries: int, path: str
+) -> None:
+    batch = make(Case(lengths=(9000, 5), queries=(queries, 1), num_kv_heads=1, num_heads=5))
+    assert_close(attend(batch, path), expected(batch))
+    # Now the ratio of the parts' largest weights exceeds the range of float32.
+    batch.query *= 100
+    assert_close(attend(batch, path), expected(batch))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_strides_do_not_change_the_bits(path: str) -> None:
+    batch = make(Case(**MIXED))
+    out, lse = attend(batch, path)
+    blocks, heads, page_size, slot = batch.cache.shape
+    padded = torch.full((blocks, heads * page_size * slot + 4096), 255, dtype=torch.uint8)
+    pages = padded[:, : heads * page_size * slot].view(batch.cache.shape)
+    pages.copy_(batch.cache)
+    query = torch.zeros(batch.query.shape[0], 12, 2, 128, dtype=batch.query.dtype)
+    query[:, 4:, 1] = batch.query
+    out_wide = torch.zeros(batch.query.shape[0], 8, 3, 128, dtype=batch.query.dtype)
+    table = torch.zeros(batch.block_table.shape[0], batch.block_table.shape[1] + 5).int()
+    table[:, : batch.block_table.shape[1]] = batch.block_table
+    lse_wide = torch.zeros(8, batch.query.shape[0]).t()
+    wide = replace(batch, query=query[:, 4:, 1], cache=pages, block_table=table)
+    paged_attention(*wide.inputs, out_wide[:, :, 1], lse=lse_wide, isa=path, **batch.options)
+    assert_equal((out_wide[:, :, 1], lse_wide), (out, lse))
+    assert not out_wide[:, :, ::2].any()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_blocks_more_than_two_gigabytes_into_the_cache_are_read(path: str) -> None:
+    batch = make(Case(lengths=(100,), page_size=64))
+    _, heads, page_size, slot = batch.cache.shape
+    stride = 2**31 + 4096  # mostly never touched, hence never allocated
+    memory = torch.empty(2 * stride + heads * page_size * slot, dtype=torch.uint8)
+    far = memory.as_strided((3, heads, page_size, slot), (stride, page_size * slot, slot, 1))
+    far[2] = batch.cache[int(batch.block_table[0, 0])]
+    far[1] = batch.cache[int(batch.block_table[0, 1])]
+    moved = replace(batch, cache=far, block_table=torch.tensor([[2, 1]], dtype=torch.int32))
+    assert_equal(attend(moved, path), attend(batch, path))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_rows_after_the_last_request_stay_unchanged(path: str) -> None:
+    batch = make(Case(lengths=(40, 20), queries=(2, 1)))
+    padded = replace(batch, query=torch.cat([batch.query, batch.query[:2]]))
+    out, lse = attend(padded, path)
+    assert (out[3:] == 7.0).all()
+    assert (lse[3:] == 7.0).all()
+    assert_equal((out[:3], lse[:3]), attend(batch, path))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_query_of_a_request_without_tokens_gets_zero(path: str) -> None:
+    batch = make(Case(lengths=(0, 20), queries=(2, 1)))
+    out, lse = attend(batch, path)
+    assert not out[:2].any()
+    assert (lse[:2] == -math.inf).all()
+    sinks = torch.linspace(-1, 1, 8)
+    out, lse = attend(replace(batch, options={**batch.options, "sinks": sinks}), path)
+    assert not out[:2].any()
+    torch.testing.assert_close(lse[:2], sinks.expand(2, 8))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_request_gets_the_same_bits_alone_and_in_a_batch(path: str) -> None:
+    case = Case(lengths=(700, 3000, 90, 1, 400), queries=(1, 4, 90, 1, 300))
+    batch = make(case)
+    out, lse = attend(batch, path)
+    rows = itertools.pairwise(batch.query_start_loc.tolist())
+    for request, (first, last) in enumerate(rows):
+        alone = request_of(batch, request, first, last, case.lengths[request])
+        assert_equal(attend(alone, path), (out[first:last], lse[first:last]))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("window", [None, 150])
+def test_the_division_of_a_prefill_does_not_change_its_bits(window: int | None, path: str) -> None:
+    batch = make(Case(lengths=(700,), queries=(700,), options={"window": window}))
+    out, lse = attend(batch, path)
+    for step in (37, 96, 256):
+        for first in range(0, 700, step):
+            last = min(700, first + step)
+            part = request_of(batch, 0, first, last, last)
+            assert_equal(attend(part, path), (out[first:last], lse[first:last]))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_plan_serves_several_calls(path: str) -> None:
+    batch = make(Case(options={"window": 200}, **MIXED))
+    plan = plan_attention(
+        batch.seq_lens, batch.query_start_loc, 8, 2, 128, 128, causal=True, window=200
+    )
+    for _ in range(2):
+        assert_equal(attend(batch, path, plan=plan), attend(batch, path))

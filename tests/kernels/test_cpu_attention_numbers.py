@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What unusual numbers do to attention on CPUs: NaN, extremes, and memory not to be read."""
+"""NaN, extreme numbers and uninitialised memory in attention on CPUs."""
 
 from __future__ import annotations
 
@@ -8,36 +8,46 @@ import math
 import pytest
 import torch
 
-from testing.kernels.batches import PATHS, Batch, Case, assert_close, attend, expected, make
+from testing.kernels.batches import (
+    PATHS,
+    Batch,
+    Case,
+    assert_close,
+    assert_equal,
+    attend,
+    expected,
+    make,
+)
 from vllm_hybrid_kv.kernels.cpu import attention
 
+pytestmark = pytest.mark.parametrize("path", PATHS)
 
-@pytest.mark.parametrize("path", PATHS)
-def test_scores_far_below_zero_are_scores(path: str) -> None:
+HIDDEN_HALVES = (0x7F7F, 0x7C00, 0xFC00, 0x7BFF)
+"""Scales and zeros that no store writes: NaN, both infinities, the largest number."""
+
+
+def test_scores_far_below_zero_are_not_lost(path: str) -> None:
     batch = make(Case(lengths=(200,), queries=(3,)))
     batch.cache.flatten(2)[..., : 128 * 128] = 0x50  # every key is 8
     batch.query[:] = -30.0
     assert_close(attend(batch, path), expected(batch))
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("lengths", [(40,), (305, 4000)])
 @pytest.mark.parametrize("queries", [1, 12, 40])
-def test_leftovers_in_the_kernels_own_memory_never_show(
+def test_leftovers_in_the_workspace_have_no_effect(
     queries: int, lengths: tuple[int, ...], path: str
 ) -> None:
     batch = make(Case(lengths=lengths, queries=(queries, *[1] * (len(lengths) - 1))))
-    out, lse = attend(batch, path)
+    clean = attend(batch, path)
     attention._workspace.scratch.fill(0xFF)  # NaN as bf16 and as float32
     attention._workspace.partials.fill(math.nan)
     attention._workspace.counters.fill(-1)
-    again, lse_again = attend(batch, path)
-    assert torch.equal(again, out)
-    assert torch.equal(lse_again, lse)
+    assert_equal(attend(batch, path), clean)
 
 
 def fill_token(batch: Batch, request: int, token: int, half: int) -> None:
-    """Give a token's scales and zeros the bits of a half, and its keys NaN."""
+    """Set a token's scales and zeros to the bits of a half, and its keys to NaN."""
     page_format = batch.page_format
     bits = torch.tensor([half & 0xFF, half >> 8], dtype=torch.uint8)
     for head in range(batch.cache.shape[1]):
@@ -49,45 +59,36 @@ def fill_token(batch: Batch, request: int, token: int, half: int) -> None:
             batch.half(request, token, head, offset)[:] = bits
 
 
-HIDDEN_HALVES = (0x7F7F, 0x7C00, 0xFC00, 0x7BFF)
-"""Scales and zeros that no store writes: NaN, both infinities, the largest number."""
-
-
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("head_size", [72, 128])
-def test_memory_that_no_row_sees_never_shows(head_size: int, path: str) -> None:
+def test_memory_that_no_row_sees_has_no_effect(head_size: int, path: str) -> None:
     case = Case(head_size, options={"window": 100}, lengths=(300, 129), queries=(1, 30))
     batch = make(case)
-    out, lse = attend(batch, path)
+    clean = attend(batch, path)
     used = {int(b) for b in batch.block_table[0, :3]} | {int(b) for b in batch.block_table[1, :2]}
     for half in HIDDEN_HALVES:
         for block in set(range(batch.cache.shape[0])) - used:
             batch.cache[block].view(torch.int16).fill_(half - (half >> 15 << 16))
-        # Behind the last token, in front of the window, and in every head.
+        # After the last token, before the window, and in every head.
         for request, tokens in ((0, (*range(300, 384), *range(200))), (1, (129, 200, 255))):
             for token in tokens:
                 fill_token(batch, request, token, half)
-        again, lse_again = attend(batch, path)
-        assert torch.equal(again, out)
-        assert torch.equal(lse_again, lse)
-        assert_close((again, lse_again), expected(batch))
+        again = attend(batch, path)
+        assert_equal(again, clean)
+        assert_close(again, expected(batch))
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("queries", [3, 12, 70])
-def test_a_token_hidden_from_some_rows_never_shows_in_them(queries: int, path: str) -> None:
+def test_a_token_has_no_effect_on_rows_that_do_not_see_it(queries: int, path: str) -> None:
     batch = make(Case(lengths=(300,), queries=(queries,)))
     out, lse = attend(batch, path)
     for half in HIDDEN_HALVES:
         fill_token(batch, 0, 299, half)
         again, lse_again = attend(batch, path)
-        assert torch.equal(again[:-1], out[:-1])
-        assert torch.equal(lse_again[:-1], lse[:-1])
+        assert_equal((again[:-1], lse_again[:-1]), (out[:-1], lse[:-1]))
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("queries", [(20, 1, 1), (200, 8, 1)])
-def test_a_nan_token_shows_in_later_rows_of_its_own_request_and_head(
+def test_a_nan_token_shows_in_the_later_rows_of_its_request_and_head_only(
     queries: tuple[int, ...], path: str
 ) -> None:
     batch = make(Case(lengths=(250, 300, 40), queries=queries))
@@ -101,24 +102,21 @@ def test_a_nan_token_shows_in_later_rows_of_its_own_request_and_head(
     wanted[240 - (250 - queries[0]) : queries[0], 4:] = True
     wanted[-1, :4] = True
     assert torch.equal(nan, wanted)
-    assert torch.equal(out[~nan], clean[~nan])
-    assert torch.equal(lse, clean_lse)
+    assert_equal((out[~nan], lse), (clean[~nan], clean_lse))
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_a_nan_query_spoils_its_own_row_only(path: str) -> None:
+def test_a_nan_query_affects_its_own_row_only(path: str) -> None:
     batch = make(Case(lengths=(250, 300), queries=(20, 1)))
     clean, _ = attend(batch, path)
     batch.query[7, 3, 5] = math.nan
     out, _ = attend(batch, path)
-    spoilt = torch.zeros(out.shape[:2], dtype=torch.bool)
-    spoilt[7, 3] = True
+    affected = torch.zeros(out.shape[:2], dtype=torch.bool)
+    affected[7, 3] = True
     assert out[7, 3].isnan().all()
-    assert torch.equal(out[~spoilt], clean[~spoilt])
+    assert torch.equal(out[~affected], clean[~affected])
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_the_largest_keys_scales_and_queries_stay_finite_and_right(path: str) -> None:
+def test_the_largest_keys_scales_and_queries_stay_finite_and_exact(path: str) -> None:
     batch = make(Case(lengths=(200,), queries=(3,)))
     batch.query *= 100
     page_format = batch.page_format
@@ -131,19 +129,16 @@ def test_the_largest_keys_scales_and_queries_stay_finite_and_right(path: str) ->
     assert_close(attend(batch, path), expected(batch))
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_small_keys_count(path: str) -> None:
-    # Denormal e4m3 keys only: each is below 2^-6.
+def test_denormal_keys_are_not_lost(path: str) -> None:
     batch = make(Case(lengths=(200,), queries=(3,)))
     codes = torch.randint(0, 8, (*batch.cache.shape[:2], 128 * 128), dtype=torch.uint8)
-    batch.cache.flatten(2)[..., : 128 * 128] = codes
+    batch.cache.flatten(2)[..., : 128 * 128] = codes  # below 2^-6
     batch.query *= 30
     assert_close(attend(batch, path), expected(batch))
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("queries", [1, 3, 40])
-def test_many_small_weights_behind_one_large_one_count(queries: int, path: str) -> None:
+def test_many_small_weights_after_one_large_one_are_not_lost(queries: int, path: str) -> None:
     # Each of 6000 tokens weighs 1/20,000 of the first one: together 0.3 of it.
     batch = make(Case(lengths=(6000,), queries=(queries,)))
     page_format = batch.page_format

@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU kernel stores the bits that `reference.quantise` and `reference.store` do, no others."""
+"""The CPU kernel stores exactly the bits of `reference.quantise` and `reference.store`."""
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from testing.kernels.processes import output_of, python
 from vllm_hybrid_kv.kernels import k8v4, reference
 from vllm_hybrid_kv.kernels.cpu import quantise as module
 from vllm_hybrid_kv.kernels.cpu import quantise_and_store
@@ -23,27 +21,28 @@ UNTOUCHED = 0xA5
 
 
 class Pages:
-    """A cache whose blocks stand `padding` bytes apart, in memory that goes on at both ends."""
+    """A cache with `padding` bytes between blocks, and more memory at both ends."""
 
     def __init__(
         self, blocks: int, heads: int, page_size: int, head_size: int, padding: int = 0
     ) -> None:
-        self.head_size = head_size
-        self.page_size = page_size
         shape = (blocks, heads, page_size, k8v4.slot_bytes(head_size))
         block_bytes = math.prod(shape[1:])
-        self.memory = torch.full((64 + blocks * (block_bytes + padding) + 64,), UNTOUCHED).to(
-            torch.uint8
-        )
-        self.cache = self.memory[64:].as_strided(
-            shape, (block_bytes + padding, page_size * shape[3], shape[3], 1), 64
-        )
-
-    def slots(self) -> int:
-        return self.cache.shape[0] * self.page_size
+        size = 64 + blocks * (block_bytes + padding) + 64
+        self.memory = torch.full((size,), UNTOUCHED, dtype=torch.uint8)
+        stride = (block_bytes + padding, page_size * shape[3], shape[3], 1)
+        self.cache = self.memory[64:].as_strided(shape, stride, 64)
 
 
-def stored_like_the_reference(
+def store_reference(
+    key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor
+) -> None:
+    key, value = key[: len(slots)], value[: len(slots)]
+    layout = k8v4.cpu_layout(key.shape[2])
+    reference.store(reference.quantise(key, value), cache, slots, layout)
+
+
+def equals_reference(
     key: torch.Tensor,
     value: torch.Tensor,
     slots: torch.Tensor,
@@ -51,20 +50,14 @@ def stored_like_the_reference(
     padding: int = 0,
     blocks: int | None = None,
 ) -> bool:
-    """Store with the kernel and with the reference; whether all of the memory is the same."""
+    """Store with the kernel and with the reference, and return whether all memory is equal."""
     _, heads, head_size = key.shape
     if blocks is None:
-        blocks = max(1, -(-(int(slots.max()) + 1) // page_size)) if len(slots) else 1
-    found, expected = (Pages(blocks, heads, page_size, head_size, padding) for _ in range(2))
-    count = len(slots)
-    reference.store(
-        reference.quantise(key[:count], value[:count]),
-        expected.cache,
-        slots,
-        k8v4.cpu_layout(head_size),
-    )
-    quantise_and_store(key, value, found.cache, slots)
-    return torch.equal(found.memory, expected.memory)
+        blocks = int(slots.max()) // page_size + 1
+    stored, expected = (Pages(blocks, heads, page_size, head_size, padding) for _ in range(2))
+    store_reference(key, value, expected.cache, slots)
+    quantise_and_store(key, value, stored.cache, slots)
+    return torch.equal(stored.memory, expected.memory)
 
 
 def random_rows(
@@ -75,20 +68,8 @@ def random_rows(
     return (key * 3).to(dtype), value.to(dtype)
 
 
-def consecutive(count: int, slots: int) -> torch.Tensor:
-    return torch.arange(count)
-
-
-def off_the_tile(count: int, slots: int) -> torch.Tensor:
-    return torch.arange(3, count + 3)
-
-
-def backwards(count: int, slots: int) -> torch.Tensor:
-    return torch.arange(count + 3, 3, -1)
-
-
-def shuffled(count: int, slots: int) -> torch.Tensor:
-    return torch.randperm(slots, generator=torch.Generator().manual_seed(5))[:count]
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def with_holes(count: int, slots: int) -> torch.Tensor:
@@ -98,41 +79,41 @@ def with_holes(count: int, slots: int) -> torch.Tensor:
     return found
 
 
-def runs_of_different_blocks(count: int, slots: int) -> torch.Tensor:
-    """Like a batch of prefills: runs of 4 to 11 tokens in blocks that do not follow each other."""
-    starts = torch.randperm(slots // 12, generator=torch.Generator().manual_seed(6))
+def like_prefills(count: int, slots: int) -> torch.Tensor:
+    """Return runs of 4 to 11 slots in blocks that do not follow each other."""
+    starts = torch.randperm(slots // 12, generator=seeded(6))
     runs = [torch.arange(int(s) * 12, int(s) * 12 + 4 + i % 8) for i, s in enumerate(starts)]
     return torch.cat(runs)[:count]
 
 
-PATTERNS: list[Callable[[int, int], torch.Tensor]] = [
-    consecutive,
-    off_the_tile,
-    backwards,
-    shuffled,
-    with_holes,
-    runs_of_different_blocks,
-]
+PATTERNS: dict[str, Callable[[int, int], torch.Tensor]] = {
+    "consecutive": lambda count, slots: torch.arange(count),
+    "not aligned to tiles": lambda count, slots: torch.arange(3, count + 3),
+    "backwards": lambda count, slots: torch.arange(count + 3, 3, -1),
+    "shuffled": lambda count, slots: torch.randperm(slots, generator=seeded(5))[:count],
+    "with holes": with_holes,
+    "like prefills": like_prefills,
+}
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.__name__)
+@pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 @pytest.mark.parametrize("page_size", [16, 112])
-def test_stores_the_bits_of_the_reference_in_every_page_and_order_of_slots(
-    pattern: Callable[[int, int], torch.Tensor], head_size: int, page_size: int
+def test_every_page_size_and_order_of_slots_equals_the_reference(
+    pattern: str, head_size: int, page_size: int
 ) -> None:
     blocks = max(2, -(-150 // page_size))
     for i, dtype in enumerate(DTYPES):
         key, value = random_rows(61, 3, head_size, dtype, seed=i)
-        slots = pattern(61, blocks * page_size)
-        assert stored_like_the_reference(key, value, slots, page_size, 40 * i + i, blocks)
+        slots = PATTERNS[pattern](61, blocks * page_size)
+        assert equals_reference(key, value, slots, page_size, 40 * i + i, blocks)
 
 
 @pytest.mark.parametrize(("head_size", "page_size"), [(64, 2768), (72, 1056), (256, 528)])
-def test_stores_the_bits_of_the_reference_in_large_pages(head_size: int, page_size: int) -> None:
+def test_large_pages_equal_the_reference(head_size: int, page_size: int) -> None:
     key, value = random_rows(40, 2, head_size, torch.bfloat16)
     slots = torch.cat([torch.arange(page_size - 20, page_size + 10), torch.arange(10)])
-    assert stored_like_the_reference(key, value, slots, page_size)
+    assert equals_reference(key, value, slots, page_size)
 
 
 TIES = [(2.0**e) * (1 + (2 * m + 1) / 16) for e in range(-6, 9) for m in range(8)]
@@ -140,182 +121,159 @@ TIES += [(2 * m + 1) * 2.0**-10 for m in range(8)]
 SPECIAL = [0.0, math.inf, math.nan, 448.0, 449.0, 464.0, 480.0, 3e38, 1e-45, 1e-40, 65504.0]
 SPECIAL += [65519.0, 65520.0, 1e5, 2.0**-14, 2.0**-24, 2.0**-25, 6.1e-5]
 
+Random = np.random.Generator
 
-def adversarial_row(kind: str, head_size: int, random: np.random.Generator) -> np.ndarray:
-    if kind == "any bits":
-        bits = random.integers(0, 2**32, head_size, dtype=np.uint32)
-        return bits.view(np.float32)
-    if kind == "any finite bits":
-        bits = random.integers(0, 2**32, head_size, dtype=np.uint32)
-        row = bits.view(np.float32)
-        return np.where(np.isfinite(row), row, np.float32(1))
-    if kind == "ties of keys":
-        row = random.choice(TIES, head_size).astype(np.float32)
-        nudge = random.integers(-1, 2, head_size).astype(np.int32)
-        return (row.view(np.int32) + nudge).view(np.float32) * random.choice([-1, 1], head_size)
-    if kind == "half steps of values":
-        exponent = random.integers(-18, 9)
-        steps = random.integers(0, 31, head_size) / 2
-        steps[0], steps[1] = 0, 15
-        zero = float(random.integers(-300, 300))
-        row = ((zero + steps) * 2.0**exponent).astype(np.float32)
-        nudge = random.integers(-1, 2, head_size) * random.integers(0, 2)
-        return (row.view(np.int32) + nudge.astype(np.int32)).view(np.float32)
-    if kind == "special":
-        return (random.choice(SPECIAL, head_size) * random.choice([-1, 1], head_size)).astype(
-            np.float32
-        )
-    if kind == "constant":
-        number = random.choice([*SPECIAL, *TIES, 0.1, 1000.3])
-        return np.full(head_size, number * random.choice([-1, 1]), np.float32)
-    if kind == "denormals":
-        bits = random.integers(0, 2**24, head_size, dtype=np.uint32)
-        bits |= random.integers(0, 2, head_size, dtype=np.uint32) << 31
-        return bits.view(np.float32)
+
+def any_bits(size: int, random: Random) -> np.ndarray:
+    return random.integers(0, 2**32, size, dtype=np.uint32).view(np.float32)
+
+
+def finite_bits(size: int, random: Random) -> np.ndarray:
+    row = any_bits(size, random)
+    return np.where(np.isfinite(row), row, np.float32(1))
+
+
+def ties_of_keys(size: int, random: Random) -> np.ndarray:
+    row = random.choice(TIES, size).astype(np.float32)
+    neighbour = random.integers(-1, 2, size).astype(np.int32)
+    return (row.view(np.int32) + neighbour).view(np.float32) * random.choice([-1, 1], size)
+
+
+def half_steps_of_values(size: int, random: Random) -> np.ndarray:
+    exponent = random.integers(-18, 9)
+    steps = random.integers(0, 31, size) / 2
+    steps[0], steps[1] = 0, 15
+    zero = float(random.integers(-300, 300))
+    row = ((zero + steps) * 2.0**exponent).astype(np.float32)
+    neighbour = random.integers(-1, 2, size) * random.integers(0, 2)
+    return (row.view(np.int32) + neighbour.astype(np.int32)).view(np.float32)
+
+
+def special_numbers(size: int, random: Random) -> np.ndarray:
+    return random.choice(SPECIAL, size) * random.choice([-1, 1], size)
+
+
+def one_number(size: int, random: Random) -> np.ndarray:
+    number = random.choice([*SPECIAL, *TIES, 0.1, 1000.3])
+    return np.full(size, number * random.choice([-1, 1]))
+
+
+def denormals(size: int, random: Random) -> np.ndarray:
+    bits = random.integers(0, 2**24, size, dtype=np.uint32)
+    bits |= random.integers(0, 2, size, dtype=np.uint32) << 31
+    return bits.view(np.float32)
+
+
+def offset_and_spread(size: int, random: Random) -> np.ndarray:
     spread = 10.0 ** random.integers(-9, 6)
     offset = random.normal() * 10.0 ** random.integers(-9, 5)
-    return (offset + spread * random.normal(size=head_size)).astype(np.float32)
+    return offset + spread * random.normal(size=size)
 
 
-KINDS = [
-    "any bits",
-    "any finite bits",
-    "ties of keys",
-    "half steps of values",
-    "special",
-    "constant",
-    "denormals",
-    "offset and spread",
-]
+ROWS = [
+    any_bits, finite_bits, ties_of_keys, half_steps_of_values, special_numbers, one_number,
+    denormals, offset_and_spread,
+]  # fmt: skip
 
 
 @settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from(HEAD_SIZES),
     st.sampled_from(DTYPES),
-    st.lists(st.sampled_from(KINDS), min_size=1, max_size=9),
+    st.lists(st.sampled_from(ROWS), min_size=1, max_size=9),
     st.integers(0, 20),
     st.integers(0, 2**32 - 1),
 )
-def test_stores_the_bits_of_the_reference_for_the_hardest_numbers(
-    head_size: int, dtype: torch.dtype, kinds: list[str], first_slot: int, seed: int
+def test_the_hardest_numbers_equal_the_reference(
+    head_size: int, dtype: torch.dtype, rows: list, first_slot: int, seed: int
 ) -> None:
     random = np.random.default_rng(seed)
-    shape = (len(kinds), 1, head_size)
     with np.errstate(all="ignore"):
-        rows = [
-            np.stack([adversarial_row(kind, head_size, random) for kind in kinds]) for _ in range(2)
-        ]
-    key, value = (torch.from_numpy(x.astype(np.float32)).to(dtype).reshape(shape) for x in rows)
-    slots = torch.arange(first_slot, first_slot + len(kinds))
-    assert stored_like_the_reference(key, value, slots)
+        numbers = np.stack([[row(head_size, random) for row in rows] for _ in range(2)])
+        key, value = torch.from_numpy(numbers.astype(np.float32)).to(dtype)[:, :, None]
+    assert equals_reference(key, value, torch.arange(first_slot, first_slot + len(rows)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_stores_the_bits_of_the_reference_for_all_16_bit_numbers(dtype: torch.dtype) -> None:
+def test_all_16_bit_numbers_equal_the_reference(dtype: torch.dtype) -> None:
     every = torch.arange(65536).to(torch.int16).view(dtype)
-    key = every.reshape(-1, 1, 128)
-    # Beside each number its own constant rows and rows of its neighbours.
-    value = every.reshape(-1, 1, 128)
-    assert stored_like_the_reference(key, value, torch.arange(len(key)), page_size=512)
+    rows = every.reshape(-1, 1, 128)
+    assert equals_reference(rows, rows, torch.arange(len(rows)), page_size=512)
     constant = every[:, None, None].expand(-1, 1, 64)[::7]
-    assert stored_like_the_reference(constant, constant, torch.arange(len(constant)), 512)
+    assert equals_reference(constant, constant, torch.arange(len(constant)), 512)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_size", [64, 72, 256])
-def test_views_of_a_fused_tensor_and_of_any_other_strides_are_read_right(
+def test_keys_and_values_with_any_strides_equal_the_reference(
     dtype: torch.dtype, head_size: int
 ) -> None:
     tokens, heads = 21, 2
     width = heads * head_size
-    generator = torch.Generator().manual_seed(2)
-    fused = torch.randn(tokens, 5 * width, generator=generator).to(dtype)
-    key, value = (
-        fused[:, i * width : (i + 1) * width].view(tokens, heads, head_size) for i in (3, 4)
-    )
-    slots = torch.arange(tokens)
-    assert stored_like_the_reference(key, value, slots)
-    turned = torch.randn(2, heads, head_size, tokens, generator=generator).to(dtype)
-    key, value = turned.permute(0, 3, 1, 2)
-    assert key.stride(2) != 1
-    assert stored_like_the_reference(key, value, slots)
-    heads_first = torch.randn(2, heads, tokens, head_size, generator=generator).to(dtype)
-    key, value = heads_first.transpose(1, 2)
-    assert stored_like_the_reference(key, value, slots)
-    assert stored_like_the_reference(key.contiguous(), value, slots)
-    assert stored_like_the_reference(key, value.contiguous(), slots)
-    one_head = torch.randn(2, tokens, 1, head_size, generator=generator).to(dtype)
-    key, value = one_head.expand(2, tokens, heads, head_size)
-    assert stored_like_the_reference(key, value, slots)
+    generator = seeded(2)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    fused = numbers(tokens, 5 * width)
+    views = [
+        [fused[:, i * width : (i + 1) * width].view(tokens, heads, head_size) for i in (3, 4)],
+        numbers(2, heads, head_size, tokens).permute(0, 3, 1, 2),
+        numbers(2, heads, tokens, head_size).transpose(2, 1),
+        numbers(2, tokens, 1, head_size).expand(2, tokens, heads, head_size),
+    ]
+    for key, value in views:
+        for pair in ((key, value), (key.contiguous(), value), (key, value.contiguous())):
+            assert equals_reference(*pair, torch.arange(tokens))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
-def test_what_stands_beside_a_row_in_memory_does_not_change_what_is_stored_of_it(
-    dtype: torch.dtype, head_size: int
-) -> None:
-    key, value = random_rows(21, 2, head_size, dtype)
+def test_memory_around_a_row_has_no_effect(dtype: torch.dtype, head_size: int) -> None:
     between = torch.full((2, 21, 2, head_size + 32), math.nan, dtype=dtype)
-    between[..., 16 : 16 + head_size] = torch.stack((key, value))
-    apart_key, apart_value = between[..., 16 : 16 + head_size]
-    slots = torch.arange(1, 22)
-    assert stored_like_the_reference(apart_key, apart_value, slots)
+    between[..., 16 : 16 + head_size] = torch.stack(random_rows(21, 2, head_size, dtype))
+    assert equals_reference(*between[..., 16 : 16 + head_size], torch.arange(1, 22))
 
 
 def test_tokens_after_the_end_of_the_slot_mapping_are_padding() -> None:
     key, value = random_rows(40, 2, 64, torch.bfloat16)
     key[19:], value[19:] = math.nan, math.nan
-    assert stored_like_the_reference(key, value, torch.arange(19))
+    assert equals_reference(key, value, torch.arange(19))
 
 
-@pytest.mark.parametrize("count", [0, 6])
-def test_no_token_or_only_negative_slots_leave_every_byte_as_it_was(count: int) -> None:
+@pytest.mark.parametrize(("tokens", "slots"), [(0, 0), (6, 0), (6, 6)])
+def test_without_slots_or_with_negative_ones_every_byte_stays_unchanged(
+    tokens: int, slots: int
+) -> None:
     pages = Pages(2, 2, 16, 64, padding=3)
-    key, value = random_rows(6, 2, 64, torch.float32)
-    quantise_and_store(key, value, pages.cache, torch.full((count,), -1))
+    key, value = random_rows(tokens, 2, 64, torch.float32)
+    quantise_and_store(key, value, pages.cache, torch.full((slots,), -1))
     assert bool((pages.memory == UNTOUCHED).all())
 
 
-def test_no_token_at_all_is_stored_as_nothing() -> None:
-    pages = Pages(2, 2, 16, 64)
-    empty = torch.empty(0, 2, 64, dtype=torch.bfloat16)
-    quantise_and_store(empty, empty, pages.cache, torch.empty(0, dtype=torch.int64))
-    assert bool((pages.memory == UNTOUCHED).all())
-
-
-def test_slots_of_32_bits_and_slots_that_are_not_contiguous_are_read_right() -> None:
+def test_slots_may_be_32_bit_and_strided() -> None:
     key, value = random_rows(20, 2, 96, torch.bfloat16)
-    expected, narrow, strided = (Pages(2, 2, 16, 96) for _ in range(3))
     slots = torch.arange(20) + 5
-    quantise_and_store(key, value, expected.cache, slots)
-    quantise_and_store(key, value, narrow.cache, slots.to(torch.int32))
-    quantise_and_store(key, value, strided.cache, slots.repeat_interleave(3)[::3])
-    assert torch.equal(narrow.memory, expected.memory)
-    assert torch.equal(strided.memory, expected.memory)
+    assert equals_reference(key, value, slots.to(torch.int32))
+    assert equals_reference(key, value, slots.repeat_interleave(3)[::3])
 
 
 @pytest.mark.parametrize("head_size", [72, 128])
-def test_several_threads_store_what_one_does(
+def test_several_threads_store_the_same_bits_as_one(
     head_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key, value = random_rows(700, 3, head_size, torch.bfloat16)
-    for pattern in PATTERNS:
-        slots = pattern(700, 1600)
-        alone, together = (Pages(100, 3, 16, head_size, padding=6) for _ in range(2))
-        monkeypatch.setattr(module, "SERIAL_ROWS", 10**9)
-        quantise_and_store(key, value, alone.cache, slots)
-        monkeypatch.setattr(module, "SERIAL_ROWS", 0)
-        quantise_and_store(key, value, together.cache, slots)
-        assert torch.equal(together.memory, alone.memory)
-    assert stored_like_the_reference(key, value, slots)
+    for serial_rows in (10**9, 0):
+        monkeypatch.setattr(module, "SERIAL_ROWS", serial_rows)
+        for pattern in PATTERNS.values():
+            slots = pattern(700, 1600)
+            assert equals_reference(key, value, slots, padding=6, blocks=100)
 
 
-def test_offsets_past_2_to_the_31_bytes_are_reached() -> None:
+def test_slots_more_than_two_gigabytes_into_the_cache_are_written() -> None:
     head_size, heads, page_size, stride = 64, 2, 16, 2**30 + 4096
     slot_bytes = k8v4.slot_bytes(head_size)
-    # Only the pages of memory that are written exist.
-    memory = torch.empty(4 * stride, dtype=torch.uint8)
+    memory = torch.empty(4 * stride, dtype=torch.uint8)  # only written pages are allocated
     cache = memory.as_strided(
         (4, heads, page_size, slot_bytes), (stride, page_size * slot_bytes, slot_bytes, 1)
     )
@@ -323,9 +281,7 @@ def test_offsets_past_2_to_the_31_bytes_are_reached() -> None:
     key, value = random_rows(14, heads, head_size, torch.bfloat16)
     slots = torch.cat([torch.arange(3 * page_size + 5, 4 * page_size), torch.tensor([2, 37, -1])])
     expected = Pages(4, heads, page_size, head_size)
-    reference.store(
-        reference.quantise(key, value), expected.cache, slots, k8v4.cpu_layout(head_size)
-    )
+    store_reference(key, value, expected.cache, slots)
     quantise_and_store(key, value, cache, slots)
     assert torch.equal(cache, expected.cache)
 
@@ -344,19 +300,13 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
             slots = torch.arange(len(key)) + 3
             layout = k8v4.cpu_layout(head_size)
             shape = (32, 2, 16, k8v4.slot_bytes(head_size))
-            found, expected = torch.zeros(2, *shape, dtype=torch.uint8)
-            for rows_at_hand, slots_at_hand in zip(key.split(100), slots.split(100)):
-                quantised = reference.quantise(rows_at_hand, rows_at_hand)
-                reference.store(quantised, expected, slots_at_hand, layout)
-                quantise_and_store(rows_at_hand, rows_at_hand, found, slots_at_hand)
-            assert torch.equal(found, expected), (dtype, head_size)
-print("the same")
+            stored, expected = torch.zeros(2, *shape, dtype=torch.uint8)
+            for part, slots_of_part in zip(key.split(100), slots.split(100)):
+                reference.store(reference.quantise(part, part), expected, slots_of_part, layout)
+                quantise_and_store(part, part, stored, slots_of_part)
+            assert torch.equal(stored, expected), (dtype, head_size)
 """
 
 
-def test_a_cpu_with_none_of_the_newer_instructions_stores_the_same_bits() -> None:
-    environment = os.environ | {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
-    result = subprocess.run(
-        [sys.executable, "-c", OLD_CPU], env=environment, capture_output=True, text=True
-    )
-    assert result.stdout == "the same\n", result.stderr
+def test_a_cpu_without_vector_extensions_stores_the_same_bits() -> None:
+    output_of(python(OLD_CPU, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES=""))

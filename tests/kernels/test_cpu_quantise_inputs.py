@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wrong tensors are refused in words, before a byte is written."""
+"""Invalid tensors are rejected with a message before any byte is written."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ def strided_cache(*stride: int) -> torch.Tensor:
 
 ROWS = torch.ones(TOKENS, HEADS, HEAD_SIZE)
 
-REFUSED = {
+REJECTED = {
     "key of integers": (
         {"key": ROWS.to(torch.int32)},
         r"key must be bfloat16, float16 or float32, got torch\.int32",
@@ -67,11 +67,11 @@ REFUSED = {
     ),
     "key on another device": (
         {"key": ROWS.bfloat16().to("meta")},
-        r"key must be on the CPU, got meta",
+        r"key must be on cpu, got meta",
     ),
     "cache on another device": (
         {"cache": cache_of(BLOCKS, HEADS, PAGE_SIZE, SLOT).to("meta")},
-        r"cache must be on the CPU, got meta",
+        r"cache must be on cpu, got meta",
     ),
     "cache of another dtype": (
         {"cache": cache_of(BLOCKS, HEADS, PAGE_SIZE, SLOT).to(torch.int8)},
@@ -109,7 +109,7 @@ REFUSED = {
         {"cache": cache_of(BLOCKS, HEADS, 20, SLOT)},
         r"cache must be of pages of a multiple of 16 tokens, got 20",
     ),
-    "head size that the format does not store": (
+    "unsupported head size": (
         {"key": torch.ones(5, 2, 68), "value": torch.ones(5, 2, 68)},
         r"k8v4 stores head sizes from 64 to 256 in multiples of 8, and 512, got 68",
     ),
@@ -120,9 +120,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_wrong_tensor_is_refused_with_what_was_expected_and_what_came(case: str) -> None:
-    changed, message = REFUSED[case]
+@pytest.mark.parametrize("case", REJECTED)
+def test_an_invalid_tensor_is_rejected_with_the_requirement_and_the_value(case: str) -> None:
+    changed, message = REJECTED[case]
     wrong = arguments(**changed)
     with pytest.raises(ValueError, match=message):
         quantise_and_store(**wrong)
@@ -130,7 +130,7 @@ def test_a_wrong_tensor_is_refused_with_what_was_expected_and_what_came(case: st
         assert wrong["cache"].count_nonzero() == 0
 
 
-def test_a_slot_past_the_end_is_refused_by_the_threads_too() -> None:
+def test_a_slot_past_the_end_is_rejected_with_several_threads_too() -> None:
     rows = torch.ones(600, HEADS, HEAD_SIZE)
     slots = torch.arange(600) % 48
     slots[599] = 48
@@ -140,7 +140,7 @@ def test_a_slot_past_the_end_is_refused_by_the_threads_too() -> None:
     assert wrong["cache"].count_nonzero() == 0
 
 
-def test_debug_refuses_a_slot_named_twice_but_not_a_negative_one() -> None:
+def test_debug_rejects_a_slot_that_is_named_twice_unless_it_is_negative() -> None:
     twice = arguments(slot_mapping=torch.tensor([3, 7, -1, 7, -1]))
     with pytest.raises(ValueError, match="slot_mapping must be without a slot twice, got slot 7"):
         quantise_and_store(**twice, debug=True)
@@ -148,7 +148,7 @@ def test_debug_refuses_a_slot_named_twice_but_not_a_negative_one() -> None:
     quantise_and_store(**arguments(slot_mapping=torch.tensor([3, 7, -1, 8, -1])), debug=True)
 
 
-def test_the_smallest_cache_is_taken_whatever_the_strides_of_its_dims_of_one() -> None:
+def test_strides_of_dims_of_one_are_ignored() -> None:
     rows = torch.ones(16, 1, HEAD_SIZE)
     cache = cache_of(1, 1, 16, SLOT).as_strided((1, 1, 16, SLOT), (7, 3, SLOT, 1))
     quantise_and_store(rows, rows, cache, torch.arange(16))

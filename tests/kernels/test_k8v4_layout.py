@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page format owns every byte of a page once, and refuses sizes that it cannot store."""
+"""The page format uses every byte of a page once, and rejects unsupported sizes."""
 
 import pytest
 
@@ -34,12 +34,12 @@ def name(page_format: PageFormat) -> str:
 @pytest.mark.parametrize("page_format", FORMATS, ids=name)
 def test_every_byte_of_the_key_plane_holds_one_key(page_format: PageFormat) -> None:
     tokens, dims = range(page_format.page_size), range(page_format.head_size)
-    found = sorted(page_format.key_byte(t, d) for t in tokens for d in dims)
-    assert found == list(range(page_format.value_offset))
+    used = sorted(page_format.key_byte(t, d) for t in tokens for d in dims)
+    assert used == list(range(page_format.value_offset))
 
 
 @pytest.mark.parametrize("page_format", FORMATS, ids=name)
-def test_every_nibble_of_the_value_plane_holds_one_value_and_no_byte_holds_two_tokens(
+def test_every_nibble_holds_one_value_and_no_byte_holds_two_tokens(
     page_format: PageFormat,
 ) -> None:
     tokens, dims = range(page_format.page_size), range(page_format.head_size)
@@ -55,7 +55,7 @@ def test_every_nibble_of_the_value_plane_holds_one_value_and_no_byte_holds_two_t
 
 
 @pytest.mark.parametrize("page_format", FORMATS, ids=name)
-def test_the_four_planes_fill_the_region_and_the_halves_stand_on_even_bytes(
+def test_the_four_planes_fill_the_region_and_fp16_numbers_are_aligned(
     page_format: PageFormat,
 ) -> None:
     page_size = page_format.page_size
@@ -66,7 +66,7 @@ def test_the_four_planes_fill_the_region_and_the_halves_stand_on_even_bytes(
 
 
 @pytest.mark.parametrize("head_size", [64, 72, 128])
-def test_a_linear_token_stands_together_with_even_dims_in_the_low_nibbles(head_size: int) -> None:
+def test_a_linear_token_is_contiguous_with_even_dims_in_the_low_nibbles(head_size: int) -> None:
     page_format = PageFormat(head_size, 32, Layout.LINEAR)
     for token in (0, 1, 31):
         keys = [page_format.key_byte(token, dim) for dim in range(head_size)]
@@ -77,7 +77,7 @@ def test_a_linear_token_stands_together_with_even_dims_in_the_low_nibbles(head_s
 
 
 @pytest.mark.parametrize("head_size", [64, 96, 256])
-def test_the_halves_of_a_lines_16_byte_lanes_are_a_dim_pair_of_sixteen_tokens(
+def test_the_halves_of_16_byte_lanes_are_a_dim_pair_of_sixteen_tokens(
     head_size: int,
 ) -> None:
     page_format = PageFormat(head_size, 32, Layout.CPU_TILED)
@@ -105,25 +105,21 @@ def test_shifted_words_of_a_quad_are_pairs_of_neighbouring_tokens(head_size: int
                     (8, 2, 32 * chunk + i),
                     (12, 2, 32 * chunk + 16 + i),
                 ):
-                    for word in range(2):  # 2i and 2i + 1, side by side
+                    for word in range(2):  # neighbours 2i and 2i + 1
                         byte = page_format.value_offset + quad_start + 4 * i + 2 * word
                         token, held_dim = holder[byte + shift // 8, shift % 8]
                         assert (token, held_dim) == (4 * quad + first_token + word, dim)
 
 
 @pytest.mark.parametrize(("head_size", "expected"), [(64, 100), (128, 196), (256, 388), (512, 772)])
-def test_a_slot_is_a_key_byte_and_half_a_value_byte_per_dim_and_two_halves(
+def test_a_slot_has_one_and_a_half_bytes_per_dim_and_two_fp16_numbers(
     head_size: int, expected: int
 ) -> None:
     assert k8v4.slot_bytes(head_size) == expected
 
 
-def test_the_page_of_16_tokens_and_2_heads_of_256_is_as_large_as_that_of_vllm() -> None:
-    assert 2 * PageFormat(256, 16, Layout.CPU_TILED).head_bytes == 12_416
-
-
 @pytest.mark.parametrize("head_size", [-64, 0, 8, 56, 63, 65, 68, 257, 264, 320, 511, 520, 1024])
-def test_a_head_size_outside_the_format_is_refused_with_the_limits(head_size: int) -> None:
+def test_an_unsupported_head_size_is_rejected_with_the_limits(head_size: int) -> None:
     with pytest.raises(
         ValueError, match=f"from 64 to 256 in multiples of 8, and 512, got {head_size}$"
     ):
@@ -133,19 +129,19 @@ def test_a_head_size_outside_the_format_is_refused_with_the_limits(head_size: in
 
 
 @pytest.mark.parametrize("head_size", [*range(64, 257, 8), 512])
-def test_a_head_size_of_the_format_is_not_refused(head_size: int) -> None:
-    assert k8v4.refuse_head_size(head_size) is None
+def test_a_supported_head_size_is_accepted(head_size: int) -> None:
+    assert k8v4.unsupported_head_size(head_size) is None
     assert PageFormat(head_size, 16, k8v4.cpu_layout(head_size)).head_bytes > 0
 
 
 @pytest.mark.parametrize("page_size", [-16, 0, 1, 8, 17, 100])
-def test_a_page_that_is_no_multiple_of_16_tokens_is_refused(page_size: int) -> None:
+def test_a_page_size_that_is_not_a_multiple_of_16_is_rejected(page_size: int) -> None:
     with pytest.raises(ValueError, match=f"positive multiple of 16 tokens, got {page_size}$"):
         PageFormat(64, page_size, Layout.LINEAR)
 
 
 @pytest.mark.parametrize("head_size", [72, 80, 112, 248])
-def test_the_tiled_layout_is_refused_for_a_head_size_that_has_no_whole_chunks(
+def test_the_tiled_layout_rejects_a_head_size_that_is_not_a_multiple_of_32(
     head_size: int,
 ) -> None:
     assert k8v4.cpu_layout(head_size) is Layout.LINEAR

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference attention against torch's own in float64 and against sums written out by hand."""
+"""The reference attention equals torch's in float64 and plain sums."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ from vllm_hybrid_kv.kernels.reference import (
 )
 
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
-"""Sums of up to 300 float32 products of numbers near 1."""
+"""For sums of up to 300 float32 products of numbers near 1."""
 
 
 def inputs(
@@ -51,7 +51,7 @@ def torch_attention(
     ("queries", "length", "heads", "kv_heads"),
     [(1, 1, 1, 1), (1, 123, 5, 1), (7, 7, 4, 4), (123, 300, 6, 2), (300, 300, 8, 2)],
 )
-def test_plain_attention_is_that_of_torch(
+def test_plain_attention_equals_torch(
     queries: int, length: int, heads: int, kv_heads: int, causal: bool
 ) -> None:
     q, k, v = inputs(queries, length, heads, kv_heads, 64)
@@ -60,7 +60,7 @@ def test_plain_attention_is_that_of_torch(
     assert lse.shape == (queries, heads)
 
 
-def attend_by_hand(
+def plain_sums(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -98,7 +98,7 @@ def attend_by_hand(
 @pytest.mark.parametrize("window", [None, 1, 2, 4, 100])
 @pytest.mark.parametrize("soft_cap", [0.0, 0.7])
 @pytest.mark.parametrize("sinks", [None, [0.5, -1.0, 3.0, 0.0]])
-def test_window_sinks_and_soft_cap_are_as_written_out_by_hand(
+def test_window_sinks_and_soft_cap_equal_plain_sums(
     causal: bool, window: int | None, soft_cap: float, sinks: list[float] | None
 ) -> None:
     q, k, v = inputs(4, 9, 4, 2, 3)
@@ -106,32 +106,13 @@ def test_window_sinks_and_soft_cap_are_as_written_out_by_hand(
         q, k, v, scale=0.6, causal=causal, window=window, soft_cap=soft_cap,
         sinks=None if sinks is None else torch.tensor(sinks),
     )  # fmt: skip
-    expected_out, expected_lse = attend_by_hand(q, k, v, 0.6, causal, window, soft_cap, sinks)
+    expected_out, expected_lse = plain_sums(q, k, v, 0.6, causal, window, soft_cap, sinks)
     torch.testing.assert_close(out, expected_out, **TOLERANCE)
     torch.testing.assert_close(lse, expected_lse, **TOLERANCE)
 
 
-def test_two_halves_of_the_keys_merged_by_their_log_sum_exp_are_the_whole() -> None:
-    q, k, v = inputs(3, 50, 4, 2, 64)
-    whole, whole_lse = attend(q, k, v, scale=0.125, causal=False)
-    parts = [attend(q, k[a:b], v[a:b], scale=0.125, causal=False) for a, b in ((0, 17), (17, 50))]
-    lse = torch.logaddexp(parts[0][1], parts[1][1])
-    merged = sum(out * torch.exp(part - lse)[..., None] for out, part in parts)
-    torch.testing.assert_close(lse, whole_lse, **TOLERANCE)
-    torch.testing.assert_close(merged, whole, **TOLERANCE)
-
-
-def test_a_sink_is_a_key_with_no_value() -> None:
-    q, k, v = inputs(2, 5, 2, 2, 8)
-    sinks = torch.tensor([1.25, -0.5])
-    out, lse = attend(q, k, v, scale=0.3, causal=False, sinks=sinks)
-    bare, bare_lse = attend(q, k, v, scale=0.3, causal=False)
-    torch.testing.assert_close(lse, torch.logaddexp(bare_lse, sinks.expand(2, 2)), **TOLERANCE)
-    torch.testing.assert_close(out, bare * torch.exp(bare_lse - lse)[..., None], **TOLERANCE)
-
-
-def test_a_query_that_sees_nothing_gives_zeros_and_a_log_sum_exp_of_minus_infinity() -> None:
-    q, k, v = inputs(3, 2, 2, 1, 8)  # the first query stands before every key
+def test_a_query_that_sees_no_key_gets_zeros_and_a_log_sum_exp_of_minus_infinity() -> None:
+    q, k, v = inputs(3, 2, 2, 1, 8)  # the first query is before every key
     out, lse = attend(q, k, v, scale=1.0)
     assert out[0].count_nonzero() == 0
     assert bool((lse[0] == -math.inf).all())
@@ -145,7 +126,7 @@ def test_scores_of_several_hundred_do_not_overflow() -> None:
     assert bool(lse.isfinite().all())
 
 
-def test_a_nan_value_reaches_the_queries_and_heads_that_see_it_and_no_others() -> None:
+def test_a_nan_value_affects_only_the_queries_and_heads_that_see_it() -> None:
     q, k, v = inputs(4, 6, 4, 2, 8)  # queries at positions 2 to 5
     clean, _ = attend(q, k, v, scale=0.3, window=2)
     v[3, 1] = math.nan
@@ -158,7 +139,7 @@ def test_a_nan_value_reaches_the_queries_and_heads_that_see_it_and_no_others() -
 
 
 class Batch:
-    """Three requests of 2 KV heads in shuffled pages, whose unused bytes are all 0xFF (NaN)."""
+    """Three requests with 2 KV heads in shuffled pages, whose unused bytes are all 0xFF (NaN)."""
 
     head_size, page_size, layout = 64, 16, Layout.CPU_TILED
     lengths, queries = (37, 1, 80), (5, 1, 3)
@@ -172,14 +153,14 @@ class Batch:
         self.tokens = []
         taken = 0
         for i, (length, count) in enumerate(zip(self.lengths, blocks, strict=True)):
-            mine = order[taken : taken + count]
+            own = order[taken : taken + count]
             taken += count
-            self.table[i, :count] = mine.to(torch.int32)
+            self.table[i, :count] = own.to(torch.int32)
             _, key, value = inputs(1, length, 2, 2, self.head_size, seed=i)
             if nan_at is not None and nan_at[0] == i:
                 key[nan_at[1:]] = math.nan
             position = torch.arange(length)
-            slots = mine[position // self.page_size] * self.page_size + position % self.page_size
+            slots = own[position // self.page_size] * self.page_size + position % self.page_size
             self.tokens.append(quantise(key, value))
             store(self.tokens[-1], self.cache, slots, self.layout)
         self.query = inputs(sum(self.queries), 1, 4, 2, self.head_size, seed=9)[0]
@@ -192,8 +173,9 @@ class Batch:
         )
 
 
-def test_paged_attention_is_attention_to_each_requests_own_dequantised_tokens() -> None:
+def test_paged_attention_reads_each_requests_own_tokens_and_no_unused_slot() -> None:
     batch = Batch()
+    assert bool(load(batch.cache, batch.head_size, batch.layout).scale.isnan().any())
     out, lse = batch.attend()
     for i, tokens in enumerate(batch.tokens):
         rows = slice(int(batch.starts[i]), int(batch.starts[i + 1]))
@@ -202,18 +184,10 @@ def test_paged_attention_is_attention_to_each_requests_own_dequantised_tokens() 
         torch.testing.assert_close(lse[rows], expected[1], **TOLERANCE)
 
 
-def test_a_nan_key_shows_in_its_own_request_and_head_and_nowhere_else() -> None:
+def test_a_nan_key_shows_in_its_own_request_and_head_only() -> None:
     clean, _ = Batch().attend()
     out, _ = Batch(nan_at=(0, 20, 1, 3)).attend()
     hit = torch.zeros(9, 4, dtype=torch.bool)
     hit[:5, 2:] = True
     assert torch.equal(out.isnan(), hit[..., None].expand_as(out))
     assert torch.equal(out[~hit], clean[~hit])
-
-
-def test_unused_slots_of_a_page_do_not_matter_even_if_their_bytes_are_nan() -> None:
-    batch = Batch()
-    assert bool(load(batch.cache, batch.head_size, batch.layout).scale.isnan().any())
-    out, lse = batch.attend()
-    assert bool(out.isfinite().all())
-    assert bool(lse.isfinite().all())

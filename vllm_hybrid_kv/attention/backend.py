@@ -91,7 +91,7 @@ class K8V4AttentionBackend(AttentionBackend):
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
         """Say whether heads of this size can be stored."""
-        return k8v4.refuse_head_size(head_size) is None
+        return k8v4.unsupported_head_size(head_size) is None
 
     @classmethod
     def supports_sink(cls) -> bool:

@@ -175,10 +175,10 @@ def _refuse_type(attn_type: str) -> Refusal | None:
 
 
 def _refuse_head_size(head_size: int) -> Refusal | None:
-    reason = k8v4.refuse_head_size(head_size)
+    reason = k8v4.unsupported_head_size(head_size)
     if reason is None:
         return None
-    odd = any(k8v4.refuse_head_size(size) is None for size in _head_sizes_of_the_model())
+    odd = any(k8v4.unsupported_head_size(size) is None for size in _head_sizes_of_the_model())
     skippable = odd and (not current_platform.is_cpu() or head_size in _cpu_head_sizes())
     return Refusal(reason, _serve_unquantised(head_size), skippable=skippable)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes of their own that run the CPU kernels."""
+"""Run the CPU kernels in a child process."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ index = lambda *numbers: torch.tensor(numbers, dtype=torch.int32)
 paged_attention(query, cache, index(0)[None], index(5), index(0, 1), out, scale=1.0)
 assert (out == 2.0).all(), out
 """
-"""Five tokens of value 2 (code 0, zero 2) on the portable path."""
+"""Attend to five tokens of value 2 (code 0, zero 2) on the portable path."""
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a child process with more environment variables."""
     return subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **environment},
@@ -33,6 +34,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def succeeded(result: subprocess.CompletedProcess[str]) -> str:
+def output_of(result: subprocess.CompletedProcess[str]) -> str:
+    """Return the output of a child process that must have succeeded."""
     assert result.returncode == 0, result.stderr
     return result.stdout

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The memory layouts that Python and the compiled kernels share: records and a thread's scratch.
+
+Python fills a record by name from a `NamedTuple`; numba code reads its fields by the same names.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+import threading
+from typing import Any, NamedTuple, get_type_hints
+
+import numba
+import numpy as np
+import torch
+from numba import types
+from numba.extending import intrinsic
+
+from vllm_hybrid_kv.kernels import k8v4
+
+BFLOAT16, FLOAT16, FLOAT32 = range(3)
+DTYPE_CODES = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16, torch.float32: FLOAT32}
+
+
+class AttentionCall(NamedTuple):
+    """One call of attention: addresses, strides in bytes, and sizes."""
+
+    query: int
+    query_token_stride: int
+    query_head_stride: int
+    out: int
+    out_token_stride: int
+    out_head_stride: int
+    dtype_code: int  # of queries and outputs
+    lse: int  # 0: not wanted
+    lse_token_stride: int
+    lse_head_stride: int
+    cache: int
+    block_stride: int
+    head_bytes: int
+    value_offset: int
+    scale_offset: int
+    zero_offset: int
+    tiled: int  # 1 for `Layout.CPU_TILED`
+    block_table: int
+    block_table_stride: int
+    sinks: int  # float32 [Hq], 0: none
+    num_kv_heads: int
+    group: int
+    dims: int
+    output_stride: int  # of a row of float32 dims, a multiple of 64
+    page_size: int
+    causal: int
+    window: int  # 0: none
+    items: int  # `WorkItem`s
+    num_items: int
+    merges: int  # `Merge`s
+    partials: int
+    counters: int  # int64: the next item, then finished parts of each merge and head
+    scale: float
+    soft_cap: float  # 0: none
+
+
+class StoreCall(NamedTuple):
+    """One call of quantise-and-store: addresses, strides in bytes, and sizes."""
+
+    key: int
+    key_token_stride: int
+    key_head_stride: int
+    value: int
+    value_token_stride: int
+    value_head_stride: int
+    dtype_code: int  # of keys and values
+    cache: int
+    block_stride: int
+    slots: int  # int64 [num_tokens]
+    num_slots: int
+    num_tokens: int
+    num_heads: int
+    head_size: int
+    page_size: int
+    tiled: int  # 1 for `Layout.CPU_TILED`
+
+
+class WorkItem(NamedTuple):
+    """A block of rows (query tokens x heads of a group) of one request, and a range of keys."""
+
+    request: int
+    query_start: int  # the request's first query token in the batch
+    query_length: int  # its query tokens
+    length: int  # its tokens
+    first_row: int
+    rows: int
+    first_key: int  # a multiple of CHUNK
+    last_key: int
+    partial: int  # row of its partial sums, or -1: it has all keys and writes its results
+    merge: int  # index of its merge, or -1
+
+
+class Merge(NamedTuple):
+    """The items, one after another, that each have a part of the same rows' keys."""
+
+    first_item: int
+    parts: int
+
+
+@functools.lru_cache
+def dtype_of(record: type) -> np.dtype[Any]:
+    """Return numpy's dtype of a `NamedTuple` of int64 and float64 fields."""
+    formats = {int: np.int64, float: np.float64}
+    return np.dtype([(name, formats[kind]) for name, kind in get_type_hints(record).items()])
+
+
+class CallBuffer(threading.local):
+    """The calling thread's memory for one record, at a fixed address."""
+
+    def __init__(self, record: type) -> None:
+        codes = {int: "q", float: "d"}
+        fields = get_type_hints(record).values()
+        self._struct = struct.Struct("=" + "".join(codes[kind] for kind in fields))
+        self._memory = np.empty(self._struct.size, np.uint8)
+        self._bytes = self._memory.data
+        self._address = self._memory.ctypes.data
+
+    def write(self, record: tuple[float, ...]) -> int:
+        """Fill the memory and return its address."""
+        self._struct.pack_into(self._bytes, 0, *record)
+        return self._address
+
+
+def _record_at(record: type) -> Any:
+    """Return a function for numba code from an address to the record there.
+
+    Numba passes records by address; a tuple of thirty numbers would be thirty arguments.
+    """
+    kind = numba.from_dtype(dtype_of(record))
+
+    @intrinsic
+    def record_at(context: Any, address: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            return builder.inttoptr(values[0], context.get_value_type(kind))
+
+        return kind(types.int64), code
+
+    return record_at
+
+
+attention_call_at = _record_at(AttentionCall)
+store_call_at = _record_at(StoreCall)
+item_at = _record_at(WorkItem)
+merge_at = _record_at(Merge)
+ITEM_BYTES = dtype_of(WorkItem).itemsize
+MERGE_BYTES = dtype_of(Merge).itemsize
+
+TILE_ADDRESSES = np.dtype([(name, np.int64) for name in ("keys", "values", "scales", "zeros")])
+"""The addresses of the parts of one tile."""
+
+TILE_RECORD = TILE_ADDRESSES.itemsize
+
+ROW_STATE = np.dtype([(name, np.float32) for name in ("largest", "total", "offset", "limb_factor")])
+"""The online softmax of a row: the largest score, the sum of weights, the sum of weight times
+zero, and the value of 1 in the last chunk's integer weights."""
+
+STATE_BYTES = ROW_STATE.itemsize
+
+ROW_BLOCK = 128
+"""Most rows of an item, for which keys and values are widened once."""
+
+CHUNK = 256
+"""Most tokens of a chunk."""
+
+TILE = k8v4.TILE_TOKENS
+
+# A thread's scratch memory: the offset of each part. Rows of scores are an odd number of cache
+# lines apart, so that a column of them does not map to few sets of the cache.
+MAX_DIMS = k8v4.MAX_HEAD_SIZE
+SCORE_STRIDE = 4 * CHUNK + 64
+QUERIES_AT = 0
+SCORES_AT = QUERIES_AT + 4 * ROW_BLOCK * MAX_DIMS
+WEIGHTS_AT = SCORES_AT + ROW_BLOCK * SCORE_STRIDE
+OUTPUTS_AT = WEIGHTS_AT + ROW_BLOCK * SCORE_STRIDE
+KEYS_AT = OUTPUTS_AT + 4 * ROW_BLOCK * MAX_DIMS
+VALUES_AT = KEYS_AT + 2 * CHUNK * MAX_DIMS
+SCALES_AT = VALUES_AT + 2 * CHUNK * MAX_DIMS
+ZEROS_AT = SCALES_AT + 4 * CHUNK
+CONFIGURATION_AT = ZEROS_AT + 4 * CHUNK
+SCRATCH_BYTES = CONFIGURATION_AT + 4096
