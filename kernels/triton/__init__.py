@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPU kernels of k8v4 in Triton: quantise-and-store and paged attention. Torch in, torch out.
 
-Importing this package is cheap; Triton is loaded with the first kernel that is asked for. Pages
-have the layout `LINEAR`.
+Importing this package is cheap; Triton is loaded on first use of a kernel. Pages have the layout
+`LINEAR`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm_hybrid_kv.kernels.triton.attention import paged_attention
     from vllm_hybrid_kv.kernels.triton.plan import (
-        Plan,
+        LaunchPlan,
         largest_scratch,
         plan_attention,
         planned_requests,
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MOST_ROWS",
-    "Plan",
+    "LaunchPlan",
     "largest_scratch",
     "paged_attention",
     "plan_attention",
@@ -30,9 +30,9 @@ __all__ = [
     "quantise_and_store",
 ]
 
-_HOMES = {
+_MODULES = {
     "MOST_ROWS": "tuning",
-    "Plan": "plan",
+    "LaunchPlan": "plan",
     "largest_scratch": "plan",
     "paged_attention": "attention",
     "plan_attention": "plan",
@@ -42,9 +42,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Load the module of a kernel on first use."""
     import importlib
 
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -10,7 +10,7 @@ Scores are kept in base 2. With code, scale and zero of a value, p the weights o
 
     out = rotate((sum p scale code + sum p zero) / sum p)
 
-so that a scale and a zero are applied to a weight once, not to D values, and the rotation, see
+A scale and a zero are thus applied to a weight once, not to D values, and the rotation, see
 `reference.rotate`, is undone once for each row.
 """
 
@@ -23,24 +23,24 @@ from vllm_hybrid_kv.kernels.triton.convert import (
     HIGH_CODE_UNIT,
     INTEGER_KEY_UNIT,
     LOW_CODE_UNIT,
-    KeyWords,
-    key_words,
-    value_words,
+    KeyDecoder,
+    decode_keys,
+    decode_values,
 )
 from vllm_hybrid_kv.kernels.triton.plan import ITEM_FIELDS, key_range, key_tiles
-from vllm_hybrid_kv.kernels.triton.rotation import turned_quarter
+from vllm_hybrid_kv.kernels.triton.rotation import rotated_quarter
 
 _FIELDS = tl.constexpr(ITEM_FIELDS)
-_NATIVE_PTX = tl.constexpr(int(KeyWords.NATIVE_PTX))
+_NATIVE_PTX = tl.constexpr(int(KeyDecoder.NATIVE_PTX))
 _KEY_UNIT = tl.constexpr(INTEGER_KEY_UNIT)
 _LOW_UNIT = tl.constexpr(1.0 / LOW_CODE_UNIT)
 _HIGH_UNIT = tl.constexpr(1.0 / HIGH_CODE_UNIT)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
-# Exponents of float32. Weights times scales are brought below 2^15 before they become fp16, by a
-# power of two that follows the largest scale met: fp16 then holds what lies up to 2^29 below
-# with all of its bits, and no scale overflows it.
+# Exponents of float32. Before weights times scales become fp16, a power of two that follows the
+# largest scale so far brings them below 2^15: fp16 then holds numbers down to 2^-29 of the
+# largest with all of their bits, and no scale overflows it.
 _BIAS = tl.constexpr(127)
 _SMALLEST_SCALE = tl.constexpr(127 - 24)  # fp16's smallest denormal
 _WEIGHT_BITS = tl.constexpr(14)
@@ -69,7 +69,7 @@ def _both_halves(words):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _sum_in_threads(x, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return [LANES, 8, rows], sums over those keys of float32 [keys, rows] that a thread holds.
+    """Return [LANES, 8, rows]: float32 `x` [keys, rows] summed over the keys that a thread holds.
 
     Tensor cores leave a thread the keys 8 apart in each 16, of every LANES-th 16.
     """
@@ -80,157 +80,163 @@ def _sum_in_threads(x, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _attend_tile(  # type: ignore[no-untyped-def]
-    tile, top, total, offset, exponent, out0, out1, out2, out3,
-    query_even, query_odd, unit, position,
-    cache, page_stride, head_offset, block_row, first_key, end_key, window, soft_cap,
+    tile, m_i, l_i, z_i, scale_exp, acc0, acc1, acc2, acc3,
+    q_even, q_odd, qk_scale, query_pos,
+    cache_ptr, stride_cache_block, head_offset, block_table_row_ptr,
+    first_key, end_key, window, soft_cap,
     D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    KEY_WAY: tl.constexpr, VALUE_WAY: tl.constexpr,
+    KEY_DECODER: tl.constexpr, VALUE_DECODER: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, MASKED: tl.constexpr,
     ONE_PAGE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Take one tile of keys into the running results of a row tile.
+    """Add one tile of keys to the running results of a row tile, and return them.
 
     Args:
-        top: float32 [rows], largest score so far.
-        total: float32 [LANES, 8, rows], sums of weights relative to it.
-        offset: float32 [LANES, 8, rows], sums of weights times zeros. Like `total` summed over
-            threads after the last tile only: sums across threads cost more than all else.
-        exponent: int32, float32's exponent of the largest scale so far.
-        out0: float32 [dims / 4, rows], sums of weights times scales times codes, dims 4 i; `out1`
-            to `out3` dims 4 i + 1 to 4 i + 3. Times `2^(14 - exponent)` and the code's unit.
-        unit: float32 [rows], factor of the scores, to base 2 unless SOFT_CAP.
-        position: int32 [rows], with MASKED; negative before the first key.
-        block_row: The request's row of the block table.
+        m_i: float32 [rows], largest score.
+        l_i: float32 [LANES, 8, rows], sums of weights relative to it.
+        z_i: float32 [LANES, 8, rows], sums of weights times zeros. `z_i` and `l_i` are summed
+            over threads after the last tile only, because such sums cost more than all else.
+        scale_exp: int32, float32's exponent of the largest scale.
+        acc0: float32 [dims / 4, rows], sums of weights times scales times codes, dims 4 i; `acc1`
+            to `acc3` dims 4 i + 1 to 4 i + 3. Times `2^(14 - scale_exp)` and the code's unit.
+        qk_scale: float32 [rows], factor of the scores, to base 2 unless SOFT_CAP.
+        query_pos: int32 [rows], with MASKED; negative before the first key.
+        block_table_row_ptr: The request's row of the block table.
         first_key: First key that some row sees, with MASKED and WINDOW.
-        end_key: The key behind the last that some row sees.
-        MASKED: Whether some key of the tile may be one that some row does not see.
+        end_key: 1 + the last key that some row sees.
+        MASKED: Whether a row may not see every key of the tile.
         ONE_PAGE: Whether all keys of a tile are in one page.
     """
-    HALF: tl.constexpr = D // 2
-    QUARTER: tl.constexpr = D // 4
-    HALVES: tl.constexpr = query_even.shape[0]
-    QUARTERS: tl.constexpr = out0.shape[0]
-    KEY_WORDS: tl.constexpr = PAGE * HALF
-    VALUE_WORDS: tl.constexpr = PAGE * QUARTER
+    HALF_D: tl.constexpr = D // 2
+    QUARTER_D: tl.constexpr = D // 4
+    HALVES: tl.constexpr = q_even.shape[0]
+    QUARTERS: tl.constexpr = acc0.shape[0]
+    KEY_WORDS: tl.constexpr = PAGE * HALF_D
+    VALUE_WORDS: tl.constexpr = PAGE * QUARTER_D
 
     # All in 16-bit words: two keys, four values, one scale.
-    n = tl.arange(0, BLOCK_N)
-    half = tl.arange(0, HALVES)
-    quarter = tl.arange(0, QUARTERS)
-    pair = tl.arange(0, BLOCK_N // 2)
-    key = tile * BLOCK_N + n
-    words = cache.to(tl.pointer_type(tl.int16))
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_half = tl.arange(0, HALVES)
+    offs_quarter = tl.arange(0, QUARTERS)
+    offs_pair = tl.arange(0, BLOCK_N // 2)
+    key_pos = tile * BLOCK_N + offs_n
+    words_ptr = cache_ptr.to(tl.pointer_type(tl.int16))
     if ONE_PAGE:
         # The table has an entry for every tile in range.
-        block = tl.load(block_row + tile * BLOCK_N // PAGE)
-        region = block.to(tl.int64) * page_stride + head_offset
-        region = tl.multiple_of(region, 8)
+        block = tl.load(block_table_row_ptr + tile * BLOCK_N // PAGE)
+        base = block.to(tl.int64) * stride_cache_block + head_offset
+        base = tl.multiple_of(base, 8)
         start = tile * BLOCK_N % PAGE
-        key_at = (words + region + start * HALF) + (n * HALF)[:, None] + half[None, :]
-        value_at = words + (region + KEY_WORDS + start * QUARTER)
-        value_at = value_at + (n * QUARTER)[None, :] + quarter[:, None]
-        pair_at = words + (region + KEY_WORDS + VALUE_WORDS + start) + 2 * pair
+        key_ptrs = (words_ptr + base + start * HALF_D) + (offs_n * HALF_D)[:, None]
+        key_ptrs = key_ptrs + offs_half[None, :]
+        value_ptrs = words_ptr + (base + KEY_WORDS + start * QUARTER_D)
+        value_ptrs = value_ptrs + (offs_n * QUARTER_D)[None, :] + offs_quarter[:, None]
+        pair_ptrs = words_ptr + (base + KEY_WORDS + VALUE_WORDS + start) + 2 * offs_pair
     else:
         if MASKED:
-            block = tl.load(block_row + key // PAGE, mask=key < end_key, other=0)
+            block = tl.load(block_table_row_ptr + key_pos // PAGE, mask=key_pos < end_key, other=0)
         else:
-            block = tl.load(block_row + key // PAGE)
-        region = block.to(tl.int64) * page_stride + head_offset
-        region = tl.max_constancy(tl.multiple_of(region, [8]), [16])
-        in_page = key % PAGE
-        key_at = words + (region + in_page * HALF)[:, None] + half[None, :]
-        value_at = words + (region + KEY_WORDS + in_page * QUARTER)[None, :] + quarter[:, None]
-        pair_key = tile * BLOCK_N + 2 * pair
+            block = tl.load(block_table_row_ptr + key_pos // PAGE)
+        base = block.to(tl.int64) * stride_cache_block + head_offset
+        base = tl.max_constancy(tl.multiple_of(base, [8]), [16])
+        in_page = key_pos % PAGE
+        key_ptrs = words_ptr + (base + in_page * HALF_D)[:, None] + offs_half[None, :]
+        value_ptrs = words_ptr + (base + KEY_WORDS + in_page * QUARTER_D)[None, :]
+        value_ptrs = value_ptrs + offs_quarter[:, None]
+        pair_pos = tile * BLOCK_N + 2 * offs_pair
         if MASKED:
-            block = tl.load(block_row + pair_key // PAGE, mask=pair_key < end_key, other=0)
+            mask_pair = pair_pos < end_key
+            block = tl.load(block_table_row_ptr + pair_pos // PAGE, mask=mask_pair, other=0)
         else:
-            block = tl.load(block_row + pair_key // PAGE)
-        region = block.to(tl.int64) * page_stride + head_offset
-        pair_at = words + (region + (KEY_WORDS + VALUE_WORDS)) + pair_key % PAGE
-    if HALVES == HALF:
-        key_bits = tl.load(key_at)
-        value_bits = tl.load(value_at)
+            block = tl.load(block_table_row_ptr + pair_pos // PAGE)
+        base = block.to(tl.int64) * stride_cache_block + head_offset
+        pair_ptrs = words_ptr + (base + (KEY_WORDS + VALUE_WORDS)) + pair_pos % PAGE
+    if HALVES == HALF_D:
+        key_bits = tl.load(key_ptrs)
+        value_bits = tl.load(value_ptrs)
     else:
-        key_bits = tl.load(key_at, mask=(half < HALF)[None, :], other=0)
-        value_bits = tl.load(value_at, mask=(quarter < QUARTER)[:, None], other=0)
-    # Scales and zeros in one load of 32-bit words: Triton fetches a load ahead only if it leads
-    # to a product of tensor cores, and in no smaller pieces. Zeros alone do not.
-    both_at = pair_at[:, None] + (tl.arange(0, 2) * PAGE)[None, :]
-    scale_words, zero_words = tl.split(tl.load(both_at.to(tl.pointer_type(tl.int32))))
+        key_bits = tl.load(key_ptrs, mask=(offs_half < HALF_D)[None, :], other=0)
+        value_bits = tl.load(value_ptrs, mask=(offs_quarter < QUARTER_D)[:, None], other=0)
+    # Scales and zeros in one load of 32-bit words: Triton pipelines a load only if it leads to a
+    # product of tensor cores, and only in pieces of at least 32 bits. Zeros alone do not.
+    scale_zero_ptrs = pair_ptrs[:, None] + (tl.arange(0, 2) * PAGE)[None, :]
+    scale_zero_ptrs = scale_zero_ptrs.to(tl.pointer_type(tl.int32))
+    scale_words, zero_words = tl.split(tl.load(scale_zero_ptrs))
     scale, zero = _both_halves(scale_words), _both_halves(zero_words)
     # A token whose scale is not finite makes every row that sees it NaN, and no other row. The
-    # NaN travels with the zeros, which are masked for each row. In the product one NaN or
+    # zeros carry the NaN, because they are masked for each row. In the product one NaN or
     # infinity would reach all rows.
     finite = tl.abs(scale) <= _LARGEST_HALF
     scale = tl.where(finite, scale, 0.0)
     zero = tl.where(finite, zero, float("nan"))
     if MASKED:
         # The bytes of a token that no row sees may hold a scale of any size.
-        scale = tl.where(key < end_key, scale, 0.0)
+        scale = tl.where(key_pos < end_key, scale, 0.0)
         if WINDOW:
-            scale = tl.where(key >= first_key, scale, 0.0)
+            scale = tl.where(key_pos >= first_key, scale, 0.0)
 
-    even, odd = key_words(key_bits, KEY_WAY)
-    scores = tl.dot(even, query_even)
-    scores = tl.dot(odd, query_odd, scores) * unit[None, :]
+    k_even, k_odd = decode_keys(key_bits, KEY_DECODER)
+    qk = tl.dot(k_even, q_even)
+    qk = tl.dot(k_odd, q_odd, qk) * qk_scale[None, :]
     if SOFT_CAP:
-        scores = _tanh(scores / soft_cap) * (soft_cap * _LOG2_E)
+        qk = _tanh(qk / soft_cap) * (soft_cap * _LOG2_E)
     if MASKED:
-        seen = (key < end_key)[:, None] & (position >= 0)[None, :]
+        mask = (key_pos < end_key)[:, None] & (query_pos >= 0)[None, :]
         if CAUSAL:
-            seen = seen & (key[:, None] <= position[None, :])
+            mask = mask & (key_pos[:, None] <= query_pos[None, :])
         if WINDOW:
-            seen = seen & (key[:, None] > position[None, :] - window)
-            seen = seen & (key[:, None] < position[None, :] + window)
-        scores = tl.where(seen, scores, -float("inf"))
+            mask = mask & (key_pos[:, None] > query_pos[None, :] - window)
+            mask = mask & (key_pos[:, None] < query_pos[None, :] + window)
+        qk = tl.where(mask, qk, -float("inf"))
 
-    new_top = tl.maximum(top, tl.max(scores, axis=0))
+    m_j = tl.maximum(m_i, tl.max(qk, axis=0))
     if MASKED:
         # A row that has seen no key yet: weights relative to 0, all of them 0.
-        base = tl.where(new_top == -float("inf"), 0.0, new_top)
+        m_ref = tl.where(m_j == -float("inf"), 0.0, m_j)
     else:
-        base = new_top
-    shrink = tl.exp2(top - base)
-    weight = tl.exp2(scores - base[None, :])
-    lane_shrink = shrink[None, None, :]
-    total = total * lane_shrink + _sum_in_threads(weight, LANES)
-    zeros = weight * zero[:, None]
+        m_ref = m_j
+    alpha = tl.exp2(m_i - m_ref)
+    p = tl.exp2(qk - m_ref[None, :])
+    alpha_lanes = alpha[None, None, :]
+    l_i = l_i * alpha_lanes + _sum_in_threads(p, LANES)
+    p_zero = p * zero[:, None]
     if MASKED:
-        zeros = tl.where(scores == -float("inf"), 0.0, zeros)
-    offset = offset * lane_shrink + _sum_in_threads(zeros, LANES)
+        p_zero = tl.where(qk == -float("inf"), 0.0, p_zero)
+    z_i = z_i * alpha_lanes + _sum_in_threads(p_zero, LANES)
 
     largest = tl.max(scale, axis=0).to(tl.int32, bitcast=True) >> 23
-    new_exponent = tl.maximum(exponent, largest)
-    scaled = weight * (scale * _power_of_two(-new_exponent + (_WEIGHT_BITS + _BIAS)))[:, None]
-    scaled = scaled.to(tl.float16)
-    shrink = (shrink * _power_of_two(exponent - new_exponent))[None, :]
-    code0, code1, code2, code3 = value_words(value_bits, VALUE_WAY)
-    out0 = tl.dot(code0, scaled, out0 * shrink)
-    out1 = tl.dot(code1, scaled, out1 * shrink)
-    out2 = tl.dot(code2, scaled, out2 * shrink)
-    out3 = tl.dot(code3, scaled, out3 * shrink)
-    return new_top, total, offset, new_exponent, out0, out1, out2, out3
+    new_exp = tl.maximum(scale_exp, largest)
+    p_scale = p * (scale * _power_of_two(-new_exp + (_WEIGHT_BITS + _BIAS)))[:, None]
+    p_scale = p_scale.to(tl.float16)
+    alpha = (alpha * _power_of_two(scale_exp - new_exp))[None, :]
+    v0, v1, v2, v3 = decode_values(value_bits, VALUE_DECODER)
+    acc0 = tl.dot(v0, p_scale, acc0 * alpha)
+    acc1 = tl.dot(v1, p_scale, acc1 * alpha)
+    acc2 = tl.dot(v2, p_scale, acc2 * alpha)
+    acc3 = tl.dot(v3, p_scale, acc3 * alpha)
+    return m_j, l_i, z_i, new_exp, acc0, acc1, acc2, acc3
 
 
-# A launch would compile anew where one of these turned 1 or a multiple of 16.
+# Specialising these on 1 and on multiples of 16 would compile more kernels at run time.
 @triton.jit(
     do_not_specialize=[
-        "lse_token", "lse_head", "page_stride", "block_table_row", "window", "soft_cap", "scale",
+        "stride_lse_tok", "stride_lse_head", "stride_cache_block", "stride_block_table", "window",
+        "soft_cap", "scale",
     ]
 )  # fmt: skip
 def attend_kernel(  # type: ignore[no-untyped-def]
-    query, query_token, query_head,
-    out, out_token, out_head,
-    lse, lse_token, lse_head,
-    cache, page_stride,
-    block_table, block_table_row,
-    seq_lens, query_start_loc, items, sinks,
-    partial_out, partial_lse,
+    q_ptr, stride_q_tok, stride_q_head,
+    out_ptr, stride_out_tok, stride_out_head,
+    lse_ptr, stride_lse_tok, stride_lse_head,
+    cache_ptr, stride_cache_block,
+    block_table_ptr, stride_block_table,
+    seq_lens_ptr, query_start_loc_ptr, items_ptr, sinks_ptr,
+    partial_out_ptr, partial_lse_ptr,
     scale, window, soft_cap,
     GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     DIMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr,
     PARTIAL_ROWS: tl.constexpr, UNIT: tl.constexpr,
-    KEY_WAY: tl.constexpr, VALUE_WAY: tl.constexpr,
+    KEY_DECODER: tl.constexpr, VALUE_DECODER: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
     SINKS: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
@@ -239,167 +245,171 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     The grid is [programs of the plan, KV heads].
 
     Args:
-        query: bf16, fp16 or fp32 [T, H GROUP, D]; strides in elements, dims contiguous.
-        out: Likewise; written for row tiles of one split.
-        lse: float32 [T, H GROUP], natural logarithms, written likewise with LSE.
-        cache: uint8 [blocks, H, PAGE, slot]; `page_stride` 16-bit words between blocks.
-        block_table: int32 [requests, blocks of a request].
-        seq_lens: int32 [requests].
-        query_start_loc: int32 [requests + 1].
-        items: int32 [programs, ITEM_FIELDS], from `plan_attention`.
-        sinks: float32 [H GROUP] with SINKS.
-        partial_out: float32 [parts, H, PARTIAL_ROWS, D], written for several splits.
-        partial_lse: float32 [parts, H, PARTIAL_ROWS], likewise, to base 2.
+        q_ptr: bf16, fp16 or fp32 [T, H GROUP, D]; strides in elements, dims contiguous.
+        out_ptr: Like `q_ptr`; written for row tiles of one split.
+        lse_ptr: float32 [T, H GROUP], natural logarithms; written with LSE for the same row tiles.
+        cache_ptr: uint8 [blocks, H, PAGE, slot]; `stride_cache_block` in 16-bit words.
+        block_table_ptr: int32 [requests, blocks of a request].
+        seq_lens_ptr: int32 [requests].
+        query_start_loc_ptr: int32 [requests + 1].
+        items_ptr: int32 [programs, ITEM_FIELDS], from `plan_attention`.
+        sinks_ptr: float32 [H GROUP] with SINKS.
+        partial_out_ptr: float32 [parts, H, PARTIAL_ROWS, D], written for several splits.
+        partial_lse_ptr: float32 [parts, H, PARTIAL_ROWS], written for several splits; base 2.
         scale: Factor of the scores.
-        DIMS: The power of two that is not below D.
-        LANES: Warps that tensor cores give different keys.
+        DIMS: The smallest power of two >= D.
+        LANES: See `Tiling.lanes`.
         UNIT: Factor of rotated values, see `rotation_unit`.
-        KEY_WAY: One of `KeyWords`.
-        VALUE_WAY: One of `ValueWords`.
+        KEY_DECODER: A `KeyDecoder`.
+        VALUE_DECODER: A `ValueDecoder`.
     """
     HALVES: tl.constexpr = DIMS // 2
     QUARTERS: tl.constexpr = DIMS // 4
     HEAD_WORDS: tl.constexpr = PAGE * (D + D // 2 + 4) // 2
-    # Large heads have no registers left for what the shortcut keeps: Triton 3.9 then spills on
-    # compute capability 10.0.
+    # Large heads have no registers left for the values that this shortcut keeps: with it Triton
+    # 3.9 spills on compute capability 10.0.
     ONE_PAGE: tl.constexpr = PAGE % BLOCK_N == 0 and DIMS <= 128
     program = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    kv_heads = tl.num_programs(1)
-    request = tl.load(items + program * _FIELDS)
-    if request < 0:
+    kv_head_idx = tl.program_id(1)
+    num_kv_heads = tl.num_programs(1)
+    req_idx = tl.load(items_ptr + program * _FIELDS)
+    if req_idx < 0:
         return
-    first_row = tl.load(items + program * _FIELDS + 1)
-    split = tl.load(items + program * _FIELDS + 2)
-    splits = tl.load(items + program * _FIELDS + 3)
-    first_token = tl.load(query_start_loc + request)
-    queries = tl.load(query_start_loc + request + 1) - first_token
-    length = tl.load(seq_lens + request)
+    first_row = tl.load(items_ptr + program * _FIELDS + 1)
+    split_idx = tl.load(items_ptr + program * _FIELDS + 2)
+    num_splits = tl.load(items_ptr + program * _FIELDS + 3)
+    q_start = tl.load(query_start_loc_ptr + req_idx)
+    query_len = tl.load(query_start_loc_ptr + req_idx + 1) - q_start
+    seq_len = tl.load(seq_lens_ptr + req_idx)
 
-    m = tl.arange(0, BLOCK_M)
-    row = first_row + m
-    here = row < queries * GROUP
-    token = (first_token + row // GROUP).to(tl.int64)
-    head = kv_head * GROUP + row % GROUP
+    offs_m = tl.arange(0, BLOCK_M)
+    row = first_row + offs_m
+    mask_m = row < query_len * GROUP
+    q_tok = (q_start + row // GROUP).to(tl.int64)
+    q_head = kv_head_idx * GROUP + row % GROUP
 
-    half = tl.arange(0, HALVES)
-    even_at = query + (token * query_token + head * query_head)[None, :] + 2 * half[:, None]
-    load = here[None, :] & (half < D // 2)[:, None]
-    query_even = tl.load(even_at, mask=load, other=0.0).to(tl.float32)
-    query_odd = tl.load(even_at + 1, mask=load, other=0.0).to(tl.float32)
-    # Rows are brought below 1 by a power of two, so that fp16 holds large and small ones alike
-    # with all bits of bf16; dividing by the largest number itself would round every one.
-    largest = tl.maximum(
-        tl.max(tl.abs(query_even), axis=0), tl.max(tl.abs(query_odd), axis=0)
-    )  # fmt: skip
-    exponent = (largest.to(tl.int32, bitcast=True) >> 23) - _BIAS
-    exponent = tl.minimum(tl.maximum(exponent, -100), 100)
-    unit = _power_of_two(exponent + 1) * scale
-    query_even = (query_even * _power_of_two(-1 - exponent)[None, :]).to(tl.float16)
-    query_odd = (query_odd * _power_of_two(-1 - exponent)[None, :]).to(tl.float16)
-    if KEY_WAY != _NATIVE_PTX:
-        unit = unit * _KEY_UNIT
+    offs_half = tl.arange(0, HALVES)
+    q_ptrs = q_ptr + (q_tok * stride_q_tok + q_head * stride_q_head)[None, :]
+    q_ptrs = q_ptrs + 2 * offs_half[:, None]
+    mask_q = mask_m[None, :] & (offs_half < D // 2)[:, None]
+    q_even = tl.load(q_ptrs, mask=mask_q, other=0.0).to(tl.float32)
+    q_odd = tl.load(q_ptrs + 1, mask=mask_q, other=0.0).to(tl.float32)
+    # A power of two brings rows below 1, so that fp16 holds large and small ones with all bits of
+    # bf16. Dividing by the largest number itself would round every one.
+    largest = tl.maximum(tl.max(tl.abs(q_even), axis=0), tl.max(tl.abs(q_odd), axis=0))
+    q_exp = (largest.to(tl.int32, bitcast=True) >> 23) - _BIAS
+    q_exp = tl.minimum(tl.maximum(q_exp, -100), 100)
+    qk_scale = _power_of_two(q_exp + 1) * scale
+    q_even = (q_even * _power_of_two(-1 - q_exp)[None, :]).to(tl.float16)
+    q_odd = (q_odd * _power_of_two(-1 - q_exp)[None, :]).to(tl.float16)
+    if KEY_DECODER != _NATIVE_PTX:
+        qk_scale = qk_scale * _KEY_UNIT
     if not SOFT_CAP:
-        unit = unit * _LOG2_E
+        qk_scale = qk_scale * _LOG2_E
 
-    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([LANES, 8, BLOCK_M], tl.float32)
-    offset = tl.zeros([LANES, 8, BLOCK_M], tl.float32)
-    scale_exponent = tl.full([], _SMALLEST_SCALE, tl.int32)
-    out0 = tl.zeros([QUARTERS, BLOCK_M], tl.float32)
-    out1 = tl.zeros([QUARTERS, BLOCK_M], tl.float32)
-    out2 = tl.zeros([QUARTERS, BLOCK_M], tl.float32)
-    out3 = tl.zeros([QUARTERS, BLOCK_M], tl.float32)
+    m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    l_i = tl.zeros([LANES, 8, BLOCK_M], tl.float32)
+    z_i = tl.zeros([LANES, 8, BLOCK_M], tl.float32)
+    scale_exp = tl.full([], _SMALLEST_SCALE, tl.int32)
+    acc0 = tl.zeros([QUARTERS, BLOCK_M], tl.float32)
+    acc1 = tl.zeros([QUARTERS, BLOCK_M], tl.float32)
+    acc2 = tl.zeros([QUARTERS, BLOCK_M], tl.float32)
+    acc3 = tl.zeros([QUARTERS, BLOCK_M], tl.float32)
 
-    first_tile, last_tile = key_tiles(
-        length, queries, first_row, window, GROUP, BLOCK_M, BLOCK_N, CAUSAL, WINDOW
+    first_tile, end_tile = key_tiles(
+        seq_len, query_len, first_row, window, GROUP, BLOCK_M, BLOCK_N, CAUSAL, WINDOW
     )
-    tiles = last_tile - first_tile
-    last_tile = first_tile + tiles * (split + 1) // splits
-    first_tile = first_tile + tiles * split // splits
-    # Up to here every row sees every key; of a window the ends are few tiles of not many.
-    clear = first_tile
+    num_tiles = end_tile - first_tile
+    end_tile = first_tile + num_tiles * (split_idx + 1) // num_splits
+    first_tile = first_tile + num_tiles * split_idx // num_splits
+    # Every row sees every key of the tiles before this one. With a window all tiles are masked:
+    # its two ends are a large part of its few tiles.
+    masked_tile = first_tile
     if not WINDOW:
-        clear = length
+        masked_tile = seq_len
         if CAUSAL:
-            clear = tl.minimum(clear, length - queries + first_row // GROUP + 1)
-        clear = tl.maximum(clear, 0) // BLOCK_N
-        clear = tl.minimum(tl.maximum(clear, first_tile), last_tile)
-    block_row = block_table + request.to(tl.int64) * block_table_row
-    head_offset = kv_head * HEAD_WORDS
-    for tile in tl.range(first_tile, clear):
-        top, total, offset, scale_exponent, out0, out1, out2, out3 = _attend_tile(
-            tile, top, total, offset, scale_exponent, out0, out1, out2, out3,
-            query_even, query_odd, unit, m,
-            cache, page_stride, head_offset, block_row, 0, length, window, soft_cap,
-            D, PAGE, BLOCK_N, KEY_WAY, VALUE_WAY, CAUSAL, WINDOW, SOFT_CAP, False, ONE_PAGE,
-            LANES,
+            masked_tile = tl.minimum(masked_tile, seq_len - query_len + first_row // GROUP + 1)
+        masked_tile = tl.maximum(masked_tile, 0) // BLOCK_N
+        masked_tile = tl.minimum(tl.maximum(masked_tile, first_tile), end_tile)
+    block_table_row_ptr = block_table_ptr + req_idx.to(tl.int64) * stride_block_table
+    head_offset = kv_head_idx * HEAD_WORDS
+    for tile in tl.range(first_tile, masked_tile):
+        m_i, l_i, z_i, scale_exp, acc0, acc1, acc2, acc3 = _attend_tile(
+            tile, m_i, l_i, z_i, scale_exp, acc0, acc1, acc2, acc3,
+            q_even, q_odd, qk_scale, offs_m,
+            cache_ptr, stride_cache_block, head_offset, block_table_row_ptr,
+            0, seq_len, window, soft_cap,
+            D, PAGE, BLOCK_N, KEY_DECODER, VALUE_DECODER,
+            CAUSAL, WINDOW, SOFT_CAP, False, ONE_PAGE, LANES,
         )  # fmt: skip
-    # What follows the loop over most of the tiles is read again, so that nothing made of it lies
-    # in registers during the loop, which needs them all.
-    first_row = tl.load(items + program * _FIELDS + 1, volatile=True)
-    its_part = tl.load(items + program * _FIELDS + 4, volatile=True)
-    first_token = tl.load(query_start_loc + request, volatile=True)
-    queries = tl.load(query_start_loc + request + 1, volatile=True) - first_token
-    row = first_row + m
-    here = row < queries * GROUP
-    token = (first_token + row // GROUP).to(tl.int64)
-    head = kv_head * GROUP + row % GROUP
-    # Rows behind the last see what the last sees.
-    position = length - queries + tl.minimum(row // GROUP, queries - 1)
+    # Values needed after the main loop are read again, so that nothing derived from them occupies
+    # registers during the loop, which needs them all.
+    first_row = tl.load(items_ptr + program * _FIELDS + 1, volatile=True)
+    part_idx = tl.load(items_ptr + program * _FIELDS + 4, volatile=True)
+    q_start = tl.load(query_start_loc_ptr + req_idx, volatile=True)
+    query_len = tl.load(query_start_loc_ptr + req_idx + 1, volatile=True) - q_start
+    row = first_row + offs_m
+    mask_m = row < query_len * GROUP
+    q_tok = (q_start + row // GROUP).to(tl.int64)
+    q_head = kv_head_idx * GROUP + row % GROUP
+    # Rows after the last have the position of the last.
+    query_pos = seq_len - query_len + tl.minimum(row // GROUP, query_len - 1)
     first_key, end_key = key_range(
-        length, queries, first_row, window, GROUP, BLOCK_M, CAUSAL, WINDOW
+        seq_len, query_len, first_row, window, GROUP, BLOCK_M, CAUSAL, WINDOW
     )
-    for tile in tl.range(clear, last_tile):
-        top, total, offset, scale_exponent, out0, out1, out2, out3 = _attend_tile(
-            tile, top, total, offset, scale_exponent, out0, out1, out2, out3,
-            query_even, query_odd, unit, position,
-            cache, page_stride, head_offset, block_row, first_key, end_key, window, soft_cap,
-            D, PAGE, BLOCK_N, KEY_WAY, VALUE_WAY, CAUSAL, WINDOW, SOFT_CAP, True,
-            ONE_PAGE, LANES,
+    for tile in tl.range(masked_tile, end_tile):
+        m_i, l_i, z_i, scale_exp, acc0, acc1, acc2, acc3 = _attend_tile(
+            tile, m_i, l_i, z_i, scale_exp, acc0, acc1, acc2, acc3,
+            q_even, q_odd, qk_scale, query_pos,
+            cache_ptr, stride_cache_block, head_offset, block_table_row_ptr,
+            first_key, end_key, window, soft_cap,
+            D, PAGE, BLOCK_N, KEY_DECODER, VALUE_DECODER,
+            CAUSAL, WINDOW, SOFT_CAP, True, ONE_PAGE, LANES,
         )  # fmt: skip
 
-    total = tl.sum(tl.sum(total, axis=0), axis=0)
-    offset = tl.sum(tl.sum(offset, axis=0), axis=0)
-    if SINKS:  # noqa: SIM102 - decided when compiled, and `sinks` may be no sinks
-        if splits == 1:
-            sink = tl.load(sinks + head, mask=here, other=-float("inf")) * _LOG2_E
-            new_top = tl.maximum(top, sink)
-            base = tl.where(new_top == -float("inf"), 0.0, new_top)
-            shrink = tl.exp2(top - base)
-            total = total * shrink + tl.exp2(sink - base)
-            offset = offset * shrink
-            out0, out1 = out0 * shrink[None, :], out1 * shrink[None, :]
-            out2, out3 = out2 * shrink[None, :], out3 * shrink[None, :]
-            top = new_top
-    # Not `total > 0`, which would turn a NaN into 0.
-    inverse = tl.where(total == 0.0, 0.0, UNIT / total)
-    low = (inverse * (_power_of_two(scale_exponent - (_WEIGHT_BITS + _BIAS)) * _LOW_UNIT))[None, :]
+    l_i = tl.sum(tl.sum(l_i, axis=0), axis=0)
+    z_i = tl.sum(tl.sum(z_i, axis=0), axis=0)
+    if SINKS:  # noqa: SIM102 - a constexpr; without SINKS there is no valid `sinks_ptr`
+        if num_splits == 1:
+            sink = tl.load(sinks_ptr + q_head, mask=mask_m, other=-float("inf")) * _LOG2_E
+            m_j = tl.maximum(m_i, sink)
+            m_ref = tl.where(m_j == -float("inf"), 0.0, m_j)
+            alpha = tl.exp2(m_i - m_ref)
+            l_i = l_i * alpha + tl.exp2(sink - m_ref)
+            z_i = z_i * alpha
+            acc0, acc1 = acc0 * alpha[None, :], acc1 * alpha[None, :]
+            acc2, acc3 = acc2 * alpha[None, :], acc3 * alpha[None, :]
+            m_i = m_j
+    # `l_i > 0` instead would turn a NaN into 0.
+    inverse = tl.where(l_i == 0.0, 0.0, UNIT / l_i)
+    low = (inverse * (_power_of_two(scale_exp - (_WEIGHT_BITS + _BIAS)) * _LOW_UNIT))[None, :]
     high = low * (_HIGH_UNIT / _LOW_UNIT)
-    constant = (offset * inverse)[None, :]
-    out0, out1 = out0 * low + constant, out1 * high + constant
-    out2, out3 = out2 * low + constant, out3 * high + constant
-    # Rotated values were summed. The stage of stride 1 is among the four, the others within each.
-    four = (out0 + out1) + (out2 + out3)
-    out0 = turned_quarter(four - 2.0 * out0, D)
-    out1 = turned_quarter(four - 2.0 * out1, D)
-    out2 = turned_quarter(four - 2.0 * out2, D)
-    out3 = turned_quarter(four - 2.0 * out3, D)
-    low_pair = tl.join(out0, out1)
-    high_pair = tl.join(out2, out3)
+    mean_zero = (z_i * inverse)[None, :]
+    acc0, acc1 = acc0 * low + mean_zero, acc1 * high + mean_zero
+    acc2, acc3 = acc2 * low + mean_zero, acc3 * high + mean_zero
+    # The sums are of rotated values. The stage of stride 1 is among the four accumulators, the
+    # others are within each.
+    total = (acc0 + acc1) + (acc2 + acc3)
+    acc0 = rotated_quarter(total - 2.0 * acc0, D)
+    acc1 = rotated_quarter(total - 2.0 * acc1, D)
+    acc2 = rotated_quarter(total - 2.0 * acc2, D)
+    acc3 = rotated_quarter(total - 2.0 * acc3, D)
+    low_pair = tl.join(acc0, acc1)
+    high_pair = tl.join(acc2, acc3)
     # [dims / 4, rows, which of a pair, which pair] to [dims, rows].
-    result = tl.permute(tl.join(low_pair, high_pair), (0, 3, 2, 1))
-    result = tl.reshape(result, [DIMS, BLOCK_M])
-    dim = tl.arange(0, DIMS)
-    result_lse = top + tl.log2(total)
-    keep = here[None, :] & (dim < D)[:, None]
-    if splits == 1:
-        out_at = out + (token * out_token + head * out_head)[None, :] + dim[:, None]
-        tl.store(out_at, result.to(out.dtype.element_ty), mask=keep)
+    acc = tl.permute(tl.join(low_pair, high_pair), (0, 3, 2, 1))
+    acc = tl.reshape(acc, [DIMS, BLOCK_M])
+    offs_d = tl.arange(0, DIMS)
+    lse = m_i + tl.log2(l_i)
+    mask_out = mask_m[None, :] & (offs_d < D)[:, None]
+    if num_splits == 1:
+        out_ptrs = out_ptr + (q_tok * stride_out_tok + q_head * stride_out_head)[None, :]
+        tl.store(out_ptrs + offs_d[:, None], acc.to(out_ptr.dtype.element_ty), mask=mask_out)
         if LSE:
-            lse_at = lse + token * lse_token + head * lse_head
-            tl.store(lse_at, result_lse * _LN_2, mask=here)
+            lse_ptrs = lse_ptr + q_tok * stride_lse_tok + q_head * stride_lse_head
+            tl.store(lse_ptrs, lse * _LN_2, mask=mask_m)
     else:
-        part = (its_part.to(tl.int64) * kv_heads + kv_head) * PARTIAL_ROWS + m
-        tl.store(partial_out + (part * D)[None, :] + dim[:, None], result, mask=keep)
-        tl.store(partial_lse + part, result_lse, mask=here)
+        part_row = (part_idx.to(tl.int64) * num_kv_heads + kv_head_idx) * PARTIAL_ROWS + offs_m
+        partial_ptrs = partial_out_ptr + (part_row * D)[None, :] + offs_d[:, None]
+        tl.store(partial_ptrs, acc, mask=mask_out)
+        tl.store(partial_lse_ptr + part_row, lse, mask=mask_m)

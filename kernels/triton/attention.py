@@ -1,22 +1,93 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paged attention over k8v4 pages on GPUs: one entry for every case."""
+"""Paged attention over k8v4 pages on GPUs: the launcher, and the kernel that merges splits."""
 
 from __future__ import annotations
 
 import torch
 import triton
+import triton.language as tl
 
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.kernels.inputs import attention_error, check_attention
 from vllm_hybrid_kv.kernels.triton import convert
 from vllm_hybrid_kv.kernels.triton.attend import attend_kernel
-from vllm_hybrid_kv.kernels.triton.convert import KeyWords, ValueWords
-from vllm_hybrid_kv.kernels.triton.merge import merge_kernel
-from vllm_hybrid_kv.kernels.triton.plan import Plan, plan_attention
+from vllm_hybrid_kv.kernels.triton.convert import KeyDecoder, ValueDecoder
+from vllm_hybrid_kv.kernels.triton.plan import ITEM_FIELDS, LaunchPlan, plan_attention
 from vllm_hybrid_kv.kernels.triton.rotation import rotation_unit
 
 MERGED_AT_A_TIME = 8
 """Partial results that a merging program reads at a time; 8 KiB at a head size of 256."""
+
+_FIELDS = tl.constexpr(ITEM_FIELDS)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit(do_not_specialize=["stride_lse_tok", "stride_lse_head"])
+def merge_kernel(  # type: ignore[no-untyped-def]
+    out_ptr, stride_out_tok, stride_out_head,
+    lse_ptr, stride_lse_tok, stride_lse_head,
+    query_start_loc_ptr, items_ptr, sinks_ptr, partial_out_ptr, partial_lse_ptr,
+    GROUP: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, PARTIAL_ROWS: tl.constexpr,
+    PARTS: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
+):  # fmt: skip
+    """Merge the splits of one row and its sink.
+
+    The grid is [programs of the plan, KV heads, rows of a row tile]. One program works for each
+    row of a row tile with several splits, the others return.
+
+        lse = log2(sum 2^lse_i + 2^sink),  out = sum out_i 2^(lse_i - lse)
+
+    Args:
+        PARTS: Splits that are read at a time.
+    """
+    program = tl.program_id(0)
+    kv_head_idx = tl.program_id(1)
+    num_kv_heads = tl.num_programs(1)
+    row_in_tile = tl.program_id(2)
+    req_idx = tl.load(items_ptr + program * _FIELDS)
+    if req_idx < 0:
+        return
+    row = tl.load(items_ptr + program * _FIELDS + 1) + row_in_tile
+    split_idx = tl.load(items_ptr + program * _FIELDS + 2)
+    num_splits = tl.load(items_ptr + program * _FIELDS + 3)
+    q_start = tl.load(query_start_loc_ptr + req_idx)
+    query_len = tl.load(query_start_loc_ptr + req_idx + 1) - q_start
+    if (split_idx > 0) | (num_splits == 1) | (row >= query_len * GROUP):
+        return
+    first_part = tl.load(items_ptr + program * _FIELDS + 4)
+    q_tok = (q_start + row // GROUP).to(tl.int64)
+    q_head = kv_head_idx * GROUP + row % GROUP
+    m_i = -float("inf")
+    l_i = 0.0
+    if SINKS:
+        m_i = tl.load(sinks_ptr + q_head) * _LOG2_E
+        l_i = tl.where(m_i == -float("inf"), 0.0, 1.0)
+    offs_d = tl.arange(0, DIMS)
+    acc = tl.zeros([DIMS], tl.float32)
+    for start in range(0, num_splits, PARTS):
+        split = start + tl.arange(0, PARTS)
+        part_row = ((first_part + split).to(tl.int64) * num_kv_heads + kv_head_idx) * PARTIAL_ROWS
+        part_row = part_row + row_in_tile
+        part_lse = tl.load(partial_lse_ptr + part_row, mask=split < num_splits, other=-float("inf"))
+        part_out = tl.load(
+            partial_out_ptr + (part_row * D)[:, None] + offs_d[None, :],
+            mask=(split < num_splits)[:, None] & (offs_d < D)[None, :], other=0.0,
+        )  # fmt: skip
+        m_j = tl.maximum(m_i, tl.max(part_lse, axis=0))
+        # A split in which the row sees nothing has -inf and zeros.
+        m_ref = tl.where(m_j == -float("inf"), 0.0, m_j)
+        alpha = tl.exp2(m_i - m_ref)
+        p = tl.exp2(part_lse - m_ref)
+        l_i = l_i * alpha + tl.sum(p, axis=0)
+        acc = acc * alpha + tl.sum(part_out * p[:, None], axis=0)
+        m_i = m_j
+    acc = acc * tl.where(l_i == 0.0, 0.0, 1.0 / l_i)
+    out_ptrs = out_ptr + q_tok * stride_out_tok + q_head * stride_out_head + offs_d
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=offs_d < D)
+    if LSE:
+        lse_ptrs = lse_ptr + q_tok * stride_lse_tok + q_head * stride_lse_head
+        tl.store(lse_ptrs, (m_i + tl.log2(l_i)) * _LN_2)
 
 
 def _check_pages(cache: torch.Tensor) -> None:
@@ -25,7 +96,7 @@ def _check_pages(cache: torch.Tensor) -> None:
         raise attention_error(
             f"a page holds a multiple of {k8v4.TILE_TOKENS} tokens, got {page_size}"
         )
-    # Every plane starts at a multiple of 16 bytes if the pages do, and is read in such pieces.
+    # Loads are 16 bytes wide, and every plane starts at a multiple of 16 bytes if the pages do.
     if cache.stride(0) % 16 or cache.data_ptr() % 16:
         raise attention_error(
             f"the pages of the cache must start at multiples of 16 bytes, got one at "
@@ -47,42 +118,41 @@ def paged_attention(
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
-    plan: Plan | None = None,
+    plan: LaunchPlan | None = None,
     max_query_len: int | None = None,
-    key_words: KeyWords | None = None,
-    value_words: ValueWords | None = None,
+    key_decoder: KeyDecoder | None = None,
+    value_decoder: ValueDecoder | None = None,
     debug: bool = False,
 ) -> None:
     """Attend to paged k8v4 tokens for a batch of requests; `reference.attend` has the formula.
 
     A query of request i at position p sees, of its request's `seq_lens[i]` tokens, those up to p
     if causal, and those in (p - window, p + window) if there is a window. A visible token whose
-    scale is NaN makes the rows that see it NaN, and no others, and leaves their `lse` undefined;
-    memory behind the last token, and tokens that a row does not see, have no influence whatever
-    they hold.
+    scale is NaN makes the rows that see it NaN, and no others, and leaves their `lse` undefined.
+    Memory after the last token and tokens that a row does not see never influence the row.
 
-    With a plan nothing waits for the device and nothing is allocated but what `sinks` needs to
-    become float32, so that a call can be captured in a graph.
+    With a plan nothing waits for the device. Only the conversion of `sinks` to float32 allocates
+    memory, so a graph can capture the call.
 
     Args:
         query: bf16, fp16 or fp32 [T, Hq, D], the requests' new tokens one after another; dims
             contiguous.
-        cache: uint8 [blocks, H, N, slot_bytes(D)], `LINEAR`, contiguous but for the stride
-            between blocks, which is a multiple of 16.
+        cache: uint8 [blocks, H, N, slot_bytes(D)], `LINEAR`, contiguous within a block; the
+            stride between blocks is a multiple of 16.
         block_table: int32 [at least B, max blocks].
         seq_lens: int32 [B], tokens of each request including its new ones.
-        query_start_loc: int32 [B + 1], offsets of the requests in `query`. Tokens behind the
-            last are padding: their rows of `out` and `lse` are left as they are.
-        out: Like `query`; written. 0 where nothing is visible.
+        query_start_loc: int32 [B + 1], offsets of the requests in `query`. Tokens after the last
+            request are padding: their rows of `out` and `lse` are not written.
+        out: Like `query`; written. 0 if nothing is visible.
         scale: Factor of the scores.
         causal, window, soft_cap: As in `reference.attend`.
         sinks: [Hq], any floating dtype.
         lse: float32 [T, Hq], written: natural log of the sum over visible keys and the sink;
-            -inf where there is neither.
+            -inf without either.
         plan: From `plan_attention` for this batch; made here if None.
-        max_query_len: New tokens of a request at most, for the plan made here; read from the
-            device if None.
-        key_words, value_words: Ways of widening codes; the device's fastest if None.
+        max_query_len: Largest number of new tokens of a request, for the plan made here; read
+            from the device if None.
+        key_decoder, value_decoder: How codes are widened; the device's fastest if None.
         debug: Check the contents of the index tensors as well, which waits for the device; see
             `check_attention`.
 
@@ -114,32 +184,31 @@ def paged_attention(
         )
     if sinks is not None:
         sinks = sinks.to(torch.float32).contiguous()
-    if key_words is None:
-        key_words = convert.key_words_for(query.device)
-    if value_words is None:
-        value_words = convert.value_words_for(query.device)
+    if key_decoder is None:
+        key_decoder = convert.key_decoder_for(query.device)
+    if value_decoder is None:
+        value_decoder = convert.value_decoder_for(query.device)
     group = num_heads // num_kv_heads
     dims = triton.next_power_of_2(head_size)
     tiling = plan.tiling
     programs = plan.items.shape[0]
     # Arguments that are not used must still be pointers.
-    lse_pointer = plan.partial_lse if lse is None else lse
+    lse_or_unused = plan.partial_lse if lse is None else lse
     lse_strides = (0, 0) if lse is None else lse.stride()
-    sinks_pointer = plan.partial_lse if sinks is None else sinks
+    sinks_or_unused = plan.partial_lse if sinks is None else sinks
     attend_kernel[(programs, num_kv_heads)](
         query, query.stride(0), query.stride(1),
         out, out.stride(0), out.stride(1),
-        lse_pointer, *lse_strides,
+        lse_or_unused, *lse_strides,
         cache, cache.stride(0) // 2,
         block_table, block_table.stride(0),
-        seq_lens, query_start_loc, plan.items, sinks_pointer,
+        seq_lens, query_start_loc, plan.items, sinks_or_unused,
         plan.partial_out, plan.partial_lse,
         scale, 0 if window is None else window, soft_cap,
         GROUP=group, D=head_size, PAGE=page_size,
-        DIMS=dims, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n,
-        LANES=tiling.lanes,
+        DIMS=dims, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, LANES=tiling.lanes,
         PARTIAL_ROWS=plan.partial_rows, UNIT=rotation_unit(head_size),
-        KEY_WAY=int(key_words), VALUE_WAY=int(value_words),
+        KEY_DECODER=int(key_decoder), VALUE_DECODER=int(value_decoder),
         CAUSAL=causal, WINDOW=window is not None, SOFT_CAP=soft_cap > 0,
         SINKS=sinks is not None, LSE=lse is not None,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages,
@@ -147,8 +216,8 @@ def paged_attention(
     if plan.partial_rows:
         merge_kernel[(programs, num_kv_heads, plan.merged_rows)](
             out, out.stride(0), out.stride(1),
-            lse_pointer, *lse_strides,
-            query_start_loc, plan.items, sinks_pointer, plan.partial_out, plan.partial_lse,
+            lse_or_unused, *lse_strides,
+            query_start_loc, plan.items, sinks_or_unused, plan.partial_out, plan.partial_lse,
             GROUP=group, D=head_size, DIMS=dims, PARTIAL_ROWS=plan.partial_rows,
             PARTS=MERGED_AT_A_TIME, SINKS=sinks is not None, LSE=lse is not None,
             num_warps=2,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers to codes and back, as pieces of kernels; and which way each device takes.
+"""Conversions between numbers and codes, as device functions, and the variant for each device.
 
-Every way of a conversion gives the same bits, or the same numbers times a power of two that is
-named here, so that which one a device takes is a matter of speed only.
+All variants of a conversion give the same bits, or the same numbers times a power of two that is
+named here. The choice of a variant affects speed only.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ import triton.language as tl
 from vllm_hybrid_kv.kernels import k8v4
 
 
-class KeyWords(enum.IntEnum):
-    """How a reader widens e4m3fn codes to fp16."""
+class KeyDecoder(enum.IntEnum):
+    """How e4m3fn codes are widened to fp16."""
 
     PORTABLE = 0
     """Integer arithmetic in Triton, for every device and for the interpreter."""
     INTEGER_PTX = 1
-    """The same, two words at a time in PTX that every NVIDIA GPU from 7.5 on has."""
+    """The same arithmetic in PTX for compute capability 7.5 and later, two words at a time."""
     NATIVE_PTX = 2
-    """The converter of compute capability 8.9 and later."""
+    """The conversion instruction of compute capability 8.9 and later."""
 
 
-class ValueWords(enum.IntEnum):
-    """How a reader widens 4-bit codes to fp16."""
+class ValueDecoder(enum.IntEnum):
+    """How 4-bit codes are widened to fp16."""
 
     PORTABLE = 0
     PTX = 1
 
 
-# PTX on two 16-bit words in a register. An output that is written before the input is read for
-# the last time is marked `&`, or it might be given the input's register.
+# PTX on two 16-bit words in a register. `&` marks an output that is written before the last read
+# of the input; otherwise it could share the input's register.
 INTEGER_KEY_PTX = (
     "{ .reg .b32 a, b, c;\n"
     "shl.b32 a, $2, 7; shl.b32 b, $2, 8; shr.u32 c, $2, 1;\n"
@@ -64,17 +64,17 @@ _NATIVE_KEY_OPERANDS = tl.constexpr(NATIVE_KEY_OPERANDS)
 _VALUE_PTX = tl.constexpr(VALUE_PTX)
 _VALUE_OPERANDS = tl.constexpr(VALUE_OPERANDS)
 
-_PORTABLE = tl.constexpr(int(KeyWords.PORTABLE))
-_INTEGER_PTX = tl.constexpr(int(KeyWords.INTEGER_PTX))
+_PORTABLE = tl.constexpr(int(KeyDecoder.PORTABLE))
+_INTEGER_PTX = tl.constexpr(int(KeyDecoder.INTEGER_PTX))
 
 INTEGER_KEY_UNIT = 256.0
-"""What integer arithmetic leaves out: moving the seven low bits of a code to the place that they
-have in fp16 reads an exponent with bias 7 as one with bias 15, hence the key times 2^-8."""
+"""Factor that integer arithmetic omits: fp16's exponent bias is 15 and e4m3fn's is 7, so moving a
+code's exponent and mantissa bits into their fp16 position gives the key times 2^-8."""
 
 LOW_CODE_UNIT = 2.0**-24
-"""What a code in the lowest four bits of an fp16 number counts: fp16's smallest denormal."""
+"""Value of a code of 1 in the lowest four bits of an fp16 number: fp16's smallest denormal."""
 HIGH_CODE_UNIT = 2.0**-20
-"""What a code in the next four bits counts."""
+"""Value of a code of 1 in the next four bits."""
 
 _KEY_MAX_BITS = tl.constexpr(0x43E00000)  # float32 448
 _INFINITY_BITS = tl.constexpr(0x7F800000)
@@ -88,15 +88,15 @@ assert k8v4.KEY_MAX == 448.0
 
 
 @triton.jit
-def key_codes(x, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
+def encode_keys(x, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return the e4m3fn codes, uint8, of float32 `x` clamped to +-448; NaNs keep their sign.
 
-    With NATIVE Triton's conversion, which takes the hardware's from compute capability 8.9 on
-    and is refused before; otherwise exact arithmetic on the bits. Both round to nearest even.
+    NATIVE uses Triton's conversion, which needs compute capability 8.9. Otherwise the bits are
+    computed with integers. Both round to nearest even.
     """
     bits = x.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
-    # Magnitudes of floats are ordered like their bits.
+    # Magnitudes of floats have the order of their bits.
     clamped = tl.minimum(magnitude, _KEY_MAX_BITS)
     if NATIVE:
         narrow = clamped.to(tl.float32, bitcast=True).to(tl.float8e4nv)
@@ -112,10 +112,7 @@ def key_codes(x, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def half_rounded_down(x):  # type: ignore[no-untyped-def]
-    """Return the bits, int32, of the largest fp16 number that is not above float32 `x`.
-
-    `x` must be finite in fp16.
-    """
+    """Return the bits, int32, of the largest fp16 number <= float32 `x`, finite in fp16."""
     half = x.to(tl.float16)
     bits = half.to(tl.int16, bitcast=True).to(tl.int32)
     # One step towards minus infinity in sign-magnitude; both zeros step to the smallest
@@ -126,24 +123,23 @@ def half_rounded_down(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def widened_half(bits):  # type: ignore[no-untyped-def]
+def half_to_float(bits):  # type: ignore[no-untyped-def]
     """Return fp16 numbers as float32 from their bits in int32."""
     return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def key_words(words, WAY: tl.constexpr):  # type: ignore[no-untyped-def]
+def decode_keys(words, DECODER: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return the two e4m3fn codes of each int16 as fp16: even dims, odd dims.
 
-    All ways but NATIVE_PTX return the key times 1 / INTEGER_KEY_UNIT, exactly, and 480 in place
-    of NaN.
+    All decoders except NATIVE_PTX return exactly key / INTEGER_KEY_UNIT, and 480 for NaN.
     """
-    if WAY == _PORTABLE:
+    if DECODER == _PORTABLE:
         bits = words.to(tl.uint16, bitcast=True)
         even = ((bits << 8) & 0x8000) | ((bits << 7) & 0x3F80)
         odd = (bits & 0x8000) | ((bits >> 1) & 0x3F80)
         return even.to(tl.float16, bitcast=True), odd.to(tl.float16, bitcast=True)
-    elif WAY == _INTEGER_PTX:  # noqa: RET505 - only one branch is compiled, which returns
+    elif DECODER == _INTEGER_PTX:  # noqa: RET505 - only one branch is compiled, which returns
         return tl.inline_asm_elementwise(
             _INTEGER_KEY_PTX, _INTEGER_KEY_OPERANDS, [words],
             dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
@@ -156,13 +152,13 @@ def key_words(words, WAY: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def value_words(words, WAY: tl.constexpr):  # type: ignore[no-untyped-def]
+def decode_values(words, DECODER: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return the four codes of each int16 as fp16 denormals, dims 0 to 3.
 
-    Dims 0 and 2 in LOW_CODE_UNIT, 1 and 3 in HIGH_CODE_UNIT: masking is all that it takes, and
-    tensor cores multiply denormals exactly.
+    Dims 0 and 2 are in LOW_CODE_UNIT, 1 and 3 in HIGH_CODE_UNIT: a mask is enough, because tensor
+    cores multiply denormals exactly.
     """
-    if WAY == _PORTABLE:
+    if DECODER == _PORTABLE:
         low = words.to(tl.uint16, bitcast=True)
         high = low >> 8
         return (
@@ -179,25 +175,24 @@ def value_words(words, WAY: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 def is_nvidia(device: torch.device) -> bool:
-    """Return whether a device runs PTX."""
     return device.type == "cuda" and torch.version.hip is None
 
 
 def has_native_e4m3(device: torch.device) -> bool:
-    """Return whether a device converts float32 to e4m3fn itself, not e4m3fnuz or in software.
+    """Return whether a device converts float32 to e4m3fn in hardware.
 
-    AMD's gfx942 converts to e4m3fnuz, another format, and takes the integer arithmetic.
+    AMD's gfx942 converts to e4m3fnuz, another format, so it uses the integer arithmetic.
     """
     return is_nvidia(device) and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def key_words_for(device: torch.device) -> KeyWords:
-    """Return the fastest way of widening keys that a device has."""
+def key_decoder_for(device: torch.device) -> KeyDecoder:
+    """Return the fastest key decoder of a device."""
     if not is_nvidia(device):
-        return KeyWords.PORTABLE
-    return KeyWords.NATIVE_PTX if has_native_e4m3(device) else KeyWords.INTEGER_PTX
+        return KeyDecoder.PORTABLE
+    return KeyDecoder.NATIVE_PTX if has_native_e4m3(device) else KeyDecoder.INTEGER_PTX
 
 
-def value_words_for(device: torch.device) -> ValueWords:
-    """Return the fastest way of widening values that a device has."""
-    return ValueWords.PTX if is_nvidia(device) else ValueWords.PORTABLE
+def value_decoder_for(device: torch.device) -> ValueDecoder:
+    """Return the fastest value decoder of a device."""
+    return ValueDecoder.PTX if is_nvidia(device) else ValueDecoder.PORTABLE

@@ -2,11 +2,11 @@
 """How a batch's attention is divided among a GPU's programs, decided on the GPU.
 
 A *row* is one query head of one new token; the rows of a request that share a KV head are
-numbered `token * group + head of the group`. A program takes up to `block_m` rows of one request
-and KV head, called a row tile, and one *split* of the keys that they see. What program p does
-stands in row p of a table that a kernel writes from the lengths on the device: nothing waits for
-the GPU, and a captured graph replays with lengths that have changed. How many programs there are
-is decided by shapes alone.
+numbered `token * group + head of the group`. A program takes a *row tile*, up to `block_m` rows
+of one request and KV head, and one *split* of the keys that they see. Row p of a table says what
+program p does. A kernel writes the table from the lengths on the device, so nothing waits for the
+GPU, and a captured graph can replay with other lengths. The number of programs follows from the
+shapes alone.
 """
 
 from __future__ import annotations
@@ -21,136 +21,139 @@ import triton.language as tl
 from vllm_hybrid_kv.kernels.triton.tuning import MOST_ROWS, Tiling, capability_of, tiling_for
 
 INTERPRETED_PROCESSORS = 4
-"""What stands for the number of multiprocessors where there is no GPU."""
+"""The number of multiprocessors assumed without a GPU."""
 
-FEWEST_TILES = 128
-"""Row tiles that the planning kernel has room for at least. Its room is a power of two, and every
-other one is another kernel to compile."""
+MIN_TILES_CAPACITY = 128
+"""Smallest number of row tiles that the planning kernel has room for. Its room is a power of two,
+and each one is another kernel to compile."""
 
-ITEMS_AT_A_TIME = 256
+ITEMS_PER_PROGRAM = 256
 """Rows of the table of programs that are written at a time."""
 
 ITEM_FIELDS = 5
-"""Numbers of a program's row of the table: request (-1 for none), first row, split, splits, and
-where its partial result goes if there are several splits."""
+"""Numbers in a program's row of the table: request (-1 for none), first row, split, number of
+splits, and the index of its partial result if there are several splits."""
 
 _FIELDS = tl.constexpr(ITEM_FIELDS)
 
 
 @triton.jit
 def key_range(  # type: ignore[no-untyped-def]
-    length, queries, first_row, window,
+    seq_len, query_len, first_row, window,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Return the first key that some row of a row tile sees and the one behind the last.
+    """Return the first key that some row of a row tile sees, and 1 + the last.
 
     Args:
-        length: Tokens of the request.
-        queries: New tokens of the request, its last ones.
-        first_row: First row of the tile, below `queries * GROUP`.
+        seq_len: Tokens of the request.
+        query_len: New tokens of the request, its last ones.
+        first_row: First row of the tile, below `query_len * GROUP`.
         window: With WINDOW, a row at p sees keys in (p - window, p + window) only.
     """
-    last_row = tl.minimum(first_row + BLOCK_M, queries * GROUP) - 1
-    first_position = length - queries + first_row // GROUP
-    last_position = length - queries + last_row // GROUP
-    begin = first_position * 0
-    end = length
+    last_row = tl.minimum(first_row + BLOCK_M, query_len * GROUP) - 1
+    first_pos = seq_len - query_len + first_row // GROUP
+    last_pos = seq_len - query_len + last_row // GROUP
+    start = first_pos * 0
+    end = seq_len
     if CAUSAL:
-        end = tl.minimum(end, last_position + 1)
+        end = tl.minimum(end, last_pos + 1)
     if WINDOW:
-        begin = tl.maximum(first_position - window + 1, 0)
-        end = tl.minimum(end, last_position + window)
-    return begin, tl.maximum(end, 0)
+        start = tl.maximum(first_pos - window + 1, 0)
+        end = tl.minimum(end, last_pos + window)
+    return start, tl.maximum(end, 0)
 
 
 @triton.jit
 def key_tiles(  # type: ignore[no-untyped-def]
-    length, queries, first_row, window,
+    seq_len, query_len, first_row, window,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Return the first tile of keys that a row tile sees and the one behind the last.
-
-    Takes the arguments of `key_range`.
-    """
-    begin, end = key_range(length, queries, first_row, window, GROUP, BLOCK_M, CAUSAL, WINDOW)
-    begin = begin // BLOCK_N
+    """Return the first tile of keys that a row tile sees, and 1 + the last; see `key_range`."""
+    start, end = key_range(
+        seq_len, query_len, first_row, window, GROUP, BLOCK_M, CAUSAL, WINDOW
+    )  # fmt: skip
+    start = start // BLOCK_N
     end = (end + BLOCK_N - 1) // BLOCK_N
-    return begin, tl.maximum(begin, end)
+    return start, tl.maximum(start, end)
 
 
 @triton.jit
-def _last_not_above(table, rows, count, steps, wanted, BLOCK_M: tl.constexpr = 1):  # type: ignore[no-untyped-def]
-    """Return for each number the last i < count with `table[i]` not above it.
+def _last_at_most(  # type: ignore[no-untyped-def]
+    table_ptr, group, count, steps, target, BLOCK_M: tl.constexpr = 1
+):
+    """Return for each number the last i < count with `table[i] <= target`, by bisection.
 
-    With BLOCK_M the table counts tokens of `rows` rows each, and the first row tile of request i,
-    `table[i] * rows // BLOCK_M + i`, is compared: room for every request's rows and a rest.
+    With BLOCK_M the table is `query_start_loc`, and the first row tile of request i is compared:
+    `table[i] * group // BLOCK_M + i`, which leaves room for every request's last partial tile.
     """
-    low, high = wanted * 0, wanted * 0 + count
+    low, high = target * 0, target * 0 + count
     for _ in range(steps):
         middle = (low + high) // 2
-        entry = tl.load(table + middle)
+        entry = tl.load(table_ptr + middle)
         if BLOCK_M > 1:
-            entry = entry * rows // BLOCK_M + middle
-        found = entry <= wanted
-        low, high = tl.where(found, middle, low), tl.where(found, high, middle)
+            entry = entry * group // BLOCK_M + middle
+        at_most = entry <= target
+        low, high = tl.where(at_most, middle, low), tl.where(at_most, high, middle)
     return low
 
 
 @triton.jit
 def _row_tiles(  # type: ignore[no-untyped-def]
-    tile, num_tiles, query_start_loc, seq_lens, requests, steps, window,
+    tile, num_tiles, query_start_loc_ptr, seq_lens_ptr, num_reqs, steps, window,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, ONE_TILE: tl.constexpr,
 ):  # fmt: skip
     """Return request (-1 for none), first row and number of key tiles of each row tile."""
     if ONE_TILE:
-        request = tile
+        req_idx = tile
     else:
-        request = _last_not_above(query_start_loc, GROUP, requests, steps, tile, BLOCK_M)
-    here = tile < num_tiles
-    begin = tl.load(query_start_loc + request, mask=here, other=0)
-    queries = tl.load(query_start_loc + request + 1, mask=here, other=0) - begin
-    length = tl.load(seq_lens + request, mask=here, other=0)
+        req_idx = _last_at_most(query_start_loc_ptr, GROUP, num_reqs, steps, tile, BLOCK_M)
+    mask = tile < num_tiles
+    q_start = tl.load(query_start_loc_ptr + req_idx, mask=mask, other=0)
+    query_len = tl.load(query_start_loc_ptr + req_idx + 1, mask=mask, other=0) - q_start
+    seq_len = tl.load(seq_lens_ptr + req_idx, mask=mask, other=0)
     if ONE_TILE:
         first_row = tile * 0
     else:
-        first_row = (tile - (begin * GROUP // BLOCK_M + request)) * BLOCK_M
-    here = here & (first_row < queries * GROUP)
-    first_key, last_key = key_tiles(
-        length, queries, first_row, window, GROUP, BLOCK_M, BLOCK_N, CAUSAL, WINDOW
+        first_row = (tile - (q_start * GROUP // BLOCK_M + req_idx)) * BLOCK_M
+    mask = mask & (first_row < query_len * GROUP)
+    first_tile, end_tile = key_tiles(
+        seq_len, query_len, first_row, window, GROUP, BLOCK_M, BLOCK_N, CAUSAL, WINDOW
     )
-    keys = tl.where(here, last_key - first_key, 0)
-    return tl.where(here, request, -1), first_row, keys
+    num_key_tiles = tl.where(mask, end_tile - first_tile, 0)
+    return tl.where(mask, req_idx, -1), first_row, num_key_tiles
 
 
 @triton.jit
-def _splits_of(keys, total, target, MIN_TILES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the programs of row tiles that see `keys` of all `total` (int64) tiles of keys."""
-    wanted = ((keys.to(tl.int64) * target + total - 1) // total).to(tl.int32)
-    return tl.maximum(tl.minimum(wanted, (keys + MIN_TILES - 1) // MIN_TILES), 1)
+def _num_splits(num_key_tiles, total, target, MIN_TILES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the programs of row tiles, by their share of all `total` (int64) key tiles."""
+    wanted = ((num_key_tiles.to(tl.int64) * target + total - 1) // total).to(tl.int32)
+    return tl.maximum(tl.minimum(wanted, (num_key_tiles + MIN_TILES - 1) // MIN_TILES), 1)
 
 
 @triton.jit
-def _write_items(items, item, num_items, request, first_row, split, splits, part):  # type: ignore[no-untyped-def]
-    row = items + item * _FIELDS
-    here = item < num_items
-    tl.store(row, request, mask=here)
-    tl.store(row + 1, first_row, mask=here)
-    tl.store(row + 2, split, mask=here)
-    tl.store(row + 3, splits, mask=here)
-    tl.store(row + 4, part, mask=here)
+def _write_items(  # type: ignore[no-untyped-def]
+    items_ptr, item, num_items, req_idx, first_row, split_idx, num_splits, part_idx
+):
+    item_ptrs = items_ptr + item * _FIELDS
+    mask = item < num_items
+    tl.store(item_ptrs, req_idx, mask=mask)
+    tl.store(item_ptrs + 1, first_row, mask=mask)
+    tl.store(item_ptrs + 2, split_idx, mask=mask)
+    tl.store(item_ptrs + 3, num_splits, mask=mask)
+    tl.store(item_ptrs + 4, part_idx, mask=mask)
 
 
-# A launch would compile anew where one of these turned 1 or a multiple of 16.
+# Specialising these on 1 and on multiples of 16 would compile more kernels at run time.
 @triton.jit(
     do_not_specialize=[
-        "requests", "num_tiles", "num_items", "target", "steps", "tile_steps", "window",
+        "num_reqs", "num_tiles", "num_items", "target", "steps", "tile_steps", "window",
     ]
 )  # fmt: skip
 def plan_kernel(  # type: ignore[no-untyped-def]
-    query_start_loc, seq_lens, items, tiles_start,
-    requests, num_tiles, num_items, target, steps, tile_steps, window,
+    query_start_loc_ptr, seq_lens_ptr, items_ptr, tile_starts_ptr,
+    num_reqs, num_tiles, num_items, target, steps, tile_steps, window,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, ONE_TILE: tl.constexpr,
     SPLIT: tl.constexpr, MIN_TILES: tl.constexpr,
@@ -158,77 +161,79 @@ def plan_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Write the table of programs.
 
-    Without SPLIT there is one program for each row tile. With it, a row tile with `n` of all `N`
-    key tiles gets `ceil(target n / N)` programs, no fewer than one and no more than
-    `ceil(n / MIN_TILES)`: equal work for equal programs, and never more than `target` and one for
-    each row tile in all. A row tile of several splits has `n / N > 1 / target`, so that these
-    splits, which alone leave partial results, are fewer than `2 target`.
+    Without SPLIT there is one program for each row tile. With SPLIT, a row tile with `n` of all
+    `N` key tiles gets `ceil(target n / N)` programs, at least one and at most
+    `ceil(n / MIN_TILES)`. Programs then have equal work, and there are at most `target` plus one
+    for each row tile. Only row tiles with several splits leave partial results. They have
+    `n / N > 1 / target`, so their splits are fewer than `2 target`.
 
     Args:
-        query_start_loc: int32 [requests + 1].
-        seq_lens: int32 [requests].
-        items: int32 [num_items, ITEM_FIELDS], written.
-        tiles_start: int32 [2, TILES], scratch; the first program of each row tile, and its first
-            partial result.
-        steps: Halvings that find a request among all.
-        tile_steps: Halvings that find a row tile among all.
-        ONE_TILE: Every request has one row tile at most.
-        TILES: With SPLIT the power of two not below `num_tiles`, and a grid of one program.
+        query_start_loc_ptr: int32 [num_reqs + 1].
+        seq_lens_ptr: int32 [num_reqs].
+        items_ptr: int32 [num_items, ITEM_FIELDS], written.
+        tile_starts_ptr: int32 [2, TILES], scratch; the first program of each row tile, and its
+            first partial result.
+        steps: Bisection steps that find a request.
+        tile_steps: Bisection steps that find a row tile.
+        ONE_TILE: Every request has at most one row tile.
+        TILES: With SPLIT the smallest power of two >= `num_tiles`, and a grid of one program.
         ITEMS: Rows that are written at a time.
     """
     if SPLIT:
         tile = tl.arange(0, TILES)
-        request, first_row, keys = _row_tiles(
-            tile, num_tiles, query_start_loc, seq_lens, requests, steps, window,
+        req_idx, first_row, num_key_tiles = _row_tiles(
+            tile, num_tiles, query_start_loc_ptr, seq_lens_ptr, num_reqs, steps, window,
             GROUP, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, ONE_TILE,
         )  # fmt: skip
-        total = tl.maximum(tl.sum(keys, axis=0), 1).to(tl.int64)
-        splits = tl.where(request >= 0, _splits_of(keys, total, target, MIN_TILES), 0)
-        behind = tl.cumsum(splits, axis=0)
-        tl.store(tiles_start + tile, behind - splits)
-        parts = tl.where(splits > 1, splits, 0)
-        tl.store(tiles_start + TILES + tile, tl.cumsum(parts, axis=0) - parts)
-        programs = tl.sum(splits, axis=0)
-        # What other threads of this program have written is read below.
+        total = tl.maximum(tl.sum(num_key_tiles, axis=0), 1).to(tl.int64)
+        num_splits = tl.where(
+            req_idx >= 0, _num_splits(num_key_tiles, total, target, MIN_TILES), 0
+        )  # fmt: skip
+        ends = tl.cumsum(num_splits, axis=0)
+        tl.store(tile_starts_ptr + tile, ends - num_splits)
+        parts = tl.where(num_splits > 1, num_splits, 0)
+        tl.store(tile_starts_ptr + TILES + tile, tl.cumsum(parts, axis=0) - parts)
+        num_programs = tl.sum(num_splits, axis=0)
+        # The loop reads what other threads of this program have written.
         tl.debug_barrier()
         for start in range(0, num_items, ITEMS):
             item = start + tl.arange(0, ITEMS)
-            # Row tiles without rows have no program and start where the next one does, so that
-            # the last of those that start there is meant.
-            mine = _last_not_above(tiles_start, 0, num_tiles, tile_steps, item)
-            its_request, its_row, its_keys = _row_tiles(
-                mine, num_tiles, query_start_loc, seq_lens, requests, steps, window,
+            # Row tiles without rows have no program and the same start as the next one, so the
+            # last row tile with a start is the one that owns the program.
+            item_tile = _last_at_most(tile_starts_ptr, 0, num_tiles, tile_steps, item)
+            item_req, item_row, item_key_tiles = _row_tiles(
+                item_tile, num_tiles, query_start_loc_ptr, seq_lens_ptr, num_reqs, steps, window,
                 GROUP, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, ONE_TILE,
             )  # fmt: skip
-            split = item - tl.load(tiles_start + mine)
+            split_idx = item - tl.load(tile_starts_ptr + item_tile)
             _write_items(
-                items, item, num_items, tl.where(item < programs, its_request, -1), its_row,
-                split, _splits_of(its_keys, total, target, MIN_TILES),
-                tl.load(tiles_start + TILES + mine) + split,
+                items_ptr, item, num_items, tl.where(item < num_programs, item_req, -1), item_row,
+                split_idx, _num_splits(item_key_tiles, total, target, MIN_TILES),
+                tl.load(tile_starts_ptr + TILES + item_tile) + split_idx,
             )  # fmt: skip
     else:
         item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)
-        request, first_row, _ = _row_tiles(
-            item, num_tiles, query_start_loc, seq_lens, requests, steps, window,
+        req_idx, first_row, _ = _row_tiles(
+            item, num_tiles, query_start_loc_ptr, seq_lens_ptr, num_reqs, steps, window,
             GROUP, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, ONE_TILE,
         )  # fmt: skip
-        none = item * 0
-        _write_items(items, item, num_items, request, first_row, none, none + 1, none)
+        zeros = item * 0
+        _write_items(items_ptr, item, num_items, req_idx, first_row, zeros, zeros + 1, zeros)
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class LaunchPlan:
     """How the programs of `paged_attention` divide a batch among them.
 
     Attributes:
         made_for: Requests, query tokens, heads, KV heads, head size, causal, window.
-        tiling: The size of a program.
+        tiling: The tile sizes of a program.
         items: int32 [programs, ITEM_FIELDS].
-        partial_rows: Rows that a partial result has room for; 0 without splits. It follows from
-            the tiling alone, for another number is another kernel to compile.
-        merged_rows: Rows of them that are used at most.
+        partial_rows: Rows that a partial result has room for; 0 without splits. It depends on the
+            tiling alone, because each number is another kernel to compile.
+        merged_rows: Largest number of these rows in use.
         partial_out: float32 [parts, H, partial_rows, D], scratch; empty without splits.
-        partial_lse: float32 [parts, H, partial_rows], likewise; base 2.
+        partial_lse: float32 [parts, H, partial_rows], scratch, base 2; empty without splits.
     """
 
     made_for: tuple[int, int, int, int, int, bool, int | None]
@@ -248,23 +253,17 @@ def processors_of(device: torch.device) -> int:
 
 
 def _programs_wanted(tiling: Tiling, num_kv_heads: int, processors: int) -> int:
-    """Return how many programs of each KV head keep the multiprocessors busy."""
+    """Return the number of programs of each KV head that keep the multiprocessors busy."""
     return triton.cdiv(tiling.programs_per_processor * processors, num_kv_heads)
 
 
 def largest_scratch(num_kv_heads: int, head_size: int, device: torch.device) -> int:
-    """Return how many float32 numbers the scratch memory of any plan takes at most.
+    """Return the number of float32 numbers that any plan needs as scratch memory.
 
-    Splits that leave partial results are fewer than twice the programs that keep the device busy,
-    whatever the batch and its lengths; see `plan_kernel`.
-
-    Args:
-        num_kv_heads: H.
-        head_size: D.
-        device: Where the kernels run.
+    `plan_kernel` makes fewer than `2 target` splits that leave partial results, for any batch.
     """
     processors, capability = processors_of(device), capability_of(device)
-    tilings = [tiling_for(most, head_size, capability) for most in MOST_ROWS]
+    tilings = [tiling_for(rows, head_size, capability) for rows in MOST_ROWS]
     rows = max(
         2 * _programs_wanted(tiling, num_kv_heads, processors) * tiling.block_m
         for tiling in tilings
@@ -273,16 +272,12 @@ def largest_scratch(num_kv_heads: int, head_size: int, device: torch.device) -> 
 
 
 def planned_requests(max_requests: int) -> list[int]:
-    """Return numbers of requests of which each has a planning kernel of its own in decoding.
-
-    Args:
-        max_requests: Requests at most.
-    """
-    found, room = [max_requests], FEWEST_TILES
-    while room < max_requests:
-        found.append(room)
-        room *= 2
-    return found
+    """Return one number of requests for each planning kernel that decoding may need."""
+    counts, capacity = [max_requests], MIN_TILES_CAPACITY
+    while capacity < max_requests:
+        counts.append(capacity)
+        capacity *= 2
+    return counts
 
 
 def plan_attention(
@@ -300,8 +295,8 @@ def plan_attention(
     processors: int | None = None,
     tiling: Tiling | None = None,
     scratch: torch.Tensor | None = None,
-    into: Plan | None = None,
-) -> Plan:
+    into: LaunchPlan | None = None,
+) -> LaunchPlan:
     """Plan a batch on its device; one plan serves all layers of the same shape in a step.
 
     Args:
@@ -311,16 +306,14 @@ def plan_attention(
         num_heads: Hq.
         num_kv_heads: H.
         head_size: D.
-        max_query_len: New tokens of a request at most.
-        causal: As for `paged_attention`.
-        window: As for `paged_attention`.
-        split: Whether keys of one row are divided among programs; decided by the shapes if None.
-        processors: Multiprocessors to keep busy; those of the device if None.
-        tiling: The size of a program; from the shapes if None.
-        scratch: float32 [`largest_scratch`] for partial results, in use during each call of
-            `paged_attention` only; allocated if None.
-        into: A plan of the same shapes whose tensors are written again, as a captured graph
-            needs it.
+        max_query_len: Largest number of new tokens of a request.
+        causal, window: As for `paged_attention`.
+        split: Whether the keys of one row are split among programs; follows from shapes if None.
+        processors: Multiprocessors to keep busy; all of the device if None.
+        tiling: The tile sizes of a program; from the shapes if None.
+        scratch: float32 [`largest_scratch`] for partial results, in use only during each call of
+            `paged_attention`; allocated if None.
+        into: A plan of the same shapes whose tensors are overwritten, for captured graphs.
 
     Raises:
         ValueError: `into` was made for other shapes, or `scratch` is too small.
@@ -336,7 +329,7 @@ def plan_attention(
     num_tiles = requests if one_tile else num_tokens * group // tiling.block_m + requests
     target = _programs_wanted(tiling, num_kv_heads, processors)
     if split is None:
-        # Decode batches are divided whatever their size, for their lengths may be ragged.
+        # Decode batches of any size are split, because their lengths may be ragged.
         split = (
             one_tile or num_tiles * num_kv_heads < 2 * tiling.programs_per_processor * processors
         )
@@ -351,11 +344,11 @@ def plan_attention(
             scratch = torch.empty(sum(sizes), dtype=torch.float32, device=seq_lens.device)
         elif scratch.numel() < sum(sizes):
             raise ValueError(
-                f"k8v4 attention: partial results take {sum(sizes)} numbers of scratch "
-                f"memory, {scratch.numel()} are given"
+                f"k8v4 attention: scratch memory for partial results has {scratch.numel()} "
+                f"numbers, {sum(sizes)} are needed; allocate largest_scratch(...) numbers"
             )
         partial_out, partial_lse, _ = scratch.split([*sizes, scratch.numel() - sum(sizes)])
-        into = Plan(
+        into = LaunchPlan(
             made_for,
             tiling,
             torch.empty((num_items, ITEM_FIELDS), dtype=torch.int32, device=seq_lens.device),
@@ -371,22 +364,22 @@ def plan_attention(
         or (into.partial_rows, into.merged_rows) != (partial_rows, merged_rows)
     ):
         raise ValueError(
-            f"k8v4 attention: the plan to write again was made for (requests, query "
-            f"tokens, heads, KV heads, head size, causal, window) = {into.made_for}, "
-            f"not for {made_for}, or for another number of tokens a request"
+            f"k8v4 attention: the plan to overwrite was made for (requests, query tokens, heads, "
+            f"KV heads, head size, causal, window) = {into.made_for}, the call has {made_for}, "
+            "or max_query_len differs; make a new plan"
         )
     if num_items == 0 or requests == 0:
         return into
-    tiles = max(FEWEST_TILES, triton.next_power_of_2(num_tiles))
+    tiles = max(MIN_TILES_CAPACITY, triton.next_power_of_2(num_tiles))
     starts = torch.empty(2 * tiles if split else 0, dtype=torch.int32, device=seq_lens.device)
-    plan_kernel[(1 if split else triton.cdiv(num_items, ITEMS_AT_A_TIME),)](
+    plan_kernel[(1 if split else triton.cdiv(num_items, ITEMS_PER_PROGRAM),)](
         query_start_loc, seq_lens, into.items, starts,
         requests, num_tiles, num_items, target,
         requests.bit_length(), num_tiles.bit_length(), 0 if window is None else window,
         GROUP=group, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n,
         CAUSAL=causal, WINDOW=window is not None, ONE_TILE=one_tile,
         SPLIT=split, MIN_TILES=tiling.min_split_tiles,
-        TILES=tiles if split else 0, ITEMS=ITEMS_AT_A_TIME,
+        TILES=tiles if split else 0, ITEMS=ITEMS_PER_PROGRAM,
         num_warps=4,
     )  # fmt: skip
     return into

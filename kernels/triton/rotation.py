@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`reference.rotate` as pieces of kernels: the same additions, so that the bits are the same.
+"""`reference.rotate` as device functions: the same additions, so the bits are the same.
 
-The last step, the multiplication by `rotation_unit`, is left to the kernels.
+The kernels do the final multiplication by `rotation_unit` themselves.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from vllm_hybrid_kv.kernels import k8v4
 
 
 def rotation_unit(head_size: int) -> float:
-    """Return what numbers are multiplied by after all stages of their rotation."""
+    """Return the factor that follows all stages of a rotation."""
     return 2.0 ** -len(k8v4.rotation_strides(head_size))
 
 
 @triton.jit
 def rotation_stage(x, STRIDE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the stage of a stride, among the numbers of axis 1 of three.
+    """Return one stage of the rotation, along axis 1 of three.
 
-    Two sums of two numbers each: in whatever order a sum of two is taken, its bits are the same.
+    A sum of four is two sums of two: the order of two addends does not change the bits.
     """
     FOURS: tl.constexpr = x.shape[1] // (4 * STRIDE)
     four = tl.reshape(x, [x.shape[0], FOURS, 2, 2, STRIDE * x.shape[2]])
@@ -31,7 +31,6 @@ def rotation_stage(x, STRIDE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _stages(x, D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return all stages of D numbers, along axis 1 of three."""
     if D % 4 == 0:
         x = rotation_stage(x, 1)
     if D % 16 == 0:
@@ -44,22 +43,14 @@ def _stages(x, D: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def turned(x, D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return all stages, of rows of values.
-
-    Args:
-        x: float32 [rows, dims], 0 from dim D on.
-    """
+def rotated(x, D: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return all stages of float32 `x` [rows, dims], which is 0 from dim D on."""
     stages = _stages(tl.reshape(x, [x.shape[0], x.shape[1], 1]), D)
     return tl.reshape(stages, [x.shape[0], x.shape[1]])
 
 
 @triton.jit
-def turned_quarter(x, D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the stages of strides 4 and more, of every fourth dim.
-
-    Args:
-        x: float32 [dims / 4, rows].
-    """
+def rotated_quarter(x, D: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the stages of strides >= 4 of every fourth dim, float32 `x` [dims / 4, rows]."""
     stages = _stages(tl.reshape(x, [1, x.shape[0], x.shape[1]]), D // 4)
     return tl.reshape(stages, [x.shape[0], x.shape[1]])

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The size of an attention program on each GPU: measured where somebody has, derived elsewhere.
+"""The tile sizes of an attention program on each GPU: measured if available, otherwise derived.
 
-`python -m benchmarks.gpu --tune` tries the candidates on the GPU at hand and prints rows for
-`MEASURED`. A GPU without rows takes `derived_tiling`, which follows from what the machine code
-takes (registers, shared memory, spills) and from the cost of a split, not from a measurement.
+`python -m benchmarks.gpu --tune` tries the candidates on the current GPU and prints rows for
+`MEASURED`. A GPU without rows uses `derived_tiling`, which follows from registers, shared memory
+and spills of the machine code and from the cost of a split, not from a measurement.
 """
 
 from __future__ import annotations
@@ -18,27 +18,26 @@ import triton
 from vllm_hybrid_kv.kernels.triton.convert import is_nvidia
 
 MIN_SPLIT_TILES = 4
-"""Tiles of keys below which a split is not made: what its partial result costs to write and read
-again is then below a tenth of what its keys cost to read."""
+"""Smallest number of key tiles in a split. Writing and reading its partial result then costs less
+than a tenth of reading its keys."""
 
 PROGRAMS_PER_PROCESSOR = 4
-"""Programs that a streaming multiprocessor should have at hand to keep its memory busy."""
-
+"""Programs that each streaming multiprocessor needs to keep its memory busy."""
 
 _TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """The size of a program, and how finely the keys of a row are divided among programs.
+    """The tile sizes of a program, and how finely the keys of a row are split among programs.
 
     Attributes:
-        block_m: Rows.
-        block_n: Keys at a time.
+        block_m: Rows of a tile.
+        block_n: Keys of a tile.
         num_warps: Warps.
-        num_stages: Tiles of keys in flight.
+        num_stages: Key tiles in flight.
         programs_per_processor: Programs wanted for each streaming multiprocessor.
-        min_split_tiles: Tiles of keys that a split has at least, but for a row's last.
+        min_split_tiles: Smallest number of key tiles in a split, except for a row's last.
     """
 
     block_m: int
@@ -50,7 +49,7 @@ class Tiling:
 
     @property
     def lanes(self) -> int:
-        """Warps that tensor cores give different keys, 16 each at a time."""
+        """Warps that get different keys in a tensor-core product, 16 keys each at a time."""
         return min(self.num_warps, self.block_n // 16)
 
 
@@ -73,19 +72,21 @@ Key = tuple[tuple[int, int], int, Rows]
 """Compute capability (major, minor), head class, row class."""
 
 MEASURED: Mapping[Key, Tiling] = {}
-"""What `python -m benchmarks.gpu --tune` found, and on which GPU: none has been measured yet."""
+"""Results of `python -m benchmarks.gpu --tune`. No GPU has been measured yet."""
 
 
 def head_class(head_size: int) -> int:
     """Return the class of a head size.
 
     Raises:
-        ValueError: There is none that large.
+        ValueError: The head size is larger than every class.
     """
     for largest in HEAD_CLASSES:
         if head_size <= largest:
             return largest
-    raise ValueError(f"k8v4 attention: no head class holds a head size of {head_size}")
+    raise ValueError(
+        f"k8v4 attention: head size {head_size} is larger than the maximum, {HEAD_CLASSES[-1]}"
+    )
 
 
 def row_class(rows: int) -> Rows:
@@ -102,31 +103,31 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
 
 
 def has_tensor_memory(capability: tuple[int, int] | None) -> bool:
-    """Return whether tensor cores have a memory of their own (10.x and 11.x)."""
+    """Return whether tensor cores have their own memory (10.x and 11.x)."""
     return capability is not None and 10 <= capability[0] < 12
 
 
 def derived_tiling(rows: int, head_size: int, tensor_memory: bool = False) -> Tiling:
-    """Return the size of a program where none was measured.
+    """Return the tile sizes for a GPU without measurements.
 
-    More rows share what widening a key costs, until their results no longer fit the registers.
-    Every size here is free of spills from compute capability 8.0 to 12.0 with Triton 3.9. With
-    four warps and 64 keys, or 64 dims of a quarter, Triton takes the instructions that work for
-    four warps at once: `wgmma` on 9.0, which wants its second operand in shared memory, and on
-    10.0 those of the tensor memory, with thousands of moves to and from it.
+    More rows share the cost of widening a key, until their accumulators no longer fit the
+    registers. With Triton 3.9 no size here spills on compute capability 8.0 to 12.0. With four
+    warps and 64 keys, or 64 dims of a quarter, Triton uses warp-group instructions: `wgmma` on
+    9.0, which needs its second operand in shared memory, and on 10.0 tensor memory, with
+    thousands of moves to and from it.
 
     Args:
-        rows: New tokens of a request at most times query heads of a KV head.
+        rows: Largest number of new tokens of a request, times query heads of a KV head.
         head_size: D.
-        tensor_memory: As `has_tensor_memory` says.
+        tensor_memory: The result of `has_tensor_memory`.
     """
     if head_size > 256:
         # Two warps, 64 keys or 32 rows spill inside the loop.
         return Tiling(16, 32, 4, 3)
     large = head_size > 128
     if rows <= 16 or (large and tensor_memory):
-        # With 64 keys of large heads Triton 3.8, unlike those before and after, spills a
-        # seventeenth of the loop's instructions.
+        # With 64 keys of large heads Triton 3.8 spills a seventeenth of the loop's instructions;
+        # the versions before and after it spill none.
         return Tiling(16, 32 if large and _TRITON == (3, 8) else 64, 2, 3)
     if large:
         return Tiling(32, 64, 4, 3)
@@ -134,12 +135,12 @@ def derived_tiling(rows: int, head_size: int, tensor_memory: bool = False) -> Ti
 
 
 def tiling_for(rows: int, head_size: int, capability: tuple[int, int] | None) -> Tiling:
-    """Return the size of a program: what was measured for the GPU, or what is derived.
+    """Return the tile sizes measured for a GPU, otherwise the derived ones.
 
     Args:
-        rows: New tokens of a request at most times query heads of a KV head.
+        rows: Largest number of new tokens of a request, times query heads of a KV head.
         head_size: D.
-        capability: As `capability_of` says.
+        capability: The result of `capability_of`.
     """
     if capability is not None:
         measured = MEASURED.get((capability, head_class(head_size), row_class(rows)))
@@ -149,6 +150,6 @@ def tiling_for(rows: int, head_size: int, capability: tuple[int, int] | None) ->
 
 
 def origin(capability: tuple[int, int] | None) -> str:
-    """Return 'measured' if the table has rows for a compute capability, else 'derived'."""
+    """Return 'measured' if the table has rows for a compute capability, otherwise 'derived'."""
     known = any(key[0] == capability for key in MEASURED)
     return "measured" if known else "derived"

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes in which Triton interprets kernels on CPU tensors, or compiles them for GPUs.
 
-Triton decides between the two when a kernel is defined, its own library's included, so that a
-process that has imported it cannot change over.
+Triton chooses between the two when a kernel or its own library is defined, so a process that has
+imported Triton cannot change the mode.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import inspect
 import multiprocessing
 import os
@@ -15,10 +17,10 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any, Protocol
 
 
-def _processes(count: int, prepare: Callable[[], None]) -> ProcessPoolExecutor:
-    """Processes that call `prepare` before they import anything but this module."""
+def _process(prepare: Callable[[], None]) -> ProcessPoolExecutor:
+    """Start a process that calls `prepare` before it imports Triton."""
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(count, mp_context=context, initializer=prepare)
+    return ProcessPoolExecutor(1, mp_context=context, initializer=prepare)
 
 
 def _prepare_to_interpret() -> None:
@@ -28,43 +30,36 @@ def _prepare_to_interpret() -> None:
 
 
 def interpret_faster() -> None:
-    """Let Triton's interpreter put itself in the place of `triton.language` once.
+    """Make Triton's interpreter patch `triton.language` only once.
 
-    It does so for every launch, and again for every function that a kernel calls, which takes a
-    third of the time of these tests.
+    It patches for every launch and for every function that a kernel calls, which takes a third
+    of the time of these tests.
     """
     from triton.runtime import interpreter
 
-    put_in_place = interpreter._patch_lang
-    done: set[tuple[int, ...]] = set()
+    patch_language = interpreter._patch_lang
+    patched: set[tuple[int, ...]] = set()
 
-    class Stays:
+    class KeepPatched:
         def restore(self) -> None:
             pass
 
-    def once(function: Any) -> Stays:
+    def patch_once(function: Any) -> KeepPatched:
         modules = {id(value) for value in function.__globals__.values() if inspect.ismodule(value)}
-        if (seen := tuple(sorted(modules & languages))) not in done:
-            put_in_place(function)
-            done.add(seen)
-        return Stays()
+        if (key := tuple(sorted(modules & languages))) not in patched:
+            patch_language(function)
+            patched.add(key)
+        return KeepPatched()
 
     languages = {id(interpreter.tl), id(interpreter.tl.core)}
-    interpreter._patch_lang = once
-
-
-def _prepare_to_compile() -> None:
-    os.environ.pop("TRITON_INTERPRET", None)
-    # The tests that run meanwhile come first. With `pytest -n` the next test waits for it.
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        os.nice(10)
+    interpreter._patch_lang = patch_once
 
 
 class Interpreter:
-    """Runs functions of importable modules in a process of its own, one at a time."""
+    """Runs functions of importable modules in its own process, one at a time."""
 
     def __init__(self) -> None:
-        self._process = _processes(1, _prepare_to_interpret)
+        self._process = _process(_prepare_to_interpret)
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self._process.submit(function, *args, **kwargs).result()
@@ -73,17 +68,42 @@ class Interpreter:
         self._process.shutdown()
 
 
+def _call_wrapped(module: str, name: str, arguments: dict[str, Any]) -> None:
+    getattr(importlib.import_module(module), name).__wrapped__(**arguments)
+
+
+def interpreted(test: Callable[..., None]) -> Callable[..., None]:
+    """Decorate a test so that it runs in the process of the fixture `interpreter`."""
+
+    @functools.wraps(test)
+    def run(interpreter: Interpreter, **arguments: Any) -> None:
+        interpreter(_call_wrapped, test.__module__, test.__name__, arguments)
+
+    signature = inspect.signature(test)
+    fixture = inspect.Parameter("interpreter", inspect.Parameter.KEYWORD_ONLY)
+    parameters = [*signature.parameters.values(), fixture]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return run
+
+
 class Job(Protocol):
     """Something to compile; hashable, of an importable module."""
 
     def compile(self) -> Any: ...
 
 
+def _prepare_to_compile() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+    # Tests that run at the same time have priority. With `pytest -n` the next test waits for it.
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        os.nice(10)
+
+
 class Compiler:
-    """Compiles in a process of its own what it has been told of before it is asked for it."""
+    """Compiles jobs in its own process, started before their results are needed."""
 
     def __init__(self) -> None:
-        self._process = _processes(1, _prepare_to_compile)
+        self._process = _process(_prepare_to_compile)
         self._started: dict[Job, Future[Any]] = {}
 
     def start(self, job: Job) -> Future[Any]:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the few PTX instructions of the kernels, as the PTX ISA defines them, on numpy words."""
+"""An emulator of the PTX instructions in the kernels, by the PTX ISA, on numpy words."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -25,10 +25,10 @@ def _prmt(a: np.ndarray, b: np.ndarray, selector: int) -> np.ndarray:
     """Nibble i of the selector names byte i of the result: 0 to 3 of a, 4 to 7 of b."""
     result = np.zeros_like(a)
     for byte in range(4):
-        which = selector >> 4 * byte & 0xF
-        assert which < 8, "sign replication is not emulated"
-        source = a if which < 4 else b
-        result |= (source >> np.uint32(8 * (which % 4)) & np.uint32(0xFF)) << np.uint32(8 * byte)
+        index = selector >> 4 * byte & 0xF
+        assert index < 8, "sign replication is not emulated"
+        source = a if index < 4 else b
+        result |= (source >> np.uint32(8 * (index % 4)) & np.uint32(0xFF)) << np.uint32(8 * byte)
     return result
 
 
@@ -39,56 +39,50 @@ def _e4m3x2_to_f16x2(pair: np.ndarray) -> np.ndarray:
     return halves.numpy().view(np.uint32).copy()
 
 
+def _statements(assembly: str) -> Iterator[tuple[str, str, list[str]]]:
+    """Yield instruction, destination and sources."""
+    for statement in filter(None, (part.strip() for part in assembly.strip(" {}\n").split(";"))):
+        name, destination, *sources = re.split(r"[\s,]+", statement)
+        if name != ".reg":
+            yield name, destination, sources
+
+
 def run(assembly: str, outputs: int, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Run a block whose operands are 32-bit registers, `$0` and on: outputs, then inputs."""
-    registers: dict[str, np.ndarray] = {
-        f"${outputs + i}": words.copy() for i, words in enumerate(inputs)
-    }
+    """Run a block whose operands are 32-bit registers from `$0` on: outputs, then inputs."""
+    registers = {f"${outputs + i}": words.copy() for i, words in enumerate(inputs)}
 
     def value(name: str) -> np.ndarray:
-        if name in registers:
-            return registers[name]
-        number = int(name, 0)
-        return np.full_like(inputs[0], number)
+        return registers[name] if name in registers else np.full_like(inputs[0], int(name, 0))
 
-    body = assembly.strip().removeprefix("{").removesuffix("}")
-    for statement in filter(None, (part.strip() for part in body.split(";"))):
-        name, *operands = re.split(r"[\s,]+", statement)
-        if name == ".reg":
-            continue
-        to, *sources = operands
+    for name, destination, sources in _statements(assembly):
+        first = value(sources[0])
         match name:
             case "shl.b32":
-                registers[to] = value(sources[0]) << value(sources[1])
+                result = first << value(sources[1])
             case "shr.u32":
-                registers[to] = value(sources[0]) >> value(sources[1])
+                result = first >> value(sources[1])
             case "and.b32":
-                registers[to] = value(sources[0]) & value(sources[1])
+                result = first & value(sources[1])
             case "lop3.b32":
-                first, second, third = map(value, sources[:3])
-                registers[to] = _lop3(first, second, third, int(sources[3], 0))
+                result = _lop3(first, value(sources[1]), value(sources[2]), int(sources[3], 0))
             case "prmt.b32":
-                first, second = map(value, sources[:2])
-                registers[to] = _prmt(first, second, int(sources[2], 16))
+                result = _prmt(first, value(sources[1]), int(sources[2], 16))
             case "cvt.u16.u32":
-                registers[to] = value(sources[0]) & np.uint32(0xFFFF)
+                result = first & np.uint32(0xFFFF)
             case "cvt.rn.f16x2.e4m3x2":
-                registers[to] = _e4m3x2_to_f16x2(value(sources[0]))
+                result = _e4m3x2_to_f16x2(first)
             case _:
-                raise AssertionError(f"not emulated: {statement}")
+                raise AssertionError(f"not emulated: {name}")
+        registers[destination] = result
     return [registers[f"${i}"] for i in range(outputs)]
 
 
 def written_before_last_read(assembly: str, outputs: int) -> set[int]:
-    """Outputs that are written before an input is read for the last time."""
-    statements = [part.strip() for part in assembly.strip(" {}\n").split(";") if part.strip()]
-    reads, writes = 0, {}
-    for at, statement in enumerate(statements):
-        name, *operands = re.split(r"[\s,]+", statement)
-        if name == ".reg":
-            continue
-        if any(f"${i}" in operands[1:] for i in range(outputs, outputs + 4)):
-            reads = at
-        if operands[0].startswith("$"):
-            writes[int(operands[0][1:])] = at
-    return {output for output, at in writes.items() if at < reads}
+    """Return the outputs that are written before the last read of an input."""
+    last_read, writes = 0, {}
+    for at, (_, destination, sources) in enumerate(_statements(assembly)):
+        if any(f"${i}" in sources for i in range(outputs, outputs + 4)):
+            last_read = at
+        if destination.startswith("$"):
+            writes[int(destination[1:])] = at
+    return {output for output, at in writes.items() if at < last_read}

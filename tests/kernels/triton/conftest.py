@@ -8,20 +8,20 @@ from testing.triton.processes import Compiler, Interpreter
 _compiler = Compiler()
 
 
-def shares_files(config: pytest.Config) -> bool:
-    """Say whether this is one of the processes of `pytest -n`, which do not know their tests."""
+def _is_xdist_worker(config: pytest.Config) -> bool:
+    """Return whether this is a process of `pytest -n`, which does not know its tests in advance."""
     return hasattr(config, "workerinput")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Ask for what is compiled last, so that the other tests run while it is."""
-    if not shares_files(config):
+    """Run the tests that compile last, so that the others run while it happens."""
+    if not _is_xdist_worker(config):
         items.sort(key=lambda item: item.path.name == "test_machine_code.py")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Begin to compile what the selected tests will ask for, whichever test comes first."""
-    if session.config.option.collectonly or shares_files(session.config):
+    """Start to compile the parameter `job` of every selected test."""
+    if session.config.option.collectonly or _is_xdist_worker(session.config):
         return
     for item in session.items:
         if isinstance(item, pytest.Function) and hasattr(item, "callspec"):

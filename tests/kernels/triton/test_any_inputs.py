@@ -1,35 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever tensors the GPU kernels are given: what they are asked for, or one message."""
+"""The GPU kernels with arbitrary tensors: a correct result, or an error before any write."""
 
 from __future__ import annotations
 
-from testing.triton.processes import Interpreter
+from testing.triton.processes import interpreted
 
 
-def stores(examples: int) -> None:
-    _, calls, kernels = _here()
-    calls.check_stores(kernels, examples)
-
-
-def attention(examples: int) -> None:
-    _, calls, kernels = _here()
-    calls.check_attention_in_debug_mode(kernels, examples)
-
-
-def _here():  # type: ignore[no-untyped-def]
+def _kernels():  # type: ignore[no-untyped-def]
+    # In the interpreter's process: `kernel_calls` imports hypothesis, which takes a second.
     from tests.fuzz import kernel_calls
     from vllm_hybrid_kv.kernels import k8v4, triton
 
-    layout = k8v4.Layout.LINEAR
     kernels = kernel_calls.Kernels(
-        triton.quantise_and_store, triton.paged_attention, layout, refuses_slots=False
+        triton.quantise_and_store, triton.paged_attention, k8v4.Layout.LINEAR, refuses_slots=False
     )
-    return triton, kernel_calls, kernels
+    return kernel_calls, kernels
 
 
-def test_a_store_writes_its_slots_or_nothing(interpreter: Interpreter) -> None:
-    interpreter(stores, 150)
+@interpreted
+def test_a_store_writes_its_slots_or_nothing() -> None:
+    calls, kernels = _kernels()
+    calls.check_stores(kernels, examples=150)
 
 
-def test_attention_in_debug_mode_reads_what_is_there_or_refuses(interpreter: Interpreter) -> None:
-    interpreter(attention, 100)
+@interpreted
+def test_attention_in_debug_mode_is_correct_or_raises() -> None:
+    calls, kernels = _kernels()
+    calls.check_attention_in_debug_mode(kernels, examples=100)

@@ -6,25 +6,39 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from testing.triton import attending
-from testing.triton.attending import DECODE, MIXED, Case
-from testing.triton.processes import Interpreter
+from testing.triton.attention import (
+    DECODE,
+    MIXED,
+    UNWRITTEN,
+    Batch,
+    Case,
+    assert_close,
+    attend,
+    check,
+    expected,
+    make,
+    planned,
+)
+from testing.triton.processes import interpreted
+from vllm_hybrid_kv.kernels.k8v4 import Layout, PageFormat
+from vllm_hybrid_kv.kernels.triton import largest_scratch, paged_attention, plan_attention
 
-# The matrix. Every value of these lists meets every kind of batch: decode and mixed, with and
-# without splits. The lists are turned against each other, so that they do not go in step; what is
-# not turned are the options, which meet each kind alone and together.
+# The matrix: every value of these lists meets every kind of batch, decode and mixed, with and
+# without splits. Different strides through the lists combine their values. Each option meets each
+# kind of batch, alone and together with other options.
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"window": 1},
     {"window": 50},
     {"window": 1000},
     {"causal": False},
-    {"causal": False, "window": 6},  # shorter than what follows the first of several queries
+    {"causal": False, "window": 6},  # shorter than the keys after the first of several queries
     {"soft_cap": 2.0},
     {"sinks": torch.linspace(6, -3, 20)},
     {"sinks": torch.full((20,), -math.inf)},
@@ -65,130 +79,287 @@ def matrix() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("case", matrix())
-def test_every_combination_attends_as_defined(case: Case, interpreter: Interpreter) -> None:
-    interpreter(attending.check, case)
+@interpreted
+def test_every_combination_equals_the_reference(case: Case) -> None:
+    check(case)
 
 
 @pytest.mark.parametrize(
     ("queries", "window"), [(2, 70), (3, None), (4, 3), (5, 70), (6, None), (7, 3), (8, None)]
 )
-def test_several_tokens_of_one_request_see_up_to_themselves(
-    queries: int, window: int | None, interpreter: Interpreter
-) -> None:
-    case = Case(lengths=(300, 33, 8), queries=(queries,) * 3, options={"window": window})
-    interpreter(attending.check, case)
+@interpreted
+def test_new_tokens_of_one_request_attend_causally(queries: int, window: int | None) -> None:
+    check(Case(lengths=(300, 33, 8), queries=(queries,) * 3, options={"window": window}))
 
 
-# With 100 the scores of splits are further apart than float32 can express the ratio of; with 64
-# processors there are more splits of one row than are merged at a time.
+# With a query size of 100, float32 cannot express the ratio of the weights of two splits. With 64
+# processors one row has more splits than are merged at a time.
 @pytest.mark.parametrize(("processors", "query_size"), [(1, 1.0), (3, 100.0), (64, 1.0)])
-def test_any_number_of_splits_gives_what_one_does(
-    processors: int, query_size: float, interpreter: Interpreter
-) -> None:
-    case = Case(
-        lengths=(2400, 0, 5, 300, 1), queries=(1, 1, 1, 2, 1), num_heads=1, dtype=torch.float16,
-        plan={"processors": processors}, query_size=query_size,
+@interpreted
+def test_any_number_of_splits_equals_the_reference(processors: int, query_size: float) -> None:
+    check(
+        Case(
+            lengths=(2400, 0, 5, 300, 1), queries=(1, 1, 1, 2, 1), num_heads=1,
+            dtype=torch.float16, plan={"processors": processors}, query_size=query_size,
+        )
     )  # fmt: skip
-    interpreter(attending.check, case)
 
 
-def test_splits_are_balanced_over_ragged_lengths(interpreter: Interpreter) -> None:
+@interpreted
+def test_splits_are_balanced_over_ragged_lengths() -> None:
     lengths = (64 * 1000, 64 * 10, 64 * 100, 64, 0)
-    tiles = interpreter(attending.tiles_of_programs, lengths, 32)
-    assert sum(tiles) == 1111
+    plan = plan_attention(
+        torch.tensor(lengths, dtype=torch.int32), torch.arange(6, dtype=torch.int32), 5, 4, 1, 64,
+        max_query_len=1, processors=32,
+    )  # fmt: skip
+    tiles_of_programs = []
+    for request, first_row, split, splits, _ in plan.items.tolist():
+        if request >= 0:
+            assert first_row == 0
+            tiles = -(-lengths[request] // plan.tiling.block_n)
+            tiles_of_programs.append(tiles * (split + 1) // splits - tiles * split // splits)
+    assert sum(tiles_of_programs) == 1111
     # 32 processors with 4 programs each share 1111 tiles.
-    assert max(tiles) <= math.ceil(1111 / 128)
-    assert len(tiles) <= 128 + len(lengths)
+    assert max(tiles_of_programs) <= math.ceil(1111 / 128)
+    assert len(tiles_of_programs) <= 128 + len(lengths)
 
 
-def test_partial_results_of_any_batch_fit_the_scratch_memory(interpreter: Interpreter) -> None:
-    interpreter(attending.check_scratch)
+@interpreted
+def test_partial_results_of_any_batch_fit_the_scratch_memory_without_overlap() -> None:
+    generator = torch.Generator().manual_seed(0)
+    most_splits = 0
+    for kv_heads, head_size, group in ((1, 64, 4), (2, 128, 8), (8, 256, 1)):
+        scratch = torch.empty(largest_scratch(kv_heads, head_size, torch.device("cpu")))
+        for requests, longest, most in ((1, 9000, 1), (3, 3000, 40), (40, 400, 1), (60, 2000, 2)):
+            queries = torch.randint(0, most + 1, (requests,), generator=generator)
+            queries[-1] = most
+            lengths = queries + torch.randint(0, longest, (requests,), generator=generator)
+            lengths[-1] += 50 * longest  # a split request after many that are not split
+            starts = torch.cat([torch.zeros(1), queries.cumsum(0)]).to(torch.int32)
+            plan = plan_attention(
+                lengths.to(torch.int32), starts, int(starts[-1]), kv_heads * group, kv_heads,
+                head_size, max_query_len=most, scratch=scratch,
+            )  # fmt: skip
+            items = [item for item in plan.items.tolist() if item[0] >= 0]
+            parts = [part for _, _, _, splits, part in items if splits > 1]
+            assert len(set(parts)) == len(parts)
+            assert all(0 <= part < plan.partial_out.shape[0] for part in parts)
+            most_splits = max(most_splits, *(splits for _, _, _, splits, _ in items))
+    assert most_splits >= 8
 
 
-def test_a_plan_written_again_follows_lengths_that_have_changed(interpreter: Interpreter) -> None:
-    interpreter(attending.check_replay)
+@interpreted
+def test_an_overwritten_plan_serves_other_lengths() -> None:
+    for case, other, longest in (
+        (Case(**DECODE), Case(lengths=(3, 64, 0, 300, 1), queries=DECODE["queries"]), 1),
+        (Case(**MIXED), Case(lengths=(6, 180, 40, 0, 7), queries=(6, 1, 5, 0, 4)), 9),
+    ):
+        first, second = make(case), make(other)
+        options: dict[str, Any] = {"processors": 1, "max_query_len": longest}
+        plan = planned(first, **options)
+        assert_close(attend(first, plan), expected(first))
+        assert planned(second, into=plan, **options) is plan
+        assert_close(attend(second, plan), expected(second))
 
 
 @pytest.mark.parametrize("chunk", [17, 64, 110])
-def test_a_prompt_in_chunks_attends_as_defined(chunk: int, interpreter: Interpreter) -> None:
+@interpreted
+def test_chunks_of_a_prompt_equal_the_reference(chunk: int) -> None:
     lengths = tuple(min(stop, 110) for stop in range(chunk, 110 + chunk, chunk))
     queries = tuple(length - (length - 1) // chunk * chunk for length in lengths)
-    plan = {"processors": 1}
-    case = Case(lengths=lengths, queries=queries, num_heads=3, plan=plan)
-    interpreter(attending.check, case)
+    check(Case(lengths=lengths, queries=queries, num_heads=3, plan={"processors": 1}))
 
 
 @pytest.mark.parametrize("size", [1e-7, 1e-5, 1e-3, 100.0, 6e3])
-def test_values_of_any_size_attend_as_defined(size: float, interpreter: Interpreter) -> None:
-    case = Case(value_size=size, dtype=torch.float32, **DECODE)
-    interpreter(attending.check, case)
+@interpreted
+def test_values_of_any_size_equal_the_reference(size: float) -> None:
+    check(Case(value_size=size, dtype=torch.float32, **DECODE))
 
 
-def test_large_numbers_behind_the_last_token_have_no_influence(interpreter: Interpreter) -> None:
-    # 0x7B7B is 61,280 in fp16; beside it the scales of the values would vanish.
-    case = Case(value_size=1e-5, unused=0x7B, dtype=torch.float32, **MIXED)
-    interpreter(attending.check, case)
+@interpreted
+def test_large_numbers_after_the_last_token_have_no_influence() -> None:
+    # 0x7B7B is 61,280 in fp16; next to it the scales of the values would vanish.
+    check(Case(value_size=1e-5, unused=0x7B, dtype=torch.float32, **MIXED))
 
 
-def test_scales_far_apart_in_one_request_attend_as_defined(interpreter: Interpreter) -> None:
-    interpreter(attending.check_scales_far_apart)
+@interpreted
+def test_scales_far_apart_in_one_request_equal_the_reference() -> None:
+    """From fp16's smallest scale to the largest that values can have, in either order."""
+    batch = make(Case(lengths=(300, 300), queries=(1, 1), dtype=torch.float32, page_size=16))
+    sizes = torch.logspace(-7, 3.9, 304).to(torch.float16)
+    for request, order in enumerate((sizes, sizes.flip(0))):
+        for page, scales in enumerate(batch.scales(request, 0)):
+            scales.copy_(order[16 * page : 16 * page + 16])
+        for zeros in batch.scales(request, 0, "zero"):
+            zeros.zero_()
+    assert_close(attend(batch), expected(batch))
 
 
 @pytest.mark.parametrize("size", [1e-6, 1e-2, 1e3])
-def test_queries_of_any_size_attend_as_defined(size: float, interpreter: Interpreter) -> None:
+@interpreted
+def test_queries_of_any_size_equal_the_reference(size: float) -> None:
     options = {"scale": 0.125 / size}
-    case = Case(lengths=(70, 40), queries=(3, 1), query_size=size, options=options)
-    interpreter(attending.check, case)
+    check(Case(lengths=(70, 40), queries=(3, 1), query_size=size, options=options))
 
 
 @pytest.mark.parametrize("split", [True, False])
-def test_a_nan_shows_in_the_rows_that_see_it_and_in_no_others(
-    split: bool, interpreter: Interpreter
-) -> None:
-    assert interpreter(attending.rows_with_nan, split) == [11, 12, 13]
+@interpreted
+def test_a_nan_scale_shows_in_the_rows_that_see_it_and_in_no_others(split: bool) -> None:
+    batch = make(Case(lengths=(180, 54), queries=(14, 14), num_heads=4, num_kv_heads=2))
+    batch.scales(0, 1)[177 // 32][177 % 32] = math.nan
+    out, lse = attend(batch, planned(batch, split=split, processors=1))
+    assert_close((out, lse), expected(batch))
+    assert not out[:, :2].isnan().any()
+    # The 14 new tokens are at positions 166 to 179.
+    rows = out[:, 2:].isnan().all(-1).all(-1).nonzero().flatten().tolist()
+    assert rows == [11, 12, 13]
+
+
+HIDDEN_HALVES = (0x0000, 0x7E00, 0x7C00, 0xFC00, 0x7BFF)
+"""Scales and zeros that no store writes: NaN, infinities, the largest number; and zero."""
+
+
+def fill_token(batch: Batch, request: int, token: int, half: int) -> None:
+    """Give a token's scales and zeros the bits of a half, and its keys and values NaN bytes."""
+    page_size = batch.cache.shape[2]
+    page_format = PageFormat(batch.query.shape[2], page_size, Layout.LINEAR)
+    t = token % page_size
+    for region in batch.cache[batch.block_table[request, token // page_size]].flatten(1):
+        region[t * page_format.head_size :][: page_format.head_size] = 0x7F
+        value = page_format.value_offset + t * page_format.head_size // 2
+        region[value : value + page_format.head_size // 2] = half >> 8
+        bits = torch.tensor([half & 0xFF, half >> 8], dtype=torch.uint8)
+        for offset in (page_format.scale_offset, page_format.zero_offset):
+            region[offset + 2 * t : offset + 2 * t + 2] = bits
 
 
 @pytest.mark.parametrize("split", [True, False])
 @pytest.mark.parametrize(("queries", "options"), [(1, {"window": 40}), (3, {}), (9, {"window": 3})])
+@interpreted
 def test_the_bytes_of_a_token_that_no_row_sees_have_no_influence(
-    queries: int, options: dict[str, Any], split: bool, interpreter: Interpreter
+    queries: int, options: dict[str, Any], split: bool
 ) -> None:
-    interpreter(attending.check_hidden_bytes, queries, options, split)
+    # The scales of such small values vanish next to a hidden one of 65504.
+    case = Case(
+        lengths=(150, 40), queries=(queries, 1), options=options, num_kv_heads=2,
+        value_size=1e-5, dtype=torch.float32,
+    )  # fmt: skip
+    batch = make(case)
+    plan = planned(batch, split=split, processors=4)
+    wanted = expected(batch)
+    hidden = [(0, token) for token in range(150, 160)] + [(1, token) for token in range(40, 64)]
+    if (window := options.get("window")) is not None:
+        hidden += [(0, token) for token in range(max(0, 150 - queries - window + 1))]
+        hidden += [(1, token) for token in range(max(0, 40 - window))]
+    got = []
+    for half in HIDDEN_HALVES:
+        for request, token in hidden:
+            fill_token(batch, request, token, half)
+        got.append(attend(batch, plan))
+        assert_close(got[-1], wanted)
+    for out, lse in got[1:]:
+        assert torch.equal(out, got[0][0])
+        assert torch.equal(lse, got[0][1])
 
 
 @pytest.mark.parametrize("split", [True, False])
 @pytest.mark.parametrize("options", [{}, {"window": 40}])
+@interpreted
 def test_a_token_hidden_from_some_rows_has_no_influence_on_them(
-    options: dict[str, Any], split: bool, interpreter: Interpreter
+    options: dict[str, Any], split: bool
 ) -> None:
-    interpreter(attending.check_token_hidden_from_some_rows, options, split)
+    batch = make(Case(lengths=(150,), queries=(3,), options=options))
+    plan = planned(batch, split=split, processors=4)
+    wanted_out, wanted_lse = expected(batch)
+    for half in HIDDEN_HALVES:
+        fill_token(batch, 0, 149, half)
+        out, lse = attend(batch, plan)
+        assert_close((out[:2], lse[:2]), (wanted_out[:2], wanted_lse[:2]))
+        assert out[2].isnan().all() == (half & 0x7C00 == 0x7C00)
 
 
-def test_rows_behind_the_last_request_are_left_alone(interpreter: Interpreter) -> None:
-    interpreter(attending.check_padding)
+@interpreted
+def test_padding_tokens_are_not_written() -> None:
+    batch = make(Case(lengths=(40, 20), queries=(2, 1)))
+    out, lse = attend(batch)
+    padded, padded_lse = attend(
+        replace(batch, query=torch.cat([batch.query, batch.query[:2]]))
+    )  # fmt: skip
+    assert torch.equal(padded[:3], out)
+    assert torch.equal(padded_lse[:3], lse)
+    assert (padded[3:] == UNWRITTEN).all()
+    assert (padded_lse[3:] == UNWRITTEN).all()
 
 
-def test_a_request_without_tokens_gives_zeros_or_its_sink(interpreter: Interpreter) -> None:
-    for options in ({}, {"sinks": torch.linspace(-1, 1, 4)}):
-        case = Case(lengths=(0, 20), queries=(2, 1), options=options)
-        interpreter(attending.check, case)
+@pytest.mark.parametrize("options", [{}, {"sinks": torch.linspace(-1, 1, 4)}], ids=["", "sinks"])
+@interpreted
+def test_a_request_without_tokens_gives_zeros_or_its_sink(options: dict[str, Any]) -> None:
+    check(Case(lengths=(0, 20), queries=(2, 1), options=options))
 
 
-def test_pages_apart_and_tensors_with_strides_give_the_same_bits(interpreter: Interpreter) -> None:
-    interpreter(attending.check_strides)
+@interpreted
+def test_padding_between_pages_and_strided_tensors_give_the_same_bits() -> None:
+    case = Case(num_heads=4, num_kv_heads=2, lengths=(290, 1, 0, 20), queries=(1, 1, 0, 3))
+    batch = make(case)
+    out, lse = attend(batch)
+    blocks, heads, page_size, slot = batch.cache.shape
+    padded = torch.full((blocks, heads * page_size * slot + 4096), 255, dtype=torch.uint8)
+    pages = padded[:, : heads * page_size * slot].view(batch.cache.shape)
+    pages.copy_(batch.cache)
+    tokens = batch.query.shape[0]
+    query = torch.zeros(tokens, 12, 2, 64, dtype=batch.query.dtype)
+    query[:, 8:, 1] = batch.query
+    strided_out = torch.zeros(tokens, 4, 3, 64, dtype=batch.query.dtype)
+    strided_lse = torch.zeros(4, tokens).t()
+    table = torch.zeros(batch.block_table.shape[0], batch.block_table.shape[1] + 5).int()
+    table[:, : batch.block_table.shape[1]] = batch.block_table
+    strided = replace(batch, query=query[:, 8:, 1], cache=pages, block_table=table)
+    attend(strided, into=(strided_out[:, :, 1], strided_lse))
+    assert torch.equal(strided_out[:, :, 1], out)
+    assert torch.equal(strided_lse, lse)
+    assert not strided_out[:, :, ::2].any()
 
 
-def test_blocks_beyond_two_gigabytes_are_found(interpreter: Interpreter) -> None:
-    interpreter(attending.check_far_blocks)
+@interpreted
+def test_blocks_beyond_two_gigabytes_are_read() -> None:
+    batch = make(Case(lengths=(100,), page_size=64))
+    out, _ = attend(batch)
+    _, heads, page_size, slot = batch.cache.shape
+    stride = 2**31 + 4096  # mostly never touched, hence never allocated
+    memory = torch.empty(2 * stride + heads * page_size * slot, dtype=torch.uint8)
+    far = memory.as_strided((3, heads, page_size, slot), (stride, page_size * slot, slot, 1))
+    far[2] = batch.cache[int(batch.block_table[0, 0])]
+    far[1] = batch.cache[int(batch.block_table[0, 1])]
+    table = torch.tensor([[2, 1]], dtype=torch.int32)
+    assert torch.equal(attend(replace(batch, cache=far, block_table=table))[0], out)
 
 
-def test_two_halves_of_the_keys_merge_by_their_log_sum_exp(interpreter: Interpreter) -> None:
-    interpreter(attending.check_merging_halves)
+@interpreted
+def test_two_halves_of_the_keys_merge_by_their_log_sum_exp() -> None:
+    """Decode context parallelism attends to some of the pages on each rank."""
+    options = {"causal": False}
+    batch = make(Case(lengths=(160,), queries=(3,), dtype=torch.float32, options=options))
+    parts = []
+    for pages, length in ((slice(0, 3), 96), (slice(3, 6), 64)):
+        table = batch.block_table[:, pages].contiguous()
+        lengths = torch.tensor([length], dtype=torch.int32)
+        parts.append(attend(replace(batch, block_table=table, seq_lens=lengths)))
+    lse = torch.logaddexp(parts[0][1], parts[1][1])
+    out = sum(out * torch.exp(part - lse)[..., None] for out, part in parts)
+    assert isinstance(out, torch.Tensor)
+    assert_close((out, lse), expected(batch))
 
 
-def test_a_plan_for_another_batch_is_refused_in_words(interpreter: Interpreter) -> None:
-    message = interpreter(attending.refusal_of_a_foreign_plan)
-    assert message == (
+@interpreted
+def test_a_plan_for_another_batch_is_rejected_with_both_shapes() -> None:
+    batch = make(Case(queries=(2,)))
+    plan = planned(make(Case()))
+    with pytest.raises(ValueError) as raised:
+        paged_attention(
+            batch.query, batch.cache, batch.block_table, batch.seq_lens, batch.query_start_loc,
+            torch.empty_like(batch.query), plan=plan, **batch.options,
+        )  # fmt: skip
+    assert str(raised.value) == (
         "k8v4 attention: the plan was made for (requests, query tokens, heads, KV heads, "
         "head size, causal, window) = (1, 1, 4, 1, 64, True, None), the call has "
         "(1, 2, 4, 1, 64, True, None)"

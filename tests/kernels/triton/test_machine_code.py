@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels compile to for GPUs that are not here.
+"""The machine code of the kernels for GPUs that this machine does not have.
 
-Every `job` of a selected test begins to compile with the first test of this folder. The figures
-of decode are printed, ours beside stock's, by `python tests/kernels/triton/machine_code_table.py`.
+`conftest.py` starts to compile every `job` of a selected test. `python -m
+testing.triton.compiling` prints the figures of decode, ours and stock's.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 
-from testing.triton import ahead_of_time, stock
-from testing.triton.ahead_of_time import MachineCode, cuda
 from testing.triton.compiling import (
     AmdAttention,
     Attention,
@@ -23,48 +21,54 @@ from testing.triton.compiling import (
     SmallKernels,
     StockDecode,
     figures,
+    vllm_folder,
 )
+from testing.triton.machine_code import MachineCode, cuda, missing_tools
 from testing.triton.processes import Compiler
 
-REASON = ahead_of_time.missing_tools()
-if REASON:
-    pytest.skip(REASON, allow_module_level=True)
+if reason := missing_tools():
+    pytest.skip(reason, allow_module_level=True)
 
-# What the bounds are for. Older versions compile everything too; docs/gpu-kernels.md has how well.
+# Older versions compile everything too, with less efficient code.
 BOUNDS_FOR = (3, 9)
 
 MOST_ISSUED_PER_BYTE = 0.13
 """An H100 can issue 0.268 warp instructions a byte at its full memory bandwidth; half of that
-leaves room for what stalls."""
+leaves room for stalls."""
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 SHARED_BYTES |= {100: 227 * 1024, 120: 99 * 1024}
 
 
-def bounds_only() -> None:
-    """Leave the rest of a test, having compiled, to the version that its bounds are for."""
+def skip_bounds_of_other_versions() -> None:
     if tuple(map(int, triton.__version__.split(".")[:2])) < BOUNDS_FOR:
         pytest.skip(f"compiles; the bounds are for Triton {BOUNDS_FOR}")
 
 
 def assert_fits(code: MachineCode, capability: int, kept: int = 0) -> None:
-    """Assert that nothing is spilt, and that two programs fit.
+    """Assert that nothing spills and that two programs fit a multiprocessor.
 
     Args:
         code: The kernel's.
         capability: Compute capability.
-        kept: Values that may lie in memory from before the loops until behind them.
+        kept: Values that may be in memory from before the loops until after them.
     """
-    kinds = code.kinds()
-    assert kinds["spill"] == 2 * kept
-    assert sum(code.kinds(loop)["spill"] for loop in code.loops) == code.spill_bytes == 0
+    assert code.counts()["spill"] == 2 * kept
+    assert sum(code.counts(loop)["spill"] for loop in code.loops) == code.spill_bytes == 0
     assert code.stack_bytes == 8 * kept
     assert code.registers <= 255
-    # Two programs share a multiprocessor's registers and memory, so that one waits alone.
+    # One of two programs can work while the other waits.
     assert 2 * code.registers * 32 * code.num_warps <= 65536
     assert 2 * code.shared_bytes <= SHARED_BYTES[capability]
 
 
-# Pages of 128 tokens take a way of their own up to D = 128, and 8.6 and 8.9 the same as 8.0.
+def assert_loads_codes_16_bytes_at_a_time(code: MachineCode, job: Attention) -> None:
+    counts = code.counts(code.main_loop())
+    assert counts["tensor core"] >= 32
+    code_bytes = job.tiling.block_n * (job.head_size + job.head_size // 2)
+    assert counts["load 16"] * 16 * 32 * code.num_warps == code_bytes
+
+
+# Pages of 128 tokens use the ONE_PAGE shortcut up to D = 128; 8.6 and 8.9 use 8.0's code.
 DECODE = [
     *(Attention(capability, size) for capability in SHARED_BYTES for size in (128, 256)),
     *(Attention(capability, 128, page_size=128) for capability in (80, 90, 100, 120)),
@@ -72,36 +76,31 @@ DECODE = [
 
 
 @pytest.mark.parametrize("job", DECODE, ids=str)
-def test_decode_reads_16_bytes_at_a_time_spills_nothing_and_issues_little(
+def test_decode_loads_16_bytes_at_a_time_spills_nothing_and_issues_few_instructions(
     job: Attention, compiler: Compiler
 ) -> None:
     code = compiler(job)
-    bounds_only()
+    skip_bounds_of_other_versions()
     assert_fits(code, job.capability)
-    kinds = code.kinds(code.main_loop())
-    assert kinds["tensor core"] >= 32
-    planes = job.tiling.block_n * (job.head_size + job.head_size // 2)
-    assert kinds["load 16"] * 16 * 32 * code.num_warps == planes
-    # What is left are scales, zeros and block numbers.
-    assert kinds["load 8"] == kinds["load 2"] == kinds["load 1"] == 0
-    assert kinds["load 4"] <= 3
+    assert_loads_codes_16_bytes_at_a_time(code, job)
+    counts = code.counts(code.main_loop())
+    # The other loads are scales, zeros and block numbers.
+    assert counts["load 8"] == counts["load 2"] == counts["load 1"] == 0
+    assert counts["load 4"] <= 3
     assert figures(job, code).issued_per_byte < MOST_ISSUED_PER_BYTE
 
 
 @pytest.mark.parametrize("job", [Attention(90, 512), Attention(120, 512)], ids=str)
-def test_heads_of_512_dims_read_16_bytes_at_a_time_and_spill_nothing(
+def test_heads_of_512_dims_load_16_bytes_at_a_time_and_spill_nothing(
     job: Attention, compiler: Compiler
 ) -> None:
     code = compiler(job)
-    bounds_only()
+    skip_bounds_of_other_versions()
     assert_fits(code, job.capability)
-    kinds = code.kinds(code.main_loop())
-    planes = job.tiling.block_n * (job.head_size + job.head_size // 2)
-    assert kinds["load 16"] * 16 * 32 * code.num_warps == planes
-    assert kinds["tensor core"] >= 32
+    assert_loads_codes_16_bytes_at_a_time(code, job)
 
 
-# Programs of 32 and of 64 rows; with 256 dims 64 rows are two of 32, and on 10.0 four of 16.
+# Programs of 32 and of 64 rows. With 256 dims, 64 rows are two programs of 32, on 10.0 four of 16.
 MANY_TOKENS = [
     *(Attention(capability, 128, rows) for capability in (80, 90, 100, 120) for rows in (32, 64)),
     *(Attention(capability, 256, 32) for capability in (80, 90, 120)),
@@ -111,12 +110,12 @@ MANY_TOKENS = [
 @pytest.mark.parametrize("job", MANY_TOKENS, ids=str)
 def test_many_new_tokens_spill_nothing(job: Attention, compiler: Compiler) -> None:
     code = compiler(job)
-    bounds_only()
-    # Turning back what was summed takes registers behind the loops, which 256 dims do not leave.
+    skip_bounds_of_other_versions()
+    # The rotation after the loops needs registers that 256 dims do not leave.
     assert_fits(code, job.capability, kept=int((job.capability, job.head_size) == (80, 256)))
-    kinds = code.kinds(code.main_loop())
-    assert kinds["tensor core"] >= 32
-    assert kinds["load 2"] == kinds["load 1"] == 0
+    counts = code.counts(code.main_loop())
+    assert counts["tensor core"] >= 32
+    assert counts["load 2"] == counts["load 1"] == 0
 
 
 MODES = [
@@ -130,21 +129,21 @@ MODES = [
 @pytest.mark.parametrize("job", MODES, ids=str)
 def test_every_mode_compiles_without_spills(job: Attention, compiler: Compiler) -> None:
     code = compiler(job)
-    bounds_only()
+    skip_bounds_of_other_versions()
     assert_fits(code, job.capability)
 
 
 @pytest.mark.parametrize("job", [Attention(75, 64)], ids=str)
 def test_compute_capability_7_5_compiles(job: Attention, compiler: Compiler) -> None:
     code = compiler(job)
-    assert code.kinds(code.main_loop())["load 16"] >= 1
+    assert code.counts(code.main_loop())["load 16"] >= 1
 
 
 AMD = [AmdAttention("gfx942", 128), AmdAttention("gfx942", 256), AmdAttention("gfx950", 128)]
 
 
 @pytest.mark.parametrize("job", AMD, ids=str)
-def test_amds_gpus_compile_from_the_same_source_without_spills(
+def test_the_same_source_compiles_for_amd_without_spills(
     job: AmdAttention, compiler: Compiler
 ) -> None:
     assembly = compiler(job)
@@ -160,15 +159,11 @@ def test_amds_gpus_compile_from_the_same_source_without_spills(
 
 
 STORING = [
-    Quantise(75, 128),
-    Quantise(80, 96),
-    Quantise(86, 256),
-    Quantise(89, 128),
-    Quantise(90, 256),
-    Quantise(90, 512),
-    Quantise(100, 96),
-    Quantise(120, 128),
-]
+    Quantise(*job)
+    for job in (
+        (75, 128), (80, 96), (86, 256), (89, 128), (90, 256), (90, 512), (100, 96), (120, 128),
+    )
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("job", STORING, ids=str)
@@ -176,12 +171,12 @@ def test_storing_writes_16_bytes_at_a_time_and_spills_nothing(
     job: Quantise, compiler: Compiler
 ) -> None:
     code = compiler(job)
-    bounds_only()
-    kinds = code.kinds()
-    assert kinds["spill"] == 0
-    assert kinds["store 16"] >= 2  # keys and values
-    assert kinds["store other"] <= 2  # scales and zeros
-    assert kinds["load 16"] >= 2
+    skip_bounds_of_other_versions()
+    counts = code.counts()
+    assert counts["spill"] == 0
+    assert counts["store 16"] >= 2  # keys and values
+    assert counts["store other"] <= 2  # scales and zeros
+    assert counts["load 16"] >= 2
     native = sum("F2FP" in name and "E4M3" in name for name in code.operations)
     assert (native > 0) == (job.capability >= 89)
 
@@ -197,17 +192,17 @@ def test_planning_and_merging_compile(job: SmallKernels, compiler: Compiler) -> 
     compiler(job)
 
 
-@pytest.mark.skipif(stock.VLLM is None, reason="vLLM is not installed")
+@pytest.mark.skipif(vllm_folder() is None, reason="vLLM is not installed")
 @pytest.mark.parametrize(
     "job",
     [StockDecode(capability, size) for capability in SHARED_BYTES for size in (128, 256)],
     ids=str,
 )
-def test_stocks_kernel_issues_many_times_as_much_for_a_byte(
+def test_stocks_kernel_issues_over_10_times_as_many_instructions_a_byte(
     job: StockDecode, compiler: Compiler
 ) -> None:
     ours = Attention(job.capability, job.head_size)
-    found = figures(job, compiler(job))
-    assert found.tensor_core == 0
-    assert found.wide < 1
-    assert found.issued_per_byte > 10 * figures(ours, compiler(ours)).issued_per_byte
+    stock = figures(job, compiler(job))
+    assert stock.tensor_core == 0
+    assert stock.wide < 1
+    assert stock.issued_per_byte > 10 * figures(ours, compiler(ours)).issued_per_byte

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every sequence of PTX in the kernels gives what it should for all inputs, emulated."""
+"""Every PTX sequence of the kernels gives the right result for all inputs, emulated."""
 
 from __future__ import annotations
 
@@ -11,41 +11,38 @@ from testing.triton import ptx
 from vllm_hybrid_kv.kernels.triton import convert
 
 WORDS = np.arange(65536, dtype=np.uint32)
-# Each 16-bit word once in the lower half of a register and once in the upper, with another.
+# Each 16-bit word once in the lower half of a register and once in the upper, with another word.
 PAIRS = WORDS | ((WORDS * 40503 + 12345) % 65536) << np.uint32(16)
 
 
 def halves(register: np.ndarray) -> torch.Tensor:
-    """float32 [words, 2]: the fp16 numbers in the lower and the upper half."""
+    """Return float32 [words, 2]: the fp16 numbers in the lower and the upper half."""
     return torch.from_numpy(register.view(np.int16).copy()).view(torch.float16).float().view(-1, 2)
 
 
 def keys() -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 [words, 2]: even and odd dims of both words of PAIRS."""
+    """Return float32 [words, 2]: even and odd dims of both words of PAIRS."""
     codes = torch.from_numpy(PAIRS.view(np.uint8).copy()).view(-1, 2, 2)
     numbers = codes.view(torch.float8_e4m3fn).float()
     return numbers[..., 0], numbers[..., 1]
 
 
-def test_integer_arithmetic_widens_every_key_but_nan_which_it_takes_for_480() -> None:
-    found = ptx.run(convert.INTEGER_KEY_PTX, 2, [PAIRS])
-    for register, wanted in zip(found, keys(), strict=True):
+def test_integer_arithmetic_widens_every_key_and_nan_to_480() -> None:
+    for register, wanted in zip(ptx.run(convert.INTEGER_KEY_PTX, 2, [PAIRS]), keys(), strict=True):
         numbers = halves(register) * convert.INTEGER_KEY_UNIT
         assert torch.equal(numbers[~wanted.isnan()], wanted[~wanted.isnan()])
         assert (numbers[wanted.isnan()].abs() == 480.0).all()
         assert torch.equal(numbers.signbit(), wanted.signbit())
 
 
-def test_the_converter_widens_every_key() -> None:
-    found = ptx.run(convert.NATIVE_KEY_PTX, 2, [PAIRS])
-    for register, wanted in zip(found, keys(), strict=True):
+def test_the_conversion_instruction_widens_every_key() -> None:
+    for register, wanted in zip(ptx.run(convert.NATIVE_KEY_PTX, 2, [PAIRS]), keys(), strict=True):
         torch.testing.assert_close(halves(register), wanted, rtol=0, atol=0, equal_nan=True)
 
 
-def test_masking_widens_every_value_code() -> None:
-    found = ptx.run(convert.VALUE_PTX, 4, [PAIRS])
+def test_masks_widen_every_value_code() -> None:
     words = torch.from_numpy(PAIRS.view(np.uint16).astype(np.int32)).view(-1, 2)
-    for dim, register in enumerate(found):
+    for dim, register in enumerate(ptx.run(convert.VALUE_PTX, 4, [PAIRS])):
         unit = convert.HIGH_CODE_UNIT if dim % 2 else convert.LOW_CODE_UNIT
         assert torch.equal(halves(register), (words >> 4 * dim & 15) * unit)
 
@@ -59,7 +56,7 @@ def test_masking_widens_every_value_code() -> None:
     ],
     ids=["integer keys", "native keys", "values"],
 )
-def test_no_output_written_before_the_last_read_may_share_the_inputs_register(
+def test_outputs_written_before_the_last_read_have_their_own_register(
     assembly: str, operands: str
 ) -> None:
     outputs = operands.count("=")

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows to store, and the bytes in which kernel and reference differ; on a GPU or interpreted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from vllm_hybrid_kv.kernels import k8v4, reference
+from vllm_hybrid_kv.kernels.k8v4 import Layout
+from vllm_hybrid_kv.kernels.triton import quantise_and_store
+
+UNWRITTEN = 0xA5
+"""What memory holds before a call."""
+
+Rows = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values [tokens, heads, D]."""
+
+
+class Pages:
+    """A cache with `padding` bytes between blocks, inside memory that is longer on both ends."""
+
+    def __init__(
+        self,
+        blocks: int,
+        heads: int,
+        page_size: int,
+        head_size: int,
+        padding: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (blocks, heads, page_size, k8v4.slot_bytes(head_size))
+        stride = math.prod(shape[1:]) + padding
+        size = 64 + blocks * stride + 64
+        self.memory = torch.full((size,), UNWRITTEN, dtype=torch.uint8, device=device)
+        self.cache = self.memory.as_strided(
+            shape, (stride, page_size * shape[3], shape[3], 1), 64
+        )  # fmt: skip
+
+
+def differing_bytes(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slots: torch.Tensor,
+    page_size: int = 16,
+    padding: int = 0,
+    **options: Any,
+) -> int:
+    """Return the number of bytes of the whole memory in which kernel and reference differ."""
+    _, heads, head_size = key.shape
+    blocks = max(1, int(slots.max()) // page_size + 1) if len(slots) else 1
+    found = Pages(blocks, heads, page_size, head_size, padding, key.device)
+    expected = Pages(blocks, heads, page_size, head_size, padding)
+    count = len(slots)
+    quantised = reference.quantise(key[:count].cpu(), value[:count].cpu())
+    reference.store(quantised, expected.cache, slots, Layout.LINEAR)
+    quantise_and_store(key, value, found.cache, slots.to(key.device), **options)
+    return int((found.memory.cpu() != expected.memory).sum())
+
+
+def random_rows(count: int, heads: int, head_size: int, dtype: torch.dtype) -> Rows:
+    """Return rows of every size from 1e-6 to 1e5, a third of them far from zero."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, count, heads, head_size, generator=generator)
+    sizes = torch.logspace(-6, 5, count)[torch.randperm(count, generator=generator)]
+    rows *= sizes[:, None, None]
+    rows[:, ::3] += 7 * sizes[::3, None, None]
+    key, value = rows.to(dtype)
+    return key, value
+
+
+def rows_of_all_numbers(head_size: int, dtype: torch.dtype) -> Rows:
+    """Return rows with every number of a 16-bit dtype, in order and then shuffled.
+
+    In order, neighbours span little; shuffled, most rows hold a NaN or an infinity.
+    """
+    numbers = torch.arange(65536).to(torch.int16).view(dtype)
+    numbers = numbers[: 65536 // (8 * head_size) * 8 * head_size]
+    order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(0))
+    ordered, shuffled = (x.view(-1, 8, head_size) for x in (numbers, numbers[order]))
+    return torch.cat([ordered, shuffled]), torch.cat([ordered.flip(0), shuffled.flip(0)])
+
+
+def special_rows(head_size: int, dtype: torch.dtype) -> Rows:
+    """Return rows with one NaN or infinity each, constant rows, and zeros of both signs."""
+    generator = torch.Generator().manual_seed(0)
+    key, value = torch.randn(2, 18, 2, head_size, generator=generator)
+    for row, number in enumerate((math.nan, -math.nan, math.inf, -math.inf)):
+        key[row, 0, 5] = number
+        value[4 + row, 1, head_size - 1] = number
+    for row, number in enumerate((0.0, -0.0, 1.0, -3.5, 1e-9, -1e-9, 65504.0, 1e9, 0.1)):
+        key[8 + row], value[8 + row] = number, number
+    key[17], value[17] = 0.0, 0.0
+    key[17, :, ::2], value[17, :, ::2] = -0.0, -0.0
+    return key.to(dtype), value.to(dtype)
+
+
+ROWS: dict[str, Callable[[int, torch.dtype], Rows]] = {
+    "of all sizes": lambda head_size, dtype: random_rows(300, 3, head_size, dtype),
+    "of all 16-bit numbers": rows_of_all_numbers,
+    "with NaN and infinity": special_rows,
+}
+"""Rows by name, of a head size and a dtype."""
