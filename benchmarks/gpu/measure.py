@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times of calls on a device: CUDA graphs, alternating rounds, medians."""
+"""Times of calls on a device: CUDA graphs in alternating rounds, medians and quartiles."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from triton.testing import do_bench_cudagraph
 
 Call = Callable[[], object]
 
-ROUNDS = (5, 100)
-"""Rounds at least and at most."""
+MOST_ROUNDS = 10
+
+GRAPH_MS = 3
+"""Milliseconds that one replay of a graph takes, unless one call takes longer."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Spread:
 
 
 def spread(numbers: Sequence[float]) -> Spread:
-    """Return median and quartiles; all three are the number where there is only one."""
+    """Return median and quartiles; all three are the number if there is only one."""
     if len(numbers) == 1:
         return Spread(numbers[0], numbers[0], numbers[0], 1)
     lower, median, upper = statistics.quantiles(numbers, n=4, method="inclusive")
@@ -35,87 +38,52 @@ def spread(numbers: Sequence[float]) -> Spread:
 
 
 def ratio(slower: Sequence[float], faster: Sequence[float]) -> Spread:
-    """Return how many times as long the first took, from the ratio of each round.
+    """Return the ratios of the samples of two contenders, pair by pair.
 
-    A device changes its clocks; two calls of one round saw nearly the same.
+    A device changes its clocks; the samples of one round saw nearly the same.
     """
     return spread([a / b for a, b in zip(slower, faster, strict=True)])
 
 
-class Replay:
-    """Calls that are repeated as one: a captured CUDA graph.
+def _samples(calls: Sequence[Call], device: torch.device) -> list[float]:
+    """Return milliseconds of one call: ten replays of a graph, or one run without a GPU."""
 
-    Where there is no GPU the calls run once, and their time means nothing.
-
-    Attributes:
-        result: What the last of the calls returned; a replay writes it again.
-    """
-
-    def __init__(self, calls: Sequence[Call], device: torch.device) -> None:
-        self._count = len(calls)
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self.result: object = None
-        if device.type != "cuda":
-            start = time.perf_counter()
-            self._run(calls)
-            self._milliseconds = 1e3 * (time.perf_counter() - start)
-            return
-        # The first call compiles and allocates, which no graph can hold.
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            self._run(calls)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        torch.cuda.synchronize(device)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._run(calls)
-
-    def _run(self, calls: Sequence[Call]) -> None:
+    def run() -> None:
         for call in calls:
-            self.result = call()
+            call()
 
-    @property
-    def captured(self) -> bool:
-        """Whether a graph is replayed."""
-        return self._graph is not None
-
-    def milliseconds(self) -> float:
-        """Replay and return the time of one call."""
-        if self._graph is None:
-            return self._milliseconds / self._count
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        self._graph.replay()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / self._count
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return [1e3 * (time.perf_counter() - start) / len(calls)]
+    samples = do_bench_cudagraph(run, rep=GRAPH_MS, return_mode="all")
+    return [milliseconds / len(calls) for milliseconds in samples]
 
 
-def rounds_for(seconds: float, milliseconds_of_a_round: float) -> int:
-    """Return the rounds that take about `seconds`, within bounds."""
-    fewest, most = ROUNDS
-    wanted = int(1e3 * seconds / max(milliseconds_of_a_round, 1e-6))
-    return max(fewest, min(most, wanted))
-
-
-def alternating(replays: Mapping[str, Replay], seconds: float) -> dict[str, list[float]]:
-    """Return milliseconds of a call of each, in rounds in which each is replayed once.
-
-    Without a GPU there is one round.
+def alternating(
+    calls: Mapping[str, Sequence[Call]], device: torch.device, seconds: float
+) -> tuple[dict[str, list[float]], dict[str, Exception]]:
+    """Measure contenders in turn, in rounds.
 
     Args:
-        replays: What is measured.
-        seconds: Time that all rounds take, about.
+        calls: The calls of each contender, which run one after another. They have run once, so
+            that nothing compiles.
+        device: Where.
+        seconds: No round starts after this time; at least one round runs.
+
+    Returns:
+        Milliseconds of one call in each sample, and the error of each contender that failed.
     """
-    if not all(replay.captured for replay in replays.values()):
-        return {name: [replay.milliseconds()] for name, replay in replays.items()}
-    start = time.perf_counter()
-    for replay in replays.values():
-        replay.milliseconds()
-    rounds = rounds_for(seconds, 1e3 * (time.perf_counter() - start))
-    times: dict[str, list[float]] = {name: [] for name in replays}
-    for _ in range(rounds):
-        for name, replay in replays.items():
-            times[name].append(replay.milliseconds())
-    return times
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    errors: dict[str, Exception] = {}
+    start = time.monotonic()
+    for _ in range(MOST_ROUNDS if device.type == "cuda" else 1):
+        for name in list(times):
+            try:
+                times[name] += _samples(calls[name], device)
+            except Exception as error:
+                del times[name]
+                errors[name] = error
+        if time.monotonic() - start > seconds:
+            break
+    return times, errors

@@ -13,45 +13,41 @@ from typing import TypeVar
 
 import torch
 
-from benchmarks.gpu import correctness
+from benchmarks.gpu import checks
+from benchmarks.gpu.checks import Check, CheckResult
 from benchmarks.gpu.contenders import Batch
 from benchmarks.gpu.contenders.ours import Ours
-from benchmarks.gpu.correctness import Check, Finding
 from benchmarks.gpu.environment import device_for_kernels
 from benchmarks.gpu.sections import COMPETITORS, build
 from benchmarks.gpu.shapes import Heads, Job, Shape
 from vllm_hybrid_kv.kernels.triton.tuning import Tiling
 
 MOST_PROCESSES = 12
-"""Each has a CUDA context of its own, about half a GiB."""
+"""Each has its own CUDA context of about half a GiB."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def _one_thread() -> None:
-    """The reference's sums on the CPU gain nothing from more threads than there are cores."""
-    torch.set_num_threads(1)
-
-
 def share_out(
     function: Callable[[Item], Result], items: Sequence[Item], seconds: float
 ) -> list[Result | None]:
-    """Run a function on items in several processes, which have all ended when this returns.
+    """Run a function on items in several processes, all of which have ended on return.
 
     Args:
         function: Of an importable module.
-        items: What it is given.
+        items: Its arguments.
         seconds: When to stop.
 
     Returns:
-        Its results in order; None for what was not done in time.
+        Its results in order; None for items that were not done in time.
     """
     count = max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) - 1))
     deadline = time.monotonic() + seconds
     results: list[Result | None] = []
-    # Leaving the pool ends what still runs, which would disturb the timing that follows.
-    with multiprocessing.get_context("spawn").Pool(count, _one_thread) as pool:
+    # One torch thread each. Leaving the pool ends its processes, which would disturb the timing.
+    pools = multiprocessing.get_context("spawn")
+    with pools.Pool(count, torch.set_num_threads, (1,)) as pool:
         pending = [pool.apply_async(function, (item,)) for item in items]
         for task in pending:
             try:
@@ -61,31 +57,25 @@ def share_out(
     return results
 
 
-def run_checks(checks: Sequence[Check], seconds: float) -> list[Finding]:
-    """Make the checks; what is not reached in time is reported as not run.
-
-    Args:
-        checks: What to check.
-        seconds: Until when.
-    """
+def run_checks(wanted: Sequence[Check], seconds: float) -> list[CheckResult]:
+    """Run checks; those that are not reached in time have the outcome 'not run'."""
     if device_for_kernels().type != "cuda":
-        return [correctness.run(check) for check in checks]
-    findings = share_out(correctness.run, checks, seconds)
+        return [checks.run(check) for check in wanted]
     return [
-        finding or Finding(check.name, "not run", "no time was left", 0.0)
-        for check, finding in zip(checks, findings, strict=True)
+        result or CheckResult(check.name, "not run", "no time was left", 0.0)
+        for check, result in zip(wanted, share_out(checks.run, wanted, seconds), strict=True)
     ]
 
 
 def _small(shape: Shape) -> Shape:
-    """Return a shape of few tokens that takes the same kernels."""
+    """Return a shape of few tokens that uses the same kernels."""
     new = min(shape.queries, 512)
     context = 0 if shape.queries == shape.length else 256
     return replace(shape, length=context + new, queries=new)
 
 
 def _compile(jobs: Sequence[Job]) -> None:
-    """Let every contender of jobs attend once, to few tokens, and forget it."""
+    """Let every contender of jobs attend once, to few tokens."""
     for job in jobs:
         assert job.shape is not None
         # Who fails here fails again when it is measured, and is reported then.
@@ -99,37 +89,28 @@ def _compile(jobs: Sequence[Job]) -> None:
 
 
 def compile_ahead(jobs: Sequence[Job], seconds: float) -> None:
-    """Fill Triton's cache on disk with the kernels of jobs, in several processes at a time.
+    """Fill Triton's cache on disk with the kernels of jobs, in several processes.
 
-    Only time is saved: a kernel that is missed is compiled when it is measured.
-
-    Args:
-        jobs: What will be measured.
-        seconds: When to stop.
+    This only saves time: a missing kernel is compiled when it is measured.
     """
     # Batches of one section and shape of heads share most kernels, hence one process.
     groups: dict[tuple[str, Heads], dict[int, Job]] = {}
     for job in jobs:
         if job.shape is not None and job.section in COMPETITORS:
-            of_group = groups.setdefault((job.section, job.shape.heads), {})
-            of_group.setdefault(job.shape.batch, job)
+            group = groups.setdefault((job.section, job.shape.heads), {})
+            group.setdefault(job.shape.batch, job)
     share_out(_compile, [list(group.values()) for group in groups.values()], seconds)
 
 
 def _compile_tiling(task: tuple[Shape, Tiling]) -> None:
     shape, tiling = task
-    # A candidate that cannot be compiled is found out again, and refused, by who tries it.
+    # A candidate that cannot be compiled is rejected when it is tried.
     with contextlib.suppress(Exception):
-        Ours(Batch(_small(shape), device_for_kernels()), 1, tiling).attend(0)
+        ours = Ours(Batch(_small(shape), device_for_kernels()), 1)
+        ours.attend(0, ours.plan(tiling))
         torch.cuda.synchronize()
 
 
 def compile_tilings(shape: Shape, tilings: Sequence[Tiling], seconds: float) -> None:
-    """Fill Triton's cache on disk with our kernel in several sizes of program.
-
-    Args:
-        shape: What it will be tried on.
-        tilings: The sizes.
-        seconds: When to stop.
-    """
+    """Fill Triton's cache on disk with our kernel in several tile sizes."""
     share_out(_compile_tiling, [(shape, tiling) for tiling in tilings], seconds)

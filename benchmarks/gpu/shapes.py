@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured, in which order, and how many bytes it takes. Arithmetic only."""
+"""What is measured, in which order, and how many bytes it reads. Arithmetic only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PAGE = 16
 """Tokens of a page, for every contender: vLLM's default on GPUs."""
 
 GOAL_LENGTH = 32768
-"""Tokens of a request that the goals of decode are about."""
+"""Tokens of a request in the goals of decode."""
 
 SECTIONS = ("bandwidth", "decode", "verify", "chunked", "prefill", "store")
 
@@ -41,7 +41,7 @@ class Shape:
     Attributes:
         heads: The heads.
         batch: Requests.
-        length: Tokens of a request, new ones included.
+        length: Tokens of a request, including its new ones.
         queries: New tokens of a request.
     """
 
@@ -60,13 +60,19 @@ class Shape:
         """Pages of a request."""
         return -(-self.length // PAGE)
 
-    def cache_bytes(self, token_bytes: int) -> int:
-        """Bytes of one layer's cache, by the bytes of a token of one KV head."""
-        return self.batch * self.pages * PAGE * self.heads.kv * token_bytes
+    def cache_bytes(self, stored: str) -> int:
+        """Return the bytes of one layer's cache in a format."""
+        tokens = self.batch * self.pages * PAGE
+        return tokens * self.heads.kv * token_bytes(stored, self.heads.size)
 
-    def read_bytes(self, token_bytes: int) -> int:
-        """Bytes of the cache that attention has to read once."""
-        return self.tokens * self.heads.kv * token_bytes
+    def read_bytes(self, stored: str) -> int:
+        """Return the bytes of the cache that attention has to read once."""
+        return self.tokens * self.heads.kv * token_bytes(stored, self.heads.size)
+
+    @property
+    def stored_bytes(self) -> int:
+        """The bytes that storing all tokens reads, in bf16, and writes, in k8v4."""
+        return self.read_bytes("bf16") + self.read_bytes("k8v4")
 
     @property
     def flops(self) -> int:
@@ -80,29 +86,17 @@ class Shape:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the numbers, for JSON."""
-        return {
-            "heads": str(self.heads),
-            **{k: v for k, v in asdict(self).items() if k != "heads"},
-        }
+        return asdict(self) | {"heads": str(self.heads)}
 
 
-def k8v4_bytes(head_size: int) -> int:
-    """Bytes of a token of one KV head in a k8v4 page, ours or stock's."""
-    return k8v4.slot_bytes(head_size)
-
-
-def bf16_bytes(head_size: int) -> int:
-    """Bytes of a token of one KV head: K and V."""
-    return 4 * head_size
-
-
-def fp8_bytes(head_size: int) -> int:
-    """Bytes of a token of one KV head with a scale for the whole tensor."""
-    return 2 * head_size
+def token_bytes(stored: str, head_size: int) -> int:
+    """Return the bytes of a token of one KV head in the format k8v4, bf16 or fp8."""
+    sizes = {"k8v4": k8v4.slot_bytes(head_size), "bf16": 4 * head_size, "fp8": 2 * head_size}
+    return sizes[stored]
 
 
 def layers_needed(cache_bytes: int, l2_bytes: int) -> int:
-    """Caches to go round so that none is still in the L2 cache when its turn comes.
+    """Return how many layers to measure in turn, so that none is still in the L2 cache.
 
     Args:
         cache_bytes: Bytes of one layer's cache.
@@ -113,7 +107,7 @@ def layers_needed(cache_bytes: int, l2_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class Job:
-    """One measurement: a section and the shape that it is taken at.
+    """One measurement: a section and a shape.
 
     Attributes:
         section: One of `SECTIONS`.
@@ -124,6 +118,9 @@ class Job:
     section: str
     shape: Shape | None
     rank: int
+
+    def __str__(self) -> str:
+        return f"{self.section}, {self.shape}"
 
 
 @dataclass(frozen=True)
@@ -141,7 +138,7 @@ class Preset:
     stored: tuple[int, ...]
     copied_bytes: int
     seconds: float
-    """Time that the rounds of one measurement take, about; each contender has 5 rounds or more."""
+    """Time of the rounds of one measurement, see `alternating`."""
 
 
 HEADS = (Heads(32, 8, 128), Heads(16, 2, 256), Heads(24, 4, 256), Heads(64, 8, 128))
@@ -172,7 +169,7 @@ QUICK = Preset(
     copied_bytes=1 << 30,
     seconds=0.4,
 )
-# Above 128 new tokens stock takes its way of chunks.
+# Stock has another code path for more than 128 new tokens.
 SMALLEST = Preset(
     heads=(Heads(2, 1, 64),),
     batches=(1,),
@@ -191,23 +188,22 @@ SMALLEST = Preset(
 def jobs(preset: Preset, only: str | None = None) -> list[Job]:
     """Return what a preset measures, the most important first.
 
-    The bandwidth comes first because it is the limit of all else, then what decides a goal, then
-    the rest of decode from the lengths named first to the last.
+    The bandwidth comes first because it is the limit of all else, then the shapes that decide a
+    goal, then the rest of decode in the order of the preset's lengths.
 
     Args:
         preset: How much.
-        only: The one section that is wanted; the bandwidth is measured all the same.
+        only: The one section that is wanted; the bandwidth is always measured.
     """
     found = [Job("bandwidth", None, 0)]
     for length in preset.lengths:
         for batch in preset.batches:
             for heads in preset.heads:
-                rank = 0 if length == GOAL_LENGTH and batch <= 8 else 2
-                # The larger batches at the goals' length decide a goal as well; they take longer.
-                rank = 1 if length == GOAL_LENGTH and batch > 8 else rank
+                # Large batches at the goals' length decide a goal too, but take longer.
+                rank = 2 if length != GOAL_LENGTH else 0 if batch <= 8 else 1
                 found.append(Job("decode", Shape(heads, batch, length), rank))
     for place, heads in enumerate(preset.heads):
-        # Half of the shapes of heads first, so that every section has been seen.
+        # Every section measures two shapes of heads before any measures the others.
         rank = 0 if place < 2 else 1
         for batch, length in preset.verified:
             found.append(Job("verify", Shape(heads, batch, length, preset.verified_tokens), rank))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`--tune`: which size of program is fastest on this GPU, as rows for `tuning.MEASURED`.
+"""`--tune`: the fastest tile sizes on this GPU, as rows for `tuning.MEASURED`.
 
-For each class of head sizes and of rows the candidates run in turn on the same caches as CUDA
-graphs: first all sizes of program, then, with the best of them, how finely keys are divided. What
-does not compile, launch or agree with the derived size is left out. The derived size stays where
-nothing is faster than it by `WORTHWHILE`.
+For each class of head sizes and of rows the candidates run in turn on the same caches: first all
+tile sizes, then, with the best of them, how finely keys are split. A candidate that does not
+compile, launch or agree with the derived size is rejected. The derived size stays unless another
+is faster by `WORTHWHILE`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,10 +24,10 @@ import torch
 from benchmarks.gpu.contenders import Batch
 from benchmarks.gpu.contenders.ours import Ours
 from benchmarks.gpu.environment import Budget, free_bytes, l2_bytes, machine
-from benchmarks.gpu.measure import Replay, alternating, ratio
+from benchmarks.gpu.measure import Call, alternating, ratio
 from benchmarks.gpu.processes import compile_tilings
 from benchmarks.gpu.sections import SHARE_OF_MEMORY
-from benchmarks.gpu.shapes import SMALLEST, Heads, Preset, Shape, k8v4_bytes, layers_needed
+from benchmarks.gpu.shapes import SMALLEST, Heads, Preset, Shape, layers_needed
 from vllm_hybrid_kv.kernels.triton.tuning import (
     MIN_SPLIT_TILES,
     PROGRAMS_PER_PROCESSOR,
@@ -42,13 +42,13 @@ from vllm_hybrid_kv.kernels.triton.tuning import (
 )
 
 WORTHWHILE = 1.02
-"""Times as fast as the derived size that a row of the table must be: less is noise."""
+"""Smallest speedup over the derived size that makes a row: less is noise."""
 
 LARGEST_ERROR = 0.01
-"""||out - derived|| / ||derived|| that a candidate may have: two roundings of bf16."""
+"""Largest ||out - derived|| / ||derived|| of a candidate: two roundings of bf16."""
 
 RESERVED = 5.0
-"""Seconds that are kept for writing."""
+"""Seconds reserved for writing."""
 
 
 @dataclass(frozen=True)
@@ -60,36 +60,30 @@ class Task:
 
     @property
     def head_size(self) -> int:
-        """D of all its shapes."""
         return self.shapes[0].heads.size
 
 
 def tasks(preset: Preset) -> list[Task]:
-    """Return what is tuned, decode first.
-
-    Args:
-        preset: `SMALLEST` for the interpreter; anything else tunes all.
-    """
+    """Return what is tuned, decode first; all rows unless the preset is `SMALLEST`."""
     if preset is SMALLEST:
         return [Task(Rows.UP_TO_16, (Shape(Heads(4, 1, 64), 1, 70),))]
     found = []
     for queries, rows in ((1, Rows.UP_TO_16), (2048, Rows.MORE), (4, Rows.UP_TO_32),
                           (8, Rows.UP_TO_64)):  # fmt: skip
         for heads in (Heads(32, 8, 128), Heads(16, 2, 256), Heads(16, 2, 64)):
-            # Eight query heads to a KV head, so that tokens to verify make rows of their class.
-            wide = heads if queries in (1, 2048) else Heads(8 * heads.kv, heads.kv, heads.size)
             if queries == 2048:
-                shapes = [Shape(wide, 1, 8192 + queries, queries)]
-            else:
-                shapes = [Shape(wide, batch, 32768, queries) for batch in (8, 1)]
-            found.append(Task(rows, tuple(shapes)))
+                found.append(Task(rows, (Shape(heads, 1, 8192 + queries, queries),)))
+                continue
+            # Eight query heads to a KV head make the rows of several tokens fit their class.
+            wide = heads if queries == 1 else Heads(8 * heads.kv, heads.kv, heads.size)
+            found.append(Task(rows, tuple(Shape(wide, batch, 32768, queries) for batch in (8, 1))))
     return found
 
 
 def sizes(rows: Rows) -> list[Tiling]:
-    """Return the sizes of program that are tried for a class of rows.
+    """Return the tile sizes that are tried for a class of rows.
 
-    Warps never outnumber the pieces of 16 keys and 32 rows that they share.
+    There is at most one warp for each 16 keys and 32 rows.
     """
     blocks_m = {
         Rows.UP_TO_16: (16,), Rows.UP_TO_32: (16, 32), Rows.UP_TO_64: (32, 64),
@@ -111,17 +105,12 @@ def steps_away(one: Tiling, other: Tiling) -> float:
 
 
 def divisions(best: Tiling) -> list[Tiling]:
-    """Return the ways of dividing keys that are tried with the best size."""
+    """Return the ways of splitting keys that are tried with the best size."""
     return [
         replace(best, programs_per_processor=programs, min_split_tiles=tiles)
         for programs, tiles in itertools.product((1, 2, 4, 8, 16), (2, 4, 8, 16))
         if (programs, tiles) != (PROGRAMS_PER_PROCESSOR, MIN_SPLIT_TILES)
     ]
-
-
-def geometric_mean(numbers: Iterable[float]) -> float:
-    """Return the geometric mean, which counts a loss on one shape like a gain on another."""
-    return statistics.geometric_mean(numbers)
 
 
 def row_of(capability: tuple[int, int], task: Task, winner: Tiling) -> str:
@@ -131,37 +120,33 @@ def row_of(capability: tuple[int, int], task: Task, winner: Tiling) -> str:
     return f"    {key}: Tiling({numbers}),"
 
 
-class _Course:
+class _Trial:
     """The shapes of a task with their caches, on which candidates run."""
 
     def __init__(self, task: Task, device: torch.device) -> None:
         self._device = device
         self._runners: list[tuple[Ours, int, torch.Tensor]] = []
-        capability = capability_of(device)
+        tensor_memory = has_tensor_memory(capability_of(device))
         for shape in task.shapes:
-            assert row_class(shape.queries * shape.heads.group) is task.rows
-            cache_bytes = shape.cache_bytes(k8v4_bytes(shape.heads.size))
+            rows = shape.queries * shape.heads.group
+            assert row_class(rows) is task.rows
+            cache_bytes = shape.cache_bytes(Ours.stored)
             layers = layers_needed(cache_bytes, l2_bytes(device))
             if layers * cache_bytes > SHARE_OF_MEMORY * free_bytes(device):
                 continue
-            derived = derived_tiling(
-                shape.queries * shape.heads.group,
-                shape.heads.size,
-                has_tensor_memory(capability),
-            )
-            runner = Ours(Batch(shape, device), layers, derived)
-            self._runners.append((runner, layers, runner.attend(0).float().clone()))
-            self.derived = derived
+            self.derived = derived_tiling(rows, shape.heads.size, tensor_memory)
+            ours = Ours(Batch(shape, device), layers)
+            wanted = ours.attend(0, ours.plan(self.derived)).float().clone()
+            self._runners.append((ours, layers, wanted))
         if not self._runners:
             raise MemoryError("no shape of the task fits")
 
-    def refused(self, candidate: Tiling) -> str | None:
-        """Return why a candidate cannot be taken, or None."""
-        for runner, _, wanted in self._runners:
+    def rejection(self, candidate: Tiling) -> str | None:
+        """Return why a candidate is rejected, or None."""
+        for ours, _, wanted in self._runners:
             try:
-                runner.use(candidate)
-                out = runner.attend(0).float()
-            # What does not compile or launch, for want of registers or memory, is no candidate.
+                out = ours.attend(0, ours.plan(candidate)).float()
+            # It does not compile or launch, because it needs too many registers or memory.
             except Exception as error:
                 return f"{type(error).__name__}: {str(error)[:200]}"
             distance = float((out - wanted).norm() / wanted.norm().clamp_min(1e-20))
@@ -170,57 +155,54 @@ class _Course:
         return None
 
     def speedup(self, candidate: Tiling, seconds: float) -> float:
-        """Return times as fast as the derived size, over all shapes."""
-        ratios = []
-        for runner, layers, _ in self._runners:
-            replays = {}
+        """Return the speedup over the derived size, the geometric mean over all shapes."""
+        speedups = []
+        for ours, layers, _ in self._runners:
+            calls: dict[str, list[Call]] = {}
             for name, tiling in (("derived", self.derived), ("candidate", candidate)):
-                runner.use(tiling)
-                calls = [partial(runner.attend, layer) for layer in range(layers)]
-                replays[name] = Replay(calls, self._device)
-                # A graph goes on reading the plan that it was captured with.
-                runner.keep_plan()
-            times = alternating(replays, seconds)
-            ratios.append(ratio(times["derived"], times["candidate"]).median)
-            runner.forget_plans()
-        return geometric_mean(ratios)
+                plan = ours.plan(tiling)
+                calls[name] = [partial(ours.attend, layer, plan) for layer in range(layers)]
+            times, errors = alternating(calls, self._device, seconds)
+            for error in errors.values():
+                raise error
+            speedups.append(ratio(times["derived"], times["candidate"]).median)
+        return statistics.geometric_mean(speedups)
 
 
 def _best(
-    course: _Course, candidates: Sequence[Tiling], start: Tiling, budget: Budget, until: float,
+    trial: _Trial, candidates: Sequence[Tiling], start: Tiling, budget: Budget, until: float,
     seconds: float, log: list[dict[str, Any]],
 ) -> tuple[Tiling, float]:  # fmt: skip
-    """Return the fastest candidate, `start` if none is faster, and times as fast as derived."""
-    best, speed = start, 1.0 if start == course.derived else course.speedup(start, seconds)
-    # The nearest first, for the time may be up before the last.
+    """Return the fastest candidate, or `start`, and its speedup over the derived size."""
+    best, best_speedup = start, 1.0
+    if start != trial.derived:
+        best_speedup = trial.speedup(start, seconds)
+    # The nearest first, because the time may be up before the last.
     for candidate in sorted(candidates, key=lambda one: steps_away(one, start)):
         if budget.spent > until:
             log.append({"left_out": "time was up", "candidate": asdict(candidate)})
             break
-        if candidate == course.derived:
+        if candidate == trial.derived:
             continue
-        reason = course.refused(candidate)
+        reason = trial.rejection(candidate)
         if reason is not None:
             log.append({"candidate": asdict(candidate), "refused": reason})
             continue
-        times = course.speedup(candidate, seconds)
-        log.append({"candidate": asdict(candidate), "times_as_fast": times})
-        if times > speed:
-            best, speed = candidate, times
-    return best, speed
+        speedup = trial.speedup(candidate, seconds)
+        log.append({"candidate": asdict(candidate), "times_as_fast": speedup})
+        if speedup > best_speedup:
+            best, best_speedup = candidate, speedup
+    return best, best_speedup
 
 
 def tune(folder: Path, device: torch.device, preset: Preset, budget: Budget) -> int:
-    """Try the candidates, and write what was found to `gpu_tuning.json` and `gpu_tuning.md`.
+    """Try the candidates, and write `gpu_tuning.json` and `gpu_tuning.md`; return 0.
 
     Args:
-        folder: Where to.
+        folder: For the files.
         device: The GPU.
         preset: `SMALLEST` for the interpreter.
-        budget: Time, shared out evenly among the rows.
-
-    Returns:
-        0.
+        budget: Time, shared evenly among the rows.
     """
     capability = capability_of(device)
     smallest = preset is SMALLEST
@@ -229,48 +211,46 @@ def tune(folder: Path, device: torch.device, preset: Preset, budget: Budget) -> 
     log: list[dict[str, Any]] = []
     wanted = tasks(preset)
     for place, task in enumerate(wanted):
+        start = budget.spent
         share = (budget.left - RESERVED) / (len(wanted) - place)
-        end = budget.spent + share
         tried: list[dict[str, Any]] = []
         entry = {"head_size": task.head_size, "rows": task.rows.name, "tried": tried}
         log.append(entry)
         try:
-            course = _Course(task, device)
+            trial = _Trial(task, device)
         except (MemoryError, torch.OutOfMemoryError) as error:
             entry["left_out"] = str(error)
             continue
         candidates = sizes(task.rows)[:2] if smallest else sizes(task.rows)
         if device.type == "cuda":
-            compile_tilings(task.shapes[0], candidates, 0.4 * (end - budget.spent))
-        middle = budget.spent + 0.7 * (end - budget.spent)
-        best, _ = _best(course, candidates, course.derived, budget, middle, seconds, tried)
+            compile_tilings(task.shapes[0], candidates, 0.4 * (start + share - budget.spent))
+        middle = budget.spent + 0.7 * (start + share - budget.spent)
+        best, _ = _best(trial, candidates, trial.derived, budget, middle, seconds, tried)
         finer = divisions(best)[:1] if smallest else divisions(best)
-        best, speed = _best(course, finer, best, budget, end, seconds, tried)
-        entry |= {"winner": asdict(best), "times_as_fast_as_derived": speed}
-        worth = speed >= WORTHWHILE
-        if worth and capability is not None:
-            rows.append(f"    # {speed:.2f} times as fast as the derived size.")
+        best, speedup = _best(trial, finer, best, budget, start + share, seconds, tried)
+        entry |= {"winner": asdict(best), "times_as_fast_as_derived": speedup}
+        if speedup >= WORTHWHILE and capability is not None:
+            rows.append(f"    # {speedup:.2f} times as fast as the derived size.")
             rows.append(row_of(capability, task, best))
         print(f"{budget.spent:5.0f} s: {task.rows.name}, head size {task.head_size}: {best}",
               flush=True)  # fmt: skip
-    found = machine(device)
+    versions = machine(device)
     folder.mkdir(parents=True, exist_ok=True)
-    everything = {"machine": found, "before": origin(capability), "tasks": log, "rows": rows}
+    everything = {"machine": versions, "before": origin(capability), "tasks": log, "rows": rows}
     (folder / "gpu_tuning.json").write_text(json.dumps(everything, indent=1, default=str) + "\n")
-    (folder / "gpu_tuning.md").write_text(_markdown(found, rows))
+    (folder / "gpu_tuning.md").write_text(_markdown(versions, rows))
     print((folder / "gpu_tuning.md").read_text())
     return 0
 
 
-def _markdown(found: dict[str, Any], rows: Sequence[str]) -> str:
-    title = found.get("gpu", "Triton's interpreter, where no time means anything")
-    lines = [
-        f"# Sizes of program for {title}",
-        "",
-        f"torch {found['torch']}, Triton {found['triton']}. "
-        + ("Rows for `MEASURED` in `kernels/triton/tuning.py`:" if rows else
-           "Nothing was faster than the derived sizes: no rows for `MEASURED`."),
-    ]  # fmt: skip
+def _markdown(versions: dict[str, Any], rows: Sequence[str]) -> str:
+    title = versions.get("gpu", "Triton's interpreter, whose times mean nothing")
+    result = "No size is faster than the derived one: no rows for `MEASURED`."
     if rows:
-        lines += ["", "```python", f"    # {title}, Triton {found['triton']}.", *rows, "```"]
-    return "\n".join(lines) + "\n"
+        header = f"    # {title}, Triton {versions['triton']}."
+        block = "\n".join(["```python", header, *rows, "```"])
+        result = f"Rows for `MEASURED` in `kernels/triton/tuning.py`:\n\n{block}"
+    return (
+        f"# Tile sizes for {title}\n\n"
+        f"torch {versions['torch']}, Triton {versions['triton']}. {result}\n"
+    )

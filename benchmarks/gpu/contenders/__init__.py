@@ -9,26 +9,23 @@ from typing import ClassVar
 
 import torch
 
+from benchmarks.gpu.environment import Unavailable
 from benchmarks.gpu.measure import Call
 from benchmarks.gpu.shapes import PAGE, Shape
 
 FILLED_AT_A_TIME = 65536
-"""Tokens whose keys and values are drawn; larger caches hold them several times."""
-
-
-class Unavailable(Exception):
-    """Why a contender cannot take part here."""
+"""Tokens whose keys and values are random; larger caches repeat them."""
 
 
 class Batch:
-    """What all contenders of a measurement are given.
+    """The tensors of all contenders of a measurement.
 
     Attributes:
         shape: Requests, lengths and heads.
-        dtype: bf16 of queries, keys and values; fp16 where Triton interprets.
+        dtype: bf16 of queries, keys and values; fp16 if Triton interprets.
         query: [batch * queries, Hq, D].
         block_table: int32 [batch, pages]; pages scattered over the cache, as after a while of
-            serving; the width a multiple of 16, so that all shapes take the same kernels.
+            serving. The width is a multiple of 16, so that all shapes use the same kernels.
         seq_lens: int32 [batch].
         starts: int32 [batch + 1], offsets of the requests in `query`.
         pages: Pages of a cache.
@@ -41,16 +38,14 @@ class Batch:
         # Triton's interpreter multiplies the bits of bf16 numbers as if they were integers.
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
         generator = torch.Generator(device).manual_seed(0)
+
+        def random(tokens: int, heads: int) -> torch.Tensor:
+            dims = (tokens, heads, shape.heads.size)
+            return torch.randn(dims, generator=generator, device=device).to(self.dtype)
+
         drawn = min(shape.tokens, FILLED_AT_A_TIME)
-        dims = (drawn, shape.heads.kv, shape.heads.size)
-        self._key, self._value = (
-            torch.randn(dims, generator=generator, device=device).to(self.dtype) for _ in "kv"
-        )
-        self.query = torch.randn(
-            (shape.batch * shape.queries, shape.heads.query, shape.heads.size),
-            generator=generator,
-            device=device,
-        ).to(self.dtype)
+        self._key, self._value = (random(drawn, shape.heads.kv) for _ in "kv")
+        self.query = random(shape.batch * shape.queries, shape.heads.query)
         self.pages = shape.batch * shape.pages
         order = torch.randperm(self.pages, generator=generator, device=device)
         self.block_table = torch.zeros(
@@ -74,7 +69,7 @@ class Batch:
             yield self._key[: stop - start], self._value[: stop - start], slots
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the same keys and values as [batch, length, H, D], outside any page."""
+        """Return the same keys and values as [batch, length, H, D], without pages."""
         dims = (self.shape.batch, self.shape.length, self.shape.heads.kv, self.shape.heads.size)
         token = torch.arange(self.shape.tokens, device=self.device) % FILLED_AT_A_TIME
         return self._key[token].view(dims), self._value[token].view(dims)
@@ -84,14 +79,26 @@ class Batch:
         key, value = (x[:, -self.shape.queries :].flatten(0, 1) for x in self.dense())
         return key.contiguous(), value.contiguous()
 
+    def packed_caches(self, dtype: torch.dtype, layers: int) -> list[tuple[torch.Tensor, ...]]:
+        """Return filled K and V caches [blocks, PAGE, H, D], halves of one tensor as in vLLM."""
+        heads = self.shape.heads
+        dims = (self.pages * PAGE, heads.kv, 2 * heads.size)
+        cache = torch.zeros(dims, dtype=dtype, device=self.device)
+        # The bits are written, because torch cannot index fp8 numbers.
+        bits = torch.uint8 if dtype.itemsize == 1 else dtype
+        for key, value, slots in self.stored():
+            cache.view(bits)[slots] = torch.cat([key, value], dim=-1).to(dtype).view(bits)
+        paged = cache.view(self.pages, PAGE, heads.kv, 2 * heads.size)
+        return [copy.split(heads.size, dim=-1) for copy in copies(paged, layers)]
+
 
 class Contender(ABC):
     """A kernel with the caches of several layers.
 
     Attributes:
         name: As in tables.
-        stored: What the cache holds: k8v4, bf16 or fp8.
-        note: What must be known about how it ran.
+        stored: The format of the cache: k8v4, bf16 or fp8.
+        note: Conditions under which it ran, for the report.
     """
 
     name: ClassVar[str]
@@ -100,20 +107,11 @@ class Contender(ABC):
 
     @abstractmethod
     def __init__(self, batch: Batch, layers: int) -> None:
-        """Make and fill the caches.
-
-        Args:
-            batch: What is attended to.
-            layers: Caches to make.
+        """Make and fill the caches of some layers.
 
         Raises:
-            Unavailable: It cannot take part here.
+            Unavailable: It cannot run here.
         """
-
-    @staticmethod
-    @abstractmethod
-    def token_bytes(head_size: int) -> int:
-        """Return the bytes of a token of one KV head."""
 
     @abstractmethod
     def attend(self, layer: int) -> torch.Tensor:
@@ -121,10 +119,15 @@ class Contender(ABC):
 
     @property
     def once_a_step(self) -> Call | None:
-        """What an engine runs once for all layers before them, if there is such a thing."""
+        """The work that an engine does once in a step for all layers, if any."""
         return None
 
 
 def copies(first: torch.Tensor, layers: int) -> list[torch.Tensor]:
-    """Return a filled cache and equal ones for the other layers."""
+    """Return a filled cache, and equal ones for the other layers."""
     return [first, *(first.clone() for _ in range(layers - 1))]
+
+
+def require_gpu(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise Unavailable("there is no GPU")
