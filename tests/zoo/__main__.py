@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make zoo`: plan every architecture, run an engine for every pattern, write the tables."""
+"""Plan every architecture, run an engine for every pattern and write the tables: `make zoo`."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
     parser.add_argument("names", nargs="*", help="only these architectures")
     parser.add_argument("--part", choices=("plans", "engines", "tables"), help="only this part")
-    parser.add_argument("--keep", action="store_true", help="do not repeat rows of older sources")
-    parser.add_argument("--minutes", type=float, default=600.0, help="start no row after these")
+    parser.add_argument("--keep", action="store_true", help="keep rows of older sources")
+    parser.add_argument("--minutes", type=float, default=600.0, help="last start of a row")
     options = parser.parse_args()
     LOG.parent.mkdir(exist_ok=True)
     until = time.monotonic() + 60 * options.minutes
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def plan_all(results: Results, only: set[str], until: float) -> None:
-    """Plan every architecture that is no other one's language model alone."""
+    """Plan every architecture that is not planned as another one's language model."""
     wheel = unpacked_wheel("0.33")
     for minor, arguments, path in (("0.32", (), None), ("0.33", ("--as-cpu",), wheel)):
         todo = [
@@ -59,7 +59,7 @@ def plan_all(results: Results, only: set[str], until: float) -> None:
 
 
 def run_all(results: Results, only: set[str], until: float) -> None:
-    """Run one architecture of each pattern, and others of it where vLLM on CPUs runs none."""
+    """Run one architecture of each pattern, or another one if vLLM on CPUs does not run it."""
     with worker("tests.zoo.runner", LOG, 300.0) as runner:
         while time.monotonic() < until:
             todo = [

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The architectures that generate text, as the registries of the supported vLLM releases list them.
+"""The architectures that generate text, from the registries of the supported vLLM releases.
 
-The registries are read as source: importing two releases into one process is impossible.
+The registries are parsed, because one process cannot import two releases.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Architecture:
     """An entry of vLLM's registry.
 
     Attributes:
-        name: As `architectures` of a config.json has it.
-        table: The registry's table that lists it.
-        minors: The releases that list it.
+        name: The name in `architectures` of a config.json.
+        table: The registry's table with the entry.
+        minors: The releases with the entry.
     """
 
     name: str
@@ -67,6 +67,6 @@ def architectures() -> dict[str, Architecture]:
             for key in table(source, name):
                 found.setdefault(key, (name, []))[1].append(minor)
     return {
-        key: Architecture(key, where, tuple(minors))
-        for key, (where, minors) in sorted(found.items())
+        key: Architecture(key, table_name, tuple(minors))
+        for key, (table_name, minors) in sorted(found.items())
     }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a small engine's outputs may be apart, as the end-to-end tests bound them."""
+"""Bounds for the outputs of small engines, the same as in the end-to-end tests."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import statistics
 from typing import Any
 
 CACHED_APART = 0.15
-"""Log-probabilities of bfloat16 models, fresh and cached: `rounding` in testing/model_cases.py."""
+"""Bound for fresh and cached log-probabilities of bfloat16 models."""
 
 STATES_APART = 1.0
-"""The same where states are rounded to bfloat16 at each chunk of a prompt."""
+"""The same for models that round states to bfloat16 after each chunk of a prompt."""
 
 SCORE_SIZE = 2.0
 
 
 def expected_error(head_size: int) -> float:
-    """Return the share of the logits' spread that k8v4 may move them by.
+    """Return the error of k8v4 as a share of the logits' standard deviation.
 
     `tests/e2e/test_prompt_log_probabilities.py` derives it.
     """
@@ -27,7 +27,7 @@ def expected_error(head_size: int) -> float:
 
 
 def errors_of(auto: list[float], k8v4: list[float], head_size: int) -> dict[str, list[float]]:
-    """Return how far log-probabilities are apart, by name: measured, and its bound."""
+    """Return differences of log-probabilities by name, each as [measured, bound]."""
     unit = expected_error(head_size) * statistics.pstdev(auto)
     apart = sorted(abs(a - b) for a, b in zip(auto, k8v4, strict=True))
     return {
@@ -38,13 +38,13 @@ def errors_of(auto: list[float], k8v4: list[float], head_size: int) -> dict[str,
 
 
 def verdict(row: dict[str, Any], states: bool) -> list[str]:
-    """Return what is wrong with the outputs of an architecture's engines, in words.
+    """Return what is wrong with the outputs of an architecture's engines.
 
     Args:
-        row: Of `tests.zoo.runner`, with both dtypes run.
+        row: A row of `tests.zoo.runner` in which both dtypes ran.
         states: Whether the model has recurrent states.
     """
-    # A bound that is not a number is broken, too.
+    # `not <=`, because NaN is out of bounds, too.
     wrong = [
         f"{name} difference from auto {measured:.3f}, bound {bound:.3f}"
         for name, (measured, bound) in row["errors"].items()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the config.json of an architecture; runs in a process that has imported vLLM."""
+"""Makes the config.json of an architecture, in a process that has imported vLLM."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tests.zoo.models import LANGUAGE_MODELS, SAME_AS, SIZES
 
 @dataclass(frozen=True)
 class Configuration:
-    """What a checkpoint of an architecture has as its config.json.
+    """The config.json of an architecture.
 
     Attributes:
-        fields: The fields.
-        source: Where they come from.
+        fields: Its fields.
+        source: A description of their source.
     """
 
     fields: dict[str, Any]
@@ -27,7 +27,7 @@ def configuration_of(architecture: str) -> Configuration:
     """Return an architecture's configuration.
 
     Raises:
-        LookupError: There is none: neither in `tests.zoo.models` nor in transformers.
+        LookupError: Neither `tests.zoo.models` nor transformers has one.
     """
     if architecture in LANGUAGE_MODELS:
         return configuration_of(LANGUAGE_MODELS[architecture])
@@ -65,13 +65,13 @@ def _model_type(architecture: str) -> str:
     from transformers.models.auto import modeling_auto
 
     if architecture == "GPT2LMHeadModel":
-        return "gpt2"  # transformers names a descendant of it first.
+        return "gpt2"  # transformers lists a derived model first.
     for name, names in vars(modeling_auto).items():
         if name.startswith("MODEL_") and name.endswith("_MAPPING_NAMES"):
             for model_type, classes in names.items():
                 if architecture in ([classes] if isinstance(classes, str) else classes):
                     return model_type
-    raise LookupError(f"no configuration for {architecture}: write its sizes into tests/zoo/models")
+    raise LookupError(f"no configuration for {architecture}: add its sizes to tests/zoo/models.py")
 
 
 def _from_vllm(fields: dict[str, Any]) -> tuple[dict, str]:
@@ -90,7 +90,7 @@ def _from_vllm(fields: dict[str, Any]) -> tuple[dict, str]:
 
 
 def _as_json(config: Any, model_type: str) -> dict[str, Any]:
-    """Return a configuration's fields, with the part for text where `plan` finds it."""
+    """Return a configuration's fields, with `text_config` at the top level."""
     fields = _plain(config.to_dict())
     thinker = fields.get("thinker_config") or fields
     if isinstance(thinker.get("text_config"), dict):
@@ -100,7 +100,7 @@ def _as_json(config: Any, model_type: str) -> dict[str, Any]:
 
 
 def _plain(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return fields without those that say nothing about a model, in parts of it too."""
+    """Return fields without those that do not describe the model, recursively."""
     return {
         key: _plain(value) if isinstance(value, dict) else value
         for key, value in fields.items()
@@ -109,7 +109,7 @@ def _plain(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _register(model_type: str, config_class: Any = None) -> None:
-    """Give a model type whose class comes with the checkpoint's code a class with any fields."""
+    """Register a config class with any fields for a model type of a checkpoint's own code."""
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
@@ -130,7 +130,7 @@ def _register(model_type: str, config_class: Any = None) -> None:
 
 
 class _Fields(dict):
-    """A dict's keys as attributes too, as those classes have their layers."""
+    """A dict whose keys are attributes, too, as in the config classes of such checkpoints."""
 
     def __getattr__(self, name: str) -> Any:
         try:

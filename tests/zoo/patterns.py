@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pattern of a model: what its layers keep of a sequence, and how they share and mix it."""
+"""The pattern of a model: the kinds of its attention, states, windows and experts."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Pattern:
-    """What distinguishes models for a KV cache.
+    """The properties of a model that matter to a KV cache.
 
     Attributes:
-        attention: Kinds of attention, with what changes their scores.
+        attention: Kinds of attention.
         state: Kinds of recurrent states.
-        window: What bounds attention.
+        window: Bounds of attention.
         sharing: Whether layers read another layer's cache.
-        experts: Whether there is a mixture of experts.
+        experts: Whether the model is a mixture of experts.
     """
 
     attention: tuple[str, ...]
@@ -44,29 +44,6 @@ class Pattern:
         return cls(*(tuple(value) if isinstance(value, list) else value for value in values))
 
 
-ATTENTION = {
-    "full",
-    "full with sinks",
-    "full with soft cap",
-    "full with ALiBi",
-    "full, keys and values of other sizes",
-    "MLA",
-    "sparse MLA",
-    "sparse",
-    "cross",
-    "linear",
-}
-STATES = {
-    "Mamba 1",
-    "Mamba 2",
-    "Gated DeltaNet",
-    "Kimi delta",
-    "linear attention",
-    "short convolution",
-    "other state",
-}
-WINDOWS = {"sliding window", "chunked local"}
-
 _STATES = {
     "MAMBA1": "Mamba 1",
     "MAMBA2": "Mamba 2",
@@ -82,10 +59,10 @@ def pattern_of(model: Any, layers: dict[str, Any]) -> Pattern:
 
     Args:
         model: The model.
-        layers: Its layers with a KV cache, by name, as vLLM keeps them.
+        layers: Its layers with a KV cache, by name.
 
     Raises:
-        LookupError: A layer is of no known kind.
+        LookupError: A layer's kind is unknown.
     """
     found: dict[str, set[str]] = {"attention": set(), "state": set(), "window": set()}
     for layer in layers.values():
@@ -119,7 +96,7 @@ def _kinds_of(layer: Any) -> Iterable[tuple[str, str]]:
         elif layer.sliding_window is not None:
             yield "window", "sliding window"
     else:
-        # Caches of models that come with their own kinds of layers, such as indexers.
+        # Layers of a model's own class, such as indexers.
         yield "attention", "sparse"
 
 

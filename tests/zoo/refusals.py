@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a refusal must not say: Python's own messages, and words about another device."""
+"""Checks that a refusal has no messages of Python and no words about another device."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ FORBIDDEN = (
     r"\(\w+\.py, line \d+\)",
     r"AttentionSelectorConfig",
 )
-"""Patterns of which none may occur in what a plan for GPUs says."""
+"""Patterns that no message of a plan for GPUs may contain."""
 
 
 def unfit(text: str) -> list[str]:
-    """Return which of `FORBIDDEN` a refusal has; one without words has `no words`."""
+    """Return the patterns of `FORBIDDEN` in a refusal, and `no words` if it is too short."""
     found = [pattern for pattern in FORBIDDEN if re.search(pattern, text)]
     return found if len(text.split()) > 2 else [*found, "no words"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The zoo's results as docs/models.md has them."""
+"""Writes the zoo's results to docs/models.md and the README."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ KINDS = {
     "planned only": "planned only",
     "refused": "refused",
 }
-"""How a status begins, and what it is counted as."""
+"""The start of a status, and the kind that it counts as."""
 Tables = dict[str, dict[str, Any]]
 
 HEAD = """# Models
 
-Made by `make zoo`; do not edit. Every architecture of the registries of vLLM 0.32 and 0.33 that
-generates text has a row. Models for more than text are planned as their language model.
+`make zoo` writes this page; do not edit it. It has a row for every architecture that generates text
+in the registries of vLLM 0.32 and 0.33. Multimodal models are planned as their language model.
 
-- **Plans** are for one GPU with 128 GiB for the cache, by vLLM's planner and without a model's
-  weights, from the configuration in the column *Configuration*. The columns *fp8* and *k8v4* give
-  the tokens that fit, compared with `auto`.
-- **Engines** are vLLM's on a CPU, with a small model of random weights that has the architecture's
-  pattern of layers. Two checks: prompt log-probabilities with k8v4 and with `auto` agree within
-  the error of the format, and a prompt that is sent again gives the same log-probabilities from
-  the prefix cache.
+- **Plans** are for one GPU with 128 GiB of KV cache. vLLM's planner makes them without weights,
+  from the configuration in the column *Configuration*. The columns *fp8* and *k8v4* compare the
+  number of tokens that fit with `auto`.
+- **Engines** are vLLM's on a CPU. They run a small model with random weights that has the
+  architecture's pattern of layers, with two checks. Prompt log-probabilities with k8v4 and with
+  `auto` agree within the error of the format. A repeated prompt has the same log-probabilities
+  when it comes from the prefix cache.
 
 """
 
@@ -62,7 +62,8 @@ def pattern(row: dict[str, Any]) -> Pattern | None:
 def representatives(tables: Tables) -> dict[Pattern, str]:
     """Return the architecture that runs for each pattern.
 
-    One that ran, else one that has not been tried, else one that vLLM on CPUs does not run.
+    An architecture that ran comes first, then one that has not run yet, then one that vLLM on CPUs
+    cannot run.
     """
     found: dict[Pattern, str] = {}
     for name, row in sorted(tables["plans"].items()):
@@ -84,7 +85,7 @@ def _rank(tables: Tables, name: str) -> int:
 
 
 def engine_of(row: dict[str, Any], kind: Pattern) -> str:
-    """Say what an engine showed, in a few words."""
+    """Return the result of an engine in a few words."""
     if "crashed" in row:
         return f"fails: {row['crashed']}"
     if "refused" in row["auto"]:
@@ -96,23 +97,23 @@ def engine_of(row: dict[str, Any], kind: Pattern) -> str:
 
 
 def status_of(name: str, tables: Tables) -> str:
-    """Return what is known of an architecture, in one cell of the table."""
+    """Return the status of an architecture, one cell of the table."""
     base = LANGUAGE_MODELS.get(name, name)
     row = tables["plans"].get(base)
     if row is None:
         return "not planned yet"
     if base in ENCODER_DECODER and not row.get("plans"):
-        return "not planned: an encoder-decoder model has no language model to plan by itself"
+        return "not planned: an encoder-decoder model has no separate language model"
     if "plans" not in row or not row["plans"]:
         return f"not planned: {row.get('crashed') or row.get('no_configuration')}"
     if "refused" in row["plans"]["auto"]:
-        return f"not planned, with auto neither: {row['plans']['auto']['refused']}"
+        return f"not planned, not even with auto: {row['plans']['auto']['refused']}"
     refusal = row["plans"][K8V4].get("refused")
     if refusal:
         return f"refused: {refusal}"
     kind = pattern(row)
     if kind is not None and not kind.attention:
-        return "planned: it has no attention, so the cache dtype changes nothing"
+        return "planned: it has no attention, so the cache dtype has no effect"
     runs_as = representatives(tables).get(kind) if kind else None
     ran = tables["engines"].get(runs_as or "")
     if kind is None or ran is None:
@@ -170,7 +171,7 @@ def render(tables: Tables) -> str:
 
 
 def matrix(tables: Tables) -> str:
-    """Return the README's table of models: a row for each pattern of layers."""
+    """Return the README's table, a row for each pattern of layers."""
     lines = ["| layers | architectures | k8v4 |", "|---|---|---|"]
     for kind, count in _patterns(tables):
         result = _result(kind, tables).replace("agrees", "served and compared")
@@ -179,13 +180,13 @@ def matrix(tables: Tables) -> str:
 
 
 def _patterns(tables: Tables) -> list[tuple[Pattern, int]]:
-    """Return the patterns that were planned, those of most architectures first."""
+    """Return the planned patterns and their numbers of architectures, most first."""
     rows = (tables["plans"].get(LANGUAGE_MODELS.get(name, name), {}) for name in architectures())
     return Counter(kind for row in rows if (kind := pattern(row))).most_common()
 
 
 def _result(kind: Pattern, tables: Tables) -> str:
-    """Say what is known of a pattern, in a few words."""
+    """Return the result of a pattern in a few words."""
     if not kind.attention:
         return "planned, has no attention to quantise"
     name = representatives(tables).get(kind)
@@ -196,13 +197,13 @@ def _result(kind: Pattern, tables: Tables) -> str:
 
 
 def _reason(kind: Pattern, tables: Tables) -> str:
-    """Return the reason that most architectures of a pattern are refused for."""
+    """Return the most common reason for refusing architectures of a pattern."""
     reasons: Counter[str] = Counter()
     for row in tables["plans"].values():
         if pattern(row) == kind and (refusal := row["plans"][K8V4].get("refused")):
             found = re.search(r"cannot serve this (?:model|layer): (.*?)\. Serve", refusal)
             reasons[found[1] if found else refusal] += 1
-    return reasons.most_common(1)[0][0] if reasons else "vLLM 0.33 alone has it"
+    return reasons.most_common(1)[0][0] if reasons else "only vLLM 0.33 has it"
 
 
 def _kind_of(status: str) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The zoo's results as they are committed, written after every row."""
+"""The committed results of the zoo, written after every row."""
 
 from __future__ import annotations
 
@@ -13,23 +13,28 @@ from tests.zoo.workers import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"
 
+SOURCES = ("vllm_hybrid_kv", "kernels", "tests/zoo", "testing/engine_*.py")
+"""Code that rows depend on. `vllm_hybrid_kv/kernels` is a link, which `rglob` does not follow."""
+
+WITHOUT_EFFECT = ("tools/doctor", "tools/eval", "report.py", "results.py", "test_zoo.py")
+
 
 def sources() -> str:
     """Return a fingerprint of the code that rows depend on."""
     digest = hashlib.sha256()
-    for folder in ("vllm_hybrid_kv", "kernels", "tests/zoo"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            if path.name not in ("report.py", "results.py", "test_zoo.py"):
+    for pattern in SOURCES:
+        for path in sorted(ROOT.glob(pattern if pattern.endswith(".py") else f"{pattern}/**/*.py")):
+            if not any(part in path.as_posix() for part in WITHOUT_EFFECT):
                 digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 class Results:
-    """Rows by table and name; see `sources` for when a row is done.
+    """Rows by table and architecture.
 
     Args:
-        path: The file, which need not be there.
-        keep: Whether rows of other sources are done, too.
+        path: The file, which may not exist yet.
+        keep: Whether rows of older sources count as done.
     """
 
     def __init__(self, path: Path = RESULTS, keep: bool = False) -> None:
@@ -37,22 +42,23 @@ class Results:
         self._keep = keep
         self._sources = sources()
         self.tables: dict[str, dict[str, Any]] = {"plans": {}, "engines": {}}
-        if path.exists():
-            self.tables.update(json.loads(path.read_text()))
+        self._read()
+
+    def _read(self) -> None:
+        if self._path.exists():
+            self.tables.update(json.loads(self._path.read_text()))
 
     def done(self, table: str, name: str) -> bool:
-        """Return whether a row need not be made again."""
+        """Return whether a row is up to date."""
         row = self.tables[table].get(name)
         return row is not None and (self._keep or row["sources"] == self._sources)
 
     def put(self, table: str, name: str, row: dict[str, Any]) -> None:
         """Add a row and write the file."""
-        lock = ROOT / ".cache" / "zoo.lock"
-        with lock.open("w") as held:
-            fcntl.flock(held, fcntl.LOCK_EX)
-            if self._path.exists():
-                # Another process may have added rows meanwhile.
-                self.tables.update(json.loads(self._path.read_text()))
+        with (ROOT / ".cache" / "zoo.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            # Another process may have added rows meanwhile.
+            self._read()
             self.tables[table][name] = {**row, "sources": self._sources}
             ordered = {key: dict(sorted(rows.items())) for key, rows in self.tables.items()}
             self._path.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n")

@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that runs small engines, one after another: names in, JSON out, a line each.
+"""A process that reads names of architectures and writes what their engines compute, as JSON lines.
 
-Each architecture runs with `auto` and with k8v4; the answer has what both gave.
+Each architecture's small model runs with `auto` and with k8v4.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import math
 import os
+import random
 import statistics
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,7 +27,7 @@ LENGTHS = (900, 640, 333, 97)
 
 
 def run(architecture: str) -> dict[str, Any]:
-    """Return what an architecture's small model gives with each dtype, or why it does not run."""
+    """Return the outputs of an architecture's small model with each dtype, or why it fails."""
     from tests.zoo.bounds import errors_of
     from tests.zoo.tiny import small_model
 
@@ -39,12 +38,10 @@ def run(architecture: str) -> dict[str, Any]:
         (Path(folder) / "config.json").write_text(json.dumps(fields, default=str))
         for dtype in DTYPES:
             try:
-                with _engine(folder, dtype) as llm:
-                    row[dtype] = _measure(llm)
+                row[dtype] = _run_engine(folder, dtype)
             except Exception as error:
                 traceback.print_exc()
-                row[dtype] = {"refused": _said_by(error)}
-            if "refused" in row[dtype]:
+                row[dtype] = {"refused": _reason(error)}
                 break
         else:
             auto, k8v4 = (row[dtype].pop("logprobs") for dtype in DTYPES)
@@ -56,8 +53,8 @@ def run(architecture: str) -> dict[str, Any]:
     return row
 
 
-def _said_by(error: Exception) -> str:
-    """Return vLLM's own reason in one line, or which of its layers fails."""
+def _reason(error: Exception) -> str:
+    """Return vLLM's own message in one line, or the name of the layer that fails."""
     if isinstance(error, ValueError | NotImplementedError):
         return " ".join(str(error).split())[:300]
     failing = "model"
@@ -68,8 +65,7 @@ def _said_by(error: Exception) -> str:
     return f"vLLM's {failing} fails"
 
 
-@contextlib.contextmanager
-def _engine(folder: str, dtype: str) -> Iterator[Any]:
+def _run_engine(folder: str, dtype: str) -> dict[str, Any]:
     from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
     from testing.engine_worker import start_engine, stop_engine
@@ -78,7 +74,6 @@ def _engine(folder: str, dtype: str) -> Iterator[Any]:
     def load_weights(self: Any, model: Any, model_config: Any) -> None:
         fill(model)
 
-    llm = None
     try:
         with patch.object(DummyModelLoader, "load_weights", load_weights):
             llm = start_engine(
@@ -96,23 +91,28 @@ def _engine(folder: str, dtype: str) -> Iterator[Any]:
                 disable_log_stats=False,
                 seed=0,
             )
-        yield llm
-    finally:
-        if llm is not None:
+        try:
+            return _measure(llm)
+        finally:
             stop_engine(llm)
-        del llm
+            del llm
+    finally:
         gc.collect()
 
 
 def _measure(llm: Any) -> dict[str, Any]:
-    """Send prompts: for their log-probabilities, then each twice with the prefix cache."""
+    """Send prompts for their log-probabilities, then each prompt twice with the prefix cache."""
     from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 
     from testing import engine_requests
     from tests.zoo.tiny import VOCABULARY
     from vllm_hybrid_kv.planning.smallest_hit import smallest_hit
 
-    prompts = [_prompt(length, VOCABULARY) for length in LENGTHS]
+    draws = (random.Random(length) for length in LENGTHS)
+    prompts = [
+        [draw.randrange(4, VOCABULARY) for _ in range(length)]
+        for draw, length in zip(draws, LENGTHS, strict=True)
+    ]
     outputs = engine_requests.generate(llm, prompts, 1, prompt_logprobs=True)
     logprobs = [value for output in outputs for value in output.prompt_logprobs or []]
     fresh = engine_requests.generate(llm, prompts, 4, alone=True, fresh=True)
@@ -122,7 +122,7 @@ def _measure(llm: Any) -> dict[str, Any]:
     plan = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
     return {
         "logprobs": logprobs,
-        "apart": max(_apart(a, b) for a, b in zip(fresh, again, strict=True)),
+        "apart": max(_difference(a, b) for a, b in zip(fresh, again, strict=True)),
         "cached": [output.cached for output in again],
         "cached_at_first": [output.cached for output in first],
         "block_tokens": config.cache_config.block_size,
@@ -132,28 +132,21 @@ def _measure(llm: Any) -> dict[str, Any]:
     }
 
 
-def _apart(one: Any, other: Any) -> float:
-    """Return how far the log-probabilities of two outputs are apart, as long as tokens agree."""
+def _difference(one: Any, other: Any) -> float:
+    """Return the largest difference of log-probabilities before the outputs' tokens differ."""
     if one.tokens[0] != other.tokens[0] and max(one.margins[0], other.margins[0]) > 0.5:
         return math.inf
-    apart = [0.0]
+    largest = 0.0
     for a, b, x, y in zip(one.tokens, other.tokens, one.logprobs, other.logprobs, strict=True):
         if a != b:
             break
-        apart.append(abs(x - y))
-    return max(apart)
-
-
-def _prompt(length: int, vocabulary: int) -> list[int]:
-    import random
-
-    draw = random.Random(length)
-    return [draw.randrange(4, vocabulary) for _ in range(length)]
+        largest = max(largest, abs(x - y))
+    return largest
 
 
 def main() -> None:
-    """Answer the names on standard input."""
     answers = os.fdopen(os.dup(1), "w")
+    # vLLM prints to standard output, too.
     os.dup2(2, 1)
     from vllm_hybrid_kv import plugin
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes a configuration small enough to run here, with the pattern of its layers kept."""
+"""Makes small configurations with the same pattern of layers, to run on a CPU."""
 
 from __future__ import annotations
 
@@ -32,16 +32,14 @@ SMALLER: dict[str, int] = {
     "hidden_size_per_layer_input": 64, "num_kv_shared_layers": 3,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4,
 }  # fmt: skip
-"""Upper bounds of fields. As many experts for each token as there are, if the model has more than a
-few: which ones are chosen then does not hang on rounding."""
+"""Upper bounds of fields. Each token uses all experts, because rounding would change the choice."""
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "GraniteMoeHybridForCausalLM": {"mamba_n_heads": 16, "attention_multiplier": 0.125},
     "GraniteSWAForCausalLM": {"attention_multiplier": 0.125},
     "Mamba2ForCausalLM": {"num_heads": 16},
 }
-"""Further fields of an architecture: its other sizes follow from them, or its defaults are not what
-its models have."""
+"""Further fields of an architecture that must match its small sizes, or that its models set."""
 
 STAND_INS: dict[str, tuple[str, dict[str, Any], str]] = {
     "OlmoHybridForCausalLM": (
@@ -50,12 +48,12 @@ STAND_INS: dict[str, tuple[str, dict[str, Any], str]] = {
         "Qwen3NextForCausalLM with experts in one layer",
     ),
 }
-"""Architectures that vLLM cannot run on CPUs: one that it can, fields that give it the same layers,
-and what to call it."""
+"""For architectures that vLLM cannot run on CPUs: another one, the fields that give it the same
+layers, and a name for it."""
 
 
 def small_model(architecture: str) -> tuple[dict[str, Any], str]:
-    """Return a small configuration with an architecture's pattern, and what to call the model."""
+    """Return a small configuration with an architecture's pattern, and the model's name."""
     stand_in, fields, name = STAND_INS.get(architecture, (architecture, {}, architecture))
     return {**shrink(stand_in, configuration_of(stand_in).fields), **fields}, name
 
@@ -90,7 +88,7 @@ def shrink(architecture: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _layers_to_keep(fields: dict[str, Any], count: int) -> list[int]:
-    """Return the first layers; in place of the last of them the first ones of missing kinds."""
+    """Return the first layers, the last of them replaced by the first layers of missing kinds."""
     kept = list(range(min(count, LAYERS)))
     types = fields.get("layer_types") or fields.get("hybrid_layer_pattern")
     if isinstance(types, list) and len(types) == count:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random weights with which a model's output hangs on what its cache holds.
+"""Random weights that make a model's output depend on its KV cache.
 
-vLLM's own dummy weights are so small that every token is as likely as any other. Here branches
-have outputs of the size of their inputs, scores a standard deviation of about 1, and logits of
-`LOGIT_SIZE`.
+vLLM's own dummy weights are so small that all tokens are equally likely. With these, branches
+keep the size of their inputs, attention scores have a standard deviation of about 1, and logits
+one of `LOGIT_SIZE`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 LOGIT_SIZE = 4.0
 
 
-def fill(model: Any, *_: Any) -> None:
-    """Draw every weight of a model that vLLM built; stands in for its loader of dummy weights."""
+def fill(model: Any) -> None:
+    """Draw every weight of a model that vLLM built."""
     generator = torch.Generator().manual_seed(0)
     kinds = {
         f"{name}.{own}" if name else own: type(module).__name__
@@ -36,7 +36,7 @@ def _drawn(name: str, weight: torch.Tensor, kind: str, generator: torch.Generato
     if own == "A_log":
         return (1 + 15 * uniform).log()
     if own == "A":
-        return -(1 + 15 * uniform)  # As the loaders of Mamba's weights store it.
+        return -(1 + 15 * uniform)  # Mamba's loaders store it negated.
     if own in ("dt_bias", "e_score_correction_bias") or name.endswith("dt_proj.bias"):
         return normal * 0.1 - (3.0 if "dt" in name else 0.0)
     if "norm" in name.lower() or "Norm" in kind:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs rows in a process of its own, which a crash or a row without end costs one row."""
+"""Makes rows in a child process, so that a crash or a hang loses one row."""
 
 from __future__ import annotations
 
@@ -7,38 +7,36 @@ import contextlib
 import json
 import os
 import select
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from testing.processes import kill_group, start_group
+
 ROOT = Path(__file__).resolve().parents[2]
 
 ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",
 }
 
 
 class WorkerError(RuntimeError):
-    """A row's process ended, or took too long."""
+    """The process of a row ended or took too long."""
 
 
 class Worker:
-    """A process that answers lines of text with lines of JSON; started again after a crash.
+    """A process that answers lines of text with lines of JSON; it restarts after a crash.
 
     Args:
         module: The module to run.
-        log: Takes what the process prints.
-        timeout: Seconds for a row, and for the start.
-        arguments: Of the module.
-        wheel: An unpacked release of vLLM instead of the installed one.
+        log: The file for the process's output.
+        timeout: Seconds for a row, including a start.
+        arguments: Arguments of the module.
+        wheel: An unpacked release of vLLM to use instead of the installed one.
     """
 
     def __init__(
@@ -47,12 +45,13 @@ class Worker:
         self._command = [sys.executable, "-m", module, *arguments]
         self._log = log
         self._timeout = timeout
-        path = [str(wheel)] if wheel else []
-        environ = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_HYBRID_KV_")}
-        environ["PYTHONPATH"] = os.pathsep.join([*path, str(ROOT)])
+        self._environment: dict[str, str | None] = {
+            **{name: None for name in os.environ if name.startswith("VLLM_HYBRID_KV_")},
+            **ENVIRONMENT,
+            "PYTHONPATH": os.pathsep.join([*([str(wheel)] if wheel else []), str(ROOT)]),
+        }
         if wheel:
-            environ["VLLM_CACHE_ROOT"] = str(wheel.parent / f"{wheel.name}-cache")
-        self._environment = {**environ, **ENVIRONMENT}
+            self._environment["VLLM_CACHE_ROOT"] = str(wheel.parent / f"{wheel.name}-cache")
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, line: str) -> Any:
@@ -62,17 +61,15 @@ class Worker:
             WorkerError: The process ended, or the answer took too long.
         """
         if self._process is None:
-            with self._log.open("a") as sink:
-                self._process = subprocess.Popen(
-                    self._command,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=sink,
-                    text=True,
-                    env=self._environment,
-                    cwd=ROOT,
-                    start_new_session=True,
-                )
+            self._process = start_group(
+                self._command,
+                self._log,
+                self._environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
+            )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -90,19 +87,14 @@ class Worker:
         )
 
     def close(self) -> None:
-        """End the process and all that it started."""
+        """Kill the process and everything that it started."""
         if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            kill_group(self._process)
             self._process = None
 
 
 @contextlib.contextmanager
-def worker(*args: Any, **more: Any) -> Iterator[Worker]:
-    """Run a worker as long as it is needed."""
-    running = Worker(*args, **more)
-    try:
+def worker(*args: Any, **options: Any) -> Iterator[Worker]:
+    """Yield a worker and close it afterwards."""
+    with contextlib.closing(Worker(*args, **options)) as running:
         yield running
-    finally:
-        running.close()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A picture of a plan: what is in one block, and what memory holds."""
+"""Draws a plan: the pages of one block, and the tokens that fit by memory."""
 
 from __future__ import annotations
 
@@ -16,29 +16,20 @@ MIB = 1 << 20
 GIB = 1 << 30
 
 KIND_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
-"""Of kinds of layers; told apart by the colour-blind as well (Paul Tol)."""
+"""Colours of kinds of layers, safe for colour-blind readers (Paul Tol)."""
 
 DTYPE_COLOURS = ("#555555", "#ee7733", "#009988", "#332288", "#882255")
-"""Of dtypes of the cache, none of them a kind's."""
+"""Colours of cache dtypes, different from those of kinds."""
 
-PADDING = "#dddddd"
-EDGE = "white"
+PADDING = {"color": "#dddddd", "hatch": "////"}
+EDGES = {"height": 0.6, "edgecolor": "white", "linewidth": 0.4}
 
 MOST_BARS = 12
 POINTS = 60
 
 
 def draw(path: Path, result: PlanResult) -> None:
-    """Draw one block of the plan that was asked for, and tokens by memory for each dtype.
-
-    Args:
-        path: The file; its ending is the format.
-        result: The plans.
-
-    Raises:
-        OSError: It cannot be written.
-        ValueError: matplotlib does not know the format.
-    """
+    """Draw one block of the plan into a file, and the tokens by memory for each cache dtype."""
     plan = result.planned.plan
     with figure(path, 1, 2, figsize=(13, 5), width_ratios=(1.15, 1)) as (drawn, (left, right)):
         drawn.suptitle(
@@ -50,7 +41,7 @@ def draw(path: Path, result: PlanResult) -> None:
 
 
 def _draw_block(axes: Any, plan: Plan) -> None:
-    """Draw a bar for each kind of group: its layers' pages, their padding, and what is left."""
+    """Draw a bar for each kind of group with its layers' pages, their padding and unused space."""
     from matplotlib.patches import Patch
 
     from vllm_hybrid_kv.tools.plan.kv_cache_plan import merge_equal
@@ -69,8 +60,8 @@ def _draw_block(axes: Any, plan: Plan) -> None:
             content = (row.page_bytes - row.padding_bytes) / MIB
             padding = row.padding_bytes / MIB
             for _ in row.layers:
-                axes.barh(y, content, left=end, color=colour[row.kind, row.stores], **_edges())
-                axes.barh(y, padding, left=end + content, color=PADDING, hatch="////", **_edges())
+                axes.barh(y, content, left=end, color=colour[row.kind, row.stores], **EDGES)
+                axes.barh(y, padding, left=end + content, **PADDING, **EDGES)
                 end += content + padding
             padded |= row.padding_bytes > 0
         if (rest := plan.block_bytes / MIB - end) > 0:
@@ -79,13 +70,7 @@ def _draw_block(axes: Any, plan: Plan) -> None:
             axes.text(end + rest / 2, y, "no layer", ha="center", va="center", color="#777777")
         share = max(row.padding for row in rows)
         blocks = " and ".join(sorted({f"{row.block_tokens:,}" for row in rows}))
-        axes.annotate(
-            f"{blocks} tokens, {100 * share:.2f} % padding",
-            (0, y - 0.42),
-            xytext=(2, 2),
-            textcoords="offset points",
-            fontsize=9,
-        )
+        axes.text(0, y - 0.38, f" {blocks} tokens, {100 * share:.2f} % padding", fontsize=9)
     axes.set_yticks(range(len(shown)), [name for name, _ in shown])
     axes.set_ylim(len(shown) - 0.4, -0.75)
     axes.set_xlim(0, plan.block_bytes / MIB)
@@ -97,18 +82,14 @@ def _draw_block(axes: Any, plan: Plan) -> None:
         for kind in kinds
     ]
     if padded:
-        legend.append(Patch(facecolor=PADDING, hatch="////", edgecolor="white", label="padding"))
+        legend.append(Patch(**PADDING, label="padding"))
     axes.legend(
         handles=legend, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False
     )
 
 
-def _edges() -> dict[str, Any]:
-    return {"height": 0.6, "edgecolor": EDGE, "linewidth": 0.4}
-
-
 def _draw_capacity(axes: Any, result: PlanResult) -> None:
-    """Draw tokens in requests of the greatest length by memory, from where one of them fits."""
+    """Draw tokens in requests of `max_model_len` by memory, from the first that fits."""
     memory = result.planned.plan.memory
     sizes = [2 * memory * (i + 1) // POINTS for i in range(POINTS)]
     for i, column in enumerate(result.dtypes):
@@ -136,7 +117,4 @@ def _draw_capacity(axes: Any, result: PlanResult) -> None:
 
 
 def _thousands(value: float) -> str:
-    for unit, letter in ((10**6, "M"), (10**3, "k")):
-        if value >= unit:
-            return f"{value / unit:g} {letter}"
-    return f"{value:g}"
+    return f"{value / 1e6:g} M" if value >= 1e6 else f"{value / 1e3:g} k"

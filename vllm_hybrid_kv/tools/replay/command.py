@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -37,6 +36,7 @@ from vllm_hybrid_kv.tools.serve_options import (
 if TYPE_CHECKING:
     from vllm_hybrid_kv.tools.plan.engine import Model
     from vllm_hybrid_kv.tools.plan.model_description import ModelDescription
+    from vllm_hybrid_kv.tools.replay.scheduler import Tally
     from vllm_hybrid_kv.tools.replay.trace import TracedRequest
 
 SCHEMA = 1
@@ -52,17 +52,7 @@ class Outcome:
         blocks: Blocks of the pool.
         block_tokens: Tokens of a block.
         match_tokens: Hits end at multiples of these tokens.
-        requests: Finished requests.
-        prompt_tokens: Tokens of their prompts.
-        hit_tokens: Prompt tokens from the cache, whose prefill was saved.
-        hit_rate: `hit_tokens / prompt_tokens`.
-        recomputed_tokens: Tokens that full attention had in the cache, and that were recomputed
-            because another group's state or window was not cached.
-        preemptions: Preempted requests, counted each time.
-        evicted_blocks: Evicted blocks by kind of KV group.
-        steps: Steps of the scheduler.
-        step_ms: Median time of a step in the scheduler.
-        request_ms: Time in the scheduler per request, all steps together.
+        tally: The counters.
         progress: The hit rate after each twentieth of the requests.
     """
 
@@ -71,17 +61,20 @@ class Outcome:
     blocks: int
     block_tokens: int
     match_tokens: int
-    requests: int
-    prompt_tokens: int
-    hit_tokens: int
-    hit_rate: float
-    recomputed_tokens: int
-    preemptions: int
-    evicted_blocks: dict[str, int]
-    steps: int
-    step_ms: float
-    request_ms: float
+    tally: Tally
     progress: list[float]
+
+    def to_json(self) -> dict[str, Any]:
+        fields = asdict(self)
+        tally = fields.pop("tally")
+        del tally["schedule_seconds"], tally["hits"]
+        return {
+            **fields,
+            **tally,
+            "hit_rate": self.tally.hit_rate,
+            "step_ms": self.tally.step_ms,
+            "request_ms": self.tally.request_ms,
+        }
 
 
 def replay(
@@ -145,7 +138,7 @@ def replay(
             for name in strategies
         ]
     write(
-        [asdict(outcome) for outcome in outcomes],
+        [outcome.to_json() for outcome in outcomes],
         lambda: _tables(outcomes, requests),
         schema=SCHEMA,
         json_=json_,
@@ -212,23 +205,13 @@ def _run(
                 progress.append(rate)
 
         tally = replayed.run(finished)
-    times = [1000 * seconds for seconds in tally.schedule_seconds]
     return Outcome(
         coordinator=coordinator,
         memory=memory,
         blocks=engine.kv_cache_config.num_blocks,
         block_tokens=engine.scheduler_block_size,
         match_tokens=hit_alignment(engine),
-        requests=tally.requests,
-        prompt_tokens=tally.prompt_tokens,
-        hit_tokens=tally.hit_tokens,
-        hit_rate=tally.hit_rate,
-        recomputed_tokens=tally.recomputed_tokens,
-        preemptions=tally.preemptions,
-        evicted_blocks=dict(tally.evicted_blocks),
-        steps=tally.steps,
-        step_ms=statistics.median(times),
-        request_ms=sum(times) / tally.requests,
+        tally=tally,
         progress=progress,
     )
 
@@ -240,22 +223,22 @@ def _tables(outcomes: Sequence[Outcome], requests: Sequence[TracedRequest]) -> I
     tokens = sum(request.input_length for request in requests)
     shared = shareable_tokens(requests) / tokens
     rows: dict[str, Callable[[Outcome], str]] = {
-        "hit rate": lambda o: f"{o.hit_rate:.2%}",
-        "prefill tokens saved": lambda o: f"{o.hit_tokens:,}",
-        "tokens recomputed without a state": lambda o: f"{o.recomputed_tokens:,}",
-        "preemptions": lambda o: f"{o.preemptions:,}",
-        "scheduler, ms per step (median)": lambda o: f"{o.step_ms:.2f}",
-        "scheduler, ms per request": lambda o: f"{o.request_ms:.1f}",
+        "hit rate": lambda o: f"{o.tally.hit_rate:.2%}",
+        "prefill tokens saved": lambda o: f"{o.tally.hit_tokens:,}",
+        "tokens recomputed without a state": lambda o: f"{o.tally.recomputed_tokens:,}",
+        "preemptions": lambda o: f"{o.tally.preemptions:,}",
+        "scheduler, ms per step (median)": lambda o: f"{o.tally.step_ms:.2f}",
+        "scheduler, ms per request": lambda o: f"{o.tally.request_ms:.1f}",
         "match unit, tokens": lambda o: f"{o.match_tokens:,}",
         "block, tokens": lambda o: f"{o.block_tokens:,}",
         "blocks": lambda o: f"{o.blocks:,}",
     }
     for memory in dict.fromkeys(outcome.memory for outcome in outcomes):
         columns = [outcome for outcome in outcomes if outcome.memory == memory]
-        kinds = dict.fromkeys(kind for outcome in columns for kind in outcome.evicted_blocks)
+        kinds = dict.fromkeys(kind for outcome in columns for kind in outcome.tally.evicted_blocks)
         evicted = {
             f"evicted blocks, {kind.replace('_', ' ')}": (
-                lambda o, kind=kind: f"{o.evicted_blocks.get(kind, 0):,}"
+                lambda o, kind=kind: f"{o.tally.evicted_blocks.get(kind, 0):,}"
             )
             for kind in kinds
         }
@@ -282,7 +265,7 @@ def _draw(path: Path, outcomes: Sequence[Outcome]) -> None:
             if sweep:
                 rows.sort(key=lambda row: row.memory)
                 x: list[Any] = [row.memory / (1 << 30) for row in rows]
-                axes.plot(x, [100 * row.hit_rate for row in rows], marker="o", label=name)
+                axes.plot(x, [100 * row.tally.hit_rate for row in rows], marker="o", label=name)
             else:
                 rates = rows[0].progress
                 x = [100 * (i + 1) / len(rates) for i in range(len(rates))]

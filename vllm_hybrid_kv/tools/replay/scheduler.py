@@ -8,6 +8,7 @@ what they send to workers, not in lookups and evictions.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -75,6 +76,16 @@ class Tally:
     def hit_rate(self) -> float:
         """The share of prompt tokens from the cache, from 0 to 1."""
         return self.hit_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    @property
+    def step_ms(self) -> float:
+        """The median time of a step in the scheduler."""
+        return 1000 * statistics.median(self.schedule_seconds)
+
+    @property
+    def request_ms(self) -> float:
+        """The time in the scheduler per request."""
+        return 1000 * sum(self.schedule_seconds) / self.requests
 
 
 class Replay:
