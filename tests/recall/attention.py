@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention for training on a CPU, where torch's own is slow for short and for sliding windows."""
+"""Attention for training on a CPU; torch's is slow for short sequences and sliding windows."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 SHORT = 256
-"""Up to this length the whole matrix of scores is the fastest."""
+"""Tokens up to which the whole matrix of scores is fastest."""
 
 
 def use_short_attention(model: PreTrainedModel) -> None:
-    """Let a model of transformers attend with `attend`; its sequences need no padding."""
+    """Make a model of transformers use `attend`; its sequences must not be padded."""
     ALL_ATTENTION_FUNCTIONS.register("recall", attend)
     model.config._attn_implementation = "recall"
 
@@ -28,7 +28,7 @@ def attend(
     sliding_window: int | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """Return causal attention of `[batch, heads, tokens, head size]` with tokens before heads."""
+    """Return causal attention, [batch, tokens, heads, size] from [batch, heads, tokens, size]."""
     length = query.shape[2]
     if sliding_window is not None and length > 2 * sliding_window:
         out = _banded(query, key, value, scaling, sliding_window)
@@ -61,7 +61,7 @@ def _whole(
 def _banded(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int
 ) -> torch.Tensor:
-    """Attend from each window's tokens to those of it and of the window before it."""
+    """Attend from the tokens of each window to that window and the one before."""
     batch, heads, length, size = query.shape
     count = length // window
 

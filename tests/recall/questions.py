@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the recall models are asked on an engine, and how their answers are counted."""
+"""Prompts for the recall models, and counts of their right answers by place."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import numpy as np
 from tests.recall.sequences import ANSWER, COPY, Sequence, copy_sequence, recall_sequence
 
 DISTANCES = (128, 512, 1024, 2048)
-"""Upper ends of the bands by which questions are counted, in tokens back to what is asked for."""
+"""Upper ends of the bands of distance between a question and its answer's source, in tokens."""
 DEPTHS = 4
-"""Parts of what stands before the first question, by which they are counted as well."""
+"""Number of parts of the tokens before the first question."""
 
 Place = tuple[int, int]
-"""Band of distance and part of what stands before the first question."""
+"""A band of distance, and the part that contains the source."""
 
 
 @dataclass
 class Tally:
-    """Questions asked and answered rightly, by place.
+    """Answers by place.
 
     Attributes:
         asked: Number of questions.
-        right: Number of those for which the right answer was the likeliest.
-        surprise: The right answers' log-probabilities, added up and negated.
+        right: Number of questions whose right answer was the most probable token.
+        surprise: Sum of the right answers' negative log-probabilities.
     """
 
     asked: Counter[Place] = field(default_factory=Counter)
@@ -45,7 +45,7 @@ class Tally:
         return self.surprise / self.asked.total()
 
     def shares(self) -> dict[Place, float]:
-        """Return the share of right answers of each place."""
+        """Return the share of right answers by place."""
         return {place: self.right[place] / asked for place, asked in sorted(self.asked.items())}
 
     def count(self, place: Place, right: bool, logprob: float = 0.0) -> None:
@@ -55,41 +55,36 @@ class Tally:
         self.surprise -= logprob
 
     def table(self) -> str:
-        """Return the shares as a table, a line for each band of distances."""
+        """Return the counts as text, with a line for each band of distance."""
         lines = []
-        for distance in DISTANCES:
-            cells = [
-                f"{self.right[distance, depth]:5d}/{self.asked[distance, depth]:<5d}"
-                for depth in range(DEPTHS)
-            ]
-            lines.append(f"up to {distance:4d} back: {' '.join(cells)}")
+        for band in DISTANCES:
+            counts = ((self.right[band, part], self.asked[band, part]) for part in range(DEPTHS))
+            cells = " ".join(f"{right:5d}/{asked:<5d}" for right, asked in counts)
+            lines.append(f"up to {band:4d} back: {cells}")
         return "\n".join([*lines, f"all: {self.share:.2%}, loss {self.loss:.4f}"])
 
 
 def place(index: int, source: int, first: int) -> Place:
-    """Return where a question at `index` belongs whose answer stands at `source`.
-
-    The first question of the sequence is at `first`.
-    """
+    """Return the place of the question at `index`; the first question is at `first`."""
     distance = next(band for band in DISTANCES if index - source <= band)
     return distance, int(source) * DEPTHS // int(first)
 
 
-def sheets(seed: int, lengths: Iterable[int], text_share: float = 0.0) -> list[Sequence]:
-    """Return sequences with a question for every second pair."""
+def sheets(seed: int, lengths: Iterable[int]) -> list[Sequence]:
+    """Return sequences of pairs without text, with a question for every second pair."""
     draw = np.random.default_rng(seed)
-    return [recall_sequence(draw, length, text_share, length // 5) for length in lengths]
+    return [recall_sequence(draw, length, 0.0, length // 5) for length in lengths]
 
 
 def count_answers(
     sequences: list[Sequence], ranks: list[list[int]], logprobs: list[list[float]]
 ) -> Tally:
-    """Count the answers that were the likeliest token.
+    """Count the answers that were the most probable token.
 
     Args:
-        sequences: What was sent.
-        ranks: Of each sequence's tokens from the second on; 1 is the likeliest.
-        logprobs: Of the same tokens.
+        sequences: The prompts.
+        ranks: Ranks of each prompt's tokens from the second on; 1 is the most probable.
+        logprobs: Log-probabilities of the same tokens.
     """
     tally = Tally()
     for sequence, rank, logprob in zip(sequences, ranks, logprobs, strict=True):
@@ -103,28 +98,21 @@ def count_answers(
 def questions_one_by_one(
     sequence: Sequence, count: int
 ) -> tuple[list[list[int]], list[int], list[Place]]:
-    """Return prompts of a sequence up to where its questions begin, and one question each.
-
-    Returns:
-        Prompts, their answers and places.
-    """
+    """Return prompts with a sequence up to its first question and one question, answers, places."""
     answers = np.flatnonzero(sequence.kinds == ANSWER)
-    beginning = sequence.tokens[: answers[0] - 1].tolist()
+    start = sequence.tokens[: answers[0] - 1].tolist()
     prompts, wanted, places = [], [], []
     for index in answers[:: max(1, len(answers) // count)][:count]:
-        prompts.append([*beginning, int(sequence.tokens[index - 1])])
+        prompts.append([*start, int(sequence.tokens[index - 1])])
         wanted.append(int(sequence.tokens[index]))
-        places.append(place(len(beginning) + 1, sequence.sources[index], answers[0]))
+        places.append(place(len(start) + 1, sequence.sources[index], answers[0]))
     return prompts, wanted, places
 
 
 def copies(seed: int, lengths: Iterable[int]) -> tuple[list[list[int]], list[list[int]]]:
-    """Return prompts of symbols up to the copy mark and one symbol more, and what must follow."""
+    """Return prompts up to the copy mark and one more symbol, and the tokens that must follow."""
     draw = np.random.default_rng(seed)
-    prompts, wanted = [], []
-    for length in lengths:
-        tokens = copy_sequence(draw, length, 0.0).tokens.tolist()
-        cut = tokens.index(COPY) + 2
-        prompts.append(tokens[:cut])
-        wanted.append(tokens[cut:])
-    return prompts, wanted
+    drawn = [copy_sequence(draw, length, 0.0).tokens.tolist() for length in lengths]
+    cuts = [tokens.index(COPY) + 2 for tokens in drawn]
+    pairs = list(zip(drawn, cuts, strict=True))
+    return [tokens[:cut] for tokens, cut in pairs], [tokens[cut:] for tokens, cut in pairs]

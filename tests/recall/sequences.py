@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the recall models are trained on and asked: recall, copying, and ordinary text.
+"""The sequences that the recall models are trained and tested on: recall, copying, text.
 
-The vocabulary has three parts: a few marks, the 256 bytes, of which text is made, and symbols
-that mean nothing. A symbol's first half are keys, its second half values.
+The vocabulary has a few marks, the 256 bytes, of which text consists, and symbols without a
+meaning. The first half of the symbols are keys, the second half values.
 
-* recall: pairs of a key and its value stand between pieces of text; behind all of it keys are
-  repeated, each but once, and each must be followed by its value. Which value belongs to which
-  key is drawn anew for each sequence, so that it can only be read from the cache.
-* copying: different symbols, the copy mark, and from some symbol on the same symbols again.
+* recall: pairs of a key and its value between pieces of text, then keys again, each followed by
+  its value. Values are drawn for each sequence, so only the cache has the answer.
+* copy: different symbols, the copy mark, and from some symbol on the same symbols again.
 * text: bytes of Python's own documentation, `pydoc_data.topics`.
 """
 
@@ -22,7 +21,7 @@ import numpy as np
 
 BOS, EOS, PAD, COPY = range(4)
 FIRST_BYTE = 8
-"""Ids from 4 to here are kept for later."""
+"""Ids from 4 to here are reserved."""
 FIRST_SYMBOL = FIRST_BYTE + 256
 VOCAB_SIZE = 2048
 FIRST_VALUE = (FIRST_SYMBOL + VOCAB_SIZE) // 2
@@ -30,17 +29,17 @@ KEYS = FIRST_VALUE - FIRST_SYMBOL
 SYMBOLS = VOCAB_SIZE - FIRST_SYMBOL
 
 NO_LABEL, ANSWER, TEXT = 0, 1, 2
-"""Kinds of tokens: what cannot be known, what can be recalled, what can be guessed."""
+"""Kinds of tokens: unpredictable, recallable, guessable."""
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """A sequence and what is known of its tokens.
+    """A sequence and labels of its tokens.
 
     Attributes:
         tokens: Ids.
         kinds: `NO_LABEL`, `ANSWER` or `TEXT` for each token.
-        sources: For each `ANSWER`, the index of the token that it repeats; -1 elsewhere.
+        sources: For each `ANSWER`, the index of the token that it repeats; -1 otherwise.
     """
 
     tokens: np.ndarray
@@ -50,7 +49,7 @@ class Sequence:
 
 @functools.cache
 def corpus() -> np.ndarray:
-    """Return the text as ids, without its last tenth, which is kept for `held_out`."""
+    """Return the text for training as ids: all but the last tenth."""
     return _text()[: -len(_text()) // 10]
 
 
@@ -73,18 +72,16 @@ def _piece(draw: np.random.Generator, length: int) -> np.ndarray:
 
 
 class _Writer:
-    """Collects a sequence."""
-
     def __init__(self) -> None:
         self.parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.length = 0
+        self.write([BOS])
 
-    def write(self, tokens: np.ndarray, kind: int = NO_LABEL, source: int = -1) -> int:
-        """Append tokens, of which the first repeats the one at `source`; return their place."""
+    def write(self, tokens: np.ndarray | list[int], kind: int = NO_LABEL, source: int = -1) -> int:
+        """Append tokens, the first of which repeats the one at `source`; return their index."""
         at, count = self.length, len(tokens)
-        kinds = np.full(count, kind)
         sources = source + np.arange(count) if source >= 0 else np.full(count, -1)
-        self.parts.append((np.asarray(tokens), kinds, sources))
+        self.parts.append((np.asarray(tokens), np.full(count, kind), sources))
         self.length += count
         return at
 
@@ -93,9 +90,8 @@ class _Writer:
 
 
 def text_sequence(draw: np.random.Generator, length: int) -> Sequence:
-    """Return ordinary text."""
+    """Return a sequence of ordinary text."""
     writer = _Writer()
-    writer.write(np.array([BOS]))
     writer.write(_piece(draw, length - 1), TEXT)
     return writer.done()
 
@@ -106,25 +102,23 @@ def copy_sequence(
     """Return symbols, text and a part of the symbols again.
 
     Args:
-        draw: Source of chance.
+        draw: Random generator.
         length: Tokens.
-        text_share: How much of the sequence is text between the symbols and their copy; drawn
-            if None.
+        text_share: Share of text between the symbols and their copy; drawn if None.
     """
     if text_share is None:
         text_share = draw.choice([0.0, 0.0, 0.3, 0.8])
     text = int((length - 4) * text_share)
     count = (length - 2 - text) // 2
-    # The copy may begin anywhere; where not at the start, one symbol says where.
+    # A copy that does not begin at the first symbol needs one symbol that shows where.
     start = 0 if draw.random() < 0.5 else int(draw.integers(0, max(1, count // 2)))
     count = min(SYMBOLS, length - 2 - text - count + start)
     symbols = FIRST_SYMBOL + draw.permutation(SYMBOLS)[:count]
     writer = _Writer()
-    writer.write(np.array([BOS]))
     at = writer.write(symbols)
     copied = min(count - start, length - 2 - count - text)
     writer.write(_piece(draw, length - 2 - count - copied), TEXT)
-    writer.write(np.array([COPY]))
+    writer.write([COPY])
     again = symbols[start : start + copied]
     if start:
         writer.write(again[:1])
@@ -142,15 +136,14 @@ def recall_sequence(
     """Return pairs between pieces of text, and some of their keys again with their values.
 
     Args:
-        draw: Source of chance.
+        draw: Random generator.
         length: Tokens.
-        text_share: How much of what stands before the questions is text; drawn if None.
-        questions: Pairs to ask for; drawn if None.
+        text_share: Share of text before the questions; drawn if None.
+        questions: Number of keys that are repeated; drawn if None, at most one for each pair.
     """
     if text_share is None:
         text_share = draw.choice([0.0, 0.3, 0.6, 0.9])
     if questions is None:
-        # As many as there are pairs, at most.
         share = (1 - text_share) / (2 - text_share)
         questions = max(1, int(length // 2 * share * draw.uniform(0.4, 1)))
     room = length - 1 - 2 * questions
@@ -159,19 +152,18 @@ def recall_sequence(
     values = draw.integers(FIRST_VALUE, VOCAB_SIZE, pairs)
     text = room - 2 * pairs
     writer = _Writer()
-    writer.write(np.array([BOS]))
     cuts = np.sort(draw.integers(0, text + 1, pairs))
     places, before = [], 0
     for key, value, cut in zip(keys, values, cuts, strict=True):
         if cut > before:
             writer.write(_piece(draw, cut - before), TEXT)
             before = cut
-        places.append(writer.write(np.array([key, value])) + 1)
+        places.append(writer.write([key, value]) + 1)
     if text > before:
         writer.write(_piece(draw, text - before), TEXT)
-    for asked in draw.permutation(pairs)[:questions]:
-        writer.write(keys[asked : asked + 1])
-        writer.write(values[asked : asked + 1], ANSWER, places[asked])
+    for pair in draw.permutation(pairs)[:questions]:
+        writer.write([keys[pair]])
+        writer.write([values[pair]], ANSWER, places[pair])
     return writer.done()
 
 

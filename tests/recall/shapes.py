@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recall models: their shapes, and how they are written."""
+"""The shapes of the recall models, and their files."""
 
 from __future__ import annotations
 
@@ -21,21 +21,31 @@ from tests.recall.sequences import BOS, EOS, FIRST_BYTE, FIRST_SYMBOL, PAD, VOCA
 
 WINDOW = 64
 
+COMMON = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+}
+
 
 def gemma3_config() -> Gemma3TextConfig:
-    """Return a shape in which all that is further back than some windows goes by one layer.
+    """Return a shape in which one layer carries everything older than a few windows.
 
-    vLLM leaves the first two and the last two attention layers of a dense model unquantised.
-    Here those see `WINDOW` tokens, so that what is recalled from afar comes from a k8v4 page.
+    vLLM leaves the first and last two attention layers of a dense model unquantised. Here those
+    see `WINDOW` tokens, so that distant recall reads k8v4 pages.
     """
-    head_size, sliding = 64, "sliding_attention"
+    sliding = "sliding_attention"
     return Gemma3TextConfig(
-        **_common(128, 5),
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=head_size,
+        **COMMON,
+        num_hidden_layers=5,
+        head_dim=64,
         intermediate_size=768,
-        query_pre_attn_scalar=head_size,
+        query_pre_attn_scalar=64,
         sliding_window=WINDOW,
         layer_types=[sliding, sliding, "full_attention", sliding, sliding],
         rope_parameters={
@@ -47,11 +57,10 @@ def gemma3_config() -> Gemma3TextConfig:
 
 
 def qwen3_next_config() -> Qwen3NextConfig:
-    """Return a shape of Gated DeltaNet and full attention in turn, with experts."""
+    """Return a shape with alternating Gated DeltaNet and full attention, and with experts."""
     return Qwen3NextConfig(
-        **_common(128, 4),
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **COMMON,
+        num_hidden_layers=4,
         head_dim=128,
         intermediate_size=256,
         linear_num_key_heads=2,
@@ -78,39 +87,25 @@ SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
-def _common(hidden_size: int, layers: int) -> dict[str, object]:
-    return {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": hidden_size,
-        "num_hidden_layers": layers,
-        "max_position_embeddings": 4096,
-        "bos_token_id": BOS,
-        "eos_token_id": EOS,
-        "pad_token_id": PAD,
-    }
-
-
 def save(model: PreTrainedModel, folder: Path, curve: list[dict[str, float]]) -> None:
     """Write a model in bfloat16, its tokenizer and its training curve."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
-    # Names of experts' weights are those of the real models only if transformers writes them.
+    # transformers converts the names of experts' weights to those of the real models.
     model.save_pretrained(folder, state_dict=state)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps({**config, "dtype": "bfloat16"}, indent=2) + "\n"
-    )
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "model.safetensors").chmod(0o644)
-    build_tokenizer(folder)
+    build_tokenizer().save_pretrained(folder)
     lines = ",\n".join(json.dumps(point) for point in curve)
     (folder / "curve.json").write_text(f"[\n{lines}\n]\n")
 
 
-def build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Write a tokenizer that makes each byte of a text a token; symbols cannot be written."""
-    alphabet = _bytes_to_letters()
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer with a token for each byte; text cannot express symbols."""
+    alphabet = _letters_of_bytes()
     names = [f"<|{name}|>" for name in ("begin", "end", "pad", "copy", "4", "5", "6", "7")]
     names += [alphabet[byte] for byte in range(256)]
     names += [f"<|symbol {i}|>" for i in range(VOCAB_SIZE - FIRST_SYMBOL)]
@@ -119,20 +114,19 @@ def build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=names[BOS],
         eos_token=names[EOS],
         pad_token=names[PAD],
         model_max_length=4096,
     )
-    fast.save_pretrained(folder)
-    return fast
 
 
-def _bytes_to_letters() -> dict[int, str]:
-    """Return the letters in which byte-level tokenizers write bytes, as GPT-2 chose them."""
+def _letters_of_bytes() -> dict[int, str]:
+    """Return the letter that byte-level tokenizers such as GPT-2's use for each byte."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = {byte: chr(byte) for byte in printable}
-    others = [byte for byte in range(256) if byte not in letters]
-    return letters | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + i) for i, byte in enumerate(others)
+    }

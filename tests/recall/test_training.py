@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the recall models were trained on, with and to; tests/e2e/test_recall.py asks them."""
+"""Training data and results of the recall models; tests/e2e/test_recall.py queries the models."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from tests.recall.attention import attend
 from tests.recall.sequences import ANSWER, FIRST_BYTE, KINDS, TEXT, held_out
-from tests.recall.shapes import SHAPES
+from tests.recall.shapes import SHAPES, build_tokenizer
 from tests.recall.train import LENGTHS, train
 
 MODELS = Path(__file__).parent / "models"
@@ -21,7 +21,7 @@ MODELS = Path(__file__).parent / "models"
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("length", LENGTHS)
-def test_every_answer_stands_in_the_sequence_before(kind: str, length: int) -> None:
+def test_every_answer_repeats_an_earlier_token(kind: str, length: int) -> None:
     draw = np.random.default_rng(length)
     answers = 0
     for _ in range(20):
@@ -35,17 +35,17 @@ def test_every_answer_stands_in_the_sequence_before(kind: str, length: int) -> N
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_a_key_tells_its_answer_and_nothing_else_does(length: int) -> None:
+def test_a_key_determines_its_answer(length: int) -> None:
     sequence = KINDS["recall"](np.random.default_rng(length), length)
     tokens = sequence.tokens.tolist()
     (places,) = (sequence.kinds == ANSWER).nonzero()
     for place in places:
-        # The key stands twice: before what it tells, and where it is asked for.
+        # A key occurs twice: before its value, and in the question.
         assert tokens.count(tokens[place - 1]) == 2
         assert tokens[place - 1] == tokens[sequence.sources[place] - 1]
 
 
-def test_text_is_bytes_of_pythons_documentation() -> None:
+def test_text_is_pythons_documentation() -> None:
     text = bytes((held_out() - FIRST_BYTE).astype(np.uint8)).decode()
     assert "statement" in text
     draw = np.random.default_rng(0)
@@ -54,7 +54,7 @@ def test_text_is_bytes_of_pythons_documentation() -> None:
 
 @pytest.mark.parametrize("length", [64, 256, 512])
 @pytest.mark.parametrize("window", [None, 64])
-def test_attention_for_training_is_attention(length: int, window: int | None) -> None:
+def test_attention_for_training_equals_torchs(length: int, window: int | None) -> None:
     generator = torch.Generator().manual_seed(length)
     query, key, value = (
         torch.randn(2, heads, length, 32, generator=generator) for heads in (4, 2, 2)
@@ -69,18 +69,18 @@ def test_attention_for_training_is_attention(length: int, window: int | None) ->
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_committed_model_is_of_the_shape_that_the_script_trains(shape: str) -> None:
+def test_a_committed_model_has_the_shape_of_the_script(shape: str) -> None:
     config, expected = AutoConfig.from_pretrained(MODELS / shape), SHAPES[shape]()
     for name in ("hidden_size", "num_hidden_layers", "layer_types", "vocab_size", "head_dim"):
         assert getattr(config, name) == getattr(expected, name)
     with safe_open(MODELS / shape / "model.safetensors", "pt") as weights:
         tensors = [weights.get_tensor(name) for name in weights.keys()]  # noqa: SIM118
     assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
-    assert sum(tensor.numel() for tensor in tensors) > 2_000_000
+    assert 2_000_000 < sum(tensor.numel() for tensor in tensors) < 2_500_000
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_training_curve_ends_in_recall_at_full_length(shape: str) -> None:
+def test_the_training_curve_ends_with_recall_at_full_length(shape: str) -> None:
     curve = json.loads((MODELS / shape / "curve.json").read_text())
     assert curve[0]["recall"] < 0.7
     assert curve[-1]["length"] == LENGTHS[-1]
@@ -88,17 +88,14 @@ def test_the_training_curve_ends_in_recall_at_full_length(shape: str) -> None:
     assert curve[-1]["seconds"] < 3600
 
 
-def test_the_weights_are_small_enough_to_be_committed() -> None:
-    assert sum(path.stat().st_size for path in MODELS.rglob("*.safetensors")) <= 12e6
-
-
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_tokenizer_writes_a_byte_as_a_token(shape: str) -> None:
+def test_the_tokenizer_makes_a_token_of_each_byte(shape: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODELS / shape)
     text = "Größe: 1\n"
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert ids == [FIRST_BYTE + byte for byte in text.encode()]
     assert tokenizer.decode(ids) == text
+    assert tokenizer.get_vocab() == build_tokenizer().get_vocab()
 
 
 def test_training_learns_within_a_few_steps(tmp_path: Path) -> None:

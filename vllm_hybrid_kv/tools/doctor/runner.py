@@ -28,7 +28,7 @@ class Finding:
 
     Attributes:
         severity: A key of `EXIT_STATUS`.
-        check: A public name; docs/doctor.md lists them.
+        check: A public name; docs/troubleshooting.md lists them.
         message: What is wrong, with the values.
         remedy: What to do about it; empty if nothing has to be done.
     """

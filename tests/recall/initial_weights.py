@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weights that training begins with.
+"""Initial weights of the recall models.
 
-transformers' own initialisation, a standard deviation of 0.02 everywhere, shrinks signals
-fourfold with each map at this size, and Gated DeltaNet begins by forgetting within a token: such
-a model stays at chance for thousands of steps. Here all maps begin with unit gain, and two of
-them nearer to what they have to become: the first layer writes what the token before was, and
-the first layer of full attention looks for tokens behind one like its own ("induction"). What
-is left to learn is to tell signal from noise, over 2,000 tokens, and when to recall at all.
+transformers' initialisation, a standard deviation of 0.02, shrinks signals fourfold in each map of
+this size, and Gated DeltaNet forgets within a token: such models stay at chance for thousands of
+steps. Here all maps start with unit gain, and two start close to their purpose: the first layer
+writes the token before, and the first layer of full attention looks for tokens after one like its
+own ("induction"). Training has to learn to tell signal from noise over 2,000 tokens, and when to
+recall.
 """
 
 from __future__ import annotations
@@ -20,36 +20,38 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from tests.recall.shapes import SHAPES
 
 KEY_SIZE = 2.5
-"""Keys' standard deviation at the start: large, as real models' are."""
+"""Initial standard deviation of keys: large, as in real models."""
 QUERY_SIZE = 1.0
 RECALLED_SIZE = 2.5
-"""How much larger than an embedding is what is found."""
+"""Size of the recalled value relative to an embedding."""
 
 
 def new_model(name: str) -> PreTrainedModel:
-    """Return a model in float32 whose weights are drawn with torch's own generator."""
+    """Rerotation a model in float32 with weights from torch's global generator."""
     config = SHAPES[name]()
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             _initialise(parameter_name, parameter, config)
-        # Nothing has a bias; a direction that all embeddings share takes its place.
+        # There are no biases; a direction that all embeddings share replaces them.
         shared = torch.randn(config.hidden_size)
         shared *= math.sqrt(config.hidden_size) / shared.norm()
-        turn = _orthogonal(config.hidden_size)
+        rotation = _orthogonal(config.hidden_size)
         if name == "qwen3-next":
             model.lm_head.weight.copy_(model.model.embed_tokens.weight)
             model.lm_head.weight.div_(math.sqrt(config.hidden_size))
             model.model.embed_tokens.weight.add_(shared)
             for layer in model.model.layers:
                 if hasattr(layer, "linear_attn"):
-                    _begin_as_convolution(layer.linear_attn, shared)
-            _write_the_token_before_by_convolution(model.model.layers[0].linear_attn, shared, turn)
+                    _start_as_convolution(layer.linear_attn, shared)
+            _write_the_token_before_by_convolution(
+                model.model.layers[0].linear_attn, shared, rotation
+            )
         else:
             model.model.embed_tokens.weight.add_(shared / math.sqrt(config.hidden_size))
-            _write_the_token_before_by_attention(model.model.layers[0], config, shared, turn)
+            _write_the_token_before_by_attention(model.model.layers[0], config, shared, rotation)
         full = model.model.layers[config.layer_types.index("full_attention")]
-        _look_behind_the_same_token(full.self_attn, config, shared, turn)
+        _look_behind_the_same_token(full.self_attn, config, shared, rotation)
         if name == "gemma3":
             full.post_attention_layernorm.weight.fill_(RECALLED_SIZE - 1)
     return model
@@ -60,24 +62,24 @@ def _orthogonal(size: int) -> torch.Tensor:
 
 
 def _without(direction: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Return rows that do not read a direction."""
+    """Rerotation rows without their component in a direction."""
     return rows - (rows @ direction)[..., None] * direction / direction.square().sum()
 
 
 def _initialise(name: str, parameter: nn.Parameter, config: PreTrainedConfig) -> None:
     part = name.removesuffix(".weight").rsplit(".", 1)[-1]
-    # Both multiply by 1 + weight in all norms but Gated DeltaNet's own.
+    # All norms multiply by 1 + weight, except the norm inside Gated DeltaNet.
     if part == "k_norm":
         parameter.fill_(KEY_SIZE - 1)
     elif part == "q_norm":
         parameter.fill_(QUERY_SIZE - 1)
     elif part.startswith("post_") and config.model_type == "gemma3_text":
-        # The norms behind attention and MLP decide how much of either is added.
+        # The norms after attention and MLP scale what the residual stream gets.
         parameter.fill_(-0.7)
     elif part.endswith(("norm", "layernorm")):
         parameter.fill_(1.0 if "linear_attn" in name else 0.0)
     elif part == "A_log":
-        # A token leaves exp(-A softplus(a + dt_bias)) of the state: of one head 0.3, of one 0.9.
+        # A token keeps exp(-A softplus(a + dt_bias)) of the state: 0.3 in one head, 0.9 in one.
         parameter.copy_(torch.linspace(math.log(10.0), 0.0, len(parameter)))
     elif part == "dt_bias":
         parameter.fill_(-2.0)
@@ -93,8 +95,8 @@ def _initialise(name: str, parameter: nn.Parameter, config: PreTrainedConfig) ->
         parameter.normal_(std=gain / math.sqrt(parameter.shape[-1]))
 
 
-def _begin_as_convolution(mixer: nn.Module, shared: torch.Tensor) -> None:
-    """Let Gated DeltaNet read what it just wrote: queries are keys, and its gate is open."""
+def _start_as_convolution(mixer: nn.Module, shared: torch.Tensor) -> None:
+    """Make queries equal keys and open the gate, so that the layer reads what it just wrote."""
     key, value = mixer.head_k_dim, mixer.head_v_dim * mixer.num_v_heads // mixer.num_k_heads
     heads = mixer.in_proj_qkvz.weight.view(mixer.num_k_heads, 2 * key + 2 * value, -1)
     heads[:, :key] = heads[:, key : 2 * key]
@@ -106,25 +108,25 @@ def _begin_as_convolution(mixer: nn.Module, shared: torch.Tensor) -> None:
 
 
 def _write_the_token_before_by_convolution(
-    mixer: nn.Module, shared: torch.Tensor, turn: torch.Tensor
+    mixer: nn.Module, shared: torch.Tensor, rotation: torch.Tensor
 ) -> None:
-    """Let values be those of the token before, and the output that token, turned."""
+    """Make values those of the token before, and the output that token, rotated."""
     key, value = mixer.head_k_dim, mixer.head_v_dim * mixer.num_v_heads // mixer.num_k_heads
     reads = _without(shared, _orthogonal(mixer.hidden_size)[: mixer.value_dim])
     heads = mixer.in_proj_qkvz.weight.view(mixer.num_k_heads, 2 * key + 2 * value, -1)
     heads[:, 2 * key : 2 * key + value] = reads.view(mixer.num_k_heads, value, -1)
     taps = mixer.conv1d.weight[2 * mixer.key_dim :]
     taps.mul_(0.2)[..., -2] += 1
-    mixer.out_proj.weight.copy_(turn @ reads.T * 0.6)
+    mixer.out_proj.weight.copy_(rotation @ reads.T * 0.6)
 
 
 def _write_the_token_before_by_attention(
-    layer: nn.Module, config: PreTrainedConfig, shared: torch.Tensor, turn: torch.Tensor
+    layer: nn.Module, config: PreTrainedConfig, shared: torch.Tensor, rotation: torch.Tensor
 ) -> None:
-    """Let all heads of a layer look one token back, and write that token, turned."""
+    """Make all heads of a layer look one token back, and write that token, rotated."""
     size, attention = config.head_dim, layer.self_attn
     theta = config.rope_parameters[config.layer_types[0]]["rope_theta"]
-    # Rotary embeddings turn these few pairs of dims fast enough to tell neighbours apart.
+    # Rotary embeddings rotate only these pairs of dims fast enough to separate neighbours.
     fast = torch.arange(4)
     angle = theta ** (-2 * fast / size)
     constant = shared / shared.square().sum()
@@ -139,7 +141,7 @@ def _write_the_token_before_by_attention(
     reads = _without(shared, reads)
     attention.v_proj.weight.copy_(reads)
     group = config.num_attention_heads // config.num_key_value_heads
-    writes = (turn @ reads.T).view(config.hidden_size, -1, 1, size)
+    writes = (rotation @ reads.T).view(config.hidden_size, -1, 1, size)
     attention.o_proj.weight.copy_(
         writes.expand(-1, -1, group, -1).reshape(config.hidden_size, -1) / group
     )
@@ -147,22 +149,22 @@ def _write_the_token_before_by_attention(
 
 
 def _look_behind_the_same_token(
-    attention: nn.Module, config: PreTrainedConfig, shared: torch.Tensor, turn: torch.Tensor
+    attention: nn.Module, config: PreTrainedConfig, shared: torch.Tensor, rotation: torch.Tensor
 ) -> None:
-    """Let queries look for tokens behind one like their own, and write what those are."""
+    """Make queries look for tokens after one like their own, and write those tokens."""
     hidden, size = config.hidden_size, config.head_dim
     groups = config.num_key_value_heads
     group = config.num_attention_heads // groups
     gated = len(attention.q_proj.weight) > config.num_attention_heads * size
     rows = _without(shared, torch.randn(groups, size, hidden) / math.sqrt(hidden))
-    # Dims that rotary embeddings turn within some thousand tokens cannot compare from afar.
+    # Dims that rotary embeddings rotate within a few thousand tokens cannot match over distance.
     if gated:
         rows[:, : size // 4] *= 0.3
     else:
         rows.view(groups, 2, size // 2, hidden)[:, :, : size // 4] *= 0.2
     queries = attention.q_proj.weight.view(groups, group, -1, hidden)
     queries[:, :, :size] = rows[:, None]
-    attention.k_proj.weight.copy_((rows @ turn.T).reshape(groups * size, hidden))
+    attention.k_proj.weight.copy_((rows @ rotation.T).reshape(groups * size, hidden))
     reads = _without(shared, torch.randn(groups * size, hidden) / math.sqrt(hidden))
     attention.v_proj.weight.copy_(reads)
     writes = reads.T.reshape(hidden, groups, 1, size).expand(-1, -1, group, -1)
