@@ -95,8 +95,8 @@ class Plan:
 def planning(model: Path, folder: Path) -> Iterator[Plan]:
     """Plan a bf16 cache in parallel with a `with` block."""
     file, log = folder / "bf16-plan.json", folder / "bf16-plan.log"
-    command = [Path(sys.executable).with_name("vllm-hybrid-kv"), "plan", model, *PLAN_ARGUMENTS]
-    process = start_group([*command, "--json", file], log)
+    ours = Path(sys.executable).with_name("vllm-hybrid-kv")
+    process = start_group([ours, "plan", model, *PLAN_ARGUMENTS, "--json", file], log)
     try:
         yield Plan(process, file, log)
     finally:

@@ -124,19 +124,20 @@ def choose_prompts(
     return [rest[int(i * step)] for i in range(count - count // 2)] + long
 
 
-def assert_same(outputs: Sequence[Output], expected: Sequence[Output], case: Case) -> None:
-    """Assert equal tokens, and log-probabilities that differ by no more than rounding."""
-    found = compare(outputs, expected, case.bounds, whole=True)
-    assert not found.different, f"outputs differ: {'; '.join(found.different[:3])}"
-
-
-def assert_same_until_close(
-    outputs: Sequence[Output], expected: Sequence[Output], case: Case, at_least: int
+def assert_same(
+    outputs: Sequence[Output], expected: Sequence[Output], case: Case, decisive: int | None = None
 ) -> None:
-    """Assert the same of tokens before the first close choice, `at_least` so many in all."""
-    found = compare(outputs, expected, case.bounds)
+    """Assert equal tokens, and log-probabilities that differ by no more than rounding.
+
+    Args:
+        outputs: The outputs to check.
+        expected: The outputs of the reference.
+        case: Defines rounding.
+        decisive: Compare only tokens before the first close choice, at least so many in all.
+    """
+    found = compare(outputs, expected, case.bounds, whole=decisive is None)
     assert not found.different, f"outputs differ: {'; '.join(found.different[:3])}"
-    assert found.tokens >= at_least
+    assert found.tokens >= (decisive or 1)
 
 
 def run_alone(host: EngineHost, prompts: list[list[int]], tokens: int) -> list[Output]:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def start_group(
 
 
 @contextlib.contextmanager
-def _delayed_signals() -> Any:
+def _delayed_signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM: an exception inside `Popen` would leave its process behind."""
     interrupts: list[int] = []
     if threading.current_thread() is not threading.main_thread():

@@ -17,7 +17,6 @@ import httpx
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from testing.processes import ProcessError, group_ends, kill_group, start_group
 
@@ -66,29 +65,25 @@ class Server:
         """Wait until the server answers and return the seconds waited.
 
         Args:
-            console: Shows the current stage of start-up.
+            console: Shows the stages of start-up.
             watch: Called while waiting; may raise to end the wait.
 
         Raises:
             ProcessError: The server ended, or did not answer within `START_TIMEOUT_S`.
         """
         began = time.monotonic()
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task("starting vllm serve", total=None)
-            shown = ""
-            while not self._answers():
-                watch()
-                if self._process.poll() is not None:
-                    raise ProcessError(f"vllm serve ended with status {self._process.returncode}")
-                if time.monotonic() - began > START_TIMEOUT_S:
-                    raise ProcessError(f"vllm serve was not ready in {START_TIMEOUT_S:.0f} s")
-                stage = self._stage()
-                progress.update(task, description=f"vllm serve: {stage}")
-                if stage != shown and not console.is_terminal:
-                    console.print(f"  {time.monotonic() - began:3.0f} s  {stage}")
-                shown = stage
-                time.sleep(0.3)
+        shown = ""
+        while not self._answers():
+            watch()
+            if self._process.poll() is not None:
+                raise ProcessError(f"vllm serve ended with status {self._process.returncode}")
+            if time.monotonic() - began > START_TIMEOUT_S:
+                raise ProcessError(f"vllm serve was not ready in {START_TIMEOUT_S:.0f} s")
+            stage = self._stage()
+            if stage != shown:
+                console.print(f"  {time.monotonic() - began:3.0f} s  {stage}")
+            shown = stage
+            time.sleep(0.3)
         return time.monotonic() - began
 
     def find_in_log(self, pattern: str) -> str:

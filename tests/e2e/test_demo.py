@@ -61,12 +61,8 @@ class Descendants:
 
     def kill_all(self) -> None:
         for process in self.processes():
-            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
-                group = os.getpgid(process.pid)
-                if group == os.getpgid(0):
-                    process.kill()
-                else:
-                    os.killpg(group, signal.SIGKILL)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def adopt_orphans(wanted: bool) -> None:

@@ -21,7 +21,7 @@ import pytest
 
 from testing.engine_host import EngineHost
 from testing.engine_requests import HandedOver, Pages
-from testing.model_cases import Case, assert_same_until_close, case_of, settings
+from testing.model_cases import Case, assert_same, case_of, settings
 from testing.tokenizer import random_prompt
 
 pytestmark = pytest.mark.engine
@@ -79,7 +79,7 @@ def test_an_engine_that_reads_a_folder_gives_the_same_answers(folder):
     expected = [request.output for request in folder.first]
     outputs = [request.output for request in folder.second]
     assert [output.cached for output in expected] == [0] * len(PROMPTS)
-    assert_same_until_close(outputs, expected, CASE, at_least=ENOUGH)
+    assert_same(outputs, expected, CASE, decisive=ENOUGH)
     cached = [output.cached for output in outputs]
     assert cached == [stored_tokens(prompt, folder.block) for prompt in PROMPTS]
     assert cached[0] == 640
@@ -163,7 +163,7 @@ def cross(
     answered = decode.hand_over(PROMPTS, TOKENS, [request.params for request in sent])
     outputs = [request.output for request in answered]
     if same_answers:
-        assert_same_until_close(outputs, expected, case, at_least=ENOUGH)
+        assert_same(outputs, expected, case, decisive=ENOUGH)
     else:
         # Whether a state was rounded between two chunks moves it by more than many choices.
         for output, wanted in zip(outputs, expected, strict=True):
