@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm-hybrid-kv plan`: what it prints, writes and draws, and what it says to wrong input."""
+"""`vllm-hybrid-kv plan`: its tables, JSON, picture and errors."""
 
 import json
 import os
@@ -21,7 +21,7 @@ LLAMA = SHAPES["llama-3.1-8b"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plan")
-    # As vLLM for CPUs brings it along: a build for GPUs, which cannot be imported.
+    # vLLM for CPUs can bring such a build for GPUs, which cannot be imported.
     (folder / "torchvision").mkdir()
     (folder / "torchvision" / "__init__.py").write_text("raise RuntimeError('no operator nms')\n")
     (folder / "broken.json").write_text("{")
@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outcome(folder):
-    """One run with everything, in a process of its own, as a user runs it."""
+    """One run with all outputs, in a process of its own."""
     command = Path(sys.executable).with_name("vllm-hybrid-kv")
     return subprocess.run(
         [
@@ -48,7 +48,7 @@ def outcome(folder):
     )
 
 
-def test_a_model_is_planned_without_weights_images_or_a_word_of_vllms(outcome):
+def test_a_plan_prints_its_tables_and_no_message_of_vllm(outcome):
     assert (outcome.returncode, outcome.stderr) == (0, "")
     lines = outcome.stdout.splitlines()
     assert lines[0] == "Qwen3_5MoeForCausalLM, turboquant_k8v4, 24 GiB of KV cache on a GPU"
@@ -60,16 +60,17 @@ def test_a_model_is_planned_without_weights_images_or_a_word_of_vllms(outcome):
     ]
 
 
-def test_dtypes_and_strategies_stand_side_by_side(outcome):
+def test_cache_dtypes_and_strategies_are_compared(outcome):
     dtypes = outcome.stdout.split("Cache dtypes")[1].split()[:3]
     assert dtypes == ["auto", "fp8", "turboquant_k8v4"]
     strategies = outcome.stdout.split("unify_page_sizes with turboquant_k8v4")[1].split()[:3]
     assert strategies == ["lcm", "min_waste", "stock"]
 
 
-def test_what_is_printed_is_written_as_json(outcome, folder):
+def test_json_has_the_printed_numbers_and_a_schema_version(outcome, folder):
     written = json.loads((folder / "plan.json").read_text())
     assert written["architecture"] == "Qwen3_5MoeForCausalLM"
+    assert written["schema"] == 1
     assert [column["name"] for column in written["dtypes"]] == ["auto", "fp8", "turboquant_k8v4"]
     assert {"lcm", "stock"} <= {column["name"] for column in written["strategies"]}
     plan = written["plan"]
@@ -101,15 +102,17 @@ def test_a_block_and_the_capacities_are_drawn(outcome, folder):
         (("broken.json",), "broken.json is not JSON"),
         (("larch.json",), "vLLM has no architecture Larch"),
         ((LLAMA, "--memory", "much"), "--memory: 'much' is not a size"),
-        ((LLAMA, "--memory", "1GiB"), "larger than the available KV cache memory"),
+        ((LLAMA, "--memory", "1GiB"), "Try increasing --memory or decreasing --max-model-len."),
         ((LLAMA, "--kv-cache-dtype", "fp3"), "argument --kv-cache-dtype: invalid choice: 'fp3'"),
         ((LLAMA, "--tensor-parallel-size", "3"), "must be divisible by tensor parallel size (3)"),
         ((LLAMA, "--larch", "3"), "unrecognized arguments: --larch 3"),
+        ((LLAMA, "--max-model-length", "3"), "did you mean '--max-model-len'?"),
+        ((LLAMA, "--boundary-layer", "3"), "did you mean '--boundary-layers'?"),
         ((LLAMA, "--max-num-seqs", "few"), "argument --max-num-seqs: invalid int value"),
         (("no/such-model",), "the local Hugging Face cache has no config.json"),
     ],
 )
-def test_wrong_input_ends_with_one_line(run, folder, monkeypatch, arguments, message):
+def test_wrong_input_is_reported_in_one_line(run, folder, monkeypatch, arguments, message):
     monkeypatch.chdir(folder)
     if "--memory" not in arguments:
         arguments = (*arguments, "--memory", "24GiB")
@@ -120,22 +123,22 @@ def test_wrong_input_ends_with_one_line(run, folder, monkeypatch, arguments, mes
     assert message in line
 
 
-def test_what_a_server_would_refuse_is_said_beside_what_it_would_not(run, tmp_path):
+def test_a_dtype_that_a_server_refuses_has_the_reason_instead_of_a_plan(run, tmp_path):
     config = json.loads((SHAPES["llama-3.1-8b"] / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "head_dim": 32}))
-    asked = (tmp_path, "--memory", "24GiB", "--max-model-len", 131072)
-    refused = run(*asked)
+    options = (tmp_path, "--memory", "24GiB", "--max-model-len", 131072)
+    refused = run(*options)
     assert refused.exit_code == 2
     assert "layer model.layers.2.self_attn.attn: --kv-cache-dtype" in refused.stderr
     assert "64 to 256 in multiples of 8, and 512, got 32. Serve the model with" in refused.stderr
-    done = run(*asked, "--kv-cache-dtype", "auto", "--json", "-")
+    done = run(*options, "--kv-cache-dtype", "auto", "--json", "-")
     assert done.exit_code == 0, done.stderr
     *_, k8v4 = json.loads(done.stdout)["dtypes"]
     assert k8v4["plan"] is None
     assert k8v4["reason"] in refused.stderr
 
 
-def test_a_layer_whose_pages_have_another_layout_is_refused_as_a_server_does(run, monkeypatch):
+def test_a_layer_that_cannot_use_its_pages_is_refused_as_by_a_server(run, monkeypatch):
     from vllm.v1.engine import core
 
     from vllm_hybrid_kv.attention.layer_check import INSTEAD
@@ -148,11 +151,11 @@ def test_a_layer_whose_pages_have_another_layout_is_refused_as_a_server_does(run
             group.kv_cache_spec = replace(group.kv_cache_spec, head_size=256)
         return plans
 
-    asked = (LLAMA, "--memory", "24GiB", "--boundary-layers", 0, "--pipeline-parallel-size", 2)
-    assert run(*asked).exit_code == 0
+    options = (LLAMA, "--memory", "24GiB", "--boundary-layers", 0, "--pipeline-parallel-size", 2)
+    assert run(*options).exit_code == 0
     # In the last stage.
     monkeypatch.setattr(core, "get_kv_cache_configs", with_wider_heads)
-    refused = run(*asked)
+    refused = run(*options)
     assert refused.exit_code == 2
     (line,) = refused.stderr.splitlines()
     assert line.startswith(
@@ -160,11 +163,11 @@ def test_a_layer_whose_pages_have_another_layout_is_refused_as_a_server_does(run
     )
     assert "its head size is 128, theirs is 256" in line
     assert line.endswith(INSTEAD)
-    # Only layers with k8v4 pages are checked, as on a server.
-    assert run(*asked, "--kv-cache-dtype", "auto").exit_code == 0
+    # A server checks only layers with k8v4 pages, too.
+    assert run(*options, "--kv-cache-dtype", "auto").exit_code == 0
 
 
-def test_a_dtype_that_does_not_fit_is_said_beside_one_that_does(run, monkeypatch):
+def test_a_dtype_that_does_not_fit_has_no_numbers(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     done = run(LLAMA, "--memory", "10GiB")
     assert done.exit_code == 0, done.stderr
@@ -175,17 +178,17 @@ def test_a_dtype_that_does_not_fit_is_said_beside_one_that_does(run, monkeypatch
     assert int(fp8.replace(",", "")) < int(k8v4.replace(",", ""))
 
 
-def test_the_command_line_wins_over_the_environment(run, monkeypatch):
+def test_the_command_line_overrides_the_environment(run, monkeypatch):
     monkeypatch.setenv("VLLM_HYBRID_KV_UNIFY_PAGE_SIZES", "stock")
-    asked = (SHAPES["gemma-3-27b"], "--memory", "24GiB", "--json", "-")
+    options = (SHAPES["gemma-3-27b"], "--memory", "24GiB", "--json", "-")
     for more, strategy in ((("--unify", "lcm"), "lcm"), ((), "stock")):
         monkeypatch.setenv("VLLM_HYBRID_KV_UNIFY_PAGE_SIZES", "stock")
-        done = run(*asked, *more)
+        done = run(*options, *more)
         assert json.loads(done.stdout)["plan"]["unify_page_sizes"] == strategy
 
 
 @pytest.mark.parametrize(("number", "unquantised"), [(0, []), (1, [0, 31])])
-def test_the_layers_left_unquantised_are_those_asked_for(run, monkeypatch, number, unquantised):
+def test_boundary_layers_sets_the_unquantised_layers(run, monkeypatch, number, unquantised):
     monkeypatch.setenv("VLLM_HYBRID_KV_BOUNDARY_LAYERS", "3")
     done = run(LLAMA, "--memory", "24GiB", "--boundary-layers", number, "--json", "-")
     pages = json.loads(done.stdout)["plan"]["pages"]
@@ -201,7 +204,7 @@ def test_the_layers_left_unquantised_are_those_asked_for(run, monkeypatch, numbe
         (SHAPES["nemotron-h-8b"], "12GiB", 755),
     ],
 )
-def test_more_requests_than_state_blocks_are_refused_with_a_number_that_is_planned(
+def test_more_sequences_than_state_blocks_are_refused_with_a_number_that_works(
     run, model, memory, blocks
 ):
     refused = run(model, "--memory", memory)
@@ -218,5 +221,5 @@ def test_more_requests_than_state_blocks_are_refused_with_a_number_that_is_plann
     ("numbers", "text"),
     [([0], "0"), ([0, 1, 2], "0-2"), ([0, 2, 3, 7], "0, 2-3, 7"), ([], "")],
 )
-def test_runs_of_groups_are_drawn_together(numbers, text):
+def test_group_numbers_are_printed_as_ranges(numbers, text):
     assert ranges(numbers) == text

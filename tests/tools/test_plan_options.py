@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of `vllm serve` and properties of checkpoints that change what `plan` says."""
+"""Options of `vllm serve` and properties of checkpoints that change a plan."""
 
 import json
 import re
@@ -12,23 +12,25 @@ QWEN = SHAPES["qwen3.6-35b-a3b"]
 LLAMA = SHAPES["llama-3.1-8b"]
 
 
-def test_options_of_a_server_change_the_plan_or_are_ignored(run):
-    asked = (LLAMA, "--memory", "10GiB", "--max-model-len", 4096, "--json", "-")
-    plain = json.loads(run(*asked).stdout)["plan"]
-    ignored = run(*asked, "--port", 8001, "--served-model-name", "larch", "--data-parallel-size", 4)
+def test_server_options_change_the_plan_or_are_ignored(run):
+    options = (LLAMA, "--memory", "10GiB", "--max-model-len", 4096, "--json", "-")
+    plain = json.loads(run(*options).stdout)["plan"]
+    ignored = run(
+        *options, "--port", 8001, "--served-model-name", "larch", "--data-parallel-size", 4
+    )
     assert ignored.exit_code == 0, ignored.stderr
     assert json.loads(ignored.stdout)["plan"] == plain
-    skipped = run(*asked, "--kv-cache-dtype-skip-layers", "7", "--boundary-layers", 0)
+    skipped = run(*options, "--kv-cache-dtype-skip-layers", "7", "--boundary-layers", 0)
     pages = json.loads(skipped.stdout)["plan"]["pages"]
     assert {n for r in pages if r["stores"] != "k8v4" for n in r["layers"]} == {
         "model.layers.7.self_attn.attn"
     }
 
 
-def test_the_groups_of_each_pipeline_stage_stand_under_its_number(run, monkeypatch):
+def test_each_pipeline_stage_has_its_groups(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
-    asked = (QWEN, "--memory", "24GiB", "--max-num-seqs", 256, "--pipeline-parallel-size", 2)
-    written = run(*asked, "--json", "-")
+    options = (QWEN, "--memory", "24GiB", "--max-num-seqs", 256, "--pipeline-parallel-size", 2)
+    written = run(*options, "--json", "-")
     assert written.exit_code == 0, written.stderr
     staged = json.loads(written.stdout)["plan"]
     assert staged["blocks"] * staged["block_bytes"] <= 24 << 30
@@ -39,7 +41,7 @@ def test_the_groups_of_each_pipeline_stage_stand_under_its_number(run, monkeypat
         assert {int(name.split(".")[2]) for name in row["layers"]} <= set(range(first, first + 20))
     layers = [name for row in staged["pages"] for name in row["layers"]]
     assert len(layers) == len(set(layers)) == 40
-    printed = run(*asked).stdout.splitlines()
+    printed = run(*options).stdout.splitlines()
     assert printed[0].endswith("on each GPU of 2")
     rows = [re.split("  +", line)[:4] for line in printed if "state" in line]
     assert rows[:2] == [["0", "0-2", "5", "state (gdn)"], ["1", "0-2", "5", "state (gdn)"]]
@@ -47,7 +49,7 @@ def test_the_groups_of_each_pipeline_stage_stand_under_its_number(run, monkeypat
 
 @pytest.fixture(scope="module")
 def described(tmp_path_factory):
-    """A function that writes a changed Llama and returns its folder."""
+    """A function that writes a changed Llama configuration and returns its folder."""
 
     def write(name, **changes):
         folder = tmp_path_factory.mktemp("models") / name
@@ -73,40 +75,42 @@ def plan_of(run, *arguments):
         ("LlamaForCausalLM", "draft_model", 2),
     ],
 )
-def test_the_layers_of_a_draft_model_are_planned_too(run, described, architecture, method, drafts):
+def test_the_layers_of_a_draft_model_are_planned(run, described, architecture, method, drafts):
     draft = described("draft", architectures=[architecture], num_hidden_layers=drafts)
     config = {"method": method, "model": str(draft), "num_speculative_tokens": 3}
     plan = plan_of(run, LLAMA, "--speculative-config", json.dumps(config))
     plain = plan_of(run, LLAMA)
     assert sum(len(row["layers"]) for row in plan["pages"]) == 32 + drafts
     assert plan["blocks"] < plain["blocks"]
-    # EAGLE's layer needs the token behind a hit; a whole block of the single group is dropped.
+    # EAGLE's layer needs the token after a hit, so a hit loses one block of the single group.
     later = {"draft_model": 0}.get(method, 16)
     assert plan["smallest_hit"] == plain["smallest_hit"] + later
 
 
-def test_decode_context_parallelism_divides_the_tokens_and_is_refused_with_k8v4(run):
-    asked = (LLAMA, "--tensor-parallel-size", 16, "--kv-cache-dtype", "auto")
-    plain, divided = plan_of(run, *asked), plan_of(run, *asked, "--decode-context-parallel-size", 2)
+def test_decode_context_parallelism_doubles_the_tokens_and_is_refused_with_k8v4(run):
+    options = (LLAMA, "--tensor-parallel-size", 16, "--kv-cache-dtype", "auto")
+    plain, divided = (
+        plan_of(run, *options),
+        plan_of(run, *options, "--decode-context-parallel-size", 2),
+    )
     assert divided["reported_tokens"] == 2 * plain["reported_tokens"]
-    refused = run(*asked[:3], "--decode-context-parallel-size", 2, "--memory", "24GiB")
+    refused = run(*options[:3], "--decode-context-parallel-size", 2, "--memory", "24GiB")
     assert refused.exit_code == 2
     (line,) = refused.stderr.splitlines()
     assert "Serve the model with --decode-context-parallel-size 1" in line
 
 
-def test_options_in_a_file_are_read_as_vllm_serve_reads_them(run, tmp_path):
+def test_a_config_file_sets_options_and_the_command_line_overrides_it(run, tmp_path):
     file = tmp_path / "serve.yaml"
     file.write_text(f"model: {LLAMA}\nmax-model-len: 4096\nkv-cache-dtype: fp8\nport: 8001\n")
     plan = plan_of(run, "--config", file)
     assert (plan["kv_cache_dtype"], plan["capacity"]["max_model_len"]) == ("fp8", 4096)
-    # What is typed wins.
     assert (
         plan_of(run, "--config", file, "--max-model-len", 512)["capacity"]["max_model_len"] == 512
     )
 
 
-def test_a_name_on_the_hub_is_found_in_the_local_cache(run, tmp_path, monkeypatch):
+def test_a_hub_name_is_read_from_the_local_cache(run, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     cached = tmp_path / "models--acme--llama"
@@ -133,19 +137,16 @@ FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, 
         ({"quant_method": "modelopt", "kv_cache_quant_algo": "FP8"}, "fp8_e4m3"),
     ],
 )
-def test_auto_means_what_a_quantised_checkpoint_says_of_its_kv_cache(
-    run, described, quantisation, stored
-):
+def test_auto_is_the_cache_dtype_of_a_quantised_checkpoint(run, described, quantisation, stored):
     folder = described("quantised", quantization_config=quantisation)
     plan = plan_of(run, folder, "--kv-cache-dtype", "auto")
     assert plan["kv_cache_dtype"] == stored
     same = plan_of(run, LLAMA, "--kv-cache-dtype", "fp8" if "fp8" in stored else "auto")
     assert plan["blocks"] == same["blocks"]
-    # What is typed wins.
     assert plan_of(run, folder, "--kv-cache-dtype", "bfloat16")["kv_cache_dtype"] == "bfloat16"
 
 
-def test_a_kv_cache_scheme_that_vllm_does_not_load_is_refused_in_its_words(run, described):
+def test_a_kv_cache_scheme_that_vllm_does_not_load_is_refused_with_its_message(run, described):
     quantisation = {"quant_method": "compressed-tensors", "kv_cache_scheme": {**FP8, "num_bits": 4}}
     refused = run(described("int4", quantization_config=quantisation), "--memory", "24GiB")
     assert refused.exit_code == 2

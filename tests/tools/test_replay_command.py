@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm-hybrid-kv replay` in a process of its own, as a user runs it."""
+"""`vllm-hybrid-kv replay`: its tables, JSON, picture and errors, and sizes of memory."""
 
 import json
 import os
@@ -29,12 +29,12 @@ from vllm_hybrid_kv.tools.replay.trace import TracedRequest, write_trace
         ("1T", 1 << 40),
     ],
 )
-def test_a_size_is_read_as_people_write_it(text, size):
+def test_a_size_is_read_with_its_unit(text, size):
     assert memory_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "0", "-1GiB", "20 apples", "0.1"])
-def test_what_is_no_size_is_refused(text):
+def test_text_that_is_not_a_size_is_refused(text):
     with pytest.raises(ValueError, match="is not a size; write it like 20GiB"):
         memory_size(text)
 
@@ -69,7 +69,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=300,
         check=False,
-        # The command line chooses strategies, not the environment.
+        # The command line overrides the environment.
         env={
             **os.environ,
             "COLUMNS": "100",
@@ -89,7 +89,7 @@ def outcome(files):
     )
 
 
-def test_strategies_stand_side_by_side_for_each_size(outcome):
+def test_strategies_are_compared_for_each_size(outcome):
     assert outcome.returncode == 0, outcome.stderr
     tables = outcome.stdout.split("36 requests")[1:]
     assert ["64 MiB" in tables[0], "256 MiB" in tables[1], len(tables)] == [True, True, 2]
@@ -100,7 +100,7 @@ def test_strategies_stand_side_by_side_for_each_size(outcome):
         assert "evicted blocks, mamba" in table or "evicted" not in table
 
 
-def test_the_numbers_are_written_as_json(outcome, files):
+def test_json_has_a_row_for_each_size_and_strategy(outcome, files):
     rows = json.loads((files / "outcome.json").read_text())
     assert [(row["memory"], row["coordinator"]) for row in rows] == [
         (size, name)
@@ -115,7 +115,7 @@ def test_the_numbers_are_written_as_json(outcome, files):
         assert row["step_ms"] > 0
     for stock, fixed_point, ours in (rows[:3], rows[3:]):
         assert ours["hit_tokens"] > fixed_point["hit_tokens"] > stock["hit_tokens"] > 0
-    # With the smaller cache something has to go, states among it that attention outlives.
+    # The smaller cache evicts blocks, some states before the attention blocks of their prefix.
     small, large = rows[2], rows[5]
     assert small["evicted_blocks"]["mamba"] > 0 < small["evicted_blocks"]["full_attention"]
     assert large["evicted_blocks"] == {}
@@ -127,13 +127,12 @@ def test_the_hit_rates_are_drawn(outcome, files):
 
     drawn = image.imread(files / "outcome.png")
     assert drawn.shape[:2] == (675, 1050)
-    # One curve in a colour of its own for each strategy.
+    # Each strategy's curve has its own colour.
     colours = {tuple(pixel) for pixel in (drawn[..., :3] * 255).astype(int).reshape(-1, 3)}
     assert {(31, 119, 180), (255, 127, 14), (44, 160, 44)} <= colours
 
 
-def test_what_a_server_would_refuse_is_one_line(files, monkeypatch, restored_environment):
-    # In this process, which has imported vLLM already.
+def test_memory_that_is_too_small_is_reported_in_one_line(files, monkeypatch, restored_environment):
     monkeypatch.chdir(files)
     arguments = ("trace.jsonl", "--memory", "1MiB", "--model", "hybrid.json")
     done = CliRunner().invoke(app, ["replay", *arguments])

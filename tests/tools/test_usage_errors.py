@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wrong arguments end a command with one line, status 2, and before vLLM is imported."""
+"""Wrong arguments are reported in one line with status 2, before vLLM is imported."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ finally:
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs the command in a process that prints which slow packages it has imported."""
+    """A function that runs the command in a process that prints the slow packages it imported."""
     (tmp_path / "folder").mkdir()
     metadata = tmp_path / "site" / "acme_kv-1.5.dist-info"
     metadata.mkdir(parents=True)
@@ -57,6 +57,7 @@ def run(tmp_path):
         ((*PLAN, "--boundary-layers", "-1"), "plan: Invalid value for '--boundary-layers'"),
         ((*PLAN, "--device", "tpu"), "plan: --device: 'tpu' is not a device"),
         ((*PLAN, "--unify", "best"), "plan: --unify: 'best' is not a strategy: choose lcm or "),
+        ((*PLAN, "--unify", "min_wast"), "; did you mean 'min_waste'?"),
         ((*PLAN, "--json", "no/such/file"), "plan: --json: no/such/file: No such file"),
         ((*PLAN, "--json", "folder"), "plan: --json: folder: Is a directory"),
         ((*PLAN, "--plot", "plan.larch"), "plan: --plot: plan.larch: 'larch' is none of "),
@@ -70,7 +71,7 @@ def run(tmp_path):
         ((*EVAL, "--nope"), "eval: No such option: --nope"),
     ],
 )
-def test_a_wrong_argument_is_one_line_before_vllm_is_imported(run, arguments, message):
+def test_a_wrong_argument_is_reported_before_vllm_is_imported(run, arguments, message):
     done = run(*arguments)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
@@ -83,7 +84,7 @@ def test_a_wrong_argument_is_one_line_before_vllm_is_imported(run, arguments, me
     ("variable", "value"),
     [("COORDINATOR", "lru"), ("BOUNDARY_LAYERS", "few")],
 )
-def test_a_wrong_setting_in_the_environment_is_one_line_before_vllm_is_imported(
+def test_a_wrong_setting_in_the_environment_is_reported_before_vllm_is_imported(
     run, variable, value
 ):
     done = run(*PLAN, **{f"VLLM_HYBRID_KV_{variable}": value})
@@ -93,15 +94,15 @@ def test_a_wrong_setting_in_the_environment_is_one_line_before_vllm_is_imported(
     assert repr(value) in line
 
 
-def test_a_strategy_of_another_package_is_accepted_by_its_name(run):
+def test_a_strategy_of_another_package_is_accepted(run):
     done = run("plan", "missing", "--memory", "24GiB", "--unify", "acme")
     assert (done.returncode, done.stdout) == (2, "[]\n")
     assert "no such file: missing" in done.stderr
 
 
-def test_help_and_no_arguments_print_help(run):
+def test_help_names_the_commands_and_their_arguments(run):
     assert "Commands" in run("--help").stdout
-    assert run("plan", "--help").returncode == 0
+    assert "plan MODEL --memory SIZE" in run("plan", "--help").stdout
     without = run()
     assert without.returncode == 2
     assert "doctor" in without.stdout + without.stderr

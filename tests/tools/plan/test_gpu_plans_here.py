@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans for GPUs say what is true of a GPU, whatever this machine is, and leave no trace here.
+"""Plans for GPUs are right on any machine and leave this process unchanged.
 
-The configurations are public facts as far as they decide about the KV cache.
+The configurations have the public fields that decide the KV cache.
 """
 
 import json
@@ -21,6 +21,7 @@ from vllm.v1.attention import selector
 
 from testing.shapes import SHAPES
 from tests.zoo.configurations import configuration_of
+from tests.zoo.models import every
 from tests.zoo.refusals import unfit
 from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.tools.plan.engine import Model
@@ -51,74 +52,45 @@ def gemma4(layers: int, full: list[int], wide: dict[str, int], **fields: Any) ->
     }
 
 
+# fmt: off
 PUBLIC: dict[str, dict[str, Any]] = {
     "nemotron-3-nano": {
-        "model_type": "nemotron_h",
-        "architectures": ["NemotronHForCausalLM"],
-        "hidden_size": 2688,
+        "model_type": "nemotron_h", "architectures": ["NemotronHForCausalLM"], "hidden_size": 2688,
         "layers_block_type": [
             {"M": LINEAR, "E": "moe", "*": FULL}[kind]
             for kind in "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
         ],
-        "num_attention_heads": 32,
-        "num_key_value_heads": 2,
-        "head_dim": 128,
-        "ssm_state_size": 128,
-        "mamba_num_heads": 64,
-        "mamba_head_dim": 64,
-        "n_groups": 8,
-        "mamba_ssm_cache_dtype": "float32",
-        "n_routed_experts": 128,
-        "num_experts_per_tok": 6,
+        "num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 128,
+        "ssm_state_size": 128, "mamba_num_heads": 64, "mamba_head_dim": 64, "n_groups": 8,
+        "mamba_ssm_cache_dtype": "float32", "n_routed_experts": 128, "num_experts_per_tok": 6,
         "moe_intermediate_size": 1856,
     },
     "deepseek-v3.2": {
-        "model_type": "deepseek_v32",
-        "architectures": ["DeepseekV32ForCausalLM"],
-        "kv_lora_rank": 512,
-        "index_head_dim": 128,
-        "index_n_heads": 64,
-        "index_topk": 2048,
+        "model_type": "deepseek_v32", "architectures": ["DeepseekV32ForCausalLM"],
+        "kv_lora_rank": 512, "index_head_dim": 128, "index_n_heads": 64, "index_topk": 2048,
     },
     "olmo-hybrid": {
-        "model_type": "olmo_hybrid",
-        "architectures": ["OlmoHybridForCausalLM"],
-        "hidden_size": 3840,
-        "num_attention_heads": 30,
-        "layer_types": [FULL if i % 4 == 3 else LINEAR for i in range(32)],
-        "linear_key_head_dim": 96,
-        "linear_value_head_dim": 192,
+        "model_type": "olmo_hybrid", "architectures": ["OlmoHybridForCausalLM"],
+        "hidden_size": 3840, "num_attention_heads": 30, "linear_key_head_dim": 96,
+        "linear_value_head_dim": 192, "layer_types": every(32, 4, LINEAR, FULL),
     },
     "bert": {"model_type": "bert", "architectures": ["BertModel"]},
     "gemma4-31b": gemma4(
-        60,
-        list(range(5, 60, 6)),
-        {"head_dim": 512, "num_key_value_heads": 4},
-        hidden_size=5376,
-        num_attention_heads=32,
-        num_key_value_heads=16,
-        sliding_window=1024,
-        attention_k_eq_v=True,
-        hidden_size_per_layer_input=0,
+        60, list(range(5, 60, 6)), {"head_dim": 512, "num_key_value_heads": 4}, hidden_size=5376,
+        num_attention_heads=32, num_key_value_heads=16, sliding_window=1024,
+        attention_k_eq_v=True, hidden_size_per_layer_input=0,
     ),
     "gemma4-e2b": gemma4(
-        35,
-        [5, 11, 17, 23, 29, 34],
-        {"head_dim": 512},
-        hidden_size=1536,
-        num_attention_heads=8,
-        num_key_value_heads=1,
-        sliding_window=512,
-        num_kv_shared_layers=20,
+        35, [5, 11, 17, 23, 29, 34], {"head_dim": 512}, hidden_size=1536, num_attention_heads=8,
+        num_key_value_heads=1, sliding_window=512, num_kv_shared_layers=20,
         hidden_size_per_layer_input=256,
     ),
     "heads-of-32": {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": 1024,
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 1024,
         "num_attention_heads": 32,
     },
 }
+# fmt: on
 
 MLA = {K8V4: "MLA"}
 CROSS = {K8V4: "'encoder_decoder' is not decoder self-attention"}
@@ -137,7 +109,7 @@ OUTCOMES: dict[str, dict[str, str]] = {
     "gemma4-e2b": {},
     "llama-4-scout": {},
     "heads-of-32": {K8V4: "got 32"},
-    # Its groups have layers with several page sizes, and only the scheduler knows their managers.
+    # Its groups have layers with several page sizes.
     "Glm5NextForCausalLM": MLA,
     # vLLM's own configs do not say that this one has MLA.
     "SarvamMLAForCausalLM": MLA,
@@ -150,7 +122,7 @@ OUTCOMES: dict[str, dict[str, str]] = {
     # Needs the model runner that servers on GPUs have by default.
     "LongcatFlashNgramForCausalLM": MLA,
 }
-"""A word of the reason for each dtype that is refused; all others are planned."""
+"""Part of the reason for each refused dtype; all others are planned."""
 
 
 def write_config(name: str, folder: Path) -> Path:
@@ -178,7 +150,7 @@ def outcome_of(path: Path, dtype: str) -> dict[str, Any] | str:
 
 
 def traces() -> dict[str, Any]:
-    """Return what a plan for GPUs must leave as it was."""
+    """Return the state of the process that a plan for GPUs must not change."""
     return {
         "platform": (vllm.platforms.current_platform, type(vllm.platforms.current_platform)),
         "default dtype": torch.get_default_dtype(),
@@ -187,7 +159,7 @@ def traces() -> dict[str, Any]:
         "environment": {
             name: value
             for name, value in os.environ.items()
-            # The plugin tells the processes of an engine where its metrics are.
+            # The plugin's own variable for the processes of an engine.
             if name not in ("PYTEST_CURRENT_TEST", "HYBRID_KV_METRICS_DIR")
         },
         "operators": torch._ops._OpNamespace.__getattr__,
@@ -228,7 +200,7 @@ def first(before: dict[str, Any], plan_all: Callable[[], Outcomes]) -> Outcomes:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", OUTCOMES)
-def test_a_model_is_planned_for_gpus_or_refused_for_a_reason_that_is_true_of_gpus(
+def test_a_model_is_planned_for_gpus_or_refused_with_a_reason_about_gpus(
     first: Outcomes, name: str, dtype: str
 ):
     outcome = first[name, dtype]
@@ -246,7 +218,7 @@ def test_a_model_is_planned_for_gpus_or_refused_for_a_reason_that_is_true_of_gpu
         assert "erve the model with --kv-cache-dtype auto" in outcome
 
 
-def test_planning_again_gives_the_same_and_leaves_the_process_as_it_was(
+def test_planning_again_gives_the_same_and_leaves_the_process_unchanged(
     before: dict[str, Any], first: Outcomes, plan_all: Callable[[], Outcomes]
 ):
     assert traces() == before

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans of public models, and that their numbers are vLLM's own."""
+"""Plans of public models have vLLM's own numbers."""
 
 import json
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -25,7 +26,7 @@ from vllm_hybrid_kv.tools.replay.trace import TracedRequest
 GIB = 1 << 30
 K8V4 = "turboquant_k8v4"
 
-# Layers by kind, as each model's public description has them.
+# Layers by kind, from each model's public description.
 LAYERS = {
     "qwen3.6-35b-a3b": {"state (gdn)": 30, "full attention": 10},
     "qwen3-next-80b-a3b": {"state (gdn)": 36, "full attention": 12},
@@ -35,7 +36,7 @@ LAYERS = {
     "llama-4-scout": {"chunked local 8,192": 36, "full attention": 12},
     "jamba-1.5-mini": {"state (mamba1)": 28, "full attention": 4},
     "llama-3.1-8b": {"full attention": 32},
-    # vLLM cannot tell their attention layers from their configs.
+    # Their configurations do not say which layers are attention.
     "falcon-h1-1.5b": {"state (mamba2)": 24, "full attention": 24},
     "zamba2-2.7b": {"state (mamba2)": 54, "full attention": 9},
 }
@@ -99,7 +100,7 @@ def test_a_model_with_latent_attention_is_refused_before_its_layers_are_built(tm
         Model({"model": str(tmp_path), "kv_cache_dtype": K8V4})
 
 
-def test_qwen3_6_has_the_blocks_of_its_servers(shape):
+def test_qwen3_6_has_the_blocks_of_a_server(shape):
     model = shape("qwen3.6-35b-a3b", K8V4)
     plan = plan_of(model, 24 * GIB, {}).plan
     state, attention = (rows for rows, _ in merge_equal(plan.pages))
@@ -125,16 +126,16 @@ def test_dense_models_keep_their_boundary_layers_unquantised(shape):
     ("name", "ranks", "heads"),
     [
         ("qwen3.6-35b-a3b", 2, 1),
-        # More ranks than KV heads: each head is held by several.
+        # More ranks than KV heads, so several ranks have the same head.
         ("qwen3.6-35b-a3b", 8, 1),
         ("llama-3.1-8b", 4, 2),
-        # Experts that are narrower than vLLM's kernels on CPUs take.
+        # vLLM's CPU kernels reject such narrow experts.
         ("gpt-oss-20b", 4, 2),
         ("jamba-1.5-mini", 2, 4),
         ("nemotron-h-8b", 4, 2),
     ],
 )
-def test_a_rank_has_its_part_of_the_heads_and_states(shape, name, ranks, heads):
+def test_a_rank_has_its_share_of_heads_and_states(shape, name, ranks, heads):
     whole, part = shape(name, "auto"), shape(name, "auto", ranks)
     engine = part.engine(24 * GIB, {})
     config = engine.vllm_config
@@ -145,8 +146,8 @@ def test_a_rank_has_its_part_of_the_heads_and_states(shape, name, ranks, heads):
             assert spec.num_kv_heads == heads
         else:
             assert isinstance(spec, MambaSpec)
-            assert _elements(spec.shapes[1]) * ranks == _elements(whole.specs[layer].shapes[1])
-    # The groups of all ranks' workers are those of one.
+            assert math.prod(spec.shapes[1]) * ranks == math.prod(whole.specs[layer].shapes[1])
+    # All ranks have the same groups.
     (_, *others) = kv_cache_utils.get_kv_cache_configs(
         config, [dict(part.specs) for _ in range(ranks)], [24 * GIB] * ranks
     )
@@ -154,14 +155,7 @@ def test_a_rank_has_its_part_of_the_heads_and_states(shape, name, ranks, heads):
         assert plan.num_blocks == engine.kv_cache_config.num_blocks
 
 
-def _elements(shape):
-    product = 1
-    for size in shape:
-        product *= size
-    return product
-
-
-def test_other_memory_is_what_another_plan_has(shape):
+def test_tokens_in_another_memory_are_those_of_a_new_plan(shape):
     model = shape("qwen3.6-35b-a3b", K8V4)
     planned = plan_of(model, 24 * GIB, {})
     for memory in (8 * GIB, 40 * GIB):
@@ -172,7 +166,7 @@ def test_other_memory_is_what_another_plan_has(shape):
         plan_of(model, GIB, {})
 
 
-def test_a_prompt_too_short_to_hit_is_told_from_one_that_can(shape):
+def test_a_plan_can_hit_if_the_shortest_hit_fits_into_max_model_len(shape):
     model = shape("nemotron-h-8b", K8V4)
     with_unit = plan_of(model, 24 * GIB, {"prefix_match_unit": "auto"}).plan
     without = plan_of(model, 24 * GIB, {"prefix_match_unit": "stock"}).plan
@@ -183,13 +177,13 @@ def test_a_prompt_too_short_to_hit_is_told_from_one_that_can(shape):
     assert not short.can_hit
 
 
-def test_a_plan_says_which_strategy_made_it(shape):
+def test_a_plan_names_its_strategy_and_has_its_padding(shape):
     model = shape("gemma-3-27b", K8V4)
     lcm, stock = (
         plan_of(model, 24 * GIB, {"unify_page_sizes": name}).plan for name in ("lcm", "stock")
     )
     assert (lcm.unify_page_sizes, stock.unify_page_sizes) == ("lcm", "stock")
-    # vLLM aligns blocks for its own rule before it plans, and not for the plugin's.
+    # Before planning vLLM aligns blocks for its own strategy only.
     assert lcm.pool_padding < 0.02 < 0.2 < stock.pool_padding < 0.25
     assert lcm.capacity.max_len_tokens > 1.2 * stock.capacity.max_len_tokens
     assert any("% of the KV pool is padding" in line for line in stock.warnings)
@@ -214,7 +208,7 @@ def test_a_hybrid_model_with_a_skipped_layer_hits_as_with_fp8(name, skipped):
             )
             plan = plan_of(model, 24 * GIB, {}).plan
             hits[dtype] = plan.smallest_hit, hits_of(model.engine(24 * GIB, {}), 4096, 9216)
-            # A state is no shorter than with an unquantised cache, and blocks are its multiples.
+            # Blocks are at least those of an unquantised cache, and multiples of the smallest.
             blocks = sorted({row.block_tokens for row in plan.pages})
             assert blocks[0] >= 80
             assert all(block % blocks[0] == 0 for block in blocks)
@@ -291,7 +285,7 @@ def hits_of(engine, *lengths):
     return Replay(engine, requests, concurrency=1).run().hits[1::2]
 
 
-def test_a_replay_in_which_nothing_is_ever_scheduled_ends_with_the_schedulers_state(shape):
+def test_a_replay_that_schedules_nothing_stops_with_the_schedulers_state(shape):
     engine = shape("llama-3.1-8b", K8V4).engine(24 * GIB, {})
     replayed = Replay(engine, [TracedRequest(0.0, 1024, 4, (1, 2))], concurrency=1)
     pool = engine.scheduler.kv_cache_manager.block_pool
@@ -316,15 +310,14 @@ rows = st.builds(
 
 
 @given(st.lists(rows, max_size=12))
-def test_merging_keeps_every_row_once(pages):
+def test_merging_equal_pages_keeps_every_group_once(pages):
     merged = merge_equal(pages)
     assert sum(len(groups) for _, groups in merged) == len(pages)
-    told = [replace(row, group=0, layers=("",) * len(row.layers)) for row, _ in merged]
-    assert len(set(told)) == len(told)
+    keys = [_key(row) for row, _ in merged]
+    assert len(set(keys)) == len(keys)
     for row, groups in merged:
-        alike = [p.group for p in pages if _told(p) == _told(row)]
-        assert groups == alike
+        assert groups == [p.group for p in pages if _key(p) == _key(row)]
 
 
-def _told(row):
+def _key(row):
     return len(row.layers), row.kind, row.stores, row.block_tokens, row.padding_bytes, row.stage

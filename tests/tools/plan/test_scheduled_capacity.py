@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reported requests at once, compared with what vLLM's scheduler really runs at once."""
+"""The reported concurrent requests are those that vLLM's scheduler runs at once."""
 
 import pytest
 from vllm.sampling_params import SamplingParams
@@ -49,7 +49,7 @@ def most_at_once(engine, tokens: int, requests: int) -> int:
         output = scheduler.schedule()
         if not output.num_scheduled_tokens:
             return len(scheduler.running)
-        # No request gets its last token, so none ends and frees its blocks.
+        # No request gets its last token, so none finishes and frees its blocks.
         for request in scheduler.running:
             assert request.num_computed_tokens <= tokens
         ids = list(output.num_scheduled_tokens)
@@ -64,9 +64,11 @@ def most_at_once(engine, tokens: int, requests: int) -> int:
 
 
 @pytest.mark.parametrize("tokens", [512, MAX_MODEL_LEN])
-def test_the_scheduler_runs_as_many_requests_as_are_reported(qwen, tokens):
+def test_the_scheduler_runs_the_reported_number_of_requests(qwen, tokens):
     engine = qwen.engine(2 * GIB, {})
-    said = capacity(engine.vllm_config, engine.kv_cache_config)
-    reported = said.short_requests if tokens == 512 else said.max_len_requests
+    reported_capacity = capacity(engine.vllm_config, engine.kv_cache_config)
+    reported = (
+        reported_capacity.short_requests if tokens == 512 else reported_capacity.max_len_requests
+    )
     assert most_at_once(engine, tokens, reported + 3) == reported
-    assert int(said.concurrency) == said.max_len_requests
+    assert int(reported_capacity.concurrency) == reported_capacity.max_len_requests

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm-hybrid-kv plan` beside the real 0.33 wheel, whose planner has another module and steps."""
+"""`vllm-hybrid-kv plan` with the 0.33 wheel, whose planner has other modules and steps."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ import sys
 from testing.shapes import SHAPES
 from tests.conformance.releases import CACHE, unpacked_wheel
 
-# That wheel finds no device.
+# The wheel has no build for CPUs, so it finds no device.
 COMMAND = """
 import vllm.platforms
 from vllm.platforms.cpu import CpuPlatform
@@ -18,7 +18,7 @@ app()
 """
 
 
-def test_a_model_is_planned_beside_the_0_33_wheel():
+def test_a_model_is_planned_with_vllm_0_33():
     arguments = ("plan", str(SHAPES["llama-3.1-8b"]), "--memory", "32GiB", "--device", "cpu")
     done = subprocess.run(
         [sys.executable, "-c", COMMAND, *arguments],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Traces in Mooncake's format, and the tokens that they stand for."""
+"""Traces in Mooncake's format, and their token ids."""
 
 import json
 
@@ -19,7 +19,7 @@ def request(length, answer, *ids):
     return TracedRequest(0, length, answer, ids)
 
 
-def test_what_was_written_is_read_again(tmp_path):
+def test_a_written_trace_is_read_back(tmp_path):
     requests = [request(1024, 5, 1, 2), TracedRequest(27.5, 700, 1, (1, 3))]
     write_trace(tmp_path / "trace", requests)
     assert read_trace(tmp_path / "trace") == requests
@@ -37,7 +37,7 @@ def test_what_was_written_is_read_again(tmp_path):
         ({"timestamp": "now"}, "timestamp must be in milliseconds, got 'now'"),
     ],
 )
-def test_a_wrong_line_is_named(tmp_path, change, message):
+def test_an_error_names_the_line_and_the_field(tmp_path, change, message):
     fields = {"timestamp": 0, "input_length": 700, "output_length": 1, "hash_ids": [1, 3]}
     path = tmp_path / "trace"
     path.write_text(json.dumps(fields) + "\n\n" + json.dumps(fields | change) + "\n")
@@ -56,7 +56,7 @@ def test_a_file_without_requests_is_refused(tmp_path, text, message):
         read_trace(path)
 
 
-def test_equal_ids_are_equal_tokens_and_others_are_not():
+def test_only_equal_hash_ids_have_equal_tokens():
     talks = Conversations([request(1024, 1, 1, 2), request(1536, 1, 1, 2, 4), request(512, 1, 9)])
     first, second, third = (talks.tokens(i)[0] for i in range(3))
     assert second[:1024] == first
@@ -64,14 +64,14 @@ def test_equal_ids_are_equal_tokens_and_others_are_not():
     assert not set(third) & set(second)
 
 
-def test_the_next_turn_has_the_tail_and_the_answer_of_the_one_before():
+def test_the_next_turn_starts_with_the_prompt_and_the_answer():
     talks = Conversations([request(700, 300, 1, 2), request(1536, 4, 1, 3, 4)])
     prompt, answer = talks.tokens(0)
     assert (len(prompt), len(answer)) == (700, 300)
     assert prompt + answer == talks.tokens(1)[0][:1000]
 
 
-def test_an_answer_is_what_follows_as_far_as_the_next_turn_goes():
+def test_an_answer_longer_than_the_next_turn_ends_with_tokens_of_its_own():
     talks = Conversations([request(700, 900, 1, 2), request(1024, 4, 1, 3)])
     prompt, answer = talks.tokens(0)
     whole = talks.tokens(1)[0]
@@ -79,8 +79,7 @@ def test_an_answer_is_what_follows_as_far_as_the_next_turn_goes():
     assert not set(answer[1024 - 700 :]) & set(whole)
 
 
-def test_the_tail_comes_from_whoever_sends_the_same_full_blocks_next():
-    # The second is the first again and ends elsewhere; the third goes on.
+def test_a_partial_block_comes_from_the_next_request_with_the_same_full_blocks():
     talks = Conversations(
         [
             request(600, 1, 1, 2),
@@ -96,6 +95,6 @@ def test_the_tail_comes_from_whoever_sends_the_same_full_blocks_next():
     assert not set(fourth[512:]) & set(third)
 
 
-def test_what_can_be_shared_is_the_full_blocks_that_came_before():
+def test_shareable_tokens_are_those_in_full_blocks_of_earlier_requests():
     requests = [request(1024, 1, 1, 2), request(1100, 1, 1, 2, 3), request(512, 1, 1)]
     assert shareable_tokens(requests) == 1024 + 512

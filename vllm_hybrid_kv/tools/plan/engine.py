@@ -41,7 +41,7 @@ from vllm_hybrid_kv.patches.block_alignment import unifies_as_stock
 from vllm_hybrid_kv.settings import resolve
 from vllm_hybrid_kv.tools.plan.gpu_platform import described_gpu
 from vllm_hybrid_kv.tools.plan.model_building import as_one_rank_of, build_draft, without_weights
-from vllm_hybrid_kv.tools.plan.model_description import CPU, DEVICES, GPU
+from vllm_hybrid_kv.tools.plan.model_description import CPU, GPU
 from vllm_hybrid_kv.tools.plan.vllm_import import model_classes_in_this_process
 
 if TYPE_CHECKING:
@@ -56,10 +56,8 @@ def check_device(device: str) -> None:
     """Check that the installed vLLM can plan for a device.
 
     Raises:
-        ValueError: The device is unknown, or it is the CPU and this vLLM does not run on CPUs.
+        ValueError: The device is the CPU and this vLLM does not run on CPUs.
     """
-    if device not in DEVICES:
-        raise ValueError(f"{device!r} is not a device: choose {' or '.join(DEVICES)}")
     if device == CPU and not current_platform.is_cpu():
         raise ValueError(
             f"this vLLM runs on {current_platform.device_type or 'no device'}, not on CPUs: "

@@ -21,8 +21,8 @@ KIND_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377"
 DTYPE_COLOURS = ("#555555", "#ee7733", "#009988", "#332288", "#882255")
 """Colours of cache dtypes, different from those of kinds."""
 
-PADDING = {"color": "#dddddd", "hatch": "////"}
-EDGES = {"height": 0.6, "edgecolor": "white", "linewidth": 0.4}
+PADDING = {"facecolor": "#dddddd", "hatch": "////", "edgecolor": "white"}
+BAR = {"height": 0.6, "linewidth": 0.4}
 
 MOST_BARS = 12
 POINTS = 60
@@ -60,8 +60,15 @@ def _draw_block(axes: Any, plan: Plan) -> None:
             content = (row.page_bytes - row.padding_bytes) / MIB
             padding = row.padding_bytes / MIB
             for _ in row.layers:
-                axes.barh(y, content, left=end, color=colour[row.kind, row.stores], **EDGES)
-                axes.barh(y, padding, left=end + content, **PADDING, **EDGES)
+                axes.barh(
+                    y,
+                    content,
+                    left=end,
+                    color=colour[row.kind, row.stores],
+                    edgecolor="white",
+                    **BAR,
+                )
+                axes.barh(y, padding, left=end + content, **PADDING, **BAR)
                 end += content + padding
             padded |= row.padding_bytes > 0
         if (rest := plan.block_bytes / MIB - end) > 0:

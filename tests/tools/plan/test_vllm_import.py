@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What takes the place of modules that a plan does not need."""
+"""Placeholders for torchvision, and the import of vLLM next to a broken one."""
 
 import importlib
 import importlib.util
@@ -13,7 +13,7 @@ from vllm_hybrid_kv.tools.plan.vllm_import import IMAGES, Placeholders, _images_
 
 @pytest.fixture
 def modules(monkeypatch):
-    """The process's modules without torchvision; whatever is imported meanwhile goes again."""
+    """The process's modules without torchvision; later imports are undone."""
     kept = {name: module for name, module in sys.modules.items() if not _of_images(name)}
     monkeypatch.setattr(sys, "modules", kept)
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
@@ -35,18 +35,18 @@ def test_placeholders_have_any_name_and_any_attribute(modules):
 
     assert isinstance(ImageReadMode.RGB, type)
     assert isinstance(functional.InterpolationMode.BICUBIC, type)
-    # What Python itself asks modules and classes for is not there, as it should be.
+    # Python itself looks for such names.
     assert not hasattr(functional, "__wrapped__")
     assert not hasattr(ImageReadMode, "__wrapped__")
 
 
-def test_nothing_else_is_found_by_placeholders(modules):
+def test_placeholders_replace_only_torchvision(modules):
     Placeholders.install()
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("torchvision_extras")
 
 
-def test_a_broken_torchvision_is_told_and_leaves_nothing_behind(modules, tmp_path):
+def test_a_broken_torchvision_is_detected_and_removed(modules, tmp_path):
     package = tmp_path / IMAGES
     package.mkdir()
     (package / "__init__.py").write_text("from . import io\nraise RuntimeError('no operator')\n")
@@ -60,7 +60,7 @@ def test_a_broken_torchvision_is_told_and_leaves_nothing_behind(modules, tmp_pat
     assert _images_work()
 
 
-def test_a_process_that_has_vllm_already_is_left_alone(monkeypatch):
+def test_a_process_that_has_imported_vllm_is_unchanged(monkeypatch):
     import vllm
 
     monkeypatch.setattr(vllm_import, "_images_work", lambda: pytest.fail("looked for torchvision"))

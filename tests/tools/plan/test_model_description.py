@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is read from a config.json, and what is said where it is none."""
+"""How a config.json is read, reduced to a language model, or refused."""
 
 import json
 from pathlib import Path
@@ -30,20 +30,20 @@ def test_a_file_that_describes_no_model_is_refused(tmp_path, text, message):
         read_config(path)
 
 
-def test_a_path_with_nothing_behind_it_is_refused(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(DescriptionError, match=r"no such file: .*missing"):
         read_config(tmp_path / "missing")
     with pytest.raises(DescriptionError, match=r"has no config\.json"):
         read_config(tmp_path)
 
 
-def test_a_file_of_any_name_and_a_folder_are_read_alike(tmp_path):
+def test_a_file_of_any_name_and_its_folder_give_the_same(tmp_path):
     file = tmp_path / "described.json"
     file.write_text(json.dumps(LLAMA))
     assert read_config(file) == read_config(SHAPES["llama-3.1-8b"]) == LLAMA
 
 
-def test_a_language_model_is_planned_as_it_is():
+def test_a_language_model_is_planned_unchanged():
     with described(SHAPES["llama-3.1-8b"]) as model:
         assert (model.architecture, model.notes) == ("LlamaForCausalLM", ())
         assert json.loads((Path(model.folder) / "config.json").read_text()) == LLAMA
@@ -58,7 +58,7 @@ def test_a_language_model_is_planned_as_it_is():
         ("llama-4-scout", "Llama4ForConditionalGeneration", "Llama4ForCausalLM"),
     ],
 )
-def test_of_a_model_for_images_the_language_model_is_planned(name, wrapper, architecture):
+def test_a_multimodal_model_is_planned_as_its_language_model(name, wrapper, architecture):
     with described(SHAPES[name]) as model:
         config = json.loads((Path(model.folder) / "config.json").read_text())
     assert model.architecture == architecture
@@ -67,7 +67,7 @@ def test_of_a_model_for_images_the_language_model_is_planned(name, wrapper, arch
     assert model.notes == (f"{wrapper} is planned as its language model, {architecture}",)
 
 
-def test_how_weights_are_quantised_is_left_out_and_said():
+def test_the_quantisation_of_weights_is_removed_with_a_note():
     with described(SHAPES["gpt-oss-20b"]) as model:
         config = json.loads((Path(model.folder) / "config.json").read_text())
     assert "quantization_config" not in config
@@ -75,7 +75,7 @@ def test_how_weights_are_quantised_is_left_out_and_said():
     assert model.kv_cache_dtype is None
 
 
-def test_how_a_checkpoint_stores_keys_and_values_is_kept(tmp_path):
+def test_the_cache_dtype_of_a_quantised_checkpoint_is_kept(tmp_path):
     quantised = {
         **LLAMA,
         "quantization_config": {"quant_method": "modelopt", "kv_cache_quant_algo": "FP8"},
@@ -85,7 +85,7 @@ def test_how_a_checkpoint_stores_keys_and_values_is_kept(tmp_path):
         assert model.kv_cache_dtype in ("fp8", "fp8_e4m3")
 
 
-def test_an_architecture_that_vllm_does_not_know_is_refused(tmp_path):
+def test_an_architecture_that_vllm_lacks_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps({**LLAMA, "architectures": ["LarchForCausalLM"]})
     )
@@ -96,7 +96,7 @@ def test_an_architecture_that_vllm_does_not_know_is_refused(tmp_path):
         pass
 
 
-def test_a_model_without_a_known_language_model_is_refused(tmp_path):
+def test_a_multimodal_model_with_an_unknown_language_model_is_refused(tmp_path):
     config = {
         "architectures": ["Qwen3VLForConditionalGeneration"],
         "model_type": "qwen3_vl",
@@ -107,7 +107,7 @@ def test_a_model_without_a_known_language_model_is_refused(tmp_path):
         pass
 
 
-def test_the_language_model_of_a_vision_model_without_a_class_of_its_own_is_planned(tmp_path):
+def test_a_language_model_without_a_class_in_transformers_has_one_of_vllm(tmp_path):
     text = {"model_type": "qwen3_vl_text", "hidden_size": 64}
     wrapped = {"architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl"}
     (tmp_path / "config.json").write_text(json.dumps({**wrapped, "text_config": text}))
@@ -116,7 +116,7 @@ def test_the_language_model_of_a_vision_model_without_a_class_of_its_own_is_plan
         assert model.in_words(f"model {model.folder}: no") == "model Qwen3ForCausalLM: no"
 
 
-def test_a_language_model_that_only_transformers_has_is_planned_with_its_class(tmp_path):
+def test_a_language_model_that_only_transformers_has_uses_vllms_transformers_class(tmp_path):
     text = {"model_type": "cosmos3_edge_text", "hidden_size": 64}
     wrapped = {"architectures": ["Cosmos3EdgeForConditionalGeneration"], "model_type": "cosmos3"}
     (tmp_path / "config.json").write_text(json.dumps({**wrapped, "text_config": text}))
@@ -124,7 +124,7 @@ def test_a_language_model_that_only_transformers_has_is_planned_with_its_class(t
         assert model.architecture == "TransformersForCausalLM"
 
 
-def test_a_file_that_vllm_also_reads_is_kept_and_demanded(tmp_path):
+def test_a_further_file_that_vllm_reads_is_required_and_copied(tmp_path):
     config = {"architectures": ["Dots3NoteForCausalLM"], "model_type": "dots3_note"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(DescriptionError, match="also reads added_tokens"), described(tmp_path):
