@@ -66,9 +66,7 @@ def most_at_once(engine, tokens: int, requests: int) -> int:
 @pytest.mark.parametrize("tokens", [512, MAX_MODEL_LEN])
 def test_the_scheduler_runs_the_reported_number_of_requests(qwen, tokens):
     engine = qwen.engine(2 * GIB, {})
-    reported_capacity = capacity(engine.vllm_config, engine.kv_cache_config)
-    reported = (
-        reported_capacity.short_requests if tokens == 512 else reported_capacity.max_len_requests
-    )
+    held = capacity(engine.vllm_config, engine.kv_cache_config)
+    reported = held.short_requests if tokens == 512 else held.max_len_requests
     assert most_at_once(engine, tokens, reported + 3) == reported
-    assert int(reported_capacity.concurrency) == reported_capacity.max_len_requests
+    assert int(held.concurrency) == held.max_len_requests
