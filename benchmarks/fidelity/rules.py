@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules by which values and keys may be stored, as what a reader gets back.
+"""Rules to store values and keys, as functions that return the stored values dequantised.
 
-All of a row (token, head) of D values: float32 [..., D] in, as much out. But for `fp8` every rule
-takes 4 bits a value and an fp16 scale and zero for the row.
+Input and output are rows (token, head) of D values, float32 [..., D]. Every rule except `fp8`
+uses 4 bits a value and an fp16 scale and zero for the row.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Rule = Callable[[torch.Tensor], torch.Tensor]
 
 _LAST_CODE = 15
 _SHRUNK = (0.0, 0.05, 0.1, 0.15, 0.2)
-"""Parts of the range that may be cut off at either end."""
+"""Parts of the range that a rule may cut off at each end."""
 
 
 def e4m3(x: torch.Tensor) -> torch.Tensor:
@@ -35,7 +35,7 @@ def _ends(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def stock(value: torch.Tensor) -> torch.Tensor:
-    """Store as vLLM's `_store_quantized_value` does: codes by float32 numbers, stored as fp16."""
+    """Store as vLLM's `_store_quantized_value`: codes from float32 scale and zero, kept as fp16."""
     lo, hi = _ends(value)
     scale = ((hi - lo) / _LAST_CODE).clamp_min(1e-8)
     codes = ((value - lo) / scale + 0.5).floor().clamp(0, _LAST_CODE)
@@ -43,16 +43,16 @@ def stock(value: torch.Tensor) -> torch.Tensor:
 
 
 def _between(value: torch.Tensor, zero: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return values read back with a scale and a zero that are fp16 numbers."""
+    """Return values dequantised with an fp16 scale and zero."""
     inverse = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
     return ((value - zero) * inverse).round().clamp(0, _LAST_CODE) * scale + zero
 
 
 def covering(part: float) -> Rule:
-    """Return the rule whose range reaches `part` of a step beyond the first and the last code.
+    """Return the rule whose range ends `part` of a step beyond the first and the last code.
 
-    0 is the smallest and the largest value themselves, 1/2 is cells of one width, of which no
-    value is farther than half a step from the middle. Scale and zero are rounded outwards.
+    0 is min-max. 1/2 is cells of one width, with every value at most half a step from a code.
+    Scale and zero are rounded outwards.
     """
 
     def rule(value: torch.Tensor) -> torch.Tensor:
@@ -66,7 +66,7 @@ def covering(part: float) -> Rule:
 
 
 def _best(value: torch.Tensor, candidates: Iterable[tuple[torch.Tensor, ...]]) -> torch.Tensor:
-    """Return, row by row, the stored form of the candidate whose judged form errs least."""
+    """Return for each row the `stored` of the candidate (judged, stored) with the least error."""
     least = torch.full((*value.shape[:-1], 1), torch.inf)
     found = torch.empty_like(value)
     for judged, stored in candidates:
@@ -77,7 +77,7 @@ def _best(value: torch.Tensor, candidates: Iterable[tuple[torch.Tensor, ...]]) -
 
 
 def shrunk(*, rounding: bool, ends: Iterable[tuple[float, float]] | None = None) -> Rule:
-    """Return the rule that cuts off what makes the squared error least.
+    """Return the rule that cuts off the ends so that the squared error is least.
 
     Args:
         rounding: Whether the choice sees scale and zero rounded to fp16.
@@ -100,9 +100,9 @@ def shrunk(*, rounding: bool, ends: Iterable[tuple[float, float]] | None = None)
 
 
 def refitted(times: int) -> Rule:
-    """Return the rule that fits scale and zero to the codes by least squares, and codes again.
+    """Return the rule that refits scale and zero to the codes by least squares, several times.
 
-    The best of all steps is kept, as stored.
+    The best step is stored.
     """
 
     def rule(value: torch.Tensor) -> torch.Tensor:
@@ -128,7 +128,7 @@ def refitted(times: int) -> Rule:
 
 
 def within_deviations(count: float) -> Rule:
-    """Return the rule whose range is the mean and `count` standard deviations on either side."""
+    """Return the rule whose range is the mean +- `count` standard deviations."""
 
     def rule(value: torch.Tensor) -> torch.Tensor:
         lo, hi = _ends(value)
@@ -141,14 +141,17 @@ def within_deviations(count: float) -> Rule:
 
 
 def rotated(rule: Rule) -> Rule:
-    """Return a rule for values rotated as `reference.rotate` does, undone when they are read."""
+    """Return a rule for values rotated by `reference.rotate`."""
     return lambda value: reference.rotate(rule(reference.rotate(value)))
 
 
 def hadamard(rule: Rule) -> Rule:
-    """Return a rule for values rotated by Sylvester's matrix, of the largest power of two in D."""
+    """Return a rule for values rotated by Sylvester's Hadamard matrix.
 
-    def turn(x: torch.Tensor) -> torch.Tensor:
+    Its size is the largest power of two that divides D.
+    """
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
         size = x.shape[-1] & -x.shape[-1]
         step = 1
         while step < size:
@@ -157,11 +160,11 @@ def hadamard(rule: Rule) -> Rule:
             step *= 2
         return x / size**0.5
 
-    return lambda value: turn(rule(turn(value)))
+    return lambda value: rotate(rule(rotate(value)))
 
 
 def chosen(value: torch.Tensor) -> torch.Tensor:
-    """Store and read as the kernels do."""
+    """Store and dequantise as the kernels do."""
     tokens = value.reshape(-1, 1, value.shape[-1])
     _, back = reference.dequantise(reference.quantise(torch.zeros_like(tokens), tokens))
     return back.view_as(value)
@@ -190,18 +193,18 @@ VALUE_RULES: dict[str, Rule] = {
 
 
 def exact(value: torch.Tensor) -> torch.Tensor:
-    """Store with no error: what is left is the keys' share."""
+    """Store without error: the remaining error of attention is that of the keys."""
     return value
 
 
-BESIDE_STOCK: dict[str, Rule] = {name: VALUE_RULES[name] for name in (STOCK, OURS)} | {EXACT: exact}
-"""What is measured on many samples."""
+MAIN_RULES: dict[str, Rule] = {STOCK: stock, OURS: chosen, EXACT: exact}
+"""The rules that are measured on many samples."""
 
 
 def head_scaled(key: torch.Tensor) -> torch.Tensor:
     """Store e4m3 keys [L, H, D] times a power of two of their head, which queries undo.
 
-    It brings the largest key of the head into the upper half of what e4m3 holds.
+    The largest key of the head is then in the upper half of e4m3's range.
     """
     largest = key.abs().amax((0, 2), keepdim=True)
     power = torch.exp2(torch.floor(torch.log2(448.0 / largest)))

@@ -1,19 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Queries, keys and values to store: drawn at random, or recorded from a model."""
+"""Queries, keys and values: drawn at random, or recorded from a model."""
 
 from __future__ import annotations
 
+import pydoc_data.topics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 SCORE_SIZES = (1.0, 2.0)
-"""Standard deviations of a random query's scores over the keys: 1, as of unit queries and keys,
-spreads the weights over a third of the tokens, 2 leaves a handful."""
+"""Standard deviations of a random query's scores over the keys. With 1, as of unit queries and
+keys, a third of the tokens get most of the weight; with 2, a handful."""
 
 RECORDED = "recorded"
+
+PROMPTS, TOKENS = 64, 1024
+"""Of a recorded model."""
+
+EVERY_RULE = 4
+"""Prompts on which every rule is measured, and not only ours and vLLM's."""
 
 KV_HEADS = 2
 QUERIES = 64
@@ -25,13 +33,13 @@ class Sample:
     """One layer of one sequence.
 
     Attributes:
-        name: Where it comes from.
+        name: The source: a distribution or a layer.
         heavy: Whether its values have heavy tails.
-        queries: float32 [Q, Hq, D] of the last Q tokens, by what is said of them.
+        queries: float32 [Q, Hq, D] of the last Q tokens, by kind: score size or RECORDED.
         key: float32 [L, H, D].
-        value: Likewise.
+        value: float32 [L, H, D].
         scale: Factor of the scores.
-        window: Tokens that a query sees, itself among them; None for all.
+        window: Tokens that a query sees, including itself; None for all.
     """
 
     name: str
@@ -51,7 +59,7 @@ def gaussian(generator: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor
 
 
 def student(freedom: int) -> Draw:
-    """Return Student's t, whose tails fall as a power of the size."""
+    """Return Student's t distribution, whose tails fall as a power of the size."""
 
     def draw(generator: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
         squares = sum(gaussian(generator, shape).square() for _ in range(freedom))
@@ -66,13 +74,13 @@ def laplace(generator: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def mixture(generator: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
-    """Draw normal numbers, one in fifty of them eight times as large."""
+    """Draw normal numbers, of which one in fifty is eight times as large."""
     large = torch.rand(shape, generator=generator) < 0.02
     return gaussian(generator, shape) * torch.where(large, 8.0, 1.0)
 
 
 def outlier_channels(one_of: int, size: float) -> Draw:
-    """Return normal numbers of which one dim in `one_of`, of every head, is `size` times larger."""
+    """Return normal numbers; one dim in `one_of` of every head is `size` times as large."""
 
     def draw(generator: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
         numbers = gaussian(generator, shape)
@@ -84,7 +92,7 @@ def outlier_channels(one_of: int, size: float) -> Draw:
 
 
 def channel_means(generator: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
-    """Draw normal numbers around means of their dims, three times as large, as of a bias."""
+    """Draw normal numbers around means of the dims, three times as large, as with a bias."""
     return gaussian(generator, shape) + 3 * gaussian(generator, shape[1:])
 
 
@@ -105,11 +113,11 @@ DISTRIBUTIONS: dict[str, tuple[bool, Draw]] = {
     "channel means": (False, channel_means),
     "offset 10": (False, offset),
 }
-"""Of keys and values: whether their tails are heavy, and how they are drawn."""
+"""Whether the tails are heavy, and how keys and values are drawn."""
 
 
 def drawn(head_size: int, length: int, seed: int) -> Iterator[Sample]:
-    """Draw a sample of every distribution; keys and values of one size whatever the tails."""
+    """Yield a sample of every distribution."""
     for name, (heavy, draw) in DISTRIBUTIONS.items():
         generator = torch.Generator().manual_seed(seed)
         shape = (length, KV_HEADS, head_size)
@@ -120,26 +128,32 @@ def drawn(head_size: int, length: int, seed: int) -> Iterator[Sample]:
         yield Sample(name, heavy, queries, key, value, 1.0)
 
 
-def recorded(folder: str, token_ids: torch.Tensor) -> Iterator[Sample]:
-    """Yield what every attention layer of a model would store and ask of a prompt.
+def prompts(folder: Path) -> torch.Tensor:
+    """Return int64 [PROMPTS, TOKENS]: text of Python's documentation by the model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+    ids = AutoTokenizer.from_pretrained(folder)(text[: 8 * PROMPTS * TOKENS])["input_ids"]
+    return torch.tensor(ids[: PROMPTS * TOKENS]).view(PROMPTS, TOKENS)
+
+
+def recorded(folder: Path, token_ids: torch.Tensor) -> Iterator[Sample]:
+    """Yield the queries, keys and values of every attention layer of a model.
 
     Args:
-        folder: A model of transformers, in float32.
+        folder: A transformers model, in float32.
         token_ids: int64 [prompts, tokens].
     """
     import transformers
 
-    layers: list[dict[str, Any]] = []
+    samples: list[Sample] = []
 
     def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
-        layers.append(
-            {
-                "layer": module.layer_idx,
-                "scale": options.get("scaling") or query.shape[-1] ** -0.5,
-                "window": options.get("sliding_window"),
-                "tensors": [x.detach().transpose(1, 2) for x in (query, key, value)],
-            }
-        )
+        q, k, v = (x[0].detach().transpose(0, 1) for x in (query, key, value))
+        scale = options.get("scaling") or query.shape[-1] ** -0.5
+        queries = {RECORDED: q[-QUERIES:]}
+        window = options.get("sliding_window")
+        samples.append(Sample(f"layer {module.layer_idx}", False, queries, k, v, scale, window))
         return transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"](
             module, query, key, value, mask, **options
         )
@@ -152,12 +166,7 @@ def recorded(folder: str, token_ids: torch.Tensor) -> Iterator[Sample]:
         folder, dtype=torch.float32, attn_implementation="recording"
     ).eval()
     for prompt in token_ids:
-        layers.clear()
+        samples.clear()
         with torch.inference_mode():
             model(prompt[None], use_cache=False)
-        for found in layers:
-            query, key, value = (x[0] for x in found["tensors"])
-            yield Sample(
-                f"layer {found['layer']}", False,
-                {RECORDED: query[-QUERIES:]}, key, value, found["scale"], found["window"],
-            )  # fmt: skip
+        yield from samples
