@@ -32,7 +32,6 @@ from vllm_hybrid_kv.kernels.triton.rotation import rotated_quarter
 
 _FIELDS = tl.constexpr(ITEM_FIELDS)
 _NATIVE_PTX = tl.constexpr(int(KeyDecoder.NATIVE_PTX))
-_KEY_UNIT = tl.constexpr(INTEGER_KEY_UNIT)
 _LOW_UNIT = tl.constexpr(1.0 / LOW_CODE_UNIT)
 _HIGH_UNIT = tl.constexpr(1.0 / HIGH_CODE_UNIT)
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -303,7 +302,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     q_even = (q_even * _power_of_two(-1 - q_exp)[None, :]).to(tl.float16)
     q_odd = (q_odd * _power_of_two(-1 - q_exp)[None, :]).to(tl.float16)
     if KEY_DECODER != _NATIVE_PTX:
-        qk_scale = qk_scale * _KEY_UNIT
+        qk_scale = qk_scale * INTEGER_KEY_UNIT
     if not SOFT_CAP:
         qk_scale = qk_scale * _LOG2_E
 

@@ -36,38 +36,31 @@ class ValueDecoder(enum.IntEnum):
 
 # PTX on two 16-bit words in a register. `&` marks an output that is written before the last read
 # of the input; otherwise it could share the input's register.
-INTEGER_KEY_PTX = (
+INTEGER_KEY_PTX = tl.constexpr(
     "{ .reg .b32 a, b, c;\n"
     "shl.b32 a, $2, 7; shl.b32 b, $2, 8; shr.u32 c, $2, 1;\n"
     "and.b32 a, a, 0x3f803f80; lop3.b32 $0, b, 0x80008000, a, 0xEA;\n"
     "and.b32 c, c, 0x3f803f80; lop3.b32 $1, $2, 0x80008000, c, 0xEA; }"
 )
-INTEGER_KEY_OPERANDS = "=&r,=r,r"
-NATIVE_KEY_PTX = (
+INTEGER_KEY_OPERANDS = tl.constexpr("=&r,=r,r")
+NATIVE_KEY_PTX = tl.constexpr(
     "{ .reg .b32 a, b; .reg .b16 l, h;\n"
     "prmt.b32 a, $2, 0, 0x4420; prmt.b32 b, $2, 0, 0x4431;\n"
     "cvt.u16.u32 l, a; cvt.u16.u32 h, b;\n"
     "cvt.rn.f16x2.e4m3x2 $0, l; cvt.rn.f16x2.e4m3x2 $1, h; }"
 )
-NATIVE_KEY_OPERANDS = "=r,=r,r"
-VALUE_PTX = (
+NATIVE_KEY_OPERANDS = tl.constexpr("=r,=r,r")
+VALUE_PTX = tl.constexpr(
     "{ .reg .b32 t; shr.u32 t, $4, 8;\n"
     "and.b32 $0, $4, 0x000f000f; and.b32 $1, $4, 0x00f000f0;\n"
     "and.b32 $2, t, 0x000f000f; and.b32 $3, t, 0x00f000f0; }"
 )
-VALUE_OPERANDS = "=&r,=r,=r,=r,r"
-
-_INTEGER_KEY_PTX = tl.constexpr(INTEGER_KEY_PTX)
-_INTEGER_KEY_OPERANDS = tl.constexpr(INTEGER_KEY_OPERANDS)
-_NATIVE_KEY_PTX = tl.constexpr(NATIVE_KEY_PTX)
-_NATIVE_KEY_OPERANDS = tl.constexpr(NATIVE_KEY_OPERANDS)
-_VALUE_PTX = tl.constexpr(VALUE_PTX)
-_VALUE_OPERANDS = tl.constexpr(VALUE_OPERANDS)
+VALUE_OPERANDS = tl.constexpr("=&r,=r,=r,=r,r")
 
 _PORTABLE = tl.constexpr(int(KeyDecoder.PORTABLE))
 _INTEGER_PTX = tl.constexpr(int(KeyDecoder.INTEGER_PTX))
 
-INTEGER_KEY_UNIT = 256.0
+INTEGER_KEY_UNIT = tl.constexpr(256.0)
 """Factor that integer arithmetic omits: fp16's exponent bias is 15 and e4m3fn's is 7, so moving a
 code's exponent and mantissa bits into their fp16 position gives the key times 2^-8."""
 
@@ -141,12 +134,12 @@ def decode_keys(words, DECODER: tl.constexpr):  # type: ignore[no-untyped-def]
         return even.to(tl.float16, bitcast=True), odd.to(tl.float16, bitcast=True)
     elif DECODER == _INTEGER_PTX:  # noqa: RET505 - only one branch is compiled, which returns
         return tl.inline_asm_elementwise(
-            _INTEGER_KEY_PTX, _INTEGER_KEY_OPERANDS, [words],
+            INTEGER_KEY_PTX, INTEGER_KEY_OPERANDS, [words],
             dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
         )  # fmt: skip
     else:
         return tl.inline_asm_elementwise(
-            _NATIVE_KEY_PTX, _NATIVE_KEY_OPERANDS, [words],
+            NATIVE_KEY_PTX, NATIVE_KEY_OPERANDS, [words],
             dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
         )  # fmt: skip
 
@@ -169,7 +162,7 @@ def decode_values(words, DECODER: tl.constexpr):  # type: ignore[no-untyped-def]
         )
     else:  # noqa: RET505
         return tl.inline_asm_elementwise(
-            _VALUE_PTX, _VALUE_OPERANDS, [words],
+            VALUE_PTX, VALUE_OPERANDS, [words],
             dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
         )  # fmt: skip
 
