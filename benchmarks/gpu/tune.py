@@ -186,7 +186,7 @@ def _best(
             continue
         reason = trial.rejection(candidate)
         if reason is not None:
-            log.append({"candidate": asdict(candidate), "refused": reason})
+            log.append({"candidate": asdict(candidate), "rejected": reason})
             continue
         speedup = trial.speedup(candidate, seconds)
         log.append({"candidate": asdict(candidate), "times_as_fast": speedup})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the GPU benchmark counts, orders and concludes."""
+"""The numbers, the order and the verdicts of the GPU benchmark."""
 
 from __future__ import annotations
 
@@ -13,22 +13,19 @@ import pytest
 import torch
 
 from benchmarks.gpu import goals, tune
+from benchmarks.gpu.checks import (
+    Check,
+    CheckResult,
+    checks,
+    run,
+    stored_bytes_equal_the_reference,
+)
 from benchmarks.gpu.contenders import Batch
 from benchmarks.gpu.contenders.ours import Ours
-from benchmarks.gpu.contenders.unified import UnifiedBf16
-from benchmarks.gpu.correctness import (
-    Check,
-    Finding,
-    Wrong,
-    judged,
-    run,
-    stored_bits_are_the_references,
-)
+from benchmarks.gpu.contenders.vllms import UnifiedBf16
 from benchmarks.gpu.environment import Budget
-from benchmarks.gpu.matrix import checks
-from benchmarks.gpu.measure import Replay, ratio, rounds_for, spread
-from benchmarks.gpu.report import JSON, MARKDOWN, PICTURE, Report
-from benchmarks.gpu.roofline import points
+from benchmarks.gpu.measure import alternating, ratio, spread
+from benchmarks.gpu.report import JSON, MARKDOWN, PICTURE, Report, points
 from benchmarks.gpu.sections import (
     AllDiffer,
     Limits,
@@ -36,7 +33,6 @@ from benchmarks.gpu.sections import (
     build,
     distances,
     medians_and_ratios,
-    stored_bytes,
 )
 from benchmarks.gpu.shapes import (
     FULL,
@@ -44,12 +40,11 @@ from benchmarks.gpu.shapes import (
     SECTIONS,
     Heads,
     Shape,
-    bf16_bytes,
-    fp8_bytes,
     jobs,
-    k8v4_bytes,
     layers_needed,
+    token_bytes,
 )
+from testing.triton.attention import assert_close
 from vllm_hybrid_kv.kernels.triton import tuning
 from vllm_hybrid_kv.kernels.triton.tuning import Rows, Tiling
 
@@ -57,37 +52,37 @@ HEADS = Heads(32, 8, 128)
 LIMITS = Limits(copy_gb_s=1000.0, matmul_tflop_s=500.0)
 
 
-def test_bytes_of_a_token_are_those_of_its_format() -> None:
-    assert (k8v4_bytes(128), bf16_bytes(128), fp8_bytes(128)) == (196, 512, 256)
+def test_token_bytes_follow_the_format() -> None:
+    assert [token_bytes(stored, 128) for stored in ("k8v4", "bf16", "fp8")] == [196, 512, 256]
 
 
 def test_attention_reads_whole_tokens_and_caches_hold_whole_pages() -> None:
     shape = Shape(HEADS, batch=2, length=17)
-    assert shape.read_bytes(196) == 2 * 17 * 8 * 196
-    assert shape.cache_bytes(196) == 2 * 32 * 8 * 196
+    assert shape.read_bytes("k8v4") == 2 * 17 * 8 * 196
+    assert shape.cache_bytes("k8v4") == 2 * 32 * 8 * 196
 
 
-def test_operations_count_each_visible_pair_once() -> None:
+def test_flops_count_each_visible_pair_once() -> None:
     # Two new tokens over three cached ones: the first sees 4 keys, the second 5.
     assert Shape(HEADS, 1, 5, 2).flops == 4 * 32 * 128 * (4 + 5)
     assert Shape(HEADS, 3, 7).flops == 3 * 4 * 32 * 128 * 7
 
 
 def test_storing_reads_bf16_and_writes_k8v4() -> None:
-    assert stored_bytes(Shape(HEADS, 1, 10, 10)) == 10 * 8 * (512 + 196)
+    assert Shape(HEADS, 1, 10, 10).stored_bytes == 10 * 8 * (512 + 196)
 
 
 @pytest.mark.parametrize(
     ("cache_bytes", "l2_bytes", "layers"),
     [(10, 50, 10), (30, 50, 4), (100, 50, 1), (1000, 50, 1), (1, 10**6, 256), (10, 0, 1)],
 )
-def test_caches_together_exceed_twice_the_l2_cache(
+def test_layers_in_turn_exceed_twice_the_l2_cache(
     cache_bytes: int, l2_bytes: int, layers: int
 ) -> None:
     assert layers_needed(cache_bytes, l2_bytes) == layers
 
 
-def test_the_whole_matrix_of_the_goals_is_measured_once() -> None:
+def test_decode_measures_every_combination_once() -> None:
     decode = [job.shape for job in jobs(FULL) if job.section == "decode"]
     assert len(decode) == len(set(decode)) == 4 * 4 * 4
     assert {shape.batch for shape in decode if shape} == {1, 8, 32, 128}
@@ -97,7 +92,7 @@ def test_the_whole_matrix_of_the_goals_is_measured_once() -> None:
 
 
 @pytest.mark.parametrize("preset", [FULL, QUICK])
-def test_the_limit_comes_first_and_what_decides_a_goal_before_the_rest(preset: Any) -> None:
+def test_bandwidth_comes_first_and_shapes_that_decide_a_goal_next(preset: Any) -> None:
     found = jobs(preset)
     assert found[0].section == "bandwidth"
     decode = [job.shape for job in found if job.section == "decode"]
@@ -109,23 +104,21 @@ def test_the_limit_comes_first_and_what_decides_a_goal_before_the_rest(preset: A
     assert max(first_seen) < last_decode
 
 
-def test_one_section_is_measured_with_the_limit_that_it_is_held_to() -> None:
+def test_a_single_section_includes_the_bandwidth() -> None:
     assert {job.section for job in jobs(FULL, "store")} == {"bandwidth", "store"}
     assert [job.section for job in jobs(FULL, "bandwidth")] == ["bandwidth"]
 
 
-def test_a_budget_that_is_spent_has_nothing_left() -> None:
+def test_a_spent_budget_has_nothing_left() -> None:
     assert Budget(0.0).left == 0.0
     assert 0 < Budget(1000.0).left <= 1000.0
 
 
-def test_a_ratio_is_the_median_of_the_ratios_of_rounds() -> None:
-    # The ratio of the medians would be 3; the third round's clock was half of the others'.
-    found = ratio([2.0, 3.0, 40.0], [1.0, 1.0, 10.0])
+def test_a_ratio_is_the_median_of_the_ratios_of_pairs() -> None:
+    assert ratio([2.0, 3.0, 40.0], [1.0, 1.0, 10.0]).median == 3.0
+    # The ratio of the medians would be 8: in the second sample the clock was a tenth.
+    found = ratio([2.0, 30.0, 8.0], [1.0, 10.0, 1.0])
     assert (found.median, found.count) == (3.0, 3)
-    assert ratio([4.0, 12.0, 9.0], [1.0, 6.0, 3.0]).median == 3.0
-    assert spread([9.0, 12.0, 4.0]).median / spread([1.0, 6.0, 3.0]).median == 3.0
-    assert ratio([2.0, 30.0, 8.0], [1.0, 10.0, 8.0]).median == 2.0
 
 
 def test_quartiles_are_those_of_the_sample() -> None:
@@ -134,18 +127,17 @@ def test_quartiles_are_those_of_the_sample() -> None:
     assert spread([7.0]) == replace(found, median=7.0, lower=7.0, upper=7.0, count=1)
 
 
-def test_rounds_fill_the_time_within_bounds() -> None:
-    assert rounds_for(1.0, 20.0) == 50
-    assert rounds_for(1.0, 10**5) == 5
-    assert rounds_for(1.0, 0.001) == 100
+def test_a_contender_that_fails_is_reported_and_the_others_are_measured() -> None:
+    calls: dict[str, Any] = {"works": [int, int], "fails": [lambda: 1 / 0]}
+    times, errors = alternating(calls, torch.device("cpu"), seconds=0.0)
+    assert {name: len(samples) for name, samples in times.items()} == {"works": 1}
+    assert isinstance(errors["fails"], ZeroDivisionError)
 
 
 def test_times_become_bandwidth_and_its_share() -> None:
-    shape = Shape(HEADS, 1, 1000)
-    found = achieved(196, shape, 0.002, LIMITS)
-    assert found["gb_s"] == pytest.approx(1000 * 8 * 196 / 0.002e-3 / 1e9)
-    assert found["share_of_copy"] == pytest.approx(found["gb_s"] / 1000)
-    assert found["tflop_s"] == pytest.approx(4 * 32 * 128 * 1000 / 0.002e-3 / 1e12)
+    found = achieved(10**6, 0.002, LIMITS, flops=10**9)
+    assert found == {"gb_s": 500.0, "share_of_copy": 0.5, "tflop_s": 500.0}
+    assert "tflop_s" not in achieved(10**6, 0.002, LIMITS)
 
 
 def test_ratios_above_one_are_slower_than_ours() -> None:
@@ -177,7 +169,7 @@ def verdict_of(text: str, results: list[dict[str, Any]]) -> goals.Verdict:
     return goals.verdict(goal, results)
 
 
-def test_a_goal_is_met_only_if_its_worst_shape_meets_it() -> None:
+def test_the_worst_shape_decides_a_goal() -> None:
     shapes = [Shape(HEADS, batch, 32768) for batch in (8, 32, 128)]
     good = [
         result("decode", shape, share)
@@ -189,7 +181,7 @@ def test_a_goal_is_met_only_if_its_worst_shape_meets_it() -> None:
     assert verdict_of("75 %", [*good, result("decode", shapes[0], 0.74)]).met is False
 
 
-def test_the_fastest_other_kernel_is_who_counts() -> None:
+def test_the_fastest_other_kernel_decides_a_goal() -> None:
     shape = Shape(HEADS, 8, 32768)
     one = result("decode", shape, unified_bf16=3.0, FlashAttention_bf16=1.9, unified_fp8=1.3)
     assert verdict_of("2 times the fastest bf16", [one]).measured == 1.9
@@ -205,9 +197,9 @@ def test_other_shapes_do_not_decide_a_goal() -> None:
     assert verdict_of("batch 1", [short, alone]).met is False
 
 
-def test_a_goal_with_a_ceiling_is_judged_by_the_largest() -> None:
+def test_the_largest_number_decides_a_goal_with_an_upper_bound() -> None:
     shapes = [Shape(HEADS, batch, 32768, 4) for batch in (1, 8)]
-    # `times_ours` says how many times as long as ours the one token took.
+    # `times_ours` is the time of the one token, divided by ours.
     found = verdict_of("verification", [
         result("verify", shapes[0], **{"ours, one_token": 1 / 1.1}),
         result("verify", shapes[1], **{"ours, one_token": 1 / 1.4}),
@@ -217,7 +209,7 @@ def test_a_goal_with_a_ceiling_is_judged_by_the_largest() -> None:
     assert found.met is False
 
 
-def test_a_goal_against_a_kernel_that_is_not_here_is_not_measured() -> None:
+def test_a_goal_against_a_missing_kernel_is_not_measured() -> None:
     assert (
         verdict_of("60 % of FlashAttention", [result("chunked", Shape(HEADS, 1, 10240, 2048))]).met
         is None
@@ -231,8 +223,8 @@ def test_small_stores_do_not_decide_the_goal_of_the_store() -> None:
     assert verdict_of("store", [small, large]).met is True
 
 
-def test_caches_that_do_not_fit_are_left_out_before_they_are_made() -> None:
-    # A GiB counts as free where there is no GPU: 2^23 tokens take 0.8 of it as k8v4, 2 as bf16.
+def test_contenders_whose_caches_do_not_fit_are_left_out() -> None:
+    # Without a GPU 1 GiB counts as free: 2^23 tokens take 0.8 GiB as k8v4 and 2 as bf16.
     batch = Batch(Shape(Heads(1, 1, 64), 1, 1 << 23), torch.device("cpu"))
     built, left_out = build([UnifiedBf16], batch, layers=1)
     assert not built
@@ -241,48 +233,42 @@ def test_caches_that_do_not_fit_are_left_out_before_they_are_made() -> None:
     assert left_out["ours"].startswith("its caches take 1.6 GiB")
 
 
-def test_a_wrong_number_a_stray_nan_and_a_wrong_sum_are_found() -> None:
+def test_a_wrong_output_a_nan_and_a_wrong_log_sum_exp_are_detected() -> None:
     wanted = torch.ones(3, 2, 64), torch.zeros(3, 2)
     wanted[1][0, 0] = -math.inf
     out, lse = wanted[0].clone(), wanted[1].clone()
-    assert judged((out, lse), wanted, 0.01) == "out 0.0e+00, lse 0.0e+00"
+    assert assert_close((out, lse), wanted, 0.01) == "out 0.0e+00, lse 0.0e+00"
     off, nan, sums, empty = out.clone(), out.clone(), lse.clone(), lse.clone()
     off[2, 1] = 1.02
     nan[1, 1, 3] = math.nan
     sums[2, 0] = 0.01
     empty[0, 0] = 0.0
     for got in ((off, lse), (nan, lse), (out, sums), (out, empty)):
-        with pytest.raises(Wrong):
-            judged(got, wanted, 0.01)
+        with pytest.raises(AssertionError):
+            assert_close(got, wanted, 0.01)
 
 
-def test_a_check_that_raises_has_failed_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_raises_fails_with_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     arguments = {"head_size": 63, "dtype": torch.float16, "native": False, "rows": "of all sizes"}
-    refused = Check("a", stored_bits_are_the_references, arguments)
-    found = run(refused)
+    found = run(Check("a", stored_bytes_equal_the_reference, arguments))
     assert found.outcome == "failed"
     assert found.detail.startswith("ValueError: k8v4 stores head sizes from 64 to 256")
 
 
-def replay(out: torch.Tensor) -> Replay:
-    return Replay([lambda: out], torch.device("cpu"))
-
-
 def test_a_distance_is_relative_to_the_size_of_ours() -> None:
     ours = torch.full((4, 2, 64), 2.0)
-    found = distances({"ours": replay(ours), "a": replay(ours * 1.1), "b": replay(-ours),
-                       "one token": replay(ours[:1])})  # fmt: skip
+    found = distances({"ours": ours, "a": ours * 1.1, "b": -ours, "one token": ours[:1]})
     assert found == {"a": pytest.approx(0.1, rel=1e-4), "b": pytest.approx(2.0)}
 
 
-def test_ours_has_failed_if_it_differs_from_all_others() -> None:
+def test_ours_fails_if_it_differs_from_all_others() -> None:
     ours = torch.ones(4, 2, 64)
     with pytest.raises(AllDiffer):
-        distances({"ours": replay(ours), "a": replay(-ours), "b": replay(ours * math.nan)})
+        distances({"ours": ours, "a": -ours, "b": ours * math.nan})
 
 
-def test_points_of_the_picture_are_operations_a_byte() -> None:
+def test_the_picture_shows_operations_a_byte() -> None:
     found = points([result("decode", Shape(HEADS, 8, 32768)), result("store", Shape(HEADS, 1, 1))])
     assert found == {("ours", "decode"): [(5.0, 4.0)]}
 
@@ -297,7 +283,7 @@ MACHINE = {
 def report() -> Report:
     return Report(
         MACHINE,
-        [Finding("attention, decode", "passed", "out 1e-3", 1.0)],
+        [CheckResult("attention, decode", "passed", "out 1e-3", 1.0)],
         LIMITS,
         [
             result("decode", Shape(HEADS, 8, 32768), 0.81, stock_k8v4=7.5, unified_fp8=1.2),
@@ -306,7 +292,7 @@ def report() -> Report:
     )
 
 
-def test_a_report_says_which_goals_are_met_on_which_machine(tmp_path: Path) -> None:
+def test_a_report_names_the_machine_and_the_goals_that_are_met(tmp_path: Path) -> None:
     report().write(tmp_path)
     text = (tmp_path / MARKDOWN).read_text()
     assert "A GPU, compute capability 9.0, 132 multiprocessors; driver unknown" in text
@@ -315,10 +301,8 @@ def test_a_report_says_which_goals_are_met_on_which_machine(tmp_path: Path) -> N
     assert f"the fastest fp8 | 1.20 {worst} | 1.20 | 1 | **no** |" in text
     assert "| chunked prefill of 2048: at least 3 times stock k8v4 | not measured | | | |" in text
     assert "| 32/8 x 128 | 8, 32768, 1 | 100.0 (81 %) | 750.0 (7.50) | 120.0 (1.20) |" in text
-    assert (
-        "FlashInfer bf16: flashinfer: no module (2 shapes, among them decode 32/8 x 128, 8 x 32768)"
-        in text
-    )
+    left_out = "(2 shapes, for example decode 32/8 x 128, 8 x 32768)"
+    assert f"FlashInfer bf16: flashinfer: no module {left_out}" in text
     everything = json.loads((tmp_path / JSON).read_text())
     assert everything["times_mean_something"] is True
     assert len(everything["goals"]) == len(goals.GOALS)
@@ -328,34 +312,34 @@ def test_a_report_says_which_goals_are_met_on_which_machine(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("outcome", "failed"), [("failed", True), ("not run", True), ("not here", False)]
+    ("outcome", "failed"), [("failed", True), ("not run", True), ("unavailable", False)]
 )
-def test_a_check_that_failed_or_was_not_reached_fails_the_run_and_is_named(
+def test_a_check_that_failed_or_was_not_run_fails_the_run_and_is_named(
     outcome: str, failed: bool
 ) -> None:
     found = report()
-    found.findings.append(Finding("stored bits", outcome, "3 of 90 bytes differ", 0.1))
+    found.checks.append(CheckResult("stored bytes", outcome, "3 bytes differ", 0.1))
     assert found.failed is failed
-    assert f"- {outcome}: stored bits: 3 of 90 bytes differ" in found.markdown([], PICTURE)
+    assert f"- {outcome}: stored bytes: 3 bytes differ" in found.markdown([], PICTURE)
 
 
-def test_what_of_ours_did_not_run_fails_the_run() -> None:
+def test_a_failure_of_our_kernels_fails_the_run() -> None:
     found = report()
     assert found.failed is False
     found.failures.append("decode: RuntimeError: no")
     assert found.failed is True
 
 
-def test_every_check_has_a_name_of_its_own() -> None:
+def test_every_check_has_a_unique_name() -> None:
     names = [check.name for check in checks()]
     assert len(names) == len(set(names))
     assert len(names) > 100
 
 
-def test_every_class_of_rows_and_heads_is_tuned_with_sizes_that_fit_it() -> None:
+def test_every_class_of_rows_and_heads_is_tuned() -> None:
     tasks = tune.tasks(FULL)
     found = {(task.rows, tuning.head_class(task.head_size)) for task in tasks}
-    # Heads of 512 dims have the one size of program that does not spill.
+    # Heads of 512 dims have only one tile size that does not spill.
     assert found == {(rows, head) for rows in Rows for head in tuning.HEAD_CLASSES if head < 512}
     for task in tasks:
         for shape in task.shapes:
@@ -366,21 +350,21 @@ def test_every_class_of_rows_and_heads_is_tuned_with_sizes_that_fit_it() -> None
         assert derived in tune.sizes(task.rows)
 
 
-def test_sizes_near_the_one_that_is_known_are_tried_first() -> None:
+def test_the_distance_of_two_sizes_counts_halvings_and_doublings() -> None:
     known = Tiling(16, 64, 2, 3)
     assert tune.steps_away(known, known) == 0
     assert tune.steps_away(known, Tiling(32, 32, 2, 3)) == 2
     assert tune.steps_away(known, replace(known, min_split_tiles=16)) == 2
 
 
-def test_a_winner_becomes_a_row_that_the_table_takes() -> None:
+def test_a_winner_becomes_a_row_of_the_table() -> None:
     task = tune.Task(Rows.UP_TO_16, (Shape(Heads(24, 4, 192), 8, 32768),))
     winner = Tiling(16, 128, 4, 2, 8, 2)
     table = eval("{" + tune.row_of((9, 0), task, winner) + "}", {"Tiling": Tiling, "Rows": Rows})
     assert table == {((9, 0), 256, Rows.UP_TO_16): winner}
 
 
-def test_a_measured_row_serves_its_capability_heads_and_rows_only(
+def test_a_measured_row_applies_to_its_capability_heads_and_rows_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     winner = Tiling(16, 128, 4, 2, 8, 2)
