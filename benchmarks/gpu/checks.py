@@ -132,18 +132,13 @@ class Check:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """The result of a check.
-
-    Attributes:
-        name: The check's.
-        outcome: passed, failed, unavailable or not run.
-        detail: The error of the kernels, or the reason.
-        seconds: Time that it took, including compiling.
-    """
+    """The result of a check; `seconds` include compiling."""
 
     name: str
     outcome: str
+    """passed, failed, unavailable or not run."""
     detail: str
+    """The error of the kernels, or the reason."""
     seconds: float
 
 

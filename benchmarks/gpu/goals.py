@@ -27,7 +27,6 @@ class Goal:
     Attributes:
         text: The goal, with the bound.
         section: The section whose results count.
-        bound: The bound of the number.
         concerns: Whether the shape of a result counts.
         number: The number of a result; None if the contender compared with is missing.
         at_most: Whether the bound is an upper one, otherwise it is a lower one.
@@ -43,15 +42,13 @@ class Goal:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a goal is met.
+    """Whether a goal is met; None if no shape was measured.
 
     Attributes:
-        goal: The goal's text.
-        measured: The number furthest from the goal; None if none was measured.
-        best: The best number; None if none was measured.
+        measured: The number furthest from the goal.
+        best: The best number.
         where: The shape of `measured`.
         shapes: Number of shapes.
-        met: Whether all of them are within the bound; None if none was measured.
     """
 
     goal: str
@@ -82,20 +79,12 @@ def _share_of_copy(result: Result) -> float | None:
     return None if achieved is None else float(achieved["share_of_copy"])
 
 
-def _any(shape: Mapping[str, int]) -> bool:
-    return True
-
-
 def _long_batches(shape: Mapping[str, int]) -> bool:
     return shape["length"] == GOAL_LENGTH and shape["batch"] >= 8
 
 
 def _long_alone(shape: Mapping[str, int]) -> bool:
     return shape["length"] == GOAL_LENGTH and shape["batch"] == 1
-
-
-def _large_store(shape: Mapping[str, int]) -> bool:
-    return shape["length"] >= 4096
 
 
 GOALS = (
@@ -110,13 +99,13 @@ GOALS = (
     Goal("decode at 32k, batch 1: not slower than the fastest fp8", "decode",
          1.0, _long_alone, _speedup(*FP8)),
     Goal("verification of 4 tokens: at most 1.3 times one token", "verify",
-         1.3, _any, _slowdown_over_one_token, at_most=True),
+         1.3, lambda shape: True, _slowdown_over_one_token, at_most=True),
     Goal("chunked prefill of 2048: at least 3 times stock k8v4", "chunked",
-         3.0, _any, _speedup(STOCK)),
+         3.0, lambda shape: True, _speedup(STOCK)),
     Goal("chunked prefill of 2048: at least 60 % of FlashAttention on bf16", "chunked",
-         0.6, _any, _speedup(*FLASH_BF16)),
+         0.6, lambda shape: True, _speedup(*FLASH_BF16)),
     Goal("store of 4096 tokens and more: at least 60 % of copy bandwidth", "store",
-         0.6, _large_store, _share_of_copy),
+         0.6, lambda shape: shape["length"] >= 4096, _share_of_copy),
 )  # fmt: skip
 
 

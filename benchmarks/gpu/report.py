@@ -32,14 +32,8 @@ class Report:
     """The results of a run.
 
     Attributes:
-        machine: The result of `environment.machine`.
-        checks: Results of the checks.
-        limits: The limits of the device, once measured.
-        results: Results of the measurements.
         failures: Measurements in which our kernels failed.
         skipped: What was not measured, and why.
-        seconds: Duration of the run.
-        clocks_after: Driver and clocks at its end.
     """
 
     machine: Mapping[str, Any]

@@ -21,7 +21,7 @@ from benchmarks.gpu.contenders.libraries import (
     TorchFlash,
 )
 from benchmarks.gpu.contenders.ours import Ours, OursOneToken, empty_cache
-from benchmarks.gpu.contenders.vllms import (
+from benchmarks.gpu.contenders.vllm_kernels import (
     Stock,
     StockBackend,
     UnifiedBf16,
@@ -179,7 +179,7 @@ def achieved(
     return found if flops is None else found | {"tflop_s": flops / milliseconds / 1e9}
 
 
-def _measured(
+def _times(
     calls: Mapping[str, Sequence[Call]],
     left_out: dict[str, str],
     device: torch.device,
@@ -242,7 +242,7 @@ def measure_attention(
             # Its time would be that of different work.
             del calls[name]
             left_out[name] = f"its output is {distance:.2f} of the size of ours away from ours"
-    times = _measured(calls, left_out, device, seconds)
+    times = _times(calls, left_out, device, seconds)
     if Ours.name not in times:
         return result
     for name in [name for name in times if name.endswith(_STEP)]:
@@ -275,7 +275,7 @@ def measure_store(job: Job, device: torch.device, seconds: float, limits: Limits
     calls = _storing(batch, layers, left_out)
     for first, *_ in calls.values():
         first()
-    medians, ratios = medians_and_ratios(_measured(calls, left_out, device, seconds))
+    medians, ratios = medians_and_ratios(_times(calls, left_out, device, seconds))
     del calls
     _release(device)
     return {

@@ -22,7 +22,7 @@ from benchmarks.gpu.checks import (
 )
 from benchmarks.gpu.contenders import Batch
 from benchmarks.gpu.contenders.ours import Ours
-from benchmarks.gpu.contenders.vllms import UnifiedBf16
+from benchmarks.gpu.contenders.vllm_kernels import UnifiedBf16
 from benchmarks.gpu.environment import Budget
 from benchmarks.gpu.measure import alternating, ratio, spread
 from benchmarks.gpu.report import JSON, MARKDOWN, PICTURE, Report, points
