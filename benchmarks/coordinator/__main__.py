@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `python -m benchmarks.coordinator`; the package says what it does."""
+"""The command `python -m benchmarks.coordinator`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ from vllm.v1.core.kv_cache_utils import BlockHash
 
 from benchmarks.coordinator.contents import (
     CONTENTS,
+    MODELS,
     PROMPTS,
     TOKENS,
     Contents,
     Model,
-    blocks_needed,
     fill,
     make_coordinator,
-    models,
     prompt_hashes,
 )
 from testing.machine import host
@@ -33,25 +32,18 @@ from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
 
 COORDINATORS = {"vLLM": HybridKVCacheCoordinator, "fixed_point": FixedPointCoordinator}
 LIMIT_MS = 1.0
-"""What a lookup at 16 tokens may take at most."""
+"""The maximum time of a lookup."""
 
 
 def measure(model: Model, contents: Contents, rounds: int) -> dict[str, Any]:
-    """Time both coordinators' lookups of the same prompts in the same contents.
-
-    Raises:
-        AssertionError: They do not hit the same.
-    """
+    """Time the lookups of both coordinators, which must hit the same."""
     prompts = [prompt_hashes(model, number) for number in range(PROMPTS)]
-    sides = {
-        name: make_coordinator(kind, model, blocks_needed(model))
-        for name, kind in COORDINATORS.items()
-    }
+    sides = {name: make_coordinator(kind, model) for name, kind in COORDINATORS.items()}
     for coordinator in sides.values():
         fill(coordinator, model, contents, prompts)
     times: dict[str, list[float]] = {name: [] for name in sides}
     hits: dict[str, set[int]] = {name: set() for name in sides}
-    # Of a request and of the one before it: as long as an engine has them, nobody frees them here.
+    # The last two requests, so that freeing their hashes is not timed.
     held: dict[str, deque[list[BlockHash]]] = {name: deque(maxlen=2) for name in sides}
     gc.collect()
     gc.disable()
@@ -63,7 +55,7 @@ def measure(model: Model, contents: Contents, rounds: int) -> dict[str, Any]:
             _, length, _ = coordinator.find_longest_cache_hit(hashes, TOKENS - 1)
             taken = 1e3 * (time.perf_counter() - start)
             hits[name].add(length)
-            # The first round puts code and contents into the caches.
+            # The first round warms the CPU caches.
             if number:
                 times[name].append(taken)
     gc.enable()
@@ -84,16 +76,16 @@ def measure(model: Model, contents: Contents, rounds: int) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Write the results as Markdown."""
+    """Return the results as Markdown."""
     where = result["machine"]
     lines = [
-        "# Prefix-cache lookups in four KV groups, beside vLLM's own coordinator",
+        "# Prefix cache lookups in four KV groups, compared with vLLM's own coordinator",
         "",
         f"{where['cpu']}, {where['cpus']} CPUs; Python {where['python']}, vLLM {where['vllm']}; "
         f"load average {where['load']:.1f} at the start. Prompts of {TOKENS:,} tokens.",
         "",
-        "Milliseconds, medians over calls in turn in one process; in brackets what nine of ten "
-        "calls stay below. Last column: times faster, the median over rounds.",
+        "Median milliseconds of alternating calls in one process, with the 90th percentile in "
+        "brackets. Last column: times faster, the median over rounds.",
         "",
         "| KV groups | match unit | cached | hit, tokens | vLLM | fixed_point | times faster |",
         "|---|---|---|---|---|---|---|",
@@ -110,7 +102,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def missed_goals(rows: list[dict[str, Any]]) -> list[str]:
-    """Say where a lookup is slower than vLLM's, or slower than it may be."""
+    """Return where a lookup is slower than vLLM's, or slower than `LIMIT_MS`."""
     missed = []
     for row in rows:
         where = f"{row['model']}, unit {row['unit']}, {row['contents']}"
@@ -125,13 +117,13 @@ def main() -> int:
     """Measure, write, and return 1 if a goal is missed."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.coordinator",
-        description="How long does a prefix-cache lookup take, beside vLLM's own coordinator?",
+        description="Measure prefix cache lookups, compared with vLLM's own coordinator.",
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
     parser.add_argument("--quick", action="store_true", help="fewer calls")
     arguments = parser.parse_args()
     result: dict[str, Any] = {"machine": {**host(), "load": os.getloadavg()[0]}, "lookups": []}
-    for model in models():
+    for model in MODELS:
         for contents in CONTENTS:
             row = measure(model, contents, rounds=12 if arguments.quick else 200)
             print(row["model"], row["unit"], row["contents"], row["hit"], row["ms"], flush=True)

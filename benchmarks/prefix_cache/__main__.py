@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `python -m benchmarks.prefix_cache`; the package says what it does."""
+"""The command `python -m benchmarks.prefix_cache`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,15 @@ from benchmarks.prefix_cache.cases import (
     STOCK_16,
     STRATEGIES,
     TRAFFIC,
-    Grid,
-    Sources,
+    Case,
+    grid,
+    requests_of,
 )
-from benchmarks.prefix_cache.earlier import earlier, repeat
 from benchmarks.prefix_cache.findings import MAIN_REQUESTS, goals
-from benchmarks.prefix_cache.overhead import Timing
+from benchmarks.prefix_cache.overhead import measure
 from benchmarks.prefix_cache.plot import draw
-from benchmarks.prefix_cache.processes import ROOT, ChildError, answers
 from benchmarks.prefix_cache.report import markdown
-from benchmarks.prefix_cache.runs import JOURNAL, Journal, SourcesChangedError, sweep, trace_key
-from benchmarks.prefix_cache.worker import sources_fingerprint
+from benchmarks.prefix_cache.runs import in_process, sources_fingerprint, sweep
 from testing.machine import host
 from vllm_hybrid_kv.tools.replay.trace import TraceError, shareable_tokens
 
@@ -51,116 +50,113 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.prefix_cache",
-        description="What does a prefix cache hit, by memory, strategy, model and traffic?",
+        description="Measure prefix cache hits by memory, strategy, model and traffic.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--trace", type=Path, help="the public trace; without it, those that are made here")
-    add("--out", type=Path, default=Path(__file__).parents[1] / "results", help="for the results")
-    add("--cache", type=Path, default=ROOT / ".cache" / NAME, help="for the runs that are done")
+    add("--trace", type=Path, help="the public trace; without it, only synthetic traces")
+    add("--out", type=Path, default=Path(__file__).parents[1] / "results", help="result folder")
     add("--jobs", type=int, default=1, help="processes at a time")
-    add("--resume", action="store_true", help="do not repeat what was run on the same sources")
-    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="the others stay as they are")
-    add(
-        "--carry",
-        type=int,
-        default=0,
-        help="keep runs of other sources if so many of each strategy's hit the same when repeated",
-    )
+    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="other parts keep their rows")
     models = sorted(path.name for path in SHAPES.iterdir())
 
-    def grid(part: str, requests: int, *memory: float) -> None:
-        add(f"--{part}-requests", type=int, default=requests, help="of the trace")
+    def sizes(part: str, requests: int, *memory: float) -> None:
+        add(f"--{part}-requests", type=int, default=requests, help="requests of the trace")
         add(f"--{part}-gib", type=float, nargs="+", default=memory, help="sizes of the KV cache")
 
-    grid(MEMORY, MAIN_REQUESTS, 4, 20, 80, 200, 400)
-    grid(BY_MODEL, 300, 4, 20, 80, 400)
+    sizes(MEMORY, MAIN_REQUESTS, 4, 20, 80, 200, 400)
+    sizes(BY_MODEL, 300, 4, 20, 80, 400)
     add("--models", nargs="+", choices=models, default=MODELS, help=f"of the part {BY_MODEL}")
     add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help=f"of the part {BY_MODEL}")
-    grid(CONTROL, 200, 4, 20, 80, 400)
+    sizes(CONTROL, 200, 4, 20, 80, 400)
     add("--controls", nargs="+", choices=models, default=CONTROLS, help=f"of the part {CONTROL}")
-    grid(TRAFFIC, 600, 4, 8, 20, 40)
-    add("--overhead-requests", type=int, default=300, help="of the trace")
+    sizes(TRAFFIC, 600, 4, 8, 20, 40)
+    add("--overhead-requests", type=int, default=300, help="requests of the trace")
     add("--overhead-gib", type=float, default=20, help="size of the KV cache")
-    add("--overhead-rounds", type=int, default=5, help="turns of each strategy")
+    add("--overhead-rounds", type=int, default=5, help="rounds of each strategy")
     return parser.parse_args(arguments)
 
 
-def grids(options: argparse.Namespace) -> list[Grid]:
-    """Return what is swept."""
+def cases_of(options: argparse.Namespace) -> list[Case]:
+    """Return the cases of the selected parts."""
+    main_model, main_dtype = [MAIN_MODEL], [MAIN_DTYPE]
     public = [PUBLIC] if options.trace else []
-    every = {
-        MEMORY: Grid(
-            MEMORY,
-            [MAIN_MODEL],
-            [MAIN_DTYPE],
-            public,
-            options.memory_requests,
-            options.memory_gib,
-            list(STRATEGIES),
-        ),
-        BY_MODEL: Grid(
-            BY_MODEL,
-            options.models,
-            options.dtypes,
-            public or ["agents"],
-            options.models_requests,
-            options.models_gib,
-            [STOCK, HYBRID_AWARE],
-        ),
-        CONTROL: Grid(
-            CONTROL,
-            options.controls,
-            ["auto"],
-            public or ["agents"],
-            options.control_requests,
-            options.control_gib,
-            [STOCK, FIXED_POINT, HYBRID_AWARE],
-        ),
-        TRAFFIC: Grid(
-            TRAFFIC,
-            [MAIN_MODEL],
-            [MAIN_DTYPE],
-            list(MADE),
-            options.made_requests,
-            options.made_gib,
-            [STOCK, STOCK_16, HYBRID_AWARE],
-        ),
-    }
-    return [every[part] for part in PARTS if part in options.parts and part in every]
+    any_trace = public or ["agents"]
+    rows = (
+        (MEMORY, main_model, main_dtype, public, STRATEGIES),
+        (BY_MODEL, options.models, options.dtypes, any_trace, [STOCK, HYBRID_AWARE]),
+        (CONTROL, options.controls, ["auto"], any_trace, [STOCK, FIXED_POINT, HYBRID_AWARE]),
+        (TRAFFIC, main_model, main_dtype, list(MADE), [STOCK, STOCK_16, HYBRID_AWARE]),
+    )
+    return [
+        case
+        for part, models, dtypes, traces, strategies in rows
+        if part in options.parts
+        for case in grid(
+            part,
+            models,
+            dtypes,
+            traces,
+            getattr(options, f"{part}_requests"),
+            getattr(options, f"{part}_gib"),
+            list(strategies),
+        )
+    ]
 
 
 def measure_overhead(options: argparse.Namespace) -> dict[str, Any]:
-    """Time the strategies' turns in one process, with nothing of ours beside it."""
-    timing = Timing(
-        MAIN_MODEL,
-        MAIN_DTYPE,
-        PUBLIC if options.trace else "agents",
-        str(options.trace.resolve()) if options.trace else None,
-        options.overhead_requests,
-        options.overhead_gib,
-        options.overhead_rounds,
-    )
-    found: dict[str, Any] = {
-        "model": timing.model,
-        "kv_cache_dtype": timing.kv_cache_dtype,
-        "trace": timing.trace,
-        "requests": timing.requests,
-        "memory": timing.memory,
-        "rounds": timing.rounds,
-        "load": os.getloadavg()[0],
-        "rows": [],
-        "medians": [],
+    trace = PUBLIC if options.trace else "agents"
+    requests, memory = options.overhead_requests, options.overhead_gib
+    case = Case(OVERHEAD, MAIN_MODEL, MAIN_DTYPE, trace, requests, memory, STOCK)
+    load = os.getloadavg()[0]
+    found = in_process(measure, case, options.trace, options.overhead_rounds)
+    for row in found["medians"]:
+        print(f"{row['strategy']}: {row['step_ms']:.3f} ms a step, {row['request_ms']:.2f} ms")
+    return {
+        "model": MAIN_MODEL,
+        "kv_cache_dtype": MAIN_DTYPE,
+        "trace": trace,
+        "requests": requests,
+        "memory": memory,
+        "rounds": options.overhead_rounds,
+        "load": load,
+        **found,
     }
-    log = options.cache / "overhead.txt"
-    for turn in answers("benchmarks.prefix_cache.overhead", timing.to_json(), log):
-        which = f"round {turn['round']}" if "round" in turn else "medians"
-        say(
-            f"{which}, {turn['strategy']}: {turn['step_ms']:.3f} ms a step, "
-            f"{turn['request_ms']:.2f} ms a request"
-        )
-        found["rows" if "round" in turn else "medians"].append(turn)
-    return found
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the result, with the earlier one's rows of parts that are not selected.
+
+    Raises:
+        RuntimeError: The package changed during the run.
+    """
+    sources = sources_fingerprint()
+    file = options.out / f"{NAME}.json"
+    earlier = json.loads(file.read_text()) if file.exists() else {"parts": {}, "traces": {}}
+    result: dict[str, Any] = {
+        "machine": host(),
+        "sources": sources,
+        "parts": {k: part for k, part in earlier["parts"].items() if k not in options.parts},
+        "traces": earlier["traces"],
+    }
+    for part in result["parts"].values():
+        part.setdefault("sources", earlier.get("sources"))
+    cases = cases_of(options)
+    for case in {case.trace_key: case for case in cases}.values():
+        requests = requests_of(case.trace, case.requests, options.trace)
+        tokens = sum(request.input_length for request in requests)
+        result["traces"][case.trace_key] = {
+            "prompt_tokens": tokens,
+            "shareable": shareable_tokens(requests) / tokens,
+        }
+    for row in sweep(cases, options.trace, options.jobs, say):
+        part = result["parts"].setdefault(row["part"], {"rows": [], "sources": sources})
+        part["rows"].append(row)
+    if OVERHEAD in options.parts:
+        result["parts"][OVERHEAD] = {"sources": sources, **measure_overhead(options)}
+    if sources_fingerprint() != sources:
+        raise RuntimeError("the package changed during the run: start again")
+    return result
 
 
 def say(text: str) -> None:
@@ -168,36 +164,13 @@ def say(text: str) -> None:
 
 
 def main() -> int:
-    """Measure, write, and return 1 if a goal is missed."""
+    """Measure, write the results, and return 1 if a goal is missed."""
     options = parse()
-    sources = Sources(options.trace)
-    code = sources_fingerprint()
-    result: dict[str, Any] = {
-        "machine": host(),
-        "sources": code,
-        **earlier(options.out / f"{NAME}.json", code, options.parts),
-    }
-    journal = Journal(options.cache / JOURNAL)
-    swept = grids(options)
-    cases = [case for grid in swept for case in grid.cases()]
+    if options.trace:
+        options.trace = options.trace.resolve()
     try:
-        if "of" in result:
-            repeat(result, options.carry, sources, journal, options.jobs, say)
-        for key, case in {trace_key(case): case for case in cases}.items():
-            requests = sources.requests(case.trace, case.requests)
-            tokens = sum(request.input_length for request in requests)
-            result["traces"][key] = {
-                "prompt_tokens": tokens,
-                "shareable": shareable_tokens(requests) / tokens,
-            }
-        rows = sweep(cases, sources, journal, options.jobs, options.resume, say)
-        for grid in swept:
-            found = [row for row in rows if row["part"] == grid.part]
-            if found:
-                result["parts"][grid.part] = {"rows": found}
-        if OVERHEAD in options.parts:
-            result["parts"][OVERHEAD] = measure_overhead(options)
-    except (ChildError, SourcesChangedError, TraceError, OSError, ValueError) as error:
+        result = run(options)
+    except (BrokenProcessPool, RuntimeError, TraceError, OSError, ValueError) as error:
         say(f"python -m benchmarks.prefix_cache: {error}")
         return 2
     options.out.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the rows say: the goals, and every place where a strategy is below stock."""
+"""Compares rows with the goals and with vLLM's own strategy."""
 
 from __future__ import annotations
 
@@ -22,25 +22,19 @@ Row = Mapping[str, Any]
 
 OURS = (FIXED_POINT, HYBRID_AWARE)
 MAIN_REQUESTS = 3000
-"""Requests of the public trace that the goals are about."""
+"""Requests of the public trace that the goals refer to."""
 HIT_GOALS = {20: (0.06, 0.08), 200: (0.29, 0.31)}
-"""Hit rates by GiB: what is wanted at least, and what would be better."""
+"""By GiB, the minimum hit rate and a better one."""
 OVERHEAD_GOAL = 1.10
-"""Scheduler time by request, of stock's."""
+"""The scheduler's time per request, as a multiple of stock's."""
 
 SETTING = ("model", "kv_cache_dtype", "trace", "requests", "memory")
-"""What runs that are compared have in common."""
+"""The fields that are equal for runs that are compared."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A goal and what was measured.
-
-    Attributes:
-        what: The goal.
-        measured: What was measured, or why nothing was.
-        met: Whether it is met; None where nothing was measured.
-    """
+    """A goal, the measurement, and whether the goal is met (None without a measurement)."""
 
     what: str
     measured: str
@@ -49,19 +43,19 @@ class Goal:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row of ours beside stock's of the same setting."""
+    """A row of ours and stock's row of the same setting."""
 
     ours: Row
     stock: Row
 
     @property
     def below(self) -> bool:
-        """Whether fewer tokens are hit than stock hits; a cache that does not fit hits none."""
+        """Whether ours hits fewer tokens. A cache that does not fit hits none."""
         return hit_tokens(self.ours) < hit_tokens(self.stock)
 
     @property
     def same(self) -> bool:
-        """Whether every single request hits as many tokens as with stock."""
+        """Whether every request hits as many tokens as with stock."""
         digests = [row["hits_digest"] if row["fits"] else "" for row in (self.ours, self.stock)]
         return digests[0] == digests[1]
 
@@ -72,17 +66,15 @@ class Comparison:
 
 
 def hit_tokens(row: Row) -> int:
-    """Return the tokens that a row hit: none where the memory did not do."""
+    """Return the hit tokens of a row, 0 if the cache does not fit."""
     return int(row["hit_tokens"]) if row["fits"] else 0
 
 
 def rate(row: Row) -> str:
-    """Write a row's hit rate."""
     return f"{row['hit_rate']:.2%}" if row["fits"] else "does not fit"
 
 
 def setting_of(row: Row) -> str:
-    """Write what a row was measured with, but the strategy."""
     return (
         f"{row['model']}, {row['kv_cache_dtype']}, {row['requests']:,} requests of "
         f"{row['trace']}, {row['memory']:g} GiB"
@@ -90,10 +82,7 @@ def setting_of(row: Row) -> str:
 
 
 def comparisons(rows: Iterable[Row], reference: str = STOCK) -> list[Comparison]:
-    """Pair every row of ours with the reference's of the same setting.
-
-    Where neither fits the memory there is nothing to compare.
-    """
+    """Pair every row of ours with the reference's row of the same setting, if either fits."""
     rows = list(rows)
     by_setting = {
         tuple(row[name] for name in SETTING): row for row in rows if row["strategy"] == reference
@@ -107,21 +96,13 @@ def comparisons(rows: Iterable[Row], reference: str = STOCK) -> list[Comparison]
 
 
 def runs(result: Mapping[str, Any]) -> list[Row]:
-    """Return the rows of all parts but that of the scheduler's time.
-
-    Args:
-        result: As the JSON file has it.
-    """
+    """Return the rows of all parts of a result, except those of the scheduler's time."""
     parts = result["parts"].items()
     return [row for part, found in parts if part != OVERHEAD for row in found["rows"]]
 
 
 def goals(result: Mapping[str, Any]) -> list[Goal]:
-    """Hold what was measured against the goals.
-
-    Args:
-        result: As the JSON file has it.
-    """
+    """Return the goals, compared with a result."""
     rows = runs(result)
     medians = result["parts"].get(OVERHEAD, {"medians": []})["medians"]
     compared = comparisons(rows)
@@ -149,10 +130,10 @@ def overhead(medians: Iterable[Row], measure: str, strategy: str, reference: str
     """Return a strategy's time divided by the reference's.
 
     Args:
-        medians: What the medians of each strategy's steps over the rounds come to.
+        medians: The rows of `overhead.measure` under `medians`.
         measure: `step_ms` or `request_ms`.
-        strategy: Whose time.
-        reference: Beside whose.
+        strategy: The strategy.
+        reference: The strategy to divide by.
     """
     times = {row["strategy"]: float(row[measure]) for row in medians}
     return times[strategy] / times[reference]
@@ -169,7 +150,7 @@ def _hit_goal(rows: Iterable[Row], memory: float, least: float, better: float) -
 
 
 def _overhead_goal(medians: Sequence[Row]) -> Goal:
-    what = f"scheduler time by request at most {OVERHEAD_GOAL - 1:.0%} over stock"
+    what = f"scheduler time per request at most {OVERHEAD_GOAL - 1:.0%} over stock"
     if not medians:
         return Goal(what, "not measured", None)
     ratio = overhead(medians, "request_ms", HYBRID_AWARE, STOCK)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The picture: what is hit by memory, a panel for each model and each trace."""
+"""Plots hit rates by memory, with a panel per model and per trace."""
 
 from __future__ import annotations
 
@@ -22,18 +22,13 @@ Row = Mapping[str, Any]
 
 COLUMNS = 3
 COLOURS = dict(zip(STRATEGIES, ("#7f7f7f", "#c49c4a", "#4c78a8", "#d1495b"), strict=True))
-# Lines that lie on one another can still be told apart.
+# Different markers keep overlapping lines distinguishable.
 MARKERS = dict(zip(STRATEGIES, ("s", "+", "^", "o"), strict=True))
 DTYPE_COLOURS = dict(zip(DTYPES, ("#4c78a8", "#2a9d62", "#d1495b"), strict=True))
 
 
 def draw(path: Path, result: Mapping[str, Any]) -> None:
-    """Draw every part that there is; nothing where there is none.
-
-    Args:
-        path: The PNG file.
-        result: As the JSON file has it.
-    """
+    """Draw the parts of a result to a PNG file, if it has any."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -76,7 +71,7 @@ def _by_strategy(axes: Any, rows: Sequence[Row], shared: float) -> None:
         _line(axes, [row for row in rows if row["strategy"] == name], COLOURS[name], "-", name)
     axes.axhline(100 * shared, color="black", linewidth=0.8, linestyle=":")
     axes.annotate(
-        "whole blocks of 512 that came before",
+        "tokens in whole blocks of 512 that an earlier request had",
         (0.02, 100 * shared),
         xycoords=("axes fraction", "data"),
         xytext=(0, 2),

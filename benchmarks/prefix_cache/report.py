@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Markdown tables, for people."""
+"""Writes a result as Markdown tables."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,24 +23,20 @@ Row = Mapping[str, Any]
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """Write all that was found.
-
-    Args:
-        result: As the JSON file has it.
-    """
+    """Return a result as Markdown."""
     rows = {part: list(found["rows"]) for part, found in result["parts"].items()}
     where = result["machine"]
     lines = [
-        "# What prefix caches hit, through vLLM's scheduler with no model",
+        "# Prefix cache hits in vLLM's scheduler, without a model",
         "",
         f"vLLM {where['vllm']}, Python {where['python']}; {where['cpu']}, {where['cpus']} CPUs. "
         "Hits do not depend on the machine, scheduler times do.",
         "",
-        "Percent of the prompt tokens that came from the cache, 32 requests in flight, whole "
-        "answers. `stock, unit 16` is vLLM's coordinator with `prefix_match_unit=16`, "
-        "`fixed_point` and `hybrid_aware` have `prefix_match_unit=auto`.",
+        "Percent of the prompt tokens that came from the cache, with 32 requests in flight. "
+        "`stock, unit 16` is vLLM's coordinator with `prefix_match_unit=16`, `fixed_point` and "
+        "`hybrid_aware` have `prefix_match_unit=auto`.",
         "",
-        *_carried(result.get("carried")),
+        *_other_sources(result),
         "## Goals",
         "",
         *_goals(goals(result)),
@@ -56,8 +51,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     titles = {
         MEMORY: "The public trace, by memory",
         BY_MODEL: "Models and KV cache dtypes",
-        CONTROL: "Models with no states",
-        TRAFFIC: "Other traffic, made for this",
+        CONTROL: "Models without states",
+        TRAFFIC: "Synthetic traffic",
         OVERHEAD: "Time in the scheduler",
     }
     for part, section in sections.items():
@@ -66,18 +61,12 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", "## Never below stock", "", *_below(runs(result))]) + "\n"
 
 
-def _carried(carried: Mapping[str, Any] | None) -> Iterator[str]:
-    """Say which runs are of an earlier version of the sources."""
-    if carried is None:
-        return
-    yield (
-        f"{carried['runs']} of the runs are of an earlier version of the sources, "
-        f"{carried['sources']}. {len(carried['repeated'])} of them, drawn at random, were repeated "
-        "with this one, and every request hit the same:"
-    )
-    yield ""
-    yield from (f"- {run}" for run in carried["repeated"])
-    yield ""
+def _other_sources(result: Mapping[str, Any]) -> Iterator[str]:
+    """Name the parts that were measured with other versions of the code."""
+    for name, part in result["parts"].items():
+        if part.get("sources") != result.get("sources"):
+            yield f"The part `{name}` was measured with an earlier version of the code."
+            yield ""
 
 
 def _goals(found: Iterable[Goal]) -> Iterator[str]:
@@ -88,7 +77,7 @@ def _goals(found: Iterable[Goal]) -> Iterator[str]:
 
 
 def _by_memory(rows: Sequence[Row], result: Mapping[str, Any]) -> Iterator[str]:
-    """Give a table for each trace: a line for each size of memory, a column for each strategy."""
+    """Yield a table per trace: a line per size of memory, a column per strategy."""
     for number, (trace, some) in enumerate(_split(rows, "trace").items()):
         if number:
             yield ""
@@ -96,8 +85,8 @@ def _by_memory(rows: Sequence[Row], result: Mapping[str, Any]) -> Iterator[str]:
         shared = result["traces"][f"{trace} {first['requests']}"]["shareable"]
         yield (
             f"{trace.capitalize()}: {first['requests']:,} requests, {first['model']}, "
-            f"{first['kv_cache_dtype']}. In whole blocks of 512 tokens that came before: "
-            f"{shared:.1%}."
+            f"{first['kv_cache_dtype']}. Tokens in whole blocks of 512 that an earlier request "
+            f"had: {shared:.1%}."
         )
         yield ""
         strategies = [name for name in STRATEGIES if name in _split(some, "strategy")]
@@ -108,7 +97,7 @@ def _by_memory(rows: Sequence[Row], result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _by_model(rows: Sequence[Row], result: Mapping[str, Any]) -> Iterator[str]:
-    """Give one table: a line for each model, dtype and strategy, a column for each size."""
+    """Yield one table: a line per model, dtype and strategy, a column per size."""
     sizes = list(_split(rows, "memory"))
     first = rows[0]
     yield f"{first['trace'].capitalize()} trace, {first['requests']:,} requests, by GiB."
@@ -132,18 +121,18 @@ def _overhead(turns: Sequence[Row], result: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"`schedule` and `update_from_output`, {timing['requests']:,} requests of "
         f"{timing['trace']}, {timing['model']}, {timing['kv_cache_dtype']}, "
-        f"{timing['memory']:g} GiB; {timing['rounds']} rounds in turn in one process, each step "
-        f"with its median over the rounds. Load average {timing['load']:.1f} at the start."
+        f"{timing['memory']:g} GiB; {timing['rounds']} rounds in one process, the median of each "
+        f"step over the rounds. Load average {timing['load']:.1f} at the start."
     )
     yield ""
     yield from _head(
         "strategy",
-        "ms a step",
-        "ms a request",
+        "ms per step",
+        "ms per request",
         "steps",
-        "a step, of stock",
-        "a request, of stock",
-        "a request, by round",
+        "per step, of stock",
+        "per request, of stock",
+        "per request, by round",
     )
     for row in medians:
         strategy = row["strategy"]
@@ -163,17 +152,17 @@ def _overhead(turns: Sequence[Row], result: Mapping[str, Any]) -> Iterator[str]:
         )
     ratio = overhead(medians, "request_ms", HYBRID_AWARE, STOCK_16)
     yield ""
-    yield f"By request beside stock with the same match unit: {ratio:.3f}."
+    yield f"Per request, relative to stock with the same match unit: {ratio:.3f}."
 
 
 def _below(rows: Sequence[Row]) -> Iterator[str]:
-    """List what is below stock, and what is below stock with the finer match unit."""
+    """List the runs below stock, and those below stock with the finer match unit."""
     for number, reference in enumerate((STOCK, STOCK_16)):
         compared = comparisons(rows, reference)
         below = [pair for pair in compared if pair.below]
         if number:
             yield ""
-        yield f"Beside {reference}: {len(below)} of {len(compared)} runs hit fewer tokens."
+        yield f"Compared with {reference}: {len(below)} of {len(compared)} runs hit fewer tokens."
         if below:
             yield ""
             yield from (f"- {pair}" for pair in below)
@@ -181,10 +170,6 @@ def _below(rows: Sequence[Row]) -> Iterator[str]:
 
 def _rate(row: Row | None) -> str:
     return "" if row is None else rate(row)
-
-
-def _median(rows: Iterable[Row], name: str) -> float:
-    return statistics.median(row[name] for row in rows)
 
 
 def _split(rows: Iterable[Row], name: str) -> dict[Any, list[Row]]:

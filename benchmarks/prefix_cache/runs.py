@@ -1,165 +1,189 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs cases in processes, several at a time, and keeps what is done."""
+"""Replays cases in processes of their own."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import resource
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
-from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from benchmarks.prefix_cache.cases import Case, Sources, fingerprint
-from benchmarks.prefix_cache.processes import answers
-from benchmarks.prefix_cache.worker import Job, sources_fingerprint
+import vllm_hybrid_kv
+from benchmarks.prefix_cache.cases import CONCURRENCY, GIB, SHAPES, STRATEGIES, Case, requests_of
+from testing.machine import first_version
+from vllm_hybrid_kv.settings import ENVIRONMENT_PREFIX
+
+if TYPE_CHECKING:
+    from vllm_hybrid_kv.tools.plan.engine import Model
+    from vllm_hybrid_kv.tools.replay.trace import TracedRequest
 
 Row = dict[str, Any]
+Result = TypeVar("Result")
 
-JOURNAL = "runs.jsonl"
-CASES_OF_A_PROCESS = 8
-"""What is described once may run so often. More, and the processes end at very different times."""
+CASES_PER_PROCESS = 8
+"""A process describes its model once. With more cases, processes would end at different times."""
 
+ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_PLUGINS": "hybrid_kv",
+    "HF_HUB_OFFLINE": "1",
+    # A scheduler is one thread.
+    "OMP_NUM_THREADS": "1",
+}
 
-class SourcesChangedError(RuntimeError):
-    """The package changed while it was measured."""
-
-
-class Journal:
-    """Finished runs, in a file of JSON lines that is only ever appended to."""
-
-    def __init__(self, file: Path) -> None:
-        """Name the file; it and its folder need not be there."""
-        self.folder = file.parent
-        self._file = file
-        self._lock = Lock()
-
-    def append(self, row: Row) -> None:
-        """Keep a run."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self._lock, self._file.open("a") as lines:
-            lines.write(json.dumps(row) + "\n")
-
-    def find(
-        self, cases: Iterable[Case], sources: Callable[[str], str], traces: Mapping[str, str]
-    ) -> list[Row]:
-        """Return the newest run of each case that was of these sources and these traces.
-
-        Args:
-            cases: The cases.
-            sources: `sources_fingerprint`, of a strategy.
-            traces: The fingerprint of each case's trace, by `trace_key`.
-        """
-        kept: dict[str, Row] = {}
-        if self._file.exists():
-            for line in self._file.read_text().splitlines():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:
-                    # The line that was being written as the sweep was interrupted.
-                    continue
-                kept[_key(row, row["sources"], row["trace_fingerprint"])] = row
-        wanted = (
-            _key(asdict(case), sources(case.strategy), traces[trace_key(case)]) for case in cases
-        )
-        return [kept[key] for key in wanted if key in kept]
+DECIDING = ("coordinator", "planning", "tools", "patches", "hooks.py", "settings.py", "state.py")
+"""The parts of the package that hits depend on."""
 
 
-def trace_key(case: Case) -> str:
-    """Return what names the requests of a case."""
-    return f"{case.trace} {case.requests}"
+def sources_fingerprint() -> str:
+    """Return a hash of vLLM's version and of the code that hits depend on."""
+    package = Path(vllm_hybrid_kv.__file__).parent
+    digest = hashlib.sha256(first_version("vllm-cpu", "vllm").encode())
+    for name in DECIDING:
+        path = package / name
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
-def fingerprints(cases: Iterable[Case], sources: Sources) -> dict[str, str]:
-    """Return the fingerprint of each trace of some cases, by `trace_key`."""
+def in_process(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Return the result of a function, called in a new process with `ENVIRONMENT`.
+
+    Raises:
+        concurrent.futures.process.BrokenProcessPool: The process was killed.
+        Exception: What the function raises.
+    """
+    with ProcessPoolExecutor(1, get_context("spawn"), _prepare) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _prepare() -> None:
+    # The variables of the plugin win over the settings, which are compared here.
+    for name in [name for name in os.environ if name.startswith(ENVIRONMENT_PREFIX)]:
+        del os.environ[name]
+    os.environ.update(ENVIRONMENT)
+    # vLLM and torch print to stdout, which holds the report.
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+
+def describe(shape: str, kv_cache_dtype: str) -> Model:
+    """Return a described model, with the default settings of `vllm-hybrid-kv replay`."""
+    from vllm_hybrid_kv.tools.plan.vllm_import import import_vllm
+
+    import_vllm()
+    from vllm_hybrid_kv.tools.plan.engine import Model
+
+    return Model(
+        {
+            "model": str(SHAPES / shape),
+            "kv_cache_dtype": kv_cache_dtype,
+            "block_size": 16,
+            "max_num_seqs": CONCURRENCY,
+            "max_num_batched_tokens": 8192,
+            "enable_prefix_caching": True,
+            "gpu_memory_utilization": 0.1,
+        }
+    )
+
+
+def run(model: Model, requests: Sequence[TracedRequest], case: Case) -> Row:
+    """Replay a trace and return its counts, or why the memory is too small."""
+    from vllm_hybrid_kv.errors import HybridKVError
+    from vllm_hybrid_kv.tools.replay.scheduler import Replay
+
+    started = time.process_time()
+    try:
+        engine = model.engine(int(case.memory * GIB), dict(STRATEGIES[case.strategy]))
+    except HybridKVError:
+        raise
+    except ValueError as error:
+        # vLLM's planner: a request of the model's full length would not fit.
+        return {"fits": False, "reason": str(error).strip().split("\n")[0]}
+    tally = Replay(engine, requests, CONCURRENCY).run()
     return {
-        key: fingerprint(sources.requests(case.trace, case.requests))
-        for key, case in {trace_key(case): case for case in cases}.items()
+        "fits": True,
+        "blocks": engine.kv_cache_config.num_blocks,
+        "block_tokens": engine.scheduler_block_size,
+        "match_tokens": engine.hash_block_size,
+        "kv_groups": len(engine.kv_cache_config.kv_cache_groups),
+        "prompt_tokens": tally.prompt_tokens,
+        "hit_tokens": tally.hit_tokens,
+        "hit_rate": tally.hit_rate,
+        # Equal if every single request hit the same.
+        "hits_digest": hashlib.sha256(json.dumps(tally.hits).encode()).hexdigest()[:16],
+        "recomputed_tokens": tally.recomputed_tokens,
+        "preemptions": tally.preemptions,
+        "evicted_blocks": dict(tally.evicted_blocks),
+        "steps": tally.steps,
+        "cpu_seconds": time.process_time() - started,
     }
 
 
-def case_of(row: Row) -> Case:
-    """Return the case that a row is of."""
-    return Case(**{name: row[name] for name in Case.__dataclass_fields__})
+def run_batch(cases: Sequence[Case], public: Path | None) -> list[Row]:
+    """Run cases of one model, dtype and trace."""
+    first = cases[0]
+    requests = requests_of(first.trace, first.requests, public)
+    model = describe(first.model, first.kv_cache_dtype)
+    return [
+        {
+            **asdict(case),
+            **run(model, requests, case),
+            "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
+        }
+        for case in cases
+    ]
+
+
+def batches(cases: Iterable[Case]) -> list[tuple[Case, ...]]:
+    """Split cases by model, dtype and trace, at most `CASES_PER_PROCESS` each."""
+    alike: dict[tuple[str, ...], list[Case]] = {}
+    for case in cases:
+        key = (case.model, case.kv_cache_dtype, case.trace_key)
+        alike.setdefault(key, []).append(case)
+    return [
+        tuple(some[start : start + CASES_PER_PROCESS])
+        for some in alike.values()
+        for start in range(0, len(some), CASES_PER_PROCESS)
+    ]
 
 
 def sweep(
-    cases: Sequence[Case],
-    sources: Sources,
-    journal: Journal,
-    jobs: int,
-    resume: bool,
-    say: Callable[[str], None],
+    cases: Sequence[Case], public: Path | None, jobs: int, say: Callable[[str], None]
 ) -> list[Row]:
     """Run cases, and return a row for each, in their order.
 
     Args:
-        cases: What to run.
-        sources: Where the requests come from.
-        journal: Takes each run as it is done.
+        cases: The cases.
+        public: The file of the public trace, if it is available.
         jobs: Processes at a time.
-        resume: Take from the journal what it has of these sources and traces.
-        say: Is told of each run that is done.
+        say: Prints progress.
 
     Raises:
-        ChildError: A process failed. What was done until then is in the journal.
-        SourcesChangedError: The package changed meanwhile.
+        Exception: What a process raised. Processes that have not started are cancelled.
     """
-    code = {case.strategy: sources_fingerprint(case.strategy) for case in cases}
-    done: dict[Case, Row] = {}
-    if resume:
-        found = journal.find(cases, code.__getitem__, fingerprints(cases, sources))
-        done = {case_of(row): row for row in found}
-        say(f"{len(done)} of {len(cases)} runs are there already")
-    public = str(sources.public.resolve()) if sources.public else None
-    left = [case for case in cases if case not in done]
-    begun = time.monotonic()
-    lock = Lock()
-
-    def work(number: int, some: tuple[Case, ...]) -> None:
-        log = journal.folder / f"process-{number}.txt"
-        for row in answers("benchmarks.prefix_cache.worker", Job(public, some).to_json(), log):
-            if row["sources"] != code[row["strategy"]]:
-                raise SourcesChangedError("the package changed while it was measured: start again")
-            journal.append(row)
-            with lock:
-                done[case_of(row)] = row
-                say(_progress(len(done), len(cases), len(left), row, time.monotonic() - begun))
-
+    rows: dict[Case, Row] = {}
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(work, number, some) for number, some in enumerate(batches(left))]
+        futures = {
+            pool.submit(in_process, run_batch, batch, public): batch for batch in batches(cases)
+        }
         try:
             for future in as_completed(futures):
-                future.result()
+                batch = futures[future]
+                rows.update(zip(batch, future.result(), strict=True))
+                say(
+                    f"[{len(rows)}/{len(cases)}] {batch[0].model}, {batch[0].kv_cache_dtype}, "
+                    f"{batch[0].trace_key} requests"
+                )
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return [done[case] for case in cases]
-
-
-def batches(cases: Iterable[Case]) -> list[tuple[Case, ...]]:
-    """Share out cases to processes: of one model, one dtype and one trace each."""
-    alike: dict[tuple[object, ...], list[Case]] = {}
-    for case in cases:
-        alike.setdefault((case.model, case.kv_cache_dtype, trace_key(case)), []).append(case)
-    return [
-        tuple(some[start : start + CASES_OF_A_PROCESS])
-        for some in alike.values()
-        for start in range(0, len(some), CASES_OF_A_PROCESS)
-    ]
-
-
-def _key(fields: Row, sources: str, trace: str) -> str:
-    case = {name: fields[name] for name in Case.__dataclass_fields__}
-    return json.dumps([case, sources, trace], sort_keys=True)
-
-
-def _progress(done: int, of: int, left: int, row: Row, seconds: float) -> str:
-    here = done - (of - left)
-    minutes = seconds / here * (of - done) / 60
-    result = "does not fit"
-    if row["fits"]:
-        result = f"{row['hit_rate']:.2%} in {row['cpu_seconds']:.0f} s of CPU time"
-    return f"[{done}/{of}, {minutes:.0f} min left] {case_of(row).title}: {result}"
+    return [rows[case] for case in cases]

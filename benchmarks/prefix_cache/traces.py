@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Traces made for the benchmark, of traffic that differs from a chat service's.
+"""Synthetic traces, of traffic that differs from a chat service's.
 
-A trace of this format can show that prompts begin alike by whole blocks of 512 tokens only. So what
-is to be found again here, a task, a repeat or a turn, is at least that long.
+This format expresses shared prefixes in whole blocks of 512 tokens. So everything that recurs here,
+a task, a repeat or a turn, is at least that long.
 """
 
 from __future__ import annotations
@@ -15,31 +15,27 @@ from collections.abc import Iterator, Sequence
 from vllm_hybrid_kv.tools.replay.trace import BLOCK_TOKENS, TracedRequest
 
 SYSTEM_BLOCKS = 12
-"""Blocks of the agents' system prompt with its tools."""
+"""Blocks of the agents' system prompt, including tools."""
 REPEATED = 0.1
-"""The share of short prompts that are an earlier one, sent again."""
+"""The share of short prompts that repeat an earlier one."""
 CONTINUED = 0.15
-"""The share of short prompts that are an earlier one's second turn."""
+"""The share of short prompts that are the second turn of an earlier one."""
 MEMORY = 200
-"""Prompts that a repeat or a second turn reaches back."""
+"""How many prompts back a repeat or a second turn refers to."""
 
 
 def agents(requests: int, seed: int = 0) -> list[TracedRequest]:
-    """Make a trace of agents that share one long system prompt with their tools.
+    """Return a trace of agents that share one long system prompt with tools.
 
-    The system prompt has 6,144 tokens. An agent's task has 600 to 6,000, and its session 4 to 40
-    calls; each sends all that came before, the last answer and what a tool returned, 200 to 4,000
-    tokens more, 2 to 60 s after the answer. A new session begins every 4 s on average.
-
-    Args:
-        requests: How many requests.
-        seed: Of the random numbers.
+    The system prompt has 6,144 tokens. A session has a task of 600 to 6,000 tokens and 4 to 40
+    calls. Each call adds the last answer and 200 to 4,000 tokens of a tool's result, 2 to 60 s
+    after the answer. A new session starts every 4 s on average.
     """
     draw = random.Random(seed)
     ids = itertools.count()
     system = [next(ids) for _ in range(SYSTEM_BLOCKS)]
     sent: list[TracedRequest] = []
-    # When, a tie-breaker, the blocks so far, the tokens of the next prompt, the calls left.
+    # Time, tie-breaker, blocks until now, tokens of the next prompt, calls left.
     due: list[tuple[float, int, list[int], int, int]] = []
     sessions = itertools.count()
     begin = 0.0
@@ -60,20 +56,15 @@ def agents(requests: int, seed: int = 0) -> list[TracedRequest]:
 
 
 def short_prompts(requests: int, seed: int = 0) -> list[TracedRequest]:
-    """Make a trace of short prompts that have nothing in common.
+    """Return a trace of short prompts, most of which share nothing.
 
-    They have 30 to 1,500 tokens. A tenth are one of the last 200, sent again, and three in twenty
-    such a one with its answer and 20 to 200 tokens more, once each; the others are of one user
-    each, who does not come back.
-
-    Args:
-        requests: How many requests.
-        seed: Of the random numbers.
+    They have 30 to 1,500 tokens. 10 % repeat one of the last 200. 15 % continue one of these, once
+    each, with its answer and 20 to 200 tokens more. The others occur once.
     """
     draw = random.Random(seed)
     ids = itertools.count()
     sent: list[TracedRequest] = []
-    # Prompts that can be seen to come again.
+    # Prompts with whole blocks, which can recur visibly.
     recent: list[TracedRequest] = []
     now = 0.0
     for _ in range(requests):
@@ -102,6 +93,6 @@ def short_prompts(requests: int, seed: int = 0) -> list[TracedRequest]:
 def _request(
     now: float, tokens: int, answer: int, full: Sequence[int], ids: Iterator[int]
 ) -> TracedRequest:
-    """Return a request, whose partial block has an id of its own as in recorded traces."""
+    """Return a request whose partial block has its own id, as in recorded traces."""
     tail = [next(ids)] if tokens % BLOCK_TOKENS else []
     return TracedRequest(round(now), tokens, answer, (*full, *tail))

@@ -1,29 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The longest prefix that every KV group can serve, by trying all lengths from the longest down.
+"""Finds the longest prefix that every KV group can serve by brute force.
 
-A length is a number of tokens. Those tried are multiples of the alignment: the hash unit where the
-coordinator allows partial hits, else the least common multiple of the groups' block sizes.
+Lengths are in tokens, and multiples of the alignment: the hash unit with partial hits, otherwise
+the least common multiple of the groups' block sizes. A group can serve a prefix of L tokens if:
 
-What "a group can serve a prefix of L tokens" means, with b its block size over all ranks of decode
-context parallelism:
-
-* full attention: every block that ends at or before L is cached; where L lies inside a block, that
-  block is cached under some boundary at or behind L, up to the block's end. Keys and values are
-  only appended to a block, so that it holds those of all tokens before the boundary;
-* a sliding window of W tokens: the blocks that hold the tokens from L - W + 1 to L - 1;
-* chunked local attention, chunks of C tokens: the blocks that hold the tokens from the start of
-  the chunk that token L is in to L - 1;
+* full attention: every block that ends at or before L is cached. If L is inside a block, this block
+  is cached under some boundary from L to the block's end. Keys and values are only appended to a
+  block, so it holds those of all tokens before the boundary;
+* a sliding window of W tokens: the blocks with the tokens from L - W + 1 to L - 1 are cached;
+* chunked local attention: the blocks from the start of the chunk of token L to L - 1 are cached;
 * Mamba: a state is cached under exactly L;
-* a group that opts out of prefix caching serves everything, and its blocks are never handed out.
+* a group without prefix caching: always, and its hits have no blocks.
 
-EAGLE and MTP: vLLM matches one unit more than it hits and drops it, for the draft layer's key and
-value of token L - 1 depend on token L. The unit is a hash unit with partial hits, else a block
-of the group. Here that means: an attention group with drafts serves L if it holds the same blocks
-as it would need for L and those of the unit behind L, too. Mamba groups have no drafts. As vLLM has
-it (`SpecGroup`), one group with drafts among groups of equal specs makes all of them so; where
-drafts are in use and no group is marked, all are.
+EAGLE and MTP: vLLM matches one unit more than it hits and drops it, because the draft layer's key
+and value of token L - 1 depend on token L. The unit is a hash unit with partial hits, otherwise a
+block of the group. So an attention group with drafts can serve L if the unit after L is cached too.
+Mamba groups have no drafts. As in vLLM (`SpecGroup`), one group with drafts marks all groups of the
+same spec. If drafts are in use and no group is marked, all are.
 
-Every group serves 0.
+Every group can serve 0.
 """
 
 from __future__ import annotations
@@ -41,12 +36,12 @@ from vllm.v1.kv_cache_interface import (
 )
 
 NULL = 0
-"""The id of the block that stands where none is needed."""
+"""The id of the null block."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The KV groups of a model, and how they are cut into blocks."""
+    """The KV groups of a model and their block sizes."""
 
     groups: tuple[KVCacheGroupSpec, ...]
     hash_unit: int
@@ -72,7 +67,7 @@ class Layout:
 
 @dataclass
 class Cached:
-    """What is cached of one request: ids of blocks by group and boundary, first cached first."""
+    """The cached blocks of one request: ids by group and boundary, in the order of caching."""
 
     num_hashed: int
     """Tokens of the request that have hashes."""
@@ -86,7 +81,7 @@ class Cached:
 
 
 def needed_blocks(layout: Layout, group_id: int, length: int) -> range:
-    """Return the numbers of the whole blocks that attention needs to go on after a prefix."""
+    """Return the indices of the whole blocks that attention needs to resume after a prefix."""
     spec, size = layout.spec(group_id), layout.block_size(group_id)
     if isinstance(spec, SlidingWindowSpec):
         oldest_token = max(0, length - spec.sliding_window + 1)
@@ -98,7 +93,7 @@ def needed_blocks(layout: Layout, group_id: int, length: int) -> range:
 
 
 def tails(layout: Layout, cached: Cached, group_id: int, length: int) -> list[int]:
-    """Return boundaries under which the block that a prefix ends in is cached, far enough."""
+    """Return the boundaries at or after a prefix under which its last block is cached."""
     size = layout.block_size(group_id)
     end = -(-length // size) * size
     return [
@@ -140,10 +135,10 @@ def longest(
 def wrong_blocks(
     layout: Layout, cached: Cached, group_id: int, length: int, ids: Sequence[int]
 ) -> str | None:
-    """Say what is wrong with the blocks that a group hands out for a prefix; None: nothing."""
+    """Return what is wrong with a group's blocks for a prefix, or None."""
     spec, size = layout.spec(group_id), layout.block_size(group_id)
     if not spec.prefix_cacheable:
-        return None if not ids else f"group {group_id} has no cache, and hands out {ids}"
+        return None if not ids else f"group {group_id} has no cache, but hits {ids}"
     count = -(-length // size)
     if len(ids) != count:
         return f"group {group_id}: {len(ids)} blocks for {length} tokens, not {count}"

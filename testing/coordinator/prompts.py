@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts sent to vLLM's real scheduler, with no model and one at a time."""
+"""Sends prompts to vLLM's real scheduler, one at a time and without a model."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ ANSWER = 7
 
 
 def send(scheduler: Scheduler, name: str, prompt: Sequence[int], hash_unit: int) -> int:
-    """Run a prompt to the end of an answer of one token, and return how much of it was a hit.
+    """Run a prompt and an answer of one token, and return its hit in tokens.
 
     Args:
-        scheduler: With nothing else to do.
-        name: The request's.
+        scheduler: An idle scheduler.
+        name: The request's id.
         prompt: Token ids.
-        hash_unit: Tokens of a hash.
+        hash_unit: Tokens per hash.
     """
-    # vLLM 0.33 has hashes cover the tokens that draft layers look ahead to.
+    # In vLLM 0.33, hashes cover the lookahead of draft layers.
     ahead = getattr(scheduler, "num_hash_lookahead_tokens", 0)
     more = {"num_hash_lookahead_tokens": ahead} if ahead else {}
     request = Request(

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of prefix caches: its made traces, its verdicts, and what it keeps of runs."""
+"""The prefix cache benchmark: its synthetic traces, goals, tables and processes."""
 
 from __future__ import annotations
 
-import ast
 import itertools
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import vllm_hybrid_kv
 from benchmarks.prefix_cache.cases import (
     ATTENTION_ONLY,
     DTYPES,
@@ -26,24 +25,21 @@ from benchmarks.prefix_cache.cases import (
     STOCK,
     STOCK_16,
     Case,
-    Sources,
-    fingerprint,
+    requests_of,
 )
 from benchmarks.prefix_cache.findings import comparisons, goals, overhead
-from benchmarks.prefix_cache.overhead import came_to, medians
+from benchmarks.prefix_cache.overhead import medians, summarise
 from benchmarks.prefix_cache.plot import draw
-from benchmarks.prefix_cache.processes import ChildError, answers
 from benchmarks.prefix_cache.report import markdown
-from benchmarks.prefix_cache.runs import Journal, batches, case_of, fingerprints, sweep, trace_key
+from benchmarks.prefix_cache.runs import batches, in_process, sweep
 from benchmarks.prefix_cache.traces import SYSTEM_BLOCKS, agents, short_prompts
-from benchmarks.prefix_cache.worker import POLICY, sources_fingerprint
 from vllm_hybrid_kv.tools.replay.trace import BLOCK_TOKENS, Conversations, shareable_tokens
 
 CASE = Case("memory", MAIN_MODEL, MAIN_DTYPE, PUBLIC, 3000, 20.0, STOCK)
 
 
 def row(strategy: str, hits: int | None, memory: float = 20.0, **changed: Any) -> dict[str, Any]:
-    """A row with made-up hits among 10,000 tokens; None is a cache that does not fit."""
+    """Return a row with the given hits among 10,000 tokens, or one that does not fit."""
     case = replace(CASE, strategy=strategy, memory=memory, **changed)
     if hits is None:
         return {**asdict(case), "fits": False, "reason": "too small"}
@@ -59,7 +55,7 @@ def row(strategy: str, hits: int | None, memory: float = 20.0, **changed: Any) -
 
 
 def result(rows: list[dict[str, Any]], turns: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-    """A result as the JSON file has it."""
+    """Return a result in the form of the JSON file."""
     parts: dict[str, Any] = {}
     for one in rows:
         parts.setdefault(one["part"], {"rows": []})["rows"].append(one)
@@ -78,14 +74,14 @@ def result(rows: list[dict[str, Any]], turns: list[dict[str, Any]] | None = None
     return {
         "machine": {"cpu": "a processor", "cpus": 2, "python": "3.11", "vllm": "0.32.0"},
         "parts": parts,
-        "traces": {trace_key(case_of(one)): {"shareable": 0.335} for one in rows},
+        "traces": {f"{one['trace']} {one['requests']}": {"shareable": 0.335} for one in rows},
     }
 
 
 def medians_of(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the steps' medians come to, where all steps take the same time."""
+    """Return the medians if all steps take the same time."""
     return [
-        came_to(
+        summarise(
             name,
             medians([[one["request_ms"] / 7] * 7 for one in turns if one["strategy"] == name]),
             1,
@@ -95,7 +91,7 @@ def medians_of(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def turns(*request_ms: tuple[float, float, float]) -> list[dict[str, Any]]:
-    """Rounds of stock, stock with unit 16 and hybrid_aware."""
+    """Return rounds of stock, stock with unit 16 and hybrid_aware."""
     return [
         {"strategy": name, "round": number, "step_ms": ms / 10, "request_ms": ms, "steps": 7}
         for number, one in enumerate(request_ms, 1)
@@ -107,7 +103,7 @@ def turns(*request_ms: tuple[float, float, float]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_a_made_trace_is_the_same_every_time_and_begins_alike_at_any_length(name: str) -> None:
+def test_a_synthetic_trace_is_reproducible_and_does_not_depend_on_its_length(name: str) -> None:
     assert MADE[name](300) == MADE[name](400)[:300]
 
 
@@ -124,13 +120,13 @@ def test_agents_share_their_system_prompt_and_grow_call_by_call() -> None:
         for earlier, later in itertools.pairwise(calls):
             assert later.input_length >= earlier.input_length + earlier.output_length + 200
             assert later.full_ids[: len(earlier.full_ids)] == earlier.full_ids
-    # Sessions are under way at the same time.
+    # Sessions are concurrent.
     order = [one.full_ids[SYSTEM_BLOCKS] for one in sent]
     changes = sum(a != b for a, b in itertools.pairwise(order))
     assert changes > 0.8 * len(order)
 
 
-def test_an_agents_call_continues_the_last_ones_prompt_and_answer_token_by_token() -> None:
+def test_an_agents_call_repeats_the_previous_prompt_and_answer_token_by_token() -> None:
     sent = agents(300)
     conversations = Conversations(sent)
     first, *rest = [
@@ -139,16 +135,16 @@ def test_an_agents_call_continues_the_last_ones_prompt_and_answer_token_by_token
         if one.full_ids[SYSTEM_BLOCKS] == sent[0].full_ids[SYSTEM_BLOCKS]
     ]
     prompt, answer = conversations.tokens(first)
-    so_far = prompt + answer
+    history = prompt + answer
     for index in rest:
         prompt, answer = conversations.tokens(index)
-        # What is beyond the later prompt's last whole block nobody can know.
-        known = min(len(so_far), len(prompt) // BLOCK_TOKENS * BLOCK_TOKENS)
-        assert prompt[:known] == so_far[:known]
-        so_far = prompt + answer
+        # The trace does not determine what follows the later prompt's last whole block.
+        known = min(len(history), len(prompt) // BLOCK_TOKENS * BLOCK_TOKENS)
+        assert prompt[:known] == history[:known]
+        history = prompt + answer
 
 
-def test_short_prompts_are_shorter_than_a_block_and_three_quarters_come_once() -> None:
+def test_short_prompts_are_shorter_than_a_block_and_three_quarters_occur_once() -> None:
     sent = short_prompts(2000)
     assert max(one.input_length + one.output_length for one in sent) < 2768
     assert min(one.input_length for one in sent) < 100
@@ -167,21 +163,21 @@ def test_short_prompts_are_shorter_than_a_block_and_three_quarters_come_once() -
     assert 0.2 < shareable_tokens(sent) / tokens < 0.4
 
 
-# Verdicts
+# Goals and tables
 
 
-def test_a_row_below_stock_is_named_with_both_rates() -> None:
+def test_a_row_below_stock_is_listed_with_both_rates() -> None:
     rows = [row(STOCK, 200), row(STOCK_16, 100), row(FIXED_POINT, 200), row(HYBRID_AWARE, 199)]
     found = result(rows)
     (goal,) = [one for one in goals(found) if "never below" in one.what]
     assert (goal.met, goal.measured) == (False, "1 of 1 comparisons below stock")
     text = markdown(found)
-    assert "Beside stock: 1 of 2 runs hit fewer tokens." in text
+    assert "Compared with stock: 1 of 2 runs hit fewer tokens." in text
     assert (
         "- qwen3.6-35b-a3b, turboquant_k8v4, 3,000 requests of public, 20 GiB: "
         "hybrid_aware 1.99%, stock 2.00%\n"
     ) in text
-    assert "Beside stock, unit 16: 0 of 2 runs hit fewer tokens." in text
+    assert "Compared with stock, unit 16: 0 of 2 runs hit fewer tokens." in text
 
 
 def test_runs_are_compared_with_stock_of_the_same_setting_only() -> None:
@@ -198,13 +194,13 @@ def test_a_cache_that_does_not_fit_hits_nothing(
     assert [pair.below for pair in pairs] == below
 
 
-def test_where_neither_fits_there_is_nothing_to_compare_and_the_table_says_so() -> None:
+def test_runs_of_which_neither_fits_are_not_compared() -> None:
     rows = [row(STOCK, None, 4.0), row(HYBRID_AWARE, None, 4.0)]
     assert comparisons(rows) == []
     assert "| 4 | does not fit | does not fit |" in markdown(result(rows))
 
 
-def test_nothing_measured_is_neither_met_nor_missed() -> None:
+def test_goals_without_a_measurement_are_neither_met_nor_missed() -> None:
     assert [goal.met for goal in goals(result([]))] == [None] * 5
 
 
@@ -212,7 +208,7 @@ def test_nothing_measured_is_neither_met_nor_missed() -> None:
     ("memory", "hits", "met"),
     [(20.0, 600, True), (20.0, 599, False), (200.0, 2900, True), (200.0, 2899, False)],
 )
-def test_the_hit_goals_are_those_of_the_main_series(memory: float, hits: int, met: bool) -> None:
+def test_the_hit_goals_refer_to_the_main_series(memory: float, hits: int, met: bool) -> None:
     rows = [row(STOCK, 0, memory), row(HYBRID_AWARE, hits, memory)]
     (goal,) = [one for one in goals(result(rows)) if one.what.startswith(f"{memory:g} GiB")]
     assert (goal.met, goal.measured) == (met, f"{hits / 10_000:.2%}")
@@ -224,7 +220,7 @@ def test_the_hit_goals_are_those_of_the_main_series(memory: float, hits: int, me
     assert shorter.met is None
 
 
-def test_models_of_attention_only_must_hit_the_same_request_by_request() -> None:
+def test_attention_only_models_must_hit_the_same_in_every_request() -> None:
     rows = [row(name, 500, model=ATTENTION_ONLY, part="control") for name in (STOCK, HYBRID_AWARE)]
     what = "models of attention only exactly as stock, request by request"
     assert {goal.what: goal.met for goal in goals(result(rows))}[what] is True
@@ -232,26 +228,26 @@ def test_models_of_attention_only_must_hit_the_same_request_by_request() -> None
     assert {goal.what: goal.met for goal in goals(result(rows))}[what] is False
 
 
-def test_overhead_is_that_of_the_steps_medians_over_the_rounds() -> None:
-    # The machine is half as fast in round 2; in round 3 something came between.
+def test_overhead_uses_the_median_of_each_step_over_the_rounds() -> None:
+    # The machine is half as fast in round 2, and round 3 is interrupted.
     usual = (10.0, 11.0, 10.5)
     found = turns(usual, (20.0, 22.0, 21.0), (10.0, 11.0, 30.0), usual, usual)
     goal = goals(result([], found))[-1]
     assert (goal.met, goal.measured) == (True, "+5.0%")
     assert goals(result([], turns((10.0, 10.0, 11.1))))[-1].met is False
-    rows = [came_to(STOCK, [1.0, 2.0, 6.0], 2), came_to(HYBRID_AWARE, [1.0, 3.0, 6.5], 2)]
+    rows = [summarise(STOCK, [1.0, 2.0, 6.0], 2), summarise(HYBRID_AWARE, [1.0, 3.0, 6.5], 2)]
     assert overhead(rows, "request_ms", HYBRID_AWARE, STOCK) == pytest.approx(10.5 / 9)
     assert overhead(rows, "step_ms", HYBRID_AWARE, STOCK) == pytest.approx(1.5)
 
 
-def test_a_step_that_is_slow_in_every_round_counts_and_one_that_is_slow_once_does_not() -> None:
+def test_a_step_counts_as_slow_only_if_it_is_slow_in_most_rounds() -> None:
     rounds = [[1.0, 9.0, 1.0, 1.0], [8.0, 9.0, 1.0, 1.0], [1.0, 9.0, 1.0, 7.0]]
     assert medians(rounds) == [1.0, 9.0, 1.0, 1.0]
     with pytest.raises(ValueError, match="different numbers of steps: 4, 3"):
         medians([[1.0] * 4, [1.0] * 3])
 
 
-def test_every_part_has_its_table_and_its_panels(tmp_path: Path) -> None:
+def test_every_part_has_a_table_and_panels(tmp_path: Path) -> None:
     from matplotlib import image
 
     rows = [row(name, 300, memory) for memory in (4.0, 20.0) for name in (STOCK, HYBRID_AWARE)]
@@ -266,7 +262,7 @@ def test_every_part_has_its_table_and_its_panels(tmp_path: Path) -> None:
     for title in ("by memory", "Models and KV cache dtypes", "Other traffic", "Time in the sched"):
         assert title in text
     assert "| nemotron-nano-9b-v2 | fp8 | 2768 | hybrid_aware |  | 2.00% |" in text
-    assert "In whole blocks of 512 tokens that came before: 33.5%." in text
+    assert "whole blocks of 512 that an earlier request had: 33.5%." in text
     file = tmp_path / "picture.png"
     draw(file, found)
     assert file.stat().st_size < 300_000
@@ -279,66 +275,15 @@ def test_every_part_has_its_table_and_its_panels(tmp_path: Path) -> None:
             assert (panel.min(axis=2) < 0.5).mean() > 0.005
 
 
-# What is kept of runs
+def test_parts_of_other_sources_are_named() -> None:
+    found = {**result([row(STOCK, 1)]), "sources": "new"}
+    found["parts"]["memory"]["sources"] = "new"
+    assert "earlier version" not in markdown(found)
+    found["parts"]["memory"]["sources"] = "old"
+    assert "The part `memory` was measured with an earlier version" in markdown(found)
 
 
-def kept(case: Case, sources: str, trace: str, hits: int = 1) -> dict[str, Any]:
-    return {
-        **row(case.strategy, hits, case.memory),
-        "sources": sources,
-        "trace_fingerprint": trace,
-    }
-
-
-def test_only_runs_of_the_same_sources_and_trace_are_taken_up(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "kept" / "runs.jsonl")
-    cases = [replace(CASE, memory=memory) for memory in (4.0, 8.0, 20.0, 40.0)]
-    journal.append(kept(cases[0], "new", "a"))
-    journal.append(kept(cases[1], "old", "a"))
-    journal.append(kept(cases[2], "new", "b"))
-    found = journal.find(cases, lambda strategy: "new", {trace_key(CASE): "a"})
-    assert [case_of(one) for one in found] == [cases[0]]
-
-
-def test_the_newest_run_counts_and_a_line_cut_off_is_passed_over(tmp_path: Path) -> None:
-    file = tmp_path / "runs.jsonl"
-    journal = Journal(file)
-    journal.append(kept(CASE, "new", "a", hits=1))
-    journal.append(kept(CASE, "new", "a", hits=2))
-    whole = file.read_text()
-    file.write_text(whole + whole.splitlines()[0][:40])
-    (found,) = journal.find([CASE], lambda strategy: "new", {trace_key(CASE): "a"})
-    assert found["hit_tokens"] == 2
-
-
-def test_resuming_a_finished_sweep_starts_nothing(tmp_path: Path) -> None:
-    cases = [replace(CASE, trace="agents", requests=5, memory=size) for size in (4.0, 8.0)]
-    journal = Journal(tmp_path / "runs.jsonl")
-    traces = fingerprints(cases, Sources(None))
-    assert traces == {"agents 5": fingerprint(agents(5))}
-    assert fingerprint(agents(5)) != fingerprint(agents(5, seed=1))
-    for case in cases:
-        done = kept(case, sources_fingerprint(case.strategy), traces[trace_key(case)])
-        journal.append({**done, "trace": "agents", "requests": 5})
-    said: list[str] = []
-    rows = sweep(cases, Sources(None), journal, 2, True, said.append)
-    assert [case_of(one) for one in rows] == cases
-    assert said == ["2 of 2 runs are there already"]
-
-
-def test_only_hybrid_aware_depends_on_what_others_are_not_measured_anew_for() -> None:
-    package = Path(vllm_hybrid_kv.__file__).parent
-    policy = {f"vllm_hybrid_kv.coordinator.{name.removesuffix('.py')}" for name in POLICY}
-    users = {
-        file.name
-        for file in package.rglob("*.py")
-        for node in ast.walk(ast.parse(file.read_text()))
-        if isinstance(node, ast.ImportFrom) and node.module in policy
-    }
-    # The first makes a `HybridAwareCoordinator` for that strategy alone.
-    assert users - set(POLICY) == {"strategies.py"}
-    assert sources_fingerprint(STOCK) == sources_fingerprint(FIXED_POINT)
-    assert sources_fingerprint(STOCK) != sources_fingerprint(HYBRID_AWARE)
+# Processes
 
 
 def test_a_process_has_one_model_one_dtype_and_one_trace() -> None:
@@ -350,25 +295,29 @@ def test_a_process_has_one_model_one_dtype_and_one_trace() -> None:
     ]
     found = batches(cases)
     for some in found:
-        assert len({(case.model, case.kv_cache_dtype, trace_key(case)) for case in some}) == 1
+        assert len({(case.model, case.kv_cache_dtype, case.trace_key) for case in some}) == 1
         assert len(some) <= 8
-    assert sorted(case.title for some in found for case in some) == sorted(
-        case.title for case in cases
-    )
-    # Ten cases of 20 requests are shared out to two processes.
+    assert sorted(map(str, itertools.chain(*found))) == sorted(map(str, cases))
+    # Ten cases of 20 requests take two processes.
     assert len(found) == len(DTYPES) * (1 + 2)
 
 
-def test_a_process_that_fails_is_reported_with_its_last_words(tmp_path: Path) -> None:
-    log = tmp_path / "logs" / "process.txt"
-    with pytest.raises(ChildError, match=r"worker ended with status 1:\n(.|\n)*JSONDecodeError"):
-        list(answers("benchmarks.prefix_cache.worker", "nothing", log))
-    assert "JSONDecodeError" in log.read_text()
+def test_the_error_of_a_process_stops_the_sweep() -> None:
+    with pytest.raises(ValueError, match="pass --trace"):
+        sweep([CASE], None, 1, print)
 
 
-def test_a_public_trace_that_is_too_short_is_refused(tmp_path: Path) -> None:
+def test_the_settings_of_the_users_shell_do_not_reach_a_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_HYBRID_KV_COORDINATOR", "stock")
+    assert in_process(os.getenv, "VLLM_HYBRID_KV_COORDINATOR") is None
+    assert in_process(os.getenv, "VLLM_PLUGINS") == "hybrid_kv"
+
+
+def test_a_public_trace_that_is_too_short_is_rejected(tmp_path: Path) -> None:
     file = tmp_path / "trace.jsonl"
     file.write_text(json.dumps({"input_length": 10, "output_length": 1, "hash_ids": [0]}) + "\n")
-    assert len(Sources(file).requests(PUBLIC, 1)) == 1
+    assert len(requests_of(PUBLIC, 1, file)) == 1
     with pytest.raises(ValueError, match="has 1 requests, not 2"):
-        Sources(file).requests(PUBLIC, 2)
+        requests_of(PUBLIC, 2, file)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Print how often vLLM's own coordinator answers like the brute force: `python .../this_file.py`.
+"""Prints how often vLLM's own coordinator agrees with brute force: `python -m` this module.
 
-The cases are those of the test. They are random on purpose: any blocks may have been evicted, in
-any mix of groups. How often traffic comes to such a state is another question.
+The cases are those of the test: random groups, any blocks of which may be evicted. How often real
+traffic causes such states is a different question.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def kind_of(case: Case, partial: bool) -> str:
 
 
 def answer_of(coordinator: HybridKVCacheCoordinator, case: Case) -> str:
-    """Compare one answer with the brute force's."""
+    """Compare one answer with brute force."""
     alignment = coordinator._cache_hit_alignment_tokens
     every = range(len(case.layout.groups))
     want = longest(case.layout, case.cached, alignment, case.limit, every)
@@ -54,14 +54,14 @@ def answer_of(coordinator: HybridKVCacheCoordinator, case: Case) -> str:
 
 
 def count(seed: int, layouts: int, contents: int) -> dict[str, Counter[str]]:
-    """Count the answers by kind of case."""
+    """Return the number of answers of each kind, by kind of case."""
     counts: dict[str, Counter[str]] = {}
     for cases in random_cases(seed, layouts, contents):
         coordinator = coordinator_of(cases[0].layout, HybridKVCacheCoordinator)
-        strangers = request_of(cases[0].layout, list(range(5000, 5024)))
+        other = request_of(cases[0].layout, range(5000, 5024))
         for case in cases:
             coordinator.reset_prefix_cache()
-            fill(coordinator.block_pool, case.request, case.cached, strangers)
+            fill(coordinator.block_pool, case.request, case.cached, other)
             kind = kind_of(case, coordinator.enable_partial_hash_hits)
             counts.setdefault(kind, Counter())[answer_of(coordinator, case)] += 1
     return counts

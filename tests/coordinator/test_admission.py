@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When `hybrid_aware` lets a prompt begin: prompts that are computed do not preempt each other."""
+"""When `hybrid_aware` lets a prompt start: running prompts do not preempt each other."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def engine_of(model: Model, blocks: int, settings: dict[str, str]) -> Engine:
 
 
 def prompts(lengths: list[int], answer: int = 30) -> list[TracedRequest]:
-    """Return prompts of so many blocks of 512 tokens that have nothing in common."""
+    """Return prompts of the given lengths in blocks of 512 tokens, which share nothing."""
     sent, first = [], 0
     for blocks in lengths:
         ids = tuple(range(first, first + blocks))
@@ -59,15 +59,15 @@ def lengths(seed: int) -> list[int]:
 
 @pytest.mark.parametrize("seed", [0, 2])
 @pytest.mark.parametrize("blocks", [50, 80])
-def test_prompts_wait_until_those_before_them_have_all_that_they_need(model, blocks, seed):
+def test_prompts_wait_until_running_prompts_have_all_blocks_that_they_need(model, blocks, seed):
     sent = prompts(lengths(seed))
     ours = Replay(engine_of(model, blocks, POLICY), sent, 16).run()
     assert (ours.requests, ours.preemptions) == (len(sent), 0)
-    # vLLM lets more begin than it can finish.
+    # vLLM starts more prompts than it can finish.
     assert Replay(engine_of(model, blocks, STOCK), sent, 16).run().preemptions > 0
 
 
-def test_prompts_run_at_once_where_all_have_room(model):
+def test_prompts_run_concurrently_if_there_is_room_for_all(model):
     engine = engine_of(model, 400, POLICY)
     scheduler, most = engine.scheduler, 0
     schedule = scheduler.schedule
@@ -84,7 +84,7 @@ def test_prompts_run_at_once_where_all_have_room(model):
 
 
 def smallest(model: Model) -> int:
-    """Return the least blocks with which vLLM starts."""
+    """Return the minimum number of blocks with which vLLM starts."""
     for blocks in range(10, 100):
         try:
             engine_of(model, blocks, POLICY)
@@ -94,7 +94,7 @@ def smallest(model: Model) -> int:
     raise AssertionError("it does not start")
 
 
-def test_a_prompt_that_takes_all_there_is_begins_when_nothing_else_runs(model):
+def test_a_prompt_that_needs_all_blocks_starts_when_nothing_else_runs(model):
     blocks = smallest(model)
     ours = Replay(engine_of(model, blocks, POLICY), prompts([31, 5, 31, 7]), 4).run()
     assert ours.requests == 4
@@ -112,7 +112,7 @@ def request_of(engine: Engine, name: str, prompt: TracedRequest) -> Request:
 
 
 def load_all_but_the_end(engine: Engine, request: Request) -> None:
-    """Give a request what a connector loads beside the steps, as vLLM's scheduler does."""
+    """Allocate what a connector loads asynchronously, as vLLM's scheduler does."""
     manager = engine.scheduler.kv_cache_manager
     loaded = request.num_tokens // engine.scheduler_block_size * engine.scheduler_block_size
     blocks = manager.allocate_slots(
@@ -124,8 +124,8 @@ def load_all_but_the_end(engine: Engine, request: Request) -> None:
     request.status = RequestStatus.WAITING
 
 
-def begin(engine: Engine, request: Request) -> bool:
-    """Return whether a request is let begin."""
+def start(engine: Engine, request: Request) -> bool:
+    """Start a request, and return whether there is room."""
     blocks = engine.scheduler.kv_cache_manager.allocate_slots(
         request, request.num_tokens - request.num_computed_tokens, full_sequence_must_fit=True
     )
@@ -134,15 +134,15 @@ def begin(engine: Engine, request: Request) -> bool:
     return blocks is not None
 
 
-def test_requests_that_were_loaded_into_do_not_wait_for_each_other(model):
+def test_loaded_requests_do_not_wait_for_each_other(model):
     init_none_hash(sha256)
     engine = engine_of(model, 24, POLICY)
     pool = engine.scheduler.kv_cache_manager.block_pool
     first, second = (request_of(engine, name, *prompts([12])) for name in ("first", "second"))
     for request in (first, second):
         load_all_but_the_end(engine, request)
-    # They hold 4 blocks of attention and 3 of states each. What is free is enough to begin with,
-    # and less than what both of them may come to hold.
+    # Each holds 4 blocks of attention and 3 of states. The free blocks suffice to start one, but
+    # not for what both may hold later.
     assert pool.get_num_free_blocks() == 9
-    assert begin(engine, first)
-    assert not begin(engine, second)
+    assert start(engine, first)
+    assert not start(engine, second)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A block is copied whole, whichever layers' views of it there are."""
+"""Blocks are copied whole, whichever layers have views of them."""
 
 import pytest
 import torch
@@ -9,16 +9,15 @@ from vllm_hybrid_kv.coordinator.upstream_fixes import copy_whole_blocks, views_t
 
 BLOCKS, PAGE, STATE = 8, 64, 20
 COPIES = [(2, 5)]
-"""Source and destination."""
 
 
 def memory(spare=0):
-    """Bytes of blocks that all differ, and some more that are no block's."""
+    """Return memory of blocks with different contents, and spare bytes after them."""
     return (torch.arange(BLOCKS * PAGE + spare) % 251).to(torch.uint8)
 
 
 def views(storage):
-    """A state's view, which is shorter than the page, and attention's, in two kernel blocks."""
+    """Return a state's view, shorter than the page, and attention's with two kernel blocks each."""
     state = torch.as_strided(storage, (BLOCKS, STATE), (PAGE, 1)).view(torch.int8)
     attention = torch.as_strided(storage, (2 * BLOCKS, PAGE // 2), (PAGE // 2, 1))
     return state, attention
@@ -26,7 +25,7 @@ def views(storage):
 
 @pytest.fixture
 def stock():
-    # With the plugin loaded it is wrapped.
+    # The plugin wraps it.
     return getattr(
         utils.copy_kv_cache_blocks_inplace, "__wrapped__", utils.copy_kv_cache_blocks_inplace
     )
@@ -34,7 +33,7 @@ def stock():
 
 @pytest.mark.parametrize("spare", [0, 16])
 @pytest.mark.parametrize("first", ["state", "attention"])
-def test_all_of_a_block_is_copied_in_whatever_order_its_layers_come(stock, first, spare):
+def test_blocks_are_copied_whole_in_any_order_of_layers(stock, first, spare):
     storage = memory(spare)
     before = storage.clone()
     state, attention = views(storage)
@@ -47,17 +46,17 @@ def test_all_of_a_block_is_copied_in_whatever_order_its_layers_come(stock, first
     assert torch.equal(storage[BLOCKS * PAGE :], before[BLOCKS * PAGE :])
 
 
-def test_vllms_own_leaves_the_rest_of_an_attention_block_behind(stock):
+def test_vllms_own_copy_omits_the_rest_of_an_attention_block(stock):
     storage = memory(spare=16)
     before = storage.clone()
     stock(views(storage), BLOCKS, COPIES)
     blocks, was = (every[: BLOCKS * PAGE].view(BLOCKS, PAGE) for every in (storage, before))
     assert torch.equal(blocks[5, :STATE], was[2, :STATE])
-    # Where this fails vLLM copies whole blocks, and the patch can go.
+    # If this fails, vLLM copies whole blocks and the patch can be removed.
     assert torch.equal(blocks[5, STATE:], was[5, STATE:])
 
 
-def test_memory_of_nothing_but_blocks_and_equal_views_are_copied_once():
+def test_equal_views_and_memory_of_blocks_only_are_copied_once():
     state, attention = views(memory())
     assert views_to_copy([state, attention, state], BLOCKS) == [[state]]
     state, attention = views(memory(spare=16))
@@ -67,5 +66,5 @@ def test_memory_of_nothing_but_blocks_and_equal_views_are_copied_once():
     assert rounds[1][0] is attention
 
 
-def test_without_copies_nothing_is_looked_at(stock):
+def test_views_are_not_examined_without_copies(stock):
     copy_whole_blocks(stock)(iter([None]), BLOCKS, [])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`GroupedBlockMap` beside the map of vLLM that it takes the place of."""
+"""`GroupedBlockMap` compared with the map of vLLM that it replaces."""
 
 import copy
 import random
@@ -19,7 +19,7 @@ def pool_of(num_blocks=12):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_it_answers_like_vllms_after_any_changes(seed):
+def test_lookups_agree_with_vllms_map_after_random_changes(seed):
     rng = random.Random(seed)
     blocks = pool_of().blocks[1:]
     stock, ours = BlockHashToBlockMap(), GroupedBlockMap()
@@ -39,7 +39,7 @@ def test_it_answers_like_vllms_after_any_changes(seed):
         assert len(ours) == len([key for key in KEYS if stock.get_one_block(key)])
 
 
-def test_each_group_has_its_blocks_by_the_requests_own_hashes():
+def test_each_group_maps_the_requests_own_hashes_to_its_blocks():
     first, second, third = pool_of().blocks[1:4]
     ours = GroupedBlockMap()
     ours.insert(make_block_hash_with_group_id(HASHES[0], 0), first)
@@ -50,7 +50,7 @@ def test_each_group_has_its_blocks_by_the_requests_own_hashes():
     assert ours.group(3) == {}
 
 
-def test_code_that_reaches_into_vllms_dictionary_finds_it():
+def test_the_cache_attribute_behaves_like_vllms_dictionary():
     first, second, third = pool_of().blocks[1:4]
     ours = GroupedBlockMap()
     one, other = KEYS[0], KEYS[5]
@@ -72,7 +72,7 @@ def test_code_that_reaches_into_vllms_dictionary_finds_it():
         ours._cache[one]
 
 
-def test_it_takes_the_place_of_a_pools_map_with_all_that_is_in_it():
+def test_installing_the_map_keeps_the_contents_of_the_pools_map():
     pool = pool_of()
     first, second, third = pool.blocks[1:4]
     for key, block in ((KEYS[0], first), (KEYS[0], second), (KEYS[4], third)):
@@ -86,7 +86,7 @@ def test_it_takes_the_place_of_a_pools_map_with_all_that_is_in_it():
     assert grouped.get_one_block(KEYS[4]) is third
 
 
-def test_a_block_that_the_pool_hands_out_again_is_gone_from_it():
+def test_a_reallocated_block_is_removed_from_the_map():
     pool = pool_of(3)
     install_grouped_map(pool)
     grouped = pool.cached_block_hash_to_block

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which coordinator a strategy makes, with the arguments that vLLM's factory gets."""
+"""Which coordinator a strategy makes from the arguments of vLLM's factory."""
 
 import inspect
 
@@ -17,12 +17,12 @@ from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
 from vllm_hybrid_kv.coordinator.strategies import FixedPoint
 from vllm_hybrid_kv.hooks import Stock
 
-# The strategies get vLLM's own factory, which the plugin replaces.
+# The strategies take vLLM's own factory, which the plugin replaces.
 pytestmark = pytest.mark.usefixtures("unregistered")
 
 
 def factory_args(layout, **more):
-    """Give everything that the factory gets, as the patch hands it on."""
+    """Return the factory's arguments as the patch passes them."""
     bound = inspect.signature(get_kv_cache_coordinator).bind(
         kv_cache_config=KVCacheConfig(NUM_BLOCKS, [], list(layout.groups)),
         max_model_len=4096,
@@ -45,7 +45,7 @@ def made(layout, strategy=None, **more):
     )
 
 
-def test_several_groups_get_the_fixed_point():
+def test_several_groups_get_a_fixed_point_coordinator():
     coordinator = made(layout_of(full(64), mamba(64), unit=16))
     assert type(coordinator) is FixedPointCoordinator
     assert isinstance(coordinator, HybridKVCacheCoordinator)
@@ -82,5 +82,5 @@ def test_arguments_of_the_factory_reach_the_coordinator():
     ],
     ids=["one group", "no prefix caching"],
 )
-def test_where_nothing_is_to_be_agreed_vllms_own_is_made(layout, more, kind):
+def test_one_group_or_no_prefix_caching_gets_vllms_own_coordinator(layout, more, kind):
     assert type(made(layout, **more)) is kind

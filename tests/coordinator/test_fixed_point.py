@@ -1,16 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lookups that vLLM's coordinator gets wrong or short, and what the coordinator owes to vLLM."""
+"""Lookups in which vLLM's coordinator fails, and the contract with vLLM."""
 
 from dataclasses import replace
 
 import pytest
 from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator
 from vllm.v1.core.single_type_kv_cache_manager import (
-    ChunkedLocalAttentionManager,
-    FullAttentionManager,
     HiSparseSourceManager,
-    MambaManager,
-    SlidingWindowManager,
 )
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, KVCacheGroupRole
 
@@ -54,11 +50,11 @@ def look_up(coordinator_class, layout, num_tokens, *boundaries):
 
 
 @pytest.mark.parametrize("coordinator_class", BOTH)
-def test_a_second_window_that_shortens_the_hit_makes_the_drafts_of_the_first_prove_theirs(
+def test_drafts_of_a_window_need_their_lookahead_after_another_window_shortens_the_hit(
     coordinator_class,
 ):
     layout = layout_of(full(16), window(16, 17), window(16, 33), drafts=(1, 2))
-    # The first window has blocks for 96 tokens and one more, and for 48 with none behind them.
+    # The first window has blocks for 96 tokens with lookahead, and for 48 without it.
     first = (48, 96, 112)
     second = (16, 32, 48, 64)
     _, length, _ = look_up(coordinator_class, layout, 130, every(16, 128), first, second)
@@ -66,24 +62,24 @@ def test_a_second_window_that_shortens_the_hit_makes_the_drafts_of_the_first_pro
 
 
 @pytest.mark.parametrize("coordinator_class", BOTH)
-def test_a_state_that_shortens_the_hit_makes_drafts_prove_theirs(coordinator_class):
-    # No group is marked, so that all count as having drafts, the states among them.
+def test_drafts_need_their_lookahead_after_a_state_shortens_the_hit(coordinator_class):
+    # No group is marked, so vLLM treats all as having drafts, even states.
     layout = layout_of(full(16), window(16, 17), mamba(16), drafts=())
     _, length, _ = look_up(coordinator_class, layout, 130, every(16, 128), (48, 96, 112), (48,))
     assert length == 0
 
 
 @pytest.mark.parametrize("coordinator_class", BOTH)
-def test_a_chunk_that_begins_inside_a_block_needs_that_block(coordinator_class):
+def test_a_chunk_that_starts_inside_a_block_needs_that_block(coordinator_class):
     layout = layout_of(full(16), chunked(16, 24))
-    # After 32 tokens the chunk is the one from 24 on. vLLM finds none of its blocks and falls back
-    # to 16 tokens, which are in the chunk before, without a look at that one's.
+    # After 32 tokens the chunk starts at 24. vLLM finds none of its blocks and falls back to 16
+    # tokens without checking the blocks of the chunk before.
     _, length, _ = look_up(coordinator_class, layout, 40, every(16, 32), ())
     assert length == 0
 
 
 @pytest.mark.parametrize("coordinator_class", BOTH)
-def test_drafts_with_a_window_longer_than_the_prefix_cost_one_unit_once(coordinator_class):
+def test_drafts_with_a_window_longer_than_the_prefix_cost_one_unit_only(coordinator_class):
     layout = layout_of(full(64), window(16, 1024), drafts=(1,))
     _, length, _ = look_up(coordinator_class, layout, 100, (64,), every(16, 96))
     assert length == 64
@@ -104,20 +100,20 @@ def test_groups_of_equal_specs_may_hold_different_parts_of_their_last_block(coor
 
 
 @pytest.mark.parametrize("coordinator_class", BOTH)
-def test_chunked_local_attention_goes_with_larger_blocks_beside_it(coordinator_class):
+def test_chunked_local_attention_works_with_larger_blocks_of_other_groups(coordinator_class):
     layout = layout_of(full(64), chunked(16, 32))
     _, length, _ = look_up(coordinator_class, layout, 100, (64,), ())
     assert length == 64
 
 
 @pytest.mark.parametrize("coordinator_class", BOTH)
-def test_chunked_local_attention_goes_with_drafts(coordinator_class):
+def test_chunked_local_attention_works_with_drafts(coordinator_class):
     layout = layout_of(full(16), chunked(16, 64), drafts=())
     _, length, _ = look_up(coordinator_class, layout, 60, every(16, 48), every(16, 48))
     assert length == 32
 
 
-def test_models_without_full_attention_hit_where_all_states_are():
+def test_models_without_full_attention_hit_where_all_states_are_cached():
     layout = layout_of(mamba(32), mamba(64, width=6), window(32, 64))
     ids, length, _ = look_up(
         FixedPointCoordinator, layout, 400, (128, 192, 320), (64, 192, 256), every(32, 384)
@@ -126,13 +122,13 @@ def test_models_without_full_attention_hit_where_all_states_are():
     assert ids == [[0, 0, 0, 0, 0, 101], [0, 0, 201], [0, 0, 0, 0, 304, 305]]
 
 
-def test_context_parallel_ranks_make_full_attention_blocks_longer_but_not_states():
+def test_context_parallel_ranks_lengthen_full_attention_blocks_but_not_state_blocks():
     layout = layout_of(full(16), mamba(32), dcp=2)
     ids, length, _ = look_up(FixedPointCoordinator, layout, 100, every(32, 96), (32, 64))
     assert (length, ids) == (64, [[100, 101], [0, 201]])
 
 
-def test_what_full_attention_alone_would_have_served_is_told():
+def test_the_longer_prefix_of_full_attention_is_returned():
     layout = layout_of(full(16), mamba(16))
     _, length, uncached = look_up(FixedPointCoordinator, layout, 130, every(16, 96), (32,))
     assert (length, uncached) == (32, 64)
@@ -144,7 +140,7 @@ def test_groups_that_opt_out_of_prefix_caching_get_no_blocks():
     assert (length, ids) == (32, [[100, 101], [], [0, 300]])
 
 
-def test_a_block_evicted_in_the_middle_ends_full_attention_there():
+def test_full_attention_ends_at_an_evicted_block():
     layout = layout_of(full(16), mamba(16))
     _, length, _ = look_up(
         FixedPointCoordinator, layout, 200, (*every(16, 64), *range(96, 193, 16)), every(16, 192)
@@ -152,7 +148,7 @@ def test_a_block_evicted_in_the_middle_ends_full_attention_there():
     assert length == 64
 
 
-def test_after_a_reset_nothing_is_found_and_new_blocks_are():
+def test_after_a_reset_only_new_blocks_are_hit():
     layout = layout_of(full(16), mamba(16))
     request = request_of(layout, list(range(50)))
     cached = Cached(48, {(0, 16): [5], (1, 16): [6]})
@@ -164,7 +160,7 @@ def test_after_a_reset_nothing_is_found_and_new_blocks_are():
         assert coordinator.find_longest_cache_hit(request.block_hashes, 49)[1] == 0
 
 
-def test_a_group_that_keeps_its_longer_hit_for_a_connector_keeps_it():
+def test_a_group_with_a_host_pool_keeps_its_longer_hit():
     layout = layout_of(full(16), window(16, 16))
     host = replace(layout.groups[0], role=KVCacheGroupRole.HISPARSE_SOURCE, host_resident=True)
     layout = replace(layout, groups=(host, layout.groups[1]))
@@ -183,48 +179,32 @@ def test_a_group_that_keeps_its_longer_hit_for_a_connector_keeps_it():
     assert [block.block_id for block in hits[1]] == [0, 32]
 
 
-class ForeignFull(FullAttentionManager):
-    @classmethod
-    def find_longest_cache_hit(cls, *args, **kwargs):
-        return super().find_longest_cache_hit(*args, **kwargs)
+def foreign(manager_cls):
+    """Return a manager class with its own lookup function."""
+
+    class Foreign(manager_cls):
+        @classmethod
+        def find_longest_cache_hit(cls, *args, **kwargs):
+            return super().find_longest_cache_hit(*args, **kwargs)
+
+    return Foreign
 
 
-class ForeignWindow(SlidingWindowManager):
-    @classmethod
-    def find_longest_cache_hit(cls, *args, **kwargs):
-        return super().find_longest_cache_hit(*args, **kwargs)
-
-
-class ForeignChunked(ChunkedLocalAttentionManager):
-    @classmethod
-    def find_longest_cache_hit(cls, *args, **kwargs):
-        return super().find_longest_cache_hit(*args, **kwargs)
-
-
-class ForeignMamba(MambaManager):
-    @classmethod
-    def find_longest_cache_hit(cls, *args, **kwargs):
-        return super().find_longest_cache_hit(*args, **kwargs)
-
-
-def test_managers_that_are_not_vllms_own_are_asked_themselves_and_hits_are_safe():
-    foreign = {
-        kind.__mro__[1]: kind for kind in (ForeignFull, ForeignWindow, ForeignChunked, ForeignMamba)
-    }
+def test_foreign_managers_use_their_own_lookup_and_never_hit_too_much():
     as_long = compared = 0
     for cases in random_cases(7, 60, 10):
         layout = cases[0].layout
         coordinator = coordinator_of(layout, FixedPointCoordinator)
         alignment = coordinator._cache_hit_alignment_tokens
         if any(
-            # vLLM's manager stops on these.
+            # vLLM's manager fails an assertion on these.
             isinstance(spec, ChunkedLocalAttentionSpec)
             and (layout.use_eagle or spec.block_size != alignment)
             for spec in map(layout.spec, range(len(layout.groups)))
         ):
             continue
         coordinator.attention_groups = [
-            group._replace(manager_cls=foreign[group.manager_cls])
+            group._replace(manager_cls=foreign(group.manager_cls))
             for group in coordinator.attention_groups
         ]
         for group in coordinator.attention_groups:
@@ -243,7 +223,7 @@ def test_managers_that_are_not_vllms_own_are_asked_themselves_and_hits_are_safe(
     assert as_long > 0.9 * compared
 
 
-def test_a_state_that_one_of_several_equal_groups_lacks_is_no_hit():
+def test_a_state_must_be_cached_in_all_groups_of_equal_specs():
     layout = layout_of(full(16), mamba(16), mamba(16))
     _, length, _ = look_up(FixedPointCoordinator, layout, 65, every(16, 64), (32, 64), (32,))
     assert length == 32

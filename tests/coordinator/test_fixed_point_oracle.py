@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`FixedPointCoordinator` beside brute force, on random groups and contents of the cache."""
+"""`FixedPointCoordinator` compared with brute force, on random groups and cache contents."""
 
 import os
 
@@ -12,17 +12,17 @@ from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
 SEED = int(os.environ.get("HYBRID_KV_TEST_SEED", "20261122"))
 PARTS = 10
 LAYOUTS, CONTENTS = 50, 20
-"""Of each part, so that there are 10,000 cases."""
+"""Per part: 10,000 cases in total."""
 
 
 def cases_of(part):
-    """Yield a coordinator filled for each case; a failing case names its seed."""
+    """Yield each case with a coordinator whose cache has its contents."""
     for cases in random_cases(SEED + part, LAYOUTS, CONTENTS):
         coordinator = coordinator_of(cases[0].layout, FixedPointCoordinator)
-        strangers = request_of(cases[0].layout, list(range(5000, 5024)))
+        other = request_of(cases[0].layout, range(5000, 5024))
         for case in cases:
             assert coordinator.reset_prefix_cache()
-            fill(coordinator.block_pool, case.request, case.cached, strangers)
+            fill(coordinator.block_pool, case.request, case.cached, other)
             yield coordinator, case
 
 
@@ -50,12 +50,12 @@ def test_the_hit_is_the_longest_prefix_that_every_group_can_serve(part):
         compared += 1
         hits += length > 0
     assert compared == LAYOUTS * CONTENTS
-    # Contents in which nothing is ever found would show nothing.
+    # Contents without any hit would prove nothing.
     assert hits > compared / 10
 
 
 @pytest.mark.parametrize("part", range(0, PARTS, 5))
-def test_each_group_alone_is_given_the_longest_prefix_that_it_can_serve(part):
+def test_each_group_alone_hits_the_longest_prefix_that_it_can_serve(part):
     for coordinator, case in cases_of(part):
         alignment = coordinator._cache_hit_alignment_tokens
         blocks, lengths = coordinator.find_longest_cache_hit_per_group(

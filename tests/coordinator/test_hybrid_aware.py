@@ -42,7 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 class Script:
-    """Writes a trace of chats whose blocks have ids of their own."""
+    """Writes a trace of chats whose blocks have unique ids."""
 
     def __init__(self) -> None:
         self.requests: list[TracedRequest] = []
@@ -60,7 +60,7 @@ class Script:
 
 
 def chats(count: int, turns: int, seed: int, shared: int = 0) -> list[TracedRequest]:
-    """Return chats whose turns come in random order, with `shared` blocks in front of all."""
+    """Return chats whose turns come in random order, after `shared` common blocks."""
     draw, script = random.Random(seed), Script()
     system = script.new(shared)
     waiting = dict.fromkeys(range(count), turns)
@@ -94,20 +94,20 @@ def replay(
 
 
 def check(engine: Engine) -> None:
-    """Check that tables, reference counts, the free queue and the hash map agree."""
+    """Check that tables, reference counts, the free queue and the hash map are consistent."""
     checks.check_references(engine.scheduler)
     checks.check_hash_map(coordinator_of(engine).block_pool)
     checks.check_queue(coordinator_of(engine))
 
 
-def test_the_strategy_makes_the_coordinator_and_a_fine_unit(model):
+def test_the_strategies_select_the_coordinator_and_a_fine_match_unit(model):
     engine = engine_of(model, 100, POLICY)
     assert isinstance(coordinator_of(engine), HybridAwareCoordinator)
     assert engine.hash_block_size == 16 < engine.scheduler_block_size
     assert not isinstance(coordinator_of(engine_of(model, 100, STOCK)), HybridAwareCoordinator)
 
 
-def test_a_turn_resumes_at_the_end_of_the_prompt_before_it(model):
+def test_a_turn_resumes_at_the_end_of_the_previous_prompt(model):
     script = Script()
     ids = script.new(2)
     script.send(ids, tail=100)
@@ -126,7 +126,7 @@ def test_a_prompt_shorter_than_a_block_hits(model):
     assert replay(model, script.requests, 200, STOCK).hits[1] < tally.hits[1]
 
 
-def test_the_second_request_shows_a_branch_and_the_third_resumes_there(model):
+def test_the_second_request_reveals_a_branch_point_and_the_third_resumes_there(model):
     script = Script()
     system = script.new(1)
     for _ in range(4):
@@ -135,7 +135,7 @@ def test_the_second_request_shows_a_branch_and_the_third_resumes_there(model):
     assert sum(replay(model, script.requests, 200, STOCK).hits) < 1024
 
 
-def test_the_second_to_go_on_from_a_whole_prompt_whose_state_is_gone_shows_a_branch(model):
+def test_the_second_request_after_a_prompt_with_an_evicted_state_reveals_a_branch_point(model):
     script = Script()
     system = script.new(1)
     script.send(system)
@@ -145,12 +145,14 @@ def test_the_second_to_go_on_from_a_whole_prompt_whose_state_is_gone_shows_a_bra
     coordinator = coordinator_of(engine)
     first = Replay(engine, script.requests[:1], 1)
     first.run()
-    while (released := coordinator._evict()) is not None:
-        coordinator.block_pool.evict_blocks({block.block_id for block in released})
+    pool = coordinator.block_pool
+    while coordinator.checkpoints.pinned:
+        pool.free_block_queue.drop(coordinator.checkpoints.pinned[0])
+    pool.evict_blocks({block.block_id for block in pool.blocks if block.block_hash is not None})
     assert Replay(engine, script.requests[1:], 1).run().hits == [0, 0, 512, 512]
 
 
-def test_a_conversation_that_goes_on_is_no_branch(model):
+def test_a_continued_conversation_has_no_branch_point(model):
     engine = engine_of(model, 200, POLICY)
     Replay(engine, chats(3, 4, seed=0), 1).run()
     assert not any(
@@ -158,18 +160,18 @@ def test_a_conversation_that_goes_on_is_no_branch(model):
     )
 
 
-def needed_states(coordinator: Any) -> Counter[int]:
-    """Count the states that a checkpoint needs by the length of their prefix in tokens."""
+def pinned_states(coordinator: Any) -> Counter[int]:
+    """Return the number of pinned free states by the length of their prefix in tokens."""
     return Counter(
         block.block_hash_num_tokens
         for block in coordinator.block_pool.free_block_queue.get_all_free_blocks()
         if block.block_hash
-        and get_group_id(block.block_hash) in coordinator._state_ids
-        and coordinator._is_pinned(block)
+        and get_group_id(block.block_hash) in coordinator._state_groups
+        and coordinator.block_pool.free_block_queue.is_pinned(block)
     )
 
 
-def test_states_are_kept_at_the_end_of_prompts_and_at_whole_blocks_only_if_that_pays(model):
+def test_states_are_pinned_at_ends_of_prompts_and_at_whole_blocks_only_if_that_pays(model):
     script = Script()
     script.send(script.new(5), tail=33)
     script.send(script.new(5), tail=49)
@@ -178,15 +180,15 @@ def test_states_are_kept_at_the_end_of_prompts_and_at_whole_blocks_only_if_that_
     groups = len(coordinator._state_groups)
     Replay(engine, script.requests[:1], 1).run()
     block, end = coordinator._block_tokens, 5 * 512 + 32
-    assert needed_states(coordinator) == {block: groups, end: groups}
-    # Nothing had to be given up so far. From here on there is something to compare with.
-    while coordinator._evict() is not None:
-        pass
+    assert pinned_states(coordinator) == {block: groups, end: groups}
+    # Only evictions set a price that the state at a whole block must exceed.
+    while (evicted := coordinator.checkpoints.evict()) is not None:
+        coordinator.block_pool.free_block_queue.release(evicted.key, evicted.blocks)
     Replay(engine, script.requests[1:], 1).run()
-    assert needed_states(coordinator) == {end + 16: groups}
+    assert pinned_states(coordinator) == {end + 16: groups}
 
 
-def test_a_state_that_lookups_find_in_another_block_is_kept_in_that_one(model):
+def test_a_state_is_pinned_in_the_block_that_lookups_return(model):
     script = Script()
     script.send(script.new(2), tail=33)
     engine = engine_of(model, 200, POLICY)
@@ -195,7 +197,7 @@ def test_a_state_that_lookups_find_in_another_block_is_kept_in_that_one(model):
     pool, queue = coordinator.block_pool, coordinator.block_pool.free_block_queue
     (checkpoint,) = [c for c in coordinator.checkpoints.pinned if c.place is Place.PROMPT_END]
     first = pool.get_cached_block(checkpoint.key, coordinator._state_groups)
-    # Another request has computed the states too, and ended; the first goes on in its own blocks.
+    # Another request computed the states too and ended. The first continues in its own blocks.
     pool.touch(first)
     keys = [block.block_hash for block in first]
     others, copies = pool.get_new_blocks(len(first)), pool.get_new_blocks(len(first))
@@ -213,7 +215,7 @@ def test_a_state_that_lookups_find_in_another_block_is_kept_in_that_one(model):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_tables_queue_and_map_agree_after_every_step(model, seed):
+def test_tables_queue_and_map_are_consistent_after_every_step(model, seed):
     engine = engine_of(model, 60, POLICY)
     coordinator = coordinator_of(engine)
     update = engine.scheduler.update_from_output
@@ -230,13 +232,13 @@ def test_tables_queue_and_map_agree_after_every_step(model, seed):
 
 
 @pytest.mark.parametrize("coordinator", ["fixed_point", "hybrid_aware"])
-def test_a_request_starts_while_the_one_whose_prefix_it_shares_still_answers(model, coordinator):
+def test_a_request_starts_while_another_with_the_same_prefix_is_decoding(model, coordinator):
     script = Script()
     ids = script.new(1)
     script.send(ids, tail=50, answer=200)
     script.send(ids, tail=50, answer=200)
     engine = engine_of(model, 200, {**POLICY, "coordinator": coordinator})
-    # The first one's answer is in the very block that the second one's prefix ends in.
+    # The first answer is in the same block in which the second prefix ends.
     assert engine.scheduler_block_size > BLOCK_TOKENS + 50 + 200
     tally = Replay(engine, script.requests, 2).run()
     assert tally.hits[1] > 0
@@ -244,7 +246,7 @@ def test_a_request_starts_while_the_one_whose_prefix_it_shares_still_answers(mod
 
 
 def contents_by_step(engine: Engine, requests: list[TracedRequest]) -> list[Any]:
-    """Replay, and return after every step which blocks are cached under which hashes."""
+    """Replay, and return the hashes of all blocks after every step."""
     blocks = coordinator_of(engine).block_pool.blocks
     update = engine.scheduler.update_from_output
     steps: list[Any] = []
@@ -260,10 +262,10 @@ def contents_by_step(engine: Engine, requests: list[TracedRequest]) -> list[Any]
 
 
 @pytest.mark.parametrize("coordinator", ["fixed_point", "hybrid_aware"])
-def test_steps_that_complete_no_unit_would_cache_nothing(model, coordinator, monkeypatch):
+def test_skipped_steps_would_cache_nothing(model, coordinator, monkeypatch):
     script = Script()
     for tail in (310, 326):
-        # The answer completes a block.
+        # The answer fills a block.
         script.send(script.new(2), tail=tail, answer=120)
     requests = [*script.requests, *chats(12, 3, seed=5, shared=1)]
     settings = {**POLICY, "coordinator": coordinator}
@@ -274,7 +276,7 @@ def test_steps_that_complete_no_unit_would_cache_nothing(model, coordinator, mon
 
 
 @pytest.mark.parametrize("blocks", [45, 70, 120, 400])
-def test_it_never_hits_less_than_vllm(model, blocks):
+def test_hits_are_never_fewer_than_vllms(model, blocks):
     requests = chats(30, 5, seed=7, shared=1)
     ours = replay(model, requests, blocks, POLICY, at_once=2)
     stock = replay(model, requests, blocks, STOCK, at_once=2)
@@ -283,7 +285,7 @@ def test_it_never_hits_less_than_vllm(model, blocks):
     assert ours.preemptions <= stock.preemptions
 
 
-def test_emptying_the_cache_forgets_the_checkpoints(model):
+def test_a_reset_forgets_the_checkpoints(model):
     script = Script()
     ids = script.new(2)
     for _ in range(3):
@@ -297,7 +299,7 @@ def test_emptying_the_cache_forgets_the_checkpoints(model):
     assert Replay(engine, script.requests, 1).run().hits[0] == 0
 
 
-def test_a_model_without_states_gets_what_fixed_point_gives_it(tmp_path: Path):
+def test_a_model_with_one_group_gets_vllms_own_coordinator(tmp_path: Path):
     config = llama_config()
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(tmp_path)
@@ -307,16 +309,16 @@ def test_a_model_without_states_gets_what_fixed_point_gives_it(tmp_path: Path):
     assert ours.hash_block_size == stock.hash_block_size
 
 
-def test_a_turn_resumes_in_the_answer_before_it_where_there_is_room_for_its_state(model):
+def test_a_turn_resumes_in_the_previous_answer_if_there_is_room_for_its_state(model):
     script = Script()
     ids = script.new(2)
     script.send(ids, tail=100, answer=300)
     script.send([*ids, *script.new(1)], tail=40)
-    # The last token of an answer is never computed, and states are copied every 64.
+    # The last token of an answer is never computed, and states are copied every 64 tokens.
     assert replay(model, script.requests, 200, POLICY).hits == [0, (1124 + 299) // 64 * 64]
 
 
-def test_no_states_are_copied_where_answers_do_not_come_back(model):
+def test_states_are_not_copied_if_answers_do_not_return(model):
     script = Script()
     ids = script.new(2)
     script.send(ids, tail=100, answer=300)
@@ -335,7 +337,7 @@ def long_answers(seed: int) -> list[TracedRequest]:
     ]
 
 
-def test_copies_are_made_over_and_over_and_leave_no_block_behind(model):
+def test_repeated_copies_leak_no_block(model):
     engine = engine_of(model, 2000, POLICY)
     coordinator = coordinator_of(engine)
     Replay(engine, long_answers(3), 6).run()
@@ -346,14 +348,14 @@ def test_copies_are_made_over_and_over_and_leave_no_block_behind(model):
     check(engine)
 
 
-def test_where_there_are_many_requests_for_the_memory_no_block_is_held_for_copies(model):
+def test_no_block_is_held_for_copies_if_memory_is_scarce(model):
     engine = engine_of(model, 90, POLICY)
     Replay(engine, long_answers(3), 6).run()
     assert coordinator_of(engine).stats().get("kept answer", 0) == 0
 
 
 @pytest.mark.parametrize("blocks", [46, 50])
-def test_states_give_way_before_a_request_is_preempted(model, blocks):
+def test_states_are_evicted_before_a_request_is_preempted(model, blocks):
     draw, script = random.Random(0), Script()
     for _ in range(60):
         tail, answer = draw.randrange(1, BLOCK_TOKENS), draw.randrange(20, 60)
@@ -365,7 +367,7 @@ def test_states_give_way_before_a_request_is_preempted(model, blocks):
 
 
 @pytest.mark.parametrize(("coordinator", "fine"), [("stock", False), ("hybrid_aware", True)])
-def test_hits_end_inside_blocks_only_with_a_coordinator_that_caches_no_block_passed_by(
+def test_hits_end_inside_blocks_only_with_a_coordinator_that_caches_no_passed_block(
     coordinator, fine
 ):
     model = Model(

@@ -16,14 +16,14 @@ from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
 
 STATE_BLOCK = 64
 CHUNK_GRID = 16
-"""The attention block: the engine core makes the smallest block the grid that chunks end on."""
+"""The attention block. The engine core aligns chunks to the smallest block."""
 
 LAYOUT = layout_of(full(CHUNK_GRID), mamba(STATE_BLOCK), unit=CHUNK_GRID)
 STATES = 1
 
 
 class Engine:
-    """vLLM's KV cache manager, and the states that its worker would have in each block."""
+    """vLLM's KV cache manager, and the state that a worker would have in each block."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
@@ -33,7 +33,7 @@ class Engine:
             scheduler_block_size=layout.scheduler_block_size,
             hash_block_size=layout.hash_unit,
         )
-        # Tokens that the state in a block comes after.
+        # By block id, the tokens after which its state is.
         self.written: dict[int, int] = {}
 
     def send(self, token_ids: list[int], *ends: int) -> int:
@@ -75,21 +75,21 @@ def engine(request, monkeypatch):
     return Engine(LAYOUT)
 
 
-def test_a_state_that_a_chunk_ends_with_is_cached(engine):
+def test_the_state_at_the_end_of_a_chunk_is_cached(engine):
     prompt = list(range(100))
     assert engine.send(prompt, 64, 96, 100) == 0
     assert engine.send([*prompt[:70], 999], 71) == 64
     assert engine.send(prompt, 100) == 96
 
 
-def test_a_chunk_that_passes_a_state_blocks_end_leaves_no_state_there(engine):
+def test_a_chunk_that_passes_the_end_of_a_state_block_caches_no_state_there(engine):
     prompt = list(range(100))
     # The chunk from 16 to 80 tokens does not stop at 64.
     engine.send(prompt, 16, 80, 100)
     assert engine.send(prompt, 100) == 0
 
 
-def test_a_request_that_resumes_inside_a_state_block_and_passes_its_end_leaves_no_state(engine):
+def test_a_request_that_resumes_inside_a_state_block_and_passes_its_end_caches_no_state(engine):
     prompt = list(range(210))
     assert engine.send(prompt[:84], 64, 80, 84) == 0
     # It resumes at 80 tokens, and does not stop at 128.
@@ -97,7 +97,7 @@ def test_a_request_that_resumes_inside_a_state_block_and_passes_its_end_leaves_n
     assert engine.send([*prompt[:150], 999], 151) == 80
 
 
-def test_no_wrong_state_is_cached_however_prompts_are_cut_into_chunks(engine):
+def test_no_wrong_state_is_cached_with_random_chunks(engine):
     draw = random.Random(0)
     hits = 0
     for _ in range(60):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Capacity` against vLLM's KV cache manager: requests are let in until it has no more blocks."""
+"""`Capacity` compared with vLLM's KV cache manager, which admits requests until it is full."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def _config() -> VllmConfig:
 
 @dataclass(frozen=True)
 class Pool:
-    """A pool and what lives in it.
+    """A pool.
 
     Attributes:
-        specs: One for each group.
-        num_blocks: Of the pool, the null block among them.
+        specs: One per group.
+        num_blocks: Blocks of the pool, including the null block.
         max_model_len: Tokens.
-        budget: Tokens of a step.
+        budget: Tokens per step.
     """
 
     specs: tuple[KVCacheSpec, ...]
@@ -65,11 +65,11 @@ class Pool:
         return config
 
     @property
-    def said(self) -> Capacity:
+    def capacity(self) -> Capacity:
         return capacity(self.config, self.kv_cache_config)
 
     def fit(self, tokens: int) -> int:
-        """Return how many requests of so many tokens are let in and run, all held at once."""
+        """Return how many requests of the given length are admitted and held together."""
         sizes = math.lcm(*(spec.block_size for spec in self.specs))
         manager = KVCacheManager(
             self.kv_cache_config,
@@ -88,7 +88,7 @@ class Pool:
             )
             while request.num_computed_tokens < tokens:
                 chunk = min(self.budget, tokens - request.num_computed_tokens)
-                # As the scheduler does: all of a request must fit before it begins.
+                # The scheduler admits a request only if all of it fits.
                 begins = request.num_computed_tokens == 0
                 slots = manager.allocate_slots(request, chunk, full_sequence_must_fit=begins)
                 if slots is None:
@@ -104,7 +104,7 @@ def states_of(mode: str, max_model_len: int, block: int, drafts: int) -> KVCache
 
 @st.composite
 def pools(draw: st.DrawFn, bounded: bool) -> Pool:
-    """Pools of groups whose memory is one number, or of any groups."""
+    """Draw pools, with bounded groups (windows, chunks, aligned states) or without."""
     unit = draw(st.sampled_from([2, 4, 16]))
     max_model_len = draw(st.integers(2 * unit, 24 * unit))
     mode = draw(st.sampled_from(["none", "all", "align"] if bounded else ["none", "all"]))
@@ -128,25 +128,25 @@ def pools(draw: st.DrawFn, bounded: bool) -> Pool:
 
 @settings(max_examples=120, deadline=None)
 @given(pools(bounded=False))
-def test_without_groups_that_free_blocks_the_formulas_are_exact(pool):
-    said = pool.said
-    assert pool.fit(said.short_request) == said.short_requests
-    assert pool.fit(pool.max_model_len) == said.max_len_requests
+def test_without_bounded_groups_the_capacity_is_exact(pool):
+    expected = pool.capacity
+    assert pool.fit(expected.short_request) == expected.short_requests
+    assert pool.fit(pool.max_model_len) == expected.max_len_requests
 
 
 @settings(max_examples=120, deadline=None)
 @given(pools(bounded=True))
 @example(Pool((chunked(32, 2),), num_blocks=2, max_model_len=33, budget=17))
-def test_with_any_groups_as_many_fit_as_is_said(pool):
-    said = pool.said
-    assert pool.fit(said.short_request) >= said.short_requests
-    assert pool.fit(pool.max_model_len) >= said.max_len_requests
+def test_with_any_groups_at_least_the_capacity_fits(pool):
+    expected = pool.capacity
+    assert pool.fit(expected.short_request) >= expected.short_requests
+    assert pool.fit(pool.max_model_len) >= expected.max_len_requests
 
 
 @settings(max_examples=120, deadline=None)
 @given(pools(bounded=True))
-def test_no_more_fit_than_if_each_held_one_block_of_every_group(pool):
-    # The bound from above, where windows and states give blocks back once they are computed.
+def test_no_more_requests_fit_than_with_one_block_of_every_group_each(pool):
+    # An upper bound, because windows and states free blocks after they are computed.
     least = sum(
         1
         if isinstance(spec, MambaSpec | SlidingWindowSpec | ChunkedLocalAttentionSpec)

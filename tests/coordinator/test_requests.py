@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests through vLLM's real KV cache manager with a coordinator of ours."""
+"""A request in vLLM's real KV cache manager with our coordinator."""
 
 import pytest
 import vllm.v1.core.kv_cache_manager as manager_module
@@ -11,7 +11,7 @@ from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
 
 @pytest.fixture
 def manager_of(monkeypatch):
-    """Makes a manager as vLLM does, with the coordinator class given."""
+    """Make a manager as vLLM does, with a given coordinator class."""
 
     def make(coordinator_class, layout):
         monkeypatch.setattr(
@@ -30,7 +30,7 @@ def manager_of(monkeypatch):
 
 
 def compute(manager, request, *chunks):
-    """Schedule a request's tokens in chunks, each in a step of its own."""
+    """Compute a request's tokens in chunks, one per step."""
     for count in chunks:
         manager.new_step_starts()
         assert manager.allocate_slots(request, count) is not None
@@ -39,7 +39,7 @@ def compute(manager, request, *chunks):
 
 
 def copies(manager):
-    """Take the copies of blocks that the step is to make, pairs of source and copy."""
+    """Return the block copies of the step, as pairs of source and copy."""
     return [
         pair
         for one in manager.coordinator.single_type_managers
@@ -47,11 +47,11 @@ def copies(manager):
     ]
 
 
-def test_a_prompt_sent_again_hits_inside_a_block_and_writes_to_copies(manager_of):
+def test_a_repeated_prompt_hits_inside_a_block_and_writes_to_copies(manager_of):
     layout = layout_of(full(64), mamba(64), unit=16)
     manager = manager_of(FixedPointCoordinator, layout)
     first = request_of(layout, list(range(120)))
-    # Chunks end where states are kept: at the prompt's last whole hash unit.
+    # A chunk ends where the state is cached: at the prompt's last whole hash unit.
     compute(manager, first, 112, 8)
     first.append_output_token_ids(list(range(500, 520)))
     compute(manager, first, 16)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`smallest_hit` against vLLM's scheduler: the shortest prompt that hits when it is sent again."""
+"""`smallest_hit` compared with vLLM's scheduler: the shortest repeated prompt that hits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LONGEST = 1024
 def plan_of(
     specs: Sequence[KVCacheSpec], strategy: str, drafts: Sequence[int] | None = None
 ) -> Plan:
-    """Return a plan whose block sizes are still to be resolved."""
+    """Return a plan with unresolved block sizes."""
     return Plan(
         strategy=strategy,
         groups=tuple(
@@ -50,12 +50,12 @@ def plan_of(
 
 
 def resolved(plan: Plan, unit_strategy: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Plan, int]:
-    """Return a plan with its block sizes, and what the smallest hit is said to be."""
+    """Return a plan with resolved block sizes, and its smallest hit."""
     monkeypatch.setenv("VLLM_HYBRID_KV_PREFIX_MATCH_UNIT", unit_strategy)
     plugin.register()
     config = configure(plan)
     sizes = resolve_kv_cache_block_sizes(plan.kv_cache_config, config)
-    # The names bound here may be vLLM's own, from before the plugin rebound them.
+    # This module may have imported vLLM's own function before the plugin rebound it.
     if unit_strategy == "auto" and (unit := match_unit(plan.kv_cache_config, 1)) is not None:
         config.cache_config.prefix_match_unit = unit
         sizes = resolve_kv_cache_block_sizes(plan.kv_cache_config, config)
@@ -64,7 +64,7 @@ def resolved(plan: Plan, unit_strategy: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def hits(plan: Plan, tokens: int) -> int:
-    """Return the cached tokens of a prompt that is sent a second time."""
+    """Return the cached tokens of a repeated prompt."""
     scheduler = make_scheduler(plan)
     prompt = [index % 900 for index in range(tokens)]
     assert send(scheduler, "first", prompt, plan.unit) == 0
@@ -85,10 +85,10 @@ SHAPES = {
     "states and a window": ([states(128), full(128), window(64, 100)], None),
     "states and a ring": ([states(256), full(256), ring(4)], None),
     "drafts alone": ([full(16)], [0]),
-    "drafts beside a window": ([full(16), window(16, 40)], [0]),
+    "drafts next to a window": ([full(16), window(16, 40)], [0]),
     "drafts with a window": ([full(16), window(16, 40)], [1]),
-    "drafts nobody marked": ([full(16), window(16, 40)], []),
-    "drafts beside states": ([states(256, 1), full(256), full(256, 16)], [2]),
+    "drafts without a marked group": ([full(16), window(16, 40)], []),
+    "drafts next to states": ([states(256, 1), full(256), full(256, 16)], [2]),
     "drafts of another block": ([full(64), full(16, 16)], [1]),
 }
 
@@ -96,7 +96,9 @@ SHAPES = {
 @pytest.mark.parametrize("unit_strategy", ["stock", "auto"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_prompt_as_long_hits_and_no_shorter_one_does(shape, strategy, unit_strategy, monkeypatch):
+def test_a_prompt_of_the_smallest_hit_hits_and_no_shorter_one(
+    shape, strategy, unit_strategy, monkeypatch
+):
     specs, drafts = SHAPES[shape]
     plan, smallest = resolved(plan_of(specs, strategy, drafts), unit_strategy, monkeypatch)
     assert hits(plan, smallest) > 0
@@ -105,14 +107,14 @@ def test_a_prompt_as_long_hits_and_no_shorter_one_does(shape, strategy, unit_str
             assert hits(plan, tokens) == 0, tokens
 
 
-def test_a_unit_of_64_brings_the_smallest_hit_down_to_65_tokens(monkeypatch):
+def test_a_match_unit_of_64_lowers_the_smallest_hit_to_65_tokens(monkeypatch):
     specs = [states(256), full(256)]
     _, whole = resolved(plan_of(specs, "stock"), "stock", monkeypatch)
     _, fine = resolved(plan_of(specs, "stock"), "auto", monkeypatch)
     assert (whole, fine) == (257, 65)
 
 
-def test_a_prompt_that_leaves_no_room_for_an_answer_is_no_hit(monkeypatch):
+def test_no_hit_is_possible_if_the_prompt_leaves_no_room_for_an_answer(monkeypatch):
     plan = plan_of([states(256), full(256)], "stock")
     plan, smallest = resolved(plan, "stock", monkeypatch)
     assert hits_are_possible(configure(plan), smallest)

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random worlds of requests, checked after every step. `python -m tests.coordinator.soak` runs
-many more."""
+"""Some random worlds of the soak, checked after every step."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ import pytest
 
 from tests.coordinator.soak.soak import WRONG, Soak
 
-WITHIN = "states kept from within a chunk"
+EXPORTED = "states exported from within a chunk"
 HAPPENS = (
     "arrivals",
     "aborts",
@@ -19,27 +18,27 @@ HAPPENS = (
     "resets with requests running",
     "async loads",
     "failed loads",
-    "blocks kept after the end",
+    "blocks held after the end",
     "hashes taken by evict_blocks",
-    WITHIN,
+    EXPORTED,
     "hits",
     "evictions",
 )
-"""What has to happen for the checks to mean anything."""
+"""Events that must occur, otherwise the checks prove nothing."""
 
 
 @pytest.mark.parametrize("strategy", ["stock", "fixed_point", "hybrid_aware"])
-def test_tables_counts_lists_and_contents_agree_after_every_step(strategy):
+def test_tables_counts_lists_and_contents_are_consistent_after_every_step(strategy):
     soak = Soak(seed=1, strategy=strategy)
     for number in range(14):
         soak.run(number, steps=120)
     assert soak.tally[WRONG] == 0
-    # vLLM's own caches wrong ones, but where hits end at whole blocks.
-    expected = [name for name in HAPPENS if strategy != "stock" or name != WITHIN]
+    # vLLM's own coordinator caches wrong states unless hits end at whole blocks.
+    expected = [name for name in HAPPENS if strategy != "stock" or name != EXPORTED]
     assert [name for name in expected if not soak.tally[name]] == []
 
 
-def test_they_agree_in_worlds_nobody_has_seen():
+def test_new_random_worlds_are_consistent():
     soak = Soak(secrets.randbits(32))
     print(f"seed {soak.seed}")
     for number in range(4):
@@ -49,24 +48,24 @@ def test_they_agree_in_worlds_nobody_has_seen():
 @pytest.mark.parametrize(
     ("seed", "world"),
     [
-        pytest.param(99, 23, id="a window's blocks that were not to be cached"),
-        pytest.param(20261122, 364, id="blocks that a load failed for while the answer went on"),
+        pytest.param(99, 23, id="blocks of a window that are not cached"),
+        pytest.param(20261122, 364, id="a load that failed during decoding"),
     ],
 )
-def test_no_checkpoint_is_kept_whose_attention_blocks_are_not_cached(seed, world):
+def test_no_checkpoint_is_pinned_without_cached_attention_blocks(seed, world):
     Soak(seed).run(world)
 
 
 @pytest.mark.parametrize(
     ("seed", "world", "strategy"),
     [
-        pytest.param(3, 37, "fixed_point", id="one that it passes"),
-        pytest.param(3, 17, "hybrid_aware", id="one that it passes from a branch point"),
-        pytest.param(2749508442, 125, None, id="one whose state is exported"),
-        pytest.param(1, 2, "fixed_point", id="one longer than the blocks that chunks align to"),
-        pytest.param(71248785, 203, None, id="one at a prompt's end that is computed again"),
+        pytest.param(3, 37, "fixed_point", id="passed"),
+        pytest.param(3, 17, "hybrid_aware", id="passed from a branch point"),
+        pytest.param(2749508442, 125, None, id="exported state"),
+        pytest.param(1, 2, "fixed_point", id="longer than the chunk grid"),
+        pytest.param(71248785, 203, None, id="recomputed end of a prompt"),
     ],
 )
-def test_a_block_is_not_cached_with_an_earlier_state_than_that_at_its_end(seed, world, strategy):
-    # vLLM's own coordinator does that.
+def test_a_state_block_is_not_cached_with_an_earlier_state(seed, world, strategy):
+    # vLLM's own coordinator does so.
     Soak(seed, strategy).run(world)

@@ -3,9 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 
-from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import (
+    BlockHash,
+    FreeKVCacheBlockQueue,
+    KVCacheBlock,
+    get_block_hash,
+    get_group_id,
+)
+
+from vllm_hybrid_kv.coordinator.checkpoints import Checkpoint, Checkpoints
 
 
 class CheckpointQueue(FreeKVCacheBlockQueue):
@@ -17,28 +26,55 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
     """
 
     def __init__(
-        self,
-        queue: FreeKVCacheBlockQueue,
-        is_pinned: Callable[[KVCacheBlock], bool],
-        on_unpinned_free: Callable[[KVCacheBlock], None],
-        evict: Callable[[], Iterable[KVCacheBlock] | None],
+        self, pool: BlockPool, checkpoints: Checkpoints, state_groups: Sequence[int]
     ) -> None:
-        """Replace a pool's queue, whose blocks are all unpinned.
-
-        Args:
-            queue: The queue to replace. It must not be used afterwards.
-            is_pinned: Whether a checkpoint pins a block.
-            on_unpinned_free: Is called with each unpinned block with a hash, before it is appended.
-            evict: Evicts a checkpoint and returns the blocks that only it pinned, free or not, or
-                None if there is no checkpoint left.
-        """
-        super().__init__(queue.get_all_free_blocks())
-        self._is_pinned = is_pinned
-        self._on_unpinned_free = on_unpinned_free
-        self._evict = evict
+        """Take over the blocks of a pool's queue, which are all unpinned."""
+        super().__init__(pool.free_block_queue.get_all_free_blocks())
+        self._pool = pool
+        self._checkpoints = checkpoints
+        self._state_groups = state_groups
         self._unpinned: set[int] = {block.block_id for block in self.get_all_free_blocks()}
         # The first block of the pinned part, or the tail of the list.
         self._first_pinned: KVCacheBlock = self.fake_free_list_tail
+
+    def is_pinned(self, block: KVCacheBlock) -> bool:
+        """Whether a checkpoint pins a block, free or not."""
+        key = block.block_hash
+        if key is None or get_group_id(key) not in self._state_groups:
+            return self._checkpoints.pins(block.block_id)
+        # If several requests computed one state, lookups return the first block with it.
+        return (
+            self._checkpoints.pinned_at(get_block_hash(key)) is not None
+            and self._pool.cached_block_hash_to_block.get_one_block(key) is block
+        )
+
+    def recheck(self, key: BlockHash) -> None:
+        """Unpin the checkpoint at a prefix if its states are lost, else pin those cached now."""
+        checkpoint = self._checkpoints.pinned_at(key)
+        if checkpoint is not None:
+            states = self._pool.get_cached_block(key, self._state_groups)
+            if states is None:
+                self.drop(checkpoint)
+            else:
+                self.repin(states)
+
+    def drop(self, checkpoint: Checkpoint) -> None:
+        """Unpin a checkpoint and the blocks that only it pinned."""
+        self._checkpoints.unpin(checkpoint)
+        self.release(checkpoint.key, checkpoint.blocks)
+
+    def release(self, key: BlockHash, block_ids: Iterable[int]) -> None:
+        """Move what only an unpinned checkpoint pinned to the unpinned part.
+
+        Args:
+            key: The prefix of its states.
+            block_ids: Its attention blocks.
+        """
+        blocks = [self._pool.blocks[block_id] for block_id in block_ids]
+        self.unpin([block for block in blocks if not self.is_pinned(block)])
+        # Group by group, because one group's state may be lost, such as after a failed load.
+        for group in self._state_groups:
+            self.unpin(self._pool.get_cached_block(key, [group]) or ())
 
     @property
     def num_unpinned(self) -> int:
@@ -61,12 +97,12 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
                 self.append(block)
 
     def _make_room(self, wanted: int) -> None:
+        """Evict checkpoints until there are enough unpinned blocks, or no checkpoint is left."""
         while len(self._unpinned) < wanted:
-            released = self._evict()
-            if released is None:
-                # No checkpoint is left: the pinned part is taken in its order.
+            evicted = self._checkpoints.evict()
+            if evicted is None:
                 return
-            self.unpin(released)
+            self.release(evicted.key, evicted.blocks)
 
     def _insert_unpinned(self, blocks: list[KVCacheBlock]) -> None:
         """Append blocks to the unpinned part."""
@@ -114,11 +150,15 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
         pinned: list[KVCacheBlock] = []
         unpinned: list[KVCacheBlock] = []
         for block in blocks:
-            if self._is_pinned(block):
+            if self.is_pinned(block):
                 pinned.append(block)
             else:
-                self._on_unpinned_free(block)
                 unpinned.append(block)
+                key = block.block_hash
+                if key is not None and get_group_id(key) in self._state_groups:
+                    # A checkpoint lost its state if vLLM moved the entry of this block, which was
+                    # the first one, to the copy that its request continued with.
+                    self.recheck(get_block_hash(key))
         if unpinned:
             self._insert_unpinned(unpinned)
         if pinned:

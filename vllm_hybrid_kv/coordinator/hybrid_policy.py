@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.utils.math_utils import round_down
 from vllm.v1.core.kv_cache_coordinator import replay_boundaries
-from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, get_block_hash, get_group_id
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, get_block_hash
 from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.kv_cache_interface import MambaSpec, get_mamba_prefill_checkpoint_position
 from vllm.v1.request import Request, RequestStatus
@@ -65,7 +65,6 @@ class HybridAwareCoordinator(FixedPointCoordinator):
             if isinstance(manager, MambaManager)
         }
         self._state_groups = list(states)
-        self._state_ids = frozenset(states)
         cached = {group for lookup in self.attention_groups for group in lookup.group_ids}
         self._attention_managers = {
             group: manager
@@ -82,8 +81,8 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         self._running: dict[str, Running] = {}
         self._snapshots = DecodeSnapshots(states, pool, self._alignment)
         self._returns = AnswerReturns()
-        pool.free_block_queue = CheckpointQueue(
-            pool.free_block_queue, self._is_pinned, self._on_unpinned_free, self._evict
+        self._queue = pool.free_block_queue = CheckpointQueue(
+            pool, self.checkpoints, self._state_groups
         )
         # The manager calls the pool, which does not know about checkpoints.
         self._evict_blocks = pool.evict_blocks
@@ -109,67 +108,16 @@ class HybridAwareCoordinator(FixedPointCoordinator):
     def stats(self) -> Mapping[str, int]:
         return {**self.checkpoints.counts, "now": len(self.checkpoints.pinned)}
 
-    # Pinned blocks
-
-    def _is_pinned(self, block: KVCacheBlock) -> bool:
-        key = block.block_hash
-        if key is None or get_group_id(key) not in self._state_ids:
-            return self.checkpoints.pins(block.block_id)
-        # If several requests computed one state, lookups return the first block with it.
-        return (
-            self.checkpoints.pinned_at(get_block_hash(key)) is not None
-            and self.block_pool.cached_block_hash_to_block.get_one_block(key) is block
-        )
-
-    def _on_unpinned_free(self, block: KVCacheBlock) -> None:
-        key = block.block_hash
-        if key is not None and get_group_id(key) in self._state_ids:
-            # A checkpoint lost its state if vLLM moved the entry of this block, which was the first
-            # one, to the copy that its request continued with.
-            checkpoint = self.checkpoints.pinned_at(get_block_hash(key))
-            if checkpoint is not None:
-                self._recheck(checkpoint)
-
-    def _evict(self) -> list[KVCacheBlock] | None:
-        checkpoint = self.checkpoints.evict()
-        return None if checkpoint is None else self._released(checkpoint.key, checkpoint.blocks)
-
-    def _released(self, key: BlockHash, block_ids: Iterable[int]) -> list[KVCacheBlock]:
-        """Return the states and attention blocks that only an unpinned checkpoint pinned."""
-        blocks = [self.block_pool.blocks[block_id] for block_id in block_ids]
-        released = [block for block in blocks if not self._is_pinned(block)]
-        # Group by group, because one group's state may be lost, such as after a failed load.
-        for group in self._state_groups:
-            released += self.block_pool.get_cached_block(key, [group]) or []
-        return released
-
-    def _unpin(self, checkpoint: Checkpoint) -> None:
-        self.checkpoints.unpin(checkpoint)
-        released = self._released(checkpoint.key, checkpoint.blocks)
-        self.block_pool.free_block_queue.unpin(released)
-
-    def _recheck(self, checkpoint: Checkpoint) -> None:
-        """Unpin a checkpoint if its states are lost. Otherwise pin those that lookups return."""
-        states = self.block_pool.get_cached_block(checkpoint.key, self._state_groups)
-        if states is None:
-            self._unpin(checkpoint)
-        else:
-            self.block_pool.free_block_queue.repin(states)
-
     def evict_blocks(self, block_ids: set[int]) -> None:
         """Evict blocks that a connector failed to load, and the checkpoints that need them."""
         self._evict_blocks(block_ids)
         for checkpoint in tuple(self.checkpoints.pinned):
             if block_ids.isdisjoint(checkpoint.blocks):
-                self._recheck(checkpoint)
+                self._queue.recheck(checkpoint.key)
             else:
-                self._unpin(checkpoint)
+                self._queue.drop(checkpoint)
         blocks = [self.block_pool.blocks[block_id] for block_id in block_ids]
-        self.block_pool.free_block_queue.unpin(
-            [block for block in blocks if not self._is_pinned(block)]
-        )
-
-    # Lookup and allocation
+        self._queue.unpin([block for block in blocks if not self._queue.is_pinned(block)])
 
     def find_longest_cache_hit(
         self, block_hashes: list[BlockHash], max_cache_hit_length: int
@@ -283,20 +231,11 @@ class HybridAwareCoordinator(FixedPointCoordinator):
             overwritten = True
         # Another request with the same prefix may have entered the checkpoint.
         for key in keys:
-            checkpoint = self.checkpoints.pinned_at(key)
-            if checkpoint is not None:
-                self._recheck(checkpoint)
+            self._queue.recheck(key)
         return overwritten
 
-    # Entering checkpoints
-
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
-        """Cache a request's blocks, and enter the checkpoints that it has reached.
-
-        Args:
-            request: The request before the step.
-            num_computed_tokens: Its tokens whose K, V and states are computed after the step.
-        """
+        """Cache a request's blocks, and enter the checkpoints that it has reached."""
         if not self._completes_a_unit(request, num_computed_tokens):
             return
         self._cache_blocks(request, num_computed_tokens)
@@ -350,12 +289,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         return running
 
     def _record_return(self, latest: Checkpoint, limit: int) -> None:
-        """Record whether a turn that follows an answer repeats it.
-
-        Args:
-            latest: The longest checkpoint tracked for its prompt.
-            limit: Match units of the prompt that were seen before.
-        """
+        """Record whether a turn, `limit` units of which were seen before, repeats the answer."""
         if latest.uses == 1:
             if latest.place is Place.ANSWER:
                 self._returns.record(True)
@@ -383,9 +317,8 @@ class HybridAwareCoordinator(FixedPointCoordinator):
             (at_boundary and running.boundary) or running.latest,
             supersedes or (place is Place.ANSWER and self._returns.rate >= USUAL),
         )
-        queue = self.block_pool.free_block_queue
         if released is not None:
-            queue.unpin(self._released(key, released))
+            self._queue.release(key, released)
         if checkpoint is None:
             return None
         if at_boundary:
@@ -395,7 +328,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         if not checkpoint.pinned:
             return None
         # Lookups may return another request's states, which were not pinned yet.
-        queue.repin(states)
+        self._queue.repin(states)
         for group, manager in self._attention_managers.items():
             if tokens % manager.block_size and manager.supports_fine_grained_hash_lookup:
                 table = manager.req_to_blocks[request.request_id]
@@ -430,8 +363,6 @@ class HybridAwareCoordinator(FixedPointCoordinator):
                 block_size=self.single_type_managers[group].block_size,
             )
 
-    # The end of a request
-
     def _forget(self, request_id: str) -> None:
         running = self._running.pop(request_id, None)
         if running is not None:
@@ -457,8 +388,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         done: bool = super().reset_prefix_cache()
         if done:
             self.checkpoints.clear()
-            queue = self.block_pool.free_block_queue
-            queue.unpin(queue.get_all_free_blocks())
+            self._queue.unpin(self._queue.get_all_free_blocks())
             self._returns = AnswerReturns()
             self._seen.clear()
         return done

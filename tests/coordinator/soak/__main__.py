@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Take many random scheduler steps, and check after each that everything agrees.
+"""Takes many random scheduler steps and checks consistency after each.
 
     python -m tests.coordinator.soak [--steps 200000] [--seed N] [--world N] [--strategy NAME]
         [--out FILE]
 
-Ends with 1 at the first thing that does not agree, and says which world it was in.
+Exits with 1 at the first inconsistency and prints how to run its world again.
 """
 
 from __future__ import annotations
@@ -21,29 +21,18 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")
-# `contents` is a module of these tests alone.
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from tests.coordinator.soak.plans import STRATEGIES
-from tests.coordinator.soak.report import report
-from tests.coordinator.soak.soak import Soak
+from tests.coordinator.soak.soak import Soak, report
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command.
-
-    Args:
-        arguments: Of the command line; None for the process's.
-
-    Returns:
-        Its exit status.
-    """
+    """Run the command, and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.coordinator.soak")
-    parser.add_argument("--steps", type=int, default=200_000, help="of all worlds")
-    parser.add_argument("--seed", type=int, default=None, help="drawn and printed by default")
-    parser.add_argument("--world", type=int, default=None, help="run this world alone")
-    parser.add_argument("--strategy", choices=STRATEGIES, default=None, help="drawn by default")
-    parser.add_argument("--out", type=Path, help="file for what a run without a fault came to")
+    parser.add_argument("--steps", type=int, default=200_000, help="steps of all worlds")
+    parser.add_argument("--seed", type=int, default=None, help="random by default")
+    parser.add_argument("--world", type=int, default=None, help="run only this world")
+    parser.add_argument("--strategy", choices=STRATEGIES, default=None, help="random by default")
+    parser.add_argument("--out", type=Path, help="file for the report of a successful run")
     options = parser.parse_args(arguments)
     soak = Soak(secrets.randbits(32) if options.seed is None else options.seed, options.strategy)
     print(f"seed {soak.seed}", flush=True)
@@ -54,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
             soak.run(number)
         except Exception as error:
             print()
-            # With the notes, which say what the world was made of.
+            # The notes describe the world.
             traceback.print_exception(error, file=sys.stdout)
             print(
                 f"python -m tests.coordinator.soak --seed {soak.seed} --world {number}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What has to agree after every step."""
+"""Consistency checks after every step."""
 
 from __future__ import annotations
 
@@ -24,23 +24,29 @@ if TYPE_CHECKING:
 
 
 def require(condition: object, *what: object) -> None:
-    """Raise a `SoakError` that says what does not agree unless a condition holds."""
+    """Raise a `SoakError` with the given description unless a condition holds."""
     if not condition:
         raise SoakError(" ".join(map(str, what)))
 
 
 def check_references(scheduler: Scheduler) -> None:
-    """Check that blocks count as many references as there are, and that the rest is free."""
+    """Check that reference counts match the references, and that all other blocks are free."""
     manager = scheduler.kv_cache_manager
     held: Counter[int] = Counter()
     for group in manager.coordinator.single_type_managers:
         for request_id, table in group.req_to_blocks.items():
-            require(not table or request_id in scheduler.requests, "table of nobody:", request_id)
+            require(
+                not table or request_id in scheduler.requests,
+                "table of an ended request:",
+                request_id,
+            )
             held.update(block.block_id for block in table)
         for pair in group._pending_cow_copies:
             held.update(block.block_id for block in pair)
         for mapping in (group.num_cached_block, group._partial_hit_reqs):
-            require(mapping.keys() <= scheduler.requests.keys(), "kept of nobody:", mapping)
+            require(
+                mapping.keys() <= scheduler.requests.keys(), "entry of an ended request:", mapping
+            )
     if isinstance(manager.coordinator, HybridAwareCoordinator):
         for running in manager.coordinator._running.values():
             held.update(block.block_id for block in running.copies)
@@ -53,14 +59,14 @@ def check_references(scheduler: Scheduler) -> None:
 
 
 def check_free_list(pool: BlockPool, free: set[int]) -> None:
-    """Check that the free list holds some blocks, and is linked both ways."""
+    """Check that the free list holds the given blocks, linked in both directions."""
     queue = pool.free_block_queue
     block, listed = queue.fake_free_list_head, []
     while block.next_free_block is not None:
         require(block.next_free_block.prev_free_block is block, "no way back to", block)
         block = block.next_free_block
         listed.append(block.block_id)
-        require(len(listed) <= len(pool.blocks), "the free list runs in a circle")
+        require(len(listed) <= len(pool.blocks), "the free list is circular")
     require(block is queue.fake_free_list_tail, "the free list ends at", block)
     listed.pop()
     require(len(listed) == len(set(listed)) == queue.num_free_blocks, "free:", listed)
@@ -71,7 +77,7 @@ def check_free_list(pool: BlockPool, free: set[int]) -> None:
 
 
 def hashes_of(pool: BlockPool, block: KVCacheBlock) -> list[BlockHashWithGroupId]:
-    """Return all keys that a block is to be found under."""
+    """Return all keys of a block."""
     if block.block_hash is None:
         return []
     return [block.block_hash, *pool.cached_block_hashes_by_block.get(block.block_id, ())]
@@ -89,7 +95,7 @@ def num_entries(pool: BlockPool) -> int:
 
 
 def check_hash_map(pool: BlockPool) -> None:
-    """Check that keys lead to the blocks that carry them, and to no other."""
+    """Check that the hash map has exactly the keys of the blocks."""
     hash_map = pool.cached_block_hash_to_block
     carried = 0
     for block in pool.blocks:
@@ -100,24 +106,24 @@ def check_hash_map(pool: BlockPool) -> None:
         require(len({get_group_id(key) for key in keys}) <= 1, block, "is in several groups")
     for block_id in pool.cached_block_hashes_by_block:
         require(pool.blocks[block_id].block_hash, block_id, "has other hashes and no first")
-    # As many entries as blocks carry keys, each of which has one: there is no other.
+    # Every key has an entry, so equal numbers mean that there are no other entries.
     found = num_entries(pool)
     require(found == carried, found, "entries,", carried, "are carried")
 
 
 class Contents:
-    """Checks that blocks hold what their hashes promise."""
+    """Checks that blocks hold the contents that their hashes promise."""
 
     def __init__(self, pool: BlockPool, plan: Plan, worker: Worker, prefixes: Prefixes) -> None:
         self._pool, self._plan, self._worker, self._prefixes = pool, plan, worker, prefixes
-        # What was seen of a block last: nothing is looked at again that did not change.
+        # The last version of each block, to skip unchanged ones.
         self._seen: list[tuple[Any, ...] | None] = [None] * plan.num_blocks
 
     def check(self, meaning: Mapping[BlockHash, tuple[int, int]]) -> None:
-        """Check them all; no step may be under way.
+        """Check all blocks, while no step is in flight.
 
         Args:
-            meaning: The prefix that a hash is of, and its length in tokens.
+            meaning: By hash, the prefix and its length in tokens.
         """
         for block in self._pool.blocks:
             if block.block_hash is None:
@@ -144,7 +150,7 @@ class Contents:
             count = tokens - (tokens - 1) // spec.block_size * spec.block_size
             promised = self._prefixes.path(prefix, count)
             if group in self._worker.draft_groups:
-                # The last entry hangs on a token that nobody may have had here.
+                # The last entry depends on a token that no request may have had here.
                 promised = promised[1:]
         require(
             self._worker.holds(group, block.block_id, promised),
@@ -159,14 +165,14 @@ def check_policy(
     hashes: Mapping[BlockHash, list[BlockHash]],
     hopeless: set[Checkpoint],
 ) -> None:
-    """Check the books of `hybrid_aware`.
+    """Check the data structures of `hybrid_aware`.
 
     Args:
-        scheduler: Has the coordinator.
-        lost: Blocks whose hashes were taken since they were handed out. vLLM does not cache them
-            again, and a checkpoint that a running request makes later with them is no hit.
-        hashes: Those of a request that goes through a prefix, by the hash of the prefix.
-        hopeless: The checkpoints that were made with lost blocks; taken along from step to step.
+        scheduler: The scheduler.
+        lost: Allocated blocks whose hashes were removed. vLLM does not cache them again, so later
+            checkpoints of a running request with such blocks cannot be hit.
+        hashes: By the hash of a prefix, the hashes of a request with this prefix.
+        hopeless: The checkpoints with lost blocks, passed from step to step.
     """
     coordinator = scheduler.kv_cache_manager.coordinator
     if not isinstance(coordinator, HybridAwareCoordinator):
@@ -184,7 +190,7 @@ def check_policy(
 
 
 def check_queue(coordinator: HybridAwareCoordinator) -> None:
-    """Check that what nothing needs is first in the queue, and needed is what follows."""
+    """Check that the queue has the unpinned blocks first, and then only pinned ones."""
     queue = coordinator.block_pool.free_block_queue
     free = queue.get_all_free_blocks()
     first = [block.block_id for block in free[: len(queue._unpinned)]]
@@ -192,8 +198,8 @@ def check_queue(coordinator: HybridAwareCoordinator) -> None:
     second = free[len(first) :]
     border = second[0] if second else queue.fake_free_list_tail
     require(queue._first_pinned is border, "border at", queue._first_pinned, "not", border)
-    useless = [block for block in second if not coordinator._is_pinned(block)]
-    require(not useless, "kept without need:", useless)
+    useless = [block for block in second if not queue.is_pinned(block)]
+    require(not useless, "pinned without need:", useless)
 
 
 def _check_checkpoints(coordinator: HybridAwareCoordinator) -> None:
@@ -227,7 +233,7 @@ def _check_hits(
     for checkpoint in coordinator.checkpoints.pinned:
         states = pool.get_cached_block(checkpoint.key, coordinator._state_groups)
         require(states is not None, "no state:", checkpoint)
-        # What draft layers look ahead at is another request's matter.
+        # The lookahead of draft layers may belong to another request.
         if not lost.isdisjoint(checkpoint.blocks):
             hopeless.add(checkpoint)
         if not coordinator.eagle_group_ids and checkpoint not in hopeless:

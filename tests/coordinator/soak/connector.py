@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A KV connector for the scheduler's side, and what carries out its loads."""
+"""The scheduler's side of a KV connector, and its loads."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Load:
-    """Tokens on their way from outside into a request's blocks.
+    """A load of tokens into a request's blocks.
 
     Attributes:
-        request: vLLM's.
+        request: vLLM's request.
         tables: Its block ids by group.
         start: The first token.
-        end: Behind the last one; states are those after that many tokens.
-        is_async: Whether the request waits for it, rather than the step that it runs in.
+        end: The token after the last one. States are loaded as after that many tokens.
+        is_async: Whether the request waits for it, instead of the step.
     """
 
     request: Request
@@ -38,15 +38,32 @@ class Load:
     is_async: bool
 
 
+@dataclass
+class Transfer:
+    """An asynchronous load, or a read of an ended request's blocks (without a load).
+
+    Attributes:
+        request: vLLM's request.
+        steps: Steps until it is reported.
+        load: The load.
+        fails: Whether it fails.
+    """
+
+    request: Request
+    steps: int
+    load: Load | None = None
+    fails: bool = False
+
+
 class Metadata(KVConnectorMetadata):
-    """Nothing: the world asks the connector itself."""
+    """Empty, because the world calls the connector directly."""
 
 
 class SoakConnector(KVConnectorBase_V1, SupportsHMA):
-    """Offers tokens of some requests, and keeps the blocks of some that have ended for a while.
+    """Offers tokens of some requests, and holds the blocks of some ended requests for a while.
 
-    vLLM has an external store answer in whole blocks where KV groups have to agree, and leaves
-    the last token of a prompt to be computed, for a state cannot be taken back by one token.
+    With several KV groups, vLLM requires whole blocks from an external store and computes the last
+    token of a prompt, because a state cannot be reverted by one token.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -70,7 +87,7 @@ class SoakConnector(KVConnectorBase_V1, SupportsHMA):
         if request.request_id not in self.offers:
             return 0, False
         if self.draw.random() < 0.1:
-            # More time is needed to find out.
+            # The store needs more time to answer.
             return None, False
         tokens, is_async = self.offers[request.request_id]
         tokens = min(tokens, request.num_tokens - 1) // self.alignment * self.alignment
@@ -100,7 +117,7 @@ class SoakConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        # vLLM itself waits for the end of a load before it frees a request's blocks.
+        # vLLM waits for the end of a load before it frees a request's blocks.
         loading = request.request_id in self.loading
         if loading or not any(map(any, block_ids)) or self.draw.random() < 0.8:
             return False, None

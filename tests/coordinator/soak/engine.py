@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's scheduler for a plan, with no model."""
+"""Makes vLLM's scheduler for a plan, without a model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vllm_hybrid_kv.state import STATE
 
 
 def make_scheduler(plan: Plan) -> Scheduler:
-    """Return the scheduler that an engine of a plan would have."""
+    """Return the scheduler of an engine with a plan."""
     config = configure(plan)
     make = AsyncScheduler if plan.lag else Scheduler
     return make(
@@ -38,14 +38,14 @@ def make_scheduler(plan: Plan) -> Scheduler:
 
 @cache
 def _folder() -> str:
-    """Return a folder with a model's configuration: what vLLM makes its own one of."""
+    """Return a folder with the configuration of a model."""
     folder = tempfile.mkdtemp()
     with_mtp_layer(large_state_config()).save_pretrained(folder)
     return folder
 
 
 def configure(plan: Plan) -> VllmConfig:
-    """Return what an engine of the plan would have. The model in it is never built."""
+    """Return the configuration of an engine with a plan. Its model is never built."""
     plugin.register()
     more: dict[str, Any] = {}
     if plan.drafting == "ngram":
@@ -72,7 +72,7 @@ def configure(plan: Plan) -> VllmConfig:
         enable_prefix_caching=True,
         mamba_cache_mode="align" if plan.has_states else "none",
         additional_config={
-            # The model in it is never run: what can corrupt its states is in the worker.
+            # Only a real worker can corrupt states.
             "hybrid_kv": {"coordinator": plan.strategy, "allow_unsafe_drafts": True}
         },
         **more,

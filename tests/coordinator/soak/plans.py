@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random models and caches: what a world runs."""
+"""Random models and caches."""
 
 from __future__ import annotations
 
@@ -25,30 +25,29 @@ STRATEGIES = ("stock", "fixed_point", "hybrid_aware")
 
 @dataclass(frozen=True)
 class Plan:
-    """What a world runs.
+    """The model, cache and engine of a world.
 
     Attributes:
-        strategy: The coordinator's.
+        strategy: The coordinator strategy.
         groups: The KV groups.
-        unit: Tokens of a hash.
-        block_size: vLLM's `cache_config.block_size`: what chunks with states are aligned to. The
+        unit: Tokens per hash.
+        block_size: vLLM's `cache_config.block_size`, to which chunks with states are aligned. The
             engine core sets it to the smallest block of all groups.
-        scheduler_block_size: The least common multiple of the groups' blocks.
-        num_blocks: Of the pool; the first is the null block.
+        scheduler_block_size: The least common multiple of the groups' block sizes.
+        num_blocks: Blocks of the pool, including the null block.
         max_model_len: Tokens.
-        max_num_seqs: Requests that run at a time.
-        budget: Tokens of a step.
-        long_prefill: Tokens of a request's chunk, 0 for no limit.
-        lag: Steps that are scheduled before one's output is known, beside it; 0 is not
-            asynchronous.
-        drafting: `None`, `ngram`, or `mtp`: what proposes draft tokens.
-        draft_tokens: How many it proposes.
+        max_num_seqs: Concurrent requests.
+        budget: Tokens per step.
+        long_prefill: Maximum tokens of a request's chunk, 0 for no limit.
+        lag: Steps scheduled ahead before a step's output is known, 0 if synchronous.
+        drafting: `None`, `ngram`, or `mtp`.
+        draft_tokens: Draft tokens per step.
         connector: How a KV connector loads: `None`, `async`, `sync`, `both`.
         load_failure_policy: vLLM's `kv_load_failure_policy`.
-        vocabulary: Tokens there are. With few, strangers share prefixes.
+        vocabulary: The number of tokens. If small, unrelated requests share prefixes.
         reserve_full: vLLM's `scheduler_reserve_full_isl`.
-        retention: vLLM's `prefix_cache_retention_interval`: tokens between the windows and states
-            that are cached, 0 for those at the ends of prompts alone, None for all.
+        retention: vLLM's `prefix_cache_retention_interval`: tokens between cached windows and
+            states, 0 for the ends of prompts only, None for all.
     """
 
     strategy: str
@@ -89,26 +88,25 @@ class Plan:
 
     @property
     def may_diverge(self) -> bool:
-        """Whether groups may hit different lengths before a load: states and full attention may.
+        """Whether groups may hit different lengths before a load.
 
-        With a window or draft layers that lag behind, vLLM's own `truncate_computed_blocks` fails.
+        With windows or draft layers, vLLM's own `truncate_computed_blocks` fails.
         """
         kinds = {type(spec) for spec in self.specs}
         return kinds == {MambaSpec, FullAttentionSpec} and self.drafting != "mtp"
 
     def with_retention(self, rng: random.Random) -> Plan:
-        """Return the plan with the windows and states that are cached drawn, if it has any."""
+        """Return the plan with a random retention interval, if it has windows or states."""
         if not any(isinstance(spec, SlidingWindowSpec | MambaSpec) for spec in self.specs):
             return self
         block = self.scheduler_block_size
         return replace(self, retention=rng.choice((None, None, 0, block, 3 * block)))
 
     def with_smaller_attention(self, rng: random.Random) -> Plan:
-        """Return the plan, in some worlds with attention blocks that are shorter than the states'.
+        """Return the plan, sometimes with attention blocks that are shorter than state blocks.
 
-        The scheduler then ends chunks inside state blocks, and vLLM 0.32 and 0.33 cache states
-        that nobody wrote: `coordinator/upstream_fixes.py` says how. This is vLLM's own fault, so
-        `stock` has no world in which a state block is longer than another group's.
+        The scheduler then ends chunks inside state blocks, and vLLM's own coordinator caches wrong
+        states (`upstream_fixes.PassedBlocks`). So `stock` has no such world.
         """
         states = [spec.block_size for spec in self.specs if isinstance(spec, MambaSpec)]
         if not states or self.strategy == "stock" or rng.random() < 0.5:
@@ -135,13 +133,12 @@ class Plan:
         return replace(smaller, num_blocks=num_blocks)
 
     def with_checkpoints(self, rng: random.Random) -> Plan:
-        """Return the plan, at times with states that are kept from within a chunk of a prompt.
+        """Return the plan, sometimes with states exported from within a chunk, as by Mamba 2.
 
-        Mamba 2's kernel does that. vLLM's own coordinator caches wrong states but where hits end at
-        whole blocks: `coordinator/upstream_fixes.py` says how. With draft tokens its worker may
-        write such a state over the one that a request goes on with, for its tables have blocks that
-        the scheduler has moved; and with draft layers it takes that state for a later one where
-        hits fall on multiples of more than a block.
+        vLLM's own coordinator then caches wrong states unless hits end at whole blocks
+        (`upstream_fixes.PassedBlocks`). With draft tokens, vLLM's worker may overwrite the state
+        that a request continues with, because the scheduler has moved its blocks. With draft
+        layers, vLLM takes the state for a later one if hits end at multiples of more than a block.
         """
         whole = self.unit == self.block_size == self.scheduler_block_size
         if self.drafting is not None or (self.strategy == "stock" and not whole):
@@ -185,12 +182,7 @@ def _describe(group: KVCacheGroupSpec) -> str:
 
 
 def random_plan(rng: random.Random, strategy: str | None = None) -> Plan:
-    """Return a model and a cache that vLLM can have together.
-
-    Args:
-        rng: Draws them.
-        strategy: The coordinator's; None draws it.
-    """
+    """Return a model and a cache that vLLM supports, by default with a random strategy."""
     strategy = strategy or rng.choice(STRATEGIES)
     style = rng.choice(
         ["states"] * 6 + ["attention"] * (1 if strategy == "hybrid_aware" else 3) + ["one group"]
@@ -216,8 +208,8 @@ def random_plan(rng: random.Random, strategy: str | None = None) -> Plan:
     budget = rng.choice((scheduler_block_size, 24, 64))
     budget = max(budget, scheduler_block_size, 2 * draft_tokens + 2)
     lag = rng.choice((0, 0, 1))
-    # vLLM counts one block too few where a step loads into a model with states and runs on it at
-    # once, and fails when there is no other.
+    # If a step loads states and runs on them, vLLM counts one block too few, and fails if there is
+    # no other.
     connectors = (None, None, "async", "async", *(() if style == "states" else ("both", "sync")))
     connector = rng.choice(connectors)
     return Plan(
@@ -230,7 +222,7 @@ def random_plan(rng: random.Random, strategy: str | None = None) -> Plan:
         max_model_len=max_model_len,
         max_num_seqs=rng.choice((2, 4, 8)),
         budget=budget,
-        # vLLM gives up on a chunk that is too small for a token and its drafts.
+        # vLLM fails on a chunk that is too small for a token and its drafts.
         long_prefill=rng.choice((0, 0, max(scheduler_block_size, draft_tokens + 1))),
         lag=lag,
         drafting=drafting,
@@ -245,13 +237,13 @@ def random_plan(rng: random.Random, strategy: str | None = None) -> Plan:
 def _states(rng: random.Random, strategy: str, draft_tokens: int) -> tuple[list[KVCacheSpec], int]:
     """Return groups with states, and the unit.
 
-    State blocks have one size, vLLM's `mamba_block_size`. If hits end inside a block, vLLM accepts
-    windows with blocks of one hash unit only, and chunked local attention only with blocks of the
-    alignment of hits. `with_smaller_attention` says why `stock` has no smaller windows.
+    State blocks have one size, vLLM's `mamba_block_size`. If hits end inside a block, vLLM supports
+    windows only with blocks of one hash unit, and chunked local attention only with blocks of the
+    alignment of hits. See `with_smaller_attention` for why `stock` has no smaller windows.
     """
     unit = rng.choice((2, 4))
     size = unit * rng.choice((1, 2, 4))
-    # A step of a request goes beyond one end of a block at most.
+    # A step of a request may pass at most one end of a block.
     while size <= draft_tokens:
         size *= 2
     state = replace(mamba(size), num_speculative_blocks=draft_tokens)
@@ -261,12 +253,12 @@ def _states(rng: random.Random, strategy: str, draft_tokens: int) -> tuple[list[
             rng.choice((state, replace(mamba(size, 6), num_speculative_blocks=draft_tokens)))
         )
     for _ in range(rng.choice((1, 1, 2))):
-        # Whole blocks of another size than the states' make hits fall on multiples of both.
+        # With another size than the states', hits are multiples of both.
         specs.append(full(rng.choice((size, size, 2 * size)), rng.choice((8, 16))))
     if rng.random() < 0.4:
         specs.append(window(rng.choice((unit, size)), rng.randint(2, 6 * unit)))
     if rng.random() < 0.1:
-        # Windows and states, and nothing that attends to everything.
+        # Windows and states, without full attention.
         specs = [spec for spec in specs if not _is_full(spec)]
         specs.append(window(unit, rng.randint(2, 6 * unit)))
     rng.shuffle(specs)
@@ -285,7 +277,7 @@ def _attention(
     """Return groups of attention of several kinds, and the unit."""
     unit = rng.choice((2, 4))
     with_chunks = drafting != "mtp" and rng.random() < 0.4
-    # vLLM's own lookup asserts that chunked local attention's blocks are what hits align to.
+    # vLLM's own lookup asserts that blocks of chunked local attention equal the alignment.
     sizes = (1,) if with_chunks and strategy == "stock" else (1, 1, 2)
     specs: list[KVCacheSpec] = []
     for _ in range(rng.randint(1, 3)):
@@ -298,8 +290,8 @@ def _attention(
             specs.append(window(size, rng.randint(2, 8 * unit)))
         else:
             chunk = rng.randint(2, 8 * unit)
-            # vLLM takes a hit in the middle of a chunk for one before the next, if that begins
-            # inside a block: the xfails of `test_fixed_point.py` have the case.
+            # vLLM hits too much if a chunk starts inside a block: see the xfails of
+            # `test_fixed_point.py`.
             specs.append(chunked(size, round_up(chunk, size) if strategy == "stock" else chunk))
     specs.append(full(unit * rng.choice(sizes), 16))
     if rng.random() < 0.2:
@@ -308,7 +300,7 @@ def _attention(
 
 
 def _drafted(rng: random.Random, specs: list[KVCacheSpec]) -> set[int]:
-    """Return the groups of draft layers: at least one, never states or chunked local attention."""
+    """Return the groups with draft layers: at least one, no states or chunked local attention."""
     possible = [
         i
         for i, spec in enumerate(specs)
@@ -318,13 +310,13 @@ def _drafted(rng: random.Random, specs: list[KVCacheSpec]) -> set[int]:
 
 
 def _num_blocks(rng: random.Random, specs: list[KVCacheSpec], max_len: int, in_flight: int) -> int:
-    """Draw the blocks of a pool that the longest request fits in."""
+    """Return a random size of a pool that the longest request fits in."""
     needed = sum(_blocks(spec, max_len, in_flight) for spec in specs)
     return 2 + int(needed * rng.choice((1.05, 1.3, 2.0)))
 
 
 def _blocks(spec: KVCacheSpec, max_len: int, in_flight: int) -> int:
-    """Return how many blocks the longest request may come to hold of a group."""
+    """Return how many blocks of a group the longest request may hold."""
     if isinstance(spec, MambaSpec):
         return 4 + spec.num_speculative_blocks
     reach = max_len

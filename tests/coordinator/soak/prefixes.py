@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names for prefixes of tokens, so that what a block holds can be compared by number."""
+"""Numbers prefixes of tokens, so that contents of blocks can be compared by number."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ EMPTY = 0
 """The prefix of no tokens."""
 
 DRAFT = -1
-"""What no request may read: made from tokens that were only guessed."""
+"""Computed from draft tokens: no request may read it."""
 
 LOST = -2
-"""What no request may read: a load that failed was to write here."""
+"""Written by a failed load: no request may read it."""
 
 
 class Prefixes:
-    """Numbers the prefixes of a world; equal tokens have equal numbers.
+    """Numbers the prefixes of a world: equal tokens have equal numbers.
 
-    K and V at a position depend on all tokens up to it, and so does a state: a number is all that
-    has to be known of them.
+    K and V at a position depend on all tokens up to it, and so does a state. So a number represents
+    them.
     """
 
     def __init__(self) -> None:
@@ -27,12 +27,7 @@ class Prefixes:
         self._parents: list[int] = [EMPTY]
 
     def extend(self, numbers: list[int], tokens: Sequence[int]) -> None:
-        """Bring the numbers of a sequence's prefixes up to its length.
-
-        Args:
-            numbers: Those of its first prefixes, of one token on.
-            tokens: The whole sequence.
-        """
+        """Append to the numbers of a sequence's prefixes, up to all of its tokens."""
         last = numbers[-1] if numbers else EMPTY
         for token in tokens[len(numbers) :]:
             last = self.child(last, token)
@@ -46,12 +41,7 @@ class Prefixes:
         return number
 
     def path(self, prefix: int, count: int) -> list[int]:
-        """Return the last prefixes on the way to one, itself at the end.
-
-        Args:
-            prefix: A prefix of at least `count` tokens.
-            count: How many.
-        """
+        """Return the last `count` prefixes of a prefix, the longest at the end."""
         path = []
         for _ in range(count):
             path.append(prefix)

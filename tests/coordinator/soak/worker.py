@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker would do to the blocks, told nothing but what the scheduler's output tells it."""
+"""Simulates a worker's writes and reads of blocks, from the scheduler's output only."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ if TYPE_CHECKING:
 
 
 class SoakError(AssertionError):
-    """Something does not agree."""
+    """Something is inconsistent."""
 
 
 class ChainedCopyError(SoakError):
-    """A block is copied in the step whose copies or tokens are only being written to it."""
+    """A block is copied in the step that writes it."""
 
 
 @dataclass
-class Told:
+class KnownRequest:
     """A request as the worker knows it.
 
     Attributes:
         tables: Block ids by group.
-        tokens: Its tokens, those of outputs that the scheduler does not know yet among them.
+        tokens: Its tokens, including outputs that the scheduler does not know yet.
         prefixes: Numbers of their prefixes.
-        computed: Tokens that are computed and stay.
-        prompt_tokens: Of the prompt.
-        column: Where in its tables the states are that were written last, None before that.
-        accepted: Draft tokens that were accepted last, and one: the state to go on from is as
-            many columns further, less one.
-        is_new: Whether it has not run since it was told of.
+        computed: Computed tokens that stay.
+        prompt_tokens: Tokens of the prompt.
+        column: The column in its tables of the last written states, or None.
+        accepted: Accepted draft tokens of the last step, plus one. The current state is
+            `accepted - 1` columns further.
+        is_new: Whether it has not run since it was scheduled first.
     """
 
     tables: list[list[int]]
@@ -61,30 +61,29 @@ class Told:
 
 @dataclass
 class Answer:
-    """What a step came to.
+    """The result of a step.
 
     Attributes:
         sampled: New tokens by request, in the order of the scheduler's output.
-        hits: Tokens that requests began with, of those that did.
-        checkpoints: States that were kept from within a chunk.
+        hits: Hit tokens of the requests that started with a hit.
+        exported: States that were exported from within a chunk.
     """
 
     sampled: dict[str, list[int]] = field(default_factory=dict)
     hits: list[int] = field(default_factory=list)
-    checkpoints: int = 0
+    exported: int = 0
 
 
 class Worker:
-    """Blocks and what they hold: numbers of prefixes where K, V and states would be.
+    """The contents of blocks: numbers of prefixes instead of K, V and states.
 
-    A block holds what was written to it last, whichever group had it then, and nothing that was
-    not written. Whenever a request runs, everything that its next token needs is looked at: K and
-    V of all positions that attention reaches, and the state after exactly the tokens before.
+    A block holds what was written to it last, by any group. When a request runs, everything that
+    its next token needs is checked: K and V of all positions that attention reaches, and the state
+    after exactly the tokens before.
     """
 
     def __init__(self, plan: Plan, prefixes: Prefixes, draw: random.Random, alignment: int) -> None:
         self._plan = plan
-        # What the lengths of hits are multiples of.
         self._alignment = alignment
         self._prefixes = prefixes
         self._draw = draw
@@ -92,13 +91,11 @@ class Worker:
         self._states = [i for i, spec in enumerate(self._specs) if isinstance(spec, MambaSpec)]
         self._attention = [i for i in range(len(self._specs)) if i not in self._states]
         self.draft_groups = {i for i, group in enumerate(plan.groups) if group.is_eagle_group}
-        self._sequences: dict[str, Told] = {}
-        # Group and contents by block; a state's block has one entry.
+        self._sequences: dict[str, KnownRequest] = {}
+        # Group and contents by block. A block with a state has one entry.
         self.blocks: list[tuple[int, list[int | None]]] = [(-1, [])] * plan.num_blocks
-        # How often a block was written to.
+        # The number of writes by block.
         self.versions = [0] * plan.num_blocks
-
-    # What is in blocks
 
     def write(self, group: int, block: int, offset: int, values: Sequence[int]) -> None:
         """Write K and V of some tokens, or a state, into a block."""
@@ -113,7 +110,7 @@ class Worker:
         self.versions[block] += 1
 
     def holds(self, group: int, block: int, values: Sequence[int]) -> bool:
-        """Whether a block begins with some values."""
+        """Whether a block starts with given values."""
         return self._differs(group, block, 0, values) is None
 
     def _differs(
@@ -126,8 +123,8 @@ class Worker:
         if found == values:
             return None
         if group in self.draft_groups:
-            # The last entry before a place where a hit may end hangs on the token behind it, which
-            # the hash does not know of. vLLM lets a draft layer guess worse there.
+            # The last entry before a possible end of a hit depends on the next token, which the
+            # hash does not cover. vLLM accepts worse drafts there.
             unit = self._plan.unit
             wanted = zip(range(offset + 1, offset + 1 + len(values)), found, values, strict=True)
             if all(a == b for end, a, b in wanted if end % unit):
@@ -135,12 +132,12 @@ class Worker:
         return found
 
     def load(self, load: Load, prefixes: Sequence[int], failed: bool) -> list[int]:
-        """Write what a load brings, and return the blocks that it wrote to.
+        """Write the contents of a load, and return the written blocks.
 
         Args:
             load: The load.
-            prefixes: Numbers of the request's prefixes, of one token more than is loaded.
-            failed: Whether it brings nothing of use.
+            prefixes: Numbers of the request's prefixes, one more than is loaded.
+            failed: Whether to write `LOST` instead.
         """
         written = []
         for group, table in enumerate(load.tables):
@@ -161,20 +158,18 @@ class Worker:
     def _runs(
         self, group: int, table: Sequence[int], start: int, end: int
     ) -> Iterator[tuple[int, int, int, int]]:
-        """Yield block, first position, place of it in the block and count, block by block."""
+        """Yield block, first position, offset in the block and count, block by block."""
         size = self._specs[group].block_size
         while start < end:
             count = min(end, (start // size + 1) * size) - start
             yield table[start // size], start, start % size, count
             start += count
 
-    # Steps
-
     def tables(self, request_id: str) -> list[list[int]]:
         return self._sequences[request_id].tables
 
     def receive(self, output: SchedulerOutput, lag: int) -> None:
-        """Take in what the scheduler says of requests, before the step runs."""
+        """Process the scheduler's output for requests, before the step runs."""
         for request_id in (*output.finished_req_ids, *(output.preempted_req_ids or ())):
             self._sequences.pop(request_id, None)
         for new in output.scheduled_new_reqs:
@@ -192,7 +187,7 @@ class Worker:
             for table, new_ids in zip(sequence.tables, blocks or (), strict=False):
                 table.extend(new_ids)
             if not lag:
-                # After a load in the step before has failed, its output does not count.
+                # The output of a step with a failed load was discarded.
                 known = sequence.prompt_tokens + cached.num_output_tokens[place]
                 del sequence.tokens[known:], sequence.prefixes[known:]
                 if sequence.computed != computed:
@@ -209,7 +204,7 @@ class Worker:
     ) -> None:
         numbers: list[int] = []
         self._prefixes.extend(numbers, tokens)
-        self._sequences[request_id] = Told(
+        self._sequences[request_id] = KnownRequest(
             [list(table) for table in tables], tokens, numbers, computed, prompt_tokens
         )
 
@@ -217,7 +212,7 @@ class Worker:
         """Run a step.
 
         Raises:
-            SoakError: A block does not hold what a request needs of it.
+            SoakError: A block does not hold what a request needs.
         """
         self._copy(output)
         answer = Answer()
@@ -233,8 +228,8 @@ class Worker:
             drafts = output.scheduled_spec_decode_tokens.get(request_id, [])
             answer.sampled[request_id] = self._compute(request_id, sequence, start, end, drafts)
             if not drafts and end - start > 1:
-                answer.checkpoints += self._write_checkpoints(sequence, start, end)
-        # A layer's K and V are all written before any of its queries attends to them.
+                answer.exported += self._write_exported(sequence, start, end)
+        # A layer writes all K and V before any query attends to them.
         for request_id, (sequence, start, _) in chunks.items():
             self._check_attention(request_id, sequence, start)
         return answer
@@ -250,14 +245,14 @@ class Worker:
             self.blocks[copy.dst_block_id] = (owner, list(slots))
             self.versions[copy.dst_block_id] += 1
 
-    def _source(self, group: int, sequence: Told, start: int) -> int:
-        """Return the block of the state that a chunk begins with."""
+    def _source(self, group: int, sequence: KnownRequest, start: int) -> int:
+        """Return the block of the state that a chunk starts with."""
         column = sequence.column
         if column is None:
             return sequence.tables[group][(start - 1) // self._specs[group].block_size]
         return sequence.tables[group][column + sequence.accepted - 1]
 
-    def _check_states(self, chunks: dict[str, tuple[Told, int, int]]) -> None:
+    def _check_states(self, chunks: dict[str, tuple[KnownRequest, int, int]]) -> None:
         if not self._states:
             return
         sources: dict[int, str] = {}
@@ -270,7 +265,7 @@ class Worker:
                     raise SoakError(
                         f"{request_id}: group {group}'s state in block {block} is not the one "
                         f"after {start} tokens (prefix {wanted}, found {found})"
-                        f"{', which was to be a hit' * sequence.is_new}"
+                        f"{', which was a hit' * sequence.is_new}"
                     )
                 sources[block] = request_id
         for request_id, (sequence, _, end) in chunks.items():
@@ -281,9 +276,9 @@ class Worker:
                     raise SoakError(f"{request_id} writes its state over {sources[block]}'s")
 
     def _compute(
-        self, request_id: str, sequence: Told, start: int, end: int, drafts: Sequence[int]
+        self, request_id: str, sequence: KnownRequest, start: int, end: int, drafts: Sequence[int]
     ) -> list[int]:
-        """Write what a chunk makes, and return the tokens that it ends with."""
+        """Write the results of a chunk, and return its sampled tokens."""
         certain = end - len(drafts)
         samples = certain == len(sequence.tokens)
         if certain > len(sequence.tokens) or (drafts and not samples):
@@ -292,7 +287,7 @@ class Worker:
         if drafts:
             if not sequence.is_new and (self._plan.lag or min(drafts) >= 0):
                 accepted = self._draw.randint(0, len(drafts))
-            # The worker's own guess where the scheduler does not know it.
+            # With asynchronous scheduling only the worker knows the drafts.
             guess = [self._token() if token < 0 else token for token in drafts]
             sequence.tokens += guess
             self._prefixes.extend(sequence.prefixes, sequence.tokens)
@@ -313,14 +308,14 @@ class Worker:
         return self._draw.randrange(self._plan.vocabulary)
 
     def _write_attention(
-        self, sequence: Told, start: int, end: int, kept: int, guessed: Sequence[int]
+        self, sequence: KnownRequest, start: int, end: int, kept: int, guessed: Sequence[int]
     ) -> None:
         for group in self._attention:
             table = sequence.tables[group]
             values = list(guessed)
             behind = end
             if group in self.draft_groups:
-                # A draft layer's entry hangs on the next token too.
+                # A draft layer's entry also depends on the next token.
                 values = [*sequence.prefixes[1 : kept + 1], *[DRAFT] * (end - kept)]
                 ahead = min(
                     self._plan.draft_tokens, len(table) * self._specs[group].block_size - end
@@ -332,7 +327,7 @@ class Worker:
                 self.write(group, block, offset, values[position : position + count])
 
     def _write_states(
-        self, sequence: Told, certain: int, end: int, accepted: int, guessed: Sequence[int]
+        self, sequence: KnownRequest, certain: int, end: int, accepted: int, guessed: Sequence[int]
     ) -> None:
         for group in self._states:
             table, size = sequence.tables[group], self._specs[group].block_size
@@ -342,18 +337,15 @@ class Worker:
             reached = round_down(certain + accepted, size)
             sequence.column, sequence.accepted = column, accepted + 1
             if self._plan.draft_tokens and reached >= certain:
-                # A state at the end of a block is put there, wherever it was made.
+                # A state at the end of a block is copied there.
                 self.write(group, table[reached // size - 1], 0, [guessed[reached - 1]])
                 if reached // size - 1 == column:
                     sequence.accepted = 1
 
-    def _write_checkpoints(self, sequence: Told, start: int, end: int) -> int:
-        """Write the states that a chunk of a prompt passes and that vLLM's backends keep.
+    def _write_exported(self, sequence: KnownRequest, start: int, end: int) -> int:
+        """Write the states that vLLM's backends export from within a chunk. Return their number.
 
-        A backend is told the chunk alone, and reckons as the scheduler does where that is.
-
-        Returns:
-            How many these are.
+        A backend knows only the chunk, and computes the position like the scheduler.
         """
         written = 0
         for group in self._states:
@@ -376,7 +368,7 @@ class Worker:
                 written += 1
         return written
 
-    def _check_attention(self, request_id: str, sequence: Told, start: int) -> None:
+    def _check_attention(self, request_id: str, sequence: KnownRequest, start: int) -> None:
         for group in self._attention:
             values = sequence.prefixes[group in self.draft_groups :]
             first = _first_needed(self._specs[group], start)
@@ -393,7 +385,7 @@ class Worker:
 
 
 def _first_needed(spec: KVCacheSpec, position: int) -> int:
-    """Return the first position that the query at a position attends to."""
+    """Return the first position that a query attends to."""
     if isinstance(spec, SlidingWindowSpec):
         return max(0, position - spec.sliding_window + 1)
     if isinstance(spec, ChunkedLocalAttentionSpec):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One world: a model, a cache, a scheduler, and requests that come, run, and are cut short."""
+"""One world: a model, a cache, a scheduler, and random requests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vllm.v1.outputs import DraftTokenIds, KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from tests.coordinator.soak import checks
-from tests.coordinator.soak.connector import Load, SoakConnector
+from tests.coordinator.soak.connector import Load, SoakConnector, Transfer
 from tests.coordinator.soak.engine import make_scheduler
 from tests.coordinator.soak.plans import random_plan
 from tests.coordinator.soak.prefixes import Prefixes
@@ -31,12 +31,12 @@ REMEMBERED = 40
 
 @dataclass
 class Step:
-    """A step that is scheduled and not yet run.
+    """A scheduled step that has not run yet.
 
     Attributes:
-        output: The scheduler's.
-        tables: What its tables were, by request and group; 0 for null blocks.
-        loads: What the connector brings within the step.
+        output: The scheduler's output.
+        tables: The tables by request and group, with 0 for null blocks.
+        loads: Synchronous loads of the connector.
     """
 
     output: SchedulerOutput
@@ -44,46 +44,18 @@ class Step:
     loads: list[Load]
 
 
-@dataclass
-class Transfer:
-    """A load beside the steps, or the blocks of an ended request that are still read.
-
-    Attributes:
-        request: vLLM's.
-        steps: How many to wait until it is reported.
-        load: What is loaded.
-        fails: Whether it fails.
-    """
-
-    request: Request
-    steps: int
-    load: Load | None = None
-    fails: bool = False
-
-
 class World:
-    """One world.
-
-    Attributes:
-        plan: What it runs.
-        tally: What happened in it, by name.
-    """
+    """One world with a plan, and the numbers of its events (`tally`)."""
 
     def __init__(self, seed: str, strategy: str | None = None) -> None:
-        """Make a world.
-
-        Args:
-            seed: Everything is drawn from it.
-            strategy: The coordinator's; None draws it.
-        """
+        """Make a world from a seed, by default with a random strategy."""
         self.seed = seed
         self._draw = random.Random(seed)
         plan = random_plan(self._draw, strategy)
         plan = plan.with_smaller_attention(random.Random(f"{seed} smaller attention"))
         plan = plan.with_checkpoints(random.Random(f"{seed} checkpoints"))
         self.plan = plan = plan.with_retention(random.Random(f"{seed} retention"))
-        # States of answers are copied more often than is worth it: answers are short here, and
-        # there are few blocks.
+        # Copies are more frequent than in production, because answers are short and blocks few.
         usual = decode_snapshots.INTERVAL, decode_snapshots.MAX_SHARE
         decode_snapshots.INTERVAL = self._draw.choice((1, 8, usual[0]))
         decode_snapshots.MAX_SHARE = self._draw.choice((1, 4, usual[1]))
@@ -125,13 +97,11 @@ class World:
         self.tally: Counter[str] = Counter()
         self._count_events()
 
-    # What happens
-
     def run(self, steps: int) -> None:
-        """Take so many steps, then end all requests and see that nothing is left.
+        """Take some steps, then end all requests and check that nothing is left.
 
         Raises:
-            SoakError: Something does not agree.
+            SoakError: Something is inconsistent.
         """
         for _ in range(steps):
             self._happen()
@@ -175,7 +145,7 @@ class World:
         else:
             history = draw.choice(self._histories)
             if self._live and draw.random() < 0.3:
-                # What a request that still runs has come to: its blocks are hit while it writes.
+                # Continue a running request, to hit its blocks while it writes.
                 history = list(draw.choice(list(self._live.values()))[0].all_token_ids)
             if way < 0.65:
                 prompt = history + new
@@ -227,7 +197,7 @@ class World:
         try:
             done = scheduler.reset_prefix_cache(reset_running_requests=running)
         except RuntimeError:
-            # vLLM refuses while blocks are held by anything but running requests.
+            # vLLM refuses while anything but running requests holds blocks.
             others = holders - before or scheduler.deferred_frees
             checks.require(running and others, "nobody else holds blocks")
             self.tally["resets refused"] += 1
@@ -240,7 +210,7 @@ class World:
             checks.require(not checks.num_entries(self._pool), "the cache was not emptied")
 
     def _evict(self) -> None:
-        """Take some blocks' hashes, as a connector's failure does where vLLM allows for one."""
+        """Evict some blocks, as after a connector's failure."""
         cached = [block.block_id for block in self._pool.blocks if block.block_hash is not None]
         chosen = set(self._draw.sample(cached, min(len(cached), self._draw.choice((1, 3, 8)))))
         self._scheduler.kv_cache_manager.evict_blocks(chosen)
@@ -264,10 +234,8 @@ class World:
         pool._maybe_evict_cached_block = counted_evict
         scheduler._preempt_request = counted_preempt
 
-    # Steps
-
     def step(self) -> None:
-        """Schedule a step, and run the one that is due."""
+        """Schedule a step, and run those that are due."""
         output = self._scheduler.schedule()
         self.tally["steps"] += 1
         self._steps.append(Step(output, self._tables(output), self._take_loads()))
@@ -303,7 +271,7 @@ class World:
         for request_id in ended:
             request, _ = self._live[request_id]
             self._transfers.append(Transfer(request, self._draw.randint(0, 8)))
-            self.tally["blocks kept after the end"] += 1
+            self.tally["blocks held after the end"] += 1
         return [load for load in started if not load.is_async]
 
     def _watch_progress(self, output: SchedulerOutput) -> None:
@@ -314,13 +282,13 @@ class World:
         self._idle += 1
         if self._idle < 50:
             return
-        # Requests whose loads are done hold their blocks while they wait for more, and vLLM takes
-        # blocks from requests that run alone, whichever coordinator it has. So one gives up.
+        # Loaded requests hold blocks while they wait for more, and vLLM preempts only running
+        # requests, with any coordinator. So one of them is aborted.
         loaded = [r for r in self._scheduler.requests.values() if r.num_computed_tokens]
         stuck = len(loaded) > 1 and not self._scheduler.running
         checks.require(stuck, "nothing moves:", dict(self._scheduler.requests))
         self._abort([loaded[-1].request_id])
-        self.tally["standstills of requests that were loaded"] += 1
+        self.tally["standstills of loaded requests"] += 1
 
     def _finish_step(self, step: Step) -> None:
         worker, output = self._worker, step.output
@@ -336,7 +304,7 @@ class World:
         for load in step.loads:
             self._carry_out(load, fails=False)
         answer = worker.run(output)
-        self.tally["states kept from within a chunk"] += answer.checkpoints
+        self.tally["states exported from within a chunk"] += answer.exported
         self.tally["hits"] += len(answer.hits)
         self.tally["hit tokens"] += sum(answer.hits)
         names = list(output.num_scheduled_tokens)
@@ -384,14 +352,14 @@ class World:
     def _report_failure(self, load: Load, report: KVConnectorOutput) -> None:
         name = load.request.request_id
         self.tally["failed loads"] += 1
-        # The next time the request is computed here.
+        # The request is computed here next time.
         self._connector.offers.pop(name, None)
         if self._single:
             report.invalid_block_ids.update(
                 block for block in load.tables[0][load.start // self.plan.block_size :] if block
             )
         else:
-            # vLLM takes failed blocks for models with one KV group only.
+            # vLLM supports failed blocks only with one KV group.
             report.failed_recving.add(name)
 
     def _collect(self) -> None:
@@ -407,13 +375,11 @@ class World:
             drafts = [self._tokens(self._draw.randint(0, self.plan.draft_tokens)) for _ in names]
             self._scheduler.update_draft_token_ids(DraftTokenIds(names, drafts))
 
-    # Checks
-
     def check(self) -> None:
-        """Check what has to agree between any two calls of the scheduler.
+        """Check what must be consistent between any two calls of the scheduler.
 
         Raises:
-            SoakError: Something does not agree.
+            SoakError: Something is inconsistent.
         """
         self._learn_hashes()
         checks.check_references(self._scheduler)
@@ -421,7 +387,7 @@ class World:
         checks.check_policy(self._scheduler, self._lost, self._hashes, self._hopeless)
 
     def _learn_hashes(self) -> None:
-        """Note what each hash of a request is of."""
+        """Record the prefix of each hash of a request."""
         unit = self.plan.unit
         for request, numbers in self._live.values():
             known = len(numbers) // unit
