@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long does it take to plan the pages of 200 layers?
+"""Measures the time to plan the pages of 200 layers.
 
     python -m benchmarks.planning [--out DIR] [--rounds N]
 
-Every strategy plans the same layers, made of vLLM's own specs, in turn in one process. Times are
-medians over rounds, of the processor's time for this thread, because planning waits for nothing and
-the machine may be shared; each round plans new spec objects, as the first plan of an engine does.
+Every strategy plans the same layers in turn in one process. Times are medians of this thread's CPU
+time, because planning waits for nothing and the machine may be shared. Each round plans new spec
+objects, as the first plan of an engine does.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from vllm_hybrid_kv.planning.min_waste import REFERENCE_REQUEST, unify_with_leas
 
 LAYERS = 200
 LIMIT_MS = 10.0
-"""What a plan may take at most."""
+"""The goal for a plan."""
 
 Specs = dict[str, KVCacheSpec]
 STRATEGIES: dict[str, Callable[[Any], Mapping[str, KVCacheSpec]]] = {
@@ -54,56 +54,35 @@ STRATEGIES: dict[str, Callable[[Any], Mapping[str, KVCacheSpec]]] = {
 }
 
 
-def _attention(cls: Any, slot: int, **fields: Any) -> KVCacheSpec:
-    fields = {"block_size": 16, "num_kv_heads": 2, "head_size": 256, "dtype": torch.uint8, **fields}
-    return cls(state_content_bytes=slot, **fields)
+def _attention(slot: int, cls: Any = FullAttentionSpec, **fields: Any) -> Callable[[], KVCacheSpec]:
+    shape = {"block_size": 16, "num_kv_heads": 2, "head_size": 256, "dtype": torch.uint8}
+    return partial(cls, state_content_bytes=slot, **{**shape, **fields})
 
 
-def _k8v4() -> KVCacheSpec:
-    return _attention(FullAttentionSpec, 388)
-
-
-def _bf16() -> KVCacheSpec:
-    return _attention(FullAttentionSpec, 1_024)
-
-
-def _window() -> KVCacheSpec:
-    return _attention(SlidingWindowSpec, 584, sliding_window=1_024)
-
-
-def _chunked() -> KVCacheSpec:
-    return _attention(ChunkedLocalAttentionSpec, 196, num_kv_heads=7, attention_chunk_size=8_192)
-
-
-def _draft() -> KVCacheSpec:
-    return _attention(FullAttentionSpec, 512, num_kv_heads=4, block_stride_alignment=MultipleOf(64))
-
-
-def _mla() -> KVCacheSpec:
-    return MLAAttentionSpec(block_size=64, num_kv_heads=1, head_size=576, dtype=torch.bfloat16)
-
-
-def _state() -> KVCacheSpec:
-    return MambaSpec(block_size=16, shapes=((2_146_304,),), dtypes=(torch.uint8,))
-
+K8V4, BF16 = _attention(388), _attention(1_024)
+WINDOW = _attention(584, SlidingWindowSpec, sliding_window=1_024)
+CHUNKED = _attention(196, ChunkedLocalAttentionSpec, num_kv_heads=7, attention_chunk_size=8_192)
+DRAFT = _attention(512, num_kv_heads=4, block_stride_alignment=MultipleOf(64))
+MLA = partial(MLAAttentionSpec, block_size=64, num_kv_heads=1, head_size=576, dtype=torch.bfloat16)
+STATE = partial(MambaSpec, block_size=16, shapes=((2_146_304,),), dtypes=(torch.uint8,))
 
 MIXTURES: dict[str, list[Callable[[], KVCacheSpec]]] = {
-    "k8v4, states": [_k8v4, _state, _state, _state],
-    "k8v4, bf16, sliding window": [_k8v4, _bf16, _window],
-    "k8v4, bf16, sliding window, chunked local": [_k8v4, _bf16, _window, _chunked],
-    "MLA, sliding window, draft": [_mla, _mla, _window, _draft],
-    "all seven": [_k8v4, _bf16, _window, _chunked, _draft, _mla, _state],
+    "k8v4, states": [K8V4, STATE, STATE, STATE],
+    "k8v4, bf16, sliding window": [K8V4, BF16, WINDOW],
+    "k8v4, bf16, sliding window, chunked local": [K8V4, BF16, WINDOW, CHUNKED],
+    "MLA, sliding window, draft": [MLA, MLA, WINDOW, DRAFT],
+    "all seven": [K8V4, BF16, WINDOW, CHUNKED, DRAFT, MLA, STATE],
 }
 
 
 def layers(mixture: str) -> Specs:
-    """Return the specs of a model's layers, every one an object of its own."""
+    """Return a model's layers by name, each with its own spec object."""
     makers = MIXTURES[mixture]
     return {f"model.layers.{index}": makers[index % len(makers)]() for index in range(LAYERS)}
 
 
 class Row(NamedTuple):
-    """What planning with a strategy took, and its plan: a page in bytes, a match unit in tokens."""
+    """A strategy's planning time and plan: page in bytes, match unit in tokens."""
 
     ms: float
     page: int
@@ -115,8 +94,8 @@ Rows = dict[str, Row | None]
 
 
 def measure(mixture: str, rounds: int) -> Rows:
-    """Return a row for each strategy; None if it has no plan."""
-    found: Rows = {}
+    """Return a row per strategy; None if it has no plan."""
+    rows: Rows = {}
     for name, strategy in STRATEGIES.items():
         times = []
         try:
@@ -127,16 +106,16 @@ def measure(mixture: str, rounds: int) -> Rows:
                 plan = strategy(dict(specs))
                 times.append(1e3 * (time.thread_time() - start))
         except NotImplementedError:
-            found[name] = None
+            rows[name] = None
             continue
         (page,) = {spec.page_size_bytes for spec in plan.values()}
         unit = math.lcm(*(spec.block_size for spec in plan.values()))
-        found[name] = Row(statistics.median(times), page, float(waste(specs, plan)), unit)
-    return found
+        rows[name] = Row(statistics.median(times), page, float(waste(specs, plan)), unit)
+    return rows
 
 
 def table(results: Mapping[str, Rows], load: float) -> str:
-    """Write the results as Markdown."""
+    """Return the results as Markdown."""
     where = host()
     lines = [
         f"# Planning the pages of {LAYERS} layers",
@@ -150,8 +129,8 @@ def table(results: Mapping[str, Rows], load: float) -> str:
         "| layers, in equal parts or as listed | strategy | ms | page | padding | match unit |",
         "|---|---|---|---|---|---|",
     ]
-    for mixture, found in results.items():
-        for name, row in found.items():
+    for mixture, rows in results.items():
+        for name, row in rows.items():
             cells = (
                 f"{row.ms:.2f} | {row.page:,} | {100 * row.waste:.2f} % | {row.match_unit:,}"
                 if row
@@ -162,7 +141,7 @@ def table(results: Mapping[str, Rows], load: float) -> str:
 
 
 def main() -> int:
-    """Measure, write, and return 1 if planning takes too long."""
+    """Measure, write the table, and return 1 if a plan misses the goal."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.planning", description=(__doc__ or "").partition("\n")[0]
     )
@@ -178,8 +157,8 @@ def main() -> int:
     print(text)
     slow = [
         f"goal missed: {mixture}, {name}: {row.ms:.1f} ms, not below {LIMIT_MS}"
-        for mixture, found in results.items()
-        for name, row in found.items()
+        for mixture, rows in results.items()
+        for name, row in rows.items()
         if name.startswith("min_waste") and row is not None and row.ms >= LIMIT_MS
     ]
     print(*slow, sep="\n", end="\n" if slow else "")

@@ -240,7 +240,7 @@ def _spoil_attention(fault: str) -> None:
 
 
 def _spoil_metadata(fault: str) -> None:
-    from vllm_hybrid_kv.attention.metadata import K8V4MetadataBuilder
+    from vllm_hybrid_kv.attention.backend import K8V4MetadataBuilder
 
     def make(original: Callable[..., Any]) -> Any:
         def build(self: Any, *arguments: Any, **more: Any) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A captured graph, as far as one can be had where Triton interprets."""
+"""A substitute for captured CUDA graphs in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from vllm_hybrid_kv.attention import gpu
 
 
 class Recorder(TorchDispatchMode):
-    """Runs operations again as a captured graph does: the same tensors, the same numbers.
+    """Replays tensor operations and kernel launches as a captured graph does: on the same tensors.
 
-    Of what Python does between them nothing is repeated.
+    Python code between the operations is not repeated.
 
     Args:
-        launch: Whether kernels are launched as well; what they give is not defined otherwise.
+        launch: Whether to launch the kernels while recording. If not, their results are undefined.
     """
 
     def __init__(self, launch: bool = True) -> None:
@@ -71,7 +71,7 @@ class Recorder(TorchDispatchMode):
 
 
 def kernels_of(launches: list[Any]) -> set[Any]:
-    """What launches compile on a GPU: a kernel, its constants and the kinds of its arguments."""
+    """Return what launches compile on a GPU: kernel, constants and argument types."""
     return {
         (
             executor.fn.__name__,

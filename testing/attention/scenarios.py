@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests ask of a backend, each a function that returns what came of it."""
+"""Scenarios for a backend. Each function runs one and returns its result."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from vllm.v1.worker import workspace
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.utils import AttentionGroup, allocate_kv_cache
 
-# First, for it prepares the process for vLLM.
-from testing.attention.contenders import (
+# First, because it prepares the process for vLLM.
+from testing.attention.backends import (
     DTYPE,
     HEAD_SIZE,
     HEADS,
@@ -28,6 +28,7 @@ from testing.attention.contenders import (
     expected,
     spec,
     stock_backend,
+    stored,
     texts,
     vllm_config,
 )
@@ -37,29 +38,26 @@ from vllm_hybrid_kv.attention import gpu
 from vllm_hybrid_kv.attention.backend import K8V4AttentionBackend
 from vllm_hybrid_kv.kernels import known_answer
 
+CPU = torch.device("cpu")
+
 
 def step_error(name: str, step: Step) -> float:
     """Run one step as a model runner does and return its largest relative error.
 
-    The GPU is one without a conversion to fp8: compute capability 8.0 or 8.6.
+    The GPU lacks a conversion to fp8: compute capability 8.0 or 8.6.
     """
     stock_decode._FP8_E4B15[0] = 1
     backend = Backend(name, vllm_config(), step.layer)
-    common, slots = common_metadata(step)
-    made = texts(step)
-    cache = backend.cache(int(slots.max()) + 1)
-    backend.store(made.key, made.value, cache, slots)
+    common, made, cache = stored(backend, step)
     metadata = backend.builder.build(0, common)
-    key, value = made.key[made.new], made.value[made.new]
-    out = backend.forward([made.query, key, value], cache, metadata)
-    return error(out, expected(step, made))
+    return error(backend.forward(made.tensors, cache, metadata), expected(step, made))
 
 
 def replay_error(name: str, captured: Step, replayed: Step) -> float:
     """Capture a step, replay it as another one, and return the largest relative error.
 
-    As a model runner does: the tensors stay the same, their contents are written anew; where
-    there are fewer requests than captured the others have no tokens.
+    As in a model runner, the tensors stay the same and get new contents. If there are fewer
+    requests than captured, the others have no tokens.
     """
     backend = Backend(name, vllm_config(), {})
     common, _ = common_metadata(captured)
@@ -76,7 +74,7 @@ def replay_error(name: str, captured: Step, replayed: Step) -> float:
     with Recorder() as recorder:
         backend.impl.forward(backend.layer, *tensors, cache, metadata, out)
     launched = [executor.fn.__name__ for executor, _, _ in recorder.launches]
-    # A plan from before the capture would not be wrong for decodes, but made for other lengths.
+    # For decodes a plan from before the capture would not fail, but it is for other lengths.
     assert name == "stock" or "plan_kernel" in launched
 
     backend.store(made.key, made.value, cache, slots)
@@ -85,73 +83,65 @@ def replay_error(name: str, captured: Step, replayed: Step) -> float:
     common.query_start_loc.fill_(other.num_actual_tokens)[:requests] = other.query_start_loc[:-1]
     common.block_table_tensor[:requests] = other.block_table_tensor
     new = len(made.new)
-    for tensor, content in zip(
-        tensors, (made.query, made.key[made.new], made.value[made.new]), strict=True
-    ):
+    for tensor, content in zip(tensors, made.tensors, strict=True):
         tensor[:new] = content
     recorder.replay()
     return error(out[:new], expected(replayed, made))
 
 
 def captured_lengths() -> list[int]:
-    """Lengths that the runs before a capture attend to."""
+    """Return the lengths that the runs before a capture attend to."""
     common, _ = common_metadata(Step((200, 90), (3, 3)))
     Backend("ours", vllm_config(), {}).builder.build_for_cudagraph_capture(common)
     return common.seq_lens.tolist()
 
 
 def draft_error(update: bool) -> float:
-    """Attend for a draft's next token with the metadata of the one before."""
+    """Attend for a draft's next token with the metadata of the previous token."""
     backend = Backend("ours", vllm_config(), {})
     before, after = Step((40, 17), (1, 1)), Step((41, 18), (1, 1))
-    common, slots = common_metadata(after)
-    made = texts(after)
-    cache = backend.cache(int(slots.max()) + 1)
-    backend.store(made.key, made.value, cache, slots)
+    common, made, cache = stored(backend, after)
     common.seq_lens.copy_(torch.tensor(before.lengths))
     metadata = backend.builder.build_for_drafting(common, 0)
-    tensors = [made.query, made.key[made.new], made.value[made.new]]
-    backend.forward(tensors, cache, metadata)
+    backend.forward(made.tensors, cache, metadata)
     plans = list(metadata.plans.values())
     common.seq_lens.copy_(torch.tensor(after.lengths))
     if update:
         backend.builder.update_draft_decode_metadata(metadata)
-    found = error(backend.forward(tensors, cache, metadata), expected(after, made))
+    result = error(backend.forward(made.tensors, cache, metadata), expected(after, made))
     assert (list(metadata.plans.values()) == plans) != update
-    return found
+    return result
 
 
 def not_warmed_up(steps: list[Step]) -> set[Any]:
-    """Return what the steps launch that was not launched when the engine started."""
+    """Return the kernels that the steps launch and that the engine start did not launch."""
     layer = {"sliding_window": 20}
     backend = Backend("ours", vllm_config(), layer)
     with Recorder(launch=False) as warm:
         known_answer.forget()
-        # Kernels are not launched here, so that no answer can be right.
+        # Kernels are not launched here, so no answer can be right.
         with unittest.mock.patch.object(known_answer.Result, "is_right", True):
-            device = torch.device("cpu")
-            gpu.GpuKernels(debug=False).test({"layer": backend.impl}, PAGE, DTYPE, device, "all")
-            gpu._warm_up_plans(backend.impl, device, max_requests=300)
+            gpu.GpuKernels(debug=False).test({"layer": backend.impl}, PAGE, DTYPE, CPU, "all")
+            gpu._warm_up_plans(backend.impl, CPU, max_requests=300)
     launched = []
     for step in steps:
         common, slots = common_metadata(step)
         made = texts(step)
         cache = backend.cache(int(slots.max()) + 1)
-        tensors = [made.query, made.key[made.new], made.value[made.new]]
         with Recorder(launch=False) as recorder:
-            backend.store(*tensors[1:], cache, common.slot_mapping)
-            backend.forward(tensors, cache, backend.builder.build(0, common))
+            backend.store(*made.tensors[1:], cache, common.slot_mapping)
+            backend.forward(made.tensors, cache, backend.builder.build(0, common))
         launched += recorder.launches
     return kernels_of(launched) - kernels_of(warm.launches)
 
 
 def second_runner_error(bound: int) -> float:
-    """Run a step with metadata built as vLLM's second model runner does."""
+    """Run a step with metadata built as in vLLM's second model runner."""
     step = Step((20, 9), (2, 2), bound=bound)
     backend = Backend("ours", vllm_config(), {})
     group = AttentionGroup(K8V4AttentionBackend, ["layer"], spec(), 0)
-    group.create_metadata_builders(vllm_config(), torch.device("cpu"), PAGE)
-    common, slots = common_metadata(step)
+    group.create_metadata_builders(vllm_config(), CPU, PAGE)
+    common, made, cache = stored(backend, step)
     metadata = build_attn_metadata(
         attn_groups=[[group]],
         num_reqs=common.num_reqs,
@@ -166,22 +156,18 @@ def second_runner_error(bound: int) -> float:
         kv_cache_config=SimpleNamespace(kv_cache_groups=[None]),
         seq_lens_cpu_upper_bound=common.seq_lens_cpu_upper_bound,
     )
-    made = texts(step)
-    cache = backend.cache(int(slots.max()) + 1)
-    backend.store(made.key, made.value, cache, slots)
-    tensors = [made.query, made.key[made.new], made.value[made.new]]
-    return error(backend.forward(tensors, cache, metadata["layer"]), expected(step, made))
+    return error(backend.forward(made.tensors, cache, metadata["layer"]), expected(step, made))
 
 
 def pages_of(cache: torch.Tensor, layer: int, blocks: int) -> torch.Tensor:
-    """A layer's pages as a connector sees them: bytes of vLLM's allocation, of the planned size."""
+    """Return a layer's pages as a connector sees them: bytes of vLLM's allocation."""
     page = K8V4AttentionBackend.customize_spec(spec()).page_size_bytes
     raw = torch.tensor([], dtype=torch.uint8).set_(cache.untyped_storage())
     return raw[layer * page * blocks :][: page * blocks].view(blocks, page)
 
 
 def moved_pages_are_equal() -> bool:
-    """Attend to pages that were moved, as bytes, into another layer's blocks in another order."""
+    """Attend to pages that were moved as bytes into another layer's blocks in another order."""
     blocks = 9
     planned = K8V4AttentionBackend.customize_spec(spec())
     page = planned.page_size_bytes
@@ -196,17 +182,16 @@ def moved_pages_are_equal() -> bool:
         kv_cache_groups=[KVCacheGroupSpec(["a", "b"], planned)],
     )  # fmt: skip
     layout = K8V4AttentionBackend.supported_kv_cache_layouts()[0]
-    caches = allocate_kv_cache(config, torch.device("cpu"), layout)
+    caches = allocate_kv_cache(config, CPU, layout)
     step = Step((50, 33), (1, 3))
     backend = Backend("ours", vllm_config(), {})
     common, slots = common_metadata(step)
     made = texts(step)
     backend.store(made.key, made.value, caches["a"].view(torch.uint8), slots)
-    tensors = [made.query, made.key[made.new], made.value[made.new]]
 
     def attend(layer: str) -> torch.Tensor:
         metadata = backend.builder.build(0, common)
-        return backend.forward(tensors, caches[layer].view(torch.uint8), metadata)
+        return backend.forward(made.tensors, caches[layer].view(torch.uint8), metadata)
 
     before = attend("a")
     order = torch.arange(blocks).flip(0)
@@ -216,7 +201,7 @@ def moved_pages_are_equal() -> bool:
 
 
 def refused(name: str, asked: dict[str, Any]) -> list[str]:
-    """Return why a backend refuses a layer of a GPU."""
+    """Return why a backend refuses a layer on a GPU."""
     usual: dict[str, Any] = {
         "head_size": HEAD_SIZE, "dtype": DTYPE, "kv_cache_dtype": "turboquant_k8v4",
         "block_size": PAGE, "use_mla": False, "has_sink": False, "use_sparse": False,
@@ -230,38 +215,30 @@ def refused(name: str, asked: dict[str, Any]) -> list[str]:
 
 
 def shared_plans() -> bool:
-    """Whether a group's layers plan again what those of a group of the same spec have planned."""
+    """Return whether two groups with the same spec share the plans of their layers."""
     backend = Backend("ours", vllm_config(), {})
-    common, slots = common_metadata(Step((20,), (1,)))
-    made = texts(Step((20,), (1,)))
-    cache = backend.cache(int(slots.max()) + 1)
+    common, made, cache = stored(backend, Step((20,), (1,)))
     first = backend.builder.build(0, common)
     table = common.block_table_tensor.clone()
     second = backend.builder.update_block_table(first, table, common.slot_mapping)
-    tensors = [made.query, made.key[made.new], made.value[made.new]]
-    backend.forward(tensors, cache, first)
+    backend.forward(made.tensors, cache, first)
     plans = list(first.plans.values())
-    backend.forward(tensors, cache, second)
+    backend.forward(made.tensors, cache, second)
     return second.block_table is table and list(second.plans.values()) == plans != []
 
 
 def workspace_bytes(name: str, max_model_len: int) -> int:
-    """Return what a backend takes of vLLM's workspace by the time that requests are served."""
-    workspace.init_workspace_manager(torch.device("cpu"))
+    """Return the bytes of vLLM's workspace that a backend has taken after the first request."""
+    workspace.init_workspace_manager(CPU)
     try:
-        step = Step((40,), (1,))
         backend = Backend(name, vllm_config(max_model_len), {})
         profiled = torch.zeros(8, HEADS, HEAD_SIZE, dtype=DTYPE)
         backend.impl.forward(
             backend.layer, profiled, profiled, profiled, torch.tensor([]), None, profiled
         )
         workspace.lock_workspace()
-        common, slots = common_metadata(step)
-        made = texts(step)
-        cache = backend.cache(int(slots.max()) + 1)
-        backend.store(made.key, made.value, cache, slots)
-        tensors = [made.query, made.key[made.new], made.value[made.new]]
-        backend.forward(tensors, cache, backend.builder.build(0, common))
+        common, made, cache = stored(backend, Step((40,), (1,)))
+        backend.forward(made.tensors, cache, backend.builder.build(0, common))
         manager = workspace.current_workspace_manager()
         return sum(manager._workspace_size_bytes(taken) for taken in manager._current_workspaces)
     finally:

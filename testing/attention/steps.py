@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps of an engine, and a way to run them in the process that can; imports nothing of vLLM."""
+"""Steps of an engine, and calls in a process that interprets Triton. Imports nothing of vLLM."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class Step:
     """One step of an engine.
 
     Attributes:
-        lengths: Tokens of each request, its new ones included.
+        lengths: Tokens of each request, including its new ones.
         queries: New tokens of each request.
-        bound: By how much the host's lengths are above the exact ones, as under asynchronous
-            speculation, where they count every draft token as accepted.
+        bound: How much the host's lengths exceed the exact ones. With asynchronous speculation
+            they count every draft token as accepted.
         layer: Parameters of the layer.
         key_size: Standard deviation of the keys; stock clips them to 1.75 on GPUs without a
             conversion to fp8.
@@ -29,7 +29,7 @@ class Step:
 
 
 def call(function: str, *arguments: Any) -> Any:
-    """Call a function of `scenarios`, in a process in which Triton interprets."""
+    """Call a function of `scenarios`; the process must be an interpreter's."""
     from testing.attention import scenarios
 
     return getattr(scenarios, function)(*arguments)

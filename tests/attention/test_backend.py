@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backend hands vLLM's batches to the kernels as they are: exact, unpadded, per layer."""
+"""The backend passes vLLM's batches to the kernels with exact lengths, without padding."""
 
 from types import SimpleNamespace
 
@@ -13,9 +13,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, SlidingWi
 from vllm_hybrid_kv.attention.backend import (
     K8V4AttentionBackend,
     K8V4AttentionImpl,
+    K8V4MetadataBuilder,
     refuse_rocm_gpu,
 )
-from vllm_hybrid_kv.attention.metadata import K8V4MetadataBuilder
 from vllm_hybrid_kv.attention.unsupported import UnsupportedLayerError
 from vllm_hybrid_kv.kernels import k8v4, reference
 from vllm_hybrid_kv.patches import v0_32
@@ -24,7 +24,7 @@ from vllm_hybrid_kv.patches.base import apply
 
 HEADS, KV_HEADS, HEAD_SIZE, PAGE = 8, 2, 64, 32
 BF16_TOLERANCE = 0.02
-"""Outputs of size 1 in bf16 (2^-9 each way) from weights in bf16 (2^-9 on average)."""
+"""Outputs of about 1 are rounded to bf16 (2^-9), and so are the attention weights."""
 
 
 def spec(cls=FullAttentionSpec, **changes):
@@ -39,20 +39,18 @@ def spec(cls=FullAttentionSpec, **changes):
 
 
 @pytest.mark.parametrize("head_size", [64, 80, 128, 256, 512])
-def test_a_page_has_the_size_that_stock_plans_with(head_size):
+def test_a_page_has_the_size_that_stock_plans(head_size):
     ours = K8V4AttentionBackend.customize_spec(spec(head_size=head_size))
     stock = TurboQuantAttentionBackend.customize_spec(spec(head_size=head_size))
     assert ours.page_size_bytes == stock.page_size_bytes
     assert ours.page_size_bytes == 16 * 2 * k8v4.slot_bytes(head_size)
 
 
-def test_a_page_of_two_heads_of_256_and_16_tokens_has_12416_bytes():
-    assert K8V4AttentionBackend.customize_spec(spec()).page_size_bytes == 12_416
-
-
-def test_a_sliding_window_layer_gets_the_same_slots():
-    windowed = spec(SlidingWindowSpec, sliding_window=512)
-    assert K8V4AttentionBackend.customize_spec(windowed).page_size_bytes == 12_416
+@pytest.mark.parametrize(
+    "layer_spec", [spec(), spec(SlidingWindowSpec, sliding_window=512)], ids=["full", "window"]
+)
+def test_a_page_of_two_heads_of_256_and_16_tokens_has_12416_bytes(layer_spec):
+    assert K8V4AttentionBackend.customize_spec(layer_spec).page_size_bytes == 12_416
 
 
 def test_an_unquantised_layer_keeps_its_spec():
@@ -60,7 +58,7 @@ def test_an_unquantised_layer_keeps_its_spec():
     assert K8V4AttentionBackend.customize_spec(plain) is plain
 
 
-def test_values_of_another_size_than_keys_are_refused():
+def test_keys_and_values_of_different_sizes_are_refused():
     with pytest.raises(UnsupportedLayerError, match="keys have 256 dims and its values 64"):
         K8V4AttentionBackend.customize_spec(spec(head_size_v=64))
 
@@ -77,8 +75,7 @@ def layer(**changes):
 
 
 def builder():
-    # The constructor wants a whole engine configuration and compiles kernels; what `build`
-    # makes of vLLM's metadata needs neither.
+    # The constructor needs an engine configuration and compiles kernels; `build` needs neither.
     made = object.__new__(K8V4MetadataBuilder)
     made.layer_names = ["model.layers.3.self_attn.attn"]
     made._decode_query_len = 1
@@ -100,7 +97,7 @@ def batch(seq_lens, query_lens, causal=True, padding=0):
         num_reqs=len(seq_lens),
         num_actual_tokens=sum(query_lens),
         max_query_len=max(query_lens),
-        # vLLM hands upper bounds in these; exact work must not depend on them.
+        # Upper bounds. Results must not depend on them.
         max_seq_len=max(seq_lens) + 1000,
         seq_lens_cpu_upper_bound=torch.tensor(seq_lens) + 7,
         block_table_tensor=table,
@@ -110,7 +107,7 @@ def batch(seq_lens, query_lens, causal=True, padding=0):
 
 
 def run(impl, common, tokens, seed=0):
-    """Store everything that is not new with one batch, then run one step on top of it."""
+    """Store the earlier tokens, then run one step."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(count, heads):
@@ -145,7 +142,7 @@ def run(impl, common, tokens, seed=0):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_a_mixed_batch_attends_with_the_exact_lengths(causal):
+def test_a_mixed_batch_attends_with_exact_lengths(causal):
     common = batch([70, 1, 33, 40], [1, 1, 33, 4], causal=causal)
     output, expected, _ = run(layer(), common, 39)
     torch.testing.assert_close(output.float(), expected, atol=BF16_TOLERANCE, rtol=BF16_TOLERANCE)
@@ -157,7 +154,7 @@ def test_window_soft_cap_and_sinks_of_the_layer_reach_the_kernel():
     torch.testing.assert_close(output.float(), expected, atol=BF16_TOLERANCE, rtol=BF16_TOLERANCE)
 
 
-def test_padding_tokens_are_neither_stored_nor_attended():
+def test_padding_tokens_are_neither_stored_nor_attended_to():
     common = batch([40, 12], [1, 1], padding=3)
     output, expected, _ = run(layer(), common, 5)
     torch.testing.assert_close(
@@ -166,7 +163,7 @@ def test_padding_tokens_are_neither_stored_nor_attended():
     assert (output[2:] == 77.0).all()
 
 
-def test_layers_with_another_window_or_head_count_have_a_plan_of_their_own():
+def test_layers_with_another_window_or_head_count_have_their_own_plan():
     common = batch([70], [1])
     metadata = builder().build(0, common)
     cache = torch.zeros(3, KV_HEADS, PAGE, k8v4.slot_bytes(HEAD_SIZE), dtype=torch.uint8)
@@ -176,7 +173,7 @@ def test_layers_with_another_window_or_head_count_have_a_plan_of_their_own():
     assert set(metadata.plans) == {(HEADS, None), (HEADS, 20), (4, None)}
 
 
-def test_profiling_without_metadata_gives_zeros():
+def test_profiling_without_metadata_returns_zeros():
     output = torch.full((3, HEADS, HEAD_SIZE), 5.0)
     layer().forward(None, output, output, output, torch.tensor([]), None, output)
     assert (output == 0).all()
@@ -189,15 +186,11 @@ def test_a_batch_that_mixes_causal_and_bidirectional_requests_is_refused_by_name
         builder().build(0, common)
 
 
-def test_another_cache_dtype_is_refused():
-    with pytest.raises(UnsupportedLayerError, match="KV cache dtype is turboquant_4bit_nc"):
-        layer(kv_cache_dtype="turboquant_4bit_nc")
-
-
-def test_a_layer_left_unquantised_that_gets_this_backend_is_not_advised_to_be_skipped():
-    """As vLLM does with chunked local attention, whose backend does not depend on the skip list."""
-    with pytest.raises(UnsupportedLayerError, match="KV cache dtype is auto") as refused:
-        layer(kv_cache_dtype="auto")
+# vLLM selects the backend of chunked local attention without looking at the skipped layers.
+@pytest.mark.parametrize("dtype", ["turboquant_4bit_nc", "auto"])
+def test_another_cache_dtype_is_refused_without_the_advice_to_skip_the_layer(dtype):
+    with pytest.raises(UnsupportedLayerError, match=f"KV cache dtype is {dtype}, ") as refused:
+        layer(kv_cache_dtype=dtype)
     assert "skip" not in str(refused.value)
     assert "--kv-cache-dtype auto" in str(refused.value)
 
@@ -209,14 +202,14 @@ def test_fused_output_quantisation_is_refused():
 
 
 @pytest.mark.parametrize("name", ["gfx90a:sramecc+:xnack-", "gfx908", "gfx1100", "gfx1201"])
-def test_an_amd_gpu_that_flushes_subnormals_or_was_never_compiled_for_is_refused(name):
+def test_an_unsupported_amd_gpu_is_refused(name):
     assert refuse_rocm_gpu(name) == (
-        f"k8v4 kernels run on gfx942 and gfx950 of AMD's GPUs, not on {name}"
+        f"of AMD's GPUs the k8v4 kernels run on gfx942 and gfx950, not on {name}"
     )
 
 
 @pytest.mark.parametrize("name", ["gfx942:sramecc+:xnack-", "gfx950"])
-def test_amds_gfx942_and_gfx950_are_served(name):
+def test_gfx942_and_gfx950_are_served(name):
     assert refuse_rocm_gpu(name) is None
 
 
@@ -229,7 +222,7 @@ def test_amds_gfx942_and_gfx950_are_served(name):
         ("auto", None, AttentionBackendEnum.TRITON_ATTN),
     ],
 )
-def test_gemma_4_leaves_the_backend_of_k8v4_layers_to_their_selection(
+def test_gemma_4_does_not_force_a_backend_on_k8v4_layers(
     flash_attention_4, dtype, asked, left, monkeypatch
 ):
     from vllm.model_executor.models.config import Gemma4Config
@@ -254,7 +247,7 @@ def test_gemma_4_leaves_the_backend_of_k8v4_layers_to_their_selection(
 
 
 class Sizes(list):
-    """Head sizes of layers, as vLLM's model config has them."""
+    """The head sizes of layers in vLLM's model configuration."""
 
     total_num_hidden_layers = 2
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A layer whose pages have another layout than the layer stops start-up, with both named."""
+"""A layer that does not match its pages stops start-up with a message that names both."""
 
 from dataclasses import replace
 
@@ -25,9 +25,9 @@ from vllm_hybrid_kv.attention.layer_check import (
 )
 
 K8V4 = "turboquant_k8v4"
-WAY_OUT = (
-    ". Serve the model with --kv-cache-dtype auto, or with boundary_layers 0 and without "
-    "--kv-cache-dtype-skip-layers if layers are left unquantised"
+ADVICE = (
+    ". Serve the model with --kv-cache-dtype auto. If layers are left unquantised, setting "
+    "boundary_layers=0 and removing --kv-cache-dtype-skip-layers may help, too"
 )
 
 
@@ -57,15 +57,15 @@ def group(own, *names):
     return KVCacheGroupSpec(list(names), own)
 
 
-def said(layers, *groups):
+def problems(layers, *groups):
     with pytest.raises(LayerPagesError) as caught:
         check_plan(layers, groups)
     message = str(caught.value)
-    assert message.endswith(WAY_OUT)
-    return message.removesuffix(WAY_OUT)
+    assert message.endswith(ADVICE)
+    return message.removesuffix(ADVICE)
 
 
-def test_layers_and_pages_that_agree_pass():
+def test_matching_layers_and_pages_pass():
     planned = replace(spec(), block_size=384, page_size_padded=2**18)
     layers = {
         "0": layer(quantised=False),
@@ -78,7 +78,7 @@ def test_layers_and_pages_that_agree_pass():
         layers,
         [
             group(spec(quantised=False, block_size=128), "0"),
-            # Listed, as the model runner does it later, or not.
+            # Layers that share pages are listed here, as the model runner does later, or not.
             group(planned, "1", "3"),
             group(spec(cls=SlidingWindowSpec, sliding_window=96, block_size=128), "2"),
             group(MambaSpec(block_size=16, shapes=((8,),), dtypes=(torch.uint8,)), "states"),
@@ -97,7 +97,7 @@ def test_pages_of_different_sizes_in_one_group_are_compared_by_layer():
     planned = UniformTypeKVCacheSpecs(block_size=64, kv_cache_specs=own)
     check_plan(layers, [group(planned, *own)])
     mixed = UniformTypeKVCacheSpecs(block_size=64, kv_cache_specs={**own, "2": own["1"]})
-    message = said(layers, group(mixed, *own))
+    message = problems(layers, group(mixed, *own))
     assert message.startswith("layer 2 cannot use the pages of KV cache group 0, which it shares ")
     assert "its head size is 128, theirs is 64" in message
 
@@ -106,7 +106,7 @@ def test_pages_in_a_group_with_different_sizes_cannot_be_shared():
     own = {"0": spec(quantised=False), "1": spec()}
     layers = {name: layer(own=value) for name, value in own.items()} | {"2": layer(target="1")}
     planned = UniformTypeKVCacheSpecs(block_size=64, kv_cache_specs=own)
-    message = said(layers, group(planned, *own))
+    message = problems(layers, group(planned, *own))
     assert message.startswith("layer 2 cannot use the pages of layer 1: vLLM does not share pages")
     assert "--disable-hybrid-kv-cache-manager" in message
 
@@ -117,7 +117,7 @@ def test_a_sharing_layer_with_another_dtype_stops_start_up(sharing_is_quantised)
         "model.layers.5": layer(quantised=not sharing_is_quantised),
         "model.layers.9": layer(quantised=sharing_is_quantised, target="model.layers.5"),
     }
-    message = said(layers, group(layers["model.layers.5"].spec, "model.layers.5"))
+    message = problems(layers, group(layers["model.layers.5"].spec, "model.layers.5"))
     assert message.startswith("layer model.layers.9 cannot use the pages of layer model.layers.5: ")
     dtypes = ("turboquant_k8v4 (TURBOQUANT_K8V4)", "NONE")
     if not sharing_is_quantised:
@@ -142,7 +142,7 @@ def test_a_sharing_layer_with_another_dtype_stops_start_up(sharing_is_quantised)
 def test_a_layer_in_a_group_with_other_pages_stops_start_up(fields, words):
     planned = spec(**fields)
     layers = {"a": layer(own=planned), "b": layer()}
-    message = said(layers, group(planned, "a", "b"))
+    message = problems(layers, group(planned, "a", "b"))
     assert "layer b cannot use the pages of KV cache group 0, which it shares with layer a: " in (
         message
     )
@@ -153,35 +153,37 @@ def test_a_layer_in_a_group_with_other_pages_stops_start_up(fields, words):
 def test_a_boundary_or_skipped_layer_among_quantised_ones_stops_start_up(quantised):
     layers = {str(index): layer(quantised=index > 1) for index in range(4)}
     planned = spec(quantised=quantised)
-    message = said(layers, group(planned, *layers))
+    message = problems(layers, group(planned, *layers))
     wrong = {"0", "1"} if quantised else {"2", "3"}
     assert {part.split()[1] for part in message.split("; ")} == wrong
 
 
-def test_a_draft_layer_that_shares_the_targets_pages_is_compared():
+def test_a_draft_layer_that_shares_pages_of_the_target_is_compared():
     target = "language_model.model.layers.14.self_attn.attn"
     draft = "draft_model.layers.2.self_attn.attn"
     layers = {target: layer(quantised=False, head_size=128), draft: layer(target=target)}
-    message = said(layers, group(layers[target].spec, target))
+    message = problems(layers, group(layers[target].spec, target))
     assert message.startswith(f"layer {draft} cannot use the pages of layer {target}: ")
     assert "its head size is 64, theirs is 128" in message
 
 
 def test_a_draft_layer_in_the_targets_group_is_compared():
     layers = {"model.layers.0": layer(), "model.layers.1": layer(kv_heads=1)}
-    message = said(layers, group(spec(), *layers))
+    message = problems(layers, group(spec(), *layers))
     assert message.startswith("layer model.layers.1 cannot use the pages of KV cache group 0, ")
     assert "its number of KV heads is 1, theirs is 2" in message
 
 
-def test_a_rank_has_its_own_layers_in_its_plan_and_no_others():
-    message = said({"model.layers.1": layer()}, group(spec(), "model.layers.0", "model.layers.1"))
+def test_a_plan_must_list_exactly_the_layers_of_its_rank():
+    message = problems(
+        {"model.layers.1": layer()}, group(spec(), "model.layers.0", "model.layers.1")
+    )
     assert message == "KV cache group 0 lists layer model.layers.0, which this rank lacks"
-    message = said(
+    message = problems(
         {"model.layers.0": layer(), "model.layers.1": layer()}, group(spec(), "model.layers.0")
     )
     assert message == "layer model.layers.1 uses the pages of layer model.layers.1, which has none"
-    message = said({"model.layers.9": layer(target="model.layers.1")})
+    message = problems({"model.layers.9": layer(target="model.layers.1")})
     assert message == "layer model.layers.9 uses the pages of layer model.layers.1, which has none"
 
 
@@ -202,28 +204,28 @@ def chunks(size):
         ({}, chunks(96), "it attends to all tokens, they keep chunks of 96 tokens"),
     ],
 )
-def test_pages_that_are_freed_too_early_stop_start_up(own, planned, words):
+def test_pages_that_vllm_would_free_too_early_stop_start_up(own, planned, words):
     layers = {"a": layer(**planned), "b": layer(target="a", **own)}
-    assert words in said(layers, group(layers["a"].spec, "a"))
+    assert words in problems(layers, group(layers["a"].spec, "a"))
 
 
 @pytest.mark.parametrize("planned", [{}, window(128), window(96)])
-def test_pages_that_are_kept_longer_than_needed_pass(planned):
+def test_pages_that_vllm_frees_later_than_needed_pass(planned):
     check_plan({"b": layer(**window(96))}, [group(spec(**planned), "b")])
 
 
 def test_a_backend_that_does_not_fit_the_dtype_stops_start_up():
     mixed = replace(layer(), backend="CPU_ATTN")
-    message = said({"a": mixed}, group(spec(), "a"))
+    message = problems({"a": mixed}, group(spec(), "a"))
     assert "its backend is CPU_ATTN and its cache dtype turboquant_k8v4" in message
     mixed = replace(layer(quantised=False), backend="TURBOQUANT")
-    message = said({"a": mixed}, group(spec(quantised=False), "a"))
+    message = problems({"a": mixed}, group(spec(quantised=False), "a"))
     assert "its backend is TURBOQUANT and its cache dtype auto" in message
 
 
 def test_an_attention_layer_with_a_states_pages_stops_start_up():
     state = MambaSpec(block_size=16, shapes=((8,),), dtypes=(torch.uint8,))
-    assert "planned by a MambaSpec" in said({"a": layer()}, group(state, "a"))
+    assert "planned by a MambaSpec" in problems({"a": layer()}, group(state, "a"))
 
 
 def view(*shape, dtype=torch.uint8):
@@ -255,7 +257,7 @@ def test_a_tensor_of_another_layout_stops_start_up(cache):
         check_views({"a": layer()}, {"a": cache})
 
 
-def test_a_sharing_layer_with_a_tensor_of_its_own_stops_start_up():
+def test_a_layer_that_shares_pages_and_has_its_own_tensor_stops_start_up():
     layers = {"a": layer(), "b": layer(target="a")}
     caches = {"a": view(3, 2, 32, 100), "b": view(3, 2, 32, 100)}
     with pytest.raises(LayerPagesError, match=r"layer b got the pages .* layer a, whose pages"):

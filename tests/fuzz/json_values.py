@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever JSON can hold, and documents that are right but for one thing."""
+"""Strategies for any JSON value, and for valid documents with one change."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 
 def json_values(*words: str, length: int = 20) -> st.SearchStrategy[Any]:
-    """Return a strategy of all that JSON can hold.
+    """Return a strategy of all JSON values.
 
     Args:
-        words: Texts that are to come up often.
-        length: Characters of other texts at most.
+        words: Frequent texts.
+        length: The most characters of other texts.
     """
     plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=length)
     if words:
@@ -34,35 +34,34 @@ def json_values(*words: str, length: int = 20) -> st.SearchStrategy[Any]:
 def with_a_change(
     draw: st.DrawFn, document: dict[str, Any], values: st.SearchStrategy[Any], names: Sequence[str]
 ) -> dict[str, Any]:
-    """Return a document in which one field is another value or missing.
+    """Return a document in which one field is missing or has another value.
 
     Args:
-        draw: Hypothesis's.
+        draw: Hypothesis's function.
         document: The document.
-        values: What a field may become.
-        names: Fields that the change may be about; those in objects within it are, as well.
+        values: New values of a field.
+        names: The fields that may change, or a field inside them.
     """
     document = copy.deepcopy(document)
-    place = document
+    parent = document
     name = draw(st.sampled_from(names), label="field")
-    while isinstance(inner := place.get(name), dict) and inner and draw(st.booleans()):
-        place, name = inner, draw(st.sampled_from(sorted(inner)))
+    while isinstance(inner := parent.get(name), dict) and inner and draw(st.booleans()):
+        parent, name = inner, draw(st.sampled_from(sorted(inner)))
     if draw(st.integers(0, 4)) == 0:
-        place.pop(name, None)
+        parent.pop(name, None)
     else:
-        place[name] = draw(values, label="value")
+        parent[name] = draw(values, label="value")
     return document
 
 
 @st.composite
 def damaged(draw: st.DrawFn, text: bytes) -> bytes:
-    """Return a text that is cut, or has other bytes in it."""
-    place = draw(st.integers(0, len(text)))
+    """Return a text that is cut or has inserted bytes."""
+    index = draw(st.integers(0, len(text)))
     if draw(st.booleans()):
-        return text[:place]
-    return text[:place] + draw(st.binary(min_size=1, max_size=4)) + text[place:]
+        return text[:index]
+    return text[:index] + draw(st.binary(min_size=1, max_size=4)) + text[index:]
 
 
 def encoded(document: Any) -> bytes:
-    """Return a document as a file has it."""
     return json.dumps(document).encode()

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of the kernels with whatever tensors: what they are asked for, or one message.
+"""Any call of the kernels writes exactly what it should, or is refused with one message.
 
-The same for every device. Caches and outputs stand between guards, and every byte of the memory is
-compared with what the reference leaves there.
+Caches and outputs are between guards, and every byte of the memory is compared with the reference.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ GUARD = 4096
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ANY_DTYPE = st.sampled_from((*DTYPES, torch.float64, torch.int32, torch.int64, torch.uint8))
-KINDS = ("dtype", "fewer", "flat", "turned", "spread", "one number", "elsewhere", "more dims")
+KINDS = ("dtype", "narrow", "flat", "transposed", "strided", "scalar", "meta", "more dims")
 
-# Made smaller an example takes minutes in the interpreter.
-HOW: dict[str, Any] = {"deadline": None, "database": None, "phases": [Phase.generate]}
+# Shrinking takes minutes in the interpreter.
+SETTINGS: dict[str, Any] = {"deadline": None, "database": None, "phases": [Phase.generate]}
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,9 @@ class Kernels:
     Attributes:
         store: `quantise_and_store`.
         attend: `paged_attention`.
-        layout: Of their pages.
-        refuses_slots: Whether slots past the end are refused without debug mode as well, and are
-            not passed over.
+        layout: The layout of their pages.
+        refuses_slots: Whether slots past the end are refused even without debug mode. Otherwise
+            they are ignored.
     """
 
     store: Callable[..., None]
@@ -50,7 +49,7 @@ class Kernels:
 
 @dataclass(frozen=True)
 class Change:
-    """A way to be another tensor than the one that is asked for."""
+    """A change of a tensor."""
 
     kind: str
     dtype: torch.dtype
@@ -58,21 +57,21 @@ class Change:
     count: int
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the tensor with another dtype, shape, strides or place."""
+        """Return the tensor with another dtype, shape, strides or device."""
         if self.kind == "dtype":
             return tensor.to(self.dtype)
-        if self.kind == "fewer":
+        if self.kind == "narrow":
             dim = self.dim % tensor.dim()
             return tensor.narrow(dim, 0, min(self.count, tensor.shape[dim]))
         if self.kind == "flat":
             return tensor.reshape(-1)
-        if self.kind == "turned" and tensor.dim() > 1:
+        if self.kind == "transposed" and tensor.dim() > 1:
             return tensor.transpose(-1, -2)
-        if self.kind == "spread":
+        if self.kind == "strided":
             return tensor.repeat_interleave(2, dim=-1)[..., ::2]
-        if self.kind == "one number" and tensor.numel():
+        if self.kind == "scalar" and tensor.numel():
             return tensor.flatten()[0]
-        if self.kind == "elsewhere":
+        if self.kind == "meta":
             return tensor.to("meta")
         if self.kind == "more dims":
             return tensor[None]
@@ -81,7 +80,7 @@ class Change:
 
 CHANGES = st.builds(
     Change,
-    st.sampled_from(("as it is",) * 3 * len(KINDS) + KINDS),
+    st.sampled_from(("unchanged",) * 3 * len(KINDS) + KINDS),
     ANY_DTYPE,
     st.integers(0, 3),
     st.integers(0, 4),
@@ -96,12 +95,12 @@ def guarded(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, t
 
 
 def inside(memory: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return what stands between the guards."""
+    """Return the tensor between the guards."""
     return memory[GUARD : len(memory) - GUARD].view(dtype).view(shape)
 
 
 def refusal(kernel: Any, *arguments: Any, **named: Any) -> str | None:
-    """Call a kernel and return what it refuses with, if it does; nothing else may come of it."""
+    """Call a kernel and return its refusal, or None. Any other error fails the test."""
     try:
         kernel(*arguments, **named)
     except ValueError as error:
@@ -110,9 +109,9 @@ def refusal(kernel: Any, *arguments: Any, **named: Any) -> str | None:
 
 
 def check_stores(kernels: Kernels, examples: int) -> None:
-    """Check that a store writes its slots as the reference does and nothing else, or refuses."""
+    """Check that a store writes exactly its slots, as the reference does, or is refused."""
 
-    @settings(max_examples=examples, **HOW)
+    @settings(max_examples=examples, **SETTINGS)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         tokens = data.draw(st.integers(0, 6), label="tokens")
@@ -132,26 +131,29 @@ def check_stores(kernels: Kernels, examples: int) -> None:
         )
         key, value, slot_mapping = change_key(key), change_value(value), change_slots(slot_mapping)
         cache = change_cache(cache)
-        # What is all elsewhere is a call on another device.
+        # With all tensors on another device, the call would not run here.
         assume(any(tensor.is_cpu for tensor in (key, value, slot_mapping, cache)))
         debug = data.draw(st.booleans(), label="debug")
-        said = refusal(kernels.store, key, value, cache, slot_mapping, debug=debug)
-        if said is not None:
-            assert said.startswith(("quantise_and_store: ", "k8v4 stores ")), said
+        message = refusal(kernels.store, key, value, cache, slot_mapping, debug=debug)
+        if message is not None:
+            assert message.startswith(("quantise_and_store: ", "k8v4 stores ")), message
             assert torch.equal(memory, before)
             return
-        there = cache.shape[0] * PAGE_SIZE
+        num_slots = cache.shape[0] * PAGE_SIZE
         named = [slot for slot in slot_mapping.tolist() if slot >= 0]
-        written = [slot for slot in named if slot < there]
+        written = [slot for slot in named if slot < num_slots]
         if debug or kernels.refuses_slots:
             assert written == named
         if len(set(written)) < len(written):
             assert not debug
-            # Which of two tokens is stored is not defined, and so not compared.
+            # It is undefined which of two tokens is stored, so their blocks are not compared.
             expected = before.clone()
-            blocks, now = inside(expected, shape, torch.uint8), inside(memory, shape, torch.uint8)
+            blocks, actual = (
+                inside(expected, shape, torch.uint8),
+                inside(memory, shape, torch.uint8),
+            )
             for block in {slot // PAGE_SIZE for slot in written}:
-                blocks[block] = now[block]
+                blocks[block] = actual[block]
             assert torch.equal(memory, expected)
             return
         if not written:
@@ -159,23 +161,23 @@ def check_stores(kernels: Kernels, examples: int) -> None:
             return
         expected = before.clone()
         quantised = reference.quantise(key[: len(slot_mapping)], value[: len(slot_mapping)])
-        past = slot_mapping >= there
+        past = slot_mapping >= num_slots
         reference.store(
             quantised,
             change_cache(inside(expected, shape, torch.uint8)),
             slot_mapping.masked_fill(past, -1).long(),
             kernels.layout,
         )
-        if change_cache.kind != "spread":  # which is a copy
+        if change_cache.kind != "strided":  # "strided" makes a copy
             assert torch.equal(memory, expected)
 
     check()
 
 
 def check_attention_in_debug_mode(kernels: Kernels, examples: int) -> None:
-    """Check that attention in debug mode reads what is there and writes its rows, or refuses."""
+    """Check that attention in debug mode reads valid blocks and writes its rows, or is refused."""
 
-    @settings(max_examples=examples, **HOW)
+    @settings(max_examples=examples, **SETTINGS)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         def numbers(low: int, high: int, count: int) -> torch.Tensor:
@@ -199,32 +201,32 @@ def check_attention_in_debug_mode(kernels: Kernels, examples: int) -> None:
         query = torch.randn(tokens, 2 * HEADS, HEAD_SIZE).to(dtype)
         memory, out = guarded((tokens, 2 * HEADS, HEAD_SIZE), dtype)
         before, before_cache = memory.clone(), cache.clone()
-        given_ = [query, cache, table, lengths, starts, out]
-        for place in range(len(given_)):
-            given_[place] = data.draw(CHANGES)(given_[place])
-        assume(any(tensor.is_cpu for tensor in given_))
+        arguments = [query, cache, table, lengths, starts, out]
+        for index in range(len(arguments)):
+            arguments[index] = data.draw(CHANGES)(arguments[index])
+        assume(any(tensor.is_cpu for tensor in arguments))
         sinks = data.draw(st.none() | CHANGES, label="sinks")
         lse = data.draw(st.none() | CHANGES, label="lse")
-        said = refusal(
+        message = refusal(
             kernels.attend,
-            *given_,
+            *arguments,
             scale=0.1,
             sinks=None if sinks is None else sinks(torch.zeros(2 * HEADS)),
             lse=None if lse is None else lse(torch.zeros(tokens, 2 * HEADS)),
             debug=True,
         )
         assert torch.equal(cache, before_cache)
-        if said is not None:
-            assert said.startswith(("k8v4 attention: ", "k8v4 stores ")), said
+        if message is not None:
+            assert message.startswith(("k8v4 attention: ", "k8v4 stores ")), message
             assert torch.equal(memory, before)
             return
-        _, cache, table, lengths, starts, out = given_
+        _, cache, table, lengths, starts, out = arguments
         for request, length in enumerate(lengths.tolist()):
             named = table[request, : -(-length // PAGE_SIZE)].tolist()
             assert len(named) * PAGE_SIZE >= length
             assert set(named) <= set(range(len(cache)))
         if out.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr():
-            # Rows behind the last request are padding.
+            # Rows after the last request are padding.
             end = GUARD + int(starts[-1]) * (out[0].nbytes if len(out) else 0)
             assert torch.equal(memory[:GUARD], before[:GUARD])
             assert torch.equal(memory[end:], before[end:])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever tensors the CPU kernels are given: what they are asked for, or one message."""
+"""Any tensors give the right result of the CPU kernels or one message."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_store_writes_its_slots_or_nothing() -> None:
     check_stores(KERNELS, 250)
 
 
-def test_attention_in_debug_mode_reads_what_is_there_or_refuses() -> None:
+def test_attention_in_debug_mode_reads_valid_blocks_or_refuses() -> None:
     check_attention_in_debug_mode(KERNELS, 200)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever is in a model's config.json: a plan, or one line that names the file or the field."""
+"""Any config.json gives a plan or one line that names the file or the field."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ MODELS = [
     json.loads((SHAPES[name] / "config.json").read_text())
     for name in ("llama-3.1-8b", "gemma-3-27b", "gpt-oss-20b", "llama-4-scout")
 ]
-"""One of text alone, two of more than text, one whose weights are quantised."""
+"""A text model, two multimodal models, and one with quantised weights."""
 
 LLAMA, HYBRID = MODELS[0], json.loads(large_state_config().to_json_string())
-READ_HERE = (
+READ_BY_US = (
     *("architectures", "model_type", "quantization_config", "text_config", "llm_config"),
     *("dtype", "num_hidden_layers"),
 )
-"""Fields that are read before vLLM is asked."""
+"""Fields that our code reads before vLLM."""
 
 VALUES = json_values("LlamaForCausalLM", "llama", "fp8", "modelopt", "bfloat16") | st.sampled_from(
     (
@@ -48,7 +48,7 @@ VALUES = json_values("LlamaForCausalLM", "llama", "fp8", "modelopt", "bfloat16")
 
 
 def described_as(content: bytes) -> str:
-    """Return what is said of a file, which is "" where it describes a model."""
+    """Return the error message of a file, or "" if it describes a model."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
         path.write_bytes(content)
@@ -61,7 +61,7 @@ def described_as(content: bytes) -> str:
 
 
 CONFIGS = st.sampled_from(MODELS).flatmap(
-    lambda config: with_a_change(config, VALUES, (*READ_HERE, *sorted(config)))
+    lambda config: with_a_change(config, VALUES, (*READ_BY_US, *sorted(config)))
 )
 FILES = (
     CONFIGS.map(encoded)
@@ -82,25 +82,25 @@ FILES = (
 @example(encoded({**LLAMA, "text_config": {"architectures": [[]], "model_type": {}}}))
 @example(encoded({**LLAMA, "text_config": {"quantization_config": 5}}))
 @given(FILES)
-def test_any_file_describes_a_model_or_is_refused_in_words(content):
-    said = described_as(content)
-    assert not said or said.startswith("FILE") or "is multimodal" in said, said
-    assert len(said) < 600
+def test_any_file_describes_a_model_or_is_refused(content):
+    message = described_as(content)
+    assert not message or message.startswith("FILE") or "is multimodal" in message, message
+    assert len(message) < 600
 
 
 @pytest.mark.parametrize("name", ["n" * 5000, "a\0b", "/dev/null", "/proc/self/mem"])
-def test_a_path_that_is_no_file_is_refused(name):
+def test_a_path_that_is_not_a_file_is_refused(name):
     with pytest.raises(DescriptionError), described(Path(name)):
         pass
 
 
 @pytest.fixture(scope="module")
 def invoke() -> Iterator[Callable[..., Result]]:
-    """A function that runs a command in this process, for each would take 10 s to import vLLM."""
-    kept, level = dict(os.environ), logging.getLogger("vllm").level
+    """Runs a command in this process, because a new process takes 10 s to import vLLM."""
+    before, level = dict(os.environ), logging.getLogger("vllm").level
     yield lambda *arguments: CliRunner().invoke(app, [*map(str, arguments)])
     os.environ.clear()
-    os.environ.update(kept)
+    os.environ.update(before)
     logging.getLogger("vllm").setLevel(level)
 
 
@@ -108,17 +108,17 @@ def assert_done_or_refused(done: Result, command: str) -> None:
     assert done.exit_code in (0, 2), done.exception
     assert isinstance(done.exception, SystemExit | None), repr(done.exception)
     if done.exit_code == 2:
-        # A replay shows how far it has come.
+        # A replay shows its progress.
         (line,) = (line for line in done.stderr.splitlines() if "hit rate" not in line)
         assert line.startswith(f"vllm-hybrid-kv {command}: "), line
 
 
-ASKED_BY_VLLM = (
+READ_BY_VLLM = (
     *("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "layer_types"),
     *("num_hidden_layers", "max_position_embeddings", "vocab_size", "rope_parameters", "dtype"),
     *("num_experts", "linear_num_key_heads", "linear_key_head_dim", "linear_conv_kernel_dim"),
 )
-"""Fields that vLLM and transformers read as they build the layers."""
+"""Fields that vLLM and transformers read when they build the layers."""
 
 WRONG = st.sampled_from((0, -1, 3, 2**40, 1e300, 0.5, "", "7", None, True, [], {}, ["x"], [[0]]))
 
@@ -126,7 +126,7 @@ WRONG = st.sampled_from((0, -1, 3, 2**40, 1e300, 0.5, "", "7", None, True, [], {
 @settings(
     max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(config=with_a_change(HYBRID, WRONG, ASKED_BY_VLLM))
+@given(config=with_a_change(HYBRID, WRONG, READ_BY_VLLM))
 def test_any_model_is_planned_and_replayed_or_refused_in_one_line(invoke, tmp_path, config):
     path = tmp_path / "changed.json"
     path.write_bytes(encoded(config))
@@ -140,14 +140,14 @@ def test_any_model_is_planned_and_replayed_or_refused_in_one_line(invoke, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         ((), "request 2 of the trace has 20,480 prompt tokens and 120 answer tokens, more than"),
         (("--limit", "1", "--json", "/dev/full"), "--json: /dev/full: No space left on device"),
         (("--limit", "1", "--plot", "/proc/rates.png"), "--plot: /proc/rates.png: "),
     ],
 )
-def test_what_cannot_be_replayed_or_written_ends_with_one_line(invoke, tmp_path, more, said):
+def test_a_failed_replay_or_output_file_ends_with_one_line(invoke, tmp_path, more, message):
     (tmp_path / "hybrid.json").write_bytes(encoded(HYBRID))
     trace = tmp_path / "trace.jsonl"
     long: list[Any] = [TracedRequest(0, 600, 4, (1, 2)), TracedRequest(0, 20480, 120, (3,) * 40)]
@@ -155,4 +155,4 @@ def test_what_cannot_be_replayed_or_written_ends_with_one_line(invoke, tmp_path,
     done = invoke("replay", trace, "--model", tmp_path / "hybrid.json", "--memory", "1GiB", *more)
     assert_done_or_refused(done, "replay")
     assert done.exit_code == 2
-    assert said in done.stderr
+    assert message in done.stderr

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever is in `--additional-config` and the environment: settings, or one message."""
+"""Any `--additional-config` and environment give settings or one message."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from vllm_hybrid_kv.settings import ENVIRONMENT_PREFIX, SECTION, Settings, envir
 
 FIELDS = tuple(Settings.model_fields)
 
-ANYTHING = json_values("stock", "auto", "lcm", "true", "interpreter", "0")
+ANY_JSON = json_values("stock", "auto", "lcm", "true", "interpreter", "0")
 NAMES = st.sampled_from(FIELDS) | st.text(max_size=20)
-SECTIONS = st.dictionaries(NAMES, ANYTHING, max_size=4) | ANYTHING
+SECTIONS = st.dictionaries(NAMES, ANY_JSON, max_size=4) | ANY_JSON
 VALUES = st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=20)
 VARIABLES = st.dictionaries(
     st.sampled_from([*map(environment_name, FIELDS), ENVIRONMENT_PREFIX + "FIELD", "PATH"]),
@@ -47,23 +47,23 @@ def test_any_section_and_environment_give_settings_or_one_message(section, envir
             else:
                 assert getattr(answer, field) == Settings.model_fields[field].default
     else:
-        # Of what was given something is named.
-        given_names = [*map(str, section)] if isinstance(section, dict) else [repr(section)]
-        assert any(
-            name in answer or repr(name) in answer for name in (*given_names, *environment)
-        ), answer
+        # The message names a part of the input.
+        names = [*map(str, section)] if isinstance(section, dict) else [repr(section)]
+        assert any(name in answer or repr(name) in answer for name in (*names, *environment)), (
+            answer
+        )
 
 
 @settings(max_examples=200, deadline=None)
-@given(ANYTHING)
-def test_a_config_that_is_not_ours_gives_the_defaults(additional_config):
+@given(ANY_JSON)
+def test_a_config_without_our_section_gives_the_defaults(additional_config):
     if isinstance(additional_config, dict):
         additional_config.pop(SECTION, None)
     assert resolved(additional_config, {}) == Settings()
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(max_size=20).filter(lambda name: name not in FIELDS), ANYTHING)
+@given(st.text(max_size=20).filter(lambda name: name not in FIELDS), ANY_JSON)
 def test_an_unknown_name_is_refused_with_the_valid_ones(name, value):
     with pytest.raises(HybridKVSettingsError) as error:
         resolve({SECTION: {name: value}}, {})

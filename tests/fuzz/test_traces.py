@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever is in a trace: requests, or a message that names the file and the line."""
+"""Any trace is read or refused with a message that names the file and the line."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def requests(draw: st.DrawFn) -> TracedRequest:
 
 @st.composite
 def lines(draw: st.DrawFn) -> bytes:
-    """Return a request's line with something about it changed."""
+    """Return a request's line, maybe with a changed field or damaged bytes."""
     request = draw(requests())
     fields: dict[str, Any] = {**vars(request), "hash_ids": list(request.hash_ids)}
     kind = draw(st.sampled_from(("a field", "bytes", "nothing")))
@@ -49,7 +49,7 @@ def lines(draw: st.DrawFn) -> bytes:
 
 
 def read(content: bytes) -> tuple[list[TracedRequest], str]:
-    """Return a file's requests, or none and what is said instead."""
+    """Return a file's requests, or none and the error message."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.jsonl"
         path.write_bytes(content)
@@ -64,10 +64,10 @@ def read(content: bytes) -> tuple[list[TracedRequest], str]:
 @example([b"[" * 100_000])
 @example([b'{"input_length": ' + b"1" * 5000 + b"}"])
 @given(st.lists(lines() | st.binary(max_size=30), max_size=4))
-def test_any_lines_are_read_or_refused_with_the_file_and_the_line(content):
-    found, message = read(b"\n".join(content))
-    assert found or message.startswith(("FILE, line ", "FILE has no requests"))
-    for request in found:
+def test_any_lines_are_read_or_refused_with_file_and_line(content):
+    requests_read, message = read(b"\n".join(content))
+    assert requests_read or message.startswith(("FILE, line ", "FILE has no requests"))
+    for request in requests_read:
         assert request.input_length > 0 < request.output_length
         assert isinstance(request.timestamp, int) or math.isfinite(request.timestamp)
         assert len(request.hash_ids) == -(-request.input_length // BLOCK_TOKENS)
@@ -76,7 +76,7 @@ def test_any_lines_are_read_or_refused_with_the_file_and_the_line(content):
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(requests(), min_size=1, max_size=5))
-def test_what_is_written_is_read_again(written):
+def test_a_written_trace_is_read_back(written):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.jsonl"
         write_trace(path, written)
@@ -85,13 +85,13 @@ def test_what_is_written_is_read_again(written):
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(requests(), min_size=1, max_size=6))
-def test_every_request_of_a_trace_has_its_tokens(trace):
+def test_every_request_of_a_trace_has_the_right_number_of_tokens(trace):
     conversations = Conversations(trace)
     for index, request in enumerate(trace):
         prompt, answer = conversations.tokens(index)
         assert (len(prompt), len(answer)) == (request.input_length, request.output_length)
 
 
-def test_a_folder_is_no_trace(tmp_path):
+def test_a_folder_is_refused(tmp_path):
     with pytest.raises(TraceError, match="cannot be read"):
         read_trace(tmp_path)

@@ -134,6 +134,6 @@ def test_a_model_with_latent_attention_is_refused_by_name(hybrid):
         rule(SimpleNamespace(num_hidden_layers=6), hybrid=hybrid, mla=True)
     assert str(caught.value) == (
         "model some/model: --kv-cache-dtype turboquant_k8v4 cannot serve this model: multi-head "
-        "latent attention (MLA) has a latent cache of its own. Serve the model with "
+        "latent attention (MLA) has its own latent cache. Serve the model with "
         "--kv-cache-dtype auto"
     )

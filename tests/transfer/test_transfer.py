@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What pages carry with them when they leave an engine, and who may carry them."""
+"""The fingerprint of pages that leave an engine, and the connectors that can carry them."""
 
 import json
 import logging
@@ -27,28 +27,31 @@ K8V4 = "turboquant_k8v4"
 
 
 @pytest.fixture(autouse=True)
-def _active(unregistered, monkeypatch):
+def _active(unregistered):
     plugin.register()
 
 
-def transfer(connector, role="kv_both", **more):
-    return KVTransferConfig(kv_connector=connector, kv_role=role, **more)
+def deactivate():
+    """Make vLLM behave as on a server without the plugin."""
+    STATE.active_patches.undo()
+
+
+def transfer(connector, **more):
+    return KVTransferConfig(kv_connector=connector, kv_role="kv_both", **more)
 
 
 @pytest.fixture
 def engine(make_config):
     """Sets up an engine's configuration in this process."""
 
-    def make(dtype=K8V4, connector="NixlConnector", role="kv_both", **more):
-        wanted = transfer(connector, role)
-        return make_config(kv_cache_dtype=dtype, kv_transfer_config=wanted, **more)
+    def make(dtype=K8V4, connector="NixlConnector", **more):
+        return make_config(kv_cache_dtype=dtype, kv_transfer_config=transfer(connector), **more)
 
     return make
 
 
-def test_a_fingerprint_says_what_two_engines_must_share(engine):
-    config = engine(block_size=128)
-    found = fingerprint.fingerprint_of(config)
+def test_a_fingerprint_contains_what_two_engines_must_share(engine):
+    found = fingerprint.fingerprint_of(engine(block_size=128))
     assert found.fields() == {
         "plugin": plugin.__version__,
         "page_format": 1,
@@ -65,7 +68,7 @@ def test_a_fingerprint_says_what_two_engines_must_share(engine):
 @pytest.mark.parametrize(
     "field", ["plugin", "page_format", "arrangement", "page_tokens", "unquantised"]
 )
-def test_whatever_differs_makes_another_fingerprint(field, engine, monkeypatch):
+def test_any_difference_changes_the_fingerprint(field, engine, monkeypatch):
     config = engine(block_size=128)
     before = fingerprint.fingerprint_of(config)
     if field == "plugin":
@@ -73,7 +76,7 @@ def test_whatever_differs_makes_another_fingerprint(field, engine, monkeypatch):
     elif field == "page_format":
         monkeypatch.setattr(k8v4, "FORMAT_VERSION", 2)
     elif field == "arrangement":
-        # As on GPUs, whose kernels the interpreter runs.
+        # The GPU kernels, which the interpreter runs, have another layout.
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         monkeypatch.setenv("VLLM_HYBRID_KV_CPU_ISA", "interpreter")
         monkeypatch.setattr(STATE, "engine_settings", None)
@@ -87,7 +90,7 @@ def test_whatever_differs_makes_another_fingerprint(field, engine, monkeypatch):
     assert after.digest != before.digest
 
 
-def test_another_cache_has_none(engine):
+def test_an_engine_with_another_cache_has_no_fingerprint(engine):
     engine("auto")
     assert fingerprint.current_fingerprint() is None
     assert fingerprint.marked("vllm") == "vllm"
@@ -97,17 +100,18 @@ def compatibility(config):
     return nixl.compute_nixl_compatibility_hash(config, "TURBOQUANT", "pull")
 
 
-def test_the_handshake_of_nixl_holds_it_in_words_behind_vllms_own_hash(engine):
-    ours = compatibility(engine(block_size=128))
-    STATE.active_patches.undo()
-    theirs = compatibility(STATE.engine_config)
-    assert ours == f"{theirs} [{fingerprint.current_fingerprint()}]"
+def test_the_nixl_handshake_contains_the_fingerprint_after_vllms_hash(engine):
+    config = engine(block_size=128)
+    words = fingerprint.current_fingerprint()
+    ours = compatibility(config)
+    deactivate()
+    assert ours == f"{compatibility(config)} [{words}]"
 
 
-def test_the_handshake_of_another_cache_is_vllms_own(engine):
+def test_the_nixl_handshake_of_another_cache_is_unchanged(engine):
     config = engine("auto")
     ours = compatibility(config)
-    STATE.active_patches.undo()
+    deactivate()
     assert compatibility(config) == ours
 
 
@@ -118,7 +122,7 @@ def none_hash(monkeypatch):
     return kv_cache_utils.NONE_HASH
 
 
-def test_the_hashes_of_blocks_differ_from_those_of_a_server_without_the_plugin(engine, monkeypatch):
+def test_block_hashes_differ_from_those_of_a_server_without_the_plugin(engine, monkeypatch):
     engine(block_size=128)
     ours = none_hash(monkeypatch)
     assert kv_cache_utils.get_none_hash_seed().endswith(
@@ -128,12 +132,12 @@ def test_the_hashes_of_blocks_differ_from_those_of_a_server_without_the_plugin(e
     assert none_hash(monkeypatch) != ours
     engine("auto")
     unquantised = none_hash(monkeypatch)
-    STATE.active_patches.undo()
+    deactivate()
     assert none_hash(monkeypatch) == unquantised != ours
 
 
 def stored(config):
-    """What a store on disk is named and says of its pages, see vLLM's tier `fs`."""
+    """Return the name and the description of a store on disk, see vLLM's tier `fs`."""
     spec = FullAttentionSpec(
         block_size=128, num_kv_heads=2, head_size=64, dtype=torch.uint8, state_content_bytes=100
     )
@@ -143,11 +147,11 @@ def stored(config):
     return mapper.base_path, mapper.get_run_config()
 
 
-def test_a_store_of_the_offloading_connector_is_named_by_it(engine):
+def test_the_name_of_an_offloading_store_contains_the_fingerprint(engine):
     config = engine(block_size=128)
     path, fields = stored(config)
     assert fields["dtype"] == f"{K8V4} [{fingerprint.current_fingerprint()}]"
-    STATE.active_patches.undo()
+    deactivate()
     stock_path, stock_fields = stored(config)
     assert stock_fields == {**fields, "dtype": K8V4}
     assert path != stock_path
@@ -155,16 +159,11 @@ def test_a_store_of_the_offloading_connector_is_named_by_it(engine):
 
 @pytest.fixture
 def folder_of(engine, tmp_path):
-    """Where ExampleConnector keeps the pages of a prompt, for an engine of some settings."""
+    """Returns the folder in which ExampleConnector stores the pages of a prompt."""
 
     def find(dtype=K8V4, rank=0, **more):
-        config = engine(
-            dtype,
-            "ExampleConnector",
-            # vLLM turns it off itself where it chooses.
-            disable_hybrid_kv_cache_manager=True,
-            **more,
-        )
+        # vLLM disables the hybrid manager itself if it may choose.
+        config = engine(dtype, "ExampleConnector", disable_hybrid_kv_cache_manager=True, **more)
         options = config.kv_transfer_config.kv_connector_extra_config
         options["shared_storage_path"] = str(tmp_path)
         config.parallel_config.rank = rank
@@ -175,89 +174,81 @@ def folder_of(engine, tmp_path):
     return find
 
 
-def test_a_folder_of_prompts_is_not_where_a_server_without_the_plugin_looks(folder_of, tmp_path):
+def test_prompts_are_not_stored_where_a_server_without_the_plugin_looks(folder_of, tmp_path):
     ours = folder_of()
     words = str(fingerprint.current_fingerprint())
-    STATE.active_patches.undo()
-    theirs = folder_of()
-    assert ours != theirs
+    deactivate()
+    assert ours != folder_of()
     (manifest,) = tmp_path.glob("*/hybrid_kv.json")
     assert ours.startswith(str(manifest.parent))
     assert json.loads(manifest.read_text())["words"] == words
 
 
-def test_another_cache_keeps_its_prompts_where_vllm_does(folder_of, tmp_path):
+def test_prompts_of_another_cache_are_stored_where_vllm_stores_them(folder_of, tmp_path):
     assert folder_of("auto").startswith(str(tmp_path))
     assert not list(tmp_path.glob("hybrid_kv*"))
 
 
-def test_two_processes_of_a_model_do_not_write_over_each_others_pages(folder_of):
+def test_the_ranks_of_a_model_have_different_folders(folder_of):
     assert folder_of(rank=0) != folder_of(rank=1)
 
 
-def test_pages_of_another_format_in_a_folder_are_named_and_not_read(folder_of, log, monkeypatch):
+def test_pages_of_another_format_in_a_store_are_logged_and_not_read(folder_of, log, monkeypatch):
     first = folder_of(block_size=128)
     assert folder_of(block_size=128) == first
     assert not log.lines(logging.WARNING)
     monkeypatch.setattr(k8v4, "FORMAT_VERSION", 2)
     assert folder_of(block_size=128) != first
     (line,) = log.lines(logging.WARNING)
-    assert "holds pages that this engine does not read" in line
-    assert "They are: hybrid_kv" in line
-    assert "k8v4 format 1, " in line
-    assert "k8v4 format 2, " in line
+    theirs, _, ours = line.partition(". This engine uses: ")
+    assert "holds pages that this engine does not read: hybrid_kv" in theirs
+    assert "k8v4 format 1, " in theirs
+    assert "k8v4 format 2, " in ours
 
 
-def test_a_manifest_that_cannot_be_read_is_another_format(folder_of, tmp_path, log):
+def test_an_unreadable_manifest_counts_as_another_format(folder_of, tmp_path, log):
     broken = tmp_path / "hybrid_kv-0" / "hybrid_kv.json"
     broken.parent.mkdir()
     broken.write_text('{"words"')
     folder_of()
     (line,) = log.lines(logging.WARNING)
-    assert f"unknown, for {broken} cannot be read" in line
+    assert f"unknown, because {broken} cannot be read" in line
 
 
 @pytest.fixture
 def check(engine):
-    """Checks a connector as start-up does, whether or not what it needs is installed."""
+    """Checks a connector as start-up does, even if its dependencies are not installed."""
     config = engine()
 
-    def run(*args, **more):
+    def run(*args, on_cpu=True, **more):
         config.kv_transfer_config = transfer(*args, **more)
-        connectors.check_connectors(config, on_cpu=True)
+        connectors.check_connectors(config, on_cpu=on_cpu)
 
     return run
 
 
 @pytest.mark.parametrize("name", sorted(connectors.REFUSED))
-def test_a_connector_that_cannot_carry_its_pages_is_refused_by_name(name, check):
-    with pytest.raises(HybridKVError, match=rf"KV connector {name} cannot carry {K8V4} pages: "):
+def test_a_connector_that_cannot_carry_pages_is_refused_with_those_that_can(name, check):
+    message = (
+        rf"KV connector {name} cannot carry {K8V4} pages: .*\. Use one of NixlConnector, .*, or "
+        "serve the model with --kv-cache-dtype auto"
+    )
+    with pytest.raises(HybridKVError, match=message):
         check(name)
 
 
 @pytest.mark.parametrize("name", connectors.GPU_ONLY)
-def test_offloading_to_memory_is_refused_where_the_cache_is_in_memory(name, check):
-    with pytest.raises(HybridKVError, match=f"{name} .*: it copies between a GPU and"):
+def test_offloading_to_host_memory_is_refused_only_on_cpus(name, check):
+    with pytest.raises(HybridKVError, match=f"{name} .*: it copies between a GPU and .* Remove it"):
         check(name)
-    # One that another package brings may do something else.
-    check("OffloadingConnector", kv_connector_extra_config={"spec_module_path": "theirs"})
+    # The offloading spec of another package may work on CPUs.
+    check(name, kv_connector_extra_config={"spec_module_path": "theirs"})
+    check(name, on_cpu=False)
 
 
-def test_on_gpus_offloading_to_memory_is_not_refused(engine):
-    config = engine()
-    for name in connectors.GPU_ONLY:
-        config.kv_transfer_config = transfer(name)
-        connectors.check_connectors(config, on_cpu=False)
-
-
-def test_a_refusal_stops_start_up(engine):
+def test_a_refused_connector_stops_start_up(engine):
     with pytest.raises(HybridKVError, match="LMCacheConnectorV1 cannot carry"):
         engine(connector="LMCacheConnectorV1")
-
-
-def test_the_refusal_says_what_carries_them(check):
-    with pytest.raises(HybridKVError, match=r"Use one of NixlConnector, .* --kv-cache-dtype auto"):
-        check("DecodeBenchConnector")
 
 
 def test_another_cache_may_have_any_connector(engine):
@@ -265,38 +256,38 @@ def test_another_cache_may_have_any_connector(engine):
 
 
 @pytest.mark.parametrize("name", ["NixlConnector", "NixlPushConnector", "ExampleConnector"])
-def test_a_connector_that_carries_them_starts(name, engine):
+def test_a_supported_connector_starts(name, engine):
     assert engine(connector=name).kv_transfer_config.kv_connector == name
 
 
-def test_every_connector_of_vllm_is_known():
-    known = {*connectors.CARRIERS, *connectors.REFUSED, *connectors.WITHOUT_PAGES, "MultiConnector"}
-    assert known == set(KVConnectorFactory._registry)
+def test_every_connector_of_vllm_is_classified():
+    known = {*connectors.SUPPORTED, *connectors.REFUSED, *connectors.WITHOUT_PAGES}
+    assert {*known, "MultiConnector"} == set(KVConnectorFactory._registry)
 
 
-def test_of_several_connectors_each_is_asked(check):
-    def several(*names):
+def test_each_child_of_a_multi_connector_is_checked(check):
+    def check_all(*names):
         children = [{"kv_connector": name, "kv_role": "kv_both"} for name in names]
         check("MultiConnector", kv_connector_extra_config={"connectors": children})
 
-    several("NixlConnector", "ExampleConnector")
+    check_all("NixlConnector", "ExampleConnector")
     with pytest.raises(HybridKVError, match="MooncakeConnector"):
-        several("NixlConnector", "MooncakeConnector")
+        check_all("NixlConnector", "MooncakeConnector")
 
 
-def test_the_handshake_cannot_be_switched_off(check):
-    with pytest.raises(HybridKVError, match="Leave enforce_handshake_compat as it is"):
+def test_the_handshake_cannot_be_disabled(check):
+    with pytest.raises(HybridKVError, match="Remove enforce_handshake_compat from its options"):
         check("NixlConnector", kv_connector_extra_config={"enforce_handshake_compat": False})
 
 
-def test_of_a_connector_of_another_package_a_warning_says_what_is_not_known(check, log):
+def test_a_connector_of_another_package_causes_a_warning(check, log):
     check("TheirConnector", kv_connector_module_path="theirs")
     (line,) = log.lines(logging.WARNING)
-    assert "Of the KV connector TheirConnector of theirs nothing is known" in line
+    assert "The KV connector TheirConnector of theirs is not known to support" in line
 
 
 def plan(padded_to, layers=2):
-    """A plan with a group of so many layers whose pages hold 65,536 bytes."""
+    """A plan with one group of layers whose pages hold 65,536 bytes."""
     spec = FullAttentionSpec(
         block_size=128,
         num_kv_heads=2,
@@ -308,25 +299,25 @@ def plan(padded_to, layers=2):
     return KVCacheConfig(10, [], [KVCacheGroupSpec(names, spec)])
 
 
-def test_padded_pages_are_refused_before_nixl_fails_to_cut_them(engine):
-    config = engine()
-    words = (
-        r"NixlConnector cannot take pages that are padded, as those of layer layers\.0 are: 65,536 "
-        r"bytes in 76,800; set boundary_layers, which is 2, to 0, or serve"
+@pytest.mark.parametrize(
+    ("boundary_layers", "advice"),
+    [(2, r"set boundary_layers=0 \(it is 2\), or serve the model"), (0, "serve the model")],
+)
+def test_padded_pages_are_refused_before_nixl_fails_to_cut_them(engine, boundary_layers, advice):
+    message = (
+        r"NixlConnector cannot take pages that are padded, such as those of layer layers\.0, which "
+        rf"use 65,536 of 76,800 bytes; {advice} with --kv-cache-dtype auto"
     )
-    with pytest.raises(HybridKVError, match=words):
-        connectors.check_pages(config, plan(76_800), 2)
-    with pytest.raises(HybridKVError, match=r"76,800; serve the model with --kv-cache-dtype auto"):
-        connectors.check_pages(config, plan(76_800), 0)
+    with pytest.raises(HybridKVError, match=message):
+        connectors.check_pages(engine(), plan(76_800), boundary_layers)
 
 
-def test_pages_that_nixl_can_cut_are_not_refused(engine):
+def test_pages_that_nixl_can_cut_are_accepted(engine):
     config = engine()
     connectors.check_pages(config, plan(None), 2)
     connectors.check_pages(config, plan(65_536), 2)
-    # One layer alone has the memory for itself.
+    # A single layer has its own memory.
     connectors.check_pages(config, plan(76_800, layers=1), 2)
-    config.kv_transfer_config = transfer("ExampleConnector")
-    connectors.check_pages(config, plan(76_800), 2)
-    config.kv_transfer_config = None
-    connectors.check_pages(config, plan(76_800), 2)
+    for other in (transfer("ExampleConnector"), None):
+        config.kv_transfer_config = other
+        connectors.check_pages(config, plan(76_800), 2)

@@ -1,55 +1,62 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's attention backend interface over the k8v4 kernels.
 
-One backend class, one metadata builder (`metadata.py`) and one implementation for every device;
-`device.py` picks the kernels. A layer's cache is vLLM's
-`[num_blocks, num_kv_heads, block_size, slot_bytes]` uint8 view; to the kernels each
-`[block_size, slot_bytes]` region of it is one k8v4 region (see `kernels/k8v4.py`), whose inner
-arrangement is none of vLLM's business: connectors and offloading move whole pages of bytes.
+One backend class, one metadata builder and one implementation serve every device;
+`kernel_factory.py` picks the kernels. A layer's cache is vLLM's uint8 view
+`[num_blocks, num_kv_heads, block_size, slot_bytes]`. The kernels treat each
+`[block_size, slot_bytes]` region of it as one k8v4 region (see `kernels/k8v4.py`). vLLM does not
+depend on the arrangement inside: connectors and offloading move whole pages of bytes.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionLayer,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
     AttentionType,
+    CommonAttentionMetadata,
     MultipleOf,
+    max_decode_query_len,
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from vllm_hybrid_kv.attention import unsupported as refusal
+from vllm_hybrid_kv.attention import unsupported
 from vllm_hybrid_kv.attention.kernel_factory import Kernels, kernels_for
-from vllm_hybrid_kv.attention.metadata import K8V4Metadata, K8V4MetadataBuilder
-from vllm_hybrid_kv.attention.unsupported import UnsupportedLayerError
 from vllm_hybrid_kv.constants import BACKEND, CACHE_DTYPE
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.state import STATE
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.platforms.interface import DeviceCapability
-
+    from vllm.v1.kv_cache_interface import KVCacheSpec
 
 ROCM_GPUS = ("gfx942", "gfx950")
 
 
 def refuse_rocm_gpu(name: str) -> str | None:
-    """Return why the kernels are not right on one of AMD's GPUs, or None if they are.
+    """Return why the kernels cannot run on an AMD GPU, or None if they can.
 
     Args:
         name: Architecture as ROCm names it, such as `gfx90a:sramecc+:xnack-`.
     """
     if name.split(":")[0] in ROCM_GPUS:
         return None
-    # Value codes are fp16 subnormals: gfx90a multiplies them as zeros, and RDNA was never compiled.
-    return f"k8v4 kernels run on {' and '.join(ROCM_GPUS)} of AMD's GPUs, not on {name}"
+    # Value codes are fp16 subnormals: gfx90a multiplies them as zeros. RDNA was never compiled.
+    return f"of AMD's GPUs the k8v4 kernels run on {' and '.join(ROCM_GPUS)}, not on {name}"
 
 
 def _gfx_name() -> str:
@@ -70,73 +77,65 @@ class K8V4AttentionBackend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        """Return the registry name that vLLM looks this backend up by."""
         return BACKEND
 
     @staticmethod
     def get_impl_cls() -> type[K8V4AttentionImpl]:
-        """Return the class that runs one layer."""
         return K8V4AttentionImpl
 
     @staticmethod
     def get_builder_cls() -> type[K8V4MetadataBuilder]:
-        """Return the class that prepares one step for a group of layers."""
         return K8V4MetadataBuilder
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        """Return the page sizes in tokens: any multiple of a tile."""
         return [MultipleOf(k8v4.TILE_TOKENS)]
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
-        """Say whether heads of this size can be stored."""
         return k8v4.unsupported_head_size(head_size) is None
 
     @classmethod
     def supports_sink(cls) -> bool:
-        """Attention sinks are computed."""
         return True
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
-        """Sliding windows are computed."""
         return True
 
     @classmethod
     def supports_non_causal(cls) -> bool:
-        """Bidirectional attention over the paged cache is computed."""
         return True
 
     @classmethod
     def supports_compute_capability(cls, capability: DeviceCapability) -> bool:
-        """Say whether Triton compiles for an NVIDIA GPU."""
+        # What Triton compiles for.
         return (capability.major, capability.minor) >= (7, 5)
 
     @classmethod
     def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
-        """Return why a layer on a GPU cannot be served, as vLLM asks every backend, in words."""
+        """Return the reasons why a layer cannot be served on this GPU."""
         reasons = super().validate_configuration(*args, **kwargs)
         if current_platform.is_rocm() and (reason := refuse_rocm_gpu(_gfx_name())) is not None:
             reasons.append(reason)
         if not cls.supports_kv_cache_dtype(kwargs.get("kv_cache_dtype")):
             return reasons
-        refused = refusal.refuse_selection(SimpleNamespace(**kwargs))
-        return reasons if refused is None else [*reasons, f"{refused}; {refused.advice}"]
+        refusal = unsupported.refuse_selection(SimpleNamespace(**kwargs))
+        return reasons if refusal is None else [*reasons, f"{refusal}; {refusal.advice}"]
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """Return the one layout in which a head's part of a block is contiguous."""
+        """Return the only layout in which a head's part of a block is contiguous."""
         return (KVCacheLayout.LBHNC,)
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Give a layer's spec the k8v4 slot, `slot_bytes(D)` bytes per token and KV head."""
+        """Return a layer's spec with the k8v4 slot: `slot_bytes(D)` bytes per token and KV head."""
         if spec.state_content_bytes is not None or not spec.kv_quant_mode.is_turboquant:
             return spec
         value_size = getattr(spec, "head_size_v", None) or spec.head_size
-        if (refused := refusal.refuse_value_size(spec.head_size, value_size)) is not None:
-            raise UnsupportedLayerError(refused)
+        if (refusal := unsupported.refuse_value_size(spec.head_size, value_size)) is not None:
+            raise unsupported.UnsupportedLayerError(refusal)
         slot = k8v4.slot_bytes(spec.head_size)
         customised = replace(spec, state_content_bytes=slot)
         expected = spec.block_size * spec.num_kv_heads * slot
@@ -144,13 +143,145 @@ class K8V4AttentionBackend(AttentionBackend):
             raise RuntimeError(
                 f"vLLM counts {customised.real_page_size_bytes} bytes for a page of "
                 f"{spec.block_size} tokens and {spec.num_kv_heads} KV heads of {slot} bytes, "
-                f"not {expected}; this vLLM is not the one that the plugin knows"
+                f"expected {expected}; install a supported vLLM without changes to its code"
             )
         return customised
 
 
+@dataclass
+class K8V4Metadata(AttentionMetadata):
+    """What the layers of one KV group share in a step. All tensors are on the device.
+
+    Lengths are the exact ones that the model runner keeps on the device. Its bounds on the host,
+    which count rejected draft tokens as accepted, are never used.
+
+    Attributes:
+        num_tokens: Tokens of the step, including those that pad a captured graph.
+        max_query_len: The most new tokens of a request.
+        query_start_loc: int32 [B + 1], offsets of the requests' tokens.
+        seq_lens: int32 [B], exact lengths including the step's tokens.
+        block_table: int32 [B, max blocks].
+        causal: Whether a query attends only to its own and earlier positions.
+        plans: The kernels' work plans by the layer parameters that they depend on. The first layer
+            that needs a plan makes it.
+    """
+
+    num_tokens: int
+    max_query_len: int
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    causal: bool
+    plans: dict[Hashable, Any]
+
+
+class K8V4MetadataBuilder(AttentionMetadataBuilder[K8V4Metadata]):
+    """Builds a step's metadata for both model runners of vLLM.
+
+    It computes nothing of a step. The first layer plans the work on the device, from the tensors
+    that the runner writes anew for every step. A captured graph contains the planning and so
+    follows lengths that change.
+    """
+
+    # Groups of equal specs differ only in their block tables.
+    supports_update_block_table = True
+    supports_draft_decode_metadata_update = True
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._decode_query_len = max_decode_query_len(vllm_config)
+        layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names)
+        # Compile and test while the engine starts, not in its first request.
+        kernels_for(device, STATE.settings).warm_up(
+            {name: layer.impl for name, layer in layers.items()},
+            kv_cache_spec,
+            vllm_config.model_config.dtype,
+            device,
+            max_requests=vllm_config.scheduler_config.max_num_seqs,
+        )
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
+    ) -> AttentionCGSupport:
+        if current_platform.is_cuda_alike():
+            return AttentionCGSupport.UNIFORM_BATCH
+        return AttentionCGSupport.NEVER
+
+    @classmethod
+    def get_varlen_cudagraph_max_query_len(
+        cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
+    ) -> int | None:
+        """Return how many new tokens a request may have in a replayed decode graph.
+
+        The graph's plan reads the actual numbers from the device.
+        """
+        return max_decode_query_len(vllm_config)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> K8V4Metadata:
+        """Return the metadata of one step.
+
+        Raises:
+            ValueError: The batch mixes causal and bidirectional requests.
+        """
+        common = common_attn_metadata
+        if isinstance(common.causal, torch.Tensor):
+            raise ValueError(
+                f"layers {', '.join(self.layer_names)}: a batch that mixes causal and "
+                f"bidirectional requests cannot be served from a {CACHE_DTYPE} cache; serve the "
+                "model with --kv-cache-dtype auto"
+            )
+        return K8V4Metadata(
+            num_tokens=common.num_actual_tokens,
+            # Adaptive verification may give a request more drafts on the device than on the host.
+            max_query_len=max(common.max_query_len, self._decode_query_len),
+            query_start_loc=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            causal=common.causal,
+            plans={},
+        )
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> K8V4Metadata:
+        """Return the metadata of a batch to capture, with the shortest possible lengths.
+
+        The lengths are the runner's own tensor, which it writes before each replay.
+        """
+        metadata = self.build(0, common_attn_metadata)
+        # vLLM sets the longest lengths, which would make the runs before a capture slow.
+        metadata.seq_lens.fill_(metadata.max_query_len)
+        return metadata
+
+    def update_block_table(
+        self, metadata: K8V4Metadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> K8V4Metadata:
+        """Return the metadata of another KV group with the same spec, which shares the plans."""
+        return replace(metadata, block_table=blk_table)
+
+    def update_draft_decode_metadata(self, metadata: K8V4Metadata) -> None:
+        """Drop the plans, because the lengths change with a draft's next token."""
+        metadata.plans.clear()
+
+
 class K8V4AttentionImpl(AttentionImpl[K8V4Metadata]):
-    """Stores one layer's keys and values and attends to them."""
+    """Stores one layer's keys and values and attends to them.
+
+    Raises:
+        UnsupportedLayerError: The kernels do not implement a parameter of the layer.
+    """
 
     def __init__(
         self,
@@ -167,16 +298,14 @@ class K8V4AttentionImpl(AttentionImpl[K8V4Metadata]):
         sinks: torch.Tensor | None = None,
         **extra: Any,
     ) -> None:
-        """Take a layer's parameters from vLLM.
-
-        Raises:
-            UnsupportedLayerError: The layer needs what the kernels do not compute.
-        """
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads or num_heads
         self.head_size = head_size
         self.scale = float(scale)
-        reason = refusal.refuse_implementation(
+        if kv_cache_dtype != CACHE_DTYPE:
+            refusal = unsupported.refuse_cache_dtype(kv_cache_dtype, head_size)
+            raise unsupported.UnsupportedLayerError(refusal)
+        reason = unsupported.refuse_implementation(
             num_heads=num_heads,
             num_kv_heads=self.num_kv_heads,
             head_size=head_size,
@@ -184,10 +313,8 @@ class K8V4AttentionImpl(AttentionImpl[K8V4Metadata]):
             attn_type=attn_type,
             extra=extra,
         )
-        if kv_cache_dtype != CACHE_DTYPE:
-            reason = refusal.refuse_cache_dtype(kv_cache_dtype, head_size)
         if reason is not None:
-            raise UnsupportedLayerError(reason)
+            raise unsupported.UnsupportedLayerError(reason)
         self.kv_cache_dtype = kv_cache_dtype
         self.sliding_window = sliding_window
         self.soft_cap = float(logits_soft_cap or 0.0)
@@ -196,7 +323,7 @@ class K8V4AttentionImpl(AttentionImpl[K8V4Metadata]):
         self._kernels: Kernels | None = None
 
     def _kernels_for(self, tensor: torch.Tensor) -> Kernels:
-        # Not when the layer is made: its weights may move to another device after that.
+        # Not in the constructor: weights may move to another device after it.
         if self._kernels is None:
             self._kernels = kernels_for(tensor.device, STATE.settings)
         return self._kernels
@@ -213,8 +340,8 @@ class K8V4AttentionImpl(AttentionImpl[K8V4Metadata]):
 
         Args:
             layer: The attention layer.
-            key: [T, num_kv_heads, head_size], T at least the number of slots.
-            value: Likewise.
+            key: [T, num_kv_heads, head_size]; T is at least the number of slots.
+            value: The same shape as `key`.
             kv_cache: uint8 [num_blocks, num_kv_heads, block_size, slot_bytes].
             slot_mapping: int64 slots; a negative one is not written.
         """
@@ -232,18 +359,18 @@ class K8V4AttentionImpl(AttentionImpl[K8V4Metadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend with a step's queries to the cache, which already holds their own tokens.
+        """Attend with a step's queries to the cache, which already holds the step's own tokens.
 
         Args:
             layer: The attention layer.
             query: [T, num_heads, head_size].
-            key: Not read: its tokens are in the cache.
-            value: Not read, likewise.
+            key: Not read, because its tokens are in the cache.
+            value: Not read.
             kv_cache: uint8 [num_blocks, num_kv_heads, block_size, slot_bytes].
             attn_metadata: The step's metadata; None while vLLM profiles memory.
             output: [T, num_heads, head_size], written for all but padding tokens.
-            output_scale: Must be None; no fused output quantisation.
-            output_block_scale: Must be None, likewise.
+            output_scale: Must be None: output quantisation is not fused.
+            output_block_scale: Must be None.
 
         Returns:
             `output`.

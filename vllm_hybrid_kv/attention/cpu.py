@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU kernels as the backend calls them."""
+"""The CPU kernels behind the attention backend."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_hybrid_kv.attention.kernel_factory import require_known_answers
+from vllm_hybrid_kv.attention.kernel_factory import require_known_answers, variant_of
 from vllm_hybrid_kv.kernels import cpu
-from vllm_hybrid_kv.kernels.known_answer import Attend, Call, Variant, steps
+from vllm_hybrid_kv.kernels.known_answer import Attend, Call, steps
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
 
+    from vllm_hybrid_kv.attention.backend import K8V4Metadata
     from vllm_hybrid_kv.attention.kernel_factory import Layer
-    from vllm_hybrid_kv.attention.metadata import K8V4Metadata
 
 _ROWS = (1, 2, 4, 8, 16, 65)
-"""Most rows of each way in which the CPU kernels multiply; above 64 keys are not split."""
+"""The most rows of each code path of the CPU kernels. Above 64 rows, keys are not split."""
 
 
 class CpuKernels:
     """Stores and attends on CPUs.
 
     Args:
-        isa: The instructions that they use.
-        debug: Whether they check block tables and slots.
+        isa: The instructions to use.
+        debug: Whether to check block tables and slots.
     """
 
     def __init__(self, isa: str, *, debug: bool) -> None:
@@ -43,22 +43,6 @@ class CpuKernels:
         *,
         max_requests: int,
     ) -> None:
-        """Compile what the layers of a KV group will call, and compare it with known answers."""
-
-        def variant_of(layer: Layer) -> Variant:
-            # The kernels take the number of KV heads as it comes; two show wrong strides.
-            heads = min(layer.num_kv_heads, 2)
-            return Variant(
-                layer.head_size,
-                heads * (layer.num_heads // layer.num_kv_heads),
-                heads,
-                spec.block_size,
-                dtype,
-                layer.sliding_window is not None,
-                layer.soft_cap > 0,
-                None if layer.sinks is None else layer.sinks.dtype,
-            )
-
         def batches(layer: Layer) -> list[tuple[list[int], Attend]]:
             return [(steps(layer.num_heads // layer.num_kv_heads, _ROWS), self._attend_known)]
 
@@ -66,7 +50,8 @@ class CpuKernels:
         require_known_answers(
             f"cpu:{self._isa}",
             layers,
-            variant_of,
+            # The kernels loop over KV heads; two are enough to expose wrong strides.
+            lambda one: variant_of(one, spec.block_size, dtype, min(one.num_kv_heads, 2)),
             batches,
             cpu.quantise_and_store,
             device,
@@ -87,7 +72,7 @@ class CpuKernels:
         cpu.paged_attention(**call._asdict(), plan=plan, isa=self._isa)
 
     def reserve(self, layer: Layer, device: torch.device) -> None:
-        """Nothing: partial results are a few KiB for each thread."""
+        """Do nothing, because partial results take a few KiB per thread."""
 
     def store(
         self,
@@ -96,7 +81,6 @@ class CpuKernels:
         cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """Quantise tokens into their slots."""
         cpu.quantise_and_store(key, value, cache, slot_mapping, debug=self._debug)
 
     def attend(
@@ -107,11 +91,10 @@ class CpuKernels:
         cache: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        """Attend to the cache."""
-        kind = (layer.num_heads, layer.sliding_window)
-        plan = metadata.plans.get(kind)
+        key = (layer.num_heads, layer.sliding_window)
+        plan = metadata.plans.get(key)
         if plan is None:
-            plan = metadata.plans[kind] = cpu.plan_attention(
+            plan = metadata.plans[key] = cpu.plan_attention(
                 metadata.seq_lens,
                 metadata.query_start_loc,
                 num_heads=layer.num_heads,

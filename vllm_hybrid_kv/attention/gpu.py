@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPU kernels as the backend calls them."""
+"""The GPU kernels behind the attention backend."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
-from vllm_hybrid_kv.attention.kernel_factory import require_known_answers
+from vllm_hybrid_kv.attention.kernel_factory import require_known_answers, variant_of
 from vllm_hybrid_kv.kernels import triton
-from vllm_hybrid_kv.kernels.known_answer import Attend, Call, Variant, steps
+from vllm_hybrid_kv.kernels.known_answer import Attend, Call, steps
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
 
+    from vllm_hybrid_kv.attention.backend import K8V4Metadata
     from vllm_hybrid_kv.attention.kernel_factory import Layer
-    from vllm_hybrid_kv.attention.metadata import K8V4Metadata
 
 
 class GpuKernels:
     """Stores and attends on GPUs, or in Triton's interpreter.
 
     Args:
-        debug: Whether slots and block tables are checked, which waits for the device; not while
-            a graph is captured.
+        debug: Whether to check slots and block tables, which waits for the device. Nothing is
+            checked while a graph is captured.
     """
 
     def __init__(self, *, debug: bool) -> None:
@@ -41,11 +41,8 @@ class GpuKernels:
         *,
         max_requests: int,
     ) -> None:
-        """Compile what the layers of a KV group will call, and compare it with known answers.
-
-        Triton's interpreter takes seconds for some hundred tokens: it tests decodes alone.
-        """
         if device.type == "cpu":
+            # Triton's interpreter takes seconds for a hundred tokens.
             self.test(layers, spec.block_size, dtype, device, "interpreter", decodes_only=True)
             return
         self.test(layers, spec.block_size, dtype, device, torch.cuda.get_device_name(device))
@@ -62,32 +59,20 @@ class GpuKernels:
         *,
         decodes_only: bool = False,
     ) -> None:
-        """Compare every program that layers may launch with known answers."""
-
-        def variant_of(layer: Layer) -> Variant:
-            return Variant(
-                layer.head_size,
-                layer.num_heads,
-                layer.num_kv_heads,
-                page_size,
-                dtype,
-                layer.sliding_window is not None,
-                layer.soft_cap > 0,
-                None if layer.sinks is None else layer.sinks.dtype,
-            )
+        """Compare every program that the layers may launch with known answers."""
 
         def batches(layer: Layer) -> list[tuple[list[int], Attend]]:
             if decodes_only:
                 return [([1], _attend_known)]
             counts = steps(layer.num_heads // layer.num_kv_heads, triton.MOST_ROWS)
-            # Batches of many row tiles are not split, which is a kernel of its own.
+            # Batches with many row tiles are not split and use another kernel.
             whole = partial(_attend_known, split=False)
             return [*(([count], _attend_known) for count in counts), (counts[-1:], whole)]
 
         require_known_answers(
             f"triton:{name}",
             layers,
-            variant_of,
+            lambda one: variant_of(one, page_size, dtype, one.num_kv_heads),
             batches,
             triton.quantise_and_store,
             device,
@@ -95,7 +80,6 @@ class GpuKernels:
         )
 
     def reserve(self, layer: Layer, device: torch.device) -> None:
-        """Take the scratch memory that any step of a layer may need from vLLM's workspace."""
         _scratch(layer, device)
 
     def store(
@@ -105,7 +89,6 @@ class GpuKernels:
         cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """Quantise tokens into their slots."""
         debug = self._debug and not _capturing(cache.device)
         triton.quantise_and_store(key, value, cache, slot_mapping, debug=debug)
 
@@ -117,13 +100,12 @@ class GpuKernels:
         cache: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        """Attend to the cache."""
         capturing = _capturing(query.device)
-        # A graph must make the plan itself: one from before it would hold the lengths of then.
-        kind = (layer.num_heads, layer.sliding_window, capturing)
-        plan = metadata.plans.get(kind)
+        # A graph must make the plan itself; an earlier plan would hold the lengths at capture.
+        key = (layer.num_heads, layer.sliding_window, capturing)
+        plan = metadata.plans.get(key)
         if plan is None:
-            plan = metadata.plans[kind] = triton.plan_attention(
+            plan = metadata.plans[key] = triton.plan_attention(
                 metadata.seq_lens,
                 metadata.query_start_loc,
                 metadata.num_tokens,
@@ -159,9 +141,8 @@ def _capturing(device: torch.device) -> bool:
 def _scratch(layer: Layer, device: torch.device) -> torch.Tensor:
     """Return float32 scratch memory for one call of `paged_attention`.
 
-    vLLM's workspace is shared by all layers and is locked once it has warmed up. Its size here
-    depends on the layer and the device alone, so that what was reserved while vLLM profiled
-    memory is enough for every batch.
+    All layers share vLLM's workspace, which is locked after the warm-up. The size depends only on
+    the layer and the device, so the memory reserved while vLLM profiles is enough for every batch.
     """
     numbers = triton.largest_scratch(layer.num_kv_heads, layer.head_size, device)
     if not is_workspace_manager_initialized():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels of each kind of device, as the backend calls them."""
+"""The interface between the attention backend and the kernels of each device."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from vllm_hybrid_kv.settings import INTERPRETER, Settings
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
 
-    from vllm_hybrid_kv.attention.metadata import K8V4Metadata
+    from vllm_hybrid_kv.attention.backend import K8V4Metadata
 
 
 class Layer(Protocol):
-    """What the kernels are told of a layer.
+    """The parameters of a layer that the kernels need.
 
     Attributes:
         num_heads: Query heads.
         num_kv_heads: KV heads.
         head_size: Dims of a head.
         scale: Factor of the scores.
-        sliding_window: Tokens that a query sees back, itself included, or None.
-        soft_cap: Bound of the scores, 0 for none.
+        sliding_window: Tokens that a query sees back, including its own, or None.
+        soft_cap: Bound of the scores; 0 if there is no bound.
         sinks: [num_heads], scores of the sinks, or None.
     """
 
@@ -56,17 +56,17 @@ class Kernels(Protocol):
 
         Args:
             layers: The layers by name.
-            spec: Their KV cache.
-            dtype: Of queries, keys and values.
-            device: Where they run.
-            max_requests: Requests of a step at most.
+            spec: Their KV cache spec.
+            dtype: Dtype of queries, keys and values.
+            device: The layers' device.
+            max_requests: The most requests of a step.
 
         Raises:
             HybridKVKernelError: A kernel's result is wrong.
         """
 
     def reserve(self, layer: Layer, device: torch.device) -> None:
-        """Take the scratch memory that any step of a layer may need, while vLLM profiles memory."""
+        """Allocate the scratch memory of any step of a layer, while vLLM profiles memory."""
 
     def store(
         self,
@@ -75,7 +75,7 @@ class Kernels(Protocol):
         cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """Quantise tokens into their slots; see `quantise_and_store` of the kernels."""
+        """Quantise tokens into their slots; see the kernels' `quantise_and_store`."""
 
     def attend(
         self,
@@ -85,7 +85,30 @@ class Kernels(Protocol):
         cache: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        """Attend to the cache; see `paged_attention` of the kernels."""
+        """Attend to the cache; see the kernels' `paged_attention`."""
+
+
+def variant_of(
+    layer: Layer, page_size: int, dtype: torch.dtype, num_kv_heads: int
+) -> known_answer.Variant:
+    """Return the kernels that a layer calls.
+
+    Args:
+        layer: The layer.
+        page_size: Tokens of a page.
+        dtype: Dtype of queries, keys and values.
+        num_kv_heads: KV heads of the test, each with the layer's number of query heads.
+    """
+    return known_answer.Variant(
+        layer.head_size,
+        num_kv_heads * (layer.num_heads // layer.num_kv_heads),
+        num_kv_heads,
+        page_size,
+        dtype,
+        layer.sliding_window is not None,
+        layer.soft_cap > 0,
+        None if layer.sinks is None else layer.sinks.dtype,
+    )
 
 
 def require_known_answers(
@@ -95,18 +118,18 @@ def require_known_answers(
     batches: Callable[[Layer], Sequence[tuple[Sequence[int], known_answer.Attend]]],
     store: known_answer.Store,
     device: torch.device,
-    instead: str,
+    advice: str,
 ) -> None:
     """Test the kernels of each different layer once; see `known_answer.require`.
 
     Args:
         path: Name of the kernels.
         layers: The layers by name.
-        variant_of: Which kernels a layer calls.
-        batches: New tokens of the requests of each batch, and the attention kernel for it.
+        variant_of: The kernels that a layer calls.
+        batches: Each batch's new tokens per request, and its attention kernel.
         store: The store kernel.
-        device: Where both run.
-        instead: What to do if the kernels are wrong.
+        device: The kernels' device.
+        advice: What to do if the kernels are wrong.
 
     Raises:
         HybridKVKernelError: A kernel's result is wrong.
@@ -118,14 +141,14 @@ def require_known_answers(
         except known_answer.WrongKernelError as error:
             alike = sum(variant_of(other) == variant for other in layers.values()) - 1
             more = f" and {alike} more" if alike else ""
-            raise HybridKVKernelError(f"layer {name}{more}: {error}. {instead}") from None
+            raise HybridKVKernelError(f"layer {name}{more}: {error}. {advice}") from None
 
 
 def kernels_for(device: torch.device, settings: Settings) -> Kernels:
     """Return the kernels that run on a device.
 
     Raises:
-        HybridKVSettingsError: The settings ask for instructions that this CPU has not.
+        HybridKVSettingsError: This CPU lacks the instructions of the setting `cpu_isa`.
     """
     if device.type == "cpu" and (isa := settings.kernel_isa()) != INTERPRETER:
         from vllm_hybrid_kv.attention.cpu import CpuKernels

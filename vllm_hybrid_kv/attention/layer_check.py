@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares what every attention layer reads and writes with the pages that it was given.
+"""Compares what every attention layer reads and writes with its pages.
 
 A layer fixes its page layout when it is built: backend, cache dtype, head size, KV heads. Its pages
-are planned elsewhere, from the specs of the layers that own a cache. Where the two differ, the
-layer would read bytes that mean something else, and nothing later would notice.
+are planned from the specs of the layers that own a cache. If the two differ, the layer reads bytes
+of another meaning, and nothing later would notice.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheSpec
 
-INSTEAD = (
-    "Serve the model with --kv-cache-dtype auto, or with boundary_layers 0 and without "
-    "--kv-cache-dtype-skip-layers if layers are left unquantised"
+ADVICE = (
+    "Serve the model with --kv-cache-dtype auto. If layers are left unquantised, setting "
+    "boundary_layers=0 and removing --kv-cache-dtype-skip-layers may help, too"
 )
 
 
@@ -44,7 +44,7 @@ class LayerPagesError(HybridKVError):
     """A layer would read or write pages of another layout than its own."""
 
     def __init__(self, disagreements: Sequence[str]) -> None:
-        super().__init__(f"{'; '.join(disagreements)}. {INSTEAD}")
+        super().__init__(f"{'; '.join(disagreements)}. {ADVICE}")
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ class BuiltLayer:
 
 
 def built_layers(layers: Mapping[str, Any], vllm_config: VllmConfig) -> dict[str, BuiltLayer]:
-    """Return the attention layers with a KV cache among a rank's layers, by name.
+    """Return a rank's attention layers with a KV cache, by name.
 
     Args:
         layers: vLLM's layers by name, of the model and of a draft model.
-        vllm_config: The engine's.
+        vllm_config: The engine's configuration.
     """
     built = {}
     for name, layer in layers.items():
@@ -90,13 +90,13 @@ def built_layers(layers: Mapping[str, Any], vllm_config: VllmConfig) -> dict[str
 def check_k8v4_layers(layers: Mapping[str, Any]) -> None:
     """Check that every layer that was built for a k8v4 cache can have one.
 
-    vLLM asks no backend about sizes of values, and models may choose a backend themselves.
+    vLLM does not ask a backend about the size of values, and a model may choose a backend itself.
 
     Args:
         layers: vLLM's layers by name.
 
     Raises:
-        UnsupportedLayerError: A layer cannot.
+        UnsupportedLayerError: A layer cannot have a k8v4 cache.
     """
     for name, layer in layers.items():
         if getattr(layer, "kv_cache_dtype", None) != CACHE_DTYPE:
@@ -115,46 +115,50 @@ def check_plan(layers: Mapping[str, BuiltLayer], groups: Iterable[KVCacheGroupSp
 
     Args:
         layers: The rank's attention layers by name.
-        groups: The rank's KV cache groups. Layers that share pages may be listed or not.
+        groups: The rank's KV cache groups. They may list the layers that share pages or not.
 
     Raises:
-        LayerPagesError: A layer and its pages differ; the message names all such layers.
+        LayerPagesError: A layer and its pages differ. The message names all such layers.
     """
     planned: dict[str, tuple[KVCacheSpec, str]] = {}
     per_layer: set[str] = set()
-    found = []
+    problems = []
     for number, group in enumerate(groups):
         for name in group.layer_names:
             owner = (layers[name].target if name in layers else None) or name
-            spec = _spec_of(group.kv_cache_spec, owner)
-            if spec is None:
-                found.append(f"KV cache group {number} lists layer {name} and has no pages for it")
-                continue
-            planned[name] = (spec, _group_of(name, group, number))
-            if isinstance(group.kv_cache_spec, UniformTypeKVCacheSpecs):
+            spec: KVCacheSpec | None = group.kv_cache_spec
+            if isinstance(spec, UniformTypeKVCacheSpecs):
+                spec = spec.kv_cache_specs.get(owner)
                 per_layer.add(name)
+            if spec is None:
+                problems.append(
+                    f"KV cache group {number} lists layer {name} and has no pages for it"
+                )
+                continue
+            planned[name] = (spec, _pages_of_group(name, group, number))
             if isinstance(spec, AttentionSpec) and name not in layers:
-                found.append(f"KV cache group {number} lists layer {name}, which this rank lacks")
+                problems.append(
+                    f"KV cache group {number} lists layer {name}, which this rank lacks"
+                )
     for name, layer in layers.items():
         owner = layer.target or name
         if owner not in planned:
-            found.append(f"layer {name} uses the pages of layer {owner}, which has none")
+            problems.append(f"layer {name} uses the pages of layer {owner}, which has none")
             continue
-        spec, place = planned[owner]
+        spec, pages = planned[owner]
         if layer.target is not None:
-            place = f"the pages of layer {layer.target}"
+            pages = f"the pages of layer {layer.target}"
             if owner in per_layer:
-                # vLLM's model runners look the layer up among the group's specs: a KeyError.
-                found.append(
-                    f"layer {name} cannot use {place}: vLLM does not share pages in a KV cache "
-                    "group whose layers have pages of different sizes, as "
-                    "--disable-hybrid-kv-cache-manager makes them"
+                # vLLM's model runners look up the layer in the group's specs: a KeyError.
+                problems.append(
+                    f"layer {name} cannot use {pages}: vLLM does not share pages in a KV cache "
+                    "group whose layers have pages of different sizes, as with "
+                    "--disable-hybrid-kv-cache-manager"
                 )
-        differences = _differences(layer, spec)
-        if differences:
-            found.append(f"layer {name} cannot use {place}: {', '.join(differences)}")
-    if found:
-        raise LayerPagesError(found)
+        if differences := _differences(layer, spec):
+            problems.append(f"layer {name} cannot use {pages}: {', '.join(differences)}")
+    if problems:
+        raise LayerPagesError(problems)
 
 
 def check_views(layers: Mapping[str, BuiltLayer], caches: Mapping[str, torch.Tensor]) -> None:
@@ -165,9 +169,9 @@ def check_views(layers: Mapping[str, BuiltLayer], caches: Mapping[str, torch.Ten
         caches: The tensor of each layer's pages, [blocks, KV heads, block size, slot] for k8v4.
 
     Raises:
-        LayerPagesError: A tensor has another layout; the message has the numbers.
+        LayerPagesError: A tensor has another layout. The message contains the numbers.
     """
-    found = []
+    problems = []
     for name, layer in layers.items():
         cache, spec = caches[name], layer.spec
         if layer.cache_dtype == CACHE_DTYPE:
@@ -180,43 +184,39 @@ def check_views(layers: Mapping[str, BuiltLayer], caches: Mapping[str, torch.Ten
                 or shape[2] % k8v4.TILE_TOKENS
                 or cache.stride()[2:] != (slot, 1)
             ):
-                found.append(
+                problems.append(
                     f"layer {name} got a {cache.dtype} cache of shape {list(shape)} and strides "
                     f"{list(cache.stride())}; its pages are uint8 [blocks, {spec.num_kv_heads}, "
                     f"a multiple of {k8v4.TILE_TOKENS}, {slot}]"
                 )
         if (chunk := getattr(spec, "attention_chunk_size", None)) and chunk % cache.shape[2]:
-            found.append(
+            problems.append(
                 f"layer {name} attends to chunks of {chunk} tokens, and its block of "
                 f"{cache.shape[2]} tokens does not divide them"
             )
         if layer.target is not None:
-            ours, targets = _place(cache), _place(caches[layer.target])
-            if ours != targets:
-                found.append(
-                    f"layer {name} got the pages {ours}, and layer {layer.target}, whose pages it "
+            own, targets = _location(cache), _location(caches[layer.target])
+            if own != targets:
+                problems.append(
+                    f"layer {name} got the pages {own}, and layer {layer.target}, whose pages it "
                     f"uses, got {targets}"
                 )
-    if found:
-        raise LayerPagesError(found)
+    if problems:
+        raise LayerPagesError(problems)
 
 
-def _spec_of(spec: KVCacheSpec, owner: str) -> KVCacheSpec | None:
-    return spec.kv_cache_specs.get(owner) if isinstance(spec, UniformTypeKVCacheSpecs) else spec
-
-
-def _group_of(name: str, group: KVCacheGroupSpec, number: int) -> str:
+def _pages_of_group(name: str, group: KVCacheGroupSpec, number: int) -> str:
     other = next((other for other in group.layer_names if other != name), None)
-    with_whom = "" if other is None else f", which it shares with layer {other}"
-    return f"the pages of KV cache group {number}{with_whom}"
+    shared = "" if other is None else f", which it shares with layer {other}"
+    return f"the pages of KV cache group {number}{shared}"
 
 
 def _differences(layer: BuiltLayer, planned: KVCacheSpec) -> list[str]:
-    """Say how a layer's own pages differ from the planned ones, its own value first."""
+    """Describe how a layer's own pages differ from the planned ones, its own value first."""
     own = layer.spec
     found = []
-    ours = layer.cache_dtype == CACHE_DTYPE
-    if (layer.backend == BACKEND) != ours:
+    is_k8v4 = layer.cache_dtype == CACHE_DTYPE
+    if (layer.backend == BACKEND) != is_k8v4:
         found.append(f"its backend is {layer.backend} and its cache dtype {layer.cache_dtype}")
     if not isinstance(planned, AttentionSpec):
         kind = type(planned).__name__
@@ -239,7 +239,7 @@ def _differences(layer: BuiltLayer, planned: KVCacheSpec) -> list[str]:
             found.append(f"its {what} is {mine}, theirs is {theirs}")
     if not _keeps_enough(own, planned):
         found.append(f"it attends to {_reach(own)}, they keep {_reach(planned)}")
-    if ours and planned.block_size % k8v4.TILE_TOKENS:
+    if is_k8v4 and planned.block_size % k8v4.TILE_TOKENS:
         found.append(
             f"its block is a multiple of {k8v4.TILE_TOKENS} tokens, theirs has {planned.block_size}"
         )
@@ -257,7 +257,7 @@ def _page(spec: AttentionSpec, planned: AttentionSpec) -> str:
 
 
 def _keeps_enough(own: AttentionSpec, planned: AttentionSpec) -> bool:
-    """Whether the planned pages keep every token that the layer attends to."""
+    """Return whether the planned pages keep every token that the layer attends to."""
     if isinstance(planned, ChunkedLocalAttentionSpec):
         return _reach(own) == _reach(planned)
     if isinstance(planned, SlidingWindowSpec):
@@ -274,5 +274,5 @@ def _reach(spec: AttentionSpec) -> str:
     return "all tokens"
 
 
-def _place(cache: Any) -> str:
+def _location(cache: Any) -> str:
     return f"{list(cache.shape)} at {cache.data_ptr():#x}"

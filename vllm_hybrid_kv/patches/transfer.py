@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from vllm_hybrid_kv.patches.base import FunctionRebinding, MethodRebinding, Patch, PatchInfo, Target
-from vllm_hybrid_kv.transfer import folders
+from vllm_hybrid_kv.transfer.connectors import make_example_connector
 from vllm_hybrid_kv.transfer.fingerprint import marked
 
 
@@ -78,6 +78,6 @@ def stored_pages_patch(
         [
             FunctionRebinding(none_hash_seed, make_seed),
             FunctionRebinding(offloading_config, make_config),
-            MethodRebinding(init_example_connector, folders.make_example_connector),
+            MethodRebinding(init_example_connector, make_example_connector),
         ],
     )

@@ -162,31 +162,31 @@ class PageSearch:
         sizes = self._common(self._round_up(self.least), self._round_up(self.reach))
         if not len(sizes):
             return None
-        taken = self._bytes_taken(sizes, request, float)
+        held = [kind.held(request) for kind, _ in self._kinds]
+        taken = self._bytes_taken(sizes, [float(tokens) for tokens in held])
         sizes = sizes[taken <= taken.min() * (1 + CLOSE)]
-        exact = self._bytes_taken(sizes, request, object)
+        exact = self._bytes_taken(sizes, held)
         index = int(np.argmin(exact))
         content = sum(
-            count * kind.held(request) * kind.unit / kind.spec.block_size
-            for kind, count in self._kinds
+            count * tokens * kind.unit / kind.spec.block_size
+            for (kind, count), tokens in zip(self._kinds, held, strict=True)
         )
         (used,) = self._used(sizes[index : index + 1])
         return CommonPage(int(sizes[index]), int(used), 1 - content / exact[index])
 
-    def _bytes_taken(self, sizes: Bytes, request: Fraction, dtype: type) -> npt.NDArray[Any]:
+    def _bytes_taken(self, sizes: Bytes, held: Sequence[float | Fraction]) -> npt.NDArray[Any]:
         """Return the bytes that a request's pages take, at least a page of every layer.
 
         Args:
             sizes: Bytes of the pages to compare.
-            request: Tokens of the request.
-            dtype: float, or object for exact fractions.
+            held: Tokens that each kind of layer holds: floats, or fractions for an exact result.
         """
-        taken = np.zeros(len(sizes), dtype)
-        for kind, count in self._kinds:
-            held = kind.held(request) if dtype is object else float(kind.held(request))
+        dtype = float if isinstance(held[0], float) else object
+        pages = np.zeros(len(sizes), dtype)
+        for (kind, count), tokens in zip(self._kinds, held, strict=True):
             block_tokens = (kind.blocks(sizes) * kind.spec.block_size).astype(dtype)
-            taken += count * sizes.astype(dtype) * np.maximum(1, held / block_tokens)
-        return taken
+            pages += count * np.maximum(1, tokens / block_tokens)
+        return pages * sizes.astype(dtype)
 
     def _pages(self, sizes: Bytes) -> Iterator[CommonPage]:
         for size, used in zip(sizes.tolist(), self._used(sizes).tolist(), strict=True):

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages that leave an engine: what they carry with them, and who may carry them."""
+"""Pages that leave an engine: their fingerprint, and the connectors that can carry them."""

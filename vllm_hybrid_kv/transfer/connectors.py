@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of vLLM's KV connectors can carry k8v4 pages, said before an engine starts.
+"""vLLM's KV connectors: which can carry k8v4 pages, and where ExampleConnector stores them.
 
-A connector carries them if it copies pages whole, whatever is in them, and if a peer that cannot
-read them finds out: by a handshake, by keys or by folders that hold the fingerprint. The others
-are refused by name. Those of other packages are not known here; of them a warning says so.
+A connector can carry k8v4 pages if it copies pages whole, whatever their content, and if a peer
+that cannot read them is detected: by a handshake, keys or folders that contain the fingerprint.
+All other connectors of vLLM are refused by name. Connectors of other packages cause a warning.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import tempfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -16,6 +20,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, iter_layer_
 
 from vllm_hybrid_kv.constants import CACHE_DTYPE
 from vllm_hybrid_kv.errors import HybridKVError
+from vllm_hybrid_kv.state import STATE
+from vllm_hybrid_kv.transfer.fingerprint import PageFingerprint, fingerprint_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -23,128 +29,198 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.hybrid_kv.transfer")
 
 HANDSHAKE = ("NixlConnector", "NixlPullConnector", "NixlPushConnector")
-"""Their peers compare fingerprints before the first page crosses."""
+"""Their peers compare fingerprints before the first transfer."""
 
-CARRIERS = (*HANDSHAKE, "ExampleConnector", "OffloadingConnector", "SimpleCPUOffloadConnector")
-"""Copy whole pages; `docs/scaling.md` says which of them ran here and which were only read."""
+SUPPORTED = (*HANDSHAKE, "ExampleConnector", "OffloadingConnector", "SimpleCPUOffloadConnector")
+"""Copy whole pages. The docs say which of them were tested."""
 
 GPU_ONLY = ("OffloadingConnector", "SimpleCPUOffloadConnector")
-"""Copy between a GPU and the machine's memory: on CPUs vLLM ends once the model is loaded."""
+"""Copy between a GPU and host memory. On CPUs vLLM fails after it has loaded the model."""
 
-UNMARKED = "its peers do not compare page formats, and one without this plugin would read garbage"
-RESHAPES = "it copies pages by the shape of a cache of keys and values, which a k8v4 page has not"
+NO_HANDSHAKE = (
+    "its peers do not compare page formats, and one without this plugin would read garbage"
+)
+RESHAPES = "it copies pages in the shape of separate keys and values, which k8v4 pages do not have"
 
 REFUSED = {
-    "DecodeBenchConnector": "it fills the cache with random numbers, which are no k8v4 pages",
+    "DecodeBenchConnector": "it fills the cache with random numbers, which are not k8v4 pages",
     "FlexKVConnectorV1": RESHAPES,
-    "HF3FSKVConnector": UNMARKED,
-    "HiSparseConnector": "it serves sparse attention, which k8v4 does not",
+    "HF3FSKVConnector": NO_HANDSHAKE,
+    "HiSparseConnector": "it serves sparse attention, which k8v4 does not support",
     "LMCacheConnectorV1": RESHAPES,
     "LMCacheMPConnector": RESHAPES,
-    "MoRIIOConnector": UNMARKED,
-    "MooncakeConnector": UNMARKED,
-    "MooncakeStoreConnector": "nobody has tried whether it copies them whole",
+    "MoRIIOConnector": NO_HANDSHAKE,
+    "MooncakeConnector": NO_HANDSHAKE,
+    "MooncakeStoreConnector": "it is not tested with k8v4 pages",
 }
 """vLLM's other connectors, and why they cannot carry k8v4 pages."""
 
-
 WITHOUT_PAGES = ("ExampleHiddenStatesConnector",)
-"""Carries hidden states, and no page."""
+"""Carries hidden states, and no pages."""
+
+MANIFEST = "hybrid_kv.json"
+"""File with the fingerprint's fields, next to stored pages."""
+
+PREFIX = "hybrid_kv-"
+"""Start of the name of a folder of stored pages."""
 
 
 def check_connectors(vllm_config: VllmConfig, *, on_cpu: bool) -> None:
-    """Stop where an engine with a k8v4 cache has a connector that cannot carry its pages.
+    """Check that the connectors of an engine with a k8v4 cache can carry its pages.
 
     Args:
-        vllm_config: The engine's.
+        vllm_config: The engine's configuration.
         on_cpu: Whether it runs on a CPU.
 
     Raises:
-        HybridKVError: It has; the message says why and what carries them.
+        HybridKVError: A connector cannot. The message says why, and which connectors can.
     """
-    transfer = vllm_config.kv_transfer_config
-    if vllm_config.cache_config.cache_dtype != CACHE_DTYPE or transfer is None:
-        return
-    for name, module, extra in _connectors(transfer):
+    for name, module, extra in _connectors(vllm_config):
         if module:
             logger.warning_once(
-                "Of the KV connector %s of %s nothing is known: it carries %s pages only if it "
-                "copies them whole, and nothing keeps peers of another format from reading them",
+                "The KV connector %s of %s is not known to support %s pages: it must copy pages "
+                "whole, and peers with another page format would read garbage",
                 name,
                 module,
                 CACHE_DTYPE,
             )
         elif (reason := _refusal(name, extra, on_cpu=on_cpu)) is not None:
             raise HybridKVError(
-                f"the KV connector {name} cannot carry {CACHE_DTYPE} pages: {reason}. "
-                f"{_way_out(name)}"
+                f"the KV connector {name} cannot carry {CACHE_DTYPE} pages: {reason}"
             )
 
 
 def check_pages(
     vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, boundary_layers: int
 ) -> None:
-    """Stop where pages are planned that NIXL cannot take.
+    """Check that NIXL can take the planned pages.
 
-    It cuts memory in which layers lie one after another into pages by what attention reads of it,
-    and fails an assertion where that is less than a page.
+    If layers are adjacent in memory, NIXL cuts the memory into pages by the bytes that attention
+    reads, and fails an assertion if a page is larger.
 
     Args:
-        vllm_config: The engine's.
+        vllm_config: The engine's configuration.
         kv_cache_config: The plan.
-        boundary_layers: The setting: unquantised layers at either end, whose pages are padded to
-            those of the others.
+        boundary_layers: The setting. Pages of unquantised layers are padded to those of the others.
 
     Raises:
-        HybridKVError: The message names the layer, its bytes and what to set.
+        HybridKVError: A page is padded. The message names the layer, its bytes and what to set.
     """
-    transfer = vllm_config.kv_transfer_config
-    if vllm_config.cache_config.cache_dtype != CACHE_DTYPE or transfer is None:
-        return
-    name = next((name for name, *_ in _connectors(transfer) if name in HANDSHAKE), None)
+    name = next((name for name, *_ in _connectors(vllm_config) if name in HANDSHAKE), None)
     if name is None:
         return
-    # One layer alone has its memory for itself.
+    # A single layer has its own memory.
     groups = [group for group in kv_cache_config.kv_cache_groups if len(group.layer_names) > 1]
     for group in groups:
         for spec in iter_layer_specs(group.kv_cache_spec):
             if isinstance(spec, AttentionSpec) and spec.real_page_size_bytes < spec.page_size_bytes:
-                way_out = "serve the model with --kv-cache-dtype auto"
+                advice = "serve the model with --kv-cache-dtype auto"
                 if boundary_layers:
-                    way_out = f"set boundary_layers, which is {boundary_layers}, to 0, or {way_out}"
+                    advice = f"set boundary_layers=0 (it is {boundary_layers}), or {advice}"
                 raise HybridKVError(
-                    f"the KV connector {name} cannot take pages that are padded, as those of "
-                    f"layer {group.layer_names[0]} are: {spec.real_page_size_bytes:,} bytes in "
-                    f"{spec.page_size_bytes:,}; {way_out}"
+                    f"the KV connector {name} cannot take pages that are padded, such as those of "
+                    f"layer {group.layer_names[0]}, which use {spec.real_page_size_bytes:,} of "
+                    f"{spec.page_size_bytes:,} bytes; {advice}"
                 )
 
 
-def _connectors(transfer: Any) -> Iterator[tuple[str, str | None, Mapping[str, Any]]]:
-    """Yield the name, the module if it is not vLLM's, and the options of each connector."""
+def _connectors(vllm_config: VllmConfig) -> Iterator[tuple[str, str | None, Mapping[str, Any]]]:
+    """Yield the name, the module if it is not vLLM's, and the options of each connector.
+
+    Yield nothing without a k8v4 cache.
+    """
+    transfer = vllm_config.kv_transfer_config
+    if vllm_config.cache_config.cache_dtype != CACHE_DTYPE or transfer is None:
+        return
     if transfer.kv_connector is None:
         return
+    options = transfer.kv_connector_extra_config or {}
     if transfer.kv_connector != "MultiConnector":
-        extra = transfer.kv_connector_extra_config or {}
-        yield transfer.kv_connector, transfer.kv_connector_module_path, extra
+        yield transfer.kv_connector, transfer.kv_connector_module_path, options
         return
-    for child in transfer.kv_connector_extra_config.get("connectors", []):
+    for child in options.get("connectors", []):
         extra = child.get("kv_connector_extra_config") or {}
         yield str(child.get("kv_connector")), child.get("kv_connector_module_path"), extra
 
 
 def _refusal(name: str, extra: Mapping[str, Any], *, on_cpu: bool) -> str | None:
+    """Return why a connector is refused and what to do, or None."""
     if name in REFUSED:
-        return REFUSED[name]
+        connectors = ", ".join(SUPPORTED)
+        return (
+            f"{REFUSED[name]}. Use one of {connectors}, or serve the model with "
+            "--kv-cache-dtype auto"
+        )
     if name in HANDSHAKE and extra.get("enforce_handshake_compat", True) is not True:
-        return "enforce_handshake_compat is switched off, by which a peer's page format is checked"
+        return (
+            "enforce_handshake_compat is off, so it would not check a peer's page format. Remove "
+            "enforce_handshake_compat from its options"
+        )
     if on_cpu and name in GPU_ONLY and not extra.get("spec_module_path"):
-        return "it copies between a GPU and the machine's memory, and this is a CPU"
+        return (
+            "it copies between a GPU and host memory, and this is a CPU. Remove it: the cache is "
+            "in host memory already"
+        )
     return None
 
 
-def _way_out(name: str) -> str:
-    if name in HANDSHAKE:
-        return "Leave enforce_handshake_compat as it is"
-    if name in GPU_ONLY:
-        return "Leave it out: the cache is in the machine's memory already"
-    return f"Use one of {', '.join(CARRIERS)}, or serve the model with --kv-cache-dtype auto"
+def make_example_connector(original: Any) -> Any:
+    """Return an `ExampleConnector.__init__` that gives k8v4 pages their own folder.
+
+    ExampleConnector stores a prompt's pages in a folder named by the prompt's tokens. For k8v4
+    pages these folders are inside one that is named by the fingerprint and by the rank, where no
+    other engine looks.
+    """
+
+    def init(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        original(self, vllm_config, *args, **kwargs)
+        fingerprint = fingerprint_of(vllm_config)
+        if fingerprint is not None:
+            parallel = vllm_config.parallel_config
+            store = open_store(Path(self._storage_path), fingerprint)
+            # The scheduler's connector has rank 0: it looks for the pages of the first process.
+            self._storage_path = str(store / f"{parallel.rank}of{parallel.world_size}")
+
+    return init
+
+
+def open_store(root: Path, fingerprint: PageFingerprint) -> Path:
+    """Return the folder of a fingerprint in a store, and log once which other pages it holds.
+
+    Args:
+        root: The folder that several engines share.
+        fingerprint: The fingerprint of this engine's pages.
+    """
+    own = root / f"{PREFIX}{fingerprint.digest}"
+    if own not in STATE.opened_stores:
+        own.mkdir(parents=True, exist_ok=True)
+        _write(own / MANIFEST, fingerprint)
+        STATE.opened_stores.add(own)
+        for words in _others(root, fingerprint):
+            logger.warning(
+                "%s holds pages that this engine does not read: %s. This engine uses: %s",
+                root,
+                words,
+                fingerprint,
+            )
+    return own
+
+
+def _others(root: Path, fingerprint: PageFingerprint) -> Iterator[str]:
+    for manifest in sorted(root.glob(f"{PREFIX}*/{MANIFEST}")):
+        try:
+            words = str(json.loads(manifest.read_text())["words"])
+        except (OSError, ValueError, KeyError, TypeError):
+            words = f"unknown, because {manifest} cannot be read"
+        if words != str(fingerprint):
+            yield words
+
+
+def _write(manifest: Path, fingerprint: PageFingerprint) -> None:
+    if manifest.exists():
+        return
+    # Atomic, because another process may read it at any time.
+    handle, name = tempfile.mkstemp(dir=manifest.parent, prefix=".manifest-")
+    with os.fdopen(handle, "w") as file:
+        json.dump(fingerprint.fields(), file, indent=1)
+    os.replace(name, manifest)

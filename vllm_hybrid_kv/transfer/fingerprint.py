@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What travels with k8v4 pages, so that only an engine that can read them does.
+"""The fingerprint that travels with k8v4 pages, so that only engines that can read them do.
 
-A page is bytes without a header. Two engines read the same numbers from it only where the page
-format, its arrangement, its size and its heads are the same; nothing in the bytes would show that
-they are not. The fingerprint says all of it in words that stand in vLLM's own handshakes, keys and
-folders, so that whoever refuses names both sides.
+A page is bytes without a header. Two engines read the same numbers from it only if page format,
+arrangement, size and heads are equal, and the bytes would not show a difference. The fingerprint
+states all of that in words. It becomes part of vLLM's own handshakes, keys and folders, so that
+their error messages name both sides.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 class PageFingerprint:
     """What two engines must share to read each other's pages.
 
-    The KV heads are those of the whole model: how many of them a tensor-parallel process holds
-    is vLLM's to compare, for it cuts pages between heads, never inside one.
+    The KV heads are those of the whole model. vLLM itself compares how many of them a
+    tensor-parallel process holds, because it splits pages between heads, never inside one.
 
     Attributes:
         plugin: Version of this package, which wrote the numbers.
         page_format: Version of the format, see `kernels/k8v4.py`.
-        arrangement: Name of the `Layout` in which a page's planes are.
+        arrangement: Name of the `Layout` of a page's planes.
         page_tokens: Tokens of a page.
-        kv_heads: KV heads of the model, one region of the page after another.
+        kv_heads: KV heads of the model, one region of the page each.
         head_size: Dims of a head.
         unquantised: Layers whose pages are not k8v4, as vLLM names them.
     """
@@ -48,7 +48,6 @@ class PageFingerprint:
     unquantised: str
 
     def __str__(self) -> str:
-        """Return it in words."""
         return (
             f"hybrid_kv {self.plugin}: k8v4 format {self.page_format}, {self.arrangement}, pages "
             f"of {self.page_tokens} tokens, {self.kv_heads} KV heads of {self.head_size}, "
@@ -61,15 +60,15 @@ class PageFingerprint:
         return hashlib.sha256(str(self).encode()).hexdigest()[:16]
 
     def fields(self) -> dict[str, str | int]:
-        """Return what a file beside stored pages holds."""
+        """Return the content of the manifest next to stored pages."""
         return {**asdict(self), "words": str(self)}
 
 
 def fingerprint_of(vllm_config: VllmConfig) -> PageFingerprint | None:
-    """Return the fingerprint of an engine's pages; None where it has no k8v4 cache.
+    """Return the fingerprint of an engine's pages; None without a k8v4 cache.
 
     Args:
-        vllm_config: The engine's, with the block size that its model asks for.
+        vllm_config: The engine's configuration, after vLLM has chosen the block size.
     """
     cache, model = vllm_config.cache_config, vllm_config.model_config
     if cache.cache_dtype != CACHE_DTYPE or model is None:
@@ -77,7 +76,7 @@ def fingerprint_of(vllm_config: VllmConfig) -> PageFingerprint | None:
     from vllm.platforms import current_platform
 
     head_size = model.get_head_size()
-    # The choice of `attention.device.kernels_for`, before there is a tensor.
+    # The same choice as `attention.kernel_factory.kernels_for`, which needs a tensor's device.
     on_cpu = current_platform.is_cpu() and not STATE.settings.runs_triton_interpreter
     layout = k8v4.cpu_layout(head_size) if on_cpu else k8v4.Layout.LINEAR
     return PageFingerprint(
@@ -92,19 +91,15 @@ def fingerprint_of(vllm_config: VllmConfig) -> PageFingerprint | None:
 
 
 def current_fingerprint() -> PageFingerprint | None:
-    """Return that of the engine which this process set up last; None without a k8v4 cache.
+    """Return the fingerprint of this process's last engine; None without a k8v4 cache.
 
-    Computed when it is asked for: a model's block size is decided while its engine starts.
+    Never cached, because vLLM chooses a model's block size while its engine starts.
     """
     config = STATE.engine_config
     return None if config is None else fingerprint_of(config)
 
 
 def marked(text: str) -> str:
-    """Return a key, seed or name of vLLM's with the current fingerprint behind it, if there is one.
-
-    Args:
-        text: What vLLM compares between peers, or derives keys from.
-    """
+    """Return a key, seed or name of vLLM with the current fingerprint appended, if any."""
     fingerprint = current_fingerprint()
     return text if fingerprint is None else f"{text} [{fingerprint}]"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: E402 - what vLLM finds when it is imported has to be there before
-"""Our GPU backend and stock's, run on the same batches in Triton's interpreter.
+# ruff: noqa: E402 - the environment and modules must be prepared before vLLM is imported
+"""Our GPU backend and vLLM's TurboQuant backend ("stock") on the same batches.
 
-Everything is vLLM's own code or ours: metadata builders, implementations, kernels. What a CPU
-lacks is put in its place: Triton, which vLLM switches off there, and FlashAttention.
+Metadata builders, implementations and kernels are the real ones, run in Triton's interpreter. Only
+what a CPU lacks is replaced: Triton, which vLLM disables there, and FlashAttention.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-# Before vLLM is imported: the backend of this process interprets the GPU kernels.
+# Our backend then runs the GPU kernels in the interpreter.
 os.environ["VLLM_HYBRID_KV_CPU_ISA"] = "interpreter"
 os.environ["VLLM_PLUGINS"] = ""
 
@@ -28,9 +28,9 @@ from testing.attention.steps import Step
 
 vllm.triton_utils.triton = triton
 vllm.triton_utils.tl = tl
-# Stock's backend asks vLLM's platform for AMD's GPUs, which loads `vllm._C`. On a CPU without the
-# instructions for bfloat16 its operators come from another library, and PyTorch ends a process that
-# registers them twice.
+# Stock's backend asks vLLM's platform for AMD's GPUs, which loads `vllm._C`. On a CPU without
+# bfloat16 instructions another library has its operators, and PyTorch aborts a process that
+# registers operators twice.
 if not torch.cpu._is_avx512_bf16_supported():
     sys.modules["vllm._C"] = ModuleType("vllm._C")
 # vLLM's workspace returns memory to a device before it grows.
@@ -41,8 +41,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends import turboquant_attn as stock_backend
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode
 
-from vllm_hybrid_kv.attention.backend import K8V4AttentionImpl
-from vllm_hybrid_kv.attention.metadata import K8V4MetadataBuilder
+from vllm_hybrid_kv.attention.backend import K8V4AttentionImpl, K8V4MetadataBuilder
 from vllm_hybrid_kv.kernels import k8v4
 
 HEADS, KV_HEADS, HEAD_SIZE, PAGE = 4, 2, 64, 16
@@ -54,7 +53,7 @@ DTYPE = torch.bfloat16
 def exact_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: dict[str, Any]
 ) -> torch.Tensor:
-    """Attend in float32 with the last tokens of a request to all of its K and V."""
+    """Attend in float32 from the last tokens of a request to all of its K and V."""
     group = query.shape[1] // key.shape[1]
     key = key.float().repeat_interleave(group, 1)
     value = value.float().repeat_interleave(group, 1)
@@ -63,10 +62,10 @@ def exact_attention(
     if cap:
         scores = torch.tanh(scores / cap) * cap
     queries, keys = scores.shape[1:]
-    apart = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)[None, :]
-    hidden = apart < 0
+    distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)[None, :]
+    hidden = distance < 0
     if layer.get("sliding_window"):
-        hidden |= apart >= layer["sliding_window"]
+        hidden |= distance >= layer["sliding_window"]
     scores = scores.masked_fill(hidden, float("-inf"))
     if layer.get("sinks") is not None:
         sinks = torch.tensor(layer["sinks"])[:, None, None].expand(-1, queries, 1)
@@ -84,7 +83,7 @@ def flash_attention(
     cu_seqlens_k: torch.Tensor,
     **options: Any,
 ) -> torch.Tensor:
-    """What FlashAttention gives, for stock's prefill."""
+    """Replace FlashAttention in stock's prefill."""
     assert options["causal"]
     out = torch.empty_like(q)
     starts = zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True)
@@ -94,7 +93,7 @@ def flash_attention(
 
 
 def common_metadata(step: Step) -> tuple[CommonAttentionMetadata, torch.Tensor]:
-    """What a model runner hands to metadata builders, and the slot of each token so far."""
+    """Return the input of metadata builders, and the slot of every token."""
     starts = torch.tensor([0, *step.queries]).cumsum(0).to(torch.int32)
     pages = [-(-length // PAGE) for length in step.lengths]
     table = torch.zeros(len(pages), TABLE_WIDTH, dtype=torch.int32)
@@ -104,9 +103,9 @@ def common_metadata(step: Step) -> tuple[CommonAttentionMetadata, torch.Tensor]:
         table[row, :count] = order[first : first + count]
         first += count
         position = torch.arange(length)
-        mine = table[row, position // PAGE].long() * PAGE + position % PAGE
-        slots.append(mine)
-        new_slots.append(mine[length - new :])
+        own = table[row, position // PAGE].long() * PAGE + position % PAGE
+        slots.append(own)
+        new_slots.append(own[length - new :])
     lengths = torch.tensor(step.lengths, dtype=torch.int32)
     common = CommonAttentionMetadata(
         query_start_loc=starts,
@@ -125,8 +124,8 @@ def common_metadata(step: Step) -> tuple[CommonAttentionMetadata, torch.Tensor]:
 
 
 def vllm_config(max_model_len: int = 1024) -> Any:
-    """The parts of an engine's configuration that builders and implementations read."""
-    # Where vLLM has no platform it does not guess one.
+    """Return the parts of an engine's configuration that builders and implementations read."""
+    # Without a platform, vLLM needs an explicit device.
     config = VllmConfig(device_config=DeviceConfig(device="cpu"))
     config.model_config = SimpleNamespace(
         max_model_len=max_model_len,
@@ -134,7 +133,8 @@ def vllm_config(max_model_len: int = 1024) -> Any:
         get_num_attention_heads=lambda parallel: HEADS,
     )
     config.scheduler_config.max_num_batched_tokens = 2048
-    config.attention_config.tq_max_kv_splits_for_cuda_graph = 2  # each takes the interpreter time
+    # Each split takes time in the interpreter.
+    config.attention_config.tq_max_kv_splits_for_cuda_graph = 2
     return config
 
 
@@ -153,8 +153,8 @@ class Backend:
 
     Args:
         name: "ours" or "stock".
-        config: Of the engine.
-        parameters: Of the layer.
+        config: The engine's configuration.
+        parameters: The layer's parameters.
     """
 
     def __init__(self, name: str, config: Any, parameters: dict[str, Any]) -> None:
@@ -181,7 +181,7 @@ class Backend:
         self.layer = torch.nn.Module()
 
     def cache(self, tokens: int) -> torch.Tensor:
-        """Pages for so many tokens, as vLLM would lay them out for the backend."""
+        """Return pages for a number of tokens in the backend's layout."""
         blocks, slot = -(-tokens // PAGE), k8v4.slot_bytes(HEAD_SIZE)
         if self.stock:
             return torch.zeros(blocks, PAGE, KV_HEADS, slot, dtype=torch.uint8).transpose(1, 2)
@@ -213,6 +213,11 @@ class Texts:
     query: torch.Tensor
     new: torch.Tensor
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Query, key and value of the new tokens."""
+        return [self.query, self.key[self.new], self.value[self.new]]
+
 
 def texts(step: Step, seed: int = 0) -> Texts:
     generator = torch.Generator().manual_seed(seed)
@@ -242,6 +247,15 @@ def expected(step: Step, made: Texts) -> torch.Tensor:
 
 
 def error(out: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Largest relative error of a token's head."""
-    apart = (out.float() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
-    return float(apart.max())
+    """Return the largest relative error of a token's head."""
+    errors = (out.float() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    return float(errors.max())
+
+
+def stored(backend: Backend, step: Step) -> tuple[CommonAttentionMetadata, Texts, torch.Tensor]:
+    """Return a step's input for metadata builders, its texts, and a cache that contains them."""
+    common, slots = common_metadata(step)
+    made = texts(step)
+    cache = backend.cache(int(slots.max()) + 1)
+    backend.store(made.key, made.value, cache, slots)
+    return common, made, cache

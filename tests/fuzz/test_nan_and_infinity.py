@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NaN and infinity in a request's keys or values, stored and attended to, stay in that request."""
+"""NaN and infinity in the keys or values of a request do not reach other requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NUMBERS = (math.nan, -math.nan, math.inf, -math.inf)
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[list[int], list[int]]:
-    """Return the lengths of some requests, and how many of their tokens are new."""
+    """Return the lengths of requests and their numbers of new tokens."""
     lengths = draw(st.lists(st.integers(1, 90), min_size=2, max_size=4))
     return lengths, [draw(st.integers(1, length)) for length in lengths]
 
@@ -26,9 +26,9 @@ def batches(draw: st.DrawFn) -> tuple[list[int], list[int]]:
 def attend(
     key: torch.Tensor, value: torch.Tensor, lengths: list[int], new: list[int], path: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Store all tokens of the requests and return their cache and the outputs of their new ones."""
+    """Store all tokens of the requests and return the cache and the outputs of the new tokens."""
     pages = [-(-length // PAGE_SIZE) for length in lengths]
-    # One page after another, so that requests are neighbours in memory as well.
+    # Consecutive pages, so that requests are neighbours in memory.
     cache = torch.zeros(sum(pages), HEADS, PAGE_SIZE, k8v4.slot_bytes(HEAD_SIZE), dtype=torch.uint8)
     table = torch.zeros(len(pages), max(pages), dtype=torch.int32)
     slots, first = [], 0
@@ -55,23 +55,21 @@ def attend(
     path=st.sampled_from(isa.available()),
     data=st.data(),
 )
-def test_neighbours_have_the_same_bits_and_the_request_shows_it(
-    batch, number, in_key, dtype, path, data
-):
+def test_a_nan_or_infinity_changes_only_its_request(batch, number, in_key, dtype, path, data):
     lengths, new = batch
     marked = data.draw(st.integers(0, len(lengths) - 1), label="request")
     token = data.draw(st.integers(0, lengths[marked] - 1), label="token")
     head = data.draw(st.integers(0, HEADS - 1), label="head")
     key, value = torch.randn(2, sum(lengths), HEADS, HEAD_SIZE).to(dtype)
     cache, out = attend(key, value, lengths, new, path)
-    spoilt_key, spoilt_value = key.clone(), value.clone()
+    key_after, value_after = key.clone(), value.clone()
     row = sum(lengths[:marked]) + token
-    (spoilt_key if in_key else spoilt_value)[row, head, 5] = number
-    spoilt_cache, spoilt = attend(spoilt_key, spoilt_value, lengths, new, path)
+    (key_after if in_key else value_after)[row, head, 5] = number
+    cache_after, out_after = attend(key_after, value_after, lengths, new, path)
 
     first = sum(-(-length // PAGE_SIZE) for length in lengths[:marked])
     pages = slice(first, first - (-lengths[marked] // PAGE_SIZE))
-    changed = (cache != spoilt_cache).flatten(1).any(1)
+    changed = (cache != cache_after).flatten(1).any(1)
     assert changed[pages].any()
     changed[pages] = False
     assert not changed.any()
@@ -81,7 +79,7 @@ def test_neighbours_have_the_same_bits_and_the_request_shows_it(
     begin, end = sum(new[:marked]), sum(new[: marked + 1])
     position = torch.arange(lengths[marked] - new[marked], lengths[marked])
     sees[begin:end, 2 * head : 2 * head + 2] = (position >= token)[:, None]
-    assert torch.equal(out[~sees], spoilt[~sees])
-    assert torch.equal(spoilt.isnan().any(-1), sees & math.isnan(number))
+    assert torch.equal(out[~sees], out_after[~sees])
+    assert torch.equal(out_after.isnan().any(-1), sees & math.isnan(number))
     if sees.any() and not in_key:
-        assert not torch.equal(out[sees], spoilt[sees])
+        assert not torch.equal(out[sees], out_after[sees])
