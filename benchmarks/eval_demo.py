@@ -12,7 +12,6 @@ model with random weights gets random tokens.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import subprocess
@@ -20,7 +19,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from testing.machine import host
 
@@ -51,7 +49,8 @@ def trained_data(count: int) -> tuple[str, list[list[int]]]:
     """Return a description of the data for a trained model, and the data."""
     import numpy
 
-    recall: Any = importlib.import_module("tests.recall.sequences")
+    from testing import recall_sequences as recall
+
     draw = numpy.random.default_rng(SEED)
     text = recall.held_out()
     starts = draw.integers(0, len(text) - WINDOW, count)

@@ -8,7 +8,7 @@ import numpy
 import pytest
 
 from benchmarks import eval_demo
-from tests.recall import sequences as recall
+from testing import recall_sequences as recall
 
 
 def report() -> str:

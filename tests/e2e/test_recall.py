@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from testing import model_cases
+from testing import recall_sequences as sequences
 from testing.engine_host import EngineHost
 from testing.planted_faults import FAULTS
-from tests.recall import sequences
 from tests.recall.questions import Tally, copies, count_answers, questions_one_by_one, sheets
 
 pytestmark = pytest.mark.engine

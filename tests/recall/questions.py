@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tests.recall.sequences import ANSWER, COPY, Sequence, copy_sequence, recall_sequence
+from testing.recall_sequences import ANSWER, COPY, Sequence, copy_sequence, recall_sequence
 
 DISTANCES = (128, 512, 1024, 2048)
 """Upper ends of the bands of distance between a question and its answer's source, in tokens."""

@@ -17,7 +17,7 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from tests.recall.sequences import BOS, EOS, FIRST_BYTE, FIRST_SYMBOL, PAD, VOCAB_SIZE
+from testing.recall_sequences import BOS, EOS, FIRST_BYTE, FIRST_SYMBOL, PAD, VOCAB_SIZE
 
 WINDOW = 64
 

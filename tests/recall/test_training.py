@@ -11,8 +11,8 @@ from safetensors import safe_open
 from torch.nn import functional
 from transformers import AutoConfig, AutoTokenizer
 
+from testing.recall_sequences import ANSWER, FIRST_BYTE, KINDS, TEXT, held_out
 from tests.recall.attention import attend
-from tests.recall.sequences import ANSWER, FIRST_BYTE, KINDS, TEXT, held_out
 from tests.recall.shapes import SHAPES, build_tokenizer
 from tests.recall.train import LENGTHS, train
 

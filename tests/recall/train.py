@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from testing.recall_sequences import ANSWER, KINDS, Sequence
 from tests.recall.attention import use_short_attention
 from tests.recall.initial_weights import new_model
-from tests.recall.sequences import ANSWER, KINDS, Sequence
 from tests.recall.shapes import SHAPES, save
 
 LENGTHS = (64, 256, 1024, 2048)
