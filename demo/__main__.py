@@ -36,7 +36,10 @@ SERVE_ARGUMENTS = (
     *("--gpu-memory-utilization", "0.3"),
 )
 
-PLAN_ARGUMENTS = ("--device", "cpu", "--memory", "1GiB", *ENGINE_ARGUMENTS)
+PLAN_ARGUMENTS = (
+    *("--device", "cpu", "--memory", "1GiB", "--kv-cache-dtype", "auto"),
+    *ENGINE_ARGUMENTS,
+)
 PLAN_TIMEOUT_S = 300.0
 
 FAILURES = (ProcessError, subprocess.TimeoutExpired, openai.OpenAIError, httpx.HTTPError)
