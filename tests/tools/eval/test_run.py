@@ -2,10 +2,10 @@
 """What a run sends to an engine, and what it reads from its folder without an engine."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from testing.virtual_environments import ROOT
 from vllm_hybrid_kv.tools.eval import run as run_module
 from vllm_hybrid_kv.tools.eval.folder import Folder
 from vllm_hybrid_kv.tools.eval.run import RESERVED, CacheError, Run, _environment
@@ -35,7 +35,7 @@ def report(send, job_file):
 def run(tmp_path, monkeypatch):
     """A run whose engines fail at once."""
     monkeypatch.setattr(run_module, "ENGINE", f"{__name__}:fail")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # children import this module
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))  # children import this module
     return Run(Folder(tmp_path), "no/model", SEQUENCES, {})
 
 
