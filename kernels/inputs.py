@@ -163,10 +163,11 @@ def check_store(
     if slots.dim() != 1 or slots.shape[0] > key.shape[0]:
         expected = f"one slot for each of at most {key.shape[0]} tokens"
         raise store_error("slot_mapping", expected, f"shape {list(slots.shape)}")
-    _check_pages(cache, *key.shape[1:])
-    for name, tensor in (("key", key), ("value", value), ("slot_mapping", slots), ("cache", cache)):
-        if tensor.device != device:
-            raise store_error(name, f"on {device}", tensor.device)
+    _check_pages(cache, key.shape[1], key.shape[2])
+    if not key.device == value.device == slots.device == cache.device == device:
+        tensors = {"key": key, "value": value, "slot_mapping": slots, "cache": cache}
+        name = next(name for name, tensor in tensors.items() if tensor.device != device)
+        raise store_error(name, f"on {device}", tensors[name].device)
 
 
 def _check_pages(cache: torch.Tensor, num_heads: int, head_size: int) -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,19 +28,12 @@ from vllm_hybrid_kv.kernels.k8v4 import Layout, PageFormat
 
 
 class Quantised(NamedTuple):
-    """Keys and values of T tokens and H KV heads after quantisation, before any layout.
+    """Keys and values of T tokens and H KV heads after quantisation, before any layout."""
 
-    Attributes:
-        key_codes: uint8 [T, H, D], e4m3fn bit patterns.
-        value_codes: uint8 [T, H, D], 0 to 15, of the rotated values.
-        scale: float16 [T, H].
-        zero: float16 [T, H].
-    """
-
-    key_codes: torch.Tensor
-    value_codes: torch.Tensor
-    scale: torch.Tensor
-    zero: torch.Tensor
+    key_codes: torch.Tensor  # uint8 [T, H, D], e4m3fn bit patterns
+    value_codes: torch.Tensor  # uint8 [T, H, D], 0 to 15, of the rotated values
+    scale: torch.Tensor  # float16 [T, H]
+    zero: torch.Tensor  # float16 [T, H]
 
 
 def half_rounded_down(x: torch.Tensor) -> torch.Tensor:
@@ -252,14 +245,9 @@ def paged_attention(
     seq_lens: torch.Tensor,
     query_start_loc: torch.Tensor,
     layout: Layout,
-    *,
-    scale: float,
-    causal: bool = True,
-    window: int | None = None,
-    soft_cap: float = 0.0,
-    sinks: torch.Tensor | None = None,
+    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend to paged k8v4 tokens for a batch of requests; see `attend` for the formula.
+    """Attend to paged k8v4 tokens for a batch of requests.
 
     Args:
         query: [T, Hq, D], the requests' new tokens one after another.
@@ -268,7 +256,7 @@ def paged_attention(
         seq_lens: int32 [B], tokens of each request including its new ones.
         query_start_loc: int32 [B + 1], offsets of the requests in `query`.
         layout: The arrangement of the pages.
-        scale, causal, window, soft_cap, sinks: As for `attend`.
+        options: The keyword arguments of `attend`.
 
     Returns:
         out float32 [T, Hq, D] and lse float32 [T, Hq].
@@ -284,13 +272,6 @@ def paged_attention(
         key, value = dequantise(load(cache[blocks], query.shape[2], layout))
         # A NaN scale marks NaN keys too; their codes must not affect the scores of others.
         out[first:last], lse[first:last] = attend(
-            query[first:last],
-            key[:length].nan_to_num(0.0),
-            value[:length],
-            scale=scale,
-            causal=causal,
-            window=window,
-            soft_cap=soft_cap,
-            sinks=sinks,
+            query[first:last], key[:length].nan_to_num(0.0), value[:length], **options
         )
     return out, lse

@@ -3,25 +3,24 @@
 
 Importing this package is cheap; the first use of a kernel loads numba. Its modules:
 
-    isa.py                 the instruction sets, and which of them this CPU can run
-    attention.py           `paged_attention`: checks, workspace, choice of the instruction set
-    plan.py                `plan_attention`: divides a batch into work items
-    work_item.py           one work item around the products: pages, weights, merging, results
-    attend_portable.py     the products in float32, for any CPU
-    attend_avx512_bf16.py  the products with the AVX-512 BF16 dot product
-    attend_amx.py          the products with AMX tiles
-    bf16_tiles.py          tiles widened to bf16, and the loop over chunks of the last two
-    softmax.py             the online softmax of a row
-    quantise.py            `quantise_and_store`: rows to codes, four tokens at a time
-    encode.py              key and value codes, and their places in a page
-    value_scales.py        scales and zeros of four tokens
-    rotation.py            the rotation of values, for storing and for attention
-    row_ops.py             loads, stores and sums of rows in scratch memory
-    llvm.py                the vocabulary for LLVM code inside numba functions
-    memory.py              loads, stores and atomics by address for numba functions
-    records.py             records that Python fills and kernels read; a thread's scratch memory
-    threads.py             numba's thread pool
-    compile_cache.py       compiled kernels on disk
+    isa.py            the instruction sets, and which of them this CPU can run
+    attention.py      `paged_attention`: checks, workspace, choice of the instruction set
+    plan.py           `plan_attention`: divides a batch into work items
+    work_item.py      one work item around the products: pages, weights, merging, results
+    attend_*.py       the products of each instruction set
+    bf16_tiles.py     tiles widened to bf16, and the loop over chunks of the bf16 paths
+    softmax.py        the online softmax of a row
+    quantise.py       `quantise_and_store`: rows to codes, four tokens at a time
+    encode.py         key and value codes, and their places in a page
+    value_scales.py   scales and zeros of four tokens
+    rotation.py       the rotation of values, for storing and for attention
+    row_ops.py        loads, stores and sums of rows in scratch memory
+    llvm.py           the vocabulary for LLVM code
+    inline.py         LLVM code as functions for numba code
+    memory.py         loads, stores and atomics by address for numba code
+    records.py        records that Python fills and kernels read; a thread's scratch memory
+    threads.py        numba's thread pool
+    compile_cache.py  compiled kernels on disk
 """
 
 from __future__ import annotations

@@ -18,19 +18,8 @@ from llvmlite import ir
 
 from vllm_hybrid_kv.kernels.cpu import bf16_tiles, memory, records, row_ops, softmax, work_item
 from vllm_hybrid_kv.kernels.cpu.bf16_tiles import OPERAND
-from vllm_hybrid_kv.kernels.cpu.compile_cache import cached_callback
-from vllm_hybrid_kv.kernels.cpu.llvm import (
-    I8,
-    I16,
-    I64,
-    LINE,
-    Bool,
-    Emitter,
-    Int64,
-    filled,
-    inline_llvm,
-    vector,
-)
+from vllm_hybrid_kv.kernels.cpu.inline import Bool, Int64, inline_llvm
+from vllm_hybrid_kv.kernels.cpu.llvm import I8, I16, I64, LINE, Emitter, filled, vector
 from vllm_hybrid_kv.kernels.cpu.records import SCORE_STRIDE, TILE_RECORD
 
 _FEW_ROWS = 16
@@ -391,7 +380,6 @@ def _attend_many(call, item, scratch, state, first, tiles, ahead, count):  # typ
 _attend = bf16_tiles.chunk_loop(_FEW_ROWS, records.CHUNK, _prepare, _attend_few, _attend_many)
 
 
-@cached_callback
 def work(call_address, scratch):  # type: ignore[no-untyped-def]
     """Process items of a call until none is left; both arguments are addresses."""
     call = records.attention_call_at(call_address)

@@ -15,19 +15,8 @@ from llvmlite import ir
 
 from vllm_hybrid_kv.kernels.cpu import bf16_tiles, memory, records, softmax, work_item
 from vllm_hybrid_kv.kernels.cpu.bf16_tiles import OPERAND, key_pairs, value_pairs
-from vllm_hybrid_kv.kernels.cpu.compile_cache import cached_callback
-from vllm_hybrid_kv.kernels.cpu.llvm import (
-    BF16,
-    F32,
-    I32,
-    I64,
-    LINE,
-    ZEROS,
-    Emitter,
-    Int64,
-    inline_llvm,
-    vector,
-)
+from vllm_hybrid_kv.kernels.cpu.inline import Int64, inline_llvm
+from vllm_hybrid_kv.kernels.cpu.llvm import BF16, F32, I32, I64, LINE, ZEROS, Emitter, vector
 from vllm_hybrid_kv.kernels.cpu.records import SCORE_STRIDE, TILE_RECORD
 
 _FEW_ROWS = 8
@@ -88,29 +77,53 @@ def _score_rows(
 
 @inline_llvm
 def _scores_of_page(
-    e: Emitter, count: Int64, tiles: Int64, ahead: Int64, queries: Int64, dims: Int64, scores: Int64
+    e: Emitter,
+    rows: Int64,
+    tiles: Int64,
+    ahead: Int64,
+    count: Int64,
+    dims: Int64,
+    scratch: Int64,
 ) -> None:
-    """Write `count` rows' scores against two key tiles of a page, and prefetch those of `ahead`."""
-    bases = [e.load(I64, e.at(tiles, TILE_RECORD * t)) for t in range(2)]
-    next_bases = [e.load(I64, e.at(ahead, TILE_RECORD * t)) for t in range(2)]
+    """Write up to 8 rows' scores against `count` key tiles of pages, and prefetch as many."""
 
-    def load_pairs(tile: int, i: ir.Value) -> tuple[ir.Value, ir.Value]:
-        e.prefetch(e.at(next_bases[tile], i, LINE))
-        return key_pairs(e, e.load_line(8, e.at(bases[tile], i, LINE)))
+    def two_tiles(i: ir.Value, _: list[ir.Value]) -> None:
+        bases, next_bases = (
+            [
+                e.load(I64, e.at(e.at(addresses, i, 2 * TILE_RECORD), TILE_RECORD * t))
+                for t in (0, 1)
+            ]
+            for addresses in (tiles, ahead)
+        )
+        queries = e.at(scratch, records.QUERIES_AT)
+        scores = e.at(e.at(scratch, records.SCORES_AT), i, 2 * LINE)
 
-    _choose_rows(e, count, lambda rows: _score_rows(e, rows, load_pairs, queries, dims, scores))
+        def load_pairs(tile: int, i: ir.Value) -> tuple[ir.Value, ir.Value]:
+            e.prefetch(e.at(next_bases[tile], i, LINE))
+            return key_pairs(e, e.load_line(8, e.at(bases[tile], i, LINE)))
+
+        _choose_rows(e, rows, lambda most: _score_rows(e, most, load_pairs, queries, dims, scores))
+
+    e.loop(e.shift_right(e.at(count, 1), 1), [], two_tiles)
 
 
 @inline_llvm
-def _scores_widened(e: Emitter, keys: Int64, queries: Int64, dims: Int64, scores: Int64) -> None:
-    """Write eight rows' scores against two widened key tiles, one after the other."""
+def _scores_widened(e: Emitter, rows: Int64, tile: Int64, dims: Int64, scratch: Int64) -> None:
+    """Write rows' scores against the two widened key tiles from `tile` on, eight rows at once."""
+    keys = e.at(scratch, records.KEYS_AT)
     bases = [keys, e.at(keys, dims, 2 * 16)]
 
     def load_pairs(tile: int, i: ir.Value) -> tuple[ir.Value, ir.Value]:
         first = e.at(bases[tile], i, 2 * LINE)
         return e.load_line(16, first), e.load_line(16, e.at(first, LINE))
 
-    _score_rows(e, _MANY_ROWS, load_pairs, queries, dims, scores)
+    def eight_rows(i: ir.Value, _: list[ir.Value]) -> None:
+        row = e.b.mul(i, I64(_MANY_ROWS))
+        queries = e.at(e.at(scratch, records.QUERIES_AT), e.b.mul(row, dims), 2)
+        scores = e.at(e.at(e.at(scratch, records.SCORES_AT), row, SCORE_STRIDE), tile, LINE)
+        _score_rows(e, _MANY_ROWS, load_pairs, queries, dims, scores)
+
+    e.loop(e.shift_right(e.at(rows, _MANY_ROWS - 1), 3), [], eight_rows)
 
 
 def _output_rows(
@@ -152,120 +165,63 @@ def _output_rows(
 @inline_llvm
 def _outputs_of_page(
     e: Emitter,
-    count: Int64,
+    rows: Int64,
     tiles: Int64,
-    num_tiles: Int64,
-    chunk: Int64,
     ahead: Int64,
-    weights: Int64,
-    outputs: Int64,
+    count: Int64,
+    dims: Int64,
+    scratch: Int64,
     output_stride: Int64,
 ) -> None:
-    """Add `count` rows' weights times a page's values to 32 dims; prefetch the tiles of `ahead`."""
+    """Add up to 8 rows' weights times the values of `count` tiles, and prefetch as many."""
+    weights = e.at(scratch, records.WEIGHTS_AT)
 
-    def load_quad(i: ir.Value, quad: int) -> list[ir.Value]:
-        offset = e.at(I64(8), i, TILE_RECORD)
-        base = e.load(I64, e.b.add(tiles, offset))
-        next_base = e.load(I64, e.b.add(ahead, offset))
-        e.prefetch(e.at(e.at(next_base, chunk, 4 * LINE), LINE * quad))
-        place = e.at(e.at(base, chunk, 4 * LINE), LINE * quad)
-        return value_pairs(e, e.load_line(16, place))
+    def chunk(i: ir.Value, _: list[ir.Value]) -> None:
+        outputs = e.at(e.at(scratch, records.OUTPUTS_AT), i, 2 * LINE)
 
-    place = e.at(outputs, chunk, 2 * LINE)
-    _choose_rows(
-        e,
-        count,
-        lambda rows: _output_rows(e, rows, load_quad, num_tiles, weights, place, output_stride),
-    )
+        def load_quad(tile: ir.Value, quad: int) -> list[ir.Value]:
+            offset = e.at(I64(8), tile, TILE_RECORD)
+            base, next_base = (e.load(I64, e.b.add(at, offset)) for at in (tiles, ahead))
+            e.prefetch(e.at(e.at(next_base, i, 4 * LINE), LINE * quad))
+            return value_pairs(e, e.load_line(16, e.at(e.at(base, i, 4 * LINE), LINE * quad)))
+
+        def emit(most: int) -> None:
+            _output_rows(e, most, load_quad, count, weights, outputs, output_stride)
+
+        _choose_rows(e, rows, emit)
+
+    e.loop(e.shift_right(dims, 5), [], chunk)
 
 
 @inline_llvm
 def _outputs_widened(
-    e: Emitter,
-    values: Int64,
-    num_tiles: Int64,
-    chunk: Int64,
-    dims: Int64,
-    weights: Int64,
-    outputs: Int64,
-    output_stride: Int64,
+    e: Emitter, rows: Int64, count: Int64, dims: Int64, scratch: Int64, output_stride: Int64
 ) -> None:
-    """Add eight rows' weights times widened value tiles to 32 dims of their outputs."""
-    of_chunk = e.at(values, chunk, 2 * OPERAND)
+    """Add rows' weights times `count` widened value tiles to their outputs, eight rows at once."""
     two_tiles = e.b.mul(dims, I64(OPERAND // 16))
 
-    def load_quad(i: ir.Value, quad: int) -> list[ir.Value]:
-        of_tiles = e.b.add(of_chunk, e.b.mul(e.shift_right(i, 1), two_tiles))
-        first = e.at(e.at(of_tiles, e.b.and_(i, I64(1)), 8 * LINE), 2 * LINE * quad)
-        return [
-            e.load_line(16, e.at(first, OPERAND * half + LINE * pair))
-            for pair in range(2)
-            for half in range(2)
-        ]
+    def chunk(i: ir.Value, _: list[ir.Value]) -> None:
+        values = e.at(e.at(scratch, records.VALUES_AT), i, 2 * OPERAND)
+        outputs = e.at(e.at(scratch, records.OUTPUTS_AT), i, 2 * LINE)
 
-    place = e.at(outputs, chunk, 2 * LINE)
-    _output_rows(e, _MANY_ROWS, load_quad, num_tiles, weights, place, output_stride)
+        def load_quad(tile: ir.Value, quad: int) -> list[ir.Value]:
+            of_tiles = e.b.add(values, e.b.mul(e.shift_right(tile, 1), two_tiles))
+            first = e.at(e.at(of_tiles, e.b.and_(tile, I64(1)), 8 * LINE), 2 * LINE * quad)
+            return [
+                e.load_line(16, e.at(first, OPERAND * half + LINE * pair))
+                for pair in range(2)
+                for half in range(2)
+            ]
 
+        def eight_rows(j: ir.Value, _: list[ir.Value]) -> None:
+            row = e.b.mul(j, I64(_MANY_ROWS))
+            weights = e.at(e.at(scratch, records.WEIGHTS_AT), row, SCORE_STRIDE)
+            to = e.at(outputs, e.b.mul(row, output_stride), 1)
+            _output_rows(e, _MANY_ROWS, load_quad, count, weights, to, output_stride)
 
-@work_item.inner
-def _scores_of_few(call, item, scratch, tiles, ahead, count):  # type: ignore[no-untyped-def]
-    memory.noinline()
-    for tile in range(0, count, 2):
-        _scores_of_page(
-            item.rows,
-            tiles.ctypes.data + TILE_RECORD * tile,
-            ahead.ctypes.data + TILE_RECORD * tile,
-            scratch + records.QUERIES_AT,
-            call.dims,
-            scratch + records.SCORES_AT + LINE * tile,
-        )
+        e.loop(e.shift_right(e.at(rows, _MANY_ROWS - 1), 3), [], eight_rows)
 
-
-@work_item.inner
-def _outputs_of_few(call, item, scratch, tiles, ahead, count):  # type: ignore[no-untyped-def]
-    memory.noinline()
-    for chunk in range(call.dims // 32):
-        _outputs_of_page(
-            item.rows,
-            tiles.ctypes.data,
-            count,
-            chunk,
-            ahead.ctypes.data,
-            scratch + records.WEIGHTS_AT,
-            scratch + records.OUTPUTS_AT,
-            call.output_stride,
-        )
-
-
-@work_item.inner
-def _scores_of_many(call, item, scratch, tiles, ahead, count):  # type: ignore[no-untyped-def]
-    memory.noinline()
-    for tile in range(0, count, 2):
-        bf16_tiles.widen_keys(call, scratch, tiles, ahead, tile, min(tile + 2, count))
-        for row in range(0, item.rows, _MANY_ROWS):
-            _scores_widened(
-                scratch + records.KEYS_AT,
-                scratch + records.QUERIES_AT + row * 2 * call.dims,
-                call.dims,
-                scratch + records.SCORES_AT + row * SCORE_STRIDE + LINE * tile,
-            )
-
-
-@work_item.inner
-def _outputs_of_many(call, item, scratch, tiles, ahead, count):  # type: ignore[no-untyped-def]
-    memory.noinline()
-    bf16_tiles.widen_values(call, scratch, tiles, ahead, count)
-    for chunk in range(call.dims // 32):
-        for row in range(0, item.rows, _MANY_ROWS):
-            _outputs_widened(
-                scratch + records.VALUES_AT,
-                count,
-                chunk,
-                call.dims,
-                scratch + records.WEIGHTS_AT + row * SCORE_STRIDE,
-                scratch + records.OUTPUTS_AT + row * call.output_stride,
-                call.output_stride,
-            )
+    e.loop(e.shift_right(dims, 5), [], chunk)
 
 
 @work_item.inner
@@ -275,22 +231,27 @@ def _prepare(item, few, scratch):  # type: ignore[no-untyped-def]
 
 @work_item.inner
 def _attend_few(call, item, scratch, state, first, tiles, ahead, count):  # type: ignore[no-untyped-def]
-    _scores_of_few(call, item, scratch, tiles, ahead, count)
+    memory.noinline()
+    now, then = tiles.ctypes.data, ahead.ctypes.data
+    _scores_of_page(item.rows, now, then, count, call.dims, scratch)
     work_item.weigh(call, item, scratch, state, first, count, 1.0, softmax.BFLOATS, 0)
-    _outputs_of_few(call, item, scratch, tiles, ahead, count)
+    _outputs_of_page(item.rows, now, then, count, call.dims, scratch, call.output_stride)
 
 
 @work_item.inner
 def _attend_many(call, item, scratch, state, first, tiles, ahead, count):  # type: ignore[no-untyped-def]
-    _scores_of_many(call, item, scratch, tiles, ahead, count)
+    memory.noinline()
+    for tile in range(0, count, 2):
+        bf16_tiles.widen_keys(call, scratch, tiles, ahead, tile, min(tile + 2, count))
+        _scores_widened(item.rows, tile, call.dims, scratch)
     work_item.weigh(call, item, scratch, state, first, count, 1.0, softmax.BFLOATS, 0)
-    _outputs_of_many(call, item, scratch, tiles, ahead, count)
+    bf16_tiles.widen_values(call, scratch, tiles, ahead, count)
+    _outputs_widened(item.rows, count, call.dims, scratch, call.output_stride)
 
 
 _attend = bf16_tiles.chunk_loop(_FEW_ROWS, _CHUNK_OF_FEW, _prepare, _attend_few, _attend_many)
 
 
-@cached_callback
 def work(call_address, scratch):  # type: ignore[no-untyped-def]
     """Process items of a call until none is left; both arguments are addresses."""
     call = records.attention_call_at(call_address)

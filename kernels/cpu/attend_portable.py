@@ -13,7 +13,7 @@ from llvmlite import ir
 
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.kernels.cpu import memory, records, softmax, work_item
-from vllm_hybrid_kv.kernels.cpu.compile_cache import cached_callback
+from vllm_hybrid_kv.kernels.cpu.inline import Int64, inline_llvm
 from vllm_hybrid_kv.kernels.cpu.llvm import (
     F32,
     I8,
@@ -24,10 +24,8 @@ from vllm_hybrid_kv.kernels.cpu.llvm import (
     LINE,
     ZEROS,
     Emitter,
-    Int64,
     constant,
     filled,
-    inline_llvm,
     vector,
 )
 from vllm_hybrid_kv.kernels.cpu.records import SCORE_STRIDE, TILE
@@ -242,7 +240,7 @@ def _outputs(call, item, scratch, tiles, count):  # type: ignore[no-untyped-def]
 def _attend(call, item, head, scratch):  # type: ignore[no-untyped-def]
     state = np.empty(records.ROW_BLOCK, records.ROW_STATE)
     tiles = np.empty(_TILES, records.TILE_ADDRESSES)
-    work_item.begin(call, item, head, scratch, state, _QUERY_STRIDE, True)
+    work_item.begin(call, item, head, scratch, state, _QUERY_STRIDE, widen=True)
     first, last = work_item.keys_of_item(call, item)
     while first < last:
         count = work_item.tiles_of_chunk(first, last, np.int64(_CHUNK))
@@ -255,7 +253,6 @@ def _attend(call, item, head, scratch):  # type: ignore[no-untyped-def]
     work_item.finish(call, item, head, scratch, state)
 
 
-@cached_callback
 def work(call_address, scratch):  # type: ignore[no-untyped-def]
     """Process items of a call until none is left; both arguments are addresses."""
     call = records.attention_call_at(call_address)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import threading
 
@@ -12,6 +13,7 @@ import torch
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.kernels.cpu import isa as instruction_sets
 from vllm_hybrid_kv.kernels.cpu import records
+from vllm_hybrid_kv.kernels.cpu.compile_cache import compile_callback
 from vllm_hybrid_kv.kernels.cpu.plan import Plan, plan_attention
 from vllm_hybrid_kv.kernels.cpu.threads import follow_torch, run_on_threads
 from vllm_hybrid_kv.kernels.inputs import attention_error, check_attention
@@ -55,6 +57,12 @@ def isa_for(query_dtype: torch.dtype, head_size: int, isa: str | None = None) ->
     chosen = instruction_sets.available()[-1] if isa is None else instruction_sets.require(isa)
     tiled = k8v4.cpu_layout(head_size) is Layout.CPU_TILED
     return chosen if tiled and query_dtype == torch.bfloat16 else instruction_sets.PORTABLE
+
+
+@functools.lru_cache
+def _work_of(isa: str) -> int:
+    """Return the address of an instruction set's compiled code."""
+    return compile_callback(importlib.import_module(f"{__package__}.attend_{isa}").work)
 
 
 def paged_attention(
@@ -138,42 +146,41 @@ def paged_attention(
         1 + plan.num_merges * num_kv_heads,
     )
     width = query.element_size()
-    call = records.AttentionCall(
-        query=query.data_ptr(),
-        query_token_stride=width * query.stride(0),
-        query_head_stride=width * query.stride(1),
-        out=out.data_ptr(),
-        out_token_stride=width * out.stride(0),
-        out_head_stride=width * out.stride(1),
-        dtype_code=records.DTYPE_CODES[query.dtype],
-        lse=0 if lse is None else lse.data_ptr(),
-        lse_token_stride=0 if lse is None else 4 * lse.stride(0),
-        lse_head_stride=0 if lse is None else 4 * lse.stride(1),
-        cache=cache.data_ptr(),
-        block_stride=cache.stride(0),
-        head_bytes=page_format.head_bytes,
-        value_offset=page_format.value_offset,
-        scale_offset=page_format.scale_offset,
-        zero_offset=page_format.zero_offset,
-        tiled=page_format.layout is Layout.CPU_TILED,
-        block_table=block_table.data_ptr(),
-        block_table_stride=4 * block_table.stride(0),
-        sinks=0 if sinks is None else sinks.data_ptr(),
-        num_kv_heads=num_kv_heads,
-        group=num_heads // num_kv_heads,
-        dims=head_size,
-        output_stride=output_stride,
-        page_size=page_size,
-        causal=causal,
-        window=0 if window is None else window,
-        items=plan.items_address,
-        num_items=plan.items.shape[0],
-        merges=plan.merges_address,
-        partials=_workspace.partials_address,
-        counters=_workspace.counters_address,
-        scale=scale,
-        soft_cap=soft_cap,
-    )
-    name = f"vllm_hybrid_kv.kernels.cpu.attend_{isa_for(query.dtype, head_size, isa)}"
-    work = importlib.import_module(name).work()
+    call: records.AttentionCall = {
+        "query": query.data_ptr(),
+        "query_token_stride": width * query.stride(0),
+        "query_head_stride": width * query.stride(1),
+        "out": out.data_ptr(),
+        "out_token_stride": width * out.stride(0),
+        "out_head_stride": width * out.stride(1),
+        "dtype_code": records.DTYPE_CODES[query.dtype],
+        "lse": 0 if lse is None else lse.data_ptr(),
+        "lse_token_stride": 0 if lse is None else 4 * lse.stride(0),
+        "lse_head_stride": 0 if lse is None else 4 * lse.stride(1),
+        "cache": cache.data_ptr(),
+        "block_stride": cache.stride(0),
+        "head_bytes": page_format.head_bytes,
+        "value_offset": page_format.value_offset,
+        "scale_offset": page_format.scale_offset,
+        "zero_offset": page_format.zero_offset,
+        "tiled": page_format.layout is Layout.CPU_TILED,
+        "block_table": block_table.data_ptr(),
+        "block_table_stride": 4 * block_table.stride(0),
+        "sinks": 0 if sinks is None else sinks.data_ptr(),
+        "num_kv_heads": num_kv_heads,
+        "group": num_heads // num_kv_heads,
+        "dims": head_size,
+        "output_stride": output_stride,
+        "page_size": page_size,
+        "causal": causal,
+        "window": 0 if window is None else window,
+        "items": plan.items_address,
+        "num_items": plan.items.shape[0],
+        "merges": plan.merges_address,
+        "partials": _workspace.partials_address,
+        "counters": _workspace.counters_address,
+        "scale": scale,
+        "soft_cap": soft_cap,
+    }
+    work = _work_of(isa_for(query.dtype, head_size, isa))
     run_on_threads(work, _workspace.call.write(call), _workspace.scratch)

@@ -24,17 +24,8 @@ from llvmlite import ir
 
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.kernels.cpu import memory, records, work_item
-from vllm_hybrid_kv.kernels.cpu.llvm import (
-    I8,
-    I16,
-    LINE,
-    Emitter,
-    Int64,
-    constant,
-    filled,
-    inline_llvm,
-    vector,
-)
+from vllm_hybrid_kv.kernels.cpu.inline import Int64, inline_llvm
+from vllm_hybrid_kv.kernels.cpu.llvm import I8, I16, LINE, Emitter, constant, filled, vector
 
 OPERAND = 1024
 """Bytes of an operand of 16 pairs and 16 columns."""
@@ -218,7 +209,7 @@ def chunk_loop(
         state = np.empty(records.ROW_BLOCK, records.ROW_STATE)
         tiles = np.zeros(TILES, records.TILE_ADDRESSES)
         ahead = np.zeros(TILES, records.TILE_ADDRESSES)
-        work_item.begin(call, item, head, scratch, state, 2 * call.dims, False)
+        work_item.begin(call, item, head, scratch, state, 2 * call.dims, widen=False)
         # By all rows of the request: the rest in its last item is computed like the others.
         few = item.query_length * call.group <= most_few_rows
         chunk = np.int64(chunk_of_few if few else records.CHUNK)

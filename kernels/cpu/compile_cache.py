@@ -97,20 +97,14 @@ def cached(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
-def cached_callback(function: Callable[..., Any]) -> Callable[[], int]:
-    """Return a function that compiles a function of two addresses and returns the code's address.
+def compile_callback(function: Callable[..., Any]) -> int:
+    """Compile a function of two addresses, or load it from disk, and return the code's address.
 
-    It compiles at its first call, and keeps the code on disk. Code that is called by address is
-    compiled once. Called by name it would be optimised again in each of the functions that numba
-    makes of a parallel loop.
+    Code that is called by address is compiled once. Called by name it would be optimised again in
+    each of the functions that numba makes of a parallel loop.
     """
-
-    @functools.lru_cache(maxsize=1)
-    def address() -> int:
-        callback = CFunc(function, ((types.int64, types.int64), types.void), {}, {})
-        callback._cache = _cache_of(function)
-        callback.compile()
-        _callbacks.append(callback)
-        return int(callback.address)
-
-    return address
+    callback = CFunc(function, ((types.int64, types.int64), types.void), {}, {})
+    callback._cache = _cache_of(function)
+    callback.compile()
+    _callbacks.append(callback)
+    return int(callback.address)

@@ -13,6 +13,7 @@ from llvmlite import ir
 
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.kernels.cpu import memory, records, value_scales
+from vllm_hybrid_kv.kernels.cpu.inline import Bool, Float32, Int64, inline_llvm
 from vllm_hybrid_kv.kernels.cpu.llvm import (
     F32,
     I8,
@@ -21,12 +22,8 @@ from vllm_hybrid_kv.kernels.cpu.llvm import (
     I64,
     LANES,
     LINE,
-    Bool,
     Emitter,
-    Float32,
-    Int64,
     filled,
-    inline_llvm,
     vector,
 )
 

@@ -1,22 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vocabulary for LLVM code inside numba functions.
+"""The vocabulary for LLVM code: vector types, constants, and an `Emitter` of operations.
 
-Numba's loops cannot keep a block of sums in registers, cannot name the bf16 instructions, and
-widen 32-bit integers to 64 bits. The innermost loops are therefore functions under `inline_llvm`,
-which emit LLVM code through an `Emitter`: a Python loop is unrolled code, `Emitter.loop` is a loop
-of the machine. Addresses are integers. No operation carries a fast-math flag: each rounds once, and
-NaN and infinity behave as IEEE 754 says, which keeps a NaN in its own row.
+A Python loop over an `Emitter` is unrolled code, `Emitter.loop` is a loop of the machine. Addresses
+are integers. No operation carries a fast-math flag: each rounds once, and NaN and infinity behave
+as IEEE 754 says, which keeps a NaN in its own row.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
@@ -315,55 +310,3 @@ class Emitter:
         return self.choose(
             numbers, lambda number: self.b.icmp_signed("==", value, I64(number)), emit
         )
-
-
-# Annotations of the arguments and results of functions under `inline_llvm`.
-Int64: TypeAlias = ir.Value
-Float32: TypeAlias = ir.Value
-Bool: TypeAlias = ir.Value
-
-_NUMBA_TYPES = {
-    "Int64": types.int64,
-    "Float32": types.float32,
-    "Bool": types.boolean,
-    "None": types.void,
-}
-
-
-def inline_llvm(emit: Callable[..., Any]) -> Any:
-    """Return a function for numba code whose body is the LLVM code that `emit` emits.
-
-    Args:
-        emit: Takes an `Emitter` and the values of the arguments, and returns the result's value.
-            Its annotations are keys of `_NUMBA_TYPES`, as strings. An argument annotated `int`
-            must be a constant in the calling code; `emit` gets its number.
-    """
-    _, *parameters = inspect.signature(emit).parameters.values()
-    annotations = [parameter.annotation for parameter in parameters]
-    returns = _NUMBA_TYPES[emit.__annotations__["return"]]
-
-    def declare(context: Any, *arguments: Any) -> Any:
-        kinds = [
-            argument if annotation == "int" else _NUMBA_TYPES[annotation]
-            for annotation, argument in zip(annotations, arguments, strict=True)
-        ]
-        if any(
-            annotation == "int" and not isinstance(kind, types.Literal)
-            for annotation, kind in zip(annotations, kinds, strict=True)
-        ):
-            return None
-
-        def code(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
-            values = [
-                kind.literal_value if annotation == "int" else value
-                for annotation, kind, value in zip(annotations, kinds, values, strict=True)
-            ]
-            result = emit(Emitter(builder, context), *values)
-            return context.get_dummy_value() if result is None else result
-
-        return returns(*kinds), code
-
-    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    declare.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
-    declare.__name__ = emit.__name__
-    return intrinsic(prefer_literal="int" in annotations)(declare)

@@ -7,7 +7,8 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from vllm_hybrid_kv.kernels.cpu import llvm
-from vllm_hybrid_kv.kernels.cpu.llvm import Emitter, Float32, Int64, inline_llvm
+from vllm_hybrid_kv.kernels.cpu.inline import Float32, Int64, inline_llvm
+from vllm_hybrid_kv.kernels.cpu.llvm import Emitter
 
 
 @inline_llvm

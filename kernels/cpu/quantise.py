@@ -41,6 +41,7 @@ _ITEM_TOKENS = 16
 SERIAL_ROWS = 256
 """Rows (tokens times heads) up to which waking other threads costs more than it saves."""
 
+_CPU = torch.device("cpu")
 _call = records.CallBuffer(records.StoreCall)
 
 
@@ -224,7 +225,7 @@ def quantise_and_store(
         ValueError: A tensor has the wrong shape, dtype, strides or device, or a slot is past the
             end of the cache. Nothing has been written then.
     """
-    inputs.check_store(key, value, cache, slot_mapping, torch.device("cpu"))
+    inputs.check_store(key, value, cache, slot_mapping, _CPU)
     num_tokens = slot_mapping.shape[0]
     _, num_heads, head_size = key.shape
     num_blocks, _, page_size, _ = cache.shape
@@ -234,24 +235,24 @@ def quantise_and_store(
     key = key if key.stride(2) == 1 else key.contiguous()
     value = value if value.stride(2) == 1 else value.contiguous()
     size = key.element_size()
-    call = records.StoreCall(
-        key=key.data_ptr(),
-        key_token_stride=key.stride(0) * size,
-        key_head_stride=key.stride(1) * size,
-        value=value.data_ptr(),
-        value_token_stride=value.stride(0) * size,
-        value_head_stride=value.stride(1) * size,
-        dtype_code=records.DTYPE_CODES[key.dtype],
-        cache=cache.data_ptr(),
-        block_stride=cache.stride(0),
-        slots=slots.data_ptr(),
-        num_slots=num_blocks * page_size,
-        num_tokens=num_tokens,
-        num_heads=num_heads,
-        head_size=head_size,
-        page_size=page_size,
-        tiled=_is_tiled(head_size, page_size),
-    )
+    call: records.StoreCall = {
+        "key": key.data_ptr(),
+        "key_token_stride": key.stride(0) * size,
+        "key_head_stride": key.stride(1) * size,
+        "value": value.data_ptr(),
+        "value_token_stride": value.stride(0) * size,
+        "value_head_stride": value.stride(1) * size,
+        "dtype_code": records.DTYPE_CODES[key.dtype],
+        "cache": cache.data_ptr(),
+        "block_stride": cache.stride(0),
+        "slots": slots.data_ptr(),
+        "num_slots": num_blocks * page_size,
+        "num_tokens": num_tokens,
+        "num_heads": num_heads,
+        "head_size": head_size,
+        "page_size": page_size,
+        "tiled": _is_tiled(head_size, page_size),
+    }
     serial = num_tokens * num_heads <= SERIAL_ROWS or follow_torch() == 1
     store = _store_serial if serial else _store_parallel
     outside = store(_call.write(call), -(-num_tokens // _ITEM_TOKENS))

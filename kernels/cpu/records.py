@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The memory layouts that Python and the compiled kernels share: records and a thread's scratch.
 
-Python fills a record by name from a `NamedTuple`; numba code reads its fields by the same names.
+Python fills a record by name; numba code reads its fields by the same names.
 """
 
 from __future__ import annotations
 
 import functools
+import operator
 import struct
 import threading
-from typing import Any, NamedTuple, get_type_hints
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypedDict, get_type_hints
 
 import numba
 import numpy as np
@@ -23,7 +25,7 @@ BFLOAT16, FLOAT16, FLOAT32 = range(3)
 DTYPE_CODES = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16, torch.float32: FLOAT32}
 
 
-class AttentionCall(NamedTuple):
+class AttentionCall(TypedDict):
     """One call of attention: addresses, strides in bytes, and sizes."""
 
     query: int
@@ -62,7 +64,7 @@ class AttentionCall(NamedTuple):
     soft_cap: float  # 0: none
 
 
-class StoreCall(NamedTuple):
+class StoreCall(TypedDict):
     """One call of quantise-and-store: addresses, strides in bytes, and sizes."""
 
     key: int
@@ -107,7 +109,7 @@ class Merge(NamedTuple):
 
 @functools.lru_cache
 def dtype_of(record: type) -> np.dtype[Any]:
-    """Return numpy's dtype of a `NamedTuple` of int64 and float64 fields."""
+    """Return numpy's dtype of a record of int64 and float64 fields."""
     formats = {int: np.int64, float: np.float64}
     return np.dtype([(name, formats[kind]) for name, kind in get_type_hints(record).items()])
 
@@ -117,15 +119,16 @@ class CallBuffer(threading.local):
 
     def __init__(self, record: type) -> None:
         codes = {int: "q", float: "d"}
-        fields = get_type_hints(record).values()
-        self._struct = struct.Struct("=" + "".join(codes[kind] for kind in fields))
-        self._memory = np.empty(self._struct.size, np.uint8)
-        self._bytes = self._memory.data
+        fields = get_type_hints(record)
+        layout = struct.Struct("=" + "".join(codes[kind] for kind in fields.values()))
+        self._memory = np.empty(layout.size, np.uint8)
         self._address = self._memory.ctypes.data
+        self._pack = functools.partial(layout.pack_into, self._memory.data, 0)
+        self._values_of = operator.itemgetter(*fields)
 
-    def write(self, record: tuple[float, ...]) -> int:
+    def write(self, record: Mapping[str, Any]) -> int:
         """Fill the memory and return its address."""
-        self._struct.pack_into(self._bytes, 0, *record)
+        self._pack(*self._values_of(record))
         return self._address
 
 

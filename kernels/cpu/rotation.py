@@ -14,7 +14,8 @@ import numba
 import numpy as np
 from llvmlite import ir
 
-from vllm_hybrid_kv.kernels.cpu.llvm import F32, LANES, LINE, Emitter, Int64, filled, inline_llvm
+from vllm_hybrid_kv.kernels.cpu.inline import Int64, inline_llvm
+from vllm_hybrid_kv.kernels.cpu.llvm import F32, LANES, LINE, Emitter, filled
 
 
 @numba.njit

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
+from vllm_hybrid_kv.kernels.cpu.inline import Float32, Int64, inline_llvm
 from vllm_hybrid_kv.kernels.cpu.llvm import (
     F16,
     F32,
@@ -17,10 +18,7 @@ from vllm_hybrid_kv.kernels.cpu.llvm import (
     LINE,
     ZEROS,
     Emitter,
-    Float32,
-    Int64,
     filled,
-    inline_llvm,
     vector,
 )
 from vllm_hybrid_kv.kernels.cpu.records import BFLOAT16, FLOAT16, FLOAT32
@@ -49,9 +47,8 @@ def widen_row(e: Emitter, dtype_code: Int64, source: Int64, to: Int64, dims: Int
         e.loop(vectors, [], sixteen)
         with e.b.if_then(e.b.not_(e.is_multiple(dims, LANES))):
             last = _load_floats(e, code, e.at(source, vectors, width * LANES), _EIGHT)
-            e.store(
-                e.shuffle(last, last, [*range(_EIGHT), *range(_EIGHT)]), e.at(to, vectors, LINE)
-            )
+            twice = e.shuffle(last, last, 2 * [*range(_EIGHT)])
+            e.store(twice, e.at(to, vectors, LINE))
 
     e.choose_number(dtype_code, (BFLOAT16, FLOAT16, FLOAT32), widen)
 

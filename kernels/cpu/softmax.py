@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from llvmlite import ir
 
 from vllm_hybrid_kv.kernels.cpu import isa
+from vllm_hybrid_kv.kernels.cpu.inline import Float32, Int64, inline_llvm
 from vllm_hybrid_kv.kernels.cpu.llvm import (
     BF16,
     F32,
@@ -21,11 +22,8 @@ from vllm_hybrid_kv.kernels.cpu.llvm import (
     LINE,
     ZEROS,
     Emitter,
-    Float32,
-    Int64,
     constant,
     filled,
-    inline_llvm,
     vector,
 )
 from vllm_hybrid_kv.kernels.cpu.records import ROW_STATE, TILE_ADDRESSES, TILE_RECORD

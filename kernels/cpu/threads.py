@@ -12,7 +12,8 @@ import torch
 from llvmlite import ir
 
 from vllm_hybrid_kv.kernels.cpu.compile_cache import cached
-from vllm_hybrid_kv.kernels.cpu.llvm import I64, Emitter, Int64, inline_llvm
+from vllm_hybrid_kv.kernels.cpu.inline import Int64, inline_llvm
+from vllm_hybrid_kv.kernels.cpu.llvm import I64, Emitter
 
 
 def follow_torch() -> int:

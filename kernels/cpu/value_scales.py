@@ -13,19 +13,8 @@ from llvmlite import ir
 
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.kernels.cpu import memory
-from vllm_hybrid_kv.kernels.cpu.llvm import (
-    F32,
-    I16,
-    I32,
-    LANES,
-    LINE,
-    Emitter,
-    Float32,
-    Int64,
-    filled,
-    inline_llvm,
-    vector,
-)
+from vllm_hybrid_kv.kernels.cpu.inline import Float32, Int64, inline_llvm
+from vllm_hybrid_kv.kernels.cpu.llvm import F32, I16, I32, LANES, LINE, Emitter, filled, vector
 
 TOKENS = 4
 """Tokens whose scales are computed at once."""
