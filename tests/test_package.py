@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The package is one pure-Python wheel that holds the kernels and needs no vLLM to be imported."""
+"""The package is one pure-Python wheel that contains the kernels and imports without vLLM."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    # Built from a copy: setuptools leaves a build folder behind, and takes old files from it.
+    # Built from a copy, because setuptools leaves a build folder and reuses old files from it.
     source = tmp_path_factory.mktemp("source")
     for name in ("vllm_hybrid_kv", "kernels"):
         shutil.copytree(
@@ -47,7 +47,7 @@ def unpacked(wheel, tmp_path_factory):
 
 
 def run_isolated(code, folder):
-    """Run code in a Python that sees the unpacked wheel and the standard library only."""
+    """Run code with the unpacked wheel and the standard library only."""
     return subprocess.run(
         [sys.executable, "-S", "-c", code],
         env={**os.environ, "PYTHONPATH": str(folder)},
@@ -61,7 +61,7 @@ def test_the_wheel_runs_on_any_python_and_platform(wheel):
     assert wheel.name.endswith("-py3-none-any.whl")
 
 
-def test_the_wheel_holds_every_module_of_the_tree(wheel):
+def test_the_wheel_contains_every_module_of_the_tree(wheel):
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "vllm_hybrid_kv").rglob("*.py")}
     modules |= {
@@ -70,7 +70,7 @@ def test_the_wheel_holds_every_module_of_the_tree(wheel):
     assert packed == modules
 
 
-def test_the_wheel_says_what_it_needs_and_what_it_registers(unpacked):
+def test_the_wheel_declares_its_requirements_and_entry_points(unpacked):
     (info,) = unpacked.glob("*.dist-info")
     metadata = Parser().parsestr((info / "METADATA").read_text())
     needs = {
@@ -92,13 +92,13 @@ def test_the_wheel_says_what_it_needs_and_what_it_registers(unpacked):
     assert list(info.rglob("LICENSE"))
 
 
-def test_without_vllm_the_package_imports(unpacked):
+def test_the_package_imports_without_vllm(unpacked):
     done = run_isolated("import vllm_hybrid_kv; print(vllm_hybrid_kv.__version__)", unpacked)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 
 
-def test_without_vllm_using_the_package_says_what_to_install(unpacked):
+def test_using_the_package_without_vllm_tells_what_to_install(unpacked):
     for use in ("register()", "Settings"):
         done = run_isolated(f"import vllm_hybrid_kv; vllm_hybrid_kv.{use}", unpacked)
         assert done.returncode != 0
