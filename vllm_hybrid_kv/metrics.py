@@ -88,17 +88,14 @@ class Counters:
         key = self._keys.get((name, kind))
         if key is None:
             key = self._keys[name, kind] = self._key(name, kind)
-        value: float = self._file.read_value(key)[0]
-        if amount:
-            self._file.write_value(key, value + amount, 0.0)
+        self._file.write_value(key, self._file.read_value(key)[0] + amount, 0.0)
 
     def _key(self, name: str, kind: str | None) -> str:
         from prometheus_client.mmap_dict import mmap_key
 
         labels = self._labels if kind is None else {**self._labels, "kind": kind}
         metric = PREFIX + name
-        key: str = mmap_key(metric, f"{metric}_total", list(labels), labels.values(), HELP[name])
-        return key
+        return mmap_key(metric, f"{metric}_total", list(labels), labels.values(), HELP[name])
 
 
 def _open(folder: Path) -> Any:
@@ -131,9 +128,7 @@ class FolderCollector:
     def collect(self) -> Iterable[Any]:
         from prometheus_client.multiprocess import MultiProcessCollector
 
-        files = sorted(str(file) for file in self._path.glob("*.db"))
-        metrics: Iterable[Any] = MultiProcessCollector.merge(files)
-        return metrics
+        return MultiProcessCollector.merge(sorted(map(str, self._path.glob("*.db"))))
 
 
 MULTIPROC = "PROMETHEUS_MULTIPROC_DIR"

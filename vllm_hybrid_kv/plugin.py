@@ -81,8 +81,7 @@ def vllm_version() -> tuple[str, tuple[int, int]]:
 
 def built_in_strategies() -> Strategies:
     """Return the strategies of this package, without those of others."""
-    from vllm_hybrid_kv.coordinator.match_unit import AutoMatchUnit
-    from vllm_hybrid_kv.coordinator.strategies import FixedPoint, HybridAware
+    from vllm_hybrid_kv.coordinator.strategies import AutoMatchUnit, FixedPoint, HybridAware
     from vllm_hybrid_kv.hooks import Strategies
     from vllm_hybrid_kv.planning.capacity import GrowingGroups
     from vllm_hybrid_kv.planning.lcm import LeastCommonMultiple

@@ -15,7 +15,7 @@ from testing.coordinator.prompts import send
 from tests.coordinator.soak.engine import configure, make_scheduler
 from tests.coordinator.soak.plans import STRATEGIES, Plan
 from vllm_hybrid_kv import plugin
-from vllm_hybrid_kv.coordinator.match_unit import match_unit
+from vllm_hybrid_kv.coordinator.strategies import match_unit
 from vllm_hybrid_kv.planning.smallest_hit import hits_are_possible, smallest_hit
 
 LONGEST = 1024

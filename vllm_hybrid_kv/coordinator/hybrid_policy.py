@@ -164,7 +164,10 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         """
         needed = super().get_num_blocks_to_allocate(request_id, *args, **kwargs)
         if kwargs.get("apply_admission_cap"):
-            scheduled = self._scheduled_requests()
+            # Loaded requests hold blocks too, but wait. If all holders wait, the next one must
+            # start with the free blocks, because no other request will free any.
+            requests = [running.request for running in self._running.values()]
+            scheduled = [one for one in requests if one.status is RequestStatus.RUNNING]
             if scheduled:
                 own = (STATES_OF_PROMPT - 1) * len(self._state_groups)
                 return needed + own + self._missing_blocks(scheduled)
@@ -177,15 +180,6 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         ):
             needed = super().get_num_blocks_to_allocate(request_id, *args, **kwargs)
         return needed
-
-    def _scheduled_requests(self) -> list[Request]:
-        """Return the requests that take part in steps.
-
-        Requests that a connector has loaded hold blocks too, but wait. If all holders wait, the
-        next one must start with the free blocks, because no other request will free any.
-        """
-        requests = [running.request for running in self._running.values()]
-        return [request for request in requests if request.status is RequestStatus.RUNNING]
 
     def _missing_blocks(self, requests: Iterable[Request]) -> int:
         """Return how many blocks requests still need for their prompts."""
@@ -385,10 +379,10 @@ class HybridAwareCoordinator(FixedPointCoordinator):
             self.checkpoints.touch(running.latest)
 
     def reset_prefix_cache(self) -> bool:
-        done: bool = super().reset_prefix_cache()
-        if done:
-            self.checkpoints.clear()
-            self._queue.unpin(self._queue.get_all_free_blocks())
-            self._returns = AnswerReturns()
-            self._seen.clear()
-        return done
+        if not super().reset_prefix_cache():
+            return False
+        self.checkpoints.clear()
+        self._queue.unpin(self._queue.get_all_free_blocks())
+        self._returns = AnswerReturns()
+        self._seen.clear()
+        return True

@@ -28,15 +28,19 @@ if TYPE_CHECKING:
 
 
 class Reconciliation(NamedTuple):
-    """The longest prefix that several groups can serve, and how it was found.
+    """The longest prefix of a request that several groups can serve, and how it was found.
 
     Attributes:
+        block_hashes: The request's hashes, one per hash unit.
+        limit: The maximum hit in tokens.
         start: The length in tokens that the iteration started with.
         length: The longest prefix that all groups can serve, in tokens.
         answers: The first answer of each group, up to the group that answered 0.
         reductions: Later reductions: the index of the group, and the length before and after.
     """
 
+    block_hashes: Sequence[BlockHash]
+    limit: int
     start: int
     length: int
     answers: list[int]
@@ -106,7 +110,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
         """
         result, lookups = self._reconcile(block_hashes, max_cache_hit_length, self.attention_groups)
         # Without the lookups: they hold thousands of blocks.
-        self.observer.looked_up(block_hashes, max_cache_hit_length, result)
+        self.observer.last_lookup = result
         hits: list[list[KVCacheBlock]] = [[] for _ in self.single_type_managers]
         for lookup, answer in zip(lookups, result.answers, strict=True):
             served = answer if lookup.manager.retains_longer_hit else result.length
@@ -139,8 +143,9 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
                 lengths[group_id] = length
         # A KV connector loads the difference, so no group shortens the hit of another.
         start = round_down(max_cache_hit_length, self._cache_hit_alignment_tokens)
-        alone = Reconciliation(start, 0, [], [])
-        self.observer.looked_up(block_hashes, max_cache_hit_length, alone)
+        self.observer.last_lookup = Reconciliation(
+            block_hashes, max_cache_hit_length, start, 0, [], []
+        )
         return tuple(hits), tuple(lengths)
 
     def make_lookup(self, group: SpecGroup, block_hashes: Sequence[BlockHash]) -> GroupLookup:
@@ -176,7 +181,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
         agreed = 0
         for group in groups:
             if length <= 0:
-                return Reconciliation(start, 0, answers, reductions), lookups
+                break
             lookup = self.make_lookup(group, block_hashes)
             answer = lookup.longest(length)
             lookups.append(lookup)
@@ -193,7 +198,8 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
                 reductions.append((index, length, answer))
                 agreed = 1
                 length = answer
-        return Reconciliation(start, length, answers, reductions), lookups
+        length = max(length, 0)
+        return Reconciliation(block_hashes, limit, start, length, answers, reductions), lookups
 
     def allocate_new_computed_blocks(
         self,
@@ -222,10 +228,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
     ) -> tuple[list[KVCacheBlock], ...]:
         # vLLM calls `allocate_new_computed_blocks` first if the request hit anything.
         self.observer.scheduled(request_id, 0)
-        blocks: tuple[list[KVCacheBlock], ...] = super().allocate_new_blocks(
-            request_id, *args, **kwargs
-        )
-        return blocks
+        return super().allocate_new_blocks(request_id, *args, **kwargs)
 
     def new_step_starts(self) -> None:
         super().new_step_starts()
@@ -251,7 +254,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
             new_computed_blocks, num_local_computed_tokens
         ):
             return self.block_pool.num_gpu_blocks + 1
-        blocks: int = super().get_num_blocks_to_allocate(
+        return super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
             new_computed_blocks,
@@ -261,7 +264,6 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
             *args,
             **kwargs,
         )
-        return blocks
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
         if self._completes_a_unit(request, num_computed_tokens):
@@ -293,8 +295,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self._forget(request_id)
-        blocks: list[KVCacheBlock] = super().pop_blocks_for_free(request_id)
-        return blocks
+        return super().pop_blocks_for_free(request_id)
 
     def free(self, request_id: str) -> None:
         self._forget(request_id)

@@ -230,10 +230,9 @@ class SlidingWindowLookup(_WindowLookup):
     @cached_property
     def _num_needed(self) -> int:
         """Blocks that hold the window without the next token, by vLLM's own rule."""
-        needed: int = self.group.manager_cls._contiguous_blocks_for_hit(
+        return self.group.manager_cls._contiguous_blocks_for_hit(
             self.group.spec.sliding_window, self.block_size, use_eagle=False
         )
-        return needed
 
     def _first_block(self, length: int) -> int:
         return max(0, length // self.block_size - self._num_needed)
@@ -243,8 +242,7 @@ class ChunkedLocalLookup(_WindowLookup):
     """Chunked local attention: the blocks of the next token's chunk."""
 
     def _first_block(self, length: int) -> int:
-        chunk: int = self.group.spec.attention_chunk_size
-        return round_down(length, chunk) // self.block_size
+        return round_down(length, self.group.spec.attention_chunk_size) // self.block_size
 
 
 class MambaLookup(GroupLookup):
@@ -323,20 +321,17 @@ class ManagerLookup(GroupLookup):
     def _find(self, limit: int) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         manager, group = self.manager, self.group
         lookahead = 0 if isinstance(group.spec, MambaSpec) else self.lookahead
-        answer: tuple[tuple[list[KVCacheBlock], ...], int] = (
-            group.manager_cls.find_longest_cache_hit(
-                block_hashes=self.block_hashes,
-                max_length=min(limit + lookahead, self.num_hashed),
-                kv_cache_group_ids=group.group_ids,
-                block_pool=manager.block_pool,
-                kv_cache_spec=group.spec,
-                drop_eagle_block=group.use_eagle,
-                alignment_tokens=self.alignment,
-                dcp_world_size=manager.dcp_world_size,
-                pcp_world_size=manager.pcp_world_size,
-            )
+        return group.manager_cls.find_longest_cache_hit(
+            block_hashes=self.block_hashes,
+            max_length=min(limit + lookahead, self.num_hashed),
+            kv_cache_group_ids=group.group_ids,
+            block_pool=manager.block_pool,
+            kv_cache_spec=group.spec,
+            drop_eagle_block=group.use_eagle,
+            alignment_tokens=self.alignment,
+            dcp_world_size=manager.dcp_world_size,
+            pcp_world_size=manager.pcp_world_size,
         )
-        return answer
 
 
 _LOOKUPS: dict[object, type[GroupLookup]] = {

@@ -7,7 +7,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 
@@ -47,22 +47,18 @@ KIND_COUNTERS = (
 )
 
 
-class Lookup(NamedTuple):
-    """A lookup of a request whose id vLLM has not passed yet."""
-
-    block_hashes: Sequence[BlockHash]
-    limit: int
-    result: Reconciliation
-
-
 class HitObserver:
     """Observes the lookups of one coordinator.
 
     vLLM looks a request up by its hashes, then allocates blocks by its id, and only then passes
-    the request itself, to cache it. `looked_up`, `scheduled` and `cached` follow these calls. vLLM
-    schedules a request directly after its lookup, but a request that does not read the cache has no
-    lookup, and a lookup may be of a request for which there is no room. `cached` detects both by
-    comparing the hashes.
+    the request itself, to cache it. `last_lookup`, `scheduled` and `cached` follow these calls.
+    vLLM schedules a request directly after its lookup, but a request that does not read the cache
+    has no lookup, and a lookup may be of a request for which there is no room. `cached` detects
+    both by comparing the hashes.
+
+    Attributes:
+        cache: The properties of the coordinator.
+        last_lookup: The latest lookup, until its request is scheduled.
     """
 
     def __init__(self, coordinator: FixedPointCoordinator, strategy: str) -> None:
@@ -70,7 +66,7 @@ class HitObserver:
         self.cache = CacheDescription.of(coordinator, strategy)
         self._counters: HitCounters | None = None
         self._warning = LossWarning(self.cache)
-        self._last_lookup: Lookup | None = None
+        self.last_lookup: Reconciliation | None = None
         # By id, for requests that hold blocks. None for those that do not read the cache.
         self._records: dict[str, HitRecord | None] = {}
         # The hashes that were looked up, of requests that were not reported yet.
@@ -79,11 +75,6 @@ class HitObserver:
     def start_counting(self) -> None:
         """Open the counters, if some process exports them."""
         self._counters = HitCounters.open(self.cache)
-
-    def looked_up(
-        self, block_hashes: Sequence[BlockHash], limit: int, result: Reconciliation
-    ) -> None:
-        self._last_lookup = Lookup(block_hashes, limit, result)
 
     def scheduled(self, request_id: str, hit: int) -> None:
         """Record the lookup of a request, before its first blocks are allocated.
@@ -98,8 +89,8 @@ class HitObserver:
         if request_id in self._records:
             return
         record = None
-        if self._last_lookup is not None:
-            lookup, self._last_lookup = self._last_lookup, None
+        if self.last_lookup is not None:
+            lookup, self.last_lookup = self.last_lookup, None
             alone = self._counters is not None or logger.isEnabledFor(logging.DEBUG)
             record = self._record(lookup, hit, alone)
             self._unreported[request_id] = lookup.block_hashes
@@ -138,15 +129,13 @@ class HitObserver:
         if scheduled:
             num_tokens = request.num_prompt_tokens if record is None else record.limit + 1
         elif not request.skip_reading_prefix_cache:
-            coordinator, limit = self._coordinator, num_tokens - 1
-            groups = coordinator.attention_groups
-            result = coordinator.reconcile(request.block_hashes, limit, groups)
-            lookup = Lookup(request.block_hashes, limit, result)
-            record = self._record(lookup, result.length, alone=True)
+            groups = self._coordinator.attention_groups
+            lookup = self._coordinator.reconcile(request.block_hashes, num_tokens - 1, groups)
+            record = self._record(lookup, lookup.length, alone=True)
         preempted = request.num_preemptions > 0
         return self.cache.explain(record, request.request_id, num_tokens, scheduled, preempted)
 
-    def _record(self, lookup: Lookup, hit: int, alone: bool) -> HitRecord:
+    def _record(self, lookup: Reconciliation, hit: int, alone: bool) -> HitRecord:
         """Attribute the length of a hit to groups.
 
         Args:
@@ -155,33 +144,34 @@ class HitObserver:
             alone: Whether to look up what each kind could serve alone, where the lookup did not
                 show it.
         """
-        block_hashes, limit, result = lookup
         groups = self._coordinator.attention_groups
-        limits = [result.start, *result.answers]
+        limits = [lookup.start, *lookup.answers]
         by_kind: list[int | None] = []
         for kind in self.cache.kinds:
             first = kind.groups[0]
             tokens: int | None = None
-            if result.start <= 0:
+            if lookup.start <= 0:
                 tokens = 0
             elif (
                 len(kind.groups) == 1
-                and first < len(result.answers)
-                and limits[first] == result.start
+                and first < len(lookup.answers)
+                and limits[first] == lookup.start
             ):
                 # The groups before it served everything, so it answered for itself alone.
-                tokens = result.answers[first]
+                tokens = lookup.answers[first]
             elif alone:
                 of_kind = [groups[index] for index in kind.groups]
-                tokens = self._coordinator.reconcile(block_hashes, limit, of_kind).length
+                tokens = self._coordinator.reconcile(
+                    lookup.block_hashes, lookup.limit, of_kind
+                ).length
             by_kind.append(tokens)
         reach = self.cache.reach(tuple(by_kind))
         lost = [0] * len(groups)
-        first_answers = zip(range(len(limits)), limits, result.answers, strict=False)
-        for index, before, after in [*first_answers, *result.reductions]:
+        first_answers = zip(range(len(limits)), limits, lookup.answers, strict=False)
+        for index, before, after in [*first_answers, *lookup.reductions]:
             # What no kind could have reached is not lost.
             lost[index] += max(min(before, reach) - after, 0)
-        return HitRecord(limit, hit, tuple(lost), tuple(by_kind))
+        return HitRecord(lookup.limit, hit, tuple(lost), tuple(by_kind))
 
 
 class LossWarning:

@@ -1,16 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The built-in strategies that choose the prefix cache coordinator."""
+"""The built-in strategies that choose the prefix cache coordinator and the match unit."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
+from vllm.v1.core.kv_cache_utils import partial_hash_hits_enabled, resolve_dcp_kv_block_size
+from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec, iter_layer_specs
 
 from vllm_hybrid_kv.coordinator.hybrid_policy import HybridAwareCoordinator
 from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
 from vllm_hybrid_kv.hooks import hookimpl
+from vllm_hybrid_kv.state import STATE
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+EXACT = 64
+"""The chunk in tokens of Gated DeltaNet and similar layers, counted from where a request resumes. A
+request that resumes at a multiple has the same chunks and rounding as one that starts at 0."""
+
+FINEST = 16
+"""Tokens. Finer units hardly hit more and cost one hash each. 16 is vLLM's usual block size."""
 
 
 class FixedPoint:
@@ -48,3 +63,59 @@ class HybridAware:
 def _has_several_groups(factory_args: Mapping[str, Any]) -> bool:
     groups = factory_args["kv_cache_config"].kv_cache_groups
     return factory_args["enable_caching"] and len(groups) > 1
+
+
+class AutoMatchUnit:
+    """The strategy `auto`: a fine unit if vLLM can end a hit inside a block."""
+
+    @hookimpl
+    def hybrid_kv_prefix_match_unit(
+        self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+    ) -> int | None:
+        """Return `match_unit`, or None if vLLM's own coordinator would cache wrong states."""
+        if STATE.settings.coordinator == "stock" and any(
+            isinstance(group.kv_cache_spec, MambaSpec)
+            and group.kv_cache_spec.num_prefill_checkpoint_blocks
+            for group in kv_cache_config.kv_cache_groups
+        ):
+            # See `upstream_fixes.PassedBlocks`: it does so unless hits end at whole blocks.
+            return None
+        return match_unit(kv_cache_config, vllm_config.parallel_config.decode_context_parallel_size)
+
+
+def match_unit(kv_cache_config: KVCacheConfig, dcp_world_size: int) -> int | None:
+    """Return a match unit that divides the block size of every group with a prefix cache.
+
+    The blocks of models with states are hundreds or thousands of tokens long. vLLM's default is to
+    match whole blocks, so prompts shorter than a block never hit.
+
+    Args:
+        kv_cache_config: The plan.
+        dcp_world_size: Ranks of decode context parallelism, which share attention's blocks.
+
+    Returns:
+        The smallest multiple of `EXACT` (and of the tokens per entry of a compressed layer) that
+        divides all block sizes, or else the smallest multiple of `FINEST`. None, which selects
+        vLLM's default, if neither exists or if vLLM ends no hit inside a block, as in models
+        without states in cache mode `align`.
+    """
+    groups = [
+        group for group in kv_cache_config.kv_cache_groups if group.kv_cache_spec.prefix_cacheable
+    ]
+    if len(groups) < 2:
+        return None
+    common = math.gcd(
+        *(resolve_dcp_kv_block_size(group.kv_cache_spec, dcp_world_size) for group in groups)
+    )
+    compressed = [
+        spec.tokens_per_state
+        for group in groups
+        for spec in iter_layer_specs(group.kv_cache_spec)
+        if isinstance(spec.tokens_per_state, int) and spec.tokens_per_state > 1
+    ]
+    entry = math.lcm(*compressed)
+    for least in (math.lcm(EXACT, entry), math.lcm(FINEST, entry)):
+        for unit in range(least, common + 1, least):
+            if common % unit == 0:
+                return unit if partial_hash_hits_enabled(groups, unit, dcp_world_size) else None
+    return None

@@ -156,30 +156,6 @@ class Plan:
             groups.append(group)
         return replace(self, groups=tuple(groups), num_blocks=self.num_blocks + states)
 
-    def __str__(self) -> str:
-        groups = ", ".join(_describe(group) for group in self.groups)
-        return (
-            f"{self.strategy} on [{groups}], unit {self.unit}, {self.num_blocks} blocks, "
-            f"{self.max_model_len} tokens, {self.max_num_seqs} requests, budget {self.budget}, "
-            f"long prefill {self.long_prefill}, lag {self.lag}, "
-            f"drafting {self.drafting} x {self.draft_tokens}, connector {self.connector} "
-            f"({self.load_failure_policy}), vocabulary {self.vocabulary}, "
-            f"retention {self.retention}"
-        )
-
-
-def _describe(group: KVCacheGroupSpec) -> str:
-    spec = group.kv_cache_spec
-    kind = type(spec).__name__.removesuffix("Spec")
-    reach = ""
-    if isinstance(spec, SlidingWindowSpec):
-        reach = f" {spec.sliding_window}"
-    elif isinstance(spec, ChunkedLocalAttentionSpec):
-        reach = f" {spec.attention_chunk_size}"
-    elif isinstance(spec, MambaSpec) and spec.num_prefill_checkpoint_blocks:
-        reach = f" kept by {spec.prefill_checkpoint_alignment}"
-    return f"{kind}{reach} x {spec.block_size}{' drafts' * group.is_eagle_group}"
-
 
 def random_plan(rng: random.Random, strategy: str | None = None) -> Plan:
     """Return a model and a cache that vLLM supports, by default with a random strategy."""
