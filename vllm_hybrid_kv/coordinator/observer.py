@@ -141,8 +141,7 @@ class HitObserver:
         Args:
             lookup: The lookup.
             hit: Tokens of the hit, which a KV connector may have shortened.
-            alone: Whether to look up what each kind could serve alone, where the lookup did not
-                show it.
+            alone: Whether to look up what each kind could serve alone, if not known.
         """
         groups = self._coordinator.attention_groups
         limits = [lookup.start, *lookup.answers]

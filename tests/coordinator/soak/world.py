@@ -199,7 +199,7 @@ class World:
         except RuntimeError:
             # vLLM refuses while anything but running requests holds blocks.
             others = holders - before or scheduler.deferred_frees
-            checks.require(running and others, "nobody else holds blocks")
+            checks.require(running and others, "nothing else holds blocks")
             self.tally["resets refused"] += 1
             return
         checks.require(not running or done, "the cache was not emptied")
@@ -295,11 +295,11 @@ class World:
         worker.receive(output, self.plan.lag)
         for request_id, tables in step.tables.items():
             for group, table in enumerate(tables):
-                told = worker.tables(request_id)[group]
+                known = worker.tables(request_id)[group]
                 checks.require(
-                    len(told) >= len(table)
-                    and all(b in (0, a) for a, b in zip(told, table, strict=False)),
-                    f"{request_id}: the worker was told {told}, the scheduler has {table}",
+                    len(known) >= len(table)
+                    and all(b in (0, a) for a, b in zip(known, table, strict=False)),
+                    f"{request_id}: the worker knows {known}, the scheduler has {table}",
                 )
         for load in step.loads:
             self._carry_out(load, fails=False)
