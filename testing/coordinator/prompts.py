@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sends prompts to vLLM's real scheduler, one at a time and without a model."""
+"""vLLM's real scheduler without a model: an engine of a hybrid model, and single prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
@@ -12,7 +14,41 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
+from testing.models import large_state_config
+
+if TYPE_CHECKING:
+    from vllm_hybrid_kv.tools.plan.engine import Engine, Model
+
 ANSWER = 7
+
+POLICY = {"coordinator": "hybrid_aware", "prefix_match_unit": "auto"}
+STOCK = {"coordinator": "stock", "prefix_match_unit": "stock"}
+
+
+def hybrid_model(folder: Path, max_num_batched_tokens: int) -> Model:
+    """Return a described model with attention and states, whose configuration is in `folder`."""
+    from vllm_hybrid_kv.tools.plan.engine import Model
+
+    large_state_config().save_pretrained(folder)
+    return Model(
+        {
+            "model": str(folder),
+            "block_size": 16,
+            "kv_cache_dtype": "turboquant_k8v4",
+            "gpu_memory_utilization": 0.1,
+            "max_num_seqs": 16,
+            "max_num_batched_tokens": max_num_batched_tokens,
+        }
+    )
+
+
+def engine_of(model: Model, blocks: int, settings: dict[str, str]) -> Engine:
+    """Return an engine of `hybrid_model` with a pool of the given number of blocks."""
+    (page,) = {spec.page_size_bytes for spec in model.specs.values()}
+    attention = sum("self_attn" in name for name in model.specs)
+    engine = model.engine(blocks * page * attention, settings)
+    assert engine.kv_cache_config.num_blocks == blocks
+    return engine
 
 
 def send(scheduler: Scheduler, name: str, prompt: Sequence[int], hash_unit: int) -> int:

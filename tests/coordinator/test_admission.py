@@ -12,34 +12,15 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request, RequestStatus
 
-from testing.models import large_state_config
+from testing.coordinator.prompts import POLICY, STOCK, engine_of, hybrid_model
 from vllm_hybrid_kv.tools.plan.engine import Engine, Model
 from vllm_hybrid_kv.tools.replay.scheduler import Replay
 from vllm_hybrid_kv.tools.replay.trace import BLOCK_TOKENS, TracedRequest
 
-POLICY = {"coordinator": "hybrid_aware", "prefix_match_unit": "auto"}
-STOCK = {"coordinator": "stock", "prefix_match_unit": "stock"}
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    folder = tmp_path_factory.mktemp("hybrid")
-    large_state_config().save_pretrained(folder)
-    arguments: dict[str, Any] = {
-        "model": str(folder),
-        "block_size": 16,
-        "kv_cache_dtype": "turboquant_k8v4",
-        "gpu_memory_utilization": 0.1,
-        "max_num_seqs": 16,
-        "max_num_batched_tokens": 8192,
-    }
-    return Model(arguments)
-
-
-def engine_of(model: Model, blocks: int, settings: dict[str, str]) -> Engine:
-    (page,) = {spec.page_size_bytes for spec in model.specs.values()}
-    attention = sum("self_attn" in name for name in model.specs)
-    return model.engine(blocks * page * attention, settings)
+    return hybrid_model(tmp_path_factory.mktemp("hybrid"), 8192)
 
 
 def prompts(lengths: list[int], answer: int = 30) -> list[TracedRequest]:

@@ -12,7 +12,8 @@ import pytest
 from vllm.v1.core.kv_cache_utils import get_group_id
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from testing.models import large_state_config, llama_config
+from testing.coordinator.prompts import POLICY, STOCK, engine_of, hybrid_model
+from testing.models import llama_config
 from testing.shapes import SHAPES
 from tests.coordinator.soak import checks
 from vllm_hybrid_kv.coordinator.checkpoints import Place
@@ -22,23 +23,10 @@ from vllm_hybrid_kv.tools.plan.engine import Engine, Model
 from vllm_hybrid_kv.tools.replay.scheduler import Replay, Tally
 from vllm_hybrid_kv.tools.replay.trace import BLOCK_TOKENS, TracedRequest
 
-POLICY = {"coordinator": "hybrid_aware", "prefix_match_unit": "auto"}
-STOCK = {"coordinator": "stock", "prefix_match_unit": "stock"}
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    folder = tmp_path_factory.mktemp("hybrid")
-    large_state_config().save_pretrained(folder)
-    arguments: dict[str, Any] = {
-        "model": str(folder),
-        "block_size": 16,
-        "kv_cache_dtype": "turboquant_k8v4",
-        "gpu_memory_utilization": 0.1,
-        "max_num_seqs": 16,
-        "max_num_batched_tokens": 2048,
-    }
-    return Model(arguments)
+    return hybrid_model(tmp_path_factory.mktemp("hybrid"), 2048)
 
 
 class Script:
@@ -73,14 +61,6 @@ def chats(count: int, turns: int, seed: int, shared: int = 0) -> list[TracedRequ
         if not waiting[chat]:
             del waiting[chat]
     return script.requests
-
-
-def engine_of(model: Model, blocks: int, settings: dict[str, str]) -> Engine:
-    (page,) = {spec.page_size_bytes for spec in model.specs.values()}
-    attention = sum("self_attn" in name for name in model.specs)
-    engine = model.engine(blocks * page * attention, settings)
-    assert engine.kv_cache_config.num_blocks == blocks
-    return engine
 
 
 def coordinator_of(engine: Engine) -> Any:
