@@ -271,7 +271,7 @@ def _spoil_metadata(fault: str) -> None:
 def _ignore_the_layer_whose_pages_are_shared(_: str) -> None:
     from vllm_hybrid_kv.patches import layers
 
-    _replace(layers, "_follow_target", lambda original: lambda arguments: None)
+    _replace(layers, "_use_target_dtype", lambda original: lambda arguments: None)
 
 
 def _plan_for_wider_heads(_: str) -> None:

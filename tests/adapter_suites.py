@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tests that an adapter has to pass beside a vLLM that is unpacked and not installed."""
+"""The tests that every supported minor of vLLM has to pass, also one that is only unpacked."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+TIMEOUT_S = 1200
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Files of one folder, which one run of pytest takes.
+    """Files of one folder.
 
     Attributes:
         folder: In `tests/`.
@@ -26,22 +30,53 @@ class Suite:
     markers: str = ""
     engines: bool = False
 
-    def arguments(self) -> list[str]:
-        """Return what pytest is given."""
-        selection = ["-k", self.selection] if self.selection else []
-        markers = ["-m", self.markers] if self.markers else []
-        return [*selection, *markers, *(str(HERE / self.folder / file) for file in self.files)]
-
 
 def arguments_of(suites: Sequence[Suite]) -> list[str]:
-    """Return what pytest is given to run suites without markers in one process."""
+    """Return the arguments of pytest that run suites with the same markers in one process."""
     selections = [
         f"(not ({' or '.join(suite.files)}) or ({suite.selection}))"
         for suite in suites
         if suite.selection
     ]
-    files = [str(HERE / suite.folder / file) for suite in suites for file in suite.files]
-    return ["-k", " and ".join(selections), *files]
+    (markers,) = {suite.markers for suite in suites}
+    return [
+        *(["-m", markers] if markers else []),
+        *(["-k", " and ".join(selections)] if selections else []),
+        *(str(HERE / suite.folder / file) for suite in suites for file in suite.files),
+    ]
+
+
+def run_suites(suites: Sequence[Suite], vllm: Path, minor: str) -> subprocess.CompletedProcess[str]:
+    """Run suites with an unpacked vLLM instead of the installed one.
+
+    Args:
+        suites: The suites, of the same markers.
+        vllm: The folder that contains the folder `vllm`.
+        minor: The minor that the tests must find, such as `0.33`.
+    """
+    ours = ("VLLM_HYBRID_KV_", "HYBRID_KV_TEST_", "PYTEST_", "PYTHONPATH", "VLLM_PLUGINS")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    environment |= {
+        "PYTHONPATH": str(vllm),
+        # Keep what vLLM caches about model classes apart from that of the installed release.
+        "VLLM_CACHE_ROOT": str(HERE.parent / ".cache" / f"vllm-{minor}-cache"),
+        "HYBRID_KV_TEST_VLLM_MINOR": minor,
+        "HF_HUB_OFFLINE": "1",
+    }
+    if any(suite.engines for suite in suites):
+        environment["VLLM_TARGET_DEVICE"] = "cpu"
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-rA", "-q", "-p", "no:cacheprovider"),
+            *arguments_of(suites),
+        ],
+        cwd=HERE.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
 
 
 PLUGIN = Suite(

@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def unregistered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Run the test in a process without the plugin, and restore the process afterwards."""
-    from vllm_hybrid_kv.patches import base
+    from vllm_hybrid_kv.patches import mechanism
     from vllm_hybrid_kv.state import STATE
 
     before = STATE.active_patches
@@ -81,4 +81,4 @@ def unregistered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         active.undo()
     vars(STATE).update(saved)
     if before is not None:
-        STATE.active_patches = base.apply(before.patches)
+        STATE.active_patches = mechanism.apply(before.patches)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from vllm_hybrid_kv.hooks import Strategies
     from vllm_hybrid_kv.patches.context import Context
+    from vllm_hybrid_kv.patches.mechanism import ActivePatches
     from vllm_hybrid_kv.settings import Settings
 
 NAME = "hybrid_kv"
@@ -56,7 +57,7 @@ def register() -> None:
             _stop(error)
 
 
-def vllm_version() -> tuple[str, tuple[int, int]]:
+def vllm_version() -> tuple[str, str]:
     """Return the version of vLLM in this process and its minor, a supported one.
 
     Raises:
@@ -68,15 +69,15 @@ def vllm_version() -> tuple[str, tuple[int, int]]:
         from vllm.version import __version_tuple__ as version_tuple
     except ModuleNotFoundError as error:
         raise ImportError(f"{NAME}: {INSTALL_VLLM}") from error
-    from vllm_hybrid_kv.patches import ADAPTERS, SUPPORTED
+    from vllm_hybrid_kv.patches.targets import MINORS, SUPPORTED
 
-    minor = tuple(version_tuple[:2])
-    if minor not in ADAPTERS:
+    minor = ".".join(map(str, version_tuple[:2]))
+    if minor not in MINORS:
         raise HybridKVVersionError(
             f"{NAME} {__version__} supports vLLM {SUPPORTED}, this is vLLM {version}; install a "
             "supported vLLM, or a vllm-hybrid-kv for this one"
         )
-    return str(version), (int(minor[0]), int(minor[1]))
+    return str(version), minor
 
 
 def built_in_strategies() -> Strategies:
@@ -130,10 +131,10 @@ def _activate() -> HybridKVError | None:
     unsupported: HybridKVError | None = None
     try:
         version, minor = vllm_version()
-        context = _context(version)
+        context = _context(version, minor)
         # The environment's settings are known before any configuration is.
         context.check(None)
-        patches = _apply_patches(version, minor, context)
+        patches = _apply_patches(version, context)
     except (HybridKVVersionError, HybridKVFingerprintError) as error:
         if NAME in os.environ.get("VLLM_PLUGINS", "").split(","):
             raise
@@ -156,11 +157,11 @@ def _activate() -> HybridKVError | None:
     return None
 
 
-def _apply_patches(version: str, minor: tuple[int, int], context: Context) -> Any:
-    from vllm_hybrid_kv.patches import base, patches_for
+def _apply_patches(version: str, context: Context) -> ActivePatches:
+    from vllm_hybrid_kv.patches import mechanism, patches_for
 
     try:
-        return base.apply(patches_for(minor, context))
+        return mechanism.apply(patches_for(context))
     except HybridKVFingerprintError as error:
         raise HybridKVFingerprintError(
             f"{NAME} {__version__} does not support this vLLM {version}: {error}. Another plugin "
@@ -168,12 +169,13 @@ def _apply_patches(version: str, minor: tuple[int, int], context: Context) -> An
         ) from None
 
 
-def _context(version: str) -> Context:
+def _context(version: str, minor: str) -> Context:
     import vllm.platforms
 
     from vllm_hybrid_kv import metrics
     from vllm_hybrid_kv.patches import startup
     from vllm_hybrid_kv.patches.context import Context
+    from vllm_hybrid_kv.patches.targets import RELIED_ON, targets_of
     from vllm_hybrid_kv.transfer.connectors import check_connectors
 
     strategies = built_in_strategies()
@@ -195,6 +197,8 @@ def _context(version: str) -> Context:
             _logger().info("%s", line)
 
     context = Context(
+        targets=targets_of(minor),
+        relied_on=list(targets_of(minor, RELIED_ON).values()),
         strategies=strategies,
         on_cpu=bool(platform.is_cpu()),
         on_gpu=bool(platform.is_cuda_alike()),

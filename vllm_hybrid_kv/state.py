@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from vllm_hybrid_kv.errors import HybridKVError
     from vllm_hybrid_kv.hooks import Strategies
-    from vllm_hybrid_kv.patches.base import Applied
+    from vllm_hybrid_kv.patches.mechanism import ActivePatches
     from vllm_hybrid_kv.settings import Settings
 
 
@@ -40,7 +40,7 @@ class ProcessState:
             process has published none.
     """
 
-    active_patches: Applied | None = None
+    active_patches: ActivePatches | None = None
     why_inactive: HybridKVError | None = None
     strategies: Strategies | None = None
     logged_lines: set[tuple[int, str]] = field(default_factory=set)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a new release of vLLM moved under the plugin, and which adapter needs what.
+"""Compares a release of vLLM with the functions that the plugin patches.
 
     python -m tests.drift 0.34.0
 

@@ -1,163 +1,283 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that is compared, by adapter, and what each adapter needs."""
+"""What changed in the functions that the plugin patches or relies on."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import difflib
+import json
+import os
+import pprint
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from tests.drift import names, proposal, surroundings, targets
-from tests.drift.adapters import Adapter
-from tests.drift.names import Change
-from tests.drift.release import Minor, Release
-from tests.drift.surroundings import Surroundings
-from tests.drift.targets import BODY, GONE, MOVED, SIGNATURE, UNREADABLE, Finding
-from tests.drift.uses import Uses
-from vllm_hybrid_kv.patches import ADAPTERS
+from tests.conformance.releases import CACHE, REPOSITORY
+from tests.drift.release import DriftError, Release
+from tests.drift.sources import Sources
+from vllm_hybrid_kv.patches import targets
+from vllm_hybrid_kv.patches.mechanism import Target
+
+READER = Path(__file__).resolve().parent / "in_process" / "read_release.py"
+TIMEOUT_S = 300
+
+SIMILAR = 0.5
+"""The share of equal lines above which a function of the same name elsewhere is the same."""
+
+Functions = Mapping[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What changed in one function.
+
+    Attributes:
+        target: The function, with the hash that a supported minor has.
+        table: The table that lists it, `PATCHED` or `RELIED_ON`.
+        kinds: Any of `moved`, `signature`, `source`, or `gone`; empty if nothing changed.
+        place: Where the release has it.
+        hash: The hash of its source in the release.
+        details: The change in words.
+        diff: From the source in the supported minor to that in the release.
+    """
+
+    target: Target
+    table: str
+    kinds: tuple[str, ...] = ()
+    place: str = ""
+    hash: str | None = None
+    details: str = ""
+    diff: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How an adapter compares with a release.
+    """How a release compares with a supported minor.
 
     Attributes:
-        adapter: The adapter.
-        release: The release.
-        findings: For each of the functions that it rebinds.
-        names: What the plugin uses beside, and what it derives from, where that has changed.
-        surroundings: None where the release that the adapter knows is not at hand, or is this one.
+        minor: The supported minor.
+        release: The version of the release.
+        changes: One for each function.
+        importers: Modules that import a patched function by name, and did not, or no longer do.
+        broken_imports: Names that the plugin imports and the release does not have.
     """
 
-    adapter: Adapter
-    release: Release
-    findings: tuple[Finding, ...]
-    names: tuple[Change, ...]
-    surroundings: Surroundings | None
+    minor: str
+    release: str
+    changes: tuple[Change, ...]
+    importers: tuple[str, ...] = ()
+    broken_imports: tuple[str, ...] = field(default=())
+
+    @property
+    def changed(self) -> list[Change]:
+        return [change for change in self.changes if change.kinds]
 
     @property
     def fits(self) -> bool:
-        """Whether the adapter can be used as it is."""
-        return not self.moved and not self.broken
-
-    @property
-    def moved(self) -> list[Finding]:
-        """What is not as the adapter knows it."""
-        return [finding for finding in self.findings if finding.kinds]
-
-    @property
-    def broken(self) -> list[Change]:
-        """What else the plugin cannot go on with."""
-        watched = self.surroundings.watched if self.surroundings is not None else ()
-        return [change for change in (*self.names, *watched) if change.breaks]
-
-    def count(self, kind: str) -> int:
-        """Return in how many functions something of a kind has changed."""
-        return Counter(kind for finding in self.findings for kind in finding.kinds)[kind]
-
-    def proposed(self) -> str:
-        """Return the source of the adapter for the release, as far as it can be told."""
-        return proposal.adapter_module(self.adapter, self.findings, self.release.version)
-
-    def steps(self) -> Iterator[str]:
-        """Yield what is to be done for the release, one line each."""
-        minor = self.release.minor
-        if self.moved:
-            name = "v{}_{}".format(*minor)
-            if minor != self.adapter.minor and minor in ADAPTERS:
-                yield f"vLLM {self.release.version} has an adapter of its own, {name}"
-            elif minor != self.adapter.minor:
-                yield (
-                    f"write vllm_hybrid_kv/patches/{name}.py after {self.adapter.name}.py, add it "
-                    "to ADAPTERS (patches/__init__.py), and raise the bounds of the extras cpu and "
-                    "cuda in setup.cfg"
-                )
-            elif self.adapter.known is not None:
-                yield (
-                    f"{self.adapter.name} knows {self.adapter.known.version}, and one adapter "
-                    f"serves its whole minor: decide between the two releases"
-                )
-        for finding in self.moved:
-            yield f"{finding.field}: {'; '.join(_needs(finding))}"
-        for change in self.broken:
-            users = ", ".join(change.used_in[:3])
-            yield f"{change.name} ({users}): {change.kind}; {change.detail}"
+        return not self.changed and not self.broken_imports
 
 
-def _needs(finding: Finding) -> Iterator[str]:
-    now, fingerprint = finding.now, finding.target.fingerprint
-    if GONE in finding.kinds:
-        near = ", ".join(finding.nearest) or "none"
-        yield f"gone; nearest names: {near}"
-    if UNREADABLE in finding.kinds:
-        yield f"cannot be read: {finding.error}"
-    if now is None:
-        return
-    if MOVED in finding.kinds:
-        old = "can be imported from" if finding.still_importable else "is gone from"
-        yield f"moved to {now.module} {now.name}, {old} {finding.target.module}"
-    if SIGNATURE in finding.kinds:
-        parts = [f"came {', '.join(finding.came)}"] if finding.came else []
-        parts += [f"went {', '.join(finding.went)}"] if finding.went else []
-        yield f"signature: {', '.join(parts) or 'in another order'}"
-    if BODY in finding.kinds:
-        yield f"source {fingerprint.source}, now {now.fingerprint.source}"
-        if finding.field in proposal.DECIDES:
-            yield f"{proposal.DECIDES[finding.field]} follows from it"
-
-
-def compare(
-    adapters: Sequence[Adapter], release: Release, uses: Uses, against: Minor | None = None
-) -> tuple[Comparison, list[Comparison]]:
-    """Compare adapters with a release, one of them in full.
+def read_release(
+    release: Release, places: Iterable[str], imports: Iterable[tuple[str, str]] = ()
+) -> dict[str, Any]:
+    """Import a release in a process of its own, and read functions there.
 
     Args:
-        adapters: The adapters.
         release: The release.
-        uses: What the plugin uses of vLLM.
-        against: The minor of that one; None for the closest.
-
-    Returns:
-        That one, with names and surroundings; all, in the order of the adapters.
+        places: As in `Target.place`.
+        imports: Modules and names whose import is tried.
 
     Raises:
         DriftError: The release cannot be imported.
     """
-    found = [
-        Comparison(adapter, release, tuple(findings), (), None)
-        for adapter, findings in zip(adapters, targets.compare(adapters, release), strict=True)
-    ]
-    asked_for = [one for one in found if against in (None, one.adapter.minor)]
-    # Of two that are as close, the later one.
-    chosen = min(asked_for, key=lambda one: (_distance(one), -one.adapter.minor[1]))
-    full = in_full(chosen, uses)
-    return full, [full if one is chosen else one for one in found]
+    environment = {name: value for name, value in os.environ.items() if name != "VLLM_PLUGINS"}
+    environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    path = [str(REPOSITORY)]
+    if not release.installed:
+        path.insert(0, str(release.folder))
+        # Keep what vLLM caches about model classes apart from that of the installed release.
+        environment["VLLM_CACHE_ROOT"] = str(CACHE / "vllm-drift-cache")
+    environment["PYTHONPATH"] = os.pathsep.join(path)
+    done = subprocess.run(
+        [sys.executable, str(READER)],
+        input=json.dumps({"places": sorted(set(places)), "imports": list(imports)}),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no output"]
+        raise DriftError(
+            f"vLLM {release.version} in {release.folder} cannot be imported: {lines[-1]}. "
+            f"It requires torch {release.requirement('torch') or 'of any version'}"
+        )
+    read: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if Path(read["file"]).resolve().parents[1] != release.folder.resolve():
+        raise DriftError(f"instead of the vLLM in {release.folder} Python imported {read['file']}")
+    return read
 
 
-def _distance(comparison: Comparison) -> int:
-    """Return how far an adapter is away: what has changed, and what is lost much more."""
-    weights = {GONE: 10, UNREADABLE: 10}
-    return sum(weights.get(kind, 1) for one in comparison.findings for kind in one.kinds)
-
-
-def in_full(comparison: Comparison, uses: Uses) -> Comparison:
-    """Return a comparison with names and surroundings.
+def compare(minor: str, known: Release | None, release: Release) -> Comparison:
+    """Compare the functions of a supported minor with those of a release.
 
     Args:
-        comparison: One without.
-        uses: What the plugin uses of vLLM.
+        minor: The supported minor.
+        known: A release of that minor, for diffs; None if there is none here.
+        release: The release.
+
+    Raises:
+        DriftError: A release cannot be imported.
     """
-    adapter, release = comparison.adapter, comparison.release
-    known = adapter.known
-    old = None if known is None else known.sources
-    found = [
-        *names.compare_names(uses, old, release.sources),
-        *names.compare_bases(uses.subclasses, old, release.sources),
-    ]
-    # A member of a base may be read of objects, too.
-    changes = {(change.name, change.kind): change for change in found}.values()
-    around = None
-    if known is not None and old is not release.sources:
-        pairs = [(finding.target, finding.now) for finding in comparison.findings]
-        around = surroundings.compare(known, release, pairs, uses.subclasses)
-    return Comparison(adapter, release, comparison.findings, tuple(changes), around)
+    sources = Sources(release.folder)
+    listed = {
+        table: targets.targets_of(minor, getattr(targets, table)).values()
+        for table in ("PATCHED", "RELIED_ON")
+    }
+    everything = [target for table in listed.values() for target in table]
+    candidates = {target: [target.place, *_elsewhere(sources, target)] for target in everything}
+    imports = Sources(REPOSITORY, "vllm_hybrid_kv").imports_of("vllm")
+    read = read_release(
+        release, [place for places in candidates.values() for place in places], imports
+    )
+    before: Functions = {}
+    failed_before: set[tuple[str, str]] = set()
+    if known is not None:
+        places_before = [target.place for target in everything]
+        read_before = read_release(known, places_before, imports)
+        before = read_before["functions"]
+        # Such as an import that needs a GPU.
+        failed_before = {
+            pair for pair, error in zip(imports, read_before["imports"], strict=True) if error
+        }
+    changes = tuple(
+        _change(target, table, before.get(target.place), candidates[target], read["functions"])
+        for table, of_table in listed.items()
+        for target in of_table
+    )
+    importers: tuple[str, ...] = ()
+    if known is not None:
+        importers = _importers(Sources(known.folder), sources, listed["PATCHED"])
+    broken = tuple(
+        f"{module}.{name}, imported by {user}: {error}"
+        for ((module, name), user), error in zip(imports.items(), read["imports"], strict=True)
+        if error is not None and (module, name) not in failed_before
+    )
+    return Comparison(minor, release.version, changes, importers, broken)
+
+
+def _elsewhere(sources: Sources, target: Target) -> list[str]:
+    """Return the places that define a function or class of the target's name."""
+    modules = sources.defining(target.name.partition(".")[0])
+    return [f"{module}:{target.name}" for module in modules if module != target.module][:10]
+
+
+def _change(
+    target: Target,
+    table: str,
+    before: dict[str, Any] | None,
+    places: list[str],
+    functions: Functions,
+) -> Change:
+    found = [place for place in places if "hash" in functions[place]]
+    if before is not None and "source" in before:
+        old = before["source"]
+        found = [
+            place
+            for place in found
+            if place == target.place or _similarity(old, functions[place]["source"]) >= SIMILAR
+        ]
+    if not found:
+        return Change(target, table, ("gone",), details=functions[target.place]["error"])
+    place = found[0]
+    if place != target.place and before is not None and "source" in before:
+        place = max(found, key=lambda one: _similarity(before["source"], functions[one]["source"]))
+    now = functions[place]
+    kinds, details, diff = [], [], ()
+    if place != target.place:
+        kinds.append("moved")
+        details.append(f"moved to {place}")
+    if now["hash"] != target.source:
+        kinds.append("source")
+        details.append(f"hash {target.source} became {now['hash']}")
+        if before is not None and "source" in before:
+            added = [one for one in now["parameters"] if one not in before["parameters"]]
+            removed = [one for one in before["parameters"] if one not in now["parameters"]]
+            if added or removed:
+                kinds.append("signature")
+                details += [f"new parameter {one}" for one in added]
+                details += [f"parameter {one} is gone" for one in removed]
+            lines = difflib.unified_diff(
+                before["source"], now["source"], str(target), place, n=2, lineterm=""
+            )
+            diff = tuple(lines)
+    return Change(target, table, tuple(kinds), place, now["hash"], "; ".join(details), diff)
+
+
+def _similarity(old: list[str], new: list[str]) -> float:
+    return difflib.SequenceMatcher(None, old, new, autojunk=False).ratio()
+
+
+def _importers(old: Sources, new: Sources, patched: Iterable[Target]) -> tuple[str, ...]:
+    lines = []
+    for target in patched:
+        if "." in target.name:
+            continue
+        before, after = old.importers(target.name), new.importers(target.name)
+        lines += [
+            f"new: {module} imports {target.name}, {after[module]}"
+            for module in sorted(after)
+            if before.get(module) != after[module]
+        ]
+        lines += [
+            f"gone: {module} imported {target.name}"
+            for module in sorted(before.keys() - after.keys())
+        ]
+    return tuple(lines)
+
+
+def tables_with(comparison: Comparison, minor: str) -> dict[str, targets.Table]:
+    """Return the tables with the column of a release, the last or in place of its old one.
+
+    A function that is gone has no hash there, so that the plugin stays inactive.
+    """
+    minors = [*targets.MINORS, *([] if minor in targets.MINORS else [minor])]
+    column = minors.index(minor)
+    tables: dict[str, targets.Table] = {}
+    for name in ("PATCHED", "RELIED_ON"):
+        rows: dict[tuple[str, str], list[str | None]] = {
+            (module, function): [*hashes, *[None] * (len(minors) - len(hashes))]
+            for module, functions in getattr(targets, name).items()
+            for function, hashes in functions.items()
+        }
+        for row in rows.values():
+            row[column] = None
+        for change in comparison.changes:
+            if change.table == name and change.hash is not None:
+                module, _, function = change.place.partition(":")
+                rows.setdefault((module, function), [None] * len(minors))[column] = change.hash
+        table: dict[str, dict[str, tuple[str | None, ...]]] = {}
+        for (module, function), row in sorted(rows.items()):
+            table.setdefault(module, {})[function] = tuple(row)
+        tables[name] = table
+    return tables
+
+
+def source_with(comparison: Comparison, minor: str) -> str:
+    """Return `patches/targets.py` with the column of a release, not yet formatted by ruff."""
+    text = Path(targets.__file__).read_text()
+    for name, table in tables_with(comparison, minor).items():
+        start = text.index(f"{name}: Table = ")
+        end = text.index("\n}\n", start) + 3
+        text = f"{text[:start]}{name}: Table = {_quoted(pprint.pformat(table))}\n{text[end:]}"
+    if minor not in targets.MINORS:
+        before, after = _quoted(repr(targets.MINORS)), _quoted(repr((*targets.MINORS, minor)))
+        text = text.replace(f"MINORS = {before}", f"MINORS = {after}")
+    return text
+
+
+def _quoted(python: str) -> str:
+    return python.replace("'", '"')

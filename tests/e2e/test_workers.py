@@ -23,8 +23,8 @@ import multiprocessing
 
 def not_taken():
     if multiprocessing.current_process().name == "VllmWorker-1":
-        from vllm_hybrid_kv.patches import base
-        base.MethodRebinding.apply = lambda self: None
+        from vllm_hybrid_kv.patches import mechanism
+        mechanism.MethodRebinding.apply = lambda self: None
 
 def patched():
     if multiprocessing.current_process().name == "VllmWorker-1":

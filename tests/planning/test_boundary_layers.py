@@ -10,7 +10,7 @@ from vllm.model_executor.layers.quantization.turboquant.config import TurboQuant
 from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.attention.unsupported import UnsupportedModelError
 from vllm_hybrid_kv.patches import configuration
-from vllm_hybrid_kv.patches.boundary import cache_owners
+from vllm_hybrid_kv.patches.layers import cache_owners
 from vllm_hybrid_kv.state import STATE
 
 pytestmark = pytest.mark.usefixtures("unregistered")

@@ -20,8 +20,8 @@ def patched():
     kv_cache_utils.get_kv_cache_capacity = lambda vllm_config, kv_cache_config: (0, 0)
 
 def not_taken():
-    from vllm_hybrid_kv.patches import base
-    base.MethodRebinding.apply = lambda self: None
+    from vllm_hybrid_kv.patches import mechanism
+    mechanism.MethodRebinding.apply = lambda self: None
 
 def as_it_is():
     pass

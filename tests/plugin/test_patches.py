@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patches are applied all or none, hold in every module, and can be taken back."""
+"""Patches are applied all or none, are active in every module, and can be undone."""
 
 import dataclasses
+import functools
+import inspect
 import os
 import sys
 from types import ModuleType
@@ -20,27 +22,23 @@ from vllm.v1.core import kv_cache_coordinator, kv_cache_manager, kv_cache_utils
 from vllm_hybrid_kv import patches, plugin
 from vllm_hybrid_kv.errors import HybridKVFingerprintError, HybridKVPatchError
 from vllm_hybrid_kv.kernels import k8v4
-from vllm_hybrid_kv.patches import base
+from vllm_hybrid_kv.patches import mechanism, targets
 from vllm_hybrid_kv.state import STATE
 
 pytestmark = pytest.mark.usefixtures("unregistered")
 
-MINOR = tuple(vllm.__version_tuple__[:2])
-ADAPTER = __import__(patches.ADAPTERS[MINOR], fromlist=["TARGETS"])
-GPU_ONLY = {"verify_gemma4_config"}
-TARGETS = [
-    field.name
-    for field in dataclasses.fields(ADAPTER.TARGETS)
-    if isinstance(getattr(ADAPTER.TARGETS, field.name), base.Target) and field.name not in GPU_ONLY
-]
+MINOR = ".".join(map(str, vllm.__version_tuple__[:2]))
+PATCHED = targets.targets_of(MINOR)
+# The platform under test is a CPU.
+del PATCHED["Gemma4Config.verify_and_update_config"]
+RELIED_ON = targets.targets_of(MINOR, targets.RELIED_ON)
 BACKEND = "vllm_hybrid_kv.attention.backend.K8V4AttentionBackend"
 
 
 def bindings():
-    """Everything that the patches change, as it is now."""
-    targets = {name: getattr(ADAPTER.TARGETS, name).binding() for name in TARGETS}
+    """Everything that the patches change, in its current state."""
     return {
-        **targets,
+        **{name: target.binding() for name, target in {**PATCHED, **RELIED_ON}.items()},
         "manager": kv_cache_manager.get_kv_cache_coordinator,
         "offload": vllm.v1.simple_kv_offload.manager.get_kv_cache_coordinator,
         "core": vllm.v1.engine.core.resolve_kv_cache_block_sizes,
@@ -49,25 +47,30 @@ def bindings():
     }
 
 
-READ_ONLY = ["validate_environ", "align_chunks", "cache_prompt_end"]
-WRAPPED = [name for name in TARGETS if name not in READ_ONLY]
+@pytest.fixture
+def named(monkeypatch):
+    """The user named the plugin, so that it stops start-up instead of staying inactive."""
+    monkeypatch.setenv("VLLM_PLUGINS", "hybrid_kv")
 
 
-def test_the_adapter_is_that_of_the_vllm_under_test():
-    assert plugin.__version__
-    assert MINOR in patches.ADAPTERS
-    assert ADAPTER.__name__.endswith("v{}_{}".format(*MINOR))
+def test_every_function_has_a_hash_for_each_minor():
+    tables = [targets.targets_of(minor) for minor in targets.MINORS]
+    assert {frozenset(table) for table in tables} == {frozenset(tables[0])}
+    for table in (targets.PATCHED, targets.RELIED_ON):
+        for functions in table.values():
+            assert all(len(hashes) == len(targets.MINORS) for hashes in functions.values())
 
 
-def test_every_name_is_rebound_where_it_is_defined():
+def test_every_name_is_patched_where_it_is_defined():
     before = bindings()
     plugin.register()
     after = bindings()
-    assert [name for name in TARGETS if after[name] is before[name]] == READ_ONLY
+    unchanged = {name for name in {**PATCHED, **RELIED_ON} if after[name] is before[name]}
+    assert unchanged == {"Platform.validate_environ", *RELIED_ON}
     assert after["backend"] == BACKEND
 
 
-def test_a_function_is_rebound_in_the_modules_that_imported_it_by_name():
+def test_a_function_is_patched_in_the_modules_that_imported_it_by_name():
     importer = ModuleType("imported_by_name_before")
     exec("from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity as theirs", vars(importer))
     sys.modules[importer.__name__] = importer
@@ -83,7 +86,7 @@ def test_a_function_is_rebound_in_the_modules_that_imported_it_by_name():
     assert core.resolve_kv_cache_block_sizes is kv_cache_utils.resolve_kv_cache_block_sizes
 
 
-def test_a_module_imported_later_gets_the_rebound_function(monkeypatch):
+def test_a_module_imported_later_gets_the_patched_function(monkeypatch):
     plugin.register()
     monkeypatch.delitem(sys.modules, "vllm.v1.simple_kv_offload.manager", raising=False)
     import vllm.v1.simple_kv_offload.manager as late
@@ -92,29 +95,21 @@ def test_a_module_imported_later_gets_the_rebound_function(monkeypatch):
     STATE.active_patches.verify()
 
 
-def test_undoing_restores_every_binding():
+def test_undo_restores_every_binding_also_in_modules_imported_later():
     before = bindings()
     plugin.register()
-    STATE.active_patches.undo()
-    assert bindings() == before
-
-
-def test_undoing_restores_modules_that_were_imported_meanwhile():
-    stock = [kv_cache_utils.get_kv_cache_capacity]
-    plugin.register()
-    importer = ModuleType("imported_by_name_meanwhile")
+    importer = ModuleType("imported_by_name_later")
     exec("from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity as ours", vars(importer))
     sys.modules[importer.__name__] = importer
     try:
         STATE.active_patches.undo()
-        assert importer.ours is stock[0]
+        assert importer.ours is before["get_kv_cache_capacity"]
     finally:
         del sys.modules[importer.__name__]
+    assert bindings() == before
 
 
-def test_a_rebound_function_keeps_its_name_and_signature():
-    import inspect
-
+def test_a_patched_function_keeps_its_name_and_signature():
     stock = inspect.signature(kv_cache_utils.resolve_kv_cache_block_sizes)
     plugin.register()
     ours = kv_cache_utils.resolve_kv_cache_block_sizes
@@ -122,27 +117,48 @@ def test_a_rebound_function_keeps_its_name_and_signature():
     assert inspect.signature(ours) == stock
 
 
-@pytest.mark.parametrize("name", TARGETS)
-@pytest.mark.parametrize("part", ["source", "signature"])
-def test_one_wrong_fingerprint_applies_nothing(name, part, monkeypatch):
+@pytest.mark.usefixtures("named")
+@pytest.mark.parametrize(
+    ("table", "name"),
+    [("PATCHED", name) for name in PATCHED] + [("RELIED_ON", name) for name in RELIED_ON],
+)
+def test_one_wrong_hash_applies_nothing(table, name, monkeypatch):
     before = bindings()
-    target = getattr(ADAPTER.TARGETS, name)
-    wrong = dataclasses.replace(
-        target, fingerprint=dataclasses.replace(target.fingerprint, **{part: "0" * 16})
-    )
-    monkeypatch.setattr(ADAPTER, "KNOWN", dataclasses.replace(ADAPTER.TARGETS, **{name: wrong}))
-    monkeypatch.setenv("VLLM_PLUGINS", "hybrid_kv")
+    target = {**PATCHED, **RELIED_ON}[name]
+    functions = getattr(targets, table)[target.module]
+    wrong = ("0" * 16,) * len(targets.MINORS)
+    monkeypatch.setitem(functions, name, wrong)
     with pytest.raises(HybridKVFingerprintError) as error:
         plugin.register()
-    assert f"{target} has the {part}" in str(error.value)
-    assert f"known is {'0' * 16}" in str(error.value)
-    monkeypatch.undo()
+    signature = inspect.signature(mechanism.underlying(target.binding()), follow_wrapped=False)
+    assert f"{target} has the source hash {target.source} instead of {wrong[0]}" in str(error.value)
+    assert str(signature) in str(error.value)
     assert bindings() == before
 
 
-def test_a_function_that_another_plugin_wrapped_is_noticed(monkeypatch):
-    import functools
+@pytest.mark.parametrize(
+    ("changed", "same"),
+    [
+        ("def f(a):\n    # why\n\n    return a\n", True),
+        ("@staticmethod\ndef f(a):\n    return a\n", False),
+        ("def f(a, b=0):\n    return a\n", False),
+        ('def f(a):\n    """\nUnindented.\n"""\n    return -a\n', False),
+        ("def f(a):\n    return a\n\n\ndef g():\n    return 0\n", True),
+    ],
+)
+def test_the_source_hash_covers_the_whole_function_and_nothing_else(changed, same, tmp_path):
+    def hash_of(text, name):
+        file = tmp_path / f"{name}.py"
+        file.write_text(text)
+        namespace = {}
+        exec(compile(text, str(file), "exec"), namespace)
+        return mechanism.source_hash(mechanism.underlying(namespace["f"]))
 
+    assert (hash_of("def f(a):\n    return a\n", "known") == hash_of(changed, "changed")) is same
+
+
+@pytest.mark.usefixtures("named")
+def test_a_function_that_another_plugin_wrapped_is_detected(monkeypatch):
     stock = [kv_cache_utils.get_kv_cache_capacity]
 
     @functools.wraps(stock[0])
@@ -150,23 +166,22 @@ def test_a_function_that_another_plugin_wrapped_is_noticed(monkeypatch):
         return stock[0](vllm_config, kv_cache_config)
 
     monkeypatch.setattr(kv_cache_utils, "get_kv_cache_capacity", wrapper)
-    monkeypatch.setenv("VLLM_PLUGINS", "hybrid_kv")
-    with pytest.raises(HybridKVFingerprintError, match="get_kv_cache_capacity has the source"):
+    with pytest.raises(HybridKVFingerprintError, match="get_kv_cache_capacity has the source hash"):
         plugin.register()
     assert kv_cache_utils.get_kv_cache_capacity is wrapper
 
 
-def test_a_name_that_is_gone_is_noticed(monkeypatch):
+@pytest.mark.usefixtures("named")
+def test_a_missing_name_is_detected(monkeypatch):
     monkeypatch.delattr(kv_cache_utils, "get_kv_cache_capacity")
-    monkeypatch.setenv("VLLM_PLUGINS", "hybrid_kv")
     with pytest.raises(HybridKVFingerprintError, match="get_kv_cache_capacity cannot be read"):
         plugin.register()
 
 
-def test_a_backend_that_another_plugin_registered_is_left_alone(monkeypatch):
+@pytest.mark.usefixtures("named")
+def test_a_backend_that_another_plugin_registered_stays():
     before = bindings()
     register_backend(AttentionBackendEnum.TURBOQUANT, "theirs.Backend")
-    monkeypatch.setenv("VLLM_PLUGINS", "hybrid_kv")
     try:
         with pytest.raises(
             HybridKVFingerprintError, match=r"TURBOQUANT already is theirs\.Backend"
@@ -177,21 +192,30 @@ def test_a_backend_that_another_plugin_registered_is_left_alone(monkeypatch):
     assert bindings() == before
 
 
+@pytest.mark.usefixtures("named")
 def test_slots_of_another_size_than_vllm_plans_apply_nothing(monkeypatch):
     before = bindings()
     monkeypatch.setattr(k8v4, "slot_bytes", lambda head_size: head_size + head_size // 2 + 6)
-    monkeypatch.setenv("VLLM_PLUGINS", "hybrid_kv")
     message = "vLLM plans 388 bytes for a slot of head size 256, k8v4 has 390"
     with pytest.raises(HybridKVFingerprintError, match=message):
         plugin.register()
     assert bindings() == before
 
 
-def test_a_name_rebound_behind_our_back_stops_the_next_registration(monkeypatch):
+def test_a_name_replaced_after_registration_stops_the_next_registration(monkeypatch):
     plugin.register()
     monkeypatch.setattr(kv_cache_utils, "get_kv_cache_capacity", lambda *_: (0, 0.0))
     with pytest.raises(HybridKVPatchError, match="get_kv_cache_capacity is not the plugin's"):
         plugin.register()
+
+
+def test_a_replaced_method_that_the_plugin_relies_on_fails_the_check(monkeypatch):
+    from vllm.v1.core.block_pool import BlockPool
+
+    plugin.register()
+    monkeypatch.setattr(BlockPool, "evict_blocks", lambda *_: None)
+    with pytest.raises(HybridKVPatchError, match=r"BlockPool\.evict_blocks is no longer vLLM's"):
+        STATE.active_patches.verify()
 
 
 def test_a_module_that_still_has_the_stock_function_fails_the_check(monkeypatch):
@@ -206,7 +230,7 @@ def test_a_module_that_still_has_the_stock_function_fails_the_check(monkeypatch)
     assert message in row.failures[0]
 
 
-def test_a_method_rebound_in_a_platform_subclass_fails_the_check(monkeypatch):
+def test_a_method_overridden_in_a_platform_subclass_fails_the_check(monkeypatch):
     class TheirPlatform(CpuPlatform):
         @classmethod
         def get_attn_backend_cls(cls, *_):
@@ -219,9 +243,7 @@ def test_a_method_rebound_in_a_platform_subclass_fails_the_check(monkeypatch):
         STATE.active_patches.verify()
 
 
-class Unfaithful(base.Edit):
-    """Applies without effect."""
-
+class WithoutEffect(mechanism.Edit):
     undone = False
 
     def problems(self):
@@ -241,37 +263,37 @@ class Unfaithful(base.Edit):
 
 
 @pytest.mark.parametrize("raises", [True, False])
-def test_an_edit_that_does_not_take_undoes_all_others(raises, monkeypatch):
+def test_an_edit_without_effect_undoes_all_others(raises, monkeypatch):
     before = bindings()
-    unfaithful = Unfaithful()
+    edit = WithoutEffect()
     if raises:
-        monkeypatch.setattr(Unfaithful, "apply", lambda self: 1 / 0)
-    notice = base.PatchInfo("nothing", "a test", "none", "never")
+        monkeypatch.setattr(WithoutEffect, "apply", lambda self: 1 / 0)
+    info = mechanism.PatchInfo("nothing", "a test", "none", "never")
     stock_patches = patches.patches_for
     monkeypatch.setattr(
         patches,
         "patches_for",
-        lambda *args: [*stock_patches(*args), base.Patch("last", notice, [unfaithful])],
+        lambda context: [*stock_patches(context), mechanism.Patch("last", info, [edit])],
     )
-    expected = ZeroDivisionError if raises else HybridKVPatchError
-    with pytest.raises(expected):
+    with pytest.raises(ZeroDivisionError if raises else HybridKVPatchError):
         plugin.register()
     assert STATE.active_patches is None
-    assert unfaithful.undone
+    assert edit.undone
     assert bindings() == before
 
 
-def test_the_table_names_every_edit_and_its_reasons():
+def test_the_table_lists_every_edit_and_its_reasons():
     plugin.register()
     rows = STATE.active_patches.table()
     edits = {row.edit for row in rows}
-    assert {str(getattr(ADAPTER.TARGETS, name)) for name in WRAPPED} < edits
+    assert {str(PATCHED[name]) for name in PATCHED.keys() - {"Platform.validate_environ"}} < edits
+    assert {f"{target} (checked, not patched)" for target in RELIED_ON.values()} < edits
     assert [row.failures for row in rows] == [[]] * len(rows)
     for row in rows:
-        assert all(dataclasses.astuple(row.patch.notice))
+        assert all(dataclasses.astuple(row.patch.info))
 
 
-def test_a_selection_made_before_is_forgotten():
+def test_backends_that_vllm_selected_before_are_forgotten():
     selector._cached_get_attn_backend.cache_clear()
     config = selector.AttentionSelectorConfig(64, "bfloat16", "auto", 16)
     selector._cached_get_attn_backend(None, config)
@@ -280,7 +302,7 @@ def test_a_selection_made_before_is_forgotten():
     assert selector._cached_get_attn_backend.cache_info().currsize == 0
 
 
-def test_away_from_cpus_vllms_own_backend_stays(monkeypatch):
+def test_on_other_devices_vllms_own_backend_stays(monkeypatch):
     from vllm.platforms.interface import UnspecifiedPlatform
 
     stock = AttentionBackendEnum.TURBOQUANT.get_path()
@@ -316,7 +338,7 @@ def test_vllm_knows_our_variables_while_the_plugin_is_active(monkeypatch):
         platform.validate_environ(hard_fail=True)
 
 
-def test_variables_that_are_not_set_are_not_added():
+def test_unset_variables_are_not_added():
     before = dict(vllm.envs.environment_variables)
     plugin.register()
     assert vllm.envs.environment_variables == before

@@ -1,26 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only place that rebinds vLLM's names, with one adapter for each vLLM minor."""
+"""The only place that replaces functions of vLLM: one table of targets, one file a concern."""
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vllm_hybrid_kv.patches.base import Patch
     from vllm_hybrid_kv.patches.context import Context
-
-ADAPTERS = {
-    (0, 32): "vllm_hybrid_kv.patches.v0_32",
-    (0, 33): "vllm_hybrid_kv.patches.v0_33",
-}
-"""The module that knows each supported minor."""
-
-SUPPORTED = " and ".join(".".join(map(str, minor)) for minor in ADAPTERS)
-"""The supported minors in words."""
+    from vllm_hybrid_kv.patches.mechanism import Patch
 
 
-def patches_for(minor: tuple[int, int], context: Context) -> list[Patch]:
-    """Return the patches of a supported minor, not applied."""
-    patches: list[Patch] = importlib.import_module(ADAPTERS[minor]).patches(context)
-    return patches
+def patches_for(context: Context) -> list[Patch]:
+    """Return the patches of a process, not applied.
+
+    On devices other than CPUs and GPUs vLLM's own TURBOQUANT backend stays. On GPUs vLLM selects
+    ours without a patch, by what the backend class says that it supports.
+    """
+    from vllm_hybrid_kv.patches import (
+        attention,
+        configuration,
+        coordination,
+        layers,
+        planning,
+        sampling,
+        startup,
+        transfer,
+    )
+
+    makers: list[Callable[[Context], Patch]] = [
+        configuration.settings_patch,
+        configuration.known_variables_patch,
+        planning.page_size_patch,
+        planning.capacity_patch,
+        planning.state_blocks_patch,
+        coordination.coordinator_patch,
+        coordination.prefix_match_unit_patch,
+        coordination.block_copies_patch,
+        startup.startup_patch,
+    ]
+    if context.on_cpu or context.on_gpu:
+        makers += [
+            layers.boundary_patch,
+            attention.registration_patch,
+            attention.refusal_patch,
+            transfer.handshake_patch,
+            transfer.stored_pages_patch,
+            layers.layer_dtype_patch,
+            layers.built_model_patch,
+            layers.layer_pages_patch,
+            planning.block_alignment_patch,
+        ]
+    if context.on_gpu:
+        makers.append(attention.several_head_sizes_patch)
+    if context.on_cpu:
+        makers += [sampling.seeded_sampling_patch, attention.selection_patch]
+    return [make(context) for make in makers]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The patches that put our attention backend in the place of vLLM's TURBOQUANT."""
+"""The patches that replace vLLM's attention backend TURBOQUANT by ours."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from vllm_hybrid_kv.attention.unsupported import (
 from vllm_hybrid_kv.constants import CACHE_DTYPE
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.kernels import k8v4
-from vllm_hybrid_kv.patches.base import (
+from vllm_hybrid_kv.patches.mechanism import (
     Edit,
     FunctionRebinding,
     MethodRebinding,
     Patch,
     PatchInfo,
-    Target,
 )
 
 if TYPE_CHECKING:
@@ -40,22 +39,21 @@ BACKEND_PATH = "vllm_hybrid_kv.attention.backend.K8V4AttentionBackend"
 class BackendRegistration(Edit):
     """Registers our backend class under vLLM's name TURBOQUANT.
 
-    vLLM has one name for all its presets. An engine with one that is not ours gets vLLM's own
-    backend, as without the plugin.
+    vLLM has one name for all its presets. An engine with another preset gets vLLM's own backend,
+    as without the plugin.
     """
 
     def __init__(self) -> None:
         self._ours = True
 
     def problems(self) -> list[str]:
-        """Check that nobody else has the name, and that stock's slots are as large as ours."""
+        """Check that the name is free, and that vLLM's slots are as large as ours."""
         backend = AttentionBackendEnum.TURBOQUANT
         if backend.is_overridden():
             return [f"the backend {backend.name} already is {backend.get_path()}"]
         return slot_size_problems()
 
     def apply(self) -> None:
-        """Register."""
         register_backend(AttentionBackendEnum.TURBOQUANT, BACKEND_PATH)
 
     def on_engine_config(self, vllm_config: VllmConfig, _: Settings) -> None:
@@ -70,12 +68,10 @@ class BackendRegistration(Edit):
                 self.undo()
 
     def failures(self) -> list[str]:
-        """Check what vLLM would load."""
         path = AttentionBackendEnum.TURBOQUANT.get_path()
         return [f"the backend TURBOQUANT is {path}"] if (path == BACKEND_PATH) != self._ours else []
 
     def undo(self) -> None:
-        """Give the name back to vLLM's own backend."""
         AttentionBackendEnum.TURBOQUANT.clear_override()
 
     def __str__(self) -> str:
@@ -83,12 +79,11 @@ class BackendRegistration(Edit):
 
 
 def slot_size_problems() -> list[str]:
-    """Say where vLLM would plan other slots than the k8v4 format has.
+    """Return where vLLM plans slots of another size than the k8v4 format has.
 
-    vLLM asks its own TurboQuant backend for the bytes of a slot when it aligns the blocks of
-    hybrid models, whatever backend is registered. While both agree no patch is needed there. The
-    backend gets them from this table; it itself is not imported here, for it brings
-    FlashAttention with it.
+    When vLLM aligns the blocks of hybrid models, it takes the bytes of a slot from its own
+    TurboQuant backend, whatever backend is registered. While both agree no patch is needed there.
+    This reads the table behind that backend, because importing the backend imports FlashAttention.
     """
     from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
 
@@ -103,11 +98,7 @@ def slot_size_problems() -> list[str]:
 
 
 def registration_patch(context: Context) -> Patch:
-    """Register our backend for engines with a k8v4 cache.
-
-    Args:
-        context: The process's, which tells of each engine.
-    """
+    """Register our backend for engines with a k8v4 cache."""
     registration = BackendRegistration()
     context.on_engine_config.append(registration.on_engine_config)
     return Patch(
@@ -123,12 +114,10 @@ def registration_patch(context: Context) -> Patch:
     )
 
 
-def refusal_patch(select_backend: Target) -> Patch:
+def refusal_patch(context: Context) -> Patch:
     """Refuse a k8v4 layer that no backend can serve in one line, on every device.
 
-    Args:
-        select_backend: The selector's cached function. Its cache starts empty, so that vLLM also
-            forgets what it selected before the plugin was there.
+    The cache of the patched selector starts empty, so vLLM forgets earlier selections.
     """
 
     def make(original: Any) -> Any:
@@ -150,18 +139,17 @@ def refusal_patch(select_backend: Target) -> Patch:
     return Patch(
         "layer_refusals",
         PatchInfo(
-            replaces="the attention selector's _cached_get_attn_backend, which it wraps for "
-            "turboquant_k8v4",
-            why="vLLM names neither the layer nor the way out, and lists every backend instead",
+            replaces="the attention selector's _cached_get_attn_backend, for turboquant_k8v4",
+            why="vLLM lists every backend, but names neither the layer nor a way out",
             upstream="none yet",
             until="vLLM says in one line which layer cannot be served with a cache dtype, and why",
         ),
-        [FunctionRebinding(select_backend, make)],
+        [FunctionRebinding(context.targets["_cached_get_attn_backend"], make)],
     )
 
 
 def _reasons_against(backend: AttentionBackendEnum | None, config: Any) -> list[str]:
-    """Return why our backend cannot run on this device, or is not the one that was asked for."""
+    """Return why our backend was not chosen or cannot run on this device."""
     if backend not in (None, AttentionBackendEnum.TURBOQUANT):
         return [f"the chosen backend {backend.name} cannot read k8v4 pages"]
     reasons: list[str] = AttentionBackendEnum.TURBOQUANT.get_class().validate_configuration(
@@ -171,16 +159,11 @@ def _reasons_against(backend: AttentionBackendEnum | None, config: Any) -> list[
     return reasons
 
 
-def selection_patch(get_attn_backend_cls: Target, *, stock_refuses: bool) -> Patch:
-    """Select our backend for k8v4 layers on CPUs.
-
-    Args:
-        get_attn_backend_cls: `CpuPlatform.get_attn_backend_cls`.
-        stock_refuses: Whether vLLM itself refuses cache dtypes that its CPU backend cannot store.
-    """
+def selection_patch(context: Context) -> Patch:
+    """Select our backend for k8v4 layers on CPUs."""
 
     def make(original: Any) -> Any:
-        def replacement(
+        def get_attn_backend_cls(
             cls: type,
             selected_backend: AttentionBackendEnum | None,
             attn_selector_config: Any,
@@ -188,43 +171,45 @@ def selection_patch(get_attn_backend_cls: Target, *, stock_refuses: bool) -> Pat
         ) -> str:
             dtype = attn_selector_config.kv_cache_dtype
             if dtype == CACHE_DTYPE:
-                return _select(selected_backend)
-            if not stock_refuses:
-                refuse_without_cpu_kernels(dtype)
+                if selected_backend not in (None, AttentionBackendEnum.TURBOQUANT):
+                    # As vLLM does on CPUs, where it sets the option itself in some modes.
+                    logger.info(
+                        "Cannot use %s backend for a %s cache on CPU.", selected_backend, dtype
+                    )
+                return AttentionBackendEnum.TURBOQUANT.get_path()
+            refuse_without_cpu_kernels(dtype)
             path: str = original(cls, selected_backend, attn_selector_config, num_heads)
             return path
 
-        return replacement
+        return get_attn_backend_cls
 
     return Patch(
         "backend_selection",
         PatchInfo(
             replaces="CpuPlatform.get_attn_backend_cls for layers with a turboquant cache",
-            why="it knows one backend; for k8v4 0.32 runs it on the wrong bytes, 0.33 refuses",
+            why="it supports one backend; for k8v4 0.32 runs it on the wrong bytes, 0.33 refuses",
             upstream="vllm-project/vllm#49465 (TurboQuant on CPUs)",
             until="CPU platforms select among registered backends by their supports_* methods",
         ),
         [
             MethodRebinding(
-                get_attn_backend_cls, make, seen_from=lambda: type(vllm.platforms.current_platform)
+                context.targets["CpuPlatform.get_attn_backend_cls"],
+                make,
+                used_through=lambda: type(vllm.platforms.current_platform),
             ),
         ],
     )
 
 
-def several_head_sizes_patch(verify_gemma4_config: Target) -> Patch:
-    """Leave the backend of a Gemma 4 with k8v4 layers to the selection of each layer.
-
-    Args:
-        verify_gemma4_config: `Gemma4Config.verify_and_update_config`.
-    """
+def several_head_sizes_patch(context: Context) -> Patch:
+    """Leave the backend of a Gemma 4 with k8v4 layers to the selection of each layer."""
 
     def make(original: Any) -> Any:
         def verify_and_update_config(vllm_config: VllmConfig) -> None:
             attention = vllm_config.attention_config
-            asked = attention.backend
+            chosen_by_user = attention.backend is not None
             original(vllm_config)
-            if vllm_config.cache_config.cache_dtype == CACHE_DTYPE and asked is None:
+            if vllm_config.cache_config.cache_dtype == CACHE_DTYPE and not chosen_by_user:
                 attention.backend = None
 
         return verify_and_update_config
@@ -235,28 +220,21 @@ def several_head_sizes_patch(verify_gemma4_config: Target) -> Patch:
             replaces="Gemma4Config.verify_and_update_config, whose forced backend is undone for "
             "turboquant_k8v4",
             why="without FlashAttention 4 it forces TRITON_ATTN, which cannot read k8v4 pages, and "
-            "a forced backend that does not fit is an error",
+            "vLLM raises if a forced backend does not fit",
             upstream="none yet",
             until="vLLM forces a backend only on layers that it fits",
         ),
-        [MethodRebinding(verify_gemma4_config, make)],
+        [MethodRebinding(context.targets["Gemma4Config.verify_and_update_config"], make)],
     )
 
 
 def refuse_without_cpu_kernels(dtype: str | None) -> None:
-    """Refuse a cache dtype that no CPU kernel can read, in vLLM or here.
+    """Refuse a cache dtype for which neither vLLM nor this package has CPU kernels.
 
     Raises:
-        HybridKVError: It is a turboquant dtype other than ours.
+        HybridKVError: It is a turboquant dtype other than k8v4.
     """
     if str(dtype).startswith("turboquant_") and dtype != CACHE_DTYPE:
         raise HybridKVError(
             f"--kv-cache-dtype {dtype} has no CPU kernels; use {CACHE_DTYPE}, fp8 or auto"
         )
-
-
-def _select(selected_backend: AttentionBackendEnum | None) -> str:
-    if selected_backend not in (None, AttentionBackendEnum.TURBOQUANT):
-        # As vLLM does on CPUs, where it sets the option itself in some modes.
-        logger.info("Cannot use %s backend for a %s cache on CPU.", selected_backend, CACHE_DTYPE)
-    return AttentionBackendEnum.TURBOQUANT.get_path()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The patches that learn an engine's configuration early, and tell vLLM our variables."""
+"""The patches that get an engine's configuration early, and tell vLLM our variables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllm_hybrid_kv.coordinator.upstream_fixes import check_drafts
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.hooks import HOOK_OF_SETTING
 from vllm_hybrid_kv.patches.attention import refuse_without_cpu_kernels
-from vllm_hybrid_kv.patches.base import Edit, MethodRebinding, Patch, PatchInfo, Target
+from vllm_hybrid_kv.patches.mechanism import Edit, MethodRebinding, Patch, PatchInfo, Target
 from vllm_hybrid_kv.settings import ENVIRONMENT_PREFIX
 from vllm_hybrid_kv.state import STATE
 
@@ -27,20 +27,15 @@ if TYPE_CHECKING:
 
 
 def runs_on_cpu() -> bool:
-    """Whether the engine that is being configured runs on a CPU."""
+    """Return whether the engine that is being configured runs on a CPU."""
     return bool(vllm.platforms.current_platform.is_cpu())
 
 
-def settings_patch(context: Context, create_engine_config: Target, init_worker: Target) -> Patch:
-    """Check the settings where each process first sees them, before anything is loaded.
+def settings_patch(context: Context) -> Patch:
+    """Check the settings where each process first gets them, before anything is loaded.
 
-    The engine core sees them through the planning patches.
-
-    Args:
-        context: The process's.
-        create_engine_config: `EngineArgs.create_engine_config`, in the process that the user
-            started.
-        init_worker: `WorkerBase.__init__`, in workers.
+    The first calls are `create_engine_config` in the process that the user started, the worker's
+    constructor in workers, and planning, which has patches of its own, in the engine core.
     """
 
     def make_create(original: Any) -> Any:
@@ -51,22 +46,22 @@ def settings_patch(context: Context, create_engine_config: Target, init_worker: 
                     refuse_without_cpu_kernels(self.kv_cache_dtype)
             except HybridKVError as error:
                 context.stop(error)
-            # No checkpoint makes `auto` our cache: what was asked for is what the engine has.
-            ours = self.kv_cache_dtype == CACHE_DTYPE
-            STATE.boundary_layers = settings.boundary_layers if ours else None
+            # No checkpoint makes `auto` a k8v4 cache, so the option decides.
+            k8v4 = self.kv_cache_dtype == CACHE_DTYPE
+            STATE.boundary_layers = settings.boundary_layers if k8v4 else None
             try:
                 vllm_config: VllmConfig = original(self, *args, **kwargs)
             finally:
                 STATE.boundary_layers = None
-            if vllm_config.cache_config.cache_dtype == CACHE_DTYPE:
-                # vLLM sets FlashAttention 2 beside any TurboQuant cache. It says that newer ones
-                # want every layer to be theirs; the layers left unquantised are, and its code has
-                # come to skip the others.
+            cache_dtype = vllm_config.cache_config.cache_dtype
+            if cache_dtype == CACHE_DTYPE:
+                # vLLM sets FlashAttention 2 with any TurboQuant cache, because newer versions need
+                # every layer to be theirs. That no longer holds: they skip other layers.
                 chosen = self.attention_config.flash_attn_version
                 vllm_config.attention_config.flash_attn_version = chosen
             try:
                 # With vLLM's own cache and rules an engine starts as it does without the plugin.
-                as_stock = vllm_config.cache_config.cache_dtype != CACHE_DTYPE and all(
+                as_stock = cache_dtype != CACHE_DTYPE and all(
                     getattr(settings, name) == "stock" for name in HOOK_OF_SETTING
                 )
                 if not as_stock and not settings.allow_unsafe_drafts:
@@ -88,21 +83,21 @@ def settings_patch(context: Context, create_engine_config: Target, init_worker: 
     return Patch(
         "settings",
         PatchInfo(
-            replaces="EngineArgs.create_engine_config and WorkerBase.__init__, which it wraps",
-            why="plugins load before the configuration is known, and are not told it later; and "
-            "the version of FlashAttention stays what the user chose, which vLLM overrides",
+            replaces="EngineArgs.create_engine_config and WorkerBase.__init__",
+            why="vLLM loads plugins before the configuration is known, and does not pass it later; "
+            "and it overrides the version of FlashAttention that the user chose",
             upstream="none",
             until="vLLM calls plugins with the configuration",
         ),
         [
-            MethodRebinding(create_engine_config, make_create),
-            MethodRebinding(init_worker, make_init),
+            MethodRebinding(context.targets["EngineArgs.create_engine_config"], make_create),
+            MethodRebinding(context.targets["WorkerBase.__init__"], make_init),
         ],
     )
 
 
 class KnownVariables(Edit):
-    """Adds those of our environment variables that are set to the ones that vLLM knows."""
+    """Adds those of our environment variables that are set to vLLM's known variables."""
 
     def __init__(self, validate_environ: Target) -> None:
         self._validate_environ = validate_environ
@@ -113,14 +108,13 @@ class KnownVariables(Edit):
         return self._validate_environ.problems()
 
     def apply(self) -> None:
-        """Add what is set; the others would only change the key of vLLM's compile cache."""
+        """Add the variables that are set. Others would change the key of vLLM's compile cache."""
         for name in os.environ:
             if name.startswith(ENVIRONMENT_PREFIX) and name not in envs.environment_variables:
                 self._added[name] = functools.partial(os.environ.get, name)
         envs.environment_variables.update(self._added)
 
     def failures(self) -> list[str]:
-        """Check that what was added is still there."""
         return [
             f"vLLM no longer knows the variable {name}"
             for name, getter in self._added.items()
@@ -128,7 +122,6 @@ class KnownVariables(Edit):
         ]
 
     def undo(self) -> None:
-        """Remove what was added."""
         for name in self._added:
             envs.environment_variables.pop(name, None)
         self._added.clear()
@@ -137,19 +130,15 @@ class KnownVariables(Edit):
         return "vllm.envs.environment_variables"
 
 
-def known_variables_patch(validate_environ: Target) -> Patch:
-    """Keep vLLM from calling our variables unknown.
-
-    Args:
-        validate_environ: `Platform.validate_environ`, which does.
-    """
+def known_variables_patch(context: Context) -> Patch:
+    """Keep vLLM from reporting our variables as unknown."""
     return Patch(
         "known_variables",
         PatchInfo(
             replaces="nothing; adds to vllm.envs.environment_variables",
-            why="vLLM warns of any VLLM_* it does not know, and stops if so asked",
+            why="vLLM warns of unknown VLLM_* variables, or stops if it is told to",
             upstream="none",
             until="vLLM lets plugins register variables",
         ),
-        [KnownVariables(validate_environ)],
+        [KnownVariables(context.targets["Platform.validate_environ"])],
     )

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NoReturn
 
@@ -15,12 +15,16 @@ from vllm_hybrid_kv.state import STATE
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from vllm_hybrid_kv.patches.mechanism import Target
+
 
 @dataclass(frozen=True)
 class Context:
     """What the patches of one process share.
 
     Attributes:
+        targets: The functions of vLLM to patch, by name.
+        relied_on: The methods of vLLM that the coordinator relies on.
         strategies: The strategies of this process.
         on_cpu: Whether the platform is a CPU.
         on_gpu: Whether the platform is a GPU of NVIDIA or AMD.
@@ -29,6 +33,8 @@ class Context:
             known, before any layer is made.
     """
 
+    targets: Mapping[str, Target]
+    relied_on: Sequence[Target]
     strategies: Strategies
     on_cpu: bool
     on_gpu: bool

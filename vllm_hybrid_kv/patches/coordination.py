@@ -4,19 +4,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 
 from vllm_hybrid_kv.coordinator.upstream_fixes import copy_whole_blocks
 from vllm_hybrid_kv.errors import HybridKVStrategyError
-from vllm_hybrid_kv.patches.base import (
+from vllm_hybrid_kv.patches.mechanism import (
     FunctionRebinding,
     MethodRebinding,
     Patch,
     PatchInfo,
-    Target,
     UnchangedTarget,
 )
 from vllm_hybrid_kv.state import STATE
@@ -28,17 +26,8 @@ if TYPE_CHECKING:
     from vllm_hybrid_kv.patches.context import Context
 
 
-def coordinator_patch(
-    context: Context, factory: Target, init_kv_cache_manager: Target, relied_on: Sequence[Target]
-) -> Patch:
-    """Return the patch that lets a strategy make the coordinator and attaches it to its manager.
-
-    Args:
-        context: The context of the process.
-        factory: `get_kv_cache_coordinator`.
-        init_kv_cache_manager: `KVCacheManager.__init__`, which calls the factory.
-        relied_on: Methods of vLLM that the coordinators depend on, checked and not patched.
-    """
+def coordinator_patch(context: Context) -> Patch:
+    """Return the patch that lets a strategy make the coordinator and attaches it to its manager."""
 
     def make(original: Any) -> Any:
         signature = inspect.signature(original)
@@ -85,20 +74,15 @@ def coordinator_patch(
             until="the coordinator class can be configured like the scheduler class",
         ),
         [
-            FunctionRebinding(factory, make),
-            MethodRebinding(init_kv_cache_manager, make_init),
-            *map(UnchangedTarget, relied_on),
+            FunctionRebinding(context.targets["get_kv_cache_coordinator"], make),
+            MethodRebinding(context.targets["KVCacheManager.__init__"], make_init),
+            *map(UnchangedTarget, context.relied_on),
         ],
     )
 
 
-def prefix_match_unit_patch(context: Context, resolve_block_sizes: Target) -> Patch:
-    """Return the patch that lets a strategy choose the match unit if the user did not.
-
-    Args:
-        context: The context of the process.
-        resolve_block_sizes: `resolve_kv_cache_block_sizes`.
-    """
+def prefix_match_unit_patch(context: Context) -> Patch:
+    """Return the patch that lets a strategy choose the match unit if the user did not."""
 
     def make(original: Any) -> Any:
         def resolve_kv_cache_block_sizes(
@@ -151,12 +135,12 @@ def prefix_match_unit_patch(context: Context, resolve_block_sizes: Target) -> Pa
             upstream="vllm-project/vllm#40696 and #53749 (prompts shorter than a block never hit)",
             until="vLLM chooses a unit that hits where block sizes are large",
         ),
-        [FunctionRebinding(resolve_block_sizes, make)],
+        [FunctionRebinding(context.targets["resolve_kv_cache_block_sizes"], make)],
     )
 
 
-def block_copies_patch(copy_blocks: Target) -> Patch:
-    """Return the patch that copies blocks whole (target: `copy_kv_cache_blocks_inplace`)."""
+def block_copies_patch(context: Context) -> Patch:
+    """Return the patch that copies blocks whole."""
     return Patch(
         "block_copies",
         PatchInfo(
@@ -167,5 +151,5 @@ def block_copies_patch(copy_blocks: Target) -> Patch:
             upstream="none known",
             until="it distinguishes the views at one address",
         ),
-        [FunctionRebinding(copy_blocks, copy_whole_blocks)],
+        [FunctionRebinding(context.targets["copy_kv_cache_blocks_inplace"], copy_whole_blocks)],
     )

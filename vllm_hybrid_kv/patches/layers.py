@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The patches that keep every attention layer and the pages that it uses in the same layout."""
+"""The patches of layers: which stay unquantised, and that a layer and its pages share a layout."""
 
 from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -18,22 +19,87 @@ from vllm_hybrid_kv.attention.layer_check import (
     check_plan,
     check_views,
 )
+from vllm_hybrid_kv.attention.unsupported import UnsupportedModelError, refuse_model
 from vllm_hybrid_kv.constants import CACHE_DTYPE
-from vllm_hybrid_kv.patches.base import FunctionRebinding, MethodRebinding, Patch, PatchInfo, Target
+from vllm_hybrid_kv.patches.mechanism import FunctionRebinding, MethodRebinding, Patch, PatchInfo
+from vllm_hybrid_kv.state import STATE
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from vllm_hybrid_kv.patches.context import Context
 
 logger = init_logger("vllm.hybrid_kv.attention")
 
 
-def layer_dtype_patch(init_attention: Target) -> Patch:
-    """Give layers that share pages their target's cache dtype, and skipped ones a fitting backend.
+def boundary_patch(context: Context) -> Patch:
+    """Replace vLLM's rule for boundary layers, for engines with a k8v4 cache."""
+
+    def make(original: Any) -> Any:
+        def get_boundary_skip_layers(model_config: ModelConfig, n: int = 2) -> list[str]:
+            if (number := STATE.boundary_layers) is None:
+                layers: list[str] = original(model_config, n)
+                return layers
+            if (refusal := refuse_model(model_config)) is not None:
+                context.stop(UnsupportedModelError(model_config.model, refusal))
+            # As in vLLM's rule, which also refuses hybrid models whose config does not list their
+            # attention layers, and does not use that list.
+            if model_config.is_hybrid:
+                return []
+            owners = cache_owners(model_config.hf_text_config)
+            count = min(number, len(owners) // 2)
+            unquantised = [
+                str(index) for index in [*owners[:count], *owners[len(owners) - count :]]
+            ]
+            if unquantised:
+                logger.info_once(
+                    "boundary_layers=%d: %d of %d attention layers stay unquantised (%s)",
+                    *(number, len(unquantised), len(owners), ", ".join(unquantised)),
+                )
+            return unquantised
+
+        return get_boundary_skip_layers
+
+    return Patch(
+        "boundary_layers",
+        PatchInfo(
+            replaces="TurboQuantConfig.get_boundary_skip_layers, for engines with a k8v4 cache",
+            why="vLLM's number is fixed, was chosen for coarser presets, and no option lowers it; "
+            "it counts layers without a cache of their own; it refuses some hybrid models",
+            upstream="vllm-project/vllm#39931 (no boundary layers in hybrid models), #40108",
+            until="vLLM lets users choose it, and counts layers that own a KV cache",
+        ),
+        [MethodRebinding(context.targets["TurboQuantConfig.get_boundary_skip_layers"], make)],
+    )
+
+
+def cache_owners(text_config: Any) -> list[int]:
+    """Return the indices of the layers of a model that own a KV cache.
+
+    Layers without attention own none. The last `num_kv_shared_layers` of Gemma 3n and Gemma 4 use
+    the pages of an earlier layer.
 
     Args:
-        init_attention: `Attention.__init__`.
+        text_config: The language model's Hugging Face config.
     """
+    count = text_config.num_hidden_layers - (getattr(text_config, "num_kv_shared_layers", 0) or 0)
+    blocks = getattr(text_config, "block_configs", None) or []
+    return [i for i in range(count) if i >= len(blocks) or not _lacks_attention(blocks[i])]
+
+
+def _lacks_attention(block: Any) -> bool:
+    """Return whether a Nemotron-NAS (DeciLM) block has no attention."""
+    attention = _get(block, "attention")
+    return bool(_get(attention, "no_op") or _get(attention, "replace_with_linear"))
+
+
+def _get(config: Any, name: str) -> Any:
+    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+
+
+def layer_dtype_patch(context: Context) -> Patch:
+    """Give layers that share pages their target's dtype, and skipped layers a fitting backend."""
 
     def make(original: Any) -> Any:
         signature = inspect.signature(original)
@@ -42,7 +108,7 @@ def layer_dtype_patch(init_attention: Target) -> Patch:
             call = signature.bind(self, *args, **kwargs)
             cache_config = call.arguments.get("cache_config")
             if cache_config is not None and cache_config.cache_dtype == CACHE_DTYPE:
-                _follow_target(call.arguments)
+                _use_target_dtype(call.arguments)
                 _choose_wrapped_backend(self, call.arguments)
             original(*call.args, **call.kwargs)
 
@@ -51,18 +117,18 @@ def layer_dtype_patch(init_attention: Target) -> Patch:
     return Patch(
         "layer_dtypes",
         PatchInfo(
-            replaces="Attention.__init__, which it wraps for engines with a k8v4 cache",
+            replaces="Attention.__init__, for engines with a k8v4 cache",
             why="vLLM chooses a layer's cache dtype by its own index, though it may read another "
             "layer's pages, and the backend of chunked attention without looking at skipped layers",
             upstream="vllm-project/vllm#40108, #48721",
             until="a layer with kv_sharing_target_layer_name has its target's cache dtype",
         ),
-        [MethodRebinding(init_attention, make)],
+        [MethodRebinding(context.targets["Attention.__init__"], make)],
     )
 
 
-def _follow_target(arguments: dict[str, Any]) -> None:
-    """Have a layer that shares another layer's pages skipped exactly if the other one was."""
+def _use_target_dtype(arguments: dict[str, Any]) -> None:
+    """Skip a layer that shares another layer's pages exactly if the other layer is skipped."""
     from vllm.model_executor.models.utils import extract_layer_index
 
     cache_config = copy.copy(arguments["cache_config"])
@@ -86,9 +152,9 @@ def _follow_target(arguments: dict[str, Any]) -> None:
 
 
 def _choose_wrapped_backend(layer: Any, arguments: dict[str, Any]) -> None:
-    """Replace the k8v4 backend that a layer's class wrapped though the layer is left unquantised.
+    """Replace the k8v4 backend that the class of an unquantised layer has wrapped.
 
-    Static sinks are not among these classes: their models choose a backend themselves.
+    Layers with static sinks are not concerned: their models choose a backend themselves.
     """
     from vllm.model_executor.layers.attention.chunked_local_attention import (
         ChunkedLocalAttention,
@@ -116,19 +182,14 @@ def _choose_wrapped_backend(layer: Any, arguments: dict[str, Any]) -> None:
     )
 
 
-def built_model_patch(initialize_model: Target) -> Patch:
-    """Stop start-up, before weights are loaded, if a layer that was built cannot have its cache.
-
-    Args:
-        initialize_model: Builds a model, for servers and dry runs.
-    """
+def built_model_patch(context: Context) -> Patch:
+    """Stop start-up before weights are loaded if a built layer cannot have its cache."""
 
     def make(original: Any) -> Any:
         def initialize(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
             model = original(vllm_config, *args, **kwargs)
             if vllm_config.cache_config.cache_dtype == CACHE_DTYPE:
-                layers = get_layers_from_vllm_config(vllm_config, cast(Any, AttentionLayerBase))
-                check_k8v4_layers(layers)
+                check_k8v4_layers(_attention_layers(vllm_config))
             return model
 
         return initialize
@@ -136,22 +197,20 @@ def built_model_patch(initialize_model: Target) -> Patch:
     return Patch(
         "built_model",
         PatchInfo(
-            replaces="initialize_model, which it wraps for engines with a k8v4 cache",
-            why="vLLM does not ask a backend about values of another size than keys, nor whether "
-            "the backend that a model chose itself can read the cache",
+            replaces="initialize_model, for engines with a k8v4 cache",
+            why="vLLM does not check whether a backend can have values of another size than keys, "
+            "nor whether the backend that a model chose itself can read the cache",
             upstream="none yet",
             until="vLLM checks every layer's backend against its cache dtype and head sizes",
         ),
-        [FunctionRebinding(initialize_model, make)],
+        [FunctionRebinding(context.targets["initialize_model"], make)],
     )
 
 
-def layer_pages_patch(initialize_from_config: Target) -> Patch:
+def layer_pages_patch(context: Context) -> Patch:
     """Stop start-up if a layer's pages have another layout than the layer.
 
-    Args:
-        initialize_from_config: `WorkerWrapperBase.initialize_from_config`, where a rank's layers
-            and its plan meet, in every executor and for both model runners.
+    Every executor and both model runners call the patched method with a rank's layers and plan.
     """
 
     def make(original: Any) -> Any:
@@ -160,8 +219,7 @@ def layer_pages_patch(initialize_from_config: Target) -> Patch:
             if config.cache_config.cache_dtype != CACHE_DTYPE:
                 original(self, kv_cache_configs)
                 return
-            # The type is abstract, which mypy does not take.
-            layers = get_layers_from_vllm_config(config, cast(Any, AttentionLayerBase))
+            layers = _attention_layers(config)
             built = built_layers(layers, config)
             check_plan(built, kv_cache_configs[self.global_rank].kv_cache_groups)
             original(self, kv_cache_configs)
@@ -172,11 +230,16 @@ def layer_pages_patch(initialize_from_config: Target) -> Patch:
     return Patch(
         "layer_pages",
         PatchInfo(
-            replaces="WorkerWrapperBase.initialize_from_config, which it wraps",
+            replaces="WorkerWrapperBase.initialize_from_config",
             why="vLLM does not compare layers with the pages that they read and write; a layer "
             "with pages of another layout computes garbage without an error",
             upstream="vllm-project/vllm#40108, #48721",
             until="vLLM compares every layer with its KV cache group",
         ),
-        [MethodRebinding(initialize_from_config, make)],
+        [MethodRebinding(context.targets["WorkerWrapperBase.initialize_from_config"], make)],
     )
+
+
+def _attention_layers(vllm_config: VllmConfig) -> dict[str, Any]:
+    # The type is abstract, which mypy does not accept.
+    return get_layers_from_vllm_config(vllm_config, cast(Any, AttentionLayerBase))

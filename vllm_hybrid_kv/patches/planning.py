@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The patches that let strategies plan: page sizes and reported capacity."""
+"""The patches of the KV cache plan: page sizes, capacity, block alignment, blocks of states."""
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.v1.core import kv_cache_utils
 
-from vllm_hybrid_kv.errors import HybridKVStrategyError
-from vllm_hybrid_kv.patches.base import FunctionRebinding, Patch, PatchInfo, Target
+from vllm_hybrid_kv.constants import CACHE_DTYPE
+from vllm_hybrid_kv.errors import HybridKVError, HybridKVStrategyError
+from vllm_hybrid_kv.patches.mechanism import FunctionRebinding, MethodRebinding, Patch, PatchInfo
 from vllm_hybrid_kv.planning.capacity import capacity, check_capacity_groups
 from vllm_hybrid_kv.planning.page_sizes import check_page_sizes
 from vllm_hybrid_kv.planning.warnings import own_grouping, startup_warnings
@@ -27,14 +29,8 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.hybrid_kv.planning")
 
 
-def page_size_patch(context: Context, get_groups: Target, unify: Target) -> Patch:
-    """Let a strategy unify page sizes.
-
-    Args:
-        context: The process's.
-        get_groups: `get_kv_cache_groups`.
-        unify: `unify_kv_cache_spec_page_size`.
-    """
+def page_size_patch(context: Context) -> Patch:
+    """Let a strategy unify page sizes."""
 
     def make_groups(original: Any) -> Any:
         def get_kv_cache_groups(
@@ -43,7 +39,7 @@ def page_size_patch(context: Context, get_groups: Target, unify: Target) -> Patc
             context.activate_settings(vllm_config)
             # unify_kv_cache_spec_page_size, which vLLM calls inside, gets the specs alone.
             STATE.planning_for = vllm_config
-            if _is_an_engines(vllm_config):
+            if _is_engine_config(vllm_config):
                 STATE.planned_layers = vllm_config, dict(kv_cache_spec)
             try:
                 groups: list[KVCacheGroupSpec] = original(vllm_config, kv_cache_spec)
@@ -81,15 +77,62 @@ def page_size_patch(context: Context, get_groups: Target, unify: Target) -> Patc
             upstream="vllm-project/vllm#40128 (pages that do not divide)",
             until="the rule can be chosen, or pads no more than needed",
         ),
-        [FunctionRebinding(get_groups, make_groups), FunctionRebinding(unify, make_unify)],
+        [
+            FunctionRebinding(context.targets["get_kv_cache_groups"], make_groups),
+            FunctionRebinding(context.targets["unify_kv_cache_spec_page_size"], make_unify),
+        ],
     )
 
 
-def _is_an_engines(vllm_config: object) -> bool:
-    """Whether an engine starts; whoever calls vLLM's planning functions may have anything else."""
+def _is_engine_config(vllm_config: object) -> bool:
+    """Return whether an engine starts; other callers of vLLM's planning may pass anything."""
     from vllm.config import VllmConfig
 
     return isinstance(vllm_config, VllmConfig)
+
+
+def capacity_patch(context: Context) -> Patch:
+    """Let a strategy choose the groups that the reported token capacity counts."""
+
+    def make(original: Any) -> Any:
+        def get_kv_cache_capacity(
+            vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+        ) -> tuple[int, float]:
+            settings = context.activate_settings(vllm_config)
+            tokens, concurrency = original(vllm_config, kv_cache_config)
+            # The engine core calls this once, as soon as the plan is made.
+            if _is_engine_config(vllm_config):
+                check_pages(vllm_config, kv_cache_config, settings.boundary_layers)
+            groups = context.strategies.ask(
+                "token_capacity_groups",
+                settings,
+                vllm_config=vllm_config,
+                kv_cache_config=kv_cache_config,
+            )
+            if groups is not None:
+                who = context.strategies.who("token_capacity_groups", settings)
+                check_capacity_groups(kv_cache_config, groups, who)
+                if len(groups) < len(kv_cache_config.kv_cache_groups):
+                    # Concurrency still counts all groups: a request needs blocks of each.
+                    tokens, _ = original(
+                        vllm_config, replace(kv_cache_config, kv_cache_groups=list(groups))
+                    )
+            if _is_engine_config(vllm_config):
+                _report(vllm_config, kv_cache_config, settings, tokens)
+            return tokens, concurrency
+
+        return get_kv_cache_capacity
+
+    return Patch(
+        "token_capacity",
+        PatchInfo(
+            replaces="get_kv_cache_capacity",
+            why="it counts a fixed set of groups, and is the first call that gets the whole plan",
+            upstream="vllm-project/vllm#40384 and #40417 (groups that do not grow)",
+            until="vLLM reports the tokens that fit, not those of requests of the longest length",
+        ),
+        [FunctionRebinding(context.targets["get_kv_cache_capacity"], make)],
+    )
 
 
 def _report(
@@ -99,12 +142,12 @@ def _report(
     for line in capacity(vllm_config, kv_cache_config).describe(tokens):
         logger.info("%s", line)
     try:
-        # By its module, for the unit that a strategy chooses is chosen in there.
+        # Called through its module, because the patched one lets a strategy choose the unit.
         scheduler_block_size, hash_block_size = kv_cache_utils.resolve_kv_cache_block_sizes(
             kv_cache_config, vllm_config
         )
     except (ValueError, HybridKVStrategyError):
-        # vLLM asks next, and stops.
+        # vLLM calls it next, and stops with the error.
         return
     planned = STATE.planned_layers
     layers = planned[1] if planned is not None and planned[0] is vllm_config else None
@@ -125,50 +168,107 @@ def _report(
         logger.warning("%s", line)
 
 
-def capacity_patch(context: Context, get_capacity: Target) -> Patch:
-    """Let a strategy choose the groups that the reported token capacity counts.
+def block_alignment_patch(context: Context) -> Patch:
+    """Align blocks of k8v4 engines with unquantised layers as `unify_page_sizes` needs them.
 
-    Args:
-        context: The process's.
-        get_capacity: `get_kv_cache_capacity`.
+    vLLM aligns blocks before any spec exists, so that its own unification finds equal pages. A
+    strategy of the plugin does not need that, and cannot undo it, because blocks only grow.
+    """
+
+    def make_hybrid(original: Any) -> Any:
+        def align_hybrid(cls: type, vllm_config: VllmConfig, backend_cls: type) -> None:
+            if not _strategy_unifies(vllm_config):
+                original(cls, vllm_config, backend_cls)
+                return
+            cache = vllm_config.cache_config
+            skipped = cache.kv_cache_dtype_skip_layers
+            # Align blocks of states as with an unquantised cache. The unquantised layers have the
+            # largest page of a block, so a page of every layer then covers a state.
+            cache.cache_dtype, cache.kv_cache_dtype_skip_layers = "auto", []
+            try:
+                original(cls, vllm_config, backend_cls)
+            finally:
+                cache.cache_dtype, cache.kv_cache_dtype_skip_layers = CACHE_DTYPE, skipped
+
+        return align_hybrid
+
+    def make_heterogeneous(original: Any) -> Any:
+        def align_heterogeneous(cls: type, vllm_config: VllmConfig, backend_cls: type) -> None:
+            if not _strategy_unifies(vllm_config):
+                original(cls, vllm_config, backend_cls)
+
+        return align_heterogeneous
+
+    targets = context.targets
+    return Patch(
+        "block_alignment",
+        PatchInfo(
+            replaces="Platform._align_hybrid_block_size and _align_heterogeneous_kv_block_size, "
+            "for k8v4 engines with unquantised layers",
+            why="the first makes states 16 tokens long, which turns prefix caching off for most "
+            "prompts; the second pads unquantised layers to a block of the quantised ones",
+            upstream="none known",
+            until="vLLM leaves page sizes of several cache dtypes to their unification",
+        ),
+        [
+            MethodRebinding(targets["Platform._align_hybrid_block_size"], make_hybrid),
+            MethodRebinding(
+                targets["Platform._align_heterogeneous_kv_block_size"], make_heterogeneous
+            ),
+        ],
+    )
+
+
+def _strategy_unifies(vllm_config: VllmConfig) -> bool:
+    """Return whether a strategy other than vLLM's unifies k8v4 pages and unquantised ones."""
+    cache = vllm_config.cache_config
+    if cache.cache_dtype != CACHE_DTYPE or not cache.kv_cache_dtype_skip_layers:
+        return False
+    return STATE.settings_of(vllm_config).unify_page_sizes != "stock"
+
+
+def state_blocks_patch(context: Context) -> Patch:
+    """Replace vLLM's check that every request in decode has a block of states.
+
+    `vllm-hybrid-kv plan` calls the same method, so that it gives the same error.
     """
 
     def make(original: Any) -> Any:
-        def get_kv_cache_capacity(
-            vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
-        ) -> tuple[int, float]:
-            settings = context.activate_settings(vllm_config)
-            tokens, concurrency = original(vllm_config, kv_cache_config)
-            # Called once for an engine, in its core's process, as soon as the plan is made.
-            if _is_an_engines(vllm_config):
-                check_pages(vllm_config, kv_cache_config, settings.boundary_layers)
-            groups = context.strategies.ask(
-                "token_capacity_groups",
-                settings,
-                vllm_config=vllm_config,
-                kv_cache_config=kv_cache_config,
-            )
-            if groups is not None:
-                who = context.strategies.who("token_capacity_groups", settings)
-                check_capacity_groups(kv_cache_config, groups, who)
-                if len(groups) < len(kv_cache_config.kv_cache_groups):
-                    # Concurrency still counts all groups: a request needs blocks of each.
-                    tokens, _ = original(
-                        vllm_config, replace(kv_cache_config, kv_cache_groups=list(groups))
-                    )
-            if _is_an_engines(vllm_config):
-                _report(vllm_config, kv_cache_config, settings, tokens)
-            return tokens, concurrency
+        signature = inspect.signature(original)
 
-        return get_kv_cache_capacity
+        def resolve_cudagraph_mode_and_sizes(self: Any, *args: Any, **kwargs: Any) -> Any:
+            call = signature.bind(self, *args, **kwargs)
+            call.apply_defaults()
+            requests, plan = call.arguments["max_num_reqs"], call.arguments["kv_cache_config"]
+            # vLLM uses it only for the check that is replaced.
+            call.arguments["max_num_reqs"] = None
+            mode = original(*call.args, **call.kwargs)
+            if (
+                requests is not None
+                and plan is not None
+                and plan.has_mamba_layers
+                and not call.arguments["is_profiling"]
+                and mode.has_full_cudagraphs()
+                and requests > plan.num_blocks
+            ):
+                raise HybridKVError(
+                    f"max_num_seqs ({requests}) exceeds available Mamba cache blocks "
+                    f"({plan.num_blocks}): with full CUDA graphs every request in decode needs one "
+                    f"for its states. Pass --max-num-seqs {plan.num_blocks}, or give the KV cache "
+                    "more memory (gpu_memory_utilization)"
+                )
+            return mode
 
+        return resolve_cudagraph_mode_and_sizes
+
+    target = context.targets["CompilationConfig.resolve_cudagraph_mode_and_sizes"]
     return Patch(
-        "token_capacity",
+        "state_blocks",
         PatchInfo(
-            replaces="get_kv_cache_capacity",
-            why="which groups count is fixed in it, and it is where the whole plan is known",
-            upstream="vllm-project/vllm#40384 and #40417 (groups that do not grow)",
-            until="vLLM reports the tokens that fit, not those of requests of the longest length",
+            replaces="CompilationConfig.resolve_cudagraph_mode_and_sizes",
+            why="vLLM's message names no option, and `plan` has to give a server's error",
+            upstream="vllm-project/vllm#34094",
+            until="vLLM names the option and its value",
         ),
-        [FunctionRebinding(get_capacity, make)],
+        [MethodRebinding(target, make)],
     )

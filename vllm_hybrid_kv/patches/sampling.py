@@ -3,19 +3,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_hybrid_kv.patches.base import MethodRebinding, Patch, PatchInfo, Target
+from vllm_hybrid_kv.patches.mechanism import MethodRebinding, Patch, PatchInfo
+
+if TYPE_CHECKING:
+    from vllm_hybrid_kv.patches.context import Context
 
 
 class RewindableGenerator(torch.Generator):
     """A CPU generator that vLLM's model runner can rewind after it has discarded a sample.
 
-    The runner subtracts one draw from the offset of a generator. CPU generators have none, and
-    raise. It discards only samples of prompts that are not computed to their end, so every draw
-    since a request joined the batch is discarded up to then: rewinding means returning there.
+    The runner subtracts one draw from the offset of a generator. CPU generators have no offset,
+    and raise. The runner discards only samples of prompts that are not computed to their end, so
+    it discards every draw since the request joined the batch: rewinding returns to that state.
     """
 
     _joined: torch.Tensor
@@ -25,7 +28,6 @@ class RewindableGenerator(torch.Generator):
         self._joined = self.get_state()
 
     def get_offset(self) -> int:
-        """Return 0, as CPU generators have no offset."""
         return 0
 
     def set_offset(self, offset: int) -> None:
@@ -33,15 +35,11 @@ class RewindableGenerator(torch.Generator):
         self.set_state(self._joined)
 
 
-def seeded_sampling_patch(add_request: Target) -> Patch:
-    """Keep a seeded request with a chunked prompt from ending a CPU engine.
-
-    Args:
-        add_request: `InputBatch.add_request`.
-    """
+def seeded_sampling_patch(context: Context) -> Patch:
+    """Keep a seeded request with a chunked prompt from ending a CPU engine."""
 
     def make(original: Any) -> Any:
-        def add(self: Any, request: Any) -> int:
+        def add_request(self: Any, request: Any) -> int:
             generator = request.generator
             if generator is not None and generator.device.type == "cpu":
                 if not isinstance(generator, RewindableGenerator):
@@ -52,16 +50,16 @@ def seeded_sampling_patch(add_request: Target) -> Patch:
             index: int = original(self, request)
             return index
 
-        return add
+        return add_request
 
     return Patch(
         "seeded_sampling",
         PatchInfo(
-            replaces="InputBatch.add_request, which it wraps",
+            replaces="InputBatch.add_request",
             why="after a chunk of a prompt the runner rewinds a request's generator by its offset, "
             "which CPU generators do not have: the error ends the engine for all requests",
             upstream="none known",
             until="vLLM's model runner rewinds CPU generators",
         ),
-        [MethodRebinding(add_request, make)],
+        [MethodRebinding(context.targets["InputBatch.add_request"], make)],
     )

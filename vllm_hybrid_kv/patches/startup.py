@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reports a worker's refusal as the last line of a failed start-up.
 
-A worker or the engine core finds out that a layer cannot be served, and vLLM logs that there. The
-process that the user started only knows that another one ended. So processes of an engine leave the
-message in a file, whose name they inherit, and the starting process ends with it.
+A worker or the engine core detects that a layer cannot be served, and vLLM logs that there. The
+process that the user started only knows that another process ended. So the processes of an engine
+write the message to a file whose name they inherit, and the starting process ends with it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_hybrid_kv.errors import HybridKVError
-from vllm_hybrid_kv.patches.base import Edit, FunctionRebinding, Patch, PatchInfo, Target
+from vllm_hybrid_kv.patches.mechanism import Edit, FunctionRebinding, Patch, PatchInfo
 
 if TYPE_CHECKING:
     from vllm_hybrid_kv.patches.context import Context
@@ -48,17 +48,15 @@ class RefusalHandler(logging.Handler):
 
 
 class RecordRefusals(Edit):
-    """Adds the handler to vLLM's logger, and names the file in the starting process."""
+    """Adds the handler to vLLM's logger. The process that the user started names the file."""
 
     def __init__(self) -> None:
         self._handler = RefusalHandler()
 
     def problems(self) -> list[str]:
-        """Return nothing: any logger takes a handler."""
         return []
 
     def apply(self) -> None:
-        """Add the handler. A process that the user started sets the file's path, not the file."""
         if multiprocessing.parent_process() is None:
             name = f"vllm-hybrid-kv-refusal-{os.getpid()}-{secrets.token_hex(8)}"
             os.environ[VARIABLE] = str(Path(tempfile.gettempdir()) / name)
@@ -70,28 +68,21 @@ class RecordRefusals(Edit):
         return []
 
     def undo(self) -> None:
-        """Remove the handler."""
         logging.getLogger("vllm").removeHandler(self._handler)
 
     def __str__(self) -> str:
         return "the logger vllm (a handler is added)"
 
 
-def startup_patch(context: Context, wait_for_engines: Target) -> Patch:
-    """Return the patch that re-raises a refusal from another process in the starting process.
-
-    Args:
-        context: The process's.
-        wait_for_engines: `wait_for_engine_startup`, which raises if an engine's process ends.
-    """
+def startup_patch(context: Context) -> Patch:
+    """Re-raise a refusal of another process in the process that the user started."""
 
     def make(original: Any) -> Any:
         def wait_for_engine_startup(*args: Any, **kwargs: Any) -> Any:
             try:
                 return original(*args, **kwargs)
             except RuntimeError:
-                refusal = _take_refusal()
-                if refusal:
+                if refusal := _take_refusal():
                     context.stop(HybridKVError(refusal))
                 raise
 
@@ -100,23 +91,26 @@ def startup_patch(context: Context, wait_for_engines: Target) -> Patch:
     return Patch(
         "startup",
         PatchInfo(
-            replaces="wait_for_engine_startup, which it wraps; adds a handler to the logger vllm",
+            replaces="wait_for_engine_startup; adds a handler to the logger vllm",
             why="vLLM ends with 'Engine core initialization failed', far below the reason",
             upstream="none",
-            until="vLLM hands the reason on to the process that the user started",
+            until="vLLM passes the reason to the process that the user started",
         ),
-        [FunctionRebinding(wait_for_engines, make), RecordRefusals()],
+        [
+            FunctionRebinding(context.targets["wait_for_engine_startup"], make),
+            RecordRefusals(),
+        ],
     )
 
 
 def forget(*_: Any) -> None:
-    """Remove what an earlier engine of the starting process has left, such as a later failure."""
+    """Remove the refusal that an earlier engine of the starting process has left."""
     if multiprocessing.parent_process() is None:
         _take_refusal()
 
 
 def _take_refusal() -> str:
-    """Return what a process of the engine has left, and remove it; empty if there is nothing."""
+    """Return and remove the refusal of a process of the engine; empty if there is none."""
     file = Path(os.environ.get(VARIABLE) or os.devnull)
     if not file.is_file():
         return ""

@@ -1,61 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The patches that put the fingerprint of k8v4 pages into what vLLM's connectors compare."""
+"""The patches that add the fingerprint of k8v4 pages to what vLLM's connectors compare."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm_hybrid_kv.patches.base import FunctionRebinding, MethodRebinding, Patch, PatchInfo, Target
+from vllm_hybrid_kv.patches.mechanism import FunctionRebinding, MethodRebinding, Patch, PatchInfo
 from vllm_hybrid_kv.transfer.connectors import make_example_connector
 from vllm_hybrid_kv.transfer.fingerprint import marked
 
+if TYPE_CHECKING:
+    from vllm_hybrid_kv.patches.context import Context
 
-def handshake_patch(compatibility_hash: Target) -> Patch:
-    """Have NIXL's peers compare fingerprints.
 
-    The words stand behind vLLM's own hash, and its message shows both sides', so that a peer
-    without the plugin refuses in words, too.
+def _make_marked(original: Any) -> Any:
+    """Return a function that appends the fingerprint to the original's text."""
 
-    Args:
-        compatibility_hash: `compute_nixl_compatibility_hash`.
+    def with_fingerprint(*args: Any, **kwargs: Any) -> str:
+        return marked(original(*args, **kwargs))
+
+    return with_fingerprint
+
+
+def handshake_patch(context: Context) -> Patch:
+    """Make NIXL's peers compare fingerprints.
+
+    The fingerprint follows vLLM's own hash in words. vLLM's message shows both sides', so a peer
+    without the plugin names the difference as well.
     """
-
-    def make(original: Any) -> Any:
-        def compute_nixl_compatibility_hash(*args: Any, **kwargs: Any) -> str:
-            return marked(original(*args, **kwargs))
-
-        return compute_nixl_compatibility_hash
-
     return Patch(
         "handshake",
         PatchInfo(
             replaces="compute_nixl_compatibility_hash, to whose result it adds the fingerprint",
-            why="of the cache it hashes the dtype and a name of a backend, which are the same for "
-            "vLLM's own TurboQuant, whose pages are others",
+            why="it hashes the cache dtype and the backend's name, which are the same for vLLM's "
+            "own TurboQuant, whose pages are different",
             upstream="none known",
-            until="backends can say what the pages they write are",
+            until="backends can describe the pages that they write",
         ),
-        [FunctionRebinding(compatibility_hash, make)],
+        [FunctionRebinding(context.targets["compute_nixl_compatibility_hash"], _make_marked)],
     )
 
 
-def stored_pages_patch(
-    none_hash_seed: Target, offloading_config: Target, init_example_connector: Target
-) -> Patch:
-    """Keep stored pages apart by fingerprint.
+def stored_pages_patch(context: Context) -> Patch:
+    """Separate stored pages by fingerprint.
 
-    Args:
-        none_hash_seed: `resolve_none_hash_seed`, from which the hashes of all blocks follow.
-        offloading_config: `build_offloading_config`, which names stored pages.
-        init_example_connector: `ExampleConnector.__init__`, which chooses a folder.
+    The patched functions are the seed of all block hashes, the name of pages in offloading, and
+    the folder of ExampleConnector.
     """
-
-    def make_seed(original: Any) -> Any:
-        def resolve_none_hash_seed(*args: Any, **kwargs: Any) -> str:
-            return marked(original(*args, **kwargs))
-
-        return resolve_none_hash_seed
 
     def make_config(original: Any) -> Any:
         def build_offloading_config(*args: Any, **kwargs: Any) -> Any:
@@ -65,19 +57,20 @@ def stored_pages_patch(
 
         return build_offloading_config
 
+    targets = context.targets
     return Patch(
         "stored_pages",
         PatchInfo(
             replaces="resolve_none_hash_seed and build_offloading_config, to which it adds the "
-            "fingerprint, and ExampleConnector.__init__, whose folder it replaces by one inside it",
-            why="blocks are looked up by their tokens, and stores named by the cache dtype: a "
-            "server without the plugin finds pages there that it cannot read",
+            "fingerprint, and ExampleConnector.__init__, whose folder it replaces by a subfolder",
+            why="blocks are looked up by their tokens, and stores are named by the cache dtype: a "
+            "server without the plugin would read pages in another format",
             upstream="none known",
-            until="backends can say what the pages they write are",
+            until="backends can describe the pages that they write",
         ),
         [
-            FunctionRebinding(none_hash_seed, make_seed),
-            FunctionRebinding(offloading_config, make_config),
-            MethodRebinding(init_example_connector, make_example_connector),
+            FunctionRebinding(targets["resolve_none_hash_seed"], _make_marked),
+            FunctionRebinding(targets["build_offloading_config"], make_config),
+            MethodRebinding(targets["ExampleConnector.__init__"], make_example_connector),
         ],
     )

@@ -5,12 +5,11 @@ import functools
 import subprocess
 import sys
 import types
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from vllm_hybrid_kv.patches.base import Fingerprint, Target
+from vllm_hybrid_kv.patches.mechanism import Target, source_hash
 from vllm_hybrid_kv.tools.doctor.foreign import Places, module_of
 
 SOURCE = """
@@ -20,13 +19,6 @@ class Owner:
 
 def function(a): return a
 """
-
-
-@dataclass(frozen=True)
-class Known:
-    function: Target
-    method: Target
-    flag: bool = True
 
 
 @pytest.fixture
@@ -54,12 +46,16 @@ def caller(load, definer):
     return module
 
 
+def targets(definer):
+    return [
+        Target("vllm.definer:function", source_hash(definer.function)),
+        Target("vllm.definer:Owner.method", source_hash(definer.Owner.method.__func__)),
+    ]
+
+
 @pytest.fixture
 def known(definer):
-    return Known(
-        Target("vllm.definer", "function", Fingerprint.of(definer.function)),
-        Target("vllm.definer", "Owner.method", Fingerprint.of(definer.Owner.method.__func__)),
-    )
+    return targets(definer)
 
 
 @pytest.fixture
@@ -137,11 +133,7 @@ def test_a_function_that_vllm_decorates_with_another_library_is_not_foreign(load
     decorator = load("elsewhere", "def decorate(f):\n    def g(a): return f(a)\n    return g\n")
     definer.function = decorator.decorate(definer.function)
     assert module_of(definer.function) == "elsewhere"
-    known = Known(
-        Target("vllm.definer", "function", Fingerprint.of(definer.function)),
-        Target("vllm.definer", "Owner.method", Fingerprint.of(definer.Owner.method.__func__)),
-    )
-    assert Places(known).foreign() == []
+    assert Places(targets(definer)).foreign() == []
 
 
 def test_the_command_line_loads_neither_vllm_nor_torch():

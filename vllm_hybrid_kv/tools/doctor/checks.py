@@ -226,11 +226,11 @@ def plugins(probe: Probe) -> Iterator[Finding]:
     import vllm.plugins
     from vllm import envs
 
-    from vllm_hybrid_kv.patches import ADAPTERS
+    from vllm_hybrid_kv.patches.targets import targets_of
     from vllm_hybrid_kv.state import STATE
     from vllm_hybrid_kv.tools.doctor.foreign import Places
 
-    places = Places(importlib.import_module(ADAPTERS[probe.facts["minor"]]).TARGETS)
+    places = Places(targets_of(probe.facts["minor"]).values())
     functions = vllm.plugins.load_plugins_by_group(packages.PLUGINS_GROUP)
     vllm.plugins.plugins_loaded = True
     rows = []
@@ -332,11 +332,14 @@ def chosen(probe: Probe) -> Iterator[Finding]:
 
 def _context(probe: Probe) -> Any:
     from vllm_hybrid_kv.patches.context import Context
+    from vllm_hybrid_kv.patches.targets import RELIED_ON, targets_of
 
     def stop(error: Exception) -> Any:
         raise error
 
     return Context(
+        targets=targets_of(probe.facts["minor"]),
+        relied_on=list(targets_of(probe.facts["minor"], RELIED_ON).values()),
         strategies=probe.strategies,
         on_cpu=probe.facts["platform"]["cpu"],
         on_gpu=probe.facts["platform"]["gpu"],
@@ -367,12 +370,12 @@ def _patch_rows(probe: Probe) -> list[dict[str, Any]]:
     else:
         edits = [
             (patch, str(edit), edit.problems())
-            for patch in patches_for(probe.facts["minor"], _context(probe))
+            for patch in patches_for(_context(probe))
             for edit in patch.edits
         ]
     rows: dict[str, dict[str, Any]] = {}
     for patch, name, reasons in edits:
-        row = rows.setdefault(patch.name, {"name": patch.name, **vars(patch.notice), "edits": []})
+        row = rows.setdefault(patch.name, {"name": patch.name, **vars(patch.info), "edits": []})
         active = applied is not None and not reasons
         row["edits"].append({"name": name, "active": active, "why": reasons})
     return list(rows.values())

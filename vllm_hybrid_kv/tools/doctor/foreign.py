@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from vllm_hybrid_kv.patches.base import Target, globals_among, underlying
+from vllm_hybrid_kv.patches.mechanism import Target, globals_among, underlying
 from vllm_hybrid_kv.tools.doctor.packages import package_of
 
 EXPECTED = ("vllm", "vllm_hybrid_kv")
@@ -23,16 +22,11 @@ class Places:
     module, or that patches before we do.
     """
 
-    def __init__(self, known: Any) -> None:
-        """Import the targets and record their places.
-
-        Args:
-            known: A dataclass; its fields that are `Target`s count.
-        """
-        fields = (getattr(known, field.name) for field in dataclasses.fields(known))
-        self._targets = [target for target in fields if isinstance(target, Target)]
+    def __init__(self, targets: Iterable[Target]) -> None:
+        """Import the targets and record their places."""
+        self._targets = list(targets)
         bindings = {str(target): _binding(target) for target in self._targets}
-        # A function with a known fingerprint is vLLM's, whatever module decorates it.
+        # A function with a supported source is vLLM's, whatever module decorates it.
         self._vllms = [bindings[str(target)] for target in self._targets if not target.problems()]
         self._globals = {
             f"{module}.{name}": (module, name)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_hybrid_kv.patches import SUPPORTED
+from vllm_hybrid_kv.patches.targets import SUPPORTED
 from vllm_hybrid_kv.tools.child import Child
 from vllm_hybrid_kv.tools.doctor.checks import FOLDER
 from vllm_hybrid_kv.tools.doctor.runner import EXIT_STATUS, NAME, Finding, problem

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.text import Text
 
-from vllm_hybrid_kv.patches import SUPPORTED
+from vllm_hybrid_kv.patches.targets import SUPPORTED
 from vllm_hybrid_kv.tools.doctor.report import Report
 from vllm_hybrid_kv.tools.doctor.runner import NAME
 from vllm_hybrid_kv.tools.output import Table

@@ -37,8 +37,8 @@ from vllm.v1.worker.workspace import (
 from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.attention.layer_check import BuiltLayer, built_layers, check_plan
 from vllm_hybrid_kv.constants import CACHE_DTYPE
-from vllm_hybrid_kv.patches.block_alignment import unifies_as_stock
 from vllm_hybrid_kv.settings import resolve
+from vllm_hybrid_kv.state import STATE
 from vllm_hybrid_kv.tools.plan.gpu_platform import described_gpu
 from vllm_hybrid_kv.tools.plan.model_building import as_one_rank_of, build_draft, without_weights
 from vllm_hybrid_kv.tools.plan.model_description import CPU, GPU
@@ -180,7 +180,7 @@ class Model:
 
         config = self._configure()
         parallel = config.parallel_config
-        self._stock_alignment = unifies_as_stock(config)
+        self._stock_alignment = _unifies_as_stock(config)
         with ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             stack.enter_context(set_current_vllm_config(config))
@@ -247,7 +247,7 @@ class Model:
         from vllm.v1.engine import core
 
         config = self._configure(settings)
-        if unifies_as_stock(config) != self._stock_alignment:
+        if _unifies_as_stock(config) != self._stock_alignment:
             if self._other_alignment is None:
                 unify = resolve(config.additional_config).unify_page_sizes
                 self._other_alignment = Model(
@@ -311,6 +311,10 @@ class Model:
                 kv_cache_config=engine.worker_kv_cache_config,
                 max_num_reqs=config.scheduler_config.max_num_seqs,
             )
+
+
+def _unifies_as_stock(config: VllmConfig) -> bool:
+    return STATE.settings_of(config).unify_page_sizes == "stock"
 
 
 def _spec_of(layer: Any, config: VllmConfig) -> KVCacheSpec | None:
