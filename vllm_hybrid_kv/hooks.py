@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The extension points (pluggy, project name `hybrid_kv`) and the strategies behind them.
+"""The extension points (pluggy, project name `hybrid_kv`) and the strategies that implement them.
 
 A strategy is a plugin: an object or a module with hook implementations, registered under a name.
-A setting picks one plugin for each hook by that name, and only the one picked is called. What it
-answers is checked before vLLM sees it; where it passes (returns None) vLLM's own rule answers.
+For each hook a setting names one plugin, and only that plugin is called. The plugin checks the
+result before vLLM gets it. If the strategy returns None, vLLM's own rule applies.
 
 Another package registers a strategy through the entry point group `vllm_hybrid_kv`; the entry
 point's name is the strategy's name:
@@ -58,11 +58,11 @@ BUILT_IN_NAMES = {
     "coordinator": ("fixed_point", "hybrid_aware", "stock"),
     "prefix_match_unit": ("auto", "stock"),
 }
-"""The strategies of this package by setting, known without importing them and vLLM."""
+"""The strategies of this package by setting, listed here to be known without importing vLLM."""
 
 
 def strategy_names(setting: str) -> list[str]:
-    """Return the names that a setting may have, as far as they are known without importing vLLM.
+    """Return the strategies of a setting that are known without importing vLLM.
 
     Args:
         setting: A key of `HOOK_OF_SETTING`.
@@ -75,7 +75,7 @@ def strategy_names(setting: str) -> list[str]:
 
 
 class Specifications:
-    """What a strategy may implement. Every function is called with keyword arguments."""
+    """The hooks. Every function is called with keyword arguments."""
 
     @hookspec(firstresult=True)
     def hybrid_kv_unify_page_sizes(
@@ -87,20 +87,19 @@ class Specifications:
         """Give the layers of a model pages of one size.
 
         Called while the KV cache is planned, for a model whose layers differ in kind, in a cache
-        layout that keeps a layer's pages together (others need no equal pages). Answer with a
-        spec for every layer: all pages of the same number of bytes, no block size smaller than it
-        was, and no page smaller than what it held without padding. A page grows by more tokens
-        per block (`block_size`) or, for states and for attention that is not MLA, by padding
-        (`page_size_padded`, bytes). To give up raise NotImplementedError: vLLM then tries to
-        allocate every layer in full, and stops where it cannot.
+        layout that stores a layer's pages together (others need no equal pages). Return a spec for
+        every layer: pages of the same number of bytes, no block smaller than before, and no page
+        smaller than its contents. A page grows by more tokens per block (`block_size`) or, for
+        states and for attention other than MLA, by padding (`page_size_padded`, bytes). Raise
+        NotImplementedError if that is impossible: vLLM then tries to allocate every layer in full.
 
         Args:
-            vllm_config: The engine's configuration, or None where vLLM plans without one.
-            kv_cache_spec: The spec of every layer by the layer's name. Not to be changed.
+            vllm_config: The engine's configuration; None if vLLM plans without one.
+            kv_cache_spec: The spec of every layer by name. Not to be changed.
             stock: vLLM's own rule.
 
         Returns:
-            The specs of all layers, or None to leave it to vLLM.
+            The specs of all layers, or None for vLLM's rule.
         """
 
     @hookspec(firstresult=True)
@@ -109,9 +108,9 @@ class Specifications:
     ) -> list[KVCacheGroupSpec] | None:
         """Choose the KV groups that the reported number of cached tokens counts.
 
-        Called once per engine, after planning. vLLM logs the number as "KV cache size", in
-        tokens, and publishes it in its metrics; what is allocated does not depend on it, nor does
-        the concurrency logged beside it. At least one group chosen must be on the device.
+        Called once per engine, after planning. vLLM logs the number as "KV cache size", in tokens,
+        and publishes it in its metrics. It affects neither what is allocated nor the concurrency
+        that vLLM logs. At least one chosen group must be on the device.
 
         Args:
             vllm_config: The engine's configuration.
@@ -130,19 +129,19 @@ class Specifications:
     ) -> KVCacheCoordinator | None:
         """Make the coordinator of the KV cache managers of all groups.
 
-        Called whenever vLLM makes one: in the scheduler, and in KV connectors that keep blocks
-        of their own. vLLM treats a model as hybrid in some places where the coordinator is a
+        Called whenever vLLM makes one: in the scheduler, and in KV connectors that own blocks. In
+        some places vLLM treats a model as hybrid if the coordinator is a
         `HybridKVCacheCoordinator`.
 
         Args:
             kv_cache_config: The plan, also in `factory_args`.
-            factory_args: All arguments of vLLM's factory by name, defaults included. Versions of
-                vLLM differ in them, so that they come as one mapping; `stock(**factory_args)` and
-                `MyCoordinator(**factory_args)` are what it is for. Not to be changed.
+            factory_args: All arguments of vLLM's factory by name, with defaults. They differ
+                between versions of vLLM, so pass them on as `stock(**factory_args)` or
+                `MyCoordinator(**factory_args)`. Not to be changed.
             stock: vLLM's own factory.
 
         Returns:
-            A `KVCacheCoordinator`, or None to leave it to vLLM.
+            A coordinator, or None for vLLM's own.
         """
 
     @hookspec(firstresult=True)
@@ -151,28 +150,26 @@ class Specifications:
     ) -> int | None:
         """Choose the number of tokens by which prefixes are hashed and matched.
 
-        Called wherever vLLM resolves its block sizes, which is in several processes: the answer
-        may depend on the arguments alone. Not called where the user chose a unit with
-        `--prefix-match-unit`.
+        Called in several processes, wherever vLLM resolves its block sizes: the result may depend
+        on the arguments alone. Not called if the user chose a unit with `--prefix-match-unit`.
 
         Args:
             vllm_config: The engine's configuration.
             kv_cache_config: The plan.
 
         Returns:
-            A number of tokens that divides the block size of every group with a prefix cache,
-            or None to leave it to vLLM.
+            A number of tokens that divides the block size of every group with a prefix cache, or
+            None for vLLM's rule.
         """
 
 
 class Stock:
-    """vLLM's own rules, the strategy `stock` of every hook."""
+    """The strategy `stock` of every hook: vLLM's own rules."""
 
     @hookimpl
     def hybrid_kv_unify_page_sizes(
         self, kv_cache_spec: dict[str, KVCacheSpec], stock: Callable[..., Any]
     ) -> dict[str, KVCacheSpec]:
-        """Grow blocks where pages divide the largest, and pad where they do not."""
         unified: dict[str, KVCacheSpec] = stock(kv_cache_spec)
         return unified
 
@@ -180,28 +177,25 @@ class Stock:
     def hybrid_kv_token_capacity_groups(
         self, kv_cache_config: KVCacheConfig
     ) -> list[KVCacheGroupSpec]:
-        """Count every group."""
         return list(kv_cache_config.kv_cache_groups)
 
     @hookimpl
     def hybrid_kv_make_coordinator(
         self, factory_args: Mapping[str, Any], stock: Callable[..., KVCacheCoordinator]
     ) -> KVCacheCoordinator:
-        """Make the coordinator that vLLM would."""
         return stock(**factory_args)
 
     @hookimpl
     def hybrid_kv_prefix_match_unit(self, vllm_config: VllmConfig) -> int | None:
-        """Take the unit that the user chose; None, the greatest common divisor of the blocks."""
         unit: int | None = vllm_config.cache_config.prefix_match_unit
         return unit
 
 
 class Strategies:
-    """The plugins of this process by name, and the calls to the ones that settings pick."""
+    """The strategies of this process by name. Settings choose which of them is called."""
 
     def __init__(self, built_in: Mapping[str, object]) -> None:
-        """Register the built-in strategies beside `stock`.
+        """Register `stock` and the other built-in strategies.
 
         Args:
             built_in: Plugins by name.
@@ -213,12 +207,12 @@ class Strategies:
             self.add(name, plugin, BUILT_IN)
 
     def add(self, name: str, plugin: object, origin: str) -> None:
-        """Register one plugin.
+        """Register one strategy.
 
         Args:
-            name: What settings call it.
+            name: Its name in settings.
             plugin: An object or a module with hook implementations.
-            origin: Who brings it, for messages: a package and its version.
+            origin: The package and version that it is from, for messages.
 
         Raises:
             HybridKVStrategyError: The name is taken, or the plugin does not fit the hooks.
@@ -250,7 +244,7 @@ class Strategies:
         """Register the strategies of other packages.
 
         Raises:
-            HybridKVStrategyError: One cannot be imported or registered; names its package.
+            HybridKVStrategyError: See `add_entry_point`.
         """
         for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
             self.add_entry_point(entry_point)
@@ -259,7 +253,7 @@ class Strategies:
         """Register the strategy of another package.
 
         Raises:
-            HybridKVStrategyError: It cannot be imported or registered; names its package.
+            HybridKVStrategyError: It cannot be imported or registered; names the package.
         """
         package = entry_point.dist
         origin = f"{package.name} {package.version}" if package else entry_point.value
@@ -278,14 +272,14 @@ class Strategies:
         return sorted(implementation.plugin_name for implementation in implementations)
 
     def origin(self, name: str) -> str:
-        """Return who brings a strategy: `BUILT_IN`, or a package and its version."""
+        """Return the package and version that a strategy is from, or `BUILT_IN`."""
         return self._origin[name]
 
     def check(self, settings: Settings) -> None:
-        """Check that every strategy picked exists.
+        """Check that every chosen strategy exists.
 
         Raises:
-            HybridKVSettingsError: One does not; lists those that do.
+            HybridKVSettingsError: A strategy does not exist; lists the available ones.
         """
         problems = []
         for setting in HOOK_OF_SETTING:
@@ -305,27 +299,27 @@ class Strategies:
             raise HybridKVSettingsError("; ".join(problems))
 
     def describe(self, settings: Settings) -> str:
-        """Return the strategies picked in a form for logs."""
+        """Return the chosen strategies for logs."""
         return ", ".join(f"{setting}={getattr(settings, setting)}" for setting in HOOK_OF_SETTING)
 
     def who(self, setting: str, settings: Settings) -> str:
-        """Name the strategy picked in a form for messages, with the package it comes from."""
+        """Return the chosen strategy and its origin for messages."""
         name = getattr(settings, setting)
         return f"{setting} strategy {name!r} (from {self._origin[name]})"
 
     def ask(self, setting: str, settings: Settings, **arguments: Any) -> Any:
-        """Call the strategy that a setting picks.
+        """Call the strategy that a setting chooses.
 
         Args:
             setting: A key of `HOOK_OF_SETTING`.
             settings: The engine's settings, checked before.
-            **arguments: What the hook's specification lists.
+            **arguments: The arguments of the hook.
 
         Returns:
-            Its answer, not checked; None where it passes.
+            The result, not checked; None for vLLM's rule.
 
         Raises:
-            NotImplementedError: As the strategy raised it.
+            NotImplementedError: The strategy raised it.
             HybridKVStrategyError: A strategy of another package failed.
         """
         hook, name = HOOK_OF_SETTING[setting], getattr(settings, setting)

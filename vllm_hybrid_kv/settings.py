@@ -4,7 +4,7 @@
     vllm serve MODEL --additional-config '{"hybrid_kv": {"unify_page_sizes": "lcm"}}'
     VLLM_HYBRID_KV_UNIFY_PAGE_SIZES=lcm vllm serve MODEL
 
-The environment wins. An unknown name or a bad value stops start-up.
+The environment wins. An unknown name or an invalid value stops start-up.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ SECTION = "hybrid_kv"
 """The key of our settings in vLLM's `--additional-config`."""
 
 ENVIRONMENT_PREFIX = "VLLM_HYBRID_KV_"
-"""What the environment's names start with; the field in capitals follows."""
+"""The start of our variables' names; the field in capitals follows."""
 
-NEAR_MISS = 0.87
-"""How close to one of our names a name outside of our section must be to count as misspelt.
+MISSPELT = 0.87
+"""The similarity to one of our names from which another name counts as misspelt.
 
-`hybrid_kvs` and `VLLM_HYBRIDKV_DEBUG` are closer; `hybrid` and `VLLM_HYBRID` are not.
+`hybrid_kvs` and `VLLM_HYBRIDKV_DEBUG` are above it, `hybrid` and `VLLM_HYBRID` below.
 """
 
 FROM_DEFAULT = "default"
@@ -40,21 +40,21 @@ StrategyName = Annotated[str, Field(min_length=1)]
 
 
 class Settings(BaseModel):
-    """What a user can choose. The strategies are names that `hooks.py` resolves.
+    """The settings of one engine. Strategies are names that `hooks.py` resolves.
 
     Attributes:
         unify_page_sizes: Makes the pages of all layers one size.
         token_capacity_groups: Chooses the KV groups that the reported capacity counts.
         coordinator: Makes the KV cache coordinator.
-        prefix_match_unit: Chooses how finely prefixes are matched, in tokens.
-        boundary_layers: How many attention layers at each end of a model that is not hybrid stay
-            unquantised beside a k8v4 cache.
-        allow_unsafe_drafts: Whether an engine may start whose draft tokens can corrupt
-            the states in its prefix cache.
+        prefix_match_unit: Chooses the granularity of prefix matching, in tokens.
+        boundary_layers: The number of attention layers at each end of a k8v4 model that stay
+            unquantised, unless the model is hybrid.
+        allow_unsafe_drafts: Whether an engine may start whose draft tokens can corrupt the states
+            in its prefix cache.
         debug: Whether the kernels check block tables and slots before they use them.
-        cpu_isa: The instructions that the CPU kernels use; `auto` for the fastest there are.
-            `interpreter` has Triton interpret the GPU kernels, to check them without a GPU; a
-            token then takes seconds.
+        cpu_isa: The instruction set of the CPU kernels; `auto` is the fastest available one.
+            `interpreter` runs the GPU kernels in Triton's interpreter, to check them without a
+            GPU; a token then takes seconds.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -71,7 +71,7 @@ class Settings(BaseModel):
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
 
     def source(self, field: str) -> str:
-        """Say where a field's value came from: the default, the command line or a variable."""
+        """Return where a field's value is from: the default, the command line or a variable."""
         return self._sources.get(field, FROM_DEFAULT)
 
     @property
@@ -88,7 +88,7 @@ class Settings(BaseModel):
         from vllm_hybrid_kv.kernels.cpu import isa
 
         if self.runs_triton_interpreter:
-            # Triton decides with the first kernel that is defined, its own library's included.
+            # Triton decides with the first kernel that is defined, also in its own library.
             if os.environ.get("TRITON_INTERPRET") != "1":
                 raise HybridKVSettingsError(
                     f"cpu_isa={INTERPRETER!r} (from {self.source('cpu_isa')}) needs "
@@ -114,67 +114,57 @@ def resolve(additional_config: object, environment: Mapping[str, str] | None = N
     """Build the settings of one engine.
 
     Args:
-        additional_config: vLLM's `VllmConfig.additional_config`. Where it is not a mapping (vLLM
-            allows any hashable object) it holds no settings of ours.
-        environment: The environment; this process's own where None. An empty value counts as
-            unset.
+        additional_config: vLLM's `VllmConfig.additional_config`, which may be any hashable object.
+            Only a mapping can hold our settings.
+        environment: The environment, by default this process's. An empty value counts as unset.
 
     Raises:
-        HybridKVSettingsError: A name is unknown or a value is not valid; lists the valid ones.
+        HybridKVSettingsError: A name is unknown or a value is invalid; lists the valid ones.
     """
-    if environment is None:
-        environment = os.environ
+    given = os.environ if environment is None else environment
+    environment = {name: value for name, value in given.items() if value}
     section = _section_of(additional_config)
-    variables = {
-        name: value
-        for name, value in environment.items()
-        if name.startswith(ENVIRONMENT_PREFIX) and value
-    }
     fields = tuple(Settings.model_fields)
     field_of_variable = {environment_name(field): field for field in fields}
     problems = _misspelt_sections(additional_config)
     if unknown := sorted(set(section) - set(fields)):
         problems.append(
             f"unknown setting {', '.join(map(repr, unknown))} in {FROM_CONFIG} "
-            f"{SECTION!r}; valid: {', '.join(fields)}{_meant(unknown, fields)}"
+            f"{SECTION!r}; valid: {', '.join(fields)}{_suggestions(unknown, fields)}"
         )
-    misspelt = {
+    if unknown := sorted(
         name
-        for name, value in environment.items()
-        if value
-        and name.startswith("VLLM_")
-        and not name.startswith(ENVIRONMENT_PREFIX)
-        and did_you_mean(name, field_of_variable, NEAR_MISS)
-    }
-    if unknown := sorted(set(variables) - set(field_of_variable) | misspelt):
+        for name in environment.keys() - field_of_variable
+        if name.startswith(ENVIRONMENT_PREFIX)
+        or (name.startswith("VLLM_") and did_you_mean(name, field_of_variable, MISSPELT))
+    ):
         problems.append(
-            f"unknown environment variable {', '.join(unknown)}; "
-            f"valid: {', '.join(field_of_variable)}{_meant(unknown, field_of_variable)}"
+            f"unknown environment variable {', '.join(unknown)}; valid: "
+            f"{', '.join(field_of_variable)}{_suggestions(unknown, field_of_variable)}"
         )
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    for field in fields:
-        variable = environment_name(field)
-        if variable in variables:
-            values[field], sources[field] = variables[variable], variable
+    for variable, field in field_of_variable.items():
+        if variable in environment:
+            values[field], sources[field] = environment[variable], variable
         elif field in section:
             values[field], sources[field] = section[field], FROM_CONFIG
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
-        problems += [_explain(details, values, sources) for details in error.errors()]
+        problems += [_invalid_value(details, values, sources) for details in error.errors()]
     if problems:
         raise HybridKVSettingsError("; ".join(problems))
     settings._sources.update(sources)
     return settings
 
 
-def _meant(unknown: list[str], known: Iterable[str]) -> str:
+def _suggestions(unknown: list[str], known: Iterable[str]) -> str:
     return "".join(did_you_mean(name, known) for name in unknown)
 
 
 def _misspelt_sections(additional_config: object) -> list[str]:
-    """Name sections that are nearly ours; other plugins' sections are not our business."""
+    """Report sections that are nearly ours. Other sections belong to other plugins."""
     if not isinstance(additional_config, Mapping):
         return []
 
@@ -184,7 +174,7 @@ def _misspelt_sections(additional_config: object) -> list[str]:
     return [
         f"unknown section {name!r} in {FROM_CONFIG}; did you mean {SECTION!r}?"
         for name in additional_config
-        if name != SECTION and did_you_mean(letters(name), [letters(SECTION)], NEAR_MISS)
+        if name != SECTION and did_you_mean(letters(name), [letters(SECTION)], MISSPELT)
     ]
 
 
@@ -200,11 +190,11 @@ def _section_of(additional_config: object) -> Mapping[str, Any]:
     return {str(name): value for name, value in section.items()}
 
 
-def _explain(details: Any, values: Mapping[str, Any], sources: Mapping[str, str]) -> str:
+def _invalid_value(details: Any, values: Mapping[str, Any], sources: Mapping[str, str]) -> str:
     field = str(details["loc"][0])
-    said = details["msg"][0].lower() + details["msg"][1:]
-    meant = ""
+    reason = details["msg"][0].lower() + details["msg"][1:]
+    suggestion = ""
     if details["type"] == "literal_error":
         known = get_args(Settings.model_fields[field].annotation)
-        meant = did_you_mean(str(values[field]), known)
-    return f"{field}={values[field]!r} (from {sources[field]}) is not valid: {said}{meant}"
+        suggestion = did_you_mean(str(values[field]), known)
+    return f"{field}={values[field]!r} (from {sources[field]}) is not valid: {reason}{suggestion}"
