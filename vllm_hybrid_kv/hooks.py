@@ -302,12 +302,12 @@ class Strategies:
         """Return the chosen strategies for logs."""
         return ", ".join(f"{setting}={getattr(settings, setting)}" for setting in HOOK_OF_SETTING)
 
-    def who(self, setting: str, settings: Settings) -> str:
+    def label(self, setting: str, settings: Settings) -> str:
         """Return the chosen strategy and its origin for messages."""
         name = getattr(settings, setting)
         return f"{setting} strategy {name!r} (from {self._origin[name]})"
 
-    def ask(self, setting: str, settings: Settings, **arguments: Any) -> Any:
+    def call(self, setting: str, settings: Settings, **arguments: Any) -> Any:
         """Call the strategy that a setting chooses.
 
         Args:
@@ -332,5 +332,5 @@ class Strategies:
             if self._origin[name] == BUILT_IN:
                 raise
             raise HybridKVStrategyError(
-                f"{self.who(setting, settings)} failed in {hook}: {type(error).__name__}: {error}"
+                f"{self.label(setting, settings)} failed in {hook}: {type(error).__name__}: {error}"
             ) from error

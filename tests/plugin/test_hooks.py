@@ -29,28 +29,28 @@ class Answer:
         return self.answer
 
 
-def ask(strategies, name):
+def call(strategies, name):
     settings = Settings(prefix_match_unit=name)
-    return strategies.ask("prefix_match_unit", settings, vllm_config=None, kv_cache_config=None)
+    return strategies.call("prefix_match_unit", settings, vllm_config=None, kv_cache_config=None)
 
 
 def test_only_the_strategy_picked_is_called():
     strategies = Strategies({"sixteen": Answer(16), "broken": Answer(RuntimeError("called"))})
-    assert ask(strategies, "sixteen") == 16
+    assert call(strategies, "sixteen") == 16
 
 
 def test_a_strategy_that_passes_leaves_no_answer():
     strategies = Strategies({"passes": Answer(None), "sixteen": Answer(16)})
-    assert ask(strategies, "passes") is None
+    assert call(strategies, "passes") is None
 
 
 def test_stock_calls_vllms_own_functions():
     strategies, settings = Strategies({}), Settings(**STOCK)
     specs = {"layer": object()}
-    assert strategies.ask(
+    assert strategies.call(
         "unify_page_sizes", settings, vllm_config=None, kv_cache_spec=specs, stock=lambda s: [s]
     ) == [specs]
-    assert strategies.ask(
+    assert strategies.call(
         "coordinator",
         settings,
         kv_cache_config=None,
@@ -119,7 +119,7 @@ def test_an_error_inside_a_strategy_names_its_package():
     strategies = Strategies({})
     strategies.add("odd", Answer(KeyError("layer.3")), "odd 1.0")
     with pytest.raises(HybridKVStrategyError) as error:
-        ask(strategies, "odd")
+        call(strategies, "odd")
     assert str(error.value) == (
         "prefix_match_unit strategy 'odd' (from odd 1.0) failed in hybrid_kv_prefix_match_unit: "
         "KeyError: 'layer.3'"
@@ -131,7 +131,7 @@ def test_an_error_of_vllms_own_rule_comes_through_as_it_is():
         raise KeyError("layer 3")
 
     with pytest.raises(KeyError, match="'layer 3'"):
-        Strategies({}).ask(
+        Strategies({}).call(
             "unify_page_sizes", Settings(**STOCK), vllm_config=None, kv_cache_spec={}, stock=stock
         )
 
@@ -140,7 +140,7 @@ def test_a_strategy_that_gives_up_lets_vllm_try_its_fallback():
     strategies = Strategies({})
     strategies.add("odd", Answer(NotImplementedError("too odd")), "odd 1.0")
     with pytest.raises(NotImplementedError, match="too odd"):
-        ask(strategies, "odd")
+        call(strategies, "odd")
 
 
 def test_an_installed_package_is_found_by_its_entry_point(package):
@@ -152,7 +152,7 @@ def test_an_installed_package_is_found_by_its_entry_point(package):
     )
     strategies = Strategies({})
     strategies.discover()
-    assert ask(strategies, "acme") == 48
+    assert call(strategies, "acme") == 48
     assert strategies.available("prefix_match_unit") == ["acme", "stock"]
 
 

@@ -37,7 +37,7 @@ def coordinator_patch(context: Context) -> Patch:
             settings = STATE.settings
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
-            coordinator = context.strategies.ask(
+            coordinator = context.strategies.call(
                 "coordinator",
                 settings,
                 kv_cache_config=bound.arguments["kv_cache_config"],
@@ -48,7 +48,7 @@ def coordinator_patch(context: Context) -> Patch:
                 return original(*args, **kwargs)
             if not isinstance(coordinator, KVCacheCoordinator):
                 raise HybridKVStrategyError(
-                    f"{context.strategies.who('coordinator', settings)} must return a "
+                    f"{context.strategies.label('coordinator', settings)} must return a "
                     f"KVCacheCoordinator, got {coordinator!r}"
                 )
             return coordinator
@@ -92,7 +92,7 @@ def prefix_match_unit_patch(context: Context) -> Patch:
             cache_config = vllm_config.cache_config
             unit = None
             if cache_config.prefix_match_unit is None:
-                unit = context.strategies.ask(
+                unit = context.strategies.call(
                     "prefix_match_unit",
                     settings,
                     vllm_config=vllm_config,
@@ -101,7 +101,7 @@ def prefix_match_unit_patch(context: Context) -> Patch:
             if unit is None:
                 sizes: tuple[int, int] = original(kv_cache_config, vllm_config)
                 return sizes
-            who = context.strategies.who("prefix_match_unit", settings)
+            who = context.strategies.label("prefix_match_unit", settings)
             if not isinstance(unit, int) or isinstance(unit, bool) or unit <= 0:
                 raise HybridKVStrategyError(
                     f"{who} must return a positive number of tokens, got {unit!r}"

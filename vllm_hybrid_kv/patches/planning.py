@@ -55,7 +55,7 @@ def page_size_patch(context: Context) -> Patch:
         ) -> dict[str, KVCacheSpec]:
             settings = STATE.settings
             before = dict(kv_cache_spec)
-            unified: dict[str, KVCacheSpec] | None = context.strategies.ask(
+            unified: dict[str, KVCacheSpec] | None = context.strategies.call(
                 "unify_page_sizes",
                 settings,
                 vllm_config=STATE.planning_for,
@@ -64,7 +64,9 @@ def page_size_patch(context: Context) -> Patch:
             )
             if unified is None:
                 unified = original(kv_cache_spec)
-            check_page_sizes(before, unified, context.strategies.who("unify_page_sizes", settings))
+            check_page_sizes(
+                before, unified, context.strategies.label("unify_page_sizes", settings)
+            )
             return unified
 
         return unify_kv_cache_spec_page_size
@@ -103,14 +105,14 @@ def capacity_patch(context: Context) -> Patch:
             # The engine core calls this once, as soon as the plan is made.
             if _is_engine_config(vllm_config):
                 check_pages(vllm_config, kv_cache_config, settings.boundary_layers)
-            groups = context.strategies.ask(
+            groups = context.strategies.call(
                 "token_capacity_groups",
                 settings,
                 vllm_config=vllm_config,
                 kv_cache_config=kv_cache_config,
             )
             if groups is not None:
-                who = context.strategies.who("token_capacity_groups", settings)
+                who = context.strategies.label("token_capacity_groups", settings)
                 check_capacity_groups(kv_cache_config, groups, who)
                 if len(groups) < len(kv_cache_config.kv_cache_groups):
                     # Concurrency still counts all groups: a request needs blocks of each.
