@@ -3,9 +3,9 @@
 
     python -m tests.conformance [--minor 0.32] [--strategy fixed_point] [--out FILE]
 
-Every test that passes without the plugin has to pass with each coordinator strategy, but for those
-in `expected_differences.json`. Ends with 1 if one does not or if one in that file passes, and with
-2 if the tests could not be run.
+Every test that passes without the plugin has to pass with each coordinator strategy, except those
+in `expected_differences.json`. The exit status is 1 if a test does not or if one in that file
+passes, and 2 if the tests could not be run.
 """
 
 from __future__ import annotations
@@ -26,73 +26,60 @@ from tests.conformance.process import Report
 from tests.conformance.releases import CACHE, RELEASES, SUITE, ConformanceError
 
 
-class Command:
-    """The command.
+def run(arguments: argparse.Namespace) -> list[Row]:
+    """Run everything, first without the plugin: tests that fail there are not run with it.
 
-    Args:
-        arguments: From the command line.
-        console: Where progress is said.
+    Raises:
+        ConformanceError: The tests could not be run.
     """
 
-    def __init__(self, arguments: argparse.Namespace, console: Console) -> None:
-        self._minors: list[str] = arguments.minor
-        self._strategies: list[str] = arguments.strategy
-        self._jobs: int = arguments.jobs
-        self._subset: bool = arguments.subset
-        self._keep_stock: bool = arguments.keep_stock
-        self._console = console
+    def report(minor: str, strategy: str | None, left_out: frozenset[str]) -> Report:
+        selection = (SUITE,)
+        if arguments.subset:
+            selection, left_out = subset.FILES, left_out | subset.left_out(minor)
+        found = process.run(minor, strategy, selection, left_out)
+        print(f"{found.name}: {found.count('passed')} passed")
+        return found
 
-    def run(self) -> list[Row]:
-        """Run everything, without the plugin first, for what fails there need not be run again.
+    def stock(minor: str) -> Report:
+        name = f"stock-{RELEASES[minor]}{'-subset' if arguments.subset else ''}.json"
+        file = CACHE / "conformance" / name
+        if arguments.keep_stock and file.is_file():
+            return Report(**json.loads(file.read_text()))
+        found = report(minor, None, frozenset())
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(asdict(found), indent=1))
+        return found
 
-        Raises:
-            ConformanceError: The tests could not be run.
-        """
-        with ThreadPoolExecutor(self._jobs) as pool:
-            stock = dict(zip(self._minors, pool.map(self._stock, self._minors), strict=True))
-            runs = {
-                minor: [pool.submit(self._ours, report, strategy) for strategy in self._strategies]
-                for minor, report in stock.items()
-            }
-            rows = []
-            for minor, report in stock.items():
-                rows.append(Row(report, None))
-                ours = [run.result() for run in runs[minor]]
-                rows += [Row(run, comparison.compare(report, run)) for run in ours]
-            return rows
+    def failing(stock: Report) -> frozenset[str]:
+        return stock.having("failed", "error")
 
-    def _stock(self, minor: str) -> Report:
-        name = f"stock-{RELEASES[minor]}{'-subset' if self._subset else ''}.json"
-        kept = CACHE / "conformance" / name
-        if self._keep_stock and kept.is_file():
-            return Report(**json.loads(kept.read_text()))
-        report = self._report(minor, None, frozenset())
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(asdict(report), indent=1))
-        return report
-
-    def _ours(self, stock: Report, strategy: str) -> Report:
-        return self._report(stock.minor, strategy, stock.having("failed", "error"))
-
-    def _report(self, minor: str, strategy: str | None, leave_out: frozenset[str]) -> Report:
-        if self._subset:
-            report = process.run(minor, strategy, subset.FILES, leave_out | subset.left_out(minor))
-        else:
-            report = process.run(minor, strategy, (SUITE,), leave_out)
-        self._console.print(f"{report.name}: {report.count('passed')} passed", markup=False)
-        return report
+    rows = []
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        without = list(pool.map(stock, arguments.minor))
+        runs = [
+            (
+                one,
+                [pool.submit(report, one.minor, name, failing(one)) for name in arguments.strategy],
+            )
+            for one in without
+        ]
+        for one, submitted in runs:
+            rows.append(Row(one, None))
+            for ours in (future.result() for future in submitted):
+                rows.append(Row(ours, comparison.compare(one, ours)))
+    return rows
 
 
 def main() -> int:
-    """Run the command and return its exit code."""
+    """Run the command and return its exit status."""
     arguments = _arguments()
-    console = Console(width=None if sys.stdout.isatty() else 160)
     try:
-        rows = Command(arguments, console).run()
+        rows = run(arguments)
     except ConformanceError as error:
         print(error, file=sys.stderr)
         return 2
-    comparison.print_table(console, rows)
+    comparison.print_table(Console(width=None if sys.stdout.isatty() else 160), rows)
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(list(map(asdict, rows)), indent=1) + "\n")
@@ -102,24 +89,13 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.conformance", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument(
-        "--minor", nargs="+", choices=RELEASES, default=list(RELEASES), help="vLLM's minors"
-    )
-    parser.add_argument(
-        *("--strategy", "--strategies"),
-        nargs="+",
-        choices=comparison.strategies(),
-        default=comparison.strategies(),
-        help="coordinator strategies",
-    )
-    parser.add_argument("--subset", action="store_true", help="what the test command runs")
-    parser.add_argument(
-        "--keep-stock", action="store_true", help="take the last run without the plugin"
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), help="processes at a time (all CPUs)"
-    )
-    parser.add_argument("--out", type=Path, help="where the results go, as JSON")
+    add, strategies = parser.add_argument, comparison.strategies()
+    add("--minor", nargs="+", choices=RELEASES, default=list(RELEASES), help="minors of vLLM")
+    add("--strategy", nargs="+", choices=strategies, default=strategies, help="coordinators")
+    add("--subset", action="store_true", help="run what the test command runs")
+    add("--keep-stock", action="store_true", help="reuse the last run without the plugin")
+    add("--jobs", type=int, default=os.cpu_count(), help="processes at a time (all CPUs)")
+    add("--out", type=Path, help="write the results as JSON")
     return parser.parse_args()
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's tests without the plugin and with it, side by side."""
+"""Compares vLLM's tests without the plugin and with it."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ NOT_RUN = "not run"
 
 
 def expected_differences(strategy: str, minor: str) -> dict[str, str]:
-    """Return the tests that a strategy is meant to fail, each with the reason.
+    """Return the tests that a strategy is expected to fail, each with the reason.
 
     Raises:
-        KeyError: Nobody has said what to expect of the strategy.
+        KeyError: `expected_differences.json` does not list the strategy or the minor.
     """
     expected: dict[str, str] = json.loads(EXPECTED_DIFFERENCES.read_text())[strategy][minor]
     return expected
 
 
 def strategies() -> list[str]:
-    """Return the strategies that somebody has said what to expect of."""
+    """Return the strategies in `expected_differences.json`."""
     return list(json.loads(EXPECTED_DIFFERENCES.read_text()))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How a strategy's run differs from that without the plugin.
+    """How a strategy's run differs from the run without the plugin.
 
     Attributes:
-        unexpected: Tests that pass without the plugin but not with it, and how they end.
-        expected: Those of them that are meant to, with the reason.
-        outdated: Tests that are meant to fail and pass.
-        not_listed: Strategies that the plugin has and that nobody has said what to expect of.
+        unexpected: Outcomes of tests that pass only without the plugin.
+        expected: Reasons of such tests that are listed.
+        outdated: Listed tests that pass.
+        not_listed: Strategies of the plugin that are not listed.
     """
 
     unexpected: dict[str, str]
@@ -52,39 +52,33 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Row:
-    """A run, and how it compares; None for a run without the plugin."""
+    """A run and its comparison, which is None for a run without the plugin."""
 
     report: Report
     comparison: Comparison | None
 
     def agrees(self) -> bool:
-        """Return whether there is nothing that was not expected."""
+        """Return whether there are only expected differences."""
         found = self.comparison
         return found is None or not (found.unexpected or found.outdated or found.not_listed)
 
 
 def compare(stock: Report, report: Report) -> Comparison:
-    """Compare a strategy's run with one without the plugin.
-
-    Args:
-        stock: The run without the plugin.
-        report: The strategy's run.
-    """
+    """Compare a strategy's run with the run without the plugin."""
     assert report.strategy is not None
-    return differences(
-        stock.having("passed"), report, expected_differences(report.strategy, report.minor)
-    )
+    expected = expected_differences(report.strategy, report.minor)
+    return differences(stock.having("passed"), report, expected)
 
 
 def differences(
     passing: Collection[str], report: Report, expected: Mapping[str, str]
 ) -> Comparison:
-    """Compare a strategy's run with what passes without the plugin.
+    """Compare a strategy's run with the tests that pass without the plugin.
 
     Args:
         passing: The tests that pass without the plugin.
         report: The strategy's run.
-        expected: The tests that are meant to fail with it, with the reason.
+        expected: The tests that are expected to fail, with the reason.
     """
     differing = {
         test: outcome
@@ -100,27 +94,24 @@ def differences(
 
 
 def print_table(console: Console, rows: Sequence[Row]) -> None:
-    """Print the runs, each minor's without the plugin first, and every difference by name."""
-    columns = ("passed", "failed", "errors", "skipped", "not run", "managers")
-    table = Table()
-    table.add_column("vLLM")
-    table.add_column("coordinator")
-    for column in columns:
+    """Print the runs, each minor's run without the plugin first, and every difference."""
+    table = Table("vLLM", "coordinator")
+    for column in ("passed", "failed", "errors", "skipped", NOT_RUN, "managers"):
         table.add_column(column, justify="right")
-    table.add_column("beside stock")
+    table.add_column("compared with stock")
     collected: dict[str, int] = {}
     for row in rows:
         report = row.report
-        # What fails without the plugin is not run with it.
+        # Tests that fail without the plugin are not run with it.
         tests = collected.setdefault(report.minor, len(report.outcomes))
         counts = [report.count(outcome) for outcome in ("passed", "failed", "error", "skipped")]
         numbers = (*counts, tests - len(report.outcomes), report.managers)
-        who = report.strategy or "without the plugin"
-        table.add_row(report.vllm, who, *map(str, numbers), _verdict(row))
+        strategy = report.strategy or "without the plugin"
+        table.add_row(report.vllm, strategy, *map(str, numbers), _verdict(row))
     console.print(table)
     for row in rows:
         for line in _lines(row):
-            # Node ids hold brackets, which rich would read as styles.
+            # Node ids contain brackets, which rich would read as styles.
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -143,6 +134,6 @@ def _lines(row: Row) -> Iterator[str]:
     for test, reason in found.expected.items():
         yield f"{report.name}: differs as expected: {test} {reason}"
     for test in found.outdated:
-        yield f"{report.name}: passes, but {EXPECTED_DIFFERENCES.name} has it: {test}"
+        yield f"{report.name}: passes, but {EXPECTED_DIFFERENCES.name} lists it: {test}"
     for strategy in found.not_listed:
         yield f"{report.name}: {EXPECTED_DIFFERENCES.name} lacks the strategy {strategy}"

@@ -24,19 +24,19 @@ RUN_TIMEOUT_S = 3600
 
 @dataclass(frozen=True)
 class Report:
-    """What one run found.
+    """The result of one run.
 
     Attributes:
         minor: vLLM's minor.
-        strategy: The coordinator strategy; None where the plugin was kept out.
+        strategy: The coordinator strategy; None without the plugin.
         vllm: vLLM's version.
         outcomes: `passed`, `failed`, `error` or `skipped` by node id.
-        reasons: Where a test that did not pass ended, by node id.
-        seconds: How long each test took.
-        managers: `KVCacheManager`s that the tests made.
-        managers_of_ours: Those whose coordinator the strategy made.
-        coordinators: The strategy's coordinators by class.
-        available: The coordinator strategies that there are.
+        reasons: Messages of tests that did not pass, by node id.
+        seconds: Durations of the tests.
+        managers: The number of `KVCacheManager`s that the tests made.
+        managers_of_ours: The number of those whose coordinator the strategy made.
+        coordinators: The numbers of the strategy's coordinators by class.
+        available: The registered coordinator strategies.
     """
 
     minor: str
@@ -52,15 +52,14 @@ class Report:
 
     @property
     def name(self) -> str:
-        """What was run."""
         return _name(self.minor, self.strategy)
 
     def count(self, outcome: str) -> int:
-        """Return how many tests ended so."""
+        """Return the number of tests with an outcome."""
         return Counter(self.outcomes.values())[outcome]
 
     def having(self, *outcomes: str) -> frozenset[str]:
-        """Return the tests that ended in one of these ways."""
+        """Return the tests with one of these outcomes."""
         return frozenset(test for test, outcome in self.outcomes.items() if outcome in outcomes)
 
 
@@ -74,12 +73,12 @@ def run(
 
     Args:
         minor: vLLM's minor.
-        strategy: The plugin's coordinator strategy; None to keep the plugin out.
+        strategy: The coordinator strategy; None to run without the plugin.
         selection: Files, folders or node ids, from the folder of the release.
-        leave_out: Node ids of tests and files not to run; one without brackets is all its cases.
+        leave_out: Node ids of tests and files not to run; one without brackets means all cases.
 
     Raises:
-        ConformanceError: The tests could not be run, or the plugin was not as asked for.
+        ConformanceError: The tests could not be run, or see `check_plugin`.
     """
     tests = releases.fetch_tests(minor)
     with tempfile.TemporaryDirectory() as scratch:
@@ -92,7 +91,7 @@ def run(
             done = subprocess.run(
                 [
                     *(sys.executable, "-m", "pytest", "-q", "--tb=short"),
-                    # Or pytest takes the other paths here into account and finds another one.
+                    # Otherwise pytest may take another configuration from the common path.
                     *("-c", str(tests / "pyproject.toml")),
                     *("-p", "conformance_report", "-p", "no:cacheprovider", "-p", "no:warnings"),
                     *("--conformance-out", str(out), "--conformance-leave-out", str(left_out)),
@@ -108,7 +107,7 @@ def run(
             )
         except subprocess.TimeoutExpired as error:
             raise ConformanceError(f"{_name(minor, strategy)}: {error}") from error
-        # 1: tests failed. Any other number: pytest could not do what it was asked for.
+        # 1: tests failed. Any other number: pytest failed.
         if done.returncode not in (0, 1) or not out.is_file():
             raise ConformanceError(
                 f"{_name(minor, strategy)}: pytest ended with {done.returncode}\n"
@@ -131,27 +130,26 @@ def _environment(minor: str, strategy: str | None) -> dict[str, str]:
         "HYBRID_KV_TEST_VLLM_MINOR": minor,
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
-        # Strict where it is named; empty keeps every plugin out.
+        # Named, the plugin is strict; empty excludes every plugin.
         "VLLM_PLUGINS": "" if strategy is None else "hybrid_kv",
     }
     if strategy is not None:
-        # Every other setting has its default.
         environment["VLLM_HYBRID_KV_COORDINATOR"] = strategy
     if wheel is not None:
-        # What it finds out about model classes would else replace what the installed one found.
+        # Keep what vLLM caches about model classes apart from that of the installed release.
         environment["VLLM_CACHE_ROOT"] = str(releases.CACHE / f"vllm-{minor}-cache")
     return environment
 
 
 def check_plugin(report: Report, active: bool) -> None:
-    """Check that a run had the plugin in it, or had not, as was asked for.
+    """Check that the plugin was active exactly if a strategy was chosen.
 
     Args:
         report: The run.
-        active: Whether the plugin was active there.
+        active: Whether the plugin was active in it.
 
     Raises:
-        ConformanceError: It was not as asked for, or vLLM's tests used other coordinators.
+        ConformanceError: It was not, or the tests used coordinators that are not the strategy's.
     """
     if active != (report.strategy is not None):
         raise ConformanceError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's releases: their tests, what those need, and the folder they run in."""
+"""Releases of vLLM: their tests, the tools of these tests, and unpacked wheels."""
 
 from __future__ import annotations
 
@@ -15,56 +15,58 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vllm_hybrid_kv.patches.targets import MINORS
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 CACHE = REPOSITORY / ".cache"
 
-RELEASES = {"0.32": "0.32.0", "0.33": "0.33.0"}
+RELEASES = {minor: f"{minor}.0" for minor in MINORS}
 """The release of each supported minor whose tests are run."""
 
 SUITE = "tests/v1/core"
 """The folder of vLLM's tests that is run."""
 
 INSTALLED_MINOR = "0.32"
-"""The minor in this environment. The other one has no build for CPUs and is unpacked."""
+"""The minor in this environment. Others have no build for CPUs and are unpacked."""
 
 WHEEL_0_33 = "HYBRID_KV_TEST_WHEEL_033_DIR"
 
-# What vLLM's conftest.py imports, and a limit for tests that hang.
+# Packages that vLLM's conftest.py imports, and a time limit for tests that hang.
 TEST_TOOLS = ("tblib==3.2.2", "pytest-timeout==2.4.0")
 
-# pip asks the source archive for its metadata, and its setup.py imports these.
+# pip runs setup.py of the source archive for its metadata; it imports these.
 BUILD_TOOLS = ("setuptools-rust==1.13.0", "setuptools-scm==10.3.4")
 
-# The tests ask for these by name and load no weights. vLLM finds a folder of that name before it
-# asks a hub.
+# vLLM's tests use these models by name, without weights. vLLM finds a folder of that name first.
+_OPT = {
+    "architectures": ["OPTForCausalLM"],
+    "model_type": "opt",
+    "vocab_size": 50272,
+    "max_position_embeddings": 2048,
+    "torch_dtype": "float16",
+}
+_QWEN = {"vocab_size": 151936, "torch_dtype": "bfloat16"}
 MODEL_CONFIGURATIONS: dict[str, dict[str, object]] = {
     "facebook/opt-125m": {
-        "architectures": ["OPTForCausalLM"],
-        "model_type": "opt",
+        **_OPT,
         "hidden_size": 768,
         "word_embed_proj_dim": 768,
         "ffn_dim": 3072,
         "num_hidden_layers": 12,
         "num_attention_heads": 12,
-        "vocab_size": 50272,
-        "max_position_embeddings": 2048,
         "do_layer_norm_before": True,
-        "torch_dtype": "float16",
     },
     "facebook/opt-350m": {
-        "architectures": ["OPTForCausalLM"],
-        "model_type": "opt",
+        **_OPT,
         "hidden_size": 1024,
         "word_embed_proj_dim": 512,
         "ffn_dim": 4096,
         "num_hidden_layers": 24,
         "num_attention_heads": 16,
-        "vocab_size": 50272,
-        "max_position_embeddings": 2048,
         "do_layer_norm_before": False,
-        "torch_dtype": "float16",
     },
     "Qwen/Qwen1.5-7B": {
+        **_QWEN,
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
         "hidden_size": 4096,
@@ -72,11 +74,10 @@ MODEL_CONFIGURATIONS: dict[str, dict[str, object]] = {
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
         "num_key_value_heads": 32,
-        "vocab_size": 151936,
         "max_position_embeddings": 32768,
-        "torch_dtype": "bfloat16",
     },
     "Qwen/Qwen3-0.6B": {
+        **_QWEN,
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
         "hidden_size": 1024,
@@ -85,11 +86,10 @@ MODEL_CONFIGURATIONS: dict[str, dict[str, object]] = {
         "num_attention_heads": 16,
         "num_key_value_heads": 8,
         "head_dim": 128,
-        "vocab_size": 151936,
         "max_position_embeddings": 40960,
-        "torch_dtype": "bfloat16",
     },
     "Qwen/Qwen3-Next-80B-A3B-Instruct": {
+        **_QWEN,
         "architectures": ["Qwen3NextForCausalLM"],
         "model_type": "qwen3_next",
         "hidden_size": 2048,
@@ -108,9 +108,7 @@ MODEL_CONFIGURATIONS: dict[str, dict[str, object]] = {
         "num_experts": 512,
         "num_experts_per_tok": 10,
         "shared_expert_intermediate_size": 512,
-        "vocab_size": 151936,
         "max_position_embeddings": 262144,
-        "torch_dtype": "bfloat16",
     },
 }
 
@@ -120,10 +118,10 @@ class ConformanceError(Exception):
 
 
 def fetch_tests(minor: str) -> Path:
-    """Return the folder with a release's `tests/` and `pyproject.toml`, fetched if need be.
+    """Return the folder with a release's `tests/` and `pyproject.toml`; download it once.
 
     Raises:
-        ConformanceError: It cannot be downloaded.
+        ConformanceError: The download failed.
     """
     release = RELEASES[minor]
     folder = CACHE / f"vllm-tests-{release}"
@@ -134,10 +132,10 @@ def fetch_tests(minor: str) -> Path:
 
 
 def fetch_test_tools() -> Path:
-    """Return a folder with the packages that vLLM's tests need beside ours, fetched if need be.
+    """Return a folder with the other packages that vLLM's tests need; download it once.
 
     Raises:
-        ConformanceError: They cannot be downloaded.
+        ConformanceError: The download failed.
     """
     folder = CACHE / "vllm-tests-tools"
     with filled_once(folder) as empty:
@@ -147,10 +145,10 @@ def fetch_test_tools() -> Path:
 
 
 def unpacked_wheel(minor: str) -> Path | None:
-    """Return the folder to put on `PYTHONPATH` for a minor; None for the installed one.
+    """Return the folder of a minor for `PYTHONPATH`; None for the installed minor.
 
     Raises:
-        ConformanceError: There is no such folder.
+        ConformanceError: The wheel is not unpacked.
     """
     if minor == INSTALLED_MINOR:
         return None
@@ -165,7 +163,7 @@ def unpacked_wheel(minor: str) -> Path | None:
 
 
 def write_model_configurations(folder: Path) -> None:
-    """Write a folder for every model that the tests ask for by name."""
+    """Write a folder for every model that the tests use by name."""
     for name, configuration in MODEL_CONFIGURATIONS.items():
         (folder / name).mkdir(parents=True)
         (folder / name / "config.json").write_text(json.dumps(configuration, indent=1))
@@ -178,7 +176,7 @@ def _download_tests(release: str, folder: Path) -> None:
         _pip(
             *("download", "--no-deps", "--no-binary", "vllm", "--no-build-isolation"),
             *("--dest", scratch, f"vllm=={release}"),
-            # No extensions, and versions that setup.py would else ask git and CUDA for.
+            # No extensions, and versions that setup.py would otherwise get from git and CUDA.
             PYTHONPATH=str(tools),
             VLLM_TARGET_DEVICE="empty",
             VLLM_VERSION_OVERRIDE=release,
@@ -207,10 +205,9 @@ def _pip(*arguments: str, **environment: str) -> None:
 
 @contextmanager
 def filled_once(folder: Path) -> Iterator[Path | None]:
-    """Give an empty folder to fill, which then becomes the one asked for; None if it is there.
+    """Yield an empty folder that becomes `folder` once it is filled; None if `folder` exists.
 
-    One that is filled in part, by a run that was cut short, never gets the name. Another process
-    that wants the same waits.
+    A partly filled folder never gets the name. Another process that needs the same folder waits.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f"{folder.name}.lock").open("w") as lock:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The part of vLLM's tests that the test command runs.
 
-What coordinates KV groups, and what asks it. Left out are tests that fail without the plugin, and
-those that take their time importing other parts of vLLM; `python -m tests.conformance` runs both.
+The tests of the coordinators and of their callers, except those that fail without the plugin and
+those that import other parts of vLLM for long. `python -m tests.conformance` runs these as well.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ SLOW = frozenset(
 """Tests without their parameters."""
 
 TESTS = {"0.32": 860, "0.33": 985}
-"""How many are run, so that none goes missing unseen."""
+"""The number of tests, so that a missing test is noticed."""
 
 STOCK_FAILURES = Path(__file__).resolve().parent / "stock_failures.json"
 
 
 def left_out(minor: str) -> frozenset[str]:
-    """Return the node ids in `FILES` that are not run; one without brackets is all its cases."""
+    """Return the node ids in `FILES` that are not run; one without brackets means all cases."""
     failures: dict[str, list[str]] = json.loads(STOCK_FAILURES.read_text())
     return SLOW | frozenset(failures[minor])

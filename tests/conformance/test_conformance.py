@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's own tests with the plugin active through its entry point: the part that runs every time.
-
-`make conformance` runs all of them, and without the plugin beside it.
-"""
+"""A part of vLLM's own tests passes with the plugin; `make conformance` runs and compares all."""
 
 from __future__ import annotations
 
@@ -21,8 +18,8 @@ from tests.conformance.releases import RELEASES, ConformanceError
 
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], Future[Report]]]:
-    """The runs that the selected tests ask for, as many at a time as there are CPUs."""
-    asked_for = [
+    """Start the runs of the selected tests, as many at a time as there are CPUs."""
+    selected = [
         (item.callspec.params["minor"], item.callspec.params["strategy"])
         for item in request.session.items
         if isinstance(item, pytest.Function) and item.originalname == "test_vllms_own_tests_pass"
@@ -32,12 +29,12 @@ def runs(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], Futur
             (minor, strategy): pool.submit(
                 process.run, minor, strategy, subset.FILES, subset.left_out(minor)
             )
-            for minor, strategy in asked_for
+            for minor, strategy in selected
         }
         pool.shutdown(cancel_futures=True)
 
 
-# `stock` answers with vLLM's own coordinator: the runs with ours test all the other patches, too.
+# `stock` makes vLLM's own coordinator; the runs with ours test all other patches as well.
 STRATEGIES = [
     pytest.param(name, marks=[pytest.mark.long] if name == "stock" else [])
     for name in comparison.strategies()
@@ -73,19 +70,19 @@ def report_of(outcomes: dict[str, str], **fields: Any) -> Report:
 
 
 @pytest.mark.parametrize("outcome", ["failed", "error", "skipped", None])
-def test_what_passes_without_the_plugin_alone_is_a_difference(outcome: str | None) -> None:
+def test_a_test_that_passes_only_without_the_plugin_is_a_difference(outcome: str | None) -> None:
     report = report_of({"a": "passed"} | ({} if outcome is None else {"b": outcome}))
     found = comparison.differences(["a", "b"], report, {})
     assert found.unexpected == {"b": outcome or "not run"}
     assert not Row(report, found).agrees()
 
 
-def test_what_fails_without_the_plugin_may_fail_with_it() -> None:
+def test_a_test_that_fails_without_the_plugin_may_fail_with_it() -> None:
     report = report_of({"a": "passed", "b": "failed"})
     assert Row(report, comparison.differences(["a"], report, {})).agrees()
 
 
-def test_an_expected_difference_has_to_be_one() -> None:
+def test_an_expected_difference_that_passes_is_reported() -> None:
     expected = {"a": "the reason"}
     failing, passing = report_of({"a": "failed"}), report_of({"a": "passed"})
     found = comparison.differences(["a"], failing, expected)
@@ -104,7 +101,7 @@ def test_a_strategy_that_is_not_checked_is_a_difference() -> None:
 
 
 @pytest.mark.parametrize("managers", [(0, 0), (2, 0), (2, 1)])
-def test_a_run_counts_only_where_the_strategy_made_every_coordinator(
+def test_a_run_counts_only_if_the_strategy_made_every_coordinator(
     managers: tuple[int, int],
 ) -> None:
     made, ours = managers
@@ -113,7 +110,7 @@ def test_a_run_counts_only_where_the_strategy_made_every_coordinator(
         process.check_plugin(report, active=True)
 
 
-def test_a_run_counts_only_with_the_plugin_where_it_was_asked_for() -> None:
+def test_a_run_counts_only_if_the_plugin_is_active_as_chosen() -> None:
     with pytest.raises(ConformanceError, match="was not active"):
         process.check_plugin(report_of({}), active=False)
     with pytest.raises(ConformanceError, match="was active"):

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pytest plugin that runs in the process of vLLM's own tests (`-p conformance_report`).
 
-It loads vLLM's general plugins as every process of vLLM does, so that the plugin comes in through
-its entry point if `VLLM_PLUGINS` lets it. It watches who makes the coordinators and writes the
-outcome of every test to a file. All that it changes is how long a test waits for a process.
+It loads vLLM's general plugins as every process of vLLM does, so the plugin is registered through
+its entry point if `VLLM_PLUGINS` allows it. It counts who makes the coordinators and writes the
+outcome of every test to a file. It changes only how long a test waits for a process.
 
-The folder is on `PYTHONPATH` there, alone: `tests` is vLLM's package in that process.
+Only this folder is on `PYTHONPATH`, because `tests` is vLLM's package in that process.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ EXPECTED_MINOR = "HYBRID_KV_TEST_VLLM_MINOR"
 REASON_LENGTH = 300
 
 PATIENCE = 5.0
-"""Tests wait so many times longer for processes than they ask for: one allows 60 s for an import of
-vLLM, which takes longer on two cores that run other tests, too."""
+"""The factor on the time limits of processes. A test allows 60 s for an import of vLLM, which takes
+longer on two cores that run other tests as well."""
 
 
 def _prepare() -> None:
-    """Check that this is the vLLM that was asked for, and give the unpacked wheel a platform."""
+    """Check vLLM's version, and give the unpacked wheel a platform."""
     import vllm
     import vllm.platforms
 
     if not vllm.__version__.startswith(os.environ[EXPECTED_MINOR] + "."):
         pytest.exit(f"this is vLLM {vllm.__version__} from {vllm.__file__}", returncode=4)
     if vllm.platforms.current_platform.is_unspecified():
-        # A CUDA wheel finds no device here. Before any other module imports the name.
+        # A CUDA wheel detects no device here. Set it before another module imports the name.
         from vllm.platforms.cpu import CpuPlatform
 
         vllm.platforms.current_platform = CpuPlatform()
 
 
 def _wait_longer() -> None:
-    """Multiply the time limit of every process that is started and waited for."""
+    """Multiply the time limit of every `subprocess.run`."""
     run = subprocess.run
 
     def patient(*args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
@@ -59,57 +59,48 @@ class Coordinators:
 
     def __init__(self) -> None:
         self.by_strategy: Counter[str] = Counter()
-        """Class names of the coordinators that a strategy of the plugin made."""
         self.managers = 0
-        """`KVCacheManager`s made."""
         self.managers_of_ours = 0
-        """Those of them whose coordinator a strategy of the plugin made."""
         self.available: list[str] = []
-        """The coordinator strategies that the plugin has."""
         self._made: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def watch_strategies(self) -> None:
-        """Note every coordinator that a strategy answers with. Before the plugin is loaded."""
+        """Record every coordinator that a strategy returns. Call it before the plugin is loaded."""
         from vllm_hybrid_kv.hooks import Strategies
 
-        ask, check = Strategies.ask, Strategies.check
+        call, check = Strategies.call, Strategies.check
 
         def checking(strategies: Any, settings: Any) -> None:
             self.available = strategies.available("coordinator")
             check(strategies, settings)
 
-        def noting(strategies: Any, setting: str, settings: Any, **arguments: Any) -> Any:
-            answer = ask(strategies, setting, settings, **arguments)
-            if setting == "coordinator" and answer is not None:
-                self._made.add(answer)
-                kind = type(answer)
+        def recording(strategies: Any, setting: str, settings: Any, **arguments: Any) -> Any:
+            result = call(strategies, setting, settings, **arguments)
+            if setting == "coordinator" and result is not None:
+                self._made.add(result)
+                kind = type(result)
                 self.by_strategy[f"{kind.__module__}.{kind.__qualname__}"] += 1
-            return answer
+            return result
 
-        Strategies.ask = noting  # type: ignore[method-assign]
+        Strategies.call = recording  # type: ignore[method-assign]
         Strategies.check = checking  # type: ignore[method-assign]
 
     def watch_managers(self) -> None:
-        """Note every manager, and whether its coordinator is one of those."""
+        """Count the managers, and those whose coordinator a strategy made."""
         from vllm.v1.core.kv_cache_manager import KVCacheManager
 
         initialise = KVCacheManager.__init__
 
-        def noting(manager: Any, *args: Any, **kwargs: Any) -> None:
+        def counting(manager: Any, *args: Any, **kwargs: Any) -> None:
             initialise(manager, *args, **kwargs)
             self.managers += 1
             self.managers_of_ours += manager.coordinator in self._made
 
-        KVCacheManager.__init__ = noting
+        KVCacheManager.__init__ = counting
 
 
 class Report:
-    """Collects the outcome of every test.
-
-    Args:
-        path: Where to write the report.
-        left_out: Node ids of tests and files not to run; one without brackets is all its cases.
-    """
+    """Collects the outcome of every test."""
 
     def __init__(self, path: Path, left_out: frozenset[str]) -> None:
         self._path = path
@@ -143,7 +134,7 @@ class Report:
             config.hook.pytest_deselected(items=dropped)
             items[:] = [item for item in items if item not in dropped]
         for item in items:
-            # vLLM's own switch for tests without GPU memory: half a second each.
+            # vLLM's own marker of tests without GPU memory saves half a second each.
             item.add_marker("skip_global_cleanup")
 
     def _is_left_out(self, test: str) -> bool:
@@ -184,13 +175,6 @@ class Report:
             "seconds": {test: round(value, 3) for test, value in self._seconds.items()},
         }
         self._path.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
-
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        counts = self._coordinators
-        terminalreporter.write_line(
-            f"{counts.managers} KV cache managers, {counts.managers_of_ours} with a coordinator "
-            f"that the plugin's strategy made: {dict(counts.by_strategy.most_common())}"
-        )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
