@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the plugin's tests share.
+"""Fixtures of the plugin's tests.
 
-Most of them run twice: here against the installed vLLM, and by `test_vllm_0_33.py` in a process of
-its own against the unpacked 0.33 wheel. There `EXPECTED_MINOR` is set, and as that wheel finds no
-device the platform is set to CPU.
+Most tests run twice: with the installed vLLM, and by `test_vllm_0_33.py` in another process with
+the unpacked 0.33 wheel. There `EXPECTED_MINOR` is set, and because that wheel detects no device the
+platform is set to CPU.
 """
 
 import inspect

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On a vLLM that it does not know the plugin steps aside, or stops where it was asked for."""
+"""On an unsupported vLLM the plugin is inactive, or stops start-up if the user named it."""
 
 import logging
 import sys
@@ -23,7 +23,7 @@ def unsupported(monkeypatch):
 
 
 @pytest.mark.usefixtures("unsupported")
-def test_an_unsupported_version_warns_once_and_leaves_vllm_untouched(log):
+def test_an_unsupported_version_warns_once_and_leaves_vllm_unchanged(log):
     stock = [kv_cache_coordinator.get_kv_cache_coordinator]
     plugin.register()
     plugin.register()
@@ -37,21 +37,21 @@ def test_an_unsupported_version_warns_once_and_leaves_vllm_untouched(log):
 
 @pytest.mark.usefixtures("unsupported")
 @pytest.mark.parametrize("plugins", ["hybrid_kv", "other,hybrid_kv"])
-def test_an_unsupported_version_stops_where_the_plugin_was_named(plugins, monkeypatch):
+def test_an_unsupported_version_stops_if_the_user_named_the_plugin(plugins, monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", plugins)
     with pytest.raises(HybridKVVersionError, match=r"supports vLLM 0\.32 and 0\.33, this is"):
         plugin.register()
 
 
 @pytest.mark.usefixtures("unsupported")
-def test_vllm_lets_the_error_through_and_does_not_start(monkeypatch):
+def test_vllm_does_not_catch_the_error(monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "hybrid_kv")
     monkeypatch.setattr(vllm.plugins, "plugins_loaded", False)
     with pytest.raises(HybridKVVersionError):
         vllm.plugins.load_general_plugins()
 
 
-def test_a_vllm_that_was_changed_warns_and_is_left_as_it_is(log, monkeypatch):
+def test_a_changed_vllm_warns_and_stays_unchanged(log, monkeypatch):
     def changed(*args, **kwargs):
         """Another plugin's."""
 
@@ -79,7 +79,7 @@ def test_registering_twice_does_no_harm(log):
     assert kv_cache_coordinator.get_kv_cache_coordinator is ours[0]
 
 
-def test_a_bad_variable_stops_at_registration_and_changes_nothing(monkeypatch):
+def test_an_invalid_variable_stops_registration_and_changes_nothing(monkeypatch):
     stock = [kv_cache_coordinator.get_kv_cache_coordinator]
     monkeypatch.setenv("VLLM_HYBRID_KV_COORDINATOR", "nonsense")
     with pytest.raises(HybridKVSettingsError) as error:
@@ -91,7 +91,7 @@ def test_a_bad_variable_stops_at_registration_and_changes_nothing(monkeypatch):
     assert kv_cache_coordinator.get_kv_cache_coordinator is stock[0]
 
 
-def test_a_process_of_vllms_command_line_ends_with_the_message_alone(monkeypatch):
+def test_a_vllm_command_ends_with_the_message_alone(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm.entrypoints.cli.main", vllm)
     monkeypatch.setenv("VLLM_HYBRID_KV_DEBUG", "perhaps")
     with pytest.raises(SystemExit) as stop:

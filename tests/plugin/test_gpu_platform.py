@@ -26,9 +26,8 @@ def stocks_path():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A platform that says of itself what CUDA's does; no GPU is used."""
-    # vLLM imports a model to look at its class and remembers what it saw; on CUDA that takes
-    # CUDA's code.
+    """A platform that answers like CUDA's; no GPU is used."""
+    # vLLM imports a model to inspect its class, and caches the result. On CUDA that needs CUDA.
     ModelRegistry.models["LlamaForCausalLM"].inspect_model_cls()
     platform = type(current_platform)
     monkeypatch.setattr(platform, "is_cpu", lambda self: False)
@@ -42,12 +41,12 @@ def names():
     return {patch.name for patch in STATE.active_patches.patches}
 
 
-def adopt(config, dtype):
+def activate(config, dtype):
     config.cache_config.cache_dtype = dtype
     WorkerBase(config, local_rank=0, rank=0, distributed_init_method="")
 
 
-def test_the_backend_is_registered_and_vllm_itself_selects_it(gpu):
+def test_the_backend_is_registered_and_selection_is_not_patched(gpu):
     plugin.register()
     assert AttentionBackendEnum.TURBOQUANT.get_path() == OURS
     assert "attention_backend" in names()
@@ -64,19 +63,19 @@ def test_a_platform_without_kernels_keeps_vllms_backend(monkeypatch, stocks_path
 def test_an_engine_with_another_preset_gets_vllms_backend(gpu, make_config, stocks_path):
     config = make_config()
     plugin.register()
-    adopt(config, "turboquant_4bit_nc")
+    activate(config, "turboquant_4bit_nc")
     assert AttentionBackendEnum.TURBOQUANT.get_path() == stocks_path != OURS
-    plugin.register()  # verifies what is in force
-    adopt(config, "turboquant_k8v4")
+    plugin.register()  # verifies the active patches
+    activate(config, "turboquant_k8v4")
     assert AttentionBackendEnum.TURBOQUANT.get_path() == OURS
-    adopt(config, "auto")
+    activate(config, "auto")
     assert AttentionBackendEnum.TURBOQUANT.get_path() == OURS
 
 
-def test_one_line_says_whose_tile_sizes_the_kernels_take(gpu, make_config, log):
+def test_one_line_names_the_origin_of_the_tile_sizes(gpu, make_config, log):
     config = make_config()
     plugin.register()
-    adopt(config, "turboquant_k8v4")
+    activate(config, "turboquant_k8v4")
     (line,) = log.lines(logging.INFO)
     assert line.startswith(f"hybrid_kv {plugin.__version__} active on vLLM {vllm.__version__}")
     assert line.endswith("kernels=triton, tile sizes derived")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Strategies are registered by name, picked by a setting, and named in every error."""
+"""Strategies are registered by name, chosen by a setting, and named in every error."""
 
 import pytest
 
@@ -13,12 +13,9 @@ STOCK = {
     "coordinator": "stock",
     "prefix_match_unit": "stock",
 }
-"""What there is where no strategy has been registered."""
 
 
 class Answer:
-    """A strategy that answers with what it was made with."""
-
     def __init__(self, answer):
         self.answer = answer
 
@@ -34,12 +31,12 @@ def call(strategies, name):
     return strategies.call("prefix_match_unit", settings, vllm_config=None, kv_cache_config=None)
 
 
-def test_only_the_strategy_picked_is_called():
+def test_only_the_chosen_strategy_is_called():
     strategies = Strategies({"sixteen": Answer(16), "broken": Answer(RuntimeError("called"))})
     assert call(strategies, "sixteen") == 16
 
 
-def test_a_strategy_that_passes_leaves_no_answer():
+def test_a_strategy_may_return_none():
     strategies = Strategies({"passes": Answer(None), "sixteen": Answer(16)})
     assert call(strategies, "passes") is None
 
@@ -59,7 +56,7 @@ def test_stock_calls_vllms_own_functions():
     ) == (1, 2)
 
 
-def test_a_name_that_does_not_exist_is_refused_with_those_that_do():
+def test_an_unknown_strategy_is_refused_with_the_available_ones():
     strategies = Strategies({"sixteen": Answer(16)})
     strategies.add("theirs", Answer(8), "their-package 2.0")
     with pytest.raises(HybridKVSettingsError) as error:
@@ -76,12 +73,12 @@ def test_a_strategy_of_another_hook_is_not_available():
         strategies.check(Settings(**{**STOCK, "coordinator": "sixteen"}))
 
 
-def test_a_name_that_is_taken_is_refused():
+def test_a_second_strategy_of_the_same_name_is_refused():
     with pytest.raises(HybridKVStrategyError, match=r"'stock' \(from late 1.0\): there already"):
         Strategies({}).add("stock", Answer(1), "late 1.0")
 
 
-def test_a_hook_that_does_not_exist_is_refused_at_registration():
+def test_an_unknown_hook_is_refused_at_registration():
     class Misspelt:
         @hookimpl
         def hybrid_kv_prefix_match_units(self):
@@ -91,11 +88,11 @@ def test_a_hook_that_does_not_exist_is_refused_at_registration():
         Strategies({}).add("odd", Misspelt(), "odd 1.0")
 
 
-def test_an_argument_that_does_not_exist_is_refused_at_registration():
+def test_an_unknown_argument_is_refused_at_registration():
     class Greedy:
         @hookimpl
         def hybrid_kv_prefix_match_unit(self, everything):
-            """Asks for what is not there."""
+            """No hook has this argument."""
 
     with pytest.raises(HybridKVStrategyError, match=r"'odd' \(from odd 1.0\).*everything"):
         Strategies({}).add("odd", Greedy(), "odd 1.0")
@@ -126,7 +123,7 @@ def test_an_error_inside_a_strategy_names_its_package():
     )
 
 
-def test_an_error_of_vllms_own_rule_comes_through_as_it_is():
+def test_an_error_of_vllms_own_rule_is_not_wrapped():
     def stock(kv_cache_spec):
         raise KeyError("layer 3")
 
@@ -136,7 +133,7 @@ def test_an_error_of_vllms_own_rule_comes_through_as_it_is():
         )
 
 
-def test_a_strategy_that_gives_up_lets_vllm_try_its_fallback():
+def test_a_not_implemented_error_of_a_strategy_reaches_vllm():
     strategies = Strategies({})
     strategies.add("odd", Answer(NotImplementedError("too odd")), "odd 1.0")
     with pytest.raises(NotImplementedError, match="too odd"):

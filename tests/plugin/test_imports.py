@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Importing the plugin costs next to nothing, and it says what is missing where vLLM is."""
+"""Importing the plugin is cheap, and without vLLM its errors say what to install."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 
 @pytest.fixture
 def without_vllm(tmp_path):
-    """Arguments for a Python that has this package and pluggy, and no other package."""
+    """Return the arguments of a Python that has only this package and pluggy."""
     for package in (vllm_hybrid_kv, pluggy):
         folder = Path(package.__file__).parent
         (tmp_path / folder.name).symlink_to(folder, target_is_directory=True)
@@ -28,7 +28,7 @@ def without_vllm(tmp_path):
     return ("-S", "-c"), {"PYTHONPATH": str(tmp_path)}
 
 
-def test_importing_the_entry_point_loads_five_small_modules_of_ours(run_python):
+def test_importing_the_entry_point_loads_five_small_modules(run_python):
     done = run_python("-c", NEW_MODULES)
     assert done.returncode == 0, done.stderr
     new = json.loads(done.stdout)
@@ -56,7 +56,7 @@ print("kernels" if "vllm_hybrid_kv.kernels.cpu" in sys.modules else "no kernels"
 """
 
 
-def test_without_a_cache_of_ours_no_kernels_are_loaded(model, run_python):
+def test_without_a_k8v4_cache_no_kernels_are_loaded(model, run_python):
     done = run_python("-c", REGISTER, str(model))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "no kernels"
@@ -71,7 +71,7 @@ def test_without_vllm_the_package_imports(without_vllm, run_python):
 
 
 @pytest.mark.parametrize("use", ["p.register()", "p.Settings", "p.current_settings"])
-def test_without_vllm_a_use_says_what_to_install(use, without_vllm, run_python):
+def test_without_vllm_the_error_says_what_to_install(use, without_vllm, run_python):
     arguments, environment = without_vllm
     done = run_python(*arguments, f"import vllm_hybrid_kv as p; {use}", **environment)
     assert done.returncode != 0
@@ -85,6 +85,11 @@ def test_every_public_name_is_there():
     assert set(vllm_hybrid_kv.__all__) <= set(dir(vllm_hybrid_kv))
 
 
-def test_a_name_that_is_not_there_is_an_attribute_error():
+def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         _ = vllm_hybrid_kv.nonsense
+
+
+def test_the_old_name_of_an_error_still_works_with_a_warning():
+    with pytest.warns(DeprecationWarning, match="use HybridKVPatchError"):
+        assert vllm_hybrid_kv.HybridKVSeamError is vllm_hybrid_kv.HybridKVPatchError

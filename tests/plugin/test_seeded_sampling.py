@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A seeded request on a CPU samples what it would without the samples that vLLM discards."""
+"""A seeded request on a CPU samples as if vLLM had discarded no samples."""
 
 import torch
 
@@ -17,7 +17,7 @@ def discard(generator, chunks):
         generator.set_offset(generator.get_offset() - 4)
 
 
-def test_discarded_samples_leave_no_trace_before_and_after_a_preemption():
+def test_discarded_samples_do_not_change_later_samples():
     plain = torch.Generator().manual_seed(7)
     expected = [draw(plain) for _ in range(4)]
     generator = RewindableGenerator(device="cpu")

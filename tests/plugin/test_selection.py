@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On CPUs a layer with a k8v4 cache gets our backend; every other layer gets what it got.
+"""On CPUs a layer with a k8v4 cache gets our backend; other layers get the same backend as before.
 
 A layer that k8v4 cannot serve is refused in one line, on CPUs and on GPUs.
 """
@@ -42,13 +42,13 @@ def test_a_k8v4_layer_gets_our_backend():
     assert select() == "vllm_hybrid_kv.attention.backend.K8V4AttentionBackend"
 
 
-def test_an_option_for_another_backend_does_not_change_that():
+def test_a_k8v4_layer_gets_our_backend_even_if_another_is_chosen():
     plugin.register()
     assert select(backend=AttentionBackendEnum.CPU_ATTN) == select()
 
 
 @pytest.mark.parametrize("dtype", [None, "auto", "fp8", "int8_per_token_head"])
-def test_other_layers_get_what_they_got(dtype):
+def test_other_layers_get_the_same_backend_as_without_the_plugin(dtype):
     def outcome():
         try:
             return select(dtype)
@@ -107,7 +107,7 @@ def test_a_backend_that_cannot_read_k8v4_is_refused_by_its_name():
         selector._cached_get_attn_backend(AttentionBackendEnum.FLASH_ATTN, wanted(), 8)
 
 
-def test_another_dtype_keeps_vllms_own_words():
+def test_another_dtype_keeps_vllms_error():
     plugin.register()
     with described_gpu(), pytest.raises(ValueError, match="No valid attention backend found"):
         selector._cached_get_attn_backend(None, wanted("fp8", use_sparse=True), 8)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings come from the command line and the environment; what is not valid stops start-up."""
+"""Settings come from the command line and the environment; invalid ones stop start-up."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def section(**settings):
     return {"hybrid_kv": settings, "another_plugin": {"debug": "maybe"}}
 
 
-def test_without_anything_planning_and_prefix_caching_are_ours():
+def test_by_default_planning_and_prefix_caching_are_ours():
     settings = resolve({}, {})
     assert settings.unify_page_sizes == "min_waste"
     assert settings.token_capacity_groups == "stock"
@@ -36,7 +36,7 @@ def test_the_environment_wins_over_the_command_line():
     assert (settings.unify_page_sizes, settings.debug) == ("from_env", False)
 
 
-def test_every_value_says_where_it_came_from():
+def test_every_value_has_a_source():
     settings = resolve(section(debug=True), {"VLLM_HYBRID_KV_CPU_ISA": "portable"})
     assert settings.source("debug") == "--additional-config"
     assert settings.source("cpu_isa") == "VLLM_HYBRID_KV_CPU_ISA"
@@ -44,7 +44,7 @@ def test_every_value_says_where_it_came_from():
 
 
 @pytest.mark.parametrize(("written", "meant"), [("1", True), ("true", True), ("0", False)])
-def test_a_switch_in_the_environment_is_read_as_people_write_it(written, meant):
+def test_a_boolean_variable_may_be_a_word_or_a_number(written, meant):
     assert resolve({}, {"VLLM_HYBRID_KV_DEBUG": written}).debug is meant
 
 
@@ -91,7 +91,7 @@ def test_an_unknown_variable_is_refused_with_the_valid_ones():
         ({"coordinator": ""}, {}, "coordinator='' (from --additional-config) is not valid"),
     ],
 )
-def test_a_bad_value_is_refused_with_its_source(settings, environment, message):
+def test_an_invalid_value_is_refused_with_its_source(settings, environment, message):
     with pytest.raises(HybridKVSettingsError) as error:
         resolve(section(**settings), environment)
     assert message in str(error.value)
@@ -112,14 +112,14 @@ def test_a_bad_value_is_refused_with_its_source(settings, environment, message):
         ({}, {"VLLM_HYBIRD_KV_CPU_ISA": "portable"}, "'VLLM_HYBRID_KV_CPU_ISA'"),
     ],
 )
-def test_a_near_miss_is_refused_with_the_name_that_was_meant(config, environment, meant):
+def test_a_misspelt_name_is_refused_with_a_suggestion(config, environment, meant):
     with pytest.raises(HybridKVSettingsError) as error:
         resolve(config, environment)
     assert f"did you mean {meant}?" in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_name_that_is_like_none_of_ours_is_refused_without_a_guess():
+def test_an_unrelated_name_is_refused_without_a_suggestion():
     with pytest.raises(HybridKVSettingsError) as error:
         resolve(section(colour="red"), {})
     assert "did you mean" not in str(error.value)
@@ -128,17 +128,17 @@ def test_a_name_that_is_like_none_of_ours_is_refused_without_a_guess():
 @pytest.mark.parametrize(
     "name", ["hybrid", "kv", "hybrid_kv_offload", "hybrid_attention", "lmcache"]
 )
-def test_another_plugins_section_is_left_alone(name):
+def test_a_section_of_another_plugin_is_ignored(name):
     assert resolve({name: {"debug": "maybe"}}, {}) == resolve({}, {})
 
 
-def test_vllms_own_variables_are_not_taken_for_ours(unregistered):
+def test_variables_of_vllm_are_ignored(unregistered):
     from vllm import envs
 
     assert resolve({}, dict.fromkeys(envs.environment_variables, "1")) == resolve({}, {})
 
 
-def test_all_mistakes_come_in_one_message():
+def test_all_mistakes_are_in_one_message():
     with pytest.raises(HybridKVSettingsError) as error:
         resolve(section(colour="red", cpu_isa="mmx"), {"VLLM_HYBRID_KV_DEBUG": "perhaps"})
     for mistake in ("'colour'", "cpu_isa='mmx'", "debug='perhaps'"):
@@ -154,12 +154,12 @@ def test_a_configuration_object_of_another_platform_holds_no_settings():
     assert resolve(object(), {}).unify_page_sizes == "min_waste"
 
 
-def test_before_any_engine_the_environment_is_in_force(monkeypatch):
+def test_before_any_engine_the_settings_are_those_of_the_environment(monkeypatch):
     monkeypatch.setenv("VLLM_HYBRID_KV_DEBUG", "1")
     assert current_settings().debug is True
 
 
-def test_the_kernels_get_the_fastest_instructions_unless_told():
+def test_the_kernels_use_the_fastest_instructions_by_default():
     assert resolve({}, {}).kernel_isa() == isa.available()[-1]
     assert resolve(section(cpu_isa="portable"), {}).kernel_isa() == "portable"
 
@@ -172,7 +172,7 @@ def test_instructions_that_the_cpu_lacks_are_refused(monkeypatch):
     assert "choose auto or one of portable" in str(error.value)
 
 
-def test_the_interpreter_is_refused_where_triton_would_compile(monkeypatch):
+def test_the_interpreter_is_refused_if_triton_would_compile(monkeypatch):
     settings = resolve({}, {"VLLM_HYBRID_KV_CPU_ISA": "interpreter"})
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(HybridKVSettingsError, match="needs TRITON_INTERPRET=1"):

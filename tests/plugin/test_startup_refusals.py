@@ -45,7 +45,7 @@ def _registered(unregistered, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["a refusal", "an error that comes from one"])
-def test_what_a_child_logs_is_taken_once(kind):
+def test_a_refusal_that_a_child_logs_is_taken_once(kind):
     in_a_child(kind)
     file = Path(os.environ[VARIABLE])
     assert file.is_file()
@@ -54,23 +54,23 @@ def test_what_a_child_logs_is_taken_once(kind):
     assert _take_refusal() == ""
 
 
-def test_what_an_earlier_engine_has_left_is_forgotten(make_config):
+def test_the_refusal_of_an_earlier_engine_is_forgotten(make_config):
     in_a_child("a refusal")
     make_config()
     assert _take_refusal() == ""
 
 
-def test_other_errors_leave_nothing():
+def test_other_errors_leave_no_file():
     in_a_child("another error")
     assert not Path(os.environ[VARIABLE]).exists()
 
 
-def test_the_process_that_the_user_started_leaves_nothing():
+def test_the_process_that_the_user_started_leaves_no_file():
     log_failure("a refusal")
     assert not Path(os.environ[VARIABLE]).exists()
 
 
-def test_without_the_plugin_nothing_is_left():
+def test_without_the_plugin_there_is_no_file():
     applied = STATE.active_patches
     assert applied is not None
     applied.undo()

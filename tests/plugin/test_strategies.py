@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Strategies answer inside vLLM's own planning and coordination, and are checked there."""
+"""Strategies are called by vLLM's own planning and coordination, and their results checked."""
 
 import importlib
 import logging
@@ -60,7 +60,7 @@ def specs():
 
 
 def plan(config, memory=1 << 36):
-    """The whole of vLLM's planning, as the engine core runs it."""
+    """Run vLLM's planning as the engine core does."""
     if MINOR == (0, 32):
         return planning.get_kv_cache_configs(config, [specs()], [memory])
     groups = planning.get_global_kv_cache_groups(config, [specs()])
@@ -87,7 +87,7 @@ def manager(config, kv_cache_config):
     )
 
 
-def test_with_stock_rules_planning_gives_what_vllm_gives(make_config):
+def test_with_stock_rules_the_plan_is_vllms(make_config):
     config = make_config({"unify_page_sizes": "stock"})
     alone = plan(config)
     plugin.register()
@@ -139,7 +139,7 @@ def test_min_waste_plans_for_the_longest_sequence(make_config, log):
     )
 
 
-def test_what_min_waste_cannot_unify_is_left_to_vllms_fallback(make_config):
+def test_layers_that_min_waste_cannot_unify_get_vllms_fallback(make_config):
     mla = MLAAttentionSpec(block_size=64, num_kv_heads=1, head_size=577, dtype=torch.bfloat16)
     draft = MLAAttentionSpec(block_size=64, num_kv_heads=1, head_size=575, dtype=torch.bfloat16)
     window = SlidingWindowSpec(
@@ -155,7 +155,7 @@ def test_what_min_waste_cannot_unify_is_left_to_vllms_fallback(make_config):
         planning.get_kv_cache_groups(config, {"mla": mla, "draft": draft, MAMBA: state(4_000)})
 
 
-def test_a_third_partys_unequal_pages_stop_planning_with_layer_and_numbers(package, make_config):
+def test_unequal_pages_of_a_third_party_stop_planning_with_layer_and_numbers(package, make_config):
     package(
         "acme",
         PRELUDE + "@hookimpl\n"
@@ -174,7 +174,7 @@ def test_a_third_partys_unequal_pages_stop_planning_with_layer_and_numbers(packa
     assert f"layer {ATTENTION} has 12,416 bytes" in message
 
 
-def test_a_third_partys_pages_are_what_vllm_plans_with(package, make_config):
+def test_vllm_plans_with_the_pages_of_a_third_party(package, make_config):
     package(
         "acme",
         PRELUDE + "@hookimpl\n"
@@ -191,7 +191,7 @@ def test_a_third_partys_pages_are_what_vllm_plans_with(package, make_config):
     assert stock_answer[MAMBA].page_size_bytes == 12_648_448
 
 
-def test_a_third_party_that_changes_what_it_was_given_is_still_checked(package, make_config):
+def test_a_third_party_that_changes_its_argument_is_still_checked(package, make_config):
     package(
         "acme",
         PRELUDE + "@hookimpl\n"
@@ -204,7 +204,7 @@ def test_a_third_party_that_changes_what_it_was_given_is_still_checked(package, 
         plan(make_config({"unify_page_sizes": "acme"}))
 
 
-def test_a_third_party_that_passes_leaves_pages_to_vllm(package, make_config):
+def test_a_third_party_that_returns_none_gets_vllms_pages(package, make_config):
     package(
         "acme",
         PRELUDE + "@hookimpl\ndef hybrid_kv_unify_page_sizes(): calls.append(1)\n",
@@ -224,7 +224,7 @@ def test_growing_counts_the_groups_that_grow(make_config):
     assert config.cache_config.kv_cache_size_tokens == 362_608
 
 
-def test_growing_leaves_the_concurrency_to_all_groups(make_config):
+def test_growing_does_not_change_the_concurrency(make_config):
     config, groups = make_config(), hybrid()
     tokens, concurrency = kv_cache_utils.get_kv_cache_capacity(config, groups)
     plugin.register()
@@ -234,7 +234,7 @@ def test_growing_leaves_the_concurrency_to_all_groups(make_config):
     assert same == concurrency
 
 
-def test_a_third_partys_foreign_group_stops_start_up(package, make_config):
+def test_an_unknown_group_of_a_third_party_stops_start_up(package, make_config):
     package(
         "acme",
         PRELUDE + "@hookimpl\ndef hybrid_kv_token_capacity_groups(): return ['layer.0']\n",
@@ -259,7 +259,7 @@ COORDINATOR = (
 )
 
 
-def test_a_third_partys_coordinator_manages_the_cache(package, make_config):
+def test_a_coordinator_of_a_third_party_manages_the_cache(package, make_config):
     package("acme", COORDINATOR)
     plugin.register()
     groups = hybrid()
@@ -285,7 +285,7 @@ def unit(answer):
     return PRELUDE + f"@hookimpl\ndef hybrid_kv_prefix_match_unit(): return {answer}\n"
 
 
-def test_a_third_partys_unit_is_what_prefixes_are_hashed_by(package, make_config):
+def test_prefixes_are_hashed_by_the_unit_of_a_third_party(package, make_config):
     package("acme", unit(173))
     plugin.register()
     config = make_config({"prefix_match_unit": "acme"}, enable_prefix_caching=True)
@@ -319,7 +319,7 @@ def test_a_unit_that_does_not_divide_the_blocks_stops_start_up(package, make_con
 
 
 @pytest.mark.parametrize("answer", [0, -16, "True", "'16'", 16.0])
-def test_a_unit_that_is_no_number_of_tokens_stops_start_up(answer, package, make_config):
+def test_a_unit_that_is_not_a_positive_number_stops_start_up(answer, package, make_config):
     package("acme", unit(answer))
     plugin.register()
     config = make_config({"prefix_match_unit": "acme"}, enable_prefix_caching=True)
@@ -327,14 +327,14 @@ def test_a_unit_that_is_no_number_of_tokens_stops_start_up(answer, package, make
         kv_cache_utils.resolve_kv_cache_block_sizes(hybrid(), config)
 
 
-def test_a_package_that_does_not_fit_stops_registration(package):
+def test_a_package_without_hooks_stops_registration(package):
     package("acme", "nothing = 1\n")
     with pytest.raises(HybridKVStrategyError, match=r"'acme' \(from acme-kv 1.5\) implements no"):
         plugin.register()
     assert STATE.active_patches is None
 
 
-def test_bad_settings_stop_before_the_model_is_looked_into(tmp_path):
+def test_invalid_settings_stop_before_the_model_is_read(tmp_path):
     plugin.register()
     arguments = EngineArgs(
         model=str(tmp_path), additional_config={"hybrid_kv": {"unify_page_sizes": "nonsense"}}
@@ -347,7 +347,7 @@ def test_bad_settings_stop_before_the_model_is_looked_into(tmp_path):
     )
 
 
-def test_a_worker_puts_its_engines_settings_in_force(make_config):
+def test_a_worker_activates_the_settings_of_its_engine(make_config):
     config = make_config({"debug": True})
     plugin.register()
     assert current_settings().debug is False
@@ -355,14 +355,14 @@ def test_a_worker_puts_its_engines_settings_in_force(make_config):
     assert current_settings().debug is True
 
 
-def test_planning_puts_the_engines_settings_in_force(make_config):
+def test_planning_activates_the_settings_of_the_engine(make_config):
     config = make_config({"debug": True})
     plugin.register()
     plan(config)
     assert current_settings().debug is True
 
 
-def test_one_line_says_what_is_active(make_config, log, monkeypatch):
+def test_one_line_names_the_strategies_and_kernels(make_config, log, monkeypatch):
     monkeypatch.setenv("VLLM_HYBRID_KV_CPU_ISA", "portable")
     plugin.register()
     assert log.lines(logging.INFO) == []
@@ -379,14 +379,14 @@ def test_one_line_says_what_is_active(make_config, log, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
-def test_the_line_names_no_kernels_where_none_are_used(dtype, make_config, log):
+def test_the_line_names_no_kernels_without_a_k8v4_cache(dtype, make_config, log):
     plugin.register()
     config = make_config(kv_cache_dtype=dtype)
     (line,) = log.lines(logging.INFO)
     assert line.endswith(f"kernels=none for cache dtype {config.cache_config.cache_dtype}")
 
 
-def test_the_names_known_without_vllm_are_those_of_the_built_in_strategies():
+def test_the_listed_names_are_those_of_the_built_in_strategies():
     strategies = plugin.built_in_strategies()
     for setting in HOOK_OF_SETTING:
         assert list(BUILT_IN_NAMES[setting]) == strategies.available(setting)

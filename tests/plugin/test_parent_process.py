@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes of one engine that have another plugin than the one that started them do not start."""
+"""A process with another plugin state than its parent does not start."""
 
 import json
 import multiprocessing
@@ -19,11 +19,11 @@ def patched():
     from vllm.v1.core import kv_cache_utils
     kv_cache_utils.get_kv_cache_capacity = lambda vllm_config, kv_cache_config: (0, 0)
 
-def not_taken():
+def without_effect():
     from vllm_hybrid_kv.patches import mechanism
     mechanism.MethodRebinding.apply = lambda self: None
 
-def as_it_is():
+def unchanged():
     pass
 
 def worker(change, answers):
@@ -40,11 +40,11 @@ def worker(change, answers):
 if __name__ == "__main__":
     from vllm_hybrid_kv import plugin
     plugin.register()
-    # Each has its own interpreter's worth of state, and vLLM imported in the one they stem from.
+    # The fork server imports vLLM once, and each process has a state of its own.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["vllm.engine.arg_utils", "vllm.v1.worker.worker_base"])
     answers = context.Queue()
-    for change in ("as_it_is", "patched", "not_taken"):
+    for change in ("unchanged", "patched", "without_effect"):
         context.Process(target=worker, args=(change, answers), name=change).start()
     print(json.dumps({name: rest for name, *rest in (answers.get() for _ in range(3))}))
 """
@@ -52,7 +52,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def processes(run_python, tmp_path_factory):
-    """What came of three processes that a process with an active plugin started."""
+    """Start three processes from one with an active plugin; return the results and the output."""
     script = tmp_path_factory.mktemp("processes") / "engine.py"
     script.write_text(PROCESSES)
     done = run_python(str(script), timeout=300)
@@ -60,11 +60,11 @@ def processes(run_python, tmp_path_factory):
     return json.loads(done.stdout), done.stderr + done.stdout
 
 
-def test_a_process_that_has_the_same_starts(processes):
-    assert processes[0]["as_it_is"] == ["", True]
+def test_a_child_with_the_same_plugin_state_starts(processes):
+    assert processes[0]["unchanged"] == ["", True]
 
 
-def test_a_process_with_another_vllm_stops_where_alone_it_would_leave_vllm_unchanged(processes):
+def test_a_child_with_a_changed_vllm_stops(processes):
     said, active = processes[0]["patched"]
     assert not active
     assert said.startswith("HybridKVAgreementError: the process patched has hybrid_kv ")
@@ -72,24 +72,24 @@ def test_a_process_with_another_vllm_stops_where_alone_it_would_leave_vllm_uncha
     assert "get_kv_cache_capacity" in said
     assert "but the process that started it has hybrid_kv" in said
     assert "`vllm-hybrid-kv doctor`" in said
-    # Said once: no warning of an inactive plugin beside it.
+    # No warning of an inactive plugin in addition.
     assert "VLLM_PLUGINS=hybrid_kv to stop" not in processes[1]
 
 
-def test_a_process_in_which_a_patch_did_not_take_stops_with_its_name(processes):
-    said, active = processes[0]["not_taken"]
+def test_a_child_in_which_a_patch_has_no_effect_stops_and_names_it(processes):
+    said, active = processes[0]["without_effect"]
     assert not active
     assert said.startswith("HybridKVPatchError: ")
     assert "WorkerBase.__init__ is not the plugin's" in said
 
 
-def test_a_process_that_a_user_starts_does_not_compare_with_what_it_inherits(monkeypatch):
+def test_a_process_without_a_parent_ignores_an_inherited_state(monkeypatch):
     monkeypatch.setenv(plugin.PARENT_VARIABLE, "hybrid_kv 0.0 inactive")
     plugin.compare_with_parent("hybrid_kv 1.0 active")
     assert os.environ[plugin.PARENT_VARIABLE] == "hybrid_kv 1.0 active"
 
 
-def test_a_child_of_a_process_without_the_plugin_is_the_first_to_have_it(monkeypatch):
+def test_a_child_of_a_process_without_a_state_becomes_the_reference(monkeypatch):
     monkeypatch.setattr(multiprocessing, "parent_process", lambda: "another")
     monkeypatch.setenv(plugin.PARENT_VARIABLE, "")
     plugin.compare_with_parent("one")
