@@ -8,14 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from vllm.platforms.interface import DeviceCapability
-from vllm.v1.attention.ops import triton_turboquant_decode as stock_decode
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
-from vllm.v1.worker import workspace
-from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
-from vllm.v1.worker.utils import AttentionGroup, allocate_kv_cache
 
-# First, because it prepares the process for vLLM.
+# Before vLLM, because it prepares the process.
 from testing.attention.backends import (
     DTYPE,
     HEAD_SIZE,
@@ -32,6 +26,15 @@ from testing.attention.backends import (
     texts,
     vllm_config,
 )
+
+# isort: split
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.ops import triton_turboquant_decode as stock_decode
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
+from vllm.v1.worker import workspace
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+from vllm.v1.worker.utils import AttentionGroup, allocate_kv_cache
+
 from testing.attention.recording import Recorder, kernels_of
 from testing.attention.steps import Step
 from vllm_hybrid_kv.attention import gpu
