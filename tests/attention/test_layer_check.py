@@ -26,8 +26,8 @@ from vllm_hybrid_kv.attention.layer_check import (
 
 K8V4 = "turboquant_k8v4"
 ADVICE = (
-    ". Serve the model with --kv-cache-dtype auto. If layers are left unquantised, setting "
-    "boundary_layers=0 and removing --kv-cache-dtype-skip-layers may help, too"
+    ". Serve the model with --kv-cache-dtype auto or, if layers are left unquantised, "
+    "set boundary_layers=0 and remove --kv-cache-dtype-skip-layers"
 )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers' specs for the tests of planning, of vLLM's own classes."""
+"""Specs of layers for the planning tests."""
 
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MambaSpec, MLAAttentionSpec

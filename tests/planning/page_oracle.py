@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every plan of page sizes that there is, tried one by one with vLLM's own specs.
+"""An exhaustive search over all plans of page sizes, with vLLM's own specs, for small cases.
 
-Written from what a worker can read, with nothing of the planner's arithmetic: for slow, small
-cases.
+It only uses what a worker can read, and none of the planner's arithmetic.
 """
 
 import math
@@ -24,7 +23,7 @@ def is_state(spec: KVCacheSpec) -> bool:
 
 
 def readable(before: KVCacheSpec, after: KVCacheSpec) -> bool:
-    """Whether the worker can view and the kernels can read a layer's pages."""
+    """Return whether the worker can view and the kernels can read a layer's pages."""
     page, real = after.page_size_bytes, after.real_page_size_bytes
     scale, rest = divmod(after.block_size, before.block_size)
     if rest or scale < 1:
@@ -57,7 +56,7 @@ def plan_is_readable(before, after) -> bool:
 
 
 def used(before: KVCacheSpec, after: KVCacheSpec, longest: int) -> Fraction:
-    """Bytes of a page that can hold tokens of a sequence of the longest length, or a state."""
+    """Return the bytes of a page that can hold tokens of the longest sequence, or a state."""
     if is_state(before):
         return Fraction(before.real_page_size_bytes)
     per_token = Fraction(before.real_page_size_bytes, before.block_size)
@@ -71,9 +70,9 @@ def share_wasted(before, after, longest: int) -> Fraction:
 
 
 def plans_of(spec: KVCacheSpec, page: int):
-    """Every way in which a layer can have a page, with ever longer blocks."""
+    """Yield every way in which a layer can have a page, shortest block first."""
     for scale in range(1, page // spec.real_page_size_bytes + 1):
-        # vLLM cuts a chunk of local attention into whole blocks, if any multiple divides it.
+        # vLLM splits a chunk of local attention into whole blocks, if any multiple divides it.
         chunk = getattr(spec, "attention_chunk_size", None) or 0
         if not chunk % spec.block_size and chunk % (scale * spec.block_size):
             continue
@@ -87,18 +86,18 @@ def plans_of(spec: KVCacheSpec, page: int):
 
 
 def best_for(spec: KVCacheSpec, page: int, longest: int) -> Fraction | None:
-    """The most bytes that a layer can use of a page, or None if it cannot have that page."""
+    """Return the most bytes that a layer can use of a page; None if it cannot have that page."""
     return max((used(spec, after, longest) for after in plans_of(spec, page)), default=None)
 
 
 def longest_block(spec: KVCacheSpec, page: int, match_unit: int) -> KVCacheSpec | None:
-    """A layer with the longest block of a page that divides a match unit, or None."""
+    """Return a layer with the longest block of a page that divides a match unit, or None."""
     plans = (plan for plan in plans_of(spec, page) if match_unit % plan.block_size == 0)
     return max(plans, key=lambda plan: plan.block_size, default=None)
 
 
 def highest_page(specs) -> int:
-    """The largest page, or the multiple of all smaller pages of tokens that follows it."""
+    """Return the smallest multiple of all smaller attention pages from the largest page on."""
     largest = max(spec.page_size_bytes for spec in specs)
     smaller = [s.page_size_bytes for s in specs if not is_mamba(s) and s.page_size_bytes < largest]
     page = largest
@@ -117,17 +116,17 @@ def least_page(spec) -> int:
 
 
 def exhaustive(specs, longest: int, tolerance: Fraction, by_lcm: Fraction | None):
-    """The page and the share wasted of the plan that `min_waste` promises, or None.
+    """Return the page and the waste of the plan that `min_waste` promises, or None.
 
-    The first page that wastes no more than it has to, else the one that wastes least, up to the
-    highest that `lcm` aims at. Where none up to there suits all layers the next one, as long as
-    there is a block that does not hold the longest sequence.
+    This is the first page with little enough waste, otherwise the one with the least waste, up to
+    the size that `lcm` aims at. If none of these suits all layers, it is the next one that does,
+    while a block does not hold the longest sequence.
 
     Args:
-        specs: The layers'.
+        specs: The layers' specs.
         longest: Tokens of the longest sequence.
-        tolerance: What counts as no waste.
-        by_lcm: The share that `lcm` wastes, None where it has no plan.
+        tolerance: The share that counts as no waste.
+        by_lcm: The share that `lcm` wastes; None if it has no plan.
     """
 
     def plan(page):
@@ -137,7 +136,7 @@ def exhaustive(specs, longest: int, tolerance: Fraction, by_lcm: Fraction | None
         return 1 - sum(parts) / (page * len(specs))
 
     largest = max(spec.real_page_size_bytes for spec in specs)
-    # The worker may not be able to view the largest page as the layers' dtypes.
+    # The largest page may not be a multiple of the sizes of the layers' dtypes.
     lowest = -(-largest // granularity(specs)) * granularity(specs)
     highest = max(highest_page(specs), lowest)
     reach = max(least_page(s) * (1 if is_state(s) else -(-longest // s.block_size)) for s in specs)
@@ -160,12 +159,12 @@ def exhaustive(specs, longest: int, tolerance: Fraction, by_lcm: Fraction | None
 
 
 def match_unit_of(plan) -> int:
-    """The tokens at whose multiples hits end, in a model without states in mode `align`."""
+    """Return the tokens at whose multiples hits end, without states in cache mode `align`."""
     return math.lcm(*(spec.block_size for spec in plan.values()))
 
 
 def held(spec, request: Fraction) -> Fraction:
-    """How many tokens of a request a layer holds, with one state for as many as a block has."""
+    """Return how many tokens of a request a layer holds. A state counts as one block."""
     if is_state(spec):
         return Fraction(spec.block_size)
     bounds = [getattr(spec, "sliding_window", None), getattr(spec, "attention_chunk_size", None)]
@@ -173,7 +172,7 @@ def held(spec, request: Fraction) -> Fraction:
 
 
 def cost(before, after, request: Fraction) -> Fraction:
-    """The share of its pages that a request leaves as padding, and of it that a hit misses."""
+    """Return the padding share of a request's pages plus the share that a hit misses."""
     held_bytes = taken = Fraction(0)
     for name, spec in before.items():
         tokens = held(spec, request)
@@ -183,7 +182,7 @@ def cost(before, after, request: Fraction) -> Fraction:
 
 
 def cheapest(specs, request: Fraction) -> Fraction | None:
-    """The lowest cost of any plan, or None if no plan costs less than 1."""
+    """Return the lowest cost of any plan; None if no plan costs less than 1."""
     layers = dict(enumerate(specs))
     present = match_unit_of(layers)
     lowest = max(spec.real_page_size_bytes for spec in specs)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`boundary_layers` sets how many layers at each end stay unquantised, in k8v4 engines only."""
+"""The setting `boundary_layers`: unquantised layers at each end, in k8v4 engines only."""
 
 import logging
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ def unquantised(make_config):
     return make
 
 
-def test_by_default_as_many_as_vllm_leaves_out(unquantised, make_config):
+def test_the_default_equals_vllms_number(unquantised, make_config):
     stock = make_config(kv_cache_dtype=K8V4).cache_config.kv_cache_dtype_skip_layers
     assert stock == ["0", "1", "4", "5"]
     assert unquantised() == stock
@@ -39,34 +39,34 @@ def test_by_default_as_many_as_vllm_leaves_out(unquantised, make_config):
 @pytest.mark.parametrize(
     ("number", "layers"), [(0, ""), (1, "05"), (2, "0145"), (3, "012345"), (9, "012345")]
 )
-def test_the_setting_says_how_many(number, layers, unquantised):
+def test_the_setting_chooses_the_number(number, layers, unquantised):
     assert unquantised({"boundary_layers": number}) == list(layers)
 
 
-def test_a_variable_says_how_many(unquantised, monkeypatch):
+def test_a_variable_overrides_the_setting(unquantised, monkeypatch):
     monkeypatch.setenv("VLLM_HYBRID_KV_BOUNDARY_LAYERS", "1")
     assert unquantised({"boundary_layers": 2}) == ["0", "5"]
 
 
-def test_layers_to_skip_that_the_user_names_are_skipped_as_well(unquantised):
+def test_skipped_layers_of_the_user_are_added(unquantised):
     named = ["2", "sliding_window"]
     layers = unquantised({"boundary_layers": 1}, kv_cache_dtype_skip_layers=named)
     assert layers == ["0", "2", "5", "sliding_window"]
 
 
 @pytest.mark.parametrize("dtype", ["auto", "fp8"])
-def test_another_cache_leaves_out_none(dtype, unquantised):
+def test_another_cache_dtype_has_no_boundary_layers(dtype, unquantised):
     assert unquantised({"boundary_layers": 1}, kv_cache_dtype=dtype) == []
 
 
 def test_vllms_coarser_presets_keep_vllms_number(unquantised, monkeypatch):
-    # They have kernels on GPUs alone.
+    # They have kernels only on GPUs.
     monkeypatch.setattr(configuration, "runs_on_cpu", lambda: False)
     layers = unquantised({"boundary_layers": 0}, kv_cache_dtype="turboquant_4bit_nc")
     assert layers == ["0", "1", "4", "5"]
 
 
-def test_outside_of_a_configuration_vllms_number_holds(make_config):
+def test_vllms_number_applies_outside_of_an_engine_configuration(make_config):
     plugin.register()
     config = make_config({"boundary_layers": 0}, kv_cache_dtype=K8V4)
     rule = TurboQuantConfig.get_boundary_skip_layers
@@ -74,14 +74,14 @@ def test_outside_of_a_configuration_vllms_number_holds(make_config):
     assert rule(config.model_config, 1) == ["0", "5"]
 
 
-def test_a_value_that_is_not_valid_stops_start_up(make_config):
+def test_an_invalid_value_stops_start_up(make_config):
     plugin.register()
     with pytest.raises(ValueError, match=r"boundary_layers=-1 .* is not valid"):
         make_config({"boundary_layers": -1}, kv_cache_dtype=K8V4)
 
 
 def rule(config, number=2, hybrid=False, mla=False):
-    """What vLLM gets for a model while an engine with a k8v4 cache is configured."""
+    """Return the boundary layers of a model while vLLM configures an engine with a k8v4 cache."""
     plugin.register()
     model = SimpleNamespace(
         model="some/model", hf_text_config=config, is_hybrid=hybrid, use_mla=mla, hf_config=config

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The strategy `min_waste`: what it makes of each kind of layer, and what it says."""
+"""The strategy `min_waste`: its plan for each kind of layer, and its messages."""
 
 import logging
 from dataclasses import replace
@@ -33,7 +33,7 @@ from vllm_hybrid_kv.planning.page_sizes import check_page_sizes
 
 STATE_PAGE = 12_648_448
 KERNEL_BLOCKS = {"block_stride_alignment": MultipleOf(64)}
-"""Of backends with kernels for blocks of 16, 32 and 64 tokens, as vLLM's worker marks a spec."""
+"""How vLLM's worker marks the specs of backends with kernels for 16, 32 and 64 tokens."""
 
 
 def page(specs):
@@ -41,7 +41,7 @@ def page(specs):
     return size
 
 
-def test_a_small_attention_page_beside_a_large_state_is_filled_and_padded(log):
+def test_a_small_attention_page_next_to_a_large_state_is_filled_and_padded(log):
     specs = {"attention": attention(), **named([state(STATE_PAGE)] * 3)}
     unified = unify_with_least_waste(specs)
     assert page(unified) == STATE_PAGE
@@ -71,18 +71,18 @@ def test_pages_that_divide_the_largest_are_only_scaled(log):
     ]
 
 
-def test_equal_pages_stay_as_they_are(log):
+def test_equal_pages_are_unchanged(log):
     specs = {"a": attention(), "b": attention(cls=SlidingWindowSpec, sliding_window=64)}
     unified = unify_with_least_waste(specs)
     assert all(unified[name] is spec for name, spec in specs.items())
     assert log.lines(logging.INFO) == []
 
 
-def test_no_layers_have_no_pages():
+def test_a_model_without_layers_has_no_plan():
     assert unify_with_least_waste({}) == {}
 
 
-def test_a_state_page_only_pads():
+def test_a_state_is_only_padded():
     specs = {"attention": attention(64), "small": state(1_000), "tiny": state(7)}
     unified = unify_with_least_waste(specs)
     assert page(unified) == 64 * 776
@@ -90,20 +90,20 @@ def test_a_state_page_only_pads():
     assert unified["tiny"].block_size == specs["tiny"].block_size
 
 
-def test_a_ring_of_raw_keys_only_pads():
+def test_a_ring_of_raw_keys_is_only_padded():
     # Its block is its capacity, and it has one block per request.
     specs = {"attention": attention(64), "ring": attention(4, cls=CircularBufferSpec)}
     unified = unify_with_least_waste(specs)
     assert unified["ring"] == replace(specs["ring"], page_size_padded=64 * 776)
 
 
-def test_a_page_may_grow_beyond_the_largest_where_that_wastes_less():
+def test_a_page_may_exceed_the_largest_one_if_that_wastes_less():
     # 3 x 12,416 = 37,248; lcm has the same size, with blocks that are as full.
     specs = named([attention()] * 9 + [attention(slot=1_024)])
     unified = unify_with_least_waste(specs, tolerance=Fraction(0))
     assert page(unified) == 37_248
     assert page(unify_by_lcm(specs)) == 37_248
-    # Where most layers have the large page, padding theirs wastes more than padding the few.
+    # If most layers have the large page, padding theirs wastes more than padding the others.
     specs = named([attention()] + [attention(slot=1_024)] * 9)
     unified = unify_with_least_waste(specs, tolerance=Fraction(0))
     assert page(unified) == 32_768
@@ -155,17 +155,17 @@ def test_the_tolerance_never_takes_more_than_lcm_leaves():
     assert waste(specs, unified) <= waste(specs, unify_by_lcm(specs))
 
 
-def test_blocks_that_can_be_padded_are_no_longer_than_max_model_len():
+def test_padded_blocks_are_no_longer_than_max_model_len():
     specs = {"attention": attention(), "state": state(STATE_PAGE)}
     unified = unify_with_least_waste(specs, longest=8_190)
     assert unified["attention"].block_size == 8_192
     assert page(unified) == STATE_PAGE
-    # What is never written counts as padding, and does so with any strategy.
+    # Space that is never written counts as padding with any strategy.
     assert waste(specs, unified, 8_190) == 1 - Fraction(512 * 12_416 + STATE_PAGE, 2 * STATE_PAGE)
     assert waste(specs, unify_by_lcm(specs), 8_190) > waste(specs, unified, 8_190)
 
 
-def test_mla_scales_exactly_and_others_pad_to_it():
+def test_mla_is_scaled_exactly_and_other_layers_are_padded_to_it():
     window = attention(64, 1_024, 1, SlidingWindowSpec, sliding_window=128)
     specs = {"mla": mla(), "window": window, "wide": attention(64, 4_000, 1)}
     unified = unify_with_least_waste(specs)
@@ -188,7 +188,7 @@ def test_mla_is_padded_by_its_own_alignment():
         assert unified["mla"].real_page_size_bytes == scale * 64 * 584
 
 
-def test_two_kinds_of_mla_get_a_common_multiple_where_stock_and_lcm_give_up(stock):
+def test_two_kinds_of_mla_get_a_common_multiple_for_which_stock_and_lcm_have_no_plan(stock):
     specs = {
         "mla": mla(64, 1_152),
         "draft": mla(64, 768),
@@ -202,7 +202,7 @@ def test_two_kinds_of_mla_get_a_common_multiple_where_stock_and_lcm_give_up(stoc
     assert blocks(unified) == {"mla": 128, "draft": 192, "window": 16 * 46}
 
 
-def test_sliding_window_mla_without_an_alignment_is_padded_as_vllm_does():
+def test_sliding_window_mla_without_an_alignment_is_padded_as_in_vllm():
     window = mla(64, 1_000, SlidingWindowMLASpec, sliding_window=64)
     unified = unify_with_least_waste({"mla": mla(), "window": window})
     assert unified["window"] == replace(window, page_size_padded=73_728)
@@ -217,7 +217,7 @@ def test_a_block_that_is_split_into_kernel_blocks_is_not_padded():
     assert unified["state"].page_size_padded == 11 * 128 * 776
 
 
-def test_a_block_that_a_kernel_takes_whole_scales_exactly_or_is_padded_as_it_is():
+def test_a_block_that_a_kernel_takes_whole_is_scaled_exactly_or_padded_unscaled():
     whole = attention(32, 388, **KERNEL_BLOCKS)
     many = unify_with_least_waste({"state": state(1_000_000), **named([whole] * 9)})
     assert many["layer.0"] == replace(whole, block_size=41 * 32)
@@ -225,13 +225,13 @@ def test_a_block_that_a_kernel_takes_whole_scales_exactly_or_is_padded_as_it_is(
     assert few["whole"] == replace(whole, page_size_padded=25_000)
 
 
-def test_a_padding_that_is_there_is_filled():
+def test_existing_padding_is_filled():
     padded = attention(16, page_size_padded=40_000)
     unified = unify_with_least_waste({"padded": padded, "state": state(40_000)})
     assert unified["padded"] == replace(padded, block_size=48)
 
 
-def test_the_padding_that_vllm_gave_a_state_beforehand_is_no_bound():
+def test_padding_that_vllm_gave_a_state_before_planning_is_removed():
     # Qwen3.6-35B-A3B with one layer left unquantised: vLLM pads states to a multiple of both
     # attention pages before it plans.
     specs = {
@@ -253,7 +253,7 @@ def test_pages_can_be_viewed_as_the_layers_dtypes():
     assert page(unified) == 1_002
 
 
-def test_a_compressed_layer_that_rounds_its_tokens_is_left_alone():
+def test_a_compressed_layer_that_rounds_its_tokens_is_unchanged():
     # 24 tokens make 1 entry of 16, 48 make 3.
     compressed = mla(24, 100, tokens_per_state=16)
     unified = unify_with_least_waste({"mla": compressed, "state": state(40)})
@@ -263,19 +263,19 @@ def test_a_compressed_layer_that_rounds_its_tokens_is_left_alone():
 
 
 class OtherSpec(KVCacheSpec):
-    """A layer of another package, of which nothing is known."""
+    """An unknown layer of another package."""
 
     page_size_bytes = property(lambda self: 100 * self.block_size)
 
 
-def test_a_layer_of_an_unknown_kind_only_scales():
+def test_a_layer_of_an_unknown_kind_is_only_scaled():
     other = OtherSpec(block_size=16)
     unified = unify_with_least_waste({"other": other, "state": state(4_000)})
     assert unified["other"] == replace(other, block_size=48)
     assert page(unified) == 4_800
 
 
-def test_layers_that_differ_in_what_vllm_does_not_compare_keep_it():
+def test_layers_keep_fields_that_vllm_does_not_compare():
     if not hasattr(attention(), "is_draft"):
         pytest.skip("from vLLM 0.33 on")
     specs = {"target": attention(), "draft": attention(is_draft=True), "state": state(50_000)}
@@ -284,7 +284,7 @@ def test_layers_that_differ_in_what_vllm_does_not_compare_keep_it():
     assert (unified["target"].is_draft, unified["draft"].is_draft) == (False, True)
 
 
-def test_what_cannot_be_unified_is_said_with_layers_sizes_and_a_way_out():
+def test_layers_without_a_common_page_are_reported_with_sizes_and_advice():
     specs = {
         "mla.0": mla(64, 1_153),
         "mla.1": mla(64, 1_153),
@@ -311,7 +311,7 @@ def three_kinds_of_attention():
     )
 
 
-def test_a_few_percent_of_padding_are_accepted_for_a_finer_match_unit():
+def test_a_few_percent_of_padding_are_accepted_for_a_smaller_match_unit():
     specs = three_kinds_of_attention()
     least = unify_with_least_waste(specs)
     weighed = unify_with_least_waste(specs, reference=Fraction(REFERENCE_REQUEST))
@@ -360,7 +360,7 @@ def test_blocks_of_several_devices_count_as_one_block(make_config):
     assert match_unit_of(plan) == 32
 
 
-def test_the_longest_sequence_is_the_models_where_there_is_a_configuration(make_config):
+def test_the_longest_sequence_is_max_model_len_if_a_model_is_configured(make_config):
     assert longest_sequence(None) == LONGEST_SEQUENCE
     config = make_config()
     assert longest_sequence(config) == config.model_config.max_model_len

@@ -30,7 +30,7 @@ QUICK = settings(deadline=None, suppress_health_check=[HealthCheck.function_scop
 
 
 def padded(specs):
-    """Some layers come with padding, as skipped layers do."""
+    """Layers that have padding before planning, as skipped layers do."""
     return st.builds(
         lambda spec, more: replace(spec, page_size_padded=spec.page_size_bytes + more),
         specs,
@@ -39,7 +39,7 @@ def padded(specs):
 
 
 def layers(block_sizes, slots, state_pages, kernel_blocks):
-    """Specs of every kind that reaches page unification."""
+    """Specs of every kind that vLLM unifies page sizes of."""
     plain = st.builds(
         attention,
         block_size=block_sizes,
@@ -96,7 +96,7 @@ def layers(block_sizes, slots, state_pages, kernel_blocks):
 
 
 def mixes(*arguments):
-    """A few kinds of layers, some of them many times."""
+    """A few kinds of layers, some of them several times."""
     kind = st.tuples(layers(*arguments), st.integers(1, 5))
     return st.lists(kind, min_size=1, max_size=4).map(
         lambda kinds: named([spec for spec, count in kinds for _ in range(count)])
@@ -113,9 +113,9 @@ small_mixes = mixes(st.sampled_from([1, 2, 3, 4, 6]), st.integers(1, 5), st.inte
 
 
 def planned_by(rule, specs):
-    """A rule's plan, or None where it has none that a worker can read.
+    """Return a rule's plan; None if it has none that a worker can read.
 
-    vLLM's own rule asserts where it scales a page that has padding.
+    vLLM's own rule fails an assertion if it scales a page that has padding.
     """
     try:
         plan = rule(dict(specs))
@@ -216,7 +216,7 @@ def test_an_exhaustive_search_finds_no_cheaper_plan(specs, request):
 
 @QUICK
 @given(specs=real_mixes)
-def test_planning_a_plan_again_changes_nothing_for_the_worse(specs):
+def test_planning_a_plan_again_wastes_no_more(specs):
     try:
         plan = unify_with_least_waste(specs)
     except NotImplementedError:

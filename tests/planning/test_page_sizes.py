@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The strategy `lcm`, and the check of what any strategy makes of page sizes."""
+"""The strategy `lcm`, and the check of any strategy's page sizes."""
 
 import logging
 import math
@@ -40,12 +40,12 @@ def test_pages_that_divide_the_largest_are_only_scaled(log):
     assert log.lines(logging.INFO) == []
 
 
-def test_equal_pages_stay_as_they_are():
+def test_equal_pages_are_unchanged():
     specs = {"a": attention(), "b": attention()}
     assert unify_by_lcm(specs) == specs
 
 
-def test_a_smaller_state_is_padded_and_does_not_count_in_the_multiple():
+def test_a_smaller_state_is_padded_and_does_not_affect_the_multiple():
     specs = {"attention": attention(64), "small": state(1_000), "tiny": state(7)}
     unified = unify_by_lcm(specs)
     assert set(pages(unified).values()) == {64 * 776}
@@ -66,14 +66,14 @@ def test_attention_with_the_largest_page_is_padded():
     assert unified["large"] == replace(specs["large"], page_size_padded=3 * 12_416)
 
 
-def test_layers_that_lcm_cannot_unify_are_named_with_their_sizes_and_a_way_out():
+def test_layers_that_lcm_cannot_unify_are_reported_with_sizes_and_advice():
     specs = {"mla.0": mla(), "mla.1": mla(), "small": attention(16, slot=100)}
     with pytest.raises(NotImplementedError) as error:
         unify_by_lcm(specs)
     assert str(error.value) == (
         "lcm: layer mla.0 and 1 more (MLAAttentionSpec) has a page of 73,728 bytes for 64 tokens, "
         "which can be neither scaled nor padded to the 76,800 bytes that the other layers' pages "
-        "divide; choose unify_page_sizes=min_waste, which tries other sizes, or another "
+        "divide; set unify_page_sizes=min_waste, which tries other sizes, or another "
         "--block-size"
     )
 
@@ -90,7 +90,7 @@ page_specs = st.one_of(
 
 
 @given(st.lists(page_specs, min_size=1, max_size=6))
-def test_pages_come_out_equal_and_nothing_smaller(specs):
+def test_pages_become_equal_and_nothing_shrinks(specs):
     before = {f"layer.{index}": spec for index, spec in enumerate(specs)}
     after = unify_by_lcm(before)
     check_page_sizes(before, after, "lcm")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's worker can allocate and view what `min_waste` plans, and why some pages may not be padded.
+"""vLLM's worker can allocate and view the plans of `min_waste`.
 
-With vLLM's own backends and the functions that its model runner calls.
+The tests use vLLM's own backends and the functions that its model runner calls.
 """
 
 from dataclasses import replace
@@ -44,7 +44,7 @@ CPU = torch.device("cpu")
 
 
 def layer(backend, block_size, kv_heads=2, head_size=64, cls=FullAttentionSpec, **fields):
-    """A layer's backend, and its spec as the model runner has it."""
+    """Return a layer's backend, and its spec in the model runner."""
     spec = cls(
         block_size=block_size,
         num_kv_heads=kv_heads,
@@ -56,7 +56,7 @@ def layer(backend, block_size, kv_heads=2, head_size=64, cls=FullAttentionSpec, 
 
 
 def allocated(config, backends, planned):
-    """The layers' views of a cache of a few blocks, made as the model runner makes them."""
+    """Return the layers' views of a small cache, made as in the model runner."""
     groups = planning._get_kv_cache_groups_uniform_page_size(planned)
     page = groups[0].kv_cache_spec.page_size_bytes
     memory = BLOCKS * page * max(len(group.layer_names) for group in groups)
@@ -146,7 +146,7 @@ _config = None
 
 
 def test_the_worker_refuses_a_padded_page_that_is_split_into_kernel_blocks(make_config):
-    # What stock plans for vLLM's TurboQuant beside a larger page.
+    # The plan of stock for vLLM's TurboQuant next to a larger page.
     backend, spec = layer(TurboQuantAttentionBackend, 256, head_size=72)
     padded = replace(spec, page_size_padded=spec.page_size_bytes + 64)
     with pytest.raises(ValueError, match="cannot be split into 2 kernel blocks of 128 tokens"):

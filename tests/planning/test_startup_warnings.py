@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What start-up says of a plan: the three capacities, and a line for everything that is useless."""
+"""The log lines of start-up: capacities, and a warning per setting without effect."""
 
 import logging
 from dataclasses import replace
@@ -74,14 +74,14 @@ def config(make_config):
     return config
 
 
-def test_a_plan_with_nothing_wrong_is_not_warned_of(config):
+def test_a_good_plan_causes_no_warning(config):
     page = PLAIN.page_size_bytes
     assert lines(config, plan(PLAIN, state(page))) == []
     assert lines(config, plan(PLAIN)) == []
     assert lines(config, plan(PLAIN, WINDOW)) == []
 
 
-def test_a_prefix_cache_that_no_prompt_can_hit_is_warned_of(config):
+def test_a_prefix_cache_that_no_prompt_can_hit_causes_a_warning(config):
     groups = plan(PLAIN, state(PLAIN.page_size_bytes))
     config.model_config.max_model_len = BLOCK + 1
     (line,) = lines(config, groups, Settings(prefix_match_unit="stock"))
@@ -94,20 +94,20 @@ def test_a_prefix_cache_that_no_prompt_can_hit_is_warned_of(config):
     assert lines(config, groups) == []
 
 
-def test_a_finer_unit_is_not_advised_where_it_is_chosen_already(config):
+def test_the_active_match_unit_is_not_advised(config):
     config.model_config.max_model_len = BLOCK
     (line,) = lines(config, plan(PLAIN, state(PLAIN.page_size_bytes)))
     assert "prefix_match_unit" not in line
 
 
-def test_a_prefix_cache_that_is_off_is_not_warned_of(config):
+def test_a_disabled_prefix_cache_causes_no_warning(config):
     config.model_config.max_model_len = BLOCK
     config.cache_config.enable_prefix_caching = False
     assert lines(config, plan(PLAIN, state(PLAIN.page_size_bytes))) == []
 
 
 @pytest.mark.parametrize("dtype", ["turboquant_k8v4", "fp8"])
-def test_a_cache_dtype_that_no_layer_has_is_warned_of(config, dtype):
+def test_a_cache_dtype_that_no_layer_uses_causes_a_warning(config, dtype):
     config.cache_config.cache_dtype = dtype
     (line,) = lines(config, plan(PLAIN, WINDOW))
     assert line == (
@@ -123,7 +123,7 @@ def test_a_cache_dtype_that_no_layer_has_is_warned_of(config, dtype):
     assert line.endswith(f"; layers 0 sliding_window are skipped: {advice[dtype]}")
 
 
-def test_one_layer_that_has_the_cache_dtype_is_enough(config):
+def test_one_layer_with_the_cache_dtype_is_enough(config):
     config.cache_config.cache_dtype = "turboquant_k8v4"
     assert lines(config, plan(replace(PLAIN, block_size=100), replace(K8V4, block_size=256))) == []
     config.cache_config.cache_dtype = "fp8"
@@ -132,7 +132,7 @@ def test_one_layer_that_has_the_cache_dtype_is_enough(config):
     assert lines(config, plan(PLAIN)) == []
 
 
-def test_layers_are_asked_where_one_stands_for_its_group_in_the_schedulers_plan(config):
+def test_the_layers_specs_are_used_if_one_spec_represents_its_group(config):
     config.cache_config.cache_dtype = "turboquant_k8v4"
     specs = {"layer.0": PLAIN, "layer.1": K8V4}
     workers = plan(UniformTypeKVCacheSpecs(block_size=BLOCK, kv_cache_specs=specs))
@@ -144,7 +144,7 @@ def test_layers_are_asked_where_one_stands_for_its_group_in_the_schedulers_plan(
     assert "none of the 2 attention layers" in line
 
 
-def test_a_model_of_states_alone_uses_no_cache_dtype(config):
+def test_a_model_with_only_states_uses_no_cache_dtype(config):
     config.cache_config.cache_dtype = "fp8"
     (line,) = lines(config, plan(state(1000)))
     assert (
@@ -152,7 +152,7 @@ def test_a_model_of_states_alone_uses_no_cache_dtype(config):
     )
 
 
-def test_padding_counts_by_the_blocks_that_the_longest_request_holds(config):
+def test_padding_is_weighted_by_the_blocks_of_the_longest_request(config):
     config.model_config.max_model_len = 18 * BLOCK
     # 18 blocks of attention and 2 states, of whose pages half is padding.
     page = PLAIN.page_size_bytes
@@ -176,7 +176,7 @@ def test_padding_counts_by_the_blocks_that_the_longest_request_holds(config):
     assert line.endswith("; set unify_page_sizes=min_waste")
 
 
-def test_states_that_vllm_padded_itself_need_another_block_size(config):
+def test_states_that_vllm_itself_padded_need_another_block_size(config):
     padded = state(PLAIN.page_size_bytes, content=100)
     config.model_config.max_model_len = 4 * BLOCK
     groups, layers = plan(PLAIN, padded), {"layer.0": PLAIN, "layer.1": padded}
@@ -193,7 +193,7 @@ def test_states_that_vllm_padded_itself_need_another_block_size(config):
     )
 
 
-def test_each_trap_has_a_line_of_its_own(config):
+def test_each_problem_has_its_own_line(config):
     config.cache_config.cache_dtype = "fp8"
     config.model_config.max_model_len = BLOCK
     assert len(lines(config, plan(PLAIN, state(PLAIN.page_size_bytes, content=100)))) == 3
@@ -201,7 +201,7 @@ def test_each_trap_has_a_line_of_its_own(config):
 
 @pytest.fixture
 def start_up(unregistered, log):
-    """Does with an engine's configuration what its core does, and returns what is logged."""
+    """Plans as an engine core does, and returns the log records."""
 
     def start(config, kv_cache_config, specs):
         plugin.register()
@@ -238,10 +238,10 @@ if MINOR >= (0, 33):
         get_kv_cache_groups = classmethod(OwnBuilder.get_kv_cache_groups)
 
 
-@pytest.mark.skipif(MINOR < (0, 33), reason="in vLLM 0.32 nobody else can group layers")
+@pytest.mark.skipif(MINOR < (0, 33), reason="vLLM 0.32 always groups layers itself")
 @pytest.mark.parametrize("unify", ["min_waste", "stock"])
 @pytest.mark.parametrize("who", ["OwnBuilder", "SameGroups", "OwnGroups", "nobody"])
-def test_a_platform_or_model_that_groups_layers_itself_is_named_at_start_up(
+def test_start_up_names_a_platform_or_model_that_groups_layers_itself(
     unregistered, log, make_config, monkeypatch, who, unify
 ):
     plugin.register()
@@ -281,13 +281,13 @@ def test_a_platform_or_model_that_groups_layers_itself_is_named_at_start_up(
 
 
 @pytest.mark.parametrize("settings", [None, STOCK], ids=["defaults", "all stock"])
-def test_start_up_logs_each_line_once_whatever_the_strategies(start_up, make_config, settings):
+def test_start_up_logs_each_line_once_with_any_strategies(start_up, make_config, settings):
     config = make_config(settings, enable_prefix_caching=True)
     config.cache_config.cache_dtype = "fp8"
     records = start_up(config, plan(PLAIN), {"layer.0": PLAIN})
     assert [record.levelno for record in records] == [logging.INFO, logging.INFO, logging.WARNING]
     info, short, warning = (record.getMessage() for record in records)
-    # 99 blocks of 256 tokens besides the null block; the longest request of 27,680 has 109.
+    # 99 blocks of 256 tokens without the null block. The longest request, 27,680, needs 109.
     assert info == (
         "KV cache of 100 blocks: 25,394 tokens in requests of max_model_len (27,680 tokens), 0.91 "
         "of them at once; 0 whole requests always fit next to vLLM's null block"
@@ -297,9 +297,7 @@ def test_start_up_logs_each_line_once_whatever_the_strategies(start_up, make_con
     assert "none of the 1 attention layers" in warning
 
 
-def test_the_unit_that_a_strategy_chooses_is_the_one_that_hits_are_counted_by(
-    start_up, make_config
-):
+def test_the_smallest_hit_follows_the_match_unit_of_the_strategy(start_up, make_config):
     config = make_config({"prefix_match_unit": "auto"})
     config.cache_config.enable_prefix_caching = True
     config.model_config.max_model_len = BLOCK
@@ -310,7 +308,7 @@ def test_the_unit_that_a_strategy_chooses_is_the_one_that_hits_are_counted_by(
     assert current_settings().prefix_match_unit == "auto"
 
 
-def test_layers_that_the_schedulers_plan_lacks_are_remembered_from_planning(start_up, make_config):
+def test_specs_that_the_schedulers_plan_lacks_come_from_planning(start_up, make_config):
     config = make_config()
     config.cache_config.cache_dtype = "turboquant_k8v4"
     specs = {"layer.0": PLAIN, "layer.1": K8V4}
@@ -320,7 +318,7 @@ def test_layers_that_the_schedulers_plan_lacks_are_remembered_from_planning(star
     assert [record.levelno for record in records] == [logging.INFO, logging.INFO]
 
 
-def test_a_unit_that_vllm_refuses_stops_start_up_as_it_does_without_us(start_up, make_config):
+def test_a_match_unit_that_vllm_refuses_stops_start_up_as_without_the_plugin(start_up, make_config):
     config = make_config(enable_prefix_caching=True)
     config.cache_config.prefix_match_unit = 7
     specs = {"layer.0": PLAIN, "layer.1": state(PLAIN.page_size_bytes)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What start-up says if more requests may run than the KV cache has blocks for their states."""
+"""Start-up stops if more requests may run than the KV cache has blocks for their states."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ ATTENTION = FullAttentionSpec(block_size=256, num_kv_heads=2, head_size=64, dtyp
 
 @pytest.fixture
 def resolve(unregistered):
-    """Calls what a model runner calls before it captures CUDA graphs."""
+    """Calls vLLM's check before a model runner captures CUDA graphs."""
     plugin.register()
 
     def call(requests, spec=STATES, mode=CUDAGraphMode.FULL_AND_PIECEWISE, **arguments):
@@ -33,7 +33,7 @@ def resolve(unregistered):
     return call
 
 
-def test_the_message_names_the_option_and_a_number_that_starts(resolve):
+def test_the_message_names_the_option_and_a_value_that_works(resolve):
     with pytest.raises(HybridKVError) as stopped:
         resolve(101)
     message = str(stopped.value)
@@ -55,14 +55,14 @@ ACCEPTED = [
 
 @pytest.mark.parametrize("arguments", ACCEPTED)
 @pytest.mark.parametrize("ours", [True, False], ids=["ours", "vllms"])
-def test_whatever_vllm_accepts_is_accepted(resolve, arguments, ours):
+def test_every_configuration_that_vllm_accepts_is_accepted(resolve, arguments, ours):
     if not ours:
         STATE.active_patches.undo()
         STATE.active_patches = None
     resolve(**{"requests": 101, **arguments})
 
 
-def test_vllms_own_check_refuses_at_the_same_number(resolve):
+def test_vllms_own_check_refuses_the_same_number(resolve):
     STATE.active_patches.undo()
     STATE.active_patches = None
     with pytest.raises(ValueError, match="exceeds available Mamba cache blocks") as stopped:

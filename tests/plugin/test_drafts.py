@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines whose draft tokens can corrupt cached states are refused before the model is loaded."""
+"""Engines whose draft tokens can corrupt cached states are refused before vLLM loads the model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def windows():
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """Makes the configuration of an engine, as `vllm serve` does before it loads the model."""
+    """Creates the configuration of an engine, as `vllm serve` does before it loads the model."""
     plugin.register()
 
     def make(config, speculative_config=None, settings=None, **arguments):

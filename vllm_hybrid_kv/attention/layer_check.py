@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheSpec
 
 ADVICE = (
-    "Serve the model with --kv-cache-dtype auto. If layers are left unquantised, setting "
-    "boundary_layers=0 and removing --kv-cache-dtype-skip-layers may help, too"
+    "Serve the model with --kv-cache-dtype auto or, if layers are left unquantised, "
+    "set boundary_layers=0 and remove --kv-cache-dtype-skip-layers"
 )
 
 

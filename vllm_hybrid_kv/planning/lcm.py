@@ -75,7 +75,7 @@ def unify_by_lcm(kv_cache_spec: Mapping[str, KVCacheSpec]) -> dict[str, KVCacheS
     if stiff:
         raise NotImplementedError(
             f"lcm: {describe_layers(kv_cache_spec, stiff)}, which can be neither scaled nor padded "
-            f"to the {target:,} bytes that the other layers' pages divide; choose "
+            f"to the {target:,} bytes that the other layers' pages divide; set "
             "unify_page_sizes=min_waste, which tries other sizes, or another --block-size"
         )
     for page, layers in sorted(padded.items()):
