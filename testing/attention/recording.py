@@ -10,7 +10,7 @@ import torch
 import triton.runtime.interpreter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vllm_hybrid_kv.attention import gpu
+from vllm_hybrid_kv.attention import kernel_factory
 
 
 class Recorder(TorchDispatchMode):
@@ -47,7 +47,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def __enter__(self) -> Recorder:
-        self._launch, self._capturing = self._executor.__call__, gpu._capturing
+        self._launch, self._capturing = self._executor.__call__, kernel_factory.is_capturing
 
         def launch(executor: Any, *args: Any, **kwargs: Any) -> None:
             self.launches.append((executor, args, kwargs))
@@ -58,12 +58,12 @@ class Recorder(TorchDispatchMode):
                 self._inside = False
 
         self._executor.__call__ = launch
-        gpu._capturing = lambda device: True
+        kernel_factory.is_capturing = lambda device: True
         return super().__enter__()
 
     def __exit__(self, *failed: Any) -> None:
         super().__exit__(*failed)
-        self._executor.__call__, gpu._capturing = self._launch, self._capturing
+        self._executor.__call__, kernel_factory.is_capturing = self._launch, self._capturing
 
     def replay(self) -> None:
         for operation in self._operations:

@@ -170,7 +170,8 @@ def test_layers_with_another_window_or_head_count_have_their_own_plan():
     for impl in (layer(), layer(sliding_window=20), layer(num_heads=4), layer()):
         query = torch.randn(1, impl.num_heads, HEAD_SIZE, dtype=torch.bfloat16)
         impl.forward(None, query, query, query, cache, metadata, torch.empty_like(query))
-    assert set(metadata.plans) == {(HEADS, None), (HEADS, 20), (4, None)}
+    plans = {(HEADS, None), (HEADS, 20), (4, None)}
+    assert set(metadata.plans) == {(*key, False) for key in plans}
 
 
 def test_profiling_without_metadata_returns_zeros():

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_hybrid_kv.attention.kernel_factory import require_known_answers, variant_of
+from vllm_hybrid_kv.attention.kernel_factory import Kernels, require_known_answers, variant_of
 from vllm_hybrid_kv.kernels import cpu
 from vllm_hybrid_kv.kernels.known_answer import Attend, Call, steps
 
@@ -22,7 +22,7 @@ _ROWS = (1, 2, 4, 8, 16, 65)
 """The most rows of each code path of the CPU kernels. Above 64 rows, keys are not split."""
 
 
-class CpuKernels:
+class CpuKernels(Kernels):
     """Stores and attends on CPUs.
 
     Args:
@@ -31,8 +31,8 @@ class CpuKernels:
     """
 
     def __init__(self, isa: str, *, debug: bool) -> None:
+        super().__init__(cpu, debug=debug, isa=isa)
         self._isa = isa
-        self._debug = debug
 
     def warm_up(
         self,
@@ -74,49 +74,14 @@ class CpuKernels:
     def reserve(self, layer: Layer, device: torch.device) -> None:
         """Do nothing, because partial results take a few KiB per thread."""
 
-    def store(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        cpu.quantise_and_store(key, value, cache, slot_mapping, debug=self._debug)
-
-    def attend(
-        self,
-        layer: Layer,
-        metadata: K8V4Metadata,
-        query: torch.Tensor,
-        cache: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
-        key = (layer.num_heads, layer.sliding_window)
-        plan = metadata.plans.get(key)
-        if plan is None:
-            plan = metadata.plans[key] = cpu.plan_attention(
-                metadata.seq_lens,
-                metadata.query_start_loc,
-                num_heads=layer.num_heads,
-                num_kv_heads=layer.num_kv_heads,
-                head_size=layer.head_size,
-                page_size=cache.shape[2],
-                causal=metadata.causal,
-                window=layer.sliding_window,
-            )
-        cpu.paged_attention(
-            query,
-            cache,
-            metadata.block_table,
+    def plan(self, layer: Layer, metadata: K8V4Metadata, cache: torch.Tensor) -> Any:
+        return cpu.plan_attention(
             metadata.seq_lens,
             metadata.query_start_loc,
-            out,
-            scale=layer.scale,
+            num_heads=layer.num_heads,
+            num_kv_heads=layer.num_kv_heads,
+            head_size=layer.head_size,
+            page_size=cache.shape[2],
             causal=metadata.causal,
             window=layer.sliding_window,
-            soft_cap=layer.soft_cap,
-            sinks=layer.sinks,
-            plan=plan,
-            isa=self._isa,
-            debug=self._debug,
         )

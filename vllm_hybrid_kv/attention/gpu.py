@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
-from vllm_hybrid_kv.attention.kernel_factory import require_known_answers, variant_of
+from vllm_hybrid_kv.attention.kernel_factory import Kernels, require_known_answers, variant_of
 from vllm_hybrid_kv.kernels import triton
 from vllm_hybrid_kv.kernels.known_answer import Attend, Call, steps
 
@@ -21,16 +21,11 @@ if TYPE_CHECKING:
     from vllm_hybrid_kv.attention.kernel_factory import Layer
 
 
-class GpuKernels:
-    """Stores and attends on GPUs, or in Triton's interpreter.
-
-    Args:
-        debug: Whether to check slots and block tables, which waits for the device. Nothing is
-            checked while a graph is captured.
-    """
+class GpuKernels(Kernels):
+    """Stores and attends on GPUs, or in Triton's interpreter."""
 
     def __init__(self, *, debug: bool) -> None:
-        self._debug = debug
+        super().__init__(triton, debug=debug)
 
     def warm_up(
         self,
@@ -82,60 +77,19 @@ class GpuKernels:
     def reserve(self, layer: Layer, device: torch.device) -> None:
         _scratch(layer, device)
 
-    def store(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        debug = self._debug and not _capturing(cache.device)
-        triton.quantise_and_store(key, value, cache, slot_mapping, debug=debug)
-
-    def attend(
-        self,
-        layer: Layer,
-        metadata: K8V4Metadata,
-        query: torch.Tensor,
-        cache: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
-        capturing = _capturing(query.device)
-        # A graph must make the plan itself; an earlier plan would hold the lengths at capture.
-        key = (layer.num_heads, layer.sliding_window, capturing)
-        plan = metadata.plans.get(key)
-        if plan is None:
-            plan = metadata.plans[key] = triton.plan_attention(
-                metadata.seq_lens,
-                metadata.query_start_loc,
-                metadata.num_tokens,
-                layer.num_heads,
-                layer.num_kv_heads,
-                layer.head_size,
-                max_query_len=metadata.max_query_len,
-                causal=metadata.causal,
-                window=layer.sliding_window,
-                scratch=_scratch(layer, query.device),
-            )
-        triton.paged_attention(
-            query,
-            cache,
-            metadata.block_table,
+    def plan(self, layer: Layer, metadata: K8V4Metadata, cache: torch.Tensor) -> Any:
+        return triton.plan_attention(
             metadata.seq_lens,
             metadata.query_start_loc,
-            out,
-            scale=layer.scale,
+            metadata.num_tokens,
+            layer.num_heads,
+            layer.num_kv_heads,
+            layer.head_size,
+            max_query_len=metadata.max_query_len,
             causal=metadata.causal,
             window=layer.sliding_window,
-            soft_cap=layer.soft_cap,
-            sinks=layer.sinks,
-            plan=plan,
-            debug=self._debug and not capturing,
+            scratch=_scratch(layer, cache.device),
         )
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _scratch(layer: Layer, device: torch.device) -> torch.Tensor:

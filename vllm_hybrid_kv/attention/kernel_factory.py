@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -40,9 +41,22 @@ class Layer(Protocol):
     sinks: torch.Tensor | None
 
 
-class Kernels(Protocol):
-    """Stores and attends on one kind of device."""
+class Kernels(ABC):
+    """Stores and attends on one kind of device.
 
+    Args:
+        module: The package of the kernels, with `quantise_and_store` and `paged_attention`.
+        debug: Whether to check slots and block tables, which waits for a GPU. Nothing is checked
+            while a graph is captured.
+        options: More arguments of `paged_attention`.
+    """
+
+    def __init__(self, module: Any, *, debug: bool, **options: Any) -> None:
+        self._module = module
+        self._debug = debug
+        self._options = options
+
+    @abstractmethod
     def warm_up(
         self,
         layers: Mapping[str, Layer],
@@ -65,8 +79,13 @@ class Kernels(Protocol):
             HybridKVKernelError: A kernel's result is wrong.
         """
 
+    @abstractmethod
     def reserve(self, layer: Layer, device: torch.device) -> None:
         """Allocate the scratch memory of any step of a layer, while vLLM profiles memory."""
+
+    @abstractmethod
+    def plan(self, layer: Layer, metadata: K8V4Metadata, cache: torch.Tensor) -> Any:
+        """Return how the kernels divide the work of a step."""
 
     def store(
         self,
@@ -76,6 +95,8 @@ class Kernels(Protocol):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Quantise tokens into their slots; see the kernels' `quantise_and_store`."""
+        debug = self._debug and not is_capturing(cache.device)
+        self._module.quantise_and_store(key, value, cache, slot_mapping, debug=debug)
 
     def attend(
         self,
@@ -86,6 +107,33 @@ class Kernels(Protocol):
         out: torch.Tensor,
     ) -> None:
         """Attend to the cache; see the kernels' `paged_attention`."""
+        capturing = is_capturing(query.device)
+        # A graph must make the plan itself; an earlier plan would hold the lengths at capture.
+        key = (layer.num_heads, layer.sliding_window, capturing)
+        plan = metadata.plans.get(key)
+        if plan is None:
+            plan = metadata.plans[key] = self.plan(layer, metadata, cache)
+        self._module.paged_attention(
+            query,
+            cache,
+            metadata.block_table,
+            metadata.seq_lens,
+            metadata.query_start_loc,
+            out,
+            scale=layer.scale,
+            causal=metadata.causal,
+            window=layer.sliding_window,
+            soft_cap=layer.soft_cap,
+            sinks=layer.sinks,
+            plan=plan,
+            debug=self._debug and not capturing,
+            **self._options,
+        )
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Return whether a CUDA graph is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def variant_of(

@@ -63,7 +63,9 @@ def unify_by_lcm(kv_cache_spec: Mapping[str, KVCacheSpec]) -> dict[str, KVCacheS
     if len({spec.page_size_bytes for spec in kv_cache_spec.values()}) <= 1:
         return dict(kv_cache_spec)
     target = lcm_page_size(kv_cache_spec.values())
-    unified, stiff, padded = {}, [], Counter[int]()
+    unified: dict[str, KVCacheSpec] = {}
+    stiff: list[str] = []
+    padded: Counter[int] = Counter()
     for name, before in kv_cache_spec.items():
         after = with_page_size(before, target)
         if after is None:
