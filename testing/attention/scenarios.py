@@ -203,7 +203,7 @@ def moved_pages_are_equal() -> bool:
     return torch.equal(before, attend("b")) and not torch.equal(before, attend("a"))
 
 
-def refused(name: str, asked: dict[str, Any]) -> list[str]:
+def refused(name: str, changes: dict[str, Any]) -> list[str]:
     """Return why a backend refuses a layer on a GPU."""
     usual: dict[str, Any] = {
         "head_size": HEAD_SIZE, "dtype": DTYPE, "kv_cache_dtype": "turboquant_k8v4",
@@ -212,7 +212,7 @@ def refused(name: str, asked: dict[str, Any]) -> list[str]:
         "device_capability": (9, 0), "attn_type": "decoder",
     }  # fmt: skip
     backend = stock_backend.TurboQuantAttentionBackend if name == "stock" else K8V4AttentionBackend
-    options = {**usual, **asked}
+    options = {**usual, **changes}
     options["device_capability"] = DeviceCapability(*options["device_capability"])
     return backend.validate_configuration(**options)
 

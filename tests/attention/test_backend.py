@@ -216,7 +216,7 @@ def test_gfx942_and_gfx950_are_served(name):
 
 @pytest.mark.parametrize("flash_attention_4", [True, False])
 @pytest.mark.parametrize(
-    ("dtype", "asked", "left"),
+    ("dtype", "chosen", "expected"),
     [
         ("turboquant_k8v4", None, None),
         ("turboquant_k8v4", AttentionBackendEnum.FLASHINFER, AttentionBackendEnum.FLASHINFER),
@@ -224,7 +224,7 @@ def test_gfx942_and_gfx950_are_served(name):
     ],
 )
 def test_gemma_4_does_not_force_a_backend_on_k8v4_layers(
-    flash_attention_4, dtype, asked, left, monkeypatch
+    flash_attention_4, dtype, chosen, expected, monkeypatch
 ):
     from vllm.model_executor.models.config import Gemma4Config
     from vllm.v1.attention.backends import fa_utils
@@ -235,7 +235,7 @@ def test_gemma_4_does_not_force_a_backend_on_k8v4_layers(
             model_arch_config=Sizes([64, 512]),
             hf_text_config=SimpleNamespace(layer_types=["sliding_attention", "full_attention"]),
         ),
-        attention_config=SimpleNamespace(backend=asked, flash_attn_version=None),
+        attention_config=SimpleNamespace(backend=chosen, flash_attn_version=None),
         cache_config=SimpleNamespace(cache_dtype=dtype),
     )
     applied = apply([several_head_sizes_patch(SimpleNamespace(targets=targets_of("0.32")))])
@@ -243,8 +243,9 @@ def test_gemma_4_does_not_force_a_backend_on_k8v4_layers(
         Gemma4Config.verify_and_update_config(config)
     finally:
         applied.undo()
-    chosen = None if flash_attention_4 and dtype == "auto" else left
-    assert config.attention_config.backend == chosen
+    if flash_attention_4 and dtype == "auto":
+        expected = None
+    assert config.attention_config.backend == expected
 
 
 class Sizes(list):

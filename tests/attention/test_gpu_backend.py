@@ -101,9 +101,9 @@ def test_a_soft_cap_bounds_the_scores(backend: str, run: Run) -> None:
 
 
 @both("it refuses them")
-@pytest.mark.parametrize("asked", ["has_sliding_window", "has_sink"])
-def test_sliding_windows_and_sinks_are_served(asked: str, backend: str, run: Run) -> None:
-    assert run("refused", backend, {asked: True}) == []
+@pytest.mark.parametrize("feature", ["has_sliding_window", "has_sink"])
+def test_sliding_windows_and_sinks_are_served(feature: str, backend: str, run: Run) -> None:
+    assert run("refused", backend, {feature: True}) == []
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `min_waste` promises for any mix of layers: beside stock and lcm, and beside every plan."""
+"""Properties of `min_waste` for any mix of layers, compared with stock, lcm and all plans."""
 
 import contextlib
 from dataclasses import replace

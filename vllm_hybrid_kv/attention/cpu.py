@@ -67,7 +67,7 @@ class CpuKernels(Kernels):
             call.query.shape[2],
             call.cache.shape[2],
             window=call.window,
-            num_threads=2,  # one thread alone would not split the keys
+            num_threads=2,  # a single thread would not split the keys
         )
         cpu.paged_attention(**call._asdict(), plan=plan, isa=self._isa)
 

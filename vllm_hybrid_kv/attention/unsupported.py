@@ -229,7 +229,7 @@ def _cpu_head_sizes() -> list[int]:
 
 
 def _layer_under_construction() -> str:
-    """Return the name of the vLLM layer that is being made or asked for its cache.
+    """Return the name of the vLLM layer that is being built, or whose cache is being planned.
 
     vLLM selects a backend without the layer's name. It is in the frame of the layer's constructor
     as `prefix`, in some layers only within `kwargs`, and later in the layer itself. This runs only

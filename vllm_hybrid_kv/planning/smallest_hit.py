@@ -70,7 +70,7 @@ def _draft_margin(
     drops = speculative is not None and speculative.use_eagle_block_drop()
     groups = kv_cache_config.kv_cache_groups
     if not drops and hasattr(vllm_config, "num_hash_lookahead_tokens"):
-        # In 0.33 the mark alone drops nothing.
+        # In 0.33 marked groups without this flag drop nothing.
         return 0
     # If no group is marked, vLLM treats all as groups with draft layers.
     drafting = [group for group in groups if group.is_eagle_group] or (groups if drops else [])

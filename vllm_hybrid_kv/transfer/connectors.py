@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's KV connectors: which can carry k8v4 pages, and where ExampleConnector stores them.
+"""The KV connectors of vLLM that can carry k8v4 pages, and the folders of ExampleConnector.
 
 A connector can carry k8v4 pages if it copies pages whole, whatever their content, and if a peer
 that cannot read them is detected: by a handshake, keys or folders that contain the fingerprint.
