@@ -139,14 +139,7 @@ def is_capturing(device: torch.device) -> bool:
 def variant_of(
     layer: Layer, page_size: int, dtype: torch.dtype, num_kv_heads: int
 ) -> known_answer.Variant:
-    """Return the kernels that a layer calls.
-
-    Args:
-        layer: The layer.
-        page_size: Tokens of a page.
-        dtype: Dtype of queries, keys and values.
-        num_kv_heads: KV heads of the test, each with the layer's number of query heads.
-    """
+    """Return the kernels that a layer calls, tested with `num_kv_heads` and pages in tokens."""
     return known_answer.Variant(
         layer.head_size,
         num_kv_heads * (layer.num_heads // layer.num_kv_heads),
@@ -174,10 +167,10 @@ def require_known_answers(
         path: Name of the kernels.
         layers: The layers by name.
         variant_of: The kernels that a layer calls.
-        batches: Each batch's new tokens per request, and its attention kernel.
+        batches: The new tokens of a batch's requests, and its attention kernel.
         store: The store kernel.
         device: The kernels' device.
-        advice: What to do if the kernels are wrong.
+        advice: The remedy for wrong kernels.
 
     Raises:
         HybridKVKernelError: A kernel's result is wrong.

@@ -66,12 +66,7 @@ class BuiltLayer:
 
 
 def built_layers(layers: Mapping[str, Any], vllm_config: VllmConfig) -> dict[str, BuiltLayer]:
-    """Return a rank's attention layers with a KV cache, by name.
-
-    Args:
-        layers: vLLM's layers by name, of the model and of a draft model.
-        vllm_config: The engine's configuration.
-    """
+    """Return the attention layers with a KV cache among a rank's layers, draft layers included."""
     built = {}
     for name, layer in layers.items():
         spec = layer.get_kv_cache_spec(vllm_config)
@@ -92,9 +87,6 @@ def check_k8v4_layers(layers: Mapping[str, Any]) -> None:
 
     vLLM does not ask a backend about the size of values, and a model may choose a backend itself.
 
-    Args:
-        layers: vLLM's layers by name.
-
     Raises:
         UnsupportedLayerError: A layer cannot have a k8v4 cache.
     """
@@ -113,9 +105,7 @@ def check_k8v4_layers(layers: Mapping[str, Any]) -> None:
 def check_plan(layers: Mapping[str, BuiltLayer], groups: Iterable[KVCacheGroupSpec]) -> None:
     """Compare every layer of a rank with the KV cache group that it reads and writes.
 
-    Args:
-        layers: The rank's attention layers by name.
-        groups: The rank's KV cache groups. They may list the layers that share pages or not.
+    The groups may list the layers that share pages or not.
 
     Raises:
         LayerPagesError: A layer and its pages differ. The message names all such layers.

@@ -146,12 +146,7 @@ def blocks_per_request(vllm_config: VllmConfig, spec: KVCacheSpec, tokens: int) 
     keeps. Speculative states are added. At `max_model_len` this is vLLM's own count, with two
     exceptions. Mamba in cache mode `all` counts one state per block, which is what is allocated.
     Chunked local attention counts one more block, as windows do, because its tokens may start
-    inside a block.
-
-    Args:
-        vllm_config: The engine's configuration.
-        spec: The group's spec.
-        tokens: Tokens of the request, prompt and answer together.
+    inside a block. `tokens` counts prompt and answer together.
     """
     dcp = vllm_config.parallel_config.decode_context_parallel_size
     return max(
@@ -197,8 +192,8 @@ def check_capacity_groups(
     """Check a strategy's choice of groups.
 
     Raises:
-        HybridKVStrategyError: A group is not part of the plan or is chosen twice, or no chosen
-            group is in device memory.
+        HybridKVStrategyError: A group is not part of the plan or is chosen twice, or none is in
+            device memory.
     """
     if not isinstance(chosen, Sequence):
         raise HybridKVStrategyError(f"{who} must return a list of KV groups, got {chosen!r}")

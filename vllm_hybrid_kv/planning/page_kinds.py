@@ -80,10 +80,9 @@ class LayerKind(ABC):
         return min([request, *(Fraction(bound) for bound in bounds if bound)])
 
     def within(self, match_unit: int) -> LayerKind:
-        """Return this kind restricted to blocks that divide a match unit.
+        """Return this kind restricted to blocks that divide a match unit of so many tokens.
 
-        Args:
-            match_unit: Tokens, a multiple of the present block.
+        The match unit is a multiple of the present block.
         """
         return self
 
@@ -290,12 +289,7 @@ class Fixed(OneBlock, Listed):
 
 
 def layer_kind(spec: KVCacheSpec, longest: int) -> LayerKind:
-    """Return the kind of a layer.
-
-    Args:
-        spec: The layer's spec.
-        longest: Tokens of the longest sequence.
-    """
+    """Return the kind of a layer. The longest sequence has `longest` tokens."""
     if isinstance(spec, (MambaSpec, CircularBufferSpec)):
         return State(spec, spec.real_page_size_bytes, 1)
     cap = max(1, -(-longest // spec.block_size))

@@ -12,16 +12,7 @@ from vllm_hybrid_kv.errors import HybridKVStrategyError
 
 
 def describe_layers(layers: Mapping[str, KVCacheSpec], names: Iterable[str]) -> str:
-    """Describe the pages of layers, equal ones together.
-
-    Args:
-        layers: The specs of all layers.
-        names: The layers to describe.
-
-    Returns:
-        The first name of equal layers, how many more there are, class, bytes and tokens; joined by
-        `; `.
-    """
+    """Describe the pages of some layers: class, bytes and tokens, equal layers together."""
     alike: dict[tuple[str, int, int], list[str]] = {}
     for name in names:
         spec = layers[name]
@@ -37,12 +28,7 @@ def describe_layers(layers: Mapping[str, KVCacheSpec], names: Iterable[str]) -> 
 def check_page_sizes(
     before: Mapping[str, KVCacheSpec], after: Mapping[str, KVCacheSpec], who: str
 ) -> None:
-    """Check a strategy's page sizes before vLLM plans with them.
-
-    Args:
-        before: The specs that the strategy got.
-        after: The specs that it returned.
-        who: The strategy, for the message.
+    """Check the specs that the strategy `who` returned before vLLM plans with them.
 
     Raises:
         HybridKVStrategyError: A layer is missing or new, a block is smaller than before, a page

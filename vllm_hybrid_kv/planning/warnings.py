@@ -152,10 +152,6 @@ def padding_share(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> fl
     The pool is full of requests of `max_model_len`: each group's pages count by the blocks that
     such a request holds of it. If a group has fewer layers than the largest group, its unused
     space does not count, because no setting changes that.
-
-    Args:
-        vllm_config: The engine's configuration.
-        kv_cache_config: The plan.
     """
     return sum(share for share, _ in _padding_by_group(vllm_config, kv_cache_config))
 

@@ -68,10 +68,6 @@ PREFIX = "hybrid_kv-"
 def check_connectors(vllm_config: VllmConfig, *, on_cpu: bool) -> None:
     """Check that the connectors of an engine with a k8v4 cache can carry its pages.
 
-    Args:
-        vllm_config: The engine's configuration.
-        on_cpu: Whether it runs on a CPU.
-
     Raises:
         HybridKVError: A connector cannot. The message says why, and which connectors can.
     """
@@ -96,12 +92,8 @@ def check_pages(
     """Check that NIXL can take the planned pages.
 
     If layers are adjacent in memory, NIXL cuts the memory into pages by the bytes that attention
-    reads, and fails an assertion if a page is larger.
-
-    Args:
-        vllm_config: The engine's configuration.
-        kv_cache_config: The plan.
-        boundary_layers: The setting. Pages of unquantised layers are padded to those of the others.
+    reads, and fails an assertion if a page is larger. The setting `boundary_layers` causes such
+    pages: those of unquantised layers are padded to the size of the others.
 
     Raises:
         HybridKVError: A page is padded. The message names the layer, its bytes and what to set.
@@ -185,12 +177,7 @@ def make_example_connector(original: Any) -> Any:
 
 
 def open_store(root: Path, fingerprint: PageFingerprint) -> Path:
-    """Return the folder of a fingerprint in a store, and log once which other pages it holds.
-
-    Args:
-        root: The folder that several engines share.
-        fingerprint: The fingerprint of this engine's pages.
-    """
+    """Return an engine's folder in a shared store, and log once which other pages it holds."""
     own = root / f"{PREFIX}{fingerprint.digest}"
     if own not in STATE.opened_stores:
         own.mkdir(parents=True, exist_ok=True)

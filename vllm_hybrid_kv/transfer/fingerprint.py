@@ -67,8 +67,7 @@ class PageFingerprint:
 def fingerprint_of(vllm_config: VllmConfig) -> PageFingerprint | None:
     """Return the fingerprint of an engine's pages; None without a k8v4 cache.
 
-    Args:
-        vllm_config: The engine's configuration, after vLLM has chosen the block size.
+    vLLM must have chosen the block size already.
     """
     cache, model = vllm_config.cache_config, vllm_config.model_config
     if cache.cache_dtype != CACHE_DTYPE or model is None:
