@@ -78,7 +78,6 @@ def _plan_with(description: Any, options: dict[str, Any], row: dict[str, Any]) -
     positions = fields.get("max_position_embeddings") or LONGEST
     arguments = {
         "model": description.folder,
-        "gpu_memory_utilization": 0.1,
         "max_num_seqs": 256,
         **options,
     }

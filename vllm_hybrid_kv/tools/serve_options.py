@@ -19,27 +19,12 @@ from vllm_hybrid_kv.tools.output import ToolError
 
 DEFAULT_DTYPE = "turboquant_k8v4"
 
-_WITHOUT_EFFECT = (
-    # Weights, tokenizers and processes do not change the KV cache of one engine.
-    "tokenizer",
-    "quantization",
-    "load_format",
-    "model_loader_extra_config",
-    "data_parallel_size",
-    "data_parallel_rank",
-    "data_parallel_start_rank",
-    "data_parallel_size_local",
-    "data_parallel_address",
-    "data_parallel_rpc_port",
-    "data_parallel_hybrid_lb",
-    "data_parallel_external_lb",
-    "distributed_executor_backend",
-    "gpu_memory_utilization",
-    "kv_cache_memory_bytes",
-    "nnodes",
-    "node_rank",
-    "skip_tokenizer_init",
+_WITHOUT_EFFECT = re.compile(
+    "model|tokenizer|quantization|load_format|model_loader_extra_config|skip_tokenizer_init|"
+    "data_parallel_.*|distributed_executor_backend|gpu_memory_utilization|kv_cache_memory_bytes|"
+    "nnodes|node_rank"
 )
+"""Fields about weights, tokenizers and processes, which do not change the cache of one engine."""
 
 UNKNOWN = (
     "vLLM's class of this model does not build from this configuration; set "
@@ -116,7 +101,7 @@ def parse(context: typer.Context, *more: str) -> tuple[str, dict[str, Any]]:
     return model, {
         field.name: getattr(engine, field.name)
         for field in fields(EngineArgs)
-        if field.init and field.name not in (*_WITHOUT_EFFECT, "model")
+        if field.init and not _WITHOUT_EFFECT.fullmatch(field.name)
     }
 
 

@@ -24,15 +24,12 @@ def shape() -> Iterator[Callable[..., Model]]:
                     "model": description.folder,
                     "kv_cache_dtype": kv_cache_dtype,
                     "tensor_parallel_size": ranks,
-                    "gpu_memory_utilization": 0.1,
                     # Fewer than the state blocks of any plan here, or vLLM refuses CUDA graphs.
                     "max_num_seqs": 256,
                 }
                 if name == "llama-4-scout":
                     # Its own 10 million tokens fit into nothing here.
                     arguments["max_model_len"] = 131072
-                if ranks > 1:
-                    arguments["distributed_executor_backend"] = "mp"
                 built[key] = Model(arguments)
             return built[key]
 

@@ -139,7 +139,6 @@ def outcome_of(path: Path, dtype: str) -> dict[str, Any] | str:
         arguments = {
             "model": description.folder,
             "kv_cache_dtype": dtype,
-            "gpu_memory_utilization": 0.1,
             "max_num_seqs": 256,
             "max_model_len": 448,
         }

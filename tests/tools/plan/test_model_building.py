@@ -57,7 +57,7 @@ def test_states_on_gpus_do_not_depend_on_the_cpu(monkeypatch, tmp_path, bf16):
 
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     (tmp_path / "config.json").write_text(large_state_config().to_json_string())
-    arguments = {"model": str(tmp_path), "gpu_memory_utilization": 0.1}
+    arguments = {"model": str(tmp_path)}
     on_gpu = Model({**arguments, "block_size": 16}, "gpu").specs["model.layers.0.linear_attn"]
     on_cpu = Model(arguments, "cpu").specs["model.layers.0.linear_attn"]
     assert on_gpu.dtypes == (torch.bfloat16, torch.bfloat16)

@@ -264,7 +264,7 @@ def test_the_advice_of_the_padding_warning_reduces_the_padding(
     def planned(arguments, settings):
         with described(model(tmp_path)) as description:
             common = {"model": description.folder, "kv_cache_dtype": K8V4, "max_num_seqs": 256,
-                      "max_model_len": 32768, "gpu_memory_utilization": 0.1}  # fmt: skip
+                      "max_model_len": 32768}  # fmt: skip
             built = Model({**common, **arguments}, device, settings)
             return plan_of(built, 8 * GIB, settings).plan
 

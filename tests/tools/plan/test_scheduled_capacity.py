@@ -26,7 +26,6 @@ def qwen(request):
                 "max_model_len": MAX_MODEL_LEN,
                 "max_num_seqs": 256,
                 "max_num_batched_tokens": 8192,
-                "gpu_memory_utilization": 0.1,
                 "enable_prefix_caching": False,
                 "async_scheduling": False,
             }

@@ -21,13 +21,7 @@ from vllm_hybrid_kv.tools.plan.model_description import DEVICES, config_path, re
 from vllm_hybrid_kv.tools.plan.plot import draw
 from vllm_hybrid_kv.tools.plan.report import PlanColumn, PlanResult, report
 from vllm_hybrid_kv.tools.plan.vllm_import import prepare
-from vllm_hybrid_kv.tools.serve_options import (
-    check_config_file,
-    early_model,
-    in_tool_options,
-    one_line,
-    parse,
-)
+from vllm_hybrid_kv.tools.serve_options import check_config_file, early_model, parse
 
 if TYPE_CHECKING:
     from vllm_hybrid_kv.tools.plan.engine import Model
@@ -133,19 +127,14 @@ class _Models:
         self._description = description
         self._device = device
         self._settings = {} if boundary_layers is None else {"boundary_layers": boundary_layers}
-        self._arguments = {
-            **arguments,
-            "model": description.folder,
-            # Otherwise vLLM checks how much memory of this machine is free.
-            "gpu_memory_utilization": 0.1,
-        }
+        self._arguments = {**arguments, "model": description.folder}
         self._built: dict[str, Model] = {}
 
     def plan(self, kv_cache_dtype: str, memory: int, settings: dict[str, Any]) -> Planned:
         from vllm_hybrid_kv.tools.plan.engine import Model
         from vllm_hybrid_kv.tools.plan.kv_cache_plan import plan_of
 
-        try:
+        with self._description.errors_in_one_line():
             if kv_cache_dtype not in self._built:
                 stored = self._description.kv_cache_dtype
                 resolved = stored if kv_cache_dtype == "auto" and stored else kv_cache_dtype
@@ -153,9 +142,6 @@ class _Models:
                     {**self._arguments, "kv_cache_dtype": resolved}, self._device, self._settings
                 )
             return plan_of(self._built[kv_cache_dtype], memory, settings)
-        except Exception as error:
-            message = self._description.in_words(one_line(error))
-            raise ToolError(in_tool_options(message)) from error
 
     def column(
         self, name: str, kv_cache_dtype: str, memory: int, settings: dict[str, Any]

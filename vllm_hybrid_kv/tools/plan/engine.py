@@ -154,7 +154,8 @@ class Model:
         return described_gpu() if self._device == GPU else nullcontext()
 
     def _configure(self, settings: dict[str, Any] | None = None) -> VllmConfig:
-        arguments = dict(self._arguments)
+        # With the default of EngineArgs, vLLM compares it with this machine's free memory.
+        arguments = {"gpu_memory_utilization": 0.1, **self._arguments}
         additional = dict(arguments.pop("additional_config", None) or {})
         section = {**additional.pop("hybrid_kv", {}), **self._settings, **(settings or {})}
         engine_args = EngineArgs(

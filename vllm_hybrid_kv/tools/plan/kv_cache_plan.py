@@ -118,13 +118,9 @@ class Planned:
     engine: Engine
 
     def tokens_in(self, memory: int) -> int | None:
-        """Return the tokens that fit in requests of `max_model_len` with another memory.
+        """Return the tokens that fit in requests of `max_model_len` with other bytes of memory.
 
-        Args:
-            memory: Bytes for the cache, of each rank.
-
-        Returns:
-            None if not one such request fits, so that vLLM does not start.
+        None means that not one such request fits, so that vLLM does not start.
         """
         blocks = memory // self.plan.block_bytes
         pool = replace(self.engine.kv_cache_config, num_blocks=blocks)

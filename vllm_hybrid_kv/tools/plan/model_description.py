@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_hybrid_kv.tools.output import ToolError
+from vllm_hybrid_kv.tools.serve_options import in_tool_options, one_line
 
 GPU, CPU = DEVICES = ("gpu", "cpu")
 """Devices that an engine can be planned for."""
@@ -78,6 +79,14 @@ class ModelDescription:
     def in_words(self, message: str) -> str:
         """Return a message with the architecture instead of the temporary folder."""
         return message.replace(self.folder, self.architecture)
+
+    @contextmanager
+    def errors_in_one_line(self) -> Iterator[None]:
+        """Turn vLLM's errors about this model into a `ToolError` with the tools' options."""
+        try:
+            yield
+        except Exception as error:
+            raise ToolError(in_tool_options(self.in_words(one_line(error)))) from error
 
 
 def config_path(model: str, revision: str | None = None) -> Path:

@@ -21,7 +21,7 @@ KIND_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377"
 DTYPE_COLOURS = ("#555555", "#ee7733", "#009988", "#332288", "#882255")
 """Colours of cache dtypes, different from those of kinds."""
 
-PADDING = {"facecolor": "#dddddd", "hatch": "////", "edgecolor": "white"}
+PADDING: dict[str, Any] = {"facecolor": "#dddddd", "hatch": "////", "edgecolor": "white"}
 BAR = {"height": 0.6, "linewidth": 0.4}
 
 MOST_BARS = 12

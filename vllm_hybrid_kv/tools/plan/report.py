@@ -16,13 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlanColumn:
-    """One of several plans that are compared, or why there is no plan.
-
-    Attributes:
-        name: The column's header: a dtype or a strategy.
-        planned: The plan, or None.
-        reason: Why there is no plan.
-    """
+    """One of several plans that are compared, or the reason why there is no plan."""
 
     name: str
     planned: Planned | None
@@ -35,18 +29,7 @@ class PlanColumn:
 
 @dataclass(frozen=True)
 class PlanResult:
-    """The plan for the user's options, and the plans that it is compared with.
-
-    Attributes:
-        model: The model as given.
-        architecture: The planned class.
-        device: `gpu` or `cpu`.
-        tensor_parallel_size: The number of ranks. A plan is for one of them.
-        notes: How the description was changed.
-        planned: The plan for the user's options.
-        dtypes: Plans by cache dtype, the user's among them.
-        strategies: Plans by strategy, with `--compare`.
-    """
+    """The plan for the user's options, and the plans that it is compared with."""
 
     model: str
     architecture: str

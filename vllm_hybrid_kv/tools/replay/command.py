@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +16,6 @@ from vllm_hybrid_kv.tools.output import (
     MarkdownOption,
     PlotOption,
     Table,
-    ToolError,
     check_paths,
     figure,
     format_size,
@@ -26,12 +24,7 @@ from vllm_hybrid_kv.tools.output import (
 )
 from vllm_hybrid_kv.tools.plan.model_description import config_path, described, read_config
 from vllm_hybrid_kv.tools.plan.vllm_import import prepare
-from vllm_hybrid_kv.tools.serve_options import (
-    check_config_file,
-    in_tool_options,
-    one_line,
-    parse,
-)
+from vllm_hybrid_kv.tools.serve_options import check_config_file, parse
 
 if TYPE_CHECKING:
     from vllm_hybrid_kv.tools.plan.engine import Model
@@ -71,6 +64,8 @@ class Outcome:
         return {
             **fields,
             **tally,
+            # `asdict` cannot copy a Counter.
+            "evicted_blocks": dict(self.tally.evicted_blocks),
             "hit_rate": self.tally.hit_rate,
             "step_ms": self.tally.step_ms,
             "request_ms": self.tally.request_ms,
@@ -148,15 +143,6 @@ def replay(
     )
 
 
-@contextmanager
-def _vllm_errors_in_one_line(description: ModelDescription) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        message = description.in_words(one_line(error))
-        raise ToolError(in_tool_options(message)) from error
-
-
 def _build(
     description: ModelDescription, model: str, context: typer.Context, concurrency: int
 ) -> Model:
@@ -165,15 +151,8 @@ def _build(
     _, arguments = parse(context, model)
     if arguments["max_num_seqs"] is None:
         arguments["max_num_seqs"] = concurrency
-    with _vllm_errors_in_one_line(description):
-        return Model(
-            {
-                **arguments,
-                "model": description.folder,
-                "enable_prefix_caching": True,
-                "gpu_memory_utilization": 0.1,
-            }
-        )
+    with description.errors_in_one_line():
+        return Model({**arguments, "model": description.folder, "enable_prefix_caching": True})
 
 
 def _run(
@@ -189,7 +168,7 @@ def _run(
     from vllm_hybrid_kv.tools.replay.scheduler import Replay
 
     unit = "stock" if coordinator == "stock" else prefix_match_unit
-    with _vllm_errors_in_one_line(description):
+    with description.errors_in_one_line():
         engine = model.engine(memory, {"coordinator": coordinator, "prefix_match_unit": unit})
         model.check(engine)
     replayed = Replay(engine, requests, concurrency)
