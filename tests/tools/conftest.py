@@ -58,7 +58,7 @@ def make_environment(wheel, tmp_path_factory):
 
 @pytest.fixture
 def restored_environment():
-    """Undoes what a command that runs in this process sets for it."""
+    """Restores the environment and log level that a command changes in this process."""
     kept, level = dict(os.environ), logging.getLogger("vllm").level
     yield
     os.environ.clear()
@@ -68,5 +68,5 @@ def restored_environment():
 
 @pytest.fixture
 def run(restored_environment):
-    """A function that runs `plan` in this process, which has imported vLLM already."""
+    """A function that runs `plan` in this process, which has already imported vLLM."""
     return lambda *arguments: CliRunner().invoke(app, ["plan", *map(str, arguments)])

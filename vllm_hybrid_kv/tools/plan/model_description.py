@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import json
-import reprlib
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 from vllm_hybrid_kv.tools.output import ToolError
@@ -226,13 +226,13 @@ def _pop_quantisation(config: dict[str, Any], path: Path) -> dict[str, Any]:
     found = config.pop("quantization_config", None) or {}
     if not isinstance(found, dict):
         raise DescriptionError(
-            f"{path}: 'quantization_config' must be an object, not {_short(found)}; plan without it"
+            f"{path}: 'quantization_config' must be an object, not {short(found)}; plan without it"
         )
     for name, kind, words in (("quant_method", str, "a name"), ("quantization", dict, "an object")):
         if not isinstance(found.get(name, kind()), kind):
             raise DescriptionError(
                 f"{path}: {name!r} of 'quantization_config' must be {words}, not "
-                f"{_short(found[name])}; plan without 'quantization_config'"
+                f"{short(found[name])}; plan without 'quantization_config'"
             )
     return found
 
@@ -242,13 +242,9 @@ def _check_size(config: dict[str, Any], path: Path) -> None:
         count = config.get(name)
         if isinstance(count, int | float) and count > MOST_LAYERS:
             raise DescriptionError(
-                f"{path}: {name!r} is {_short(count)}; models of more than {MOST_LAYERS:,} layers "
+                f"{path}: {name!r} is {short(count)}; models of more than {MOST_LAYERS:,} layers "
                 "are not planned"
             )
-
-
-def _short(value: object) -> str:
-    return reprlib.repr(value)
 
 
 def _text_architecture(wrapper: str, text: dict[str, Any]) -> str:
@@ -274,7 +270,7 @@ def _text_architecture(wrapper: str, text: dict[str, Any]) -> str:
             return candidate
     raise DescriptionError(
         f"{wrapper} is multimodal, and vLLM has no class for its language model (model_type "
-        f"{_short(text.get('model_type'))}); give a config.json of the language model"
+        f"{short(text.get('model_type'))}); give a config.json of the language model"
     )
 
 
