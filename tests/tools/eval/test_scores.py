@@ -2,6 +2,7 @@
 """Scores equal torch's functions in float64, and values computed by hand."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_hybrid_kv.tools.eval import scores
+from vllm_hybrid_kv.tools.eval.engine import check_scores
 from vllm_hybrid_kv.tools.eval.scores import Scores
 
 
@@ -94,3 +96,13 @@ def test_any_of_the_references_tied_top_tokens_agrees():
     reference = torch.tensor([[1.0, 5.0, 5.0]]).repeat(3, 1)
     logits = torch.tensor([[1.0, 5.0, 4.0], [1.0, 4.0, 5.0], [6.0, 5.0, 5.0]])
     assert score(logits, [0, 0, 0], reference).agreements == [True, True, False]
+
+
+def test_scores_that_differ_from_vllms_are_rejected():
+    prompt_logprobs = [None, {5: SimpleNamespace(logprob=-1.0)}, {6: SimpleNamespace(logprob=-2.0)}]
+    check_scores({"logprobs": [-1.0, -2.001]}, [4, 5, 6], prompt_logprobs)
+    with pytest.raises(RuntimeError, match=r"after 2 tokens is -1\.0000, but vLLM returned -2\.0"):
+        check_scores({"logprobs": [-1.0, -1.0]}, [4, 5, 6], prompt_logprobs)
+    for missing in (None, {"logprobs": [-1.0]}):
+        with pytest.raises(RuntimeError, match="did not get the model's logits"):
+            check_scores(missing, [4, 5, 6], prompt_logprobs)

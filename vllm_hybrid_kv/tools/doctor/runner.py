@@ -10,7 +10,7 @@ import json
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 NAME = "hybrid_kv"
 
@@ -69,17 +69,8 @@ class Probe:
 Run = Callable[[Probe], Iterable[Finding] | None]
 
 
-@dataclass(frozen=True)
-class Check:
-    """A check and when it runs.
-
-    Attributes:
-        run: Yields findings or returns None, and may add facts.
-        activity: What the check does, for messages: `importing vLLM`.
-        needs: Facts that have to exist; the check is skipped if one is missing.
-        severity: Severity of the finding if the check raises an exception.
-        name: `check` of that finding.
-    """
+class Check(NamedTuple):
+    """A function that yields findings and may add facts, and when it runs."""
 
     run: Run
     activity: str
@@ -94,7 +85,13 @@ CHECKS: list[Check] = []
 def check(
     activity: str, *needs: str, error: tuple[str, str] = ("problem", "vllm")
 ) -> Callable[[Run], Run]:
-    """Add a function to `CHECKS`; see `Check` for the arguments, `error` is (severity, name)."""
+    """Add a function to `CHECKS`.
+
+    Args:
+        activity: What the check does, for messages: `importing vLLM`.
+        needs: Facts without which the check is skipped.
+        error: `severity` and `check` of the finding if the function raises.
+    """
 
     def add(function: Run) -> Run:
         CHECKS.append(Check(function, activity, needs, *error))
@@ -131,10 +128,16 @@ def run_checks(probe: Probe, send: Callable[..., None]) -> None:
             for finding in entry.run(probe) or ():
                 findings.append(finding)
         except BaseException as error:  # also SystemExit: the other checks still run
-            findings.append(failed(entry, error))
+            message = f"{capitalise(entry.activity)} raises {located(error)}"
+            remedy = reinstall() if entry.severity == "problem" else ""
+            findings.append(Finding(entry.severity, entry.name, message, remedy))
         facts = {name: value for name, value in probe.facts.items() if name not in known}
         send(facts=facts, findings=[vars(finding) for finding in findings])
     send(end=True)
+
+
+def capitalise(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 REMOVE_TORCHVISION = (
@@ -144,25 +147,18 @@ REMOVE_TORCHVISION = (
 
 def reinstall() -> str:
     """Return what to do if a part of vLLM raises; a broken torchvision is a common cause."""
-    return REMOVE_TORCHVISION if isinstance(import_torchvision(), Exception) else "Reinstall vLLM"
+    return REMOVE_TORCHVISION if torchvision_error() else "Reinstall vLLM"
 
 
 @functools.cache
-def import_torchvision() -> str | Exception | None:
-    """Return its version, None if it is not installed, or why it cannot be imported."""
-    if importlib.util.find_spec("torchvision") is None:
-        return None
+def torchvision_error() -> str:
+    """Return why an installed torchvision cannot be imported; empty if it can."""
     try:
-        return str(importlib.import_module("torchvision").__version__)
+        if importlib.util.find_spec("torchvision") is not None:
+            importlib.import_module("torchvision")
     except Exception as error:
-        return error
-
-
-def failed(check: Check, error: BaseException) -> Finding:
-    """Return the finding for a check that raised an exception."""
-    activity = check.activity[0].upper() + check.activity[1:]
-    remedy = reinstall() if check.severity == "problem" else ""
-    return Finding(check.severity, check.name, f"{activity} raises {located(error)}", remedy)
+        return located(error)
+    return ""
 
 
 def describe(error: BaseException) -> dict[str, str]:

@@ -83,6 +83,8 @@ def evaluate(
     try:
         with folder.opened(identity):
             caches = _measure(Run(folder, model, sequences, arguments), variants, len(sequences))
+    except OSError as error:
+        raise ToolError(f"{folder.path}: {error.strerror or error}") from None
     except KeyboardInterrupt:
         raise ToolError("interrupted; run the same command again to continue", 130) from None
     failed = [f"{cache.name}: {cache.error}" for cache in caches if cache.summary is None]
@@ -201,7 +203,7 @@ def _measure(run: Run, variants: Sequence[CacheVariant], total: int) -> list[Cac
     from vllm_hybrid_kv.tools.eval.run import CacheError
     from vllm_hybrid_kv.tools.eval.summary import summarise
 
-    results = []
+    results: list[CacheResult] = []
     with progress_bar("{task.fields[state]}") as bar:
         for variant in variants:
             task = bar.add_task(variant.name, total=total, state="")
@@ -210,16 +212,14 @@ def _measure(run: Run, variants: Sequence[CacheVariant], total: int) -> list[Cac
                 bar.update(task, completed=count, state="" if count else "starting the engine")
 
             try:
-                measured = run.measure(variant, variants[0], scored)
+                facts, scores = run.measure(variant, variants[0], scored)
             except CacheError as error:
                 bar.update(task, state="failed")
                 if not results:
                     raise ToolError(f"{variant.name}: {error}") from None
                 results.append(CacheResult(variant.name, str(error)))
                 continue
-            facts = dict(measured.facts)
             if facts["device"] == "cpu":
                 facts["device"] = cpu_model()
-            summary = summarise(measured.scored)
-            results.append(CacheResult(variant.name, "", summary, facts, measured.scored))
+            results.append(CacheResult(variant.name, "", summarise(scores), facts, scores))
     return results

@@ -178,10 +178,10 @@ def draw(path: Path, evaluation: Evaluation) -> None:
             left.plot(middles, means, color=colour, marker="o", markersize=4)
             left.plot(middles, tails, color=colour, linestyle="--", linewidth=1)
             values = numpy.sort(numpy.concatenate([one.divergences for one in cache.scored]))
-            share = 1 - numpy.arange(len(values)) / len(values)
+            above = 1 - numpy.arange(len(values)) / len(values)
             shown = values >= SMALLEST
             label = f"{cache.name}, mean {summary.divergence_mean:.2g}"
-            right.plot(values[shown], share[shown], color=colour, label=label)
+            right.plot(values[shown], above[shown], color=colour, label=label)
         left.set_xscale("log", base=2)
         left.xaxis.set_major_formatter(lambda tokens, _: f"{tokens:,.0f}")
         left.set(yscale="log", xlabel="tokens of context", ylabel="nats")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +53,6 @@ class CacheError(ToolError):
     """One cache cannot be measured; others may."""
 
 
-@dataclass(frozen=True)
-class Measured:
-    """The facts of one cache's engine, and its scores by sequence."""
-
-    facts: Mapping[str, Any]
-    scored: Sequence[Scores]
-
-
 class Run:
     """An evaluation of several caches of one model, in a folder."""
 
@@ -93,8 +84,8 @@ class Run:
 
     def measure(
         self, variant: CacheVariant, reference: CacheVariant, progress: Callable[[int], None]
-    ) -> Measured:
-        """Score the sequences that have no scores yet, and return all scores.
+    ) -> tuple[dict[str, Any], list[Scores]]:
+        """Score the sequences that have no scores yet; return the engine's facts and all scores.
 
         Args:
             variant: The cache.
@@ -103,16 +94,8 @@ class Run:
 
         Raises:
             CacheError: The engine does not start, or fails.
-            ToolError: The folder cannot be written.
+            OSError: The folder cannot be written.
         """
-        try:
-            return self._measure(variant, reference, progress)
-        except OSError as error:
-            raise ToolError(f"{self._folder.path}: {error.strerror or error}") from None
-
-    def _measure(
-        self, variant: CacheVariant, reference: CacheVariant, progress: Callable[[int], None]
-    ) -> Measured:
         folder, states_folder = self._folder.of(variant.name), self._folder.of(reference.name)
         numbers = range(len(self._sequences))
         states = [states_folder / f"{number:05}.safetensors" for number in numbers]
@@ -125,7 +108,8 @@ class Run:
             if len(scored.get(number, ())) != len(tokens) - 1
             or (is_reference and not states[number].exists())
         ]
-        progress(len(numbers) - len(pending))
+        done = len(numbers) - len(pending)
+        progress(done)
         if pending or facts is None:
             job = {
                 "engine": self._engine,
@@ -137,7 +121,6 @@ class Run:
                 "is_reference": is_reference,
             }
             job_file.write_text(json.dumps(job))
-            done = len(numbers) - len(pending)
             with (
                 journal.open("a") as lines,
                 Child(ENGINE, str(job_file), log=log, environment=_environment(variant)) as child,
@@ -148,10 +131,11 @@ class Run:
                     lines.flush()
                     done += "number" in message
                     progress(done)
-            if child.problem is not None:
-                raise CacheError(f"{child.problem}; the engine's output is in {log}")
+            if child.problem is not None or done < len(numbers):
+                problem = child.problem or "the engine ended early"
+                raise CacheError(f"{problem}; the engine's output is in {log}")
             facts, scored = read_scores(journal)
-        return Measured(facts or {}, [scored[number] for number in numbers])
+        return facts or {}, [scored[number] for number in numbers]
 
 
 def read_scores(journal: Path) -> tuple[dict[str, Any] | None, dict[int, Scores]]:
