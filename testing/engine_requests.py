@@ -37,7 +37,6 @@ class HandedOver:
     """A request that came through a KV connector, or is about to go through one.
 
     Attributes:
-        output: Its output.
         params: The connector's parameters for the engine that continues.
         blocks: Its last blocks, by KV group.
         arrived: The blocks' contents when they had arrived from another engine, before any step;
@@ -77,7 +76,6 @@ def generate(
     """Send greedy or seeded requests.
 
     Args:
-        llm: A `vllm.LLM`.
         prompts: Token ids.
         max_tokens: The number of tokens to generate.
         prompt_logprobs: Return the prompts' log-probabilities; vLLM then reads nothing from the

@@ -19,7 +19,6 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from testing import engine_requests, planted_faults
-from testing.engine_requests import HandedOver, Output, Pages
 
 
 def start_engine(**arguments: Any) -> Any:
@@ -76,7 +75,10 @@ def _let_vllm_scan_llvmlite() -> None:
 
 
 class Worker:
-    """One engine at a time. Each method is a command of `EngineHost`."""
+    """One engine at a time.
+
+    The commands of `EngineHost` are these methods and the functions of `engine_requests`.
+    """
 
     def __init__(self) -> None:
         self.llm: Any = None
@@ -122,18 +124,6 @@ class Worker:
             stop_engine(self.llm)
             self.llm = None
             gc.collect()
-
-    def generate(self, **how: Any) -> list[Output]:
-        return engine_requests.generate(self.llm, **how)
-
-    def hand_over(self, **how: Any) -> list[HandedOver]:
-        return engine_requests.hand_over(self.llm, **how)
-
-    def pages(self, blocks: tuple[list[int], ...]) -> Pages:
-        return engine_requests.pages(self.llm, blocks)
-
-    def metrics(self) -> dict[str, float]:
-        return engine_requests.metrics(self.llm)
 
     def layers(self) -> dict[str, dict[str, Any]]:
         layers = {}
@@ -256,7 +246,11 @@ def main() -> None:
         except EOFError:
             break
         try:
-            connection.send((True, getattr(worker, command)(**arguments)))
+            if hasattr(worker, command):
+                result = getattr(worker, command)(**arguments)
+            else:
+                result = getattr(engine_requests, command)(worker.llm, **arguments)
+            connection.send((True, result))
         except Exception as error:
             traceback.print_exc()
             connection.send((False, (traceback.format_exc(), reason(error))))

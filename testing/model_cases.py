@@ -18,10 +18,7 @@ class Case:
     """A model and how exactly its outputs can be compared.
 
     Attributes:
-        model: A key of `testing.models.CONFIGS`.
-        dtype: Of weights and activations.
         bounds: The effect of rounding.
-        tokens: Tokens to generate.
         candidates: Prompts from which `choose_prompts` selects.
         compare_greedily: Whether the tests of greedy output run it.
         speculates: Whether vLLM can decode it speculatively on CPUs.

@@ -16,12 +16,7 @@ COMMAND = "from vllm_hybrid_kv.tools.main import app; app(prog_name='vllm-hybrid
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment.
-
-    Attributes:
-        python: Its Python.
-        site: Its `site-packages`.
-    """
+    """A virtual environment."""
 
     python: Path
     site: Path

@@ -56,12 +56,8 @@ def run_model(
     """Check and time one model.
 
     Args:
-        model: Name of the model.
         options: The command's options.
-        place: The device.
         scratch: Folder for the model's weights.
-        results: Collects the rows.
-        say: Called with each line of progress.
     """
     sizes = workload.SMALLEST if options.smallest else workload.FULL
     jobs = options.jobs or (1 if place.device == "cpu" else 4)

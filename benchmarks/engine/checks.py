@@ -27,8 +27,6 @@ class Reference:
     """The outputs of an eager engine that computed each prompt alone, from its first token on.
 
     Attributes:
-        prompts: The prompts.
-        outputs: Their outputs.
         scored: Indices of the prompts whose texts are scored.
         unquantised: The log-probabilities of each scored text's tokens from the second on, with
             an unquantised cache; None if vLLM could not compute them.

@@ -34,7 +34,6 @@ class Place:
     Attributes:
         device: vLLM's device type, such as "cuda" or "cpu".
         compiled: Whether vLLM's compiled extension is installed.
-        memory_bytes: Of the device.
     """
 
     device: str
@@ -72,7 +71,6 @@ class Configuration:
     """The settings in which engines differ.
 
     Attributes:
-        name: The name in the report.
         cache_dtype: vLLM's `kv_cache_dtype`.
         plugin: Load this plugin; otherwise no plugin is loaded.
         graphs: vLLM's `cudagraph_mode`; None runs eagerly.
@@ -144,8 +142,6 @@ def to_check(
     """Return the engines that are compared with `REFERENCE`, and those that are skipped.
 
     Args:
-        model: Name of the model.
-        place: The device.
         runner: The model runner that all engines of the model must use, if any.
         second: Whether the model's engines run on vLLM's second model runner.
     """

@@ -21,16 +21,10 @@ class Engines:
     """The engines of one model.
 
     Attributes:
-        name: Name of the model.
-        folder: Folder of the model.
         arguments: Arguments of `vllm.LLM` that all its engines have.
-        place: The device.
-        sizes: The amount of work.
         jobs: Number of engines that may start at the same time.
         timeout_s: How long a command of an engine may take.
         log: Beginning of the path of each engine's log.
-        results: Collects the rows of the report.
-        say: Called with each line of progress.
     """
 
     name: str

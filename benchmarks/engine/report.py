@@ -34,10 +34,8 @@ class Check:
     """A comparison of an engine with the reference of its model, or the reason for its absence.
 
     Attributes:
-        model: Name of the model.
         configuration: Name of the engine's configuration.
         check: What was compared; empty if nothing was.
-        verdict: The result.
         detail: The difference, or the reason.
         prompts: Number of prompts compared.
         tokens: Number of tokens compared.
@@ -64,9 +62,6 @@ class Speed:
     """Decode times of the engines of one mode for one batch.
 
     Attributes:
-        model: Name of the model.
-        mode: Name of the mode.
-        batch: Number of requests.
         length: Tokens of each request's context.
         milliseconds: By cache and round, the time in which a request gets a token.
     """
@@ -105,11 +100,8 @@ class Gap:
     """A speed that was not measured.
 
     Attributes:
-        model: Name of the model.
-        mode: Name of the mode.
         cache: Name of the cache; empty for all.
         verdict: The kind of reason.
-        reason: The reason.
         cell: Batch size and context length; None for all.
     """
 

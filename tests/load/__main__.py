@@ -57,14 +57,9 @@ class Outcome:
     """The result of a run.
 
     Attributes:
-        model: Name of the model.
-        seed: Seed of the requests.
         vllm: vLLM's version.
         minutes: How long requests were sent.
-        finished: Number of complete answers.
         cancelled: Number of requests cancelled by the client.
-        preemptions: As vLLM counts them.
-        errors: Failures of requests.
         compared: Number of requests that were computed alone too.
         differing: Indices of requests with a wrong answer.
         close: Answers that differ at a close choice: index of the request, index of the token,

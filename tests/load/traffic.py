@@ -35,7 +35,6 @@ class Planned:
 
     Attributes:
         prompt: Token ids.
-        answer: Number of tokens to generate.
         cancelled_after: Number of tokens after which the client hangs up, or None.
     """
 
