@@ -70,7 +70,7 @@ $(NEXT_VLLM)/.cpu: $(NEXT_VLLM)/.unpacked $(VENV)/.vllm
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --package vllm_hybrid_kv --package benchmarks --package demo
+	$(BIN)/mypy --package vllm_hybrid_kv --package benchmarks --package testing --package demo
 	$(BIN)/lint-imports --no-cache
 
 pytest: setup $(NEXT_VLLM)/.cpu

@@ -100,16 +100,10 @@ def _replace(owner: Any, name: str, make: Callable[[Callable[..., Any]], Any]) -
     setattr(owner, name, make(original))
 
 
-def _replace_update(make: Callable[[Callable[..., Any]], Any]) -> None:
+def _replace_method(name: str, make: Callable[[Callable[..., Any]], Any]) -> None:
     from vllm_hybrid_kv.attention.backend import K8V4AttentionImpl
 
-    _replace(K8V4AttentionImpl, "do_kv_cache_update", make)
-
-
-def _replace_forward(make: Callable[[Callable[..., Any]], Any]) -> None:
-    from vllm_hybrid_kv.attention.backend import K8V4AttentionImpl
-
-    _replace(K8V4AttentionImpl, "forward", make)
+    _replace(K8V4AttentionImpl, name, make)
 
 
 def _spoil_updates(fault: str) -> None:
@@ -131,7 +125,7 @@ def _spoil_updates(fault: str) -> None:
 
         return update
 
-    _replace_update(make)
+    _replace_method("do_kv_cache_update", make)
 
 
 def _blocks(slots: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
@@ -193,7 +187,7 @@ def _spoil_numbers(fault: str) -> None:
 
         return update
 
-    _replace_update(make)
+    _replace_method("do_kv_cache_update", make)
 
 
 def _update_after_attention(_: str) -> None:
@@ -215,8 +209,8 @@ def _update_after_attention(_: str) -> None:
 
         return forward
 
-    _replace_update(make_update)
-    _replace_forward(make_forward)
+    _replace_method("do_kv_cache_update", make_update)
+    _replace_method("forward", make_forward)
 
 
 def _spoil_attention(fault: str) -> None:
@@ -236,7 +230,7 @@ def _spoil_attention(fault: str) -> None:
 
         return forward
 
-    _replace_forward(make)
+    _replace_method("forward", make)
 
 
 def _spoil_metadata(fault: str) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -76,72 +77,55 @@ def _measure_cell(
 
     speculates = mode.startswith(tuple(SPECULATION))
     decoded = sizes.decoded * (NUM_SPECULATIVE_TOKENS + 1 if speculates else 1)
-    runs: dict[str, _Run] = {}
+    times: dict[str, list[float]] = {}
     for cache, host in running.items():
         capacity = host.started["capacity_tokens"]
         if batch * (length + decoded) > capacity:
             skip(cache, Verdict.SKIPPED, f"its cache holds {capacity} tokens")
         else:
-            runs[cache] = _Run(host, batch)
+            times[cache] = []
+    failed: dict[str, EngineError] = {}
+
+    def attempt(cache: str, command: Callable[[EngineHost], Any]) -> Any:
+        if cache not in failed:
+            try:
+                return command(running[cache])
+            except EngineError as error:
+                failed[cache] = error
+        return None
+
+    def preemptions(cache: str) -> float:
+        metrics = attempt(cache, EngineHost.metrics) or {}
+        return float(metrics.get("vllm:num_preemptions", 0.0))
+
     make = repeated_prompt if mode.startswith("ngram") else random_prompt
     prompts = [make(length, seed) for seed in range(batch)]
-    for run in runs.values():
-        run.attempt("begin", prompts, decoded)
-    names = list(runs)
+    names = list(times)
+    before = {cache: preemptions(cache) for cache in names}
+    for cache in names:
+        attempt(cache, lambda host: host.begin_decoding(prompts, decoded))
     for number in range(sizes.rounds):
         # Each engine is the first of a round equally often.
         shift = number % max(1, len(names))
         for cache in names[shift:] + names[:shift]:
-            runs[cache].attempt("measure", sizes.steps)
-    for run in runs.values():
-        run.attempt("end")
-    control_runs = UNQUANTISED in runs and runs[UNQUANTISED].error is None
-    usable = {}
-    for cache, run in runs.items():
-        if run.error is not None:
-            skip(cache, _verdict(cache, control_runs), run.error.reason)
+            timed = attempt(cache, lambda host: host.decode(sizes.steps))
+            if timed is not None:
+                seconds, tokens = timed
+                times[cache].append(1e3 * seconds * batch / tokens)
+    after = {cache: preemptions(cache) for cache in names}
+    for cache in names:
+        attempt(cache, EngineHost.end_decoding)
+    control_runs = UNQUANTISED in times and UNQUANTISED not in failed
+    for cache in names:
+        if cache in failed:
+            skip(cache, _verdict(cache, control_runs), failed[cache].reason)
             running.pop(cache).close()
-        elif run.preempted:
+            del times[cache]
+        elif after[cache] > before[cache]:
             skip(cache, Verdict.SKIPPED, "its cache was too small: a request was preempted")
-        else:
-            usable[cache] = run.milliseconds
-    if usable:
-        speed = Speed(engines.name, mode, batch, length, usable)
+            del times[cache]
+    if times:
+        speed = Speed(engines.name, mode, batch, length, times)
         engines.results.speeds.append(speed)
-        each = ", ".join(f"{cache} {speed.ms_per_token(cache):.2f} ms" for cache in usable)
+        each = ", ".join(f"{cache} {speed.ms_per_token(cache):.2f} ms" for cache in times)
         engines.say(f"{engines.name}, {mode}, {batch} x {length}: {each}")
-
-
-class _Run:
-    """One batch on one engine, until it fails."""
-
-    def __init__(self, host: EngineHost, batch: int) -> None:
-        self.milliseconds: list[float] = []
-        self.error: EngineError | None = None
-        self.preempted = False
-        self._host = host
-        self._batch = batch
-        self._preemptions = 0.0
-
-    def attempt(self, stage: str, *arguments: Any) -> None:
-        """Run a stage unless an earlier one failed."""
-        if self.error is None:
-            try:
-                getattr(self, stage)(*arguments)
-            except EngineError as error:
-                self.error = error
-
-    def begin(self, prompts: list[list[int]], max_tokens: int) -> None:
-        self._preemptions = self._count_preemptions()
-        self._host.begin_decoding(prompts, max_tokens)
-
-    def measure(self, steps: int) -> None:
-        seconds, tokens = self._host.decode(steps)
-        self.milliseconds.append(1e3 * seconds * self._batch / tokens)
-
-    def end(self) -> None:
-        self.preempted = self._count_preemptions() > self._preemptions
-        self._host.end_decoding()
-
-    def _count_preemptions(self) -> float:
-        return self._host.metrics().get("vllm:num_preemptions", 0.0)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -56,8 +55,6 @@ def serve_refused(write: Write) -> Refuse:
         process = start_group(command, log, BASE_ENVIRONMENT, cwd=folder)
         try:
             status = process.wait(TIMEOUT_S)
-        except subprocess.TimeoutExpired as error:
-            raise AssertionError(log.read_text(errors="replace")[-4000:]) from error
         finally:
             # The server may have started after all.
             kill_group(process)
