@@ -104,9 +104,9 @@ def test_a_replacement_is_foreign_by_the_module_that_defines_it(replace, modules
 
 
 def test_a_function_replaced_before_plugins_were_loaded_is_found(load, definer):
-    targets = targets(definer)
+    wanted = targets(definer)
     definer.function = load("rival.patch", FUNCTION).function
-    assert [foreign["module"] for foreign in Places(targets).foreign()] == ["rival.patch"]
+    assert [foreign["module"] for foreign in Places(wanted).foreign()] == ["rival.patch"]
 
 
 def test_a_function_that_vllm_decorates_with_another_library_is_not_foreign(load, definer):
