@@ -56,7 +56,9 @@ def test_no_text_uses_the_old_idiom() -> None:
     found = [
         f"{name}:{number}: {line.strip()}"
         for name in listed
-        if name not in ("CHANGELOG.md", "tests/test_docs.py") and (ROOT / name).is_file()
+        if name not in ("CHANGELOG.md", "tests/test_docs.py")
+        and not name.startswith("benchmarks/results/")
+        and (ROOT / name).is_file()
         for number, line in enumerate((ROOT / name).read_text().splitlines(), 1)
         if IDIOM.search(line)
     ]
