@@ -91,10 +91,7 @@ def head_class(head_size: int) -> int:
 
 def row_class(rows: int) -> Rows:
     """Return the class of a number of rows."""
-    for bounded in (Rows.UP_TO_16, Rows.UP_TO_32, Rows.UP_TO_64):
-        if rows <= bounded.value:
-            return bounded
-    return Rows.MORE
+    return next((bounded for bounded in Rows if rows <= bounded.value), Rows.MORE)
 
 
 def capability_of(device: torch.device) -> tuple[int, int] | None:
