@@ -24,7 +24,7 @@ import multiprocessing
 def not_taken():
     if multiprocessing.current_process().name == "VllmWorker-1":
         from vllm_hybrid_kv.patches import mechanism
-        mechanism.MethodRebinding.apply = lambda self: None
+        mechanism.Rebinding.apply = lambda self: None
 
 def patched():
     if multiprocessing.current_process().name == "VllmWorker-1":

@@ -21,7 +21,7 @@ def patched():
 
 def without_effect():
     from vllm_hybrid_kv.patches import mechanism
-    mechanism.MethodRebinding.apply = lambda self: None
+    mechanism.Rebinding.apply = lambda self: None
 
 def unchanged():
     pass

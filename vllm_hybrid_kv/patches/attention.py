@@ -17,13 +17,7 @@ from vllm_hybrid_kv.attention.unsupported import (
 from vllm_hybrid_kv.constants import CACHE_DTYPE
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.kernels import k8v4
-from vllm_hybrid_kv.patches.mechanism import (
-    Edit,
-    FunctionRebinding,
-    MethodRebinding,
-    Patch,
-    PatchInfo,
-)
+from vllm_hybrid_kv.patches.mechanism import Edit, Patch, PatchInfo, Rebinding
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -144,7 +138,7 @@ def refusal_patch(context: Context) -> Patch:
             upstream="none yet",
             until="vLLM says in one line which layer cannot be served with a cache dtype, and why",
         ),
-        [FunctionRebinding(context.targets["_cached_get_attn_backend"], make)],
+        [Rebinding(context.targets["_cached_get_attn_backend"], make)],
     )
 
 
@@ -192,7 +186,7 @@ def selection_patch(context: Context) -> Patch:
             until="CPU platforms select among registered backends by their supports_* methods",
         ),
         [
-            MethodRebinding(
+            Rebinding(
                 context.targets["CpuPlatform.get_attn_backend_cls"],
                 make,
                 used_through=lambda: type(vllm.platforms.current_platform),
@@ -224,7 +218,7 @@ def several_head_sizes_patch(context: Context) -> Patch:
             upstream="none yet",
             until="vLLM forces a backend only on layers that it fits",
         ),
-        [MethodRebinding(context.targets["Gemma4Config.verify_and_update_config"], make)],
+        [Rebinding(context.targets["Gemma4Config.verify_and_update_config"], make)],
     )
 
 

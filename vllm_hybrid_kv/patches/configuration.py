@@ -16,7 +16,7 @@ from vllm_hybrid_kv.coordinator.upstream_fixes import check_drafts
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.hooks import HOOK_OF_SETTING
 from vllm_hybrid_kv.patches.attention import refuse_without_cpu_kernels
-from vllm_hybrid_kv.patches.mechanism import Edit, MethodRebinding, Patch, PatchInfo, Target
+from vllm_hybrid_kv.patches.mechanism import Edit, Patch, PatchInfo, Rebinding, Target
 from vllm_hybrid_kv.settings import ENVIRONMENT_PREFIX
 from vllm_hybrid_kv.state import STATE
 
@@ -90,8 +90,8 @@ def settings_patch(context: Context) -> Patch:
             until="vLLM calls plugins with the configuration",
         ),
         [
-            MethodRebinding(context.targets["EngineArgs.create_engine_config"], make_create),
-            MethodRebinding(context.targets["WorkerBase.__init__"], make_init),
+            Rebinding(context.targets["EngineArgs.create_engine_config"], make_create),
+            Rebinding(context.targets["WorkerBase.__init__"], make_init),
         ],
     )
 

@@ -10,13 +10,7 @@ from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 
 from vllm_hybrid_kv.coordinator.upstream_fixes import copy_whole_blocks
 from vllm_hybrid_kv.errors import HybridKVStrategyError
-from vllm_hybrid_kv.patches.mechanism import (
-    FunctionRebinding,
-    MethodRebinding,
-    Patch,
-    PatchInfo,
-    UnchangedTarget,
-)
+from vllm_hybrid_kv.patches.mechanism import Patch, PatchInfo, Rebinding, UnchangedTarget
 from vllm_hybrid_kv.state import STATE
 
 if TYPE_CHECKING:
@@ -74,8 +68,8 @@ def coordinator_patch(context: Context) -> Patch:
             until="the coordinator class can be configured like the scheduler class",
         ),
         [
-            FunctionRebinding(context.targets["get_kv_cache_coordinator"], make),
-            MethodRebinding(context.targets["KVCacheManager.__init__"], make_init),
+            Rebinding(context.targets["get_kv_cache_coordinator"], make),
+            Rebinding(context.targets["KVCacheManager.__init__"], make_init),
             *map(UnchangedTarget, context.relied_on),
         ],
     )
@@ -135,7 +129,7 @@ def prefix_match_unit_patch(context: Context) -> Patch:
             upstream="vllm-project/vllm#40696 and #53749 (prompts shorter than a block never hit)",
             until="vLLM chooses a unit that hits where block sizes are large",
         ),
-        [FunctionRebinding(context.targets["resolve_kv_cache_block_sizes"], make)],
+        [Rebinding(context.targets["resolve_kv_cache_block_sizes"], make)],
     )
 
 
@@ -151,5 +145,5 @@ def block_copies_patch(context: Context) -> Patch:
             upstream="none known",
             until="it distinguishes the views at one address",
         ),
-        [FunctionRebinding(context.targets["copy_kv_cache_blocks_inplace"], copy_whole_blocks)],
+        [Rebinding(context.targets["copy_kv_cache_blocks_inplace"], copy_whole_blocks)],
     )

@@ -21,7 +21,7 @@ from vllm_hybrid_kv.attention.layer_check import (
 )
 from vllm_hybrid_kv.attention.unsupported import UnsupportedModelError, refuse_model
 from vllm_hybrid_kv.constants import CACHE_DTYPE
-from vllm_hybrid_kv.patches.mechanism import FunctionRebinding, MethodRebinding, Patch, PatchInfo
+from vllm_hybrid_kv.patches.mechanism import Patch, PatchInfo, Rebinding
 from vllm_hybrid_kv.state import STATE
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def boundary_patch(context: Context) -> Patch:
             upstream="vllm-project/vllm#39931 (no boundary layers in hybrid models), #40108",
             until="vLLM lets users choose it, and counts layers that own a KV cache",
         ),
-        [MethodRebinding(context.targets["TurboQuantConfig.get_boundary_skip_layers"], make)],
+        [Rebinding(context.targets["TurboQuantConfig.get_boundary_skip_layers"], make)],
     )
 
 
@@ -123,7 +123,7 @@ def layer_dtype_patch(context: Context) -> Patch:
             upstream="vllm-project/vllm#40108, #48721",
             until="a layer with kv_sharing_target_layer_name has its target's cache dtype",
         ),
-        [MethodRebinding(context.targets["Attention.__init__"], make)],
+        [Rebinding(context.targets["Attention.__init__"], make)],
     )
 
 
@@ -203,7 +203,7 @@ def built_model_patch(context: Context) -> Patch:
             upstream="none yet",
             until="vLLM checks every layer's backend against its cache dtype and head sizes",
         ),
-        [FunctionRebinding(context.targets["initialize_model"], make)],
+        [Rebinding(context.targets["initialize_model"], make)],
     )
 
 
@@ -236,7 +236,7 @@ def layer_pages_patch(context: Context) -> Patch:
             upstream="vllm-project/vllm#40108, #48721",
             until="vLLM compares every layer with its KV cache group",
         ),
-        [MethodRebinding(context.targets["WorkerWrapperBase.initialize_from_config"], make)],
+        [Rebinding(context.targets["WorkerWrapperBase.initialize_from_config"], make)],
     )
 
 

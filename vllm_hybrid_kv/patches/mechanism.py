@@ -169,57 +169,14 @@ class Edit(ABC):
         """Return the name of what is changed."""
 
 
-class _TargetEdit(Edit):
-    """An edit of one target."""
+class Rebinding(Edit):
+    """Replaces a function or a method of vLLM.
 
-    def __init__(self, target: Target) -> None:
-        self.target = target
-        self.original: Any = None
-        self.replacement: Any = None
-
-    def problems(self) -> list[str]:
-        return self.target.problems()
-
-    def failures(self) -> list[str]:
-        if self.target.binding() is not self.replacement:
-            return [f"{self.target} is not the plugin's"]
-        return []
-
-    def __str__(self) -> str:
-        return str(self.target)
-
-
-class FunctionRebinding(_TargetEdit):
-    """Replaces a module's function, there and in every module that imported it by name.
-
-    The replacement of a cached function is cached as well, and starts with an empty cache.
-    `ActivePatches` replaces all functions in one pass over all modules.
+    A function is replaced in its module and in every module that imported it by name, by
+    `ActivePatches` in one pass for all functions. A method is replaced in its class, and so in
+    every subclass that inherits it. The replacement of a cached function is cached as well, and
+    starts with an empty cache.
     """
-
-    def __init__(self, target: Target, make: Callable[[Any], Any]) -> None:
-        """Prepare the edit.
-
-        Args:
-            target: The function.
-            make: Takes the original and returns the replacement.
-        """
-        super().__init__(target)
-        self._make = make
-
-    def apply(self) -> None:
-        self.original = self.target.binding()
-        function = underlying(self.original)
-        replacement = functools.wraps(function)(self._make(function))
-        self.replacement = (
-            functools.cache(replacement) if _is_cached(self.original) else replacement
-        )
-
-    def undo(self) -> None:
-        """Do nothing: `ActivePatches` restores the original wherever the replacement is."""
-
-
-class MethodRebinding(_TargetEdit):
-    """Replaces a method in its class, and so in every subclass that inherits it."""
 
     def __init__(
         self,
@@ -230,25 +187,35 @@ class MethodRebinding(_TargetEdit):
         """Prepare the edit.
 
         Args:
-            target: The method.
-            make: Takes the plain function and returns its replacement.
-            used_through: Returns the subclass that vLLM calls the method of.
+            target: The function or method.
+            make: Takes the plain original function and returns its replacement.
+            used_through: Returns the subclass that vLLM calls a method of.
         """
-        super().__init__(target)
+        self.target = target
+        self.original: Any = None
+        self.replacement: Any = None
+        self.is_method = "." in target.name
         self._make = make
         self._used_through = used_through
+
+    def problems(self) -> list[str]:
+        return self.target.problems()
 
     def apply(self) -> None:
         self.original = self.target.binding()
         function = underlying(self.original)
-        self.replacement = functools.wraps(function)(self._make(function))
+        replacement: Any = functools.wraps(function)(self._make(function))
         if isinstance(self.original, classmethod | staticmethod):
-            self.replacement = type(self.original)(self.replacement)
-        setattr(self.target.owner(), self.target.attribute, self.replacement)
+            replacement = type(self.original)(replacement)
+        elif _is_cached(self.original):
+            replacement = functools.cache(replacement)
+        self.replacement = replacement
+        if self.is_method:
+            setattr(self.target.owner(), self.target.attribute, replacement)
 
     def failures(self) -> list[str]:
-        if failures := super().failures():
-            return failures
+        if self.target.binding() is not self.replacement:
+            return [f"{self.target} is not the plugin's"]
         if self._used_through is not None:
             subclass = self._used_through()
             method = getattr(subclass, self.target.attribute)
@@ -257,15 +224,26 @@ class MethodRebinding(_TargetEdit):
         return []
 
     def undo(self) -> None:
-        if self.replacement is not None:
+        """Restore a method. `ActivePatches` restores functions wherever the replacement is."""
+        if self.is_method and self.replacement is not None:
             setattr(self.target.owner(), self.target.attribute, self.original)
 
+    def __str__(self) -> str:
+        return str(self.target)
 
-class UnchangedTarget(_TargetEdit):
+
+class UnchangedTarget(Edit):
     """Changes nothing, but requires the supported source of a function that the plugin relies on.
 
     The plugin uses private members of vLLM. The methods that own them are such targets.
     """
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.original: Any = None
+
+    def problems(self) -> list[str]:
+        return self.target.problems()
 
     def apply(self) -> None:
         self.original = self.target.binding()
@@ -393,11 +371,12 @@ def _edits(patches: Iterable[Patch]) -> Iterator[Edit]:
     return (edit for patch in patches for edit in patch.edits)
 
 
-def _functions(edits: Iterable[Edit]) -> list[FunctionRebinding]:
+def _functions(edits: Iterable[Edit]) -> list[Rebinding]:
+    """Return the applied edits of functions."""
     return [
         edit
         for edit in edits
-        if isinstance(edit, FunctionRebinding) and edit.replacement is not None
+        if isinstance(edit, Rebinding) and not edit.is_method and edit.replacement is not None
     ]
 
 

@@ -12,7 +12,7 @@ from vllm.v1.core import kv_cache_utils
 
 from vllm_hybrid_kv.constants import CACHE_DTYPE
 from vllm_hybrid_kv.errors import HybridKVError, HybridKVStrategyError
-from vllm_hybrid_kv.patches.mechanism import FunctionRebinding, MethodRebinding, Patch, PatchInfo
+from vllm_hybrid_kv.patches.mechanism import Patch, PatchInfo, Rebinding
 from vllm_hybrid_kv.planning.capacity import capacity, check_capacity_groups
 from vllm_hybrid_kv.planning.page_sizes import check_page_sizes
 from vllm_hybrid_kv.planning.warnings import own_grouping, startup_warnings
@@ -80,8 +80,8 @@ def page_size_patch(context: Context) -> Patch:
             until="the rule can be chosen, or pads no more than needed",
         ),
         [
-            FunctionRebinding(context.targets["get_kv_cache_groups"], make_groups),
-            FunctionRebinding(context.targets["unify_kv_cache_spec_page_size"], make_unify),
+            Rebinding(context.targets["get_kv_cache_groups"], make_groups),
+            Rebinding(context.targets["unify_kv_cache_spec_page_size"], make_unify),
         ],
     )
 
@@ -133,7 +133,7 @@ def capacity_patch(context: Context) -> Patch:
             upstream="vllm-project/vllm#40384 and #40417 (groups that do not grow)",
             until="vLLM reports the tokens that fit, not those of requests of the longest length",
         ),
-        [FunctionRebinding(context.targets["get_kv_cache_capacity"], make)],
+        [Rebinding(context.targets["get_kv_cache_capacity"], make)],
     )
 
 
@@ -213,10 +213,8 @@ def block_alignment_patch(context: Context) -> Patch:
             until="vLLM leaves page sizes of several cache dtypes to their unification",
         ),
         [
-            MethodRebinding(targets["Platform._align_hybrid_block_size"], make_hybrid),
-            MethodRebinding(
-                targets["Platform._align_heterogeneous_kv_block_size"], make_heterogeneous
-            ),
+            Rebinding(targets["Platform._align_hybrid_block_size"], make_hybrid),
+            Rebinding(targets["Platform._align_heterogeneous_kv_block_size"], make_heterogeneous),
         ],
     )
 
@@ -272,5 +270,5 @@ def state_blocks_patch(context: Context) -> Patch:
             upstream="vllm-project/vllm#34094",
             until="vLLM names the option and its value",
         ),
-        [MethodRebinding(target, make)],
+        [Rebinding(target, make)],
     )

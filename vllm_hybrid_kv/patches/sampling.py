@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_hybrid_kv.patches.mechanism import MethodRebinding, Patch, PatchInfo
+from vllm_hybrid_kv.patches.mechanism import Patch, PatchInfo, Rebinding
 
 if TYPE_CHECKING:
     from vllm_hybrid_kv.patches.context import Context
@@ -61,5 +61,5 @@ def seeded_sampling_patch(context: Context) -> Patch:
             upstream="none known",
             until="vLLM's model runner rewinds CPU generators",
         ),
-        [MethodRebinding(context.targets["InputBatch.add_request"], make)],
+        [Rebinding(context.targets["InputBatch.add_request"], make)],
     )

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_hybrid_kv.errors import HybridKVError
-from vllm_hybrid_kv.patches.mechanism import Edit, FunctionRebinding, Patch, PatchInfo
+from vllm_hybrid_kv.patches.mechanism import Edit, Patch, PatchInfo, Rebinding
 
 if TYPE_CHECKING:
     from vllm_hybrid_kv.patches.context import Context
@@ -97,7 +97,7 @@ def startup_patch(context: Context) -> Patch:
             until="vLLM passes the reason to the process that the user started",
         ),
         [
-            FunctionRebinding(context.targets["wait_for_engine_startup"], make),
+            Rebinding(context.targets["wait_for_engine_startup"], make),
             RecordRefusals(),
         ],
     )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from vllm_hybrid_kv.patches.mechanism import FunctionRebinding, MethodRebinding, Patch, PatchInfo
+from vllm_hybrid_kv.patches.mechanism import Patch, PatchInfo, Rebinding
 from vllm_hybrid_kv.transfer.connectors import make_example_connector
 from vllm_hybrid_kv.transfer.fingerprint import marked
 
@@ -38,7 +38,7 @@ def handshake_patch(context: Context) -> Patch:
             upstream="none known",
             until="backends can describe the pages that they write",
         ),
-        [FunctionRebinding(context.targets["compute_nixl_compatibility_hash"], _make_marked)],
+        [Rebinding(context.targets["compute_nixl_compatibility_hash"], _make_marked)],
     )
 
 
@@ -69,8 +69,8 @@ def stored_pages_patch(context: Context) -> Patch:
             until="backends can describe the pages that they write",
         ),
         [
-            FunctionRebinding(targets["resolve_none_hash_seed"], _make_marked),
-            FunctionRebinding(targets["build_offloading_config"], make_config),
-            MethodRebinding(targets["ExampleConnector.__init__"], make_example_connector),
+            Rebinding(targets["resolve_none_hash_seed"], _make_marked),
+            Rebinding(targets["build_offloading_config"], make_config),
+            Rebinding(targets["ExampleConnector.__init__"], make_example_connector),
         ],
     )
