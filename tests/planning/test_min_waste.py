@@ -13,6 +13,7 @@ from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     CircularBufferSpec,
     KVCacheSpec,
+    SlidingWindowMLASpec,
     SlidingWindowSpec,
 )
 
@@ -87,6 +88,13 @@ def test_a_state_is_only_padded():
     assert page(unified) == 64 * 776
     assert unified["small"] == replace(specs["small"], page_size_padded=64 * 776)
     assert unified["tiny"].block_size == specs["tiny"].block_size
+
+
+def test_a_ring_of_raw_keys_is_only_padded():
+    # Its block is its capacity, and it has one block per request.
+    specs = {"attention": attention(64), "ring": attention(4, cls=CircularBufferSpec)}
+    unified = unify_with_least_waste(specs)
+    assert unified["ring"] == replace(specs["ring"], page_size_padded=64 * 776)
 
 
 def test_a_thousandth_of_the_pool_is_not_worth_longer_blocks():
@@ -181,6 +189,12 @@ def test_two_kinds_of_mla_get_a_common_multiple_for_which_stock_and_lcm_have_no_
     assert blocks(unified) == {"mla": 128, "draft": 192, "window": 16 * 46}
 
 
+def test_sliding_window_mla_without_an_alignment_is_padded_as_in_vllm():
+    window = mla(64, 1_000, SlidingWindowMLASpec, sliding_window=64)
+    unified = unify_with_least_waste({"mla": mla(), "window": window})
+    assert unified["window"] == replace(window, page_size_padded=73_728)
+
+
 def test_a_block_that_is_split_into_kernel_blocks_is_not_padded():
     split = attention(128, 388, **KERNEL_BLOCKS)
     specs = {"split": split, "state": state(1_000_000)}
@@ -196,6 +210,12 @@ def test_a_block_that_a_kernel_takes_whole_is_scaled_exactly_or_padded_unscaled(
     assert many["layer.0"] == replace(whole, block_size=41 * 32)
     few = unify_with_least_waste({"whole": whole, **named([state(25_000)] * 9)})
     assert few["whole"] == replace(whole, page_size_padded=25_000)
+
+
+def test_existing_padding_is_filled():
+    padded = attention(16, page_size_padded=40_000)
+    unified = unify_with_least_waste({"padded": padded, "state": state(40_000)})
+    assert unified["padded"] == replace(padded, block_size=48)
 
 
 def test_padding_that_vllm_gave_a_state_before_planning_is_removed():
