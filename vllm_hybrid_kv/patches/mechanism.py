@@ -23,6 +23,9 @@ from typing import Any
 
 from vllm_hybrid_kv.errors import HybridKVFingerprintError, HybridKVPatchError
 
+CHECKED = " (checked, not patched)"
+"""The end of the name of a target that the plugin relies on."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -257,7 +260,7 @@ class UnchangedTarget(Edit):
         """Do nothing: nothing was changed."""
 
     def __str__(self) -> str:
-        return f"{self.target} (checked, not patched)"
+        return f"{self.target}{CHECKED}"
 
 
 @dataclass(frozen=True)

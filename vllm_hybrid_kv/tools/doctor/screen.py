@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.text import Text
 
+from vllm_hybrid_kv.patches.mechanism import CHECKED
 from vllm_hybrid_kv.patches.targets import SUPPORTED
 from vllm_hybrid_kv.tools.doctor.report import Report
 from vllm_hybrid_kv.tools.doctor.runner import NAME
@@ -84,8 +85,11 @@ def _settings(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 
 def _patches(result: dict[str, Any]) -> Iterator[tuple[str, str, Text]]:
     for patch in result["patches"]:
-        name = patch["name"]
+        name, unchanged = patch["name"], 0
         for edit in patch["edits"]:
+            if edit["name"].endswith(CHECKED) and edit["active"]:
+                unchanged += 1
+                continue
             state = ("would fit", "yellow")
             if edit["why"]:
                 state = ("failed", "red")
@@ -93,6 +97,8 @@ def _patches(result: dict[str, Any]) -> Iterator[tuple[str, str, Text]]:
                 state = ("active", "green")
             yield name, short(edit["name"]), Text(*state)
             name = ""
+        if unchanged:
+            yield name, f"{unchanged} functions that it relies on", Text("unchanged", "green")
 
 
 def short(target: str) -> str:
