@@ -51,7 +51,7 @@ def write(tables: Tables) -> None:
     PAGE.write_text(render(tables))
     before, _, rest = README.read_text().partition(MARKS[0])
     after = rest.partition(MARKS[1])[2]
-    README.write_text(f"{before}{MARKS[0]}{matrix(tables)}\n{MARKS[1]}{after}")
+    README.write_text(f"{before}{MARKS[0]}{summary(tables)}\n{MARKS[1]}{after}")
 
 
 def pattern(row: dict[str, Any]) -> Pattern | None:
@@ -129,10 +129,9 @@ def render(tables: Tables) -> str:
     """Return the page."""
     names = architectures()
     status = {name: status_of(name, tables) for name in names}
-    counted = Counter(_kind_of(text) for text in status.values())
-    lines = [HEAD, "| Status | Architectures |", "|---|---|"]
-    lines += [f"| {kind} | {count} |" for kind, count in counted.most_common()]
-    lines += [
+    lines = [
+        HEAD,
+        summary(tables),
         "",
         "## Patterns",
         "",
@@ -170,13 +169,11 @@ def render(tables: Tables) -> str:
     return "\n".join(lines) + "\n"
 
 
-def matrix(tables: Tables) -> str:
-    """Return the README's table, a row for each pattern of layers."""
-    lines = ["| layers | architectures | k8v4 |", "|---|---|---|"]
-    for kind, count in _patterns(tables):
-        result = _result(kind, tables).replace("agrees", "served and compared")
-        lines.append(f"| {kind} | {count} | {_cell(result)} |")
-    return "\n".join(lines)
+def summary(tables: Tables) -> str:
+    """Return the README's table: the number of architectures with each kind of status."""
+    counted = Counter(_kind_of(status_of(name, tables)) for name in architectures())
+    rows = (f"| {kind} | {count} |" for kind, count in counted.most_common())
+    return "\n".join(["| Status | Architectures |", "|---|---|", *rows])
 
 
 def _patterns(tables: Tables) -> list[tuple[Pattern, int]]:

@@ -14,7 +14,7 @@ from tests.zoo.bounds import errors_of, verdict
 from tests.zoo.models import ENCODER_DECODER, LANGUAGE_MODELS, SAME_AS, SIZES
 from tests.zoo.patterns import Pattern
 from tests.zoo.refusals import unfit
-from tests.zoo.report import MARKS, PAGE, README, matrix, render, status_of
+from tests.zoo.report import MARKS, PAGE, README, render, status_of, summary
 from tests.zoo.results import RESULTS
 from tests.zoo.workers import Worker, worker
 
@@ -47,7 +47,7 @@ def test_every_architecture_has_a_row(tables: dict[str, dict]):
 
 def test_the_committed_page_and_the_readme_show_the_committed_results(tables: dict[str, dict]):
     assert PAGE.read_text() == render(tables)
-    assert "".join([MARKS[0], matrix(tables), "\n", MARKS[1]]) in README.read_text()
+    assert "".join([MARKS[0], summary(tables), "\n", MARKS[1]]) in README.read_text()
 
 
 def test_no_refusal_has_words_of_python_or_of_another_device(tables: dict[str, dict]):
