@@ -20,10 +20,7 @@ def wheel(tmp_path_factory):
     source = tmp_path_factory.mktemp("source")
     for name in ("vllm_hybrid_kv", "kernels"):
         shutil.copytree(
-            ROOT / name,
-            source / name,
-            symlinks=True,
-            ignore=shutil.ignore_patterns("__pycache__"),
+            ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
         )
     for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)

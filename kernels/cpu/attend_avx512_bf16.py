@@ -77,13 +77,7 @@ def _score_rows(
 
 @inline_llvm
 def _scores_of_page(
-    e: Emitter,
-    rows: Int64,
-    tiles: Int64,
-    ahead: Int64,
-    count: Int64,
-    dims: Int64,
-    scratch: Int64,
+    e: Emitter, rows: Int64, tiles: Int64, ahead: Int64, count: Int64, dims: Int64, scratch: Int64
 ) -> None:
     """Write up to 8 rows' scores against `count` key tiles of pages, and prefetch as many."""
 

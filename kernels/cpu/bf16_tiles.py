@@ -173,13 +173,12 @@ def _repeat_tiles(tiles, ahead, count_ahead, count):  # type: ignore[no-untyped-
     more, the addresses of those stay unchanged.
     """
     for i in range(count_ahead, count):
-        ahead[i].keys, ahead[i].values = tiles[i].keys, tiles[i].values
+        ahead[i] = tiles[i]
     if count % 2:
         # Products take tiles in pairs; the weights of a missing one are zeros.
-        tiles[count].keys, tiles[count].values = tiles[count - 1].keys, tiles[count - 1].values
-        tiles[count].scales, tiles[count].zeros = tiles[count - 1].scales, tiles[count - 1].zeros
+        tiles[count] = tiles[count - 1]
         if count_ahead <= count:
-            ahead[count].keys, ahead[count].values = tiles[count].keys, tiles[count].values
+            ahead[count] = tiles[count]
 
 
 def chunk_loop(

@@ -60,14 +60,7 @@ ZEROS = filled(F32, 0.0)
 
 # 2^f on [-1/2, 1/2], highest power first. Minimax polynomial of degree 5: largest relative error
 # 7.5e-8 before float32 rounding and 2.4e-7 after it.
-_EXP2 = (
-    1.3276471e-03,
-    9.6755415e-03,
-    5.5507133e-02,
-    2.4022120e-01,
-    6.9314697e-01,
-    1.0000001,
-)
+_EXP2 = (1.3276471e-03, 9.6755415e-03, 5.5507133e-02, 2.4022120e-01, 6.9314697e-01, 1.0000001)
 
 
 class Emitter:

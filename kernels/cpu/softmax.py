@@ -125,10 +125,7 @@ class _Softmax:
         return self.e.load_floats(self.e.at(self.scores, i, LINE))
 
     def weigh(
-        self,
-        largest: ir.Value,
-        factor: ir.Value,
-        visible: Callable[[ir.Value], ir.Value] | None,
+        self, largest: ir.Value, factor: ir.Value, visible: Callable[[ir.Value], ir.Value] | None
     ) -> ir.Value:
         """Write weights, update the state to `largest`, and return the decay of earlier sums."""
         e, b = self.e, self.e.b

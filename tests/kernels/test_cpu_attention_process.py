@@ -99,6 +99,12 @@ def test_the_portable_path_needs_no_instruction_beyond_avx2(tmp_path: Path) -> N
     output_of(python(WITHOUT_AVX512 + ATTEND, **environment))
 
 
+@pytest.mark.skipif(isa.AVX512_BF16 not in isa.available(), reason="needs AVX-512 BF16")
+def test_the_amx_path_equals_the_reference_with_emulated_tile_instructions(tmp_path: Path) -> None:
+    code = "from testing.kernels import amx_emulator; amx_emulator.main()"
+    output_of(python(code, NUMBA_CACHE_DIR=str(tmp_path)))
+
+
 def test_numba_uses_as_many_threads_as_torch_and_leaves_torch_unchanged() -> None:
     before = torch.get_num_threads()
     try:

@@ -39,9 +39,7 @@ def test_every_byte_of_the_key_plane_holds_one_key(page_format: PageFormat) -> N
 
 
 @pytest.mark.parametrize("page_format", FORMATS, ids=name)
-def test_every_nibble_holds_one_value_and_no_byte_holds_two_tokens(
-    page_format: PageFormat,
-) -> None:
+def test_every_nibble_holds_one_value_and_no_byte_holds_two_tokens(page_format: PageFormat) -> None:
     tokens, dims = range(page_format.page_size), range(page_format.head_size)
     token_of_byte: dict[int, int] = {}
     nibbles = set()
@@ -77,9 +75,7 @@ def test_a_linear_token_is_contiguous_with_even_dims_in_the_low_nibbles(head_siz
 
 
 @pytest.mark.parametrize("head_size", [64, 96, 256])
-def test_the_halves_of_16_byte_lanes_are_a_dim_pair_of_sixteen_tokens(
-    head_size: int,
-) -> None:
+def test_the_halves_of_16_byte_lanes_are_a_dim_pair_of_sixteen_tokens(head_size: int) -> None:
     page_format = PageFormat(head_size, 32, Layout.CPU_TILED)
     holder = {page_format.key_byte(t, d): (t, d) for t in range(32) for d in range(head_size)}
     for tile in range(2):
@@ -141,9 +137,7 @@ def test_a_page_size_that_is_not_a_multiple_of_16_is_rejected(page_size: int) ->
 
 
 @pytest.mark.parametrize("head_size", [72, 80, 112, 248])
-def test_the_tiled_layout_rejects_a_head_size_that_is_not_a_multiple_of_32(
-    head_size: int,
-) -> None:
+def test_the_tiled_layout_rejects_a_head_size_that_is_not_a_multiple_of_32(head_size: int) -> None:
     assert k8v4.cpu_layout(head_size) is Layout.LINEAR
     with pytest.raises(ValueError, match=f"cpu_tiled needs .* multiple of 32, got {head_size}$"):
         PageFormat(head_size, 16, Layout.CPU_TILED)

@@ -8,14 +8,7 @@ from hypothesis import strategies as st
 
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.kernels.k8v4 import Layout, PageFormat
-from vllm_hybrid_kv.kernels.reference import (
-    Quantised,
-    dequantise,
-    load,
-    quantise,
-    rotate,
-    store,
-)
+from vllm_hybrid_kv.kernels.reference import Quantised, dequantise, load, quantise, rotate, store
 
 UNTOUCHED = 0xA5
 
