@@ -6,7 +6,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import pprint
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -272,11 +271,19 @@ def source_with(comparison: Comparison, minor: str) -> str:
     for name, table in tables_with(comparison, minor).items():
         start = text.index(f"{name}: Table = ")
         end = text.index("\n}\n", start) + 3
-        text = f"{text[:start]}{name}: Table = {_quoted(pprint.pformat(table))}\n{text[end:]}"
+        text = f"{text[:start]}{name}: Table = {_source(table)}\n{text[end:]}"
     if minor not in targets.MINORS:
         before, after = _quoted(repr(targets.MINORS)), _quoted(repr((*targets.MINORS, minor)))
         text = text.replace(f"MINORS = {before}", f"MINORS = {after}")
     return text
+
+
+def _source(table: targets.Table) -> str:
+    rows = []
+    for module, functions in table.items():
+        listed = "".join(f'"{name}": {hashes!r},\n' for name, hashes in functions.items())
+        rows.append(f'"{module}": {{\n{listed}}},\n')
+    return _quoted(f"{{\n{''.join(rows)}}}")
 
 
 def _quoted(python: str) -> str:
