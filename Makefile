@@ -18,7 +18,7 @@ INSTALL := $(PIP) install $(PIP_ARGS) --constraint constraints.txt
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 # The release without a CPU build: its Python files, with the CPU extension of the installed one.
-# VLLM_TARGET_DEVICE=cpu and its folder on PYTHONPATH make engines of it. See docs/conformance.md.
+# VLLM_TARGET_DEVICE=cpu and its folder on PYTHONPATH make engines of it. See docs/internals.md.
 NEXT_RELEASE := 0.33.0
 NEXT_VLLM := .cache/vllm-$(NEXT_RELEASE)
 

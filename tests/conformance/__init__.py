@@ -3,5 +3,5 @@
 
     python -m tests.conformance --minor 0.32 --strategy fixed_point
 
-`docs/conformance.md` explains it.
+`docs/internals.md` explains it.
 """

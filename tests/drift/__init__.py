@@ -3,5 +3,5 @@
 
     python -m tests.drift 0.34.0
 
-`docs/drift.md` explains it.
+`docs/internals.md` explains it.
 """
