@@ -259,7 +259,7 @@ def test_every_part_has_a_table_and_panels(tmp_path: Path) -> None:
         rows += [row(STOCK_16, 100, memory, part="made", trace=trace) for memory in (4.0, 20.0)]
     found = result(rows, turns((1.0, 1.0, 1.0)))
     text = markdown(found)
-    for title in ("by memory", "Models and KV cache dtypes", "Other traffic", "Time in the sched"):
+    for title in ("by memory", "Models and KV cache dtypes", "Synthetic", "Time in the sched"):
         assert title in text
     assert "| nemotron-nano-9b-v2 | fp8 | 2768 | hybrid_aware |  | 2.00% |" in text
     assert "whole blocks of 512 that an earlier request had: 33.5%." in text
