@@ -73,43 +73,33 @@ def test_a_strategy_of_another_hook_is_not_available():
         strategies.check(Settings(**{**STOCK, "coordinator": "sixteen"}))
 
 
-def test_a_second_strategy_of_the_same_name_is_refused():
-    with pytest.raises(HybridKVStrategyError, match=r"'stock' \(from late 1.0\): there already"):
-        Strategies({}).add("stock", Answer(1), "late 1.0")
+class UnknownHook:
+    @hookimpl
+    def hybrid_kv_prefix_match_units(self): ...
 
 
-def test_an_unknown_hook_is_refused_at_registration():
-    class Misspelt:
-        @hookimpl
-        def hybrid_kv_prefix_match_units(self):
-            """Not a hook."""
-
-    with pytest.raises(HybridKVStrategyError, match=r"'odd' \(from odd 1.0\).*match_units"):
-        Strategies({}).add("odd", Misspelt(), "odd 1.0")
+class UnknownArgument:
+    @hookimpl
+    def hybrid_kv_prefix_match_unit(self, everything): ...
 
 
-def test_an_unknown_argument_is_refused_at_registration():
-    class Greedy:
-        @hookimpl
-        def hybrid_kv_prefix_match_unit(self, everything):
-            """No hook has this argument."""
-
-    with pytest.raises(HybridKVStrategyError, match=r"'odd' \(from odd 1.0\).*everything"):
-        Strategies({}).add("odd", Greedy(), "odd 1.0")
+class Unmarked:
+    def hybrid_kv_prefix_match_unit(self): ...
 
 
-def test_a_plugin_without_marked_functions_is_refused():
-    class Unmarked:
-        def hybrid_kv_prefix_match_unit(self):
-            return 16
-
-    with pytest.raises(HybridKVStrategyError, match=r"'odd'.*implements no hook"):
-        Strategies({}).add("odd", Unmarked(), "odd 1.0")
-
-
-def test_a_class_is_refused():
-    with pytest.raises(HybridKVStrategyError, match="is the class Answer; register an instance"):
-        Strategies({}).add("odd", Answer, "odd 1.0")
+@pytest.mark.parametrize(
+    ("name", "plugin", "message"),
+    [
+        ("stock", Answer(1), "there already is one of that name"),
+        ("odd", UnknownHook(), "match_units"),
+        ("odd", UnknownArgument(), "everything"),
+        ("odd", Unmarked(), "implements no hook"),
+        ("odd", Answer, "is the class Answer; register an instance"),
+    ],
+)
+def test_an_invalid_strategy_is_refused_at_registration(name, plugin, message):
+    with pytest.raises(HybridKVStrategyError, match=rf"'{name}' \(from odd 1\.0\).*{message}"):
+        Strategies({}).add(name, plugin, "odd 1.0")
 
 
 def test_an_error_inside_a_strategy_names_its_package():
