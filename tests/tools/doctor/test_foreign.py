@@ -103,6 +103,13 @@ def test_a_replacement_is_foreign_by_the_module_that_defines_it(replace, modules
     assert [foreign["module"] for foreign in places.foreign()] == modules
 
 
+def test_a_target_that_is_missing_makes_no_place_of_every_global_that_is_none(load, caller):
+    caller.empty = None
+    places = Places([Target("vllm.caller:missing", "0")])
+    caller.empty = functools.partial(print)
+    assert places.foreign() == []
+
+
 def test_a_function_replaced_before_plugins_were_loaded_is_found(load, definer):
     wanted = targets(definer)
     definer.function = load("rival.patch", FUNCTION).function

@@ -207,6 +207,8 @@ def test_a_long_reason_is_shortened_and_names_stay_whole(facts):
     edits = [
         {"name": FUNCTION, "active": False, "why": [REASON]},
         {"name": "vllm.a.Scheduler.method", "active": False, "why": []},
+        *[{"name": f"vllm.a.{i} (checked, not patched)", "active": True, "why": []} for i in "xy"],
+        {"name": "vllm.a.z (checked, not patched)", "active": False, "why": ["vllm.a.z differs"]},
     ]
     lines = printed(
         Report([], facts | {"patches": [other, {**other, "name": "p", "edits": edits}]})
@@ -215,9 +217,13 @@ def test_a_long_reason_is_shortened_and_names_stay_whole(facts):
     assert ["coordinator", "f", "active"] in rows
     assert ["p", "unify_kv_cache_spec_page_size", "failed"] in rows
     assert ["Scheduler.method", "would", "fit"] in rows
-    assert lines[-1].startswith(f"{FUNCTION} has the signature (*args, **kwargs), known is")
-    assert lines[-1].endswith("...")
-    assert max(map(len, lines[:-1])) <= 80
+    assert ["z", "(checked,", "not", "patched)", "failed"] in rows
+    assert ["2", "functions", "that", "it", "relies", "on", "unchanged"] in rows
+    *table, long, short = lines
+    assert long.startswith(f"{FUNCTION} has the signature (*args, **kwargs), known is")
+    assert long.endswith("...")
+    assert short == "vllm.a.z differs"
+    assert max(map(len, table)) <= 80
 
 
 def test_text_that_looks_like_markup_is_printed_unchanged():

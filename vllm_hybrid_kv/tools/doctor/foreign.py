@@ -28,9 +28,10 @@ class Places:
         bindings = {str(target): _binding(target) for target in self._targets}
         # A function with a supported source is vLLM's, whatever module decorates it.
         self._vllms = [bindings[str(target)] for target in self._targets if not target.problems()]
+        wanted = {id(value): value for value in bindings.values() if value is not None}
         self._globals = {
             f"{module}.{name}": (module, name)
-            for module, name, _ in globals_among({id(value): value for value in bindings.values()})
+            for module, name, _ in globals_among(wanted)
             if module.partition(".")[0] == "vllm"  # not where a plugin stores the original
         }
 
