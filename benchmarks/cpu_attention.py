@@ -242,7 +242,7 @@ def measure_quantising(
     kernels = {
         "copy": in_turn(target.copy_, list(sources)),
         "quantise": in_turn(
-            lambda i: quantise_and_store(*sources[i], cache, slots[i]),
+            lambda i: quantise_and_store(sources[i][0], sources[i][1], cache, slots[i]),
             list(range(count)),
             count // 2,
         ),
@@ -252,8 +252,8 @@ def measure_quantising(
 
 def heading() -> list[str]:
     """Return the title, the machine and the head of the table of attention."""
-    flags = (name for name, has in torch.cpu.get_capabilities().items() if has is True)
-    flags = sorted(name for name in flags if name.startswith(("avx512", "amx")))
+    capabilities = (name for name, has in torch.cpu.get_capabilities().items() if has is True)
+    flags = sorted(name for name in capabilities if name.startswith(("avx512", "amx")))
     paths = list(reversed(isa.available()))
     return [
         "# Attention over k8v4 pages on a CPU, compared with vLLM's own kernel",

@@ -156,6 +156,13 @@ merge_at = _record_at(Merge)
 ITEM_BYTES = dtype_of(WorkItem).itemsize
 MERGE_BYTES = dtype_of(Merge).itemsize
 
+
+def offset_of(record: np.dtype, field: str) -> int:
+    """Return the offset of a field in bytes."""
+    assert record.fields is not None
+    return record.fields[field][1]
+
+
 TILE_ADDRESSES = np.dtype([(name, np.int64) for name in ("keys", "values", "scales", "zeros")])
 """The addresses of the parts of one tile."""
 

@@ -26,7 +26,7 @@ from vllm_hybrid_kv.kernels.cpu.llvm import (
     filled,
     vector,
 )
-from vllm_hybrid_kv.kernels.cpu.records import ROW_STATE, TILE_ADDRESSES, TILE_RECORD
+from vllm_hybrid_kv.kernels.cpu.records import ROW_STATE, TILE_ADDRESSES, TILE_RECORD, offset_of
 from vllm_hybrid_kv.kernels.k8v4 import MIDDLE_VALUE_CODE, QUAD_BYTE_OF_TOKEN
 
 LOG2_E = math.log2(math.e)
@@ -45,7 +45,7 @@ FLOATS, BFLOATS, LIMBS = range(3)
 """Formats of weights: float32, bf16, or integers of two bytes."""
 
 _LARGEST, _TOTAL, _OFFSET, _LIMB_FACTOR = (
-    ROW_STATE.fields[name][1] for name in ("largest", "total", "offset", "limb_factor")
+    offset_of(ROW_STATE, name) for name in ("largest", "total", "offset", "limb_factor")
 )
 
 
@@ -107,7 +107,7 @@ class _Softmax:
         if self.limbs:
             e = self.e
             record = e.at(self.ahead, i, TILE_RECORD)
-            tile = e.load(I64, e.at(record, TILE_ADDRESSES.fields[part][1]))
+            tile = e.load(I64, e.at(record, offset_of(TILE_ADDRESSES, part)))
             place = e.b.add(tile, offset)
             for line in range(2):
                 e.prefetch(e.at(place, LINE * line))

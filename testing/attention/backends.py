@@ -194,7 +194,8 @@ class Backend:
 
     def forward(self, tensors: list[torch.Tensor], cache: torch.Tensor, metadata: Any) -> Any:
         out = torch.full((*tensors[0].shape,), 7.0, dtype=DTYPE)
-        self.impl.forward(self.layer, *tensors, cache, metadata, out)
+        query, key, value = tensors
+        self.impl.forward(self.layer, query, key, value, cache, metadata, out)
         return out
 
 

@@ -21,7 +21,6 @@ from testing.attention.backends import (
     error,
     expected,
     spec,
-    stock_backend,
     stored,
     texts,
     vllm_config,
@@ -29,6 +28,7 @@ from testing.attention.backends import (
 
 # isort: split
 from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backends import turboquant_attn as stock_backend
 from vllm.v1.attention.ops import triton_turboquant_decode as stock_decode
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
 from vllm.v1.worker import workspace
@@ -69,13 +69,13 @@ def replay_error(name: str, captured: Step, replayed: Step) -> float:
     cache = backend.cache(int(slots.max()) + 1)
     tokens = common.num_actual_tokens
     key = torch.zeros(tokens, KV_HEADS, HEAD_SIZE, dtype=DTYPE)
-    tensors = [torch.zeros(tokens, HEADS, HEAD_SIZE, dtype=DTYPE), key, key.clone()]
-    out = torch.empty_like(tensors[0])
+    query, value = torch.zeros(tokens, HEADS, HEAD_SIZE, dtype=DTYPE), key.clone()
+    out = torch.empty_like(query)
     metadata = backend.builder.build_for_cudagraph_capture(common)
     # The run before the capture.
-    backend.impl.forward(backend.layer, *tensors, cache, metadata, out)
+    backend.impl.forward(backend.layer, query, key, value, cache, metadata, out)
     with Recorder() as recorder:
-        backend.impl.forward(backend.layer, *tensors, cache, metadata, out)
+        backend.impl.forward(backend.layer, query, key, value, cache, metadata, out)
     launched = [executor.fn.__name__ for executor, _, _ in recorder.launches]
     # For decodes a plan from before the capture would not fail, but it is for other lengths.
     assert name == "stock" or "plan_kernel" in launched
@@ -86,7 +86,7 @@ def replay_error(name: str, captured: Step, replayed: Step) -> float:
     common.query_start_loc.fill_(other.num_actual_tokens)[:requests] = other.query_start_loc[:-1]
     common.block_table_tensor[:requests] = other.block_table_tensor
     new = len(made.new)
-    for tensor, content in zip(tensors, made.tensors, strict=True):
+    for tensor, content in zip((query, key, value), made.tensors, strict=True):
         tensor[:new] = content
     recorder.replay()
     return error(out[:new], expected(replayed, made))
@@ -132,7 +132,7 @@ def not_warmed_up(steps: list[Step]) -> set[Any]:
         made = texts(step)
         cache = backend.cache(int(slots.max()) + 1)
         with Recorder(launch=False) as recorder:
-            backend.store(*made.tensors[1:], cache, common.slot_mapping)
+            backend.store(made.key, made.value, cache, common.slot_mapping)
             backend.forward(made.tensors, cache, backend.builder.build(0, common))
         launched += recorder.launches
     return kernels_of(launched) - kernels_of(warm.launches)

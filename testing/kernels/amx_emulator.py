@@ -88,7 +88,7 @@ def _emulate_tile_instructions() -> None:
         function = ir.FunctionType(ir.VoidType(), [llvm.I64] * 4)
         return e.b.call(e.b.inttoptr(llvm.I64(address), function.as_pointer()), values)
 
-    llvm.Emitter.call = call  # type: ignore[method-assign]
+    llvm.Emitter.call = call  # type: ignore[assignment,method-assign]
 
 
 def main() -> None:

@@ -64,7 +64,7 @@ class Batch:
         return PageFormat(head_size, self.cache.shape[2], k8v4.cpu_layout(head_size))
 
     @property
-    def inputs(self) -> tuple[torch.Tensor, ...]:
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """The tensors that `paged_attention` reads, in its order."""
         return self.query, self.cache, self.block_table, self.seq_lens, self.query_start_loc
 
@@ -124,7 +124,8 @@ def attend(batch: Batch, path: str, **more: Any) -> tuple[torch.Tensor, torch.Te
     """Return the output and log-sum-exp of the CPU kernel; 7 where it wrote nothing."""
     out = torch.full_like(batch.query, 7.0)
     lse = torch.full(batch.query.shape[:2], 7.0)
-    paged_attention(*batch.inputs, out, lse=lse, isa=path, debug=True, **batch.options, **more)
+    options = {**batch.options, **more, "lse": lse, "isa": path, "debug": True}
+    paged_attention(*batch.inputs, out, **options)
     return out, lse
 
 
