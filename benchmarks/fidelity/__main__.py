@@ -56,7 +56,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few samples of 512 tokens")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    sizes, seeds, many = HEAD_SIZES, SEEDS, MANY
+    sizes: tuple[int, ...] = HEAD_SIZES
+    seeds, many = SEEDS, MANY
     if arguments.quick:
         sizes, seeds, many = HEAD_SIZES[::2], {512: 2}, 1
     result = {
