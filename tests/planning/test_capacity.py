@@ -22,10 +22,11 @@ from vllm.v1.kv_cache_interface import (
 
 from vllm_hybrid_kv.errors import HybridKVStrategyError
 from vllm_hybrid_kv.planning.capacity import (
-    GrowingGroups,
+    addressable_slots,
     blocks_per_request,
     capacity,
     check_capacity_groups,
+    token_capacity_kv_cache_groups,
 )
 
 SHAPE = {"block_size": 16, "num_kv_heads": 1, "head_size": 64, "dtype": torch.bfloat16}
@@ -48,7 +49,7 @@ def plan(*specs, num_blocks=10):
 
 def growing(planned):
     """The indices of the groups that the strategy `growing` counts."""
-    groups = GrowingGroups().hybrid_kv_token_capacity_groups(kv_cache_config=planned)
+    groups = token_capacity_kv_cache_groups(None, planned)
     return [int(group.layer_names[0].removeprefix("layer.")) for group in groups]
 
 
@@ -209,3 +210,8 @@ def test_draft_tokens_need_additional_states(config_of):
     spec = mamba("align", num_speculative_blocks=3)
     config = config_of("align", 160)
     assert [blocks_per_request(config, spec, tokens) for tokens in (1, 16, 17, 160)] == [4, 4, 5, 5]
+
+
+def test_a_buffer_indexed_by_slot_needs_the_groups_blocks_of_the_whole_pool():
+    planned = plan(FULL, WINDOW, num_blocks=40)
+    assert [addressable_slots(group, planned) for group in planned.kv_cache_groups] == [640, 640]

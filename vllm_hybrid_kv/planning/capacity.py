@@ -53,6 +53,26 @@ class GrowingGroups:
         return groups if all(group.host_resident for group in growing) else growing
 
 
+def token_capacity_kv_cache_groups(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+) -> list[KVCacheGroupSpec]:
+    """Return the groups that `GrowingGroups` counts, with the signature of vLLM's #40384."""
+    del vllm_config
+    return GrowingGroups().hybrid_kv_token_capacity_groups(kv_cache_config)
+
+
+def addressable_slots(group: KVCacheGroupSpec, kv_cache_config: KVCacheConfig) -> int:
+    """Return the number of entries of a buffer that a group's slot mapping indexes (#37118).
+
+    A slot is block * block_size + offset, and a group may hold any block of the pool, so no
+    capacity in tokens is enough.
+    """
+    num_blocks = kv_cache_config.num_blocks
+    if group.host_resident:
+        num_blocks = kv_cache_config.hisparse_host_num_blocks or 0
+    return num_blocks * int(group.kv_cache_spec.block_size)
+
+
 def _grows(spec: KVCacheSpec) -> bool:
     if isinstance(spec, MambaSpec):
         return bool(spec.mamba_cache_mode == "all")
