@@ -21,10 +21,10 @@ SECTION = "hybrid_kv"
 """The key of our settings in vLLM's `--additional-config`."""
 
 ENVIRONMENT_PREFIX = "VLLM_HYBRID_KV_"
-"""The start of our variables' names; the field in capitals follows."""
+"""The start of the names of our environment variables; the field's name in capitals follows."""
 
 MISSPELT = 0.87
-"""The similarity to one of our names from which another name counts as misspelt.
+"""A name that is at least this similar to one of ours counts as misspelt.
 
 `hybrid_kvs` and `VLLM_HYBRIDKV_DEBUG` are above it, `hybrid` and `VLLM_HYBRID` below.
 """
@@ -88,7 +88,8 @@ class Settings(BaseModel):
         from vllm_hybrid_kv.kernels.cpu import isa
 
         if self.runs_triton_interpreter:
-            # Triton decides with the first kernel that is defined, also in its own library.
+            # Triton reads the variable when the first kernel is defined, even one of its own
+            # library, so it is too late to set the variable here.
             if os.environ.get("TRITON_INTERPRET") != "1":
                 raise HybridKVSettingsError(
                     f"cpu_isa={INTERPRETER!r} (from {self.source('cpu_isa')}) needs "

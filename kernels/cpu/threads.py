@@ -17,16 +17,17 @@ from vllm_hybrid_kv.kernels.cpu.llvm import I64, Emitter
 
 
 def follow_torch() -> int:
-    """Set numba's next parallel call to torch's number of threads, and return the number.
+    """Give numba's next parallel call as many threads as torch has, and return the number.
 
-    Fewer if numba was imported before with a smaller pool; never more than torch's.
+    The number is smaller than torch's if numba was imported earlier with a smaller pool.
     """
     wanted = torch.get_num_threads()
     count = max(1, min(wanted, numba.config.NUMBA_NUM_THREADS))
     if numba.get_num_threads() != count:
         numba.set_num_threads(count)
-    # The first call starts the pool, which tells OpenMP, hence torch, to use all of it. vLLM's
-    # workers replace `torch.set_num_threads` with a no-op after they pin their cores.
+    # The first call starts the pool, which sets the number of threads of OpenMP, and so of torch,
+    # to the size of the pool. Restore it with `torch._C`, because vLLM's workers replace
+    # `torch.set_num_threads` with a no-op after they pin their cores.
     if torch.get_num_threads() != wanted:
         torch._C.set_num_threads(wanted)
     return count
@@ -34,14 +35,17 @@ def follow_torch() -> int:
 
 @inline_llvm
 def _call(e: Emitter, code: Int64, first: Int64, second: Int64) -> None:
-    """Call a C function of two int64 by its address."""
+    """Call the C function at an address with two int64 arguments."""
     function = ir.FunctionType(ir.VoidType(), [I64, I64])
     e.b.call(e.b.inttoptr(code, function.as_pointer()), [first, second])
 
 
 @cached(parallel=True)
 def run_on_threads(code, call, scratch):  # type: ignore[no-untyped-def]
-    """Call `code(call, own scratch)` once for each row of uint8 [threads, bytes] scratch."""
+    """Call the function at `code` in parallel, as `code(call, address of the thread's scratch)`.
+
+    `scratch` is uint8 [threads, bytes]. Each row serves one call, from its first 64-byte boundary.
+    """
     for thread in numba.prange(scratch.shape[0]):
         own = (scratch[thread].ctypes.data + 63) // 64 * 64
         _call(code, call, own)

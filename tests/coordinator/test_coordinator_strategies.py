@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which coordinator a strategy makes from the arguments of vLLM's factory."""
+"""Each strategy makes its coordinator from the arguments of vLLM's factory."""
 
 import inspect
 
@@ -17,7 +17,7 @@ from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
 from vllm_hybrid_kv.coordinator.strategies import FixedPoint
 from vllm_hybrid_kv.hooks import Stock
 
-# The strategies take vLLM's own factory, which the plugin replaces.
+# The tests pass vLLM's own factory to the strategies, so the plugin must not be registered.
 pytestmark = pytest.mark.usefixtures("unregistered")
 
 

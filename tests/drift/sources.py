@@ -27,7 +27,7 @@ class Sources:
     def _tree(self, module: str) -> ast.Module:
         try:
             return ast.parse(self.text(module))
-        except SyntaxError:  # Another version of Python, or a template.
+        except SyntaxError:  # Source for another version of Python, or a template.
             return ast.Module([], [])
 
     def defining(self, name: str) -> list[str]:
@@ -36,7 +36,7 @@ class Sources:
         return [module for module in self.files if pattern.search(self.text(module))]
 
     def importers(self, name: str) -> dict[str, str]:
-        """Return the modules that import a function by name, and how.
+        """Return the modules that import a function by name, and how each of them does.
 
         A function that a module keeps as a value, such as in a table, may escape a patch.
         """
@@ -57,7 +57,7 @@ class Sources:
         return found
 
     def imports_of(self, package: str) -> dict[tuple[str, str], str]:
-        """Return every `from package... import name` and a module that does it."""
+        """Return each (module, name) that is imported from a package, and one importing module."""
         found: dict[tuple[str, str], str] = {}
         for module in self.files:
             for node in ast.walk(self.tree(module)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU rotation does the reference's additions, in the reference's order."""
+"""The CPU rotation adds the same numbers as the reference, in the same order."""
 
 import numba
 import numpy as np
@@ -19,8 +19,9 @@ def rotate_in_place(row: int, head_size: int, extremes: int) -> None:
 
 
 def rotate(row: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """Return the rotated row, its smallest and its largest number."""
+    """Return the rotated row, its smallest number and its largest number."""
     head_size = len(row)
+    # The kernel reads whole vectors. Pad with the last eight numbers, which add no new extremes.
     padded = np.resize(row, -(-head_size // LANES) * LANES)
     padded[head_size:] = row[-LANES // 2 :][: len(padded) - head_size]
     extremes = np.empty((2, LANES), np.float32)
@@ -31,7 +32,7 @@ def rotate(row: np.ndarray) -> tuple[np.ndarray, float, float]:
 
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 def test_the_rotated_bits_equal_the_reference(head_size: int) -> None:
-    # Sums that depend on their order: large numbers that cancel, and small ones.
+    # Large numbers that cancel, plus small ones: the sum depends on the order of the additions.
     random = np.random.default_rng(head_size)
     small = random.normal(size=(200, head_size))
     large = random.choice([0, 0, 1e5, -1e5, 3e7], (200, head_size))

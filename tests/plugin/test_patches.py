@@ -29,14 +29,14 @@ pytestmark = pytest.mark.usefixtures("unregistered")
 
 MINOR = ".".join(map(str, vllm.__version_tuple__[:2]))
 PATCHED = targets.targets_of(MINOR)
-# The platform under test is a CPU.
+# Patched on GPUs only, and these tests run on a CPU.
 del PATCHED["Gemma4Config.verify_and_update_config"]
 RELIED_ON = targets.targets_of(MINOR, targets.RELIED_ON)
 BACKEND = "vllm_hybrid_kv.attention.backend.K8V4AttentionBackend"
 
 
 def bindings():
-    """Everything that the patches change, in its current state."""
+    """Return the current value of everything that the patches change."""
     return {
         **{name: target.binding() for name, target in {**PATCHED, **RELIED_ON}.items()},
         "manager": kv_cache_manager.get_kv_cache_coordinator,
@@ -49,7 +49,7 @@ def bindings():
 
 @pytest.fixture
 def named(monkeypatch):
-    """The user named the plugin, so that it stops start-up instead of staying inactive."""
+    """Name the plugin in `VLLM_PLUGINS`, so that an error stops start-up."""
     monkeypatch.setenv("VLLM_PLUGINS", "hybrid_kv")
 
 

@@ -36,7 +36,7 @@ class Refusal(str):
 
     Attributes:
         advice: What to do.
-        skippable: Whether leaving this layer and those like it unquantised helps, too.
+        skippable: Whether it also helps to leave this layer and others of its type unquantised.
     """
 
     __slots__ = ("advice", "skippable")
@@ -143,7 +143,7 @@ def refuse_cache_dtype(kv_cache_dtype: str, head_size: int) -> Refusal:
 
     The patch of `Attention.__init__` prevents this, so skipping more layers would change nothing.
     """
-    reason = f"its KV cache dtype is {kv_cache_dtype}, and the k8v4 backend was selected for it"
+    reason = f"its KV cache dtype is {kv_cache_dtype}, but the k8v4 backend was selected for it"
     return Refusal(reason, _serve_unquantised(head_size))
 
 
@@ -231,9 +231,9 @@ def _cpu_head_sizes() -> list[int]:
 def _layer_under_construction() -> str:
     """Return the name of the vLLM layer that is being built, or whose cache is being planned.
 
-    vLLM selects a backend without the layer's name. It is in the frame of the layer's constructor
-    as `prefix`, in some layers only within `kwargs`, and later in the layer itself. This runs only
-    when start-up is about to stop.
+    vLLM selects a backend without the layer's name. The name is in the frame of the layer's
+    constructor as `prefix` (in some layers only within `kwargs`), and later in the layer itself.
+    The search through the frames runs only when start-up is about to stop.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -271,7 +271,7 @@ def _advice_for(layer: str, refusal: Refusal) -> str:
 def _layers_like(index: int) -> set[int]:
     """Return the layers of the same type in the model's configuration, including this one.
 
-    If all layers have the same type, it does not show how this layer differs.
+    If all layers have one type, the type does not tell them apart, so return this layer alone.
     """
     config = get_current_vllm_config_or_none()
     text_config = getattr(getattr(config, "model_config", None), "hf_text_config", None)

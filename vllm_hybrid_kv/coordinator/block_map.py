@@ -3,8 +3,8 @@
 
 vLLM keys its map by the hash followed by the group id. Every lookup then builds and hashes a new
 key, and the few states of a Mamba group are mixed with the blocks of all other groups. Here each
-group has its own dictionary, keyed by the request's hashes themselves: Python caches their hash
-values, and one call of `map` looks up thousands.
+group has its own dictionary, keyed by a request's block hashes without a group id. Python caches
+the hash value of each such key, and one call of `map` looks up thousands of keys.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _GROUP_ID_BYTES = 4
 
 
 class GroupedBlockMap(BlockHashToBlockMap):
-    """vLLM's map with the same results, and a dictionary for each group.
+    """A map with the same results as vLLM's, and one dictionary for each group.
 
     If several blocks hold the same tokens, lookups return the one that was cached first, as in
     vLLM.
@@ -33,11 +33,11 @@ class GroupedBlockMap(BlockHashToBlockMap):
 
     @property
     def _cache(self) -> _FlatView:
-        """vLLM's name of its dictionary, which vLLM's tests access."""
+        """The map as one dictionary, named as in vLLM, because vLLM's tests access that name."""
         return _FlatView(self)
 
     def group(self, group_id: int) -> dict[BlockHash, KVCacheBlock]:
-        """Return the first cached block of every hash in one group, read-only."""
+        """Return the first cached block by hash of one group. Callers must not change it."""
         group = self._by_id.get(group_id)
         if group is None:
             group = self._groups.setdefault(group_id.to_bytes(_GROUP_ID_BYTES, "big"), {})
@@ -83,7 +83,7 @@ class GroupedBlockMap(BlockHashToBlockMap):
 
 
 class _FlatView(MutableMapping[BlockHashWithGroupId, KVCacheBlock | dict[int, KVCacheBlock]]):
-    """The map in the form of vLLM's dictionary: one block, or several by id, per key."""
+    """The map as vLLM's dictionary: each key has one block, or a dictionary of blocks by id."""
 
     def __init__(self, blocks: GroupedBlockMap) -> None:
         self._blocks = blocks
@@ -119,7 +119,7 @@ class _FlatView(MutableMapping[BlockHashWithGroupId, KVCacheBlock | dict[int, KV
 
 
 def install_grouped_map(pool: BlockPool) -> None:
-    """Replace a pool's map by a `GroupedBlockMap` with the same contents, if it is vLLM's."""
+    """Replace a pool's map by a `GroupedBlockMap` with its contents, unless it already is one."""
     blocks = pool.cached_block_hash_to_block
     if not isinstance(blocks, GroupedBlockMap):
         grouped = GroupedBlockMap()

@@ -28,7 +28,7 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
     def __init__(
         self, pool: BlockPool, checkpoints: Checkpoints, state_groups: Sequence[int]
     ) -> None:
-        """Take over the blocks of a pool's queue, which are all unpinned."""
+        """Take over the free blocks of a pool's queue. No checkpoint pins any of them yet."""
         super().__init__(pool.free_block_queue.get_all_free_blocks())
         self._pool = pool
         self._checkpoints = checkpoints
@@ -42,14 +42,14 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
         key = block.block_hash
         if key is None or get_group_id(key) not in self._state_groups:
             return self._checkpoints.pins(block.block_id)
-        # If several requests computed one state, lookups return the first block with it.
+        # If several requests computed the same state, lookups return the first block that holds it.
         return (
             self._checkpoints.pinned_at(get_block_hash(key)) is not None
             and self._pool.cached_block_hash_to_block.get_one_block(key) is block
         )
 
     def recheck(self, key: BlockHash) -> None:
-        """Unpin the checkpoint at a prefix if its states are lost, else pin those cached now."""
+        """Unpin the checkpoint at a prefix if a state is lost, otherwise pin its cached states."""
         checkpoint = self._checkpoints.pinned_at(key)
         if checkpoint is not None:
             states = self._pool.get_cached_block(key, self._state_groups)
@@ -64,15 +64,17 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
         self.release(checkpoint.key, checkpoint.blocks)
 
     def release(self, key: BlockHash, block_ids: Iterable[int]) -> None:
-        """Move what only an unpinned checkpoint pinned to the unpinned part.
+        """Move the free blocks of an unpinned checkpoint to the unpinned part.
+
+        Attention blocks that another checkpoint pins stay in the pinned part.
 
         Args:
-            key: The prefix of its states.
-            block_ids: Its attention blocks.
+            key: The hash of the prefix at which the checkpoint was.
+            block_ids: The ids of the checkpoint's attention blocks.
         """
         blocks = [self._pool.blocks[block_id] for block_id in block_ids]
         self.unpin([block for block in blocks if not self.is_pinned(block)])
-        # Group by group, because one group's state may be lost, such as after a failed load.
+        # Look up each group alone, because one group's state may be lost, as after a failed load.
         for group in self._state_groups:
             self.unpin(self._pool.get_cached_block(key, [group]) or ())
 
@@ -82,7 +84,7 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
         return len(self._unpinned)
 
     def unpin(self, blocks: Iterable[KVCacheBlock]) -> None:
-        """Move those of the given blocks that are free to the unpinned part."""
+        """Move the free ones among these blocks to the unpinned part."""
         for block in blocks:
             is_free = block.next_free_block is not None
             if is_free and block.block_id not in self._unpinned:
@@ -90,7 +92,7 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
                 self._insert_unpinned([block])
 
     def repin(self, blocks: Iterable[KVCacheBlock]) -> None:
-        """Move those of the given blocks that are free to the part that they belong to now."""
+        """Move these blocks to the pinned part if they are in the unpinned part and now pinned."""
         for block in blocks:
             if block.block_id in self._unpinned:
                 self.remove(block)
@@ -146,7 +148,7 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
         self.append_n([block])
 
     def append_n(self, blocks: list[KVCacheBlock]) -> None:
-        """Append blocks with a hash, each to the part that it belongs to."""
+        """Append blocks with a hash, each to the pinned or the unpinned part."""
         pinned: list[KVCacheBlock] = []
         unpinned: list[KVCacheBlock] = []
         for block in blocks:
@@ -156,8 +158,8 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
                 unpinned.append(block)
                 key = block.block_hash
                 if key is not None and get_group_id(key) in self._state_groups:
-                    # A checkpoint lost its state if vLLM moved the entry of this block, which was
-                    # the first one, to the copy that its request continued with.
+                    # Lookups may have returned this block for its state until vLLM moved the entry
+                    # to the copy that the request continued with. Then the checkpoint is lost.
                     self.recheck(get_block_hash(key))
         if unpinned:
             self._insert_unpinned(unpinned)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reports a worker's refusal as the last line of a failed start-up.
 
-A worker or the engine core detects that a layer cannot be served, and vLLM logs that there. The
-process that the user started only knows that another process ended. So the processes of an engine
-write the message to a file whose name they inherit, and the starting process ends with it.
+A worker or the engine core detects that a layer cannot be served, and vLLM logs the error in that
+process. The process that the user started only knows that another process ended. So the failing
+process writes the message to a file whose name it inherits, and the process that the user started
+prints the message last.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class RefusalHandler(logging.Handler):
         super().__init__(logging.ERROR)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write the message of the refusal that the logged exception is or comes from."""
+        """Write the message if the logged exception is a refusal or was caused by one."""
         error = record.exc_info[1] if record.exc_info else None
         while error is not None and not isinstance(error, HybridKVError):
             error = error.__cause__ or error.__context__
@@ -64,7 +65,7 @@ class RecordRefusals(Edit):
         logging.getLogger("vllm").addHandler(self._handler)
 
     def failures(self) -> list[str]:
-        """Return nothing: without the handler vLLM's own message stays."""
+        """Return nothing, because without the handler users still see vLLM's own message."""
         return []
 
     def undo(self) -> None:
@@ -104,13 +105,13 @@ def startup_patch(context: Context) -> Patch:
 
 
 def forget(*_: Any) -> None:
-    """Remove the refusal that an earlier engine of the starting process has left."""
+    """Remove the refusal of an earlier engine, in the process that the user started."""
     if multiprocessing.parent_process() is None:
         _take_refusal()
 
 
 def _take_refusal() -> str:
-    """Return and remove the refusal of a process of the engine; empty if there is none."""
+    """Remove the file with an engine process's refusal; return the refusal, or an empty string."""
     file = Path(os.environ.get(VARIABLE) or os.devnull)
     if not file.is_file():
         return ""

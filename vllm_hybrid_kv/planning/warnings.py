@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Warnings at start-up about settings that have no effect with the plan, one line each."""
+"""Warnings at start-up: no possible cache hit, an unused cache dtype, much padding."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def startup_warnings(
     settings: Settings,
     layers: Mapping[str, KVCacheSpec] | None = None,
 ) -> list[str]:
-    """Return a line for each setting that has no effect with the plan, and what to change.
+    """Return one line for each problem of a plan, with what to change.
 
-    The strategies do not matter: the problems occur with vLLM's own, too.
+    The problems also occur without the plugin's strategies.
 
     Args:
         vllm_config: The engine's configuration.
@@ -53,8 +53,8 @@ def startup_warnings(
         scheduler_block_size: Tokens, from `resolve_kv_cache_block_sizes`.
         hash_block_size: The match unit in tokens, from the same function.
         settings: The plugin's settings.
-        layers: The spec of every layer by name before planning. The scheduler's plan needs it,
-            because it has one spec for a whole group. None takes the specs of a worker's plan.
+        layers: The spec of every layer by name before planning. Required for the scheduler's plan,
+            which has only one spec for each group. None takes the specs of a worker's plan.
     """
     if layers is None:
         layers = _specs(kv_cache_config)

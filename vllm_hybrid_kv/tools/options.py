@@ -40,8 +40,8 @@ def memory_size(text: str) -> int:
 def check_strategy(option: str, setting: str, name: str) -> None:
     """Check that an option names a strategy, without importing vLLM.
 
-    Only the names of other packages' strategies are known here. Loading one shows whether it fits
-    the setting.
+    A strategy of another package passes under any setting. Whether it implements the setting's hook
+    is known only after it is loaded.
 
     Args:
         option: The option or environment variable.
@@ -63,8 +63,8 @@ def check_environment(by_option: Iterable[str]) -> None:
     """Check the plugin's settings in the environment, without importing vLLM.
 
     Args:
-        by_option: Settings chosen on the command line. Their variables are unset, because they
-            would win.
+        by_option: Settings chosen on the command line. Their environment variables are removed,
+            because the environment would override the command line.
 
     Raises:
         HybridKVError: A setting is not valid.

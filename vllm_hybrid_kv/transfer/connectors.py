@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.hybrid_kv.transfer")
 
 HANDSHAKE = ("NixlConnector", "NixlPullConnector", "NixlPushConnector")
-"""Their peers compare fingerprints before the first transfer."""
+"""Connectors whose peers compare fingerprints before the first transfer."""
 
 SUPPORTED = (*HANDSHAKE, "ExampleConnector", "OffloadingConnector", "SimpleCPUOffloadConnector")
-"""Copy whole pages. The docs say which of them were tested."""
+"""Connectors that copy whole pages. `docs/deployment.md` says which of them were tested."""
 
 GPU_ONLY = ("OffloadingConnector", "SimpleCPUOffloadConnector")
-"""Copy between a GPU and host memory. On CPUs vLLM fails after it has loaded the model."""
+"""Connectors between a GPU and host memory. On a CPU vLLM would fail after it loads the model."""
 
 NO_HANDSHAKE = (
     "its peers do not compare page formats, and one without this plugin would read garbage"
@@ -56,7 +56,7 @@ REFUSED = {
 """vLLM's other connectors, and why they cannot carry k8v4 pages."""
 
 WITHOUT_PAGES = ("ExampleHiddenStatesConnector",)
-"""Carries hidden states, and no pages."""
+"""Connectors that carry hidden states and no pages."""
 
 MANIFEST = "hybrid_kv.json"
 """File with the fingerprint's fields, next to stored pages."""
@@ -150,8 +150,8 @@ def _refusal(name: str, extra: Mapping[str, Any], *, on_cpu: bool) -> str | None
         )
     if on_cpu and name in GPU_ONLY and not extra.get("spec_module_path"):
         return (
-            "it copies between a GPU and host memory, and this is a CPU. Remove it: the cache is "
-            "in host memory already"
+            "it copies between a GPU and host memory, and this is a CPU. Remove the connector, "
+            "because the cache is in host memory already"
         )
     return None
 
@@ -159,9 +159,9 @@ def _refusal(name: str, extra: Mapping[str, Any], *, on_cpu: bool) -> str | None
 def make_example_connector(original: Any) -> Any:
     """Return an `ExampleConnector.__init__` that gives k8v4 pages their own folder.
 
-    ExampleConnector stores a prompt's pages in a folder named by the prompt's tokens. For k8v4
-    pages these folders are inside one that is named by the fingerprint and by the rank, where no
-    other engine looks.
+    ExampleConnector stores a prompt's pages in a folder named after the prompt's tokens. With k8v4
+    pages these folders are inside a folder named after the fingerprint and the rank. Engines with
+    other pages do not read that folder.
     """
 
     def init(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:

@@ -42,7 +42,7 @@ def evaluate(
     ],
     kv_cache_dtype: Annotated[
         str,
-        typer.Option(help="Caches separated by commas; settings like k[boundary_layers=0]."),
+        typer.Option(help="Cache dtypes with settings: fp8,turboquant_k8v4[boundary_layers=0]."),
     ] = "fp8,turboquant_k8v4",
     reference: Annotated[str, typer.Option(help="The cache to compare all with.")] = "auto",
     context: Annotated[int, typer.Option(min=2, help="Most tokens of a window.")] = 2048,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs one engine in a child process: sends it the sequences one by one, reports their scores."""
+"""Runs one engine in a child process, and sends the scores of each sequence to the parent."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy
 RECORDER = "vllm_hybrid_kv.tools.eval.recorder.Recorder"
 
 TOLERANCE = 1e-3
-"""Largest difference, absolute and relative, between a log-probability that vLLM computes in
-float32 and ours of the same logits."""
+"""Largest accepted difference, absolute and relative, between the log-probabilities that vLLM and
+the recorder compute in float32 from the same logits."""
 
 
 def score(send: Callable[..., None], job_file: str) -> None:
@@ -39,7 +39,7 @@ def score(send: Callable[..., None], job_file: str) -> None:
         worker_extension_cls=RECORDER,
     )
     config = llm.llm_engine.vllm_config
-    # vLLM stops at the first request with such a token.
+    # Without this check vLLM would stop at the first request with a token beyond the vocabulary.
     size, largest = config.model_config.get_vocab_size(), max(map(max, job["sequences"]))
     if largest >= size:
         raise ValueError(
@@ -71,9 +71,9 @@ def score(send: Callable[..., None], job_file: str) -> None:
 
 
 def over_ranks(layers: Sequence[Sequence[Sequence[str]]]) -> list[set[str]]:
-    """Return the quantised and the other layers of a model from those of each rank.
+    """Return the quantised and the unquantised layers of a model, given those of each rank.
 
-    Ranks of a pipeline have different layers, those of a tensor-parallel group the same.
+    The ranks of a pipeline have different layers. Tensor-parallel ranks have the same layers.
     """
     return [{name for names in ranks for name in names} for ranks in zip(*layers, strict=True)]
 
@@ -82,7 +82,7 @@ def check_scores(scores: dict[str, Any] | None, tokens: list[int], prompt_logpro
     """Compare recorded log-probabilities with those that vLLM returned.
 
     Raises:
-        RuntimeError: They differ.
+        RuntimeError: The log-probabilities differ, or some of them were not recorded.
     """
     if scores is None or len(scores["logprobs"]) != len(tokens) - 1:
         raise RuntimeError(

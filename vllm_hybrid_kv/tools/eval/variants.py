@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The caches to compare: a cache dtype of vLLM with settings of the plugin."""
+"""The caches that `eval` compares: each is a cache dtype of vLLM with settings of the plugin."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _VARIANT = re.compile(r"([\w.-]+)(?:\[([^\[\]]*)\])?")
 
 @dataclass(frozen=True)
 class CacheVariant:
-    """One cache.
+    """One cache to compare.
 
     Attributes:
         kv_cache_dtype: A value of vLLM's `--kv-cache-dtype`.
@@ -29,7 +29,7 @@ class CacheVariant:
 
     @property
     def name(self) -> str:
-        """Its form on the command line: `fp8`, `turboquant_k8v4[boundary_layers=0]`."""
+        """The cache as on the command line: `fp8`, `turboquant_k8v4[boundary_layers=0]`."""
         if not self.settings:
             return self.kv_cache_dtype
         pairs = (
@@ -40,14 +40,14 @@ class CacheVariant:
 
 
 def parse(text: str, reference: str) -> list[CacheVariant]:
-    """Return the caches of a list, the reference first.
+    """Return the caches of a comma-separated list, the reference first.
 
     Args:
         text: Cache dtypes separated by commas, each with optional settings in brackets.
-        reference: The cache that all are compared with; it need not be in the list.
+        reference: The cache that all others are compared with. The list may omit it.
 
     Raises:
-        ToolError: The text has another form, or contains only the reference.
+        ToolError: The text is not such a list, or contains only the reference.
     """
     variants = [_variant(reference)]
     for part in _COMMA_OUTSIDE_BRACKETS.split(text):

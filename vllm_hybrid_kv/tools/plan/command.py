@@ -43,7 +43,7 @@ def plan(
     ] = None,
     boundary_layers: Annotated[
         int | None,
-        typer.Option(min=0, help="Attention layers at each end of a dense model to keep in bf16."),
+        typer.Option(min=0, help="Unquantised attention layers at each end of non-hybrid models."),
     ] = None,
     device: Annotated[
         str, typer.Option(help="gpu: plan for an H100 on any machine; cpu: for this machine.")

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Replays a trace through vLLM's scheduler and counts its prefix-cache hits.
 
-The replay takes the place of the model and the clients. The scheduler has vLLM's V1 runner, because
-it is made outside of the described GPU; the plan is that of the V2 runner. The runners differ in
-what they send to workers, not in lookups and evictions.
+The replay stands in for the model and the clients. The KV cache is planned for vLLM's model runner
+V2. The scheduler is configured for model runner V1, because it is created outside of
+`described_gpu`. The two runners differ in what the scheduler sends to workers, not in lookups and
+evictions.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 
 MOST_IDLE_STEPS = 100
-"""A replay stops after more steps in a row that schedule no token."""
+"""A replay stops if more than this many steps in a row schedule no token."""
 
 
 class StuckError(ToolError):
@@ -120,13 +121,13 @@ class Replay:
         init_none_hash(hash_function)
         self._hasher = get_request_block_hasher(engine.hash_block_size, hash_function)
         self._answers: dict[str, list[int]] = {}
-        # The tokens that full attention alone could serve, by request before its first step.
+        # For each request that has not started: the tokens that full attention alone could serve.
         self._attention_hits: dict[str, int] = {}
         self._live: dict[str, Request] = {}
         self._idle_steps = 0
         self.tally = Tally(hits=[0] * len(requests))
         self._coordinator = engine.scheduler.kv_cache_manager.coordinator
-        # Time of this class's own lookups inside the scheduler.
+        # Time of this class's extra lookups, which is subtracted from the scheduler's time.
         self._lookup_seconds = 0.0
         self._count_evictions()
         self._measure_attention_hits()
@@ -135,8 +136,8 @@ class Replay:
         """Replay the whole trace and return its counters.
 
         Args:
-            finished: Called with the number of finished requests after each step that finished
-                some.
+            finished: Called after each step in which requests finished, with the number of all
+                finished requests.
 
         Raises:
             StuckError: The scheduler never schedules the next request.
@@ -164,7 +165,7 @@ class Replay:
         return self.tally
 
     def _state(self) -> str:
-        """Return the scheduler's state as the reason that it schedules nothing."""
+        """Return the message of `StuckError`: the scheduler's state, and what to change."""
         scheduler = self._engine.scheduler
         head = next(iter(scheduler.waiting), None) or next(iter(scheduler.running), None)
         needs = ""
@@ -218,8 +219,8 @@ class Replay:
         def measured(request: Request) -> Any:
             if request.request_id in self._attention_hits:
                 started = time.perf_counter()
-                # The coordinator's lookup of all groups also returns this, but takes a quarter of
-                # a replay: it checks for a state at every match unit of a prompt.
+                # The coordinator's lookup of all groups also returns this hit, but would take a
+                # quarter of the replay's time, because it checks every match unit for a state.
                 _, hit = lookup.manager_cls.find_longest_cache_hit(
                     block_hashes=request.block_hashes,
                     max_length=request.num_tokens - 1,
@@ -254,7 +255,7 @@ class Replay:
         pool._maybe_evict_cached_block = counted
 
     def _answer(self, output: SchedulerOutput) -> ModelRunnerOutput:
-        """Return the output of a model that computed the step."""
+        """Return the output that a model would return for the step."""
         names = list(output.num_scheduled_tokens)
         for new in output.scheduled_new_reqs:
             self.tally.hits[int(new.req_id)] = new.num_computed_tokens
