@@ -114,10 +114,12 @@ def _unused_cache_dtype(
     advice = "pass --kv-cache-dtype auto, which stores the same"
     if skipped and attention:
         advice = f"layers {' '.join(skipped)} are skipped: {_quantise_all(vllm_config, settings)}"
-    return (
-        f"--kv-cache-dtype {dtype} has no effect: none of the {attention} attention layers with a "
-        f"KV cache uses it; {advice}"
+    layers_without = (
+        f"none of the {attention} attention layers with a KV cache uses it"
+        if attention
+        else "this model has no attention layer with a KV cache"
     )
+    return f"--kv-cache-dtype {dtype} has no effect: {layers_without}; {advice}"
 
 
 def _stores(vllm_config: VllmConfig, spec: KVCacheSpec, dtype: str) -> bool:

@@ -74,8 +74,8 @@ def check_connectors(vllm_config: VllmConfig, *, on_cpu: bool) -> None:
     for name, module, extra in _connectors(vllm_config):
         if module:
             logger.warning_once(
-                "The KV connector %s of %s is not known to support %s pages: it must copy pages "
-                "whole, and peers with another page format would read garbage",
+                "The KV connector %s of %s is not known to support %s pages. Use it only if it "
+                "copies whole pages and all its peers run this plugin: others would read garbage",
                 name,
                 module,
                 CACHE_DTYPE,
@@ -185,7 +185,8 @@ def open_store(root: Path, fingerprint: PageFingerprint) -> Path:
         STATE.opened_stores.add(own)
         for words in _others(root, fingerprint):
             logger.warning(
-                "%s holds pages that this engine does not read: %s. This engine uses: %s",
+                "%s holds pages that this engine does not read: %s. This engine uses: %s. Delete "
+                "the other pages, or use another folder",
                 root,
                 words,
                 fingerprint,

@@ -293,7 +293,7 @@ def test_a_replay_that_schedules_nothing_stops_with_the_schedulers_state(shape):
     with pytest.raises(StuckError) as error:
         replayed.run()
     assert "1 requests wait and 0 run, 0 of " in str(error.value)
-    assert "request 1 is first and has 1,024 tokens, 64 blocks of the groups" in str(error.value)
+    assert "request 1 is first: its 1,024 tokens need 64 blocks" in str(error.value)
     assert "--memory" in str(error.value)
 
 
