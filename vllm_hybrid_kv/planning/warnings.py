@@ -114,12 +114,12 @@ def _unused_cache_dtype(
     advice = "pass --kv-cache-dtype auto, which stores the same"
     if skipped and attention:
         advice = f"layers {' '.join(skipped)} are skipped: {_quantise_all(vllm_config, settings)}"
-    layers_without = (
+    problem = (
         f"none of the {attention} attention layers with a KV cache uses it"
         if attention
         else "this model has no attention layer with a KV cache"
     )
-    return f"--kv-cache-dtype {dtype} has no effect: {layers_without}; {advice}"
+    return f"--kv-cache-dtype {dtype} has no effect: {problem}; {advice}"
 
 
 def _stores(vllm_config: VllmConfig, spec: KVCacheSpec, dtype: str) -> bool:

@@ -175,8 +175,8 @@ class Replay:
                 for group in self._engine.kv_cache_config.kv_cache_groups
             ]
             needs = (
-                f"; request {int(head.request_id) + 1} is first: its {head.num_tokens:,} tokens need "
-                f"{' + '.join(f'{count:,}' for count in blocks)} blocks"
+                f"; request {int(head.request_id) + 1} is first: its {head.num_tokens:,} tokens "
+                f"need {' + '.join(f'{count:,}' for count in blocks)} blocks"
             )
         pool = self._coordinator.block_pool
         return (
