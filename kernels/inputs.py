@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of the kernels' arguments, on every device, before any memory is touched.
+"""Checks the kernels' arguments, on every device, before a kernel touches memory.
 
-They run at every call, so that a message is formatted only for an error.
+The checks run at every call, so messages are formatted only for an error.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def check_attention(
         ValueError: A shape, dtype, stride, device or, with `debug`, an index is invalid.
     """
     if query.dim() != 3 or query.dtype not in DTYPES:
-        raise attention_error("query must be bf16, fp16 or fp32 [T, Hq, D]")
+        raise attention_error(
+            f"query must be bf16, fp16 or fp32 [T, Hq, D], got {query.dtype} {tuple(query.shape)}"
+        )
     tokens, num_heads, head_size = query.shape
     if cache.dim() != 4 or cache.dtype != torch.uint8:
         raise attention_error(

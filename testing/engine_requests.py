@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Send greedy requests to an engine of this process, also such that pass a KV connector."""
+"""Sends requests to an engine in this process, also through a KV connector."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Pages = list[dict[str, list[bytes]]]
-"""Contents of blocks in each worker: by layer, the bytes of each block of its KV group."""
+"""For each worker: by layer, the bytes of each requested block of the layer's KV group."""
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,12 @@ class Output:
 
     Attributes:
         tokens: The generated token ids.
-        logprobs: Their log-probabilities.
-        margins: For each token, its lead over the second best, in log-probability.
-        prompt_logprobs: Of the prompt's tokens from the second on, if requested.
-        prompt_ranks: Ranks of the same tokens; 1 is the likeliest.
+        logprobs: The log-probability of each token.
+        margins: At each token, the log-probability of the likeliest candidate minus that of the
+            second.
+        prompt_logprobs: The log-probabilities of the prompt's tokens from the second on; None if
+            not requested.
+        prompt_ranks: The ranks of the tokens of `prompt_logprobs`; 1 is the likeliest.
         cached: Prompt tokens that came from the prefix cache.
     """
 
@@ -34,13 +36,14 @@ class Output:
 
 @dataclass(frozen=True)
 class HandedOver:
-    """A request that came through a KV connector, or is about to go through one.
+    """A finished request of an engine with a KV connector.
 
     Attributes:
-        params: The connector's parameters for the engine that continues.
-        blocks: Its last blocks, by KV group.
-        arrived: The blocks' contents when they had arrived from another engine, before any step;
-            None if they arrived within a step, or not at all.
+        output: The output in this engine.
+        params: The connector's parameters for the engine that continues the request.
+        blocks: The blocks that the request held last, by KV group.
+        arrived: The contents of the blocks after another engine sent them and before a step used
+            them. None if they arrived within a step, or not at all.
     """
 
     output: Output
@@ -50,7 +53,7 @@ class HandedOver:
 
 
 def greedy(max_tokens: int, **more: Any) -> Any:
-    """Return vLLM's parameters for exactly `max_tokens` greedy tokens, changed by `more`."""
+    """Return vLLM's parameters for exactly `max_tokens` greedy tokens, with `more` added."""
     from vllm import SamplingParams
 
     # Two log-probabilities, because the second shows how close the choice was.
@@ -81,11 +84,11 @@ def generate(
         prompt_logprobs: Return the prompts' log-probabilities; vLLM then reads nothing from the
             prefix cache.
         alone: Send one request after another instead of all at once.
-        fresh: Empty the prefix cache before each batch.
+        fresh: Reset the prefix cache before each batch.
         seed: Sample at temperature 1 with this seed.
 
     Raises:
-        RuntimeError: The prefix cache could not be emptied.
+        RuntimeError: The prefix cache could not be reset.
     """
     sampling = greedy(max_tokens, prompt_logprobs=0 if prompt_logprobs else None)
     if seed is not None:
@@ -125,7 +128,7 @@ def hand_over(
         arrived, finished = None, None
         while engine.has_unfinished_requests():
             for request in scheduler.finished_recving_kv_req_ids:
-                # Before a step computes with these blocks and appends to them.
+                # Read the blocks before a step appends to them.
                 arrived = pages(llm, manager.get_block_ids(request))
             for request in scheduler.running:
                 blocks = manager.get_block_ids(request.request_id)

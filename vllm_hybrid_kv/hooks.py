@@ -232,7 +232,9 @@ class Strategies:
             self._manager.check_pending()
         except (pluggy.PluginValidationError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise HybridKVStrategyError(f"{who} does not fit the hooks: {reason}") from error
+            raise HybridKVStrategyError(
+                f"{who} does not fit the hooks: {reason}; see the arguments in vllm_hybrid_kv/hooks.py"
+            ) from error
         if not self._manager.get_hookcallers(plugin):
             raise HybridKVStrategyError(
                 f"{who} implements no hook; mark one of {', '.join(HOOK_OF_SETTING.values())} "

@@ -164,8 +164,8 @@ def _apply_patches(version: str, context: Context) -> ActivePatches:
         return mechanism.apply(patches_for(context))
     except HybridKVFingerprintError as error:
         raise HybridKVFingerprintError(
-            f"{NAME} {__version__} does not support this vLLM {version}: {error}. Another plugin "
-            "or a manual change may have patched it"
+            f"{NAME} {__version__} does not support this vLLM {version}: {error}. If another "
+            "plugin or a manual change patches vLLM, undo that patch; otherwise reinstall vLLM"
         ) from None
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one process holds: the only module-level state of the plugin that changes."""
+"""Holds the state of one process, the only mutable module-level state of the plugin."""
 
 from __future__ import annotations
 
@@ -20,21 +20,24 @@ if TYPE_CHECKING:
 
 @dataclass
 class ProcessState:
-    """What one process holds. A process may set up several engines, one after another.
+    """The plugin's state in one process, which may set up several engines one after another.
 
     Attributes:
         active_patches: The patches of vLLM; None if the plugin is inactive.
-        why_inactive: Why `register` left vLLM unchanged; None if it did not.
+        why_inactive: Why `register` left vLLM unchanged; None if the plugin is active, and before
+            `register` runs.
         strategies: The registered strategies; None if the plugin is inactive.
-        logged_lines: Start-up lines already logged, with the process id, which a fork changes.
+        logged_lines: Start-up lines already logged, each with the id of the process, because a
+            forked child logs them again.
         engine_config: The configuration of the last engine.
         engine_settings: The settings of the last engine.
         boundary_layers: The number of unquantised layers at each end of the engine whose
             configuration vLLM is creating; None if vLLM's rule applies.
-        planning_for: The engine whose layers vLLM is grouping, while it does.
-        planned_layers: The engine whose layers vLLM grouped last, and their specs. The plan has
-            one spec for all layers of a group.
-        opened_stores: Folders of stored pages that this process has announced.
+        planning_for: The configuration of the engine whose layers vLLM is grouping now, otherwise
+            None.
+        planned_layers: The configuration of the engine whose layers vLLM grouped last, and the
+            spec of each layer. The plan has only one spec for all layers of a group.
+        opened_stores: Folders of stored pages that this process has opened.
         metrics_files: Open files of counters (`MmapedDict`) by process id and folder.
         metrics_owner: Id of the process that publishes the folder of metric files; None if this
             process has published none.
@@ -77,7 +80,7 @@ class ProcessState:
         return resolve(vllm_config.additional_config)
 
     def reset(self) -> None:
-        """Forget everything but the metrics, which prometheus_client keeps as well. For tests."""
+        """Reset everything except the metrics, because prometheus_client keeps them. For tests."""
         for one in fields(self):
             if one.name not in ("metrics_files", "metrics_owner"):
                 make = one.default_factory

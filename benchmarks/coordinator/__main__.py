@@ -32,18 +32,18 @@ from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
 
 COORDINATORS = {"vLLM": HybridKVCacheCoordinator, "fixed_point": FixedPointCoordinator}
 LIMIT_MS = 1.0
-"""The maximum time of a lookup."""
+"""The goal: a lookup by `fixed_point` takes less than this."""
 
 
 def measure(model: Model, contents: Contents, rounds: int) -> dict[str, Any]:
-    """Time the lookups of both coordinators, which must hit the same."""
+    """Time the lookups of both coordinators, and check that their hits are equal."""
     prompts = [prompt_hashes(model, number) for number in range(PROMPTS)]
     sides = {name: make_coordinator(kind, model) for name, kind in COORDINATORS.items()}
     for coordinator in sides.values():
         fill(coordinator, model, contents, prompts)
     times: dict[str, list[float]] = {name: [] for name in sides}
     hits: dict[str, set[int]] = {name: set() for name in sides}
-    # The last two requests, so that freeing their hashes is not timed.
+    # Hold the hashes of the last two requests, so that no timed call frees them.
     held: dict[str, deque[list[BlockHash]]] = {name: deque(maxlen=2) for name in sides}
     gc.collect()
     gc.disable()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions for numba code whose body is LLVM code.
+"""Makes functions that numba code calls, and whose body is LLVM code.
 
-Numba's loops cannot keep a block of sums in registers, cannot name the bf16 instructions, and
-widen 32-bit integers to 64 bits. The innermost loops are therefore such functions.
+Numba cannot keep a block of sums in registers, cannot emit the bf16 instructions, and widens 32-bit
+integers to 64 bits. The innermost loops are therefore written in LLVM code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 
 from vllm_hybrid_kv.kernels.cpu.llvm import Emitter
 
-# Annotations of the arguments and results of functions under `inline_llvm`.
+# Annotations of the arguments and results of functions that `inline_llvm` decorates.
 Int64: TypeAlias = ir.Value
 Float32: TypeAlias = ir.Value
 Bool: TypeAlias = ir.Value
@@ -31,12 +31,12 @@ _NUMBA_TYPES = {
 
 
 def inline_llvm(emit: Callable[..., Any]) -> Any:
-    """Return a function for numba code whose body is the LLVM code that `emit` emits.
+    """Return a function that numba code can call, and whose body is the LLVM code of `emit`.
 
     Args:
         emit: Takes an `Emitter` and the values of the arguments, and returns the result's value.
-            Its annotations are keys of `_NUMBA_TYPES`, as strings. An argument annotated `int`
-            must be a constant in the calling code; `emit` gets its number.
+            The annotations of `emit` are keys of `_NUMBA_TYPES`, as strings. An argument annotated
+            `int` must be a constant in the calling code; `emit` gets the constant.
     """
     _, *parameters = inspect.signature(emit).parameters.values()
     annotations = [parameter.annotation for parameter in parameters]

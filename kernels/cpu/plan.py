@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Divide a batch's attention into work items. One plan a step serves all layers.
+"""Divides a batch's attention into work items. All layers use the one plan of a step.
 
-The division of a request depends on that request, the heads and the number of threads, never on
-the rest of the batch, so that a request's result does not depend on it either.
+The division of a request depends only on the request, the heads and the number of threads. A
+request's result therefore does not depend on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -18,26 +18,29 @@ from vllm_hybrid_kv.kernels.cpu.records import CHUNK, ROW_BLOCK, Merge, WorkItem
 from vllm_hybrid_kv.kernels.inputs import attention_error
 
 _ITEMS_PER_THREAD = 4
-"""Wanted items for each thread from one request alone, to balance the threads."""
+"""Work items per thread that one request should have, to balance the threads."""
 
 _MIN_PART = 256
-"""Fewest tokens of a part; for fewer, merging costs more than it gains."""
+"""The minimum tokens of a part, which is the range of keys of one work item. With shorter parts,
+merging costs more than parallelism gains."""
 
 _MAX_PART_ROWS = 64
-"""Requests with more rows have enough items without parts. The keys of a long prompt's chunks are
-not divided, so that its bits do not depend on its chunks."""
+"""The maximum query rows of a request whose keys are divided into parts. A request with more rows
+has enough work items without parts. Keys of prefill chunks are not divided, so that a prompt's
+result is the same, bit for bit, with any chunk size."""
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A division of one batch's attention; opaque to its users.
+    """The work items of one batch's attention; opaque to callers.
 
     Attributes:
-        items: `WorkItem`s, largest first; each is done once per KV head.
-        merges: `Merge`s, at least one row.
+        items: `WorkItem`s, largest first; each is computed once per KV head.
+        merges: `Merge`s; one unused row if there are none.
         partial_rows: Rows of partial sums per KV head.
         num_merges: Merges per KV head.
-        made_for: Requests, query tokens and the arguments that items depend on.
+        made_for: The number of requests, the number of query tokens, and the arguments that the
+            work items depend on. A call of attention must have the same.
     """
 
     items: npt.NDArray[Any]
@@ -49,20 +52,20 @@ class Plan:
     merges_address: int = field(init=False)
 
     def __post_init__(self) -> None:
-        # Once for all layers, because numpy's look-up is slow.
+        # Read the addresses once for all layers, because numpy's `ctypes` attribute is slow.
         object.__setattr__(self, "items_address", self.items.ctypes.data)
         object.__setattr__(self, "merges_address", self.merges.ctypes.data)
 
 
 def _part_tokens(length: int, num_kv_heads: int, num_threads: int) -> int:
-    """Return the tokens of a part of a sequence, a multiple of the largest chunk."""
+    """Return the tokens of a part of a sequence, a multiple of `CHUNK`."""
     parts = max(1, -(-_ITEMS_PER_THREAD * num_threads // num_kv_heads)) if num_threads > 1 else 1
     part = max(_MIN_PART, -(-length // parts))
     return -(-part // CHUNK) * CHUNK
 
 
 def _block_rows(rows: int, num_kv_heads: int, num_threads: int) -> int:
-    """Return the rows of an item of a request: more only if all threads have work."""
+    """Return the rows of a work item: `ROW_BLOCK` if that leaves enough items for all threads."""
     items = rows * num_kv_heads // ROW_BLOCK
     return ROW_BLOCK if items >= _ITEMS_PER_THREAD * num_threads else _MAX_PART_ROWS
 
@@ -82,22 +85,22 @@ def plan_attention(
     """Divide the attention of a batch among threads.
 
     Partial sums take `rows * parts * num_kv_heads * (head_size + 16) * 4` bytes for each request
-    whose keys are divided: at most 64 rows, and 4 items of one request a thread. Nothing depends
-    on the largest length that a model allows.
+    whose keys are divided. Such a request has at most 64 rows and about 4 work items per thread.
+    No size depends on `max_model_len`.
 
     Args:
-        seq_lens: int32 [B], tokens of each request including its new ones; exact.
+        seq_lens: int32 [B], tokens of each request including its new ones; not an upper bound.
         query_start_loc: int32 [B + 1], offsets of the requests' query tokens.
         num_heads: Query heads, a multiple of `num_kv_heads`.
         num_kv_heads: KV heads.
         head_size: Dims of a head.
         page_size: Tokens of a page.
         causal, window: As for `paged_attention`.
-        num_threads: Threads to divide among; torch's number if None.
+        num_threads: Threads to divide among; None for torch's number of threads.
 
     Raises:
-        ValueError: The offsets do not rise from 0, so that rows outside the output would be
-            written.
+        ValueError: The offsets are negative or not sorted, so that the kernels would write outside
+            the output.
     """
     threads = torch.get_num_threads() if num_threads is None else num_threads
     group = num_heads // num_kv_heads
@@ -156,7 +159,7 @@ def plan_attention(
 def _cost(
     items: npt.NDArray[Any], group: int, causal: bool, window: int | None
 ) -> npt.NDArray[np.int64]:
-    """Estimate items' times: the keys that they read, more for more rows."""
+    """Estimate the relative time of each work item from its keys and rows."""
     last_token = (items["first_row"] + items["rows"] - 1) // group
     position = items["length"] - items["query_length"] + last_token
     last, first = items["last_key"], items["first_key"]

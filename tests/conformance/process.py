@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run of vLLM's tests in a process of its own."""
+"""Runs vLLM's tests in a child process."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Report:
         reasons: Messages of tests that did not pass, by node id.
         seconds: Durations of the tests.
         managers: The number of `KVCacheManager`s that the tests made.
-        managers_of_ours: The number of those whose coordinator the strategy made.
-        coordinators: The numbers of the strategy's coordinators by class.
+        managers_of_ours: The number of these managers whose coordinator the strategy made.
+        coordinators: How many coordinators the strategy made, by class.
         available: The registered coordinator strategies.
     """
 
@@ -75,10 +75,11 @@ def run(
         minor: vLLM's minor.
         strategy: The coordinator strategy; None to run without the plugin.
         selection: Files, folders or node ids, from the folder of the release.
-        leave_out: Node ids of tests and files not to run; one without brackets means all cases.
+        leave_out: Node ids of tests and files to skip. A node id without brackets skips all
+            parametrised cases of the test.
 
     Raises:
-        ConformanceError: The tests could not be run, or see `check_plugin`.
+        ConformanceError: pytest failed or took too long, or `check_plugin` raised.
     """
     tests = releases.fetch_tests(minor)
     with tempfile.TemporaryDirectory() as scratch:
@@ -91,7 +92,7 @@ def run(
             done = subprocess.run(
                 [
                     *(sys.executable, "-m", "pytest", "-q", "--tb=short"),
-                    # Otherwise pytest may take another configuration from the common path.
+                    # Otherwise pytest may use a configuration file from a parent folder.
                     *("-c", str(tests / "pyproject.toml")),
                     *("-p", "conformance_report", "-p", "no:cacheprovider", "-p", "no:warnings"),
                     *("--conformance-out", str(out), "--conformance-leave-out", str(left_out)),
@@ -107,7 +108,7 @@ def run(
             )
         except subprocess.TimeoutExpired as error:
             raise ConformanceError(f"{_name(minor, strategy)}: {error}") from error
-        # 1: tests failed. Any other number: pytest failed.
+        # Exit status 1 means that tests failed, a higher one that pytest itself failed.
         if done.returncode not in (0, 1) or not out.is_file():
             raise ConformanceError(
                 f"{_name(minor, strategy)}: pytest ended with {done.returncode}\n"
@@ -130,26 +131,28 @@ def _environment(minor: str, strategy: str | None) -> dict[str, str]:
         "HYBRID_KV_TEST_VLLM_MINOR": minor,
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
-        # Named, the plugin is strict; empty excludes every plugin.
+        # If the variable names the plugin, an unsupported vLLM is an error. If it is empty, vLLM
+        # loads no plugin.
         "VLLM_PLUGINS": "" if strategy is None else "hybrid_kv",
     }
     if strategy is not None:
         environment["VLLM_HYBRID_KV_COORDINATOR"] = strategy
     if wheel is not None:
-        # Keep what vLLM caches about model classes apart from that of the installed release.
+        # The installed release must not read what this one caches about model classes.
         environment["VLLM_CACHE_ROOT"] = str(releases.CACHE / f"vllm-{minor}-cache")
     return environment
 
 
 def check_plugin(report: Report, active: bool) -> None:
-    """Check that the plugin was active exactly if a strategy was chosen.
+    """Check that the plugin was active if and only if a strategy was chosen.
 
     Args:
         report: The run.
-        active: Whether the plugin was active in it.
+        active: Whether the plugin was active in the run.
 
     Raises:
-        ConformanceError: It was not, or the tests used coordinators that are not the strategy's.
+        ConformanceError: The plugin was active without a strategy or inactive with one, or a
+            coordinator of the tests was not the strategy's.
     """
     if active != (report.strategy is not None):
         raise ConformanceError(

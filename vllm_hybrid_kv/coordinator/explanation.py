@@ -24,7 +24,7 @@ class Reason(Enum):
 
     NOT_READ = "the request does not read the prefix cache"
     TOO_SHORT = "the prompt is shorter than the match unit"
-    LAST_TOKEN = "no longer hit is possible"
+    LAST_TOKEN = "a longer hit is impossible"
     NOT_CACHED = "nothing longer was cached"
     LIMITED = "KV groups of one kind could not serve what others could"
 
@@ -64,7 +64,7 @@ class KindHit:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why a request hit what it hit. Its text form is one sentence.
+    """Why a request did not hit more. `str()` returns it as one sentence.
 
     Attributes:
         request_id: The request.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prefix caching over any mix of KV groups: the longest prefix that all of them can serve.
 
-The algorithm is that of vllm-project/vllm#31707, which vLLM follows in part.
+The algorithm is that of vllm-project/vllm#31707. vLLM's own lookup implements only part of it.
 """
 
 from __future__ import annotations
@@ -50,24 +50,25 @@ class Reconciliation(NamedTuple):
 class FixedPointCoordinator(HybridKVCacheCoordinator):
     """vLLM's coordinator for several KV groups, with a lookup that finds the longest hit.
 
-    Groups of equal specs are looked up together (`attention_groups`, full attention first). Each of
-    these lookups g defines
+    Groups of equal specs are looked up together (`attention_groups`, full attention first). A
+    lookup g defines
 
         f_g(n) = the greatest length of at most n tokens that g can serve.
 
     Lengths are multiples of the alignment, and every group can serve 0. The iteration starts with
-    the longest n that the request allows and replaces n by f_g(n), for one g after another in
-    turn, until no lookup changes n.
+    the longest n that the request allows. It replaces n by f_g(n), for each g in turn, until no
+    lookup changes n.
 
-    It ends, because n falls by at least the alignment whenever it changes. There are at most
-    `lookups x (n / alignment + 1)` steps.
+    The iteration ends, because n falls by at least the alignment whenever it changes. There are at
+    most `lookups x (n / alignment + 1)` steps.
 
-    It finds the longest prefix c that every group can serve. At the start c <= n. If c <= n before
-    a step, then f_g(n) is the maximum over a set that contains c, so c <= f_g(n). At the end every
-    group can serve n, so n <= c.
+    The iteration finds the longest prefix c that every group can serve. At the start c <= n. If
+    c <= n before a step, then f_g(n) is the maximum over a set that contains c, so c <= f_g(n). At
+    the end every group can serve n, so n <= c.
 
-    `lookup` defines what a group can serve. Unlike in vLLM, that does not depend on the step of
-    the iteration: vLLM requires the lookahead of draft layers only once while the length falls.
+    The module `lookup` defines which lengths a group can serve, and the definition is the same in
+    every step of the iteration. vLLM's own lookup requires the lookahead of draft layers in some
+    steps only.
     """
 
     def __init__(self, *args: Any, **factory_args: Any) -> None:
@@ -82,16 +83,16 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
         self._offered: dict[str, int] = {}
 
     def attach(self, kv_cache_manager: KVCacheManager) -> None:
-        """Complete the coordinator with its manager, before the scheduler uses either."""
+        """Start counting if the manager logs statistics. Called before the scheduler starts."""
         if kv_cache_manager.log_stats:
             self.observer.start_counting()
 
     def stats(self) -> Mapping[str, int]:
-        """Return counts of checkpoints: `kept`, `used`, `evicted` and `evicted unused`, by kind."""
+        """Return counts of checkpoints by event and, for some events, by kind: `kept prompt`."""
         return {}
 
     def explain(self, request: Request) -> Explanation:
-        """Explain a request's hit, of when it was scheduled or, if it holds no blocks, of now."""
+        """Explain a request's scheduled lookup, or a new one if the request holds no blocks."""
         return self.observer.explain(request)
 
     def find_longest_cache_hit(
@@ -105,11 +106,11 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
 
         Returns:
             The blocks of each group, with null blocks where the group needs none; the hit in
-            tokens; and by how many tokens the first lookup alone was longer. vLLM keeps states and
-            windows at the end of that longer prefix when it is computed.
+            tokens; and how many tokens more the first group could serve alone. When vLLM computes
+            that longer prefix, it caches the states and windows at the prefix's end.
         """
         result, lookups = self._reconcile(block_hashes, max_cache_hit_length, self.attention_groups)
-        # Without the lookups: they hold thousands of blocks.
+        # The observer does not get the lookups, because they hold thousands of blocks.
         self.observer.last_lookup = result
         hits: list[list[KVCacheBlock]] = [[] for _ in self.single_type_managers]
         for lookup, answer in zip(lookups, result.answers, strict=True):
@@ -151,7 +152,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
     def make_lookup(self, group: SpecGroup, block_hashes: Sequence[BlockHash]) -> GroupLookup:
         """Return a lookup of a request in one of `attention_groups`."""
         manager = self.single_type_managers[group.group_ids[0]]
-        # vLLM makes a new map when the cache is reset.
+        # At every lookup, because vLLM makes a new map when the cache is reset.
         install_grouped_map(manager.block_pool)
         return lookup_class(group.manager_cls)(
             group, manager, block_hashes, self._cache_hit_alignment_tokens
@@ -172,7 +173,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
     def _reconcile(
         self, block_hashes: Sequence[BlockHash], limit: int, groups: Sequence[SpecGroup]
     ) -> tuple[Reconciliation, list[GroupLookup]]:
-        """Reconcile, and return the lookups of the groups that answered as well."""
+        """Reconcile, and also return the lookups of the groups that answered."""
         start = length = round_down(limit, self._cache_hit_alignment_tokens)
         lookups: list[GroupLookup] = []
         answers: list[int] = []
@@ -247,8 +248,8 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
     ) -> int:
         """Return how many blocks a step of a request needs.
 
-        If it hits part of a block that this step writes, that is more than the pool has: vLLM's own
-        way to postpone a request to the next step.
+        If the request hits part of a block that this step writes, return more blocks than the pool
+        has. vLLM itself postpones a request to the next step in this way.
         """
         if any(new_computed_blocks) and self._step_writes.overlap(
             new_computed_blocks, num_local_computed_tokens
@@ -280,11 +281,12 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
             self._passed_blocks.restore(request)
 
     def _completes_a_unit(self, request: Request, num_computed_tokens: int) -> bool:
-        """Whether there may be something to cache after a step.
+        """Return whether a step may have computed something that can be cached.
 
-        Cached blocks and parts of blocks end where a hash unit does, and most decoding steps
-        complete no unit. Skipping them saves a fifth of the scheduler's time. Draft layers cache
-        tokens further back, which the unit does not show.
+        Cached blocks and parts of blocks end where a hash unit ends, and most decoding steps
+        complete no hash unit. Skipping those steps saves a fifth of the scheduler's time. With
+        draft layers no step is skipped, because their groups cache tokens further back than the
+        last hash unit.
         """
         units = num_computed_tokens // self.hash_block_size
         return (

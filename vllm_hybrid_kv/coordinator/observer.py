@@ -122,7 +122,7 @@ class HitObserver:
                 self._counters.follow(self._coordinator.stats())
 
     def explain(self, request: Request) -> Explanation:
-        """Explain a request's hit, of when it was scheduled or, if it holds no blocks, of now."""
+        """Explain a request's scheduled lookup, or a new one if the request holds no blocks."""
         scheduled = request.request_id in self._records
         num_tokens = request.num_tokens
         record = self._records.get(request.request_id)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How functions of vLLM are patched: all or none, verified by identity, and undoable.
+"""Patches functions of vLLM: all or none, verified by identity, and undoable.
 
 Before the first patch is applied, the source hash of every target is compared with the hash of
 the supported vLLM minor. If one differs, nothing is applied. A function is replaced in its own
@@ -24,7 +24,7 @@ from typing import Any
 from vllm_hybrid_kv.errors import HybridKVFingerprintError, HybridKVPatchError
 
 CHECKED = " (checked, not patched)"
-"""The end of the name of a target that the plugin relies on."""
+"""Suffix of the name of a target that the plugin relies on but does not patch."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Target:
 
     Attributes:
         place: `module:function` or `module:Class.method`.
-        source: The hash that `source_hash` returns for it.
+        source: The hash that `source_hash` returns for the supported source.
     """
 
     place: str
@@ -44,31 +44,31 @@ class Target:
 
     @property
     def module(self) -> str:
-        """The module that defines it."""
+        """The module that defines the target."""
         return self.place.partition(":")[0]
 
     @property
     def name(self) -> str:
-        """Its name in the module, `Class.method` for a method."""
+        """The name in the module, `Class.method` for a method."""
         return self.place.partition(":")[2]
 
     @property
     def attribute(self) -> str:
-        """Its name in `owner()`."""
+        """The name in `owner()`."""
         return self.name.rpartition(".")[2]
 
     def owner(self) -> ModuleType | type:
-        """Import the module, and return it or the class that holds the method."""
+        """Import the module, and return the module or, for a method, the class."""
         module = importlib.import_module(self.module)
         class_name, _, _ = self.name.rpartition(".")
         return getattr(module, class_name) if class_name else module
 
     def binding(self) -> Any:
-        """Return what the owner's namespace holds, a classmethod or staticmethod as such."""
+        """Return the value in the owner's namespace, without unwrapping a classmethod."""
         return vars(self.owner())[self.attribute]
 
     def problems(self) -> list[str]:
-        """Return how the installed source differs from the supported one, in no or one line."""
+        """Return one line if the installed source is not the supported one, otherwise nothing."""
         try:
             function = underlying(self.binding())
             source = source_hash(function)
@@ -99,7 +99,7 @@ def underlying(binding: Any) -> FunctionType:
 
 
 def source_hash(function: FunctionType) -> str:
-    """Return the first 16 hex digits of the SHA-256 of `source_of`, equal in every Python.
+    """Return the first 16 hex digits of the SHA-256 of `source_of`, the same in every Python.
 
     Raises:
         OSError: The source file cannot be read.
@@ -110,8 +110,8 @@ def source_hash(function: FunctionType) -> str:
 def source_of(function: FunctionType) -> str:
     """Return a function's source with its decorators, without comment lines and blank lines.
 
-    `inspect.getsource` would tokenise the source, which takes 30 times as long, and search all
-    modules for the function's.
+    `inspect.getsource` is not used: it tokenises the source, which takes 30 times as long, and it
+    searches all modules for the module of the function.
 
     Raises:
         OSError: The source file cannot be read.
@@ -134,7 +134,7 @@ def source_of(function: FunctionType) -> str:
 
 
 def _last_line(code: CodeType) -> int:
-    """Return the last line that has code, in the function or in a function inside it."""
+    """Return the last line that has code, in the function or in a nested function."""
     inner = [_last_line(const) for const in code.co_consts if isinstance(const, CodeType)]
     return max([*inner, *(line for *_, line in code.co_lines() if line is not None)])
 
@@ -161,7 +161,7 @@ class Edit(ABC):
 
     @abstractmethod
     def failures(self) -> list[str]:
-        """Return how the change is no longer active in this process."""
+        """Return why the change is not active in this process; empty if it is active."""
 
     @abstractmethod
     def undo(self) -> None:
@@ -175,10 +175,10 @@ class Edit(ABC):
 class Rebinding(Edit):
     """Replaces a function or a method of vLLM.
 
-    A function is replaced in its module and in every module that imported it by name, by
-    `ActivePatches` in one pass for all functions. A method is replaced in its class, and so in
-    every subclass that inherits it. The replacement of a cached function is cached as well, and
-    starts with an empty cache.
+    The module's function `apply` replaces all functions in one pass, each in its own module and in
+    every module that imported it by name. A method is replaced in its class, and so in every
+    subclass that inherits it. The replacement of a cached function is also cached, and starts with
+    an empty cache.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class Rebinding(Edit):
         Args:
             target: The function or method.
             make: Takes the plain original function and returns its replacement.
-            used_through: Returns the subclass that vLLM calls a method of.
+            used_through: Returns the subclass through which vLLM calls an inherited method.
         """
         self.target = target
         self.original: Any = None
@@ -227,7 +227,7 @@ class Rebinding(Edit):
         return []
 
     def undo(self) -> None:
-        """Restore a method. `ActivePatches` restores functions wherever the replacement is."""
+        """Restore a method. `_undo` restores functions, in every module that has a replacement."""
         if self.is_method and self.replacement is not None:
             setattr(self.target.owner(), self.target.attribute, self.original)
 
@@ -268,10 +268,10 @@ class PatchInfo:
     """Why a patch exists, one line each.
 
     Attributes:
-        replaces: What it replaces.
+        replaces: What the patch replaces.
         why: Why there is no other way.
-        upstream: Where vLLM discusses or changes it.
-        until: When the patch can go.
+        upstream: Where vLLM discusses or makes a change that replaces the patch.
+        until: When the patch can be removed.
     """
 
     replaces: str
@@ -282,7 +282,7 @@ class PatchInfo:
 
 @dataclass(frozen=True)
 class Patch:
-    """One purpose, why it needs a patch, and its edits."""
+    """The edits that serve one purpose, and why the purpose needs a patch."""
 
     name: str
     info: PatchInfo
@@ -291,7 +291,7 @@ class Patch:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table of patches: an edit, and why it is not active."""
+    """One line of the table of patches: an edit, and why it is not active (empty if it is)."""
 
     patch: Patch
     edit: str
@@ -313,7 +313,7 @@ class ActivePatches:
         _raise_if_inactive([failure for row in self.table() for failure in row.failures])
 
     def table(self) -> list[Row]:
-        """Return every edit of every patch and why it is not active."""
+        """Return one row for every edit of every patch."""
         edits = {id(edit.original): edit for edit in _functions(_edits(self.patches))}
         stale: dict[Edit, list[str]] = {}
         for module, name, value in globals_among(edits):
@@ -398,7 +398,7 @@ def _replace(replacement_of: Mapping[Any, Any]) -> list[tuple[str, str]]:
     return [(module, name) for module, name, _ in places]
 
 
-# Half of all globals are in these packages, and looking at them took half of the time.
+# Half of all globals are in these packages, and searching them took half of the time.
 _NEVER_IMPORT_VLLM = ("torch.", "sympy.", "openai.", "networkx.", "numpy.")
 
 

@@ -2,9 +2,9 @@
 """The checks, in the order in which they run in the child process.
 
 To add a check, write a function here with `@check` and a test in
-tests/tools/doctor/test_checks.py; no other file changes. A check yields findings, and stores in
-`probe.facts` what `--json`, the text or a later check uses. Import modules inside the function:
-any import can fail or end the process, so checks that import little come first.
+tests/tools/doctor/test_checks.py, and list its name in docs/troubleshooting.md. A check yields
+findings. It stores values for `--json`, the text and later checks in `probe.facts`. Import modules
+inside the function: any import can fail or end the process, so checks with few imports come first.
 """
 
 from __future__ import annotations
@@ -190,8 +190,8 @@ def metadata(probe: Probe) -> Iterator[Finding]:
     elif not found:
         yield warning(
             "metadata",
-            f"vLLM in {folder} has no package metadata, so it cannot tell its device",
-            "Install it with pip",
+            f"vLLM in {folder} has no package metadata, so vLLM cannot detect its device",
+            "Install vLLM with pip",
         )
 
 
@@ -318,7 +318,8 @@ def grouping(probe: Probe) -> Iterator[Finding]:
             "grouping",
             f"{builder} groups KV cache layers itself: the setting unify_page_sizes has no "
             "effect unless the builder calls vLLM's get_kv_cache_groups",
-            "The server's log says whether it does; unify_page_sizes=stock hides this warning",
+            "The server's log says whether the builder does. unify_page_sizes=stock hides this "
+            "warning",
         )
 
 
@@ -428,7 +429,7 @@ def prefix_caching(probe: Probe) -> Iterator[Finding]:
             "prefix_caching",
             f"prefix_match_unit=stock (from {unit['source']}): on hybrid models only whole blocks "
             "of hundreds or thousands of tokens hit, and shorter prompts never hit",
-            "Set it to auto, or start vLLM with --prefix-match-unit",
+            "Set prefix_match_unit=auto, or start vLLM with --prefix-match-unit",
         )
 
 
@@ -504,7 +505,7 @@ def tile_sizes(probe: Probe) -> Iterator[Finding]:
             yield warning(
                 "device",
                 f"a GPU has compute capability {capability}, but the k8v4 kernels need 7.5",
-                "Serve with --kv-cache-dtype auto on it",
+                "Serve with --kv-cache-dtype auto on that GPU",
             )
 
 

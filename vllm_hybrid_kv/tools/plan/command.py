@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm-hybrid-kv plan`: the KV cache of a server that is not started."""
+"""`vllm-hybrid-kv plan`: shows the KV cache that a server would have, without starting it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def plan(
         typer.Option(min=0, help="Unquantised attention layers at each end of non-hybrid models."),
     ] = None,
     device: Annotated[
-        str, typer.Option(help="gpu: plan for an H100 on any machine; cpu: for this machine.")
+        str, typer.Option(help="gpu: plan for an H100. cpu: plan for the CPU of this machine.")
     ] = "gpu",
     compare: Annotated[
         bool, typer.Option("--compare", help="Show every strategy that --unify can name.")
@@ -57,9 +57,9 @@ def plan(
 ) -> None:
     """Show the KV cache that a server would have. Needs no weights, no GPU and no download.
 
-    MODEL is a folder with a config.json, that file, or the name of a model in the local Hugging
-    Face cache. vLLM's own planner runs with the plugin's strategies, so the numbers are those that
-    `vllm serve` reports with the same options. SERVE OPTIONS are options of `vllm serve`, such as
+    MODEL is a config.json, a folder with a config.json, or the name of a model in the local Hugging
+    Face cache. vLLM's own planner runs with the plugin's strategies, so `vllm serve` reports the
+    same numbers with the same options. SERVE OPTIONS are options of `vllm serve`, such as
     --max-model-len.
     """
     size = memory_size(memory)
