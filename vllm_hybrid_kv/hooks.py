@@ -233,7 +233,7 @@ class Strategies:
         except (pluggy.PluginValidationError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise HybridKVStrategyError(
-                f"{who} does not fit the hooks: {reason}; see the arguments in vllm_hybrid_kv/hooks.py"
+                f"{who} does not fit the hooks: {reason}; vllm_hybrid_kv/hooks.py has the arguments"
             ) from error
         if not self._manager.get_hookcallers(plugin):
             raise HybridKVStrategyError(
