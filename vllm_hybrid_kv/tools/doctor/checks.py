@@ -156,7 +156,7 @@ def vllm(probe: Probe) -> Iterator[Finding]:
     except BaseException as error:  # also SystemExit
         missing = describe(error)["missing"]
         if missing == "vllm":
-            message, _, remedy = INSTALL_VLLM.partition(": ")
+            message, _, remedy = INSTALL_VLLM.partition(". ")
             yield problem("vllm", message, capitalise(remedy))
             return
         remedy = f"Install {missing}" if missing else reinstall()
