@@ -174,6 +174,14 @@ def test_padding_is_weighted_by_the_blocks_of_the_longest_request(config):
     assert line.endswith("; set unify_page_sizes=min_waste")
 
 
+def test_the_padding_warning_names_the_layer_whose_bytes_it_shows(config):
+    full, padded = state(4096), state(4096, content=1024)
+    specs = {"layer.0": full, "layer.1": padded}
+    groups = plan(UniformTypeKVCacheSpecs(block_size=BLOCK, kv_cache_specs=specs))
+    (line,) = lines(config, groups)
+    assert "like that of layer layer.1 (1,024 of 4,096 bytes used)" in line
+
+
 def test_states_that_vllm_itself_padded_need_another_block_size(config):
     padded = state(PLAIN.page_size_bytes, content=100)
     config.model_config.max_model_len = 4 * BLOCK

@@ -196,8 +196,10 @@ def _padded_pool(
     if share <= MOST_PADDING:
         return None
     _, group = max(by_group, key=lambda pair: pair[0])
-    spec = max(iter_layer_specs(group.kv_cache_spec), key=_padding_of_page)
-    layer = group.layer_names[0]
+    by_layer = {group.layer_names[0]: group.kv_cache_spec}
+    if isinstance(group.kv_cache_spec, UniformTypeKVCacheSpecs):
+        by_layer = group.kv_cache_spec.kv_cache_specs
+    layer, spec = max(by_layer.items(), key=lambda item: _padding_of_page(item[1]))
     if isinstance(spec, MambaSpec) and getattr(layers.get(layer), "page_size_padded", None):
         advice = _less_padding_of_states(vllm_config, layers)
     else:
