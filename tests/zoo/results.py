@@ -60,5 +60,16 @@ class Results:
             # Another process may have added rows meanwhile.
             self._read()
             self.tables[table][name] = {**row, "sources": self._sources}
-            ordered = {key: dict(sorted(rows.items())) for key, rows in self.tables.items()}
-            self._path.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n")
+            self._path.write_text(as_lines(self.tables))
+
+
+def as_lines(tables: dict[str, dict[str, Any]]) -> str:
+    """Return the tables as JSON with one row on a line, so that a diff shows rows."""
+    texts = []
+    for name, rows in tables.items():
+        row_lines = (
+            f"  {json.dumps(key)}: {json.dumps(row, ensure_ascii=False)}"
+            for key, row in sorted(rows.items())
+        )
+        texts.append(f" {json.dumps(name)}: {{\n" + ",\n".join(row_lines) + "\n }")
+    return "{\n" + ",\n".join(texts) + "\n}\n"
