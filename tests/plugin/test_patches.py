@@ -61,7 +61,7 @@ def test_every_function_has_a_hash_for_each_minor():
             assert all(len(hashes) == len(targets.MINORS) for hashes in functions.values())
 
 
-def test_every_name_is_patched_where_it_is_defined():
+def test_every_function_is_patched_in_its_own_module():
     before = bindings()
     plugin.register()
     after = bindings()
@@ -122,7 +122,7 @@ def test_a_patched_function_keeps_its_name_and_signature():
     ("table", "name"),
     [("PATCHED", name) for name in PATCHED] + [("RELIED_ON", name) for name in RELIED_ON],
 )
-def test_one_wrong_hash_applies_nothing(table, name, monkeypatch):
+def test_no_patch_is_applied_if_one_hash_is_wrong(table, name, monkeypatch):
     before = bindings()
     target = {**PATCHED, **RELIED_ON}[name]
     functions = getattr(targets, table)[target.module]
@@ -193,7 +193,7 @@ def test_a_backend_that_another_plugin_registered_stays():
 
 
 @pytest.mark.usefixtures("named")
-def test_slots_of_another_size_than_vllm_plans_apply_nothing(monkeypatch):
+def test_no_patch_is_applied_if_the_slot_size_is_not_vllms(monkeypatch):
     before = bindings()
     monkeypatch.setattr(k8v4, "slot_bytes", lambda head_size: head_size + head_size // 2 + 6)
     message = "vLLM plans 388 bytes for a slot of head size 256, k8v4 has 390"
