@@ -239,7 +239,9 @@ def test_a_connector_that_cannot_carry_pages_is_refused_with_those_that_can(name
 
 @pytest.mark.parametrize("name", connectors.GPU_ONLY)
 def test_offloading_to_host_memory_is_refused_only_on_cpus(name, check):
-    with pytest.raises(HybridKVError, match=f"{name} .*: it copies between a GPU and .* Remove the connector"):
+    with pytest.raises(
+        HybridKVError, match=f"{name} .*: it copies between .* Remove the connector"
+    ):
         check(name)
     # The offloading spec of another package may work on CPUs.
     check(name, kv_connector_extra_config={"spec_module_path": "theirs"})
