@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import vllm.platforms
@@ -57,7 +57,7 @@ def startup_warnings(
             which has only one spec for each group. None takes the specs of a worker's plan.
     """
     if layers is None:
-        layers = _specs(kv_cache_config)
+        layers = _specs(kv_cache_config.kv_cache_groups)
     sizes = scheduler_block_size, hash_block_size
     lines = (
         _useless_prefix_cache(vllm_config, kv_cache_config, sizes, settings),
@@ -93,9 +93,10 @@ def _useless_prefix_cache(
     )
 
 
-def _specs(kv_cache_config: KVCacheConfig) -> dict[str, KVCacheSpec]:
+def _specs(groups: Iterable[KVCacheGroupSpec]) -> dict[str, KVCacheSpec]:
+    """Return the spec of every layer of some groups by the layer's name."""
     specs: dict[str, KVCacheSpec] = {}
-    for group in kv_cache_config.kv_cache_groups:
+    for group in groups:
         if isinstance(group.kv_cache_spec, UniformTypeKVCacheSpecs):
             specs.update(group.kv_cache_spec.kv_cache_specs)
         else:
@@ -176,10 +177,11 @@ def _padding_by_group(
 def _padding_of_page(spec: KVCacheSpec) -> float:
     layers = list(iter_layer_specs(spec))
     page = sum(layer.page_size_bytes for layer in layers)
-    return 1 - sum(map(_content_bytes, layers)) / page
+    return 1 - sum(map(content_bytes, layers)) / page
 
 
-def _content_bytes(spec: KVCacheSpec) -> int:
+def content_bytes(spec: KVCacheSpec) -> int:
+    """Return the bytes of a page that hold tokens or a state, without padding."""
     if isinstance(spec, (AttentionSpec, MambaSpec)):
         return int(spec.real_page_size_bytes)
     return int(spec.page_size_bytes)
@@ -196,17 +198,14 @@ def _padded_pool(
     if share <= MOST_PADDING:
         return None
     _, group = max(by_group, key=lambda pair: pair[0])
-    by_layer = {group.layer_names[0]: group.kv_cache_spec}
-    if isinstance(group.kv_cache_spec, UniformTypeKVCacheSpecs):
-        by_layer = group.kv_cache_spec.kv_cache_specs
-    layer, spec = max(by_layer.items(), key=lambda item: _padding_of_page(item[1]))
+    layer, spec = max(_specs([group]).items(), key=lambda item: _padding_of_page(item[1]))
     if isinstance(spec, MambaSpec) and getattr(layers.get(layer), "page_size_padded", None):
         advice = _less_padding_of_states(vllm_config, layers)
     else:
         advice = _less_padding(vllm_config, settings, layers)
     return (
         f"{100 * share:.1f} % of the KV pool is padding, most of it in pages like that of layer "
-        f"{layer} ({_content_bytes(spec):,} of {spec.page_size_bytes:,} bytes used); {advice}"
+        f"{layer} ({content_bytes(spec):,} of {spec.page_size_bytes:,} bytes used); {advice}"
     )
 
 

@@ -22,7 +22,7 @@ from vllm.v1.kv_cache_interface import (
 
 from vllm_hybrid_kv.planning.capacity import Capacity, capacity
 from vllm_hybrid_kv.planning.smallest_hit import smallest_hit
-from vllm_hybrid_kv.planning.warnings import padding_share, startup_warnings
+from vllm_hybrid_kv.planning.warnings import content_bytes, padding_share, startup_warnings
 from vllm_hybrid_kv.settings import resolve
 from vllm_hybrid_kv.tools.plan.engine import Engine, Model
 
@@ -193,7 +193,7 @@ def _pages_of(stage: int, number: int, group: KVCacheGroupSpec) -> list[Pages]:
             stores=_stores(spec),
             block_tokens=spec.block_size,
             page_bytes=spec.page_size_bytes,
-            padding_bytes=spec.page_size_bytes - _content_bytes(spec),
+            padding_bytes=spec.page_size_bytes - content_bytes(spec),
         )
         for spec, names in equal.items()
     ]
@@ -222,12 +222,6 @@ def _stores(spec: KVCacheSpec) -> str:
     if spec.kv_quant_mode == KVQuantMode.NONE:
         return str(spec.dtype).removeprefix("torch.")
     return _QUANTISED.get(spec.kv_quant_mode, spec.kv_quant_mode.name.lower())
-
-
-def _content_bytes(spec: KVCacheSpec) -> int:
-    if isinstance(spec, AttentionSpec | MambaSpec):
-        return int(spec.real_page_size_bytes)
-    return int(spec.page_size_bytes)
 
 
 def merge_equal(pages: Sequence[Pages]) -> list[tuple[Pages, list[int]]]:
