@@ -15,7 +15,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 IDIOM = re.compile(
     r"\bbeside\b|\blikewise\b|\bamiss\b|\bat hand\b|\bin force\b|\bgiven up\b|\bgave up\b"
     r"|\bin the place of\b|\bwhat came of\b|\bfor it is\b|\bfor (there|they) (is|are)\b"
-    r"|\bfor it is none\b|\bof then\b|\btold of\b",
+    r"|\bof then\b|\btold of\b",
     re.IGNORECASE,
 )
 
