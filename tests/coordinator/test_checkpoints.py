@@ -5,9 +5,10 @@ import random
 
 import pytest
 
-from vllm_hybrid_kv.coordinator.checkpoints import CheckpointKind, Checkpoints, Place
+from vllm_hybrid_kv.coordinator.checkpoints import CheckpointKind, Checkpoints
 
-END = Place.PROMPT_END
+END = CheckpointKind.PROMPT
+PLACES = (END, CheckpointKind.BRANCH, CheckpointKind.ANSWER, CheckpointKind.BOUNDARY)
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def test_a_turn_that_a_longer_one_superseded_is_evicted_first(checkpoints):
     first = add(checkpoints, b"first", 3000, END, [4, 5, 6], None)
     assert arrive(checkpoints, b"first", b"unknown") is first
     second = add(checkpoints, b"second", 4000, END, [4, 5, 6, 7], first)
-    assert checkpoints.kind(first) is CheckpointKind.SUPERSEDED
+    assert first.kind is CheckpointKind.SUPERSEDED
     assert checkpoints.evict() is first
     # The longer turn pins its blocks too.
     assert all(checkpoints.pins(block) for block in (1, 2, 3, 4, 5, 6, 7))
@@ -53,18 +54,20 @@ def test_a_turn_that_a_longer_one_superseded_is_evicted_first(checkpoints):
 def test_a_turn_stays_superseded_if_a_later_turn_is_still_pinned(checkpoints):
     first, second, third = conversation(checkpoints)
     checkpoints.unpin(second)
-    assert checkpoints.kind(first) is CheckpointKind.SUPERSEDED
+    assert first.kind is CheckpointKind.SUPERSEDED
     assert third.fallback() is None
     checkpoints.unpin(third)
-    assert checkpoints.kind(first) is not CheckpointKind.SUPERSEDED
+    assert first.kind is not CheckpointKind.SUPERSEDED
     assert not first.extensions
 
 
 def test_an_answer_that_may_not_return_supersedes_nothing(checkpoints):
     arrive(checkpoints)
     end = add(checkpoints, b"end", 3000, END, [1, 2, 3], None)
-    answer = add(checkpoints, b"answer", 3200, Place.ANSWER, [1, 2, 3], end, supersedes=False)
-    assert checkpoints.kind(end) is CheckpointKind.PROMPT
+    answer = add(
+        checkpoints, b"answer", 3200, CheckpointKind.ANSWER, [1, 2, 3], end, supersedes=False
+    )
+    assert end.kind is CheckpointKind.PROMPT
     assert answer.fallback() is end
 
 
@@ -81,7 +84,9 @@ def test_a_return_counts_for_all_evicted_checkpoints_down_to_the_longest_pinned(
 
 def test_the_end_of_a_block_before_a_longer_checkpoint_was_not_returned_to(checkpoints):
     arrive(checkpoints)
-    boundary = add(checkpoints, b"boundary", 2000, Place.BOUNDARY, [1, 2], None, supersedes=False)
+    boundary = add(
+        checkpoints, b"boundary", 2000, CheckpointKind.BOUNDARY, [1, 2], None, supersedes=False
+    )
     checkpoints.unpin(boundary)
     checkpoints.unpin(add(checkpoints, b"end", 3000, END, [1, 2, 3], None))
     returns = checkpoints._curves[CheckpointKind.BOUNDARY]._returns
@@ -95,7 +100,7 @@ def test_the_end_of_a_block_before_a_longer_checkpoint_was_not_returned_to(check
 
 def test_the_end_of_a_block_is_pinned_until_something_worth_more_was_evicted(checkpoints):
     arrive(checkpoints)
-    boundary = ("boundary", 2000, Place.BOUNDARY, [1, 2], None)
+    boundary = ("boundary", 2000, CheckpointKind.BOUNDARY, [1, 2], None)
     pinned = add(checkpoints, *boundary)
     assert pinned.pinned
     checkpoints.unpin(pinned)
@@ -108,8 +113,8 @@ def test_the_end_of_a_block_is_pinned_until_something_worth_more_was_evicted(che
 @pytest.mark.parametrize("blocks", [[1, 2], None])
 def test_any_other_place_replaces_the_end_of_a_block_at_the_same_prefix(checkpoints, blocks):
     arrive(checkpoints)
-    add(checkpoints, b"key", 2000, Place.BOUNDARY, [3, 4], None)
-    assert checkpoints.enter(b"key", 2000, Place.BOUNDARY, [1, 2], None) == (None, None)
+    add(checkpoints, b"key", 2000, CheckpointKind.BOUNDARY, [3, 4], None)
+    assert checkpoints.enter(b"key", 2000, CheckpointKind.BOUNDARY, [1, 2], None) == (None, None)
     end, released = checkpoints.enter(b"key", 2000, END, blocks, None)
     assert released == (3, 4)
     assert not checkpoints.pins(3)
@@ -117,16 +122,16 @@ def test_any_other_place_replaces_the_end_of_a_block_at_the_same_prefix(checkpoi
     assert checkpoints.pinned == ([] if blocks is None else [end])
     assert (end is None) == (blocks is None)
     if blocks is not None:
-        assert checkpoints.enter(b"key", 2000, Place.BRANCH, blocks, None) == (None, None)
+        assert checkpoints.enter(b"key", 2000, CheckpointKind.BRANCH, blocks, None) == (None, None)
 
 
 def test_a_branch_point_is_not_superseded_by_a_longer_checkpoint(checkpoints):
     arrive(checkpoints)
-    branch = add(checkpoints, b"branch", 500, Place.BRANCH, [1], None)
+    branch = add(checkpoints, b"branch", 500, CheckpointKind.BRANCH, [1], None)
     add(checkpoints, b"end", 900, END, [1], branch)
-    assert checkpoints.kind(branch) is CheckpointKind.BRANCH
+    assert branch.kind is CheckpointKind.BRANCH
     arrive(checkpoints, b"branch")
-    assert checkpoints.kind(branch) is CheckpointKind.REUSED
+    assert branch.kind is CheckpointKind.REUSED
 
 
 def test_the_checkpoint_that_saves_less_for_its_memory_is_evicted_first(checkpoints):
@@ -140,7 +145,7 @@ def test_the_checkpoint_that_saves_less_for_its_memory_is_evicted_first(checkpoi
 def test_a_parent_is_shorter_even_if_a_longer_prompt_was_known(checkpoints):
     arrive(checkpoints)
     long = add(checkpoints, b"long", 3000, END, [1, 2, 3], None)
-    branch = add(checkpoints, b"branch", 1000, Place.BRANCH, [1], long)
+    branch = add(checkpoints, b"branch", 1000, CheckpointKind.BRANCH, [1], long)
     assert branch.parent is None
     again = add(checkpoints, b"more", 2000, END, [1, 2], branch)
     assert again.fallback() is branch
@@ -173,7 +178,7 @@ def test_the_evicted_checkpoint_is_worth_the_least_of_all(checkpoints):
         arrive(checkpoints, *(str(j).encode() for j in draw.sample(range(i + 1), min(i, 2))))
         # They share many of their blocks, which makes the lower bound of the worth inexact.
         blocks = {draw.randrange(40) for _ in range(draw.randrange(1, 9))}
-        place = draw.choice(list(Place))
+        place = draw.choice(PLACES)
         add(checkpoints, str(i).encode(), draw.randrange(100, 9000), place, blocks, None)
     for _ in range(60):
         worths = [(checkpoints._worth(one), one.slot) for one in checkpoints.pinned]

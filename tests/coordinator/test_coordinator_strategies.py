@@ -10,10 +10,12 @@ from vllm.v1.core.kv_cache_coordinator import (
     UnitaryKVCacheCoordinator,
     get_kv_cache_coordinator,
 )
+from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from testing.coordinator.contents import NUM_BLOCKS, full, layout_of, mamba
 from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
+from vllm_hybrid_kv.coordinator.lookup import LOOKUPS
 from vllm_hybrid_kv.coordinator.strategies import FixedPoint
 from vllm_hybrid_kv.hooks import Stock
 
@@ -84,3 +86,8 @@ def test_arguments_of_the_factory_reach_the_coordinator():
 )
 def test_one_group_or_no_prefix_caching_gets_vllms_own_coordinator(layout, more, kind):
     assert type(made(layout, **more)) is kind
+
+
+def test_a_group_with_a_lookup_of_its_own_gets_vllms_own_coordinator(monkeypatch):
+    monkeypatch.delitem(LOOKUPS, MambaManager.find_longest_cache_hit.__func__)
+    assert type(made(layout_of(full(16), mamba(16)))) is HybridKVCacheCoordinator

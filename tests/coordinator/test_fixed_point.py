@@ -8,7 +8,7 @@ from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator
 from vllm.v1.core.single_type_kv_cache_manager import (
     HiSparseSourceManager,
 )
-from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, KVCacheGroupRole
+from vllm.v1.kv_cache_interface import KVCacheGroupRole
 
 from testing.coordinator.contents import (
     NUM_BLOCKS,
@@ -20,14 +20,12 @@ from testing.coordinator.contents import (
     full,
     layout_of,
     mamba,
-    random_cases,
     request_of,
     ring,
     window,
 )
-from testing.coordinator.oracle import Cached, longest, serves
+from testing.coordinator.oracle import Cached
 from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
-from vllm_hybrid_kv.coordinator.lookup import ManagerLookup, lookup_class
 
 WRONG_IN_VLLM = pytest.mark.xfail(strict=True, raises=AssertionError, reason="vLLM's own")
 BOTH = [
@@ -177,50 +175,6 @@ def test_a_group_with_a_host_pool_keeps_its_longer_hit():
     assert length == 32
     assert [block.block_id for block in hits[0]] == [16, 32, 48, 64, 80]
     assert [block.block_id for block in hits[1]] == [0, 32]
-
-
-def foreign(manager_cls):
-    """Return a manager class with its own lookup function."""
-
-    class Foreign(manager_cls):
-        @classmethod
-        def find_longest_cache_hit(cls, *args, **kwargs):
-            return super().find_longest_cache_hit(*args, **kwargs)
-
-    return Foreign
-
-
-def test_foreign_managers_use_their_own_lookup_and_never_hit_too_much():
-    as_long = compared = 0
-    for cases in random_cases(7, 60, 10):
-        layout = cases[0].layout
-        coordinator = coordinator_of(layout, FixedPointCoordinator)
-        alignment = coordinator._cache_hit_alignment_tokens
-        if any(
-            # vLLM's manager fails an assertion on these.
-            isinstance(spec, ChunkedLocalAttentionSpec)
-            and (layout.use_eagle or spec.block_size != alignment)
-            for spec in map(layout.spec, range(len(layout.groups)))
-        ):
-            continue
-        coordinator.attention_groups = [
-            group._replace(manager_cls=foreign(group.manager_cls))
-            for group in coordinator.attention_groups
-        ]
-        for group in coordinator.attention_groups:
-            assert lookup_class(group.manager_cls) is ManagerLookup
-        for case in cases:
-            assert coordinator.reset_prefix_cache()
-            fill(coordinator.block_pool, case.request, case.cached)
-            _, length, _ = coordinator.find_longest_cache_hit(case.request.block_hashes, case.limit)
-            groups = range(len(layout.groups))
-            assert all(serves(layout, case.cached, alignment, group, length) for group in groups), (
-                case.what
-            )
-            want = longest(layout, case.cached, alignment, case.limit, groups)
-            compared += 1
-            as_long += length == want
-    assert as_long > 0.9 * compared
 
 
 def test_a_state_must_be_cached_in_all_groups_of_equal_specs():

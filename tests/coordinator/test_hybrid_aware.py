@@ -16,9 +16,8 @@ from testing.coordinator.prompts import POLICY, STOCK, engine_of, hybrid_model
 from testing.models import llama_config
 from testing.shapes import SHAPES
 from tests.coordinator.soak import checks
-from vllm_hybrid_kv.coordinator.checkpoints import Place
+from vllm_hybrid_kv.coordinator.checkpoints import CheckpointKind
 from vllm_hybrid_kv.coordinator.hybrid_policy import HybridAwareCoordinator
-from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
 from vllm_hybrid_kv.tools.plan.engine import Engine, Model
 from vllm_hybrid_kv.tools.replay.scheduler import Replay, Tally
 from vllm_hybrid_kv.tools.replay.trace import BLOCK_TOKENS, TracedRequest
@@ -136,7 +135,8 @@ def test_a_continued_conversation_has_no_branch_point(model):
     engine = engine_of(model, 200, POLICY)
     Replay(engine, chats(3, 4, seed=0), 1).run()
     assert not any(
-        checkpoint.place is Place.BRANCH for checkpoint in coordinator_of(engine).checkpoints.pinned
+        checkpoint.place is CheckpointKind.BRANCH
+        for checkpoint in coordinator_of(engine).checkpoints.pinned
     )
 
 
@@ -175,7 +175,7 @@ def test_a_state_is_pinned_in_the_block_that_lookups_return(model):
     coordinator = coordinator_of(engine)
     Replay(engine, script.requests, 1).run()
     pool, queue = coordinator.block_pool, coordinator.block_pool.free_block_queue
-    (checkpoint,) = [c for c in coordinator.checkpoints.pinned if c.place is Place.PROMPT_END]
+    (checkpoint,) = [c for c in coordinator.checkpoints.pinned if c.place is CheckpointKind.SHORT]
     first = pool.get_cached_block(checkpoint.key, coordinator._state_groups)
     # Another request computed the states too and ended. The first continues in its own blocks.
     pool.touch(first)
@@ -184,13 +184,13 @@ def test_a_state_is_pinned_in_the_block_that_lookups_return(model):
     for key, block in zip(keys, others, strict=True):
         pool._insert_block_hash(key, block, num_tokens=checkpoint.tokens)
     pool.free_blocks(others)
-    assert queue._unpinned.issuperset(block.block_id for block in others)
+    assert queue.unpinned.issuperset(block.block_id for block in others)
     for block, copy in zip(first, copies, strict=True):
         pool.move_block_hashes(block, copy)
     pool.free_blocks(copies)
     pool.free_blocks(first)
     assert pool.get_cached_block(checkpoint.key, coordinator._state_groups) == others
-    assert queue._unpinned.isdisjoint(block.block_id for block in others)
+    assert queue.unpinned.isdisjoint(block.block_id for block in others)
     check(engine)
 
 
@@ -208,7 +208,7 @@ def test_tables_queue_and_map_are_consistent_after_every_step(model, seed):
     engine.scheduler.update_from_output = checked
     tally = Replay(engine, chats(25, 4, seed, shared=seed % 2), 6).run()
     assert tally.steps > 250
-    assert coordinator.checkpoints.counts["evicted unused"] > 10
+    assert coordinator.checkpoints.counts["evicted_unused", None] > 10
 
 
 @pytest.mark.parametrize("coordinator", ["fixed_point", "hybrid_aware"])
@@ -225,15 +225,18 @@ def test_a_request_starts_while_another_with_the_same_prefix_is_decoding(model, 
     assert tally.steps < 220
 
 
-def contents_by_step(engine: Engine, requests: list[TracedRequest]) -> list[Any]:
+def contents_by_step(engine: Engine, requests: list[TracedRequest], skip: bool) -> list[Any]:
     """Replay, and return the hashes of all blocks after every step."""
-    blocks = coordinator_of(engine).block_pool.blocks
+    coordinator = coordinator_of(engine)
     update = engine.scheduler.update_from_output
     steps: list[Any] = []
 
     def noted(*arguments: Any) -> Any:
         result = update(*arguments)
+        blocks = coordinator.block_pool.blocks
         steps.append([(block.block_hash, block.block_hash_num_tokens) for block in blocks])
+        if not skip:
+            coordinator._offered.clear()
         return result
 
     engine.scheduler.update_from_output = noted
@@ -242,17 +245,17 @@ def contents_by_step(engine: Engine, requests: list[TracedRequest]) -> list[Any]
 
 
 @pytest.mark.parametrize("coordinator", ["fixed_point", "hybrid_aware"])
-def test_skipped_steps_would_cache_nothing(model, coordinator, monkeypatch):
+def test_skipped_steps_would_cache_nothing(model, coordinator):
     script = Script()
     for tail in (310, 326):
         # The answer fills a block.
         script.send(script.new(2), tail=tail, answer=120)
     requests = [*script.requests, *chats(12, 3, seed=5, shared=1)]
     settings = {**POLICY, "coordinator": coordinator}
-    skipped = contents_by_step(engine_of(model, 60, settings), requests)
-    always = lambda *_: True  # noqa: E731
-    monkeypatch.setattr(FixedPointCoordinator, "_completes_a_unit", always)
-    assert skipped == contents_by_step(engine_of(model, 60, settings), requests)
+    skipped, all_steps = (
+        contents_by_step(engine_of(model, 60, settings), requests, skip) for skip in (True, False)
+    )
+    assert skipped == all_steps
 
 
 @pytest.mark.parametrize("blocks", [45, 70, 120, 400])
@@ -321,8 +324,8 @@ def test_repeated_copies_leak_no_block(model):
     engine = engine_of(model, 2000, POLICY)
     coordinator = coordinator_of(engine)
     Replay(engine, long_answers(3), 6).run()
-    assert coordinator.stats()["kept answer"] > 40
-    assert coordinator.stats()["used answer"] > 20
+    assert coordinator.stats()["kept", "answer"] > 40
+    assert coordinator.stats()["used", "answer"] > 20
     assert coordinator._returns.rate > 0.8
     assert coordinator.block_pool.get_num_free_blocks() == 1999
     check(engine)
@@ -331,7 +334,7 @@ def test_repeated_copies_leak_no_block(model):
 def test_no_block_is_held_for_copies_if_memory_is_scarce(model):
     engine = engine_of(model, 90, POLICY)
     Replay(engine, long_answers(3), 6).run()
-    assert coordinator_of(engine).stats().get("kept answer", 0) == 0
+    assert coordinator_of(engine).stats()["kept", "answer"] == 0
 
 
 @pytest.mark.parametrize("blocks", [46, 50])

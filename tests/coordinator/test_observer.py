@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from testing.coordinator.contents import (
     request_of,
 )
 from testing.coordinator.oracle import Layout
-from vllm_hybrid_kv.coordinator.explanation import CacheDescription, GroupKind, HitRecord, Reason
-from vllm_hybrid_kv.coordinator.observer import HitCounters, LossWarning
+from vllm_hybrid_kv.coordinator import observer
+from vllm_hybrid_kv.coordinator.explanation import Reason
 from vllm_hybrid_kv.metrics import VARIABLE, FolderCollector
 
 HYBRID = layout_of(full(64), mamba(64), unit=16)
@@ -209,7 +210,9 @@ def test_a_lookup_of_each_group_alone_loses_nothing(folder):
     manager, request = cached_request()
     coordinator = manager.coordinator
     coordinator.find_longest_cache_hit_per_group(request.block_hashes, 299)
-    coordinator.allocate_new_computed_blocks("a", ([], []), 256, 0)
+    coordinator.allocate_new_computed_blocks(
+        "a", ([], []), num_local_computed_tokens=256, num_external_computed_tokens=0
+    )
     coordinator.cache_blocks(request, 0)
     assert counts(folder) == {
         ("prefix_cache_requests", None): 1,
@@ -243,93 +246,77 @@ def test_each_request_gets_one_debug_line(folder, log):
     assert "full_attention 256, mamba 80; mamba lost 176" in log[logging.DEBUG][0]
 
 
-KINDS = (GroupKind("full_attention", (0,), True), GroupKind("mamba", (1,), False))
-CACHE = CacheDescription(KINDS, 64, False, True, "fixed_point")
-WARNING = (
-    "The last 100 requests recomputed 60000 of the 100000 prompt tokens (60 %) that full_attention "
-    "had in the prefix cache, 60000 of them because KV groups of kind mamba could not serve them; "
-    "try the hybrid_kv setting coordinator=hybrid_aware and prefix_match_unit=auto"
-)
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def count_losses(warning: LossWarning, lost: int, requests: int) -> None:
-    for _ in range(requests):
-        warning.count(HitRecord(1023, 1000 - lost, (0, lost), (1000, 1000 - lost)))
-
-
-def test_a_warning_comes_if_most_cached_tokens_are_lost_over_100_requests(log):
-    warning = LossWarning(CACHE, Clock())
-    count_losses(warning, 600, 99)
-    assert not log[logging.WARNING]
-    count_losses(warning, 600, 1)
-    assert log[logging.WARNING] == [WARNING]
-
-
-def test_no_warning_comes_if_half_of_the_cached_tokens_are_lost(log):
-    count_losses(LossWarning(CACHE, Clock()), 500, 1000)
-    assert not log[logging.WARNING]
-
-
-@pytest.mark.parametrize("preemptions", [0, 1])
-def test_preempted_requests_cause_no_warning(log, folder, preemptions):
-    manager, request = cached_request()
-    observer = manager.coordinator.observer
-    for _ in range(100):
-        request.num_preemptions = preemptions
+def send(manager: KVCacheManager, request: Request, times: int, hit: int = 80) -> None:
+    """Look a request up and report it several times."""
+    for _ in range(times):
         look_up(manager, request)
-        observer.scheduled("a", 80)
-        observer.cached(request)
-        observer.freed("a")
-    assert len(log[logging.WARNING]) == 1 - preemptions
+        manager.coordinator.observer.scheduled("a", hit)
+        manager.coordinator.observer.cached(request)
+        manager.coordinator.observer.freed("a")
 
 
-def test_the_next_warning_comes_after_ten_minutes_at_the_earliest(log):
-    clock = Clock()
-    warning = LossWarning(CACHE, clock)
-    count_losses(warning, 600, 300)
-    clock.now = 599.0
-    count_losses(warning, 600, 100)
+@pytest.fixture
+def clock(monkeypatch):
+    """Set the time in seconds."""
+    now = [0.0]
+    monkeypatch.setattr(observer.time, "monotonic", lambda: now[0])
+    return lambda seconds: now.__setitem__(0, seconds)
+
+
+def test_a_warning_comes_if_most_cached_tokens_are_lost_over_100_requests(log, folder, clock):
+    layout = layout_of(full(64), mamba(64))
+    manager, request = manager_of(layout), request_of(layout, range(300), "a")
+    fill_at(manager.block_pool, request, every(64, 256), (64,))
+    send(manager, request, 99, hit=64)
+    assert not log[logging.WARNING]
+    send(manager, request, 1, hit=64)
+    assert log[logging.WARNING] == [
+        "The last 100 requests recomputed 19200 of the 25600 prompt tokens (75 %) that "
+        "full_attention had in the prefix cache, 19200 of them because KV groups of kind mamba "
+        "could not serve them; try the hybrid_kv setting coordinator=hybrid_aware and "
+        "prefix_match_unit=auto"
+    ]
+    send(manager, request, 200, hit=64)
+    clock(599.0)
+    send(manager, request, 100, hit=64)
     assert len(log[logging.WARNING]) == 1
-    clock.now = 600.0
-    count_losses(warning, 600, 99)
-    assert len(log[logging.WARNING]) == 1
-    count_losses(warning, 600, 1)
-    assert log[logging.WARNING] == [WARNING, WARNING]
+    clock(600.0)
+    send(manager, request, 100, hit=64)
+    assert len(log[logging.WARNING]) == 2
 
 
-def test_statistics_of_checkpoints_are_counted_by_event_and_kind(folder):
-    counters = HitCounters.open(CACHE)
-    counters.follow({"kept": 1, "evicted prompt": 1, "now": 1})
-    counters.follow(
-        {"kept": 4, "evicted prompt": 1, "evicted branch point": 2, "evicted unused": 1, "now": 1}
-    )
-    counters.follow({"kept": 4, "used branch point": 5, "evicted unused prompt": 7})
-    assert counts(folder) == {
-        ("checkpoints_kept", None): 4,
+def test_no_warning_comes_if_half_of_the_cached_tokens_are_lost(log, folder):
+    manager, request = manager_of(HYBRID), request_of(HYBRID, range(300), "a")
+    fill_at(manager.block_pool, request, every(64, 256), (128,))
+    send(manager, request, 1000, hit=128)
+    assert not log[logging.WARNING]
+
+
+def test_preempted_requests_cause_no_warning(log, folder):
+    manager, request = cached_request()
+    request.num_preemptions = 1
+    send(manager, request, 100)
+    assert not log[logging.WARNING]
+
+
+def test_statistics_of_checkpoints_are_counted_by_event_and_kind(folder, monkeypatch):
+    manager, request = cached_request()
+    stats = Counter({("kept", "prompt"): 1, ("evicted", "prompt"): 1})
+    monkeypatch.setattr(manager.coordinator, "stats", lambda: stats)
+    send(manager, request, 1)
+    stats.update({("kept", "prompt"): 3, ("used", "branch point"): 5, ("evicted_unused", None): 1})
+    send(manager, request, 2)
+    counted = {key: n for key, n in counts(folder).items() if key[0].startswith("checkpoints")}
+    assert counted == {
+        ("checkpoints_kept", "prompt"): 4,
         ("checkpoints_evicted", "prompt"): 1,
-        ("checkpoints_evicted", "branch point"): 2,
-        ("checkpoints_evicted_unused", None): 1,
-        ("checkpoints_evicted_unused", "prompt"): 7,
         ("checkpoints_used", "branch point"): 5,
+        ("checkpoints_evicted_unused", None): 1,
     }
 
 
-def test_statistics_that_restart_at_0_are_added(folder):
-    counters = HitCounters.open(CACHE)
-    for count in (5, 2, 3):
-        counters.follow({"kept": count})
-    assert counts(folder) == {("checkpoints_kept", None): 8}
-
-
 def test_counters_are_exported_as_0_before_the_first_request(folder):
-    HitCounters.open(CACHE)
+    manager_of(HYBRID)
     values = {
         (sample.name, sample.labels.get("kind")): sample.value
         for metric in FolderCollector(folder).collect()

@@ -9,7 +9,7 @@ the hash value of each such key, and one call of `map` looks up thousands of key
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections import UserDict, defaultdict
 
 from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, BlockHashWithGroupId, KVCacheBlock
@@ -26,8 +26,7 @@ class GroupedBlockMap(BlockHashToBlockMap):
     """
 
     def __init__(self) -> None:
-        self._groups: dict[bytes, dict[BlockHash, KVCacheBlock]] = {}
-        self._by_id: dict[int, dict[BlockHash, KVCacheBlock]] = {}
+        self._groups: defaultdict[bytes, dict[BlockHash, KVCacheBlock]] = defaultdict(dict)
         # Only for hashes with several blocks: the blocks by id, in the order of insertion.
         self._copies: dict[BlockHashWithGroupId, dict[int, KVCacheBlock]] = {}
 
@@ -38,15 +37,10 @@ class GroupedBlockMap(BlockHashToBlockMap):
 
     def group(self, group_id: int) -> dict[BlockHash, KVCacheBlock]:
         """Return the first cached block by hash of one group. Callers must not change it."""
-        group = self._by_id.get(group_id)
-        if group is None:
-            group = self._groups.setdefault(group_id.to_bytes(_GROUP_ID_BYTES, "big"), {})
-            self._by_id[group_id] = group
-        return group
+        return self._groups[group_id.to_bytes(_GROUP_ID_BYTES, "big")]
 
     def get_one_block(self, key: BlockHashWithGroupId) -> KVCacheBlock | None:
-        group = self._groups.get(key[-_GROUP_ID_BYTES:])
-        return None if group is None else group.get(BlockHash(key[:-_GROUP_ID_BYTES]))
+        return self._groups[key[-_GROUP_ID_BYTES:]].get(BlockHash(key[:-_GROUP_ID_BYTES]))
 
     def contain(self, key: BlockHashWithGroupId, block_id: int) -> bool:
         copies = self._copies.get(key)
@@ -56,14 +50,14 @@ class GroupedBlockMap(BlockHashToBlockMap):
         return block is not None and block.block_id == block_id
 
     def insert(self, key: BlockHashWithGroupId, block: KVCacheBlock) -> None:
-        group = self._groups.setdefault(key[-_GROUP_ID_BYTES:], {})
+        group = self._groups[key[-_GROUP_ID_BYTES:]]
         first = group.setdefault(BlockHash(key[:-_GROUP_ID_BYTES]), block)
         if first is not block:
             copies = self._copies.setdefault(key, {first.block_id: first})
             copies[block.block_id] = block
 
     def pop(self, key: BlockHashWithGroupId, block_id: int) -> KVCacheBlock | None:
-        group = self._groups.get(key[-_GROUP_ID_BYTES:], {})
+        group = self._groups[key[-_GROUP_ID_BYTES:]]
         block_hash = BlockHash(key[:-_GROUP_ID_BYTES])
         first = group.get(block_hash)
         copies = self._copies.get(key)
@@ -82,46 +76,38 @@ class GroupedBlockMap(BlockHashToBlockMap):
         return sum(map(len, self._groups.values()))
 
 
-class _FlatView(MutableMapping[BlockHashWithGroupId, KVCacheBlock | dict[int, KVCacheBlock]]):
-    """The map as vLLM's dictionary: each key has one block, or a dictionary of blocks by id."""
+class _FlatView(UserDict[BlockHashWithGroupId, "KVCacheBlock | dict[int, KVCacheBlock]"]):
+    """A copy of the map as vLLM's dictionary. Changes of the copy also change the map.
+
+    Each key has one block, or a dictionary of blocks by id.
+    """
 
     def __init__(self, blocks: GroupedBlockMap) -> None:
         self._blocks = blocks
-
-    def __getitem__(self, key: BlockHashWithGroupId) -> KVCacheBlock | dict[int, KVCacheBlock]:
-        entry = self._blocks._copies.get(key) or self._blocks.get_one_block(key)
-        if entry is None:
-            raise KeyError(key)
-        return entry
+        self.data = {
+            BlockHashWithGroupId(block_hash + suffix): block
+            for suffix, group in blocks._groups.items()
+            for block_hash, block in group.items()
+        }
+        self.data.update(blocks._copies)
 
     def __setitem__(
         self, key: BlockHashWithGroupId, value: KVCacheBlock | dict[int, KVCacheBlock]
     ) -> None:
         self.pop(key, None)
+        self.data[key] = value
         for block in value.values() if isinstance(value, dict) else (value,):
             self._blocks.insert(key, block)
 
     def __delitem__(self, key: BlockHashWithGroupId) -> None:
-        entry = self[key]
+        entry = self.data.pop(key)
         for block_id in list(entry) if isinstance(entry, dict) else [entry.block_id]:
             self._blocks.pop(key, block_id)
-
-    def __iter__(self) -> Iterator[BlockHashWithGroupId]:
-        for suffix, group in self._blocks._groups.items():
-            for block_hash in group:
-                yield BlockHashWithGroupId(block_hash + suffix)
-
-    def __len__(self) -> int:
-        return len(self._blocks)
-
-    def __copy__(self) -> dict[BlockHashWithGroupId, KVCacheBlock | dict[int, KVCacheBlock]]:
-        return dict(self)
 
 
 def install_grouped_map(pool: BlockPool) -> None:
     """Replace a pool's map by a `GroupedBlockMap` with its contents, unless it already is one."""
     blocks = pool.cached_block_hash_to_block
     if not isinstance(blocks, GroupedBlockMap):
-        grouped = GroupedBlockMap()
+        grouped = pool.cached_block_hash_to_block = GroupedBlockMap()
         grouped._cache.update(blocks._cache)
-        pool.cached_block_hash_to_block = grouped

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from vllm_hybrid_kv.coordinator.traffic import ReuseCurve, age_range
 
@@ -32,21 +32,10 @@ PRICE_MEMORY = 0.95
 """The price of a block is an average over about the last twenty evictions."""
 
 
-class Place(Enum):
-    """Where in a request a checkpoint is."""
-
-    # Members are singletons. Enum's own hash is that of the name, and slower.
-    __hash__ = object.__hash__
-
-    PROMPT_END = "prompt end"
-    BRANCH = "branch point"
-    ANSWER = "answer"
-    BOUNDARY = "block boundary"
-
-
 class CheckpointKind(Enum):
     """What is known of a checkpoint. The probability of reuse is learned for each kind."""
 
+    # Members are singletons. Enum's own hash is that of the name, and slower.
     __hash__ = object.__hash__
 
     SHORT = "short prompt"
@@ -57,12 +46,6 @@ class CheckpointKind(Enum):
     REUSED = "reused"
     SUPERSEDED = "superseded"
 
-
-_KINDS = {
-    Place.BRANCH: CheckpointKind.BRANCH,
-    Place.ANSWER: CheckpointKind.ANSWER,
-    Place.BOUNDARY: CheckpointKind.BOUNDARY,
-}
 
 PRIOR = {CheckpointKind.SUPERSEDED: 0.1, CheckpointKind.BOUNDARY: 0.02}
 """The initial probability of reuse, relative to that of a prompt's end."""
@@ -75,7 +58,7 @@ class Checkpoint:
     Attributes:
         key: The hash of the prefix that ends here.
         tokens: The length of that prefix.
-        place: Where in a request it is.
+        place: Its kind when it was entered.
         blocks: Ids of the attention blocks that a hit needs, of all groups.
         parent: The longest shorter checkpoint that was pinned when this one was entered.
         last_use: When it was entered or used last, counted in requests.
@@ -90,7 +73,7 @@ class Checkpoint:
 
     key: BlockHash
     tokens: int
-    place: Place
+    place: CheckpointKind
     blocks: tuple[int, ...]
     parent: Checkpoint | None
     last_use: int
@@ -105,8 +88,18 @@ class Checkpoint:
     @property
     def superseded(self) -> bool:
         """Whether one request resumed here and left a longer checkpoint, as in a conversation."""
-        ends = self.place in (Place.PROMPT_END, Place.ANSWER)
-        return ends and len(self.extensions) == 1 and self.uses <= 1
+        return (
+            len(self.extensions) == 1
+            and self.uses <= 1
+            and self.place not in (CheckpointKind.BRANCH, CheckpointKind.BOUNDARY)
+        )
+
+    @property
+    def kind(self) -> CheckpointKind:
+        """Its present kind."""
+        if self.superseded:
+            return CheckpointKind.SUPERSEDED
+        return CheckpointKind.REUSED if self.uses > 1 else self.place
 
     def fallback(self) -> Checkpoint | None:
         """Return the longest pinned checkpoint before this one that is not superseded."""
@@ -114,19 +107,6 @@ class Checkpoint:
         while checkpoint is not None and (not checkpoint.pinned or checkpoint.superseded):
             checkpoint = checkpoint.parent
         return checkpoint
-
-
-class Entry(NamedTuple):
-    """The result of `Checkpoints.enter`.
-
-    Attributes:
-        checkpoint: The checkpoint, pinned or only tracked, or None if nothing was entered.
-        released: The attention blocks of the checkpoint at the same prefix that was unpinned
-            because the new one replaces it, or None if there was none.
-    """
-
-    checkpoint: Checkpoint | None
-    released: tuple[int, ...] | None
 
 
 class Checkpoints:
@@ -151,6 +131,8 @@ class Checkpoints:
         self._state_blocks = state_blocks
         self._block_tokens = block_tokens
         self._random = random.Random(0)
+        self.counts: Counter[tuple[str, str | None]] = Counter()
+        """Numbers of events by name and kind."""
         self.clear()
 
     def clear(self) -> None:
@@ -161,7 +143,6 @@ class Checkpoints:
         self._curves = {kind: ReuseCurve(PRIOR.get(kind, 1.0)) for kind in CheckpointKind}
         self._now = 0
         self._price = 0.0
-        self.counts: Counter[str] = Counter()
 
     def pinned_at(self, key: BlockHash) -> Checkpoint | None:
         """Return the pinned checkpoint at the end of a prefix."""
@@ -171,17 +152,6 @@ class Checkpoints:
     def pins(self, block_id: int) -> bool:
         """Whether a checkpoint pins an attention block."""
         return block_id in self._pins
-
-    def kind(self, checkpoint: Checkpoint) -> CheckpointKind:
-        """Return the present kind of a checkpoint."""
-        if checkpoint.superseded:
-            return CheckpointKind.SUPERSEDED
-        if checkpoint.uses > 1:
-            return CheckpointKind.REUSED
-        if checkpoint.place is Place.PROMPT_END:
-            short = checkpoint.tokens <= self._block_tokens
-            return CheckpointKind.SHORT if short else CheckpointKind.PROMPT
-        return _KINDS[checkpoint.place]
 
     def longest(self, hashes: Sequence[BlockHash]) -> Checkpoint | None:
         """Return the longest tracked checkpoint of a prefix, pinned or not."""
@@ -208,9 +178,9 @@ class Checkpoints:
             # The request uses the longest pinned checkpoint, and would have used all longer ones
             # that were evicted. Ends of blocks precede any other checkpoint, so they count only if
             # they are the longest.
-            returned = checkpoint is longest or checkpoint.place is not Place.BOUNDARY
+            returned = checkpoint is longest or checkpoint.place is not CheckpointKind.BOUNDARY
             if checkpoint.pinned:
-                self.counts[f"used {self.kind(checkpoint).value}"] += 1
+                self.counts["used", checkpoint.kind.value] += 1
             self._record(checkpoint, returned)
             checkpoint.uses += 1
             self.touch(checkpoint)
@@ -224,11 +194,11 @@ class Checkpoints:
         self,
         key: BlockHash,
         tokens: int,
-        place: Place,
+        place: CheckpointKind,
         blocks: Iterable[int] | None,
         parent: Checkpoint | None,
         supersedes: bool = True,
-    ) -> Entry:
+    ) -> tuple[Checkpoint | None, tuple[int, ...] | None]:
         """Track a checkpoint, and pin it unless it is the end of a block that does not pay.
 
         A checkpoint that is pinned at the same prefix stays, but the end of a block is replaced by
@@ -237,24 +207,31 @@ class Checkpoints:
         Args:
             key: The hash of the prefix that ends there.
             tokens: The length of that prefix.
-            place: Where in a request it is.
+            place: `PROMPT`, `BRANCH`, `ANSWER` or `BOUNDARY`.
             blocks: Ids of the attention blocks that a hit needs, or None if they are not cached.
             parent: A checkpoint of the same request, pinned or not.
             supersedes: Whether reuse of the parent is unlikely once this one is pinned.
+
+        Returns:
+            The checkpoint, pinned or only tracked, or None if nothing was entered. And the
+            attention blocks of a checkpoint that was unpinned because this one replaces it, or
+            None if there was none.
         """
         released = None
         pinned = self.pinned_at(key)
         if pinned is not None:
-            if pinned.place is not Place.BOUNDARY or place is Place.BOUNDARY:
-                return Entry(None, None)
+            if pinned.place is not CheckpointKind.BOUNDARY or place is CheckpointKind.BOUNDARY:
+                return None, None
             self.unpin(pinned)
             released = pinned.blocks
         if blocks is None:
-            return Entry(None, released)
+            return None, released
         while parent is not None and (parent.tokens >= tokens or not parent.pinned):
             parent = parent.parent
+        if place is CheckpointKind.PROMPT and tokens <= self._block_tokens:
+            place = CheckpointKind.SHORT
         # The second request with a prefix reveals its branch point.
-        uses = int(place is Place.BRANCH)
+        uses = int(place is CheckpointKind.BRANCH)
         checkpoint = self._tracked.get(key)
         if checkpoint is None:
             checkpoint = Checkpoint(key, tokens, place, (), parent, self._now, uses)
@@ -263,17 +240,14 @@ class Checkpoints:
         checkpoint.uses = max(checkpoint.uses, uses)
         checkpoint.blocks = tuple(blocks)
         self.touch(checkpoint)
-        if place is not Place.BOUNDARY or self._worth(checkpoint) >= self._price:
-            self._pin(checkpoint)
-        return Entry(checkpoint, released)
-
-    def _pin(self, checkpoint: Checkpoint) -> None:
-        checkpoint.pinned = True
-        checkpoint.slot = len(self.pinned)
-        self.pinned.append(checkpoint)
-        self._pins.update(checkpoint.blocks)
-        self._extend_parent(checkpoint)
-        self.counts[f"kept {self.kind(checkpoint).value}"] += 1
+        if place is not CheckpointKind.BOUNDARY or self._worth(checkpoint) >= self._price:
+            checkpoint.pinned = True
+            checkpoint.slot = len(self.pinned)
+            self.pinned.append(checkpoint)
+            self._pins.update(checkpoint.blocks)
+            self._extend_parent(checkpoint)
+            self.counts["kept", checkpoint.kind.value] += 1
+        return checkpoint, released
 
     def touch(self, checkpoint: Checkpoint) -> None:
         """Restart the age of a checkpoint."""
@@ -286,50 +260,34 @@ class Checkpoints:
         candidates = self.pinned
         if len(candidates) > CANDIDATES:
             candidates = self._random.sample(candidates, CANDIDATES)
-        worth, least = self._least(candidates)
-        self._price = PRICE_MEMORY * self._price + (1 - PRICE_MEMORY) * worth
-        self.counts[f"evicted {self.kind(least).value}"] += 1
-        if least.uses <= int(least.place is Place.BRANCH):
-            self.counts["evicted unused"] += 1
+        lowest, least = math.inf, candidates[0]
+        for checkpoint in candidates:
+            worth = self._worth(checkpoint, lowest)
+            if worth < lowest or (worth == lowest and checkpoint.slot < least.slot):
+                lowest, least = worth, checkpoint
+        self._price = PRICE_MEMORY * self._price + (1 - PRICE_MEMORY) * lowest
+        self.counts["evicted", least.kind.value] += 1
+        if least.uses <= int(least.place is CheckpointKind.BRANCH):
+            self.counts["evicted_unused", None] += 1
         self.unpin(least)
         return least
 
-    def _least(self, checkpoints: Iterable[Checkpoint]) -> tuple[float, Checkpoint]:
-        """Return the lowest worth, and the checkpoint that has it."""
-        lowest, least = math.inf, None
-        for checkpoint in checkpoints:
-            saving = self._saving(checkpoint)
-            # A lower bound of the worth, as if no other needed its blocks. Counting them is slow.
-            if (
-                least is not None
-                and saving / (self._state_blocks + len(checkpoint.blocks)) > lowest
-            ):
-                continue
-            worth = saving / (self._state_blocks + self._own_blocks(checkpoint))
-            if (
-                least is None
-                or worth < lowest
-                or (worth == lowest and checkpoint.slot < least.slot)
-            ):
-                lowest, least = worth, checkpoint
-        assert least is not None
-        return lowest, least
+    def _worth(self, checkpoint: Checkpoint, limit: float = math.inf) -> float:
+        """Return the expected tokens of prefill saved per block and arriving request.
 
-    def _worth(self, checkpoint: Checkpoint) -> float:
-        return self._saving(checkpoint) / (self._state_blocks + self._own_blocks(checkpoint))
-
-    def _saving(self, checkpoint: Checkpoint) -> float:
-        """Return the expected tokens of prefill saved per arriving request."""
+        If that is more than `limit`, return a lower bound that is more than `limit`, if possible.
+        """
         fallback = checkpoint.fallback()
         saved = checkpoint.tokens - (0 if fallback is None else fallback.tokens)
         age = age_range(self._now - checkpoint.last_use)
-        return self._curves[self.kind(checkpoint)].index[age] * saved
-
-    def _own_blocks(self, checkpoint: Checkpoint) -> int:
-        """Return how many of its attention blocks no other pinned checkpoint needs."""
-        pins = self._pins
-        alone = int(checkpoint.pinned)
-        return sum([pins[block_id] == alone for block_id in checkpoint.blocks])
+        saving = self._curves[checkpoint.kind].index[age] * saved
+        # As if no other checkpoint needed its blocks. Counting those is slow.
+        bound = saving / (self._state_blocks + len(checkpoint.blocks))
+        if bound > limit:
+            return bound
+        pins, alone = self._pins, int(checkpoint.pinned)
+        own = sum([pins[block_id] == alone for block_id in checkpoint.blocks])
+        return saving / (self._state_blocks + own)
 
     def unpin(self, checkpoint: Checkpoint) -> None:
         """Remove a checkpoint from the cache, and continue to track it."""
@@ -362,7 +320,7 @@ class Checkpoints:
 
     def _record(self, checkpoint: Checkpoint, returned: bool) -> None:
         age = self._now - checkpoint.last_use
-        self._curves[self.kind(checkpoint)].record(checkpoint.since, age, returned)
+        self._curves[checkpoint.kind].record(checkpoint.since, age, returned)
         checkpoint.since = age
 
     def _learn(self) -> None:
@@ -370,10 +328,10 @@ class Checkpoints:
             for curve in self._curves.values():
                 curve.fade()
         self._forget()
-        waiting: dict[CheckpointKind, list[tuple[int, int]]] = {kind: [] for kind in CheckpointKind}
+        waiting: defaultdict[CheckpointKind, list[tuple[int, int]]] = defaultdict(list)
         for checkpoint in self._tracked.values():
             age = self._now - checkpoint.last_use
-            waiting[self.kind(checkpoint)].append((checkpoint.since, age))
+            waiting[checkpoint.kind].append((checkpoint.since, age))
         for kind, curve in self._curves.items():
             curve.update(waiting[kind])
 

@@ -30,9 +30,9 @@ class Running:
 
     Attributes:
         request: vLLM's request.
-        units: Computed hash units.
-        prompt_units: Hash units that were remembered when it started.
         latest: The checkpoint that it resumed at or entered last, except those at ends of blocks.
+        prompt_units: Hash units that were remembered when it started.
+        units: Computed hash units.
         boundary: The checkpoint that it entered last at the end of a block.
         prompt_end: The checkpoint at the end of its prompt.
         copies: The blocks with the latest copy of its states, one per group, or none.
@@ -42,9 +42,9 @@ class Running:
     """
 
     request: Request
-    units: int
-    prompt_units: int
     latest: Checkpoint | None
+    prompt_units: int
+    units: int = 0
     boundary: Checkpoint | None = None
     prompt_end: Checkpoint | None = None
     copies: list[KVCacheBlock] = field(default_factory=list)
@@ -59,6 +59,9 @@ class DecodeSnapshots:
     The end of an answer is not known in advance. So the state is copied every `INTERVAL` tokens,
     over the previous copy, into blocks that are held for the request. vLLM's own copy-on-write runs
     the copy at the start of the step. Copies have the lowest priority for memory.
+
+    Attributes:
+        interval: Tokens between two copies.
     """
 
     def __init__(self, managers: dict[int, MambaManager], pool: BlockPool, alignment: int) -> None:
@@ -69,9 +72,9 @@ class DecodeSnapshots:
             pool: The pool of blocks.
             alignment: Hits are multiples of this many tokens.
         """
+        self.interval = math.lcm(INTERVAL, alignment)
         self._managers = managers
         self._pool = pool
-        self._interval = math.lcm(INTERVAL, alignment)
         self._max_copies = pool.num_gpu_blocks // MAX_SHARE
         # If hits end at whole blocks, vLLM keeps the states. With draft tokens, the state after the
         # accepted ones is in any of several blocks.
@@ -83,7 +86,7 @@ class DecodeSnapshots:
     def is_due(self, request: Request) -> bool:
         """Whether to copy the states of a request before this step."""
         tokens = request.num_computed_tokens
-        due = tokens % self._interval == 0 and tokens > request.num_prompt_tokens
+        due = tokens % self.interval == 0 and tokens > request.num_prompt_tokens
         return due and self._possible
 
     def copy(self, running: Running, num_requests: int) -> None:
@@ -98,23 +101,20 @@ class DecodeSnapshots:
         """
         request = running.request
         tokens = request.num_computed_tokens
+        managers = list(self._managers.values())
         sources: list[KVCacheBlock] = [
             manager.req_to_blocks[request.request_id][(tokens - 1) // manager.block_size]
-            for manager in self._managers.values()
+            for manager in managers
         ]
         if any(block.is_null for block in sources):
             return
-        count = len(sources)
         if not running.copies:
-            if num_requests * count > self._max_copies:
+            free = len(self._pool.free_block_queue.unpinned)
+            if num_requests * len(sources) > self._max_copies or free < len(sources):
                 return
-            if self._pool.free_block_queue.num_unpinned < count:
-                return
-            running.copies = self._pool.get_new_blocks(count)
+            running.copies = self._pool.get_new_blocks(len(sources))
         running.copied = tokens
-        for manager, source, copy in zip(
-            self._managers.values(), sources, running.copies, strict=True
-        ):
+        for manager, source, copy in zip(managers, sources, running.copies, strict=True):
             # vLLM releases both references after the step.
             source.ref_cnt += 1
             copy.ref_cnt += 1
@@ -143,8 +143,3 @@ class DecodeSnapshots:
         """Free the blocks that are held for a request."""
         copies, running.copies = running.copies, []
         self._pool.free_blocks(copies)
-
-    def last_copy(self, tokens: int, prompt: int) -> int:
-        """Return the last position up to `tokens` and after the prompt with a copy, or 0."""
-        place = tokens // self._interval * self._interval
-        return place if place > prompt else 0

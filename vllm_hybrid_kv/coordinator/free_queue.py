@@ -33,7 +33,8 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
         self._pool = pool
         self._checkpoints = checkpoints
         self._state_groups = state_groups
-        self._unpinned: set[int] = {block.block_id for block in self.get_all_free_blocks()}
+        self.unpinned: set[int] = {block.block_id for block in self.get_all_free_blocks()}
+        """The free blocks that can be taken before any checkpoint is evicted."""
         # The first block of the pinned part, or the tail of the list.
         self._first_pinned: KVCacheBlock = self.fake_free_list_tail
 
@@ -64,7 +65,7 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
         self.release(checkpoint.key, checkpoint.blocks)
 
     def release(self, key: BlockHash, block_ids: Iterable[int]) -> None:
-        """Move the free blocks of an unpinned checkpoint to the unpinned part.
+        """Move free blocks to the unpinned part, because a checkpoint was unpinned.
 
         Attention blocks that another checkpoint pins stay in the pinned part.
 
@@ -78,33 +79,20 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
         for group in self._state_groups:
             self.unpin(self._pool.get_cached_block(key, [group]) or ())
 
-    @property
-    def num_unpinned(self) -> int:
-        """How many blocks can be taken before any checkpoint is evicted."""
-        return len(self._unpinned)
-
     def unpin(self, blocks: Iterable[KVCacheBlock]) -> None:
         """Move the free ones among these blocks to the unpinned part."""
         for block in blocks:
             is_free = block.next_free_block is not None
-            if is_free and block.block_id not in self._unpinned:
+            if is_free and block.block_id not in self.unpinned:
                 self.remove(block)
                 self._insert_unpinned([block])
 
     def repin(self, blocks: Iterable[KVCacheBlock]) -> None:
         """Move these blocks to the pinned part if they are in the unpinned part and now pinned."""
         for block in blocks:
-            if block.block_id in self._unpinned:
+            if block.block_id in self.unpinned:
                 self.remove(block)
                 self.append(block)
-
-    def _make_room(self, wanted: int) -> None:
-        """Evict checkpoints until there are enough unpinned blocks, or no checkpoint is left."""
-        while len(self._unpinned) < wanted:
-            evicted = self._checkpoints.evict()
-            if evicted is None:
-                return
-            self.release(evicted.key, evicted.blocks)
 
     def _insert_unpinned(self, blocks: list[KVCacheBlock]) -> None:
         """Append blocks to the unpinned part."""
@@ -115,16 +103,17 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
             before = block
         before.next_free_block, self._first_pinned.prev_free_block = self._first_pinned, before
         self.num_free_blocks += len(blocks)
-        self._unpinned.update(block.block_id for block in blocks)
+        self.unpinned.update(block.block_id for block in blocks)
 
     def popleft(self) -> KVCacheBlock:
         return self.popleft_n(1)[0]
 
     def popleft_n(self, n: int) -> list[KVCacheBlock]:
-        self._make_room(n)
-        takes_pinned = n > len(self._unpinned)
+        while len(self.unpinned) < n and (evicted := self._checkpoints.evict()) is not None:
+            self.release(evicted.key, evicted.blocks)
+        takes_pinned = n > len(self.unpinned)
         blocks: list[KVCacheBlock] = super().popleft_n(n)
-        self._unpinned.difference_update([block.block_id for block in blocks])
+        self.unpinned.difference_update([block.block_id for block in blocks])
         if takes_pinned:
             first = self.fake_free_list_head.next_free_block
             assert first is not None
@@ -137,12 +126,12 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
             assert following is not None
             self._first_pinned = following
         super().remove(block)
-        self._unpinned.discard(block.block_id)
+        self.unpinned.discard(block.block_id)
 
     def prepend_n(self, blocks: list[KVCacheBlock]) -> None:
         """Insert blocks without a hash at the front."""
         super().prepend_n(blocks)
-        self._unpinned.update(block.block_id for block in blocks)
+        self.unpinned.update(block.block_id for block in blocks)
 
     def append(self, block: KVCacheBlock) -> None:
         self.append_n([block])

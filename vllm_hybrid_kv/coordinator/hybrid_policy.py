@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from vllm.utils.math_utils import round_down
@@ -13,7 +14,7 @@ from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.kv_cache_interface import MambaSpec, get_mamba_prefill_checkpoint_position
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_hybrid_kv.coordinator.checkpoints import Checkpoint, Checkpoints, Place
+from vllm_hybrid_kv.coordinator.checkpoints import Checkpoint, CheckpointKind, Checkpoints
 from vllm_hybrid_kv.coordinator.decode_snapshots import DecodeSnapshots, Running
 from vllm_hybrid_kv.coordinator.free_queue import CheckpointQueue
 from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
@@ -35,6 +36,9 @@ RARE = 0.25
 
 USUAL = 0.9
 """If more answers return, the end of an answer supersedes that of its prompt."""
+
+
+PROMPT_ENDS = (CheckpointKind.PROMPT, CheckpointKind.SHORT)
 
 
 class HybridAwareCoordinator(FixedPointCoordinator):
@@ -65,11 +69,9 @@ class HybridAwareCoordinator(FixedPointCoordinator):
             if isinstance(manager, MambaManager)
         }
         self._state_groups = list(states)
-        cached = {group for lookup in self.attention_groups for group in lookup.group_ids}
+        cached = sorted(group for lookup in self.attention_groups for group in lookup.group_ids)
         self._attention_managers = {
-            group: manager
-            for group, manager in managers.items()
-            if group in cached and group not in states
+            group: managers[group] for group in cached if group not in states
         }
         self._unit = self.hash_block_size
         self._alignment = self._cache_hit_alignment_tokens
@@ -105,8 +107,8 @@ class HybridAwareCoordinator(FixedPointCoordinator):
             for group in self._state_groups:
                 self.single_type_managers[group].shared_prefix_checkpoint = True
 
-    def stats(self) -> Mapping[str, int]:
-        return {**self.checkpoints.counts, "now": len(self.checkpoints.pinned)}
+    def stats(self) -> Counter[tuple[str, str | None]]:
+        return self.checkpoints.counts
 
     def evict_blocks(self, block_ids: set[int]) -> None:
         """Evict blocks that a connector failed to load, and the checkpoints that need them."""
@@ -173,11 +175,8 @@ class HybridAwareCoordinator(FixedPointCoordinator):
                 return needed + own + self._missing_blocks(scheduled)
         pool = self.block_pool
         # More blocks than the pool has: the request must wait for the next step in any case.
-        if (
-            needed > 0
-            and pool.get_num_free_blocks() < needed <= pool.num_gpu_blocks
-            and self._free_optional_states(request_id)
-        ):
+        needs_more = pool.get_num_free_blocks() < needed <= pool.num_gpu_blocks
+        if needs_more and self._free_optional_states(request_id):
             needed = super().get_num_blocks_to_allocate(request_id, *args, **kwargs)
         return needed
 
@@ -200,16 +199,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
 
     def _free_optional_states(self, request_id: str) -> bool:
         """Free states that a request need not keep, and all copies. Return whether any was."""
-        freed = self._overwrite_kept_states(request_id)
-        for running in self._running.values():
-            if running.copies:
-                self._snapshots.release(running)
-                freed = True
-        return freed
-
-    def _overwrite_kept_states(self, request_id: str) -> bool:
-        """Let a running request overwrite the states to keep. Return whether there were any."""
-        overwritten = False
+        freed = False
         keys: set[BlockHash] = set()
         for group in self._state_groups:
             manager = self.single_type_managers[group]
@@ -222,17 +212,20 @@ class HybridAwareCoordinator(FixedPointCoordinator):
             if block.block_hash is not None:
                 keys.add(get_block_hash(block.block_hash))
             self.block_pool._maybe_evict_cached_block(block)
-            overwritten = True
+            freed = True
         # Another request with the same prefix may have entered the checkpoint.
         for key in keys:
             self._queue.recheck(key)
-        return overwritten
+        for running in self._running.values():
+            if running.copies:
+                self._snapshots.release(running)
+                freed = True
+        return freed
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
         """Cache a request's blocks, and enter the checkpoints that it has reached."""
-        if not self._completes_a_unit(request, num_computed_tokens):
+        if not self._cache_new_blocks(request, num_computed_tokens):
             return
-        self._cache_blocks(request, num_computed_tokens)
         running = self._running.get(request.request_id) or self._start(request)
         if running.partial:
             cached = sum(
@@ -252,11 +245,11 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         running.units = units
         tokens = units * self._unit
         if tokens in self._prompt_ends(request):
-            running.prompt_end = self._enter(running, tokens, Place.PROMPT_END)
+            running.prompt_end = self._enter(running, tokens, CheckpointKind.PROMPT)
         elif tokens == request.shared_prefix_boundary:
-            self._enter(running, tokens, Place.BRANCH)
+            self._enter(running, tokens, CheckpointKind.BRANCH)
         elif tokens % self._block_tokens == tokens % self._alignment == 0:
-            self._enter(running, tokens, Place.BOUNDARY)
+            self._enter(running, tokens, CheckpointKind.BOUNDARY)
 
     def _prompt_ends(self, request: Request) -> set[int]:
         """Return where the next turn, or with draft layers the same prompt, can resume."""
@@ -274,23 +267,18 @@ class HybridAwareCoordinator(FixedPointCoordinator):
             latest = self.checkpoints.longest(hashes)
         else:
             latest = self.checkpoints.arrive(hashes, limit)
-            if latest is not None:
-                self._record_return(latest, limit)
+            if latest is not None and latest.uses == 1:
+                if latest.place is CheckpointKind.ANSWER:
+                    self._returns.record(True)
+                elif latest.place in PROMPT_ENDS and latest.answered:
+                    self._returns.record(limit * self._unit >= latest.answered)
             if 0 < limit < len(hashes):
                 self._seen.discard_end(hashes[limit - 1])
             self._seen.add(hashes)
-        running = self._running[request.request_id] = Running(request, 0, len(hashes), latest)
+        running = self._running[request.request_id] = Running(request, latest, len(hashes))
         return running
 
-    def _record_return(self, latest: Checkpoint, limit: int) -> None:
-        """Record whether a turn, `limit` units of which were seen before, repeats the answer."""
-        if latest.uses == 1:
-            if latest.place is Place.ANSWER:
-                self._returns.record(True)
-            elif latest.place is Place.PROMPT_END and latest.answered:
-                self._returns.record(limit * self._unit >= latest.answered)
-
-    def _enter(self, running: Running, tokens: int, place: Place) -> Checkpoint | None:
+    def _enter(self, running: Running, tokens: int, place: CheckpointKind) -> Checkpoint | None:
         """Enter a checkpoint if its states are cached, and return it if it is pinned."""
         request = running.request
         units = tokens // self._unit
@@ -301,15 +289,15 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         states = self.block_pool.get_cached_block(key, self._state_groups)
         if states is None:
             return None
-        at_boundary = place is Place.BOUNDARY
-        supersedes = place is Place.PROMPT_END or place is Place.BRANCH
+        at_boundary = place is CheckpointKind.BOUNDARY
+        is_answer = place is CheckpointKind.ANSWER
         checkpoint, released = self.checkpoints.enter(
             key,
             tokens,
             place,
-            self._attention_blocks(request.request_id, tokens),
-            (at_boundary and running.boundary) or running.latest,
-            supersedes or (place is Place.ANSWER and self._returns.rate >= USUAL),
+            blocks=self._attention_blocks(request.request_id, tokens),
+            parent=(at_boundary and running.boundary) or running.latest,
+            supersedes=not at_boundary and (not is_answer or self._returns.rate >= USUAL),
         )
         if released is not None:
             self._queue.release(key, released)
@@ -367,13 +355,13 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         request = running.request
         if running.copies:
             if self._snapshots.cache(running):
-                self._enter(running, running.copied, Place.ANSWER)
+                self._enter(running, running.copied, CheckpointKind.ANSWER)
             self._snapshots.release(running)
         if running.prompt_end is not None:
             tokens = len(request.block_hashes) * self._unit
-            running.prompt_end.answered = self._snapshots.last_copy(
-                tokens, request.num_prompt_tokens
-            )
+            last_copy = round_down(tokens, self._snapshots.interval)
+            answered = last_copy if last_copy > request.num_prompt_tokens else 0
+            running.prompt_end.answered = answered
         self._seen.add(request.block_hashes, known=running.prompt_units)
         if running.latest is not None and running.latest.pinned:
             self.checkpoints.touch(running.latest)

@@ -6,7 +6,8 @@ The algorithm is that of vllm-project/vllm#31707. vLLM's own lookup implements o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +16,7 @@ from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator, SpecGrou
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 
 from vllm_hybrid_kv.coordinator.block_map import install_grouped_map
-from vllm_hybrid_kv.coordinator.lookup import GroupLookup, lookup_class
+from vllm_hybrid_kv.coordinator.lookup import LOOKUPS, GroupLookup
 from vllm_hybrid_kv.coordinator.observer import HitObserver
 from vllm_hybrid_kv.coordinator.upstream_fixes import PassedBlocks, StepWrites
 from vllm_hybrid_kv.state import STATE
@@ -33,18 +34,17 @@ class Reconciliation(NamedTuple):
     Attributes:
         block_hashes: The request's hashes, one per hash unit.
         limit: The maximum hit in tokens.
-        start: The length in tokens that the iteration started with.
         length: The longest prefix that all groups can serve, in tokens.
-        answers: The first answer of each group, up to the group that answered 0.
-        reductions: Later reductions: the index of the group, and the length before and after.
+        lookups: A lookup for each group, up to the group that answered 0.
+        answers: In the order of the iteration, first of each lookup: the index of the lookup, the
+            length that it was asked for and the length that it can serve.
     """
 
     block_hashes: Sequence[BlockHash]
     limit: int
-    start: int
     length: int
-    answers: list[int]
-    reductions: list[tuple[int, int, int]]
+    lookups: list[GroupLookup]
+    answers: list[tuple[int, int, int]]
 
 
 class FixedPointCoordinator(HybridKVCacheCoordinator):
@@ -82,14 +82,20 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
         # Whole hash units passed to `cache_blocks`, by request.
         self._offered: dict[str, int] = {}
 
+    @property
+    def knows_all_groups(self) -> bool:
+        """Whether there is a lookup for all groups. Other packages may register other kinds."""
+        classes = [group.manager_cls for group in self.attention_groups]
+        return all(cls.find_longest_cache_hit.__func__ in LOOKUPS for cls in classes)
+
     def attach(self, kv_cache_manager: KVCacheManager) -> None:
         """Start counting if the manager logs statistics. Called before the scheduler starts."""
         if kv_cache_manager.log_stats:
             self.observer.start_counting()
 
-    def stats(self) -> Mapping[str, int]:
-        """Return counts of checkpoints by event and, for some events, by kind: `kept prompt`."""
-        return {}
+    def stats(self) -> Counter[tuple[str, str | None]]:
+        """Return counts of checkpoints by event (such as `kept`) and kind."""
+        return Counter()
 
     def explain(self, request: Request) -> Explanation:
         """Explain a request's scheduled lookup, or a new one if the request holds no blocks."""
@@ -109,15 +115,14 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
             tokens; and how many tokens more the first group could serve alone. When vLLM computes
             that longer prefix, it caches the states and windows at the prefix's end.
         """
-        result, lookups = self._reconcile(block_hashes, max_cache_hit_length, self.attention_groups)
-        # The observer does not get the lookups, because they hold thousands of blocks.
+        result = self.reconcile(block_hashes, max_cache_hit_length, self.attention_groups)
         self.observer.last_lookup = result
         hits: list[list[KVCacheBlock]] = [[] for _ in self.single_type_managers]
-        for lookup, answer in zip(lookups, result.answers, strict=True):
-            served = answer if lookup.manager.retains_longer_hit else result.length
+        for lookup, (_, _, first) in zip(result.lookups, result.answers, strict=False):
+            served = first if lookup.manager.retains_longer_hit else result.length
             if served > 0:
                 _collect_blocks(lookup, served, hits)
-        longer = result.answers[0] - result.length if result.answers else 0
+        longer = result.answers[0][2] - result.length if result.answers else 0
         return tuple(hits), result.length, longer
 
     def find_longest_cache_hit_per_group(
@@ -143,10 +148,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
             for group_id in group.group_ids:
                 lengths[group_id] = length
         # A KV connector loads the difference, so no group shortens the hit of another.
-        start = round_down(max_cache_hit_length, self._cache_hit_alignment_tokens)
-        self.observer.last_lookup = Reconciliation(
-            block_hashes, max_cache_hit_length, start, 0, [], []
-        )
+        self.observer.last_lookup = Reconciliation(block_hashes, max_cache_hit_length, 0, [], [])
         return tuple(hits), tuple(lengths)
 
     def make_lookup(self, group: SpecGroup, block_hashes: Sequence[BlockHash]) -> GroupLookup:
@@ -154,9 +156,8 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
         manager = self.single_type_managers[group.group_ids[0]]
         # At every lookup, because vLLM makes a new map when the cache is reset.
         install_grouped_map(manager.block_pool)
-        return lookup_class(group.manager_cls)(
-            group, manager, block_hashes, self._cache_hit_alignment_tokens
-        )
+        lookup_class = LOOKUPS[group.manager_cls.find_longest_cache_hit.__func__]
+        return lookup_class(group, manager, block_hashes, self._cache_hit_alignment_tokens)
 
     def reconcile(
         self, block_hashes: Sequence[BlockHash], limit: int, groups: Sequence[SpecGroup]
@@ -168,61 +169,27 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
             limit: The maximum hit in tokens.
             groups: Some of `attention_groups`, in their order.
         """
-        return self._reconcile(block_hashes, limit, groups)[0]
-
-    def _reconcile(
-        self, block_hashes: Sequence[BlockHash], limit: int, groups: Sequence[SpecGroup]
-    ) -> tuple[Reconciliation, list[GroupLookup]]:
-        """Reconcile, and also return the lookups of the groups that answered."""
-        start = length = round_down(limit, self._cache_hit_alignment_tokens)
+        length = max(round_down(limit, self._cache_hit_alignment_tokens), 0)
         lookups: list[GroupLookup] = []
-        answers: list[int] = []
-        reductions: list[tuple[int, int, int]] = []
+        answers: list[tuple[int, int, int]] = []
         # How many of the latest answers equal the current length.
         agreed = 0
-        for group in groups:
-            if length <= 0:
+        for index in cycle(range(len(groups))):
+            if length == 0 or agreed == len(groups):
                 break
-            lookup = self.make_lookup(group, block_hashes)
-            answer = lookup.longest(length)
-            lookups.append(lookup)
-            answers.append(answer)
+            if index == len(lookups):
+                lookups.append(self.make_lookup(groups[index], block_hashes))
+            answer = lookups[index].longest(length)
+            answers.append((index, length, answer))
             agreed = agreed + 1 if answer == length else 1
             length = answer
-        for index in cycle(range(len(lookups))):
-            if length <= 0 or agreed == len(lookups):
-                break
-            answer = lookups[index].longest(length)
-            if answer == length:
-                agreed += 1
-            else:
-                reductions.append((index, length, answer))
-                agreed = 1
-                length = answer
-        length = max(length, 0)
-        return Reconciliation(block_hashes, limit, start, length, answers, reductions), lookups
+        return Reconciliation(block_hashes, limit, length, lookups, answers)
 
-    def allocate_new_computed_blocks(
-        self,
-        request_id: str,
-        new_computed_blocks: tuple[Sequence[KVCacheBlock], ...],
-        num_local_computed_tokens: int,
-        num_external_computed_tokens: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        self.observer.scheduled(request_id, num_local_computed_tokens)
-        super().allocate_new_computed_blocks(
-            request_id,
-            new_computed_blocks,
-            num_local_computed_tokens,
-            num_external_computed_tokens,
-            *args,
-            **kwargs,
-        )
-        self._passed_blocks.resume(
-            request_id, num_local_computed_tokens + num_external_computed_tokens
-        )
+    def allocate_new_computed_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
+        local = kwargs["num_local_computed_tokens"]
+        self.observer.scheduled(request_id, local)
+        super().allocate_new_computed_blocks(request_id, *args, **kwargs)
+        self._passed_blocks.resume(request_id, local + kwargs["num_external_computed_tokens"])
 
     def allocate_new_blocks(
         self, request_id: str, *args: Any, **kwargs: Any
@@ -235,43 +202,36 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
         super().new_step_starts()
         self._step_writes.clear()
 
-    def get_num_blocks_to_allocate(
-        self,
-        request_id: str,
-        num_tokens: int,
-        new_computed_blocks: tuple[Sequence[KVCacheBlock], ...],
-        num_encoder_tokens: int,
-        total_computed_tokens: int,
-        num_local_computed_tokens: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> int:
-        """Return how many blocks a step of a request needs.
+    def get_num_blocks_to_allocate(self, *args: Any, **kwargs: Any) -> int:
+        """Return how many blocks a step of a request needs. vLLM passes all arguments by name.
 
         If the request hits part of a block that this step writes, return more blocks than the pool
         has. vLLM itself postpones a request to the next step in this way.
         """
-        if any(new_computed_blocks) and self._step_writes.overlap(
-            new_computed_blocks, num_local_computed_tokens
-        ):
+        hits, tokens = kwargs["new_computed_blocks"], kwargs["num_local_computed_tokens"]
+        if any(hits) and self._step_writes.overlap(hits, tokens):
             return self.block_pool.num_gpu_blocks + 1
-        return super().get_num_blocks_to_allocate(
-            request_id,
-            num_tokens,
-            new_computed_blocks,
-            num_encoder_tokens,
-            total_computed_tokens,
-            num_local_computed_tokens,
-            *args,
-            **kwargs,
-        )
+        return super().get_num_blocks_to_allocate(*args, **kwargs)
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
-        if self._completes_a_unit(request, num_computed_tokens):
-            self._cache_blocks(request, num_computed_tokens)
+        self._cache_new_blocks(request, num_computed_tokens)
 
-    def _cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
-        self._offered[request.request_id] = num_computed_tokens // self.hash_block_size
+    def _cache_new_blocks(self, request: Request, num_computed_tokens: int) -> bool:
+        """Cache a request's blocks, and return False if a step computed none that can be cached.
+
+        Cached blocks and parts of blocks end where a hash unit ends, and most decoding steps
+        complete no hash unit. Skipping those steps saves a fifth of the scheduler's time. With
+        draft layers no step is skipped, because their groups cache tokens further back than the
+        last hash unit.
+        """
+        request_id, units = request.request_id, num_computed_tokens // self.hash_block_size
+        if (
+            units == self._offered.get(request_id)
+            and request.num_computed_tokens >= request.num_prompt_tokens
+            and not self.eagle_group_ids
+        ):
+            return False
+        self._offered[request_id] = units
         self._step_writes.add(request, num_computed_tokens)
         self.observer.cached(request)
         self._passed_blocks.hide(request, num_computed_tokens)
@@ -279,21 +239,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
             super().cache_blocks(request, num_computed_tokens)
         finally:
             self._passed_blocks.restore(request)
-
-    def _completes_a_unit(self, request: Request, num_computed_tokens: int) -> bool:
-        """Return whether a step may have computed something that can be cached.
-
-        Cached blocks and parts of blocks end where a hash unit ends, and most decoding steps
-        complete no hash unit. Skipping those steps saves a fifth of the scheduler's time. With
-        draft layers no step is skipped, because their groups cache tokens further back than the
-        last hash unit.
-        """
-        units = num_computed_tokens // self.hash_block_size
-        return (
-            units != self._offered.get(request.request_id)
-            or request.num_computed_tokens < request.num_prompt_tokens
-            or bool(self.eagle_group_ids)
-        )
+        return True
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self._forget(request_id)

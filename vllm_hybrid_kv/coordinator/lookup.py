@@ -24,7 +24,7 @@ from __future__ import annotations
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import compress, islice
 
 from vllm.utils.math_utils import cdiv, round_down
@@ -37,7 +37,6 @@ from vllm.v1.core.single_type_kv_cache_manager import (
     SingleTypeKVCacheManager,
     SlidingWindowManager,
 )
-from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
 
 
 class GroupLookup(ABC):
@@ -286,64 +285,10 @@ class MambaLookup(GroupLookup):
         return [[*nulls, cached[block_hash]] for cached in self.cached]
 
 
-class ManagerLookup(GroupLookup):
-    """Groups of a kind that is not vLLM's own: calls their manager's lookup as vLLM does."""
-
-    _answer: tuple[int, tuple[list[KVCacheBlock], ...]] | None = None
-
-    def longest(self, limit: int) -> int:
-        """Return the greatest length that the manager confirms.
-
-        A manager may return a shorter length that it cannot serve: vLLM's for chunked local
-        attention looks no further back than the first length's chunk. So its answer is looked up
-        again.
-        """
-        if isinstance(self.group.spec, FullAttentionSpec) and self._answer is not None:
-            return min(limit, self._answer[0])
-        limit = round_down(limit, self.alignment)
-        while limit > 0:
-            blocks, length = self._find(limit)
-            if length == limit:
-                self._answer = (length, blocks)
-                return length
-            limit = round_down(min(length, limit - 1), self.alignment)
-        self._answer = (0, tuple([] for _ in self.group.group_ids))
-        return 0
-
-    def blocks(self, length: int) -> list[list[KVCacheBlock]]:
-        """Return the blocks of the manager's last answer, truncated for full attention."""
-        assert self._answer is not None
-        longest, blocks = self._answer
-        assert length == longest or isinstance(self.group.spec, FullAttentionSpec)
-        count = cdiv(length, self.block_size)
-        return [run[:count] for run in blocks]
-
-    def _find(self, limit: int) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        manager, group = self.manager, self.group
-        lookahead = 0 if isinstance(group.spec, MambaSpec) else self.lookahead
-        return group.manager_cls.find_longest_cache_hit(
-            block_hashes=self.block_hashes,
-            max_length=min(limit + lookahead, self.num_hashed),
-            kv_cache_group_ids=group.group_ids,
-            block_pool=manager.block_pool,
-            kv_cache_spec=group.spec,
-            drop_eagle_block=group.use_eagle,
-            alignment_tokens=self.alignment,
-            dcp_world_size=manager.dcp_world_size,
-            pcp_world_size=manager.pcp_world_size,
-        )
-
-
-_LOOKUPS: dict[object, type[GroupLookup]] = {
+LOOKUPS: dict[object, type[GroupLookup]] = {
     FullAttentionManager.find_longest_cache_hit.__func__: FullAttentionLookup,
     SlidingWindowManager.find_longest_cache_hit.__func__: SlidingWindowLookup,
     ChunkedLocalAttentionManager.find_longest_cache_hit.__func__: ChunkedLocalLookup,
     MambaManager.find_longest_cache_hit.__func__: MambaLookup,
 }
-"""By the lookup function of the manager class, which subclasses inherit or replace."""
-
-
-@cache
-def lookup_class(manager_cls: type[SingleTypeKVCacheManager]) -> type[GroupLookup]:
-    """Return the lookup for the groups of a manager class."""
-    return _LOOKUPS.get(manager_cls.find_longest_cache_hit.__func__, ManagerLookup)
+"""By the lookup function of the manager class, which subclasses may inherit."""

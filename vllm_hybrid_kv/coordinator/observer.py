@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import KVCacheSpecKind, MambaSpec, get_kv_cache_spec_kind
 
-from vllm_hybrid_kv.coordinator.explanation import CacheDescription, Explanation, HitRecord
+from vllm_hybrid_kv.coordinator.explanation import Explanation, KindHit, Reason
 from vllm_hybrid_kv.metrics import Counters, engine_labels, folder
 
 if TYPE_CHECKING:
@@ -29,22 +32,48 @@ WARNING_REQUESTS = 100
 WARNING_INTERVAL_S = 600.0
 """Minimum seconds between two warnings."""
 
-_STATISTIC = re.compile(r"(kept|used|evicted unused|evicted)(?: (.+))?")
-"""A name in `FixedPointCoordinator.stats`: an event, and optionally a kind of checkpoint."""
-
-REQUEST_COUNTERS = (
+_REQUEST_COUNTERS = (
     "prefix_cache_requests",
     "prefix_cache_short_requests",
     "prefix_cache_preempted_requests",
     "prefix_cache_preempted_query_tokens",
     "prefix_cache_preempted_hit_tokens",
 )
-KIND_COUNTERS = (
+_KIND_COUNTERS = (
     "prefix_cache_hit_tokens",
     "prefix_cache_alone_tokens",
     "prefix_cache_limited_requests",
     "prefix_cache_lost_tokens",
 )
+
+
+@dataclass(frozen=True)
+class GroupKind:
+    """One kind of KV group.
+
+    Attributes:
+        name: vLLM's name, with the suffix `_draft` if `draft`.
+        draft: Whether its groups include draft layers.
+        groups: Indices of its groups in the coordinator's `attention_groups`.
+        full_attention: Whether every earlier token is attended to.
+    """
+
+    name: str
+    draft: bool
+    groups: list[int]
+    full_attention: bool
+
+
+def kinds_of(coordinator: FixedPointCoordinator) -> list[GroupKind]:
+    """Return the kinds of a coordinator's groups."""
+    kinds: dict[str, GroupKind] = {}
+    for index, group in enumerate(coordinator.attention_groups):
+        # vLLM marks all groups if the model marks none, but states have no draft layers.
+        draft = group.use_eagle and not isinstance(group.spec, MambaSpec)
+        name = get_kv_cache_spec_kind(group.spec).value + "_draft" * draft
+        full = issubclass(group.manager_cls, FullAttentionManager)
+        kinds.setdefault(name, GroupKind(name, draft, [], full)).groups.append(index)
+    return list(kinds.values())
 
 
 class HitObserver:
@@ -57,24 +86,42 @@ class HitObserver:
     both by comparing the hashes.
 
     Attributes:
-        cache: The properties of the coordinator.
+        kinds: The kinds of the coordinator's groups.
         last_lookup: The latest lookup, until its request is scheduled.
     """
 
     def __init__(self, coordinator: FixedPointCoordinator, strategy: str) -> None:
         self._coordinator = coordinator
-        self.cache = CacheDescription.of(coordinator, strategy)
-        self._counters: HitCounters | None = None
-        self._warning = LossWarning(self.cache)
+        self._strategy = strategy
+        self.kinds = kinds_of(coordinator)
+        self._unit = coordinator._cache_hit_alignment_tokens
+        self._counters: Counters | None = None
+        self._stats: Counter[tuple[str, str | None]] = Counter()
         self.last_lookup: Reconciliation | None = None
         # By id, for requests that hold blocks. None for those that do not read the cache.
-        self._records: dict[str, HitRecord | None] = {}
+        self._records: dict[str, Explanation | None] = {}
         # The hashes that were looked up, of requests that were not reported yet.
         self._unreported: dict[str, Sequence[BlockHash]] = {}
+        self._quiet_until = time.monotonic()
+        self._recent: list[Explanation] = []
 
     def start_counting(self) -> None:
         """Open the counters, if some process exports them."""
-        self._counters = HitCounters.open(self.cache)
+        path = folder()
+        if path is None:
+            return
+        try:
+            self._counters = Counters(path, engine_labels())
+        except OSError as error:
+            # The temporary folder of a server may be full. It serves without these metrics.
+            logger.warning("No metrics of the prefix cache: cannot write to %s: %s", path, error)
+            return
+        # /metrics shows counters from the start, as 0.
+        for name in _REQUEST_COUNTERS:
+            self._counters.add(name, 0)
+        for kind in self.kinds:
+            for name in _KIND_COUNTERS:
+                self._counters.add(name, 0, kind.name)
 
     def scheduled(self, request_id: str, hit: int) -> None:
         """Record the lookup of a request, before its first blocks are allocated.
@@ -88,30 +135,27 @@ class HitObserver:
         """
         if request_id in self._records:
             return
-        record = None
-        if self.last_lookup is not None:
-            lookup, self.last_lookup = self.last_lookup, None
+        lookup, self.last_lookup = self.last_lookup, None
+        self._records[request_id] = None
+        if lookup is not None:
             alone = self._counters is not None or logger.isEnabledFor(logging.DEBUG)
-            record = self._record(lookup, hit, alone)
+            self._records[request_id] = self._describe(request_id, lookup, hit, alone)
             self._unreported[request_id] = lookup.block_hashes
-        self._records[request_id] = record
 
     def cached(self, request: Request) -> None:
         """Report a scheduled request, once."""
         block_hashes = self._unreported.pop(request.request_id, None)
         if block_hashes is None:
             return
-        record = self._records[request.request_id]
-        if record is None or block_hashes is not request.block_hashes:
+        if block_hashes is not request.block_hashes:
             self._records[request.request_id] = None
             return
-        preempted = request.num_preemptions > 0
+        why = self.explain(request)
         if self._counters is not None:
-            self._counters.count(record, preempted)
-        if logger.isEnabledFor(logging.DEBUG):
-            logger.debug("%s", self.explain(request))
-        if not preempted:
-            self._warning.count(record)
+            self._count(self._counters, why)
+        logger.debug("%s", why)
+        if not why.preempted:
+            self._warn_of_losses(why)
 
     def freed(self, request_id: str) -> None:
         """Forget a request, and update the counters of checkpoints."""
@@ -119,162 +163,154 @@ class HitObserver:
             del self._records[request_id]
             self._unreported.pop(request_id, None)
             if self._counters is not None:
-                self._counters.follow(self._coordinator.stats())
+                self._count_checkpoints(self._counters)
 
     def explain(self, request: Request) -> Explanation:
         """Explain a request's scheduled lookup, or a new one if the request holds no blocks."""
-        scheduled = request.request_id in self._records
-        num_tokens = request.num_tokens
-        record = self._records.get(request.request_id)
-        if scheduled:
-            num_tokens = request.num_prompt_tokens if record is None else record.limit + 1
-        elif not request.skip_reading_prefix_cache:
-            groups = self._coordinator.attention_groups
-            lookup = self._coordinator.reconcile(request.block_hashes, num_tokens - 1, groups)
-            record = self._record(lookup, lookup.length, alone=True)
-        preempted = request.num_preemptions > 0
-        return self.cache.explain(record, request.request_id, num_tokens, scheduled, preempted)
+        request_id = request.request_id
+        scheduled = request_id in self._records
+        why = self._records.get(request_id)
+        if not scheduled and not request.skip_reading_prefix_cache:
+            lookup = self._coordinator.reconcile(
+                request.block_hashes, request.num_tokens - 1, self._coordinator.attention_groups
+            )
+            why = self._describe(request_id, lookup, lookup.length, alone=True)
+        if why is None:
+            tokens = request.num_prompt_tokens if scheduled else request.num_tokens
+            kinds = tuple(KindHit(kind.name, kind.draft, None, 0) for kind in self.kinds)
+            why = Explanation(
+                request_id, scheduled, False, tokens, self._unit, 0, 0, kinds, Reason.NOT_READ, None
+            )
+        return replace(why, scheduled=scheduled, preempted=request.num_preemptions > 0)
 
-    def _record(self, lookup: Reconciliation, hit: int, alone: bool) -> HitRecord:
-        """Attribute the length of a hit to groups.
+    def _describe(
+        self, request_id: str, lookup: Reconciliation, hit: int, alone: bool
+    ) -> Explanation:
+        """Attribute the length of a hit to kinds of groups.
 
         Args:
+            request_id: The request.
             lookup: The lookup.
             hit: Tokens of the hit, which a KV connector may have shortened.
             alone: Whether to look up what each kind could serve alone, if not known.
         """
         groups = self._coordinator.attention_groups
-        limits = [lookup.start, *lookup.answers]
-        by_kind: list[int | None] = []
-        for kind in self.cache.kinds:
-            first = kind.groups[0]
-            tokens: int | None = None
-            if lookup.start <= 0:
-                tokens = 0
-            elif (
-                len(kind.groups) == 1
-                and first < len(lookup.answers)
-                and limits[first] == lookup.start
-            ):
+        served: list[int | None] = []
+        for kind in self.kinds:
+            first, *others = kind.groups
+            answered = first < len(lookup.lookups)
+            if answered and not others and lookup.answers[first][1] == lookup.answers[0][1]:
                 # The groups before it served everything, so it answered for itself alone.
-                tokens = lookup.answers[first]
+                served.append(lookup.answers[first][2])
             elif alone:
                 of_kind = [groups[index] for index in kind.groups]
-                tokens = self._coordinator.reconcile(
-                    lookup.block_hashes, lookup.limit, of_kind
-                ).length
-            by_kind.append(tokens)
-        reach = self.cache.reach(tuple(by_kind))
+                again = self._coordinator.reconcile(lookup.block_hashes, lookup.limit, of_kind)
+                served.append(again.length)
+            else:
+                served.append(None)
+        full = [n for kind, n in zip(self.kinds, served, strict=True) if kind.full_attention]
+        reach = max((n for n in full or served if n is not None), default=0)
         lost = [0] * len(groups)
-        first_answers = zip(range(len(limits)), limits, lookup.answers, strict=False)
-        for index, before, after in [*first_answers, *lookup.reductions]:
+        for index, before, after in lookup.answers:
             # What no kind could have reached is not lost.
             lost[index] += max(min(before, reach) - after, 0)
-        return HitRecord(lookup.limit, hit, tuple(lost), tuple(by_kind))
+        kinds = tuple(
+            KindHit(kind.name, kind.draft, tokens, sum([lost[index] for index in kind.groups]))
+            for kind, tokens in zip(self.kinds, served, strict=True)
+        )
+        setting = None
+        if lookup.limit < self._unit:
+            reason, setting = Reason.TOO_SHORT, self._setting_for(None)
+        elif any(lost):
+            reason = Reason.LIMITED
+            setting = self._setting_for(max(kinds, key=lambda kind: kind.lost_tokens))
+        elif hit + self._unit > lookup.limit:
+            reason = Reason.LAST_TOKEN
+        else:
+            reason = Reason.NOT_CACHED
+        return Explanation(
+            request_id=request_id,
+            scheduled=True,
+            preempted=False,
+            prompt_tokens=lookup.limit + 1,
+            unit_tokens=self._unit,
+            hit_tokens=hit,
+            reach_tokens=max(reach, hit),
+            kinds=kinds,
+            reason=reason,
+            setting=setting,
+        )
 
+    def _setting_for(self, kind: KindHit | None) -> str | None:
+        """Return settings or options that may lengthen hits, or None.
 
-class LossWarning:
-    """Warns if requests recompute most of what full attention had cached."""
+        Args:
+            kind: The kind that limits hits, or None if the match unit does.
+        """
+        partial = self._coordinator.enable_partial_hash_hits
+        specs = [group.spec for group in self._coordinator.attention_groups]
+        settings = []
+        if {spec.mamba_cache_mode for spec in specs if isinstance(spec, MambaSpec)} == {"align"}:
+            states = kind is not None and kind.name == KVCacheSpecKind.MAMBA.value
+            if states and self._strategy != "hybrid_aware":
+                settings.append("coordinator=hybrid_aware")
+            if not partial:
+                settings.append("prefix_match_unit=auto")
+        if settings:
+            return f"the hybrid_kv setting {' and '.join(settings)}"
+        if kind is None or kind.draft:
+            return None if partial else "a smaller --block-size"
+        return "more memory for the KV cache (--gpu-memory-utilization, --kv-cache-memory-bytes)"
 
-    def __init__(
-        self, cache: CacheDescription, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._cache = cache
-        self._clock = clock
-        self._quiet_until = clock()
-        self._reset()
+    def _count(self, counters: Counters, why: Explanation) -> None:
+        """Count a request that was scheduled, for the first time or after a preemption."""
+        if why.preempted:
+            counters.add("prefix_cache_preempted_requests", 1)
+            counters.add("prefix_cache_preempted_query_tokens", why.prompt_tokens)
+            counters.add("prefix_cache_preempted_hit_tokens", why.hit_tokens)
+            return
+        counters.add("prefix_cache_requests", 1)
+        counters.add("prefix_cache_short_requests", int(why.reason is Reason.TOO_SHORT))
+        for kind in why.kinds:
+            counters.add("prefix_cache_hit_tokens", why.hit_tokens, kind.name)
+            counters.add("prefix_cache_alone_tokens", kind.alone_tokens or 0, kind.name)
+            counters.add("prefix_cache_lost_tokens", kind.lost_tokens, kind.name)
+        if why.limited_by is not None:
+            counters.add("prefix_cache_limited_requests", 1, why.limited_by)
 
-    def _reset(self) -> None:
-        self._requests = self._reach = 0
-        self._lost = [0] * len(self._cache.kinds)
+    def _count_checkpoints(self, counters: Counters) -> None:
+        """Add what the coordinator's statistics gained."""
+        stats = self._coordinator.stats()
+        for (event, kind), gained in (stats - self._stats).items():
+            counters.add(f"checkpoints_{event}", gained, kind)
+        self._stats = stats.copy()
 
-    def count(self, record: HitRecord) -> None:
-        self._requests += 1
-        self._reach += max(self._cache.reach(record.alone), record.hit)
-        if any(record.lost):
-            for index, lost in enumerate(self._cache.lost_by_kind(record)):
-                self._lost[index] += lost
-        if self._requests == WARNING_REQUESTS:
-            if 2 * sum(self._lost) > self._reach and self._clock() >= self._quiet_until:
-                self._quiet_until = self._clock() + WARNING_INTERVAL_S
-                self._warn()
-            self._reset()
-
-    def _warn(self) -> None:
-        lost, most = sum(self._lost), max(self._lost)
-        worst = self._cache.kinds[self._lost.index(most)].name
-        full = [kind.name for kind in self._cache.kinds if kind.full_attention]
-        setting = self._cache.setting_for(worst)
+    def _warn_of_losses(self, why: Explanation) -> None:
+        """Warn if the last requests recomputed most of what full attention had cached."""
+        self._recent.append(why)
+        if len(self._recent) < WARNING_REQUESTS:
+            return
+        recent, self._recent = self._recent, []
+        reach = sum(why.reach_tokens for why in recent)
+        lost = sum(why.lost_tokens for why in recent)
+        now = time.monotonic()
+        if 2 * lost <= reach or now < self._quiet_until:
+            return
+        self._quiet_until = now + WARNING_INTERVAL_S
+        of_kinds = zip(*(why.kinds for why in recent), strict=True)
+        totals = [sum(hit.lost_tokens for hit in of_kind) for of_kind in of_kinds]
+        worst = why.kinds[totals.index(max(totals))]
+        full = [kind.name for kind in self.kinds if kind.full_attention]
+        setting = self._setting_for(worst)
         logger.warning(
             "The last %d requests recomputed %d of the %d prompt tokens (%.0f %%) that %s had in "
             "the prefix cache, %d of them because KV groups of kind %s could not serve them%s",
-            self._requests,
+            len(recent),
             lost,
-            self._reach,
-            100 * lost / self._reach,
+            reach,
+            100 * lost / reach,
             full[0] if full else "one kind of KV group",
-            most,
-            worst,
+            max(totals),
+            worst.name,
             f"; try {setting}" if setting else "",
         )
-
-
-class HitCounters:
-    """The counters of one coordinator."""
-
-    def __init__(self, cache: CacheDescription, counters: Counters) -> None:
-        self._cache = cache
-        self._add = counters.add
-        self._stats: dict[str, int] = {}
-        # /metrics shows counters from the start, as 0.
-        for name in REQUEST_COUNTERS:
-            self._add(name, 0)
-        for kind in cache.kinds:
-            for name in KIND_COUNTERS:
-                self._add(name, 0, kind.name)
-
-    @classmethod
-    def open(cls, cache: CacheDescription) -> HitCounters | None:
-        """Return counters, or None if no process exports them or they cannot be written."""
-        path = folder()
-        if path is None:
-            return None
-        try:
-            return cls(cache, Counters(path, engine_labels()))
-        except OSError as error:
-            # The temporary folder of a server may be full. It serves without these metrics.
-            logger.warning("No metrics of the prefix cache: cannot write to %s: %s", path, error)
-            return None
-
-    def count(self, record: HitRecord, preempted: bool) -> None:
-        """Count a request that was scheduled, for the first time or after a preemption."""
-        add = self._add
-        if preempted:
-            add("prefix_cache_preempted_requests", 1)
-            add("prefix_cache_preempted_query_tokens", record.limit + 1)
-            add("prefix_cache_preempted_hit_tokens", record.hit)
-            return
-        add("prefix_cache_requests", 1)
-        add("prefix_cache_short_requests", int(record.limit < self._cache.unit))
-        by_kind = self._cache.lost_by_kind(record)
-        for kind, alone, lost in zip(self._cache.kinds, record.alone, by_kind, strict=True):
-            add("prefix_cache_hit_tokens", record.hit, kind.name)
-            add("prefix_cache_alone_tokens", alone or 0, kind.name)
-            add("prefix_cache_lost_tokens", lost, kind.name)
-        if any(by_kind):
-            worst = self._cache.kinds[by_kind.index(max(by_kind))]
-            add("prefix_cache_limited_requests", 1, worst.name)
-
-    def follow(self, stats: Mapping[str, int]) -> None:
-        """Add what `FixedPointCoordinator.stats` gained since the last call.
-
-        Statistics may restart at 0. Unknown names are ignored.
-        """
-        for name, count in stats.items():
-            before = self._stats.get(name, 0)
-            match = _STATISTIC.fullmatch(name)
-            if match is not None and count != before:
-                self._stats[name] = count
-                event, kind = match.groups()
-                gained = count - before if count > before else count
-                self._add(f"checkpoints_{event.replace(' ', '_')}", gained, kind)

@@ -35,34 +35,28 @@ class FixedPoint:
     def hybrid_kv_make_coordinator(
         self, factory_args: Mapping[str, Any], stock: Callable[..., KVCacheCoordinator]
     ) -> KVCacheCoordinator:
-        """Return a `FixedPointCoordinator` for several KV groups, otherwise vLLM's coordinator."""
-        if not _has_several_groups(factory_args):
-            return stock(**factory_args)
-        return FixedPointCoordinator(**factory_args)
+        """Return a coordinator for several KV groups of vLLM's kinds, otherwise vLLM's own."""
+        config = factory_args["kv_cache_config"]
+        if factory_args["enable_caching"] and len(config.kv_cache_groups) > 1:
+            coordinator = self._coordinator_class(config)(**factory_args)
+            if coordinator.knows_all_groups:
+                return coordinator
+        return stock(**factory_args)
+
+    def _coordinator_class(self, config: KVCacheConfig) -> type[FixedPointCoordinator]:
+        return FixedPointCoordinator
 
 
-class HybridAware:
-    """The strategy `hybrid_aware`: caches states where they pay, and evicts what pays least."""
+class HybridAware(FixedPoint):
+    """The strategy `hybrid_aware`: caches states where they pay, and evicts what pays least.
 
-    @hookimpl
-    def hybrid_kv_make_coordinator(
-        self, factory_args: Mapping[str, Any], stock: Callable[..., KVCacheCoordinator]
-    ) -> KVCacheCoordinator:
-        """Return a `HybridAwareCoordinator` for a model with cached states.
+    Models without states get the result of `fixed_point`. Their hits end at any block, and no block
+    is worth much more than another.
+    """
 
-        Models without states get the result of `fixed_point`. Their hits end at any block, and no
-        block is worth much more than another.
-        """
-        if not _has_several_groups(factory_args):
-            return stock(**factory_args)
-        if not HybridAwareCoordinator.suits(factory_args["kv_cache_config"]):
-            return FixedPointCoordinator(**factory_args)
-        return HybridAwareCoordinator(**factory_args)
-
-
-def _has_several_groups(factory_args: Mapping[str, Any]) -> bool:
-    groups = factory_args["kv_cache_config"].kv_cache_groups
-    return factory_args["enable_caching"] and len(groups) > 1
+    def _coordinator_class(self, config: KVCacheConfig) -> type[FixedPointCoordinator]:
+        suits = HybridAwareCoordinator.suits(config)
+        return HybridAwareCoordinator if suits else FixedPointCoordinator
 
 
 class AutoMatchUnit:

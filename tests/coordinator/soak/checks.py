@@ -193,8 +193,8 @@ def check_queue(coordinator: HybridAwareCoordinator) -> None:
     """Check that the queue has the unpinned blocks first, and then only pinned ones."""
     queue = coordinator.block_pool.free_block_queue
     free = queue.get_all_free_blocks()
-    first = [block.block_id for block in free[: len(queue._unpinned)]]
-    require(set(first) == queue._unpinned, "first part:", first, "not", queue._unpinned)
+    first = [block.block_id for block in free[: len(queue.unpinned)]]
+    require(set(first) == queue.unpinned, "first part:", first, "not", queue.unpinned)
     second = free[len(first) :]
     border = second[0] if second else queue.fake_free_list_tail
     require(queue._first_pinned is border, "border at", queue._first_pinned, "not", border)
