@@ -9,12 +9,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+
+from vllm.v1.core.kv_cache_utils import BlockHash
 
 from vllm_hybrid_kv.coordinator.traffic import ReuseCurve, age_range
-
-if TYPE_CHECKING:
-    from vllm.v1.core.kv_cache_utils import BlockHash
 
 UPDATE_INTERVAL = 64
 """Requests between two updates of the reuse curves."""

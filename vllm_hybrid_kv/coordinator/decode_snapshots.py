@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from vllm.v1.core.block_pool import BlockPool
-    from vllm.v1.core.kv_cache_utils import KVCacheBlock
-    from vllm.v1.core.single_type_kv_cache_manager import MambaManager
-    from vllm.v1.request import Request
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import MambaManager
+from vllm.v1.request import Request
 
-    from vllm_hybrid_kv.coordinator.checkpoints import Checkpoint
+from vllm_hybrid_kv.coordinator.checkpoints import Checkpoint
 
 INTERVAL = 64
 """Tokens between two copies of a state. A copy costs about one decoding step of memory traffic, and

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import (
@@ -36,7 +37,7 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
         self.unpinned: set[int] = {block.block_id for block in self.get_all_free_blocks()}
         """The free blocks that can be taken before any checkpoint is evicted."""
         # The first block of the pinned part, or the tail of the list.
-        self._first_pinned: KVCacheBlock = self.fake_free_list_tail
+        self._first_pinned: Any = self.fake_free_list_tail
 
     def is_pinned(self, block: KVCacheBlock) -> bool:
         """Whether a checkpoint pins a block, free or not."""
@@ -97,7 +98,6 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
     def _insert_unpinned(self, blocks: list[KVCacheBlock]) -> None:
         """Append blocks to the unpinned part."""
         before = self._first_pinned.prev_free_block
-        assert before is not None
         for block in blocks:
             before.next_free_block, block.prev_free_block = block, before
             before = block
@@ -115,16 +115,12 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
         blocks: list[KVCacheBlock] = super().popleft_n(n)
         self.unpinned.difference_update([block.block_id for block in blocks])
         if takes_pinned:
-            first = self.fake_free_list_head.next_free_block
-            assert first is not None
-            self._first_pinned = first
+            self._first_pinned = self.fake_free_list_head.next_free_block
         return blocks
 
     def remove(self, block: KVCacheBlock) -> None:
         if block is self._first_pinned:
-            following = block.next_free_block
-            assert following is not None
-            self._first_pinned = following
+            self._first_pinned = block.next_free_block
         super().remove(block)
         self.unpinned.discard(block.block_id)
 
@@ -141,18 +137,14 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
         pinned: list[KVCacheBlock] = []
         unpinned: list[KVCacheBlock] = []
         for block in blocks:
-            if self.is_pinned(block):
-                pinned.append(block)
-            else:
-                unpinned.append(block)
-                key = block.block_hash
-                if key is not None and get_group_id(key) in self._state_groups:
-                    # Lookups may have returned this block for its state until vLLM moved the entry
-                    # to the copy that the request continued with. Then the checkpoint is lost.
-                    self.recheck(get_block_hash(key))
-        if unpinned:
-            self._insert_unpinned(unpinned)
-        if pinned:
-            super().append_n(pinned)
-            if self._first_pinned is self.fake_free_list_tail:
-                self._first_pinned = pinned[0]
+            is_pinned = self.is_pinned(block)
+            (pinned if is_pinned else unpinned).append(block)
+            key = block.block_hash
+            if not is_pinned and key is not None and get_group_id(key) in self._state_groups:
+                # Lookups may have returned this block for its state until vLLM moved the entry to
+                # the copy that the request continued with. Then the checkpoint is lost.
+                self.recheck(get_block_hash(key))
+        self._insert_unpinned(unpinned)
+        super().append_n(pinned)
+        if pinned and self._first_pinned is self.fake_free_list_tail:
+            self._first_pinned = pinned[0]

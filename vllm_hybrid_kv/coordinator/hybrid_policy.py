@@ -5,13 +5,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm.utils.math_utils import round_down
 from vllm.v1.core.kv_cache_coordinator import replay_boundaries
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, get_block_hash
 from vllm.v1.core.single_type_kv_cache_manager import MambaManager
-from vllm.v1.kv_cache_interface import MambaSpec, get_mamba_prefill_checkpoint_position
+from vllm.v1.kv_cache_interface import (
+    KVCacheConfig,
+    MambaSpec,
+    get_mamba_prefill_checkpoint_position,
+)
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_hybrid_kv.coordinator.checkpoints import Checkpoint, CheckpointKind, Checkpoints
@@ -19,10 +23,6 @@ from vllm_hybrid_kv.coordinator.decode_snapshots import DecodeSnapshots, Running
 from vllm_hybrid_kv.coordinator.free_queue import CheckpointQueue
 from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
 from vllm_hybrid_kv.coordinator.traffic import AnswerReturns, SeenPrefixes
-
-if TYPE_CHECKING:
-    from vllm.v1.core.kv_cache_manager import KVCacheManager
-    from vllm.v1.kv_cache_interface import KVCacheConfig
 
 SEEN_LIMITS = (1 << 16, 1 << 22)
 """Bounds of the number of hashes remembered per generation, of at most 4 bytes each."""
@@ -74,14 +74,13 @@ class HybridAwareCoordinator(FixedPointCoordinator):
             group: managers[group] for group in cached if group not in states
         }
         self._unit = self.hash_block_size
-        self._alignment = self._cache_hit_alignment_tokens
         self._block_tokens = managers[self._state_groups[0]].block_size
         pool = self.block_pool
         self.checkpoints = Checkpoints(len(states), self._block_tokens)
         hashes = 2 * pool.num_gpu_blocks * self._block_tokens // self._unit
         self._seen = SeenPrefixes(min(max(hashes, SEEN_LIMITS[0]), SEEN_LIMITS[1]))
         self._running: dict[str, Running] = {}
-        self._snapshots = DecodeSnapshots(states, pool, self._alignment)
+        self._snapshots = DecodeSnapshots(states, pool, self._cache_hit_alignment_tokens)
         self._returns = AnswerReturns()
         self._queue = pool.free_block_queue = CheckpointQueue(
             pool, self.checkpoints, self._state_groups
@@ -99,7 +98,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
             spec.mamba_cache_mode == "align" for spec in states
         )
 
-    def attach(self, kv_cache_manager: KVCacheManager) -> None:
+    def attach(self, kv_cache_manager: Any) -> None:
         """Let states be cached at branch points inside a block, which vLLM does only for EAGLE."""
         super().attach(kv_cache_manager)
         if self.enable_partial_hash_hits and self.num_reprefillable_tokens == 0:
@@ -136,7 +135,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         """
         blocks, hit, _ = super().find_longest_cache_hit(block_hashes, max_cache_hit_length)
         units = self._seen.longest(block_hashes, max_cache_hit_length // self._unit)
-        branch = round_down(units * self._unit, self._alignment)
+        branch = round_down(units * self._unit, self._cache_hit_alignment_tokens)
         if branch <= hit or self._seen.is_end(block_hashes[units - 1]):
             return blocks, hit, 0
         return blocks, hit, branch - hit
@@ -248,14 +247,16 @@ class HybridAwareCoordinator(FixedPointCoordinator):
             running.prompt_end = self._enter(running, tokens, CheckpointKind.PROMPT)
         elif tokens == request.shared_prefix_boundary:
             self._enter(running, tokens, CheckpointKind.BRANCH)
-        elif tokens % self._block_tokens == tokens % self._alignment == 0:
+        elif tokens % self._block_tokens == tokens % self._cache_hit_alignment_tokens == 0:
             self._enter(running, tokens, CheckpointKind.BOUNDARY)
 
     def _prompt_ends(self, request: Request) -> set[int]:
         """Return where the next turn, or with draft layers the same prompt, can resume."""
         length = request.num_prompt_tokens
         drafts = bool(self.eagle_group_ids)
-        end = get_mamba_prefill_checkpoint_position(length, self._alignment, drafts)
+        end = get_mamba_prefill_checkpoint_position(
+            length, self._cache_hit_alignment_tokens, drafts
+        )
         boundaries = replay_boundaries(length, self.scheduler_block_size, drafts) if drafts else ()
         return {end, *boundaries}
 
@@ -372,5 +373,5 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         self.checkpoints.clear()
         self._queue.unpin(self._queue.get_all_free_blocks())
         self._returns = AnswerReturns()
-        self._seen.clear()
+        self._seen = SeenPrefixes(self._seen.capacity)
         return True

@@ -9,23 +9,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from itertools import cycle
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from vllm.utils.math_utils import round_down
 from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator, SpecGroup
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
+from vllm.v1.request import Request
 
 from vllm_hybrid_kv.coordinator.block_map import install_grouped_map
+from vllm_hybrid_kv.coordinator.explanation import Explanation
 from vllm_hybrid_kv.coordinator.lookup import LOOKUPS, GroupLookup
 from vllm_hybrid_kv.coordinator.observer import HitObserver
 from vllm_hybrid_kv.coordinator.upstream_fixes import PassedBlocks, StepWrites
 from vllm_hybrid_kv.state import STATE
-
-if TYPE_CHECKING:
-    from vllm.v1.core.kv_cache_manager import KVCacheManager
-    from vllm.v1.request import Request
-
-    from vllm_hybrid_kv.coordinator.explanation import Explanation
 
 
 class Reconciliation(NamedTuple):
@@ -88,8 +84,8 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
         classes = [group.manager_cls for group in self.attention_groups]
         return all(cls.find_longest_cache_hit.__func__ in LOOKUPS for cls in classes)
 
-    def attach(self, kv_cache_manager: KVCacheManager) -> None:
-        """Start counting if the manager logs statistics. Called before the scheduler starts."""
+    def attach(self, kv_cache_manager: Any) -> None:
+        """Start counting if vLLM's KV cache manager logs statistics."""
         if kv_cache_manager.log_stats:
             self.observer.start_counting()
 
@@ -200,7 +196,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
 
     def new_step_starts(self) -> None:
         super().new_step_starts()
-        self._step_writes.clear()
+        self._step_writes.first_written.clear()
 
     def get_num_blocks_to_allocate(self, *args: Any, **kwargs: Any) -> int:
         """Return how many blocks a step of a request needs. vLLM passes all arguments by name.
@@ -234,11 +230,8 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
         self._offered[request_id] = units
         self._step_writes.add(request, num_computed_tokens)
         self.observer.cached(request)
-        self._passed_blocks.hide(request, num_computed_tokens)
-        try:
+        with self._passed_blocks.hidden(request, num_computed_tokens):
             super().cache_blocks(request, num_computed_tokens)
-        finally:
-            self._passed_blocks.restore(request)
         return True
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:

@@ -49,13 +49,9 @@ class GroupLookup(ABC):
         block_hashes: Sequence[BlockHash],
         alignment: int,
     ) -> None:
-        """Prepare a lookup.
+        """Prepare a lookup by a request's hashes, one per hash unit.
 
-        Args:
-            group: The groups.
-            manager: The manager of one of them. Its pool has a `GroupedBlockMap`.
-            block_hashes: The request's hashes, one per hash unit.
-            alignment: Hits are multiples of this many tokens.
+        The manager is that of one of the groups. Its pool has a `GroupedBlockMap`.
         """
         pool = manager.block_pool
         self.group = group
@@ -95,9 +91,6 @@ class FullAttentionLookup(GroupLookup):
     """Full attention: one scan from the left, after which shorter lengths need no lookup."""
 
     _reach: int | None = None
-    _num_whole: int
-    _runs: list[list[KVCacheBlock]]
-    _tails: list[KVCacheBlock]
 
     def longest(self, limit: int) -> int:
         """Return the greatest length up to `limit`, which must not increase between calls."""
@@ -119,7 +112,8 @@ class FullAttentionLookup(GroupLookup):
         """Return up to which token all groups hold everything, scanning at least `num_tokens`."""
         block_size = self.block_size
         most = min(cdiv(num_tokens, block_size), self.num_hashed // block_size)
-        self._runs, self._tails = [], []
+        self._runs: list[list[KVCacheBlock]] = []
+        self._tails: list[KVCacheBlock] = []
         for cached in self.cached:
             run = self._run(cached, most)
             self._runs.append(run)

@@ -175,12 +175,8 @@ class SeenPrefixes:
         Args:
             capacity: Hashes per generation, of 2 to 4 bytes each.
         """
-        self._capacity = capacity
-        self.clear()
-
-    def clear(self) -> None:
-        self._young = _Generation(self._capacity)
-        self._old = self._young
+        self.capacity = capacity
+        self._young = self._old = _Generation(capacity)
 
     def add(self, hashes: Sequence[bytes], known: int = 0) -> None:
         """Add a request, and mark its last hash as an end.
@@ -193,7 +189,7 @@ class SeenPrefixes:
             return
         new = hashes[known:]
         if len(new) > self._young.room:
-            self._old, self._young = self._young, _Generation(self._capacity)
+            self._old, self._young = self._young, _Generation(self.capacity)
         if new:
             self._young.add(new)
         self._young.ends.add(bytes(hashes[-1]))

@@ -14,7 +14,9 @@ Numbers are issues of vllm-project/vllm.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,67 +60,53 @@ class PassedBlocks:
         # By request, the tokens after which it resumed. vLLM sets them in the request only after
         # the first step.
         self._resumed: dict[str, int] = {}
-        # Managers and columns of the blocks that requests have passed and still hold.
-        self._passed: dict[str, list[tuple[MambaManager, int]]] = {}
-        self._hidden: list[tuple[list[KVCacheBlock], int, KVCacheBlock]] = []
+        # Indices of managers, and columns of the blocks that requests have passed.
+        self._passed: defaultdict[str, set[tuple[int, int]]] = defaultdict(set)
 
     def resume(self, request_id: str, num_computed_tokens: int) -> None:
         """Record after how many hit and loaded tokens a request resumes."""
-        if self._managers:
-            self._resumed[request_id] = num_computed_tokens
+        self._resumed[request_id] = num_computed_tokens
 
     def forget(self, request_id: str) -> None:
         self._resumed.pop(request_id, None)
         self._passed.pop(request_id, None)
 
-    def hide(self, request: Request, num_computed_tokens: int) -> None:
-        """Replace the blocks that the request's chunks have passed by null blocks.
+    @contextmanager
+    def hidden(self, request: Request, num_computed_tokens: int) -> Iterator[None]:
+        """Replace the blocks that the request's chunks have passed by null blocks for a while.
 
         vLLM caches no null block: neither as a whole block nor as the end of a prompt, which may be
-        a block that was passed steps ago. Call this before blocks are cached, then `restore`.
+        a block that was passed steps ago.
 
         Args:
             request: The request before the step.
             num_computed_tokens: Its computed tokens after the step.
         """
-        if not self._managers:
-            return
         request_id = request.request_id
-        passed = self._passed.get(request_id, [])
+        passed = self._passed[request_id]
         start = max(request.num_computed_tokens, self._resumed.get(request_id, 0))
         # During decoding, the worker copies the state at a block's end into that block.
         if start < max(request.num_prompt_tokens, request.num_tokens - 1):
-            for manager in self._managers:
-                column = start // manager.block_size
-                end = (column + 1) * manager.block_size
-                if start % manager.block_size and num_computed_tokens > end:
-                    passed.append((manager, column))
-        if not passed:
-            return
-        self._passed[request_id] = []
-        for manager, column in passed:
-            table = manager.req_to_blocks[request_id]
-            if not table[column].is_null:
-                self._passed[request_id].append((manager, column))
-                self._hidden.append((table, column, table[column]))
-                table[column] = manager._null_block
-
-    def restore(self, request: Request) -> None:
-        """Undo `hide`, and mark the block with an exported state as cached.
-
-        Call this after blocks are cached. By then vLLM has cached the exported state under its
-        prefix and has passed it to a KV connector.
-        """
-        for table, column, block in self._hidden:
-            table[column] = block
-        self._hidden.clear()
+            for index, manager in enumerate(self._managers):
+                column, inside = divmod(start, manager.block_size)
+                if inside and num_computed_tokens > (column + 1) * manager.block_size:
+                    passed.add((index, column))
+        hidden = []
+        for index, column in passed:
+            table = self._managers[index].req_to_blocks[request_id]
+            hidden.append((table, column, table[column]))
+            table[column] = self._managers[index]._null_block
+        try:
+            yield
+        finally:
+            for table, column, block in hidden:
+                table[column] = block
+        # vLLM has cached the exported states under their prefixes, and must not do so again.
         for manager in self._managers:
-            if not manager.has_prefill_checkpoint_blocks:
-                continue
-            exported = manager._checkpoints.get(request.request_id)
-            if exported is not None:
-                cached = manager.num_cached_block.get(request.request_id, 0)
-                manager.num_cached_block[request.request_id] = max(cached, exported[1] + 1)
+            if manager.has_prefill_checkpoint_blocks and request_id in manager._checkpoints:
+                _, column = manager._checkpoints[request_id]
+                cached = manager.num_cached_block.get(request_id, 0)
+                manager.num_cached_block[request_id] = max(cached, column + 1)
 
 
 class StepWrites:
@@ -145,12 +133,8 @@ class StepWrites:
             for group, manager in enumerate(managers)
             if manager.supports_fine_grained_hash_lookup and not isinstance(manager, MambaManager)
         }
-        # By block id, the first token that the step writes.
-        self._first_written: dict[int, int] = {}
-
-    def clear(self) -> None:
-        """Start a step."""
-        self._first_written.clear()
+        self.first_written: dict[int, int] = {}
+        """By block id, the first token that the step writes. The step's start clears it."""
 
     def add(self, request: Request, num_computed_tokens: int) -> None:
         """Track the blocks that a step of a request writes.
@@ -164,7 +148,7 @@ class StepWrites:
             first = request.num_computed_tokens // manager.block_size
             last = -(-num_computed_tokens // manager.block_size)
             for block in table[first:last]:
-                self._first_written[block.block_id] = request.num_computed_tokens
+                self.first_written[block.block_id] = request.num_computed_tokens
 
     def overlap(self, hits: tuple[Sequence[KVCacheBlock], ...], tokens: int) -> bool:
         """Whether a hit ends inside a block and includes tokens that the step writes there.
@@ -175,7 +159,7 @@ class StepWrites:
         """
         for group, manager in self._managers.items():
             if hits[group] and tokens % manager.block_size:
-                first = self._first_written.get(hits[group][-1].block_id)
+                first = self.first_written.get(hits[group][-1].block_id)
                 if first is not None and first < tokens:
                     return True
         return False
