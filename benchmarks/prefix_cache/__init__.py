@@ -9,5 +9,5 @@ runs last and alone.
 
 The public trace is `conversation_trace.jsonl` of the Mooncake repository's FAST '25 release
 (https://github.com/kvcache-ai/Mooncake, FAST25-release/traces). Without it, only synthetic traces
-are replayed. Parts that are not run keep their rows of the earlier result file.
+are replayed.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The strategies, models, traces and grids of the benchmark."""
+"""The parts, strategies, models and traces of the benchmark."""
 
 from __future__ import annotations
 
@@ -11,16 +11,11 @@ from pathlib import Path
 from benchmarks.prefix_cache.traces import agents, short_prompts
 from vllm_hybrid_kv.tools.replay.trace import TracedRequest, read_trace
 
-GIB = 1 << 30
 SHAPES = Path(__file__).with_name("shapes")
 """Models by their public `config.json`, reduced to what the sizes of layers depend on."""
 
-MEMORY, BY_MODEL, CONTROL, TRAFFIC, OVERHEAD = "memory", "models", "control", "made", "overhead"
-PARTS = (MEMORY, BY_MODEL, CONTROL, TRAFFIC, OVERHEAD)
-"""The benchmark's parts."""
-
 PUBLIC = "public"
-MADE: dict[str, Callable[[int], list[TracedRequest]]] = {
+SYNTHETIC: dict[str, Callable[[int], list[TracedRequest]]] = {
     "agents": agents,
     "short prompts": short_prompts,
 }
@@ -40,58 +35,84 @@ STRATEGIES = {
 """The plugin's settings, by name in tables and plots."""
 
 MAIN_MODEL = "qwen3.6-35b-a3b"
-MODELS = (MAIN_MODEL, "nemotron-nano-9b-v2", "jamba-1.5-mini")
 ATTENTION_ONLY = "llama-3.1-8b"
-CONTROLS = (ATTENTION_ONLY, "gpt-oss-20b")
-"""Models without states: attention only, and attention with sliding windows."""
 MAIN_DTYPE = "turboquant_k8v4"
-DTYPES = ("auto", "fp8", MAIN_DTYPE)
 
 CONCURRENCY = 32
 """Requests in flight."""
 
 
 @dataclass(frozen=True)
-class Case:
-    """One run.
+class Part:
+    """One part: every combination of its values.
 
     Attributes:
-        part: A member of `PARTS`.
-        model: A folder in `SHAPES`.
-        kv_cache_dtype: vLLM's setting.
-        trace: `PUBLIC`, or a key of `MADE`.
-        requests: How many requests of the trace are sent.
-        memory: GiB of KV cache.
-        strategy: A key of `STRATEGIES`.
+        title: The heading of its table.
+        strategies: Keys of `STRATEGIES`.
+        requests: How many requests of each trace are sent.
+        memory: Sizes of the KV cache in GiB.
+        models: Folders in `SHAPES`.
+        dtypes: vLLM's `kv_cache_dtype`.
+        traces: `PUBLIC`, or keys of `SYNTHETIC`.
     """
+
+    title: str
+    strategies: Sequence[str]
+    requests: int
+    memory: Sequence[float]
+    models: Sequence[str] = (MAIN_MODEL,)
+    dtypes: Sequence[str] = (MAIN_DTYPE,)
+    traces: Sequence[str] = (PUBLIC,)
+
+
+PARTS = {
+    "memory": Part("The public trace, by memory", list(STRATEGIES), 3000, (4, 20, 80, 200, 400)),
+    "models": Part(
+        "Models and KV cache dtypes",
+        (STOCK, HYBRID_AWARE),
+        300,
+        (4, 20, 80, 400),
+        models=(MAIN_MODEL, "nemotron-nano-9b-v2", "jamba-1.5-mini"),
+        dtypes=("auto", "fp8", MAIN_DTYPE),
+    ),
+    "control": Part(
+        "Models without states",
+        (STOCK, FIXED_POINT, HYBRID_AWARE),
+        200,
+        (4, 20, 80, 400),
+        models=(ATTENTION_ONLY, "gpt-oss-20b"),
+        dtypes=("auto",),
+    ),
+    "synthetic": Part(
+        "Synthetic traffic",
+        (STOCK, STOCK_16, HYBRID_AWARE),
+        600,
+        (4, 8, 20, 40),
+        traces=tuple(SYNTHETIC),
+    ),
+    "overhead": Part("Time in the scheduler", (STOCK, STOCK_16, HYBRID_AWARE), 300, (20,)),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run, by the names of `Part`."""
 
     part: str
     model: str
-    kv_cache_dtype: str
+    dtype: str
     trace: str
     requests: int
     memory: float
     strategy: str
 
-    @property
-    def trace_key(self) -> str:
-        return f"{self.trace} {self.requests}"
 
-
-def grid(
-    part: str,
-    models: Sequence[str],
-    dtypes: Sequence[str],
-    traces: Sequence[str],
-    requests: int,
-    memory: Sequence[float],
-    strategies: Sequence[str],
-) -> list[Case]:
-    """Return the cases of one part: every combination."""
+def cases_of(name: str, part: Part) -> list[Case]:
+    """Return the cases of a part."""
     return [
-        Case(part, model, dtype, trace, requests, size, strategy)
-        for model, dtype, trace, size, strategy in product(
-            models, dtypes, traces, memory, strategies
+        Case(name, model, dtype, trace, part.requests, memory, strategy)
+        for model, dtype, trace, memory, strategy in product(
+            part.models, part.dtypes, part.traces, part.memory, part.strategies
         )
     ]
 
@@ -100,7 +121,7 @@ def requests_of(trace: str, limit: int, public: Path | None) -> list[TracedReque
     """Return the first requests of a trace.
 
     Args:
-        trace: `PUBLIC`, or a key of `MADE`.
+        trace: `PUBLIC`, or a key of `SYNTHETIC`.
         limit: How many.
         public: The file of the public trace, if it is available.
 
@@ -108,8 +129,8 @@ def requests_of(trace: str, limit: int, public: Path | None) -> list[TracedReque
         TraceError: The public trace has another format.
         ValueError: It has fewer requests, or is not available.
     """
-    if trace in MADE:
-        return MADE[trace](limit)
+    if trace in SYNTHETIC:
+        return SYNTHETIC[trace](limit)
     if public is None:
         raise ValueError("the public trace is needed: pass --trace")
     requests = read_trace(public, limit)

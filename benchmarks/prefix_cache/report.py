@@ -1,30 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a result as Markdown tables."""
+"""Writes a result as Markdown tables and a picture, and compares it with vLLM's own strategy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.prefix_cache.cases import (
-    BY_MODEL,
-    CONTROL,
+    ATTENTION_ONLY,
+    FIXED_POINT,
     HYBRID_AWARE,
-    MEMORY,
-    OVERHEAD,
+    PARTS,
     STOCK,
     STOCK_16,
     STRATEGIES,
-    TRAFFIC,
 )
-from benchmarks.prefix_cache.findings import Goal, comparisons, goals, overhead, rate, runs
 
 Row = Mapping[str, Any]
 
 
 def markdown(result: Mapping[str, Any]) -> str:
     """Return a result as Markdown."""
-    rows = {part: list(found["rows"]) for part, found in result["parts"].items()}
     where = result["machine"]
     lines = [
         "# Prefix cache hits in vLLM's scheduler, without a model",
@@ -32,150 +29,121 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"vLLM {where['vllm']}, Python {where['python']}; {where['cpu']}, {where['cpus']} CPUs. "
         "Hits do not depend on the machine, scheduler times do.",
         "",
-        "Percent of the prompt tokens that came from the cache, with 32 requests in flight. "
-        "`stock, unit 16` is vLLM's coordinator with `prefix_match_unit=16`, `fixed_point` and "
-        "`hybrid_aware` have `prefix_match_unit=auto`.",
-        "",
-        *_other_sources(result),
-        "## Goals",
-        "",
-        *_goals(goals(result)),
+        "Percent of the prompt tokens that came from the cache, by GiB of KV cache, with 32 "
+        "requests in flight. `stock, unit 16` is vLLM's coordinator with `prefix_match_unit=16`, "
+        "`fixed_point` and `hybrid_aware` have `prefix_match_unit=auto`.",
     ]
-    sections: dict[str, Callable[[Sequence[Row], Mapping[str, Any]], Iterator[str]]] = {
-        MEMORY: _by_memory,
-        BY_MODEL: _by_model,
-        CONTROL: _by_model,
-        TRAFFIC: _by_memory,
-        OVERHEAD: _overhead,
-    }
-    titles = {
-        MEMORY: "The public trace, by memory",
-        BY_MODEL: "Models and KV cache dtypes",
-        CONTROL: "Models without states",
-        TRAFFIC: "Synthetic traffic",
-        OVERHEAD: "Time in the scheduler",
-    }
-    for part, section in sections.items():
-        if rows.get(part):
-            lines += ["", f"## {titles[part]}", "", *section(rows[part], result)]
-    return "\n".join([*lines, "", "## Never below stock", "", *_below(runs(result))]) + "\n"
+    for (part,), rows in split(result["rows"], "part").items():
+        lines += ["", f"## {PARTS[part].title}", "", *_table(rows, result["shareable"])]
+    if result["overhead"]:
+        lines += ["", f"## {PARTS['overhead'].title}", "", *_overhead(result)]
+    return "\n".join([*lines, "", "## Never below stock", "", *_comparisons(result["rows"])]) + "\n"
 
 
-def _other_sources(result: Mapping[str, Any]) -> Iterator[str]:
-    """Name the parts that were measured with other versions of the code."""
-    for name, part in result["parts"].items():
-        if part.get("sources") != result.get("sources"):
-            yield f"The part `{name}` was measured with an earlier version of the code."
-            yield ""
-
-
-def _goals(found: Iterable[Goal]) -> Iterator[str]:
-    yield from _head("goal", "measured", "")
-    for goal in found:
-        verdict = {True: "met", False: "**missed**", None: "not measured"}[goal.met]
-        yield _line(goal.what, goal.measured, verdict)
-
-
-def _by_memory(rows: Sequence[Row], result: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a table per trace: a line per size of memory, a column per strategy."""
-    for number, (trace, some) in enumerate(_split(rows, "trace").items()):
-        if number:
-            yield ""
-        first = some[0]
-        shared = result["traces"][f"{trace} {first['requests']}"]["shareable"]
+def _table(rows: Sequence[Row], shareable: Mapping[str, float]) -> Iterator[str]:
+    """Yield a table: a line per model, dtype, trace and strategy, a column per size."""
+    for trace, requests in split(rows, "trace", "requests"):
         yield (
-            f"{trace.capitalize()}: {first['requests']:,} requests, {first['model']}, "
-            f"{first['kv_cache_dtype']}. Tokens in whole blocks of 512 that an earlier request "
-            f"had: {shared:.1%}."
+            f"{trace.capitalize()}: {requests:,} requests. Tokens in whole blocks of 512 that an "
+            f"earlier request had: {shareable[f'{trace} {requests}']:.1%}."
         )
         yield ""
-        strategies = [name for name in STRATEGIES if name in _split(some, "strategy")]
-        yield from _head("GiB", *strategies)
-        for memory, line in _split(some, "memory").items():
-            found = {row["strategy"]: row for row in line}
-            yield _line(f"{memory:g}", *(_rate(found.get(name)) for name in strategies))
+    sizes = sorted({row["memory"] for row in rows})
+    names = ("trace", "model", "dtype")
+    yield from _head(*names, "block, tokens", "strategy", *(f"{size:g}" for size in sizes))
+    for key, some in split(rows, *names).items():
+        blocks = sorted({row["block_tokens"] for row in some if row["fits"]})
+        for (strategy,), line in split(some, "strategy").items():
+            cells = {row["memory"]: rate(row) for row in line}
+            yield _line(
+                *key, ", ".join(map(str, blocks)), strategy, *(cells.get(n, "") for n in sizes)
+            )
 
 
-def _by_model(rows: Sequence[Row], result: Mapping[str, Any]) -> Iterator[str]:
-    """Yield one table: a line per model, dtype and strategy, a column per size."""
-    sizes = list(_split(rows, "memory"))
-    first = rows[0]
-    yield f"{first['trace'].capitalize()} trace, {first['requests']:,} requests, by GiB."
-    yield ""
-    yield from _head(
-        "model", "dtype", "block, tokens", "strategy", *(f"{size:g}" for size in sizes)
-    )
-    for model, of_model in _split(rows, "model").items():
-        for dtype, of_dtype in _split(of_model, "kv_cache_dtype").items():
-            blocks = {row["block_tokens"] for row in of_dtype if row["fits"]}
-            for strategy, line in _split(of_dtype, "strategy").items():
-                found = {row["memory"]: row for row in line}
-                cells = [_rate(found.get(size)) for size in sizes]
-                block = ", ".join(str(tokens) for tokens in sorted(blocks))
-                yield _line(model, dtype, block, strategy, *cells)
-
-
-def _overhead(turns: Sequence[Row], result: Mapping[str, Any]) -> Iterator[str]:
-    timing = result["parts"][OVERHEAD]
-    medians = timing["medians"]
+def _overhead(result: Mapping[str, Any]) -> Iterator[str]:
+    rows = {row["strategy"]: row for row in result["overhead"]}
+    stock = rows[STOCK]
     yield (
-        f"`schedule` and `update_from_output`, {timing['requests']:,} requests of "
-        f"{timing['trace']}, {timing['model']}, {timing['kv_cache_dtype']}, "
-        f"{timing['memory']:g} GiB; {timing['rounds']} rounds in one process, the median of each "
-        f"step over the rounds. Load average {timing['load']:.1f} at the start."
+        f"`schedule` and `update_from_output`, {stock['requests']:,} requests of "
+        f"{stock['trace']}, {stock['model']}, {stock['dtype']}, {stock['memory']:g} GiB; "
+        f"{len(stock['rounds_ms'])} rounds in one process, the median of each step over the "
+        f"rounds. Load average {result['load']:.1f} at the start."
     )
     yield ""
     yield from _head(
-        "strategy",
-        "ms per step",
-        "ms per request",
-        "steps",
-        "per step, of stock",
-        "per request, of stock",
-        "per request, by round",
+        *("strategy", "ms per step", "ms per request", "steps", "per step, of stock"),
+        *("per request, of stock", "per request, by round"),
     )
-    for row in medians:
-        strategy = row["strategy"]
-        ratios = [
-            overhead(one, "request_ms", strategy, STOCK) for one in _split(turns, "round").values()
-        ]
+    for strategy, row in rows.items():
+        ratios = [a / b for a, b in zip(row["rounds_ms"], stock["rounds_ms"], strict=True)]
         yield _line(
             strategy,
             f"{row['step_ms']:.3f}",
             f"{row['request_ms']:.2f}",
             f"{row['steps']:,}",
-            *(
-                f"{overhead(medians, measure, strategy, STOCK):.3f}"
-                for measure in ("step_ms", "request_ms")
-            ),
+            *(f"{row[name] / stock[name]:.3f}" for name in ("step_ms", "request_ms")),
             f"{min(ratios):.3f} to {max(ratios):.3f}",
         )
-    ratio = overhead(medians, "request_ms", HYBRID_AWARE, STOCK_16)
+    ratio = rows[HYBRID_AWARE]["request_ms"] / rows[STOCK_16]["request_ms"]
     yield ""
     yield f"Per request, relative to stock with the same match unit: {ratio:.3f}."
 
 
-def _below(rows: Sequence[Row]) -> Iterator[str]:
+def comparisons(rows: Iterable[Row], reference: str = STOCK) -> list[tuple[Row, Row]]:
+    """Pair every row of ours with the reference's row of the same setting, if either fits."""
+    pairs = []
+    for some in split(rows, "model", "dtype", "trace", "requests", "memory").values():
+        by_strategy = {row["strategy"]: row for row in some}
+        stock = by_strategy.get(reference)
+        for name in (FIXED_POINT, HYBRID_AWARE):
+            ours = by_strategy.get(name)
+            if ours and stock and (ours["fits"] or stock["fits"]):
+                pairs.append((ours, stock))
+    return pairs
+
+
+def faults(rows: Iterable[Row]) -> list[str]:
+    """List where `hybrid_aware` is below stock, or a model of attention only differs from it."""
+    return [
+        f"{describe(ours)}: {rate(ours)}, {stock['strategy']} {rate(stock)}"
+        for ours, stock in comparisons(rows)
+        if (ours["strategy"] == HYBRID_AWARE and ours["hit_tokens"] < stock["hit_tokens"])
+        or (ours["model"] == ATTENTION_ONLY and ours.get("hits_digest") != stock.get("hits_digest"))
+    ]
+
+
+def _comparisons(rows: Sequence[Row]) -> Iterator[str]:
     """List the runs below stock, and those below stock with the finer match unit."""
-    for number, reference in enumerate((STOCK, STOCK_16)):
-        compared = comparisons(rows, reference)
-        below = [pair for pair in compared if pair.below]
-        if number:
-            yield ""
-        yield f"Compared with {reference}: {len(below)} of {len(compared)} runs hit fewer tokens."
+    for reference in (STOCK, STOCK_16):
+        pairs = comparisons(rows, reference)
+        below = [pair for pair in pairs if pair[0]["hit_tokens"] < pair[1]["hit_tokens"]]
+        yield f"Compared with {reference}: {len(below)} of {len(pairs)} runs hit fewer tokens."
+        yield ""
+        for ours, stock in below:
+            yield f"- {describe(ours)}: {rate(ours)}, {reference} {rate(stock)}"
         if below:
             yield ""
-            yield from (f"- {pair}" for pair in below)
+    alike = [pair for pair in comparisons(rows) if pair[0]["model"] == ATTENTION_ONLY]
+    same = [pair for pair in alike if len({row.get("hits_digest") for row in pair}) == 1]
+    yield f"{ATTENTION_ONLY}: {len(same)} of {len(alike)} runs hit as stock in every request."
 
 
-def _rate(row: Row | None) -> str:
-    return "" if row is None else rate(row)
+def describe(row: Row) -> str:
+    return (
+        f"{row['model']}, {row['dtype']}, {row['requests']:,} requests of {row['trace']}, "
+        f"{row['memory']:g} GiB, {row['strategy']}"
+    )
 
 
-def _split(rows: Iterable[Row], name: str) -> dict[Any, list[Row]]:
-    found: dict[Any, list[Row]] = {}
+def rate(row: Row) -> str:
+    return f"{row['hit_rate']:.2%}" if row["fits"] else "does not fit"
+
+
+def split(rows: Iterable[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Group rows by fields."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        found.setdefault(row[name], []).append(row)
+        found.setdefault(tuple(row[name] for name in names), []).append(row)
     return found
 
 
@@ -185,3 +153,45 @@ def _head(*names: str) -> list[str]:
 
 def _line(*cells: str) -> str:
     return "| " + " | ".join(cells) + " |"
+
+
+def draw(path: Path, rows: Iterable[Row]) -> None:
+    """Draw hit rates by memory to a PNG file, with a panel per part, model and trace."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = split([row for row in rows if row["fits"]], "part", "model", "trace", "requests")
+    if not panels:
+        return
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, grid = pyplot.subplots(
+        lines, columns, figsize=(4.6 * columns, 3.7 * lines), squeeze=False, layout="constrained"
+    )
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    markers = dict(zip(STRATEGIES, "s+^o", strict=True))
+    for axes, ((_, model, trace, requests), some) in zip(grid.flat, panels.items(), strict=False):
+        for (dtype, strategy), line in split(some, "dtype", "strategy").items():
+            axes.plot(
+                [row["memory"] for row in line],
+                [100 * row["hit_rate"] for row in line],
+                # Different markers keep overlapping lines distinguishable.
+                marker=markers[strategy],
+                markerfacecolor="none",
+                label=f"{dtype}, {strategy}",
+            )
+        sizes = sorted({row["memory"] for row in some})
+        axes.set_xscale("log")
+        axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
+        axes.minorticks_off()
+        axes.set_title(f"{trace}, {requests:,} requests\n{model}", fontsize=9)
+        axes.set_xlabel("KV cache, GiB", fontsize=8)
+        axes.set_ylabel("prompt tokens from the cache, %", fontsize=8)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})
+    pyplot.close(figure)

