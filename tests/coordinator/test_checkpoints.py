@@ -45,10 +45,10 @@ def test_a_turn_that_a_longer_one_superseded_is_evicted_first(checkpoints):
     assert first.kind is CheckpointKind.SUPERSEDED
     assert checkpoints.evict() is first
     # The longer turn pins its blocks too.
-    assert all(checkpoints.pins(block) for block in (1, 2, 3, 4, 5, 6, 7))
+    assert all(block in checkpoints.pins for block in (1, 2, 3, 4, 5, 6, 7))
     assert {checkpoints.evict(), checkpoints.evict()} == {other, second}
     assert checkpoints.evict() is None
-    assert not any(checkpoints.pins(block) for block in range(8))
+    assert not any(block in checkpoints.pins for block in range(8))
 
 
 def test_a_turn_stays_superseded_if_a_later_turn_is_still_pinned(checkpoints):
@@ -117,7 +117,7 @@ def test_any_other_place_replaces_the_end_of_a_block_at_the_same_prefix(checkpoi
     assert checkpoints.enter(b"key", 2000, CheckpointKind.BOUNDARY, [1, 2], None) == (None, None)
     end, released = checkpoints.enter(b"key", 2000, END, blocks, None)
     assert released == (3, 4)
-    assert not checkpoints.pins(3)
+    assert 3 not in checkpoints.pins
     # Without blocks that a hit needs, nothing is entered.
     assert checkpoints.pinned == ([] if blocks is None else [end])
     assert (end is None) == (blocks is None)
@@ -160,7 +160,7 @@ def test_a_request_for_an_evicted_checkpoint_counts_as_a_use(checkpoints):
     assert evicted.uses == 1
     assert add(checkpoints, b"evicted", 3000, END, [4, 5, 6], None) is evicted
     assert checkpoints.pinned_at(b"evicted") is evicted
-    assert checkpoints.pins(4)
+    assert 4 in checkpoints.pins
 
 
 def test_the_number_of_tracked_checkpoints_is_bounded(checkpoints):

@@ -5,9 +5,7 @@ from dataclasses import replace
 
 import pytest
 from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator
-from vllm.v1.core.single_type_kv_cache_manager import (
-    HiSparseSourceManager,
-)
+from vllm.v1.core.single_type_kv_cache_manager import HiSparseSourceManager
 from vllm.v1.kv_cache_interface import KVCacheGroupRole
 
 from testing.coordinator.contents import (
@@ -28,10 +26,7 @@ from testing.coordinator.oracle import Cached
 from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
 
 WRONG_IN_VLLM = pytest.mark.xfail(strict=True, raises=AssertionError, reason="vLLM's own")
-BOTH = [
-    FixedPointCoordinator,
-    pytest.param(HybridKVCacheCoordinator, marks=WRONG_IN_VLLM),
-]
+BOTH = [FixedPointCoordinator, pytest.param(HybridKVCacheCoordinator, marks=WRONG_IN_VLLM)]
 UNIT = 16
 
 
@@ -48,102 +43,104 @@ def look_up(coordinator_class, layout, num_tokens, *boundaries):
 
 
 @pytest.mark.parametrize("coordinator_class", BOTH)
-def test_drafts_of_a_window_need_their_lookahead_after_another_window_shortens_the_hit(
-    coordinator_class,
+@pytest.mark.parametrize(
+    ("layout", "num_tokens", "boundaries", "hit"),
+    [
+        pytest.param(
+            # The first window has blocks for 96 tokens with lookahead, and for 48 without it.
+            layout_of(full(16), window(16, 17), window(16, 33), drafts=(1, 2)),
+            *(130, [every(16, 128), (48, 96, 112), (16, 32, 48, 64)], 0),
+            id="drafts of a window need their lookahead after another window shortens the hit",
+        ),
+        pytest.param(
+            # No group is marked, so vLLM treats all as having drafts, even states.
+            layout_of(full(16), window(16, 17), mamba(16), drafts=()),
+            *(130, [every(16, 128), (48, 96, 112), (48,)], 0),
+            id="drafts need their lookahead after a state shortens the hit",
+        ),
+        pytest.param(
+            # After 32 tokens the chunk starts at 24. vLLM finds none of its blocks and falls back
+            # to 16 tokens without checking the blocks of the chunk before.
+            layout_of(full(16), chunked(16, 24)),
+            *(40, [every(16, 32), ()], 0),
+            id="a chunk that starts inside a block needs that block",
+        ),
+        pytest.param(
+            layout_of(full(64), window(16, 1024), drafts=(1,)),
+            *(100, [(64,), every(16, 96)], 64),
+            id="drafts with a window longer than the prefix cost one unit only",
+        ),
+        pytest.param(
+            layout_of(full(64), chunked(16, 32)),
+            *(100, [(64,), ()], 64),
+            id="chunked local attention works with larger blocks of other groups",
+        ),
+        pytest.param(
+            layout_of(full(16), chunked(16, 64), drafts=()),
+            *(60, [every(16, 48), every(16, 48)], 32),
+            id="chunked local attention works with drafts",
+        ),
+    ],
+)
+def test_the_hit_is_right_where_vllms_own_is_wrong(
+    coordinator_class, layout, num_tokens, boundaries, hit
 ):
-    layout = layout_of(full(16), window(16, 17), window(16, 33), drafts=(1, 2))
-    # The first window has blocks for 96 tokens with lookahead, and for 48 without it.
-    first = (48, 96, 112)
-    second = (16, 32, 48, 64)
-    _, length, _ = look_up(coordinator_class, layout, 130, every(16, 128), first, second)
-    assert length == 0
+    assert look_up(coordinator_class, layout, num_tokens, *boundaries)[1] == hit
 
 
 @pytest.mark.parametrize("coordinator_class", BOTH)
-def test_drafts_need_their_lookahead_after_a_state_shortens_the_hit(coordinator_class):
-    # No group is marked, so vLLM treats all as having drafts, even states.
-    layout = layout_of(full(16), window(16, 17), mamba(16), drafts=())
-    _, length, _ = look_up(coordinator_class, layout, 130, every(16, 128), (48, 96, 112), (48,))
-    assert length == 0
+@pytest.mark.parametrize(
+    ("layout", "boundaries", "hit", "expected"),
+    [
+        pytest.param(
+            layout_of(full(64), mamba(64), unit=UNIT),
+            *([(64, 128), (112,)], 112, [[100, 101], [0, 200]]),
+            id="a whole block serves a prefix that ends inside it",
+        ),
+        pytest.param(
+            layout_of(full(64), full(64), mamba(64), unit=UNIT),
+            *([(64, 96), (64, 112), (96, 112)], 96, [[100, 101], [200, 201], [0, 300]]),
+            id="groups of equal specs may hold different parts of their last block",
+        ),
+    ],
+)
+def test_the_blocks_of_a_partial_hit_are_right_where_vllms_own_are_wrong(
+    coordinator_class, layout, boundaries, hit, expected
+):
+    ids, length, _ = look_up(coordinator_class, layout, 128, *boundaries)
+    assert (length, ids) == (hit, expected)
 
 
-@pytest.mark.parametrize("coordinator_class", BOTH)
-def test_a_chunk_that_starts_inside_a_block_needs_that_block(coordinator_class):
-    layout = layout_of(full(16), chunked(16, 24))
-    # After 32 tokens the chunk starts at 24. vLLM finds none of its blocks and falls back to 16
-    # tokens without checking the blocks of the chunk before.
-    _, length, _ = look_up(coordinator_class, layout, 40, every(16, 32), ())
-    assert length == 0
-
-
-@pytest.mark.parametrize("coordinator_class", BOTH)
-def test_drafts_with_a_window_longer_than_the_prefix_cost_one_unit_only(coordinator_class):
-    layout = layout_of(full(64), window(16, 1024), drafts=(1,))
-    _, length, _ = look_up(coordinator_class, layout, 100, (64,), every(16, 96))
-    assert length == 64
-
-
-@pytest.mark.parametrize("coordinator_class", BOTH)
-def test_a_whole_block_serves_a_prefix_that_ends_inside_it(coordinator_class):
-    layout = layout_of(full(64), mamba(64), unit=UNIT)
-    ids, length, _ = look_up(coordinator_class, layout, 128, (64, 128), (112,))
-    assert (length, ids) == (112, [[100, 101], [0, 200]])
-
-
-@pytest.mark.parametrize("coordinator_class", BOTH)
-def test_groups_of_equal_specs_may_hold_different_parts_of_their_last_block(coordinator_class):
-    layout = layout_of(full(64), full(64), mamba(64), unit=UNIT)
-    ids, length, _ = look_up(coordinator_class, layout, 128, (64, 96), (64, 112), (96, 112))
-    assert (length, ids) == (96, [[100, 101], [200, 201], [0, 300]])
-
-
-@pytest.mark.parametrize("coordinator_class", BOTH)
-def test_chunked_local_attention_works_with_larger_blocks_of_other_groups(coordinator_class):
-    layout = layout_of(full(64), chunked(16, 32))
-    _, length, _ = look_up(coordinator_class, layout, 100, (64,), ())
-    assert length == 64
-
-
-@pytest.mark.parametrize("coordinator_class", BOTH)
-def test_chunked_local_attention_works_with_drafts(coordinator_class):
-    layout = layout_of(full(16), chunked(16, 64), drafts=())
-    _, length, _ = look_up(coordinator_class, layout, 60, every(16, 48), every(16, 48))
-    assert length == 32
-
-
-def test_models_without_full_attention_hit_where_all_states_are_cached():
-    layout = layout_of(mamba(32), mamba(64, width=6), window(32, 64))
-    ids, length, _ = look_up(
-        FixedPointCoordinator, layout, 400, (128, 192, 320), (64, 192, 256), every(32, 384)
-    )
-    assert length == 192
-    assert ids == [[0, 0, 0, 0, 0, 101], [0, 0, 201], [0, 0, 0, 0, 304, 305]]
-
-
-def test_context_parallel_ranks_lengthen_full_attention_blocks_but_not_state_blocks():
-    layout = layout_of(full(16), mamba(32), dcp=2)
-    ids, length, _ = look_up(FixedPointCoordinator, layout, 100, every(32, 96), (32, 64))
-    assert (length, ids) == (64, [[100, 101], [0, 201]])
+@pytest.mark.parametrize(
+    ("layout", "num_tokens", "boundaries", "hit", "expected"),
+    [
+        pytest.param(
+            layout_of(mamba(32), mamba(64, width=6), window(32, 64)),
+            *(400, [(128, 192, 320), (64, 192, 256), every(32, 384)], 192),
+            [[0, 0, 0, 0, 0, 101], [0, 0, 201], [0, 0, 0, 0, 304, 305]],
+            id="no full attention",
+        ),
+        pytest.param(
+            layout_of(full(16), mamba(32), dcp=2),
+            *(100, [every(32, 96), (32, 64)], 64, [[100, 101], [0, 201]]),
+            id="context parallel ranks lengthen attention blocks but not state blocks",
+        ),
+        pytest.param(
+            layout_of(full(16), ring(16), mamba(16)),
+            *(60, [(16, 32), (), (32,)], 32, [[100, 101], [], [0, 300]]),
+            id="a group that opts out of prefix caching gets no blocks",
+        ),
+    ],
+)
+def test_every_group_gets_the_blocks_of_the_hit(layout, num_tokens, boundaries, hit, expected):
+    ids, length, _ = look_up(FixedPointCoordinator, layout, num_tokens, *boundaries)
+    assert (length, ids) == (hit, expected)
 
 
 def test_the_longer_prefix_of_full_attention_is_returned():
     layout = layout_of(full(16), mamba(16))
     _, length, uncached = look_up(FixedPointCoordinator, layout, 130, every(16, 96), (32,))
     assert (length, uncached) == (32, 64)
-
-
-def test_groups_that_opt_out_of_prefix_caching_get_no_blocks():
-    layout = layout_of(full(16), ring(16), mamba(16))
-    ids, length, _ = look_up(FixedPointCoordinator, layout, 60, (16, 32), (), (32,))
-    assert (length, ids) == (32, [[100, 101], [], [0, 300]])
-
-
-def test_full_attention_ends_at_an_evicted_block():
-    layout = layout_of(full(16), mamba(16))
-    _, length, _ = look_up(
-        FixedPointCoordinator, layout, 200, (*every(16, 64), *range(96, 193, 16)), every(16, 192)
-    )
-    assert length == 64
 
 
 def test_after_a_reset_only_new_blocks_are_hit():
@@ -175,9 +172,3 @@ def test_a_group_with_a_host_pool_keeps_its_longer_hit():
     assert length == 32
     assert [block.block_id for block in hits[0]] == [16, 32, 48, 64, 80]
     assert [block.block_id for block in hits[1]] == [0, 32]
-
-
-def test_a_state_must_be_cached_in_all_groups_of_equal_specs():
-    layout = layout_of(full(16), mamba(16), mamba(16))
-    _, length, _ = look_up(FixedPointCoordinator, layout, 65, every(16, 64), (32, 64), (32,))
-    assert length == 32

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +12,9 @@ from vllm.v1.core.kv_cache_utils import get_group_id
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from testing.coordinator.prompts import POLICY, STOCK, engine_of, hybrid_model
-from testing.models import llama_config
 from testing.shapes import SHAPES
 from tests.coordinator.soak import checks
 from vllm_hybrid_kv.coordinator.checkpoints import CheckpointKind
-from vllm_hybrid_kv.coordinator.hybrid_policy import HybridAwareCoordinator
 from vllm_hybrid_kv.tools.plan.engine import Engine, Model
 from vllm_hybrid_kv.tools.replay.scheduler import Replay, Tally
 from vllm_hybrid_kv.tools.replay.trace import BLOCK_TOKENS, TracedRequest
@@ -79,30 +76,12 @@ def check(engine: Engine) -> None:
     checks.check_queue(coordinator_of(engine))
 
 
-def test_the_strategies_select_the_coordinator_and_a_fine_match_unit(model):
-    engine = engine_of(model, 100, POLICY)
-    assert isinstance(coordinator_of(engine), HybridAwareCoordinator)
-    assert engine.hash_block_size == 16 < engine.scheduler_block_size
-    assert not isinstance(coordinator_of(engine_of(model, 100, STOCK)), HybridAwareCoordinator)
-
-
 def test_a_turn_resumes_at_the_end_of_the_previous_prompt(model):
     script = Script()
     ids = script.new(2)
     script.send(ids, tail=100)
     script.send([*ids, *script.new(1)], tail=40)
     assert replay(model, script.requests, 200, POLICY).hits == [0, (1024 + 100 - 1) // 16 * 16]
-
-
-def test_a_prompt_shorter_than_a_block_hits(model):
-    script = Script()
-    ids = script.new(1)
-    script.send(ids, tail=7)
-    script.send(ids, tail=7)
-    engine = engine_of(model, 200, POLICY)
-    tally = Replay(engine, script.requests, 1).run()
-    assert tally.hits[1] >= 512
-    assert replay(model, script.requests, 200, STOCK).hits[1] < tally.hits[1]
 
 
 def test_the_second_request_reveals_a_branch_point_and_the_third_resumes_there(model):
@@ -194,23 +173,6 @@ def test_a_state_is_pinned_in_the_block_that_lookups_return(model):
     check(engine)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_tables_queue_and_map_are_consistent_after_every_step(model, seed):
-    engine = engine_of(model, 60, POLICY)
-    coordinator = coordinator_of(engine)
-    update = engine.scheduler.update_from_output
-
-    def checked(*arguments: Any) -> Any:
-        result = update(*arguments)
-        check(engine)
-        return result
-
-    engine.scheduler.update_from_output = checked
-    tally = Replay(engine, chats(25, 4, seed, shared=seed % 2), 6).run()
-    assert tally.steps > 250
-    assert coordinator.checkpoints.counts["evicted_unused", None] > 10
-
-
 @pytest.mark.parametrize("coordinator", ["fixed_point", "hybrid_aware"])
 def test_a_request_starts_while_another_with_the_same_prefix_is_decoding(model, coordinator):
     script = Script()
@@ -280,16 +242,6 @@ def test_a_reset_forgets_the_checkpoints(model):
     assert engine.scheduler.reset_prefix_cache()
     assert len(coordinator.checkpoints.pinned) == 0
     assert Replay(engine, script.requests, 1).run().hits[0] == 0
-
-
-def test_a_model_with_one_group_gets_vllms_own_coordinator(tmp_path: Path):
-    config = llama_config()
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(tmp_path)
-    llama = Model({"model": str(tmp_path), "block_size": 16, "gpu_memory_utilization": 0.1})
-    ours, stock = (llama.engine(1 << 28, settings) for settings in (POLICY, STOCK))
-    assert type(coordinator_of(ours)) is type(coordinator_of(stock))
-    assert ours.hash_block_size == stock.hash_block_size
 
 
 def test_a_turn_resumes_in_the_previous_answer_if_there_is_room_for_its_state(model):

@@ -12,14 +12,7 @@ from hypothesis import strategies as st
 from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.kv_cache_interface import (
-    ChunkedLocalAttentionSpec,
-    KVCacheConfig,
-    KVCacheGroupSpec,
-    KVCacheSpec,
-    MambaSpec,
-    SlidingWindowSpec,
-)
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec, MambaSpec
 from vllm.v1.request import Request
 
 from testing.coordinator.contents import chunked, full, mamba, ring, window
@@ -141,17 +134,3 @@ def test_with_any_groups_at_least_the_capacity_fits(pool):
     expected = pool.capacity
     assert pool.fit(expected.short_request) >= expected.short_requests
     assert pool.fit(pool.max_model_len) >= expected.max_len_requests
-
-
-@settings(max_examples=120, deadline=None)
-@given(pools(bounded=True))
-def test_no_more_requests_fit_than_with_one_block_of_every_group_each(pool):
-    # An upper bound, because windows and states free blocks after they are computed.
-    least = sum(
-        1
-        if isinstance(spec, MambaSpec | SlidingWindowSpec | ChunkedLocalAttentionSpec)
-        or not spec.prefix_cacheable
-        else -(-pool.max_model_len // spec.block_size)
-        for spec in pool.specs
-    )
-    assert pool.fit(pool.max_model_len) <= (pool.num_blocks - 1) // least

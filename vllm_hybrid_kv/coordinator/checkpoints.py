@@ -137,7 +137,8 @@ class Checkpoints:
         """Forget all checkpoints and everything that was learned."""
         self._tracked: dict[BlockHash, Checkpoint] = {}
         self.pinned: list[Checkpoint] = []
-        self._pins: Counter[int] = Counter()
+        self.pins: Counter[int] = Counter()
+        """By attention block, the pinned checkpoints that need it."""
         self._curves = {kind: ReuseCurve(PRIOR.get(kind, 1.0)) for kind in CheckpointKind}
         self._now = 0
         self._price = 0.0
@@ -146,10 +147,6 @@ class Checkpoints:
         """Return the pinned checkpoint at the end of a prefix."""
         checkpoint = self._tracked.get(key)
         return checkpoint if checkpoint is not None and checkpoint.pinned else None
-
-    def pins(self, block_id: int) -> bool:
-        """Whether a checkpoint pins an attention block."""
-        return block_id in self._pins
 
     def longest(self, hashes: Sequence[BlockHash]) -> Checkpoint | None:
         """Return the longest tracked checkpoint of a prefix, pinned or not."""
@@ -242,7 +239,7 @@ class Checkpoints:
             checkpoint.pinned = True
             checkpoint.slot = len(self.pinned)
             self.pinned.append(checkpoint)
-            self._pins.update(checkpoint.blocks)
+            self.pins.update(checkpoint.blocks)
             self._extend_parent(checkpoint)
             self.counts["kept", checkpoint.kind.value] += 1
         return checkpoint, released
@@ -283,7 +280,7 @@ class Checkpoints:
         bound = saving / (self._state_blocks + len(checkpoint.blocks))
         if bound > limit:
             return bound
-        pins, alone = self._pins, int(checkpoint.pinned)
+        pins, alone = self.pins, int(checkpoint.pinned)
         own = sum([pins[block_id] == alone for block_id in checkpoint.blocks])
         return saving / (self._state_blocks + own)
 
@@ -295,10 +292,10 @@ class Checkpoints:
             self.pinned[checkpoint.slot] = last
             last.slot = checkpoint.slot
         for block_id in checkpoint.blocks:
-            if self._pins[block_id] == 1:
-                del self._pins[block_id]
+            if self.pins[block_id] == 1:
+                del self.pins[block_id]
             else:
-                self._pins[block_id] -= 1
+                self.pins[block_id] -= 1
         parent = checkpoint.parent
         if parent is not None and checkpoint in parent.extensions:
             self._record(parent, returned=False)

@@ -43,7 +43,7 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
         """Whether a checkpoint pins a block, free or not."""
         key = block.block_hash
         if key is None or get_group_id(key) not in self._state_groups:
-            return self._checkpoints.pins(block.block_id)
+            return block.block_id in self._checkpoints.pins
         # If several requests computed the same state, lookups return the first block that holds it.
         return (
             self._checkpoints.pinned_at(get_block_hash(key)) is not None

@@ -213,7 +213,7 @@ def _check_checkpoints(coordinator: HybridAwareCoordinator) -> None:
         needed.update(checkpoint.blocks)
         if checkpoint.parent is not None and checkpoint.supersedes:
             extensions.setdefault(id(checkpoint.parent), set()).add(checkpoint)
-    require(needed == checkpoints._pins, "needed:", needed, "not", checkpoints._pins)
+    require(needed == checkpoints.pins, "needed:", needed, "not", checkpoints.pins)
     require(
         sum(checkpoint.pinned for checkpoint in checkpoints._tracked.values()) == len(kept),
         "kept and not listed",
