@@ -7,11 +7,12 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
+from functools import partialmethod
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from testing.engine_requests import HandedOver, Output, Pages
 from testing.processes import OFFLINE, kill_group, start_group
 
 CALL_TIMEOUT_S = 300.0
@@ -29,6 +30,50 @@ DEFAULTS = {
     "seed": 0,
 }
 """Arguments of `vllm.LLM` that `EngineHost.engine` may change."""
+
+Pages = list[dict[str, list[bytes]]]
+"""For each worker: by layer, the bytes of each requested block of the layer's KV group."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """The output of one request.
+
+    Attributes:
+        tokens: The generated token ids.
+        logprobs: The log-probability of each token.
+        margins: At each token, the log-probability of the likeliest candidate minus that of the
+            second.
+        prompt_logprobs: The log-probabilities of the prompt's tokens from the second on; None if
+            not requested.
+        prompt_ranks: The ranks of the tokens of `prompt_logprobs`; 1 is the likeliest.
+        cached: Prompt tokens that came from the prefix cache.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    margins: list[float]
+    prompt_logprobs: list[float] | None = None
+    prompt_ranks: list[int] | None = None
+    cached: int = 0
+
+
+@dataclass(frozen=True)
+class HandedOver:
+    """A finished request of an engine with a KV connector.
+
+    Attributes:
+        output: The output in this engine.
+        params: The connector's parameters for the engine that continues the request.
+        blocks: The blocks that the request held last, by KV group.
+        arrived: The contents of the blocks after another engine sent them and before a step used
+            them. None if they arrived within a step, or not at all.
+    """
+
+    output: Output
+    params: dict[str, Any] | None
+    blocks: tuple[list[int], ...]
+    arrived: Pages | None
 
 
 class EngineError(RuntimeError):
@@ -101,48 +146,6 @@ class EngineHost:
         self._settings = None
         self._call("stop")
 
-    def generate(self, prompts: list[list[int]], max_tokens: int, **how: Any) -> list[Output]:
-        """Send greedy requests; the options are those of `engine_requests.generate`."""
-        return self._call("generate", prompts=prompts, max_tokens=max_tokens, **how)
-
-    def hand_over(
-        self, prompts: list[list[int]], max_tokens: int, params: list[dict[str, Any] | None]
-    ) -> list[HandedOver]:
-        """Send greedy requests with parameters for a KV connector."""
-        return self._call("hand_over", prompts=prompts, max_tokens=max_tokens, params=params)
-
-    def pages(self, blocks: tuple[list[int], ...]) -> Pages:
-        """Return the contents of blocks, given by KV group."""
-        return self._call("pages", blocks=blocks)
-
-    def metrics(self) -> dict[str, float]:
-        """Return vLLM's counters and gauges by name."""
-        return self._call("metrics")
-
-    def layers(self) -> dict[str, dict[str, Any]]:
-        """Return backend, block size and page size of each layer with a KV cache."""
-        return self._call("layers")
-
-    def plan(self) -> dict[str, Any]:
-        """Return the plan of the engine's KV cache, and the capacity that vLLM reports."""
-        return self._call("plan")
-
-    def plant(self, fault: str | None) -> None:
-        """Plant one of `planted_faults` in every worker; None removes it."""
-        self._call("plant", fault=fault)
-
-    def begin_decoding(self, prompts: list[list[int]], max_tokens: int) -> None:
-        """Start requests and run steps until each has produced a token."""
-        self._call("begin_decoding", prompts=prompts, max_tokens=max_tokens)
-
-    def decode(self, steps: int) -> tuple[float, int]:
-        """Run steps of the requests of `begin_decoding`; return seconds and number of tokens."""
-        return self._call("decode", steps=steps)
-
-    def end_decoding(self) -> None:
-        """Abort the requests of `begin_decoding`."""
-        self._call("end_decoding")
-
     def close(self) -> None:
         """Stop the engine and end every process of the host."""
         self._connection.close()
@@ -153,9 +156,9 @@ class EngineHost:
         finally:
             kill_group(self._process)
 
-    def _call(self, command: str, **arguments: Any) -> Any:
+    def _call(self, command: str, *arguments: Any, **options: Any) -> Any:
         try:
-            self._connection.send((command, arguments))
+            self._connection.send((command, arguments, options))
             if not self._connection.poll(self._timeout_s):
                 raise EngineError(f"{command}: no answer in {self._timeout_s:.0f} s")
             succeeded, result = self._connection.recv()
@@ -173,3 +176,15 @@ class EngineHost:
     def _log_tail(self) -> list[str]:
         lines = self.log.read_text(errors="replace").splitlines()
         return [line.strip() for line in lines if line.strip()][-60:]
+
+    # Each runs the method of `engine_worker.Worker` of the same name in the process.
+    generate = partialmethod(_call, "generate")
+    hand_over = partialmethod(_call, "hand_over")
+    pages = partialmethod(_call, "pages")
+    metrics = partialmethod(_call, "metrics")
+    layers = partialmethod(_call, "layers")
+    plan = partialmethod(_call, "plan")
+    plant = partialmethod(_call, "plant")
+    begin_decoding = partialmethod(_call, "begin_decoding")
+    decode = partialmethod(_call, "decode")
+    end_decoding = partialmethod(_call, "end_decoding")

@@ -14,11 +14,12 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from testing import engine_requests, planted_faults
+from testing import planted_faults
+from testing.engine_host import HandedOver, Output, Pages
 
 
 def start_engine(**arguments: Any) -> Any:
@@ -74,16 +75,49 @@ def _let_vllm_scan_llvmlite() -> None:
         ffi.lib._fntab["__dict__"] = {}
 
 
+def greedy(max_tokens: int, **more: Any) -> Any:
+    """Return vLLM's parameters for exactly `max_tokens` greedy tokens, with `more` added."""
+    from vllm import SamplingParams
+
+    # Two log-probabilities, because the second shows how close the choice was.
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=max_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=2,
+        **more,
+    )
+
+
+def read(output: Any) -> Output:
+    """Return the output of a finished `vllm.RequestOutput`."""
+    completion = output.outputs[0]
+    logprobs, margins = [], []
+    for token, candidates in zip(completion.token_ids, completion.logprobs, strict=True):
+        values = sorted((c.logprob for c in candidates.values()), reverse=True)
+        logprobs.append(candidates[token].logprob)
+        margins.append(values[0] - values[1])
+    prompt_logprobs = prompt_ranks = None
+    if output.prompt_logprobs is not None:
+        pairs = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+        of_prompt = [candidates[token] for token, candidates in pairs]
+        prompt_logprobs = [candidate.logprob for candidate in of_prompt]
+        prompt_ranks = [candidate.rank for candidate in of_prompt]
+    tokens = list(completion.token_ids)
+    return Output(
+        tokens, logprobs, margins, prompt_logprobs, prompt_ranks, output.num_cached_tokens or 0
+    )
+
+
 class Worker:
-    """One engine at a time.
+    """One engine at a time; `EngineHost` sends the names and arguments of these methods."""
 
-    The commands of `EngineHost` are these methods and the functions of `engine_requests`.
-    """
-
-    def __init__(self) -> None:
-        self.llm: Any = None
+    def __init__(self, llm: Any = None) -> None:
+        self.llm = llm
         self._streams: list[str] = []
         self._count = 0
+        self._preemptions = 0.0
 
     @property
     def _core(self) -> Any:
@@ -95,7 +129,6 @@ class Worker:
 
     def start(self, **arguments: Any) -> dict[str, Any]:
         """Start an engine and return facts about it."""
-        began = time.monotonic()
         extension = f"{planted_faults.__name__}.WorkerExtension"
         self.llm = start_engine(worker_extension_cls=extension, **arguments)
         from vllm_hybrid_kv.state import STATE
@@ -109,7 +142,6 @@ class Worker:
                 ours = backend.__module__.startswith("vllm_hybrid_kv")
                 backends[("vllm_hybrid_kv " if ours else "") + backend.__qualname__] += 1
         return {
-            "seconds": time.monotonic() - began,
             "plugin": STATE.active_patches is not None,
             "runner": 2 if config.use_v2_model_runner else 1,
             "compiled": compilation.mode.name != "NONE",
@@ -125,7 +157,78 @@ class Worker:
             self.llm = None
             gc.collect()
 
+    def generate(
+        self,
+        prompts: list[list[int]],
+        max_tokens: int,
+        prompt_logprobs: bool = False,
+        alone: bool = False,
+        fresh: bool = False,
+        seed: int | None = None,
+    ) -> list[Output]:
+        """Send greedy or seeded requests.
+
+        Args:
+            prompts: Token ids.
+            max_tokens: The number of tokens to generate.
+            prompt_logprobs: Return the prompts' log-probabilities; vLLM then reads nothing from
+                the prefix cache.
+            alone: Send one request after another instead of all at once.
+            fresh: Reset the prefix cache before each batch.
+            seed: Sample at temperature 1 with this seed.
+
+        Raises:
+            RuntimeError: The prefix cache could not be reset.
+        """
+        sampling = greedy(max_tokens, prompt_logprobs=0 if prompt_logprobs else None)
+        if seed is not None:
+            sampling.temperature, sampling.seed = 1.0, seed
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = []
+        for batch in [[r] for r in requests] if alone else [requests]:
+            if fresh and not self.llm.reset_prefix_cache():
+                raise RuntimeError("the prefix cache could not be reset")
+            outputs += self.llm.generate(batch, sampling, use_tqdm=False)
+        return [read(output) for output in outputs]
+
+    def hand_over(
+        self,
+        prompts: Sequence[list[int]],
+        max_tokens: int,
+        params: Sequence[dict[str, Any] | None],
+    ) -> list[HandedOver]:
+        """Send greedy requests one after another, each with its parameters for the connector."""
+        engine, scheduler = self.llm.llm_engine, self._core.scheduler
+        manager = scheduler.kv_cache_manager
+        handed = []
+        for prompt, given in zip(prompts, params, strict=True):
+            extra = {"kv_transfer_params": given} if given else None
+            sampling = greedy(max_tokens, extra_args=extra)
+            engine.add_request("handed over", {"prompt_token_ids": prompt}, sampling)
+            blocks: tuple[list[int], ...] = ()
+            arrived, finished = None, None
+            while engine.has_unfinished_requests():
+                for request in scheduler.finished_recving_kv_req_ids:
+                    # Read the blocks before a step appends to them.
+                    arrived = self.pages(manager.get_block_ids(request))
+                for request in scheduler.running:
+                    blocks = manager.get_block_ids(request.request_id)
+                for output in engine.step():
+                    finished = output if output.finished else finished
+            assert finished is not None
+            handed.append(HandedOver(read(finished), finished.kv_transfer_params, blocks, arrived))
+        return handed
+
+    def pages(self, blocks: tuple[list[int], ...]) -> Pages:
+        """Return the contents of blocks, given by KV group, in each worker."""
+        return self.llm.collective_rpc("read_pages", args=(blocks,))
+
+    def metrics(self) -> dict[str, float]:
+        """Return vLLM's counters and gauges by name."""
+        return {m.name: m.value for m in self.llm.get_metrics() if hasattr(m, "value")}
+
     def layers(self) -> dict[str, dict[str, Any]]:
+        """Return backend, block size and page size of each layer with a KV cache."""
         layers = {}
         for groups in self._runner.attn_groups:
             for group in groups:
@@ -140,6 +243,7 @@ class Worker:
         return layers
 
     def plan(self) -> dict[str, Any]:
+        """Return the plan of the engine's KV cache, and the capacity that vLLM reports."""
         cache = self.llm.llm_engine.vllm_config.cache_config
         scheduler = self._core.scheduler
         planned = scheduler.kv_cache_config
@@ -164,12 +268,14 @@ class Worker:
         }
 
     def plant(self, fault: str | None) -> None:
+        """Plant one of `planted_faults` in every worker; None removes it."""
         if self.llm is None:
             planted_faults.plant(fault)
         else:
             self.llm.collective_rpc("plant_fault", args=(fault,))
 
     def begin_decoding(self, prompts: list[list[int]], max_tokens: int) -> None:
+        """Start requests and run steps until each has produced a token."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -181,6 +287,7 @@ class Worker:
             output_kind=RequestOutputKind.DELTA,
         )
         engine = self.llm.llm_engine
+        self._preemptions = self.metrics()["vllm:num_preemptions"]
         for prompt in prompts:
             self._count += 1
             name = f"stream-{self._count}"
@@ -195,6 +302,7 @@ class Worker:
                     waiting.discard(output.request_id)
 
     def decode(self, steps: int) -> tuple[float, int]:
+        """Run steps of these requests; return seconds and the number of tokens."""
         engine = self.llm.llm_engine
         # The first step is not timed: the device has run other engines since the last one.
         engine.step()
@@ -210,12 +318,14 @@ class Worker:
             raise RuntimeError(f"{steps} steps produced no token")
         return seconds, tokens
 
-    def end_decoding(self) -> None:
+    def end_decoding(self) -> int:
+        """Abort these requests and return the number of preemptions since they began."""
         engine = self.llm.llm_engine
         engine.abort_request(self._streams)
         self._streams = []
         while engine.has_unfinished_requests():
             engine.step()
+        return int(self.metrics()["vllm:num_preemptions"] - self._preemptions)
 
 
 def reason(error: BaseException) -> str:
@@ -242,15 +352,11 @@ def main() -> None:
     worker = Worker()
     while True:
         try:
-            command, arguments = connection.recv()
+            command, arguments, options = connection.recv()
         except EOFError:
             break
         try:
-            if hasattr(worker, command):
-                result = getattr(worker, command)(**arguments)
-            else:
-                result = getattr(engine_requests, command)(worker.llm, **arguments)
-            connection.send((True, result))
+            connection.send((True, getattr(worker, command)(*arguments, **options)))
         except Exception as error:
             traceback.print_exc()
             connection.send((False, (traceback.format_exc(), reason(error))))

@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from testing.engine_host import EngineHost
-from testing.engine_requests import Output
+from testing.engine_host import EngineHost, Output
 from testing.output_comparison import Bounds, compare, is_decisive
 
 

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from testing.engine_requests import Output
+from testing.engine_host import Output
 from testing.models import SCORE_SIZE
 
 

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,23 +27,16 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def hosts() -> Iterator[list[EngineHost]]:
-    """The processes that `host` started; the last one is in use."""
-    started: list[EngineHost] = []
-    yield started
-    for host in started:
-        host.close()
+def session_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineHost]:
+    with contextlib.closing(EngineHost(tmp_path_factory.mktemp("host") / "log.txt")) as host:
+        yield host
 
 
 @pytest.fixture(scope="module")
-def host(hosts: list[EngineHost], tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineHost]:
+def host(session_host: EngineHost) -> Iterator[EngineHost]:
     """A process in which the engines of all modules run one after another."""
-    if not (hosts and hosts[-1].runs):
-        hosts.append(EngineHost(tmp_path_factory.mktemp("host") / "log.txt"))
-    host = hosts[-1]
-    yield host
-    if host.runs:
-        host.stop()
+    yield session_host
+    session_host.stop()
 
 
 @pytest.fixture

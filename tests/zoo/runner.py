@@ -104,7 +104,7 @@ def _measure(llm: Any) -> dict[str, Any]:
     """Send prompts for their log-probabilities, then each prompt twice with the prefix cache."""
     from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 
-    from testing import engine_requests
+    from testing.engine_worker import Worker
     from tests.zoo.tiny import VOCABULARY
     from vllm_hybrid_kv.planning.smallest_hit import smallest_hit
 
@@ -113,11 +113,12 @@ def _measure(llm: Any) -> dict[str, Any]:
         [draw.randrange(4, VOCABULARY) for _ in range(length)]
         for draw, length in zip(draws, LENGTHS, strict=True)
     ]
-    outputs = engine_requests.generate(llm, prompts, 1, prompt_logprobs=True)
+    generate = Worker(llm).generate
+    outputs = generate(prompts, 1, prompt_logprobs=True)
     logprobs = [value for output in outputs for value in output.prompt_logprobs or []]
-    fresh = engine_requests.generate(llm, prompts, 4, alone=True, fresh=True)
-    first = engine_requests.generate(llm, prompts, 4, alone=True)
-    again = engine_requests.generate(llm, prompts, 4, alone=True)
+    fresh = generate(prompts, 4, alone=True, fresh=True)
+    first = generate(prompts, 4, alone=True)
+    again = generate(prompts, 4, alone=True)
     config = llm.llm_engine.vllm_config
     plan = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
     return {
