@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from vllm_hybrid_kv.tools.machine import cpu_model
@@ -35,19 +33,18 @@ def vllm_platform() -> dict[str, str]:
         ImportError: vLLM is not installed.
     """
     import torch
+    from torch.utils import collect_env
     from vllm.platforms import current_platform
     from vllm.version import __version__ as vllm_version
 
-    on_cpu = current_platform.device_type == "cpu"
-    found = {
-        "device": cpu_model() if on_cpu else current_platform.get_device_name(),
-        "platform": type(current_platform).__name__,
-    }
-    if not on_cpu:
+    found = {"device": cpu_model(), "platform": type(current_platform).__name__}
+    if current_platform.device_type != "cpu":
+        found["device"] = current_platform.get_device_name()
         capability = current_platform.get_device_capability()
         if capability is not None:
             found["compute capability"] = capability.as_version_str()
-        found["driver"] = gpu_driver()
+        driver = torch.version.hip or collect_env.get_nvidia_driver_version(collect_env.run)
+        found["driver"] = driver or "unknown"
     return found | {
         "vLLM": vllm_version,
         "vLLM's compiled extension": "present" if has_compiled_extension() else "missing",
@@ -63,19 +60,6 @@ def has_compiled_extension() -> bool:
     specs = (find_spec(name) for name in EXTENSIONS)
     spec = next((spec for spec in specs if spec is not None), None)
     return spec is not None and str(spec.origin).endswith(tuple(EXTENSION_SUFFIXES))
-
-
-def gpu_driver() -> str:
-    """Return the version of the GPU's driver."""
-    amd = Path("/sys/module/amdgpu/version")
-    if amd.exists():
-        return amd.read_text().strip()
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"unknown ({type(error).__name__} from nvidia-smi)"
-    return done.stdout.split("\n")[0].strip()
 
 
 def first_version(*names: str) -> str:

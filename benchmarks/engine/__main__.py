@@ -37,7 +37,7 @@ from benchmarks.engine import report, speed, workload
 from benchmarks.engine.checks import ModelChecks
 from benchmarks.engine.configurations import Place, find_place
 from benchmarks.engine.engines import Engines
-from benchmarks.engine.report import Gap, Results, Verdict
+from benchmarks.engine.report import Results, Verdict
 from testing import machine
 from testing.engine_host import EngineError
 from testing.models import build_model
@@ -73,7 +73,7 @@ def run_model(
 
     runner = None
     if "checks" in options.parts:
-        config = workload.config_to_compare(model)
+        config = workload.config_of(model)
         checked = engines(
             "check",
             config,
@@ -98,8 +98,7 @@ def run_model(
             try:
                 engine, runner = timed.start_unquantised()
             except EngineError as error:
-                reason = f"with auto: {error.reason}"
-                timed.add(Gap(model, "all", "", Verdict.UNSUPPORTED, reason))
+                timed.add("all", "speed", Verdict.UNSUPPORTED, f"with auto: {error.reason}")
                 return
             engine.close()
         speed.measure(timed, runner)

@@ -6,56 +6,42 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from benchmarks.engine import configurations
 from benchmarks.engine.configurations import AUTO, CHUNKS, REFERENCE, Configuration
 from benchmarks.engine.engines import Engines
-from benchmarks.engine.report import Check, Verdict
+from benchmarks.engine.report import Verdict
 from benchmarks.engine.workload import prompt_pool
-from testing.engine_host import EngineError, EngineHost
-from testing.engine_requests import Output
+from testing.engine_host import EngineError, EngineHost, Output
 from testing.output_comparison import Bounds, compare, decisive, far_from_unquantised
 
 SCORED = 8
-"""Number of texts whose log-probabilities are compared with those of an unquantised cache."""
+"""Number of texts, the longest, whose log-probabilities are compared with an unquantised cache."""
 
 
-@dataclass(frozen=True)
-class Reference:
-    """The outputs of an eager engine that computed each prompt alone, from its first token on.
-
-    Attributes:
-        scored: Indices of the prompts whose texts are scored.
-        unquantised: The log-probabilities of each scored text's tokens from the second on, with
-            an unquantised cache; None if vLLM could not compute them.
-    """
-
-    prompts: list[list[int]]
-    outputs: list[Output]
-    scored: list[int]
-    unquantised: list[list[float]] | None = None
-
-    def texts(self) -> list[list[int]]:
-        """Return the texts to score: prompts and their outputs."""
-        return [self.prompts[i] + self.outputs[i].tokens for i in self.scored]
-
-
+@dataclass
 class ModelChecks:
     """The checks of one model.
 
-    Args:
+    Attributes:
         engines: Its engines.
         head_size: Elements of its attention heads.
         bounds: How far rounding moves its outputs.
+        prompts: The prompts that are compared, in the order of their lengths.
+        outputs: The outputs of an eager engine that computed each prompt alone, from its first
+            token on.
+        unquantised: The log-probabilities of each scored text's tokens from the second on, with
+            an unquantised cache; empty if vLLM could not compute them.
     """
 
-    def __init__(self, engines: Engines, head_size: int, bounds: Bounds) -> None:
-        self._engines = engines
-        self._sizes = engines.sizes
-        self._head_size = head_size
-        self._bounds = bounds
+    engines: Engines
+    head_size: int
+    bounds: Bounds
+    prompts: list[list[int]] = field(default_factory=list)
+    outputs: list[Output] = field(default_factory=list)
+    unquantised: list[list[float]] = field(default_factory=list)
 
     def run(self) -> str | None:
         """Start the engines, compare them, and add a row for each comparison or its absence.
@@ -63,175 +49,153 @@ class ModelChecks:
         Returns:
             The model runner that vLLM needs, if not the default.
         """
-        engines = self._engines
+        engines = self.engines
         try:
             auto, runner = engines.start_unquantised()
         except EngineError as error:
-            self._add("all", "", Verdict.UNSUPPORTED, f"with auto: {error.reason}")
+            engines.add("all", "", Verdict.UNSUPPORTED, f"with auto: {error.reason}")
             return None
         try:
             second = auto.started["runner"] == 2
-            if runner is not None:
-                reason = "vLLM's second one failed with an unquantised cache; the first runs all"
-                self._add("model runner", "", Verdict.UNSUPPORTED, reason)
-            reference = self._reference(replace(REFERENCE, runner=runner), auto)
+            has_reference = self._make_reference(replace(REFERENCE, runner=runner), auto)
         finally:
             auto.close()
         tried, skipped = configurations.to_check(engines.name, engines.place, runner, second)
-        for row in skipped:
-            self._add(row.name, "", Verdict.SKIPPED, row.reason)
-        if reference is None:
-            for configuration in tried:
-                self._add(configuration.name, "", Verdict.SKIPPED, "there is no reference")
-            return runner
+        if not has_reference:
+            skipped |= {c.name: "there is no reference" for c in tried}
+            tried = []
+        for name, reason in skipped.items():
+            engines.add(name, "", Verdict.SKIPPED, reason)
         with ThreadPoolExecutor(engines.jobs) as pool:
-            list(pool.map(lambda c: self._check(c, reference), tried))
+            list(pool.map(self._check, tried))
         return runner
 
-    def _reference(self, configuration: Configuration, auto: EngineHost) -> Reference | None:
-        sizes, name = self._sizes, configuration.name
+    def _make_reference(self, configuration: Configuration, auto: EngineHost) -> bool:
+        sizes, pool = self.engines.sizes, prompt_pool(self.engines.sizes)
         try:
-            with self._engines.running(configuration) as engine:
-                pool = prompt_pool(sizes)
+            with self.engines.running(configuration) as engine:
                 outputs = engine.generate(pool, sizes.tokens, fresh=True)
-                prompts = [pool[i] for i in choose(outputs, pool, sizes.prompts, self._bounds)]
-                outputs = engine.generate(prompts, sizes.tokens, alone=True, fresh=True)
-                by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-                reference = Reference(prompts, outputs, by_length[-SCORED:])
-                self._check_batches(configuration, engine, reference)
+                self.prompts = choose(outputs, pool, sizes.prompts, self.bounds)
+                self.outputs = engine.generate(self.prompts, sizes.tokens, alone=True, fresh=True)
+                self._check_batches(configuration, engine)
         except EngineError as error:
-            self._add_failure(configuration, error, prompt_pool(sizes))
-            return None
+            self._add_failure(configuration, error, pool)
+            return False
         try:
-            reference = replace(reference, unquantised=_scores(auto, reference.texts()))
+            self.unquantised = self._scores(auto)
         except EngineError as error:
             what = "log-probabilities of prompts"
-            self._add(AUTO.name, what, Verdict.UNSUPPORTED, error.reason)
-            return reference
-        assert reference.unquantised is not None
-        measured, unquantised = [], []
-        for i, scores in zip(reference.scored, reference.unquantised, strict=True):
-            measured += reference.outputs[i].logprobs
-            unquantised += scores[-len(reference.outputs[i].logprobs) :]
-        what = "generated tokens, compared with an unquantised cache"
-        self._check_scores(name, what, measured, unquantised, reference)
-        return reference
+            self.engines.add(AUTO.name, what, Verdict.UNSUPPORTED, error.reason)
+            return True
+        generated = [output.logprobs for output in self.outputs[-SCORED:]]
+        pairs = zip(generated, self.unquantised, strict=True)
+        expected = [scores[-len(logprobs) :] for logprobs, scores in pairs]
+        self._check_scores(configuration, "generated tokens", generated, expected)
+        return True
 
-    def _check(self, configuration: Configuration, reference: Reference) -> None:
-        name = configuration.name
+    def _check(self, configuration: Configuration) -> None:
         try:
-            with self._engines.running(configuration) as engine:
+            with self.engines.running(configuration) as engine:
                 alone = engine.generate(
-                    reference.prompts, self._sizes.tokens, alone=True, fresh=True
+                    self.prompts, self.engines.sizes.tokens, alone=True, fresh=True
                 )
-                self._engines.add(self._compared(name, "alone", alone, reference))
-                self._check_batches(configuration, engine, reference)
+                self._compare(configuration, "alone", alone)
+                self._check_batches(configuration, engine)
                 if configuration.speculation is not None:
-                    self._check_drafts(name, engine)
-                if configuration.chunk == CHUNKS.chunk:
-                    what = "tokens of prompts, compared with an unquantised cache"
-                    scores = _flat(_scores(engine, reference.texts()))
-                    if reference.unquantised is None:
-                        self._add(name, what, Verdict.UNSUPPORTED, "vLLM gave no log-probabilities")
-                    else:
-                        unquantised = _flat(reference.unquantised)
-                        self._check_scores(name, what, scores, unquantised, reference)
+                    self._check_drafts(configuration, engine)
+                if configuration.chunk == CHUNKS.chunk and self.unquantised:
+                    scores = self._scores(engine)
+                    self._check_scores(configuration, "tokens of prompts", scores, self.unquantised)
         except EngineError as error:
-            self._add_failure(configuration, error, reference.prompts)
+            self._add_failure(configuration, error, self.prompts)
 
-    def _check_batches(
-        self, configuration: Configuration, engine: EngineHost, reference: Reference
+    def _check_batches(self, configuration: Configuration, engine: EngineHost) -> None:
+        tokens = self.engines.sizes.tokens
+        at_once = engine.generate(self.prompts, tokens, fresh=True)
+        self._compare(configuration, "all at once", at_once)
+        if configuration.prefix_caching is not False:
+            again = engine.generate(self.prompts, tokens)
+            cached = sum(output.cached for output in again)
+            detail = f"{cached} prompt tokens from the cache"
+            self._compare(configuration, "again, from the prefix cache", again, detail, cached > 0)
+
+    def _compare(
+        self,
+        configuration: Configuration,
+        what: str,
+        outputs: list[Output],
+        detail: str = "",
+        conclusive: bool = True,
     ) -> None:
-        name, prompts, tokens = configuration.name, reference.prompts, self._sizes.tokens
-        at_once = engine.generate(prompts, tokens, fresh=True)
-        self._engines.add(self._compared(name, "all at once", at_once, reference))
-        if configuration.prefix_caching is False:
-            return
-        again = engine.generate(prompts, tokens)
-        check = self._compared(name, "again, from the prefix cache", again, reference)
-        cached = sum(output.cached for output in again)
-        if check.verdict is Verdict.EQUAL and not cached:
-            check = replace(check, verdict=Verdict.INCONCLUSIVE, detail="no prefix cache hit")
-        elif not check.detail:
-            check = replace(check, detail=f"{cached} prompt tokens from the cache")
-        self._engines.add(check)
-
-    def _compared(self, name: str, what: str, outputs: list[Output], reference: Reference) -> Check:
-        found = compare(outputs, reference.outputs, self._bounds)
+        found = compare(outputs, self.outputs, self.bounds)
         if found.different:
             verdict, detail = Verdict.DIFFERENT, "; ".join(found.different[:3])
         elif not found.tokens:
             verdict, detail = Verdict.INCONCLUSIVE, "every choice of a token was close"
         else:
-            verdict, detail = Verdict.EQUAL, ""
-        counts = (found.prompts, found.tokens, found.apart)
-        return Check(self._engines.name, name, what, verdict, detail, *counts)
+            verdict = Verdict.EQUAL if conclusive else Verdict.INCONCLUSIVE
+        numbers = (len(outputs), found.tokens, found.apart)
+        self.engines.add(configuration.name, what, verdict, detail, *numbers)
 
-    def _check_drafts(self, name: str, engine: EngineHost) -> None:
+    def _check_drafts(self, configuration: Configuration, engine: EngineHost) -> None:
         metrics = engine.metrics()
         drafted = metrics.get("vllm:spec_decode_num_draft_tokens", 0)
         accepted = metrics.get("vllm:spec_decode_num_accepted_tokens", 0)
         verdict = Verdict.EQUAL if 0 < accepted < drafted else Verdict.INCONCLUSIVE
         detail = f"{drafted:.0f} drafted, {accepted:.0f} accepted"
-        self._add(name, "drafts both accepted and rejected", verdict, detail)
+        self.engines.add(configuration.name, "drafts both accepted and rejected", verdict, detail)
+
+    def _scores(self, engine: EngineHost) -> list[list[float]]:
+        """Return the log-probabilities of the scored prompts and outputs, from token 2 on."""
+        pairs = zip(self.prompts[-SCORED:], self.outputs[-SCORED:], strict=True)
+        texts = [prompt + output.tokens for prompt, output in pairs]
+        outputs = engine.generate(texts, 1, prompt_logprobs=True)
+        return [output.prompt_logprobs or [] for output in outputs]
 
     def _check_scores(
         self,
-        name: str,
+        configuration: Configuration,
         what: str,
-        measured: list[float],
-        unquantised: list[float],
-        reference: Reference,
+        measured: list[list[float]],
+        unquantised: list[list[float]],
     ) -> None:
-        assert reference.unquantised is not None
-        spread = statistics.pstdev(_flat(reference.unquantised))
-        mean, exceeded = far_from_unquantised(measured, unquantised, self._head_size, spread)
+        spread = statistics.pstdev(chain(*self.unquantised))
+        scores, expected = list(chain(*measured)), list(chain(*unquantised))
+        mean, exceeded = far_from_unquantised(scores, expected, self.head_size, spread)
         verdict = Verdict.DIFFERENT if exceeded else Verdict.EQUAL
         detail = "; ".join(exceeded) or "within the error of the format"
-        counts = (len(reference.scored), len(measured), mean)
-        self._engines.add(Check(self._engines.name, name, what, verdict, detail, *counts))
+        what += ", compared with an unquantised cache"
+        numbers = (len(measured), len(scores), mean)
+        self.engines.add(configuration.name, what, verdict, detail, *numbers)
 
     def _add_failure(
         self, configuration: Configuration, error: EngineError, prompts: list[list[int]]
     ) -> None:
         """Add a failure, of vLLM if it fails too without the plugin and quantisation."""
-        name, tokens = configuration.name, self._sizes.tokens
+        tokens = self.engines.sizes.tokens
+        verdict, reason = Verdict.FAILED, error.reason
         try:
-            with self._engines.running(configuration.control()) as engine:
+            with self.engines.running(configuration.control()) as engine:
                 engine.generate(prompts, tokens, alone=True, fresh=True)
                 engine.generate(prompts, tokens, fresh=True)
                 engine.generate(prompts, tokens)
         except EngineError as same:
-            self._add(name, "", Verdict.UNSUPPORTED, f"with auto: {same.reason}")
-        else:
-            self._add(name, "", Verdict.FAILED, error.reason)
-
-    def _add(self, name: str, what: str, verdict: Verdict, detail: str) -> None:
-        self._engines.add(Check(self._engines.name, name, what, verdict, detail))
+            verdict, reason = Verdict.UNSUPPORTED, f"with auto: {same.reason}"
+        self.engines.add(configuration.name, "", verdict, reason)
 
 
 def choose(
     outputs: Sequence[Output], prompts: Sequence[list[int]], count: int, bounds: Bounds
-) -> list[int]:
-    """Return the indices of the prompts to compare.
+) -> list[list[int]]:
+    """Return the prompts to compare, all of which have decisive tokens, in order of length.
 
     Half are the longest prompts, so that many pages are read; the others have the most decisive
-    tokens. All have two decisive tokens, or one if too few have two.
+    tokens.
     """
-    lengths = [decisive(output, bounds) for output in outputs]
-    usable = [i for i, length in enumerate(lengths) if length >= 2]
-    if len(usable) < count:
-        usable = [i for i, length in enumerate(lengths) if length >= 1]
-    long = sorted(usable, key=lambda i: len(prompts[i]))[-(count // 2) :]
-    rest = sorted(set(usable) - set(long), key=lambda i: lengths[i])
-    return sorted(long + rest[-(count - len(long)) :])
-
-
-def _scores(engine: EngineHost, texts: list[list[int]]) -> list[list[float]]:
-    """Return the log-probabilities of each text's tokens from the second on."""
-    outputs = engine.generate(texts, 1, prompt_logprobs=True)
-    return [output.prompt_logprobs or [] for output in outputs]
-
-
-def _flat(scores: list[list[float]]) -> list[float]:
-    return list(chain.from_iterable(scores))
+    counts = [decisive(output, bounds) for output in outputs]
+    usable = [i for i, number in enumerate(counts) if number]
+    usable.sort(key=lambda i: len(prompts[i]))
+    long, rest = usable[-(count // 2) :], usable[: -(count // 2)]
+    rest.sort(key=lambda i: counts[i])
+    chosen = [prompts[i] for i in long + rest[len(long) - count :]]
+    return sorted(chosen, key=len)

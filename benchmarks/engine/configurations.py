@@ -19,9 +19,10 @@ SPECULATION: dict[str, dict[str, Any]] = {
     "mtp": {"method": "mtp", "num_speculative_tokens": NUM_SPECULATIVE_TOKENS},
 }
 
+FULL_GRAPHS = "FULL_AND_PIECEWISE"
 GRAPHS = {
     "piecewise graphs": "PIECEWISE",
-    "full graphs": "FULL_AND_PIECEWISE",
+    "full graphs": FULL_GRAPHS,
     "full graphs, decode only": "FULL_DECODE_ONLY",
 }
 """Our names of vLLM's `cudagraph_mode`s."""
@@ -41,14 +42,11 @@ class Place:
     memory_bytes: int
 
     @property
-    def has_graphs(self) -> bool:
-        """Whether vLLM can capture graphs."""
-        return self.device != "cpu" and self.compiled
-
-    @property
     def why_no_graphs(self) -> str:
-        """The reason if vLLM cannot capture graphs."""
-        return "CPUs have no graphs" if self.device == "cpu" else "no compiled vLLM extension"
+        """The reason why vLLM cannot capture graphs; empty if it can."""
+        if self.device == "cpu":
+            return "CPUs have no graphs"
+        return "" if self.compiled else "no compiled vLLM extension"
 
 
 def find_place() -> Place:
@@ -95,6 +93,7 @@ class Configuration:
             "kv_cache_dtype": self.cache_dtype,
             "enforce_eager": self.graphs is None,
             "max_num_batched_tokens": self.chunk,
+            "enable_prefix_caching": self.prefix_caching,
         }
         if self.graphs is not None:
             found["compilation_config"] = {"cudagraph_mode": self.graphs}
@@ -102,8 +101,6 @@ class Configuration:
             found["speculative_config"] = SPECULATION[self.speculation]
             # This benchmark checks whether cached states stay correct with drafts.
             found["additional_config"] = {"hybrid_kv": {"allow_unsafe_drafts": True}}
-        if self.prefix_caching is not None:
-            found["enable_prefix_caching"] = self.prefix_caching
         return found
 
     def environment(self) -> dict[str, str]:
@@ -121,13 +118,8 @@ class Configuration:
         return replace(self, name=f"{self.name}, auto", cache_dtype="auto", plugin=False)
 
 
-@dataclass(frozen=True)
-class Skipped:
-    """A configuration that is not run, and the reason."""
-
-    name: str
-    reason: str
-
+Skipped = dict[str, str]
+"""The reason for each configuration, by name, that is not run."""
 
 REFERENCE = Configuration("eager")
 """The engine with which the other engines of a model are compared."""
@@ -138,45 +130,45 @@ CHUNKS = Configuration("prompts in chunks of 96", chunk=96)
 
 def to_check(
     model: str, place: Place, runner: str | None, second: bool
-) -> tuple[list[Configuration], list[Skipped]]:
+) -> tuple[list[Configuration], Skipped]:
     """Return the engines that are compared with `REFERENCE`, and those that are skipped.
 
     Args:
         runner: The model runner that all engines of the model must use, if any.
         second: Whether the model's engines run on vLLM's second model runner.
     """
-    found, skipped = [CHUNKS], []
+    found, skipped = [CHUNKS], {}
     other_runner = "the other model runner"
     if place.device == "cpu":
-        skipped.append(Skipped(other_runner, "vLLM's second one needs a GPU"))
+        skipped[other_runner] = "vLLM's second one needs a GPU"
     elif runner == "0":
-        skipped.append(Skipped(other_runner, "vLLM's second one failed with auto"))
+        skipped[other_runner] = "vLLM's second one failed with auto"
     else:
         found.append(Configuration(other_runner, runner="0" if second else "1"))
     graphs = [Configuration(name, graphs=mode) for name, mode in GRAPHS.items()]
-    # vLLM chooses what a hybrid caches while it speculates.
-    caching = None if model in HYBRIDS else True
     for method in _methods(model):
-        drafts = Configuration(method, speculation=method, prefix_caching=caching)
+        drafts = Configuration(method, speculation=method)
+        if model in HYBRIDS:
+            # vLLM chooses what a hybrid caches while it speculates.
+            drafts = replace(drafts, prefix_caching=None)
+            uncached = replace(drafts, name=f"{method}, no prefix cache", prefix_caching=False)
+            # Moving states for the cache takes kernels that CPUs lack.
+            if method == "ngram" and place.device == "cpu":
+                skipped[uncached.name] = (
+                    "vLLM's causal_conv1d_update_cpu stopped here, apparently when a request got "
+                    "fewer drafts than it had accepted before"
+                )
+            else:
+                found.append(uncached)
         found.append(drafts)
-        uncached = replace(drafts, name=f"{method}, no prefix cache", prefix_caching=False)
-        # Moving states for the cache takes kernels that CPUs lack.
-        if model in HYBRIDS and method == "ngram" and place.device == "cpu":
-            reason = (
-                "vLLM's causal_conv1d_update_cpu stopped here, apparently when a request got "
-                "fewer drafts than it had accepted before"
-            )
-            skipped.append(Skipped(uncached.name, reason))
-        elif model in HYBRIDS:
-            found.append(uncached)
         # The verification of drafts, several tokens for each request, is captured as a graph too.
-        graphs.append(replace(drafts, name=f"{method}, full graphs", graphs=GRAPHS["full graphs"]))
-    if place.has_graphs:
-        found += graphs
+        graphs.append(replace(drafts, name=f"{method}, full graphs", graphs=FULL_GRAPHS))
+    if place.why_no_graphs:
+        skipped |= {graph.name: place.why_no_graphs for graph in graphs}
     else:
-        skipped += [Skipped(graph.name, place.why_no_graphs) for graph in graphs]
+        found += graphs
     if model not in HYBRIDS:
-        skipped.append(Skipped("mtp", "vLLM has no such drafting for this type of model"))
+        skipped["mtp"] = "vLLM has no such drafting for this type of model"
     return [replace(c, runner=c.runner or runner) for c in found], skipped
 
 
@@ -186,7 +178,7 @@ def _methods(model: str) -> list[str]:
 
 def to_time(
     model: str, place: Place, runner: str | None
-) -> tuple[dict[str, list[Configuration]], list[Skipped]]:
+) -> tuple[dict[str, list[Configuration]], Skipped]:
     """Return the engines to time, by mode, and those that are skipped.
 
     The first of each mode is ours, the second has an unquantised cache.
@@ -194,25 +186,23 @@ def to_time(
     modes = {"eager": REFERENCE}
     for method in _methods(model):
         modes[method] = Configuration(method, speculation=method)
-    skipped = []
-    if place.has_graphs:
-        graphs = GRAPHS["full graphs"]
-        modes |= {f"{n}, full graphs": replace(c, graphs=graphs) for n, c in list(modes.items())}
+    skipped = {}
+    if place.why_no_graphs:
+        skipped["with graphs"] = place.why_no_graphs
     else:
-        skipped.append(Skipped("with graphs", place.why_no_graphs))
+        modes |= {f"{n}, full graphs": replace(c, graphs=FULL_GRAPHS) for n, c in modes.items()}
     if place.device == "cpu":
-        reason = "stock vLLM has none on CPUs: 0.32 computes nonsense, 0.33 refuses"
-        skipped.append(Skipped("stock k8v4", reason))
+        skipped["stock k8v4"] = "stock vLLM has none on CPUs: 0.32 computes nonsense, 0.33 refuses"
     found = {}
     for mode, base in modes.items():
         # Every request must read pages of its own.
-        base = replace(base, runner=runner, prefix_caching=False, chunk=8192)
-        caches = {
-            "k8v4": base,
-            "auto": replace(base, cache_dtype="auto", plugin=False),
-            "fp8": replace(base, cache_dtype="fp8", plugin=False),
-        }
+        ours = replace(base, name="k8v4", runner=runner, prefix_caching=False, chunk=8192)
+        others = {"auto": "auto", "fp8": "fp8"}
         if place.device != "cpu":
-            caches["stock k8v4"] = replace(base, plugin=False)
-        found[mode] = [replace(c, name=name) for name, c in caches.items()]
+            others["stock k8v4"] = K8V4
+        stock = [
+            replace(ours, name=name, cache_dtype=dtype, plugin=False)
+            for name, dtype in others.items()
+        ]
+        found[mode] = [ours, *stock]
     return found, skipped

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.engine.configurations import AUTO, Configuration, Place
-from benchmarks.engine.report import Check, Gap, Results
+from benchmarks.engine.report import Results, Row, Verdict
 from benchmarks.engine.workload import Sizes
 from testing.engine_host import EngineError, EngineHost
 
@@ -54,7 +54,8 @@ class Engines:
             # Engines that start at the same time must not share what they compile.
             environment["VLLM_CACHE_ROOT"] = str(log.with_suffix(".cache"))
         host = EngineHost(log, self.timeout_s, **environment, **configuration.environment())
-        try:
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(host.close)
             host.engine(
                 model=str(self.folder),
                 gpu_memory_utilization=0.1,
@@ -66,23 +67,15 @@ class Engines:
                     if configuration.plugin
                     else "the plugin is active although VLLM_PLUGINS is empty"
                 )
-        except BaseException:
-            host.close()
-            raise
-        row = {
-            "model": self.name,
-            "configuration": configuration.name,
-            "cache_dtype": configuration.cache_dtype,
-            **host.started,
-        }
-        self.results.engines.append({**row, "mode": mode} if mode else row)
+            on_error.pop_all()
+        row = {"model": self.name, "mode": mode, "configuration": configuration.name}
+        row["cache_dtype"] = configuration.cache_dtype
+        self.results.engines.append({**row, **host.started})
         return host
 
-    @contextlib.contextmanager
-    def running(self, configuration: Configuration) -> Iterator[EngineHost]:
+    def running(self, configuration: Configuration) -> contextlib.closing[EngineHost]:
         """Run an engine during a `with` block."""
-        with contextlib.closing(self.start(configuration)) as engine:
-            yield engine
+        return contextlib.closing(self.start(configuration))
 
     def start_unquantised(self) -> tuple[EngineHost, str | None]:
         """Start an engine of stock vLLM, with its first model runner if the default one fails.
@@ -93,21 +86,24 @@ class Engines:
         Raises:
             EngineError: It runs with neither.
         """
-        for runner in (None, "0"):
-            engine = None
-            try:
-                engine = self.start(replace(AUTO, runner=runner))
-                engine.generate([[5, 6, 7, 8]], 2)
-                return engine, runner
-            except EngineError:
-                if engine is not None:
-                    engine.close()
-                if runner is not None or self.place.device == "cpu":
-                    raise
-        raise AssertionError("the loop returns or raises")
 
-    def add(self, row: Check | Gap) -> None:
-        """Add a row to the report and print it."""
-        rows: list[Any] = self.results.checks if isinstance(row, Check) else self.results.gaps
-        rows.append(row)
+        def start(runner: str | None) -> EngineHost:
+            with contextlib.ExitStack() as on_error:
+                engine = self.start(replace(AUTO, runner=runner))
+                on_error.callback(engine.close)
+                engine.generate([[5, 6, 7, 8]], 2)
+                on_error.pop_all()
+            return engine
+
+        try:
+            return start(None), None
+        except EngineError:
+            if self.place.device == "cpu":
+                raise
+            return start("0"), "0"
+
+    def add(self, engine: str, what: str, verdict: Verdict, detail: str = "", *more: Any) -> None:
+        """Add a row about an engine to the report and print it; `more` are numbers of the row."""
+        row = Row(self.name, engine, what, verdict, detail, *more)
+        self.results.rows.append(row)
         self.say(str(row))

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
+
+from benchmarks.markdown import table
 
 OURS = "k8v4"
 
@@ -25,35 +26,35 @@ class Verdict(str, Enum):
     SKIPPED = "skipped"
 
 
+COMPARED = (Verdict.EQUAL, Verdict.DIFFERENT, Verdict.INCONCLUSIVE)
 FAILURES = (Verdict.DIFFERENT, Verdict.FAILED)
-NOT_COMPARED = (Verdict.FAILED, Verdict.UNSUPPORTED, Verdict.SKIPPED)
 
 
 @dataclass(frozen=True)
-class Check:
-    """A comparison of an engine with the reference of its model, or the reason for its absence.
+class Row:
+    """A comparison of an engine with the reference of its model, or why something was not run.
 
     Attributes:
-        configuration: Name of the engine's configuration.
-        check: What was compared; empty if nothing was.
+        engine: Name of the engine's configuration.
+        what: The outputs that were compared, or the batch that was not timed; empty for all.
         detail: The difference, or the reason.
-        prompts: Number of prompts compared.
+        outputs: Number of outputs compared.
         tokens: Number of tokens compared.
         apart: Largest difference of a log-probability; compared with an unquantised cache, the
             mean.
     """
 
     model: str
-    configuration: str
-    check: str
+    engine: str
+    what: str
     verdict: Verdict
     detail: str = ""
-    prompts: int = 0
+    outputs: int = 0
     tokens: int = 0
     apart: float | None = None
 
     def __str__(self) -> str:
-        words = (self.model, self.configuration, self.check, self.verdict.value, self.detail)
+        words = (self.model, self.engine, self.what, self.verdict.value, self.detail)
         return ", ".join(filter(None, words))
 
 
@@ -72,66 +73,40 @@ class Speed:
     length: int
     milliseconds: dict[str, list[float]]
 
-    def ms_per_token(self, cache: str) -> float:
-        """Return the median over rounds."""
-        return statistics.median(self.milliseconds[cache])
-
-    def tokens_per_s(self, cache: str) -> float:
-        """Return the tokens that all requests together get in a second."""
-        return 1e3 * self.batch / self.ms_per_token(cache)
-
     def times_faster(self) -> dict[str, float]:
         """Return by cache how many times faster ours is; empty if ours was not measured.
 
         The median of the ratios of each round, because a machine's speed changes over time.
         """
-        ours = self.milliseconds.get(OURS)
-        if ours is None:
-            return {}
+        ours = self.milliseconds.get(OURS, [])
         return {
             cache: statistics.median(t / o for t, o in zip(times, ours, strict=True))
             for cache, times in self.milliseconds.items()
-            if cache != OURS
+            if ours and cache != OURS
         }
 
-
-@dataclass(frozen=True)
-class Gap:
-    """A speed that was not measured.
-
-    Attributes:
-        cache: Name of the cache; empty for all.
-        verdict: The kind of reason.
-        cell: Batch size and context length; None for all.
-    """
-
-    model: str
-    mode: str
-    cache: str
-    verdict: Verdict
-    reason: str
-    cell: tuple[int, int] | None = None
-
-    def __str__(self) -> str:
-        cell = "{} x {}".format(*self.cell) if self.cell else ""
-        words = (self.model, self.mode, self.cache, cell, self.verdict.value, self.reason)
-        return ", ".join(filter(None, words))
+    def cells(self) -> dict[str, str]:
+        """Return by cache the median time, tokens per second of the batch, and the ratio."""
+        ratios = {cache: f" ({ratio:.2f})" for cache, ratio in self.times_faster().items()}
+        medians = {cache: statistics.median(times) for cache, times in self.milliseconds.items()}
+        return {
+            cache: f"{ms:.3f} ms, {1e3 * self.batch / ms:.0f}/s{ratios.get(cache, '')}"
+            for cache, ms in medians.items()
+        }
 
 
 @dataclass
 class Results:
-    """All rows."""
+    """Everything that was found."""
 
-    checks: list[Check] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     engines: list[dict[str, Any]] = field(default_factory=list)
     speeds: list[Speed] = field(default_factory=list)
-    gaps: list[Gap] = field(default_factory=list)
 
     @property
-    def failures(self) -> list[Check | Gap]:
+    def failures(self) -> list[Row]:
         """The rows that make the command fail: unequal outputs and failures of our engines."""
-        rows: list[Check | Gap] = [*self.checks, *self.gaps]
-        return [row for row in rows if row.verdict in FAILURES]
+        return [row for row in self.rows if row.verdict in FAILURES]
 
 
 def write(results: Results, machine: dict[str, Any], folder: Path) -> None:
@@ -139,17 +114,8 @@ def write(results: Results, machine: dict[str, Any], folder: Path) -> None:
     found = {
         "machine": machine,
         "failures": [asdict(row) for row in results.failures],
-        "checks": [asdict(check) for check in results.checks],
-        "engines": results.engines,
-        "speeds": [
-            {
-                **asdict(speed),
-                "tokens_per_s": {cache: speed.tokens_per_s(cache) for cache in speed.milliseconds},
-                "times_faster": speed.times_faster(),
-            }
-            for speed in results.speeds
-        ],
-        "not_measured": [asdict(gap) for gap in results.gaps],
+        **asdict(results),
+        "speeds": [{**asdict(s), "times_faster": s.times_faster()} for s in results.speeds],
     }
     (folder / "engine.json").write_text(json.dumps(found, indent=2) + "\n")
     (folder / "engine.md").write_text(markdown(results, machine))
@@ -157,112 +123,66 @@ def write(results: Results, machine: dict[str, Any], folder: Path) -> None:
 
 def markdown(results: Results, machine: dict[str, Any]) -> str:
     """Return the report as Markdown."""
-    described = ", ".join(f"{name} {value}" for name, value in machine.items())
-    parts = ["# Real engines with k8v4 caches", f"{described}.", _summary(results)]
-    if results.checks:
-        parts += ["## Equal outputs", *_checks(results.checks)]
-    if results.speeds or results.gaps:
-        parts += ["## Decode speed", *_speeds(results, machine)]
-    return "\n\n".join(parts) + "\n"
-
-
-def _summary(results: Results) -> str:
-    compared = [check for check in results.checks if check.tokens]
-    different = sum(check.verdict is Verdict.DIFFERENT for check in compared)
-    sentences = []
-    if results.checks:
-        prompts = sum(check.prompts for check in compared)
-        tokens = sum(check.tokens for check in compared)
-        sentences.append(
-            f"{len(compared)} comparisons of {prompts} outputs, {tokens} tokens: "
-            + (f"{different} DIFFERENT." if different else "all equal.")
-        )
-    if results.speeds:
-        sentences.append(f"{len(results.speeds)} batches timed.")
-    failed = sum(row.verdict is Verdict.FAILED for row in results.failures)
-    if failed:
-        sentences.append(f"{failed} times an engine of ours FAILED.")
-    return " ".join(sentences) or "Nothing was run."
-
-
-def _checks(checks: list[Check]) -> list[str]:
-    compared = [
-        (
-            *(c.model, c.configuration, c.check, c.prompts or "", c.tokens or ""),
-            *("" if c.apart is None else f"{c.apart:.3f}", c.verdict.value, c.detail),
-        )
-        for c in checks
-        if c.verdict not in NOT_COMPARED
+    compared = [row for row in results.rows if row.verdict in COMPARED]
+    others = [row for row in results.rows if row.verdict not in COMPARED]
+    different, failed = (sum(r.verdict is v for r in results.failures) for v in FAILURES)
+    parts = [
+        "# Real engines with k8v4 caches",
+        ", ".join(f"{name} {value}" for name, value in machine.items()) + ".",
+        f"{len(compared)} comparisons of {sum(row.outputs for row in compared)} outputs, "
+        f"{sum(row.tokens for row in compared)} tokens: "
+        f"{f'{different} DIFFERENT' if different else 'none different'}. "
+        f"{len(results.speeds)} batches timed. {failed} times an engine of ours FAILED.",
     ]
-    others = [
-        (c.model, ": ".join(filter(None, (c.configuration, c.check))), c.verdict.value, c.detail)
-        for c in checks
-        if c.verdict in NOT_COMPARED
-    ]
-    parts = []
     if compared:
         parts += [
+            "## Equal outputs",
             "Each engine is compared with an eager engine of the same model with a k8v4 cache, "
             "which computed each prompt alone and from its first token on. Tokens before the "
             "first close choice (closer than rounding) must be equal. `apart`: the largest "
             "difference of a log-probability; compared with an unquantised cache, the mean.",
-            _table(("model", "engine", "", "outputs", "tokens", "apart", "", ""), compared),
+            _table(
+                ("model", "engine", "", "outputs", "tokens", "apart", "", ""),
+                [
+                    (
+                        *(r.model, r.engine, r.what, r.outputs or "", r.tokens or ""),
+                        *("" if r.apart is None else f"{r.apart:.3f}", r.verdict.value, r.detail),
+                    )
+                    for r in compared
+                ],
+            ),
         ]
-    if others:
-        parts += ["Not compared:", _table(("model", "engine", "", "reason"), others)]
-    return parts
-
-
-def _speeds(results: Results, machine: dict[str, Any]) -> list[str]:
-    parts = [
-        "Milliseconds in which a request gets a token, and tokens per second of the batch: "
-        "medians. The engines of a row ran in turn. In brackets: how many times faster k8v4 is, "
-        "the median of the ratios of each round. Random weights, and the scheduler in the "
-        "engine's own process: compare within a row, not with a server.",
-    ]
+    if results.speeds:
+        caches = list(dict.fromkeys(cache for s in results.speeds for cache in s.milliseconds))
+        cells = [(s, s.cells()) for s in results.speeds]
+        timed = [
+            (s.model, s.mode, f"{s.batch}, {s.length}", *(by_cache.get(c, "") for c in caches))
+            for s, by_cache in cells
+        ]
+        parts += [
+            "## Decode speed",
+            "Milliseconds in which a request gets a token, and tokens per second of the batch: "
+            "medians. The engines of a row ran in turn. In brackets: how many times faster k8v4 "
+            "is, the median of the ratios of each round. Random weights, and the scheduler in the "
+            "engine's own process: compare within a row, not with a server.",
+            _table(("model", "mode", "batch, tokens", *caches), timed),
+        ]
     if machine.get("vLLM's compiled extension") == "missing":
         parts.append(
             "vLLM's compiled extension is missing. Its substitute is slow, and equally slow for "
             "all caches: only the ratios are meaningful, and the real ones are farther from 1."
         )
-    caches = list(dict.fromkeys(cache for s in results.speeds for cache in s.milliseconds))
-    if results.speeds:
-        rows = [
-            (s.model, s.mode, f"{s.batch}, {s.length}", *(_time(s, cache) for cache in caches))
-            for s in results.speeds
-        ]
-        parts.append(_table(("model", "mode", "batch, tokens", *caches), rows))
-    if results.gaps:
-        gaps = [
-            (
-                *(gap.model, gap.mode, f"{gap.cell[0]}, {gap.cell[1]}" if gap.cell else "all"),
-                *(gap.cache or "all", gap.verdict.value, gap.reason),
-            )
-            for gap in results.gaps
-        ]
-        heads = ("model", "mode", "batch, tokens", "cache", "", "reason")
-        parts += ["Not measured:", _table(heads, gaps)]
+    if others:
+        rows = [(r.model, r.engine, r.what, r.verdict.value, r.detail) for r in others]
+        parts += ["## Not run", _table(("model", "engine", "", "", "reason"), rows)]
     backends = dict.fromkeys(
         f"{engine['model']}, {engine['cache_dtype']}: "
         + ", ".join(f"{count} {name}" for name, count in engine["backends"].items())
         for engine in results.engines
     )
-    if backends:
-        parts.append("Attention backends, by number of layers: " + "; ".join(backends) + ".")
-    return parts
+    parts.append("Attention backends, by number of layers: " + "; ".join(backends) + ".")
+    return "\n\n".join(parts) + "\n"
 
 
-def _time(speed: Speed, cache: str) -> str:
-    if cache not in speed.milliseconds:
-        return ""
-    times = speed.times_faster()
-    ratio = f" ({times[cache]:.2f})" if cache in times else ""
-    return f"{speed.ms_per_token(cache):.3f} ms, {speed.tokens_per_s(cache):.0f}/s{ratio}"
-
-
-def _table(heads: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    heads = list(heads)
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(
-        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
-    )
+def _table(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    return "\n".join(table(heads, [[str(c).replace("|", "\\|") for c in row] for row in rows]))

@@ -26,7 +26,7 @@ class Sizes:
         prompts: Number of prompts whose outputs are compared.
         longest: Tokens of the longest prompt.
         tokens: Tokens that each prompt generates.
-        small_models: Time the same small models whose outputs are compared.
+        small_models: Time the small models whose outputs are compared.
         cells: Batch sizes and context lengths to time.
         rounds: How often each engine is timed, in turn.
         steps: Steps of each time.
@@ -42,11 +42,6 @@ class Sizes:
     rounds: int
     steps: int
     cache_share: float
-
-    @property
-    def longest_context(self) -> int:
-        """Tokens of the longest context to time."""
-        return max(length for _, length in self.cells)
 
     @property
     def decoded(self) -> int:
@@ -78,7 +73,7 @@ SMALLEST = Sizes(
 )
 
 
-def config_to_compare(model: str) -> PreTrainedConfig:
+def config_of(model: str) -> PreTrainedConfig:
     """Return the model whose outputs are compared; small, so that it is built in a second."""
     config = CONFIGS[model]()
     return with_mtp_layer(config) if model in HYBRIDS else config
@@ -86,8 +81,8 @@ def config_to_compare(model: str) -> PreTrainedConfig:
 
 def config_to_time(model: str, sizes: Sizes) -> PreTrainedConfig:
     """Return the model to time, whose attention is as large as in real models."""
-    config = config_to_compare(model)
-    room = sizes.longest_context + 4 * sizes.decoded
+    config = config_of(model)
+    room = max(length for _, length in sizes.cells) + 4 * sizes.decoded
     config.max_position_embeddings = max(config.max_position_embeddings, room)
     if sizes.small_models:
         return config
