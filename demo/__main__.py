@@ -10,11 +10,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import httpx
 import openai
@@ -53,8 +52,7 @@ DOCUMENT = (
 console = Console(highlight=False)
 
 
-@dataclass(frozen=True)
-class Capacity:
+class Capacity(NamedTuple):
     """The plan of a KV cache.
 
     Attributes:
@@ -68,40 +66,28 @@ class Capacity:
     num_blocks: int
 
 
-class Plan:
-    """The plan of a bf16 cache, which `vllm-hybrid-kv plan` makes in a process of its own."""
-
-    def __init__(self, process: subprocess.Popen[Any], file: Path, log: Path) -> None:
-        self._process = process
-        self._file = file
-        self._log = log
-
-    def check(self) -> None:
-        """Raise a ProcessError if the process has failed."""
-        if self._process.poll():
-            raise ProcessError("vllm-hybrid-kv plan failed", self._log)
-
-    def result(self) -> Capacity:
-        """Wait for the plan and return it.
-
-        Raises:
-            ProcessError: The process failed.
-            subprocess.TimeoutExpired: It takes too long.
-        """
-        self._process.wait(PLAN_TIMEOUT_S)
-        self.check()
-        plan = json.loads(self._file.read_text())["plan"]
-        return Capacity(plan["reported_tokens"], plan["scheduler_block_tokens"], plan["blocks"])
-
-
 @contextlib.contextmanager
-def planning(model: Path, folder: Path) -> Iterator[Plan]:
-    """Plan a bf16 cache in parallel with a `with` block."""
+def planning(
+    model: Path, folder: Path, arguments: Sequence[str] = PLAN_ARGUMENTS
+) -> Iterator[Callable[[], Capacity]]:
+    """Plan a bf16 cache in a process of its own during a `with` block.
+
+    Yields:
+        A function that waits for the plan and returns it. It raises a ProcessError if the process
+        failed, and subprocess.TimeoutExpired if it takes too long.
+    """
     file, log = folder / "bf16-plan.json", folder / "bf16-plan.log"
     ours = Path(sys.executable).with_name("vllm-hybrid-kv")
-    process = start_group([ours, "plan", model, *PLAN_ARGUMENTS, "--json", file], log)
+    process = start_group([ours, "plan", model, *arguments, "--json", file], log)
+
+    def result() -> Capacity:
+        if process.wait(PLAN_TIMEOUT_S):
+            raise ProcessError("vllm-hybrid-kv plan failed", log)
+        plan = json.loads(file.read_text())["plan"]
+        return Capacity(plan["reported_tokens"], plan["scheduler_block_tokens"], plan["blocks"])
+
     try:
-        yield Plan(process, file, log)
+        yield result
     finally:
         kill_group(process)
 
@@ -141,21 +127,22 @@ def _run(folder: Path, log: Path) -> None:
         "Built a Qwen3-Next model with random weights: 6 Gated DeltaNet and 2 attention layers.",
         soft_wrap=True,
     )
+    console.print("$ vllm serve qwen3-next", *SERVE_ARGUMENTS, style="bold", soft_wrap=True)
+    began = time.monotonic()
     # At the same time as the server: both mostly import modules, with one core each.
-    with planning(model, folder) as plan:
-        console.print("$ vllm serve qwen3-next", *SERVE_ARGUMENTS, style="bold", soft_wrap=True)
-        with serve(model, SERVE_ARGUMENTS, log, console, watch=plan.check) as (server, seconds):
-            console.print(f"Ready after {seconds:.0f} s.")
-            active = server.find_in_log(r"(hybrid_kv \S+ active[^\n]*)")
-            console.print(f"Plugin: {active}", markup=False, soft_wrap=True)
-            _send_requests(server)
-            with console.status("planning a bf16 KV cache for comparison"):
-                bf16 = plan.result()
-            _show_capacity(_served_capacity(server), bf16)
-            _show_prefix_cache(
-                server.metric("vllm:prefix_cache_queries_total"),
-                server.metric("vllm:prefix_cache_hits_total"),
-            )
+    with planning(model, folder) as plan, serve(model, SERVE_ARGUMENTS, log, console) as server:
+        console.print(f"Ready after {time.monotonic() - began:.0f} s.")
+        active = server.find_in_log(r"(hybrid_kv \S+ active[^\n]*)")
+        console.print(f"Plugin: {active}", markup=False, soft_wrap=True)
+        _send_requests(server)
+        with console.status("planning a bf16 KV cache for comparison"):
+            bf16 = plan()
+        _show_capacity(_served_capacity(server), bf16)
+        _show_prefix_cache(
+            server.metric("vllm:prefix_cache_queries_total"),
+            server.metric("vllm:prefix_cache_hits_total"),
+        )
+    console.print("Server stopped; no process is left.")
 
 
 def _send_requests(server: Server) -> None:
@@ -192,12 +179,9 @@ def _print_answer(kind: str, prompt: str, answer: str | None, usage: Any) -> Non
 def _served_capacity(server: Server) -> Capacity:
     """Return the plan of the server's cache from its log and its metrics."""
     tokens = server.find_in_log(r"KV cache size: ([\d,]+) tokens")
-    for family in server.metrics():
-        for sample in family.samples:
-            if sample.name == "vllm:cache_config_info":
-                block_size, blocks = sample.labels["block_size"], sample.labels["num_gpu_blocks"]
-                return Capacity(int(tokens.replace(",", "")), int(block_size), int(blocks))
-    raise ProcessError("the server's metrics have no vllm:cache_config_info")
+    (cache,) = (s.labels for s in server.samples() if s.name == "vllm:cache_config_info")
+    block_size, blocks = int(cache["block_size"]), int(cache["num_gpu_blocks"])
+    return Capacity(int(tokens.replace(",", "")), block_size, blocks)
 
 
 def _show_capacity(k8v4: Capacity, bf16: Capacity) -> None:

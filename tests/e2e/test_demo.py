@@ -3,127 +3,65 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 import demo.__main__ as demo_main
 from demo.__main__ import Capacity
-from testing.processes import ProcessError, start_group, wait_until
+from testing.models import large_state_config
+from testing.processes import ProcessError, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 500.0
 """Longer than the demo waits for its server, so that the demo ends first."""
 DEMO = [sys.executable, "-m", "demo"]
 
-
-class Descendants:
-    """The processes that a test started, directly or not.
-
-    The kernel makes this process the parent of orphans: vLLM's engines write their title over
-    their environment, so a variable could not mark them. Other tests have engines of their own.
-    """
-
-    def __init__(self) -> None:
-        self._before = set(psutil.Process().children(recursive=True))
-
-    def processes(self) -> list[psutil.Process]:
-        """Return those that run, zombies excluded."""
-        found = []
-        parents = [psutil.Process()]
-        while parents:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                children = set(parents.pop().children()) - self._before
-                parents += children
-                found += [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
-        return found
-
-    def commands(self) -> list[str]:
-        """Return the command lines of those that run."""
-        commands = []
-        for process in self.processes():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                commands.append(" ".join(process.cmdline()))
-        return commands
-
-    def end_within(self, seconds: float) -> bool:
-        return wait_until(lambda: not self.commands(), seconds)
-
-    def kill_all(self) -> None:
-        for process in self.processes():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+Commands = Callable[[], list[str]]
 
 
 def adopt_orphans(wanted: bool) -> None:
     """Make this process the parent of orphans among its descendants, or not."""
     pr_set_child_subreaper = 36
-    if ctypes.CDLL(None, use_errno=True).prctl(pr_set_child_subreaper, wanted, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
+    assert ctypes.CDLL(None).prctl(pr_set_child_subreaper, wanted, 0, 0, 0) == 0
 
 
 @pytest.fixture
-def descendants() -> Iterator[Descendants]:
-    """The processes that this test starts, which are killed when it ends."""
+def descendants() -> Iterator[Commands]:
+    """A function that returns the command lines of the processes that this test started.
+
+    They are found as descendants, because vLLM's engines write their title over their environment.
+    """
+    before = set(psutil.Process().children(recursive=True))
+
+    def processes() -> set[psutil.Process]:
+        return set(psutil.Process().children(recursive=True)) - before
+
+    def commands() -> list[str]:
+        found = []
+        for process in processes():
+            with suppress(psutil.NoSuchProcess):
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(" ".join(process.cmdline()))
+        return found
+
     # A shell's background jobs, and so these tests' processes, would ignore Ctrl-C.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     adopt_orphans(True)
-    found = Descendants()
-    yield found
-    found.kill_all()
+    yield commands
+    for process in processes():
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     adopt_orphans(False)
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_a_process_starts_ends_that_process(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    number: signal.Signals,
-    descendants: Descendants,
-) -> None:
-    class Interrupted(subprocess.Popen):
-        def _execute_child(self, *arguments: Any, **more: Any) -> None:
-            super()._execute_child(*arguments, **more)
-            os.kill(os.getpid(), number)
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(subprocess, "Popen", Interrupted)
-    before = signal.signal(number, interrupt)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            start_group(["sleep", "600"], tmp_path / "log")
-        assert signal.getsignal(number) is interrupt
-    finally:
-        signal.signal(number, before)
-    assert descendants.end_within(5)
-
-
-def test_these_tests_find_an_orphan_that_overwrites_its_environment(
-    descendants: Descendants,
-) -> None:
-    titled = "import setproctitle, time; setproctitle.setproctitle('VLLM::EngineCore' + ' ' * 9000)"
-    engine = [sys.executable, "-c", f"{titled}; time.sleep(600)"]
-    server = f"import subprocess; subprocess.Popen({engine!r})"
-    subprocess.run([sys.executable, "-c", server], start_new_session=True, check=True)
-    assert wait_until(lambda: any(c.startswith("VLLM::") for c in descendants.commands()), 60)
-    assert len(descendants.processes()) == 1
-    # A test that begins now does not count it.
-    assert not Descendants().commands()
-    descendants.kill_all()
-    assert descendants.end_within(5)
+    signal.signal(signal.SIGINT, handler)
 
 
 def test_the_table_shows_each_cache_in_its_own_row(capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,8 +82,19 @@ def test_prompts_that_miss_the_prefix_cache_are_an_error() -> None:
         demo_main._show_prefix_cache(queries=1280, hits=0)
 
 
+def test_a_failing_plan_is_an_error_with_its_log(tmp_path: Path) -> None:
+    large_state_config().save_pretrained(tmp_path)
+    arguments = (*demo_main.PLAN_ARGUMENTS, "--max-model-len", "-5")
+    with (
+        demo_main.planning(tmp_path, tmp_path, arguments) as plan,
+        pytest.raises(ProcessError, match="vllm-hybrid-kv plan failed") as caught,
+    ):
+        plan()
+    assert "--max-model-len: Input" in caught.value.log.read_text()
+
+
 @pytest.mark.engine
-def test_the_demo_serves_requests_and_leaves_no_process(descendants: Descendants) -> None:
+def test_the_demo_serves_requests_and_leaves_no_process(descendants: Commands) -> None:
     done = subprocess.run(
         DEMO, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
     )
@@ -166,81 +115,49 @@ def test_the_demo_serves_requests_and_leaves_no_process(descendants: Descendants
     assert answers[2] == answers[3]
     assert len(answers[0][1].split()) > 5
 
-    tokens, blocks = {}, {}
-    for cache in ("bf16", "k8v4"):
-        row = re.search(rf"{cache}\W+([\d,]+)\W+128\W+([\d,]+)", output)
-        assert row is not None, output
-        tokens[cache], blocks[cache] = (int(count.replace(",", "")) for count in row.groups())
-    # A token and head takes 196 bytes instead of 512; both have 128 tokens a block.
-    assert tokens["k8v4"] / tokens["bf16"] == pytest.approx(512 / 196, rel=0.01)
-    assert blocks["k8v4"] / blocks["bf16"] == pytest.approx(512 / 196, rel=0.01)
+    rows = dict(re.findall(r"(bf16|k8v4)\W+([\d,]+\W+128\W+[\d,]+)", output))
+    counts = {cache: re.findall(r"[\d,]+", row) for cache, row in rows.items()}
+    for bf16, k8v4 in zip(counts["bf16"][::2], counts["k8v4"][::2], strict=True):
+        # A token and head takes 196 bytes instead of 512; both have 128 tokens a block.
+        times = int(k8v4.replace(",", "")) / int(bf16.replace(",", ""))
+        assert times == pytest.approx(512 / 196, rel=0.01)
 
-    counted = re.search(r"Prefix cache: (\d+) of (\d+) prompt tokens were hits", output)
-    assert counted is not None, output
-    hits, queries = map(int, counted.groups())
-    assert queries > hits >= 2 * 256
+    ((hits, queries),) = re.findall(r"Prefix cache: (\d+) of (\d+) prompt tokens were hits", output)
+    assert int(queries) > int(hits) >= 2 * 256
 
     assert "no process is left" in output
-    assert not descendants.commands()
+    assert not descendants()
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize(
-    ("stage", "number"), [("importing vLLM", signal.SIGINT), ("Ready", signal.SIGTERM)]
-)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_demo_ends_the_server_and_the_plan(
-    stage: str, number: signal.Signals, descendants: Descendants
+    number: signal.Signals, descendants: Commands
 ) -> None:
     demo = subprocess.Popen(
         DEMO, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
         assert demo.stdout is not None
-        for line in demo.stdout:
-            if stage in line:
-                break
-        running = descendants.commands()
-        assert any("vllm serve" in command for command in running), running
-        if stage == "importing vLLM":
-            assert any("vllm-hybrid-kv plan" in command for command in running), running
+        next(line for line in demo.stdout if "importing vLLM" in line)
+        running = "\n".join(descendants())
+        assert "vllm serve" in running
+        assert "vllm-hybrid-kv plan" in running
         demo.send_signal(number)
         rest = demo.communicate(timeout=60)[0]
         assert demo.returncode == 130, rest
         assert "Interrupted" in rest
         assert "Traceback" not in rest
-        assert descendants.end_within(10)
+        assert wait_until(lambda: not descendants(), 10)
     finally:
         demo.kill()
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize(
-    ("code", "parts"),
-    [
-        (
-            "main.SERVE_ARGUMENTS += ('--max-num-seqs', '0')",
-            ("end of server.log", "max_num_seqs", "The demo failed: vllm serve ended"),
-        ),
-        (
-            "main.PLAN_ARGUMENTS += ('--max-model-len', '-5')",
-            (
-                "end of bf16-plan.log",
-                "--max-model-len: Input",
-                "The demo failed: vllm-hybrid-kv plan",
-            ),
-        ),
-    ],
-    ids=["server", "plan"],
-)
-def test_a_failing_demo_shows_the_log_and_fails(
-    descendants: Descendants, code: str, parts: tuple[str, ...]
-) -> None:
+def test_a_failing_server_shows_its_log_and_fails_the_demo(descendants: Commands) -> None:
+    code = "main.SERVE_ARGUMENTS += ('--max-num-seqs', '0'); raise SystemExit(main.main())"
     done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            f"import demo.__main__ as main; {code}; raise SystemExit(main.main())",
-        ],
+        [sys.executable, "-c", f"import demo.__main__ as main; {code}"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -248,8 +165,8 @@ def test_a_failing_demo_shows_the_log_and_fails(
         check=False,
     )
     assert done.returncode == 1, done.stdout + done.stderr
-    for part in parts:
+    for part in ("end of server.log", "max_num_seqs", "The demo failed: vllm serve ended"):
         assert part in done.stdout
     assert "Done in" not in done.stdout
     assert "Traceback" not in done.stderr
-    assert not descendants.commands()
+    assert not descendants()

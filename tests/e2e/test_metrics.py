@@ -6,16 +6,16 @@ from __future__ import annotations
 import json
 import os
 import stat
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
+from prometheus_client.samples import Sample
 
 from testing.processes import wait_until
-from testing.server import Server, serve
+from testing.server import serve
 from testing.tokenizer import random_prompt
 
 pytestmark = [pytest.mark.engine, pytest.mark.both_minors]
@@ -27,25 +27,7 @@ BEGINNING = 300
 SETTLED_S = 60.0
 """After this time the server has received the counters of its engine."""
 
-ANY = "any"
-
-
-@dataclass(frozen=True)
-class Scrape:
-    """The content of /metrics.
-
-    Attributes:
-        values: By name and label `kind` (`ANY` if it has none).
-        labels: Model and engine, by name.
-        help: By name, without `_total`.
-    """
-
-    values: dict[tuple[str, str], float]
-    labels: dict[str, tuple[str, str]]
-    help: dict[str, str]
-
-    def of(self, name: str, kind: str = ANY) -> float:
-        return self.values[f"vllm_hybrid_kv:{name}_total", kind]
+OURS = "vllm_hybrid_kv:"
 
 
 @dataclass(frozen=True)
@@ -53,31 +35,28 @@ class Served:
     """A server that answered chats, and was stopped with SIGTERM.
 
     Attributes:
-        before: Its metrics before the first request.
+        before: Samples of metrics before the first request.
         after: Several scrapes after the last request.
         cached: For each request, the tokens from the cache by the server's answer.
         folders: Names and permissions of the folders of metrics in its temporary folder.
         left: Those that it left behind.
     """
 
-    before: Scrape
-    after: list[Scrape]
+    before: list[Sample]
+    after: list[list[Sample]]
     cached: list[int]
     folders: dict[str, int]
     left: list[str]
 
 
-def scrape(server: Server) -> Scrape:
-    found = Scrape({}, {}, {})
-    for family in server.metrics():
-        found.help[family.name] = family.documentation
-        for sample in family.samples:
-            if sample.name.startswith(("vllm_hybrid_kv:", "vllm:prefix_cache_")):
-                name = sample.name, sample.labels.get("kind", ANY)
-                assert name not in found.values, f"{name} twice"
-                found.values[name] = sample.value
-                found.labels[sample.name] = sample.labels["model_name"], sample.labels["engine"]
+def value(samples: list[Sample], name: str, kind: str | None = None) -> float:
+    """Return the value of the only sample with a name and, if given, the label `kind`."""
+    (found,) = (s.value for s in samples if s.name == name and s.labels.get("kind") == kind)
     return found
+
+
+def ours(samples: list[Sample], name: str, kind: str | None = None) -> float:
+    return value(samples, f"{OURS}prefix_cache_{name}_total", kind)
 
 
 def chat(url: str, model: str) -> list[int]:
@@ -92,14 +71,17 @@ def chat(url: str, model: str) -> list[int]:
                 json={"model": model, "prompt": chats[i], "max_tokens": 3, "ignore_eos": True},
                 timeout=300,
             )
-            assert answer.status_code == httpx.codes.OK, answer.text
-            details = answer.json()["usage"]["prompt_tokens_details"]
+            details = answer.raise_for_status().json()["usage"]["prompt_tokens_details"]
             cached.append((details or {}).get("cached_tokens") or 0)
             chats[i] = chats[i] + random_prompt(30 + 10 * i, seed=100 * turn + i)[1:]
     return cached
 
 
-@pytest.fixture(scope="module", params=["1", "2"], ids=["one API server", "two API servers"])
+@pytest.fixture(
+    scope="module",
+    params=["1", pytest.param("2", marks=pytest.mark.long)],
+    ids=["one API server", "two API servers"],
+)
 def served(
     request: pytest.FixtureRequest,
     small_model: Callable[..., Path],
@@ -120,18 +102,17 @@ def served(
         environment.setenv("TMPDIR", str(temporary))
         for name in ("PROMETHEUS_MULTIPROC_DIR", "HYBRID_KV_METRICS_DIR"):
             environment.delenv(name, raising=False)
-        with serve(model, arguments, folder / "server.log") as (server, _):
-            before = scrape(server)
+        with serve(model, arguments, folder / "server.log") as server:
+            before = server.samples()
             cached = chat(server.url, str(model))
-
-            def settled() -> bool:
-                values = scrape(server).values
-                ours = values.get(("vllm_hybrid_kv:prefix_cache_requests_total", ANY), 0)
-                return values["vllm:prefix_cache_queries_total", ANY] > 0 and ours == len(cached)
-
-            assert wait_until(settled, SETTLED_S), scrape(server)
-            time.sleep(0.2)
-            after = [scrape(server) for _ in range(4)]
+            assert wait_until(
+                lambda: (
+                    ours(server.samples(), "requests") == len(cached)
+                    and server.metric("vllm:prefix_cache_queries_total") > 0
+                ),
+                SETTLED_S,
+            )
+            after = [server.samples() for _ in range(4)]
             folders = {
                 path.name: stat.S_IMODE(path.stat().st_mode)
                 for path in temporary.iterdir()
@@ -143,44 +124,41 @@ def served(
 
 def test_the_counters_agree_with_vllms_and_with_the_answers(served: Served) -> None:
     for after in served.after:
-        hits = after.values["vllm:prefix_cache_hits_total", ANY]
+        hits = value(after, "vllm:prefix_cache_hits_total")
         assert hits == sum(served.cached) > 0
-        assert after.of("prefix_cache_hit_tokens", "full_attention") == hits
-        assert after.of("prefix_cache_hit_tokens", "mamba") == hits
-        assert after.of("prefix_cache_requests") == CHATS * TURNS
-        name = "vllm_hybrid_kv:prefix_cache_hit_tokens_total"
-        assert after.labels[name] == after.labels["vllm:prefix_cache_hits_total"]
+        assert ours(after, "hit_tokens", "full_attention") == hits
+        assert ours(after, "hit_tokens", "mamba") == hits
+        assert ours(after, "requests") == CHATS * TURNS
+        names = f"{OURS}prefix_cache_requests_total", "vllm:prefix_cache_hits_total"
+        one, other = (next(s.labels for s in after if s.name == name) for name in names)
+        assert one == other
 
 
 def test_the_counters_show_the_kind_that_shortened_the_hits(served: Served) -> None:
     after = served.after[-1]
-    reach = after.of("prefix_cache_alone_tokens", "full_attention")
-    lost = after.of("prefix_cache_lost_tokens", "mamba")
-    assert after.of("prefix_cache_hit_tokens", "mamba") + lost == reach
+    lost = ours(after, "lost_tokens", "mamba")
+    reach = ours(after, "alone_tokens", "full_attention")
+    assert ours(after, "hit_tokens", "mamba") + lost == reach
     # The second chat shows where it leaves the first one; only the third can resume there.
     assert lost > BEGINNING / 2
-    assert after.of("prefix_cache_limited_requests", "mamba") >= 1
-    assert after.of("prefix_cache_limited_requests", "full_attention") == 0
-    assert after.of("prefix_cache_alone_tokens", "mamba") >= sum(served.cached)
+    assert ours(after, "limited_requests", "mamba") >= 1
+    assert ours(after, "limited_requests", "full_attention") == 0
+    assert ours(after, "alone_tokens", "mamba") >= sum(served.cached)
 
 
 def test_kept_and_used_checkpoints_are_counted(served: Served) -> None:
-    after = served.after[-1]
     kept, used = (
-        sum(value for (name, _), value in after.values.items() if name == f"vllm_hybrid_kv:{what}")
-        for what in ("checkpoints_kept_total", "checkpoints_used_total")
+        sum(s.value for s in served.after[-1] if s.name == f"{OURS}checkpoints_{what}_total")
+        for what in ("kept", "used")
     )
     assert kept > 0
     assert used == sum(tokens > 0 for tokens in served.cached)
 
 
-def test_every_counter_starts_at_0_and_has_a_help_text(served: Served) -> None:
-    ours = {name for name, _ in served.before.values if name.startswith("vllm_hybrid_kv:")}
-    assert len(ours) == 9
-    for (name, _), value in served.before.values.items():
-        assert value == 0 or name not in ours
-    for name in ours:
-        assert len(served.before.help[name.removesuffix("_total")]) > 30
+def test_every_counter_starts_at_0(served: Served) -> None:
+    counters = [s for s in served.before if s.name.startswith(OURS)]
+    assert len({s.name for s in counters}) == 9
+    assert not any(s.value for s in counters)
 
 
 def test_one_folder_that_only_its_owner_can_read_is_used_and_removed(served: Served) -> None:

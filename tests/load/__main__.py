@@ -19,7 +19,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -35,8 +37,7 @@ from testing.processes import ProcessError, group_members
 from testing.server import Server, serve
 from tests.load.traffic import MODEL, Client, margin, plan
 
-Answers = dict[int, list[list[int]]]
-
+AT_ONCE = 16
 SAMPLE_S = 5.0
 GROWTH_MIB = 64
 """How much the memory of all processes may grow from the middle third of the time to the last:
@@ -46,10 +47,17 @@ CLOSE = 0.06
 """A choice is close if the other token's log-probability is at most this much lower: twice the
 rounding of float32 in `testing/model_cases.py`."""
 
-STEP_TOKENS = 64
-"""vLLM caches oneDNN's preparations for every number of tokens of a step. With steps of up to 700
-tokens and 40 matrices they took 380 MiB after 257 steps, without any KV cache. With up to 64 tokens
-they are complete after 300 steps, and take 132 MiB."""
+ARGUMENTS = (
+    *("--served-model-name", MODEL, "--kv-cache-dtype", "turboquant_k8v4", "--dtype", "float32"),
+    *("--max-model-len", "1024", "--max-num-seqs", str(AT_ONCE), "--enable-prefix-caching"),
+    *("--gpu-memory-utilization", "0.3", "--enforce-eager", "--block-size", "32"),
+    # So few blocks that requests are preempted.
+    *("--num-gpu-blocks-override", "120"),
+    # vLLM caches oneDNN's preparations for every number of tokens of a step. With steps of up to
+    # 700 tokens and 40 matrices they took 380 MiB after 257 steps, without any KV cache. With up to
+    # 64 tokens they are complete after 300 steps, and take 132 MiB.
+    *("--max-num-batched-tokens", "64"),
+)
 
 
 @dataclass
@@ -65,6 +73,7 @@ class Outcome:
         close: Answers that differ at a close choice: index of the request, index of the token,
             and how much likelier the token computed alone was.
         memory_mib: Memory of all processes of the server over time.
+        growth_mib: The growth of the median memory from the middle third of the time to the last.
     """
 
     model: str
@@ -79,15 +88,7 @@ class Outcome:
     differing: list[int] = field(default_factory=list)
     close: list[tuple[int, int, float]] = field(default_factory=list)
     memory_mib: list[int] = field(default_factory=list)
-
-    @property
-    def growth_mib(self) -> float:
-        """The growth of the median memory from the middle third of the time to the last."""
-        third = len(self.memory_mib) // 3
-        if not third:
-            return 0.0
-        middle, last = self.memory_mib[third : 2 * third], self.memory_mib[2 * third :]
-        return statistics.median(last) - statistics.median(middle)
+    growth_mib: float = 0.0
 
     def problems(self) -> list[str]:
         """Return the reasons for which the command fails."""
@@ -108,8 +109,6 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="time to send requests")
     parser.add_argument("--alone-minutes", type=float, default=60.0, help="time to compare answers")
     parser.add_argument("--requests", type=int, default=500, help="number of different requests")
-    parser.add_argument("--at-once", type=int, default=16)
-    parser.add_argument("--blocks", type=int, default=120, help="blocks of the KV cache")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="file for the result as JSON")
     options = parser.parse_args()
@@ -122,23 +121,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         build_model(CONFIGS[options.model](), folder / MODEL, torch.float32)
-        arguments = [
-            *("--served-model-name", MODEL, "--kv-cache-dtype", "turboquant_k8v4"),
-            *("--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "16"),
-            *("--enable-prefix-caching", "--gpu-memory-utilization", "0.3", "--enforce-eager"),
-            *("--num-gpu-blocks-override", str(options.blocks), "--block-size", "32"),
-            *("--max-num-batched-tokens", str(STEP_TOKENS)),
-        ]
         log = folder / "log.txt"
         try:
-            with serve(folder / MODEL, arguments, log, console) as (server, _):
+            with serve(folder / MODEL, ARGUMENTS, log, console) as server:
                 answers = _load(server, options, outcome)
                 console.print(f"{outcome.finished} answers, {outcome.cancelled} cancelled")
                 _compare(server, options, outcome, answers)
-        except ProcessError as error:
-            outcome.errors.append(str(error))
+        except ProcessError:
             console.print(log.read_text(errors="replace")[-20_000:], markup=False)
-    fields = {**asdict(outcome), "growth_mib": outcome.growth_mib}
+            raise
+    fields = asdict(outcome)
     if options.out is not None:
         options.out.write_text(json.dumps(fields, indent=1) + "\n")
     console.print_json(json.dumps({**fields, "memory_mib": outcome.memory_mib[::12]}))
@@ -147,9 +139,11 @@ def main() -> int:
     return int(bool(outcome.problems()))
 
 
-def _load(server: Server, options: argparse.Namespace, outcome: Outcome) -> Answers:
+def _load(
+    server: Server, options: argparse.Namespace, outcome: Outcome
+) -> dict[int, list[list[int]]]:
     """Send all requests repeatedly and return the different answers to each."""
-    answers: Answers = {}
+    answers: dict[int, list[list[int]]] = defaultdict(list)
     began = time.monotonic()
     loaded = threading.Event()
 
@@ -160,7 +154,7 @@ def _load(server: Server, options: argparse.Namespace, outcome: Outcome) -> Answ
     sampler = threading.Thread(target=sample, daemon=True)
     sampler.start()
     client, planned = Client(server.url), plan(options.requests, options.seed)
-    with ThreadPoolExecutor(options.at_once) as pool:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
         while time.monotonic() < began + 60 * options.minutes:
             for index, answer in enumerate(pool.map(client.ask, planned)):
                 if isinstance(answer, Exception):
@@ -169,18 +163,23 @@ def _load(server: Server, options: argparse.Namespace, outcome: Outcome) -> Answ
                     outcome.cancelled += 1
                 else:
                     outcome.finished += 1
-                    known = answers.setdefault(index, [])
-                    if answer not in known:
-                        known.append(answer)
+                    if answer not in answers[index]:
+                        answers[index].append(answer)
     loaded.set()
     sampler.join()
     outcome.minutes = round((time.monotonic() - began) / 60, 1)
     outcome.preemptions = int(server.metric("vllm:num_preemptions_total"))
+    if third := len(outcome.memory_mib) // 3:
+        middle, last = outcome.memory_mib[third : 2 * third], outcome.memory_mib[2 * third :]
+        outcome.growth_mib = statistics.median(last) - statistics.median(middle)
     return answers
 
 
 def _compare(
-    server: Server, options: argparse.Namespace, outcome: Outcome, answers: Answers
+    server: Server,
+    options: argparse.Namespace,
+    outcome: Outcome,
+    answers: dict[int, list[list[int]]],
 ) -> None:
     client, planned = Client(server.url), plan(options.requests, options.seed)
     end = time.monotonic() + 60 * options.alone_minutes
@@ -203,10 +202,8 @@ def _memory_mib(group: int) -> int:
     """Return the memory of a process group; shared pages are split among their users."""
     total = 0
     for process in group_members(group):
-        try:
+        with suppress(psutil.Error):
             total += process.memory_full_info().pss
-        except psutil.Error:
-            continue
     return total >> 20
 
 
