@@ -9,18 +9,17 @@ copies them from one process's memory into another's. NIXL is a separate package
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from testing.engine_host import EngineHost
-from testing.engine_requests import HandedOver, Pages
+from testing.engine_host import EngineHost, HandedOver, Pages
 from testing.model_cases import Case, assert_same, case_of, settings
 from testing.tokenizer import random_prompt
 
@@ -35,9 +34,23 @@ CASE = case_of("llama")
 PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
 """Makes an engine keep a prompt's pages for another engine."""
 
+Start = Callable[..., EngineHost]
 
-def transfer(connector: str, role: str, **options: Any) -> dict[str, Any]:
-    return {"kv_connector": connector, "kv_role": role, "kv_connector_extra_config": options}
+
+@pytest.fixture(scope="module")
+def start(small_model: Callable[..., Path]) -> Start:
+    """A function that starts an engine with a connector in a host."""
+
+    def run(host: EngineHost, connector: str, role: str, case: Case = CASE, **more: Any) -> Any:
+        transfer = {"kv_connector": connector, "kv_role": role}
+        transfer["kv_connector_extra_config"] = more.pop("options", {})
+        model = small_model(case.model, case.dtype)
+        return host.engine(**settings(model, case.dtype, kv_transfer_config=transfer, **more))
+
+    return run
+
+
+# ExampleConnector
 
 
 @dataclass(frozen=True)
@@ -51,49 +64,44 @@ class Folder:
     written: Pages
     read: Pages
 
+    def stored(self, prompt: list[int]) -> int:
+        """Return the number of blocks that ExampleConnector reuses: those before the last token."""
+        return max(len(prompt) - 2, 0) // self.block
+
 
 @pytest.fixture(scope="module")
-def folder(
-    host: EngineHost, small_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Folder:
+def folder(host: EngineHost, start: Start, tmp_path_factory: pytest.TempPathFactory) -> Folder:
     path = tmp_path_factory.mktemp("pages")
 
     def run(role: str) -> tuple[list[HandedOver], Pages]:
-        connector = transfer("ExampleConnector", role, shared_storage_path=str(path))
-        model = small_model(CASE.model, CASE.dtype)
-        engine = host.engine(**settings(model, CASE.dtype, kv_transfer_config=connector))
-        handed = engine.hand_over(PROMPTS, TOKENS, NO_PARAMS)
-        return handed, [engine.pages(request.blocks)[0] for request in handed]
+        start(host, "ExampleConnector", role, options={"shared_storage_path": str(path)})
+        handed = host.hand_over(PROMPTS, TOKENS, NO_PARAMS)
+        return handed, [host.pages(request.blocks)[0] for request in handed]
 
     first, written = run("kv_producer")
     second, read = run("kv_consumer")
     return Folder(path, host.started["block_size"], first, second, written, read)
 
 
-def stored_tokens(prompt: list[int], block: int) -> int:
-    """Return how much of a prompt ExampleConnector reuses: whole blocks before the last token."""
-    return max(len(prompt) - 2, 0) // block * block
-
-
-def test_an_engine_that_reads_a_folder_gives_the_same_answers(folder):
+def test_an_engine_that_reads_a_folder_gives_the_same_answers(folder: Folder) -> None:
     expected = [request.output for request in folder.first]
     outputs = [request.output for request in folder.second]
     assert [output.cached for output in expected] == [0] * len(PROMPTS)
     assert_same(outputs, expected, CASE, decisive=ENOUGH)
     cached = [output.cached for output in outputs]
-    assert cached == [stored_tokens(prompt, folder.block) for prompt in PROMPTS]
+    assert cached == [folder.stored(prompt) * folder.block for prompt in PROMPTS]
     assert cached[0] == 640
 
 
-def test_pages_cross_a_folder_byte_for_byte(folder):
+def test_pages_cross_a_folder_byte_for_byte(folder: Folder) -> None:
     for prompt, written, read in zip(PROMPTS, folder.written, folder.read, strict=True):
-        whole = stored_tokens(prompt, folder.block) // folder.block
+        whole = folder.stored(prompt)
         for layer, pages in written.items():
             assert pages[:whole] == read[layer][:whole]
             assert all(any(page) for page in pages[:whole])
 
 
-def test_the_folder_describes_its_pages_in_a_subfolder_for_their_format(folder):
+def test_the_folder_describes_its_pages_in_a_subfolder_for_their_format(folder: Folder) -> None:
     (own,) = folder.path.iterdir()
     fields = json.loads((own / "hybrid_kv.json").read_text())
     assert own.name.startswith("hybrid_kv-")
@@ -102,48 +110,36 @@ def test_the_folder_describes_its_pages_in_a_subfolder_for_their_format(folder):
 
 
 @pytest.mark.long
-def test_an_engine_without_the_plugin_reads_nothing_from_the_folder(folder, small_model, tmp_path):
-    path = str(folder.path)
-    stock = {
-        "kv_cache_dtype": "auto",
-        "kv_transfer_config": transfer("ExampleConnector", "kv_both", shared_storage_path=path),
-    }
-    before = {file for file in folder.path.rglob("*") if file.is_file()}
+def test_an_engine_without_the_plugin_reads_nothing_from_the_folder(
+    folder: Folder, start: Start, tmp_path: Path
+) -> None:
+    more = {"kv_cache_dtype": "auto", "options": {"shared_storage_path": str(folder.path)}}
+    before = set(folder.path.rglob("*"))
     with contextlib.closing(EngineHost(tmp_path / "log.txt", VLLM_PLUGINS="")) as host:
-        model = small_model(CASE.model, CASE.dtype)
-        engine = host.engine(**settings(model, CASE.dtype, **stock))
+        engine = start(host, "ExampleConnector", "kv_both", **more)
         alone = engine.hand_over(PROMPTS, TOKENS, NO_PARAMS)
     assert [request.output.cached for request in alone] == [0] * len(PROMPTS)
     # It adds pages of its own.
-    assert before < {file for file in folder.path.rglob("*") if file.is_file()}
+    assert before < set(folder.path.rglob("*"))
 
 
 # NIXL
 
 
 @pytest.fixture(scope="module")
-def nixl_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., EngineHost]]:
-    """A function that returns, by name, a process for engines that use NIXL on a port."""
-    if importlib.util.find_spec("nixl") is None:
-        pytest.skip("NIXL is not installed; make long-tests does that")
-    hosts: dict[str, EngineHost] = {}
+def nixl_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """A function that returns the process for engines that use NIXL on a port."""
+    pytest.importorskip("nixl", reason="make long-tests installs NIXL")
+    with contextlib.ExitStack() as stack:
 
-    def start(name: str, port: int, **environment: str) -> EngineHost:
-        if name not in hosts:
-            log = tmp_path_factory.mktemp(name.replace(" ", "-")) / "log.txt"
-            hosts[name] = EngineHost(log, VLLM_NIXL_SIDE_CHANNEL_PORT=str(port), **environment)
-        return hosts[name]
+        @cache
+        def start(port: int, **environment: str) -> EngineHost:
+            log = tmp_path_factory.mktemp(f"port-{port}") / "log.txt"
+            host = EngineHost(log, VLLM_NIXL_SIDE_CHANNEL_PORT=str(port), **environment)
+            stack.callback(host.close)
+            return host
 
-    yield start
-    for host in hosts.values():
-        host.close()
-
-
-def nixl_engine(
-    host: EngineHost, role: str, model: Path, case: Case = CASE, **more: Any
-) -> EngineHost:
-    connector = transfer("NixlConnector", role)
-    return host.engine(**settings(model, case.dtype, kv_transfer_config=connector, **more))
+        yield start
 
 
 def cross(
@@ -182,45 +178,57 @@ def cross(
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["llama", "qwen3-next", "gemma3"])
-def test_pages_and_states_cross_memory_byte_for_byte(name, nixl_host, small_model):
+def test_pages_and_states_cross_memory_byte_for_byte(
+    name: str, nixl_host: Start, start: Start
+) -> None:
     case = case_of(name)
-    model = small_model(case.model, case.dtype)
     # Unquantised layers would have other pages, and NIXL does not support padded ones.
     alike = {"hybrid_kv": {"boundary_layers": 0}} if name == "gemma3" else {}
     more = {"case": case, "additional_config": alike}
-    prefill = nixl_engine(nixl_host("prefill", 24560), "kv_producer", model, **more)
-    decode = nixl_engine(nixl_host("decode", 24570), "kv_consumer", model, **more)
+    prefill = start(nixl_host(24560), "NixlConnector", "kv_producer", **more)
+    decode = start(nixl_host(24570), "NixlConnector", "kv_consumer", **more)
     assert cross(prefill, decode, case, same_answers=name != "qwen3-next") == 1
 
 
 @pytest.mark.long
-def test_pages_cross_between_engines_of_two_processes_each(nixl_host, small_model, nobind):
-    model = small_model(CASE.model, CASE.dtype)
-    hosts = nixl_host("prefill of two", 24600), nixl_host("decode of two", 24620)
-    prefill = nixl_engine(hosts[0], "kv_producer", model, tensor_parallel_size=2)
-    decode = nixl_engine(hosts[1], "kv_consumer", model, tensor_parallel_size=2)
+def test_pages_cross_between_engines_of_two_processes_each(
+    nixl_host: Start, start: Start, nobind: None
+) -> None:
+    prefill, decode = (
+        start(nixl_host(port), "NixlConnector", role, tensor_parallel_size=2)
+        for port, role in ((24600, "kv_producer"), (24620, "kv_consumer"))
+    )
     assert cross(prefill, decode) == 2
     # Idle processes of an engine use their cores.
-    for host in hosts:
-        host.stop()
+    prefill.stop()
+    decode.stop()
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("peer", ["without the plugin", "other pages"])
+@pytest.mark.parametrize(
+    ("port", "environment", "more", "local"),
+    [
+        (24580, {"VLLM_PLUGINS": ""}, {}, "[0-9a-f]{64}, "),
+        (
+            *(24590, {}, {"block_size": 64}),
+            r"[0-9a-f]{64} \[hybrid_kv .*: k8v4 format 1, .* pages of 64 tokens, .*\], ",
+        ),
+    ],
+    ids=["without the plugin", "other pages"],
+)
 def test_a_peer_that_cannot_read_the_pages_refuses_with_an_explanation(
-    peer, nixl_host, small_model
-):
-    model = small_model(CASE.model, CASE.dtype)
-    prefill = nixl_engine(nixl_host("prefill", 24560), "kv_producer", model)
-    if peer == "without the plugin":
-        host = nixl_engine(nixl_host(peer, 24580, VLLM_PLUGINS=""), "kv_consumer", model)
-        local = "[0-9a-f]{64}, "
-    else:
-        host = nixl_engine(nixl_host(peer, 24590), "kv_consumer", model, block_size=64)
-        local = r"[0-9a-f]{64} \[hybrid_kv .*: k8v4 format 1, .* pages of 64 tokens, .*\], "
-    sent = prefill.hand_over(PROMPTS[:1], 1, [PREFILL])
-    (refused,) = host.hand_over(PROMPTS[:1], TOKENS, [sent[0].params])
+    nixl_host: Start,
+    start: Start,
+    port: int,
+    environment: dict[str, str],
+    more: dict[str, int],
+    local: str,
+) -> None:
+    prefill = start(nixl_host(24560), "NixlConnector", "kv_producer")
+    peer = start(nixl_host(port, **environment), "NixlConnector", "kv_consumer", **more)
+    (sent,) = prefill.hand_over(PROMPTS[:1], 1, [PREFILL])
+    (refused,) = peer.hand_over(PROMPTS[:1], TOKENS, [sent.params])
     assert refused.output.tokens == []
     remote = r"[0-9a-f]{64} \[hybrid_kv .*: k8v4 format 1, .* pages of 128 tokens, .*\]"
     words = rf"NIXL compatibility hash mismatch\. Local: {local}Remote: {remote}"
-    assert re.search(words, host.log.read_text(errors="replace"))
+    assert re.search(words, peer.log.read_text(errors="replace"))

@@ -25,8 +25,7 @@ from pathlib import Path
 
 import pytest
 
-from testing.engine_host import EngineHost
-from testing.engine_requests import Output
+from testing.engine_host import EngineHost, Output
 from testing.model_cases import (
     DIFFERENT,
     Case,
@@ -64,78 +63,71 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineHost]:
     host.close()
 
 
-@dataclass(frozen=True)
-class Reference:
-    """The outputs of an eager engine of a single process."""
-
-    model: Path
-    host: EngineHost
-    prompts: list[list[int]]
-    outputs: list[Output]
-    beginnings: list[float]
-
-    def engine(self, **more: object) -> EngineHost:
-        """Return the host with an engine of the same settings, changed by `more`."""
-        return self.host.engine(**settings(self.model, CASE.dtype, **more))
-
-    def compare(self, engine: EngineHost) -> None:
-        """Assert that an engine gives the same outputs, also from its prefix cache."""
-        assert_same(engine.generate(self.prompts, CASE.tokens, fresh=True), self.outputs, CASE)
-        cached = engine.generate(self.prompts, CASE.tokens)
-        assert max(output.cached for output in cached) >= engine.started["block_size"]
-        assert_same(cached, self.outputs, CASE)
-
-    def beginnings_apart(self, engine: EngineHost) -> float:
-        """Return the median difference of the log-probabilities of prompts' first tokens."""
-        pairs = zip(first_log_probabilities(engine), self.beginnings, strict=True)
-        apart = statistics.median(abs(a - b) for a, b in pairs)
-        print(f"{apart:.2g} apart")
-        return apart
-
-
 def first_log_probabilities(engine: EngineHost) -> list[float]:
     outputs = engine.generate(BEGINNINGS, 1, prompt_logprobs=True)
     return [logprob for output in outputs for logprob in output.prompt_logprobs or []]
 
 
+@dataclass(frozen=True)
+class Runs:
+    """An engine, and the outputs of an eager engine of a single process."""
+
+    engine: EngineHost
+    prompts: list[list[int]]
+    outputs: list[Output]
+    beginnings: list[float]
+
+    def compare(self) -> None:
+        """Assert that the engine gives the same outputs, also from its prefix cache."""
+        outputs = self.engine.generate(self.prompts, CASE.tokens, fresh=True)
+        assert_same(outputs, self.outputs, CASE)
+        cached = self.engine.generate(self.prompts, CASE.tokens)
+        assert max(output.cached for output in cached) >= self.engine.started["block_size"]
+        assert_same(cached, self.outputs, CASE)
+
+    def beginnings_apart(self) -> float:
+        """Return the median difference of the log-probabilities of prompts' first tokens."""
+        pairs = zip(first_log_probabilities(self.engine), self.beginnings, strict=True)
+        apart = statistics.median(abs(a - b) for a, b in pairs)
+        print(f"{apart:.2g} apart")
+        return apart
+
+
 @pytest.fixture(scope="module")
-def reference(host: EngineHost, small_model: Callable[..., Path]) -> Reference:
-    model = small_model(CASE.model, CASE.dtype)
-    engine = host.engine(**settings(model, CASE.dtype))
+def reference(host: EngineHost, small_model: Callable[..., Path]) -> Runs:
+    engine = host.engine(**settings(small_model(CASE.model, CASE.dtype), CASE.dtype))
     assert not engine.started["compiled"]
     prompts = choose_prompts(engine, CASE, mixed_prompts(CASE.candidates), 10, CASE.tokens)
     assert len(prompts[-1]) > 400
     outputs = run_alone(engine, prompts, CASE.tokens)
-    return Reference(model, host, prompts, outputs, first_log_probabilities(engine))
+    return Runs(engine, prompts, outputs, first_log_probabilities(engine))
 
 
-@pytest.fixture(scope="module", params=["two processes", "compiled"])
-def engine(request: pytest.FixtureRequest, reference: Reference) -> EngineHost:
-    if request.param == "two processes":
-        return reference.engine(tensor_parallel_size=2)
-    engine = reference.engine(enforce_eager=False)
-    assert engine.started["compiled"]
-    return engine
+@pytest.fixture(
+    scope="module",
+    params=[{"tensor_parallel_size": 2}, {"enforce_eager": False}],
+    ids=["two processes", "compiled"],
+)
+def runs(request: pytest.FixtureRequest, reference: Runs, small_model: Callable[..., Path]) -> Runs:
+    """The runs of another engine in the same host."""
+    model = small_model(CASE.model, CASE.dtype)
+    engine = reference.engine.engine(**settings(model, CASE.dtype, **request.param))
+    assert engine.started["compiled"] == ("enforce_eager" in request.param)
+    return reference
 
 
-def test_output_is_that_of_an_eager_engine_in_one_process(
-    engine: EngineHost, reference: Reference
-) -> None:
-    reference.compare(engine)
-    assert reference.beginnings_apart(engine) < BEGINNINGS_APART
+def test_output_is_that_of_an_eager_engine_in_one_process(runs: Runs) -> None:
+    runs.compare()
+    assert runs.beginnings_apart() < BEGINNINGS_APART
 
 
 @pytest.mark.parametrize("fault", ["heads of the neighbour", "stored too late"])
 def test_a_fault_in_a_process_or_a_graph_is_detected(
-    engine: EngineHost,
-    reference: Reference,
-    plant: Callable[[str], None],
-    request: pytest.FixtureRequest,
-    fault: str,
+    runs: Runs, plant: Callable[[str], None], fault: str
 ) -> None:
-    if fault == "heads of the neighbour" and "compiled" in request.node.name:
+    if fault == "heads of the neighbour" and runs.engine.started["compiled"]:
         pytest.skip("a compiled engine of one process has no neighbour")
     plant(fault)
     with pytest.raises(AssertionError, match=DIFFERENT):
-        reference.compare(engine)
-    assert reference.beginnings_apart(engine) > 10 * BEGINNINGS_APART
+        runs.compare()
+    assert runs.beginnings_apart() > 10 * BEGINNINGS_APART

@@ -6,19 +6,20 @@ Random models show that something changed; these show whether it matters.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from testing import model_cases
-from testing import recall_sequences as sequences
-from testing.engine_host import EngineHost
+from testing.engine_host import EngineHost, Output
 from testing.planted_faults import FAULTS
-from tests.recall.questions import Tally, copies, count_answers, questions_one_by_one, sheets
+from testing.recall_sequences import ANSWER, COPY, Sequence, copy_sequence, recall_sequence
 
 pytestmark = pytest.mark.engine
 
@@ -45,14 +46,100 @@ COPIED = 24
 """Tokens of each copy that are decoded."""
 
 
-@functools.cache
-def all_sheets() -> list[sequences.Sequence]:
-    return sheets(1, [2000] * 8 + [1200] * 6 + [600] * 8 + [160] * 40)
+DISTANCES = (128, 512, 1024, 2048)
+"""Upper ends of the bands of distance between a question and its answer's source, in tokens."""
+DEPTHS = 4
+"""Number of parts of the tokens before the first question."""
+
+Place = tuple[int, int]
+"""A band of distance, and the part that contains the source."""
 
 
-@functools.cache
-def few_sheets() -> list[sequences.Sequence]:
-    return sheets(2, [2000] * 3 + [600] * 3 + [160] * 10)
+@dataclass
+class Tally:
+    """Answers by place.
+
+    Attributes:
+        asked: Number of questions.
+        right: Number of questions whose right answer was the most probable token.
+        surprise: Sum of the right answers' negative log-probabilities.
+    """
+
+    asked: Counter[Place] = field(default_factory=Counter)
+    right: Counter[Place] = field(default_factory=Counter)
+    surprise: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """Share of right answers over all places."""
+        return self.right.total() / self.asked.total()
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-probability of the right answers."""
+        return self.surprise / self.asked.total()
+
+    def table(self) -> str:
+        """Return the counts as text, with a line for each band of distance."""
+        lines = []
+        for band in DISTANCES:
+            counts = ((self.right[band, part], self.asked[band, part]) for part in range(DEPTHS))
+            cells = " ".join(f"{right:5d}/{asked:<5d}" for right, asked in counts)
+            lines.append(f"up to {band:4d} back: {cells}")
+        return "\n".join([*lines, f"all: {self.share:.2%}, loss {self.loss:.4f}"])
+
+
+def place(index: int, source: int, first: int) -> Place:
+    """Return the place of the question at `index`; the first question is at `first`."""
+    distance = next(band for band in DISTANCES if index - source <= band)
+    return distance, int(source) * DEPTHS // int(first)
+
+
+def sheets(seed: int, lengths: Iterable[int]) -> list[Sequence]:
+    """Return sequences of pairs without text, with a question for every second pair."""
+    draw = np.random.default_rng(seed)
+    return [recall_sequence(draw, length, 0.0, length // 5) for length in lengths]
+
+
+def count_answers(sequences: list[Sequence], outputs: list[Output]) -> Tally:
+    """Count the answers that were the most probable token.
+
+    Args:
+        sequences: The prompts.
+        outputs: Their outputs, with log-probabilities of the prompts.
+    """
+    tally = Tally()
+    for sequence, output in zip(sequences, outputs, strict=True):
+        ranks, logprobs = output.prompt_ranks or [], output.prompt_logprobs or []
+        answers = np.flatnonzero(sequence.kinds == ANSWER)
+        for index in answers:
+            where = place(index, sequence.sources[index], answers[0])
+            tally.asked[where] += 1
+            tally.right[where] += ranks[index - 1] == 1
+            tally.surprise -= logprobs[index - 1]
+    return tally
+
+
+def questions_one_by_one(sequence: Sequence, count: int) -> tuple[list[list[int]], list[int]]:
+    """Return prompts with a sequence up to its first question and one question, and answers."""
+    answers = np.flatnonzero(sequence.kinds == ANSWER)
+    start = sequence.tokens[: answers[0] - 1].tolist()
+    asked = answers[:: max(1, len(answers) // count)][:count]
+    prompts = [[*start, int(sequence.tokens[index - 1])] for index in asked]
+    return prompts, sequence.tokens[asked].tolist()
+
+
+def copies(seed: int, lengths: Iterable[int]) -> tuple[list[list[int]], list[list[int]]]:
+    """Return prompts up to the copy mark and one more symbol, and the tokens that must follow."""
+    draw = np.random.default_rng(seed)
+    drawn = [copy_sequence(draw, length, 0.0).tokens.tolist() for length in lengths]
+    cuts = [tokens.index(COPY) + 2 for tokens in drawn]
+    pairs = list(zip(drawn, cuts, strict=True))
+    return [tokens[:cut] for tokens, cut in pairs], [tokens[cut:] for tokens, cut in pairs]
+
+
+ALL_SHEETS = sheets(1, [2000] * 8 + [1200] * 6 + [600] * 8 + [160] * 40)
+FEW_SHEETS = sheets(2, [2000] * 3 + [600] * 3 + [160] * 10)
 
 
 def settings(shape: str, **more: Any) -> dict[str, Any]:
@@ -78,16 +165,14 @@ class Plain:
         return self.host.engine(**settings(self.shape, **more))
 
 
-def answer(engine: EngineHost, asked: list[sequences.Sequence]) -> Tally:
+def answer(engine: EngineHost, asked: list[Sequence]) -> Tally:
     """Count the answers of the model to the questions in prompts."""
     prompts = [sheet.tokens.tolist() for sheet in asked]
-    outputs = engine.generate(prompts, 1, prompt_logprobs=True)
-    ranks = [output.prompt_ranks or [] for output in outputs]
-    return count_answers(asked, ranks, [output.prompt_logprobs or [] for output in outputs])
+    return count_answers(asked, engine.generate(prompts, 1, prompt_logprobs=True))
 
 
 def copied_share(
-    engine: EngineHost, lengths: Sequence[int] = LENGTHS, tokens: int = COPIED, **how: bool
+    engine: EngineHost, lengths: Iterable[int] = LENGTHS, tokens: int = COPIED, **how: bool
 ) -> float:
     """Return the share of decoded tokens that repeat the prompt's.
 
@@ -104,18 +189,17 @@ def copied_share(
     return sum(pairs) / len(pairs)
 
 
-def assert_as_good(tally: Tally, plain: Tally, enough: int = ENOUGH) -> None:
+def assert_as_good(tally: Tally, plain: Tally) -> None:
     """Assert that recall is not worse than plain, in total and at every distance and depth."""
     print(tally.table())
     assert tally.share >= plain.share - WORSE, f"recalls {tally.share:.2%}, not {plain.share:.2%}"
     assert tally.loss <= plain.loss + LESS_SURE, (
         f"recalls with a loss of {tally.loss:.4f}, not {plain.loss:.4f}"
     )
-    ours, theirs = tally.shares(), plain.shares()
     for place, asked in plain.asked.items():
-        if asked >= enough:
-            assert ours[place] >= theirs[place] - WORSE, (
-                f"recalls {ours[place]:.2%} at {place}, not {theirs[place]:.2%}"
+        if asked >= ENOUGH:
+            assert tally.right[place] >= plain.right[place] - WORSE * asked, (
+                f"recalls less at {place}"
             )
 
 
@@ -123,9 +207,9 @@ def assert_as_good(tally: Tally, plain: Tally, enough: int = ENOUGH) -> None:
 def plain(request: pytest.FixtureRequest, host: EngineHost) -> Plain:
     shape: str = request.param
     engine = host.engine(**settings(shape, kv_cache_dtype="auto"))
-    tally = answer(engine, all_sheets())
+    tally = answer(engine, ALL_SHEETS)
     print(f"{shape}, unquantised\n{tally.table()}")
-    return Plain(shape, host, tally, answer(engine, few_sheets()), copied_share(engine))
+    return Plain(shape, host, tally, answer(engine, FEW_SHEETS), copied_share(engine))
 
 
 @pytest.mark.both_minors
@@ -139,7 +223,7 @@ def test_the_model_recalls_and_copies_with_an_unquantised_cache(plain: Plain) ->
 
 @pytest.mark.both_minors
 def test_k8v4_recalls_at_every_distance_and_depth(plain: Plain) -> None:
-    assert_as_good(answer(plain.engine(), all_sheets()), plain.tally)
+    assert_as_good(answer(plain.engine(), ALL_SHEETS), plain.tally)
 
 
 @pytest.mark.both_minors
@@ -150,16 +234,12 @@ def test_k8v4_copies_token_by_token_in_a_mixed_batch(plain: Plain) -> None:
 @pytest.mark.both_minors
 def test_k8v4_recalls_from_pages_of_the_prefix_cache(plain: Plain) -> None:
     engine = plain.engine()
-    sheet = all_sheets()[0]
-    prompts, wanted, places = questions_one_by_one(sheet, 200)
+    prompts, wanted = questions_one_by_one(ALL_SHEETS[0], 200)
     engine.generate(prompts[:1], 1, fresh=True)
     outputs = engine.generate(prompts, 1)
     assert min(output.cached for output in outputs) > len(prompts[0]) // 2
-    tally = Tally()
-    for output, right, place in zip(outputs, wanted, places, strict=True):
-        tally.count(place, output.tokens == [right])
-    print(tally.table())
-    assert tally.share >= plain.tally.share - WORSE
+    right = sum(output.tokens == [token] for output, token in zip(outputs, wanted, strict=True))
+    assert right / len(wanted) >= plain.tally.share - WORSE
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -169,7 +249,7 @@ def test_a_page_that_is_stored_wrongly_is_detected(
     engine = plain.engine()
     plant(fault)
     with pytest.raises(AssertionError, match=DIFFERENT):
-        assert_as_good(answer(engine, few_sheets()), plain.few)
+        assert_as_good(answer(engine, FEW_SHEETS), plain.few)
 
 
 @pytest.mark.long
@@ -190,23 +270,14 @@ def test_k8v4_copies_the_same_after_preemption(plain: Plain) -> None:
     assert engine.metrics()["vllm:num_preemptions"] > 0
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineHost]:
-    """A host whose engines are of two tensor-parallel processes."""
-    log = tmp_path_factory.mktemp("two") / "log.txt"
-    # Two processes of a thread each share the cores.
-    host = EngineHost(log, VLLM_CPU_OMP_THREADS_BIND="nobind")
-    yield host
-    host.close()
-
-
 @pytest.mark.long
-def test_k8v4_recalls_with_its_heads_in_two_processes(
-    plain: Plain, two_processes: EngineHost
-) -> None:
-    engine = two_processes.engine(**settings(plain.shape, tensor_parallel_size=2))
-    assert_as_good(answer(engine, few_sheets()), plain.few)
-    assert copied_share(engine, fresh=True) >= plain.copied - WORSE
-    engine.plant("stale page")
-    with pytest.raises(AssertionError, match=DIFFERENT):
-        assert_as_good(answer(engine, few_sheets()), plain.few)
+def test_k8v4_recalls_with_its_heads_in_two_processes(plain: Plain, tmp_path: Path) -> None:
+    # Two processes of a thread each share the cores.
+    host = EngineHost(tmp_path / "log.txt", VLLM_CPU_OMP_THREADS_BIND="nobind")
+    with contextlib.closing(host):
+        engine = host.engine(**settings(plain.shape, tensor_parallel_size=2))
+        assert_as_good(answer(engine, FEW_SHEETS), plain.few)
+        assert copied_share(engine, fresh=True) >= plain.copied - WORSE
+        engine.plant("stale page")
+        with pytest.raises(AssertionError, match=DIFFERENT):
+            assert_as_good(answer(engine, FEW_SHEETS), plain.few)

