@@ -6,6 +6,8 @@ The checks run at every call, so messages are formatted only for an error.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from vllm_hybrid_kv.kernels import k8v4
@@ -19,9 +21,18 @@ def attention_error(reason: str) -> ValueError:
     return ValueError(f"k8v4 attention: {reason}")
 
 
-def store_error(tensor: str, expected: str, got: object) -> ValueError:
-    """Return the error of an invalid call of `quantise_and_store`."""
-    return ValueError(f"quantise_and_store: {tensor} must be {expected}, got {got}")
+def _check(call: str, ok: bool, name: str, tensor: torch.Tensor, *expected: object) -> None:
+    """Raise ValueError with the parts of `expected` and the tensor's properties unless `ok`."""
+    if not ok:
+        parts = (list(part) if isinstance(part, torch.Size) else part for part in expected)
+        raise ValueError(
+            f"{call}: {name} must be {' '.join(map(str, parts))}, got {tensor.dtype} "
+            f"{list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}"
+        )
+
+
+_attention = functools.partial(_check, "k8v4 attention")
+_store = functools.partial(_check, "quantise_and_store")
 
 
 def check_attention(
@@ -47,64 +58,55 @@ def check_attention(
     Raises:
         ValueError: A shape, dtype, stride, device or, with `debug`, an index is invalid.
     """
-    if query.dim() != 3 or query.dtype not in DTYPES:
-        raise attention_error(
-            f"query must be bf16, fp16 or fp32 [T, Hq, D], got {query.dtype} {tuple(query.shape)}"
-        )
-    tokens, num_heads, head_size = query.shape
-    if cache.dim() != 4 or cache.dtype != torch.uint8:
-        raise attention_error(
-            f"cache must be uint8 [blocks, H, N, bytes], got {cache.dtype} {tuple(cache.shape)}"
-        )
+    _attention(query.dim() == 3 and query.dtype in DTYPES, "query", query,
+               "bf16, fp16 or fp32 [tokens, query heads, head size]")  # fmt: skip
+    _, num_heads, head_size = query.shape
+    _attention(cache.dim() == 4 and cache.dtype == torch.uint8, "cache", cache,
+               "uint8 [blocks, KV heads, page size, slot bytes]")  # fmt: skip
     _, num_kv_heads, page_size, slot = cache.shape
-    if slot != k8v4.slot_bytes(head_size):
-        raise attention_error(
-            f"a slot of head size {head_size} has {k8v4.slot_bytes(head_size)} bytes, "
-            f"the cache's have {slot}"
-        )
-    if cache.stride()[1:] != (page_size * slot, slot, 1):
-        raise attention_error(f"pages of the cache must be contiguous, got {cache.stride()}")
-    if num_kv_heads <= 0 or num_heads % num_kv_heads:
-        raise attention_error(
-            f"{num_heads} query heads are not a multiple of {num_kv_heads} KV heads"
-        )
-    if out.shape != query.shape or out.dtype != query.dtype:
-        raise attention_error(
-            f"out must be like query, {query.dtype} {tuple(query.shape)}, "
-            f"got {out.dtype} {tuple(out.shape)}"
-        )
-    if query.stride(2) != 1 or out.stride(2) != 1:
-        raise attention_error("the dims of query and out must be contiguous")
-    if seq_lens.dtype != torch.int32 or seq_lens.dim() != 1 or not seq_lens.is_contiguous():
-        raise attention_error("seq_lens must be contiguous int32 [B]")
+    _attention(slot == k8v4.slot_bytes(head_size), "cache", cache, "made of slots of",
+               k8v4.slot_bytes(head_size), "bytes for head size", head_size)  # fmt: skip
+    _attention(cache.stride()[1:] == (page_size * slot, slot, 1), "cache", cache,
+               "contiguous within a block")  # fmt: skip
+    _attention(num_kv_heads > 0 and num_heads % num_kv_heads == 0, "query", query,
+               "of a number of heads that is a multiple of the cache's", num_kv_heads)  # fmt: skip
+    _attention(out.shape == query.shape and out.dtype == query.dtype, "out", out,
+               "of query's dtype and shape,", query.dtype, query.shape)  # fmt: skip
+    for name, rows in (("query", query), ("out", out)):
+        _attention(rows.stride(2) == 1, name, rows,
+                   "contiguous in its last dim (call its contiguous())")  # fmt: skip
+    _attention(
+        seq_lens.dtype == torch.int32 and seq_lens.dim() == 1 and seq_lens.is_contiguous(),
+        "seq_lens", seq_lens, "contiguous int32 [requests]",
+    )  # fmt: skip
     requests = seq_lens.shape[0]
-    if (
-        query_start_loc.dtype != torch.int32
-        or query_start_loc.shape != (requests + 1,)
-        or not query_start_loc.is_contiguous()
-    ):
-        raise attention_error(f"query_start_loc must be contiguous int32 [{requests + 1}]")
-    if (
-        block_table.dtype != torch.int32
-        or block_table.dim() != 2
-        or block_table.shape[0] < requests
-        or (block_table.stride(1) != 1 and block_table.shape[1] > 1)
-    ):
-        raise attention_error(
-            f"block_table must be int32 with at least {requests} rows, contiguous inside"
-        )
-    if sinks is not None and sinks.shape != (num_heads,):
-        raise attention_error(f"sinks must hold {num_heads} numbers, one for each query head")
-    if lse is not None and (lse.dtype != torch.float32 or lse.shape != (tokens, num_heads)):
-        raise attention_error(f"lse must be float32 [{tokens}, {num_heads}]")
+    starts = query_start_loc
+    _attention(
+        starts.dtype == torch.int32 and starts.shape == (requests + 1,) and starts.is_contiguous(),
+        "query_start_loc", starts, "contiguous int32 [requests + 1] for", requests, "requests",
+    )  # fmt: skip
+    _attention(
+        block_table.dtype == torch.int32
+        and block_table.dim() == 2
+        and block_table.shape[0] >= requests
+        and (block_table.stride(1) == 1 or block_table.shape[1] < 2),
+        "block_table", block_table, "int32 with contiguous rows, at least", requests,
+    )  # fmt: skip
+    if sinks is not None:
+        _attention(sinks.shape == (num_heads,), "sinks", sinks,
+                   "one number for each of", num_heads, "query heads")  # fmt: skip
+    if lse is not None:
+        _attention(lse.dtype == torch.float32 and lse.shape == query.shape[:2], "lse", lse,
+                   "float32", query.shape[:2])  # fmt: skip
     # An address of another device is invalid here, and reading it ends the process.
-    for tensor in (cache, block_table, seq_lens, query_start_loc, out, sinks, lse):
+    for name, tensor in (
+        ("cache", cache), ("block_table", block_table), ("seq_lens", seq_lens),
+        ("query_start_loc", starts), ("out", out), ("sinks", sinks), ("lse", lse),
+    ):  # fmt: skip
         if tensor is not None and tensor.device != query.device:
-            raise attention_error(
-                f"all tensors must be on query's device, {query.device}, got {tensor.device}"
-            )
+            _attention(False, name, tensor, "on query's device,", query.device)
     if debug:
-        _check_indices(cache, block_table, seq_lens, query_start_loc, tokens)
+        _check_indices(cache, block_table, seq_lens, query_start_loc, query.shape[0])
 
 
 def _check_indices(
@@ -125,14 +127,14 @@ def _check_indices(
         pages = -(-length // page_size)
         if length < 0 or pages > table.shape[1]:
             raise attention_error(
-                f"request {request} of {length} tokens needs {pages} "
-                f"pages of {page_size}, its block table has {table.shape[1]}"
+                f"seq_lens must be lengths that the block table's {table.shape[1]} pages of "
+                f"{page_size} tokens hold, got {length} tokens of request {request}"
             )
         blocks = table[request, :pages]
         if pages and not 0 <= int(blocks.min()) <= int(blocks.max()) < cache.shape[0]:
             raise attention_error(
-                f"request {request} names a block outside the cache's "
-                f"{cache.shape[0]}: {blocks.tolist()}"
+                f"block_table must name blocks of the cache, 0 to {cache.shape[0] - 1}, "
+                f"got {blocks.tolist()} for request {request}"
             )
 
 
@@ -152,46 +154,30 @@ def check_store(
     Raises:
         ValueError: A shape, dtype, stride or device is invalid.
     """
-    if key.dtype not in DTYPES:
-        raise store_error("key", "bfloat16, float16 or float32", key.dtype)
-    if value.dtype != key.dtype:
-        raise store_error("value", f"of key's dtype, {key.dtype}", value.dtype)
-    if key.dim() != 3:
-        raise store_error("key", "[tokens, heads, head size]", list(key.shape))
-    if value.shape != key.shape:
-        raise store_error("value", f"of key's shape, {list(key.shape)}", list(value.shape))
-    if slots.dtype not in (torch.int64, torch.int32):
-        raise store_error("slot_mapping", "int64 or int32", slots.dtype)
-    if slots.dim() != 1 or slots.shape[0] > key.shape[0]:
-        expected = f"one slot for each of at most {key.shape[0]} tokens"
-        raise store_error("slot_mapping", expected, f"shape {list(slots.shape)}")
-    _check_pages(cache, key.shape[1], key.shape[2])
-    if not key.device == value.device == slots.device == cache.device == device:
-        tensors = {"key": key, "value": value, "slot_mapping": slots, "cache": cache}
-        name = next(name for name, tensor in tensors.items() if tensor.device != device)
-        raise store_error(name, f"on {device}", tensors[name].device)
-
-
-def _check_pages(cache: torch.Tensor, num_heads: int, head_size: int) -> None:
-    if cache.dtype != torch.uint8:
-        raise store_error("cache", "uint8", cache.dtype)
+    _store(key.dim() == 3 and key.dtype in DTYPES, "key", key,
+           "bf16, fp16 or fp32 [tokens, KV heads, head size]")  # fmt: skip
+    _store(value.shape == key.shape and value.dtype == key.dtype, "value", value,
+           "of key's dtype and shape,", key.dtype, key.shape)  # fmt: skip
+    tokens, num_heads, head_size = key.shape
+    valid = slots.dtype in (torch.int64, torch.int32) and slots.dim() == 1
+    _store(valid and slots.shape[0] <= tokens, "slot_mapping", slots,
+           "int64 or int32, one slot for each of at most", tokens, "tokens")  # fmt: skip
     slot = k8v4.slot_bytes(head_size)
     shape = cache.shape
-    if len(shape) != 4 or shape[1] != num_heads or shape[3] != slot:
-        expected = f"[blocks, {num_heads}, page size, {slot}] for {num_heads} heads of {head_size}"
-        raise store_error("cache", expected, list(shape))
-    if shape[2] <= 0 or shape[2] % k8v4.TILE_TOKENS:
-        expected = f"of pages of a multiple of {k8v4.TILE_TOKENS} tokens"
-        raise store_error("cache", expected, shape[2])
-    blocks, heads, tokens, last = cache.stride()
+    valid = cache.dtype == torch.uint8 and len(shape) == 4
+    _store(valid and (shape[1], shape[3]) == (num_heads, slot), "cache", cache,
+           "uint8 [blocks,", num_heads, "KV heads, page size,", slot, "bytes]")  # fmt: skip
+    _store(shape[2] > 0 and shape[2] % k8v4.TILE_TOKENS == 0, "cache", cache,
+           "made of pages of a multiple of", k8v4.TILE_TOKENS, "tokens")  # fmt: skip
+    block_stride, head_stride, *strides = cache.stride()
     head_bytes = shape[2] * slot
-    if (
-        (last, tokens) != (1, slot)
-        or (num_heads > 1 and heads != head_bytes)
-        or (shape[0] > 1 and blocks < num_heads * head_bytes)
-    ):
-        expected = f"contiguous within a block, strides [any, {head_bytes}, {slot}, 1]"
-        raise store_error("cache", expected, list(cache.stride()))
+    contiguous = strides == [slot, 1] and (num_heads < 2 or head_stride == head_bytes)
+    contiguous = contiguous and (shape[0] < 2 or block_stride >= num_heads * head_bytes)
+    _store(contiguous, "cache", cache, "contiguous within a block, with", head_bytes,
+           "bytes between heads and", slot, "between tokens")  # fmt: skip
+    for name, tensor in (("key", key), ("value", value), ("cache", cache), ("slot_mapping", slots)):
+        if tensor.device != device:
+            _store(False, name, tensor, "on", device)
 
 
 def check_duplicates(slots: torch.Tensor) -> None:
@@ -203,4 +189,7 @@ def check_duplicates(slots: torch.Tensor) -> None:
     named, counts = slots[slots >= 0].unique(return_counts=True)
     twice = named[counts > 1]
     if len(twice):
-        raise store_error("slot_mapping", "without a slot twice", f"slot {int(twice[0])} again")
+        raise ValueError(
+            f"quantise_and_store: slot_mapping names slot {int(twice[0])} twice; "
+            "give each token its own slot"
+        )

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -60,104 +60,25 @@ class Variant:
     sinks: torch.dtype | None = None
 
     def __str__(self) -> str:
-        options = {
-            "sliding window": self.window,
-            "soft cap": self.soft_cap,
-            "sinks": self.sinks is not None,
-        }
-        return ", ".join(
-            [
-                f"head size {self.head_size}",
-                f"{self.num_heads} query heads on {self.num_kv_heads} KV heads",
-                f"pages of {self.page_size} tokens",
-                str(self.dtype).removeprefix("torch."),
-                *(name for name, is_set in options.items() if is_set),
-            ]
+        options = (
+            (self.window, "sliding window"),
+            (self.soft_cap, "soft cap"),
+            (self.sinks is not None, "sinks"),
         )
-
-
-class Call(NamedTuple):
-    """The arguments of `paged_attention` for a batch of requests."""
-
-    query: torch.Tensor
-    cache: torch.Tensor
-    block_table: torch.Tensor
-    seq_lens: torch.Tensor
-    query_start_loc: torch.Tensor
-    out: torch.Tensor
-    scale: float
-    window: int | None
-    soft_cap: float
-    sinks: torch.Tensor | None
+        return (
+            f"head size {self.head_size}, {self.num_heads} query heads on {self.num_kv_heads} KV "
+            f"heads, pages of {self.page_size} tokens, {str(self.dtype).removeprefix('torch.')}"
+        ) + "".join(f", {name}" for is_set, name in options if is_set)
 
 
 Store = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """Stores key, value [T, H, D] into a cache at slots [T], like `quantise_and_store`."""
 
+Call = Mapping[str, Any]
+"""The arguments of `paged_attention` by name: all tensors, scale, window, soft_cap and sinks."""
+
 Attend = Callable[[Call], None]
-"""Attends and writes `Call.out`."""
-
-
-class Result(NamedTuple):
-    """The worst row of a call."""
-
-    error: float  # largest relative error of a row; infinity if a NaN is missing or misplaced
-    bound: float
-    queries: int  # new tokens of the worst row's request
-
-    @property
-    def is_right(self) -> bool:
-        return self.error <= self.bound
-
-
-def measure(
-    variant: Variant, queries: Sequence[int], store: Store, attend: Attend, device: torch.device
-) -> Result:
-    """Store and attend once, and return the worst error; see `require` for the arguments."""
-    requests = _requests(variant, queries)
-    page_size = variant.page_size
-    pages = [-(-request.length // page_size) for request in requests]
-    cache = torch.empty(
-        (1 + sum(pages), variant.num_kv_heads, page_size, slot_bytes(variant.head_size)),
-        dtype=torch.uint8, device=device,
-    )  # fmt: skip
-    cache.view(torch.int16).fill_(0x7C00)  # infinite scales and zeros
-    # Blocks fall with the tokens of a request, so that no kernel may assume that they rise.
-    table = torch.zeros((len(requests), max(pages)), dtype=torch.int32)
-    slots, free = [], 1
-    for row, request, count in zip(table, requests, pages, strict=True):
-        row[:count] = torch.arange(free + count - 1, free - 1, -1, dtype=torch.int32)
-        free += count
-        token = torch.arange(request.length)
-        slot = row[token // page_size].to(torch.int64) * page_size + token % page_size
-        slots.append(slot.masked_fill(token < request.hidden, -1))
-        row[: request.hidden // page_size] = 0
-    key, value = (
-        torch.cat([part[: request.length] for part, request in zip(parts, requests, strict=True)])
-        for parts in zip(*(request.tokens for request in requests), strict=True)
-    )
-    key, value, slot = key.to(device), value.to(device), torch.cat(slots).to(device)
-    # A kernel may treat few tokens and many differently.
-    for part in (slice(0, FEW), slice(FEW, None)):
-        store(key[part], value[part], cache, slot[part])
-    query = torch.cat([request.query for request in requests]).to(device)
-    out = torch.empty_like(query)
-    starts = torch.tensor([0, *(len(request.query) for request in requests)]).cumsum(0)
-    lengths = torch.tensor([request.length for request in requests], dtype=torch.int32)
-    table, lengths, starts = (
-        tensor.to(device) for tensor in (table, lengths, starts.to(torch.int32))
-    )
-    call = Call(query, cache, table, lengths, starts, out, **_options(variant))
-    if call.sinks is not None:
-        call = call._replace(sinks=call.sinks.to(device))
-    attend(call)
-    results = [
-        Result(_error(part, request.expected), BOUNDS[variant.dtype], len(request.query))
-        for part, request in zip(
-            out.cpu().split([len(request.query) for request in requests]), requests, strict=True
-        )
-    ]
-    return max(results, key=lambda result: result.error)
+"""Attends and writes `out`."""
 
 
 class WrongKernelError(RuntimeError):
@@ -190,18 +111,24 @@ def require(
     tested = (path, variant, device)
     if tested in _passed:
         return
+    bound = BOUNDS[variant.dtype]
     for queries, attend in batches:
-        result = measure(variant, queries, store, attend, device)
-        if not result.is_right:
-            step = "decode" if result.queries == 1 else f"a step of {result.queries} new tokens"
-            error = (
+        requests = _requests(variant, queries)
+        outs = _run(variant, requests, store, attend, device)
+        error, count = max(
+            (_error(out, expected), len(out))
+            for out, (*_, expected) in zip(outs, requests, strict=True)
+        )
+        if not error <= bound:
+            step = "decode" if count == 1 else f"a step of {count} new tokens"
+            found = (
                 "NaN in other places than the reference"
-                if math.isinf(result.error)
-                else f"a relative error of {result.error:.2g}"
+                if math.isinf(error)
+                else f"a relative error of {error:.2g}"
             )
             raise WrongKernelError(
-                f"the kernels {path} ({variant}) fail their known-answer test: {step} has {error}, "
-                f"the bound is {result.bound:g}"
+                f"the kernels {path} ({variant}) fail their known-answer test: {step} has {found}, "
+                f"the bound is {bound:g}"
             )
     _passed.add(tested)
 
@@ -220,7 +147,59 @@ def steps(group: int, rows: Sequence[int]) -> list[int]:
     return sorted({max(1, most // group) for most in rows[:-1]} | {-(-rows[-1] // group)})
 
 
+_Request = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, torch.Tensor]
+"""Query [queries, Hq, D], key and value [tokens, H, D], the number of first tokens that are not
+stored, and the expected output, float32 [queries, Hq, D]."""
+
+
+def _run(
+    variant: Variant,
+    requests: Sequence[_Request],
+    store: Store,
+    attend: Attend,
+    device: torch.device,
+) -> Sequence[torch.Tensor]:
+    """Store and attend once, and return the output of each request on the CPU."""
+    queries, keys, values, hidden, _ = zip(*requests, strict=True)
+    page_size = variant.page_size
+    pages = [-(-len(key) // page_size) for key in keys]
+    cache = torch.empty(
+        (1 + sum(pages), variant.num_kv_heads, page_size, slot_bytes(variant.head_size)),
+        dtype=torch.uint8, device=device,
+    )  # fmt: skip
+    cache.view(torch.int16).fill_(0x7C00)  # infinite scales and zeros
+    # Blocks fall with the tokens, so that no kernel may assume that they rise.
+    blocks = torch.arange(sum(pages), 0, -1, dtype=torch.int32).split(pages)
+    table = torch.zeros((len(requests), max(pages)), dtype=torch.int32)
+    slots = []
+    for row, owned, key, not_stored in zip(table, blocks, keys, hidden, strict=True):
+        token = torch.arange(len(key))
+        slot = owned[token // page_size].to(torch.int64) * page_size + token % page_size
+        slots.append(slot.masked_fill(token < not_stored, -1))
+        row[: len(owned)] = owned
+        row[: not_stored // page_size] = 0
+    stored = [torch.cat(parts).to(device) for parts in (keys, values, slots)]
+    # A kernel may treat few tokens and many differently.
+    for part in (slice(0, FEW), slice(FEW, None)):
+        key, value, slot = (tensor[part] for tensor in stored)
+        store(key, value, cache, slot)
+    query = torch.cat(queries).to(device)
+    counts = [len(one) for one in queries]
+    call = {
+        "query": query,
+        "cache": cache,
+        "block_table": table.to(device),
+        "seq_lens": torch.tensor([len(key) for key in keys]).to(device, torch.int32),
+        "query_start_loc": torch.tensor([0, *counts]).cumsum(0).to(device, torch.int32),
+        "out": torch.empty_like(query),
+        **_options(variant, device),
+    }
+    attend(call)
+    return call["out"].cpu().split(counts)
+
+
 def _error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest relative error of a row; infinity if a NaN is missing or misplaced."""
     out = out.to(torch.float32)
     if not torch.equal(out.isnan(), expected.isnan()):
         return math.inf
@@ -228,21 +207,13 @@ def _error(out: torch.Tensor, expected: torch.Tensor) -> float:
     return float((difference / expected.nan_to_num(0.0).norm(dim=-1).clamp_min(1e-20)).max())
 
 
-class _Request(NamedTuple):
-    query: torch.Tensor  # [queries, Hq, D]
-    tokens: tuple[torch.Tensor, torch.Tensor]  # key and value [at least length, H, D]
-    length: int
-    hidden: int  # tokens that are not stored
-    expected: torch.Tensor  # float32 [queries, Hq, D]
-
-
-def _options(variant: Variant) -> dict[str, Any]:
+def _options(variant: Variant, device: torch.device | None = None) -> dict[str, Any]:
     heads, dtype = variant.num_heads, variant.sinks
     return {
         "scale": variant.head_size**-0.5,
         "window": WINDOW if variant.window else None,
         "soft_cap": SOFT_CAP if variant.soft_cap else 0.0,
-        "sinks": None if dtype is None else torch.linspace(3.0, 8.0, heads).to(dtype),
+        "sinks": None if dtype is None else torch.linspace(3.0, 8.0, heads).to(device, dtype),
     }
 
 
@@ -263,23 +234,16 @@ def _requests(variant: Variant, queries: Sequence[int]) -> list[_Request]:
     key[[hidden, context // 2, *range(context, context + most)]] = 9.2 * head_size**-0.5
     value = (_normal(3, context + most, heads, head_size) + 0.3).to(variant.dtype)
     read_key, read_value = reference.dequantise(reference.quantise(key[hidden:], value[hidden:]))
-    requests = []
+    requests: list[_Request] = []
     for count in queries:
-        length = context + count
-        expected = _attend(variant, query[:count], read_key, read_value, length - hidden)
-        requests.append(_Request(query[:count], (key, value), length, hidden, expected))
-        length = SHORT + count
-        tokens = (key[:length].clone(), value[:length].clone())
-        tokens[count % 2][-1, 0, -1] = math.nan
-        short_key, short_value = reference.dequantise(reference.quantise(*tokens))
+        new, length = query[:count], context + count
+        read = read_key[: length - hidden], read_value[: length - hidden]
+        expected, _ = reference.attend(new, *read, **_options(variant))
+        requests.append((new, key[:length], value[:length], hidden, expected))
+        short = [tensor[: SHORT + count].clone() for tensor in (key, value)]
+        short[count % 2][-1, 0, -1] = math.nan
         # A token with a NaN key has NaN values; its scores must not affect other tokens.
-        expected = _attend(variant, query[:count], short_key.nan_to_num(0.0), short_value, length)
-        requests.append(_Request(query[:count], tokens, length, 0, expected))
+        read = reference.dequantise(reference.quantise(*short))
+        expected, _ = reference.attend(new, read[0].nan_to_num(0.0), read[1], **_options(variant))
+        requests.append((new, *short, 0, expected))
     return requests
-
-
-def _attend(
-    variant: Variant, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, length: int
-) -> torch.Tensor:
-    out, _ = reference.attend(query, key[:length], value[:length], **_options(variant))
-    return out

@@ -21,6 +21,7 @@ import functools
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from vllm_hybrid_kv.kernels import k8v4
@@ -39,11 +40,8 @@ class Quantised(NamedTuple):
 def half_rounded_down(x: torch.Tensor) -> torch.Tensor:
     """Round float32 within fp16's finite range to the largest fp16 that is not above it."""
     half = x.to(torch.float16)
-    bits = half.view(torch.int16).to(torch.int32)
-    # One step towards minus infinity in sign-magnitude; both zeros step to the smallest
-    # negative number.
-    stepped = torch.where(half > 0, bits - 1, torch.where(half < 0, bits + 1, -0x7FFF))
-    lower = stepped.to(torch.int16).view(torch.float16)
+    with np.errstate(over="ignore"):  # below -65504, which `where` never selects
+        lower = torch.from_numpy(np.nextafter(half.numpy(), np.float16(-np.inf)))
     return torch.where(half.to(torch.float32) > x, lower, half)
 
 
@@ -105,18 +103,13 @@ def dequantise(quantised: Quantised) -> tuple[torch.Tensor, torch.Tensor]:
     return key, rotate(quantised.value_codes.to(torch.float32) * scale + zero)
 
 
-class _Positions(NamedTuple):
-    key: torch.Tensor  # int64 [N, D]
-    value: torch.Tensor  # int64 [N, D]
-    shift: torch.Tensor  # uint8 [N, D]
-
-
 @functools.lru_cache(maxsize=64)
-def _positions(page_format: PageFormat) -> _Positions:
+def _positions(page_format: PageFormat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the byte of each key, and the byte and the shift of each value, [N, D]."""
     tokens, dims = range(page_format.page_size), range(page_format.head_size)
     key = torch.tensor([[page_format.key_byte(t, d) for d in dims] for t in tokens])
     value = torch.tensor([[page_format.value_byte(t, d) for d in dims] for t in tokens])
-    return _Positions(key, value[..., 0], value[..., 1].to(torch.uint8))
+    return key, value[..., 0], value[..., 1].to(torch.uint8)
 
 
 def store(
@@ -132,19 +125,19 @@ def store(
     """
     _, num_heads, head_size = quantised.key_codes.shape
     page_format = PageFormat(head_size, cache.shape[2], layout)
-    positions = _positions(page_format)
+    key, value, shift = _positions(page_format)
     kept = slot_mapping >= 0
     slots = slot_mapping[kept].to(torch.int64)
     t = slots % page_format.page_size
     block = (slots // page_format.page_size)[:, None, None]
     head = torch.arange(num_heads)[None, :, None]
     regions = cache.view(cache.shape[0], num_heads, -1)
-    regions[block, head, positions.key[t][:, None]] = quantised.key_codes[kept]
+    regions[block, head, key[t][:, None]] = quantised.key_codes[kept]
     # The same dims of every token are in low nibbles, in the order of their partners.
-    low = positions.shift[0] == 0
+    low = shift[0] == 0
     codes = quantised.value_codes[kept]
     pairs = codes[..., low] | codes[..., ~low] << 4
-    regions[block, head, positions.value[t][:, None, low]] = pairs
+    regions[block, head, value[t][:, None, low]] = pairs
     for offset, numbers in (
         (page_format.scale_offset, quantised.scale),
         (page_format.zero_offset, quantised.zero),
@@ -155,25 +148,14 @@ def store(
 
 def load(cache: torch.Tensor, head_size: int, layout: Layout) -> Quantised:
     """Return the `num_blocks * N` tokens of uint8 pages [num_blocks, H, N, slot_bytes(D)]."""
-    num_blocks, num_heads, page_size, _ = cache.shape
+    page_size, regions = cache.shape[2], cache.flatten(2)
     page_format = PageFormat(head_size, page_size, layout)
-    positions = _positions(page_format)
-    regions = cache.reshape(num_blocks, num_heads, -1)
-
-    def by_token(x: torch.Tensor) -> torch.Tensor:
-        return x.transpose(1, 2).flatten(0, 1)
-
-    def halves(offset: int) -> torch.Tensor:
+    key, value, shift = _positions(page_format)
+    planes = [regions[..., key], (regions[..., value] >> shift) & 15]
+    for offset in (page_format.scale_offset, page_format.zero_offset):
         plane = regions[..., offset : offset + 2 * page_size].contiguous()
-        return by_token(plane.view(torch.float16))
-
-    codes = (regions[..., positions.value] >> positions.shift) & 15
-    return Quantised(
-        by_token(regions[..., positions.key]),
-        by_token(codes),
-        halves(page_format.scale_offset),
-        halves(page_format.zero_offset),
-    )
+        planes.append(plane.view(torch.float16))
+    return Quantised(*(plane.transpose(1, 2).flatten(0, 1) for plane in planes))
 
 
 def attend(

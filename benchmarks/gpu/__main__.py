@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.checks import checks
+from benchmarks.gpu.checks import checks, few_checks
 from benchmarks.gpu.environment import Budget, device_for_kernels, interpreted, machine, nvidia_smi
 from benchmarks.gpu.processes import compile_ahead, run_checks
 from benchmarks.gpu.report import MARKDOWN, Report
-from benchmarks.gpu.sections import measure_attention, measure_limits, measure_store
-from benchmarks.gpu.shapes import FULL, QUICK, SECTIONS, SMALLEST, Job, Preset, jobs
+from benchmarks.gpu.sections import copy_bandwidth, measure
+from benchmarks.gpu.shapes import FULL, QUICK, SECTIONS, SMALLEST, Job
 from benchmarks.gpu.tune import tune
 
 DEFAULT_BUDGET = 450.0
@@ -53,15 +53,14 @@ def main() -> int:
     arguments = _arguments()
     budget = Budget(arguments.budget)
     device = device_for_kernels()
-    preset = SMALLEST if arguments.smallest else QUICK if arguments.quick else FULL
     if interpreted() and not arguments.smallest:
         print("Triton interprets: pass --smallest; other sizes take hours", file=sys.stderr)
         return 2
     if arguments.tune:
-        return tune(arguments.out, device, preset, budget)
+        return tune(arguments.out, device, budget)
     report = Report(machine(device))
     if arguments.only in (None, "correctness"):
-        wanted = checks(smallest=arguments.smallest)
+        wanted = few_checks() if arguments.smallest else checks()
         report.checks = run_checks(wanted, SHARE_OF_CHECKS * budget.seconds)
         print(f"{len(wanted)} checks, {len(report.failed_checks)} failed or not run", flush=True)
         for check in report.failed_checks:
@@ -70,7 +69,10 @@ def main() -> int:
     if arguments.strict and report.failed:
         report.skipped.append("all measurements: a check failed, and --strict was given")
     elif arguments.only != "correctness":
-        _measure(report, jobs(preset, arguments.only), preset, device, budget, arguments.out)
+        jobs = SMALLEST if arguments.smallest else QUICK if arguments.quick else FULL
+        jobs = [job for job in jobs if arguments.only in (None, job.section)]
+        seconds = 0.0 if arguments.smallest else 0.4 if arguments.quick else 0.6
+        _measure(report, jobs, seconds, device, budget, arguments.out)
     report.seconds = budget.spent
     report.clocks_after = nvidia_smi()
     report.write(arguments.out)
@@ -80,26 +82,23 @@ def main() -> int:
 
 def _measure(
     report: Report,
-    wanted: list[Job],
-    preset: Preset,
+    jobs: list[Job],
+    seconds: float,
     device: torch.device,
     budget: Budget,
     folder: Path,
 ) -> None:
     """Measure in order until the time is up, and write after each measurement."""
     if device.type == "cuda":
-        compile_ahead(wanted, SHARE_OF_COMPILING * budget.seconds)
-    for job in wanted:
-        if job.section == "bandwidth":
-            report.limits = measure_limits(preset.copied_bytes, device, preset.seconds)
-            continue
+        compile_ahead(jobs, SHARE_OF_COMPILING * budget.seconds)
+    bandwidth = copy_bandwidth(1 << (16 if interpreted() else 30), device, seconds)
+    report.limits["copy_gb_s"] = bandwidth
+    for job in jobs:
         if budget.left < RESERVED:
             report.skipped.append(f"{job}: the time was up after {budget.spent:.0f} s")
             continue
-        assert report.limits is not None, "the bandwidth is the first job"
-        measure = measure_store if job.section == "store" else measure_attention
         try:
-            report.results.append(measure(job, device, preset.seconds, report.limits))
+            report.results.append(measure(job, device, seconds, bandwidth))
         except torch.OutOfMemoryError:
             report.skipped.append(f"{job}: out of memory")
         # Only our kernels raise here; the other shapes are still measured.

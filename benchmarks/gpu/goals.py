@@ -7,29 +7,28 @@ The shape that is furthest from a goal decides it; only measured shapes count.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.gpu.shapes import GOAL_LENGTH
 
 Result = Mapping[str, Any]
 
 OURS, ONE_TOKEN, STOCK = "ours", "ours, one token", "stock k8v4"
-FLASH_BF16 = ("FlashAttention bf16", "flash-attn bf16", "torch's FlashAttention 2 bf16")
-BF16 = ("unified bf16", "FlashInfer bf16", *FLASH_BF16)
-FP8 = ("unified fp8", "FlashAttention fp8", "FlashInfer fp8")
+FLASH_BF16 = ("FlashAttention bf16", "torch's FlashAttention 2 bf16")
+BF16 = ("unified bf16", *FLASH_BF16)
+FP8 = ("unified fp8", "FlashAttention fp8")
 
 
-@dataclass(frozen=True)
-class Goal:
+class Goal(NamedTuple):
     """A number of a shape, and its bound.
 
     Attributes:
         text: The goal, with the bound.
         section: The section whose results count.
+        bound: The smallest number that meets the goal, or with `at_most` the largest.
         concerns: Whether the shape of a result counts.
         number: The number of a result; None if the contender compared with is missing.
-        at_most: Whether the bound is an upper one, otherwise it is a lower one.
+        at_most: Whether the bound is an upper one.
     """
 
     text: str
@@ -38,25 +37,6 @@ class Goal:
     concerns: Callable[[Mapping[str, int]], bool]
     number: Callable[[Result], float | None]
     at_most: bool = False
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a goal is met; None if no shape was measured.
-
-    Attributes:
-        measured: The number furthest from the goal.
-        best: The best number.
-        where: The shape of `measured`.
-        shapes: Number of shapes.
-    """
-
-    goal: str
-    measured: float | None
-    best: float | None
-    where: str
-    shapes: int
-    met: bool | None
 
 
 def _speedup(*names: str) -> Callable[[Result], float | None]:
@@ -75,8 +55,12 @@ def _slowdown_over_one_token(result: Result) -> float | None:
 
 
 def _share_of_copy(result: Result) -> float | None:
-    achieved = result.get("achieved", {}).get(OURS)
-    return None if achieved is None else float(achieved["share_of_copy"])
+    share: float | None = result.get("achieved", {}).get(OURS, {}).get("share_of_copy")
+    return share
+
+
+def _any(shape: Mapping[str, int]) -> bool:
+    return True
 
 
 def _long_batches(shape: Mapping[str, int]) -> bool:
@@ -99,33 +83,33 @@ GOALS = (
     Goal("decode at 32k, batch 1: not slower than the fastest fp8", "decode",
          1.0, _long_alone, _speedup(*FP8)),
     Goal("verification of 4 tokens: at most 1.3 times one token", "verify",
-         1.3, lambda shape: True, _slowdown_over_one_token, at_most=True),
+         1.3, _any, _slowdown_over_one_token, at_most=True),
     Goal("chunked prefill of 2048: at least 3 times stock k8v4", "chunked",
-         3.0, lambda shape: True, _speedup(STOCK)),
+         3.0, _any, _speedup(STOCK)),
     Goal("chunked prefill of 2048: at least 60 % of FlashAttention on bf16", "chunked",
-         0.6, lambda shape: True, _speedup(*FLASH_BF16)),
+         0.6, _any, _speedup(*FLASH_BF16)),
     Goal("store of 4096 tokens and more: at least 60 % of copy bandwidth", "store",
          0.6, lambda shape: shape["length"] >= 4096, _share_of_copy),
 )  # fmt: skip
 
 
-def verdict(goal: Goal, results: Iterable[Result]) -> Verdict:
-    """Compare a goal with the results that it concerns."""
+def verdict(goal: Goal, results: Iterable[Result]) -> dict[str, Any]:
+    """Compare a goal with the results that it concerns.
+
+    Returns:
+        The number furthest from the goal, its shape, the best number, the number of shapes, and
+        whether the goal is met: all None and 0 if no shape was measured.
+    """
     found = [
         (number, "{heads}, batch {batch}, {length} tokens".format(**result["shape"]))
         for result in results
         if result["section"] == goal.section and goal.concerns(result["shape"])
         if (number := goal.number(result)) is not None
     ]
-    if not found:
-        return Verdict(goal.text, None, None, "", 0, None)
     found.sort(reverse=goal.at_most)
-    (worst, where), (best, _) = found[0], found[-1]
-    met = worst <= goal.bound if goal.at_most else worst >= goal.bound
-    return Verdict(goal.text, worst, best, where, len(found), met)
-
-
-def verdicts(results: Iterable[Result]) -> list[Verdict]:
-    """Compare every goal with all results."""
-    results = list(results)
-    return [verdict(goal, results) for goal in GOALS]
+    (worst, where), (best, _) = (found[0], found[-1]) if found else ((None, None), (None, None))
+    met = None if worst is None else worst <= goal.bound if goal.at_most else worst >= goal.bound
+    return {
+        "goal": goal.text, "measured": worst, "best": best, "where": where,
+        "shapes": len(found), "met": met,
+    }  # fmt: skip

@@ -6,7 +6,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from triton.testing import do_bench_cudagraph
@@ -19,26 +18,15 @@ GRAPH_MS = 3
 """Milliseconds that one replay of a graph takes, unless one call takes longer."""
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Median and quartiles."""
-
-    median: float
-    lower: float
-    upper: float
-    count: int
+def spread(numbers: Sequence[float]) -> dict[str, float]:
+    """Return median, quartiles and count; a single number is all three of them."""
+    several = numbers if len(numbers) > 1 else [*numbers, *numbers]
+    lower, median, upper = statistics.quantiles(several, n=4, method="inclusive")
+    return {"median": median, "lower": lower, "upper": upper, "count": len(numbers)}
 
 
-def spread(numbers: Sequence[float]) -> Spread:
-    """Return median and quartiles; all three are the number if there is only one."""
-    if len(numbers) == 1:
-        return Spread(numbers[0], numbers[0], numbers[0], 1)
-    lower, median, upper = statistics.quantiles(numbers, n=4, method="inclusive")
-    return Spread(median, lower, upper, len(numbers))
-
-
-def ratio(slower: Sequence[float], faster: Sequence[float]) -> Spread:
-    """Return the ratios of the samples of two contenders, pair by pair.
+def ratio(slower: Sequence[float], faster: Sequence[float]) -> dict[str, float]:
+    """Return the spread of the ratios of the samples of two contenders, pair by pair.
 
     A device changes its clocks; the samples of one round saw nearly the same.
     """

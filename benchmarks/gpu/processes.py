@@ -7,7 +7,7 @@ import contextlib
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -15,10 +15,9 @@ import torch
 
 from benchmarks.gpu import checks
 from benchmarks.gpu.checks import Check, CheckResult
-from benchmarks.gpu.contenders import Batch
-from benchmarks.gpu.contenders.ours import Ours
+from benchmarks.gpu.contenders import Batch, Ours
 from benchmarks.gpu.environment import device_for_kernels
-from benchmarks.gpu.sections import COMPETITORS, build
+from benchmarks.gpu.sections import CONTENDERS, build
 from benchmarks.gpu.shapes import Heads, Job, Shape
 from vllm_hybrid_kv.kernels.triton.tuning import Tiling
 
@@ -57,13 +56,14 @@ def share_out(
     return results
 
 
-def run_checks(wanted: Sequence[Check], seconds: float) -> list[CheckResult]:
+def run_checks(wanted: Mapping[str, Check], seconds: float) -> list[CheckResult]:
     """Run checks; those that are not reached in time have the outcome 'not run'."""
+    items = list(wanted.items())
     if device_for_kernels().type != "cuda":
-        return [checks.run(check) for check in wanted]
+        return [checks.run(item) for item in items]
     return [
-        result or CheckResult(check.name, "not run", "no time was left", 0.0)
-        for check, result in zip(wanted, share_out(checks.run, wanted, seconds), strict=True)
+        result or CheckResult(name, "not run", "no time was left", 0.0)
+        for (name, _), result in zip(items, share_out(checks.run, items, seconds), strict=True)
     ]
 
 
@@ -77,11 +77,10 @@ def _small(shape: Shape) -> Shape:
 def _compile(jobs: Sequence[Job]) -> None:
     """Let every contender of jobs attend once, to few tokens."""
     for job in jobs:
-        assert job.shape is not None
-        # Who fails here fails again when it is measured, and is reported then.
+        # A contender that fails here fails again when it is measured, and is reported then.
         with contextlib.suppress(Exception):
             batch = Batch(_small(job.shape), device_for_kernels())
-            built, _ = build(COMPETITORS[job.section], batch, 1)
+            built, _ = build(CONTENDERS[job.section], batch, 1)
             for contender in built.values():
                 with contextlib.suppress(Exception):
                     contender.attend(0)
@@ -96,7 +95,7 @@ def compile_ahead(jobs: Sequence[Job], seconds: float) -> None:
     # Batches of one section and shape of heads share most kernels, hence one process.
     groups: dict[tuple[str, Heads], dict[int, Job]] = {}
     for job in jobs:
-        if job.shape is not None and job.section in COMPETITORS:
+        if job.section in CONTENDERS:
             group = groups.setdefault((job.section, job.shape.heads), {})
             group.setdefault(job.shape.batch, job)
     share_out(_compile, [list(group.values()) for group in groups.values()], seconds)

@@ -6,21 +6,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.gpu.contenders import Batch, Contender
-from benchmarks.gpu.contenders.libraries import (
-    FlashAttnPackage,
-    FlashInferBf16,
-    FlashInferFp8,
-    Sdpa,
-    TorchFlash,
-)
-from benchmarks.gpu.contenders.ours import Ours, OursOneToken, empty_cache
+from benchmarks.gpu.contenders import Batch, Contender, Ours, OursOneToken, TorchFlash
 from benchmarks.gpu.contenders.vllm_kernels import (
     Stock,
     StockBackend,
@@ -29,7 +20,7 @@ from benchmarks.gpu.contenders.vllm_kernels import (
     VllmFlashBf16,
     VllmFlashFp8,
 )
-from benchmarks.gpu.environment import Unavailable, free_bytes, l2_bytes
+from benchmarks.gpu.environment import Unavailable, l2_bytes
 from benchmarks.gpu.measure import Call, alternating, ratio, spread
 from benchmarks.gpu.shapes import Job, layers_needed
 from vllm_hybrid_kv.kernels.triton import quantise_and_store
@@ -42,85 +33,27 @@ LARGEST_DISTANCE = 0.3
 """||out - ours|| / ||ours|| beyond which a contender does not compute the same. On random data
 values of 4 bits are 0.1 away from bf16."""
 
-SHARE_OF_MEMORY = 0.9
-"""Largest share of the free memory that caches take."""
-
 _PAGED: tuple[type[Contender], ...] = (
-    Ours, Stock, UnifiedFp8, UnifiedBf16, VllmFlashBf16, VllmFlashFp8, FlashInferBf16,
-    FlashInferFp8, FlashAttnPackage,
+    Ours, Stock, UnifiedFp8, UnifiedBf16, VllmFlashBf16, VllmFlashFp8,
 )  # fmt: skip
 
-COMPETITORS: Mapping[str, tuple[type[Contender], ...]] = {
+CONTENDERS: Mapping[str, tuple[type[Contender], ...]] = {
     "decode": _PAGED,
     "verify": (*_PAGED, OursOneToken),
     "chunked": (*_PAGED, TorchFlash),
-    "prefill": (Ours, Stock, VllmFlashBf16, FlashInferBf16, TorchFlash, Sdpa, UnifiedBf16),
+    "prefill": (Ours, Stock, VllmFlashBf16, TorchFlash, UnifiedBf16),
 }
 
 
-@dataclass(frozen=True)
-class Limits:
-    """The measured limits of the device.
-
-    Attributes:
-        copy_gb_s: Bytes read and written by a large copy, 1e9 a second.
-        matmul_tflop_s: Operations of a large bf16 product, 1e12 a second.
-    """
-
-    copy_gb_s: float
-    matmul_tflop_s: float
-
-
-def measure_limits(copied_bytes: int, device: torch.device, seconds: float) -> Limits:
-    """Measure the device's copy bandwidth and the rate of a large product."""
+def copy_bandwidth(copied_bytes: int, device: torch.device, seconds: float) -> float:
+    """Return the 1e9 bytes that a large copy reads and writes in a second."""
     source = torch.zeros(copied_bytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    size = 8192 if device.type == "cuda" else 32
-    factors = torch.randn(2, size, size, device=device).to(torch.bfloat16)
-    product = torch.empty((size, size), dtype=torch.bfloat16, device=device)
-    calls: dict[str, list[Call]] = {
-        "copy": [partial(target.copy_, source)],
-        "matmul": [partial(torch.matmul, *factors, out=product)],
-    }
-    times, errors = alternating(calls, device, seconds)
-    for error in errors.values():
-        raise error
-    return Limits(
-        2 * copied_bytes / spread(times["copy"]).median / 1e6,
-        2 * size**3 / spread(times["matmul"]).median / 1e9,
-    )
-
-
-def build(
-    competitors: Sequence[type[Contender]], batch: Batch, layers: int
-) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Make the contenders of a measurement.
-
-    Args:
-        competitors: Their classes, ours first.
-        batch: The batch.
-        layers: Caches of each.
-
-    Returns:
-        The contenders by name, and why others are left out: too little memory, or an error.
-    """
-    built: dict[str, Contender] = {}
-    left_out: dict[str, str] = {}
-    for competitor in competitors:
-        needed = layers * batch.shape.cache_bytes(competitor.stored)
-        free = SHARE_OF_MEMORY * free_bytes(batch.device)
-        if needed > free:
-            left_out[competitor.name] = (
-                f"its caches take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
-            )
-            continue
-        with _leaving_out(competitor.name, left_out):
-            built[competitor.name] = competitor(batch, layers)
-    return built, left_out
+    times, _ = alternating({"copy": [partial(source.clone().copy_, source)]}, device, seconds)
+    return 2 * copied_bytes / spread(times["copy"])["median"] / 1e6
 
 
 @contextmanager
-def _leaving_out(name: str, left_out: dict[str, str]) -> Iterator[None]:
+def leaving_out(name: str, left_out: dict[str, str]) -> Iterator[None]:
     """Leave a contender out if it fails, with the reason; ours may only run out of memory."""
     try:
         yield
@@ -132,15 +65,23 @@ def _leaving_out(name: str, left_out: dict[str, str]) -> Iterator[None]:
         left_out[name] = f"{type(error).__name__}: {str(error)[:300]}"
 
 
-class AllDiffer(Exception):
-    """The output of ours differs from every other contender's."""
+def build(
+    contenders: Sequence[type[Contender]], batch: Batch, layers: int
+) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Return the contenders by name, each with some caches, and why others are left out."""
+    built: dict[str, Contender] = {}
+    left_out: dict[str, str] = {}
+    for contender in contenders:
+        with leaving_out(contender.name, left_out):
+            built[contender.name] = contender(batch, layers)
+    return built, left_out
 
 
 def distances(outputs: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """Return ||out - ours|| / ||ours|| of the contenders with as many new tokens.
 
     Raises:
-        AllDiffer: No output is close to ours.
+        RuntimeError: No output is close to ours.
     """
     ours = outputs[Ours.name].float()
     found = {
@@ -149,33 +90,61 @@ def distances(outputs: Mapping[str, torch.Tensor]) -> dict[str, float]:
         if name != Ours.name and out.shape == ours.shape
     }
     if found and not any(distance <= LARGEST_DISTANCE for distance in found.values()):
-        raise AllDiffer(f"the output of ours differs from all others: {found}")
+        raise RuntimeError(f"the output of ours differs from all others: {found}")
     return found
 
 
-def medians_and_ratios(
+def result_of(
+    job: Job,
+    layers: int,
     times: Mapping[str, Sequence[float]],
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return milliseconds of each contender, and the ratios of the others' times to ours."""
-    ours = times[Ours.name]
-    ratios = {name: asdict(ratio(of, ours)) for name, of in times.items() if name != Ours.name}
-    return {name: asdict(spread(of)) for name, of in times.items()}, ratios
-
-
-def achieved(
-    moved_bytes: int, milliseconds: float, limits: Limits, flops: int | None = None
-) -> dict[str, float]:
-    """Return 1e9 bytes a second, their share of the copy bandwidth, and 1e12 operations a second.
+    moved_bytes: Mapping[str, int],
+    bandwidth: float,
+    left_out: Mapping[str, str],
+    **more: Any,
+) -> dict[str, Any]:
+    """Return a measurement for JSON; without times if ours was left out.
 
     Args:
-        moved_bytes: Bytes of a call.
-        milliseconds: Time of a call.
-        limits: Of the device.
-        flops: Operations of a call, if they count.
+        job: What was measured.
+        layers: Caches that ran in turn.
+        times: Milliseconds of each contender's samples.
+        moved_bytes: Bytes of a call of each contender whose speed counts.
+        bandwidth: The device's copy bandwidth, see `copy_bandwidth`.
+        left_out: Why contenders were not measured.
+        more: More keys.
     """
-    gb_s = moved_bytes / milliseconds / 1e6
-    found = {"gb_s": gb_s, "share_of_copy": gb_s / limits.copy_gb_s}
-    return found if flops is None else found | {"tflop_s": flops / milliseconds / 1e9}
+    result = {
+        "section": job.section, "shape": job.shape.as_dict(), "layers": layers,
+        "left_out": left_out, "notes": {}, **more,
+    }  # fmt: skip
+    if Ours.name not in times:
+        return result
+    ms = {name: spread(of) for name, of in times.items()}
+    achieved = {}
+    for name, count in moved_bytes.items():
+        if name in ms:
+            gb_s = count / ms[name]["median"] / 1e6
+            achieved[name] = {"gb_s": gb_s, "share_of_copy": gb_s / bandwidth}
+            if job.section != "store":
+                achieved[name]["tflop_s"] = job.shape.flops / ms[name]["median"] / 1e9
+    ratios = {name: ratio(of, times[Ours.name]) for name, of in times.items() if name != Ours.name}
+    return result | {"ms": ms, "times_ours": ratios, "achieved": achieved}
+
+
+def measure(job: Job, device: torch.device, seconds: float, bandwidth: float) -> dict[str, Any]:
+    """Measure all contenders of a job; see `result_of`.
+
+    Raises:
+        Exception: Ours failed.
+    """
+    of_section = _measure_store if job.section == "store" else _measure_attention
+    try:
+        return of_section(job, device, seconds, bandwidth)
+    finally:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _times(
@@ -187,126 +156,71 @@ def _times(
     """Measure contenders; those that fail are left out."""
     times, errors = alternating(calls, device, seconds)
     for name, error in errors.items():
-        with _leaving_out(name, left_out):
+        with leaving_out(name, left_out):
             raise error
     return times
 
 
-def _release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-_STEP = ", once a step"
-
-
-def measure_attention(
-    job: Job, device: torch.device, seconds: float, limits: Limits
+def _measure_attention(
+    job: Job, device: torch.device, seconds: float, bandwidth: float
 ) -> dict[str, Any]:
-    """Measure all contenders of a section at a shape.
-
-    Returns:
-        For JSON: median and quartiles of milliseconds, of ratios to ours, bandwidth and operations,
-        the distance of each output from ours, and who was left out why.
-
-    Raises:
-        Exception: Ours failed.
-    """
     shape = job.shape
-    assert shape is not None
-    layers = layers_needed(shape.cache_bytes(Ours.stored), l2_bytes(device))
-    built, left_out = build(COMPETITORS[job.section], Batch(shape, device), layers)
+    layers = layers_needed(shape.read_bytes(Ours.stored), l2_bytes(device))
+    built, left_out = build(CONTENDERS[job.section], Batch(shape, device), layers)
     outputs: dict[str, torch.Tensor] = {}
     calls: dict[str, list[Call]] = {}
     for name, contender in built.items():
-        with _leaving_out(name, left_out):
+        with leaving_out(name, left_out):
             outputs[name] = contender.attend(0)
             calls[name] = [partial(contender.attend, layer) for layer in range(layers)]
-            if contender.once_a_step is not None:
-                contender.once_a_step()
-                calls[name + _STEP] = [contender.once_a_step]
-    result: dict[str, Any] = {
-        "section": job.section,
-        "shape": shape.as_dict(),
-        "layers": layers,
-        "left_out": left_out,
-        "notes": {name: built[name].note for name in outputs if built[name].note},
-    }
     if Ours.name not in outputs:
-        return result
-    result["distance"] = distances(outputs)
-    for name, distance in result["distance"].items():
+        return result_of(job, layers, {}, {}, bandwidth, left_out)
+    apart = distances(outputs)
+    for name, distance in apart.items():
         if not distance <= LARGEST_DISTANCE:
             # Its time would be that of different work.
             del calls[name]
             left_out[name] = f"its output is {distance:.2f} of the size of ours away from ours"
+    plans = {name: one for name, one in built.items() if name in calls and isinstance(one, Ours)}
+    calls |= {f"{name}, plan": [one.plan] for name, one in plans.items()}
     times = _times(calls, left_out, device, seconds)
-    if Ours.name not in times:
-        return result
-    for name in [name for name in times if name.endswith(_STEP)]:
-        step = spread(times.pop(name))
-        owner = name.removesuffix(_STEP)
-        if owner not in times:
-            continue
-        result.setdefault("once_a_step_ms", {})[owner] = asdict(step)
-        times[owner] = [time + step.median / LAYERS_OF_A_MODEL for time in times[owner]]
-    result["ms"], result["times_ours"] = medians_and_ratios(times)
-    result["achieved"] = {
-        name: achieved(
-            shape.read_bytes(built[name].stored), spread(of).median, limits, shape.flops
-        )
-        for name, of in times.items()
-        if name == Ours.name or name in result["distance"]
-    }  # fmt: skip
-    del built, calls, outputs
-    _release(device)
-    return result
+    steps = {name: times.pop(f"{name}, plan", []) for name in plans}
+    for name, step in steps.items():
+        if step and name in times:
+            share = spread(step)["median"] / LAYERS_OF_A_MODEL
+            times[name] = [time + share for time in times[name]]
+    comparable = [name for name in times if name == Ours.name or name in apart]
+    return result_of(
+        job, layers, times, {name: shape.read_bytes(built[name].stored) for name in comparable},
+        bandwidth, left_out, distance=apart,
+        notes={name: built[name].note for name in outputs if built[name].note},
+        once_a_step_ms={name: spread(step) for name, step in steps.items() if step},
+    )  # fmt: skip
 
 
-def measure_store(job: Job, device: torch.device, seconds: float, limits: Limits) -> dict[str, Any]:
-    """Measure quantise-and-store, stock's, and a copy of as many bytes; see `measure_attention`."""
-    shape = job.shape
-    assert shape is not None
-    layers = layers_needed(shape.stored_bytes, l2_bytes(device))
-    batch = Batch(shape, device)
+def _measure_store(
+    job: Job, device: torch.device, seconds: float, bandwidth: float
+) -> dict[str, Any]:
+    """Measure quantise-and-store, stock's, and a copy of as many bytes."""
+    moved = job.shape.stored_bytes
+    layers = layers_needed(moved, l2_bytes(device))
+    batch = Batch(job.shape, device)
     left_out: dict[str, str] = {}
-    calls = _storing(batch, layers, left_out)
-    for name, (first, *_) in calls.items():
-        with _leaving_out(name, left_out):
-            first()
-    medians, ratios = medians_and_ratios(_times(calls, left_out, device, seconds))
-    del calls
-    _release(device)
-    return {
-        "section": job.section,
-        "shape": shape.as_dict(),
-        "layers": layers,
-        "left_out": left_out,
-        "notes": {},
-        "ms": medians,
-        "times_ours": ratios,
-        "achieved": {
-            name: achieved(shape.stored_bytes, median["median"], limits)
-            for name, median in medians.items()
-        },
-    }
-
-
-def _storing(batch: Batch, layers: int, left_out: dict[str, str]) -> dict[str, list[Call]]:
     key, value, slots = next(batch.stored())
     sources = [(key.clone(), value.clone()) for _ in range(layers)]
-    copied = [
-        torch.zeros(2, batch.shape.stored_bytes // 2, dtype=torch.uint8, device=batch.device)
-        for _ in sources
-    ]
+    copied = torch.zeros(layers, 2, moved // 2, dtype=torch.uint8, device=device)
     calls: dict[str, list[Call]] = {
-        Ours.name: [partial(quantise_and_store, *kv, empty_cache(batch), slots) for kv in sources],
-        "copy": [partial(pair[0].copy_, pair[1]) for pair in copied],
-    }
-    with _leaving_out(Stock.name, left_out):
-        backend = StockBackend(batch)
+        Ours.name: [partial(quantise_and_store, *kv, Ours.empty_cache(batch), slots)
+                    for kv in sources],
+        "copy": [partial(target.copy_, source) for source, target in copied],
+    }  # fmt: skip
+    with leaving_out(Stock.name, left_out):
+        stock = StockBackend(batch)
         calls[Stock.name] = [
-            partial(backend.store, *kv, backend.empty_cache(), slots) for kv in sources
+            partial(stock.store, *kv, stock.empty_cache(), slots) for kv in sources
         ]
-    return calls
+    for name, (first, *_) in calls.items():
+        with leaving_out(name, left_out):
+            first()
+    times = _times(calls, left_out, device, seconds)
+    return result_of(job, layers, times, dict.fromkeys(times, moved), bandwidth, left_out)

@@ -14,30 +14,24 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
-from benchmarks.gpu.contenders import Batch
-from benchmarks.gpu.contenders.ours import Ours
-from benchmarks.gpu.environment import Budget, free_bytes, l2_bytes, machine
+from benchmarks.gpu.contenders import Batch, Ours
+from benchmarks.gpu.environment import Budget, interpreted, l2_bytes, machine
 from benchmarks.gpu.measure import Call, alternating, ratio
 from benchmarks.gpu.processes import compile_tilings
-from benchmarks.gpu.sections import SHARE_OF_MEMORY
-from benchmarks.gpu.shapes import SMALLEST, Heads, Preset, Shape, layers_needed
+from benchmarks.gpu.shapes import Heads, Shape, layers_needed
 from vllm_hybrid_kv.kernels.triton.tuning import (
-    MIN_SPLIT_TILES,
-    PROGRAMS_PER_PROCESSOR,
-    Rows,
+    MOST_ROWS,
     Tiling,
     capability_of,
     derived_tiling,
-    has_tensor_memory,
-    head_class,
-    origin,
     row_class,
 )
 
@@ -55,21 +49,18 @@ RESERVED = 5.0
 class Task:
     """One row of the table: shapes that stand for a class of rows of a head size."""
 
-    rows: Rows
+    rows: int
     shapes: tuple[Shape, ...]
 
     @property
-    def head_size(self) -> int:
-        return self.shapes[0].heads.size
+    def heads(self) -> Heads:
+        return self.shapes[0].heads
 
 
-def tasks(preset: Preset) -> list[Task]:
-    """Return what is tuned, decode first; all rows unless the preset is `SMALLEST`."""
-    if preset is SMALLEST:
-        return [Task(Rows.UP_TO_16, (Shape(Heads(4, 1, 64), 1, 70),))]
+def tasks() -> list[Task]:
+    """Return what is tuned, decode first."""
     found = []
-    for queries, rows in ((1, Rows.UP_TO_16), (2048, Rows.MORE), (4, Rows.UP_TO_32),
-                          (8, Rows.UP_TO_64)):  # fmt: skip
+    for queries, rows in zip((1, 2048, 4, 8), (16, MOST_ROWS[-1], 32, 64), strict=True):
         for heads in (Heads(32, 8, 128), Heads(16, 2, 256), Heads(16, 2, 64)):
             if queries == 2048:
                 found.append(Task(rows, (Shape(heads, 1, 8192 + queries, queries),)))
@@ -80,15 +71,12 @@ def tasks(preset: Preset) -> list[Task]:
     return found
 
 
-def sizes(rows: Rows) -> list[Tiling]:
+def sizes(rows: int) -> list[Tiling]:
     """Return the tile sizes that are tried for a class of rows.
 
     There is at most one warp for each 16 keys and 32 rows.
     """
-    blocks_m = {
-        Rows.UP_TO_16: (16,), Rows.UP_TO_32: (16, 32), Rows.UP_TO_64: (32, 64),
-        Rows.MORE: (32, 64, 128),
-    }[rows]  # fmt: skip
+    blocks_m = {16: (16,), 32: (16, 32), 64: (32, 64), MOST_ROWS[-1]: (32, 64, 128)}[rows]
     return [
         Tiling(block_m, block_n, warps, stages)
         for block_m, block_n, warps, stages in itertools.product(
@@ -100,157 +88,119 @@ def sizes(rows: Rows) -> list[Tiling]:
 
 def steps_away(one: Tiling, other: Tiling) -> float:
     """Return by how many halvings and doublings two sizes differ."""
-    pairs = zip(asdict(one).values(), asdict(other).values(), strict=True)
-    return sum(abs(math.log2(a / b)) for a, b in pairs)
+    return sum(abs(math.log2(a / b)) for a, b in zip(astuple(one), astuple(other), strict=True))
 
 
-def divisions(best: Tiling) -> list[Tiling]:
-    """Return the ways of splitting keys that are tried with the best size."""
-    return [
-        replace(best, programs_per_processor=programs, min_split_tiles=tiles)
-        for programs, tiles in itertools.product((1, 2, 4, 8, 16), (2, 4, 8, 16))
-        if (programs, tiles) != (PROGRAMS_PER_PROCESSOR, MIN_SPLIT_TILES)
-    ]
-
-
-def row_of(capability: tuple[int, int], task: Task, winner: Tiling) -> str:
+def row_of(capability: tuple[int, int] | None, task: Task, winner: Tiling) -> str:
     """Return a row of `tuning.MEASURED` as source."""
-    numbers = ", ".join(map(str, asdict(winner).values()))
-    key = f"({capability}, {head_class(task.head_size)}, Rows.{task.rows.name})"
-    return f"    {key}: Tiling({numbers}),"
+    key = (capability, triton.next_power_of_2(task.heads.size), task.rows)
+    return f"    {key}: Tiling{astuple(winner)},"
 
 
 class _Trial:
-    """The shapes of a task with their caches, on which candidates run."""
+    """The shapes of a task with their caches, on which candidates run.
 
-    def __init__(self, task: Task, device: torch.device) -> None:
-        self._device = device
+    Attributes:
+        best: The fastest size yet, at first the derived one.
+        speedup: Its speedup over the derived size.
+        tried: The result of each candidate, for JSON.
+    """
+
+    def __init__(self, task: Task, device: torch.device, budget: Budget) -> None:
+        self._device, self._budget = device, budget
+        rows = task.shapes[0].queries * task.heads.query // task.heads.kv
+        assert row_class(rows) == task.rows
+        self._derived = derived_tiling(rows, task.heads.size, capability_of(device))
+        self.best, self.speedup = self._derived, 1.0
+        self.tried: list[dict[str, Any]] = []
         self._runners: list[tuple[Ours, int, torch.Tensor]] = []
-        tensor_memory = has_tensor_memory(capability_of(device))
         for shape in task.shapes:
-            rows = shape.queries * shape.heads.group
-            assert row_class(rows) is task.rows
-            cache_bytes = shape.cache_bytes(Ours.stored)
-            layers = layers_needed(cache_bytes, l2_bytes(device))
-            if layers * cache_bytes > SHARE_OF_MEMORY * free_bytes(device):
-                continue
-            self.derived = derived_tiling(rows, shape.heads.size, tensor_memory)
+            layers = layers_needed(shape.read_bytes(Ours.stored), l2_bytes(device))
             ours = Ours(Batch(shape, device), layers)
-            wanted = ours.attend(0, ours.plan(self.derived)).float().clone()
+            wanted = ours.attend(0, ours.plan(self._derived)).float().clone()
             self._runners.append((ours, layers, wanted))
-        if not self._runners:
-            raise MemoryError("no shape of the task fits")
 
-    def rejection(self, candidate: Tiling) -> str | None:
-        """Return why a candidate is rejected, or None."""
-        for ours, _, wanted in self._runners:
+    def run(self, candidates: Sequence[Tiling], until: float) -> None:
+        """Try candidates until a time of the budget, those nearest to the best size first."""
+        best = self.best
+        for candidate in sorted(candidates, key=lambda one: steps_away(one, best)):
+            if self._budget.spent > until:
+                self.tried.append({"left_out": "time was up", "candidate": asdict(candidate)})
+                return
+            if candidate == self._derived:
+                continue
             try:
-                out = ours.attend(0, ours.plan(candidate)).float()
+                speedup = self._speedup(candidate)
             # It does not compile or launch, because it needs too many registers or memory.
             except Exception as error:
-                return f"{type(error).__name__}: {str(error)[:200]}"
-            distance = float((out - wanted).norm() / wanted.norm().clamp_min(1e-20))
-            if not distance <= LARGEST_ERROR:
-                return f"output {distance:.1e} away from the derived size's"
-        return None
+                reason = f"{type(error).__name__}: {str(error)[:200]}"
+                self.tried.append({"candidate": asdict(candidate), "rejected": reason})
+                continue
+            self.tried.append({"candidate": asdict(candidate), "times_as_fast": speedup})
+            if speedup > self.speedup:
+                self.best, self.speedup = candidate, speedup
 
-    def speedup(self, candidate: Tiling, seconds: float) -> float:
+    def _speedup(self, candidate: Tiling) -> float:
         """Return the speedup over the derived size, the geometric mean over all shapes."""
         speedups = []
-        for ours, layers, _ in self._runners:
-            calls: dict[str, list[Call]] = {}
-            for name, tiling in (("derived", self.derived), ("candidate", candidate)):
-                plan = ours.plan(tiling)
-                calls[name] = [partial(ours.attend, layer, plan) for layer in range(layers)]
-            times, errors = alternating(calls, self._device, seconds)
+        for ours, layers, wanted in self._runners:
+            plans = {"derived": ours.plan(self._derived), "candidate": ours.plan(candidate)}
+            out = ours.attend(0, plans["candidate"]).float()
+            distance = float((out - wanted).norm() / wanted.norm().clamp_min(1e-20))
+            if not distance <= LARGEST_ERROR:
+                raise ValueError(f"output {distance:.1e} away from the derived size's")
+            calls: dict[str, list[Call]] = {
+                name: [partial(ours.attend, layer, plan) for layer in range(layers)]
+                for name, plan in plans.items()
+            }
+            times, errors = alternating(calls, self._device, 0.0 if interpreted() else 0.1)
             for error in errors.values():
                 raise error
-            speedups.append(ratio(times["derived"], times["candidate"]).median)
+            speedups.append(ratio(times["derived"], times["candidate"])["median"])
         return statistics.geometric_mean(speedups)
 
 
-def _best(
-    trial: _Trial, candidates: Sequence[Tiling], start: Tiling, budget: Budget, until: float,
-    seconds: float, log: list[dict[str, Any]],
-) -> tuple[Tiling, float]:  # fmt: skip
-    """Return the fastest candidate, or `start`, and its speedup over the derived size."""
-    best, best_speedup = start, 1.0
-    if start != trial.derived:
-        best_speedup = trial.speedup(start, seconds)
-    # The nearest first, because the time may be up before the last.
-    for candidate in sorted(candidates, key=lambda one: steps_away(one, start)):
-        if budget.spent > until:
-            log.append({"left_out": "time was up", "candidate": asdict(candidate)})
-            break
-        if candidate == trial.derived:
-            continue
-        reason = trial.rejection(candidate)
-        if reason is not None:
-            log.append({"candidate": asdict(candidate), "rejected": reason})
-            continue
-        speedup = trial.speedup(candidate, seconds)
-        log.append({"candidate": asdict(candidate), "times_as_fast": speedup})
-        if speedup > best_speedup:
-            best, best_speedup = candidate, speedup
-    return best, best_speedup
-
-
-def tune(folder: Path, device: torch.device, preset: Preset, budget: Budget) -> int:
-    """Try the candidates, and write `gpu_tuning.json` and `gpu_tuning.md`; return 0.
+def tune(folder: Path, device: torch.device, budget: Budget) -> int:
+    """Try the candidates, print the rows for `MEASURED` and write `gpu_tuning.json`; return 0.
 
     Args:
-        folder: For the files.
-        device: The GPU.
-        preset: `SMALLEST` for the interpreter.
+        folder: For the file.
+        device: The GPU. In the interpreter only a few candidates of one task run.
         budget: Time, shared evenly among the rows.
     """
     capability = capability_of(device)
-    smallest = preset is SMALLEST
-    seconds = 0.0 if smallest else 0.1
+    wanted = [Task(16, (Shape(Heads(4, 1, 64), 1, 70),))] if interpreted() else tasks()
     rows: list[str] = []
     log: list[dict[str, Any]] = []
-    wanted = tasks(preset)
     for place, task in enumerate(wanted):
         start = budget.spent
         share = (budget.left - RESERVED) / (len(wanted) - place)
-        tried: list[dict[str, Any]] = []
-        entry = {"head_size": task.head_size, "rows": task.rows.name, "tried": tried}
+        entry: dict[str, Any] = {"head_size": task.heads.size, "rows": task.rows}
         log.append(entry)
         try:
-            trial = _Trial(task, device)
-        except (MemoryError, torch.OutOfMemoryError) as error:
+            trial = _Trial(task, device, budget)
+        except torch.OutOfMemoryError as error:
             entry["left_out"] = str(error)
             continue
-        candidates = sizes(task.rows)[:2] if smallest else sizes(task.rows)
+        candidates = sizes(task.rows)[: 2 if interpreted() else None]
         if device.type == "cuda":
             compile_tilings(task.shapes[0], candidates, 0.4 * (start + share - budget.spent))
-        middle = budget.spent + 0.7 * (start + share - budget.spent)
-        best, _ = _best(trial, candidates, trial.derived, budget, middle, seconds, tried)
-        finer = divisions(best)[:1] if smallest else divisions(best)
-        best, speedup = _best(trial, finer, best, budget, start + share, seconds, tried)
-        entry |= {"winner": asdict(best), "times_as_fast_as_derived": speedup}
+        trial.run(candidates, budget.spent + 0.7 * (start + share - budget.spent))
+        divisions = [
+            replace(trial.best, programs_per_processor=programs, min_split_tiles=tiles)
+            for programs, tiles in itertools.product((1, 2, 4, 8, 16), (2, 4, 8, 16))
+        ]
+        trial.run(divisions[: 1 if interpreted() else None], start + share)
+        best, speedup = trial.best, trial.speedup
+        entry |= {
+            "tried": trial.tried, "winner": asdict(best), "times_as_fast_as_derived": speedup,
+        }  # fmt: skip
         if speedup >= WORTHWHILE and capability is not None:
             rows.append(f"    # {speedup:.2f} times as fast as the derived size.")
             rows.append(row_of(capability, task, best))
-        print(f"{budget.spent:5.0f} s: {task.rows.name}, head size {task.head_size}: {best}",
-              flush=True)  # fmt: skip
-    versions = machine(device)
+        print(f"{budget.spent:5.0f} s: {task.heads}, {task.rows} rows: {best}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    everything = {"machine": versions, "before": origin(capability), "tasks": log, "rows": rows}
+    everything = {"machine": machine(device), "tasks": log, "rows": rows}
     (folder / "gpu_tuning.json").write_text(json.dumps(everything, indent=1, default=str) + "\n")
-    (folder / "gpu_tuning.md").write_text(_markdown(versions, rows))
-    print((folder / "gpu_tuning.md").read_text())
+    print("Rows for MEASURED in kernels/triton/tuning.py:", *(rows or ["none"]), sep="\n")
     return 0
-
-
-def _markdown(versions: dict[str, Any], rows: Sequence[str]) -> str:
-    title = versions.get("gpu", "Triton's interpreter, whose times mean nothing")
-    result = "No size is faster than the derived one: no rows for `MEASURED`."
-    if rows:
-        header = f"    # {title}, Triton {versions['triton']}."
-        block = "\n".join(["```python", header, *rows, "```"])
-        result = f"Rows for `MEASURED` in `kernels/triton/tuning.py`:\n\n{block}"
-    return (
-        f"# Tile sizes for {title}\n\n"
-        f"torch {versions['torch']}, Triton {versions['triton']}. {result}\n"
-    )

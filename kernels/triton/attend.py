@@ -53,12 +53,6 @@ def _power_of_two(exponent):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _tanh(x):  # type: ignore[no-untyped-def]
-    """Return tanh, `1 - 2 / (1 + e^2x)`; both infinities of the exponential give +-1."""
-    return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * _LOG2_E)))
-
-
-@triton.jit
 def _both_halves(words):  # type: ignore[no-untyped-def]
     """Return the two fp16 numbers of each int32 as float32, in their order in memory."""
     low = words.to(tl.int16).to(tl.float16, bitcast=True)
@@ -79,10 +73,7 @@ def _sum_in_threads(x, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _attend_tile(  # type: ignore[no-untyped-def]
-    tile, m_i, l_i, z_i, scale_exp, acc0, acc1, acc2, acc3,
-    q_even, q_odd, qk_scale, query_pos,
-    cache_ptr, stride_cache_block, head_offset, block_table_row_ptr,
-    first_key, end_key, window, soft_cap,
+    tile, state, query, pages, first_key, end_key, window, soft_cap,
     D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
     KEY_DECODER: tl.constexpr, VALUE_DECODER: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, MASKED: tl.constexpr,
@@ -91,21 +82,27 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     """Add one tile of keys to the running results of a row tile, and return them.
 
     Args:
-        m_i: float32 [rows], largest score.
-        l_i: float32 [LANES, 8, rows], sums of weights relative to it.
-        z_i: float32 [LANES, 8, rows], sums of weights times zeros. `z_i` and `l_i` are summed
-            over threads after the last tile only, because such sums cost more than all else.
-        scale_exp: int32, float32's exponent of the largest scale.
-        acc0: float32 [dims / 4, rows], sums of weights times scales times codes, dims 4 i; `acc1`
-            to `acc3` dims 4 i + 1 to 4 i + 3. Times `2^(14 - scale_exp)` and the code's unit.
-        qk_scale: float32 [rows], factor of the scores, to base 2 unless SOFT_CAP.
-        query_pos: int32 [rows], with MASKED; negative before the first key.
-        block_table_row_ptr: The request's row of the block table.
+        state: The running results:
+            m_i: float32 [rows], largest score.
+            l_i, z_i: float32 [LANES, 8, rows], sums of weights relative to it, and of weights
+                times zeros. Both are summed over threads after the last tile only, because such
+                sums cost more than all else.
+            scale_exp: int32, float32's exponent of the largest scale.
+            acc0 to acc3: float32 [dims / 4, rows], sums of weights times scales times codes of
+                every fourth dim. Times `2^(14 - scale_exp)` and the code's unit.
+        query: fp16 [dims / 2, rows] of even and of odd dims; float32 [rows], factor of the
+            scores, to base 2 unless SOFT_CAP; int32 [rows], with MASKED: the positions, negative
+            before the first key.
+        pages: The cache, its stride between blocks and the offset of a KV head in 16-bit words,
+            and the request's row of the block table.
         first_key: First key that some row sees, with MASKED and WINDOW.
         end_key: 1 + the last key that some row sees.
         MASKED: Whether a row may not see every key of the tile.
         ONE_PAGE: Whether all keys of a tile are in one page.
     """
+    m_i, l_i, z_i, scale_exp, acc0, acc1, acc2, acc3 = state
+    q_even, q_odd, qk_scale, query_pos = query
+    cache_ptr, stride_cache_block, head_offset, block_table_row_ptr = pages
     HALF_D: tl.constexpr = D // 2
     QUARTER_D: tl.constexpr = D // 4
     HALVES: tl.constexpr = q_even.shape[0]
@@ -123,8 +120,7 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     if ONE_PAGE:
         # The table has an entry for every tile in range.
         block = tl.load(block_table_row_ptr + tile * BLOCK_N // PAGE)
-        base = block.to(tl.int64) * stride_cache_block + head_offset
-        base = tl.multiple_of(base, 8)
+        base = tl.multiple_of(block.to(tl.int64) * stride_cache_block + head_offset, 8)
         start = tile * BLOCK_N % PAGE
         key_ptrs = (words_ptr + base + start * HALF_D) + (offs_n * HALF_D)[:, None]
         key_ptrs = key_ptrs + offs_half[None, :]
@@ -178,7 +174,9 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     qk = tl.dot(k_even, q_even)
     qk = tl.dot(k_odd, q_odd, qk) * qk_scale[None, :]
     if SOFT_CAP:
-        qk = _tanh(qk / soft_cap) * (soft_cap * _LOG2_E)
+        # tanh, `1 - 2 / (1 + e^2x)`; both infinities of the exponential give +-1.
+        tanh = 1.0 - 2.0 / (1.0 + tl.exp2(qk / soft_cap * (2.0 * _LOG2_E)))
+        qk = tanh * (soft_cap * _LOG2_E)
     if MASKED:
         mask = (key_pos < end_key)[:, None] & (query_pos >= 0)[None, :]
         if CAUSAL:
@@ -209,11 +207,11 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     p_scale = p_scale.to(tl.float16)
     alpha = (alpha * _power_of_two(scale_exp - new_exp))[None, :]
     v0, v1, v2, v3 = decode_values(value_bits, VALUE_DECODER)
-    acc0 = tl.dot(v0, p_scale, acc0 * alpha)
-    acc1 = tl.dot(v1, p_scale, acc1 * alpha)
-    acc2 = tl.dot(v2, p_scale, acc2 * alpha)
-    acc3 = tl.dot(v3, p_scale, acc3 * alpha)
-    return m_j, l_i, z_i, new_exp, acc0, acc1, acc2, acc3
+    return (
+        m_j, l_i, z_i, new_exp,
+        tl.dot(v0, p_scale, acc0 * alpha), tl.dot(v1, p_scale, acc1 * alpha),
+        tl.dot(v2, p_scale, acc2 * alpha), tl.dot(v3, p_scale, acc3 * alpha),
+    )  # fmt: skip
 
 
 # Specialising these on 1 and on multiples of 16 would compile more kernels at run time.
@@ -306,15 +304,10 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     if not SOFT_CAP:
         qk_scale = qk_scale * _LOG2_E
 
+    sums = tl.zeros([LANES, 8, BLOCK_M], tl.float32)
+    acc = tl.zeros([QUARTERS, BLOCK_M], tl.float32)
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    l_i = tl.zeros([LANES, 8, BLOCK_M], tl.float32)
-    z_i = tl.zeros([LANES, 8, BLOCK_M], tl.float32)
-    scale_exp = tl.full([], _SMALLEST_SCALE, tl.int32)
-    acc0 = tl.zeros([QUARTERS, BLOCK_M], tl.float32)
-    acc1 = tl.zeros([QUARTERS, BLOCK_M], tl.float32)
-    acc2 = tl.zeros([QUARTERS, BLOCK_M], tl.float32)
-    acc3 = tl.zeros([QUARTERS, BLOCK_M], tl.float32)
-
+    state = (m_i, sums, sums, tl.full([], _SMALLEST_SCALE, tl.int32), acc, acc, acc, acc)
     first_tile, end_tile = key_tiles(
         seq_len, query_len, first_row, window, GROUP, BLOCK_M, BLOCK_N, CAUSAL, WINDOW
     )
@@ -331,13 +324,10 @@ def attend_kernel(  # type: ignore[no-untyped-def]
         masked_tile = tl.maximum(masked_tile, 0) // BLOCK_N
         masked_tile = tl.minimum(tl.maximum(masked_tile, first_tile), end_tile)
     block_table_row_ptr = block_table_ptr + req_idx.to(tl.int64) * stride_block_table
-    head_offset = kv_head_idx * HEAD_WORDS
+    pages = (cache_ptr, stride_cache_block, kv_head_idx * HEAD_WORDS, block_table_row_ptr)
     for tile in tl.range(first_tile, masked_tile):
-        m_i, l_i, z_i, scale_exp, acc0, acc1, acc2, acc3 = _attend_tile(
-            tile, m_i, l_i, z_i, scale_exp, acc0, acc1, acc2, acc3,
-            q_even, q_odd, qk_scale, offs_m,
-            cache_ptr, stride_cache_block, head_offset, block_table_row_ptr,
-            0, seq_len, window, soft_cap,
+        state = _attend_tile(
+            tile, state, (q_even, q_odd, qk_scale, offs_m), pages, 0, seq_len, window, soft_cap,
             D, PAGE, BLOCK_N, KEY_DECODER, VALUE_DECODER,
             CAUSAL, WINDOW, SOFT_CAP, False, ONE_PAGE, LANES,
         )  # fmt: skip
@@ -356,16 +346,15 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     first_key, end_key = key_range(
         seq_len, query_len, first_row, window, GROUP, BLOCK_M, CAUSAL, WINDOW
     )
+    query = (q_even, q_odd, qk_scale, query_pos)
     for tile in tl.range(masked_tile, end_tile):
-        m_i, l_i, z_i, scale_exp, acc0, acc1, acc2, acc3 = _attend_tile(
-            tile, m_i, l_i, z_i, scale_exp, acc0, acc1, acc2, acc3,
-            q_even, q_odd, qk_scale, query_pos,
-            cache_ptr, stride_cache_block, head_offset, block_table_row_ptr,
-            first_key, end_key, window, soft_cap,
+        state = _attend_tile(
+            tile, state, query, pages, first_key, end_key, window, soft_cap,
             D, PAGE, BLOCK_N, KEY_DECODER, VALUE_DECODER,
             CAUSAL, WINDOW, SOFT_CAP, True, ONE_PAGE, LANES,
         )  # fmt: skip
 
+    m_i, l_i, z_i, scale_exp, acc0, acc1, acc2, acc3 = state
     l_i = tl.sum(tl.sum(l_i, axis=0), axis=0)
     z_i = tl.sum(tl.sum(z_i, axis=0), axis=0)
     if SINKS:  # noqa: SIM102 - a constexpr; without SINKS there is no valid `sinks_ptr`
@@ -389,12 +378,12 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     # The sums are of rotated values. The stage of stride 1 is among the four accumulators, the
     # others are within each.
     total = (acc0 + acc1) + (acc2 + acc3)
-    acc0 = rotated_quarter(total - 2.0 * acc0, D)
-    acc1 = rotated_quarter(total - 2.0 * acc1, D)
-    acc2 = rotated_quarter(total - 2.0 * acc2, D)
-    acc3 = rotated_quarter(total - 2.0 * acc3, D)
-    low_pair = tl.join(acc0, acc1)
-    high_pair = tl.join(acc2, acc3)
+    low_pair = tl.join(
+        rotated_quarter(total - 2.0 * acc0, D), rotated_quarter(total - 2.0 * acc1, D)
+    )
+    high_pair = tl.join(
+        rotated_quarter(total - 2.0 * acc2, D), rotated_quarter(total - 2.0 * acc3, D)
+    )
     # [dims / 4, rows, which of a pair, which pair] to [dims, rows].
     acc = tl.permute(tl.join(low_pair, high_pair), (0, 3, 2, 1))
     acc = tl.reshape(acc, [DIMS, BLOCK_M])

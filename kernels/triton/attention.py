@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.kernels.inputs import attention_error, check_attention
-from vllm_hybrid_kv.kernels.triton import convert
 from vllm_hybrid_kv.kernels.triton.attend import attend_kernel
-from vllm_hybrid_kv.kernels.triton.convert import KeyDecoder, ValueDecoder
+from vllm_hybrid_kv.kernels.triton.convert import key_decoder_for, value_decoder_for
 from vllm_hybrid_kv.kernels.triton.plan import ITEM_FIELDS, LaunchPlan, plan_attention
 from vllm_hybrid_kv.kernels.triton.rotation import rotation_unit
 
@@ -90,20 +91,6 @@ def merge_kernel(  # type: ignore[no-untyped-def]
         tl.store(lse_ptrs, (m_i + tl.log2(l_i)) * _LN_2)
 
 
-def _check_pages(cache: torch.Tensor) -> None:
-    page_size = cache.shape[2]
-    if page_size <= 0 or page_size % k8v4.TILE_TOKENS:
-        raise attention_error(
-            f"a page holds a multiple of {k8v4.TILE_TOKENS} tokens, got {page_size}"
-        )
-    # Loads are 16 bytes wide, and every plane starts at a multiple of 16 bytes if the pages do.
-    if cache.stride(0) % 16 or cache.data_ptr() % 16:
-        raise attention_error(
-            f"the pages of the cache must start at multiples of 16 bytes, got one at "
-            f"{cache.data_ptr():#x} and {cache.stride(0)} bytes from one to the next"
-        )
-
-
 def paged_attention(
     query: torch.Tensor,
     cache: torch.Tensor,
@@ -119,9 +106,6 @@ def paged_attention(
     sinks: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     plan: LaunchPlan | None = None,
-    max_query_len: int | None = None,
-    key_decoder: KeyDecoder | None = None,
-    value_decoder: ValueDecoder | None = None,
     debug: bool = False,
 ) -> None:
     """Attend to paged k8v4 tokens for a batch of requests; `reference.attend` has the formula.
@@ -149,10 +133,7 @@ def paged_attention(
         sinks: [Hq], any floating dtype.
         lse: float32 [T, Hq], written: natural log of the sum over visible keys and the sink;
             -inf without either.
-        plan: From `plan_attention` for this batch; made here if None.
-        max_query_len: Largest number of new tokens of a request, for the plan made here; read
-            from the device if None.
-        key_decoder, value_decoder: How codes are widened; the device's fastest if None.
+        plan: From `plan_attention` for this batch; made here if None, which waits for the device.
         debug: Check the contents of the index tensors as well, which waits for the device; see
             `check_attention`.
 
@@ -163,18 +144,25 @@ def paged_attention(
         query, cache, block_table, seq_lens, query_start_loc, out,
         sinks=sinks, lse=lse, debug=debug,
     )  # fmt: skip
-    _check_pages(cache)
     tokens, num_heads, head_size = query.shape
     num_kv_heads, page_size = cache.shape[1], cache.shape[2]
+    if page_size <= 0 or page_size % k8v4.TILE_TOKENS:
+        raise attention_error(
+            f"cache must have pages of a multiple of {k8v4.TILE_TOKENS} tokens, got {page_size}"
+        )
+    # Loads are 16 bytes wide, and every plane starts at a multiple of 16 bytes if the pages do.
+    if cache.stride(0) % 16 or cache.data_ptr() % 16:
+        raise attention_error(
+            "cache must have pages at multiples of 16 bytes, got one at "
+            f"{cache.data_ptr():#x} and {cache.stride(0)} bytes between pages"
+        )
     requests = seq_lens.shape[0]
     if requests == 0 or tokens == 0:
         return
     if plan is None:
-        if max_query_len is None:
-            max_query_len = int((query_start_loc[1:] - query_start_loc[:-1]).max())
         plan = plan_attention(
             seq_lens, query_start_loc, tokens, num_heads, num_kv_heads, head_size,
-            max_query_len=max_query_len, causal=causal, window=window,
+            max_query_len=int(query_start_loc.diff().max()), causal=causal, window=window,
         )  # fmt: skip
     made_for = (requests, tokens, num_heads, num_kv_heads, head_size, causal, window)
     if plan.made_for != made_for:
@@ -184,41 +172,35 @@ def paged_attention(
         )
     if sinks is not None:
         sinks = sinks.to(torch.float32).contiguous()
-    if key_decoder is None:
-        key_decoder = convert.key_decoder_for(query.device)
-    if value_decoder is None:
-        value_decoder = convert.value_decoder_for(query.device)
-    group = num_heads // num_kv_heads
-    dims = triton.next_power_of_2(head_size)
-    tiling = plan.tiling
-    programs = plan.items.shape[0]
+    tiling, (programs, _), partial_rows = plan.tiling, plan.items.shape, plan.partial_lse.shape[2]
     # Arguments that are not used must still be pointers.
-    lse_or_unused = plan.partial_lse if lse is None else lse
-    lse_strides = (0, 0) if lse is None else lse.stride()
+    lse_and_strides = (plan.partial_lse, 0, 0) if lse is None else (lse, *lse.stride())
     sinks_or_unused = plan.partial_lse if sinks is None else sinks
+    shared: dict[str, Any] = {
+        "GROUP": num_heads // num_kv_heads, "D": head_size,
+        "DIMS": triton.next_power_of_2(head_size), "PARTIAL_ROWS": partial_rows,
+        "SINKS": sinks is not None, "LSE": lse is not None,
+    }  # fmt: skip
     attend_kernel[(programs, num_kv_heads)](
         query, query.stride(0), query.stride(1),
         out, out.stride(0), out.stride(1),
-        lse_or_unused, *lse_strides,
+        *lse_and_strides,
         cache, cache.stride(0) // 2,
         block_table, block_table.stride(0),
         seq_lens, query_start_loc, plan.items, sinks_or_unused,
         plan.partial_out, plan.partial_lse,
         scale, 0 if window is None else window, soft_cap,
-        GROUP=group, D=head_size, PAGE=page_size,
-        DIMS=dims, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, LANES=tiling.lanes,
-        PARTIAL_ROWS=plan.partial_rows, UNIT=rotation_unit(head_size),
-        KEY_DECODER=int(key_decoder), VALUE_DECODER=int(value_decoder),
+        PAGE=page_size, UNIT=rotation_unit(head_size),
+        BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, LANES=tiling.lanes,
+        KEY_DECODER=int(key_decoder_for(query.device)),
+        VALUE_DECODER=int(value_decoder_for(query.device)),
         CAUSAL=causal, WINDOW=window is not None, SOFT_CAP=soft_cap > 0,
-        SINKS=sinks is not None, LSE=lse is not None,
-        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages, **shared,
     )  # fmt: skip
-    if plan.partial_rows:
+    if partial_rows:
         merge_kernel[(programs, num_kv_heads, plan.merged_rows)](
             out, out.stride(0), out.stride(1),
-            lse_or_unused, *lse_strides,
+            *lse_and_strides,
             query_start_loc, plan.items, sinks_or_unused, plan.partial_out, plan.partial_lse,
-            GROUP=group, D=head_size, DIMS=dims, PARTIAL_ROWS=plan.partial_rows,
-            PARTS=MERGED_AT_A_TIME, SINKS=sinks is not None, LSE=lse is not None,
-            num_warps=2,
+            PARTS=MERGED_AT_A_TIME, num_warps=2, **shared,
         )  # fmt: skip

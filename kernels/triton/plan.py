@@ -229,17 +229,15 @@ class LaunchPlan:
         made_for: Requests, query tokens, heads, KV heads, head size, causal, window.
         tiling: The tile sizes of a program.
         items: int32 [programs, ITEM_FIELDS].
-        partial_rows: Rows that a partial result has room for; 0 without splits. It depends on the
-            tiling alone, because each number is another kernel to compile.
-        merged_rows: Largest number of these rows in use.
-        partial_out: float32 [parts, H, partial_rows, D], scratch; empty without splits.
-        partial_lse: float32 [parts, H, partial_rows], scratch, base 2; empty without splits.
+        merged_rows: Largest number of rows of a partial result in use.
+        partial_out: float32 [parts, H, rows, D], scratch. Without splits there are no rows,
+            otherwise `tiling.block_m`, because each number of rows is another kernel to compile.
+        partial_lse: float32 [parts, H, rows], scratch, base 2.
     """
 
     made_for: tuple[int, int, int, int, int, bool, int | None]
     tiling: Tiling
     items: torch.Tensor
-    partial_rows: int
     merged_rows: int
     partial_out: torch.Tensor
     partial_lse: torch.Tensor
@@ -295,7 +293,6 @@ def plan_attention(
     processors: int | None = None,
     tiling: Tiling | None = None,
     scratch: torch.Tensor | None = None,
-    into: LaunchPlan | None = None,
 ) -> LaunchPlan:
     """Plan a batch on its device; one plan serves all layers of the same shape in a step.
 
@@ -313,73 +310,55 @@ def plan_attention(
         tiling: The tile sizes of a program; from the shapes if None.
         scratch: float32 [`largest_scratch`] for partial results, in use only during each call of
             `paged_attention`; allocated if None.
-        into: A plan of the same shapes whose tensors are overwritten, for captured graphs.
 
     Raises:
-        ValueError: `into` was made for other shapes, or `scratch` is too small.
+        ValueError: `scratch` is too small.
     """
-    requests = seq_lens.shape[0]
+    requests, device = seq_lens.shape[0], seq_lens.device
     group = num_heads // num_kv_heads
     rows = max_query_len * group
     if tiling is None:
-        tiling = tiling_for(rows, head_size, capability_of(seq_lens.device))
+        tiling = tiling_for(rows, head_size, capability_of(device))
     if processors is None:
-        processors = processors_of(seq_lens.device)
+        processors = processors_of(device)
     one_tile = rows <= tiling.block_m
     num_tiles = requests if one_tile else num_tokens * group // tiling.block_m + requests
     target = _programs_wanted(tiling, num_kv_heads, processors)
     if split is None:
         # Decode batches of any size are split, because their lengths may be ragged.
-        split = (
-            one_tile or num_tiles * num_kv_heads < 2 * tiling.programs_per_processor * processors
-        )
+        busy = num_tiles * num_kv_heads >= 2 * tiling.programs_per_processor * processors
+        split = one_tile or not busy
     num_items = num_tiles + target if split else num_tiles
-    made_for = (requests, num_tokens, num_heads, num_kv_heads, head_size, causal, window)
     partial_rows = tiling.block_m if split else 0
-    merged_rows = min(partial_rows, rows)
-    if into is None:
-        shape = (min(num_items, 2 * target), num_kv_heads, partial_rows)
-        sizes = [math.prod(shape) * head_size, math.prod(shape)]
-        if scratch is None:
-            scratch = torch.empty(sum(sizes), dtype=torch.float32, device=seq_lens.device)
-        elif scratch.numel() < sum(sizes):
-            raise ValueError(
-                f"k8v4 attention: scratch memory for partial results has {scratch.numel()} "
-                f"numbers, {sum(sizes)} are needed; allocate largest_scratch(...) numbers"
-            )
-        partial_out, partial_lse, _ = scratch.split([*sizes, scratch.numel() - sum(sizes)])
-        into = LaunchPlan(
-            made_for,
-            tiling,
-            torch.empty((num_items, ITEM_FIELDS), dtype=torch.int32, device=seq_lens.device),
-            partial_rows,
-            merged_rows,
-            partial_out.view(*shape, head_size),
-            partial_lse.view(shape),
-        )
-    elif (
-        into.made_for != made_for
-        or into.tiling != tiling
-        or into.items.shape[0] != num_items
-        or (into.partial_rows, into.merged_rows) != (partial_rows, merged_rows)
-    ):
+    shape = (min(num_items, 2 * target), num_kv_heads, partial_rows)
+    sizes = (math.prod(shape) * head_size, math.prod(shape))
+    if scratch is None:
+        scratch = torch.empty(sum(sizes), dtype=torch.float32, device=device)
+    elif scratch.numel() < sum(sizes):
         raise ValueError(
-            f"k8v4 attention: the plan to overwrite was made for (requests, query tokens, heads, "
-            f"KV heads, head size, causal, window) = {into.made_for}, the call has {made_for}, "
-            "or max_query_len differs; make a new plan"
+            f"k8v4 attention: scratch memory for partial results has {scratch.numel()} "
+            f"numbers, {sum(sizes)} are needed; allocate largest_scratch(...) numbers"
         )
+    partial_out, partial_lse = scratch[: sum(sizes)].split(sizes)
+    plan = LaunchPlan(
+        (requests, num_tokens, num_heads, num_kv_heads, head_size, causal, window),
+        tiling,
+        torch.empty((num_items, ITEM_FIELDS), dtype=torch.int32, device=device),
+        min(partial_rows, rows),
+        partial_out.view(*shape, head_size),
+        partial_lse.view(shape),
+    )
     if num_items == 0 or requests == 0:
-        return into
-    tiles = max(MIN_TILES_CAPACITY, triton.next_power_of_2(num_tiles))
-    starts = torch.empty(2 * tiles if split else 0, dtype=torch.int32, device=seq_lens.device)
+        return plan
+    tiles = max(MIN_TILES_CAPACITY, triton.next_power_of_2(num_tiles)) if split else 0
+    starts = torch.empty(2 * tiles, dtype=torch.int32, device=device)
     plan_kernel[(1 if split else triton.cdiv(num_items, ITEMS_PER_PROGRAM),)](
-        query_start_loc, seq_lens, into.items, starts,
+        query_start_loc, seq_lens, plan.items, starts,
         requests, num_tiles, num_items, target,
         requests.bit_length(), num_tiles.bit_length(), 0 if window is None else window,
         GROUP=group, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n,
         CAUSAL=causal, WINDOW=window is not None, ONE_TILE=one_tile,
-        SPLIT=split, MIN_TILES=tiling.min_split_tiles,
-        TILES=tiles if split else 0, ITEMS=ITEMS_PER_PROGRAM,
+        SPLIT=split, MIN_TILES=tiling.min_split_tiles, TILES=tiles, ITEMS=ITEMS_PER_PROGRAM,
         num_warps=4,
     )  # fmt: skip
-    return into
+    return plan

@@ -12,8 +12,12 @@ import triton
 import triton.language as tl
 
 from vllm_hybrid_kv.kernels import inputs, k8v4
-from vllm_hybrid_kv.kernels.triton import convert
-from vllm_hybrid_kv.kernels.triton.convert import encode_keys, half_rounded_down, half_to_float
+from vllm_hybrid_kv.kernels.triton.convert import (
+    encode_keys,
+    half_rounded_down,
+    half_to_float,
+    has_native_e4m3,
+)
 from vllm_hybrid_kv.kernels.triton.rotation import rotated, rotation_unit
 
 _VALUE_MAX = tl.constexpr(k8v4.VALUE_MAX)
@@ -112,20 +116,12 @@ def quantise_and_store_kernel(  # type: ignore[no-untyped-def]
     tl.store(scale_ptrs + PAGE, zero_bits.to(tl.int16), mask=mask_row)
 
 
-def _check_slots(slots: torch.Tensor, num_slots: int) -> None:
-    if len(slots) and int(slots.max()) >= num_slots:
-        expected = f"below the cache's {num_slots} slots"
-        raise inputs.store_error("slot_mapping", expected, f"slot {int(slots.max())}")
-    inputs.check_duplicates(slots)
-
-
 def quantise_and_store(
     key: torch.Tensor,
     value: torch.Tensor,
     cache: torch.Tensor,
     slot_mapping: torch.Tensor,
     *,
-    native: bool | None = None,
     debug: bool = False,
 ) -> None:
     """Quantise tokens and write them into their slots, in the layout `LINEAR`.
@@ -141,8 +137,6 @@ def quantise_and_store(
             of bytes between blocks. Stores are widest with a multiple of 16.
         slot_mapping: int64 or int32 [T'] with T' <= T, block * N + token within the block; the
             tokens after the first T' are padding. A token whose slot is negative is not written.
-        native: Whether the device converts to e4m3fn itself; detected if None. The stored bits
-            are the same.
         debug: Check the slots as well, which waits for the device.
 
     Raises:
@@ -151,14 +145,21 @@ def quantise_and_store(
     inputs.check_store(key, value, cache, slot_mapping, cache.device)
     num_tokens = slot_mapping.shape[0]
     _, num_heads, head_size = key.shape
-    # Scales and zeros are stored as 16-bit words.
-    if cache.shape[0] > 1 and cache.stride(0) % 2:
-        expected = "with an even number of bytes between blocks"
-        raise inputs.store_error("cache", expected, list(cache.stride()))
-    page_size = cache.shape[2]
-    num_slots = cache.shape[0] * page_size
+    blocks, _, page_size, _ = cache.shape
+    num_slots = blocks * page_size
+    if blocks > 1 and cache.stride(0) % 2:
+        # Scales and zeros are stored as 16-bit words.
+        raise ValueError(
+            "quantise_and_store: cache must have an even number of bytes between blocks, got "
+            f"{cache.stride(0)}"
+        )
     if debug:
-        _check_slots(slot_mapping, num_slots)
+        if num_tokens and int(slot_mapping.max()) >= num_slots:
+            raise ValueError(
+                f"quantise_and_store: slot_mapping names slot {int(slot_mapping.max())}, which is "
+                f"past the end of the cache, {blocks} blocks of {page_size} tokens"
+            )
+        inputs.check_duplicates(slot_mapping)
     num_rows = num_tokens * num_heads
     if num_rows == 0:
         return
@@ -172,6 +173,6 @@ def quantise_and_store(
         num_rows, num_slots,
         HEADS=num_heads, D=head_size, DIMS=dims, PAGE=page_size,
         ROWS=rows, UNIT=rotation_unit(head_size),
-        NATIVE=convert.has_native_e4m3(key.device) if native is None else native,
+        NATIVE=has_native_e4m3(key.device),
         num_warps=4,
     )  # fmt: skip

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -76,12 +75,15 @@ class Batch:
     max_query_len: int
     options: dict[str, Any]
 
+    @property
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The tensors that `paged_attention` reads, in its order."""
+        return self.query, self.cache, self.block_table, self.seq_lens, self.query_start_loc
+
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on another device."""
         options = {k: v.to(device) if hasattr(v, "to") else v for k, v in self.options.items()}
-        names = ("query", "cache", "block_table", "seq_lens", "query_start_loc")
-        tensors = {name: getattr(self, name).to(device) for name in names}
-        return replace(self, options=options, **tensors)
+        return Batch(*(x.to(device) for x in self.inputs), self.max_query_len, options)
 
     def scales(self, request: int, head: int, plane: str = "scale") -> list[torch.Tensor]:
         """Return views of the fp16 scales, or zeros, in a request's pages, in order."""
@@ -103,11 +105,8 @@ def make(case: Case) -> Batch:
     cache = torch.full(shape, case.unused, dtype=torch.uint8)
     order = torch.randperm(shape[0], generator=generator)
     table = torch.full((len(pages), max(pages, default=0) + 1), 10**8, dtype=torch.int32)
-    start = 0
-    for request, (count, length) in enumerate(zip(pages, case.lengths, strict=True)):
-        blocks = order[start : start + count]
-        start += count
-        table[request, :count] = blocks
+    for row, blocks, length in zip(table, order.split([*pages, 2]), case.lengths, strict=False):
+        row[: len(blocks)] = blocks
         dims = (2, length, case.num_kv_heads, case.head_size)
         key, value = torch.randn(dims, generator=generator)
         value = (value + torch.randn(dims[1:3], generator=generator)[..., None]) * case.value_size
@@ -126,61 +125,38 @@ def make(case: Case) -> Batch:
     )
 
 
-def planned(batch: Batch, into: LaunchPlan | None = None, **options: Any) -> LaunchPlan:
-    """Plan a batch, or overwrite the plan `into`."""
+def planned(batch: Batch, **options: Any) -> LaunchPlan:
+    """Plan a batch."""
     tokens, num_heads, head_size = batch.query.shape
     return plan_attention(
         batch.seq_lens, batch.query_start_loc, tokens, num_heads, batch.cache.shape[1], head_size,
-        causal=batch.options.get("causal", True), window=batch.options.get("window"), into=into,
-        **{"max_query_len": batch.max_query_len, **options},
+        causal=batch.options.get("causal", True), window=batch.options.get("window"),
+        max_query_len=batch.max_query_len, **options,
     )  # fmt: skip
 
 
-def attend(
-    batch: Batch, plan: LaunchPlan | None = None, into: Outputs | None = None, **options: Any
-) -> Outputs:
+def attend(batch: Batch, plan: LaunchPlan | None = None, into: Outputs | None = None) -> Outputs:
     """Run the kernels, and return their outputs."""
     if into is None:
         lse_shape = batch.query.shape[:2]
         lse = torch.full(lse_shape, UNWRITTEN, dtype=torch.float32, device=batch.query.device)
         into = torch.full_like(batch.query, UNWRITTEN), lse
-    paged_attention(
-        batch.query, batch.cache, batch.block_table, batch.seq_lens, batch.query_start_loc,
-        into[0], lse=into[1], plan=plan, **batch.options, **options,
-    )  # fmt: skip
+    paged_attention(*batch.inputs, into[0], lse=into[1], plan=plan, **batch.options)
     return into
 
 
 def expected(batch: Batch) -> Outputs:
-    """Run the reference on the CPU; rows of no request are UNWRITTEN."""
+    """Run the reference on the CPU."""
     batch = batch.to("cpu")
-    out = torch.full(batch.query.shape, UNWRITTEN)
-    lse = torch.full(batch.query.shape[:2], UNWRITTEN)
-    for request, length in enumerate(batch.seq_lens.tolist()):
-        rows = slice(*batch.query_start_loc[request : request + 2].tolist())
-        if length == 0:
-            out[rows] = 0.0
-            lse[rows] = batch.options.get("sinks", torch.tensor(-math.inf)).float()
-            continue
-        out[rows], lse[rows] = reference.paged_attention(
-            batch.query[rows],
-            batch.cache,
-            batch.block_table[request : request + 1],
-            batch.seq_lens[request : request + 1],
-            torch.tensor([0, rows.stop - rows.start]),
-            Layout.LINEAR,
-            **batch.options,
-        )
-    return out, lse
+    return reference.paged_attention(*batch.inputs, Layout.LINEAR, **batch.options)
 
 
-def assert_close(got: Outputs, wanted: Outputs, tolerance: float | None = None) -> str:
+def assert_close(got: Outputs, wanted: Outputs) -> str:
     """Assert that outputs are within the tolerance of their dtype, and return how far they are.
 
     The log-sum-exp of a row with a NaN is undefined.
     """
-    if tolerance is None:
-        tolerance = TOLERANCE[got[0].dtype]
+    tolerance = TOLERANCE[got[0].dtype]
     out, lse = (x.cpu().float() for x in got)
     wanted_out, wanted_lse = (x.cpu().float() for x in wanted)
     assert torch.equal(out.isnan(), wanted_out.isnan()), "NaNs differ from the reference's"

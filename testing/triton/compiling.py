@@ -1,23 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels as launches compile them, for any GPU; run where Triton compiles.
-
-`python -m testing.triton.compiling` prints the figures of decode on each GPU, ours and stock's.
-"""
+"""The kernels as launches compile them, for any GPU; run where Triton compiles."""
 
 from __future__ import annotations
 
-import importlib.util
-import re
-import tempfile
+import itertools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 
 from testing.triton.machine_code import MachineCode, compile_kernel, cuda, read_machine_code
-from testing.triton.processes import Compiler
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.kernels.triton.attend import attend_kernel
 from vllm_hybrid_kv.kernels.triton.attention import MERGED_AT_A_TIME, merge_kernel
@@ -29,7 +22,7 @@ from vllm_hybrid_kv.kernels.triton.plan import (
 )
 from vllm_hybrid_kv.kernels.triton.quantise import NUMBERS_PER_PROGRAM, quantise_and_store_kernel
 from vllm_hybrid_kv.kernels.triton.rotation import rotation_unit
-from vllm_hybrid_kv.kernels.triton.tuning import MIN_SPLIT_TILES, Tiling, tiling_for
+from vllm_hybrid_kv.kernels.triton.tuning import Tiling, tiling_for
 
 GROUP = 4
 PAGE = 16
@@ -56,14 +49,13 @@ _DIVISIBLE = {name for name, kind in _TYPES.items() if kind.startswith("*")} | {
 
 
 def _compile(kernel: Any, target: GPUTarget, constants: dict[str, Any], **options: int) -> Any:
-    divisible = (_DIVISIBLE | _block_stride(kernel)) & set(kernel.arg_names)
+    # Launches specialise the stride between blocks of the quantising kernel.
+    divisible = _DIVISIBLE | (
+        {"stride_cache_block"} if kernel is quantise_and_store_kernel else set()
+    )
     types = {name: kind for name, kind in _TYPES.items() if name in kernel.arg_names}
+    divisible &= set(types)
     return compile_kernel(kernel, target, types, constants, divisible=divisible, **options)
-
-
-def _block_stride(kernel: Any) -> set[str]:
-    """Return the stride between blocks if the kernel's launches specialise it."""
-    return {"stride_cache_block"} if kernel is quantise_and_store_kernel else set()
 
 
 def _native(target: GPUTarget) -> bool:
@@ -98,97 +90,6 @@ def compile_attention(
     return _compile(attend_kernel, target, constants | modes, num_warps=warps, num_stages=stages)
 
 
-def compile_quantise(target: GPUTarget, head_size: int, num_heads: int) -> Any:
-    """Compile the quantising kernel for bf16 as `quantise_and_store` launches it."""
-    dims = triton.next_power_of_2(head_size)
-    constants = {
-        # A launch makes constants of strides of 1.
-        "stride_k_dim": 1, "stride_v_dim": 1, "stride_slot": 1,
-        "HEADS": num_heads, "D": head_size, "DIMS": dims, "PAGE": PAGE,
-        "ROWS": NUMBERS_PER_PROGRAM // dims, "UNIT": rotation_unit(head_size),
-        "NATIVE": _native(target),
-    }  # fmt: skip
-    return _compile(quantise_and_store_kernel, target, constants)
-
-
-def compile_plan(target: GPUTarget, *, split: bool, one_tile: bool) -> Any:
-    """Compile the planning kernel as `plan_attention` launches it."""
-    constants = {
-        "GROUP": GROUP, "BLOCK_M": 16, "BLOCK_N": 64, "CAUSAL": True, "WINDOW": True,
-        "ONE_TILE": one_tile, "SPLIT": split, "MIN_TILES": MIN_SPLIT_TILES,
-        "TILES": MIN_TILES_CAPACITY if split else 0, "ITEMS": ITEMS_PER_PROGRAM,
-    }  # fmt: skip
-    return _compile(plan_kernel, target, constants)
-
-
-def compile_merge(target: GPUTarget, head_size: int) -> Any:
-    """Compile the merging kernel as `paged_attention` launches it."""
-    constants = {
-        "GROUP": GROUP, "D": head_size, "DIMS": triton.next_power_of_2(head_size),
-        "PARTIAL_ROWS": 16, "PARTS": MERGED_AT_A_TIME, "SINKS": True, "LSE": True,
-    }  # fmt: skip
-    return _compile(merge_kernel, target, constants, num_warps=2)
-
-
-def vllm_folder() -> Path | None:
-    """Return where vLLM is installed, or None."""
-    spec = importlib.util.find_spec("vllm")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
-def _stock_decode_kernel(folder: Path) -> Any:
-    """Return vLLM's k8v4 decode kernel, copied to a module of its own.
-
-    Its own module cannot be used: on a CPU vLLM replaces Triton by a stub that compiles nothing.
-    """
-    vllm = vllm_folder()
-    assert vllm is not None
-    file = vllm / "v1" / "attention" / "ops" / "triton_turboquant_decode.py"
-    source = re.search(
-        r"^@triton\.jit\ndef _tq_decode_stage1\(.*?(?=^# -----)", file.read_text(), re.S | re.M
-    )
-    assert source is not None, file
-    module_file = folder / "stock_decode.py"
-    module_file.write_text("import triton\nimport triton.language as tl\n\n\n" + source[0])
-    spec = importlib.util.spec_from_file_location("stock_decode", module_file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module._tq_decode_stage1
-
-
-STOCK_BLOCK_KV = 4
-"""Tokens of an iteration of vLLM's kernel, as in `triton_turboquant_decode_attention`."""
-
-
-def compile_stock_decode(target: GPUTarget, head_size: int, page_size: int) -> Any:
-    """Compile vLLM's k8v4 decode kernel as its launcher does."""
-    types = {
-        "Q_rot_ptr": "*bf16", "KV_cache_ptr": "*u8", "Block_table_ptr": "*i32",
-        "Seq_lens_ptr": "*i32", "Centroids_ptr": "*fp32", "Mid_o_ptr": "*fp32",
-        "stride_qb": "i32", "stride_qh": "i32", "stride_cache_block": "i32",
-        "stride_cache_pos": "i32", "stride_cache_head": "i32", "stride_bt_b": "i32",
-        "stride_mid_b": "i32", "stride_mid_h": "i32", "stride_mid_s": "i32",
-    }  # fmt: skip
-    constants = {
-        "NUM_KV_HEADS": 8, "HEAD_DIM": head_size, "BLOCK_SIZE": page_size, "NUM_KV_SPLITS": 32,
-        "KV_GROUP_SIZE": GROUP, "MSE_BITS": 4, "MSE_BYTES": head_size // 2, "KPS": head_size,
-        "VQB": 4, "VAL_DATA_BYTES": head_size // 2, "ATTN_SCALE": head_size**-0.5,
-        "BLOCK_D": head_size, "BLOCK_KV": STOCK_BLOCK_KV, "KEY_FP8": 1, "NORM_CORRECTION": 0,
-        "FP8_E4B15": int(target.arch < 89),
-    }  # fmt: skip
-    divisible = {name for name, kind in types.items() if kind.startswith("*")}
-    divisible |= {"stride_qb", "stride_qh", "stride_cache_block"}
-    with tempfile.TemporaryDirectory() as folder:
-        return compile_kernel(
-            _stock_decode_kernel(Path(folder)), target, types, constants,
-            divisible=divisible, num_warps=1, num_stages=1,
-        )  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Attention:
     """Compiles the attention kernel for a compute capability, 90 for 9.0."""
@@ -205,7 +106,7 @@ class Attention:
         return tiling_for(self.rows, self.head_size, divmod(self.capability, 10))
 
     @property
-    def bytes_per_iteration(self) -> float:
+    def bytes_per_iteration(self) -> int:
         return self.tiling.block_n * k8v4.slot_bytes(self.head_size)
 
     def compile(self) -> MachineCode:
@@ -217,30 +118,22 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class StockDecode:
-    """Compiles stock's decode kernel."""
-
-    capability: int
-    head_size: int
-
-    @property
-    def bytes_per_iteration(self) -> float:
-        """KV bytes of an iteration, divided by the query heads that each read all of them."""
-        return STOCK_BLOCK_KV * k8v4.slot_bytes(self.head_size) / GROUP
-
-    def compile(self) -> MachineCode:
-        return read_machine_code(compile_stock_decode(cuda(self.capability), self.head_size, PAGE))
-
-
-@dataclass(frozen=True)
 class Quantise:
-    """Compiles the quantising kernel."""
+    """Compiles the quantising kernel for bf16 as `quantise_and_store` launches it."""
 
     capability: int
     head_size: int
 
     def compile(self) -> MachineCode:
-        return read_machine_code(compile_quantise(cuda(self.capability), self.head_size, 8))
+        dims, target = triton.next_power_of_2(self.head_size), cuda(self.capability)
+        constants = {
+            # A launch makes constants of strides of 1.
+            "stride_k_dim": 1, "stride_v_dim": 1, "stride_slot": 1,
+            "HEADS": 8, "D": self.head_size, "DIMS": dims, "PAGE": PAGE,
+            "ROWS": NUMBERS_PER_PROGRAM // dims, "UNIT": rotation_unit(self.head_size),
+            "NATIVE": _native(target),
+        }  # fmt: skip
+        return read_machine_code(_compile(quantise_and_store_kernel, target, constants))
 
 
 @dataclass(frozen=True)
@@ -263,72 +156,15 @@ class SmallKernels:
     target: GPUTarget
 
     def compile(self) -> None:
-        compile_merge(self.target, 96)
-        for split in (True, False):
-            for one_tile in (True, False):
-                compile_plan(self.target, split=split, one_tile=one_tile)
-
-
-@dataclass(frozen=True)
-class Figures:
-    """The cost of decode on a GPU.
-
-    Attributes:
-        issued_per_byte: Warp instructions of the main loop for a byte of KV cache. A byte counts
-            once for all query heads that attend to it.
-        registers: Of a thread.
-        spills: Instructions that move a register to memory or back.
-        shared_bytes: Of a program.
-        tensor_core: Tensor-core instructions in the main loop.
-        wide: Share of the bytes of the main loop that arrive in 16-byte loads.
-    """
-
-    issued_per_byte: float
-    registers: int
-    spills: int
-    shared_bytes: int
-    tensor_core: int
-    wide: float
-
-
-def figures(job: Attention | StockDecode, code: MachineCode) -> Figures:
-    counts = code.counts(code.main_loop())
-    loaded = {size: size * counts[f"load {size}"] for size in (1, 2, 4, 8, 16)}
-    return Figures(
-        code.issued_per_byte(job.bytes_per_iteration),
-        code.registers,
-        code.counts()["spill"],
-        code.shared_bytes,
-        counts["tensor core"],
-        loaded[16] / sum(loaded.values()),
-    )
-
-
-def main() -> None:
-    compiler = Compiler()
-    jobs: list[tuple[str, Attention | StockDecode]] = [
-        (name, kernel(capability, head_size))
-        for capability in (80, 86, 89, 90, 100, 120)
-        for head_size in (128, 256)
-        for name, kernel in (("ours", Attention), ("stock", StockDecode))
-    ]
-    for _, job in jobs:
-        compiler.start(job)
-    print(
-        f"Triton {triton.__version__}\n\n"
-        "| compute capability | D | kernel | instructions a byte | registers | spills "
-        "| shared bytes | tensor-core instructions | bytes in 16-byte loads |\n" + 9 * "|---" + "|"
-    )
-    for name, job in jobs:
-        cost = figures(job, compiler(job))
-        print(
-            f"| {job.capability / 10:.1f} | {job.head_size} | {name} | {cost.issued_per_byte:.3f} "
-            f"| {cost.registers} | {cost.spills} | {cost.shared_bytes} | {cost.tensor_core} "
-            f"| {cost.wide:.0%} |",
-            flush=True,
-        )
-    compiler.close()
-
-
-if __name__ == "__main__":
-    main()
+        merging = {
+            "GROUP": GROUP, "D": 96, "DIMS": 128, "PARTIAL_ROWS": 16, "PARTS": MERGED_AT_A_TIME,
+            "SINKS": True, "LSE": True,
+        }  # fmt: skip
+        _compile(merge_kernel, self.target, merging, num_warps=2)
+        for split, one_tile in itertools.product((True, False), repeat=2):
+            planning = {
+                "GROUP": GROUP, "BLOCK_M": 16, "BLOCK_N": 64, "CAUSAL": True, "WINDOW": True,
+                "ONE_TILE": one_tile, "SPLIT": split, "MIN_TILES": Tiling.min_split_tiles,
+                "TILES": MIN_TILES_CAPACITY if split else 0, "ITEMS": ITEMS_PER_PROGRAM,
+            }  # fmt: skip
+            _compile(plan_kernel, self.target, planning)

@@ -38,46 +38,39 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
     return json.loads((folder / JSON).read_text()), (folder / MARKDOWN).read_text()
 
 
-def test_every_section_runs_ours_and_stocks_kernels(
-    run: tuple[dict[str, Any], str],
-) -> None:
+def test_every_section_runs_ours_and_stocks_kernels(run: tuple[dict[str, Any], str]) -> None:
     found = {one["section"]: set(one["ms"]) for one in run[0]["results"]}
     paged = {"ours", "stock k8v4", "unified fp8", "unified bf16"}
     assert found == {
         "decode": paged,
         "verify": paged | {"ours, one token"},
         "chunked": paged,
-        "prefill": {"ours", "stock k8v4", "unified bf16", "torch's SDPA bf16"},
+        "prefill": {"ours", "stock k8v4", "unified bf16"},
         "store": {"ours", "stock k8v4", "copy"},
     }
 
 
 def test_all_contenders_compute_the_same(run: tuple[dict[str, Any], str]) -> None:
     distances = [d for one in run[0]["results"] for d in one.get("distance", {}).values()]
-    assert len(distances) == 3 + 3 + 3 + 3
+    assert len(distances) == 3 + 3 + 3 + 2
     assert max(distances) < LARGEST_DISTANCE / 2
 
 
-def test_the_checks_pass_or_need_a_gpu(
-    run: tuple[dict[str, Any], str],
-) -> None:
+def test_the_checks_pass_or_need_a_gpu(run: tuple[dict[str, Any], str]) -> None:
     outcomes = {one["name"]: one["outcome"] for one in run[0]["checks"]}
-    needing_gpu = {"keys by NATIVE_PTX", "a graph follows the lengths"}
-    assert {name for name, outcome in outcomes.items() if outcome == "unavailable"} == needing_gpu
-    assert set(outcomes.values()) == {"passed", "unavailable"}
+    assert outcomes.pop("a graph follows the lengths") == "unavailable"
+    assert set(outcomes.values()) == {"passed"}
 
 
 def test_contenders_left_out_are_named_with_the_reason(run: tuple[dict[str, Any], str]) -> None:
-    assert "- FlashAttention bf16: there is no GPU" in run[1]
-    assert "- FlashInfer fp8: there is no GPU" in run[1]
+    for name in ("FlashAttention bf16", "FlashAttention fp8", "torch's FlashAttention 2 bf16"):
+        assert f"- left out: {name}: there is no GPU" in run[1]
 
 
-def test_an_interpreted_run_reports_no_speeds(
-    run: tuple[dict[str, Any], str],
-) -> None:
+def test_an_interpreted_run_reports_no_speeds(run: tuple[dict[str, Any], str]) -> None:
     everything, text = run
-    assert "This report contains no speeds" in text
-    for unit in ("µs", "GB/s", "TFLOP", "% ", "Goals", "roofline"):
+    assert "this report contains no speeds" in text
+    for unit in ("µs", "GB/s", "TFLOP", "% ", "Goals"):
         assert unit not in text
     assert everything["times_mean_something"] is False
     assert everything["goals"] == []
@@ -90,7 +83,6 @@ def test_tuning_in_the_interpreter_tries_sizes_and_makes_no_rows(tmp_path: Path)
     (task,) = found["tasks"]
     assert [set(one) for one in task["tried"]] == [{"candidate", "times_as_fast"}] * 3
     assert found["rows"] == []
-    assert found["before"] == "derived"
 
 
 def test_processes_share_work_until_the_time_is_up() -> None:

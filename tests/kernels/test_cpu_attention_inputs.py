@@ -15,6 +15,10 @@ def int32(*numbers: int) -> torch.Tensor:
     return torch.tensor(numbers, dtype=torch.int32)
 
 
+def cache(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.uint8)
+
+
 def tensors() -> dict[str, torch.Tensor]:
     query = torch.zeros(3, 4, 64)
     return {
@@ -30,18 +34,39 @@ def tensors() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("query", torch.zeros(3, 4, 64, dtype=torch.float64), "bf16, fp16 or fp32"),
-        ("query", torch.zeros(3, 5, 64), "5 query heads are not a multiple of 2"),
-        ("query", torch.zeros(3, 4, 128)[..., ::2], "dims of query and out must be contiguous"),
-        ("cache", torch.zeros(2, 2, 16, 100), "cache must be uint8"),
-        ("cache", torch.zeros(2, 2, 16, 99, dtype=torch.uint8), "head size 64 has 100 bytes"),
-        ("cache", torch.zeros(2, 16, 2, 100, dtype=torch.uint8).transpose(1, 2), "contiguous"),
-        ("out", torch.zeros(3, 4, 64, dtype=torch.bfloat16), "out must be like query"),
-        ("seq_lens", torch.tensor([5, 20]), "seq_lens must be contiguous int32"),
-        ("query_start_loc", int32(0, 3), r"contiguous int32 \[3\]"),
-        ("block_table", torch.zeros(1, 2, dtype=torch.int32), "at least 2 rows"),
-        ("sinks", torch.zeros(3), "sinks must hold 4 numbers"),
-        ("lse", torch.zeros(3, 4, dtype=torch.float64), "lse must be float32"),
+        ("query", torch.zeros(3, 4, 64).double(), r"query must be bf16, fp16 or fp32 \[tokens, "),
+        ("query", torch.zeros(3, 5, 64), r"multiple of the cache's 2, got torch.float32 \[3, 5, 6"),
+        ("query", torch.zeros(3, 4, 128)[..., ::2], "query must be contiguous in its last dim"),
+        ("cache", torch.zeros(2, 2, 16, 100), "cache must be uint8 .*, got torch.float32"),
+        ("cache", cache(2, 2, 16, 99), r"slots of 100 bytes for head size 64, got .*, 16, 99\]"),
+        ("cache", cache(2, 16, 2, 100).transpose(1, 2), "cache must be contiguous within a block"),
+        ("out", torch.zeros(3, 4, 64).bfloat16(), r"query's dtype and shape, torch.float32 \[3, 4"),
+        (
+            "seq_lens",
+            torch.tensor([5, 20]),
+            "seq_lens must be contiguous int32 .*, got torch.int64",
+        ),
+        (
+            "query_start_loc",
+            int32(0, 3),
+            r"query_start_loc must be .* for 2 requests, got .* \[2\]",
+        ),
+        (
+            "block_table",
+            torch.zeros(1, 2).int(),
+            r"block_table must be .* least 2, got .* \[1, 2\]",
+        ),
+        (
+            "sinks",
+            torch.zeros(3),
+            r"sinks must be one number for each of 4 query heads, got .* \[3",
+        ),
+        ("lse", torch.zeros(3, 4).double(), r"lse must be float32 \[3, 4\], got torch.float64"),
+        (
+            "out",
+            torch.zeros(3, 4, 64, device="meta"),
+            "out must be on query's device, cpu, got .*meta",
+        ),
     ],
 )
 def test_an_unsuitable_tensor_is_rejected_with_the_requirement(
@@ -57,9 +82,17 @@ def test_an_unsuitable_tensor_is_rejected_with_the_requirement(
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("block_table", torch.full((2, 2), 2, dtype=torch.int32), "block outside the cache's 2"),
-        ("block_table", torch.full((2, 2), -1, dtype=torch.int32), "block outside the cache's 2"),
-        ("seq_lens", int32(5, 33), "33 tokens needs 3 pages of 16"),
+        (
+            "block_table",
+            torch.full((2, 2), 2, dtype=torch.int32),
+            "must name blocks of the cache, 0 to 1, got",
+        ),
+        (
+            "block_table",
+            torch.full((2, 2), -1, dtype=torch.int32),
+            "must name blocks of the cache, 0 to 1, got",
+        ),
+        ("seq_lens", int32(5, 33), "table's 2 pages of 16 tokens hold, got 33 tokens of request 1"),
         ("query_start_loc", int32(0, 1, 4), "at most 3 query tokens"),
         ("query_start_loc", int32(0, 2, 1), "must rise"),
     ],

@@ -40,7 +40,7 @@ def store(key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
 
 def attend(call: Call, **changes: Any) -> None:
     """Attend like the reference, with some arguments changed."""
-    options = call._asdict() | changes
+    options = {**call, **changes}
     out = options.pop("out")
     out.copy_(reference.paged_attention(layout=Layout.LINEAR, **options)[0])
 
@@ -82,10 +82,11 @@ def first_split_only(call: Call) -> None:
 def hidden_scales_used(call: Call) -> None:
     """Multiply weights of 0 by the scales of hidden tokens."""
     attend(call)
-    zero = PageFormat(call.query.shape[-1], call.cache.shape[2], Layout.LINEAR).scale_offset
-    scales = call.cache.flatten(2)[..., zero : zero + 2 * call.cache.shape[2]].contiguous()
+    head_size, page_size = call["query"].shape[-1], call["cache"].shape[2]
+    start = PageFormat(head_size, page_size, Layout.LINEAR).scale_offset
+    scales = call["cache"].flatten(2)[..., start : start + 2 * page_size].contiguous()
     if scales.view(torch.float16).isinf().any():
-        call.out.fill_(math.nan)
+        call["out"].fill_(math.nan)
 
 
 @pytest.mark.parametrize("variant", [VARIANT, WINDOW, CAPPED, SINKS], ids=str)
@@ -135,7 +136,7 @@ def test_a_kernel_that_skips_a_split_or_uses_hidden_scales_fails(
 
 
 def test_the_message_names_the_kernels_the_step_the_error_and_the_bound() -> None:
-    batches = [([1], lambda call: call.out.zero_())]
+    batches = [([1], lambda call: call["out"].zero_())]
     with pytest.raises(WrongKernelError) as caught:
         known_answer.require("cpu:test", WINDOW, batches, store, CPU)
     assert str(caught.value).startswith(

@@ -59,17 +59,18 @@ class CpuKernels(Kernels):
         )
 
     def _attend_known(self, call: Call) -> None:
+        _, num_heads, head_size = call["query"].shape
         plan = cpu.plan_attention(
-            call.seq_lens,
-            call.query_start_loc,
-            call.query.shape[1],
-            call.cache.shape[1],
-            call.query.shape[2],
-            call.cache.shape[2],
-            window=call.window,
+            call["seq_lens"],
+            call["query_start_loc"],
+            num_heads,
+            call["cache"].shape[1],
+            head_size,
+            call["cache"].shape[2],
+            window=call["window"],
             num_threads=2,  # a single thread would not split the keys
         )
-        cpu.paged_attention(**call._asdict(), plan=plan, isa=self._isa)
+        cpu.paged_attention(**call, plan=plan, isa=self._isa)
 
     def reserve(self, layer: Layer, device: torch.device) -> None:
         """Do nothing, because partial results take a few KiB per thread."""

@@ -106,20 +106,20 @@ def _scratch(layer: Layer, device: torch.device) -> torch.Tensor:
 
 
 def _attend_known(call: Call, *, split: bool = True) -> None:
-    counts = call.query_start_loc[1:] - call.query_start_loc[:-1]
-    tokens, num_heads, head_size = call.query.shape
+    starts = call["query_start_loc"]
+    tokens, num_heads, head_size = call["query"].shape
     plan = triton.plan_attention(
-        call.seq_lens,
-        call.query_start_loc,
+        call["seq_lens"],
+        starts,
         tokens,
         num_heads,
-        call.cache.shape[1],
+        call["cache"].shape[1],
         head_size,
-        max_query_len=int(counts.max()),
-        window=call.window,
+        max_query_len=int(starts.diff().max()),
+        window=call["window"],
         split=split,
     )
-    triton.paged_attention(**call._asdict(), plan=plan)
+    triton.paged_attention(**call, plan=plan)
 
 
 def _warm_up_plans(layer: Layer, device: torch.device, max_requests: int) -> None:

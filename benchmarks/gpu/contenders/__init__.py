@@ -3,15 +3,21 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 
 from benchmarks.gpu.environment import Unavailable
-from benchmarks.gpu.measure import Call
-from benchmarks.gpu.shapes import PAGE, Shape
+from benchmarks.gpu.shapes import PAGE, Shape, token_bytes
+from vllm_hybrid_kv.kernels.triton import (
+    LaunchPlan,
+    paged_attention,
+    plan_attention,
+    quantise_and_store,
+)
+from vllm_hybrid_kv.kernels.triton.tuning import Tiling
 
 FILLED_AT_A_TIME = 65536
 """Tokens whose keys and values are random; larger caches repeat them."""
@@ -70,9 +76,11 @@ class Batch:
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the same keys and values as [batch, length, H, D], without pages."""
-        dims = (self.shape.batch, self.shape.length, self.shape.heads.kv, self.shape.heads.size)
         token = torch.arange(self.shape.tokens, device=self.device) % FILLED_AT_A_TIME
-        return self._key[token].view(dims), self._value[token].view(dims)
+        key, value = (
+            x[token].unflatten(0, (self.shape.batch, -1)) for x in (self._key, self._value)
+        )
+        return key, value
 
     def new(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values of the new tokens, [batch * queries, H, D]."""
@@ -92,7 +100,7 @@ class Batch:
         return [copy.split(heads.size, dim=-1) for copy in copies(paged, layers)]
 
 
-class Contender(ABC):
+class Contender:
     """A kernel with the caches of several layers.
 
     Attributes:
@@ -105,22 +113,17 @@ class Contender(ABC):
     stored: ClassVar[str]
     note: str = ""
 
-    @abstractmethod
     def __init__(self, batch: Batch, layers: int) -> None:
         """Make and fill the caches of some layers.
 
         Raises:
             Unavailable: It cannot run here.
         """
+        self.batch = batch
 
-    @abstractmethod
     def attend(self, layer: int) -> torch.Tensor:
         """Attend with a layer's cache and return [batch * queries, Hq, D]."""
-
-    @property
-    def once_a_step(self) -> Call | None:
-        """The work that an engine does once in a step for all layers, if any."""
-        return None
+        raise NotImplementedError
 
 
 def copies(first: torch.Tensor, layers: int) -> list[torch.Tensor]:
@@ -131,3 +134,75 @@ def copies(first: torch.Tensor, layers: int) -> list[torch.Tensor]:
 def require_gpu(device: torch.device) -> None:
     if device.type != "cuda":
         raise Unavailable("there is no GPU")
+
+
+class Ours(Contender):
+    """This project's kernels; the batch is planned once a step, on the device."""
+
+    name = "ours"
+    stored = "k8v4"
+
+    def __init__(self, batch: Batch, layers: int) -> None:
+        super().__init__(batch, layers)
+        first = self.empty_cache(batch)
+        for key, value, slots in batch.stored():
+            quantise_and_store(key, value, first, slots)
+        self._caches = copies(first, layers)
+        self._plan = self.plan()
+        self._out = torch.empty_like(batch.query)
+
+    @staticmethod
+    def empty_cache(batch: Batch) -> torch.Tensor:
+        heads = batch.shape.heads
+        dims = (batch.pages, heads.kv, PAGE, token_bytes("k8v4", heads.size))
+        return torch.zeros(dims, dtype=torch.uint8, device=batch.device)
+
+    def plan(self, tiling: Tiling | None = None) -> LaunchPlan:
+        """Plan the batch, with the device's own tile sizes if None."""
+        batch, heads = self.batch, self.batch.shape.heads
+        return plan_attention(
+            batch.seq_lens, batch.starts, batch.query.shape[0], heads.query, heads.kv, heads.size,
+            max_query_len=batch.shape.queries, tiling=tiling,
+        )  # fmt: skip
+
+    def attend(self, layer: int, plan: LaunchPlan | None = None) -> torch.Tensor:
+        batch = self.batch
+        paged_attention(
+            batch.query, self._caches[layer], batch.block_table, batch.seq_lens, batch.starts,
+            self._out, scale=batch.scale, plan=plan or self._plan,
+        )  # fmt: skip
+        return self._out
+
+
+class OursOneToken(Ours):
+    """Ours with one new token a request, to compare with several."""
+
+    name = "ours, one token"
+
+    def __init__(self, batch: Batch, layers: int) -> None:
+        super().__init__(Batch(replace(batch.shape, queries=1), batch.device), layers)
+
+
+class TorchFlash(Contender):
+    """torch's own FlashAttention 2, on raw keys and values without pages."""
+
+    name = "torch's FlashAttention 2 bf16"
+    stored = "bf16"
+    note = "raw K and V, no pages"
+
+    def __init__(self, batch: Batch, layers: int) -> None:
+        require_gpu(batch.device)
+        super().__init__(batch, layers)
+        self._caches = [copies(x.flatten(0, 1), layers) for x in batch.dense()]
+        requests = torch.arange(batch.shape.batch + 1, dtype=torch.int32, device=batch.device)
+        self._key_starts = requests * batch.shape.length
+
+    def attend(self, layer: int) -> torch.Tensor:
+        batch = self.batch
+        key, value = (caches[layer] for caches in self._caches)
+        # Causal is aligned to the last key: new tokens are a request's last ones.
+        out: torch.Tensor = torch.ops.aten._flash_attention_forward(
+            batch.query, key, value, batch.starts, self._key_starts,
+            batch.shape.queries, batch.shape.length, 0.0, True, False, scale=batch.scale,
+        )[0]  # fmt: skip
+        return out

@@ -10,12 +10,7 @@ from unittest import mock
 import torch
 
 from benchmarks.gpu.contenders import Batch, Contender, copies, require_gpu
-from benchmarks.gpu.environment import (
-    COMPILED_FLASH_ATTENTION,
-    Unavailable,
-    flash_attention_kind,
-    vllm_module,
-)
+from benchmarks.gpu.environment import Unavailable, has_flash_attention, vllm_module
 from benchmarks.gpu.shapes import PAGE, token_bytes
 
 
@@ -43,13 +38,13 @@ class StockBackend:
         self.implementation._ensure_on_device(self.layer, batch.device)
         self.has_flash_attention = bool(backend._HAS_FLASH_ATTN)
         self.metadata: Any = backend.TurboQuantMetadata
-        self._batch = batch
+        self.batch = batch
 
     def empty_cache(self) -> torch.Tensor:
         """Return a cache in vLLM's layout for k8v4: uint8 [blocks, PAGE, H, slot]."""
-        heads = self._batch.shape.heads
-        dims = (self._batch.pages, PAGE, heads.kv, token_bytes("k8v4", heads.size))
-        return torch.zeros(dims, dtype=torch.uint8, device=self._batch.device)
+        heads = self.batch.shape.heads
+        dims = (self.batch.pages, PAGE, heads.kv, token_bytes("k8v4", heads.size))
+        return torch.zeros(dims, dtype=torch.uint8, device=self.batch.device)
 
     def store(
         self, key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor
@@ -73,7 +68,7 @@ class Stock(Contender):
         shape = batch.shape
         if shape.heads.size & (shape.heads.size - 1):
             raise Unavailable("its rotation needs a head size that is a power of two")
-        self._batch = batch
+        super().__init__(batch, layers)
         self._backend = StockBackend(batch)
         first = self._backend.empty_cache()
         for key, value, slots in batch.stored():
@@ -98,17 +93,17 @@ class Stock(Contender):
         if not decode:
             self._new = batch.new()
             if shape.queries > 128:
-                self.note = "torch's scaled_dot_product_attention, because vLLM has no "
-                self.note += "FlashAttention here"
-                if self._backend.has_flash_attention:
-                    version = self._backend.implementation.fa_version
-                    self.note = f"FlashAttention {version}, {flash_attention_kind()}"
+                self.note = (
+                    f"FlashAttention {self._backend.implementation.fa_version}"
+                    if self._backend.has_flash_attention
+                    else "torch's scaled_dot_product_attention, because vLLM has no FlashAttention"
+                )
 
     def attend(self, layer: int) -> torch.Tensor:
         own, implementation = self._backend.layer, self._backend.implementation
-        cache, query, metadata = self._caches[layer], self._batch.query, self._metadata
+        cache, query, metadata = self._caches[layer], self.batch.query, self._metadata
         tables = own._tq_Pi, own._tq_centroids, own._tq_PiT
-        if self._batch.shape.queries == 1:
+        if self.batch.shape.queries == 1:
             return implementation._decode_attention(query, cache, metadata, *tables, own)
         return implementation._prefill_attention(
             query, *self._new, cache, metadata, *tables, layer=own
@@ -121,7 +116,7 @@ class _Paged(Contender):
     def _prepare(
         self, function: Any, batch: Batch, layers: int, dtype: torch.dtype, **options: Any
     ) -> None:
-        self._function = function
+        self.batch, self._function = batch, function
         self._caches = batch.packed_caches(dtype, layers)
         self._out = torch.empty_like(batch.query)
         self._arguments = {
@@ -155,7 +150,7 @@ class VllmFlashBf16(_Paged):
 
     def __init__(self, batch: Batch, layers: int) -> None:
         require_gpu(batch.device)
-        if flash_attention_kind() != COMPILED_FLASH_ATTENTION:
+        if not has_flash_attention():
             raise Unavailable("vLLM's compiled FlashAttention is not installed")
         interface = vllm_module("vllm.vllm_flash_attn")
         fa_utils = vllm_module("vllm.v1.attention.backends.fa_utils")

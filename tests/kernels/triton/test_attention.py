@@ -148,20 +148,6 @@ def test_partial_results_of_any_batch_fit_the_scratch_memory_without_overlap() -
     assert most_splits >= 8
 
 
-@interpreted
-def test_an_overwritten_plan_serves_other_lengths() -> None:
-    for case, other, longest in (
-        (Case(**DECODE), Case(lengths=(3, 64, 0, 300, 1), queries=DECODE["queries"]), 1),
-        (Case(**MIXED), Case(lengths=(6, 180, 40, 0, 7), queries=(6, 1, 5, 0, 4)), 9),
-    ):
-        first, second = make(case), make(other)
-        options: dict[str, Any] = {"processors": 1, "max_query_len": longest}
-        plan = planned(first, **options)
-        assert_close(attend(first, plan), expected(first))
-        assert planned(second, into=plan, **options) is plan
-        assert_close(attend(second, plan), expected(second))
-
-
 @pytest.mark.parametrize("chunk", [17, 64, 110])
 @interpreted
 def test_chunks_of_a_prompt_equal_the_reference(chunk: int) -> None:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The machine code of the kernels for GPUs that this machine does not have.
 
-`conftest.py` starts to compile every `job` of a selected test. `python -m
-testing.triton.compiling` prints the figures of decode, ours and stock's.
+`conftest.py` starts to compile every `job` of a selected test.
 """
 
 from __future__ import annotations
@@ -19,9 +18,6 @@ from testing.triton.compiling import (
     Attention,
     Quantise,
     SmallKernels,
-    StockDecode,
-    figures,
-    vllm_folder,
 )
 from testing.triton.machine_code import MachineCode, cuda, missing_tools
 from testing.triton.processes import Compiler
@@ -87,7 +83,7 @@ def test_decode_loads_16_bytes_at_a_time_spills_nothing_and_issues_few_instructi
     # The other loads are scales, zeros and block numbers.
     assert counts["load 8"] == counts["load 2"] == counts["load 1"] == 0
     assert counts["load 4"] <= 3
-    assert figures(job, code).issued_per_byte < MOST_ISSUED_PER_BYTE
+    assert code.issued_per_byte(job.bytes_per_iteration) < MOST_ISSUED_PER_BYTE
 
 
 @pytest.mark.parametrize("job", [Attention(90, 512), Attention(120, 512)], ids=str)
@@ -190,19 +186,3 @@ SMALL = [
 @pytest.mark.parametrize("job", SMALL, ids=str)
 def test_planning_and_merging_compile(job: SmallKernels, compiler: Compiler) -> None:
     compiler(job)
-
-
-@pytest.mark.skipif(vllm_folder() is None, reason="vLLM is not installed")
-@pytest.mark.parametrize(
-    "job",
-    [StockDecode(capability, size) for capability in SHARED_BYTES for size in (128, 256)],
-    ids=str,
-)
-def test_stocks_kernel_issues_over_10_times_as_many_instructions_a_byte(
-    job: StockDecode, compiler: Compiler
-) -> None:
-    ours = Attention(job.capability, job.head_size)
-    stock = figures(job, compiler(job))
-    assert stock.tensor_core == 0
-    assert stock.wide < 1
-    assert stock.issued_per_byte > 10 * figures(ours, compiler(ours)).issued_per_byte

@@ -129,23 +129,25 @@ def test_offsets_beyond_two_gigabytes_are_written() -> None:
 
 
 ROWS = torch.ones(5, 2, 64)
-# `kernels/inputs.py` has these checks; tests/kernels/test_cpu_quantise_inputs.py has all of them.
+# `kernels/inputs.py` has most checks; tests/kernels/test_cpu_quantise_inputs.py has all of those.
 REJECTED = {
-    "value of another dtype": (
-        {"value": ROWS.half()},
-        "value must be of key's dtype, torch.bfloat16, got torch.float16",
-    ),
     "cache of another head size": (
         {"cache": torch.zeros(3, 2, 16, 196, dtype=torch.uint8)},
-        "cache must be [blocks, 2, page size, 100] for 2 heads of 64, got [3, 2, 16, 196]",
+        "cache must be uint8 [blocks, 2 KV heads, page size, 100 bytes], got torch.uint8 "
+        "[3, 2, 16, 196] with strides [6272, 3136, 196, 1] on cpu",
+    ),
+    "odd block stride": (
+        {"cache": torch.zeros(3, 3201, dtype=torch.uint8)[:, :3200].view(3, 2, 16, 100)},
+        "cache must have an even number of bytes between blocks, got 3201",
     ),
     "slot named twice": (
         {"slot_mapping": torch.tensor([3, 7, -1, 7, -1]), "debug": True},
-        "slot_mapping must be without a slot twice, got slot 7 again",
+        "slot_mapping names slot 7 twice; give each token its own slot",
     ),
     "slot past the end in debug mode": (
         {"slot_mapping": torch.tensor([48, 10**12, -1]), "debug": True},
-        f"slot_mapping must be below the cache's 48 slots, got slot {10**12}",
+        f"slot_mapping names slot {10**12}, which is past the end of the cache, 3 blocks of 16 "
+        "tokens",
     ),
 }
 
