@@ -64,13 +64,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def unregistered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Run the test in a process without the plugin, and restore the process afterwards."""
     from vllm_hybrid_kv.patches import mechanism
-    from vllm_hybrid_kv.state import STATE
+    from vllm_hybrid_kv.state import STATE, ProcessState
 
     before = STATE.active_patches
     if before is not None:
         before.undo()
     saved = dict(vars(STATE))
-    STATE.reset()
+    # prometheus_client keeps the metrics of a process.
+    metrics = {name: saved[name] for name in ("metrics_files", "metrics_owner")}
+    vars(STATE).update(vars(ProcessState(**metrics)))
     # Otherwise errors end the process as they do in one of vLLM's command line.
     monkeypatch.delitem(sys.modules, "vllm.entrypoints.cli.main", raising=False)
     yield
@@ -81,4 +83,4 @@ def unregistered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         active.undo()
     vars(STATE).update(saved)
     if before is not None:
-        STATE.active_patches = mechanism.apply(before.patches)
+        STATE.active_patches = mechanism.ActivePatches(before.patches)

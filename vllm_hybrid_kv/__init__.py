@@ -71,9 +71,6 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        if name == "current_settings":
-            # `state` imports the settings at the first call; without pydantic, fail here.
-            importlib.import_module(f"{__name__}.settings")
         module = importlib.import_module(f"{__name__}.{_MODULE_OF_NAME.get(name, 'errors')}")
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _COME_WITH_VLLM:

@@ -3,7 +3,8 @@
 
 A strategy is a plugin: an object or a module with hook implementations, registered under a name.
 For each hook a setting names one plugin, and only that plugin is called. The plugin checks the
-result before vLLM gets it. If the strategy returns None, vLLM's own rule applies.
+result before vLLM gets it. If the strategy returns None, vLLM's own rule applies. The strategy
+`stock` of every hook is vLLM's own rule.
 
 Another package registers a strategy through the entry point group `vllm_hybrid_kv`; the entry
 point's name is the strategy's name:
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 PROJECT = "hybrid_kv"
 ENTRY_POINT_GROUP = "vllm_hybrid_kv"
 BUILT_IN = "built in"
+STOCK = "stock"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -53,29 +55,29 @@ HOOK_OF_SETTING = {
 }
 
 BUILT_IN_NAMES = {
-    "unify_page_sizes": ("lcm", "min_waste", "stock"),
-    "token_capacity_groups": ("growing", "stock"),
-    "coordinator": ("fixed_point", "hybrid_aware", "stock"),
-    "prefix_match_unit": ("auto", "stock"),
+    "unify_page_sizes": ("lcm", "min_waste", STOCK),
+    "token_capacity_groups": ("growing", STOCK),
+    "coordinator": ("fixed_point", "hybrid_aware", STOCK),
+    "prefix_match_unit": ("auto", STOCK),
 }
 """The strategies of this package by setting, listed here to be known without importing vLLM."""
 
 
 def strategy_names(setting: str) -> list[str]:
-    """Return the strategies of a setting that are known without importing vLLM.
+    """Return the built-in strategies of a setting, then all strategies of other packages.
 
-    Args:
-        setting: A key of `HOOK_OF_SETTING`.
-
-    Returns:
-        The built-in strategies of the setting, then all strategies of other packages.
+    These are known without importing vLLM.
     """
     others = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP).names
     return [*BUILT_IN_NAMES[setting], *sorted(others)]
 
 
 class Specifications:
-    """The hooks. Every function is called with keyword arguments."""
+    """The hooks. Every function is called with keyword arguments, which it must not change.
+
+    `vllm_config` is the engine's configuration, `kv_cache_config` the plan, and `stock` vLLM's own
+    function.
+    """
 
     @hookspec(firstresult=True)
     def hybrid_kv_unify_page_sizes(
@@ -87,19 +89,14 @@ class Specifications:
         """Give the layers of a model pages of one size.
 
         Called while the KV cache is planned, for a model whose layers differ in kind, in a cache
-        layout that stores a layer's pages together (others need no equal pages). Return a spec for
-        every layer: pages of the same number of bytes, no block smaller than before, and no page
-        smaller than its contents. A page grows by more tokens per block (`block_size`) or, for
-        states and for attention other than MLA, by padding (`page_size_padded`, bytes). Raise
-        NotImplementedError if that is impossible: vLLM then tries to allocate every layer in full.
+        layout that stores a layer's pages together (others need no equal pages). `vllm_config` is
+        None if vLLM plans without one.
 
-        Args:
-            vllm_config: The engine's configuration; None if vLLM plans without one.
-            kv_cache_spec: The spec of every layer by name. Not to be changed.
-            stock: vLLM's own rule.
-
-        Returns:
-            The specs of all layers, or None for vLLM's rule.
+        Return a spec for every layer by name: pages of the same number of bytes, no block smaller
+        than before, and no page smaller than its contents. A page grows by more tokens per block
+        (`block_size`) or, for states and for attention other than MLA, by padding
+        (`page_size_padded`, bytes). Raise NotImplementedError if that is impossible: vLLM then
+        tries to allocate every layer in full.
         """
 
     @hookspec(firstresult=True)
@@ -110,14 +107,8 @@ class Specifications:
 
         Called once per engine, after planning. vLLM logs the number as "KV cache size", in tokens,
         and publishes it in its metrics. It affects neither what is allocated nor the concurrency
-        that vLLM logs. At least one chosen group must be on the device.
-
-        Args:
-            vllm_config: The engine's configuration.
-            kv_cache_config: The plan.
-
-        Returns:
-            Some of `kv_cache_config.kv_cache_groups`, or None for all.
+        that vLLM logs. Return some of `kv_cache_config.kv_cache_groups`, at least one of them on
+        the device.
         """
 
     @hookspec(firstresult=True)
@@ -131,17 +122,9 @@ class Specifications:
 
         Called whenever vLLM makes one: in the scheduler, and in KV connectors that own blocks. In
         some places vLLM treats a model as hybrid if the coordinator is a
-        `HybridKVCacheCoordinator`.
-
-        Args:
-            kv_cache_config: The plan, also in `factory_args`.
-            factory_args: All arguments of vLLM's factory by name, with defaults. They differ
-                between versions of vLLM, so pass them on as `stock(**factory_args)` or
-                `MyCoordinator(**factory_args)`. Not to be changed.
-            stock: vLLM's own factory.
-
-        Returns:
-            A coordinator, or None for vLLM's own.
+        `HybridKVCacheCoordinator`. `factory_args` are all arguments of vLLM's factory by name, with
+        defaults. They differ between versions of vLLM, so pass them on as `stock(**factory_args)`
+        or `MyCoordinator(**factory_args)`.
         """
 
     @hookspec(firstresult=True)
@@ -152,58 +135,20 @@ class Specifications:
 
         Called in several processes, wherever vLLM resolves its block sizes: the result may depend
         on the arguments alone. Not called if the user chose a unit with `--prefix-match-unit`.
-
-        Args:
-            vllm_config: The engine's configuration.
-            kv_cache_config: The plan.
-
-        Returns:
-            A number of tokens that divides the block size of every group with a prefix cache, or
-            None for vLLM's rule.
+        Return a number of tokens that divides the block size of every group with a prefix cache.
         """
-
-
-class Stock:
-    """The strategy `stock` of every hook: vLLM's own rules."""
-
-    @hookimpl
-    def hybrid_kv_unify_page_sizes(
-        self, kv_cache_spec: dict[str, KVCacheSpec], stock: Callable[..., Any]
-    ) -> dict[str, KVCacheSpec]:
-        unified: dict[str, KVCacheSpec] = stock(kv_cache_spec)
-        return unified
-
-    @hookimpl
-    def hybrid_kv_token_capacity_groups(
-        self, kv_cache_config: KVCacheConfig
-    ) -> list[KVCacheGroupSpec]:
-        return list(kv_cache_config.kv_cache_groups)
-
-    @hookimpl
-    def hybrid_kv_make_coordinator(
-        self, factory_args: Mapping[str, Any], stock: Callable[..., KVCacheCoordinator]
-    ) -> KVCacheCoordinator:
-        return stock(**factory_args)
-
-    @hookimpl
-    def hybrid_kv_prefix_match_unit(self, vllm_config: VllmConfig) -> int | None:
-        unit: int | None = vllm_config.cache_config.prefix_match_unit
-        return unit
 
 
 class Strategies:
     """The strategies of this process by name. Settings choose which of them is called."""
 
     def __init__(self, built_in: Mapping[str, object]) -> None:
-        """Register `stock` and the other built-in strategies.
-
-        Args:
-            built_in: Plugins by name.
-        """
+        """Register the built-in strategies, given by name, besides `stock`."""
         self._manager = pluggy.PluginManager(PROJECT)
         self._manager.add_hookspecs(Specifications)
-        self._origin: dict[str, str] = {}
-        for name, plugin in {"stock": Stock(), **built_in}.items():
+        self.origins = {STOCK: BUILT_IN}
+        """The package and version of each strategy, or `BUILT_IN`."""
+        for name, plugin in built_in.items():
             self.add(name, plugin, BUILT_IN)
 
     def add(self, name: str, plugin: object, origin: str) -> None:
@@ -218,9 +163,9 @@ class Strategies:
             HybridKVStrategyError: The name is taken, or the plugin does not fit the hooks.
         """
         who = f"strategy {name!r} (from {origin})"
-        if name in self._origin:
+        if name in self.origins:
             raise HybridKVStrategyError(
-                f"{who}: there already is one of that name, {self._origin[name]}; uninstall one "
+                f"{who}: there already is one of that name, {self.origins[name]}; uninstall one "
                 "or rename the entry point"
             )
         if inspect.isclass(plugin):
@@ -240,16 +185,7 @@ class Strategies:
                 f"{who} implements no hook; mark one of {', '.join(HOOK_OF_SETTING.values())} "
                 "with vllm_hybrid_kv.hookimpl"
             )
-        self._origin[name] = origin
-
-    def discover(self) -> None:
-        """Register the strategies of other packages.
-
-        Raises:
-            HybridKVStrategyError: See `add_entry_point`.
-        """
-        for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
-            self.add_entry_point(entry_point)
+        self.origins[name] = origin
 
     def add_entry_point(self, entry_point: importlib.metadata.EntryPoint) -> None:
         """Register the strategy of another package.
@@ -271,11 +207,7 @@ class Strategies:
     def available(self, setting: str) -> list[str]:
         """Return the names that a setting may have."""
         implementations = getattr(self._manager.hook, HOOK_OF_SETTING[setting]).get_hookimpls()
-        return sorted(implementation.plugin_name for implementation in implementations)
-
-    def origin(self, name: str) -> str:
-        """Return the package and version that a strategy is from, or `BUILT_IN`."""
-        return self._origin[name]
+        return sorted([STOCK, *(one.plugin_name for one in implementations)])
 
     def check(self, settings: Settings) -> None:
         """Check that every chosen strategy exists.
@@ -288,10 +220,10 @@ class Strategies:
             available = self.available(setting)
             if (name := getattr(settings, setting)) not in available:
                 listed = ", ".join(
-                    choice
-                    if self._origin[choice] == BUILT_IN
-                    else f"{choice} (from {self._origin[choice]})"
-                    for choice in available
+                    other
+                    if self.origins[other] == BUILT_IN
+                    else f"{other} (from {self.origins[other]})"
+                    for other in available
                 )
                 problems.append(
                     f"{setting}={name!r} (from {settings.source(setting)}) is not valid: no such "
@@ -300,14 +232,10 @@ class Strategies:
         if problems:
             raise HybridKVSettingsError("; ".join(problems))
 
-    def describe(self, settings: Settings) -> str:
-        """Return the chosen strategies for logs."""
-        return ", ".join(f"{setting}={getattr(settings, setting)}" for setting in HOOK_OF_SETTING)
-
     def label(self, setting: str, settings: Settings) -> str:
         """Return the chosen strategy and its origin for messages."""
         name = getattr(settings, setting)
-        return f"{setting} strategy {name!r} (from {self._origin[name]})"
+        return f"{setting} strategy {name!r} (from {self.origins[name]})"
 
     def call(self, setting: str, settings: Settings, **arguments: Any) -> Any:
         """Call the strategy that a setting chooses.
@@ -325,14 +253,17 @@ class Strategies:
             HybridKVStrategyError: A strategy of another package failed.
         """
         hook, name = HOOK_OF_SETTING[setting], getattr(settings, setting)
+        if name == STOCK:
+            return None
         others = [plugin for other, plugin in self._manager.list_name_plugin() if other != name]
         try:
             return self._manager.subset_hook_caller(hook, others)(**arguments)
         except (NotImplementedError, HybridKVStrategyError):
             raise
         except Exception as error:
-            if self._origin[name] == BUILT_IN:
+            if self.origins[name] == BUILT_IN:
                 raise
             raise HybridKVStrategyError(
-                f"{self.label(setting, settings)} failed in {hook}: {type(error).__name__}: {error}"
+                f"{self.label(setting, settings)} raised an error in {hook}: "
+                f"{type(error).__name__}: {error}. Fix that package, or set {setting}={STOCK}"
             ) from error

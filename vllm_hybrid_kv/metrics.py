@@ -5,7 +5,7 @@
 files in prometheus_client's multi-process format. If vLLM has a folder for such files (with several
 API servers), ours go there and vLLM exports them. Otherwise the process that the user started
 chooses a folder, passes its name to its children in the environment, exports its files together
-with vLLM's metrics, and removes it at exit. The folder exists only once something was counted.
+with vLLM's metrics, and removes it at exit.
 
 prometheus_client is imported on use, because most workers need none of it.
 """
@@ -15,13 +15,12 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
-import secrets
 import shutil
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_hybrid_kv.hooks import STOCK
 from vllm_hybrid_kv.state import STATE
 
 if TYPE_CHECKING:
@@ -85,17 +84,16 @@ class Counters:
             amount: The increment, 0 included.
             kind: The value of the label `kind`, if the counter has that label.
         """
-        key = self._keys.get((name, kind))
-        if key is None:
-            key = self._keys[name, kind] = self._key(name, kind)
+        key = self._keys.get((name, kind)) or self._new_key(name, kind)
         self._file.write_value(key, self._file.read_value(key)[0] + amount, 0.0)
 
-    def _key(self, name: str, kind: str | None) -> str:
+    def _new_key(self, name: str, kind: str | None) -> str:
         from prometheus_client.mmap_dict import mmap_key
 
         labels = self._labels if kind is None else {**self._labels, "kind": kind}
         metric = PREFIX + name
-        return mmap_key(metric, f"{metric}_total", list(labels), labels.values(), HELP[name])
+        key = mmap_key(metric, f"{metric}_total", list(labels), labels.values(), HELP[name])
+        return self._keys.setdefault((name, kind), key)
 
 
 def _open(folder: Path) -> Any:
@@ -116,21 +114,6 @@ def _open(folder: Path) -> Any:
     return STATE.metrics_files[process]
 
 
-class FolderCollector:
-    """Exports the counters in a folder, summed over files by label.
-
-    prometheus_client's own collector requires that the folder exists from the start.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def collect(self) -> Iterable[Any]:
-        from prometheus_client.multiprocess import MultiProcessCollector
-
-        return MultiProcessCollector.merge(sorted(map(str, self._path.glob("*.db"))))
-
-
 MULTIPROC = "PROMETHEUS_MULTIPROC_DIR"
 """Names the folder of prometheus_client's multi-process mode, which vLLM sets."""
 
@@ -138,10 +121,30 @@ VARIABLE = "HYBRID_KV_METRICS_DIR"
 """Names our folder for child processes. It lacks the prefix of settings: it is not a setting."""
 
 
-def publish(vllm_config: VllmConfig, settings: Settings) -> None:
-    """Export the counters of an engine's coordinator. vLLM's own coordinator has none."""
-    if settings.coordinator != "stock":
-        _export()
+def publish(_: VllmConfig, settings: Settings) -> None:
+    """Choose a folder for the counters of an engine and export it, unless another process does.
+
+    vLLM's own coordinator has no counters.
+    """
+    if settings.coordinator == STOCK or MULTIPROC in os.environ:
+        return
+    # A process that inherited the variable without such a parent is a server of its own.
+    exported_by_parent = VARIABLE in os.environ and multiprocessing.parent_process() is not None
+    if exported_by_parent or STATE.metrics_owner == os.getpid():
+        return
+    from prometheus_client import REGISTRY
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    STATE.metrics_owner = os.getpid()
+    os.environ[VARIABLE] = tempfile.mkdtemp(prefix=f"vllm-hybrid-kv-{os.getpid()}-")
+    MultiProcessCollector(REGISTRY, os.environ[VARIABLE])
+    atexit.register(_remove, os.environ[VARIABLE], os.getpid())
+
+
+def _remove(folder: str, owner: int) -> None:
+    # A process that was forked from the owner runs this handler too.
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def engine_labels() -> dict[str, str]:
@@ -160,25 +163,3 @@ def folder() -> Path | None:
     """Return the folder for counters, or None if no process exports them."""
     name = os.environ.get(MULTIPROC) or os.environ.get(VARIABLE)
     return Path(name) if name else None
-
-
-def _export() -> None:
-    """Choose a folder and export it, unless another process does."""
-    if MULTIPROC in os.environ or STATE.metrics_owner == os.getpid():
-        return
-    if VARIABLE in os.environ and multiprocessing.parent_process() is not None:
-        # A process that inherited the variable without such a parent is a server of its own.
-        return
-    from prometheus_client import REGISTRY
-
-    owner = STATE.metrics_owner = os.getpid()
-    path = Path(tempfile.gettempdir()) / f"vllm-hybrid-kv-{owner}-{secrets.token_hex(8)}"
-    os.environ[VARIABLE] = str(path)
-    REGISTRY.register(FolderCollector(path))
-    atexit.register(_remove, path, owner)
-
-
-def _remove(path: Path, owner: int) -> None:
-    # A process that was forked from the owner runs this handler too.
-    if os.getpid() == owner:
-        shutil.rmtree(path, ignore_errors=True)

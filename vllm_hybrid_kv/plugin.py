@@ -7,6 +7,9 @@ configuration. Imports beyond the standard library wait until then.
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
+import logging
 import os
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -26,10 +29,12 @@ if TYPE_CHECKING:
 
     from vllm_hybrid_kv.hooks import Strategies
     from vllm_hybrid_kv.patches.context import Context
-    from vllm_hybrid_kv.patches.mechanism import ActivePatches
     from vllm_hybrid_kv.settings import Settings
 
 NAME = "hybrid_kv"
+
+# vLLM configures the handlers of `vllm`.
+logger = logging.getLogger(f"vllm.{NAME}")
 
 PARENT_VARIABLE = "HYBRID_KV_STARTED_BY"
 """The environment variable in which a process leaves its plugin state for its children."""
@@ -128,20 +133,23 @@ def compare_with_parent(state: str) -> None:
 
 def _activate() -> HybridKVError | None:
     """Apply the patches, or return why this vLLM is left unchanged."""
+    from vllm_hybrid_kv.patches import patches_for
+    from vllm_hybrid_kv.patches.mechanism import ActivePatches
+
     unsupported: HybridKVError | None = None
     try:
         version, minor = vllm_version()
         context = _context(version, minor)
         # The environment's settings are known before any configuration is.
         context.check(None)
-        patches = _apply_patches(version, context)
+        patches = ActivePatches(patches_for(context))
     except (HybridKVVersionError, HybridKVFingerprintError) as error:
         if NAME in os.environ.get("VLLM_PLUGINS", "").split(","):
             raise
         unsupported = error
     if unsupported is not None:
         compare_with_parent(f"{NAME} {__version__} inactive ({unsupported})")
-        _logger().warning(
+        logger.warning(
             "%s. The plugin is inactive and vLLM is unchanged. Run `vllm-hybrid-kv doctor` for "
             "details, or set VLLM_PLUGINS=%s to stop start-up instead.",
             unsupported,
@@ -157,44 +165,38 @@ def _activate() -> HybridKVError | None:
     return None
 
 
-def _apply_patches(version: str, context: Context) -> ActivePatches:
-    from vllm_hybrid_kv.patches import mechanism, patches_for
-
-    try:
-        return mechanism.apply(patches_for(context))
-    except HybridKVFingerprintError as error:
-        raise HybridKVFingerprintError(
-            f"{NAME} {__version__} does not support this vLLM {version}: {error}. If another "
-            "plugin or a manual change patches vLLM, undo that patch; otherwise reinstall vLLM"
-        ) from None
-
-
 def _context(version: str, minor: str) -> Context:
     import vllm.platforms
 
     from vllm_hybrid_kv import metrics
+    from vllm_hybrid_kv.hooks import ENTRY_POINT_GROUP, HOOK_OF_SETTING
     from vllm_hybrid_kv.patches import startup
     from vllm_hybrid_kv.patches.context import Context
     from vllm_hybrid_kv.patches.targets import RELIED_ON, targets_of
     from vllm_hybrid_kv.transfer.connectors import check_connectors
 
     strategies = built_in_strategies()
-    strategies.discover()
+    for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        strategies.add_entry_point(entry_point)
     platform = vllm.platforms.current_platform
 
     def check_transfer(vllm_config: VllmConfig, _: Settings) -> None:
         if context.on_cpu or context.on_gpu:
             check_connectors(vllm_config, on_cpu=context.on_cpu)
 
+    @functools.cache
+    def log_once(_: int, line: str) -> None:
+        logger.info("%s", line)
+
     def log_active(vllm_config: VllmConfig, settings: Settings) -> None:
+        chosen = ", ".join(f"{name}={getattr(settings, name)}" for name in HOOK_OF_SETTING)
         line = (
             f"{NAME} {__version__} active on vLLM {version} "
-            f"({platform.device_type or 'unspecified device'}): {strategies.describe(settings)}, "
+            f"({platform.device_type or 'unspecified device'}): {chosen}, "
             f"kernels={_kernels(context, platform, vllm_config, settings)}"
         )
-        if (os.getpid(), line) not in STATE.logged_lines:
-            STATE.logged_lines.add((os.getpid(), line))
-            _logger().info("%s", line)
+        # Once per process: a forked child logs it again.
+        log_once(os.getpid(), line)
 
     context = Context(
         targets=targets_of(minor),
@@ -225,13 +227,6 @@ def _kernels(context: Context, platform: Any, vllm_config: VllmConfig, settings:
     return (
         f"triton, tile sizes {tuning.origin(capability and (capability.major, capability.minor))}"
     )
-
-
-def _logger() -> Any:
-    from vllm.logger import init_logger
-
-    # vLLM configures the handlers of `vllm`.
-    return init_logger(f"vllm.{NAME}")
 
 
 def _stop(error: HybridKVError) -> NoReturn:

@@ -10,7 +10,7 @@ The environment wins. An unknown name or an invalid value stops start-up.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
@@ -29,7 +29,6 @@ MISSPELT = 0.87
 `hybrid_kvs` and `VLLM_HYBRIDKV_DEBUG` are above it, `hybrid` and `VLLM_HYBRID` below.
 """
 
-FROM_DEFAULT = "default"
 FROM_CONFIG = "--additional-config"
 
 INTERPRETER = "interpreter"
@@ -72,12 +71,7 @@ class Settings(BaseModel):
 
     def source(self, field: str) -> str:
         """Return where a field's value is from: the default, the command line or a variable."""
-        return self._sources.get(field, FROM_DEFAULT)
-
-    @property
-    def runs_triton_interpreter(self) -> bool:
-        """Whether a CPU runs the GPU kernels in Triton's interpreter instead of the CPU kernels."""
-        return self.cpu_isa == INTERPRETER
+        return self._sources.get(field, "default")
 
     def kernel_isa(self) -> str:
         """Return the instruction set of the CPU kernels, or `INTERPRETER`.
@@ -87,21 +81,18 @@ class Settings(BaseModel):
         """
         from vllm_hybrid_kv.kernels.cpu import isa
 
-        if self.runs_triton_interpreter:
+        source = f"cpu_isa={self.cpu_isa!r} (from {self.source('cpu_isa')})"
+        if self.cpu_isa == INTERPRETER:
             # Triton reads the variable when the first kernel is defined, even one of its own
             # library, so it is too late to set the variable here.
             if os.environ.get("TRITON_INTERPRET") != "1":
-                raise HybridKVSettingsError(
-                    f"cpu_isa={INTERPRETER!r} (from {self.source('cpu_isa')}) needs "
-                    "TRITON_INTERPRET=1 in the environment"
-                )
-            return self.cpu_isa
-        if self.cpu_isa == "auto":
+                raise HybridKVSettingsError(f"{source} needs TRITON_INTERPRET=1 in the environment")
+        elif self.cpu_isa == "auto":
             return isa.available()[-1]
-        if self.cpu_isa not in isa.available():
+        elif self.cpu_isa not in isa.available():
             raise HybridKVSettingsError(
-                f"cpu_isa={self.cpu_isa!r} (from {self.source('cpu_isa')}) is not possible on "
-                f"this CPU: choose auto or one of {', '.join(isa.available())}"
+                f"{source} is not possible on this CPU: choose auto or one of "
+                f"{', '.join(isa.available())}"
             )
         return self.cpu_isa
 
@@ -122,80 +113,54 @@ def resolve(additional_config: object, environment: Mapping[str, str] | None = N
     Raises:
         HybridKVSettingsError: A name is unknown or a value is invalid; lists the valid ones.
     """
-    given = os.environ if environment is None else environment
-    environment = {name: value for name, value in given.items() if value}
-    section = _section_of(additional_config)
-    fields = tuple(Settings.model_fields)
-    field_of_variable = {environment_name(field): field for field in fields}
-    problems = _misspelt_sections(additional_config)
-    if unknown := sorted(set(section) - set(fields)):
-        problems.append(
-            f"unknown setting {', '.join(map(repr, unknown))} in {FROM_CONFIG} "
-            f"{SECTION!r}; valid: {', '.join(fields)}{_suggestions(unknown, fields)}"
+    environment = os.environ if environment is None else environment
+    variables = {environment_name(field): field for field in Settings.model_fields}
+    config = additional_config if isinstance(additional_config, Mapping) else {}
+    # Sections with other names belong to other plugins.
+    problems = [
+        f"unknown section {name!r} in {FROM_CONFIG}; did you mean {SECTION!r}?"
+        for name in config
+        if name != SECTION and did_you_mean(str(name).lower(), [SECTION], MISSPELT)
+    ]
+    section = config.get(SECTION, {})
+    if not isinstance(section, Mapping):
+        raise HybridKVSettingsError(
+            f"{FROM_CONFIG} {SECTION!r} must be an object of settings, got {section!r}; "
+            f"valid: {', '.join(Settings.model_fields)}"
         )
-    if unknown := sorted(
-        name
-        for name in environment.keys() - field_of_variable
-        if name.startswith(ENVIRONMENT_PREFIX)
-        or (name.startswith("VLLM_") and did_you_mean(name, field_of_variable, MISSPELT))
-    ):
-        problems.append(
-            f"unknown environment variable {', '.join(unknown)}; valid: "
-            f"{', '.join(field_of_variable)}{_suggestions(unknown, field_of_variable)}"
-        )
-    values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    for variable, field in field_of_variable.items():
-        if variable in environment:
-            values[field], sources[field] = environment[variable], variable
-        elif field in section:
-            values[field], sources[field] = section[field], FROM_CONFIG
+    values: dict[str, Any] = {str(name): value for name, value in section.items()}
+    sources = dict.fromkeys(values, FROM_CONFIG)
+    for name, value in sorted(environment.items()):
+        if name in variables and value:
+            values[variables[name]], sources[variables[name]] = value, name
+        elif value and (
+            name.startswith(ENVIRONMENT_PREFIX)
+            or (name.startswith("VLLM_") and did_you_mean(name, variables, MISSPELT))
+        ):
+            problems.append(
+                f"unknown environment variable {name}; valid: {', '.join(variables)}"
+                f"{did_you_mean(name, variables)}"
+            )
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
-        problems += [_invalid_value(details, values, sources) for details in error.errors()]
+        problems += [_problem(details, values, sources) for details in error.errors()]
     if problems:
         raise HybridKVSettingsError("; ".join(problems))
     settings._sources.update(sources)
     return settings
 
 
-def _suggestions(unknown: list[str], known: Iterable[str]) -> str:
-    return "".join(did_you_mean(name, known) for name in unknown)
-
-
-def _misspelt_sections(additional_config: object) -> list[str]:
-    """Report sections that are nearly ours. Other sections belong to other plugins."""
-    if not isinstance(additional_config, Mapping):
-        return []
-
-    def letters(name: object) -> str:
-        return str(name).lower().replace("_", "").replace("-", "").replace(" ", "")
-
-    return [
-        f"unknown section {name!r} in {FROM_CONFIG}; did you mean {SECTION!r}?"
-        for name in additional_config
-        if name != SECTION and did_you_mean(letters(name), [letters(SECTION)], MISSPELT)
-    ]
-
-
-def _section_of(additional_config: object) -> Mapping[str, Any]:
-    if not isinstance(additional_config, Mapping) or SECTION not in additional_config:
-        return {}
-    section = additional_config[SECTION]
-    if not isinstance(section, Mapping):
-        raise HybridKVSettingsError(
-            f"{FROM_CONFIG} {SECTION!r} must be an object of settings, got {section!r}; "
-            f"valid: {', '.join(Settings.model_fields)}"
+def _problem(details: Any, values: Mapping[str, Any], sources: Mapping[str, str]) -> str:
+    """Return one of pydantic's errors in words."""
+    field, fields = str(details["loc"][0]), Settings.model_fields
+    if field not in fields:
+        return (
+            f"unknown setting {field!r} in {FROM_CONFIG} {SECTION!r}; valid: {', '.join(fields)}"
+            f"{did_you_mean(field, fields)}"
         )
-    return {str(name): value for name, value in section.items()}
-
-
-def _invalid_value(details: Any, values: Mapping[str, Any], sources: Mapping[str, str]) -> str:
-    field = str(details["loc"][0])
-    reason = details["msg"][0].lower() + details["msg"][1:]
     suggestion = ""
     if details["type"] == "literal_error":
-        known = get_args(Settings.model_fields[field].annotation)
-        suggestion = did_you_mean(str(values[field]), known)
+        suggestion = did_you_mean(str(values[field]), get_args(fields[field].annotation))
+    reason = details["msg"][0].lower() + details["msg"][1:]
     return f"{field}={values[field]!r} (from {sources[field]}) is not valid: {reason}{suggestion}"

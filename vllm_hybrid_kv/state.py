@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ class ProcessState:
         why_inactive: Why `register` left vLLM unchanged; None if the plugin is active, and before
             `register` runs.
         strategies: The registered strategies; None if the plugin is inactive.
-        logged_lines: Start-up lines already logged, each with the id of the process, because a
-            forked child logs them again.
         engine_config: The configuration of the last engine.
         engine_settings: The settings of the last engine.
         boundary_layers: The number of unquantised layers at each end of the engine whose
@@ -37,7 +35,6 @@ class ProcessState:
             None.
         planned_layers: The configuration of the engine whose layers vLLM grouped last, and the
             spec of each layer. The plan has only one spec for all layers of a group.
-        opened_stores: Folders of stored pages that this process has opened.
         metrics_files: Open files of counters (`MmapedDict`) by process id and folder.
         metrics_owner: Id of the process that publishes the folder of metric files; None if this
             process has published none.
@@ -46,13 +43,11 @@ class ProcessState:
     active_patches: ActivePatches | None = None
     why_inactive: HybridKVError | None = None
     strategies: Strategies | None = None
-    logged_lines: set[tuple[int, str]] = field(default_factory=set)
     engine_config: VllmConfig | None = None
     engine_settings: Settings | None = None
     boundary_layers: int | None = None
     planning_for: VllmConfig | None = None
     planned_layers: tuple[VllmConfig, dict[str, KVCacheSpec]] | None = None
-    opened_stores: set[Path] = field(default_factory=set)
     metrics_files: dict[tuple[int, Path], Any] = field(default_factory=dict)
     metrics_owner: int | None = None
 
@@ -65,7 +60,7 @@ class ProcessState:
         """
         from vllm_hybrid_kv.settings import resolve
 
-        return resolve(None) if self.engine_settings is None else self.engine_settings
+        return self.engine_settings or resolve(None)
 
     def settings_of(self, vllm_config: VllmConfig) -> Settings:
         """Return the settings of an engine, resolved once for the last engine.
@@ -78,13 +73,6 @@ class ProcessState:
         if self.engine_config is vllm_config and self.engine_settings is not None:
             return self.engine_settings
         return resolve(vllm_config.additional_config)
-
-    def reset(self) -> None:
-        """Reset everything except the metrics, because prometheus_client keeps them. For tests."""
-        for one in fields(self):
-            if one.name not in ("metrics_files", "metrics_owner"):
-                make = one.default_factory
-                setattr(self, one.name, one.default if make is MISSING else make())
 
 
 STATE = ProcessState()

@@ -19,7 +19,7 @@ from vllm_hybrid_kv.attention.backend import (
 from vllm_hybrid_kv.attention.unsupported import UnsupportedLayerError
 from vllm_hybrid_kv.kernels import k8v4, reference
 from vllm_hybrid_kv.patches.attention import several_head_sizes_patch
-from vllm_hybrid_kv.patches.mechanism import apply
+from vllm_hybrid_kv.patches.mechanism import ActivePatches
 from vllm_hybrid_kv.patches.targets import targets_of
 
 HEADS, KV_HEADS, HEAD_SIZE, PAGE = 8, 2, 64, 32
@@ -238,7 +238,7 @@ def test_gemma_4_does_not_force_a_backend_on_k8v4_layers(
         attention_config=SimpleNamespace(backend=chosen, flash_attn_version=None),
         cache_config=SimpleNamespace(cache_dtype=dtype),
     )
-    applied = apply([several_head_sizes_patch(SimpleNamespace(targets=targets_of("0.32")))])
+    applied = ActivePatches([several_head_sizes_patch(SimpleNamespace(targets=targets_of("0.32")))])
     try:
         Gemma4Config.verify_and_update_config(config)
     finally:

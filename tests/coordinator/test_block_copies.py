@@ -38,7 +38,7 @@ def test_blocks_are_copied_whole_in_any_order_of_layers(stock, first, spare):
     before = storage.clone()
     state, attention = views(storage)
     caches = [state, state, attention] if first == "state" else [attention, state, state]
-    copy_whole_blocks(stock)(caches, BLOCKS, COPIES)
+    copy_whole_blocks(stock, caches, BLOCKS, COPIES)
     blocks, was = (every[: BLOCKS * PAGE].view(BLOCKS, PAGE) for every in (storage, before))
     assert torch.equal(blocks[5], was[2])
     others = [block for block in range(BLOCKS) if block != 5]
@@ -67,4 +67,4 @@ def test_equal_views_and_memory_of_blocks_only_are_copied_once():
 
 
 def test_views_are_not_examined_without_copies(stock):
-    copy_whole_blocks(stock)(iter([None]), BLOCKS, [])
+    copy_whole_blocks(stock, iter([None]), BLOCKS, [])

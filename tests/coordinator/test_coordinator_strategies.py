@@ -17,7 +17,6 @@ from testing.coordinator.contents import NUM_BLOCKS, full, layout_of, mamba
 from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
 from vllm_hybrid_kv.coordinator.lookup import LOOKUPS
 from vllm_hybrid_kv.coordinator.strategies import FixedPoint
-from vllm_hybrid_kv.hooks import Stock
 
 # The tests pass vLLM's own factory to the strategies, so the plugin must not be registered.
 pytestmark = pytest.mark.usefixtures("unregistered")
@@ -53,14 +52,6 @@ def test_several_groups_get_a_fixed_point_coordinator():
     assert isinstance(coordinator, HybridKVCacheCoordinator)
     assert coordinator.enable_partial_hash_hits
     assert coordinator.full_attention_group_id == 0
-
-
-def test_stock_makes_vllms_own_coordinator_with_the_same_arguments():
-    layout = layout_of(full(64), mamba(64), unit=16)
-    coordinator = made(layout, Stock(), allow_partial_hash_hits=False)
-    assert type(coordinator) is HybridKVCacheCoordinator
-    assert not coordinator.enable_partial_hash_hits
-    assert made(layout, Stock()).enable_partial_hash_hits
 
 
 def test_arguments_of_the_factory_reach_the_coordinator():

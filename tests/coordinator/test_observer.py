@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.multiprocess import MultiProcessCollector
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request, RequestStatus
@@ -26,7 +27,7 @@ from testing.coordinator.contents import (
 from testing.coordinator.oracle import Layout
 from vllm_hybrid_kv.coordinator import observer
 from vllm_hybrid_kv.coordinator.explanation import Reason
-from vllm_hybrid_kv.metrics import VARIABLE, FolderCollector
+from vllm_hybrid_kv.metrics import VARIABLE
 
 HYBRID = layout_of(full(64), mamba(64), unit=16)
 LOGGER = logging.getLogger("vllm.hybrid_kv")
@@ -39,9 +40,9 @@ def _settings(coordinator_setting):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv(VARIABLE, str(tmp_path / "metrics"))
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
-    return tmp_path / "metrics"
+    return tmp_path
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def counts(folder: Path) -> dict[tuple[str, str | None], float]:
         (sample.name[len("vllm_hybrid_kv:") : -len("_total")], sample.labels.get("kind")): (
             sample.value
         )
-        for metric in FolderCollector(folder).collect()
+        for metric in MultiProcessCollector(None, folder).collect()
         for sample in metric.samples
         if sample.value
     }
@@ -232,7 +233,7 @@ def test_without_statistics_nothing_is_counted_and_no_kind_is_looked_up_alone(fo
     assert [kind.alone_tokens for kind in why.kinds] == [256, None]
     assert (why.hit_tokens, why.limited_by, why.lost_tokens) == (80, "mamba", 176)
     assert "each kind alone: full_attention 256; mamba lost 176" in str(why)
-    assert not folder.exists()
+    assert not list(folder.iterdir())
     assert not log[logging.DEBUG]
 
 
@@ -319,7 +320,7 @@ def test_counters_are_exported_as_0_before_the_first_request(folder):
     manager_of(HYBRID)
     values = {
         (sample.name, sample.labels.get("kind")): sample.value
-        for metric in FolderCollector(folder).collect()
+        for metric in MultiProcessCollector(None, folder).collect()
         for sample in metric.samples
     }
     assert values["vllm_hybrid_kv:prefix_cache_requests_total", None] == 0

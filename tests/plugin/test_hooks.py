@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Strategies are registered by name, chosen by a setting, and named in every error."""
 
+import importlib.metadata
+
 import pytest
 
 from vllm_hybrid_kv.errors import HybridKVSettingsError, HybridKVStrategyError
-from vllm_hybrid_kv.hooks import Strategies, hookimpl
+from vllm_hybrid_kv.hooks import ENTRY_POINT_GROUP, HOOK_OF_SETTING, Strategies, hookimpl
 from vllm_hybrid_kv.settings import Settings
 
-STOCK = {
-    "unify_page_sizes": "stock",
-    "token_capacity_groups": "stock",
-    "coordinator": "stock",
-    "prefix_match_unit": "stock",
-}
+STOCK = dict.fromkeys(HOOK_OF_SETTING, "stock")
 
 
 class Answer:
@@ -32,28 +29,11 @@ def call(strategies, name):
 
 
 def test_only_the_chosen_strategy_is_called():
-    strategies = Strategies({"sixteen": Answer(16), "broken": Answer(RuntimeError("called"))})
+    broken = Answer(RuntimeError("called"))
+    strategies = Strategies({"sixteen": Answer(16), "passes": Answer(None), "broken": broken})
     assert call(strategies, "sixteen") == 16
-
-
-def test_a_strategy_may_return_none():
-    strategies = Strategies({"passes": Answer(None), "sixteen": Answer(16)})
     assert call(strategies, "passes") is None
-
-
-def test_stock_calls_vllms_own_functions():
-    strategies, settings = Strategies({}), Settings(**STOCK)
-    specs = {"layer": object()}
-    assert strategies.call(
-        "unify_page_sizes", settings, vllm_config=None, kv_cache_spec=specs, stock=lambda s: [s]
-    ) == [specs]
-    assert strategies.call(
-        "coordinator",
-        settings,
-        kv_cache_config=None,
-        factory_args={"a": 1, "b": 2},
-        stock=lambda a, b: (a, b),
-    ) == (1, 2)
+    assert call(strategies, "stock") is None
 
 
 def test_an_unknown_strategy_is_refused_with_the_available_ones():
@@ -65,10 +45,7 @@ def test_an_unknown_strategy_is_refused_with_the_available_ones():
         "prefix_match_unit='seventeen' (from default) is not valid: no such strategy; available: "
         "sixteen, stock, theirs (from their-package 2.0); did you mean 'sixteen'?"
     )
-
-
-def test_a_strategy_of_another_hook_is_not_available():
-    strategies = Strategies({"sixteen": Answer(16)})
+    # A strategy of another hook is not available.
     with pytest.raises(HybridKVSettingsError, match=r"coordinator='sixteen'.*available: stock"):
         strategies.check(Settings(**{**STOCK, "coordinator": "sixteen"}))
 
@@ -102,35 +79,34 @@ def test_an_invalid_strategy_is_refused_at_registration(name, plugin, message):
         Strategies({}).add(name, plugin, "odd 1.0")
 
 
-def test_an_error_inside_a_strategy_names_its_package():
+@pytest.mark.parametrize(
+    ("origin", "raised", "error", "message"),
+    [
+        (
+            "odd 1.0",
+            KeyError("layer.3"),
+            HybridKVStrategyError,
+            r"prefix_match_unit strategy 'odd' \(from odd 1\.0\) raised an error in "
+            r"hybrid_kv_prefix_match_unit: KeyError: 'layer\.3'\. Fix that package, or set "
+            "prefix_match_unit=stock$",
+        ),
+        ("built in", KeyError("layer.3"), KeyError, r"^'layer\.3'$"),
+        ("odd 1.0", NotImplementedError("too odd"), NotImplementedError, "^too odd$"),
+    ],
+)
+def test_an_error_of_another_package_names_the_package(origin, raised, error, message):
     strategies = Strategies({})
-    strategies.add("odd", Answer(KeyError("layer.3")), "odd 1.0")
-    with pytest.raises(HybridKVStrategyError) as error:
-        call(strategies, "odd")
-    assert str(error.value) == (
-        "prefix_match_unit strategy 'odd' (from odd 1.0) failed in hybrid_kv_prefix_match_unit: "
-        "KeyError: 'layer.3'"
-    )
-
-
-def test_an_error_of_vllms_own_rule_is_not_wrapped():
-    def stock(kv_cache_spec):
-        raise KeyError("layer 3")
-
-    with pytest.raises(KeyError, match="'layer 3'"):
-        Strategies({}).call(
-            "unify_page_sizes", Settings(**STOCK), vllm_config=None, kv_cache_spec={}, stock=stock
-        )
-
-
-def test_a_not_implemented_error_of_a_strategy_reaches_vllm():
-    strategies = Strategies({})
-    strategies.add("odd", Answer(NotImplementedError("too odd")), "odd 1.0")
-    with pytest.raises(NotImplementedError, match="too odd"):
+    strategies.add("odd", Answer(raised), origin)
+    with pytest.raises(error, match=message):
         call(strategies, "odd")
 
 
-def test_an_installed_package_is_found_by_its_entry_point(package):
+def entry_point():
+    (found,) = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+    return found
+
+
+def test_the_strategy_of_an_installed_package_is_available(package):
     package(
         "acme",
         "from vllm_hybrid_kv import hookimpl\n"
@@ -138,14 +114,13 @@ def test_an_installed_package_is_found_by_its_entry_point(package):
         "def hybrid_kv_prefix_match_unit(): return 48\n",
     )
     strategies = Strategies({})
-    strategies.discover()
+    strategies.add_entry_point(entry_point())
     assert call(strategies, "acme") == 48
     assert strategies.available("prefix_match_unit") == ["acme", "stock"]
 
 
 def test_a_package_that_cannot_be_imported_is_named(package):
     package("acme", "import no_such_module_at_all\n")
-    with pytest.raises(HybridKVStrategyError) as error:
-        Strategies({}).discover()
-    assert "strategy 'acme' (from acme-kv 1.5): acme_kv cannot be imported" in str(error.value)
-    assert "no_such_module_at_all" in str(error.value)
+    message = r"'acme' \(from acme-kv 1\.5\): acme_kv cannot be imported: .*no_such_module_at_all"
+    with pytest.raises(HybridKVStrategyError, match=message):
+        Strategies({}).add_entry_point(entry_point())

@@ -37,7 +37,9 @@ else:
 
 BLOCK = 2_768
 ATTENTION, MAMBA = "model.layers.3.self_attn.attn", "model.layers.0.linear_attn"
-PRELUDE = "from dataclasses import replace\nfrom vllm_hybrid_kv import hookimpl\ncalls = []\n"
+PRELUDE = (
+    "from dataclasses import replace\nfrom vllm_hybrid_kv import hookimpl\ncalls = []\n@hookimpl\n"
+)
 
 
 def attention(block_size=16):
@@ -87,56 +89,45 @@ def manager(config, kv_cache_config):
     )
 
 
-def test_with_stock_rules_the_plan_is_vllms(make_config):
-    config = make_config({"unify_page_sizes": "stock"})
-    alone = plan(config)
+def test_with_stock_rules_everything_is_vllms(make_config):
+    config, groups = make_config(dict.fromkeys(HOOK_OF_SETTING, "stock")), hybrid()
+
+    def results():
+        return [
+            plan(config),
+            kv_cache_utils.get_kv_cache_capacity(config, groups),
+            kv_cache_utils.resolve_kv_cache_block_sizes(groups, config),
+        ]
+
+    alone = results()
     plugin.register()
-    assert plan(config) == alone
-    assert {group.kv_cache_spec.page_size_bytes for group in alone[0].kv_cache_groups} == {
+    assert results() == alone
+    assert {group.kv_cache_spec.page_size_bytes for group in alone[0][0].kv_cache_groups} == {
         12_648_448
     }
-
-
-def test_with_stock_rules_capacity_and_block_sizes_are_vllms(make_config):
-    stock = {
-        "token_capacity_groups": "stock",
-        "coordinator": "stock",
-        "prefix_match_unit": "stock",
-    }
-    config, groups = make_config(stock), hybrid()
-    capacity = kv_cache_utils.get_kv_cache_capacity(config, groups)
-    sizes = kv_cache_utils.resolve_kv_cache_block_sizes(groups, config)
-    plugin.register()
-    assert kv_cache_utils.get_kv_cache_capacity(config, groups) == capacity
-    assert kv_cache_utils.resolve_kv_cache_block_sizes(groups, config) == sizes
     assert type(manager(config, groups).coordinator) is HybridKVCacheCoordinator
 
 
-def test_lcm_plans_pages_without_waste(make_config):
+@pytest.mark.parametrize(
+    ("strategy", "longest", "page", "block"),
+    [
+        ("lcm", None, 12_651_904, 16_304),
+        ("min_waste", None, 12_651_904, 16_304),
+        ("min_waste", 4_096, 12_648_448, 4_096),
+    ],
+)
+def test_vllm_plans_with_the_pages_of_a_strategy(strategy, longest, page, block, make_config, log):
     plugin.register()
-    (planned,) = plan(make_config({"unify_page_sizes": "lcm"}))
-    by_layer = {group.layer_names[0]: group.kv_cache_spec for group in planned.kv_cache_groups}
-    assert {spec.page_size_bytes for spec in by_layer.values()} == {12_651_904}
-    assert by_layer[ATTENTION].block_size == 16_304
-    assert planned.num_blocks == (1 << 36) // 12_651_904
-
-
-def test_min_waste_plans_for_the_longest_sequence(make_config, log):
-    plugin.register()
-    config = make_config({"unify_page_sizes": "min_waste"})
+    config = make_config({"unify_page_sizes": strategy})
+    if longest is not None:
+        config.model_config.max_model_len = longest
     (planned,) = plan(config)
     by_layer = {group.layer_names[0]: group.kv_cache_spec for group in planned.kv_cache_groups}
-    assert {spec.page_size_bytes for spec in by_layer.values()} == {12_651_904}
-    assert by_layer[ATTENTION].block_size == 16_304
-    config.model_config.max_model_len = 4_096
-    (planned,) = plan(config)
-    by_layer = {group.layer_names[0]: group.kv_cache_spec for group in planned.kv_cache_groups}
-    assert {spec.page_size_bytes for spec in by_layer.values()} == {12_648_448}
-    assert by_layer[ATTENTION].block_size == 4_096
-    assert planned.num_blocks == (1 << 36) // 12_648_448
-    assert "min_waste: pages of 12,648,448 bytes, 37.44 % of the pool is padding" in log.lines(
-        logging.INFO
-    )
+    assert {spec.page_size_bytes for spec in by_layer.values()} == {page}
+    assert by_layer[ATTENTION].block_size == block
+    assert planned.num_blocks == (1 << 36) // page
+    line = "min_waste: pages of 12,648,448 bytes, 37.44 % of the pool is padding"
+    assert (line in log.lines(logging.INFO)) is (longest is not None)
 
 
 def test_layers_that_min_waste_cannot_unify_get_vllms_fallback(make_config):
@@ -155,30 +146,10 @@ def test_layers_that_min_waste_cannot_unify_get_vllms_fallback(make_config):
         planning.get_kv_cache_groups(config, {"mla": mla, "draft": draft, MAMBA: state(4_000)})
 
 
-def test_unequal_pages_of_a_third_party_stop_planning_with_layer_and_numbers(package, make_config):
+def test_a_strategy_of_another_package_gets_the_engine_and_vllms_rule(package, make_config):
     package(
         "acme",
-        PRELUDE + "@hookimpl\n"
-        "def hybrid_kv_unify_page_sizes(kv_cache_spec):\n"
-        "    def grown(spec): return replace(spec, page_size_padded=20_000_000)\n"
-        f"    return {{**kv_cache_spec, {MAMBA!r}: grown(kv_cache_spec[{MAMBA!r}])}}\n",
-    )
-    plugin.register()
-    with pytest.raises(HybridKVStrategyError) as error:
-        plan(make_config({"unify_page_sizes": "acme"}))
-    message = str(error.value)
-    assert (
-        "unify_page_sizes strategy 'acme' (from acme-kv 1.5) must make all pages equal" in message
-    )
-    assert f"layer {MAMBA} has 20,000,000 bytes" in message
-    assert f"layer {ATTENTION} has 12,416 bytes" in message
-
-
-def test_vllm_plans_with_the_pages_of_a_third_party(package, make_config):
-    package(
-        "acme",
-        PRELUDE + "@hookimpl\n"
-        "def hybrid_kv_unify_page_sizes(vllm_config, kv_cache_spec, stock):\n"
+        PRELUDE + "def hybrid_kv_unify_page_sizes(vllm_config, kv_cache_spec, stock):\n"
         "    calls.append((vllm_config, stock(kv_cache_spec)))\n"
         "    return {n: replace(s, page_size_padded=1 << 24) for n, s in kv_cache_spec.items()}\n",
     )
@@ -186,29 +157,13 @@ def test_vllm_plans_with_the_pages_of_a_third_party(package, make_config):
     config = make_config({"unify_page_sizes": "acme"})
     (planned,) = plan(config)
     assert {group.kv_cache_spec.page_size_bytes for group in planned.kv_cache_groups} == {1 << 24}
-    ((told, stock_answer),) = importlib.import_module("acme_kv").calls
-    assert told is config
-    assert stock_answer[MAMBA].page_size_bytes == 12_648_448
+    ((got_config, stock_pages),) = importlib.import_module("acme_kv").calls
+    assert got_config is config
+    assert stock_pages[MAMBA].page_size_bytes == 12_648_448
 
 
-def test_a_third_party_that_changes_its_argument_is_still_checked(package, make_config):
-    package(
-        "acme",
-        PRELUDE + "@hookimpl\n"
-        "def hybrid_kv_unify_page_sizes(kv_cache_spec):\n"
-        f"    del kv_cache_spec[{MAMBA!r}]\n"
-        "    return kv_cache_spec\n",
-    )
-    plugin.register()
-    with pytest.raises(HybridKVStrategyError, match=f"left out layer {MAMBA}"):
-        plan(make_config({"unify_page_sizes": "acme"}))
-
-
-def test_a_third_party_that_returns_none_gets_vllms_pages(package, make_config):
-    package(
-        "acme",
-        PRELUDE + "@hookimpl\ndef hybrid_kv_unify_page_sizes(): calls.append(1)\n",
-    )
+def test_a_strategy_that_returns_none_gets_vllms_pages(package, make_config):
+    package("acme", PRELUDE + "def hybrid_kv_unify_page_sizes(): calls.append(1)\n")
     config = make_config({"unify_page_sizes": "acme"})
     alone = plan(config)
     plugin.register()
@@ -216,115 +171,110 @@ def test_a_third_party_that_returns_none_gets_vllms_pages(package, make_config):
     assert importlib.import_module("acme_kv").calls == [1]
 
 
-def test_growing_counts_the_groups_that_grow(make_config):
+def test_growing_counts_the_groups_that_grow_and_keeps_the_concurrency(make_config):
     # The numbers of vLLM's #40384: 262 blocks of 2768 tokens, five groups of which two grow.
+    groups = hybrid()
+    _, concurrency = kv_cache_utils.get_kv_cache_capacity(make_config(), groups)
     plugin.register()
     config = make_config({"token_capacity_groups": "growing"})
-    kv_cache_utils.update_kv_cache_capacity(config, hybrid())
-    assert config.cache_config.kv_cache_size_tokens == 362_608
+    assert kv_cache_utils.get_kv_cache_capacity(config, groups) == (362_608, concurrency)
 
 
-def test_growing_does_not_change_the_concurrency(make_config):
-    config, groups = make_config(), hybrid()
-    tokens, concurrency = kv_cache_utils.get_kv_cache_capacity(config, groups)
+def make_manager(config):
+    return manager(config, hybrid())
+
+
+def resolve_sizes(config):
+    return kv_cache_utils.resolve_kv_cache_block_sizes(hybrid(), config)
+
+
+@pytest.mark.parametrize(
+    ("setting", "answer", "use", "messages"),
+    [
+        (
+            "unify_page_sizes",
+            f"{{**kv_cache_spec, {MAMBA!r}: "
+            f"replace(kv_cache_spec[{MAMBA!r}], page_size_padded=20_000_000)}}",
+            plan,
+            [
+                "unify_page_sizes strategy 'acme' (from acme-kv 1.5) must make all pages equal",
+                f"layer {MAMBA} has 20,000,000 bytes",
+                f"layer {ATTENTION} has 12,416 bytes",
+            ],
+        ),
+        # A strategy that changes its argument is still checked.
+        (
+            "unify_page_sizes",
+            f"kv_cache_spec.pop({MAMBA!r}) and kv_cache_spec",
+            plan,
+            [f"left out layer {MAMBA}"],
+        ),
+        (
+            "token_capacity_groups",
+            "['layer.0']",
+            lambda config: kv_cache_utils.update_kv_cache_capacity(config, hybrid()),
+            ["'acme' (from acme-kv 1.5) chose a KV group"],
+        ),
+        ("coordinator", "'mine'", make_manager, ["(from acme-kv 1.5) must return a KVCache"]),
+        (
+            "prefix_match_unit",
+            "100",
+            resolve_sizes,
+            [
+                "'acme' (from acme-kv 1.5) returned a match unit of 100 tokens, which vLLM rejects",
+                f"layer.0: {BLOCK}",
+            ],
+        ),
+        *(
+            ("prefix_match_unit", unit, resolve_sizes, ["a positive number of tokens, got"])
+            for unit in ("0", "-16", "True", "'16'", "16.0")
+        ),
+    ],
+)
+def test_an_invalid_answer_of_a_strategy_stops_start_up(
+    setting, answer, use, messages, package, make_config
+):
+    argument = "kv_cache_spec" if "kv_cache_spec" in answer else ""
+    package("acme", PRELUDE + f"def {HOOK_OF_SETTING[setting]}({argument}): return {answer}\n")
     plugin.register()
-    growing = make_config({"token_capacity_groups": "growing"})
-    more, same = kv_cache_utils.get_kv_cache_capacity(growing, groups)
-    assert more > tokens
-    assert same == concurrency
+    config = make_config({setting: "acme"}, enable_prefix_caching=True)
+    with pytest.raises(HybridKVStrategyError) as error:
+        use(config)
+    for message in messages:
+        assert message in str(error.value)
+    assert config.cache_config.prefix_match_unit is None
 
 
-def test_an_unknown_group_of_a_third_party_stops_start_up(package, make_config):
+def test_a_coordinator_of_another_package_manages_the_cache(package, make_config):
     package(
         "acme",
-        PRELUDE + "@hookimpl\ndef hybrid_kv_token_capacity_groups(): return ['layer.0']\n",
+        PRELUDE + "def hybrid_kv_make_coordinator(kv_cache_config, factory_args, stock):\n"
+        "    calls.append((factory_args, stock(**factory_args)))\n"
+        "    return calls[0][1]\n",
     )
-    plugin.register()
-    config = make_config({"token_capacity_groups": "acme"})
-    with pytest.raises(
-        HybridKVStrategyError, match=r"'acme' \(from acme-kv 1.5\) chose a KV group"
-    ):
-        kv_cache_utils.update_kv_cache_capacity(config, hybrid())
-
-
-COORDINATOR = (
-    PRELUDE + "from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator\n"
-    "class Coordinator(HybridKVCacheCoordinator): pass\n"
-    "@hookimpl\n"
-    "def hybrid_kv_make_coordinator(kv_cache_config, factory_args, stock):\n"
-    "    calls.append(factory_args)\n"
-    "    made = stock(**factory_args)\n"
-    "    made.__class__ = Coordinator\n"
-    "    return made\n"
-)
-
-
-def test_a_coordinator_of_a_third_party_manages_the_cache(package, make_config):
-    package("acme", COORDINATOR)
     plugin.register()
     groups = hybrid()
     settings = {"coordinator": "acme", "prefix_match_unit": "stock"}
     made = manager(make_config(settings), groups).coordinator
-    acme = importlib.import_module("acme_kv")
-    assert type(made) is acme.Coordinator
-    (arguments,) = acme.calls
+    ((arguments, coordinator),) = importlib.import_module("acme_kv").calls
+    assert made is coordinator
     assert arguments["kv_cache_config"] is groups
     assert arguments["hash_block_size"] == BLOCK
     assert arguments["allow_partial_hash_hits"] is True
     assert ("num_hash_lookahead_tokens" in arguments) == (MINOR >= (0, 33))
 
 
-def test_a_coordinator_of_another_type_stops_start_up(package, make_config):
-    package("acme", PRELUDE + "@hookimpl\ndef hybrid_kv_make_coordinator(): return 'mine'\n")
-    plugin.register()
-    with pytest.raises(HybridKVStrategyError, match=r"acme-kv 1\.5\) must return a KVCache"):
-        manager(make_config({"coordinator": "acme"}), hybrid())
-
-
-def unit(answer):
-    return PRELUDE + f"@hookimpl\ndef hybrid_kv_prefix_match_unit(): return {answer}\n"
-
-
-def test_prefixes_are_hashed_by_the_unit_of_a_third_party(package, make_config):
-    package("acme", unit(173))
-    plugin.register()
-    config = make_config({"prefix_match_unit": "acme"}, enable_prefix_caching=True)
-    sizes = kv_cache_utils.resolve_kv_cache_block_sizes(hybrid(), config)
-    assert sizes == (BLOCK, 173)
-    assert config.cache_config.prefix_match_unit is None
-
-
-def test_the_users_own_unit_wins_over_a_strategy(package, make_config):
-    package("acme", unit(173))
+@pytest.mark.parametrize(("by_user", "unit"), [(None, 173), (16, 16)])
+def test_prefixes_are_hashed_by_the_unit_of_the_strategy_or_the_user(
+    by_user, unit, package, make_config
+):
+    package("acme", PRELUDE + "def hybrid_kv_prefix_match_unit(): return 173\n")
     plugin.register()
     config = make_config(
-        {"prefix_match_unit": "acme"}, enable_prefix_caching=True, prefix_match_unit=16
+        {"prefix_match_unit": "acme"}, enable_prefix_caching=True, prefix_match_unit=by_user
     )
-    assert kv_cache_utils.resolve_kv_cache_block_sizes(hybrid(), config) == (BLOCK, 16)
-    assert config.cache_config.prefix_match_unit == 16
-
-
-def test_a_unit_that_does_not_divide_the_blocks_stops_start_up(package, make_config):
-    package("acme", unit(100))
-    plugin.register()
-    config = make_config({"prefix_match_unit": "acme"}, enable_prefix_caching=True)
-    with pytest.raises(HybridKVStrategyError) as error:
-        kv_cache_utils.resolve_kv_cache_block_sizes(hybrid(), config)
-    assert (
-        "'acme' (from acme-kv 1.5) returned a match unit of 100 tokens, which vLLM rejects"
-        in str(error.value)
-    )
-    assert f"layer.0: {BLOCK}" in str(error.value)
-    assert config.cache_config.prefix_match_unit is None
-
-
-@pytest.mark.parametrize("answer", [0, -16, "True", "'16'", 16.0])
-def test_a_unit_that_is_not_a_positive_number_stops_start_up(answer, package, make_config):
-    package("acme", unit(answer))
-    plugin.register()
-    config = make_config({"prefix_match_unit": "acme"}, enable_prefix_caching=True)
-    with pytest.raises(HybridKVStrategyError, match="a positive number of tokens, got"):
-        kv_cache_utils.resolve_kv_cache_block_sizes(hybrid(), config)
+    assert resolve_sizes(config) == (BLOCK, unit)
+    assert config.cache_config.prefix_match_unit == by_user
 
 
 def test_a_package_without_hooks_stops_registration(package):
@@ -339,26 +289,20 @@ def test_invalid_settings_stop_before_the_model_is_read(tmp_path):
     arguments = EngineArgs(
         model=str(tmp_path), additional_config={"hybrid_kv": {"unify_page_sizes": "nonsense"}}
     )
-    with pytest.raises(HybridKVSettingsError) as error:
+    with pytest.raises(HybridKVSettingsError, match=r"available: lcm, min_waste, stock$"):
         arguments.create_engine_config()
-    assert str(error.value) == (
-        "unify_page_sizes='nonsense' (from --additional-config) is not valid: no such strategy; "
-        "available: lcm, min_waste, stock"
-    )
 
 
-def test_a_worker_activates_the_settings_of_its_engine(make_config):
+def start_worker(config):
+    WorkerBase(config, local_rank=0, rank=0, distributed_init_method="")
+
+
+@pytest.mark.parametrize("use", [start_worker, plan])
+def test_workers_and_planning_activate_the_settings_of_their_engine(use, make_config):
     config = make_config({"debug": True})
     plugin.register()
     assert current_settings().debug is False
-    WorkerBase(config, local_rank=0, rank=0, distributed_init_method="")
-    assert current_settings().debug is True
-
-
-def test_planning_activates_the_settings_of_the_engine(make_config):
-    config = make_config({"debug": True})
-    plugin.register()
-    plan(config)
+    use(config)
     assert current_settings().debug is True
 
 
@@ -367,7 +311,7 @@ def test_one_line_names_the_strategies_and_kernels(make_config, log, monkeypatch
     plugin.register()
     assert log.lines(logging.INFO) == []
     config = make_config({"unify_page_sizes": "lcm"}, kv_cache_dtype="turboquant_k8v4")
-    WorkerBase(config, local_rank=0, rank=0, distributed_init_method="")
+    start_worker(config)
     kv_cache_utils.update_kv_cache_capacity(config, hybrid())
     lines = log.lines(logging.INFO)
     others = ("boundary_layers=", "KV cache of ", "Short requests ")

@@ -201,17 +201,16 @@ def views_to_copy(kv_caches: Iterable[torch.Tensor], num_blocks: int) -> list[li
     return rounds
 
 
-def copy_whole_blocks(original: Callable[..., None]) -> Callable[..., None]:
-    """Return a `copy_kv_cache_blocks_inplace` that copies blocks whole, based on vLLM's."""
-
-    def copy_kv_cache_blocks_inplace(
-        kv_caches: Iterable[torch.Tensor], num_blocks: int, kv_cache_block_copies: Sequence[Any]
-    ) -> None:
-        if kv_cache_block_copies:
-            for views in views_to_copy(kv_caches, num_blocks):
-                original(views, num_blocks, kv_cache_block_copies)
-
-    return copy_kv_cache_blocks_inplace
+def copy_whole_blocks(
+    original: Callable[..., None],
+    kv_caches: Iterable[torch.Tensor],
+    num_blocks: int,
+    kv_cache_block_copies: Sequence[Any],
+) -> None:
+    """Copy blocks whole with vLLM's `copy_kv_cache_blocks_inplace`, the original."""
+    if kv_cache_block_copies:
+        for views in views_to_copy(kv_caches, num_blocks):
+            original(views, num_blocks, kv_cache_block_copies)
 
 
 ALLOWED_BY = "allow_unsafe_drafts"

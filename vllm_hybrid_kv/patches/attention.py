@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import vllm.platforms
+from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
@@ -17,13 +18,9 @@ from vllm_hybrid_kv.attention.unsupported import (
 from vllm_hybrid_kv.constants import CACHE_DTYPE
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.kernels import k8v4
-from vllm_hybrid_kv.patches.mechanism import Edit, Patch, PatchInfo, Rebinding
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-
-    from vllm_hybrid_kv.patches.context import Context
-    from vllm_hybrid_kv.settings import Settings
+from vllm_hybrid_kv.patches.context import Context
+from vllm_hybrid_kv.patches.mechanism import Edit, Patch, Rebinding
+from vllm_hybrid_kv.settings import Settings
 
 logger = init_logger("vllm.hybrid_kv.attention")
 
@@ -41,11 +38,27 @@ class BackendRegistration(Edit):
         self._ours = True
 
     def problems(self) -> list[str]:
-        """Check that the name is free, and that vLLM's slots are as large as ours."""
+        """Check that the name is free, and that vLLM's slots are as large as ours.
+
+        When vLLM aligns the blocks of hybrid models, it takes the bytes of a slot from its own
+        TurboQuant backend, whatever backend is registered. This reads the table behind that
+        backend, because importing the backend imports FlashAttention.
+        """
+        from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
+
         backend = AttentionBackendEnum.TURBOQUANT
         if backend.is_overridden():
             return [f"the backend {backend.name} already is {backend.get_path()}"]
-        return slot_size_problems()
+        planned = {
+            size: TurboQuantConfig.from_cache_dtype(CACHE_DTYPE, size).slot_size_aligned
+            for size in k8v4.HEAD_SIZES
+        }
+        return [
+            f"vLLM plans {slot} bytes for a slot of head size {size}, k8v4 has "
+            f"{k8v4.slot_bytes(size)}"
+            for size, slot in planned.items()
+            if slot != k8v4.slot_bytes(size)
+        ]
 
     def apply(self) -> None:
         register_backend(AttentionBackendEnum.TURBOQUANT, BACKEND_PATH)
@@ -53,13 +66,11 @@ class BackendRegistration(Edit):
     def on_engine_config(self, vllm_config: VllmConfig, _: Settings) -> None:
         """Give the name to the backend that serves an engine's cache dtype."""
         dtype = vllm_config.cache_config.cache_dtype
-        ours = dtype == CACHE_DTYPE or not str(dtype).startswith("turboquant_")
-        if ours != self._ours:
-            self._ours = ours
-            if ours:
-                self.apply()
-            else:
-                self.undo()
+        self._ours = dtype == CACHE_DTYPE or not str(dtype).startswith("turboquant_")
+        if self._ours:
+            self.apply()
+        else:
+            self.undo()
 
     def failures(self) -> list[str]:
         path = AttentionBackendEnum.TURBOQUANT.get_path()
@@ -72,39 +83,18 @@ class BackendRegistration(Edit):
         return "AttentionBackendEnum.TURBOQUANT"
 
 
-def slot_size_problems() -> list[str]:
-    """Return where vLLM plans slots of another size than the k8v4 format has.
-
-    When vLLM aligns the blocks of hybrid models, it takes the bytes of a slot from its own
-    TurboQuant backend, whatever backend is registered. While both agree no patch is needed there.
-    This reads the table behind that backend, because importing the backend imports FlashAttention.
-    """
-    from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
-
-    problems = []
-    for head_size in k8v4.HEAD_SIZES:
-        stock = TurboQuantConfig.from_cache_dtype(CACHE_DTYPE, head_size).slot_size_aligned
-        if stock != (ours := k8v4.slot_bytes(head_size)):
-            problems.append(
-                f"vLLM plans {stock} bytes for a slot of head size {head_size}, k8v4 has {ours}"
-            )
-    return problems
-
-
 def registration_patch(context: Context) -> Patch:
     """Register our backend for engines with a k8v4 cache."""
     registration = BackendRegistration()
     context.on_engine_config.append(registration.on_engine_config)
     return Patch(
         "attention_backend",
-        PatchInfo(
-            replaces="the class behind AttentionBackendEnum.TURBOQUANT, for turboquant_k8v4",
-            why="vLLM's own has no CPU kernels, and reads each KV byte once for every query head "
-            "on GPUs; register_backend is vLLM's way to replace one",
-            upstream="vllm-project/vllm#49465 (TurboQuant on CPUs), #55610 (its speed on GPUs)",
-            until="vLLM serves turboquant_k8v4 on CPUs and GPUs as fast",
-        ),
-        [registration],
+        replaces="the class behind AttentionBackendEnum.TURBOQUANT, for turboquant_k8v4",
+        why="vLLM's own has no CPU kernels, and reads each KV byte once for every query head on "
+        "GPUs; register_backend is vLLM's way to replace one",
+        upstream="vllm-project/vllm#49465 (TurboQuant on CPUs), #55610 (its speed on GPUs)",
+        until="vLLM serves turboquant_k8v4 on CPUs and GPUs as fast",
+        edits=[registration],
     )
 
 
@@ -114,31 +104,24 @@ def refusal_patch(context: Context) -> Patch:
     The cache of the patched selector starts empty, so vLLM forgets earlier selections.
     """
 
-    def make(original: Any) -> Any:
-        def select(backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any) -> Any:
-            if attn_selector_config.kv_cache_dtype != CACHE_DTYPE:
-                return original(backend, attn_selector_config, *args, **kwargs)
-            if (refusal := refuse_selection(attn_selector_config)) is not None:
-                raise UnsupportedLayerError(refusal)
-            try:
-                return original(backend, attn_selector_config, *args, **kwargs)
-            except ValueError:
-                reasons = _reasons_against(backend, attn_selector_config)
-                if reasons:
-                    raise UnsupportedLayerError(Refusal("; ".join(reasons))) from None
-                raise
-
-        return select
+    def select(original: Any, backend: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+        k8v4_cache = config.kv_cache_dtype == CACHE_DTYPE
+        if k8v4_cache and (refusal := refuse_selection(config)) is not None:
+            raise UnsupportedLayerError(refusal)
+        try:
+            return original(backend, config, *args, **kwargs)
+        except ValueError:
+            if k8v4_cache and (reasons := _reasons_against(backend, config)):
+                raise UnsupportedLayerError(Refusal("; ".join(reasons))) from None
+            raise
 
     return Patch(
         "layer_refusals",
-        PatchInfo(
-            replaces="the attention selector's _cached_get_attn_backend, for turboquant_k8v4",
-            why="vLLM lists every backend, but names neither the layer nor a way out",
-            upstream="none yet",
-            until="vLLM says in one line which layer cannot be served with a cache dtype, and why",
-        ),
-        [Rebinding(context.targets["_cached_get_attn_backend"], make)],
+        replaces="the attention selector's _cached_get_attn_backend, for turboquant_k8v4",
+        why="vLLM lists every backend, but names neither the layer nor a way out",
+        upstream="none yet",
+        until="vLLM says in one line which layer cannot be served with a cache dtype, and why",
+        edits=[Rebinding(context.targets["_cached_get_attn_backend"], select)],
     )
 
 
@@ -156,41 +139,30 @@ def _reasons_against(backend: AttentionBackendEnum | None, config: Any) -> list[
 def selection_patch(context: Context) -> Patch:
     """Select our backend for k8v4 layers on CPUs."""
 
-    def make(original: Any) -> Any:
-        def get_attn_backend_cls(
-            cls: type,
-            selected_backend: AttentionBackendEnum | None,
-            attn_selector_config: Any,
-            num_heads: int | None = None,
-        ) -> str:
-            dtype = attn_selector_config.kv_cache_dtype
-            if dtype == CACHE_DTYPE:
-                if selected_backend not in (None, AttentionBackendEnum.TURBOQUANT):
-                    # As vLLM does on CPUs, where it sets the option itself in some modes.
-                    logger.info(
-                        "Cannot use %s backend for a %s cache on CPU.", selected_backend, dtype
-                    )
-                return AttentionBackendEnum.TURBOQUANT.get_path()
-            refuse_without_cpu_kernels(dtype)
-            path: str = original(cls, selected_backend, attn_selector_config, num_heads)
-            return path
-
-        return get_attn_backend_cls
+    def get_attn_backend_cls(
+        original: Any,
+        cls: type,
+        selected_backend: AttentionBackendEnum | None,
+        attn_selector_config: Any,
+        num_heads: int | None = None,
+    ) -> Any:
+        dtype = attn_selector_config.kv_cache_dtype
+        if dtype == CACHE_DTYPE:
+            if selected_backend not in (None, AttentionBackendEnum.TURBOQUANT):
+                # As vLLM does on CPUs, where it sets the option itself in some modes.
+                logger.info("Cannot use %s backend for a %s cache on CPU.", selected_backend, dtype)
+            return AttentionBackendEnum.TURBOQUANT.get_path()
+        refuse_without_cpu_kernels(dtype)
+        return original(cls, selected_backend, attn_selector_config, num_heads)
 
     return Patch(
         "backend_selection",
-        PatchInfo(
-            replaces="CpuPlatform.get_attn_backend_cls for layers with a turboquant cache",
-            why="it supports one backend; for k8v4 0.32 runs it on the wrong bytes, 0.33 refuses",
-            upstream="vllm-project/vllm#49465 (TurboQuant on CPUs)",
-            until="CPU platforms select among registered backends by their supports_* methods",
-        ),
-        [
-            Rebinding(
-                context.targets["CpuPlatform.get_attn_backend_cls"],
-                make,
-                used_through=lambda: type(vllm.platforms.current_platform),
-            ),
+        replaces="CpuPlatform.get_attn_backend_cls for layers with a turboquant cache",
+        why="it supports one backend; for k8v4 0.32 runs it on the wrong bytes, 0.33 refuses",
+        upstream="vllm-project/vllm#49465 (TurboQuant on CPUs)",
+        until="CPU platforms select among registered backends by their supports_* methods",
+        edits=[
+            Rebinding(context.targets["CpuPlatform.get_attn_backend_cls"], get_attn_backend_cls)
         ],
     )
 
@@ -198,27 +170,23 @@ def selection_patch(context: Context) -> Patch:
 def several_head_sizes_patch(context: Context) -> Patch:
     """Leave the backend of a Gemma 4 with k8v4 layers to the selection of each layer."""
 
-    def make(original: Any) -> Any:
-        def verify_and_update_config(vllm_config: VllmConfig) -> None:
-            attention = vllm_config.attention_config
-            chosen_by_user = attention.backend is not None
-            original(vllm_config)
-            if vllm_config.cache_config.cache_dtype == CACHE_DTYPE and not chosen_by_user:
-                attention.backend = None
+    def verify_and_update_config(original: Any, vllm_config: VllmConfig) -> None:
+        attention = vllm_config.attention_config
+        chosen_by_user = attention.backend is not None
+        original(vllm_config)
+        if vllm_config.cache_config.cache_dtype == CACHE_DTYPE and not chosen_by_user:
+            attention.backend = None
 
-        return verify_and_update_config
-
+    target = context.targets["Gemma4Config.verify_and_update_config"]
     return Patch(
         "several_head_sizes",
-        PatchInfo(
-            replaces="Gemma4Config.verify_and_update_config, whose forced backend is undone for "
-            "turboquant_k8v4",
-            why="without FlashAttention 4 it forces TRITON_ATTN, which cannot read k8v4 pages, and "
-            "vLLM raises if a forced backend does not fit",
-            upstream="none yet",
-            until="vLLM forces a backend only on layers that it fits",
-        ),
-        [Rebinding(context.targets["Gemma4Config.verify_and_update_config"], make)],
+        replaces="Gemma4Config.verify_and_update_config, whose forced backend is undone for "
+        "turboquant_k8v4",
+        why="without FlashAttention 4 it forces TRITON_ATTN, which cannot read k8v4 pages, and "
+        "vLLM raises if a forced backend does not fit",
+        upstream="none yet",
+        until="vLLM forces a backend only on layers that it fits",
+        edits=[Rebinding(target, verify_and_update_config)],
     )
 
 

@@ -59,25 +59,27 @@ class Context:
     ) -> Settings:
         """Make an engine's settings those of this process, and return them.
 
-        Code other than an engine may call vLLM's planning functions with something else than an
-        engine's configuration. The current settings then stay active.
-
         Args:
-            vllm_config: The engine's configuration.
+            vllm_config: The engine's configuration. With something else, which code other than an
+                engine may pass to vLLM's planning functions, the current settings stay active.
             settings: Its settings if they are resolved already.
 
         Raises:
             HybridKVError: See `check`.
         """
-        from vllm.config import VllmConfig
-
-        if not isinstance(vllm_config, VllmConfig):
+        if not is_engine_config(vllm_config):
             return STATE.settings
-        if settings is None:
-            settings = STATE.engine_settings if STATE.engine_config is vllm_config else None
-        if settings is None:
-            settings = self.check(vllm_config.additional_config)
-        STATE.engine_config, STATE.engine_settings = vllm_config, settings
+        if settings is None and STATE.engine_config is vllm_config:
+            settings = STATE.engine_settings
+        STATE.engine_settings = settings or self.check(vllm_config.additional_config)
+        STATE.engine_config = vllm_config
         for callback in self.on_engine_config:
-            callback(vllm_config, settings)
-        return settings
+            callback(vllm_config, STATE.engine_settings)
+        return STATE.engine_settings
+
+
+def is_engine_config(vllm_config: object) -> bool:
+    """Return whether an engine starts; other callers of vLLM's planning may pass anything."""
+    from vllm.config import VllmConfig
+
+    return isinstance(vllm_config, VllmConfig)

@@ -4,72 +4,58 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from vllm.config import VllmConfig
 from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
+from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_hybrid_kv.coordinator.upstream_fixes import copy_whole_blocks
 from vllm_hybrid_kv.errors import HybridKVStrategyError
-from vllm_hybrid_kv.patches.mechanism import Patch, PatchInfo, Rebinding, UnchangedTarget
+from vllm_hybrid_kv.patches.context import Context
+from vllm_hybrid_kv.patches.mechanism import Patch, Rebinding, UnchangedTarget
 from vllm_hybrid_kv.state import STATE
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig
-
-    from vllm_hybrid_kv.patches.context import Context
 
 
 def coordinator_patch(context: Context) -> Patch:
     """Return the patch that lets a strategy make the coordinator and attaches it to its manager."""
 
-    def make(original: Any) -> Any:
-        signature = inspect.signature(original)
-
-        def get_kv_cache_coordinator(*args: Any, **kwargs: Any) -> Any:
-            # The factory does not get the engine's configuration. Planning activated its settings.
-            settings = STATE.settings
-            bound = signature.bind(*args, **kwargs)
-            bound.apply_defaults()
-            coordinator = context.strategies.call(
-                "coordinator",
-                settings,
-                kv_cache_config=bound.arguments["kv_cache_config"],
-                factory_args=dict(bound.arguments),
-                stock=original,
+    def get_kv_cache_coordinator(original: Any, *args: Any, **kwargs: Any) -> Any:
+        # The factory does not get the engine's configuration. Planning activated its settings.
+        settings = STATE.settings
+        bound = inspect.signature(original).bind(*args, **kwargs)
+        bound.apply_defaults()
+        coordinator = context.strategies.call(
+            "coordinator",
+            settings,
+            kv_cache_config=bound.arguments["kv_cache_config"],
+            factory_args=dict(bound.arguments),
+            stock=original,
+        )
+        if coordinator is None:
+            return original(*args, **kwargs)
+        if not isinstance(coordinator, KVCacheCoordinator):
+            raise HybridKVStrategyError(
+                f"{context.strategies.label('coordinator', settings)} must return a "
+                f"KVCacheCoordinator, got {coordinator!r}"
             )
-            if coordinator is None:
-                return original(*args, **kwargs)
-            if not isinstance(coordinator, KVCacheCoordinator):
-                raise HybridKVStrategyError(
-                    f"{context.strategies.label('coordinator', settings)} must return a "
-                    f"KVCacheCoordinator, got {coordinator!r}"
-                )
-            return coordinator
+        return coordinator
 
-        return get_kv_cache_coordinator
-
-    def make_init(original: Any) -> Any:
-        def init(self: Any, *args: Any, **kwargs: Any) -> None:
-            original(self, *args, **kwargs)
-            attach = getattr(self.coordinator, "attach", None)
-            if attach is not None:
-                attach(self)
-
-        return init
+    def init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if (attach := getattr(self.coordinator, "attach", None)) is not None:
+            attach(self)
 
     return Patch(
         "coordinator",
-        PatchInfo(
-            replaces="get_kv_cache_coordinator, and KVCacheManager.__init__, which it wraps",
-            why="the factory has a fixed choice of classes, and the manager caches states at "
-            "branch points inside a block for EAGLE only",
-            upstream="vllm-project/vllm#31707 (prefix caching over any mix of groups)",
-            until="the coordinator class can be configured like the scheduler class",
-        ),
-        [
-            Rebinding(context.targets["get_kv_cache_coordinator"], make),
-            Rebinding(context.targets["KVCacheManager.__init__"], make_init),
+        replaces="get_kv_cache_coordinator, and KVCacheManager.__init__, which it wraps",
+        why="the factory has a fixed choice of classes, and the manager caches states at branch "
+        "points inside a block for EAGLE only",
+        upstream="vllm-project/vllm#31707 (prefix caching over any mix of groups)",
+        until="the coordinator class can be configured like the scheduler class",
+        edits=[
+            Rebinding(context.targets["get_kv_cache_coordinator"], get_kv_cache_coordinator),
+            Rebinding(context.targets["KVCacheManager.__init__"], init),
             *map(UnchangedTarget, context.relied_on),
         ],
     )
@@ -78,58 +64,52 @@ def coordinator_patch(context: Context) -> Patch:
 def prefix_match_unit_patch(context: Context) -> Patch:
     """Return the patch that lets a strategy choose the match unit if the user did not."""
 
-    def make(original: Any) -> Any:
-        def resolve_kv_cache_block_sizes(
-            kv_cache_config: KVCacheConfig, vllm_config: VllmConfig
-        ) -> tuple[int, int]:
-            settings = context.activate_settings(vllm_config)
-            cache_config = vllm_config.cache_config
-            unit = None
-            if cache_config.prefix_match_unit is None:
-                unit = context.strategies.call(
-                    "prefix_match_unit",
-                    settings,
-                    vllm_config=vllm_config,
-                    kv_cache_config=kv_cache_config,
-                )
-            if unit is None:
-                sizes: tuple[int, int] = original(kv_cache_config, vllm_config)
-                return sizes
-            who = context.strategies.label("prefix_match_unit", settings)
-            if not isinstance(unit, int) or isinstance(unit, bool) or unit <= 0:
-                raise HybridKVStrategyError(
-                    f"{who} must return a positive number of tokens, got {unit!r}"
-                )
-            # vLLM reads the unit from the configuration and checks it. Reset it afterwards, because
-            # the next call would take it for the user's choice.
-            cache_config.prefix_match_unit = unit
-            try:
-                sizes = original(kv_cache_config, vllm_config)
-            except ValueError as error:
-                layers = ", ".join(
-                    f"{group.layer_names[0]}: {group.kv_cache_spec.block_size}"
-                    for group in kv_cache_config.kv_cache_groups
-                    if group.layer_names
-                )
-                raise HybridKVStrategyError(
-                    f"{who} returned a match unit of {unit} tokens, which vLLM rejects: {error} "
-                    f"(block sizes by first layer of each group: {layers})"
-                ) from error
-            finally:
-                cache_config.prefix_match_unit = None
-            return sizes
+    def resolve_kv_cache_block_sizes(
+        original: Any, kv_cache_config: KVCacheConfig, vllm_config: VllmConfig
+    ) -> Any:
+        settings = context.activate_settings(vllm_config)
+        cache_config = vllm_config.cache_config
+        unit = None
+        if cache_config.prefix_match_unit is None:
+            unit = context.strategies.call(
+                "prefix_match_unit",
+                settings,
+                vllm_config=vllm_config,
+                kv_cache_config=kv_cache_config,
+            )
+        if unit is None:
+            return original(kv_cache_config, vllm_config)
+        who = context.strategies.label("prefix_match_unit", settings)
+        if not isinstance(unit, int) or isinstance(unit, bool) or unit <= 0:
+            raise HybridKVStrategyError(
+                f"{who} must return a positive number of tokens, got {unit!r}"
+            )
+        # vLLM reads the unit from the configuration and checks it. Reset it afterwards, because
+        # the next call would take it for the user's choice.
+        cache_config.prefix_match_unit = unit
+        try:
+            return original(kv_cache_config, vllm_config)
+        except ValueError as error:
+            layers = ", ".join(
+                f"{group.layer_names[0]}: {group.kv_cache_spec.block_size}"
+                for group in kv_cache_config.kv_cache_groups
+                if group.layer_names
+            )
+            raise HybridKVStrategyError(
+                f"{who} returned a match unit of {unit} tokens, which vLLM rejects: {error} "
+                f"(block sizes by first layer of each group: {layers})"
+            ) from error
+        finally:
+            cache_config.prefix_match_unit = None
 
-        return resolve_kv_cache_block_sizes
-
+    target = context.targets["resolve_kv_cache_block_sizes"]
     return Patch(
         "prefix_match_unit",
-        PatchInfo(
-            replaces="resolve_kv_cache_block_sizes",
-            why="only here are the KV groups known, which the choice depends on",
-            upstream="vllm-project/vllm#40696 and #53749 (prompts shorter than a block never hit)",
-            until="vLLM chooses a unit that hits where block sizes are large",
-        ),
-        [Rebinding(context.targets["resolve_kv_cache_block_sizes"], make)],
+        replaces="resolve_kv_cache_block_sizes",
+        why="only here are the KV groups known, which the choice depends on",
+        upstream="vllm-project/vllm#40696 and #53749 (prompts shorter than a block never hit)",
+        until="vLLM chooses a unit that hits where block sizes are large",
+        edits=[Rebinding(target, resolve_kv_cache_block_sizes)],
     )
 
 
@@ -137,13 +117,11 @@ def block_copies_patch(context: Context) -> Patch:
     """Return the patch that copies blocks whole."""
     return Patch(
         "block_copies",
-        PatchInfo(
-            replaces="copy_kv_cache_blocks_inplace, which it calls once per kind of view",
-            why="it copies only the first of several views at one address. A state may be shorter "
-            "than a page of attention, so a prompt that resumes inside a block attends to old "
-            "contents of the copy",
-            upstream="none known",
-            until="it distinguishes the views at one address",
-        ),
-        [Rebinding(context.targets["copy_kv_cache_blocks_inplace"], copy_whole_blocks)],
+        replaces="copy_kv_cache_blocks_inplace, which it calls once per kind of view",
+        why="it copies only the first of several views at one address. A state may be shorter than "
+        "a page of attention, so a prompt that resumes inside a block attends to old contents of "
+        "the copy",
+        upstream="none known",
+        until="it distinguishes the views at one address",
+        edits=[Rebinding(context.targets["copy_kv_cache_blocks_inplace"], copy_whole_blocks)],
     )

@@ -6,12 +6,18 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
-from vllm.config import get_current_vllm_config, get_layers_from_vllm_config
+from vllm.config import (
+    ModelConfig,
+    VllmConfig,
+    get_current_vllm_config,
+    get_layers_from_vllm_config,
+)
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_hybrid_kv.attention.layer_check import (
     built_layers,
@@ -21,14 +27,9 @@ from vllm_hybrid_kv.attention.layer_check import (
 )
 from vllm_hybrid_kv.attention.unsupported import UnsupportedModelError, refuse_model
 from vllm_hybrid_kv.constants import CACHE_DTYPE
-from vllm_hybrid_kv.patches.mechanism import Patch, PatchInfo, Rebinding
+from vllm_hybrid_kv.patches.context import Context
+from vllm_hybrid_kv.patches.mechanism import Patch, Rebinding
 from vllm_hybrid_kv.state import STATE
-
-if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig
-
-    from vllm_hybrid_kv.patches.context import Context
 
 logger = init_logger("vllm.hybrid_kv.attention")
 
@@ -36,41 +37,38 @@ logger = init_logger("vllm.hybrid_kv.attention")
 def boundary_patch(context: Context) -> Patch:
     """Replace vLLM's rule for boundary layers, for engines with a k8v4 cache."""
 
-    def make(original: Any) -> Any:
-        def get_boundary_skip_layers(model_config: ModelConfig, n: int = 2) -> list[str]:
-            if (number := STATE.boundary_layers) is None:
-                layers: list[str] = original(model_config, n)
-                return layers
-            if (refusal := refuse_model(model_config)) is not None:
-                context.stop(UnsupportedModelError(model_config.model, refusal))
-            # As in vLLM's rule, which also refuses hybrid models whose config does not list their
-            # attention layers, and does not use that list.
-            if model_config.is_hybrid:
-                return []
-            owners = cache_owners(model_config.hf_text_config)
-            count = min(number, len(owners) // 2)
-            unquantised = [
-                str(index) for index in [*owners[:count], *owners[len(owners) - count :]]
-            ]
-            if unquantised:
-                logger.info_once(
-                    "boundary_layers=%d: %d of %d attention layers stay unquantised (%s)",
-                    *(number, len(unquantised), len(owners), ", ".join(unquantised)),
-                )
-            return unquantised
-
-        return get_boundary_skip_layers
+    def get_boundary_skip_layers(original: Any, model_config: ModelConfig, n: int = 2) -> Any:
+        if (number := STATE.boundary_layers) is None:
+            return original(model_config, n)
+        if (refusal := refuse_model(model_config)) is not None:
+            context.stop(UnsupportedModelError(model_config.model, refusal))
+        # As in vLLM's rule, which also refuses hybrid models whose config does not list their
+        # attention layers, and does not use that list.
+        if model_config.is_hybrid:
+            return []
+        owners = cache_owners(model_config.hf_text_config)
+        count = min(number, len(owners) // 2)
+        unquantised = list(map(str, [*owners[:count], *owners[len(owners) - count :]]))
+        if unquantised:
+            logger.info_once(
+                "boundary_layers=%d: %d of %d attention layers stay unquantised (%s)",
+                *(number, len(unquantised), len(owners), ", ".join(unquantised)),
+            )
+        return unquantised
 
     return Patch(
         "boundary_layers",
-        PatchInfo(
-            replaces="TurboQuantConfig.get_boundary_skip_layers, for engines with a k8v4 cache",
-            why="vLLM's number is fixed, was chosen for coarser presets, and no option lowers it; "
-            "it counts layers without a cache of their own; it refuses some hybrid models",
-            upstream="vllm-project/vllm#39931 (no boundary layers in hybrid models), #40108",
-            until="vLLM lets users choose it, and counts layers that own a KV cache",
-        ),
-        [Rebinding(context.targets["TurboQuantConfig.get_boundary_skip_layers"], make)],
+        replaces="TurboQuantConfig.get_boundary_skip_layers, for engines with a k8v4 cache",
+        why="vLLM's number is fixed, was chosen for coarser presets, and no option lowers it; "
+        "it counts layers without a cache of their own; it refuses some hybrid models",
+        upstream="vllm-project/vllm#39931 (no boundary layers in hybrid models), #40108",
+        until="vLLM lets users choose it, and counts layers that own a KV cache",
+        edits=[
+            Rebinding(
+                context.targets["TurboQuantConfig.get_boundary_skip_layers"],
+                get_boundary_skip_layers,
+            )
+        ],
     )
 
 
@@ -101,29 +99,22 @@ def _get(config: Any, name: str) -> Any:
 def layer_dtype_patch(context: Context) -> Patch:
     """Give layers that share pages their target's dtype, and skipped layers a fitting backend."""
 
-    def make(original: Any) -> Any:
-        signature = inspect.signature(original)
-
-        def init(self: Any, *args: Any, **kwargs: Any) -> None:
-            call = signature.bind(self, *args, **kwargs)
-            cache_config = call.arguments.get("cache_config")
-            if cache_config is not None and cache_config.cache_dtype == CACHE_DTYPE:
-                _use_target_dtype(call.arguments)
-                _choose_wrapped_backend(self, call.arguments)
-            original(*call.args, **call.kwargs)
-
-        return init
+    def init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+        call = inspect.signature(original).bind(self, *args, **kwargs)
+        cache_config = call.arguments.get("cache_config")
+        if cache_config is not None and cache_config.cache_dtype == CACHE_DTYPE:
+            _use_target_dtype(call.arguments)
+            _choose_wrapped_backend(self, call.arguments)
+        original(*call.args, **call.kwargs)
 
     return Patch(
         "layer_dtypes",
-        PatchInfo(
-            replaces="Attention.__init__, for engines with a k8v4 cache",
-            why="vLLM chooses a layer's cache dtype by its own index, though it may read another "
-            "layer's pages, and the backend of chunked attention without looking at skipped layers",
-            upstream="vllm-project/vllm#40108, #48721",
-            until="a layer with kv_sharing_target_layer_name has its target's cache dtype",
-        ),
-        [Rebinding(context.targets["Attention.__init__"], make)],
+        replaces="Attention.__init__, for engines with a k8v4 cache",
+        why="vLLM chooses a layer's cache dtype by its own index, though it may read another "
+        "layer's pages, and the backend of chunked attention without looking at skipped layers",
+        upstream="vllm-project/vllm#40108, #48721",
+        until="a layer with kv_sharing_target_layer_name has its target's cache dtype",
+        edits=[Rebinding(context.targets["Attention.__init__"], init)],
     )
 
 
@@ -185,25 +176,20 @@ def _choose_wrapped_backend(layer: Any, arguments: dict[str, Any]) -> None:
 def built_model_patch(context: Context) -> Patch:
     """Stop start-up before weights are loaded if a built layer cannot have its cache."""
 
-    def make(original: Any) -> Any:
-        def initialize(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
-            model = original(vllm_config, *args, **kwargs)
-            if vllm_config.cache_config.cache_dtype == CACHE_DTYPE:
-                check_k8v4_layers(_attention_layers(vllm_config))
-            return model
-
-        return initialize
+    def initialize_model(original: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
+        model = original(vllm_config, *args, **kwargs)
+        if vllm_config.cache_config.cache_dtype == CACHE_DTYPE:
+            check_k8v4_layers(_attention_layers(vllm_config))
+        return model
 
     return Patch(
         "built_model",
-        PatchInfo(
-            replaces="initialize_model, for engines with a k8v4 cache",
-            why="vLLM does not check whether a backend can have values of another size than keys, "
-            "nor whether the backend that a model chose itself can read the cache",
-            upstream="none yet",
-            until="vLLM checks every layer's backend against its cache dtype and head sizes",
-        ),
-        [Rebinding(context.targets["initialize_model"], make)],
+        replaces="initialize_model, for engines with a k8v4 cache",
+        why="vLLM does not check whether a backend can have values of another size than keys, "
+        "nor whether the backend that a model chose itself can read the cache",
+        upstream="none yet",
+        until="vLLM checks every layer's backend against its cache dtype and head sizes",
+        edits=[Rebinding(context.targets["initialize_model"], initialize_model)],
     )
 
 
@@ -213,30 +199,31 @@ def layer_pages_patch(context: Context) -> Patch:
     Every executor and both model runners call the patched method with a rank's layers and plan.
     """
 
-    def make(original: Any) -> Any:
-        def initialize(self: Any, kv_cache_configs: list[KVCacheConfig]) -> None:
-            config = self.vllm_config
-            if config.cache_config.cache_dtype != CACHE_DTYPE:
-                original(self, kv_cache_configs)
-                return
-            layers = _attention_layers(config)
-            built = built_layers(layers, config)
-            check_plan(built, kv_cache_configs[self.global_rank].kv_cache_groups)
+    def initialize_from_config(
+        original: Any, self: Any, kv_cache_configs: list[KVCacheConfig]
+    ) -> None:
+        config = self.vllm_config
+        if config.cache_config.cache_dtype != CACHE_DTYPE:
             original(self, kv_cache_configs)
-            check_views(built, {name: layers[name].kv_cache for name in built})
-
-        return initialize
+            return
+        layers = _attention_layers(config)
+        built = built_layers(layers, config)
+        check_plan(built, kv_cache_configs[self.global_rank].kv_cache_groups)
+        original(self, kv_cache_configs)
+        check_views(built, {name: layers[name].kv_cache for name in built})
 
     return Patch(
         "layer_pages",
-        PatchInfo(
-            replaces="WorkerWrapperBase.initialize_from_config",
-            why="vLLM does not compare layers with the pages that they read and write; a layer "
-            "with pages of another layout computes garbage without an error",
-            upstream="vllm-project/vllm#40108, #48721",
-            until="vLLM compares every layer with its KV cache group",
-        ),
-        [Rebinding(context.targets["WorkerWrapperBase.initialize_from_config"], make)],
+        replaces="WorkerWrapperBase.initialize_from_config",
+        why="vLLM does not compare layers with the pages that they read and write; a layer "
+        "with pages of another layout computes garbage without an error",
+        upstream="vllm-project/vllm#40108, #48721",
+        until="vLLM compares every layer with its KV cache group",
+        edits=[
+            Rebinding(
+                context.targets["WorkerWrapperBase.initialize_from_config"], initialize_from_config
+            )
+        ],
     )
 
 

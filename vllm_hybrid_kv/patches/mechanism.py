@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
 import inspect
+import pkgutil
 import sys
 import textwrap
-from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType
 from typing import Any
 
 from vllm_hybrid_kv.errors import HybridKVFingerprintError, HybridKVPatchError
+from vllm_hybrid_kv.version import __version__
 
 CHECKED = " (checked, not patched)"
 """Suffix of the name of a target that the plugin relies on but does not patch."""
@@ -32,36 +33,26 @@ class Target:
     """A function or method of vLLM, and the hash of its supported source.
 
     Attributes:
-        place: `module:function` or `module:Class.method`.
+        module: The module that defines the target.
+        name: The name in the module, `Class.method` for a method.
         source: The hash that `source_hash` returns for the supported source.
     """
 
-    place: str
+    module: str
+    name: str
     source: str
 
     def __str__(self) -> str:
-        return self.place.replace(":", ".")
+        return f"{self.module}.{self.name}"
 
-    @property
-    def module(self) -> str:
-        """The module that defines the target."""
-        return self.place.partition(":")[0]
-
-    @property
-    def name(self) -> str:
-        """The name in the module, `Class.method` for a method."""
-        return self.place.partition(":")[2]
+    def owner(self) -> Any:
+        """Import the module, and return the module or, for a method, the class."""
+        return pkgutil.resolve_name(f"{self.module}:{self.name.rpartition('.')[0]}")
 
     @property
     def attribute(self) -> str:
         """The name in `owner()`."""
         return self.name.rpartition(".")[2]
-
-    def owner(self) -> ModuleType | type:
-        """Import the module, and return the module or, for a method, the class."""
-        module = importlib.import_module(self.module)
-        class_name, _, _ = self.name.rpartition(".")
-        return getattr(module, class_name) if class_name else module
 
     def binding(self) -> Any:
         """Return the value in the owner's namespace, without unwrapping a classmethod."""
@@ -86,12 +77,8 @@ def underlying(binding: Any) -> FunctionType:
     Raises:
         TypeError: The binding is something else.
     """
-    function: Any = binding
-    if isinstance(binding, classmethod | staticmethod):
-        function = binding.__func__
-    elif isinstance(binding, property):
-        function = binding.fget
-    if _is_cached(function):
+    function: Any = binding.fget if isinstance(binding, property) else binding
+    if isinstance(binding, classmethod | staticmethod) or _is_cached(function):
         function = function.__wrapped__
     if not isinstance(function, FunctionType):
         raise TypeError(f"{binding!r} is not a Python function")
@@ -148,91 +135,22 @@ def _is_cached(function: Any) -> bool:
     return hasattr(function, "cache_clear") and hasattr(function, "__wrapped__")
 
 
-class Edit(ABC):
-    """One change to vLLM that can be undone."""
+class Edit:
+    """One change to vLLM that can be undone. `str()` names what is changed."""
 
-    @abstractmethod
     def problems(self) -> list[str]:
         """Return why the edit cannot be applied to this vLLM."""
+        return []
 
-    @abstractmethod
     def apply(self) -> None:
         """Make the change. Called only if there are no problems."""
 
-    @abstractmethod
     def failures(self) -> list[str]:
         """Return why the change is not active in this process; empty if it is active."""
-
-    @abstractmethod
-    def undo(self) -> None:
-        """Undo the change."""
-
-    @abstractmethod
-    def __str__(self) -> str:
-        """Return the name of what is changed."""
-
-
-class Rebinding(Edit):
-    """Replaces a function or a method of vLLM.
-
-    The module's function `apply` replaces all functions in one pass, each in its own module and in
-    every module that imported it by name. A method is replaced in its class, and so in every
-    subclass that inherits it. The replacement of a cached function is also cached, and starts with
-    an empty cache.
-    """
-
-    def __init__(
-        self,
-        target: Target,
-        make: Callable[[Any], Any],
-        used_through: Callable[[], type] | None = None,
-    ) -> None:
-        """Prepare the edit.
-
-        Args:
-            target: The function or method.
-            make: Takes the plain original function and returns its replacement.
-            used_through: Returns the subclass through which vLLM calls an inherited method.
-        """
-        self.target = target
-        self.original: Any = None
-        self.replacement: Any = None
-        self.is_method = "." in target.name
-        self._make = make
-        self._used_through = used_through
-
-    def problems(self) -> list[str]:
-        return self.target.problems()
-
-    def apply(self) -> None:
-        self.original = self.target.binding()
-        function = underlying(self.original)
-        replacement: Any = functools.wraps(function)(self._make(function))
-        if isinstance(self.original, classmethod | staticmethod):
-            replacement = type(self.original)(replacement)
-        elif _is_cached(self.original):
-            replacement = functools.cache(replacement)
-        self.replacement = replacement
-        if self.is_method:
-            setattr(self.target.owner(), self.target.attribute, replacement)
-
-    def failures(self) -> list[str]:
-        if self.target.binding() is not self.replacement:
-            return [f"{self.target} is not the plugin's"]
-        if self._used_through is not None:
-            subclass = self._used_through()
-            method = getattr(subclass, self.target.attribute)
-            if getattr(method, "__func__", method) is not underlying(self.replacement):
-                return [f"{subclass.__qualname__}.{self.target.attribute} is not the plugin's"]
         return []
 
     def undo(self) -> None:
-        """Restore a method. `_undo` restores functions, in every module that has a replacement."""
-        if self.is_method and self.replacement is not None:
-            setattr(self.target.owner(), self.target.attribute, self.original)
-
-    def __str__(self) -> str:
-        return str(self.target)
+        """Undo the change, if it was made."""
 
 
 class UnchangedTarget(Edit):
@@ -252,57 +170,115 @@ class UnchangedTarget(Edit):
         self.original = self.target.binding()
 
     def failures(self) -> list[str]:
-        if self.target.binding() is not self.original:
-            return [f"{self.target} is no longer vLLM's"]
-        return []
+        return self._unless_bound_to(self.original, "vLLM's")
 
-    def undo(self) -> None:
-        """Do nothing: nothing was changed."""
+    def _unless_bound_to(self, expected: Any, whose: str) -> list[str]:
+        binding = self.target.binding()
+        if binding is expected:
+            return []
+        code = getattr(getattr(binding, "__func__", binding), "__code__", None)
+        place = f"{code.co_filename}:{code.co_firstlineno}" if code else repr(binding)
+        return [f"{self.target} is not {whose}, but that of {place}"]
 
     def __str__(self) -> str:
         return f"{self.target}{CHECKED}"
 
 
-@dataclass(frozen=True)
-class PatchInfo:
-    """Why a patch exists, one line each.
+class Rebinding(UnchangedTarget):
+    """Replaces a function or a method of vLLM.
 
-    Attributes:
-        replaces: What the patch replaces.
-        why: Why there is no other way.
-        upstream: Where vLLM discusses or makes a change that replaces the patch.
-        until: When the patch can be removed.
+    `apply` replaces it in its own module or class. `ActivePatches` replaces functions in the
+    modules that imported them by name. The replacement of a cached function is also cached, and
+    starts with an empty cache.
     """
 
-    replaces: str
-    why: str
-    upstream: str
-    until: str
+    def __init__(self, target: Target, around: Callable[..., Any]) -> None:
+        """Prepare the edit.
+
+        Args:
+            target: The function or method.
+            around: Called instead, with the plain original function before the arguments.
+        """
+        super().__init__(target)
+        self.replacement: Any = None
+        self._around = around
+
+    def apply(self) -> None:
+        super().apply()
+        function, around = underlying(self.original), self._around
+
+        @functools.wraps(function)
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            return around(function, *args, **kwargs)
+
+        self.replacement = replacement
+        if isinstance(self.original, classmethod | staticmethod):
+            self.replacement = type(self.original)(replacement)
+        elif _is_cached(self.original):
+            self.replacement = functools.cache(replacement)
+        setattr(self.target.owner(), self.target.attribute, self.replacement)
+
+    def failures(self) -> list[str]:
+        return self._unless_bound_to(self.replacement, "the plugin's")
+
+    def undo(self) -> None:
+        if self.replacement is not None:
+            setattr(self.target.owner(), self.target.attribute, self.original)
+
+    def __str__(self) -> str:
+        return str(self.target)
 
 
 @dataclass(frozen=True)
 class Patch:
-    """The edits that serve one purpose, and why the purpose needs a patch."""
+    """The edits that serve one purpose, and why the purpose needs a patch.
+
+    Attributes:
+        name: The name of the purpose.
+        replaces: What the patch replaces.
+        why: Why there is no other way.
+        upstream: Where vLLM discusses or makes a change that replaces the patch.
+        until: When the patch can be removed.
+        edits: The edits.
+    """
 
     name: str
-    info: PatchInfo
+    replaces: str
+    why: str
+    upstream: str
+    until: str
     edits: Sequence[Edit]
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table of patches: an edit, and why it is not active (empty if it is)."""
-
-    patch: Patch
-    edit: str
-    failures: list[str]
-
-
 class ActivePatches:
-    """The patches that are active in this process."""
+    """The patches of this process."""
 
-    def __init__(self, patches: Sequence[Patch]) -> None:
+    def __init__(self, patches: Iterable[Patch]) -> None:
+        """Apply all patches, or none.
+
+        Raises:
+            HybridKVFingerprintError: A target has another source than the plugin supports. Nothing
+                was changed.
+            HybridKVPatchError: A change had no effect. All changes were undone.
+        """
         self.patches = list(patches)
+        self._edits = [edit for patch in self.patches for edit in patch.edits]
+        problems = [problem for edit in self._edits for problem in edit.problems()]
+        _lines.cache_clear()
+        if problems:
+            raise HybridKVFingerprintError(
+                f"hybrid_kv {__version__} does not support this vLLM: {'; '.join(problems)}. If "
+                "another plugin or a manual change patches vLLM, undo that patch; otherwise "
+                "reinstall vLLM"
+            )
+        try:
+            for edit in self._edits:
+                edit.apply()
+            _replace({id(edit.original): edit.replacement for edit in self._rebindings()})
+            _raise_if_any(failure for edit in self._edits for failure in edit.failures())
+        except BaseException:
+            self.undo()
+            raise
 
     def verify(self) -> None:
         """Check by identity that every edit is active in every module.
@@ -310,100 +286,53 @@ class ActivePatches:
         Raises:
             HybridKVPatchError: An edit is not active; the message lists all such edits.
         """
-        _raise_if_inactive([failure for row in self.table() for failure in row.failures])
+        _raise_if_any(failure for *_, failures in self.table() for failure in failures)
 
-    def table(self) -> list[Row]:
-        """Return one row for every edit of every patch."""
-        edits = {id(edit.original): edit for edit in _functions(_edits(self.patches))}
-        stale: dict[Edit, list[str]] = {}
+    def table(self) -> list[tuple[Patch, str, list[str]]]:
+        """Return for every edit its patch, its name and why it is not active (empty if it is)."""
+        edits = {id(edit.original): edit for edit in self._rebindings()}
+        stale: dict[Edit, list[str]] = defaultdict(list)
         for module, name, value in globals_among(edits):
             edit = edits[id(value)]
-            if f"{module}.{name}" != str(edit.target):
-                stale.setdefault(edit, []).append(f"{module}.{name} still is vLLM's {edit.target}")
+            if f"{module}.{name}" != str(edit):
+                stale[edit].append(f"{module}.{name} still is vLLM's {edit}")
         return [
-            Row(patch, str(edit), [*edit.failures(), *stale.get(edit, ())])
+            (patch, str(edit), [*edit.failures(), *stale[edit]])
             for patch in self.patches
             for edit in patch.edits
         ]
 
     def undo(self) -> None:
         """Undo every edit, the last one first."""
-        _undo(list(_edits(self.patches)))
+        _replace({id(edit.replacement): edit.original for edit in self._rebindings()})
+        for edit in reversed(self._edits):
+            edit.undo()
+
+    def _rebindings(self) -> list[Rebinding]:
+        rebindings = [edit for edit in self._edits if isinstance(edit, Rebinding)]
+        return [edit for edit in rebindings if edit.replacement is not None]
 
 
-def apply(patches: Sequence[Patch]) -> ActivePatches:
-    """Apply all patches, or none.
-
-    Raises:
-        HybridKVFingerprintError: A target has another source than the plugin supports. Nothing
-            was changed.
-        HybridKVPatchError: A change had no effect. All changes were undone.
-    """
-    problems = [problem for edit in _edits(patches) for problem in edit.problems()]
-    _lines.cache_clear()
-    if problems:
-        raise HybridKVFingerprintError("; ".join(problems))
-    started: list[Edit] = []
-    try:
-        for edit in _edits(patches):
-            started.append(edit)
-            edit.apply()
-        replacement_of = {edit.original: edit.replacement for edit in _functions(started)}
-        stale = [
-            f"{module}.{name} still is vLLM's"
-            for module, name in _replace(replacement_of)
-            if getattr(sys.modules[module], name) in replacement_of
-        ]
-        _raise_if_inactive([*stale, *(one for edit in started for one in edit.failures())])
-    except BaseException:
-        _undo(started)
-        raise
-    return ActivePatches(patches)
-
-
-def _raise_if_inactive(failures: Sequence[str]) -> None:
-    if failures:
+def _raise_if_any(failures: Iterable[str]) -> None:
+    if listed := "; ".join(failures):
         raise HybridKVPatchError(
-            f"these functions of vLLM are not patched by hybrid_kv any more: "
-            f"{'; '.join(failures)}. Another plugin may patch the same names; exclude one of the "
-            "two with VLLM_PLUGINS"
+            f"these functions of vLLM are not patched by hybrid_kv any more: {listed}. Another "
+            "plugin may patch the same names; exclude one of the two with VLLM_PLUGINS"
         )
 
 
-def _edits(patches: Iterable[Patch]) -> Iterator[Edit]:
-    return (edit for patch in patches for edit in patch.edits)
-
-
-def _functions(edits: Iterable[Edit]) -> list[Rebinding]:
-    """Return the applied edits of functions."""
-    return [
-        edit
-        for edit in edits
-        if isinstance(edit, Rebinding) and not edit.is_method and edit.replacement is not None
-    ]
-
-
-def _undo(edits: Sequence[Edit]) -> None:
-    _replace({edit.replacement: edit.original for edit in _functions(edits)})
-    for edit in reversed(edits):
-        edit.undo()
-
-
-def _replace(replacement_of: Mapping[Any, Any]) -> list[tuple[str, str]]:
-    """Replace functions in the globals of every module; return the modules and names."""
-    by_id = {id(old): new for old, new in replacement_of.items()}
-    places = list(globals_among(by_id))
-    for module, name, value in places:
-        setattr(sys.modules[module], name, by_id[id(value)])
-    return [(module, name) for module, name, _ in places]
+def _replace(new_by_id: Mapping[int, Any]) -> None:
+    """Replace objects in the globals of every module, given by id."""
+    for module, name, value in list(globals_among(new_by_id)):
+        setattr(sys.modules[module], name, new_by_id[id(value)])
 
 
 # Half of all globals are in these packages, and searching them took half of the time.
 _NEVER_IMPORT_VLLM = ("torch.", "sympy.", "openai.", "networkx.", "numpy.")
 
 
-def globals_among(wanted: Mapping[int, Any]) -> Iterator[tuple[str, str, Any]]:
-    """Yield module, name and value of every module global whose id is a key of `wanted`."""
+def globals_among(wanted: Iterable[int]) -> Iterator[tuple[str, str, Any]]:
+    """Yield module, name and value of every module global whose id is wanted."""
     ids = frozenset(wanted)
     for module_name in list(sys.modules):
         if module_name.startswith(_NEVER_IMPORT_VLLM):

@@ -5,26 +5,23 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.core import kv_cache_utils
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 from vllm_hybrid_kv.constants import CACHE_DTYPE
 from vllm_hybrid_kv.errors import HybridKVError, HybridKVStrategyError
-from vllm_hybrid_kv.patches.mechanism import Patch, PatchInfo, Rebinding
+from vllm_hybrid_kv.patches.context import Context, is_engine_config
+from vllm_hybrid_kv.patches.mechanism import Patch, Rebinding
 from vllm_hybrid_kv.planning.capacity import capacity, check_capacity_groups
 from vllm_hybrid_kv.planning.page_sizes import check_page_sizes
 from vllm_hybrid_kv.planning.warnings import own_grouping, startup_warnings
+from vllm_hybrid_kv.settings import Settings
 from vllm_hybrid_kv.state import STATE
 from vllm_hybrid_kv.transfer.connectors import check_pages
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec
-
-    from vllm_hybrid_kv.patches.context import Context
-    from vllm_hybrid_kv.settings import Settings
 
 logger = init_logger("vllm.hybrid_kv.planning")
 
@@ -32,108 +29,87 @@ logger = init_logger("vllm.hybrid_kv.planning")
 def page_size_patch(context: Context) -> Patch:
     """Let a strategy unify page sizes."""
 
-    def make_groups(original: Any) -> Any:
-        def get_kv_cache_groups(
-            vllm_config: VllmConfig, kv_cache_spec: dict[str, KVCacheSpec]
-        ) -> list[KVCacheGroupSpec]:
-            context.activate_settings(vllm_config)
-            # unify_kv_cache_spec_page_size, which vLLM calls inside, gets the specs alone.
-            STATE.planning_for = vllm_config
-            if _is_engine_config(vllm_config):
-                STATE.planned_layers = vllm_config, dict(kv_cache_spec)
-            try:
-                groups: list[KVCacheGroupSpec] = original(vllm_config, kv_cache_spec)
-            finally:
-                STATE.planning_for = None
-            return groups
+    def get_kv_cache_groups(
+        original: Any, vllm_config: VllmConfig, kv_cache_spec: dict[str, KVCacheSpec]
+    ) -> Any:
+        context.activate_settings(vllm_config)
+        # unify_kv_cache_spec_page_size, which vLLM calls inside, gets the specs alone.
+        STATE.planning_for = vllm_config
+        if is_engine_config(vllm_config):
+            STATE.planned_layers = vllm_config, dict(kv_cache_spec)
+        try:
+            return original(vllm_config, kv_cache_spec)
+        finally:
+            STATE.planning_for = None
 
-        return get_kv_cache_groups
-
-    def make_unify(original: Any) -> Any:
-        def unify_kv_cache_spec_page_size(
-            kv_cache_spec: dict[str, KVCacheSpec],
-        ) -> dict[str, KVCacheSpec]:
-            settings = STATE.settings
-            before = dict(kv_cache_spec)
-            unified: dict[str, KVCacheSpec] | None = context.strategies.call(
-                "unify_page_sizes",
-                settings,
-                vllm_config=STATE.planning_for,
-                kv_cache_spec=kv_cache_spec,
-                stock=original,
-            )
-            if unified is None:
-                unified = original(kv_cache_spec)
-            check_page_sizes(
-                before, unified, context.strategies.label("unify_page_sizes", settings)
-            )
-            return unified
-
-        return unify_kv_cache_spec_page_size
+    def unify_kv_cache_spec_page_size(
+        original: Any, kv_cache_spec: dict[str, KVCacheSpec]
+    ) -> dict[str, KVCacheSpec]:
+        settings = STATE.settings
+        before = dict(kv_cache_spec)
+        unified: dict[str, KVCacheSpec] | None = context.strategies.call(
+            "unify_page_sizes",
+            settings,
+            vllm_config=STATE.planning_for,
+            kv_cache_spec=kv_cache_spec,
+            stock=original,
+        )
+        if unified is None:
+            unified = original(kv_cache_spec)
+        check_page_sizes(before, unified, context.strategies.label("unify_page_sizes", settings))
+        return unified
 
     return Patch(
         "page_sizes",
-        PatchInfo(
-            replaces="unify_kv_cache_spec_page_size, and get_kv_cache_groups around it",
-            why="grouping calls it by name; 0.33's KVCacheConfigBuilder replaces all of grouping",
-            upstream="vllm-project/vllm#40128 (pages that do not divide)",
-            until="the rule can be chosen, or pads no more than needed",
-        ),
-        [
-            Rebinding(context.targets["get_kv_cache_groups"], make_groups),
-            Rebinding(context.targets["unify_kv_cache_spec_page_size"], make_unify),
+        replaces="unify_kv_cache_spec_page_size, and get_kv_cache_groups around it",
+        why="grouping calls it by name; 0.33's KVCacheConfigBuilder replaces all of grouping",
+        upstream="vllm-project/vllm#40128 (pages that do not divide)",
+        until="the rule can be chosen, or pads no more than needed",
+        edits=[
+            Rebinding(context.targets["get_kv_cache_groups"], get_kv_cache_groups),
+            Rebinding(
+                context.targets["unify_kv_cache_spec_page_size"], unify_kv_cache_spec_page_size
+            ),
         ],
     )
-
-
-def _is_engine_config(vllm_config: object) -> bool:
-    """Return whether an engine starts; other callers of vLLM's planning may pass anything."""
-    from vllm.config import VllmConfig
-
-    return isinstance(vllm_config, VllmConfig)
 
 
 def capacity_patch(context: Context) -> Patch:
     """Let a strategy choose the groups that the reported token capacity counts."""
 
-    def make(original: Any) -> Any:
-        def get_kv_cache_capacity(
-            vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
-        ) -> tuple[int, float]:
-            settings = context.activate_settings(vllm_config)
-            tokens, concurrency = original(vllm_config, kv_cache_config)
-            # The engine core calls this once, as soon as the plan is made.
-            if _is_engine_config(vllm_config):
-                check_pages(vllm_config, kv_cache_config, settings.boundary_layers)
-            groups = context.strategies.call(
-                "token_capacity_groups",
-                settings,
-                vllm_config=vllm_config,
-                kv_cache_config=kv_cache_config,
-            )
-            if groups is not None:
-                who = context.strategies.label("token_capacity_groups", settings)
-                check_capacity_groups(kv_cache_config, groups, who)
-                if len(groups) < len(kv_cache_config.kv_cache_groups):
-                    # Concurrency still counts all groups: a request needs blocks of each.
-                    tokens, _ = original(
-                        vllm_config, replace(kv_cache_config, kv_cache_groups=list(groups))
-                    )
-            if _is_engine_config(vllm_config):
-                _report(vllm_config, kv_cache_config, settings, tokens)
-            return tokens, concurrency
-
-        return get_kv_cache_capacity
+    def get_kv_cache_capacity(
+        original: Any, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+    ) -> tuple[int, float]:
+        settings = context.activate_settings(vllm_config)
+        tokens, concurrency = original(vllm_config, kv_cache_config)
+        # The engine core calls this once, as soon as the plan is made.
+        if is_engine_config(vllm_config):
+            check_pages(vllm_config, kv_cache_config, settings.boundary_layers)
+        groups = context.strategies.call(
+            "token_capacity_groups",
+            settings,
+            vllm_config=vllm_config,
+            kv_cache_config=kv_cache_config,
+        )
+        if groups is not None:
+            who = context.strategies.label("token_capacity_groups", settings)
+            check_capacity_groups(kv_cache_config, groups, who)
+            if len(groups) < len(kv_cache_config.kv_cache_groups):
+                # Concurrency still counts all groups: a request needs blocks of each.
+                tokens, _ = original(
+                    vllm_config, replace(kv_cache_config, kv_cache_groups=list(groups))
+                )
+        if is_engine_config(vllm_config):
+            _report(vllm_config, kv_cache_config, settings, tokens)
+        return tokens, concurrency
 
     return Patch(
         "token_capacity",
-        PatchInfo(
-            replaces="get_kv_cache_capacity",
-            why="it counts a fixed set of groups, and is the first call that gets the whole plan",
-            upstream="vllm-project/vllm#40384 and #40417 (groups that do not grow)",
-            until="vLLM reports the tokens that fit, not those of requests of the longest length",
-        ),
-        [Rebinding(context.targets["get_kv_cache_capacity"], make)],
+        replaces="get_kv_cache_capacity",
+        why="it counts a fixed set of groups, and is the first call that gets the whole plan",
+        upstream="vllm-project/vllm#40384 and #40417 (groups that do not grow)",
+        until="vLLM reports the tokens that fit, not those of requests of the longest length",
+        edits=[Rebinding(context.targets["get_kv_cache_capacity"], get_kv_cache_capacity)],
     )
 
 
@@ -177,44 +153,38 @@ def block_alignment_patch(context: Context) -> Patch:
     strategy of the plugin does not need that, and cannot undo it, because blocks only grow.
     """
 
-    def make_hybrid(original: Any) -> Any:
-        def align_hybrid(cls: type, vllm_config: VllmConfig, backend_cls: type) -> None:
-            if not _strategy_unifies(vllm_config):
-                original(cls, vllm_config, backend_cls)
-                return
-            cache = vllm_config.cache_config
-            skipped = cache.kv_cache_dtype_skip_layers
-            # Align blocks of states as with an unquantised cache. The unquantised layers have the
-            # largest page of a block, so a page of every layer then covers a state.
-            cache.cache_dtype, cache.kv_cache_dtype_skip_layers = "auto", []
-            try:
-                original(cls, vllm_config, backend_cls)
-            finally:
-                cache.cache_dtype, cache.kv_cache_dtype_skip_layers = CACHE_DTYPE, skipped
+    def align_hybrid(original: Any, cls: type, vllm_config: VllmConfig, backend_cls: type) -> None:
+        if not _strategy_unifies(vllm_config):
+            original(cls, vllm_config, backend_cls)
+            return
+        cache = vllm_config.cache_config
+        skipped = cache.kv_cache_dtype_skip_layers
+        # Align blocks of states as with an unquantised cache. The unquantised layers have the
+        # largest page of a block, so a page of every layer then covers a state.
+        cache.cache_dtype, cache.kv_cache_dtype_skip_layers = "auto", []
+        try:
+            original(cls, vllm_config, backend_cls)
+        finally:
+            cache.cache_dtype, cache.kv_cache_dtype_skip_layers = CACHE_DTYPE, skipped
 
-        return align_hybrid
-
-    def make_heterogeneous(original: Any) -> Any:
-        def align_heterogeneous(cls: type, vllm_config: VllmConfig, backend_cls: type) -> None:
-            if not _strategy_unifies(vllm_config):
-                original(cls, vllm_config, backend_cls)
-
-        return align_heterogeneous
+    def align_heterogeneous(
+        original: Any, cls: type, vllm_config: VllmConfig, backend_cls: type
+    ) -> None:
+        if not _strategy_unifies(vllm_config):
+            original(cls, vllm_config, backend_cls)
 
     targets = context.targets
     return Patch(
         "block_alignment",
-        PatchInfo(
-            replaces="Platform._align_hybrid_block_size and _align_heterogeneous_kv_block_size, "
-            "for k8v4 engines with unquantised layers",
-            why="the first makes states 16 tokens long, which turns prefix caching off for most "
-            "prompts; the second pads unquantised layers to a block of the quantised ones",
-            upstream="none known",
-            until="vLLM leaves page sizes of several cache dtypes to their unification",
-        ),
-        [
-            Rebinding(targets["Platform._align_hybrid_block_size"], make_hybrid),
-            Rebinding(targets["Platform._align_heterogeneous_kv_block_size"], make_heterogeneous),
+        replaces="Platform._align_hybrid_block_size and _align_heterogeneous_kv_block_size, "
+        "for k8v4 engines with unquantised layers",
+        why="the first makes states 16 tokens long, which turns prefix caching off for most "
+        "prompts; the second pads unquantised layers to a block of the quantised ones",
+        upstream="none known",
+        until="vLLM leaves page sizes of several cache dtypes to their unification",
+        edits=[
+            Rebinding(targets["Platform._align_hybrid_block_size"], align_hybrid),
+            Rebinding(targets["Platform._align_heterogeneous_kv_block_size"], align_heterogeneous),
         ],
     )
 
@@ -233,42 +203,37 @@ def state_blocks_patch(context: Context) -> Patch:
     `vllm-hybrid-kv plan` calls the same method, so that it gives the same error.
     """
 
-    def make(original: Any) -> Any:
-        signature = inspect.signature(original)
-
-        def resolve_cudagraph_mode_and_sizes(self: Any, *args: Any, **kwargs: Any) -> Any:
-            call = signature.bind(self, *args, **kwargs)
-            call.apply_defaults()
-            requests, plan = call.arguments["max_num_reqs"], call.arguments["kv_cache_config"]
-            # vLLM uses it only for the check that is replaced.
-            call.arguments["max_num_reqs"] = None
-            mode = original(*call.args, **call.kwargs)
-            if (
-                requests is not None
-                and plan is not None
-                and plan.has_mamba_layers
-                and not call.arguments["is_profiling"]
-                and mode.has_full_cudagraphs()
-                and requests > plan.num_blocks
-            ):
-                raise HybridKVError(
-                    f"max_num_seqs ({requests}) exceeds available Mamba cache blocks "
-                    f"({plan.num_blocks}): with full CUDA graphs every request in decode needs one "
-                    f"for its states. Pass --max-num-seqs {plan.num_blocks}, or give the KV cache "
-                    "more memory (gpu_memory_utilization)"
-                )
-            return mode
-
-        return resolve_cudagraph_mode_and_sizes
+    def resolve_cudagraph_mode_and_sizes(
+        original: Any, self: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        call = inspect.signature(original).bind(self, *args, **kwargs)
+        call.apply_defaults()
+        requests, plan = call.arguments["max_num_reqs"], call.arguments["kv_cache_config"]
+        # vLLM uses it only for the check that is replaced.
+        call.arguments["max_num_reqs"] = None
+        mode = original(*call.args, **call.kwargs)
+        if (
+            requests is not None
+            and plan is not None
+            and plan.has_mamba_layers
+            and not call.arguments["is_profiling"]
+            and mode.has_full_cudagraphs()
+            and requests > plan.num_blocks
+        ):
+            raise HybridKVError(
+                f"max_num_seqs ({requests}) exceeds available Mamba cache blocks "
+                f"({plan.num_blocks}): with full CUDA graphs every request in decode needs one "
+                f"for its states. Pass --max-num-seqs {plan.num_blocks}, or give the KV cache "
+                "more memory (gpu_memory_utilization)"
+            )
+        return mode
 
     target = context.targets["CompilationConfig.resolve_cudagraph_mode_and_sizes"]
     return Patch(
         "state_blocks",
-        PatchInfo(
-            replaces="CompilationConfig.resolve_cudagraph_mode_and_sizes",
-            why="vLLM's message names no option, and `plan` has to give a server's error",
-            upstream="vllm-project/vllm#34094",
-            until="vLLM names the option and its value",
-        ),
-        [Rebinding(target, make)],
+        replaces="CompilationConfig.resolve_cudagraph_mode_and_sizes",
+        why="vLLM's message names no option, and `plan` has to give a server's error",
+        upstream="vllm-project/vllm#34094",
+        until="vLLM names the option and its value",
+        edits=[Rebinding(target, resolve_cudagraph_mode_and_sizes)],
     )

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from vllm_hybrid_kv.patches.mechanism import Patch, PatchInfo, Rebinding
-
-if TYPE_CHECKING:
-    from vllm_hybrid_kv.patches.context import Context
+from vllm_hybrid_kv.patches.context import Context
+from vllm_hybrid_kv.patches.mechanism import Patch, Rebinding
 
 
 class RewindableGenerator(torch.Generator):
@@ -38,28 +36,22 @@ class RewindableGenerator(torch.Generator):
 def seeded_sampling_patch(context: Context) -> Patch:
     """Keep a seeded request with a chunked prompt from ending a CPU engine."""
 
-    def make(original: Any) -> Any:
-        def add_request(self: Any, request: Any) -> int:
-            generator = request.generator
-            if generator is not None and generator.device.type == "cpu":
-                if not isinstance(generator, RewindableGenerator):
-                    rewindable = RewindableGenerator(device="cpu")
-                    rewindable.set_state(generator.get_state())
-                    request.generator = generator = rewindable
-                generator.join_batch()
-            index: int = original(self, request)
-            return index
-
-        return add_request
+    def add_request(original: Any, self: Any, request: Any) -> Any:
+        generator = request.generator
+        if generator is not None and generator.device.type == "cpu":
+            if not isinstance(generator, RewindableGenerator):
+                rewindable = RewindableGenerator(device="cpu")
+                rewindable.set_state(generator.get_state())
+                request.generator = generator = rewindable
+            generator.join_batch()
+        return original(self, request)
 
     return Patch(
         "seeded_sampling",
-        PatchInfo(
-            replaces="InputBatch.add_request",
-            why="after a chunk of a prompt the runner rewinds a request's generator by its offset, "
-            "which CPU generators do not have: the error ends the engine for all requests",
-            upstream="none known",
-            until="vLLM's model runner rewinds CPU generators",
-        ),
-        [Rebinding(context.targets["InputBatch.add_request"], make)],
+        replaces="InputBatch.add_request",
+        why="after a chunk of a prompt the runner rewinds a request's generator by its offset, "
+        "which CPU generators do not have: the error ends the engine for all requests",
+        upstream="none known",
+        until="vLLM's model runner rewinds CPU generators",
+        edits=[Rebinding(context.targets["InputBatch.add_request"], add_request)],
     )

@@ -16,23 +16,38 @@ import os
 import secrets
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_hybrid_kv.errors import HybridKVError
-from vllm_hybrid_kv.patches.mechanism import Edit, Patch, PatchInfo, Rebinding
-
-if TYPE_CHECKING:
-    from vllm_hybrid_kv.patches.context import Context
+from vllm_hybrid_kv.patches.context import Context
+from vllm_hybrid_kv.patches.mechanism import Edit, Patch, Rebinding
 
 VARIABLE = "HYBRID_KV_REFUSAL"
 """The environment variable with the file's name. It is not a setting."""
 
 
-class RefusalHandler(logging.Handler):
-    """Writes a refusal that vLLM logs in a process of an engine to the file of `VARIABLE`."""
+class RefusalHandler(logging.Handler, Edit):
+    """Writes a refusal that vLLM logs in a process of an engine to the file of `VARIABLE`.
+
+    The process that the user started names the file. If the handler is removed, users still see
+    vLLM's own message.
+    """
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
+
+    def apply(self) -> None:
+        if multiprocessing.parent_process() is None:
+            name = f"vllm-hybrid-kv-refusal-{os.getpid()}-{secrets.token_hex(8)}"
+            os.environ[VARIABLE] = str(Path(tempfile.gettempdir()) / name)
+            atexit.register(forget)
+        logging.getLogger("vllm").addHandler(self)
+
+    def undo(self) -> None:
+        logging.getLogger("vllm").removeHandler(self)
+
+    def __str__(self) -> str:
+        return "the logger vllm (a handler is added)"
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write the message if the logged exception is a refusal or was caused by one."""
@@ -48,58 +63,26 @@ class RefusalHandler(logging.Handler):
             self.handleError(record)
 
 
-class RecordRefusals(Edit):
-    """Adds the handler to vLLM's logger. The process that the user started names the file."""
-
-    def __init__(self) -> None:
-        self._handler = RefusalHandler()
-
-    def problems(self) -> list[str]:
-        return []
-
-    def apply(self) -> None:
-        if multiprocessing.parent_process() is None:
-            name = f"vllm-hybrid-kv-refusal-{os.getpid()}-{secrets.token_hex(8)}"
-            os.environ[VARIABLE] = str(Path(tempfile.gettempdir()) / name)
-            atexit.register(forget)
-        logging.getLogger("vllm").addHandler(self._handler)
-
-    def failures(self) -> list[str]:
-        """Return nothing, because without the handler users still see vLLM's own message."""
-        return []
-
-    def undo(self) -> None:
-        logging.getLogger("vllm").removeHandler(self._handler)
-
-    def __str__(self) -> str:
-        return "the logger vllm (a handler is added)"
-
-
 def startup_patch(context: Context) -> Patch:
     """Re-raise a refusal of another process in the process that the user started."""
 
-    def make(original: Any) -> Any:
-        def wait_for_engine_startup(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return original(*args, **kwargs)
-            except RuntimeError:
-                if refusal := _take_refusal():
-                    context.stop(HybridKVError(refusal))
-                raise
-
-        return wait_for_engine_startup
+    def wait_for_engine_startup(original: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        except RuntimeError:
+            if refusal := _take_refusal():
+                context.stop(HybridKVError(refusal))
+            raise
 
     return Patch(
         "startup",
-        PatchInfo(
-            replaces="wait_for_engine_startup; adds a handler to the logger vllm",
-            why="vLLM ends with 'Engine core initialization failed', far below the reason",
-            upstream="none",
-            until="vLLM passes the reason to the process that the user started",
-        ),
-        [
-            Rebinding(context.targets["wait_for_engine_startup"], make),
-            RecordRefusals(),
+        replaces="wait_for_engine_startup; adds a handler to the logger vllm",
+        why="vLLM ends with 'Engine core initialization failed', far below the reason",
+        upstream="none",
+        until="vLLM passes the reason to the process that the user started",
+        edits=[
+            Rebinding(context.targets["wait_for_engine_startup"], wait_for_engine_startup),
+            RefusalHandler(),
         ],
     )
 

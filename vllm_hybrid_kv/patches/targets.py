@@ -154,7 +154,7 @@ def targets_of(minor: str, table: Table = PATCHED) -> dict[str, Target]:
     """
     column = MINORS.index(minor)
     return {
-        name: Target(f"{module}:{name}", source)
+        name: Target(module, name, source)
         for module, functions in table.items()
         for name, hashes in functions.items()
         if (source := hashes[column]) is not None

@@ -4,23 +4,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vllm_hybrid_kv.patches.mechanism import Patch, PatchInfo, Rebinding
-from vllm_hybrid_kv.transfer.connectors import make_example_connector
+from vllm_hybrid_kv.patches.context import Context
+from vllm_hybrid_kv.patches.mechanism import Patch, Rebinding
+from vllm_hybrid_kv.transfer.connectors import init_example_connector
 from vllm_hybrid_kv.transfer.fingerprint import marked
 
-if TYPE_CHECKING:
-    from vllm_hybrid_kv.patches.context import Context
 
-
-def _make_marked(original: Any) -> Any:
-    """Return a function that appends the fingerprint to the original's text."""
-
-    def with_fingerprint(*args: Any, **kwargs: Any) -> str:
-        return marked(original(*args, **kwargs))
-
-    return with_fingerprint
+def _append_fingerprint(original: Any, *args: Any, **kwargs: Any) -> str:
+    return marked(original(*args, **kwargs))
 
 
 def handshake_patch(context: Context) -> Patch:
@@ -31,14 +24,12 @@ def handshake_patch(context: Context) -> Patch:
     """
     return Patch(
         "handshake",
-        PatchInfo(
-            replaces="compute_nixl_compatibility_hash, to whose result it adds the fingerprint",
-            why="it hashes the cache dtype and the backend's name, which are the same for vLLM's "
-            "own TurboQuant, whose pages are different",
-            upstream="none known",
-            until="backends can describe the pages that they write",
-        ),
-        [Rebinding(context.targets["compute_nixl_compatibility_hash"], _make_marked)],
+        replaces="compute_nixl_compatibility_hash, to whose result it adds the fingerprint",
+        why="it hashes the cache dtype and the backend's name, which are the same for vLLM's "
+        "own TurboQuant, whose pages are different",
+        upstream="none known",
+        until="backends can describe the pages that they write",
+        edits=[Rebinding(context.targets["compute_nixl_compatibility_hash"], _append_fingerprint)],
     )
 
 
@@ -49,28 +40,23 @@ def stored_pages_patch(context: Context) -> Patch:
     the folder of ExampleConnector.
     """
 
-    def make_config(original: Any) -> Any:
-        def build_offloading_config(*args: Any, **kwargs: Any) -> Any:
-            config = original(*args, **kwargs)
-            model = replace(config.model, dtype=marked(config.model.dtype))
-            return replace(config, model=model)
-
-        return build_offloading_config
+    def build_offloading_config(original: Any, *args: Any, **kwargs: Any) -> Any:
+        config = original(*args, **kwargs)
+        model = replace(config.model, dtype=marked(config.model.dtype))
+        return replace(config, model=model)
 
     targets = context.targets
     return Patch(
         "stored_pages",
-        PatchInfo(
-            replaces="resolve_none_hash_seed and build_offloading_config, to which it adds the "
-            "fingerprint, and ExampleConnector.__init__, whose folder it replaces by a subfolder",
-            why="blocks are looked up by their tokens, and stores are named by the cache dtype: a "
-            "server without the plugin would read pages in another format",
-            upstream="none known",
-            until="backends can describe the pages that they write",
-        ),
-        [
-            Rebinding(targets["resolve_none_hash_seed"], _make_marked),
-            Rebinding(targets["build_offloading_config"], make_config),
-            Rebinding(targets["ExampleConnector.__init__"], make_example_connector),
+        replaces="resolve_none_hash_seed and build_offloading_config, to which it adds the "
+        "fingerprint, and ExampleConnector.__init__, whose folder it replaces by a subfolder",
+        why="blocks are looked up by their tokens, and stores are named by the cache dtype: a "
+        "server without the plugin would read pages in another format",
+        upstream="none known",
+        until="backends can describe the pages that they write",
+        edits=[
+            Rebinding(targets["resolve_none_hash_seed"], _append_fingerprint),
+            Rebinding(targets["build_offloading_config"], build_offloading_config),
+            Rebinding(targets["ExampleConnector.__init__"], init_example_connector),
         ],
     )

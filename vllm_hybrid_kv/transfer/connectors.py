@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,6 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, iter_layer_
 
 from vllm_hybrid_kv.constants import CACHE_DTYPE
 from vllm_hybrid_kv.errors import HybridKVError
-from vllm_hybrid_kv.state import STATE
 from vllm_hybrid_kv.transfer.fingerprint import PageFingerprint, fingerprint_of
 
 if TYPE_CHECKING:
@@ -55,9 +54,6 @@ REFUSED = {
 }
 """vLLM's other connectors, and why they cannot carry k8v4 pages."""
 
-WITHOUT_PAGES = ("ExampleHiddenStatesConnector",)
-"""Connectors that carry hidden states and no pages."""
-
 MANIFEST = "hybrid_kv.json"
 """File with the fingerprint's fields, next to stored pages."""
 
@@ -71,7 +67,7 @@ def check_connectors(vllm_config: VllmConfig, *, on_cpu: bool) -> None:
     Raises:
         HybridKVError: A connector cannot. The message says why, and which connectors can.
     """
-    for name, module, extra in _connectors(vllm_config):
+    for name, module, options in _connectors(vllm_config):
         if module:
             logger.warning_once(
                 "The KV connector %s of %s is not known to support %s pages. Use it only if it "
@@ -80,10 +76,25 @@ def check_connectors(vllm_config: VllmConfig, *, on_cpu: bool) -> None:
                 module,
                 CACHE_DTYPE,
             )
-        elif (reason := _refusal(name, extra, on_cpu=on_cpu)) is not None:
-            raise HybridKVError(
-                f"the KV connector {name} cannot carry {CACHE_DTYPE} pages: {reason}"
+            continue
+        if name in REFUSED:
+            reason = (
+                f"{REFUSED[name]}. Use one of {', '.join(SUPPORTED)}, or serve the model with "
+                "--kv-cache-dtype auto"
             )
+        elif name in HANDSHAKE and options.get("enforce_handshake_compat", True) is not True:
+            reason = (
+                "enforce_handshake_compat is off, so it would not check a peer's page format. "
+                "Remove enforce_handshake_compat from its options"
+            )
+        elif on_cpu and name in GPU_ONLY and not options.get("spec_module_path"):
+            reason = (
+                "it copies between a GPU and host memory, and this is a CPU. Remove the connector, "
+                "because the cache is in host memory already"
+            )
+        else:
+            continue
+        raise HybridKVError(f"the KV connector {name} cannot carry {CACHE_DTYPE} pages: {reason}")
 
 
 def check_pages(
@@ -99,11 +110,10 @@ def check_pages(
         HybridKVError: A page is padded. The message names the layer, its bytes and what to set.
     """
     name = next((name for name, *_ in _connectors(vllm_config) if name in HANDSHAKE), None)
-    if name is None:
-        return
-    # A single layer has its own memory.
-    groups = [group for group in kv_cache_config.kv_cache_groups if len(group.layer_names) > 1]
-    for group in groups:
+    for group in kv_cache_config.kv_cache_groups:
+        # A single layer has its own memory.
+        if name is None or len(group.layer_names) == 1:
+            continue
         for spec in iter_layer_specs(group.kv_cache_spec):
             if isinstance(spec, AttentionSpec) and spec.real_page_size_bytes < spec.page_size_bytes:
                 advice = "serve the model with --kv-cache-dtype auto"
@@ -124,91 +134,47 @@ def _connectors(vllm_config: VllmConfig) -> Iterator[tuple[str, str | None, Mapp
     transfer = vllm_config.kv_transfer_config
     if vllm_config.cache_config.cache_dtype != CACHE_DTYPE or transfer is None:
         return
-    if transfer.kv_connector is None:
-        return
     options = transfer.kv_connector_extra_config or {}
-    if transfer.kv_connector != "MultiConnector":
+    if transfer.kv_connector == "MultiConnector":
+        for child in options.get("connectors", []):
+            extra = child.get("kv_connector_extra_config") or {}
+            yield str(child.get("kv_connector")), child.get("kv_connector_module_path"), extra
+    elif transfer.kv_connector is not None:
         yield transfer.kv_connector, transfer.kv_connector_module_path, options
-        return
-    for child in options.get("connectors", []):
-        extra = child.get("kv_connector_extra_config") or {}
-        yield str(child.get("kv_connector")), child.get("kv_connector_module_path"), extra
 
 
-def _refusal(name: str, extra: Mapping[str, Any], *, on_cpu: bool) -> str | None:
-    """Return why a connector is refused and what to do, or None."""
-    if name in REFUSED:
-        connectors = ", ".join(SUPPORTED)
-        return (
-            f"{REFUSED[name]}. Use one of {connectors}, or serve the model with "
-            "--kv-cache-dtype auto"
-        )
-    if name in HANDSHAKE and extra.get("enforce_handshake_compat", True) is not True:
-        return (
-            "enforce_handshake_compat is off, so it would not check a peer's page format. Remove "
-            "enforce_handshake_compat from its options"
-        )
-    if on_cpu and name in GPU_ONLY and not extra.get("spec_module_path"):
-        return (
-            "it copies between a GPU and host memory, and this is a CPU. Remove the connector, "
-            "because the cache is in host memory already"
-        )
-    return None
-
-
-def make_example_connector(original: Any) -> Any:
-    """Return an `ExampleConnector.__init__` that gives k8v4 pages their own folder.
+def init_example_connector(
+    original: Any, self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any
+) -> None:
+    """Give k8v4 pages their own folder in `ExampleConnector.__init__`, the original.
 
     ExampleConnector stores a prompt's pages in a folder named after the prompt's tokens. With k8v4
     pages these folders are inside a folder named after the fingerprint and the rank. Engines with
     other pages do not read that folder.
     """
-
-    def init(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
-        original(self, vllm_config, *args, **kwargs)
-        fingerprint = fingerprint_of(vllm_config)
-        if fingerprint is not None:
-            parallel = vllm_config.parallel_config
-            store = open_store(Path(self._storage_path), fingerprint)
-            # The scheduler's connector has rank 0: it looks for the pages of the first process.
-            self._storage_path = str(store / f"{parallel.rank}of{parallel.world_size}")
-
-    return init
+    original(self, vllm_config, *args, **kwargs)
+    fingerprint = fingerprint_of(vllm_config)
+    if fingerprint is not None:
+        parallel = vllm_config.parallel_config
+        store = open_store(Path(self._storage_path), fingerprint)
+        # The scheduler's connector has rank 0: it looks for the pages of the first process.
+        self._storage_path = str(store / f"{parallel.rank}of{parallel.world_size}")
 
 
 def open_store(root: Path, fingerprint: PageFingerprint) -> Path:
-    """Return an engine's folder in a shared store, and log once which other pages it holds."""
+    """Return an engine's folder in a shared store, and warn once of other pages in the store."""
     own = root / f"{PREFIX}{fingerprint.digest}"
-    if own not in STATE.opened_stores:
-        own.mkdir(parents=True, exist_ok=True)
-        _write(own / MANIFEST, fingerprint)
-        STATE.opened_stores.add(own)
-        for words in _others(root, fingerprint):
-            logger.warning(
-                "%s holds pages that this engine does not read: %s. This engine uses: %s. Delete "
-                "the other pages, or use another folder",
-                root,
-                words,
-                fingerprint,
-            )
-    return own
-
-
-def _others(root: Path, fingerprint: PageFingerprint) -> Iterator[str]:
-    for manifest in sorted(root.glob(f"{PREFIX}*/{MANIFEST}")):
-        try:
-            words = str(json.loads(manifest.read_text())["words"])
-        except (OSError, ValueError, KeyError, TypeError):
-            words = f"unknown, because {manifest} cannot be read"
-        if words != str(fingerprint):
-            yield words
-
-
-def _write(manifest: Path, fingerprint: PageFingerprint) -> None:
-    if manifest.exists():
-        return
+    own.mkdir(parents=True, exist_ok=True)
     # Atomic, because another process may read it at any time.
-    handle, name = tempfile.mkstemp(dir=manifest.parent, prefix=".manifest-")
-    with os.fdopen(handle, "w") as file:
-        json.dump(fingerprint.fields(), file, indent=1)
-    os.replace(name, manifest)
+    part = own / f".{MANIFEST}-{os.getpid()}"
+    part.write_text(json.dumps({**asdict(fingerprint), "words": str(fingerprint)}, indent=1))
+    part.replace(own / MANIFEST)
+    if others := [str(path) for path in root.glob(f"{PREFIX}*/{MANIFEST}") if path.parent != own]:
+        logger.warning_once(
+            "%s holds pages that this engine does not read, described in %s. Delete them, or use "
+            "another folder. This engine uses: %s",
+            str(root),
+            ", ".join(sorted(others)),
+            str(fingerprint),
+        )
+    return own

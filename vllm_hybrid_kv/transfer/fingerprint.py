@@ -10,11 +10,12 @@ their error messages name both sides.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm_hybrid_kv.constants import CACHE_DTYPE
 from vllm_hybrid_kv.kernels import k8v4
+from vllm_hybrid_kv.settings import INTERPRETER
 from vllm_hybrid_kv.state import STATE
 from vllm_hybrid_kv.version import __version__
 
@@ -59,10 +60,6 @@ class PageFingerprint:
         """The first 16 hex digits of the SHA-256 of the words; names a folder."""
         return hashlib.sha256(str(self).encode()).hexdigest()[:16]
 
-    def fields(self) -> dict[str, str | int]:
-        """Return the content of the manifest next to stored pages."""
-        return {**asdict(self), "words": str(self)}
-
 
 def fingerprint_of(vllm_config: VllmConfig) -> PageFingerprint | None:
     """Return the fingerprint of an engine's pages; None without a k8v4 cache.
@@ -76,7 +73,7 @@ def fingerprint_of(vllm_config: VllmConfig) -> PageFingerprint | None:
 
     head_size = model.get_head_size()
     # The same choice as `attention.kernel_factory.kernels_for`, which needs a tensor's device.
-    on_cpu = current_platform.is_cpu() and not STATE.settings.runs_triton_interpreter
+    on_cpu = current_platform.is_cpu() and STATE.settings.cpu_isa != INTERPRETER
     layout = k8v4.cpu_layout(head_size) if on_cpu else k8v4.Layout.LINEAR
     return PageFingerprint(
         plugin=__version__,

@@ -58,8 +58,8 @@ def caller(load, definer):
 
 def targets(definer):
     return [
-        Target("vllm.definer:function", source_hash(definer.function)),
-        Target("vllm.definer:Owner.method", source_hash(definer.Owner.method.__func__)),
+        Target("vllm.definer", "function", source_hash(definer.function)),
+        Target("vllm.definer", "Owner.method", source_hash(definer.Owner.method.__func__)),
     ]
 
 
@@ -105,7 +105,7 @@ def test_a_replacement_is_foreign_by_the_module_that_defines_it(replace, modules
 
 def test_a_target_that_is_missing_makes_no_place_of_every_global_that_is_none(load, caller):
     caller.empty = None
-    places = Places([Target("vllm.caller:missing", "0")])
+    places = Places([Target("vllm.caller", "missing", "0")])
     caller.empty = functools.partial(print)
     assert places.foreign() == []
 

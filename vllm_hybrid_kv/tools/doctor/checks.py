@@ -301,7 +301,7 @@ def strategies(probe: Probe) -> Iterator[Finding]:
         except HybridKVStrategyError as error:
             yield problem("strategy", str(error), "Fix or uninstall that package")
     probe.facts["strategies"] = [
-        {"setting": setting, "hook": hook, "name": name, "origin": loaded.origin(name)}
+        {"setting": setting, "hook": hook, "name": name, "origin": loaded.origins[name]}
         for setting, hook in HOOK_OF_SETTING.items()
         for name in loaded.available(setting)
     ]
@@ -369,7 +369,7 @@ def _patch_rows(probe: Probe) -> list[dict[str, Any]]:
 
     applied = STATE.active_patches
     if applied is not None:
-        edits = [(row.patch, row.edit, row.failures) for row in applied.table()]
+        edits = applied.table()
     else:
         edits = [
             (patch, str(edit), edit.problems())
@@ -378,7 +378,7 @@ def _patch_rows(probe: Probe) -> list[dict[str, Any]]:
         ]
     rows: dict[str, dict[str, Any]] = {}
     for patch, name, reasons in edits:
-        row = rows.setdefault(patch.name, {"name": patch.name, **vars(patch.info), "edits": []})
+        row = rows.setdefault(patch.name, {**vars(patch), "edits": []})
         active = applied is not None and not reasons
         row["edits"].append({"name": name, "active": active, "why": reasons})
     return list(rows.values())
