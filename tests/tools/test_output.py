@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_hybrid_kv.tools.output import Table, ToolError, show, write
+from vllm_hybrid_kv.tools.output import Table, ToolError, counted, show, write
 
 WIDE = Table(
     "Strategies",
@@ -60,11 +60,14 @@ def test_a_document_has_its_schema_version(tmp_path, capsys, document, written):
 
 
 def test_a_file_that_cannot_be_written_is_an_error(tmp_path):
+    def fail(path):
+        raise ValueError("unknown")
+
     with pytest.raises(ToolError, match=r"--json: .*: Is a directory"):
         write({}, list, schema=1, json_=tmp_path)
     with pytest.raises(ToolError, match=r"--plot: .*: unknown"):
-        write({}, list, schema=1, plot=tmp_path, draw=_fail)
+        write({}, list, schema=1, plot=tmp_path, draw=fail)
 
 
-def _fail(path):
-    raise ValueError("unknown")
+def test_one_thing_is_counted_in_the_singular():
+    assert [counted(n, "request") for n in (1, 1024)] == ["1 request", "1,024 requests"]

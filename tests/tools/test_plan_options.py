@@ -12,41 +12,6 @@ QWEN = SHAPES["qwen3.6-35b-a3b"]
 LLAMA = SHAPES["llama-3.1-8b"]
 
 
-def test_server_options_change_the_plan_or_are_ignored(run):
-    options = (LLAMA, "--memory", "10GiB", "--max-model-len", 4096, "--json", "-")
-    plain = json.loads(run(*options).stdout)["plan"]
-    ignored = run(
-        *options, "--port", 8001, "--served-model-name", "larch", "--data-parallel-size", 4
-    )
-    assert ignored.exit_code == 0, ignored.stderr
-    assert json.loads(ignored.stdout)["plan"] == plain
-    skipped = run(*options, "--kv-cache-dtype-skip-layers", "7", "--boundary-layers", 0)
-    pages = json.loads(skipped.stdout)["plan"]["pages"]
-    assert {n for r in pages if r["stores"] != "k8v4" for n in r["layers"]} == {
-        "model.layers.7.self_attn.attn"
-    }
-
-
-def test_each_pipeline_stage_has_its_groups(run, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
-    options = (QWEN, "--memory", "24GiB", "--max-num-seqs", 256, "--pipeline-parallel-size", 2)
-    written = run(*options, "--json", "-")
-    assert written.exit_code == 0, written.stderr
-    staged = json.loads(written.stdout)["plan"]
-    assert staged["blocks"] * staged["block_bytes"] <= 24 << 30
-    places = [(row["stage"], row["group"]) for row in staged["pages"]]
-    assert places == [(stage, group) for stage in (0, 1) for group in range(4)]
-    for row in staged["pages"]:
-        first = 20 * row["stage"]
-        assert {int(name.split(".")[2]) for name in row["layers"]} <= set(range(first, first + 20))
-    layers = [name for row in staged["pages"] for name in row["layers"]]
-    assert len(layers) == len(set(layers)) == 40
-    printed = run(*options).stdout.splitlines()
-    assert printed[0].endswith("on each GPU of 2")
-    rows = [re.split("  +", line)[:4] for line in printed if "state" in line]
-    assert rows[:2] == [["0", "0-2", "5", "state (gdn)"], ["1", "0-2", "5", "state (gdn)"]]
-
-
 @pytest.fixture(scope="module")
 def described(tmp_path_factory):
     """A function that writes a changed Llama configuration and returns its folder."""
@@ -62,9 +27,36 @@ def described(tmp_path_factory):
 
 
 def plan_of(run, *arguments):
-    done = run(*arguments, "--memory", "24GiB", "--json", "-")
+    done = run("--memory", "24GiB", *arguments, "--json", "-")
     assert done.exit_code == 0, done.stderr
     return json.loads(done.stdout)["plan"]
+
+
+def test_server_options_change_the_plan_or_are_ignored(run):
+    options = (LLAMA, "--max-model-len", 4096)
+    ignored = ("--port", 8001, "--served-model-name", "larch", "--data-parallel-size", 4)
+    assert plan_of(run, *options, *ignored) == plan_of(run, *options)
+    skipped = plan_of(run, *options, "--kv-cache-dtype-skip-layers", "7", "--boundary-layers", 0)
+    unquantised = [row["layers"] for row in skipped["pages"] if row["stores"] != "k8v4"]
+    assert unquantised == [["model.layers.7.self_attn.attn"]]
+
+
+def test_each_pipeline_stage_has_its_groups(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    options = (QWEN, "--max-num-seqs", 256, "--pipeline-parallel-size", 2)
+    staged = plan_of(run, *options)
+    assert staged["blocks"] * staged["block_bytes"] <= 24 << 30
+    places = [(row["stage"], row["group"]) for row in staged["pages"]]
+    assert places == [(stage, group) for stage in (0, 1) for group in range(4)]
+    for row in staged["pages"]:
+        first = 20 * row["stage"]
+        assert {int(name.split(".")[2]) for name in row["layers"]} <= set(range(first, first + 20))
+    layers = [name for row in staged["pages"] for name in row["layers"]]
+    assert len(layers) == len(set(layers)) == 40
+    printed = run(*options, "--memory", "24GiB").stdout.splitlines()
+    assert printed[0].endswith("on each GPU of 2")
+    rows = [re.split("  +", line)[:4] for line in printed if "state" in line]
+    assert rows[:2] == [["0", "0-2", "5", "state (gdn)"], ["1", "0-2", "5", "state (gdn)"]]
 
 
 @pytest.mark.parametrize(
@@ -89,11 +81,8 @@ def test_the_layers_of_a_draft_model_are_planned(run, described, architecture, m
 
 def test_decode_context_parallelism_doubles_the_tokens_and_is_refused_with_k8v4(run):
     options = (LLAMA, "--tensor-parallel-size", 16, "--kv-cache-dtype", "auto")
-    plain, divided = (
-        plan_of(run, *options),
-        plan_of(run, *options, "--decode-context-parallel-size", 2),
-    )
-    assert divided["reported_tokens"] == 2 * plain["reported_tokens"]
+    divided = plan_of(run, *options, "--decode-context-parallel-size", 2)
+    assert divided["reported_tokens"] == 2 * plan_of(run, *options)["reported_tokens"]
     refused = run(*options[:3], "--decode-context-parallel-size", 2, "--memory", "24GiB")
     assert refused.exit_code == 2
     (line,) = refused.stderr.splitlines()
@@ -105,9 +94,8 @@ def test_a_config_file_sets_options_and_the_command_line_overrides_it(run, tmp_p
     file.write_text(f"model: {LLAMA}\nmax-model-len: 4096\nkv-cache-dtype: fp8\nport: 8001\n")
     plan = plan_of(run, "--config", file)
     assert (plan["kv_cache_dtype"], plan["capacity"]["max_model_len"]) == ("fp8", 4096)
-    assert (
-        plan_of(run, "--config", file, "--max-model-len", 512)["capacity"]["max_model_len"] == 512
-    )
+    plan = plan_of(run, "--config", file, "--max-model-len", 512)
+    assert plan["capacity"]["max_model_len"] == 512
 
 
 def test_a_hub_name_is_read_from_the_local_cache(run, tmp_path, monkeypatch):
@@ -120,8 +108,8 @@ def test_a_hub_name_is_read_from_the_local_cache(run, tmp_path, monkeypatch):
     (cached / "refs" / "main").write_text("a" * 40)
     (snapshot / "config.json").write_text((LLAMA / "config.json").read_text())
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    assert plan_of(run, "acme/llama") == plan_of(run, "acme/llama", "--revision", "main")
-    assert plan_of(run, "acme/llama") == plan_of(run, LLAMA)
+    named = ("acme/llama", "--revision", "main")
+    assert plan_of(run, *named) == plan_of(run, LLAMA)
     missing = run("acme/llama", "--revision", "other", "--memory", "24GiB")
     assert "the local Hugging Face cache has no config.json" in missing.stderr
 

@@ -45,9 +45,10 @@ def test_an_error_becomes_its_message_for_users_in_one_line(error, line):
     ("message", "printed"),
     [
         (
-            "Try increasing `gpu_memory_utilization` or decreasing `max_model_len` when "
-            "initializing the engine.",
-            "Try increasing --memory or decreasing --max-model-len.",
+            "Too long. Try increasing `gpu_memory_utilization` (which also controls CPU memory on "
+            "the CPU backend) or decreasing `max_model_len` when initializing the engine. See "
+            "https://docs.vllm.ai/ for more details.",
+            "Too long. Increase --memory or decrease --max-model-len.",
         ),
         (
             "set boundary_layers=0 to quantise all; set VLLM_HYBRID_KV_UNIFY_PAGE_SIZES=min_waste",

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from testing.shapes import SHAPES
+from vllm_hybrid_kv.version import __version__
 
 LLAMA = str(SHAPES["llama-3.1-8b"])
 PLAN = ("plan", LLAMA, "--memory", "24GiB")
@@ -53,15 +54,17 @@ def run(tmp_path):
         (("nope",), "No such command 'nope'"),
         (("--nope",), "No such option: --nope"),
         (("plan", LLAMA), "plan: Missing option '--memory'"),
-        (("plan", LLAMA, "--memory"), "Option '--memory' requires an argument"),
+        (("plan", LLAMA, "--memory", "much"), "plan: --memory: 'much' is not a size"),
         ((*PLAN, "--boundary-layers", "-1"), "plan: Invalid value for '--boundary-layers'"),
         ((*PLAN, "--device", "tpu"), "plan: --device: 'tpu' is not a device"),
         ((*PLAN, "--unify", "best"), "plan: --unify: 'best' is not a strategy: choose lcm or "),
         ((*PLAN, "--unify", "min_wast"), "; did you mean 'min_waste'?"),
-        ((*PLAN, "--json", "no/such/file"), "plan: --json: no/such/file: No such file"),
-        ((*PLAN, "--json", "folder"), "plan: --json: folder: Is a directory"),
+        # A strategy of another package.
+        (("plan", "missing", *PLAN[2:], "--unify", "acme"), "plan: missing: No such file"),
+        (("plan", "no/such-model", *PLAN[2:]), "the local Hugging Face cache has no config.json"),
+        ((*PLAN, "--json", "no/such/file"), "plan: --json: no/such/file is a folder, or its "),
+        ((*PLAN, "--json", "folder"), "plan: --json: folder is a folder"),
         ((*PLAN, "--plot", "plan.larch"), "plan: --plot: plan.larch: 'larch' is none of "),
-        (("plan", "missing", *PLAN[2:]), "plan: no such file: missing"),
         (("replay",), "replay: Missing argument"),
         ((*REPLAY, "--coordinator", "lru"), "replay: --coordinator: 'lru' is not a strategy"),
         ((*REPLAY, "--compare", "lru"), "replay: --compare: 'lru' is not a strategy"),
@@ -73,36 +76,37 @@ def run(tmp_path):
 )
 def test_a_wrong_argument_is_reported_before_vllm_is_imported(run, arguments, message):
     done = run(*arguments)
-    assert done.returncode == 2
+    assert (done.returncode, done.stdout) == (2, "[]\n")
     (line,) = done.stderr.splitlines()
     assert line.startswith(("vllm-hybrid-kv ", "vllm-hybrid-kv: "))
     assert message in line
-    assert done.stdout == "[]\n"
 
 
-@pytest.mark.parametrize(
-    ("variable", "value"),
-    [("COORDINATOR", "lru"), ("BOUNDARY_LAYERS", "few")],
-)
-def test_a_wrong_setting_in_the_environment_is_reported_before_vllm_is_imported(
-    run, variable, value
-):
-    done = run(*PLAN, **{f"VLLM_HYBRID_KV_{variable}": value})
+@pytest.mark.parametrize(("name", "value"), [("COORDINATOR", "lru"), ("BOUNDARY_LAYERS", "few")])
+def test_a_wrong_setting_in_the_environment_is_reported_before_vllm_is_imported(run, name, value):
+    done = run(*PLAN, **{f"VLLM_HYBRID_KV_{name}": value})
     assert (done.returncode, done.stdout) == (2, "[]\n")
     (line,) = done.stderr.splitlines()
-    assert f"VLLM_HYBRID_KV_{variable}" in line
+    assert f"VLLM_HYBRID_KV_{name}" in line
     assert repr(value) in line
 
 
-def test_a_strategy_of_another_package_is_accepted(run):
-    done = run("plan", "missing", "--memory", "24GiB", "--unify", "acme")
-    assert (done.returncode, done.stdout) == (2, "[]\n")
-    assert "no such file: missing" in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "texts"),
+    [
+        ((), ("Commands", "doctor", "--version")),
+        (("plan",), ("plan MODEL --memory SIZE", "min_waste", "defaults to turboquant_k8v4")),
+        (("replay",), ("hybrid_aware, stock", "auto, stock", "recomputed without a state:")),
+    ],
+)
+def test_help_names_commands_arguments_choices_and_rows(run, arguments, texts):
+    printed = " ".join(run(*arguments, "--help", COLUMNS="200").stdout.split())
+    assert all(text in printed for text in texts)
 
 
-def test_help_names_the_commands_and_their_arguments(run):
-    assert "Commands" in run("--help").stdout
-    assert "plan MODEL --memory SIZE" in run("plan", "--help").stdout
+def test_the_version_is_printed_and_a_missing_command_is_an_error(run):
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, f"vllm-hybrid-kv {__version__}\n[]\n")
     without = run()
     assert without.returncode == 2
     assert "doctor" in without.stdout + without.stderr

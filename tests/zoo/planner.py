@@ -84,7 +84,7 @@ def _plan_with(description: Any, options: dict[str, Any], row: dict[str, Any]) -
     if isinstance(positions, int) and positions > LONGEST:
         arguments["max_model_len"] = LONGEST
     try:
-        planned = plan_of(RecordingModel(arguments), MEMORY, {}).plan
+        planned = plan_of(RecordingModel(arguments), MEMORY, {})
     except Exception as error:
         if os.environ.get("ZOO_TRACEBACKS"):
             traceback.print_exc()

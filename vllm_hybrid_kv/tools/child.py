@@ -18,17 +18,19 @@ time is over, every process of the child's process group is killed.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
+import math
+import multiprocessing
 import os
+import pkgutil
 import re
-import select
 import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +58,7 @@ class Child:
         environment: The child's whole environment; None for this process's.
 
     Attributes:
-        problem: How the child failed, in one line: the error that it raised, the signal or exit
-            status that ended it, or the time limit. None while it runs and if it finished.
+        problem: After `messages` ended: why the child failed, in one line; None if it did not.
     """
 
     def __init__(
@@ -70,19 +71,19 @@ class Child:
     ) -> None:
         self.problem: str | None = None
         self._log = log
-        self._timeout = timeout
-        self._ends_at = time.monotonic() + (float("inf") if timeout is None else timeout)
-        self._pipe, write = os.pipe()
-        with log.open("wb") as sink, os.fdopen(write, "wb"):
+        self._timeout = math.inf if timeout is None else timeout
+        self._ends_at = time.monotonic() + self._timeout
+        self._pipe, sender = multiprocessing.Pipe(duplex=False)
+        with log.open("wb") as sink, sender:
             self._process = subprocess.Popen(
                 [
                     *(sys.executable, "-X", "faulthandler", "-c", _CODE),
-                    *(str(write), function, *arguments),
+                    *(str(sender.fileno()), function, *arguments),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
-                pass_fds=[write],
+                pass_fds=[sender.fileno()],
                 env=environment,
                 start_new_session=True,
             )
@@ -91,41 +92,37 @@ class Child:
         return self
 
     def __exit__(self, *_: object) -> None:
-        kill_group(self._process)
-        os.close(self._pipe)
+        self._kill_group()
+        self._pipe.close()
 
     def messages(self) -> Iterator[dict[str, Any]]:
         """Yield the messages as they arrive, until the child ends; then set `problem`."""
         error: str | None = None
-        for line in self._lines():
-            message = json.loads(line)
+        for message in self._received():
             if "uncaught" in message:
                 error = message["uncaught"]
             else:
                 yield message
         try:
-            left = self._ends_at - time.monotonic()
-            status = self._process.wait(None if left == float("inf") else max(left, 0))
+            status = self._process.wait(max(self._ends_at - time.monotonic(), 0))
         except subprocess.TimeoutExpired:
-            kill_group(self._process)
+            self._kill_group()
             self.problem = f"took more than {self._timeout:g} s"
         else:
             self.problem = error or self._ending(status)
 
-    def _lines(self) -> Iterator[bytes]:
-        """Yield whole lines of the pipe until its end, the child's end or the time limit."""
-        rest = b""
+    def _received(self) -> Iterator[dict[str, Any]]:
+        """Yield messages until the end of the pipe, of the child or of the time."""
         while (left := self._ends_at - time.monotonic()) > 0:
             # A process that the child forked may hold the pipe open after the child's end.
             ended = self._process.poll() is not None
-            if not select.select([self._pipe], [], [], 0 if ended else min(left, _POLL_S))[0]:
-                if ended:
+            if self._pipe.poll(0 if ended else min(left, _POLL_S)):
+                try:
+                    yield json.loads(self._pipe.recv_bytes())
+                except EOFError:
                     return
-                continue
-            if not (chunk := os.read(self._pipe, 1 << 16)):
+            elif ended:
                 return
-            *lines, rest = (rest + chunk).split(b"\n")
-            yield from lines
 
     def last_output(self, lines: int = 5) -> tuple[str, ...]:
         """Return the last lines that the child printed, without empty ones."""
@@ -133,60 +130,41 @@ class Child:
         return tuple(line for line in printed if line.strip())[-lines:]
 
     def _ending(self, status: int) -> str | None:
-        if status == 0:
-            return None
-        if status > 0:
-            return f"ended with exit status {status}"
+        if status >= 0:
+            return f"ended with exit status {status}" if status else None
         fault = _FAULT.search(self._log.read_text(errors="replace"))
         place = f" at {fault[1]}:{fault[2]}" if fault else ""
-        return f"ended with {signal_name(-status)}{place}"
+        return f"ended with {signal.Signals(-status).name}{place}"
+
+    def _kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
 
 def run(pipe: str, function: str, *arguments: str) -> None:
     """Run a function in the child; see `Child` for the arguments."""
     status = 1
-    with os.fdopen(int(pipe), "w") as messages:
+    with Connection(int(pipe), readable=False) as messages:
 
         def send(**fields: Any) -> None:
-            messages.write(json.dumps(fields) + "\n")
-            messages.flush()
+            messages.send_bytes(json.dumps(fields).encode())
 
         try:
-            module, _, name = function.partition(":")
-            target: Callable[..., None] = getattr(importlib.import_module(module), name)
-            target(send, *arguments)
+            pkgutil.resolve_name(function)(send, *arguments)
             status = 0
         except BaseException as error:  # vLLM may end its process with SystemExit.
             traceback.print_exc()
-            send(uncaught=describe(error))
+            send(uncaught=_describe(error))
     sys.stdout.flush()
     sys.stderr.flush()
     # Threads that vLLM leaves running would keep the process from ending.
     os._exit(status)
 
 
-def describe(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     """Return an error as one line, with its class unless the message was written for users."""
     message = " ".join(str(error).split())
     if isinstance(error, ValueError | SystemExit) and message:
         return message
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
-
-
-def signal_name(number: int) -> str:
-    """Return a signal's name, or `signal 99` if it has none."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-
-
-def kill_group(process: subprocess.Popen[Any]) -> None:
-    """Kill every process of a process group and wait for its leader.
-
-    Args:
-        process: The leader, started with `start_new_session=True`.
-    """
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

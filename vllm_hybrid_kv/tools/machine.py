@@ -4,17 +4,13 @@
 from __future__ import annotations
 
 import platform
+import re
 from pathlib import Path
 
 
 def cpu_model() -> str:
-    """Return the CPU's name as the operating system has it, or its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip().lower() == "model name" and value.strip():
-            return value.strip()
-    return platform.processor() or platform.machine()
+    """Return the operating system's name of the CPU, or its architecture."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(errors="replace") if file.exists() else ""
+    named = re.search(r"^model name\s*:\s*(\S.*)", lines, re.MULTILINE)
+    return named[1].strip() if named else platform.processor() or platform.machine()

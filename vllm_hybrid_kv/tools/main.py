@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -12,9 +12,9 @@ from typer.core import TyperGroup
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.tools.doctor import command as doctor
 from vllm_hybrid_kv.tools.eval import command as evaluate
-from vllm_hybrid_kv.tools.output import ToolError
 from vllm_hybrid_kv.tools.plan import command as plan
 from vllm_hybrid_kv.tools.replay import command as replay
+from vllm_hybrid_kv.version import __version__
 
 _ClickException: Any = next(
     base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
@@ -30,15 +30,11 @@ class OneLineErrors(TyperGroup):
             return super().invoke(ctx)
         except HybridKVError as error:
             _print_error(ctx.invoked_subcommand, str(error))
-            raise typer.Exit(error.status if isinstance(error, ToolError) else 2) from None
+            raise typer.Exit(2) from None
 
-    def main(self, *args: Any, standalone_mode: bool = True, **options: Any) -> Any:
-        options["standalone_mode"] = False
-        if not standalone_mode:
-            return super().main(*args, **options)
-        status = 2
+    def main(self, *args: Any, **options: Any) -> Any:
         try:
-            status = super().main(*args, **options)
+            sys.exit(super().main(*args, **{**options, "standalone_mode": False}))
         except typer.Abort:
             _print_error(None, "aborted")
         except _ClickException as error:
@@ -47,7 +43,7 @@ class OneLineErrors(TyperGroup):
             else:
                 command = error.ctx.info_name if error.ctx and error.ctx.parent else None
                 _print_error(command, error.format_message())
-        sys.exit(status)
+        sys.exit(2)
 
 
 def _print_error(command: str | None, message: str) -> None:
@@ -55,13 +51,30 @@ def _print_error(command: str | None, message: str) -> None:
     typer.echo(f"{program}: {' '.join(message.split())}", err=True)
 
 
+def _print_version(chosen: bool) -> None:
+    if chosen:
+        typer.echo(f"vllm-hybrid-kv {__version__}")
+        raise typer.Exit
+
+
 app = typer.Typer(
     cls=OneLineErrors,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
-    help="Tools for hybrid and quantised KV caches. Only `eval` runs a model.",
 )
+
+
+@app.callback()
+def tools(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the plugin's version."
+        ),
+    ] = False,
+) -> None:
+    """Tools for hybrid and quantised KV caches. Only `eval` runs a model."""
 
 
 SERVE_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}

@@ -32,7 +32,8 @@ def memory_size(text: str) -> int:
         size = ByteSize(0)
     if size < 1:
         raise ToolError(
-            f"--memory: {text!r} is not a size; write it like 20GiB, 512MiB or a number of bytes"
+            f"--memory: {text!r} is not a size of at least 1 byte; write it like 20GiB, 512MiB or "
+            "a number of bytes"
         )
     return int(size)
 

@@ -11,7 +11,7 @@ document. `write` sends them to the places that the user chose:
         write(document, lambda: ["A summary.", table], schema=1, json_=json_, markdown=markdown)
 
 Any error that the user can correct is a `ToolError`, or another `HybridKVError`. `main` prints it
-as one line and exits with its status. No tool prints an error or raises `typer.Exit` for one.
+as one line and exits with status 2. No tool prints an error or raises `typer.Exit` for one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +29,7 @@ from pydantic import ByteSize
 from rich import box
 from rich import table as rich_table
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TextColumn
 from rich.text import Text
 
 from vllm_hybrid_kv.errors import HybridKVError
@@ -50,15 +50,7 @@ MarkdownOption = Annotated[bool, typer.Option("--markdown", help="Print tables a
 
 
 class ToolError(HybridKVError):
-    """A tool cannot do what the user wants; the message is printed as one line.
-
-    Attributes:
-        status: The exit status; 2 means wrong usage.
-    """
-
-    def __init__(self, message: str, status: int = 2) -> None:
-        super().__init__(message)
-        self.status = status
+    """A tool cannot do what the user wants; the message is printed as one line."""
 
 
 Cell = str | Text
@@ -82,67 +74,55 @@ class Table:
 
     def markdown(self) -> str:
         """Return the table as GitHub's Markdown."""
-        headers = [name.removeprefix(">") for name in self.columns]
+        names = [name.removeprefix(">") for name in self.columns]
         rules = ["---:" if name.startswith(">") else "---" for name in self.columns]
-        lines = [_markdown_row(row) for row in (headers, rules, *self.rows)]
-        above, below = ([f"**{self.title}**", ""] if self.title else []), ["", self.note]
-        return "\n".join([*above, *lines, *(below if self.note else [])])
+        lines = [
+            " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row)
+            for row in (names, rules, *self.rows)
+        ]
+        title = f"**{self.title}**" if self.title else ""
+        return "\n\n".join(
+            filter(None, (title, "\n".join(f"| {line} |" for line in lines), self.note))
+        )
 
-    def fitted(self, width: int) -> Iterator[Table]:
+    def fitted(self, width: int) -> Iterator[rich_table.Table]:
         """Split the table by columns into tables of at most `width` characters.
 
         The first column is in each of them.
         """
-        least = [self._least_width(i) + 2 for i in range(len(self.columns))]
-        kept, used = [0], least[0]
+        shown = [0]
         for i in range(1, len(self.columns)):
-            if used + least[i] > width and len(kept) > 1:
-                yield self._of(kept)
-                kept, used = [0], least[0]
-            kept.append(i)
-            used += least[i]
-        yield self._of(kept)
-
-    def _of(self, kept: Sequence[int]) -> Table:
-        columns, rows = [self.columns[i] for i in kept], [[r[i] for i in kept] for r in self.rows]
-        return replace(self, columns=columns, rows=rows)
+            if len(shown) > 1 and sum(map(self._least_width, (*shown, i))) > width:
+                yield self._part(shown)
+                shown = [0]
+            shown.append(i)
+        yield self._part(shown)
 
     def _least_width(self, i: int) -> int:
-        cells = [str(row[i]) for row in self.rows]
-        if self.columns[i].startswith(">"):
-            return max(map(len, (*self.columns[i][1:].split(), *cells)))
-        words = " ".join((self.columns[i], *cells)).split()
-        return min(max(map(len, words), default=0), LEAST_TEXT)
+        """Return the least characters of a column and the space after it."""
+        name, cells = self.columns[i], [str(row[i]) for row in self.rows]
+        if name.startswith(">"):
+            return 2 + max(map(len, (*name[1:].split(), *cells)))
+        words = " ".join((name, *cells)).split()
+        return 2 + min(max(map(len, words), default=0), LEAST_TEXT)
 
-    def __rich__(self) -> rich_table.Table:
-        table = rich_table.Table(
-            box=box.SIMPLE_HEAD,
-            pad_edge=False,
-            padding=(0, 1, 0, 0),
-            show_edge=False,
+    def _part(self, shown: Sequence[int]) -> rich_table.Table:
+        part = rich_table.Table(
+            box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False
         )
-        for name in self.columns:
+        for name in (self.columns[i] for i in shown):
             if name.startswith(">"):
-                table.add_column(name[1:].replace(" ", "\n"), justify="right", no_wrap=True)
+                part.add_column(name[1:].replace(" ", "\n"), justify="right", no_wrap=True)
             else:
-                table.add_column(name, overflow="fold")
+                part.add_column(name, overflow="fold")
         for row in self.rows:
-            table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
-        return table
-
-
-def _markdown_row(cells: Iterable[Cell]) -> str:
-    plain = (str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells)
-    return f"| {' | '.join(plain)} |"
+            cells = (row[i] for i in shown)
+            part.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
+        return part
 
 
 def show(parts: Iterable[Cell | Table], markdown: bool = False) -> None:
-    """Print parts on standard output.
-
-    Args:
-        parts: Lines and tables.
-        markdown: Whether tables are printed as Markdown instead of for a terminal.
-    """
+    """Print parts on standard output, tables for a terminal or as Markdown."""
     console = Console()
     console.width = max(console.width, LEAST_WIDTH)
     # A reader of a pipe needs lines whole, and Markdown wraps on its own.
@@ -157,8 +137,8 @@ def show(parts: Iterable[Cell | Table], markdown: bool = False) -> None:
                 for piece in part.fitted(console.width):
                     console.print()
                     console.print(piece)
-            title, note = f"\n{part.title}" if part.title else "", f"{part.note}\n"
-            lines = (title + capture.get() + (note if part.note else "")).splitlines()
+            title = f"\n{part.title}" if part.title else ""
+            lines = (title + capture.get() + part.note).splitlines()
             print("\n".join(map(str.rstrip, lines)))
 
 
@@ -217,9 +197,8 @@ def check_paths(json_: Path | None, plot: Path | None) -> None:
     for option, path in (("--json", json_), ("--plot", plot)):
         if path is None or str(path) == "-":
             continue
-        reason = "Is a directory" if path.is_dir() else "No such file or directory"
         if path.is_dir() or not path.absolute().parent.is_dir():
-            raise ToolError(f"{option}: {path}: {reason}")
+            raise ToolError(f"{option}: {path} is a folder, or its folder does not exist")
     if plot is None:
         return
     try:
@@ -233,25 +212,22 @@ def check_paths(json_: Path | None, plot: Path | None) -> None:
 
 
 @contextmanager
-def figure(path: Path, *shape: int, **options: Any) -> Iterator[tuple[Any, Any]]:
+def figure(
+    path: Path, *shape: int, figsize: tuple[float, float], **options: Any
+) -> Iterator[tuple[Any, Any]]:
     """Yield a matplotlib figure and its axes to draw on, then save it.
 
     Args:
         path: The file; its suffix is the format.
         shape: Rows and columns of axes.
+        figsize: Width and height in inches.
         options: Of matplotlib's `subplots`.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    drawn, axes = pyplot.subplots(*shape, layout="constrained", **options)
-    try:
-        yield drawn, axes
-        drawn.savefig(path, dpi=150)
-    finally:
-        pyplot.close(drawn)
+    drawn = Figure(figsize=figsize, layout="constrained")
+    yield drawn, drawn.subplots(*shape, **options)
+    drawn.savefig(path, dpi=150)
 
 
 def progress_bar(*texts: str) -> Progress:
@@ -261,13 +237,15 @@ def progress_bar(*texts: str) -> Progress:
         texts: rich's formats of further columns, such as `{task.fields[rate]}`.
     """
     return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        *Progress.get_default_columns(),
         *map(TextColumn, texts),
         console=Console(stderr=True),
     )
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with a noun: `1 request`, `1,024 requests`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def format_size(size: int) -> str:

@@ -9,7 +9,6 @@ import re
 import traceback
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -32,41 +31,18 @@ UNKNOWN = (
 )
 
 _ADVICE = (
-    (r" \(which also controls CPU memory on the CPU backend\)", ""),
-    (r" when initializing the engine", ""),
+    (
+        r"(?s)Try increasing `gpu_memory_utilization`.* or decreasing `max_model_len`.*",
+        "Increase --memory or decrease --max-model-len.",
+    ),
+    (r"(?s)Try increasing `gpu_memory_utilization`.*", "Increase --memory."),
     (r"`?gpu_memory_utilization`?", "--memory"),
     (r"`?\bmax_model_len\b`?", "--max-model-len"),
     (r"(?i)\bset \w*unify_page_sizes=", "pass --unify "),
     (r"(?i)\bset \w*boundary_layers=", "pass --boundary-layers "),
     (r"\bset prefix_match_unit=", "set VLLM_HYBRID_KV_PREFIX_MATCH_UNIT="),
 )
-"""Patterns in messages for servers, and the options of `plan` and `replay` that do the same."""
-
-
-def early_model(arguments: Sequence[str]) -> str | None:
-    """Return the model if it is the first argument or follows `--model`, without vLLM's parser."""
-    if (model := _value_of("--model", arguments)) is not None:
-        return model
-    return arguments[0] if arguments and not arguments[0].startswith("-") else None
-
-
-def check_config_file(arguments: Sequence[str]) -> None:
-    """Check that the file of vLLM's `--config` exists.
-
-    Raises:
-        ToolError: It does not.
-    """
-    file = _value_of("--config", arguments)
-    if file is not None and not Path(file).is_file():
-        raise ToolError(f"--config: {file}: No such file")
-
-
-def _value_of(option: str, arguments: Sequence[str]) -> str | None:
-    for i, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        if name == option:
-            return value or next(iter(arguments[i + 1 : i + 2]), None)
-    return None
+"""Patterns in messages for servers, and the advice to users of `plan` and `replay`."""
 
 
 def parse(context: typer.Context, *more: str) -> tuple[str, dict[str, Any]]:
@@ -138,19 +114,14 @@ def one_line(error: Exception) -> str:
 
     if isinstance(error, ValidationError):
         message = "; ".join(
-            ": ".join(
-                (
-                    *(_option_of(str(part)) for part in details["loc"]),
-                    details["msg"].removeprefix("Value error, "),
-                )
-            )
-            for details in error.errors()
+            ": ".join([*map(_option_of, map(str, fault["loc"])), fault["msg"]])
+            for fault in error.errors()
         )
     else:
-        message = _message_for_users(error) or _missing_field(error) or UNKNOWN
+        message = _message_for_users(error) or UNKNOWN
         if message == UNKNOWN and os.environ.get("VLLM_LOGGING_LEVEL") == "DEBUG":
             traceback.print_exception(error)
-    return " ".join(message.split())
+    return " ".join(message.replace("Value error, ", "").split())
 
 
 def _option_of(field: str) -> str:
@@ -162,19 +133,15 @@ def _option_of(field: str) -> str:
     return field
 
 
-def _message_for_users(error: BaseException) -> str | None:
+def _message_for_users(error: BaseException | None) -> str | None:
     """Return the message of an error, or of its cause, whose class vLLM uses for users."""
-    if isinstance(error, ValueError | NotImplementedError | AssertionError):
-        return str(error) or None
-    return _message_for_users(error.__cause__) if error.__cause__ is not None else None
-
-
-def _missing_field(error: Exception) -> str | None:
     from transformers import PreTrainedConfig
 
-    if not (isinstance(error, AttributeError) and isinstance(error.obj, PreTrainedConfig)):
-        return None
-    return (
-        f"the configuration has no {error.name!r}, which vLLM's class of this model reads; add it "
-        "to the config.json"
-    )
+    if isinstance(error, ValueError | NotImplementedError | AssertionError | OSError):
+        return str(error) or None
+    if isinstance(error, AttributeError) and isinstance(error.obj, PreTrainedConfig):
+        return (
+            f"the configuration has no {error.name!r}, which vLLM's class of this model reads; "
+            "add it to the config.json"
+        )
+    return _message_for_users(error.__cause__) if error is not None else None

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers for GPUs and for one rank of several, built on any machine."""
 
+import importlib
+import sys
+
 import pytest
 import torch
 from vllm.platforms import current_platform
@@ -8,6 +11,7 @@ from vllm.platforms import current_platform
 from vllm_hybrid_kv.tools.plan.engine import Model, check_device
 from vllm_hybrid_kv.tools.plan.gpu_platform import described_gpu
 from vllm_hybrid_kv.tools.plan.model_building import as_one_rank_of, without_weights
+from vllm_hybrid_kv.tools.plan.vllm_import import FakeModules
 
 
 def test_only_a_vllm_for_cpus_can_plan_for_a_cpu(monkeypatch):
@@ -29,6 +33,19 @@ def test_every_module_sees_the_described_gpu_until_its_end():
         assert current_platform.get_device_total_memory() == 80 << 30
     assert type(current_platform) is kind
     assert not hasattr(torch.ops._C, "no_such_operator")
+
+
+def test_fake_modules_have_any_name_and_any_attribute(monkeypatch):
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    fakes = FakeModules(lambda name: name.partition(".")[0] == "acme_images")
+    monkeypatch.setattr(sys, "meta_path", [fakes, *sys.meta_path])
+    functional = importlib.import_module("acme_images.transforms.functional")
+    assert isinstance(functional.InterpolationMode.BICUBIC, type)
+    # Python itself looks for such names.
+    assert not hasattr(functional, "__wrapped__")
+    assert not hasattr(functional.InterpolationMode, "__wrapped__")
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("acme_images_extras")
 
 
 def test_large_tensors_are_meta_and_small_ones_have_values():

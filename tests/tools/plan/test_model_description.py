@@ -10,44 +10,48 @@ from testing.shapes import SHAPES
 from vllm_hybrid_kv.tools.plan.model_description import DescriptionError, described, read_config
 
 LLAMA = json.loads((SHAPES["llama-3.1-8b"] / "config.json").read_text())
+WRAPPER = {"architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl"}
+NO_MODEL = "needs 'architectures', a list of class names, and 'model_type'"
+
+
+def reduced(path):
+    """Return a model's description and the configuration that vLLM gets."""
+    with described(path) as model:
+        return model, json.loads((Path(model.folder) / "config.json").read_text())
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "is not JSON"),
-        ("[1]", "not an object"),
-        ("{}", "names no architecture"),
-        ('{"architectures": []}', "names no architecture"),
-        ('{"architectures": ["LlamaForCausalLM"]}', "'model_type' is missing"),
+        ("[1]", NO_MODEL),
+        ('{"architectures": [], "model_type": "llama"}', NO_MODEL),
+        ('{"architectures": ["LlamaForCausalLM"]}', NO_MODEL),
         (b"\xff\xfe", "is not JSON"),
+        (json.dumps({**LLAMA, "architectures": ["Larch"]}), "vLLM has no architecture Larch"),
+        (json.dumps({**WRAPPER, "text_config": {"model_type": "larch"}}), "'larch'"),
     ],
 )
-def test_a_file_that_describes_no_model_is_refused(tmp_path, text, message):
+def test_a_file_that_describes_no_model_of_vllm_is_refused(tmp_path, text, message):
     path = tmp_path / "config.json"
     path.write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(DescriptionError, match=message):
-        read_config(path)
+        reduced(path)
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(DescriptionError, match=r"no such file: .*missing"):
-        read_config(tmp_path / "missing")
-    with pytest.raises(DescriptionError, match=r"has no config\.json"):
-        read_config(tmp_path)
+    for path in (tmp_path / "missing", tmp_path):
+        with pytest.raises(DescriptionError, match=r"No such file .* give a model's folder or its"):
+            read_config(path)
 
 
-def test_a_file_of_any_name_and_its_folder_give_the_same(tmp_path):
+def test_a_language_model_is_planned_unchanged_from_a_file_of_any_name(tmp_path):
     file = tmp_path / "described.json"
     file.write_text(json.dumps(LLAMA))
-    assert read_config(file) == read_config(SHAPES["llama-3.1-8b"]) == LLAMA
-
-
-def test_a_language_model_is_planned_unchanged():
-    with described(SHAPES["llama-3.1-8b"]) as model:
-        assert (model.architecture, model.notes) == ("LlamaForCausalLM", ())
-        assert json.loads((Path(model.folder) / "config.json").read_text()) == LLAMA
-    assert not Path(model.folder).exists()
+    for path in (file, SHAPES["llama-3.1-8b"]):
+        model, config = reduced(path)
+        assert (model.architecture, model.notes, config) == ("LlamaForCausalLM", (), LLAMA)
+        assert not Path(model.folder).exists()
 
 
 @pytest.mark.parametrize(
@@ -59,76 +63,41 @@ def test_a_language_model_is_planned_unchanged():
     ],
 )
 def test_a_multimodal_model_is_planned_as_its_language_model(name, wrapper, architecture):
-    with described(SHAPES[name]) as model:
-        config = json.loads((Path(model.folder) / "config.json").read_text())
-    assert model.architecture == architecture
-    assert config["architectures"] == [architecture]
+    model, config = reduced(SHAPES[name])
+    assert [model.architecture] == config["architectures"] == [architecture]
     assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
     assert model.notes == (f"{wrapper} is planned as its language model, {architecture}",)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "wrapper", "architecture"),
+    [
+        # transformers has no class for the first, and vLLM none for the second.
+        ("qwen3_vl_text", WRAPPER, "Qwen3ForCausalLM"),
+        (
+            "cosmos3_edge_text",
+            {"architectures": ["Cosmos3EdgeForConditionalGeneration"], "model_type": "cosmos3"},
+            "TransformersForCausalLM",
+        ),
+    ],
+)
+def test_a_language_model_has_a_class_of_vllm(tmp_path, model_type, wrapper, architecture):
+    text = {"model_type": model_type, "hidden_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps({**wrapper, "text_config": text}))
+    model, _ = reduced(tmp_path)
+    assert model.architecture == architecture
+    assert model.in_words(f"model {model.folder}: no") == f"model {architecture}: no"
+
+
 def test_the_quantisation_of_weights_is_removed_with_a_note():
-    with described(SHAPES["gpt-oss-20b"]) as model:
-        config = json.loads((Path(model.folder) / "config.json").read_text())
+    model, config = reduced(SHAPES["gpt-oss-20b"])
     assert "quantization_config" not in config
     assert "(mxfp4) are planned unquantised" in model.notes[0]
     assert model.kv_cache_dtype is None
 
 
-def test_the_cache_dtype_of_a_quantised_checkpoint_is_kept(tmp_path):
-    quantised = {
-        **LLAMA,
-        "quantization_config": {"quant_method": "modelopt", "kv_cache_quant_algo": "FP8"},
-    }
-    (tmp_path / "config.json").write_text(json.dumps(quantised))
-    with described(tmp_path) as model:
-        assert model.kv_cache_dtype in ("fp8", "fp8_e4m3")
-
-
-def test_an_architecture_that_vllm_lacks_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(
-        json.dumps({**LLAMA, "architectures": ["LarchForCausalLM"]})
-    )
-    with (
-        pytest.raises(DescriptionError, match="vLLM has no architecture LarchForCausalLM"),
-        described(tmp_path),
-    ):
-        pass
-
-
-def test_a_multimodal_model_with_an_unknown_language_model_is_refused(tmp_path):
-    config = {
-        "architectures": ["Qwen3VLForConditionalGeneration"],
-        "model_type": "qwen3_vl",
-        "text_config": {"model_type": "larch"},
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(DescriptionError, match="'larch'"), described(tmp_path):
-        pass
-
-
-def test_a_language_model_without_a_class_in_transformers_has_one_of_vllm(tmp_path):
-    text = {"model_type": "qwen3_vl_text", "hidden_size": 64}
-    wrapped = {"architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl"}
-    (tmp_path / "config.json").write_text(json.dumps({**wrapped, "text_config": text}))
-    with described(tmp_path) as model:
-        assert model.architecture == "Qwen3ForCausalLM"
-        assert model.in_words(f"model {model.folder}: no") == "model Qwen3ForCausalLM: no"
-
-
-def test_a_language_model_that_only_transformers_has_uses_vllms_transformers_class(tmp_path):
-    text = {"model_type": "cosmos3_edge_text", "hidden_size": 64}
-    wrapped = {"architectures": ["Cosmos3EdgeForConditionalGeneration"], "model_type": "cosmos3"}
-    (tmp_path / "config.json").write_text(json.dumps({**wrapped, "text_config": text}))
-    with described(tmp_path) as model:
-        assert model.architecture == "TransformersForCausalLM"
-
-
-def test_a_further_file_that_vllm_reads_is_required_and_copied(tmp_path):
-    config = {"architectures": ["Dots3NoteForCausalLM"], "model_type": "dots3_note"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(DescriptionError, match="also reads added_tokens"), described(tmp_path):
-        pass
+def test_a_further_file_that_vllm_reads_is_copied(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     (tmp_path / "added_tokens.json").write_text("{}")
     with described(tmp_path) as model:
         assert (Path(model.folder) / "added_tokens.json").read_text() == "{}"

@@ -1,26 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans of public models have vLLM's own numbers."""
 
-import json
 import math
+import re
 from collections import Counter
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import Gemma3TextConfig
-from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import AttentionSpec, MambaSpec
 
 from testing.models import qwen3_next_config
 from testing.shapes import SHAPES
-from vllm_hybrid_kv.attention.unsupported import UnsupportedModelError
 from vllm_hybrid_kv.kernels.k8v4 import slot_bytes
+from vllm_hybrid_kv.tools.output import ToolError
 from vllm_hybrid_kv.tools.plan.engine import Model
-from vllm_hybrid_kv.tools.plan.kv_cache_plan import Pages, merge_equal, plan_of
+from vllm_hybrid_kv.tools.plan.kv_cache_plan import merge_equal, plan_of
 from vllm_hybrid_kv.tools.plan.model_description import described
-from vllm_hybrid_kv.tools.replay.scheduler import Replay, StuckError
+from vllm_hybrid_kv.tools.replay.scheduler import Replay
 from vllm_hybrid_kv.tools.replay.trace import TracedRequest
 
 GIB = 1 << 30
@@ -42,84 +39,51 @@ LAYERS = {
 }
 
 
-def kinds(pages):
-    counted = Counter()
-    for row in pages:
-        counted[row.kind] += len(row.layers)
-    return counted
+def planned(shape, name, dtype=K8V4, **settings):
+    return plan_of(shape(name, dtype), 24 * GIB, settings)
 
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("dtype", ["auto", "fp8", K8V4])
 def test_every_public_model_is_planned_with_every_dtype(shape, name, dtype):
-    plan = plan_of(shape(name, dtype), 24 * GIB, {}).plan
-    assert kinds(plan.pages) == LAYERS[name]
+    plan = planned(shape, name, dtype)
+    kinds, bytes_of_group = Counter(), Counter()
+    for row in plan.pages:
+        kinds[row.kind] += len(row.layers)
+        bytes_of_group[row.group] += row.page_bytes * len(row.layers)
+        assert 0 <= row.padding_bytes < row.page_bytes
+    assert kinds == LAYERS[name]
     assert plan.blocks == 24 * GIB // plan.block_bytes
     assert plan.capacity.concurrency >= 1
     assert plan.can_hit
-    by_group = Counter()
-    for row in plan.pages:
-        by_group[row.group] += row.page_bytes * len(row.layers)
-        assert 0 <= row.padding_bytes < row.page_bytes
-    assert max(by_group.values()) == plan.block_bytes
+    assert max(bytes_of_group.values()) == plan.block_bytes
 
 
-def test_llama_4_has_whole_blocks_in_each_chunk_and_unquantised_boundary_layers(shape):
-    plan = plan_of(shape("llama-4-scout", K8V4), 24 * GIB, {}).plan
-    stored = {layer: row for row in plan.pages for layer in row.layers}
-    unquantised = [name for name in stored if stored[name].stores == "bfloat16"]
-    indices = sorted(
-        int(part) for name in unquantised for part in name.split(".") if part.isdigit()
-    )
-    assert indices == [0, 1, 46, 47]
-    chunked = [row for row in plan.pages if row.kind == "chunked local 8,192"]
-    assert {row.stores for row in chunked} == {"k8v4", "bfloat16"}
-    for row in chunked:
-        assert 8192 % row.block_tokens == 0
-
-
-def test_a_model_with_latent_attention_is_refused_before_its_layers_are_built(tmp_path):
-    config = {
-        "architectures": ["DeepseekV2ForCausalLM"],
-        "model_type": "deepseek_v2",
-        "num_hidden_layers": 2,
-        "hidden_size": 256,
-        "intermediate_size": 256,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "kv_lora_rank": 64,
-        "q_lora_rank": None,
-        "qk_nope_head_dim": 32,
-        "qk_rope_head_dim": 32,
-        "v_head_dim": 32,
-        "vocab_size": 512,
-        "max_position_embeddings": 4096,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModelError, match=r"model .*: .* latent attention \(MLA\) "):
-        Model({"model": str(tmp_path), "kv_cache_dtype": K8V4})
+@pytest.mark.parametrize(
+    ("name", "unquantised", "warnings"),
+    [("llama-3.1-8b", [0, 1, 30, 31], 0), ("llama-4-scout", [0, 1, 46, 47], 1)],
+)
+def test_boundary_layers_of_models_without_states_are_unquantised(
+    shape, name, unquantised, warnings
+):
+    plan = planned(shape, name)
+    names = [layer for row in plan.pages if row.stores == "bfloat16" for layer in row.layers]
+    assert sorted(int(re.search(r"\d+", layer)[0]) for layer in names) == unquantised
+    assert {row.stores for row in plan.pages} == {"k8v4", "bfloat16"}
+    # A chunk of Llama 4 has whole blocks.
+    assert all(8192 % row.block_tokens == 0 for row in plan.pages if "chunked" in row.kind)
+    assert len(plan.warnings) == warnings
 
 
 def test_qwen3_6_has_the_blocks_of_a_server(shape):
-    model = shape("qwen3.6-35b-a3b", K8V4)
-    plan = plan_of(model, 24 * GIB, {}).plan
-    state, attention = (rows for rows, _ in merge_equal(plan.pages))
+    pages = planned(shape, "qwen3.6-35b-a3b").pages
+    state, attention = (rows for rows, _ in merge_equal(pages))
     assert (state.block_tokens, attention.block_tokens) == (2768, 2768)
     assert round(100 * state.padding, 2) == 0.08
     assert state.stores == "bfloat16, float32"
     assert (attention.stores, attention.padding_bytes) == ("k8v4", 0)
     assert attention.page_bytes == 2768 * 2 * slot_bytes(256) == 2768 * 2 * 388
     assert state.page_bytes == attention.page_bytes
-
-
-def test_dense_models_keep_their_boundary_layers_unquantised(shape):
-    plan = plan_of(shape("llama-3.1-8b", K8V4), 24 * GIB, {}).plan
-    stored = {layer: row.stores for row in plan.pages for layer in row.layers}
-    unquantised = [int(name.split(".")[2]) for name in stored if stored[name] == "bfloat16"]
-    assert sorted(unquantised) == [0, 1, 30, 31]
-    assert set(stored.values()) == {"k8v4", "bfloat16"}
-    assert {row.group for row in plan.pages} == {0}
-    assert not plan.warnings
 
 
 @pytest.mark.parametrize(
@@ -147,29 +111,23 @@ def test_a_rank_has_its_share_of_heads_and_states(shape, name, ranks, heads):
         else:
             assert isinstance(spec, MambaSpec)
             assert math.prod(spec.shapes[1]) * ranks == math.prod(whole.specs[layer].shapes[1])
-    # All ranks have the same groups.
-    (_, *others) = kv_cache_utils.get_kv_cache_configs(
-        config, [dict(part.specs) for _ in range(ranks)], [24 * GIB] * ranks
-    )
-    for plan in others:
-        assert plan.num_blocks == engine.kv_cache_config.num_blocks
 
 
-def test_tokens_in_another_memory_are_those_of_a_new_plan(shape):
-    model = shape("qwen3.6-35b-a3b", K8V4)
-    planned = plan_of(model, 24 * GIB, {})
+@pytest.mark.parametrize("name", ["qwen3.6-35b-a3b", "gpt-oss-20b", "llama-3.1-8b"])
+def test_tokens_in_another_memory_are_those_of_a_new_plan(shape, name):
+    model = shape(name, K8V4)
+    plan = plan_of(model, 24 * GIB, {})
     for memory in (8 * GIB, 40 * GIB):
-        other = plan_of(model, memory, {}).plan
-        assert planned.tokens_in(memory) == other.capacity.max_len_tokens
-    assert planned.tokens_in(GIB) is None
+        other = plan_of(model, memory, {})
+        assert plan.tokens_in(memory) == other.capacity.max_len_tokens
+    assert plan.tokens_in(GIB) is None
     with pytest.raises(ValueError, match="larger than the available KV cache memory"):
         plan_of(model, GIB, {})
 
 
 def test_a_plan_can_hit_if_the_shortest_hit_fits_into_max_model_len(shape):
-    model = shape("nemotron-h-8b", K8V4)
-    with_unit = plan_of(model, 24 * GIB, {"prefix_match_unit": "auto"}).plan
-    without = plan_of(model, 24 * GIB, {"prefix_match_unit": "stock"}).plan
+    with_unit = planned(shape, "nemotron-h-8b", prefix_match_unit="auto")
+    without = planned(shape, "nemotron-h-8b", prefix_match_unit="stock")
     assert (with_unit.smallest_hit, without.smallest_hit) == (17, 2721)
     assert with_unit.can_hit
     assert without.can_hit
@@ -178,10 +136,8 @@ def test_a_plan_can_hit_if_the_shortest_hit_fits_into_max_model_len(shape):
 
 
 def test_a_plan_names_its_strategy_and_has_its_padding(shape):
-    model = shape("gemma-3-27b", K8V4)
-    lcm, stock = (
-        plan_of(model, 24 * GIB, {"unify_page_sizes": name}).plan for name in ("lcm", "stock")
-    )
+    lcm = planned(shape, "gemma-3-27b", unify_page_sizes="lcm")
+    stock = planned(shape, "gemma-3-27b", unify_page_sizes="stock")
     assert (lcm.unify_page_sizes, stock.unify_page_sizes) == ("lcm", "stock")
     # Before planning vLLM aligns blocks for its own strategy only.
     assert lcm.pool_padding < 0.02 < 0.2 < stock.pool_padding < 0.25
@@ -194,19 +150,16 @@ def test_a_plan_names_its_strategy_and_has_its_padding(shape):
 )
 def test_a_hybrid_model_with_a_skipped_layer_hits_as_with_fp8(name, skipped):
     hits = {}
+    arguments = {
+        "kv_cache_dtype_skip_layers": [skipped],
+        "enable_prefix_caching": True,
+        "max_model_len": 32768,
+        "max_num_seqs": 256,
+    }
     for dtype in ("fp8", K8V4):
         with described(SHAPES[name]) as description:
-            model = Model(
-                {
-                    "model": description.folder,
-                    "kv_cache_dtype": dtype,
-                    "kv_cache_dtype_skip_layers": [skipped],
-                    "enable_prefix_caching": True,
-                    "max_model_len": 32768,
-                    "max_num_seqs": 256,
-                }
-            )
-            plan = plan_of(model, 24 * GIB, {}).plan
+            model = Model({**arguments, "model": description.folder, "kv_cache_dtype": dtype})
+            plan = plan_of(model, 24 * GIB, {})
             hits[dtype] = plan.smallest_hit, hits_of(model.engine(24 * GIB, {}), 4096, 9216)
             # Blocks are at least those of an unquantised cache, and multiples of the smallest.
             blocks = sorted({row.block_tokens for row in plan.pages})
@@ -261,14 +214,14 @@ SKIP_3 = {"kv_cache_dtype_skip_layers": ["3"]}
 def test_the_advice_of_the_padding_warning_reduces_the_padding(
     tmp_path, model, device, arguments, settings, advice, better
 ):
-    def planned(arguments, settings):
+    def plan_with(arguments, settings):
         with described(model(tmp_path)) as description:
             common = {"model": description.folder, "kv_cache_dtype": K8V4, "max_num_seqs": 256,
                       "max_model_len": 32768}  # fmt: skip
             built = Model({**common, **arguments}, device, settings)
-            return plan_of(built, 8 * GIB, settings).plan
+            return plan_of(built, 8 * GIB, settings)
 
-    before, after = planned(arguments, settings), planned(*better)
+    before, after = plan_with(arguments, settings), plan_with(*better)
     (line,) = (line for line in before.warnings if "of the KV pool is padding" in line)
     assert advice in line
     assert after.pool_padding < before.pool_padding
@@ -290,34 +243,8 @@ def test_a_replay_that_schedules_nothing_stops_with_the_schedulers_state(shape):
     replayed = Replay(engine, [TracedRequest(0.0, 1024, 4, (1, 2))], concurrency=1)
     pool = engine.scheduler.kv_cache_manager.block_pool
     pool.get_new_blocks(pool.get_num_free_blocks())
-    with pytest.raises(StuckError) as error:
+    with pytest.raises(ToolError) as error:
         replayed.run()
-    assert "1 requests wait and 0 run, 0 of " in str(error.value)
+    assert "waiting requests: 1, running requests: 0, free blocks: 0 of " in str(error.value)
     assert "request 1 is first: its 1,024 tokens need 64 blocks" in str(error.value)
     assert "--memory" in str(error.value)
-
-
-rows = st.builds(
-    Pages,
-    group=st.integers(0, 5),
-    layers=st.lists(st.sampled_from("abc"), max_size=3).map(tuple),
-    kind=st.sampled_from(["full attention", "state"]),
-    stores=st.just("k8v4"),
-    block_tokens=st.sampled_from([16, 32]),
-    page_bytes=st.just(100),
-    padding_bytes=st.sampled_from([0, 10]),
-)
-
-
-@given(st.lists(rows, max_size=12))
-def test_merging_equal_pages_keeps_every_group_once(pages):
-    merged = merge_equal(pages)
-    assert sum(len(groups) for _, groups in merged) == len(pages)
-    keys = [_key(row) for row, _ in merged]
-    assert len(set(keys)) == len(keys)
-    for row, groups in merged:
-        assert groups == [p.group for p in pages if _key(p) == _key(row)]
-
-
-def _key(row):
-    return len(row.layers), row.kind, row.stores, row.block_tokens, row.padding_bytes, row.stage

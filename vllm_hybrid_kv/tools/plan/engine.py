@@ -10,23 +10,25 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from vllm.config import get_layers_from_vllm_config, set_current_vllm_config
+from vllm.config import VllmConfig, get_layers_from_vllm_config, set_current_vllm_config
+from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
-from vllm.v1.attention.backends.utils import (
-    get_supported_kv_cache_layouts,
-    resolve_kv_cache_layout,
-)
+from vllm.utils.torch_utils import set_default_torch_dtype
+from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
 from vllm.v1.core import kv_cache_utils
-from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.utils import customize_attention_spec
 from vllm.v1.worker.workspace import (
     init_workspace_manager,
@@ -43,13 +45,6 @@ from vllm_hybrid_kv.tools.plan.gpu_platform import described_gpu
 from vllm_hybrid_kv.tools.plan.model_building import as_one_rank_of, build_draft, without_weights
 from vllm_hybrid_kv.tools.plan.model_description import CPU, GPU
 from vllm_hybrid_kv.tools.plan.vllm_import import model_classes_in_this_process
-
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
-    from vllm.config import VllmConfig
-    from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 
 def check_device(device: str) -> None:
@@ -93,9 +88,6 @@ class Engine:
     @cached_property
     def scheduler(self) -> Scheduler:
         """The scheduler that an engine core would have."""
-        from vllm.v1.core.sched.scheduler import Scheduler
-        from vllm.v1.structured_output import StructuredOutputManager
-
         return Scheduler(
             vllm_config=self.vllm_config,
             kv_cache_config=self.kv_cache_config,
@@ -139,10 +131,9 @@ class Model:
         # vLLM loads plugins once per process, and only those that VLLM_PLUGINS names.
         plugin.register()
         self._graph_builders: dict[str, Any] = {}
-        self._stage_specs: list[dict[str, KVCacheSpec]] = []
-        self._stage_layers: list[dict[str, BuiltLayer]] = []
-        for stage in range(int(arguments.get("pipeline_parallel_size") or 1)):
-            self._stage_specs.append(self._build_stage(stage))
+        self._stage_layers: dict[int, dict[str, BuiltLayer]] = {}
+        stages = range(int(arguments.get("pipeline_parallel_size") or 1))
+        self._stage_specs = [self._build_stage(stage) for stage in stages]
         self.specs = {name: spec for specs in self._stage_specs for name, spec in specs.items()}
         if not self.specs:
             raise ValueError(
@@ -172,33 +163,27 @@ class Model:
 
     def _build_stage(self, stage: int) -> dict[str, KVCacheSpec]:
         """Build the layers of a pipeline stage and return their specs."""
-        from vllm.distributed import (
-            ensure_model_parallel_initialized,
-            init_distributed_environment,
-        )
-        from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-        from vllm.utils.torch_utils import set_default_torch_dtype
-
         config = self._configure()
         parallel = config.parallel_config
         self._stock_alignment = _unifies_as_stock(config)
         with ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             stack.enter_context(set_current_vllm_config(config))
-            rendezvous = (Path(folder) / "rendezvous").as_uri()
             if not torch.distributed.is_initialized():
+                rendezvous = (Path(folder) / "rendezvous").as_uri()
                 init_distributed_environment(1, 0, rendezvous, 0, "gloo")
             ensure_model_parallel_initialized(1, 1)
-            stack.enter_context(
+            for manager in (
                 as_one_rank_of(
                     parallel.tensor_parallel_size,
                     stages=parallel.pipeline_parallel_size,
                     stage=stage,
                     decode_context=parallel.decode_context_parallel_size,
-                )
-            )
-            stack.enter_context(model_classes_in_this_process())
-            stack.enter_context(self._on_device())
+                ),
+                model_classes_in_this_process(),
+                self._on_device(),
+            ):
+                stack.enter_context(manager)
             if not is_workspace_manager_initialized():
                 init_workspace_manager(torch.device("cpu"))
                 stack.callback(reset_workspace_manager)
@@ -213,8 +198,8 @@ class Model:
                 for name, layer in layers.items()
                 if (spec := _spec_of(layer, config)) is not None
             }
-            quantised = config.cache_config.cache_dtype == CACHE_DTYPE
-            self._stage_layers.append(built_layers(layers, config) if quantised else {})
+            if config.cache_config.cache_dtype == CACHE_DTYPE:
+                self._stage_layers[stage] = built_layers(layers, config)
             if self._device == GPU:
                 self._graph_builders |= {
                     name: layers[name].get_attn_backend().get_builder_cls() for name in specs
@@ -259,12 +244,10 @@ class Model:
         cache.kv_cache_layout = self.layout
         for name, value in self._cache_fields.items():
             setattr(cache, name, value)
+        groups = []
         # From 0.33 on the core makes the groups first, before it knows the memory.
-        groups = (
-            [core.get_global_kv_cache_groups(config, list(map(dict, self._stage_specs)))]
-            if hasattr(core, "get_global_kv_cache_groups")
-            else []
-        )
+        if hasattr(core, "get_global_kv_cache_groups"):
+            groups = [core.get_global_kv_cache_groups(config, list(map(dict, self._stage_specs)))]
         stages = list(map(dict, self._stage_specs))
         worker_plans = core.get_kv_cache_configs(config, stages, [memory] * len(stages), *groups)
         plan = kv_cache_utils.generate_scheduler_kv_cache_config(worker_plans)
@@ -284,9 +267,8 @@ class Model:
         Raises:
             ValueError: A server would not start; the message is the server's.
         """
-        for layers, plan in zip(self._stage_layers, engine.stage_kv_cache_configs, strict=True):
-            if layers:
-                check_plan(layers, plan.kv_cache_groups)
+        for stage, layers in self._stage_layers.items():
+            check_plan(layers, engine.stage_kv_cache_configs[stage].kv_cache_groups)
         self._check_graphs(engine)
 
     def _check_graphs(self, engine: Engine) -> None:

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -145,13 +145,10 @@ def _cuda_names() -> Iterator[tuple[Any, str, Any]]:
     from vllm import _custom_ops, triton_utils
     from vllm.utils import flashinfer
     from vllm.v1.attention.backends import fa_utils
+    from vllm.v1.attention.backends.mla import flashinfer_mla_sparse_sm90
     from vllm.v1.attention.ops import flashmla
     from vllm.vllm_flash_attn import flash_attn_interface
 
-    for name in ("FA2_AVAILABLE", "FA3_AVAILABLE", "FA4_AVAILABLE"):
-        yield flash_attn_interface, name, True
-    for name in ("_flashmla_C_AVAILABLE", "_flashmla_extension_C_AVAILABLE"):
-        yield flashmla, name, True
     for name in (
         "flash_attn_varlen_func",
         "get_scheduler_metadata",
@@ -164,27 +161,35 @@ def _cuda_names() -> Iterator[tuple[Any, str, Any]]:
         if "_supports_" in name or name.endswith("_supported"):
             # Hopper's tensor cores multiply FP8 but not FP4.
             yield _custom_ops, name, lambda *_, answer="fp4" not in name: answer
-    yield torch._ops._OpNamespace, "__getattr__", _operator
-    # FlashInfer contains its kernels or compiles them with CUDA's compiler.
-    yield flashinfer, "has_flashinfer_cubin", lambda: True
-    # A server with Triton has the V2 model runner.
-    yield vllm.config.vllm, "HAS_TRITON", True
     if not triton_utils.HAS_TRITON:
         # vLLM's placeholders for Triton lack the names that modules use only on GPUs.
         for kind in (type(triton_utils.triton), type(triton_utils.tl)):
             yield kind, "__getattr__", lambda _, name: any_class(name)
         yield triton_utils.triton, "Config", _autotuner_config
-    yield torch.cuda, "current_device", lambda: 0
-    yield torch.cuda, "get_device_capability", lambda *_: CAPABILITY
-    yield torch.cuda, "get_device_name", lambda *_: NAME
-    yield torch.cuda, "get_device_properties", lambda *_: _PROPERTIES
-    yield torch.accelerator, "current_device_index", lambda: 0
-    yield torch.accelerator, "empty_cache", lambda: None
-    yield torch.accelerator, "synchronize", lambda *_: None
-    for name in ("Stream", "Event"):
-        yield torch.cuda, name, _Nothing
-    for name in ("current_stream", "default_stream"):
-        yield torch.cuda, name, lambda *_: _Nothing()
+    yield from (
+        (flash_attn_interface, "FA2_AVAILABLE", True),
+        (flash_attn_interface, "FA3_AVAILABLE", True),
+        (flash_attn_interface, "FA4_AVAILABLE", True),
+        (flashmla, "_flashmla_C_AVAILABLE", True),
+        (flashmla, "_flashmla_extension_C_AVAILABLE", True),
+        (torch._ops._OpNamespace, "__getattr__", _operator),
+        # FlashInfer contains its kernels or compiles them with CUDA's compiler.
+        (flashinfer, "has_flashinfer_cubin", lambda: True),
+        (flashinfer_mla_sparse_sm90, "has_flashinfer_sm90_nope_mla", lambda: True),
+        # A server with Triton has the V2 model runner.
+        (vllm.config.vllm, "HAS_TRITON", True),
+        (torch.cuda, "current_device", lambda: 0),
+        (torch.cuda, "get_device_capability", lambda *_: CAPABILITY),
+        (torch.cuda, "get_device_name", lambda *_: NAME),
+        (torch.cuda, "get_device_properties", lambda *_: _PROPERTIES),
+        (torch.cuda, "Stream", _Nothing),
+        (torch.cuda, "Event", _Nothing),
+        (torch.cuda, "current_stream", lambda *_: _Nothing()),
+        (torch.cuda, "default_stream", lambda *_: _Nothing()),
+        (torch.accelerator, "current_device_index", lambda: 0),
+        (torch.accelerator, "empty_cache", lambda: None),
+        (torch.accelerator, "synchronize", lambda *_: None),
+    )
 
 
 _PROPERTIES = SimpleNamespace(
@@ -234,40 +239,17 @@ def _never_called(*_: Any, **__: Any) -> Any:
 
 @contextmanager
 def _cuda_modules() -> Iterator[None]:
-    """Let vLLM's modules import packages of CUDA that this machine lacks."""
-    finders: tuple[FakeModules, ...] = _KernelPackages(), _EmptyExtensions()
-    sys.meta_path[:0] = finders
+    """Let vLLM's modules import packages and extensions of CUDA that this machine lacks."""
+    finder = FakeModules(
+        lambda name: (
+            (name.startswith("vllm.") and name.endswith(_EXTENSIONS))
+            or any(f"{name}.".startswith(f"{package}.") for package in _PACKAGES)
+        )
+    )
+    sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
-        for finder in finders:
-            sys.meta_path.remove(finder)
-            for name in finder.loaded:
-                sys.modules.pop(name, None)
-
-
-class _EmptyExtensions(FakeModules):
-    """Empty modules instead of vLLM's compiled CUDA extensions."""
-
-    def replaces(self, name: str) -> bool:
-        return name.startswith("vllm.") and name.endswith(_EXTENSIONS)
-
-
-class _KernelPackages(FakeModules):
-    """Modules in which every name is a class, instead of kernel packages that need a GPU."""
-
-    def replaces(self, name: str) -> bool:
-        return any(f"{name}.".startswith(f"{package}.") for package in _PACKAGES)
-
-    def exec_module(self, module: ModuleType) -> None:
-        super().exec_module(module)
-        if module.__name__ == "flashinfer.mla":
-            module.BatchMLAPagedAttentionWrapper = _LatentAttention  # type: ignore[attr-defined]
-        module.__getattr__ = any_class  # type: ignore[method-assign]
-
-
-class _LatentAttention:
-    """FlashInfer's wrapper. vLLM reads the signature of `run` to learn what FlashInfer supports."""
-
-    def run(self, *_: Any, ckv_scale_arr: Any = None) -> Any:
-        return _never_called()
+        sys.meta_path.remove(finder)
+        for name in finder.loaded:
+            sys.modules.pop(name, None)

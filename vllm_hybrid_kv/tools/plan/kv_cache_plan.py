@@ -26,6 +26,14 @@ from vllm_hybrid_kv.planning.warnings import content_bytes, padding_share, start
 from vllm_hybrid_kv.settings import resolve
 from vllm_hybrid_kv.tools.plan.engine import Engine, Model
 
+_KINDS: dict[type[KVCacheSpec], str] = {
+    MLAAttentionSpec: "MLA",
+    ChunkedLocalAttentionSpec: "chunked local {0.attention_chunk_size:,}",
+    SlidingWindowSpec: "sliding window {0.sliding_window:,}",
+    FullAttentionSpec: "full attention",
+}
+"""Names of layers. A class comes before its base."""
+
 _QUANTISED = {KVQuantMode.TURBOQUANT_K8V4: "k8v4", KVQuantMode.FP8_PER_TENSOR: "fp8"}
 
 
@@ -102,6 +110,17 @@ class Plan:
         """Whether a prompt that fits into `max_model_len` can hit the prefix cache."""
         return self.prefix_caching and self.smallest_hit < self.capacity.max_model_len
 
+    def tokens_in(self, memory: int) -> int | None:
+        """Return the tokens that fit in requests of `max_model_len` with other bytes of memory.
+
+        None means that not one such request fits, so that vLLM does not start.
+        """
+        blocks = memory // self.block_bytes
+        of_request = round(self.blocks / self.capacity.concurrency)
+        return (
+            int(blocks / of_request * self.capacity.max_model_len) if blocks > of_request else None
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Return the fields by name; sizes are in bytes or tokens."""
         fields = asdict(self)
@@ -110,25 +129,7 @@ class Plan:
         return {**fields, "can_hit": self.can_hit}
 
 
-@dataclass(frozen=True)
-class Planned:
-    """A plan and its engine, which answers for other sizes of memory."""
-
-    plan: Plan
-    engine: Engine
-
-    def tokens_in(self, memory: int) -> int | None:
-        """Return the tokens that fit in requests of `max_model_len` with other bytes of memory.
-
-        None means that not one such request fits, so that vLLM does not start.
-        """
-        blocks = memory // self.plan.block_bytes
-        pool = replace(self.engine.kv_cache_config, num_blocks=blocks)
-        other = capacity(self.engine.vllm_config, pool)
-        return other.max_len_tokens if other.max_len_requests >= 1 else None
-
-
-def plan_of(model: Model, memory: int, settings: dict[str, Any]) -> Planned:
+def plan_of(model: Model, memory: int, settings: dict[str, Any]) -> Plan:
     """Plan the KV cache of a model.
 
     Args:
@@ -145,7 +146,7 @@ def plan_of(model: Model, memory: int, settings: dict[str, Any]) -> Planned:
     by_layer = engine.worker_kv_cache_config
     sizes = engine.scheduler_block_size, engine.hash_block_size
     chosen = resolve(config.additional_config)
-    plan = Plan(
+    return Plan(
         kv_cache_dtype=config.cache_config.cache_dtype,
         unify_page_sizes=chosen.unify_page_sizes,
         memory=memory,
@@ -167,7 +168,6 @@ def plan_of(model: Model, memory: int, settings: dict[str, Any]) -> Planned:
         smallest_hit=smallest_hit(config, planned, *sizes),
         warnings=tuple(startup_warnings(config, by_layer, *sizes, chosen)),
     )
-    return Planned(plan, engine)
 
 
 def hit_alignment(engine: Engine) -> int:
@@ -203,14 +203,9 @@ def layer_kind_of(spec: KVCacheSpec) -> str:
     """Return the kind of a layer, with its window or chunk."""
     if isinstance(spec, MambaSpec):
         return f"state ({spec.mamba_type.name.removesuffix('_ATTN').lower().replace('_', ' ')})"
-    if isinstance(spec, MLAAttentionSpec):
-        return "MLA"
-    if isinstance(spec, ChunkedLocalAttentionSpec):
-        return f"chunked local {spec.attention_chunk_size:,}"
-    if isinstance(spec, SlidingWindowSpec):
-        return f"sliding window {spec.sliding_window:,}"
-    if isinstance(spec, FullAttentionSpec):
-        return "full attention"
+    for kind, name in _KINDS.items():
+        if isinstance(spec, kind):
+            return name.format(spec)
     return type(spec).__name__.removesuffix("Spec")
 
 

@@ -9,7 +9,7 @@ kinds of tensors returns a meta tensor.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -112,20 +112,20 @@ def as_one_rank_of(
     """
     ranks, pipeline = get_tp_group(), get_pp_group()
     contexts = getattr(parallel_state, "_DCP", None)
-    patches: list[tuple[Any, str, Any]] = [
-        (ranks, "world_size", size),
+    divided = contexts is not None and decode_context > 1
+    with (
+        patch.object(ranks, "world_size", size),
         # Experts use the same ranks. vLLM makes no group if the first model has no experts.
-        (parallel_state, "_EP", ranks),
-        (pipeline, "world_size", stages),
-        (pipeline, "rank_in_group", stage),
-        (pipeline, "rank", stage),
-        (pipeline, "ranks", list(range(stages))),
-    ]
-    if contexts is not None and decode_context > 1:
-        patches.append((contexts, "world_size", decode_context))
-    with ExitStack() as stack:
-        for target, name, value in patches:
-            stack.enter_context(patch.object(target, name, value))
+        patch.object(parallel_state, "_EP", ranks),
+        patch.multiple(
+            pipeline,
+            world_size=stages,
+            rank_in_group=stage,
+            rank=stage,
+            ranks=list(range(stages)),
+        ),
+        patch.object(contexts, "world_size", decode_context) if divided else nullcontext(),
+    ):
         yield
 
 

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +46,8 @@ TEXT_CLASSES = {
 TRANSFORMERS = "TransformersForCausalLM"
 """vLLM's class for any language model that transformers has."""
 
-ALSO_READ = {"Dots3NoteForCausalLM": "added_tokens.json"}
-"""Further files that vLLM's class of an architecture reads."""
+ALSO_READ = "added_tokens.json"
+"""A file that vLLM's class Dots3NoteForCausalLM reads."""
 
 LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 """Fields with the number of layers."""
@@ -100,25 +101,21 @@ def config_path(model: str, revision: str | None = None) -> Path:
         DescriptionError: There is neither a path nor a cached model of that name.
     """
     path = Path(model)
-    try:
-        exists = path.exists()
-    except OSError as error:
-        raise DescriptionError(f"{model}: {error.strerror}") from None
-    if exists or model.count("/") != 1 or model.startswith((".", "/")):
+    if model.count("/") != 1 or model.startswith((".", "/")) or os.path.exists(model):
         return path
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        cached = try_to_load_from_cache(model, "config.json", revision=revision)
+        cached = try_to_load_from_cache(model, CONFIG, revision=revision)
     except HFValidationError:
         cached = None
     if not isinstance(cached, str):
         raise DescriptionError(
-            f"no such file: {model}; and the local Hugging Face cache has no config.json of a "
-            f"model of this name: hf download {model} config.json"
+            f"{model}: No such file or directory; and the local Hugging Face cache has no "
+            f"{CONFIG} of a model of this name: hf download {model} {CONFIG}"
         )
-    return Path(cached).parent
+    return Path(cached)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -130,30 +127,23 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         DescriptionError: There is no file, or it does not describe a model.
     """
-    file = path
+    file = path / CONFIG if os.path.isdir(path) else path
     try:
-        file = path / CONFIG if path.is_dir() else path
-        if not file.exists():
-            missing = f"folder {path} has no {CONFIG}" if path.is_dir() else f"no such file: {path}"
-            raise DescriptionError(f"{missing}; give a model's folder or its {CONFIG}")
-        text = file.read_bytes()
+        config = json.loads(file.read_bytes())
     except OSError as error:
-        raise DescriptionError(f"{file}: {error.strerror}") from None
-    try:
-        config = json.loads(text)
+        raise DescriptionError(
+            f"{file}: {error.strerror}; give a model's folder or its {CONFIG}"
+        ) from None
     except (ValueError, RecursionError) as error:
         # Invalid UTF-8 and numbers of thousands of digits are ValueErrors, too.
         raise DescriptionError(f"{file} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise DescriptionError(f"{file} is not a model's configuration: its JSON is not an object")
-    architectures = config.get("architectures")
-    if not (
-        isinstance(architectures, list) and architectures and isinstance(architectures[0], str)
-    ):
-        raise DescriptionError(f"{file} names no architecture: 'architectures' is missing or empty")
-    if not isinstance(config.get("model_type"), str):
-        raise DescriptionError(f"{file} names no model: 'model_type' is missing")
-    return config
+    match config:
+        case {"architectures": [str(), *_], "model_type": str()}:
+            return config
+    raise DescriptionError(
+        f"{file} does not describe a model: it needs 'architectures', a list of class names, and "
+        "'model_type', a name"
+    )
 
 
 @contextmanager
@@ -173,12 +163,11 @@ def described(path: Path) -> Iterator[ModelDescription]:
     config = read_config(path)
     notes = []
     architecture = config["architectures"][0]
-    _check_known(architecture, path)
-    more = _also_read(architecture, path)
+    if architecture not in _known():
+        raise DescriptionError(f"{path}: vLLM has no architecture {architecture}")
     quantisation = _pop_quantisation(config, path)
     part = next((config[key] for key in TEXT_CONFIGS if isinstance(config.get(key), dict)), None)
     if part is not None:
-        part = dict(part)
         quantisation = _pop_quantisation(part, path) or quantisation
         wrapper, architecture = architecture, _text_architecture(architecture, part)
         for key in ("dtype", "torch_dtype", "tie_word_embeddings"):
@@ -186,58 +175,6 @@ def described(path: Path) -> Iterator[ModelDescription]:
                 part.setdefault(key, config[key])
         config = {**part, "architectures": [architecture]}
         notes.append(f"{wrapper} is planned as its language model, {architecture}")
-    _check_size(config, path)
-    if quantisation:
-        method = quantisation.get("quant_method", "quantised")
-        method = method if method.isprintable() else repr(method)
-        notes.append(f"quantised weights ({method}) are planned unquantised: the KV cache is equal")
-    try:
-        text = json.dumps(config)
-    except RecursionError:
-        raise DescriptionError(f"{path} is nested too deeply for a model's configuration") from None
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / CONFIG).write_text(text)
-        for file in more:
-            shutil.copy(file, folder)
-        yield ModelDescription(folder, architecture, _stored_by(quantisation, path), tuple(notes))
-
-
-def _check_known(architecture: str, path: Path) -> None:
-    from vllm.model_executor.models import ModelRegistry
-
-    if architecture not in ModelRegistry.get_supported_archs():
-        raise DescriptionError(f"{path}: vLLM has no architecture {architecture}")
-
-
-def _also_read(architecture: str, path: Path) -> list[Path]:
-    name = ALSO_READ.get(architecture)
-    if name is None:
-        return []
-    file = (path if path.is_dir() else path.parent) / name
-    if not file.is_file():
-        raise DescriptionError(
-            f"{path}: vLLM's class {architecture} also reads {name}, which is not next to {CONFIG}"
-        )
-    return [file]
-
-
-def _pop_quantisation(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Remove and return the quantisation, an object with the types that vLLM expects."""
-    found = config.pop("quantization_config", None) or {}
-    if not isinstance(found, dict):
-        raise DescriptionError(
-            f"{path}: 'quantization_config' must be an object, not {short(found)}; plan without it"
-        )
-    for name, kind, words in (("quant_method", str, "a name"), ("quantization", dict, "an object")):
-        if not isinstance(found.get(name, kind()), kind):
-            raise DescriptionError(
-                f"{path}: {name!r} of 'quantization_config' must be {words}, not "
-                f"{short(found[name])}; plan without 'quantization_config'"
-            )
-    return found
-
-
-def _check_size(config: dict[str, Any], path: Path) -> None:
     for name in LAYER_COUNTS:
         count = config.get(name)
         if isinstance(count, int | float) and count > MOST_LAYERS:
@@ -245,6 +182,35 @@ def _check_size(config: dict[str, Any], path: Path) -> None:
                 f"{path}: {name!r} is {short(count)}; models of more than {MOST_LAYERS:,} layers "
                 "are not planned"
             )
+    if quantisation:
+        method = quantisation.get("quant_method", "quantised")
+        notes.append(f"quantised weights ({method}) are planned unquantised: the KV cache is equal")
+    try:
+        text = json.dumps(config)
+    except RecursionError:
+        raise DescriptionError(f"{path} is nested too deeply for a model's configuration") from None
+    also_read = (path if path.is_dir() else path.parent) / ALSO_READ
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / CONFIG).write_text(text)
+        if also_read.exists():
+            shutil.copy(also_read, folder)
+        yield ModelDescription(folder, architecture, _stored_by(quantisation, path), tuple(notes))
+
+
+def _known() -> Collection[str]:
+    from vllm.model_executor.models import ModelRegistry
+
+    architectures: Collection[str] = ModelRegistry.get_supported_archs()
+    return architectures
+
+
+def _pop_quantisation(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    found = config.pop("quantization_config", None) or {}
+    if not isinstance(found, dict):
+        raise DescriptionError(
+            f"{path}: 'quantization_config' must be an object, not {short(found)}; plan without it"
+        )
+    return found
 
 
 def _text_architecture(wrapper: str, text: dict[str, Any]) -> str:
@@ -253,9 +219,8 @@ def _text_architecture(wrapper: str, text: dict[str, Any]) -> str:
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_MAPPING_NAMES,
     )
-    from vllm.model_executor.models import ModelRegistry
 
-    known = ModelRegistry.get_supported_archs()
+    known = _known()
     named, model_type = text.get("architectures"), text.get("model_type")
     model_type = model_type if isinstance(model_type, str) else ""
     candidates = (
@@ -279,14 +244,16 @@ def _stored_by(quantisation: dict[str, Any], path: Path) -> str | None:
     from vllm.utils.torch_utils import get_kv_cache_quant_algo_string
 
     scheme = quantisation.get("kv_cache_scheme")
-    if scheme is not None and quantisation.get("quant_method") == "compressed-tensors":
-        # Attention layers read it from the quantisation, which is removed.
-        from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors
+    try:
+        if scheme is not None and quantisation.get("quant_method") == "compressed-tensors":
+            # Attention layers read it from the quantisation, which is removed.
+            from vllm.model_executor.layers.quantization.compressed_tensors import (
+                compressed_tensors,
+            )
 
-        try:
             compressed_tensors.CompressedTensorsKVCacheMethod.validate_kv_cache_scheme(scheme)
-        except (AttributeError, NotImplementedError, ValueError) as error:
-            raise DescriptionError(f"{path}: 'kv_cache_scheme': {error}") from None
-        return "fp8"
-    stored: str | None = get_kv_cache_quant_algo_string(quantisation) if quantisation else None
+            return "fp8"
+        stored: str | None = get_kv_cache_quant_algo_string(quantisation) if quantisation else None
+    except (AttributeError, TypeError, NotImplementedError, ValueError) as error:
+        raise DescriptionError(f"{path}: 'quantization_config': {error}") from None
     return stored

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from vllm_hybrid_kv.tools.output import Table, format_size
 from vllm_hybrid_kv.tools.serve_options import in_tool_options
 
 if TYPE_CHECKING:
-    from vllm_hybrid_kv.tools.plan.kv_cache_plan import Plan, Planned
+    from vllm_hybrid_kv.tools.plan.kv_cache_plan import Plan
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,11 @@ class PlanColumn:
     """One of several plans that are compared, or the reason why there is no plan."""
 
     name: str
-    planned: Planned | None
-    reason: str = ""
+    plan: Plan | None
+    reason: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        plan = None if self.planned is None else self.planned.plan.to_json()
-        return {"name": self.name, "plan": plan, "reason": self.reason or None}
+        return {**vars(self), "plan": self.plan and self.plan.to_json()}
 
 
 @dataclass(frozen=True)
@@ -36,19 +35,15 @@ class PlanResult:
     device: str
     tensor_parallel_size: int
     notes: Sequence[str]
-    planned: Planned
+    plan: Plan
     dtypes: Sequence[PlanColumn]
     strategies: Sequence[PlanColumn]
 
     def to_json(self) -> dict[str, Any]:
         """Return the document for `--json`; sizes are in bytes or tokens."""
         return {
-            "model": self.model,
-            "architecture": self.architecture,
-            "device": self.device,
-            "tensor_parallel_size": self.tensor_parallel_size,
-            "notes": list(self.notes),
-            "plan": self.planned.plan.to_json(),
+            **vars(self),
+            "plan": self.plan.to_json(),
             "dtypes": [column.to_json() for column in self.dtypes],
             "strategies": [column.to_json() for column in self.strategies],
         }
@@ -56,7 +51,7 @@ class PlanResult:
 
 def report(result: PlanResult) -> Iterator[Table | str]:
     """Yield the lines and tables to print."""
-    plan = result.planned.plan
+    plan = result.plan
     ranks = result.tensor_parallel_size * (1 + max(pages.stage for pages in plan.pages))
     gpus = f"on each GPU of {ranks}" if ranks > 1 else "on a GPU"
     yield (
@@ -114,46 +109,34 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def _comparison(title: str, columns: Sequence[PlanColumn]) -> Table:
-    plans = [column.planned.plan for column in columns if column.planned is not None]
+    numbers = [_numbers(column.plan) if column.plan else {} for column in columns]
     return Table(
         title,
         ("", *(f">{column.name}" for column in columns)),
         [
-            (
-                name,
-                *(
-                    "-" if column.planned is None else value(column.planned.plan)
-                    for column in columns
-                ),
-            )
-            for name, value in _rows(plans[0].capacity.max_model_len if plans else 0).items()
+            (name, *(plan.get(name, "-") for plan in numbers))
+            for name in dict.fromkeys(name for plan in numbers for name in plan)
         ],
     )
 
 
-def _rows(max_model_len: int) -> dict[str, Callable[[Plan], str]]:
-    from vllm_hybrid_kv.planning.capacity import SHORT_REQUEST
-
-    short = min(SHORT_REQUEST, max_model_len)
+def _numbers(plan: Plan) -> dict[str, str]:
+    blocks = sorted({pages.block_tokens for pages in plan.pages})
+    capacity = plan.capacity
+    longest = f"{capacity.max_model_len:,}"
+    match_unit = shortest = "no prefix cache"
+    if plan.prefix_caching:
+        match_unit = f"{plan.match_tokens:,}"
+        shortest = f"{plan.smallest_hit:,}" + ("" if plan.can_hit else " (too long)")
     return {
-        "block, tokens": lambda p: _distinct(page.block_tokens for page in p.pages),
-        "block, bytes": lambda p: f"{p.block_bytes:,}",
-        "blocks": lambda p: f"{p.blocks:,}",
-        "padding of the pool": lambda p: f"{100 * p.pool_padding:.2f} %",
-        f"tokens in requests of {max_model_len:,}": lambda p: f"{p.capacity.max_len_tokens:,}",
-        f"concurrent requests of {max_model_len:,}": lambda p: f"{p.capacity.max_len_requests:,}",
-        f"concurrent requests of {short:,}": lambda p: f"{p.capacity.short_requests:,}",
-        "tokens that vLLM reports": lambda p: f"{p.reported_tokens:,}",
-        "match unit, tokens": lambda p: _if_cached(p, f"{p.match_tokens:,}"),
-        "shortest prompt that can hit": lambda p: _if_cached(
-            p, f"{p.smallest_hit:,}" + ("" if p.can_hit else " (too long)")
-        ),
+        "block, tokens": " and ".join(f"{tokens:,}" for tokens in blocks),
+        "block, bytes": f"{plan.block_bytes:,}",
+        "blocks": f"{plan.blocks:,}",
+        "padding of the pool": f"{100 * plan.pool_padding:.2f} %",
+        f"tokens in requests of {longest}": f"{capacity.max_len_tokens:,}",
+        f"concurrent requests of {longest}": f"{capacity.max_len_requests:,}",
+        f"concurrent requests of {capacity.short_request:,}": f"{capacity.short_requests:,}",
+        "tokens that vLLM reports": f"{plan.reported_tokens:,}",
+        "match unit, tokens": match_unit,
+        "shortest prompt that can hit": shortest,
     }
-
-
-def _if_cached(plan: Plan, text: str) -> str:
-    return text if plan.prefix_caching else "no prefix cache"
-
-
-def _distinct(numbers: Iterable[int]) -> str:
-    return " and ".join(f"{number:,}" for number in sorted(set(numbers)))

@@ -1,19 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imports vLLM into a process that plans and never serves.
-
-Such a process works without torchvision: it replaces it with placeholders.
-"""
+"""Imports vLLM into a process that plans and never serves, without torchvision."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -56,10 +51,10 @@ def prepare() -> None:
 
 
 def import_vllm() -> None:
-    """Import vLLM, even if the installed torchvision is broken.
+    """Import vLLM, unless this process has it, and make transformers see no torchvision.
 
-    vLLM for CPUs can bring a torchvision for GPUs, which cannot be imported. transformers imports
-    it, and vLLM imports transformers. So transformers is made to see no torchvision.
+    Planning processes no image, and vLLM for CPUs can bring a torchvision for GPUs, which cannot
+    be imported.
 
     Raises:
         ImportError: vLLM is not installed or is broken.
@@ -68,25 +63,11 @@ def import_vllm() -> None:
         return
     import vllm  # noqa: F401
 
-    if importlib.util.find_spec(IMAGES) is not None and not _images_work():
-        # transformers caches the answer.
-        sys.modules[IMAGES] = None  # type: ignore[assignment]
-        try:
-            from transformers.utils import is_torchvision_available
+    # transformers looks for torchvision when it is imported, and caches the answer.
+    sys.modules[IMAGES] = None  # type: ignore[assignment]
+    import transformers  # noqa: F401
 
-            is_torchvision_available()
-        finally:
-            del sys.modules[IMAGES]
-
-
-def _images_work() -> bool:
-    try:
-        importlib.import_module(IMAGES)
-    except Exception:
-        for name in [name for name in sys.modules if name.partition(".")[0] == IMAGES]:
-            del sys.modules[name]
-        return False
-    return True
+    del sys.modules[IMAGES]
 
 
 @contextmanager
@@ -99,8 +80,9 @@ def model_classes_in_this_process() -> Iterator[None]:
     from transformers.utils import is_torchvision_available
     from vllm.model_executor.models import registry
 
-    if not is_torchvision_available():
-        Placeholders.install()
+    # Modules of transformers and vLLM import names of torchvision, and nothing uses them here.
+    if not is_torchvision_available() and PLACEHOLDERS not in sys.meta_path:
+        sys.meta_path.insert(0, PLACEHOLDERS)
 
     def inspect(self: Any) -> Any:
         return registry._ModelInfo.from_model_cls(self.load_model_cls())
@@ -110,18 +92,14 @@ def model_classes_in_this_process() -> Iterator[None]:
 
 
 class FakeModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds an empty module for every name that `replaces` accepts."""
+    """Finds a module in which every name is a class, for each module that `replaces` accepts."""
 
-    def __init__(self) -> None:
+    def __init__(self, replaces: Callable[[str], bool]) -> None:
         self.loaded: list[str] = []
+        self._replaces = replaces
 
-    def replaces(self, name: str) -> bool:
-        raise NotImplementedError
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if not self.replaces(fullname):
+    def find_spec(self, fullname: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
+        if not self._replaces(fullname):
             return None
         return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
 
@@ -130,27 +108,10 @@ class FakeModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loaded.append(module.__name__)
-
-
-class Placeholders(FakeModules):
-    """Replaces torchvision by modules in which every name is a class.
-
-    Modules of transformers and vLLM import such names. Nothing uses them, because no image is
-    processed.
-    """
-
-    @classmethod
-    def install(cls) -> None:
-        """Put a finder before all others, once."""
-        if not any(isinstance(finder, cls) for finder in sys.meta_path):
-            sys.meta_path.insert(0, cls())
-
-    def replaces(self, name: str) -> bool:
-        return name.partition(".")[0] == IMAGES
-
-    def exec_module(self, module: ModuleType) -> None:
-        super().exec_module(module)
         module.__getattr__ = any_class  # type: ignore[method-assign]
+
+
+PLACEHOLDERS = FakeModules(lambda name: name.partition(".")[0] == IMAGES)
 
 
 class _AnyClass(type):

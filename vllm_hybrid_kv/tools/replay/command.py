@@ -3,20 +3,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vllm_hybrid_kv.hooks import BUILT_IN_NAMES
 from vllm_hybrid_kv.tools.options import check_environment, check_strategy, memory_size
 from vllm_hybrid_kv.tools.output import (
     JsonOption,
     MarkdownOption,
     PlotOption,
     Table,
+    ToolError,
     check_paths,
+    counted,
     figure,
     format_size,
     progress_bar,
@@ -24,15 +27,16 @@ from vllm_hybrid_kv.tools.output import (
 )
 from vllm_hybrid_kv.tools.plan.model_description import config_path, described, read_config
 from vllm_hybrid_kv.tools.plan.vllm_import import prepare
-from vllm_hybrid_kv.tools.serve_options import check_config_file, parse
+from vllm_hybrid_kv.tools.serve_options import parse
 
 if TYPE_CHECKING:
-    from vllm_hybrid_kv.tools.plan.engine import Model
-    from vllm_hybrid_kv.tools.plan.model_description import ModelDescription
+    from vllm_hybrid_kv.tools.plan.engine import Engine
     from vllm_hybrid_kv.tools.replay.scheduler import Tally
     from vllm_hybrid_kv.tools.replay.trace import TracedRequest
 
 SCHEMA = 1
+COORDINATORS = ", ".join(BUILT_IN_NAMES["coordinator"])
+MATCH_UNITS = ", ".join(BUILT_IN_NAMES["prefix_match_unit"])
 
 
 @dataclass(frozen=True)
@@ -58,18 +62,11 @@ class Outcome:
     progress: list[float]
 
     def to_json(self) -> dict[str, Any]:
-        fields = asdict(self)
-        tally = fields.pop("tally")
-        del tally["schedule_seconds"], tally["hits"]
-        return {
-            **fields,
-            **tally,
-            # `asdict` cannot copy a Counter.
-            "evicted_blocks": dict(self.tally.evicted_blocks),
-            "hit_rate": self.tally.hit_rate,
-            "step_ms": self.tally.step_ms,
-            "request_ms": self.tally.request_ms,
-        }
+        rates = {name: getattr(self.tally, name) for name in ("hit_rate", "step_ms", "request_ms")}
+        document = {**vars(self), **vars(self.tally), **rates}
+        for name in ("tally", "schedule_seconds", "hits"):
+            del document[name]
+        return document
 
 
 def replay(
@@ -84,7 +81,10 @@ def replay(
         typer.Option(help="Memory of the KV cache, such as 20GiB. Repeat it to compare sizes."),
     ],
     coordinator: Annotated[
-        str, typer.Option(help="Strategy of the setting coordinator.")
+        str,
+        typer.Option(
+            help=f"Strategy of the setting coordinator: {COORDINATORS}, or another package's."
+        ),
     ] = "hybrid_aware",
     compare: Annotated[
         list[str] | None, typer.Option(help="Another strategy to compare with. Can be repeated.")
@@ -92,8 +92,8 @@ def replay(
     match_unit: Annotated[
         str,
         typer.Option(
-            help="Strategy of the setting prefix_match_unit. The coordinator stock always uses "
-            "stock."
+            help=f"Strategy of the setting prefix_match_unit: {MATCH_UNITS}, or another package's. "
+            "The coordinator stock always uses stock."
         ),
     ] = "auto",
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 32,
@@ -108,7 +108,20 @@ def replay(
 
     Prompts, answers and their order come from the trace; a fixed number of requests is in flight.
     The planner, the scheduler and the coordinators are those that `vllm serve` runs. SERVE OPTIONS
-    are options of `vllm serve`, such as --max-model-len.
+    are options of `vllm serve`, such as --max-model-len. --kv-cache-dtype defaults to
+    turboquant_k8v4.
+
+    Rows of the table:
+
+    - hit rate: the share of prompt tokens that came from the prefix cache
+    - prefill tokens saved: the prompt tokens that came from the prefix cache
+    - tokens recomputed without a state: cached for full attention, but recomputed, because the
+      blocks of another KV group were not cached
+    - preemptions: how often the scheduler preempted a request
+    - scheduler, ms: time in vLLM's scheduler, without the model
+    - match unit: hits end at multiples of this number of tokens
+    - block, blocks: tokens of a block, and blocks of the pool
+    - evicted blocks: cached blocks that were evicted, by kind of KV group
     """
     sizes = [memory_size(text) for text in memory]
     strategies = list(dict.fromkeys([*(compare or ()), coordinator]))
@@ -123,54 +136,56 @@ def replay(
     requests = read_trace(trace, limit)
     path = config_path(model)
     read_config(path)
-    check_config_file(context.args)
     prepare()
-    with described(path) as description:
-        built = _build(description, model, context, concurrency)
-        outcomes = [
-            _run(description, built, requests, size, name, match_unit, concurrency)
-            for size in sizes
-            for name in strategies
-        ]
-    write(
-        [outcome.to_json() for outcome in outcomes],
-        lambda: _tables(outcomes, requests),
-        schema=SCHEMA,
-        json_=json_,
-        markdown=markdown,
-        plot=plot,
-        draw=lambda path: _draw(path, outcomes),
-    )
-
-
-def _build(
-    description: ModelDescription, model: str, context: typer.Context, concurrency: int
-) -> Model:
     from vllm_hybrid_kv.tools.plan.engine import Model
 
+    outcomes: list[Outcome] = []
+    sizes_of_problem: dict[str, str] = {}
     _, arguments = parse(context, model)
-    if arguments["max_num_seqs"] is None:
-        arguments["max_num_seqs"] = concurrency
-    with description.errors_in_one_line():
-        return Model({**arguments, "model": description.folder, "enable_prefix_caching": True})
+    with described(path) as description:
+        arguments |= {"model": description.folder, "enable_prefix_caching": True}
+        if arguments["max_num_seqs"] is None:
+            arguments["max_num_seqs"] = concurrency
+        with description.errors_in_one_line():
+            built = Model(arguments)
+        for size in sizes:
+            for name in strategies:
+                unit = "stock" if name == "stock" else match_unit
+                try:
+                    with description.errors_in_one_line():
+                        settings = {"coordinator": name, "prefix_match_unit": unit}
+                        engine = built.engine(size, settings)
+                        built.check(engine)
+                    outcomes.append(_run(engine, requests, size, name, concurrency))
+                except ToolError as error:
+                    # The other sizes and strategies may work.
+                    sizes_of_problem.setdefault(str(error), f"--memory {format_size(size)}")
+    if outcomes:
+        write(
+            [outcome.to_json() for outcome in outcomes],
+            lambda: _tables(outcomes, requests),
+            schema=SCHEMA,
+            json_=json_,
+            markdown=markdown,
+            plot=plot,
+            draw=lambda path: _draw(path, outcomes),
+        )
+    if sizes_of_problem:
+        raise ToolError(
+            "; ".join(f"{size}: {problem}" for problem, size in sizes_of_problem.items())
+        )
 
 
 def _run(
-    description: ModelDescription,
-    model: Model,
+    engine: Engine,
     requests: Sequence[TracedRequest],
     memory: int,
     coordinator: str,
-    prefix_match_unit: str,
     concurrency: int,
 ) -> Outcome:
     from vllm_hybrid_kv.tools.plan.kv_cache_plan import hit_alignment
     from vllm_hybrid_kv.tools.replay.scheduler import Replay
 
-    unit = "stock" if coordinator == "stock" else prefix_match_unit
-    with description.errors_in_one_line():
-        engine = model.engine(memory, {"coordinator": coordinator, "prefix_match_unit": unit})
-        model.check(engine)
     replayed = Replay(engine, requests, concurrency)
     progress: list[float] = []
     with progress_bar("hit rate {task.fields[rate]:.1%}") as bar:
@@ -201,57 +216,59 @@ def _tables(outcomes: Sequence[Outcome], requests: Sequence[TracedRequest]) -> I
 
     tokens = sum(request.input_length for request in requests)
     shared = shareable_tokens(requests) / tokens
-    rows: dict[str, Callable[[Outcome], str]] = {
-        "hit rate": lambda o: f"{o.tally.hit_rate:.2%}",
-        "prefill tokens saved": lambda o: f"{o.tally.hit_tokens:,}",
-        "tokens recomputed without a state": lambda o: f"{o.tally.recomputed_tokens:,}",
-        "preemptions": lambda o: f"{o.tally.preemptions:,}",
-        "scheduler, ms per step (median)": lambda o: f"{o.tally.step_ms:.2f}",
-        "scheduler, ms per request": lambda o: f"{o.tally.request_ms:.1f}",
-        "match unit, tokens": lambda o: f"{o.match_tokens:,}",
-        "block, tokens": lambda o: f"{o.block_tokens:,}",
-        "blocks": lambda o: f"{o.blocks:,}",
-    }
     for memory in dict.fromkeys(outcome.memory for outcome in outcomes):
-        columns = [outcome for outcome in outcomes if outcome.memory == memory]
-        kinds = dict.fromkeys(kind for outcome in columns for kind in outcome.tally.evicted_blocks)
-        evicted = {
-            f"evicted blocks, {kind.replace('_', ' ')}": (
-                lambda o, kind=kind: f"{o.tally.evicted_blocks.get(kind, 0):,}"
-            )
-            for kind in kinds
-        }
+        shown = [outcome for outcome in outcomes if outcome.memory == memory]
+        columns = [_numbers(outcome) for outcome in shown]
         yield Table(
-            f"{len(requests):,} requests, {tokens:,} prompt tokens, {format_size(memory)}",
-            ("", *(f">{outcome.coordinator}" for outcome in columns)),
+            f"{counted(len(requests), 'request')}, {counted(tokens, 'prompt token')}, "
+            f"{format_size(memory)}",
+            ("", *(f">{outcome.coordinator}" for outcome in shown)),
             [
-                (name, *(value(outcome) for outcome in columns))
-                for name, value in {**rows, **evicted}.items()
+                (name, *(column.get(name, "0") for column in columns))
+                for name in dict.fromkeys(name for column in columns for name in column)
             ],
             f"{shared:.1%} of the prompt tokens repeat whole blocks of {BLOCK_TOKENS} tokens of "
             "earlier requests.",
         )
 
 
+def _numbers(outcome: Outcome) -> dict[str, str]:
+    tally = outcome.tally
+    return {
+        "hit rate": f"{tally.hit_rate:.2%}",
+        "prefill tokens saved": f"{tally.hit_tokens:,}",
+        "tokens recomputed without a state": f"{tally.recomputed_tokens:,}",
+        "preemptions": f"{tally.preemptions:,}",
+        "scheduler, ms per step (median)": f"{tally.step_ms:.2f}",
+        "scheduler, ms per request": f"{tally.request_ms:.1f}",
+        "match unit, tokens": f"{outcome.match_tokens:,}",
+        "block, tokens": f"{outcome.block_tokens:,}",
+        "blocks": f"{outcome.blocks:,}",
+        **{
+            f"evicted blocks, {kind.replace('_', ' ')}": f"{blocks:,}"
+            for kind, blocks in tally.evicted_blocks.items()
+        },
+    }
+
+
 def _draw(path: Path, outcomes: Sequence[Outcome]) -> None:
     """Draw hit rates by memory, or along the trace if there is one size."""
     sweep = len({outcome.memory for outcome in outcomes}) > 1
     by_strategy: dict[str, list[Outcome]] = {}
-    for outcome in outcomes:
+    for outcome in sorted(outcomes, key=lambda outcome: outcome.memory):
         by_strategy.setdefault(outcome.coordinator, []).append(outcome)
     with figure(path, figsize=(7, 4.5)) as (_, axes):
         for name, rows in by_strategy.items():
             if sweep:
-                rows.sort(key=lambda row: row.memory)
-                x: list[Any] = [row.memory / (1 << 30) for row in rows]
-                axes.plot(x, [100 * row.tally.hit_rate for row in rows], marker="o", label=name)
+                sizes = [row.memory / (1 << 30) for row in rows]
+                axes.plot(sizes, [100 * row.tally.hit_rate for row in rows], "o-", label=name)
             else:
-                rates = rows[0].progress
-                x = [100 * (i + 1) / len(rates) for i in range(len(rates))]
-                axes.plot(x, [100 * rate for rate in rates], label=name)
-        if sweep:
-            axes.set_xscale("log")
-        axes.set_xlabel("KV cache, GiB" if sweep else "% of the trace")
-        axes.set_ylabel("prompt tokens from the cache, %")
+                rates = [100 * rate for rate in rows[0].progress]
+                axes.plot(range(5, 101, 5), rates, label=name)
+        axes.set(
+            xlabel="KV cache, GiB" if sweep else "% of the trace",
+            ylabel="prompt tokens from the cache, %",
+            xscale="log" if sweep else "linear",
+        )
         axes.set_ylim(bottom=0)
         axes.legend()

@@ -42,10 +42,6 @@ MOST_IDLE_STEPS = 100
 """A replay stops if more than this many steps in a row schedule no token."""
 
 
-class StuckError(ToolError):
-    """The scheduler has requests and never schedules one."""
-
-
 @dataclass
 class Tally:
     """The counters of a replay.
@@ -115,9 +111,8 @@ class Replay:
         self._requests = requests
         self._conversations = Conversations(requests)
         self._concurrency = concurrency
-        hash_function = get_hash_fn_by_name(
-            engine.vllm_config.cache_config.prefix_caching_hash_algo
-        )
+        algorithm = engine.vllm_config.cache_config.prefix_caching_hash_algo
+        hash_function = get_hash_fn_by_name(algorithm)
         init_none_hash(hash_function)
         self._hasher = get_request_block_hasher(engine.hash_block_size, hash_function)
         self._answers: dict[str, list[int]] = {}
@@ -140,7 +135,7 @@ class Replay:
                 finished requests.
 
         Raises:
-            StuckError: The scheduler never schedules the next request.
+            ToolError: The scheduler never schedules the next request.
         """
         waiting = deque(range(len(self._requests)))
         scheduler = self._engine.scheduler
@@ -153,7 +148,7 @@ class Replay:
             spent = time.perf_counter() - started - (self._lookup_seconds - own)
             self._idle_steps = 0 if output.total_num_scheduled_tokens else self._idle_steps + 1
             if self._idle_steps > MOST_IDLE_STEPS:
-                raise StuckError(self._state())
+                raise ToolError(self._state())
             result = self._answer(output)
             started = time.perf_counter()
             scheduler.update_from_output(output, result)
@@ -165,25 +160,20 @@ class Replay:
         return self.tally
 
     def _state(self) -> str:
-        """Return the message of `StuckError`: the scheduler's state, and what to change."""
-        scheduler = self._engine.scheduler
-        head = next(iter(scheduler.waiting), None) or next(iter(scheduler.running), None)
-        needs = ""
-        if head is not None:
-            blocks = [
-                -(-head.num_tokens // group.kv_cache_spec.block_size)
-                for group in self._engine.kv_cache_config.kv_cache_groups
-            ]
-            needs = (
-                f"; request {int(head.request_id) + 1} is first: its {head.num_tokens:,} tokens "
-                f"need {' + '.join(f'{count:,}' for count in blocks)} blocks"
-            )
-        pool = self._coordinator.block_pool
+        """Return the message for a scheduler that is stuck: its state, and what to change."""
+        scheduler, pool = self._engine.scheduler, self._coordinator.block_pool
+        head = next(iter([*scheduler.waiting, *scheduler.running]))
+        blocks = [
+            -(-head.num_tokens // group.kv_cache_spec.block_size)
+            for group in self._engine.kv_cache_config.kv_cache_groups
+        ]
         return (
-            f"the scheduler scheduled nothing in {self._idle_steps} steps: "
-            f"{len(scheduler.waiting):,} requests wait and {len(scheduler.running):,} run, "
-            f"{pool.get_num_free_blocks():,} of {pool.num_gpu_blocks:,} blocks are free{needs}. "
-            "Replay with more --memory or a smaller --concurrency"
+            f"the scheduler scheduled nothing in {self._idle_steps} steps: waiting requests: "
+            f"{len(scheduler.waiting):,}, running requests: {len(scheduler.running):,}, free "
+            f"blocks: {pool.get_num_free_blocks():,} of {pool.num_gpu_blocks:,}; request "
+            f"{int(head.request_id) + 1} is first: its {head.num_tokens:,} tokens need "
+            f"{' + '.join(f'{count:,}' for count in blocks)} blocks. Replay with more --memory or "
+            "a smaller --concurrency"
         )
 
     def _send(self, index: int) -> None:
@@ -261,14 +251,12 @@ class Replay:
             self.tally.hits[int(new.req_id)] = new.num_computed_tokens
             hit = self._attention_hits.pop(new.req_id)
             self.tally.recomputed_tokens += max(hit - new.num_computed_tokens, 0)
-        sampled: list[list[int]] = []
-        for name in names:
+        sampled: list[list[int]] = [[] for _ in names]
+        for tokens, name in zip(sampled, names, strict=True):
             request = self._live[name]
             # `num_computed_tokens` includes this step already.
-            if request.num_computed_tokens < request.num_tokens:
-                sampled.append([])
-            else:
-                sampled.append([self._answers[name][request.num_output_tokens]])
+            if request.num_computed_tokens >= request.num_tokens:
+                tokens.append(self._answers[name][request.num_output_tokens])
         return ModelRunnerOutput(
             req_ids=names,
             req_id_to_index={name: index for index, name in enumerate(names)},

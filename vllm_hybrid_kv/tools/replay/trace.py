@@ -12,11 +12,14 @@ hash id; the last block can be partial. Equal ids mean an equal prefix up to the
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TypeGuard
+from reprlib import repr as short
+from typing import Annotated
+
+from pydantic import Field, FiniteFloat, PositiveInt, TypeAdapter, ValidationError
 
 from vllm_hybrid_kv.tools.output import ToolError
 
@@ -35,19 +38,22 @@ class TracedRequest:
     Attributes:
         timestamp: The arrival in milliseconds.
         input_length: Tokens of the prompt.
-        output_length: Tokens of the answer, at least 1.
+        output_length: Tokens of the answer.
         hash_ids: One id for each 512 tokens of the prompt; the last block can be partial.
     """
 
-    timestamp: float
-    input_length: int
-    output_length: int
+    timestamp: Annotated[FiniteFloat, Field(default=0)]
+    input_length: PositiveInt
+    output_length: PositiveInt
     hash_ids: tuple[int, ...]
 
     @property
     def full_ids(self) -> tuple[int, ...]:
         """The ids of the full blocks."""
         return self.hash_ids[: self.input_length // BLOCK_TOKENS]
+
+
+_REQUEST = TypeAdapter(TracedRequest)
 
 
 def read_trace(path: Path, limit: int | None = None) -> list[TracedRequest]:
@@ -60,15 +66,13 @@ def read_trace(path: Path, limit: int | None = None) -> list[TracedRequest]:
     Raises:
         TraceError: The file cannot be read, a line is not in the format, or there is no request.
     """
-    requests: list[TracedRequest] = []
     try:
         # In binary mode, so that invalid UTF-8 is an error of its line.
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if limit is not None and len(requests) >= limit:
-                    break
-                if line.strip():
-                    requests.append(_parse(line, f"{path}, line {number}"))
+        with path.open("rb") as file:
+            lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+            requests = [
+                _parse(line, f"{path}, line {number}") for number, line in islice(lines, limit)
+            ]
     except OSError as error:
         raise TraceError(f"{path} cannot be read: {error.strerror}") from error
     if not requests:
@@ -78,36 +82,18 @@ def read_trace(path: Path, limit: int | None = None) -> list[TracedRequest]:
 
 def _parse(line: bytes, place: str) -> TracedRequest:
     try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        # Invalid UTF-8 and numbers of thousands of digits are ValueErrors, too.
-        raise TraceError(f"{place} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise TraceError(f"{place} is not an object")
-    for name in ("input_length", "output_length"):
-        value = fields.get(name)
-        if not _is_number(value) or value < 1:
-            raise TraceError(f"{place}: {name} must be a positive number, got {value!r}")
-    timestamp = fields.get("timestamp", 0)
-    if not _is_number(timestamp) and not (
-        isinstance(timestamp, float) and math.isfinite(timestamp)
-    ):
-        raise TraceError(f"{place}: timestamp must be in milliseconds, got {timestamp!r}")
-    ids = fields.get("hash_ids")
-    if not isinstance(ids, list) or not all(map(_is_number, ids)):
-        raise TraceError(f"{place}: hash_ids must be a list of numbers")
-    blocks = -(-fields["input_length"] // BLOCK_TOKENS)
-    if len(ids) != blocks:
+        request = _REQUEST.validate_json(line, strict=True)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        field = "".join(f"{part}: " for part in fault["loc"])
+        raise TraceError(f"{place}: {field}{fault['msg']}, got {short(fault['input'])}") from None
+    blocks = -(-request.input_length // BLOCK_TOKENS)
+    if len(request.hash_ids) != blocks:
         raise TraceError(
-            f"{place}: {fields['input_length']} tokens are {blocks} blocks of {BLOCK_TOKENS}, "
-            f"but hash_ids has {len(ids)}"
+            f"{place}: {request.input_length} tokens are {blocks} blocks of {BLOCK_TOKENS}, "
+            f"but hash_ids has {len(request.hash_ids)}"
         )
-    return TracedRequest(timestamp, fields["input_length"], fields["output_length"], tuple(ids))
-
-
-def _is_number(value: object) -> TypeGuard[int]:
-    # JSON's true and false are ints in Python.
-    return isinstance(value, int) and not isinstance(value, bool)
+    return request
 
 
 def write_trace(path: Path, requests: Iterable[TracedRequest]) -> None:
