@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Virtual environments in which commands run from the wheel of this tree."""
 
-import itertools
+import json
 import logging
 import os
 import shutil
@@ -47,10 +47,9 @@ def wheel(tmp_path_factory):
 @pytest.fixture(scope="session")
 def make_environment(wheel, tmp_path_factory):
     """Makes virtual environments with this tree's wheel in them."""
-    numbers = itertools.count()
 
     def make(**options):
-        folder = tmp_path_factory.mktemp(f"environment{next(numbers)}")
+        folder = tmp_path_factory.mktemp("environment")
         return virtual_environments.make(folder / "venv", wheel, **options)
 
     return make
@@ -70,3 +69,15 @@ def restored_environment():
 def run(restored_environment):
     """A function that runs `plan` in this process, which has already imported vLLM."""
     return lambda *arguments: CliRunner().invoke(app, ["plan", *map(str, arguments)])
+
+
+@pytest.fixture
+def plan_of(run):
+    """A function that runs `plan` for 24 GiB and returns the plan of its JSON."""
+
+    def plan_of(*arguments):
+        done = run("--memory", "24GiB", *arguments, "--json", "-")
+        assert done.exit_code == 0, done.stderr
+        return json.loads(done.stdout)["plan"]
+
+    return plan_of

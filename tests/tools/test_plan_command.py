@@ -13,10 +13,21 @@ import pytest
 from matplotlib import image
 
 from testing.shapes import SHAPES
+from tests.conformance.releases import CACHE, unpacked_wheel
 from vllm_hybrid_kv.tools.plan.report import ranges
 
 QWEN = SHAPES["qwen3.6-35b-a3b"]
 LLAMA = SHAPES["llama-3.1-8b"]
+
+
+# The wheel has no build for CPUs, so it finds no device.
+WITH_0_33 = """
+import vllm.platforms
+from vllm.platforms.cpu import CpuPlatform
+vllm.platforms.current_platform = CpuPlatform()
+from vllm_hybrid_kv.tools.main import app
+app()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +68,26 @@ def test_a_plan_prints_its_tables_and_no_message_of_vllm(outcome):
     assert strategies.split()[:3] == ["lcm", "min_waste", "stock"]
 
 
+def test_a_model_is_planned_with_vllm_0_33():
+    arguments = ("plan", LLAMA, "--memory", "32GiB", "--device", "cpu")
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_0_33, *arguments],
+        env={
+            **os.environ,
+            "COLUMNS": "100",
+            "PYTHONPATH": str(unpacked_wheel("0.33")),
+            "VLLM_CACHE_ROOT": str(CACHE / "vllm-0.33-cache"),
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "full attention" in done.stdout
+    assert "tokens that vLLM reports" in done.stdout
+
+
 def test_json_has_the_printed_numbers_and_a_schema_version(outcome):
     folder, done = outcome
     written = json.loads((folder / "plan.json").read_text())
@@ -67,9 +98,6 @@ def test_json_has_the_printed_numbers_and_a_schema_version(outcome):
     plan = written["plan"]
     assert plan == written["dtypes"][2]["plan"]
     assert [row["block_tokens"] for row in plan["pages"]] == [2768] * 4
-    assert sum(len(row["layers"]) for row in plan["pages"]) == 40
-    assert plan["memory"] == 24 << 30
-    assert plan["blocks"] == plan["memory"] // plan["block_bytes"]
     assert (plan["smallest_hit"], plan["can_hit"]) == (17, True)
     for key in ("short_requests", "max_len_tokens", "max_len_requests"):
         assert f"{int(plan['capacity'][key]):,}" in done.stdout
@@ -113,18 +141,21 @@ def test_a_dtype_that_a_server_refuses_has_the_reason_instead_of_a_plan(run, tmp
     assert refused.exit_code == 2
     assert "layer model.layers.2.self_attn.attn: --kv-cache-dtype" in refused.stderr
     assert "64 to 256 in multiples of 8, and 512, got 32. Serve the model with" in refused.stderr
-    done = run(*options, "--kv-cache-dtype", "auto", "--json", "-")
+    done = run(*options, "--kv-cache-dtype", "auto", "--json", tmp_path / "plan.json")
     assert done.exit_code == 0, done.stderr
-    *_, k8v4 = json.loads(done.stdout)["dtypes"]
+    *_, k8v4 = json.loads((tmp_path / "plan.json").read_text())["dtypes"]
     assert k8v4["plan"] is None
     assert k8v4["reason"] in refused.stderr
+    assert f"turboquant_k8v4: {k8v4['reason']}" in " ".join(done.stdout.split())
+    (blocks,) = (line for line in done.stdout.splitlines() if line.startswith("blocks"))
+    assert blocks.split()[-1] == "-"
 
 
 def test_a_layer_that_cannot_use_its_pages_is_refused_as_by_a_server(run, monkeypatch):
     from vllm.v1.engine import core
 
     from vllm_hybrid_kv.attention.layer_check import ADVICE
-    from vllm_hybrid_kv.tools.serve_options import in_tool_options
+    from vllm_hybrid_kv.tools.options import in_tool_options
 
     original = core.get_kv_cache_configs
 
@@ -150,29 +181,16 @@ def test_a_layer_that_cannot_use_its_pages_is_refused_as_by_a_server(run, monkey
     assert run(*options, "--kv-cache-dtype", "auto").exit_code == 0
 
 
-def test_a_dtype_that_does_not_fit_has_no_numbers(run, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    done = run(LLAMA, "--memory", "10GiB")
-    assert done.exit_code == 0, done.stderr
-    assert "auto: To serve at least one request" in done.stdout
-    (blocks,) = (line for line in done.stdout.splitlines() if line.startswith("blocks"))
-    _, auto, fp8, k8v4 = blocks.split()
-    assert auto == "-"
-    assert int(fp8.replace(",", "")) < int(k8v4.replace(",", ""))
-
-
 @pytest.mark.parametrize(("more", "strategy"), [(("--unify", "lcm"), "lcm"), ((), "stock")])
-def test_the_command_line_overrides_the_environment(run, monkeypatch, more, strategy):
+def test_the_command_line_overrides_the_environment(plan_of, monkeypatch, more, strategy):
     monkeypatch.setenv("VLLM_HYBRID_KV_UNIFY_PAGE_SIZES", "stock")
-    done = run(SHAPES["gemma-3-27b"], "--memory", "24GiB", "--json", "-", *more)
-    assert json.loads(done.stdout)["plan"]["unify_page_sizes"] == strategy
+    assert plan_of(SHAPES["gemma-3-27b"], *more)["unify_page_sizes"] == strategy
 
 
 @pytest.mark.parametrize(("number", "unquantised"), [(0, []), (1, [0, 31])])
-def test_boundary_layers_sets_the_unquantised_layers(run, monkeypatch, number, unquantised):
+def test_boundary_layers_sets_the_unquantised_layers(plan_of, monkeypatch, number, unquantised):
     monkeypatch.setenv("VLLM_HYBRID_KV_BOUNDARY_LAYERS", "3")
-    done = run(LLAMA, "--memory", "24GiB", "--boundary-layers", number, "--json", "-")
-    pages = json.loads(done.stdout)["plan"]["pages"]
+    pages = plan_of(LLAMA, "--boundary-layers", number)["pages"]
     layers = [name for row in pages if row["stores"] != "k8v4" for name in row["layers"]]
     assert sorted(int(name.split(".")[2]) for name in layers) == unquantised
 
@@ -181,16 +199,14 @@ def test_boundary_layers_sets_the_unquantised_layers(run, monkeypatch, number, u
     ("model", "memory", "blocks"), [(QWEN, "20GiB", 999), (SHAPES["nemotron-h-8b"], "12GiB", 755)]
 )
 def test_more_sequences_than_state_blocks_are_refused_with_a_number_that_works(
-    run, model, memory, blocks
+    run, plan_of, model, memory, blocks
 ):
     refused = run(model, "--memory", memory)
     assert refused.exit_code == 2
-    (line,) = refused.stderr.splitlines()
-    assert f"max_num_seqs (1024) exceeds available Mamba cache blocks ({blocks}):" in line
-    advice = re.search(r"Pass (--max-num-seqs) (\d+)", line)
-    done = run(model, "--memory", memory, *advice.groups(), "--json", "-")
-    assert done.exit_code == 0, done.stderr
-    assert json.loads(done.stdout)["plan"]["blocks"] == blocks == int(advice[2])
+    assert f"max_num_seqs (1024) exceeds available Mamba cache blocks ({blocks}):" in refused.stderr
+    advice = re.search(r"Pass (--max-num-seqs) (\d+)", refused.stderr)
+    assert int(advice[2]) == blocks
+    assert plan_of(model, "--memory", memory, *advice.groups())["blocks"] == blocks
 
 
 def test_group_numbers_are_printed_as_ranges():

@@ -60,9 +60,9 @@ def _plan_with(description: Any, options: dict[str, Any], row: dict[str, Any]) -
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
     from tests.zoo.patterns import pattern_of
+    from vllm_hybrid_kv.tools.options import one_line
     from vllm_hybrid_kv.tools.plan.engine import Model
     from vllm_hybrid_kv.tools.plan.kv_cache_plan import plan_of
-    from vllm_hybrid_kv.tools.serve_options import one_line
 
     built: list[Any] = []
 

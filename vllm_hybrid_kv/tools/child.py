@@ -50,9 +50,8 @@ class Child:
     """A Python process that runs one function; use it in a `with` block.
 
     Args:
-        function: `module:name`. It is called with a function that sends the fields of a message,
-            then with the arguments.
-        arguments: Strings.
+        function: `module:name`.
+        arguments: Arguments of the function, after the one that sends messages.
         log: The file for what the child prints.
         timeout: Seconds until the child is killed; None for no limit.
         environment: The child's whole environment; None for this process's.

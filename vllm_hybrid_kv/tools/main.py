@@ -58,10 +58,7 @@ def _print_version(chosen: bool) -> None:
 
 
 app = typer.Typer(
-    cls=OneLineErrors,
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
+    cls=OneLineErrors, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown"
 )
 
 

@@ -1,26 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options that `plan` and `replay` share, checked before vLLM is imported."""
+"""Options of `plan` and `replay`, also those of `vllm serve`, and vLLM's errors in one line."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from typing import Any, NoReturn
 
+import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from vllm_hybrid_kv.constants import CACHE_DTYPE
 from vllm_hybrid_kv.errors import did_you_mean
 from vllm_hybrid_kv.hooks import HOOK_OF_SETTING, strategy_names
 from vllm_hybrid_kv.settings import environment_name, resolve
 from vllm_hybrid_kv.tools.output import ToolError
 
+_WITHOUT_EFFECT = re.compile(
+    "model|tokenizer|quantization|load_format|model_loader_extra_config|skip_tokenizer_init|"
+    "data_parallel_.*|distributed_executor_backend|gpu_memory_utilization|kv_cache_memory_bytes|"
+    "nnodes|node_rank"
+)
+"""Fields about weights, tokenizers and processes, which do not change the cache of one engine."""
+
+UNKNOWN = (
+    "vLLM's class of this model does not build from this configuration; set "
+    "VLLM_LOGGING_LEVEL=DEBUG to see where it fails"
+)
+
+_ADVICE = (
+    (
+        r"(?s)Try increasing `gpu_memory_utilization`.* or decreasing `max_model_len`.*",
+        "Increase --memory or decrease --max-model-len.",
+    ),
+    (r"(?s)Try increasing `gpu_memory_utilization`.*", "Increase --memory."),
+    (r"`?gpu_memory_utilization`?", "--memory"),
+    (r"`?\bmax_model_len\b`?", "--max-model-len"),
+    (r"(?i)\bset \w*unify_page_sizes=", "pass --unify "),
+    (r"(?i)\bset \w*boundary_layers=", "pass --boundary-layers "),
+    (r"\bset prefix_match_unit=", "set VLLM_HYBRID_KV_PREFIX_MATCH_UNIT="),
+)
+"""Patterns in messages for servers, and the advice to users of `plan` and `replay`."""
+
 
 def memory_size(text: str) -> int:
     """Return the bytes of the option `--memory`.
 
-    Args:
-        text: A number with a unit. K, M, G, T mean KiB, MiB, GiB, TiB, the powers of 1024; KB, MB,
-            GB, TB are powers of 1000. A number without a unit is in bytes.
+    K, M, G, T mean KiB, MiB, GiB, TiB, the powers of 1024; KB, MB, GB, TB are powers of 1000. A
+    number without a unit is in bytes.
 
     Raises:
         ToolError: The text is not a size of at least one byte.
@@ -39,15 +70,10 @@ def memory_size(text: str) -> int:
 
 
 def check_strategy(option: str, setting: str, name: str) -> None:
-    """Check that an option names a strategy, without importing vLLM.
+    """Check that an option or a variable names a strategy, without importing vLLM.
 
     A strategy of another package passes under any setting. Whether it implements the setting's hook
     is known only after it is loaded.
-
-    Args:
-        option: The option or environment variable.
-        setting: The setting that the option chooses.
-        name: The strategy's name.
 
     Raises:
         ToolError: No package has a strategy of this name.
@@ -63,9 +89,8 @@ def check_strategy(option: str, setting: str, name: str) -> None:
 def check_environment(by_option: Iterable[str]) -> None:
     """Check the plugin's settings in the environment, without importing vLLM.
 
-    Args:
-        by_option: Settings chosen on the command line. Their environment variables are removed,
-            because the environment would override the command line.
+    The variables of settings that were chosen by an option are removed, because the environment
+    would override the command line.
 
     Raises:
         HybridKVError: A setting is not valid.
@@ -75,3 +100,99 @@ def check_environment(by_option: Iterable[str]) -> None:
     settings = resolve(None)
     for setting in HOOK_OF_SETTING:
         check_strategy(environment_name(setting), setting, getattr(settings, setting))
+
+
+def parse(context: typer.Context, *more: str) -> tuple[str, dict[str, Any]]:
+    """Parse `more` and the arguments of `vllm serve` that a command received.
+
+    Returns:
+        The model, and arguments of `EngineArgs` without those that change no plan.
+
+    Raises:
+        ToolError: vLLM's parser refuses them, or none of them is a model.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+
+    own = [option for parameter in context.command.params for option in parameter.opts]
+    parser = _parser(own)
+    try:
+        given = parser.parse_args([*more, *context.args])
+        model = given.model_tag
+        if model is None and given.model != parser.get_default("model"):
+            model = given.model
+        # Offline, vLLM would look up the weights of the names here.
+        given.model, given.tokenizer = ".", None
+        engine = AsyncEngineArgs.from_cli_args(given)
+    except (argparse.ArgumentTypeError, ValueError, OSError, AssertionError) as error:
+        raise ToolError(str(error)) from None
+    if model is None:
+        raise ToolError("no model: give a folder, a config.json or a name on the hub first")
+    return model, {
+        field.name: getattr(engine, field.name)
+        for field in fields(EngineArgs)
+        if field.init and not _WITHOUT_EFFECT.fullmatch(field.name)
+    }
+
+
+def _parser(own_options: Sequence[str] = ()) -> argparse.ArgumentParser:
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    try:
+        from vllm.entrypoints.common.cli_args import make_arg_parser
+    except ModuleNotFoundError:
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            if unknown := re.match(r"unrecognized arguments: (--[^\s=]+)", message):
+                options = (option for action in self._actions for option in action.option_strings)
+                message += did_you_mean(unknown[1], [*own_options, *options])
+            raise ToolError(message)
+
+    parser: argparse.ArgumentParser = make_arg_parser(Parser(add_help=False))
+    parser.set_defaults(kv_cache_dtype=CACHE_DTYPE)
+    return parser
+
+
+def in_tool_options(message: str) -> str:
+    """Return a message for servers with the options of `plan` and `replay` in its advice."""
+    for pattern, option in _ADVICE:
+        message = re.sub(pattern, option, message)
+    return message
+
+
+def one_line(error: Exception) -> str:
+    """Return vLLM's message for users of an error in one line, or `UNKNOWN` if it has none."""
+    if isinstance(error, ValidationError):
+        message = "; ".join(
+            ": ".join([*map(_option_of, map(str, fault["loc"])), fault["msg"]])
+            for fault in error.errors()
+        )
+    else:
+        message = _message_for_users(error) or UNKNOWN
+        if message == UNKNOWN and os.environ.get("VLLM_LOGGING_LEVEL") == "DEBUG":
+            traceback.print_exception(error)
+    return " ".join(message.replace("Value error, ", "").split())
+
+
+def _option_of(field: str) -> str:
+    """Return the option that sets a field of vLLM's configuration, or the field."""
+    destination = {"cache_dtype": "kv_cache_dtype"}.get(field, field)
+    for action in _parser()._actions:
+        if action.dest == destination and action.option_strings:
+            return next(option for option in action.option_strings if option.startswith("--"))
+    return field
+
+
+def _message_for_users(error: BaseException | None) -> str | None:
+    """Return the message of an error, or of its cause, whose class vLLM uses for users."""
+    from transformers import PreTrainedConfig
+
+    if isinstance(error, ValueError | NotImplementedError | AssertionError | OSError):
+        return str(error) or None
+    if isinstance(error, AttributeError) and isinstance(error.obj, PreTrainedConfig):
+        return (
+            f"the configuration has no {error.name!r}, which vLLM's class of this model reads; "
+            "add it to the config.json"
+        )
+    return _message_for_users(error.__cause__) if error is not None else None

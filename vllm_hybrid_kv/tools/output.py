@@ -1,14 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How every tool prints its result, writes it to files and reports errors.
 
-A command describes its result as parts, which are lines of text and `Table`s, and as a JSON
-document. `write` sends them to the places that the user chose:
-
-    def plan(json_: JsonOption = None, plot: PlotOption = None, markdown: MarkdownOption = False):
-        check_paths(json_, plot)  # before any work
-        ...
-        table = Table("KV groups", ("kind", ">blocks"), [("full attention", "1,024")])
-        write(document, lambda: ["A summary.", table], schema=1, json_=json_, markdown=markdown)
+A command calls `check_paths` before any work. It describes its result as parts, which are lines of
+text and `Table`s, and as a JSON document. `write` sends them to the places that the user chose.
 
 Any error that the user can correct is a `ToolError`, or another `HybridKVError`. `main` prints it
 as one line and exits with status 2. No tool prints an error or raises `typer.Exit` for one.
@@ -157,12 +151,11 @@ def write(
     Args:
         document: The result as JSON: an object, or a list of objects.
         parts: Returns what is printed, unless JSON is.
-        schema: The version of the document. It grows when a key is removed or changes its meaning,
-            and is the key `schema` of each object.
+        schema: The version of the document, its key `schema`. It grows when a key is removed or
+            changes its meaning.
         json_: The file for the document; `-` prints it instead of the parts.
         markdown: Whether tables are printed as Markdown.
-        plot: The file for the picture.
-        draw: Draws the picture into a file.
+        plot: The file for the picture, which `draw` draws.
 
     Raises:
         ToolError: A file cannot be written.
@@ -217,11 +210,7 @@ def figure(
 ) -> Iterator[tuple[Any, Any]]:
     """Yield a matplotlib figure and its axes to draw on, then save it.
 
-    Args:
-        path: The file; its suffix is the format.
-        shape: Rows and columns of axes.
-        figsize: Width and height in inches.
-        options: Of matplotlib's `subplots`.
+    `shape` and `options` are those of matplotlib's `subplots`; `figsize` is in inches.
     """
     from matplotlib.figure import Figure
 
@@ -231,15 +220,9 @@ def figure(
 
 
 def progress_bar(*texts: str) -> Progress:
-    """Return a progress bar on standard error.
-
-    Args:
-        texts: rich's formats of further columns, such as `{task.fields[rate]}`.
-    """
+    """Return a progress bar on standard error with further columns, in rich's formats."""
     return Progress(
-        *Progress.get_default_columns(),
-        *map(TextColumn, texts),
-        console=Console(stderr=True),
+        *Progress.get_default_columns(), *map(TextColumn, texts), console=Console(stderr=True)
     )
 
 

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers for GPUs and for one rank of several, built on any machine."""
+"""Layers for GPUs and their tensors, built on any machine."""
 
 import importlib
 import sys
 
 import pytest
 import torch
+from vllm.model_executor.layers.attention import attention
 from vllm.platforms import current_platform
 
 from vllm_hybrid_kv.tools.plan.engine import Model, check_device
 from vllm_hybrid_kv.tools.plan.gpu_platform import described_gpu
-from vllm_hybrid_kv.tools.plan.model_building import as_one_rank_of, without_weights
+from vllm_hybrid_kv.tools.plan.model_building import without_weights
 from vllm_hybrid_kv.tools.plan.vllm_import import FakeModules
 
 
@@ -23,15 +24,10 @@ def test_only_a_vllm_for_cpus_can_plan_for_a_cpu(monkeypatch):
 
 
 def test_every_module_sees_the_described_gpu_until_its_end():
-    from vllm.model_executor.layers.attention import attention
-
-    kind = type(current_platform)
     with described_gpu():
         assert attention.current_platform.is_cuda()
-        assert not current_platform.is_cpu()
         assert current_platform.get_device_capability() == (9, 0)
-        assert current_platform.get_device_total_memory() == 80 << 30
-    assert type(current_platform) is kind
+    assert current_platform.is_cpu()
     assert not hasattr(torch.ops._C, "no_such_operator")
 
 
@@ -56,16 +52,6 @@ def test_large_tensors_are_meta_and_small_ones_have_values():
     assert large.is_meta
     assert mixed.is_meta
     assert small.tolist() == [0, 1, 2, 3]
-
-
-def test_the_sizes_of_the_rank_groups_are_restored(shape):
-    from vllm.distributed import get_tensor_model_parallel_world_size
-
-    model = shape("llama-3.1-8b", "auto")
-    assert isinstance(model, Model)
-    with as_one_rank_of(8):
-        assert get_tensor_model_parallel_world_size() == 8
-    assert get_tensor_model_parallel_world_size() == 1
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -11,6 +11,7 @@ from vllm_hybrid_kv.tools.plan.model_description import DescriptionError, descri
 
 LLAMA = json.loads((SHAPES["llama-3.1-8b"] / "config.json").read_text())
 WRAPPER = {"architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl"}
+QUANTISED = {"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 4}}
 NO_MODEL = "needs 'architectures', a list of class names, and 'model_type'"
 
 
@@ -29,6 +30,7 @@ def reduced(path):
         ('{"architectures": ["LlamaForCausalLM"]}', NO_MODEL),
         (b"\xff\xfe", "is not JSON"),
         (json.dumps({**LLAMA, "architectures": ["Larch"]}), "vLLM has no architecture Larch"),
+        (json.dumps({**LLAMA, "quantization_config": QUANTISED}), "however received num_bits=4"),
         (json.dumps({**WRAPPER, "text_config": {"model_type": "larch"}}), "'larch'"),
     ],
 )

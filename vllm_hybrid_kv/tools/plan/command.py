@@ -10,7 +10,7 @@ import typer
 
 from vllm_hybrid_kv.hooks import BUILT_IN_NAMES
 from vllm_hybrid_kv.state import STATE
-from vllm_hybrid_kv.tools.options import check_environment, check_strategy, memory_size
+from vllm_hybrid_kv.tools.options import check_environment, check_strategy, memory_size, parse
 from vllm_hybrid_kv.tools.output import (
     JsonOption,
     MarkdownOption,
@@ -19,16 +19,10 @@ from vllm_hybrid_kv.tools.output import (
     check_paths,
     write,
 )
-from vllm_hybrid_kv.tools.plan.model_description import (
-    DEVICES,
-    config_path,
-    described,
-    read_config,
-)
+from vllm_hybrid_kv.tools.plan.model_description import DEVICES, config_path, described, read_config
 from vllm_hybrid_kv.tools.plan.plot import draw
 from vllm_hybrid_kv.tools.plan.report import PlanColumn, PlanResult, report
 from vllm_hybrid_kv.tools.plan.vllm_import import prepare
-from vllm_hybrid_kv.tools.serve_options import parse
 
 if TYPE_CHECKING:
     from vllm_hybrid_kv.tools.plan.engine import Model

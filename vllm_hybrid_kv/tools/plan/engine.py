@@ -39,7 +39,6 @@ from vllm.v1.worker.workspace import (
 from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.attention.layer_check import BuiltLayer, built_layers, check_plan
 from vllm_hybrid_kv.constants import CACHE_DTYPE
-from vllm_hybrid_kv.settings import resolve
 from vllm_hybrid_kv.state import STATE
 from vllm_hybrid_kv.tools.plan.gpu_platform import described_gpu
 from vllm_hybrid_kv.tools.plan.model_building import as_one_rank_of, build_draft, without_weights
@@ -48,11 +47,7 @@ from vllm_hybrid_kv.tools.plan.vllm_import import model_classes_in_this_process
 
 
 def check_device(device: str) -> None:
-    """Check that the installed vLLM can plan for a device.
-
-    Raises:
-        ValueError: The device is the CPU and this vLLM does not run on CPUs.
-    """
+    """Raise ValueError if the device is the CPU and this vLLM does not run on CPUs."""
     if device == CPU and not current_platform.is_cpu():
         raise ValueError(
             f"this vLLM runs on {current_platform.device_type or 'no device'}, not on CPUs: "
@@ -107,10 +102,7 @@ class Model:
     """
 
     def __init__(
-        self,
-        arguments: dict[str, Any],
-        device: str = GPU,
-        settings: dict[str, Any] | None = None,
+        self, arguments: dict[str, Any], device: str = GPU, settings: dict[str, Any] | None = None
     ) -> None:
         """Configure the model and build its layers.
 
@@ -165,7 +157,7 @@ class Model:
         """Build the layers of a pipeline stage and return their specs."""
         config = self._configure()
         parallel = config.parallel_config
-        self._stock_alignment = _unifies_as_stock(config)
+        self._stock_alignment = STATE.settings_of(config).unify_page_sizes == "stock"
         with ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             stack.enter_context(set_current_vllm_config(config))
@@ -233,9 +225,9 @@ class Model:
         from vllm.v1.engine import core
 
         config = self._configure(settings)
-        if _unifies_as_stock(config) != self._stock_alignment:
+        unify = STATE.settings_of(config).unify_page_sizes
+        if (unify == "stock") != self._stock_alignment:
             if self._other_alignment is None:
-                unify = resolve(config.additional_config).unify_page_sizes
                 self._other_alignment = Model(
                     self._arguments, self._device, {**self._settings, "unify_page_sizes": unify}
                 )
@@ -262,11 +254,7 @@ class Model:
         return Engine(config, plan, *sizes, worker_plans)
 
     def check(self, engine: Engine) -> None:
-        """Check a plan as a server does after planning.
-
-        Raises:
-            ValueError: A server would not start; the message is the server's.
-        """
+        """Raise the ValueError with which a server would not start with this plan."""
         for stage, layers in self._stage_layers.items():
             check_plan(layers, engine.stage_kv_cache_configs[stage].kv_cache_groups)
         self._check_graphs(engine)
@@ -294,10 +282,6 @@ class Model:
                 kv_cache_config=engine.worker_kv_cache_config,
                 max_num_reqs=config.scheduler_config.max_num_seqs,
             )
-
-
-def _unifies_as_stock(config: VllmConfig) -> bool:
-    return STATE.settings_of(config).unify_page_sizes == "stock"
 
 
 def _spec_of(layer: Any, config: VllmConfig) -> KVCacheSpec | None:

@@ -29,18 +29,10 @@ MEMORY = 80 << 30
 PROCESSORS = 132
 _EXTENSIONS = ("_C", "_C_stable_libtorch")
 _PACKAGES = (
-    "cuda",
-    "cutlass",
-    "flashinfer",
-    "quack",
-    "tilelang",
-    "torchaudio",
-    "vllm.third_party.deep_gemm",
-    "vllm.third_party.flashmla",
-    "vllm.vllm_flash_attn.cute",
+    *("cuda", "cutlass", "flashinfer", "quack", "tilelang", "torchaudio"),
+    *("vllm.third_party.deep_gemm", "vllm.third_party.flashmla", "vllm.vllm_flash_attn.cute"),
 )
 """Packages of vLLM for CUDA that may be missing or broken on this machine."""
-
 
 _ANSWERS = {
     "import_kernels": None,

@@ -99,16 +99,10 @@ class _MixedDevices(TorchDispatchMode):
 def as_one_rank_of(
     size: int, *, stages: int = 1, stage: int = 0, decode_context: int = 1
 ) -> Iterator[None]:
-    """Build layers in this one process as one rank of several.
+    """Build layers in this one process as one of `size` tensor parallel ranks of a pipeline stage.
 
     Building sends nothing between ranks, so layers see only the sizes of the groups. All ranks of
-    a stage have the same KV cache.
-
-    Args:
-        size: Tensor parallel ranks.
-        stages: Pipeline stages.
-        stage: The stage whose layers are built, from 0.
-        decode_context: Decode context parallel ranks, which are also tensor parallel ranks.
+    a stage have the same KV cache. `decode_context` ranks are also tensor parallel ranks.
     """
     ranks, pipeline = get_tp_group(), get_pp_group()
     contexts = getattr(parallel_state, "_DCP", None)
@@ -118,11 +112,7 @@ def as_one_rank_of(
         # Experts use the same ranks. vLLM makes no group if the first model has no experts.
         patch.object(parallel_state, "_EP", ranks),
         patch.multiple(
-            pipeline,
-            world_size=stages,
-            rank_in_group=stage,
-            rank=stage,
-            ranks=list(range(stages)),
+            pipeline, world_size=stages, rank_in_group=stage, rank=stage, ranks=list(range(stages))
         ),
         patch.object(contexts, "world_size", decode_context) if divided else nullcontext(),
     ):

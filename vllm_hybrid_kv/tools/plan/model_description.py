@@ -14,8 +14,8 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
+from vllm_hybrid_kv.tools.options import in_tool_options, one_line
 from vllm_hybrid_kv.tools.output import ToolError
-from vllm_hybrid_kv.tools.serve_options import in_tool_options, one_line
 
 GPU, CPU = DEVICES = ("gpu", "cpu")
 """Devices that an engine can be planned for."""
@@ -119,10 +119,7 @@ def config_path(model: str, revision: str | None = None) -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a model's configuration.
-
-    Args:
-        path: A config.json of any file name, or its folder.
+    """Read a model's configuration, a config.json of any file name or in a folder.
 
     Raises:
         DescriptionError: There is no file, or it does not describe a model.
@@ -155,7 +152,7 @@ def described(path: Path) -> Iterator[ModelDescription]:
     that a quantised checkpoint gives `auto` is read first.
 
     Args:
-        path: A config.json of any file name, or its folder.
+        path: As in `read_config`.
 
     Raises:
         DescriptionError: The file does not describe a model, or vLLM lacks its architecture.

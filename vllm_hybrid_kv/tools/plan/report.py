@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vllm_hybrid_kv.tools.options import in_tool_options
 from vllm_hybrid_kv.tools.output import Table, format_size
-from vllm_hybrid_kv.tools.serve_options import in_tool_options
 
 if TYPE_CHECKING:
     from vllm_hybrid_kv.tools.plan.kv_cache_plan import Plan

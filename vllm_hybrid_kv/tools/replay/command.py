@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_hybrid_kv.hooks import BUILT_IN_NAMES
-from vllm_hybrid_kv.tools.options import check_environment, check_strategy, memory_size
+from vllm_hybrid_kv.tools.options import check_environment, check_strategy, memory_size, parse
 from vllm_hybrid_kv.tools.output import (
     JsonOption,
     MarkdownOption,
@@ -27,7 +27,6 @@ from vllm_hybrid_kv.tools.output import (
 )
 from vllm_hybrid_kv.tools.plan.model_description import config_path, described, read_config
 from vllm_hybrid_kv.tools.plan.vllm_import import prepare
-from vllm_hybrid_kv.tools.serve_options import parse
 
 if TYPE_CHECKING:
     from vllm_hybrid_kv.tools.plan.engine import Engine
@@ -41,15 +40,10 @@ MATCH_UNITS = ", ".join(BUILT_IN_NAMES["prefix_match_unit"])
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of one strategy with one size of memory.
+    """The result of one strategy (`coordinator`) with one size of memory, in bytes.
 
     Attributes:
-        coordinator: The strategy.
-        memory: Bytes of KV cache.
-        blocks: Blocks of the pool.
-        block_tokens: Tokens of a block.
-        match_tokens: Hits end at multiples of these tokens.
-        tally: The counters.
+        match_tokens: Hits end at multiples of this number of tokens.
         progress: The hit rate after each twentieth of the requests.
     """
 
@@ -177,11 +171,7 @@ def replay(
 
 
 def _run(
-    engine: Engine,
-    requests: Sequence[TracedRequest],
-    memory: int,
-    coordinator: str,
-    concurrency: int,
+    engine: Engine, requests: Sequence[TracedRequest], memory: int, name: str, concurrency: int
 ) -> Outcome:
     from vllm_hybrid_kv.tools.plan.kv_cache_plan import hit_alignment
     from vllm_hybrid_kv.tools.replay.scheduler import Replay
@@ -189,8 +179,7 @@ def _run(
     replayed = Replay(engine, requests, concurrency)
     progress: list[float] = []
     with progress_bar("hit rate {task.fields[rate]:.1%}") as bar:
-        title = f"{coordinator}, {format_size(memory)}"
-        task = bar.add_task(title, total=len(requests), rate=0.0)
+        task = bar.add_task(f"{name}, {format_size(memory)}", total=len(requests), rate=0.0)
 
         def finished(count: int) -> None:
             rate = replayed.tally.hit_rate
@@ -200,7 +189,7 @@ def _run(
 
         tally = replayed.run(finished)
     return Outcome(
-        coordinator=coordinator,
+        coordinator=name,
         memory=memory,
         blocks=engine.kv_cache_config.num_blocks,
         block_tokens=engine.scheduler_block_size,

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Replays a trace through vLLM's scheduler and counts its prefix-cache hits.
 
-The replay stands in for the model and the clients. The KV cache is planned for vLLM's model runner
-V2. The scheduler is configured for model runner V1, because it is created outside of
-`described_gpu`. The two runners differ in what the scheduler sends to workers, not in lookups and
-evictions.
+The KV cache is planned for vLLM's model runner V2. The scheduler is configured for model runner V1,
+because it is created outside of `described_gpu`. The runners differ in what the scheduler sends to
+workers, not in lookups and evictions.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
@@ -25,18 +24,14 @@ from vllm.v1.core.kv_cache_utils import (
     get_request_block_hasher,
     init_none_hash,
 )
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import get_kv_cache_spec_kind
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_hybrid_kv.tools.output import ToolError
+from vllm_hybrid_kv.tools.plan.engine import Engine
 from vllm_hybrid_kv.tools.replay.trace import Conversations, TracedRequest
-
-if TYPE_CHECKING:
-    from vllm.v1.core.sched.output import SchedulerOutput
-
-    from vllm_hybrid_kv.tools.plan.engine import Engine
-
 
 MOST_IDLE_STEPS = 100
 """A replay stops if more than this many steps in a row schedule no token."""
@@ -130,9 +125,7 @@ class Replay:
     def run(self, finished: Callable[[int], None] | None = None) -> Tally:
         """Replay the whole trace and return its counters.
 
-        Args:
-            finished: Called after each step in which requests finished, with the number of all
-                finished requests.
+        `finished` gets the number of finished requests after each step in which it grew.
 
         Raises:
             ToolError: The scheduler never schedules the next request.

@@ -57,11 +57,7 @@ _REQUEST = TypeAdapter(TracedRequest)
 
 
 def read_trace(path: Path, limit: int | None = None) -> list[TracedRequest]:
-    """Read a trace.
-
-    Args:
-        path: A file of JSON lines; empty lines are skipped.
-        limit: The number of requests to read; None for all.
+    """Read the first `limit` requests of a trace, a file of JSON lines. Empty lines are skipped.
 
     Raises:
         TraceError: The file cannot be read, a line is not in the format, or there is no request.
@@ -97,7 +93,6 @@ def _parse(line: bytes, place: str) -> TracedRequest:
 
 
 def write_trace(path: Path, requests: Iterable[TracedRequest]) -> None:
-    """Write a trace."""
     path.write_text("".join(json.dumps(asdict(request)) + "\n" for request in requests))
 
 
@@ -143,11 +138,7 @@ class Conversations:
                 first_after[block] = index
 
     def tokens(self, index: int) -> tuple[list[int], list[int]]:
-        """Return the token ids of a request's prompt and answer.
-
-        Args:
-            index: The request's position in the trace.
-        """
+        """Return the token ids of the prompt and the answer of a request of the trace."""
         request = self._requests[index]
         length = request.input_length + request.output_length
         tokens: list[int] = []

@@ -4,7 +4,7 @@
 import pytest
 from transformers import LlamaConfig
 
-from vllm_hybrid_kv.tools.serve_options import UNKNOWN, in_tool_options, one_line
+from vllm_hybrid_kv.tools.options import UNKNOWN, in_tool_options, one_line
 
 
 def caused_by(cause: Exception) -> Exception:
