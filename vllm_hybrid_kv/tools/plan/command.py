@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -23,10 +23,6 @@ from vllm_hybrid_kv.tools.plan.model_description import DEVICES, config_path, de
 from vllm_hybrid_kv.tools.plan.plot import draw
 from vllm_hybrid_kv.tools.plan.report import PlanColumn, PlanResult, report
 from vllm_hybrid_kv.tools.plan.vllm_import import prepare
-
-if TYPE_CHECKING:
-    from vllm_hybrid_kv.tools.plan.engine import Model
-    from vllm_hybrid_kv.tools.plan.kv_cache_plan import Plan
 
 SCHEMA = 1
 ALWAYS_SHOWN = ("auto", "fp8", "turboquant_k8v4")
@@ -81,6 +77,9 @@ def plan(
         # Most models are named first. Importing vLLM takes seconds, so check the name before.
         read_config(config_path(context.args[0]))
     prepare()
+    from vllm_hybrid_kv.tools.plan.engine import Model
+    from vllm_hybrid_kv.tools.plan.kv_cache_plan import Plan, plan_of
+
     model, arguments = parse(context)
     kv_cache_dtype = arguments["kv_cache_dtype"]
     of_layers = {} if boundary_layers is None else {"boundary_layers": boundary_layers}
@@ -89,15 +88,11 @@ def plan(
 
         @functools.cache
         def built(dtype: str) -> Model:
-            from vllm_hybrid_kv.tools.plan.engine import Model
-
             stored = description.kv_cache_dtype if dtype == "auto" else None
             of_model = {"model": description.folder, "kv_cache_dtype": stored or dtype}
             return Model({**arguments, **of_model}, device, of_layers)
 
         def planned(dtype: str, settings: dict[str, Any]) -> Plan:
-            from vllm_hybrid_kv.tools.plan.kv_cache_plan import plan_of
-
             with description.errors_in_one_line():
                 return plan_of(built(dtype), size, settings)
 

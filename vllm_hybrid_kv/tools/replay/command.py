@@ -27,11 +27,16 @@ from vllm_hybrid_kv.tools.output import (
 )
 from vllm_hybrid_kv.tools.plan.model_description import config_path, described, read_config
 from vllm_hybrid_kv.tools.plan.vllm_import import prepare
+from vllm_hybrid_kv.tools.replay.trace import (
+    BLOCK_TOKENS,
+    TracedRequest,
+    read_trace,
+    shareable_tokens,
+)
 
 if TYPE_CHECKING:
     from vllm_hybrid_kv.tools.plan.engine import Engine
     from vllm_hybrid_kv.tools.replay.scheduler import Tally
-    from vllm_hybrid_kv.tools.replay.trace import TracedRequest
 
 SCHEMA = 1
 COORDINATORS = ", ".join(BUILT_IN_NAMES["coordinator"])
@@ -125,8 +130,6 @@ def replay(
     check_strategy("--coordinator", "coordinator", coordinator)
     check_strategy("--match-unit", "prefix_match_unit", match_unit)
     check_environment(["coordinator", "prefix_match_unit"])
-    from vllm_hybrid_kv.tools.replay.trace import read_trace
-
     requests = read_trace(trace, limit)
     path = config_path(model)
     read_config(path)
@@ -201,8 +204,6 @@ def _run(
 
 def _tables(outcomes: Sequence[Outcome], requests: Sequence[TracedRequest]) -> Iterator[Table]:
     """Yield a table for each size of memory, with a column for each strategy."""
-    from vllm_hybrid_kv.tools.replay.trace import BLOCK_TOKENS, shareable_tokens
-
     tokens = sum(request.input_length for request in requests)
     shared = shareable_tokens(requests) / tokens
     for memory in dict.fromkeys(outcome.memory for outcome in outcomes):
