@@ -116,7 +116,6 @@ COORDINATORS = Suite(
         "test_coordinator_strategies.py",
         "test_explanation.py",
         "test_fixed_point.py",
-        "test_fixed_point_oracle.py",
         "test_observer.py",
         "test_pool_capacity.py",
         "test_smallest_hit.py",

@@ -26,7 +26,7 @@ SECONDS = {
     "drift/test_real_engines.py": 115,
     "e2e/test_demo.py": 110,
     "e2e/test_processes_and_compilation.py": 100,
-    "benchmarks/test_prefix_cache_command.py": 90,
+    "benchmarks/test_prefix_cache.py": 90,
     "plugin/test_vllm_0_33.py": 85,
     "e2e/test_metrics.py": 70,
     "e2e/test_wrong_input.py": 65,

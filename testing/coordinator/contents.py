@@ -37,6 +37,7 @@ from testing.coordinator.oracle import Cached, Layout
 
 NUM_BLOCKS = 1024
 LONGEST_IN_UNITS = 48
+HEADS: dict[str, Any] = {"num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
 
 init_none_hash(sha256)
 
@@ -53,30 +54,19 @@ class Case:
 
 
 def full(block_size: int, head_size: int = 8, **more: Any) -> KVCacheSpec:
-    return FullAttentionSpec(
-        block_size=block_size, num_kv_heads=1, head_size=head_size, dtype=torch.float32, **more
-    )
+    return FullAttentionSpec(block_size=block_size, **{**HEADS, "head_size": head_size}, **more)
 
 
 def window(block_size: int, tokens: int, **more: Any) -> KVCacheSpec:
-    return SlidingWindowSpec(
-        block_size=block_size,
-        num_kv_heads=1,
-        head_size=8,
-        dtype=torch.float32,
-        sliding_window=tokens,
-        **more,
-    )
+    return SlidingWindowSpec(block_size=block_size, sliding_window=tokens, **HEADS, **more)
 
 
 def chunked(block_size: int, tokens: int) -> KVCacheSpec:
-    return ChunkedLocalAttentionSpec(
-        block_size=block_size,
-        num_kv_heads=1,
-        head_size=8,
-        dtype=torch.float32,
-        attention_chunk_size=tokens,
-    )
+    return ChunkedLocalAttentionSpec(block_size=block_size, attention_chunk_size=tokens, **HEADS)
+
+
+def ring(block_size: int) -> KVCacheSpec:
+    return CircularBufferSpec(block_size=block_size, dcp_sharded=False, **HEADS)
 
 
 def mamba(block_size: int, width: int = 4, mode: str = "align") -> KVCacheSpec:
@@ -88,12 +78,6 @@ def mamba(block_size: int, width: int = 4, mode: str = "align") -> KVCacheSpec:
     )
 
 
-def ring(block_size: int) -> KVCacheSpec:
-    return CircularBufferSpec(
-        block_size=block_size, num_kv_heads=1, head_size=8, dtype=torch.float32, dcp_sharded=False
-    )
-
-
 def layout_of(
     *specs: KVCacheSpec,
     unit: int | None = None,
@@ -102,11 +86,8 @@ def layout_of(
 ) -> Layout:
     """Return a layout.
 
-    Args:
-        *specs: One per group.
-        unit: Tokens per hash, by default the greatest common divisor of the block sizes.
-        drafts: The groups marked as having draft layers, or None without speculative decoding.
-        dcp: Ranks of decode context parallelism.
+    `unit` is the number of tokens per hash, `drafts` has the groups marked as having draft layers
+    (None without speculative decoding), and `dcp` is the number of context parallel ranks.
     """
     sizes = [spec.block_size * (dcp if spec.dcp_sharded else 1) for spec in specs]
     hashed = [size for size, spec in zip(sizes, specs, strict=True) if spec.prefix_cacheable]
@@ -255,15 +236,7 @@ def _random_kept(rng: random.Random, rule: str, num_tokens: int) -> Callable[[in
 def insert(
     pool: BlockPool, hashes: Sequence[BlockHash], group_id: int, end: int, block: KVCacheBlock
 ) -> None:
-    """Cache a block of one group that ends at a token of a prompt.
-
-    Args:
-        pool: The pool of the block.
-        hashes: The hashes of the prompt, one per hash unit.
-        group_id: The group.
-        end: The length of the prefix that the block ends, in tokens.
-        block: The block.
-    """
+    """Cache a block of one group that ends the prefix of `end` tokens of a prompt."""
     key = make_block_hash_with_group_id(hashes[end // pool.hash_block_size - 1], group_id)
     pool._insert_block_hash(key, block, num_tokens=end)
 
@@ -284,12 +257,9 @@ def every(step: int, end: int) -> range:
 
 
 def fill_at(pool: BlockPool, request: Request, *ends: Iterable[int]) -> None:
-    """Cache the blocks of a request that end at given tokens.
+    """Cache the blocks of a request that end at given tokens, by group.
 
-    Args:
-        pool: The pool. Group g gets the blocks 100 * (g + 1) and following.
-        request: The request.
-        *ends: For each group, where its cached blocks end.
+    Group g gets the blocks 100 * (g + 1) and following.
     """
     cached = Cached(len(request.block_hashes) * pool.hash_block_size)
     for group, of_group in enumerate(ends):

@@ -12,11 +12,10 @@ the least common multiple of the groups' block sizes. A group can serve a prefix
 * Mamba: a state is cached under exactly L;
 * a group without prefix caching: always, and its hits have no blocks.
 
-EAGLE and MTP: vLLM matches one unit more than it hits and drops it, because the draft layer's key
-and value of token L - 1 depend on token L. The unit is a hash unit with partial hits, otherwise a
-block of the group. So an attention group with drafts can serve L if the unit after L is cached too.
-Mamba groups have no drafts. As in vLLM (`SpecGroup`), one group with drafts marks all groups of the
-same spec. If drafts are in use and no group is marked, all are.
+EAGLE and MTP: a draft layer's key and value of token L - 1 depend on token L. So an attention group
+with drafts can serve L if the unit after L is cached too: a hash unit with partial hits, otherwise
+a block of the group. As in vLLM (`SpecGroup`), one group with drafts marks all groups of the same
+spec. If drafts are in use and no group is marked, all are, except Mamba groups.
 
 Every group can serve 0.
 """

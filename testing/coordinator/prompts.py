@@ -52,14 +52,7 @@ def engine_of(model: Model, blocks: int, settings: dict[str, str]) -> Engine:
 
 
 def send(scheduler: Scheduler, name: str, prompt: Sequence[int], hash_unit: int) -> int:
-    """Run a prompt and an answer of one token, and return its hit in tokens.
-
-    Args:
-        scheduler: An idle scheduler.
-        name: The request's id.
-        prompt: Token ids.
-        hash_unit: Tokens per hash.
-    """
+    """Run a prompt and an answer of one token in an idle scheduler. Return its hit in tokens."""
     # In vLLM 0.33, hashes cover the lookahead of draft layers.
     ahead = getattr(scheduler, "num_hash_lookahead_tokens", 0)
     more = {"num_hash_lookahead_tokens": ahead} if ahead else {}

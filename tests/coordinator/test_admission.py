@@ -64,23 +64,6 @@ def test_prompts_run_concurrently_if_there_is_room_for_all(model):
     assert most == 16
 
 
-def smallest(model: Model) -> int:
-    """Return the minimum number of blocks with which vLLM starts."""
-    for blocks in range(10, 100):
-        try:
-            engine_of(model, blocks, POLICY)
-        except ValueError:
-            continue
-        return blocks
-    raise AssertionError("it does not start")
-
-
-def test_a_prompt_that_needs_all_blocks_starts_when_nothing_else_runs(model):
-    blocks = smallest(model)
-    ours = Replay(engine_of(model, blocks, POLICY), prompts([31, 5, 31, 7]), 4).run()
-    assert ours.requests == 4
-
-
 def request_of(engine: Engine, name: str, prompt: TracedRequest) -> Request:
     return Request(
         request_id=name,

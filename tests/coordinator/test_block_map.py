@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`GroupedBlockMap` compared with the map of vLLM that it replaces."""
 
-import copy
 import random
 
 import pytest
@@ -39,39 +38,6 @@ def test_lookups_agree_with_vllms_map_after_random_changes(seed):
         assert len(ours) == len([key for key in KEYS if stock.get_one_block(key)])
 
 
-def test_each_group_maps_the_requests_own_hashes_to_its_blocks():
-    first, second, third = pool_of().blocks[1:4]
-    ours = GroupedBlockMap()
-    ours.insert(make_block_hash_with_group_id(HASHES[0], 0), first)
-    ours.insert(make_block_hash_with_group_id(HASHES[0], 0), second)
-    ours.insert(make_block_hash_with_group_id(HASHES[1], 258), third)
-    assert ours.group(0) == {HASHES[0]: first}
-    assert ours.group(258) == {HASHES[1]: third}
-    assert ours.group(3) == {}
-
-
-def test_the_cache_attribute_behaves_like_vllms_dictionary():
-    first, second, third = pool_of().blocks[1:4]
-    ours = GroupedBlockMap()
-    one, other = KEYS[0], KEYS[5]
-    ours.insert(one, first)
-    ours.insert(one, second)
-    assert ours._cache[one] == {first.block_id: first, second.block_id: second}
-    ours._cache[other] = third
-    assert ours.get_one_block(other) is third
-    before = copy.copy(ours._cache)
-    assert ours._cache.pop(other) is third
-    assert ours.get_one_block(other) is None
-    assert sorted(before) == sorted([one, other])
-    assert list(ours._cache) == [one]
-    ours._cache[one] = third
-    assert ours._cache[one] is third
-    ours._cache.clear()
-    assert len(ours) == 0
-    with pytest.raises(KeyError):
-        ours._cache[one]
-
-
 def test_installing_the_map_keeps_the_contents_of_the_pools_map():
     pool = pool_of()
     first, second, third = pool.blocks[1:4]
@@ -84,14 +50,3 @@ def test_installing_the_map_keeps_the_contents_of_the_pools_map():
     assert pool.get_cached_block(HASHES[0], [0]) == [first]
     assert grouped.contain(KEYS[0], second.block_id)
     assert grouped.get_one_block(KEYS[4]) is third
-
-
-def test_a_reallocated_block_is_removed_from_the_map():
-    pool = pool_of(3)
-    install_grouped_map(pool)
-    grouped = pool.cached_block_hash_to_block
-    block = pool.get_new_blocks(1)[0]
-    pool._insert_block_hash(KEYS[0], block, num_tokens=16)
-    pool.free_blocks([block])
-    pool.get_new_blocks(2)
-    assert len(grouped) == 0

@@ -151,18 +151,6 @@ def test_a_parent_is_shorter_even_if_a_longer_prompt_was_known(checkpoints):
     assert again.fallback() is branch
 
 
-def test_a_request_for_an_evicted_checkpoint_counts_as_a_use(checkpoints):
-    arrive(checkpoints)
-    evicted = add(checkpoints, b"evicted", 3000, END, [1, 2, 3], None)
-    checkpoints.evict()
-    assert checkpoints.pinned_at(b"evicted") is None
-    assert arrive(checkpoints, b"evicted") is evicted
-    assert evicted.uses == 1
-    assert add(checkpoints, b"evicted", 3000, END, [4, 5, 6], None) is evicted
-    assert checkpoints.pinned_at(b"evicted") is evicted
-    assert 4 in checkpoints.pins
-
-
 def test_the_number_of_tracked_checkpoints_is_bounded(checkpoints):
     for i in range(20_000):
         arrive(checkpoints)

@@ -40,8 +40,8 @@ def factory_args(layout, **more):
     return dict(bound.arguments)
 
 
-def made(layout, strategy=None, **more):
-    return (strategy or FixedPoint()).hybrid_kv_make_coordinator(
+def made(layout, **more):
+    return FixedPoint().hybrid_kv_make_coordinator(
         factory_args=factory_args(layout, **more), stock=get_kv_cache_coordinator
     )
 

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import vllm.v1.core.kv_cache_manager as manager_module
 from vllm.v1.core.kv_cache_utils import get_group_id
@@ -95,16 +93,3 @@ def test_a_request_that_resumes_inside_a_state_block_and_passes_its_end_caches_n
     # It resumes at 80 tokens, and does not stop at 128.
     assert engine.send(prompt, 160, 208, 210) == 80
     assert engine.send([*prompt[:150], 999], 151) == 80
-
-
-def test_no_wrong_state_is_cached_with_random_chunks(engine):
-    draw = random.Random(0)
-    hits = 0
-    for _ in range(60):
-        shared, length = draw.randrange(1, 240), draw.randrange(20, 260)
-        prompt = [*range(shared), *(draw.randrange(1000, 1003) for _ in range(length))]
-        inner = range(CHUNK_GRID, len(prompt), CHUNK_GRID)
-        tail = (len(prompt) - 1) // CHUNK_GRID * CHUNK_GRID
-        cuts = draw.sample(inner, draw.randrange(1 + min(len(inner), 6)))
-        hits += engine.send(prompt, *sorted({*cuts, tail}), len(prompt)) > 0
-    assert hits > 10

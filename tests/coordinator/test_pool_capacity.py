@@ -28,14 +28,7 @@ def _config() -> VllmConfig:
 
 @dataclass(frozen=True)
 class Pool:
-    """A pool.
-
-    Attributes:
-        specs: One per group.
-        num_blocks: Blocks of the pool, including the null block.
-        max_model_len: Tokens.
-        budget: Tokens per step.
-    """
+    """A pool of blocks, including the null block. A step has at most `budget` tokens."""
 
     specs: tuple[KVCacheSpec, ...]
     num_blocks: int

@@ -38,14 +38,8 @@ def plan_of(
         max_model_len=LONGEST,
         max_num_seqs=4,
         budget=2048,
-        long_prefill=0,
-        lag=0,
         drafting=None if drafts is None else "mtp",
         draft_tokens=0 if drafts is None else 1,
-        connector=None,
-        load_failure_policy="fail",
-        vocabulary=1000,
-        reserve_full=True,
     )
 
 

@@ -55,7 +55,6 @@ class Checkpoint:
 
     Attributes:
         key: The hash of the prefix that ends here.
-        tokens: The length of that prefix.
         place: Its kind when it was entered.
         blocks: Ids of the attention blocks that a hit needs, of all groups.
         parent: The longest shorter checkpoint that was pinned when this one was entered.
@@ -122,9 +121,7 @@ class Checkpoints:
     def __init__(self, state_blocks: int, block_tokens: int) -> None:
         """Start without checkpoints.
 
-        Args:
-            state_blocks: Blocks of one state, over all groups.
-            block_tokens: A prompt of at most this many tokens is `CheckpointKind.SHORT`.
+        A state has `state_blocks` blocks over all groups, of `block_tokens` tokens each.
         """
         self._state_blocks = state_blocks
         self._block_tokens = block_tokens
@@ -154,14 +151,9 @@ class Checkpoints:
         return next((checkpoint for checkpoint in tracked if checkpoint is not None), None)
 
     def arrive(self, hashes: Sequence[BlockHash], limit: int) -> Checkpoint | None:
-        """Record a new request.
+        """Record a new request, and return the longest tracked checkpoint of its prompt.
 
-        Args:
-            hashes: The hashes of its prompt.
-            limit: No checkpoint is at a hash with this index or a higher one.
-
-        Returns:
-            The longest tracked checkpoint of its prompt, pinned or not.
+        No checkpoint is at a hash of the prompt with the index `limit` or a higher one.
         """
         self._now += 1
         longest = None

@@ -27,12 +27,10 @@ class Running:
     """The progress of a request that holds blocks.
 
     Attributes:
-        request: vLLM's request.
         latest: The checkpoint that it resumed at or entered last, except those at ends of blocks.
         prompt_units: Hash units that were remembered when it started.
         units: Computed hash units.
         boundary: The checkpoint that it entered last at the end of a block.
-        prompt_end: The checkpoint at the end of its prompt.
         copies: The blocks with the latest copy of its states, one per group, or none.
         copied: The tokens after which these states are.
         partial: Group, block and tokens of its checkpoints that end inside a block.
@@ -63,13 +61,7 @@ class DecodeSnapshots:
     """
 
     def __init__(self, managers: dict[int, MambaManager], pool: BlockPool, alignment: int) -> None:
-        """Prepare.
-
-        Args:
-            managers: The managers of the states, by group.
-            pool: The pool of blocks.
-            alignment: Hits are multiples of this many tokens.
-        """
+        """Prepare for states with given managers by group, and hits of multiples of `alignment`."""
         self.interval = math.lcm(INTERVAL, alignment)
         self._managers = managers
         self._pool = pool
@@ -92,10 +84,7 @@ class DecodeSnapshots:
 
         Call this before a step, when the request's blocks are allocated. Its blocks then hold the
         states after all computed tokens, which is unknown later if steps are scheduled ahead.
-
-        Args:
-            running: The request.
-            num_requests: The number of requests that hold blocks.
+        `num_requests` is the number of requests that hold blocks.
         """
         request = running.request
         tokens = request.num_computed_tokens
@@ -119,11 +108,9 @@ class DecodeSnapshots:
             manager._pending_cow_copies.append((source, copy))
 
     def cache(self, running: Running) -> bool:
-        """Cache the latest copy of a request that ends.
+        """Cache the latest copy of a request that ends, and return whether it is cached.
 
-        Returns:
-            Whether it is cached. It is not if the request was aborted before the tokens up to there
-            were known.
+        It is not if the request was aborted before the tokens up to there were known.
         """
         if running.copied // self._pool.hash_block_size > len(running.request.block_hashes):
             return False

@@ -66,13 +66,9 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
         self.release(checkpoint.key, checkpoint.blocks)
 
     def release(self, key: BlockHash, block_ids: Iterable[int]) -> None:
-        """Move free blocks to the unpinned part, because a checkpoint was unpinned.
+        """Move free blocks to the unpinned part, because the checkpoint at a prefix was unpinned.
 
-        Attention blocks that another checkpoint pins stay in the pinned part.
-
-        Args:
-            key: The hash of the prefix at which the checkpoint was.
-            block_ids: The ids of the checkpoint's attention blocks.
+        Those of its attention blocks that another checkpoint pins stay in the pinned part.
         """
         blocks = [self._pool.blocks[block_id] for block_id in block_ids]
         self.unpin([block for block in blocks if not self.is_pinned(block)])

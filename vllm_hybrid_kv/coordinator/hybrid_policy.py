@@ -60,7 +60,6 @@ class HybridAwareCoordinator(FixedPointCoordinator):
     """
 
     def __init__(self, **factory_args: Any) -> None:
-        """Make the coordinator with the arguments of vLLM's factory."""
         super().__init__(**factory_args)
         managers = dict(enumerate(self.single_type_managers))
         states = {
@@ -125,13 +124,9 @@ class HybridAwareCoordinator(FixedPointCoordinator):
     ) -> tuple[tuple[list[KVCacheBlock], ...], int, int]:
         """Find the longest prefix that every group can serve, and the branch point after it.
 
-        Args:
-            block_hashes: The request's hashes, one per hash unit.
-            max_cache_hit_length: The maximum hit in tokens.
-
         Returns:
-            The blocks of each group; the hit in tokens; and the tokens from there to where the
-            prompt leaves those seen before, where vLLM ends a chunk and keeps the state.
+            The blocks of each group; the hit in tokens; and the tokens from there to the branch
+            point, where vLLM ends a chunk and keeps the state.
         """
         blocks, hit, _ = super().find_longest_cache_hit(block_hashes, max_cache_hit_length)
         units = self._seen.longest(block_hashes, max_cache_hit_length // self._unit)

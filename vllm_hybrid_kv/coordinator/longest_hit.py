@@ -28,7 +28,6 @@ class Reconciliation(NamedTuple):
     """The longest prefix of a request that several groups can serve, and how it was found.
 
     Attributes:
-        block_hashes: The request's hashes, one per hash unit.
         limit: The maximum hit in tokens.
         length: The longest prefix that all groups can serve, in tokens.
         lookups: A lookup for each group, up to the group that answered 0.
@@ -53,22 +52,17 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
 
     Lengths are multiples of the alignment, and every group can serve 0. The iteration starts with
     the longest n that the request allows. It replaces n by f_g(n), for each g in turn, until no
-    lookup changes n.
+    lookup changes n. It ends, because n falls by at least the alignment whenever it changes.
 
-    The iteration ends, because n falls by at least the alignment whenever it changes. There are at
-    most `lookups x (n / alignment + 1)` steps.
+    The result is the longest prefix c that every group can serve. At the start c <= n. If c <= n
+    before a step, then f_g(n) is the maximum over a set that contains c, so c <= f_g(n). At the end
+    every group can serve n, so n <= c.
 
-    The iteration finds the longest prefix c that every group can serve. At the start c <= n. If
-    c <= n before a step, then f_g(n) is the maximum over a set that contains c, so c <= f_g(n). At
-    the end every group can serve n, so n <= c.
-
-    The module `lookup` defines which lengths a group can serve, and the definition is the same in
-    every step of the iteration. vLLM's own lookup requires the lookahead of draft layers in some
-    steps only.
+    The module `lookup` defines which lengths a group can serve. vLLM's own lookup requires the
+    lookahead of draft layers in some steps only.
     """
 
     def __init__(self, *args: Any, **factory_args: Any) -> None:
-        """Make the coordinator with the arguments of vLLM's factory."""
         super().__init__(*args, **factory_args)
         self.observer = HitObserver(self, STATE.settings.coordinator)
         self._step_writes = StepWrites(
@@ -102,10 +96,6 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
     ) -> tuple[tuple[list[KVCacheBlock], ...], int, int]:
         """Find the longest prefix of a request that every group can serve.
 
-        Args:
-            block_hashes: The request's hashes, one per hash unit.
-            max_cache_hit_length: The maximum hit in tokens.
-
         Returns:
             The blocks of each group, with null blocks where the group needs none; the hit in
             tokens; and how many tokens more the first group could serve alone. When vLLM computes
@@ -125,10 +115,6 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
         self, block_hashes: list[BlockHash], max_cache_hit_length: int
     ) -> tuple[tuple[list[KVCacheBlock], ...], tuple[int, ...]]:
         """Find the longest prefix of a request that each group can serve alone.
-
-        Args:
-            block_hashes: The request's hashes, one per hash unit.
-            max_cache_hit_length: The maximum hit in tokens.
 
         Returns:
             The blocks and the hit in tokens of each group. Groups of equal specs hit the same
@@ -158,12 +144,9 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
     def reconcile(
         self, block_hashes: Sequence[BlockHash], limit: int, groups: Sequence[SpecGroup]
     ) -> Reconciliation:
-        """Find the longest prefix of a request that all given groups can serve.
+        """Find the longest prefix of up to `limit` tokens that all given groups can serve.
 
-        Args:
-            block_hashes: The request's hashes, one per hash unit.
-            limit: The maximum hit in tokens.
-            groups: Some of `attention_groups`, in their order.
+        The groups are some of `attention_groups`, in their order.
         """
         length = max(round_down(limit, self._cache_hit_alignment_tokens), 0)
         lookups: list[GroupLookup] = []

@@ -127,11 +127,8 @@ class HitObserver:
         """Record the lookup of a request, before its first blocks are allocated.
 
         Allocation may evict blocks that the lookup found, and later the request's own blocks are
-        cached under the hashes that were looked up.
-
-        Args:
-            request_id: The request. Only its first call has an effect.
-            hit: Its tokens that are read from the cache.
+        cached under the hashes that were looked up. Only the first call for a request has an
+        effect. `hit` is the number of tokens that it reads from the cache.
         """
         if request_id in self._records:
             return
@@ -186,13 +183,9 @@ class HitObserver:
     def _describe(
         self, request_id: str, lookup: Reconciliation, hit: int, alone: bool
     ) -> Explanation:
-        """Attribute the length of a hit to kinds of groups.
+        """Attribute the length of a hit, which a KV connector may have shortened, to kinds.
 
-        Args:
-            request_id: The request.
-            lookup: The lookup.
-            hit: Tokens of the hit, which a KV connector may have shortened.
-            alone: Whether to look up what each kind could serve alone, if not known.
+        If `alone`, look up what each kind could serve alone, unless it is known.
         """
         groups = self._coordinator.attention_groups
         served: list[int | None] = []
@@ -242,11 +235,7 @@ class HitObserver:
         )
 
     def _setting_for(self, kind: KindHit | None) -> str | None:
-        """Return settings or options that may lengthen hits, or None.
-
-        Args:
-            kind: The kind that limits hits, or None if the match unit does.
-        """
+        """Return settings that may lengthen hits limited by a kind, or None by the match unit."""
         partial = self._coordinator.enable_partial_hash_hits
         specs = [group.spec for group in self._coordinator.attention_groups]
         settings = []

@@ -42,23 +42,16 @@ class ReuseCurve:
     """
 
     def __init__(self, likelihood: float = 1.0) -> None:
-        """Start with the prior.
-
-        Args:
-            likelihood: A factor for the prior return rate.
-        """
+        """Start with the prior return rate, times `likelihood`."""
         self._prior = likelihood * _PRIOR
         self._returns = np.zeros(len(_LOW))
         self._time = np.zeros(len(_LOW))
         self.update(())
 
     def record(self, since: int, age: int, returned: bool) -> None:
-        """Record a wait that ended.
+        """Record a wait that ended at an age, by the return of a request or otherwise.
 
-        Args:
-            since: The age at which the checkpoint became of this kind, in requests.
-            age: Its age at the end of the wait.
-            returned: Whether a request came. Otherwise tracking ended, or the kind changed.
+        The checkpoint became of this kind at the age `since`. Ages are in requests.
         """
         self._time += np.clip(age - _LOW, 0, _WIDTH) - np.clip(since - _LOW, 0, _WIDTH)
         if returned:
@@ -72,9 +65,7 @@ class ReuseCurve:
     def update(self, waiting: Sequence[tuple[int, int]]) -> None:
         """Recompute rates and index.
 
-        Args:
-            waiting: For each waiting checkpoint, the age at which it became of this kind, and its
-                current age.
+        Each waiting checkpoint has the age at which it became of this kind, and its current age.
         """
         time = self._time
         if waiting:
@@ -170,20 +161,14 @@ class SeenPrefixes:
     """
 
     def __init__(self, capacity: int) -> None:
-        """Start empty.
-
-        Args:
-            capacity: Hashes per generation, of 2 to 4 bytes each.
-        """
+        """Start empty, with room for `capacity` hashes per generation, of 2 to 4 bytes each."""
         self.capacity = capacity
         self._young = self._old = _Generation(capacity)
 
     def add(self, hashes: Sequence[bytes], known: int = 0) -> None:
-        """Add a request, and mark its last hash as an end.
+        """Add the hashes of a request's match units, and mark the last one as an end.
 
-        Args:
-            hashes: The chained hashes of its whole match units, in order.
-            known: How many leading hashes were added before.
+        The first `known` hashes were added before.
         """
         if not hashes:
             return

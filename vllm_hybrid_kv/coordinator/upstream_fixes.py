@@ -40,8 +40,8 @@ class PassedBlocks:
     at the block's end, and every request that shares that prefix resumes from a wrong state. Such
     chunks occur in two ways:
 
-    - The scheduler aligns chunks to `cache_config.block_size`, the smallest block of all groups.
-      Any chunk that starts inside a longer state block passes its end (vllm-project/vllm#54076).
+    - The scheduler aligns chunks to the smallest block of all groups. Any chunk that starts inside
+      a longer state block passes its end (vllm-project/vllm#54076).
     - A kernel, such as Mamba 2's, exports the state at a prompt's end from within the last chunk.
       vLLM lets that chunk start inside a block, where a hit ended, and run to the prompt's end.
 
@@ -76,11 +76,8 @@ class PassedBlocks:
         """Replace the blocks that the request's chunks have passed by null blocks for a while.
 
         vLLM caches no null block: neither as a whole block nor as the end of a prompt, which may be
-        a block that was passed steps ago.
-
-        Args:
-            request: The request before the step.
-            num_computed_tokens: Its computed tokens after the step.
+        a block that was passed steps ago. The request is as before the step, the computed tokens
+        are those after it.
         """
         request_id = request.request_id
         passed = self._passed[request_id]
@@ -123,11 +120,7 @@ class StepWrites:
     """
 
     def __init__(self, managers: Sequence[SingleTypeKVCacheManager]) -> None:
-        """Select the groups whose blocks can be hit in part, other than states.
-
-        Args:
-            managers: The managers of all groups, or none if there are no partial hits.
-        """
+        """Select the groups whose blocks can be hit in part, other than states."""
         self._managers = {
             group: manager
             for group, manager in enumerate(managers)
@@ -137,12 +130,7 @@ class StepWrites:
         """By block id, the first token that the step writes. The step's start clears it."""
 
     def add(self, request: Request, num_computed_tokens: int) -> None:
-        """Track the blocks that a step of a request writes.
-
-        Args:
-            request: The request before the step.
-            num_computed_tokens: Its computed tokens after the step.
-        """
+        """Track the blocks that a step of a request writes, by its computed tokens after it."""
         for manager in self._managers.values():
             table = manager.req_to_blocks[request.request_id]
             first = request.num_computed_tokens // manager.block_size
@@ -151,12 +139,7 @@ class StepWrites:
                 self.first_written[block.block_id] = request.num_computed_tokens
 
     def overlap(self, hits: tuple[Sequence[KVCacheBlock], ...], tokens: int) -> bool:
-        """Whether a hit ends inside a block and includes tokens that the step writes there.
-
-        Args:
-            hits: The blocks of each group.
-            tokens: The length of the hit.
-        """
+        """Whether a hit ends inside a block and includes tokens that the step writes there."""
         for group, manager in self._managers.items():
             if hits[group] and tokens % manager.block_size:
                 first = self.first_written.get(hits[group][-1].block_id)

@@ -13,7 +13,6 @@ import argparse
 import os
 import secrets
 import sys
-import time
 import traceback
 from pathlib import Path
 
@@ -36,7 +35,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     soak = Soak(secrets.randbits(32) if options.seed is None else options.seed, options.strategy)
     print(f"seed {soak.seed}", flush=True)
-    started = time.monotonic()
     number = options.world or 0
     while soak.tally["steps"] < options.steps:
         try:
@@ -51,9 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
             return 1
         number += 1
-        steps, spent = soak.tally["steps"], time.monotonic() - started
-        print(f"\r{steps} of {options.steps} steps, {number} worlds, {spent:.0f} s", end="")
-        sys.stdout.flush()
+        print(f"\r{soak.tally['steps']} of {options.steps} steps", end="", flush=True)
         if options.world is not None:
             break
     print()

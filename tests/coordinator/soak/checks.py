@@ -30,7 +30,10 @@ def require(condition: object, *what: object) -> None:
 
 
 def check_references(scheduler: Scheduler) -> None:
-    """Check that reference counts match the references, and that all other blocks are free."""
+    """Check that reference counts match the references, and that the free list holds the others.
+
+    The free list must be linked in both directions.
+    """
     manager = scheduler.kv_cache_manager
     held: Counter[int] = Counter()
     for group in manager.coordinator.single_type_managers:
@@ -55,11 +58,7 @@ def check_references(scheduler: Scheduler) -> None:
     pool: BlockPool = manager.block_pool
     for block in pool.blocks[1:]:
         require(block.ref_cnt == held[block.block_id], block, "is held", held[block.block_id])
-    check_free_list(pool, {block.block_id for block in pool.blocks[1:] if block.ref_cnt == 0})
-
-
-def check_free_list(pool: BlockPool, free: set[int]) -> None:
-    """Check that the free list holds the given blocks, linked in both directions."""
+    free = {block.block_id for block in pool.blocks[1:] if block.ref_cnt == 0}
     queue = pool.free_block_queue
     block, listed = queue.fake_free_list_head, []
     while block.next_free_block is not None:
@@ -120,11 +119,7 @@ class Contents:
         self._seen: list[tuple[Any, ...] | None] = [None] * plan.num_blocks
 
     def check(self, meaning: Mapping[BlockHash, tuple[int, int]]) -> None:
-        """Check all blocks, while no step is in flight.
-
-        Args:
-            meaning: By hash, the prefix and its length in tokens.
-        """
+        """Check all blocks, while no step is in flight, by the prefix and length of each hash."""
         for block in self._pool.blocks:
             if block.block_hash is None:
                 continue
@@ -153,7 +148,7 @@ class Contents:
                 # The last entry depends on a token that no request may have had here.
                 promised = promised[1:]
         require(
-            self._worker.holds(group, block.block_id, promised),
+            self._worker.differs(group, block.block_id, 0, promised) is None,
             f"{block} of group {group} does not hold what it has for {tokens} tokens:",
             f"{promised}, but {self._worker.blocks[block.block_id]}",
         )

@@ -21,14 +21,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Load:
-    """A load of tokens into a request's blocks.
+    """A load of the tokens from `start` to `end` into a request's blocks, by group.
 
-    Attributes:
-        request: vLLM's request.
-        tables: Its block ids by group.
-        start: The first token.
-        end: The token after the last one. States are loaded as after that many tokens.
-        is_async: Whether the request waits for it, instead of the step.
+    States are loaded as after `end` tokens. If `is_async`, the request waits instead of the step.
     """
 
     request: Request
@@ -42,11 +37,7 @@ class Load:
 class Transfer:
     """An asynchronous load, or a read of an ended request's blocks (without a load).
 
-    Attributes:
-        request: vLLM's request.
-        steps: Steps until it is reported.
-        load: The load.
-        fails: Whether it fails.
+    It is reported after some steps.
     """
 
     request: Request

@@ -28,20 +28,14 @@ class Plan:
     """The model, cache and engine of a world.
 
     Attributes:
-        strategy: The coordinator strategy.
-        groups: The KV groups.
         unit: Tokens per hash.
         block_size: vLLM's `cache_config.block_size`, to which chunks with states are aligned. The
             engine core sets it to the smallest block of all groups.
         scheduler_block_size: The least common multiple of the groups' block sizes.
-        num_blocks: Blocks of the pool, including the null block.
-        max_model_len: Tokens.
-        max_num_seqs: Concurrent requests.
         budget: Tokens per step.
         long_prefill: Maximum tokens of a request's chunk, 0 for no limit.
         lag: Steps scheduled ahead before a step's output is known, 0 if synchronous.
         drafting: `None`, `ngram`, or `mtp`.
-        draft_tokens: Draft tokens per step.
         connector: How a KV connector loads: `None`, `async`, `sync`, `both`.
         load_failure_policy: vLLM's `kv_load_failure_policy`.
         vocabulary: The number of tokens. If small, unrelated requests share prefixes.
@@ -59,14 +53,14 @@ class Plan:
     max_model_len: int
     max_num_seqs: int
     budget: int
-    long_prefill: int
-    lag: int
-    drafting: str | None
-    draft_tokens: int
-    connector: str | None
-    load_failure_policy: str
-    vocabulary: int
-    reserve_full: bool
+    long_prefill: int = 0
+    lag: int = 0
+    drafting: str | None = None
+    draft_tokens: int = 0
+    connector: str | None = None
+    load_failure_policy: str = "fail"
+    vocabulary: int = 1000
+    reserve_full: bool = True
     retention: int | None = None
 
     @property
@@ -147,14 +141,14 @@ class Plan:
             return self
         alignment = rng.choice((1, self.unit, 2 * self.unit))
         kept = {"num_prefill_checkpoint_blocks": 1, "prefill_checkpoint_alignment": alignment}
-        groups, states = [], 0
-        for group in self.groups:
-            spec = group.kv_cache_spec
-            if isinstance(spec, MambaSpec):
-                states += 1
-                group = replace(group, kv_cache_spec=replace(spec, **kept))
-            groups.append(group)
-        return replace(self, groups=tuple(groups), num_blocks=self.num_blocks + states)
+        groups = tuple(
+            replace(group, kv_cache_spec=replace(spec, **kept))
+            if isinstance(spec := group.kv_cache_spec, MambaSpec)
+            else group
+            for group in self.groups
+        )
+        states = sum(isinstance(spec, MambaSpec) for spec in self.specs)
+        return replace(self, groups=groups, num_blocks=self.num_blocks + states)
 
 
 def random_plan(rng: random.Random, strategy: str | None = None) -> Plan:
@@ -172,9 +166,7 @@ def random_plan(rng: random.Random, strategy: str | None = None) -> Plan:
     else:
         unit = rng.choice((2, 4, 8))
         specs = [full(unit)]
-    drafted: set[int] = set()
-    if drafting == "mtp":
-        drafted = _drafted(rng, specs)
+    drafted = _drafted(rng, specs) if drafting == "mtp" else set()
     groups = tuple(
         KVCacheGroupSpec([f"layer {i}"], spec, is_eagle_group=i in drafted)
         for i, spec in enumerate(specs)

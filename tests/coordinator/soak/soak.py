@@ -21,22 +21,13 @@ class Soak:
     """Runs worlds and counts the events in all of them (`tally`)."""
 
     def __init__(self, seed: int, strategy: str | None = None) -> None:
-        """Prepare.
-
-        Args:
-            seed: The seed of all random choices.
-            strategy: The coordinator strategy, by default a random one per world.
-        """
+        """Prepare for a coordinator strategy, by default a random one per world."""
         self.seed = seed
         self.tally: Counter[str] = Counter()
         self._strategy = strategy
 
     def run(self, number: int, steps: int = WORLD_STEPS) -> None:
-        """Run world `number` for some steps, and then until its requests end.
-
-        Raises:
-            SoakError: Something is inconsistent.
-        """
+        """Run world `number` for some steps, and then until its requests end."""
         world = World(f"{self.seed}/{number}", self._strategy)
         try:
             world.run(steps)

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm.model_executor.layers.mamba.checkpoint import compute_mamba_prefill_checkpoints
@@ -41,8 +42,6 @@ class KnownRequest:
         tables: Block ids by group.
         tokens: Its tokens, including outputs that the scheduler does not know yet.
         prefixes: Numbers of their prefixes.
-        computed: Computed tokens that stay.
-        prompt_tokens: Tokens of the prompt.
         column: The column in its tables of the last written states, or None.
         accepted: Accepted draft tokens of the last step, plus one. The current state is
             `accepted - 1` columns further.
@@ -59,21 +58,6 @@ class KnownRequest:
     is_new: bool = True
 
 
-@dataclass
-class Answer:
-    """The result of a step.
-
-    Attributes:
-        sampled: New tokens by request, in the order of the scheduler's output.
-        hits: Hit tokens of the requests that started with a hit.
-        exported: States that were exported from within a chunk.
-    """
-
-    sampled: dict[str, list[int]] = field(default_factory=dict)
-    hits: list[int] = field(default_factory=list)
-    exported: int = 0
-
-
 class Worker:
     """The contents of blocks: numbers of prefixes instead of K, V and states.
 
@@ -82,7 +66,15 @@ class Worker:
     after exactly the tokens before.
     """
 
-    def __init__(self, plan: Plan, prefixes: Prefixes, draw: random.Random, alignment: int) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        prefixes: Prefixes,
+        draw: random.Random,
+        alignment: int,
+        tally: Counter[str],
+    ) -> None:
+        self._tally = tally
         self._plan = plan
         self._alignment = alignment
         self._prefixes = prefixes
@@ -91,7 +83,7 @@ class Worker:
         self._states = [i for i, spec in enumerate(self._specs) if isinstance(spec, MambaSpec)]
         self._attention = [i for i in range(len(self._specs)) if i not in self._states]
         self.draft_groups = {i for i, group in enumerate(plan.groups) if group.is_eagle_group}
-        self._sequences: dict[str, KnownRequest] = {}
+        self.sequences: dict[str, KnownRequest] = {}
         # Group and contents by block. A block with a state has one entry.
         self.blocks: list[tuple[int, list[int | None]]] = [(-1, [])] * plan.num_blocks
         # The number of writes by block.
@@ -109,13 +101,10 @@ class Worker:
         slots[offset : offset + len(values)] = values
         self.versions[block] += 1
 
-    def holds(self, group: int, block: int, values: Sequence[int]) -> bool:
-        """Whether a block starts with given values."""
-        return self._differs(group, block, 0, values) is None
-
-    def _differs(
+    def differs(
         self, group: int, block: int, offset: int, values: Sequence[int]
     ) -> list[int | None] | None:
+        """Return what a block holds instead of given values, or None if it holds them."""
         owner, slots = self.blocks[block]
         if owner != group:
             return [None] * len(values)
@@ -131,29 +120,21 @@ class Worker:
                 return None
         return found
 
-    def load(self, load: Load, prefixes: Sequence[int], failed: bool) -> list[int]:
-        """Write the contents of a load, and return the written blocks.
-
-        Args:
-            load: The load.
-            prefixes: Numbers of the request's prefixes, one more than is loaded.
-            failed: Whether to write `LOST` instead.
-        """
-        written = []
+    def load(self, load: Load, failed: bool) -> None:
+        """Write the contents of a load, or `LOST` if it failed."""
+        prefixes: list[int] = []
+        self._prefixes.extend(prefixes, load.request.all_token_ids)
         for group, table in enumerate(load.tables):
             if group in self._states:
                 value = LOST if failed else prefixes[load.end - 1]
                 block = table[cdiv(load.end, self._specs[group].block_size) - 1]
                 self.write(group, block, 0, [value])
-                written.append(block)
                 continue
             shift = int(group in self.draft_groups)
             for block, position, offset, count in self._runs(group, table, load.start, load.end):
                 if block:
                     values = list(prefixes[position + shift : position + shift + count])
                     self.write(group, block, offset, [LOST] * count if failed else values)
-                    written.append(block)
-        return written
 
     def _runs(
         self, group: int, table: Sequence[int], start: int, end: int
@@ -165,13 +146,10 @@ class Worker:
             yield table[start // size], start, start % size, count
             start += count
 
-    def tables(self, request_id: str) -> list[list[int]]:
-        return self._sequences[request_id].tables
-
     def receive(self, output: SchedulerOutput, lag: int) -> None:
         """Process the scheduler's output for requests, before the step runs."""
         for request_id in (*output.finished_req_ids, *(output.preempted_req_ids or ())):
-            self._sequences.pop(request_id, None)
+            self.sequences.pop(request_id, None)
         for new in output.scheduled_new_reqs:
             tokens = list(new.prompt_token_ids)
             self._begin(new.req_id, new.block_ids, tokens, new.num_computed_tokens, len(tokens))
@@ -183,7 +161,7 @@ class Worker:
                 prompt = len(tokens) - cached.num_output_tokens[place]
                 self._begin(request_id, blocks, tokens, computed, prompt)
                 continue
-            sequence = self._sequences[request_id]
+            sequence = self.sequences[request_id]
             for table, new_ids in zip(sequence.tables, blocks or (), strict=False):
                 table.extend(new_ids)
             if not lag:
@@ -204,35 +182,35 @@ class Worker:
     ) -> None:
         numbers: list[int] = []
         self._prefixes.extend(numbers, tokens)
-        self._sequences[request_id] = KnownRequest(
+        self.sequences[request_id] = KnownRequest(
             [list(table) for table in tables], tokens, numbers, computed, prompt_tokens
         )
 
-    def run(self, output: SchedulerOutput) -> Answer:
-        """Run a step.
+    def run(self, output: SchedulerOutput) -> list[list[int]]:
+        """Run a step, and return the new tokens of each request.
 
         Raises:
             SoakError: A block does not hold what a request needs.
         """
         self._copy(output)
-        answer = Answer()
+        sampled = []
         chunks = {
             request_id: (sequence, sequence.computed, sequence.computed + count)
             for request_id, count in output.num_scheduled_tokens.items()
-            for sequence in [self._sequences[request_id]]
+            for sequence in [self.sequences[request_id]]
         }
         self._check_states(chunks)
         for request_id, (sequence, start, end) in chunks.items():
             if sequence.is_new and start:
-                answer.hits.append(start)
+                self._tally.update({"hits": 1, "hit tokens": start})
             drafts = output.scheduled_spec_decode_tokens.get(request_id, [])
-            answer.sampled[request_id] = self._compute(request_id, sequence, start, end, drafts)
+            sampled.append(self._compute(request_id, sequence, start, end, drafts))
             if not drafts and end - start > 1:
-                answer.exported += self._write_exported(sequence, start, end)
+                self._write_exported(sequence, start, end)
         # A layer writes all K and V before any query attends to them.
         for request_id, (sequence, start, _) in chunks.items():
             self._check_attention(request_id, sequence, start)
-        return answer
+        return sampled
 
     def _copy(self, output: SchedulerOutput) -> None:
         copies = output.kv_cache_block_copies or []
@@ -260,7 +238,7 @@ class Worker:
             for group in self._states if start else ():
                 block = self._source(group, sequence, start)
                 wanted = sequence.prefixes[start - 1]
-                found = self._differs(group, block, 0, [wanted])
+                found = self.differs(group, block, 0, [wanted])
                 if found is not None:
                     raise SoakError(
                         f"{request_id}: group {group}'s state in block {block} is not the one "
@@ -342,12 +320,11 @@ class Worker:
                 if reached // size - 1 == column:
                     sequence.accepted = 1
 
-    def _write_exported(self, sequence: KnownRequest, start: int, end: int) -> int:
-        """Write the states that vLLM's backends export from within a chunk. Return their number.
+    def _write_exported(self, sequence: KnownRequest, start: int, end: int) -> None:
+        """Write the states that vLLM's backends export from within a chunk.
 
         A backend knows only the chunk, and computes the position like the scheduler.
         """
-        written = 0
         for group in self._states:
             spec = self._specs[group]
             assert isinstance(spec, MambaSpec)
@@ -365,8 +342,7 @@ class Worker:
             block = sequence.tables[group][column] if offset else 0
             if block:
                 self.write(group, block, 0, [sequence.prefixes[start + offset - 1]])
-                written += 1
-        return written
+                self._tally["states exported from within a chunk"] += 1
 
     def _check_attention(self, request_id: str, sequence: KnownRequest, start: int) -> None:
         for group in self._attention:
@@ -375,7 +351,7 @@ class Worker:
             table = sequence.tables[group]
             for block, position, offset, count in self._runs(group, table, first, start):
                 wanted = values[position : position + count]
-                found = self._differs(group, block, offset, wanted)
+                found = self.differs(group, block, offset, wanted)
                 if found is not None:
                     raise SoakError(
                         f"{request_id}: group {group}'s block {block} does not hold tokens "

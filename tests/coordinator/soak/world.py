@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
@@ -31,12 +33,9 @@ REMEMBERED = 40
 
 @dataclass
 class Step:
-    """A scheduled step that has not run yet.
+    """A scheduled step that has not run yet, with its tables and synchronous loads.
 
-    Attributes:
-        output: The scheduler's output.
-        tables: The tables by request and group, with 0 for null blocks.
-        loads: Synchronous loads of the connector.
+    The tables are by request and group, with 0 for null blocks.
     """
 
     output: SchedulerOutput
@@ -49,18 +48,18 @@ class World:
 
     def __init__(self, seed: str, strategy: str | None = None) -> None:
         """Make a world from a seed, by default with a random strategy."""
-        self.seed = seed
         self._draw = random.Random(seed)
         plan = random_plan(self._draw, strategy)
         plan = plan.with_smaller_attention(random.Random(f"{seed} smaller attention"))
         plan = plan.with_checkpoints(random.Random(f"{seed} checkpoints"))
         self.plan = plan = plan.with_retention(random.Random(f"{seed} retention"))
         # Copies are more frequent than in production, because answers are short and blocks few.
-        usual = decode_snapshots.INTERVAL, decode_snapshots.MAX_SHARE
-        decode_snapshots.INTERVAL = self._draw.choice((1, 8, usual[0]))
-        decode_snapshots.MAX_SHARE = self._draw.choice((1, 4, usual[1]))
-        self._scheduler = make_scheduler(plan)
-        decode_snapshots.INTERVAL, decode_snapshots.MAX_SHARE = usual
+        with mock.patch.multiple(
+            decode_snapshots,
+            INTERVAL=self._draw.choice((1, 8, decode_snapshots.INTERVAL)),
+            MAX_SHARE=self._draw.choice((1, 4, decode_snapshots.MAX_SHARE)),
+        ):
+            self._scheduler = make_scheduler(plan)
         self._pool = self._scheduler.kv_cache_manager.block_pool
         self._hasher = get_request_block_hasher(plan.unit, sha256)
         self._prefixes = Prefixes()
@@ -68,8 +67,9 @@ class World:
         alignment = plan.scheduler_block_size
         if isinstance(coordinator, HybridKVCacheCoordinator):
             alignment = coordinator._cache_hit_alignment_tokens
+        self.tally: Counter[str] = Counter()
         worker_draw = random.Random(f"{seed} worker")
-        self._worker = Worker(plan, self._prefixes, worker_draw, alignment)
+        self._worker = Worker(plan, self._prefixes, worker_draw, alignment, self.tally)
         self._contents = checks.Contents(self._pool, plan, self._worker, self._prefixes)
         self._connector: SoakConnector | None = self._scheduler.connector
         if self._connector is not None:
@@ -92,17 +92,12 @@ class World:
         self._loaded: list[str] = []
         self._lost: set[int] = set()
         self._hopeless: set[Any] = set()
-        self._names = 0
+        self._names = itertools.count()
         self._idle = 0
-        self.tally: Counter[str] = Counter()
         self._count_events()
 
     def run(self, steps: int) -> None:
-        """Take some steps, then end all requests and check that nothing is left.
-
-        Raises:
-            SoakError: Something is inconsistent.
-        """
+        """Take some steps, then end all requests and check that nothing is left."""
         for _ in range(steps):
             self._happen()
             self.step()
@@ -161,7 +156,7 @@ class World:
         longest = self.plan.max_model_len - self.plan.draft_tokens - 2
         prompt = self._prompt(max(longest - draw.randint(0, answer), 1))
         request = Request(
-            request_id=f"r{self._names}",
+            request_id=f"r{next(self._names)}",
             prompt_token_ids=prompt,
             sampling_params=SamplingParams(
                 max_tokens=answer,
@@ -171,12 +166,10 @@ class World:
             pooling_params=None,
             block_hasher=self._hasher,
         )
-        self._names += 1
         if self._connector is not None and draw.random() < self._offers:
             kinds = {"async": [True], "sync": [False], "both": [True, False]}
-            self._connector.offers[request.request_id] = (
-                draw.randint(1, len(prompt)), draw.choice(kinds[self.plan.connector])
-            )  # fmt: skip
+            tokens, is_async = draw.randint(1, len(prompt)), draw.choice(kinds[self.plan.connector])
+            self._connector.offers[request.request_id] = tokens, is_async
         self._live[request.request_id] = (request, [])
         self._scheduler.add_request(request)
         self.tally["arrivals"] += 1
@@ -295,25 +288,22 @@ class World:
         worker.receive(output, self.plan.lag)
         for request_id, tables in step.tables.items():
             for group, table in enumerate(tables):
-                known = worker.tables(request_id)[group]
+                known = worker.sequences[request_id].tables[group]
                 checks.require(
                     len(known) >= len(table)
                     and all(b in (0, a) for a, b in zip(known, table, strict=False)),
                     f"{request_id}: the worker knows {known}, the scheduler has {table}",
                 )
         for load in step.loads:
-            self._carry_out(load, fails=False)
-        answer = worker.run(output)
-        self.tally["states exported from within a chunk"] += answer.exported
-        self.tally["hits"] += len(answer.hits)
-        self.tally["hit tokens"] += sum(answer.hits)
+            worker.load(load, failed=False)
+        sampled = worker.run(output)
         names = list(output.num_scheduled_tokens)
         self._scheduler.update_from_output(
             output,
             ModelRunnerOutput(
                 req_ids=names,
                 req_id_to_index={name: index for index, name in enumerate(names)},
-                sampled_token_ids=[answer.sampled[name] for name in names],
+                sampled_token_ids=sampled,
                 kv_connector_output=self._transferred(),
             ),
         )
@@ -336,18 +326,13 @@ class World:
             elif transfer.load is None:
                 report.finished_sending.add(name)
             else:
-                self._carry_out(transfer.load, transfer.fails)
+                self._worker.load(transfer.load, transfer.fails)
                 report.finished_recving.add(name)
                 self._loaded.append(name)
                 if transfer.fails:
                     self._report_failure(transfer.load, report)
         self._transfers = still
         return report
-
-    def _carry_out(self, load: Load, fails: bool) -> list[int]:
-        numbers: list[int] = []
-        self._prefixes.extend(numbers, load.request.all_token_ids)
-        return self._worker.load(load, numbers, fails)
 
     def _report_failure(self, load: Load, report: KVConnectorOutput) -> None:
         name = load.request.request_id
@@ -376,11 +361,7 @@ class World:
             self._scheduler.update_draft_token_ids(DraftTokenIds(names, drafts))
 
     def check(self) -> None:
-        """Check what must be consistent between any two calls of the scheduler.
-
-        Raises:
-            SoakError: Something is inconsistent.
-        """
+        """Check what must be consistent between any two calls of the scheduler."""
         self._learn_hashes()
         checks.check_references(self._scheduler)
         checks.check_hash_map(self._pool)
