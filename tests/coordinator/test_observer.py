@@ -46,14 +46,14 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def log(caplog):
-    """Return the lines that the plugin logs at a level."""
+def log(monkeypatch):
+    """Return the lines that the plugin logs at a level, whether or not its logger propagates."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    monkeypatch.setattr(LOGGER, "handlers", [handler])
     level = LOGGER.level
-    yield lambda level: [
-        record.getMessage()
-        for record in caplog.records
-        if (record.levelno, record.name) == (level, LOGGER.name)
-    ]
+    yield lambda level: [record.getMessage() for record in records if record.levelno == level]
     LOGGER.setLevel(level)
 
 

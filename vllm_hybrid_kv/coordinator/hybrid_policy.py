@@ -271,8 +271,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
             if 0 < limit < len(hashes):
                 self._seen.discard_end(hashes[limit - 1])
             self._seen.add(hashes)
-        running = self._running[request.request_id] = Running(request, latest, len(hashes))
-        return running
+        return self._running.setdefault(request.request_id, Running(request, latest, len(hashes)))
 
     def _enter(self, running: Running, tokens: int, place: CheckpointKind) -> Checkpoint | None:
         """Enter a checkpoint if its states are cached, and return it if it is pinned."""

@@ -140,12 +140,12 @@ class StepWrites:
 
     def overlap(self, hits: tuple[Sequence[KVCacheBlock], ...], tokens: int) -> bool:
         """Whether a hit ends inside a block and includes tokens that the step writes there."""
-        for group, manager in self._managers.items():
-            if hits[group] and tokens % manager.block_size:
-                first = self.first_written.get(hits[group][-1].block_id)
-                if first is not None and first < tokens:
-                    return True
-        return False
+        return any(
+            hits[group]
+            and tokens % manager.block_size
+            and self.first_written.get(hits[group][-1].block_id, tokens) < tokens
+            for group, manager in self._managers.items()
+        )
 
 
 def views_to_copy(kv_caches: Iterable[torch.Tensor], num_blocks: int) -> list[list[torch.Tensor]]:
@@ -248,12 +248,13 @@ def _exports_states(model: ModelConfig) -> bool:
     from vllm.model_executor.models.registry import ModelRegistry
 
     for architecture in model.architectures:
-        registered = ModelRegistry.models.get(architecture)
-        module = getattr(registered, "module_name", None)
+        module = getattr(ModelRegistry.models.get(architecture), "module_name", None)
         # A model of another plugin has no module name here. If in doubt, it exports states.
-        spec = None if module is None else importlib.util.find_spec(module)
-        if spec is None or spec.origin is None:
-            return True
-        if EXPORTING_LAYER in Path(spec.origin).read_text(encoding="utf-8"):
+        spec = importlib.util.find_spec(module) if module else None
+        if (
+            spec is None
+            or spec.origin is None
+            or EXPORTING_LAYER in Path(spec.origin).read_text(encoding="utf-8")
+        ):
             return True
     return False

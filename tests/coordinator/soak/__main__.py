@@ -53,10 +53,10 @@ def main(arguments: list[str] | None = None) -> int:
         if options.world is not None:
             break
     print()
-    for name, count in sorted(soak.tally.items()):
-        print(f"{count:9} {name}")
+    text = report(soak.seed, options.steps, soak.tally)
+    print(text)
     if options.out is not None:
-        options.out.write_text(report(soak.seed, options.steps, soak.tally))
+        options.out.write_text(text)
     return 0
 
 

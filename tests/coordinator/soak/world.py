@@ -180,19 +180,12 @@ class World:
 
     def _reset(self, running: bool) -> None:
         scheduler = self._scheduler
-        before = {request.request_id for request in scheduler.running}
-        holders = {
-            request_id
-            for group in scheduler.kv_cache_manager.coordinator.single_type_managers
-            for request_id, table in group.req_to_blocks.items()
-            if table
-        }
+        before = len(scheduler.running)
         try:
             done = scheduler.reset_prefix_cache(reset_running_requests=running)
         except RuntimeError:
             # vLLM refuses while anything but running requests holds blocks.
-            others = holders - before or scheduler.deferred_frees
-            checks.require(running and others, "nothing else holds blocks")
+            checks.require(running, "an error of a reset that keeps running requests")
             self.tally["resets refused"] += 1
             return
         checks.require(not running or done, "the cache was not emptied")
