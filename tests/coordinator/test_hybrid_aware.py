@@ -193,7 +193,7 @@ def contents_by_step(engine: Engine, requests: list[TracedRequest], skip: bool) 
     update = engine.scheduler.update_from_output
     steps: list[Any] = []
 
-    def noted(*arguments: Any) -> Any:
+    def recorded(*arguments: Any) -> Any:
         result = update(*arguments)
         blocks = coordinator.block_pool.blocks
         steps.append([(block.block_hash, block.block_hash_num_tokens) for block in blocks])
@@ -201,7 +201,7 @@ def contents_by_step(engine: Engine, requests: list[TracedRequest], skip: bool) 
             coordinator._offered.clear()
         return result
 
-    engine.scheduler.update_from_output = noted
+    engine.scheduler.update_from_output = recorded
     Replay(engine, requests, 6).run()
     return steps
 

@@ -40,7 +40,6 @@ class Explanation:
     """Why a request did not hit more. `str()` returns it as one sentence.
 
     Attributes:
-        request_id: The request.
         scheduled: Whether this describes the lookup with which the request was scheduled.
             Otherwise it describes a lookup now.
         preempted: Whether the request was preempted before.
@@ -50,8 +49,6 @@ class Explanation:
         hit_tokens: Tokens read from the cache, without those that a KV connector loads.
         reach_tokens: What full attention alone could serve. If there is no full-attention group,
             the maximum over all kinds.
-        kinds: The kinds of KV groups.
-        reason: Why the hit was not longer.
         setting: A setting that may lengthen hits, if there is one.
     """
 

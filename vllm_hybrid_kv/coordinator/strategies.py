@@ -81,11 +81,8 @@ def match_unit(kv_cache_config: KVCacheConfig, dcp_world_size: int) -> int | Non
     """Return a match unit that divides the block size of every group with a prefix cache.
 
     The blocks of models with states are hundreds or thousands of tokens long. vLLM's default is to
-    match whole blocks, so prompts shorter than a block never hit.
-
-    Args:
-        kv_cache_config: The plan.
-        dcp_world_size: Ranks of decode context parallelism, which share attention's blocks.
+    match whole blocks, so prompts shorter than a block never hit. `dcp_world_size` ranks of decode
+    context parallelism share attention's blocks.
 
     Returns:
         The smallest multiple of `EXACT` (and of the tokens per entry of a compressed layer) that

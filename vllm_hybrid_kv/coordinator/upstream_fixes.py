@@ -110,10 +110,10 @@ class StepWrites:
     """Tracks which attention blocks the step that is being scheduled writes, and from which token.
 
     vLLM enters a block into the hash map when its tokens are scheduled, so another request may hit
-    it in the same step. That works for a whole block, which the step reads after writing it. A hit
-    that ends inside the block is copied before the step, when the new tokens are not yet in it.
-    vLLM postpones such a request if it hits a state of that step, which is the usual case. But the
-    state may be an older one, whose attention blocks were evicted and are being recomputed.
+    it in the same step. A whole block is read after it is written. But if a hit ends inside the
+    block, the block is copied before the step, when the new tokens are not yet in it. vLLM
+    postpones such a request only if it hits a state of that step. The state may be an older one,
+    whose attention blocks were evicted and are being recomputed.
 
     A decoding request writes its last block in every step. The tokens that it wrote there in
     earlier steps can be copied at any time.
@@ -214,9 +214,6 @@ def check_drafts(vllm_config: VllmConfig) -> None:
     with asynchronous scheduling may use another request's count of accepted drafts (#53919).
     Drafts from the text corrupt states only if a kernel exports states, as Mamba 2's does: the
     worker then writes the exported state into a block that the scheduler has moved.
-
-    Args:
-        vllm_config: A complete configuration. The model need not be loaded.
 
     Raises:
         HybridKVSettingsError: The engine has such drafts and caches states.

@@ -158,7 +158,7 @@ def check_policy(
     scheduler: Scheduler,
     lost: set[int],
     hashes: Mapping[BlockHash, list[BlockHash]],
-    hopeless: set[Checkpoint],
+    unhittable: set[Checkpoint],
 ) -> None:
     """Check the data structures of `hybrid_aware`.
 
@@ -167,14 +167,14 @@ def check_policy(
         lost: Allocated blocks whose hashes were removed. vLLM does not cache them again, so later
             checkpoints of a running request with such blocks cannot be hit.
         hashes: By the hash of a prefix, the hashes of a request with this prefix.
-        hopeless: The checkpoints with lost blocks, passed from step to step.
+        unhittable: The checkpoints with lost blocks, passed from step to step.
     """
     coordinator = scheduler.kv_cache_manager.coordinator
     if not isinstance(coordinator, HybridAwareCoordinator):
         return
     check_queue(coordinator)
     _check_checkpoints(coordinator)
-    _check_hits(coordinator, lost, hashes, hopeless)
+    _check_hits(coordinator, lost, hashes, unhittable)
     tables = {
         request_id
         for group in coordinator.single_type_managers
@@ -222,7 +222,7 @@ def _check_hits(
     coordinator: HybridAwareCoordinator,
     lost: set[int],
     hashes: Mapping[BlockHash, list[BlockHash]],
-    hopeless: set[Checkpoint],
+    unhittable: set[Checkpoint],
 ) -> None:
     pool = coordinator.block_pool
     for checkpoint in coordinator.checkpoints.pinned:
@@ -230,8 +230,8 @@ def _check_hits(
         require(states is not None, "no state:", checkpoint)
         # The lookahead of draft layers may belong to another request.
         if not lost.isdisjoint(checkpoint.blocks):
-            hopeless.add(checkpoint)
-        if not coordinator.eagle_group_ids and checkpoint not in hopeless:
+            unhittable.add(checkpoint)
+        if not coordinator.eagle_group_ids and checkpoint not in unhittable:
             found = coordinator.reconcile(
                 hashes[checkpoint.key], checkpoint.tokens, coordinator.attention_groups
             ).length

@@ -91,10 +91,10 @@ class World:
         self._transfers: list[Transfer] = []
         self._loaded: list[str] = []
         self._lost: set[int] = set()
-        self._hopeless: set[Any] = set()
+        self._unhittable: set[Any] = set()
         self._names = itertools.count()
         self._idle = 0
-        self._count_events()
+        self._count_evictions()
 
     def run(self, steps: int) -> None:
         """Take some steps, then end all requests and check that nothing is left."""
@@ -203,9 +203,8 @@ class World:
         self._lost |= chosen
         self.tally["hashes taken by evict_blocks"] += len(chosen)
 
-    def _count_events(self) -> None:
-        pool, scheduler = self._pool, self._scheduler
-        evict, preempt = pool._maybe_evict_cached_block, scheduler._preempt_request
+    def _count_evictions(self) -> None:
+        evict = self._pool._maybe_evict_cached_block
 
         def counted_evict(block: Any) -> bool:
             self._lost.discard(block.block_id)
@@ -213,12 +212,7 @@ class World:
             self.tally["evictions"] += evicted
             return evicted
 
-        def counted_preempt(*args: Any, **kwargs: Any) -> None:
-            self.tally["preemptions"] += 1
-            preempt(*args, **kwargs)
-
-        pool._maybe_evict_cached_block = counted_evict
-        scheduler._preempt_request = counted_preempt
+        self._pool._maybe_evict_cached_block = counted_evict
 
     def step(self) -> None:
         """Schedule a step, and run those that are due."""
@@ -345,6 +339,7 @@ class World:
         for name, (request, _) in list(self._live.items()):
             if name not in self._scheduler.requests:
                 del self._live[name]
+                self.tally["preemptions"] += request.num_preemptions
                 self._histories.append(list(request.all_token_ids))
         del self._histories[:-REMEMBERED]
 
@@ -358,7 +353,7 @@ class World:
         self._learn_hashes()
         checks.check_references(self._scheduler)
         checks.check_hash_map(self._pool)
-        checks.check_policy(self._scheduler, self._lost, self._hashes, self._hopeless)
+        checks.check_policy(self._scheduler, self._lost, self._hashes, self._unhittable)
 
     def _learn_hashes(self) -> None:
         """Record the prefix of each hash of a request."""
