@@ -6,6 +6,7 @@ import random
 import pytest
 
 from vllm_hybrid_kv.coordinator.checkpoints import CheckpointKind, Checkpoints
+from vllm_hybrid_kv.coordinator.traffic import age_range
 
 END = CheckpointKind.PROMPT
 PLACES = (END, CheckpointKind.BRANCH, CheckpointKind.ANSWER, CheckpointKind.BOUNDARY)
@@ -168,7 +169,15 @@ def test_the_evicted_checkpoint_is_worth_the_least_of_all(checkpoints):
         blocks = {draw.randrange(40) for _ in range(draw.randrange(1, 9))}
         place = draw.choice(PLACES)
         add(checkpoints, str(i).encode(), draw.randrange(100, 9000), place, blocks, None)
+
+    def worth(one):
+        fallback = one.fallback()
+        saved = one.tokens - (fallback.tokens if fallback else 0)
+        index = checkpoints._curves[one.kind].index[age_range(checkpoints._now - one.last_use)]
+        own = sum(checkpoints.pins[block] == 1 for block in one.blocks)
+        return index * saved / (3 + own), one.slot
+
     for _ in range(60):
-        worths = [(checkpoints._worth(one), one.slot) for one in checkpoints.pinned]
-        least = checkpoints.pinned[min(worths)[1]]
+        assert checkpoints.pinned
+        least = min(checkpoints.pinned, key=worth)
         assert checkpoints.evict() is least
