@@ -11,13 +11,11 @@ Importing this package is cheap; the first use of a kernel loads numba. Its modu
     bf16_tiles.py     tiles widened to bf16, and the loop over chunks of the bf16 paths
     softmax.py        the online softmax of a row
     quantise.py       `quantise_and_store`: rows to codes, four tokens at a time
-    encode.py         key and value codes, and their places in a page
-    value_scales.py   scales and zeros of four tokens
+    encode.py         codes, scales and zeros, and their places in a page
     rotation.py       the rotation of values, for storing and for attention
     row_ops.py        loads, stores and sums of rows in scratch memory
     llvm.py           the vocabulary for LLVM code
-    inline.py         LLVM code as functions for numba code
-    memory.py         loads, stores and atomics by address for numba code
+    inline.py         LLVM code as functions for numba code; loads and stores by address
     records.py        records that Python fills and kernels read; a thread's scratch memory
     threads.py        numba's thread pool
     compile_cache.py  compiled kernels on disk

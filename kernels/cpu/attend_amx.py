@@ -13,13 +13,25 @@ The instructions name the eight tile registers by number:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from llvmlite import ir
 
-from vllm_hybrid_kv.kernels.cpu import bf16_tiles, memory, records, row_ops, softmax, work_item
+from vllm_hybrid_kv.kernels.cpu import bf16_tiles, inline, records, row_ops, softmax, work_item
 from vllm_hybrid_kv.kernels.cpu.bf16_tiles import OPERAND
 from vllm_hybrid_kv.kernels.cpu.inline import Bool, Int64, inline_llvm
-from vllm_hybrid_kv.kernels.cpu.llvm import I8, I16, I64, LINE, Emitter, filled, vector
+from vllm_hybrid_kv.kernels.cpu.llvm import (
+    I8,
+    I16,
+    I32,
+    I64,
+    LINE,
+    Emitter,
+    constant,
+    filled,
+    vector,
+)
 from vllm_hybrid_kv.kernels.cpu.records import SCORE_STRIDE, TILE_RECORD
 
 _FEW_ROWS = 16
@@ -54,16 +66,22 @@ def _multiply(e: Emitter, sums: int, left: int, right: int) -> None:
     _tile(e, "tdpbf16ps", sums, I8(left), I8(right))
 
 
+def _load_sums(e: Emitter, add: bool, places: Sequence[ir.Value], stride: ir.Value) -> None:
+    for tile, place in enumerate(places):
+        if add:
+            _load(e, tile, place, stride)
+        else:
+            _tile(e, "tilezero", tile)
+
+
 @inline_llvm
 def _configure(e: Emitter, configuration: Int64, rows: Int64) -> None:
     """Give the rows' tiles (0 to 4) `rows` lines and the others 16; 64 bytes of memory."""
-    for word in range(8):
-        e.store(I64(0), e.at(configuration, 8 * word))
-    e.store(I8(1), configuration)  # palette 1: eight tiles of 1 KB
-    for number in range(8):
-        e.store(I16(LINE), e.at(configuration, 16 + 2 * number))
-        lines = e.b.trunc(rows, I8) if number <= 4 else I8(16)
-        e.store(lines, e.at(configuration, 48 + number))
+    # Palette 1: eight tiles of 1 KB. From byte 16 on the bytes of a line, from 48 on the lines.
+    words: ir.Value = constant(I8, [1, *[0] * 15, *[LINE, 0] * 8, *[0] * 16, *[16] * 8, *[0] * 8])
+    for tile in range(5):
+        words = e.b.insert_element(words, e.b.trunc(rows, I8), I32(48 + tile))
+    e.store(words, configuration)
     e.call("llvm.x86.ldtilecfg", _VOID, e.b.inttoptr(configuration, I8.as_pointer()))
 
 
@@ -91,19 +109,13 @@ def _multiply_few_keys(
     tiles of `ahead`, from `offset` bytes on.
     """
     stride = I64(SCORE_STRIDE)
-
-    def initialise(adds: bool) -> None:
-        for tile in range(4):
-            if adds:
-                _load(e, tile, e.at(scores, LINE * tile), stride)
-            else:
-                _tile(e, "tilezero", tile)
-
-    e.choose((True, False), lambda _: e.b.icmp_signed("!=", add, I64(0)), initialise)
+    places = [e.at(scores, LINE * tile) for tile in range(4)]
+    adds = e.b.icmp_signed("!=", add, I64(0))
+    e.choose((True, False), lambda _: adds, lambda case: _load_sums(e, case, places, stride))
     per_tile = e.b.mul(steps, I64(OPERAND))
     next_keys = [e.b.add(e.load(I64, e.at(ahead, TILE_RECORD * t)), offset) for t in range(4)]
 
-    def step(i: ir.Value, _: list[ir.Value]) -> None:
+    with e.each(steps) as i:
         _load(e, 4, e.at(queries, i, LINE), query_stride)
         for tile in range(4):
             operand = e.at(e.at(keys, i, OPERAND), e.b.mul(per_tile, I64(tile)), 1)
@@ -112,10 +124,8 @@ def _multiply_few_keys(
             _multiply(e, tile, 4, right)
             for line in range(2):
                 e.prefetch(e.at(e.at(next_keys[tile], i, 2 * LINE), LINE * line))
-
-    e.loop(steps, [], step)
-    for tile in range(4):
-        _store(e, tile, e.at(scores, LINE * tile), stride)
+    for tile, place in enumerate(places):
+        _store(e, tile, place, stride)
 
 
 @inline_llvm
@@ -140,25 +150,21 @@ def _split_values(
         return e.b.add(e.load(I64, e.at(e.at(records, i, TILE_RECORD), 8)), offset)
 
     def split(dims: int) -> None:
-        def tile(i: ir.Value, _: list[ir.Value]) -> None:
+        nibble = filled(I8, 15, 64)
+        with e.each(count) as i:
             base = values_at(tiles, i, offset)
             next_base = values_at(ahead, i, offset_ahead)
             of_step = e.at(to, e.shift_right(i, 2), 4 * OPERAND)
             target = e.at(of_step, e.b.and_(i, I64(3)), 4 * LINE)
-            nibble = filled(I8, 15, 64)
-            for chunk in range(dims // 32):
-                for quad in range(4):
-                    line = 4 * chunk + quad
-                    if line % 2:
-                        e.prefetch(e.at(next_base, LINE * (line // 2)))
-                    codes = e.load_line(16, e.at(base, LINE * line))
-                    high = e.b.bitcast(e.b.lshr(codes, filled(I16, 4, 32)), vector(I8, 64))
-                    place = e.at(target, 2 * OPERAND * chunk + LINE * quad)
-                    low = e.b.bitcast(codes, vector(I8, 64))
-                    e.store(e.b.and_(low, nibble), place)
-                    e.store(e.b.and_(high, nibble), e.at(place, OPERAND))
-
-        e.loop(count, [], tile)
+            for line in range(dims // 8):
+                if line % 2:
+                    e.prefetch(e.at(next_base, LINE * (line // 2)))
+                codes = e.load_line(16, e.at(base, LINE * line))
+                chunk, quad = divmod(line, 4)
+                for half in range(2):
+                    shifted = e.b.lshr(codes, filled(I16, 4 * half, 32))
+                    place = e.at(target, OPERAND * (2 * chunk + half) + LINE * quad)
+                    e.store(e.b.and_(e.b.bitcast(shifted, vector(I8, 64)), nibble), place)
 
     e.choose_number(dims, (64, 32), split)
 
@@ -178,15 +184,14 @@ def _multiply_codes(
     """Multiply weights of two bytes with codes of 64 or 32 dims, exactly, in int32.
 
     `weights` are rows of the upper bytes, 64 tokens a step. The lower bytes are `lower` bytes
-    further, and are more rows of the same tile if `stacked`; 64 dims are always stacked. `codes`
-    come from `_split_values`. Sums are rows of 64 int32.
+    further, in the same tile if `stacked`, as for 64 dims. Sums are rows of 64 int32.
     """
 
     def multiply(parts: int, limbs: int) -> None:
         for tile in range(parts * limbs):
             _tile(e, "tilezero", tile)
 
-        def step(i: ir.Value, _: list[ir.Value]) -> None:
+        with e.each(steps) as i:
             upper = e.at(weights, i, LINE)
             _load(e, 4, upper, I64(SCORE_STRIDE))
             if limbs == 2:
@@ -195,10 +200,7 @@ def _multiply_codes(
                 right = 5 + part % (4 - limbs)
                 _load(e, right, e.at(e.at(codes, i, 4 * OPERAND), OPERAND * part), I64(LINE))
                 for limb in range(limbs):
-                    left = (4, 7)[limb]
-                    _tile(e, "tdpbuud", part + parts * limb, I8(left), I8(right))
-
-        e.loop(steps, [], step)
+                    _tile(e, "tdpbuud", part + parts * limb, I8((4, 7)[limb]), I8(right))
         for tile in range(parts * limbs):
             to = sums if tile < parts else lower_sums
             _store(e, tile, e.at(to, LINE * (tile % parts)), I64(_SUMS_STRIDE))
@@ -208,19 +210,29 @@ def _multiply_codes(
     e.choose(cases, lambda case: case[2], lambda case: multiply(*case[:2]))
 
 
-def _two_by_two(
+@inline_llvm
+def _multiply_many(
     e: Emitter,
-    left: ir.Value,
-    left_stride: ir.Value,
-    right: ir.Value,
-    right_distance: ir.Value,
-    steps: ir.Value,
-    step_bytes: ir.Value,
+    add: int,
+    left: Int64,
+    left_stride: Int64,
+    right: Int64,
+    right_distance: Int64,
+    steps: Int64,
+    step_bytes: Int64,
+    sums: Int64,
+    stride: Int64,
 ) -> None:
-    """Add products of 32 rows with two operands at each step to tiles 0 to 3."""
-    lower = e.b.add(left, e.b.mul(left_stride, I64(16)))
+    """Write products of 32 rows with 32 columns, or add them to the sums there.
 
-    def step(i: ir.Value, _: list[ir.Value]) -> None:
+    A step takes a line of each row and an operand of 16 columns at `right`, and the operand of the
+    other columns `right_distance` bytes after it.
+    """
+    lower = e.b.add(left, e.b.mul(left_stride, I64(16)))
+    lower_sums = e.b.add(sums, e.b.mul(stride, I64(16)))
+    places = (sums, e.at(sums, LINE), lower_sums, e.at(lower_sums, LINE))
+    _load_sums(e, bool(add), places, stride)
+    with e.each(steps) as i:
         operand = e.b.add(right, e.b.mul(i, step_bytes))
         _load(e, 6, operand, I64(LINE))
         _load(e, 4, e.at(left, i, LINE), left_stride)
@@ -230,76 +242,39 @@ def _two_by_two(
         _load(e, 5, e.at(lower, i, LINE), left_stride)
         _multiply(e, 2, 5, 6)
         _multiply(e, 3, 5, 7)
-
-    e.loop(steps, [], step)
-
-
-def _places(e: Emitter, rows: ir.Value, stride: ir.Value) -> tuple[ir.Value, ...]:
-    """Return the addresses of tiles 0 to 3 in 32 rows of two lines."""
-    lower = e.b.add(rows, e.b.mul(stride, I64(16)))
-    return rows, e.at(rows, LINE), lower, e.at(lower, LINE)
-
-
-@inline_llvm
-def _multiply_many_keys(
-    e: Emitter, queries: Int64, query_stride: Int64, keys: Int64, steps: Int64, scores: Int64
-) -> None:
-    """Write 32 rows' scores of 32 widened tokens; `steps` operands a tile of 16 tokens."""
-    for tile in range(4):
-        _tile(e, "tilezero", tile)
-    distance = e.b.mul(steps, I64(OPERAND))
-    _two_by_two(e, queries, query_stride, keys, distance, steps, I64(OPERAND))
-    stride = I64(SCORE_STRIDE)
-    for tile, place in enumerate(_places(e, scores, stride)):
-        _store(e, tile, place, stride)
-
-
-@inline_llvm
-def _multiply_many_values(
-    e: Emitter,
-    weights: Int64,
-    values: Int64,
-    steps: Int64,
-    step_bytes: Int64,
-    outputs: Int64,
-    stride: Int64,
-) -> None:
-    """Add 32 rows' weights times widened values to 32 dims of their outputs."""
-    places = _places(e, outputs, stride)
-    for tile, place in enumerate(places):
-        _load(e, tile, place, stride)
-    _two_by_two(e, weights, I64(SCORE_STRIDE), values, I64(OPERAND), steps, step_bytes)
     for tile, place in enumerate(places):
         _store(e, tile, place, stride)
+
+
+_weigh_as_limbs = work_item.weigher(softmax.LIMBS)
+_weigh = work_item.weigher(softmax.BFLOATS)
 
 
 @work_item.inner
-def _scores_of_few(call, scratch, tiles, ahead, count):  # type: ignore[no-untyped-def]
-    memory.noinline()
-    for first in range(0, count, 4):
+def _setup(item, few, scratch):  # type: ignore[no-untyped-def]
+    stacked = few and item.rows <= _STACKED_ROWS
+    lines = 2 * item.rows if stacked else np.int64(_FEW_ROWS)
+    _configure(scratch + records.CONFIGURATION_AT, lines)
+
+
+@work_item.inner
+def _attend_few(call, item, scratch, state, first, tiles, ahead, count):  # type: ignore[no-untyped-def]
+    inline.noinline()
+    now, then = tiles.ctypes.data, ahead.ctypes.data
+    for tile in range(0, count, 4):
         for dim in range(0, call.dims, _KEY_DIMS):
             dims = min(np.int64(_KEY_DIMS), call.dims - dim)
-            for i in range(first, min(first + 4, count)):
-                to = scratch + records.KEYS_AT + (i - first) * (dims // 32) * OPERAND
+            for i in range(tile, min(tile + 4, count)):
+                to = scratch + records.KEYS_AT + (i - tile) * (dims // 32) * OPERAND
                 next_keys = ahead[i].keys + 8 * dim
                 bf16_tiles.widen_key_tile(2, tiles[i].keys + 16 * dim, to, dims, next_keys)
+            queries, scores = scratch + records.QUERIES_AT, scratch + records.SCORES_AT
             _multiply_few_keys(
-                scratch + records.QUERIES_AT + 2 * dim,
-                2 * call.dims,
-                scratch + records.KEYS_AT,
-                dims // 32,
-                scratch + records.SCORES_AT + LINE * first,
-                dim,
-                ahead.ctypes.data + TILE_RECORD * first,
-                8 * call.dims + 4 * dim,
-            )
-
-
-@work_item.inner
-def _outputs_of_few(call, item, scratch, state, tiles, ahead, count):  # type: ignore[no-untyped-def]
-    """Add integer weights times codes, whose sums are exact, to the outputs."""
-    memory.noinline()
-    now, then = tiles.ctypes.data, ahead.ctypes.data
+                queries + 2 * dim, 2 * call.dims, scratch + records.KEYS_AT, dims // 32,
+                scores + LINE * tile, dim, then + TILE_RECORD * tile, 8 * call.dims + 4 * dim,
+            )  # fmt: skip
+    _weigh_as_limbs(call, item, scratch, state, first, count, then)
+    # Integer weights times codes, whose sums are exact.
     weights, codes = scratch + records.WEIGHTS_AT, scratch + records.KEYS_AT
     lower = item.rows * SCORE_STRIDE
     stacked = item.rows <= _STACKED_ROWS
@@ -313,78 +288,44 @@ def _outputs_of_few(call, item, scratch, state, tiles, ahead, count):  # type: i
         _split_values(dims, now, count, offset, codes, then, offset_ahead)
         _multiply_codes(dims, stacked, weights, lower, codes, steps, sums, lower_sums)
         for row in range(item.rows):
-            row_ops.add_limbs(
-                scratch + records.OUTPUTS_AT + row * call.output_stride + 4 * dim,
-                sums + _SUMS_STRIDE * row,
-                lower_sums + _SUMS_STRIDE * row,
-                dims // 16,
-                state[row].limb_factor,
-            )
+            to = scratch + records.OUTPUTS_AT + row * call.output_stride + 4 * dim
+            upper, below = sums + _SUMS_STRIDE * row, lower_sums + _SUMS_STRIDE * row
+            row_ops.add_limbs(to, upper, below, dims // 16, state[row].limb_factor)
         dim += dims
 
 
 @work_item.inner
-def _scores_of_many(call, item, scratch, tiles, ahead, count):  # type: ignore[no-untyped-def]
-    memory.noinline()
+def _attend_many(call, item, scratch, state, first, tiles, ahead, count):  # type: ignore[no-untyped-def]
+    inline.noinline()
     stride = 2 * call.dims
     for tile in range(0, count, 2):
         bf16_tiles.widen_keys(call, scratch, tiles, ahead, tile, min(tile + 2, count))
         for row in range(0, item.rows, _MANY_ROWS):
-            _multiply_many_keys(
-                scratch + records.QUERIES_AT + row * stride,
-                stride,
-                scratch + records.KEYS_AT,
-                call.dims // 32,
-                scratch + records.SCORES_AT + LINE * tile + row * SCORE_STRIDE,
+            queries = scratch + records.QUERIES_AT + row * stride
+            keys = scratch + records.KEYS_AT
+            scores = scratch + records.SCORES_AT + LINE * tile + row * SCORE_STRIDE
+            steps = call.dims // 32
+            _multiply_many(
+                0, queries, stride, keys, steps * OPERAND, steps, OPERAND, scores, SCORE_STRIDE
             )
-
-
-@work_item.inner
-def _outputs_of_many(call, item, scratch, count):  # type: ignore[no-untyped-def]
-    memory.noinline()
+    _weigh(call, item, scratch, state, first, count, 0)
+    bf16_tiles.widen_values(call, scratch, tiles, ahead, count)
     for dim in range(0, call.dims, 32):
         for row in range(0, item.rows, _MANY_ROWS):
-            _multiply_many_values(
-                scratch + records.WEIGHTS_AT + row * SCORE_STRIDE,
-                scratch + records.VALUES_AT + dim // 16 * OPERAND,
-                (count + 1) // 2,
-                call.dims // 16 * OPERAND,
-                scratch + records.OUTPUTS_AT + row * call.output_stride + 4 * dim,
-                call.output_stride,
-            )
+            weights = scratch + records.WEIGHTS_AT + row * SCORE_STRIDE
+            values = scratch + records.VALUES_AT + dim // 16 * OPERAND
+            outputs = scratch + records.OUTPUTS_AT + row * call.output_stride + 4 * dim
+            step_bytes = call.dims // 16 * OPERAND
+            _multiply_many(
+                1, weights, SCORE_STRIDE, values, OPERAND, (count + 1) // 2, step_bytes,
+                outputs, call.output_stride,
+            )  # fmt: skip
 
 
-@work_item.inner
-def _prepare(item, few, scratch):  # type: ignore[no-untyped-def]
-    stacked = few and item.rows <= _STACKED_ROWS
-    lines = 2 * item.rows if stacked else np.int64(_FEW_ROWS)
-    _configure(scratch + records.CONFIGURATION_AT, lines)
-
-
-@work_item.inner
-def _attend_few(call, item, scratch, state, first, tiles, ahead, count):  # type: ignore[no-untyped-def]
-    _scores_of_few(call, scratch, tiles, ahead, count)
-    then = ahead.ctypes.data
-    work_item.weigh(call, item, scratch, state, first, count, 1.0, softmax.LIMBS, then)
-    _outputs_of_few(call, item, scratch, state, tiles, ahead, count)
-
-
-@work_item.inner
-def _attend_many(call, item, scratch, state, first, tiles, ahead, count):  # type: ignore[no-untyped-def]
-    _scores_of_many(call, item, scratch, tiles, ahead, count)
-    work_item.weigh(call, item, scratch, state, first, count, 1.0, softmax.BFLOATS, 0)
-    bf16_tiles.widen_values(call, scratch, tiles, ahead, count)
-    _outputs_of_many(call, item, scratch, count)
-
-
-_attend = bf16_tiles.chunk_loop(_FEW_ROWS, records.CHUNK, _prepare, _attend_few, _attend_many)
+_attend = work_item.item_loop(_FEW_ROWS, records.CHUNK, _attend_few, _attend_many, _setup)
 
 
 def work(call_address, scratch):  # type: ignore[no-untyped-def]
     """Process items of a call until none is left; both arguments are addresses."""
-    call = records.attention_call_at(call_address)
-    count = call.num_items * call.num_kv_heads
-    index = memory.fetch_add(call.counters)
-    while index < count:
-        index = _attend(call, index, scratch)
+    _attend(records.attention_call_at(call_address), scratch)
     _release()

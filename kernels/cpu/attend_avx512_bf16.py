@@ -9,11 +9,11 @@ for more rows they are widened to scratch memory once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 from llvmlite import ir
 
-from vllm_hybrid_kv.kernels.cpu import bf16_tiles, memory, records, softmax, work_item
+from vllm_hybrid_kv.kernels.cpu import bf16_tiles, inline, records, softmax, work_item
 from vllm_hybrid_kv.kernels.cpu.bf16_tiles import OPERAND, key_pairs, value_pairs
 from vllm_hybrid_kv.kernels.cpu.inline import Int64, inline_llvm
 from vllm_hybrid_kv.kernels.cpu.llvm import BF16, F32, I32, I64, LINE, ZEROS, Emitter, vector
@@ -22,10 +22,11 @@ from vllm_hybrid_kv.kernels.cpu.records import SCORE_STRIDE, TILE_RECORD
 _FEW_ROWS = 8
 """Most rows whose operands come straight from the page."""
 
+_BLOCKS = (1, 2, 4, 8)
+"""Sizes of blocks of rows; the smallest that holds all rows is computed."""
+
 _MANY_ROWS = 8
 """Rows that are multiplied at once with widened operands."""
-
-_CHUNK_OF_FEW = 64
 
 
 def _dot(e: Emitter, sums: ir.Value, operand: ir.Value, pair: ir.Value) -> ir.Value:
@@ -35,13 +36,27 @@ def _dot(e: Emitter, sums: ir.Value, operand: ir.Value, pair: ir.Value) -> ir.Va
     return e.call(name, vector(F32), sums, left, right)
 
 
-def _pair(e: Emitter, address: ir.Value) -> ir.Value:
-    return e.broadcast(e.load(I32, address))
+def _accumulate(
+    e: Emitter,
+    steps: ir.Value,
+    rows: Sequence[ir.Value],
+    row_bytes: int,
+    sums: Sequence[ir.Value],
+    operands_of: Callable[[ir.Value], Iterable[Sequence[ir.Value]]],
+) -> list[ir.Value]:
+    """Return two sums of each row plus its pairs times the operands of two columns of sixteen.
 
+    A step takes `row_bytes` of each row; `operands_of(step)` gives the two operands of each pair.
+    """
 
-def _choose_rows(e: Emitter, count: ir.Value, emit: Callable[[int], None]) -> None:
-    """Emit code for the smallest block of rows that holds `count` rows."""
-    e.choose((1, 2, 4, 8), lambda rows: e.b.icmp_signed("<=", count, I64(rows)), emit)
+    def step(i: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+        for pair, operands in enumerate(operands_of(i)):
+            places = [e.at(e.at(row, i, row_bytes), 4 * pair) for row in rows]
+            pairs = [e.broadcast(e.load(I32, place)) for place in places]
+            sums = [_dot(e, total, operands[n % 2], pairs[n // 2]) for n, total in enumerate(sums)]
+        return sums
+
+    return e.loop(steps, sums, step)
 
 
 def _score_rows(
@@ -56,23 +71,15 @@ def _score_rows(
 
     `load_pairs(tile, i)` returns the operands of the tile's dims 4 i to 4 i + 3.
     """
+
+    def operands_of(i: ir.Value) -> Iterable[Sequence[ir.Value]]:
+        return zip(load_pairs(0, i), load_pairs(1, i), strict=True)
+
     starts = e.rows(queries, e.b.mul(dims, I64(2)), rows)
-
-    def four_dims(i: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-        operands = [load_pairs(tile, i) for tile in range(2)]
-        for pair in range(2):
-            query = [_pair(e, e.at(e.at(start, i, 8), 4 * pair)) for start in starts]
-            sums = [
-                _dot(e, sums[2 * row + tile], operands[tile][pair], query[row])
-                for row in range(rows)
-                for tile in range(2)
-            ]
-        return sums
-
-    sums = e.loop(e.shift_right(dims, 2), [ZEROS] * (2 * rows), four_dims)
-    for row, place in enumerate(e.rows(scores, I64(SCORE_STRIDE), rows)):
-        for tile in range(2):
-            e.store(sums[2 * row + tile], e.at(place, LINE * tile))
+    steps = e.shift_right(dims, 2)
+    sums = _accumulate(e, steps, starts, 8, [ZEROS] * (2 * rows), operands_of)
+    for n, total in enumerate(sums):
+        e.store(total, e.at(scores, SCORE_STRIDE * (n // 2) + LINE * (n % 2)))
 
 
 @inline_llvm
@@ -80,25 +87,25 @@ def _scores_of_page(
     e: Emitter, rows: Int64, tiles: Int64, ahead: Int64, count: Int64, dims: Int64, scratch: Int64
 ) -> None:
     """Write up to 8 rows' scores against `count` key tiles of pages, and prefetch as many."""
-
-    def two_tiles(i: ir.Value, _: list[ir.Value]) -> None:
+    with e.each(e.shift_right(e.at(count, 1), 1)) as two_tiles:
         bases, next_bases = (
             [
-                e.load(I64, e.at(e.at(addresses, i, 2 * TILE_RECORD), TILE_RECORD * t))
+                e.load(I64, e.at(e.at(of, two_tiles, 2 * TILE_RECORD), TILE_RECORD * t))
                 for t in (0, 1)
             ]
-            for addresses in (tiles, ahead)
+            for of in (tiles, ahead)
         )
         queries = e.at(scratch, records.QUERIES_AT)
-        scores = e.at(e.at(scratch, records.SCORES_AT), i, 2 * LINE)
+        scores = e.at(e.at(scratch, records.SCORES_AT), two_tiles, 2 * LINE)
 
         def load_pairs(tile: int, i: ir.Value) -> tuple[ir.Value, ir.Value]:
             e.prefetch(e.at(next_bases[tile], i, LINE))
             return key_pairs(e, e.load_line(8, e.at(bases[tile], i, LINE)))
 
-        _choose_rows(e, rows, lambda most: _score_rows(e, most, load_pairs, queries, dims, scores))
+        def emit(most: int) -> None:
+            _score_rows(e, most, load_pairs, queries, dims, scores)
 
-    e.loop(e.shift_right(e.at(count, 1), 1), [], two_tiles)
+        e.choose_number(rows, _BLOCKS, emit, "<=")
 
 
 @inline_llvm
@@ -111,13 +118,11 @@ def _scores_widened(e: Emitter, rows: Int64, tile: Int64, dims: Int64, scratch: 
         first = e.at(bases[tile], i, 2 * LINE)
         return e.load_line(16, first), e.load_line(16, e.at(first, LINE))
 
-    def eight_rows(i: ir.Value, _: list[ir.Value]) -> None:
+    with e.each(e.shift_right(e.at(rows, _MANY_ROWS - 1), 3)) as i:
         row = e.b.mul(i, I64(_MANY_ROWS))
         queries = e.at(e.at(scratch, records.QUERIES_AT), e.b.mul(row, dims), 2)
         scores = e.at(e.at(e.at(scratch, records.SCORES_AT), row, SCORE_STRIDE), tile, LINE)
         _score_rows(e, _MANY_ROWS, load_pairs, queries, dims, scores)
-
-    e.loop(e.shift_right(e.at(rows, _MANY_ROWS - 1), 3), [], eight_rows)
 
 
 def _output_rows(
@@ -133,26 +138,18 @@ def _output_rows(
 
     `load_quad(tile, quad)` returns a quad's operands in the order of `value_pairs`.
     """
-    starts = e.rows(weights, I64(SCORE_STRIDE), rows)
-    places = [
-        e.at(row, LINE * half) for row in e.rows(outputs, output_stride, rows) for half in range(2)
-    ]
 
-    def tile(i: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+    def operands_of(i: ir.Value) -> Iterable[Sequence[ir.Value]]:
         for quad in range(4):
             operands = load_quad(i, quad)
-            for pair in range(2):
-                offset = 8 * quad + 4 * pair
-                weight = [_pair(e, e.at(e.at(start, i, 32), offset)) for start in starts]
-                sums = [
-                    _dot(e, sums[2 * row + half], operands[2 * pair + half], weight[row])
-                    for row in range(rows)
-                    for half in range(2)
-                ]
-        return sums
+            yield operands[:2]
+            yield operands[2:]
 
+    starts = e.rows(weights, I64(SCORE_STRIDE), rows)
+    places = [e.at(row, at) for row in e.rows(outputs, output_stride, rows) for at in (0, LINE)]
     before = [e.load_floats(place) for place in places]
-    for total, place in zip(e.loop(tiles, before, tile), places, strict=True):
+    sums = _accumulate(e, tiles, starts, 32, before, operands_of)
+    for total, place in zip(sums, places, strict=True):
         e.store(total, place)
 
 
@@ -169,8 +166,7 @@ def _outputs_of_page(
 ) -> None:
     """Add up to 8 rows' weights times the values of `count` tiles, and prefetch as many."""
     weights = e.at(scratch, records.WEIGHTS_AT)
-
-    def chunk(i: ir.Value, _: list[ir.Value]) -> None:
+    with e.each(e.shift_right(dims, 5)) as i:
         outputs = e.at(e.at(scratch, records.OUTPUTS_AT), i, 2 * LINE)
 
         def load_quad(tile: ir.Value, quad: int) -> list[ir.Value]:
@@ -182,9 +178,7 @@ def _outputs_of_page(
         def emit(most: int) -> None:
             _output_rows(e, most, load_quad, count, weights, outputs, output_stride)
 
-        _choose_rows(e, rows, emit)
-
-    e.loop(e.shift_right(dims, 5), [], chunk)
+        e.choose_number(rows, _BLOCKS, emit, "<=")
 
 
 @inline_llvm
@@ -193,63 +187,50 @@ def _outputs_widened(
 ) -> None:
     """Add rows' weights times `count` widened value tiles to their outputs, eight rows at once."""
     two_tiles = e.b.mul(dims, I64(OPERAND // 16))
-
-    def chunk(i: ir.Value, _: list[ir.Value]) -> None:
+    blocks = e.shift_right(e.at(rows, _MANY_ROWS - 1), 3)
+    with e.each(e.shift_right(dims, 5)) as i:
         values = e.at(e.at(scratch, records.VALUES_AT), i, 2 * OPERAND)
         outputs = e.at(e.at(scratch, records.OUTPUTS_AT), i, 2 * LINE)
 
         def load_quad(tile: ir.Value, quad: int) -> list[ir.Value]:
             of_tiles = e.b.add(values, e.b.mul(e.shift_right(tile, 1), two_tiles))
             first = e.at(e.at(of_tiles, e.b.and_(tile, I64(1)), 8 * LINE), 2 * LINE * quad)
-            return [
-                e.load_line(16, e.at(first, OPERAND * half + LINE * pair))
-                for pair in range(2)
-                for half in range(2)
-            ]
+            offsets = (0, OPERAND, LINE, OPERAND + LINE)
+            return [e.load_line(16, e.at(first, offset)) for offset in offsets]
 
-        def eight_rows(j: ir.Value, _: list[ir.Value]) -> None:
+        with e.each(blocks) as j:
             row = e.b.mul(j, I64(_MANY_ROWS))
             weights = e.at(e.at(scratch, records.WEIGHTS_AT), row, SCORE_STRIDE)
             to = e.at(outputs, e.b.mul(row, output_stride), 1)
             _output_rows(e, _MANY_ROWS, load_quad, count, weights, to, output_stride)
 
-        e.loop(e.shift_right(e.at(rows, _MANY_ROWS - 1), 3), [], eight_rows)
 
-    e.loop(e.shift_right(dims, 5), [], chunk)
-
-
-@work_item.inner
-def _prepare(item, few, scratch):  # type: ignore[no-untyped-def]
-    pass
+_weigh = work_item.weigher(softmax.BFLOATS)
 
 
 @work_item.inner
 def _attend_few(call, item, scratch, state, first, tiles, ahead, count):  # type: ignore[no-untyped-def]
-    memory.noinline()
+    inline.noinline()
     now, then = tiles.ctypes.data, ahead.ctypes.data
     _scores_of_page(item.rows, now, then, count, call.dims, scratch)
-    work_item.weigh(call, item, scratch, state, first, count, 1.0, softmax.BFLOATS, 0)
+    _weigh(call, item, scratch, state, first, count, 0)
     _outputs_of_page(item.rows, now, then, count, call.dims, scratch, call.output_stride)
 
 
 @work_item.inner
 def _attend_many(call, item, scratch, state, first, tiles, ahead, count):  # type: ignore[no-untyped-def]
-    memory.noinline()
+    inline.noinline()
     for tile in range(0, count, 2):
         bf16_tiles.widen_keys(call, scratch, tiles, ahead, tile, min(tile + 2, count))
         _scores_widened(item.rows, tile, call.dims, scratch)
-    work_item.weigh(call, item, scratch, state, first, count, 1.0, softmax.BFLOATS, 0)
+    _weigh(call, item, scratch, state, first, count, 0)
     bf16_tiles.widen_values(call, scratch, tiles, ahead, count)
     _outputs_widened(item.rows, count, call.dims, scratch, call.output_stride)
 
 
-_attend = bf16_tiles.chunk_loop(_FEW_ROWS, _CHUNK_OF_FEW, _prepare, _attend_few, _attend_many)
+_attend = work_item.item_loop(_FEW_ROWS, 64, _attend_few, _attend_many)
 
 
 def work(call_address, scratch):  # type: ignore[no-untyped-def]
     """Process items of a call until none is left; both arguments are addresses."""
-    call = records.attention_call_at(call_address)
-    count = call.num_items * call.num_kv_heads
-    index = memory.fetch_add(call.counters)
-    while index < count:
-        index = _attend(call, index, scratch)
+    _attend(records.attention_call_at(call_address), scratch)

@@ -8,11 +8,11 @@ fp16's fields is 2^-8 of the key. `_KEY_SCALE` in the scale of the scores compen
 
 from __future__ import annotations
 
-import numpy as np
+import sys
+
 from llvmlite import ir
 
-from vllm_hybrid_kv.kernels import k8v4
-from vllm_hybrid_kv.kernels.cpu import memory, records, softmax, work_item
+from vllm_hybrid_kv.kernels.cpu import inline, records, softmax, work_item
 from vllm_hybrid_kv.kernels.cpu.inline import Int64, inline_llvm
 from vllm_hybrid_kv.kernels.cpu.llvm import (
     F32,
@@ -28,11 +28,8 @@ from vllm_hybrid_kv.kernels.cpu.llvm import (
     filled,
     vector,
 )
-from vllm_hybrid_kv.kernels.cpu.records import SCORE_STRIDE, TILE
-
-_CHUNK = 64
-_TILES = _CHUNK // TILE
-_QUERY_STRIDE = 4 * records.MAX_DIMS
+from vllm_hybrid_kv.kernels.cpu.records import QUERY_STRIDE, SCORE_STRIDE, TILE
+from vllm_hybrid_kv.kernels.k8v4 import QUAD_BYTE_OF_TOKEN
 
 _KEY_SCALE = 256.0
 """Factor from decoded keys to keys."""
@@ -40,7 +37,7 @@ _KEY_SCALE = 256.0
 _KEY_STRIDE = 2 * LINE
 """Bytes between dims of decoded keys: two tiles of tokens, one after the other."""
 
-_ROWS = (4, 2, 1)
+_BLOCKS = (1, 2, 3, 4)
 """Numbers of rows that the products take at once."""
 
 
@@ -54,99 +51,74 @@ def _halves_of_codes(e: Emitter, codes: ir.Value) -> ir.Value:
 @inline_llvm
 def _decode_tiled_keys(e: Emitter, tile: Int64, to: Int64, dims: Int64) -> None:
     """Decode the key tile of a `CPU_TILED` page to float32 [D, 16], rows `_KEY_STRIDE` apart."""
-
-    def line(i: ir.Value, _: list[ir.Value]) -> None:
+    with e.each(e.shift_right(dims, 2)) as i:
         words = e.load_line(16, e.at(tile, i, 4 * LANES))
         for pair in range(2):
             lanes = [8 * quad + 4 * pair + t for quad in range(4) for t in range(4)]
             of_pair = e.shuffle(words, words, lanes)
-            row = e.at(to, e.b.add(e.b.mul(i, I64(4)), I64(2 * pair)), _KEY_STRIDE)
+            row = e.at(e.at(to, i, 4 * _KEY_STRIDE), 2 * pair * _KEY_STRIDE)
             even = _halves_of_codes(e, e.b.and_(of_pair, filled(I16, 0xFF)))
             odd = _halves_of_codes(e, e.b.lshr(of_pair, filled(I16, 8)))
             e.store(e.halves_to_floats(even), row)
             e.store(e.halves_to_floats(odd), e.at(row, _KEY_STRIDE))
 
-    e.loop(e.shift_right(dims, 2), [], line)
-
 
 @inline_llvm
 def _decode_linear_keys(e: Emitter, tile: Int64, to: Int64, dims: Int64) -> None:
     """Decode 16 tokens' keys of a `LINEAR` page to float32 [D, 16], rows `_KEY_STRIDE` apart."""
-
-    def dim(i: ir.Value, _: list[ir.Value]) -> None:
+    with e.each(dims) as i:
         codes = ir.Constant(vector(I8), ir.Undefined)
-        address = e.b.add(tile, i)
-        for token in range(LANES):
+        for token, address in enumerate(e.rows(e.b.add(tile, i), dims, LANES)):
             codes = e.b.insert_element(codes, e.load(I8, address), I32(token))
-            address = e.b.add(address, dims)
         halves = _halves_of_codes(e, e.b.zext(codes, vector(I16)))
         e.store(e.halves_to_floats(halves), e.at(to, i, _KEY_STRIDE))
-
-    e.loop(dims, [], dim)
 
 
 @inline_llvm
 def _decode_tiled_values(e: Emitter, tile: Int64, to: Int64, dims: Int64) -> None:
     """Decode the value codes of a `CPU_TILED` tile to float32 [16, D]."""
-
-    def quad(i: ir.Value, _: list[ir.Value]) -> None:
+    with e.each(e.shift_right(dims, 3)) as i:
         words = e.load_line(32, e.at(tile, i, LINE))
         chunk, token = e.shift_right(i, 2), e.b.mul(e.b.and_(i, I64(3)), I64(4))
         line = e.at(e.at(to, chunk, 2 * LINE), e.b.mul(token, dims), 4)
-        for of_quad, byte in enumerate(k8v4.QUAD_BYTE_OF_TOKEN):
+        for row, byte in zip(
+            e.rows(line, e.b.mul(dims, I64(4)), 4), QUAD_BYTE_OF_TOKEN, strict=True
+        ):
             for half in range(2):
-                shift = 8 * byte + 4 * half
-                codes = e.b.lshr(words, filled(I32, shift)) if shift else words
+                codes = e.b.lshr(words, filled(I32, 8 * byte + 4 * half))
                 codes = e.b.and_(codes, filled(I32, 15))
-                place = e.at(line, e.b.mul(dims, I64(of_quad)), 4)
-                e.store(e.b.uitofp(codes, vector(F32)), e.at(place, LINE * half))
-
-    e.loop(e.shift_right(dims, 3), [], quad)
+                e.store(e.b.uitofp(codes, vector(F32)), e.at(row, LINE * half))
 
 
 @inline_llvm
 def _decode_linear_values(e: Emitter, tile: Int64, to: Int64, dims: Int64, stride: Int64) -> None:
     """Decode 16 tokens' value codes of a `LINEAR` page to float32, rows `stride` bytes apart."""
     eights = e.shift_right(dims, 3)
-
-    def token(t: ir.Value, _: list[ir.Value]) -> None:
-        source = e.at(tile, e.b.mul(t, eights), 4)
-        line = e.b.add(to, e.b.mul(t, stride))
-
-        def eight(i: ir.Value, _: list[ir.Value]) -> None:
-            word = e.broadcast(e.load(I32, e.at(source, i, 4)), 8)
-            codes = e.b.lshr(word, constant(I32, [4 * k for k in range(8)]))
-            codes = e.b.and_(codes, filled(I32, 15, 8))
-            e.store(e.b.uitofp(codes, vector(F32, 8)), e.at(line, i, 32))
-
-        e.loop(eights, [], eight)
-
-    e.loop(I64(LANES), [], token)
+    with e.each(I64(LANES)) as token, e.each(eights) as i:
+        source = e.at(e.at(tile, e.b.mul(token, eights), 4), i, 4)
+        codes = e.b.lshr(e.broadcast(e.load(I32, source), 8), constant(I32, range(0, 32, 4)))
+        codes = e.b.and_(codes, filled(I32, 15, 8))
+        place = e.at(e.b.add(to, e.b.mul(token, stride)), i, 32)
+        e.store(e.b.uitofp(codes, vector(F32, 8)), place)
 
 
 @inline_llvm
 def _dot(e: Emitter, count: Int64, queries: Int64, keys: Int64, dims: Int64, scores: Int64) -> None:
-    """Write the products of 4, 2 or 1 queries with 32 tokens of decoded keys."""
+    """Write the products of up to 4 queries with 32 tokens of decoded keys."""
 
     def emit(rows: int) -> None:
-        starts = e.rows(queries, I64(_QUERY_STRIDE), rows)
+        starts = e.rows(queries, I64(QUERY_STRIDE), rows)
 
         def dim(i: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             line = e.at(keys, i, _KEY_STRIDE)
             key = [e.load_floats(e.at(line, LINE * tile)) for tile in range(2)]
             query = [e.broadcast(e.load(F32, e.at(start, i, 4))) for start in starts]
-            return [
-                e.fma(query[row], key[tile], sums[2 * row + tile])
-                for row in range(rows)
-                for tile in range(2)
-            ]
+            return [e.fma(query[n // 2], key[n % 2], total) for n, total in enumerate(sums)]
 
-        sums = e.loop(dims, [ZEROS] * (2 * rows), dim)
-        for row, line in enumerate(e.rows(scores, I64(SCORE_STRIDE), rows)):
-            for tile in range(2):
-                e.store(sums[2 * row + tile], e.at(line, LINE * tile))
+        for n, total in enumerate(e.loop(dims, [ZEROS] * (2 * rows), dim)):
+            e.store(total, e.at(scores, SCORE_STRIDE * (n // 2) + LINE * (n % 2)))
 
-    e.choose_number(count, _ROWS, emit)
+    e.choose_number(count, _BLOCKS, emit, "<=")
 
 
 @inline_llvm
@@ -159,26 +131,19 @@ def _accumulate(
     outputs: Int64,
     stride: Int64,
 ) -> None:
-    """Add 4, 2 or 1 rows of weights times decoded values to outputs; rows `stride` bytes apart."""
+    """Add up to 4 rows of weights times decoded values to outputs; rows `stride` bytes apart."""
 
     def emit(rows: int) -> None:
         starts = e.rows(weights, I64(SCORE_STRIDE), rows)
-
-        def sixteen_dims(column: ir.Value, _: list[ir.Value]) -> None:
+        with e.each(e.shift_right(stride, 6)) as column:
             first = e.at(values, column, LINE)
 
             def two_tokens(i: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
                 line = e.b.add(first, e.b.mul(e.b.mul(i, I64(2)), stride))
                 value = [e.load_floats(line), e.load_floats(e.b.add(line, stride))]
-                return [
-                    e.fma(
-                        e.broadcast(e.load(F32, e.at(e.at(start, i, 8), 4 * odd))),
-                        value[odd],
-                        sums[2 * row + odd],
-                    )
-                    for row, start in enumerate(starts)
-                    for odd in range(2)
-                ]
+                places = [e.at(e.at(start, i, 8), 4 * odd) for start in starts for odd in range(2)]
+                weight = [e.broadcast(e.load(F32, place)) for place in places]
+                return [e.fma(weight[n], value[n % 2], total) for n, total in enumerate(sums)]
 
             # Even and odd tokens have separate sums, so that no addition waits for another.
             sums = e.loop(e.shift_right(tokens, 1), [ZEROS] * (2 * rows), two_tokens)
@@ -187,78 +152,43 @@ def _accumulate(
                 added = e.b.fadd(sums[2 * row], sums[2 * row + 1])
                 e.store(e.b.fadd(e.load_floats(place), added), place)
 
-        e.loop(e.shift_right(stride, 6), [], sixteen_dims)
-
-    e.choose_number(count, _ROWS, emit)
+    e.choose_number(count, _BLOCKS, emit, "<=")
 
 
-@work_item.inner
-def _rows_at_once(rows_left):  # type: ignore[no-untyped-def]
-    return 4 if rows_left >= 4 else 2 if rows_left >= 2 else 1
+_weigh = work_item.weigher(softmax.FLOATS, _KEY_SCALE)
 
 
 @work_item.inner
-def _scores(call, item, scratch, tiles, count):  # type: ignore[no-untyped-def]
-    memory.noinline()
-    keys = scratch + records.KEYS_AT
-    for first in range(0, count, 2):
-        for i in range(first, min(first + 2, count)):
-            to = keys + LINE * (i - first)
+def _attend_chunk(call, item, scratch, state, first, tiles, ahead, count):  # type: ignore[no-untyped-def]
+    inline.noinline()
+    keys, values = scratch + records.KEYS_AT, scratch + records.VALUES_AT
+    for tile in range(0, count, 2):
+        for i in range(tile, min(tile + 2, count)):
+            to = keys + LINE * (i - tile)
             if call.tiled:
                 _decode_tiled_keys(tiles[i].keys, to, call.dims)
             else:
                 _decode_linear_keys(tiles[i].keys, to, call.dims)
-        row = 0
-        while row < item.rows:
-            rows = _rows_at_once(item.rows - row)
-            queries = scratch + records.QUERIES_AT + row * _QUERY_STRIDE
-            scores = scratch + records.SCORES_AT + row * SCORE_STRIDE + LINE * first
-            _dot(rows, queries, keys, call.dims, scores)
-            row += rows
-
-
-@work_item.inner
-def _outputs(call, item, scratch, tiles, count):  # type: ignore[no-untyped-def]
-    memory.noinline()
-    values = scratch + records.VALUES_AT
+        for row in range(0, item.rows, 4):
+            queries = scratch + records.QUERIES_AT + row * QUERY_STRIDE
+            scores = scratch + records.SCORES_AT + row * SCORE_STRIDE + LINE * tile
+            _dot(item.rows - row, queries, keys, call.dims, scores)
+    _weigh(call, item, scratch, state, first, count, 0)
     for i in range(count):
         to = values + i * TILE * call.output_stride
         if call.tiled:
             _decode_tiled_values(tiles[i].values, to, call.dims)
         else:
             _decode_linear_values(tiles[i].values, to, call.dims, call.output_stride)
-    row = 0
-    while row < item.rows:
-        rows = _rows_at_once(item.rows - row)
+    for row in range(0, item.rows, 4):
         weights = scratch + records.WEIGHTS_AT + row * SCORE_STRIDE
         outputs = scratch + records.OUTPUTS_AT + row * call.output_stride
-        _accumulate(rows, weights, values, TILE * count, outputs, call.output_stride)
-        row += rows
+        _accumulate(item.rows - row, weights, values, TILE * count, outputs, call.output_stride)
 
 
-@work_item.inner
-def _attend(call, item, head, scratch):  # type: ignore[no-untyped-def]
-    state = np.empty(records.ROW_BLOCK, records.ROW_STATE)
-    tiles = np.empty(_TILES, records.TILE_ADDRESSES)
-    work_item.begin(call, item, head, scratch, state, _QUERY_STRIDE, widen=True)
-    first, last = work_item.keys_of_item(call, item)
-    while first < last:
-        count = work_item.tiles_of_chunk(first, last, np.int64(_CHUNK))
-        work_item.find_tiles(call, item, head, first, count, tiles)
-        work_item.load_scales(scratch, tiles, count, 0.0)
-        _scores(call, item, scratch, tiles, count)
-        work_item.weigh(call, item, scratch, state, first, count, _KEY_SCALE, softmax.FLOATS, 0)
-        _outputs(call, item, scratch, tiles, count)
-        first = work_item.next_chunk(first, np.int64(_CHUNK))
-    work_item.finish(call, item, head, scratch, state)
+_attend = work_item.item_loop(sys.maxsize, 64, _attend_chunk, _attend_chunk, portable=True)
 
 
 def work(call_address, scratch):  # type: ignore[no-untyped-def]
     """Process items of a call until none is left; both arguments are addresses."""
-    call = records.attention_call_at(call_address)
-    count = call.num_items * call.num_kv_heads
-    index = memory.fetch_add(call.counters)
-    while index < count:
-        item, head = divmod(index, call.num_kv_heads)
-        _attend(call, work_item.item_at(call, item), head, scratch)
-        index = memory.fetch_add(call.counters)
+    _attend(records.attention_call_at(call_address), scratch)

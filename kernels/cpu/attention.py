@@ -13,7 +13,7 @@ import torch
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.kernels.cpu import isa as instruction_sets
 from vllm_hybrid_kv.kernels.cpu import records
-from vllm_hybrid_kv.kernels.cpu.compile_cache import compile_callback
+from vllm_hybrid_kv.kernels.cpu.compile_cache import CFunc, compile_callback
 from vllm_hybrid_kv.kernels.cpu.plan import Plan, plan_attention
 from vllm_hybrid_kv.kernels.cpu.threads import follow_torch, run_on_threads
 from vllm_hybrid_kv.kernels.inputs import attention_error, check_attention
@@ -26,42 +26,31 @@ class _Workspace(threading.local):
     def __init__(self) -> None:
         self.call = records.CallBuffer(records.AttentionCall)
         self.scratch = np.empty((0, records.SCRATCH_BYTES), np.uint8)
-        self.partials = np.empty(0, np.float32)
-        self.partials_address = 0
-        self.counters = np.empty(0, np.int64)
-        self.counters_address = 0
+        self.partials = torch.empty(0)
 
-    def reserve(self, threads: int, partials: int, counters: int) -> None:
+    def reserve(self, threads: int, partials: int) -> None:
         if self.scratch.shape[0] != threads:
             self.scratch = np.empty((threads, records.SCRATCH_BYTES), np.uint8)
-        if self.partials.size < partials + 16:
-            self.partials = np.empty(partials + 16, np.float32)
-            self.partials_address = (self.partials.ctypes.data + 63) // 64 * 64
-        if self.counters.size < counters:
-            self.counters = np.empty(2 * counters, np.int64)
-            self.counters_address = self.counters.ctypes.data
-        self.counters[:counters] = 0
+        if self.partials.numel() < partials:
+            self.partials = torch.empty(partials)
 
 
 _workspace = _Workspace()
 
 
 def isa_for(query_dtype: torch.dtype, head_size: int, isa: str | None = None) -> str:
-    """Return the instruction set that attends with such queries.
+    """Return the instruction set that attends with such queries; see `instruction_sets.require`.
 
     The fast ones take bf16 queries and tiled pages only; otherwise it is the portable one.
-
-    Raises:
-        ValueError: This CPU cannot run `isa`.
     """
     chosen = instruction_sets.available()[-1] if isa is None else instruction_sets.require(isa)
     tiled = k8v4.cpu_layout(head_size) is Layout.CPU_TILED
     return chosen if tiled and query_dtype == torch.bfloat16 else instruction_sets.PORTABLE
 
 
-@functools.lru_cache
-def _work_of(isa: str) -> int:
-    """Return the address of an instruction set's compiled code."""
+@functools.cache
+def _work_of(isa: str) -> CFunc:
+    """Return the compiled code of an instruction set, which lives as long as this object."""
     return compile_callback(importlib.import_module(f"{__package__}.attend_{isa}").work)
 
 
@@ -130,9 +119,8 @@ def paged_attention(
     made_for = (seq_lens.shape[0], num_heads, num_kv_heads, head_size, causal, window)
     if plan.made_for[:1] + plan.made_for[2:] != made_for or plan.made_for[1] > tokens:
         raise attention_error(
-            f"the plan was made for (requests, query tokens, heads, KV "
-            f"heads, head size, causal, window) = {plan.made_for}, the call has "
-            f"{(made_for[0], tokens, *made_for[1:])}"
+            "the plan was made for (requests, query tokens, heads, KV heads, head size, causal, "
+            f"window) = {plan.made_for}, the call has {(made_for[0], tokens, *made_for[1:])}"
         )
     if plan.items.shape[0] == 0:
         return
@@ -140,47 +128,39 @@ def paged_attention(
     if sinks is not None:
         sinks = sinks.to(torch.float32).contiguous()
     output_stride = -(-head_size // 16) * 64
-    _workspace.reserve(
-        threads,
-        plan.partial_rows * num_kv_heads * (output_stride + 64) // 4,
-        1 + plan.num_merges * num_kv_heads,
-    )
+    _workspace.reserve(threads, plan.partial_rows * num_kv_heads * (output_stride + 64) // 4)
+    counters = np.zeros(1 + plan.num_divided * num_kv_heads, np.int64)
     width = query.element_size()
-    call: records.AttentionCall = {
-        "query": query.data_ptr(),
-        "query_token_stride": width * query.stride(0),
-        "query_head_stride": width * query.stride(1),
-        "out": out.data_ptr(),
-        "out_token_stride": width * out.stride(0),
-        "out_head_stride": width * out.stride(1),
-        "dtype_code": records.DTYPE_CODES[query.dtype],
-        "lse": 0 if lse is None else lse.data_ptr(),
-        "lse_token_stride": 0 if lse is None else 4 * lse.stride(0),
-        "lse_head_stride": 0 if lse is None else 4 * lse.stride(1),
-        "cache": cache.data_ptr(),
-        "block_stride": cache.stride(0),
-        "head_bytes": page_format.head_bytes,
-        "value_offset": page_format.value_offset,
-        "scale_offset": page_format.scale_offset,
-        "zero_offset": page_format.zero_offset,
-        "tiled": page_format.layout is Layout.CPU_TILED,
-        "block_table": block_table.data_ptr(),
-        "block_table_stride": 4 * block_table.stride(0),
-        "sinks": 0 if sinks is None else sinks.data_ptr(),
-        "num_kv_heads": num_kv_heads,
-        "group": num_heads // num_kv_heads,
-        "dims": head_size,
-        "output_stride": output_stride,
-        "page_size": page_size,
-        "causal": causal,
-        "window": 0 if window is None else window,
-        "items": plan.items_address,
-        "num_items": plan.items.shape[0],
-        "merges": plan.merges_address,
-        "partials": _workspace.partials_address,
-        "counters": _workspace.counters_address,
-        "scale": scale,
-        "soft_cap": soft_cap,
-    }
-    work = _work_of(isa_for(query.dtype, head_size, isa))
-    run_on_threads(work, _workspace.call.write(call), _workspace.scratch)
+    call = _workspace.call.write(
+        query=query.data_ptr(),
+        query_token_stride=width * query.stride(0),
+        query_head_stride=width * query.stride(1),
+        out=out.data_ptr(),
+        out_token_stride=width * out.stride(0),
+        out_head_stride=width * out.stride(1),
+        dtype_code=records.DTYPE_CODES[query.dtype],
+        lse=0 if lse is None else lse.data_ptr(),
+        lse_token_stride=0 if lse is None else 4 * lse.stride(0),
+        lse_head_stride=0 if lse is None else 4 * lse.stride(1),
+        cache=cache.data_ptr(),
+        block_stride=cache.stride(0),
+        tiled=page_format.layout is Layout.CPU_TILED,
+        block_table=block_table.data_ptr(),
+        block_table_stride=4 * block_table.stride(0),
+        sinks=0 if sinks is None else sinks.data_ptr(),
+        num_kv_heads=num_kv_heads,
+        group=num_heads // num_kv_heads,
+        dims=head_size,
+        output_stride=output_stride,
+        page_size=page_size,
+        causal=causal,
+        window=window or 0,
+        items=plan.items_address,
+        num_items=plan.items.shape[0],
+        partials=_workspace.partials.data_ptr(),
+        counters=counters.ctypes.data,
+        scale=scale,
+        soft_cap=soft_cap,
+    )
+    work = _work_of(isa_for(query.dtype, head_size, isa)).address
+    run_on_threads(work, call, _workspace.scratch)

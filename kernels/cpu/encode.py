@@ -2,19 +2,22 @@
 """Encode rows of keys and values, and write the codes to their places in a page.
 
 The places are those of `k8v4.PageFormat`. The input is in a thread's scratch memory: four rows of
-rotated float32 values, four rows of key codes, and the results of `value_scales.write_scales`.
+rotated float32 values, four rows of key codes, and the results of `write_scales`.
 Rows extend to a multiple of 16 numbers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numba
 from llvmlite import ir
 
 from vllm_hybrid_kv.kernels import k8v4
-from vllm_hybrid_kv.kernels.cpu import memory, records, value_scales
+from vllm_hybrid_kv.kernels.cpu import inline, records
 from vllm_hybrid_kv.kernels.cpu.inline import Bool, Float32, Int64, inline_llvm
 from vllm_hybrid_kv.kernels.cpu.llvm import (
+    F16,
     F32,
     I8,
     I16,
@@ -22,6 +25,7 @@ from vllm_hybrid_kv.kernels.cpu.llvm import (
     I64,
     LANES,
     LINE,
+    ROUNDING,
     Emitter,
     filled,
     vector,
@@ -33,6 +37,15 @@ ROW_BYTES = 4 * k8v4.MAX_HEAD_SIZE
 KEY_BYTES = k8v4.MAX_HEAD_SIZE
 """Bytes between two rows of key codes."""
 
+EXTREMES_BYTES = 2 * LINE
+"""Bytes of the extremes of one token: sixteen smallest numbers, then sixteen largest."""
+
+SCALE_BITS, ZERO_BITS, ZEROS, INVERSES = 0, 8, 16, 32
+"""Offsets in the scales of four tokens: fp16 bits of the scales and of the zeros, the zeros as
+float32, and the factors of the codes."""
+
+RESULT_BYTES = 48
+
 INFINITY_BITS = 0x7F800000
 """The bits of a float32 infinity; a larger magnitude is a NaN."""
 
@@ -41,8 +54,7 @@ _MAGNITUDE_BITS = 0x7FFFFFFF
 
 _TILE = k8v4.TILE_TOKENS
 _BYTE_OF_TOKEN = k8v4.QUAD_BYTE_OF_TOKEN
-_ROUNDING = 1.5 * 2.0**23
-_ROUNDING_BITS = 0x4B400000
+_ROUNDING_BITS = 0x4B400000  # of `ROUNDING`
 
 
 def _vectors(e: Emitter, head_size: ir.Value) -> ir.Value:
@@ -54,32 +66,25 @@ def _vectors(e: Emitter, head_size: ir.Value) -> ir.Value:
 def any_magnitude_above(
     e: Emitter, limit: int, dtype_code: Int64, source: Int64, row: Int64, head_size: Int64
 ) -> Bool:
-    """Return whether a row holds a magnitude above a limit, or a NaN.
+    """Return whether a row holds a NaN or a magnitude above a limit, the bits of a bf16 number.
 
-    Args:
-        e: Emits the code.
-        limit: The bits of a float32 that is a bf16 number.
-        dtype_code: Of the source. bf16 is compared in place, 32 numbers at a time.
-        source: Address of the row before `row_ops.widen_row`.
-        row: Address of the row after it.
-        head_size: D.
+    `row` is `source` after `row_ops.widen_row`; bf16 is compared in `source`, 32 numbers at a time.
     """
     is_bfloat16 = e.b.icmp_signed("==", dtype_code, I64(records.BFLOAT16))
     narrow = e.b.and_(is_bfloat16, e.is_multiple(head_size, 2 * LANES))
 
     def largest_above(bits: int) -> list[ir.Value]:
-        dropped = 32 - bits
         lanes = 8 * LINE // bits
         element = ir.IntType(bits)
 
         def line(i: ir.Value, largest: list[ir.Value]) -> list[ir.Value]:
             x = e.load_line(bits, e.at(row if bits == 32 else source, i, LINE))
-            x = e.b.and_(x, filled(element, _MAGNITUDE_BITS >> dropped, lanes))
-            return [e.larger_integer(largest[0], x)]
+            x = e.b.and_(x, filled(element, _MAGNITUDE_BITS >> (32 - bits), lanes))
+            return [e.b.select(e.b.icmp_signed(">", largest[0], x), largest[0], x)]
 
         lines = e.shift_right(head_size, 5) if bits == 16 else _vectors(e, head_size)
         (largest,) = e.loop(lines, [filled(element, 0, lanes)], line)
-        above = e.b.icmp_signed(">", largest, filled(element, limit >> dropped, lanes))
+        above = e.b.icmp_signed(">", largest, filled(element, limit >> (32 - bits), lanes))
         flags = e.b.bitcast(above, ir.IntType(lanes))
         return [e.b.icmp_unsigned("!=", flags, flags.type(0))]
 
@@ -90,12 +95,9 @@ def any_magnitude_above(
 def clamp_row(e: Emitter, row: Int64, head_size: Int64, limit: Float32) -> None:
     """Clamp a row to +-limit in place; a NaN becomes -limit."""
     low, high = e.broadcast(e.b.fneg(limit)), e.broadcast(limit)
-
-    def sixteen(i: ir.Value, _: list[ir.Value]) -> None:
+    with e.each(_vectors(e, head_size)) as i:
         place = e.at(row, i, LINE)
         e.store(e.smaller(e.larger(e.load_floats(place), low), high), place)
-
-    e.loop(_vectors(e, head_size), [], sixteen)
 
 
 def _key_codes(e: Emitter, x: ir.Value, may_be_nan: bool) -> ir.Value:
@@ -132,33 +134,108 @@ def encode_keys(e: Emitter, row: Int64, head_size: Int64, to: Int64, has_nan: Bo
     """Write the e4m3fn codes of a row."""
 
     def encode(may_be_nan: bool) -> None:
-        def sixteen(i: ir.Value, _: list[ir.Value]) -> None:
-            e.store(
-                _key_codes(e, e.load_floats(e.at(row, i, LINE)), may_be_nan), e.at(to, i, LANES)
-            )
-
-        e.loop(_vectors(e, head_size), [], sixteen)
+        with e.each(_vectors(e, head_size)) as i:
+            codes = _key_codes(e, e.load_floats(e.at(row, i, LINE)), may_be_nan)
+            e.store(codes, e.at(to, i, LANES))
 
     e.choose((True, False), lambda _: has_nan, encode)
 
 
-def _raised_codes(e: Emitter, x: ir.Value, zero: ir.Value, inverse: ir.Value) -> ir.Value:
-    """Return `round_half_even((x - zero) * inverse)` above `_ROUNDING_BITS`, as int32.
+def _larger_halves(e: Emitter, x: ir.Value, y: ir.Value, segment: int) -> ir.Value:
+    """Return the maxima of the two halves of each segment of lanes, of `x` and then of `y`."""
+    half = segment // 2
+    first = [start + i for start in range(0, 2 * LANES, segment) for i in range(half)]
+    return e.larger(e.shuffle(x, y, first), e.shuffle(x, y, [lane + half for lane in first]))
 
-    Three roundings, as in the reference; the third is the addition of a number whose last bit
-    counts ones. Nothing is clamped: x is between the row's extremes, which are 0 and 15 steps but
-    for the rounding of single operations.
+
+def _largest_of_eight(e: Emitter, eight: list[ir.Value]) -> ir.Value:
+    """Return the maximum of each of eight vectors, as one vector of eight."""
+    segment = LANES
+    while len(eight) > 1:
+        pairs = zip(eight[::2], eight[1::2], strict=True)
+        eight = [_larger_halves(e, x, y, segment) for x, y in pairs]
+        segment //= 2
+    (last,) = eight
+    even, odd = (e.shuffle(last, last, range(i, LANES, 2)) for i in range(2))
+    return e.larger(even, odd)
+
+
+def _nearest_half(e: Emitter, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Return the nearest fp16 bits of x as int16, and their number as float32."""
+    half = e.b.fptrunc(x, vector(F16, 4))
+    return e.b.bitcast(half, vector(I16, 4)), e.b.fpext(half, x.type)
+
+
+@inline_llvm
+def write_scales(
+    e: Emitter, extremes: Int64, unit: Float32, nan_tokens: Int64, results: Int64
+) -> None:
+    """Write the scales and zeros of four tokens, and the numbers that their codes need.
+
+    For one token alone this would take as long as a quarter of all its codes.
+
+    `extremes` are those of four finite rows not yet multiplied by `rotation.unit`. The float32
+    zeros and factors are for such rows too: a power of two changes no rounding. If bit t of
+    `nan_tokens` is set, token t gets a NaN scale and codes of 0.
     """
-    steps = e.b.fmul(e.b.fsub(x, zero), inverse)
-    return e.b.bitcast(e.b.fadd(steps, filled(F32, _ROUNDING)), vector(I32))
+    b = e.b
+
+    def bits(number: int) -> ir.Constant:
+        return filled(I16, number, 4)
+
+    def floats(number: float) -> ir.Constant:
+        return filled(F32, number, 4)
+
+    starts = [e.at(extremes, token * EXTREMES_BYTES) for token in range(4)]
+    smallest = [b.fneg(e.load_floats(start)) for start in starts]
+    largest = [e.load_floats(e.at(start, LINE)) for start in starts]
+    eight = _largest_of_eight(e, smallest + largest)
+    factor = e.broadcast(unit, 4)
+    lo = b.fmul(b.fneg(e.shuffle(eight, eight, range(4))), factor)
+    hi = b.fmul(e.shuffle(eight, eight, range(4, 2 * 4)), factor)
+
+    # Down to the next fp16 number: towards 0 if positive, and +0 for both zeros.
+    half, number = _nearest_half(e, lo)
+    step = b.select(b.icmp_signed("<", half, bits(0)), bits(1), bits(-1))
+    half = b.select(b.fcmp_ordered(">", number, lo), b.add(half, step), half)
+    half = b.select(b.icmp_signed("==", half, bits(-0x8000)), bits(0), half)
+    zero = e.halves_to_floats(half)
+    exact = b.fdiv(b.fsub(hi, zero), floats(k8v4.VALUE_LEVELS - 1))
+    scale, number = _nearest_half(e, exact)
+    scale = b.add(scale, b.zext(b.fcmp_ordered("<", number, exact), scale.type))
+    inverse = b.fdiv(floats(1.0), e.halves_to_floats(scale))
+    is_step = b.icmp_signed(">", scale, bits(0))
+    inverse = b.select(is_step, b.fmul(inverse, factor), floats(0.0))
+
+    is_nan = b.bitcast(b.trunc(nan_tokens, ir.IntType(4)), vector(ir.IntType(1), 4))
+    for offset, result, of_nan in (
+        (SCALE_BITS, scale, bits(k8v4.NAN_SCALE_BITS)),
+        (ZERO_BITS, half, bits(0)),
+        (ZEROS, b.fdiv(zero, factor), floats(0.0)),
+        (INVERSES, inverse, floats(0.0)),
+    ):
+        e.store(b.select(is_nan, of_nan, result), e.at(results, offset))
 
 
-def _broadcast_zero_and_inverse(
+def _value_encoder(
     e: Emitter, results: ir.Value, token: int | ir.Value
-) -> list[ir.Value]:
-    """Return a token's zero and the factor of its codes."""
-    offsets = (value_scales.ZEROS, value_scales.INVERSES)
-    return [e.broadcast(e.load(F32, e.at(e.at(results, at), token, 4))) for at in offsets]
+) -> Callable[[ir.Value], ir.Value]:
+    """Return a function from the address of sixteen values to their codes plus `_ROUNDING_BITS`.
+
+    The codes are `round_half_even((x - zero) * inverse)` as int32, with three roundings as in the
+    reference: adding `ROUNDING` is the third. Codes of numbers between the row's extremes need no
+    clamp.
+    """
+    zero, inverse = (
+        e.broadcast(e.load(F32, e.at(e.at(results, offset), token, 4)))
+        for offset in (ZEROS, INVERSES)
+    )
+
+    def raised_codes(place: ir.Value) -> ir.Value:
+        steps = e.b.fmul(e.b.fsub(e.load_floats(place), zero), inverse)
+        return e.b.bitcast(e.b.fadd(steps, filled(F32, ROUNDING)), vector(I32))
+
+    return raised_codes
 
 
 @inline_llvm
@@ -166,27 +243,20 @@ def _pack_values(
     e: Emitter, to: Int64, row: Int64, results: Int64, token: Int64, head_size: Int64
 ) -> None:
     """Write the value codes of a row, even dims in the low nibbles."""
-    zero_and_inverse = _broadcast_zero_and_inverse(e, results, token)
-
-    def sixteen(i: ir.Value, _: list[ir.Value]) -> None:
-        raised = _raised_codes(e, e.load_floats(e.at(row, i, LINE)), *zero_and_inverse)
-        codes = e.b.trunc(raised, vector(I8))
+    raised_codes = _value_encoder(e, results, token)
+    with e.each(_vectors(e, head_size)) as i:
+        codes = e.b.trunc(raised_codes(e.at(row, i, LINE)), vector(I8))
         even, odd = (e.shuffle(codes, codes, range(half, LANES, 2)) for half in range(2))
         e.store(e.b.or_(even, e.b.shl(odd, filled(I8, 4, LANES // 2))), e.at(to, i, 8))
-
-    e.loop(_vectors(e, head_size), [], sixteen)
 
 
 @inline_llvm
 def _store_tiled_keys(e: Emitter, to: Int64, keys: Int64, head_size: Int64) -> None:
     """Store one token's key codes to every line of four dims, a pair of dims at a time."""
-
-    def line(i: ir.Value, _: list[ir.Value]) -> None:
+    with e.each(e.shift_right(head_size, 2)) as i:
         for pair in range(2):
             codes = e.load(I16, e.at(e.at(keys, i, 4), 2 * pair))
             e.store(codes, e.at(e.at(to, i, LINE), 8 * pair))
-
-    e.loop(e.shift_right(head_size, 2), [], line)
 
 
 @inline_llvm
@@ -194,31 +264,21 @@ def _store_tiled_values(
     e: Emitter, to: Int64, row: Int64, results: Int64, token: Int64, head_size: Int64
 ) -> None:
     """Store one token's value codes, every fourth byte of a line of 32 dims."""
-    zero_and_inverse = _broadcast_zero_and_inverse(e, results, token)
-
-    def chunk(i: ir.Value, _: list[ir.Value]) -> None:
-        source = e.at(row, i, 2 * LINE)
-        low, high = (
-            e.b.trunc(
-                _raised_codes(e, e.load_floats(e.at(source, half * LINE)), *zero_and_inverse),
-                vector(I8),
-            )
-            for half in range(2)
-        )
+    raised_codes = _value_encoder(e, results, token)
+    with e.each(e.shift_right(head_size, 5)) as i:
+        sources = (e.at(e.at(row, i, 2 * LINE), half * LINE) for half in range(2))
+        low, high = (e.b.trunc(raised_codes(source), vector(I8)) for source in sources)
         codes = e.b.or_(low, e.b.shl(high, filled(I8, 4)))
         for lane in range(LANES):
             byte = e.b.extract_element(codes, I32(lane))
             e.store(byte, e.at(e.at(to, i, 4 * LINE), 4 * lane))
-
-    e.loop(e.shift_right(head_size, 5), [], chunk)
 
 
 @inline_llvm
 def _store_key_quad(e: Emitter, to: Int64, keys: Int64, head_size: Int64) -> None:
     """Store the key codes of the four tokens of a quad, 16 bytes of each line of four dims."""
     half = LANES // 2
-
-    def sixteen_dims(i: ir.Value, _: list[ir.Value]) -> None:
+    with e.each(e.shift_right(head_size, 4)) as i:
         sources = e.rows(e.at(keys, i, LANES), I64(KEY_BYTES), 4)
         w, x, y, z = (e.load(vector(I16, half), source) for source in sources)
         low, high = e.shuffle(w, x, range(2 * half)), e.shuffle(y, z, range(2 * half))
@@ -226,8 +286,6 @@ def _store_key_quad(e: Emitter, to: Int64, keys: Int64, head_size: Int64) -> Non
         for line in range(4):
             part = e.shuffle(mixed, mixed, range(half * line, half * (line + 1)))
             e.store(part, e.at(e.at(to, i, 4 * LINE), LINE * line))
-
-    e.loop(e.shift_right(head_size, 4), [], sixteen_dims)
 
 
 @inline_llvm
@@ -237,51 +295,45 @@ def _store_value_quad(e: Emitter, to: Int64, rows: Int64, results: Int64, head_s
     A 32-bit lane holds the bytes of one pair of dims of all four tokens. The codes are added at
     their shifts, and the sum of what they were raised by is subtracted once.
     """
-
-    def chunk(i: ir.Value, _: list[ir.Value]) -> None:
+    with e.each(e.shift_right(head_size, 5)) as i:
         total = filled(I32, 0)
         raised_by = 0
         for token, source in enumerate(e.rows(e.at(rows, i, 2 * LINE), I64(ROW_BYTES), 4)):
-            zero_and_inverse = _broadcast_zero_and_inverse(e, results, token)
+            raised_codes = _value_encoder(e, results, token)
             for half in range(2):
                 shift = 8 * _BYTE_OF_TOKEN[token] + 4 * half
-                x = e.load_floats(e.at(source, half * LINE))
-                raised = _raised_codes(e, x, *zero_and_inverse)
+                raised = raised_codes(e.at(source, half * LINE))
                 total = e.b.add(total, e.b.shl(raised, filled(I32, shift)))
                 raised_by += _ROUNDING_BITS << shift
         e.store(e.b.sub(total, filled(I32, raised_by % 2**32)), e.at(to, i, 4 * LINE))
 
-    e.loop(e.shift_right(head_size, 5), [], chunk)
-
 
 @numba.njit
-def place_token(keys, rows, results, token, head_size, region, page_size, t, tiled):  # type: ignore[no-untyped-def]
-    """Store one of the four tokens at position t of a head's region; overwrites its key codes."""
+def place(keys, rows, results, token, quad, head_size, region, page_size, t, tiled):  # type: ignore[no-untyped-def]
+    """Store one of four tokens, or with `quad` all, at position t of a head's region.
+
+    Overwrites the key codes of a token that is stored alone.
+    """
     plane = region + page_size * head_size
     scales = plane + page_size * (head_size // 2) + 2 * t
-    memory.copy_bytes(scales, results + value_scales.SCALE_BITS + 2 * token, 2)
-    memory.copy_bytes(scales + 2 * page_size, results + value_scales.ZERO_BITS + 2 * token, 2)
+    scale_bits, zero_bits = results + SCALE_BITS, results + ZERO_BITS
+    tile, quad_of_tile = t // _TILE * _TILE, t % _TILE // 4
+    to_keys = region + tile * head_size + 16 * quad_of_tile
+    to_values = plane + tile * (head_size // 2) + 64 * quad_of_tile
+    if quad:
+        inline.copy_bytes(scales, scale_bits, 8)
+        inline.copy_bytes(scales + 2 * page_size, zero_bits, 8)
+        _store_key_quad(to_keys, keys, head_size)
+        _store_value_quad(to_values, rows, results, head_size)
+        return
+    inline.copy_bytes(scales, scale_bits + 2 * token, 2)
+    inline.copy_bytes(scales + 2 * page_size, zero_bits + 2 * token, 2)
     keys, row = keys + token * KEY_BYTES, rows + token * ROW_BYTES
     if tiled:
-        tile, quad = t // _TILE * _TILE, t % _TILE // 4
-        to = region + tile * head_size + 16 * quad + 2 * (t % 4)
-        _store_tiled_keys(to, keys, head_size)
-        to = plane + tile * (head_size // 2) + 64 * quad + _BYTE_OF_TOKEN[t % 4]
-        _store_tiled_values(to, row, results, token, head_size)
+        _store_tiled_keys(to_keys + 2 * (t % 4), keys, head_size)
+        _store_tiled_values(to_values + _BYTE_OF_TOKEN[t % 4], row, results, token, head_size)
     else:
-        memory.copy_bytes(region + t * head_size, keys, head_size)
+        inline.copy_bytes(region + t * head_size, keys, head_size)
         # By way of the buffer, because the last vector may be half outside the row.
         _pack_values(keys, row, results, token, head_size)
-        memory.copy_bytes(plane + t * (head_size // 2), keys, head_size // 2)
-
-
-@numba.njit
-def place_quad(keys, rows, results, head_size, region, page_size, t):  # type: ignore[no-untyped-def]
-    """Store the four tokens of a quad of `Layout.CPU_TILED`; `t` is the first one's position."""
-    plane = region + page_size * head_size
-    scales = plane + page_size * (head_size // 2) + 2 * t
-    memory.copy_bytes(scales, results + value_scales.SCALE_BITS, 8)
-    memory.copy_bytes(scales + 2 * page_size, results + value_scales.ZERO_BITS, 8)
-    tile, quad = t // _TILE * _TILE, t % _TILE // 4
-    _store_key_quad(region + tile * head_size + 16 * quad, keys, head_size)
-    _store_value_quad(plane + tile * (head_size // 2) + 64 * quad, rows, results, head_size)
+        inline.copy_bytes(plane + t * (head_size // 2), keys, head_size // 2)

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The instruction sets of the attention kernels. Reads torch's CPU flags; never imports numba.
 
-Each has its own module `attend_<name>` with a function `work`. All compute the same attention:
-`PORTABLE` in float32 loops that run on any CPU, `AVX512_BF16` with the bf16 dot product, `AMX` with
-tile products too.
+Each has its own module `attend_<name>` with a function `work`.
 """
 
 from __future__ import annotations
@@ -38,25 +36,18 @@ def available() -> tuple[str, ...]:
 
 
 def lacking(isa: str) -> tuple[str, ...]:
-    """Return the flags that this CPU lacks for an instruction set, by torch's names.
-
-    Empty if it can run it, and for `AMX` if only the operating system refuses.
-    """
+    """Return the flags that this CPU lacks for an instruction set, by torch's names."""
     flags = torch.cpu.get_capabilities()
     return tuple(name for name in _FLAGS[isa] if not flags.get(name, False))
 
 
 def require(isa: str) -> str:
-    """Return `isa` if this CPU can run it.
-
-    Raises:
-        ValueError: It is unknown, or the CPU lacks its instructions.
-    """
+    """Return `isa` if it is known and this CPU can run it; otherwise raise a ValueError."""
     if isa not in ALL:
         raise ValueError(f"unknown CPU instruction set {isa!r}: choose one of {', '.join(ALL)}")
     if isa not in available():
+        choices = ", ".join(available())
         raise ValueError(
-            f"this CPU cannot run the instruction set {isa!r}: choose one of "
-            f"{', '.join(available())}"
+            f"this CPU cannot run the instruction set {isa!r}: choose one of {choices}"
         )
     return isa

@@ -8,10 +8,12 @@ as IEEE 754 says, which keeps a NaN in its own row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 from llvmlite import ir
+from numba.core import cgutils
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
@@ -25,16 +27,10 @@ LINE = 64
 Case = TypeVar("Case")
 
 
-class _BFloat16(ir.types._BaseFloatType):
+class _BFloat16(ir.Type):
     """LLVM's `bfloat`, which llvmlite lacks."""
 
-    null = "0.0"
-    intrinsic_name = "bf16"
-
-    def __new__(cls) -> Any:
-        return object.__new__(cls)
-
-    def __str__(self) -> str:
+    def _to_string(self) -> str:
         return "bfloat"
 
 
@@ -58,30 +54,24 @@ def filled(element: ir.Type, number: float, lanes: int = LANES) -> ir.Constant:
 
 ZEROS = filled(F32, 0.0)
 
+ROUNDING = 1.5 * 2.0**23
+"""A float32 that rounds to an integer when it is added, which the last bits then hold."""
+
 # 2^f on [-1/2, 1/2], highest power first. Minimax polynomial of degree 5: largest relative error
 # 7.5e-8 before float32 rounding and 2.4e-7 after it.
 _EXP2 = (1.3276471e-03, 9.6755415e-03, 5.5507133e-02, 2.4022120e-01, 6.9314697e-01, 1.0000001)
 
 
 class Emitter:
-    """An LLVM builder with the operations that the kernels need.
+    """An LLVM builder `b` with the operations that the kernels need."""
 
-    Attributes:
-        b: The builder, for all other operations.
-    """
-
-    def __init__(self, builder: ir.IRBuilder, context: Any) -> None:
+    def __init__(self, builder: ir.IRBuilder) -> None:
         self.b = builder
-        triple, _, features = context.codegen().magic_tuple()
-        self._converts_halves = not triple.startswith("x86") or "+f16c" in features
 
     def call(self, name: str, returns: ir.Type, *arguments: ir.Value) -> ir.Value:
         """Call an LLVM intrinsic by its full name."""
-        module = self.b.module
-        function = module.globals.get(name)
-        if function is None:
-            signature = ir.FunctionType(returns, [a.type for a in arguments])
-            function = ir.Function(module, signature, name)
+        signature = ir.FunctionType(returns, [argument.type for argument in arguments])
+        function = cgutils.get_or_insert_function(self.b.module, signature, name)
         return self.b.call(function, arguments)
 
     def at(self, address: ir.Value, offset: int | ir.Value, scale: int = 1) -> ir.Value:
@@ -119,10 +109,10 @@ class Emitter:
         rest = self.b.and_(x, I64(power_of_two - 1))
         return self.b.icmp_signed("==", rest, I64(0))
 
-    def prefetch(self, address: ir.Value, *, write: bool = False) -> None:
+    def prefetch(self, address: ir.Value, write: int = 0) -> None:
         """Prefetch a cache line. An invalid address does no harm."""
         pointer = self.b.inttoptr(address, I8.as_pointer())
-        self.call("llvm.prefetch.p0", ir.VoidType(), pointer, I32(int(write)), I32(3), I32(1))
+        self.call("llvm.prefetch.p0", ir.VoidType(), pointer, I32(write), I32(3), I32(1))
 
     def broadcast(self, scalar: ir.Value, lanes: int = LANES) -> ir.Value:
         """Copy a scalar to every lane."""
@@ -146,10 +136,6 @@ class Emitter:
         """Return the smaller of two floats in each lane; `y` if either is NaN."""
         return self.b.select(self.b.fcmp_ordered("<", x, y), x, y)
 
-    def larger_integer(self, x: ir.Value, y: ir.Value) -> ir.Value:
-        """Return the larger of two signed integers in each lane."""
-        return self.b.select(self.b.icmp_signed(">", x, y), x, y)
-
     def reduce(self, x: ir.Value, combine: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
         """Combine the lanes of a vector into a scalar, in halves."""
         lanes = x.type.count
@@ -159,31 +145,9 @@ class Emitter:
         return self.b.extract_element(x, I32(0))
 
     def halves_to_floats(self, bits: ir.Value) -> ir.Value:
-        """Convert a vector of fp16 bit patterns to float32.
-
-        On an x86 CPU without F16C with integers, because LLVM would call a library function that
-        numba does not link, and the process would end.
-        """
-        b, lanes = self.b, bits.type.count
-        if self._converts_halves:
-            return b.fpext(b.bitcast(bits, vector(F16, lanes)), vector(F32, lanes))
-
-        def word(number: int) -> ir.Constant:
-            return filled(I32, number, lanes)
-
-        wide = b.zext(bits, vector(I32, lanes))
-        magnitude = b.and_(wide, word(0x7FFF))
-        sign = b.shl(b.and_(wide, word(0x8000)), word(16))
-        shifted = b.shl(magnitude, word(13))
-        normal = b.add(shifted, word((127 - 15) << 23))
-        special = b.add(shifted, word((255 - 31) << 23))
-        # A denormal becomes 2^-14 + itself with exponent 113, and 2^-14 is subtracted again. That
-        # is exact and has no float32 denormal in between, which a CPU may be set to flush.
-        raised = b.bitcast(b.add(shifted, word(113 << 23)), vector(F32, lanes))
-        small = b.bitcast(b.fsub(raised, filled(F32, 2.0**-14, lanes)), vector(I32, lanes))
-        finite = b.select(b.icmp_signed("<", magnitude, word(0x0400)), small, normal)
-        magnitude = b.select(b.icmp_signed(">=", magnitude, word(0x7C00)), special, finite)
-        return b.bitcast(b.or_(magnitude, sign), vector(F32, lanes))
+        """Convert a vector of fp16 bit patterns to float32; x86 needs F16C, as AVX2 CPUs have."""
+        lanes = bits.type.count
+        return self.b.fpext(self.b.bitcast(bits, vector(F16, lanes)), vector(F32, lanes))
 
     def bfloat16_to_floats(self, bits: ir.Value) -> ir.Value:
         """Convert a vector of bf16 bit patterns to float32."""
@@ -194,7 +158,8 @@ class Emitter:
     def floats_to_bfloat16(self, x: ir.Value) -> ir.Value:
         """Round a vector of float32 to bf16 bit patterns, half to even.
 
-        With integers, for the same reason as in `halves_to_floats`.
+        With integers, because without AVX-512 BF16 LLVM would call a library function that numba
+        does not link, and the process would end.
         """
         b, lanes = self.b, x.type.count
 
@@ -209,15 +174,11 @@ class Emitter:
         return b.trunc(b.lshr(rounded, word(16)), vector(I16, lanes))
 
     def exp2(self, x: ir.Value) -> ir.Value:
-        """Return 2^x of a vector for x up to 127; 2^-126 below -126, NaN of NaN.
-
-        Adding 1.5 * 2^23 rounds to an integer, which the last bits then hold.
-        """
+        """Return 2^x of a vector for x up to 127; 2^-126 below -126, NaN of NaN."""
         b = self.b
-        low = filled(F32, -126.0)
-        x = b.select(b.fcmp_ordered("<", x, low), low, x)
-        raised = b.fadd(x, filled(F32, 1.5 * 2.0**23))
-        fraction = b.fsub(x, b.fsub(raised, filled(F32, 1.5 * 2.0**23)))
+        x = self.larger(filled(F32, -126.0), x)
+        raised = b.fadd(x, filled(F32, ROUNDING))
+        fraction = b.fsub(x, b.fsub(raised, filled(F32, ROUNDING)))
         power = filled(F32, _EXP2[0])
         for coefficient in _EXP2[1:]:
             power = self.fma(power, fraction, filled(F32, coefficient))
@@ -225,39 +186,40 @@ class Emitter:
         two_to = b.bitcast(b.add(exponent, filled(I32, 127 << 23)), vector(F32))
         return b.fmul(power, two_to)
 
+    @contextlib.contextmanager
+    def each(self, count: ir.Value) -> Iterator[ir.Value]:
+        """Repeat the code of a `with` statement `count` times, at least once; give the index."""
+        b = self.b
+        before = b.block
+        head, after = b.append_basic_block("loop"), b.append_basic_block("done")
+        b.branch(head)
+        b.position_at_end(head)
+        index = b.phi(I64)
+        yield index
+        step = b.add(index, I64(1))
+        index.add_incoming(I64(0), before)
+        index.add_incoming(step, b.block)
+        b.cbranch(b.icmp_signed("<", step, count), head, after)
+        b.position_at_end(after)
+
     def loop(
         self,
         count: ir.Value,
         carried: Sequence[ir.Value],
-        body: Callable[[ir.Value, list[ir.Value]], Sequence[ir.Value] | None],
+        body: Callable[[ir.Value, list[ir.Value]], Sequence[ir.Value]],
     ) -> list[ir.Value]:
-        """Emit `for i in range(count)`, at least one pass, and return the carried values.
+        """Emit a loop like `each`, with values that a pass gets from the one before it.
 
-        Args:
-            count: Number of passes, int64, at least 1.
-            carried: Values before the first pass.
-            body: Emits a pass from its index and the carried values, and returns their next values.
+        `body` emits a pass from its index and the carried values, and returns their next values.
+        `carried` are the first ones. Returns the last ones.
         """
-        b = self.b
-        before = b.block
-        head = b.append_basic_block("loop")
-        after = b.append_basic_block("done")
-        b.branch(head)
-        b.position_at_end(head)
-        index = b.phi(I64)
-        index.add_incoming(I64(0), before)
-        phis = []
-        for value in carried:
-            phi = b.phi(value.type)
-            phi.add_incoming(value, before)
-            phis.append(phi)
-        following = list(body(index, list(phis)) or [])
-        step = b.add(index, I64(1))
-        index.add_incoming(step, b.block)
-        for phi, value in zip(phis, following, strict=True):
-            phi.add_incoming(value, b.block)
-        b.cbranch(b.icmp_signed("<", step, count), head, after)
-        b.position_at_end(after)
+        before = self.b.block
+        with self.each(count) as index:
+            phis = [self.b.phi(value.type) for value in carried]
+            following = list(body(index, phis))
+            for phi, first, value in zip(phis, carried, following, strict=True):
+                phi.add_incoming(first, before)
+                phi.add_incoming(value, self.b.block)
         return following
 
     def choose(
@@ -268,38 +230,30 @@ class Emitter:
     ) -> list[ir.Value]:
         """Emit `emit(case)` for each case, and branches to the first whose condition holds.
 
-        The last case needs no condition.
-
-        Returns:
-            The results of the case that runs.
+        The last case needs no condition. Returns the results of the case that runs.
         """
-        b = self.b
-        after = b.append_basic_block("chosen")
-        results = []
-        for case in cases[:-1]:
-            this, others = b.append_basic_block("case"), b.append_basic_block("others")
-            b.cbranch(condition(case), this, others)
-            b.position_at_end(this)
-            results.append((emit(case) or (), b.block))
-            b.branch(after)
-            b.position_at_end(others)
-        results.append((emit(cases[-1]) or (), b.block))
-        b.branch(after)
-        b.position_at_end(after)
-        chosen = []
-        for i, value in enumerate(results[0][0]):
-            chosen.append(b.phi(value.type))
-            for values, block in results:
-                chosen[-1].add_incoming(values[i], block)
-        return chosen
+        b, (case, *others) = self.b, cases
+        if not others:
+            return list(emit(case) or ())
+        with b.if_else(condition(case)) as (then, otherwise):
+            with then:
+                results, block = list(emit(case) or ()), b.block
+            with otherwise:
+                other_results, other_block = self.choose(others, condition, emit), b.block
+        phis = [b.phi(result.type) for result in results]
+        for phi, result, other in zip(phis, results, other_results, strict=True):
+            phi.add_incoming(result, block)
+            phi.add_incoming(other, other_block)
+        return phis
 
     def choose_number(
         self,
         value: ir.Value,
         numbers: Sequence[int],
         emit: Callable[[int], Sequence[ir.Value] | None],
+        comparison: str = "==",
     ) -> list[ir.Value]:
-        """Emit `emit(number)` for the number that equals `value`; the last one otherwise."""
+        """Emit `emit(number)` for the first number that `value` equals; otherwise the last one."""
         return self.choose(
-            numbers, lambda number: self.b.icmp_signed("==", value, I64(number)), emit
+            numbers, lambda number: self.b.icmp_signed(comparison, value, I64(number)), emit
         )

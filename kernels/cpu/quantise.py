@@ -2,29 +2,23 @@
 """Quantise new tokens and store them in k8v4 pages, on CPUs.
 
 The arithmetic is `reference.quantise`, bit for bit; the place of each byte is `k8v4.PageFormat`.
-One kernel serves every dtype, head size and page size: it widens a row of D numbers to float32
-in a buffer that stays in the first-level cache, and all later steps use that buffer.
-
-The number of vector operations limits its speed, not memory. It therefore omits the reference's
-clamps if they change nothing, which is nearly always; see `_quantise_row`.
+One kernel serves every dtype, head size and page size: it widens a row to float32 in a buffer that
+stays in the first-level cache. The number of vector operations limits its speed, not memory, so
+it omits the reference's clamps if they change nothing; see `_quantise_row`.
 """
 
 from __future__ import annotations
-
-import functools
 
 import numba
 import numpy as np
 import torch
 
 from vllm_hybrid_kv.kernels import inputs, k8v4
-from vllm_hybrid_kv.kernels.cpu import encode, memory, records, rotation, row_ops, value_scales
+from vllm_hybrid_kv.kernels.cpu import encode, inline, records, rotation, row_ops
 from vllm_hybrid_kv.kernels.cpu.compile_cache import cached
-from vllm_hybrid_kv.kernels.cpu.encode import INFINITY_BITS, KEY_BYTES, ROW_BYTES
+from vllm_hybrid_kv.kernels.cpu.encode import EXTREMES_BYTES, INFINITY_BITS, KEY_BYTES, ROW_BYTES
 from vllm_hybrid_kv.kernels.cpu.llvm import LANES, LINE
 from vllm_hybrid_kv.kernels.cpu.threads import follow_torch
-from vllm_hybrid_kv.kernels.cpu.value_scales import EXTREMES_BYTES
-from vllm_hybrid_kv.kernels.k8v4 import Layout, PageFormat
 
 _VALUE_MAX = np.float32(k8v4.VALUE_MAX)
 
@@ -32,7 +26,7 @@ _NO_CLAMP = int(np.float32(2048).view(np.int32))
 """The bits of a magnitude up to which no value of a row is clamped, before or after the rotation:
 each of its four stages at most doubles the largest."""
 
-_SCRATCH = 4 * (ROW_BYTES + KEY_BYTES + EXTREMES_BYTES) + value_scales.RESULT_BYTES
+_SCRATCH = 4 * (ROW_BYTES + KEY_BYTES + EXTREMES_BYTES) + encode.RESULT_BYTES
 """Bytes of a thread's scratch: rows of float32, of key codes, extremes, and scales of 4 tokens."""
 
 _ITEM_TOKENS = 16
@@ -50,10 +44,7 @@ def _quantise_row(key, value, dtype_code, head_size, row, keys, extremes, unit):
     """Write a key's codes, a value rotated but not yet multiplied by `unit`, and its extremes.
 
     Only a row with a magnitude above `_NO_CLAMP` is clamped: to 65504 before the rotation, and
-    after it to 65504 / `unit`, with its extremes.
-
-    Returns:
-        Whether the key or the value holds a NaN.
+    after it to 65504 / `unit`, with its extremes. Returns whether the key or value holds a NaN.
     """
     row_ops.widen_row(dtype_code, key, row, head_size)
     nan = encode.any_magnitude_above(INFINITY_BITS, dtype_code, key, row, head_size)
@@ -73,15 +64,11 @@ def _quantise_row(key, value, dtype_code, head_size, row, keys, extremes, unit):
 @numba.njit
 def _is_quad(slots, i, last):  # type: ignore[no-untyped-def]
     """Return whether token i and the three after it have the slots of a quad."""
-    if i + 4 > last:
-        return False
-    slot = memory.load_int64(slots + 8 * i)
-    if slot % 4 != 0:
-        return False
+    slot = inline.load_int64(slots + 8 * i)
+    is_quad = i + 4 <= last and slot >= 0 and slot % 4 == 0
     for token in range(1, 4):
-        if memory.load_int64(slots + 8 * (i + token)) != slot + token:
-            return False
-    return slot >= 0
+        is_quad = is_quad and inline.load_int64(slots + 8 * (i + token)) == slot + token
+    return is_quad
 
 
 @numba.njit
@@ -94,28 +81,12 @@ def _tokens_before_quad(slots, i, last):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
-def _prefetch_rows(source, stride, row_bytes, count):  # type: ignore[no-untyped-def]
-    """Prefetch the rows of the `count` tokens after the current `count`."""
-    for token in range(count, 2 * count):
-        for byte in range(0, row_bytes, LINE):
-            memory.prefetch_read(source + token * stride + byte)
-
-
-@numba.njit
-def _prefetch_next_tile(region, page_size, t, head_size):  # type: ignore[no-untyped-def]
-    """Prefetch a quarter of the lines of the tile after this quad's tile."""
-    plane = region + page_size * head_size
-    next_t = t + k8v4.TILE_TOKENS
-    for byte in range(0, 4 * head_size, LINE):
-        memory.prefetch_write(region + next_t * head_size + byte)
-    for byte in range(0, 2 * head_size, LINE):
-        memory.prefetch_write(plane + next_t * (head_size // 2) + byte)
-
-
-@numba.njit
 def _store_item(call, item):  # type: ignore[no-untyped-def]
-    """Quantise and store up to `_ITEM_TOKENS` tokens, four at a time."""
-    rows = memory.stack_bytes(_SCRATCH)
+    """Quantise and store up to `_ITEM_TOKENS` tokens, four at a time.
+
+    Prefetches as many rows of the next tokens, and a quarter of the lines of the next tile.
+    """
+    rows = inline.stack_bytes(_SCRATCH)
     keys = rows + 4 * ROW_BYTES
     extremes = keys + 4 * KEY_BYTES
     results = extremes + 4 * EXTREMES_BYTES
@@ -135,12 +106,16 @@ def _store_item(call, item):  # type: ignore[no-untyped-def]
             head = call.cache + h * head_bytes
             key = call.key + i * key_stride + h * call.key_head_stride
             value = call.value + i * value_stride + h * call.value_head_stride
-            _prefetch_rows(key, key_stride, row_bytes, count)
-            _prefetch_rows(value, value_stride, row_bytes, count)
+            for token in range(count, 2 * count):
+                inline.prefetch(0, key + token * key_stride, row_bytes)
+                inline.prefetch(0, value + token * value_stride, row_bytes)
             if quad:
-                slot = memory.load_int64(slots + 8 * i)
+                slot = inline.load_int64(slots + 8 * i)
                 region, t = head + slot // page_size * block_stride, slot % page_size
-                _prefetch_next_tile(region, page_size, t, head_size)
+                ahead = t + k8v4.TILE_TOKENS
+                inline.prefetch(1, region + ahead * head_size, 4 * head_size)
+                plane = region + page_size * head_size
+                inline.prefetch(1, plane + ahead * (head_size // 2), 2 * head_size)
             nan_tokens = 0
             for token in range(count):
                 nan = _quantise_row(
@@ -149,54 +124,30 @@ def _store_item(call, item):  # type: ignore[no-untyped-def]
                     extremes + token * EXTREMES_BYTES, unit,
                 )  # fmt: skip
                 nan_tokens |= nan << token
-            value_scales.write_scales(extremes, unit, nan_tokens, results)
-            if quad:
-                encode.place_quad(keys, rows, results, head_size, region, page_size, t)
-            else:
-                for token in range(count):
-                    slot = memory.load_int64(slots + 8 * (i + token))
-                    if slot >= 0:
-                        region = head + slot // page_size * block_stride
-                        encode.place_token(
-                            keys, rows, results, token, head_size, region, page_size,
-                            slot % page_size, tiled,
-                        )  # fmt: skip
+            encode.write_scales(extremes, unit, nan_tokens, results)
+            for token in range(1 if quad else count):
+                slot = inline.load_int64(slots + 8 * (i + token))
+                if slot >= 0:
+                    encode.place(
+                        keys, rows, results, token, quad, head_size,
+                        head + slot // page_size * block_stride, page_size, slot % page_size, tiled,
+                    )  # fmt: skip
         i += count
 
 
-@numba.njit
-def _first_outside(call):  # type: ignore[no-untyped-def]
-    """Return the first token whose slot is past the cache's end, or -1."""
+def _store(call_address, num_items):  # type: ignore[no-untyped-def]
+    """Store all tokens, and return the first whose slot is past the cache's end, or -1."""
+    call = records.store_call_at(call_address)
     for i in range(call.num_tokens):
-        if memory.load_int64(call.slots + 8 * i) >= call.num_slots:
+        if inline.load_int64(call.slots + 8 * i) >= call.num_slots:
             return i
+    for item in numba.prange(num_items):
+        _store_item(records.store_call_at(call_address), item)
     return -1
 
 
-@cached(nogil=True)
-def _store_serial(call_address, num_items):  # type: ignore[no-untyped-def]
-    call = records.store_call_at(call_address)
-    outside = _first_outside(call)
-    if outside < 0:
-        for item in range(num_items):
-            _store_item(call, item)
-    return outside
-
-
-@cached(nogil=True, parallel=True)
-def _store_parallel(call_address, num_items):  # type: ignore[no-untyped-def]
-    outside = _first_outside(records.store_call_at(call_address))
-    if outside < 0:
-        for item in numba.prange(num_items):
-            _store_item(records.store_call_at(call_address), item)
-    return outside
-
-
-@functools.lru_cache(maxsize=64)
-def _is_tiled(head_size: int, page_size: int) -> bool:
-    """Return whether pages of these sizes are tiled, after checking the sizes."""
-    page_format = PageFormat(head_size, page_size, k8v4.cpu_layout(head_size))
-    return page_format.layout is Layout.CPU_TILED
+_store_serial = cached(_store, nogil=True)
+_store_parallel = cached(_store, nogil=True, parallel=True)
 
 
 def quantise_and_store(
@@ -235,27 +186,27 @@ def quantise_and_store(
     key = key if key.stride(2) == 1 else key.contiguous()
     value = value if value.stride(2) == 1 else value.contiguous()
     size = key.element_size()
-    call: records.StoreCall = {
-        "key": key.data_ptr(),
-        "key_token_stride": key.stride(0) * size,
-        "key_head_stride": key.stride(1) * size,
-        "value": value.data_ptr(),
-        "value_token_stride": value.stride(0) * size,
-        "value_head_stride": value.stride(1) * size,
-        "dtype_code": records.DTYPE_CODES[key.dtype],
-        "cache": cache.data_ptr(),
-        "block_stride": cache.stride(0),
-        "slots": slots.data_ptr(),
-        "num_slots": num_blocks * page_size,
-        "num_tokens": num_tokens,
-        "num_heads": num_heads,
-        "head_size": head_size,
-        "page_size": page_size,
-        "tiled": _is_tiled(head_size, page_size),
-    }
+    call = _call.write(
+        key=key.data_ptr(),
+        key_token_stride=key.stride(0) * size,
+        key_head_stride=key.stride(1) * size,
+        value=value.data_ptr(),
+        value_token_stride=value.stride(0) * size,
+        value_head_stride=value.stride(1) * size,
+        dtype_code=records.DTYPE_CODES[key.dtype],
+        cache=cache.data_ptr(),
+        block_stride=cache.stride(0),
+        slots=slots.data_ptr(),
+        num_slots=num_blocks * page_size,
+        num_tokens=num_tokens,
+        num_heads=num_heads,
+        head_size=head_size,
+        page_size=page_size,
+        tiled=k8v4.cpu_layout(head_size) is k8v4.Layout.CPU_TILED,
+    )
     serial = num_tokens * num_heads <= SERIAL_ROWS or follow_torch() == 1
     store = _store_serial if serial else _store_parallel
-    outside = store(_call.write(call), -(-num_tokens // _ITEM_TOKENS))
+    outside = store(call, -(-num_tokens // _ITEM_TOKENS))
     if outside >= 0:
         raise ValueError(
             f"quantise_and_store: slot {int(slots[outside])} of token {outside} is past the end "

@@ -10,8 +10,7 @@ import functools
 import operator
 import struct
 import threading
-from collections.abc import Mapping
-from typing import Any, NamedTuple, TypedDict, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import numba
 import numpy as np
@@ -25,7 +24,7 @@ BFLOAT16, FLOAT16, FLOAT32 = range(3)
 DTYPE_CODES = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16, torch.float32: FLOAT32}
 
 
-class AttentionCall(TypedDict):
+class AttentionCall(NamedTuple):
     """One call of attention: addresses, strides in bytes, and sizes."""
 
     query: int
@@ -40,10 +39,6 @@ class AttentionCall(TypedDict):
     lse_head_stride: int
     cache: int
     block_stride: int
-    head_bytes: int
-    value_offset: int
-    scale_offset: int
-    zero_offset: int
     tiled: int  # 1 for `Layout.CPU_TILED`
     block_table: int
     block_table_stride: int
@@ -57,14 +52,13 @@ class AttentionCall(TypedDict):
     window: int  # 0: none
     items: int  # `WorkItem`s
     num_items: int
-    merges: int  # `Merge`s
     partials: int
-    counters: int  # int64: the next item, then finished parts of each merge and head
+    counters: int  # int64: the next item, then finished parts of each divided request and head
     scale: float
     soft_cap: float  # 0: none
 
 
-class StoreCall(TypedDict):
+class StoreCall(NamedTuple):
     """One call of quantise-and-store: addresses, strides in bytes, and sizes."""
 
     key: int
@@ -96,18 +90,12 @@ class WorkItem(NamedTuple):
     rows: int
     first_key: int  # a multiple of CHUNK
     last_key: int
-    partial: int  # row of its partial sums, or -1: it has all keys and writes its results
-    merge: int  # index of its merge, or -1
+    parts: int  # items that share the keys of these rows; 1: it writes its results
+    divided: int  # index of the request among those with several parts
+    first_partial: int  # row of the first part's partial sums
+    partial: int  # row of its own partial sums
 
 
-class Merge(NamedTuple):
-    """The items, one after another, that each have a part of the same rows' keys."""
-
-    first_item: int
-    parts: int
-
-
-@functools.lru_cache
 def dtype_of(record: type) -> np.dtype[Any]:
     """Return numpy's dtype of a record of int64 and float64 fields."""
     formats = {int: np.int64, float: np.float64}
@@ -118,25 +106,21 @@ class CallBuffer(threading.local):
     """The calling thread's memory for one record, at a fixed address."""
 
     def __init__(self, record: type) -> None:
-        codes = {int: "q", float: "d"}
-        fields = get_type_hints(record)
+        codes, fields = {int: "q", float: "d"}, get_type_hints(record)
         layout = struct.Struct("=" + "".join(codes[kind] for kind in fields.values()))
-        self._memory = np.empty(layout.size, np.uint8)
-        self._address = self._memory.ctypes.data
-        self._pack = functools.partial(layout.pack_into, self._memory.data, 0)
-        self._values_of = operator.itemgetter(*fields)
+        memory = np.empty(layout.size, np.uint8)
+        self._address = memory.ctypes.data
+        self._pack = functools.partial(layout.pack_into, memory.data, 0)
+        self._in_order = operator.itemgetter(*fields)
 
-    def write(self, record: Mapping[str, Any]) -> int:
-        """Fill the memory and return its address."""
-        self._pack(*self._values_of(record))
+    def write(self, **fields: float) -> int:
+        """Fill the memory with all fields of the record, and return its address."""
+        self._pack(*self._in_order(fields))
         return self._address
 
 
 def _record_at(record: type) -> Any:
-    """Return a function for numba code from an address to the record there.
-
-    Numba passes records by address; a tuple of thirty numbers would be thirty arguments.
-    """
+    """Return a function for numba code from an address to the record there."""
     kind = numba.from_dtype(dtype_of(record))
 
     @intrinsic
@@ -152,23 +136,15 @@ def _record_at(record: type) -> Any:
 attention_call_at = _record_at(AttentionCall)
 store_call_at = _record_at(StoreCall)
 item_at = _record_at(WorkItem)
-merge_at = _record_at(Merge)
 ITEM_BYTES = dtype_of(WorkItem).itemsize
-MERGE_BYTES = dtype_of(Merge).itemsize
-
-
-def offset_of(record: np.dtype, field: str) -> int:
-    """Return the offset of a field in bytes."""
-    assert record.fields is not None
-    return record.fields[field][1]
-
 
 TILE_ADDRESSES = np.dtype([(name, np.int64) for name in ("keys", "values", "scales", "zeros")])
 """The addresses of the parts of one tile."""
 
 TILE_RECORD = TILE_ADDRESSES.itemsize
 
-ROW_STATE = np.dtype([(name, np.float32) for name in ("largest", "total", "offset", "limb_factor")])
+STATE_FIELDS = ("largest", "total", "offset", "limb_factor")
+ROW_STATE = np.dtype([(name, np.float32) for name in STATE_FIELDS])
 """The online softmax of a row: the largest score, the sum of weights, the sum of weight times
 zero, and the value of 1 in the last chunk's integer weights."""
 
@@ -186,8 +162,9 @@ TILE = k8v4.TILE_TOKENS
 # lines apart, so that a column of them does not map to few sets of the cache.
 MAX_DIMS = k8v4.MAX_HEAD_SIZE
 SCORE_STRIDE = 4 * CHUNK + 64
+QUERY_STRIDE = 4 * MAX_DIMS  # of the portable path
 QUERIES_AT = 0
-SCORES_AT = QUERIES_AT + 4 * ROW_BLOCK * MAX_DIMS
+SCORES_AT = QUERIES_AT + ROW_BLOCK * QUERY_STRIDE
 WEIGHTS_AT = SCORES_AT + ROW_BLOCK * SCORE_STRIDE
 OUTPUTS_AT = WEIGHTS_AT + ROW_BLOCK * SCORE_STRIDE
 KEYS_AT = OUTPUTS_AT + 4 * ROW_BLOCK * MAX_DIMS

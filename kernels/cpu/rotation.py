@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`reference.rotate` on a row of float32 in memory, sixteen numbers at a time.
 
-The same additions in the same order, so that the bits are the same. The caller does the last step,
-the division by a power of two; see `unit`.
+The same additions in the same order give the same bits. The caller multiplies by `unit`.
 """
 
 from __future__ import annotations
@@ -35,12 +34,11 @@ def _less_twice(e: Emitter, total: ir.Value, x: ir.Value) -> ir.Value:
 
 def _stage(e: Emitter, x: ir.Value, stride: int) -> ir.Value:
     """Return the stage of a stride among sixteen numbers: the sum of four minus twice each."""
-
-    def partner(of: ir.Value, distance: int) -> ir.Value:
-        return e.shuffle(of, of, [lane ^ distance for lane in range(LANES)])
-
-    pair = e.b.fadd(x, partner(x, stride))
-    return _less_twice(e, e.b.fadd(pair, partner(pair, 2 * stride)), x)
+    total = x
+    for distance in (stride, 2 * stride):
+        partners = e.shuffle(total, total, [lane ^ distance for lane in range(LANES)])
+        total = e.b.fadd(total, partners)
+    return _less_twice(e, total, x)
 
 
 def _stage_among(e: Emitter, four: Sequence[ir.Value]) -> list[ir.Value]:
@@ -54,65 +52,45 @@ def _rotate(e: Emitter, row: ir.Value, head_size: ir.Value) -> list[ir.Value]:
     """Apply all stages to a row in place; its memory extends to a multiple of 16 numbers.
 
     A block of 64 numbers passes its stages, of strides 1, 4 and 16, in registers. If there is one
-    more stage, among four blocks, it reads the row again.
-
-    Returns:
-        Sixteen numbers with the smallest among them, and sixteen with the largest.
+    more stage, among four blocks, it reads the row again. Returns sixteen numbers with the smallest
+    among them, and sixteen with the largest.
     """
-    no_extremes = [filled(F32, math.inf), filled(F32, -math.inf)]
 
-    def extend(extremes: list[ir.Value], vectors: Sequence[ir.Value]) -> list[ir.Value]:
-        lo, hi = extremes
-        for x in vectors:
-            lo, hi = e.smaller(lo, x), e.larger(hi, x)
-        return [lo, hi]
+    def passes(
+        count: ir.Value, step: int, strides: Sequence[int], places: Sequence[Sequence[int]]
+    ) -> list[ir.Value]:
+        """Emit a loop that rotates the vectors at `places`, of which four form a stage."""
 
-    def four_at(address: ir.Value, stride: int) -> list[ir.Value]:
-        return [e.at(address, stride * i) for i in range(4)]
+        def one(i: ir.Value, extremes: list[ir.Value]) -> list[ir.Value]:
+            lo, hi = extremes
+            for offsets in places:
+                addresses = [e.at(e.at(row, i, step), offset) for offset in offsets]
+                vectors = [e.load_floats(address) for address in addresses]
+                for stride in strides:
+                    vectors = [_stage(e, x, stride) for x in vectors]
+                if len(vectors) == 4:
+                    vectors = _stage_among(e, vectors)
+                for x, address in zip(vectors, addresses, strict=True):
+                    e.store(x, address)
+                    lo, hi = e.smaller(lo, x), e.larger(hi, x)
+            return [lo, hi]
+
+        return e.loop(count, [filled(F32, math.inf), filled(F32, -math.inf)], one)
 
     def blocks() -> list[ir.Value]:
-        def block(i: ir.Value, extremes: list[ir.Value]) -> list[ir.Value]:
-            places = four_at(e.at(row, i, 4 * LINE), LINE)
-            four = [_stage(e, _stage(e, e.load_floats(place), 1), 4) for place in places]
-            four = _stage_among(e, four)
-            for x, place in zip(four, places, strict=True):
-                e.store(x, place)
-            return extend(extremes, four)
-
-        return e.loop(e.shift_right(head_size, 6), no_extremes, block)
+        return passes(e.shift_right(head_size, 6), 4 * LINE, (1, 4), [range(0, 4 * LINE, LINE)])
 
     def four_blocks() -> list[ir.Value]:
         blocks()
+        places = [range(first, 16 * LINE, 4 * LINE) for first in range(0, 4 * LINE, LINE)]
+        return passes(e.shift_right(head_size, 8), 16 * LINE, (), places)
 
-        def four(i: ir.Value, extremes: list[ir.Value]) -> list[ir.Value]:
-            first = e.at(row, i, 16 * LINE)
-            for vector in range(4):
-                places = four_at(e.at(first, vector * LINE), 4 * LINE)
-                four = _stage_among(e, [e.load_floats(place) for place in places])
-                for x, place in zip(four, places, strict=True):
-                    e.store(x, place)
-                extremes = extend(extremes, four)
-            return extremes
-
-        return e.loop(e.shift_right(head_size, 8), no_extremes, four)
-
-    def vectors(strides: Sequence[int]) -> list[ir.Value]:
-        def sixteen(i: ir.Value, extremes: list[ir.Value]) -> list[ir.Value]:
-            place = e.at(row, i, LINE)
-            x = e.load_floats(place)
-            for stride in strides:
-                x = _stage(e, x, stride)
-            e.store(x, place)
-            return extend(extremes, [x])
-
-        count = e.shift_right(e.at(head_size, LANES - 1), 4)
-        return e.loop(count, no_extremes, sixteen)
-
+    vectors = e.shift_right(e.at(head_size, LANES - 1), 4)
     cases = (
         (256, four_blocks),
         (64, blocks),
-        (16, lambda: vectors((1, 4))),
-        (8, lambda: vectors((1,))),
+        (16, lambda: passes(vectors, LINE, (1, 4), [[0]])),
+        (8, lambda: passes(vectors, LINE, (1,), [[0]])),
     )
     return e.choose(cases, lambda case: e.is_multiple(head_size, case[0]), lambda case: case[1]())
 
@@ -125,15 +103,7 @@ def rotate(e: Emitter, row: Int64, head_size: Int64) -> None:
 
 @inline_llvm
 def rotate_with_extremes(e: Emitter, row: Int64, head_size: Int64, extremes: Int64) -> None:
-    """Apply all stages to a row in place, and write its extremes.
-
-    Args:
-        e: Emits the code.
-        row: Address of float32 [head_size], in memory that extends to a multiple of 16 numbers.
-        head_size: D.
-        extremes: Address for sixteen numbers with the smallest among them, and sixteen with the
-            largest.
-    """
+    """Apply all stages to a row in place, and write `_rotate`'s extremes."""
     lo, hi = _rotate(e, row, head_size)
     e.store(lo, extremes)
     e.store(hi, e.at(extremes, LINE))

@@ -14,6 +14,7 @@ from vllm_hybrid_kv.kernels.cpu.llvm import (
     F32,
     I16,
     I32,
+    I64,
     LANES,
     LINE,
     ZEROS,
@@ -21,7 +22,7 @@ from vllm_hybrid_kv.kernels.cpu.llvm import (
     filled,
     vector,
 )
-from vllm_hybrid_kv.kernels.cpu.records import BFLOAT16, FLOAT16, FLOAT32
+from vllm_hybrid_kv.kernels.cpu.records import BFLOAT16, FLOAT16, FLOAT32, SCALES_AT, ZEROS_AT
 
 _EIGHT = LANES // 2  # head sizes are multiples of eight, not of sixteen
 
@@ -38,17 +39,13 @@ def widen_row(e: Emitter, dtype_code: Int64, source: Int64, to: Int64, dims: Int
     """Write a row as float32, and its last 8 numbers again if `dims` is no multiple of 16."""
 
     def widen(code: int) -> None:
-        width = 4 if code == FLOAT32 else 2
-
-        def sixteen(i: ir.Value, _: list[ir.Value]) -> None:
-            e.store(_load_floats(e, code, e.at(source, i, width * LANES), LANES), e.at(to, i, LINE))
-
+        step = LANES * (4 if code == FLOAT32 else 2)
         vectors = e.shift_right(dims, 4)
-        e.loop(vectors, [], sixteen)
+        with e.each(vectors) as i:
+            e.store(_load_floats(e, code, e.at(source, i, step), LANES), e.at(to, i, LINE))
         with e.b.if_then(e.b.not_(e.is_multiple(dims, LANES))):
-            last = _load_floats(e, code, e.at(source, vectors, width * LANES), _EIGHT)
-            twice = e.shuffle(last, last, 2 * [*range(_EIGHT)])
-            e.store(twice, e.at(to, vectors, LINE))
+            last = _load_floats(e, code, e.at(source, vectors, step), _EIGHT)
+            e.store(e.shuffle(last, last, 2 * [*range(_EIGHT)]), e.at(to, vectors, LINE))
 
     e.choose_number(dtype_code, (BFLOAT16, FLOAT16, FLOAT32), widen)
 
@@ -67,41 +64,25 @@ def store_row(
     add, factor = e.broadcast(add, _EIGHT), e.broadcast(factor, _EIGHT)
 
     def store(code: int) -> None:
-        def eight(i: ir.Value, _: list[ir.Value]) -> None:
-            x = e.load_floats(e.at(source, i, 32), _EIGHT)
-            x = e.b.fmul(e.b.fadd(x, add), factor)
-            if code == FLOAT32:
-                e.store(x, e.at(to, i, 32))
-            elif code == BFLOAT16:
-                e.store(e.floats_to_bfloat16(x), e.at(to, i, 16))
-            else:
-                e.store(e.b.fptrunc(x, vector(F16, _EIGHT)), e.at(to, i, 16))
-
-        e.loop(e.shift_right(dims, 3), [], eight)
+        with e.each(e.shift_right(dims, 3)) as i:
+            x = e.b.fadd(e.load_floats(e.at(source, i, 32), _EIGHT), add)
+            x = e.b.fmul(x, factor)
+            if code == BFLOAT16:
+                x = e.floats_to_bfloat16(x)
+            elif code == FLOAT16:
+                x = e.b.fptrunc(x, vector(F16, _EIGHT))
+            e.store(x, e.at(to, i, 32 if code == FLOAT32 else 16))
 
     e.choose_number(dtype_code, (BFLOAT16, FLOAT16, FLOAT32), store)
-
-
-@inline_llvm
-def copy_bfloat16(e: Emitter, source: Int64, to: Int64, dims: Int64) -> None:
-    """Copy a row of bf16."""
-
-    def eight(i: ir.Value, _: list[ir.Value]) -> None:
-        e.store(e.load(vector(I16, _EIGHT), e.at(source, i, 16)), e.at(to, i, 16))
-
-    e.loop(e.shift_right(dims, 3), [], eight)
 
 
 @inline_llvm
 def add_scaled(e: Emitter, to: Int64, row: Int64, dims: Int64, factor: Float32) -> None:
     """Add `row * factor` to a row of float32."""
     factor = e.broadcast(factor, _EIGHT)
-
-    def eight(i: ir.Value, _: list[ir.Value]) -> None:
-        x = e.load_floats(e.at(row, i, 32), _EIGHT)
-        e.store(e.fma(x, factor, e.load_floats(e.at(to, i, 32), _EIGHT)), e.at(to, i, 32))
-
-    e.loop(e.shift_right(dims, 3), [], eight)
+    with e.each(e.shift_right(dims, 3)) as i:
+        x, place = e.load_floats(e.at(row, i, 32), _EIGHT), e.at(to, i, 32)
+        e.store(e.fma(x, factor, e.load_floats(place, _EIGHT)), place)
 
 
 @inline_llvm
@@ -110,30 +91,24 @@ def add_limbs(
 ) -> None:
     """Add `(256 * upper + lower) * factor` to a row of float32; sums of int32, below 2^23 each."""
     factor = e.broadcast(factor)
-
-    def sixteen(i: ir.Value, _: list[ir.Value]) -> None:
-        high = e.load(vector(I32), e.at(upper, i, LINE))
-        low = e.load(vector(I32), e.at(lower, i, LINE))
-        both = e.b.add(e.b.shl(high, filled(I32, 8)), low)
+    with e.each(vectors) as i:
+        high, low = (e.load(vector(I32), e.at(limb, i, LINE)) for limb in (upper, lower))
+        x = e.b.sitofp(e.b.add(e.b.shl(high, filled(I32, 8)), low), vector(F32))
         place = e.at(to, i, LINE)
-        x = e.b.sitofp(both, vector(F32))
         e.store(e.fma(x, factor, e.load_floats(place)), place)
-
-    e.loop(vectors, [], sixteen)
 
 
 @inline_llvm
 def clear_lines(e: Emitter, to: Int64, lines: Int64) -> None:
     """Write zeros to `lines` cache lines, at least one."""
-    e.loop(lines, [], lambda i, _: e.store(ZEROS, e.at(to, i, LINE)))
+    with e.each(lines) as i:
+        e.store(ZEROS, e.at(to, i, LINE))
 
 
 @inline_llvm
-def widen_scales(
-    e: Emitter, scales: Int64, zeros: Int64, to_scales: Int64, to_zeros: Int64, middle: Float32
-) -> None:
+def widen_scales(e: Emitter, tile: Int64, scratch: Int64, middle: Float32) -> None:
     """Write a tile's fp16 scales, and its zeros plus `middle` times the scales, as float32."""
-    scale = e.halves_to_floats(e.load(vector(I16), scales))
-    zero = e.halves_to_floats(e.load(vector(I16), zeros))
-    e.store(scale, to_scales)
-    e.store(e.fma(scale, e.broadcast(middle), zero), to_zeros)
+    places = (e.load(I64, e.at(tile, offset)) for offset in (16, 24))
+    scale, zero = (e.halves_to_floats(e.load(vector(I16), place)) for place in places)
+    e.store(scale, e.at(scratch, SCALES_AT))
+    e.store(e.fma(scale, e.broadcast(middle), zero), e.at(scratch, ZEROS_AT))

@@ -40,8 +40,7 @@ def _call(e: Emitter, code: Int64, first: Int64, second: Int64) -> None:
     e.b.call(e.b.inttoptr(code, function.as_pointer()), [first, second])
 
 
-@cached(parallel=True)
-def run_on_threads(code, call, scratch):  # type: ignore[no-untyped-def]
+def _run_on_threads(code, call, scratch):  # type: ignore[no-untyped-def]
     """Call the function at `code` in parallel, as `code(call, address of the thread's scratch)`.
 
     `scratch` is uint8 [threads, bytes]. Each row serves one call, from its first 64-byte boundary.
@@ -49,3 +48,6 @@ def run_on_threads(code, call, scratch):  # type: ignore[no-untyped-def]
     for thread in numba.prange(scratch.shape[0]):
         own = (scratch[thread].ctypes.data + 63) // 64 * 64
         _call(code, call, own)
+
+
+run_on_threads = cached(_run_on_threads, parallel=True)

@@ -2,37 +2,35 @@
 """One work item around the products: find pages, weigh scores, merge parts, write results.
 
 A work item is a block of rows (query tokens times the heads of one KV head's group) against a
-range of keys. It processes the keys in chunks; after each, every row holds the online softmax of
-the keys up to there. An item with only a part of its rows' keys writes partial sums. The thread
-that finishes the last part merges them in the order of the parts, so that the result does not
-depend on which thread was first.
+range of keys. It processes the keys in chunks. An item with only a part of its rows' keys writes
+partial sums. The thread that finishes the last part merges them in the order of the parts, so that
+the result does not depend on which thread was first.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numba
 import numpy as np
 
-from vllm_hybrid_kv.kernels.cpu import memory, records, rotation, row_ops, softmax
+from vllm_hybrid_kv.kernels.cpu import inline, records, rotation, row_ops, softmax
 from vllm_hybrid_kv.kernels.cpu.records import SCORE_STRIDE, TILE
+from vllm_hybrid_kv.kernels.k8v4 import MIDDLE_VALUE_CODE
 
 _LOG2_E = np.float32(softmax.LOG2_E)
 _LN_2 = np.float32(math.log(2.0))
+
+_TILES = records.CHUNK // TILE
+"""Most tiles of a chunk."""
 
 inner = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy")
 """Compile a function that only other compiled functions call."""
 
 
 @inner
-def item_at(call, index):  # type: ignore[no-untyped-def]
-    """Return an item of the call's plan."""
-    return records.item_at(call.items + records.ITEM_BYTES * index)
-
-
-@inner
-def visible_keys(call, item, row):  # type: ignore[no-untyped-def]
+def _visible_keys(call, item, row):  # type: ignore[no-untyped-def]
     """Return the first token that a row of an item sees and the one after the last."""
     token = (item.first_row + row) // call.group
     position = item.length - item.query_length + token
@@ -46,36 +44,34 @@ def visible_keys(call, item, row):  # type: ignore[no-untyped-def]
 
 
 @inner
-def keys_of_item(call, item):  # type: ignore[no-untyped-def]
+def _keys_of_item(call, item):  # type: ignore[no-untyped-def]
     """Return the first token that any row of an item sees, rounded down to a tile, and the end."""
-    first, _ = visible_keys(call, item, np.int64(0))
-    _, last = visible_keys(call, item, item.rows - 1)
+    first, _ = _visible_keys(call, item, np.int64(0))
+    _, last = _visible_keys(call, item, item.rows - 1)
     first = max(first, item.first_key)
     return first // TILE * TILE, min(last, item.last_key)
 
 
 @inner
-def query_of_row(call, item, head, row):  # type: ignore[no-untyped-def]
+def _query_of_row(call, item, head, row):  # type: ignore[no-untyped-def]
     """Return a row's token in the batch and its query head."""
     token, of_group = divmod(item.first_row + row, call.group)
     return item.query_start + token, head * call.group + of_group
 
 
 @inner
-def begin(call, item, head, scratch, state, stride, widen):  # type: ignore[no-untyped-def]
-    """Load an item's queries to rows `stride` bytes apart, and clear its sums.
-
-    The rows become float32 if `widen`; otherwise they are bf16 and stay bf16.
-    """
-    memory.noinline()
+def _begin(call, item, head, scratch, state, portable):  # type: ignore[no-untyped-def]
+    """Load an item's queries, as float32 if `portable` and as bf16 otherwise; clear its sums."""
+    inline.noinline()
+    stride = records.QUERY_STRIDE if portable else 2 * call.dims
     for row in range(item.rows):
-        token, query_head = query_of_row(call, item, head, row)
+        token, query_head = _query_of_row(call, item, head, row)
         source = call.query + token * call.query_token_stride + query_head * call.query_head_stride
         to = scratch + records.QUERIES_AT + row * stride
-        if widen:
+        if portable:
             row_ops.widen_row(call.dtype_code, source, to, call.dims)
         else:
-            row_ops.copy_bfloat16(source, to, call.dims)
+            inline.copy_bytes(to, source, 2 * call.dims)
         state[row].largest = -np.inf
         state[row].total = np.float32(0.0)
         state[row].offset = np.float32(0.0)
@@ -83,7 +79,7 @@ def begin(call, item, head, scratch, state, stride, widen):  # type: ignore[no-u
 
 
 @inner
-def next_chunk(first, chunk):  # type: ignore[no-untyped-def]
+def _next_chunk(first, chunk):  # type: ignore[no-untyped-def]
     """Return the next multiple of `chunk` after token `first`.
 
     Chunks always end at the same tokens, so that a row's sums do not depend on how its request's
@@ -93,118 +89,172 @@ def next_chunk(first, chunk):  # type: ignore[no-untyped-def]
 
 
 @inner
-def tiles_of_chunk(first, last, chunk):  # type: ignore[no-untyped-def]
-    """Return how many tiles the chunk from token `first` on has before `last`."""
-    tokens = min(last, next_chunk(first, chunk)) - first
-    return (max(tokens, np.int64(0)) + TILE - 1) // TILE
-
-
-@inner
-def find_tiles(call, item, head, first, count, tiles):  # type: ignore[no-untyped-def]
-    """Write the addresses of `count` tiles from token `first` on to `tiles`."""
-    memory.noinline()
+def _find_tiles(call, item, head, first, last, chunk, tiles):  # type: ignore[no-untyped-def]
+    """Write and count the tiles of the chunk from token `first` on that begin before `last`."""
+    inline.noinline()
+    tokens = min(last, _next_chunk(first, chunk)) - first
+    count = (max(tokens, np.int64(0)) + TILE - 1) // TILE
     table = call.block_table + item.request * call.block_table_stride
+    plane = call.page_size * call.dims
     for i in range(count):
         page, token = divmod(first + TILE * i, call.page_size)
-        block = memory.load_int32(table + 4 * page)
-        region = call.cache + block * call.block_stride + head * call.head_bytes
+        block = inline.load_int32(table + 4 * page)
+        region = (
+            call.cache
+            + block * call.block_stride
+            + head * (plane + plane // 2 + 4 * call.page_size)
+        )
         tiles[i].keys = region + token * call.dims
-        tiles[i].values = region + call.value_offset + token * call.dims // 2
-        tiles[i].scales = region + call.scale_offset + 2 * token
-        tiles[i].zeros = region + call.zero_offset + 2 * token
-
-
-@inner
-def find_first_tiles(call, index, chunk, tiles):  # type: ignore[no-untyped-def]
-    """Find the tiles of the first chunk of the item at an index, and return how many it has.
-
-    0 if there is no such item.
-    """
-    memory.noinline()
-    number, head = divmod(index, call.num_kv_heads)
-    if number >= call.num_items:
-        return np.int64(0)
-    item = item_at(call, number)
-    first, last = keys_of_item(call, item)
-    count = tiles_of_chunk(first, last, chunk)
-    find_tiles(call, item, head, first, count, tiles)
+        tiles[i].values = region + plane + token * call.dims // 2
+        tiles[i].scales = region + plane + plane // 2 + 2 * token
+        tiles[i].zeros = tiles[i].scales + 2 * call.page_size
     return count
 
 
 @inner
-def load_scales(scratch, tiles, count, middle):  # type: ignore[no-untyped-def]
-    """Write the scales of a chunk's tokens, and their values at the code `middle`, as float32."""
-    for i in range(count):
-        row_ops.widen_scales(
-            tiles[i].scales,
-            tiles[i].zeros,
-            scratch + records.SCALES_AT + 64 * i,
-            scratch + records.ZEROS_AT + 64 * i,
-            np.float32(middle),
-        )
+def _find_next_tiles(call, item, head, first_ahead, last, chunk, ahead):  # type: ignore[no-untyped-def]
+    """Find the tiles to prefetch during a chunk: those from token `first_ahead` on.
 
-
-@inner
-def _vectors_of_line(weight_format):  # type: ignore[no-untyped-def]
-    """Return how many vectors of 16 weights fill a cache line; products take so many at once."""
-    if weight_format == softmax.LIMBS:
-        return np.int64(4)
-    return np.int64(2 if weight_format == softmax.BFLOATS else 1)
-
-
-@inner
-def weigh(call, item, scratch, state, first, count, key_scale, weight_format, ahead):  # type: ignore[no-untyped-def]
-    """Turn a chunk's scores into weights, and rescale the outputs of rows whose maximum grew.
-
-    With `softmax.LIMBS` the lower bytes of a weight are `item.rows` rows below the upper ones, and
-    `ahead` is the address of the next chunk's tiles. The products prefetch all of them but a
-    quarter of the keys and half of the values; the rows here prefetch these.
+    During the item's last chunk, take the thread's next item and find the tiles of its first chunk.
+    Returns how many tiles there are, and the index of the next item, -1 if none was taken.
     """
-    memory.noinline()
-    scale = np.float32(call.scale * key_scale)
-    cap = np.float32(call.soft_cap)
-    if call.soft_cap <= 0.0:
-        scale = np.float32(call.scale * key_scale * softmax.LOG2_E)
-    per_line = _vectors_of_line(weight_format)
-    lines = (count + per_line - 1) // per_line
-    lower = item.rows * SCORE_STRIDE
-    scales, zeros = scratch + records.SCALES_AT, scratch + records.ZEROS_AT
-    for row in range(item.rows):
-        seen, unseen = visible_keys(call, item, row)
-        seen = max(seen - first, np.int64(0))
-        unseen = min(min(unseen, item.last_key) - first, TILE * count)
-        weights = scratch + records.WEIGHTS_AT + row * SCORE_STRIDE
-        if unseen <= seen:
-            if weight_format == softmax.LIMBS:
+    if first_ahead < last:
+        return _find_tiles(call, item, head, first_ahead, last, chunk, ahead), np.int64(-1)
+    index = inline.fetch_add(call.counters)
+    number, head = divmod(index, call.num_kv_heads)
+    if number >= call.num_items:
+        return np.int64(0), index
+    item = records.item_at(call.items + records.ITEM_BYTES * number)
+    first, last = _keys_of_item(call, item)
+    return _find_tiles(call, item, head, first, last, chunk, ahead), index
+
+
+@inner
+def _no_setup(item, few, scratch):  # type: ignore[no-untyped-def]
+    pass
+
+
+def item_loop(
+    most_few_rows: int,
+    chunk_of_few: int,
+    attend_few: Any,
+    attend_many: Any,
+    setup: Any = _no_setup,
+    portable: bool = False,
+) -> Any:
+    """Return a function that attends for a call's items, chunk by chunk, until none is left.
+
+    Args:
+        most_few_rows: Most rows of a request that `attend_few` computes.
+        chunk_of_few: Tokens of its chunks; `attend_many` has chunks of `records.CHUNK`.
+        attend_few, attend_many: Add the `count` tiles of a chunk from token `first` on to the rows'
+            sums. `ahead` are the tiles of the next chunk.
+        setup: Called before an item's first chunk.
+        portable: Whether queries become float32 and products take codes, not codes less the middle.
+    """
+    middle = np.float32(0.0 if portable else MIDDLE_VALUE_CODE)
+
+    @inner
+    def attend(call, index, scratch):  # type: ignore[no-untyped-def]
+        """Attend for the item at an index, and return the index of the next one."""
+        number, head = divmod(index, call.num_kv_heads)
+        item = records.item_at(call.items + records.ITEM_BYTES * number)
+        index_ahead = np.int64(-1)
+        state = np.empty(records.ROW_BLOCK, records.ROW_STATE)
+        tiles = np.zeros(_TILES, records.TILE_ADDRESSES)
+        ahead = np.zeros(_TILES, records.TILE_ADDRESSES)
+        # By all rows of the request: the rest in its last item is computed like the others.
+        few = item.query_length * call.group <= most_few_rows
+        chunk = np.int64(chunk_of_few if few else records.CHUNK)
+        _begin(call, item, head, scratch, state, portable)
+        setup(item, few, scratch)
+        first, last = _keys_of_item(call, item)
+        count = _find_tiles(call, item, head, first, last, chunk, tiles)
+        while first < last:
+            first_ahead = _next_chunk(first, chunk)
+            count_ahead, index_ahead = _find_next_tiles(
+                call, item, head, first_ahead, last, chunk, ahead
+            )
+            if count % 2:
+                # Products take tiles in pairs; the weights of a missing one are zeros.
+                tiles[count] = tiles[count - 1]
+            # Each tile needs a valid one to prefetch: without a next one, itself.
+            for i in range(count_ahead, count + count % 2):
+                ahead[i] = tiles[i]
+            for i in range(count):
+                tile = tiles.ctypes.data + records.TILE_RECORD * i
+                row_ops.widen_scales(tile, scratch + 64 * i, middle)
+            if few:
+                attend_few(call, item, scratch, state, first, tiles, ahead, count)
+            else:
+                attend_many(call, item, scratch, state, first, tiles, ahead, count)
+            tiles, ahead = ahead, tiles
+            count = count_ahead
+            first = first_ahead
+        _finish(call, item, head, scratch, state)
+        return inline.fetch_add(call.counters) if index_ahead < 0 else index_ahead
+
+    @inner
+    def attend_to_all(call, scratch):  # type: ignore[no-untyped-def]
+        index = inline.fetch_add(call.counters)
+        while index < call.num_items * call.num_kv_heads:
+            index = attend(call, index, scratch)
+
+    return attend_to_all
+
+
+def weigher(weight_format: int, key_scale: float = 1.0) -> Any:
+    """Return a function that turns a chunk's scores into weights.
+
+    It also rescales the outputs of rows whose maximum grew. The keys times `key_scale` are those
+    of the scores. With `softmax.LIMBS` the lower bytes of a weight are `item.rows` rows below the
+    upper ones, and `ahead` is the address of the next chunk's tiles: the products prefetch all but
+    a quarter of the keys and half of the values, the rows here prefetch these.
+    """
+
+    @inner
+    def weigh(call, item, scratch, state, first, count, ahead):  # type: ignore[no-untyped-def]
+        inline.noinline()
+        scale = np.float32(call.scale * key_scale)
+        cap = np.float32(call.soft_cap)
+        if call.soft_cap <= 0.0:
+            scale = np.float32(call.scale * key_scale * softmax.LOG2_E)
+        lines = (count + weight_format - 1) // weight_format
+        for row in range(item.rows):
+            seen, unseen = _visible_keys(call, item, row)
+            seen = max(seen - first, np.int64(0))
+            unseen = min(min(unseen, item.last_key) - first, TILE * count)
+            if unseen <= seen:
                 # The factor of the integers, whatever they are.
                 state[row].limb_factor = np.float32(0.0)
-            else:
-                row_ops.clear_lines(weights, lines)
-            continue
-        scores = scratch + records.SCORES_AT + row * SCORE_STRIDE
-        own = state.ctypes.data + row * records.STATE_BYTES
-        vectors = lines * per_line
-        line = min(128 * row, 4 * call.dims - 128)
-        decay = softmax.softmax_row(
-            weight_format, scores, weights, scales, zeros, own, vectors, seen, unseen,
-            scale, cap, lower, ahead, 12 * call.dims + line, line,
-        )  # fmt: skip
-        if decay != np.float32(1.0):
-            output = scratch + records.OUTPUTS_AT + row * call.output_stride
-            dims = call.output_stride // 4
-            row_ops.store_row(records.FLOAT32, output, output, dims, np.float32(0.0), decay)
+                if weight_format != softmax.LIMBS:
+                    row_ops.clear_lines(scratch + records.WEIGHTS_AT + row * SCORE_STRIDE, lines)
+                continue
+            line = min(128 * row, 4 * call.dims - 128)
+            own = state.ctypes.data + row * records.STATE_BYTES
+            decay = softmax.softmax_row(
+                weight_format, scratch, row, own, lines * weight_format, seen, unseen, scale, cap,
+                item.rows * SCORE_STRIDE, ahead, 12 * call.dims + line, line,
+            )  # fmt: skip
+            if decay != np.float32(1.0):
+                output = scratch + records.OUTPUTS_AT + row * call.output_stride
+                dims = call.output_stride // 4
+                row_ops.store_row(records.FLOAT32, output, output, dims, np.float32(0.0), decay)
+
+    return weigh
 
 
 @inner
-def _write_row(call, token, query_head, output, add, largest, total):  # type: ignore[no-untyped-def]
+def _write_row(call, item, head, row, output, add, largest, total):  # type: ignore[no-untyped-def]
     """Write `(output + add) / total` of a row, with its sink, and its log-sum-exp.
 
     The sums are of rotated values; one rotation for each row, in place, rotates them back.
     """
-    memory.noinline()
+    inline.noinline()
+    token, query_head = _query_of_row(call, item, head, row)
     decay = np.float32(1.0)
     if call.sinks:
-        sink = memory.load_float32(call.sinks + 4 * query_head) * _LOG2_E
+        sink = inline.load_float32(call.sinks + 4 * query_head) * _LOG2_E
         if sink > -np.inf:
             new = max(largest, sink)
             decay = np.float32(np.exp2(largest - new))
@@ -220,7 +270,7 @@ def _write_row(call, token, query_head, output, add, largest, total):  # type: i
     unit = rotation.unit(call.dims)
     row_ops.store_row(call.dtype_code, output, to, call.dims, add / unit, factor * unit)
     if call.lse:
-        memory.store_float32(
+        inline.store_float32(
             call.lse + token * call.lse_token_stride + query_head * call.lse_head_stride, lse
         )
 
@@ -232,46 +282,42 @@ def _partial_sums(call, row, head):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _merge(call, merge, head, scratch):  # type: ignore[no-untyped-def]
+def _merge(call, item, head, scratch):  # type: ignore[no-untyped-def]
     """Merge the parts of an item's rows and write the results."""
-    memory.noinline()
-    whole = item_at(call, merge.first_item)
+    inline.noinline()
     merged = scratch + records.OUTPUTS_AT
-    for row in range(whole.rows):
+    for row in range(item.rows):
         largest = np.float32(-np.inf)
-        for part in range(merge.parts):
-            sums = _partial_sums(call, whole.partial + part * whole.rows + row, head)
-            largest = max(largest, memory.load_float32(sums + call.output_stride))
+        for part in range(item.parts):
+            sums = _partial_sums(call, item.first_partial + part * item.rows + row, head)
+            largest = max(largest, inline.load_float32(sums + call.output_stride))
         row_ops.clear_lines(merged, call.output_stride // 64)
         total = np.float32(0.0)
-        for part in range(merge.parts):
-            sums = _partial_sums(call, whole.partial + part * whole.rows + row, head)
-            total_of_part = memory.load_float32(sums + call.output_stride + 4)
+        for part in range(item.parts):
+            sums = _partial_sums(call, item.first_partial + part * item.rows + row, head)
+            total_of_part = inline.load_float32(sums + call.output_stride + 4)
             if total_of_part != np.float32(0.0):
-                decay = np.exp2(memory.load_float32(sums + call.output_stride) - largest)
+                decay = np.exp2(inline.load_float32(sums + call.output_stride) - largest)
                 total += np.float32(decay) * total_of_part
                 row_ops.add_scaled(merged, sums, call.dims, np.float32(decay))
-        token, query_head = query_of_row(call, whole, head, row)
-        _write_row(call, token, query_head, merged, np.float32(0.0), largest, total)
+        _write_row(call, item, head, row, merged, np.float32(0.0), largest, total)
 
 
 @inner
-def finish(call, item, head, scratch, state):  # type: ignore[no-untyped-def]
+def _finish(call, item, head, scratch, state):  # type: ignore[no-untyped-def]
     """Write an item's results or its part, and merge the parts if this was the last one."""
-    memory.noinline()
+    inline.noinline()
     for row in range(item.rows):
         output = scratch + records.OUTPUTS_AT + row * call.output_stride
         largest, total, add = state[row].largest, state[row].total, state[row].offset
-        if item.partial < 0:
-            token, query_head = query_of_row(call, item, head, row)
-            _write_row(call, token, query_head, output, add, largest, total)
+        if item.parts == 1:
+            _write_row(call, item, head, row, output, add, largest, total)
         else:
             sums = _partial_sums(call, item.partial + row, head)
             row_ops.store_row(records.FLOAT32, output, sums, call.dims, add, np.float32(1.0))
-            memory.store_float32(sums + call.output_stride, largest)
-            memory.store_float32(sums + call.output_stride + 4, total)
-    if item.partial >= 0:
-        merge = records.merge_at(call.merges + records.MERGE_BYTES * item.merge)
-        finished = call.counters + 8 * (1 + item.merge * call.num_kv_heads + head)
-        if memory.fetch_add(finished) == merge.parts - 1:
-            _merge(call, merge, head, scratch)
+            inline.store_float32(sums + call.output_stride, largest)
+            inline.store_float32(sums + call.output_stride + 4, total)
+    if item.parts > 1:
+        finished = call.counters + 8 * (1 + item.divided * call.num_kv_heads + head)
+        if inline.fetch_add(finished) == item.parts - 1:
+            _merge(call, item, head, scratch)
