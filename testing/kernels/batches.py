@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch
 
@@ -23,6 +24,9 @@ LSE_TOLERANCE = 1e-4
 
 PATHS = isa.available()
 
+Result: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+"""Outputs and their log-sum-exps."""
+
 
 @dataclass
 class Case:
@@ -38,14 +42,6 @@ class Case:
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
 
-    def __str__(self) -> str:
-        changed = (
-            f"{own.name}={getattr(self, own.name)}"
-            for own in fields(self)
-            if own.name != "options" and getattr(self, own.name) != own.default
-        )
-        return "-".join([*changed, *self.options])
-
 
 @dataclass
 class Batch:
@@ -59,24 +55,30 @@ class Batch:
     options: dict[str, Any]
 
     @property
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The tensors that `paged_attention` reads, in its order."""
+        return self.query, self.cache, self.block_table, self.seq_lens, self.query_start_loc
+
+    @property
     def page_format(self) -> PageFormat:
         head_size = self.query.shape[2]
         return PageFormat(head_size, self.cache.shape[2], k8v4.cpu_layout(head_size))
 
     @property
-    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The tensors that `paged_attention` reads, in its order."""
-        return self.query, self.cache, self.block_table, self.seq_lens, self.query_start_loc
+    def halves(self) -> torch.Tensor:
+        """A view of the scales and zeros of all pages, float16 [blocks, H, 2, N]."""
+        halves = self.cache.flatten(2)[..., self.page_format.scale_offset :].view(torch.float16)
+        return halves.unflatten(2, (2, -1))
 
-    def half(self, request: int, token: int, head: int, offset: int) -> torch.Tensor:
-        """Return a view of the two bytes of a token's scale or zero."""
-        block = int(self.block_table[request, token // self.page_format.page_size])
-        start = offset + 2 * (token % self.page_format.page_size)
-        return self.cache[block, head].view(-1)[start : start + 2]
+    def place(self, request: int, token: int) -> tuple[int, int]:
+        """Return a token's block and its place there."""
+        page, t = divmod(token, self.page_format.page_size)
+        return int(self.block_table[request, page]), t
 
-    def set_scale(self, request: int, token: int, head: int, scale: float) -> None:
-        bits = torch.tensor([scale], dtype=torch.float16).view(torch.uint8)
-        self.half(request, token, head, self.page_format.scale_offset)[:] = bits
+    def set_keys(self, block: int, t: int, codes: Sequence[int]) -> None:
+        """Set the key codes of a token, for all heads."""
+        places = [self.page_format.key_byte(t, dim) for dim in range(len(codes))]
+        self.cache[block].flatten(1)[:, places] = torch.tensor(codes, dtype=torch.uint8)
 
 
 def _random_pages(
@@ -85,9 +87,8 @@ def _random_pages(
     """Return pages of independent normal keys and uniform value codes, valid in any layout."""
     page_size, head_size = page_format.page_size, page_format.head_size
     shape = (blocks, num_kv_heads, page_size)
-    cache = torch.randint(
-        0, 256, (*shape, k8v4.slot_bytes(head_size)), dtype=torch.uint8, generator=generator
-    )
+    cache = torch.empty(*shape, k8v4.slot_bytes(head_size), dtype=torch.uint8)
+    cache.random_(generator=generator)
     regions = cache.view(blocks, num_kv_heads, -1)
     keys = torch.randn(blocks, num_kv_heads, page_size * head_size, generator=generator)
     regions[..., : page_format.value_offset] = keys.to(torch.float8_e4m3fn).view(torch.uint8)
@@ -120,23 +121,20 @@ def make(case: Case) -> Batch:
     )
 
 
-def attend(batch: Batch, path: str, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def attend(batch: Batch, path: str) -> Result:
     """Return the output and log-sum-exp of the CPU kernel; 7 where it wrote nothing."""
     out = torch.full_like(batch.query, 7.0)
     lse = torch.full(batch.query.shape[:2], 7.0)
-    options = {**batch.options, **more, "lse": lse, "isa": path, "debug": True}
-    paged_attention(*batch.inputs, out, **options)
+    paged_attention(*batch.inputs, out, lse=lse, isa=path, debug=True, **batch.options)
     return out, lse
 
 
-def expected(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def expected(batch: Batch) -> Result:
     layout = k8v4.cpu_layout(batch.query.shape[2])
     return reference.paged_attention(*batch.inputs, layout, **batch.options)
 
 
-def assert_close(
-    got: tuple[torch.Tensor, torch.Tensor], wanted: tuple[torch.Tensor, torch.Tensor]
-) -> None:
+def assert_close(got: Result, wanted: Result) -> None:
     """Compare outputs row by row and log-sum-exps; NaN must be in the same places."""
     (out, lse), (wanted_out, wanted_lse) = got, wanted
     assert torch.equal(out.isnan(), wanted_out.isnan())
@@ -147,9 +145,7 @@ def assert_close(
     torch.testing.assert_close(lse, wanted_lse, atol=LSE_TOLERANCE, rtol=1e-5)
 
 
-def assert_equal(
-    got: tuple[torch.Tensor, torch.Tensor], wanted: tuple[torch.Tensor, torch.Tensor]
-) -> None:
+def assert_equal(got: Result, wanted: Result) -> None:
     """Compare the bits of outputs and log-sum-exps."""
     assert torch.equal(got[0], wanted[0])
     assert torch.equal(got[1], wanted[1])

@@ -25,7 +25,9 @@ from testing.kernels.batches import (
     expected,
     make,
 )
-from vllm_hybrid_kv.kernels.cpu import paged_attention, plan_attention
+from vllm_hybrid_kv.kernels.cpu import paged_attention
+
+pytestmark = pytest.mark.parametrize("path", PATHS)
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -42,18 +44,9 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 CASES = [
-    *(
-        Case(head_size=size, **MIXED)
-        for size in (64, 72, 80, 96, 112, 128, 160, 192, 256, 512)
-    ),
-    *(
-        Case(num_heads=2 * group, head_size=64, **MIXED)
-        for group in (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 71)
-    ),
-    *(
-        Case(page_size=size, lengths=(2900, 200), queries=(3, 130))
-        for size in (16, 32, 128, 384, 2768)
-    ),
+    *(Case(head_size=n, **MIXED) for n in (64, 72, 80, 96, 112, 128, 160, 192, 256, 512)),
+    *(Case(num_heads=2 * n, head_size=64, **MIXED) for n in (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 71)),
+    *(Case(page_size=n, lengths=(2900, 200), queries=(3, 130)) for n in (16, 32, 128, 384, 2768)),
     *(Case(head_size=size, dtype=dtype, **MIXED) for size in (72, 128) for dtype in DTYPES),
     *(Case(options=options, **MIXED) for options in OPTIONS),
     # The window starts late in a chunk: the first chunk has few tiles, an odd number too.
@@ -63,10 +56,7 @@ CASES = [
         for window in (3, 20, 40, 300)
     ),
     # A few new tokens of one request, which each see the tokens up to themselves.
-    *(
-        Case(lengths=(900, 33), queries=(queries, queries), num_heads=6)
-        for queries in range(1, 9)
-    ),
+    *(Case(lengths=(900, 33), queries=(n, n), num_heads=6) for n in range(1, 9)),
     # New tokens on both sides of the end of a chunk.
     *(
         Case(lengths=(length,), queries=(queries,), options=options)
@@ -75,7 +65,7 @@ CASES = [
     ),
     # A prompt after cached context.
     Case(lengths=(1500, 260), queries=(400, 260), num_heads=4),
-]  # fmt: skip
+]
 
 
 def request_of(batch: Batch, request: int, first: int, last: int, length: int) -> Batch:
@@ -89,8 +79,7 @@ def request_of(batch: Batch, request: int, first: int, last: int, length: int) -
     )
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES)
 def test_attention_equals_the_reference(case: Case, path: str) -> None:
     check(case, path)
 
@@ -119,14 +108,12 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@pytest.mark.parametrize("path", PATHS)
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=cases())
 def test_attention_of_random_batches_equals_the_reference(path: str, case: Case) -> None:
     check(case, path)
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("queries", [1, 2, 4])
 def test_a_long_sequence_divided_among_threads_equals_the_reference(
     queries: int, path: str
@@ -138,7 +125,6 @@ def test_a_long_sequence_divided_among_threads_equals_the_reference(
     assert_close(attend(batch, path), expected(batch))
 
 
-@pytest.mark.parametrize("path", PATHS)
 def test_strides_do_not_change_the_bits(path: str) -> None:
     batch = make(Case(**MIXED))
     out, lse = attend(batch, path)
@@ -158,7 +144,6 @@ def test_strides_do_not_change_the_bits(path: str) -> None:
     assert not out_wide[:, :, ::2].any()
 
 
-@pytest.mark.parametrize("path", PATHS)
 def test_blocks_more_than_two_gigabytes_into_the_cache_are_read(path: str) -> None:
     batch = make(Case(lengths=(100,), page_size=64))
     _, heads, page_size, slot = batch.cache.shape
@@ -171,7 +156,6 @@ def test_blocks_more_than_two_gigabytes_into_the_cache_are_read(path: str) -> No
     assert_equal(attend(moved, path), attend(batch, path))
 
 
-@pytest.mark.parametrize("path", PATHS)
 def test_rows_after_the_last_request_stay_unchanged(path: str) -> None:
     batch = make(Case(lengths=(40, 20), queries=(2, 1)))
     padded = replace(batch, query=torch.cat([batch.query, batch.query[:2]]))
@@ -181,7 +165,6 @@ def test_rows_after_the_last_request_stay_unchanged(path: str) -> None:
     assert_equal((out[:3], lse[:3]), attend(batch, path))
 
 
-@pytest.mark.parametrize("path", PATHS)
 def test_a_query_of_a_request_without_tokens_gets_zero(path: str) -> None:
     batch = make(Case(lengths=(0, 20), queries=(2, 1)))
     out, lse = attend(batch, path)
@@ -193,7 +176,6 @@ def test_a_query_of_a_request_without_tokens_gets_zero(path: str) -> None:
     torch.testing.assert_close(lse[:2], sinks.expand(2, 8))
 
 
-@pytest.mark.parametrize("path", PATHS)
 def test_a_request_gets_the_same_bits_alone_and_in_a_batch(path: str) -> None:
     case = Case(lengths=(700, 3000, 90, 1, 400), queries=(1, 4, 90, 1, 300))
     batch = make(case)
@@ -204,7 +186,6 @@ def test_a_request_gets_the_same_bits_alone_and_in_a_batch(path: str) -> None:
         assert_equal(attend(alone, path), (out[first:last], lse[first:last]))
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("window", [None, 150])
 def test_the_division_of_a_prefill_does_not_change_its_bits(window: int | None, path: str) -> None:
     batch = make(Case(lengths=(700,), queries=(700,), options={"window": window}))
@@ -214,13 +195,3 @@ def test_the_division_of_a_prefill_does_not_change_its_bits(window: int | None, 
             last = min(700, first + step)
             part = request_of(batch, 0, first, last, last)
             assert_equal(attend(part, path), (out[first:last], lse[first:last]))
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_a_plan_serves_several_calls(path: str) -> None:
-    batch = make(Case(options={"window": 200}, **MIXED))
-    plan = plan_attention(
-        batch.seq_lens, batch.query_start_loc, 8, 2, 128, 128, causal=True, window=200
-    )
-    for _ in range(2):
-        assert_equal(attend(batch, path, plan=plan), attend(batch, path))

@@ -22,15 +22,8 @@ from vllm_hybrid_kv.kernels.cpu import attention
 
 pytestmark = pytest.mark.parametrize("path", PATHS)
 
-HIDDEN_HALVES = (0x7F7F, 0x7C00, 0xFC00, 0x7BFF)
+HIDDEN_HALVES = (0x7F7F, 0x7C00, 0xFC00 - 0x10000, 0x7BFF)
 """Scales and zeros that no store writes: NaN, both infinities, the largest number."""
-
-
-def test_scores_far_below_zero_are_not_lost(path: str) -> None:
-    batch = make(Case(lengths=(200,), queries=(3,)))
-    batch.cache.flatten(2)[..., : 128 * 128] = 0x50  # every key is 8
-    batch.query[:] = -30.0
-    assert_close(attend(batch, path), expected(batch))
 
 
 @pytest.mark.parametrize("lengths", [(40,), (305, 4000)])
@@ -41,22 +34,15 @@ def test_leftovers_in_the_workspace_have_no_effect(
     batch = make(Case(lengths=lengths, queries=(queries, *[1] * (len(lengths) - 1))))
     clean = attend(batch, path)
     attention._workspace.scratch.fill(0xFF)  # NaN as bf16 and as float32
-    attention._workspace.partials.fill(math.nan)
-    attention._workspace.counters.fill(-1)
+    attention._workspace.partials.fill_(math.nan)
     assert_equal(attend(batch, path), clean)
 
 
 def fill_token(batch: Batch, request: int, token: int, half: int) -> None:
     """Set a token's scales and zeros to the bits of a half, and its keys to NaN."""
-    page_format = batch.page_format
-    bits = torch.tensor([half & 0xFF, half >> 8], dtype=torch.uint8)
-    for head in range(batch.cache.shape[1]):
-        block = int(batch.block_table[request, token // page_format.page_size])
-        region = batch.cache[block, head].view(-1)
-        t = token % page_format.page_size
-        region[[page_format.key_byte(t, dim) for dim in range(page_format.head_size)]] = 0x7F
-        for offset in (page_format.scale_offset, page_format.zero_offset):
-            batch.half(request, token, head, offset)[:] = bits
+    block, t = batch.place(request, token)
+    batch.set_keys(block, t, [0x7F] * batch.page_format.head_size)
+    batch.halves.view(torch.int16)[block, :, :, t] = half
 
 
 @pytest.mark.parametrize("head_size", [72, 128])
@@ -67,7 +53,7 @@ def test_memory_that_no_row_sees_has_no_effect(head_size: int, path: str) -> Non
     used = {int(b) for b in batch.block_table[0, :3]} | {int(b) for b in batch.block_table[1, :2]}
     for half in HIDDEN_HALVES:
         for block in set(range(batch.cache.shape[0])) - used:
-            batch.cache[block].view(torch.int16).fill_(half - (half >> 15 << 16))
+            batch.cache[block].view(torch.int16).fill_(half)
         # After the last token, before the window, and in every head.
         for request, tokens in ((0, (*range(300, 384), *range(200))), (1, (129, 200, 255))):
             for token in tokens:
@@ -93,8 +79,9 @@ def test_a_nan_token_shows_in_the_later_rows_of_its_request_and_head_only(
 ) -> None:
     batch = make(Case(lengths=(250, 300, 40), queries=queries))
     clean, clean_lse = attend(batch, path)
-    batch.set_scale(0, 240, 1, math.nan)
-    batch.set_scale(2, 39, 0, math.nan)
+    for request, token, head in ((0, 240, 1), (2, 39, 0)):
+        block, t = batch.place(request, token)
+        batch.halves[block, head, 0, t] = math.nan
     out, lse = attend(batch, path)
     assert_close((out, lse), expected(batch))
     nan = out.isnan().any(-1)
@@ -116,24 +103,28 @@ def test_a_nan_query_affects_its_own_row_only(path: str) -> None:
     assert torch.equal(out[~affected], clean[~affected])
 
 
-def test_the_largest_keys_scales_and_queries_stay_finite_and_exact(path: str) -> None:
+@pytest.mark.parametrize(
+    ("factor", "codes"),
+    [(-30.0, (0x50, 0x51)), (30.0, (0, 8))],
+    ids=["scores far below zero", "denormal keys"],
+)
+def test_small_weights_and_keys_are_not_lost(
+    factor: float, codes: tuple[int, int], path: str
+) -> None:
     batch = make(Case(lengths=(200,), queries=(3,)))
-    batch.query *= 100
-    page_format = batch.page_format
-    for token, scale in ((5, 8733.0), (60, 6e-8), (150, 65504.0)):
-        for dim in range(128):
-            block = int(batch.block_table[0, token // 128])
-            region = batch.cache[block, 0].view(-1)
-            region[page_format.key_byte(token % 128, dim)] = 0x7E | (0x80 * (dim % 2))
-        batch.set_scale(0, token, 0, scale)
+    keys = batch.cache.flatten(2)[..., : batch.page_format.value_offset]
+    keys.random_(*codes, generator=torch.Generator().manual_seed(0))
+    batch.query[:] = batch.query.abs() * factor
     assert_close(attend(batch, path), expected(batch))
 
 
-def test_denormal_keys_are_not_lost(path: str) -> None:
+def test_the_largest_keys_scales_and_queries_stay_finite_and_exact(path: str) -> None:
     batch = make(Case(lengths=(200,), queries=(3,)))
-    codes = torch.randint(0, 8, (*batch.cache.shape[:2], 128 * 128), dtype=torch.uint8)
-    batch.cache.flatten(2)[..., : 128 * 128] = codes  # below 2^-6
-    batch.query *= 30
+    batch.query *= 100
+    for token, scale in ((5, 8733.0), (60, 6e-8), (150, 65504.0)):
+        block, t = batch.place(0, token)
+        batch.set_keys(block, t, [0x7E, 0xFE] * 64)
+        batch.halves[block, 0, 0, t] = scale
     assert_close(attend(batch, path), expected(batch))
 
 
@@ -142,19 +133,15 @@ def test_many_small_weights_after_one_large_one_are_not_lost(queries: int, path:
     # Each of 6000 tokens weighs 1/20,000 of the first one: together 0.3 of it.
     batch = make(Case(lengths=(6000,), queries=(queries,)))
     page_format = batch.page_format
-    for region in batch.cache.view(-1, batch.cache[0, 0].numel()):
-        region[: page_format.value_offset] = 0
-        region[page_format.value_offset : page_format.scale_offset] = 0xFF
-    halves = batch.cache.flatten(2)[..., page_format.scale_offset :].view(torch.float16)
-    halves[..., : page_format.page_size] = 1 / 15
-    halves[..., page_format.page_size :] = 0.0
+    regions = batch.cache.flatten(2)
+    regions[..., : page_format.value_offset] = 0
+    regions[..., page_format.value_offset : page_format.scale_offset] = 0xFF
+    batch.halves[:, :, 0], batch.halves[:, :, 1] = 1 / 15, 0.0
     batch.query[:] = 1.0
-    for region in batch.cache[int(batch.block_table[0, 0])]:
-        flat = region.view(-1)
-        flat[page_format.key_byte(0, 0)] = 0x6E  # 112, hence a score of 9.9
-        for dim in range(128):
-            byte, shift = page_format.value_byte(0, dim)
-            flat[byte] &= 0xF0 >> shift
+    block, t = batch.place(0, 0)
+    batch.set_keys(block, t, [0x6E])  # 112, hence a score of 9.9
+    for byte, shift in (page_format.value_byte(t, dim) for dim in range(128)):
+        regions[block, :, byte] &= 0xF0 >> shift
     wanted = expected(batch)
     torch.testing.assert_close(wanted[0].mean(), torch.tensor(0.23), atol=0.01, rtol=0)
     assert_close(attend(batch, path), wanted)

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from testing.kernels.processes import output_of, python
 from vllm_hybrid_kv.kernels import k8v4, reference
 from vllm_hybrid_kv.kernels.cpu import quantise as module
 from vllm_hybrid_kv.kernels.cpu import quantise_and_store
@@ -68,10 +67,6 @@ def random_rows(
     return (key * 3).to(dtype), value.to(dtype)
 
 
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def with_holes(count: int, slots: int) -> torch.Tensor:
     found = torch.arange(count)
     found[::7] = -1
@@ -81,7 +76,7 @@ def with_holes(count: int, slots: int) -> torch.Tensor:
 
 def like_prefills(count: int, slots: int) -> torch.Tensor:
     """Return runs of 4 to 11 slots in blocks that do not follow each other."""
-    starts = torch.randperm(slots // 12, generator=seeded(6))
+    starts = torch.randperm(slots // 12, generator=torch.Generator())
     runs = [torch.arange(int(s) * 12, int(s) * 12 + 4 + i % 8) for i, s in enumerate(starts)]
     return torch.cat(runs)[:count]
 
@@ -90,7 +85,9 @@ PATTERNS: dict[str, Callable[[int, int], torch.Tensor]] = {
     "consecutive": lambda count, slots: torch.arange(count),
     "not aligned to tiles": lambda count, slots: torch.arange(3, count + 3),
     "backwards": lambda count, slots: torch.arange(count + 3, 3, -1),
-    "shuffled": lambda count, slots: torch.randperm(slots, generator=seeded(5))[:count],
+    "shuffled": lambda count, slots: torch.randperm(
+        slots, generator=torch.Generator().manual_seed(5)
+    )[:count],
     "with holes": with_holes,
     "like prefills": like_prefills,
 }
@@ -109,13 +106,6 @@ def test_every_page_size_and_order_of_slots_equals_the_reference(
         assert equals_reference(key, value, slots, page_size, 40 * i + i, blocks)
 
 
-@pytest.mark.parametrize(("head_size", "page_size"), [(64, 2768), (72, 1056), (256, 528)])
-def test_large_pages_equal_the_reference(head_size: int, page_size: int) -> None:
-    key, value = random_rows(40, 2, head_size, torch.bfloat16)
-    slots = torch.cat([torch.arange(page_size - 20, page_size + 10), torch.arange(10)])
-    assert equals_reference(key, value, slots, page_size)
-
-
 TIES = [(2.0**e) * (1 + (2 * m + 1) / 16) for e in range(-6, 9) for m in range(8)]
 TIES += [(2 * m + 1) * 2.0**-10 for m in range(8)]
 SPECIAL = [0.0, math.inf, math.nan, 448.0, 449.0, 464.0, 480.0, 3e38, 1e-45, 1e-40, 65504.0]
@@ -126,11 +116,6 @@ Random = np.random.Generator
 
 def any_bits(size: int, random: Random) -> np.ndarray:
     return random.integers(0, 2**32, size, dtype=np.uint32).view(np.float32)
-
-
-def finite_bits(size: int, random: Random) -> np.ndarray:
-    row = any_bits(size, random)
-    return np.where(np.isfinite(row), row, np.float32(1))
 
 
 def ties_of_keys(size: int, random: Random) -> np.ndarray:
@@ -171,7 +156,7 @@ def offset_and_spread(size: int, random: Random) -> np.ndarray:
 
 
 ROWS = [
-    any_bits, finite_bits, ties_of_keys, half_steps_of_values, special_numbers, one_number,
+    any_bits, ties_of_keys, half_steps_of_values, special_numbers, one_number,
     denormals, offset_and_spread,
 ]  # fmt: skip
 
@@ -210,7 +195,7 @@ def test_keys_and_values_with_any_strides_equal_the_reference(
 ) -> None:
     tokens, heads = 21, 2
     width = heads * head_size
-    generator = seeded(2)
+    generator = torch.Generator().manual_seed(2)
 
     def numbers(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
@@ -284,29 +269,3 @@ def test_slots_more_than_two_gigabytes_into_the_cache_are_written() -> None:
     store_reference(key, value, expected.cache, slots)
     quantise_and_store(key, value, cache, slots)
     assert torch.equal(cache, expected.cache)
-
-
-OLD_CPU = """
-import torch
-from vllm_hybrid_kv.kernels import k8v4, reference
-from vllm_hybrid_kv.kernels.cpu import quantise_and_store
-for dtype in (torch.bfloat16, torch.float16, torch.float32):
-    numbers = torch.arange(65536).to(torch.int16)
-    numbers = numbers.to(torch.int32) << 16 if dtype is torch.float32 else numbers
-    random = torch.randn(2**14, generator=torch.Generator().manual_seed(0)).to(dtype)
-    for rows in (numbers.view(dtype), random):
-        for head_size in (72, 128):
-            key = rows[: len(rows) // (2 * head_size) * 2 * head_size].view(-1, 2, head_size)
-            slots = torch.arange(len(key)) + 3
-            layout = k8v4.cpu_layout(head_size)
-            shape = (32, 2, 16, k8v4.slot_bytes(head_size))
-            stored, expected = torch.zeros(2, *shape, dtype=torch.uint8)
-            for part, slots_of_part in zip(key.split(100), slots.split(100)):
-                reference.store(reference.quantise(part, part), expected, slots_of_part, layout)
-                quantise_and_store(part, part, stored, slots_of_part)
-            assert torch.equal(stored, expected), (dtype, head_size)
-"""
-
-
-def test_a_cpu_without_vector_extensions_stores_the_same_bits() -> None:
-    output_of(python(OLD_CPU, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES=""))

@@ -7,16 +7,9 @@ import math
 import pytest
 import torch
 
-from vllm_hybrid_kv.kernels import k8v4
+from testing.kernels.batches import Case, assert_equal, expected, make
 from vllm_hybrid_kv.kernels.k8v4 import Layout
-from vllm_hybrid_kv.kernels.reference import (
-    attend,
-    dequantise,
-    load,
-    paged_attention,
-    quantise,
-    store,
-)
+from vllm_hybrid_kv.kernels.reference import Quantised, attend, dequantise, load
 
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 """For sums of up to 300 float32 products of numbers near 1."""
@@ -36,14 +29,14 @@ def torch_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool
 ) -> torch.Tensor:
     queries, length = q.shape[0], k.shape[0]
-    group = q.shape[1] // k.shape[1]
-    q, k, v = (x.to(torch.float64).transpose(0, 1) for x in (q, k, v))
-    k, v = (x.repeat_interleave(group, dim=0) for x in (k, v))
+    q, k, v = (x.to(torch.float64).transpose(0, 1)[None] for x in (q, k, v))
     mask = torch.ones(queries, length, dtype=torch.bool)
     if causal:
         mask = mask.tril(length - queries)
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return out.transpose(0, 1).to(torch.float32)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=scale, enable_gqa=True
+    )
+    return out[0].transpose(0, 1).to(torch.float32)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -138,56 +131,28 @@ def test_a_nan_value_affects_only_the_queries_and_heads_that_see_it() -> None:
     assert bool(lse.isfinite().all())
 
 
-class Batch:
-    """Three requests with 2 KV heads in shuffled pages, whose unused bytes are all 0xFF (NaN)."""
-
-    head_size, page_size, layout = 64, 16, Layout.CPU_TILED
-    lengths, queries = (37, 1, 80), (5, 1, 3)
-
-    def __init__(self, nan_at: tuple[int, int, int, int] | None = None) -> None:
-        blocks = [-(-length // self.page_size) for length in self.lengths]
-        order = torch.randperm(sum(blocks) + 2, generator=torch.Generator().manual_seed(0))
-        shape = (len(order), 2, self.page_size, k8v4.slot_bytes(self.head_size))
-        self.cache = torch.full(shape, 0xFF, dtype=torch.uint8)
-        self.table = torch.full((3, max(blocks)), 10_000, dtype=torch.int32)
-        self.tokens = []
-        taken = 0
-        for i, (length, count) in enumerate(zip(self.lengths, blocks, strict=True)):
-            own = order[taken : taken + count]
-            taken += count
-            self.table[i, :count] = own.to(torch.int32)
-            _, key, value = inputs(1, length, 2, 2, self.head_size, seed=i)
-            if nan_at is not None and nan_at[0] == i:
-                key[nan_at[1:]] = math.nan
-            position = torch.arange(length)
-            slots = own[position // self.page_size] * self.page_size + position % self.page_size
-            self.tokens.append(quantise(key, value))
-            store(self.tokens[-1], self.cache, slots, self.layout)
-        self.query = inputs(sum(self.queries), 1, 4, 2, self.head_size, seed=9)[0]
-        self.starts = torch.tensor([0, *itertools.accumulate(self.queries)], dtype=torch.int32)
-
-    def attend(self) -> tuple[torch.Tensor, torch.Tensor]:
-        lengths = torch.tensor(self.lengths, dtype=torch.int32)
-        return paged_attention(
-            self.query, self.cache, self.table, lengths, self.starts, self.layout, scale=0.125
-        )
-
-
 def test_paged_attention_reads_each_requests_own_tokens_and_no_unused_slot() -> None:
-    batch = Batch()
-    assert bool(load(batch.cache, batch.head_size, batch.layout).scale.isnan().any())
-    out, lse = batch.attend()
-    for i, tokens in enumerate(batch.tokens):
-        rows = slice(int(batch.starts[i]), int(batch.starts[i + 1]))
-        expected = attend(batch.query[rows], *dequantise(tokens), scale=0.125)
-        torch.testing.assert_close(out[rows], expected[0], **TOLERANCE)
-        torch.testing.assert_close(lse[rows], expected[1], **TOLERANCE)
+    case = Case(64, 4, 2, 16, (37, 1, 80), (5, 1, 3), torch.float32)
+    batch = make(case)
+    clean = expected(batch)
+    tokens = load(batch.cache, 64, Layout.CPU_TILED)
+    used = torch.zeros(batch.cache.shape[0] * 16, dtype=torch.bool)
+    for i, length in enumerate(case.lengths):
+        places = [batch.place(i, token) for token in range(length)]
+        slots = torch.tensor([16 * block + t for block, t in places])
+        used[slots] = True
+        rows = slice(int(batch.query_start_loc[i]), int(batch.query_start_loc[i + 1]))
+        own = dequantise(Quantised(*(part[slots] for part in tokens)))
+        out, lse = attend(batch.query[rows], *own, scale=0.125)
+        torch.testing.assert_close(clean[0][rows], out, **TOLERANCE)
+        torch.testing.assert_close(clean[1][rows], lse, **TOLERANCE)
+    batch.halves.movedim(-1, 1)[~used.view(-1, 16)] = math.nan
+    assert_equal(expected(batch), clean)
 
-
-def test_a_nan_key_shows_in_its_own_request_and_head_only() -> None:
-    clean, _ = Batch().attend()
-    out, _ = Batch(nan_at=(0, 20, 1, 3)).attend()
+    block, t = batch.place(0, 20)
+    batch.halves[block, 1, 0, t] = math.nan
+    out, _ = expected(batch)
     hit = torch.zeros(9, 4, dtype=torch.bool)
     hit[:5, 2:] = True
     assert torch.equal(out.isnan(), hit[..., None].expand_as(out))
-    assert torch.equal(out[~hit], clean[~hit])
+    assert torch.equal(out[~hit], clean[0][~hit])

@@ -23,18 +23,7 @@ UNDERFLOW = 2.0**-146
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def decode_e4m3fn(code: int) -> float:
-    """Decode a sign, four bits of exponent with a bias of 7 and three of mantissa."""
-    sign = -1.0 if code & 0x80 else 1.0
-    exponent, mantissa = code >> 3 & 15, code & 7
-    if exponent == 15 and mantissa == 7:
-        return math.nan
-    if exponent == 0:
-        return sign * mantissa / 8 * 2.0**-6
-    return sign * (1 + mantissa / 8) * 2.0 ** (exponent - 7)
-
-
-FINITE_KEYS = np.array([decode_e4m3fn(code) for code in range(127)])
+FINITE_KEYS = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double().numpy()
 
 
 def nearest_key_code(x: float) -> int:
@@ -76,22 +65,7 @@ def matrix(head_size: int) -> torch.Tensor:
     return torch.block_diag(*[block] * (head_size // len(block)))
 
 
-float32s = st.integers(0, 2**32 - 1).map(
-    lambda bits: float(np.array(bits, np.uint32).view(np.float32))
-)
-finite32s = float32s.filter(math.isfinite)
-
-
-def test_all_256_key_codes_decode_by_the_definition_of_e4m3fn() -> None:
-    codes = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 256)
-    zero = torch.zeros(1, 1, dtype=torch.float16)
-    key, _ = dequantise(Quantised(codes, torch.zeros_like(codes), zero, zero))
-    expected = torch.tensor([decode_e4m3fn(code) for code in range(256)], dtype=torch.float32)
-    assert torch.equal(key.flatten().isnan(), expected.isnan())
-    known = ~expected.isnan()
-    assert int(known.sum()) == 254
-    assert torch.equal(key.flatten()[known], expected[known])
-    assert torch.equal(key.flatten()[known].signbit(), expected[known].signbit())
+finite32s = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
 def test_ties_between_two_key_codes_round_to_the_even_one() -> None:
@@ -190,19 +164,6 @@ def test_the_rotation_is_symmetric_orthogonal_and_spreads_every_number_evenly(
     assert head_size % (4 * dims) != 0
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.sampled_from([64, 72, 96, 256, 512]), st.integers(0, 2**32 - 1))
-def test_the_error_of_the_rotation_is_bounded_by_its_stages(head_size: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(8, head_size, generator=generator)
-    rows *= 10 ** (8 * torch.rand(8, head_size, generator=generator) - 4)
-    exact = rows.double() @ matrix(head_size)
-    dims = mixed_dims(head_size)
-    error = (rotate(rows).double() - exact).unflatten(-1, (-1, dims)).norm(dim=-1)
-    size = rows.double().unflatten(-1, (-1, dims)).norm(dim=-1)
-    assert bool((error <= len(k8v4.rotation_strides(head_size)) * STAGE_ERROR * size).all())
-
-
 @pytest.mark.parametrize("head_size", [64, 256])
 def test_rotated_values_beyond_the_largest_half_are_clamped_to_it(head_size: int) -> None:
     largest = torch.zeros(1, head_size)
@@ -264,17 +225,12 @@ def test_a_constant_that_is_an_fp16_number_is_stored_exactly_with_scale_0(
     assert torch.equal(back[:, 0], rows.to(torch.float32))
 
 
-def test_values_with_less_spread_than_any_step_get_codes_0() -> None:
-    quantised = values_only(torch.tensor([[0.0, 1e-45, 0.0, 1e-45]]))
+@pytest.mark.parametrize("row", [[0.0, 1e-45], [0.0, 0.0], [-0.0, -0.0], [0.0, -0.0]])
+def test_rows_with_less_spread_than_any_step_are_stored_as_zero_bits(row: list[float]) -> None:
+    quantised = values_only(torch.tensor([row * 4]))
+    assert quantised.zero.view(torch.int16).tolist() == [[0]]
     assert quantised.scale.view(torch.int16).tolist() == [[0]]
     assert quantised.value_codes.count_nonzero() == 0
-
-
-def test_positive_and_negative_zeros_are_stored_as_the_same_bits() -> None:
-    rows = torch.tensor([[0.0] * 8, [-0.0] * 8, [0.0, -0.0] * 4])
-    quantised = values_only(rows)
-    assert quantised.zero.view(torch.int16).count_nonzero() == 0
-    assert quantised.scale.view(torch.int16).count_nonzero() == 0
 
 
 def test_infinite_values_become_the_largest_half_with_their_sign() -> None:
@@ -310,14 +266,3 @@ def test_a_nan_makes_the_scale_of_its_token_and_head_nan_only(
     assert torch.equal(quantised.key_codes[2, 1][other_keys], clean.key_codes[2, 1][other_keys])
     _, back = dequantise(quantised)
     assert torch.equal(back.isnan(), nan[..., None].expand(5, 3, 64))
-
-
-def test_strided_and_16_bit_inputs_equal_their_float32_copies() -> None:
-    generator = torch.Generator().manual_seed(4)
-    for dtype in DTYPES:
-        fused = torch.randn(64, 2, 3, 6, generator=generator).to(dtype)
-        key, value = fused[:, 0].permute(2, 1, 0), fused[:, 1].permute(2, 1, 0)
-        assert key.stride(2) != 1
-        copies = quantise(key.float().contiguous(), value.float().contiguous())
-        for stored, expected in zip(quantise(key, value), copies, strict=True):
-            assert torch.equal(stored, expected)

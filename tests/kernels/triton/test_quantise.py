@@ -129,7 +129,7 @@ def test_offsets_beyond_two_gigabytes_are_written() -> None:
 
 
 ROWS = torch.ones(5, 2, 64)
-# `kernels/inputs.py` has most checks; tests/kernels/test_cpu_quantise_inputs.py has all of those.
+# `kernels/inputs.py` has most checks; tests/kernels/test_cpu_inputs.py has all of those.
 REJECTED = {
     "cache of another head size": (
         {"cache": torch.zeros(3, 2, 16, 196, dtype=torch.uint8)},
