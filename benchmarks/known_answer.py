@@ -20,22 +20,21 @@ from vllm_hybrid_kv.kernels import known_answer
 from vllm_hybrid_kv.kernels.cpu import isa
 from vllm_hybrid_kv.tools.machine import cpu_model
 
-PAGE = 64
+PAGE, RUNS = 64, 5
 
 
-def milliseconds(path: str, head_size: int, group: int, window: int | None, runs: int) -> float:
+def milliseconds(path: str, head_size: int, group: int, window: int | None) -> float:
     """Return the median time of one variant's test, in ms of CPU time."""
     layer = SimpleNamespace(
         num_heads=2 * group, num_kv_heads=2, head_size=head_size, scale=1.0,
         sliding_window=window, soft_cap=0.0, sinks=None,
     )  # fmt: skip
     kernels, spec = CpuKernels(path, debug=False), SimpleNamespace(block_size=PAGE)
-    device = torch.device("cpu")
     times = []
-    for _ in range(runs + 1):
+    for _ in range(RUNS + 1):
         known_answer.forget()
         start = time.process_time()
-        kernels.warm_up({"layer": layer}, spec, torch.bfloat16, device, max_requests=1)
+        kernels.warm_up({"layer": layer}, spec, torch.bfloat16, torch.device("cpu"), max_requests=1)
         times.append(1000 * (time.process_time() - start))
     # The first run compiles, or loads from disk.
     return statistics.median(times[1:])
@@ -44,13 +43,12 @@ def milliseconds(path: str, head_size: int, group: int, window: int | None, runs
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--runs", type=int, default=5)
-    options = parser.parse_args()
+    output = parser.parse_args().output
     torch.set_num_threads(1)
     lines = [
         "# Cost of the known-answer test",
         "",
-        f"`python -m benchmarks.known_answer` on {cpu_model()}: median of {options.runs} runs, ms "
+        f"`python -m benchmarks.known_answer` on {cpu_model()}: median of {RUNS} runs, ms "
         f"of CPU time of one thread for one variant (bf16, pages of {PAGE} tokens, two KV heads). "
         "Each variant is tested once in a process. The time excludes compiling the kernels or "
         "loading them from disk.",
@@ -59,13 +57,11 @@ def main() -> None:
         "|---|---|---|---|---|",
     ]
     for path, head_size, group in itertools.product(isa.available(), (64, 128, 256, 512), (1, 8)):
-        full, window = (
-            milliseconds(path, head_size, group, size, options.runs) for size in (None, 96)
-        )
+        full, window = (milliseconds(path, head_size, group, size) for size in (None, 96))
         lines.append(f"| {path} | {head_size} | {group} | {full:.0f} | {window:.0f} |")
         print(lines[-1], flush=True)
-    if options.output is not None:
-        options.output.write_text("\n".join(lines) + "\n")
+    if output is not None:
+        output.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
