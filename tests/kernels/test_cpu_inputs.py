@@ -53,17 +53,9 @@ def attention_arguments(**changed: Any) -> dict[str, Any]:
 
 REJECTED = [
     ("key", ROWS.double(), r"key must be bf16, fp16 or fp32 .*, got torch\.float64"),
-    (
-        "key",
-        ROWS[:, 0].bfloat16(),
-        r"key must be .* \[tokens, KV heads, head size\], got .* \[5, 6",
-    ),
+    ("key", ROWS[:, 0].bfloat16(), r"key must be .* \[tokens, KV heads, head size\], got .* \[5"),
     ("key", ROWS.bfloat16().to("meta"), "key must be on cpu, got .* on meta"),
-    (
-        "value",
-        ROWS.half(),
-        r"value must be of key's dtype .*, torch\.bfloat16 .*, got torch\.float1",
-    ),
+    ("value", ROWS.half(), r"value must be of key's dtype .*, torch\.bfloat16 .*, got torch\.fl"),
     ("value", ROWS[:, :1].bfloat16(), r"value must be .* \[5, 2, 64\], got .* \[5, 1, 64\]"),
     ("slot_mapping", torch.arange(5.0), r"slot_mapping must be int64 or int32, .* torch\.float32"),
     ("slot_mapping", torch.arange(6), r"one slot for each of at most 5 tokens, got .* \[6\]"),
@@ -74,11 +66,7 @@ REJECTED = [
     ("cache", cache_of(3, 3, 16, SLOT), r"blocks, 2 KV heads, .*, 100 bytes\], got .* \[3, 3"),
     ("cache", cache_of(3, 2, 16, 196), r"100 bytes\], got torch.uint8 \[3, 2, 16, 196\]"),
     ("cache", cache_of(3, 16, SLOT), r"100 bytes\], got torch.uint8 \[3, 16, 100\]"),
-    (
-        "cache",
-        cache_of(3, 2, 20, SLOT),
-        r"pages of a multiple of 16 tokens, got .* \[3, 2, 20, 100",
-    ),
+    ("cache", cache_of(3, 2, 20, SLOT), r"pages of a multiple of 16 tokens, got .* \[3, 2, 20"),
     ("cache", strided_cache(4000, 2000, 104, 1), rf"{CONTIGUOUS} .*, got .* \[4000, 2000, 104, 1"),
     ("cache", strided_cache(4000, 1616, 100, 1), rf"{CONTIGUOUS} .* \[4000, 1616, 100, 1\]"),
     ("cache", strided_cache(3200, 100, 200, 1), rf"{CONTIGUOUS} .* \[3200, 100, 200, 1\]"),
@@ -141,14 +129,14 @@ def test_strides_of_dims_of_one_are_ignored() -> None:
         (
             "seq_lens",
             torch.tensor([5, 20]),
-            "seq_lens must be contiguous int32 .*, got torch.int64",
+            "seq_lens must be contiguous int32 .* torch.int64",
         ),
         ("query_start_loc", int32(0, 3), r"query_start_loc must be .* 2 requests, got .* \[2\]"),
         ("block_table", torch.zeros(1, 2).int(), r"block_table must be .* least 2, got .* \[1, 2"),
         (
             "sinks",
             torch.zeros(3),
-            r"sinks must be one number for each of 4 query heads, got .* \[3",
+            r"sinks must be one number for each of 4 query heads, .* \[3",
         ),
         ("lse", torch.zeros(3, 4).double(), r"lse must be float32 \[3, 4\], got torch.float64"),
         ("out", torch.zeros(3, 4, 64).to("meta"), "out must be on query's device, cpu, got .*meta"),
