@@ -96,14 +96,11 @@ def _find_tiles(call, item, head, first, last, chunk, tiles):  # type: ignore[no
     count = (max(tokens, np.int64(0)) + TILE - 1) // TILE
     table = call.block_table + item.request * call.block_table_stride
     plane = call.page_size * call.dims
+    head_bytes = plane + plane // 2 + 4 * call.page_size
     for i in range(count):
         page, token = divmod(first + TILE * i, call.page_size)
         block = inline.load_int32(table + 4 * page)
-        region = (
-            call.cache
-            + block * call.block_stride
-            + head * (plane + plane // 2 + 4 * call.page_size)
-        )
+        region = call.cache + block * call.block_stride + head * head_bytes
         tiles[i].keys = region + token * call.dims
         tiles[i].values = region + plane + token * call.dims // 2
         tiles[i].scales = region + plane + plane // 2 + 2 * token
