@@ -77,7 +77,7 @@ def tools(
 SERVE_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Context settings of a command that also takes options of `vllm serve`."""
 
-app.command("doctor")(doctor.doctor)
+app.command("doctor", cls=doctor.JsonToScreen)(doctor.doctor)
 app.command(
     "plan",
     context_settings=SERVE_OPTIONS,

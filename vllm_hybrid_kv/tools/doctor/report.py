@@ -1,25 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the checks in a child process, and makes the verdict, the devices and the JSON."""
+"""Runs the checks in a child process, and makes the JSON document and the text."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
+from vllm_hybrid_kv.patches.mechanism import CHECKED
 from vllm_hybrid_kv.patches.targets import SUPPORTED
 from vllm_hybrid_kv.tools.child import Child
 from vllm_hybrid_kv.tools.doctor.checks import FOLDER
-from vllm_hybrid_kv.tools.doctor.runner import EXIT_STATUS, NAME, Finding, capitalise, problem
-from vllm_hybrid_kv.tools.machine import cpu_model
+from vllm_hybrid_kv.tools.doctor.devices import cpu_device
+from vllm_hybrid_kv.tools.doctor.runner import EXIT_STATUS, NAME, Facts, Finding, finding
+from vllm_hybrid_kv.tools.output import Table
 from vllm_hybrid_kv.version import __version__
 
 SCHEMA = 2
-"""Changes if a key of `Report.to_json` is removed or changes its meaning.
+"""Changes if a key of the JSON document is removed or changes its meaning.
 
 2: `patches` replaces `seams`, with `active` instead of `in_force`; 0.3 removes the old keys.
 """
@@ -27,207 +33,189 @@ SCHEMA = 2
 FIRST = ("vllm", "version", "process")
 """These come before findings of the same severity, because they may cause others."""
 
+LONGEST_REASON = 160
+"""Characters. Longer reasons contain whole signatures; `--json` has all of it."""
 
-@dataclass(frozen=True)
-class Report:
-    """What the checks found.
-
-    Attributes:
-        findings: The worst first.
-        facts: `runner.Probe.facts` of the child process.
-    """
-
-    findings: Sequence[Finding]
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def exit_status(self) -> int:
-        """0 if all is well, 1 with warnings, 2 if the plugin cannot be active."""
-        return max((EXIT_STATUS[finding.severity] for finding in self.findings), default=0)
-
-    @property
-    def active(self) -> bool:
-        """Whether the plugin is active in a process of vLLM, with every patch verified."""
-        edits = [edit for patch in self.facts.get("patches", ()) for edit in patch["edits"]]
-        return bool(
-            self.facts.get("active")
-            and not self.facts["foreign"]
-            and "patches" in self.facts
-            and all(edit["active"] for edit in edits)
-        )
-
-    @property
-    def verdict(self) -> str:
-        """The result in one line."""
-        who = f"{NAME} {__version__}"
-        if self.exit_status == 2:
-            return f"{who} cannot be active here: {self._count('problem')}."
-        device = self.facts.get("platform", {}).get("device") or "no device"
-        on = f"on vLLM {self.facts.get('vllm', {}).get('version')} ({device})"
-        if not self.active:
-            return f"{who} would work {on} but is not loaded: {self._count('warning')}."
-        result = self._count("warning") if self.exit_status else "all is well"
-        return f"{who} is active {on}: {result}."
-
-    def _count(self, severity: str) -> str:
-        count = sum(finding.severity == severity for finding in self.findings)
-        return f"{count} {severity}{'' if count == 1 else 's'}"
-
-    def to_json(self) -> dict[str, Any]:
-        """Return everything; docs/doctor.schema.json describes it."""
-        facts = self.facts
-        torch, vllm = facts.get("torch", {}), facts.get("vllm", {})
-        values = {row["name"]: row["value"] for row in facts.get("settings", ())}
-        strategies = [
-            {**row, "picked": values.get(row["setting"]) == row["name"]}
-            for row in facts.get("strategies", ())
-        ]
-        names: dict[str, list[str]] = {}
-        for row in strategies:
-            names.setdefault(row["setting"], []).append(row["name"])
-        loaded = {row["name"]: row for row in facts.get("plugins", ())}
-        untried = {"state": None, "error": None}
-        patches = facts.get("patches", [])
-        return {
-            "schema": SCHEMA,
-            "exit_status": self.exit_status,
-            "active": self.active,
-            "verdict": self.verdict,
-            "findings": [vars(finding) for finding in self.findings],
-            "versions": {
-                "vllm_hybrid_kv": __version__,
-                "vllm": vllm.get("version"),
-                "vllm_supported": SUPPORTED,
-                "vllm_fits": "version" in facts if vllm else None,
-                "torch": torch.get("version"),
-                "cuda": torch.get("cuda"),
-                "hip": torch.get("hip"),
-                "numba": facts.get("cpu", {}).get("numba"),
-                "python": platform.python_version(),
-            },
-            "folders": {"vllm_hybrid_kv": FOLDER, "vllm": vllm.get("folder")},
-            "vllm_plugins": facts.get("vllm_plugins"),
-            "devices": devices(facts),
-            "settings": [
-                {**row, "choices": names.get(row["name"], row["choices"])}
-                for row in facts.get("settings", ())
-            ],
-            "strategies": strategies,
-            "patches": patches,
-            "seams": [
-                {**patch, "edits": [_in_force(edit) for edit in patch["edits"]]}
-                for patch in patches
-            ],
-            "plugins": [
-                {**point, **loaded.get(point["name"], untried)}
-                for point in facts.get("entry_points", ())
-            ],
-        }
+COLOURS = {"problem": "red", "warning": "yellow", "note": "cyan"}
 
 
-def diagnose(additional_config: str = "", timeout: float = 180.0) -> Report:
-    """Check this environment.
-
-    Args:
-        additional_config: JSON for vLLM's `--additional-config`; empty for none.
-        timeout: Seconds after which the child process is killed.
-    """
+def diagnose(additional_config: str = "", timeout: float = 180.0) -> dict[str, Any]:
+    """Check this environment, and return the JSON document. The timeout is in seconds."""
     with tempfile.TemporaryDirectory(prefix="vllm-hybrid-kv-doctor-") as folder:
-        run, log = "vllm_hybrid_kv.tools.doctor.runner:run", Path(folder) / "log"
-        with Child(run, additional_config, log=log, timeout=timeout) as child:
+        with Child(
+            *("vllm_hybrid_kv.tools.doctor.runner:run", additional_config),
+            log=Path(folder) / "log",
+            timeout=timeout,
+        ) as child:
             messages = list(child.messages())
         return read(messages, child.problem, child.last_output())
 
 
-def read(messages: Iterable[dict[str, Any]], ending: str | None, output: Sequence[str]) -> Report:
-    """Return the report of a child process that may have ended early.
+def read(
+    messages: Iterable[dict[str, Any]], ending: str | None = None, output: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return the document for the messages of a child process that may have ended early.
 
-    Args:
-        messages: The messages of `runner.run_checks`.
-        ending: How the process ended, if it failed.
-        output: The last lines that it printed.
+    `ending` is how it ended, if it failed; `output` has the last lines that it printed.
     """
-    facts: dict[str, Any] = {}
+    unknown = {**cpu_device(), "why": "unknown, because an earlier check failed"}
+    facts: Facts = {"devices": [unknown]}
     findings: list[Finding] = []
-    activity: str | None = "starting Python"
+    activity: str | None = "Starting Python"
     for message in messages:
         activity = None if "end" in message else message.get("begin", activity)
         facts.update(message.get("facts", {}))
-        findings += (Finding(**finding) for finding in message.get("findings", ()))
+        findings += message.get("findings", ())
     if activity is not None:
-        text = f"{capitalise(activity)} {ending or 'ended with exit status 0'}"
-        text += f"; its last output is: {output[-1]}" if output else ""
         remedy = (
             "Allow more time with --timeout"
-            if ending and ending.startswith("took ")
+            if (ending or "").startswith("took ")
             else "Reinstall the package that is named, in a build for this machine"
         )
-        findings.append(problem("process", text, remedy))
-    findings.sort(key=lambda one: (-EXIT_STATUS[one.severity], one.check not in FIRST))
-    return Report(findings, facts)
+        message = f"{activity} {ending or 'ended with exit status 0'}" + (
+            f"; its last output is: {output[-1]}" if output else ""
+        )
+        findings.append(finding("problem", "process", message, remedy))
+    findings.sort(key=lambda one: (-EXIT_STATUS[one["severity"]], one["check"] not in FIRST))
+    return document(findings, facts)
 
 
-def _in_force(edit: dict[str, Any]) -> dict[str, Any]:
-    """Return an edit with the key of schema 1."""
-    return {("in_force" if key == "active" else key): value for key, value in edit.items()}
+def document(findings: list[Finding], facts: Facts) -> dict[str, Any]:
+    """Return the JSON document of findings, the worst first; docs/doctor.schema.json describes it.
 
-
-def devices(facts: dict[str, Any]) -> list[dict[str, str | None]]:
-    """Return the CPU and the GPUs that torch can use.
-
-    Returns:
-        `kind` (`cpu` or `gpu`), `name`, the k8v4 `kernels` (None without any), and `why`.
+    The exit status is 0 if all is well, 1 with warnings, 2 if the plugin cannot be active.
     """
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
-    count = len(affinity(0)) if affinity else os.cpu_count()
-    kernels, why = _cpu(facts)
-    name = f"{cpu_model()}, {count} core{'' if count == 1 else 's'}"
-    rows = [{"kind": "cpu", "name": name, "kernels": kernels, "why": why}]
-    for gpu in facts.get("gpus", ()):
-        kernels, why = _gpu(gpu, facts)
-        name = f"{gpu['name']}, {gpu['memory'] / (1 << 30):.0f} GiB"
-        rows.append({"kind": "gpu", "name": name, "kernels": kernels, "why": why})
-    return rows
-
-
-def _cpu(facts: dict[str, Any]) -> tuple[str | None, str]:
-    cpu, platform = facts.get("cpu"), facts.get("platform")
-    if cpu is None:
-        return None, "unknown without torch, which reads the CPU's instructions"
-    if platform is not None and not platform["cpu"]:
-        return None, f"vLLM runs on {platform['device'] or 'no known device'}"
-    paths, lacking = cpu["paths"], cpu["lacking"]
-    isa = facts.get("isa") or paths[-1]
-    sources = {row["name"]: row["source"] for row in facts.get("settings", ())}
-    chosen_by = f"chosen by {sources.get('cpu_isa', 'default')}"
-    if isa == "interpreter":
-        return "triton, interpreted", chosen_by
-    if isa != paths[-1]:
-        why = f"{chosen_by}; {paths[-1]} would be faster"
+    status = max((EXIT_STATUS[one["severity"]] for one in findings), default=0)
+    vllm, patches = facts.get("vllm", {}), facts.get("patches", [])
+    edits = [edit for patch in patches for edit in patch["edits"]]
+    active = bool(edits and not facts["foreign"] and all(edit["active"] for edit in edits))
+    severity = {2: "problem", 1: "warning", 0: ""}[status]
+    count = sum(one["severity"] == severity for one in findings)
+    result = f"{count} {severity}{'' if count == 1 else 's'}" if status else "all is well"
+    device = facts.get("platform", {}).get("device") or "no device"
+    on = f"on vLLM {vllm.get('version')} ({device})"
+    if status == 2:
+        state = "cannot be active here"
     else:
-        why = "the fastest on this CPU"
-        if faster := [path for path in lacking if path not in paths]:
-            missing = ", ".join(lacking[faster[0]])
-            reason = f"needs {missing}" if missing else "is refused by the operating system"
-            why += f"; {faster[0]} {reason}"
-    if isa != "portable":
-        why += "; for bfloat16 and head sizes that are multiples of 32, portable otherwise"
-    return f"cpu:{isa}", why
+        state = f"is active {on}" if active else f"would work {on} but is not loaded"
+    return {
+        "schema": SCHEMA,
+        "exit_status": status,
+        "active": active,
+        "verdict": f"{NAME} {__version__} {state}: {result}.",
+        "findings": findings,
+        "versions": {
+            "vllm_hybrid_kv": __version__,
+            "vllm": vllm.get("version"),
+            "vllm_supported": SUPPORTED,
+            "vllm_fits": "minor" in facts if vllm else None,
+            **{
+                name: next((one.version for one in distributions(name=name)), None)
+                for name in ("torch", "numba")
+            },
+            **facts.get("torch", {"cuda": None, "hip": None}),
+            "python": platform.python_version(),
+        },
+        "folders": {"vllm_hybrid_kv": FOLDER, "vllm": vllm.get("folder")},
+        "vllm_plugins": facts.get("vllm_plugins"),
+        "devices": facts["devices"],
+        "settings": facts.get("settings", []),
+        "strategies": facts.get("strategies", []),
+        "patches": patches,
+        "seams": [
+            {
+                **patch,
+                "edits": [
+                    {"name": edit["name"], "in_force": edit["active"], "why": edit["why"]}
+                    for edit in patch["edits"]
+                ],
+            }
+            for patch in patches
+        ],
+        "plugins": facts.get("plugins", []),
+    }
 
 
-def _gpu(gpu: dict[str, Any], facts: dict[str, Any]) -> tuple[str | None, str]:
-    platform, capability = facts.get("platform"), gpu["capability"]
-    if platform is None:
-        return None, "unknown, because vLLM's device is unknown"
-    if not platform["gpu"]:
-        return None, f"vLLM runs on {platform['device'] or 'no known device'}"
-    if capability is None:
-        return "triton", f"tile sizes derived, not measured on {gpu['architecture']}"
-    row = facts.get("tile_sizes", {}).get(capability)
-    if row is None:
-        return None, f"tile sizes are unknown for compute capability {capability}"
-    if not row["served"]:
-        return None, f"compute capability {capability}; the kernels need 7.5"
-    if row["origin"] == "measured":
-        return "triton", f"tile sizes measured on compute capability {capability}"
-    return "triton", f"tile sizes derived, not measured on compute capability {capability}"
+def text(document: dict[str, Any]) -> Iterator[Text | Table]:
+    """Yield the lines and tables to print: the verdict, the findings, then all that was checked."""
+    style = ("bold green", "bold yellow", "bold red")[document["exit_status"]]
+    yield Text(document["verdict"], style=style)
+    for one in document["findings"]:
+        yield Text.assemble(
+            (one["severity"], f"bold {COLOURS[one['severity']]}"), ": ", _sentence(one["message"])
+        )
+        if one["remedy"]:
+            yield Text(f"  {_sentence(one['remedy'])}")
+    yield Table("", ("package", "version", "details"), list(_versions(document)))
+    yield Table(
+        "",
+        ("device", "kernels", "why"),
+        [(row["name"], row["kernels"] or "none", row["why"]) for row in document["devices"]],
+    )
+    if document["settings"]:
+        yield Table("", ("setting", "value", "from", "choices"), list(_settings(document)))
+    if document["patches"]:
+        yield Table("", ("patch", "target", "state"), list(_patches(document)))
+        for patch in document["patches"]:
+            for reason in (reason for edit in patch["edits"] for reason in edit["why"]):
+                yield Text(textwrap.shorten(reason, LONGEST_REASON, placeholder="..."))
+
+
+def _sentence(text: str) -> str:
+    """End a text with a full stop, unless it ends like a sentence already."""
+    return text if text.endswith((".", "?", "!")) else f"{text}."
+
+
+def _versions(document: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    versions, folders = document["versions"], document["folders"]
+    fits = {True: "fits; ", False: "does not fit; ", None: ""}[versions["vllm_fits"]]
+    yield (
+        "vllm-hybrid-kv",
+        versions["vllm_hybrid_kv"],
+        f"in {os.path.dirname(folders['vllm_hybrid_kv'])}",
+    )
+    yield "vLLM", versions["vllm"] or "none", f"{fits}supported: {SUPPORTED}"
+    if folders["vllm"]:
+        yield "", "", f"in {os.path.dirname(folders['vllm'])}"
+    yield "torch", versions["torch"] or "none", f"Python {versions['python']}"
+    others = [
+        f"{row['name']} ({row['package']})"
+        + ("" if row["state"] == "loaded" else f" {row['state']}")
+        for row in document["plugins"]
+        if row["name"] != NAME and row["state"] is not None
+    ]
+    if others:
+        yield "other plugins", str(len(others)), ", ".join(others)
+
+
+def _settings(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    packages = {
+        (row["setting"], row["name"]): f"{row['name']} ({row['origin']})"
+        for row in document["strategies"]
+        if row["origin"] != "built in"
+    }
+    for row in document["settings"]:
+        choices = [packages.get((row["name"], choice), choice) for choice in row["choices"]]
+        value = json.dumps(row["value"]).strip('"')
+        yield row["name"], value, row["source"], ", ".join(choices)
+
+
+def _patches(document: dict[str, Any]) -> Iterator[tuple[str, str, Text]]:
+    for patch in document["patches"]:
+        name, unchanged = patch["name"], 0
+        for edit in patch["edits"]:
+            if edit["name"].endswith(CHECKED) and edit["active"]:
+                unchanged += 1
+                continue
+            state = ("active", "green") if edit["active"] else ("would fit", "yellow")
+            state = ("failed", "red") if edit["why"] else state
+            yield name, _short(edit["name"]), Text(*state)
+            name = ""
+        if unchanged:
+            yield name, f"{unchanged} functions that it relies on", Text("unchanged", "green")
+
+
+def _short(target: str) -> str:
+    """Return `Class.method` or `function` of a dotted path."""
+    parts = target.split(".")
+    return ".".join(parts[-2:] if len(parts) > 1 and parts[-2][:1].isupper() else parts[-1:])
