@@ -2,11 +2,13 @@
 """`vllm-hybrid-kv eval` reports wrong input in one line, before an engine starts."""
 
 import json
+import math
 
+import numpy
 import pytest
 from typer.testing import CliRunner
 
-from vllm_hybrid_kv.tools.eval.folder import Folder
+from vllm_hybrid_kv.tools.eval.scores import summarise
 from vllm_hybrid_kv.tools.main import app
 
 
@@ -34,9 +36,9 @@ def evaluate(tmp_path, monkeypatch):
         (("--kv-cache-dtype", "fp8,["), "--kv-cache-dtype: '[' is not a cache dtype"),
         (("--kv-cache-dtype", "auto"), "has nothing to compare with auto"),
         (("--kv-cache-dtype", "fp8[colour=red]"), "unknown setting 'colour'"),
-        (("--kv-cache-dtype", "k[boundary_layers=-1]"), "boundary_layers=-1"),
-        (("--engine-args", "dtype=float32"), "--engine-args is not JSON"),
-        (("--engine-args", "[1]"), "--engine-args is not a JSON object"),
+        (("--kv-cache-dtype", "k[boundary_layers=-1]"), "boundary_layers='-1'"),
+        (("--engine-args", "dtype=float32"), "--engine-args: 'dtype=float32' is not a JSON object"),
+        (("--engine-args", "[1]"), "--engine-args: '[1]' is not a JSON object"),
         (("--engine-args", '{"max-num-seqs": 4, "model": "b"}'), "remove max_num_seqs, model"),
         (("--work", "data.txt/run"), "choose a writable folder with --work"),
         (("--plot", "missing/out.png"), "--plot: missing/out.png: No such file"),
@@ -51,17 +53,49 @@ def test_wrong_input_is_reported_in_one_line(evaluate, arguments, message):
 
 
 def test_the_folder_of_another_run_is_rejected(evaluate, tmp_path):
-    with Folder(tmp_path / "run").opened({"data": "other"}):
-        pass
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"data": "other"}')
     done = evaluate("--work", "run")
     assert done.exit_code == 2
-    assert "belongs to an evaluation with another data, model" in done.stderr
+    assert "belongs to an evaluation with another model, data" in done.stderr
     assert json.loads((tmp_path / "run" / "run.json").read_text()) == {"data": "other"}
 
 
-def test_a_variable_of_the_plugin_makes_another_run(monkeypatch):
+def test_scores_depend_on_the_files_of_a_model_and_on_variables(tmp_path, monkeypatch):
     from vllm_hybrid_kv.tools.eval.command import _identity
 
-    plain = _identity("model", [[1, 2]], {}, "auto", "0")
+    def identity():
+        return _identity(str(tmp_path), [[1, 2]], {}, "auto", "0")
+
+    (tmp_path / "config.json").write_text("{}")
+    plain = identity()
+    assert identity() == plain
+    assert json.loads(json.dumps(plain)) == plain
+    (tmp_path / "config.json").write_text("{ }")
+    changed = identity()
     monkeypatch.setenv("VLLM_HYBRID_KV_BOUNDARY_LAYERS", "0")
-    assert _identity("model", [[1, 2]], {}, "auto", "0") != plain
+    for other, key in ((changed, "model"), (identity(), "environment")):
+        assert other[key] != plain[key]
+
+
+def test_infinity_and_nan_are_null_in_json(evaluate, tmp_path, monkeypatch):
+    from vllm_hybrid_kv.tools.eval.run import Run
+
+    layers = {"quantised_layers": 1, "unquantised_layers": 0}
+    facts = {"reason": None, "dtype": "x", "device": "x", "cache_dtype": "fp8", **layers}
+    windows = [numpy.array([[-1.0, -2.0], [0.5, math.inf], [1.0, 1.0]])]
+    caches = [{"name": name, **facts, **summarise(windows)} for name in ("auto", "fp8")]
+    monkeypatch.setattr(Run, "measure", lambda *_: (caches, {"fp8": windows}))
+    done = evaluate("--kv-cache-dtype", "fp8", "--json", "out.json", "--plot", "out.png")
+    assert done.exit_code == 0, done.output
+    assert "note: the model's configuration makes auto fp8" in done.stdout
+    fp8 = json.loads((tmp_path / "out.json").read_text())["caches"][1]
+    assert (fp8["divergence_mean"], fp8["divergence_error"]) == (None, None)
+    assert fp8["by_position"][0]["divergence_mean"] is None
+    assert fp8["positions"] == 2
+    assert (tmp_path / "out.png").stat().st_size > 0
+
+
+def test_help_is_complete_at_80_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "…" not in CliRunner().invoke(app, ["eval", "--help"], terminal_width=80).output

@@ -1,27 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs one engine in a child process, and sends the scores of each sequence to the parent."""
+"""Runs one engine in a child process, and scores the predictions in vLLM's workers.
+
+vLLM computes the logits of all prompt positions if a request wants log-probabilities of its
+prompt, but returns only a few. `Recorder`, a `worker_extension_cls` of vLLM, wraps the model's
+head. For the reference it saves the hidden states that the head gets, a few KiB per token. For
+another cache it also applies the head to those, and compares both distributions. This is exact
+for any vocabulary, on the rank that has the logits. One request runs at a time, so that rows
+arrive in the order of positions.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy
+import safetensors.torch
+import torch
 
-RECORDER = "vllm_hybrid_kv.tools.eval.recorder.Recorder"
+from vllm_hybrid_kv.tools.eval.scores import score
+
+HIDDEN_STATES = "hidden_states"
 
 TOLERANCE = 1e-3
 """Largest accepted difference, absolute and relative, between the log-probabilities that vLLM and
 the recorder compute in float32 from the same logits."""
 
+REPORT = "report this with the versions of vLLM and vllm-hybrid-kv"
 
-def score(send: Callable[..., None], job_file: str) -> None:
-    """Run an engine for a job, and send `facts`, then `number` and `scores` of each sequence.
+
+def run(send: Callable[..., None], job_file: str) -> None:
+    """Run an engine for a job. It writes the facts of the engine and the scores of each window.
 
     Args:
-        send: Sends a message to the parent.
+        send: Called after each window.
         job_file: The JSON that `run.Run` wrote.
 
     Raises:
@@ -32,30 +48,27 @@ def score(send: Callable[..., None], job_file: str) -> None:
     from vllm.platforms import current_platform
 
     job = json.loads(Path(job_file).read_text())
-    llm = LLM(
-        **job["engine"],
-        kv_cache_dtype=job["kv_cache_dtype"],
-        additional_config={"hybrid_kv": job["settings"]},
-        worker_extension_cls=RECORDER,
-    )
+    llm = LLM(**job["engine"], worker_extension_cls=f"{__name__}.{Recorder.__name__}")
     config = llm.llm_engine.vllm_config
-    # Without this check vLLM would stop at the first request with a token beyond the vocabulary.
+    # vLLM does not check tokens without a tokenizer.
     size, largest = config.model_config.get_vocab_size(), max(map(max, job["sequences"]))
     if largest >= size:
         raise ValueError(
             f"the data has the token {largest}, but the model's vocabulary has {size} tokens; "
             "use data that was tokenised for this model"
         )
-    quantised, unquantised = over_ranks(llm.collective_rpc("hybrid_kv_layers"))
-    send(
-        facts={
-            "cache_dtype": config.cache_config.cache_dtype,
-            "dtype": str(config.model_config.dtype).removeprefix("torch."),
-            "quantised_layers": len(quantised),
-            "unquantised_layers": len(unquantised),
-            "device": current_platform.get_device_name(),
-        }
-    )
+    # The ranks of a pipeline have different layers. Tensor-parallel ranks have the same layers.
+    layers = {
+        name: on for rank in llm.collective_rpc("hybrid_kv_start") for name, on in rank.items()
+    }
+    facts = {
+        "cache_dtype": config.cache_config.cache_dtype,
+        "dtype": str(config.model_config.dtype).removeprefix("torch."),
+        "quantised_layers": sum(layers.values()),
+        "unquantised_layers": len(layers) - sum(layers.values()),
+        "device": current_platform.get_device_name(),
+    }
+    write(Path(job["facts"]), json.dumps(facts).encode())
     sampling = SamplingParams(
         max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False, prompt_logprobs=0
     )
@@ -64,39 +77,136 @@ def score(send: Callable[..., None], job_file: str) -> None:
         llm.collective_rpc("hybrid_kv_begin", args=(tokens, states, job["is_reference"]))
         (output,) = llm.generate({"prompt_token_ids": tokens}, sampling, use_tqdm=False)
         by_rank = llm.collective_rpc("hybrid_kv_end", args=(states,))
-        scores = next((scores for scores in by_rank if scores is not None), None)
-        check_scores(scores, tokens, output.prompt_logprobs)
-        send(number=number, scores=scores)
+        scores: list[list[float]] = next(filter(None, by_rank), [[]])
+        check_logprobs(scores[0], tokens, output.prompt_logprobs)
+        write(Path(job["scores"][number]), json.dumps(scores).encode())
+        send(scored=number)
     llm.llm_engine.engine_core.shutdown()
 
 
-def over_ranks(layers: Sequence[Sequence[Sequence[str]]]) -> list[set[str]]:
-    """Return the quantised and the unquantised layers of a model, given those of each rank.
-
-    The ranks of a pipeline have different layers. Tensor-parallel ranks have the same layers.
-    """
-    return [{name for names in ranks for name in names} for ranks in zip(*layers, strict=True)]
-
-
-def check_scores(scores: dict[str, Any] | None, tokens: list[int], prompt_logprobs: Any) -> None:
+def check_logprobs(recorded: list[float], tokens: list[int], prompt_logprobs: Any) -> None:
     """Compare recorded log-probabilities with those that vLLM returned.
 
     Raises:
         RuntimeError: The log-probabilities differ, or some of them were not recorded.
     """
-    if scores is None or len(scores["logprobs"]) != len(tokens) - 1:
+    if len(recorded) != len(tokens) - 1:
         raise RuntimeError(
-            "the recorder did not get the model's logits; this vLLM computes them in another place"
+            f"the recorder got the logits of {len(recorded)} of {len(tokens) - 1} predictions, "
+            f"because this vLLM computes them in another place; {REPORT}"
         )
-    ours = numpy.array(scores["logprobs"])
-    theirs = [
-        float(at[token].logprob)
-        for token, at in zip(tokens[1:], list(prompt_logprobs)[1:], strict=True)
-    ]
-    close = numpy.isclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
+    returned = [at[token].logprob for token, at in zip(tokens, prompt_logprobs, strict=True) if at]
+    close = numpy.isclose(recorded, returned, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
     if not close.all():
         at = int(numpy.argmin(close))
         raise RuntimeError(
-            f"the recorded log-probability after {at + 1} tokens is {ours[at]:.4f}, but vLLM "
-            f"returned {theirs[at]:.4f}: the recorder saw the logits of another position"
+            f"the recorded log-probability after {at + 1} tokens is {recorded[at]:.4f}, but vLLM "
+            f"returned {returned[at]:.4f}: the recorder saw the logits of another position; "
+            f"{REPORT}"
         )
+
+
+def write(file: Path, content: bytes) -> None:
+    """Write a file that is complete if it exists."""
+    partial = file.with_suffix(f".{os.getpid()}")
+    partial.write_bytes(content)
+    partial.replace(file)
+
+
+class _Head:
+    """Replaces a model's head, and scores its logits while vLLM scores a prompt."""
+
+    def __init__(self, runner: Any) -> None:
+        self._scoring = False
+        self._compute: Callable[..., torch.Tensor | None] = runner.model.compute_logits
+        runner.model.compute_logits = self
+        # vLLM has two model runners. In the second, ranks without the head have no such worker.
+        owner, name = (
+            (runner, "_get_prompt_logprobs_dict")
+            if hasattr(runner, "_get_prompt_logprobs_dict")
+            else (runner.prompt_logprobs_worker, "compute_prompt_logprobs")
+        )
+        if owner is None:
+            return
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def score_prompt(*args: Any, **kwargs: Any) -> Any:
+            # In one runner the first argument is the bound method that this object replaces.
+            self._scoring = True
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._scoring = False
+
+        setattr(owner, name, score_prompt)
+
+    def begin(self, tokens: list[int], reference: torch.Tensor | None) -> None:
+        """Start to score a prompt; `reference` has hidden states, None to record them."""
+        self._tokens, self._reference = torch.tensor(tokens), reference
+        self._position = 0
+        self.states: list[torch.Tensor] = []
+        # Empty on ranks that get no logits.
+        self.scores: list[torch.Tensor] = []
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        logits = self._compute(hidden_states, *args, **kwargs)
+        if self._scoring:
+            self._score(hidden_states, logits)
+        return logits
+
+    def _score(self, hidden_states: torch.Tensor, logits: torch.Tensor | None) -> None:
+        begin = self._position
+        end = self._position = begin + len(hidden_states)
+        if self._reference is None:
+            self.states.append(hidden_states.to("cpu", copy=True))
+            reference = logits
+        else:
+            # On every rank, because each rank of a tensor-parallel group has a part of the head.
+            reference = self._compute(self._reference[begin:end].to(hidden_states.device))
+        if logits is None or reference is None:
+            return
+        # The last position of a prompt has no next token.
+        targets = self._tokens[begin + 1 : end + 1].to(logits.device)
+        self.scores.append(score(logits[: len(targets)], targets, reference[: len(targets)]))
+
+
+class Recorder:
+    """Methods that vLLM adds to its workers, for `collective_rpc`."""
+
+    def hybrid_kv_start(self) -> dict[str, bool]:
+        """Wrap the model's head, and return `attention_layers`."""
+        runner = self.model_runner  # type: ignore[attr-defined]
+        self._hybrid_kv_head = _Head(runner)
+        return attention_layers(runner.kv_cache_config)
+
+    def hybrid_kv_begin(self, tokens: list[int], file: str, is_reference: bool) -> None:
+        """Score the next request; `file` has the hidden states of the reference, or will."""
+        states = None if is_reference else safetensors.torch.load_file(file)[HIDDEN_STATES]
+        self._hybrid_kv_head.begin(tokens, states)
+
+    def hybrid_kv_end(self, file: str) -> list[list[float]] | None:
+        """Return the scores of the request, or None on ranks without logits."""
+        head = self._hybrid_kv_head
+        if not head.scores:
+            return None
+        if head.states:
+            states = {HIDDEN_STATES: torch.cat(head.states)}
+            write(Path(file), safetensors.torch.save(states))
+        scores: list[list[float]] = torch.cat(head.scores, 1).tolist()
+        return scores
+
+
+def attention_layers(kv_cache_config: Any) -> dict[str, bool]:
+    """Return whether each attention layer of a rank is quantised, by its name."""
+    from vllm.v1.kv_cache_interface import AttentionSpec, KVQuantMode
+
+    specs: dict[str, Any] = {}
+    for group in kv_cache_config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        specs |= getattr(spec, "kv_cache_specs", None) or dict.fromkeys(group.layer_names, spec)
+    return {
+        name: spec.kv_quant_mode != KVQuantMode.NONE
+        for name, spec in specs.items()
+        if isinstance(spec, AttentionSpec)
+    }

@@ -2,24 +2,43 @@
 """A run: one engine for each cache, one after another, each in a child process.
 
 What vLLM compiles and patches belongs to a process, so that a process runs one engine only.
+An interrupted run continues from its folder:
+
+run.json                      what the scores depend on; another run cannot use the folder
+lock                          locked by the process that uses the folder
+<cache>/facts.json            facts of its engine
+<cache>/00000.json            the scores of a window
+<cache>/log.txt               the output of its engine
+<reference>/00000.safetensors hidden states of the reference
 """
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from vllm_hybrid_kv.settings import environment_name
+import numpy
+
+from vllm_hybrid_kv.settings import SECTION, environment_name
 from vllm_hybrid_kv.tools.child import Child
-from vllm_hybrid_kv.tools.eval.folder import Folder
-from vllm_hybrid_kv.tools.eval.scores import Scores
-from vllm_hybrid_kv.tools.eval.variants import CacheVariant
-from vllm_hybrid_kv.tools.output import ToolError
+from vllm_hybrid_kv.tools.eval.scores import summarise
+from vllm_hybrid_kv.tools.machine import cpu_model
+from vllm_hybrid_kv.tools.output import ToolError, progress_bar
 
-ENGINE = "vllm_hybrid_kv.tools.eval.engine:score"
+_COMMA_OUTSIDE_BRACKETS = re.compile(r",(?![^\[]*\])")
+_SETTING = r"\s*(\w+)\s*=\s*([^,=\[\]]*)"
+_VARIANT = re.compile(rf"([\w.-]+)(?:\[({_SETTING}(?:,{_SETTING})*)\])?")
+
+ENGINE = "vllm_hybrid_kv.tools.eval.engine:run"
 
 DEFAULTS = {
     "max_num_batched_tokens": 512,
@@ -49,115 +68,182 @@ ENVIRONMENT = {
 """Defaults for the environment of the child."""
 
 
-class CacheError(ToolError):
-    """One cache cannot be measured; others may."""
+@dataclass(frozen=True)
+class CacheVariant:
+    """One cache to compare.
+
+    Attributes:
+        name: The cache on the command line: `fp8`, `turboquant_k8v4[boundary_layers=0]`.
+        kv_cache_dtype: A value of vLLM's `--kv-cache-dtype`.
+        settings: Settings of the plugin; they override the environment.
+    """
+
+    name: str
+    kv_cache_dtype: str
+    settings: dict[str, str]
 
 
+def parse(text: str, reference: str) -> list[CacheVariant]:
+    """Return the caches of a comma-separated list, the reference first. The list may omit it.
+
+    Raises:
+        ToolError: The text is not such a list, or contains only the reference.
+    """
+    names = dict.fromkeys(
+        name.strip() for name in (reference, *_COMMA_OUTSIDE_BRACKETS.split(text))
+    )
+    variants = []
+    for name in names:
+        if (match := _VARIANT.fullmatch(name)) is None:
+            raise ToolError(
+                f"--kv-cache-dtype: {name!r} is not a cache dtype; separate dtypes with commas and "
+                "put settings in brackets, like fp8,turboquant_k8v4[boundary_layers=0]"
+            )
+        settings = dict(re.findall(_SETTING, match[2] or ""))
+        variants.append(CacheVariant(name, match[1], settings))
+    if len(variants) == 1:
+        raise ToolError(
+            f"--kv-cache-dtype: {text!r} has nothing to compare with {reference}; "
+            "add another cache, like fp8,turboquant_k8v4"
+        )
+    return variants
+
+
+@contextmanager
+def opened(folder: Path, identity: Mapping[str, Any]) -> Iterator[None]:
+    """Lock a folder, which may not exist, for a run whose scores depend on `identity` (JSON).
+
+    Raises:
+        ToolError: It belongs to another run, another process uses it, or it is read-only.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise ToolError(
+            f"{folder}: {error.strerror}; choose a writable folder with --work"
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ToolError(
+                f"{folder}: another evaluation uses this folder; wait for it, or choose another "
+                "folder with --work"
+            ) from None
+        file = folder / "run.json"
+        try:
+            stored = dict(json.loads(file.read_text()) if file.exists() else identity)
+        except (ValueError, TypeError):
+            stored = {}
+        if differs := [name for name in identity if stored.get(name) != identity[name]]:
+            raise ToolError(
+                f"{folder} belongs to an evaluation with another {', '.join(differs)}; choose "
+                "another folder with --work, or remove it"
+            )
+        file.write_text(json.dumps(identity, indent=1) + "\n")
+        yield
+
+
+@dataclass(frozen=True)
 class Run:
-    """An evaluation of several caches of one model, in a folder."""
+    """An evaluation of several caches of one model.
 
-    def __init__(
-        self,
-        folder: Folder,
-        model: str,
-        sequences: Sequence[Sequence[int]],
-        engine: Mapping[str, Any],
-    ) -> None:
-        """Prepare a run.
+    Attributes:
+        folder: A folder that is open for it.
+        model: A folder, or a name on the hub.
+        sequences: The tokens of each window.
+        engine: Further arguments of vLLM's `LLM`.
+    """
 
-        Args:
-            folder: A folder that is open for it.
-            model: A folder, or a name on the hub.
-            sequences: The tokens of each sequence.
-            engine: Further arguments of vLLM's `LLM`.
-        """
-        self._folder = folder
-        self._sequences = [list(sequence) for sequence in sequences]
-        self._engine = {
-            **DEFAULTS,
-            **engine,
-            **FIXED,
-            "model": model,
-            # The longest prompt, and the one token that vLLM has to generate.
-            "max_model_len": max(map(len, self._sequences)) + 1,
-        }
+    folder: Path
+    model: str
+    sequences: Sequence[list[int]]
+    engine: Mapping[str, Any]
 
     def measure(
-        self, variant: CacheVariant, reference: CacheVariant, progress: Callable[[int], None]
-    ) -> tuple[dict[str, Any], list[Scores]]:
-        """Score the sequences that have no scores yet; return the engine's facts and all scores.
+        self, variants: Sequence[CacheVariant]
+    ) -> tuple[list[dict[str, Any]], dict[str, list[numpy.ndarray]]]:
+        """Return facts and statistics of all caches, and the scores by the name of the cache.
+
+        A cache that fails has a `reason`.
+
+        Raises:
+            ToolError: The reference, which comes first, failed.
+            OSError: The folder cannot be written, or an engine ended early.
+        """
+        caches: list[dict[str, Any]] = []
+        scores = {}
+        with progress_bar("{task.fields[state]}") as bar:
+            for variant in variants:
+                task = bar.add_task(variant.name, total=len(self.sequences), state="")
+                update = functools.partial(bar.update, task)
+                try:
+                    facts, scores[variant.name] = self.score(variant, variants[0], update)
+                except ToolError as error:
+                    update(state="failed")
+                    if not caches:
+                        raise ToolError(f"{variant.name}: {error}") from None
+                    caches.append({"name": variant.name, "reason": str(error)})
+                    continue
+                if facts["device"] == "cpu":
+                    facts["device"] = cpu_model()
+                facts |= summarise(scores[variant.name])
+                caches.append({"name": variant.name, "reason": None, **facts})
+        return caches, scores
+
+    def score(
+        self, variant: CacheVariant, reference: CacheVariant, update: Callable[..., None]
+    ) -> tuple[dict[str, Any], list[numpy.ndarray]]:
+        """Score the windows that have no scores yet; return the engine's facts and all scores.
 
         Args:
             variant: The cache.
             reference: The cache to compare with; it was measured before, or is the same.
-            progress: Called with the number of scored sequences.
+            update: Called with `completed`, the number of scored windows, and `state`.
 
         Raises:
-            CacheError: The engine does not start, or fails.
-            OSError: The folder cannot be written.
+            ToolError: The engine does not start, or fails.
         """
-        folder, states_folder = self._folder.of(variant.name), self._folder.of(reference.name)
-        numbers = range(len(self._sequences))
-        states = [states_folder / f"{number:05}.safetensors" for number in numbers]
-        journal, job_file, log = (folder / n for n in ("scores.jsonl", "job.json", "log.txt"))
-        facts, scored = read_scores(journal)
-        is_reference = variant == reference
-        pending = [
-            number
-            for number, tokens in enumerate(self._sequences)
-            if len(scored.get(number, ())) != len(tokens) - 1
-            or (is_reference and not states[number].exists())
-        ]
-        done = len(numbers) - len(pending)
-        progress(done)
-        if pending or facts is None:
+        folder, states = (
+            self.folder / quote(cache.name, safe="[=,]") for cache in (variant, reference)
+        )
+        folder.mkdir(exist_ok=True)
+        facts, job_file, log = (folder / name for name in ("facts.json", "job.json", "log.txt"))
+        numbers = range(len(self.sequences))
+        files = [folder / f"{number:05}.json" for number in numbers]
+        pending = [number for number in numbers if not files[number].exists()]
+        update(completed=len(files) - len(pending))
+        if pending or not facts.exists():
+            update(state="starting the engine")
             job = {
-                "engine": self._engine,
-                "kv_cache_dtype": variant.kv_cache_dtype,
-                "settings": dict(variant.settings),
-                "sequences": self._sequences,
+                "engine": {
+                    **DEFAULTS,
+                    **self.engine,
+                    **FIXED,
+                    "model": self.model,
+                    # The longest prompt, and the one token that vLLM has to generate.
+                    "max_model_len": max(map(len, self.sequences)) + 1,
+                    "kv_cache_dtype": variant.kv_cache_dtype,
+                    "additional_config": {SECTION: variant.settings},
+                },
+                "sequences": self.sequences,
                 "pending": pending,
-                "states": list(map(str, states)),
-                "is_reference": is_reference,
+                "facts": str(facts),
+                "scores": list(map(str, files)),
+                "states": [str(states / f"{number:05}.safetensors") for number in numbers],
+                "is_reference": variant == reference,
             }
             job_file.write_text(json.dumps(job))
-            with (
-                journal.open("a") as lines,
-                Child(ENGINE, str(job_file), log=log, environment=_environment(variant)) as child,
-            ):
-                for message in child.messages():
-                    # A line that an interruption cut off may come before it.
-                    lines.write(f"\n{json.dumps(message)}")
-                    lines.flush()
-                    done += "number" in message
-                    progress(done)
-            if child.problem is not None or done < len(numbers):
-                problem = child.problem or "the engine ended early"
-                raise CacheError(f"{problem}; the engine's output is in {log}")
-            facts, scored = read_scores(journal)
-        return facts or {}, [scored[number] for number in numbers]
-
-
-def read_scores(journal: Path) -> tuple[dict[str, Any] | None, dict[int, Scores]]:
-    """Return the facts and the scores by sequence of a `scores.jsonl`, which may not exist.
-
-    Incomplete lines are ignored; a later line replaces an earlier one for the same sequence.
-    """
-    facts, scored = None, {}
-    for line in journal.read_text().splitlines() if journal.exists() else ():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        facts = entry.get("facts", facts)
-        if "scores" in entry:
-            scored[entry["number"]] = Scores(**entry["scores"])
-    return facts, scored
-
-
-def _environment(variant: CacheVariant) -> dict[str, str]:
-    environment = {**ENVIRONMENT, **os.environ}
-    for setting in variant.settings:
-        # The variable would override the setting of this cache.
-        environment.pop(environment_name(setting), None)
-    return environment
+            environment = {**ENVIRONMENT, **os.environ}
+            for setting in variant.settings:
+                # The variable would override the setting of this cache.
+                environment.pop(environment_name(setting), None)
+            with Child(ENGINE, str(job_file), log=log, environment=environment) as child:
+                for _ in child.messages():
+                    update(advance=1, state="")
+            if child.problem is not None:
+                raise ToolError(f"{child.problem}; the engine's output is in {log}")
+        return json.loads(facts.read_text()), [
+            numpy.array(json.loads(file.read_text())) for file in files
+        ]

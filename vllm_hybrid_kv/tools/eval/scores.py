@@ -1,69 +1,102 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of next-token predictions: log-probability, KL divergence and top-1 agreement."""
+"""Scores of next-token predictions, and their statistics.
+
+The scores of a window are float64 [3, positions]; position 0 predicts the second token. The rows:
+
+- the log-probability of the actual next token
+- the KL divergence from the reference's distribution, in nats
+- whether the most probable token is one of the reference's most probable: 1 or 0
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from typing import Any
 
+import numpy
 import torch
 
 MOST_ELEMENTS = 1 << 24
 """Elements of a slice that is computed at once in float64: 128 MiB."""
 
+FIRST_RANGE = 16
+"""End of the first range of context, in tokens; each further range is twice as long."""
 
-@dataclass
-class Scores:
-    """Scores by position; position 0 predicts the second token.
 
-    Attributes:
-        logprobs: Log-probability of the actual next token.
-        divergences: KL divergence from the reference's distribution, in nats.
-        agreements: Whether the most probable token is one of the reference's most probable.
+def score(logits: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Return the scores of some positions.
+
+    The divergence is KL(p || q) = sum p (ln p - ln q) over the whole vocabulary, with p the
+    reference's distribution. It is computed in float64, because divergences of similar caches
+    are as small as the rounding of float32.
+
+    Args:
+        logits: [positions, vocabulary], of any floating-point dtype.
+        targets: [positions], the actual next tokens.
+        reference: [positions, vocabulary], the reference's logits.
     """
-
-    logprobs: list[float] = field(default_factory=list)
-    divergences: list[float] = field(default_factory=list)
-    agreements: list[bool] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.logprobs)
-
-    def add(
-        self, logits: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor | None = None
-    ) -> None:
-        """Append the scores of further positions.
-
-        The divergence is KL(p || q) = sum p (ln p - ln q) over the whole vocabulary, with p the
-        reference's distribution. It is computed in float64, because divergences of similar caches
-        are as small as the rounding of float32.
-
-        Args:
-            logits: [positions, vocabulary], of any floating-point dtype.
-            targets: [positions], the actual next tokens.
-            reference: [positions, vocabulary], the reference's logits; None to score the
-                reference itself.
-        """
-        rows = max(MOST_ELEMENTS // logits.shape[-1], 1)
-        for start in range(0, len(logits), rows):
-            part = slice(start, start + rows)
-            ours = logits[part].double().log_softmax(-1)
-            self.logprobs += ours.gather(-1, targets[part, None]).squeeze(-1).tolist()
-            if reference is None:
-                self.divergences += [0.0] * len(ours)
-                self.agreements += [True] * len(ours)
-            else:
-                theirs = reference[part].double().log_softmax(-1)
-                self.divergences += _divergence(theirs, ours).tolist()
-                self.agreements += _agree(reference[part], logits[part]).tolist()
+    rows = max(MOST_ELEMENTS // logits.shape[-1], 1)
+    scores = []
+    for ours, theirs, actual in zip(
+        logits.split(rows), reference.split(rows), targets.split(rows), strict=True
+    ):
+        q, p = ours.double().log_softmax(-1), theirs.double().log_softmax(-1)
+        # 0 ln 0 is 0. Rounding can make the sum for equal distributions negative.
+        terms = (p.exp() * (p - q)).masked_fill(p.isneginf(), 0.0)
+        # Logits in bfloat16 tie.
+        agrees = theirs.gather(-1, ours.argmax(-1, keepdim=True)) == theirs.amax(-1, keepdim=True)
+        logprobs = q.gather(-1, actual[:, None])
+        divergences = terms.sum(-1, keepdim=True).clamp_min(0.0)
+        scores.append(torch.cat([logprobs, divergences, agrees.double()], -1))
+    return torch.cat(scores).T
 
 
-def _divergence(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
-    terms = theirs.exp() * (theirs - ours)
-    # 0 ln 0 is 0. Rounding can make the sum for equal distributions negative.
-    return terms.masked_fill(torch.isneginf(theirs), 0.0).sum(-1).clamp_min(0.0)
+@numpy.errstate(over="ignore", invalid="ignore")
+def summarise(windows: Sequence[numpy.ndarray]) -> dict[str, Any]:
+    """Return the statistics of one cache over the scores of one or more windows.
+
+    Returns:
+        `positions`, `perplexity`, `agreement` (share from 0 to 1); `divergence_mean`, its standard
+        error `divergence_error`, percentiles `_p99` and `_p999`, and `_max`; and `by_position`,
+        the same for predictions with `first` to `last` tokens of context.
+    """
+    logprobs, divergences, agreements = numpy.concatenate(windows, axis=1)
+    contexts = numpy.concatenate([1 + numpy.arange(window.shape[1]) for window in windows])
+    longest = int(contexts.max())
+
+    def statistics(chosen: numpy.ndarray) -> dict[str, Any]:
+        return {
+            "positions": int(chosen.sum()),
+            "perplexity": float(numpy.exp(-logprobs[chosen].mean())),
+            "divergence_mean": float(divergences[chosen].mean()),
+            "divergence_p99": float(numpy.percentile(divergences[chosen], 99)),
+            "agreement": float(agreements[chosen].mean()),
+        }
+
+    by_position, first, end = [], 1, FIRST_RANGE
+    while first <= longest:
+        # A window of full length has positions in every range.
+        row = statistics((contexts >= first) & (contexts < end))
+        by_position.append({**row, "first": first, "last": min(end - 1, longest)})
+        first, end = end, 2 * end
+    return {
+        **statistics(contexts > 0),
+        "divergence_error": _error_of_mean([window[1] for window in windows]),
+        "divergence_p999": float(numpy.percentile(divergences, 99.9)),
+        "divergence_max": float(divergences.max()),
+        "by_position": by_position,
+    }
 
 
-def _agree(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    # Logits in bfloat16 tie.
-    top = reference.gather(-1, logits.argmax(-1, keepdim=True)).squeeze(-1)
-    return top == reference.amax(-1)
+def _error_of_mean(windows: Sequence[numpy.ndarray]) -> float | None:
+    """Return the standard error of the mean over all positions; None for a single window.
+
+    The windows are the samples, because positions of one window depend on each other. The mean is
+    a ratio, of sums to lengths, because windows of different lengths have different weights.
+    """
+    if len(windows) < 2:
+        return None
+    sums, lengths = numpy.array([(window.sum(), len(window)) for window in windows]).T
+    residuals = sums - sums.sum() / lengths.sum() * lengths
+    # The mean of the residuals is 0.
+    return float(residuals.std(ddof=1) / len(windows) ** 0.5 / lengths.mean())

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,19 +32,13 @@ def read_sequences(
     Raises:
         ToolError: The file cannot be read, has another format, or has nothing to predict.
     """
-    loaded: list[Any] = []
-
-    def windows_of_text(text: str) -> Iterator[list[int]]:
-        if not loaded:
-            loaded.append(tokenizer())
-        start = _start(loaded[0])
-        tokens = loaded[0].encode(text, add_special_tokens=False)
-        return ([*start, *window] for window in _cut(tokens, context - len(start)))
-
+    load = functools.cache(tokenizer)
     sequences: list[list[int]] = []
     try:
         for part in _parts(file):
-            windows = windows_of_text(part) if isinstance(part, str) else _cut(part, context)
+            start, tokens = _encode(load(), part) if isinstance(part, str) else ([], part)
+            length = context - len(start)
+            windows = ([*start, *tokens[i : i + length]] for i in range(0, len(tokens), length))
             sequences += (window for window in windows if len(window) >= SHORTEST)
             if limit is not None and len(sequences) >= limit:
                 break
@@ -54,7 +49,15 @@ def read_sequences(
     return sequences[:limit]
 
 
+def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+    """Return the special token that starts every text, if there is one, and the text's tokens."""
+    first = list(tokenizer.encode("")[:1])
+    start = first if first == [tokenizer.bos_token_id] else []
+    return start, tokenizer.encode(text, add_special_tokens=False)
+
+
 def _parts(file: Path) -> Iterator[str | list[int]]:
+    """Yield the texts and the lists of tokens of a file."""
     if file.suffix != ".jsonl":
         yield file.read_text(encoding="utf-8")
         return
@@ -66,25 +69,15 @@ def _parts(file: Path) -> Iterator[str | list[int]]:
 
 def _part(line: str, where: str) -> str | list[int]:
     try:
-        entry = json.loads(line)
+        match json.loads(line):
+            case {"text": str(text)}:
+                return text
+            case {"prompt_token_ids": list(tokens)} if all(
+                type(token) is int and token >= 0 for token in tokens
+            ):
+                return tokens
     except ValueError as error:
         raise ToolError(f"{where} is not JSON: {error}") from None
-    if isinstance(entry, dict):
-        text, tokens = entry.get("text"), entry.get("prompt_token_ids")
-        if isinstance(text, str):
-            return text
-        if isinstance(tokens, list) and all(type(token) is int and token >= 0 for token in tokens):
-            return tokens
     raise ToolError(
         f"{where} has neither 'text', a string, nor 'prompt_token_ids', a list of numbers from 0"
     )
-
-
-def _start(tokenizer: Any) -> list[int]:
-    """Return the special token that starts every text, if there is one."""
-    first = tokenizer.encode("")[:1]
-    return list(first) if first and first[0] == tokenizer.bos_token_id else []
-
-
-def _cut(tokens: list[int], length: int) -> Iterator[list[int]]:
-    return (tokens[at : at + length] for at in range(0, len(tokens), length))
