@@ -53,13 +53,7 @@ console = Console(highlight=False)
 
 
 class Capacity(NamedTuple):
-    """The plan of a KV cache.
-
-    Attributes:
-        tokens: The KV cache size that vLLM logs: tokens that fit in requests of max_model_len.
-        block_size: Tokens of an attention block.
-        num_blocks: Number of blocks in the pool.
-    """
+    """The tokens that fit in requests of max_model_len, tokens of a block, blocks of the pool."""
 
     tokens: int
     block_size: int
@@ -70,11 +64,9 @@ class Capacity(NamedTuple):
 def planning(
     model: Path, folder: Path, arguments: Sequence[str] = PLAN_ARGUMENTS
 ) -> Iterator[Callable[[], Capacity]]:
-    """Plan a bf16 cache in a process of its own during a `with` block.
+    """Plan a bf16 cache in a process during a `with` block; yield a function that waits for it.
 
-    Yields:
-        A function that waits for the plan and returns it. It raises a ProcessError if the process
-        failed, and subprocess.TimeoutExpired if it takes too long.
+    The function raises a ProcessError if the process failed, and subprocess.TimeoutExpired.
     """
     file, log = folder / "bf16-plan.json", folder / "bf16-plan.log"
     ours = Path(sys.executable).with_name("vllm-hybrid-kv")

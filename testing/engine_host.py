@@ -37,16 +37,12 @@ Pages = list[dict[str, list[bytes]]]
 
 @dataclass(frozen=True)
 class Output:
-    """The output of one request.
+    """The output of one request: generated tokens and their log-probabilities.
 
     Attributes:
-        tokens: The generated token ids.
-        logprobs: The log-probability of each token.
-        margins: At each token, the log-probability of the likeliest candidate minus that of the
-            second.
-        prompt_logprobs: The log-probabilities of the prompt's tokens from the second on; None if
-            not requested.
-        prompt_ranks: The ranks of the tokens of `prompt_logprobs`; 1 is the likeliest.
+        margins: How much likelier the first candidate for each token was than the second.
+        prompt_logprobs: Of the prompt's tokens from the second on; None if not requested.
+        prompt_ranks: The ranks of these tokens; 1 is the likeliest.
         cached: Prompt tokens that came from the prefix cache.
     """
 
@@ -63,11 +59,10 @@ class HandedOver:
     """A finished request of an engine with a KV connector.
 
     Attributes:
-        output: The output in this engine.
         params: The connector's parameters for the engine that continues the request.
         blocks: The blocks that the request held last, by KV group.
-        arrived: The contents of the blocks after another engine sent them and before a step used
-            them. None if they arrived within a step, or not at all.
+        arrived: The contents of the blocks that another engine sent, before a step used them. None
+            if they arrived within a step, or not at all.
     """
 
     output: Output
@@ -91,13 +86,8 @@ class EngineError(RuntimeError):
 class EngineHost:
     """A process that runs one engine at a time, with the engine's core inside the process.
 
-    Args:
-        log: The file that the process's output is appended to.
-        timeout_s: How long a command may take.
-        environment: Changes to the environment; None removes a variable.
-
-    Attributes:
-        started: Facts about the running engine, see `engine_worker.Worker.start`.
+    `timeout_s` limits a command, `environment` changes variables (None removes one), and `started`
+    has facts about the running engine, see `engine_worker.Worker.start`.
     """
 
     def __init__(

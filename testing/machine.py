@@ -27,11 +27,7 @@ def host() -> dict[str, Any]:
 
 
 def vllm_platform() -> dict[str, str]:
-    """Return the device that vLLM runs on here, its driver, and the versions of the software.
-
-    Raises:
-        ImportError: vLLM is not installed.
-    """
+    """Return the device that vLLM runs on here, its driver, and the versions of the software."""
     import torch
     from torch.utils import collect_env
     from vllm.platforms import current_platform

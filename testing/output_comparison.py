@@ -14,20 +14,15 @@ from testing.models import SCORE_SIZE
 
 @dataclass(frozen=True)
 class Bounds:
-    """How far rounding alone may move a log-probability.
-
-    Attributes:
-        rounding: The bound for 19 of 20 log-probabilities.
-        farthest: The bound for all; `rounding` if None.
-    """
+    """How far rounding may move 19 of 20 log-probabilities, and all of them if that is farther."""
 
     rounding: float
-    farthest: float | None = None
+    farthest: float = 0.0
 
     @property
     def limit(self) -> float:
         """The largest difference that is allowed."""
-        return self.rounding if self.farthest is None else self.farthest
+        return max(self.rounding, self.farthest)
 
 
 @dataclass(frozen=True)
@@ -35,13 +30,11 @@ class Comparison:
     """The result of comparing outputs.
 
     Attributes:
-        prompts: Number of outputs compared.
-        tokens: Number of tokens compared, all of which had to be equal.
+        tokens: Number of tokens compared.
         apart: The largest difference of a log-probability.
         different: The differences that rounding does not explain, a sentence each.
     """
 
-    prompts: int
     tokens: int
     apart: float
     different: list[str]
@@ -65,13 +58,9 @@ def is_decisive(output: Output, bounds: Bounds) -> bool:
 def compare(
     outputs: Sequence[Output], expected: Sequence[Output], bounds: Bounds, whole: bool = False
 ) -> Comparison:
-    """Compare tokens and log-probabilities.
+    """Compare tokens and log-probabilities with those of the reference.
 
-    Args:
-        outputs: The outputs to check.
-        expected: The outputs of the reference.
-        bounds: The effect of rounding.
-        whole: Compare all tokens; otherwise only those before the first close choice.
+    `whole` compares all tokens; otherwise only those before the first close choice.
     """
     tokens, different = 0, []
     differences: list[float] = []
@@ -100,7 +89,7 @@ def compare(
         different.append(
             f"{far} of {len(differences)} log-probabilities more than {bounds.rounding} apart"
         )
-    return Comparison(len(outputs), tokens, apart, different)
+    return Comparison(tokens, apart, different)
 
 
 def format_error(head_size: int) -> float:
@@ -136,14 +125,8 @@ def far_from_unquantised(
     distribution 99 of 100 are within ln(100) / sqrt(2) = 3.26 e, and the largest of 2000 is
     expected at 5.4 e; 8 e are allowed.
 
-    Args:
-        measured: With a k8v4 cache.
-        unquantised: Of the same tokens in the same texts, with a cache of the model's dtype.
-        head_size: Elements of a head.
-        spread: Standard deviation of an unquantised engine's log-probabilities.
-
-    Returns:
-        The mean difference, and the bounds that are exceeded, with the numbers.
+    Returns the mean difference, and the bounds that are exceeded, with the numbers. `spread` is the
+    standard deviation of an unquantised engine's log-probabilities.
     """
     unit = format_error(head_size) * spread
     errors = sorted(abs(a - b) for a, b in zip(measured, unquantised, strict=True))

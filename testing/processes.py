@@ -43,13 +43,10 @@ def start_group(
     environment: Mapping[str, str | None] | None = None,
     **options: Any,
 ) -> subprocess.Popen[Any]:
-    """Start a process in a new session, which Ctrl-C does not reach.
+    """Start a process in a new session, which Ctrl-C does not reach, with its output in a log.
 
-    Args:
-        command: The command line.
-        log: The file that its output is appended to.
-        environment: Changes to `os.environ` and `OFFLINE`; None removes a variable.
-        options: Further arguments of `subprocess.Popen`.
+    `environment` changes `os.environ` and `OFFLINE`; None removes a variable. `options` are further
+    arguments of `subprocess.Popen`.
     """
     changed = {**os.environ, **OFFLINE, **(environment or {})}
     environ = {name: value for name, value in changed.items() if value is not None}

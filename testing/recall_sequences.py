@@ -34,13 +34,7 @@ NO_LABEL, ANSWER, TEXT = 0, 1, 2
 
 @dataclass(frozen=True)
 class Sequence:
-    """A sequence and labels of its tokens.
-
-    Attributes:
-        tokens: Ids.
-        kinds: `NO_LABEL`, `ANSWER` or `TEXT` for each token.
-        sources: For each `ANSWER`, the index of the token that it repeats; -1 otherwise.
-    """
+    """Token ids, their kinds, and for each `ANSWER` the index of the token that it repeats."""
 
     tokens: np.ndarray
     kinds: np.ndarray
@@ -99,13 +93,7 @@ def text_sequence(draw: np.random.Generator, length: int) -> Sequence:
 def copy_sequence(
     draw: np.random.Generator, length: int, text_share: float | None = None
 ) -> Sequence:
-    """Return symbols, text and a part of the symbols again.
-
-    Args:
-        draw: Random generator.
-        length: Tokens.
-        text_share: Share of text between the symbols and their copy; drawn if None.
-    """
+    """Return symbols, text and a part of the symbols again; None draws the share of text."""
     if text_share is None:
         text_share = draw.choice([0.0, 0.0, 0.3, 0.8])
     text = int((length - 4) * text_share)
@@ -135,11 +123,7 @@ def recall_sequence(
 ) -> Sequence:
     """Return pairs between pieces of text, and some of their keys again with their values.
 
-    Args:
-        draw: Random generator.
-        length: Tokens.
-        text_share: Share of text before the questions; drawn if None.
-        questions: Number of keys that are repeated; drawn if None, at most one for each pair.
+    The share of text before the questions and the number of questions are drawn if they are None.
     """
     if text_share is None:
         text_share = draw.choice([0.0, 0.3, 0.6, 0.9])

@@ -139,13 +139,7 @@ class Server:
 def serve(
     model: Path, arguments: Sequence[str], log: Path, console: Console | None = None
 ) -> Iterator[Server]:
-    """Serve a model during a `with` block.
-
-    Args:
-        model: Folder of the model.
-        arguments: Further arguments of `vllm serve`.
-        log: File for the server's output.
-        console: Shows progress; None shows nothing.
+    """Serve a model during a `with` block, with a log file; `console` shows progress.
 
     Raises:
         ProcessError: The server did not start, or had to be killed.

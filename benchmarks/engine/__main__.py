@@ -37,9 +37,8 @@ from benchmarks.engine import report, speed, workload
 from benchmarks.engine.checks import ModelChecks
 from benchmarks.engine.configurations import Place, find_place
 from benchmarks.engine.engines import Engines
-from benchmarks.engine.report import Results, Verdict
+from benchmarks.engine.report import Results
 from testing import machine
-from testing.engine_host import EngineError
 from testing.models import build_model
 
 PARTS = ("checks", "speed")
@@ -53,12 +52,7 @@ def run_model(
     results: Results,
     say: Callable[[str], None],
 ) -> None:
-    """Check and time one model.
-
-    Args:
-        options: The command's options.
-        scratch: Folder for the model's weights.
-    """
+    """Check and time one model, whose weights are written to the folder `scratch`."""
     sizes = workload.SMALLEST if options.smallest else workload.FULL
     jobs = options.jobs or (1 if place.device == "cpu" else 4)
 
@@ -71,7 +65,6 @@ def run_model(
         where = (place, sizes, jobs, options.timeout, log)
         return Engines(model, path, arguments, *where, results, say)
 
-    runner = None
     if "checks" in options.parts:
         config = workload.config_of(model)
         checked = engines(
@@ -83,7 +76,7 @@ def run_model(
             kv_cache_memory_bytes=1 << 30,
         )
         bounds = workload.bounds_of(model, checked.arguments["dtype"])
-        runner = ModelChecks(checked, config.head_dim, bounds).run()
+        ModelChecks(checked, config.head_dim, bounds).run()
     if "speed" in options.parts:
         config = workload.config_to_time(model, sizes)
         timed = engines(
@@ -94,14 +87,7 @@ def run_model(
             max_num_seqs=max(batch for batch, _ in sizes.cells),
             kv_cache_memory_bytes=int(sizes.cache_share * place.memory_bytes),
         )
-        if "checks" not in options.parts:
-            try:
-                engine, runner = timed.start_unquantised()
-            except EngineError as error:
-                timed.add("all", "speed", Verdict.UNSUPPORTED, f"with auto: {error.reason}")
-                return
-            engine.close()
-        speed.measure(timed, runner)
+        speed.measure(timed)
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 
 from benchmarks.engine import configurations
@@ -26,12 +27,8 @@ class ModelChecks:
     """The checks of one model.
 
     Attributes:
-        engines: Its engines.
-        head_size: Elements of its attention heads.
-        bounds: How far rounding moves its outputs.
         prompts: The prompts that are compared, in the order of their lengths.
-        outputs: The outputs of an eager engine that computed each prompt alone, from its first
-            token on.
+        outputs: The outputs of an eager engine that computed each prompt alone.
         unquantised: The log-probabilities of each scored text's tokens from the second on, with
             an unquantised cache; empty if vLLM could not compute them.
     """
@@ -43,24 +40,18 @@ class ModelChecks:
     outputs: list[Output] = field(default_factory=list)
     unquantised: list[list[float]] = field(default_factory=list)
 
-    def run(self) -> str | None:
-        """Start the engines, compare them, and add a row for each comparison or its absence.
-
-        Returns:
-            The model runner that vLLM needs, if not the default.
-        """
+    def run(self) -> None:
+        """Start the engines, compare them, and add a row for each comparison or its absence."""
         engines = self.engines
         try:
-            auto, runner = engines.start_unquantised()
+            auto = engines.start(AUTO)
         except EngineError as error:
             engines.add("all", "", Verdict.UNSUPPORTED, f"with auto: {error.reason}")
-            return None
-        try:
-            second = auto.started["runner"] == 2
-            has_reference = self._make_reference(replace(REFERENCE, runner=runner), auto)
-        finally:
-            auto.close()
-        tried, skipped = configurations.to_check(engines.name, engines.place, runner, second)
+            return
+        with contextlib.closing(auto):
+            has_reference = self._make_reference(auto)
+        second = auto.started["runner"] == 2
+        tried, skipped = configurations.to_check(engines.name, engines.place, second)
         if not has_reference:
             skipped |= {c.name: "there is no reference" for c in tried}
             tried = []
@@ -68,18 +59,17 @@ class ModelChecks:
             engines.add(name, "", Verdict.SKIPPED, reason)
         with ThreadPoolExecutor(engines.jobs) as pool:
             list(pool.map(self._check, tried))
-        return runner
 
-    def _make_reference(self, configuration: Configuration, auto: EngineHost) -> bool:
+    def _make_reference(self, auto: EngineHost) -> bool:
         sizes, pool = self.engines.sizes, prompt_pool(self.engines.sizes)
         try:
-            with self.engines.running(configuration) as engine:
+            with self.engines.running(REFERENCE) as engine:
                 outputs = engine.generate(pool, sizes.tokens, fresh=True)
                 self.prompts = choose(outputs, pool, sizes.prompts, self.bounds)
                 self.outputs = engine.generate(self.prompts, sizes.tokens, alone=True, fresh=True)
-                self._check_batches(configuration, engine)
+                self._check_batches(REFERENCE, engine)
         except EngineError as error:
-            self._add_failure(configuration, error, pool)
+            self._add_failure(REFERENCE, error, pool)
             return False
         try:
             self.unquantised = self._scores(auto)
@@ -90,7 +80,7 @@ class ModelChecks:
         generated = [output.logprobs for output in self.outputs[-SCORED:]]
         pairs = zip(generated, self.unquantised, strict=True)
         expected = [scores[-len(logprobs) :] for logprobs, scores in pairs]
-        self._check_scores(configuration, "generated tokens", generated, expected)
+        self._check_scores(REFERENCE, "generated tokens", generated, expected)
         return True
 
     def _check(self, configuration: Configuration) -> None:

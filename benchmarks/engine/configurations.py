@@ -30,12 +30,7 @@ GRAPHS = {
 
 @dataclass(frozen=True)
 class Place:
-    """The device that the engines run on.
-
-    Attributes:
-        device: vLLM's device type, such as "cuda" or "cpu".
-        compiled: Whether vLLM's compiled extension is installed.
-    """
+    """vLLM's device type, such as "cuda", and whether vLLM's compiled extension is installed."""
 
     device: str
     compiled: bool
@@ -111,10 +106,7 @@ class Configuration:
         return found
 
     def control(self) -> Configuration:
-        """Return the same without the plugin and with an unquantised cache.
-
-        If that engine fails too, the failure is vLLM's.
-        """
+        """Return the same without plugin and quantisation; if it fails too, vLLM is at fault."""
         return replace(self, name=f"{self.name}, auto", cache_dtype="auto", plugin=False)
 
 
@@ -128,21 +120,15 @@ AUTO = REFERENCE.control()
 CHUNKS = Configuration("prompts in chunks of 96", chunk=96)
 
 
-def to_check(
-    model: str, place: Place, runner: str | None, second: bool
-) -> tuple[list[Configuration], Skipped]:
+def to_check(model: str, place: Place, second: bool) -> tuple[list[Configuration], Skipped]:
     """Return the engines that are compared with `REFERENCE`, and those that are skipped.
 
-    Args:
-        runner: The model runner that all engines of the model must use, if any.
-        second: Whether the model's engines run on vLLM's second model runner.
+    `second`: the model's engines run on vLLM's second model runner by default.
     """
     found, skipped = [CHUNKS], {}
     other_runner = "the other model runner"
     if place.device == "cpu":
         skipped[other_runner] = "vLLM's second one needs a GPU"
-    elif runner == "0":
-        skipped[other_runner] = "vLLM's second one failed with auto"
     else:
         found.append(Configuration(other_runner, runner="0" if second else "1"))
     graphs = [Configuration(name, graphs=mode) for name, mode in GRAPHS.items()]
@@ -151,15 +137,6 @@ def to_check(
         if model in HYBRIDS:
             # vLLM chooses what a hybrid caches while it speculates.
             drafts = replace(drafts, prefix_caching=None)
-            uncached = replace(drafts, name=f"{method}, no prefix cache", prefix_caching=False)
-            # Moving states for the cache takes kernels that CPUs lack.
-            if method == "ngram" and place.device == "cpu":
-                skipped[uncached.name] = (
-                    "vLLM's causal_conv1d_update_cpu stopped here, apparently when a request got "
-                    "fewer drafts than it had accepted before"
-                )
-            else:
-                found.append(uncached)
         found.append(drafts)
         # The verification of drafts, several tokens for each request, is captured as a graph too.
         graphs.append(replace(drafts, name=f"{method}, full graphs", graphs=FULL_GRAPHS))
@@ -169,16 +146,14 @@ def to_check(
         found += graphs
     if model not in HYBRIDS:
         skipped["mtp"] = "vLLM has no such drafting for this type of model"
-    return [replace(c, runner=c.runner or runner) for c in found], skipped
+    return found, skipped
 
 
 def _methods(model: str) -> list[str]:
     return ["ngram", "mtp"] if model in HYBRIDS else ["ngram"]
 
 
-def to_time(
-    model: str, place: Place, runner: str | None
-) -> tuple[dict[str, list[Configuration]], Skipped]:
+def to_time(model: str, place: Place) -> tuple[dict[str, list[Configuration]], Skipped]:
     """Return the engines to time, by mode, and those that are skipped.
 
     The first of each mode is ours, the second has an unquantised cache.
@@ -196,7 +171,7 @@ def to_time(
     found = {}
     for mode, base in modes.items():
         # Every request must read pages of its own.
-        ours = replace(base, name="k8v4", runner=runner, prefix_caching=False, chunk=8192)
+        ours = replace(base, name="k8v4", prefix_caching=False, chunk=8192)
         others = {"auto": "auto", "fp8": "fp8"}
         if place.device != "cpu":
             others["stock k8v4"] = K8V4

@@ -6,11 +6,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine.configurations import AUTO, Configuration, Place
+from benchmarks.engine.configurations import Configuration, Place
 from benchmarks.engine.report import Results, Row, Verdict
 from benchmarks.engine.workload import Sizes
 from testing.engine_host import EngineError, EngineHost
@@ -23,7 +23,6 @@ class Engines:
     Attributes:
         arguments: Arguments of `vllm.LLM` that all its engines have.
         jobs: Number of engines that may start at the same time.
-        timeout_s: How long a command of an engine may take.
         log: Beginning of the path of each engine's log.
     """
 
@@ -39,11 +38,7 @@ class Engines:
     say: Callable[[str], None]
 
     def start(self, configuration: Configuration, mode: str = "") -> EngineHost:
-        """Start an engine, which the caller closes; `mode` becomes part of its row and its log.
-
-        Raises:
-            EngineError: It did not start, or has the plugin against its configuration.
-        """
+        """Start an engine, which the caller closes; `mode` becomes part of its row and its log."""
         words = "".join(c if c.isalnum() else "-" for c in f"{mode} {configuration.name}".strip())
         log = self.log.with_name(f"{self.log.name}-{words}.txt")
         log.unlink(missing_ok=True)
@@ -76,31 +71,6 @@ class Engines:
     def running(self, configuration: Configuration) -> contextlib.closing[EngineHost]:
         """Run an engine during a `with` block."""
         return contextlib.closing(self.start(configuration))
-
-    def start_unquantised(self) -> tuple[EngineHost, str | None]:
-        """Start an engine of stock vLLM, with its first model runner if the default one fails.
-
-        Returns:
-            The engine, which has answered a request, and the model runner, if not the default.
-
-        Raises:
-            EngineError: It runs with neither.
-        """
-
-        def start(runner: str | None) -> EngineHost:
-            with contextlib.ExitStack() as on_error:
-                engine = self.start(replace(AUTO, runner=runner))
-                on_error.callback(engine.close)
-                engine.generate([[5, 6, 7, 8]], 2)
-                on_error.pop_all()
-            return engine
-
-        try:
-            return start(None), None
-        except EngineError:
-            if self.place.device == "cpu":
-                raise
-            return start("0"), "0"
 
     def add(self, engine: str, what: str, verdict: Verdict, detail: str = "", *more: Any) -> None:
         """Add a row about an engine to the report and print it; `more` are numbers of the row."""

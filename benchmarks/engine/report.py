@@ -35,13 +35,10 @@ class Row:
     """A comparison of an engine with the reference of its model, or why something was not run.
 
     Attributes:
-        engine: Name of the engine's configuration.
         what: The outputs that were compared, or the batch that was not timed; empty for all.
         detail: The difference, or the reason.
-        outputs: Number of outputs compared.
-        tokens: Number of tokens compared.
-        apart: Largest difference of a log-probability; compared with an unquantised cache, the
-            mean.
+        outputs: Number of outputs compared, with `tokens` tokens.
+        apart: Largest difference of a log-probability; the mean from an unquantised cache.
     """
 
     model: str
@@ -60,12 +57,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Speed:
-    """Decode times of the engines of one mode for one batch.
-
-    Attributes:
-        length: Tokens of each request's context.
-        milliseconds: By cache and round, the time in which a request gets a token.
-    """
+    """Decode times, by cache and round, in which each request of a batch gets a token."""
 
     model: str
     mode: str
@@ -113,7 +105,6 @@ def write(results: Results, machine: dict[str, Any], folder: Path) -> None:
     """Write `engine.json` and `engine.md`."""
     found = {
         "machine": machine,
-        "failures": [asdict(row) for row in results.failures],
         **asdict(results),
         "speeds": [{**asdict(s), "times_faster": s.times_faster()} for s in results.speeds],
     }
@@ -137,10 +128,9 @@ def markdown(results: Results, machine: dict[str, Any]) -> str:
     if compared:
         parts += [
             "## Equal outputs",
-            "Each engine is compared with an eager engine of the same model with a k8v4 cache, "
-            "which computed each prompt alone and from its first token on. Tokens before the "
-            "first close choice (closer than rounding) must be equal. `apart`: the largest "
-            "difference of a log-probability; compared with an unquantised cache, the mean.",
+            "Each engine is compared with an eager engine that computed each prompt alone. Tokens "
+            "before the first close choice (closer than rounding) must be equal. `apart`: the "
+            "largest difference of a log-probability; from an unquantised cache, the mean.",
             _table(
                 ("model", "engine", "", "outputs", "tokens", "apart", "", ""),
                 [
@@ -163,8 +153,7 @@ def markdown(results: Results, machine: dict[str, Any]) -> str:
             "## Decode speed",
             "Milliseconds in which a request gets a token, and tokens per second of the batch: "
             "medians. The engines of a row ran in turn. In brackets: how many times faster k8v4 "
-            "is, the median of the ratios of each round. Random weights, and the scheduler in the "
-            "engine's own process: compare within a row, not with a server.",
+            "is, the median of all rounds. Compare within a row, not with a server.",
             _table(("model", "mode", "batch, tokens", *caches), timed),
         ]
     if machine.get("vLLM's compiled extension") == "missing":

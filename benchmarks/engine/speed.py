@@ -15,14 +15,9 @@ from testing.engine_host import EngineError, EngineHost
 from testing.tokenizer import random_prompt, repeated_prompt
 
 
-def measure(engines: Engines, runner: str | None) -> None:
-    """Time every mode of a model, and add a row for each time or its absence.
-
-    Args:
-        engines: The model's engines.
-        runner: The model runner that vLLM needs, if not the default.
-    """
-    modes, skipped = configurations.to_time(engines.name, engines.place, runner)
+def measure(engines: Engines) -> None:
+    """Time every mode of a model, and add a row for each time or its absence."""
+    modes, skipped = configurations.to_time(engines.name, engines.place)
     for name, reason in skipped.items():
         engines.add(name, "speed", Verdict.SKIPPED, reason)
     for mode, caches in modes.items():

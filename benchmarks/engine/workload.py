@@ -22,8 +22,7 @@ class Sizes:
     """The amount of work.
 
     Attributes:
-        pool: Number of prompts to choose from.
-        prompts: Number of prompts whose outputs are compared.
+        prompts: Number of prompts whose outputs are compared, chosen from `pool` prompts.
         longest: Tokens of the longest prompt.
         tokens: Tokens that each prompt generates.
         small_models: Time the small models whose outputs are compared.

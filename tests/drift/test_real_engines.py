@@ -115,5 +115,5 @@ def test_the_cpu_operators_of_0_33_that_the_extension_of_0_32_lacks_are_known(
 def test_engines_of_0_33_answer_like_those_of_0_32(release: Release) -> None:
     done = run_suites([ENGINES], release.folder, "0.33")
     # A selection that selects fewer tests would pass as well.
-    assert re.search(r"\b19 passed\b(?!.*skipped)", done.stdout), done.stdout[-8000:]
+    assert re.search(r"\b17 passed\b(?!.*skipped)", done.stdout), done.stdout[-8000:]
     assert done.returncode == 0

@@ -42,8 +42,12 @@ def start(small_model: Callable[..., Path]) -> Start:
     """A function that starts an engine with a connector in a host."""
 
     def run(host: EngineHost, connector: str, role: str, case: Case = CASE, **more: Any) -> Any:
-        transfer = {"kv_connector": connector, "kv_role": role}
-        transfer["kv_connector_extra_config"] = more.pop("options", {})
+        options = more.pop("options", {})
+        transfer = {
+            "kv_connector": connector,
+            "kv_role": role,
+            "kv_connector_extra_config": options,
+        }
         model = small_model(case.model, case.dtype)
         return host.engine(**settings(model, case.dtype, kv_transfer_config=transfer, **more))
 
@@ -109,20 +113,6 @@ def test_the_folder_describes_its_pages_in_a_subfolder_for_their_format(folder: 
     assert len(list((own / "0of1").iterdir())) == len(PROMPTS)
 
 
-@pytest.mark.long
-def test_an_engine_without_the_plugin_reads_nothing_from_the_folder(
-    folder: Folder, start: Start, tmp_path: Path
-) -> None:
-    more = {"kv_cache_dtype": "auto", "options": {"shared_storage_path": str(folder.path)}}
-    before = set(folder.path.rglob("*"))
-    with contextlib.closing(EngineHost(tmp_path / "log.txt", VLLM_PLUGINS="")) as host:
-        engine = start(host, "ExampleConnector", "kv_both", **more)
-        alone = engine.hand_over(PROMPTS, TOKENS, NO_PARAMS)
-    assert [request.output.cached for request in alone] == [0] * len(PROMPTS)
-    # It adds pages of its own.
-    assert before < set(folder.path.rglob("*"))
-
-
 # NIXL
 
 
@@ -145,13 +135,10 @@ def nixl_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 def cross(
     prefill: EngineHost, decode: EngineHost, case: Case = CASE, same_answers: bool = True
 ) -> int:
-    """Prefill on one engine and decode on another, and compare answers and pages.
+    """Prefill on one engine, decode on another, compare answers and pages, and count processes.
 
     Each process of the decoding engine must receive the pages of its peer, which differ from
     those of its siblings.
-
-    Returns:
-        The number of processes of an engine.
     """
     expected = decode.generate(PROMPTS, TOKENS, alone=True, fresh=True)
     assert decode.generate([random_prompt(3, seed=0)], 1, fresh=True)

@@ -31,9 +31,6 @@ pytestmark = pytest.mark.engine
 CONCURRENT = 20
 """Requests that run at the same time."""
 
-BEGINNING = random_prompt(512, seed=11)
-"""The beginning of several prompts: whole pages of it come from the prefix cache."""
-
 
 @dataclass(frozen=True)
 class Texts:
@@ -51,7 +48,6 @@ class Reference:
     model: Path
     host: EngineHost
     mixed: Texts
-    same_beginning: Texts
     repeated: Texts | None
 
     def engine(self, **more: object) -> EngineHost:
@@ -62,8 +58,8 @@ class Reference:
 def arguments(model: Path, case: Case, **more: Any) -> dict[str, Any]:
     """Return the arguments of a case's engine, changed by `more`.
 
-    Gemma3 has blocks of two lengths, because its boundary layers are not quantised. Prefixes match
-    at multiples of their least common multiple, which is 640 tokens with vLLM's default of 128.
+    Gemma3 has blocks of two lengths. Prefixes match at multiples of their least common multiple,
+    which is 640 tokens with vLLM's default of 128.
     """
     if case.model == "gemma3":
         more = {"block_size": 32, **more}
@@ -87,14 +83,12 @@ def reference(
     lengths = sorted(map(len, mixed.prompts))
     assert lengths[0] < 64
     assert lengths[-1] > 400
-    pool = [BEGINNING + random_prompt(40 + i, seed=100 + i) for i in range(case.candidates // 4)]
-    same_beginning = texts(pool, 4, case.tokens)
     repeated = None
     if case.speculates:
         # Its continuation is proposed as a draft, and often enough it is accepted.
         pool = [random_prompt(6 + i % 5, seed=i)[1:] * (8 + i % 40) for i in range(case.candidates)]
         repeated = texts(pool, 8, 4 * case.tokens)
-    return Reference(case, model, host, mixed, same_beginning, repeated)
+    return Reference(case, model, host, mixed, repeated)
 
 
 def read_from_the_prefix_cache(reference: Reference) -> None:
@@ -137,17 +131,6 @@ def speculate(reference: Reference) -> EngineHost:
 @pytest.mark.both_minors
 def test_output_is_the_same_when_pages_come_from_the_prefix_cache(reference: Reference) -> None:
     read_from_the_prefix_cache(reference)
-
-
-@pytest.mark.both_minors
-def test_output_is_the_same_with_pages_of_another_prompt_with_the_same_beginning(
-    reference: Reference,
-) -> None:
-    engine, texts = reference.engine(), reference.same_beginning
-    engine.generate([[*BEGINNING, 7, 8, 9]], 1, fresh=True)
-    outputs = engine.generate(texts.prompts, reference.case.tokens, alone=True)
-    assert all(output.cached >= 256 for output in outputs)
-    assert_same(outputs, texts.outputs, reference.case)
 
 
 @pytest.mark.both_minors
@@ -237,10 +220,7 @@ def test_the_gpu_kernels_give_the_output_of_the_cpu_kernels(
 def earliest_draft(
     texts: Texts, bounds: Bounds, tokens: int, chunk: int
 ) -> tuple[tuple[list[int], Output], int]:
-    """Return the text that verifies a draft after the fewest steps, and its number of tokens.
-
-    A draft is what followed the same token before. The prompt fills at least two chunks.
-    """
+    """Return the text that verifies a draft after the fewest steps, and its number of tokens."""
     found = []
     for prompt, output in zip(texts.prompts, texts.outputs, strict=True):
         repeats = [

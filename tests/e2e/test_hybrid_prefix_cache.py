@@ -31,8 +31,7 @@ class Chats:
     Attributes:
         prompts: By turn, then by chat.
         uncached: Their outputs without a prefix cache.
-        cached: Their outputs with our strategy, sent one after another.
-        engine: The engine with our strategy.
+        cached: Their outputs with our strategy in `engine`, sent one after another.
     """
 
     prompts: list[list[int]]

@@ -38,8 +38,8 @@ class Served:
         before: Samples of metrics before the first request.
         after: Several scrapes after the last request.
         cached: For each request, the tokens from the cache by the server's answer.
-        folders: Names and permissions of the folders of metrics in its temporary folder.
-        left: Those that it left behind.
+        folders: Permissions of the folders of metrics in its temporary folder.
+        left: Files and folders that it left behind.
     """
 
     before: list[Sample]

@@ -3,12 +3,9 @@
 
 They add the same numbers in another order. With an unquantised cache the log-probabilities of
 1966 prompt tokens then move by at most 4.2e-5 (two processes) and 5.6e-5 (compiled). With a k8v4
-cache they move by 0.13 and 0.15, and the pages show why: a key close to the middle between two
-codes gets the other one. Of the 81,920 keys of 640 tokens in the first quantised layer, 6 and 4
-do. Each moves what later tokens read there by far more than float32 rounds, and with it their keys
-in the next layers, where 43, 588 and 3523 keys have another code (two processes), and 17, 599 and
-4045 (compiled). The log-probabilities of tokens before the first such key agree. Hence three
-checks:
+cache they move by 0.13 and 0.15, because a key close to the middle between two codes gets the other
+one: 6 and 4 of 81,920 keys in the first quantised layer, over 3,500 in the fourth. The
+log-probabilities of tokens before the first such key agree. Hence three checks:
 
 * The first tokens of a prompt depend on so few codes that most of them see none that changed.
   The median of their differences is below 1e-4, twice the largest of an unquantised cache.

@@ -6,7 +6,6 @@ Random models show that something changed; these show whether it matters.
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -57,13 +56,7 @@ Place = tuple[int, int]
 
 @dataclass
 class Tally:
-    """Answers by place.
-
-    Attributes:
-        asked: Number of questions.
-        right: Number of questions whose right answer was the most probable token.
-        surprise: Sum of the right answers' negative log-probabilities.
-    """
+    """Questions by place, those answered right, and the sum of negative log-probabilities."""
 
     asked: Counter[Place] = field(default_factory=Counter)
     right: Counter[Place] = field(default_factory=Counter)
@@ -79,15 +72,6 @@ class Tally:
         """Mean negative log-probability of the right answers."""
         return self.surprise / self.asked.total()
 
-    def table(self) -> str:
-        """Return the counts as text, with a line for each band of distance."""
-        lines = []
-        for band in DISTANCES:
-            counts = ((self.right[band, part], self.asked[band, part]) for part in range(DEPTHS))
-            cells = " ".join(f"{right:5d}/{asked:<5d}" for right, asked in counts)
-            lines.append(f"up to {band:4d} back: {cells}")
-        return "\n".join([*lines, f"all: {self.share:.2%}, loss {self.loss:.4f}"])
-
 
 def place(index: int, source: int, first: int) -> Place:
     """Return the place of the question at `index`; the first question is at `first`."""
@@ -102,12 +86,7 @@ def sheets(seed: int, lengths: Iterable[int]) -> list[Sequence]:
 
 
 def count_answers(sequences: list[Sequence], outputs: list[Output]) -> Tally:
-    """Count the answers that were the most probable token.
-
-    Args:
-        sequences: The prompts.
-        outputs: Their outputs, with log-probabilities of the prompts.
-    """
+    """Count the answers in prompts that were the most probable token."""
     tally = Tally()
     for sequence, output in zip(sequences, outputs, strict=True):
         ranks, logprobs = output.prompt_ranks or [], output.prompt_logprobs or []
@@ -118,15 +97,6 @@ def count_answers(sequences: list[Sequence], outputs: list[Output]) -> Tally:
             tally.right[where] += ranks[index - 1] == 1
             tally.surprise -= logprobs[index - 1]
     return tally
-
-
-def questions_one_by_one(sequence: Sequence, count: int) -> tuple[list[list[int]], list[int]]:
-    """Return prompts with a sequence up to its first question and one question, and answers."""
-    answers = np.flatnonzero(sequence.kinds == ANSWER)
-    start = sequence.tokens[: answers[0] - 1].tolist()
-    asked = answers[:: max(1, len(answers) // count)][:count]
-    prompts = [[*start, int(sequence.tokens[index - 1])] for index in asked]
-    return prompts, sequence.tokens[asked].tolist()
 
 
 def copies(seed: int, lengths: Iterable[int]) -> tuple[list[list[int]], list[list[int]]]:
@@ -174,10 +144,7 @@ def answer(engine: EngineHost, asked: list[Sequence]) -> Tally:
 def copied_share(
     engine: EngineHost, lengths: Iterable[int] = LENGTHS, tokens: int = COPIED, **how: bool
 ) -> float:
-    """Return the share of decoded tokens that repeat the prompt's.
-
-    A copy may begin in the middle of the original, and end before `tokens` tokens.
-    """
+    """Return the share of decoded tokens that repeat the prompt's; a copy may end earlier."""
     prompts, wanted = copies(3, lengths)
     outputs = engine.generate(prompts, tokens, **how)
     pairs = [
@@ -191,7 +158,7 @@ def copied_share(
 
 def assert_as_good(tally: Tally, plain: Tally) -> None:
     """Assert that recall is not worse than plain, in total and at every distance and depth."""
-    print(tally.table())
+    print(f"{tally.share:.2%}, loss {tally.loss:.4f}")
     assert tally.share >= plain.share - WORSE, f"recalls {tally.share:.2%}, not {plain.share:.2%}"
     assert tally.loss <= plain.loss + LESS_SURE, (
         f"recalls with a loss of {tally.loss:.4f}, not {plain.loss:.4f}"
@@ -208,7 +175,6 @@ def plain(request: pytest.FixtureRequest, host: EngineHost) -> Plain:
     shape: str = request.param
     engine = host.engine(**settings(shape, kv_cache_dtype="auto"))
     tally = answer(engine, ALL_SHEETS)
-    print(f"{shape}, unquantised\n{tally.table()}")
     return Plain(shape, host, tally, answer(engine, FEW_SHEETS), copied_share(engine))
 
 
@@ -227,19 +193,14 @@ def test_k8v4_recalls_at_every_distance_and_depth(plain: Plain) -> None:
 
 
 @pytest.mark.both_minors
-def test_k8v4_copies_token_by_token_in_a_mixed_batch(plain: Plain) -> None:
-    assert copied_share(plain.engine(), fresh=True) >= plain.copied - WORSE
-
-
-@pytest.mark.both_minors
-def test_k8v4_recalls_from_pages_of_the_prefix_cache(plain: Plain) -> None:
+def test_k8v4_copies_token_by_token_in_a_mixed_batch_and_from_the_prefix_cache(
+    plain: Plain,
+) -> None:
     engine = plain.engine()
-    prompts, wanted = questions_one_by_one(ALL_SHEETS[0], 200)
-    engine.generate(prompts[:1], 1, fresh=True)
-    outputs = engine.generate(prompts, 1)
-    assert min(output.cached for output in outputs) > len(prompts[0]) // 2
-    right = sum(output.tokens == [token] for output, token in zip(outputs, wanted, strict=True))
-    assert right / len(wanted) >= plain.tally.share - WORSE
+    assert copied_share(engine, fresh=True) >= plain.copied - WORSE
+    before = engine.metrics()["vllm:prefix_cache_hits"]
+    assert copied_share(engine) >= plain.copied - WORSE
+    assert engine.metrics()["vllm:prefix_cache_hits"] > before
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -268,16 +229,3 @@ def test_k8v4_copies_the_same_after_preemption(plain: Plain) -> None:
     engine = plain.engine(**chunks, num_gpu_blocks_override=blocks)
     assert copied_share(engine, lengths, tokens, fresh=True) >= expected - WORSE
     assert engine.metrics()["vllm:num_preemptions"] > 0
-
-
-@pytest.mark.long
-def test_k8v4_recalls_with_its_heads_in_two_processes(plain: Plain, tmp_path: Path) -> None:
-    # Two processes of a thread each share the cores.
-    host = EngineHost(tmp_path / "log.txt", VLLM_CPU_OMP_THREADS_BIND="nobind")
-    with contextlib.closing(host):
-        engine = host.engine(**settings(plain.shape, tensor_parallel_size=2))
-        assert_as_good(answer(engine, FEW_SHEETS), plain.few)
-        assert copied_share(engine, fresh=True) >= plain.copied - WORSE
-        engine.plant("stale page")
-        with pytest.raises(AssertionError, match=DIFFERENT):
-            assert_as_good(answer(engine, FEW_SHEETS), plain.few)

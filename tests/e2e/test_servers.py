@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm serve` with clients that hang up, killed processes, two servers, two engines."""
+"""`vllm serve` with clients that hang up, killed processes, two engines, differing workers."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
@@ -21,7 +20,6 @@ import httpx
 import openai
 import pytest
 from openai.types import Completion
-from rich.console import Console
 
 from testing.engine_host import BASE_ENVIRONMENT, EngineHost
 from testing.model_cases import case_of, settings
@@ -84,13 +82,9 @@ class Crash:
 
 
 def crash(model: Path, folder: Path, name: str, *arguments: str) -> Crash:
-    """Serve a model, hang up once, and kill one process of the server while it streams answers.
+    """Serve a model, hang up once, and kill one process while the server streams answers.
 
-    Args:
-        model: The model's folder.
-        folder: For the log.
-        name: Part of the command line of only the process to kill.
-        arguments: Further arguments of `vllm serve`.
+    `name` is a part of the command line of only that process.
     """
     endings: list[str] = []
     began = threading.Barrier(STREAMS + 1, timeout=120)
@@ -178,41 +172,6 @@ def test_a_killed_process_ends_the_server_as_it_does_without_the_plugin(
     assert ours.processes == stock.processes
     assert len(ours.files) <= len(stock.files)
     assert [name for name in ours.files if "hybrid" in name] == []
-
-
-@pytest.mark.long
-def test_two_servers_with_a_read_only_home_answer_alike_and_a_third_one_compiles_nothing(
-    small_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nobind: None
-) -> None:
-    def answers(*names: str) -> list[str]:
-        """Start a server for each name, all at the same time, and return the answer of each."""
-        with contextlib.ExitStack() as stack:
-            servers, found = [], []
-            for name in names:
-                options = (*ARGUMENTS, *K8V4, "--max-model-len", "2048")
-                servers.append(Server(small_model("llama"), options, tmp_path / f"{name}.txt"))
-                stack.callback(servers[-1].stop)
-            for server in servers:
-                server.wait(Console(quiet=True))
-                chunks = stream(server.url, seed=1, tokens=40)
-                found.append("".join(choice.text for chunk in chunks for choice in chunk.choices))
-            return found
-
-    kernels = tmp_path / "kernels"
-    # Not even root can write here.
-    for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
-        monkeypatch.setenv(name, "/proc/nowhere")
-    monkeypatch.setenv("NUMBA_CACHE_DIR", str(kernels))
-    one, another = answers("one", "another")
-    compiled = set(kernels.rglob("*.nbc"))
-    (later,) = answers("later")
-    assert one
-    assert one == another == later
-    assert compiled
-    assert set(kernels.rglob("*.nbc")) == compiled
-    assert not [file for file in kernels.rglob("*") if ".tmp." in file.name]
-    logs = [log.read_text(errors="replace") for log in tmp_path.glob("*.txt")]
-    assert not any("compiled in memory" in log for log in logs)
 
 
 @pytest.mark.long

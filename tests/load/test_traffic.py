@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from tests.load.traffic import margin, plan
+from tests.load.__main__ import margin, plan
 
 LIKELIEST = [{3: -0.1, 4: -2.5}, {5: -0.7, 6: -0.75}, {7: -0.2, 8: -1.8}]
 

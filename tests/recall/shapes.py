@@ -16,8 +16,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3NextConfig,
 )
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from testing.recall_sequences import BOS, EOS, FIRST_BYTE, FIRST_SYMBOL, PAD, VOCAB_SIZE
+from testing.recall_sequences import BOS, EOS, FIRST_SYMBOL, PAD, VOCAB_SIZE
 
 WINDOW = 64
 
@@ -105,12 +106,10 @@ def save(model: PreTrainedModel, folder: Path, curve: list[dict[str, float]]) ->
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer with a token for each byte; text cannot express symbols."""
-    alphabet = _letters_of_bytes()
+    alphabet = bytes_to_unicode()
     names = [f"<|{name}|>" for name in ("begin", "end", "pad", "copy", "4", "5", "6", "7")]
     names += [alphabet[byte] for byte in range(256)]
     names += [f"<|symbol {i}|>" for i in range(VOCAB_SIZE - FIRST_SYMBOL)]
-    assert len(names) == VOCAB_SIZE
-    assert names[FIRST_BYTE] == alphabet[0]
     tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -121,12 +120,3 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         pad_token=names[PAD],
         model_max_length=4096,
     )
-
-
-def _letters_of_bytes() -> dict[int, str]:
-    """Return the letter that byte-level tokenizers such as GPT-2's use for each byte."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {
-        byte: chr(256 + i) for i, byte in enumerate(others)
-    }
