@@ -6,8 +6,6 @@ The checks run at every call, so messages are formatted only for an error.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from vllm_hybrid_kv.kernels import k8v4
@@ -15,24 +13,21 @@ from vllm_hybrid_kv.kernels import k8v4
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes of queries, keys, values and outputs."""
 
+ATTENTION, STORE = "k8v4 attention", "quantise_and_store"
+
 
 def attention_error(reason: str) -> ValueError:
     """Return the error of an invalid call of `paged_attention`."""
-    return ValueError(f"k8v4 attention: {reason}")
+    return ValueError(f"{ATTENTION}: {reason}")
 
 
-def _check(call: str, ok: bool, name: str, tensor: torch.Tensor, *expected: object) -> None:
-    """Raise ValueError with the parts of `expected` and the tensor's properties unless `ok`."""
-    if not ok:
-        parts = (list(part) if isinstance(part, torch.Size) else part for part in expected)
-        raise ValueError(
-            f"{call}: {name} must be {' '.join(map(str, parts))}, got {tensor.dtype} "
-            f"{list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}"
-        )
-
-
-_attention = functools.partial(_check, "k8v4 attention")
-_store = functools.partial(_check, "quantise_and_store")
+def invalid(call: str, name: str, tensor: torch.Tensor, *expected: object) -> ValueError:
+    """Return the error of a tensor that is not as `expected`, the parts of a sentence."""
+    parts = (list(part) if isinstance(part, torch.Size) else part for part in expected)
+    return ValueError(
+        f"{call}: {name} must be {' '.join(map(str, parts))}, got {tensor.dtype} "
+        f"{list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}"
+    )
 
 
 def check_attention(
@@ -58,55 +53,55 @@ def check_attention(
     Raises:
         ValueError: A shape, dtype, stride, device or, with `debug`, an index is invalid.
     """
-    _attention(query.dim() == 3 and query.dtype in DTYPES, "query", query,
-               "bf16, fp16 or fp32 [tokens, query heads, head size]")  # fmt: skip
-    _, num_heads, head_size = query.shape
-    _attention(cache.dim() == 4 and cache.dtype == torch.uint8, "cache", cache,
-               "uint8 [blocks, KV heads, page size, slot bytes]")  # fmt: skip
-    _, num_kv_heads, page_size, slot = cache.shape
-    _attention(slot == k8v4.slot_bytes(head_size), "cache", cache, "made of slots of",
-               k8v4.slot_bytes(head_size), "bytes for head size", head_size)  # fmt: skip
-    _attention(cache.stride()[1:] == (page_size * slot, slot, 1), "cache", cache,
-               "contiguous within a block")  # fmt: skip
-    _attention(num_kv_heads > 0 and num_heads % num_kv_heads == 0, "query", query,
-               "of a number of heads that is a multiple of the cache's", num_kv_heads)  # fmt: skip
-    _attention(out.shape == query.shape and out.dtype == query.dtype, "out", out,
-               "of query's dtype and shape,", query.dtype, query.shape)  # fmt: skip
-    for name, rows in (("query", query), ("out", out)):
-        _attention(rows.stride(2) == 1, name, rows,
-                   "contiguous in its last dim (call its contiguous())")  # fmt: skip
-    _attention(
-        seq_lens.dtype == torch.int32 and seq_lens.dim() == 1 and seq_lens.is_contiguous(),
-        "seq_lens", seq_lens, "contiguous int32 [requests]",
-    )  # fmt: skip
-    requests = seq_lens.shape[0]
-    starts = query_start_loc
-    _attention(
-        starts.dtype == torch.int32 and starts.shape == (requests + 1,) and starts.is_contiguous(),
-        "query_start_loc", starts, "contiguous int32 [requests + 1] for", requests, "requests",
-    )  # fmt: skip
-    _attention(
-        block_table.dtype == torch.int32
-        and block_table.dim() == 2
-        and block_table.shape[0] >= requests
-        and (block_table.stride(1) == 1 or block_table.shape[1] < 2),
-        "block_table", block_table, "int32 with contiguous rows, at least", requests,
-    )  # fmt: skip
-    if sinks is not None:
-        _attention(sinks.shape == (num_heads,), "sinks", sinks,
-                   "one number for each of", num_heads, "query heads")  # fmt: skip
-    if lse is not None:
-        _attention(lse.dtype == torch.float32 and lse.shape == query.shape[:2], "lse", lse,
-                   "float32", query.shape[:2])  # fmt: skip
+    shape, dtype = query.shape, query.dtype
+    if len(shape) != 3 or dtype not in DTYPES or query.stride(2) != 1:
+        raise invalid(ATTENTION, "query", query, "bf16, fp16 or fp32 [tokens, query heads, head",
+                      "size], contiguous in its last dim")  # fmt: skip
+    _, num_heads, head_size = shape
+    slot = k8v4.slot_bytes(head_size)
+    if cache.dim() != 4 or cache.dtype != torch.uint8 or cache.shape[3] != slot:
+        raise invalid(ATTENTION, "cache", cache, "uint8 [blocks, KV heads, page size,", slot,
+                      "bytes] for head size", head_size)  # fmt: skip
+    _, num_kv_heads, page_size, _ = cache.shape
+    if cache.stride()[1:] != (page_size * slot, slot, 1):
+        raise invalid(ATTENTION, "cache", cache, "contiguous within a block")
+    if page_size <= 0 or page_size % k8v4.TILE_TOKENS:
+        raise invalid(ATTENTION, "cache", cache, "of a page size that is a multiple of",
+                      k8v4.TILE_TOKENS)  # fmt: skip
+    if num_kv_heads <= 0 or num_heads % num_kv_heads:
+        raise invalid(ATTENTION, "query", query, "of heads that are a multiple of the cache's",
+                      num_kv_heads)  # fmt: skip
+    if out.shape != shape or out.dtype != dtype or out.stride(2) != 1:
+        raise invalid(ATTENTION, "out", out, "of query's dtype and shape,", dtype, shape,
+                      "contiguous in its last dim")  # fmt: skip
+    if seq_lens.dtype != torch.int32 or seq_lens.dim() != 1 or not seq_lens.is_contiguous():
+        raise invalid(ATTENTION, "seq_lens", seq_lens, "contiguous int32 [requests]")
+    starts, requests = query_start_loc, seq_lens.shape[0]
+    fits = starts.dtype == torch.int32 and starts.shape == (requests + 1,)
+    if not fits or not starts.is_contiguous():
+        raise invalid(ATTENTION, "query_start_loc", starts, "contiguous int32 [requests + 1] for",
+                      requests, "requests")  # fmt: skip
+    if (
+        block_table.dtype != torch.int32
+        or block_table.dim() != 2
+        or block_table.shape[0] < requests
+        or (block_table.stride(1) != 1 and block_table.shape[1] > 1)
+    ):
+        raise invalid(ATTENTION, "block_table", block_table,
+                      "int32 with contiguous rows, at least", requests)  # fmt: skip
+    if sinks is not None and sinks.shape != (num_heads,):
+        raise invalid(ATTENTION, "sinks", sinks, "one number for each of", num_heads, "query heads")
+    if lse is not None and (lse.dtype != torch.float32 or lse.shape != shape[:2]):
+        raise invalid(ATTENTION, "lse", lse, "float32", shape[:2])
     # An address of another device is invalid here, and reading it ends the process.
     for name, tensor in (
         ("cache", cache), ("block_table", block_table), ("seq_lens", seq_lens),
         ("query_start_loc", starts), ("out", out), ("sinks", sinks), ("lse", lse),
     ):  # fmt: skip
         if tensor is not None and tensor.device != query.device:
-            _attention(False, name, tensor, "on query's device,", query.device)
+            raise invalid(ATTENTION, name, tensor, "on query's device,", query.device)
     if debug:
-        _check_indices(cache, block_table, seq_lens, query_start_loc, query.shape[0])
+        _check_indices(cache, block_table, seq_lens, query_start_loc, shape[0])
 
 
 def _check_indices(
@@ -154,30 +149,36 @@ def check_store(
     Raises:
         ValueError: A shape, dtype, stride or device is invalid.
     """
-    _store(key.dim() == 3 and key.dtype in DTYPES, "key", key,
-           "bf16, fp16 or fp32 [tokens, KV heads, head size]")  # fmt: skip
-    _store(value.shape == key.shape and value.dtype == key.dtype, "value", value,
-           "of key's dtype and shape,", key.dtype, key.shape)  # fmt: skip
+    if key.dim() != 3 or key.dtype not in DTYPES:
+        raise invalid(STORE, "key", key, "bf16, fp16 or fp32 [tokens, KV heads, head size]")
+    if value.shape != key.shape or value.dtype != key.dtype:
+        raise invalid(STORE, "value", value, "of key's dtype and shape,", key.dtype, key.shape)
     tokens, num_heads, head_size = key.shape
-    valid = slots.dtype in (torch.int64, torch.int32) and slots.dim() == 1
-    _store(valid and slots.shape[0] <= tokens, "slot_mapping", slots,
-           "int64 or int32, one slot for each of at most", tokens, "tokens")  # fmt: skip
-    slot = k8v4.slot_bytes(head_size)
-    shape = cache.shape
-    valid = cache.dtype == torch.uint8 and len(shape) == 4
-    _store(valid and (shape[1], shape[3]) == (num_heads, slot), "cache", cache,
-           "uint8 [blocks,", num_heads, "KV heads, page size,", slot, "bytes]")  # fmt: skip
-    _store(shape[2] > 0 and shape[2] % k8v4.TILE_TOKENS == 0, "cache", cache,
-           "made of pages of a multiple of", k8v4.TILE_TOKENS, "tokens")  # fmt: skip
-    block_stride, head_stride, *strides = cache.stride()
+    is_integer = slots.dtype in (torch.int64, torch.int32)
+    if not is_integer or slots.dim() != 1 or slots.shape[0] > tokens:
+        raise invalid(STORE, "slot_mapping", slots, "int64 or int32, one slot for each of at most",
+                      tokens, "tokens")  # fmt: skip
+    slot, shape = k8v4.slot_bytes(head_size), cache.shape
+    fits = cache.dtype == torch.uint8 and len(shape) == 4
+    if not fits or shape[1] != num_heads or shape[3] != slot:
+        raise invalid(STORE, "cache", cache, "uint8 [blocks,", num_heads, "KV heads, page size,",
+                      slot, "bytes] for head size", head_size)  # fmt: skip
+    if shape[2] <= 0 or shape[2] % k8v4.TILE_TOKENS:
+        raise invalid(STORE, "cache", cache, "of a page size that is a multiple of",
+                      k8v4.TILE_TOKENS)  # fmt: skip
+    blocks, heads, token, last = cache.stride()
     head_bytes = shape[2] * slot
-    contiguous = strides == [slot, 1] and (num_heads < 2 or head_stride == head_bytes)
-    contiguous = contiguous and (shape[0] < 2 or block_stride >= num_heads * head_bytes)
-    _store(contiguous, "cache", cache, "contiguous within a block, with", head_bytes,
-           "bytes between heads and", slot, "between tokens")  # fmt: skip
-    for name, tensor in (("key", key), ("value", value), ("cache", cache), ("slot_mapping", slots)):
-        if tensor.device != device:
-            _store(False, name, tensor, "on", device)
+    if (
+        (last, token) != (1, slot)
+        or (num_heads > 1 and heads != head_bytes)
+        or (shape[0] > 1 and blocks < num_heads * head_bytes)
+    ):
+        raise invalid(STORE, "cache", cache, "contiguous within a block, with", head_bytes,
+                      "bytes between heads and", slot, "between tokens")  # fmt: skip
+    if not key.device == value.device == slots.device == cache.device == device:
+        tensors = {"key": key, "value": value, "slot_mapping": slots, "cache": cache}
+        name = next(name for name, tensor in tensors.items() if tensor.device != device)
+        raise invalid(STORE, name, tensors[name], "on", device)
 
 
 def check_duplicates(slots: torch.Tensor) -> None:
@@ -190,6 +191,5 @@ def check_duplicates(slots: torch.Tensor) -> None:
     twice = named[counts > 1]
     if len(twice):
         raise ValueError(
-            f"quantise_and_store: slot_mapping names slot {int(twice[0])} twice; "
-            "give each token its own slot"
+            f"{STORE}: slot_mapping names slot {int(twice[0])} twice; give each token its own slot"
         )

@@ -7,11 +7,12 @@
 * `checks`       our kernels against the float32 reference, on the device
 * `shapes`       what is measured, in which order, and how many bytes it reads
 * `sections`     each kind of measurement: the contenders and their results
-* `contenders/`  the kernels: ours, vLLM's (stock k8v4, unified, FlashAttention), other libraries'
+* `contenders/`  the kernels: ours, vLLM's (stock k8v4, unified, FlashAttention), torch's
 * `measure`      times and ratios, with `triton.testing`
 * `goals`        the goals and how the measurements meet them
-* `report`       JSON, Markdown and the roofline picture
+* `report`       JSON and Markdown
 * `environment`  the GPU, driver, versions and clocks; vLLM's modules
+* `processes`    checks and compiling in several processes
 * `tune`         `--tune`: the fastest tile sizes on this GPU
 
 It needs torch and Triton. Contenders that are not installed are left out, with the reason.

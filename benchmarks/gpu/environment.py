@@ -109,6 +109,8 @@ def has_flash_attention() -> bool:
 
 def nvidia_smi() -> dict[str, str]:
     """Return driver, clocks, power limit and temperature now; nothing without nvidia-smi."""
+    if interpreted():
+        return {}
     try:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         printed = subprocess.check_output(

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from benchmarks.gpu.checks import Check, CheckResult
 from benchmarks.gpu.contenders import Batch, Ours
 from benchmarks.gpu.environment import device_for_kernels
 from benchmarks.gpu.sections import CONTENDERS, build
-from benchmarks.gpu.shapes import Heads, Job, Shape
+from benchmarks.gpu.shapes import Job, Shape
 from vllm_hybrid_kv.kernels.triton.tuning import Tiling
 
 MOST_PROCESSES = 12
@@ -74,16 +75,15 @@ def _small(shape: Shape) -> Shape:
     return replace(shape, length=context + new, queries=new)
 
 
-def _compile(jobs: Sequence[Job]) -> None:
-    """Let every contender of jobs attend once, to few tokens."""
-    for job in jobs:
-        # A contender that fails here fails again when it is measured, and is reported then.
-        with contextlib.suppress(Exception):
-            batch = Batch(_small(job.shape), device_for_kernels())
-            built, _ = build(CONTENDERS[job.section], batch, 1)
-            for contender in built.values():
-                with contextlib.suppress(Exception):
-                    contender.attend(0)
+def _compile(job: Job) -> None:
+    """Let every contender of a job attend once, to few tokens."""
+    # A contender that fails here fails again when it is measured, and is reported then.
+    with contextlib.suppress(Exception):
+        batch = Batch(_small(job.shape), device_for_kernels())
+        built, _ = build(CONTENDERS[job.section], batch, 1)
+        for contender in built.values():
+            with contextlib.suppress(Exception):
+                contender.attend(0)
     torch.cuda.synchronize()
 
 
@@ -92,17 +92,14 @@ def compile_ahead(jobs: Sequence[Job], seconds: float) -> None:
 
     This only saves time: a missing kernel is compiled when it is measured.
     """
-    # Batches of one section and shape of heads share most kernels, hence one process.
-    groups: dict[tuple[str, Heads], dict[int, Job]] = {}
-    for job in jobs:
-        if job.section in CONTENDERS:
-            group = groups.setdefault((job.section, job.shape.heads), {})
-            group.setdefault(job.shape.batch, job)
-    share_out(_compile, [list(group.values()) for group in groups.values()], seconds)
+    # Batches of one section and shape of heads share most kernels.
+    first = {
+        (job.section, job.shape.heads): job for job in reversed(jobs) if job.section in CONTENDERS
+    }
+    share_out(_compile, list(first.values()), seconds)
 
 
-def _compile_tiling(task: tuple[Shape, Tiling]) -> None:
-    shape, tiling = task
+def _compile_tiling(shape: Shape, tiling: Tiling) -> None:
     # A candidate that cannot be compiled is rejected when it is tried.
     with contextlib.suppress(Exception):
         ours = Ours(Batch(_small(shape), device_for_kernels()), 1)
@@ -112,4 +109,4 @@ def _compile_tiling(task: tuple[Shape, Tiling]) -> None:
 
 def compile_tilings(shape: Shape, tilings: Sequence[Tiling], seconds: float) -> None:
     """Fill Triton's cache on disk with our kernel in several tile sizes."""
-    share_out(_compile_tiling, [(shape, tiling) for tiling in tilings], seconds)
+    share_out(partial(_compile_tiling, shape), tilings, seconds)

@@ -14,10 +14,10 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, astuple, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -45,16 +45,12 @@ RESERVED = 5.0
 """Seconds reserved for writing."""
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """One row of the table: shapes that stand for a class of rows of a head size."""
 
     rows: int
+    heads: Heads
     shapes: tuple[Shape, ...]
-
-    @property
-    def heads(self) -> Heads:
-        return self.shapes[0].heads
 
 
 def tasks() -> list[Task]:
@@ -63,11 +59,12 @@ def tasks() -> list[Task]:
     for queries, rows in zip((1, 2048, 4, 8), (16, MOST_ROWS[-1], 32, 64), strict=True):
         for heads in (Heads(32, 8, 128), Heads(16, 2, 256), Heads(16, 2, 64)):
             if queries == 2048:
-                found.append(Task(rows, (Shape(heads, 1, 8192 + queries, queries),)))
-                continue
-            # Eight query heads to a KV head make the rows of several tokens fit their class.
-            wide = heads if queries == 1 else Heads(8 * heads.kv, heads.kv, heads.size)
-            found.append(Task(rows, tuple(Shape(wide, batch, 32768, queries) for batch in (8, 1))))
+                shapes = [Shape(heads, 1, 8192 + queries, queries)]
+            else:
+                # Eight query heads to a KV head make the rows of several tokens fit their class.
+                wide = heads if queries == 1 else Heads(8 * heads.kv, heads.kv, heads.size)
+                shapes = [Shape(wide, batch, 32768, queries) for batch in (8, 1)]
+            found.append(Task(rows, shapes[0].heads, tuple(shapes)))
     return found
 
 
@@ -95,6 +92,10 @@ def row_of(capability: tuple[int, int] | None, task: Task, winner: Tiling) -> st
     """Return a row of `tuning.MEASURED` as source."""
     key = (capability, triton.next_power_of_2(task.heads.size), task.rows)
     return f"    {key}: Tiling{astuple(winner)},"
+
+
+SMALL = Heads(4, 1, 64)
+"""Heads for the interpreter."""
 
 
 class _Trial:
@@ -169,7 +170,7 @@ def tune(folder: Path, device: torch.device, budget: Budget) -> int:
         budget: Time, shared evenly among the rows.
     """
     capability = capability_of(device)
-    wanted = [Task(16, (Shape(Heads(4, 1, 64), 1, 70),))] if interpreted() else tasks()
+    wanted = [Task(16, SMALL, (Shape(SMALL, 1, 70),))] if interpreted() else tasks()
     rows: list[str] = []
     log: list[dict[str, Any]] = []
     for place, task in enumerate(wanted):

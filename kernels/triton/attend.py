@@ -27,15 +27,14 @@ from vllm_hybrid_kv.kernels.triton.convert import (
     decode_keys,
     decode_values,
 )
-from vllm_hybrid_kv.kernels.triton.plan import ITEM_FIELDS, key_range, key_tiles
+from vllm_hybrid_kv.kernels.triton.plan import FIELDS, key_range, key_tiles
 from vllm_hybrid_kv.kernels.triton.rotation import rotated_quarter
 
-_FIELDS = tl.constexpr(ITEM_FIELDS)
 _NATIVE_PTX = tl.constexpr(int(KeyDecoder.NATIVE_PTX))
 _LOW_UNIT = tl.constexpr(1.0 / LOW_CODE_UNIT)
 _HIGH_UNIT = tl.constexpr(1.0 / HIGH_CODE_UNIT)
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_LN_2 = tl.constexpr(0.6931471805599453)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 # Exponents of float32. Before weights times scales become fp16, a power of two that follows the
 # largest scale so far brings them below 2^15: fp16 then holds numbers down to 2^-29 of the
@@ -75,7 +74,7 @@ def _sum_in_threads(x, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
 def _attend_tile(  # type: ignore[no-untyped-def]
     tile, state, query, pages, first_key, end_key, window, soft_cap,
     D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    KEY_DECODER: tl.constexpr, VALUE_DECODER: tl.constexpr,
+    KEY_DECODER: tl.constexpr, VALUE_PTX: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, MASKED: tl.constexpr,
     ONE_PAGE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -175,8 +174,8 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     qk = tl.dot(k_odd, q_odd, qk) * qk_scale[None, :]
     if SOFT_CAP:
         # tanh, `1 - 2 / (1 + e^2x)`; both infinities of the exponential give +-1.
-        tanh = 1.0 - 2.0 / (1.0 + tl.exp2(qk / soft_cap * (2.0 * _LOG2_E)))
-        qk = tanh * (soft_cap * _LOG2_E)
+        tanh = 1.0 - 2.0 / (1.0 + tl.exp2(qk / soft_cap * (2.0 * LOG2_E)))
+        qk = tanh * (soft_cap * LOG2_E)
     if MASKED:
         mask = (key_pos < end_key)[:, None] & (query_pos >= 0)[None, :]
         if CAUSAL:
@@ -206,7 +205,7 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     p_scale = p * (scale * _power_of_two(-new_exp + (_WEIGHT_BITS + _BIAS)))[:, None]
     p_scale = p_scale.to(tl.float16)
     alpha = (alpha * _power_of_two(scale_exp - new_exp))[None, :]
-    v0, v1, v2, v3 = decode_values(value_bits, VALUE_DECODER)
+    v0, v1, v2, v3 = decode_values(value_bits, VALUE_PTX)
     return (
         m_j, l_i, z_i, new_exp,
         tl.dot(v0, p_scale, acc0 * alpha), tl.dot(v1, p_scale, acc1 * alpha),
@@ -233,7 +232,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     DIMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr,
     PARTIAL_ROWS: tl.constexpr, UNIT: tl.constexpr,
-    KEY_DECODER: tl.constexpr, VALUE_DECODER: tl.constexpr,
+    KEY_DECODER: tl.constexpr, VALUE_PTX: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
     SINKS: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
@@ -249,7 +248,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
         block_table_ptr: int32 [requests, blocks of a request].
         seq_lens_ptr: int32 [requests].
         query_start_loc_ptr: int32 [requests + 1].
-        items_ptr: int32 [programs, ITEM_FIELDS], from `plan_attention`.
+        items_ptr: int32 [programs, FIELDS], from `plan_attention`.
         sinks_ptr: float32 [H GROUP] with SINKS.
         partial_out_ptr: float32 [parts, H, PARTIAL_ROWS, D], written for several splits.
         partial_lse_ptr: float32 [parts, H, PARTIAL_ROWS], written for several splits; base 2.
@@ -258,7 +257,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
         LANES: See `Tiling.lanes`.
         UNIT: Factor of rotated values, see `rotation_unit`.
         KEY_DECODER: A `KeyDecoder`.
-        VALUE_DECODER: A `ValueDecoder`.
+        VALUE_PTX: See `decode_values`.
     """
     HALVES: tl.constexpr = DIMS // 2
     QUARTERS: tl.constexpr = DIMS // 4
@@ -269,12 +268,12 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     program = tl.program_id(0)
     kv_head_idx = tl.program_id(1)
     num_kv_heads = tl.num_programs(1)
-    req_idx = tl.load(items_ptr + program * _FIELDS)
+    req_idx = tl.load(items_ptr + program * FIELDS)
     if req_idx < 0:
         return
-    first_row = tl.load(items_ptr + program * _FIELDS + 1)
-    split_idx = tl.load(items_ptr + program * _FIELDS + 2)
-    num_splits = tl.load(items_ptr + program * _FIELDS + 3)
+    first_row = tl.load(items_ptr + program * FIELDS + 1)
+    split_idx = tl.load(items_ptr + program * FIELDS + 2)
+    num_splits = tl.load(items_ptr + program * FIELDS + 3)
     q_start = tl.load(query_start_loc_ptr + req_idx)
     query_len = tl.load(query_start_loc_ptr + req_idx + 1) - q_start
     seq_len = tl.load(seq_lens_ptr + req_idx)
@@ -302,7 +301,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     if KEY_DECODER != _NATIVE_PTX:
         qk_scale = qk_scale * INTEGER_KEY_UNIT
     if not SOFT_CAP:
-        qk_scale = qk_scale * _LOG2_E
+        qk_scale = qk_scale * LOG2_E
 
     sums = tl.zeros([LANES, 8, BLOCK_M], tl.float32)
     acc = tl.zeros([QUARTERS, BLOCK_M], tl.float32)
@@ -328,13 +327,13 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     for tile in tl.range(first_tile, masked_tile):
         state = _attend_tile(
             tile, state, (q_even, q_odd, qk_scale, offs_m), pages, 0, seq_len, window, soft_cap,
-            D, PAGE, BLOCK_N, KEY_DECODER, VALUE_DECODER,
+            D, PAGE, BLOCK_N, KEY_DECODER, VALUE_PTX,
             CAUSAL, WINDOW, SOFT_CAP, False, ONE_PAGE, LANES,
         )  # fmt: skip
     # Values needed after the main loop are read again, so that nothing derived from them occupies
     # registers during the loop, which needs them all.
-    first_row = tl.load(items_ptr + program * _FIELDS + 1, volatile=True)
-    part_idx = tl.load(items_ptr + program * _FIELDS + 4, volatile=True)
+    first_row = tl.load(items_ptr + program * FIELDS + 1, volatile=True)
+    part_idx = tl.load(items_ptr + program * FIELDS + 4, volatile=True)
     q_start = tl.load(query_start_loc_ptr + req_idx, volatile=True)
     query_len = tl.load(query_start_loc_ptr + req_idx + 1, volatile=True) - q_start
     row = first_row + offs_m
@@ -350,7 +349,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     for tile in tl.range(masked_tile, end_tile):
         state = _attend_tile(
             tile, state, query, pages, first_key, end_key, window, soft_cap,
-            D, PAGE, BLOCK_N, KEY_DECODER, VALUE_DECODER,
+            D, PAGE, BLOCK_N, KEY_DECODER, VALUE_PTX,
             CAUSAL, WINDOW, SOFT_CAP, True, ONE_PAGE, LANES,
         )  # fmt: skip
 
@@ -359,7 +358,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     z_i = tl.sum(tl.sum(z_i, axis=0), axis=0)
     if SINKS:  # noqa: SIM102 - a constexpr; without SINKS there is no valid `sinks_ptr`
         if num_splits == 1:
-            sink = tl.load(sinks_ptr + q_head, mask=mask_m, other=-float("inf")) * _LOG2_E
+            sink = tl.load(sinks_ptr + q_head, mask=mask_m, other=-float("inf")) * LOG2_E
             m_j = tl.maximum(m_i, sink)
             m_ref = tl.where(m_j == -float("inf"), 0.0, m_j)
             alpha = tl.exp2(m_i - m_ref)
@@ -395,7 +394,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
         tl.store(out_ptrs + offs_d[:, None], acc.to(out_ptr.dtype.element_ty), mask=mask_out)
         if LSE:
             lse_ptrs = lse_ptr + q_tok * stride_lse_tok + q_head * stride_lse_head
-            tl.store(lse_ptrs, lse * _LN_2, mask=mask_m)
+            tl.store(lse_ptrs, lse * LN_2, mask=mask_m)
     else:
         part_row = (part_idx.to(tl.int64) * num_kv_heads + kv_head_idx) * PARTIAL_ROWS + offs_m
         partial_ptrs = partial_out_ptr + (part_row * D)[None, :] + offs_d[:, None]

@@ -9,19 +9,14 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_hybrid_kv.kernels import k8v4
-from vllm_hybrid_kv.kernels.inputs import attention_error, check_attention
-from vllm_hybrid_kv.kernels.triton.attend import attend_kernel
-from vllm_hybrid_kv.kernels.triton.convert import key_decoder_for, value_decoder_for
-from vllm_hybrid_kv.kernels.triton.plan import ITEM_FIELDS, LaunchPlan, plan_attention
+from vllm_hybrid_kv.kernels import inputs
+from vllm_hybrid_kv.kernels.triton.attend import LN_2, LOG2_E, attend_kernel
+from vllm_hybrid_kv.kernels.triton.convert import is_nvidia, key_decoder_for
+from vllm_hybrid_kv.kernels.triton.plan import FIELDS, LaunchPlan, plan_attention
 from vllm_hybrid_kv.kernels.triton.rotation import rotation_unit
 
 MERGED_AT_A_TIME = 8
 """Partial results that a merging program reads at a time; 8 KiB at a head size of 256."""
-
-_FIELDS = tl.constexpr(ITEM_FIELDS)
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit(do_not_specialize=["stride_lse_tok", "stride_lse_head"])
@@ -46,23 +41,23 @@ def merge_kernel(  # type: ignore[no-untyped-def]
     kv_head_idx = tl.program_id(1)
     num_kv_heads = tl.num_programs(1)
     row_in_tile = tl.program_id(2)
-    req_idx = tl.load(items_ptr + program * _FIELDS)
+    req_idx = tl.load(items_ptr + program * FIELDS)
     if req_idx < 0:
         return
-    row = tl.load(items_ptr + program * _FIELDS + 1) + row_in_tile
-    split_idx = tl.load(items_ptr + program * _FIELDS + 2)
-    num_splits = tl.load(items_ptr + program * _FIELDS + 3)
+    row = tl.load(items_ptr + program * FIELDS + 1) + row_in_tile
+    split_idx = tl.load(items_ptr + program * FIELDS + 2)
+    num_splits = tl.load(items_ptr + program * FIELDS + 3)
     q_start = tl.load(query_start_loc_ptr + req_idx)
     query_len = tl.load(query_start_loc_ptr + req_idx + 1) - q_start
     if (split_idx > 0) | (num_splits == 1) | (row >= query_len * GROUP):
         return
-    first_part = tl.load(items_ptr + program * _FIELDS + 4)
+    first_part = tl.load(items_ptr + program * FIELDS + 4)
     q_tok = (q_start + row // GROUP).to(tl.int64)
     q_head = kv_head_idx * GROUP + row % GROUP
     m_i = -float("inf")
     l_i = 0.0
     if SINKS:
-        m_i = tl.load(sinks_ptr + q_head) * _LOG2_E
+        m_i = tl.load(sinks_ptr + q_head) * LOG2_E
         l_i = tl.where(m_i == -float("inf"), 0.0, 1.0)
     offs_d = tl.arange(0, DIMS)
     acc = tl.zeros([DIMS], tl.float32)
@@ -88,7 +83,7 @@ def merge_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=offs_d < D)
     if LSE:
         lse_ptrs = lse_ptr + q_tok * stride_lse_tok + q_head * stride_lse_head
-        tl.store(lse_ptrs, (m_i + tl.log2(l_i)) * _LN_2)
+        tl.store(lse_ptrs, (m_i + tl.log2(l_i)) * LN_2)
 
 
 def paged_attention(
@@ -140,22 +135,18 @@ def paged_attention(
     Raises:
         ValueError: An argument is not as required.
     """
-    check_attention(
+    inputs.check_attention(
         query, cache, block_table, seq_lens, query_start_loc, out,
         sinks=sinks, lse=lse, debug=debug,
     )  # fmt: skip
     tokens, num_heads, head_size = query.shape
     num_kv_heads, page_size = cache.shape[1], cache.shape[2]
-    if page_size <= 0 or page_size % k8v4.TILE_TOKENS:
-        raise attention_error(
-            f"cache must have pages of a multiple of {k8v4.TILE_TOKENS} tokens, got {page_size}"
-        )
     # Loads are 16 bytes wide, and every plane starts at a multiple of 16 bytes if the pages do.
     if cache.stride(0) % 16 or cache.data_ptr() % 16:
-        raise attention_error(
-            "cache must have pages at multiples of 16 bytes, got one at "
-            f"{cache.data_ptr():#x} and {cache.stride(0)} bytes between pages"
-        )
+        raise inputs.invalid(
+            inputs.ATTENTION, "cache", cache, "of blocks at multiples of 16 bytes, the first at",
+            cache.data_ptr(),
+        )  # fmt: skip
     requests = seq_lens.shape[0]
     if requests == 0 or tokens == 0:
         return
@@ -166,7 +157,7 @@ def paged_attention(
         )  # fmt: skip
     made_for = (requests, tokens, num_heads, num_kv_heads, head_size, causal, window)
     if plan.made_for != made_for:
-        raise attention_error(
+        raise inputs.attention_error(
             f"the plan was made for (requests, query tokens, heads, KV heads, head size, "
             f"causal, window) = {plan.made_for}, the call has {made_for}"
         )
@@ -193,7 +184,7 @@ def paged_attention(
         PAGE=page_size, UNIT=rotation_unit(head_size),
         BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, LANES=tiling.lanes,
         KEY_DECODER=int(key_decoder_for(query.device)),
-        VALUE_DECODER=int(value_decoder_for(query.device)),
+        VALUE_PTX=is_nvidia(query.device),
         CAUSAL=causal, WINDOW=window is not None, SOFT_CAP=soft_cap > 0,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, **shared,
     )  # fmt: skip

@@ -30,11 +30,9 @@ and each one is another kernel to compile."""
 ITEMS_PER_PROGRAM = 256
 """Rows of the table of programs that are written at a time."""
 
-ITEM_FIELDS = 5
+FIELDS = tl.constexpr(5)
 """Numbers in a program's row of the table: request (-1 for none), first row, split, number of
 splits, and the index of its partial result if there are several splits."""
-
-_FIELDS = tl.constexpr(ITEM_FIELDS)
 
 
 @triton.jit
@@ -133,16 +131,11 @@ def _num_splits(num_key_tiles, total, target, MIN_TILES: tl.constexpr):  # type:
 
 
 @triton.jit
-def _write_items(  # type: ignore[no-untyped-def]
-    items_ptr, item, num_items, req_idx, first_row, split_idx, num_splits, part_idx
-):
-    item_ptrs = items_ptr + item * _FIELDS
+def _write_items(items_ptr, item, num_items, fields):  # type: ignore[no-untyped-def]
+    item_ptrs = items_ptr + item * FIELDS
     mask = item < num_items
-    tl.store(item_ptrs, req_idx, mask=mask)
-    tl.store(item_ptrs + 1, first_row, mask=mask)
-    tl.store(item_ptrs + 2, split_idx, mask=mask)
-    tl.store(item_ptrs + 3, num_splits, mask=mask)
-    tl.store(item_ptrs + 4, part_idx, mask=mask)
+    for field in tl.static_range(FIELDS):
+        tl.store(item_ptrs + field, fields[field], mask=mask)
 
 
 # Specialising these on 1 and on multiples of 16 would compile more kernels at run time.
@@ -170,7 +163,7 @@ def plan_kernel(  # type: ignore[no-untyped-def]
     Args:
         query_start_loc_ptr: int32 [num_reqs + 1].
         seq_lens_ptr: int32 [num_reqs].
-        items_ptr: int32 [num_items, ITEM_FIELDS], written.
+        items_ptr: int32 [num_items, FIELDS], written.
         tile_starts_ptr: int32 [2, TILES], scratch; the first program of each row tile, and its
             first partial result.
         steps: Bisection steps that find a request.
@@ -206,11 +199,12 @@ def plan_kernel(  # type: ignore[no-untyped-def]
                 GROUP, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, ONE_TILE,
             )  # fmt: skip
             split_idx = item - tl.load(tile_starts_ptr + item_tile)
-            _write_items(
-                items_ptr, item, num_items, tl.where(item < num_programs, item_req, -1), item_row,
-                split_idx, _num_splits(item_key_tiles, total, target, MIN_TILES),
+            fields = (
+                tl.where(item < num_programs, item_req, -1), item_row, split_idx,
+                _num_splits(item_key_tiles, total, target, MIN_TILES),
                 tl.load(tile_starts_ptr + TILES + item_tile) + split_idx,
             )  # fmt: skip
+            _write_items(items_ptr, item, num_items, fields)
     else:
         item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)
         req_idx, first_row, _ = _row_tiles(
@@ -218,7 +212,8 @@ def plan_kernel(  # type: ignore[no-untyped-def]
             GROUP, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, ONE_TILE,
         )  # fmt: skip
         zeros = item * 0
-        _write_items(items_ptr, item, num_items, req_idx, first_row, zeros, zeros + 1, zeros)
+        fields = (req_idx, first_row, zeros, zeros + 1, zeros)
+        _write_items(items_ptr, item, num_items, fields)
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,7 +223,7 @@ class LaunchPlan:
     Attributes:
         made_for: Requests, query tokens, heads, KV heads, head size, causal, window.
         tiling: The tile sizes of a program.
-        items: int32 [programs, ITEM_FIELDS].
+        items: int32 [programs, FIELDS].
         merged_rows: Largest number of rows of a partial result in use.
         partial_out: float32 [parts, H, rows, D], scratch. Without splits there are no rows,
             otherwise `tiling.block_m`, because each number of rows is another kernel to compile.
@@ -343,7 +338,7 @@ def plan_attention(
     plan = LaunchPlan(
         (requests, num_tokens, num_heads, num_kv_heads, head_size, causal, window),
         tiling,
-        torch.empty((num_items, ITEM_FIELDS), dtype=torch.int32, device=device),
+        torch.empty((num_items, FIELDS.value), dtype=torch.int32, device=device),
         min(partial_rows, rows),
         partial_out.view(*shape, head_size),
         partial_lse.view(shape),

@@ -147,11 +147,10 @@ def quantise_and_store(
     _, num_heads, head_size = key.shape
     blocks, _, page_size, _ = cache.shape
     num_slots = blocks * page_size
+    # Scales and zeros are stored as 16-bit words.
     if blocks > 1 and cache.stride(0) % 2:
-        # Scales and zeros are stored as 16-bit words.
-        raise ValueError(
-            "quantise_and_store: cache must have an even number of bytes between blocks, got "
-            f"{cache.stride(0)}"
+        raise inputs.invalid(
+            inputs.STORE, "cache", cache, "of blocks an even number of bytes apart"
         )
     if debug:
         if num_tokens and int(slot_mapping.max()) >= num_slots:

@@ -14,7 +14,7 @@ from testing.triton.machine_code import MachineCode, compile_kernel, cuda, read_
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.kernels.triton.attend import attend_kernel
 from vllm_hybrid_kv.kernels.triton.attention import MERGED_AT_A_TIME, merge_kernel
-from vllm_hybrid_kv.kernels.triton.convert import KeyDecoder, ValueDecoder
+from vllm_hybrid_kv.kernels.triton.convert import KeyDecoder
 from vllm_hybrid_kv.kernels.triton.plan import (
     ITEMS_PER_PROGRAM,
     MIN_TILES_CAPACITY,
@@ -83,7 +83,7 @@ def compile_attention(
         "PARTIAL_ROWS": tiling.block_m,
         "UNIT": rotation_unit(head_size),
         "KEY_DECODER": int(KeyDecoder.NATIVE_PTX if _native(target) else portable),
-        "VALUE_DECODER": int(ValueDecoder.PTX if nvidia else ValueDecoder.PORTABLE),
+        "VALUE_PTX": nvidia,
         "CAUSAL": True, "WINDOW": False, "SOFT_CAP": False, "SINKS": False, "LSE": False,
     }  # fmt: skip
     warps, stages = tiling.num_warps, tiling.num_stages

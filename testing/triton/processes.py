@@ -14,7 +14,7 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 
 def _process(prepare: Callable[[], None]) -> ProcessPoolExecutor:
@@ -86,12 +86,6 @@ def interpreted(test: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-class Job(Protocol):
-    """Something to compile; hashable, of an importable module."""
-
-    def compile(self) -> Any: ...
-
-
 def _prepare_to_compile() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
     # Tests that run at the same time have priority. With `pytest -n` the next test waits for it.
@@ -100,18 +94,21 @@ def _prepare_to_compile() -> None:
 
 
 class Compiler:
-    """Compiles jobs in its own process, started before their results are needed."""
+    """Compiles jobs in its own process, started before their results are needed.
+
+    A job is hashable, of an importable module, and has a method `compile`.
+    """
 
     def __init__(self) -> None:
         self._process = _process(_prepare_to_compile)
-        self._started: dict[Job, Future[Any]] = {}
+        self._started: dict[Any, Future[Any]] = {}
 
-    def start(self, job: Job) -> Future[Any]:
+    def start(self, job: Any) -> Future[Any]:
         if job not in self._started:
             self._started[job] = self._process.submit(job.compile)
         return self._started[job]
 
-    def __call__(self, job: Job) -> Any:
+    def __call__(self, job: Any) -> Any:
         return self.start(job).result()
 
     def close(self) -> None:

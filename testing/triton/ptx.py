@@ -3,33 +3,31 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 
 
-def _lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: int) -> np.ndarray:
+def _lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.ndarray:
     """Bit i of the result is bit `4 a_i + 2 b_i + c_i` of the table."""
     result = np.zeros_like(a)
     for entry in range(8):
-        if table >> entry & 1:
-            x = a if entry & 4 else ~a
-            y = b if entry & 2 else ~b
-            result |= x & y & (c if entry & 1 else ~c)
+        parts = (x if entry & bit else ~x for x, bit in ((a, 4), (b, 2), (c, 1)))
+        result |= functools.reduce(
+            np.bitwise_and, parts, np.negative(table >> np.uint32(entry) & 1)
+        )
     return result
 
 
-def _prmt(a: np.ndarray, b: np.ndarray, selector: int) -> np.ndarray:
+def _prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
     """Nibble i of the selector names byte i of the result: 0 to 3 of a, 4 to 7 of b."""
-    result = np.zeros_like(a)
-    for byte in range(4):
-        index = selector >> 4 * byte & 0xF
-        assert index < 8, "sign replication is not emulated"
-        source = a if index < 4 else b
-        result |= (source >> np.uint32(8 * (index % 4)) & np.uint32(0xFF)) << np.uint32(8 * byte)
-    return result
+    octets = np.stack([a, b], axis=-1).view(np.uint8)
+    nibbles = selector[:, None] >> np.uint32([0, 4, 8, 12]) & np.uint32(15)
+    assert nibbles.max() < 8, "sign replication is not emulated"
+    return np.take_along_axis(octets, nibbles.astype(np.int64), axis=-1).view(np.uint32)[:, 0]
 
 
 def _e4m3x2_to_f16x2(pair: np.ndarray) -> np.ndarray:
@@ -37,6 +35,17 @@ def _e4m3x2_to_f16x2(pair: np.ndarray) -> np.ndarray:
     codes = torch.from_numpy(pair.astype(np.uint16).view(np.uint8).copy())
     halves = codes.view(torch.float8_e4m3fn).to(torch.float16).view(torch.int16)
     return halves.numpy().view(np.uint32).copy()
+
+
+_OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
+    "shl.b32": np.left_shift,
+    "shr.u32": np.right_shift,
+    "and.b32": np.bitwise_and,
+    "lop3.b32": _lop3,
+    "prmt.b32": _prmt,
+    "cvt.u16.u32": lambda word: word & np.uint32(0xFFFF),
+    "cvt.rn.f16x2.e4m3x2": _e4m3x2_to_f16x2,
+}
 
 
 def _statements(assembly: str) -> Iterator[tuple[str, str, list[str]]]:
@@ -55,25 +64,7 @@ def run(assembly: str, outputs: int, inputs: Sequence[np.ndarray]) -> list[np.nd
         return registers[name] if name in registers else np.full_like(inputs[0], int(name, 0))
 
     for name, destination, sources in _statements(assembly):
-        first = value(sources[0])
-        match name:
-            case "shl.b32":
-                result = first << value(sources[1])
-            case "shr.u32":
-                result = first >> value(sources[1])
-            case "and.b32":
-                result = first & value(sources[1])
-            case "lop3.b32":
-                result = _lop3(first, value(sources[1]), value(sources[2]), int(sources[3], 0))
-            case "prmt.b32":
-                result = _prmt(first, value(sources[1]), int(sources[2], 16))
-            case "cvt.u16.u32":
-                result = first & np.uint32(0xFFFF)
-            case "cvt.rn.f16x2.e4m3x2":
-                result = _e4m3x2_to_f16x2(first)
-            case _:
-                raise AssertionError(f"not emulated: {name}")
-        registers[destination] = result
+        registers[destination] = _OPERATIONS[name](*map(value, sources))
     return [registers[f"${i}"] for i in range(outputs)]
 
 

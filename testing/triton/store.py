@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -20,25 +19,15 @@ Rows = tuple[torch.Tensor, torch.Tensor]
 """Keys and values [tokens, heads, D]."""
 
 
-class Pages:
-    """A cache with `padding` bytes between blocks, inside memory that is longer on both ends."""
-
-    def __init__(
-        self,
-        blocks: int,
-        heads: int,
-        page_size: int,
-        head_size: int,
-        padding: int = 0,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        shape = (blocks, heads, page_size, k8v4.slot_bytes(head_size))
-        stride = math.prod(shape[1:]) + padding
-        size = 64 + blocks * stride + 64
-        self.memory = torch.full((size,), UNWRITTEN, dtype=torch.uint8, device=device)
-        self.cache = self.memory.as_strided(
-            shape, (stride, page_size * shape[3], shape[3], 1), 64
-        )  # fmt: skip
+def pages(
+    blocks: int, heads: int, page_size: int, head_size: int, padding: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return memory, and in it a cache with `padding` bytes between blocks and 64 at each end."""
+    slot = k8v4.slot_bytes(head_size)
+    stride = heads * page_size * slot + padding
+    memory = torch.full((64 + blocks * stride + 64,), UNWRITTEN, dtype=torch.uint8)
+    strides = (stride, page_size * slot, slot, 1)
+    return memory, memory.as_strided((blocks, heads, page_size, slot), strides, 64)
 
 
 def differing_bytes(
@@ -47,18 +36,18 @@ def differing_bytes(
     slots: torch.Tensor,
     page_size: int = 16,
     padding: int = 0,
-    **options: Any,
 ) -> int:
     """Return the number of bytes of the whole memory in which kernel and reference differ."""
-    _, heads, head_size = key.shape
-    blocks = max(1, int(slots.max()) // page_size + 1) if len(slots) else 1
-    found = Pages(blocks, heads, page_size, head_size, padding, key.device)
-    expected = Pages(blocks, heads, page_size, head_size, padding)
-    count = len(slots)
+    count, (_, heads, head_size) = len(slots), key.shape
+    blocks = max(1, int(slots.max()) // page_size + 1) if count else 1
+    expected, cache = pages(blocks, heads, page_size, head_size, padding)
+    found = expected.to(key.device, copy=True)
+    quantise_and_store(
+        key, value, found.as_strided(cache.shape, cache.stride(), 64), slots.to(key.device)
+    )
     quantised = reference.quantise(key[:count].cpu(), value[:count].cpu())
-    reference.store(quantised, expected.cache, slots, Layout.LINEAR)
-    quantise_and_store(key, value, found.cache, slots.to(key.device), **options)
-    return int((found.memory.cpu() != expected.memory).sum())
+    reference.store(quantised, cache, slots, Layout.LINEAR)
+    return int((found.cpu() != expected).sum())
 
 
 def random_rows(count: int, heads: int, head_size: int, dtype: torch.dtype) -> Rows:

@@ -54,13 +54,6 @@ def test_layers_in_turn_exceed_twice_the_l2_cache(
     assert layers_needed(cache_bytes, l2_bytes) == layers
 
 
-def test_decode_measures_every_combination_once() -> None:
-    decode = [job.shape for job in FULL if job.section == "decode"]
-    assert len(decode) == len(set(decode)) == 4 * 4 * 4
-    assert {shape.batch for shape in decode} == {1, 8, 32, 128}
-    assert {shape.length for shape in decode} == {1024, 8192, 32768, 131072}
-
-
 @pytest.mark.parametrize("jobs", [FULL, QUICK], ids=["full", "quick"])
 def test_shapes_that_decide_a_goal_come_first(jobs: list[Job]) -> None:
     lengths = [job.shape.length for job in jobs if job.section == "decode"]
@@ -230,15 +223,9 @@ def test_a_check_that_failed_or_was_not_run_fails_the_run_and_is_named(
 ) -> None:
     found = report(CheckResult("stored bytes", outcome, "3 bytes differ", 0.1))
     assert found.failed is failed
+    assert replace(found, failures=["decode: RuntimeError: no"]).failed
     found.write(tmp_path)
     assert f"- {outcome}: stored bytes: 3 bytes differ" in (tmp_path / MARKDOWN).read_text()
-
-
-def test_a_failure_of_our_kernels_fails_the_run() -> None:
-    found = report()
-    assert found.failed is False
-    found.failures.append("decode: RuntimeError: no")
-    assert found.failed is True
 
 
 def test_every_class_of_rows_and_heads_is_tuned() -> None:
@@ -253,20 +240,13 @@ def test_every_class_of_rows_and_heads_is_tuned() -> None:
             assert tuning.derived_tiling(rows, task.heads.size) in tune.sizes(task.rows)
 
 
-def test_the_distance_of_two_sizes_counts_halvings_and_doublings() -> None:
-    known = Tiling(16, 64, 2, 3)
-    assert tune.steps_away(known, known) == 0
-    assert tune.steps_away(known, Tiling(32, 32, 2, 3)) == 2
-    assert tune.steps_away(known, replace(known, min_split_tiles=16)) == 2
-
-
 WINNER = Tiling(16, 128, 4, 2, 8, 2)
 
 
 def test_a_winner_becomes_a_row_that_applies_to_its_capability_heads_and_rows_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    task = tune.Task(16, (Shape(Heads(24, 4, 96), 8, 32768),))
+    task = tune.Task(16, Heads(24, 4, 96), ())
     table = eval("{" + tune.row_of((9, 0), task, WINNER) + "}", {"Tiling": Tiling})
     assert table == {((9, 0), 128, 16): WINNER}
     monkeypatch.setattr(tuning, "MEASURED", table)

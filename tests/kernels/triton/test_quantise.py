@@ -12,8 +12,8 @@ import torch
 from testing.triton.processes import interpreted
 from testing.triton.store import (
     UNWRITTEN,
-    Pages,
     differing_bytes,
+    pages,
     random_rows,
     rows_of_all_numbers,
     special_rows,
@@ -122,10 +122,10 @@ def test_offsets_beyond_two_gigabytes_are_written() -> None:
     cache.fill_(UNWRITTEN)
     key, value = random_rows(14, heads, head_size, torch.bfloat16)
     slots = torch.cat([torch.arange(3 * page_size + 5, 4 * page_size), torch.tensor([2, 37, -1])])
-    expected = Pages(4, heads, page_size, head_size)
-    reference.store(reference.quantise(key, value), expected.cache, slots, Layout.LINEAR)
+    _, expected = pages(4, heads, page_size, head_size)
+    reference.store(reference.quantise(key, value), expected, slots, Layout.LINEAR)
     quantise_and_store(key, value, cache, slots)
-    assert torch.equal(cache, expected.cache)
+    assert torch.equal(cache, expected)
 
 
 ROWS = torch.ones(5, 2, 64)
@@ -133,12 +133,13 @@ ROWS = torch.ones(5, 2, 64)
 REJECTED = {
     "cache of another head size": (
         {"cache": torch.zeros(3, 2, 16, 196, dtype=torch.uint8)},
-        "cache must be uint8 [blocks, 2 KV heads, page size, 100 bytes], got torch.uint8 "
-        "[3, 2, 16, 196] with strides [6272, 3136, 196, 1] on cpu",
+        "cache must be uint8 [blocks, 2 KV heads, page size, 100 bytes] for head size 64, got "
+        "torch.uint8 [3, 2, 16, 196] with strides [6272, 3136, 196, 1] on cpu",
     ),
     "odd block stride": (
         {"cache": torch.zeros(3, 3201, dtype=torch.uint8)[:, :3200].view(3, 2, 16, 100)},
-        "cache must have an even number of bytes between blocks, got 3201",
+        "cache must be of blocks an even number of bytes apart, got torch.uint8 "
+        "[3, 2, 16, 100] with strides [3201, 1600, 100, 1] on cpu",
     ),
     "slot named twice": (
         {"slot_mapping": torch.tensor([3, 7, -1, 7, -1]), "debug": True},
