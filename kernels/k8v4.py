@@ -52,19 +52,18 @@ class Layout(enum.Enum):
     `LINEAR`: a token's bytes are contiguous. Key (t, d) is byte `t * D + d`. Value (t, d) is in
     byte `t * D/2 + d // 2`, even dims in the low nibble. For every head size.
 
-    `CPU_TILED`: for the dot product and tile instructions of CPUs, which multiply pairs of
-    neighbours; tiles of 16 tokens, one after another. For head sizes that are a multiple of 32.
+    `CPU_TILED`: tiles of 16 tokens, one after another, for the dot product and tile instructions
+    of CPUs, which multiply pairs of neighbours. For head sizes that are a multiple of 32.
 
     * keys: a tile is `[D/4, 4, 2, 4, 2]`: four dims in 64 bytes, and in them quad of tokens,
-      dim pair, token of the quad, dim of the pair. Codes are widened to bf16 by interleaving
-      their lower and upper bytes, which vector units do within 16 bytes: after interleaving, the
-      lower halves of a line are its first dim pair for tokens 0 to 15 and the upper halves
-      its second. Sixteen dim pairs are one operand of an AMX tile product.
+      dim pair, token of the quad, dim of the pair. Widening to bf16 interleaves lower and upper
+      bytes within 16 bytes: then the lower halves of a line are its first dim pair for tokens 0
+      to 15, and the upper halves its second. Sixteen dim pairs are one operand of AMX.
     * values: a tile is `[D/32, 4, 64]`: chunks of 32 dims, four quads of four tokens. The 64
       bytes of a quad are `[16, 4]`: dim `i` of the chunk's first half in the low nibble and
-      `16 + i` in the high one, tokens in the order 0, 2, 1, 3. In 16-bit words, the four nibbles
-      selected by shifts of 0, 4, 8, 12 bits are pairs of neighbouring tokens:
-      (0, 1) of the low dims, (0, 1) of the high dims, (2, 3) of the low, (2, 3) of the high.
+      `16 + i` in the high one, tokens in the order 0, 2, 1, 3. In 16-bit words, shifts of 0, 4,
+      8, 12 bits select pairs of neighbouring tokens: (0, 1) of the low dims, (0, 1) of the high
+      dims, (2, 3) of the low, (2, 3) of the high.
     """
 
     LINEAR = "linear"

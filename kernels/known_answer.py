@@ -140,7 +140,7 @@ def forget() -> None:
 
 
 def steps(group: int, rows: Sequence[int]) -> list[int]:
-    """Return numbers of new tokens whose rows fill each class of rows, and exceed the last one.
+    """Return numbers of new tokens that fill each class of rows, and exceed the last one.
 
     A request has `group` rows for each new token. `rows` are the most rows of each class, rising.
     """

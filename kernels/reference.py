@@ -69,9 +69,7 @@ def quantise(key: torch.Tensor, value: torch.Tensor) -> Quantised:
     A NaN in a token's key or value of one head gives that token and head a NaN scale, a zero
     of 0 and value codes of 0, so that every query that attends to the token shows it.
 
-    Args:
-        key: [T, H, D], any floating dtype and strides.
-        value: [T, H, D], any floating dtype and strides.
+    Keys and values are [T, H, D] of any floating dtype and strides.
     """
     k, v = key.to(torch.float32), value.to(torch.float32)
     key_codes = k.clamp(-k8v4.KEY_MAX, k8v4.KEY_MAX).to(torch.float8_e4m3fn).view(torch.uint8)

@@ -11,7 +11,7 @@
 * `measure`      times and ratios, with `triton.testing`
 * `goals`        the goals and how the measurements meet them
 * `report`       JSON and Markdown
-* `environment`  the GPU, driver, versions and clocks; vLLM's modules
+* `environment`  the GPU, versions and time budget; vLLM's modules
 * `processes`    checks and compiling in several processes
 * `tune`         `--tune`: the fastest tile sizes on this GPU
 

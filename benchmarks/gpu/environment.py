@@ -6,7 +6,6 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-import subprocess
 import sys
 import time
 from types import ModuleType
@@ -16,11 +15,6 @@ import torch
 import triton
 
 from vllm_hybrid_kv.kernels.triton import tuning
-
-_SMI_FIELDS = (
-    "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,"
-    "temperature.gpu,clocks_throttle_reasons.active"
-)
 
 
 class Unavailable(Exception):
@@ -58,10 +52,6 @@ class Budget:
     @property
     def spent(self) -> float:
         return time.monotonic() - self._start
-
-    @property
-    def left(self) -> float:
-        return max(0.0, self.seconds - self.spent)
 
 
 @functools.cache
@@ -107,21 +97,6 @@ def has_flash_attention() -> bool:
     return False
 
 
-def nvidia_smi() -> dict[str, str]:
-    """Return driver, clocks, power limit and temperature now; nothing without nvidia-smi."""
-    if interpreted():
-        return {}
-    try:
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        printed = subprocess.check_output(
-            ["nvidia-smi", f"--query-gpu={_SMI_FIELDS}", "--format=csv,noheader",
-             f"--id=GPU-{properties.uuid}"], text=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return dict(zip(_SMI_FIELDS.split(","), map(str.strip, printed.split(",")), strict=False))
-
-
 def machine(device: torch.device) -> dict[str, Any]:
     """Return the machine and the versions that a result depends on, for JSON."""
     try:
@@ -145,7 +120,6 @@ def machine(device: torch.device) -> dict[str, Any]:
         "hip": torch.version.hip,
         "flash_attention": has_flash_attention(),
         "tiling": tuning.origin(tuning.capability_of(device)),
-        **nvidia_smi(),
     }
 
 

@@ -44,16 +44,12 @@ class Report:
     failures: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     seconds: float = 0.0
-    clocks_after: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def failed_checks(self) -> list[CheckResult]:
-        return [check for check in self.checks if check.outcome in ("failed", "not run")]
 
     @property
     def failed(self) -> bool:
         """Whether a check failed or was not run, or our kernels failed."""
-        return bool(self.failed_checks or self.failures)
+        outcomes = {check.outcome for check in self.checks}
+        return bool(outcomes & {"failed", "not run"} or self.failures)
 
     def write(self, folder: Path) -> None:
         """Write the files, and overwrite those of an earlier run."""

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,8 +19,8 @@ from benchmarks.gpu.contenders.vllm_kernels import (
     VllmFlashBf16,
     VllmFlashFp8,
 )
-from benchmarks.gpu.environment import Unavailable, l2_bytes
-from benchmarks.gpu.measure import Call, alternating, ratio, spread
+from benchmarks.gpu.environment import l2_bytes
+from benchmarks.gpu.measure import Call, alternating, leaving_out, ratio, spread
 from benchmarks.gpu.shapes import Job, layers_needed
 from vllm_hybrid_kv.kernels.triton import quantise_and_store
 
@@ -48,28 +47,16 @@ CONTENDERS: Mapping[str, tuple[type[Contender], ...]] = {
 def copy_bandwidth(copied_bytes: int, device: torch.device, seconds: float) -> float:
     """Return the 1e9 bytes that a large copy reads and writes in a second."""
     source = torch.zeros(copied_bytes, dtype=torch.uint8, device=device)
-    times, _ = alternating({"copy": [partial(source.clone().copy_, source)]}, device, seconds)
+    calls = {"copy": [partial(source.clone().copy_, source)]}
+    times = alternating(calls, device, seconds, {})
     return 2 * copied_bytes / spread(times["copy"])["median"] / 1e6
-
-
-@contextmanager
-def leaving_out(name: str, left_out: dict[str, str]) -> Iterator[None]:
-    """Leave a contender out if it fails, with the reason; ours may only run out of memory."""
-    try:
-        yield
-    except Unavailable as error:
-        left_out[name] = str(error)
-    except Exception as error:
-        if name.startswith(Ours.name) and not isinstance(error, torch.OutOfMemoryError):
-            raise
-        left_out[name] = f"{type(error).__name__}: {str(error)[:300]}"
 
 
 def build(
     contenders: Sequence[type[Contender]], batch: Batch, layers: int
-) -> tuple[dict[str, Contender], dict[str, str]]:
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the contenders by name, each with some caches, and why others are left out."""
-    built: dict[str, Contender] = {}
+    built: dict[str, Any] = {}
     left_out: dict[str, str] = {}
     for contender in contenders:
         with leaving_out(contender.name, left_out):
@@ -147,20 +134,6 @@ def measure(job: Job, device: torch.device, seconds: float, bandwidth: float) ->
             torch.cuda.empty_cache()
 
 
-def _times(
-    calls: Mapping[str, Sequence[Call]],
-    left_out: dict[str, str],
-    device: torch.device,
-    seconds: float,
-) -> dict[str, list[float]]:
-    """Measure contenders; those that fail are left out."""
-    times, errors = alternating(calls, device, seconds)
-    for name, error in errors.items():
-        with leaving_out(name, left_out):
-            raise error
-    return times
-
-
 def _measure_attention(
     job: Job, device: torch.device, seconds: float, bandwidth: float
 ) -> dict[str, Any]:
@@ -181,20 +154,20 @@ def _measure_attention(
             # Its time would be that of different work.
             del calls[name]
             left_out[name] = f"its output is {distance:.2f} of the size of ours away from ours"
-    plans = {name: one for name, one in built.items() if name in calls and isinstance(one, Ours)}
-    calls |= {f"{name}, plan": [one.plan] for name, one in plans.items()}
-    times = _times(calls, left_out, device, seconds)
-    steps = {name: times.pop(f"{name}, plan", []) for name in plans}
-    for name, step in steps.items():
-        if step and name in times:
-            share = spread(step)["median"] / LAYERS_OF_A_MODEL
+    plan = f"{Ours.name}, plan"
+    calls[plan] = [built[Ours.name].plan]
+    times = alternating(calls, device, seconds, left_out)
+    step = spread(times.pop(plan))
+    for name in (Ours.name, OursOneToken.name):
+        if name in times:
+            share = step["median"] / LAYERS_OF_A_MODEL
             times[name] = [time + share for time in times[name]]
     comparable = [name for name in times if name == Ours.name or name in apart]
     return result_of(
         job, layers, times, {name: shape.read_bytes(built[name].stored) for name in comparable},
         bandwidth, left_out, distance=apart,
         notes={name: built[name].note for name in outputs if built[name].note},
-        once_a_step_ms={name: spread(step) for name, step in steps.items() if step},
+        once_a_step_ms={Ours.name: step},
     )  # fmt: skip
 
 
@@ -222,5 +195,5 @@ def _measure_store(
     for name, (first, *_) in calls.items():
         with leaving_out(name, left_out):
             first()
-    times = _times(calls, left_out, device, seconds)
+    times = alternating(calls, device, seconds, left_out)
     return result_of(job, layers, times, dict.fromkeys(times, moved), bandwidth, left_out)

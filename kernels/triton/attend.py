@@ -108,6 +108,7 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     QUARTERS: tl.constexpr = acc0.shape[0]
     KEY_WORDS: tl.constexpr = PAGE * HALF_D
     VALUE_WORDS: tl.constexpr = PAGE * QUARTER_D
+    OTHER: tl.constexpr = 0 if MASKED else None
 
     # All in 16-bit words: two keys, four values, one scale.
     offs_n = tl.arange(0, BLOCK_N)
@@ -127,10 +128,8 @@ def _attend_tile(  # type: ignore[no-untyped-def]
         value_ptrs = value_ptrs + (offs_n * QUARTER_D)[None, :] + offs_quarter[:, None]
         pair_ptrs = words_ptr + (base + KEY_WORDS + VALUE_WORDS + start) + 2 * offs_pair
     else:
-        if MASKED:
-            block = tl.load(block_table_row_ptr + key_pos // PAGE, mask=key_pos < end_key, other=0)
-        else:
-            block = tl.load(block_table_row_ptr + key_pos // PAGE)
+        mask = key_pos < end_key if MASKED else None
+        block = tl.load(block_table_row_ptr + key_pos // PAGE, mask=mask, other=OTHER)
         base = block.to(tl.int64) * stride_cache_block + head_offset
         base = tl.max_constancy(tl.multiple_of(base, [8]), [16])
         in_page = key_pos % PAGE
@@ -138,11 +137,8 @@ def _attend_tile(  # type: ignore[no-untyped-def]
         value_ptrs = words_ptr + (base + KEY_WORDS + in_page * QUARTER_D)[None, :]
         value_ptrs = value_ptrs + offs_quarter[:, None]
         pair_pos = tile * BLOCK_N + 2 * offs_pair
-        if MASKED:
-            mask_pair = pair_pos < end_key
-            block = tl.load(block_table_row_ptr + pair_pos // PAGE, mask=mask_pair, other=0)
-        else:
-            block = tl.load(block_table_row_ptr + pair_pos // PAGE)
+        mask = pair_pos < end_key if MASKED else None
+        block = tl.load(block_table_row_ptr + pair_pos // PAGE, mask=mask, other=OTHER)
         base = block.to(tl.int64) * stride_cache_block + head_offset
         pair_ptrs = words_ptr + (base + (KEY_WORDS + VALUE_WORDS)) + pair_pos % PAGE
     if HALVES == HALF_D:
@@ -186,11 +182,8 @@ def _attend_tile(  # type: ignore[no-untyped-def]
         qk = tl.where(mask, qk, -float("inf"))
 
     m_j = tl.maximum(m_i, tl.max(qk, axis=0))
-    if MASKED:
-        # A row that has seen no key yet: weights relative to 0, all of them 0.
-        m_ref = tl.where(m_j == -float("inf"), 0.0, m_j)
-    else:
-        m_ref = m_j
+    # A row that has seen no key yet: weights relative to 0, all of them 0.
+    m_ref = tl.where(m_j == -float("inf"), 0.0, m_j) if MASKED else m_j
     alpha = tl.exp2(m_i - m_ref)
     p = tl.exp2(qk - m_ref[None, :])
     alpha_lanes = alpha[None, None, :]
@@ -241,18 +234,13 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     The grid is [programs of the plan, KV heads].
 
     Args:
-        q_ptr: bf16, fp16 or fp32 [T, H GROUP, D]; strides in elements, dims contiguous.
-        out_ptr: Like `q_ptr`; written for row tiles of one split.
+        q_ptr, out_ptr: [T, H GROUP, D]; strides in elements, dims contiguous. Outputs of row tiles
+            of one split are written.
         lse_ptr: float32 [T, H GROUP], natural logarithms; written with LSE for the same row tiles.
         cache_ptr: uint8 [blocks, H, PAGE, slot]; `stride_cache_block` in 16-bit words.
-        block_table_ptr: int32 [requests, blocks of a request].
-        seq_lens_ptr: int32 [requests].
-        query_start_loc_ptr: int32 [requests + 1].
-        items_ptr: int32 [programs, FIELDS], from `plan_attention`.
+        items_ptr, partial_out_ptr, partial_lse_ptr: From `plan_attention`; results of several
+            splits are written.
         sinks_ptr: float32 [H GROUP] with SINKS.
-        partial_out_ptr: float32 [parts, H, PARTIAL_ROWS, D], written for several splits.
-        partial_lse_ptr: float32 [parts, H, PARTIAL_ROWS], written for several splits; base 2.
-        scale: Factor of the scores.
         DIMS: The smallest power of two >= D.
         LANES: See `Tiling.lanes`.
         UNIT: Factor of rotated values, see `rotation_unit`.

@@ -114,17 +114,13 @@ def paged_attention(
     memory, so a graph can capture the call.
 
     Args:
-        query: bf16, fp16 or fp32 [T, Hq, D], the requests' new tokens one after another; dims
-            contiguous.
+        query, block_table, seq_lens, scale, causal, window, soft_cap: As for
+            `reference.paged_attention`; dims of `query` contiguous.
         cache: uint8 [blocks, H, N, slot_bytes(D)], `LINEAR`, contiguous within a block; the
             stride between blocks is a multiple of 16.
-        block_table: int32 [at least B, max blocks].
-        seq_lens: int32 [B], tokens of each request including its new ones.
         query_start_loc: int32 [B + 1], offsets of the requests in `query`. Tokens after the last
             request are padding: their rows of `out` and `lse` are not written.
         out: Like `query`; written. 0 if nothing is visible.
-        scale: Factor of the scores.
-        causal, window, soft_cap: As in `reference.attend`.
         sinks: [Hq], any floating dtype.
         lse: float32 [T, Hq], written: natural log of the sum over visible keys and the sink;
             -inf without either.

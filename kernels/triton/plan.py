@@ -42,11 +42,7 @@ def key_range(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Return the first key that some row of a row tile sees, and 1 + the last.
 
-    Args:
-        seq_len: Tokens of the request.
-        query_len: New tokens of the request, its last ones.
-        first_row: First row of the tile, below `query_len * GROUP`.
-        window: With WINDOW, a row at p sees keys in (p - window, p + window) only.
+    The last `query_len` of `seq_len` tokens are new; `first_row` is below `query_len * GROUP`.
     """
     last_row = tl.minimum(first_row + BLOCK_M, query_len * GROUP) - 1
     first_pos = seq_len - query_len + first_row // GROUP
@@ -72,8 +68,7 @@ def key_tiles(  # type: ignore[no-untyped-def]
         seq_len, query_len, first_row, window, GROUP, BLOCK_M, CAUSAL, WINDOW
     )  # fmt: skip
     start = start // BLOCK_N
-    end = (end + BLOCK_N - 1) // BLOCK_N
-    return start, tl.maximum(start, end)
+    return start, tl.maximum(start, (end + BLOCK_N - 1) // BLOCK_N)
 
 
 @triton.jit
@@ -103,18 +98,16 @@ def _row_tiles(  # type: ignore[no-untyped-def]
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, ONE_TILE: tl.constexpr,
 ):  # fmt: skip
     """Return request (-1 for none), first row and number of key tiles of each row tile."""
-    if ONE_TILE:
-        req_idx = tile
-    else:
-        req_idx = _last_at_most(query_start_loc_ptr, GROUP, num_reqs, steps, tile, BLOCK_M)
+    req_idx = (
+        tile
+        if ONE_TILE
+        else _last_at_most(query_start_loc_ptr, GROUP, num_reqs, steps, tile, BLOCK_M)
+    )
     mask = tile < num_tiles
     q_start = tl.load(query_start_loc_ptr + req_idx, mask=mask, other=0)
     query_len = tl.load(query_start_loc_ptr + req_idx + 1, mask=mask, other=0) - q_start
     seq_len = tl.load(seq_lens_ptr + req_idx, mask=mask, other=0)
-    if ONE_TILE:
-        first_row = tile * 0
-    else:
-        first_row = (tile - (q_start * GROUP // BLOCK_M + req_idx)) * BLOCK_M
+    first_row = tile * 0 if ONE_TILE else (tile - (q_start * GROUP // BLOCK_M + req_idx)) * BLOCK_M
     mask = mask & (first_row < query_len * GROUP)
     first_tile, end_tile = key_tiles(
         seq_len, query_len, first_row, window, GROUP, BLOCK_M, BLOCK_N, CAUSAL, WINDOW
@@ -258,10 +251,9 @@ def largest_scratch(num_kv_heads: int, head_size: int, device: torch.device) -> 
     processors, capability = processors_of(device), capability_of(device)
     tilings = [tiling_for(rows, head_size, capability) for rows in MOST_ROWS]
     rows = max(
-        2 * _programs_wanted(tiling, num_kv_heads, processors) * tiling.block_m
-        for tiling in tilings
+        _programs_wanted(tiling, num_kv_heads, processors) * tiling.block_m for tiling in tilings
     )
-    return rows * num_kv_heads * (head_size + 1)
+    return 2 * rows * num_kv_heads * (head_size + 1)
 
 
 def planned_requests(max_requests: int) -> list[int]:
@@ -292,14 +284,12 @@ def plan_attention(
     """Plan a batch on its device; one plan serves all layers of the same shape in a step.
 
     Args:
-        seq_lens: int32 [B], tokens of each request including its new ones.
-        query_start_loc: int32 [B + 1].
+        seq_lens, query_start_loc, causal, window: As for `paged_attention`.
         num_tokens: T, query tokens including padding.
         num_heads: Hq.
         num_kv_heads: H.
         head_size: D.
         max_query_len: Largest number of new tokens of a request.
-        causal, window: As for `paged_attention`.
         split: Whether the keys of one row are split among programs; follows from shapes if None.
         processors: Multiprocessors to keep busy; all of the device if None.
         tiling: The tile sizes of a program; from the shapes if None.

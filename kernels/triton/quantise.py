@@ -47,10 +47,8 @@ def quantise_and_store_kernel(  # type: ignore[no-untyped-def]
     """Store rows (token, head) of K and V as codes, see `reference.quantise` for the formula.
 
     Args:
-        k_ptr: bf16, fp16 or fp32 [T, HEADS, D]; strides in elements.
-        v_ptr: Like `k_ptr`.
+        k_ptr, v_ptr: [T, HEADS, D]; strides in elements.
         cache_ptr: uint8; regions of PAGE tokens, `stride_cache_block` bytes between blocks.
-        slots_ptr: int64 or int32 [T].
         num_rows: T * HEADS.
         num_slots: Tokens that the cache has room for.
         DIMS: The smallest power of two >= D.

@@ -11,7 +11,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from testing.triton.machine_code import MachineCode, compile_kernel, cuda, read_machine_code
-from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.kernels.triton.attend import attend_kernel
 from vllm_hybrid_kv.kernels.triton.attention import MERGED_AT_A_TIME, merge_kernel
 from vllm_hybrid_kv.kernels.triton.convert import KeyDecoder
@@ -104,10 +103,6 @@ class Attention:
     @property
     def tiling(self) -> Tiling:
         return tiling_for(self.rows, self.head_size, divmod(self.capability, 10))
-
-    @property
-    def bytes_per_iteration(self) -> int:
-        return self.tiling.block_n * k8v4.slot_bytes(self.head_size)
 
     def compile(self) -> MachineCode:
         modes = {"CAUSAL": self.causal, **dict.fromkeys(self.modes, True)}

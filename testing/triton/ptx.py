@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 
@@ -15,17 +14,16 @@ def _lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.
     """Bit i of the result is bit `4 a_i + 2 b_i + c_i` of the table."""
     result = np.zeros_like(a)
     for entry in range(8):
-        parts = (x if entry & bit else ~x for x, bit in ((a, 4), (b, 2), (c, 1)))
-        result |= functools.reduce(
-            np.bitwise_and, parts, np.negative(table >> np.uint32(entry) & 1)
-        )
+        x, y, z = (word if entry & bit else ~word for word, bit in ((a, 4), (b, 2), (c, 1)))
+        if int(table[0]) >> entry & 1:
+            result |= x & y & z
     return result
 
 
 def _prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
     """Nibble i of the selector names byte i of the result: 0 to 3 of a, 4 to 7 of b."""
     octets = np.stack([a, b], axis=-1).view(np.uint8)
-    nibbles = selector[:, None] >> np.uint32([0, 4, 8, 12]) & np.uint32(15)
+    nibbles = np.right_shift(selector[:, None], np.array([0, 4, 8, 12], np.uint32)) & 15
     assert nibbles.max() < 8, "sign replication is not emulated"
     return np.take_along_axis(octets, nibbles.astype(np.int64), axis=-1).view(np.uint32)[:, 0]
 

@@ -44,14 +44,17 @@ class Batch:
         # Triton's interpreter multiplies the bits of bf16 numbers as if they were integers.
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
         generator = torch.Generator(device).manual_seed(0)
-
-        def random(tokens: int, heads: int) -> torch.Tensor:
-            dims = (tokens, heads, shape.heads.size)
-            return torch.randn(dims, generator=generator, device=device).to(self.dtype)
-
         drawn = min(shape.tokens, FILLED_AT_A_TIME)
-        self._key, self._value = (random(drawn, shape.heads.kv) for _ in "kv")
-        self.query = random(shape.batch * shape.queries, shape.heads.query)
+        self._key, self._value, self.query = (
+            torch.randn(rows, heads, shape.heads.size, generator=generator, device=device).to(
+                self.dtype
+            )
+            for rows, heads in (
+                (drawn, shape.heads.kv),
+                (drawn, shape.heads.kv),
+                (shape.batch * shape.queries, shape.heads.query),
+            )
+        )
         self.pages = shape.batch * shape.pages
         order = torch.randperm(self.pages, generator=generator, device=device)
         self.block_table = torch.zeros(

@@ -85,25 +85,57 @@ def test_every_combination_equals_the_reference(case: Case) -> None:
     check(case)
 
 
-@pytest.mark.parametrize(
-    ("queries", "window"), [(2, 70), (3, None), (4, 3), (5, 70), (6, None), (7, 3), (8, None)]
-)
-@interpreted
-def test_new_tokens_of_one_request_attend_causally(queries: int, window: int | None) -> None:
-    check(Case(lengths=(300, 33, 8), queries=(queries,) * 3, options={"window": window}))
-
-
-# With a query size of 100, float32 cannot express the ratio of the weights of two splits. With 64
-# processors one row has more splits than are merged at a time.
-@pytest.mark.parametrize(("processors", "query_size"), [(1, 1.0), (3, 100.0), (64, 1.0)])
-@interpreted
-def test_any_number_of_splits_equals_the_reference(processors: int, query_size: float) -> None:
-    check(
-        Case(
-            lengths=(2400, 0, 5, 300, 1), queries=(1, 1, 1, 2, 1), num_heads=1,
-            dtype=torch.float16, plan={"processors": processors}, query_size=query_size,
+EDGES: dict[str, Case] = {
+    **{
+        f"{queries} new tokens, window {window}": Case(
+            lengths=(300, 33, 8), queries=(queries,) * 3, options={"window": window}
         )
-    )  # fmt: skip
+        for queries, window in (
+            (2, 70), (3, None), (4, 3), (5, 70), (6, None), (7, 3), (8, None)
+        )
+    },
+    **{
+        # With a query size of 100, float32 cannot express the ratio of the weights of two splits.
+        # With 64 processors one row has more splits than are merged at a time.
+        f"{processors} processors, queries of {size}": Case(
+            lengths=(2400, 0, 5, 300, 1), queries=(1, 1, 1, 2, 1), num_heads=1,
+            dtype=torch.float16, plan={"processors": processors}, query_size=size,
+        )
+        for processors, size in ((1, 1.0), (3, 100.0), (64, 1.0))
+    },
+    **{
+        f"a prompt in chunks of {chunk}": Case(
+            lengths=tuple(min(stop, 110) for stop in range(chunk, 110 + chunk, chunk)),
+            queries=tuple(min(chunk, 110 - start) for start in range(0, 110, chunk)),
+            num_heads=3, plan={"processors": 1},
+        )
+        for chunk in (17, 64, 110)
+    },
+    **{
+        f"values of {size}": Case(value_size=size, dtype=torch.float32, **DECODE)
+        for size in (1e-7, 1e-5, 1e-3, 100.0, 6e3)
+    },
+    **{
+        f"queries of {size}": Case(
+            lengths=(70, 40), queries=(3, 1), query_size=size, options={"scale": 0.125 / size}
+        )
+        for size in (1e-6, 1e-2, 1e3)
+    },
+    # 0x7B7B is 61,280 in fp16; next to it the scales of the values would vanish.
+    "large numbers after the last token": Case(
+        value_size=1e-5, unused=0x7B, dtype=torch.float32, **MIXED
+    ),
+    "a request without tokens": Case(lengths=(0, 20), queries=(2, 1)),
+    "a request with a sink only": Case(
+        lengths=(0, 20), queries=(2, 1), options={"sinks": torch.linspace(-1, 1, 4)}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EDGES.values(), ids=EDGES)
+@interpreted
+def test_edge_cases_equal_the_reference(case: Case) -> None:
+    check(case)
 
 
 @interpreted
@@ -149,26 +181,6 @@ def test_partial_results_of_any_batch_fit_the_scratch_memory_without_overlap() -
     assert most_splits >= 8
 
 
-@pytest.mark.parametrize("chunk", [17, 64, 110])
-@interpreted
-def test_chunks_of_a_prompt_equal_the_reference(chunk: int) -> None:
-    lengths = tuple(min(stop, 110) for stop in range(chunk, 110 + chunk, chunk))
-    queries = tuple(length - (length - 1) // chunk * chunk for length in lengths)
-    check(Case(lengths=lengths, queries=queries, num_heads=3, plan={"processors": 1}))
-
-
-@pytest.mark.parametrize("size", [1e-7, 1e-5, 1e-3, 100.0, 6e3])
-@interpreted
-def test_values_of_any_size_equal_the_reference(size: float) -> None:
-    check(Case(value_size=size, dtype=torch.float32, **DECODE))
-
-
-@interpreted
-def test_large_numbers_after_the_last_token_have_no_influence() -> None:
-    # 0x7B7B is 61,280 in fp16; next to it the scales of the values would vanish.
-    check(Case(value_size=1e-5, unused=0x7B, dtype=torch.float32, **MIXED))
-
-
 @interpreted
 def test_scales_far_apart_in_one_request_equal_the_reference() -> None:
     """From fp16's smallest scale to the largest that values can have, in either order."""
@@ -180,13 +192,6 @@ def test_scales_far_apart_in_one_request_equal_the_reference() -> None:
         for zeros in batch.scales(request, 0, "zero"):
             zeros.zero_()
     assert_close(attend(batch), expected(batch))
-
-
-@pytest.mark.parametrize("size", [1e-6, 1e-2, 1e3])
-@interpreted
-def test_queries_of_any_size_equal_the_reference(size: float) -> None:
-    options = {"scale": 0.125 / size}
-    check(Case(lengths=(70, 40), queries=(3, 1), query_size=size, options=options))
 
 
 @pytest.mark.parametrize("split", [True, False])
@@ -276,12 +281,6 @@ def test_padding_tokens_are_not_written() -> None:
     assert torch.equal(padded_lse[:3], lse)
     assert (padded[3:] == UNWRITTEN).all()
     assert (padded_lse[3:] == UNWRITTEN).all()
-
-
-@pytest.mark.parametrize("options", [{}, {"sinks": torch.linspace(-1, 1, 4)}], ids=["", "sinks"])
-@interpreted
-def test_a_request_without_tokens_gives_zeros_or_its_sink(options: dict[str, Any]) -> None:
-    check(Case(lengths=(0, 20), queries=(2, 1), options=options))
 
 
 @interpreted
