@@ -37,7 +37,6 @@ SECONDS = {
     "kernels/triton/test_attention.py": 50,
     "tools/eval/test_engines.py": 45,
     "tools/test_replay_command.py": 45,
-    "drift/test_drift.py": 45,
     "e2e/test_layers_and_pages.py": 60,
     "e2e/test_engine_command.py": 40,
     "e2e/test_plan_command.py": 35,

@@ -64,10 +64,7 @@ BUILT_IN_NAMES = {
 
 
 def strategy_names(setting: str) -> list[str]:
-    """Return the built-in strategies of a setting, then all strategies of other packages.
-
-    These are known without importing vLLM.
-    """
+    """Return a setting's built-in strategies, then all of other packages. Does not import vLLM."""
     others = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP).names
     return [*BUILT_IN_NAMES[setting], *sorted(others)]
 
@@ -152,12 +149,7 @@ class Strategies:
             self.add(name, plugin, BUILT_IN)
 
     def add(self, name: str, plugin: object, origin: str) -> None:
-        """Register one strategy.
-
-        Args:
-            name: Its name in settings.
-            plugin: An object or a module with hook implementations.
-            origin: The package and version that it is from, for messages.
+        """Register an object or a module from a package, the origin, under a name.
 
         Raises:
             HybridKVStrategyError: The name is taken, or the plugin does not fit the hooks.
@@ -238,15 +230,9 @@ class Strategies:
         return f"{setting} strategy {name!r} (from {self.origins[name]})"
 
     def call(self, setting: str, settings: Settings, **arguments: Any) -> Any:
-        """Call the strategy that a setting chooses.
+        """Call the strategy that a setting chooses, and return its unchecked result.
 
-        Args:
-            setting: A key of `HOOK_OF_SETTING`.
-            settings: The engine's settings, checked before.
-            **arguments: The arguments of the hook.
-
-        Returns:
-            The result, not checked; None for vLLM's rule.
+        None stands for vLLM's rule.
 
         Raises:
             NotImplementedError: The strategy raised it.

@@ -18,15 +18,11 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_hybrid_kv.hooks import STOCK
+from vllm_hybrid_kv.settings import Settings
 from vllm_hybrid_kv.state import STATE
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-
-    from vllm_hybrid_kv.settings import Settings
 
 PREFIX = "vllm_hybrid_kv:"
 
@@ -63,11 +59,7 @@ class Counters:
     """The counters of one engine."""
 
     def __init__(self, folder: Path, labels: dict[str, str]) -> None:
-        """Open the file of this process, and create the folder if needed.
-
-        Args:
-            folder: Where the process that answers /metrics looks.
-            labels: The labels of every counter.
+        """Open the file of this process, in a folder that is created if needed.
 
         Raises:
             OSError: The file cannot be written, or the disk is full.
@@ -77,13 +69,7 @@ class Counters:
         self._keys: dict[tuple[str, str | None], str] = {}
 
     def add(self, name: str, amount: int, kind: str | None = None) -> None:
-        """Add to a counter of `HELP`. The first call creates the counter.
-
-        Args:
-            name: The key in `HELP`.
-            amount: The increment, 0 included.
-            kind: The value of the label `kind`, if the counter has that label.
-        """
+        """Add to a counter of `HELP`, with a label `kind` or without. 0 creates the counter."""
         key = self._keys.get((name, kind)) or self._new_key(name, kind)
         self._file.write_value(key, self._file.read_value(key)[0] + amount, 0.0)
 
@@ -121,7 +107,7 @@ VARIABLE = "HYBRID_KV_METRICS_DIR"
 """Names our folder for child processes. It lacks the prefix of settings: it is not a setting."""
 
 
-def publish(_: VllmConfig, settings: Settings) -> None:
+def publish(_: object, settings: Settings) -> None:
     """Choose a folder for the counters of an engine and export it, unless another process does.
 
     vLLM's own coordinator has no counters.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import logging
+import multiprocessing
 import os
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -47,10 +48,7 @@ def register() -> None:
     `VLLM_PLUGINS`.
 
     Raises:
-        HybridKVError: A setting is not valid, another plugin patches the same names, the parent
-            process has a different plugin state, or `VLLM_PLUGINS` names the plugin on an
-            unsupported vLLM. vLLM does not catch it, so start-up stops. In the process of a
-            `vllm` command it becomes a SystemExit with the message.
+        HybridKVError: Start-up must stop. In a `vllm` command it becomes a SystemExit.
         ImportError: vLLM is not installed.
     """
     if STATE.active_patches is not None:
@@ -111,14 +109,9 @@ def compare_with_parent(state: str) -> None:
     A worker without the plugin would run vLLM's own backend on pages that the other processes
     planned for ours. A process without a parent (such as a Ray worker) becomes the new reference.
 
-    Args:
-        state: Which plugin on which vLLM, and whether it is active.
-
     Raises:
         HybridKVAgreementError: The states differ.
     """
-    import multiprocessing
-
     parent_state = os.environ.get(PARENT_VARIABLE)
     if multiprocessing.parent_process() is None or not parent_state:
         os.environ[PARENT_VARIABLE] = state
@@ -184,19 +177,17 @@ def _context(version: str, minor: str) -> Context:
         if context.on_cpu or context.on_gpu:
             check_connectors(vllm_config, on_cpu=context.on_cpu)
 
-    @functools.cache
-    def log_once(_: int, line: str) -> None:
-        logger.info("%s", line)
+    # Once per process: a forked child logs the line again.
+    log_once = functools.cache(lambda _, line: logger.info("%s", line))
 
     def log_active(vllm_config: VllmConfig, settings: Settings) -> None:
         chosen = ", ".join(f"{name}={getattr(settings, name)}" for name in HOOK_OF_SETTING)
-        line = (
+        log_once(
+            os.getpid(),
             f"{NAME} {__version__} active on vLLM {version} "
             f"({platform.device_type or 'unspecified device'}): {chosen}, "
-            f"kernels={_kernels(context, platform, vllm_config, settings)}"
+            f"kernels={_kernels(context, platform, vllm_config, settings)}",
         )
-        # Once per process: a forked child logs it again.
-        log_once(os.getpid(), line)
 
     context = Context(
         targets=targets_of(minor),
@@ -231,8 +222,6 @@ def _kernels(context: Context, platform: Any, vllm_config: VllmConfig, settings:
 
 def _stop(error: HybridKVError) -> NoReturn:
     """Raise the error; in the process of a `vllm` command, exit with its message alone."""
-    import multiprocessing
-
     main = getattr(sys.modules.get("__main__"), "__spec__", None)
     command_line = "vllm.entrypoints.cli.main" in sys.modules or (
         main is not None and main.name.startswith("vllm.")

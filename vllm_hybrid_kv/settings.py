@@ -106,8 +106,7 @@ def resolve(additional_config: object, environment: Mapping[str, str] | None = N
     """Build the settings of one engine.
 
     Args:
-        additional_config: vLLM's `VllmConfig.additional_config`, which may be any hashable object.
-            Only a mapping can hold our settings.
+        additional_config: vLLM's `additional_config`, any object. A mapping can hold our settings.
         environment: The environment, by default this process's. An empty value counts as unset.
 
     Raises:

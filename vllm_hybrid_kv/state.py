@@ -53,26 +53,10 @@ class ProcessState:
 
     @property
     def settings(self) -> Settings:
-        """The settings of the last engine; before any engine, those of the environment.
-
-        Raises:
-            HybridKVSettingsError: The environment holds an unknown or invalid setting.
-        """
+        """See `current_settings`."""
         from vllm_hybrid_kv.settings import resolve
 
         return self.engine_settings or resolve(None)
-
-    def settings_of(self, vllm_config: VllmConfig) -> Settings:
-        """Return the settings of an engine, resolved once for the last engine.
-
-        Raises:
-            HybridKVSettingsError: A name is unknown or a value is not valid.
-        """
-        from vllm_hybrid_kv.settings import resolve
-
-        if self.engine_config is vllm_config and self.engine_settings is not None:
-            return self.engine_settings
-        return resolve(vllm_config.additional_config)
 
 
 STATE = ProcessState()
@@ -80,9 +64,7 @@ STATE = ProcessState()
 
 
 def current_settings() -> Settings:
-    """Return the settings of the engine that this process set up last.
-
-    Before any engine they are those of the environment.
+    """Return the settings of this process's last engine; before any, those of the environment.
 
     Raises:
         HybridKVSettingsError: The environment holds an unknown or invalid setting.

@@ -19,6 +19,7 @@ from vllm_hybrid_kv.attention.backend import (
 from vllm_hybrid_kv.attention.unsupported import UnsupportedLayerError
 from vllm_hybrid_kv.kernels import k8v4, reference
 from vllm_hybrid_kv.patches.attention import several_head_sizes_patch
+from vllm_hybrid_kv.patches.context import Context
 from vllm_hybrid_kv.patches.mechanism import ActivePatches
 from vllm_hybrid_kv.patches.targets import targets_of
 
@@ -238,7 +239,9 @@ def test_gemma_4_does_not_force_a_backend_on_k8v4_layers(
         attention_config=SimpleNamespace(backend=chosen, flash_attn_version=None),
         cache_config=SimpleNamespace(cache_dtype=dtype),
     )
-    applied = ActivePatches([several_head_sizes_patch(SimpleNamespace(targets=targets_of("0.32")))])
+    applied = ActivePatches(
+        [several_head_sizes_patch(Context(targets_of("0.32"), (), None, False, True, None))]
+    )
     try:
         Gemma4Config.verify_and_update_config(config)
     finally:

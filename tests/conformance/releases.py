@@ -38,24 +38,10 @@ TEST_TOOLS = ("tblib==3.2.2", "pytest-timeout==2.4.0")
 BUILD_TOOLS = ("setuptools-rust==1.13.0", "setuptools-scm==10.3.4")
 
 # vLLM's tests use these models by name, without weights. vLLM finds a folder of that name first.
-_OPT = {
-    "architectures": ["OPTForCausalLM"],
-    "model_type": "opt",
-    "vocab_size": 50272,
-    "max_position_embeddings": 2048,
-    "torch_dtype": "float16",
-}
-_QWEN = {"vocab_size": 151936, "torch_dtype": "bfloat16"}
+# Other values are the defaults of transformers.
+_OPT = {"architectures": ["OPTForCausalLM"], "model_type": "opt", "torch_dtype": "float16"}
 MODEL_CONFIGURATIONS: dict[str, dict[str, object]] = {
-    "facebook/opt-125m": {
-        **_OPT,
-        "hidden_size": 768,
-        "word_embed_proj_dim": 768,
-        "ffn_dim": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "do_layer_norm_before": True,
-    },
+    "facebook/opt-125m": _OPT,
     "facebook/opt-350m": {
         **_OPT,
         "hidden_size": 1024,
@@ -66,48 +52,27 @@ MODEL_CONFIGURATIONS: dict[str, dict[str, object]] = {
         "do_layer_norm_before": False,
     },
     "Qwen/Qwen1.5-7B": {
-        **_QWEN,
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
-        "hidden_size": 4096,
+        "torch_dtype": "bfloat16",
         "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 32768,
     },
     "Qwen/Qwen3-0.6B": {
-        **_QWEN,
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
+        "torch_dtype": "bfloat16",
         "hidden_size": 1024,
         "intermediate_size": 3072,
         "num_hidden_layers": 28,
         "num_attention_heads": 16,
         "num_key_value_heads": 8,
-        "head_dim": 128,
         "max_position_embeddings": 40960,
     },
     "Qwen/Qwen3-Next-80B-A3B-Instruct": {
-        **_QWEN,
         "architectures": ["Qwen3NextForCausalLM"],
         "model_type": "qwen3_next",
-        "hidden_size": 2048,
+        "torch_dtype": "bfloat16",
         "intermediate_size": 5120,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        "head_dim": 256,
-        "full_attention_interval": 4,
-        "linear_conv_kernel_dim": 4,
-        "linear_key_head_dim": 128,
-        "linear_num_key_heads": 16,
-        "linear_num_value_heads": 32,
-        "linear_value_head_dim": 128,
-        "moe_intermediate_size": 512,
-        "num_experts": 512,
-        "num_experts_per_tok": 10,
-        "shared_expert_intermediate_size": 512,
         "max_position_embeddings": 262144,
     },
 }
@@ -140,7 +105,7 @@ def fetch_test_tools() -> Path:
     folder = CACHE / "vllm-tests-tools"
     with filled_once(folder) as empty:
         if empty is not None:
-            _pip("install", "--no-deps", "--target", str(empty), *TEST_TOOLS)
+            pip("install", "--no-deps", "--target", str(empty), *TEST_TOOLS)
     return folder
 
 
@@ -172,8 +137,8 @@ def write_model_configurations(folder: Path) -> None:
 def _download_tests(release: str, folder: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         tools = Path(scratch) / "tools"
-        _pip("install", "--target", str(tools), *BUILD_TOOLS)
-        _pip(
+        pip("install", "--target", str(tools), *BUILD_TOOLS)
+        pip(
             *("download", "--no-deps", "--no-binary", "vllm", "--no-build-isolation"),
             *("--dest", scratch, f"vllm=={release}"),
             # No extensions, and versions that setup.py would otherwise get from git and CUDA.
@@ -191,7 +156,7 @@ def _download_tests(release: str, folder: Path) -> None:
                     archive.extract(member.replace(name=path), folder, filter="data")
 
 
-def _pip(*arguments: str, **environment: str) -> None:
+def pip(*arguments: str, **environment: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments],
         env={**os.environ, **environment},

@@ -129,7 +129,7 @@ def test_the_source_hash_covers_the_whole_function_and_nothing_else(changed, sam
         file.write_text(text)
         namespace = {}
         exec(compile(text, str(file), "exec"), namespace)
-        return mechanism.source_hash(mechanism.underlying(namespace["f"]))
+        return mechanism.source_hash(mechanism.underlying(namespace["f"]).__code__)
 
     assert (hash_of("def f(a):\n    return a\n", "known") == hash_of(changed, "changed")) is same
 
@@ -225,7 +225,7 @@ class Raises(WithoutEffect):
 )
 def test_an_edit_without_effect_undoes_all_others(edit, error, monkeypatch):
     before, stock_patches = bindings(), patches.patches_for
-    last = mechanism.Patch("last", "nothing", "a test", "none", "never", [edit])
+    last = mechanism.Patch("last", "nothing", "a test", "never", [edit])
     monkeypatch.setattr(patches, "patches_for", lambda context: [*stock_patches(context), last])
     with pytest.raises(error):
         plugin.register()

@@ -19,7 +19,7 @@ from vllm_hybrid_kv.constants import CACHE_DTYPE
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.patches.context import Context
-from vllm_hybrid_kv.patches.mechanism import Edit, Patch, Rebinding
+from vllm_hybrid_kv.patches.mechanism import Edit, Patch
 from vllm_hybrid_kv.settings import Settings
 
 logger = init_logger("vllm.hybrid_kv.attention")
@@ -34,15 +34,13 @@ class BackendRegistration(Edit):
     as without the plugin.
     """
 
-    def __init__(self) -> None:
-        self._ours = True
+    _ours = True
 
     def problems(self) -> list[str]:
         """Check that the name is free, and that vLLM's slots are as large as ours.
 
-        When vLLM aligns the blocks of hybrid models, it takes the bytes of a slot from its own
-        TurboQuant backend, whatever backend is registered. This reads the table behind that
-        backend, because importing the backend imports FlashAttention.
+        vLLM aligns the blocks of hybrid models by its own TurboQuant backend, whatever backend is
+        registered. Importing that backend would import FlashAttention, so this reads its table.
         """
         from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
 
@@ -119,9 +117,8 @@ def refusal_patch(context: Context) -> Patch:
         "layer_refusals",
         replaces="the attention selector's _cached_get_attn_backend, for turboquant_k8v4",
         why="vLLM lists every backend, but names neither the layer nor a way out",
-        upstream="none yet",
         until="vLLM says in one line which layer cannot be served with a cache dtype, and why",
-        edits=[Rebinding(context.targets["_cached_get_attn_backend"], select)],
+        edits=[context.rebind("_cached_get_attn_backend", select)],
     )
 
 
@@ -161,9 +158,7 @@ def selection_patch(context: Context) -> Patch:
         why="it supports one backend; for k8v4 0.32 runs it on the wrong bytes, 0.33 refuses",
         upstream="vllm-project/vllm#49465 (TurboQuant on CPUs)",
         until="CPU platforms select among registered backends by their supports_* methods",
-        edits=[
-            Rebinding(context.targets["CpuPlatform.get_attn_backend_cls"], get_attn_backend_cls)
-        ],
+        edits=[context.rebind("CpuPlatform.get_attn_backend_cls", get_attn_backend_cls)],
     )
 
 
@@ -177,25 +172,19 @@ def several_head_sizes_patch(context: Context) -> Patch:
         if vllm_config.cache_config.cache_dtype == CACHE_DTYPE and not chosen_by_user:
             attention.backend = None
 
-    target = context.targets["Gemma4Config.verify_and_update_config"]
     return Patch(
         "several_head_sizes",
         replaces="Gemma4Config.verify_and_update_config, whose forced backend is undone for "
         "turboquant_k8v4",
         why="without FlashAttention 4 it forces TRITON_ATTN, which cannot read k8v4 pages, and "
         "vLLM raises if a forced backend does not fit",
-        upstream="none yet",
         until="vLLM forces a backend only on layers that it fits",
-        edits=[Rebinding(target, verify_and_update_config)],
+        edits=[context.rebind("Gemma4Config.verify_and_update_config", verify_and_update_config)],
     )
 
 
 def refuse_without_cpu_kernels(dtype: str | None) -> None:
-    """Refuse a cache dtype for which neither vLLM nor this package has CPU kernels.
-
-    Raises:
-        HybridKVError: It is a turboquant dtype other than k8v4.
-    """
+    """Raise an error for a turboquant dtype other than k8v4: nobody has CPU kernels for it."""
     if str(dtype).startswith("turboquant_") and dtype != CACHE_DTYPE:
         raise HybridKVError(
             f"--kv-cache-dtype {dtype} has no CPU kernels; use {CACHE_DTYPE}, fp8 or auto"

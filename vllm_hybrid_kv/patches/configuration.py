@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import vllm.platforms
@@ -17,7 +18,7 @@ from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.hooks import HOOK_OF_SETTING
 from vllm_hybrid_kv.patches.attention import refuse_without_cpu_kernels
 from vllm_hybrid_kv.patches.context import Context
-from vllm_hybrid_kv.patches.mechanism import Edit, Patch, Rebinding, Target
+from vllm_hybrid_kv.patches.mechanism import Edit, Patch, UnchangedTarget
 from vllm_hybrid_kv.settings import ENVIRONMENT_PREFIX
 from vllm_hybrid_kv.state import STATE
 
@@ -34,6 +35,7 @@ def settings_patch(context: Context) -> Patch:
             settings = context.check(self.additional_config)
             if vllm.platforms.current_platform.is_cpu():
                 refuse_without_cpu_kernels(self.kv_cache_dtype)
+            STATE.engine_config, STATE.engine_settings = None, settings
             # No checkpoint makes `auto` a k8v4 cache, so the option decides.
             if self.kv_cache_dtype == CACHE_DTYPE:
                 STATE.boundary_layers = settings.boundary_layers
@@ -42,8 +44,9 @@ def settings_patch(context: Context) -> Patch:
             if cache_dtype == CACHE_DTYPE:
                 # vLLM sets FlashAttention 2 with any TurboQuant cache, because newer versions need
                 # every layer to be theirs. That no longer holds: they skip other layers.
-                chosen = self.attention_config.flash_attn_version
-                vllm_config.attention_config.flash_attn_version = chosen
+                vllm_config.attention_config.flash_attn_version = (
+                    self.attention_config.flash_attn_version
+                )
             # With vLLM's own cache and rules an engine starts as it does without the plugin.
             as_stock = cache_dtype != CACHE_DTYPE and all(
                 getattr(settings, name) == "stock" for name in HOOK_OF_SETTING
@@ -66,11 +69,10 @@ def settings_patch(context: Context) -> Patch:
         replaces="EngineArgs.create_engine_config and WorkerBase.__init__",
         why="vLLM loads plugins before the configuration is known, and does not pass it later; "
         "and it overrides the version of FlashAttention that the user chose",
-        upstream="none",
         until="vLLM calls plugins with the configuration",
         edits=[
-            Rebinding(context.targets["EngineArgs.create_engine_config"], create_engine_config),
-            Rebinding(context.targets["WorkerBase.__init__"], init),
+            context.rebind("EngineArgs.create_engine_config", create_engine_config),
+            context.rebind("WorkerBase.__init__", init),
         ],
     )
 
@@ -78,13 +80,7 @@ def settings_patch(context: Context) -> Patch:
 class KnownVariables(Edit):
     """Adds those of our environment variables that are set to vLLM's known variables."""
 
-    def __init__(self, validate_environ: Target) -> None:
-        self._validate_environ = validate_environ
-        self._added: list[str] = []
-
-    def problems(self) -> list[str]:
-        """Check that vLLM still looks its variables up where we add ours."""
-        return self._validate_environ.problems()
+    _added: Iterable[str] = ()
 
     def apply(self) -> None:
         """Add the variables that are set. Others would change the key of vLLM's compile cache."""
@@ -107,7 +103,7 @@ def known_variables_patch(context: Context) -> Patch:
         "known_variables",
         replaces="nothing; adds to vllm.envs.environment_variables",
         why="vLLM warns of unknown VLLM_* variables, or stops if it is told to",
-        upstream="none",
         until="vLLM lets plugins register variables",
-        edits=[KnownVariables(context.targets["Platform.validate_environ"])],
+        # It looks the variables up where we add ours.
+        edits=[UnchangedTarget(context.targets["Platform.validate_environ"]), KnownVariables()],
     )

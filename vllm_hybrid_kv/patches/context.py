@@ -5,17 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.hooks import Strategies
+from vllm_hybrid_kv.patches.mechanism import Rebinding, Target
 from vllm_hybrid_kv.settings import Settings, resolve
 from vllm_hybrid_kv.state import STATE
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-    from vllm_hybrid_kv.patches.mechanism import Target
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,8 @@ class Context:
         on_cpu: Whether the platform is a CPU.
         on_gpu: Whether the platform is a GPU of NVIDIA or AMD.
         stop: Ends start-up with an error from the process that the user started.
-        on_engine_config: Called with an engine's configuration and settings wherever they become
-            known, before any layer is made.
+        on_engine_config: Called with an engine's configuration and settings, before any layer is
+            made.
     """
 
     targets: Mapping[str, Target]
@@ -40,6 +39,10 @@ class Context:
     on_gpu: bool
     stop: Callable[[HybridKVError], NoReturn]
     on_engine_config: list[Callable[[VllmConfig, Settings], None]] = field(default_factory=list)
+
+    def rebind(self, name: str, around: Callable[..., Any]) -> Rebinding:
+        """Return the edit that calls `around` instead of a target, see `Rebinding`."""
+        return Rebinding(self.targets[name], around)
 
     def check(self, additional_config: object) -> Settings:
         """Return the settings that a command line and the environment make.
@@ -57,12 +60,10 @@ class Context:
     def activate_settings(
         self, vllm_config: VllmConfig, settings: Settings | None = None
     ) -> Settings:
-        """Make an engine's settings those of this process, and return them.
+        """Make an engine's settings, resolved now or before, those of this process; return them.
 
-        Args:
-            vllm_config: The engine's configuration. With something else, which code other than an
-                engine may pass to vLLM's planning functions, the current settings stay active.
-            settings: Its settings if they are resolved already.
+        Code other than an engine may pass something else than a configuration to vLLM's planning
+        functions. The current settings then stay active.
 
         Raises:
             HybridKVError: See `check`.

@@ -13,7 +13,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm_hybrid_kv.coordinator.upstream_fixes import copy_whole_blocks
 from vllm_hybrid_kv.errors import HybridKVStrategyError
 from vllm_hybrid_kv.patches.context import Context
-from vllm_hybrid_kv.patches.mechanism import Patch, Rebinding, UnchangedTarget
+from vllm_hybrid_kv.patches.mechanism import Patch, UnchangedTarget
 from vllm_hybrid_kv.state import STATE
 
 
@@ -54,8 +54,8 @@ def coordinator_patch(context: Context) -> Patch:
         upstream="vllm-project/vllm#31707 (prefix caching over any mix of groups)",
         until="the coordinator class can be configured like the scheduler class",
         edits=[
-            Rebinding(context.targets["get_kv_cache_coordinator"], get_kv_cache_coordinator),
-            Rebinding(context.targets["KVCacheManager.__init__"], init),
+            context.rebind("get_kv_cache_coordinator", get_kv_cache_coordinator),
+            context.rebind("KVCacheManager.__init__", init),
             *map(UnchangedTarget, context.relied_on),
         ],
     )
@@ -102,14 +102,13 @@ def prefix_match_unit_patch(context: Context) -> Patch:
         finally:
             cache_config.prefix_match_unit = None
 
-    target = context.targets["resolve_kv_cache_block_sizes"]
     return Patch(
         "prefix_match_unit",
         replaces="resolve_kv_cache_block_sizes",
         why="only here are the KV groups known, which the choice depends on",
         upstream="vllm-project/vllm#40696 and #53749 (prompts shorter than a block never hit)",
         until="vLLM chooses a unit that hits where block sizes are large",
-        edits=[Rebinding(target, resolve_kv_cache_block_sizes)],
+        edits=[context.rebind("resolve_kv_cache_block_sizes", resolve_kv_cache_block_sizes)],
     )
 
 
@@ -121,7 +120,6 @@ def block_copies_patch(context: Context) -> Patch:
         why="it copies only the first of several views at one address. A state may be shorter than "
         "a page of attention, so a prompt that resumes inside a block attends to old contents of "
         "the copy",
-        upstream="none known",
         until="it distinguishes the views at one address",
-        edits=[Rebinding(context.targets["copy_kv_cache_blocks_inplace"], copy_whole_blocks)],
+        edits=[context.rebind("copy_kv_cache_blocks_inplace", copy_whole_blocks)],
     )

@@ -28,7 +28,7 @@ from vllm_hybrid_kv.attention.layer_check import (
 from vllm_hybrid_kv.attention.unsupported import UnsupportedModelError, refuse_model
 from vllm_hybrid_kv.constants import CACHE_DTYPE
 from vllm_hybrid_kv.patches.context import Context
-from vllm_hybrid_kv.patches.mechanism import Patch, Rebinding
+from vllm_hybrid_kv.patches.mechanism import Patch
 from vllm_hybrid_kv.state import STATE
 
 logger = init_logger("vllm.hybrid_kv.attention")
@@ -64,22 +64,16 @@ def boundary_patch(context: Context) -> Patch:
         upstream="vllm-project/vllm#39931 (no boundary layers in hybrid models), #40108",
         until="vLLM lets users choose it, and counts layers that own a KV cache",
         edits=[
-            Rebinding(
-                context.targets["TurboQuantConfig.get_boundary_skip_layers"],
-                get_boundary_skip_layers,
-            )
+            context.rebind("TurboQuantConfig.get_boundary_skip_layers", get_boundary_skip_layers)
         ],
     )
 
 
 def cache_owners(text_config: Any) -> list[int]:
-    """Return the indices of the layers of a model that own a KV cache.
+    """Return the indices of a model's layers that own a KV cache, from its Hugging Face config.
 
     Layers without attention own none. The last `num_kv_shared_layers` of Gemma 3n and Gemma 4 use
     the pages of an earlier layer.
-
-    Args:
-        text_config: The language model's Hugging Face config.
     """
     count = text_config.num_hidden_layers - (getattr(text_config, "num_kv_shared_layers", 0) or 0)
     blocks = getattr(text_config, "block_configs", None) or []
@@ -114,7 +108,7 @@ def layer_dtype_patch(context: Context) -> Patch:
         "layer's pages, and the backend of chunked attention without looking at skipped layers",
         upstream="vllm-project/vllm#40108, #48721",
         until="a layer with kv_sharing_target_layer_name has its target's cache dtype",
-        edits=[Rebinding(context.targets["Attention.__init__"], init)],
+        edits=[context.rebind("Attention.__init__", init)],
     )
 
 
@@ -187,9 +181,8 @@ def built_model_patch(context: Context) -> Patch:
         replaces="initialize_model, for engines with a k8v4 cache",
         why="vLLM does not check whether a backend can have values of another size than keys, "
         "nor whether the backend that a model chose itself can read the cache",
-        upstream="none yet",
         until="vLLM checks every layer's backend against its cache dtype and head sizes",
-        edits=[Rebinding(context.targets["initialize_model"], initialize_model)],
+        edits=[context.rebind("initialize_model", initialize_model)],
     )
 
 
@@ -219,11 +212,7 @@ def layer_pages_patch(context: Context) -> Patch:
         "with pages of another layout computes garbage without an error",
         upstream="vllm-project/vllm#40108, #48721",
         until="vLLM compares every layer with its KV cache group",
-        edits=[
-            Rebinding(
-                context.targets["WorkerWrapperBase.initialize_from_config"], initialize_from_config
-            )
-        ],
+        edits=[context.rebind("WorkerWrapperBase.initialize_from_config", initialize_from_config)],
     )
 
 

@@ -49,20 +49,19 @@ class Target:
         """Import the module, and return the module or, for a method, the class."""
         return pkgutil.resolve_name(f"{self.module}:{self.name.rpartition('.')[0]}")
 
-    @property
-    def attribute(self) -> str:
-        """The name in `owner()`."""
-        return self.name.rpartition(".")[2]
-
     def binding(self) -> Any:
         """Return the value in the owner's namespace, without unwrapping a classmethod."""
-        return vars(self.owner())[self.attribute]
+        return vars(self.owner())[self.name.rpartition(".")[2]]
+
+    def bind(self, value: Any) -> None:
+        """Set the value in the owner's namespace."""
+        setattr(self.owner(), self.name.rpartition(".")[2], value)
 
     def problems(self) -> list[str]:
         """Return one line if the installed source is not the supported one, otherwise nothing."""
         try:
             function = underlying(self.binding())
-            source = source_hash(function)
+            source = source_hash(function.__code__)
         except (ImportError, AttributeError, KeyError, TypeError, OSError) as error:
             return [f"{self} cannot be read ({type(error).__name__}: {error})"]
         if source == self.source:
@@ -85,17 +84,13 @@ def underlying(binding: Any) -> FunctionType:
     return function
 
 
-def source_hash(function: FunctionType) -> str:
-    """Return the first 16 hex digits of the SHA-256 of `source_of`, the same in every Python.
-
-    Raises:
-        OSError: The source file cannot be read.
-    """
-    return hashlib.sha256(source_of(function).encode()).hexdigest()[:16]
+def source_hash(code: CodeType) -> str:
+    """Return the first 16 hex digits of the SHA-256 of `source_of`, the same in every Python."""
+    return hashlib.sha256(source_of(code).encode()).hexdigest()[:16]
 
 
-def source_of(function: FunctionType) -> str:
-    """Return a function's source with its decorators, without comment lines and blank lines.
+def source_of(code: CodeType) -> str:
+    """Return the source of a function with its decorators, without comments and blank lines.
 
     `inspect.getsource` is not used: it tokenises the source, which takes 30 times as long, and it
     searches all modules for the module of the function.
@@ -103,7 +98,6 @@ def source_of(function: FunctionType) -> str:
     Raises:
         OSError: The source file cannot be read.
     """
-    code = function.__code__
     last = _last_line(code)
     lines: list[str] = []
     indentation = 0
@@ -159,6 +153,8 @@ class UnchangedTarget(Edit):
     The plugin uses private members of vLLM. The methods that own them are such targets.
     """
 
+    suffix = CHECKED
+
     def __init__(self, target: Target) -> None:
         self.target = target
         self.original: Any = None
@@ -181,7 +177,7 @@ class UnchangedTarget(Edit):
         return [f"{self.target} is not {whose}, but that of {place}"]
 
     def __str__(self) -> str:
-        return f"{self.target}{CHECKED}"
+        return f"{self.target}{self.suffix}"
 
 
 class Rebinding(UnchangedTarget):
@@ -192,13 +188,10 @@ class Rebinding(UnchangedTarget):
     starts with an empty cache.
     """
 
-    def __init__(self, target: Target, around: Callable[..., Any]) -> None:
-        """Prepare the edit.
+    suffix = ""
 
-        Args:
-            target: The function or method.
-            around: Called instead, with the plain original function before the arguments.
-        """
+    def __init__(self, target: Target, around: Callable[..., Any]) -> None:
+        """Call `around` instead of the target, with the original function before the arguments."""
         super().__init__(target)
         self.replacement: Any = None
         self._around = around
@@ -216,17 +209,14 @@ class Rebinding(UnchangedTarget):
             self.replacement = type(self.original)(replacement)
         elif _is_cached(self.original):
             self.replacement = functools.cache(replacement)
-        setattr(self.target.owner(), self.target.attribute, self.replacement)
+        self.target.bind(self.replacement)
 
     def failures(self) -> list[str]:
         return self._unless_bound_to(self.replacement, "the plugin's")
 
     def undo(self) -> None:
         if self.replacement is not None:
-            setattr(self.target.owner(), self.target.attribute, self.original)
-
-    def __str__(self) -> str:
-        return str(self.target)
+            self.target.bind(self.original)
 
 
 @dataclass(frozen=True)
@@ -237,17 +227,17 @@ class Patch:
         name: The name of the purpose.
         replaces: What the patch replaces.
         why: Why there is no other way.
-        upstream: Where vLLM discusses or makes a change that replaces the patch.
         until: When the patch can be removed.
         edits: The edits.
+        upstream: Where vLLM discusses or makes a change that replaces the patch.
     """
 
     name: str
     replaces: str
     why: str
-    upstream: str
     until: str
     edits: Sequence[Edit]
+    upstream: str = "none known"
 
 
 class ActivePatches:

@@ -15,7 +15,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm_hybrid_kv.constants import CACHE_DTYPE
 from vllm_hybrid_kv.errors import HybridKVError, HybridKVStrategyError
 from vllm_hybrid_kv.patches.context import Context, is_engine_config
-from vllm_hybrid_kv.patches.mechanism import Patch, Rebinding
+from vllm_hybrid_kv.patches.mechanism import Patch
 from vllm_hybrid_kv.planning.capacity import capacity, check_capacity_groups
 from vllm_hybrid_kv.planning.page_sizes import check_page_sizes
 from vllm_hybrid_kv.planning.warnings import own_grouping, startup_warnings
@@ -66,10 +66,8 @@ def page_size_patch(context: Context) -> Patch:
         upstream="vllm-project/vllm#40128 (pages that do not divide)",
         until="the rule can be chosen, or pads no more than needed",
         edits=[
-            Rebinding(context.targets["get_kv_cache_groups"], get_kv_cache_groups),
-            Rebinding(
-                context.targets["unify_kv_cache_spec_page_size"], unify_kv_cache_spec_page_size
-            ),
+            context.rebind("get_kv_cache_groups", get_kv_cache_groups),
+            context.rebind("unify_kv_cache_spec_page_size", unify_kv_cache_spec_page_size),
         ],
     )
 
@@ -109,7 +107,7 @@ def capacity_patch(context: Context) -> Patch:
         why="it counts a fixed set of groups, and is the first call that gets the whole plan",
         upstream="vllm-project/vllm#40384 and #40417 (groups that do not grow)",
         until="vLLM reports the tokens that fit, not those of requests of the longest length",
-        edits=[Rebinding(context.targets["get_kv_cache_capacity"], get_kv_cache_capacity)],
+        edits=[context.rebind("get_kv_cache_capacity", get_kv_cache_capacity)],
     )
 
 
@@ -173,18 +171,16 @@ def block_alignment_patch(context: Context) -> Patch:
         if not _strategy_unifies(vllm_config):
             original(cls, vllm_config, backend_cls)
 
-    targets = context.targets
     return Patch(
         "block_alignment",
         replaces="Platform._align_hybrid_block_size and _align_heterogeneous_kv_block_size, "
         "for k8v4 engines with unquantised layers",
         why="the first makes states 16 tokens long, which turns prefix caching off for most "
         "prompts; the second pads unquantised layers to a block of the quantised ones",
-        upstream="none known",
         until="vLLM leaves page sizes of several cache dtypes to their unification",
         edits=[
-            Rebinding(targets["Platform._align_hybrid_block_size"], align_hybrid),
-            Rebinding(targets["Platform._align_heterogeneous_kv_block_size"], align_heterogeneous),
+            context.rebind("Platform._align_hybrid_block_size", align_hybrid),
+            context.rebind("Platform._align_heterogeneous_kv_block_size", align_heterogeneous),
         ],
     )
 
@@ -194,7 +190,7 @@ def _strategy_unifies(vllm_config: VllmConfig) -> bool:
     cache = vllm_config.cache_config
     if cache.cache_dtype != CACHE_DTYPE or not cache.kv_cache_dtype_skip_layers:
         return False
-    return STATE.settings_of(vllm_config).unify_page_sizes != "stock"
+    return STATE.settings.unify_page_sizes != "stock"
 
 
 def state_blocks_patch(context: Context) -> Patch:
@@ -203,9 +199,7 @@ def state_blocks_patch(context: Context) -> Patch:
     `vllm-hybrid-kv plan` calls the same method, so that it gives the same error.
     """
 
-    def resolve_cudagraph_mode_and_sizes(
-        original: Any, self: Any, *args: Any, **kwargs: Any
-    ) -> Any:
+    def resolve(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         call = inspect.signature(original).bind(self, *args, **kwargs)
         call.apply_defaults()
         requests, plan = call.arguments["max_num_reqs"], call.arguments["kv_cache_config"]
@@ -228,12 +222,11 @@ def state_blocks_patch(context: Context) -> Patch:
             )
         return mode
 
-    target = context.targets["CompilationConfig.resolve_cudagraph_mode_and_sizes"]
     return Patch(
         "state_blocks",
         replaces="CompilationConfig.resolve_cudagraph_mode_and_sizes",
         why="vLLM's message names no option, and `plan` has to give a server's error",
         upstream="vllm-project/vllm#34094",
         until="vLLM names the option and its value",
-        edits=[Rebinding(target, resolve_cudagraph_mode_and_sizes)],
+        edits=[context.rebind("CompilationConfig.resolve_cudagraph_mode_and_sizes", resolve)],
     )

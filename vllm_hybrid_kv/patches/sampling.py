@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vllm_hybrid_kv.patches.context import Context
-from vllm_hybrid_kv.patches.mechanism import Patch, Rebinding
+from vllm_hybrid_kv.patches.mechanism import Patch
 
 
 class RewindableGenerator(torch.Generator):
@@ -51,7 +51,6 @@ def seeded_sampling_patch(context: Context) -> Patch:
         replaces="InputBatch.add_request",
         why="after a chunk of a prompt the runner rewinds a request's generator by its offset, "
         "which CPU generators do not have: the error ends the engine for all requests",
-        upstream="none known",
         until="vLLM's model runner rewinds CPU generators",
-        edits=[Rebinding(context.targets["InputBatch.add_request"], add_request)],
+        edits=[context.rebind("InputBatch.add_request", add_request)],
     )

@@ -20,7 +20,7 @@ from typing import Any
 
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.patches.context import Context
-from vllm_hybrid_kv.patches.mechanism import Edit, Patch, Rebinding
+from vllm_hybrid_kv.patches.mechanism import Edit, Patch
 
 VARIABLE = "HYBRID_KV_REFUSAL"
 """The environment variable with the file's name. It is not a setting."""
@@ -78,10 +78,9 @@ def startup_patch(context: Context) -> Patch:
         "startup",
         replaces="wait_for_engine_startup; adds a handler to the logger vllm",
         why="vLLM ends with 'Engine core initialization failed', far below the reason",
-        upstream="none",
         until="vLLM passes the reason to the process that the user started",
         edits=[
-            Rebinding(context.targets["wait_for_engine_startup"], wait_for_engine_startup),
+            context.rebind("wait_for_engine_startup", wait_for_engine_startup),
             RefusalHandler(),
         ],
     )

@@ -17,41 +17,41 @@ SUPPORTED = " and ".join(MINORS)
 Table = dict[str, dict[str, tuple[str | None, ...]]]
 """Source hashes by module and function. None if a minor has the function in another module."""
 
-# The source of `initialize_model` is that of its decorator. What it wraps is only called, and the
-# layers that it builds are checked.
+# The source of `initialize_model` is that of its decorator's wrapper. What it wraps is only called,
+# and the layers that it builds are checked.
 PATCHED: Table = {
     "vllm.config.compilation": {
         "CompilationConfig.resolve_cudagraph_mode_and_sizes": (
             "ee74aeb7a2896858",
             "ee74aeb7a2896858",
-        ),
+        )
     },
     "vllm.distributed.kv_transfer.kv_connector.v1.example_connector": {
-        "ExampleConnector.__init__": ("d3e9436607777ed5", "d3e9436607777ed5"),
+        "ExampleConnector.__init__": ("d3e9436607777ed5", "d3e9436607777ed5")
     },
     "vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata": {
-        "compute_nixl_compatibility_hash": ("4b063e3460344c34", "4b063e3460344c34"),
+        "compute_nixl_compatibility_hash": ("4b063e3460344c34", "4b063e3460344c34")
     },
     "vllm.distributed.kv_transfer.kv_connector.v1.offloading.config": {
-        "build_offloading_config": ("2cf4ae4cfc3c286f", "29d16c9d564a6403"),
+        "build_offloading_config": ("2cf4ae4cfc3c286f", "29d16c9d564a6403")
     },
     "vllm.engine.arg_utils": {
-        "EngineArgs.create_engine_config": ("d132c6caf48d4914", "3e19b2ef611bdae8"),
+        "EngineArgs.create_engine_config": ("d132c6caf48d4914", "3e19b2ef611bdae8")
     },
     "vllm.model_executor.layers.attention.attention": {
-        "Attention.__init__": ("aa7d2d1b78ed9ceb", "4a5707fd62bbbc69"),
+        "Attention.__init__": ("aa7d2d1b78ed9ceb", "4a5707fd62bbbc69")
     },
     "vllm.model_executor.layers.quantization.turboquant.config": {
-        "TurboQuantConfig.get_boundary_skip_layers": ("0432bb2cbfb9fd65", "0432bb2cbfb9fd65"),
+        "TurboQuantConfig.get_boundary_skip_layers": ("0432bb2cbfb9fd65", "0432bb2cbfb9fd65")
     },
     "vllm.model_executor.model_loader.utils": {
-        "initialize_model": ("2bdd984927e70605", "2bdd984927e70605"),
+        "initialize_model": ("2bdd984927e70605", "2bdd984927e70605")
     },
     "vllm.model_executor.models.config": {
-        "Gemma4Config.verify_and_update_config": ("1ae0464f7090f1fd", "5b5eaee1eeff9654"),
+        "Gemma4Config.verify_and_update_config": ("1ae0464f7090f1fd", "5b5eaee1eeff9654")
     },
     "vllm.platforms.cpu": {
-        "CpuPlatform.get_attn_backend_cls": ("d04c31e09d1a67ce", "91da3a4d6e0ad421"),
+        "CpuPlatform.get_attn_backend_cls": ("d04c31e09d1a67ce", "91da3a4d6e0ad421")
     },
     "vllm.platforms.interface": {
         "Platform._align_heterogeneous_kv_block_size": ("86ebbd8be1a4bf67", "c625dd669afa8cee"),
@@ -59,13 +59,13 @@ PATCHED: Table = {
         "Platform.validate_environ": ("4e0b7df82b309d73", "4e0b7df82b309d73"),
     },
     "vllm.v1.attention.selector": {
-        "_cached_get_attn_backend": ("e9717be527e12b42", "e9717be527e12b42"),
+        "_cached_get_attn_backend": ("e9717be527e12b42", "e9717be527e12b42")
     },
     "vllm.v1.core.kv_cache_coordinator": {
-        "get_kv_cache_coordinator": ("618cb5426b873088", "2294e5b6fadd7d11"),
+        "get_kv_cache_coordinator": ("618cb5426b873088", "2294e5b6fadd7d11")
     },
     "vllm.v1.core.kv_cache_manager": {
-        "KVCacheManager.__init__": ("6d90764e9f0f3cf2", "666129fc19e4d275"),
+        "KVCacheManager.__init__": ("6d90764e9f0f3cf2", "666129fc19e4d275")
     },
     "vllm.v1.core.kv_cache_planning": {
         "get_kv_cache_groups": (None, "abb09ca9630ec32c"),
@@ -78,14 +78,12 @@ PATCHED: Table = {
         "resolve_none_hash_seed": ("5a4908813819f2ec", "5a4908813819f2ec"),
         "unify_kv_cache_spec_page_size": ("607c52c16b200bb1", None),
     },
-    "vllm.v1.engine.utils": {
-        "wait_for_engine_startup": ("427c92904b59e91d", "612000fd2d8cc72a"),
-    },
+    "vllm.v1.engine.utils": {"wait_for_engine_startup": ("427c92904b59e91d", "612000fd2d8cc72a")},
     "vllm.v1.worker.gpu_input_batch": {
-        "InputBatch.add_request": ("c7c44acb74fbcfd3", "c7c44acb74fbcfd3"),
+        "InputBatch.add_request": ("c7c44acb74fbcfd3", "c7c44acb74fbcfd3")
     },
     "vllm.v1.worker.utils": {
-        "copy_kv_cache_blocks_inplace": ("c41e0cc1a179c6ae", "c41e0cc1a179c6ae"),
+        "copy_kv_cache_blocks_inplace": ("c41e0cc1a179c6ae", "c41e0cc1a179c6ae")
     },
     "vllm.v1.worker.worker_base": {
         "WorkerBase.__init__": ("20f92c08edc2ca06", "20f92c08edc2ca06"),
@@ -120,7 +118,7 @@ RELIED_ON: Table = {
         "FreeKVCacheBlockQueue.remove": ("09a4f8a0f93902cd", "09a4f8a0f93902cd"),
     },
     "vllm.v1.core.sched.scheduler": {
-        "Scheduler._mamba_block_aligned_split": ("b13c58409c0570f9", "816f905bbf46c72d"),
+        "Scheduler._mamba_block_aligned_split": ("b13c58409c0570f9", "816f905bbf46c72d")
     },
     "vllm.v1.core.single_type_kv_cache_manager": {
         "MambaManager._cache_partial_tail_block": ("5866aa42ddf1d5b8", "50dffd6f704e5495"),
@@ -146,12 +144,7 @@ RELIED_ON: Table = {
 
 
 def targets_of(minor: str, table: Table = PATCHED) -> dict[str, Target]:
-    """Return the targets of a supported minor by function, `Class.method` for a method.
-
-    Args:
-        minor: One of `MINORS`.
-        table: `PATCHED` or `RELIED_ON`.
-    """
+    """Return a table's targets for a supported minor by function, `Class.method` for a method."""
     column = MINORS.index(minor)
     return {
         name: Target(module, name, source)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from vllm_hybrid_kv.patches.context import Context
-from vllm_hybrid_kv.patches.mechanism import Patch, Rebinding
+from vllm_hybrid_kv.patches.mechanism import Patch
 from vllm_hybrid_kv.transfer.connectors import init_example_connector
 from vllm_hybrid_kv.transfer.fingerprint import marked
 
@@ -27,9 +27,8 @@ def handshake_patch(context: Context) -> Patch:
         replaces="compute_nixl_compatibility_hash, to whose result it adds the fingerprint",
         why="it hashes the cache dtype and the backend's name, which are the same for vLLM's "
         "own TurboQuant, whose pages are different",
-        upstream="none known",
         until="backends can describe the pages that they write",
-        edits=[Rebinding(context.targets["compute_nixl_compatibility_hash"], _append_fingerprint)],
+        edits=[context.rebind("compute_nixl_compatibility_hash", _append_fingerprint)],
     )
 
 
@@ -45,18 +44,16 @@ def stored_pages_patch(context: Context) -> Patch:
         model = replace(config.model, dtype=marked(config.model.dtype))
         return replace(config, model=model)
 
-    targets = context.targets
     return Patch(
         "stored_pages",
         replaces="resolve_none_hash_seed and build_offloading_config, to which it adds the "
         "fingerprint, and ExampleConnector.__init__, whose folder it replaces by a subfolder",
         why="blocks are looked up by their tokens, and stores are named by the cache dtype: a "
         "server without the plugin would read pages in another format",
-        upstream="none known",
         until="backends can describe the pages that they write",
         edits=[
-            Rebinding(targets["resolve_none_hash_seed"], _append_fingerprint),
-            Rebinding(targets["build_offloading_config"], build_offloading_config),
-            Rebinding(targets["ExampleConnector.__init__"], init_example_connector),
+            context.rebind("resolve_none_hash_seed", _append_fingerprint),
+            context.rebind("build_offloading_config", build_offloading_config),
+            context.rebind("ExampleConnector.__init__", init_example_connector),
         ],
     )

@@ -8,22 +8,21 @@ All other connectors of vLLM are refused by name. Connectors of other packages c
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, iter_layer_specs
 
 from vllm_hybrid_kv.constants import CACHE_DTYPE
 from vllm_hybrid_kv.errors import HybridKVError
-from vllm_hybrid_kv.transfer.fingerprint import PageFingerprint, fingerprint_of
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+from vllm_hybrid_kv.transfer.fingerprint import fingerprint_of
 
 logger = init_logger("vllm.hybrid_kv.transfer")
 
@@ -150,24 +149,17 @@ def init_example_connector(
 
     ExampleConnector stores a prompt's pages in a folder named after the prompt's tokens. With k8v4
     pages these folders are inside a folder named after the fingerprint and the rank. Engines with
-    other pages do not read that folder.
+    other pages do not read that folder. Log once which other pages the store holds.
     """
     original(self, vllm_config, *args, **kwargs)
-    fingerprint = fingerprint_of(vllm_config)
-    if fingerprint is not None:
-        parallel = vllm_config.parallel_config
-        store = open_store(Path(self._storage_path), fingerprint)
-        # The scheduler's connector has rank 0: it looks for the pages of the first process.
-        self._storage_path = str(store / f"{parallel.rank}of{parallel.world_size}")
-
-
-def open_store(root: Path, fingerprint: PageFingerprint) -> Path:
-    """Return an engine's folder in a shared store, and warn once of other pages in the store."""
-    own = root / f"{PREFIX}{fingerprint.digest}"
+    if (fingerprint := fingerprint_of(vllm_config)) is None:
+        return
+    root, words = Path(self._storage_path), str(fingerprint)
+    own = root / f"{PREFIX}{hashlib.sha256(words.encode()).hexdigest()[:16]}"
     own.mkdir(parents=True, exist_ok=True)
     # Atomic, because another process may read it at any time.
     part = own / f".{MANIFEST}-{os.getpid()}"
-    part.write_text(json.dumps({**asdict(fingerprint), "words": str(fingerprint)}, indent=1))
+    part.write_text(json.dumps({**asdict(fingerprint), "words": words}, indent=1))
     part.replace(own / MANIFEST)
     if others := [str(path) for path in root.glob(f"{PREFIX}*/{MANIFEST}") if path.parent != own]:
         logger.warning_once(
@@ -175,6 +167,8 @@ def open_store(root: Path, fingerprint: PageFingerprint) -> Path:
             "another folder. This engine uses: %s",
             str(root),
             ", ".join(sorted(others)),
-            str(fingerprint),
+            words,
         )
-    return own
+    parallel = vllm_config.parallel_config
+    # The scheduler's connector has rank 0: it looks for the pages of the first process.
+    self._storage_path = str(own / f"{parallel.rank}of{parallel.world_size}")

@@ -9,18 +9,15 @@ their error messages name both sides.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from vllm.config import VllmConfig
 
 from vllm_hybrid_kv.constants import CACHE_DTYPE
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.settings import INTERPRETER
 from vllm_hybrid_kv.state import STATE
 from vllm_hybrid_kv.version import __version__
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
 
 
 @dataclass(frozen=True)
@@ -55,11 +52,6 @@ class PageFingerprint:
             f"unquantised layers: {self.unquantised}"
         )
 
-    @property
-    def digest(self) -> str:
-        """The first 16 hex digits of the SHA-256 of the words; names a folder."""
-        return hashlib.sha256(str(self).encode()).hexdigest()[:16]
-
 
 def fingerprint_of(vllm_config: VllmConfig) -> PageFingerprint | None:
     """Return the fingerprint of an engine's pages; None without a k8v4 cache.
@@ -86,16 +78,10 @@ def fingerprint_of(vllm_config: VllmConfig) -> PageFingerprint | None:
     )
 
 
-def current_fingerprint() -> PageFingerprint | None:
-    """Return the fingerprint of this process's last engine; None without a k8v4 cache.
+def marked(text: str) -> str:
+    """Return a key, seed or name of vLLM with the fingerprint of the last engine, if it has one.
 
     Never cached, because vLLM chooses a model's block size while its engine starts.
     """
-    config = STATE.engine_config
-    return None if config is None else fingerprint_of(config)
-
-
-def marked(text: str) -> str:
-    """Return a key, seed or name of vLLM with the current fingerprint appended, if any."""
-    fingerprint = current_fingerprint()
-    return text if fingerprint is None else f"{text} [{fingerprint}]"
+    fingerprint = STATE.engine_config and fingerprint_of(STATE.engine_config)
+    return f"{text} [{fingerprint}]" if fingerprint else text

@@ -58,8 +58,8 @@ def caller(load, definer):
 
 def targets(definer):
     return [
-        Target("vllm.definer", "function", source_hash(definer.function)),
-        Target("vllm.definer", "Owner.method", source_hash(definer.Owner.method.__func__)),
+        Target("vllm.definer", "function", source_hash(definer.function.__code__)),
+        Target("vllm.definer", "Owner.method", source_hash(definer.Owner.method.__code__)),
     ]
 
 

@@ -39,7 +39,7 @@ from vllm.v1.worker.workspace import (
 from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.attention.layer_check import BuiltLayer, built_layers, check_plan
 from vllm_hybrid_kv.constants import CACHE_DTYPE
-from vllm_hybrid_kv.state import STATE
+from vllm_hybrid_kv.settings import resolve
 from vllm_hybrid_kv.tools.plan.gpu_platform import described_gpu
 from vllm_hybrid_kv.tools.plan.model_building import as_one_rank_of, build_draft, without_weights
 from vllm_hybrid_kv.tools.plan.model_description import CPU, GPU
@@ -157,7 +157,7 @@ class Model:
         """Build the layers of a pipeline stage and return their specs."""
         config = self._configure()
         parallel = config.parallel_config
-        self._stock_alignment = STATE.settings_of(config).unify_page_sizes == "stock"
+        self._stock_alignment = resolve(config.additional_config).unify_page_sizes == "stock"
         with ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             stack.enter_context(set_current_vllm_config(config))
@@ -225,7 +225,7 @@ class Model:
         from vllm.v1.engine import core
 
         config = self._configure(settings)
-        unify = STATE.settings_of(config).unify_page_sizes
+        unify = resolve(config.additional_config).unify_page_sizes
         if (unify == "stock") != self._stock_alignment:
             if self._other_alignment is None:
                 self._other_alignment = Model(

@@ -23,7 +23,7 @@ from vllm.v1.kv_cache_interface import (
 from vllm_hybrid_kv.planning.capacity import Capacity, capacity
 from vllm_hybrid_kv.planning.smallest_hit import smallest_hit
 from vllm_hybrid_kv.planning.warnings import content_bytes, padding_share, startup_warnings
-from vllm_hybrid_kv.state import STATE
+from vllm_hybrid_kv.settings import resolve
 from vllm_hybrid_kv.tools.plan.engine import Engine, Model
 
 _KINDS: dict[type[KVCacheSpec], str] = {
@@ -140,7 +140,7 @@ def plan_of(model: Model, memory: int, settings: dict[str, Any]) -> Plan:
     config, planned = engine.vllm_config, engine.kv_cache_config
     by_layer = engine.worker_kv_cache_config
     sizes = engine.scheduler_block_size, engine.hash_block_size
-    chosen = STATE.settings_of(config)
+    chosen = resolve(config.additional_config)
     return Plan(
         kv_cache_dtype=config.cache_config.cache_dtype,
         unify_page_sizes=chosen.unify_page_sizes,
