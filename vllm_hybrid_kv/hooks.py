@@ -7,18 +7,8 @@ result before vLLM gets it. If the strategy returns None, vLLM's own rule applie
 `stock` of every hook is vLLM's own rule.
 
 Another package registers a strategy through the entry point group `vllm_hybrid_kv`; the entry
-point's name is the strategy's name:
-
-    [project.entry-points.vllm_hybrid_kv]
-    my_rule = "my_package.my_module"
-
-    # my_package/my_module.py
-    from vllm_hybrid_kv import hookimpl
-
-    @hookimpl
-    def hybrid_kv_unify_page_sizes(kv_cache_spec): ...
-
-A hook implementation names only the arguments that it needs.
+point's name is the strategy's name. A hook implementation names only the arguments that it needs.
+`docs/configuration.md` has an example.
 """
 
 from __future__ import annotations

@@ -26,8 +26,7 @@ from vllm_hybrid_kv.state import STATE
 def settings_patch(context: Context) -> Patch:
     """Check the settings where each process first gets them, before anything is loaded.
 
-    The first calls are `create_engine_config` in the process that the user started, the worker's
-    constructor in workers, and planning, which has patches of its own, in the engine core.
+    In the engine core that is planning, which has patches of its own.
     """
 
     def create_engine_config(original: Any, self: Any, *args: Any, **kwargs: Any) -> VllmConfig:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reports a worker's refusal as the last line of a failed start-up.
 
-A worker or the engine core detects that a layer cannot be served, and vLLM logs the error in that
-process. The process that the user started only knows that another process ended. So the failing
-process writes the message to a file whose name it inherits, and the process that the user started
-prints the message last.
+The process that the user started only knows that another process ended. So a worker or engine core
+that detects an unsupported layer writes the message to a file whose name it inherits, and the
+process that the user started prints the message last.
 """
 
 from __future__ import annotations
@@ -27,11 +26,7 @@ VARIABLE = "HYBRID_KV_REFUSAL"
 
 
 class RefusalHandler(logging.Handler, Edit):
-    """Writes a refusal that vLLM logs in a process of an engine to the file of `VARIABLE`.
-
-    The process that the user started names the file. If the handler is removed, users still see
-    vLLM's own message.
-    """
+    """Writes a refusal that vLLM logs in a process of an engine to the file of `VARIABLE`."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)

@@ -17,11 +17,7 @@ def _append_fingerprint(original: Any, *args: Any, **kwargs: Any) -> str:
 
 
 def handshake_patch(context: Context) -> Patch:
-    """Make NIXL's peers compare fingerprints.
-
-    The fingerprint follows vLLM's own hash in words. vLLM's message shows both sides', so a peer
-    without the plugin names the difference as well.
-    """
+    """Make NIXL's peers compare fingerprints, which follow vLLM's own hash in its messages."""
     return Patch(
         "handshake",
         replaces="compute_nixl_compatibility_hash, to whose result it adds the fingerprint",
@@ -33,11 +29,7 @@ def handshake_patch(context: Context) -> Patch:
 
 
 def stored_pages_patch(context: Context) -> Patch:
-    """Separate stored pages by fingerprint.
-
-    The patched functions are the seed of all block hashes, the name of pages in offloading, and
-    the folder of ExampleConnector.
-    """
+    """Separate stored pages by fingerprint."""
 
     def build_offloading_config(original: Any, *args: Any, **kwargs: Any) -> Any:
         config = original(*args, **kwargs)

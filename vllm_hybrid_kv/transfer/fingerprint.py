@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fingerprint that travels with k8v4 pages, so that only engines that can read them do.
 
-A page is bytes without a header. Two engines read the same numbers from it only if page format,
-arrangement, size and heads are equal, and the bytes would not show a difference. The fingerprint
-states all of that in words. It becomes part of vLLM's own handshakes, keys and folders, so that
-their error messages name both sides.
+Two engines read the same numbers from a page only if page format, arrangement, size and heads are
+equal, and a page has no header that would show a difference. The fingerprint states all of that in
+words. It becomes part of vLLM's own handshakes, keys and folders, so that their errors name both.
 """
 
 from __future__ import annotations

@@ -65,14 +65,14 @@ def _count_managers() -> None:
         result = call(self, setting, settings, **arguments)
         if setting == "coordinator":
             # For `stock` vLLM makes the coordinator.
-            last[:] = [None if settings.coordinator == STOCK else result]
+            last[:] = [STOCK if settings.coordinator == STOCK else result]
         return result
 
     def counting(self: Any, *args: Any, **kwargs: Any) -> None:
         last.clear()
         initialise(self, *args, **kwargs)
         REPORT["managers"] += 1
-        REPORT["managers_of_ours"] += last in ([None], [self.coordinator])
+        REPORT["managers_of_ours"] += last in ([STOCK], [self.coordinator])
 
     Strategies.call = recording  # type: ignore[method-assign]
     KVCacheManager.__init__ = counting
