@@ -62,8 +62,8 @@ def run(tmp_path):
         # A strategy of another package.
         (("plan", "missing", *PLAN[2:], "--unify", "acme"), "plan: missing: No such file"),
         (("plan", "no/such-model", *PLAN[2:]), "the local Hugging Face cache has no config.json"),
-        ((*PLAN, "--json", "no/such/file"), "plan: --json: no/such/file is a folder, or its "),
-        ((*PLAN, "--json", "folder"), "plan: --json: folder is a folder"),
+        ((*PLAN, "--json", "no/such/file"), "plan: --json: no/such/file: No such file"),
+        ((*PLAN, "--json", "folder"), "plan: --json: folder: Is a directory"),
         ((*PLAN, "--plot", "plan.larch"), "plan: --plot: plan.larch: 'larch' is none of "),
         (("replay",), "replay: Missing argument"),
         ((*REPLAY, "--coordinator", "lru"), "replay: --coordinator: 'lru' is not a strategy"),

@@ -190,8 +190,9 @@ def check_paths(json_: Path | None, plot: Path | None) -> None:
     for option, path in (("--json", json_), ("--plot", plot)):
         if path is None or str(path) == "-":
             continue
+        reason = "Is a directory" if path.is_dir() else "No such file or directory"
         if path.is_dir() or not path.absolute().parent.is_dir():
-            raise ToolError(f"{option}: {path} is a folder, or its folder does not exist")
+            raise ToolError(f"{option}: {path}: {reason}")
     if plot is None:
         return
     try:

@@ -29,6 +29,8 @@ K8V4 = "turboquant_k8v4"
 DTYPES = ("auto", "fp8", K8V4)
 MEMORY = 64 << 30
 
+BERT = {"model_type": "bert", "architectures": ["BertModel"]}
+
 MLA = {K8V4: "MLA"}
 CROSS = {K8V4: "'encoder_decoder' is not decoder self-attention"}
 
@@ -93,8 +95,10 @@ def traces() -> dict[str, Any]:
 def plan_all(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], dict[Any, Any]]:
     folder = tmp_path_factory.mktemp("models")
     for name in OUTCOMES:
-        fields = {"dtype": "bfloat16", **configuration_of(name).fields}
-        (folder / f"{name}.json").write_text(json.dumps(fields, default=str))
+        fields = BERT if name == "BertModel" else configuration_of(name).fields
+        (folder / f"{name}.json").write_text(
+            json.dumps({"dtype": "bfloat16", **fields}, default=str)
+        )
     return lambda: {
         (name, dtype): outcome_of(folder / f"{name}.json", dtype)
         for name in OUTCOMES
