@@ -102,7 +102,11 @@ def refusal_patch(context: Context) -> Patch:
     The cache of the patched selector starts empty, so vLLM forgets earlier selections.
     """
 
-    def select(original: Any, backend: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+    def select(
+        original: Any, backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        # vLLM passes the arguments by name.
+        config = attn_selector_config
         k8v4_cache = config.kv_cache_dtype == CACHE_DTYPE
         if k8v4_cache and (refusal := refuse_selection(config)) is not None:
             raise UnsupportedLayerError(refusal)
