@@ -18,7 +18,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +36,12 @@ from vllm.v1.kv_cache_interface import (
 
 from testing.machine import host
 from vllm_hybrid_kv.planning.lcm import unify_by_lcm
-from vllm_hybrid_kv.planning.min_waste import REFERENCE_REQUEST, unify_with_least_waste, waste
+from vllm_hybrid_kv.planning.min_waste import (
+    LONGEST_SEQUENCE,
+    REFERENCE_REQUEST,
+    unify_with_least_waste,
+)
+from vllm_hybrid_kv.planning.page_kinds import layer_kind
 
 LAYERS = 200
 LIMIT_MS = 10.0
@@ -48,9 +52,7 @@ STRATEGIES: dict[str, Callable[[Any], Mapping[str, KVCacheSpec]]] = {
     "stock": unify_kv_cache_spec_page_size,
     "lcm": unify_by_lcm,
     "min_waste": unify_with_least_waste,
-    "min_waste, match unit weighed": partial(
-        unify_with_least_waste, reference=Fraction(REFERENCE_REQUEST)
-    ),
+    "min_waste, match unit weighed": partial(unify_with_least_waste, reference=REFERENCE_REQUEST),
 }
 
 
@@ -110,8 +112,16 @@ def measure(mixture: str, rounds: int) -> Rows:
             continue
         (page,) = {spec.page_size_bytes for spec in plan.values()}
         unit = math.lcm(*(spec.block_size for spec in plan.values()))
-        rows[name] = Row(statistics.median(times), page, float(waste(specs, plan)), unit)
+        rows[name] = Row(statistics.median(times), page, _padding(specs, plan), unit)
     return rows
+
+
+def _padding(before: Specs, plan: Mapping[str, KVCacheSpec]) -> float:
+    """Return the share of the pool that holds neither tokens of the longest sequence nor states."""
+    used = sum(
+        layer_kind(spec, LONGEST_SEQUENCE).used_in(plan[name]) for name, spec in before.items()
+    )
+    return 1 - used / sum(spec.page_size_bytes for spec in plan.values())
 
 
 def table(results: Mapping[str, Rows], load: float) -> str:

@@ -16,7 +16,7 @@ from tests.coordinator.soak.engine import configure, make_scheduler
 from tests.coordinator.soak.plans import STRATEGIES, Plan
 from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.coordinator.strategies import match_unit
-from vllm_hybrid_kv.planning.smallest_hit import hits_are_possible, smallest_hit
+from vllm_hybrid_kv.planning.capacity import hits_are_possible, smallest_hit
 
 LONGEST = 1024
 

@@ -32,9 +32,10 @@ def pages(specs: dict[str, KVCacheSpec]) -> dict[str, int]:
     return {name: spec.page_size_bytes for name, spec in specs.items()}
 
 
-def blocks(specs: dict[str, KVCacheSpec]) -> dict[str, int]:
-    return {name: spec.block_size for name, spec in specs.items()}
-
-
 def named(specs) -> dict[str, KVCacheSpec]:
     return {f"layer.{index}": spec for index, spec in enumerate(specs)}
+
+
+def shapes(specs: dict[str, KVCacheSpec]) -> list[tuple[int, int | None]]:
+    """Return the tokens of each layer's block, and the bytes of its page if it is padded."""
+    return [(spec.block_size, getattr(spec, "page_size_padded", None)) for spec in specs.values()]

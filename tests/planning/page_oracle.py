@@ -64,7 +64,8 @@ def used(before: KVCacheSpec, after: KVCacheSpec, longest: int) -> Fraction:
     return per_token * min(after.block_size, most)
 
 
-def share_wasted(before, after, longest: int) -> Fraction:
+def share_wasted(before, after, longest: int = 1 << 20) -> Fraction:
+    """Return the share of the pool that a plan leaves as padding."""
     total = sum(spec.page_size_bytes for spec in after.values())
     return 1 - sum(used(spec, after[name], longest) for name, spec in before.items()) / total
 
@@ -115,7 +116,7 @@ def least_page(spec) -> int:
     return spec.page_size_bytes if aligned else spec.real_page_size_bytes
 
 
-def exhaustive(specs, longest: int, tolerance: Fraction, by_lcm: Fraction | None):
+def exhaustive(specs, longest: int, tolerance: float, by_lcm: Fraction | None):
     """Return the page and the waste of the plan that `min_waste` promises, or None.
 
     This is the first page with little enough waste, otherwise the one with the least waste, up to
@@ -171,8 +172,9 @@ def held(spec, request: Fraction) -> Fraction:
     return min([request, *map(Fraction, filter(None, bounds))])
 
 
-def cost(before, after, request: Fraction) -> Fraction:
+def cost(before, after, request: float) -> Fraction:
     """Return the padding share of a request's pages plus the share that a hit misses."""
+    request = Fraction(request)
     held_bytes = taken = Fraction(0)
     for name, spec in before.items():
         tokens = held(spec, request)
@@ -181,7 +183,7 @@ def cost(before, after, request: Fraction) -> Fraction:
     return 1 - held_bytes / taken + match_unit_of(after) / (2 * request)
 
 
-def cheapest(specs, request: Fraction) -> Fraction | None:
+def cheapest(specs, request: float) -> Fraction | None:
     """Return the lowest cost of any plan; None if no plan costs less than 1."""
     layers = dict(enumerate(specs))
     present = match_unit_of(layers)

@@ -32,31 +32,26 @@ def unquantised(make_config):
 
 def test_the_default_equals_vllms_number(unquantised, make_config):
     stock = make_config(kv_cache_dtype=K8V4).cache_config.kv_cache_dtype_skip_layers
-    assert stock == ["0", "1", "4", "5"]
-    assert unquantised() == stock
+    assert unquantised() == stock == list("0145")
 
 
 @pytest.mark.parametrize(
-    ("number", "layers"), [(0, ""), (1, "05"), (2, "0145"), (3, "012345"), (9, "012345")]
+    ("number", "arguments", "layers"),
+    [
+        (0, {}, []),
+        (1, {}, [*"05"]),
+        (2, {}, [*"0145"]),
+        (3, {}, [*"012345"]),
+        (9, {}, [*"012345"]),
+        # The user's layers are added.
+        (1, {"kv_cache_dtype_skip_layers": ["2", "swa"]}, ["0", "2", "5", "swa"]),
+        # Another cache dtype has no boundary layers.
+        (1, {"kv_cache_dtype": "auto"}, []),
+        (1, {"kv_cache_dtype": "fp8"}, []),
+    ],
 )
-def test_the_setting_chooses_the_number(number, layers, unquantised):
-    assert unquantised({"boundary_layers": number}) == list(layers)
-
-
-def test_a_variable_overrides_the_setting(unquantised, monkeypatch):
-    monkeypatch.setenv("VLLM_HYBRID_KV_BOUNDARY_LAYERS", "1")
-    assert unquantised({"boundary_layers": 2}) == ["0", "5"]
-
-
-def test_skipped_layers_of_the_user_are_added(unquantised):
-    named = ["2", "sliding_window"]
-    layers = unquantised({"boundary_layers": 1}, kv_cache_dtype_skip_layers=named)
-    assert layers == ["0", "2", "5", "sliding_window"]
-
-
-@pytest.mark.parametrize("dtype", ["auto", "fp8"])
-def test_another_cache_dtype_has_no_boundary_layers(dtype, unquantised):
-    assert unquantised({"boundary_layers": 1}, kv_cache_dtype=dtype) == []
+def test_the_setting_chooses_the_number(number, arguments, layers, unquantised):
+    assert unquantised({"boundary_layers": number}, **arguments) == layers
 
 
 def test_vllms_coarser_presets_keep_vllms_number(unquantised, monkeypatch):
@@ -72,12 +67,6 @@ def test_vllms_number_applies_outside_of_an_engine_configuration(make_config):
     rule = TurboQuantConfig.get_boundary_skip_layers
     assert rule(config.model_config) == ["0", "1", "4", "5"]
     assert rule(config.model_config, 1) == ["0", "5"]
-
-
-def test_an_invalid_value_stops_start_up(make_config):
-    plugin.register()
-    with pytest.raises(ValueError, match=r"boundary_layers=-1 .* is not valid"):
-        make_config({"boundary_layers": -1}, kv_cache_dtype=K8V4)
 
 
 def rule(config, number=2, hybrid=False, mla=False):

@@ -74,11 +74,9 @@ def config(make_config):
     return config
 
 
-def test_a_good_plan_causes_no_warning(config):
-    page = PLAIN.page_size_bytes
-    assert lines(config, plan(PLAIN, state(page))) == []
-    assert lines(config, plan(PLAIN)) == []
-    assert lines(config, plan(PLAIN, WINDOW)) == []
+@pytest.mark.parametrize("others", [[], [WINDOW], [state(PLAIN.page_size_bytes)]])
+def test_a_good_plan_causes_no_warning(config, others):
+    assert lines(config, plan(PLAIN, *others)) == []
 
 
 def test_a_prefix_cache_that_no_prompt_can_hit_causes_a_warning(config):
@@ -90,20 +88,14 @@ def test_a_prefix_cache_that_no_prompt_can_hit_causes_a_warning(config):
         "and with one token of answer it exceeds --max-model-len 257; set prefix_match_unit=auto, "
         "raise --max-model-len above 257, or pass --no-enable-prefix-caching"
     )
+    # The active match unit is not advised.
+    (line,) = lines(config, groups)
+    assert "prefix_match_unit" not in line
     config.model_config.max_model_len = BLOCK + 2
     assert lines(config, groups) == []
-
-
-def test_the_active_match_unit_is_not_advised(config):
-    config.model_config.max_model_len = BLOCK
-    (line,) = lines(config, plan(PLAIN, state(PLAIN.page_size_bytes)))
-    assert "prefix_match_unit" not in line
-
-
-def test_a_disabled_prefix_cache_causes_no_warning(config):
     config.model_config.max_model_len = BLOCK
     config.cache_config.enable_prefix_caching = False
-    assert lines(config, plan(PLAIN, state(PLAIN.page_size_bytes))) == []
+    assert lines(config, groups) == []
 
 
 @pytest.mark.parametrize("dtype", ["turboquant_k8v4", "fp8"])
@@ -123,13 +115,17 @@ def test_a_cache_dtype_that_no_layer_uses_causes_a_warning(config, dtype):
     assert line.endswith(f"; layers 0 sliding_window are skipped: {advice[dtype]}")
 
 
-def test_one_layer_with_the_cache_dtype_is_enough(config):
-    config.cache_config.cache_dtype = "turboquant_k8v4"
-    assert lines(config, plan(replace(PLAIN, block_size=100), replace(K8V4, block_size=256))) == []
-    config.cache_config.cache_dtype = "fp8"
-    assert lines(config, plan(replace(PLAIN, kv_quant_mode=KVQuantMode.FP8_PER_TENSOR))) == []
-    config.cache_config.cache_dtype = "bfloat16"
-    assert lines(config, plan(PLAIN)) == []
+@pytest.mark.parametrize(
+    ("dtype", "layers"),
+    [
+        ("turboquant_k8v4", [replace(PLAIN, block_size=100), K8V4]),
+        ("fp8", [replace(PLAIN, kv_quant_mode=KVQuantMode.FP8_PER_TENSOR)]),
+        ("bfloat16", [PLAIN]),
+    ],
+)
+def test_one_layer_with_the_cache_dtype_is_enough(config, dtype, layers):
+    config.cache_config.cache_dtype = dtype
+    assert lines(config, plan(*layers)) == []
 
 
 def test_the_layers_specs_are_used_if_one_spec_represents_its_group(config):
@@ -162,8 +158,8 @@ def test_padding_is_weighted_by_the_blocks_of_the_longest_request(config):
     (line,) = lines(config, groups, layers={"layer.0": PLAIN, "layer.1": state(page)})
     assert line == (
         "5.3 % of the KV pool is padding, most of it in pages like that of layer layer.1 "
-        f"({page // 2:,} of {page:,} bytes used); no other page size leaves less padding for the "
-        "layers of this model"
+        f"({page // 2:,} of {page:,} bytes used); no setting reduces it, because no other page "
+        "size leaves less padding for these layers"
     )
     (line,) = lines(
         config,
@@ -190,7 +186,10 @@ def test_states_that_vllm_itself_padded_need_another_block_size(config):
     assert line.endswith("; pass --block-size 32, because vLLM pads states to a page of attention")
     config.cache_config.block_size = 32
     (line,) = lines(config, groups, layers=layers)
-    assert line.endswith("and no --block-size makes that page smaller")
+    assert line.endswith(
+        "; no setting reduces it, because vLLM pads states to a page of attention and no other "
+        "--block-size makes that page smaller"
+    )
     config.cache_config.kv_cache_dtype_skip_layers = ["7"]
     (line,) = lines(config, groups, layers=layers)
     assert line.endswith(
@@ -199,15 +198,9 @@ def test_states_that_vllm_itself_padded_need_another_block_size(config):
     )
 
 
-def test_each_problem_has_its_own_line(config):
-    config.cache_config.cache_dtype = "fp8"
-    config.model_config.max_model_len = BLOCK
-    assert len(lines(config, plan(PLAIN, state(PLAIN.page_size_bytes, content=100)))) == 3
-
-
 @pytest.fixture
 def start_up(unregistered, log):
-    """Plans as an engine core does, and returns the log records."""
+    """Plans as an engine core does, and returns the log lines at two levels."""
 
     def start(config, kv_cache_config, specs):
         plugin.register()
@@ -216,7 +209,7 @@ def start_up(unregistered, log):
         kv_cache_utils.update_kv_cache_capacity(config, kv_cache_config)
         kv_cache_utils.resolve_kv_cache_block_sizes(kv_cache_config, config)
         kv_cache_utils.resolve_kv_cache_block_sizes(kv_cache_config, config)
-        return [record for record in log.records if record.name == "vllm.hybrid_kv.planning"]
+        return log.lines(logging.INFO), log.lines(logging.WARNING)
 
     return start
 
@@ -290,9 +283,7 @@ def test_start_up_names_a_platform_or_model_that_groups_layers_itself(
 def test_start_up_logs_each_line_once_with_any_strategies(start_up, make_config, settings):
     config = make_config(settings, enable_prefix_caching=True)
     config.cache_config.cache_dtype = "fp8"
-    records = start_up(config, plan(PLAIN), {"layer.0": PLAIN})
-    assert [record.levelno for record in records] == [logging.INFO, logging.INFO, logging.WARNING]
-    info, short, warning = (record.getMessage() for record in records)
+    (info, short), (warning,) = start_up(config, plan(PLAIN), {"layer.0": PLAIN})
     # 99 blocks of 256 tokens without the null block. The longest request, 27,680, needs 109.
     assert info == (
         "KV cache of 100 blocks: 25,394 tokens in requests of max_model_len (27,680 tokens), 0.91 "
@@ -308,8 +299,7 @@ def test_the_smallest_hit_follows_the_match_unit_of_the_strategy(start_up, make_
     config.cache_config.enable_prefix_caching = True
     config.model_config.max_model_len = BLOCK
     specs = {"layer.0": PLAIN, "layer.1": state(PLAIN.page_size_bytes)}
-    records = start_up(config, plan(*specs.values()), specs)
-    assert [record.levelno for record in records] == [logging.INFO, logging.INFO]
+    assert start_up(config, plan(*specs.values()), specs)[1] == []
     assert config.cache_config.prefix_match_unit is None
     assert current_settings().prefix_match_unit == "auto"
 
@@ -320,8 +310,7 @@ def test_specs_that_the_schedulers_plan_lacks_come_from_planning(start_up, make_
     specs = {"layer.0": PLAIN, "layer.1": K8V4}
     workers = plan(UniformTypeKVCacheSpecs(block_size=BLOCK, kv_cache_specs=specs))
     scheduler = kv_cache_utils.generate_scheduler_kv_cache_config([workers])
-    records = start_up(config, scheduler, specs)
-    assert [record.levelno for record in records] == [logging.INFO, logging.INFO]
+    assert start_up(config, scheduler, specs)[1] == []
 
 
 def test_a_match_unit_that_vllm_refuses_stops_start_up_as_without_the_plugin(start_up, make_config):

@@ -207,13 +207,13 @@ def resolve_sizes(config):
             "unify_page_sizes",
             f"kv_cache_spec.pop({MAMBA!r}) and kv_cache_spec",
             plan,
-            [f"left out layer {MAMBA}"],
+            [f"{MAMBA} is missing"],
         ),
         (
             "token_capacity_groups",
             "['layer.0']",
             lambda config: kv_cache_utils.update_kv_cache_capacity(config, hybrid()),
-            ["'acme' (from acme-kv 1.5) chose a KV group"],
+            ["'acme' (from acme-kv 1.5) must choose among"],
         ),
         ("coordinator", "'mine'", make_manager, ["(from acme-kv 1.5) must return a KVCache"]),
         (

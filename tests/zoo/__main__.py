@@ -4,16 +4,15 @@
 from __future__ import annotations
 
 import argparse
-import time
 
 from tests.conformance.releases import unpacked_wheel
 from tests.zoo.architectures import architectures
-from tests.zoo.models import LANGUAGE_MODELS
+from tests.zoo.language_models import LANGUAGE_MODELS
+from tests.zoo.planner import refused
 from tests.zoo.report import representatives, write
 from tests.zoo.results import Results
 from tests.zoo.workers import ROOT, WorkerError, worker
 
-MOST_ENGINES = 40
 LOG = ROOT / ".cache" / "zoo.log"
 
 
@@ -22,19 +21,17 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="only these architectures")
     parser.add_argument("--part", choices=("plans", "engines", "tables"), help="only this part")
     parser.add_argument("--keep", action="store_true", help="keep rows of older sources")
-    parser.add_argument("--minutes", type=float, default=600.0, help="last start of a row")
     options = parser.parse_args()
     LOG.parent.mkdir(exist_ok=True)
-    until = time.monotonic() + 60 * options.minutes
     results = Results(keep=options.keep)
     if options.part in (None, "plans"):
-        plan_all(results, set(options.names), until)
+        plan_all(results, set(options.names))
     if options.part in (None, "engines"):
-        run_all(results, set(options.names), until)
+        run_all(results, set(options.names))
     write(results.tables)
 
 
-def plan_all(results: Results, only: set[str], until: float) -> None:
+def plan_all(results: Results, only: set[str]) -> None:
     """Plan every architecture that is not planned as another one's language model."""
     wheel = unpacked_wheel("0.33")
     for minor, arguments, path in (("0.32", (), None), ("0.33", ("--as-cpu",), wheel)):
@@ -48,31 +45,27 @@ def plan_all(results: Results, only: set[str], until: float) -> None:
         ]
         with worker("tests.zoo.planner", LOG, 240.0, *arguments, wheel=path) as planner:
             for name in todo:
-                if time.monotonic() > until:
-                    return
                 try:
                     row = planner.ask(name)
                 except WorkerError as error:
-                    row = {"crashed": str(error)}
+                    row = {"planned_as": name, "plans": refused(str(error))}
                 results.put("plans", name, {"minor": minor, **row})
                 print(minor, name, row.get("seconds"), row.get("pattern"), flush=True)
 
 
-def run_all(results: Results, only: set[str], until: float) -> None:
+def run_all(results: Results, only: set[str]) -> None:
     """Run one architecture of each pattern, or another one if vLLM on CPUs does not run it."""
     with worker("tests.zoo.runner", LOG, 300.0) as runner:
-        while time.monotonic() < until:
-            todo = [
-                name
-                for name in representatives(results.tables).values()
-                if (not only or name in only) and not results.done("engines", name)
-            ]
-            if not todo or len(results.tables["engines"]) >= MOST_ENGINES:
-                return
+        # A row changes which architectures represent a pattern.
+        while todo := [
+            name
+            for name in representatives(results.tables).values()
+            if (not only or name in only) and not results.done("engines", name)
+        ]:
             try:
                 row = runner.ask(todo[0])
             except WorkerError as error:
-                row = {"crashed": str(error)}
+                row = {"auto": {"refused": str(error)}}
             results.put("engines", todo[0], row)
             print(todo[0], row.get("errors") or row, flush=True)
 

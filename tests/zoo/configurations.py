@@ -3,28 +3,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from tests.zoo.architectures import architectures
-from tests.zoo.models import LANGUAGE_MODELS, SAME_AS, SIZES
+from tests.zoo.language_models import LANGUAGE_MODELS, SAME_AS
+from tests.zoo.models import SIZES
 
 
-@dataclass(frozen=True)
-class Configuration:
-    """The config.json of an architecture.
-
-    Attributes:
-        fields: Its fields.
-        source: A description of their source.
-    """
-
-    fields: dict[str, Any]
-    source: str
-
-
-def configuration_of(architecture: str) -> Configuration:
-    """Return an architecture's configuration.
+def configuration_of(architecture: str) -> tuple[dict[str, Any], str]:
+    """Return the fields of an architecture's config.json, and a description of their source.
 
     Raises:
         LookupError: Neither `tests.zoo.models` nor transformers has one.
@@ -50,7 +37,7 @@ def configuration_of(architecture: str) -> Configuration:
         fields = dict(fields["text_config"])
     fields["architectures"] = [architecture]
     fields["dtype"] = "bfloat16"
-    return Configuration(fields, source)
+    return fields, source
 
 
 def _from_transformers(architecture: str, model_type: str | None = None) -> tuple[dict, str]:

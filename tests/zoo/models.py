@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One published configuration for every architecture, with the fields that decide its KV cache.
 
-Sources, in this order: `SIZES` has fields of published checkpoints; `SAME_AS` and
-`LANGUAGE_MODELS` name another architecture with the same configuration; otherwise the defaults of
-the config class in transformers or vLLM apply.
+Sources, in this order: `SIZES` has fields of published checkpoints; `tests.zoo.language_models`
+names another architecture with the same configuration; otherwise the defaults of the config class
+in transformers or vLLM apply.
 """
 
 from __future__ import annotations
@@ -382,95 +382,3 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "Step1ForCausalLM": {"attention_backend": "TRITON_ATTN"},
 }
 """Options for models that vLLM's default attention backend does not support."""
-
-SAME_AS = {
-    "ChatGLMForConditionalGeneration": "ChatGLMModel",
-    "ExaoneMoEForCausalLM": "ExaoneMoeForCausalLM",
-    "Kolibri1ForCausalLM": "Qwen3MoeForCausalLM",
-    "MiMoV2FlashForCausalLM": "MiMoV2ForCausalLM",
-    "NanbeigeForCausalLM": "LlamaForCausalLM",
-}
-"""Architectures that are second names of another one."""
-
-_WRAPPERS = {
-    "Qwen3MoeForCausalLM": (
-        "Qwen3OmniMoeForConditionalGeneration Qwen3VLMoeForConditionalGeneration "
-        "InternS1ProForConditionalGeneration Ovis2_6_MoeForCausalLM"
-    ),
-    "Ernie4_5_MoeForCausalLM": "Ernie4_5_VLMoeForConditionalGeneration",
-    "Glm4MoeForCausalLM": "Glm4vMoeForConditionalGeneration",
-    "Lfm2ForCausalLM": "Lfm2VlForConditionalGeneration",
-    "LlamaForCausalLM": (
-        "AriaForConditionalGeneration KananaVForConditionalGeneration Llama_Nemotron_Nano_VL "
-        "OpenVLAForActionPrediction UltravoxModel"
-    ),
-    "InklingForCausalLM": "InklingForConditionalGeneration",
-    "Qwen3ForCausalLM": (
-        "Alpamayo2Super BeeForConditionalGeneration Cosmos3ForConditionalGeneration "
-        "FunASRForConditionalGeneration FunAudioChatForConditionalGeneration "
-        "InternS1ForConditionalGeneration IsaacForConditionalGeneration "
-        "KeyeForConditionalGeneration KeyeVL1_5ForConditionalGeneration "
-        "MossTranscribeDiarizeForConditionalGeneration LightOnOCRForConditionalGeneration "
-        "LlavaOnevision2ForConditionalGeneration MiniCPMOcrForConditionalGeneration "
-        "Molmo2ForConditionalGeneration MossAudioModel Ovis2_5 Ovis2_6ForCausalLM "
-        "Qwen3ASRRealtimeGeneration RForConditionalGeneration StepVLForConditionalGeneration"
-    ),
-    "Qwen2ForCausalLM": (
-        "BagelForConditionalGeneration DotsOCRForCausalLM Eagle2_5_VLForConditionalGeneration "
-        "FireRedASR2ForConditionalGeneration InternVLChatModel MoonshotKimiaForCausalLM "
-        "MiDashengLMModel MiniCPMO MiniCPMV MolmoForCausalLM NVLM_D "
-        "OpenCUAForConditionalGeneration Ovis Qwen2_5OmniModel SkyworkR1VChatModel"
-    ),
-    "BailingMoeV3ForCausalLM": "BailingMoeV3VLForConditionalGeneration",
-    "DeepseekV2ForCausalLM": (
-        "DeepseekVLV2ForCausalLM KimiVLForConditionalGeneration KimiK25ForConditionalGeneration"
-    ),
-    "DeepseekForCausalLM": (
-        "DeepseekOCRForCausalLM DeepseekOCR2ForCausalLM UnlimitedOCRForCausalLM"
-    ),
-    "DeepseekV4ForCausalLM": "DeepseekV4ForConditionalGeneration",
-    "ChatGLMModel": "GLM4VForCausalLM",
-    "Glm5NextForCausalLM": "Glm5NextForConditionalGeneration",
-    "HyperCLOVAXForCausalLM": "HCXVisionV2ForCausalLM",
-    "MistralForCausalLM": (
-        "H2OVLChatModel PixtralForConditionalGeneration VoxtralRealtimeGeneration"
-    ),
-    "Qwen3_5ForCausalLM": (
-        "InternS2MobiusForConditionalGeneration InternS2PreviewForConditionalGeneration"
-    ),
-    "KimiLinearForCausalLM": "KimiK3ForConditionalGeneration",
-    "MiMoV2FlashForCausalLM": "MiMoV2OmniForCausalLM",
-    "MiniMaxM3SparseForCausalLM": "MiniMaxM3SparseForConditionalGeneration",
-    "Qwen2MoeForCausalLM": "Moondream3ForCausalLM HfMoondream",
-    "MuseGlimmerForCausalLM": (
-        "MuseGlimmerForConditionalGeneration MuseSparkForConditionalGeneration"
-    ),
-    "NemotronHForCausalLM": (
-        "NemotronH_Nano_VL_V2 NemotronH_Nano_Omni_Reasoning_V3 NemotronH_Super_Omni_Reasoning_V3 "
-        "NemotronH_Omni_Reasoning_V3"
-    ),
-    "PanguEmbeddedForCausalLM": "OpenPanguVLForConditionalGeneration",
-    "Phi3ForCausalLM": "Phi3VForCausalLM Phi4ForCausalLMV Phi4MMForCausalLM",
-    "Step3TextForCausalLM": "Step3VLForConditionalGeneration",
-    "Step3p5ForCausalLM": "Step3p7ForConditionalGeneration",
-    "Step5ForCausalLM": "Step5ForConditionalGeneration",
-}
-"""Multimodal architectures by the architecture of their language model.
-
-If checkpoints of one architecture have several language models, the newest counts.
-"""
-
-LANGUAGE_MODELS = {
-    wrapper: language_model
-    for language_model, names in _WRAPPERS.items()
-    for wrapper in names.split()
-}
-"""The language model of each multimodal architecture."""
-
-ENCODER_DECODER = {
-    "CohereAsrForConditionalGeneration",
-    "NemotronParseForConditionalGeneration",
-    "RadioMBartPrefixForCausalLM",
-    "WhisperForConditionalGeneration",
-}
-"""Architectures whose decoder has cross attention, so that no language model can be planned."""

@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class Pattern:
+class Pattern(NamedTuple):
     """The properties of a model that matter to a KV cache.
 
     Attributes:
@@ -35,9 +33,6 @@ class Pattern:
             "experts" if self.experts else "",
         ]
         return ", ".join(filter(None, parts))
-
-    def to_json(self) -> list[Any]:
-        return [list(part) if isinstance(part, tuple) else part for part in astuple(self)]
 
     @classmethod
     def from_json(cls, values: list[Any]) -> Pattern:

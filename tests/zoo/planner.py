@@ -18,6 +18,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from tests.zoo.workers import answer_lines
+
 DTYPES = ("auto", "fp8", "turboquant_k8v4")
 MEMORY = 128 << 30
 LONGEST = 32768
@@ -32,15 +34,15 @@ def plan(architecture: str) -> dict[str, Any]:
     began = time.monotonic()
     row: dict[str, Any] = {"plans": {}, "pattern": None}
     try:
-        configuration = configuration_of(architecture)
+        fields, source = configuration_of(architecture)
     except Exception as error:
-        return {**row, "no_configuration": f"{type(error).__name__}: {error}"}
+        return {**row, "planned_as": architecture, "plans": refused(f"no configuration: {error}")}
     options = ARGUMENTS.get(architecture, {})
-    row["source"] = configuration.source + "".join(
+    row["source"] = source + "".join(
         f", --{name.replace('_', '-')} {value}" for name, value in options.items()
     )
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(configuration.fields, default=str))
+        (Path(folder) / "config.json").write_text(json.dumps(fields, default=str))
         for name, text in FILES.get(architecture, {}).items():
             (Path(folder) / name).write_text(text)
         try:
@@ -50,9 +52,14 @@ def plan(architecture: str) -> dict[str, Any]:
                     arguments = {"kv_cache_dtype": dtype, **options}
                     row["plans"][dtype] = _plan_with(description, arguments, row)
         except DescriptionError as error:
-            row["plans"] = {dtype: {"refused": str(error)} for dtype in DTYPES}
+            row["plans"] = refused(str(error))
     row["seconds"] = round(time.monotonic() - began, 1)
     return row
+
+
+def refused(reason: str) -> dict[str, Any]:
+    """Return the plans of an architecture for which there is none with any cache dtype."""
+    return {dtype: {"refused": reason} for dtype in DTYPES}
 
 
 def _plan_with(description: Any, options: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +97,7 @@ def _plan_with(description: Any, options: dict[str, Any], row: dict[str, Any]) -
             traceback.print_exc()
         return {"refused": description.in_words(one_line(error))}
     if options["kv_cache_dtype"] == "auto":
-        row["pattern"] = pattern_of(*built[0]).to_json()
+        row["pattern"] = pattern_of(*built[0])
     kinds: Counter[str] = Counter()
     for pages in planned.pages:
         kinds[f"{pages.kind}: {pages.stores}" if pages.stores else pages.kind] += len(pages.layers)
@@ -104,10 +111,8 @@ def _plan_with(description: Any, options: dict[str, Any], row: dict[str, Any]) -
     }
 
 
-def main() -> None:
-    # What vLLM and its libraries print goes to standard error.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+def start() -> None:
+    """Prepare this process for plans for a GPU."""
     from vllm_hybrid_kv.tools.plan.vllm_import import ENVIRONMENT, import_vllm, prepare
 
     os.environ.update({**ENVIRONMENT, **os.environ})
@@ -118,9 +123,7 @@ def main() -> None:
 
         vllm.platforms.current_platform = CpuPlatform()
     prepare()
-    for line in sys.stdin:
-        print(json.dumps(plan(line.strip())), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    answer_lines(start, plan)

@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.zoo.architectures import architectures
 from tests.zoo.bounds import verdict
-from tests.zoo.models import ENCODER_DECODER, LANGUAGE_MODELS
+from tests.zoo.language_models import LANGUAGE_MODELS
 from tests.zoo.patterns import Pattern
 from tests.zoo.workers import ROOT
 
@@ -81,13 +81,11 @@ def _rank(tables: Tables, name: str) -> int:
     ran = tables["engines"].get(name)
     if ran is None:
         return 1
-    return 2 if "crashed" in ran or "refused" in ran["auto"] else 0
+    return 2 if "refused" in ran["auto"] else 0
 
 
 def engine_of(row: dict[str, Any], kind: Pattern) -> str:
     """Return the result of an engine in a few words."""
-    if "crashed" in row:
-        return f"fails: {row['crashed']}"
     if "refused" in row["auto"]:
         return f"vLLM on CPUs does not run this pattern: {row['auto']['refused']}"
     if "refused" in row[K8V4]:
@@ -99,17 +97,10 @@ def engine_of(row: dict[str, Any], kind: Pattern) -> str:
 def status_of(name: str, tables: Tables) -> str:
     """Return the status of an architecture, one cell of the table."""
     base = LANGUAGE_MODELS.get(name, name)
-    row = tables["plans"].get(base)
-    if row is None:
-        return "not planned yet"
-    if base in ENCODER_DECODER and not row.get("plans"):
-        return "not planned: an encoder-decoder model has no separate language model"
-    if "plans" not in row or not row["plans"]:
-        return f"not planned: {row.get('crashed') or row.get('no_configuration')}"
+    row = tables["plans"][base]
     if "refused" in row["plans"]["auto"]:
         return f"not planned, not even with auto: {row['plans']['auto']['refused']}"
-    refusal = row["plans"][K8V4].get("refused")
-    if refusal:
+    if refusal := row["plans"][K8V4].get("refused"):
         return f"refused: {refusal}"
     kind = pattern(row)
     if kind is not None and not kind.attention:
@@ -127,8 +118,6 @@ def status_of(name: str, tables: Tables) -> str:
 
 def render(tables: Tables) -> str:
     """Return the page."""
-    names = architectures()
-    status = {name: status_of(name, tables) for name in names}
     lines = [
         HEAD,
         summary(tables),
@@ -150,9 +139,9 @@ def render(tables: Tables) -> str:
         "| Architecture | vLLM | Configuration | Pattern | fp8 | k8v4 | Status |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, architecture in names.items():
+    for name, architecture in architectures().items():
         base = LANGUAGE_MODELS.get(name, name)
-        row = tables["plans"].get(base, {})
+        row = tables["plans"][base]
         source = row.get("source", "-") if base == name else f"as {base}"
         if base == name and row.get("planned_as", name) != name:
             source += f", its language model {row['planned_as']}"
@@ -163,7 +152,7 @@ def render(tables: Tables) -> str:
             str(pattern(row) or "-"),
             _times(row, "fp8"),
             _times(row, K8V4),
-            _cell(status[name]),
+            _cell(status_of(name, tables)),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -178,7 +167,7 @@ def summary(tables: Tables) -> str:
 
 def _patterns(tables: Tables) -> list[tuple[Pattern, int]]:
     """Return the planned patterns and their numbers of architectures, most first."""
-    rows = (tables["plans"].get(LANGUAGE_MODELS.get(name, name), {}) for name in architectures())
+    rows = (tables["plans"][LANGUAGE_MODELS.get(name, name)] for name in architectures())
     return Counter(kind for row in rows if (kind := pattern(row))).most_common()
 
 
@@ -208,8 +197,7 @@ def _kind_of(status: str) -> str:
 
 
 def _times(row: dict[str, Any], dtype: str) -> str:
-    plans = row.get("plans") or {}
-    auto, other = plans.get("auto", {}), plans.get(dtype, {})
+    auto, other = row["plans"]["auto"], row["plans"][dtype]
     if "refused" in other:
         return "refused"
     if not auto.get("tokens") or not other.get("tokens"):

@@ -9,10 +9,8 @@ from __future__ import annotations
 import gc
 import json
 import math
-import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 import traceback
@@ -21,6 +19,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+
+from tests.zoo.workers import answer_lines
 
 DTYPES = ("auto", "turboquant_k8v4")
 LENGTHS = (900, 640, 333, 97)
@@ -106,7 +106,7 @@ def _measure(llm: Any) -> dict[str, Any]:
 
     from testing.engine_worker import Worker
     from tests.zoo.tiny import VOCABULARY
-    from vllm_hybrid_kv.planning.smallest_hit import smallest_hit
+    from vllm_hybrid_kv.planning.capacity import smallest_hit
 
     draws = (random.Random(length) for length in LENGTHS)
     prompts = [
@@ -145,16 +145,11 @@ def _difference(one: Any, other: Any) -> float:
     return largest
 
 
-def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    # vLLM prints to standard output, too.
-    os.dup2(2, 1)
+def start() -> None:
     from vllm_hybrid_kv import plugin
 
     plugin.register()
-    for line in sys.stdin:
-        print(json.dumps(run(line.strip())), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    answer_lines(start, run)

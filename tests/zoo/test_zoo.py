@@ -11,7 +11,8 @@ import pytest
 
 from tests.zoo.architectures import architectures
 from tests.zoo.bounds import errors_of, verdict
-from tests.zoo.models import ENCODER_DECODER, LANGUAGE_MODELS, SAME_AS, SIZES
+from tests.zoo.language_models import LANGUAGE_MODELS, SAME_AS
+from tests.zoo.models import SIZES
 from tests.zoo.patterns import Pattern
 from tests.zoo.refusals import unfit
 from tests.zoo.report import MARKS, PAGE, README, render, status_of, summary
@@ -35,7 +36,7 @@ def planner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
 
 def test_the_model_tables_name_only_architectures_of_the_registries():
     named = {*SIZES, *SAME_AS, *SAME_AS.values(), *LANGUAGE_MODELS, *LANGUAGE_MODELS.values()}
-    assert not (named | ENCODER_DECODER) - architectures().keys()
+    assert not named - architectures().keys()
 
 
 def test_every_architecture_has_a_row(tables: dict[str, dict]):
@@ -146,7 +147,7 @@ def test_outputs_that_differ_are_reported(row: dict, word: str | None):
 )
 def test_only_an_architecture_whose_engine_agrees_counts_as_served(error: float, status: str):
     plans = {"auto": {"tokens": 1}, "fp8": {"tokens": 2}, K8V4: {"tokens": 2}}
-    pattern = PLANNED["LlamaForCausalLM"].to_json()
+    pattern = PLANNED["LlamaForCausalLM"]
     planned = {
         "minor": "0.32", "planned_as": "LlamaForCausalLM", "plans": plans, "pattern": pattern
     }  # fmt: skip

@@ -55,7 +55,8 @@ layers, and a name for it."""
 def small_model(architecture: str) -> tuple[dict[str, Any], str]:
     """Return a small configuration with an architecture's pattern, and the model's name."""
     stand_in, fields, name = STAND_INS.get(architecture, (architecture, {}, architecture))
-    return {**shrink(stand_in, configuration_of(stand_in).fields), **fields}, name
+    full, _ = configuration_of(stand_in)
+    return {**shrink(stand_in, full), **fields}, name
 
 
 def shrink(architecture: str, fields: dict[str, Any]) -> dict[str, Any]:

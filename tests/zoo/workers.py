@@ -9,7 +9,7 @@ import os
 import select
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,15 @@ class Worker:
         if self._process is not None:
             kill_group(self._process)
             self._process = None
+
+
+def answer_lines(start: Callable[[], None], answer: Callable[[str], Any]) -> None:
+    """Answer each line of standard input with JSON. Other output goes to standard error."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    start()
+    for line in sys.stdin:
+        print(json.dumps(answer(line.strip())), file=answers, flush=True)
 
 
 @contextlib.contextmanager

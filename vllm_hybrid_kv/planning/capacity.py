@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many tokens a pool of KV blocks holds, and which KV groups the reported number counts."""
+"""How many tokens a pool of KV blocks holds, and the shortest prompt that can hit its cache."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from vllm.config import VllmConfig
 from vllm.v1.core import kv_cache_utils
-from vllm.v1.core.kv_cache_utils import resolve_dcp_kv_block_size
+from vllm.v1.core.kv_cache_utils import (
+    eagle_proof_margin,
+    generate_scheduler_kv_cache_config,
+    resolve_cache_hit_alignment_tokens,
+    resolve_dcp_kv_block_size,
+)
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     CrossAttentionSpec,
@@ -18,14 +23,13 @@ from vllm.v1.kv_cache_interface import (
     KVCacheGroupSpec,
     KVCacheSpec,
     MambaSpec,
+    UniformTypeKVCacheSpecs,
     iter_layer_specs,
 )
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_hybrid_kv.errors import HybridKVStrategyError
 from vllm_hybrid_kv.hooks import hookimpl
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
 
 SHORT_REQUEST = 512
 """Tokens of the short request that capacities are also reported for."""
@@ -35,11 +39,9 @@ class GrowingGroups:
     """The strategy `growing`: the groups that need more blocks the longer a sequence gets.
 
     The rule of vLLM's #40384 and #40417. Full attention and its subclasses grow. Mamba grows only
-    in cache mode `all`, which keeps a state per block. Sliding windows, chunked local attention
-    and every other bounded kind do not grow. If no group in device memory grows, all groups count.
-
-    The resulting capacity is that of sequences as long as the pool allows, without the few blocks
-    that a request holds of the bounded groups. No request reaches it: see `Capacity`.
+    in cache mode `all`, which keeps a state per block. All bounded kinds, such as sliding windows,
+    do not grow. If no group in device memory grows, all groups count. No request reaches the
+    resulting capacity, because it also holds blocks of the bounded groups: see `Capacity`.
     """
 
     @hookimpl
@@ -67,9 +69,8 @@ def addressable_slots(group: KVCacheGroupSpec, kv_cache_config: KVCacheConfig) -
     A slot is block * block_size + offset, and a group may hold any block of the pool, so no
     capacity in tokens is enough.
     """
-    num_blocks = kv_cache_config.num_blocks
-    if group.host_resident:
-        num_blocks = kv_cache_config.hisparse_host_num_blocks or 0
+    host_blocks = kv_cache_config.hisparse_host_num_blocks or 0
+    num_blocks = host_blocks if group.host_resident else kv_cache_config.num_blocks
     return num_blocks * int(group.kv_cache_spec.block_size)
 
 
@@ -95,8 +96,7 @@ class Capacity:
         num_blocks: N, the blocks of the pool, including the null block.
         max_model_len: Tokens of the longest request.
         max_len_requests: Requests of `max_model_len` that the scheduler can always run at once.
-        concurrency: The same with a fraction of a request and with the null block: vLLM's
-            "Maximum concurrency".
+        concurrency: N / r(max_model_len), vLLM's "Maximum concurrency".
         max_len_tokens: floor(concurrency * max_model_len), the KV cache size that vLLM reports.
         short_request: Tokens of a short request: `SHORT_REQUEST`, at most `max_model_len`.
         short_requests: Short requests that the scheduler can always run at once.
@@ -110,12 +110,8 @@ class Capacity:
     short_request: int
     short_requests: int
 
-    def describe(self, reported_tokens: int | None = None) -> list[str]:
-        """Return the lines for the log, one per number.
-
-        Args:
-            reported_tokens: The KV cache size in tokens that vLLM logs; None for the default.
-        """
+    def describe(self, reported_tokens: int) -> list[str]:
+        """Return the lines for the log. vLLM logs a KV cache size of `reported_tokens`."""
         # Truncated, because 1.999 requests are not 2.
         concurrency = math.floor(100 * self.concurrency) / 100
         short_tokens = self.short_requests * self.short_request
@@ -126,7 +122,7 @@ class Capacity:
             f"Short requests ({self.short_request:,} tokens): {self.short_requests:,} always fit "
             f"at once, {short_tokens:,} tokens",
         ]
-        if reported_tokens not in (None, self.max_len_tokens):
+        if reported_tokens != self.max_len_tokens:
             lines.append(
                 f"The KV cache size that vLLM logs and exports, {reported_tokens:,} tokens, counts "
                 "only the KV groups that the setting token_capacity_groups selects"
@@ -135,13 +131,7 @@ class Capacity:
 
 
 def capacity(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Capacity:
-    """Return what the pool of a plan holds. All displayed capacities come from here.
-
-    Args:
-        vllm_config: The engine's configuration: `max_model_len`, the tokens in flight, context
-            parallelism and the cache mode of states.
-        kv_cache_config: The plan of a worker or of the scheduler, with its number of blocks.
-    """
+    """Return what the pool of a plan holds, by a worker's or the scheduler's plan."""
     max_model_len = vllm_config.model_config.max_model_len
     short = min(SHORT_REQUEST, max_model_len)
     concurrency = kv_cache_utils.get_max_concurrency_for_kv_cache_config(
@@ -161,24 +151,20 @@ def capacity(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Capacit
 def blocks_per_request(vllm_config: VllmConfig, spec: KVCacheSpec, tokens: int) -> int:
     """Return the most blocks of one group that a request holds at once.
 
-    These are the blocks that its tokens span, at most what vLLM reserves for a request of the
-    group's kind: a window's blocks and those of the tokens in flight, or the states that a request
-    keeps. Speculative states are added. At `max_model_len` this is vLLM's own count, with two
-    exceptions. Mamba in cache mode `all` counts one state per block, which is what is allocated.
-    Chunked local attention counts one more block, as windows do, because its tokens may start
-    inside a block. `tokens` counts prompt and answer together.
+    These are the blocks that its tokens (prompt and answer) span, at most what vLLM reserves for a
+    request of the group's kind, plus speculative states. At `max_model_len` this is vLLM's own
+    count, with two exceptions. Mamba in cache mode `all` counts one state per block, which is what
+    is allocated. Chunked local attention counts one more block, as windows do.
     """
-    dcp = vllm_config.parallel_config.decode_context_parallel_size
-    return max(
-        _blocks_of_layer(vllm_config, layer, tokens, dcp) for layer in iter_layer_specs(spec)
-    )
+    return max(_blocks_of_layer(vllm_config, layer, tokens) for layer in iter_layer_specs(spec))
 
 
-def _blocks_of_layer(vllm_config: VllmConfig, spec: KVCacheSpec, tokens: int, dcp: int) -> int:
+def _blocks_of_layer(vllm_config: VllmConfig, spec: KVCacheSpec, tokens: int) -> int:
     most = -(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes)
     if isinstance(spec, CrossAttentionSpec):
         # It holds the encoder's tokens, whatever the request's length.
         return most
+    dcp = vllm_config.parallel_config.decode_context_parallel_size
     spanned = -(-tokens // resolve_dcp_kv_block_size(spec, dcp))
     if isinstance(spec, ChunkedLocalAttentionSpec):
         # With blocks of 32, 17 computed tokens and 16 new ones hold two blocks. vLLM reserves
@@ -193,17 +179,14 @@ def _blocks_of_layer(vllm_config: VllmConfig, spec: KVCacheSpec, tokens: int, dc
 
 def _requests_at_once(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, tokens: int) -> int:
     """Return how many requests of `tokens` tokens always fit next to each pool's null block."""
-    device = host = 0
+    blocks = {False: 0, True: 0}
     for group in kv_cache_config.kv_cache_groups:
-        blocks = blocks_per_request(vllm_config, group.kv_cache_spec, tokens)
-        if group.host_resident:
-            host += blocks
-        else:
-            device += blocks
-    limits = [(kv_cache_config.num_blocks - 1) // device] if device else []
-    if host:
-        limits.append(((kv_cache_config.hisparse_host_num_blocks or 1) - 1) // host)
-    return min(limits, default=0)
+        blocks[group.host_resident] += blocks_per_request(vllm_config, group.kv_cache_spec, tokens)
+    pools = {
+        False: kv_cache_config.num_blocks,
+        True: kv_cache_config.hisparse_host_num_blocks or 1,
+    }
+    return min(((pools[host] - 1) // held for host, held in blocks.items() if held), default=0)
 
 
 def check_capacity_groups(
@@ -217,17 +200,85 @@ def check_capacity_groups(
     """
     if not isinstance(chosen, Sequence):
         raise HybridKVStrategyError(f"{who} must return a list of KV groups, got {chosen!r}")
-    groups = kv_cache_config.kv_cache_groups
-    for index, group in enumerate(chosen):
-        if not any(group is planned for planned in groups):
-            raise HybridKVStrategyError(
-                f"{who} chose a KV group that is not one of the plan's {len(groups)}: {group!r}"
-            )
-        if any(group is other for other in chosen[:index]):
-            raise HybridKVStrategyError(
-                f"{who} chose the KV group of layer {group.layer_names[0]} twice"
-            )
+    groups = {id(group) for group in kv_cache_config.kv_cache_groups}
+    ids = [id(group) for group in chosen]
+    if not groups.issuperset(ids) or len(set(ids)) < len(ids):
+        raise HybridKVStrategyError(
+            f"{who} must choose among the plan's {len(groups)} KV groups, each at most once, got "
+            f"{list(chosen)}"
+        )
     if all(group.host_resident for group in chosen):
         raise HybridKVStrategyError(
-            f"{who} chose {len(chosen)} of {len(groups)} KV groups, none of them in device memory"
+            f"{who} must choose a KV group in device memory, got {len(ids)} of {len(groups)} KV "
+            "groups, none in device memory"
         )
+
+
+def smallest_hit(
+    vllm_config: VllmConfig,
+    kv_cache_config: KVCacheConfig,
+    scheduler_block_size: int,
+    hash_block_size: int,
+) -> int:
+    """Return the tokens of the shortest prompt that hits when it is sent a second time.
+
+    A hit ends at a multiple of the alignment A: the match unit if vLLM can end hits inside blocks,
+    otherwise the scheduler's block. A prompt's last token is always computed, because its logits
+    are needed. So without drafts the result is A + 1.
+
+    Draft layers (EAGLE, MTP) write the last entry before a boundary for the next token, and
+    shorten hits in one of two ways:
+
+    * vLLM 0.32, and 0.33 with a KV connector: a hit needs a margin of M more cached tokens, which
+      are then dropped. M is one block of the draft layers, or one match unit if hits end inside
+      blocks. The result is A + M, because M is at least one token. With a single KV group the last
+      token is left out first, and the result is A + M + 1.
+    * vLLM 0.33: hashes cover L tokens after their block, and the result is A + L.
+
+    `resolve_kv_cache_block_sizes` returns the two block sizes, in tokens, of a worker's or the
+    scheduler's plan.
+    """
+    if any(
+        isinstance(group.kv_cache_spec, UniformTypeKVCacheSpecs)
+        for group in kv_cache_config.kv_cache_groups
+    ):
+        # A worker's plan. Only the specs of the scheduler's plan have managers.
+        kv_cache_config = generate_scheduler_kv_cache_config([kv_cache_config])
+    alignment = resolve_cache_hit_alignment_tokens(
+        kv_cache_config, vllm_config, scheduler_block_size, hash_block_size
+    )
+    if lookahead := getattr(vllm_config, "num_hash_lookahead_tokens", 0):
+        return alignment + int(lookahead)
+    margin = _draft_margin(vllm_config, kv_cache_config, alignment, hash_block_size)
+    if len(kv_cache_config.kv_cache_groups) <= 1:
+        return alignment + margin + 1
+    return alignment + max(margin, 1)
+
+
+def _draft_margin(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, alignment: int, hash_block_size: int
+) -> int:
+    """Return the tokens after a hit that draft layers need cached, 0 without such layers."""
+    speculative = vllm_config.speculative_config
+    drops = speculative is not None and speculative.use_eagle_block_drop()
+    if not drops and hasattr(vllm_config, "num_hash_lookahead_tokens"):
+        # In 0.33 marked groups without this flag drop nothing.
+        return 0
+    # If no group is marked, vLLM treats all as groups with draft layers.
+    all_draft = drops and not any(group.is_eagle_group for group in kv_cache_config.kv_cache_groups)
+    dcp = vllm_config.parallel_config.decode_context_parallel_size
+    margins = [0]
+    for group in kv_cache_config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        drafts = group.is_eagle_group or all_draft
+        if drafts and spec.prefix_cacheable and not isinstance(spec, MambaSpec):
+            manager = KVCacheSpecRegistry.get_manager_class(spec, group.role)
+            fine = alignment == hash_block_size and manager.supports_fine_grained_hash_lookup
+            block = resolve_dcp_kv_block_size(spec, dcp)
+            margins.append(eagle_proof_margin(block, hash_block_size, fine))
+    return max(margins)
+
+
+def hits_are_possible(vllm_config: VllmConfig, smallest: int) -> bool:
+    """Return whether `max_model_len` has room for the smallest hit and one token of its answer."""
+    return smallest < int(vllm_config.model_config.max_model_len)

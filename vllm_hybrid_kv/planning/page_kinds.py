@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,8 @@ from vllm.v1.kv_cache_interface import (
     MLAAttentionSpec,
 )
 
+from vllm_hybrid_kv.planning.page_sizes import content_bytes
+
 Bytes = npt.NDArray[np.int64]
 
 
@@ -40,21 +41,15 @@ class LayerKind(ABC):
         spec: The spec before planning.
         unit: Bytes of the tokens of a present block, or of a state, without padding.
         cap: Present blocks that hold the longest sequence. Page space beyond them is never written.
+        least_page: The smallest possible page in bytes: the present one without padding.
+        elastic: Whether every page from `least_page` up is possible.
     """
 
     spec: KVCacheSpec
     unit: int
     cap: int
-
-    @property
-    def elastic(self) -> bool:
-        """Whether every page from `least_page` up is possible."""
-        return True
-
-    @property
-    def least_page(self) -> int:
-        """The smallest possible page in bytes: the present one without padding."""
-        return self.unit
+    least_page: int
+    elastic: bool
 
     @property
     def longest_page(self) -> int:
@@ -67,17 +62,10 @@ class LayerKind(ABC):
 
     @abstractmethod
     def steps(self, low: int, high: int) -> Bytes:
-        """Return the pages from `low` to `high` at which the number of blocks grows.
+        """Return at least the pages from `low` to `high` at which the number of blocks grows.
 
-        For kinds that are not elastic: all possible pages in that range.
+        For kinds that are not elastic: at least all possible pages in that range.
         """
-
-    def held(self, request: Fraction) -> Fraction:
-        """Return how many tokens of a request the layer holds: all, or its window or chunk."""
-        bounds = (
-            getattr(self.spec, name, None) for name in ("sliding_window", "attention_chunk_size")
-        )
-        return min([request, *(Fraction(bound) for bound in bounds if bound)])
 
     def within(self, match_unit: int) -> LayerKind:
         """Return this kind restricted to blocks that divide a match unit of so many tokens.
@@ -86,15 +74,31 @@ class LayerKind(ABC):
         """
         return self
 
+    def held(self, request: float) -> float:
+        """Return how many tokens of a request the layer holds.
+
+        These are all tokens, those of its window or chunk, or its only block.
+        """
+        if self.cap == 1:
+            return self.spec.block_size
+        window = getattr(self.spec, "sliding_window", None)
+        chunk = getattr(self.spec, "attention_chunk_size", None)
+        return min(request, window or request, chunk or request)
+
     def with_page(self, page: int) -> KVCacheSpec:
         """Return the spec with a possible page: scaled, and the rest of the page padded."""
         blocks = int(self.blocks(np.array([page]))[0])
         if blocks == 1 and self.spec.page_size_bytes == page:
             return self.spec
         changed: dict[str, Any] = {"block_size": blocks * self.spec.block_size}
-        if isinstance(self.spec, AttentionSpec):
+        if isinstance(self.spec, (AttentionSpec, MambaSpec)):
             changed["page_size_padded"] = page if blocks * self.unit != page else None
         return replace(self.spec, **changed)
+
+    def listed(self, counts: dict[int, int]) -> LayerKind:
+        """Return this kind with a list of pages: present blocks by bytes."""
+        pages, blocks = zip(*sorted(counts.items()), strict=True)
+        return Listed(self.spec, self.unit, self.cap, pages[0], self.elastic, pages, blocks)
 
     def used(self, pages: Bytes) -> Bytes:
         """Return the bytes of each page that can hold tokens or a state."""
@@ -105,68 +109,41 @@ class LayerKind(ABC):
         return min(planned.block_size // self.spec.block_size, self.cap) * self.unit
 
 
-class OneBlock(LayerKind):
-    """Layers of which a request holds one block, whatever its length."""
-
-    def held(self, request: Fraction) -> Fraction:
-        return Fraction(self.spec.block_size)
-
-
-class State(OneBlock):
-    """One state per block, or one ring per request: pages are only padded."""
-
-    def blocks(self, pages: Bytes) -> Bytes:
-        return (pages >= self.unit).astype(np.int64)
-
-    def steps(self, low: int, high: int) -> Bytes:
-        return np.empty(0, np.int64)
-
-    def with_page(self, page: int) -> KVCacheSpec:
-        if self.spec.page_size_bytes == page:
-            return self.spec
-        return replace(self.spec, page_size_padded=page)
-
-
-class Attention(LayerKind):
-    """Attention whose kernels take blocks of any multiple: scaled, then padded."""
-
-    def blocks(self, pages: Bytes) -> Bytes:
-        return np.minimum(pages // self.unit, self.cap)
-
-    def steps(self, low: int, high: int) -> Bytes:
-        return _multiples(self.unit, low, min(high, self.cap * self.unit))
-
-    def within(self, match_unit: int) -> LayerKind:
-        counts = _divisors(match_unit // self.spec.block_size)
-        return DividingAttention(self.spec, self.unit, self.cap, _up_to(self.cap, counts))
-
-
 @dataclass(frozen=True)
-class DividingAttention(Attention):
-    """Attention whose block must divide a number of tokens.
+class Padded(LayerKind):
+    """Layers whose pages are scaled by any number of blocks, then padded.
 
-    vLLM splits a chunk of chunked local attention into whole blocks.
+    These are states (one block), and attention whose kernels take blocks of any multiple.
 
-    Attributes:
-        counts: Present blocks that a block can have, ascending.
+    vLLM splits a chunk of chunked local attention into whole blocks, so `whole` present blocks must
+    be a multiple of every planned block. Other layers have 0.
     """
 
-    counts: tuple[int, ...]
+    whole: int = 0
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """The divisors of `whole` below the cap, and the first that reaches it."""
+        divisors = _divisors(self.whole)
+        return divisors[: bisect_left(divisors, self.cap) + 1]
 
     @property
     def longest_page(self) -> int:
-        return self.counts[-1] * self.least_page
+        return self.unit * (self.counts[-1] if self.whole else self.cap)
 
     def blocks(self, pages: Bytes) -> Bytes:
-        fitting = np.searchsorted(self.counts, pages // self.unit, side="right")
-        return np.array([0, *self.counts], np.int64)[fitting]
+        fitting = pages // self.unit
+        if not self.whole:
+            return np.minimum(fitting, self.cap)
+        return np.array([0, *self.counts])[np.searchsorted(self.counts, fitting, side="right")]
 
     def steps(self, low: int, high: int) -> Bytes:
-        return _in_range(np.array(self.counts, np.int64) * self.unit, low, high)
+        if not self.whole:
+            return multiples(self.unit, low, min(high, self.longest_page))
+        return np.array(self.counts) * self.unit
 
     def within(self, match_unit: int) -> LayerKind:
-        allowed = set(_divisors(match_unit // self.spec.block_size))
-        return replace(self, counts=tuple(count for count in self.counts if count in allowed))
+        return replace(self, whole=math.gcd(self.whole, match_unit // self.spec.block_size))
 
 
 @dataclass(frozen=True)
@@ -175,36 +152,18 @@ class WholeBlocks(LayerKind):
 
     If kernels take a few block sizes and longer blocks are split into those, only a page without
     padding can be split. Such a page can also be padded if a kernel takes the present block whole.
-
-    Attributes:
-        step: Bytes of the page of a present block.
-        pads: Whether every other page can hold the present block and padding.
     """
 
-    step: int
-    pads: bool = False
-
-    @property
-    def elastic(self) -> bool:
-        return self.pads
-
-    @property
-    def least_page(self) -> int:
-        return self.step
-
     def blocks(self, pages: Bytes) -> Bytes:
-        alone = np.full(len(pages), int(self.pads), np.int64)
-        if self.pads and self.cap == 1:
-            return alone
-        return np.where(pages % self.step == 0, pages // self.step, alone)
+        whole = (pages % self.least_page == 0) & (not self.elastic or self.cap > 1)
+        return np.where(whole, pages // self.least_page, int(self.elastic))
 
     def steps(self, low: int, high: int) -> Bytes:
-        return _multiples(self.step, low, high)
+        return multiples(self.least_page, low, high)
 
     def within(self, match_unit: int) -> LayerKind:
         counts = _divisors(match_unit // self.spec.block_size)
-        pages = tuple(count * self.step for count in counts)
-        return Listed(self.spec, self.unit, self.cap, pages, counts, int(self.pads))
+        return self.listed({count * self.least_page: count for count in counts})
 
 
 @dataclass(frozen=True)
@@ -212,14 +171,6 @@ class RowAligned(LayerKind):
     """MLA whose spec rounds every page up to an alignment in bytes."""
 
     alignment: int
-
-    @property
-    def elastic(self) -> bool:
-        return False
-
-    @property
-    def least_page(self) -> int:
-        return self.spec.page_size_bytes
 
     def blocks(self, pages: Bytes) -> Bytes:
         fit, whole = pages // self.unit, pages // self.least_page
@@ -229,47 +180,33 @@ class RowAligned(LayerKind):
         return np.where(rounded, fit, np.where(kept, whole, 0))
 
     def steps(self, low: int, high: int) -> Bytes:
-        first = max(1, (low - self.alignment) // self.unit)
-        blocks = np.arange(first, high // self.unit + 1, dtype=np.int64)
-        pages = np.union1d(self._rounded(blocks), _multiples(self.least_page, low, high))
-        pages = _in_range(pages, low, high)
-        return pages[self.blocks(pages) > 0]
+        rounded = self._rounded(multiples(self.unit, max(1, low - self.alignment), high))
+        return np.union1d(rounded, multiples(self.least_page, low, high))
 
     def within(self, match_unit: int) -> LayerKind:
         counts: dict[int, int] = {}
         # Of several blocks with the same page, the longest wins.
         for count in _divisors(match_unit // self.spec.block_size):
-            counts[self._rounded(count)] = count
+            counts[self._rounded(count * self.unit)] = count
             if count * self.unit % self.alignment == 0:
                 counts.setdefault(count * self.least_page, count)
-        pages, blocks = zip(*sorted(counts.items()), strict=True)
-        return Listed(self.spec, self.unit, self.cap, pages, blocks, others=0)
+        return self.listed(counts)
 
-    def _rounded(self, blocks: Any) -> Any:
-        return -(-blocks * self.unit // self.alignment) * self.alignment
+    def _rounded(self, content: Any) -> Any:
+        return -(-content // self.alignment) * self.alignment
 
 
 @dataclass(frozen=True)
 class Listed(LayerKind):
-    """Layers with a list of pages.
+    """Layers with a list of pages: some only have the present one.
 
     Attributes:
         pages: Bytes, ascending.
-        counts: Present blocks of each page.
-        others: Present blocks of every page that is not listed.
+        counts: Present blocks of each page. Elastic layers have one present block in other pages.
     """
 
     pages: tuple[int, ...]
     counts: tuple[int, ...]
-    others: int
-
-    @property
-    def elastic(self) -> bool:
-        return self.others > 0
-
-    @property
-    def least_page(self) -> int:
-        return self.pages[0]
 
     @property
     def longest_page(self) -> int:
@@ -278,64 +215,52 @@ class Listed(LayerKind):
     def blocks(self, pages: Bytes) -> Bytes:
         index = np.searchsorted(self.pages, pages).clip(max=len(self.pages) - 1)
         listed = np.asarray(self.pages)[index] == pages
-        return np.where(listed, np.asarray(self.counts)[index], self.others)
+        return np.where(listed, np.asarray(self.counts)[index], int(self.elastic))
 
     def steps(self, low: int, high: int) -> Bytes:
-        return _in_range(np.array(self.pages, np.int64), low, high)
-
-
-class Fixed(OneBlock, Listed):
-    """Layers whose bytes do not grow in step with their block: the present page only."""
+        return np.array(self.pages)
 
 
 def layer_kind(spec: KVCacheSpec, longest: int) -> LayerKind:
     """Return the kind of a layer. The longest sequence has `longest` tokens."""
+    unit = content_bytes(spec)
     if isinstance(spec, (MambaSpec, CircularBufferSpec)):
-        return State(spec, spec.real_page_size_bytes, 1)
+        return Padded(spec, unit, 1, unit, True)
+    # Classes of other packages may not support padding.
+    in_rows = not isinstance(spec, AttentionSpec) or _is_mla(spec)
+    twice = spec.copy_with_new_block_size(2 * spec.block_size)
+    if unit == 0 or content_bytes(twice) != 2 * unit:
+        # Compressed layers round tokens to states.
+        if in_rows:
+            page = spec.page_size_bytes
+            return Listed(spec, unit, 1, page, False, (page,), (1,))
+        return Padded(spec, unit or 1, 1, unit or 1, True)
     cap = max(1, -(-longest // spec.block_size))
-    unit = spec.unpadded_page_size_bytes if isinstance(spec, AttentionSpec) else None
-    if not _scales(spec, unit):
-        page = spec.page_size_bytes
-        pads = isinstance(spec, AttentionSpec) and not _is_mla(spec)
-        return State(spec, unit or 0, 1) if pads else Fixed(spec, unit or page, 1, (page,), (1,), 0)
-    if unit is None:
-        return WholeBlocks(spec, spec.page_size_bytes, cap, spec.page_size_bytes)
-    if _is_mla(spec):
+    if in_rows:
         if (alignment := getattr(spec, "alignment", None)) is not None:
-            return RowAligned(spec, unit, cap, alignment)
-        return WholeBlocks(spec, unit, cap, spec.page_size_bytes)
-    kernel_blocks = spec.block_stride_alignment
+            return RowAligned(spec, unit, cap, spec.page_size_bytes, False, alignment)
+        return WholeBlocks(spec, unit, cap, spec.page_size_bytes, False)
+    kernel_blocks = getattr(spec, "block_stride_alignment", None)
     if isinstance(kernel_blocks, MultipleOf):
-        return WholeBlocks(spec, unit, cap, unit, pads=spec.block_size <= kernel_blocks.base)
-    in_a_chunk, rest = divmod(getattr(spec, "attention_chunk_size", None) or 0, spec.block_size)
-    if in_a_chunk and not rest:
-        return DividingAttention(spec, unit, cap, _up_to(cap, _divisors(in_a_chunk)))
-    return Attention(spec, unit, cap)
+        return WholeBlocks(spec, unit, cap, unit, spec.block_size <= kernel_blocks.base)
+    chunk = getattr(spec, "attention_chunk_size", None) or 0
+    whole = 0 if chunk % spec.block_size else chunk // spec.block_size
+    return Padded(spec, unit, cap, unit, True, whole)
 
 
-def page_granularity(kinds: Iterable[LayerKind]) -> int:
+def page_granularity(specs: Sequence[KVCacheSpec]) -> int:
     """Return the bytes that a common page must be a multiple of.
 
     The worker views pages as tensors of the layers' dtypes.
     """
-    sizes = {1}
-    for kind in kinds:
-        dtypes = getattr(kind.spec, "dtypes", None) or [getattr(kind.spec, "dtype", None)]
-        sizes |= {get_dtype_size(dtype) for dtype in dtypes if dtype is not None}
-    return math.lcm(*sizes)
+    dtypes = {dtype for spec in specs for dtype in getattr(spec, "dtypes", ())}
+    dtypes |= {spec.dtype for spec in specs if isinstance(spec, AttentionSpec)}
+    return math.lcm(*map(get_dtype_size, dtypes))
 
 
 def _is_mla(spec: AttentionSpec) -> bool:
     # The spec of a sliding-window MLA layer with an alignment rounds its page up, too.
     return isinstance(spec, MLAAttentionSpec) or getattr(spec, "alignment", None) is not None
-
-
-def _scales(spec: KVCacheSpec, unit: int | None) -> bool:
-    """Whether twice the block takes twice the bytes. Compressed layers round tokens to states."""
-    twice = spec.copy_with_new_block_size(2 * spec.block_size)
-    if unit is None:
-        return bool(twice.page_size_bytes == 2 * spec.page_size_bytes)
-    return unit > 0 and bool(twice.unpadded_page_size_bytes == 2 * unit)
 
 
 @cache
@@ -344,14 +269,6 @@ def _divisors(number: int) -> tuple[int, ...]:
     return tuple(sorted({*low, *(number // k for k in low)}))
 
 
-def _up_to(cap: int, counts: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the counts below a cap and the first that reaches it."""
-    return counts[: bisect_left(counts, cap) + 1]
-
-
-def _multiples(unit: int, low: int, high: int) -> Bytes:
+def multiples(unit: int, low: int, high: int) -> Bytes:
+    """Return the multiples of a unit from `low` to `high`."""
     return np.arange(-(-low // unit), high // unit + 1, dtype=np.int64) * unit
-
-
-def _in_range(pages: Bytes, low: int, high: int) -> Bytes:
-    return pages[(pages >= low) & (pages <= high)]

@@ -5,72 +5,65 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_hybrid_kv.planning.page_kinds import Bytes, LayerKind, WholeBlocks, page_granularity
+from vllm_hybrid_kv.planning.page_kinds import (
+    Bytes,
+    LayerKind,
+    WholeBlocks,
+    multiples,
+    page_granularity,
+)
 
-CLOSE = 1e-12
-"""Floats that differ by less are compared again as fractions."""
+Kinds = Sequence[tuple[LayerKind, int]]
+"""Each kind of layer and its number of layers."""
+
+Shares = npt.NDArray[np.float64]
+
+DIGITS = 12
+"""Costs and sums that are equal up to so many digits count as equal."""
 
 
-@dataclass(frozen=True)
-class CommonPage:
-    """A page that suits all layers.
+class CommonPage(NamedTuple):
+    """A page that suits all layers: its bytes, and the share that is not padding.
 
-    Attributes:
-        size: Its bytes.
-        used: Bytes that can hold tokens or a state, summed over one page of every layer.
-        waste: The share of the pool, or of a request's pages, that is padding.
+    The share is that of the pool, or of a request's pages.
     """
 
     size: int
-    used: int
-    waste: Fraction
+    filled: float
 
 
-def cheapest_page(
-    kinds: Sequence[tuple[LayerKind, int]], reference: Fraction
-) -> tuple[CommonPage, int] | None:
+def cheapest_page(kinds: Kinds, reference: float) -> tuple[CommonPage, int] | None:
     """Return the page with the lowest cost, and the match unit that its blocks divide.
 
     The cost is the share of a reference request's pages that is padding, plus
     `match_unit / (2 * reference)`: the share of the request that a cache hit misses on average,
     because hits end at multiples of the match unit.
 
-    Args:
-        kinds: Each kind of layer and its number of layers.
-        reference: Tokens of the request.
-
-    Returns:
-        The page, whose waste is that of the request, and the match unit in tokens. Of equal costs
-        the smallest match unit wins. None if no plan costs less than 1.
+    Of equal costs the smallest match unit wins. None if no plan costs less than 1.
     """
     present = math.lcm(*(kind.spec.block_size for kind, _ in kinds))
-    units = np.arange(present, math.ceil(2 * reference), present, dtype=np.int64)
+    units = np.arange(present, math.ceil(2 * reference), present)
     bounds = _least_costs(kinds, units, reference)
-    best: tuple[Fraction, int, CommonPage] | None = None
+    lowest, best = (1.0, 0), None
     for index in np.argsort(bounds, kind="stable"):
-        if best is not None and bounds[index] > float(best[0]) + CLOSE:
+        if round(bounds[index], DIGITS) > lowest[0]:
             break
         unit = int(units[index])
-        search = PageSearch([(kind.within(unit), count) for kind, count in kinds])
-        page = search.best_for(reference)
+        page = PageSearch([(kind.within(unit), count) for kind, count in kinds]).best_for(reference)
         if page is None:
             continue
-        cost = page.waste + unit / (2 * reference)
-        if best is None or (cost, unit) < best[:2]:
-            best = cost, unit, page
-    return None if best is None or best[0] >= 1 else (best[2], best[1])
+        cost = round(1 - page.filled + unit / (2 * reference), DIGITS), unit
+        if cost < lowest:
+            lowest, best = cost, (page, unit)
+    return best
 
 
-def _least_costs(
-    kinds: Sequence[tuple[LayerKind, int]], units: Bytes, reference: Fraction
-) -> npt.NDArray[np.float64]:
+def _least_costs(kinds: Kinds, units: Bytes, reference: float) -> Shares:
     """Return a lower bound of the cost for each match unit.
 
     A block has at most a match unit's tokens. A page has at least the bytes of the largest present
@@ -79,18 +72,15 @@ def _least_costs(
     least = max(kind.least_page for kind, _ in kinds)
     content, taken = 0.0, np.zeros(len(units))
     for kind, count in kinds:
-        held = float(kind.held(reference))
+        held = kind.held(reference)
         per_token = kind.unit / kind.spec.block_size
         content += count * held * per_token
         taken += count * np.maximum(least, held * np.maximum(per_token, least / units))
-    return 1 - content / taken + units / (2 * float(reference))
+    return 1 - content / taken + units / (2 * reference)
 
 
 class PageSearch:
     """The common pages of some layers.
-
-    Args:
-        kinds: Each kind of layer and its number of layers.
 
     Attributes:
         least: Bytes of the largest page before planning, without padding. No common page is
@@ -98,105 +88,71 @@ class PageSearch:
         reach: Bytes of the largest page to consider. Its blocks hold the longest sequence.
     """
 
-    def __init__(self, kinds: Sequence[tuple[LayerKind, int]]) -> None:
+    def __init__(self, kinds: Kinds) -> None:
         self._kinds = kinds
         self._layers = sum(count for _, count in kinds)
-        self._granularity = page_granularity(kind for kind, _ in kinds)
+        self._granularity = page_granularity([kind.spec for kind, _ in kinds])
         self.least = max(kind.least_page for kind, _ in kinds)
         self.reach = max(self.least, *(kind.longest_page for kind, _ in kinds))
-        most = [(kind.cap > 1, count, count * kind.cap * kind.unit) for kind, count in kinds]
-        self._growing = sum(count for grows, count, _ in most if grows)
-        self._most = sum(used for _, _, used in most)
-        self._most_of_others = sum(used for grows, _, used in most if not grows)
 
-    def best(self, highest: int, enough: Fraction, at_highest: bool) -> CommonPage | None:
-        """Return the smallest page with little enough waste, otherwise the one with least waste.
+    def best(self, highest: int, enough: float, at_highest: bool) -> CommonPage | None:
+        """Return the smallest page that fills enough of the pool, otherwise the fullest.
 
-        Its waste is at most that of the largest present page.
+        It fills no less than the largest present page. None if no page within reach suits all
+        layers.
 
         Args:
             highest: Bytes of the largest page to choose. If no page up to there suits all layers,
                 the next larger one that does is chosen.
-            enough: The share of the pool that may be wasted.
+            enough: The share of the pool that must be filled.
             at_highest: Whether `highest` is known to suit all layers, which extends the reach.
-
-        Returns:
-            The page, of equal ones the smallest; None if no page within reach suits all layers.
         """
         low = high = self._round_up(self.least)
         highest = max(highest, low)
+        # vLLM's own rule takes the largest present page and wastes no less.
         present = max(kind.spec.page_size_bytes for kind, _ in self._kinds)
-        for page in self._pages(self._common(present, present)):
-            # vLLM's own rule takes this page and wastes no less.
-            enough = min(enough, page.waste)
+        enough = max([enough, *self._filled(self._common(present, present))])
         self.reach = max(self.reach, highest if at_highest else low)
         best: CommonPage | None = None
         while low <= high:
             sizes = self._common(low, high)
-            waste = 1 - self._used(sizes) / sizes / self._layers
-            for page in self._pages(sizes[waste <= float(enough) + CLOSE]):
-                if page.waste <= enough:
-                    return page
-            for page in self._pages(sizes[waste <= waste.min(initial=1) + CLOSE]):
-                if best is None or page.waste < best.waste:
-                    best = page
+            filled = self._filled(sizes)
+            if len(sizes):
+                at = int(np.argmax(np.minimum(filled, enough)))
+                if best is None or filled[at] > best.filled:
+                    best = CommonPage(int(sizes[at]), float(filled[at]))
+                if best.filled >= enough:
+                    return best
             low, high = high + 1, min(2 * high, self._limit(best, highest))
         while best is None and low <= self.reach:
             high = min(2 * low, self.reach)
-            best = next(self._pages(self._common(low, high)), None)
+            if len(sizes := self._common(low, high)):
+                best = CommonPage(int(sizes[0]), float(self._filled(sizes[:1])[0]))
             low = high + 1
         return best
 
-    def best_for(self, request: Fraction) -> CommonPage | None:
-        """Return the page with the least padding in a request's pages; None if none suits all.
+    def best_for(self, request: float) -> CommonPage | None:
+        """Return the smallest page with the least padding in the pages of a request, or None.
 
         A page is at most as large as the longest blocks need; larger ones only add padding.
-
-        Args:
-            request: Tokens of the request.
-
-        Returns:
-            The page, of equal ones the smallest. Its waste is the padding's share of the request's
-            pages.
         """
         sizes = self._common(self._round_up(self.least), self._round_up(self.reach))
         if not len(sizes):
             return None
-        held = [kind.held(request) for kind, _ in self._kinds]
-        taken = self._bytes_taken(sizes, [float(tokens) for tokens in held])
-        sizes = sizes[taken <= taken.min() * (1 + CLOSE)]
-        exact = self._bytes_taken(sizes, held)
-        index = int(np.argmin(exact))
-        content = sum(
-            count * tokens * kind.unit / kind.spec.block_size
-            for (kind, count), tokens in zip(self._kinds, held, strict=True)
-        )
-        (used,) = self._used(sizes[index : index + 1])
-        return CommonPage(int(sizes[index]), int(used), 1 - content / exact[index])
+        content, taken = 0.0, np.zeros(len(sizes))
+        for kind, count in self._kinds:
+            held = kind.held(request)
+            block_size = kind.spec.block_size
+            content += count * held * kind.unit / block_size
+            taken += count * np.maximum(1, held / (kind.blocks(sizes) * block_size)) * sizes
+        at = int(np.argmax(taken <= taken.min() * (1 + 10**-DIGITS)))
+        return CommonPage(int(sizes[at]), content / float(taken[at]))
 
-    def _bytes_taken(self, sizes: Bytes, held: Sequence[float | Fraction]) -> npt.NDArray[Any]:
-        """Return the bytes that a request's pages take, at least a page of every layer.
-
-        Args:
-            sizes: Bytes of the pages to compare.
-            held: Tokens that each kind of layer holds: floats, or fractions for an exact result.
-        """
-        dtype = float if isinstance(held[0], float) else object
-        pages = np.zeros(len(sizes), dtype)
-        for (kind, count), tokens in zip(self._kinds, held, strict=True):
-            block_tokens = (kind.blocks(sizes) * kind.spec.block_size).astype(dtype)
-            pages += count * np.maximum(1, tokens / block_tokens)
-        return pages * sizes.astype(dtype)
-
-    def _pages(self, sizes: Bytes) -> Iterator[CommonPage]:
-        for size, used in zip(sizes.tolist(), self._used(sizes).tolist(), strict=True):
-            yield CommonPage(size, used, 1 - Fraction(used, size * self._layers))
-
-    def _used(self, sizes: Bytes) -> Bytes:
+    def _filled(self, sizes: Bytes) -> Shares:
         used = np.zeros(len(sizes), np.int64)
         for kind, count in self._kinds:
             used += count * kind.used(sizes)
-        return used
+        return used / (sizes * self._layers)
 
     def _limit(self, best: CommonPage | None, highest: int) -> int:
         """Return the page above which none wastes less than the best one yet.
@@ -206,11 +162,16 @@ class PageSearch:
         """
         if best is None:
             return min(highest, self.reach)
-        limit = min(highest, self._most * best.size // best.used)
-        ahead = best.used - self._growing * best.size
-        if ahead > 0:
-            limit = min(limit, self._most_of_others * best.size // ahead)
-        return limit
+        most = most_of_others = growing = 0
+        for kind, count in self._kinds:
+            most += count * kind.cap * kind.unit
+            if kind.cap > 1:
+                growing += count
+            else:
+                most_of_others += count * kind.unit
+        used = best.filled * self._layers
+        limit = min(highest, int(most / used))
+        return limit if used <= growing else min(limit, int(most_of_others / (used - growing)))
 
     def _round_up(self, size: int) -> int:
         return -(-size // self._granularity) * self._granularity
@@ -228,9 +189,7 @@ class PageSearch:
         if not restricted:
             for steps in [np.array([low]), *(kind.steps(low, high) for kind, _ in self._kinds)]:
                 yield -(-steps // self._granularity) * self._granularity
-            return
-        if whole := [kind.step for kind in restricted if isinstance(kind, WholeBlocks)]:
-            unit = math.lcm(self._granularity, *whole)
-            yield np.arange(-(-low // unit), high // unit + 1, dtype=np.int64) * unit
+        elif whole := [kind.least_page for kind in restricted if isinstance(kind, WholeBlocks)]:
+            yield multiples(math.lcm(self._granularity, *whole), low, high)
         else:
             yield min((kind.steps(low, high) for kind in restricted), key=len)

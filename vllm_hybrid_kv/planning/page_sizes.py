@@ -6,9 +6,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, MambaSpec
 
 from vllm_hybrid_kv.errors import HybridKVStrategyError
+
+
+def content_bytes(spec: KVCacheSpec) -> int:
+    """Return the bytes of a page that hold tokens or a state, without padding."""
+    if isinstance(spec, (AttentionSpec, MambaSpec)):
+        return int(spec.real_page_size_bytes)
+    return int(spec.page_size_bytes)
 
 
 def describe_layers(layers: Mapping[str, KVCacheSpec], names: Iterable[str]) -> str:
@@ -36,13 +43,13 @@ def check_page_sizes(
     """
     if not isinstance(after, Mapping):
         raise HybridKVStrategyError(f"{who} must return a dict of specs, got {after!r}")
-    if missing := [name for name in before if name not in after]:
-        raise HybridKVStrategyError(f"{who} left out layer {', '.join(missing)}")
-    if extra := [name for name in after if name not in before]:
-        raise HybridKVStrategyError(f"{who} added layer {', '.join(map(str, extra))}")
-    pages = {}
-    for name, old in before.items():
-        pages[name] = _checked_page(name, old, after[name], who)
+    if differing := before.keys() ^ after.keys():
+        names = ", ".join(sorted(map(str, differing)))
+        raise HybridKVStrategyError(
+            f"{who} must return specs of exactly the model's layers: {names} is missing or is not "
+            "a layer of the model"
+        )
+    pages = {name: _checked_page(name, old, after[name], who) for name, old in before.items()}
     if len(set(pages.values())) > 1:
         (usual, _), *_ = Counter(pages.values()).most_common()
         same = next(name for name, page in pages.items() if page == usual)
@@ -55,21 +62,18 @@ def check_page_sizes(
 
 def _checked_page(name: str, old: KVCacheSpec, new: object, who: str) -> int:
     if not isinstance(new, KVCacheSpec):
-        raise HybridKVStrategyError(f"{who} gave layer {name} {new!r}, which is not a KVCacheSpec")
+        raise HybridKVStrategyError(
+            f"{who} must return a KVCacheSpec for layer {name}, got {new!r}"
+        )
     try:
         page: int = new.page_size_bytes
-    except AssertionError as error:
+    except AssertionError:
+        # vLLM refuses a `page_size_padded` below the bytes of the tokens.
+        page = 0
+    if new.block_size < old.block_size or page < content_bytes(old):
+        size = page or getattr(new, "page_size_padded", 0)
         raise HybridKVStrategyError(
-            f"{who} padded the page of layer {name} to "
-            f"{getattr(new, 'page_size_padded', 0):,} bytes, less than its tokens need"
-        ) from error
-    if new.block_size < old.block_size:
-        raise HybridKVStrategyError(
-            f"{who} shrank the block of layer {name} from {old.block_size} to "
-            f"{new.block_size} tokens"
-        )
-    if page < getattr(old, "real_page_size_bytes", old.page_size_bytes):
-        raise HybridKVStrategyError(
-            f"{who} shrank the page of layer {name} from {old.page_size_bytes:,} to {page:,} bytes"
+            f"{who} must not shrink layer {name}: its page has {content_bytes(old):,} bytes for "
+            f"{old.block_size} tokens, got {size:,} bytes for {new.block_size} tokens"
         )
     return page

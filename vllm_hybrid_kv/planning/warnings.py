@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 import vllm.platforms
+from vllm.config import VllmConfig
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.kv_cache_interface import (
@@ -17,19 +17,14 @@ from vllm.v1.kv_cache_interface import (
     KVCacheSpec,
     KVQuantMode,
     MambaSpec,
-    UniformTypeKVCacheSpecs,
     get_kv_quant_mode,
     iter_layer_specs,
 )
 
 from vllm_hybrid_kv.constants import CACHE_DTYPE
-from vllm_hybrid_kv.planning.capacity import blocks_per_request
-from vllm_hybrid_kv.planning.smallest_hit import hits_are_possible, smallest_hit
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-
-    from vllm_hybrid_kv.settings import Settings
+from vllm_hybrid_kv.planning.capacity import blocks_per_request, hits_are_possible, smallest_hit
+from vllm_hybrid_kv.planning.page_sizes import content_bytes
+from vllm_hybrid_kv.settings import Settings
 
 MOST_PADDING = 0.05
 """The share of the pool above which padding is reported."""
@@ -45,26 +40,23 @@ def startup_warnings(
 ) -> list[str]:
     """Return one line for each problem of a plan, with what to change.
 
-    The problems also occur without the plugin's strategies.
-
-    Args:
-        vllm_config: The engine's configuration.
-        kv_cache_config: The plan.
-        scheduler_block_size: Tokens, from `resolve_kv_cache_block_sizes`.
-        hash_block_size: The match unit in tokens, from the same function.
-        settings: The plugin's settings.
-        layers: The spec of every layer by name before planning. Required for the scheduler's plan,
-            which has only one spec for each group. None takes the specs of a worker's plan.
+    The problems also occur without the plugin's strategies. The block sizes, in tokens, are from
+    `resolve_kv_cache_block_sizes`. `layers` has the spec of every layer before planning; None takes
+    those of a worker's plan. The scheduler's plan has only one spec for each group.
     """
     if layers is None:
         layers = _specs(kv_cache_config.kv_cache_groups)
-    sizes = scheduler_block_size, hash_block_size
-    lines = (
-        _useless_prefix_cache(vllm_config, kv_cache_config, sizes, settings),
-        _unused_cache_dtype(vllm_config, settings, layers),
-        _padded_pool(vllm_config, kv_cache_config, settings, layers),
-    )
-    return [line for line in lines if line is not None]
+    lines = []
+    if vllm_config.cache_config.enable_prefix_caching:
+        smallest = smallest_hit(vllm_config, kv_cache_config, scheduler_block_size, hash_block_size)
+        if not hits_are_possible(vllm_config, smallest):
+            lines.append(_useless_prefix_cache(vllm_config, settings, smallest))
+    dtype = vllm_config.cache_config.cache_dtype
+    if dtype != "auto" and not any(_stores(vllm_config, spec, dtype) for spec in layers.values()):
+        lines.append(_unused_cache_dtype(vllm_config, settings, layers))
+    if padding_share(vllm_config, kv_cache_config) > MOST_PADDING:
+        lines.append(_padded_pool(vllm_config, kv_cache_config, settings, layers))
+    return lines
 
 
 def _set(settings: Settings, field: str, value: object) -> str:
@@ -72,17 +64,16 @@ def _set(settings: Settings, field: str, value: object) -> str:
     return f"set {source if source.startswith('VLLM_') else field}={value}"
 
 
-def _useless_prefix_cache(
-    vllm_config: VllmConfig,
-    kv_cache_config: KVCacheConfig,
-    sizes: tuple[int, int],
-    settings: Settings,
-) -> str | None:
-    if not vllm_config.cache_config.enable_prefix_caching:
-        return None
-    smallest = smallest_hit(vllm_config, kv_cache_config, *sizes)
-    if hits_are_possible(vllm_config, smallest):
-        return None
+def _specs(groups: Iterable[KVCacheGroupSpec]) -> dict[str, KVCacheSpec]:
+    """Return the spec of every layer of some groups by the layer's name."""
+    specs: dict[str, KVCacheSpec] = {}
+    for group in groups:
+        own = dict.fromkeys(group.layer_names, group.kv_cache_spec)
+        specs |= getattr(group.kv_cache_spec, "kv_cache_specs", own)
+    return specs
+
+
+def _useless_prefix_cache(vllm_config: VllmConfig, settings: Settings, smallest: int) -> str:
     auto = _set(settings, "prefix_match_unit", "auto")
     finer = "" if settings.prefix_match_unit == "auto" else f"{auto}, "
     return (
@@ -93,33 +84,19 @@ def _useless_prefix_cache(
     )
 
 
-def _specs(groups: Iterable[KVCacheGroupSpec]) -> dict[str, KVCacheSpec]:
-    """Return the spec of every layer of some groups by the layer's name."""
-    specs: dict[str, KVCacheSpec] = {}
-    for group in groups:
-        if isinstance(group.kv_cache_spec, UniformTypeKVCacheSpecs):
-            specs.update(group.kv_cache_spec.kv_cache_specs)
-        else:
-            specs.update(dict.fromkeys(group.layer_names, group.kv_cache_spec))
-    return specs
-
-
 def _unused_cache_dtype(
     vllm_config: VllmConfig, settings: Settings, layers: Mapping[str, KVCacheSpec]
-) -> str | None:
-    dtype = vllm_config.cache_config.cache_dtype
-    if dtype == "auto" or any(_stores(vllm_config, spec, dtype) for spec in layers.values()):
-        return None
+) -> str:
     attention = sum(isinstance(spec, AttentionSpec) for spec in layers.values())
     skipped = vllm_config.cache_config.kv_cache_dtype_skip_layers
+    problem = "this model has no attention layer with a KV cache"
     advice = "pass --kv-cache-dtype auto, which stores the same"
-    if skipped and attention:
-        advice = f"layers {' '.join(skipped)} are skipped: {_quantise_all(vllm_config, settings)}"
-    problem = (
-        f"none of the {attention} attention layers with a KV cache uses it"
-        if attention
-        else "this model has no attention layer with a KV cache"
-    )
+    if attention:
+        problem = f"none of the {attention} attention layers with a KV cache uses it"
+        if skipped:
+            quantise = _quantise_all(vllm_config, settings)
+            advice = f"layers {' '.join(skipped)} are skipped: {quantise}"
+    dtype = vllm_config.cache_config.cache_dtype
     return f"--kv-cache-dtype {dtype} has no effect: {problem}; {advice}"
 
 
@@ -128,14 +105,14 @@ def _stores(vllm_config: VllmConfig, spec: KVCacheSpec, dtype: str) -> bool:
     if not isinstance(spec, AttentionSpec):
         return False
     mode = get_kv_quant_mode(dtype)
-    if mode != KVQuantMode.NONE and spec.kv_quant_mode == mode:
-        return True
-    # MLA has its own formats, named by a string.
-    if getattr(spec, "cache_dtype_str", None) not in (None, "auto"):
-        return True
     # Some models store fp8 in pages of that torch dtype without a quantisation mode.
-    stored = kv_cache_dtype_str_to_dtype(dtype, vllm_config.model_config)
-    return mode in (KVQuantMode.NONE, KVQuantMode.FP8_PER_TENSOR) and bool(spec.dtype == stored)
+    plain = mode in (KVQuantMode.NONE, KVQuantMode.FP8_PER_TENSOR)
+    return (
+        (mode != KVQuantMode.NONE and spec.kv_quant_mode == mode)
+        # MLA has its own formats, named by a string.
+        or getattr(spec, "cache_dtype_str", None) not in (None, "auto")
+        or (plain and spec.dtype == kv_cache_dtype_str_to_dtype(dtype, vllm_config.model_config))
+    )
 
 
 def _quantise_all(vllm_config: VllmConfig, settings: Settings) -> str:
@@ -150,11 +127,10 @@ def _quantise_all(vllm_config: VllmConfig, settings: Settings) -> str:
 
 
 def padding_share(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> float:
-    """Return the share of the pool, from 0 to 1, that is padding of pages.
+    """Return the share, from 0 to 1, of a pool full of the longest requests that is padding.
 
-    The pool is full of requests of `max_model_len`: each group's pages count by the blocks that
-    such a request holds of it. If a group has fewer layers than the largest group, its unused
-    space does not count, because no setting changes that.
+    If a group has fewer layers than the largest group, its unused space does not count, because no
+    setting changes that.
     """
     return sum(share for share, _ in _padding_by_group(vllm_config, kv_cache_config))
 
@@ -176,15 +152,7 @@ def _padding_by_group(
 
 def _padding_of_page(spec: KVCacheSpec) -> float:
     layers = list(iter_layer_specs(spec))
-    page = sum(layer.page_size_bytes for layer in layers)
-    return 1 - sum(map(content_bytes, layers)) / page
-
-
-def content_bytes(spec: KVCacheSpec) -> int:
-    """Return the bytes of a page that hold tokens or a state, without padding."""
-    if isinstance(spec, (AttentionSpec, MambaSpec)):
-        return int(spec.real_page_size_bytes)
-    return int(spec.page_size_bytes)
+    return 1 - sum(map(content_bytes, layers)) / sum(layer.page_size_bytes for layer in layers)
 
 
 def _padded_pool(
@@ -192,17 +160,15 @@ def _padded_pool(
     kv_cache_config: KVCacheConfig,
     settings: Settings,
     layers: Mapping[str, KVCacheSpec],
-) -> str | None:
+) -> str:
     by_group = _padding_by_group(vllm_config, kv_cache_config)
-    share = sum(share for share, _ in by_group)
-    if share <= MOST_PADDING:
-        return None
     _, group = max(by_group, key=lambda pair: pair[0])
     layer, spec = max(_specs([group]).items(), key=lambda item: _padding_of_page(item[1]))
     if isinstance(spec, MambaSpec) and getattr(layers.get(layer), "page_size_padded", None):
         advice = _less_padding_of_states(vllm_config, layers)
     else:
         advice = _less_padding(vllm_config, settings, layers)
+    share = sum(share for share, _ in by_group)
     return (
         f"{100 * share:.1f} % of the KV pool is padding, most of it in pages like that of layer "
         f"{layer} ({content_bytes(spec):,} of {spec.page_size_bytes:,} bytes used); {advice}"
@@ -210,36 +176,29 @@ def _padded_pool(
 
 
 def _less_padding_of_states(vllm_config: VllmConfig, layers: Mapping[str, KVCacheSpec]) -> str:
-    """Return what reduces the padding of states that vLLM itself padded."""
-    if (smaller := _block_size_that_pads_less(vllm_config, layers)) is not None:
-        return f"pass --block-size {smaller}, because vLLM pads states to a page of attention"
+    """Return what reduces the padding of states that vLLM itself padded.
+
+    vLLM multiplies the block until a page of attention covers a state.
+    """
+    attention = [spec for spec in layers.values() if isinstance(spec, AttentionSpec)]
+    states = [content_bytes(spec) for spec in layers.values() if isinstance(spec, MambaSpec)]
+    if attention and states:
+        per_token = max(content_bytes(spec) / spec.block_size for spec in attention)
+        tokens = math.ceil(max(states) / per_token)
+        # On CPUs vLLM takes multiples of 32. Of equal blocks the first size is advised.
+        sizes = {-(-tokens // size) * size: size for size in (32, 64, 128)}
+        if min(sizes) < vllm_config.cache_config.block_size:
+            size = sizes[min(sizes)]
+            return f"pass --block-size {size}, because vLLM pads states to a page of attention"
     if vllm_config.cache_config.kv_cache_dtype_skip_layers:
         return (
             "remove --kv-cache-dtype-skip-layers, because vLLM pads states to the largest page of "
             "attention"
         )
-    return "vLLM pads states to a page of attention, and no --block-size makes that page smaller"
-
-
-def _block_size_that_pads_less(
-    vllm_config: VllmConfig, layers: Mapping[str, KVCacheSpec]
-) -> int | None:
-    """Return a `--block-size` that makes the blocks that hold a state shorter, or None.
-
-    vLLM multiplies the block until a page of attention covers a state.
-    """
-    attention = [
-        spec.real_page_size_bytes / spec.block_size
-        for spec in layers.values()
-        if isinstance(spec, AttentionSpec)
-    ]
-    states = [spec.real_page_size_bytes for spec in layers.values() if isinstance(spec, MambaSpec)]
-    if not attention or not states:
-        return None
-    tokens = math.ceil(max(states) / max(attention))
-    # On CPUs vLLM takes multiples of 32. Of equal blocks the first size is advised.
-    block, size = min((-(-tokens // size) * size, -size) for size in (128, 64, 32))
-    return -size if block < vllm_config.cache_config.block_size else None
+    return (
+        "no setting reduces it, because vLLM pads states to a page of attention and no other "
+        "--block-size makes that page smaller"
+    )
 
 
 def _less_padding(
@@ -251,20 +210,14 @@ def _less_padding(
     modes = {spec.kv_quant_mode for spec in layers.values() if isinstance(spec, AttentionSpec)}
     if len(modes) > 1:
         return _quantise_all(vllm_config, settings)
-    return "no other page size leaves less padding for the layers of this model"
+    return "no setting reduces it, because no other page size leaves less padding for these layers"
 
 
 def own_grouping(vllm_config: VllmConfig | None) -> str | None:
-    """Return what makes the KV cache groups instead of vLLM's `get_kv_cache_groups`.
+    """Return the platform's builder or the model's class that makes the KV cache groups, or None.
 
-    It may still call vLLM's function; whether it did is known only after planning.
-
-    Args:
-        vllm_config: The engine's configuration. None checks the platform only.
-
-    Returns:
-        The platform's builder or the model's class; None if vLLM groups the layers, as vLLM 0.32
-        always does.
+    None means vLLM's `get_kv_cache_groups`, as always in vLLM 0.32. The builder or class may still
+    call that function. Without a configuration only the platform is checked.
     """
     platform = type(vllm.platforms.current_platform)
     if not hasattr(platform, "get_kv_cache_config_builder_cls"):

@@ -20,9 +20,9 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from vllm_hybrid_kv.planning.capacity import Capacity, capacity
-from vllm_hybrid_kv.planning.smallest_hit import smallest_hit
-from vllm_hybrid_kv.planning.warnings import content_bytes, padding_share, startup_warnings
+from vllm_hybrid_kv.planning.capacity import Capacity, capacity, smallest_hit
+from vllm_hybrid_kv.planning.page_sizes import content_bytes
+from vllm_hybrid_kv.planning.warnings import padding_share, startup_warnings
 from vllm_hybrid_kv.settings import resolve
 from vllm_hybrid_kv.tools.plan.engine import Engine, Model
 
