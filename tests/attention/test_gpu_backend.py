@@ -116,11 +116,7 @@ def test_sliding_windows_and_sinks_reach_the_kernels(layer: dict[str, Any], run:
 
 
 def test_context_parallelism_is_refused(run: Run) -> None:
-    assert run("refused", "ours", {"use_dcp": True}) == [
-        "DCP not supported",
-        "the k8v4 kernels do not implement decode context parallelism; serve the model with "
-        "--decode-context-parallel-size 1",
-    ]
+    assert run("refused", "ours", {"use_dcp": True}) == ["DCP not supported"]
 
 
 def test_compute_capabilities_from_7_5_on_are_served(run: Run) -> None:

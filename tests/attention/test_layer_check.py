@@ -7,6 +7,7 @@ import pytest
 import torch
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheGroupSpec,
@@ -81,14 +82,9 @@ def test_matching_layers_and_pages_pass():
             # Layers that share pages are listed here, as the model runner does later, or not.
             group(planned, "1", "3"),
             group(spec(cls=SlidingWindowSpec, sliding_window=96, block_size=128), "2"),
-            group(MambaSpec(block_size=16, shapes=((8,),), dtypes=(torch.uint8,)), "states"),
+            group(STATE, "states"),
         ],
     )
-
-
-def test_a_window_may_be_planned_as_full_attention():
-    window = layer(cls=SlidingWindowSpec, sliding_window=96)
-    check_plan({"0": window}, [group(spec(sliding_window=96), "0")])
 
 
 def test_pages_of_different_sizes_in_one_group_are_compared_by_layer():
@@ -99,7 +95,7 @@ def test_pages_of_different_sizes_in_one_group_are_compared_by_layer():
     mixed = UniformTypeKVCacheSpecs(block_size=64, kv_cache_specs={**own, "2": own["1"]})
     message = problems(layers, group(mixed, *own))
     assert message.startswith("layer 2 cannot use the pages of KV cache group 0, which it shares ")
-    assert "its head size is 128, theirs is 64" in message
+    assert "its head size is 128, that of the pages is 64" in message
 
 
 def test_pages_in_a_group_with_different_sizes_cannot_be_shared():
@@ -119,33 +115,46 @@ def test_a_sharing_layer_with_another_dtype_stops_start_up(sharing_is_quantised)
     }
     message = problems(layers, group(layers["model.layers.5"].spec, "model.layers.5"))
     assert message.startswith("layer model.layers.9 cannot use the pages of layer model.layers.5: ")
-    dtypes = ("turboquant_k8v4 (TURBOQUANT_K8V4)", "NONE")
+    mine, pages = ("TURBOQUANT_K8V4", 100), ("NONE", 256)
     if not sharing_is_quantised:
-        dtypes = ("auto (NONE)", "TURBOQUANT_K8V4")
-    assert f"its cache dtype is {dtypes[0]}, theirs is {dtypes[1]}" in message
-    slots = (100, 256) if sharing_is_quantised else (256, 100)
-    mine, theirs = (f"{slot} bytes for 1 tokens" for slot in slots)
-    assert f"its slot is {mine}, theirs is {theirs}" in message
-    mine, theirs = (f"{slot * 2 * 64} bytes for 64 tokens" for slot in slots)
-    assert f"its page is {mine}, theirs is {theirs}" in message
+        mine, pages = pages, mine
+    assert f"its quantisation is {mine[0]}, that of the pages is {pages[0]}" in message
+    assert f"its slot size in bytes is {mine[1]}, that of the pages is {pages[1]}" in message
 
 
+def window(size):
+    return {"cls": SlidingWindowSpec, "sliding_window": size}
+
+
+def chunks(size):
+    return {"cls": ChunkedLocalAttentionSpec, "attention_chunk_size": size}
+
+
+STATE = MambaSpec(block_size=16, shapes=((8,),), dtypes=(torch.uint8,))
+
+
+@pytest.mark.parametrize("target", [None, "a"], ids=["same group", "shared pages"])
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("own", "planned", "words"),
     [
-        ({"head_size": 128}, "its head size is 64, theirs is 128"),
-        ({"kv_heads": 4}, "its number of KV heads is 2, theirs is 4"),
-        ({"quantised": False}, "its torch dtype is torch.uint8, theirs is torch.bfloat16"),
-        ({"block_size": 24}, "its block is a multiple of 16 tokens, theirs has 24"),
+        ({}, spec(head_size=128), "its head size is 64, that of the pages is 128"),
+        ({}, spec(kv_heads=4), "its number of KV heads is 2, that of the pages is 4"),
+        ({}, spec(quantised=False), "its torch dtype is torch.uint8, that of the pages is torch.b"),
+        ({}, spec(block_size=24), "its block must be a multiple of 16 tokens, that of the pages"),
+        ({}, spec(**window(96)), "it attends to all tokens, the pages keep a window of 96 tokens"),
+        (window(128), spec(**window(96)), "a window of 128 tokens, the pages keep a window of 96 "),
+        (window(96), spec(**chunks(96)), "a window of 96 tokens, the pages keep chunks of 96 toke"),
+        ({}, spec(**chunks(96)), "it attends to all tokens, the pages keep chunks of 96 tokens"),
+        ({}, STATE, "it is an attention layer, and its pages are planned by a MambaSpec"),
     ],
 )
-def test_a_layer_in_a_group_with_other_pages_stops_start_up(fields, words):
-    planned = spec(**fields)
-    layers = {"a": layer(own=planned), "b": layer()}
+def test_a_layer_with_other_pages_stops_start_up(own, planned, words, target):
+    layers = {"b": layer(target=target, **own)}
+    if isinstance(planned, AttentionSpec):
+        layers["a"] = layer(own=planned)
     message = problems(layers, group(planned, "a", "b"))
-    assert "layer b cannot use the pages of KV cache group 0, which it shares with layer a: " in (
-        message
-    )
+    pages = f"layer {target}" if target else "KV cache group 0, which it shares with layer a"
+    assert f"layer b cannot use the pages of {pages}: " in message
     assert words in message
 
 
@@ -158,74 +167,32 @@ def test_a_boundary_or_skipped_layer_among_quantised_ones_stops_start_up(quantis
     assert {part.split()[1] for part in message.split("; ")} == wrong
 
 
-def test_a_draft_layer_that_shares_pages_of_the_target_is_compared():
-    target = "language_model.model.layers.14.self_attn.attn"
-    draft = "draft_model.layers.2.self_attn.attn"
-    layers = {target: layer(quantised=False, head_size=128), draft: layer(target=target)}
-    message = problems(layers, group(layers[target].spec, target))
-    assert message.startswith(f"layer {draft} cannot use the pages of layer {target}: ")
-    assert "its head size is 64, theirs is 128" in message
-
-
-def test_a_draft_layer_in_the_targets_group_is_compared():
-    layers = {"model.layers.0": layer(), "model.layers.1": layer(kv_heads=1)}
-    message = problems(layers, group(spec(), *layers))
-    assert message.startswith("layer model.layers.1 cannot use the pages of KV cache group 0, ")
-    assert "its number of KV heads is 1, theirs is 2" in message
-
-
-def test_a_plan_must_list_exactly_the_layers_of_its_rank():
-    message = problems(
-        {"model.layers.1": layer()}, group(spec(), "model.layers.0", "model.layers.1")
-    )
-    assert message == "KV cache group 0 lists layer model.layers.0, which this rank lacks"
-    message = problems(
-        {"model.layers.0": layer(), "model.layers.1": layer()}, group(spec(), "model.layers.0")
-    )
-    assert message == "layer model.layers.1 uses the pages of layer model.layers.1, which has none"
-    message = problems({"model.layers.9": layer(target="model.layers.1")})
-    assert message == "layer model.layers.9 uses the pages of layer model.layers.1, which has none"
-
-
-def window(size):
-    return {"cls": SlidingWindowSpec, "sliding_window": size}
-
-
-def chunks(size):
-    return {"cls": ChunkedLocalAttentionSpec, "attention_chunk_size": size}
-
-
 @pytest.mark.parametrize(
-    ("own", "planned", "words"),
+    ("layers", "listed", "message"),
     [
-        ({}, window(96), "it attends to all tokens, they keep a window of 96 tokens"),
-        (window(128), window(96), "a window of 128 tokens, they keep a window of 96 tokens"),
-        (window(96), chunks(96), "a window of 96 tokens, they keep chunks of 96 tokens"),
-        ({}, chunks(96), "it attends to all tokens, they keep chunks of 96 tokens"),
+        (["1"], ["0", "1"], "KV cache group 0 lists layer 0, which this rank lacks"),
+        (["0", "1"], ["0"], "layer 1 uses the pages of layer 1, which has none"),
     ],
 )
-def test_pages_that_vllm_would_free_too_early_stop_start_up(own, planned, words):
-    layers = {"a": layer(**planned), "b": layer(target="a", **own)}
-    assert words in problems(layers, group(layers["a"].spec, "a"))
+def test_a_plan_must_list_exactly_the_layers_of_its_rank(layers, listed, message):
+    assert problems(dict.fromkeys(layers, layer()), group(spec(), *listed)) == message
 
 
-@pytest.mark.parametrize("planned", [{}, window(128), window(96)])
+def test_a_layer_that_shares_pages_needs_its_target():
+    message = problems({"9": layer(target="1")})
+    assert message == "layer 9 uses the pages of layer 1, which has none"
+
+
+@pytest.mark.parametrize("planned", [{}, window(128), window(96), {"sliding_window": 96}])
 def test_pages_that_vllm_frees_later_than_needed_pass(planned):
     check_plan({"b": layer(**window(96))}, [group(spec(**planned), "b")])
 
 
-def test_a_backend_that_does_not_fit_the_dtype_stops_start_up():
-    mixed = replace(layer(), backend="CPU_ATTN")
-    message = problems({"a": mixed}, group(spec(), "a"))
-    assert "its backend is CPU_ATTN and its cache dtype turboquant_k8v4" in message
-    mixed = replace(layer(quantised=False), backend="TURBOQUANT")
-    message = problems({"a": mixed}, group(spec(quantised=False), "a"))
-    assert "its backend is TURBOQUANT and its cache dtype auto" in message
-
-
-def test_an_attention_layer_with_a_states_pages_stops_start_up():
-    state = MambaSpec(block_size=16, shapes=((8,),), dtypes=(torch.uint8,))
-    assert "planned by a MambaSpec" in problems({"a": layer()}, group(state, "a"))
+@pytest.mark.parametrize(("quantised", "backend"), [(True, "CPU_ATTN"), (False, "TURBOQUANT")])
+def test_a_backend_that_does_not_fit_the_dtype_stops_start_up(quantised, backend):
+    mixed = replace(layer(quantised=quantised), backend=backend)
+    message = problems({"a": mixed}, group(mixed.spec, "a"))
+    assert f"its backend is {backend} and its cache dtype {mixed.cache_dtype}" in message
 
 
 def view(*shape, dtype=torch.uint8):

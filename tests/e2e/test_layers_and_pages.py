@@ -106,14 +106,14 @@ def test_log_probabilities_are_close_to_those_of_an_unquantised_cache(
             planted_faults.DTYPE_FAULT,
             SETTINGS["skipped sharing layer"],
             "layer model.layers.9.self_attn.attn cannot use the pages of layer "
-            "model.layers.5.self_attn.attn: its cache dtype is auto (NONE), theirs is "
+            "model.layers.5.self_attn.attn: its quantisation is NONE, that of the pages is "
             "TURBOQUANT_K8V4",
         ),
         (
             planted_faults.HEAD_SIZE_FAULT,
             ALL_QUANTISED,
             "which it shares with layer model.layers.2.self_attn.attn: its head size is 64, "
-            "theirs is 128",
+            "that of the pages is 128",
         ),
         (
             None,

@@ -175,7 +175,7 @@ def test_a_layer_that_cannot_use_its_pages_is_refused_as_by_a_server(run, monkey
     assert line.startswith(
         "vllm-hybrid-kv plan: layer model.layers.16.self_attn.attn cannot use the pages of KV "
     )
-    assert "its head size is 128, theirs is 256" in line
+    assert "its head size is 128, that of the pages is 256" in line
     assert line.endswith(in_tool_options(ADVICE))
     # A server checks only layers with k8v4 pages, too.
     assert run(*options, "--kv-cache-dtype", "auto").exit_code == 0

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from vllm.config import get_layers_from_vllm_config
+from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -31,18 +31,13 @@ from vllm.v1.attention.backend import (
     MultipleOf,
     max_decode_query_len,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
 from vllm_hybrid_kv.attention import unsupported
 from vllm_hybrid_kv.attention.kernel_factory import Kernels, kernels_for
 from vllm_hybrid_kv.constants import BACKEND, CACHE_DTYPE
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.state import STATE
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-    from vllm.platforms.interface import DeviceCapability
-    from vllm.v1.kv_cache_interface import KVCacheSpec
 
 ROCM_GPUS = ("gfx942", "gfx950")
 
@@ -59,14 +54,9 @@ def refuse_rocm_gpu(name: str) -> str | None:
     return f"of AMD's GPUs the k8v4 kernels run on {' and '.join(ROCM_GPUS)}, not on {name}"
 
 
-def _gfx_name() -> str:
-    return str(torch.cuda.get_device_properties(0).gcnArchName)
-
-
 class K8V4AttentionBackend(AttentionBackend):
     """Attention over a paged k8v4 KV cache, registered as vLLM's TURBOQUANT."""
 
-    accept_output_buffer: bool = True
     forward_includes_kv_cache_update: bool = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [
         torch.bfloat16,
@@ -116,12 +106,10 @@ class K8V4AttentionBackend(AttentionBackend):
     def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
         """Return the reasons why a layer cannot be served on this GPU."""
         reasons = super().validate_configuration(*args, **kwargs)
-        if current_platform.is_rocm() and (reason := refuse_rocm_gpu(_gfx_name())) is not None:
-            reasons.append(reason)
-        if not cls.supports_kv_cache_dtype(kwargs.get("kv_cache_dtype")):
-            return reasons
-        refusal = unsupported.refuse_selection(SimpleNamespace(**kwargs))
-        return reasons if refusal is None else [*reasons, f"{refusal}; {refusal.advice}"]
+        if current_platform.is_rocm():
+            name = torch.cuda.get_device_properties(0).gcnArchName
+            reasons += filter(None, [refuse_rocm_gpu(name)])
+        return reasons
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -133,19 +121,10 @@ class K8V4AttentionBackend(AttentionBackend):
         """Return a layer's spec with the k8v4 slot: `slot_bytes(D)` bytes per token and KV head."""
         if spec.state_content_bytes is not None or not spec.kv_quant_mode.is_turboquant:
             return spec
-        value_size = getattr(spec, "head_size_v", None) or spec.head_size
-        if (refusal := unsupported.refuse_value_size(spec.head_size, value_size)) is not None:
+        if spec.head_size_v not in (None, spec.head_size):
+            refusal = unsupported.refuse_value_size(spec.head_size, spec.head_size_v)
             raise unsupported.UnsupportedLayerError(refusal)
-        slot = k8v4.slot_bytes(spec.head_size)
-        customised = replace(spec, state_content_bytes=slot)
-        expected = spec.block_size * spec.num_kv_heads * slot
-        if customised.real_page_size_bytes != expected:
-            raise RuntimeError(
-                f"vLLM counts {customised.real_page_size_bytes} bytes for a page of "
-                f"{spec.block_size} tokens and {spec.num_kv_heads} KV heads of {slot} bytes, "
-                f"expected {expected}; install a supported vLLM without changes to its code"
-            )
-        return customised
+        return replace(spec, state_content_bytes=k8v4.slot_bytes(spec.head_size))
 
 
 @dataclass
@@ -302,10 +281,8 @@ class K8V4AttentionImpl(AttentionImpl[K8V4Metadata]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.head_size = head_size
         self.scale = float(scale)
-        if kv_cache_dtype != CACHE_DTYPE:
-            refusal = unsupported.refuse_cache_dtype(kv_cache_dtype, head_size)
-            raise unsupported.UnsupportedLayerError(refusal)
-        reason = unsupported.refuse_implementation(
+        refusal = unsupported.refuse_implementation(
+            kv_cache_dtype=kv_cache_dtype,
             num_heads=num_heads,
             num_kv_heads=self.num_kv_heads,
             head_size=head_size,
@@ -313,8 +290,8 @@ class K8V4AttentionImpl(AttentionImpl[K8V4Metadata]):
             attn_type=attn_type,
             extra=extra,
         )
-        if reason is not None:
-            raise unsupported.UnsupportedLayerError(reason)
+        if refusal is not None:
+            raise unsupported.UnsupportedLayerError(refusal)
         self.kv_cache_dtype = kv_cache_dtype
         self.sliding_window = sliding_window
         self.soft_cap = float(logits_soft_cap or 0.0)
@@ -340,8 +317,7 @@ class K8V4AttentionImpl(AttentionImpl[K8V4Metadata]):
 
         Args:
             layer: The attention layer.
-            key: [T, num_kv_heads, head_size]; T is at least the number of slots.
-            value: The same shape as `key`.
+            key, value: [T, num_kv_heads, head_size]; T is at least the number of slots.
             kv_cache: uint8 [num_blocks, num_kv_heads, block_size, slot_bytes].
             slot_mapping: int64 slots; a negative one is not written.
         """
@@ -364,19 +340,15 @@ class K8V4AttentionImpl(AttentionImpl[K8V4Metadata]):
         Args:
             layer: The attention layer.
             query: [T, num_heads, head_size].
-            key: Not read, because its tokens are in the cache.
-            value: Not read.
+            key, value: Not read, because their tokens are in the cache.
             kv_cache: uint8 [num_blocks, num_kv_heads, block_size, slot_bytes].
             attn_metadata: The step's metadata; None while vLLM profiles memory.
             output: [T, num_heads, head_size], written for all but padding tokens.
-            output_scale: Must be None: output quantisation is not fused.
-            output_block_scale: Must be None.
+            output_scale, output_block_scale: None, because output quantisation is not fused.
 
         Returns:
             `output`.
         """
-        if output_scale is not None or output_block_scale is not None:
-            raise ValueError("the k8v4 backend does not fuse output quantisation")
         kernels = self._kernels_for(query)
         if attn_metadata is None:
             kernels.reserve(self, query.device)

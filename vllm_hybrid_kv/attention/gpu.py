@@ -5,20 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
-from vllm_hybrid_kv.attention.kernel_factory import Kernels, require_known_answers, variant_of
+from vllm_hybrid_kv.attention.backend import K8V4AttentionImpl, K8V4Metadata
+from vllm_hybrid_kv.attention.kernel_factory import Kernels, variant_of
 from vllm_hybrid_kv.kernels import triton
 from vllm_hybrid_kv.kernels.known_answer import Attend, Call, steps
-
-if TYPE_CHECKING:
-    from vllm.v1.kv_cache_interface import AttentionSpec
-
-    from vllm_hybrid_kv.attention.backend import K8V4Metadata
-    from vllm_hybrid_kv.attention.kernel_factory import Layer
 
 
 class GpuKernels(Kernels):
@@ -29,24 +25,23 @@ class GpuKernels(Kernels):
 
     def warm_up(
         self,
-        layers: Mapping[str, Layer],
+        layers: Mapping[str, K8V4AttentionImpl],
         spec: AttentionSpec,
         dtype: torch.dtype,
         device: torch.device,
         *,
         max_requests: int,
     ) -> None:
-        if device.type == "cpu":
-            # Triton's interpreter takes seconds for a hundred tokens.
-            self.test(layers, spec.block_size, dtype, device, "interpreter", decodes_only=True)
-            return
-        self.test(layers, spec.block_size, dtype, device, torch.cuda.get_device_name(device))
-        for layer in layers.values():
+        # Triton's interpreter takes seconds for a hundred tokens.
+        interpreted = device.type == "cpu"
+        name = "interpreter" if interpreted else torch.cuda.get_device_name(device)
+        self.test(layers, spec.block_size, dtype, device, name, decodes_only=interpreted)
+        for layer in () if interpreted else layers.values():
             _warm_up_plans(layer, device, max_requests)
 
     def test(
         self,
-        layers: Mapping[str, Layer],
+        layers: Mapping[str, K8V4AttentionImpl],
         page_size: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -56,28 +51,25 @@ class GpuKernels(Kernels):
     ) -> None:
         """Compare every program that the layers may launch with known answers."""
 
-        def batches(layer: Layer) -> list[tuple[list[int], Attend]]:
+        def batches(group: int) -> list[tuple[list[int], Attend]]:
             if decodes_only:
                 return [([1], _attend_known)]
-            counts = steps(layer.num_heads // layer.num_kv_heads, triton.MOST_ROWS)
+            counts = steps(group, triton.MOST_ROWS)
             # Batches with many row tiles are not split and use another kernel.
             whole = partial(_attend_known, split=False)
             return [*(([count], _attend_known) for count in counts), (counts[-1:], whole)]
 
-        require_known_answers(
-            f"triton:{name}",
-            layers,
-            lambda one: variant_of(one, page_size, dtype, one.num_kv_heads),
-            batches,
-            triton.quantise_and_store,
-            device,
-            "Serve the model with --kv-cache-dtype auto or fp8",
-        )
+        variants = {
+            layer_name: variant_of(layer, page_size, dtype, layer.num_kv_heads)
+            for layer_name, layer in layers.items()
+        }
+        advice = "Serve the model with --kv-cache-dtype auto or fp8"
+        self.require_known_answers(f"triton:{name}", variants, batches, device, advice)
 
-    def reserve(self, layer: Layer, device: torch.device) -> None:
+    def reserve(self, layer: K8V4AttentionImpl, device: torch.device) -> None:
         _scratch(layer, device)
 
-    def plan(self, layer: Layer, metadata: K8V4Metadata, cache: torch.Tensor) -> Any:
+    def plan(self, layer: K8V4AttentionImpl, metadata: K8V4Metadata, cache: torch.Tensor) -> Any:
         return triton.plan_attention(
             metadata.seq_lens,
             metadata.query_start_loc,
@@ -92,7 +84,7 @@ class GpuKernels(Kernels):
         )
 
 
-def _scratch(layer: Layer, device: torch.device) -> torch.Tensor:
+def _scratch(layer: K8V4AttentionImpl, device: torch.device) -> torch.Tensor:
     """Return float32 scratch memory for one call of `paged_attention`.
 
     All layers share vLLM's workspace, which is locked after the warm-up. The size depends only on
@@ -122,7 +114,7 @@ def _attend_known(call: Call, *, split: bool = True) -> None:
     triton.paged_attention(**call, plan=plan)
 
 
-def _warm_up_plans(layer: Layer, device: torch.device, max_requests: int) -> None:
+def _warm_up_plans(layer: K8V4AttentionImpl, device: torch.device, max_requests: int) -> None:
     """Compile the planning kernel for every number of requests."""
     for requests in triton.planned_requests(max_requests):
         starts = torch.arange(requests + 1, dtype=torch.int32, device=device)

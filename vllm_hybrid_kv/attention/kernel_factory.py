@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,29 +16,7 @@ from vllm_hybrid_kv.settings import INTERPRETER, Settings
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
 
-    from vllm_hybrid_kv.attention.backend import K8V4Metadata
-
-
-class Layer(Protocol):
-    """The parameters of a layer that the kernels need.
-
-    Attributes:
-        num_heads: Query heads.
-        num_kv_heads: KV heads.
-        head_size: Dims of a head.
-        scale: Factor of the scores.
-        sliding_window: Tokens that a query sees back, including its own, or None.
-        soft_cap: Bound of the scores; 0 if there is no bound.
-        sinks: [num_heads], scores of the sinks, or None.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    scale: float
-    sliding_window: int | None
-    soft_cap: float
-    sinks: torch.Tensor | None
+    from vllm_hybrid_kv.attention.backend import K8V4AttentionImpl, K8V4Metadata
 
 
 class Kernels(ABC):
@@ -59,7 +37,7 @@ class Kernels(ABC):
     @abstractmethod
     def warm_up(
         self,
-        layers: Mapping[str, Layer],
+        layers: Mapping[str, K8V4AttentionImpl],
         spec: AttentionSpec,
         dtype: torch.dtype,
         device: torch.device,
@@ -68,23 +46,18 @@ class Kernels(ABC):
     ) -> None:
         """Compile what the layers of a KV group will call, and compare it with known answers.
 
-        Args:
-            layers: The layers by name.
-            spec: Their KV cache spec.
-            dtype: Dtype of queries, keys and values.
-            device: The layers' device.
-            max_requests: The most requests of a step.
+        `dtype` is that of queries, keys and values. A step has at most `max_requests` requests.
 
         Raises:
             HybridKVKernelError: A kernel's result is wrong.
         """
 
     @abstractmethod
-    def reserve(self, layer: Layer, device: torch.device) -> None:
+    def reserve(self, layer: K8V4AttentionImpl, device: torch.device) -> None:
         """Allocate the scratch memory of any step of a layer, while vLLM profiles memory."""
 
     @abstractmethod
-    def plan(self, layer: Layer, metadata: K8V4Metadata, cache: torch.Tensor) -> Any:
+    def plan(self, layer: K8V4AttentionImpl, metadata: K8V4Metadata, cache: torch.Tensor) -> Any:
         """Return how the kernels divide the work of a step."""
 
     def store(
@@ -100,7 +73,7 @@ class Kernels(ABC):
 
     def attend(
         self,
-        layer: Layer,
+        layer: K8V4AttentionImpl,
         metadata: K8V4Metadata,
         query: torch.Tensor,
         cache: torch.Tensor,
@@ -130,6 +103,34 @@ class Kernels(ABC):
             **self._options,
         )
 
+    def require_known_answers(
+        self,
+        path: str,
+        variants: Mapping[str, known_answer.Variant],
+        batches: Callable[[int], Sequence[tuple[Sequence[int], known_answer.Attend]]],
+        device: torch.device,
+        advice: str,
+    ) -> None:
+        """Test each different variant once in this process; see `known_answer.require`.
+
+        Args:
+            path: Name of the kernels.
+            variants: The kernels that each layer calls, by the layer's name.
+            batches: Returns, for a number of query heads per KV head, the new tokens of a batch's
+                requests and its attention kernel.
+            device: The kernels' device.
+            advice: What the message advises if a kernel is wrong.
+        """
+        store = self._module.quantise_and_store
+        for name, variant in variants.items():
+            group = variant.num_heads // variant.num_kv_heads
+            try:
+                known_answer.require(path, variant, batches(group), store, device)
+            except known_answer.WrongKernelError as error:
+                alike = list(variants.values()).count(variant) - 1
+                more = f" and {alike} more" if alike else ""
+                raise HybridKVKernelError(f"layer {name}{more}: {error}. {advice}") from None
+
 
 def is_capturing(device: torch.device) -> bool:
     """Return whether a CUDA graph is being captured."""
@@ -137,7 +138,7 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def variant_of(
-    layer: Layer, page_size: int, dtype: torch.dtype, num_kv_heads: int
+    layer: K8V4AttentionImpl, page_size: int, dtype: torch.dtype, num_kv_heads: int
 ) -> known_answer.Variant:
     """Return the kernels that a layer calls, tested with `num_kv_heads` and pages in tokens."""
     return known_answer.Variant(
@@ -150,39 +151,6 @@ def variant_of(
         layer.soft_cap > 0,
         None if layer.sinks is None else layer.sinks.dtype,
     )
-
-
-def require_known_answers(
-    path: str,
-    layers: Mapping[str, Layer],
-    variant_of: Callable[[Layer], known_answer.Variant],
-    batches: Callable[[Layer], Sequence[tuple[Sequence[int], known_answer.Attend]]],
-    store: known_answer.Store,
-    device: torch.device,
-    advice: str,
-) -> None:
-    """Test the kernels of each different layer once; see `known_answer.require`.
-
-    Args:
-        path: Name of the kernels.
-        layers: The layers by name.
-        variant_of: The kernels that a layer calls.
-        batches: The new tokens of a batch's requests, and its attention kernel.
-        store: The store kernel.
-        device: The kernels' device.
-        advice: The remedy for wrong kernels.
-
-    Raises:
-        HybridKVKernelError: A kernel's result is wrong.
-    """
-    for name, layer in layers.items():
-        variant = variant_of(layer)
-        try:
-            known_answer.require(path, variant, batches(layer), store, device)
-        except known_answer.WrongKernelError as error:
-            alike = sum(variant_of(other) == variant for other in layers.values()) - 1
-            more = f" and {alike} more" if alike else ""
-            raise HybridKVKernelError(f"layer {name}{more}: {error}. {advice}") from None
 
 
 def kernels_for(device: torch.device, settings: Settings) -> Kernels:

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     ChunkedLocalAttentionSpec,
+    KVCacheGroupSpec,
+    KVCacheSpec,
     SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
 )
@@ -29,15 +33,23 @@ from vllm_hybrid_kv.constants import BACKEND, CACHE_DTYPE
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.kernels import k8v4
 
-if TYPE_CHECKING:
-    import torch
-    from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheSpec
-
 ADVICE = (
     "Serve the model with --kv-cache-dtype auto or, if layers are left unquantised, "
     "set boundary_layers=0 and remove --kv-cache-dtype-skip-layers"
 )
+
+
+LAYOUT = {
+    "quantisation": "kv_quant_mode",
+    "torch dtype": "dtype",
+    "head size": "head_size",
+    "head size of values": "head_size_v",
+    "number of KV heads": "num_kv_heads",
+    "number of head slots": "num_heads",
+    "slot size in bytes": "state_content_size_bytes",
+    "number of tokens in a slot": "tokens_per_state",
+}
+"""What decides the bytes of a page: the words for messages, and the attribute of the spec."""
 
 
 class LayerPagesError(HybridKVError):
@@ -93,13 +105,11 @@ def check_k8v4_layers(layers: Mapping[str, Any]) -> None:
     for name, layer in layers.items():
         if getattr(layer, "kv_cache_dtype", None) != CACHE_DTYPE:
             continue
-        backend = layer.get_attn_backend().get_name()
         keys, values = (getattr(layer, field, None) for field in ("head_size", "head_size_v"))
-        refusal = refuse_value_size(keys, values) if keys and values else None
-        if refusal is None and backend != BACKEND:
-            refusal = refuse_backend(backend)
-        if refusal is not None:
-            raise UnsupportedLayerError(refusal, f"layer {name}")
+        if keys and values and keys != values:
+            raise UnsupportedLayerError(refuse_value_size(keys, values), f"layer {name}")
+        if (backend := layer.get_attn_backend().get_name()) != BACKEND:
+            raise UnsupportedLayerError(refuse_backend(backend), f"layer {name}")
 
 
 def check_plan(layers: Mapping[str, BuiltLayer], groups: Iterable[KVCacheGroupSpec]) -> None:
@@ -114,18 +124,14 @@ def check_plan(layers: Mapping[str, BuiltLayer], groups: Iterable[KVCacheGroupSp
     per_layer: set[str] = set()
     problems = []
     for number, group in enumerate(groups):
-        for name in group.layer_names:
-            owner = (layers[name].target if name in layers else None) or name
-            spec: KVCacheSpec | None = group.kv_cache_spec
-            if isinstance(spec, UniformTypeKVCacheSpecs):
-                spec = spec.kv_cache_specs.get(owner)
-                per_layer.add(name)
-            if spec is None:
-                problems.append(
-                    f"KV cache group {number} lists layer {name} and has no pages for it"
-                )
-                continue
-            planned[name] = (spec, _pages_of_group(name, group, number))
+        specs = dict.fromkeys(group.layer_names, group.kv_cache_spec)
+        if isinstance(group.kv_cache_spec, UniformTypeKVCacheSpecs):
+            specs = group.kv_cache_spec.kv_cache_specs
+            per_layer.update(specs)
+        for name, spec in specs.items():
+            other = next((other for other in specs if other != name), None)
+            shared = f", which it shares with layer {other}" if other else ""
+            planned[name] = (spec, f"the pages of KV cache group {number}{shared}")
             if isinstance(spec, AttentionSpec) and name not in layers:
                 problems.append(
                     f"KV cache group {number} lists layer {name}, which this rank lacks"
@@ -136,16 +142,16 @@ def check_plan(layers: Mapping[str, BuiltLayer], groups: Iterable[KVCacheGroupSp
             problems.append(f"layer {name} uses the pages of layer {owner}, which has none")
             continue
         spec, pages = planned[owner]
+        differences = _differences(layer, spec)
         if layer.target is not None:
-            pages = f"the pages of layer {layer.target}"
+            pages = f"the pages of layer {owner}"
             if owner in per_layer:
                 # vLLM's model runners look up the layer in the group's specs: a KeyError.
-                problems.append(
-                    f"layer {name} cannot use {pages}: vLLM does not share pages in a KV cache "
-                    "group whose layers have pages of different sizes, as with "
-                    "--disable-hybrid-kv-cache-manager"
+                differences.append(
+                    "vLLM does not share pages in a KV cache group whose layers have pages of "
+                    "different sizes, as with --disable-hybrid-kv-cache-manager"
                 )
-        if differences := _differences(layer, spec):
+        if differences:
             problems.append(f"layer {name} cannot use {pages}: {', '.join(differences)}")
     if problems:
         raise LayerPagesError(problems)
@@ -154,9 +160,7 @@ def check_plan(layers: Mapping[str, BuiltLayer], groups: Iterable[KVCacheGroupSp
 def check_views(layers: Mapping[str, BuiltLayer], caches: Mapping[str, torch.Tensor]) -> None:
     """Compare k8v4 layers' tensors with the k8v4 layout, and shared tensors with each other.
 
-    Args:
-        layers: The rank's attention layers by name.
-        caches: The tensor of each layer's pages, [blocks, KV heads, block size, slot] for k8v4.
+    A k8v4 layer's pages are uint8 [blocks, KV heads, block size, slot].
 
     Raises:
         LayerPagesError: A tensor has another layout. The message contains the numbers.
@@ -164,41 +168,36 @@ def check_views(layers: Mapping[str, BuiltLayer], caches: Mapping[str, torch.Ten
     problems = []
     for name, layer in layers.items():
         cache, spec = caches[name], layer.spec
-        if layer.cache_dtype == CACHE_DTYPE:
-            slot = k8v4.slot_bytes(spec.head_size)
-            shape = tuple(cache.shape)
-            if (
-                str(cache.dtype) != "torch.uint8"
-                or len(shape) != 4
-                or (shape[1], shape[3]) != (spec.num_kv_heads, slot)
-                or shape[2] % k8v4.TILE_TOKENS
-                or cache.stride()[2:] != (slot, 1)
-            ):
-                problems.append(
-                    f"layer {name} got a {cache.dtype} cache of shape {list(shape)} and strides "
-                    f"{list(cache.stride())}; its pages are uint8 [blocks, {spec.num_kv_heads}, "
-                    f"a multiple of {k8v4.TILE_TOKENS}, {slot}]"
-                )
+        slot = k8v4.slot_bytes(spec.head_size)
+        if layer.cache_dtype == CACHE_DTYPE and (
+            cache.dtype != torch.uint8
+            or cache.dim() != 4
+            or (cache.shape[1], cache.shape[3]) != (spec.num_kv_heads, slot)
+            or cache.shape[2] % k8v4.TILE_TOKENS
+            or cache.stride()[2:] != (slot, 1)
+        ):
+            problems.append(
+                f"layer {name} got a {cache.dtype} cache of shape {list(cache.shape)} and strides "
+                f"{list(cache.stride())}; its pages are uint8 [blocks, {spec.num_kv_heads}, "
+                f"a multiple of {k8v4.TILE_TOKENS}, {slot}]"
+            )
         if (chunk := getattr(spec, "attention_chunk_size", None)) and chunk % cache.shape[2]:
             problems.append(
                 f"layer {name} attends to chunks of {chunk} tokens, and its block of "
                 f"{cache.shape[2]} tokens does not divide them"
             )
-        if layer.target is not None:
-            own, targets = _location(cache), _location(caches[layer.target])
-            if own != targets:
-                problems.append(
-                    f"layer {name} got the pages {own}, and layer {layer.target}, whose pages it "
-                    f"uses, got {targets}"
-                )
+        own, shared = _location(cache), _location(caches[layer.target or name])
+        if own != shared:
+            problems.append(
+                f"layer {name} got the pages {own}, and layer {layer.target}, whose pages it uses, "
+                f"got {shared}"
+            )
     if problems:
         raise LayerPagesError(problems)
 
 
-def _pages_of_group(name: str, group: KVCacheGroupSpec, number: int) -> str:
-    other = next((other for other in group.layer_names if other != name), None)
-    shared = "" if other is None else f", which it shares with layer {other}"
-    return f"the pages of KV cache group {number}{shared}"
+def _location(cache: torch.Tensor) -> str:
+    return f"{list(cache.shape)} at {cache.data_ptr():#x}"
 
 
 def _differences(layer: BuiltLayer, planned: KVCacheSpec) -> list[str]:
@@ -210,50 +209,28 @@ def _differences(layer: BuiltLayer, planned: KVCacheSpec) -> list[str]:
         found.append(f"its backend is {layer.backend} and its cache dtype {layer.cache_dtype}")
     if not isinstance(planned, AttentionSpec):
         kind = type(planned).__name__
-        return [*found, f"it is an attention layer and they are planned by a {kind}"]
-    if own.kv_quant_mode != planned.kv_quant_mode:
-        found.append(
-            f"its cache dtype is {layer.cache_dtype} ({own.kv_quant_mode.name}), theirs is "
-            f"{planned.kv_quant_mode.name}"
-        )
-    for what, mine, theirs in (
-        ("torch dtype", own.dtype, planned.dtype),
-        ("head size", own.head_size, planned.head_size),
-        ("head size of values", own.head_size_v, planned.head_size_v),
-        ("number of KV heads", own.num_kv_heads, planned.num_kv_heads),
-        ("number of head slots", own.num_heads, planned.num_heads),
-        ("slot", _slot(own), _slot(planned)),
-        ("page", _page(own, planned), _page(planned, planned)),
-    ):
-        if mine != theirs:
-            found.append(f"its {what} is {mine}, theirs is {theirs}")
+        return [*found, f"it is an attention layer, and its pages are planned by a {kind}"]
+    for what, attribute in LAYOUT.items():
+        mine, pages = (getattr(spec, attribute) for spec in (own, planned))
+        if mine != pages:
+            mine, pages = (getattr(value, "name", value) for value in (mine, pages))
+            found.append(f"its {what} is {mine}, that of the pages is {pages}")
     if not _keeps_enough(own, planned):
-        found.append(f"it attends to {_reach(own)}, they keep {_reach(planned)}")
+        found.append(f"it attends to {_reach(own)}, the pages keep {_reach(planned)}")
     if is_k8v4 and planned.block_size % k8v4.TILE_TOKENS:
         found.append(
-            f"its block is a multiple of {k8v4.TILE_TOKENS} tokens, theirs has {planned.block_size}"
+            f"its block must be a multiple of {k8v4.TILE_TOKENS} tokens, that of the pages has "
+            f"{planned.block_size}"
         )
     return found
 
 
-def _slot(spec: AttentionSpec) -> str:
-    return f"{spec.state_content_size_bytes} bytes for {spec.tokens_per_state} tokens"
-
-
-def _page(spec: AttentionSpec, planned: AttentionSpec) -> str:
-    states = planned.block_size // spec.tokens_per_state
-    size = spec.num_heads * states * spec.state_content_size_bytes
-    return f"{size} bytes for {planned.block_size} tokens"
-
-
 def _keeps_enough(own: AttentionSpec, planned: AttentionSpec) -> bool:
     """Return whether the planned pages keep every token that the layer attends to."""
-    if isinstance(planned, ChunkedLocalAttentionSpec):
-        return _reach(own) == _reach(planned)
     if isinstance(planned, SlidingWindowSpec):
         mine = getattr(own, "sliding_window", None) or getattr(own, "attention_chunk_size", None)
         return mine is not None and mine <= planned.sliding_window
-    return True
+    return not isinstance(planned, ChunkedLocalAttentionSpec) or _reach(own) == _reach(planned)
 
 
 def _reach(spec: AttentionSpec) -> str:
@@ -262,7 +239,3 @@ def _reach(spec: AttentionSpec) -> str:
     if isinstance(spec, SlidingWindowSpec):
         return f"a window of {spec.sliding_window} tokens"
     return "all tokens"
-
-
-def _location(cache: Any) -> str:
-    return f"{list(cache.shape)} at {cache.data_ptr():#x}"

@@ -9,102 +9,88 @@ advice names all of them at once.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from functools import cache
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
-from vllm.config import get_current_vllm_config_or_none
+from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.platforms import current_platform
 
 from vllm_hybrid_kv.constants import CACHE_DTYPE
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.kernels import k8v4
 
-if TYPE_CHECKING:
-    from vllm.config import ModelConfig
-    from vllm.v1.attention.selector import AttentionSelectorConfig
-
-SKIP = "--kv-cache-dtype-skip-layers"
-MLA = "multi-head latent attention (MLA) has its own latent cache"
 ADVICE = "serve the model with --kv-cache-dtype auto"
 
 
-class Refusal(str):
-    """The reason why a layer cannot be served.
+class Refusal(NamedTuple):
+    """Why a layer cannot be served.
 
     Attributes:
+        reason: The reason.
         advice: What to do.
         skippable: Whether it also helps to leave this layer and others of its type unquantised.
     """
 
-    __slots__ = ("advice", "skippable")
-    advice: str
-    skippable: bool
+    reason: str
+    advice: str = ADVICE
+    skippable: bool = False
 
-    def __new__(cls, reason: str, advice: str = ADVICE, *, skippable: bool = False) -> Refusal:
-        refusal = super().__new__(cls, reason)
-        refusal.advice = advice
-        refusal.skippable = skippable
-        return refusal
+
+def _not_implemented(feature: str, advice: str = ADVICE) -> Refusal:
+    return Refusal(f"the k8v4 kernels do not implement {feature}", advice)
+
+
+REFUSED = {
+    "use_mla": Refusal("multi-head latent attention (MLA) has its own latent cache"),
+    "use_sparse": _not_implemented("sparse attention"),
+    "use_mm_prefix": _not_implemented("bidirectional attention inside multimodal prefixes"),
+    "use_per_head_quant_scales": _not_implemented("per-head scales from the checkpoint"),
+    "use_rswa": _not_implemented("reference sliding window attention (R-SWA)"),
+    "use_dcp": _not_implemented(
+        "decode context parallelism", "serve the model with --decode-context-parallel-size 1"
+    ),
+    "use_pcp": _not_implemented(
+        "prefill context parallelism", "serve the model with --prefill-context-parallel-size 1"
+    ),
+}
+"""Refusals by the field of vLLM's `AttentionSelectorConfig` that causes them."""
 
 
 class UnsupportedLayerError(HybridKVError):
     """The k8v4 cache cannot serve a layer."""
 
-    def __init__(self, reason: str, layer: str | None = None) -> None:
+    def __init__(self, refusal: Refusal, layer: str | None = None) -> None:
         layer = layer or _layer_under_construction()
-        refusal = reason if isinstance(reason, Refusal) else Refusal(reason, skippable=True)
         super().__init__(
-            f"{layer}: --kv-cache-dtype {CACHE_DTYPE} cannot serve this layer: {reason}. "
+            f"{layer}: --kv-cache-dtype {CACHE_DTYPE} cannot serve this layer: {refusal.reason}. "
             f"{_advice_for(layer, refusal)}"
         )
 
 
 class UnsupportedModelError(HybridKVError):
-    """The k8v4 cache can serve no layer of a model."""
+    """The k8v4 cache can serve no layer of a model with MLA."""
 
-    def __init__(self, model: str, refusal: Refusal) -> None:
+    def __init__(self, model: str) -> None:
+        refusal = REFUSED["use_mla"]
         super().__init__(
-            f"model {model}: --kv-cache-dtype {CACHE_DTYPE} cannot serve this model: {refusal}. "
-            f"{_sentence(refusal.advice)}"
+            f"model {model}: --kv-cache-dtype {CACHE_DTYPE} cannot serve this model: "
+            f"{refusal.reason}. {_sentence(refusal.advice)}"
         )
 
 
-def refuse_model(model_config: ModelConfig) -> Refusal | None:
-    """Return why no layer of a model can have a k8v4 cache, or None."""
-    return Refusal(MLA) if model_config.use_mla else None
-
-
-def refuse_selection(config: AttentionSelectorConfig) -> Refusal | None:
-    """Return why a layer that vLLM selects a backend for cannot have a k8v4 cache, or None.
-
-    Args:
-        config: vLLM's description of the layer: head size, dtype, kind of attention.
-    """
-    # getattr, because each vLLM minor lacks some of the fields.
-    if getattr(config, "use_mla", False):
-        return Refusal(MLA)
-    for field, feature in (
-        ("use_sparse", "sparse attention"),
-        ("use_mm_prefix", "bidirectional attention inside multimodal prefixes"),
-        ("use_per_head_quant_scales", "per-head scales from the checkpoint"),
-        ("use_rswa", "reference sliding window attention (R-SWA)"),
-    ):
+def refuse_selection(config: Any) -> Refusal | None:
+    """Return why a layer with this `AttentionSelectorConfig` cannot have a k8v4 cache, or None."""
+    for field, refusal in REFUSED.items():
+        # Each vLLM minor lacks some of the fields.
         if getattr(config, field, False):
-            return _not_implemented(feature)
-    for field, parallel in (("use_dcp", "decode"), ("use_pcp", "prefill")):
-        if getattr(config, field, False):
-            return _not_implemented(
-                f"{parallel} context parallelism",
-                f"serve the model with --{parallel}-context-parallel-size 1",
-            )
+            return refusal
     return _refuse_type(config.attn_type) or _refuse_head_size(config.head_size)
 
 
 def refuse_implementation(
     *,
+    kv_cache_dtype: str,
     num_heads: int,
     num_kv_heads: int,
     head_size: int,
@@ -114,14 +100,12 @@ def refuse_implementation(
 ) -> Refusal | None:
     """Return why a layer's parameters rule out a k8v4 cache, or None.
 
-    Args:
-        num_heads: Query heads.
-        num_kv_heads: KV heads.
-        head_size: Dims of a head.
-        alibi_slopes: Set for models that bias scores by distance.
-        attn_type: vLLM's type of attention.
-        extra: Parameters of the layer that this backend does not implement.
+    The names are vLLM's; `extra` has the parameters that this backend does not implement.
     """
+    if kv_cache_dtype != CACHE_DTYPE:
+        # The patch of `Attention.__init__` prevents this; skipping more layers changes nothing.
+        reason = f"its KV cache dtype is {kv_cache_dtype}, but the k8v4 backend was selected for it"
+        return Refusal(reason, _serve_unquantised(head_size))
     if alibi_slopes is not None:
         # On GPUs only FlashAttention 2 takes ALiBi, and it has no fp8 cache.
         advice = _serve_unquantised(head_size) if current_platform.is_cpu() else ADVICE
@@ -131,26 +115,14 @@ def refuse_implementation(
     if num_heads % num_kv_heads:
         reason = f"{num_heads} query heads are not a multiple of {num_kv_heads} KV heads"
         return Refusal(reason, skippable=True)
-    unknown = sorted(name for name, value in extra.items() if value not in (None, False, -1))
-    if unknown:
+    if unknown := sorted(name for name, value in extra.items() if value not in (None, False, -1)):
         reason = f"it sets {', '.join(unknown)}, which the k8v4 kernels do not implement"
         return Refusal(reason, skippable=True)
     return _refuse_head_size(head_size)
 
 
-def refuse_cache_dtype(kv_cache_dtype: str, head_size: int) -> Refusal:
-    """Return why a layer with another cache dtype cannot have this backend.
-
-    The patch of `Attention.__init__` prevents this, so skipping more layers would change nothing.
-    """
-    reason = f"its KV cache dtype is {kv_cache_dtype}, but the k8v4 backend was selected for it"
-    return Refusal(reason, _serve_unquantised(head_size))
-
-
-def refuse_value_size(head_size: int, value_size: int) -> Refusal | None:
-    """Return why keys and values of these sizes, in dims, cannot share k8v4 pages, or None."""
-    if value_size == head_size:
-        return None
+def refuse_value_size(head_size: int, value_size: int) -> Refusal:
+    """Return why keys and values of different sizes, in dims, cannot share k8v4 pages."""
     sizes = f"its keys have {head_size} dims and its values {value_size}"
     return Refusal(f"{sizes}, but k8v4 pages need equal sizes", _serve_unquantised(head_size))
 
@@ -160,10 +132,6 @@ def refuse_backend(name: str) -> Refusal:
     if "SPARSE" in name:
         return _not_implemented(f"sparse attention ({name})")
     return Refusal(f"its model runs it on {name}, which cannot read k8v4 pages")
-
-
-def _not_implemented(feature: str, advice: str = ADVICE) -> Refusal:
-    return Refusal(f"the k8v4 kernels do not implement {feature}", advice)
 
 
 def _refuse_type(attn_type: str) -> Refusal | None:
@@ -178,20 +146,19 @@ def _refuse_head_size(head_size: int) -> Refusal | None:
     reason = k8v4.unsupported_head_size(head_size)
     if reason is None:
         return None
-    odd = any(k8v4.unsupported_head_size(size) is None for size in _head_sizes_of_the_model())
-    skippable = odd and (not current_platform.is_cpu() or head_size in _cpu_head_sizes())
+    others_fit = any(k8v4.unsupported_head_size(size) is None for size in _head_sizes())
+    skippable = others_fit and (not current_platform.is_cpu() or head_size in _cpu_head_sizes())
     return Refusal(reason, _serve_unquantised(head_size), skippable=skippable)
 
 
-def _head_sizes_of_the_model() -> Iterable[int]:
+def _head_sizes() -> list[int]:
     """Return the head sizes of the model's configuration and of the layers made before this one."""
     config = get_current_vllm_config_or_none()
     if config is None or config.model_config is None:
-        return set()
+        return []
     layers = config.compilation_config.static_forward_context.values()
-    sizes = {getattr(layer, "head_size", None) for layer in layers}
-    sizes.add(config.model_config.get_head_size())
-    return {size for size in sizes if isinstance(size, int)}
+    sizes = [getattr(layer, "head_size", None) for layer in layers]
+    return [size for size in sizes if size] + [config.model_config.get_head_size()]
 
 
 def _serve_unquantised(head_size: int) -> str:
@@ -206,26 +173,11 @@ def _serve_unquantised(head_size: int) -> str:
     return f"{ADVICE} or fp8" if fp8 else ADVICE
 
 
-@cache
 def _cpu_head_sizes() -> list[int]:
     """Return the head sizes that vLLM's CPU kernels take. Its backend's list lacks 48."""
-    from vllm import _custom_ops
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-    def is_supported(head_size: int) -> bool:
-        dtype = torch.bfloat16
-        length, starts = torch.tensor([1], dtype=torch.int32), torch.arange(2, dtype=torch.int32)
-        isa = _get_attn_isa(dtype, 128, head_size)
-        try:
-            _custom_ops.cpu_attn_get_scheduler_metadata(
-                1, 1, 1, head_size, length, dtype, starts, True, -1, isa, False
-            )
-        except (AttributeError, RuntimeError):
-            return False
-        return True
-
-    listed: list[int] = CPUAttentionBackend.get_supported_head_sizes()
-    return [size for size in range(8, max(listed) + 1, 8) if is_supported(size)] or listed
+    return sorted({48, *CPUAttentionBackend.get_supported_head_sizes()})
 
 
 def _layer_under_construction() -> str:
@@ -233,21 +185,16 @@ def _layer_under_construction() -> str:
 
     vLLM selects a backend without the layer's name. The name is in the frame of the layer's
     constructor as `prefix` (in some layers only within `kwargs`), and later in the layer itself.
-    The search through the frames runs only when start-up is about to stop.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        values = frame.f_locals
-        names: list[Any] = []
+        values, name = frame.f_locals, None
         if frame.f_code.co_name == "__init__":
-            kwargs = values.get("kwargs")
-            names = [values.get("prefix")]
-            names += [kwargs.get("prefix")] if isinstance(kwargs, dict) else []
+            name = values.get("prefix") or dict(values.get("kwargs") or {}).get("prefix")
         elif frame.f_code.co_name == "get_kv_cache_spec":
-            names = [values.get("layer_name"), getattr(values.get("self"), "layer_name", None)]
-        for name in names:
-            if isinstance(name, str) and name:
-                return f"layer {name}"
+            name = values.get("layer_name") or getattr(values.get("self"), "layer_name", None)
+        if name and isinstance(name, str):
+            return f"layer {name}"
         frame = frame.f_back
     return "an attention layer"
 
@@ -257,24 +204,26 @@ def _advice_for(layer: str, refusal: Refusal) -> str:
     # vLLM skips a layer by the only number in its name.
     if not refusal.skippable or len(numbers) != 1:
         return _sentence(refusal.advice)
-    alike = _layers_like(numbers[0])
+    config = get_current_vllm_config_or_none()
+    alike = _layers_like(numbers[0], config)
     which = "the layers of its type" if len(alike) > 1 else "it"
     # The option replaces its earlier value, so the advice repeats the layers that it names already.
-    cache_config = getattr(get_current_vllm_config_or_none(), "cache_config", None)
-    skipped = getattr(cache_config, "kv_cache_dtype_skip_layers", None) or []
-    indices = alike | {int(name) for name in skipped if name.isdigit()}
+    skipped = config.cache_config.kv_cache_dtype_skip_layers if config else []
+    indices = sorted(alike.union(int(name) for name in skipped if name.isdigit()))
     types = sorted(name for name in skipped if not name.isdigit())
-    names = " ".join([*map(str, sorted(indices)), *types])
-    return f"Either keep {which} unquantised with {SKIP} {names}, or {refusal.advice}"
+    names = " ".join(map(str, [*indices, *types]))
+    return (
+        f"Either keep {which} unquantised with --kv-cache-dtype-skip-layers {names}, or "
+        f"{refusal.advice}"
+    )
 
 
-def _layers_like(index: int) -> set[int]:
+def _layers_like(index: int, config: VllmConfig | None) -> set[int]:
     """Return the layers of the same type in the model's configuration, including this one.
 
     If all layers have one type, the type does not tell them apart, so return this layer alone.
     """
-    config = get_current_vllm_config_or_none()
-    text_config = getattr(getattr(config, "model_config", None), "hf_text_config", None)
+    text_config = config.model_config.hf_text_config if config and config.model_config else None
     types = getattr(text_config, "layer_types", None) or []
     if index >= len(types) or len(set(types)) == 1:
         return {index}

@@ -25,7 +25,7 @@ from vllm_hybrid_kv.attention.layer_check import (
     check_plan,
     check_views,
 )
-from vllm_hybrid_kv.attention.unsupported import UnsupportedModelError, refuse_model
+from vllm_hybrid_kv.attention.unsupported import UnsupportedModelError
 from vllm_hybrid_kv.constants import CACHE_DTYPE
 from vllm_hybrid_kv.patches.context import Context
 from vllm_hybrid_kv.patches.mechanism import Patch
@@ -40,8 +40,8 @@ def boundary_patch(context: Context) -> Patch:
     def get_boundary_skip_layers(original: Any, model_config: ModelConfig, n: int = 2) -> Any:
         if (number := STATE.boundary_layers) is None:
             return original(model_config, n)
-        if (refusal := refuse_model(model_config)) is not None:
-            context.stop(UnsupportedModelError(model_config.model, refusal))
+        if model_config.use_mla:
+            context.stop(UnsupportedModelError(model_config.model))
         # As in vLLM's rule, which also refuses hybrid models whose config does not list their
         # attention layers, and does not use that list.
         if model_config.is_hybrid:
