@@ -19,8 +19,7 @@ def json_values(*words: str, length: int = 20) -> st.SearchStrategy[Any]:
         length: The most characters of other texts.
     """
     plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=length)
-    if words:
-        plain |= st.sampled_from(words)
+    plain |= st.sampled_from(("", *words))
     return st.recursive(
         plain,
         lambda inner: (

@@ -58,24 +58,18 @@ class Change:
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensor with another dtype, shape, strides or device."""
-        if self.kind == "dtype":
-            return tensor.to(self.dtype)
-        if self.kind == "narrow":
-            dim = self.dim % tensor.dim()
-            return tensor.narrow(dim, 0, min(self.count, tensor.shape[dim]))
-        if self.kind == "flat":
-            return tensor.reshape(-1)
-        if self.kind == "transposed" and tensor.dim() > 1:
-            return tensor.transpose(-1, -2)
-        if self.kind == "strided":
-            return tensor.repeat_interleave(2, dim=-1)[..., ::2]
-        if self.kind == "scalar" and tensor.numel():
-            return tensor.flatten()[0]
-        if self.kind == "meta":
-            return tensor.to("meta")
-        if self.kind == "more dims":
-            return tensor[None]
-        return tensor
+        dim = self.dim % tensor.dim()
+        changes = {
+            "dtype": lambda: tensor.to(self.dtype),
+            "narrow": lambda: tensor.narrow(dim, 0, min(self.count, tensor.shape[dim])),
+            "flat": lambda: tensor.reshape(-1),
+            "transposed": lambda: tensor.transpose(-1, dim),
+            "strided": lambda: tensor.repeat_interleave(2, dim=-1)[..., ::2],
+            "scalar": lambda: tensor.flatten()[0] if tensor.numel() else tensor,
+            "meta": lambda: tensor.to("meta"),
+            "more dims": lambda: tensor[None],
+        }
+        return changes.get(self.kind, lambda: tensor)()
 
 
 CHANGES = st.builds(
@@ -126,10 +120,9 @@ def check_stores(kernels: Kernels, examples: int) -> None:
         shape = (BLOCKS, HEADS, PAGE_SIZE, SLOT)
         memory, cache = guarded(shape, torch.uint8)
         before = memory.clone()
-        change_key, change_value, change_slots, change_cache = (
-            data.draw(CHANGES, label=name) for name in ("key", "value", "slots", "cache")
-        )
-        key, value, slot_mapping = change_key(key), change_value(value), change_slots(slot_mapping)
+        key, value = data.draw(CHANGES, label="key")(key), data.draw(CHANGES, label="value")(value)
+        slot_mapping = data.draw(CHANGES, label="slots")(slot_mapping)
+        change_cache = data.draw(CHANGES, label="cache")
         cache = change_cache(cache)
         # With all tensors on another device, the call would not run here.
         assume(any(tensor.is_cpu for tensor in (key, value, slot_mapping, cache)))
@@ -148,12 +141,9 @@ def check_stores(kernels: Kernels, examples: int) -> None:
             assert not debug
             # It is undefined which of two tokens is stored, so their blocks are not compared.
             expected = before.clone()
-            blocks, actual = (
-                inside(expected, shape, torch.uint8),
-                inside(memory, shape, torch.uint8),
-            )
-            for block in {slot // PAGE_SIZE for slot in written}:
-                blocks[block] = actual[block]
+            blocks = [slot // PAGE_SIZE for slot in written]
+            actual = inside(memory, shape, torch.uint8)
+            inside(expected, shape, torch.uint8)[blocks] = actual[blocks]
             assert torch.equal(memory, expected)
             return
         if not written:
@@ -202,8 +192,7 @@ def check_attention_in_debug_mode(kernels: Kernels, examples: int) -> None:
         memory, out = guarded((tokens, 2 * HEADS, HEAD_SIZE), dtype)
         before, before_cache = memory.clone(), cache.clone()
         arguments = [query, cache, table, lengths, starts, out]
-        for index in range(len(arguments)):
-            arguments[index] = data.draw(CHANGES)(arguments[index])
+        arguments = [data.draw(CHANGES)(argument) for argument in arguments]
         assume(any(tensor.is_cpu for tensor in arguments))
         sinks = data.draw(st.none() | CHANGES, label="sinks")
         lse = data.draw(st.none() | CHANGES, label="lse")

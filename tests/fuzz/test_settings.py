@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -60,12 +59,3 @@ def test_a_config_without_our_section_gives_the_defaults(additional_config):
     if isinstance(additional_config, dict):
         additional_config.pop(SECTION, None)
     assert resolved(additional_config, {}) == Settings()
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.text(max_size=20).filter(lambda name: name not in FIELDS), ANY_JSON)
-def test_an_unknown_name_is_refused_with_the_valid_ones(name, value):
-    with pytest.raises(HybridKVSettingsError) as error:
-        resolve({SECTION: {name: value}}, {})
-    assert repr(name) in str(error.value)
-    assert all(field in str(error.value) for field in FIELDS)
