@@ -106,9 +106,7 @@ def qwen3_5_config(head_size: int = 128, layers: int = 8) -> Qwen3_5TextConfig:
 def gemma4_config(global_head_size: int = HEAD_SIZE) -> Gemma4TextConfig:
     """Return a model like Gemma 4 E2B: windows and full attention alternate, shared KV pages."""
     return Gemma4TextConfig(
-        **_shared_pages(10),
-        global_head_dim=global_head_size,
-        hidden_size_per_layer_input=0,
+        **_shared_pages(10), global_head_dim=global_head_size, hidden_size_per_layer_input=0
     )
 
 
@@ -163,10 +161,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 PLAIN_SCALES = ("gemma4_text", "gemma3n_text", "llama4_text")
 """Types of model whose weights only keep activations at unit size."""
 
-MTP_LAYERS = {
-    "qwen3_next": "num_nextn_predict_layers",
-    "qwen3_5_text": "mtp_num_hidden_layers",
-}
+MTP_LAYERS = {"qwen3_next": "num_nextn_predict_layers", "qwen3_5_text": "mtp_num_hidden_layers"}
 """By type of model, the field with the number of layers for multi-token prediction."""
 
 

@@ -128,9 +128,7 @@ def vllm_config(max_model_len: int = 1024) -> Any:
     # Without a platform, vLLM needs an explicit device.
     config = VllmConfig(device_config=DeviceConfig(device="cpu"))
     config.model_config = SimpleNamespace(
-        max_model_len=max_model_len,
-        dtype=DTYPE,
-        get_num_attention_heads=lambda parallel: HEADS,
+        max_model_len=max_model_len, dtype=DTYPE, get_num_attention_heads=lambda parallel: HEADS
     )
     config.scheduler_config.max_num_batched_tokens = 2048
     # Each split takes time in the interpreter.

@@ -76,8 +76,7 @@ def engine(monkeypatch):
         layers = {str(i): SimpleNamespace(head_size=size) for i, size in enumerate(made)}
         config = SimpleNamespace(
             model_config=SimpleNamespace(
-                get_head_size=lambda: head_size,
-                hf_text_config=SimpleNamespace(layer_types=types),
+                get_head_size=lambda: head_size, hf_text_config=SimpleNamespace(layer_types=types)
             ),
             cache_config=SimpleNamespace(kv_cache_dtype_skip_layers=list(skipped)),
             compilation_config=SimpleNamespace(static_forward_context=layers),

@@ -6,12 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.fuzz.kernel_calls import (
-    HEAD_SIZE,
-    Kernels,
-    check_attention_in_debug_mode,
-    check_stores,
-)
+from tests.fuzz.kernel_calls import HEAD_SIZE, Kernels, check_attention_in_debug_mode, check_stores
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.kernels.cpu import paged_attention, plan_attention, quantise_and_store
 

@@ -68,9 +68,7 @@ def layers(block_sizes, slots, state_pages, kernel_blocks):
         some(attention, st.integers(1, 9), slots, cls=CircularBufferSpec),
         some(attention, cls=SlidingWindowSpec, sliding_window=st.sampled_from([3, 64])),
         some(
-            attention,
-            cls=ChunkedLocalAttentionSpec,
-            attention_chunk_size=st.sampled_from([12, 64]),
+            attention, cls=ChunkedLocalAttentionSpec, attention_chunk_size=st.sampled_from([12, 64])
         ),
         some(mla),
         some(mla, alignment=slots),

@@ -33,10 +33,7 @@ else:
 BLOCK = 256
 PLAIN = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
 K8V4 = replace(
-    PLAIN,
-    dtype=torch.uint8,
-    state_content_bytes=100,
-    kv_quant_mode=KVQuantMode.TURBOQUANT_K8V4,
+    PLAIN, dtype=torch.uint8, state_content_bytes=100, kv_quant_mode=KVQuantMode.TURBOQUANT_K8V4
 )
 WINDOW = SlidingWindowSpec(
     block_size=BLOCK, num_kv_heads=2, head_size=64, dtype=torch.bfloat16, sliding_window=512

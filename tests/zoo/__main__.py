@@ -50,7 +50,7 @@ def plan_all(results: Results, only: set[str]) -> None:
                 except WorkerError as error:
                     row = {"planned_as": name, "plans": refused(str(error))}
                 results.put("plans", name, {"minor": minor, **row})
-                print(minor, name, row.get("seconds"), row.get("pattern"), flush=True)
+                print(minor, name, row.get("pattern"), flush=True)
 
 
 def run_all(results: Results, only: set[str]) -> None:

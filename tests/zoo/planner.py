@@ -12,7 +12,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -31,7 +30,6 @@ def plan(architecture: str) -> dict[str, Any]:
     from tests.zoo.models import ARGUMENTS, FILES
     from vllm_hybrid_kv.tools.plan.model_description import DescriptionError, described
 
-    began = time.monotonic()
     row: dict[str, Any] = {"plans": {}, "pattern": None}
     try:
         fields, source = configuration_of(architecture)
@@ -53,7 +51,6 @@ def plan(architecture: str) -> dict[str, Any]:
                     row["plans"][dtype] = _plan_with(description, arguments, row)
         except DescriptionError as error:
             row["plans"] = refused(str(error))
-    row["seconds"] = round(time.monotonic() - began, 1)
     return row
 
 
@@ -83,18 +80,13 @@ def _plan_with(description: Any, options: dict[str, Any], row: dict[str, Any]) -
 
     fields = json.loads((Path(description.folder) / "config.json").read_text())
     positions = fields.get("max_position_embeddings") or LONGEST
-    arguments = {
-        "model": description.folder,
-        "max_num_seqs": 256,
-        **options,
-    }
+    arguments = {"model": description.folder, "max_num_seqs": 256, **options}
     if isinstance(positions, int) and positions > LONGEST:
         arguments["max_model_len"] = LONGEST
     try:
         planned = plan_of(RecordingModel(arguments), MEMORY, {})
     except Exception as error:
-        if os.environ.get("ZOO_TRACEBACKS"):
-            traceback.print_exc()
+        traceback.print_exc()
         return {"refused": description.in_words(one_line(error))}
     if options["kv_cache_dtype"] == "auto":
         row["pattern"] = pattern_of(*built[0])

@@ -10,9 +10,7 @@ import gc
 import json
 import math
 import random
-import statistics
 import tempfile
-import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,6 @@ def run(architecture: str) -> dict[str, Any]:
     from tests.zoo.bounds import errors_of
     from tests.zoo.tiny import small_model
 
-    began = time.monotonic()
     fields, name = small_model(architecture)
     row: dict[str, Any] = {"model": name}
     with tempfile.TemporaryDirectory() as folder:
@@ -46,10 +43,8 @@ def run(architecture: str) -> dict[str, Any]:
         else:
             auto, k8v4 = (row[dtype].pop("logprobs") for dtype in DTYPES)
             row["errors"] = errors_of(auto, k8v4, row["auto"]["head_size"])
-            row["spread"] = statistics.pstdev(auto)
             row["lengths"] = list(LENGTHS)
     row["auto"].pop("logprobs", None)
-    row["seconds"] = round(time.monotonic() - began, 1)
     return row
 
 
@@ -117,7 +112,7 @@ def _measure(llm: Any) -> dict[str, Any]:
     outputs = generate(prompts, 1, prompt_logprobs=True)
     logprobs = [value for output in outputs for value in output.prompt_logprobs or []]
     fresh = generate(prompts, 4, alone=True, fresh=True)
-    first = generate(prompts, 4, alone=True)
+    generate(prompts, 4, alone=True)
     again = generate(prompts, 4, alone=True)
     config = llm.llm_engine.vllm_config
     plan = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
@@ -125,9 +120,6 @@ def _measure(llm: Any) -> dict[str, Any]:
         "logprobs": logprobs,
         "apart": max(_difference(a, b) for a, b in zip(fresh, again, strict=True)),
         "cached": [output.cached for output in again],
-        "cached_at_first": [output.cached for output in first],
-        "block_tokens": config.cache_config.block_size,
-        "tokens": config.cache_config.kv_cache_size_tokens,
         "head_size": config.model_config.get_head_size(),
         "smallest_hit": smallest_hit(config, plan, *resolve_kv_cache_block_sizes(plan, config)),
     }

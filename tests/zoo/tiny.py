@@ -46,7 +46,7 @@ STAND_INS: dict[str, tuple[str, dict[str, Any], str]] = {
         "Qwen3NextForCausalLM",
         {"mlp_only_layers": list(range(LAYERS - 1))},
         "Qwen3NextForCausalLM with experts in one layer",
-    ),
+    )
 }
 """For architectures that vLLM cannot run on CPUs: another one, the fields that give it the same
 layers, and a name for it."""

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's attention backend interface over the k8v4 kernels.
+"""vLLM's attention backend interface over the k8v4 kernels, for every device.
 
-One backend class, one metadata builder and one implementation serve every device;
-`kernel_factory.py` picks the kernels. A layer's cache is vLLM's uint8 view
-`[num_blocks, num_kv_heads, block_size, slot_bytes]`. The kernels treat each
-`[block_size, slot_bytes]` region of it as one k8v4 region (see `kernels/k8v4.py`). vLLM does not
-depend on the arrangement inside: connectors and offloading move whole pages of bytes.
+A layer's cache is vLLM's uint8 view `[num_blocks, num_kv_heads, block_size, slot_bytes]`. The
+kernels treat each `[block_size, slot_bytes]` of it as one k8v4 region (see `kernels/k8v4.py`). vLLM
+does not depend on the arrangement inside: connectors and offloading move whole pages of bytes.
 """
 
 from __future__ import annotations
@@ -43,11 +41,7 @@ ROCM_GPUS = ("gfx942", "gfx950")
 
 
 def refuse_rocm_gpu(name: str) -> str | None:
-    """Return why the kernels cannot run on an AMD GPU, or None if they can.
-
-    Args:
-        name: Architecture as ROCm names it, such as `gfx90a:sramecc+:xnack-`.
-    """
+    """Return why no kernel runs on an AMD GPU, such as `gfx90a:sramecc+:xnack-`, or None."""
     if name.split(":")[0] in ROCM_GPUS:
         return None
     # Value codes are fp16 subnormals: gfx90a multiplies them as zeros. RDNA was never compiled.
@@ -58,11 +52,7 @@ class K8V4AttentionBackend(AttentionBackend):
     """Attention over a paged k8v4 KV cache, registered as vLLM's TURBOQUANT."""
 
     forward_includes_kv_cache_update: bool = False
-    supported_dtypes: ClassVar[list[torch.dtype]] = [
-        torch.bfloat16,
-        torch.float16,
-        torch.float32,
-    ]
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = [CACHE_DTYPE]
 
     @staticmethod
@@ -131,8 +121,8 @@ class K8V4AttentionBackend(AttentionBackend):
 class K8V4Metadata(AttentionMetadata):
     """What the layers of one KV group share in a step. All tensors are on the device.
 
-    Lengths are the exact ones that the model runner keeps on the device. Its bounds on the host,
-    which count rejected draft tokens as accepted, are never used.
+    The model runner's bounds on the host, which count rejected draft tokens as accepted, are never
+    used.
 
     Attributes:
         num_tokens: Tokens of the step, including those that pad a captured graph.
@@ -157,9 +147,8 @@ class K8V4Metadata(AttentionMetadata):
 class K8V4MetadataBuilder(AttentionMetadataBuilder[K8V4Metadata]):
     """Builds a step's metadata for both model runners of vLLM.
 
-    It computes nothing of a step. The first layer plans the work on the device, from the tensors
-    that the runner writes anew for every step. A captured graph contains the planning and so
-    follows lengths that change.
+    The first layer plans the work on the device, from tensors that the runner writes for every
+    step. A captured graph contains the planning and so follows lengths that change.
     """
 
     # Groups of equal specs differ only in their block tables.
@@ -197,10 +186,7 @@ class K8V4MetadataBuilder(AttentionMetadataBuilder[K8V4Metadata]):
     def get_varlen_cudagraph_max_query_len(
         cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
     ) -> int | None:
-        """Return how many new tokens a request may have in a replayed decode graph.
-
-        The graph's plan reads the actual numbers from the device.
-        """
+        """Return how many new tokens a request may have in a replayed decode graph."""
         return max_decode_query_len(vllm_config)
 
     def build(
@@ -235,10 +221,7 @@ class K8V4MetadataBuilder(AttentionMetadataBuilder[K8V4Metadata]):
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> K8V4Metadata:
-        """Return the metadata of a batch to capture, with the shortest possible lengths.
-
-        The lengths are the runner's own tensor, which it writes before each replay.
-        """
+        """Return the metadata of a batch to capture, with the shortest possible lengths."""
         metadata = self.build(0, common_attn_metadata)
         # vLLM sets the longest lengths, which would make the runs before a capture slow.
         metadata.seq_lens.fill_(metadata.max_query_len)

@@ -88,7 +88,7 @@ def _scratch(layer: K8V4AttentionImpl, device: torch.device) -> torch.Tensor:
     """Return float32 scratch memory for one call of `paged_attention`.
 
     All layers share vLLM's workspace, which is locked after the warm-up. The size depends only on
-    the layer and the device, so the memory reserved while vLLM profiles is enough for every batch.
+    the layer and the device, not on the batch.
     """
     numbers = triton.largest_scratch(layer.num_kv_heads, layer.head_size, device)
     if not is_workspace_manager_initialized():

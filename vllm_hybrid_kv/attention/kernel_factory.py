@@ -20,13 +20,10 @@ if TYPE_CHECKING:
 
 
 class Kernels(ABC):
-    """Stores and attends on one kind of device.
+    """Stores and attends on one kind of device, with the functions of a package of kernels.
 
-    Args:
-        module: The package of the kernels, with `quantise_and_store` and `paged_attention`.
-        debug: Whether to check slots and block tables, which waits for a GPU. Nothing is checked
-            while a graph is captured.
-        options: More arguments of `paged_attention`.
+    In debug mode slots and block tables are checked, except while a graph is captured, because the
+    check waits for a GPU. `paged_attention` also gets the `options`.
     """
 
     def __init__(self, module: Any, *, debug: bool, **options: Any) -> None:
@@ -113,13 +110,8 @@ class Kernels(ABC):
     ) -> None:
         """Test each different variant once in this process; see `known_answer.require`.
 
-        Args:
-            path: Name of the kernels.
-            variants: The kernels that each layer calls, by the layer's name.
-            batches: Returns, for a number of query heads per KV head, the new tokens of a batch's
-                requests and its attention kernel.
-            device: The kernels' device.
-            advice: What the message advises if a kernel is wrong.
+        `variants` has the kernels that each layer calls. For a number of query heads per KV head,
+        `batches` returns the new tokens of the requests of each batch, and its attention kernel.
         """
         store = self._module.quantise_and_store
         for name, variant in variants.items():

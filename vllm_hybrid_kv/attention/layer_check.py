@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compares what every attention layer reads and writes with its pages.
 
-A layer fixes its page layout when it is built: backend, cache dtype, head size, KV heads. Its pages
-are planned from the specs of the layers that own a cache. If the two differ, the layer reads bytes
-of another meaning, and nothing later would notice.
+A layer fixes its page layout when it is built. Its pages are planned from the specs of the layers
+that own a cache. If the two differ, the layer reads bytes of another meaning without an error.
 """
 
 from __future__ import annotations

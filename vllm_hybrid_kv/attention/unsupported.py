@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layers and models that a k8v4 cache cannot serve, refused before a server starts.
 
-Each message ends with advice that works. Leaving one layer unquantised does not help if the reason
-applies to the whole model: vLLM would stop at the next layer. If it applies to some layers, the
-advice names all of them at once.
+Each message ends with advice that works. If the reason applies to some layers, it is to leave all
+of them unquantised; if it applies to the whole model, vLLM would only stop at the next layer.
 """
 
 from __future__ import annotations
@@ -24,12 +23,9 @@ ADVICE = "serve the model with --kv-cache-dtype auto"
 
 
 class Refusal(NamedTuple):
-    """Why a layer cannot be served.
+    """Why a layer cannot be served, and what to do.
 
-    Attributes:
-        reason: The reason.
-        advice: What to do.
-        skippable: Whether it also helps to leave this layer and others of its type unquantised.
+    If it is skippable, it also helps to leave this layer and others of its type unquantised.
     """
 
     reason: str
@@ -219,10 +215,7 @@ def _advice_for(layer: str, refusal: Refusal) -> str:
 
 
 def _layers_like(index: int, config: VllmConfig | None) -> set[int]:
-    """Return the layers of the same type in the model's configuration, including this one.
-
-    If all layers have one type, the type does not tell them apart, so return this layer alone.
-    """
+    """Return the layers of this one's type in the configuration; only it if all have one type."""
     text_config = config.model_config.hf_text_config if config and config.model_config else None
     types = getattr(text_config, "layer_types", None) or []
     if index >= len(types) or len(set(types)) == 1:

@@ -66,8 +66,7 @@ def token_capacity_kv_cache_groups(
 def addressable_slots(group: KVCacheGroupSpec, kv_cache_config: KVCacheConfig) -> int:
     """Return the number of entries of a buffer that a group's slot mapping indexes (#37118).
 
-    A slot is block * block_size + offset, and a group may hold any block of the pool, so no
-    capacity in tokens is enough.
+    A slot is block * block_size + offset, and a group may hold any block of the pool.
     """
     host_blocks = kv_cache_config.hisparse_host_num_blocks or 0
     num_blocks = host_blocks if group.host_resident else kv_cache_config.num_blocks
@@ -182,10 +181,7 @@ def _requests_at_once(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, t
     blocks = {False: 0, True: 0}
     for group in kv_cache_config.kv_cache_groups:
         blocks[group.host_resident] += blocks_per_request(vllm_config, group.kv_cache_spec, tokens)
-    pools = {
-        False: kv_cache_config.num_blocks,
-        True: kv_cache_config.hisparse_host_num_blocks or 1,
-    }
+    pools = {False: kv_cache_config.num_blocks, True: kv_cache_config.hisparse_host_num_blocks or 1}
     return min(((pools[host] - 1) // held for host, held in blocks.items() if held), default=0)
 
 
@@ -195,8 +191,7 @@ def check_capacity_groups(
     """Check a strategy's choice of groups.
 
     Raises:
-        HybridKVStrategyError: A group is not part of the plan or is chosen twice, or none is in
-            device memory.
+        HybridKVStrategyError: A group is not in the plan or chosen twice, or none is on the device.
     """
     if not isinstance(chosen, Sequence):
         raise HybridKVStrategyError(f"{who} must return a list of KV groups, got {chosen!r}")
@@ -224,15 +219,12 @@ def smallest_hit(
 
     A hit ends at a multiple of the alignment A: the match unit if vLLM can end hits inside blocks,
     otherwise the scheduler's block. A prompt's last token is always computed, because its logits
-    are needed. So without drafts the result is A + 1.
+    are needed. So without drafts the result is A + 1. Draft layers (EAGLE, MTP) write the last
+    entry before a boundary for the next token, and shorten hits:
 
-    Draft layers (EAGLE, MTP) write the last entry before a boundary for the next token, and
-    shorten hits in one of two ways:
-
-    * vLLM 0.32, and 0.33 with a KV connector: a hit needs a margin of M more cached tokens, which
-      are then dropped. M is one block of the draft layers, or one match unit if hits end inside
-      blocks. The result is A + M, because M is at least one token. With a single KV group the last
-      token is left out first, and the result is A + M + 1.
+    * vLLM 0.32, and 0.33 with a KV connector: a hit needs M more cached tokens, which are then
+      dropped. M is one block of the draft layers, or one match unit if hits end inside blocks. The
+      result is A + M, with a single KV group A + M + 1, because the last token is left out first.
     * vLLM 0.33: hashes cover L tokens after their block, and the result is A + L.
 
     `resolve_kv_cache_block_sizes` returns the two block sizes, in tokens, of a worker's or the

@@ -7,7 +7,7 @@ exactly. The largest pages and states are padded if they cannot be scaled.
 
 Example: attention with 12,416 bytes for 16 tokens and a state of 12,648,448 bytes. The state is
 padded to 1019 * 12,416 = 12,651,904 bytes (0.03 %). The block becomes 1019 * 16 = 16,304 tokens,
-without padding. vLLM's own rule pads the attention page by 99.9 %.
+without padding.
 """
 
 from __future__ import annotations

@@ -73,13 +73,13 @@ def unify_with_least_waste(
     tolerance: float = TOLERANCE,
     reference: float | None = None,
 ) -> dict[str, KVCacheSpec]:
-    """Return specs with pages of the size that leaves the least padding.
+    """Return specs with pages of the size that leaves the least padding, in the same order.
 
     Without a reference request, the choice is among the sizes from the largest page (without
     padding) to the one that `lcm` aims at. The size with the least padding wins; of equal ones the
-    smallest, which has the shortest blocks. Shares up to `tolerance` count as equal if `lcm` leaves
-    no less. If no size in that range suits all layers, the next larger one that does wins. With a
-    reference request, the page and blocks with the lowest cost win (see `cheapest_page`).
+    smallest. Shares up to `tolerance` count as equal if `lcm` leaves no less. If no size in that
+    range suits all layers, the next larger one that does wins. With a reference request, the lowest
+    cost wins (see `cheapest_page`).
 
     Args:
         kv_cache_spec: The spec of every layer by name.
@@ -88,9 +88,6 @@ def unify_with_least_waste(
         tolerance: The share of the pool that is not worth longer blocks.
         reference: Tokens of the request that match units are weighed for; None if prefix-cache
             hits do not end at multiples of the blocks.
-
-    Returns:
-        Specs of equal `page_size_bytes`, in the same order.
 
     Raises:
         NotImplementedError: No size suits all layers, up to the one whose blocks all hold the

@@ -64,7 +64,7 @@ class LayerKind(ABC):
     def steps(self, low: int, high: int) -> Bytes:
         """Return at least the pages from `low` to `high` at which the number of blocks grows.
 
-        For kinds that are not elastic: at least all possible pages in that range.
+        Kinds that are not elastic return at least all possible pages in that range.
         """
 
     def within(self, match_unit: int) -> LayerKind:

@@ -28,10 +28,7 @@ DIGITS = 12
 
 
 class CommonPage(NamedTuple):
-    """A page that suits all layers: its bytes, and the share that is not padding.
-
-    The share is that of the pool, or of a request's pages.
-    """
+    """A page that suits all layers: its bytes, and the filled share of the pool or of a request."""
 
     size: int
     filled: float
@@ -64,11 +61,7 @@ def cheapest_page(kinds: Kinds, reference: float) -> tuple[CommonPage, int] | No
 
 
 def _least_costs(kinds: Kinds, units: Bytes, reference: float) -> Shares:
-    """Return a lower bound of the cost for each match unit.
-
-    A block has at most a match unit's tokens. A page has at least the bytes of the largest present
-    one.
-    """
+    """Return a lower bound of the cost for each match unit, which is the most tokens of a block."""
     least = max(kind.least_page for kind, _ in kinds)
     content, taken = 0.0, np.zeros(len(units))
     for kind, count in kinds:

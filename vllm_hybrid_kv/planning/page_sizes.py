@@ -38,8 +38,7 @@ def check_page_sizes(
     """Check the specs that the strategy `who` returned before vLLM plans with them.
 
     Raises:
-        HybridKVStrategyError: A layer is missing or new, a block is smaller than before, a page
-            is smaller than its content, or two pages differ.
+        HybridKVStrategyError: Layers are missing or new, blocks or pages shrink, or pages differ.
     """
     if not isinstance(after, Mapping):
         raise HybridKVStrategyError(f"{who} must return a dict of specs, got {after!r}")
