@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -86,11 +87,11 @@ def gemma3_config(
     )
 
 
-def qwen3_next_config(head_size: int = 128, layers: int = 8) -> Qwen3NextConfig:
+def qwen3_next_config(head_size: int = 128, layers: int = 8, **changes: Any) -> Qwen3NextConfig:
     """Return a hybrid model with experts: three Gated DeltaNet layers to one of full attention."""
+    fields = {**_common(layers), **_gated_delta_net(head_size, layers), **changes}
     return Qwen3NextConfig(
-        **_common(layers),
-        **_gated_delta_net(head_size, layers),
+        **fields,
         num_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=128,
@@ -138,13 +139,15 @@ def llama4_config() -> Llama4TextConfig:
 
 def large_state_config() -> Qwen3NextConfig:
     """Return a hybrid model, to describe only, whose states need blocks of over 1,000 tokens."""
-    config = qwen3_next_config()
-    config.architectures = ["Qwen3NextForCausalLM"]
-    config.dtype = "bfloat16"
-    config.max_position_embeddings = 16384
-    config.linear_num_key_heads, config.linear_num_value_heads = 4, 16
-    config.linear_key_head_dim = config.linear_value_head_dim = 128
-    return config
+    return qwen3_next_config(
+        architectures=["Qwen3NextForCausalLM"],
+        dtype="bfloat16",
+        max_position_embeddings=16384,
+        linear_num_key_heads=4,
+        linear_num_value_heads=16,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+    )
 
 
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
@@ -343,23 +346,17 @@ def _initialise(
 
 
 def _gain(name: str, normed_heads: bool) -> float:
-    part = name.removesuffix(".weight").rsplit(".", 1)[-1]
-    if part == "lm_head":
-        return LOGIT_SIZE
-    if part == "k_proj" and not normed_heads:
-        return KEY_SIZE
-    if part == "q_proj" and not normed_heads:
-        return SCORE_SIZE / KEY_SIZE
-    if part == "gate":
+    gains = {
+        "lm_head": LOGIT_SIZE,
         # The first expert dominates: if the second and the third change places, little changes.
-        return 4.0
-    if name.endswith("experts.down_proj"):
+        ".gate": 4.0,
         # Rounding makes routed experts change places, a jump that no cache causes.
-        return 0.25
-    if name.endswith("linear_attn.out_proj"):
-        # Gated DeltaNet's own rounding depends on the chunks of a prompt.
-        return 0.5
-    return 1.0
+        "experts.down_proj": 0.25,
+    }
+    if not normed_heads:
+        gains |= {".k_proj": KEY_SIZE, ".q_proj": SCORE_SIZE / KEY_SIZE}
+    name = name.removesuffix(".weight")
+    return next((gain for end, gain in gains.items() if name.endswith(end)), 1.0)
 
 
 def _add_common_direction(weight: torch.Tensor, generator: torch.Generator) -> None:

@@ -97,15 +97,13 @@ def _kinds_of(layer: Any) -> Iterable[tuple[str, str]]:
 
 def _attention_of(layer: Any) -> str:
     impl = layer.impl
-    attn_type = str(getattr(layer.attn_type, "value", layer.attn_type))
-    if attn_type == "encoder_decoder":
-        return "cross"
-    if getattr(impl, "alibi_slopes", None) is not None:
-        return "full with ALiBi"
-    if getattr(impl, "sinks", None) is not None:
-        return "full with sinks"
-    if getattr(impl, "logits_soft_cap", None):
-        return "full with soft cap"
-    if getattr(layer, "head_size_v", layer.head_size) != layer.head_size:
-        return "full, keys and values of other sizes"
-    return "full"
+    kinds = {
+        "cross": str(getattr(layer.attn_type, "value", layer.attn_type)) == "encoder_decoder",
+        "full with ALiBi": getattr(impl, "alibi_slopes", None) is not None,
+        "full with sinks": getattr(impl, "sinks", None) is not None,
+        "full with soft cap": getattr(impl, "logits_soft_cap", None),
+        "full, keys and values of other sizes": (
+            getattr(layer, "head_size_v", layer.head_size) != layer.head_size
+        ),
+    }
+    return next((kind for kind, matches in kinds.items() if matches), "full")
