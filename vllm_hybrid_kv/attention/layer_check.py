@@ -65,8 +65,7 @@ class BuiltLayer:
     Attributes:
         backend: Name of its backend.
         cache_dtype: Its KV cache dtype, by vLLM's name.
-        spec: The spec of its own pages, packed by its backend. Block size and padding are the
-            planner's choice and are not compared.
+        spec: The spec of its own pages; block size and padding are not compared.
         target: Name of the layer whose pages it uses; None if it owns its pages.
     """
 

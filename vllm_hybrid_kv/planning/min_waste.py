@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The strategy `min_waste`: pages of one size with the least padding.
-
-`docs/planning.md` describes what each kind of layer can do and what counts as waste, and proves
-that no plan of `stock` or `lcm` wastes less.
-"""
+"""The strategy `min_waste`: pages of one size with the least padding. See `docs/planning.md`."""
 
 from __future__ import annotations
 

@@ -68,17 +68,11 @@ class LayerKind(ABC):
         """
 
     def within(self, match_unit: int) -> LayerKind:
-        """Return this kind restricted to blocks that divide a match unit of so many tokens.
-
-        The match unit is a multiple of the present block.
-        """
+        """Return this kind with blocks that divide a match unit, a multiple of the present one."""
         return self
 
     def held(self, request: float) -> float:
-        """Return how many tokens of a request the layer holds.
-
-        These are all tokens, those of its window or chunk, or its only block.
-        """
+        """Return the tokens of a request that the layer holds: all, its window, chunk or block."""
         if self.cap == 1:
             return self.spec.block_size
         window = getattr(self.spec, "sliding_window", None)
@@ -111,9 +105,7 @@ class LayerKind(ABC):
 
 @dataclass(frozen=True)
 class Padded(LayerKind):
-    """Layers whose pages are scaled by any number of blocks, then padded.
-
-    These are states (one block), and attention whose kernels take blocks of any multiple.
+    """States (one block), and attention whose kernels take blocks of any multiple, then padded.
 
     vLLM splits a chunk of chunked local attention into whole blocks, so `whole` present blocks must
     be a multiple of every planned block. Other layers have 0.
