@@ -118,60 +118,69 @@ def test_context_parallelism_is_refused_with_its_option_as_advice(field, kind):
     assert found.endswith(f"Serve the model with --{kind}-context-parallel-size 1")
 
 
+LAYER = "model.layers.7.self_attn.attn"
+OR_SERVE = "or serve the model with --kv-cache-dtype auto or fp8"
+ON_A_GPU = (
+    "Serve the model on a GPU: vLLM's own CPU kernels only take heads of 32, 48, 64, 80, 96, 112, "
+    "128, 160, 192, 224, 256, 512"
+)
+
+
+@pytest.mark.parametrize(
+    ("head_size", "model", "layer", "advice"),
+    [
+        # All layers have the size.
+        (32, {"head_size": 32, "made": [32, 32]}, LAYER, f"{AUTO} or fp8"),
+        # vLLM's CPU kernels take heads of 48, which its backend does not list, without fp8.
+        (48, {"head_size": 48}, LAYER, AUTO),
+        # vLLM's CPU kernels refuse the size.
+        (100, {"head_size": 100}, LAYER, ON_A_GPU),
+        (264, {"head_size": 264, "made": [128]}, LAYER, ON_A_GPU),
+        # Other layers have a size that is served.
+        (
+            32,
+            {"head_size": 32, "made": [128, 32]},
+            LAYER,
+            f"Either keep it unquantised with {SKIP} 7, {OR_SERVE}",
+        ),
+        # The advice names all layers of the odd type and those already skipped.
+        (
+            32,
+            {
+                "head_size": 256,
+                "types": [*["sliding_attention"] * 5, "full_attention"] * 2,
+                "skipped": ["0", "1", "10", "11", "swa"],
+            },
+            "model.layers.5.self_attn.attn",
+            f"Either keep the layers of its type unquantised with {SKIP} 0 1 5 10 11 swa, "
+            f"{OR_SERVE}",
+        ),
+        # vLLM cannot skip the layer by number.
+        (32, {"made": [128]}, "decoder.attn", f"{AUTO} or fp8"),
+        (32, {"made": [128]}, "blocks.3.parts.1.attn", f"{AUTO} or fp8"),
+    ],
+)
 @pytest.mark.parametrize("refuse", [selection, implementation])
-def test_a_head_size_of_all_layers_is_refused_with_the_dtypes_that_work(engine, refuse):
-    engine(head_size=32, made=[32, 32])
-    found = message(refuse(head_size=32))
-    assert "from 64 to 256 in multiples of 8, and 512, got 32. " in found
-    assert found.endswith(f"{AUTO} or fp8")
+def test_a_head_size_is_refused_with_advice_that_works(
+    engine, refuse, head_size, model, layer, advice
+):
+    engine(**model)
+    found = message(refuse(head_size=head_size), layer)
+    assert found.startswith(f"layer {layer}: ")
+    assert "from 64 to 256 in multiples of 8, and 512, " in found
+    assert found.endswith(f" got {head_size}. {advice}")
 
 
-# vLLM's CPU kernels take heads of 48, which its backend does not list.
-@pytest.mark.parametrize(("head_size", "avx512"), [(32, False), (48, True)])
-def test_fp8_is_advised_only_where_vllm_serves_it(head_size, avx512, monkeypatch, engine):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
-    engine(head_size=head_size)
-    assert message(selection(head_size=head_size)).endswith(AUTO)
-
-
-@pytest.mark.parametrize("made", [(), (128,)])
-@pytest.mark.parametrize("head_size", [100, 264])
-def test_a_gpu_is_advised_for_a_head_size_that_vllms_cpu_kernels_refuse(engine, head_size, made):
-    engine(head_size=head_size, made=made)
-    found = message(selection(head_size=head_size))
-    assert f"got {head_size}. Serve the model on a GPU: vLLM's own CPU kernels only take" in found
-    assert "heads of 32, 48, 64, 80, " in found
-    assert SKIP not in found
-
-
-def test_an_odd_head_size_is_refused_with_the_layer_to_skip(engine):
-    engine(head_size=32, made=[128, 32])
-    found = message(selection(head_size=32))
-    assert f"Either keep it unquantised with {SKIP} 7, or serve the model with" in found
-    assert found.endswith("--kv-cache-dtype auto or fp8")
-
-
-def test_the_advice_names_all_layers_of_the_odd_type_and_those_already_skipped(engine):
-    types = ["sliding_attention"] * 5 + ["full_attention"]
-    engine(head_size=256, types=types * 2, skipped=["0", "1", "10", "11", "swa"])
-    found = message(selection(head_size=32), "model.layers.5.self_attn.attn")
-    assert found.startswith("layer model.layers.5.self_attn.attn: ")
-    assert f"keep the layers of its type unquantised with {SKIP} 0 1 5 10 11 swa, or" in found
+def test_fp8_is_not_advised_without_avx512(monkeypatch, engine):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    engine(head_size=32)
+    assert message(selection(head_size=32)).endswith(AUTO)
 
 
 def test_the_advice_names_one_layer_if_all_layers_have_the_same_type(engine):
     engine(types=["full_attention"] * 12)
     found = message(implementation(num_heads=9))
     assert f"keep it unquantised with {SKIP} 7, or" in found
-
-
-@pytest.mark.parametrize("prefix", ["decoder.attn", "blocks.3.parts.1.attn"])
-def test_a_layer_that_vllm_cannot_skip_by_number_is_not_advised_to_be_skipped(engine, prefix):
-    engine(made=[128])
-    found = message(selection(head_size=32), prefix)
-    assert found.startswith(f"layer {prefix}: ")
-    assert found.endswith(f"{AUTO} or fp8")
-    assert SKIP not in found
 
 
 @pytest.mark.parametrize(("head_size", "advice"), [(64, f"{AUTO} or fp8"), (80, AUTO)])
