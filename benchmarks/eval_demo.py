@@ -5,8 +5,7 @@
 
 Runs `vllm-hybrid-kv eval` with the unquantised cache, fp8, and k8v4 with 0, 1 and 2 unquantised
 layers at each end, on a trained model of `tests/recall`. Its data, which the model was not trained
-on, is text of Python's documentation and pairs of symbols to recall. If there is no such model, a
-model with random weights gets random tokens.
+on, is text of Python's documentation and pairs of symbols to recall.
 """
 
 from __future__ import annotations
@@ -63,20 +62,6 @@ def trained_data(count: int) -> tuple[str, list[list[int]]]:
     return description, [*texts, *pairs]
 
 
-def random_data(folder: Path, count: int) -> tuple[str, list[list[int]]]:
-    """Build a model with random weights if there is none; return a description and the data."""
-    import random
-
-    from testing.models import CONFIGS, build_model
-    from testing.tokenizer import VOCAB_SIZE
-
-    if not (folder / "config.json").exists():
-        build_model(CONFIGS["gemma3"](), folder)
-    drawn = random.Random(SEED)
-    tokens = [[drawn.randrange(VOCAB_SIZE) for _ in range(WINDOW)] for _ in range(count)]
-    return f"{count} windows of {WINDOW:,} random tokens", tokens
-
-
 def evaluate(model: Path, data: Path, out: Path, work: Path) -> str:
     """Run the command and return its output; its progress goes to the screen."""
     command = [
@@ -114,19 +99,9 @@ Machine: {machine["cpu"]}, {machine["cpus"]} CPUs; Python {machine["python"]}, v
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    options.work.mkdir(parents=True, exist_ok=True)
-    if options.model.is_dir():
-        model, work = options.model, options.work / "trained"
-        what, sequences = trained_data(options.windows)
-        about = f"The model is that of `{_from_here(model)}`, trained on recall and text."
-    else:
-        # The folder stays, because a run continues only with the same files.
-        model, work = options.work / "model", options.work / "random"
-        what, sequences = random_data(model, options.windows)
-        about = (
-            "**The model has random weights** (gemma3 of `testing/models.py`), because there is "
-            "no trained one. Compare the caches with each other, not with auto."
-        )
+    model, work = options.model, options.work / "trained"
+    what, sequences = trained_data(options.windows)
+    about = f"The model is that of `{_from_here(model)}`, trained on recall and text."
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "data.jsonl"
         data.write_text("".join(f"{json.dumps({'prompt_token_ids': s})}\n" for s in sequences))

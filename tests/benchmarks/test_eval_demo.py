@@ -55,16 +55,6 @@ def run(tmp_path):
     )
 
 
-def test_without_a_trained_model_the_report_says_so(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(eval_demo, "evaluate", lambda *_: "a table")
-    run(tmp_path / "none", 2)
-    report = (tmp_path / "eval_demo.md").read_text()
-    assert "**The model has random weights**" in report
-    assert "2 windows of 1,024 random tokens" in report
-    assert "a table" in report
-    assert (tmp_path / "work" / "model" / "config.json").exists()
-
-
 def test_a_failed_run_writes_no_report(run, tmp_path, monkeypatch):
     monkeypatch.setattr(eval_demo, "CACHES", ("fp8,[",))
     (tmp_path / "model").mkdir()

@@ -39,8 +39,7 @@ class Places:
     def foreign(self) -> list[dict[str, str]]:
         """Return functions in these places that are neither vLLM's nor ours.
 
-        Returns:
-            `place`, the `module` that defines the function, and its `package` (may be empty).
+        `module` defines the function; its `package` may be empty.
         """
         found = []
         for place, read in sorted(self._places.items()):

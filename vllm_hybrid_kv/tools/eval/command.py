@@ -83,7 +83,7 @@ def evaluate(
     except OSError as error:
         raise ToolError(f"{folder}: {error.strerror or error}") from None
     except KeyboardInterrupt:
-        raise ToolError("interrupted; run the same command again to continue", 130) from None
+        raise ToolError("interrupted; run the same command again to continue") from None
     failed = [f"{cache['name']}: {cache['reason']}" for cache in caches if cache["reason"]]
     # A folder that the user chose stays, so that caches can be added.
     if work is None and not failed:

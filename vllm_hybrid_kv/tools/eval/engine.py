@@ -34,11 +34,7 @@ REPORT = "report this with the versions of vLLM and vllm-hybrid-kv"
 
 
 def run(send: Callable[..., None], job_file: str) -> None:
-    """Run an engine for a job. It writes the facts of the engine and the scores of each window.
-
-    Args:
-        send: Called after each window.
-        job_file: The JSON that `run.Run` wrote.
+    """Run an engine for a job of `run.Run`; write its facts and the scores of each window.
 
     Raises:
         ValueError: A token is not in the model's vocabulary.
@@ -85,11 +81,7 @@ def run(send: Callable[..., None], job_file: str) -> None:
 
 
 def check_logprobs(recorded: list[float], tokens: list[int], prompt_logprobs: Any) -> None:
-    """Compare recorded log-probabilities with those that vLLM returned.
-
-    Raises:
-        RuntimeError: The log-probabilities differ, or some of them were not recorded.
-    """
+    """Raise RuntimeError unless the recorded log-probabilities are those that vLLM returned."""
     if len(recorded) != len(tokens) - 1:
         raise RuntimeError(
             f"the recorder got the logits of {len(recorded)} of {len(tokens) - 1} predictions, "

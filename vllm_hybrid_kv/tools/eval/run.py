@@ -197,10 +197,7 @@ class Run:
     ) -> tuple[dict[str, Any], list[numpy.ndarray]]:
         """Score the windows that have no scores yet; return the engine's facts and all scores.
 
-        Args:
-            variant: The cache.
-            reference: The cache to compare with; it was measured before, or is the same.
-            update: Called with `completed`, the number of scored windows, and `state`.
+        The reference was measured before, or is the same. `update` is of the progress bar.
 
         Raises:
             ToolError: The engine does not start, or fails.

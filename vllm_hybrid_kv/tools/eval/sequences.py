@@ -23,11 +23,8 @@ def read_sequences(
     If the tokenizer starts texts with a special token, every window of a text starts with it,
     because models predict badly without it.
 
-    Args:
-        file: Plain text; or, named `.jsonl`, an object a line with `text` or `prompt_token_ids`.
-        tokenizer: Returns the model's tokenizer; called if the file contains text.
-        context: Most tokens of a window.
-        limit: Most windows.
+    The file has plain text; or, named `.jsonl`, an object a line with `text` or `prompt_token_ids`.
+    `tokenizer` is called if it contains text. `context` is in tokens, `limit` in windows.
 
     Raises:
         ToolError: The file cannot be read, has another format, or has nothing to predict.
