@@ -124,6 +124,12 @@ def test_the_plugin_is_active_if_every_patch_is():
     )
 
 
+def test_findings_that_may_cause_others_come_first():
+    names = ("note", "n"), ("problem", "settings"), ("problem", "vllm"), ("warning", "w")
+    found = read(messages(*(finding(*name, "m") for name in names)))
+    assert [one["check"] for one in found["findings"]] == ["vllm", "settings", "w", "n"]
+
+
 def test_the_json_has_the_keys_of_schema_1_as_well():
     found = read(messages())
     (new,), (old,) = found["patches"], found["seams"]
