@@ -66,10 +66,7 @@ class Speed:
     milliseconds: dict[str, list[float]]
 
     def times_faster(self) -> dict[str, float]:
-        """Return by cache how many times faster ours is; empty if ours was not measured.
-
-        The median of the ratios of each round, because a machine's speed changes over time.
-        """
+        """Return by cache how many times faster ours is: medians of each round's ratios."""
         ours = self.milliseconds.get(OURS, [])
         return {
             cache: statistics.median(t / o for t, o in zip(times, ours, strict=True))

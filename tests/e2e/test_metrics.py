@@ -34,12 +34,8 @@ OURS = "vllm_hybrid_kv:"
 class Served:
     """A server that answered chats, and was stopped with SIGTERM.
 
-    Attributes:
-        before: Samples of metrics before the first request.
-        after: Several scrapes after the last request.
-        cached: For each request, the tokens from the cache by the server's answer.
-        folders: Permissions of the folders of metrics in its temporary folder.
-        left: Files and folders that it left behind.
+    `before` and `after` are scrapes of its metrics, `cached` the cached tokens by its answers,
+    `folders` permissions of its folders of metrics, `left` the names that it left behind.
     """
 
     before: list[Sample]
