@@ -168,3 +168,7 @@ def test_the_written_file_has_the_new_minor_and_keeps_the_others(next_minor):
         for minor in (*targets.MINORS, "0.34"):
             old = targets.targets_of("0.33" if minor == "0.34" else minor, getattr(targets, table))
             assert namespace["targets_of"](minor, namespace[table]) == old
+    # Functions that are gone have no hash.
+    exec(comparison.source_with([], "0.33"), namespace)
+    assert namespace["targets_of"]("0.33") == {}
+    assert namespace["targets_of"]("0.32") == targets.targets_of("0.32")

@@ -96,6 +96,19 @@ def test_a_patched_function_keeps_its_name_and_signature():
     assert inspect.signature(ours) == stock
 
 
+def test_replacements_have_the_parameters_of_vllms_functions(monkeypatch):
+    # vLLM passes many arguments by name. On a GPU the plugin has more patches.
+    monkeypatch.setattr(type(vllm.platforms.current_platform), "is_cuda_alike", lambda _: True)
+    plugin.register()
+    edits = [edit for patch in STATE.active_patches.patches for edit in patch.edits]
+    for edit in edits:
+        if isinstance(edit, mechanism.Rebinding):
+            stock = inspect.signature(mechanism.underlying(edit.original)).parameters
+            _, *ours = inspect.signature(edit.around).parameters.values()
+            names = [one.name for one in ours if one.kind is one.POSITIONAL_OR_KEYWORD]
+            assert names == list(stock)[: len(names)], edit
+
+
 @pytest.mark.parametrize(
     ("table", "name"),
     [("PATCHED", name) for name in PATCHED] + [("RELIED_ON", name) for name in RELIED_ON],

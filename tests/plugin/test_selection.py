@@ -70,7 +70,10 @@ def test_a_layer_that_cannot_be_served_is_refused_by_name(device, fields, reason
 
     class Layer:
         def __init__(self, prefix):
-            selector._cached_get_attn_backend(None, wanted(**fields), 8)
+            # By name, as vLLM calls it.
+            selector._cached_get_attn_backend(
+                backend=None, attn_selector_config=wanted(**fields), num_heads=8
+            )
 
     with ExitStack() as stack:
         if device == "a GPU":

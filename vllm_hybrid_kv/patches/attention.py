@@ -105,15 +105,13 @@ def refusal_patch(context: Context) -> Patch:
     def select(
         original: Any, backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        # vLLM passes the arguments by name.
-        config = attn_selector_config
-        k8v4_cache = config.kv_cache_dtype == CACHE_DTYPE
-        if k8v4_cache and (refusal := refuse_selection(config)) is not None:
+        k8v4_cache = attn_selector_config.kv_cache_dtype == CACHE_DTYPE
+        if k8v4_cache and (refusal := refuse_selection(attn_selector_config)) is not None:
             raise UnsupportedLayerError(refusal)
         try:
-            return original(backend, config, *args, **kwargs)
+            return original(backend, attn_selector_config, *args, **kwargs)
         except ValueError:
-            if k8v4_cache and (reasons := _reasons_against(backend, config)):
+            if k8v4_cache and (reasons := _reasons_against(backend, attn_selector_config)):
                 raise UnsupportedLayerError(Refusal("; ".join(reasons))) from None
             raise
 

@@ -194,11 +194,11 @@ class Rebinding(UnchangedTarget):
         """Call `around` instead of the target, with the original function before the arguments."""
         super().__init__(target)
         self.replacement: Any = None
-        self._around = around
+        self.around = around
 
     def apply(self) -> None:
         super().apply()
-        function, around = underlying(self.original), self._around
+        function, around = underlying(self.original), self.around
 
         @functools.wraps(function)
         def replacement(*args: Any, **kwargs: Any) -> Any:
