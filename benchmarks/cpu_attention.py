@@ -224,7 +224,7 @@ def measure_quantising(
     kernels = {
         "copy": in_turn(target.copy_, sources),
         "quantise": in_turn(
-            lambda i: quantise_and_store(*sources[i], cache, slots[i]),
+            lambda i: quantise_and_store(sources[i][0], sources[i][1], cache, slots[i]),
             [*range(count // 2, count), *range(count // 2)],
         ),
     }

@@ -12,6 +12,7 @@ import statistics
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ PAGE, RUNS = 64, 5
 
 def milliseconds(path: str, head_size: int, group: int, window: int | None) -> float:
     """Return the median time of one variant's test, in ms of CPU time."""
-    layer = SimpleNamespace(
+    layer: Any = SimpleNamespace(
         num_heads=2 * group, num_kv_heads=2, head_size=head_size, scale=1.0,
         sliding_window=window, soft_cap=0.0, sinks=None,
     )  # fmt: skip

@@ -281,17 +281,17 @@ def _attend_few(call, item, scratch, state, first, tiles, ahead, count):  # type
     sums = scratch + records.VALUES_AT
     lower_sums = sums + _SUMS_STRIDE * (item.rows if stacked else _FEW_ROWS)
     steps = (count + 3) // 4
-    dim = np.int64(0)
-    while dim < call.dims:
-        offset, offset_ahead = 8 * dim, 4 * call.dims + 4 * dim
-        dims = np.int64(64 if stacked and dim + 64 <= call.dims else 32)
+    start = np.int64(0)
+    while start < call.dims:
+        offset, offset_ahead = 8 * start, 4 * call.dims + 4 * start
+        dims = np.int64(64 if stacked and start + 64 <= call.dims else 32)
         _split_values(dims, now, count, offset, codes, then, offset_ahead)
         _multiply_codes(dims, stacked, weights, lower, codes, steps, sums, lower_sums)
         for row in range(item.rows):
-            to = scratch + records.OUTPUTS_AT + row * call.output_stride + 4 * dim
+            to = scratch + records.OUTPUTS_AT + row * call.output_stride + 4 * start
             upper, below = sums + _SUMS_STRIDE * row, lower_sums + _SUMS_STRIDE * row
             row_ops.add_limbs(to, upper, below, dims // 16, state[row].limb_factor)
-        dim += dims
+        start += dims
 
 
 @work_item.inner

@@ -9,11 +9,12 @@ import threading
 
 import numpy as np
 import torch
+from numba.core.ccallback import CFunc
 
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.kernels.cpu import isa as instruction_sets
 from vllm_hybrid_kv.kernels.cpu import records
-from vllm_hybrid_kv.kernels.cpu.compile_cache import CFunc, compile_callback
+from vllm_hybrid_kv.kernels.cpu.compile_cache import compile_callback
 from vllm_hybrid_kv.kernels.cpu.plan import Plan, plan_attention
 from vllm_hybrid_kv.kernels.cpu.threads import follow_torch, run_on_threads
 from vllm_hybrid_kv.kernels.inputs import attention_error, check_attention

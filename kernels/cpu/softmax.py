@@ -85,13 +85,16 @@ def _write_limbs(
             raised = b.fadd(b.fmul(x, inverse), filled(F32, ROUNDING))
             sums = [b.fadd(sums[0], b.fsub(raised, filled(F32, ROUNDING)))]
             words.append(b.bitcast(raised, vector(I32)))
-        pairs = []
-        for low, high in ((words[0], words[1]), (words[2], words[3])):
-            pair = b.or_(b.and_(low, filled(I32, 0xFFFF)), b.shl(high, filled(I32, 16)))
-            pairs.append(b.bitcast(pair, vector(I8, 64)))
+        first, second = (
+            b.bitcast(
+                b.or_(b.and_(low, filled(I32, 0xFFFF)), b.shl(high, filled(I32, 16))),
+                vector(I8, 64),
+            )
+            for low, high in (words[:2], words[2:])
+        )
         place = e.at(weights, i, LINE)
-        e.store(e.shuffle(*pairs, [byte + 1 for byte in _LOWER_BYTES]), place)
-        e.store(e.shuffle(*pairs, _LOWER_BYTES), e.b.add(place, lower))
+        e.store(e.shuffle(first, second, [byte + 1 for byte in _LOWER_BYTES]), place)
+        e.store(e.shuffle(first, second, _LOWER_BYTES), e.b.add(place, lower))
         return sums
 
     sums = e.loop(e.shift_right(vectors, 2), [ZEROS], four)

@@ -83,8 +83,8 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on another device."""
         options = {k: v.to(device) if hasattr(v, "to") else v for k, v in self.options.items()}
-        tensors = [tensor.to(device) for tensor in self.inputs]
-        return Batch(*tensors, max_query_len=self.max_query_len, options=options)
+        query, cache, block_table, seq_lens, starts = (one.to(device) for one in self.inputs)
+        return Batch(query, cache, block_table, seq_lens, starts, self.max_query_len, options)
 
     def scales(self, request: int, head: int, plane: str = "scale") -> list[torch.Tensor]:
         """Return views of the fp16 scales, or zeros, in a request's pages, in order."""

@@ -72,10 +72,9 @@ def read(
             if (ending or "").startswith("took ")
             else "Reinstall the package that is named, in a build for this machine"
         )
-        message = f"{activity} {ending or 'ended with exit status 0'}" + (
-            f"; its last output is: {output[-1]}" if output else ""
-        )
-        findings.append(finding("problem", "process", message, remedy))
+        said = f"; its last output is: {output[-1]}" if output else ""
+        reason = f"{activity} {ending or 'ended with exit status 0'}{said}"
+        findings.append(finding("problem", "process", reason, remedy))
     findings.sort(key=lambda one: (-EXIT_STATUS[one["severity"]], one["check"] not in FIRST))
     return document(findings, facts)
 
