@@ -77,7 +77,7 @@ class LayerKind(ABC):
             return self.spec.block_size
         window = getattr(self.spec, "sliding_window", None)
         chunk = getattr(self.spec, "attention_chunk_size", None)
-        return min(request, window or request, chunk or request)
+        return float(min(request, window or request, chunk or request))
 
     def with_page(self, page: int) -> KVCacheSpec:
         """Return the spec with a possible page: scaled, and the rest of the page padded."""
