@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import vllm
 
 from testing.coordinator.contents import (
     coordinator_of,
@@ -135,7 +136,13 @@ MORE_MEMORY = "more memory for the KV cache (--gpu-memory-utilization, --kv-cach
         ("fixed_point", "align", 64, "coordinator=hybrid_aware and prefix_match_unit=auto"),
         ("hybrid_aware", "align", 64, "prefix_match_unit=auto"),
         ("hybrid_aware", "align", 16, MORE_MEMORY),
-        ("fixed_point", "all", 64, MORE_MEMORY),
+        pytest.param(
+            *("fixed_point", "all", 64, MORE_MEMORY),
+            marks=pytest.mark.skipif(
+                vllm.__version__.startswith("0.33"),
+                reason="vLLM 0.33 caches states in mode align only",
+            ),
+        ),
     ],
 )
 def test_the_advice_names_only_settings_that_are_not_active(
