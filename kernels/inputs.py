@@ -69,7 +69,8 @@ def check_attention(
         raise invalid(ATTENTION, "cache", cache, "of a page size that is a multiple of",
                       k8v4.TILE_TOKENS)  # fmt: skip
     if num_kv_heads <= 0 or num_heads % num_kv_heads:
-        raise invalid(ATTENTION, "query", query, "of heads that are a multiple of the cache's",
+        raise invalid(ATTENTION, "query", query,
+                      "[T, Hq, D] with Hq a multiple of the cache's KV heads,",
                       num_kv_heads)  # fmt: skip
     if out.shape != shape or out.dtype != dtype or out.stride(2) != 1:
         raise invalid(ATTENTION, "out", out, "of query's dtype and shape,", dtype, shape,

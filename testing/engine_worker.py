@@ -164,11 +164,10 @@ class Worker:
         """Send greedy requests, or requests at temperature 1 with a seed.
 
         Args:
-            prompts: Token ids.
-            max_tokens: The number of tokens to generate.
-            prompt_logprobs: Return those of the prompts; vLLM then reads no cached prefix.
-            alone: Send one request after another instead of all at once.
-            fresh: Reset the prefix cache before each batch.
+            prompts: Token ids. max_tokens: The number of tokens to generate. prompt_logprobs: Also
+            return the log-probabilities of the prompts; vLLM then reads no cached prefix. alone:
+            Send one request after another instead of all at once. fresh: Reset the prefix cache
+            before each batch. seed: The seed; requests are greedy without one.
         """
         sampling = greedy(max_tokens, prompt_logprobs=0 if prompt_logprobs else None)
         if seed is not None:
@@ -292,7 +291,7 @@ class Worker:
                     waiting.discard(output.request_id)
 
     def decode(self, steps: int) -> tuple[float, int]:
-        """Run steps of these requests; return seconds and the number of tokens."""
+        """Run steps of the requests of `begin_decoding`; return seconds and tokens."""
         engine = self.llm.llm_engine
         # The first step is not timed: the device has run other engines since the last one.
         engine.step()
@@ -309,7 +308,7 @@ class Worker:
         return seconds, tokens
 
     def end_decoding(self) -> int:
-        """Abort these requests and return the number of preemptions since they began."""
+        """Abort the requests of `begin_decoding`; return the preemptions since then."""
         engine = self.llm.llm_engine
         engine.abort_request(self._streams)
         self._streams = []

@@ -38,7 +38,7 @@ class Row:
         what: The outputs that were compared, or the batch that was not timed; empty for all.
         detail: The difference, or the reason.
         outputs: Number of outputs compared, with `tokens` tokens.
-        apart: Largest difference of a log-probability; the mean from an unquantised cache.
+        apart: Largest difference of a log-probability, or the mean one from an unquantised cache.
     """
 
     model: str
@@ -57,7 +57,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Speed:
-    """Decode times, by cache and round, in which each request of a batch gets a token."""
+    """Times of a step that gives each request of a batch a token, by cache and round."""
 
     model: str
     mode: str

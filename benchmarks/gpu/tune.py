@@ -39,7 +39,8 @@ WORTHWHILE = 1.02
 """Smallest speedup over the derived size that makes a row: less is noise."""
 
 LARGEST_ERROR = 0.01
-"""Largest ||out - derived|| / ||derived|| of a candidate: two roundings of bf16."""
+"""Largest accepted difference of a candidate's output from the derived tiling's, relative to its
+    norm. Two roundings of bf16 cause as much."""
 
 RESERVED = 5.0
 """Seconds reserved for writing."""

@@ -71,8 +71,8 @@ def _overhead(result: Mapping[str, Any]) -> Iterator[str]:
     )
     yield ""
     yield from _head(
-        *("strategy", "ms per step", "ms per request", "steps", "per step, of stock"),
-        *("per request, of stock", "per request, by round"),
+        *("strategy", "ms per step", "ms per request", "steps", "per step, relative to stock"),
+        *("per request, relative to stock", "per request, by round"),
     )
     for strategy, row in rows.items():
         ratios = [a / b for a, b in zip(row["rounds_ms"], stock["rounds_ms"], strict=True)]
@@ -103,7 +103,7 @@ def comparisons(rows: Iterable[Row], reference: str = STOCK) -> list[tuple[Row, 
 
 
 def faults(rows: Iterable[Row]) -> list[str]:
-    """List where `hybrid_aware` is below stock, or a model of attention only differs from it."""
+    """List where `hybrid_aware` is below stock, or where a model without states differs from it."""
     return [
         f"{describe(ours)}: {rate(ours)}, {stock['strategy']} {rate(stock)}"
         for ours, stock in comparisons(rows)
@@ -125,7 +125,8 @@ def _comparisons(rows: Sequence[Row]) -> Iterator[str]:
             yield ""
     alike = [pair for pair in comparisons(rows) if pair[0]["model"] == ATTENTION_ONLY]
     same = [pair for pair in alike if len({row.get("hits_digest") for row in pair}) == 1]
-    yield f"{ATTENTION_ONLY}: {len(same)} of {len(alike)} runs hit as stock in every request."
+    runs = f"{len(same)} of {len(alike)} runs"
+    yield f"{ATTENTION_ONLY}: {runs} have the hits of stock in every request."
 
 
 def describe(row: Row) -> str:

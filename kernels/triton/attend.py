@@ -88,7 +88,7 @@ def _attend_tile(  # type: ignore[no-untyped-def]
                 sums cost more than all else.
             scale_exp: int32, float32's exponent of the largest scale.
             acc0 to acc3: float32 [dims / 4, rows], sums of weights times scales times codes of
-                every fourth dim. Times `2^(14 - scale_exp)` and the code's unit.
+                every fourth dim, stored times `2^(14 - scale_exp)` and the unit of a code.
         query: fp16 [dims / 2, rows] of even and of odd dims; float32 [rows], factor of the
             scores, to base 2 unless SOFT_CAP; int32 [rows], with MASKED: the positions, negative
             before the first key.

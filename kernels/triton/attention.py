@@ -140,7 +140,8 @@ def paged_attention(
     # Loads are 16 bytes wide, and every plane starts at a multiple of 16 bytes if the pages do.
     if cache.stride(0) % 16 or cache.data_ptr() % 16:
         raise inputs.invalid(
-            inputs.ATTENTION, "cache", cache, "of blocks at multiples of 16 bytes, the first at",
+            inputs.ATTENTION, "cache", cache,
+            "at an address and with a block stride that are multiples of 16 bytes; its address is",
             cache.data_ptr(),
         )  # fmt: skip
     requests = seq_lens.shape[0]

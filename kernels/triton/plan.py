@@ -24,8 +24,8 @@ INTERPRETED_PROCESSORS = 4
 """The number of multiprocessors assumed without a GPU."""
 
 MIN_TILES_CAPACITY = 128
-"""Smallest number of row tiles that the planning kernel has room for. Its room is a power of two,
-and each one is another kernel to compile."""
+"""Smallest number of row tiles that the planning kernel has room for. The number is rounded up to
+a power of two, and each power compiles another kernel."""
 
 ITEMS_PER_PROGRAM = 256
 """Rows of the table of programs that are written at a time."""
@@ -75,7 +75,7 @@ def key_tiles(  # type: ignore[no-untyped-def]
 def _last_at_most(  # type: ignore[no-untyped-def]
     table_ptr, group, count, steps, target, BLOCK_M: tl.constexpr = 1
 ):
-    """Return for each number the last i < count with `table[i] <= target`, by bisection.
+    """Return for each element of `target` the last i < count with `table[i] <= target`.
 
     With BLOCK_M the table is `query_start_loc`, and the first row tile of request i is compared:
     `table[i] * group // BLOCK_M + i`, which leaves room for every request's last partial tile.
@@ -118,7 +118,7 @@ def _row_tiles(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _num_splits(num_key_tiles, total, target, MIN_TILES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the programs of row tiles, by their share of all `total` (int64) key tiles."""
+    """Return how many programs each row tile gets, by its share of all `total` key tiles."""
     wanted = ((num_key_tiles.to(tl.int64) * target + total - 1) // total).to(tl.int32)
     return tl.maximum(tl.minimum(wanted, (num_key_tiles + MIN_TILES - 1) // MIN_TILES), 1)
 
@@ -151,7 +151,7 @@ def plan_kernel(  # type: ignore[no-untyped-def]
     `N` key tiles gets `ceil(target n / N)` programs, at least one and at most
     `ceil(n / MIN_TILES)`. Programs then have equal work, and there are at most `target` plus one
     for each row tile. Only row tiles with several splits leave partial results. They have
-    `n / N > 1 / target`, so their splits are fewer than `2 target`.
+    `n / N > 1 / target`, so together they have fewer than `2 target` splits.
 
     Args:
         query_start_loc_ptr: int32 [num_reqs + 1].
@@ -217,7 +217,7 @@ class LaunchPlan:
         made_for: Requests, query tokens, heads, KV heads, head size, causal, window.
         tiling: The tile sizes of a program.
         items: int32 [programs, FIELDS].
-        merged_rows: Largest number of rows of a partial result in use.
+        merged_rows: The most rows of a partial result that are used.
         partial_out: float32 [parts, H, rows, D], scratch. Without splits there are no rows,
             otherwise `tiling.block_m`, because each number of rows is another kernel to compile.
         partial_lse: float32 [parts, H, rows], scratch, base 2.

@@ -62,7 +62,8 @@ def quantise_and_store_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     tok, head = row // HEADS, row % HEADS
     slot = tl.load(slots_ptr + tok * stride_slot, mask=row < num_rows, other=-1).to(tl.int64)
-    # A slot past the end would overwrite another tensor, and a kernel cannot raise.
+    # A row whose slot is past the end is skipped, because it would overwrite another tensor and a
+    # kernel cannot raise.
     mask_row = (slot >= 0) & (slot < num_slots)
     slot = tl.where(mask_row, slot, 0)
     in_page = slot % PAGE
@@ -148,7 +149,7 @@ def quantise_and_store(
     # Scales and zeros are stored as 16-bit words.
     if blocks > 1 and cache.stride(0) % 2:
         raise inputs.invalid(
-            inputs.STORE, "cache", cache, "of blocks an even number of bytes apart"
+            inputs.STORE, "cache", cache, "with an even number of bytes between blocks"
         )
     if debug:
         if num_tokens and int(slot_mapping.max()) >= num_slots:

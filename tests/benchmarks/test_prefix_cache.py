@@ -131,7 +131,7 @@ def test_attention_only_models_must_hit_the_same_in_every_request() -> None:
     assert faults(rows) == []
     rows[1]["hits_digest"] = "other requests, as many tokens"
     assert len(faults(rows)) == 1
-    assert f"{ATTENTION_ONLY}: 0 of 1 runs hit as stock in every request." in report(rows)
+    assert f"{ATTENTION_ONLY}: 0 of 1 runs have the hits of stock in every request." in report(rows)
 
 
 def test_a_step_counts_as_slow_only_if_it_is_slow_in_most_rounds() -> None:

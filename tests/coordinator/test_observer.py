@@ -272,10 +272,9 @@ def test_a_warning_comes_if_most_cached_tokens_are_lost_over_100_requests(log, f
     assert not log(logging.WARNING)
     send(manager, request, 1, hit=64)
     assert log(logging.WARNING) == [
-        "The last 100 requests recomputed 19200 of the 25600 prompt tokens (75 %) that "
-        "full_attention had in the prefix cache, 19200 of them because KV groups of kind mamba "
-        "could not serve them; try the hybrid_kv setting coordinator=hybrid_aware and "
-        "prefix_match_unit=auto"
+        "In the last 100 requests, full_attention had 25600 prompt tokens in the prefix cache, but "
+        "19200 (75 %) were recomputed, 19200 of these because KV groups of kind mamba had not "
+        "cached them; try the hybrid_kv setting coordinator=hybrid_aware and prefix_match_unit=auto"
     ]
     send(manager, request, 200, hit=64)
     clock(599.0)

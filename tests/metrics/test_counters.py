@@ -53,7 +53,7 @@ def test_the_counters_have_their_own_file_whose_disk_space_is_allocated_at_once(
     (path,) = tmp_path.iterdir()
     # Writing to a hole of a mapped file on a full disk would kill the process.
     assert path.stat().st_blocks * 512 >= FILE_BYTES
-    # vLLM's own counters have the other name.
+    # vLLM's own counters have that prefix, so ours need another name.
     assert path.name != f"counter_{os.getpid()}.db"
     assert path.name.startswith("counter_")
 

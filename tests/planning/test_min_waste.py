@@ -71,7 +71,8 @@ PLANS = {
         [mla(), window(64, 1_024, 1), attention(64, 4_000, 1)],
         [(448, None), (448, 516_096), (128, 516_096)],
     ),
-    # 64 rows of 584 bytes, rounded up to 576: 37,440. Nine times as many need no rounding.
+    # 64 rows of 584 bytes, rounded up to a multiple of 576: 37,440. Nine times as many need no
+    # rounding.
     "MLA is padded by its alignment": (
         [mla(row=584, alignment=576), state(2 * 64 * 584)],
         [(128, 74_880), (16, 74_880)],
@@ -159,7 +160,7 @@ THREE_KINDS = named(
 )
 
 
-def test_a_thousandth_of_the_pool_is_not_worth_longer_blocks():
+def test_less_than_a_percent_of_the_pool_is_not_worth_longer_blocks():
     exact = unify_with_least_waste(THREE_KINDS, tolerance=0.0)
     unified = unify_with_least_waste(THREE_KINDS)
     assert share_wasted(THREE_KINDS, exact) < share_wasted(THREE_KINDS, unified) <= 0.01
@@ -180,7 +181,7 @@ def test_padded_blocks_are_no_longer_than_max_model_len():
 
 def test_layers_keep_fields_that_vllm_does_not_compare():
     if not hasattr(attention(), "is_draft"):
-        pytest.skip("from vLLM 0.33 on")
+        pytest.skip("needs vLLM 0.33")
     specs = {"target": attention(), "draft": attention(is_draft=True), "state": state(50_000)}
     unified = unify_with_least_waste(specs)
     assert unified["target"] == unified["draft"]

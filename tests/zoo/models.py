@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One published configuration for every architecture, with the fields that decide its KV cache.
+"""A configuration for every architecture, with the fields that decide its KV cache.
 
-Sources, in this order: `SIZES` has fields of published checkpoints; `tests.zoo.language_models`
-names another architecture with the same configuration; otherwise the defaults of the config class
-in transformers or vLLM apply.
+An architecture that `tests.zoo.language_models` maps to another one has the configuration of that
+one. The others have fields of published checkpoints in `SIZES`, or the defaults of the config class
+in transformers or vLLM.
 """
 
 from __future__ import annotations

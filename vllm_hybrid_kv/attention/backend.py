@@ -44,7 +44,8 @@ def refuse_rocm_gpu(name: str) -> str | None:
     """Return why no kernel runs on an AMD GPU, such as `gfx90a:sramecc+:xnack-`, or None."""
     if name.split(":")[0] in ROCM_GPUS:
         return None
-    # Value codes are fp16 subnormals: gfx90a multiplies them as zeros. RDNA was never compiled.
+    # Value codes are fp16 subnormals: gfx90a multiplies them as zeros. The kernels were never
+    # compiled for RDNA.
     return f"of AMD's GPUs the k8v4 kernels run on {' and '.join(ROCM_GPUS)}, not on {name}"
 
 

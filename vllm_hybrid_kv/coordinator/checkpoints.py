@@ -26,8 +26,8 @@ CANDIDATES = 128
 TRACKED = 1024
 """Evicted checkpoints that are still tracked, in addition to three times the pinned ones."""
 
-PRICE_MEMORY = 0.95
-"""The price of a block is an average over about the last twenty evictions."""
+PRICE_DECAY = 0.95
+"""The weight of the old price of a block at an eviction: an average over about the last twenty."""
 
 
 class CheckpointKind(Enum):
@@ -55,14 +55,14 @@ class Checkpoint:
 
     Attributes:
         key: The hash of the prefix that ends here.
-        place: Its kind when it was entered.
+        place: Its kind when it was registered.
         blocks: Ids of the attention blocks that a hit needs, of all groups.
-        parent: The longest shorter checkpoint that was pinned when this one was entered.
-        last_use: When it was entered or used last, counted in requests.
+        parent: The longest pinned checkpoint before it when it was registered.
+        last_use: When it was registered or used last, counted in requests.
         uses: Requests that resumed here, or would have if it had not been evicted.
         since: Its age when it became of its present kind.
         supersedes: Whether reuse of its parent is unlikely now.
-        answered: The last position in the answer after it where a state could be kept, or 0.
+        answered: If an answer followed, its last position where a state could be kept; otherwise 0.
         extensions: Pinned checkpoints that supersede this one as their parent.
         pinned: Whether it is in the cache. Evicted checkpoints are tracked for a while.
         slot: Its index in the list of pinned checkpoints.
@@ -153,7 +153,7 @@ class Checkpoints:
     def arrive(self, hashes: Sequence[BlockHash], limit: int) -> Checkpoint | None:
         """Record a new request, and return the longest tracked checkpoint of its prompt.
 
-        No checkpoint is at a hash of the prompt with the index `limit` or a higher one.
+        Only `hashes[:limit]` can be those of checkpoints.
         """
         self._now += 1
         longest = None
@@ -163,8 +163,8 @@ class Checkpoints:
                 continue
             longest = longest or checkpoint
             # The request uses the longest pinned checkpoint, and would have used all longer ones
-            # that were evicted. Ends of blocks precede any other checkpoint, so they count only if
-            # they are the longest.
+            # that were evicted. Every prompt passes ends of blocks before it reaches any other
+            # checkpoint, so they count only if they are the longest.
             returned = checkpoint is longest or checkpoint.place is not CheckpointKind.BOUNDARY
             if checkpoint.pinned:
                 self.counts["used", checkpoint.kind.value] += 1
@@ -252,7 +252,7 @@ class Checkpoints:
             worth = self._worth(checkpoint, lowest)
             if worth < lowest or (worth == lowest and checkpoint.slot < least.slot):
                 lowest, least = worth, checkpoint
-        self._price = PRICE_MEMORY * self._price + (1 - PRICE_MEMORY) * lowest
+        self._price = PRICE_DECAY * self._price + (1 - PRICE_DECAY) * lowest
         self.counts["evicted", least.kind.value] += 1
         if least.uses <= int(least.place is CheckpointKind.BRANCH):
             self.counts["evicted_unused", None] += 1
@@ -262,13 +262,13 @@ class Checkpoints:
     def _worth(self, checkpoint: Checkpoint, limit: float = math.inf) -> float:
         """Return the expected tokens of prefill saved per block and arriving request.
 
-        If that is more than `limit`, return a lower bound that is more than `limit`, if possible.
+        May return a lower bound instead if that already exceeds `limit`.
         """
         fallback = checkpoint.fallback()
         saved = checkpoint.tokens - (0 if fallback is None else fallback.tokens)
         age = age_range(self._now - checkpoint.last_use)
         saving = self._curves[checkpoint.kind].index[age] * saved
-        # As if no other checkpoint needed its blocks. Counting those is slow.
+        # A lower bound: all blocks count as its own. Counting those that others need is slow.
         bound = saving / (self._state_blocks + len(checkpoint.blocks))
         if bound > limit:
             return bound

@@ -66,8 +66,8 @@ class DecodeSnapshots:
         self._managers = managers
         self._pool = pool
         self._max_copies = pool.num_gpu_blocks // MAX_SHARE
-        # If hits end at whole blocks, vLLM keeps the states. With draft tokens, the state after the
-        # accepted ones is in any of several blocks.
+        # If hits end at whole blocks, vLLM keeps the states itself. With draft tokens, the block
+        # that has the state after the accepted ones is unknown.
         self._possible = all(
             alignment < manager.block_size and manager.num_speculative_blocks == 0
             for manager in managers.values()

@@ -46,9 +46,9 @@ class HybridAwareCoordinator(FixedPointCoordinator):
 
     **Where states are cached.** At the end of a prompt, rounded down to the match unit, because the
     next turn of a conversation resumes there. At the end of an answer, if answers return
-    (`DecodeSnapshots`). At a branch point, where a prompt leaves one seen before, once the second
-    request reveals it. vLLM also makes states at whole blocks. They are pinned if they are worth
-    more than the latest evictions, otherwise they may be overwritten.
+    (`DecodeSnapshots`). At a branch point, where a prompt starts to differ from an earlier one; it
+    is known only when the second prompt arrives. vLLM also makes states at whole blocks. They are
+    pinned if they are worth more than the latest evictions, otherwise they may be overwritten.
 
     **What is evicted first.** Blocks that help no checkpoint: attention after the last checkpoint,
     states of no checkpoint, duplicates of other requests' blocks. Then whole checkpoints, starting
@@ -151,8 +151,8 @@ class HybridAwareCoordinator(FixedPointCoordinator):
     def get_num_blocks_to_allocate(self, request_id: str, *args: Any, **kwargs: Any) -> int:
         """Return how many blocks a step of a request needs.
 
-        A state that is kept costs a block of each group, with which the request continues. If these
-        are not free, the state is evicted instead of preempting another request.
+        To keep a state, the request needs a new block of each state group to continue in. If none
+        is free, the state is evicted, so that no other request is preempted.
 
         vLLM also asks whether a whole waiting prompt would fit. Then blocks that running prompts
         still need count as taken. vLLM would start the prompt and preempt it later, which wastes
@@ -160,15 +160,15 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         """
         needed = super().get_num_blocks_to_allocate(request_id, *args, **kwargs)
         if kwargs.get("apply_admission_cap"):
-            # Loaded requests hold blocks too, but wait. If all holders wait, the next one must
-            # start with the free blocks, because no other request will free any.
+            # Requests that wait for a load hold blocks too, but do not run. If all holders wait,
+            # the next one must start with the free blocks, because no other request will free any.
             requests = [running.request for running in self._running.values()]
             scheduled = [one for one in requests if one.status is RequestStatus.RUNNING]
             if scheduled:
                 own = (STATES_OF_PROMPT - 1) * len(self._state_groups)
                 return needed + own + self._missing_blocks(scheduled)
         pool = self.block_pool
-        # More blocks than the pool has: the request must wait for the next step in any case.
+        # A request that needs more blocks than the pool has must wait in any case.
         needs_more = pool.get_num_free_blocks() < needed <= pool.num_gpu_blocks
         if needs_more and self._free_optional_states(request_id):
             needed = super().get_num_blocks_to_allocate(request_id, *args, **kwargs)
@@ -207,7 +207,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
                 keys.add(get_block_hash(block.block_hash))
             self.block_pool._maybe_evict_cached_block(block)
             freed = True
-        # Another request with the same prefix may have entered the checkpoint.
+        # Another request with the same prefix may have registered the checkpoint.
         for key in keys:
             self._queue.recheck(key)
         for running in self._running.values():
@@ -217,7 +217,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         return freed
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
-        """Cache a request's blocks, and enter the checkpoints that it has reached."""
+        """Cache a request's blocks, and register the checkpoints that it has reached."""
         if not self._cache_new_blocks(request, num_computed_tokens):
             return
         running = self._running.get(request.request_id) or self._start(request)
@@ -274,7 +274,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         return self._running.setdefault(request.request_id, Running(request, latest, len(hashes)))
 
     def _enter(self, running: Running, tokens: int, place: CheckpointKind) -> Checkpoint | None:
-        """Enter a checkpoint if its states are cached, and return it if it is pinned."""
+        """Register a checkpoint if its states are cached, and return it if it is pinned."""
         request = running.request
         units = tokens // self._unit
         if units > len(request.block_hashes):

@@ -292,13 +292,14 @@ class HitObserver:
         full = [kind.name for kind in self.kinds if kind.full_attention]
         setting = self._setting_for(worst)
         logger.warning(
-            "The last %d requests recomputed %d of the %d prompt tokens (%.0f %%) that %s had in "
-            "the prefix cache, %d of them because KV groups of kind %s could not serve them%s",
+            "In the last %d requests, %s had %d prompt tokens in the prefix cache, but %d "
+            "(%.0f %%) were recomputed, %d of these because KV groups of kind %s had not cached "
+            "them%s",
             len(recent),
-            lost,
-            reach,
-            100 * lost / reach,
             full[0] if full else "one kind of KV group",
+            reach,
+            lost,
+            100 * lost / reach,
             max(totals),
             worst.name,
             f"; try {setting}" if setting else "",

@@ -150,7 +150,7 @@ class Edit:
 class UnchangedTarget(Edit):
     """Changes nothing, but requires the supported source of a function that the plugin relies on.
 
-    The plugin uses private members of vLLM. The methods that own them are such targets.
+    The plugin uses private members of vLLM. Such targets are the methods that define them.
     """
 
     suffix = CHECKED
@@ -312,7 +312,7 @@ def _raise_if_any(failures: Iterable[str]) -> None:
 
 
 def _replace(new_by_id: Mapping[int, Any]) -> None:
-    """Replace objects in the globals of every module, given by id."""
+    """Replace the objects with these ids in the globals of every module."""
     for module, name, value in list(globals_among(new_by_id)):
         setattr(sys.modules[module], name, new_by_id[id(value)])
 

@@ -35,11 +35,12 @@ Bytes = npt.NDArray[np.int64]
 class LayerKind(ABC):
     """Layers with one spec, and the pages that they can have.
 
-    A planned page holds `k` present blocks, so the planned block has `k * block_size` tokens.
+    A planned page holds `k` blocks of the size before planning, so the planned block has `k *
+    block_size` tokens.
 
     Attributes:
         spec: The spec before planning.
-        unit: Bytes of the tokens of a present block, or of a state, without padding.
+        unit: Bytes of the tokens of a block before planning, or of a state, without padding.
         cap: Present blocks that hold the longest sequence. Page space beyond them is never written.
         least_page: The smallest possible page in bytes: the present one without padding.
         elastic: Whether every page from `least_page` up is possible.
@@ -62,7 +63,7 @@ class LayerKind(ABC):
 
     @abstractmethod
     def steps(self, low: int, high: int) -> Bytes:
-        """Return at least the pages from `low` to `high` at which the number of blocks grows.
+        """Return pages from `low` to `high`: all at which the number of blocks grows, or more.
 
         Kinds that are not elastic return at least all possible pages in that range.
         """
@@ -105,10 +106,10 @@ class LayerKind(ABC):
 
 @dataclass(frozen=True)
 class Padded(LayerKind):
-    """States (one block), and attention whose kernels take blocks of any multiple, then padded.
+    """States (one block), and attention whose kernels take any multiple of the block; padded.
 
-    vLLM splits a chunk of chunked local attention into whole blocks, so `whole` present blocks must
-    be a multiple of every planned block. Other layers have 0.
+    vLLM splits a chunk of chunked local attention into whole blocks. `whole` is the chunk in blocks
+    before planning, which every planned block must divide. Other layers have 0.
     """
 
     whole: int = 0
@@ -142,8 +143,9 @@ class Padded(LayerKind):
 class WholeBlocks(LayerKind):
     """Layers whose pages are multiples of one size, such as MLA, which is read in whole rows.
 
-    If kernels take a few block sizes and longer blocks are split into those, only a page without
-    padding can be split. Such a page can also be padded if a kernel takes the present block whole.
+    If kernels take a few block sizes, vLLM splits longer blocks into those, which needs a page
+    without padding. A page of one block before planning can be padded if a kernel takes that block
+    whole.
     """
 
     def blocks(self, pages: Bytes) -> Bytes:

@@ -42,7 +42,7 @@ class KnownRequest:
         tables: Block ids by group.
         tokens: Its tokens, including outputs that the scheduler does not know yet.
         prefixes: Numbers of their prefixes.
-        column: The column in its tables of the last written states, or None.
+        column: The column of its tables with the states written last, or None.
         accepted: Accepted draft tokens of the last step, plus one. The current state is
             `accepted - 1` columns further.
         is_new: Whether it has not run since it was scheduled first.
@@ -63,7 +63,7 @@ class Worker:
 
     A block holds what was written to it last, by any group. When a request runs, everything that
     its next token needs is checked: K and V of all positions that attention reaches, and the state
-    after exactly the tokens before.
+    after exactly the tokens that precede it.
     """
 
     def __init__(

@@ -137,7 +137,7 @@ def test_wrong_slots_and_odd_strides_write_nothing() -> None:
     for blocks, slots, message in (
         (cache, past, f"slot {10**12}, which is past the end of the cache, 3 blocks of 16 "),
         (cache, twice, "slot_mapping names slot 7 twice"),
-        (odd, right, "an even number of bytes apart, got .* strides .3201"),
+        (odd, right, "an even number of bytes between blocks, got .* strides .3201"),
     ):
         with pytest.raises(ValueError, match=message):
             quantise_and_store(rows, rows, blocks, slots, debug=True)

@@ -72,7 +72,7 @@ def test_the_perplexity_is_that_of_transformers(numbers, by_transformers):
 
 
 def test_a_quantised_cache_diverges_a_little_everywhere(numbers, work):
-    # Compared with the states of another position the divergence is 10 nats and more.
+    # If states were compared with those of another position, this would be 10 nats or more.
     auto, k8v4 = numbers["caches"]
     assert (auto["name"], k8v4["name"]) == ("auto", ALL_LAYERS)
     assert (auto["quantised_layers"], auto["unquantised_layers"]) == (0, 8)

@@ -114,7 +114,7 @@ def test_caches_are_measured_once_and_compared_with_the_reference(run, tmp_path)
     assert jobs[0]["states"] == jobs[1]["states"]
     assert jobs[0]["states"][1] == str(tmp_path / "auto" / "00001.safetensors")
     assert jobs[1]["engine"]["additional_config"] == {"hybrid_kv": {"boundary_layers": "0"}}
-    # An engine that starts again would fail.
+    # From here on every engine start fails, so the second run must use the stored results.
     (tmp_path / "auto" / "fails").touch()
     (again, _), _ = run.measure([AUTO, K8V4])
     assert again == auto

@@ -3,7 +3,7 @@
 
 To add a check, write a function here with `@check` and a test in
 tests/tools/doctor/test_checks.py, and list its name in docs/troubleshooting.md. A check yields
-findings. It stores values for `--json`, the text and later checks in `facts`. Import modules
+findings. It stores in `facts` what `--json`, the text and later checks need. Import modules
 inside the function: any import can fail or end the process, so checks with few imports come first.
 """
 
@@ -297,7 +297,10 @@ def patched(facts: Facts) -> Iterator[Finding]:
     names = [edit["name"] for patch in rows for edit in patch["edits"] if edit["why"]]
     names += [place["place"] for place in foreign if place["place"] not in names]
     if facts["refused"]:
-        message = f"this vLLM differs from the one that {NAME} supports, so nothing is patched"
+        message = (
+            f"this vLLM differs from the one that {NAME} supports, so nothing is patched; these "
+            "functions differ"
+        )
     elif not names:
         return
     elif facts["active"]:

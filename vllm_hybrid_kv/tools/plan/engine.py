@@ -137,7 +137,7 @@ class Model:
         return described_gpu() if self._device == GPU else nullcontext()
 
     def _configure(self, settings: dict[str, Any] | None = None) -> VllmConfig:
-        # With the default of EngineArgs, vLLM compares it with this machine's free memory.
+        # vLLM would compare the default of EngineArgs with this machine's free memory.
         arguments = {"gpu_memory_utilization": 0.1, **self._arguments}
         additional = dict(arguments.pop("additional_config", None) or {})
         section = {**additional.pop("hybrid_kv", {}), **self._settings, **(settings or {})}
@@ -254,7 +254,7 @@ class Model:
         return Engine(config, plan, *sizes, worker_plans)
 
     def check(self, engine: Engine) -> None:
-        """Raise the ValueError with which a server would not start with this plan."""
+        """Raise the ValueError that would stop a server with this plan at start-up, if any."""
         for stage, layers in self._stage_layers.items():
             check_plan(layers, engine.stage_kv_cache_configs[stage].kv_cache_groups)
         self._check_graphs(engine)
