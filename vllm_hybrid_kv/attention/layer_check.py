@@ -166,8 +166,10 @@ def check_views(layers: Mapping[str, BuiltLayer], caches: Mapping[str, torch.Ten
     problems = []
     for name, layer in layers.items():
         cache, spec = caches[name], layer.spec
-        slot = k8v4.slot_bytes(spec.head_size)
-        if layer.cache_dtype == CACHE_DTYPE and (
+        quantised = layer.cache_dtype == CACHE_DTYPE
+        # Other layers may have head sizes that k8v4 does not support.
+        slot = k8v4.slot_bytes(spec.head_size) if quantised else 0
+        if quantised and (
             cache.dtype != torch.uint8
             or cache.dim() != 4
             or (cache.shape[1], cache.shape[3]) != (spec.num_kv_heads, slot)
