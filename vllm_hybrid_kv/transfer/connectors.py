@@ -70,8 +70,8 @@ def check_connectors(vllm_config: VllmConfig, *, on_cpu: bool) -> None:
         if module:
             logger.warning_once(
                 "The KV connector %s of %s is not known to support %s pages. Use it only if it "
-                "copies whole pages and all its peers run this plugin, because a peer without it would "
-                "read garbage",
+                "copies whole pages and all its peers run this plugin, because a peer without it "
+                "would read garbage",
                 name,
                 module,
                 CACHE_DTYPE,
