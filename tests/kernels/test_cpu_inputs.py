@@ -120,7 +120,11 @@ def test_strides_of_dims_of_one_are_ignored() -> None:
     ("name", "value", "message"),
     [
         ("query", torch.zeros(3, 4, 64).double(), r"query must be bf16, fp16 or fp32 \[tokens, "),
-        ("query", torch.zeros(3, 5, 64), r"multiple of the cache's KV heads, 2, got torch.float32 \[3, 5, 6"),
+        (
+            "query",
+            torch.zeros(3, 5, 64),
+            r"multiple of the cache's KV heads, 2, got torch.float32 \[3, 5, 6",
+        ),
         ("query", torch.zeros(3, 4, 128)[..., ::2], "query must be .*, contiguous in its last dim"),
         ("cache", torch.zeros(2, 2, 16, 100), "cache must be uint8 .*, got torch.float32"),
         ("cache", cache_of(2, 2, 16, 99), r"100 bytes\] for head size 64, got .*, 16, 99\]"),
