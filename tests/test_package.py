@@ -73,7 +73,7 @@ def test_the_wheel_declares_its_requirements_and_entry_points(unpacked):
     needs = {
         need.partition(">")[0] for need in metadata.get_all("Requires-Dist") if ";" not in need
     }
-    assert needs == {"pluggy", "typer", "rich"}
+    assert needs == {"pluggy", "pydantic", "rich", "typer"}
     assert {"cpu", "cuda", "plot", "test"} <= set(metadata.get_all("Provides-Extra"))
     entry_points = (info / "entry_points.txt").read_text().split()
     assert entry_points == [

@@ -41,7 +41,7 @@ def evaluate(tmp_path, monkeypatch):
         (("--engine-args", "[1]"), "--engine-args: '[1]' is not a JSON object"),
         (("--engine-args", '{"max-num-seqs": 4, "model": "b"}'), "remove max_num_seqs, model"),
         (("--work", "data.txt/run"), "choose a writable folder with --work"),
-        (("--plot", "missing/out.png"), "--plot: missing/out.png is a folder, or its folder does"),
+        (("--plot", "missing/out.png"), "--plot: missing/out.png: No such file or directory"),
     ],
 )
 def test_wrong_input_is_reported_in_one_line(evaluate, arguments, message):
