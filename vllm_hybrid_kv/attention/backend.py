@@ -3,7 +3,7 @@
 
 A layer's cache is vLLM's uint8 view `[num_blocks, num_kv_heads, block_size, slot_bytes]`. The
 kernels treat each `[block_size, slot_bytes]` of it as one k8v4 region (see `kernels/k8v4.py`). vLLM
-does not depend on the arrangement inside: connectors and offloading move whole pages of bytes.
+does not depend on a region's arrangement, because connectors and offloading move whole pages.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def refuse_rocm_gpu(name: str) -> str | None:
     """Return why no kernel runs on an AMD GPU, such as `gfx90a:sramecc+:xnack-`, or None."""
     if name.split(":")[0] in ROCM_GPUS:
         return None
-    # Value codes are fp16 subnormals: gfx90a multiplies them as zeros. The kernels were never
+    # Value codes are fp16 subnormals, which gfx90a multiplies as zeros. The kernels were never
     # compiled for RDNA.
     return f"of AMD's GPUs the k8v4 kernels run on {' and '.join(ROCM_GPUS)}, not on {name}"
 
@@ -90,7 +90,7 @@ class K8V4AttentionBackend(AttentionBackend):
 
     @classmethod
     def supports_compute_capability(cls, capability: DeviceCapability) -> bool:
-        # What Triton compiles for.
+        # Triton compiles only for these GPUs.
         return (capability.major, capability.minor) >= (7, 5)
 
     @classmethod
@@ -120,10 +120,10 @@ class K8V4AttentionBackend(AttentionBackend):
 
 @dataclass
 class K8V4Metadata(AttentionMetadata):
-    """What the layers of one KV group share in a step. All tensors are on the device.
+    """The metadata that the layers of a KV group share in a step. All tensors are on the device.
 
-    The model runner's bounds on the host, which count rejected draft tokens as accepted, are never
-    used.
+    The model runner also has lengths on the host. They are never used, because they count rejected
+    draft tokens as accepted.
 
     Attributes:
         num_tokens: Tokens of the step, including those that pad a captured graph.
@@ -132,8 +132,8 @@ class K8V4Metadata(AttentionMetadata):
         seq_lens: int32 [B], exact lengths including the step's tokens.
         block_table: int32 [B, max blocks].
         causal: Whether a query attends only to its own and earlier positions.
-        plans: The kernels' work plans by the layer parameters that they depend on. The first layer
-            that needs a plan makes it.
+        plans: The kernels' work plans, by the layer parameters that a plan depends on. The first
+            layer that needs a plan makes it.
     """
 
     num_tokens: int
@@ -149,7 +149,7 @@ class K8V4MetadataBuilder(AttentionMetadataBuilder[K8V4Metadata]):
     """Builds a step's metadata for both model runners of vLLM.
 
     The first layer plans the work on the device, from tensors that the runner writes for every
-    step. A captured graph contains the planning and so follows lengths that change.
+    step. A captured graph contains the planning, so replays use the current lengths.
     """
 
     # Groups of equal specs differ only in their block tables.
@@ -231,7 +231,7 @@ class K8V4MetadataBuilder(AttentionMetadataBuilder[K8V4Metadata]):
     def update_block_table(
         self, metadata: K8V4Metadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
     ) -> K8V4Metadata:
-        """Return the metadata of another KV group with the same spec, which shares the plans."""
+        """Return metadata for another KV group of the same spec. Both groups share the plans."""
         return replace(metadata, block_table=blk_table)
 
     def update_draft_decode_metadata(self, metadata: K8V4Metadata) -> None:
@@ -284,7 +284,7 @@ class K8V4AttentionImpl(AttentionImpl[K8V4Metadata]):
         self._kernels: Kernels | None = None
 
     def _kernels_for(self, tensor: torch.Tensor) -> Kernels:
-        # Not in the constructor: weights may move to another device after it.
+        # The constructor cannot choose, because weights may move to another device later.
         if self._kernels is None:
             self._kernels = kernels_for(tensor.device, STATE.settings)
         return self._kernels
@@ -303,7 +303,7 @@ class K8V4AttentionImpl(AttentionImpl[K8V4Metadata]):
             layer: The attention layer.
             key, value: [T, num_kv_heads, head_size]; T is at least the number of slots.
             kv_cache: uint8 [num_blocks, num_kv_heads, block_size, slot_bytes].
-            slot_mapping: int64 slots; a negative one is not written.
+            slot_mapping: int64 slot of each token. Tokens with a negative slot are not stored.
         """
         self._kernels_for(kv_cache).store(key, value, kv_cache, slot_mapping)
 

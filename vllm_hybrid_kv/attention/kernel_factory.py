@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Kernels(ABC):
     """Stores and attends on one kind of device, with the functions of a package of kernels.
 
-    In debug mode slots and block tables are checked, except while a graph is captured, because the
-    check waits for a GPU. `paged_attention` also gets the `options`.
+    In debug mode, the kernels check slots and block tables. They cannot do so while a graph is
+    captured, because the check waits for the GPU. `options` are passed on to `paged_attention`.
     """
 
     def __init__(self, module: Any, *, debug: bool, **options: Any) -> None:
@@ -41,9 +41,9 @@ class Kernels(ABC):
         *,
         max_requests: int,
     ) -> None:
-        """Compile what the layers of a KV group will call, and compare it with known answers.
+        """Compile the kernels of a KV group's layers, and compare their results with known answers.
 
-        `dtype` is that of queries, keys and values. A step has at most `max_requests` requests.
+        Queries, keys and values have the dtype `dtype`. A step has at most `max_requests` requests.
 
         Raises:
             HybridKVKernelError: A kernel's result is wrong.
@@ -51,7 +51,7 @@ class Kernels(ABC):
 
     @abstractmethod
     def reserve(self, layer: K8V4AttentionImpl, device: torch.device) -> None:
-        """Allocate the scratch memory of any step of a layer, while vLLM profiles memory."""
+        """Allocate scratch memory for any step of a layer, while vLLM profiles memory."""
 
     @abstractmethod
     def plan(self, layer: K8V4AttentionImpl, metadata: K8V4Metadata, cache: torch.Tensor) -> Any:
@@ -78,7 +78,7 @@ class Kernels(ABC):
     ) -> None:
         """Attend to the cache; see the kernels' `paged_attention`."""
         capturing = is_capturing(query.device)
-        # A graph must make the plan itself; an earlier plan would hold the lengths at capture.
+        # A graph must contain the planning. An earlier plan would freeze the lengths at capture.
         key = (layer.num_heads, layer.sliding_window, capturing)
         plan = metadata.plans.get(key)
         if plan is None:
@@ -110,8 +110,8 @@ class Kernels(ABC):
     ) -> None:
         """Test each different variant once in this process; see `known_answer.require`.
 
-        `variants` has the kernels that each layer calls. For a number of query heads per KV head,
-        `batches` returns the new tokens of the requests of each batch, and its attention kernel.
+        `variants` has each layer's variant. `batches` takes the number of query heads per KV head.
+        For each batch, it returns the new tokens per request and the attention kernel to test.
         """
         store = self._module.quantise_and_store
         for name, variant in variants.items():
@@ -132,7 +132,7 @@ def is_capturing(device: torch.device) -> bool:
 def variant_of(
     layer: K8V4AttentionImpl, page_size: int, dtype: torch.dtype, num_kv_heads: int
 ) -> known_answer.Variant:
-    """Return the kernels that a layer calls, tested with `num_kv_heads` and pages in tokens."""
+    """Return a layer's kernel variant, to test with this number of KV heads and page tokens."""
     return known_answer.Variant(
         layer.head_size,
         num_kv_heads * (layer.num_heads // layer.num_kv_heads),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares what every attention layer reads and writes with its pages.
+"""Compares the page layout of every attention layer with the pages that it gets.
 
 A layer fixes its page layout when it is built. Its pages are planned from the specs of the layers
-that own a cache. If the two differ, the layer reads bytes of another meaning without an error.
+that own a cache. If the two layouts differ, the layer misreads its pages without an error.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ LAYOUT = {
     "slot size in bytes": "state_content_size_bytes",
     "number of tokens in a slot": "tokens_per_state",
 }
-"""What decides the bytes of a page: the words for messages, and the attribute of the spec."""
+"""The spec attributes that determine a page's bytes, by the words that messages use for them."""
 
 
 class LayerPagesError(HybridKVError):
-    """A layer would read or write pages of another layout than its own."""
+    """A layer would read or write pages whose layout differs from its own."""
 
     def __init__(self, disagreements: Sequence[str]) -> None:
         super().__init__(f"{'; '.join(disagreements)}. {ADVICE}")
@@ -60,13 +60,13 @@ class LayerPagesError(HybridKVError):
 
 @dataclass(frozen=True)
 class BuiltLayer:
-    """What an attention layer was built to read and write.
+    """The backend and the page layout with which an attention layer was built.
 
     Attributes:
         backend: Name of its backend.
         cache_dtype: Its KV cache dtype, by vLLM's name.
-        spec: The spec of its own pages; block size and padding are not compared.
-        target: Name of the layer whose pages it uses; None if it owns its pages.
+        spec: The spec that the layer expects. Its block size and padding are not compared.
+        target: Name of the layer whose pages it uses, or None if it owns its pages.
     """
 
     backend: str
@@ -113,7 +113,7 @@ def check_k8v4_layers(layers: Mapping[str, Any]) -> None:
 def check_plan(layers: Mapping[str, BuiltLayer], groups: Iterable[KVCacheGroupSpec]) -> None:
     """Compare every layer of a rank with the KV cache group that it reads and writes.
 
-    The groups may list the layers that share pages or not.
+    The groups need not list the layers that use another layer's pages.
 
     Raises:
         LayerPagesError: A layer and its pages differ. The message names all such layers.
@@ -144,7 +144,7 @@ def check_plan(layers: Mapping[str, BuiltLayer], groups: Iterable[KVCacheGroupSp
         if layer.target is not None:
             pages = f"the pages of layer {owner}"
             if owner in per_layer:
-                # vLLM's model runners look up the layer in the group's specs: a KeyError.
+                # vLLM's model runners look up the layer in the group's specs: it is missing there.
                 differences.append(
                     "vLLM does not share pages in a KV cache group whose layers have pages of "
                     "different sizes, as with --disable-hybrid-kv-cache-manager"
@@ -161,7 +161,7 @@ def check_views(layers: Mapping[str, BuiltLayer], caches: Mapping[str, torch.Ten
     A k8v4 layer's pages are uint8 [blocks, KV heads, block size, slot].
 
     Raises:
-        LayerPagesError: A tensor has another layout. The message contains the numbers.
+        LayerPagesError: A tensor has another layout. The message contains both layouts.
     """
     problems = []
     for name, layer in layers.items():
@@ -201,7 +201,7 @@ def _location(cache: torch.Tensor) -> str:
 
 
 def _differences(layer: BuiltLayer, planned: KVCacheSpec) -> list[str]:
-    """Describe how a layer's own pages differ from the planned ones, its own value first."""
+    """Describe how the pages that a layer expects differ from the planned pages."""
     own = layer.spec
     found = []
     is_k8v4 = layer.cache_dtype == CACHE_DTYPE

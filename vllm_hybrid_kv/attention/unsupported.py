@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers and models that a k8v4 cache cannot serve, refused before a server starts.
+"""Refuses layers and models that a k8v4 cache cannot serve, before a server starts.
 
-Each message ends with advice that works. If the reason applies to some layers, it is to leave all
-of them unquantised; if it applies to the whole model, vLLM would only stop at the next layer.
+Each message ends with advice that works. It names all layers to leave unquantised, unless the
+reason applies to the whole model: vLLM would then stop at the next layer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ADVICE = "serve the model with --kv-cache-dtype auto"
 class Refusal(NamedTuple):
     """Why a layer cannot be served, and what to do.
 
-    If it is skippable, it also helps to leave this layer and others of its type unquantised.
+    If `skippable`, it also helps to leave this layer and others of its type unquantised.
     """
 
     reason: str
@@ -99,7 +99,7 @@ def refuse_implementation(
     The names are vLLM's; `extra` has the parameters that this backend does not implement.
     """
     if kv_cache_dtype != CACHE_DTYPE:
-        # The patch of `Attention.__init__` prevents this; skipping more layers changes nothing.
+        # The patch of `Attention.__init__` prevents this. Skipping more layers would not help.
         reason = f"its KV cache dtype is {kv_cache_dtype}, but the k8v4 backend was selected for it"
         return Refusal(reason, _serve_unquantised(head_size))
     if alibi_slopes is not None:
@@ -134,7 +134,7 @@ def _refuse_type(attn_type: str) -> Refusal | None:
     attn_type = str(getattr(attn_type, "value", attn_type))
     if attn_type == "decoder":
         return None
-    # Not skippable: vLLM selects the backend of these layers without looking at the skipped ones.
+    # Not skippable, because vLLM selects a backend for this type even if the layer is skipped.
     return Refusal(f"attention type {attn_type!r} is not decoder self-attention")
 
 
@@ -164,13 +164,13 @@ def _serve_unquantised(head_size: int) -> str:
     if head_size not in _cpu_head_sizes():
         sizes = ", ".join(map(str, _cpu_head_sizes()))
         return f"serve the model on a GPU: vLLM's own CPU kernels only take heads of {sizes}"
-    # The condition of those kernels for an fp8 cache.
+    # vLLM's CPU kernels take an fp8 cache on this condition.
     fp8 = head_size % 32 == 0 and torch.cpu._is_avx512_supported()
     return f"{ADVICE} or fp8" if fp8 else ADVICE
 
 
 def _cpu_head_sizes() -> list[int]:
-    """Return the head sizes that vLLM's CPU kernels take. Its backend's list lacks 48."""
+    """Return the head sizes that vLLM's CPU kernels take. The list of vLLM's backend lacks 48."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     return sorted({48, *CPUAttentionBackend.get_supported_head_sizes()})
@@ -215,7 +215,7 @@ def _advice_for(layer: str, refusal: Refusal) -> str:
 
 
 def _layers_like(index: int, config: VllmConfig | None) -> set[int]:
-    """Return the layers of this one's type in the configuration; only it if all have one type."""
+    """Return the layers of the same type as a layer, or only this layer if all have one type."""
     text_config = config.model_config.hf_text_config if config and config.model_config else None
     types = getattr(text_config, "layer_types", None) or []
     if index >= len(types) or len(set(types)) == 1:

@@ -27,7 +27,7 @@ class GroupedBlockMap(BlockHashToBlockMap):
 
     def __init__(self) -> None:
         self._groups: defaultdict[bytes, dict[BlockHash, KVCacheBlock]] = defaultdict(dict)
-        # Only for hashes with several blocks: the blocks by id, in the order of insertion.
+        # For each hash that several blocks have: the blocks by id, in the order of insertion.
         self._copies: dict[BlockHashWithGroupId, dict[int, KVCacheBlock]] = {}
 
     @property
@@ -36,7 +36,7 @@ class GroupedBlockMap(BlockHashToBlockMap):
         return _FlatView(self)
 
     def group(self, group_id: int) -> dict[BlockHash, KVCacheBlock]:
-        """Return the first cached block by hash of one group. Callers must not change it."""
+        """Return one group's dictionary from hash to block. Callers must not change it."""
         return self._groups[group_id.to_bytes(_GROUP_ID_BYTES, "big")]
 
     def get_one_block(self, key: BlockHashWithGroupId) -> KVCacheBlock | None:
@@ -77,7 +77,7 @@ class GroupedBlockMap(BlockHashToBlockMap):
 
 
 class _FlatView(UserDict[BlockHashWithGroupId, "KVCacheBlock | dict[int, KVCacheBlock]"]):
-    """A copy of the map as vLLM's dictionary. Changes of the copy also change the map.
+    """A copy of the map as one dictionary like vLLM's. A change of the copy changes the map too.
 
     Each key has one block, or a dictionary of blocks by id.
     """
@@ -106,7 +106,7 @@ class _FlatView(UserDict[BlockHashWithGroupId, "KVCacheBlock | dict[int, KVCache
 
 
 def install_grouped_map(pool: BlockPool) -> None:
-    """Replace a pool's map by a `GroupedBlockMap` with its contents, unless it already is one."""
+    """Replace a pool's map by a `GroupedBlockMap` with equal contents, unless it is one."""
     blocks = pool.cached_block_hash_to_block
     if not isinstance(blocks, GroupedBlockMap):
         grouped = pool.cached_block_hash_to_block = GroupedBlockMap()

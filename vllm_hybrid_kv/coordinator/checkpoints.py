@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoints of a cache: which blocks each one pins, and which is evicted first."""
+"""The checkpoints of a cache: which blocks they pin, and which checkpoint is evicted first."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ FADE_INTERVAL = 8192
 """Requests after which earlier observations count half."""
 
 CANDIDATES = 128
-"""The sample size for eviction, as in LHD (NSDI'18): its time must not grow with the cache."""
+"""Pinned checkpoints that an eviction samples, as in LHD (NSDI'18), to bound its time."""
 
 TRACKED = 1024
-"""Evicted checkpoints that are still tracked, in addition to three times the pinned ones."""
+"""How many evicted checkpoints are tracked, in addition to three per pinned checkpoint."""
 
 PRICE_DECAY = 0.95
-"""The weight of the old price of a block at an eviction: an average over about the last twenty."""
+"""The weight of the old block price at each eviction: averages about the last 20 evictions."""
 
 
 class CheckpointKind(Enum):
-    """What is known of a checkpoint. The probability of reuse is learned for each kind."""
+    """The kind of a checkpoint. The probability of reuse is learned for each kind."""
 
-    # Members are singletons. Enum's own hash is that of the name, and slower.
+    # Members are singletons, so the object's hash suffices. Enum hashes names, which is slower.
     __hash__ = object.__hash__
 
     SHORT = "short prompt"
@@ -55,15 +55,15 @@ class Checkpoint:
 
     Attributes:
         key: The hash of the prefix that ends here.
-        place: Its kind when it was registered.
-        blocks: Ids of the attention blocks that a hit needs, of all groups.
-        parent: The longest pinned checkpoint before it when it was registered.
+        place: Its kind when it was registered. `kind` is its current kind.
+        blocks: Ids of the attention blocks, over all groups, that a hit needs.
+        parent: The longest checkpoint of a shorter prefix that was pinned at registration.
         last_use: When it was registered or used last, counted in requests.
         uses: Requests that resumed here, or would have if it had not been evicted.
-        since: Its age when it became of its present kind.
-        supersedes: Whether reuse of its parent is unlikely now.
-        answered: If an answer followed, its last position where a state could be kept; otherwise 0.
-        extensions: Pinned checkpoints that supersede this one as their parent.
+        since: Its age when it changed to its current kind.
+        supersedes: Whether reuse of its parent is unlikely while this checkpoint is pinned.
+        answered: Tokens up to the last possible copy of a state in the answer after it, or 0.
+        extensions: Pinned checkpoints that supersede this one, which is their parent.
         pinned: Whether it is in the cache. Evicted checkpoints are tracked for a while.
         slot: Its index in the list of pinned checkpoints.
     """
@@ -84,7 +84,7 @@ class Checkpoint:
 
     @property
     def superseded(self) -> bool:
-        """Whether one request resumed here and left a longer checkpoint, as in a conversation."""
+        """Whether only one request resumed here and left a longer one, as in a conversation."""
         return (
             len(self.extensions) == 1
             and self.uses <= 1
@@ -93,7 +93,7 @@ class Checkpoint:
 
     @property
     def kind(self) -> CheckpointKind:
-        """Its present kind."""
+        """The current kind."""
         if self.superseded:
             return CheckpointKind.SUPERSEDED
         return CheckpointKind.REUSED if self.uses > 1 else self.place
@@ -113,21 +113,21 @@ class Checkpoints:
 
         index(kind, age) x (tokens - tokens of its fallback) / blocks that only it needs
 
-    with the index of `ReuseCurve`. The unit is tokens of prefill saved per block and request. In
-    terms of Marconi (arXiv 2411.19379) this is FLOP efficiency with learned recency, in terms of
-    LHD (NSDI'18) hit density.
+    `index` is that of `ReuseCurve`. The result is in tokens of prefill saved per block and request.
+    Marconi (arXiv 2411.19379) would call it FLOP efficiency with learned recency, and LHD (NSDI'18)
+    hit density.
     """
 
     def __init__(self, state_blocks: int, block_tokens: int) -> None:
         """Start without checkpoints.
 
-        A state has `state_blocks` blocks over all groups, of `block_tokens` tokens each.
+        A state takes `state_blocks` blocks over all groups, of `block_tokens` tokens each.
         """
         self._state_blocks = state_blocks
         self._block_tokens = block_tokens
         self._random = random.Random(0)
         self.counts: Counter[tuple[str, str | None]] = Counter()
-        """Numbers of events by name and kind."""
+        """How often each event occurred, by event and kind of checkpoint."""
         self.clear()
 
     def clear(self) -> None:
@@ -135,7 +135,7 @@ class Checkpoints:
         self._tracked: dict[BlockHash, Checkpoint] = {}
         self.pinned: list[Checkpoint] = []
         self.pins: Counter[int] = Counter()
-        """By attention block, the pinned checkpoints that need it."""
+        """How many pinned checkpoints need an attention block, by block id."""
         self._curves = {kind: ReuseCurve(PRIOR.get(kind, 1.0)) for kind in CheckpointKind}
         self._now = 0
         self._price = 0.0
@@ -153,7 +153,7 @@ class Checkpoints:
     def arrive(self, hashes: Sequence[BlockHash], limit: int) -> Checkpoint | None:
         """Record a new request, and return the longest tracked checkpoint of its prompt.
 
-        Only `hashes[:limit]` can be those of checkpoints.
+        Only the first `limit` hashes are looked up.
         """
         self._now += 1
         longest = None
@@ -162,9 +162,9 @@ class Checkpoints:
             if checkpoint is None:
                 continue
             longest = longest or checkpoint
-            # The request uses the longest pinned checkpoint, and would have used all longer ones
-            # that were evicted. Every prompt passes ends of blocks before it reaches any other
-            # checkpoint, so they count only if they are the longest.
+            # The request uses the longest pinned checkpoint. It would have used any longer one
+            # that was evicted. A block boundary counts only if it is the longest checkpoint,
+            # because every prompt passes block boundaries on its way to other checkpoints.
             returned = checkpoint is longest or checkpoint.place is not CheckpointKind.BOUNDARY
             if checkpoint.pinned:
                 self.counts["used", checkpoint.kind.value] += 1
@@ -186,10 +186,10 @@ class Checkpoints:
         parent: Checkpoint | None,
         supersedes: bool = True,
     ) -> tuple[Checkpoint | None, tuple[int, ...] | None]:
-        """Track a checkpoint, and pin it unless it is the end of a block that does not pay.
+        """Track a checkpoint. Pin it, unless it is a block boundary that is worth too little.
 
-        A checkpoint that is pinned at the same prefix stays, but the end of a block is replaced by
-        any other place, which says more about the probability of reuse.
+        If a checkpoint is already pinned at this prefix, it stays. Only a block boundary is
+        replaced by another kind, because that kind says more about the probability of reuse.
 
         Args:
             key: The hash of the prefix that ends there.
@@ -200,9 +200,8 @@ class Checkpoints:
             supersedes: Whether reuse of the parent is unlikely once this one is pinned.
 
         Returns:
-            The checkpoint, pinned or only tracked, or None if nothing was entered. And the
-            attention blocks of a checkpoint that was unpinned because this one replaces it, or
-            None if there was none.
+            The checkpoint, pinned or only tracked, or None if it is not tracked. Then the attention
+            blocks of the block boundary that was unpinned at this prefix, or None if none was.
         """
         released = None
         pinned = self.pinned_at(key)
@@ -217,7 +216,7 @@ class Checkpoints:
             parent = parent.parent
         if place is CheckpointKind.PROMPT and tokens <= self._block_tokens:
             place = CheckpointKind.SHORT
-        # The second request with a prefix reveals its branch point.
+        # A branch point is found when a second request reaches it. That counts as a use.
         uses = int(place is CheckpointKind.BRANCH)
         checkpoint = self._tracked.get(key)
         if checkpoint is None:
@@ -268,7 +267,7 @@ class Checkpoints:
         saved = checkpoint.tokens - (0 if fallback is None else fallback.tokens)
         age = age_range(self._now - checkpoint.last_use)
         saving = self._curves[checkpoint.kind].index[age] * saved
-        # A lower bound: all blocks count as its own. Counting those that others need is slow.
+        # A lower bound counts all blocks as only its own. Finding the shared ones is slow.
         bound = saving / (self._state_blocks + len(checkpoint.blocks))
         if bound > limit:
             return bound
@@ -301,7 +300,7 @@ class Checkpoints:
     def _extend_parent(self, checkpoint: Checkpoint) -> None:
         parent = checkpoint.parent
         if parent is not None and checkpoint.supersedes:
-            # The parent's kind may change. Its wait until now counts for the old kind.
+            # The parent's kind may change, so record its wait so far for the old kind.
             self._record(parent, returned=False)
             parent.extensions.add(checkpoint)
 

@@ -14,9 +14,9 @@ from vllm.v1.request import Request
 from vllm_hybrid_kv.coordinator.checkpoints import Checkpoint
 
 INTERVAL = 64
-"""Tokens between two copies of a state. A copy costs about one decoding step of memory traffic, and
-linear attention computes in chunks of 64, so a request that resumes there has the same chunks as
-one that starts at 0."""
+"""Tokens between two copies of a state. A copy moves about as many bytes as one decoding step.
+Linear attention computes in chunks of 64 tokens, so a request that resumes at a copy has the same
+chunks as a request that starts at 0."""
 
 MAX_SHARE = 32
 """At most one block in 32 holds copies for decoding requests."""
@@ -27,14 +27,14 @@ class Running:
     """The progress of a request that holds blocks.
 
     Attributes:
-        latest: The checkpoint that it resumed at or entered last, except those at ends of blocks.
-        prompt_units: Hash units that were remembered when it started.
-        units: Computed hash units.
-        boundary: The checkpoint that it entered last at the end of a block.
+        latest: The checkpoint that it resumed at or registered last, except block boundaries.
+        prompt_units: Its hash units that were added to `SeenPrefixes` when it started.
+        units: Its hash units that are computed.
+        boundary: The checkpoint that it registered last at a block boundary.
         copies: The blocks with the latest copy of its states, one per group, or none.
-        copied: The tokens after which these states are.
-        partial: Group, block and tokens of its checkpoints that end inside a block.
-        cached: Cached whole attention blocks when `partial` was cached.
+        copied: After how many tokens the states were copied.
+        partial: Group, block and tokens of its checkpoints that end inside an attention block.
+        cached: How many whole attention blocks were cached when `partial` was cached last.
     """
 
     request: Request
@@ -50,24 +50,24 @@ class Running:
 
 
 class DecodeSnapshots:
-    """Copies the states of decoding requests, so that one is cached when a request ends.
+    """Copies the states of decoding requests, so that a copy is cached when a request ends.
 
     The end of an answer is not known in advance. So the state is copied every `INTERVAL` tokens,
     over the previous copy, into blocks that are held for the request. vLLM's own copy-on-write runs
-    the copy at the start of the step. Copies have the lowest priority for memory.
+    the copy at the start of the step. If a request lacks blocks, all copies are freed.
 
     Attributes:
         interval: Tokens between two copies.
     """
 
     def __init__(self, managers: dict[int, MambaManager], pool: BlockPool, alignment: int) -> None:
-        """Prepare for states with given managers by group, and hits of multiples of `alignment`."""
+        """Take the managers by state group. Hits are multiples of `alignment` tokens."""
         self.interval = math.lcm(INTERVAL, alignment)
         self._managers = managers
         self._pool = pool
         self._max_copies = pool.num_gpu_blocks // MAX_SHARE
-        # If hits end at whole blocks, vLLM keeps the states itself. With draft tokens, the block
-        # that has the state after the accepted ones is unknown.
+        # If hits end at whole blocks, vLLM keeps the states, so no copy is needed. With draft
+        # tokens, it is unknown which block has the state after the accepted tokens.
         self._possible = all(
             alignment < manager.block_size and manager.num_speculative_blocks == 0
             for manager in managers.values()
@@ -82,8 +82,8 @@ class DecodeSnapshots:
     def copy(self, running: Running, num_requests: int) -> None:
         """Copy the states of a decoding request, if they are available and there is room.
 
-        Call this before a step, when the request's blocks are allocated. Its blocks then hold the
-        states after all computed tokens, which is unknown later if steps are scheduled ahead.
+        Call this before a step, when the request's blocks are allocated. The blocks then hold the
+        states after all computed tokens. Later, steps scheduled ahead may have changed them.
         `num_requests` is the number of requests that hold blocks.
         """
         request = running.request
@@ -108,9 +108,9 @@ class DecodeSnapshots:
             manager._pending_cow_copies.append((source, copy))
 
     def cache(self, running: Running) -> bool:
-        """Cache the latest copy of a request that ends, and return whether it is cached.
+        """Cache the latest copy of a request that ends.
 
-        It is not if the request was aborted before the tokens up to there were known.
+        Return False if the request was aborted before all tokens of the copy were known.
         """
         if running.copied // self._pool.hash_block_size > len(running.request.block_hashes):
             return False

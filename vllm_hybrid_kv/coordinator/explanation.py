@@ -22,11 +22,11 @@ class KindHit:
     """How the groups of one kind affected a hit.
 
     Attributes:
-        name: vLLM's name, with the suffix `_draft` if its groups include draft layers.
+        name: vLLM's name of the kind, with the suffix `_draft` if its groups have draft layers.
         draft: Whether its groups include draft layers.
-        alone_tokens: The longest prefix that they could serve without the other groups. None if it
-            was not looked up, because neither metrics nor DEBUG lines are on.
-        lost_tokens: By how many tokens they shortened the hit.
+        alone_tokens: The longest prefix that its groups could serve without the other kinds. None
+            if it was not looked up, because neither metrics nor DEBUG lines are on.
+        lost_tokens: By how many tokens its groups shortened the hit.
     """
 
     name: str
@@ -47,8 +47,8 @@ class Explanation:
             up to then.
         unit_tokens: Hits are multiples of this many tokens.
         hit_tokens: Tokens read from the cache, without those that a KV connector loads.
-        reach_tokens: What full attention alone could serve. If there is no full-attention group,
-            the maximum over all kinds.
+        reach_tokens: The longest prefix that full attention alone could serve. If there is no
+            full-attention group, the longest prefix that any kind alone could serve.
         setting: A setting that may lengthen hits, if there is one.
     """
 
@@ -70,7 +70,7 @@ class Explanation:
 
     @property
     def limited_by(self) -> str | None:
-        """The kind that lost most tokens, if any lost some."""
+        """The kind that lost the most tokens, or None if no kind lost any."""
         worst = max(self.kinds, key=lambda kind: kind.lost_tokens)
         return worst.name if worst.lost_tokens else None
 

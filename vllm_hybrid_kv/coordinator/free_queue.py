@@ -19,7 +19,7 @@ from vllm_hybrid_kv.coordinator.checkpoints import Checkpoint, Checkpoints
 
 
 class CheckpointQueue(FreeKVCacheBlockQueue):
-    """vLLM's free queue, in which unpinned blocks come before those that a checkpoint pins.
+    """vLLM's free queue, in which unpinned blocks come before pinned blocks.
 
     vLLM takes blocks from the front. If there are too few unpinned blocks, checkpoints are evicted
     one after another until there are enough. The queue holds free blocks only, so no block of a
@@ -36,7 +36,7 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
         self._state_groups = state_groups
         self.unpinned: set[int] = {block.block_id for block in self.get_all_free_blocks()}
         """The free blocks that can be taken before any checkpoint is evicted."""
-        # The first block of the pinned part, or the tail of the list.
+        # The first block of the pinned part, or the tail of the list if that part is empty.
         self._first_pinned: Any = self.fake_free_list_tail
 
     def is_pinned(self, block: KVCacheBlock) -> bool:
@@ -51,7 +51,7 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
         )
 
     def recheck(self, key: BlockHash) -> None:
-        """Unpin the checkpoint at a prefix if a state is lost, otherwise pin its cached states."""
+        """Unpin the checkpoint at a prefix if it lost a state, otherwise pin its cached states."""
         checkpoint = self._checkpoints.pinned_at(key)
         if checkpoint is not None:
             states = self._pool.get_cached_block(key, self._state_groups)
@@ -68,16 +68,16 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
     def release(self, key: BlockHash, block_ids: Iterable[int]) -> None:
         """Move free blocks to the unpinned part, because the checkpoint at a prefix was unpinned.
 
-        Those of its attention blocks that another checkpoint pins stay in the pinned part.
+        Attention blocks that another checkpoint pins stay in the pinned part.
         """
         blocks = [self._pool.blocks[block_id] for block_id in block_ids]
         self.unpin([block for block in blocks if not self.is_pinned(block)])
-        # Look up each group alone, because one group's state may be lost, as after a failed load.
+        # Look up each group alone, because a failed load may have lost the state of one group.
         for group in self._state_groups:
             self.unpin(self._pool.get_cached_block(key, [group]) or ())
 
     def unpin(self, blocks: Iterable[KVCacheBlock]) -> None:
-        """Move the free ones among these blocks to the unpinned part."""
+        """Move those of the blocks that are free to the unpinned part."""
         for block in blocks:
             is_free = block.next_free_block is not None
             if is_free and block.block_id not in self.unpinned:
@@ -85,7 +85,7 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
                 self._insert_unpinned([block])
 
     def repin(self, blocks: Iterable[KVCacheBlock]) -> None:
-        """Move these blocks to the pinned part if they are in the unpinned part and now pinned."""
+        """Move those blocks of the unpinned part that are pinned now to the pinned part."""
         for block in blocks:
             if block.block_id in self.unpinned:
                 self.remove(block)
@@ -137,8 +137,8 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
             (pinned if is_pinned else unpinned).append(block)
             key = block.block_hash
             if not is_pinned and key is not None and get_group_id(key) in self._state_groups:
-                # Lookups may have returned this block for its state until vLLM moved the entry to
-                # the copy that the request continued with. Then the checkpoint is lost.
+                # vLLM may have moved this block's entry to the copy that the request continued
+                # with. The checkpoint of this state is then lost.
                 self.recheck(get_block_hash(key))
         self._insert_unpinned(unpinned)
         super().append_n(pinned)

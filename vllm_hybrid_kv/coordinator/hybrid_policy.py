@@ -25,17 +25,18 @@ from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
 from vllm_hybrid_kv.coordinator.traffic import AnswerReturns, SeenPrefixes
 
 SEEN_LIMITS = (1 << 16, 1 << 22)
-"""Bounds of the number of hashes remembered per generation, of at most 4 bytes each."""
+"""The least and the greatest capacity of `SeenPrefixes`, in hashes of 2 to 4 bytes each."""
 
 STATES_OF_PROMPT = 3
-"""Blocks of a group that a prompt may hold while it is computed: the states at the start and end of
-a chunk, and one that is kept. vLLM counts one for a waiting prompt."""
+"""Blocks per state group that a prompt may hold while it is computed: the states at the start and
+the end of a chunk, and one cached state. vLLM counts one block for a waiting prompt."""
 
 RARE = 0.25
-"""If fewer answers return in the next prompt, as with reasoning models, states are not copied."""
+"""If a smaller share of answers recurs in the next prompts, no states are copied. Next prompts of
+reasoning models, for example, omit the reasoning."""
 
 USUAL = 0.9
-"""If more answers return, the end of an answer supersedes that of its prompt."""
+"""If at least this share recurs, the end of an answer supersedes the end of its prompt."""
 
 
 PROMPT_ENDS = (CheckpointKind.PROMPT, CheckpointKind.SHORT)
@@ -44,19 +45,18 @@ PROMPT_ENDS = (CheckpointKind.PROMPT, CheckpointKind.SHORT)
 class HybridAwareCoordinator(FixedPointCoordinator):
     """A coordinator for models with states (Mamba, Gated DeltaNet) in cache mode `align`.
 
-    **Where states are cached.** At the end of a prompt, rounded down to the match unit, because the
-    next turn of a conversation resumes there. At the end of an answer, if answers return
-    (`DecodeSnapshots`). At a branch point, where a prompt starts to differ from an earlier one; it
-    is known only when the second prompt arrives. vLLM also makes states at whole blocks. They are
-    pinned if they are worth more than the latest evictions, otherwise they may be overwritten.
+    **Where states are cached.** The state at a prompt's end (rounded down to the match unit) is
+    cached, because the next turn of a conversation resumes there. The state at an answer's end is
+    cached if answers recur in the next prompts (`DecodeSnapshots`). The state at a branch point is
+    cached when a second prompt reveals the branch. vLLM also caches states at block boundaries.
+    These states are pinned only if they are worth at least as much as the latest evictions.
 
-    **What is evicted first.** Blocks that help no checkpoint: attention after the last checkpoint,
-    states of no checkpoint, duplicates of other requests' blocks. Then whole checkpoints, starting
-    with those that save the least compute for their memory (`Checkpoints`).
+    **Eviction order.** Blocks that no checkpoint needs are evicted first: attention blocks after
+    the last checkpoint, other states, and duplicates of other requests' blocks. Whole checkpoints
+    follow, starting with those that save the least compute for their memory (`Checkpoints`).
 
-    **What is unchanged.** The queue holds free blocks only. `FixedPointCoordinator` looks up hits,
-    in vLLM's hash map. Copy-on-write of partial blocks, preemption, events and connectors are
-    vLLM's own code.
+    **Unchanged.** The queue holds free blocks only. `FixedPointCoordinator` looks up hits in vLLM's
+    hash map. Copy-on-write of partial blocks, preemption, events and connectors are vLLM's code.
     """
 
     def __init__(self, **factory_args: Any) -> None:
@@ -84,13 +84,13 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         self._queue = pool.free_block_queue = CheckpointQueue(
             pool, self.checkpoints, self._state_groups
         )
-        # The manager calls the pool, which does not know about checkpoints.
+        # vLLM's manager evicts through the pool, so redirect that call to this coordinator.
         self._evict_blocks = pool.evict_blocks
         pool.evict_blocks = self.evict_blocks
 
     @staticmethod
     def suits(kv_cache_config: KVCacheConfig) -> bool:
-        """Whether a plan has attention, and states that are all in cache mode `align`."""
+        """Whether there are attention and state groups, and all states have cache mode `align`."""
         specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
         states = [spec for spec in specs if isinstance(spec, MambaSpec)]
         return 0 < len(states) < len(specs) and all(
@@ -125,8 +125,8 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         """Find the longest prefix that every group can serve, and the branch point after it.
 
         Returns:
-            The blocks of each group; the hit in tokens; and the tokens from there to the branch
-            point, where vLLM ends a chunk and keeps the state.
+            The blocks of each group; the hit in tokens; and the tokens from the end of the hit to
+            the branch point, or 0. vLLM ends a chunk at the branch point and keeps its state.
         """
         blocks, hit, _ = super().find_longest_cache_hit(block_hashes, max_cache_hit_length)
         units = self._seen.longest(block_hashes, max_cache_hit_length // self._unit)
@@ -151,17 +151,17 @@ class HybridAwareCoordinator(FixedPointCoordinator):
     def get_num_blocks_to_allocate(self, request_id: str, *args: Any, **kwargs: Any) -> int:
         """Return how many blocks a step of a request needs.
 
-        To keep a state, the request needs a new block of each state group to continue in. If none
-        is free, the state is evicted, so that no other request is preempted.
+        If the request keeps a state, it needs a new block of each state group to continue in. If no
+        block is free, the state is evicted, so that no other request is preempted.
 
-        vLLM also asks whether a whole waiting prompt would fit. Then blocks that running prompts
-        still need count as taken. vLLM would start the prompt and preempt it later, which wastes
-        what it had computed.
+        vLLM also asks whether a whole waiting prompt would fit. Blocks that running prompts still
+        need then count as taken. Otherwise, vLLM would start the prompt, preempt it later and waste
+        its computation.
         """
         needed = super().get_num_blocks_to_allocate(request_id, *args, **kwargs)
         if kwargs.get("apply_admission_cap"):
-            # Requests that wait for a load hold blocks too, but do not run. If all holders wait,
-            # the next one must start with the free blocks, because no other request will free any.
+            # Requests that wait for a load hold blocks too, but do not run. If no request runs,
+            # no blocks will be freed, so the prompt must start with the blocks that are free.
             requests = [running.request for running in self._running.values()]
             scheduled = [one for one in requests if one.status is RequestStatus.RUNNING]
             if scheduled:
@@ -192,13 +192,13 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         return missing
 
     def _free_optional_states(self, request_id: str) -> bool:
-        """Free states that a request need not keep, and all copies. Return whether any was."""
+        """Free states that a request need not keep, and all copies. Return whether any existed."""
         freed = False
         keys: set[BlockHash] = set()
         for group in self._state_groups:
             manager = self.single_type_managers[group]
             kept = manager._partial_hit_reqs.get(request_id)
-            # A request that is about to start needs the copy of what it hit.
+            # A request that has not started yet needs the copy of the state that it hit.
             if kept is None or request_id not in manager._allocated_block_reqs:
                 continue
             _, block = manager._partial_hit_reqs.pop(request_id)
@@ -230,8 +230,8 @@ class HybridAwareCoordinator(FixedPointCoordinator):
             )
             if cached != running.cached or num_computed_tokens <= request.num_prompt_tokens:
                 running.cached = cached
-                # vLLM replaces a block's entry at a shorter prefix by one at a longer prefix, but
-                # attention's pages still hold the shorter one.
+                # vLLM replaces a block's entry for a shorter prefix by one for a longer prefix. An
+                # attention block still holds the shorter prefix, so cache its entry again.
                 self._cache_partial(running)
         units = num_computed_tokens // self._unit
         if units <= running.units:
@@ -246,7 +246,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
             self._enter(running, tokens, CheckpointKind.BOUNDARY)
 
     def _prompt_ends(self, request: Request) -> set[int]:
-        """Return where the next turn, or with draft layers the same prompt, can resume."""
+        """Return where the next turn (or, with draft layers, the same prompt) can resume."""
         length = request.num_prompt_tokens
         drafts = bool(self.eagle_group_ids)
         end = get_mamba_prefill_checkpoint_position(
@@ -278,7 +278,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         request = running.request
         units = tokens // self._unit
         if units > len(request.block_hashes):
-            # With the lookahead of draft layers, a unit is hashed once the next tokens are known.
+            # With draft layers, a unit is hashed only once the tokens after it are known.
             return None
         key = request.block_hashes[units - 1]
         states = self.block_pool.get_cached_block(key, self._state_groups)
@@ -316,7 +316,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
     def _attention_blocks(self, request_id: str, tokens: int) -> list[int] | None:
         """Return the ids of the attention blocks that a hit of a request's first tokens needs.
 
-        None if a window has moved past some of them, or if they are not cached.
+        Return None if a window has moved past some of these blocks, or if some are not cached.
         """
         needed: list[int] = []
         for manager in self._attention_managers.values():
@@ -330,7 +330,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         return needed
 
     def _cache_partial(self, running: Running) -> None:
-        # The longest first, because a longer entry replaces a shorter one.
+        # Cache the longest prefix first, because a longer entry replaces a shorter one.
         for group, block, tokens in sorted(running.partial, key=lambda entry: -entry[2]):
             self.block_pool.cache_partial_block(
                 request=running.request,

@@ -31,8 +31,8 @@ class Reconciliation(NamedTuple):
         limit: The maximum hit in tokens.
         length: The longest prefix that all groups can serve, in tokens.
         lookups: A lookup for each group, up to the group that answered 0.
-        answers: In the order of the iteration, first of each lookup: the index of the lookup, the
-            length that it was asked for and the length that it can serve.
+        answers: One per step: the index of the lookup, the length that it was asked for, and the
+            length that it can serve. The first steps ask each lookup once, in order.
     """
 
     block_hashes: Sequence[BlockHash]
@@ -54,9 +54,9 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
     the longest n that the request allows. It replaces n by f_g(n), for each g in turn, until no
     lookup changes n. It ends, because n falls by at least the alignment whenever it changes.
 
-    The result is the longest prefix c that every group can serve. At the start c <= n. If c <= n
-    before a step, then f_g(n) is the maximum over a set that contains c, so c <= f_g(n). At the end
-    every group can serve n, so n <= c.
+    Let c be the longest prefix that every group can serve. At the start, c <= n. If c <= n before a
+    step, f_g(n) is the maximum over a set that contains c, so c <= f_g(n). At the end, every group
+    can serve n, so n <= c. The result n is therefore c.
 
     The module `lookup` defines which lengths a group can serve. vLLM's own lookup requires the
     lookahead of draft layers in some steps only.
@@ -74,7 +74,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
 
     @property
     def knows_all_groups(self) -> bool:
-        """Whether there is a lookup for all groups. Other packages may register other kinds."""
+        """Whether every group has a lookup. Groups of kinds that other packages add have none."""
         classes = [group.manager_cls for group in self.attention_groups]
         return all(cls.find_longest_cache_hit.__func__ in LOOKUPS for cls in classes)
 
@@ -136,7 +136,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
     def make_lookup(self, group: SpecGroup, block_hashes: Sequence[BlockHash]) -> GroupLookup:
         """Return a lookup of a request in one of `attention_groups`."""
         manager = self.single_type_managers[group.group_ids[0]]
-        # At every lookup, because vLLM makes a new map when the cache is reset.
+        # Check the map at every lookup, because vLLM makes a new map when the cache is reset.
         install_grouped_map(manager.block_pool)
         lookup_class = LOOKUPS[group.manager_cls.find_longest_cache_hit.__func__]
         return lookup_class(group, manager, block_hashes, self._cache_hit_alignment_tokens)

@@ -2,21 +2,21 @@
 """Finds the longest prefix of a request that the KV groups of one spec can serve.
 
 Lengths are in tokens. A hit is a multiple of `alignment`: the hash unit if partial hits are on,
-otherwise a multiple of every group's block size. Every kind of group defines which of these lengths
-it can serve. All can serve 0.
+otherwise a multiple of every group's block size. Every kind of group defines which multiples it can
+serve. Every kind can serve 0.
 
 * Full attention: all whole blocks before the length are cached. If the length is inside a block,
   a block with at least the tokens up to it is cached.
 * Sliding window: the blocks with the `window - 1` tokens before the length are cached.
-* Chunked local attention: the blocks from the start of the length's chunk are cached.
+* Chunked local attention: the blocks from the start of the next token's chunk are cached.
 * Mamba: the state after exactly that many tokens is cached.
 
-Draft layers (EAGLE, MTP) of attention groups require one unit more than they serve: a block or, if
-partial hits are on, a hash unit (`eagle_proof_margin`). A draft layer's last key and value depend
-on the following token, so they are valid only if that token is known to be equal. Mamba groups have
-no draft layers.
+Draft layers (EAGLE, MTP) of attention groups require one cached unit more than they serve: a hash
+unit if partial hits are on, otherwise a block (`eagle_proof_margin`). A draft layer's last key and
+value depend on the following token, so they are valid only if that token is known to be equal.
+Mamba groups have no draft layers.
 
-Full attention can serve every length below one that it can serve. The other kinds cannot.
+If full attention can serve a length, it can serve every shorter length. Other kinds cannot.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class GroupLookup(ABC):
         block_hashes: Sequence[BlockHash],
         alignment: int,
     ) -> None:
-        """Prepare a lookup by a request's hashes, one per hash unit.
+        """Take a request's hashes, one per hash unit, and the manager of one of the groups.
 
-        The manager is that of one of the groups. Its pool has a `GroupedBlockMap`.
+        The manager's pool must have a `GroupedBlockMap`.
         """
         pool = manager.block_pool
         self.group = group
@@ -80,7 +80,7 @@ class GroupLookup(ABC):
         """
 
     def _hashes(self, first: int, end: int) -> Sequence[BlockHash]:
-        """Return the hashes of whole blocks. Hashes are chained: a block's is its last unit's."""
+        """Return the hashes of whole blocks: the chained hash of each block's last unit."""
         scale = self.block_size // self.unit
         if scale == 1:
             return self.block_hashes[first:end]
@@ -109,7 +109,7 @@ class FullAttentionLookup(GroupLookup):
         return self._runs
 
     def _scan(self, num_tokens: int) -> int:
-        """Return up to which token all groups hold everything, scanning at least `num_tokens`."""
+        """Return how many leading tokens all groups hold, from a scan of at least `num_tokens`."""
         block_size = self.block_size
         most = min(cdiv(num_tokens, block_size), self.num_hashed // block_size)
         self._runs: list[list[KVCacheBlock]] = []
@@ -117,7 +117,7 @@ class FullAttentionLookup(GroupLookup):
         for cached in self.cached:
             run = self._run(cached, most)
             self._runs.append(run)
-            # The block after the shortest run may be the tail.
+            # Also scan the block after the shortest run, because it can serve as the tail.
             most = min(most, len(run) + 1)
         whole = self._num_whole = min(map(len, self._runs))
         reach = whole * block_size
@@ -139,10 +139,10 @@ class FullAttentionLookup(GroupLookup):
         return run
 
     def _extend(self, whole: int) -> int:
-        """Return up to which token all groups hold the block that starts after `whole` tokens.
+        """Return how many leading tokens all groups hold with a part of the block after `whole`.
 
-        Keys and values are only appended, so a block can serve every length up to the one that it
-        is cached under.
+        Keys and values are only appended, so a block can serve every length up to the length that
+        it is cached under.
         """
         reach = whole + self.block_size
         first = whole // self.unit
@@ -163,7 +163,7 @@ class FullAttentionLookup(GroupLookup):
 
 
 class _WindowLookup(GroupLookup):
-    """Attention to a suffix of the prefix: whole blocks from some first block on."""
+    """A lookup for attention to the last tokens only: it needs all blocks from a first one on."""
 
     @abstractmethod
     def _first_block(self, length: int) -> int:
@@ -172,8 +172,8 @@ class _WindowLookup(GroupLookup):
     def longest(self, limit: int) -> int:
         """Return the greatest length up to `limit`.
 
-        If a length lacks a block, every shorter length that reaches this block needs it too, so the
-        search continues before it.
+        If a block is missing, every shorter length that reaches this block needs it too. The search
+        therefore continues with lengths that end before this block.
         """
         length = round_down(min(limit, self.num_hashed - self.lookahead), self.alignment)
         known_first = known_end = 0
@@ -201,10 +201,10 @@ class _WindowLookup(GroupLookup):
         ]
 
     def _first_missing(self, first: int, end: int) -> int | None:
-        """Return the first block of a range that one of the groups lacks."""
+        """Return the first block of a range that one of the groups lacks, or None."""
         if first >= end:
             return None
-        # In a long uncached part, this one lookup per window decides.
+        # In a long uncached part of a prompt, this check needs one lookup per window.
         (first_hash,) = self._hashes(first, first + 1)
         if any(first_hash not in cached for cached in self.cached):
             return first
@@ -222,7 +222,7 @@ class SlidingWindowLookup(_WindowLookup):
 
     @cached_property
     def _num_needed(self) -> int:
-        """Blocks that hold the window without the next token, by vLLM's own rule."""
+        """Blocks that hold the window except the next token, counted by vLLM's own rule."""
         return self.group.manager_cls._contiguous_blocks_for_hit(
             self.group.spec.sliding_window, self.block_size, use_eagle=False
         )
@@ -242,7 +242,7 @@ class MambaLookup(GroupLookup):
     """Mamba and other recurrent layers: a state after exactly the tokens of the prefix."""
 
     _FIRST_STEP, _LAST_STEP = 16, 2048
-    """Lengths looked up at a time: few at first, because states are kept at the ends of prompts."""
+    """Lengths looked up per step. The first step is short, because most states end prompts."""
 
     def longest(self, limit: int) -> int:
         """Return the longest prefix up to `limit` whose state all groups hold."""
@@ -261,7 +261,7 @@ class MambaLookup(GroupLookup):
         while end > 0:
             start = max(0, end - step)
             hashes = self.block_hashes[(start + 1) * units - 1 : end * units : units]
-            # Most stretches have no state, which `isdisjoint` finds in half the time.
+            # Most steps contain no state, and `isdisjoint` detects this in half the time.
             if not fewest.keys().isdisjoint(hashes):
                 for block_hash in [key for key in reversed(hashes) if key in fewest]:
                     if all(block_hash in cached for cached in others):
@@ -285,4 +285,4 @@ LOOKUPS: dict[object, type[GroupLookup]] = {
     ChunkedLocalAttentionManager.find_longest_cache_hit.__func__: ChunkedLocalLookup,
     MambaManager.find_longest_cache_hit.__func__: MambaLookup,
 }
-"""By the lookup function of the manager class, which subclasses may inherit."""
+"""Lookup classes by the `find_longest_cache_hit` of vLLM's managers, which subclasses inherit."""

@@ -52,7 +52,7 @@ class GroupKind:
     """One kind of KV group.
 
     Attributes:
-        name: vLLM's name, with the suffix `_draft` if `draft`.
+        name: vLLM's name of the kind, with the suffix `_draft` if `draft`.
         draft: Whether its groups include draft layers.
         groups: Indices of its groups in the coordinator's `attention_groups`.
         full_attention: Whether every earlier token is attended to.
@@ -79,11 +79,11 @@ def kinds_of(coordinator: FixedPointCoordinator) -> list[GroupKind]:
 class HitObserver:
     """Observes the lookups of one coordinator.
 
-    vLLM looks a request up by its hashes, then allocates blocks by its id, and only then passes
-    the request itself, to cache it. `last_lookup`, `scheduled` and `cached` follow these calls.
-    vLLM schedules a request directly after its lookup, but a request that does not read the cache
-    has no lookup, and a lookup may be of a request for which there is no room. `cached` detects
-    both by comparing the hashes.
+    vLLM first looks up a request's hashes, then allocates blocks by the request's id, and last
+    passes the request itself to cache its blocks. `last_lookup`, `scheduled` and `cached` follow
+    these three calls. vLLM schedules a request directly after its lookup. But some requests have no
+    lookup, because they do not read the cache, and some lookups schedule no request, because there
+    is no room. `cached` detects both cases by comparing the hashes.
 
     Attributes:
         kinds: The kinds of the coordinator's groups.
@@ -98,25 +98,25 @@ class HitObserver:
         self._counters: Counters | None = None
         self._stats: Counter[tuple[str, str | None]] = Counter()
         self.last_lookup: Reconciliation | None = None
-        # By id, for requests that hold blocks. None for those that do not read the cache.
+        # By id of each request that holds blocks. None if the request does not read the cache.
         self._records: dict[str, Explanation | None] = {}
-        # The hashes that were looked up, of requests that were not reported yet.
+        # By id of each request that was not reported yet: the hashes that were looked up.
         self._unreported: dict[str, Sequence[BlockHash]] = {}
         self._quiet_until = time.monotonic()
         self._recent: list[Explanation] = []
 
     def start_counting(self) -> None:
-        """Open the counters, if some process exports them."""
+        """Open the counters if a process exports metrics."""
         path = folder()
         if path is None:
             return
         try:
             self._counters = Counters(path, engine_labels())
         except OSError as error:
-            # The temporary folder of a server may be full. It serves without these metrics.
+            # The server's temporary folder may be full. The engine then runs without these metrics.
             logger.warning("No metrics of the prefix cache: cannot write to %s: %s", path, error)
             return
-        # /metrics shows counters from the start, as 0.
+        # Add 0, so that /metrics shows every counter from the start.
         for name in _REQUEST_COUNTERS:
             self._counters.add(name, 0)
         for kind in self.kinds:
@@ -126,9 +126,9 @@ class HitObserver:
     def scheduled(self, request_id: str, hit: int) -> None:
         """Record the lookup of a request, before its first blocks are allocated.
 
-        Allocation may evict blocks that the lookup found, and later the request's own blocks are
-        cached under the hashes that were looked up. Only the first call for a request has an
-        effect. `hit` is the number of tokens that it reads from the cache.
+        A later explanation would differ: allocation may evict blocks that the lookup found, and the
+        request's own blocks are cached under the same hashes. Only the first call for a request has
+        an effect. `hit` is the number of tokens that the request reads from the cache.
         """
         if request_id in self._records:
             return
@@ -183,9 +183,9 @@ class HitObserver:
     def _describe(
         self, request_id: str, lookup: Reconciliation, hit: int, alone: bool
     ) -> Explanation:
-        """Attribute the length of a hit, which a KV connector may have shortened, to kinds.
+        """Explain the length of a hit, which a KV connector may have shortened.
 
-        If `alone`, look up what each kind could serve alone, unless it is known.
+        If `alone`, look up the prefix that each kind could serve alone, unless it is known.
         """
         groups = self._coordinator.attention_groups
         served: list[int | None] = []
@@ -193,7 +193,7 @@ class HitObserver:
             first, *others = kind.groups
             answered = first < len(lookup.lookups)
             if answered and not others and lookup.answers[first][1] == lookup.answers[0][1]:
-                # The groups before it served everything, so it answered for itself alone.
+                # Earlier groups shortened nothing, so this is the answer of the group alone.
                 served.append(lookup.answers[first][2])
             elif alone:
                 of_kind = [groups[index] for index in kind.groups]
@@ -205,7 +205,7 @@ class HitObserver:
         reach = max((n for n in full or served if n is not None), default=0)
         lost = [0] * len(groups)
         for index, before, after in lookup.answers:
-            # What no kind could have reached is not lost.
+            # Tokens after `reach` do not count as lost.
             lost[index] += max(min(before, reach) - after, 0)
         kinds = tuple(
             KindHit(kind.name, kind.draft, tokens, sum([lost[index] for index in kind.groups]))
@@ -235,7 +235,7 @@ class HitObserver:
         )
 
     def _setting_for(self, kind: KindHit | None) -> str | None:
-        """Return settings that may lengthen hits limited by a kind, or None by the match unit."""
+        """Return settings that may lengthen hits. If `kind` is None, the match unit limits them."""
         partial = self._coordinator.enable_partial_hash_hits
         specs = [group.spec for group in self._coordinator.attention_groups]
         settings = []
@@ -268,7 +268,7 @@ class HitObserver:
             counters.add("prefix_cache_limited_requests", 1, why.limited_by)
 
     def _count_checkpoints(self, counters: Counters) -> None:
-        """Add what the coordinator's statistics gained."""
+        """Add the events that the coordinator has counted since the last call."""
         stats = self._coordinator.stats()
         for (event, kind), gained in (stats - self._stats).items():
             counters.add(f"checkpoints_{event}", gained, kind)

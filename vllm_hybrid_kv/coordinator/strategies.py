@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 EXACT = 64
-"""The chunk in tokens of Gated DeltaNet and similar layers, counted from where a request resumes. A
-request that resumes at a multiple has the same chunks and rounding as one that starts at 0."""
+"""Tokens per chunk of Gated DeltaNet and similar layers. Chunks start where a request resumes. From
+a multiple of 64, it has the same chunks and rounding as a request that starts at 0."""
 
 FINEST = 16
-"""Tokens. Finer units hardly hit more and cost one hash each. 16 is vLLM's usual block size."""
+"""The finest match unit in tokens, vLLM's usual block size. Finer units hardly hit more."""
 
 
 class FixedPoint:
@@ -50,8 +50,8 @@ class FixedPoint:
 class HybridAware(FixedPoint):
     """The strategy `hybrid_aware`: caches states where they pay, and evicts what pays least.
 
-    Models without states get the result of `fixed_point`. Their hits end at any block, and no block
-    is worth much more than another.
+    Models without states get the coordinator of `fixed_point`, because their hits end at any block,
+    and no block is worth much more than another.
     """
 
     def _coordinator_class(self, config: KVCacheConfig) -> type[FixedPointCoordinator]:
@@ -72,7 +72,7 @@ class AutoMatchUnit:
             and group.kv_cache_spec.num_prefill_checkpoint_blocks
             for group in kv_cache_config.kv_cache_groups
         ):
-            # See `upstream_fixes.PassedBlocks`: it does so unless hits end at whole blocks.
+            # vLLM does so unless hits end at whole blocks. See `upstream_fixes.PassedBlocks`.
             return None
         return match_unit(kv_cache_config, vllm_config.parallel_config.decode_context_parallel_size)
 
@@ -86,9 +86,9 @@ def match_unit(kv_cache_config: KVCacheConfig, dcp_world_size: int) -> int | Non
 
     Returns:
         The smallest multiple of `EXACT` (and of the tokens per entry of a compressed layer) that
-        divides all block sizes, or else the smallest multiple of `FINEST`. None, which selects
-        vLLM's default, if neither exists or if vLLM ends no hit inside a block, as in models
-        without states in cache mode `align`.
+        divides all block sizes, or else the smallest multiple of `FINEST`. None if neither exists,
+        or if vLLM ends no hit inside a block, as in models without states in cache mode `align`.
+        None selects vLLM's default.
     """
     groups = [
         group for group in kv_cache_config.kv_cache_groups if group.kv_cache_spec.prefix_cacheable

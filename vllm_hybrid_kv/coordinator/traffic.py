@@ -12,7 +12,7 @@ EDGES = np.array([0, *(1 << k for k in range(17))], dtype=np.float64)
 """Edges of the age ranges. Ages are counted in requests."""
 
 PRIOR_WEIGHT = 20.0
-"""The weight of the prior, in observed checkpoints."""
+"""The prior weighs as much as this number of observed checkpoints."""
 
 _LOW, _HIGH = EDGES[:-1], EDGES[1:]
 _WIDTH = _HIGH - _LOW
@@ -28,17 +28,17 @@ def age_range(age: int) -> int:
 class ReuseCurve:
     """How the return rate of checkpoints of one kind depends on their age.
 
-    The rate in a range of ages is the number of returns at such ages divided by the time that
-    checkpoints spent in it, returned or not (the estimate of a piecewise constant hazard). Evicted
-    checkpoints count like pinned ones, because they show whether a request comes.
+    The rate in a range of ages is the number of returns in this range, divided by the total time
+    that checkpoints spent in it (the estimate of a piecewise constant hazard). Evicted checkpoints
+    count too, because a later request with their prefix is still observed.
 
-    The rates h_b determine the index of an age a: the maximum over all horizons of
+    The rates determine the index of an age a. It is the maximum over all horizons of
 
         P(return before the horizon | age a, no return yet) / E(time until return or horizon).
 
     This is the Gittins index of a checkpoint that occupies memory until it is used or evicted: its
-    returns per unit of time if it is kept as long as that pays. It may rise with age. If users take
-    a while to answer, a young checkpoint is worth less than one that has waited.
+    returns per unit of time if it is kept as long as that pays. The index may rise with age. If
+    users take a while to answer, a young checkpoint is worth less than one that has waited.
     """
 
     def __init__(self, likelihood: float = 1.0) -> None:
@@ -49,9 +49,9 @@ class ReuseCurve:
         self.update(())
 
     def record(self, since: int, age: int, returned: bool) -> None:
-        """Record a wait that ended at an age, by the return of a request or otherwise.
+        """Record that a checkpoint has waited until an age, and whether a request then used it.
 
-        The checkpoint became of this kind at the age `since`. Ages are in requests.
+        The checkpoint changed to this kind at the age `since`. Ages are in requests.
         """
         self._time += np.clip(age - _LOW, 0, _WIDTH) - np.clip(since - _LOW, 0, _WIDTH)
         if returned:
@@ -63,9 +63,9 @@ class ReuseCurve:
         self._time /= 2
 
     def update(self, waiting: Sequence[tuple[int, int]]) -> None:
-        """Recompute rates and index.
+        """Recompute the rates and the index.
 
-        Each waiting checkpoint has the age at which it became of this kind, and its current age.
+        `waiting` has each checkpoint's age when it changed to this kind, and its current age.
         """
         time = self._time
         if waiting:
@@ -74,7 +74,7 @@ class ReuseCurve:
             time = time + now - since
         weight = PRIOR_WEIGHT * _WIDTH
         self.rates = (self._returns + self._prior * weight) / (time + weight)
-        # Within a range of width w at rate h: 1 - exp(-hw) return, after (1 - exp(-hw)) / h.
+        # In a range of width w and rate h, 1 - exp(-hw) return. The mean time is that over h.
         returning = -np.expm1(-self.rates * _WIDTH)
         self.index = [0.0] * len(_LOW)
         for start in range(len(_LOW)):
@@ -88,7 +88,7 @@ class AnswerReturns:
     """How often the next turn of a conversation repeats the answer unchanged."""
 
     FADE = 1024
-    """Turns after which earlier ones count half."""
+    """Turns after which earlier turns count half."""
 
     def __init__(self) -> None:
         self._returns, self._turns = 2.0, 4.0
@@ -123,17 +123,17 @@ class _Generation:
         self.ends: set[bytes] = set()
         self._mask = (1 << (capacity * BITS_PER_HASH - 1).bit_length()) - 1
         self._table = np.zeros((self._mask + 1) // 8, dtype=np.uint8)
-        # Reading one byte is faster than through the array.
+        # A memoryview reads single bytes faster than an array does.
         self._bytes = self._table.data
 
     def add(self, hashes: Sequence[bytes]) -> None:
-        # All hashes have one length, because one function makes them.
+        # All hashes have the same length, because one function makes them.
         words = np.frombuffer(b"".join(hashes), dtype="<u8").reshape(len(hashes), -1)
         first, step = words[:, :1], words[:, 1:2]
         places = ((first + _PROBES * step) & self._mask).ravel()
         indices, bits = (places >> _THREE).view(np.int64), _BITS[places & _SEVEN]
-        # Of several bits for one byte, an assignment keeps one. Repeating it for the lost bits is
-        # several times faster than `np.bitwise_or.at`, which keeps all.
+        # If several bits go into one byte, the assignment keeps one of them. Repeating it for the
+        # lost bits is several times faster than `np.bitwise_or.at`, which loses none.
         while len(indices):
             self._table[indices] |= bits
             lost = (self._table[indices] & bits) == 0
@@ -193,10 +193,10 @@ class SeenPrefixes:
         return low
 
     def discard_end(self, block_hash: bytes) -> None:
-        """Record that a request continued after another's end: the next to do so branches off."""
+        """Record that a request continued after this end. The next one to continue branches off."""
         self._young.ends.discard(bytes(block_hash))
         self._old.ends.discard(bytes(block_hash))
 
     def is_end(self, block_hash: bytes) -> bool:
-        """Whether a request ended with a hash. One that continues there need not be a branch."""
+        """Whether a request ended with this hash. A request that continues it may be no branch."""
         return bytes(block_hash) in self._young.ends or bytes(block_hash) in self._old.ends

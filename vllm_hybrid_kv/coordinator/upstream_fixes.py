@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class PassedBlocks:
-    """Prevents the caching of state blocks that a chunk of a prompt starts inside and passes.
+    """Prevents the caching of state blocks if a chunk starts inside them and ends after them.
 
     A state is written where a chunk ends. If a chunk starts inside a state block and ends after it,
     the block keeps the state that the chunk started with. vLLM 0.32 and 0.33 cache it as the state
@@ -45,9 +45,9 @@ class PassedBlocks:
     - A kernel, such as Mamba 2's, exports the state at a prompt's end from within the last chunk.
       vLLM lets that chunk start inside a block, where a hit ended, and run to the prompt's end.
 
-    The exported state goes into the last block but one. If hits end at multiples of more than a
-    block, it may be an earlier state than the one at that block's end, and vLLM caches it as the
-    later one, too, at the next multiple.
+    The kernel exports the state into the last block but one. If hits end at multiples of several
+    blocks, the exported state may be earlier than the state at that block's end. At the next
+    multiple, vLLM then caches the exported state again, as if it were the later one.
     """
 
     def __init__(self, managers: Iterable[SingleTypeKVCacheManager]) -> None:
@@ -57,10 +57,10 @@ class PassedBlocks:
             for manager in managers
             if isinstance(manager, MambaManager) and manager.mamba_cache_mode == "align"
         ]
-        # By request, the tokens after which it resumed. vLLM sets them in the request only after
-        # the first step.
+        # By request id, the number of tokens after which the request resumed. vLLM stores this
+        # number in the request only after the first step.
         self._resumed: dict[str, int] = {}
-        # Indices of managers, and columns of the blocks that requests have passed.
+        # By request id: the manager's index and the block table column of each passed block.
         self._passed: defaultdict[str, set[tuple[int, int]]] = defaultdict(set)
 
     def resume(self, request_id: str, num_computed_tokens: int) -> None:
@@ -73,11 +73,11 @@ class PassedBlocks:
 
     @contextmanager
     def hidden(self, request: Request, num_computed_tokens: int) -> Iterator[None]:
-        """Replace the blocks that the request's chunks have passed by null blocks for a while.
+        """Replace the request's passed blocks by null blocks while vLLM caches its blocks.
 
-        vLLM caches no null block: neither as a whole block nor as the end of a prompt, which may be
-        a block that was passed steps ago. The request is as before the step, the computed tokens
-        are those after it.
+        vLLM caches no null block, neither as a whole block nor as the end of a prompt. That end may
+        be in a block that was passed several steps ago. `request` is as before the step, but
+        `num_computed_tokens` includes the step.
         """
         request_id = request.request_id
         passed = self._passed[request_id]
@@ -112,15 +112,15 @@ class StepWrites:
     vLLM enters a block into the hash map when its tokens are scheduled, so another request may hit
     it in the same step. A whole block is read after it is written. But if a hit ends inside the
     block, the block is copied before the step, when the new tokens are not yet in it. vLLM
-    postpones such a request only if it hits a state of that step. The state may be an older one,
-    whose attention blocks were evicted and are being recomputed.
+    postpones such a request only if the same step computes the state that it hits. But the state
+    may be older: its attention blocks were evicted, and this step recomputes them.
 
     A decoding request writes its last block in every step. The tokens that it wrote there in
     earlier steps can be copied at any time.
     """
 
     def __init__(self, managers: Sequence[SingleTypeKVCacheManager]) -> None:
-        """Select the groups whose blocks can be hit in part, other than states."""
+        """Select the attention groups whose blocks can be hit in part."""
         self._managers = {
             group: manager
             for group, manager in enumerate(managers)
@@ -130,7 +130,7 @@ class StepWrites:
         """By block id, the first token that the step writes. The step's start clears it."""
 
     def add(self, request: Request, num_computed_tokens: int) -> None:
-        """Track the blocks that a step of a request writes, by its computed tokens after it."""
+        """Track the blocks that a step writes. `num_computed_tokens` includes the step."""
         for manager in self._managers.values():
             table = manager.req_to_blocks[request.request_id]
             first = request.num_computed_tokens // manager.block_size
@@ -149,7 +149,7 @@ class StepWrites:
 
 
 def views_to_copy(kv_caches: Iterable[torch.Tensor], num_blocks: int) -> list[list[torch.Tensor]]:
-    """Return the views of the KV cache whose copies together copy blocks whole.
+    """Return the views of the KV cache that vLLM must copy so that whole blocks are copied.
 
     Layers of different KV groups share memory: a block holds pages of attention or a state. vLLM's
     `copy_kv_cache_blocks_inplace` treats views that start at one address as equal and copies only
@@ -161,8 +161,8 @@ def views_to_copy(kv_caches: Iterable[torch.Tensor], num_blocks: int) -> list[li
         num_blocks: Blocks of the pool.
 
     Returns:
-        Lists in which each address occurs once. Equal views of several layers occur once, and so
-        does memory that consists of blocks only, because vLLM copies that by whole blocks.
+        Lists, one per call of vLLM's function, with each address at most once. Equal views occur
+        once. Memory that consists of blocks only occurs once, because vLLM copies it whole.
     """
     rounds: list[list[torch.Tensor]] = []
     seen: dict[tuple[torch.device, int], list[tuple[Any, ...]]] = {}
@@ -190,14 +190,14 @@ def copy_whole_blocks(
     num_blocks: int,
     kv_cache_block_copies: Sequence[Any],
 ) -> None:
-    """Copy blocks whole with vLLM's `copy_kv_cache_blocks_inplace`, the original."""
+    """Copy whole blocks with `original`, vLLM's `copy_kv_cache_blocks_inplace`."""
     if kv_cache_block_copies:
         for views in views_to_copy(kv_caches, num_blocks):
             original(views, num_blocks, kv_cache_block_copies)
 
 
 ALLOWED_BY = "allow_unsafe_drafts"
-"""The setting that lets such an engine start."""
+"""The setting that lets an engine start although drafts can corrupt its cached states."""
 
 TEXT_METHODS = ("ngram", "suffix")
 """Methods that draft from the text, without a draft model and with synchronous scheduling."""
@@ -246,7 +246,7 @@ def _exports_states(model: ModelConfig) -> bool:
 
     for architecture in model.architectures:
         module = getattr(ModelRegistry.models.get(architecture), "module_name", None)
-        # A model of another plugin has no module name here. If in doubt, it exports states.
+        # A model of another plugin has no module name here. Assume that it exports states.
         spec = importlib.util.find_spec(module) if module else None
         if (
             spec is None

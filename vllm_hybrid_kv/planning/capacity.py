@@ -38,10 +38,10 @@ SHORT_REQUEST = 512
 class GrowingGroups:
     """The strategy `growing`: the groups that need more blocks the longer a sequence gets.
 
-    The rule of vLLM's #40384 and #40417. Full attention and its subclasses grow. Mamba grows only
-    in cache mode `all`, which keeps a state per block. All bounded kinds, such as sliding windows,
-    do not grow. If no group in device memory grows, all groups count. No request reaches the
-    resulting capacity, because it also holds blocks of the bounded groups: see `Capacity`.
+    This is the rule of vLLM's #40384 and #40417. Full attention and its subclasses grow. Mamba
+    grows only in cache mode `all`, which keeps a state per block. Bounded kinds, such as sliding
+    windows, do not grow. If no group in device memory grows, all groups count. No request reaches
+    the resulting capacity, because it also holds blocks of the bounded groups: see `Capacity`.
     """
 
     @hookimpl
@@ -64,7 +64,7 @@ def token_capacity_kv_cache_groups(
 
 
 def addressable_slots(group: KVCacheGroupSpec, kv_cache_config: KVCacheConfig) -> int:
-    """Return the number of entries of a buffer that a group's slot mapping indexes (#37118).
+    """Return how many entries a buffer needs if a group's slots are its indices (#37118).
 
     A slot is block * block_size + offset, and a group may hold any block of the pool.
     """
@@ -81,7 +81,7 @@ def _grows(spec: KVCacheSpec) -> bool:
 
 @dataclass(frozen=True)
 class Capacity:
-    """How many requests a pool of KV blocks holds at once. No two requests share a prefix.
+    """How many requests a pool of KV blocks holds at once if no two requests share a prefix.
 
     All groups draw blocks from one pool. With N blocks, one of which is the null block, and at
     most r(n) blocks held by a request of n tokens (`blocks_per_request`):
@@ -111,7 +111,7 @@ class Capacity:
 
     def describe(self, reported_tokens: int) -> list[str]:
         """Return the lines for the log. vLLM logs a KV cache size of `reported_tokens`."""
-        # Truncated, because 1.999 requests are not 2.
+        # Truncate, because 1.999 requests are not 2.
         concurrency = math.floor(100 * self.concurrency) / 100
         short_tokens = self.short_requests * self.short_request
         lines = [
@@ -130,7 +130,7 @@ class Capacity:
 
 
 def capacity(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Capacity:
-    """Return what the pool of a plan holds, by a worker's or the scheduler's plan."""
+    """Return the capacity of the pool of a plan, which is a worker's or the scheduler's."""
     max_model_len = vllm_config.model_config.max_model_len
     short = min(SHORT_REQUEST, max_model_len)
     concurrency = kv_cache_utils.get_max_concurrency_for_kv_cache_config(
@@ -150,10 +150,10 @@ def capacity(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Capacit
 def blocks_per_request(vllm_config: VllmConfig, spec: KVCacheSpec, tokens: int) -> int:
     """Return the most blocks of one group that a request holds at once.
 
-    These are the blocks that its tokens (prompt and answer) span, at most what vLLM reserves for a
-    request of the group's kind, plus speculative states. At `max_model_len` this is vLLM's own
-    count, with two exceptions. Mamba in cache mode `all` counts one state per block, which is what
-    is allocated. Chunked local attention counts one more block, as windows do.
+    A request holds the blocks that its tokens (prompt and answer) span, plus speculative states,
+    but no more than vLLM reserves for the group's kind. At `max_model_len` this is vLLM's own
+    count, with two exceptions. Mamba in cache mode `all` counts one state per block, because vLLM
+    allocates these states. Chunked local attention counts one more block, as windows do.
     """
     return max(_blocks_of_layer(vllm_config, layer, tokens) for layer in iter_layer_specs(spec))
 
@@ -161,13 +161,13 @@ def blocks_per_request(vllm_config: VllmConfig, spec: KVCacheSpec, tokens: int) 
 def _blocks_of_layer(vllm_config: VllmConfig, spec: KVCacheSpec, tokens: int) -> int:
     most = -(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes)
     if isinstance(spec, CrossAttentionSpec):
-        # It holds the encoder's tokens, whatever the request's length.
+        # Cross attention holds the encoder's tokens, whatever the request's length.
         return most
     dcp = vllm_config.parallel_config.decode_context_parallel_size
     spanned = -(-tokens // resolve_dcp_kv_block_size(spec, dcp))
     if isinstance(spec, ChunkedLocalAttentionSpec):
-        # With blocks of 32, 17 computed tokens and 16 new ones hold two blocks. vLLM reserves
-        # for the chunk and the tokens in flight as if they shared one.
+        # With blocks of 32 tokens, 17 computed and 16 new tokens take two blocks. vLLM's count
+        # treats the tokens of the chunk and those in flight as if they shared one block.
         most += 1
     if isinstance(spec, MambaSpec):
         spanned += spec.num_speculative_blocks
@@ -215,26 +215,26 @@ def smallest_hit(
     scheduler_block_size: int,
     hash_block_size: int,
 ) -> int:
-    """Return the tokens of the shortest prompt that hits when it is sent a second time.
+    """Return the length in tokens of the shortest prompt that hits when it is sent again.
 
     A hit ends at a multiple of the alignment A: the match unit if vLLM can end hits inside blocks,
     otherwise the scheduler's block. A prompt's last token is always computed, because its logits
-    are needed. So without drafts the result is A + 1. Draft layers (EAGLE, MTP) write the last
-    entry before a boundary for the next token, and shorten hits:
+    are needed. Without draft layers, the result is therefore A + 1. Draft layers (EAGLE, MTP)
+    shorten hits, because their last entry before a boundary depends on the next token:
 
     * vLLM 0.32, and 0.33 with a KV connector: a hit needs M more cached tokens, which are then
       dropped. M is one block of the draft layers, or one match unit if hits end inside blocks. The
-      result is A + M, with a single KV group A + M + 1, because the last token is left out first.
+      result is A + M. A single KV group has A + M + 1, because the last token is left out first.
     * vLLM 0.33: hashes cover L tokens after their block, and the result is A + L.
 
-    `resolve_kv_cache_block_sizes` returns the two block sizes, in tokens, of a worker's or the
-    scheduler's plan.
+    Both block sizes are in tokens and come from `resolve_kv_cache_block_sizes`. The plan is a
+    worker's or the scheduler's.
     """
     if any(
         isinstance(group.kv_cache_spec, UniformTypeKVCacheSpecs)
         for group in kv_cache_config.kv_cache_groups
     ):
-        # A worker's plan. Only the specs of the scheduler's plan have managers.
+        # This is a worker's plan, but only the specs of the scheduler's plan have managers.
         kv_cache_config = generate_scheduler_kv_cache_config([kv_cache_config])
     alignment = resolve_cache_hit_alignment_tokens(
         kv_cache_config, vllm_config, scheduler_block_size, hash_block_size
@@ -250,13 +250,13 @@ def smallest_hit(
 def _draft_margin(
     vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, alignment: int, hash_block_size: int
 ) -> int:
-    """Return the tokens after a hit that draft layers need cached, 0 without such layers."""
+    """Return how many cached tokens draft layers need after a hit, 0 without draft layers."""
     speculative = vllm_config.speculative_config
     drops = speculative is not None and speculative.use_eagle_block_drop()
     if not drops and hasattr(vllm_config, "num_hash_lookahead_tokens"):
-        # In 0.33 marked groups without this flag drop nothing.
+        # In vLLM 0.33, groups that are marked as draft groups drop nothing without this flag.
         return 0
-    # If no group is marked, vLLM treats all as groups with draft layers.
+    # If no group is marked, vLLM treats all groups as draft groups.
     all_draft = drops and not any(group.is_eagle_group for group in kv_cache_config.kv_cache_groups)
     dcp = vllm_config.parallel_config.decode_context_parallel_size
     margins = [0]

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The strategy `lcm`: the rule of vLLM's #40128, in integers.
 
-With the page sizes p_i of the layers whose page grows with the block size, and the largest page P,
-the common size is the smallest multiple of lcm(p_i < P) that is not below P. Blocks are scaled
-exactly. The largest pages and states are padded if they cannot be scaled.
+Let p_i be the page sizes of the layers whose pages grow with the block size, and P the largest page
+of all layers. The common size is the smallest multiple of lcm(p_i < P) that is not below P. Blocks
+grow by a whole factor. The largest pages and states are padded if they cannot grow.
 
-Example: attention with 12,416 bytes for 16 tokens and a state of 12,648,448 bytes. The state is
-padded to 1019 * 12,416 = 12,651,904 bytes (0.03 %). The block becomes 1019 * 16 = 16,304 tokens,
-without padding.
+For example, attention needs 12,416 bytes for 16 tokens, and a state 12,648,448 bytes. The state is
+padded to 1019 * 12,416 = 12,651,904 bytes (0.03 % padding). The block becomes 1019 * 16 = 16,304
+tokens, without padding.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class LeastCommonMultiple:
 
 
 def lcm_page_size(specs: Collection[KVCacheSpec]) -> int:
-    """Return the page size that the rule aims at, in bytes; not every layer may support it."""
+    """Return the rule's page size in bytes, which some layers may not support."""
     scalable = {s.page_size_bytes for s in specs if not isinstance(s, MambaSpec)}
     largest = max(spec.page_size_bytes for spec in specs)
     unit = math.lcm(*(page for page in scalable if page < largest))
@@ -63,7 +63,7 @@ def unify_by_lcm(kv_cache_spec: Mapping[str, KVCacheSpec]) -> dict[str, KVCacheS
 def with_page_size(spec: KVCacheSpec, target: int) -> KVCacheSpec | None:
     """Return a spec with a page of `target` bytes: scaled if that is exact, otherwise padded.
 
-    None means that its page can be neither scaled nor padded to the target.
+    Return None if the page can be neither scaled nor padded to the target.
     """
     page = spec.page_size_bytes
     if page == target:

@@ -21,12 +21,12 @@ LONGEST_SEQUENCE = 1 << 20
 """Tokens of the longest sequence if vLLM plans without a configuration."""
 
 TOLERANCE = 0.01
-"""The share of the pool that is not worth longer blocks. A block that is `n` tokens longer costs
-every request `n / 2` tokens more on average, in its last block, and lets fewer prefixes match."""
+"""A share of the pool. Saving less than this is not worth longer blocks: with blocks longer by `n`
+tokens, a request wastes `n / 2` more tokens of its last block on average, and hits less."""
 
 REFERENCE_REQUEST = 3_200
-"""Tokens of the request for which padding and match units are weighed. `docs/planning.md` has the
-source."""
+"""Tokens of the request for which padding is weighed against the match unit. `docs/planning.md`
+gives the source of the number."""
 
 
 class MinWaste:
@@ -52,14 +52,14 @@ def longest_sequence(vllm_config: VllmConfig | None) -> int:
 def _reference_request(
     vllm_config: VllmConfig | None, kv_cache_spec: Mapping[str, KVCacheSpec]
 ) -> float | None:
-    """Return the tokens to weigh match units for; None if blocks do not decide where hits end."""
+    """Return the tokens of the reference request, or None if hits do not end at whole blocks."""
     if vllm_config is None or not vllm_config.cache_config.enable_prefix_caching:
         return None
     # In models with states vLLM ends hits inside blocks (`partial_hash_hits_enabled`).
     if any(isinstance(spec, MambaSpec) for spec in kv_cache_spec.values()):
         return None
     tokens = min(longest_sequence(vllm_config), REFERENCE_REQUEST)
-    # All ranks together have a block that is as many times as long.
+    # A block of all ranks together is as many times as long as the block of one rank.
     return tokens / vllm_config.parallel_config.decode_context_parallel_size
 
 
@@ -69,27 +69,27 @@ def unify_with_least_waste(
     tolerance: float = TOLERANCE,
     reference: float | None = None,
 ) -> dict[str, KVCacheSpec]:
-    """Return specs with pages of the size that leaves the least padding, in the same order.
+    """Return the specs, in the same order, with pages of the size that leaves the least padding.
 
-    Without a reference request, the choice is among the sizes from the largest page (without
-    padding) to the one that `lcm` aims at. The size with the least padding wins; of equal ones the
-    smallest. Shares up to `tolerance` count as equal if `lcm` leaves no less. If no size in that
-    range suits all layers, the next larger one that does wins. With a reference request, the lowest
+    Without a reference request, the candidates range from the largest page (without padding) to the
+    size that `lcm` aims at. The size with the least padding wins, and of equal sizes the smallest.
+    Padding up to `tolerance` counts as equal, unless `lcm` leaves less. If no candidate suits all
+    layers, the next larger size that does wins. With a reference request, the size with the lowest
     cost wins (see `cheapest_page`).
 
     Args:
         kv_cache_spec: The spec of every layer by name.
         longest: Tokens of the longest sequence. Blocks of layers that can be padded are no longer
-            than it needs.
-        tolerance: The share of the pool that is not worth longer blocks.
-        reference: Tokens of the request that match units are weighed for; None if prefix-cache
-            hits do not end at multiples of the blocks.
+            than this sequence needs.
+        tolerance: The share of the pool whose saving is not worth longer blocks.
+        reference: Tokens of the reference request, or None if prefix-cache hits do not end at
+            multiples of the blocks.
 
     Raises:
-        NotImplementedError: No size suits all layers, up to the one whose blocks all hold the
-            longest sequence. vLLM then tries to allocate every layer in full.
+        NotImplementedError: No size suits all layers, up to the size at which every block holds
+            the longest sequence. vLLM then tries to allocate every layer in full.
     """
-    # One layer of a kind represents all: models have hundreds of layers and a handful of kinds.
+    # One layer represents its kind, because models have hundreds of layers but few kinds.
     # Layers with equal specs may differ in marks that vLLM does not compare (`is_draft`).
     names_of: dict[tuple[object, ...], list[str]] = {}
     for name, spec in kv_cache_spec.items():

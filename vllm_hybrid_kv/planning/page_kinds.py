@@ -35,14 +35,14 @@ Bytes = npt.NDArray[np.int64]
 class LayerKind(ABC):
     """Layers with one spec, and the pages that they can have.
 
-    A planned page holds `k` blocks of the size before planning, so the planned block has `k *
-    block_size` tokens.
+    An old block is a block before planning. If a planned page holds `k` old blocks, the planned
+    block has `k * block_size` tokens.
 
     Attributes:
         spec: The spec before planning.
-        unit: Bytes of the tokens of a block before planning, or of a state, without padding.
-        cap: Present blocks that hold the longest sequence. Page space beyond them is never written.
-        least_page: The smallest possible page in bytes: the present one without padding.
+        unit: Bytes of the tokens of an old block, or of a state, without padding.
+        cap: Old blocks that hold the longest sequence. Page space beyond them is never written.
+        least_page: The smallest possible page in bytes: the page before planning, without padding.
         elastic: Whether every page from `least_page` up is possible.
     """
 
@@ -59,21 +59,21 @@ class LayerKind(ABC):
 
     @abstractmethod
     def blocks(self, pages: Bytes) -> Bytes:
-        """Return how many present blocks each page holds; 0 if a page is not possible."""
+        """Return how many old blocks each page holds, or 0 for an impossible page."""
 
     @abstractmethod
     def steps(self, low: int, high: int) -> Bytes:
-        """Return pages from `low` to `high`: all at which the number of blocks grows, or more.
+        """Return at least those pages from `low` to `high` at which the number of blocks grows.
 
-        Kinds that are not elastic return at least all possible pages in that range.
+        Kinds that are not elastic return at least all possible pages in this range.
         """
 
     def within(self, match_unit: int) -> LayerKind:
-        """Return this kind with blocks that divide a match unit, a multiple of the present one."""
+        """Return this kind with only blocks that divide a match unit of whole old blocks."""
         return self
 
     def held(self, request: float) -> float:
-        """Return the tokens of a request that the layer holds: all, its window, chunk or block."""
+        """Return how many tokens of a request the layer holds: all, a window, chunk or block."""
         if self.cap == 1:
             return self.spec.block_size
         window = getattr(self.spec, "sliding_window", None)
@@ -81,7 +81,7 @@ class LayerKind(ABC):
         return float(min(request, window or request, chunk or request))
 
     def with_page(self, page: int) -> KVCacheSpec:
-        """Return the spec with a possible page: scaled, and the rest of the page padded."""
+        """Return the spec for a possible page: its block is scaled, and the rest is padding."""
         blocks = int(self.blocks(np.array([page]))[0])
         if blocks == 1 and self.spec.page_size_bytes == page:
             return self.spec
@@ -91,7 +91,7 @@ class LayerKind(ABC):
         return replace(self.spec, **changed)
 
     def listed(self, counts: dict[int, int]) -> LayerKind:
-        """Return this kind with a list of pages: present blocks by bytes."""
+        """Return this kind with only the given pages: their old blocks by their bytes."""
         pages, blocks = zip(*sorted(counts.items()), strict=True)
         return Listed(self.spec, self.unit, self.cap, pages[0], self.elastic, pages, blocks)
 
@@ -106,17 +106,17 @@ class LayerKind(ABC):
 
 @dataclass(frozen=True)
 class Padded(LayerKind):
-    """States (one block), and attention whose kernels take any multiple of the block; padded.
+    """Layers that can be padded: states, and attention whose kernels take any multiple of a block.
 
-    vLLM splits a chunk of chunked local attention into whole blocks. `whole` is the chunk in blocks
-    before planning, which every planned block must divide. Other layers have 0.
+    vLLM splits a chunk of chunked local attention into whole blocks, so every planned block must
+    divide the chunk. `whole` is the chunk in old blocks, or 0 for other layers.
     """
 
     whole: int = 0
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
-        """The divisors of `whole` below the cap, and the first that reaches it."""
+        """The divisors of `whole` below the cap, and the first divisor that reaches the cap."""
         divisors = _divisors(self.whole)
         return divisors[: bisect_left(divisors, self.cap) + 1]
 
@@ -141,10 +141,10 @@ class Padded(LayerKind):
 
 @dataclass(frozen=True)
 class WholeBlocks(LayerKind):
-    """Layers whose pages are multiples of one size, such as MLA, which is read in whole rows.
+    """Layers whose pages are multiples of one size, such as MLA.
 
-    If kernels take a few block sizes, vLLM splits longer blocks into those, which needs a page
-    without padding. A page of one block before planning can be padded if a kernel takes that block
+    If kernels take only some block sizes, vLLM splits longer blocks into these sizes. Pages that it
+    splits cannot have padding. A page of one old block can be padded if a kernel takes this block
     whole.
     """
 
@@ -179,7 +179,7 @@ class RowAligned(LayerKind):
 
     def within(self, match_unit: int) -> LayerKind:
         counts: dict[int, int] = {}
-        # Of several blocks with the same page, the longest wins.
+        # If several blocks have the same page, the longest block wins.
         for count in _divisors(match_unit // self.spec.block_size):
             counts[self._rounded(count * self.unit)] = count
             if count * self.unit % self.alignment == 0:
@@ -192,11 +192,11 @@ class RowAligned(LayerKind):
 
 @dataclass(frozen=True)
 class Listed(LayerKind):
-    """Layers with a list of pages: some only have the present one.
+    """Layers that can have only some pages, in the extreme only the page before planning.
 
     Attributes:
-        pages: Bytes, ascending.
-        counts: Present blocks of each page. Elastic layers have one present block in other pages.
+        pages: Bytes of the pages, ascending.
+        counts: Old blocks in each page. Any other page of elastic layers holds one.
     """
 
     pages: tuple[int, ...]
@@ -243,9 +243,9 @@ def layer_kind(spec: KVCacheSpec, longest: int) -> LayerKind:
 
 
 def page_granularity(specs: Sequence[KVCacheSpec]) -> int:
-    """Return the bytes that a common page must be a multiple of.
+    """Return the number of bytes that every common page must be a multiple of.
 
-    The worker views pages as tensors of the layers' dtypes.
+    It follows from the layers' dtypes, because the worker views pages as tensors of these dtypes.
     """
     dtypes = {dtype for spec in specs for dtype in getattr(spec, "dtypes", ())}
     dtypes |= {spec.dtype for spec in specs if isinstance(spec, AttentionSpec)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The search for a common page. `docs/planning.md` proves that it overlooks none."""
+"""The search for the best page that suits all layers. `docs/planning.md` has its proof."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ Kinds = Sequence[tuple[LayerKind, int]]
 Shares = npt.NDArray[np.float64]
 
 DIGITS = 12
-"""Costs and sums that are equal up to so many digits count as equal."""
+"""Costs and sums that are equal to this many decimals count as equal."""
 
 
 class CommonPage(NamedTuple):
-    """A page that suits all layers: its bytes, and the filled share of the pool or of a request."""
+    """A page that suits all layers: its bytes, and the share of its memory that is not padding."""
 
     size: int
     filled: float
@@ -41,7 +41,7 @@ def cheapest_page(kinds: Kinds, reference: float) -> tuple[CommonPage, int] | No
     `match_unit / (2 * reference)`: the share of the request that a cache hit misses on average,
     because hits end at multiples of the match unit.
 
-    Of equal costs the smallest match unit wins. None if no plan costs less than 1.
+    If costs are equal, the smallest match unit wins. Return None if no plan costs less than 1.
     """
     present = math.lcm(*(kind.spec.block_size for kind, _ in kinds))
     units = np.arange(present, math.ceil(2 * reference), present)
@@ -61,7 +61,7 @@ def cheapest_page(kinds: Kinds, reference: float) -> tuple[CommonPage, int] | No
 
 
 def _least_costs(kinds: Kinds, units: Bytes, reference: float) -> Shares:
-    """Return a lower bound of the cost for each match unit, which is the most tokens of a block."""
+    """Return a lower bound of the cost for each match unit. No block is longer than its unit."""
     least = max(kind.least_page for kind, _ in kinds)
     content, taken = 0.0, np.zeros(len(units))
     for kind, count in kinds:
@@ -89,20 +89,20 @@ class PageSearch:
         self.reach = max(self.least, *(kind.longest_page for kind, _ in kinds))
 
     def best(self, highest: int, enough: float, at_highest: bool) -> CommonPage | None:
-        """Return the smallest page that fills enough of the pool, otherwise the fullest.
+        """Return the smallest page that fills enough of the pool, or else the page that fills most.
 
-        It fills no less than the largest present page. None if no page within reach suits all
-        layers.
+        The page fills at least as much as the largest page before planning, if that suits all
+        layers. Return None if no page within reach suits all layers.
 
         Args:
-            highest: Bytes of the largest page to choose. If no page up to there suits all layers,
-                the next larger one that does is chosen.
+            highest: Bytes of the largest page to choose. If no page up to this size suits all
+                layers, the next larger page that does is chosen.
             enough: The share of the pool that must be filled.
-            at_highest: Whether `highest` is known to suit all layers, which extends the reach.
+            at_highest: Whether `highest` is known to suit all layers. If so, it is within reach.
         """
         low = high = self._round_up(self.least)
         highest = max(highest, low)
-        # vLLM's own rule takes the largest present page and wastes no less.
+        # Waste no more than vLLM's own rule, which takes the largest page before planning.
         present = max(kind.spec.page_size_bytes for kind, _ in self._kinds)
         enough = max([enough, *self._filled(self._common(present, present))])
         self.reach = max(self.reach, highest if at_highest else low)
@@ -127,7 +127,7 @@ class PageSearch:
     def best_for(self, request: float) -> CommonPage | None:
         """Return the smallest page with the least padding in the pages of a request, or None.
 
-        A page is at most as large as the longest blocks need; larger ones only add padding.
+        Pages larger than the longest blocks need are left out, because they only add padding.
         """
         sizes = self._common(self._round_up(self.least), self._round_up(self.reach))
         if not len(sizes):
@@ -148,10 +148,10 @@ class PageSearch:
         return used / (sizes * self._layers)
 
     def _limit(self, best: CommonPage | None, highest: int) -> int:
-        """Return the page above which none wastes less than the best one yet.
+        """Return the size above which no page wastes less than the best page found.
 
-        All layers together use at most `most`. A page of T bytes also uses at most T for each
-        layer that grows, plus what the others use at most.
+        All layers together use at most `most` bytes. With pages of T bytes, each layer that grows
+        uses at most T, and the other layers together use at most `most_of_others`.
         """
         if best is None:
             return min(highest, self.reach)
@@ -170,7 +170,7 @@ class PageSearch:
         return -(-size // self._granularity) * self._granularity
 
     def _common(self, low: int, high: int) -> Bytes:
-        """Return pages that suit all layers, ascending, with the best of any part of the range."""
+        """Return pages that suit all layers, ascending, including the best of any sub-range."""
         sizes = np.unique(np.concatenate(list(self._candidates(low, high))))
         suits = (sizes >= low) & (sizes <= high) & (sizes % self._granularity == 0)
         for kind, _ in self._kinds:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The check of any strategy's page sizes, and how messages describe layers."""
+"""Checks the page sizes that strategies return, and describes layers in messages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def content_bytes(spec: KVCacheSpec) -> int:
 
 
 def describe_layers(layers: Mapping[str, KVCacheSpec], names: Iterable[str]) -> str:
-    """Describe the pages of some layers: class, bytes and tokens, equal layers together."""
+    """Describe the pages of some layers by class, bytes and tokens. Equal layers are merged."""
     alike: dict[tuple[str, int, int], list[str]] = {}
     for name in names:
         spec = layers[name]
@@ -35,7 +35,7 @@ def describe_layers(layers: Mapping[str, KVCacheSpec], names: Iterable[str]) -> 
 def check_page_sizes(
     before: Mapping[str, KVCacheSpec], after: Mapping[str, KVCacheSpec], who: str
 ) -> None:
-    """Check the specs that the strategy `who` returned before vLLM plans with them.
+    """Check the specs that the strategy `who` returned, because vLLM will plan with them.
 
     Raises:
         HybridKVStrategyError: Layers are missing or new, blocks or pages shrink, or pages differ.

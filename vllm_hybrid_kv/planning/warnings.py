@@ -27,7 +27,7 @@ from vllm_hybrid_kv.planning.page_sizes import content_bytes
 from vllm_hybrid_kv.settings import Settings
 
 MOST_PADDING = 0.05
-"""The share of the pool above which padding is reported."""
+"""Padding above this share of the pool causes a warning."""
 
 
 def startup_warnings(
@@ -40,9 +40,9 @@ def startup_warnings(
 ) -> list[str]:
     """Return one line for each problem of a plan, with what to change.
 
-    The problems also occur without the plugin's strategies. The block sizes, in tokens, are from
-    `resolve_kv_cache_block_sizes`. `layers` has the spec of every layer before planning; None takes
-    those of a worker's plan. The scheduler's plan has only one spec for each group.
+    The problems also occur without the plugin's strategies. Both block sizes are in tokens, from
+    `resolve_kv_cache_block_sizes`. `layers` has the spec of every layer before planning. It can be
+    None if the plan is a worker's, which has the specs of all layers (the scheduler's does not).
     """
     if layers is None:
         layers = _specs(kv_cache_config.kv_cache_groups)
@@ -101,7 +101,7 @@ def _unused_cache_dtype(
 
 
 def _stores(vllm_config: VllmConfig, spec: KVCacheSpec, dtype: str) -> bool:
-    """Return whether a layer uses the cache dtype; True in doubt."""
+    """Return whether a layer uses the cache dtype, or True if this is uncertain."""
     if not isinstance(spec, AttentionSpec):
         return False
     mode = get_kv_quant_mode(dtype)
@@ -127,10 +127,10 @@ def _quantise_all(vllm_config: VllmConfig, settings: Settings) -> str:
 
 
 def padding_share(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> float:
-    """Return the share, from 0 to 1, of a pool full of the longest requests that is padding.
+    """Return the share of padding, from 0 to 1, in a pool that is full of the longest requests.
 
-    If a group has fewer layers than the largest group, its unused space does not count, because no
-    setting changes that.
+    If a group has fewer layers than the largest group, part of its blocks stays unused. This space
+    does not count, because no setting changes it.
     """
     return sum(share for share, _ in _padding_by_group(vllm_config, kv_cache_config))
 
@@ -176,7 +176,7 @@ def _padded_pool(
 
 
 def _less_padding_of_states(vllm_config: VllmConfig, layers: Mapping[str, KVCacheSpec]) -> str:
-    """Return what reduces the padding of states that vLLM itself padded.
+    """Return advice that reduces the padding of states that vLLM itself padded.
 
     vLLM multiplies the block until a page of attention covers a state.
     """
@@ -185,7 +185,7 @@ def _less_padding_of_states(vllm_config: VllmConfig, layers: Mapping[str, KVCach
     if attention and states:
         per_token = max(content_bytes(spec) / spec.block_size for spec in attention)
         tokens = math.ceil(max(states) / per_token)
-        # On CPUs vLLM takes multiples of 32. Of equal blocks the first size is advised.
+        # On CPUs, vLLM takes multiples of 32. If sizes give equal blocks, the last is advised.
         sizes = {-(-tokens // size) * size: size for size in (32, 64, 128)}
         if min(sizes) < vllm_config.cache_config.block_size:
             size = sizes[min(sizes)]
@@ -204,7 +204,7 @@ def _less_padding_of_states(vllm_config: VllmConfig, layers: Mapping[str, KVCach
 def _less_padding(
     vllm_config: VllmConfig, settings: Settings, layers: Mapping[str, KVCacheSpec]
 ) -> str:
-    """Return what reduces padding: `min_waste` wastes no more than other strategies."""
+    """Return advice that reduces padding. No other strategy wastes less than `min_waste`."""
     if settings.unify_page_sizes != "min_waste":
         return _set(settings, "unify_page_sizes", "min_waste")
     modes = {spec.kv_quant_mode for spec in layers.values() if isinstance(spec, AttentionSpec)}
@@ -216,8 +216,8 @@ def _less_padding(
 def own_grouping(vllm_config: VllmConfig | None) -> str | None:
     """Return the platform's builder or the model's class that makes the KV cache groups, or None.
 
-    None means vLLM's `get_kv_cache_groups`, as always in vLLM 0.32. The builder or class may still
-    call that function. Without a configuration only the platform is checked.
+    None means that vLLM's `get_kv_cache_groups` makes them, as always in vLLM 0.32. The builder or
+    class may still call that function. Without a configuration, only the platform is checked.
     """
     platform = type(vllm.platforms.current_platform)
     if not hasattr(platform, "get_kv_cache_config_builder_cls"):

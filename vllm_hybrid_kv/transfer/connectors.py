@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The KV connectors of vLLM that can carry k8v4 pages, and the folders of ExampleConnector.
 
-A connector can carry k8v4 pages if it copies pages whole, whatever their content, and if a peer
-that cannot read them is detected: by a handshake, keys or folders that contain the fingerprint.
-All other connectors of vLLM are refused by name. Connectors of other packages cause a warning.
+A connector can carry k8v4 pages if it copies whole pages, whatever their content, and detects peers
+that cannot read them. Its handshake, keys or folders then contain the fingerprint. All other
+connectors of vLLM are refused by name. Connectors of other packages cause a warning.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def check_connectors(vllm_config: VllmConfig, *, on_cpu: bool) -> None:
     """Check that the connectors of an engine with a k8v4 cache can carry its pages.
 
     Raises:
-        HybridKVError: A connector cannot. The message says why, and which connectors can.
+        HybridKVError: A connector cannot carry them. The message says why, and what to do.
     """
     for name, module, options in _connectors(vllm_config):
         if module:
@@ -102,12 +102,12 @@ def check_pages(
 ) -> None:
     """Check that NIXL can take the planned pages.
 
-    If layers are adjacent in memory, NIXL cuts the memory into pages by the bytes that attention
-    reads, and fails an assertion if a page is larger. The setting `boundary_layers` causes such
-    pages: those of unquantised layers are padded to the size of the others.
+    If layers are adjacent in memory, NIXL splits the memory into pages of the bytes that attention
+    reads. An assertion fails if pages are larger because of padding. `boundary_layers` causes such
+    padding: the pages of unquantised layers are padded to the size of the k8v4 pages.
 
     Raises:
-        HybridKVError: A page is padded. The message names the layer, its bytes and what to set.
+        HybridKVError: A page is padded. The message names a layer, its bytes and what to set.
     """
     name = next((name for name, *_ in _connectors(vllm_config) if name in HANDSHAKE), None)
     for group in kv_cache_config.kv_cache_groups:
@@ -146,7 +146,7 @@ def _connectors(vllm_config: VllmConfig) -> Iterator[tuple[str, str | None, Mapp
 def init_example_connector(
     original: Any, self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any
 ) -> None:
-    """Give k8v4 pages their own folder in `ExampleConnector.__init__`, the original.
+    """Give k8v4 pages their own folder. `original` is `ExampleConnector.__init__`.
 
     ExampleConnector stores a prompt's pages in a folder named after the prompt's tokens. With k8v4
     pages these folders are inside a folder named after the fingerprint and the rank. Engines with
@@ -158,7 +158,7 @@ def init_example_connector(
     root, words = Path(self._storage_path), str(fingerprint)
     own = root / f"{PREFIX}{hashlib.sha256(words.encode()).hexdigest()[:16]}"
     own.mkdir(parents=True, exist_ok=True)
-    # Atomic, because another process may read it at any time.
+    # Replace the file atomically, because another process may read it at any time.
     part = own / f".{MANIFEST}-{os.getpid()}"
     part.write_text(json.dumps({**asdict(fingerprint), "words": words}, indent=1))
     part.replace(own / MANIFEST)
@@ -171,5 +171,5 @@ def init_example_connector(
             words,
         )
     parallel = vllm_config.parallel_config
-    # The scheduler's connector has rank 0: it looks for the pages of the first process.
+    # The scheduler's connector has rank 0, so it looks for the pages of the first process.
     self._storage_path = str(own / f"{parallel.rank}of{parallel.world_size}")

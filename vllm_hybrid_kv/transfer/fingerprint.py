@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fingerprint that travels with k8v4 pages, so that only engines that can read them do.
+"""The fingerprint that travels with k8v4 pages, so that no engine reads pages of another format.
 
 Two engines read the same numbers from a page only if page format, arrangement, size and heads are
-equal, and a page has no header that would show a difference. The fingerprint states all of that in
-words. It becomes part of vLLM's own handshakes, keys and folders, so that their errors name both.
+equal. A page has no header that would show a difference, so the fingerprint states these properties
+in words. It is part of vLLM's own handshakes, keys and folders, so their errors name both texts.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from vllm_hybrid_kv.version import __version__
 
 @dataclass(frozen=True)
 class PageFingerprint:
-    """What two engines must share to read each other's pages.
+    """The properties that two engines must share to read each other's pages.
 
-    The KV heads are those of the whole model. vLLM itself compares how many of them a
-    tensor-parallel process holds, because it splits pages between heads, never inside one.
+    The KV heads are those of the whole model. vLLM itself compares how many KV heads each
+    tensor-parallel process holds. It splits pages between heads, never inside a head.
 
     Attributes:
-        plugin: Version of this package, which wrote the numbers.
+        plugin: Version of the package that wrote the pages.
         page_format: Version of the format, see `kernels/k8v4.py`.
         arrangement: Name of the `Layout` of a page's planes.
         page_tokens: Tokens of a page.
-        kv_heads: KV heads of the model, one region of the page each.
+        kv_heads: KV heads of the model. Each head has its own region of a page.
         head_size: Dims of a head.
         unquantised: Layers whose pages are not k8v4, as vLLM names them.
     """
@@ -53,7 +53,7 @@ class PageFingerprint:
 
 
 def fingerprint_of(vllm_config: VllmConfig) -> PageFingerprint | None:
-    """Return the fingerprint of an engine's pages; None without a k8v4 cache.
+    """Return the fingerprint of an engine's pages, or None without a k8v4 cache.
 
     vLLM must have chosen the block size already.
     """
@@ -78,9 +78,9 @@ def fingerprint_of(vllm_config: VllmConfig) -> PageFingerprint | None:
 
 
 def marked(text: str) -> str:
-    """Return a key, seed or name of vLLM with the fingerprint of the last engine, if it has one.
+    """Return a key, seed or name of vLLM, with the last engine's fingerprint if it has one.
 
-    Never cached, because vLLM chooses a model's block size while its engine starts.
+    The result is never cached, because vLLM chooses the block size while an engine starts.
     """
     fingerprint = STATE.engine_config and fingerprint_of(STATE.engine_config)
     return f"{text} [{fingerprint}]" if fingerprint else text
