@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KV groups, requests and cache contents, given or random."""
+"""Makes KV groups, requests and cache contents, either given ones or random ones."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ init_none_hash(sha256)
 
 @dataclass(frozen=True)
 class Case:
-    """One lookup."""
+    """The input of one lookup: the request, and what is cached."""
 
     layout: Layout
     request: Request
@@ -86,8 +86,8 @@ def layout_of(
 ) -> Layout:
     """Return a layout.
 
-    `unit` is the number of tokens per hash, `drafts` has the groups marked as having draft layers
-    (None without speculative decoding), and `dcp` is the number of context parallel ranks.
+    `unit` is the number of tokens per hash. `drafts` has the indices of the groups with draft
+    layers (None without speculative decoding). `dcp` is the number of context parallel ranks.
     """
     sizes = [spec.block_size * (dcp if spec.dcp_sharded else 1) for spec in specs]
     hashed = [size for size, spec in zip(sizes, specs, strict=True) if spec.prefix_cacheable]
@@ -135,7 +135,7 @@ def request_of(
 
 
 def random_layout(rng: random.Random) -> Layout:
-    """Return KV groups that vLLM can have together."""
+    """Return random KV groups that vLLM supports in one model."""
     style = rng.choice(("whole blocks", "whole blocks", "partial", "partial", "context parallel"))
     unit = rng.choice((1, 2, 4))
     dcp = 2 if style == "context parallel" else 1
@@ -199,7 +199,7 @@ def random_cached(rng: random.Random, layout: Layout, num_hashed: int) -> Cached
                     continue
                 if boundary > num_hashed or not kept(boundary):
                     continue
-                # A block may be cached under several boundaries, a state under one only.
+                # A block may be cached under several boundaries, but a state only under one.
                 if isinstance(spec, MambaSpec) and boundary != start + size:
                     cached.blocks[group_id, boundary] = [next(ids)]
                 else:
@@ -210,7 +210,7 @@ def random_cached(rng: random.Random, layout: Layout, num_hashed: int) -> Cached
 
 
 def _random_rules(rng: random.Random) -> list[str]:
-    """Return the rules to draw from for every group. A group without blocks prevents any hit."""
+    """Return rules from which each group draws one. A group without blocks prevents any hit."""
     healthy = ["all", "all", "few holes"]
     return rng.choice(
         (healthy, [*healthy, "states"], ["few holes", "head"], ["tail", "few holes", "all"],
@@ -242,7 +242,7 @@ def insert(
 
 
 def fill(pool: BlockPool, request: Request, cached: Cached, other: Request | None = None) -> None:
-    """Cache blocks of a request, and some of another one."""
+    """Cache blocks of a request, and some blocks of another request."""
     for (group_id, boundary), ids in cached.blocks.items():
         for block_id in ids:
             insert(pool, request.block_hashes, group_id, boundary, pool.blocks[block_id])
@@ -259,7 +259,7 @@ def every(step: int, end: int) -> range:
 def fill_at(pool: BlockPool, request: Request, *ends: Iterable[int]) -> None:
     """Cache the blocks of a request that end at given tokens, by group.
 
-    Group g gets the blocks 100 * (g + 1) and following.
+    Group g gets blocks with ids from 100 * (g + 1).
     """
     cached = Cached(len(request.block_hashes) * pool.hash_block_size)
     for group, of_group in enumerate(ends):

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the longest prefix that every KV group can serve by brute force.
+"""Finds, by brute force, the longest prefix that every KV group can serve.
 
-Lengths are in tokens, and multiples of the alignment: the hash unit with partial hits, otherwise
-the least common multiple of the groups' block sizes. A group can serve a prefix of L tokens if:
+Lengths are in tokens. They are multiples of the alignment: the hash unit with partial hits, else
+the least common multiple of the groups' block sizes. A group can serve a prefix of L tokens:
 
-* full attention: every block that ends at or before L is cached. If L is inside a block, this block
-  is cached under some boundary from L to the block's end. Keys and values are only appended to a
-  block, so it holds those of all tokens before the boundary;
-* a sliding window of W tokens: the blocks with the tokens from L - W + 1 to L - 1 are cached;
-* chunked local attention: the blocks from the start of the chunk of token L to L - 1 are cached;
-* Mamba: a state is cached under exactly L;
-* a group without prefix caching: always, and its hits have no blocks.
+* full attention, if every block that ends at or before L is cached. If L is inside a block, that
+  block must be cached under a boundary from L to the block's end. Keys and values are only appended
+  to a block, so it also holds all tokens before its boundary;
+* a sliding window of W tokens, if the blocks with the tokens L - W + 1 to L - 1 are cached;
+* chunked local attention, if the blocks from the start of token L's chunk to L - 1 are cached;
+* Mamba, if a state is cached under exactly L;
+* a group without prefix caching, always. Its hits have no blocks.
 
-EAGLE and MTP: a draft layer's key and value of token L - 1 depend on token L. So an attention group
-with drafts can serve L if the unit after L is cached too: a hash unit with partial hits, otherwise
-a block of the group. As in vLLM (`SpecGroup`), one group with drafts marks all groups of the same
-spec. If drafts are in use and no group is marked, all are, except Mamba groups.
+With EAGLE or MTP, a draft layer's key and value of token L - 1 depend on token L. So an attention
+group with drafts can serve L only if the unit after L is cached too: a hash unit with partial hits,
+otherwise a block of the group. As in vLLM (`SpecGroup`), a group with drafts marks all groups of
+its spec. If drafts are in use but no group is marked, all groups except Mamba groups have drafts.
 
 Every group can serve 0.
 """
@@ -66,7 +66,7 @@ class Layout:
 
 @dataclass
 class Cached:
-    """The cached blocks of one request: ids by group and boundary, in the order of caching."""
+    """The cached blocks of a request: by group and boundary, block ids in the order of caching."""
 
     num_hashed: int
     """Tokens of the request that have hashes."""
@@ -92,7 +92,7 @@ def needed_blocks(layout: Layout, group_id: int, length: int) -> range:
 
 
 def tails(layout: Layout, cached: Cached, group_id: int, length: int) -> list[int]:
-    """Return the boundaries at or after a prefix under which its last block is cached."""
+    """Return under which boundaries, from the prefix's end on, its last block is cached."""
     size = layout.block_size(group_id)
     end = -(-length // size) * size
     return [
@@ -124,7 +124,7 @@ def serves(layout: Layout, cached: Cached, alignment: int, group_id: int, length
 def longest(
     layout: Layout, cached: Cached, alignment: int, limit: int, group_ids: Sequence[int]
 ) -> int:
-    """Return the greatest length up to a limit that all of some groups can serve."""
+    """Return the greatest length up to a limit that all given groups can serve."""
     for length in range(limit - limit % alignment, 0, -alignment):
         if all(serves(layout, cached, alignment, group_id, length) for group_id in group_ids):
             return length

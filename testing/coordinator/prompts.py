@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's real scheduler without a model: an engine of a hybrid model, and single prompts."""
+"""Runs single prompts of a hybrid model in vLLM's real scheduler, without the model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STOCK = {"coordinator": "stock", "prefix_match_unit": "stock"}
 
 
 def hybrid_model(folder: Path, max_num_batched_tokens: int) -> Model:
-    """Return a described model with attention and states, whose configuration is in `folder`."""
+    """Return a description of a model with attention and states, configured in `folder`."""
     from vllm_hybrid_kv.tools.plan.engine import Model
 
     large_state_config().save_pretrained(folder)
@@ -53,7 +53,7 @@ def engine_of(model: Model, blocks: int, settings: dict[str, str]) -> Engine:
 
 def send(scheduler: Scheduler, name: str, prompt: Sequence[int], hash_unit: int) -> int:
     """Run a prompt and an answer of one token in an idle scheduler. Return its hit in tokens."""
-    # In vLLM 0.33, hashes cover the lookahead of draft layers.
+    # In vLLM 0.33, a block's hash also covers the tokens that draft layers look ahead.
     ahead = getattr(scheduler, "num_hash_lookahead_tokens", 0)
     more = {"num_hash_lookahead_tokens": ahead} if ahead else {}
     request = Request(

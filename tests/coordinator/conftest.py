@@ -15,13 +15,13 @@ def pytest_configure() -> None:
 
         if not vllm.__version__.startswith(os.environ[EXPECTED_MINOR]):
             pytest.exit(f"this is vLLM {vllm.__version__} from {vllm.__file__}", returncode=4)
-        # The wheel of that minor detects no device.
+        # The wheel of this vLLM minor detects no device.
         vllm.platforms.current_platform = CpuPlatform()
 
 
 @pytest.fixture
 def coordinator_setting(monkeypatch) -> Callable[[str], None]:
-    """Selects a coordinator by the environment, with the plugin registered."""
+    """Return a function that selects a coordinator by environment, with the plugin registered."""
     from vllm_hybrid_kv import plugin
     from vllm_hybrid_kv.state import STATE
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When `hybrid_aware` lets a prompt start: running prompts do not preempt each other."""
+"""`hybrid_aware` starts a prompt only if running prompts will not preempt each other."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def prompts(lengths: list[int], answer: int = 30) -> list[TracedRequest]:
-    """Return prompts of the given lengths in blocks of 512 tokens, which share nothing."""
+    """Return prompts without shared prefixes. `lengths` are in blocks of 512 tokens."""
     sent, first = [], 0
     for blocks in lengths:
         ids = tuple(range(first, first + blocks))
@@ -76,7 +76,7 @@ def request_of(engine: Engine, name: str, prompt: TracedRequest) -> Request:
 
 
 def load_all_but_the_end(engine: Engine, request: Request) -> None:
-    """Allocate what a connector loads asynchronously, as vLLM's scheduler does."""
+    """Allocate blocks for an asynchronous load of a connector, as vLLM's scheduler does."""
     manager = engine.scheduler.kv_cache_manager
     loaded = request.num_tokens // engine.scheduler_block_size * engine.scheduler_block_size
     blocks = manager.allocate_slots(
@@ -105,8 +105,8 @@ def test_loaded_requests_do_not_wait_for_each_other(model):
     first, second = (request_of(engine, name, *prompts([12])) for name in ("first", "second"))
     for request in (first, second):
         load_all_but_the_end(engine, request)
-    # Each holds 4 blocks of attention and 3 of states. The free blocks suffice to start one, but
-    # not for what both may hold later.
+    # Each request holds 4 attention blocks and 3 state blocks. The free blocks suffice to start
+    # one request, but not for all blocks that both may hold later.
     assert pool.get_num_free_blocks() == 9
     assert start(engine, first)
     assert not start(engine, second)

@@ -12,12 +12,12 @@ COPIES = [(2, 5)]
 
 
 def memory(spare=0):
-    """Return memory of blocks with different contents, and spare bytes after them."""
+    """Return memory with blocks of different contents, followed by spare bytes."""
     return (torch.arange(BLOCKS * PAGE + spare) % 251).to(torch.uint8)
 
 
 def views(storage):
-    """Return a state's view, shorter than the page, and attention's with two kernel blocks each."""
+    """Return a state view, shorter than a page, and an attention view of two kernel blocks each."""
     state = torch.as_strided(storage, (BLOCKS, STATE), (PAGE, 1)).view(torch.int8)
     attention = torch.as_strided(storage, (2 * BLOCKS, PAGE // 2), (PAGE // 2, 1))
     return state, attention
@@ -25,7 +25,7 @@ def views(storage):
 
 @pytest.fixture
 def stock():
-    # The plugin wraps it.
+    # The plugin wraps vLLM's function, so take the original.
     return getattr(
         utils.copy_kv_cache_blocks_inplace, "__wrapped__", utils.copy_kv_cache_blocks_inplace
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`GroupedBlockMap` compared with the map of vLLM that it replaces."""
+"""Compares `GroupedBlockMap` with vLLM's map, which it replaces."""
 
 import random
 

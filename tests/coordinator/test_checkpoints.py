@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which checkpoints are pinned, superseded, reused and evicted."""
+"""Tests which checkpoints are pinned, superseded, reused and evicted."""
 
 import random
 
@@ -28,7 +28,7 @@ def arrive(checkpoints, *keys):
 
 
 def conversation(checkpoints):
-    """Enter the ends of three turns."""
+    """Register checkpoints at the ends of three turns."""
     arrive(checkpoints)
     turns, parent = [], None
     for number, key in enumerate((b"first", b"second", b"third"), 1):
@@ -45,7 +45,7 @@ def test_a_turn_that_a_longer_one_superseded_is_evicted_first(checkpoints):
     second = add(checkpoints, b"second", 4000, END, [4, 5, 6, 7], first)
     assert first.kind is CheckpointKind.SUPERSEDED
     assert checkpoints.evict() is first
-    # The longer turn pins its blocks too.
+    # The longer checkpoint pins the blocks of the evicted one too.
     assert all(block in checkpoints.pins for block in (1, 2, 3, 4, 5, 6, 7))
     assert {checkpoints.evict(), checkpoints.evict()} == {other, second}
     assert checkpoints.evict() is None
@@ -119,7 +119,7 @@ def test_any_other_place_replaces_the_end_of_a_block_at_the_same_prefix(checkpoi
     end, released = checkpoints.enter(b"key", 2000, END, blocks, None)
     assert released == (3, 4)
     assert 3 not in checkpoints.pins
-    # Without blocks that a hit needs, nothing is entered.
+    # Without the blocks that a hit needs, no checkpoint is registered.
     assert checkpoints.pinned == ([] if blocks is None else [end])
     assert (end is None) == (blocks is None)
     if blocks is not None:
@@ -165,7 +165,7 @@ def test_the_evicted_checkpoint_is_worth_the_least_of_all(checkpoints):
     draw = random.Random(5)
     for i in range(60):
         arrive(checkpoints, *(str(j).encode() for j in draw.sample(range(i + 1), min(i, 2))))
-        # They share many of their blocks, which makes the lower bound of the worth inexact.
+        # Checkpoints share many blocks here, which makes the lower bound of the worth inexact.
         blocks = {draw.randrange(40) for _ in range(draw.randrange(1, 9))}
         place = draw.choice(PLACES)
         add(checkpoints, str(i).encode(), draw.randrange(100, 9000), place, blocks, None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Explanations of hits in given cache contents."""
+"""Tests explanations of hits with given cache contents."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _settings(coordinator_setting):
 
 
 def explained(layout: Layout, num_tokens: int, *ends: Any) -> Any:
-    """Explain a waiting request, for whose groups the blocks that end at `ends` are cached."""
+    """Explain a waiting request. `ends` has, for each group, where its cached blocks end."""
     request = request_of(layout, range(num_tokens))
     coordinator = coordinator_of(layout, FixedPointCoordinator)
     fill_at(coordinator.block_pool, request, *ends)
@@ -65,7 +65,7 @@ def explained(layout: Layout, num_tokens: int, *ends: Any) -> Any:
             id="several kinds lose tokens",
         ),
         pytest.param(
-            # One window could serve 128 tokens and the other 64, both together 48.
+            # One window alone could serve 128 tokens, the other 64, and both together 48.
             layout_of(full(16), window(16, 17), window(16, 33)),
             *([every(16, 160), (48, 96, 128), (16, 32, 48, 64)], 48, 160),
             {"full_attention": (160, 0), "sliding_window": (48, 112)},
@@ -78,7 +78,7 @@ def explained(layout: Layout, num_tokens: int, *ends: Any) -> Any:
             id="groups with draft layers are a kind of their own",
         ),
         pytest.param(
-            # vLLM marks all groups.
+            # vLLM marks all groups as draft groups.
             layout_of(full(16), mamba(16), drafts=()),
             *([(16,), ()], 0, 0),
             {"full_attention_draft": (0, 0), "mamba": (0, 0)},

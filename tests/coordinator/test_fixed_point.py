@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lookups of `FixedPointCoordinator`: where vLLM's fails, and compared with brute force."""
+"""Tests lookups of `FixedPointCoordinator` where vLLM's fail, and against brute force."""
 
 import os
 from dataclasses import replace
@@ -33,7 +33,7 @@ UNIT = 16
 
 
 def look_up(coordinator_class, layout, num_tokens, *boundaries):
-    """Look up a request, for whose groups the blocks that end at `boundaries` are cached."""
+    """Look up a request. `boundaries` has, for each group, where its cached blocks end."""
     request = request_of(layout, range(num_tokens))
     coordinator = coordinator_of(layout, coordinator_class)
     fill_at(coordinator.block_pool, request, *boundaries)
@@ -55,14 +55,14 @@ def look_up(coordinator_class, layout, num_tokens, *boundaries):
             id="drafts of a window need their lookahead after another window shortens the hit",
         ),
         pytest.param(
-            # No group is marked, so vLLM treats all as having drafts, even states.
+            # No group is marked, so vLLM treats all groups as draft groups, even states.
             layout_of(full(16), window(16, 17), mamba(16), drafts=()),
             *(130, [every(16, 128), (48, 96, 112), (48,)], 0),
             id="drafts need their lookahead after a state shortens the hit",
         ),
         pytest.param(
-            # After 32 tokens the chunk starts at 24. vLLM finds none of its blocks and falls back
-            # to 16 tokens without checking the blocks of the chunk before.
+            # After 32 tokens, the chunk starts at 24. vLLM finds none of this chunk's blocks. It
+            # falls back to 16 tokens without checking the blocks of the previous chunk.
             layout_of(full(16), chunked(16, 24)),
             *(40, [every(16, 32), ()], 0),
             id="a chunk that starts inside a block needs that block",
@@ -179,11 +179,11 @@ def test_a_group_with_a_host_pool_keeps_its_longer_hit():
 SEED = int(os.environ.get("HYBRID_KV_TEST_SEED", "20261122"))
 PARTS = 10
 LAYOUTS, CONTENTS = 50, 20
-"""Per part: 10,000 cases in total."""
+"""Layouts per part, and contents per layout. All parts together have 10,000 cases."""
 
 
 def cases_of(part):
-    """Yield each case with a coordinator whose cache has its contents."""
+    """Yield each case with a coordinator whose cache has the contents of the case."""
     for cases in random_cases(SEED + part, LAYOUTS, CONTENTS):
         coordinator = coordinator_of(cases[0].layout, FixedPointCoordinator)
         other = request_of(cases[0].layout, range(5000, 5024))
@@ -217,7 +217,7 @@ def test_the_hit_is_the_longest_prefix_that_every_group_can_serve(part):
         compared += 1
         hits += length > 0
     assert compared == LAYOUTS * CONTENTS
-    # Contents without any hit would prove nothing.
+    # A comparison without hits would prove nothing.
     assert hits > compared / 10
 
 

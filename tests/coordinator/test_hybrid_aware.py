@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The policy `hybrid_aware` in vLLM's real scheduler, with no model."""
+"""Tests the policy `hybrid_aware` in vLLM's real scheduler, without a model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 class Script:
-    """Writes a trace of chats whose blocks have unique ids."""
+    """Builds a trace of chats whose blocks have unique ids."""
 
     def __init__(self) -> None:
         self.requests: list[TracedRequest] = []
@@ -120,7 +120,7 @@ def test_a_continued_conversation_has_no_branch_point(model):
 
 
 def pinned_states(coordinator: Any) -> Counter[int]:
-    """Return the number of pinned free states by the length of their prefix in tokens."""
+    """Return how many free states are pinned, by the length of their prefix in tokens."""
     return Counter(
         block.block_hash_num_tokens
         for block in coordinator.block_pool.free_block_queue.get_all_free_blocks()
@@ -140,7 +140,7 @@ def test_states_are_pinned_at_ends_of_prompts_and_at_whole_blocks_only_if_that_p
     Replay(engine, script.requests[:1], 1).run()
     block, end = coordinator._block_tokens, 5 * 512 + 32
     assert pinned_states(coordinator) == {block: groups, end: groups}
-    # Only evictions set a price that the state at a whole block must exceed.
+    # A state at a whole block must be worth the price, which only evictions set.
     while (evicted := coordinator.checkpoints.evict()) is not None:
         coordinator.block_pool.free_block_queue.release(evicted.key, evicted.blocks)
     Replay(engine, script.requests[1:], 1).run()
@@ -156,7 +156,7 @@ def test_a_state_is_pinned_in_the_block_that_lookups_return(model):
     pool, queue = coordinator.block_pool, coordinator.block_pool.free_block_queue
     (checkpoint,) = [c for c in coordinator.checkpoints.pinned if c.place is CheckpointKind.SHORT]
     first = pool.get_cached_block(checkpoint.key, coordinator._state_groups)
-    # Another request computed the states too and ended. The first continues in its own blocks.
+    # Another request computed the same states and ended. The first continues in its own blocks.
     pool.touch(first)
     keys = [block.block_hash for block in first]
     others, copies = pool.get_new_blocks(len(first)), pool.get_new_blocks(len(first))
@@ -180,7 +180,7 @@ def test_a_request_starts_while_another_with_the_same_prefix_is_decoding(model, 
     script.send(ids, tail=50, answer=200)
     script.send(ids, tail=50, answer=200)
     engine = engine_of(model, 200, {**POLICY, "coordinator": coordinator})
-    # The first answer is in the same block in which the second prefix ends.
+    # The first answer and the end of the second prefix are in the same block.
     assert engine.scheduler_block_size > BLOCK_TOKENS + 50 + 200
     tally = Replay(engine, script.requests, 2).run()
     assert tally.hits[1] > 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the observer reports of scheduled requests: counters, DEBUG lines and the warning."""
+"""Tests the observer's reports of scheduled requests: counters, DEBUG lines, the warning."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def log(monkeypatch):
-    """Return the lines that the plugin logs at a level, whether or not its logger propagates."""
+    """Return a function for the lines that are logged at a level, even without propagation."""
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = records.append
@@ -58,7 +58,7 @@ def log(monkeypatch):
 
 
 def counts(folder: Path) -> dict[tuple[str, str | None], float]:
-    """Return the counters other than 0, by name without prefix and suffix, and kind."""
+    """Return the counters that are not 0, by kind and by name without prefix and suffix."""
     return {
         (sample.name[len("vllm_hybrid_kv:") : -len("_total")], sample.labels.get("kind")): (
             sample.value
@@ -80,14 +80,14 @@ def manager_of(layout: Layout, log_stats: bool = True, blocks: int = NUM_BLOCKS)
 
 
 def cached_request(log_stats: bool = True) -> tuple[KVCacheManager, Request]:
-    """Return a request with 256 tokens of attention and a state after 80 in the cache."""
+    """Return a request. The cache has attention for 256 of its tokens and a state after 80."""
     manager, request = manager_of(HYBRID, log_stats), request_of(HYBRID, range(300), "a")
     fill_at(manager.block_pool, request, every(64, 256), (64, 80))
     return manager, request
 
 
 def look_up(manager: KVCacheManager, request: Request) -> tuple[Any, int]:
-    """Look a waiting request up as the scheduler does, whether or not there is room."""
+    """Look up a waiting request as the scheduler does, whether or not there is room."""
     blocks, hit, request.shared_prefix_boundary = manager.get_computed_blocks(request)
     return blocks, hit
 
@@ -157,9 +157,9 @@ def test_a_running_request_is_explained_by_the_lookup_that_it_was_scheduled_with
     coordinator = manager.coordinator
     waiting = coordinator.explain(request)
     assert (waiting.scheduled, waiting.hit_tokens) == (False, 80)
-    # In chunks that end where state blocks do, otherwise none of its states is cached.
+    # States are cached only if the chunks end where state blocks end.
     schedule(manager, request, chunk=16)
-    # Its own blocks and states are cached now under the hashes that were looked up.
+    # The request's own blocks and states are cached now, under the hashes that were looked up.
     hashes, groups = request.block_hashes, coordinator.attention_groups
     assert coordinator.reconcile(hashes, 299, groups).length > 80
     request.append_output_token_ids([7] * 20)
@@ -189,7 +189,7 @@ def test_a_request_without_room_is_not_counted(folder):
     schedule(manager, first)
     blocks, hit = look_up(manager, second)
     assert manager.allocate_slots(second, 300 - hit, hit, blocks) is None
-    # A step of the running request, between two lookups of the waiting one.
+    # Take a step of the running request between two lookups of the waiting request.
     first.append_output_token_ids(7)
     assert manager.allocate_slots(first, 1) is not None
     assert counts(folder) == {("prefix_cache_requests", None): 1}
@@ -229,7 +229,7 @@ def test_without_statistics_nothing_is_counted_and_no_kind_is_looked_up_alone(fo
     manager, request = cached_request(log_stats=False)
     schedule(manager, request)
     why = manager.coordinator.explain(request)
-    # Full attention is always looked up first, states only up to its hit.
+    # Full attention is always looked up first, and states only up to the hit of attention.
     assert [kind.alone_tokens for kind in why.kinds] == [256, None]
     assert (why.hit_tokens, why.limited_by, why.lost_tokens) == (80, "mamba", 176)
     assert "each kind alone: full_attention 256; mamba lost 176" in str(why)
@@ -248,7 +248,7 @@ def test_each_request_gets_one_debug_line(folder, log):
 
 
 def send(manager: KVCacheManager, request: Request, times: int, hit: int = 80) -> None:
-    """Look a request up and report it several times."""
+    """Look up and report a request several times."""
     for _ in range(times):
         look_up(manager, request)
         manager.coordinator.observer.scheduled("a", hit)
@@ -258,7 +258,7 @@ def send(manager: KVCacheManager, request: Request, times: int, hit: int = 80) -
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Set the time in seconds."""
+    """Return a function that sets the time in seconds."""
     now = [0.0]
     monkeypatch.setattr(observer.time, "monotonic", lambda: now[0])
     return lambda seconds: now.__setitem__(0, seconds)

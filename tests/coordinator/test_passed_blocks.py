@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State blocks are cached only under the prefix whose state was written into them."""
+"""Tests that state blocks are cached only under the prefix of the state in them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
 
 STATE_BLOCK = 64
 CHUNK_GRID = 16
-"""The attention block. The engine core aligns chunks to the smallest block."""
+"""Tokens of an attention block, the smallest block. The engine core aligns chunks to it."""
 
 LAYOUT = layout_of(full(CHUNK_GRID), mamba(STATE_BLOCK), unit=CHUNK_GRID)
 STATES = 1
 
 
 class Engine:
-    """vLLM's KV cache manager, and the state that a worker would have in each block."""
+    """Runs vLLM's KV cache manager, and tracks the state that a worker would write to a block."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
@@ -31,7 +31,7 @@ class Engine:
             scheduler_block_size=layout.scheduler_block_size,
             hash_block_size=layout.hash_unit,
         )
-        # By block id, the tokens after which its state is.
+        # By block id, the number of tokens after which its state was written.
         self.written: dict[int, int] = {}
 
     def send(self, token_ids: list[int], *ends: int) -> int:
@@ -90,6 +90,6 @@ def test_a_chunk_that_passes_the_end_of_a_state_block_caches_no_state_there(engi
 def test_a_request_that_resumes_inside_a_state_block_and_passes_its_end_caches_no_state(engine):
     prompt = list(range(210))
     assert engine.send(prompt[:84], 64, 80, 84) == 0
-    # It resumes at 80 tokens, and does not stop at 128.
+    # The request resumes at 80 tokens, and its chunk does not stop at 128.
     assert engine.send(prompt, 160, 208, 210) == 80
     assert engine.send([*prompt[:150], 999], 151) == 80

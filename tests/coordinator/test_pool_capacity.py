@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Capacity` compared with vLLM's KV cache manager, which admits requests until it is full."""
+"""Compares `Capacity` with vLLM's KV cache manager, which admits requests until it is full."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Pool:
         return capacity(self.config, self.kv_cache_config)
 
     def fit(self, tokens: int) -> int:
-        """Return how many requests of the given length are admitted and held together."""
+        """Return how many requests of the given length the pool admits and holds at once."""
         sizes = math.lcm(*(spec.block_size for spec in self.specs))
         manager = KVCacheManager(
             self.kv_cache_config,
@@ -74,7 +74,7 @@ class Pool:
             )
             while request.num_computed_tokens < tokens:
                 chunk = min(self.budget, tokens - request.num_computed_tokens)
-                # The scheduler admits a request only if all of it fits.
+                # The scheduler admits a request only if the whole request fits.
                 begins = request.num_computed_tokens == 0
                 slots = manager.allocate_slots(request, chunk, full_sequence_must_fit=begins)
                 if slots is None:
@@ -90,7 +90,7 @@ def states_of(mode: str, max_model_len: int, block: int, drafts: int) -> KVCache
 
 @st.composite
 def pools(draw: st.DrawFn, bounded: bool) -> Pool:
-    """Draw pools, with bounded groups (windows, chunks, aligned states) or without."""
+    """Draw pools with or without bounded groups (windows, chunks, aligned states)."""
     unit = draw(st.sampled_from([2, 4, 16]))
     max_model_len = draw(st.integers(2 * unit, 24 * unit))
     mode = draw(st.sampled_from(["none", "all", "align"] if bounded else ["none", "all"]))

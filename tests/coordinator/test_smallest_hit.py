@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`smallest_hit` compared with vLLM's scheduler: the shortest repeated prompt that hits."""
+"""Compares `smallest_hit` with the shortest repeated prompt that hits in vLLM's scheduler."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LONGEST = 1024
 def plan_of(
     specs: Sequence[KVCacheSpec], strategy: str, drafts: Sequence[int] | None = None
 ) -> Plan:
-    """Return a plan with unresolved block sizes."""
+    """Return a plan whose block sizes are not resolved yet."""
     return Plan(
         strategy=strategy,
         groups=tuple(
@@ -49,7 +49,7 @@ def resolved(plan: Plan, unit_strategy: str, monkeypatch: pytest.MonkeyPatch) ->
     plugin.register()
     config = configure(plan)
     sizes = resolve_kv_cache_block_sizes(plan.kv_cache_config, config)
-    # This module may have imported vLLM's own function before the plugin rebound it.
+    # This module may have imported vLLM's own function before the plugin replaced it.
     if unit_strategy == "auto" and (unit := match_unit(plan.kv_cache_config, 1)) is not None:
         config.cache_config.prefix_match_unit = unit
         sizes = resolve_kv_cache_block_sizes(plan.kv_cache_config, config)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Some random worlds of the soak, checked after every step."""
+"""Runs some random worlds of the soak, with checks after every step."""
 
 from __future__ import annotations
 
@@ -67,5 +67,5 @@ def test_no_checkpoint_is_pinned_without_cached_attention_blocks(seed, world):
     ],
 )
 def test_a_state_block_is_not_cached_with_an_earlier_state(seed, world, strategy):
-    # vLLM's own coordinator does so.
+    # vLLM's own coordinator caches such blocks.
     Soak(seed, strategy).run(world)

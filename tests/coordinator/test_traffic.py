@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics of the traffic: return rates by age, and prefixes seen before."""
+"""Tests statistics of the traffic: return rates by age, and prefixes seen before."""
 
 import hashlib
 import random
@@ -11,7 +11,7 @@ from vllm_hybrid_kv.coordinator.traffic import EDGES, ReuseCurve, SeenPrefixes, 
 
 
 def hashes(count, seed=0, after=()):
-    """Return chained hashes of a random prompt that continues another's."""
+    """Return chained hashes of a random prompt that continues the hashes `after`."""
     chain = list(after)
     draw = random.Random(seed)
     for _ in range(count):
@@ -37,13 +37,13 @@ def test_the_rate_is_returns_per_time_waited():
     curve = ReuseCurve()
     draw = random.Random(1)
     for _ in range(20_000):
-        # A rate of 1/500 at any age, tracked for at most 1,000 requests.
+        # Returns have a rate of 1/500 at any age. A checkpoint is tracked for 1,000 requests.
         age = int(draw.expovariate(1 / 500))
         curve.record(0, min(age, 1000), returned=age < 1000)
     curve.update(())
     for index in range(4, 9):
         assert curve.rates[index] == pytest.approx(1 / 500, rel=0.15)
-    # A constant rate makes a constant index.
+    # If the rate is constant, so is the index.
     assert np.ptp(curve.index[4:9]) < 0.2 / 500
 
 
@@ -130,5 +130,5 @@ def test_every_added_hash_is_found_although_many_share_a_byte(at_a_time):
     added = hashes(1024)
     for first in range(0, 1024, at_a_time):
         seen.add(added[: first + at_a_time], known=first)
-    # One by one, because bisection would not notice a few missing hashes.
+    # Check one by one, because bisection would not notice a few missing hashes.
     assert all(seen.longest([key], 1) for key in added)

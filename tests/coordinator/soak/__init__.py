@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A soak: random worlds of requests through vLLM's real scheduler, checked after every step."""
+"""A soak: vLLM's real scheduler runs random worlds of requests, with checks after every step."""

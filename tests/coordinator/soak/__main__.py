@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes many random scheduler steps and checks consistency after each.
+"""Runs many random scheduler steps, and checks consistency after each step.
 
     python -m tests.coordinator.soak [--steps 200000] [--seed N] [--world N] [--strategy NAME]
         [--out FILE]
@@ -16,7 +16,7 @@ import sys
 import traceback
 from pathlib import Path
 
-# Read by vLLM when it is imported.
+# vLLM reads this when it is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")

@@ -30,7 +30,7 @@ def require(condition: object, *what: object) -> None:
 
 
 def check_references(scheduler: Scheduler) -> None:
-    """Check that reference counts match the references, and that the free list holds the others.
+    """Check that reference counts match the references, and the free list has all other blocks.
 
     The free list must be linked in both directions.
     """
@@ -83,7 +83,7 @@ def hashes_of(pool: BlockPool, block: KVCacheBlock) -> list[BlockHashWithGroupId
 
 
 def num_entries(pool: BlockPool) -> int:
-    """Return the number of pairs of key and block in the hash map."""
+    """Return how many pairs of a key and a block the hash map has."""
     hash_map = pool.cached_block_hash_to_block
     if isinstance(hash_map, GroupedBlockMap):
         copies = hash_map._copies.values()
@@ -115,11 +115,11 @@ class Contents:
 
     def __init__(self, pool: BlockPool, plan: Plan, worker: Worker, prefixes: Prefixes) -> None:
         self._pool, self._plan, self._worker, self._prefixes = pool, plan, worker, prefixes
-        # The last version of each block, to skip unchanged ones.
+        # The version of each block at its last check, to skip unchanged blocks.
         self._seen: list[tuple[Any, ...] | None] = [None] * plan.num_blocks
 
     def check(self, meaning: Mapping[BlockHash, tuple[int, int]]) -> None:
-        """Check all blocks, while no step is in flight, by the prefix and length of each hash."""
+        """Check all blocks while no step is in flight. `meaning` has prefix and length by hash."""
         for block in self._pool.blocks:
             if block.block_hash is None:
                 continue
@@ -145,7 +145,7 @@ class Contents:
             count = tokens - (tokens - 1) // spec.block_size * spec.block_size
             promised = self._prefixes.path(prefix, count)
             if group in self._worker.draft_groups:
-                # The last entry depends on a token that no request may have had here.
+                # The last entry also depends on the next token, which no request may have had.
                 promised = promised[1:]
         require(
             self._worker.differs(group, block.block_id, 0, promised) is None,
@@ -164,9 +164,9 @@ def check_policy(
 
     Args:
         scheduler: The scheduler.
-        lost: Allocated blocks whose hashes were removed. vLLM does not cache them again, so later
-            checkpoints of a running request with such blocks cannot be hit.
-        hashes: By the hash of a prefix, the hashes of a request with this prefix.
+        lost: Allocated blocks whose hashes were removed. vLLM does not cache them again. Later
+            checkpoints of a running request that need such blocks cannot be hit.
+        hashes: For each hash of a prefix, the hashes of a request that has this prefix.
         unhittable: The checkpoints with lost blocks, passed from step to step.
     """
     coordinator = scheduler.kv_cache_manager.coordinator
@@ -185,7 +185,7 @@ def check_policy(
 
 
 def check_queue(coordinator: HybridAwareCoordinator) -> None:
-    """Check that the queue has the unpinned blocks first, and then only pinned ones."""
+    """Check that the queue has all unpinned blocks first, and then only pinned blocks."""
     queue = coordinator.block_pool.free_block_queue
     free = queue.get_all_free_blocks()
     first = [block.block_id for block in free[: len(queue.unpinned)]]

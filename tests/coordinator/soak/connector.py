@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Load:
     """A load of the tokens from `start` to `end` into a request's blocks, by group.
 
-    States are loaded as after `end` tokens. If `is_async`, the request waits instead of the step.
+    Loaded states are those after `end` tokens. If `is_async`, only the request waits for the load.
     """
 
     request: Request
@@ -35,9 +35,9 @@ class Load:
 
 @dataclass
 class Transfer:
-    """An asynchronous load, or a read of an ended request's blocks (without a load).
+    """An asynchronous load or, without `load`, a read of an ended request's blocks.
 
-    It is reported after some steps.
+    The connector reports its end after some steps.
     """
 
     request: Request
@@ -47,14 +47,14 @@ class Transfer:
 
 
 class Metadata(KVConnectorMetadata):
-    """Empty, because the world calls the connector directly."""
+    """Metadata that stays empty, because the world calls the connector directly."""
 
 
 class SoakConnector(KVConnectorBase_V1, SupportsHMA):
     """Offers tokens of some requests, and holds the blocks of some ended requests for a while.
 
-    With several KV groups, vLLM requires whole blocks from an external store and computes the last
-    token of a prompt, because a state cannot be reverted by one token.
+    With several KV groups, vLLM requires whole blocks from an external store. vLLM then computes
+    the last token of a prompt, because a state cannot be reverted by one token.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

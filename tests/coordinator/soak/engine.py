@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes vLLM's scheduler for a plan, without a model."""
+"""Makes vLLM's scheduler for a world's plan, without a model."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def configure(plan: Plan) -> VllmConfig:
         enable_prefix_caching=True,
         mamba_cache_mode="align" if plan.has_states else "none",
         additional_config={
-            # Only a real worker can corrupt states.
+            # Drafts are safe here, because only a real worker can corrupt states.
             "hybrid_kv": {"coordinator": plan.strategy, "allow_unsafe_drafts": True}
         },
         **more,

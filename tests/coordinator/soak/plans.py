@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random models and caches."""
+"""Makes random models and caches."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ class Plan:
         block_size: vLLM's `cache_config.block_size`, to which chunks with states are aligned. The
             engine core sets it to the smallest block of all groups.
         scheduler_block_size: The least common multiple of the groups' block sizes.
-        budget: Tokens per step.
+        budget: Maximum tokens per step.
         long_prefill: Maximum tokens of a request's chunk, 0 for no limit.
         lag: Steps scheduled ahead before a step's output is known, 0 if synchronous.
         drafting: `None`, `ngram`, or `mtp`.
         connector: How a KV connector loads: `None`, `async`, `sync`, `both`.
         load_failure_policy: vLLM's `kv_load_failure_policy`.
-        vocabulary: The number of tokens. If small, unrelated requests share prefixes.
+        vocabulary: The number of different tokens. With few, unrelated requests share prefixes.
         reserve_full: vLLM's `scheduler_reserve_full_isl`.
-        retention: vLLM's `prefix_cache_retention_interval`: tokens between cached windows and
-            states, 0 for the ends of prompts only, None for all.
+        retention: vLLM's `prefix_cache_retention_interval`, in tokens between cached windows and
+            states. With 0, only those at the ends of prompts are cached. With None, all are cached.
     """
 
     strategy: str
@@ -84,7 +84,7 @@ class Plan:
     def may_diverge(self) -> bool:
         """Whether groups may hit different lengths before a load.
 
-        With windows or draft layers, vLLM's own `truncate_computed_blocks` fails.
+        They may not with windows or draft layers, for which `truncate_computed_blocks` fails.
         """
         kinds = {type(spec) for spec in self.specs}
         return kinds == {MambaSpec, FullAttentionSpec} and self.drafting != "mtp"
@@ -100,7 +100,7 @@ class Plan:
         """Return the plan, sometimes with attention blocks that are shorter than state blocks.
 
         The scheduler then ends chunks inside state blocks, and vLLM's own coordinator caches wrong
-        states (`upstream_fixes.PassedBlocks`). So `stock` has no such world.
+        states (`upstream_fixes.PassedBlocks`). Worlds with the strategy `stock` are left unchanged.
         """
         states = [spec.block_size for spec in self.specs if isinstance(spec, MambaSpec)]
         if not states or self.strategy == "stock" or rng.random() < 0.5:
@@ -131,8 +131,8 @@ class Plan:
 
         vLLM's own coordinator then caches wrong states unless hits end at whole blocks
         (`upstream_fixes.PassedBlocks`). With draft tokens, vLLM's worker may overwrite the state
-        that a request continues with, because the scheduler has moved its blocks. With draft
-        layers, vLLM takes the state for a later one if hits end at multiples of more than a block.
+        that a request continues with, because the scheduler has moved its blocks. With draft layers
+        and hits at multiples of several blocks, vLLM takes the state for a later state.
         """
         whole = self.unit == self.block_size == self.scheduler_block_size
         if self.drafting is not None or (self.strategy == "stock" and not whole):
@@ -176,8 +176,8 @@ def random_plan(rng: random.Random, strategy: str | None = None) -> Plan:
     budget = rng.choice((scheduler_block_size, 24, 64))
     budget = max(budget, scheduler_block_size, 2 * draft_tokens + 2)
     lag = rng.choice((0, 0, 1))
-    # If a step loads states and runs on them, vLLM counts one block too few, and fails if there is
-    # no other.
+    # If a step loads states and continues from them, vLLM counts one block too few. It fails if no
+    # other block is free.
     connectors = (None, None, "async", "async", *(() if style == "states" else ("both", "sync")))
     connector = rng.choice(connectors)
     return Plan(
@@ -205,13 +205,13 @@ def random_plan(rng: random.Random, strategy: str | None = None) -> Plan:
 def _states(rng: random.Random, strategy: str, draft_tokens: int) -> tuple[list[KVCacheSpec], int]:
     """Return groups with states, and the unit.
 
-    State blocks have one size, vLLM's `mamba_block_size`. If hits end inside a block, vLLM supports
-    windows only with blocks of one hash unit, and chunked local attention only with blocks of the
-    alignment of hits. See `with_smaller_attention` for why `stock` has no smaller windows.
+    All state blocks have vLLM's `mamba_block_size`. If hits end inside a block, vLLM supports only
+    windows with blocks of one hash unit, and chunked local attention with blocks of the alignment
+    of hits. `with_smaller_attention` says why `stock` has no smaller windows.
     """
     unit = rng.choice((2, 4))
     size = unit * rng.choice((1, 2, 4))
-    # A step of a request may pass at most one end of a block.
+    # A step of a request may pass the end of at most one block.
     while size <= draft_tokens:
         size *= 2
     state = replace(mamba(size), num_speculative_blocks=draft_tokens)
@@ -221,12 +221,12 @@ def _states(rng: random.Random, strategy: str, draft_tokens: int) -> tuple[list[
             rng.choice((state, replace(mamba(size, 6), num_speculative_blocks=draft_tokens)))
         )
     for _ in range(rng.choice((1, 1, 2))):
-        # With another size than the states', hits are multiples of both.
+        # If attention and states have different block sizes, hits are multiples of both.
         specs.append(full(rng.choice((size, size, 2 * size)), rng.choice((8, 16))))
     if rng.random() < 0.4:
         specs.append(window(rng.choice((unit, size)), rng.randint(2, 6 * unit)))
     if rng.random() < 0.1:
-        # Windows and states, without full attention.
+        # Keep windows and states only, without full attention.
         specs = [spec for spec in specs if not _is_full(spec)]
         specs.append(window(unit, rng.randint(2, 6 * unit)))
     rng.shuffle(specs)
@@ -258,7 +258,7 @@ def _attention(
             specs.append(window(size, rng.randint(2, 8 * unit)))
         else:
             chunk = rng.randint(2, 8 * unit)
-            # vLLM hits too much if a chunk starts inside a block: see the xfails of
+            # vLLM's hits are too long if a chunk starts inside a block: see the xfails of
             # `test_fixed_point.py`.
             specs.append(chunked(size, round_up(chunk, size) if strategy == "stock" else chunk))
     specs.append(full(unit * rng.choice(sizes), 16))
@@ -268,7 +268,7 @@ def _attention(
 
 
 def _drafted(rng: random.Random, specs: list[KVCacheSpec]) -> set[int]:
-    """Return the groups with draft layers: at least one, no states or chunked local attention."""
+    """Return the groups with draft layers, at least one: no states, no chunked attention."""
     possible = [
         i
         for i, spec in enumerate(specs)
@@ -278,7 +278,7 @@ def _drafted(rng: random.Random, specs: list[KVCacheSpec]) -> set[int]:
 
 
 def _num_blocks(rng: random.Random, specs: list[KVCacheSpec], max_len: int, in_flight: int) -> int:
-    """Return a random size of a pool that the longest request fits in."""
+    """Return a random number of pool blocks that suffices for the longest request."""
     needed = sum(_blocks(spec, max_len, in_flight) for spec in specs)
     return 2 + int(needed * rng.choice((1.05, 1.3, 2.0)))
 

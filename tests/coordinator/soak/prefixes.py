@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers prefixes of tokens, so that contents of blocks can be compared by number."""
+"""Numbers the prefixes of token sequences, so that block contents are compared as numbers."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ EMPTY = 0
 """The prefix of no tokens."""
 
 DRAFT = -1
-"""Computed from draft tokens: no request may read it."""
+"""Content that was computed from draft tokens. No request may read it."""
 
 LOST = -2
-"""Written by a failed load: no request may read it."""
+"""Content that a failed load wrote. No request may read it."""
 
 
 class Prefixes:
     """Numbers the prefixes of a world: equal tokens have equal numbers.
 
-    K and V at a position depend on all tokens up to it, and so does a state. So a number represents
-    them.
+    K, V and the state at a position depend on all tokens up to this position. The number of that
+    prefix therefore represents them.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Prefixes:
         self._parents: list[int] = [EMPTY]
 
     def extend(self, numbers: list[int], tokens: Sequence[int]) -> None:
-        """Append to the numbers of a sequence's prefixes, up to all of its tokens."""
+        """Append to `numbers` until it has the numbers of all prefixes of a sequence."""
         last = numbers[-1] if numbers else EMPTY
         for token in tokens[len(numbers) :]:
             last = self.child(last, token)
@@ -41,7 +41,7 @@ class Prefixes:
         return number
 
     def path(self, prefix: int, count: int) -> list[int]:
-        """Return the last `count` prefixes of a prefix, the longest at the end."""
+        """Return the numbers of a prefix's `count` longest prefixes, the longest at the end."""
         path = []
         for _ in range(count):
             path.append(prefix)

@@ -21,7 +21,7 @@ class Soak:
     """Runs worlds and counts the events in all of them (`tally`)."""
 
     def __init__(self, seed: int, strategy: str | None = None) -> None:
-        """Prepare for a coordinator strategy, by default a random one per world."""
+        """Set the coordinator strategy, by default a random strategy for each world."""
         self.seed = seed
         self.tally: Counter[str] = Counter()
         self._strategy = strategy
@@ -37,8 +37,8 @@ class Soak:
                     f"Seed {self.seed}, world {number}, step {world.tally['steps']}: {world.plan}"
                 )
                 raise
-            # vLLM's own coordinator copies blocks before they are written, see
-            # `upstream_fixes.StepWrites`. Its other faults are out of scope.
+            # vLLM's own coordinator may copy blocks before they are written (see
+            # `upstream_fixes.StepWrites`). Its other faults are out of scope.
             chained = isinstance(error, ChainedCopyError)
             self.tally[COPIED if chained else WRONG] += 1
         self.tally += world.tally

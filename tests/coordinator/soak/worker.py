@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Simulates a worker's writes and reads of blocks, from the scheduler's output only."""
+"""Simulates how a worker writes and reads blocks, given only the scheduler's output."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class SoakError(AssertionError):
-    """Something is inconsistent."""
+    """The simulated worker or a check found an inconsistency."""
 
 
 class ChainedCopyError(SoakError):
@@ -41,10 +41,10 @@ class KnownRequest:
     Attributes:
         tables: Block ids by group.
         tokens: Its tokens, including outputs that the scheduler does not know yet.
-        prefixes: Numbers of their prefixes.
-        column: The column of its tables with the states written last, or None.
+        prefixes: Numbers of the prefixes of its tokens.
+        column: The block table column of the states written last, or None.
         accepted: Accepted draft tokens of the last step, plus one. The current state is
-            `accepted - 1` columns further.
+            `accepted - 1` columns after `column`.
         is_new: Whether it has not run since it was scheduled first.
     """
 
@@ -59,11 +59,11 @@ class KnownRequest:
 
 
 class Worker:
-    """The contents of blocks: numbers of prefixes instead of K, V and states.
+    """A worker whose blocks hold numbers of prefixes instead of K, V and states.
 
-    A block holds what was written to it last, by any group. When a request runs, everything that
-    its next token needs is checked: K and V of all positions that attention reaches, and the state
-    after exactly the tokens that precede it.
+    A block holds what any group wrote to it last. When a request runs, the worker checks everything
+    that its next token needs: K and V of all positions that attention reaches, and the state after
+    exactly the tokens before the next token.
     """
 
     def __init__(
@@ -84,9 +84,9 @@ class Worker:
         self._attention = [i for i in range(len(self._specs)) if i not in self._states]
         self.draft_groups = {i for i, group in enumerate(plan.groups) if group.is_eagle_group}
         self.sequences: dict[str, KnownRequest] = {}
-        # Group and contents by block. A block with a state has one entry.
+        # By block, the group that wrote it and its contents. A state is one entry.
         self.blocks: list[tuple[int, list[int | None]]] = [(-1, [])] * plan.num_blocks
-        # The number of writes by block.
+        # By block, the number of writes.
         self.versions = [0] * plan.num_blocks
 
     def write(self, group: int, block: int, offset: int, values: Sequence[int]) -> None:
@@ -104,7 +104,7 @@ class Worker:
     def differs(
         self, group: int, block: int, offset: int, values: Sequence[int]
     ) -> list[int | None] | None:
-        """Return what a block holds instead of given values, or None if it holds them."""
+        """Return what a block holds if that differs from the given values, otherwise None."""
         owner, slots = self.blocks[block]
         if owner != group:
             return [None] * len(values)
@@ -113,7 +113,7 @@ class Worker:
             return None
         if group in self.draft_groups:
             # The last entry before a possible end of a hit depends on the next token, which the
-            # hash does not cover. vLLM accepts worse drafts there.
+            # hash does not cover. vLLM accepts that this entry makes drafts worse.
             unit = self._plan.unit
             wanted = zip(range(offset + 1, offset + 1 + len(values)), found, values, strict=True)
             if all(a == b for end, a, b in wanted if end % unit):
@@ -139,7 +139,7 @@ class Worker:
     def _runs(
         self, group: int, table: Sequence[int], start: int, end: int
     ) -> Iterator[tuple[int, int, int, int]]:
-        """Yield block, first position, offset in the block and count, block by block."""
+        """Yield for each block: its id, first position, offset in the block, and count."""
         size = self._specs[group].block_size
         while start < end:
             count = min(end, (start // size + 1) * size) - start
@@ -147,7 +147,7 @@ class Worker:
             start += count
 
     def receive(self, output: SchedulerOutput, lag: int) -> None:
-        """Process the scheduler's output for requests, before the step runs."""
+        """Update the known requests from the scheduler's output, before the step runs."""
         for request_id in (*output.finished_req_ids, *(output.preempted_req_ids or ())):
             self.sequences.pop(request_id, None)
         for new in output.scheduled_new_reqs:
@@ -315,7 +315,7 @@ class Worker:
             reached = round_down(certain + accepted, size)
             sequence.column, sequence.accepted = column, accepted + 1
             if self._plan.draft_tokens and reached >= certain:
-                # A state at the end of a block is copied there.
+                # A state at the end of a block is copied into that block.
                 self.write(group, table[reached // size - 1], 0, [guessed[reached - 1]])
                 if reached // size - 1 == column:
                     sequence.accepted = 1
@@ -323,7 +323,7 @@ class Worker:
     def _write_exported(self, sequence: KnownRequest, start: int, end: int) -> None:
         """Write the states that vLLM's backends export from within a chunk.
 
-        A backend knows only the chunk, and computes the position like the scheduler.
+        A backend knows only the chunk. It computes the position in the same way as the scheduler.
         """
         for group in self._states:
             spec = self._specs[group]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One world: a model, a cache, a scheduler, and random requests."""
+"""Runs one world: a model, a cache, a scheduler and random requests."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from vllm_hybrid_kv.coordinator import decode_snapshots
 
 STOP_TOKEN = 1
 REMEMBERED = 40
-"""Sequences that later requests may continue or branch off."""
+"""How many sequences are remembered for later requests to continue or branch off."""
 
 
 @dataclass
 class Step:
-    """A scheduled step that has not run yet, with its tables and synchronous loads.
+    """A scheduled step that has not run yet, with its block tables and synchronous loads.
 
-    The tables are by request and group, with 0 for null blocks.
+    The tables are indexed by request and group. They have 0 for null blocks.
     """
 
     output: SchedulerOutput
@@ -44,7 +44,7 @@ class Step:
 
 
 class World:
-    """One world with a plan, and the numbers of its events (`tally`)."""
+    """One world with a random plan. `tally` counts its events."""
 
     def __init__(self, seed: str, strategy: str | None = None) -> None:
         """Make a world from a seed, by default with a random strategy."""
@@ -53,7 +53,7 @@ class World:
         plan = plan.with_smaller_attention(random.Random(f"{seed} smaller attention"))
         plan = plan.with_checkpoints(random.Random(f"{seed} checkpoints"))
         self.plan = plan = plan.with_retention(random.Random(f"{seed} retention"))
-        # Copies are more frequent than in production, because answers are short and blocks few.
+        # Copy states more often than in production, because answers and pools are small.
         with mock.patch.multiple(
             decode_snapshots,
             INTERVAL=self._draw.choice((1, 8, decode_snapshots.INTERVAL)),
@@ -97,7 +97,7 @@ class World:
         self._count_evictions()
 
     def run(self, steps: int) -> None:
-        """Take some steps, then end all requests and check that nothing is left."""
+        """Run some steps, then end all requests and check that nothing is left."""
         for _ in range(steps):
             self._happen()
             self.step()
@@ -184,7 +184,7 @@ class World:
         try:
             done = scheduler.reset_prefix_cache(reset_running_requests=running)
         except RuntimeError:
-            # vLLM refuses while anything but running requests holds blocks.
+            # vLLM refuses a reset while blocks are held by anything but running requests.
             checks.require(running, "an error of a reset that keeps running requests")
             self.tally["resets refused"] += 1
             return
@@ -196,7 +196,7 @@ class World:
             checks.require(not checks.num_entries(self._pool), "the cache was not emptied")
 
     def _evict(self) -> None:
-        """Evict some blocks, as after a connector's failure."""
+        """Evict some blocks, as vLLM does after a connector's failure."""
         cached = [block.block_id for block in self._pool.blocks if block.block_hash is not None]
         chosen = set(self._draw.sample(cached, min(len(cached), self._draw.choice((1, 3, 8)))))
         self._scheduler.kv_cache_manager.evict_blocks(chosen)
@@ -215,7 +215,7 @@ class World:
         self._pool._maybe_evict_cached_block = counted_evict
 
     def step(self) -> None:
-        """Schedule a step, and run those that are due."""
+        """Schedule a step, and run the scheduled steps that are due."""
         output = self._scheduler.schedule()
         self.tally["steps"] += 1
         self._steps.append(Step(output, self._tables(output), self._take_loads()))
@@ -262,8 +262,8 @@ class World:
         self._idle += 1
         if self._idle < 50:
             return
-        # Loaded requests hold blocks while they wait for more, and vLLM preempts only running
-        # requests, with any coordinator. So one of them is aborted.
+        # Loaded requests hold blocks while they wait for more blocks. vLLM preempts only
+        # running requests, with any coordinator. So the world aborts a loaded request.
         loaded = [r for r in self._scheduler.requests.values() if r.num_computed_tokens]
         stuck = len(loaded) > 1 and not self._scheduler.running
         checks.require(stuck, "nothing moves:", dict(self._scheduler.requests))
@@ -324,7 +324,7 @@ class World:
     def _report_failure(self, load: Load, report: KVConnectorOutput) -> None:
         name = load.request.request_id
         self.tally["failed loads"] += 1
-        # The request is computed here next time.
+        # Offer nothing next time, so that this engine computes the request.
         self._connector.offers.pop(name, None)
         if self._single:
             report.invalid_block_ids.update(
@@ -349,14 +349,14 @@ class World:
             self._scheduler.update_draft_token_ids(DraftTokenIds(names, drafts))
 
     def check(self) -> None:
-        """Check what must be consistent between any two calls of the scheduler."""
+        """Check everything that must be consistent between two calls of the scheduler."""
         self._learn_hashes()
         checks.check_references(self._scheduler)
         checks.check_hash_map(self._pool)
         checks.check_policy(self._scheduler, self._lost, self._hashes, self._unhittable)
 
     def _learn_hashes(self) -> None:
-        """Record the prefix of each hash of a request."""
+        """Record which prefix each hash of a request stands for."""
         unit = self.plan.unit
         for request, numbers in self._live.values():
             known = len(numbers) // unit
