@@ -122,8 +122,8 @@ class K8V4AttentionBackend(AttentionBackend):
 class K8V4Metadata(AttentionMetadata):
     """The metadata that the layers of a KV group share in a step. All tensors are on the device.
 
-    The model runner also has lengths on the host. They are never used, because they count rejected
-    draft tokens as accepted.
+    The model runner also has bounds of the lengths on the host. They are never used, because they
+    count rejected draft tokens as accepted.
 
     Attributes:
         num_tokens: Tokens of the step, including those that pad a captured graph.

@@ -15,7 +15,7 @@ from vllm_hybrid_kv.kernels import cpu
 from vllm_hybrid_kv.kernels.known_answer import Call, steps
 
 _ROWS = (1, 2, 4, 8, 16, 65)
-"""The most rows of each code path of the CPU kernels. Above 64 rows, keys are not split."""
+"""The most rows (tokens x heads per KV head) of each code path. Keys are split up to 64 rows."""
 
 
 class CpuKernels(Kernels):
@@ -34,7 +34,7 @@ class CpuKernels(Kernels):
         *,
         max_requests: int,
     ) -> None:
-        # The kernels loop over KV heads; two are enough to expose wrong strides.
+        # The kernels loop over KV heads, so two heads are enough to expose wrong strides.
         variants = {
             name: variant_of(layer, spec.block_size, dtype, min(layer.num_kv_heads, 2))
             for name, layer in layers.items()

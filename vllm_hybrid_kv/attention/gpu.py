@@ -55,7 +55,7 @@ class GpuKernels(Kernels):
             if decodes_only:
                 return [([1], _attend_known)]
             counts = steps(group, triton.MOST_ROWS)
-            # Batches with many row tiles are not split and use another kernel.
+            # Batches with many row tiles use another kernel, which does not split the keys.
             whole = partial(_attend_known, split=False)
             return [*(([count], _attend_known) for count in counts), (counts[-1:], whole)]
 
@@ -115,7 +115,7 @@ def _attend_known(call: Call, *, split: bool = True) -> None:
 
 
 def _warm_up_plans(layer: K8V4AttentionImpl, device: torch.device, max_requests: int) -> None:
-    """Compile the planning kernel for every number of requests."""
+    """Compile every planning kernel that decoding may need."""
     for requests in triton.planned_requests(max_requests):
         starts = torch.arange(requests + 1, dtype=torch.int32, device=device)
         lengths = torch.ones(requests, dtype=torch.int32, device=device)

@@ -144,7 +144,7 @@ def check_plan(layers: Mapping[str, BuiltLayer], groups: Iterable[KVCacheGroupSp
         if layer.target is not None:
             pages = f"the pages of layer {owner}"
             if owner in per_layer:
-                # vLLM's model runners look up the layer in the group's specs: it is missing there.
+                # vLLM's model runners look up the layer in these specs and raise a KeyError.
                 differences.append(
                     "vLLM does not share pages in a KV cache group whose layers have pages of "
                     "different sizes, as with --disable-hybrid-kv-cache-manager"

@@ -267,7 +267,7 @@ class Checkpoints:
         saved = checkpoint.tokens - (0 if fallback is None else fallback.tokens)
         age = age_range(self._now - checkpoint.last_use)
         saving = self._curves[checkpoint.kind].index[age] * saved
-        # A lower bound counts all blocks as only its own. Finding the shared ones is slow.
+        # A lower bound: treat all its blocks as its own. Finding the shared blocks is slow.
         bound = saving / (self._state_blocks + len(checkpoint.blocks))
         if bound > limit:
             return bound

@@ -28,11 +28,11 @@ class Running:
 
     Attributes:
         latest: The checkpoint that it resumed at or registered last, except block boundaries.
-        prompt_units: Its hash units that were added to `SeenPrefixes` when it started.
-        units: Its hash units that are computed.
+        prompt_units: Number of its hash units that were added to `SeenPrefixes` when it started.
+        units: Number of its computed hash units.
         boundary: The checkpoint that it registered last at a block boundary.
         copies: The blocks with the latest copy of its states, one per group, or none.
-        copied: After how many tokens the states were copied.
+        copied: The number of tokens after which the states were copied.
         partial: Group, block and tokens of its checkpoints that end inside an attention block.
         cached: How many whole attention blocks were cached when `partial` was cached last.
     """

@@ -242,7 +242,7 @@ class MambaLookup(GroupLookup):
     """Mamba and other recurrent layers: a state after exactly the tokens of the prefix."""
 
     _FIRST_STEP, _LAST_STEP = 16, 2048
-    """Lengths looked up per step. The first step is short, because most states end prompts."""
+    """Lengths looked up per step. The first step is short, because states are at prompts' ends."""
 
     def longest(self, limit: int) -> int:
         """Return the longest prefix up to `limit` whose state all groups hold."""
@@ -251,7 +251,7 @@ class MambaLookup(GroupLookup):
             return 0
         units = self.alignment // self.unit
         end = min(limit, self.num_hashed) // self.alignment
-        # Usually the state at the previous group's hit is cached.
+        # Usually, the state is cached at the length that the previous group can serve.
         if end > 0:
             last = self.block_hashes[end * units - 1]
             if all(last in cached for cached in self.cached):

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 EXACT = 64
-"""Tokens per chunk of Gated DeltaNet and similar layers. Chunks start where a request resumes. From
-a multiple of 64, it has the same chunks and rounding as a request that starts at 0."""
+"""Tokens per chunk of Gated DeltaNet and similar layers. Chunks start where a request resumes. At a
+multiple of 64, its chunks and rounding are those of a request that starts at 0."""
 
 FINEST = 16
 """The finest match unit in tokens, vLLM's usual block size. Finer units hardly hit more."""

@@ -74,7 +74,8 @@ class ReuseCurve:
             time = time + now - since
         weight = PRIOR_WEIGHT * _WIDTH
         self.rates = (self._returns + self._prior * weight) / (time + weight)
-        # In a range of width w and rate h, 1 - exp(-hw) return. The mean time is that over h.
+        # In a range of width w and rate h, a share of 1 - exp(-hw) returns, and the mean time in
+        # the range is (1 - exp(-hw)) / h.
         returning = -np.expm1(-self.rates * _WIDTH)
         self.index = [0.0] * len(_LOW)
         for start in range(len(_LOW)):

@@ -162,7 +162,7 @@ def views_to_copy(kv_caches: Iterable[torch.Tensor], num_blocks: int) -> list[li
 
     Returns:
         Lists, one per call of vLLM's function, with each address at most once. Equal views occur
-        once. Memory that consists of blocks only occurs once, because vLLM copies it whole.
+        once. So does memory that has nothing but blocks, because vLLM copies its blocks whole.
     """
     rounds: list[list[torch.Tensor]] = []
     seen: dict[tuple[torch.device, int], list[tuple[Any, ...]]] = {}

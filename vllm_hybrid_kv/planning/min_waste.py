@@ -21,8 +21,8 @@ LONGEST_SEQUENCE = 1 << 20
 """Tokens of the longest sequence if vLLM plans without a configuration."""
 
 TOLERANCE = 0.01
-"""A share of the pool. Saving less than this is not worth longer blocks: with blocks longer by `n`
-tokens, a request wastes `n / 2` more tokens of its last block on average, and hits less."""
+"""Saving less than this share of the pool is not worth longer blocks. If blocks are `n` tokens
+longer, a request wastes `n / 2` more tokens of its last block on average, and hits less."""
 
 REFERENCE_REQUEST = 3_200
 """Tokens of the request for which padding is weighed against the match unit. `docs/planning.md`
@@ -59,7 +59,7 @@ def _reference_request(
     if any(isinstance(spec, MambaSpec) for spec in kv_cache_spec.values()):
         return None
     tokens = min(longest_sequence(vllm_config), REFERENCE_REQUEST)
-    # A block of all ranks together is as many times as long as the block of one rank.
+    # A block over all ranks is as long as one block of each rank together.
     return tokens / vllm_config.parallel_config.decode_context_parallel_size
 
 
@@ -81,7 +81,7 @@ def unify_with_least_waste(
         kv_cache_spec: The spec of every layer by name.
         longest: Tokens of the longest sequence. Blocks of layers that can be padded are no longer
             than this sequence needs.
-        tolerance: The share of the pool whose saving is not worth longer blocks.
+        tolerance: Saving less than this share of the pool is not worth longer blocks.
         reference: Tokens of the reference request, or None if prefix-cache hits do not end at
             multiples of the blocks.
 

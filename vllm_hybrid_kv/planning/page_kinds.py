@@ -91,7 +91,7 @@ class LayerKind(ABC):
         return replace(self.spec, **changed)
 
     def listed(self, counts: dict[int, int]) -> LayerKind:
-        """Return this kind with only the given pages: their old blocks by their bytes."""
+        """Return this kind with only the given pages. `counts` has their old blocks by bytes."""
         pages, blocks = zip(*sorted(counts.items()), strict=True)
         return Listed(self.spec, self.unit, self.cap, pages[0], self.elastic, pages, blocks)
 
@@ -192,7 +192,7 @@ class RowAligned(LayerKind):
 
 @dataclass(frozen=True)
 class Listed(LayerKind):
-    """Layers that can have only some pages, in the extreme only the page before planning.
+    """Layers that can have only listed pages, for some only the page before planning.
 
     Attributes:
         pages: Bytes of the pages, ascending.

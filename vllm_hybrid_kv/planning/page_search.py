@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The search for the best page that suits all layers. `docs/planning.md` has its proof."""
+"""The search for the best common page. `docs/planning.md` proves that it overlooks none."""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ def _less_padding_of_states(vllm_config: VllmConfig, layers: Mapping[str, KVCach
     if attention and states:
         per_token = max(content_bytes(spec) / spec.block_size for spec in attention)
         tokens = math.ceil(max(states) / per_token)
-        # On CPUs, vLLM takes multiples of 32. If sizes give equal blocks, the last is advised.
+        # On CPUs, vLLM takes multiples of 32. Of sizes with equal blocks, advise the largest.
         sizes = {-(-tokens // size) * size: size for size in (32, 64, 128)}
         if min(sizes) < vllm_config.cache_config.block_size:
             size = sizes[min(sizes)]
