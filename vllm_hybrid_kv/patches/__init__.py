@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only place that replaces functions of vLLM: one table of targets, one file a concern."""
+"""The patches of vLLM: one table of target functions, and one module for each concern."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def patches_for(context: Context) -> list[Patch]:
-    """Return the patches of a process, not applied.
+    """Return the patches for a process, without applying them.
 
-    On devices other than CPUs and GPUs vLLM's own TURBOQUANT backend stays. On GPUs vLLM selects
-    ours without a patch, by what the backend class says that it supports.
+    On devices other than CPUs and GPUs, vLLM keeps its own TURBOQUANT backend. On GPUs vLLM selects
+    our backend without a patch, because it asks the backend class what the class supports.
     """
     from vllm_hybrid_kv.patches import (
         attention,

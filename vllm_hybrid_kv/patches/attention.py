@@ -30,17 +30,17 @@ BACKEND_PATH = "vllm_hybrid_kv.attention.backend.K8V4AttentionBackend"
 class BackendRegistration(Edit):
     """Registers our backend class under vLLM's name TURBOQUANT.
 
-    vLLM has one name for all its presets. An engine with another preset gets vLLM's own backend,
-    as without the plugin.
+    vLLM has one backend name for all TurboQuant presets. An engine with a preset other than k8v4
+    gets vLLM's own backend, as without the plugin.
     """
 
     _ours = True
 
     def problems(self) -> list[str]:
-        """Check that the name is free, and that vLLM's slots are as large as ours.
+        """Return a problem if the name is taken, or if vLLM's slots are not as large as ours.
 
-        vLLM aligns the blocks of hybrid models by its own TurboQuant backend, whatever backend is
-        registered. Importing that backend would import FlashAttention, so this reads its table.
+        vLLM aligns the blocks of hybrid models with its own slot sizes, even if our backend is
+        registered. Importing vLLM's backend would import FlashAttention, so this reads its table.
         """
         from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
 
@@ -62,7 +62,7 @@ class BackendRegistration(Edit):
         register_backend(AttentionBackendEnum.TURBOQUANT, BACKEND_PATH)
 
     def on_engine_config(self, vllm_config: VllmConfig, _: Settings) -> None:
-        """Give the name to the backend that serves an engine's cache dtype."""
+        """Register our backend, or restore vLLM's if the engine has another TurboQuant preset."""
         dtype = vllm_config.cache_config.cache_dtype
         self._ours = dtype == CACHE_DTYPE or not str(dtype).startswith("turboquant_")
         if self._ours:
@@ -97,9 +97,9 @@ def registration_patch(context: Context) -> Patch:
 
 
 def refusal_patch(context: Context) -> Patch:
-    """Refuse a k8v4 layer that no backend can serve in one line, on every device.
+    """Stop with a one-line error at a k8v4 layer that no backend can serve, on every device.
 
-    The cache of the patched selector starts empty, so vLLM forgets earlier selections.
+    The patched selector starts with an empty cache, so vLLM repeats earlier selections.
     """
 
     def select(
@@ -125,7 +125,7 @@ def refusal_patch(context: Context) -> Patch:
 
 
 def _reasons_against(backend: AttentionBackendEnum | None, config: Any) -> list[str]:
-    """Return why our backend was not chosen or cannot run on this device."""
+    """Return why our backend was not chosen, or why it cannot serve the layer on this device."""
     if backend not in (None, AttentionBackendEnum.TURBOQUANT):
         return [f"the chosen backend {backend.name} cannot read k8v4 pages"]
     reasons: list[str] = AttentionBackendEnum.TURBOQUANT.get_class().validate_configuration(
@@ -148,8 +148,11 @@ def selection_patch(context: Context) -> Patch:
         dtype = attn_selector_config.kv_cache_dtype
         if dtype == CACHE_DTYPE:
             if selected_backend not in (None, AttentionBackendEnum.TURBOQUANT):
-                # As vLLM does on CPUs, where it sets the option itself in some modes.
-                logger.info("Cannot use %s backend for a %s cache on CPU.", selected_backend, dtype)
+                # No error: vLLM itself sets the option on CPUs in some modes, and then ignores it.
+                logger.info(
+                    "Cannot use %s backend for a %s cache on CPU; using TURBOQUANT instead.",
+                    *(selected_backend, dtype),
+                )
             return AttentionBackendEnum.TURBOQUANT.get_path()
         refuse_without_cpu_kernels(dtype)
         return original(cls, selected_backend, attn_selector_config, num_heads)
@@ -165,7 +168,7 @@ def selection_patch(context: Context) -> Patch:
 
 
 def several_head_sizes_patch(context: Context) -> Patch:
-    """Leave the backend of a Gemma 4 with k8v4 layers to the selection of each layer."""
+    """Let each layer of a Gemma 4 with a k8v4 cache select its own backend."""
 
     def verify_and_update_config(original: Any, vllm_config: VllmConfig) -> None:
         attention = vllm_config.attention_config
@@ -186,7 +189,7 @@ def several_head_sizes_patch(context: Context) -> Patch:
 
 
 def refuse_without_cpu_kernels(dtype: str | None) -> None:
-    """Raise an error for a turboquant dtype other than k8v4: nobody has CPU kernels for it."""
+    """Raise an error for a TurboQuant dtype other than k8v4, because it has no CPU kernels."""
     if str(dtype).startswith("turboquant_") and dtype != CACHE_DTYPE:
         raise HybridKVError(
             f"--kv-cache-dtype {dtype} has no CPU kernels; use {CACHE_DTYPE}, fp8 or auto"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The patches that get an engine's configuration early, and tell vLLM our variables."""
+"""Patches that read an engine's configuration early, and register our variables in vLLM."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from vllm_hybrid_kv.state import STATE
 
 
 def settings_patch(context: Context) -> Patch:
-    """Check the settings where each process first gets them, before anything is loaded.
+    """Check the settings as soon as a process has its configuration, before it loads anything.
 
-    In the engine core that is planning, which has patches of its own.
+    The engine core gets its configuration in planning, whose own patches check the settings.
     """
 
     def create_engine_config(original: Any, self: Any, *args: Any, **kwargs: Any) -> VllmConfig:
@@ -41,12 +41,12 @@ def settings_patch(context: Context) -> Patch:
             vllm_config: VllmConfig = original(self, *args, **kwargs)
             cache_dtype = vllm_config.cache_config.cache_dtype
             if cache_dtype == CACHE_DTYPE:
-                # vLLM sets FlashAttention 2 with any TurboQuant cache, because newer versions need
-                # every layer to be theirs. That no longer holds: they skip other layers.
+                # vLLM forces FlashAttention 2 with any TurboQuant cache, because newer versions
+                # once had to run every layer. They now skip layers of other backends.
                 vllm_config.attention_config.flash_attn_version = (
                     self.attention_config.flash_attn_version
                 )
-            # With vLLM's own cache and rules an engine starts as it does without the plugin.
+            # An engine with vLLM's own cache and rules starts as it does without the plugin.
             as_stock = cache_dtype != CACHE_DTYPE and all(
                 getattr(settings, name) == "stock" for name in HOOK_OF_SETTING
             )
@@ -77,12 +77,12 @@ def settings_patch(context: Context) -> Patch:
 
 
 class KnownVariables(Edit):
-    """Adds those of our environment variables that are set to vLLM's known variables."""
+    """Adds our environment variables to vLLM's known variables, if they are set."""
 
     _added: Iterable[str] = ()
 
     def apply(self) -> None:
-        """Add the variables that are set. Others would change the key of vLLM's compile cache."""
+        """Add no unset variables, because they would change the key of vLLM's compile cache."""
         ours = {name for name in os.environ if name.startswith(ENVIRONMENT_PREFIX)}
         self._added = sorted(ours - envs.environment_variables.keys())
         for name in self._added:
@@ -103,6 +103,6 @@ def known_variables_patch(context: Context) -> Patch:
         replaces="nothing; adds to vllm.envs.environment_variables",
         why="vLLM warns of unknown VLLM_* variables, or stops if it is told to",
         until="vLLM lets plugins register variables",
-        # It looks the variables up where we add ours.
+        # validate_environ reads the table to which KnownVariables adds ours.
         edits=[UnchangedTarget(context.targets["Platform.validate_environ"]), KnownVariables()],
     )

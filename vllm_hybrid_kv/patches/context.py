@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the patches of one process share."""
+"""The context that all patches of one process share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Context:
-    """What the patches of one process share.
+    """The objects that all patches of one process share.
 
     Attributes:
         targets: The functions of vLLM to patch, by name.
@@ -45,7 +45,7 @@ class Context:
         return Rebinding(self.targets[name], around)
 
     def check(self, additional_config: object) -> Settings:
-        """Return the settings that a command line and the environment make.
+        """Return the settings of a command line and the environment, and check them.
 
         Raises:
             HybridKVError: A setting is not valid, or names a strategy that does not exist.
@@ -60,10 +60,10 @@ class Context:
     def activate_settings(
         self, vllm_config: VllmConfig, settings: Settings | None = None
     ) -> Settings:
-        """Make an engine's settings, resolved now or before, those of this process; return them.
+        """Activate an engine's settings in this process, and return them.
 
-        Code other than an engine may pass something else than a configuration to vLLM's planning
-        functions. The current settings then stay active.
+        Other callers of vLLM's planning functions may pass an object that is no configuration.
+        The current settings then stay active.
 
         Raises:
             HybridKVError: See `check`.
@@ -80,7 +80,7 @@ class Context:
 
 
 def is_engine_config(vllm_config: object) -> bool:
-    """Return whether an engine starts; other callers of vLLM's planning may pass anything."""
+    """Return whether an engine's configuration was passed. Some callers of planning pass others."""
     from vllm.config import VllmConfig
 
     return isinstance(vllm_config, VllmConfig)

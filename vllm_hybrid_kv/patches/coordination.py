@@ -18,10 +18,10 @@ from vllm_hybrid_kv.state import STATE
 
 
 def coordinator_patch(context: Context) -> Patch:
-    """Return the patch that lets a strategy make the coordinator and attaches it to its manager."""
+    """Let a strategy make the coordinator, and attach the coordinator to its manager."""
 
     def get_kv_cache_coordinator(original: Any, *args: Any, **kwargs: Any) -> Any:
-        # The factory does not get the engine's configuration. Planning activated its settings.
+        # The factory does not get the engine's configuration, but planning activated its settings.
         settings = STATE.settings
         bound = inspect.signature(original).bind(*args, **kwargs)
         bound.apply_defaults()
@@ -62,7 +62,7 @@ def coordinator_patch(context: Context) -> Patch:
 
 
 def prefix_match_unit_patch(context: Context) -> Patch:
-    """Return the patch that lets a strategy choose the match unit if the user did not."""
+    """Let a strategy choose the match unit if the user did not."""
 
     def resolve_kv_cache_block_sizes(
         original: Any, kv_cache_config: KVCacheConfig, vllm_config: VllmConfig
@@ -84,8 +84,8 @@ def prefix_match_unit_patch(context: Context) -> Patch:
             raise HybridKVStrategyError(
                 f"{who} must return a positive number of tokens, got {unit!r}"
             )
-        # vLLM reads the unit from the configuration and checks it. Reset it afterwards, because
-        # the next call would take it for the user's choice.
+        # vLLM reads the unit from the configuration and checks it. Reset the field afterwards,
+        # because the next call would take its value for the user's choice.
         cache_config.prefix_match_unit = unit
         try:
             return original(kv_cache_config, vllm_config)
@@ -113,7 +113,7 @@ def prefix_match_unit_patch(context: Context) -> Patch:
 
 
 def block_copies_patch(context: Context) -> Patch:
-    """Return the patch that copies blocks whole."""
+    """Make vLLM copy all bytes of a block."""
     return Patch(
         "block_copies",
         replaces="copy_kv_cache_blocks_inplace, which it calls once per kind of view",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The patches of layers: which stay unquantised, and that a layer and its pages share a layout."""
+"""Patches that choose the unquantised layers, and check that layers fit their pages."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def boundary_patch(context: Context) -> Patch:
             return original(model_config, n)
         if model_config.use_mla:
             context.stop(UnsupportedModelError(model_config.model))
-        # As in vLLM's rule, which also refuses hybrid models whose config does not list their
-        # attention layers, and does not use that list.
+        # Like vLLM's rule, except that vLLM refuses hybrid models whose config does not list their
+        # attention layers, although it does not use that list.
         if model_config.is_hybrid:
             return []
         owners = cache_owners(model_config.hf_text_config)
@@ -72,8 +72,8 @@ def boundary_patch(context: Context) -> Patch:
 def cache_owners(text_config: Any) -> list[int]:
     """Return the indices of a model's layers that own a KV cache, from its Hugging Face config.
 
-    Layers without attention own none. The last `num_kv_shared_layers` of Gemma 3n and Gemma 4 use
-    the pages of an earlier layer.
+    Layers without attention own no cache. The last `num_kv_shared_layers` layers of Gemma 3n and
+    Gemma 4 use the pages of an earlier layer.
     """
     count = text_config.num_hidden_layers - (getattr(text_config, "num_kv_shared_layers", 0) or 0)
     blocks = getattr(text_config, "block_configs", None) or []
@@ -91,7 +91,7 @@ def _get(config: Any, name: str) -> Any:
 
 
 def layer_dtype_patch(context: Context) -> Patch:
-    """Give layers that share pages their target's dtype, and skipped layers a fitting backend."""
+    """Fix the cache dtype of layers that share pages, and the backend of unquantised layers."""
 
     def init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         call = inspect.signature(original).bind(self, *args, **kwargs)
@@ -113,7 +113,7 @@ def layer_dtype_patch(context: Context) -> Patch:
 
 
 def _use_target_dtype(arguments: dict[str, Any]) -> None:
-    """Skip a layer that shares another layer's pages exactly if the other layer is skipped."""
+    """Give a layer that uses another layer's pages the cache dtype of that layer."""
     from vllm.model_executor.models.utils import extract_layer_index
 
     cache_config = copy.copy(arguments["cache_config"])
@@ -137,9 +137,9 @@ def _use_target_dtype(arguments: dict[str, Any]) -> None:
 
 
 def _choose_wrapped_backend(layer: Any, arguments: dict[str, Any]) -> None:
-    """Replace the k8v4 backend that the class of an unquantised layer has wrapped.
+    """Give an unquantised layer whose class wraps a backend one that is not for k8v4.
 
-    Layers with static sinks are not concerned: their models choose a backend themselves.
+    Layers with static sinks need no change, because their models choose a backend.
     """
     from vllm.model_executor.layers.attention.chunked_local_attention import (
         ChunkedLocalAttention,
@@ -168,7 +168,7 @@ def _choose_wrapped_backend(layer: Any, arguments: dict[str, Any]) -> None:
 
 
 def built_model_patch(context: Context) -> Patch:
-    """Stop start-up before weights are loaded if a built layer cannot have its cache."""
+    """Stop start-up, before weights are loaded, if a layer's backend cannot serve its KV cache."""
 
     def initialize_model(original: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
         model = original(vllm_config, *args, **kwargs)
@@ -187,9 +187,9 @@ def built_model_patch(context: Context) -> Patch:
 
 
 def layer_pages_patch(context: Context) -> Patch:
-    """Stop start-up if a layer's pages have another layout than the layer.
+    """Stop start-up if the layouts of a layer and of its pages differ.
 
-    Every executor and both model runners call the patched method with a rank's layers and plan.
+    Every executor calls the patched method, with either model runner, once layers are built.
     """
 
     def initialize_from_config(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patches functions of vLLM: all or none, verified by identity, and undoable.
 
-Before the first patch is applied, the source hash of every target is compared with the hash of
-the supported vLLM minor. If one differs, nothing is applied. A function is replaced in its own
+Before the first patch is applied, the source hash of every target is compared with the hash in
+`targets` for this vLLM minor. If one differs, nothing is applied. A function is replaced in its own
 module and in every module that imported it by name; modules imported later import the replacement.
 """
 
@@ -50,11 +50,11 @@ class Target:
         return pkgutil.resolve_name(f"{self.module}:{self.name.rpartition('.')[0]}")
 
     def binding(self) -> Any:
-        """Return the value in the owner's namespace, without unwrapping a classmethod."""
+        """Return the target as its owner's namespace holds it, such as a classmethod object."""
         return vars(self.owner())[self.name.rpartition(".")[2]]
 
     def bind(self, value: Any) -> None:
-        """Set the value in the owner's namespace."""
+        """Replace the target in its owner's namespace."""
         setattr(self.owner(), self.name.rpartition(".")[2], value)
 
     def problems(self) -> list[str]:
@@ -71,7 +71,7 @@ class Target:
 
 
 def underlying(binding: Any) -> FunctionType:
-    """Return the function of a binding: plain or cached, a classmethod, staticmethod or property.
+    """Return the function inside a classmethod, staticmethod, property, cache or plain binding.
 
     Raises:
         TypeError: The binding is something else.
@@ -85,7 +85,7 @@ def underlying(binding: Any) -> FunctionType:
 
 
 def source_hash(code: CodeType) -> str:
-    """Return the first 16 hex digits of the SHA-256 of `source_of`, the same in every Python."""
+    """Return the first 16 hex digits of the SHA-256 of `source_of`, equal on all Pythons."""
     return hashlib.sha256(source_of(code).encode()).hexdigest()[:16]
 
 
@@ -105,7 +105,7 @@ def source_of(code: CodeType) -> str:
         text = line.lstrip()
         if not text or text.startswith("#"):
             continue
-        # After the last line with code come only closing brackets and the rest of a statement.
+        # After the last line with code, only deeper lines still belong to the function.
         if code.co_firstlineno + number > last and len(line) - len(text) <= indentation:
             break
         if not lines:
@@ -130,7 +130,7 @@ def _is_cached(function: Any) -> bool:
 
 
 class Edit:
-    """One change to vLLM that can be undone. `str()` names what is changed."""
+    """One change to vLLM that can be undone. `str()` names the changed object."""
 
     def problems(self) -> list[str]:
         """Return why the edit cannot be applied to this vLLM."""
@@ -150,7 +150,7 @@ class Edit:
 class UnchangedTarget(Edit):
     """Changes nothing, but requires the supported source of a function that the plugin relies on.
 
-    The plugin uses private members of vLLM. Such targets are the methods that define them.
+    These targets are the methods that define the private members of vLLM that the plugin uses.
     """
 
     suffix = CHECKED
@@ -191,7 +191,7 @@ class Rebinding(UnchangedTarget):
     suffix = ""
 
     def __init__(self, target: Target, around: Callable[..., Any]) -> None:
-        """Call `around` instead of the target, with the original function before the arguments."""
+        """Make each call of the target call `around(original, *args, **kwargs)`."""
         super().__init__(target)
         self.replacement: Any = None
         self.around = around
@@ -279,7 +279,7 @@ class ActivePatches:
         _raise_if_any(failure for *_, failures in self.table() for failure in failures)
 
     def table(self) -> list[tuple[Patch, str, list[str]]]:
-        """Return for every edit its patch, its name and why it is not active (empty if it is)."""
+        """Return the patch, the name and the failures of each edit; an active edit has none."""
         edits = {id(edit.original): edit for edit in self._rebindings()}
         stale: dict[Edit, list[str]] = defaultdict(list)
         for module, name, value in globals_among(edits):

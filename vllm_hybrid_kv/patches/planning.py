@@ -33,7 +33,7 @@ def page_size_patch(context: Context) -> Patch:
         original: Any, vllm_config: VllmConfig, kv_cache_spec: dict[str, KVCacheSpec]
     ) -> Any:
         context.activate_settings(vllm_config)
-        # unify_kv_cache_spec_page_size, which vLLM calls inside, gets the specs alone.
+        # vLLM calls unify_kv_cache_spec_page_size inside, and passes it no configuration.
         STATE.planning_for = vllm_config
         if is_engine_config(vllm_config):
             STATE.planned_layers = vllm_config, dict(kv_cache_spec)
@@ -114,16 +114,16 @@ def capacity_patch(context: Context) -> Patch:
 def _report(
     vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settings, tokens: int
 ) -> None:
-    """Log what the pool holds and the start-up warnings."""
+    """Log the capacity of the pool and the start-up warnings."""
     for line in capacity(vllm_config, kv_cache_config).describe(tokens):
         logger.info("%s", line)
     try:
-        # Called through its module, because the patched one lets a strategy choose the unit.
+        # Called through its module, to call the patched function, in which a strategy chooses.
         scheduler_block_size, hash_block_size = kv_cache_utils.resolve_kv_cache_block_sizes(
             kv_cache_config, vllm_config
         )
     except (ValueError, HybridKVStrategyError):
-        # vLLM calls it next, and stops with the error.
+        # vLLM calls this function next, and stops with the same error.
         return
     planned = STATE.planned_layers
     layers = planned[1] if planned is not None and planned[0] is vllm_config else None
@@ -145,10 +145,10 @@ def _report(
 
 
 def block_alignment_patch(context: Context) -> Patch:
-    """Align blocks of k8v4 engines with unquantised layers as `unify_page_sizes` needs them.
+    """Make blocks no larger than a strategy needs if some layers of a k8v4 cache are unquantised.
 
     vLLM aligns blocks before any spec exists, so that its own unification finds equal pages. A
-    strategy of the plugin does not need that, and cannot undo it, because blocks only grow.
+    strategy does not need this alignment and cannot undo it, because unification only grows blocks.
     """
 
     def align_hybrid(original: Any, cls: type, vllm_config: VllmConfig, backend_cls: type) -> None:
@@ -157,8 +157,8 @@ def block_alignment_patch(context: Context) -> Patch:
             return
         cache = vllm_config.cache_config
         skipped = cache.kv_cache_dtype_skip_layers
-        # Align blocks of states as with an unquantised cache. The unquantised layers have the
-        # largest page of a block, so a page of every layer then covers a state.
+        # Align blocks as with an unquantised cache, so that an unquantised page can hold a state.
+        # It is the largest attention page, so pages of one size can hold a state, too.
         cache.cache_dtype, cache.kv_cache_dtype_skip_layers = "auto", []
         try:
             original(cls, vllm_config, backend_cls)
@@ -186,7 +186,7 @@ def block_alignment_patch(context: Context) -> Patch:
 
 
 def _strategy_unifies(vllm_config: VllmConfig) -> bool:
-    """Return whether a strategy other than vLLM's unifies k8v4 pages and unquantised ones."""
+    """Return whether a strategy other than `stock` unifies k8v4 pages with unquantised pages."""
     cache = vllm_config.cache_config
     if cache.cache_dtype != CACHE_DTYPE or not cache.kv_cache_dtype_skip_layers:
         return False
@@ -203,7 +203,7 @@ def state_blocks_patch(context: Context) -> Patch:
         call = inspect.signature(original).bind(self, *args, **kwargs)
         call.apply_defaults()
         requests, plan = call.arguments["max_num_reqs"], call.arguments["kv_cache_config"]
-        # vLLM uses it only for the check that is replaced.
+        # vLLM uses this argument only for the check that is replaced; None skips the check.
         call.arguments["max_num_reqs"] = None
         mode = original(*call.args, **call.kwargs)
         if (

@@ -14,9 +14,9 @@ from vllm_hybrid_kv.patches.mechanism import Patch
 class RewindableGenerator(torch.Generator):
     """A CPU generator that vLLM's model runner can rewind after it has discarded a sample.
 
-    The runner subtracts one draw from the offset of a generator. CPU generators have no offset,
-    and raise. The runner discards only samples of prompts that are not computed to their end, so
-    it discards every draw since the request joined the batch: rewinding returns to that state.
+    To rewind, the runner subtracts one draw from a generator's offset. CPU generators raise an error
+    because they have no offset. The runner discards only samples of incomplete prompts, so every
+    draw since the request joined the batch is discarded. Rewinding returns to the state before.
     """
 
     _joined: torch.Tensor
@@ -34,7 +34,7 @@ class RewindableGenerator(torch.Generator):
 
 
 def seeded_sampling_patch(context: Context) -> Patch:
-    """Keep a seeded request with a chunked prompt from ending a CPU engine."""
+    """Let CPU engines serve seeded requests with chunked prompts, which would end the engine."""
 
     def add_request(original: Any, self: Any, request: Any) -> Any:
         generator = request.generator

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reports a worker's refusal as the last line of a failed start-up.
+"""Reports the plugin's error in a worker (a refusal) as the last line of a failed start-up.
 
 The process that the user started only knows that another process ended. So a worker or engine core
-that detects an unsupported layer writes the message to a file whose name it inherits, and the
-process that the user started prints the message last.
+writes its refusal to a file whose path it inherits in an environment variable. The process that the
+user started reads the file and prints the refusal last.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vllm_hybrid_kv.patches.context import Context
 from vllm_hybrid_kv.patches.mechanism import Edit, Patch
 
 VARIABLE = "HYBRID_KV_REFUSAL"
-"""The environment variable with the file's name. It is not a setting."""
+"""The environment variable that holds the path of the file. It is not a setting."""
 
 
 class RefusalHandler(logging.Handler, Edit):
@@ -82,13 +82,13 @@ def startup_patch(context: Context) -> Patch:
 
 
 def forget(*_: Any) -> None:
-    """Remove the refusal of an earlier engine, in the process that the user started."""
+    """Delete the file with the refusal of an earlier engine, if the user started this process."""
     if multiprocessing.parent_process() is None:
         _take_refusal()
 
 
 def _take_refusal() -> str:
-    """Remove the file with an engine process's refusal; return the refusal, or an empty string."""
+    """Delete the file and return the refusal, or an empty string if there is no file."""
     file = Path(os.environ.get(VARIABLE) or os.devnull)
     if not file.is_file():
         return ""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The functions of vLLM that the plugin patches or relies on, with a source hash for each minor.
 
-`make drift VLLM=...` compares a release with these tables and writes them with its own column.
+`make drift VLLM=...` compares a vLLM release with these tables, and adds a column for it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ SUPPORTED = " and ".join(MINORS)
 """The supported minors in words."""
 
 Table = dict[str, dict[str, tuple[str | None, ...]]]
-"""Source hashes by module and function. None if a minor has the function in another module."""
+"""The hash of a function for each minor, by module and function. None: it is in another module."""
 
-# The source of `initialize_model` is that of its decorator's wrapper. What it wraps is only called,
-# and the layers that it builds are checked.
+# The hash of `initialize_model` covers only its decorator's wrapper. That is enough, because the
+# patch only calls the function and checks the layers that it builds.
 PATCHED: Table = {
     "vllm.config.compilation": {
         "CompilationConfig.resolve_cudagraph_mode_and_sizes": (
@@ -140,11 +140,11 @@ RELIED_ON: Table = {
         "SlidingWindowManager._contiguous_blocks_for_hit": ("f22c02c6fa72ceaa", "f22c02c6fa72ceaa"),
     },
 }
-"""The methods that own the private members of vLLM which the coordinator uses."""
+"""The methods of vLLM that define the private members that the coordinator uses."""
 
 
 def targets_of(minor: str, table: Table = PATCHED) -> dict[str, Target]:
-    """Return a table's targets for a supported minor by function, `Class.method` for a method."""
+    """Return the targets of a table for a supported minor, by `function` or `Class.method`."""
     column = MINORS.index(minor)
     return {
         name: Target(module, name, source)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The patches that add the fingerprint of k8v4 pages to what vLLM's connectors compare."""
+"""Patches that make vLLM's KV connectors compare the fingerprint of k8v4 pages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _append_fingerprint(original: Any, *args: Any, **kwargs: Any) -> str:
 
 
 def handshake_patch(context: Context) -> Patch:
-    """Make NIXL's peers compare fingerprints, which follow vLLM's own hash in its messages."""
+    """Append the fingerprint to the hash that NIXL's peers exchange and compare."""
     return Patch(
         "handshake",
         replaces="compute_nixl_compatibility_hash, to whose result it adds the fingerprint",
@@ -29,7 +29,7 @@ def handshake_patch(context: Context) -> Patch:
 
 
 def stored_pages_patch(context: Context) -> Patch:
-    """Separate stored pages by fingerprint."""
+    """Keep stored pages with different fingerprints apart."""
 
     def build_offloading_config(original: Any, *args: Any, **kwargs: Any) -> Any:
         config = original(*args, **kwargs)
