@@ -48,7 +48,7 @@ _MODULE_OF_NAME = {
     "hookimpl": "hooks",
     "register": "plugin",
 }
-"""All other names are errors."""
+"""The modules of public names. Names that are not listed here are in `errors`."""
 
 _RENAMED = {"HybridKVSeamError": "HybridKVPatchError"}
 """Old names that work until 0.3."""

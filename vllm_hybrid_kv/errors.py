@@ -42,7 +42,7 @@ class HybridKVAgreementError(HybridKVError):
 def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return `"; did you mean 'lcm'?"` for the closest known word, or an empty string.
 
-    `cutoff` is the least similarity, from 0 to 1, as in `difflib.get_close_matches`.
+    `cutoff` is the lowest similarity that counts, from 0 to 1, as in `difflib.get_close_matches`.
     """
     close = difflib.get_close_matches(word, list(known), 1, cutoff)
     return f"; did you mean {close[0]!r}?" if close else ""

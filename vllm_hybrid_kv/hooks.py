@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The extension points (pluggy, project name `hybrid_kv`) and the strategies that implement them.
 
-A strategy is a plugin: an object or a module with hook implementations, registered under a name.
-For each hook a setting names one plugin, and only that plugin is called. The plugin checks the
+A strategy is an object or a module with hook implementations, registered in pluggy under a name.
+For each hook a setting names one strategy, and only that strategy is called. The plugin checks the
 result before vLLM gets it. If the strategy returns None, vLLM's own rule applies. The strategy
 `stock` of every hook is vLLM's own rule.
 
@@ -50,11 +50,11 @@ BUILT_IN_NAMES = {
     "coordinator": ("fixed_point", "hybrid_aware", STOCK),
     "prefix_match_unit": ("auto", STOCK),
 }
-"""The strategies of this package by setting, listed here to be known without importing vLLM."""
+"""The built-in strategies of each setting, listed here so that tools need not import vLLM."""
 
 
 def strategy_names(setting: str) -> list[str]:
-    """Return a setting's built-in strategies, then all of other packages. Does not import vLLM."""
+    """Return a setting's built-in strategies, then those of other packages, without vLLM."""
     others = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP).names
     return [*BUILT_IN_NAMES[setting], *sorted(others)]
 
@@ -75,15 +75,15 @@ class Specifications:
     ) -> dict[str, KVCacheSpec] | None:
         """Give the layers of a model pages of one size.
 
-        Called while the KV cache is planned, for a model whose layers differ in kind, in a cache
-        layout that stores a layer's pages together (others need no equal pages). `vllm_config` is
-        None if vLLM plans without one.
+        vLLM calls this hook during planning if the layers of a model differ in kind and the cache
+        layout stores a layer's pages together. Other layouts need no equal pages. `vllm_config` is
+        None if vLLM plans without a configuration.
 
         Return a spec for every layer by name: pages of the same number of bytes, no block smaller
         than before, and no page smaller than its contents. A page grows by more tokens per block
         (`block_size`) or, for states and for attention other than MLA, by padding
-        (`page_size_padded`, bytes). Raise NotImplementedError if that is impossible: vLLM then
-        tries to allocate every layer in full.
+        (`page_size_padded`, bytes). Raise NotImplementedError if equal pages are impossible: vLLM
+        then tries to allocate every layer in full.
         """
 
     @hookspec(firstresult=True)
@@ -93,8 +93,8 @@ class Specifications:
         """Choose the KV groups that the reported number of cached tokens counts.
 
         Called once per engine, after planning. vLLM logs the number as "KV cache size", in tokens,
-        and publishes it in its metrics. It affects neither what is allocated nor the concurrency
-        that vLLM logs. Return some of `kv_cache_config.kv_cache_groups`, at least one of them on
+        and publishes it in its metrics. It changes neither the allocation nor the concurrency that
+        vLLM logs. Return some of `kv_cache_config.kv_cache_groups`, at least one of them on
         the device.
         """
 
@@ -107,8 +107,8 @@ class Specifications:
     ) -> KVCacheCoordinator | None:
         """Make the coordinator of the KV cache managers of all groups.
 
-        Called whenever vLLM makes one: in the scheduler, and in KV connectors that own blocks. In
-        some places vLLM treats a model as hybrid if the coordinator is a
+        Called whenever vLLM makes a coordinator: in the scheduler, and in KV connectors that own
+        blocks. In some places vLLM treats a model as hybrid only if the coordinator is a
         `HybridKVCacheCoordinator`. `factory_args` are all arguments of vLLM's factory by name, with
         defaults. They differ between versions of vLLM, so pass them on as `stock(**factory_args)`
         or `MyCoordinator(**factory_args)`.
@@ -120,17 +120,17 @@ class Specifications:
     ) -> int | None:
         """Choose the number of tokens by which prefixes are hashed and matched.
 
-        Called in several processes, wherever vLLM resolves its block sizes: the result may depend
-        on the arguments alone. Not called if the user chose a unit with `--prefix-match-unit`.
+        Called in several processes, wherever vLLM resolves its block sizes, so the result must
+        depend on the arguments alone. Not called if the user passes `--prefix-match-unit`.
         Return a number of tokens that divides the block size of every group with a prefix cache.
         """
 
 
 class Strategies:
-    """The strategies of this process by name. Settings choose which of them is called."""
+    """The strategies of this process by name. For each hook a setting chooses one of them."""
 
     def __init__(self, built_in: Mapping[str, object]) -> None:
-        """Register the built-in strategies, given by name, besides `stock`."""
+        """Register the built-in strategies by name; `stock` needs no registration."""
         self._manager = pluggy.PluginManager(PROJECT)
         self._manager.add_hookspecs(Specifications)
         self.origins = {STOCK: BUILT_IN}
@@ -139,7 +139,7 @@ class Strategies:
             self.add(name, plugin, BUILT_IN)
 
     def add(self, name: str, plugin: object, origin: str) -> None:
-        """Register an object or a module from a package, the origin, under a name.
+        """Register a strategy under a name; `origin` is the package that it comes from.
 
         Raises:
             HybridKVStrategyError: The name is taken, or the plugin does not fit the hooks.
@@ -173,7 +173,7 @@ class Strategies:
         """Register the strategy of another package.
 
         Raises:
-            HybridKVStrategyError: It cannot be imported or registered; names the package.
+            HybridKVStrategyError: It cannot be imported or registered. The message says why.
         """
         package = entry_point.dist
         origin = f"{package.name} {package.version}" if package else entry_point.value
@@ -187,7 +187,7 @@ class Strategies:
         self.add(entry_point.name, plugin, origin)
 
     def available(self, setting: str) -> list[str]:
-        """Return the names that a setting may have."""
+        """Return the names of the strategies that a setting can choose."""
         implementations = getattr(self._manager.hook, HOOK_OF_SETTING[setting]).get_hookimpls()
         return sorted([STOCK, *(one.plugin_name for one in implementations)])
 
@@ -195,7 +195,7 @@ class Strategies:
         """Check that every chosen strategy exists.
 
         Raises:
-            HybridKVSettingsError: A strategy does not exist; lists the available ones.
+            HybridKVSettingsError: A strategy does not exist. The message lists those that do.
         """
         problems = []
         for setting in HOOK_OF_SETTING:
@@ -222,7 +222,7 @@ class Strategies:
     def call(self, setting: str, settings: Settings, **arguments: Any) -> Any:
         """Call the strategy that a setting chooses, and return its unchecked result.
 
-        None stands for vLLM's rule.
+        If the result is None, vLLM's own rule applies.
 
         Raises:
             NotImplementedError: The strategy raised it.

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prometheus counters of the prefix cache, written by the scheduler and exported on /metrics.
 
-`vllm serve` schedules in a child of the process that answers /metrics, so counters pass through
-files in prometheus_client's multi-process format. If vLLM has a folder for such files (with several
-API servers), ours go there and vLLM exports them. Otherwise the process that the user started
-chooses a folder, passes its name to its children in the environment, exports its files together
-with vLLM's metrics, and removes it at exit.
+The scheduler of `vllm serve` runs in a child of the process that answers /metrics. So counters pass
+through files in prometheus_client's multi-process format. With several API servers, vLLM has a
+folder for such files: ours go there, and vLLM exports them. Otherwise the process that the user
+started chooses a folder, passes its name to its children in the environment, exports its files
+together with vLLM's metrics, and removes the folder at exit.
 
-prometheus_client is imported on use, because most workers need none of it.
+prometheus_client is imported on first use, because most workers do not need it.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Counters:
         self._keys: dict[tuple[str, str | None], str] = {}
 
     def add(self, name: str, amount: int, kind: str | None = None) -> None:
-        """Add to a counter of `HELP`, with a label `kind` or without. 0 creates the counter."""
+        """Add to a counter of `HELP`; 0 creates the counter. `kind` becomes a label if given."""
         key = self._keys.get((name, kind)) or self._new_key(name, kind)
         self._file.write_value(key, self._file.read_value(key)[0] + amount, 0.0)
 
@@ -90,10 +90,10 @@ def _open(folder: Path) -> Any:
     from prometheus_client.mmap_dict import MmapedDict
 
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # prometheus_client reads the metric type before the first underscore. vLLM's own counters of
-    # this process have the same name without "hybrid-kv-".
+    # prometheus_client reads the metric type before the first underscore. "hybrid-kv-" keeps our
+    # file apart from the file of vLLM's own counters in this process.
     path = folder / f"counter_hybrid-kv-{os.getpid()}.db"
-    # The file is written as memory: without space on the disk, SIGBUS would kill the process.
+    # The file is memory-mapped: on a full disk, a write would kill the process with SIGBUS.
     with path.open("ab") as file:
         os.posix_fallocate(file.fileno(), 0, FILE_BYTES)
     STATE.metrics_files[process] = MmapedDict(str(path))
@@ -101,20 +101,20 @@ def _open(folder: Path) -> Any:
 
 
 MULTIPROC = "PROMETHEUS_MULTIPROC_DIR"
-"""Names the folder of prometheus_client's multi-process mode, which vLLM sets."""
+"""The variable that names the folder of prometheus_client's multi-process mode. vLLM sets it."""
 
 VARIABLE = "HYBRID_KV_METRICS_DIR"
-"""Names our folder for child processes. It lacks the prefix of settings: it is not a setting."""
+"""The variable that names our folder for child processes. It is not a setting."""
 
 
 def publish(_: object, settings: Settings) -> None:
-    """Choose a folder for the counters of an engine and export it, unless another process does.
+    """Make a folder for an engine's counters and export it on /metrics, unless a parent does.
 
-    vLLM's own coordinator has no counters.
+    With vLLM's own coordinator there are no counters, so this does nothing.
     """
     if settings.coordinator == STOCK or MULTIPROC in os.environ:
         return
-    # A process that inherited the variable without such a parent is a server of its own.
+    # Without a multiprocessing parent, a process that inherited the variable is a new server.
     exported_by_parent = VARIABLE in os.environ and multiprocessing.parent_process() is not None
     if exported_by_parent or STATE.metrics_owner == os.getpid():
         return

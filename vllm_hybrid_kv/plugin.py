@@ -2,7 +2,7 @@
 """The entry point: checks the version, applies the patches, logs what is active.
 
 vLLM imports this module and calls `register` in every process, before it knows the engine's
-configuration. Imports beyond the standard library wait until then.
+configuration. vLLM and the patches are imported only when `register` runs.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def register() -> None:
 
 
 def vllm_version() -> tuple[str, str]:
-    """Return the version of vLLM in this process and its minor, a supported one.
+    """Return the version of vLLM in this process, and its minor version, which is supported.
 
     Raises:
         HybridKVVersionError: The plugin does not support this vLLM.
@@ -84,7 +84,7 @@ def vllm_version() -> tuple[str, str]:
 
 
 def built_in_strategies() -> Strategies:
-    """Return the strategies of this package, without those of others."""
+    """Return the strategies of this package, without strategies of other packages."""
     from vllm_hybrid_kv.coordinator.strategies import AutoMatchUnit, FixedPoint, HybridAware
     from vllm_hybrid_kv.hooks import Strategies
     from vllm_hybrid_kv.planning.capacity import GrowingGroups
@@ -133,7 +133,7 @@ def _activate() -> HybridKVError | None:
     try:
         version, minor = vllm_version()
         context = _context(version, minor)
-        # The environment's settings are known before any configuration is.
+        # Settings in the environment can be checked before a configuration exists.
         context.check(None)
         patches = ActivePatches(patches_for(context))
     except (HybridKVVersionError, HybridKVFingerprintError) as error:
@@ -213,7 +213,7 @@ def _kernels(context: Context, platform: Any, vllm_config: VllmConfig, settings:
         return "vLLM's own, because this device is neither a CPU nor a GPU"
     from vllm_hybrid_kv.kernels.triton import tuning
 
-    # From the platform, because torch would initialise CUDA in a process that may fork later.
+    # Ask the platform, because torch would initialise CUDA in a process that may fork later.
     capability = platform.get_device_capability() if platform.is_cuda() else None
     return (
         f"triton, tile sizes {tuning.origin(capability and (capability.major, capability.minor))}"

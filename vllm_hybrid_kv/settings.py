@@ -42,10 +42,10 @@ class Settings(BaseModel):
     """The settings of one engine. Strategies are names that `hooks.py` resolves.
 
     Attributes:
-        unify_page_sizes: Makes the pages of all layers one size.
-        token_capacity_groups: Chooses the KV groups that the reported capacity counts.
-        coordinator: Makes the KV cache coordinator.
-        prefix_match_unit: Chooses the granularity of prefix matching, in tokens.
+        unify_page_sizes: The strategy that gives the pages of all layers one size.
+        token_capacity_groups: The strategy that chooses the KV groups for the reported capacity.
+        coordinator: The strategy that makes the KV cache coordinator.
+        prefix_match_unit: The strategy that chooses the match unit of prefixes, in tokens.
         boundary_layers: The number of attention layers at each end of a k8v4 model that stay
             unquantised, unless the model is hybrid.
         allow_unsafe_drafts: Whether an engine may start whose draft tokens can corrupt the states
@@ -70,7 +70,7 @@ class Settings(BaseModel):
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
 
     def source(self, field: str) -> str:
-        """Return where a field's value is from: the default, the command line or a variable."""
+        """Return where a field's value comes from: the default, the command line or a variable."""
         return self._sources.get(field, "default")
 
     def kernel_isa(self) -> str:
@@ -110,7 +110,7 @@ def resolve(additional_config: object, environment: Mapping[str, str] | None = N
         environment: The environment, by default this process's. An empty value counts as unset.
 
     Raises:
-        HybridKVSettingsError: A name is unknown or a value is invalid; lists the valid ones.
+        HybridKVSettingsError: A name or a value is invalid. The message lists valid ones.
     """
     environment = os.environ if environment is None else environment
     variables = {environment_name(field): field for field in Settings.model_fields}
@@ -151,7 +151,7 @@ def resolve(additional_config: object, environment: Mapping[str, str] | None = N
 
 
 def _problem(details: Any, values: Mapping[str, Any], sources: Mapping[str, str]) -> str:
-    """Return one of pydantic's errors in words."""
+    """Return the message for one of pydantic's errors."""
     field, fields = str(details["loc"][0]), Settings.model_fields
     if field not in fields:
         return (

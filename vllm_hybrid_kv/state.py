@@ -29,13 +29,13 @@ class ProcessState:
         strategies: The registered strategies; None if the plugin is inactive.
         engine_config: The configuration of the last engine.
         engine_settings: The settings of the last engine.
-        boundary_layers: The number of unquantised layers at each end of the engine whose
-            configuration vLLM is creating; None if vLLM's rule applies.
+        boundary_layers: The setting of the engine whose configuration vLLM is creating; None if
+            vLLM's own rule for boundary layers applies.
         planning_for: The configuration of the engine whose layers vLLM is grouping now, otherwise
             None.
         planned_layers: The configuration of the engine whose layers vLLM grouped last, and the
-            spec of each layer. The plan has only one spec for all layers of a group.
-        metrics_files: Open files of counters (`MmapedDict`) by process id and folder.
+            spec of each layer. The plan keeps only one spec for all layers of a group.
+        metrics_files: The open files of counters (`MmapedDict`), by process id and folder.
         metrics_owner: Id of the process that publishes the folder of metric files; None if this
             process has published none.
     """
@@ -64,7 +64,7 @@ STATE = ProcessState()
 
 
 def current_settings() -> Settings:
-    """Return the settings of this process's last engine; before any, those of the environment.
+    """Return the settings of this process's last engine, or of the environment if there is none.
 
     Raises:
         HybridKVSettingsError: The environment holds an unknown or invalid setting.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a tool runs a function in a process of its own and reads what it reports.
+"""Runs a function of a tool in a child process, and reads the messages that it sends.
 
 The parent names a function, which gets a callable that sends messages, and the arguments:
 
@@ -11,8 +11,8 @@ The parent names a function, which gets a callable that sends messages, and the 
 
     def score(send, job_file): send(done=3)      # in the child
 
-What the child and its libraries print goes to the log. At the end of the `with` block, or when the
-time is over, every process of the child's process group is killed.
+The output of the child and its libraries goes to the log. At the end of the `with` block, or after
+the timeout, every process of the child's process group is killed.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-# `python -c` puts the current folder on the path, and the command `vllm` does not. A checkout of
-# vLLM in the current folder is not what a server would import.
+# `python -c` puts the current folder on the path, but the command `vllm` does not. So remove the
+# folder: a server would not import a checkout of vLLM from there.
 _CODE = (
     "import sys; sys.path[:] = [folder for folder in sys.path if folder]; "
     "from vllm_hybrid_kv.tools.child import run; run(*sys.argv[1:])"
@@ -52,12 +52,12 @@ class Child:
     Args:
         function: `module:name`.
         arguments: Arguments of the function, after the one that sends messages.
-        log: The file for what the child prints.
+        log: The file for the child's output.
         timeout: Seconds until the child is killed; None for no limit.
         environment: The child's whole environment; None for this process's.
 
     Attributes:
-        problem: After `messages` ended: why the child failed, in one line; None if it did not.
+        problem: Set when `messages` ends: why the child failed, in one line; None if it did not.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Child:
             self.problem = error or self._ending(status)
 
     def _received(self) -> Iterator[dict[str, Any]]:
-        """Yield messages until the end of the pipe, of the child or of the time."""
+        """Yield messages until the pipe closes, the child ends or the timeout is over."""
         while (left := self._ends_at - time.monotonic()) > 0:
             # A process that the child forked may hold the pipe open after the child's end.
             ended = self._process.poll() is not None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What machine this is."""
+"""The CPU of this machine."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from vllm_hybrid_kv.version import __version__
 _ClickException: Any = next(
     base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
 )
-"""The base of typer's errors for wrong arguments; newer releases contain their own click."""
+"""The base class of typer's errors for wrong arguments. Newer typer releases bundle click."""
 
 
 class OneLineErrors(TyperGroup):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of `plan` and `replay`, also those of `vllm serve`, and vLLM's errors in one line."""
+"""Reads options of `plan` and `replay`, and those for vLLM; puts vLLM's errors in one line."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def memory_size(text: str) -> int:
 def check_strategy(option: str, setting: str, name: str) -> None:
     """Check that an option or a variable names a strategy, without importing vLLM.
 
-    A strategy of another package passes under any setting. Whether it implements the setting's hook
-    is known only after it is loaded.
+    A strategy of another package is accepted for any setting, because only loading the strategy
+    would show which hooks it implements.
 
     Raises:
         ToolError: No package has a strategy of this name.
@@ -106,10 +106,10 @@ def parse(context: typer.Context, *more: str) -> tuple[str, dict[str, Any]]:
     """Parse `more` and the arguments of `vllm serve` that a command received.
 
     Returns:
-        The model, and arguments of `EngineArgs` without those that change no plan.
+        The model, and the arguments of `EngineArgs` that can change a plan.
 
     Raises:
-        ToolError: vLLM's parser refuses them, or none of them is a model.
+        ToolError: vLLM's parser refuses the arguments, or they name no model.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
@@ -120,7 +120,7 @@ def parse(context: typer.Context, *more: str) -> tuple[str, dict[str, Any]]:
         model = given.model_tag
         if model is None and given.model != parser.get_default("model"):
             model = given.model
-        # Offline, vLLM would look up the weights of the names here.
+        # In offline mode vLLM would look for the weights of a named model here.
         given.model, given.tokenizer = ".", None
         engine = AsyncEngineArgs.from_cli_args(given)
     except (argparse.ArgumentTypeError, ValueError, OSError, AssertionError) as error:
@@ -155,14 +155,14 @@ def _parser(own_options: Sequence[str] = ()) -> argparse.ArgumentParser:
 
 
 def in_tool_options(message: str) -> str:
-    """Return a message for servers with the options of `plan` and `replay` in its advice."""
+    """Replace the advice in a server's message by options of `plan` and `replay`."""
     for pattern, option in _ADVICE:
         message = re.sub(pattern, option, message)
     return message
 
 
 def one_line(error: Exception) -> str:
-    """Return vLLM's message for users of an error in one line, or `UNKNOWN` if it has none."""
+    """Return an error's message in one line, or `UNKNOWN` if vLLM did not write it for users."""
     if isinstance(error, ValidationError):
         message = "; ".join(
             ": ".join([*map(_option_of, map(str, fault["loc"])), fault["msg"]])
@@ -185,7 +185,7 @@ def _option_of(field: str) -> str:
 
 
 def _message_for_users(error: BaseException | None) -> str | None:
-    """Return the message of an error, or of its cause, whose class vLLM uses for users."""
+    """Return the message of an error or its cause, if vLLM raises that class for users."""
     from transformers import PreTrainedConfig
 
     if isinstance(error, ValueError | NotImplementedError | AssertionError | OSError):

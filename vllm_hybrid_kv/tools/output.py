@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How every tool prints its result, writes it to files and reports errors.
+"""Prints the result of every tool, writes it to files, and reports errors.
 
 A command calls `check_paths` before any work. It describes its result as parts, which are lines of
 text and `Table`s, and as a JSON document. `write` sends them to the places that the user chose.
 
 Any error that the user can correct is a `ToolError`, or another `HybridKVError`. `main` prints it
-as one line and exits with status 2. No tool prints an error or raises `typer.Exit` for one.
+as one line and exits with status 2. No tool itself prints an error or exits with one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LEAST_WIDTH = 80
 """Columns of the narrowest table, and of every table that does not go to a terminal."""
 
 LEAST_TEXT = 16
-"""Characters from which words in a column of text are broken if a table is too wide."""
+"""If a table is too wide, longer words (in characters) in a column of text are broken."""
 
 JsonOption = Annotated[
     Path | None, typer.Option("--json", help="Write the result as JSON to this file; - prints it.")
@@ -55,10 +55,10 @@ class Table:
     """A table for the screen and for Markdown.
 
     Attributes:
-        title: The line above it.
+        title: The line above the table.
         columns: The headers. A leading `>` aligns a column right and keeps its cells unbroken.
         rows: The cells. Markdown drops their styles.
-        note: The line below it.
+        note: The line below the table.
     """
 
     title: str
@@ -82,7 +82,7 @@ class Table:
     def fitted(self, width: int) -> Iterator[rich_table.Table]:
         """Split the table by columns into tables of at most `width` characters.
 
-        The first column is in each of them.
+        Each of these tables starts with the first column.
         """
         shown = [0]
         for i in range(1, len(self.columns)):
@@ -93,7 +93,7 @@ class Table:
         yield self._part(shown)
 
     def _least_width(self, i: int) -> int:
-        """Return the least characters of a column and the space after it."""
+        """Return how many characters a column needs at least, with the space after it."""
         name, cells = self.columns[i], [str(row[i]) for row in self.rows]
         if name.startswith(">"):
             return 2 + max(map(len, (*name[1:].split(), *cells)))
@@ -119,7 +119,7 @@ def show(parts: Iterable[Cell | Table], markdown: bool = False) -> None:
     """Print parts on standard output, tables for a terminal or as Markdown."""
     console = Console()
     console.width = max(console.width, LEAST_WIDTH)
-    # A reader of a pipe needs lines whole, and Markdown wraps on its own.
+    # Programs that read a pipe need whole lines, and viewers of Markdown wrap lines themselves.
     whole = markdown or not console.is_terminal
     for part in parts:
         if not isinstance(part, Table):
@@ -150,9 +150,9 @@ def write(
 
     Args:
         document: The result as JSON: an object, or a list of objects.
-        parts: Returns what is printed, unless JSON is.
-        schema: The version of the document, its key `schema`. It grows when a key is removed or
-            changes its meaning.
+        parts: Returns the lines and tables to print, unless JSON is printed.
+        schema: The document's version, written as the key `schema`. It grows when a key is removed
+            or changes its meaning.
         json_: The file for the document; `-` prints it instead of the parts.
         markdown: Whether tables are printed as Markdown.
         plot: The file for the picture, which `draw` draws.
