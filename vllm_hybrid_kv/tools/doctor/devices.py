@@ -22,7 +22,7 @@ def cpu_device() -> dict[str, str | None]:
 
 @check("Reading the devices and their kernels", "platform", error=("warning", "device"))
 def devices(facts: Facts) -> Iterator[Finding]:
-    """The CPU kernels need numba; the GPU kernels need a compute capability of 7.5."""
+    """The CPU kernels need numba; the GPU kernels need compute capability 7.5 or higher."""
     import torch
 
     facts["torch"] = {"cuda": torch.version.cuda, "hip": torch.version.hip}

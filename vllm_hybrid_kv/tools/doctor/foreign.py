@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds functions of other packages in the places that the plugin patches."""
+"""Finds functions of other packages where the plugin patches vLLM."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ PLUGINS_GROUP = "vllm.general_plugins"
 
 
 class Places:
-    """Where vLLM's target functions are, recorded before plugins are loaded.
+    """The places that hold vLLM's target functions, recorded before plugins are loaded.
 
-    These are the defining modules and classes, and every module of vLLM that imported a function
-    by name. Comparing identities with our own edits misses a plugin that patches only a calling
-    module, or that patches before we do.
+    A place is the module or class that defines a function, or a module of vLLM that imported it by
+    name. A comparison with our own edits alone would miss another plugin that patches only a
+    calling module, or that patches before we do.
     """
 
     def __init__(self, targets: Iterable[Target]) -> None:
@@ -39,7 +39,7 @@ class Places:
     def foreign(self) -> list[dict[str, str]]:
         """Return functions in these places that are neither vLLM's nor ours.
 
-        `module` defines the function; its `package` may be empty.
+        Each has the `place`, the `module` that defines the function, and the `package`, or "".
         """
         found = []
         for place, read in sorted(self._places.items()):

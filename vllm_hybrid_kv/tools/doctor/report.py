@@ -31,10 +31,10 @@ SCHEMA = 2
 """
 
 FIRST = ("vllm", "version", "process")
-"""These come before findings of the same severity, because they may cause others."""
+"""Their findings come first within a severity, because they may cause other findings."""
 
 LONGEST_REASON = 160
-"""Characters. Longer reasons contain whole signatures; `--json` has all of it."""
+"""Most characters of a printed reason. Longer ones contain signatures; `--json` has the whole."""
 
 COLOURS = {"problem": "red", "warning": "yellow", "note": "cyan"}
 
@@ -56,7 +56,7 @@ def read(
 ) -> dict[str, Any]:
     """Return the document for the messages of a child process that may have ended early.
 
-    `ending` is how it ended, if it failed; `output` has the last lines that it printed.
+    `ending` says how the child failed, if it did; `output` has the last lines that it printed.
     """
     unknown = {**cpu_device(), "why": "unknown, because an earlier check failed"}
     facts: Facts = {"devices": [unknown]}
@@ -136,7 +136,7 @@ def document(findings: list[Finding], facts: Facts) -> dict[str, Any]:
 
 
 def text(document: dict[str, Any]) -> Iterator[Text | Table]:
-    """Yield the lines and tables to print: the verdict, the findings, then all that was checked."""
+    """Yield the lines and tables to print: the verdict, the findings, then everything checked."""
     style = ("bold green", "bold yellow", "bold red")[document["exit_status"]]
     yield Text(document["verdict"], style=style)
     for one in document["findings"]:

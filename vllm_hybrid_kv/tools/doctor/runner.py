@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a check is, and the child process that runs all of them."""
+"""Defines checks, and runs all checks in the child process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Finding = dict[str, str]
 """One thing that a user should know; `finding` makes it."""
 
 Facts = dict[str, Any]
-"""JSON for `--json`, for the text and for later checks."""
+"""JSON values that checks store for `--json`, for the text and for later checks."""
 
 Run = Callable[[Facts], Iterable[Finding] | None]
 
@@ -33,16 +33,16 @@ def finding(severity: str, check: str, message: str, remedy: str = "") -> Findin
 
 
 CHECKS: list[tuple[Run, str, tuple[str, ...], tuple[str, str]]] = []
-"""The arguments of `check` for each function."""
+"""Each check function, with the arguments that its decorator `check` got."""
 
 
 def check(
     activity: str, *needs: str, error: tuple[str, str] = ("problem", "vllm")
 ) -> Callable[[Run], Run]:
-    """Add a function, which yields findings and may add facts, to `CHECKS`.
+    """Add the decorated function, which yields findings and may add facts, to `CHECKS`.
 
     Args:
-        activity: For messages: `Importing vLLM`.
+        activity: The function's activity for messages, such as `Importing vLLM`.
         needs: Facts without which the check is skipped.
         error: `severity` and `check` of the finding if the function raises.
     """
@@ -55,10 +55,10 @@ def check(
 
 
 def run(send: Callable[..., None], additional_config: str) -> None:
-    """Run all checks in a child process, with JSON for vLLM's `--additional-config` or nothing.
+    """Run all checks in this child process; `additional_config` is JSON as for vLLM, or empty.
 
-    Sends a message when a check begins, with its activity, and when it ends, with its findings and
-    all facts; and `end=True` after the last.
+    Sends a check's activity when the check begins, and its findings and all facts when it ends.
+    Sends `end=True` after the last check.
     """
     from vllm_hybrid_kv.tools.doctor import checks, devices  # noqa: F401 (fill CHECKS)
 
@@ -80,7 +80,7 @@ def run(send: Callable[..., None], additional_config: str) -> None:
 
 
 def setting(facts: Facts, name: str) -> dict[str, Any]:
-    """Return the value and source of a setting; None if the settings are not valid."""
+    """Return the value and source of a setting; both are None if the settings are not valid."""
     rows = facts.get("settings", ())
     return next((row for row in rows if row["name"] == name), {"value": None, "source": None})
 

@@ -74,7 +74,7 @@ def plan(
     }
     check_environment(name for name, chosen in by_option.items() if chosen)
     if context.args and not context.args[0].startswith("-"):
-        # Most models are named first. Importing vLLM takes seconds, so check the name before.
+        # Users mostly name the model first. Check it before the import of vLLM, which is slow.
         read_config(config_path(context.args[0]))
     prepare()
     from vllm_hybrid_kv.tools.plan.engine import Model

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's planner and scheduler for a described model that never runs.
+"""vLLM's planner and scheduler for a model that is built from its config.json and never runs.
 
-The model's own class builds the layers, so their KV cache specs are those of a server. No weights
+The model's own class builds the layers, so their KV cache specs equal those in a server. No weights
 are read or allocated.
 """
 
@@ -63,10 +63,10 @@ class Engine:
         vllm_config: The configuration.
         kv_cache_config: The scheduler's plan. A group has one spec, even if its layers' pages
             differ.
-        scheduler_block_size: Tokens that chunks of prompts are aligned to.
-        hash_block_size: Tokens of a hashed block, the match unit of prefixes.
+        scheduler_block_size: Chunks of prompts end at multiples of this number of tokens.
+        hash_block_size: Tokens of one prefix hash.
         stage_kv_cache_configs: The workers' plan of each pipeline stage, with every layer's spec.
-            The ranks of a stage have the same.
+            All ranks of a stage have the same plan.
     """
 
     vllm_config: VllmConfig
@@ -107,7 +107,7 @@ class Model:
         """Configure the model and build its layers.
 
         Args:
-            arguments: Of vLLM's `EngineArgs`: `model`, `kv_cache_dtype`, `block_size` and so on.
+            arguments: Arguments of vLLM's `EngineArgs`, such as `model` and `kv_cache_dtype`.
             device: `gpu` plans for an H100 on any machine, `cpu` for this machine.
             settings: The plugin's settings that change layers: `boundary_layers`, and
                 `unify_page_sizes`, because `stock` aligns blocks differently.
@@ -120,7 +120,7 @@ class Model:
         self._device = device
         self._settings = settings or {}
         self._other_alignment: Model | None = None
-        # vLLM loads plugins once per process, and only those that VLLM_PLUGINS names.
+        # Needed because vLLM loads plugins only once per process, and only those in VLLM_PLUGINS.
         plugin.register()
         self._graph_builders: dict[str, Any] = {}
         self._stage_layers: dict[int, dict[str, BuiltLayer]] = {}
@@ -137,7 +137,7 @@ class Model:
         return described_gpu() if self._device == GPU else nullcontext()
 
     def _configure(self, settings: dict[str, Any] | None = None) -> VllmConfig:
-        # vLLM would compare the default of EngineArgs with this machine's free memory.
+        # With the default of EngineArgs, vLLM would require most of this machine's memory.
         arguments = {"gpu_memory_utilization": 0.1, **self._arguments}
         additional = dict(arguments.pop("additional_config", None) or {})
         section = {**additional.pop("hybrid_kv", {}), **self._settings, **(settings or {})}
@@ -215,13 +215,13 @@ class Model:
         """Plan a cache and return the engine's plan.
 
         Args:
-            memory: Bytes for the KV cache, of each rank.
-            settings: The plugin's settings, in addition to those of the layers.
+            memory: Bytes of KV cache on each rank.
+            settings: The plugin's settings, in addition to the settings of this `Model`.
 
         Raises:
             ValueError: The memory is too small for one request of `max_model_len`.
         """
-        # vLLM 0.33 moved these functions. The engine core imports them in both minors.
+        # vLLM 0.33 moved these functions, but the engine core imports them in both minors.
         from vllm.v1.engine import core
 
         config = self._configure(settings)
@@ -285,7 +285,7 @@ class Model:
 
 
 def _spec_of(layer: Any, config: VllmConfig) -> KVCacheSpec | None:
-    """Return a layer's spec as the model runner takes it."""
+    """Return a layer's spec as the model runner gets it; None if the layer owns no cache."""
     if getattr(layer, "kv_sharing_target_layer_name", None):
         return None
     spec: KVCacheSpec | None = layer.get_kv_cache_spec(config)

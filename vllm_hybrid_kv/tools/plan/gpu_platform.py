@@ -2,7 +2,7 @@
 """A described NVIDIA GPU: vLLM's CUDA platform with fixed answers and without a driver.
 
 `described_gpu` replaces the class of vLLM's one platform object, so every module that imported
-`current_platform` sees this GPU. The real platform cannot be reached meanwhile.
+`current_platform` sees this GPU. Meanwhile no code can reach the real platform.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _ANSWERS = {
     "get_device_uuid": "GPU-0",
     "get_device_total_memory": MEMORY,
     "get_cuda_runtime_major": 13,
-    # More than any parallel size: the number of GPUs is not checked.
+    # Larger than any parallel size, so that vLLM never finds too few GPUs.
     "device_count": 1 << 20,
     "num_compute_units": PROCESSORS,
     "is_fully_connected": True,
@@ -59,7 +59,7 @@ _ANSWERS = {
 def described_gpu() -> Iterator[None]:
     """Make vLLM configure and build models for the described GPU on any machine.
 
-    If vLLM runs on NVIDIA GPUs here, its own platform stays.
+    If vLLM runs on an NVIDIA GPU here, it plans for that GPU instead.
     """
     platform = vllm.platforms.current_platform
     if platform.is_cuda():
@@ -87,14 +87,14 @@ def _described_class() -> type[Platform]:
     from vllm.platforms.cuda import CudaPlatformBase
 
     class DescribedGpu(CudaPlatformBase):
-        """One Hopper GPU of 80 GiB, for which vLLM's defaults of servers are made."""
+        """One Hopper GPU of 80 GiB, for which vLLM has chosen its defaults for servers."""
 
         device_name = NAME
 
         @classmethod
         def get_valid_backends(cls, *args: Any, **kwargs: Any) -> Any:
             valid, invalid = super().get_valid_backends(*args, **kwargs)
-            # A package that this machine lacks says nothing about the GPU.
+            # Drop backends that failed to import because this machine lacks a package.
             about_gpu = {
                 backend: (priority, reasons)
                 for backend, (priority, reasons) in invalid.items()
@@ -109,7 +109,7 @@ def _described_class() -> type[Platform]:
 
 
 def _restore_environment(before: dict[str, str]) -> None:
-    """Undo the variables that vLLM sets for one model; the plugin's stay."""
+    """Undo the variables that vLLM set for one model, but keep the plugin's variables."""
     for name in os.environ.keys() | before.keys():
         if "HYBRID_KV" in name:
             continue
@@ -120,7 +120,7 @@ def _restore_environment(before: dict[str, str]) -> None:
 
 
 def _clear_caches() -> None:
-    """Clear vLLM's cached answers of the platform and of the search for packages."""
+    """Clear vLLM's cached answers about the platform and about installed packages."""
     from vllm.utils import deep_gemm, flashinfer, import_utils
     from vllm.v1.attention import selector
 
@@ -132,7 +132,7 @@ def _clear_caches() -> None:
 
 
 def _cuda_names() -> Iterator[tuple[Any, str, Any]]:
-    """Yield what modules would hold if CUDA's extensions had existed at their import."""
+    """Yield owner, name and value of what modules would define if CUDA's extensions existed."""
     import vllm.config.vllm
     from vllm import _custom_ops, triton_utils
     from vllm.utils import flashinfer

@@ -32,7 +32,7 @@ _KINDS: dict[type[KVCacheSpec], str] = {
     SlidingWindowSpec: "sliding window {0.sliding_window:,}",
     FullAttentionSpec: "full attention",
 }
-"""Names of layers. A class comes before its base."""
+"""Names of the kinds of layers, by spec class. A class comes before its base class."""
 
 _QUANTISED = {KVQuantMode.TURBOQUANT_K8V4: "k8v4", KVQuantMode.FP8_PER_TENSOR: "fp8"}
 
@@ -74,7 +74,7 @@ class Plan:
     Attributes:
         kv_cache_dtype: The cache dtype.
         unify_page_sizes: The strategy that unified the page sizes.
-        memory: Bytes for the cache, of each rank.
+        memory: Bytes of KV cache on each rank.
         pages: The pages of all groups.
         block_bytes: Bytes of one block of the pool: a page of every layer of a group.
         blocks: Blocks of the pool.
@@ -83,10 +83,10 @@ class Plan:
         reported_tokens: The cache's size in tokens that vLLM logs and publishes.
         reported_concurrency: The concurrent requests of `max_model_len` that vLLM logs.
         prefix_caching: Whether prefix caching is on.
-        scheduler_block_tokens: Chunks of prompts are aligned to these tokens.
-        match_tokens: Hits in the prefix cache end at multiples of these tokens.
+        scheduler_block_tokens: Chunks of prompts end at multiples of this number of tokens.
+        match_tokens: Hits in the prefix cache end at multiples of this number of tokens.
         smallest_hit: Tokens of the shortest prompt that can hit the prefix cache.
-        warnings: The warnings of a server at start-up.
+        warnings: The warnings that a server would log at start-up.
     """
 
     kv_cache_dtype: str
@@ -111,9 +111,9 @@ class Plan:
         return self.prefix_caching and self.smallest_hit < self.capacity.max_model_len
 
     def tokens_in(self, memory: int) -> int | None:
-        """Return the tokens that fit in requests of `max_model_len` with other bytes of memory.
+        """Return the tokens that fit into `memory` bytes in requests of `max_model_len`.
 
-        None means that not one such request fits, so that vLLM does not start.
+        None means that no such request fits, so vLLM would not start.
         """
         blocks = memory // self.block_bytes
         of_request = round(self.blocks / self.capacity.concurrency)
@@ -166,7 +166,7 @@ def plan_of(model: Model, memory: int, settings: dict[str, Any]) -> Plan:
 
 
 def hit_alignment(engine: Engine) -> int:
-    """Return the number of tokens whose multiples hits in the prefix cache end at."""
+    """Return the match unit: hits in the prefix cache end at multiples of this number of tokens."""
     sizes = engine.scheduler_block_size, engine.hash_block_size
     return resolve_cache_hit_alignment_tokens(engine.kv_cache_config, engine.vllm_config, *sizes)
 
@@ -215,7 +215,7 @@ def _stores(spec: KVCacheSpec) -> str:
 
 
 def merge_equal(pages: Sequence[Pages]) -> list[tuple[Pages, list[int]]]:
-    """Return one of the pages that differ only in group and layers' names, with their groups."""
+    """Merge pages that differ only in group and layer names; return each with its groups."""
     merged: dict[Pages, tuple[Pages, list[int]]] = {}
     for row in pages:
         key = replace(row, group=0, layers=("",) * len(row.layers))

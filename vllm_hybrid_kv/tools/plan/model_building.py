@@ -101,7 +101,7 @@ def as_one_rank_of(
 ) -> Iterator[None]:
     """Build layers in this one process as one of `size` tensor parallel ranks of a pipeline stage.
 
-    Building sends nothing between ranks, so layers see only the sizes of the groups. All ranks of
+    Building sends nothing between ranks, so patching the groups' sizes is enough. All ranks of
     a stage have the same KV cache. `decode_context` ranks are also tensor parallel ranks.
     """
     ranks, pipeline = get_tp_group(), get_pp_group()
@@ -109,7 +109,7 @@ def as_one_rank_of(
     divided = contexts is not None and decode_context > 1
     with (
         patch.object(ranks, "world_size", size),
-        # Experts use the same ranks. vLLM makes no group if the first model has no experts.
+        # Experts use these ranks. vLLM has made no group for them if its first model had none.
         patch.object(parallel_state, "_EP", ranks),
         patch.multiple(
             pipeline, world_size=stages, rank_in_group=stage, rank=stage, ranks=list(range(stages))
@@ -122,7 +122,7 @@ def as_one_rank_of(
 def build_draft(config: VllmConfig) -> None:
     """Build the draft model of a configuration, if it has one, as vLLM's proposer does.
 
-    Its layers join those of the target model, which must be built.
+    Its layers are added to the layers of the target model, which must be built before.
     """
     speculative = config.speculative_config
     if speculative is None or not (speculative.use_eagle() or speculative.uses_draft_model()):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's config.json, found, checked and reduced to what `plan` builds."""
+"""Finds and checks a model's config.json, and reduces it to the model that `plan` builds."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 """Fields with the number of layers."""
 
 MOST_LAYERS = 10_000
-"""More layers than any model has. Each layer is built, so many more would take forever."""
+"""More layers than any model has. Building many more would take too long."""
 
 
 class DescriptionError(ToolError):
@@ -69,7 +69,7 @@ class ModelDescription:
         architecture: The class that vLLM builds.
         kv_cache_dtype: The cache dtype that `auto` means for this checkpoint; None if the
             checkpoint names none.
-        notes: The changes of the description, a line each.
+        notes: One line for each change to the configuration.
     """
 
     folder: str
@@ -119,7 +119,7 @@ def config_path(model: str, revision: str | None = None) -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a model's configuration, a config.json of any file name or in a folder.
+    """Read a model's configuration from a file of any name, or from the config.json in a folder.
 
     Raises:
         DescriptionError: There is no file, or it does not describe a model.
@@ -145,11 +145,11 @@ def read_config(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def described(path: Path) -> Iterator[ModelDescription]:
-    """Write the configuration of a model's language model, without quantised weights, to a folder.
+    """Write a config.json of the language model alone, with unquantised weights, to a folder.
 
-    Neither changes the KV cache. Encoders of images and sounds have none, and building them needs
-    a tokenizer and a processor. Kernels for quantised weights may not exist here. The cache dtype
-    that a quantised checkpoint gives `auto` is read first.
+    Both reductions leave the KV cache as it is. Encoders of images and sounds have no cache, and
+    building them needs a tokenizer and a processor. Kernels for quantised weights may not exist on
+    this machine. Quantised checkpoints can define the cache dtype `auto`, so it is read first.
 
     Args:
         path: As in `read_config`.
@@ -243,7 +243,7 @@ def _stored_by(quantisation: dict[str, Any], path: Path) -> str | None:
     scheme = quantisation.get("kv_cache_scheme")
     try:
         if scheme is not None and quantisation.get("quant_method") == "compressed-tensors":
-            # Attention layers read it from the quantisation, which is removed.
+            # In a server, attention layers read it from the quantisation, which is removed here.
             from vllm.model_executor.layers.quantization.compressed_tensors import (
                 compressed_tensors,
             )

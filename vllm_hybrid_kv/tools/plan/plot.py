@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws a plan: the pages of one block, and the tokens that fit by memory."""
+"""Draws a plan: the pages of one block, and the tokens that fit into each size of memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ POINTS = 60
 
 
 def draw(path: Path, result: PlanResult) -> None:
-    """Draw one block of the plan into a file, and the tokens by memory for each cache dtype."""
+    """Draw one block of the plan, and the tokens that fit by memory for each cache dtype."""
     plan = result.plan
     with figure(path, 1, 2, figsize=(13, 5), width_ratios=(1.15, 1)) as (drawn, (left, right)):
         drawn.suptitle(
@@ -80,7 +80,7 @@ def _draw_block(axes: Any, plan: Plan) -> None:
 
 
 def _draw_capacity(axes: Any, result: PlanResult) -> None:
-    """Draw tokens in requests of `max_model_len` by memory, from the first that fits."""
+    """Draw the tokens that fit in requests of `max_model_len`, by memory, for each cache dtype."""
     from matplotlib.ticker import EngFormatter
 
     plan = result.plan

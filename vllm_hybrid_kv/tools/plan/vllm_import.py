@@ -51,7 +51,7 @@ def prepare() -> None:
 
 
 def import_vllm() -> None:
-    """Import vLLM, unless this process has it, and make transformers see no torchvision.
+    """Import vLLM, unless it is already imported, and hide torchvision from transformers.
 
     Planning processes no image, and vLLM for CPUs can bring a torchvision for GPUs, which cannot
     be imported.
@@ -80,7 +80,7 @@ def model_classes_in_this_process() -> Iterator[None]:
     from transformers.utils import is_torchvision_available
     from vllm.model_executor.models import registry
 
-    # Modules of transformers and vLLM import names of torchvision, and nothing uses them here.
+    # Modules of transformers and vLLM import names of torchvision, but planning uses none.
     if not is_torchvision_available() and PLACEHOLDERS not in sys.meta_path:
         sys.meta_path.insert(0, PLACEHOLDERS)
 
@@ -92,7 +92,7 @@ def model_classes_in_this_process() -> Iterator[None]:
 
 
 class FakeModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds a module in which every name is a class, for each module that `replaces` accepts."""
+    """Replaces each module that `replaces` accepts by one in which every name is a class."""
 
     def __init__(self, replaces: Callable[[str], bool]) -> None:
         self.loaded: list[str] = []
