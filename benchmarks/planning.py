@@ -45,7 +45,7 @@ from vllm_hybrid_kv.planning.page_kinds import layer_kind
 
 LAYERS = 200
 LIMIT_MS = 10.0
-"""The goal for a plan."""
+"""The goal: a plan of `min_waste` takes less."""
 
 Specs = dict[str, KVCacheSpec]
 STRATEGIES: dict[str, Callable[[Any], Mapping[str, KVCacheSpec]]] = {
@@ -84,7 +84,7 @@ def layers(mixture: str) -> Specs:
 
 
 class Row(NamedTuple):
-    """A strategy's planning time and plan: page in bytes, match unit in tokens."""
+    """A strategy's time, bytes of its page, share of padding, and tokens of its match unit."""
 
     ms: float
     page: int
@@ -96,7 +96,7 @@ Rows = dict[str, Row | None]
 
 
 def measure(mixture: str, rounds: int) -> Rows:
-    """Return a row per strategy; None if it has no plan."""
+    """Return a row for each strategy, or None if the strategy finds no plan."""
     rows: Rows = {}
     for name, strategy in STRATEGIES.items():
         times = []

@@ -31,7 +31,7 @@ SERVE_ARGUMENTS = (
     *("--served-model-name", "demo"),
     *("--kv-cache-dtype", "turboquant_k8v4"),
     *ENGINE_ARGUMENTS,
-    # The share of the memory that must be free; vLLM's default of 0.92 rarely is.
+    # vLLM requires this share of the memory to be free. Its default of 0.92 rarely is.
     *("--gpu-memory-utilization", "0.3"),
 )
 
@@ -64,9 +64,9 @@ class Capacity(NamedTuple):
 def planning(
     model: Path, folder: Path, arguments: Sequence[str] = PLAN_ARGUMENTS
 ) -> Iterator[Callable[[], Capacity]]:
-    """Plan a bf16 cache in a process during a `with` block; yield a function that waits for it.
+    """Start to plan a bf16 cache in another process; yield a function that waits for the plan.
 
-    The function raises a ProcessError if the process failed, and subprocess.TimeoutExpired.
+    The function raises ProcessError if planning fails, or subprocess.TimeoutExpired.
     """
     file, log = folder / "bf16-plan.json", folder / "bf16-plan.log"
     ours = Path(sys.executable).with_name("vllm-hybrid-kv")
@@ -121,7 +121,7 @@ def _run(folder: Path, log: Path) -> None:
     )
     console.print("$ vllm serve qwen3-next", *SERVE_ARGUMENTS, style="bold", soft_wrap=True)
     began = time.monotonic()
-    # At the same time as the server: both mostly import modules, with one core each.
+    # Plan while the server starts: both mostly import modules, on one core each.
     with planning(model, folder) as plan, serve(model, SERVE_ARGUMENTS, log, console) as server:
         console.print(f"Ready after {time.monotonic() - began:.0f} s.")
         active = server.find_in_log(r"(hybrid_kv \S+ active[^\n]*)")

@@ -3,9 +3,9 @@
 
     python -m benchmarks.coordinator [--out DIR] [--quick]
 
-Real coordinators on real block pools, prompts of 131,072 tokens, no model. Both coordinators run in
-one process, with alternating calls on pools with equal contents: four prompts in turn, and blocks
-of other requests. Each call is the first lookup of a request: its hashes are new objects, whose
-hash values Python has not cached. Times are medians. Ratios are medians over rounds of the ratio in
-one round, because a shared machine changes its speed.
+The coordinators and block pools are real, and no model runs. Prompts have 131,072 tokens. Calls of
+both coordinators alternate in one process. Both pools hold the same blocks: those of four prompts,
+which are looked up in turn, and those of other requests. Each call is the first lookup of a request:
+its hashes are new objects, whose hash values Python has not cached. Times are medians. A ratio is
+the median of each round's ratio, because a shared machine changes its speed.
 """

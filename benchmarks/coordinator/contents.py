@@ -39,8 +39,8 @@ class Contents:
 
     Attributes:
         name: For tables.
-        attention: The share from the start whose full attention is cached.
-        others: The share after which states and windows are cached, or 1 for everywhere.
+        attention: Full attention is cached for this share of the prompt, from its start.
+        others: States and windows are cached only at the end of this share; 1 means everywhere.
     """
 
     name: str
@@ -83,7 +83,7 @@ def prompt_hashes(model: Model, seed: int) -> list[BlockHash]:
 def make_coordinator(
     coordinator_class: type[HybridKVCacheCoordinator], model: Model
 ) -> HybridKVCacheCoordinator:
-    """Return a coordinator with room for the prompts and as many others."""
+    """Return a coordinator whose pool holds the prompts and as many others."""
     blocks = 2 * PROMPTS * sum(TOKENS // spec.block_size + 3 for spec in model.specs)
     return coordinator_of(layout_of(*model.specs, unit=model.unit), coordinator_class, blocks)
 
@@ -110,7 +110,7 @@ def fill(
     contents: Contents,
     prompts: list[list[BlockHash]],
 ) -> None:
-    """Cache the given part of every prompt, and all of as many other prompts."""
+    """Cache the given part of every prompt, and as many other prompts completely."""
     free = iter(coordinator.block_pool.blocks[1:])
     others = [prompt_hashes(model, -1 - index) for index in range(len(prompts))]
     for hashes, cached in [

@@ -5,14 +5,14 @@
 
 The engines run on the device that vLLM finds. Their models are small and have random weights: full
 attention, sliding windows, and Gated DeltaNet with and without experts. Each engine has a process
-of its own, so that its memory is returned and a failure is only a row of the report.
+of its own, so that its memory is freed and its failure only adds a row to the report.
 
 * Equal outputs: prompts alone, all at once, from the prefix cache, in chunks, with ngram and
   multi-token prediction, with piecewise and full graphs, with either model runner.
 * Decode speed compared with `--kv-cache-dtype auto`, `fp8` and stock vLLM's k8v4, in turn.
 
-The report gives the error of each engine that vLLM cannot run with an unquantised cache and
-without the plugin. The exit status is 1 if outputs differ, or if an engine of ours fails and the
+If vLLM cannot run an engine even with an unquantised cache and without the plugin, the report has
+vLLM's error. The exit status is 1 if outputs differ, or if an engine of ours fails and the
 same engine of vLLM does not.
 
 Writes `engine.md` and `engine.json` to DIR after every row, and the engines' logs to DIR/logs.

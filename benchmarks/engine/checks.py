@@ -19,7 +19,7 @@ from testing.engine_host import EngineError, EngineHost, Output
 from testing.output_comparison import Bounds, compare, decisive, far_from_unquantised
 
 SCORED = 8
-"""Number of texts, the longest, whose log-probabilities are compared with an unquantised cache."""
+"""How many texts, the longest ones, are scored: compared with an unquantised cache."""
 
 
 @dataclass
@@ -29,8 +29,8 @@ class ModelChecks:
     Attributes:
         prompts: The prompts that are compared, in the order of their lengths.
         outputs: The outputs of an eager engine that computed each prompt alone.
-        unquantised: The log-probabilities of each scored text's tokens from the second on, with
-            an unquantised cache; empty if vLLM could not compute them.
+        unquantised: The log-probabilities with an unquantised cache of each scored text's tokens,
+            without the first token; empty if vLLM could not compute them.
     """
 
     engines: Engines
@@ -41,7 +41,7 @@ class ModelChecks:
     unquantised: list[list[float]] = field(default_factory=list)
 
     def run(self) -> None:
-        """Start the engines, compare them, and add a row for each comparison or its absence."""
+        """Start the engines, and add a row for each comparison, or for the reason against it."""
         engines = self.engines
         try:
             auto = engines.start(AUTO)
@@ -136,7 +136,7 @@ class ModelChecks:
         self.engines.add(configuration.name, "drafts both accepted and rejected", verdict, detail)
 
     def _scores(self, engine: EngineHost) -> list[list[float]]:
-        """Return the log-probabilities of the scored prompts and outputs, from token 2 on."""
+        """Return the log-probabilities of scored prompts and outputs, without the first token."""
         pairs = zip(self.prompts[-SCORED:], self.outputs[-SCORED:], strict=True)
         texts = [prompt + output.tokens for prompt, output in pairs]
         outputs = engine.generate(texts, 1, prompt_logprobs=True)
@@ -161,7 +161,7 @@ class ModelChecks:
     def _add_failure(
         self, configuration: Configuration, error: EngineError, prompts: list[list[int]]
     ) -> None:
-        """Add a failure, of vLLM if it fails too without the plugin and quantisation."""
+        """Add a failure: vLLM's if the engine also fails without the plugin and quantisation."""
         tokens = self.engines.sizes.tokens
         verdict, reason = Verdict.FAILED, error.reason
         try:
@@ -179,7 +179,7 @@ def choose(
 ) -> list[list[int]]:
     """Return the prompts to compare, all of which have decisive tokens, in order of length.
 
-    Half are the longest prompts, so that many pages are read; the others have the most decisive
+    Half are the longest prompts, so that many pages are read. The other half has the most decisive
     tokens.
     """
     counts = [decisive(output, bounds) for output in outputs]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engines that are started, their settings, and the ones that are skipped."""
+"""The engines to start, with their settings, and the reasons why others are skipped."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GRAPHS = {
 
 @dataclass(frozen=True)
 class Place:
-    """vLLM's device type, such as "cuda", and whether vLLM's compiled extension is installed."""
+    """vLLM's device type, such as "cuda", whether its extension is compiled, and the memory."""
 
     device: str
     compiled: bool
@@ -45,7 +45,7 @@ class Place:
 
 
 def find_place() -> Place:
-    """Return the place that vLLM runs on here.
+    """Return the device that vLLM runs on here.
 
     Raises:
         ImportError: vLLM is not installed.
@@ -106,12 +106,12 @@ class Configuration:
         return found
 
     def control(self) -> Configuration:
-        """Return the same without plugin and quantisation; if it fails too, vLLM is at fault."""
+        """Return a copy without the plugin and quantisation. If it fails too, vLLM is at fault."""
         return replace(self, name=f"{self.name}, auto", cache_dtype="auto", plugin=False)
 
 
 Skipped = dict[str, str]
-"""The reason for each configuration, by name, that is not run."""
+"""Why configurations are not run, by name."""
 
 REFERENCE = Configuration("eager")
 """The engine with which the other engines of a model are compared."""
@@ -170,7 +170,7 @@ def to_time(model: str, place: Place) -> tuple[dict[str, list[Configuration]], S
         skipped["stock k8v4"] = "stock vLLM has none on CPUs: 0.32 computes nonsense, 0.33 refuses"
     found = {}
     for mode, base in modes.items():
-        # Every request must read pages of its own.
+        # No prefix caching, because every request must read its own pages.
         ours = replace(base, name="k8v4", prefix_caching=False, chunk=8192)
         others = {"auto": "auto", "fp8": "fp8"}
         if place.device != "cpu":

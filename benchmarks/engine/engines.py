@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start the engines of one model, and record what was found about it."""
+"""Start the engines of one model, and record their results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Engines:
     """The engines of one model.
 
     Attributes:
-        arguments: Arguments of `vllm.LLM` that all its engines have.
+        arguments: Arguments of `vllm.LLM` for all engines of the model.
         jobs: Number of engines that may start at the same time.
         log: Beginning of the path of each engine's log.
     """
@@ -42,7 +42,7 @@ class Engines:
         words = "".join(c if c.isalnum() else "-" for c in f"{mode} {configuration.name}".strip())
         log = self.log.with_name(f"{self.log.name}-{words}.txt")
         log.unlink(missing_ok=True)
-        # vLLM prefers this variable to `kv_cache_memory_bytes`. Speed needs all threads.
+        # Unset the size, which would override `kv_cache_memory_bytes`. Speed needs all threads.
         threads = os.environ.get("OMP_NUM_THREADS")
         environment = {"VLLM_CPU_KVCACHE_SPACE": None, "OMP_NUM_THREADS": threads}
         if configuration.graphs is not None:

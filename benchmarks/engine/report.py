@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows of the report, and the report: JSON with every number, Markdown to read."""
+"""Makes the report from its rows: JSON with every number, and Markdown tables."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ FAILURES = (Verdict.DIFFERENT, Verdict.FAILED)
 
 @dataclass(frozen=True)
 class Row:
-    """A comparison of an engine with the reference of its model, or why something was not run.
+    """A comparison of an engine with the reference of its model, or why there is none.
 
     Attributes:
         what: The outputs that were compared, or the batch that was not timed; empty for all.
         detail: The difference, or the reason.
-        outputs: Number of outputs compared, with `tokens` tokens.
-        apart: Largest difference of a log-probability, or the mean one from an unquantised cache.
+        outputs: Number of compared outputs, which have `tokens` tokens.
+        apart: The largest difference of log-probabilities; from an unquantised cache, the mean.
     """
 
     model: str
@@ -57,7 +57,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Speed:
-    """Times of a step that gives each request of a batch a token, by cache and round."""
+    """Milliseconds until each request of a batch has one more token, by cache and round."""
 
     model: str
     mode: str
@@ -66,7 +66,7 @@ class Speed:
     milliseconds: dict[str, list[float]]
 
     def times_faster(self) -> dict[str, float]:
-        """Return by cache how many times faster ours is: medians of each round's ratios."""
+        """Return how many times faster k8v4 is than each other cache: the median of all rounds."""
         ours = self.milliseconds.get(OURS, [])
         return {
             cache: statistics.median(t / o for t, o in zip(times, ours, strict=True))
@@ -75,7 +75,7 @@ class Speed:
         }
 
     def cells(self) -> dict[str, str]:
-        """Return by cache the median time, tokens per second of the batch, and the ratio."""
+        """Return a text for each cache: median time, tokens per second of the batch, and ratio."""
         ratios = {cache: f" ({ratio:.2f})" for cache, ratio in self.times_faster().items()}
         medians = {cache: statistics.median(times) for cache, times in self.milliseconds.items()}
         return {
@@ -86,7 +86,7 @@ class Speed:
 
 @dataclass
 class Results:
-    """Everything that was found."""
+    """The results of all models."""
 
     rows: list[Row] = field(default_factory=list)
     engines: list[dict[str, Any]] = field(default_factory=list)

@@ -16,7 +16,7 @@ from testing.tokenizer import random_prompt, repeated_prompt
 
 
 def measure(engines: Engines) -> None:
-    """Time every mode of a model, and add a row for each time or its absence."""
+    """Time every mode of a model, and add a row for each batch that was not timed."""
     modes, skipped = configurations.to_time(engines.name, engines.place)
     for name, reason in skipped.items():
         engines.add(name, "speed", Verdict.SKIPPED, reason)
@@ -53,7 +53,7 @@ def _start(
 
 
 def _add_failures(engines: Engines, mode: str, what: str, failed: dict[str, EngineError]) -> None:
-    """Add failures; one of ours counts as ours only if an unquantised cache works."""
+    """Add failures. A failure of k8v4 counts as ours only if the unquantised cache works."""
     for cache, error in failed.items():
         ours = cache == OURS and "auto" not in failed
         verdict = Verdict.FAILED if ours else Verdict.UNSUPPORTED

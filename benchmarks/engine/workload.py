@@ -14,7 +14,7 @@ from testing.output_comparison import Bounds
 from testing.tokenizer import random_prompt, repeated_prompt
 
 MODELS = ("llama", "gemma3", "qwen3-next", "qwen3.5")
-"""Full attention; sliding windows; Gated DeltaNet with experts, and without."""
+"""Full attention; sliding windows; Gated DeltaNet with experts; Gated DeltaNet without experts."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Sizes:
         tokens: Tokens that each prompt generates.
         small_models: Time the small models whose outputs are compared.
         cells: Batch sizes and context lengths to time.
-        rounds: How often each engine is timed, in turn.
-        steps: Steps of each time.
+        rounds: How often each engine is timed. Engines take turns.
+        steps: Decode steps that are timed together.
         cache_share: Share of the device's memory for the cache of a timed engine.
     """
 
@@ -44,7 +44,7 @@ class Sizes:
 
     @property
     def decoded(self) -> int:
-        """Upper bound of the steps that a request is decoded while it is timed."""
+        """Upper bound of the decode steps of a request."""
         return (self.rounds + 1) * (self.steps + 1) + 8
 
 
@@ -73,13 +73,13 @@ SMALLEST = Sizes(
 
 
 def config_of(model: str) -> PreTrainedConfig:
-    """Return the model whose outputs are compared; small, so that it is built in a second."""
+    """Return the configuration of the model whose outputs are compared, built in a second."""
     config = CONFIGS[model]()
     return with_mtp_layer(config) if model in HYBRIDS else config
 
 
 def config_to_time(model: str, sizes: Sizes) -> PreTrainedConfig:
-    """Return the model to time, whose attention is as large as in real models."""
+    """Return the configuration of the model to time, with attention as large as in real models."""
     config = config_of(model)
     room = max(length for _, length in sizes.cells) + 4 * sizes.decoded
     config.max_position_embeddings = max(config.max_position_embeddings, room)
@@ -116,7 +116,7 @@ def bounds_of(model: str, dtype: str) -> Bounds:
 
 
 def dtype_of(model: str, device: str) -> str:
-    """Return the most exact dtype that vLLM runs, in which outputs are compared."""
+    """Return the dtype in which outputs are compared, the most exact one that vLLM runs here."""
     return "float32" if device == "cpu" and model not in HYBRIDS else "bfloat16"
 
 

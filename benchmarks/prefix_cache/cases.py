@@ -12,7 +12,7 @@ from benchmarks.prefix_cache.traces import agents, short_prompts
 from vllm_hybrid_kv.tools.replay.trace import TracedRequest, read_trace
 
 SHAPES = Path(__file__).with_name("shapes")
-"""Models by their public `config.json`, reduced to what the sizes of layers depend on."""
+"""Folders of models with a public `config.json`, reduced to fields that change layer sizes."""
 
 PUBLIC = "public"
 SYNTHETIC: dict[str, Callable[[int], list[TracedRequest]]] = {
@@ -32,7 +32,7 @@ STRATEGIES = {
     FIXED_POINT: {"coordinator": "fixed_point", "prefix_match_unit": "auto"},
     HYBRID_AWARE: {"coordinator": "hybrid_aware", "prefix_match_unit": "auto"},
 }
-"""The plugin's settings, by name in tables and plots."""
+"""The plugin's settings of each strategy, by the strategy's name in tables and plots."""
 
 MAIN_MODEL = "qwen3.6-35b-a3b"
 ATTENTION_ONLY = "llama-3.1-8b"
@@ -96,7 +96,7 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One run, by the names of `Part`."""
+    """One run: one combination of the values of a part."""
 
     part: str
     model: str
@@ -122,12 +122,12 @@ def requests_of(trace: str, limit: int, public: Path | None) -> list[TracedReque
 
     Args:
         trace: `PUBLIC`, or a key of `SYNTHETIC`.
-        limit: How many.
+        limit: How many requests.
         public: The file of the public trace, if it is available.
 
     Raises:
         TraceError: The public trace has another format.
-        ValueError: It has fewer requests, or is not available.
+        ValueError: The public trace has fewer requests, or is not available.
     """
     if trace in SYNTHETIC:
         return SYNTHETIC[trace](limit)

@@ -90,7 +90,7 @@ def _overhead(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def comparisons(rows: Iterable[Row], reference: str = STOCK) -> list[tuple[Row, Row]]:
-    """Pair every row of ours with the reference's row of the same setting, if either fits."""
+    """Pair our rows with the reference's rows of equal cases, if memory suffices for one."""
     pairs = []
     for some in split(rows, "model", "dtype", "trace", "requests", "memory").values():
         by_strategy = {row["strategy"]: row for row in some}
@@ -103,7 +103,7 @@ def comparisons(rows: Iterable[Row], reference: str = STOCK) -> list[tuple[Row, 
 
 
 def faults(rows: Iterable[Row]) -> list[str]:
-    """List where `hybrid_aware` is below stock, or where a model without states differs from it."""
+    """List `hybrid_aware` runs with fewer hit tokens than stock, and attention-only runs that differ."""
     return [
         f"{describe(ours)}: {rate(ours)}, {stock['strategy']} {rate(stock)}"
         for ours, stock in comparisons(rows)
@@ -113,7 +113,7 @@ def faults(rows: Iterable[Row]) -> list[str]:
 
 
 def _comparisons(rows: Sequence[Row]) -> Iterator[str]:
-    """List the runs below stock, and those below stock with the finer match unit."""
+    """List the runs with fewer hit tokens than stock, or than stock with a match unit of 16."""
     for reference in (STOCK, STOCK_16):
         pairs = comparisons(rows, reference)
         below = [pair for pair in pairs if pair[0]["hit_tokens"] < pair[1]["hit_tokens"]]

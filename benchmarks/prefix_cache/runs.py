@@ -27,7 +27,7 @@ Row = dict[str, Any]
 GIB = 1 << 30
 
 CASES_PER_PROCESS = 8
-"""A process describes its model once. With more cases, processes would end at different times."""
+"""A process builds its model once. With more cases, the processes would end far apart."""
 
 ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -45,16 +45,16 @@ def processes(jobs: int) -> ProcessPoolExecutor:
 
 
 def _prepare() -> None:
-    # The variables of the plugin win over the settings, which are compared here.
+    # The plugin's variables would override the settings that are compared here.
     for name in [name for name in os.environ if name.startswith(ENVIRONMENT_PREFIX)]:
         del os.environ[name]
     os.environ.update(ENVIRONMENT)
-    # vLLM and torch print to stdout, which holds the report.
+    # Send what vLLM and torch print to stderr, because stdout holds the report.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
 
 def describe(case: Case) -> Model:
-    """Return a described model, with the default settings of `vllm-hybrid-kv replay`."""
+    """Return the model of a case, with the default settings of `vllm-hybrid-kv replay`."""
     from vllm_hybrid_kv.tools.plan.vllm_import import import_vllm
 
     import_vllm()
@@ -102,7 +102,7 @@ def run_batch(cases: Sequence[Case], public: Path | None) -> list[Row]:
                 "prompt_tokens": tally.prompt_tokens,
                 "hit_tokens": tally.hit_tokens,
                 "hit_rate": tally.hit_rate,
-                # Equal if every single request hit the same.
+                # Equal if every single request hit the same number of tokens.
                 "hits_digest": hashlib.sha256(json.dumps(tally.hits).encode()).hexdigest()[:16],
                 "recomputed_tokens": tally.recomputed_tokens,
                 "preemptions": tally.preemptions,
@@ -129,7 +129,7 @@ def sweep(cases: Sequence[Case], public: Path | None, jobs: int) -> Iterator[Row
     """Run cases in `jobs` processes at a time, and yield a row for each.
 
     Raises:
-        Exception: What a process raised. Processes that have not started are cancelled.
+        Exception: The error of a process. Processes that have not started are cancelled.
     """
     some = batches(cases)
     with processes(jobs) as pool:
@@ -142,13 +142,13 @@ def measure_overhead(cases: Sequence[Case], public: Path | None, rounds: int) ->
 
     One process replays the same requests with each strategy in turn, after a short warm-up. Every
     other round has the reverse order, because a shared machine changes its speed. Only `schedule`
-    and `update_from_output` are timed. A strategy takes the same steps in every round, so the
-    median of each step over the rounds counts: it removes interruptions, and keeps what the
-    strategy does every 64 requests.
+    and `update_from_output` are timed. A strategy takes the same steps in every round, so a step's
+    time is the median over the rounds. The median removes interruptions, and keeps work that the
+    strategy does only every 64 requests.
 
     Returns:
         A row for each case, with milliseconds per step (median) and per request (all steps), and
-        the latter of each round.
+        milliseconds per request of each round.
     """
     from vllm_hybrid_kv.tools.replay.scheduler import Replay
 

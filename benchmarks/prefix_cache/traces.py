@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Synthetic traces, of traffic that differs from a chat service's.
 
-This format expresses shared prefixes in whole blocks of 512 tokens. So everything that recurs here,
-a task, a repeat or a turn, is at least that long.
+The format expresses shared prefixes in whole blocks of 512 tokens. So every prompt that recurs, as a
+repeat or in a later turn, has at least 512 tokens.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ def agents(requests: int, seed: int = 0) -> list[TracedRequest]:
 def short_prompts(requests: int, seed: int = 0) -> list[TracedRequest]:
     """Return a trace of short prompts, most of which share nothing.
 
-    They have 30 to 1,500 tokens. 10 % repeat one of the last 200. 15 % continue one of these, once
-    each, with its answer and 20 to 200 tokens more. The others occur once.
+    New prompts have 30 to 1,500 tokens. 10 % repeat one of the last 200 with a whole block. 15 %
+    continue one of these, each at most once, with its answer and 20 to 200 more tokens.
     """
     draw = random.Random(seed)
     ids = itertools.count()
     sent: list[TracedRequest] = []
-    # Prompts with whole blocks, which can recur visibly.
+    # Prompts with a whole block. Only these can share a prefix in this format.
     recent: list[TracedRequest] = []
     now = 0.0
     for _ in range(requests):

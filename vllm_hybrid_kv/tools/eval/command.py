@@ -61,7 +61,7 @@ def evaluate(
     interrupted run.
     """
     check_paths(json_, plot)
-    # These import pydantic, numpy or torch.
+    # Imported here, because these modules import pydantic, numpy or torch.
     from vllm_hybrid_kv.settings import SECTION, resolve
     from vllm_hybrid_kv.tools.eval.report import draw, report
     from vllm_hybrid_kv.tools.eval.run import Run, opened, parse
@@ -129,7 +129,7 @@ def _engine_arguments(text: str) -> dict[str, Any]:
 def _vllm_version() -> str:
     from vllm_hybrid_kv.plugin import vllm_version
 
-    # The engines log as usual.
+    # Quiet only this import; the engines log as usual.
     with patch.dict(os.environ):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         try:
@@ -160,7 +160,7 @@ def _identity(
     reference: str,
     vllm: str,
 ) -> dict[str, Any]:
-    """Return what scores depend on, without the caches, as JSON."""
+    """Return everything that scores depend on except the cache, as JSON."""
     from vllm_hybrid_kv.settings import ENVIRONMENT_PREFIX
 
     stats = {file.name: file.stat() for file in sorted(Path(model).glob("*")) if file.is_file()}

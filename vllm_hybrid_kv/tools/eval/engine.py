@@ -3,9 +3,9 @@
 
 vLLM computes the logits of all prompt positions if a request wants log-probabilities of its
 prompt, but returns only a few. `Recorder`, a `worker_extension_cls` of vLLM, wraps the model's
-head. For the reference it saves the hidden states that the head gets, a few KiB per token. For
-another cache it also applies the head to those, and compares both distributions. This is exact
-for any vocabulary, on the rank that has the logits. One request runs at a time, so that rows
+head. For the reference it saves the hidden states that the head gets, a few KiB per token. For any
+other cache it also applies the head to the saved states, and compares the two distributions over
+the whole vocabulary, on the rank that has the logits. One request runs at a time, so that logits
 arrive in the order of positions.
 """
 
@@ -99,7 +99,7 @@ def check_logprobs(recorded: list[float], tokens: list[int], prompt_logprobs: An
 
 
 def write(file: Path, content: bytes) -> None:
-    """Write a file that is complete if it exists."""
+    """Write a file atomically, so that it is complete if it exists."""
     partial = file.with_suffix(f".{os.getpid()}")
     partial.write_bytes(content)
     partial.replace(file)
@@ -112,7 +112,7 @@ class _Head:
         self._scoring = False
         self._compute: Callable[..., torch.Tensor | None] = runner.model.compute_logits
         runner.model.compute_logits = self
-        # vLLM has two model runners. In the second, ranks without the head have no such worker.
+        # The first model runner has the method. The second has a worker, on ranks with the head.
         owner, name = (
             (runner, "_get_prompt_logprobs_dict")
             if hasattr(runner, "_get_prompt_logprobs_dict")
@@ -134,7 +134,7 @@ class _Head:
         setattr(owner, name, score_prompt)
 
     def begin(self, tokens: list[int], reference: torch.Tensor | None) -> None:
-        """Start to score a prompt; `reference` has hidden states, None to record them."""
+        """Start to score a prompt against the reference's hidden states; None records them."""
         self._tokens, self._reference = torch.tensor(tokens), reference
         self._position = 0
         self.states: list[torch.Tensor] = []
@@ -154,7 +154,7 @@ class _Head:
             self.states.append(hidden_states.to("cpu", copy=True))
             reference = logits
         else:
-            # On every rank, because each rank of a tensor-parallel group has a part of the head.
+            # Compute on every rank, because each tensor-parallel rank has a part of the head.
             reference = self._compute(self._reference[begin:end].to(hidden_states.device))
         if logits is None or reference is None:
             return
@@ -173,12 +173,12 @@ class Recorder:
         return attention_layers(runner.kv_cache_config)
 
     def hybrid_kv_begin(self, tokens: list[int], file: str, is_reference: bool) -> None:
-        """Score the next request; `file` has the hidden states of the reference, or will."""
+        """Score the next request against the states in `file`, unless it is the reference."""
         states = None if is_reference else safetensors.torch.load_file(file)[HIDDEN_STATES]
         self._hybrid_kv_head.begin(tokens, states)
 
     def hybrid_kv_end(self, file: str) -> list[list[float]] | None:
-        """Return the scores of the request, or None on ranks without logits."""
+        """Return the request's scores, or None on ranks without logits; save recorded states."""
         head = self._hybrid_kv_head
         if not head.scores:
             return None
@@ -190,7 +190,7 @@ class Recorder:
 
 
 def attention_layers(kv_cache_config: Any) -> dict[str, bool]:
-    """Return whether each attention layer of a rank is quantised, by its name."""
+    """Return whether each attention layer of a rank is quantised, by layer name."""
     from vllm.v1.kv_cache_interface import AttentionSpec, KVQuantMode
 
     specs: dict[str, Any] = {}

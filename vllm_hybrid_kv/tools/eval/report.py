@@ -12,7 +12,7 @@ import numpy
 from vllm_hybrid_kv.tools.output import Table, figure
 
 DRAWN = (1e-9, 1e3)
-"""Nats; divergences outside, such as 0 and infinity, are drawn as these on a logarithmic axis."""
+"""The drawn range, in nats. Divergences outside, such as 0 and infinity, are drawn at its ends."""
 
 
 def report(document: Mapping[str, Any]) -> Iterator[Table | str]:
@@ -82,7 +82,7 @@ def draw(
 ) -> None:
     """Draw the KL divergence by position and its tail, for each cache but the reference.
 
-    `scores` has those of each window by the name of the cache.
+    `scores` has the scores of each window, by the name of the cache.
     """
     reference, *others = document["caches"]
     with figure(path, 1, 2, figsize=(13, 5)) as (drawn, (left, right)):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run: one engine for each cache, one after another, each in a child process.
 
-What vLLM compiles and patches belongs to a process, so that a process runs one engine only.
+Compiled code and patches of vLLM stay in a process, so each process runs only one engine.
 An interrupted run continues from its folder:
 
 run.json                      what the scores depend on; another run cannot use the folder
@@ -62,7 +62,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     # One sequence at a time needs little; vLLM's default is a share of the whole memory.
     "VLLM_CPU_KVCACHE_SPACE": "1",
-    # The engine runs in the child itself: it starts faster, and ends with it.
+    # The engine runs in the child itself, so it starts faster and ends with the child.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
 """Defaults for the environment of the child."""
@@ -111,10 +111,10 @@ def parse(text: str, reference: str) -> list[CacheVariant]:
 
 @contextmanager
 def opened(folder: Path, identity: Mapping[str, Any]) -> Iterator[None]:
-    """Lock a folder, which may not exist, for a run whose scores depend on `identity` (JSON).
+    """Make and lock a folder for a run whose scores depend on `identity` (JSON).
 
     Raises:
-        ToolError: It belongs to another run, another process uses it, or it is read-only.
+        ToolError: The folder belongs to another run, is in use, or cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -150,7 +150,7 @@ class Run:
     """An evaluation of several caches of one model.
 
     Attributes:
-        folder: A folder that is open for it.
+        folder: The folder, locked by `opened`.
         model: A folder, or a name on the hub.
         sequences: The tokens of each window.
         engine: Further arguments of vLLM's `LLM`.
@@ -197,7 +197,7 @@ class Run:
     ) -> tuple[dict[str, Any], list[numpy.ndarray]]:
         """Score the windows that have no scores yet; return the engine's facts and all scores.
 
-        The reference was measured before, or is the same. `update` is of the progress bar.
+        `reference` was scored before, or equals `variant`. `update` updates the progress bar.
 
         Raises:
             ToolError: The engine does not start, or fails.

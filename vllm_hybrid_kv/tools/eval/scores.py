@@ -43,7 +43,7 @@ def score(logits: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor) 
         q, p = ours.double().log_softmax(-1), theirs.double().log_softmax(-1)
         # 0 ln 0 is 0. Rounding can make the sum for equal distributions negative.
         terms = (p.exp() * (p - q)).masked_fill(p.isneginf(), 0.0)
-        # Logits in bfloat16 tie.
+        # Logits in bfloat16 often tie, so any of the reference's most probable tokens agrees.
         agrees = theirs.gather(-1, ours.argmax(-1, keepdim=True)) == theirs.amax(-1, keepdim=True)
         logprobs = q.gather(-1, actual[:, None])
         divergences = terms.sum(-1, keepdim=True).clamp_min(0.0)
@@ -57,8 +57,8 @@ def summarise(windows: Sequence[numpy.ndarray]) -> dict[str, Any]:
 
     Returns:
         `positions`, `perplexity`, `agreement` (share from 0 to 1); `divergence_mean`, its standard
-        error `divergence_error`, percentiles `_p99` and `_p999`, and `_max`; and `by_position`,
-        the same for predictions with `first` to `last` tokens of context.
+        error `divergence_error`, the percentiles `divergence_p99` and `divergence_p999`, and
+        `divergence_max`; `by_position`, statistics by range of context (`first` to `last` tokens).
     """
     logprobs, divergences, agreements = numpy.concatenate(windows, axis=1)
     contexts = numpy.concatenate([1 + numpy.arange(window.shape[1]) for window in windows])
@@ -75,7 +75,7 @@ def summarise(windows: Sequence[numpy.ndarray]) -> dict[str, Any]:
 
     by_position, first, end = [], 1, FIRST_RANGE
     while first <= longest:
-        # A window of full length has positions in every range.
+        # The longest window has positions in every range, so no range is empty.
         row = statistics((contexts >= first) & (contexts < end))
         by_position.append({**row, "first": first, "last": min(end - 1, longest)})
         first, end = end, 2 * end

@@ -12,7 +12,7 @@ from typing import Any
 from vllm_hybrid_kv.tools.output import ToolError
 
 SHORTEST = 2
-"""Tokens of a window with one prediction."""
+"""Tokens of the shortest window, which has one prediction."""
 
 
 def read_sequences(
@@ -23,8 +23,8 @@ def read_sequences(
     If the tokenizer starts texts with a special token, every window of a text starts with it,
     because models predict badly without it.
 
-    The file has plain text; or, named `.jsonl`, an object a line with `text` or `prompt_token_ids`.
-    `tokenizer` is called if it contains text. `context` is in tokens, `limit` in windows.
+    The file has plain text. A `.jsonl` file has an object with `text` or `prompt_token_ids` a line.
+    `tokenizer` is called only if there is text. `context` is in tokens, `limit` in windows.
 
     Raises:
         ToolError: The file cannot be read, has another format, or has nothing to predict.

@@ -43,14 +43,14 @@ class Tally:
 
     Attributes:
         requests: Finished requests.
-        prompt_tokens: Tokens of their prompts.
-        hit_tokens: Prompt tokens from the cache, at the first lookup.
+        prompt_tokens: Prompt tokens of the finished requests.
+        hit_tokens: Those of the prompt tokens that a request's first lookup found in the cache.
         recomputed_tokens: Tokens that full attention had in the cache when their request started,
             and that were recomputed because another group's blocks were not cached.
         preemptions: Preempted requests, counted each time.
         evicted_blocks: Evicted blocks by kind of KV group.
         steps: Steps of the scheduler.
-        schedule_seconds: Time in the scheduler, by step.
+        schedule_seconds: Seconds in the scheduler, by step.
         hits: Cached tokens by request, in the order of the trace.
     """
 
@@ -71,12 +71,12 @@ class Tally:
 
     @property
     def step_ms(self) -> float:
-        """The median time of a step in the scheduler."""
+        """The median time of a scheduler step, in milliseconds."""
         return 1000 * statistics.median(self.schedule_seconds)
 
     @property
     def request_ms(self) -> float:
-        """The time in the scheduler per request."""
+        """The scheduler's time per request, in milliseconds."""
         return 1000 * sum(self.schedule_seconds) / self.requests
 
 
@@ -84,7 +84,7 @@ class Replay:
     """One replay of a trace with a fixed number of requests in flight.
 
     Args:
-        engine: A new engine.
+        engine: An engine that no other replay has used.
         requests: The trace.
         concurrency: Requests in flight; the next is sent when one finishes.
 
@@ -117,7 +117,7 @@ class Replay:
         self._idle_steps = 0
         self.tally = Tally(hits=[0] * len(requests))
         self._coordinator = engine.scheduler.kv_cache_manager.coordinator
-        # Time of this class's extra lookups, which is subtracted from the scheduler's time.
+        # Seconds of this class's extra lookups, which are subtracted from the scheduler's time.
         self._lookup_seconds = 0.0
         self._count_evictions()
         self._measure_attention_hits()
@@ -125,7 +125,7 @@ class Replay:
     def run(self, finished: Callable[[int], None] | None = None) -> Tally:
         """Replay the whole trace and return its counters.
 
-        `finished` gets the number of finished requests after each step in which it grew.
+        After each step that finishes requests, `finished` gets the number of finished requests.
 
         Raises:
             ToolError: The scheduler never schedules the next request.

@@ -115,10 +115,10 @@ def shareable_tokens(requests: Sequence[TracedRequest]) -> int:
 class Conversations:
     """The token ids of a trace's prompts and answers.
 
-    A block's tokens follow from its hash id. The partial block at the end of a prompt has an id of
-    its own in such traces, although the next turn of a conversation starts with this prompt and
-    its answer. So if a later request has every full block of this one, the partial block and the
-    answer get the tokens of that request. All other tokens are unique to the request.
+    The hash id of a full block determines its tokens. The partial block at the end of a prompt has
+    its own id, although the next turn of the conversation starts with this prompt and its answer.
+    So if a later request has every full block of a request, the request's partial block and answer
+    get the tokens of the later request. All other tokens are unique to a request.
 
     Args:
         requests: The trace, in the order of arrival.
@@ -126,8 +126,8 @@ class Conversations:
 
     def __init__(self, requests: Sequence[TracedRequest]) -> None:
         self._requests = requests
-        # A request's continuation is the first later request with its last full block. Ids are
-        # chained, so that one has all its full blocks.
+        # A request's continuation is the first later request with the same last full block. Ids
+        # are chained, so the continuation has all full blocks of the request.
         first_after: dict[int, int] = {}
         self._continuation: list[int | None] = [None] * len(requests)
         for index in range(len(requests) - 1, -1, -1):
@@ -143,8 +143,8 @@ class Conversations:
         length = request.input_length + request.output_length
         tokens: list[int] = []
         owner: int | None = index
-        # Take the full blocks of the request, then the further ones of its continuation, and so on
-        # with later and later requests.
+        # Take the full blocks of the request, then the further full blocks of its continuation,
+        # then those of the continuation's own continuation, and so on.
         while owner is not None and len(tokens) < length:
             blocks = self._requests[owner].full_ids[len(tokens) // BLOCK_TOKENS :]
             for block in blocks[: -(-(length - len(tokens)) // BLOCK_TOKENS)]:
@@ -161,6 +161,6 @@ def _block_tokens(block: int) -> range:
 
 
 def _own_tokens(index: int, start: int, stop: int) -> range:
-    # Negative ids, which no block has. Those of two requests do not overlap.
+    # Negative ids, because blocks have none. The ids of two requests do not overlap.
     base = -1 - index << 24
     return range(base + start, base + stop)
