@@ -64,7 +64,7 @@ STATE = ProcessState()
 
 
 def current_settings() -> Settings:
-    """Return the settings of this process's last engine, or of the environment if there is none.
+    """Return the settings of this process's last engine, or the environment's before any engine.
 
     Raises:
         HybridKVSettingsError: The environment holds an unknown or invalid setting.

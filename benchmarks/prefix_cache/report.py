@@ -103,7 +103,7 @@ def comparisons(rows: Iterable[Row], reference: str = STOCK) -> list[tuple[Row, 
 
 
 def faults(rows: Iterable[Row]) -> list[str]:
-    """List `hybrid_aware` runs with fewer hit tokens than stock, and attention-only runs that differ."""
+    """List `hybrid_aware` runs that hit less than stock, and attention-only runs that differ."""
     return [
         f"{describe(ours)}: {rate(ours)}, {stock['strategy']} {rate(stock)}"
         for ours, stock in comparisons(rows)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Synthetic traces, of traffic that differs from a chat service's.
 
-The format expresses shared prefixes in whole blocks of 512 tokens. So every prompt that recurs, as a
-repeat or in a later turn, has at least 512 tokens.
+This format can express shared prefixes only in whole blocks of 512 tokens. So prompts that are
+repeated, or continued in a later turn, have at least 512 tokens.
 """
 
 from __future__ import annotations

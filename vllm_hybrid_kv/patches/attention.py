@@ -88,8 +88,8 @@ def registration_patch(context: Context) -> Patch:
     return Patch(
         "attention_backend",
         replaces="the class behind AttentionBackendEnum.TURBOQUANT, for turboquant_k8v4",
-        why="vLLM's own has no CPU kernels, and reads each KV byte once for every query head on "
-        "GPUs; register_backend is vLLM's way to replace one",
+        why="vLLM's own backend has no CPU kernels, and on GPUs reads each KV byte once for every "
+        "query head; register_backend is vLLM's way to replace a backend",
         upstream="vllm-project/vllm#49465 (TurboQuant on CPUs), #55610 (its speed on GPUs)",
         until="vLLM serves turboquant_k8v4 on CPUs and GPUs as fast",
         edits=[registration],
@@ -160,7 +160,7 @@ def selection_patch(context: Context) -> Patch:
     return Patch(
         "backend_selection",
         replaces="CpuPlatform.get_attn_backend_cls for layers with a turboquant cache",
-        why="it supports one backend; for k8v4 0.32 runs it on the wrong bytes, 0.33 refuses",
+        why="it knows one backend, which misreads k8v4 pages (0.32), or refuses k8v4 (0.33)",
         upstream="vllm-project/vllm#49465 (TurboQuant on CPUs)",
         until="CPU platforms select among registered backends by their supports_* methods",
         edits=[context.rebind("CpuPlatform.get_attn_backend_cls", get_attn_backend_cls)],

@@ -26,7 +26,7 @@ from vllm_hybrid_kv.state import STATE
 def settings_patch(context: Context) -> Patch:
     """Check the settings as soon as a process has its configuration, before it loads anything.
 
-    The engine core gets its configuration in planning, whose own patches check the settings.
+    The engine core checks the settings in planning, which has patches of its own.
     """
 
     def create_engine_config(original: Any, self: Any, *args: Any, **kwargs: Any) -> VllmConfig:

@@ -105,7 +105,7 @@ def prefix_match_unit_patch(context: Context) -> Patch:
     return Patch(
         "prefix_match_unit",
         replaces="resolve_kv_cache_block_sizes",
-        why="only here are the KV groups known, which the choice depends on",
+        why="the choice depends on the KV groups, which are known only here",
         upstream="vllm-project/vllm#40696 and #53749 (prompts shorter than a block never hit)",
         until="vLLM chooses a unit that hits where block sizes are large",
         edits=[context.rebind("resolve_kv_cache_block_sizes", resolve_kv_cache_block_sizes)],
@@ -116,10 +116,10 @@ def block_copies_patch(context: Context) -> Patch:
     """Make vLLM copy all bytes of a block."""
     return Patch(
         "block_copies",
-        replaces="copy_kv_cache_blocks_inplace, which it calls once per kind of view",
-        why="it copies only the first of several views at one address. A state may be shorter than "
-        "a page of attention, so a prompt that resumes inside a block attends to old contents of "
-        "the copy",
-        until="it distinguishes the views at one address",
+        replaces="copy_kv_cache_blocks_inplace; the replacement calls it once per kind of view",
+        why="vLLM copies only the first of several views at one address. A state may be shorter "
+        "than a page of attention, so a prompt that resumes inside a block attends to old contents "
+        "of the copy",
+        until="vLLM distinguishes the views at one address",
         edits=[context.rebind("copy_kv_cache_blocks_inplace", copy_whole_blocks)],
     )

@@ -60,7 +60,7 @@ def boundary_patch(context: Context) -> Patch:
         "boundary_layers",
         replaces="TurboQuantConfig.get_boundary_skip_layers, for engines with a k8v4 cache",
         why="vLLM's number is fixed, was chosen for coarser presets, and no option lowers it; "
-        "it counts layers without a cache of their own; it refuses some hybrid models",
+        "it also counts layers without their own cache, and refuses some hybrid models",
         upstream="vllm-project/vllm#39931 (no boundary layers in hybrid models), #40108",
         until="vLLM lets users choose it, and counts layers that own a KV cache",
         edits=[
@@ -104,8 +104,8 @@ def layer_dtype_patch(context: Context) -> Patch:
     return Patch(
         "layer_dtypes",
         replaces="Attention.__init__, for engines with a k8v4 cache",
-        why="vLLM chooses a layer's cache dtype by its own index, though it may read another "
-        "layer's pages, and the backend of chunked attention without looking at skipped layers",
+        why="vLLM chooses a layer's cache dtype by its index, even if the layer reads another's "
+        "pages, and chooses the backend of chunked attention as if no layer were skipped",
         upstream="vllm-project/vllm#40108, #48721",
         until="a layer with kv_sharing_target_layer_name has its target's cache dtype",
         edits=[context.rebind("Attention.__init__", init)],
@@ -137,7 +137,7 @@ def _use_target_dtype(arguments: dict[str, Any]) -> None:
 
 
 def _choose_wrapped_backend(layer: Any, arguments: dict[str, Any]) -> None:
-    """Give an unquantised layer whose class wraps a backend one that is not for k8v4.
+    """Give unquantised layers a fitting backend if their class wraps the backend of k8v4 layers.
 
     Layers with static sinks need no change, because their models choose a backend.
     """

@@ -62,7 +62,7 @@ def page_size_patch(context: Context) -> Patch:
     return Patch(
         "page_sizes",
         replaces="unify_kv_cache_spec_page_size, and get_kv_cache_groups around it",
-        why="grouping calls it by name; 0.33's KVCacheConfigBuilder replaces all of grouping",
+        why="vLLM's grouping calls it by name; a KVCacheConfigBuilder (0.33) replaces all grouping",
         upstream="vllm-project/vllm#40128 (pages that do not divide)",
         until="the rule can be chosen, or pads no more than needed",
         edits=[
@@ -104,7 +104,7 @@ def capacity_patch(context: Context) -> Patch:
     return Patch(
         "token_capacity",
         replaces="get_kv_cache_capacity",
-        why="it counts a fixed set of groups, and is the first call that gets the whole plan",
+        why="vLLM counts a fixed set of groups; this call is also the first with the whole plan",
         upstream="vllm-project/vllm#40384 and #40417 (groups that do not grow)",
         until="vLLM reports the tokens that fit, not those of requests of the longest length",
         edits=[context.rebind("get_kv_cache_capacity", get_kv_cache_capacity)],
@@ -148,7 +148,7 @@ def block_alignment_patch(context: Context) -> Patch:
     """Make blocks no larger than a strategy needs if some layers of a k8v4 cache are unquantised.
 
     vLLM aligns blocks before any spec exists, so that its own unification finds equal pages. A
-    strategy does not need this alignment and cannot undo it, because unification only grows blocks.
+    strategy does not need this alignment and cannot undo it, as blocks are never made smaller.
     """
 
     def align_hybrid(original: Any, cls: type, vllm_config: VllmConfig, backend_cls: type) -> None:
@@ -158,7 +158,7 @@ def block_alignment_patch(context: Context) -> Patch:
         cache = vllm_config.cache_config
         skipped = cache.kv_cache_dtype_skip_layers
         # Align blocks as with an unquantised cache, so that an unquantised page can hold a state.
-        # It is the largest attention page, so pages of one size can hold a state, too.
+        # That is the largest attention page, so pages of the unified size hold a state, too.
         cache.cache_dtype, cache.kv_cache_dtype_skip_layers = "auto", []
         try:
             original(cls, vllm_config, backend_cls)

@@ -34,7 +34,7 @@ class RewindableGenerator(torch.Generator):
 
 
 def seeded_sampling_patch(context: Context) -> Patch:
-    """Let CPU engines serve seeded requests with chunked prompts, which would end the engine."""
+    """Let CPU engines serve seeded requests with chunked prompts, which end it otherwise."""
 
     def add_request(original: Any, self: Any, request: Any) -> Any:
         generator = request.generator

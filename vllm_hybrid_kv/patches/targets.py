@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The functions of vLLM that the plugin patches or relies on, with a source hash for each minor.
 
-`make drift VLLM=...` compares a release with these tables; DRIFT_ARGS=--write adds its column.
+`make drift VLLM=...` compares a release with these tables; DRIFT_ARGS=--write writes its column.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SUPPORTED = " and ".join(MINORS)
 """The supported minors in words."""
 
 Table = dict[str, dict[str, tuple[str | None, ...]]]
-"""The hash of a function for each minor, by module and function. None: it is in another module."""
+"""The hash per minor, by module and function. None: that minor has the function elsewhere."""
 
 # The hash of `initialize_model` covers only its decorator's wrapper. That is enough, because the
 # patch only calls the function and checks the layers that it builds.

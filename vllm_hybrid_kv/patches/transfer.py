@@ -21,8 +21,8 @@ def handshake_patch(context: Context) -> Patch:
     return Patch(
         "handshake",
         replaces="compute_nixl_compatibility_hash, to whose result it adds the fingerprint",
-        why="it hashes the cache dtype and the backend's name, which are the same for vLLM's "
-        "own TurboQuant, whose pages are different",
+        why="vLLM hashes the cache dtype and the backend's name, which do not differ for vLLM's "
+        "own TurboQuant backend, although its pages differ",
         until="backends can describe the pages that they write",
         edits=[context.rebind("compute_nixl_compatibility_hash", _append_fingerprint)],
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads options of `plan` and `replay`, and those for vLLM; puts vLLM's errors in one line."""
+"""Parses options of `plan` and `replay`, and turns vLLM's errors into one line."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ A command calls `check_paths` before any work. It describes its result as parts,
 text and `Table`s, and as a JSON document. `write` sends them to the places that the user chose.
 
 Any error that the user can correct is a `ToolError`, or another `HybridKVError`. `main` prints it
-as one line and exits with status 2. No tool itself prints an error or exits with one.
+as one line and exits with status 2. Tools only raise such errors.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LEAST_WIDTH = 80
 """Columns of the narrowest table, and of every table that does not go to a terminal."""
 
 LEAST_TEXT = 16
-"""If a table is too wide, longer words (in characters) in a column of text are broken."""
+"""Characters. Longer words in a column of text can be broken if a table is too wide."""
 
 JsonOption = Annotated[
     Path | None, typer.Option("--json", help="Write the result as JSON to this file; - prints it.")

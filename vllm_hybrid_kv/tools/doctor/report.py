@@ -31,7 +31,7 @@ SCHEMA = 2
 """
 
 FIRST = ("vllm", "version", "process")
-"""Their findings come first within a severity, because they may cause other findings."""
+"""Findings of these checks come first within a severity, because they may cause others."""
 
 LONGEST_REASON = 160
 """Most characters of a printed reason. Longer ones contain signatures; `--json` has the whole."""

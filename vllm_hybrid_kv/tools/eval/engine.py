@@ -112,7 +112,7 @@ class _Head:
         self._scoring = False
         self._compute: Callable[..., torch.Tensor | None] = runner.model.compute_logits
         runner.model.compute_logits = self
-        # The first model runner has the method. The second has a worker, on ranks with the head.
+        # The first model runner has this method. The second has a worker, on ranks with the head.
         owner, name = (
             (runner, "_get_prompt_logprobs_dict")
             if hasattr(runner, "_get_prompt_logprobs_dict")
@@ -173,7 +173,7 @@ class Recorder:
         return attention_layers(runner.kv_cache_config)
 
     def hybrid_kv_begin(self, tokens: list[int], file: str, is_reference: bool) -> None:
-        """Score the next request against the states in `file`, unless it is the reference."""
+        """Score the next request, compared with the states in `file` unless it records them."""
         states = None if is_reference else safetensors.torch.load_file(file)[HIDDEN_STATES]
         self._hybrid_kv_head.begin(tokens, states)
 

@@ -23,7 +23,7 @@ def read_sequences(
     If the tokenizer starts texts with a special token, every window of a text starts with it,
     because models predict badly without it.
 
-    The file has plain text. A `.jsonl` file has an object with `text` or `prompt_token_ids` a line.
+    The file is plain text, or `.jsonl` whose lines are objects with `text` or `prompt_token_ids`.
     `tokenizer` is called only if there is text. `context` is in tokens, `limit` in windows.
 
     Raises:

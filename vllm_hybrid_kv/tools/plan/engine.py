@@ -137,7 +137,7 @@ class Model:
         return described_gpu() if self._device == GPU else nullcontext()
 
     def _configure(self, settings: dict[str, Any] | None = None) -> VllmConfig:
-        # With the default of EngineArgs, vLLM would require most of this machine's memory.
+        # With the default of EngineArgs, vLLM requires most of this machine's memory to be free.
         arguments = {"gpu_memory_utilization": 0.1, **self._arguments}
         additional = dict(arguments.pop("additional_config", None) or {})
         section = {**additional.pop("hybrid_kv", {}), **self._settings, **(settings or {})}

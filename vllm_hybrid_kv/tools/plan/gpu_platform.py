@@ -132,7 +132,7 @@ def _clear_caches() -> None:
 
 
 def _cuda_names() -> Iterator[tuple[Any, str, Any]]:
-    """Yield owner, name and value of what modules would define if CUDA's extensions existed."""
+    """Yield (owner, name, value) of objects that vLLM has only with CUDA's extensions."""
     import vllm.config.vllm
     from vllm import _custom_ops, triton_utils
     from vllm.utils import flashinfer

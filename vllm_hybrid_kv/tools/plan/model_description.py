@@ -149,7 +149,7 @@ def described(path: Path) -> Iterator[ModelDescription]:
 
     Both reductions leave the KV cache as it is. Encoders of images and sounds have no cache, and
     building them needs a tokenizer and a processor. Kernels for quantised weights may not exist on
-    this machine. Quantised checkpoints can define the cache dtype `auto`, so it is read first.
+    this machine. Quantised checkpoints can decide what dtype `auto` is, so that is read first.
 
     Args:
         path: As in `read_config`.

@@ -44,7 +44,7 @@ class Tally:
     Attributes:
         requests: Finished requests.
         prompt_tokens: Prompt tokens of the finished requests.
-        hit_tokens: Those of the prompt tokens that a request's first lookup found in the cache.
+        hit_tokens: Prompt tokens that the first lookup of a request found in the cache.
         recomputed_tokens: Tokens that full attention had in the cache when their request started,
             and that were recomputed because another group's blocks were not cached.
         preemptions: Preempted requests, counted each time.
