@@ -45,7 +45,7 @@ from vllm_hybrid_kv.planning.page_kinds import layer_kind
 
 LAYERS = 200
 LIMIT_MS = 10.0
-"""The goal: a plan of `min_waste` takes less."""
+"""The goal: a plan of `min_waste` takes less than this."""
 
 Specs = dict[str, KVCacheSpec]
 STRATEGIES: dict[str, Callable[[Any], Mapping[str, KVCacheSpec]]] = {

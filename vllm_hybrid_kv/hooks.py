@@ -79,9 +79,9 @@ class Specifications:
         layout stores a layer's pages together. Other layouts need no equal pages. `vllm_config` is
         None if vLLM plans without a configuration.
 
-        Return a spec for every layer by name: pages of the same number of bytes, no block smaller
-        than before, and no page smaller than its contents. A page grows by more tokens per block
-        (`block_size`) or, for states and for attention other than MLA, by padding
+        Return a spec for every layer by name. All pages must have the same number of bytes, no
+        block may shrink, and every page must hold its contents. A page grows by more tokens per
+        block (`block_size`) or, for states and for attention other than MLA, by padding
         (`page_size_padded`, bytes). Raise NotImplementedError if equal pages are impossible: vLLM
         then tries to allocate every layer in full.
         """

@@ -30,7 +30,7 @@ GRAPHS = {
 
 @dataclass(frozen=True)
 class Place:
-    """vLLM's device type, such as "cuda", whether its extension is compiled, and the memory."""
+    """vLLM's device type, such as "cuda", whether vLLM has its compiled extension, and memory."""
 
     device: str
     compiled: bool

@@ -90,7 +90,7 @@ def _overhead(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def comparisons(rows: Iterable[Row], reference: str = STOCK) -> list[tuple[Row, Row]]:
-    """Pair our rows with the reference's rows of equal cases, if memory suffices for one."""
+    """Pair our rows with the reference's rows of the same case, if at least one of them fits."""
     pairs = []
     for some in split(rows, "model", "dtype", "trace", "requests", "memory").values():
         by_strategy = {row["strategy"]: row for row in some}

@@ -114,7 +114,6 @@ def capacity_patch(context: Context) -> Patch:
 def _report(
     vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settings, tokens: int
 ) -> None:
-    """Log the capacity of the pool and the start-up warnings."""
     for line in capacity(vllm_config, kv_cache_config).describe(tokens):
         logger.info("%s", line)
     try:

@@ -54,7 +54,6 @@ def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
 
 
 def _parts(file: Path) -> Iterator[str | list[int]]:
-    """Yield the texts and the lists of tokens of a file."""
     if file.suffix != ".jsonl":
         yield file.read_text(encoding="utf-8")
         return

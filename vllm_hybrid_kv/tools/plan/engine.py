@@ -154,7 +154,6 @@ class Model:
             return engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
 
     def _build_stage(self, stage: int) -> dict[str, KVCacheSpec]:
-        """Build the layers of a pipeline stage and return their specs."""
         config = self._configure()
         parallel = config.parallel_config
         self._stock_alignment = resolve(config.additional_config).unify_page_sizes == "stock"
