@@ -16,7 +16,7 @@ from typing import Any
 from testing.processes import OFFLINE, kill_group, start_group
 
 CALL_TIMEOUT_S = 300.0
-"""More than any start and any batch of requests of a small model takes on two cores."""
+"""Longer than a start or a batch of requests of a small model takes on two cores."""
 
 STOP_TIMEOUT_S = 30.0
 
@@ -40,10 +40,10 @@ class Output:
     """The output of one request: generated tokens and their log-probabilities.
 
     Attributes:
-        margins: How much likelier the first candidate for each token was than the second.
-        prompt_logprobs: Of the prompt's tokens from the second on; None if not requested.
-        prompt_ranks: The ranks of these tokens; 1 is the likeliest.
-        cached: Prompt tokens that came from the prefix cache.
+        margins: By token, the log-probability of the likeliest candidate minus that of the second.
+        prompt_logprobs: Log-probabilities of the prompt's second and later tokens, if requested.
+        prompt_ranks: Ranks of the same prompt tokens, if requested; 1 is the likeliest.
+        cached: Number of prompt tokens that came from the prefix cache.
     """
 
     tokens: list[int]
@@ -60,9 +60,9 @@ class HandedOver:
 
     Attributes:
         params: The connector's parameters for the engine that continues the request.
-        blocks: The blocks that the request held last, by KV group.
-        arrived: The contents of the blocks that another engine sent, before a step used them. None
-            if they arrived within a step, or not at all.
+        blocks: The blocks that the request held in its last step, by KV group.
+        arrived: Contents of the request's blocks when another engine had sent them and no step had
+            used them. None if the blocks arrived within a step, or not at all.
     """
 
     output: Output
@@ -86,8 +86,8 @@ class EngineError(RuntimeError):
 class EngineHost:
     """A process that runs one engine at a time, with the engine's core inside the process.
 
-    `timeout_s` limits a command, `environment` changes variables (None removes one), and `started`
-    has facts about the running engine, see `engine_worker.Worker.start`.
+    `timeout_s` limits each command. `environment` changes environment variables; None removes one.
+    `started` has the facts about the running engine that `engine_worker.Worker.start` returns.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class EngineHost:
             {
                 **BASE_ENVIRONMENT,
                 "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-                # Threads of one engine must not wait for each other when cores are shared.
+                # With one thread, no thread waits for another when engines share cores.
                 "OMP_NUM_THREADS": "1",
                 "PYTHONPATH": path,
                 **environment,
@@ -167,7 +167,7 @@ class EngineHost:
         lines = self.log.read_text(errors="replace").splitlines()
         return [line.strip() for line in lines if line.strip()][-60:]
 
-    # Each runs the method of `engine_worker.Worker` of the same name in the process.
+    # Each of these runs the `engine_worker.Worker` method of its name in the process.
     generate = partialmethod(_call, "generate")
     hand_over = partialmethod(_call, "hand_over")
     pages = partialmethod(_call, "pages")

@@ -2,7 +2,7 @@
 """A process that runs vLLM engines, one after another, on behalf of an `EngineHost`.
 
 Importing vLLM takes many times as long as starting an engine of a small model, so one process
-serves several engines; each is shut down before the next one starts.
+runs several engines; it shuts each one down before it starts the next.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from testing.engine_host import HandedOver, Output, Pages
 
 
 def start_engine(**arguments: Any) -> Any:
-    """Return a `vllm.LLM`; several may follow one another in one process."""
+    """Start and return a `vllm.LLM`. A process can start several, one after another."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -49,7 +49,7 @@ def stop_engine(llm: Any) -> None:
 
 @contextlib.contextmanager
 def _no_collections() -> Iterator[None]:
-    """Ignore the eight calls of `gc.collect` at the start and end of an engine, 0.3 s each."""
+    """Skip the eight `gc.collect` calls of an engine's start and end, which take 0.3 s each."""
     collect = gc.collect
     gc.collect = lambda *_: 0
     try:
@@ -61,9 +61,9 @@ def _no_collections() -> Iterator[None]:
 def _let_vllm_scan_llvmlite() -> None:
     """Let an engine start in a process that has already imported numba.
 
-    On CPUs vLLM 0.32 looks into `vars()` of every name of every module when its worker starts.
-    llvmlite's library object answers any attribute with a C function, including `__dict__`, and
-    the scan fails. `vllm serve` is not affected, because there each worker is a new process.
+    When a CPU worker of vLLM 0.32 starts, it calls `vars()` on every attribute of every module.
+    llvmlite's library object returns a C function for any attribute, even `__dict__`, so the
+    scan fails. `vllm serve` is not affected, because there each worker is a new process.
     """
     if "llvmlite.binding.ffi" in sys.modules:
         from llvmlite.binding import ffi
@@ -161,13 +161,11 @@ class Worker:
         fresh: bool = False,
         seed: int | None = None,
     ) -> list[Output]:
-        """Send greedy requests, or requests at temperature 1 with a seed.
+        """Send greedy requests, or requests at temperature 1 if there is a `seed`.
 
-        Args:
-            prompts: Token ids. max_tokens: The number of tokens to generate. prompt_logprobs: Also
-            return the log-probabilities of the prompts; vLLM then reads no cached prefix. alone:
-            Send one request after another instead of all at once. fresh: Reset the prefix cache
-            before each batch. seed: The seed; requests are greedy without one.
+        `prompt_logprobs` also returns the log-probabilities of the prompts; vLLM then reads no
+        cached prefix. `alone` sends one request after another instead of all at once. `fresh`
+        resets the prefix cache before each batch.
         """
         sampling = greedy(max_tokens, prompt_logprobs=0 if prompt_logprobs else None)
         if seed is not None:
@@ -236,7 +234,7 @@ class Worker:
         cache = self.llm.llm_engine.vllm_config.cache_config
         scheduler = self._core.scheduler
         planned = scheduler.kv_cache_config
-        # The runner's plan has a spec for each layer, the scheduler's one for each group.
+        # The runner's plan has a spec per layer, the scheduler's plan a spec per group.
         pages = []
         for number, group in enumerate(self._runner.kv_cache_config.kv_cache_groups):
             spec = group.kv_cache_spec
@@ -291,9 +289,9 @@ class Worker:
                     waiting.discard(output.request_id)
 
     def decode(self, steps: int) -> tuple[float, int]:
-        """Run steps of the requests of `begin_decoding`; return seconds and tokens."""
+        """Run timed steps of the `begin_decoding` requests; return seconds and tokens."""
         engine = self.llm.llm_engine
-        # The first step is not timed: the device has run other engines since the last one.
+        # The first step is not timed, because the device may have run other engines.
         engine.step()
         tokens = 0
         began = time.perf_counter()
@@ -320,7 +318,7 @@ class Worker:
 def reason(error: BaseException) -> str:
     """Return the name of an error and the last informative line of its message.
 
-    pydantic ends its messages with the input value and a link.
+    The function omits the input value and the link that end pydantic's messages.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = [

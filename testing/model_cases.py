@@ -17,10 +17,11 @@ class Case:
     """A model and how exactly its outputs can be compared.
 
     Attributes:
-        bounds: The effect of rounding.
-        candidates: Prompts from which `choose_prompts` selects.
-        compare_greedily: Whether the tests of greedy output run it.
-        speculates: Whether vLLM can decode it speculatively on CPUs.
+        bounds: How far rounding may move log-probabilities.
+        tokens: The number of tokens to generate for each prompt.
+        candidates: The number of prompts from which a test selects.
+        compare_greedily: Whether `tests/e2e/test_greedy_output.py` runs the model.
+        speculates: Whether vLLM can decode the model speculatively on CPUs.
     """
 
     model: str
@@ -35,15 +36,14 @@ class Case:
         return f"{self.model}-{self.dtype}"
 
 
-# float32 rounds at 1e-7. If that moves a key or a value across a step of its code, the stored
-# number moves by a whole step; of some 100,000 in a prompt a few always do, and they move more of
-# them in the layers above. The order of sums decides which ones, and so the CPU does: with AVX-512
-# no log-probability of float32 moved by more than 0.03 between batches, chunks and cached prompts,
-# and by 0.16 with two processes or compiled; with AVX2 by 0.078 between batches.
-# bfloat16 rounds logits of 8 to 16 to multiples of 1/16. With Gated DeltaNet a prompt's chunks,
-# each rounded to bfloat16, make its state: with chunks of 32 tokens instead of one chunk, vLLM with
-# an unquantised cache moves the log-probabilities of a prompt by 0.095 on average, by more than
-# 0.34 in one of 100, and by up to 0.987.
+# float32 rounds at 1e-7. If rounding moves a key or a value across a limit between two codes, the
+# stored number moves by a whole step. A few of a prompt's 100,000 numbers always do, and they move
+# more numbers in later layers. The order of sums, and so the CPU, decides which numbers move.
+# With AVX-512, float32 log-probabilities moved by up to 0.03 between batches, chunks and cached
+# prompts, and by up to 0.16 with two processes or compilation. With AVX2: 0.078 between batches.
+# bfloat16 rounds logits of 8 to 16 to multiples of 1/16. Gated DeltaNet rounds its state to
+# bfloat16 after each chunk. With chunks of 32 tokens and an unquantised cache, vLLM moves a
+# prompt's log-probabilities by 0.095 on average, by over 0.34 in 1 of 100, and by up to 0.987.
 CASES = [
     Case("llama", "float32", Bounds(0.03, 0.16), tokens=8, candidates=48, compare_greedily=True),
     Case("gemma3", "float32", Bounds(0.03, 0.16), tokens=8, candidates=48, compare_greedily=True),
@@ -67,10 +67,10 @@ NGRAM = {
     "prompt_lookup_min": 1,
     "prompt_lookup_max": 3,
 }
-"""vLLM's `speculative_config` for drafts from the prompt."""
+"""A `speculative_config` of vLLM that takes drafts from the prompt."""
 
 DIFFERENT = "^outputs differ: "
-"""The message of `assert_same`."""
+"""Matches the message of `assert_same`."""
 
 
 def case_of(model: str) -> Case:
@@ -107,7 +107,7 @@ def choose_prompts(
 ) -> list[list[int]]:
     """Return prompts of a pool for which no choice of a token is close.
 
-    Half of them are the longest, so that many pages are read; the others have all lengths.
+    Half of the prompts are the longest ones, which read many pages. The other half has all lengths.
     """
     outputs = host.generate(pool, tokens, fresh=True)
     pairs = zip(pool, outputs, strict=True)
@@ -129,7 +129,7 @@ def assert_same(
         outputs: The outputs to check.
         expected: The outputs of the reference.
         case: Defines rounding.
-        decisive: Compare only tokens before the first close choice, at least so many in all.
+        decisive: Compare only tokens before the first close choice; at least this many in all.
     """
     found = compare(outputs, expected, case.bounds, whole=decisive is None)
     assert not found.different, f"outputs differ: {'; '.join(found.different[:3])}"

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small models with random weights whose output depends on every page of the KV cache.
 
-transformers' own initialisation gives a random model nearly uniform attention over keys near
-zero: the content of one page then hardly moves the output, and a wrong page would go unnoticed.
-These scales prevent that: scores have a standard deviation of `SCORE_SIZE`, so that a query looks
-at a handful of tokens anywhere in the prompt; keys are as large as real models' keys (`KEY_SIZE`,
-peaks beyond 30); values have a strong common direction, so that their range, and with it the k8v4
-scale, differs from token to token; and logits are spread by `LOGIT_SIZE`, so that few greedy
-choices are close.
+transformers' own initialisation gives nearly uniform attention over keys near zero. One page then
+hardly moves the output, and a test would miss a wrong page. The scales below prevent that:
+
+* Scores vary by `SCORE_SIZE`, so a query attends to a handful of tokens anywhere in the prompt.
+* Keys are as large as keys of real models: `KEY_SIZE`, with peaks beyond 30.
+* Values share a direction, so their range, and thus their k8v4 scale, differs between tokens.
+* Logits vary by `LOGIT_SIZE`, so few greedy choices are close.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ KEY_SIZE = 8.0
 """Standard deviation of a key's elements."""
 
 VALUE_DIRECTION = 2.0
-"""Size of the values' common direction; the rest has size 1."""
+"""Size of the direction that all values share; the rest of a value has size 1."""
 
 LOGIT_SIZE = 4.0
 """Standard deviation of logits over the vocabulary."""
@@ -60,7 +60,7 @@ HIDDEN_SIZE = 256
 NUM_QUERY_HEADS, NUM_KV_HEADS = 8, 2
 HEAD_SIZE = 64
 SHARED_LAYERS = 4
-"""Layers of `gemma4` and `gemma3n`, the last ones, that use the pages of the two before them."""
+"""Number of last layers of `gemma4` and `gemma3n` that use the pages of earlier layers."""
 
 
 def llama_config(head_size: int = HEAD_SIZE, layers: int = 8) -> LlamaConfig:
@@ -105,14 +105,14 @@ def qwen3_5_config(head_size: int = 128, layers: int = 8) -> Qwen3_5TextConfig:
 
 
 def gemma4_config(global_head_size: int = HEAD_SIZE) -> Gemma4TextConfig:
-    """Return a model like Gemma 4 E2B: windows and full attention alternate, shared KV pages."""
+    """Return a model like Gemma 4 E2B: window and full attention alternate, layers share pages."""
     return Gemma4TextConfig(
         **_shared_pages(10), global_head_dim=global_head_size, hidden_size_per_layer_input=0
     )
 
 
 def gemma3n_config() -> Gemma3nTextConfig:
-    """Return a model like Gemma 3n: as `gemma4_config`, with AltUp and per-layer inputs."""
+    """Return a model like Gemma 3n: `gemma4_config` with AltUp and per-layer inputs."""
     return Gemma3nTextConfig(
         **_shared_pages(10),
         hidden_size_per_layer_input=32,
@@ -138,7 +138,7 @@ def llama4_config() -> Llama4TextConfig:
 
 
 def large_state_config() -> Qwen3NextConfig:
-    """Return a hybrid model, to describe only, whose states need blocks of over 1,000 tokens."""
+    """Return a hybrid model for plans, whose states need blocks of over 1,000 tokens."""
     return qwen3_next_config(
         architectures=["Qwen3NextForCausalLM"],
         dtype="bfloat16",
@@ -162,7 +162,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 """The models by name."""
 
 PLAIN_SCALES = ("gemma4_text", "gemma3n_text", "llama4_text")
-"""Types of model whose weights only keep activations at unit size."""
+"""Model types without the scales above: their weights only keep activations at size 1."""
 
 MTP_LAYERS = {"qwen3_next": "num_nextn_predict_layers", "qwen3_5_text": "mtp_num_hidden_layers"}
 """By type of model, the field with the number of layers for multi-token prediction."""
@@ -194,10 +194,10 @@ def build_model(
     Args:
         config: One of `CONFIGS`, or a variant of it.
         folder: The folder to write to; created if it does not exist.
-        dtype: Of the weights in the file; they are drawn in float32.
-        words_only: Make greedy answers consist of whole words. Otherwise every token is equally
-            likely, and no answer ends more often than others.
-        seed: Of the weights.
+        dtype: The dtype of the weights in the file. Weights are drawn in float32.
+        words_only: Scale down the logits of other tokens, so that greedy answers consist of whole
+            words.
+        seed: The seed of the weights.
 
     Returns:
         `folder`, which `vllm serve` and `transformers` accept as a model.
@@ -238,14 +238,14 @@ def _add_mtp_layer(
     """Add the weights of a multi-token prediction layer to the model's file.
 
     The layer sees the embedding of the next token and the hidden state before it. With random
-    weights its drafts would almost never be right. The model's own answer depends mostly on that
-    embedding, so the layer passes it on and adds little to it: some drafts are accepted.
+    weights its drafts would almost never be right. The model's own answer depends mostly on the
+    embedding. So the layer passes the embedding on almost unchanged, and some drafts are accepted.
     """
     hidden_size = config.hidden_size
     block = copy.deepcopy(config)
     block.num_hidden_layers, block.layer_types = 1, ["full_attention"]
     with TemporaryDirectory() as scratch:
-        # Through a file, because transformers saves experts under other names than it uses.
+        # Save and reload the weights, because transformers renames experts in a file.
         _random_model(block, generator).save_pretrained(scratch)
         layer = {
             f"mtp.{name.removeprefix('model.')}": weight
@@ -260,7 +260,7 @@ def _add_mtp_layer(
         [torch.eye(hidden_size), state_part / math.sqrt(hidden_size)], dim=1
     )
     for norm in ("norm", "pre_fc_norm_hidden", "pre_fc_norm_embedding"):
-        # These multiply by 1 + weight.
+        # These norms multiply by 1 + weight.
         layer[f"mtp.{norm}.weight"] = torch.zeros(hidden_size)
     file = folder / "model.safetensors"
     weights = load_file(file)
@@ -328,7 +328,7 @@ def _initialise(
     elif part == "q_norm":
         parameter.fill_(SCORE_SIZE / KEY_SIZE - 1 + one)
     elif part == "A_log":
-        # A state decays by exp(-A softplus(dt)) for each token: by about 1/1000.
+        # Each token multiplies a state by exp(-A softplus(dt)), about 0.999.
         parameter.fill_(math.log(0.001))
     elif part == "dt_bias":
         parameter.fill_(1.0)
@@ -348,9 +348,9 @@ def _initialise(
 def _gain(name: str, normed_heads: bool) -> float:
     gains = {
         "lm_head": LOGIT_SIZE,
-        # The first expert dominates: if the second and the third change places, little changes.
+        # Large gaps: if the second and third expert change places, the output hardly changes.
         ".gate": 4.0,
-        # Rounding makes routed experts change places, a jump that no cache causes.
+        # Small, because rounding can route a token to another expert, whatever the cache.
         "experts.down_proj": 0.25,
     }
     if not normed_heads:
@@ -375,5 +375,5 @@ def _initialise_plainly(
         parameter.normal_(generator=generator)
         parameter.mul_(size / math.sqrt(parameter.shape[-1]))
     elif name.endswith("q_norm.weight"):
-        # Gemma 4 and 3n do not divide scores by the root of the head size.
+        # Gemma 4 and 3n do not divide scores by the root of the head size, so this norm does.
         parameter.fill_(SCORE_SIZE / math.sqrt(parameter.numel()))

@@ -14,14 +14,14 @@ from testing.models import SCORE_SIZE
 
 @dataclass(frozen=True)
 class Bounds:
-    """How far rounding may move 19 of 20 log-probabilities, and all of them if that is farther."""
+    """Rounding may move 19 of 20 log-probabilities by `rounding`, and the others by `limit`."""
 
     rounding: float
     farthest: float = 0.0
 
     @property
     def limit(self) -> float:
-        """The largest difference that is allowed."""
+        """The largest difference of a log-probability that is allowed."""
         return max(self.rounding, self.farthest)
 
 
@@ -43,8 +43,8 @@ class Comparison:
 def decisive(output: Output, bounds: Bounds) -> int:
     """Return the number of tokens before the first close choice.
 
-    Two ways to compute the same thing differ by rounding. If the two best tokens are closer than
-    twice the rounding, either is right, and all later tokens depend on the choice.
+    Two correct engines differ by rounding. If the two best tokens are closer than twice the
+    rounding, either token is right, and all later tokens depend on the choice.
     """
     close = (i for i, margin in enumerate(output.margins) if margin <= 2 * bounds.rounding)
     return next(close, len(output.margins))
@@ -60,7 +60,7 @@ def compare(
 ) -> Comparison:
     """Compare tokens and log-probabilities with those of the reference.
 
-    `whole` compares all tokens; otherwise only those before the first close choice.
+    `whole` compares all tokens. Otherwise only tokens before the first close choice count.
     """
     tokens, different = 0, []
     differences: list[float] = []
@@ -84,7 +84,7 @@ def compare(
     if not all(difference <= bounds.limit for difference in differences):
         different.append(f"log-probabilities up to {apart:.3f} apart, {bounds.limit} allowed")
     far = sum(not difference <= bounds.rounding for difference in differences)
-    # A single one is allowed among fewer than twenty.
+    # Among fewer than twenty log-probabilities, one may be farther than the rounding.
     if far > max(1, len(differences) / 20):
         different.append(
             f"{far} of {len(differences)} log-probabilities more than {bounds.rounding} apart"
@@ -99,7 +99,7 @@ def format_error(head_size: int) -> float:
       normal numbers span about 2 sqrt(2 ln D) standard deviations, a step is 1/15 of that, and
       rounding to the nearest step has a standard deviation of step / sqrt(12). The relative error
       of values is e_v = 2 sqrt(2 ln D) / (15 sqrt(12)): 0.111 at D = 64, 0.120 at D = 128.
-    * An e4m3 key has three mantissa bits: steps of 2^-3 of the power of two below it. Averaged
+    * An e4m3 key has three mantissa bits: its step is 2^-3 of the power of two below. Averaged
       over the octave the error is 2^-3 / sqrt(12) * sqrt(3 / (8 ln 2)) = 0.0265 of the element.
       The errors of D elements add up in a score as the products do, so a score is off by 0.0265
       of the scores' standard deviation S (`SCORE_SIZE`), and a softmax weight by e_k = 0.0265 S.
@@ -115,17 +115,17 @@ def format_error(head_size: int) -> float:
 def far_from_unquantised(
     measured: Sequence[float], unquantised: Sequence[float], head_size: int, spread: float
 ) -> tuple[float, list[str]]:
-    """Compare log-probabilities with a k8v4 cache with those of an unquantised cache.
+    """Compare the log-probabilities of an engine with a k8v4 cache and of an unquantised one.
 
     The sum of a layer's attention with the residual stream and other branches is off by less than
-    e = `format_error`; later layers repeat the errors that they receive and add their own. These
-    bounds assume that the two balance, so that logits are off by at most e of their standard
-    deviation. For normal errors the mean is then sqrt(2/pi) e. Tails are heavier, because some
-    positions attend to few tokens and some to many: with the exponential tails of a Laplace
-    distribution 99 of 100 are within ln(100) / sqrt(2) = 3.26 e, and the largest of 2000 is
-    expected at 5.4 e; 8 e are allowed.
+    e = `format_error`. Later layers pass on the errors that they receive, and add their own. The
+    bounds assume that logits are then off by at most e of their standard deviation. The mean of
+    normal errors would be sqrt(2/pi) e. Tails are heavier, because some positions attend to few
+    tokens and others to many. With the exponential tails of a Laplace distribution, 99 of 100
+    errors are within ln(100) / sqrt(2) = 3.26 e, and the largest of 2000 errors is expected at
+    5.4 e. The bound on the largest error is 8 e.
 
-    Returns the mean difference, and the bounds that are exceeded, with the numbers. `spread` is the
+    Returns the mean difference, and a text for each bound that is exceeded. `spread` is the
     standard deviation of an unquantised engine's log-probabilities.
     """
     unit = format_error(head_size) * spread

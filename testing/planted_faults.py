@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deliberate errors that prove that the end-to-end comparisons would show them."""
+"""Deliberate errors, which the end-to-end comparisons must detect."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STEP_FAULTS = (
     "heads of the neighbour",  # The second tensor-parallel process rotates its query heads.
     "stored too late",  # A step's tokens are stored after its attention.
 )
-"""Faults of a step."""
+"""Faults in the metadata, the store or the attention of a step."""
 
 NUMBER_FAULTS = (
     "NaN key",
@@ -37,16 +37,16 @@ NUMBER_FAULTS = (
     "infinite value",
     "negative infinite value",
 )
-"""Numbers in the keys or values of one request, the one of more than `MARKED_TOKENS` tokens.
+"""Numbers in the keys or values of the one request that has more than `MARKED_TOKENS` tokens.
 
-The first head of its first token in each step gets the number, in every layer.
+In every layer and step, the first head of the first token of the request gets the number.
 """
 
 DTYPE_FAULT = "shared layer with another dtype"
-"""Layers that share pages choose their own dtype, as in vLLM."""
+"""Layers that read another layer's pages choose their own dtype, as in vLLM."""
 
 HEAD_SIZE_FAULT = "group read with another head size"
-"""The plan's first group of k8v4 pages is for heads of twice the size."""
+"""The plan's first KV group with k8v4 pages has twice the head size of its layers."""
 
 MARKED_TOKENS = 400
 
@@ -60,7 +60,7 @@ class WorkerExtension:
         plant(fault)
 
     def read_pages(self, blocks: tuple[list[int], ...]) -> dict[str, list[bytes]]:
-        """Return by layer the contents of its group's blocks, given by KV group."""
+        """Return each layer's contents of the blocks that `blocks` lists for its KV group."""
         from vllm.v1.kv_cache_interface import group_kernel_blocks
 
         runner = self.model_runner  # type: ignore[attr-defined]
@@ -70,7 +70,7 @@ class WorkerExtension:
         for group, ids in zip(config.kv_cache_groups, blocks, strict=True):
             for name in group.layer_names:
                 cache = layers[name].kv_cache
-                # States consist of several tensors.
+                # The cache of a state layer consists of several tensors.
                 parts = cache if isinstance(cache, (list, tuple)) else [cache]
                 by_block = [group_kernel_blocks(part, config.num_blocks) for part in parts]
                 pages[name] = [b"".join(_as_bytes(part[i]) for part in by_block) for i in ids]
@@ -110,7 +110,7 @@ def _spoil_updates(fault: str) -> None:
     def make(original: Callable[..., Any]) -> Any:
         def update(self: Any, layer: Any, key: Any, value: Any, kv_cache: Any, slots: Any) -> None:
             if fault == "clipped keys":
-                # A conversion through e4b15 does this to large keys.
+                # A conversion through e4b15 clips large keys in this way.
                 key = key.clamp(-1.75, 1.75)
             stored = (slots >= 0).nonzero().flatten()
             if fault == "lost slot" and stored.numel() > 1:
@@ -249,7 +249,7 @@ def _spoil_metadata(fault: str) -> None:
             if fault == "one token short" and len(queries) > 1:
                 short = (cached & (queries == 1)).to(step.seq_lens.dtype)
                 return replace(step, seq_lens=step.seq_lens - short)
-            # Steps of a few tokens for each request verify drafts.
+            # A step with a few tokens per request verifies drafts.
             if fault == "drafts one token short" and 1 < queries.max() <= 4:
                 short = (cached & (queries > 1)).to(step.seq_lens.dtype)
                 return replace(step, seq_lens=step.seq_lens - short)

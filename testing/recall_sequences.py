@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sequences that the recall models are trained and tested on: recall, copying, text.
 
-The vocabulary has a few marks, the 256 bytes, of which text consists, and symbols without a
-meaning. The first half of the symbols are keys, the second half values.
+The vocabulary has a few marks, the 256 bytes for text, and symbols without a meaning. The first
+half of the symbols are keys, the second half values.
 
 * recall: pairs of a key and its value between pieces of text, then keys again, each followed by
   its value. Values are drawn for each sequence, so only the cache has the answer.
-* copy: different symbols, the copy mark, and from some symbol on the same symbols again.
+* copy: different symbols, the copy mark, then the same symbols again from one of them on.
 * text: bytes of Python's own documentation, `pydoc_data.topics`.
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 
 BOS, EOS, PAD, COPY = range(4)
 FIRST_BYTE = 8
-"""Ids from 4 to here are reserved."""
+"""The id of byte 0. The ids from 4 up to this one are reserved."""
 FIRST_SYMBOL = FIRST_BYTE + 256
 VOCAB_SIZE = 2048
 FIRST_VALUE = (FIRST_SYMBOL + VOCAB_SIZE) // 2
@@ -72,7 +72,7 @@ class _Writer:
         self.write([BOS])
 
     def write(self, tokens: np.ndarray | list[int], kind: int = NO_LABEL, source: int = -1) -> int:
-        """Append tokens, the first of which repeats the one at `source`; return their index."""
+        """Append tokens that repeat those from `source` on, if given; return their first index."""
         at, count = self.length, len(tokens)
         sources = source + np.arange(count) if source >= 0 else np.full(count, -1)
         self.parts.append((np.asarray(tokens), np.full(count, kind), sources))
@@ -93,7 +93,7 @@ def text_sequence(draw: np.random.Generator, length: int) -> Sequence:
 def copy_sequence(
     draw: np.random.Generator, length: int, text_share: float | None = None
 ) -> Sequence:
-    """Return symbols, text and a part of the symbols again; None draws the share of text."""
+    """Return symbols, text and part of the symbols again. `text_share` is drawn if None."""
     if text_share is None:
         text_share = draw.choice([0.0, 0.0, 0.3, 0.8])
     text = int((length - 4) * text_share)
@@ -123,7 +123,7 @@ def recall_sequence(
 ) -> Sequence:
     """Return pairs between pieces of text, and some of their keys again with their values.
 
-    The share of text before the questions and the number of questions are drawn if they are None.
+    `text_share`, the share of text before the questions, and `questions` are drawn if None.
     """
     if text_share is None:
         text_share = draw.choice([0.0, 0.3, 0.6, 0.9])

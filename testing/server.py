@@ -41,8 +41,8 @@ class Server:
 
     Attributes:
         url: Base URL, such as http://127.0.0.1:8000.
-        log: The file with the output of all its processes.
-        group: The process group of all its processes.
+        log: The file with the output of all processes of the server.
+        group: The process group of all processes of the server.
     """
 
     def __init__(self, model: Path, arguments: Sequence[str], log: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small tokenizer: byte-level BPE over a few sentences, a chat template, and prompts of it."""
+"""A small byte-level BPE tokenizer with a chat template, and prompts of its tokens."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ The train left the station at noon and crossed the mountains before the evening 
 
 
 def build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Train the tokenizer, which takes milliseconds, save it to a model's folder and return it.
+    """Train the tokenizer (in milliseconds), save it to a model's folder and return it.
 
     It has exactly `VOCAB_SIZE` tokens and encodes every text, because all 256 bytes are tokens.
 
@@ -97,7 +97,7 @@ def random_prompt(length: int, seed: int) -> list[int]:
 
 
 def repeated_prompt(length: int, seed: int) -> list[int]:
-    """Return a short text repeated, whose continuation ngram speculation can propose."""
+    """Return a prompt that repeats a short text, so that ngram speculation proposes drafts."""
     text = random_prompt(7 + seed % 5, seed)[1:]
     return (text * math.ceil(length / len(text)))[:length]
 

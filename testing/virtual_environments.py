@@ -29,7 +29,7 @@ class Environment:
         site: Path | None = None,
         **modules: Any,
     ) -> Path:
-        """Install a package with metadata and modules, given as source by name."""
+        """Install a package with metadata; `modules` has the source of each module by name."""
         site = site or self.site
         information = site / f"{name.replace('-', '_')}-{version}.dist-info"
         information.mkdir(parents=True)
@@ -42,7 +42,7 @@ class Environment:
         return site
 
     def package(self, name: str, **files: str) -> Path:
-        """Replace a linked package by one of these files without metadata."""
+        """Replace a linked package by a package of these files, without metadata."""
         folder = self.site / name
         folder.unlink(missing_ok=True)
         folder.mkdir()

@@ -17,8 +17,8 @@ class Suite:
     """Files of one folder.
 
     Attributes:
-        folder: In `tests/`.
-        files: In the folder.
+        folder: The folder in `tests/`.
+        files: The files in the folder.
         selection: An expression for `-k`; empty for all tests.
         markers: An expression for `-m`; pytest's own default if empty.
         engines: Whether the tests start engines, which need vLLM's CPU platform.
@@ -58,7 +58,7 @@ def run_suites(suites: Sequence[Suite], vllm: Path, minor: str) -> subprocess.Co
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     environment |= {
         "PYTHONPATH": str(vllm),
-        # Keep what vLLM caches about model classes apart from that of the installed release.
+        # vLLM caches model classes here; the installed release must not read that cache.
         "VLLM_CACHE_ROOT": str(HERE.parent / ".cache" / f"vllm-{minor}-cache"),
         "HYBRID_KV_TEST_VLLM_MINOR": minor,
         "HF_HUB_OFFLINE": "1",
@@ -108,7 +108,7 @@ TRANSFER = Suite("transfer", ("test_transfer.py",))
 
 PROMISES = Suite("planning", ("test_min_waste_properties.py",), "stock_or_lcm")
 
-# Of the random cases a part; the rest runs against the installed vLLM.
+# Only some of the random cases run here; the others run with the installed vLLM only.
 COORDINATORS = Suite(
     "coordinator",
     (

@@ -15,8 +15,8 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
-# OpenMP reads this when torch is imported, here and in child processes. Otherwise its threads spin
-# while they wait for a thread without a core, and keep it from getting one.
+# OpenMP reads this when torch is imported, here and in child processes. Otherwise waiting threads
+# spin and occupy the core that the thread they wait for needs.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 SECONDS = {
@@ -69,10 +69,10 @@ def unregistered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if before is not None:
         before.undo()
     saved = dict(vars(STATE))
-    # prometheus_client keeps the metrics of a process.
+    # prometheus_client keeps a process's metrics, so their state must survive the test.
     metrics = {name: saved[name] for name in ("metrics_files", "metrics_owner")}
     vars(STATE).update(vars(ProcessState(**metrics)))
-    # Otherwise errors end the process as they do in one of vLLM's command line.
+    # With this module imported, as in a process of the command `vllm`, errors end the process.
     monkeypatch.delitem(sys.modules, "vllm.entrypoints.cli.main", raising=False)
     yield
     active = STATE.active_patches

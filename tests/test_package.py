@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    # Built from a copy, because setuptools leaves a build folder and reuses old files from it.
+    # Build from a copy, because setuptools leaves a build folder and reuses its old files.
     source = tmp_path_factory.mktemp("source")
     for name in ("vllm_hybrid_kv", "kernels"):
         shutil.copytree(

@@ -2,8 +2,8 @@
 # ruff: noqa: E402 - the environment and modules must be prepared before vLLM is imported
 """Our GPU backend and vLLM's TurboQuant backend ("stock") on the same batches.
 
-Metadata builders, implementations and kernels are the real ones, run in Triton's interpreter. Only
-what a CPU lacks is replaced: Triton, which vLLM disables there, and FlashAttention.
+Metadata builders, implementations and kernels are the real ones and run in Triton's interpreter.
+Two parts are replaced: Triton, which vLLM disables on CPUs, and FlashAttention, which needs a GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-# Our backend then runs the GPU kernels in the interpreter.
+# With this setting our backend runs the GPU kernels in the interpreter.
 os.environ["VLLM_HYBRID_KV_CPU_ISA"] = "interpreter"
 os.environ["VLLM_PLUGINS"] = ""
 
@@ -28,12 +28,12 @@ from testing.attention.steps import Step
 
 vllm.triton_utils.triton = triton
 vllm.triton_utils.tl = tl
-# Stock's backend asks vLLM's platform for AMD's GPUs, which loads `vllm._C`. On a CPU without
-# bfloat16 instructions another library has its operators, and PyTorch aborts a process that
-# registers operators twice.
+# Stock's backend asks vLLM's platform about AMD GPUs, which loads `vllm._C`. On a CPU without
+# bfloat16 instructions, another library has already registered the operators of `vllm._C`.
+# PyTorch aborts a process that registers operators twice.
 if not torch.cpu._is_avx512_bf16_supported():
     sys.modules["vllm._C"] = ModuleType("vllm._C")
-# vLLM's workspace returns memory to a device before it grows.
+# vLLM's workspace empties the accelerator's cache before it grows; here is no accelerator.
 torch.accelerator.empty_cache = lambda: None
 
 from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
@@ -53,7 +53,7 @@ DTYPE = torch.bfloat16
 def exact_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: dict[str, Any]
 ) -> torch.Tensor:
-    """Attend in float32 from the last tokens of a request to all of its K and V."""
+    """Return the float32 attention of a request's last tokens to all of its K and V."""
     group = query.shape[1] // key.shape[1]
     key = key.float().repeat_interleave(group, 1)
     value = value.float().repeat_interleave(group, 1)
@@ -131,7 +131,7 @@ def vllm_config(max_model_len: int = 1024) -> Any:
         max_model_len=max_model_len, dtype=DTYPE, get_num_attention_heads=lambda parallel: HEADS
     )
     config.scheduler_config.max_num_batched_tokens = 2048
-    # Each split takes time in the interpreter.
+    # Few splits, because each split takes time in the interpreter.
     config.attention_config.tq_max_kv_splits_for_cuda_graph = 2
     return config
 
@@ -204,7 +204,7 @@ class Texts:
     Attributes:
         key, value: bf16 [all tokens, KV_HEADS, HEAD_SIZE].
         query: bf16 [new tokens, HEADS, HEAD_SIZE].
-        new: Indices of the new tokens among all.
+        new: Indices of the new tokens among all tokens.
     """
 
     key: torch.Tensor
@@ -246,7 +246,7 @@ def expected(step: Step, made: Texts) -> torch.Tensor:
 
 
 def error(out: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Return the largest relative error of a token's head."""
+    """Return the largest relative error over all tokens and heads."""
     errors = (out.float() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
     return float(errors.max())
 

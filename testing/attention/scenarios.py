@@ -48,7 +48,7 @@ CPU = torch.device("cpu")
 def step_error(name: str, step: Step) -> float:
     """Run one step as a model runner does and return its largest relative error.
 
-    The GPU lacks a conversion to fp8: compute capability 8.0 or 8.6.
+    Stock runs as on a GPU without a conversion to fp8 (compute capability 8.0 or 8.6).
     """
     stock_decode._FP8_E4B15[0] = 1
     backend = Backend(name, vllm_config(), step.layer)
@@ -60,8 +60,8 @@ def step_error(name: str, step: Step) -> float:
 def replay_error(name: str, captured: Step, replayed: Step) -> float:
     """Capture a step, replay it as another one, and return the largest relative error.
 
-    As in a model runner, the tensors stay the same and get new contents. If there are fewer
-    requests than captured, the others have no tokens.
+    As in a model runner, the tensors stay the same and get new contents. If `replayed` has fewer
+    requests than `captured`, the missing requests have no tokens.
     """
     backend = Backend(name, vllm_config(), {})
     common, _ = common_metadata(captured)
@@ -73,12 +73,12 @@ def replay_error(name: str, captured: Step, replayed: Step) -> float:
     query, value = torch.zeros(tokens, HEADS, HEAD_SIZE, dtype=DTYPE), key.clone()
     out = torch.empty_like(query)
     metadata = backend.builder.build_for_cudagraph_capture(common)
-    # The run before the capture.
+    # A model runner runs a step once before it captures the step.
     backend.impl.forward(backend.layer, query, key, value, cache, metadata, out)
     with Recorder() as recorder:
         backend.impl.forward(backend.layer, query, key, value, cache, metadata, out)
     launched = [executor.fn.__name__ for executor, _, _ in recorder.launches]
-    # For decodes a plan from before the capture would not fail, but it is for other lengths.
+    # A plan for decodes from before the capture would not fail, but has other lengths.
     assert name == "stock" or "plan_kernel" in launched
 
     backend.store(made.key, made.value, cache, slots)
@@ -94,14 +94,14 @@ def replay_error(name: str, captured: Step, replayed: Step) -> float:
 
 
 def captured_lengths() -> list[int]:
-    """Return the lengths that the runs before a capture attend to."""
+    """Return the sequence lengths to which the runs before a capture attend."""
     common, _ = common_metadata(Step((200, 90), (3, 3)))
     Backend("ours", vllm_config(), {}).builder.build_for_cudagraph_capture(common)
     return common.seq_lens.tolist()
 
 
 def draft_error(update: bool) -> float:
-    """Attend for a draft's next token with the metadata of the previous token."""
+    """Attend for a draft's next token with the metadata of the token before it."""
     backend = Backend("ours", vllm_config(), {})
     before, after = Step((40, 17), (1, 1)), Step((41, 18), (1, 1))
     common, made, cache = stored(backend, after)
@@ -118,7 +118,7 @@ def draft_error(update: bool) -> float:
 
 
 def not_warmed_up(steps: list[Step]) -> set[Any]:
-    """Return the kernels that the steps launch and that the engine start did not launch."""
+    """Return the kernels that the steps launch but the start of an engine does not."""
     layer = {"sliding_window": 20}
     backend = Backend("ours", vllm_config(), layer)
     with Recorder(launch=False) as warm:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps of an engine, and calls in a process that interprets Triton. Imports nothing of vLLM."""
+"""Steps of an engine, and calls in a process with Triton's interpreter. Does not import vLLM."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Step:
     Attributes:
         lengths: Tokens of each request, including its new ones.
         queries: New tokens of each request.
-        bound: How much the host's lengths exceed the exact ones. With asynchronous speculation
-            they count every draft token as accepted.
+        bound: How much the host's lengths exceed the exact lengths. With asynchronous
+            speculation the host counts every draft token as accepted.
         layer: Parameters of the layer.
         key_size: Standard deviation of the keys; stock clips them to 1.75 on GPUs without a
             conversion to fp8.
@@ -29,7 +29,7 @@ class Step:
 
 
 def call(function: str, *arguments: Any) -> Any:
-    """Call a function of `scenarios`; the process must be an interpreter's."""
+    """Call a function of `scenarios`; the process must run Triton's interpreter."""
     from testing.attention import scenarios
 
     return getattr(scenarios, function)(*arguments)
