@@ -136,7 +136,7 @@ def test_the_engine_start_launches_every_kernel_of_a_step(run: Run) -> None:
         Step((9, 9), (4, 4)),
         Step((40,), (40,)),
         Step((2,) * 150, (1,) * 150),
-        # With so many row tiles the keys of a row are not split among programs.
+        # With so many work items the keys of a query are not split among programs.
         Step((40, *[2] * 20), (40, *[1] * 20)),
     ]
     assert run("not_warmed_up", steps) == set()

@@ -79,7 +79,7 @@ def test_matching_layers_and_pages_pass():
         layers,
         [
             group(spec(quantised=False, block_size=128), "0"),
-            # Layers that share pages are listed here, as the model runner does later, or not.
+            # A layer that shares pages may be listed (layer 3) or not (layer 4).
             group(planned, "1", "3"),
             group(spec(cls=SlidingWindowSpec, sliding_window=96, block_size=128), "2"),
             group(STATE, "states"),
@@ -202,7 +202,7 @@ def view(*shape, dtype=torch.uint8):
 def test_tensors_of_the_k8v4_layout_pass():
     cache = view(3, 2, 32, 100)
     check_views({"a": layer(), "b": layer(target="a")}, {"a": cache, "b": cache.view(cache.shape)})
-    # Padding between pages.
+    # Padding between pages is accepted.
     check_views({"a": layer()}, {"a": view(3, 7000)[:, :6400].unflatten(1, (2, 32, 100))})
     check_views({"a": layer(quantised=False)}, {"a": view(3, 2, 32, 128, dtype=torch.bfloat16)})
 

@@ -21,7 +21,7 @@ AUTO = "Serve the model with --kv-cache-dtype auto"
 
 
 def selection(**changes):
-    """Return what a layer is refused for when vLLM selects its backend."""
+    """Return the reason why a layer is refused when vLLM selects its backend."""
     layer = {
         "head_size": 128,
         "attn_type": AttentionType.DECODER,
@@ -37,7 +37,7 @@ def selection(**changes):
 
 
 def implementation(**changes):
-    """Return what a layer is refused for when its implementation is made."""
+    """Return the reason why a layer is refused when its implementation is made."""
     layer = {
         "kv_cache_dtype": "turboquant_k8v4",
         "num_heads": 8,
@@ -64,13 +64,13 @@ def message(reason, prefix="model.layers.7.self_attn.attn"):
 
 @pytest.fixture(autouse=True)
 def avx512(monkeypatch):
-    """vLLM's fp8 cache needs AVX-512, which this machine may lack."""
+    """Pretend that this machine has AVX-512, which vLLM's fp8 cache needs."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
 
 
 @pytest.fixture
 def engine(monkeypatch):
-    """Fakes the configuration of a model that vLLM is making, and the layers made before."""
+    """A function that fakes the config of a model under construction, and its earlier layers."""
 
     def fake(head_size=128, made=(), types=None, skipped=()):
         layers = {str(i): SimpleNamespace(head_size=size) for i, size in enumerate(made)}
@@ -129,14 +129,14 @@ ON_A_GPU = (
 @pytest.mark.parametrize(
     ("head_size", "model", "layer", "advice"),
     [
-        # All layers have the size.
+        # All layers have the refused size.
         (32, {"head_size": 32, "made": [32, 32]}, LAYER, f"{AUTO} or fp8"),
-        # vLLM's CPU kernels take heads of 48, which its backend does not list, without fp8.
+        # vLLM's backend does not list heads of 48, but its CPU kernels serve them without fp8.
         (48, {"head_size": 48}, LAYER, AUTO),
         # vLLM's CPU kernels refuse the size.
         (100, {"head_size": 100}, LAYER, ON_A_GPU),
         (264, {"head_size": 264, "made": [128]}, LAYER, ON_A_GPU),
-        # Other layers have a size that is served.
+        # Other layers have a supported size.
         (
             32,
             {"head_size": 32, "made": [128, 32]},

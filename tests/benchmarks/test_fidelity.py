@@ -11,12 +11,12 @@ from vllm_hybrid_kv.kernels import reference
 @pytest.mark.parametrize(
     ("name", "least", "most"),
     [
-        # Heavy tails and outlier channels have a smaller error than stock.
+        # With heavy tails or outlier channels our error is smaller than stock's.
         ("Student t, 3", 0.0, 0.8),
         ("1 in 50 x 8", 0.0, 0.8),
         ("channels x 6", 0.0, 0.8),
         ("channels x 20", 0.0, 0.8),
-        # Other values have the error of stock, up to random differences between samples.
+        # With other values our error is stock's, up to random differences between samples.
         ("Gaussian", 0.9, 1.1),
         ("channel means", 0.9, 1.1),
         ("offset 10", 0.9, 1.1),

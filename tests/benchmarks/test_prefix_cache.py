@@ -77,7 +77,7 @@ def test_agents_share_their_system_prompt_and_grow_call_by_call() -> None:
         for earlier, later in itertools.pairwise(calls):
             assert later.input_length >= earlier.input_length + earlier.output_length + 200
             assert later.full_ids[: len(earlier.full_ids)] == earlier.full_ids
-    # Sessions are concurrent.
+    # Sessions are concurrent, so most requests follow one of another session.
     order = [one.full_ids[SYSTEM_BLOCKS] for one in sent]
     changes = sum(a != b for a, b in itertools.pairwise(order))
     assert changes > 0.8 * len(order)
@@ -171,7 +171,7 @@ def test_every_part_has_a_table_and_panels(tmp_path: Path) -> None:
     draw(file, rows)
     assert file.stat().st_size < 300_000
     picture = image.imread(file)
-    # Four panels in two lines of three, each with something in it.
+    # Two lines of three places hold four panels, and each panel has something in it.
     height, width = picture.shape[0] // 2, picture.shape[1] // 3
     for line, column in ((0, 0), (0, 1), (0, 2), (1, 0)):
         panel = picture[line * height :, column * width :][:height, :width, :3]
@@ -190,7 +190,7 @@ def test_a_process_has_one_model_one_dtype_and_one_trace() -> None:
         assert len({(case.model, case.dtype, case.trace, case.requests) for case in some}) == 1
         assert len(some) <= 8
     assert sorted(map(str, itertools.chain(*found))) == sorted(map(str, cases))
-    # Ten cases of 20 requests take two processes.
+    # By dtype: five cases of 10 requests take one process, ten of 20 requests two.
     assert len(found) == 2 * (1 + 2)
 
 

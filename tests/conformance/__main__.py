@@ -3,9 +3,9 @@
 
     python -m tests.conformance [--minor 0.32] [--strategy fixed_point] [--out FILE]
 
-Every test that passes without the plugin has to pass with each coordinator strategy, except those
-in `expected_differences.json`. The exit status is 1 if a test does not or if one in that file
-passes, and 2 if the tests could not be run.
+Every test that passes without the plugin has to pass with each coordinator strategy, except the
+tests in `expected_differences.json`. The exit status is 1 if such a test fails or a test in that
+file passes, and 2 if the tests could not be run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OUTCOMES = ("passed", "failed", "error", "skipped")
 
 
 def run(arguments: argparse.Namespace) -> list[Report]:
-    """Run everything, first without the plugin: tests that fail there are not run with it.
+    """Run the tests without the plugin, then with each strategy those that passed.
 
     Raises:
         ConformanceError: The tests could not be run.

@@ -83,7 +83,7 @@ def run(
     Args:
         minor: vLLM's minor.
         strategy: The coordinator strategy; None to run without the plugin.
-        selection: Files, folders or node ids, from the folder of the release.
+        selection: Files, folders or node ids, relative to the folder of the release.
         left_out: Node ids of tests and files to skip. A node id without brackets skips all
             parametrised cases of the test.
 
@@ -145,6 +145,6 @@ def _environment(minor: str, strategy: str | None) -> dict[str, str]:
     if strategy is not None:
         environment["VLLM_HYBRID_KV_COORDINATOR"] = strategy
     if wheel is not None:
-        # The installed release must not read what this one caches about model classes.
+        # vLLM caches model classes here; the installed release must not read that cache.
         environment["VLLM_CACHE_ROOT"] = str(releases.CACHE / f"vllm-{minor}-cache")
     return environment

@@ -27,7 +27,7 @@ SUITE = "tests/v1/core"
 """The folder of vLLM's tests that is run."""
 
 INSTALLED_MINOR = "0.32"
-"""The minor in this environment. Others have no build for CPUs and are unpacked."""
+"""The minor in this environment. Other minors have no CPU build and are only unpacked."""
 
 WHEEL_0_33 = "HYBRID_KV_TEST_WHEEL_033_DIR"
 
@@ -37,8 +37,8 @@ TEST_TOOLS = ("tblib==3.2.2", "pytest-timeout==2.4.0")
 # pip runs setup.py of the source archive for its metadata; it imports these.
 BUILD_TOOLS = ("setuptools-rust==1.13.0", "setuptools-scm==10.3.4")
 
-# vLLM's tests use these models by name, without weights. vLLM finds a folder of that name first.
-# Other values are the defaults of transformers.
+# vLLM's tests use these models by name, without weights. vLLM prefers a folder of that name to a
+# download. Fields that are not listed have transformers' defaults.
 _OPT = {"architectures": ["OPTForCausalLM"], "model_type": "opt", "torch_dtype": "float16"}
 MODEL_CONFIGURATIONS: dict[str, dict[str, object]] = {
     "facebook/opt-125m": _OPT,
@@ -141,7 +141,7 @@ def _download_tests(release: str, folder: Path) -> None:
         pip(
             *("download", "--no-deps", "--no-binary", "vllm", "--no-build-isolation"),
             *("--dest", scratch, f"vllm=={release}"),
-            # No extensions, and versions that setup.py would otherwise get from git and CUDA.
+            # Build no extensions; otherwise setup.py needs CUDA, and git for the version.
             PYTHONPATH=str(tools),
             VLLM_TARGET_DEVICE="empty",
             VLLM_VERSION_OVERRIDE=release,

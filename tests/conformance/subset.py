@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The part of vLLM's tests that the test command runs.
 
-The tests of the coordinators and of their callers, except those that fail without the plugin and
-those that import other parts of vLLM for long. `python -m tests.conformance` runs these as well.
+It has the tests of the coordinators and of their callers. It omits tests that fail without the
+plugin, and tests that take long to import other parts of vLLM. `python -m tests.conformance` runs
+all tests.
 """
 
 from __future__ import annotations
@@ -41,15 +42,15 @@ SLOW = frozenset(
         "test_prefix_caching.py::test_nixl_hisparse_full_block_import_keeps_a_writable_tail",
     )
 )
-"""Tests without their parameters."""
+"""Node ids, without parameters, of tests that take long."""
 
 TESTS = {"0.32": 860, "0.33": 985}
-"""The number of tests, so that a missing test is noticed."""
+"""The number of tests by minor, so that a missing test is noticed."""
 
 STOCK_FAILURES = Path(__file__).resolve().parent / "stock_failures.json"
 
 
 def left_out(minor: str) -> frozenset[str]:
-    """Return the node ids in `FILES` that are not run; one without brackets means all cases."""
+    """Return the node ids in `FILES` that are not run. An id without brackets means all cases."""
     failures: dict[str, list[str]] = json.loads(STOCK_FAILURES.read_text())
     return SLOW | frozenset(failures[minor])

@@ -34,7 +34,7 @@ def runs(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], Futur
         pool.shutdown(cancel_futures=True)
 
 
-# `stock` makes vLLM's own coordinator; the runs with ours test all other patches as well.
+# `stock` makes vLLM's coordinator; other strategies' runs test all other patches too.
 STRATEGIES = [
     pytest.param(name, marks=[pytest.mark.long] if name == "stock" else [])
     for name in comparison.EXPECTED
@@ -64,7 +64,7 @@ def report_of(outcomes: dict[str, str], **fields: Any) -> Report:
         ({}, {}, "not run, but passes without the plugin: b"),
         ({"b": "failed"}, {"b": "the reason"}, None),
         ({"b": "passed"}, {"b": "the reason"}, "passes, but expected_differences.json lists it: b"),
-        # It fails without the plugin, too.
+        # Test c fails without the plugin too.
         ({"b": "passed", "c": "failed"}, {}, None),
     ],
 )

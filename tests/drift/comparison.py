@@ -16,7 +16,7 @@ from vllm_hybrid_kv.patches.mechanism import Target, source_hash, source_of
 TABLES = ("PATCHED", "RELIED_ON")
 
 SIMILAR = 0.5
-"""The share of equal lines above which a function of the same name elsewhere is the same."""
+"""Share of equal lines from which a function of the same name in another module was moved."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Found:
     """A function in a release.
 
     Attributes:
-        target: The function, with the hash that a supported minor has.
+        target: The function, with its hash in a supported minor.
         table: The table that lists it, `PATCHED` or `RELIED_ON`.
         module: The module in which the release has it; None if it is gone.
         hash: The hash of its source in the release.

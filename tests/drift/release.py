@@ -21,7 +21,7 @@ WRAPPED = {
         "instrument_otel.<locals>.sync_wrapper",
     )
 }
-"""Functions that a decorator wraps, and the wrapper that the plugin finds in their place."""
+"""Functions that a decorator wraps, with the wrapper that the plugin finds instead."""
 
 
 class DriftError(Exception):
@@ -79,7 +79,7 @@ def installed() -> Release:
 
 
 def get(wanted: str, pip_arguments: Sequence[str] = ()) -> Release:
-    """Return a release, and let pip download it if it is a version that is not here yet.
+    """Return a release. pip unpacks a wheel, or downloads a version that is not here yet.
 
     Args:
         wanted: A folder, a wheel or a version.

@@ -18,6 +18,6 @@ def test_engines_of_0_33_answer_like_those_of_0_32() -> None:
     if not (folder / "vllm" / "_C.abi3.so").is_file():
         pytest.fail(f"{folder} has no CPU extension: run `make {folder}/.cpu`", pytrace=False)
     done = run_suites([ENGINES], folder, "0.33")
-    # A selection that selects fewer tests would pass as well.
+    # Without the number, a selection of fewer tests would pass too.
     assert re.search(r"\b17 passed\b(?!.*skipped)", done.stdout), done.stdout[-8000:]
     assert done.returncode == 0

@@ -10,7 +10,7 @@ from testing.engine_host import EngineHost
 
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A function that builds a model of `testing.models`, by name and dtype, once."""
+    """A function that builds each model of `testing.models` once, by name and dtype."""
     import torch
 
     from testing.models import CONFIGS, build_model
@@ -48,5 +48,5 @@ def plant(host: EngineHost) -> Iterator[Callable[[str], None]]:
 
 @pytest.fixture
 def nobind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let processes of an engine share cores; otherwise vLLM wants cores for each of them."""
+    """Let processes of an engine share cores; otherwise vLLM requires own cores for each."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")

@@ -28,7 +28,7 @@ Commands = Callable[[], list[str]]
 
 
 def adopt_orphans(wanted: bool) -> None:
-    """Make this process the parent of orphans among its descendants, or not."""
+    """Start or stop making this process the parent of orphans among its descendants."""
     pr_set_child_subreaper = 36
     assert ctypes.CDLL(None).prctl(pr_set_child_subreaper, wanted, 0, 0, 0) == 0
 
@@ -37,7 +37,7 @@ def adopt_orphans(wanted: bool) -> None:
 def descendants() -> Iterator[Commands]:
     """A function that returns the command lines of the processes that this test started.
 
-    They are found as descendants, because vLLM's engines write their title over their environment.
+    It finds them by descent, because the titles of vLLM's engines overwrite their environment.
     """
     before = set(psutil.Process().children(recursive=True))
 
@@ -52,7 +52,7 @@ def descendants() -> Iterator[Commands]:
                     found.append(" ".join(process.cmdline()))
         return found
 
-    # A shell's background jobs, and so these tests' processes, would ignore Ctrl-C.
+    # If a shell runs the tests in the background, their processes would ignore Ctrl-C.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     adopt_orphans(True)
     yield commands
@@ -94,7 +94,7 @@ def test_the_demo_serves_requests_and_leaves_no_process(descendants: Commands) -
     assert "--kv-cache-dtype turboquant_k8v4" in output
     assert re.search(r"Plugin: hybrid_kv \S+ active on vLLM \S+ \(cpu\): .*kernels=cpu:", output)
 
-    # An answer may be wrapped, and ends where the next section begins.
+    # An answer may have several lines; it ends where the next section begins.
     answers = re.findall(
         r"^(chat|completion), (?:first time|again): .*\n  > .*\n  ([^:]+)\n(?=chat,|comp\w+,|KV)",
         output,
@@ -109,7 +109,7 @@ def test_the_demo_serves_requests_and_leaves_no_process(descendants: Commands) -
     rows = dict(re.findall(r"(bf16|k8v4)\W+([\d,]+\W+128\W+[\d,]+)", output))
     counts = {cache: re.findall(r"[\d,]+", row) for cache, row in rows.items()}
     for bf16, k8v4 in zip(counts["bf16"][::2], counts["k8v4"][::2], strict=True):
-        # A token and head takes 196 bytes instead of 512; both have 128 tokens a block.
+        # One token of one head takes 196 bytes instead of 512; blocks have 128 tokens.
         times = int(k8v4.replace(",", "")) / int(bf16.replace(",", ""))
         assert times == pytest.approx(512 / 196, rel=0.01)
     assert re.search(r"k8v4 holds 2\.6\d times the tokens of bf16", output)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One engine prefills and another one decodes: k8v4 pages cross byte for byte, or not at all.
 
-Through vLLM's own connectors: ExampleConnector, which writes pages to a folder, and NIXL, which
-copies them from one process's memory into another's. NIXL is a separate package, which
-`make long-tests` installs.
+The tests use two connectors of vLLM. ExampleConnector writes pages to a folder. NIXL copies pages
+from the memory of one process into that of another; `make long-tests` installs its package.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ NO_PARAMS = [None] * len(PROMPTS)
 CASE = case_of("llama")
 
 PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
-"""Makes an engine keep a prompt's pages for another engine."""
+"""Parameters with which an engine keeps a prompt's pages for another engine."""
 
 Start = Callable[..., EngineHost]
 
@@ -135,10 +134,10 @@ def nixl_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 def cross(
     prefill: EngineHost, decode: EngineHost, case: Case = CASE, same_answers: bool = True
 ) -> int:
-    """Prefill on one engine, decode on another, compare answers and pages, and count processes.
+    """Prefill on one engine, decode on another, compare; return the number of processes.
 
-    Each process of the decoding engine must receive the pages of its peer, which differ from
-    those of its siblings.
+    Each process of the decoding engine must receive the pages of its peer in the prefilling
+    engine. The pages of different peers differ.
     """
     expected = decode.generate(PROMPTS, TOKENS, alone=True, fresh=True)
     assert decode.generate([random_prompt(3, seed=0)], 1, fresh=True)
@@ -148,7 +147,7 @@ def cross(
     if same_answers:
         assert_same(outputs, expected, case, decisive=ENOUGH)
     else:
-        # Whether a state was rounded between two chunks moves it by more than many choices.
+        # Rounding a state between two chunks changes the token of many close choices.
         for output, wanted in zip(outputs, expected, strict=True):
             assert output.tokens[:1] == wanted.tokens[:1] or wanted.margins[0] < 0.8
     for request, of_prompt in zip(answered, sent, strict=True):
@@ -169,7 +168,7 @@ def test_pages_and_states_cross_memory_byte_for_byte(
     name: str, nixl_host: Start, start: Start
 ) -> None:
     case = case_of(name)
-    # Unquantised layers would have other pages, and NIXL does not support padded ones.
+    # Unquantised layers would make vLLM pad pages, and NIXL does not support padded pages.
     alike = {"hybrid_kv": {"boundary_layers": 0}} if name == "gemma3" else {}
     more = {"case": case, "additional_config": alike}
     prefill = start(nixl_host(24560), "NixlConnector", "kv_producer", **more)
@@ -186,7 +185,7 @@ def test_pages_cross_between_engines_of_two_processes_each(
         for port, role in ((24600, "kv_producer"), (24620, "kv_consumer"))
     )
     assert cross(prefill, decode) == 2
-    # Idle processes of an engine use their cores.
+    # Idle processes of an engine would keep using their cores.
     prefill.stop()
     decode.stop()
 

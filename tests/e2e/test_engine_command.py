@@ -120,7 +120,7 @@ def test_only_unequal_outputs_and_our_failures_fail_the_command() -> None:
 
 
 def test_ratios_are_medians_of_the_ratios_of_each_round() -> None:
-    # The machine slows down to a tenth in the second round.
+    # In the second round the machine is ten times slower.
     speed = Speed("llama", "eager", 4, 64, {"k8v4": [1.0, 10.0, 2.0], "auto": [2.0, 20.0, 3.0]})
     assert speed.times_faster() == {"auto": 2.0}
     assert speed.cells() == {"k8v4": "2.000 ms, 2000/s", "auto": "3.000 ms, 1333/s (2.00)"}
@@ -161,7 +161,7 @@ def test_the_report_contains_every_comparison_time_and_reason(tmp_path: Path) ->
 
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, EngineHost]]:
-    """The two engines of the command, with and without a k8v4 cache, which it cannot close."""
+    """The command's engines, one per cache dtype. The command itself cannot close them."""
     kept: dict[str, EngineHost] = {}
     start, close = Engines.start, EngineHost.close
 
@@ -199,7 +199,7 @@ def test_the_command_compares_and_times_two_engines(
             assert (row.outputs, row.tokens > 12) == (workload.SMALLEST.prompts, True)
     for key in (("eager", "generated tokens"), ("prompts in chunks of 96", "tokens of prompts")):
         assert rows[key].verdict is Verdict.EQUAL, rows[key]
-        # The format moves log-probabilities, so the cache was quantised.
+        # The rounding of k8v4 moves log-probabilities: the cache was quantised.
         assert rows[key].apart > 0.01
     drafts = rows["ngram", "drafts both accepted and rejected"]
     assert (drafts.verdict, drafts.detail) == (Verdict.INCONCLUSIVE, "0 drafted, 0 accepted")

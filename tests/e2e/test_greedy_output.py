@@ -34,7 +34,7 @@ CONCURRENT = 20
 
 @dataclass(frozen=True)
 class Texts:
-    """Prompts, and the outputs of an engine that computed each alone, from its first token on."""
+    """Prompts, and their outputs from an engine that ran each alone, without a cached prefix."""
 
     prompts: list[list[int]]
     outputs: list[Output]
@@ -42,7 +42,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Reference:
-    """The outputs with which the other runs of a case are compared; one engine computed them."""
+    """The outputs of one engine, with which the tests compare the other runs of a case."""
 
     case: Case
     model: Path
@@ -58,8 +58,8 @@ class Reference:
 def arguments(model: Path, case: Case, **more: Any) -> dict[str, Any]:
     """Return the arguments of a case's engine, changed by `more`.
 
-    Gemma3 has blocks of two lengths. Prefixes match at multiples of their least common multiple,
-    which is 640 tokens with vLLM's default of 128.
+    Gemma3 has blocks of two lengths, and hits end at multiples of their least common multiple.
+    With vLLM's default block size of 128 this would be 640 tokens, too many for the prompts.
     """
     if case.model == "gemma3":
         more = {"block_size": 32, **more}
@@ -85,7 +85,7 @@ def reference(
     assert lengths[-1] > 400
     repeated = None
     if case.speculates:
-        # Its continuation is proposed as a draft, and often enough it is accepted.
+        # Drafts continue the repetition, and some of them are accepted.
         pool = [random_prompt(6 + i % 5, seed=i)[1:] * (8 + i % 40) for i in range(case.candidates)]
         repeated = texts(pool, 8, 4 * case.tokens)
     return Reference(case, model, host, mixed, repeated)
@@ -143,12 +143,12 @@ FAULTS: list[Any] = [
     pytest.param("one token short", run_at_once, (), marks=pytest.mark.both_minors),
     ("drafts see each other", speculate, ()),
     ("drafts one token short", speculate, ()),
-    # A lost token of each 32 moves qwen3-next's log-probabilities by 0.23, other chunks by 0.25.
+    # For qwen3-next, losing 1 of 32 tokens moves log-probabilities by 0.23, chunks by 0.25.
     ("lost slot", run_in_chunks, ("qwen3-next",)),
     ("page of the neighbour", run_in_chunks, ()),
     ("window off by one", run_in_chunks, ("llama", "qwen3-next")),
 ]
-"""Faults, what shows them, and the models that do not. Each engine runs its faults in turn."""
+"""Each fault, the run that detects it, and the models that hide it, sorted by engine."""
 
 
 @pytest.mark.parametrize(("fault", "run", "hidden"), FAULTS)
@@ -169,7 +169,7 @@ def test_a_fault_is_detected(
 @pytest.mark.parametrize("chunk", [32, 96])
 def test_output_does_not_depend_on_the_chunks_of_a_prompt(reference: Reference, chunk: int) -> None:
     engine, mixed = run_in_chunks(reference, chunk, CONCURRENT), reference.mixed
-    # All at once, so that chunks of several prompts share steps with decodes.
+    # Send all at once, so that chunks of several prompts share steps with decodes.
     engine.generate(mixed.prompts, 1, fresh=True)
     cached = engine.generate(mixed.prompts, reference.case.tokens)
     assert max(output.cached for output in cached) >= engine.started["block_size"]
@@ -187,7 +187,7 @@ def test_ngram_speculation_does_not_change_the_output(reference: Reference) -> N
 def test_the_gpu_kernels_give_the_output_of_the_cpu_kernels(
     reference: Reference, tmp_path: Path
 ) -> None:
-    """Backend, metadata, plans and kernels are a GPU's; the engine is vLLM's for CPUs."""
+    """The backend, its metadata, plans and kernels are those for GPUs; the engine is for CPUs."""
     if reference.case.model != "gemma3":
         pytest.skip("takes a minute, and Gemma3 has both kinds of attention layers")
     # The GPU kernels round queries and weights to fp16.
@@ -211,7 +211,7 @@ def test_the_gpu_kernels_give_the_output_of_the_cpu_kernels(
         more = {"max_num_batched_tokens": chunk, "speculative_config": NGRAM}
         engine = host.engine(**arguments(reference.model, case, **more))
         assert "kernels=cpu:interpreter" in host.log.read_text()
-        # All at once: whole prompts, chunks, drafts to verify and plain decodes share steps.
+        # Send all at once, so that prompts, chunks, drafts and plain decodes share steps.
         outputs = engine.generate(prompts, tokens)
         assert_same(outputs, [shortened(output, tokens) for _, output in texts], case)
         assert engine.metrics()["vllm:spec_decode_num_draft_tokens"] > 0
@@ -220,7 +220,7 @@ def test_the_gpu_kernels_give_the_output_of_the_cpu_kernels(
 def earliest_draft(
     texts: Texts, bounds: Bounds, tokens: int, chunk: int
 ) -> tuple[tuple[list[int], Output], int]:
-    """Return the text that verifies a draft after the fewest steps, and its number of tokens."""
+    """Return the prompt and output with the earliest draft, and the tokens to generate for it."""
     found = []
     for prompt, output in zip(texts.prompts, texts.outputs, strict=True):
         repeats = [

@@ -29,9 +29,9 @@ class Chats:
     """Chats in which each turn is the previous turn, its answer and new tokens.
 
     Attributes:
-        prompts: By turn, then by chat.
-        uncached: Their outputs without a prefix cache.
-        cached: Their outputs with our strategy in `engine`, sent one after another.
+        prompts: The prompts by turn, then by chat.
+        uncached: The outputs without a prefix cache.
+        cached: The outputs of `engine`, with our strategy, for prompts sent one after another.
     """
 
     prompts: list[list[int]]
@@ -42,9 +42,9 @@ class Chats:
     def differences(self, outputs: list[Output]) -> list[str]:
         """Describe how the first tokens of outputs differ from those without a prefix cache.
 
-        Prompts resume at multiples of 64 tokens, where Gated DeltaNet cuts a prompt anyway, so only
-        the shapes of the multiplied matrices differ. If the best token leads by more than their
-        rounding, it must be the same. The first turn is not compared.
+        Prompts resume at multiples of 64 tokens, where Gated DeltaNet cuts a prompt anyway. So only
+        the shapes of matrix products differ. If the best token leads by more than the rounding of
+        the products, the token must be the same. The first turn has no hits and is not compared.
         """
         pairs = list(zip(self.uncached, outputs, strict=True))[CHATS:]
         equal = [(a, b) for a, b in pairs if a.tokens[0] == b.tokens[0]]
@@ -105,7 +105,7 @@ def test_a_state_that_is_not_copied_is_detected(chats: Chats) -> None:
 
 
 def test_the_third_prompt_with_a_common_beginning_resumes_at_its_end(chats: Chats) -> None:
-    # Not at the end of a block, where a state of the first prompt may be cached too.
+    # The beginning does not end a block, where the first prompt may have cached a state.
     beginning = random_prompt(9 * UNIT, seed=77)
     prompts = [beginning + random_prompt(100, seed=80 + i)[1:] for i in range(4)]
     outputs = chats.engine.generate(prompts, CASE.tokens, alone=True)
@@ -123,7 +123,7 @@ def test_a_repeated_prompt_gives_the_same_bits(chats: Chats) -> None:
 
 def test_seeded_output_does_not_depend_on_chunks(chats: Chats) -> None:
     prompts = [random_prompt(length, seed=900 + length) for length in (100, 300)]
-    # A chunk ends where a state is cached, and its sample is discarded. A hit leaves one chunk.
+    # A chunk ends where a state is cached; its sample is discarded. After a hit, one is left.
     chunked, hit, other = (
         chats.engine.generate(prompts, CASE.tokens, alone=True, seed=seed) for seed in (7, 7, 8)
     )

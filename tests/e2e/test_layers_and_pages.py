@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layers get k8v4 pages, also those of another layer; start-up stops if pages do not fit."""
+"""Which layers get k8v4 pages, own or shared; start-up stops if pages do not fit their layers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def layers_of(running: EngineHost) -> dict[int, dict[str, Any]]:
 
 
 def log_probabilities(running: EngineHost) -> list[float]:
-    """Return those of the prompts, and of the outputs of prompts that are sent twice."""
+    """Return log-probabilities of prompts, and of the outputs of prompts that are sent twice."""
     prompts = [SHORT, LONG]
     of_prompts = running.generate(prompts, 1, prompt_logprobs=True, alone=True)
     first = running.generate(prompts, 4, alone=True, fresh=True)
@@ -198,7 +198,7 @@ def test_all_but_boundary_and_skipped_layers_are_quantised(
     assert [i for i, layer in layers.items() if layer["backend"].endswith(OURS)] == quantised
     head_size = 128 if model == "qwen3-next" else 64
     for index, layer in layers.items():
-        # Two heads of 8-bit keys, 4-bit values, scale and zero, or of bf16 keys and values.
+        # By head: 8-bit keys, 4-bit values, scale and zero; or bf16 keys and values.
         elements = head_size + head_size // 2 + 4 if index in quantised else 4 * head_size
         assert layer["content_bytes"] / layer["block_size"] == 2 * elements
         assert layer["backend"].endswith(OURS if index in quantised else "CPUAttentionBackend")

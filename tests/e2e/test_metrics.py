@@ -25,7 +25,7 @@ BEGINNING = 300
 """Tokens with which all chats begin: more than two blocks, so that attention layers hit."""
 
 SETTLED_S = 60.0
-"""After this time the server has received the counters of its engine."""
+"""The time in which the server must receive the counters of its engine."""
 
 OURS = "vllm_hybrid_kv:"
 
@@ -34,8 +34,8 @@ OURS = "vllm_hybrid_kv:"
 class Served:
     """A server that answered chats, and was stopped with SIGTERM.
 
-    `before` and `after` are scrapes of its metrics, `cached` the cached tokens by its answers,
-    `folders` permissions of its folders of metrics, `left` the names that it left behind.
+    `before` and `after` are scrapes of its metrics. `cached` has the cached tokens of each answer,
+    `folders` the permissions of its metrics folders, `left` the names of folders left behind.
     """
 
     before: list[Sample]
@@ -56,7 +56,7 @@ def ours(samples: list[Sample], name: str, kind: str | None = None) -> float:
 
 
 def chat(url: str, model: str) -> list[int]:
-    """Send chats whose turns alternate; return each request's tokens from the cache."""
+    """Send turns of several chats; return the number of cached tokens of each request."""
     beginning = random_prompt(BEGINNING, seed=7)
     chats = [beginning + random_prompt(300, seed=70 + i)[1:] for i in range(CHATS)]
     cached = []
@@ -135,7 +135,7 @@ def test_the_counters_show_the_kind_that_shortened_the_hits(served: Served) -> N
     lost = ours(after, "lost_tokens", "mamba")
     reach = ours(after, "alone_tokens", "full_attention")
     assert ours(after, "hit_tokens", "mamba") + lost == reach
-    # The second chat shows where it leaves the first one; only the third can resume there.
+    # The second chat reveals the branch point; only the third chat can resume there.
     assert lost > BEGINNING / 2
     assert ours(after, "limited_requests", "mamba") >= 1
     assert ours(after, "limited_requests", "full_attention") == 0

@@ -30,7 +30,7 @@ Run = Callable[[], list[Output]]
 @pytest.fixture(scope="module")
 def run(host: EngineHost, small_model: Callable[..., Path]) -> Run:
     """A function that sends all prompts to an engine with an empty prefix cache."""
-    # Some prompts are cut in two, and their second chunk runs with decodes of others.
+    # Some prompts need two chunks; the second chunk runs with decodes of other requests.
     more = {"max_num_seqs": 16, "max_num_batched_tokens": 640}
     quantise_all = {"hybrid_kv": {"boundary_layers": 0}}
     engine = host.engine(
@@ -42,7 +42,7 @@ def run(host: EngineHost, small_model: Callable[..., Path]) -> Run:
 @pytest.fixture(scope="module")
 def clean(run: Run) -> list[Output]:
     outputs = run()
-    # The comparison of bits below needs an engine that repeats them.
+    # The exact comparisons below need an engine whose outputs repeat.
     assert run() == outputs
     return outputs
 
@@ -61,6 +61,6 @@ def test_a_number_changes_one_request_and_no_later_request_that_reuses_its_pages
     else:
         assert shown != clean[MARKED].logprobs
         assert all(map(math.isfinite, shown))
-    # Its pages are reused without being cleared.
+    # These requests reuse the marked request's pages, which nothing cleared.
     plant(None)
     assert run() == clean

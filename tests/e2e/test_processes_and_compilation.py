@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Engines of two processes, and compiled ones, give the output of an eager single process.
 
-They add the same numbers in another order. With an unquantised cache the log-probabilities of
-1966 prompt tokens then move by at most 4.2e-5 (two processes) and 5.6e-5 (compiled). With a k8v4
-cache they move by 0.13 and 0.15, because a key close to the middle between two codes gets the other
-one: 6 and 4 of 81,920 keys in the first quantised layer, over 3,500 in the fourth. The
-log-probabilities of tokens before the first such key agree. Hence three checks:
+These engines add the same numbers in another order. With an unquantised cache this moves the
+log-probabilities of 1966 prompt tokens by at most 4.2e-5 (two processes) and 5.6e-5 (compiled).
+With a k8v4 cache they move by 0.13 and 0.15, because a key close to the middle between two codes
+can get the other code. This happens to 6 and 4 of 81,920 keys in the first quantised layer, and to
+over 3,500 in the fourth. Tokens before the first such key agree. Hence three checks:
 
-* The first tokens of a prompt depend on so few codes that most of them see none that changed.
-  The median of their differences is below 1e-4, twice the largest of an unquantised cache.
+* Most of the first tokens of prompts see no changed code. The median difference of their
+  log-probabilities is below 1e-4, twice the largest difference with an unquantised cache.
 * Log-probabilities of generated tokens are within `APART` of each other.
-* Tokens that lead by twice as much are the same.
+* Tokens that lead by more than twice `APART` are the same.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from testing.tokenizer import mixed_prompts, random_prompt
 pytestmark = pytest.mark.engine
 
 APART = 0.25
-"""Measured: generated tokens 0.10 apart, tokens of prompts 0.15."""
+"""Bound on differences. Measured: generated tokens up to 0.10 apart, prompt tokens 0.15."""
 
-# A single case, because it starts three engines, one of which compiles.
+# A single case, because its tests start three engines, one of which compiles.
 CASE = Case("llama", "float32", Bounds(APART), tokens=3, candidates=64)
 
 BEGINNINGS = [random_prompt(12, seed=i) for i in range(40)]
@@ -51,9 +51,9 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineHost]:
     folder = tmp_path_factory.mktemp("host")
     host = EngineHost(
         folder / "log.txt",
-        # A cache of its own, so that the engine compiles here.
+        # An empty cache folder, so that the engine compiles here.
         VLLM_CACHE_ROOT=str(folder / "cache"),
-        # Two processes of a thread each share the cores.
+        # The two processes, with one thread each, share the cores.
         VLLM_CPU_OMP_THREADS_BIND="nobind",
     )
     yield host

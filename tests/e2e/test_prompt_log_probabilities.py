@@ -46,7 +46,7 @@ def measured(
     unquantised: list[float], case: Case, host: EngineHost, small_model: Callable[..., Path]
 ) -> Callable[[], tuple[float, list[str]]]:
     """A function that returns the mean error of a k8v4 cache and the bounds that it exceeds."""
-    # Pages of 32 tokens if the model allows it: more pages, more chances to confuse them.
+    # Use pages of 32 tokens if the model allows it: with more pages, more can be confused.
     model = small_model(case.model, case.dtype)
     engine = host.engine(**settings(model, case.dtype, block_size=32))
 
@@ -66,7 +66,7 @@ def test_log_probabilities_stay_within_the_error_of_the_format(
 ) -> None:
     mean, exceeded = measured()
     assert not exceeded
-    # The cache was quantised: nothing else differs between the two engines.
+    # The engines differ in the cache only, so such an error shows that it was quantised.
     assert mean > 0.02
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trained models recall as well from k8v4 pages as from an unquantised cache.
 
-Random models show that something changed; these show whether it matters.
+Models with random weights show that outputs changed; trained models show whether that matters.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ WORSE = 0.005
 LESS_SURE = 0.003
 """How much higher the mean negative log-probability of right answers may be.
 
-With k8v4 it was 0.0005 (Gemma3) and 0.0008 (Qwen3-Next) higher. With a neighbour's scale a token's
-values can often still be told apart, but not as surely: 0.040 and 0.008 higher.
+With k8v4 it was 0.0005 (Gemma3) and 0.0008 (Qwen3-Next) higher. With the scale of the neighbour
+most answers stay right but become less certain: it was 0.040 and 0.008 higher.
 """
 ENOUGH = 200
-"""Minimum number of questions of one distance and depth, so that one is half a point."""
+"""Minimum number of questions per distance and depth, so that one question is at most 0.5 %."""
 
 DIFFERENT = "recalls"
-"""The message about an engine that recalls worse."""
+"""Matches the message about an engine that recalls worse."""
 
 LENGTHS = (*[2000] * 4, *[700] * 4, *[200] * 8)
 COPIED = 24
@@ -48,15 +48,15 @@ COPIED = 24
 DISTANCES = (128, 512, 1024, 2048)
 """Upper ends of the bands of distance between a question and its answer's source, in tokens."""
 DEPTHS = 4
-"""Number of parts of the tokens before the first question."""
+"""Number of equal parts into which the tokens before the first question are divided."""
 
 Place = tuple[int, int]
-"""A band of distance, and the part that contains the source."""
+"""A band of `DISTANCES`, and which of the `DEPTHS` parts contains the answer's source."""
 
 
 @dataclass
 class Tally:
-    """Questions by place, those answered right, and the sum of negative log-probabilities."""
+    """Questions and right answers by place, and the sum of negative log-probabilities."""
 
     asked: Counter[Place] = field(default_factory=Counter)
     right: Counter[Place] = field(default_factory=Counter)
@@ -86,7 +86,7 @@ def sheets(seed: int, lengths: Iterable[int]) -> list[Sequence]:
 
 
 def count_answers(sequences: list[Sequence], outputs: list[Output]) -> Tally:
-    """Count the answers in prompts that were the most probable token."""
+    """Count the questions in prompts, and those whose answer was the most probable token."""
     tally = Tally()
     for sequence, output in zip(sequences, outputs, strict=True):
         ranks, logprobs = output.prompt_ranks or [], output.prompt_logprobs or []
@@ -115,14 +115,14 @@ FEW_SHEETS = sheets(2, [2000] * 3 + [600] * 3 + [160] * 10)
 def settings(shape: str, **more: Any) -> dict[str, Any]:
     """Return the arguments of an engine with a k8v4 cache, changed by `more`."""
     if shape == "gemma3":
-        # Its blocks have two lengths, see `test_greedy_output.arguments`.
+        # Gemma3's blocks have two lengths, see `test_greedy_output.arguments`.
         more = {"block_size": 32, **more}
     return model_cases.settings(MODELS / shape, "bfloat16", **more)
 
 
 @dataclass(frozen=True)
 class Plain:
-    """What a model recalls with an unquantised cache, and the process for other engines."""
+    """A model's recall with an unquantised cache, and the process that runs other engines."""
 
     shape: str
     host: EngineHost
@@ -144,7 +144,7 @@ def answer(engine: EngineHost, asked: list[Sequence]) -> Tally:
 def copied_share(
     engine: EngineHost, lengths: Iterable[int] = LENGTHS, tokens: int = COPIED, **how: bool
 ) -> float:
-    """Return the share of decoded tokens that repeat the prompt's; a copy may end earlier."""
+    """Return the share of right tokens among those decoded before each copy's end."""
     prompts, wanted = copies(3, lengths)
     outputs = engine.generate(prompts, tokens, **how)
     pairs = [
@@ -183,7 +183,7 @@ def test_the_model_recalls_and_copies_with_an_unquantised_cache(plain: Plain) ->
     assert plain.tally.share >= RECALL
     assert plain.copied >= RECALL
     few = {place: asked for place, asked in plain.tally.asked.items() if asked < ENOUGH}
-    # Only some pairs of the longest prompts are so far apart and in the last quarter.
+    # Only the longest prompts have sources so far away in the last quarter.
     assert set(few) <= {(2048, 3)}
 
 
@@ -216,14 +216,14 @@ def test_a_page_that_is_stored_wrongly_is_detected(
 @pytest.mark.long
 def test_k8v4_copies_the_same_after_preemption(plain: Plain) -> None:
     lengths, tokens = [2000] * 8, 500
-    # During prefill layers with a window hold a chunk and the window, later only the window: with
-    # long chunks an answer would need less room than its prompt, and nothing would be preempted.
+    # Layers with a window hold a chunk and the window during prefill, then only the window. With
+    # long chunks an answer would need fewer blocks than its prompt: no request would be preempted.
     chunks = {"max_num_batched_tokens": 64} if plain.shape == "gemma3" else {}
     engine = plain.engine(**chunks)
-    # A model may lose its place in long copies, so it is compared with itself.
+    # A model may fail in long copies without preemption too, so compare it with itself.
     expected = copied_share(engine, lengths, tokens, fresh=True)
     plan = engine.plan()
-    # Room for two of these prompts, but not for both answers.
+    # These blocks hold two of the prompts, but not both answers.
     longest = {"gemma3": 1.2, "qwen3-next": 2.0}[plain.shape]
     blocks = int(longest * plan["blocks"] / plan["reported_concurrency"]) + 1
     engine = plain.engine(**chunks, num_gpu_blocks_override=blocks)

@@ -99,7 +99,7 @@ def crash(model: Path, folder: Path, name: str, *arguments: str) -> Crash:
                 reason = chunk.choices[0].finish_reason or reason
             endings.append(f"finish_reason={reason}")
         except Exception as error:
-            # A stream may break off anywhere, also inside what the client parses as JSON.
+            # A stream may break off anywhere, also inside a text that the client parses as JSON.
             endings.append(f"{type(error).__name__}: {error}")
 
     # vLLM creates sockets in TMPDIR, whose paths must have at most 107 characters; a test's own
@@ -167,7 +167,7 @@ def test_a_killed_process_ends_the_server_as_it_does_without_the_plugin(
     stock = crash(small_model("llama"), tmp_path, process, *arguments)
     print(ours, stock, sep="\n")
     assert ours.ended == stock.ended
-    # On a busy machine one of stock vLLM's four streams looked complete, twice.
+    # On a busy machine one of stock vLLM's four streams twice looked complete.
     assert 1 <= len(stock.broken_off) <= len(ours.broken_off) == STREAMS
     assert ours.processes == stock.processes
     assert len(ours.files) <= len(stock.files)
@@ -186,7 +186,7 @@ def test_both_engines_of_data_parallelism_answer_like_a_single_engine(
     prompts = [random_prompt(length, seed=length) for length in range(40, 680, 40)]
     model = small_model(case.model, case.dtype)
     options = (*ARGUMENTS, *K8V4, "--max-model-len", "2048", "--dtype", case.dtype)
-    # Four processes import vLLM at once, and share the cores.
+    # Four processes share the cores while they import vLLM, which takes longer.
     monkeypatch.setattr("testing.server.START_TIMEOUT_S", 900.0)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 

@@ -35,7 +35,7 @@ def write(config: PreTrainedConfig, architecture: str, folder: Path) -> None:
 
 @pytest.fixture
 def serve_refused(tmp_path: Path) -> Refuse:
-    """A function that runs `vllm serve` on a model, asserts that it fails, returns its output."""
+    """A function that returns the output of `vllm serve` on a model that must be refused."""
 
     def run(config: PreTrainedConfig, architecture: str, *arguments: str) -> str:
         write(config, architecture, tmp_path)
@@ -77,7 +77,7 @@ def refuse(host: EngineHost, tmp_path: Path) -> Refuse:
 
 @pytest.fixture
 def follow(host: EngineHost, tmp_path: Path) -> Follow:
-    """A function that runs the refused model as advised, returns each layer's backend."""
+    """A function that runs a refused model as advised and returns each layer's backend."""
 
     def run(**advised: object) -> dict[int, str]:
         engine = host.engine(
@@ -119,13 +119,13 @@ def test_serve_refuses_a_head_size_with_the_layers_to_skip(
     output = serve_refused(config, "Gemma4ForCausalLM")
     parts = ("model.layers.2.self_attn.attn", "64 to 256 in multiples of 8, and 512, got 32", SKIP)
     lines = [line for line in output.splitlines() if all(part in line for part in parts)]
-    # The worker logs it, and it is the last line too.
+    # The worker logs the refusal, and the command ends with it.
     assert len(lines) == 2, output[-4000:]
     assert output.splitlines()[-1] == lines[1]
     assert lines[1].startswith("hybrid_kv: layer ")
     assert lines[0].endswith(lines[1][lines[1].index(parts[0]) :])
     (skipped,) = re.findall(rf"{SKIP} ([\d ]+), or", lines[1])
-    # vLLM itself skips the first and the last two.
+    # vLLM itself skips the first two and the last two layers.
     assert skipped == "0 1 2 3 6 7"
     backends = follow(kv_cache_dtype="turboquant_k8v4", kv_cache_dtype_skip_layers=skipped.split())
     assert [i for i in sorted(backends) if backends[i] == "K8V4AttentionBackend"] == [4, 5]

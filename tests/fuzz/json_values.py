@@ -16,7 +16,7 @@ def json_values(*words: str, length: int = 20) -> st.SearchStrategy[Any]:
 
     Args:
         words: Frequent texts.
-        length: The most characters of other texts.
+        length: The maximum number of characters of other texts.
     """
     plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=length)
     plain |= st.sampled_from(("", *words))
@@ -39,7 +39,7 @@ def with_a_change(
         draw: Hypothesis's function.
         document: The document.
         values: New values of a field.
-        names: The fields that may change, or a field inside them.
+        names: The fields of which one changes, or a field inside it.
     """
     document = copy.deepcopy(document)
     parent = document

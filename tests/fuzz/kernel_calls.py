@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Any call of the kernels writes exactly what it should, or is refused with one message.
 
-Caches and outputs are between guards, and every byte of the memory is compared with the reference.
+Each cache and output lies between guard bytes. The tests compare all its bytes with the reference.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def refusal(kernel: Any, *arguments: Any, **named: Any) -> str | None:
 
 
 def check_stores(kernels: Kernels, examples: int) -> None:
-    """Check that a store writes exactly its slots, as the reference does, or is refused."""
+    """Check that a store is refused, or writes exactly its slots, as the reference does."""
 
     @settings(max_examples=examples, **SETTINGS)
     @given(st.data())
@@ -124,7 +124,7 @@ def check_stores(kernels: Kernels, examples: int) -> None:
         slot_mapping = data.draw(CHANGES, label="slots")(slot_mapping)
         change_cache = data.draw(CHANGES, label="cache")
         cache = change_cache(cache)
-        # With all tensors on another device, the call would not run here.
+        # Calls with all tensors on another device cannot run here.
         assume(any(tensor.is_cpu for tensor in (key, value, slot_mapping, cache)))
         debug = data.draw(st.booleans(), label="debug")
         message = refusal(kernels.store, key, value, cache, slot_mapping, debug=debug)
@@ -165,7 +165,7 @@ def check_stores(kernels: Kernels, examples: int) -> None:
 
 
 def check_attention_in_debug_mode(kernels: Kernels, examples: int) -> None:
-    """Check that attention in debug mode reads valid blocks and writes its rows, or is refused."""
+    """Check that debug mode refuses a call, or reads valid blocks and writes rows of tokens."""
 
     @settings(max_examples=examples, **SETTINGS)
     @given(st.data())

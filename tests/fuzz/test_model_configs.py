@@ -96,7 +96,7 @@ def test_a_path_that_is_not_a_file_is_refused(name):
 
 @pytest.fixture(scope="module")
 def invoke() -> Iterator[Callable[..., Result]]:
-    """Runs a command in this process, because a new process takes 10 s to import vLLM."""
+    """A function that runs a command in this process; a new one takes 10 s to import vLLM."""
     before, level = dict(os.environ), logging.getLogger("vllm").level
     yield lambda *arguments: CliRunner().invoke(app, [*map(str, arguments)])
     os.environ.clear()
@@ -108,7 +108,7 @@ def assert_done_or_refused(done: Result, command: str) -> None:
     assert done.exit_code in (0, 2), done.exception
     assert isinstance(done.exception, SystemExit | None), repr(done.exception)
     if done.exit_code == 2:
-        # A replay shows its progress.
+        # Other lines on standard error are a replay's progress.
         (line,) = (line for line in done.stderr.splitlines() if "hit rate" not in line)
         assert line.startswith(f"vllm-hybrid-kv {command}: "), line
 

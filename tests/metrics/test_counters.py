@@ -53,7 +53,7 @@ def test_the_counters_have_their_own_file_whose_disk_space_is_allocated_at_once(
     (path,) = tmp_path.iterdir()
     # Writing to a hole of a mapped file on a full disk would kill the process.
     assert path.stat().st_blocks * 512 >= FILE_BYTES
-    # vLLM's own counters have that prefix, so ours need another name.
+    # vLLM's own counters have this name, so ours need another one.
     assert path.name != f"counter_{os.getpid()}.db"
     assert path.name.startswith("counter_")
 
@@ -117,7 +117,7 @@ def run(*arguments: str, **environ: str) -> dict:
 
 
 def test_the_first_process_exports_what_its_children_count_and_removes_the_folder(tmp_path):
-    # The variable as inherited from a server that is not the parent of this process's engines.
+    # The process inherits the variable from a server that is not the parent of its engines.
     report = run(TMPDIR=str(tmp_path), **{metrics.VARIABLE: str(tmp_path / "another")})
     assert Path(report["folder"]).parent == tmp_path
     assert Path(report["folder"]).name != "another"

@@ -6,7 +6,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MambaSpec
 
 
 def attention(block_size=16, slot=388, kv_heads=2, cls=FullAttentionSpec, **fields):
-    """A layer whose page has `block_size * kv_heads * slot` bytes."""
+    """Return the spec of a layer whose page has `block_size * kv_heads * slot` bytes."""
     fields = {"dtype": torch.uint8, **fields}
     return cls(
         block_size=block_size,
@@ -18,12 +18,12 @@ def attention(block_size=16, slot=388, kv_heads=2, cls=FullAttentionSpec, **fiel
 
 
 def mla(block_size=64, row=1_152, cls=MLAAttentionSpec, **fields):
-    """An MLA layer with rows of `row` bytes."""
+    """Return the spec of an MLA layer with `row` bytes per token."""
     return attention(block_size, row, 1, cls, **fields)
 
 
 def state(page, block_size=16, dtype=torch.uint8, **fields):
-    """A state of `page` bytes."""
+    """Return the spec of a state of `page` bytes."""
     shapes = ((page // dtype.itemsize,),)
     return MambaSpec(block_size=block_size, shapes=shapes, dtypes=(dtype,), **fields)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An exhaustive search over all plans of page sizes, with vLLM's own specs, for small cases.
 
-It only uses what a worker can read, and none of the planner's arithmetic.
+The search tries all pages that a worker can read, without the planner's arithmetic.
 """
 
 import math
@@ -73,7 +73,7 @@ def share_wasted(before, after, longest: int = 1 << 20) -> Fraction:
 def plans_of(spec: KVCacheSpec, page: int):
     """Yield every way in which a layer can have a page, shortest block first."""
     for scale in range(1, page // spec.real_page_size_bytes + 1):
-        # vLLM splits a chunk of local attention into whole blocks, if any multiple divides it.
+        # If blocks divide a chunk of local attention, longer blocks must divide it too.
         chunk = getattr(spec, "attention_chunk_size", None) or 0
         if not chunk % spec.block_size and chunk % (scale * spec.block_size):
             continue
@@ -92,13 +92,13 @@ def best_for(spec: KVCacheSpec, page: int, longest: int) -> Fraction | None:
 
 
 def longest_block(spec: KVCacheSpec, page: int, match_unit: int) -> KVCacheSpec | None:
-    """Return a layer with the longest block of a page that divides a match unit, or None."""
+    """Return a layer with the page and the longest block that divides the match unit, or None."""
     plans = (plan for plan in plans_of(spec, page) if match_unit % plan.block_size == 0)
     return max(plans, key=lambda plan: plan.block_size, default=None)
 
 
 def highest_page(specs) -> int:
-    """Return the smallest multiple of all smaller attention pages from the largest page on."""
+    """Return the least multiple of all smaller attention pages that the largest page fits into."""
     largest = max(spec.page_size_bytes for spec in specs)
     smaller = [s.page_size_bytes for s in specs if not is_mamba(s) and s.page_size_bytes < largest]
     page = largest
@@ -119,14 +119,14 @@ def least_page(spec) -> int:
 def exhaustive(specs, longest: int, tolerance: float, by_lcm: Fraction | None):
     """Return the page and the waste of the plan that `min_waste` promises, or None.
 
-    This is the first page with little enough waste, otherwise the one with the least waste, up to
-    the size that `lcm` aims at. If none of these suits all layers, it is the next one that does,
-    while a block does not hold the longest sequence.
+    Candidates are the pages up to the size that `lcm` aims at. The page is the first candidate
+    with little enough waste, otherwise the candidate with the least waste. If no candidate suits
+    all layers, it is the next page that does, until a block holds the longest sequence.
 
     Args:
         specs: The layers' specs.
         longest: Tokens of the longest sequence.
-        tolerance: The share that counts as no waste.
+        tolerance: The share of waste that counts as none.
         by_lcm: The share that `lcm` wastes; None if it has no plan.
     """
 
@@ -173,7 +173,7 @@ def held(spec, request: Fraction) -> Fraction:
 
 
 def cost(before, after, request: float) -> Fraction:
-    """Return the padding share of a request's pages plus the share that a hit misses."""
+    """Return the padding share of a request's pages, plus the share of tokens that a hit loses."""
     request = Fraction(request)
     held_bytes = taken = Fraction(0)
     for name, spec in before.items():

@@ -20,7 +20,7 @@ K8V4 = "turboquant_k8v4"
 
 @pytest.fixture
 def unquantised(make_config):
-    """Configures an engine of six layers and returns the layers that vLLM leaves unquantised."""
+    """A function that returns which of an engine's six layers vLLM leaves unquantised."""
 
     def make(settings=None, **arguments):
         plugin.register()
@@ -55,7 +55,7 @@ def test_the_setting_chooses_the_number(number, arguments, layers, unquantised):
 
 
 def test_vllms_coarser_presets_keep_vllms_number(unquantised, monkeypatch):
-    # They have kernels only on GPUs.
+    # The coarser presets have kernels only on GPUs.
     monkeypatch.setattr(configuration, "refuse_without_cpu_kernels", lambda _: None)
     layers = unquantised({"boundary_layers": 0}, kv_cache_dtype="turboquant_4bit_nc")
     assert layers == ["0", "1", "4", "5"]

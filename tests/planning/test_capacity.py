@@ -48,7 +48,7 @@ def plan(*specs, num_blocks=10):
 
 
 def growing(planned):
-    """The indices of the groups that the strategy `growing` counts."""
+    """Return the indices of the groups that the strategy `growing` counts."""
     groups = token_capacity_kv_cache_groups(None, planned)
     return [int(group.layer_names[0].removeprefix("layer.")) for group in groups]
 
@@ -101,7 +101,7 @@ def test_an_invalid_choice_of_groups_is_refused(choose, message):
 
 @pytest.fixture(scope="module")
 def config_of(model):
-    """Changes the cache mode and length of one real configuration."""
+    """A function that sets the cache mode and length of one real configuration."""
     made = EngineArgs(
         model=str(model),
         skip_tokenizer_init=True,
@@ -118,7 +118,7 @@ def config_of(model):
 
 
 def hybrid(full, states, mode, num_blocks=262):
-    """The shapes of #40384: groups of attention and groups of states with equal pages."""
+    """Return the shapes of #40384: groups of attention and of states, with equal pages."""
     attention = FullAttentionSpec(
         block_size=BLOCK, num_kv_heads=2, head_size=256, dtype=torch.uint8, state_content_bytes=388
     )
@@ -145,9 +145,9 @@ def test_the_shapes_of_40384_have_the_numbers_that_it_reports(
 ):
     planned = hybrid(full, states, mode)
     assert len(growing(planned)) == grow
-    # Tokens of the counted groups' share of the pool, before and after #40384.
+    # Tokens of each counted group's share of the pool, before and after #40384.
     assert [262 // counted * BLOCK for counted in (full + states, grow)] == [before, after]
-    # Its number before is the capacity for requests of one block; the null block may cost one.
+    # The number before is the capacity in one-block requests; the null block may cost one.
     fit = capacity(config_of(mode, BLOCK), planned).max_len_requests
     assert before - BLOCK <= fit * BLOCK <= before
 
@@ -168,7 +168,7 @@ def test_long_requests_get_most_of_the_capacity_of_the_growing_groups(config_of)
 def test_windows_and_chunks_are_bounded_as_in_40417(bounded, config_of):
     found = capacity(config_of(max_model_len=16_384), plan(FULL, *[bounded] * 5, num_blocks=60_001))
     assert (found.short_request, found.short_requests) == (512, 60_000 // (6 * 32))
-    # 128 tokens and the 4096 in flight instead of 16,384.
+    # The bounded layers hold 128 tokens and 4096 in flight instead of 16,384.
     in_flight = 4096 + 128
     least, most = in_flight // 16 - 1, in_flight // 16 + 1
     assert 60_000 // (1024 + 5 * most) <= found.max_len_requests <= 60_000 // (1024 + 5 * least)

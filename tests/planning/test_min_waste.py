@@ -58,7 +58,7 @@ PLANS = {
         [attention(64), state(1_000), state(7)],
         [(64, None), (16, 64 * 776), (16, 64 * 776)],
     ),
-    # Its block is its capacity, and it has one block per request.
+    # A ring has one block per request, which is its capacity.
     "a ring of raw keys is only padded": (
         [attention(64), attention(4, cls=CircularBufferSpec)],
         [(64, None), (4, 64 * 776)],
@@ -71,8 +71,8 @@ PLANS = {
         [mla(), window(64, 1_024, 1), attention(64, 4_000, 1)],
         [(448, None), (448, 516_096), (128, 516_096)],
     ),
-    # 64 rows of 584 bytes, rounded up to a multiple of 576: 37,440. Nine times as many need no
-    # rounding.
+    # 64 rows of 584 bytes, rounded up to a multiple of 576: 37,440. Nine times as many rows
+    # need no rounding.
     "MLA is padded by its alignment": (
         [mla(row=584, alignment=576), state(2 * 64 * 584)],
         [(128, 74_880), (16, 74_880)],
@@ -119,7 +119,7 @@ PLANS = {
         [state(1_001), attention(1, 2, 25, dtype=torch.bfloat16)],
         [(16, 1_002), (20, 1_002)],
     ),
-    # 24 tokens make 1 entry of 16, 48 make 3.
+    # 24 tokens make 1 entry of 16 tokens, 48 tokens make 3.
     "a compressed layer that rounds its tokens is unchanged": (
         [mla(24, 100, tokens_per_state=16), state(40)],
         [(24, None), (16, 100)],
@@ -220,7 +220,7 @@ def test_a_few_percent_of_padding_are_accepted_for_a_smaller_match_unit():
     ("specs", "prefix_caching", "devices", "unit"),
     [
         (THREE_KINDS, True, 1, 96),
-        # Blocks of several devices count as one block.
+        # With 64 devices a match unit covers 64 times as many tokens, so a shorter one is better.
         (THREE_KINDS, True, 64, 32),
         (THREE_KINDS, False, 1, 2_688),
         ({"state": state(1_000), **THREE_KINDS}, True, 1, None),

@@ -29,7 +29,7 @@ QUICK = settings(deadline=None, suppress_health_check=[HealthCheck.function_scop
 
 
 def padded(specs):
-    """Layers that have padding before planning, as skipped layers do."""
+    """Return a strategy of layers that have padding before planning, as skipped layers do."""
     return st.builds(
         lambda spec, more: replace(spec, page_size_padded=spec.page_size_bytes + more),
         specs,
@@ -38,7 +38,7 @@ def padded(specs):
 
 
 def layers(block_sizes, slots, state_pages, kernel_blocks):
-    """Specs of every kind that vLLM unifies page sizes of."""
+    """Return a strategy of specs of every kind whose page sizes vLLM unifies."""
     split = st.sampled_from([MultipleOf(size) for size in kernel_blocks])
 
     def some(make, *more, **fields):

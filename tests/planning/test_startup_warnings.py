@@ -62,11 +62,11 @@ def lines(config, kv_cache_config, settings=None, layers=None):
 
 @pytest.fixture
 def config(make_config):
-    # Whole blocks, whether or not the plugin is active in this process.
+    # Hits end at whole blocks, whether or not the plugin is active in this process.
     whole = {"prefix_match_unit": "stock"}
     config = make_config(whole, enable_prefix_caching=True)
     config.cache_config.block_size = BLOCK
-    # vLLM sets it back for a model without states.
+    # vLLM resets the mode for a model without states.
     config.cache_config.mamba_cache_mode = "align"
     return config
 
@@ -85,7 +85,7 @@ def test_a_prefix_cache_that_no_prompt_can_hit_causes_a_warning(config):
         "and with one token of answer it exceeds --max-model-len 257; set prefix_match_unit=auto, "
         "raise --max-model-len above 257, or pass --no-enable-prefix-caching"
     )
-    # The active match unit is not advised.
+    # No line advises the match unit that is already active.
     (line,) = lines(config, groups)
     assert "prefix_match_unit" not in line
     config.model_config.max_model_len = BLOCK + 2
@@ -197,7 +197,7 @@ def test_states_that_vllm_itself_padded_need_another_block_size(config):
 
 @pytest.fixture
 def start_up(unregistered, log):
-    """Plans as an engine core does, and returns the log lines at two levels."""
+    """A function that plans as an engine core does and returns log lines of two levels."""
 
     def start(config, kv_cache_config, specs):
         plugin.register()

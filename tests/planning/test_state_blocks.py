@@ -17,7 +17,7 @@ ATTENTION = FullAttentionSpec(block_size=256, num_kv_heads=2, head_size=64, dtyp
 
 @pytest.fixture
 def resolve(unregistered):
-    """Calls vLLM's check before a model runner captures CUDA graphs."""
+    """A function that calls the check of vLLM before CUDA graphs are captured."""
     plugin.register()
 
     def call(requests, spec=STATES, mode=CUDAGraphMode.FULL_AND_PIECEWISE, **arguments):

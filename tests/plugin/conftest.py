@@ -2,8 +2,8 @@
 """Fixtures of the plugin's tests.
 
 Most tests run twice: with the installed vLLM, and by `test_vllm_0_33.py` in another process with
-the unpacked 0.33 wheel. There `EXPECTED_MINOR` is set, and because that wheel detects no device the
-platform is set to CPU.
+the unpacked 0.33 wheel. In that process `EXPECTED_MINOR` is set. The 0.33 wheel detects no device,
+so the tests set the platform to CPU.
 """
 
 import inspect
@@ -70,7 +70,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Log(logging.Handler):
-    """Keeps what the plugin logs. vLLM's loggers do not propagate to pytest's."""
+    """Records the plugin's log lines, because vLLM's loggers do not propagate to pytest's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ def log() -> Iterator[Log]:
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
-    """Installs a package with an entry point for us into a folder on `sys.path`."""
+    """A function that installs a package with an entry point for the plugin on `sys.path`."""
     added: list[str] = []
 
     def install(name: str, code: str) -> Path:
@@ -121,7 +121,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, s
 
 @pytest.fixture(scope="session")
 def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs Python in a process of its own, with nothing of ours in the environment."""
+    """A function that runs Python in a new process, without the plugin's variables."""
 
     def run(*arguments: str, timeout: float = 120, **environment: str) -> Any:
         clean = {
@@ -143,7 +143,7 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="session")
 def wheel_0_33() -> Path:
-    """The folder of the unpacked vLLM 0.33 wheel, downloaded where it is not there yet."""
+    """The folder of the unpacked vLLM 0.33 wheel, which is downloaded if it is missing."""
     folder = Path(os.environ.get(WHEEL_0_33) or REPOSITORY / ".cache" / "vllm-0.33.0")
     if not (folder / "vllm" / "__init__.py").is_file():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
@@ -164,7 +164,7 @@ def wheel_0_33() -> Path:
 
 @pytest.fixture
 def make_config(model: Path) -> Callable[..., Any]:
-    """Makes real configurations of an engine, with settings of ours."""
+    """A function that makes real configurations of an engine, with the plugin's settings."""
 
     def make(settings: dict[str, Any] | None = None, **arguments: Any) -> Any:
         from vllm.engine.arg_utils import EngineArgs
@@ -176,7 +176,7 @@ def make_config(model: Path) -> Callable[..., Any]:
             additional_config={} if settings is None else {"hybrid_kv": settings},
             **arguments,
         ).create_engine_config()
-        # What the engine core resolves before it plans.
+        # The engine core resolves the layout before it plans.
         config.cache_config.kv_cache_layout = "LBHNC"
         return config
 

@@ -47,7 +47,7 @@ def test_an_unsupported_version_stops_if_the_user_named_the_plugin(plugins, monk
 
 def test_a_changed_vllm_warns_and_stays_unchanged(log, monkeypatch):
     def changed(*args, **kwargs):
-        """Another plugin's."""
+        """Replace the function, as another plugin may."""
 
     monkeypatch.setattr(kv_cache_coordinator, "get_kv_cache_coordinator", changed)
     plugin.register()

@@ -22,7 +22,7 @@ OURS = "vllm_hybrid_kv.attention.backend.K8V4AttentionBackend"
 @pytest.fixture
 def gpu(monkeypatch):
     """A platform that answers like CUDA's; no GPU is used."""
-    # vLLM imports a model to inspect its class, and caches the result. On CUDA that needs CUDA.
+    # vLLM caches what it finds in a model's class. Inspect it now: later it would need CUDA.
     ModelRegistry.models["LlamaForCausalLM"].inspect_model_cls()
     platform = type(current_platform)
     monkeypatch.setattr(platform, "is_cpu", lambda self: False)

@@ -72,7 +72,7 @@ def test_a_child_with_a_changed_vllm_stops(processes):
     assert "get_kv_cache_capacity" in said
     assert "but the process that started it has hybrid_kv" in said
     assert "`vllm-hybrid-kv doctor`" in said
-    # No warning of an inactive plugin in addition.
+    # There is no additional warning of an inactive plugin.
     assert "VLLM_PLUGINS=hybrid_kv to stop" not in processes[1]
 
 

@@ -70,7 +70,7 @@ def test_a_layer_that_cannot_be_served_is_refused_by_name(device, fields, reason
 
     class Layer:
         def __init__(self, prefix):
-            # By name, as vLLM calls it.
+            # vLLM passes these arguments by name.
             selector._cached_get_attn_backend(
                 backend=None, attn_selector_config=wanted(**fields), num_heads=8
             )

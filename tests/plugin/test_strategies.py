@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Strategies are called by vLLM's own planning and coordination, and their results checked."""
+"""vLLM's planning and coordination call strategies, and the plugin checks the results."""
 
 import importlib
 import logging
@@ -57,7 +57,7 @@ def state(page=12_648_448, block_size=16, **fields):
 
 
 def specs():
-    """A hybrid model whose pages do not divide each other."""
+    """Return the specs of a hybrid model whose pages do not divide each other."""
     return {MAMBA: state(), ATTENTION: attention()}
 
 
@@ -70,7 +70,7 @@ def plan(config, memory=1 << 36):
 
 
 def hybrid(num_blocks=262, full=2, states=3):
-    """A plan with pages of equal size in several groups."""
+    """Return a plan with pages of equal size in several groups."""
     page = BLOCK * 776
     layers = [attention(BLOCK)] * full + [
         state(page, BLOCK, mamba_cache_mode="align", page_size_padded=page)

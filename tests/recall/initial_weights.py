@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Initial weights of the recall models.
 
-transformers' initialisation, a standard deviation of 0.02, shrinks signals fourfold in each map of
-this size, and Gated DeltaNet forgets within a token: such models stay at chance for thousands of
-steps. Here all maps start with unit gain, and two start close to their purpose: the first layer
-writes the token before, and the first layer of full attention looks for tokens after one like its
-own ("induction"). Training has to learn to tell signal from noise over 2,000 tokens, and when to
-recall.
+transformers' initialisation has a standard deviation of 0.02: each linear map of this size shrinks
+signals fourfold, and Gated DeltaNet forgets within a token. Such models guess for thousands of
+steps. Here all maps start with unit gain, and two layers start close to their purpose. The first
+layer writes the previous token. The first layer of full attention looks for a token whose previous
+token is the query's token ("induction"). Training still has to separate signal from noise over
+2,000 tokens, and to learn when to recall.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def new_model(name: str) -> PreTrainedModel:
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             _initialise(parameter_name, parameter, config)
-        # There are no biases; a direction that all embeddings share replaces them.
+        # A direction that all embeddings share replaces biases, which these models lack.
         shared = torch.randn(config.hidden_size)
         shared *= math.sqrt(config.hidden_size) / shared.norm()
         rotation = _orthogonal(config.hidden_size)
@@ -74,12 +74,12 @@ def _initialise(name: str, parameter: nn.Parameter, config: PreTrainedConfig) ->
     elif part == "q_norm":
         parameter.fill_(QUERY_SIZE - 1)
     elif part.startswith("post_") and config.model_type == "gemma3_text":
-        # The norms after attention and MLP scale what the residual stream gets.
+        # The norms after attention and MLP scale what is added to the residual stream.
         parameter.fill_(-0.7)
     elif part.endswith(("norm", "layernorm")):
         parameter.fill_(1.0 if "linear_attn" in name else 0.0)
     elif part == "A_log":
-        # A token keeps exp(-A softplus(a + dt_bias)) of the state: 0.3 in one head, 0.9 in one.
+        # Each token keeps exp(-A softplus(a + dt_bias)) of the state: 0.3 (first head) to 0.9.
         parameter.copy_(torch.linspace(math.log(10.0), 0.0, len(parameter)))
     elif part == "dt_bias":
         parameter.fill_(-2.0)
@@ -96,7 +96,7 @@ def _initialise(name: str, parameter: nn.Parameter, config: PreTrainedConfig) ->
 
 
 def _start_as_convolution(mixer: nn.Module, shared: torch.Tensor) -> None:
-    """Make queries equal keys and open the gate, so that the layer reads what it just wrote."""
+    """Make queries equal keys and open the gate, so a token reads what it has just written."""
     key, value = mixer.head_k_dim, mixer.head_v_dim * mixer.num_v_heads // mixer.num_k_heads
     heads = mixer.in_proj_qkvz.weight.view(mixer.num_k_heads, 2 * key + 2 * value, -1)
     heads[:, :key] = heads[:, key : 2 * key]
@@ -110,7 +110,7 @@ def _start_as_convolution(mixer: nn.Module, shared: torch.Tensor) -> None:
 def _write_the_token_before_by_convolution(
     mixer: nn.Module, shared: torch.Tensor, rotation: torch.Tensor
 ) -> None:
-    """Make values those of the token before, and the output that token, rotated."""
+    """Make values those of the previous token, and write that token, rotated."""
     key, value = mixer.head_k_dim, mixer.head_v_dim * mixer.num_v_heads // mixer.num_k_heads
     reads = _without(shared, _orthogonal(mixer.hidden_size)[: mixer.value_dim])
     heads = mixer.in_proj_qkvz.weight.view(mixer.num_k_heads, 2 * key + 2 * value, -1)
@@ -123,7 +123,7 @@ def _write_the_token_before_by_convolution(
 def _write_the_token_before_by_attention(
     layer: nn.Module, config: PreTrainedConfig, shared: torch.Tensor, rotation: torch.Tensor
 ) -> None:
-    """Make all heads of a layer look one token back, and write that token, rotated."""
+    """Make all heads of a layer attend to the previous token and write it, rotated."""
     size, attention = config.head_dim, layer.self_attn
     theta = config.rope_parameters[config.layer_types[0]]["rope_theta"]
     # Rotary embeddings rotate only these pairs of dims fast enough to separate neighbours.
@@ -151,7 +151,7 @@ def _write_the_token_before_by_attention(
 def _look_behind_the_same_token(
     attention: nn.Module, config: PreTrainedConfig, shared: torch.Tensor, rotation: torch.Tensor
 ) -> None:
-    """Make queries look for tokens after one like their own, and write those tokens."""
+    """Make queries find tokens whose previous token equals their own, and write those found."""
     hidden, size = config.hidden_size, config.head_dim
     groups = config.num_key_value_heads
     group = config.num_attention_heads // groups

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a recall model: `python -m tests.recall.train gemma3` or `qwen3-next`.
 
-Sequences start short and become longer when the model gives `GOOD` of the right answers. Only
+Sequences start short and become longer when the share of right answers reaches `GOOD`. Only
 answers and text have a loss. The model's folder goes to `tests/recall/models/NAME`:
 `config.json`, `model.safetensors` in bfloat16, the tokenizer and `curve.json`.
 """
@@ -26,7 +26,7 @@ from tests.recall.shapes import SHAPES, save
 LENGTHS = (64, 256, 1024, 2048)
 ROWS = (16, 4, 2, 2)
 GOOD, RECENT_STEPS = 0.95, 8
-"""Share of right answers over recent steps, for recall and copying, that ends a stage."""
+"""A stage ends at this share of right answers in recall and copying over the recent steps."""
 LEARNING_RATE = 3e-3
 WARM_UP_STEPS = 20
 LAST_STEPS = 80
@@ -35,7 +35,7 @@ TEXT_WEIGHT = 0.2
 
 
 def batch(draw: np.random.Generator, length: int, rows: int, first: bool) -> tuple[list, list]:
-    """Draw kinds and sequences; copies have most answers, so the first stage has more of them."""
+    """Draw kinds and sequences. The first stage has more copies, which have the most answers."""
     shares = [0.3, 0.6, 0.1] if first else [0.5, 0.3, 0.2]
     kinds = list(draw.choice(list(KINDS), p=shares, size=rows))
     return kinds, [KINDS[kind](draw, length) for kind in kinds]
@@ -73,7 +73,7 @@ def train(name: str, folder: Path, seed: int, most_steps: int | None = None) -> 
     draw = np.random.default_rng(seed)
     model = new_model(name).train()
     masters = list(model.parameters())
-    # Activations are in bfloat16, the optimiser's sums in float32.
+    # A copy in bfloat16 computes; the optimiser updates the float32 weights.
     rounded = copy.deepcopy(model).to(torch.bfloat16)
     print(f"{sum(p.numel() for p in masters) / 1e6:.2f} M parameters", flush=True)
     groups = [

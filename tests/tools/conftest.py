@@ -46,7 +46,7 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def make_environment(wheel, tmp_path_factory):
-    """Makes virtual environments with this tree's wheel in them."""
+    """A function that makes virtual environments with this tree's wheel."""
 
     def make(**options):
         folder = tmp_path_factory.mktemp("environment")

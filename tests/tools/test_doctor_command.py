@@ -45,7 +45,7 @@ def edits(found):
 
 @pytest.fixture(scope="module")
 def healthy(make_environment):
-    """The JSON in an environment without faults, and the lines of the text."""
+    """The doctor's JSON and its lines of text in an environment without faults."""
     done = make_environment().run(DIAGNOSE_ONCE, COLUMNS="80")
     assert done.returncode == 0, done.stderr
     first, *lines = done.stdout.splitlines()
@@ -221,8 +221,8 @@ FINDS = "def find():\n    return 'acme_platform.Platform'\n"
 
 
 def test_on_vllm_0_33_every_patch_is_active_and_other_faults_are_warnings(make_environment):
-    # The wheel of 0.33 has no CPU platform, and is installed next to the other release. vLLM
-    # uses a vendor's platform instead, which groups layers itself.
+    # The wheel of 0.33 has no CPU platform and is installed next to the other release. So vLLM
+    # uses a vendor's platform, which groups layers itself.
     environment = make_environment()
     environment.distribution(
         *("acme-platform", "1.0", "[vllm.platform_plugins]\nacme = acme_find:find\n"),

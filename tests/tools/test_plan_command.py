@@ -20,7 +20,7 @@ QWEN = SHAPES["qwen3.6-35b-a3b"]
 LLAMA = SHAPES["llama-3.1-8b"]
 
 
-# The wheel has no build for CPUs, so it finds no device.
+# The wheel of 0.33 is not built for CPUs, so it finds no device.
 WITH_0_33 = """
 import vllm.platforms
 from vllm.platforms.cpu import CpuPlatform
@@ -32,9 +32,9 @@ app()
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
-    """The folder and the result of one run with all outputs, in a process of its own."""
+    """The folder and the result of one run with all outputs, in a new process."""
     folder = tmp_path_factory.mktemp("plan")
-    # vLLM for CPUs can bring such a build for GPUs, which cannot be imported.
+    # vLLM for CPUs can install a torchvision for GPUs, which cannot be imported.
     (folder / "torchvision").mkdir()
     (folder / "torchvision" / "__init__.py").write_text("raise RuntimeError('no operator nms')\n")
     command = Path(sys.executable).with_name("vllm-hybrid-kv")
@@ -167,7 +167,7 @@ def test_a_layer_that_cannot_use_its_pages_is_refused_as_by_a_server(run, monkey
 
     options = (LLAMA, "--memory", "24GiB", "--boundary-layers", 0, "--pipeline-parallel-size", 2)
     assert run(*options).exit_code == 0
-    # In the last stage.
+    # The layers of the last pipeline stage do not match their pages.
     monkeypatch.setattr(core, "get_kv_cache_configs", with_wider_heads)
     refused = run(*options)
     assert refused.exit_code == 2
@@ -177,7 +177,7 @@ def test_a_layer_that_cannot_use_its_pages_is_refused_as_by_a_server(run, monkey
     )
     assert "its head size is 128, that of the pages is 256" in line
     assert line.endswith(in_tool_options(ADVICE))
-    # A server checks only layers with k8v4 pages, too.
+    # Like a server, the command checks only layers with k8v4 pages.
     assert run(*options, "--kv-cache-dtype", "auto").exit_code == 0
 
 

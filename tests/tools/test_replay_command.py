@@ -44,7 +44,7 @@ def test_a_size_is_written_in_the_largest_binary_unit_that_it_fills():
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
-    """The folder and the result of a sweep in which the second size fits no block."""
+    """The folder and the result of a sweep whose second memory size fits no block."""
     folder = tmp_path_factory.mktemp("replay")
     (folder / "hybrid.json").write_text(large_state_config().to_json_string())
     requests = []

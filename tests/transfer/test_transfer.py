@@ -43,7 +43,7 @@ def transfer(connector, **more):
 
 @pytest.fixture
 def engine(make_config):
-    """Sets up an engine's configuration in this process."""
+    """A function that makes the configuration of an engine with a connector."""
 
     def make(dtype=K8V4, connector="NixlConnector", **more):
         return make_config(kv_cache_dtype=dtype, kv_transfer_config=transfer(connector), **more)
@@ -117,7 +117,7 @@ def test_block_hashes_differ_from_those_of_a_server_without_the_plugin(engine, m
 
 
 def stored(config):
-    """Return the name and the description of a store on disk, see vLLM's tier `fs`."""
+    """Return the path and the description of a store on disk of vLLM's offloading tier `fs`."""
     spec = FullAttentionSpec(
         block_size=128, num_kv_heads=2, head_size=64, dtype=torch.uint8, state_content_bytes=100
     )
@@ -139,10 +139,10 @@ def test_the_name_of_an_offloading_store_contains_the_fingerprint(engine):
 
 @pytest.fixture
 def folder_of(engine, tmp_path):
-    """Returns the folder in which ExampleConnector stores the pages of a prompt."""
+    """A function that returns the folder in which ExampleConnector stores a prompt's pages."""
 
     def find(dtype=K8V4, rank=0, **more):
-        # vLLM disables the hybrid manager itself if it may choose.
+        # This is vLLM's own choice for the connector, unless it is set.
         config = engine(dtype, "ExampleConnector", disable_hybrid_kv_cache_manager=True, **more)
         options = config.kv_transfer_config.kv_connector_extra_config
         options["shared_storage_path"] = str(tmp_path)
@@ -188,7 +188,7 @@ def test_pages_of_another_format_in_a_store_are_logged_and_not_read(
 
 @pytest.fixture
 def check(engine):
-    """Checks a connector as start-up does, even if its dependencies are not installed."""
+    """A function that checks a connector as start-up does, even without its dependencies."""
     config = engine()
 
     def run(*args, on_cpu=True, **more):
@@ -237,7 +237,7 @@ def test_a_supported_connector_and_any_with_another_cache_start(dtype, name, eng
 
 def test_every_connector_of_vllm_is_classified():
     known = {*connectors.SUPPORTED, *connectors.REFUSED, "MultiConnector"}
-    # It carries hidden states and no pages.
+    # ExampleHiddenStatesConnector carries hidden states and no pages.
     assert {*known, "ExampleHiddenStatesConnector"} == set(KVConnectorFactory._registry)
 
 
@@ -263,7 +263,7 @@ def test_a_connector_of_another_package_causes_a_warning(check, log):
 
 
 def plan(padded_to, layers=2):
-    """A plan with one group of layers whose pages hold 65,536 bytes."""
+    """Return a plan with one group of layers whose pages hold 65,536 bytes."""
     spec = FullAttentionSpec(
         block_size=128,
         num_kv_heads=2,
@@ -292,7 +292,7 @@ def test_pages_that_nixl_can_cut_are_accepted(engine):
     config = engine()
     connectors.check_pages(config, plan(None), 2)
     connectors.check_pages(config, plan(65_536), 2)
-    # A single layer has its own memory.
+    # NIXL does not cut the pages of a single layer, which has its own memory.
     connectors.check_pages(config, plan(76_800, layers=1), 2)
     for other in (transfer("ExampleConnector"), None):
         config.kv_transfer_config = other

@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def plan_all(results: Results, only: set[str]) -> None:
-    """Plan every architecture that is not planned as another one's language model."""
+    """Plan every architecture that is not planned as another architecture."""
     wheel = unpacked_wheel("0.33")
     for minor, arguments, path in (("0.32", (), None), ("0.33", ("--as-cpu",), wheel)):
         todo = [
@@ -54,9 +54,9 @@ def plan_all(results: Results, only: set[str]) -> None:
 
 
 def run_all(results: Results, only: set[str]) -> None:
-    """Run one architecture of each pattern, or another one if vLLM on CPUs does not run it."""
+    """Run one architecture per pattern; try the next one if vLLM on CPUs cannot run it."""
     with worker("tests.zoo.runner", LOG, 300.0) as runner:
-        # A row changes which architectures represent a pattern.
+        # Each row can change which architecture represents a pattern.
         while todo := [
             name
             for name in representatives(results.tables).values()

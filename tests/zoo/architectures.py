@@ -28,8 +28,8 @@ class Architecture:
 
     Attributes:
         name: The name in `architectures` of a config.json.
-        table: The registry's table with the entry.
-        minors: The releases with the entry.
+        table: The table of the registry that has the entry.
+        minors: The minors of vLLM that have the entry.
     """
 
     name: str

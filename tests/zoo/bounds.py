@@ -8,10 +8,10 @@ import statistics
 from typing import Any
 
 CACHED_APART = 0.15
-"""Bound for fresh and cached log-probabilities of bfloat16 models."""
+"""Bound on the difference of fresh and cached log-probabilities of bfloat16 models."""
 
 STATES_APART = 1.0
-"""The same for models that round states to bfloat16 after each chunk of a prompt."""
+"""The same bound if a model rounds states to bfloat16 after each chunk of a prompt."""
 
 SCORE_SIZE = 2.0
 
@@ -44,7 +44,7 @@ def verdict(row: dict[str, Any], states: bool) -> list[str]:
         row: A row of `tests.zoo.runner` in which both dtypes ran.
         states: Whether the model has recurrent states.
     """
-    # `not <=`, because NaN is out of bounds, too.
+    # `not <=` instead of `>`, because NaN is out of bounds too.
     wrong = [
         f"{name} difference from auto {measured:.3f}, bound {bound:.3f}"
         for name, (measured, bound) in row["errors"].items()

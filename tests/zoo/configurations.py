@@ -87,7 +87,7 @@ def _as_json(config: Any, model_type: str) -> dict[str, Any]:
 
 
 def _plain(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return fields without those that do not describe the model, recursively."""
+    """Remove, recursively, fields that do not describe the model."""
     return {
         key: _plain(value) if isinstance(value, dict) else value
         for key, value in fields.items()
@@ -96,7 +96,7 @@ def _plain(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _register(model_type: str, config_class: Any = None) -> None:
-    """Register a config class with any fields for a model type of a checkpoint's own code."""
+    """Register a config class for a model type that only a checkpoint's own code defines."""
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 

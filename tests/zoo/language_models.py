@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Architectures that have the configuration of another one."""
+"""Architectures that have the configuration of another architecture."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SAME_AS = {
     "MiMoV2FlashForCausalLM": "MiMoV2ForCausalLM",
     "NanbeigeForCausalLM": "LlamaForCausalLM",
 }
-"""Architectures that are second names of another one."""
+"""Second names of architectures, with the first name."""
 
 _WRAPPERS = {
     "Qwen3MoeForCausalLM": (
@@ -75,9 +75,9 @@ _WRAPPERS = {
     "Step3p5ForCausalLM": "Step3p7ForConditionalGeneration",
     "Step5ForCausalLM": "Step5ForConditionalGeneration",
 }
-"""Multimodal architectures by the architecture of their language model.
+"""For each architecture of a language model, the multimodal architectures that contain it.
 
-If checkpoints of one architecture have several language models, the newest counts.
+If the checkpoints of an architecture have different language models, the newest counts.
 """
 
 LANGUAGE_MODELS = {

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A configuration for every architecture, with the fields that decide its KV cache.
 
-An architecture that `tests.zoo.language_models` maps to another one has the configuration of that
-one. The others have fields of published checkpoints in `SIZES`, or the defaults of the config class
-in transformers or vLLM.
+If `tests.zoo.language_models` maps an architecture to another one, both have the configuration of
+the latter. The remaining architectures have fields of published checkpoints in `SIZES`, or the
+defaults of the config class in transformers or vLLM.
 """
 
 from __future__ import annotations
@@ -272,7 +272,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "mamba_d_head": 64,
         "layer_types": ["attention" if i % 10 == 5 else "mamba" for i in range(40)]},
     "MuseGlimmerForCausalLM": {"vllm": "muse_glimmer_text"},
-    # Fields that vLLM reads and the config classes have no default for.
+    # These have fields that vLLM reads, but for which the config class has no default.
     "AfmoeForCausalLM": {"transformers": "afmoe", "score_func": "sigmoid", "rope_scaling": None,
         "route_norm": True, "n_group": 1, "topk_group": 1, "route_scale": 1.0},
     "Glm4MoeForCausalLM": {"transformers": "glm4_moe", "head_dim": 128},
@@ -375,7 +375,7 @@ SIZES: dict[str, dict[str, Any]] = {
 # fmt: on
 
 FILES = {"Dots3NoteForCausalLM": {"added_tokens.json": '{"<|imgpad|>": 151665}'}}
-"""Files next to config.json that vLLM's class of the language model reads."""
+"""By architecture, files next to config.json that vLLM's model class reads."""
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "Rnj1ForCausalLM": {"attention_backend": "TRITON_ATTN"},

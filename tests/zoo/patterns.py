@@ -13,7 +13,7 @@ class Pattern(NamedTuple):
     Attributes:
         attention: Kinds of attention.
         state: Kinds of recurrent states.
-        window: Bounds of attention.
+        window: Kinds of limits on attention, such as sliding windows.
         sharing: Whether layers read another layer's cache.
         experts: Whether the model is a mixture of experts.
     """

@@ -55,7 +55,7 @@ def plan(architecture: str) -> dict[str, Any]:
 
 
 def refused(reason: str) -> dict[str, Any]:
-    """Return the plans of an architecture for which there is none with any cache dtype."""
+    """Return the plans of an architecture that is refused with every cache dtype."""
     return {dtype: {"refused": reason} for dtype in DTYPES}
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks that a refusal has no messages of Python and no words about another device."""
+"""Checks that a refusal contains no Python error and does not mention another device."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from tests.zoo.workers import ROOT
 PAGE = ROOT / "docs" / "models.md"
 README = ROOT / "README.md"
 MARKS = "<!-- made by make zoo -->\n", "<!-- end -->"
-"""Around the README's table."""
+"""The marks before and after the README's table."""
 
 K8V4 = "turboquant_k8v4"
 
@@ -27,7 +27,7 @@ KINDS = {
     "planned only": "planned only",
     "refused": "refused",
 }
-"""The start of a status, and the kind that it counts as."""
+"""By the text with which a status starts, the kind under which the README counts it."""
 Tables = dict[str, dict[str, Any]]
 
 HEAD = """# Models
@@ -166,7 +166,7 @@ def summary(tables: Tables) -> str:
 
 
 def _patterns(tables: Tables) -> list[tuple[Pattern, int]]:
-    """Return the planned patterns and their numbers of architectures, most first."""
+    """Return each planned pattern and its number of architectures, most frequent first."""
     rows = (tables["plans"][LANGUAGE_MODELS.get(name, name)] for name in architectures())
     return Counter(kind for row in rows if (kind := pattern(row))).most_common()
 

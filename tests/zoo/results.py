@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The committed results of the zoo, written after every row."""
+"""The committed results of the zoo: a row per architecture, each written when it is done."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Results:
 
     Args:
         path: The file, which may not exist yet.
-        keep: Whether rows of older sources count as done.
+        keep: Whether rows that older sources computed count as done.
     """
 
     def __init__(self, path: Path = RESULTS, keep: bool = False) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that reads names of architectures and writes what their engines compute, as JSON lines.
+"""A process that reads names of architectures and writes their engines' results as JSON lines.
 
 Each architecture's small model runs with `auto` and with k8v4.
 """

@@ -115,7 +115,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
 
 
 def row_of(apart: float, cached: list[int], error: float = 0.0) -> dict:
-    """Return an engine's row with this difference to fresh outputs and this error of k8v4."""
+    """Return an engine's row in which cached outputs differ by `apart` and k8v4 by `error`."""
     auto = [-3.0 + 0.01 * i for i in range(400)]
     return {
         "auto": {},

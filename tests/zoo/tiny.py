@@ -39,7 +39,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "GraniteSWAForCausalLM": {"attention_multiplier": 0.125},
     "Mamba2ForCausalLM": {"num_heads": 16},
 }
-"""Further fields of an architecture that must match its small sizes, or that its models set."""
+"""Further fields of an architecture: they match its small sizes, or its real models set them."""
 
 STAND_INS: dict[str, tuple[str, dict[str, Any], str]] = {
     "OlmoHybridForCausalLM": (
@@ -48,8 +48,8 @@ STAND_INS: dict[str, tuple[str, dict[str, Any], str]] = {
         "Qwen3NextForCausalLM with experts in one layer",
     )
 }
-"""For architectures that vLLM cannot run on CPUs: another one, the fields that give it the same
-layers, and a name for it."""
+"""For each architecture that vLLM cannot run on CPUs: a substitute, the fields that give the
+substitute the same layers, and a name for the result."""
 
 
 def small_model(architecture: str) -> tuple[dict[str, Any], str]:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random weights that make a model's output depend on its KV cache.
 
-vLLM's own dummy weights are so small that all tokens are equally likely. With these, branches
-keep the size of their inputs, attention scores have a standard deviation of about 1, and logits
-one of `LOGIT_SIZE`.
+vLLM's own dummy weights are so small that all tokens are equally likely. With the weights of this
+module, branches keep the size of their inputs. The standard deviation of attention scores is about
+1, that of logits `LOGIT_SIZE`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes rows in a child process, so that a crash or a hang loses one row."""
+"""Computes rows of the zoo's tables in a child process: a crash or a hang loses only one row."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ENVIRONMENT = {
 
 
 class WorkerError(RuntimeError):
-    """The process of a row ended or took too long."""
+    """The process that computes a row ended or took too long."""
 
 
 class Worker:
@@ -34,7 +34,7 @@ class Worker:
     Args:
         module: The module to run.
         log: The file for the process's output.
-        timeout: Seconds for a row, including a start.
+        timeout: Seconds for a row, including the start of the process.
         arguments: Arguments of the module.
         wheel: An unpacked release of vLLM to use instead of the installed one.
     """

@@ -2,8 +2,8 @@
 """The pytest plugin that runs in the process of vLLM's own tests (`-p conformance_report`).
 
 It loads vLLM's general plugins as every process of vLLM does, so the plugin is registered through
-its entry point if `VLLM_PLUGINS` allows it. It counts who makes the coordinators and writes the
-outcome of every test to a file. It changes only how long a test waits for a process.
+its entry point if `VLLM_PLUGINS` allows it. It counts the coordinators that the strategy makes, and
+writes the outcome of every test to a file. It changes only how long a test waits for a process.
 
 Only this folder is on `PYTHONPATH`, because `tests` is vLLM's package in that process.
 """
@@ -28,7 +28,7 @@ REASON_LENGTH = 300
 
 PATIENCE = 5.0
 """The factor on the time limits of processes. A test allows 60 s for an import of vLLM, which takes
-longer on two cores that run other tests as well."""
+longer if two cores run other tests too."""
 
 REPORT: dict[str, Any] = {
     "vllm": vllm.__version__,
@@ -96,7 +96,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=dropped)
     items[:] = [item for item in items if item not in dropped]
     for item in items:
-        # vLLM's own marker of tests without GPU memory saves half a second each.
+        # vLLM's marker for tests that use no GPU memory saves half a second per test.
         item.add_marker("skip_global_cleanup")
 
 
@@ -126,7 +126,7 @@ def pytest_sessionfinish() -> None:
 
 
 if vllm.platforms.current_platform.is_unspecified():
-    # A CUDA wheel detects no device here. Set it before another module imports the name.
+    # A CUDA wheel detects no device here. Set the platform before another module imports it.
     from vllm.platforms.cpu import CpuPlatform
 
     vllm.platforms.current_platform = CpuPlatform()

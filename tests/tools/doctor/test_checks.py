@@ -11,7 +11,7 @@ from vllm_hybrid_kv.tools.doctor import checks, devices, runner
 
 @pytest.fixture
 def facts():
-    """What the checks record on a machine with a CPU if all is well."""
+    """Return the facts that the checks record on a machine with a CPU if all is well."""
     plugin = {"name": "hybrid_kv", "package": "v 0.1.0", "state": "loaded", "error": None}
     names = ("prefix_match_unit", "cpu_isa", "boundary_layers", "unify_page_sizes")
     return {
@@ -128,7 +128,7 @@ def test_a_changed_vllm_function_that_stops_start_up_is_reported_once(facts):
     facts["plugins"] = [failed("hybrid_kv", "raises", "HybridKVFingerprintError")]
     facts["foreign"] = [{"place": "vllm.a.f", "module": "rival.patch", "package": ""}]
     facts["refused"] = True
-    # The check of the patches may have raised.
+    # The check of the patches may have raised, so that its facts are missing.
     del facts["patches"]
     findings = [*checks.plugin_errors(facts), *checks.patched(facts)]
     message = only(findings, "rival", "problem")["message"]

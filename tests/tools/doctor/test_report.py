@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report: what a child process that ended anywhere leaves, the verdict, the text."""
+"""The report: its verdict and text, also if the child process ended early."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ FACTS = [
     {"patches": [patch(("vllm.a.f", True, []))]},
     {"torch": {"cuda": None, "hip": None}, "devices": [DEVICE]},
 ]
-"""What the checks record one after another on a machine with a CPU if all is well."""
+"""The facts that the checks record in turn on a machine with a CPU if all is well."""
 
 
 def messages(*findings, **changes):
@@ -142,7 +142,7 @@ def test_the_text_starts_with_the_verdict_and_the_worst_finding(printed):
     problem = finding("problem", "p", "is [bold]it[/bold] 'amx'?", "Mend vllm-hybrid-kv[cpu]")
     assert printed(read(messages(note, problem)))[:4] == [
         f"{WHO} cannot be active here: 1 problem.",
-        # A sentence that has its end gets no second one. Markup is printed unchanged.
+        # After a question mark comes no full stop. Markup is printed unchanged.
         "problem: is [bold]it[/bold] 'amx'?",
         "  Mend vllm-hybrid-kv[cpu].",
         "note: good to know.",

@@ -10,7 +10,7 @@ import pytest
 
 LENGTHS = (150, 90, 33)
 ENGINE = {"max_num_batched_tokens": 64, "dtype": "float32"}
-"""The longest sequence needs three chunks; vLLM's default dtype for the model is bfloat16."""
+"""The longest sequence needs three chunks. Without `dtype` vLLM would use bfloat16."""
 
 
 @pytest.fixture(scope="session")

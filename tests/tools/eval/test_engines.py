@@ -45,7 +45,7 @@ def scores_of(work, cache):
 
 @pytest.fixture(scope="module")
 def by_transformers(model, sequences):
-    """Log-probabilities of the actual next tokens, in float64 from float32 logits."""
+    """Return log-probabilities of the actual next tokens, in float64 from float32 logits."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -131,7 +131,7 @@ def test_only_a_lost_score_is_computed_again(outcome, run, work, numbers):
 
 @pytest.mark.long
 def test_an_unquantised_cache_does_not_diverge(outcome, run, work):
-    # The setting has no effect on it.
+    # `boundary_layers` has no effect on an unquantised cache.
     name = "auto[boundary_layers=1]"
     _, again = repeated(run, work, name)["caches"]
     assert again["name"] == name
@@ -164,7 +164,7 @@ def test_an_interrupted_run_continues(outcome, command, environment, run, tmp_pa
         process.send_signal(how)
         process.wait(60)
     if how == signal.SIGKILL:
-        # The engine ends when it cannot report.
+        # The engine outlives the killed command until it fails to report to it.
         wait_for_engines(work)
     written = first.stat().st_mtime_ns
     assert repeated(run, work) == numbers

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The caches of a run, its folder, what it sends to an engine, and how it continues."""
+"""A run of an evaluation: its caches, its folder, its engines' jobs, and how it continues."""
 
 import json
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_a_folder_belongs_to_one_run(tmp_path, change, differs):
 
 
 def test_a_folder_is_locked_while_it_is_open(tmp_path):
-    # Locks of `flock` belong to an open file: a second one of this process conflicts, too.
+    # A lock of `flock` belongs to an open file: opening a second one here conflicts too.
     with opened(tmp_path, IDENTITY):
         assert "another evaluation uses this folder" in refusal(tmp_path)
     with opened(tmp_path, IDENTITY):

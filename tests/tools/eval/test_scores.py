@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores equal torch's functions in float64 and values computed by hand; summaries, definitions."""
+"""Scores and their summaries equal torch's functions in float64 and values computed by hand."""
 
 import math
 import statistics

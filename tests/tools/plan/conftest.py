@@ -12,7 +12,7 @@ from vllm_hybrid_kv.tools.plan.model_description import described
 
 @pytest.fixture(scope="session")
 def shape() -> Iterator[Callable[..., Model]]:
-    """A function that builds one of `SHAPES` as an engine on GPUs would have it, once."""
+    """A function that builds each of `SHAPES` once, as an engine on GPUs would."""
     built: dict[tuple[Any, ...], Model] = {}
     with ExitStack() as stack:
 
@@ -24,11 +24,11 @@ def shape() -> Iterator[Callable[..., Model]]:
                     "model": description.folder,
                     "kv_cache_dtype": kv_cache_dtype,
                     "tensor_parallel_size": ranks,
-                    # Fewer than the state blocks of any plan here, or vLLM refuses CUDA graphs.
+                    # With more requests than a plan's state blocks, vLLM would refuse CUDA graphs.
                     "max_num_seqs": 256,
                 }
                 if name == "llama-4-scout":
-                    # Its own 10 million tokens fit into nothing here.
+                    # Its own maximum of 10 million tokens fits into no memory size of the tests.
                     arguments["max_model_len"] = 131072
                 built[key] = Model(arguments)
             return built[key]

@@ -43,20 +43,20 @@ OUTCOMES: dict[str, dict[str, str]] = {
     "BloomForCausalLM": {K8V4: "ALiBi", "fp8": "FlashAttention does not support fp8"},
     "BertModel": {"auto": "no KV cache", "fp8": "no KV cache", K8V4: "'encoder_only'"},
     "Gemma4ForConditionalGeneration": {},
-    # Its groups have layers with several page sizes.
+    # A KV group of this model has layers with several page sizes.
     "Glm5NextForCausalLM": MLA,
-    # vLLM's own configs do not say that this one has MLA.
+    # vLLM's own configs do not say that this model has MLA.
     "SarvamMLAForCausalLM": MLA,
     "WhisperForConditionalGeneration": CROSS,
     "MiMoV2ForCausalLM": {K8V4: "its keys have 192 dims and its values 128"},
     "PanguProMoEV2ForCausalLM": {K8V4: "FLASH_ATTN_DIFFKV, which cannot read k8v4 pages"},
     "MiniMaxM3SparseForCausalLM": {K8V4: "sparse attention (MINIMAX_M3_SPARSE)"},
-    # Its layers attend in both directions within prompts; its boundary layers are unquantised.
+    # Layers attend in both directions within prompts; boundary layers are unquantised.
     "HrmTextForCausalLM": {},
-    # Needs the model runner that servers on GPUs have by default.
+    # This model needs the model runner that servers on GPUs have by default.
     "LongcatFlashNgramForCausalLM": MLA,
 }
-"""Part of the reason for each refused dtype; all others are planned."""
+"""By architecture, a part of the reason for each refused dtype; other dtypes are planned."""
 
 
 def outcome_of(path: Path, dtype: str) -> dict[str, Any] | str:

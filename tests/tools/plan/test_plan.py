@@ -32,7 +32,7 @@ LAYERS = {
     "llama-4-scout": {"chunked local 8,192": 36, "full attention": 12},
     "jamba-1.5-mini": {"state (mamba1)": 28, "full attention": 4},
     "llama-3.1-8b": {"full attention": 32},
-    # Their configurations do not say which layers are attention.
+    # The configurations of these two do not say which layers are attention.
     "falcon-h1-1.5b": {"state (mamba2)": 24, "full attention": 24},
     "zamba2-2.7b": {"state (mamba2)": 54, "full attention": 9},
 }
@@ -69,7 +69,7 @@ def test_boundary_layers_of_models_without_states_are_unquantised(
     names = [layer for row in plan.pages if row.stores == "bfloat16" for layer in row.layers]
     assert sorted(int(re.search(r"\d+", layer)[0]) for layer in names) == unquantised
     assert {row.stores for row in plan.pages} == {"k8v4", "bfloat16"}
-    # A chunk of Llama 4 has whole blocks.
+    # A chunk of Llama 4 consists of whole blocks.
     assert all(8192 % row.block_tokens == 0 for row in plan.pages if "chunked" in row.kind)
     assert len(plan.warnings) == warnings
 
@@ -145,7 +145,7 @@ def test_a_hybrid_model_with_a_skipped_layer_hits_as_with_fp8(name, skipped):
             model = Model({**arguments, "model": description.folder, "kv_cache_dtype": dtype})
             plan = plan_of(model, 24 * GIB, {})
             hits[dtype] = plan.smallest_hit, hits_of(model.engine(24 * GIB, {}), 4096, 9216)
-            # Blocks are at least those of an unquantised cache, and multiples of the smallest.
+            # Blocks are no shorter than unquantised ones, and multiples of the shortest block.
             blocks = sorted({row.block_tokens for row in plan.pages})
             assert blocks[0] >= 80
             assert all(block % blocks[0] == 0 for block in blocks)
@@ -153,7 +153,7 @@ def test_a_hybrid_model_with_a_skipped_layer_hits_as_with_fp8(name, skipped):
 
 
 def small_gemma3(folder):
-    """The shape of Gemma 3 270M: one KV head of 256 dims, windows of 512 tokens."""
+    """Write a config like Gemma 3 270M's: one KV head of 256 dims, windows of 512 tokens."""
     config = Gemma3TextConfig(
         vocab_size=512, hidden_size=640, intermediate_size=256, num_hidden_layers=18,
         num_attention_heads=4, num_key_value_heads=1, head_dim=256, sliding_window=512,
@@ -168,7 +168,7 @@ def qwen3_6(folder):
 
 
 def small_qwen3_next(folder):
-    """The demo's hybrid model."""
+    """Write the config of the demo's hybrid model."""
     config = qwen3_next_config()
     config.architectures = ["Qwen3NextForCausalLM"]
     config.save_pretrained(folder)
