@@ -40,7 +40,8 @@ class Case:
 # stored number moves by a whole step. A few of a prompt's 100,000 numbers always do, and they move
 # more numbers in later layers. The order of sums, and so the CPU, decides which numbers move.
 # With AVX-512, float32 log-probabilities moved by up to 0.03 between batches, chunks and cached
-# prompts, and by up to 0.16 with two processes or compilation. With AVX2: 0.078 between batches.
+# prompts, and by up to 0.16 with two processes or compilation. With AVX2 they moved by up to 0.078
+# between batches.
 # bfloat16 rounds logits of 8 to 16 to multiples of 1/16. Gated DeltaNet rounds its state to
 # bfloat16 after each chunk. With chunks of 32 tokens and an unquantised cache, vLLM moves a
 # prompt's log-probabilities by 0.095 on average, by over 0.34 in 1 of 100, and by up to 0.987.

@@ -88,7 +88,7 @@ def gemma3_config(
 
 
 def qwen3_next_config(head_size: int = 128, layers: int = 8, **changes: Any) -> Qwen3NextConfig:
-    """Return a hybrid model with experts: three Gated DeltaNet layers to one of full attention."""
+    """Return a hybrid model with experts: three Gated DeltaNet layers per full-attention layer."""
     fields = {**_common(layers), **_gated_delta_net(head_size, layers), **changes}
     return Qwen3NextConfig(
         **fields,
@@ -124,7 +124,7 @@ def gemma3n_config() -> Gemma3nTextConfig:
 
 
 def llama4_config() -> Llama4TextConfig:
-    """Return a model like Llama 4: three layers of chunked local attention to one of full."""
+    """Return a model like Llama 4: three layers of chunked local attention per full layer."""
     return Llama4TextConfig(
         **_common(8),
         head_dim=HEAD_SIZE,
@@ -195,8 +195,7 @@ def build_model(
         config: One of `CONFIGS`, or a variant of it.
         folder: The folder to write to; created if it does not exist.
         dtype: The dtype of the weights in the file. Weights are drawn in float32.
-        words_only: Scale down the logits of other tokens, so that greedy answers consist of whole
-            words.
+        words_only: Scale down other tokens' logits, so that greedy answers are whole words.
         seed: The seed of the weights.
 
     Returns:
@@ -348,9 +347,9 @@ def _initialise(
 def _gain(name: str, normed_heads: bool) -> float:
     gains = {
         "lm_head": LOGIT_SIZE,
-        # Large gaps: if the second and third expert change places, the output hardly changes.
+        # The first expert dominates, so swapping the second and third hardly changes the output.
         ".gate": 4.0,
-        # Small, because rounding can route a token to another expert, whatever the cache.
+        # Rounding can route a token to another expert; a small gain keeps that jump small.
         "experts.down_proj": 0.25,
     }
     if not normed_heads:

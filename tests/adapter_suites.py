@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tests that every supported minor of vLLM has to pass, also one that is only unpacked."""
+"""The tests that every supported minor of vLLM must pass, installed or only unpacked."""
 
 import os
 import subprocess

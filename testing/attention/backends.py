@@ -33,7 +33,7 @@ vllm.triton_utils.tl = tl
 # PyTorch aborts a process that registers operators twice.
 if not torch.cpu._is_avx512_bf16_supported():
     sys.modules["vllm._C"] = ModuleType("vllm._C")
-# vLLM's workspace empties the accelerator's cache before it grows; here is no accelerator.
+# vLLM's workspace empties the accelerator's cache before it grows; on CPUs there is none.
 torch.accelerator.empty_cache = lambda: None
 
 from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config

@@ -36,7 +36,7 @@ class Recorder(TorchDispatchMode):
         if not self._inside and isinstance(result, torch.Tensor):
             made = not any(
                 alias.alias_info is not None for alias in func._schema.returns
-            )  # neither a view nor an argument
+            )  # a new tensor, neither a view nor an argument
 
             def again() -> None:
                 repeated = func(*args, **kwargs)

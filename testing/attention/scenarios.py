@@ -78,7 +78,7 @@ def replay_error(name: str, captured: Step, replayed: Step) -> float:
     with Recorder() as recorder:
         backend.impl.forward(backend.layer, query, key, value, cache, metadata, out)
     launched = [executor.fn.__name__ for executor, _, _ in recorder.launches]
-    # A plan for decodes from before the capture would not fail, but has other lengths.
+    # A decode plan made before the capture would not fail, but is for other lengths.
     assert name == "stock" or "plan_kernel" in launched
 
     backend.store(made.key, made.value, cache, slots)

@@ -16,8 +16,8 @@ from testing.attention.steps import Step, call
 from testing.triton.processes import Interpreter
 
 TOLERANCE = 0.4
-"""Largest ||out - exact|| / ||exact|| of a token's head that quantisation explains; 0.1 is usual.
-The faults under test cause larger errors, mostly of 1 and more."""
+"""Bound on ||out - exact|| / ||exact|| over tokens and heads. Quantisation usually causes 0.1; the
+faults under test cause more than the bound, mostly 1 and more."""
 
 Run = Callable[..., Any]
 
@@ -35,11 +35,11 @@ def wrong(reason: str) -> pytest.MarkDecorator:
 
 
 def both(reason: str) -> pytest.MarkDecorator:
-    """Run a test on both backends; stock must fail."""
+    """Run a test on both backends, and expect stock to fail for this reason."""
     return pytest.mark.parametrize("backend", ["ours", pytest.param("stock", marks=wrong(reason))])
 
 
-@both("vLLM #40831, #52475, #53180: upper bounds are used as lengths")
+@both("vLLM #40831, #52475, #53180: stock uses upper bounds as lengths")
 def test_draft_tokens_attend_with_the_accepted_lengths(backend: str, run: Run) -> None:
     assert run("step_error", backend, Step((9, 6), (2, 2), bound=3)) < TOLERANCE
 
@@ -52,7 +52,7 @@ def test_a_graph_with_1_to_8_tokens_per_request_follows_changed_lengths(
     assert run("replay_error", "ours", captured, replayed) < TOLERANCE
 
 
-@pytest.mark.parametrize("tokens", [1, pytest.param(2, marks=wrong("its prefill is in Python"))])
+@pytest.mark.parametrize("tokens", [1, pytest.param(2, marks=wrong("its prefill is Python code"))])
 def test_a_graph_of_stock_follows_changed_lengths_only_with_one_token_per_request(
     tokens: int, run: Run
 ) -> None:
@@ -77,30 +77,30 @@ def test_a_plan_for_the_previous_token_is_correct_for_decodes(run: Run) -> None:
     assert run("draft_error", False) < TOLERANCE
 
 
-@both("vLLM #46460: one uncached prompt makes it ignore cached context")
+@both("vLLM #46460: one uncached prompt makes stock ignore cached context")
 def test_cached_context_is_attended_to_next_to_an_uncached_prompt(backend: str, run: Run) -> None:
     assert run("step_error", backend, Step((20, 20), (20, 5))) < TOLERANCE
 
 
-@both("its keys are e4b15 there, whose maximum is 1.75")
+@both("stock converts keys through e4b15, whose maximum is 1.75")
 def test_large_keys_are_not_clipped_on_gpus_without_a_conversion_to_fp8(
     backend: str, run: Run
 ) -> None:
     assert run("step_error", backend, Step((20, 9), (1, 1), key_size=3.0)) < TOLERANCE
 
 
-@both("vLLM #40420: it dequantises the context into a buffer of max_model_len tokens")
+@both("vLLM #40420: stock dequantises context into a buffer of max_model_len tokens")
 def test_the_workspace_does_not_grow_with_max_model_len(backend: str, run: Run) -> None:
     assert run("workspace_bytes", backend, 1024) == run("workspace_bytes", backend, 65536)
 
 
-@both("it ignores the soft cap")
+@both("stock ignores the soft cap")
 def test_a_soft_cap_bounds_the_scores(backend: str, run: Run) -> None:
     layer = {"logits_soft_cap": 0.2}
     assert run("step_error", backend, Step((20, 9), (1, 1), layer=layer)) < TOLERANCE
 
 
-@both("it refuses them")
+@both("stock refuses such layers")
 @pytest.mark.parametrize("feature", ["has_sliding_window", "has_sink"])
 def test_sliding_windows_and_sinks_are_served(feature: str, backend: str, run: Run) -> None:
     assert run("refused", backend, {feature: True}) == []

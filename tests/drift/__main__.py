@@ -28,7 +28,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.drift", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("vllm", metavar="VLLM", help="a version, a wheel or a folder")
-    parser.add_argument("--write", action="store_true", help="write the column to the table")
+    parser.add_argument("--write", action="store_true", help="add its hashes to the table")
     parser.add_argument("--tests", action="store_true", help="run the plugin's tests with it")
     parser.add_argument("--pip-args", default="", metavar="ARGS", help="for pip, in one string")
     arguments = parser.parse_args(command_line)

@@ -69,7 +69,7 @@ OTHER = "def plan(route):\n    return sorted(route)\n"
         ({"planning": PLAN.replace("plan", "make_plan")}, "plan", ("gone",), None),
         ({"planning": "", "sizing": PLAN}, "plan", ("moved",), "vllm.sizing"),
         ({"planning": "", "sizing": CHANGED}, "plan", ("moved", "changed"), "vllm.sizing"),
-        # Another function of the same name is not the moved one.
+        # A function of the same name with other code is not the moved function.
         ({"planning": "", "routing": OTHER}, "plan", ("gone",), None),
         ({"planning": "", "a": OTHER, "b": CHANGED}, "plan", ("moved", "changed"), "vllm.b"),
         ({"managing": "", "managers": MANAGER}, "Manager.make", ("moved",), "vllm.managers"),

@@ -59,7 +59,7 @@ def arguments(model: Path, case: Case, **more: Any) -> dict[str, Any]:
     """Return the arguments of a case's engine, changed by `more`.
 
     Gemma3 has blocks of two lengths, and hits end at multiples of their least common multiple.
-    With vLLM's default block size of 128 this would be 640 tokens, too many for the prompts.
+    With vLLM's default block size of 128 this is 640 tokens, too many for most of the prompts.
     """
     if case.model == "gemma3":
         more = {"block_size": 32, **more}
@@ -143,7 +143,7 @@ FAULTS: list[Any] = [
     pytest.param("one token short", run_at_once, (), marks=pytest.mark.both_minors),
     ("drafts see each other", speculate, ()),
     ("drafts one token short", speculate, ()),
-    # For qwen3-next, losing 1 of 32 tokens moves log-probabilities by 0.23, chunks by 0.25.
+    # For qwen3-next, losing 1 of 32 tokens moves log-probabilities by 0.23, chunks alone by 0.25.
     ("lost slot", run_in_chunks, ("qwen3-next",)),
     ("page of the neighbour", run_in_chunks, ()),
     ("window off by one", run_in_chunks, ("llama", "qwen3-next")),

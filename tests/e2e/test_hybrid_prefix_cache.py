@@ -105,7 +105,7 @@ def test_a_state_that_is_not_copied_is_detected(chats: Chats) -> None:
 
 
 def test_the_third_prompt_with_a_common_beginning_resumes_at_its_end(chats: Chats) -> None:
-    # The beginning does not end a block, where the first prompt may have cached a state.
+    # The beginning ends inside a block. At block ends the first prompt may cache states.
     beginning = random_prompt(9 * UNIT, seed=77)
     prompts = [beginning + random_prompt(100, seed=80 + i)[1:] for i in range(4)]
     outputs = chats.engine.generate(prompts, CASE.tokens, alone=True)
@@ -123,7 +123,7 @@ def test_a_repeated_prompt_gives_the_same_bits(chats: Chats) -> None:
 
 def test_seeded_output_does_not_depend_on_chunks(chats: Chats) -> None:
     prompts = [random_prompt(length, seed=900 + length) for length in (100, 300)]
-    # A chunk ends where a state is cached; its sample is discarded. After a hit, one is left.
+    # A chunk ends where a state is cached; its sample is discarded. A hit leaves one chunk.
     chunked, hit, other = (
         chats.engine.generate(prompts, CASE.tokens, alone=True, seed=seed) for seed in (7, 7, 8)
     )

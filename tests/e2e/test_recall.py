@@ -31,8 +31,8 @@ WORSE = 0.005
 LESS_SURE = 0.003
 """How much higher the mean negative log-probability of right answers may be.
 
-With k8v4 it was 0.0005 (Gemma3) and 0.0008 (Qwen3-Next) higher. With the scale of the neighbour
-most answers stay right but become less certain: it was 0.040 and 0.008 higher.
+With k8v4 it was 0.0005 (Gemma3) and 0.0008 (Qwen3-Next) higher. With the fault
+`scale of the neighbour` most answers stay right but less certain: it was 0.040 and 0.008 higher.
 """
 ENOUGH = 200
 """Minimum number of questions per distance and depth, so that one question is at most 0.5 %."""

@@ -48,7 +48,7 @@ def fuzz(name: str, seconds: int) -> None:
 def main() -> int:
     """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz.coverage_guided")
-    parser.add_argument("--seconds", type=int, default=60, help="for each parser")
+    parser.add_argument("--seconds", type=int, default=60, help="seconds for each parser")
     parser.add_argument("--only", choices=TESTS, action="append", help="may be repeated")
     parser.add_argument("--in-process", choices=TESTS, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load a real server for minutes, and compare every answer with the one computed alone.
+"""Load a real server for minutes, and compare each answer with that to the request alone.
 
     python -m tests.load [--model llama] [--minutes 10] [--alone-minutes 60] [--out FILE]
 
@@ -71,9 +71,9 @@ ARGUMENTS = (
     *("--gpu-memory-utilization", "0.3", "--enforce-eager", "--block-size", "32"),
     # With so few blocks, requests are preempted.
     *("--num-gpu-blocks-override", "120"),
-    # vLLM caches oneDNN's preparations for every number of tokens in a step. For 40
-    # matrices, without a KV cache, they took 380 MiB after 257 steps of up to 700 tokens. With up to
-    # 64 tokens they are complete after 300 steps and take 132 MiB.
+    # vLLM caches oneDNN's preparations for every number of tokens in a step. For 40 matrices and no
+    # KV cache, they took 380 MiB after 257 steps of up to 700 tokens. With steps of up to 64 tokens
+    # they are complete after 300 steps and take 132 MiB.
     *("--max-num-batched-tokens", "64"),
 )
 
@@ -121,8 +121,8 @@ def main() -> int:
     """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.load")
     parser.add_argument("--model", choices=sorted(CONFIGS), default="llama")
-    parser.add_argument("--minutes", type=float, default=10.0, help="time to send requests")
-    parser.add_argument("--alone-minutes", type=float, default=60.0, help="time to compare answers")
+    parser.add_argument("--minutes", type=float, default=10.0, help="minutes to send requests")
+    parser.add_argument("--alone-minutes", type=float, default=60.0, help="time limit to compare")
     parser.add_argument("--requests", type=int, default=500, help="number of different requests")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="file for the result as JSON")

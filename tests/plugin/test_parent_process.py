@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process with another plugin state than its parent does not start."""
+"""A process whose plugin state differs from that of its parent does not start."""
 
 import json
 import multiprocessing

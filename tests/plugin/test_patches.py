@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patches are applied all or none, are active in every module, and can be undone."""
+"""All patches are applied, or none is. They are active in every module and can be undone."""
 
 import functools
 import inspect

@@ -20,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
     parser.add_argument("names", nargs="*", help="only these architectures")
     parser.add_argument("--part", choices=("plans", "engines", "tables"), help="only this part")
-    parser.add_argument("--keep", action="store_true", help="keep rows of older sources")
+    parser.add_argument("--keep", action="store_true", help="keep rows that older sources computed")
     options = parser.parse_args()
     LOG.parent.mkdir(exist_ok=True)
     results = Results(keep=options.keep)

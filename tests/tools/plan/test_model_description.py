@@ -74,7 +74,7 @@ def test_a_multimodal_model_is_planned_as_its_language_model(name, wrapper, arch
 @pytest.mark.parametrize(
     ("model_type", "wrapper", "architecture"),
     [
-        # transformers has no class for the first, and vLLM none for the second.
+        # transformers has no class for the first type, and vLLM has none for the second.
         ("qwen3_vl_text", WRAPPER, "Qwen3ForCausalLM"),
         (
             "cosmos3_edge_text",
