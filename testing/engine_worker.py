@@ -32,7 +32,7 @@ def start_engine(**arguments: Any) -> Any:
         try:
             return LLM(**arguments)
         except BaseException:
-            # Otherwise the next engine would use the process groups of this one.
+            # Otherwise the next engine would use the process groups of the failed engine.
             cleanup_dist_env_and_memory()
             raise
 

@@ -6,7 +6,7 @@ half of the symbols are keys, the second half values.
 
 * recall: pairs of a key and its value between pieces of text, then keys again, each followed by
   its value. Values are drawn for each sequence, so only the cache has the answer.
-* copy: different symbols, the copy mark, then the same symbols again from one of them on.
+* copy: different symbols, the copy mark, then the same symbols again from some symbol on.
 * text: bytes of Python's own documentation, `pydoc_data.topics`.
 """
 
@@ -98,7 +98,7 @@ def copy_sequence(
         text_share = draw.choice([0.0, 0.0, 0.3, 0.8])
     text = int((length - 4) * text_share)
     count = (length - 2 - text) // 2
-    # A copy that does not begin at the first symbol needs one symbol that shows where.
+    # A copy that does not begin at the first symbol needs one symbol that shows its start.
     start = 0 if draw.random() < 0.5 else int(draw.integers(0, max(1, count // 2)))
     count = min(SYMBOLS, length - 2 - text - count + start)
     symbols = FIRST_SYMBOL + draw.permutation(SYMBOLS)[:count]

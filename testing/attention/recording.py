@@ -71,7 +71,7 @@ class Recorder(TorchDispatchMode):
 
 
 def kernels_of(launches: list[Any]) -> set[Any]:
-    """Return what launches compile on a GPU: kernel, constants and argument types."""
+    """Return the kernels that launches compile on a GPU: name, constants and argument types."""
     return {
         (
             executor.fn.__name__,

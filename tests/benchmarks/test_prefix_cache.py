@@ -190,7 +190,7 @@ def test_a_process_has_one_model_one_dtype_and_one_trace() -> None:
         assert len({(case.model, case.dtype, case.trace, case.requests) for case in some}) == 1
         assert len(some) <= 8
     assert sorted(map(str, itertools.chain(*found))) == sorted(map(str, cases))
-    # By dtype: five cases of 10 requests take one process, ten of 20 requests two.
+    # Per dtype, 5 cases of 10 requests take one process, and 10 of 20 requests take two.
     assert len(found) == 2 * (1 + 2)
 
 

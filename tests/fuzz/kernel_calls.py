@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any call of the kernels writes exactly what it should, or is refused with one message.
+"""Any call of the kernels writes exactly the expected bytes, or is refused with one message.
 
 Each cache and output lies between guard bytes. The tests compare all its bytes with the reference.
 """
@@ -139,7 +139,7 @@ def check_stores(kernels: Kernels, examples: int) -> None:
             assert written == named
         if len(set(written)) < len(written):
             assert not debug
-            # It is undefined which of two tokens is stored, so their blocks are not compared.
+            # Of two tokens with one slot either may be stored, so do not compare such blocks.
             expected = before.clone()
             blocks = [slot // PAGE_SIZE for slot in written]
             actual = inside(memory, shape, torch.uint8)

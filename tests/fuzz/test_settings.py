@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any `--additional-config` and environment give settings or one message."""
+"""Any `--additional-config` and environment give valid settings or one error message."""
 
 from __future__ import annotations
 

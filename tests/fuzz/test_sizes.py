@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any text is a size of memory or is refused with the text."""
+"""Any text is a memory size, or is refused in a message that quotes it."""
 
 from __future__ import annotations
 

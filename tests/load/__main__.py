@@ -5,8 +5,8 @@
 
 Sends 500 requests of random lengths to `vllm serve`, 16 at a time, repeatedly. The client cancels
 some of them, and the KV cache is so small that requests are preempted. The exit status is 1 if a
-request failed, if an answer differs from the one computed alone with an empty prefix cache and the
-choice was not close, if no request was preempted, or if the server's memory grew.
+request failed, if no request was preempted, or if the server's memory grew. It is also 1 if an
+answer differs, where the choice was not close, from that to the request alone without a cache.
 
 `vllm bench serve` measures load too, but it neither cancels requests nor compares answers.
 """

@@ -154,11 +154,11 @@ def test_the_shapes_of_40384_have_the_numbers_that_it_reports(
 
 def test_long_requests_get_most_of_the_capacity_of_the_growing_groups(config_of):
     found = capacity(config_of("align"), hybrid(2, 3, "align"))
-    # 10 blocks in each of the two groups that grow, and two states in each of the other three.
+    # A request has 10 blocks in each of the two groups that grow, 2 states in the other three.
     assert found.max_len_requests == 261 // 26
     stock = kv_cache_utils.get_kv_cache_capacity(config_of("align"), hybrid(2, 3, "align"))
     assert (found.max_len_tokens, found.concurrency) == stock == (278_929, 262 / 26)
-    # The longer the requests, the nearer to the number of #40384.
+    # Longer requests bring the capacity closer to the number of #40384.
     longer = capacity(config_of("align", 100 * BLOCK), hybrid(2, 3, "align"))
     assert found.max_len_tokens < longer.max_len_tokens < 362_608
     assert longer.max_len_tokens == int(262 / 206 * 100 * BLOCK)

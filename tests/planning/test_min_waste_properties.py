@@ -77,7 +77,7 @@ def layers(block_sizes, slots, state_pages, kernel_blocks):
 
 
 def mixes(*arguments):
-    """A few kinds of layers, some of them several times."""
+    """Return a strategy of a few kinds of layers, each with one to five layers."""
     kind = st.tuples(layers(*arguments), st.integers(1, 5))
     return st.lists(kind, min_size=1, max_size=4).map(
         lambda kinds: named([spec for spec, count in kinds for _ in range(count)])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The log lines of start-up: capacities, and a warning per setting without effect."""
+"""The log lines of start-up: capacities, and a warning for each setting without effect."""
 
 import logging
 from dataclasses import replace
@@ -145,7 +145,7 @@ def test_a_model_with_only_states_uses_no_cache_dtype(config):
 
 def test_padding_is_weighted_by_the_blocks_of_the_longest_request(config):
     config.model_config.max_model_len = 18 * BLOCK
-    # 18 blocks of attention and 2 states, of whose pages half is padding.
+    # A request has 18 attention blocks and 2 states. Half of a state's page is padding.
     page = PLAIN.page_size_bytes
     groups = plan(PLAIN, state(page, content=page // 2))
     assert padding_share(config, groups) == pytest.approx(0.05)
@@ -281,7 +281,7 @@ def test_start_up_logs_each_line_once_with_any_strategies(start_up, make_config,
     config = make_config(settings, enable_prefix_caching=True)
     config.cache_config.cache_dtype = "fp8"
     (info, short), (warning,) = start_up(config, plan(PLAIN), {"layer.0": PLAIN})
-    # 99 blocks of 256 tokens without the null block. The longest request, 27,680, needs 109.
+    # Requests can use 99 blocks of 256 tokens. The longest, of 27,680 tokens, needs 109.
     assert info == (
         "KV cache of 100 blocks: 25,394 tokens in requests of max_model_len (27,680 tokens), 0.91 "
         "of them at once; 0 whole requests always fit next to vLLM's null block"

@@ -13,7 +13,7 @@ def draw(generator):
 def discard(generator, chunks):
     for _ in range(chunks):
         draw(generator)
-        # As vLLM's model runner does.
+        # vLLM's model runner undoes a discarded sample in this way.
         generator.set_offset(generator.get_offset() - 4)
 
 

@@ -172,7 +172,7 @@ def test_a_strategy_that_returns_none_gets_vllms_pages(package, make_config):
 
 
 def test_growing_counts_the_groups_that_grow_and_keeps_the_concurrency(make_config):
-    # The numbers of vLLM's #40384: 262 blocks of 2768 tokens, five groups of which two grow.
+    # vLLM's #40384 has these numbers: 262 blocks of 2768 tokens; two of five groups grow.
     groups = hybrid()
     _, concurrency = kv_cache_utils.get_kv_cache_capacity(make_config(), groups)
     plugin.register()

@@ -38,7 +38,7 @@ def errors_of(auto: list[float], k8v4: list[float], head_size: int) -> dict[str,
 
 
 def verdict(row: dict[str, Any], states: bool) -> list[str]:
-    """Return what is wrong with the outputs of an architecture's engines.
+    """Return the errors in the outputs of an architecture's engines, one line for each.
 
     Args:
         row: A row of `tests.zoo.runner` in which both dtypes ran.
