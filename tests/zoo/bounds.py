@@ -60,5 +60,5 @@ def verdict(row: dict[str, Any], states: bool) -> list[str]:
         if length >= ran["smallest_hit"] and not cached
     ]
     if missed:
-        wrong.append(f"prompts of {missed} tokens did not hit, shortest is {ran['smallest_hit']}")
+        wrong.append(f"prompts of {missed} tokens did not hit; hits need {ran['smallest_hit']}")
     return wrong
