@@ -133,8 +133,8 @@ def table(results: Mapping[str, Rows], load: float) -> str:
         f"{where['cpu']}, {where['cpus']} CPUs; Python {where['python']}, vLLM {where['vllm']}; "
         f"load average {load:.1f} at the start. `python -m benchmarks.planning`.",
         "",
-        "Milliseconds of processor time are medians. The page is in bytes, padding is the share of "
-        "the pool, and the match unit is the least common multiple of all blocks, in tokens.",
+        "Times are medians of CPU time in ms. Pages are in bytes, padding is a share of the pool. "
+        "The match unit is the least common multiple of all blocks, in tokens.",
         "",
         "| layers, in equal parts or as listed | strategy | ms | page | padding | match unit |",
         "|---|---|---|---|---|---|",
