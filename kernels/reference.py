@@ -4,15 +4,20 @@
 Every kernel stores the same bits as `quantise` and `store`. Attention equals `paged_attention` up
 to the rounding of its own sums.
 
-The values of one token and head are clamped to +-65504, rotated, and clamped again. lo and hi are
-their extremes after that:
+Keys and values of one token and head are rotated: `raw` is `rotation_sums`, u is
+`k8v4.rotation_unit(D)`. All operations round to float32:
 
-    zero  = lo rounded down to fp16
-    scale = (hi - zero) / 15 rounded up to fp16
-    code  = round_half_even((v - zero) * (1 / scale)), clamped to 0..15; 0 if scale is 0
+    key_scale   = max |raw| * u / 127, rounded up to fp16
+    key code    = round_half_even(raw * (1 / key_scale * u)), clamped to -127..127
+    value_scale = max |raw| * u / 7.5, rounded up to fp16
+    value code  = round_half_even(raw * (1 / value_scale * u) + 7.5), clamped to 0..15
 
-Outward rounding makes [zero, zero + 15 scale] cover every rotated value, so that no error exceeds
-half a step, however large the offset; rounding to nearest would cut off the ends.
+The inverse of a scale of 0 is 0. Scales are rounded up so that no rotated number is outside the
+range of its codes: no error exceeds half a step.
+
+Attention multiplies integers. A query row is rotated and rounded to codes with q_scale =
+max |raw| * u / 127 in float32, and a score is the exact integer product of codes, times key_scale
+and q_scale. `round_query` returns the query that this amounts to.
 """
 
 from __future__ import annotations
@@ -21,7 +26,6 @@ import functools
 import math
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from vllm_hybrid_kv.kernels import k8v4
@@ -31,74 +35,102 @@ from vllm_hybrid_kv.kernels.k8v4 import Layout, PageFormat
 class Quantised(NamedTuple):
     """Keys and values of T tokens and H KV heads after quantisation, before any layout."""
 
-    key_codes: torch.Tensor  # uint8 [T, H, D], e4m3fn bit patterns
+    key_codes: torch.Tensor  # int8 [T, H, D], of the rotated keys
     value_codes: torch.Tensor  # uint8 [T, H, D], 0 to 15, of the rotated values
-    scale: torch.Tensor  # float16 [T, H]
-    zero: torch.Tensor  # float16 [T, H]
+    key_scale: torch.Tensor  # float16 [T, H]
+    value_scale: torch.Tensor  # float16 [T, H]
 
 
-def half_rounded_down(x: torch.Tensor) -> torch.Tensor:
-    """Round float32 within fp16's finite range to the largest fp16 that is not above it."""
+def half_rounded_up(x: torch.Tensor) -> torch.Tensor:
+    """Round float32 from 0 to 65504 to the smallest fp16 that is not below it."""
     half = x.to(torch.float16)
-    with np.errstate(over="ignore"):  # below -65504, which `where` never selects
-        lower = torch.from_numpy(np.nextafter(half.numpy(), np.float16(-np.inf)))
-    return torch.where(half.to(torch.float32) > x, lower, half)
+    above = (half.view(torch.int16) + 1).view(torch.float16)
+    return torch.where(half.to(torch.float32) < x, above, half)
+
+
+def rotation_sums(x: torch.Tensor) -> torch.Tensor:
+    """Return the rotation of float32 [..., D] divided by `k8v4.rotation_unit(D)`.
+
+    For each stage of `k8v4.rotation_stages(D)` in turn, on the numbers a stride apart:
+
+        radix 4: x_k <- ((x_0 + x_1) + (x_2 + x_3)) - 2 x_k
+        radix 2: x_0, x_1 <- x_0 + x_1, x_0 - x_1
+    """
+    for radix, stride in k8v4.rotation_stages(x.shape[-1]):
+        run = x.unflatten(-1, (-1, radix, stride))
+        if radix == 4:
+            a, b, c, d = run.unbind(-2)
+            run = ((a + b) + (c + d)).unsqueeze(-2) - 2.0 * run
+        else:
+            a, b = run.unbind(-2)
+            run = torch.stack((a + b, a - b), -2)
+        x = run.flatten(-3)
+    return x
 
 
 def rotate(x: torch.Tensor) -> torch.Tensor:
     """Rotate float32 [..., D] among the dims of a head; the rotation is its own inverse.
 
-    For each stride s of `k8v4.rotation_strides(D)` in turn, and each four numbers s apart:
-
-        x_k <- ((x_0 + x_1) + (x_2 + x_3)) - 2 x_k
-
-    The result is divided by 2 for each stride. As a matrix it is symmetric and orthogonal with
-    entries of one magnitude, so that it spreads one large number over all; its rows add up to 1.
+    As a matrix it is symmetric and orthogonal, with entries of one magnitude inside a block, so
+    that it spreads one large number over all.
     """
-    strides = k8v4.rotation_strides(x.shape[-1])
-    for stride in strides:
-        four = x.unflatten(-1, (-1, 4, stride))
-        a, b, c, d = four.unbind(-2)
-        x = (((a + b) + (c + d)).unsqueeze(-2) - 2.0 * four).flatten(-3)
-    return x * 2.0 ** -len(strides)
+    return rotation_sums(x) * k8v4.rotation_unit(x.shape[-1])
+
+
+def _scaled(
+    x: torch.Tensor, limit: float, steps: float, nan: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rotated numbers in steps of their scales, float32, and the fp16 scales."""
+    unit = torch.tensor(k8v4.rotation_unit(x.shape[-1]))
+    x = x.clamp(-limit, limit).masked_fill(nan[..., None], 0.0)
+    # Clamped again, because rotated numbers near the limit may exceed it.
+    raw = rotation_sums(x).clamp(-limit / unit, limit / unit)
+    largest = raw.abs().amax(-1) * unit
+    scale = half_rounded_up((largest / steps).clamp(max=k8v4.SCALE_MAX))
+    inverse = torch.where(scale > 0, 1.0 / scale.to(torch.float32), 0.0)
+    scale_bits = scale.view(torch.int16).masked_fill(nan, k8v4.NAN_SCALE_BITS)
+    return raw * (inverse * unit)[..., None], scale_bits.view(torch.float16)
 
 
 def quantise(key: torch.Tensor, value: torch.Tensor) -> Quantised:
-    """Quantise keys to e4m3fn and values to 4 bits with a scale and a zero per token and head.
+    """Quantise keys to 8 bits and values to 4 bits, with a scale each per token and head.
 
-    A NaN in a token's key or value of one head gives that token and head a NaN scale, a zero
-    of 0 and value codes of 0, so that every query that attends to the token shows it.
+    A NaN in a token's key or value of one head gives that token and head NaN scales and the codes
+    of zeros, so that every query that attends to the token shows it.
 
     Keys and values are [T, H, D] of any floating dtype and strides.
     """
     k, v = key.to(torch.float32), value.to(torch.float32)
-    key_codes = k.clamp(-k8v4.KEY_MAX, k8v4.KEY_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
     nan = k.isnan().any(-1) | v.isnan().any(-1)
-    v = v.clamp(-k8v4.VALUE_MAX, k8v4.VALUE_MAX).masked_fill(nan[..., None], 0.0)
-    # Clamped again, because rotated numbers near the limit may exceed it.
-    v = rotate(v).clamp(-k8v4.VALUE_MAX, k8v4.VALUE_MAX)
-    zero = half_rounded_down(v.amin(-1))
-    span = v.amax(-1) - zero.to(torch.float32)
-    scale = -half_rounded_down(-(span / (k8v4.VALUE_LEVELS - 1)))
-    step = scale.to(torch.float32)
-    inverse = torch.where(step > 0, 1.0 / step, torch.zeros_like(step))
-    steps = (v - zero.to(torch.float32)[..., None]) * inverse[..., None]
-    codes = steps.round().clamp(0, k8v4.VALUE_LEVELS - 1).to(torch.uint8)
-    # The bits of a zero scale are always 0; -0.0 would only tell how it was rounded.
-    scale_bits = scale.view(torch.int16).masked_fill(step == 0, 0)
-    scale_bits = scale_bits.masked_fill(nan, k8v4.NAN_SCALE_BITS)
-    zero_bits = zero.view(torch.int16).masked_fill(zero == 0, 0)
-    return Quantised(
-        key_codes, codes, scale_bits.view(torch.float16), zero_bits.view(torch.float16)
-    )
+    k, key_scale = _scaled(k, k8v4.KEY_MAX, k8v4.KEY_STEPS, nan)
+    v, value_scale = _scaled(v, k8v4.VALUE_MAX, k8v4.MIDDLE_VALUE_CODE, nan)
+    key_codes = k.round().clamp(-k8v4.KEY_STEPS, k8v4.KEY_STEPS).to(torch.int8)
+    value_codes = (v + k8v4.MIDDLE_VALUE_CODE).round().clamp(0, k8v4.VALUE_LEVELS - 1)
+    return Quantised(key_codes, value_codes.to(torch.uint8), key_scale, value_scale)
 
 
 def dequantise(quantised: Quantised) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return keys and values as float32 [T, H, D]; the codes 0x7F and 0xFF are NaN keys."""
-    key = quantised.key_codes.view(torch.float8_e4m3fn).to(torch.float32)
-    scale = quantised.scale.to(torch.float32)[..., None]
-    zero = quantised.zero.to(torch.float32)[..., None]
-    return key, rotate(quantised.value_codes.to(torch.float32) * scale + zero)
+    """Return keys and values as float32 [T, H, D]; those of a NaN scale are NaN."""
+    key_scale, value_scale = (
+        scale.to(torch.float32)[..., None] for scale in (quantised.key_scale, quantised.value_scale)
+    )
+    value = quantised.value_codes.to(torch.float32) - k8v4.MIDDLE_VALUE_CODE
+    return rotate(quantised.key_codes.to(torch.float32) * key_scale), rotate(value * value_scale)
+
+
+def round_query(query: torch.Tensor) -> torch.Tensor:
+    """Return the query rows [..., D] that the kernels multiply with keys, as float32.
+
+    A row is rotated, rounded to 127 steps of its largest magnitude, and rotated back. A row with a
+    NaN or an infinity becomes NaN.
+    """
+    raw = rotation_sums(query.to(torch.float32))
+    largest = raw.abs().amax(-1, keepdim=True)
+    # Not `127 / largest`, which torch computes as 127 times the reciprocal.
+    inverse = torch.where(largest > 0, torch.full_like(largest, k8v4.KEY_STEPS) / largest, 0.0)
+    codes = (raw * inverse).round()
+    scale = largest * k8v4.rotation_unit(query.shape[-1]) / k8v4.KEY_STEPS
+    return rotate(codes * scale)
 
 
 @functools.lru_cache(maxsize=64)
@@ -130,15 +162,16 @@ def store(
     block = (slots // page_format.page_size)[:, None, None]
     head = torch.arange(num_heads)[None, :, None]
     regions = cache.view(cache.shape[0], num_heads, -1)
-    regions[block, head, key[t][:, None]] = quantised.key_codes[kept]
+    keys = quantised.key_codes[kept].view(torch.uint8) ^ page_format.key_sign_flip
+    regions[block, head, key[t][:, None]] = keys
     # The same dims of every token are in low nibbles, in the order of their partners.
     low = shift[0] == 0
     codes = quantised.value_codes[kept]
     pairs = codes[..., low] | codes[..., ~low] << 4
     regions[block, head, value[t][:, None, low]] = pairs
     for offset, numbers in (
-        (page_format.scale_offset, quantised.scale),
-        (page_format.zero_offset, quantised.zero),
+        (page_format.key_scale_offset, quantised.key_scale),
+        (page_format.value_scale_offset, quantised.value_scale),
     ):
         two_bytes = (offset + 2 * t)[:, None, None] + torch.arange(2)
         regions[block, head, two_bytes] = numbers[kept].unsqueeze(-1).view(torch.uint8)
@@ -149,8 +182,9 @@ def load(cache: torch.Tensor, head_size: int, layout: Layout) -> Quantised:
     page_size, regions = cache.shape[2], cache.flatten(2)
     page_format = PageFormat(head_size, page_size, layout)
     key, value, shift = _positions(page_format)
-    planes = [regions[..., key], (regions[..., value] >> shift) & 15]
-    for offset in (page_format.scale_offset, page_format.zero_offset):
+    keys = (regions[..., key] ^ page_format.key_sign_flip).view(torch.int8)
+    planes = [keys, (regions[..., value] >> shift) & 15]
+    for offset in (page_format.key_scale_offset, page_format.value_scale_offset):
         plane = regions[..., offset : offset + 2 * page_size].contiguous()
         planes.append(plane.view(torch.float16))
     return Quantised(*(plane.transpose(1, 2).flatten(0, 1) for plane in planes))
@@ -225,6 +259,7 @@ def paged_attention(
     seq_lens: torch.Tensor,
     query_start_loc: torch.Tensor,
     layout: Layout,
+    integer_query: bool = True,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to paged k8v4 tokens for a batch of requests.
@@ -236,6 +271,7 @@ def paged_attention(
         seq_lens: int32 [B], tokens of each request including its new ones.
         query_start_loc: int32 [B + 1], offsets of the requests in `query`.
         layout: The arrangement of the pages.
+        integer_query: Round queries as the kernels do; see `round_query`.
         options: The keyword arguments of `attend`.
 
     Returns:
@@ -244,6 +280,7 @@ def paged_attention(
     out = torch.zeros(query.shape, dtype=torch.float32)
     lse = torch.full(query.shape[:2], -math.inf)
     page_size = cache.shape[2]
+    query = round_query(query) if integer_query else query.to(torch.float32)
     for i, length in enumerate(seq_lens.tolist()):
         first, last = int(query_start_loc[i]), int(query_start_loc[i + 1])
         if last <= first:

@@ -21,7 +21,7 @@ INSTRUCTIONS = (
     "tilezero",
     "tileloadd64",
     "tilestored64",
-    "tdpbf16ps",
+    "tdpbsud",
     "tdpbuud",
     "ldtilecfg",
     "tilerelease",
@@ -44,10 +44,6 @@ def _line(address: int) -> np.ndarray:
     return np.ctypeslib.as_array((ctypes.c_uint8 * 64).from_address(address))
 
 
-def _floats(bfloat16: np.ndarray) -> np.ndarray:
-    return (bfloat16.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-
-
 @ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)
 def _execute(instruction: int, a: int, b: int, c: int) -> None:
     name = INSTRUCTIONS[instruction]
@@ -62,12 +58,10 @@ def _execute(instruction: int, a: int, b: int, c: int) -> None:
     elif name == "tilestored64":
         for row in range(_rows[a]):
             _line(b + row * c)[:] = _tiles[a][row]
-    elif name == "tdpbf16ps":
-        left, right = (_floats(_tiles[tile]).reshape(16, 16, 2) for tile in (b, c))
-        products = np.einsum("mki,kni->mn", left, right)
-        _tiles[a].view(np.float32)[: _rows[a]] += products[: _rows[a]]
-    elif name == "tdpbuud":
-        left, right = (_tiles[tile].astype(np.int32).reshape(16, 16, 4) for tile in (b, c))
+    elif name in ("tdpbsud", "tdpbuud"):
+        kind = np.int8 if name == "tdpbsud" else np.uint8
+        left = _tiles[b].view(kind).astype(np.int32).reshape(16, 16, 4)
+        right = _tiles[c].astype(np.int32).reshape(16, 16, 4)
         products = np.einsum("mki,kni->mn", left, right)
         _tiles[a].view(np.int32)[: _rows[a]] += products[: _rows[a]]
 

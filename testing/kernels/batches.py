@@ -62,12 +62,12 @@ class Batch:
     @property
     def page_format(self) -> PageFormat:
         head_size = self.query.shape[2]
-        return PageFormat(head_size, self.cache.shape[2], k8v4.cpu_layout(head_size))
+        return PageFormat(head_size, self.cache.shape[2], k8v4.Layout.CPU_TILED)
 
     @property
     def halves(self) -> torch.Tensor:
-        """A view of the scales and zeros of all pages, float16 [blocks, H, 2, N]."""
-        halves = self.cache.flatten(2)[..., self.page_format.scale_offset :].view(torch.float16)
+        """A view of the key and value scales of all pages, float16 [blocks, H, 2, N]."""
+        halves = self.cache.flatten(2)[..., self.page_format.key_scale_offset :].view(torch.float16)
         return halves.unflatten(2, (2, -1))
 
     def place(self, request: int, token: int) -> tuple[int, int]:
@@ -90,20 +90,22 @@ def _random_pages(
     cache = torch.empty(*shape, k8v4.slot_bytes(head_size), dtype=torch.uint8)
     cache.random_(generator=generator)
     regions = cache.view(blocks, num_kv_heads, -1)
-    keys = torch.randn(blocks, num_kv_heads, page_size * head_size, generator=generator)
-    regions[..., : page_format.value_offset] = keys.to(torch.float8_e4m3fn).view(torch.uint8)
-    scales = torch.rand(shape, generator=generator) * 0.3 + 0.05
-    zeros = torch.randn(shape, generator=generator) - 2.0
-    for offset, numbers in ((page_format.scale_offset, scales), (page_format.zero_offset, zeros)):
-        plane = numbers.to(torch.float16).view(torch.uint8)
-        regions[..., offset : offset + 2 * page_size] = plane
+    # No store writes the key code -128.
+    keys = regions[..., : page_format.value_offset]
+    keys.masked_fill_(keys == 128 ^ page_format.key_sign_flip, 0)
+    for offset, least in (
+        (page_format.key_scale_offset, 0.005),
+        (page_format.value_scale_offset, 0.05),
+    ):
+        scales = (torch.rand(shape, generator=generator) * 6 + 1) * least
+        regions[..., offset : offset + 2 * page_size] = scales.half().view(torch.uint8)
     return cache
 
 
 def make(case: Case) -> Batch:
     """Return a batch of random queries and pages in random order."""
     generator = torch.Generator().manual_seed(case.seed)
-    page_format = PageFormat(case.head_size, case.page_size, k8v4.cpu_layout(case.head_size))
+    page_format = PageFormat(case.head_size, case.page_size, k8v4.Layout.CPU_TILED)
     pages = [-(-length // case.page_size) for length in case.lengths]
     cache = _random_pages(generator, sum(pages) + 2, case.num_kv_heads, page_format)
     order = torch.randperm(sum(pages) + 2, generator=generator).to(torch.int32)
@@ -130,7 +132,7 @@ def attend(batch: Batch, path: str) -> Result:
 
 
 def expected(batch: Batch) -> Result:
-    layout = k8v4.cpu_layout(batch.query.shape[2])
+    layout = k8v4.Layout.CPU_TILED
     return reference.paged_attention(*batch.inputs, layout, **batch.options)
 
 

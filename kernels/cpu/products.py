@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The products of AVX-512 VNNI and of plain vectors, straight from `CPU_TILED` pages.
+
+    scores: sums[token] += key bytes [token, 4] . query codes [4]
+    outputs: sums[dim] += value codes [dim, 2] . weights [2]
+
+A block of rows keeps its sums in registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import ir
+
+from vllm_hybrid_kv.kernels.cpu import memory, records, softmax, work_item
+from vllm_hybrid_kv.kernels.cpu.encode import half_chunk
+from vllm_hybrid_kv.kernels.cpu.inline import Int64, inline_llvm
+from vllm_hybrid_kv.kernels.cpu.llvm import (
+    F32,
+    I16,
+    I32,
+    I64,
+    LANES,
+    LINE,
+    ZEROS,
+    Emitter,
+    constant,
+    filled,
+    vector,
+)
+from vllm_hybrid_kv.kernels.cpu.records import SCORE_STRIDE, TILE_RECORD
+
+_CHUNK_OF_FEW = 64
+
+_WORD_DOTS = (
+    ("+avx512bw", "avx512.pmaddw.d.512", 1),
+    ("+avx2", "avx2.pmadd.wd", 2),
+    ("+sse2", "sse2.pmadd.wd", 4),
+)
+"""x86's products of pairs of words: the feature, LLVM's name, and the parts of a line."""
+
+
+def _dot_words(e: Emitter, sums: ir.Value, x: ir.Value, y: ir.Value) -> ir.Value:
+    """Add the products of pairs of signed words, <32 x i16>, to sixteen int32."""
+    for feature, name, parts in _WORD_DOTS:
+        if e.has(feature):
+            lanes = 32 // parts
+            products = [
+                e.call(
+                    f"llvm.x86.{name}",
+                    vector(I32, lanes // 2),
+                    *(e.shuffle(of, of, range(lanes * i, lanes * (i + 1))) for of in (x, y)),
+                )
+                for i in range(parts)
+            ]
+            while len(products) > 1:
+                size = 2 * products[0].type.count
+                pairs = zip(products[::2], products[1::2], strict=True)
+                products = [e.shuffle(low, high, range(size)) for low, high in pairs]
+            return e.b.add(sums, products[0])
+    wide = e.b.mul(e.b.sext(x, vector(I32, 32)), e.b.sext(y, vector(I32, 32)))
+    even, odd = (e.shuffle(wide, wide, range(i, 32, 2)) for i in range(2))
+    return e.b.add(sums, e.b.add(even, odd))
+
+
+def _broadcast(e: Emitter, address: ir.Value) -> ir.Value:
+    return e.broadcast(e.load(I32, address))
+
+
+@dataclass(frozen=True)
+class Products:
+    """How an instruction set multiplies.
+
+    Attributes:
+        vnni: It has the byte dot product.
+        rows: Most rows that are multiplied at once, a power of two.
+        tiles: Key tiles that are multiplied at once.
+    """
+
+    vnni: bool
+    rows: int
+    tiles: int
+
+    def key_operands(self, e: Emitter, line: ir.Value) -> list[ir.Value]:
+        """Return the operands of a line of keys, <32 x i16>."""
+        if self.vnni:
+            return [line]
+        return [e.b.and_(line, filled(I16, 255, 32)), e.b.lshr(line, filled(I16, 8, 32))]
+
+    def add_scores(
+        self, e: Emitter, sums: ir.Value, keys: list[ir.Value], query: list[ir.Value]
+    ) -> ir.Value:
+        """Add the products of a line of keys with four query codes."""
+        if self.vnni:
+            words = e.b.bitcast(keys[0], vector(I32))
+            return e.call("llvm.x86.avx512.vpdpbusd.512", vector(I32), sums, words, query[0])
+        for x, y in zip(keys, query, strict=True):
+            sums = _dot_words(e, sums, x, e.b.bitcast(y, vector(I16, 32)))
+        return sums
+
+
+def _row_blocks(
+    e: Emitter, products: Products, rows: ir.Value, emit: Callable[[int, ir.Value, bool], None]
+) -> None:
+    """Emit code for blocks of rows: `emit(rows, first row, whether it is the first block)`."""
+    sizes = [1 << i for i in range(products.rows.bit_length())]
+    e.choose(
+        sizes,
+        lambda size: e.b.icmp_signed("<=", rows, I64(size)),
+        lambda size: emit(size, I64(0), True),
+    )
+    with e.b.if_then(e.b.icmp_signed(">", rows, I64(products.rows))):
+
+        def block(i: ir.Value, _: list[ir.Value]) -> None:
+            emit(products.rows, e.b.mul(e.b.add(i, I64(1)), I64(products.rows)), False)
+
+        last = e.b.sub(rows, I64(1))
+        e.loop(e.shift_right(last, products.rows.bit_length() - 1), [], block)
+
+
+def functions(products: Products) -> tuple[Any, Any]:
+    """Return the functions of numba code that compute scores and outputs of a chunk."""
+
+    @inline_llvm
+    def scores(
+        e: Emitter, rows: Int64, tiles: Int64, ahead: Int64, count: Int64, dims: Int64,
+        stride: Int64, scratch: Int64,
+    ) -> None:  # fmt: skip
+        """Write the rows' products with `count` key tiles, and prefetch as many of `ahead`."""
+        words = 1 if products.vnni else 2
+
+        def some_tiles(i: ir.Value, _: list[ir.Value]) -> None:
+            bases, next_bases = (
+                [
+                    e.load(I64, e.at(e.at(at, i, products.tiles * TILE_RECORD), TILE_RECORD * t))
+                    for t in range(products.tiles)
+                ]
+                for at in (tiles, ahead)
+            )
+            columns = e.at(e.at(scratch, records.SCORES_AT), i, products.tiles * LINE)
+
+            def block(count: int, row: ir.Value, prefetches: bool) -> None:
+                queries = e.at(e.at(scratch, records.QUERIES_AT), e.b.mul(row, stride), 1)
+                starts = e.rows(queries, stride, count)
+
+                def four_dims(j: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+                    keys = []
+                    for base, next_base in zip(bases, next_bases, strict=True):
+                        if prefetches:
+                            e.prefetch(e.at(next_base, j, LINE))
+                        keys.append(products.key_operands(e, e.load_line(16, e.at(base, j, LINE))))
+                    following = []
+                    for r, start in enumerate(starts):
+                        place = e.at(start, j, 4 * words)
+                        query = [_broadcast(e, e.at(place, 4 * word)) for word in range(words)]
+                        for t, operands in enumerate(keys):
+                            total = sums[r * products.tiles + t]
+                            following.append(products.add_scores(e, total, operands, query))
+                    return following
+
+                zeros = [filled(I32, 0)] * (count * products.tiles)
+                sums = iter(e.loop(e.shift_right(dims, 2), zeros, four_dims))
+                for line in e.rows(e.at(columns, row, SCORE_STRIDE), I64(SCORE_STRIDE), count):
+                    for t in range(products.tiles):
+                        e.store(next(sums), e.at(line, LINE * t))
+
+            _row_blocks(e, products, rows, block)
+
+        shift = products.tiles.bit_length() - 1
+        e.loop(e.shift_right(e.at(count, products.tiles - 1), shift), [], some_tiles)
+
+    @inline_llvm
+    def outputs(
+        e: Emitter, rows: Int64, tiles: Int64, ahead: Int64, count: Int64, dims: Int64,
+        output_stride: Int64, state: Int64, scratch: Int64,
+    ) -> None:  # fmt: skip
+        """Add the rows' weights times the values of `count` tiles, and prefetch as many."""
+
+        def chunk(i: ir.Value, _: list[ir.Value]) -> None:
+            width = half_chunk(e, i, dims)
+            bytes_of_quad = e.b.shl(width, I64(2))
+            in_chunk = e.b.icmp_signed(
+                "<", constant(I32, range(LANES)), e.broadcast(e.b.trunc(width, I32))
+            )
+
+            def block(count_rows: int, row: ir.Value, prefetches: bool) -> None:
+                weights = e.at(e.at(scratch, records.WEIGHTS_AT), row, SCORE_STRIDE)
+                starts = e.rows(weights, I64(SCORE_STRIDE), count_rows)
+
+                def tile(t: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+                    offset = e.at(I64(8), t, TILE_RECORD)
+                    base, next_base = (e.load(I64, e.b.add(at, offset)) for at in (tiles, ahead))
+                    for quad in range(4):
+                        if prefetches:
+                            e.prefetch(e.at(e.at(next_base, i, 4 * LINE), LINE * quad))
+                        place = e.at(e.at(base, i, 4 * LINE), e.b.mul(bytes_of_quad, I64(quad)), 1)
+                        line = e.load_line(16, place)
+                        for pair in range(2):
+                            codes = [
+                                e.b.and_(
+                                    e.b.lshr(line, filled(I16, 8 * pair + 4 * half, 32)),
+                                    filled(I16, 15, 32),
+                                )
+                                for half in range(2)
+                            ]
+                            weight = [
+                                e.b.bitcast(
+                                    _broadcast(e, e.at(e.at(start, t, 32), 8 * quad + 4 * pair)),
+                                    vector(I16, 32),
+                                )
+                                for start in starts
+                            ]
+                            sums = [
+                                _dot_words(e, sums[2 * r + half], codes[half], weight[r])
+                                for r in range(count_rows)
+                                for half in range(2)
+                            ]
+                    return sums
+
+                sums = e.loop(count, [filled(I32, 0)] * (2 * count_rows), tile)
+                outputs = e.at(e.at(scratch, records.OUTPUTS_AT), e.b.mul(row, output_stride), 1)
+                states = e.at(state, row, records.STATE_BYTES)
+                for r, output in enumerate(e.rows(outputs, output_stride, count_rows)):
+                    own = e.at(states, records.STATE_BYTES * r)
+                    own = e.at(own, records.offset_of(records.ROW_STATE, "weight_step"))
+                    step = e.broadcast(e.load(F32, own))
+                    low = e.at(output, i, 2 * LINE)
+                    for half, place in enumerate((low, e.at(low, width, 4))):
+                        x = e.b.sitofp(sums[2 * r + half], vector(F32))
+                        x = e.b.select(in_chunk, x, ZEROS)
+                        e.store(e.fma(x, step, e.load_floats(place)), place)
+
+            _row_blocks(e, products, rows, block)
+
+        e.loop(e.shift_right(e.at(dims, 31), 5), [], chunk)
+
+    return scores, outputs
+
+
+def attend(products: Products) -> Any:
+    """Return the function that attends for one item; see `work_item.chunk_loop`."""
+    scores, outputs = functions(products)
+    words = int(not products.vnni)
+
+    @work_item.inner
+    def prepare(item, scratch):  # type: ignore[no-untyped-def]
+        pass
+
+    @work_item.inner
+    def add(call, item, scratch, state, first, tiles, ahead, count):  # type: ignore[no-untyped-def]
+        memory.noinline()
+        now, then = tiles.ctypes.data, ahead.ctypes.data
+        stride = work_item.query_stride(call, words)
+        scores(item.rows, now, then, count, call.dims, stride, scratch)
+        work_item.weigh(call, item, scratch, state, first, count, softmax.WORDS, 0)
+        own = state.ctypes.data
+        outputs(item.rows, now, then, count, call.dims, call.output_stride, own, scratch)
+
+    return work_item.chunk_loop(words, products.rows, _CHUNK_OF_FEW, prepare, add)
