@@ -6,12 +6,13 @@ registers without a transposition, and every query row of a KV head shares each 
 
     S^T [keys, rows] = K Q^T          O^T [dims, rows] = V^T (P scale)
 
-Scores are kept in base 2. With code, scale and zero of a value, p the weights of a row:
+Scores are products of int8 codes, times the key's scale and the query row's. They are kept in base
+2. With code and scale of a value, p the weights of a row:
 
-    out = rotate((sum p scale code + sum p zero) / sum p)
+    out = rotate((sum p scale code - 7.5 sum p scale) / sum p)
 
-A scale and a zero are thus applied to a weight once, not to D values, and the rotation, see
-`reference.rotate`, is undone once for each row.
+A scale is thus applied to a weight once, not to D values, and the rotation, see `reference.rotate`,
+is undone once for each row.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.kernels.triton.convert import (
     HIGH_CODE_UNIT,
-    INTEGER_KEY_UNIT,
     LOW_CODE_UNIT,
-    KeyDecoder,
-    decode_keys,
     decode_values,
+    rounded,
 )
 from vllm_hybrid_kv.kernels.triton.plan import FIELDS, key_range, key_tiles
-from vllm_hybrid_kv.kernels.triton.rotation import rotated_quarter
+from vllm_hybrid_kv.kernels.triton.rotation import rotated, rotated_quarter
 
-_NATIVE_PTX = tl.constexpr(int(KeyDecoder.NATIVE_PTX))
+_KEY_STEPS = tl.constexpr(float(k8v4.KEY_STEPS))
+_MIDDLE_CODE = tl.constexpr(k8v4.MIDDLE_VALUE_CODE)
 _LOW_UNIT = tl.constexpr(1.0 / LOW_CODE_UNIT)
 _HIGH_UNIT = tl.constexpr(1.0 / HIGH_CODE_UNIT)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -74,7 +75,7 @@ def _sum_in_threads(x, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
 def _attend_tile(  # type: ignore[no-untyped-def]
     tile, state, query, pages, first_key, end_key, window, soft_cap,
     D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    KEY_DECODER: tl.constexpr, VALUE_PTX: tl.constexpr,
+    VALUE_PTX: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, MASKED: tl.constexpr,
     ONE_PAGE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -84,14 +85,13 @@ def _attend_tile(  # type: ignore[no-untyped-def]
         state: The running results:
             m_i: float32 [rows], largest score.
             l_i, z_i: float32 [LANES, 8, rows], sums of weights relative to it, and of weights
-                times zeros. Both are summed over threads after the last tile only, because such
-                sums cost more than all else.
+                times scales, the latter scaled like `acc0`. Both are summed over threads after the
+                last tile only, because such sums cost more than all else.
             scale_exp: int32, float32's exponent of the largest scale.
             acc0 to acc3: float32 [dims / 4, rows], sums of weights times scales times codes of
                 every fourth dim, stored times `2^(14 - scale_exp)` and the unit of a code.
-        query: fp16 [dims / 2, rows] of even and of odd dims; float32 [rows], factor of the
-            scores, to base 2 unless SOFT_CAP; int32 [rows], with MASKED: the positions, negative
-            before the first key.
+        query: int8 [dims, rows], codes; float32 [rows], factor of the scores, to base 2 unless
+            SOFT_CAP; int32 [rows], with MASKED: the positions, negative before the first key.
         pages: The cache, its stride between blocks and the offset of a KV head in 16-bit words,
             and the request's row of the block table.
         first_key: First key that some row sees, with MASKED and WINDOW.
@@ -100,30 +100,30 @@ def _attend_tile(  # type: ignore[no-untyped-def]
         ONE_PAGE: Whether all keys of a tile are in one page.
     """
     m_i, l_i, z_i, scale_exp, acc0, acc1, acc2, acc3 = state
-    q_even, q_odd, qk_scale, query_pos = query
+    q_codes, qk_scale, query_pos = query
     cache_ptr, stride_cache_block, head_offset, block_table_row_ptr = pages
-    HALF_D: tl.constexpr = D // 2
     QUARTER_D: tl.constexpr = D // 4
-    HALVES: tl.constexpr = q_even.shape[0]
+    DIMS: tl.constexpr = q_codes.shape[0]
     QUARTERS: tl.constexpr = acc0.shape[0]
-    KEY_WORDS: tl.constexpr = PAGE * HALF_D
+    KEY_WORDS: tl.constexpr = PAGE * (D // 2)
     VALUE_WORDS: tl.constexpr = PAGE * QUARTER_D
     OTHER: tl.constexpr = 0 if MASKED else None
 
-    # All in 16-bit words: two keys, four values, one scale.
+    # Keys in bytes; the others in 16-bit words: four values, one scale.
     offs_n = tl.arange(0, BLOCK_N)
-    offs_half = tl.arange(0, HALVES)
+    offs_d = tl.arange(0, DIMS)
     offs_quarter = tl.arange(0, QUARTERS)
     offs_pair = tl.arange(0, BLOCK_N // 2)
     key_pos = tile * BLOCK_N + offs_n
     words_ptr = cache_ptr.to(tl.pointer_type(tl.int16))
+    codes_ptr = cache_ptr.to(tl.pointer_type(tl.int8))
     if ONE_PAGE:
         # The table has an entry for every tile in range.
         block = tl.load(block_table_row_ptr + tile * BLOCK_N // PAGE)
         base = tl.multiple_of(block.to(tl.int64) * stride_cache_block + head_offset, 8)
         start = tile * BLOCK_N % PAGE
-        key_ptrs = (words_ptr + base + start * HALF_D) + (offs_n * HALF_D)[:, None]
-        key_ptrs = key_ptrs + offs_half[None, :]
+        key_ptrs = codes_ptr + (tl.multiple_of(2 * base, 16) + start * D) + (offs_n * D)[:, None]
+        key_ptrs = key_ptrs + offs_d[None, :]
         value_ptrs = words_ptr + (base + KEY_WORDS + start * QUARTER_D)
         value_ptrs = value_ptrs + (offs_n * QUARTER_D)[None, :] + offs_quarter[:, None]
         pair_ptrs = words_ptr + (base + KEY_WORDS + VALUE_WORDS + start) + 2 * offs_pair
@@ -133,7 +133,8 @@ def _attend_tile(  # type: ignore[no-untyped-def]
         base = block.to(tl.int64) * stride_cache_block + head_offset
         base = tl.max_constancy(tl.multiple_of(base, [8]), [16])
         in_page = key_pos % PAGE
-        key_ptrs = words_ptr + (base + in_page * HALF_D)[:, None] + offs_half[None, :]
+        byte = tl.max_constancy(tl.multiple_of(2 * base, [16]), [16])
+        key_ptrs = codes_ptr + (byte + in_page * D)[:, None] + offs_d[None, :]
         value_ptrs = words_ptr + (base + KEY_WORDS + in_page * QUARTER_D)[None, :]
         value_ptrs = value_ptrs + offs_quarter[:, None]
         pair_pos = tile * BLOCK_N + 2 * offs_pair
@@ -141,33 +142,29 @@ def _attend_tile(  # type: ignore[no-untyped-def]
         block = tl.load(block_table_row_ptr + pair_pos // PAGE, mask=mask, other=OTHER)
         base = block.to(tl.int64) * stride_cache_block + head_offset
         pair_ptrs = words_ptr + (base + (KEY_WORDS + VALUE_WORDS)) + pair_pos % PAGE
-    if HALVES == HALF_D:
-        key_bits = tl.load(key_ptrs)
+    if DIMS == D:
+        key_codes = tl.load(key_ptrs)
         value_bits = tl.load(value_ptrs)
     else:
-        key_bits = tl.load(key_ptrs, mask=(offs_half < HALF_D)[None, :], other=0)
+        key_codes = tl.load(key_ptrs, mask=(offs_d < D)[None, :], other=0)
         value_bits = tl.load(value_ptrs, mask=(offs_quarter < QUARTER_D)[:, None], other=0)
-    # Scales and zeros in one load of 32-bit words: Triton pipelines a load only if it leads to a
-    # product of tensor cores, and only in pieces of at least 32 bits. Zeros alone do not.
-    scale_zero_ptrs = pair_ptrs[:, None] + (tl.arange(0, 2) * PAGE)[None, :]
-    scale_zero_ptrs = scale_zero_ptrs.to(tl.pointer_type(tl.int32))
-    scale_words, zero_words = tl.split(tl.load(scale_zero_ptrs))
-    scale, zero = _both_halves(scale_words), _both_halves(zero_words)
-    # A token whose scale is not finite makes every row that sees it NaN, and no other row. The
-    # zeros carry the NaN, because they are masked for each row. In the product one NaN or
-    # infinity would reach all rows.
+    # Both scales in one load of 32-bit words: Triton pipelines a load only if it leads to a product
+    # of tensor cores, and only in pieces of at least 32 bits.
+    scale_ptrs = pair_ptrs[:, None] + (tl.arange(0, 2) * PAGE)[None, :]
+    key_words, value_words = tl.split(tl.load(scale_ptrs.to(tl.pointer_type(tl.int32))))
+    key_scale, scale = _both_halves(key_words), _both_halves(value_words)
+    # A token whose scale is not finite makes every row that sees it NaN, and no other row.
+    key_scale = tl.where(tl.abs(key_scale) <= _LARGEST_HALF, key_scale, float("nan"))
     finite = tl.abs(scale) <= _LARGEST_HALF
     scale = tl.where(finite, scale, 0.0)
-    zero = tl.where(finite, zero, float("nan"))
     if MASKED:
         # The bytes of a token that no row sees may hold a scale of any size.
         scale = tl.where(key_pos < end_key, scale, 0.0)
         if WINDOW:
             scale = tl.where(key_pos >= first_key, scale, 0.0)
 
-    k_even, k_odd = decode_keys(key_bits, KEY_DECODER)
-    qk = tl.dot(k_even, q_even)
-    qk = tl.dot(k_odd, q_odd, qk) * qk_scale[None, :]
+    qk = tl.dot(key_codes, q_codes, out_dtype=tl.int32).to(tl.float32)
+    qk = qk * key_scale[:, None] * qk_scale[None, :]
     if SOFT_CAP:
         # tanh, `1 - 2 / (1 + e^2x)`; both infinities of the exponential give +-1.
         tanh = 1.0 - 2.0 / (1.0 + tl.exp2(qk / soft_cap * (2.0 * LOG2_E)))
@@ -188,16 +185,17 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     p = tl.exp2(qk - m_ref[None, :])
     alpha_lanes = alpha[None, None, :]
     l_i = l_i * alpha_lanes + _sum_in_threads(p, LANES)
-    p_zero = p * zero[:, None]
-    if MASKED:
-        p_zero = tl.where(qk == -float("inf"), 0.0, p_zero)
-    z_i = z_i * alpha_lanes + _sum_in_threads(p_zero, LANES)
 
     largest = tl.max(scale, axis=0).to(tl.int32, bitcast=True) >> 23
     new_exp = tl.maximum(scale_exp, largest)
+    scale = tl.where(finite, scale, float("nan"))
     p_scale = p * (scale * _power_of_two(-new_exp + (_WEIGHT_BITS + _BIAS)))[:, None]
+    if MASKED:
+        # Zero times NaN is NaN: a row must not see the scale of a hidden token.
+        p_scale = tl.where(qk == -float("inf"), 0.0, p_scale)
     p_scale = p_scale.to(tl.float16)
     alpha = (alpha * _power_of_two(scale_exp - new_exp))[None, :]
+    z_i = z_i * alpha[:, None, :] + _sum_in_threads(p_scale.to(tl.float32), LANES)
     v0, v1, v2, v3 = decode_values(value_bits, VALUE_PTX)
     return (
         m_j, l_i, z_i, new_exp,
@@ -225,7 +223,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     DIMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr,
     PARTIAL_ROWS: tl.constexpr, UNIT: tl.constexpr,
-    KEY_DECODER: tl.constexpr, VALUE_PTX: tl.constexpr,
+    VALUE_PTX: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
     SINKS: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
@@ -243,11 +241,9 @@ def attend_kernel(  # type: ignore[no-untyped-def]
         sinks_ptr: float32 [H GROUP] with SINKS.
         DIMS: The smallest power of two >= D.
         LANES: See `Tiling.lanes`.
-        UNIT: Factor of rotated values, see `rotation_unit`.
-        KEY_DECODER: A `KeyDecoder`.
+        UNIT: See `k8v4.rotation_unit`.
         VALUE_PTX: See `decode_values`.
     """
-    HALVES: tl.constexpr = DIMS // 2
     QUARTERS: tl.constexpr = DIMS // 4
     HEAD_WORDS: tl.constexpr = PAGE * (D + D // 2 + 4) // 2
     # Large heads have no registers left for the values that this shortcut keeps: with it Triton
@@ -272,22 +268,17 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     q_tok = (q_start + row // GROUP).to(tl.int64)
     q_head = kv_head_idx * GROUP + row % GROUP
 
-    offs_half = tl.arange(0, HALVES)
-    q_ptrs = q_ptr + (q_tok * stride_q_tok + q_head * stride_q_head)[None, :]
-    q_ptrs = q_ptrs + 2 * offs_half[:, None]
-    mask_q = mask_m[None, :] & (offs_half < D // 2)[:, None]
-    q_even = tl.load(q_ptrs, mask=mask_q, other=0.0).to(tl.float32)
-    q_odd = tl.load(q_ptrs + 1, mask=mask_q, other=0.0).to(tl.float32)
-    # A power of two brings rows below 1, so that fp16 holds large and small ones with all bits of
-    # bf16. Dividing by the largest number itself would round every one.
-    largest = tl.maximum(tl.max(tl.abs(q_even), axis=0), tl.max(tl.abs(q_odd), axis=0))
-    q_exp = (largest.to(tl.int32, bitcast=True) >> 23) - _BIAS
-    q_exp = tl.minimum(tl.maximum(q_exp, -100), 100)
-    qk_scale = _power_of_two(q_exp + 1) * scale
-    q_even = (q_even * _power_of_two(-1 - q_exp)[None, :]).to(tl.float16)
-    q_odd = (q_odd * _power_of_two(-1 - q_exp)[None, :]).to(tl.float16)
-    if KEY_DECODER != _NATIVE_PTX:
-        qk_scale = qk_scale * INTEGER_KEY_UNIT
+    # As in `reference.round_query`.
+    offs_d = tl.arange(0, DIMS)
+    q_ptrs = q_ptr + (q_tok * stride_q_tok + q_head * stride_q_head)[:, None] + offs_d[None, :]
+    q = tl.load(q_ptrs, mask=mask_m[:, None] & (offs_d < D)[None, :], other=0.0).to(tl.float32)
+    q = rotated(q, D)
+    largest = tl.max(tl.abs(q), axis=1)
+    steps = tl.full([BLOCK_M], _KEY_STEPS, tl.float32)
+    inverse = tl.math.div_rn(steps, tl.where(largest > 0, largest, 1.0))
+    q_codes = tl.trans(rounded(q * inverse[:, None], _KEY_STEPS).to(tl.int8))
+    # Zero times NaN or infinity is NaN.
+    qk_scale = (largest * (UNIT / _KEY_STEPS) + tl.sum(q * 0.0, axis=1)) * scale
     if not SOFT_CAP:
         qk_scale = qk_scale * LOG2_E
 
@@ -314,8 +305,8 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     pages = (cache_ptr, stride_cache_block, kv_head_idx * HEAD_WORDS, block_table_row_ptr)
     for tile in tl.range(first_tile, masked_tile):
         state = _attend_tile(
-            tile, state, (q_even, q_odd, qk_scale, offs_m), pages, 0, seq_len, window, soft_cap,
-            D, PAGE, BLOCK_N, KEY_DECODER, VALUE_PTX,
+            tile, state, (q_codes, qk_scale, offs_m), pages, 0, seq_len, window, soft_cap,
+            D, PAGE, BLOCK_N, VALUE_PTX,
             CAUSAL, WINDOW, SOFT_CAP, False, ONE_PAGE, LANES,
         )  # fmt: skip
     # Values needed after the main loop are read again, so that nothing derived from them occupies
@@ -333,11 +324,11 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     first_key, end_key = key_range(
         seq_len, query_len, first_row, window, GROUP, BLOCK_M, CAUSAL, WINDOW
     )
-    query = (q_even, q_odd, qk_scale, query_pos)
+    query = (q_codes, qk_scale, query_pos)
     for tile in tl.range(masked_tile, end_tile):
         state = _attend_tile(
             tile, state, query, pages, first_key, end_key, window, soft_cap,
-            D, PAGE, BLOCK_N, KEY_DECODER, VALUE_PTX,
+            D, PAGE, BLOCK_N, VALUE_PTX,
             CAUSAL, WINDOW, SOFT_CAP, True, ONE_PAGE, LANES,
         )  # fmt: skip
 
@@ -357,11 +348,12 @@ def attend_kernel(  # type: ignore[no-untyped-def]
             m_i = m_j
     # `l_i > 0` instead would turn a NaN into 0.
     inverse = tl.where(l_i == 0.0, 0.0, UNIT / l_i)
-    low = (inverse * (_power_of_two(scale_exp - (_WEIGHT_BITS + _BIAS)) * _LOW_UNIT))[None, :]
+    weight_unit = inverse * _power_of_two(scale_exp - (_WEIGHT_BITS + _BIAS))
+    low = (weight_unit * _LOW_UNIT)[None, :]
     high = low * (_HIGH_UNIT / _LOW_UNIT)
-    mean_zero = (z_i * inverse)[None, :]
-    acc0, acc1 = acc0 * low + mean_zero, acc1 * high + mean_zero
-    acc2, acc3 = acc2 * low + mean_zero, acc3 * high + mean_zero
+    offset = (z_i * weight_unit * -_MIDDLE_CODE)[None, :]
+    acc0, acc1 = acc0 * low + offset, acc1 * high + offset
+    acc2, acc3 = acc2 * low + offset, acc3 * high + offset
     # The sums are of rotated values. The stage of stride 1 is among the four accumulators, the
     # others are within each.
     total = (acc0 + acc1) + (acc2 + acc3)
@@ -374,7 +366,6 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     # [dims / 4, rows, which of a pair, which pair] to [dims, rows].
     acc = tl.permute(tl.join(low_pair, high_pair), (0, 3, 2, 1))
     acc = tl.reshape(acc, [DIMS, BLOCK_M])
-    offs_d = tl.arange(0, DIMS)
     lse = m_i + tl.log2(l_i)
     mask_out = mask_m[None, :] & (offs_d < D)[:, None]
     if num_splits == 1:

@@ -9,11 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_hybrid_kv.kernels import inputs
+from vllm_hybrid_kv.kernels import inputs, k8v4
 from vllm_hybrid_kv.kernels.triton.attend import LN_2, LOG2_E, attend_kernel
-from vllm_hybrid_kv.kernels.triton.convert import is_nvidia, key_decoder_for
+from vllm_hybrid_kv.kernels.triton.convert import is_nvidia
 from vllm_hybrid_kv.kernels.triton.plan import FIELDS, LaunchPlan, plan_attention
-from vllm_hybrid_kv.kernels.triton.rotation import rotation_unit
 
 MERGED_AT_A_TIME = 8
 """Partial results that a merging program reads at a time; 8 KiB at a head size of 256."""
@@ -178,9 +177,8 @@ def paged_attention(
         seq_lens, query_start_loc, plan.items, sinks_or_unused,
         plan.partial_out, plan.partial_lse,
         scale, 0 if window is None else window, soft_cap,
-        PAGE=page_size, UNIT=rotation_unit(head_size),
+        PAGE=page_size, UNIT=k8v4.rotation_unit(head_size),
         BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, LANES=tiling.lanes,
-        KEY_DECODER=int(key_decoder_for(query.device)),
         VALUE_PTX=is_nvidia(query.device),
         CAUSAL=causal, WINDOW=window is not None, SOFT_CAP=soft_cap > 0,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, **shared,

@@ -12,25 +12,42 @@ import triton
 import triton.language as tl
 
 from vllm_hybrid_kv.kernels import inputs, k8v4
-from vllm_hybrid_kv.kernels.triton.convert import (
-    encode_keys,
-    half_rounded_down,
-    half_to_float,
-    has_native_e4m3,
-)
-from vllm_hybrid_kv.kernels.triton.rotation import rotated, rotation_unit
+from vllm_hybrid_kv.kernels.triton.convert import half_rounded_up, half_to_float, rounded
+from vllm_hybrid_kv.kernels.triton.rotation import rotated
 
-_VALUE_MAX = tl.constexpr(k8v4.VALUE_MAX)
-_LAST_CODE = tl.constexpr(float(k8v4.VALUE_LEVELS - 1))
+_SCALE_MAX = tl.constexpr(k8v4.SCALE_MAX)
+_KEY_STEPS = tl.constexpr(float(k8v4.KEY_STEPS))
+_MIDDLE_CODE = tl.constexpr(k8v4.MIDDLE_VALUE_CODE)
 _CODE_BITS = tl.constexpr(k8v4.VALUE_LEVELS - 1)
 _NAN_SCALE = tl.constexpr(k8v4.NAN_SCALE_BITS)
-# Adding 1.5 x 2^23 leaves float32 a last bit of 1: numbers are rounded half to even, and the low
-# bits hold the integer.
-_INTEGER_ROUNDER = tl.constexpr(1.5 * 2.0**23)
 
 NUMBERS_PER_PROGRAM = 4096
 """Keys of a program, and as many values: 32 of each for every thread of four warps. The value
 codes of a thread are then 16 bytes, one store."""
+
+
+@triton.jit
+def _scaled(  # type: ignore[no-untyped-def]
+    x, nan, D: tl.constexpr, UNIT: tl.constexpr, STEPS: tl.constexpr
+):
+    """Return rotated rows in steps of their scales, and the bits of the scales as int32."""
+    LIMIT: tl.constexpr = STEPS * _SCALE_MAX
+    x = tl.where(nan[:, None], 0.0, tl.minimum(tl.maximum(x, -LIMIT), LIMIT))
+    raw = rotated(x, D)
+    limit = tl.math.div_rn(
+        tl.full([x.shape[0]], LIMIT, tl.float32), tl.full([x.shape[0]], UNIT, tl.float32)
+    )[:, None]
+    raw = tl.minimum(tl.maximum(raw, -limit), limit)
+    largest = tl.max(tl.abs(raw), axis=1) * UNIT
+    # Divisions are rounded to nearest; Triton's `/` is not.
+    scale = tl.math.div_rn(largest, tl.full([x.shape[0]], STEPS, tl.float32))
+    bits = half_rounded_up(tl.minimum(scale, _SCALE_MAX))
+    scale = half_to_float(bits)
+    inverse = tl.math.div_rn(
+        tl.full([x.shape[0]], 1.0, tl.float32), tl.where(scale > 0, scale, 1.0)
+    )
+    inverse = tl.where(scale > 0, inverse, 0.0) * UNIT
+    return raw * inverse[:, None], tl.where(nan, _NAN_SCALE, bits)
 
 
 # Specialising these on 1 and on multiples of 16 would compile more kernels at run time.
@@ -42,7 +59,7 @@ def quantise_and_store_kernel(  # type: ignore[no-untyped-def]
     slots_ptr, stride_slot,
     num_rows, num_slots,
     HEADS: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, PAGE: tl.constexpr,
-    ROWS: tl.constexpr, UNIT: tl.constexpr, NATIVE: tl.constexpr,
+    ROWS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Store rows (token, head) of K and V as codes, see `reference.quantise` for the formula.
 
@@ -53,8 +70,7 @@ def quantise_and_store_kernel(  # type: ignore[no-untyped-def]
         num_slots: Tokens that the cache has room for.
         DIMS: The smallest power of two >= D.
         ROWS: Rows of a program.
-        UNIT: Factor of rotated values, see `rotation_unit`.
-        NATIVE: Whether Triton converts to e4m3fn; see `encode_keys`.
+        UNIT: See `k8v4.rotation_unit`.
     """
     KEY_BYTES: tl.constexpr = PAGE * D
     VALUE_BYTES: tl.constexpr = PAGE * (D // 2)
@@ -75,30 +91,14 @@ def quantise_and_store_kernel(  # type: ignore[no-untyped-def]
     k = tl.load(k_rows + (offs_d * stride_k_dim)[None, :], mask=mask, other=0.0).to(tl.float32)
     v_rows = v_ptr + (tok * stride_v_tok + head * stride_v_head)[:, None]
     v = tl.load(v_rows + (offs_d * stride_v_dim)[None, :], mask=mask, other=0.0).to(tl.float32)
-    key_ptrs = cache_ptr + (base + in_page * D)[:, None] + offs_d[None, :]
-    tl.store(key_ptrs, encode_keys(k, NATIVE), mask=mask)
-
     nan = tl.max(((k != k) | (v != v)).to(tl.int32), axis=1) > 0
-    v = tl.where(nan[:, None], 0.0, tl.minimum(tl.maximum(v, -_VALUE_MAX), _VALUE_MAX))
-    v = rotated(v, D) * UNIT
-    v = tl.minimum(tl.maximum(v, -_VALUE_MAX), _VALUE_MAX)
-    lowest = tl.min(tl.where((offs_d < D)[None, :], v, _VALUE_MAX), axis=1)
-    highest = tl.max(tl.where((offs_d < D)[None, :], v, -_VALUE_MAX), axis=1)
-    zero_bits = half_rounded_down(lowest)
-    zero = half_to_float(zero_bits)
-    # Both divisions are rounded to nearest; Triton's `/` is not.
-    step = tl.math.div_rn(highest - zero, tl.full([ROWS], _LAST_CODE, tl.float32))
-    # To round up, the negative is rounded down and its sign bit removed.
-    scale_bits = half_rounded_down(-step) & 0x7FFF
-    scale = half_to_float(scale_bits)
-    inverse = tl.math.div_rn(
-        tl.full([ROWS], 1.0, tl.float32), tl.where(scale > 0, scale, 1.0)
-    )  # fmt: skip
-    inverse = tl.where(scale > 0, inverse, 0.0)
-    # Clamping before rounding gives the same codes and prevents the compiler from fusing the
-    # product with the sum: a fused one rounds once instead of twice.
-    steps = tl.minimum(tl.maximum((v - zero[:, None]) * inverse[:, None], 0.0), _LAST_CODE)
-    codes = (steps + _INTEGER_ROUNDER).to(tl.int32, bitcast=True) & _CODE_BITS
+    k, key_scale_bits = _scaled(k, nan, D, UNIT, _KEY_STEPS)
+    v, value_scale_bits = _scaled(v, nan, D, UNIT, _MIDDLE_CODE)
+    key_ptrs = cache_ptr + (base + in_page * D)[:, None] + offs_d[None, :]
+    tl.store(key_ptrs, rounded(k, _KEY_STEPS).to(tl.uint8), mask=mask)
+    # The clamp keeps the product and the sum of the middle code apart; see `rounded`.
+    v = tl.minimum(tl.maximum(v, -_MIDDLE_CODE), _MIDDLE_CODE) + _MIDDLE_CODE
+    codes = rounded(v, 2.0 * _MIDDLE_CODE) & _CODE_BITS
     low, high = tl.split(tl.reshape(codes, [ROWS, DIMS // 2, 2]))
     offs_pair = tl.arange(0, DIMS // 2)
     tl.store(
@@ -107,12 +107,10 @@ def quantise_and_store_kernel(  # type: ignore[no-untyped-def]
         mask=mask_row[:, None] & (offs_pair < D // 2)[None, :],
     )  # fmt: skip
 
-    scale_bits = tl.where(nan, _NAN_SCALE, scale_bits)
-    zero_bits = tl.where(zero == 0.0, 0, zero_bits)  # -0.0 is stored as 0.0
     scale_ptrs = cache_ptr + (base + KEY_BYTES + VALUE_BYTES)
     scale_ptrs = scale_ptrs.to(tl.pointer_type(tl.int16)) + in_page
-    tl.store(scale_ptrs, scale_bits.to(tl.int16), mask=mask_row)
-    tl.store(scale_ptrs + PAGE, zero_bits.to(tl.int16), mask=mask_row)
+    tl.store(scale_ptrs, key_scale_bits.to(tl.int16), mask=mask_row)
+    tl.store(scale_ptrs + PAGE, value_scale_bits.to(tl.int16), mask=mask_row)
 
 
 def quantise_and_store(
@@ -170,7 +168,6 @@ def quantise_and_store(
         slot_mapping, slot_mapping.stride(0),
         num_rows, num_slots,
         HEADS=num_heads, D=head_size, DIMS=dims, PAGE=page_size,
-        ROWS=rows, UNIT=rotation_unit(head_size),
-        NATIVE=has_native_e4m3(key.device),
+        ROWS=rows, UNIT=k8v4.rotation_unit(head_size),
         num_warps=4,
     )  # fmt: skip
