@@ -137,7 +137,7 @@ def _spoil_pages(fault: str, kv_cache: Any, blocks: Any, head_size: int) -> None
     """Swap the nibbles of the values, or shift the scales by one token."""
     from vllm_hybrid_kv.kernels import k8v4
 
-    page = k8v4.PageFormat(head_size, kv_cache.shape[2], k8v4.cpu_layout(head_size))
+    page = k8v4.PageFormat(head_size, kv_cache.shape[2], k8v4.Layout.CPU_TILED)
     for block in blocks.tolist():
         for head in range(kv_cache.shape[1]):
             region = kv_cache[block, head].view(-1)

@@ -10,10 +10,11 @@ The environment wins. An unknown name or an invalid value stops start-up.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from vllm_hybrid_kv.errors import HybridKVSettingsError, did_you_mean
 
@@ -65,9 +66,22 @@ class Settings(BaseModel):
     boundary_layers: Annotated[int, Field(ge=0)] = 2
     allow_unsafe_drafts: bool = False
     debug: bool = False
-    cpu_isa: Literal["auto", "amx", "avx512_bf16", "portable", "interpreter"] = "auto"
+    cpu_isa: Literal["auto", "amx", "avx512_vnni", "portable", "interpreter"] = "auto"
 
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @field_validator("cpu_isa", mode="before")
+    @classmethod
+    def _rename(cls, value: object) -> object:
+        if value != "avx512_bf16":
+            return value
+        warnings.warn(
+            "cpu_isa=avx512_bf16 is now named avx512_vnni; the old name goes with the next minor "
+            "release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return "avx512_vnni"
 
     def source(self, field: str) -> str:
         """Return where a field's value comes from: the default, the command line or a variable."""

@@ -125,7 +125,7 @@ def run(impl, common, tokens, seed=0):
         common.block_table_tensor,
         common.seq_lens,
         common.query_start_loc,
-        k8v4.cpu_layout(HEAD_SIZE),
+        k8v4.Layout.CPU_TILED,
         scale=impl.scale,
         causal=common.causal,
         window=impl.sliding_window,

@@ -65,7 +65,7 @@ def fingerprint_of(vllm_config: VllmConfig) -> PageFingerprint | None:
     head_size = model.get_head_size()
     # The same choice as `attention.kernel_factory.kernels_for`, which needs a tensor's device.
     on_cpu = current_platform.is_cpu() and STATE.settings.cpu_isa != INTERPRETER
-    layout = k8v4.cpu_layout(head_size) if on_cpu else k8v4.Layout.LINEAR
+    layout = k8v4.Layout.CPU_TILED if on_cpu else k8v4.Layout.LINEAR
     return PageFingerprint(
         plugin=__version__,
         page_format=k8v4.FORMAT_VERSION,
