@@ -11,16 +11,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from testing.triton.machine_code import MachineCode, compile_kernel, cuda, read_machine_code
+from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.kernels.triton.attend import attend_kernel
 from vllm_hybrid_kv.kernels.triton.attention import MERGED_AT_A_TIME, merge_kernel
-from vllm_hybrid_kv.kernels.triton.convert import KeyDecoder
 from vllm_hybrid_kv.kernels.triton.plan import (
     ITEMS_PER_PROGRAM,
     MIN_TILES_CAPACITY,
     plan_kernel,
 )
 from vllm_hybrid_kv.kernels.triton.quantise import NUMBERS_PER_PROGRAM, quantise_and_store_kernel
-from vllm_hybrid_kv.kernels.triton.rotation import rotation_unit
 from vllm_hybrid_kv.kernels.triton.tuning import Tiling, tiling_for
 
 GROUP = 4
@@ -57,10 +56,6 @@ def _compile(kernel: Any, target: GPUTarget, constants: dict[str, Any], **option
     return compile_kernel(kernel, target, types, constants, divisible=divisible, **options)
 
 
-def _native(target: GPUTarget) -> bool:
-    return bool(target.backend == "cuda" and target.arch >= 89)
-
-
 def compile_attention(
     target: GPUTarget, tiling: Tiling, head_size: int, page_size: int, **modes: bool
 ) -> Any:
@@ -74,14 +69,12 @@ def compile_attention(
         modes: CAUSAL (default true), WINDOW, SOFT_CAP, SINKS and LSE (default false).
     """
     nvidia = target.backend == "cuda"
-    portable = KeyDecoder.INTEGER_PTX if nvidia else KeyDecoder.PORTABLE
     constants = {
         "GROUP": GROUP, "D": head_size, "PAGE": page_size,
         "DIMS": triton.next_power_of_2(head_size),
         "BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "LANES": tiling.lanes,
         "PARTIAL_ROWS": tiling.block_m,
-        "UNIT": rotation_unit(head_size),
-        "KEY_DECODER": int(KeyDecoder.NATIVE_PTX if _native(target) else portable),
+        "UNIT": k8v4.rotation_unit(head_size),
         "VALUE_PTX": nvidia,
         "CAUSAL": True, "WINDOW": False, "SOFT_CAP": False, "SINKS": False, "LSE": False,
     }  # fmt: skip
@@ -125,8 +118,7 @@ class Quantise:
             # A launch makes constants of strides of 1.
             "stride_k_dim": 1, "stride_v_dim": 1, "stride_slot": 1,
             "HEADS": 8, "D": self.head_size, "DIMS": dims, "PAGE": PAGE,
-            "ROWS": NUMBERS_PER_PROGRAM // dims, "UNIT": rotation_unit(self.head_size),
-            "NATIVE": _native(target),
+            "ROWS": NUMBERS_PER_PROGRAM // dims, "UNIT": k8v4.rotation_unit(self.head_size),
         }  # fmt: skip
         return read_machine_code(_compile(quantise_and_store_kernel, target, constants))
 

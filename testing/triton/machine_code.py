@@ -70,7 +70,7 @@ def compile_kernel(
 
 
 _CLASSES = (
-    ("other", re.compile(r"FFMA|DFMA|.*IMMA")),
+    ("other", re.compile(r"FFMA|DFMA")),
     ("tensor core", re.compile(r"[HIQU]?[A-Z]*MMA\b")),
     ("load 16", re.compile(r"(LDG|LDGSTS)\b.*\.128")),
     ("load 8", re.compile(r"(LDG|LDGSTS)\b.*\.64")),
