@@ -1,25 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paged attention with AMX tile products, for bf16 queries and `CPU_TILED` pages.
+"""Paged attention with AMX tile products of bytes.
 
-Tiles are widened to scratch memory, a few at a time so that they stay in the first-level cache,
-and multiplied from there with every row of the block.
+Key tiles of a page are operands as they are. Value codes are split into bytes in scratch memory.
 
-The instructions name the eight tile registers by number:
-
-    few rows:  0-3 sums, 4 rows' operand, 5-7 operands of keys or values; 7 also the rows'
-               second operand if upper and lower bytes of weights do not fit one
-    32 rows:   0-3 sums (2 x 2), 4-5 rows' operands, 6-7 operands of keys or values
+The instructions name the eight tile registers by number: 0-3 sums, 4 rows' operand, 5-7 operands
+of keys or values; 7 also the rows' second operand if upper and lower bytes of weights do not fit
+one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from llvmlite import ir
 
-from vllm_hybrid_kv.kernels.cpu import bf16_tiles, inline, records, row_ops, softmax, work_item
-from vllm_hybrid_kv.kernels.cpu.bf16_tiles import OPERAND
+from vllm_hybrid_kv.kernels.cpu import inline, records, row_ops, softmax, work_item
 from vllm_hybrid_kv.kernels.cpu.inline import Bool, Int64, inline_llvm
 from vllm_hybrid_kv.kernels.cpu.llvm import (
     I8,
@@ -34,18 +28,20 @@ from vllm_hybrid_kv.kernels.cpu.llvm import (
 )
 from vllm_hybrid_kv.kernels.cpu.records import SCORE_STRIDE, TILE_RECORD
 
-_FEW_ROWS = 16
+_ROWS = 16
+"""Most rows that are multiplied at once."""
+
 _STACKED_ROWS = 8
 """Most rows whose weights' upper and lower bytes fit one tile operand."""
 
-_MANY_ROWS = 32
-"""Rows that are multiplied at once otherwise."""
-
-_KEY_DIMS = 128
-"""Most dims of four key tiles that are widened at once: 16 KB, a third of the first-level cache."""
+OPERAND = 1024
+"""Bytes of a tile operand."""
 
 _SUMS_STRIDE = 4 * LINE
 """Bytes of a row of sums of codes: 64 dims of int32."""
+
+_SUMS_AT = records.TEMPORARY_AT + 16 * OPERAND
+_CONFIGURATION_AT = _SUMS_AT + 2 * _ROWS * _SUMS_STRIDE
 
 _VOID = ir.VoidType()
 
@@ -60,18 +56,6 @@ def _load(e: Emitter, number: int, address: ir.Value, stride: ir.Value) -> None:
 
 def _store(e: Emitter, number: int, address: ir.Value, stride: ir.Value) -> None:
     _tile(e, "tilestored64", number, e.b.inttoptr(address, I8.as_pointer()), stride)
-
-
-def _multiply(e: Emitter, sums: int, left: int, right: int) -> None:
-    _tile(e, "tdpbf16ps", sums, I8(left), I8(right))
-
-
-def _load_sums(e: Emitter, add: bool, places: Sequence[ir.Value], stride: ir.Value) -> None:
-    for tile, place in enumerate(places):
-        if add:
-            _load(e, tile, place, stride)
-        else:
-            _tile(e, "tilezero", tile)
 
 
 @inline_llvm
@@ -92,40 +76,39 @@ def _release(e: Emitter) -> None:
 
 
 @inline_llvm
-def _multiply_few_keys(
+def _multiply_keys(
     e: Emitter,
     queries: Int64,
     query_stride: Int64,
-    keys: Int64,
-    steps: Int64,
-    scores: Int64,
-    add: Int64,
+    tiles: Int64,
     ahead: Int64,
-    offset: Int64,
+    scores: Int64,
+    prefetches: Bool,
 ) -> None:
-    """Write the configured rows' scores of 64 widened tokens; `steps` operands a tile of 16.
+    """Write the configured rows' products with four key tiles, and prefetch four of `ahead`.
 
-    Adds to the scores there if `add`. At each step prefetches two lines of each of the four key
-    tiles of `ahead`, from `offset` bytes on.
+    An operand holds 64 dims. If the dims are an odd multiple of 32, the last one reads 512 bytes
+    more, which the page has after its keys, and multiplies them by zeros.
     """
-    stride = I64(SCORE_STRIDE)
-    places = [e.at(scores, LINE * tile) for tile in range(4)]
-    adds = e.b.icmp_signed("!=", add, I64(0))
-    e.choose((True, False), lambda _: adds, lambda case: _load_sums(e, case, places, stride))
-    per_tile = e.b.mul(steps, I64(OPERAND))
-    next_keys = [e.b.add(e.load(I64, e.at(ahead, TILE_RECORD * t)), offset) for t in range(4)]
+    for tile in range(4):
+        _tile(e, "tilezero", tile)
+    keys, next_keys = (
+        [e.load(I64, e.at(at, TILE_RECORD * tile)) for tile in range(4)] for at in (tiles, ahead)
+    )
 
-    with e.each(steps) as i:
-        _load(e, 4, e.at(queries, i, LINE), query_stride)
-        for tile in range(4):
-            operand = e.at(e.at(keys, i, OPERAND), e.b.mul(per_tile, I64(tile)), 1)
-            right = 5 + tile % 3
-            _load(e, right, operand, I64(LINE))
-            _multiply(e, tile, 4, right)
-            for line in range(2):
-                e.prefetch(e.at(e.at(next_keys[tile], i, 2 * LINE), LINE * line))
-    for tile, place in enumerate(places):
-        _store(e, tile, place, stride)
+    def emit(with_prefetch: bool) -> None:
+        with e.each(e.shift_right(query_stride, 6)) as i:
+            _load(e, 4, e.at(queries, i, LINE), query_stride)
+            for tile in range(4):
+                right = 5 + tile % 3
+                _load(e, right, e.at(keys[tile], i, OPERAND), I64(LINE))
+                _tile(e, "tdpbsud", tile, I8(4), I8(right))
+                for line in range(16 if with_prefetch else 0):
+                    e.prefetch(e.at(e.at(next_keys[tile], i, OPERAND), LINE * line))
+
+    e.choose((True, False), lambda _: prefetches, emit)
+    for tile in range(4):
+        _store(e, tile, e.at(scores, LINE * tile), I64(SCORE_STRIDE))
 
 
 @inline_llvm
@@ -137,28 +120,26 @@ def _split_values(
     offset: Int64,
     to: Int64,
     ahead: Int64,
-    offset_ahead: Int64,
 ) -> None:
     """Split the value codes of 64 or 32 dims into bytes: operands of 64 tokens x 16 dims.
 
     An operand's line is a quad of tokens, in the order of `k8v4.QUAD_BYTE_OF_TOKEN`; columns are
-    dims. The dims begin `offset` bytes into a tile. Prefetches half as many lines of the tiles of
-    `ahead`, from `offset_ahead` on.
+    dims. The dims begin `offset` bytes into a tile. Prefetches as many lines of the tiles of
+    `ahead`.
     """
 
-    def values_at(records: ir.Value, i: ir.Value, offset: ir.Value) -> ir.Value:
+    def values_at(records: ir.Value, i: ir.Value) -> ir.Value:
         return e.b.add(e.load(I64, e.at(e.at(records, i, TILE_RECORD), 8)), offset)
 
     def split(dims: int) -> None:
         nibble = filled(I8, 15, 64)
         with e.each(count) as i:
-            base = values_at(tiles, i, offset)
-            next_base = values_at(ahead, i, offset_ahead)
+            base = values_at(tiles, i)
+            next_base = values_at(ahead, i)
             of_step = e.at(to, e.shift_right(i, 2), 4 * OPERAND)
             target = e.at(of_step, e.b.and_(i, I64(3)), 4 * LINE)
             for line in range(dims // 8):
-                if line % 2:
-                    e.prefetch(e.at(next_base, LINE * (line // 2)))
+                e.prefetch(e.at(next_base, LINE * line))
                 codes = e.load_line(16, e.at(base, LINE * line))
                 chunk, quad = divmod(line, 4)
                 for half in range(2):
@@ -210,119 +191,50 @@ def _multiply_codes(
     e.choose(cases, lambda case: case[2], lambda case: multiply(*case[:2]))
 
 
-@inline_llvm
-def _multiply_many(
-    e: Emitter,
-    add: int,
-    left: Int64,
-    left_stride: Int64,
-    right: Int64,
-    right_distance: Int64,
-    steps: Int64,
-    step_bytes: Int64,
-    sums: Int64,
-    stride: Int64,
-) -> None:
-    """Write products of 32 rows with 32 columns, or add them to the sums there.
-
-    A step takes a line of each row and an operand of 16 columns at `right`, and the operand of the
-    other columns `right_distance` bytes after it.
-    """
-    lower = e.b.add(left, e.b.mul(left_stride, I64(16)))
-    lower_sums = e.b.add(sums, e.b.mul(stride, I64(16)))
-    places = (sums, e.at(sums, LINE), lower_sums, e.at(lower_sums, LINE))
-    _load_sums(e, bool(add), places, stride)
-    with e.each(steps) as i:
-        operand = e.b.add(right, e.b.mul(i, step_bytes))
-        _load(e, 6, operand, I64(LINE))
-        _load(e, 4, e.at(left, i, LINE), left_stride)
-        _multiply(e, 0, 4, 6)
-        _load(e, 7, e.b.add(operand, right_distance), I64(LINE))
-        _multiply(e, 1, 4, 7)
-        _load(e, 5, e.at(lower, i, LINE), left_stride)
-        _multiply(e, 2, 5, 6)
-        _multiply(e, 3, 5, 7)
-    for tile, place in enumerate(places):
-        _store(e, tile, place, stride)
-
-
-_weigh_as_limbs = work_item.weigher(softmax.LIMBS)
-_weigh = work_item.weigher(softmax.BFLOATS)
+_weigh = work_item.weigher(softmax.LIMBS)
 
 
 @work_item.inner
-def _setup(item, few, scratch):  # type: ignore[no-untyped-def]
-    stacked = few and item.rows <= _STACKED_ROWS
-    lines = 2 * item.rows if stacked else np.int64(_FEW_ROWS)
-    _configure(scratch + records.CONFIGURATION_AT, lines)
+def _setup(item, scratch):  # type: ignore[no-untyped-def]
+    lines = 2 * item.rows if item.rows <= _STACKED_ROWS else np.int64(_ROWS)
+    _configure(scratch + _CONFIGURATION_AT, lines)
 
 
 @work_item.inner
-def _attend_few(call, item, scratch, state, first, tiles, ahead, count):  # type: ignore[no-untyped-def]
+def _attend_chunk(call, item, scratch, state, first, tiles, ahead, count):  # type: ignore[no-untyped-def]
     inline.noinline()
     now, then = tiles.ctypes.data, ahead.ctypes.data
+    stride = work_item.query_stride(call, 0)
     for tile in range(0, count, 4):
-        for dim in range(0, call.dims, _KEY_DIMS):
-            dims = min(np.int64(_KEY_DIMS), call.dims - dim)
-            for i in range(tile, min(tile + 4, count)):
-                to = scratch + records.KEYS_AT + (i - tile) * (dims // 32) * OPERAND
-                next_keys = ahead[i].keys + 8 * dim
-                bf16_tiles.widen_key_tile(2, tiles[i].keys + 16 * dim, to, dims, next_keys)
-            queries, scores = scratch + records.QUERIES_AT, scratch + records.SCORES_AT
-            _multiply_few_keys(
-                queries + 2 * dim, 2 * call.dims, scratch + records.KEYS_AT, dims // 32,
-                scores + LINE * tile, dim, then + TILE_RECORD * tile, 8 * call.dims + 4 * dim,
-            )  # fmt: skip
-    _weigh_as_limbs(call, item, scratch, state, first, count, then)
-    # Integer weights times codes, whose sums are exact.
-    weights, codes = scratch + records.WEIGHTS_AT, scratch + records.KEYS_AT
-    lower = item.rows * SCORE_STRIDE
-    stacked = item.rows <= _STACKED_ROWS
-    sums = scratch + records.VALUES_AT
-    lower_sums = sums + _SUMS_STRIDE * (item.rows if stacked else _FEW_ROWS)
-    steps = (count + 3) // 4
-    start = np.int64(0)
-    while start < call.dims:
-        offset, offset_ahead = 8 * start, 4 * call.dims + 4 * start
-        dims = np.int64(64 if stacked and start + 64 <= call.dims else 32)
-        _split_values(dims, now, count, offset, codes, then, offset_ahead)
-        _multiply_codes(dims, stacked, weights, lower, codes, steps, sums, lower_sums)
-        for row in range(item.rows):
-            to = scratch + records.OUTPUTS_AT + row * call.output_stride + 4 * start
-            upper, below = sums + _SUMS_STRIDE * row, lower_sums + _SUMS_STRIDE * row
-            row_ops.add_limbs(to, upper, below, dims // 16, state[row].limb_factor)
-        start += dims
-
-
-@work_item.inner
-def _attend_many(call, item, scratch, state, first, tiles, ahead, count):  # type: ignore[no-untyped-def]
-    inline.noinline()
-    stride = 2 * call.dims
-    for tile in range(0, count, 2):
-        bf16_tiles.widen_keys(call, scratch, tiles, ahead, tile, min(tile + 2, count))
-        for row in range(0, item.rows, _MANY_ROWS):
+        for row in range(0, item.rows, _ROWS):
             queries = scratch + records.QUERIES_AT + row * stride
-            keys = scratch + records.KEYS_AT
-            scores = scratch + records.SCORES_AT + LINE * tile + row * SCORE_STRIDE
-            steps = call.dims // 32
-            _multiply_many(
-                0, queries, stride, keys, steps * OPERAND, steps, OPERAND, scores, SCORE_STRIDE
-            )
-    _weigh(call, item, scratch, state, first, count, 0)
-    bf16_tiles.widen_values(call, scratch, tiles, ahead, count)
-    for dim in range(0, call.dims, 32):
-        for row in range(0, item.rows, _MANY_ROWS):
-            weights = scratch + records.WEIGHTS_AT + row * SCORE_STRIDE
-            values = scratch + records.VALUES_AT + dim // 16 * OPERAND
-            outputs = scratch + records.OUTPUTS_AT + row * call.output_stride + 4 * dim
-            step_bytes = call.dims // 16 * OPERAND
-            _multiply_many(
-                1, weights, SCORE_STRIDE, values, OPERAND, (count + 1) // 2, step_bytes,
-                outputs, call.output_stride,
-            )  # fmt: skip
+            scores = scratch + records.SCORES_AT + row * SCORE_STRIDE + LINE * tile
+            at = TILE_RECORD * tile
+            _multiply_keys(queries, stride, now + at, then + at, scores, row == 0)
+    stacked = item.rows <= _STACKED_ROWS
+    lower = item.rows * SCORE_STRIDE if stacked else np.int64(2 * records.CHUNK)
+    _weigh(call, item, scratch, state, first, count, lower)
+    # Integer weights times codes, whose sums are exact.
+    codes = scratch + records.TEMPORARY_AT
+    sums = scratch + _SUMS_AT
+    lower_sums = sums + _SUMS_STRIDE * (item.rows if stacked else _ROWS)
+    dim = np.int64(0)
+    while dim < call.dims:
+        dims = np.int64(64 if stacked and dim + 64 <= call.dims else 32)
+        _split_values(dims, now, count, 8 * dim, codes, then)
+        for block in range(0, item.rows, _ROWS):
+            weights = scratch + records.WEIGHTS_AT + block * SCORE_STRIDE
+            steps = (count + 3) // 4
+            _multiply_codes(dims, stacked, weights, lower, codes, steps, sums, lower_sums)
+            for row in range(min(np.int64(_ROWS), item.rows - block)):
+                place = block + row
+                to = scratch + records.OUTPUTS_AT + place * call.output_stride + 4 * dim
+                upper, below = sums + _SUMS_STRIDE * row, lower_sums + _SUMS_STRIDE * row
+                row_ops.add_limbs(to, upper, below, dims // 16, state[place].weight_step)
+        dim += dims
 
 
-_attend = work_item.item_loop(_FEW_ROWS, records.CHUNK, _attend_few, _attend_many, _setup)
+_attend = work_item.item_loop(0, records.CHUNK, _attend_chunk, _setup)
 
 
 def work(call_address, scratch):  # type: ignore[no-untyped-def]

@@ -3,15 +3,11 @@
 
 from __future__ import annotations
 
-from vllm_hybrid_kv.kernels.cpu import memory, products, records
+from vllm_hybrid_kv.kernels.cpu import products, records
 
 _attend = products.attend(products.Products(vnni=True, rows=8, tiles=2))
 
 
 def work(call_address, scratch):  # type: ignore[no-untyped-def]
     """Process items of a call until none is left; both arguments are addresses."""
-    call = records.attention_call_at(call_address)
-    count = call.num_items * call.num_kv_heads
-    index = memory.fetch_add(call.counters)
-    while index < count:
-        index = _attend(call, index, scratch)
+    _attend(records.attention_call_at(call_address), scratch)

@@ -39,14 +39,15 @@ class _Workspace(threading.local):
 _workspace = _Workspace()
 
 
-def isa_for(query_dtype: torch.dtype, head_size: int, isa: str | None = None) -> str:
-    """Return the instruction set that attends with such queries; see `instruction_sets.require`.
+def isa_for(head_size: int, isa: str | None = None) -> str:
+    """Return the instruction set that attends: `isa`, or the fastest that this CPU can run.
 
-    The fast ones take bf16 queries and tiled pages only; otherwise it is the portable one.
+    AMX takes head sizes that are a multiple of 32, and leaves others to AVX-512.
     """
     chosen = instruction_sets.available()[-1] if isa is None else instruction_sets.require(isa)
-    tiled = k8v4.cpu_layout(head_size) is Layout.CPU_TILED
-    return chosen if tiled and query_dtype == torch.bfloat16 else instruction_sets.PORTABLE
+    if chosen == instruction_sets.AMX and head_size % 32:
+        return instruction_sets.AVX512_VNNI
+    return chosen
 
 
 @functools.cache
@@ -83,7 +84,7 @@ def paged_attention(
     Args:
         query: bf16, fp16 or fp32 [T, Hq, D], the requests' new tokens one after another; dims
             contiguous.
-        cache: uint8 [blocks, H, N, slot_bytes(D)], `k8v4.cpu_layout(D)`, contiguous except for
+        cache: uint8 [blocks, H, N, slot_bytes(D)], `CPU_TILED`, contiguous except for
             the stride between blocks.
         block_table: int32 [at least B, max blocks].
         seq_lens: int32 [B], tokens of each request including its new ones.
@@ -96,8 +97,7 @@ def paged_attention(
         lse: float32 [T, Hq], written: natural log of the sum over visible keys and the sink;
             -inf without either.
         plan: From `plan_attention` for this batch; made here if None.
-        isa: One of `isa.ALL`; the fastest that this CPU can run if None. Queries in fp16 and fp32,
-            and head sizes that are not a multiple of 32, always use the portable one.
+        isa: One of `isa.ALL`; see `isa_for`.
         debug: Also check the contents of the index tensors; see `check_attention`.
 
     Raises:
@@ -125,10 +125,10 @@ def paged_attention(
         )
     if plan.items.shape[0] == 0:
         return
-    page_format = PageFormat(head_size, page_size, k8v4.cpu_layout(head_size))
+    PageFormat(head_size, page_size, Layout.CPU_TILED)  # raises for a wrong page size
     if sinks is not None:
         sinks = sinks.to(torch.float32).contiguous()
-    output_stride = -(-head_size // 16) * 64
+    output_stride = -(-head_size // 32) * 128
     _workspace.reserve(threads, plan.partial_rows * num_kv_heads * (output_stride + 64) // 4)
     counters = np.zeros(1 + plan.num_divided * num_kv_heads, np.int64)
     width = query.element_size()
@@ -145,7 +145,6 @@ def paged_attention(
         lse_head_stride=0 if lse is None else 4 * lse.stride(1),
         cache=cache.data_ptr(),
         block_stride=cache.stride(0),
-        tiled=page_format.layout is Layout.CPU_TILED,
         block_table=block_table.data_ptr(),
         block_table_stride=4 * block_table.stride(0),
         sinks=0 if sinks is None else sinks.data_ptr(),
@@ -162,6 +161,7 @@ def paged_attention(
         counters=counters.ctypes.data,
         scale=scale,
         soft_cap=soft_cap,
+        unit=k8v4.rotation_unit(head_size),
     )
-    work = _work_of(isa_for(query.dtype, head_size, isa)).address
+    work = _work_of(isa_for(head_size, isa)).address
     run_on_threads(work, call, _workspace.scratch)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encode rows of keys and values, and write the codes to their places in a page.
+"""Encode rotated rows, and write the codes to their places in a `CPU_TILED` page.
 
-The places are those of `k8v4.PageFormat`. The input is in a thread's scratch memory: four rows of
-rotated float32 values, four rows of key codes, and the results of `write_scales`.
-Rows extend to a multiple of 16 numbers.
+The places are those of `k8v4.PageFormat`. The input is in a thread's scratch memory: rows of
+rotated float32 keys and then values of four tokens, and the results of `write_scales`. Rows extend
+to a multiple of 16 numbers.
 """
 
 from __future__ import annotations
@@ -27,22 +27,23 @@ from vllm_hybrid_kv.kernels.cpu.llvm import (
     LINE,
     ROUNDING,
     Emitter,
+    constant,
     filled,
     vector,
 )
 
 ROW_BYTES = 4 * k8v4.MAX_HEAD_SIZE
-"""Bytes between two rows of values."""
+"""Bytes between two rows."""
 
-KEY_BYTES = k8v4.MAX_HEAD_SIZE
-"""Bytes between two rows of key codes."""
+VALUE_ROWS = 4 * ROW_BYTES
+"""Bytes from the keys of four tokens to their values."""
 
-EXTREMES_BYTES = 2 * LINE
-"""Bytes of the extremes of one token: sixteen smallest numbers, then sixteen largest."""
+LARGEST_BYTES = 8 * LINE
+"""Bytes of the largest magnitudes: sixteen numbers of each row, keys first."""
 
-SCALE_BITS, ZERO_BITS, ZEROS, INVERSES = 0, 8, 16, 32
-"""Offsets in the scales of four tokens: fp16 bits of the scales and of the zeros, the zeros as
-float32, and the factors of the codes."""
+INVERSES = 16
+"""Offset in the scales of four tokens: fp16 bits of the key scales and of the value scales, then
+the factors of the codes as float32."""
 
 RESULT_BYTES = 48
 
@@ -63,32 +64,16 @@ def _vectors(e: Emitter, head_size: ir.Value) -> ir.Value:
 
 
 @inline_llvm
-def any_magnitude_above(
-    e: Emitter, limit: int, dtype_code: Int64, source: Int64, row: Int64, head_size: Int64
-) -> Bool:
-    """Return whether a row holds a NaN or a magnitude above a limit, the bits of a bf16 number.
+def any_above(e: Emitter, limit: int, row: Int64, vectors: Int64) -> Bool:
+    """Return whether a row holds a NaN or a magnitude above a limit, the bits of a float32."""
 
-    `row` is `source` after `row_ops.widen_row`; bf16 is compared in `source`, 32 numbers at a time.
-    """
-    is_bfloat16 = e.b.icmp_signed("==", dtype_code, I64(records.BFLOAT16))
-    narrow = e.b.and_(is_bfloat16, e.is_multiple(head_size, 2 * LANES))
+    def larger(i: ir.Value, largest: list[ir.Value]) -> list[ir.Value]:
+        x = e.b.and_(e.load_line(32, e.at(row, i, LINE)), filled(I32, _MAGNITUDE_BITS))
+        return [e.b.select(e.b.icmp_signed(">", largest[0], x), largest[0], x)]
 
-    def largest_above(bits: int) -> list[ir.Value]:
-        lanes = 8 * LINE // bits
-        element = ir.IntType(bits)
-
-        def line(i: ir.Value, largest: list[ir.Value]) -> list[ir.Value]:
-            x = e.load_line(bits, e.at(row if bits == 32 else source, i, LINE))
-            x = e.b.and_(x, filled(element, _MAGNITUDE_BITS >> (32 - bits), lanes))
-            return [e.b.select(e.b.icmp_signed(">", largest[0], x), largest[0], x)]
-
-        lines = e.shift_right(head_size, 5) if bits == 16 else _vectors(e, head_size)
-        (largest,) = e.loop(lines, [filled(element, 0, lanes)], line)
-        above = e.b.icmp_signed(">", largest, filled(element, limit >> (32 - bits), lanes))
-        flags = e.b.bitcast(above, ir.IntType(lanes))
-        return [e.b.icmp_unsigned("!=", flags, flags.type(0))]
-
-    return e.choose((16, 32), lambda _: narrow, largest_above)[0]
+    (largest,) = e.loop(vectors, [filled(I32, 0)], larger)
+    flags = e.b.bitcast(e.b.icmp_signed(">", largest, filled(I32, limit)), ir.IntType(LANES))
+    return e.b.icmp_unsigned("!=", flags, flags.type(0))
 
 
 @inline_llvm
@@ -100,45 +85,56 @@ def clamp_row(e: Emitter, row: Int64, head_size: Int64, limit: Float32) -> None:
         e.store(e.smaller(e.larger(e.load_floats(place), low), high), place)
 
 
-def _key_codes(e: Emitter, x: ir.Value, may_be_nan: bool) -> ir.Value:
-    """Return sixteen e4m3fn codes, rounded half to even and clamped to +-448.
+@inline_llvm
+def encode_query(
+    e: Emitter,
+    words: Int64,
+    row: Int64,
+    head_size: Int64,
+    largest: Int64,
+    unit: Float32,
+    to: Int64,
+    state: Int64,
+) -> None:
+    """Write the codes of a rotated query row, as in `reference.round_query`, and its state.
 
-    Above 2^-6 the code is the float32's upper bits, rounded at the cut and with the exponent's
-    bias moved from 127 to 7. Below, it counts steps of 2^-9, the last bit of a float32 near 2^14,
-    so that one addition rounds. A NaN's codes are 0x7F and 0xFF; x holds none unless `may_be_nan`.
+    The codes are bytes, or with `words` 16-bit words, dims 0, 2, 1, 3 of each four: pairs that
+    multiply the even and the odd bytes of a line of keys. `row` and its `largest` magnitude are
+    not yet multiplied by `unit`.
     """
     b = e.b
+    top = e.reduce(e.load_floats(largest), e.larger)
+    steps = F32(float(k8v4.KEY_STEPS))
+    is_positive = b.fcmp_ordered(">", top, F32(0.0))
+    factor = e.broadcast(b.select(is_positive, b.fdiv(steps, top), F32(0.0)))
 
-    def word(number: int) -> ir.Constant:
-        return filled(I32, number)
+    def store_words(i: ir.Value, codes: ir.Value) -> None:
+        order = [4 * (lane // 4) + (0, 2, 1, 3)[lane % 4] for lane in range(LANES)]
+        narrow = b.trunc(codes, vector(I16))
+        e.store(e.shuffle(narrow, narrow, order), e.at(to, i, 2 * LANES))
 
-    bits = b.bitcast(x, vector(I32))
-    sign = b.and_(b.lshr(bits, word(24)), word(0x80))
-    magnitude = b.and_(bits, word(_MAGNITUDE_BITS))
-    top = word(0x43E00000)  # 448
-    clamped = b.select(b.icmp_signed("<", magnitude, top), magnitude, top)
-    tie_to_even = b.and_(b.lshr(clamped, word(20)), word(1))
-    rounded = b.add(b.add(clamped, word(0x7FFFF)), tie_to_even)
-    normal = b.sub(b.lshr(rounded, word(20)), word((127 - 7) << 3))
-    raised = b.fadd(b.bitcast(clamped, vector(F32)), filled(F32, 2.0**14))
-    steps = b.sub(b.bitcast(raised, vector(I32)), word(0x46800000))
-    code = b.select(b.icmp_signed("<", clamped, word(0x3C800000)), steps, normal)
-    if may_be_nan:
-        is_nan = b.icmp_signed(">", magnitude, word(INFINITY_BITS))
-        code = b.select(is_nan, word(0x7F), code)
-    return b.trunc(b.or_(code, sign), vector(I8))
+    def store_bytes(i: ir.Value, codes: ir.Value) -> None:
+        e.store(b.trunc(codes, vector(I8)), e.at(to, i, LANES))
 
+    def sixteen(i: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+        x = e.load_floats(e.at(row, i, LINE))
+        raised = b.fadd(b.fmul(x, factor), filled(F32, ROUNDING))
+        codes = b.sub(b.bitcast(raised, vector(I32)), filled(I32, _ROUNDING_BITS))
+        stores = (store_bytes, store_words)
+        e.choose_number(words, (1, 0), lambda wide: stores[wide](i, codes))
+        # The last vector may have eight dims only.
+        left = e.broadcast(b.trunc(b.sub(head_size, b.shl(i, I64(4))), I32))
+        is_dim = b.icmp_signed("<", constant(I32, range(LANES)), left)
+        # Zero times NaN or infinity is NaN.
+        counted = b.select(is_dim, codes, filled(I32, 0))
+        return [b.add(sums[0], counted), e.fma(x, filled(F32, 0.0), sums[1])]
 
-@inline_llvm
-def encode_keys(e: Emitter, row: Int64, head_size: Int64, to: Int64, has_nan: Bool) -> None:
-    """Write the e4m3fn codes of a row."""
-
-    def encode(may_be_nan: bool) -> None:
-        with e.each(_vectors(e, head_size)) as i:
-            codes = _key_codes(e, e.load_floats(e.at(row, i, LINE)), may_be_nan)
-            e.store(codes, e.at(to, i, LANES))
-
-    e.choose((True, False), lambda _: has_nan, encode)
+    zeros = [filled(I32, 0), filled(F32, 0.0)]
+    total, not_finite = e.loop(_vectors(e, head_size), zeros, sixteen)
+    step = b.fadd(b.fdiv(b.fmul(top, unit), steps), e.reduce(not_finite, b.fadd))
+    raised_by = b.fmul(b.sitofp(e.reduce(total, b.add), F32), F32(128.0))
+    for name, number in (("query_step", step), ("raised_by", raised_by)):
+        e.store(number, e.at(state, 4 * records.STATE_FIELDS.index(name)))
 
 
 def _larger_halves(e: Emitter, x: ir.Value, y: ir.Value, segment: int) -> ir.Value:
@@ -160,180 +156,169 @@ def _largest_of_eight(e: Emitter, eight: list[ir.Value]) -> ir.Value:
     return e.larger(even, odd)
 
 
-def _nearest_half(e: Emitter, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Return the nearest fp16 bits of x as int16, and their number as float32."""
-    half = e.b.fptrunc(x, vector(F16, 4))
-    return e.b.bitcast(half, vector(I16, 4)), e.b.fpext(half, x.type)
-
-
 @inline_llvm
 def write_scales(
-    e: Emitter, extremes: Int64, unit: Float32, nan_tokens: Int64, results: Int64
+    e: Emitter, largest: Int64, unit: Float32, nan_tokens: Int64, results: Int64
 ) -> None:
-    """Write the scales and zeros of four tokens, and the numbers that their codes need.
+    """Write the scales of four tokens, and the factors of their codes.
 
-    For one token alone this would take as long as a quarter of all its codes.
-
-    `extremes` are those of four finite rows not yet multiplied by `rotation.unit`. The float32
-    zeros and factors are for such rows too: a power of two changes no rounding. If bit t of
-    `nan_tokens` is set, token t gets a NaN scale and codes of 0.
+    For one token alone this would take as long as a quarter of all its codes. The `largest`
+    magnitudes are of rows not yet multiplied by `unit`, and so are the rows that the factors are
+    for. If bit t of `nan_tokens` is set, token t gets NaN scales; its rows must be zeros.
     """
     b = e.b
-
-    def bits(number: int) -> ir.Constant:
-        return filled(I16, number, 4)
-
-    def floats(number: float) -> ir.Constant:
-        return filled(F32, number, 4)
-
-    starts = [e.at(extremes, token * EXTREMES_BYTES) for token in range(4)]
-    smallest = [b.fneg(e.load_floats(start)) for start in starts]
-    largest = [e.load_floats(e.at(start, LINE)) for start in starts]
-    eight = _largest_of_eight(e, smallest + largest)
-    factor = e.broadcast(unit, 4)
-    lo = b.fmul(b.fneg(e.shuffle(eight, eight, range(4))), factor)
-    hi = b.fmul(e.shuffle(eight, eight, range(4, 2 * 4)), factor)
-
-    # Down to the next fp16 number: towards 0 if positive, and +0 for both zeros.
-    half, number = _nearest_half(e, lo)
-    step = b.select(b.icmp_signed("<", half, bits(0)), bits(1), bits(-1))
-    half = b.select(b.fcmp_ordered(">", number, lo), b.add(half, step), half)
-    half = b.select(b.icmp_signed("==", half, bits(-0x8000)), bits(0), half)
-    zero = e.halves_to_floats(half)
-    exact = b.fdiv(b.fsub(hi, zero), floats(k8v4.VALUE_LEVELS - 1))
-    scale, number = _nearest_half(e, exact)
-    scale = b.add(scale, b.zext(b.fcmp_ordered("<", number, exact), scale.type))
-    inverse = b.fdiv(floats(1.0), e.halves_to_floats(scale))
-    is_step = b.icmp_signed(">", scale, bits(0))
-    inverse = b.select(is_step, b.fmul(inverse, factor), floats(0.0))
-
+    factor = e.broadcast(unit, 8)
+    steps = constant(F32, 4 * [float(k8v4.KEY_STEPS)] + 4 * [k8v4.MIDDLE_VALUE_CODE])
+    tops = _largest_of_eight(e, [e.load_floats(e.at(largest, LINE * i)) for i in range(8)])
+    exact = b.fdiv(b.fmul(tops, factor), steps)
+    exact = e.smaller(exact, filled(F32, k8v4.SCALE_MAX, 8))
+    half = b.fptrunc(exact, vector(F16, 8))
+    below = b.fcmp_ordered("<", b.fpext(half, exact.type), exact)
+    scale = b.bitcast(half, vector(I16, 8))
+    scale = b.add(scale, b.zext(below, scale.type))
+    inverse = b.fmul(b.fdiv(filled(F32, 1.0, 8), e.halves_to_floats(scale)), factor)
+    is_step = b.icmp_signed(">", scale, filled(I16, 0, 8))
+    e.store(b.select(is_step, inverse, filled(F32, 0.0, 8)), e.at(results, INVERSES))
     is_nan = b.bitcast(b.trunc(nan_tokens, ir.IntType(4)), vector(ir.IntType(1), 4))
-    for offset, result, of_nan in (
-        (SCALE_BITS, scale, bits(k8v4.NAN_SCALE_BITS)),
-        (ZERO_BITS, half, bits(0)),
-        (ZEROS, b.fdiv(zero, factor), floats(0.0)),
-        (INVERSES, inverse, floats(0.0)),
-    ):
-        e.store(b.select(is_nan, of_nan, result), e.at(results, offset))
+    is_nan = e.shuffle(is_nan, is_nan, range(8))
+    e.store(b.select(is_nan, filled(I16, k8v4.NAN_SCALE_BITS, 8), scale), results)
 
 
-def _value_encoder(
-    e: Emitter, results: ir.Value, token: int | ir.Value
-) -> Callable[[ir.Value], ir.Value]:
+_RoundRow = Callable[[ir.Value], ir.Value]
+
+
+def _key_encoder(e: Emitter, results: ir.Value, token: int | ir.Value) -> _RoundRow:
+    """Return a function from the address of sixteen keys to their codes plus 128, as bytes."""
+    inverse = e.broadcast(e.load(F32, e.at(e.at(results, INVERSES), token, 4)))
+
+    def codes(place: ir.Value) -> ir.Value:
+        raised = e.b.fadd(e.b.fmul(e.load_floats(place), inverse), filled(F32, ROUNDING + 128))
+        return e.b.bitcast(e.b.trunc(e.b.bitcast(raised, vector(I32)), vector(I8)), vector(I32, 4))
+
+    return codes
+
+
+def _value_encoder(e: Emitter, results: ir.Value, token: int | ir.Value) -> _RoundRow:
     """Return a function from the address of sixteen values to their codes plus `_ROUNDING_BITS`.
 
-    The codes are `round_half_even((x - zero) * inverse)` as int32, with three roundings as in the
-    reference: adding `ROUNDING` is the third. Codes of numbers between the row's extremes need no
-    clamp.
+    Three roundings, as in the reference; adding `ROUNDING` is the third. Codes need no clamp,
+    because no number exceeds 7.5 steps by more than the rounding of single operations.
     """
-    zero, inverse = (
-        e.broadcast(e.load(F32, e.at(e.at(results, offset), token, 4)))
-        for offset in (ZEROS, INVERSES)
-    )
+    inverse = e.broadcast(e.load(F32, e.at(e.at(results, INVERSES + 16), token, 4)))
 
     def raised_codes(place: ir.Value) -> ir.Value:
-        steps = e.b.fmul(e.b.fsub(e.load_floats(place), zero), inverse)
+        steps = e.b.fmul(e.load_floats(place), inverse)
+        steps = e.b.fadd(steps, filled(F32, k8v4.MIDDLE_VALUE_CODE))
         return e.b.bitcast(e.b.fadd(steps, filled(F32, ROUNDING)), vector(I32))
 
     return raised_codes
 
 
-@inline_llvm
-def _pack_values(
-    e: Emitter, to: Int64, row: Int64, results: Int64, token: Int64, head_size: Int64
+def half_chunk(e: Emitter, chunk: ir.Value, head_size: ir.Value) -> ir.Value:
+    """Return the dims of half a chunk of 32: 16, or fewer in the last chunk."""
+    half = e.shift_right(e.b.sub(head_size, e.b.shl(chunk, I64(5))), 1)
+    return e.b.select(e.b.icmp_signed("<", half, I64(LANES)), half, I64(LANES))
+
+
+def _lines_of_keys(
+    e: Emitter, head_size: ir.Value, to: ir.Value, lines_of: Callable[[ir.Value], list[ir.Value]]
 ) -> None:
-    """Write the value codes of a row, even dims in the low nibbles."""
-    raised_codes = _value_encoder(e, results, token)
+    """Store what `lines_of(i)` returns for the four lines of each sixteen dims."""
     with e.each(_vectors(e, head_size)) as i:
-        codes = e.b.trunc(raised_codes(e.at(row, i, LINE)), vector(I8))
-        even, odd = (e.shuffle(codes, codes, range(half, LANES, 2)) for half in range(2))
-        e.store(e.b.or_(even, e.b.shl(odd, filled(I8, 4, LANES // 2))), e.at(to, i, 8))
+        lines, place = lines_of(i), e.at(to, i, 4 * LINE)
+        for line in range(2):
+            e.store(lines[line], e.at(place, LINE * line))
+        # The last vector may have eight dims only.
+        with e.b.if_then(e.b.icmp_signed("<", e.at(e.b.shl(i, I64(4)), 8), head_size)):
+            for line in range(2, 4):
+                e.store(lines[line], e.at(place, LINE * line))
 
 
 @inline_llvm
-def _store_tiled_keys(e: Emitter, to: Int64, keys: Int64, head_size: Int64) -> None:
-    """Store one token's key codes to every line of four dims, a pair of dims at a time."""
-    with e.each(e.shift_right(head_size, 2)) as i:
-        for pair in range(2):
-            codes = e.load(I16, e.at(e.at(keys, i, 4), 2 * pair))
-            e.store(codes, e.at(e.at(to, i, LINE), 8 * pair))
-
-
-@inline_llvm
-def _store_tiled_values(
+def _store_keys(
     e: Emitter, to: Int64, row: Int64, results: Int64, token: Int64, head_size: Int64
 ) -> None:
-    """Store one token's value codes, every fourth byte of a line of 32 dims."""
+    """Store one token's keys, four bytes of each line."""
+    encoded = _key_encoder(e, results, token)
+
+    def lines_of(i: ir.Value) -> list[ir.Value]:
+        codes = encoded(e.at(row, i, LINE))
+        return [e.b.extract_element(codes, I32(line)) for line in range(4)]
+
+    _lines_of_keys(e, head_size, to, lines_of)
+
+
+@inline_llvm
+def _store_key_quad(e: Emitter, to: Int64, rows: Int64, results: Int64, head_size: Int64) -> None:
+    """Store the keys of the four tokens of a quad, 16 bytes of each line."""
+    encoders = [_key_encoder(e, results, token) for token in range(4)]
+
+    def lines_of(i: ir.Value) -> list[ir.Value]:
+        sources = e.rows(e.at(rows, i, LINE), I64(ROW_BYTES), 4)
+        w, x, y, z = (encoded(at) for encoded, at in zip(encoders, sources, strict=True))
+        four = e.shuffle(e.shuffle(w, x, range(8)), e.shuffle(y, z, range(8)), range(16))
+        return [e.shuffle(four, four, range(line, 16, 4)) for line in range(4)]
+
+    _lines_of_keys(e, head_size, to, lines_of)
+
+
+@inline_llvm
+def _store_values(
+    e: Emitter, to: Int64, row: Int64, results: Int64, token: Int64, head_size: Int64, quad: Int64
+) -> None:
+    """Store one token's values, every fourth byte of a quad's line in each chunk of 32 dims."""
     raised_codes = _value_encoder(e, results, token)
-    with e.each(e.shift_right(head_size, 5)) as i:
-        sources = (e.at(e.at(row, i, 2 * LINE), half * LINE) for half in range(2))
-        low, high = (e.b.trunc(raised_codes(source), vector(I8)) for source in sources)
-        codes = e.b.or_(low, e.b.shl(high, filled(I8, 4)))
-        for lane in range(LANES):
-            byte = e.b.extract_element(codes, I32(lane))
-            e.store(byte, e.at(e.at(to, i, 4 * LINE), 4 * lane))
+    with e.each(e.shift_right(e.at(head_size, 31), 5)) as i:
+        width = half_chunk(e, i, head_size)
+        source = e.at(row, i, 2 * LINE)
+        low, high = raised_codes(source), raised_codes(e.at(source, width, 4))
+        codes = e.b.trunc(e.b.or_(low, e.b.shl(high, filled(I32, 4))), vector(I8))
+        line = e.at(e.at(to, i, 4 * LINE), e.b.mul(quad, width), 4)
+        with e.each(width) as j:
+            e.store(e.b.extract_element(codes, e.b.trunc(j, I32)), e.at(line, j, 4))
 
 
 @inline_llvm
-def _store_key_quad(e: Emitter, to: Int64, keys: Int64, head_size: Int64) -> None:
-    """Store the key codes of the four tokens of a quad, 16 bytes of each line of four dims."""
-    half = LANES // 2
-    with e.each(e.shift_right(head_size, 4)) as i:
-        sources = e.rows(e.at(keys, i, LANES), I64(KEY_BYTES), 4)
-        w, x, y, z = (e.load(vector(I16, half), source) for source in sources)
-        low, high = e.shuffle(w, x, range(2 * half)), e.shuffle(y, z, range(2 * half))
-        mixed = e.shuffle(low, high, [part * half + j for j in range(half) for part in range(4)])
-        for line in range(4):
-            part = e.shuffle(mixed, mixed, range(half * line, half * (line + 1)))
-            e.store(part, e.at(e.at(to, i, 4 * LINE), LINE * line))
-
-
-@inline_llvm
-def _store_value_quad(e: Emitter, to: Int64, rows: Int64, results: Int64, head_size: Int64) -> None:
-    """Store the value codes of the four tokens of a quad, a line of each chunk of 32 dims.
+def _store_value_quad(
+    e: Emitter, to: Int64, rows: Int64, results: Int64, head_size: Int64, quad: Int64
+) -> None:
+    """Store the values of the four tokens of a quad, a line of each chunk of 32 dims.
 
     A 32-bit lane holds the bytes of one pair of dims of all four tokens. The codes are added at
     their shifts, and the sum of what they were raised by is subtracted once.
     """
-    with e.each(e.shift_right(head_size, 5)) as i:
+    encoders = [_value_encoder(e, results, token) for token in range(4)]
+    with e.each(e.shift_right(e.at(head_size, 31), 5)) as i:
+        width = half_chunk(e, i, head_size)
         total = filled(I32, 0)
         raised_by = 0
         for token, source in enumerate(e.rows(e.at(rows, i, 2 * LINE), I64(ROW_BYTES), 4)):
-            raised_codes = _value_encoder(e, results, token)
-            for half in range(2):
+            for half, place in enumerate((source, e.at(source, width, 4))):
                 shift = 8 * _BYTE_OF_TOKEN[token] + 4 * half
-                raised = raised_codes(e.at(source, half * LINE))
+                raised = encoders[token](place)
                 total = e.b.add(total, e.b.shl(raised, filled(I32, shift)))
                 raised_by += _ROUNDING_BITS << shift
-        e.store(e.b.sub(total, filled(I32, raised_by % 2**32)), e.at(to, i, 4 * LINE))
+        total = e.b.sub(total, filled(I32, raised_by % 2**32))
+        line = e.at(e.at(to, i, 4 * LINE), e.b.mul(quad, width), 4)
+        parts = {size: e.shuffle(total, total, range(size)) for size in (16, 12, 8, 4)}
+        e.choose_number(width, list(parts), lambda size: e.store(parts[size], line))
 
 
 @numba.njit
-def place(keys, rows, results, token, quad, head_size, region, page_size, t, tiled):  # type: ignore[no-untyped-def]
-    """Store one of four tokens, or with `quad` all, at position t of a head's region.
-
-    Overwrites the key codes of a token that is stored alone.
-    """
+def place(rows, results, token, quad, head_size, region, page_size, t):  # type: ignore[no-untyped-def]
+    """Store one of four tokens, or with `quad` all, at position t of a head's region."""
     plane = region + page_size * head_size
     scales = plane + page_size * (head_size // 2) + 2 * t
-    scale_bits, zero_bits = results + SCALE_BITS, results + ZERO_BITS
     tile, quad_of_tile = t // _TILE * _TILE, t % _TILE // 4
-    to_keys = region + tile * head_size + 16 * quad_of_tile
-    to_values = plane + tile * (head_size // 2) + 64 * quad_of_tile
+    to_keys = region + tile * head_size + 4 * (t % _TILE)
+    to_values = plane + tile * (head_size // 2)
+    for offset, to in ((0, scales), (8, scales + 2 * page_size)):
+        inline.copy_bytes(to, results + offset + 2 * token, 8 if quad else 2)
     if quad:
-        inline.copy_bytes(scales, scale_bits, 8)
-        inline.copy_bytes(scales + 2 * page_size, zero_bits, 8)
-        _store_key_quad(to_keys, keys, head_size)
-        _store_value_quad(to_values, rows, results, head_size)
+        _store_key_quad(to_keys, rows, results, head_size)
+        _store_value_quad(to_values, rows + VALUE_ROWS, results, head_size, quad_of_tile)
         return
-    inline.copy_bytes(scales, scale_bits + 2 * token, 2)
-    inline.copy_bytes(scales + 2 * page_size, zero_bits + 2 * token, 2)
-    keys, row = keys + token * KEY_BYTES, rows + token * ROW_BYTES
-    if tiled:
-        _store_tiled_keys(to_keys + 2 * (t % 4), keys, head_size)
-        _store_tiled_values(to_values + _BYTE_OF_TOKEN[t % 4], row, results, token, head_size)
-    else:
-        inline.copy_bytes(region + t * head_size, keys, head_size)
-        # By way of the buffer, because the last vector may be half outside the row.
-        _pack_values(keys, row, results, token, head_size)
-        inline.copy_bytes(plane + t * (head_size // 2), keys, head_size // 2)
+    row = rows + token * ROW_BYTES
+    _store_keys(to_keys, row, results, token, head_size)
+    to = to_values + _BYTE_OF_TOKEN[t % 4]
+    _store_values(to, row + VALUE_ROWS, results, token, head_size, quad_of_tile)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The instruction sets of the attention kernels. Reads torch's CPU flags; never imports numba.
 
-Each has its own module `attend_<name>` with a function `work`.
+Each has its own module `attend_<name>` with a function `work`. All multiply the codes of queries
+and keys, and of weights and values, as integers.
 """
 
 from __future__ import annotations
@@ -11,17 +12,15 @@ import functools
 import torch
 
 PORTABLE = "portable"
-AVX512_BF16 = "avx512_bf16"
+AVX512_VNNI = "avx512_vnni"
 AMX = "amx"
 
-# The key decoder permutes bytes through a 128-entry table (VBMI), so that a CPU with the dot
-# product but without the permute (Cooper Lake) uses the portable path.
-_AVX512_FLAGS = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_vbmi", "avx512_bf16")
+_AVX512_FLAGS = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_vnni")
 
 _FLAGS = {
     PORTABLE: (),
-    AVX512_BF16: _AVX512_FLAGS,
-    AMX: (*_AVX512_FLAGS, "amx_tile", "amx_bf16", "amx_int8"),
+    AVX512_VNNI: _AVX512_FLAGS,
+    AMX: (*_AVX512_FLAGS, "amx_tile", "amx_int8"),
 }
 """The CPU flags that each needs, slowest first. Each faster one needs those of the slower ones."""
 

@@ -27,16 +27,6 @@ LINE = 64
 Case = TypeVar("Case")
 
 
-class _BFloat16(ir.Type):
-    """LLVM's `bfloat`, which llvmlite lacks."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-
-BF16 = _BFloat16()
-
-
 def vector(element: ir.Type, lanes: int = LANES) -> ir.VectorType:
     """Return LLVM's type of a vector of `lanes` numbers."""
     return ir.VectorType(element, lanes)

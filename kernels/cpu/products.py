@@ -9,13 +9,15 @@ A block of rows keeps its sums in registers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
+from numba.core.registry import cpu_target
 
-from vllm_hybrid_kv.kernels.cpu import memory, records, softmax, work_item
+from vllm_hybrid_kv.kernels.cpu import inline, records, softmax, work_item
 from vllm_hybrid_kv.kernels.cpu.encode import half_chunk
 from vllm_hybrid_kv.kernels.cpu.inline import Int64, inline_llvm
 from vllm_hybrid_kv.kernels.cpu.llvm import (
@@ -33,8 +35,6 @@ from vllm_hybrid_kv.kernels.cpu.llvm import (
 )
 from vllm_hybrid_kv.kernels.cpu.records import SCORE_STRIDE, TILE_RECORD
 
-_CHUNK_OF_FEW = 64
-
 _WORD_DOTS = (
     ("+avx512bw", "avx512.pmaddw.d.512", 1),
     ("+avx2", "avx2.pmadd.wd", 2),
@@ -43,10 +43,17 @@ _WORD_DOTS = (
 """x86's products of pairs of words: the feature, LLVM's name, and the parts of a line."""
 
 
+@functools.cache
+def _features() -> list[str]:
+    """Return the features of x86 that numba compiles for."""
+    triple, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return features.split(",") if triple.startswith("x86") else []
+
+
 def _dot_words(e: Emitter, sums: ir.Value, x: ir.Value, y: ir.Value) -> ir.Value:
     """Add the products of pairs of signed words, <32 x i16>, to sixteen int32."""
     for feature, name, parts in _WORD_DOTS:
-        if e.has(feature):
+        if feature in _features():
             lanes = 32 // parts
             products = [
                 e.call(
@@ -107,18 +114,11 @@ def _row_blocks(
 ) -> None:
     """Emit code for blocks of rows: `emit(rows, first row, whether it is the first block)`."""
     sizes = [1 << i for i in range(products.rows.bit_length())]
-    e.choose(
-        sizes,
-        lambda size: e.b.icmp_signed("<=", rows, I64(size)),
-        lambda size: emit(size, I64(0), True),
-    )
+    e.choose_number(rows, sizes, lambda size: emit(size, I64(0), True), "<=")
     with e.b.if_then(e.b.icmp_signed(">", rows, I64(products.rows))):
-
-        def block(i: ir.Value, _: list[ir.Value]) -> None:
+        others = e.shift_right(e.b.sub(rows, I64(1)), products.rows.bit_length() - 1)
+        with e.each(others) as i:
             emit(products.rows, e.b.mul(e.b.add(i, I64(1)), I64(products.rows)), False)
-
-        last = e.b.sub(rows, I64(1))
-        e.loop(e.shift_right(last, products.rows.bit_length() - 1), [], block)
 
 
 def functions(products: Products) -> tuple[Any, Any]:
@@ -132,7 +132,8 @@ def functions(products: Products) -> tuple[Any, Any]:
         """Write the rows' products with `count` key tiles, and prefetch as many of `ahead`."""
         words = 1 if products.vnni else 2
 
-        def some_tiles(i: ir.Value, _: list[ir.Value]) -> None:
+        shift = products.tiles.bit_length() - 1
+        with e.each(e.shift_right(e.at(count, products.tiles - 1), shift)) as i:
             bases, next_bases = (
                 [
                     e.load(I64, e.at(e.at(at, i, products.tiles * TILE_RECORD), TILE_RECORD * t))
@@ -169,9 +170,6 @@ def functions(products: Products) -> tuple[Any, Any]:
 
             _row_blocks(e, products, rows, block)
 
-        shift = products.tiles.bit_length() - 1
-        e.loop(e.shift_right(e.at(count, products.tiles - 1), shift), [], some_tiles)
-
     @inline_llvm
     def outputs(
         e: Emitter, rows: Int64, tiles: Int64, ahead: Int64, count: Int64, dims: Int64,
@@ -179,7 +177,7 @@ def functions(products: Products) -> tuple[Any, Any]:
     ) -> None:  # fmt: skip
         """Add the rows' weights times the values of `count` tiles, and prefetch as many."""
 
-        def chunk(i: ir.Value, _: list[ir.Value]) -> None:
+        with e.each(e.shift_right(e.at(dims, 31), 5)) as i:
             width = half_chunk(e, i, dims)
             bytes_of_quad = e.b.shl(width, I64(2))
             in_chunk = e.b.icmp_signed(
@@ -225,7 +223,7 @@ def functions(products: Products) -> tuple[Any, Any]:
                 states = e.at(state, row, records.STATE_BYTES)
                 for r, output in enumerate(e.rows(outputs, output_stride, count_rows)):
                     own = e.at(states, records.STATE_BYTES * r)
-                    own = e.at(own, records.offset_of(records.ROW_STATE, "weight_step"))
+                    own = e.at(own, 4 * records.STATE_FIELDS.index("weight_step"))
                     step = e.broadcast(e.load(F32, own))
                     low = e.at(output, i, 2 * LINE)
                     for half, place in enumerate((low, e.at(low, width, 4))):
@@ -235,28 +233,23 @@ def functions(products: Products) -> tuple[Any, Any]:
 
             _row_blocks(e, products, rows, block)
 
-        e.loop(e.shift_right(e.at(dims, 31), 5), [], chunk)
-
     return scores, outputs
 
 
 def attend(products: Products) -> Any:
-    """Return the function that attends for one item; see `work_item.chunk_loop`."""
+    """Return the function that attends for a call; see `work_item.item_loop`."""
     scores, outputs = functions(products)
+    weigh = work_item.weigher(softmax.WORDS)
     words = int(not products.vnni)
 
     @work_item.inner
-    def prepare(item, scratch):  # type: ignore[no-untyped-def]
-        pass
-
-    @work_item.inner
-    def add(call, item, scratch, state, first, tiles, ahead, count):  # type: ignore[no-untyped-def]
-        memory.noinline()
+    def attend_chunk(call, item, scratch, state, first, tiles, ahead, count):  # type: ignore[no-untyped-def]
+        inline.noinline()
         now, then = tiles.ctypes.data, ahead.ctypes.data
         stride = work_item.query_stride(call, words)
         scores(item.rows, now, then, count, call.dims, stride, scratch)
-        work_item.weigh(call, item, scratch, state, first, count, softmax.WORDS, 0)
+        weigh(call, item, scratch, state, first, count, 0)
         own = state.ctypes.data
         outputs(item.rows, now, then, count, call.dims, call.output_stride, own, scratch)
 
-    return work_item.chunk_loop(words, products.rows, _CHUNK_OF_FEW, prepare, add)
+    return work_item.item_loop(products.rows, 64, attend_chunk, words=words)

@@ -4,7 +4,7 @@
 The arithmetic is `reference.quantise`, bit for bit; the place of each byte is `k8v4.PageFormat`.
 One kernel serves every dtype, head size and page size: it widens a row to float32 in a buffer that
 stays in the first-level cache. The number of vector operations limits its speed, not memory, so
-it omits the reference's clamps if they change nothing; see `_quantise_row`.
+it omits the reference's clamps if they change nothing; see `_rotate_row`.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ import torch
 from vllm_hybrid_kv.kernels import inputs, k8v4
 from vllm_hybrid_kv.kernels.cpu import encode, inline, records, rotation, row_ops
 from vllm_hybrid_kv.kernels.cpu.compile_cache import cached
-from vllm_hybrid_kv.kernels.cpu.encode import EXTREMES_BYTES, INFINITY_BITS, KEY_BYTES, ROW_BYTES
+from vllm_hybrid_kv.kernels.cpu.encode import INFINITY_BITS, ROW_BYTES
 from vllm_hybrid_kv.kernels.cpu.llvm import LANES, LINE
 from vllm_hybrid_kv.kernels.cpu.threads import follow_torch
 
+_KEY_MAX = np.float32(k8v4.KEY_MAX)
 _VALUE_MAX = np.float32(k8v4.VALUE_MAX)
 
-_NO_CLAMP = int(np.float32(2048).view(np.int32))
-"""The bits of a magnitude up to which no value of a row is clamped, before or after the rotation:
-each of its four stages at most doubles the largest."""
+_NO_CLAMP = int(np.float32(2.0**18).view(np.int32))
+"""The bits of a rotated magnitude, not yet multiplied by the unit, up to which no row is clamped.
 
-_SCRATCH = 4 * (ROW_BYTES + KEY_BYTES + EXTREMES_BYTES) + encode.RESULT_BYTES
-"""Bytes of a thread's scratch: rows of float32, of key codes, extremes, and scales of 4 tokens."""
+The row itself then has no larger magnitude, which is below both limits.
+"""
+
+_SCRATCH = 8 * ROW_BYTES + encode.LARGEST_BYTES + encode.RESULT_BYTES
+"""Bytes of a thread's scratch: rows of float32, largest magnitudes, and scales of four tokens."""
 
 _ITEM_TOKENS = 16
 """Tokens that a thread takes at a time, all heads of each, so that it reads memory in order."""
@@ -40,24 +43,38 @@ _call = records.CallBuffer(records.StoreCall)
 
 
 @numba.njit
-def _quantise_row(key, value, dtype_code, head_size, row, keys, extremes, unit):  # type: ignore[no-untyped-def]
-    """Write a key's codes, a value rotated but not yet multiplied by `unit`, and its extremes.
+def _rotate_row(source, dtype_code, head_size, row, largest, limit, unit):  # type: ignore[no-untyped-def]
+    """Write a row rotated but not yet multiplied by `unit`, and its largest magnitude.
 
-    Only a row with a magnitude above `_NO_CLAMP` is clamped: to 65504 before the rotation, and
-    after it to 65504 / `unit`, with its extremes. Returns whether the key or value holds a NaN.
+    Only a row with a large number is clamped: to `limit` before the rotation, and after it to
+    `limit / unit`. Returns whether the row holds a NaN.
     """
-    row_ops.widen_row(dtype_code, key, row, head_size)
-    nan = encode.any_magnitude_above(INFINITY_BITS, dtype_code, key, row, head_size)
-    encode.encode_keys(row, head_size, keys, nan)
-    row_ops.widen_row(dtype_code, value, row, head_size)
-    large = encode.any_magnitude_above(_NO_CLAMP, dtype_code, value, row, head_size)
-    if large:
-        nan |= encode.any_magnitude_above(INFINITY_BITS, dtype_code, value, row, head_size)
-        encode.clamp_row(row, head_size, _VALUE_MAX)
-    rotation.rotate_with_extremes(row, head_size, extremes)
-    if large:
-        encode.clamp_row(row, head_size, _VALUE_MAX / unit)
-        encode.clamp_row(extremes, 2 * LANES, _VALUE_MAX / unit)
+    row_ops.widen_row(dtype_code, source, row, head_size)
+    rotation.rotate_and_measure(row, head_size, largest)
+    if not encode.any_above(_NO_CLAMP, largest, 1):
+        return False
+    row_ops.widen_row(dtype_code, source, row, head_size)
+    if encode.any_above(INFINITY_BITS, row, (head_size + LANES - 1) // LANES):
+        return True
+    encode.clamp_row(row, head_size, limit)
+    rotation.rotate_and_measure(row, head_size, largest)
+    encode.clamp_row(row, head_size, limit / unit)
+    encode.clamp_row(largest, LANES, limit / unit)
+    return False
+
+
+@numba.njit
+def _rotate_token(key, value, dtype_code, head_size, row, largest, unit):  # type: ignore[no-untyped-def]
+    """Rotate a token's key and value, or write zeros and return True if one holds a NaN."""
+    value_row, largest_value = row + encode.VALUE_ROWS, largest + 4 * LINE
+    nan = _rotate_row(key, dtype_code, head_size, row, largest, _KEY_MAX, unit)
+    nan |= _rotate_row(value, dtype_code, head_size, value_row, largest_value, _VALUE_MAX, unit)
+    if nan:
+        lines = (head_size + LANES - 1) // LANES
+        row_ops.clear_lines(row, lines)
+        row_ops.clear_lines(value_row, lines)
+        row_ops.clear_lines(largest, 1)
+        row_ops.clear_lines(largest_value, 1)
     return nan
 
 
@@ -87,20 +104,19 @@ def _store_item(call, item):  # type: ignore[no-untyped-def]
     Prefetches as many rows of the next tokens, and a quarter of the lines of the next tile.
     """
     rows = inline.stack_bytes(_SCRATCH)
-    keys = rows + 4 * ROW_BYTES
-    extremes = keys + 4 * KEY_BYTES
-    results = extremes + 4 * EXTREMES_BYTES
-    row_ops.clear_lines(extremes, 4 * EXTREMES_BYTES // LINE)  # for missing tokens
-    slots, dtype_code, tiled = call.slots, call.dtype_code, call.tiled
+    largest = rows + 8 * ROW_BYTES
+    results = largest + encode.LARGEST_BYTES
+    row_ops.clear_lines(largest, encode.LARGEST_BYTES // LINE)  # for missing tokens
+    slots, dtype_code = call.slots, call.dtype_code
     head_size, page_size, block_stride = call.head_size, call.page_size, call.block_stride
     key_stride, value_stride = call.key_token_stride, call.value_token_stride
-    unit = rotation.unit(head_size)
+    unit = np.float32(call.unit)
     head_bytes = page_size * (head_size + head_size // 2 + 4)
     row_bytes = head_size * (4 if dtype_code == records.FLOAT32 else 2)
     i = item * _ITEM_TOKENS
     last = min(i + _ITEM_TOKENS, call.num_tokens)
     while i < last:
-        quad = tiled and _is_quad(slots, i, last)
+        quad = _is_quad(slots, i, last)
         count = 4 if quad else _tokens_before_quad(slots, i, last)
         for h in range(call.num_heads):
             head = call.cache + h * head_bytes
@@ -118,20 +134,19 @@ def _store_item(call, item):  # type: ignore[no-untyped-def]
                 inline.prefetch(1, plane + ahead * (head_size // 2), 2 * head_size)
             nan_tokens = 0
             for token in range(count):
-                nan = _quantise_row(
+                nan = _rotate_token(
                     key + token * key_stride, value + token * value_stride, dtype_code, head_size,
-                    rows + token * ROW_BYTES, keys + token * KEY_BYTES,
-                    extremes + token * EXTREMES_BYTES, unit,
+                    rows + token * ROW_BYTES, largest + token * LINE, unit,
                 )  # fmt: skip
                 nan_tokens |= nan << token
-            encode.write_scales(extremes, unit, nan_tokens, results)
+            encode.write_scales(largest, unit, nan_tokens, results)
             for token in range(1 if quad else count):
                 slot = inline.load_int64(slots + 8 * (i + token))
                 if slot >= 0:
+                    region = head + slot // page_size * block_stride
                     encode.place(
-                        keys, rows, results, token, quad, head_size,
-                        head + slot // page_size * block_stride, page_size, slot % page_size, tiled,
-                    )  # fmt: skip
+                        rows, results, token, quad, head_size, region, page_size, slot % page_size
+                    )
         i += count
 
 
@@ -158,7 +173,7 @@ def quantise_and_store(
     *,
     debug: bool = False,
 ) -> None:
-    """Quantise tokens and write them into their slots, in the layout `k8v4.cpu_layout(D)`.
+    """Quantise tokens and write them into their slots, in the layout `CPU_TILED`.
 
     Nothing else in the cache changes. If one call names a slot twice, its bytes are those of one
     of the two tokens or, with two threads, a mixture; vLLM never does so.
@@ -202,7 +217,7 @@ def quantise_and_store(
         num_heads=num_heads,
         head_size=head_size,
         page_size=page_size,
-        tiled=k8v4.cpu_layout(head_size) is k8v4.Layout.CPU_TILED,
+        unit=k8v4.rotation_unit(head_size),
     )
     serial = num_tokens * num_heads <= SERIAL_ROWS or follow_torch() == 1
     store = _store_serial if serial else _store_parallel

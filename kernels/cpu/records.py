@@ -39,7 +39,6 @@ class AttentionCall(NamedTuple):
     lse_head_stride: int
     cache: int
     block_stride: int
-    tiled: int  # 1 for `Layout.CPU_TILED`
     block_table: int
     block_table_stride: int
     sinks: int  # float32 [Hq], 0: none
@@ -56,6 +55,7 @@ class AttentionCall(NamedTuple):
     counters: int  # int64: the next item, then finished parts of each divided request and head
     scale: float
     soft_cap: float  # 0: none
+    unit: float  # `k8v4.rotation_unit`
 
 
 class StoreCall(NamedTuple):
@@ -76,7 +76,7 @@ class StoreCall(NamedTuple):
     num_heads: int
     head_size: int
     page_size: int
-    tiled: int  # 1 for `Layout.CPU_TILED`
+    unit: float  # `k8v4.rotation_unit`
 
 
 class WorkItem(NamedTuple):
@@ -138,20 +138,23 @@ store_call_at = _record_at(StoreCall)
 item_at = _record_at(WorkItem)
 ITEM_BYTES = dtype_of(WorkItem).itemsize
 
-TILE_ADDRESSES = np.dtype([(name, np.int64) for name in ("keys", "values", "scales", "zeros")])
+TILE_ADDRESSES = np.dtype(
+    [(name, np.int64) for name in ("keys", "values", "key_scales", "value_scales")]
+)
 """The addresses of the parts of one tile."""
 
 TILE_RECORD = TILE_ADDRESSES.itemsize
 
-STATE_FIELDS = ("largest", "total", "offset", "limb_factor")
+STATE_FIELDS = ("largest", "total", "offset", "weight_step", "query_step", "raised_by")
 ROW_STATE = np.dtype([(name, np.float32) for name in STATE_FIELDS])
-"""The online softmax of a row: the largest score, the sum of weights, the sum of weight times
-zero, and the value of 1 in the last chunk's integer weights."""
+"""A row's online softmax and query: the largest score, the sum of weights, what is missing in every
+dim of the output, the value of 1 in the last chunk's integer weights, the value of 1 in the query's
+codes, and what the 128 in every byte of a key adds to a score."""
 
 STATE_BYTES = ROW_STATE.itemsize
 
 ROW_BLOCK = 128
-"""Most rows of an item, for which keys and values are widened once."""
+"""Most rows of an item."""
 
 CHUNK = 256
 """Most tokens of a chunk."""
@@ -162,14 +165,11 @@ TILE = k8v4.TILE_TOKENS
 # lines apart, so that a column of them does not map to few sets of the cache.
 MAX_DIMS = k8v4.MAX_HEAD_SIZE
 SCORE_STRIDE = 4 * CHUNK + 64
-QUERY_STRIDE = 4 * MAX_DIMS  # of the portable path
 QUERIES_AT = 0
-SCORES_AT = QUERIES_AT + ROW_BLOCK * QUERY_STRIDE
+SCORES_AT = QUERIES_AT + 2 * ROW_BLOCK * MAX_DIMS
 WEIGHTS_AT = SCORES_AT + ROW_BLOCK * SCORE_STRIDE
 OUTPUTS_AT = WEIGHTS_AT + ROW_BLOCK * SCORE_STRIDE
-KEYS_AT = OUTPUTS_AT + 4 * ROW_BLOCK * MAX_DIMS
-VALUES_AT = KEYS_AT + 2 * CHUNK * MAX_DIMS
-SCALES_AT = VALUES_AT + 2 * CHUNK * MAX_DIMS
-ZEROS_AT = SCALES_AT + 4 * CHUNK
-CONFIGURATION_AT = ZEROS_AT + 4 * CHUNK
-SCRATCH_BYTES = CONFIGURATION_AT + 4096
+KEY_SCALES_AT = OUTPUTS_AT + 4 * ROW_BLOCK * MAX_DIMS
+VALUE_SCALES_AT = KEY_SCALES_AT + 4 * CHUNK
+TEMPORARY_AT = VALUE_SCALES_AT + 4 * CHUNK
+SCRATCH_BYTES = TEMPORARY_AT + 64 * CHUNK + 16384

@@ -1,30 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`reference.rotate` on a row of float32 in memory, sixteen numbers at a time.
+"""`reference.rotation_sums` on a row of float32 in memory, sixteen numbers at a time.
 
-The same additions in the same order give the same bits. The caller multiplies by `unit`.
+The same additions in the same order, so that the bits are the same.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import numba
-import numpy as np
 from llvmlite import ir
 
 from vllm_hybrid_kv.kernels.cpu.inline import Int64, inline_llvm
-from vllm_hybrid_kv.kernels.cpu.llvm import F32, LANES, LINE, Emitter, filled
+from vllm_hybrid_kv.kernels.cpu.llvm import (
+    F32,
+    I32,
+    LANES,
+    LINE,
+    Emitter,
+    filled,
+    vector,
+)
+
+_Vectors = list[ir.Value]
 
 
-@numba.njit
-def unit(head_size):  # type: ignore[no-untyped-def]
-    """Return the remaining factor of a rotated row: 1/2 for each stage."""
-    factor, run = np.float32(1.0), 4
-    while head_size % run == 0:
-        factor *= np.float32(0.5)
-        run *= 4
-    return factor
+def _larger(e: Emitter, largest: _Vectors, x: ir.Value) -> _Vectors:
+    """Return the larger magnitudes, compared as bits, so that a NaN is the largest."""
+    bits = e.b.and_(e.b.bitcast(x, vector(I32)), filled(I32, 0x7FFFFFFF))
+    return [e.b.select(e.b.icmp_signed(">", bits, largest[0]), bits, largest[0])]
 
 
 def _less_twice(e: Emitter, total: ir.Value, x: ir.Value) -> ir.Value:
@@ -32,67 +35,96 @@ def _less_twice(e: Emitter, total: ir.Value, x: ir.Value) -> ir.Value:
     return e.fma(x, filled(F32, -2.0), total)
 
 
-def _stage(e: Emitter, x: ir.Value, stride: int) -> ir.Value:
-    """Return the stage of a stride among sixteen numbers: the sum of four minus twice each."""
-    total = x
-    for distance in (stride, 2 * stride):
-        partners = e.shuffle(total, total, [lane ^ distance for lane in range(LANES)])
-        total = e.b.fadd(total, partners)
-    return _less_twice(e, total, x)
+def _partner(e: Emitter, x: ir.Value, distance: int) -> ir.Value:
+    return e.shuffle(x, x, [lane ^ distance for lane in range(LANES)])
 
 
-def _stage_among(e: Emitter, four: Sequence[ir.Value]) -> list[ir.Value]:
-    """Return the stage among four vectors."""
+def _four_lanes(e: Emitter, x: ir.Value, stride: int) -> ir.Value:
+    """Apply the stage of radix 4 and a stride below 16 to a vector."""
+    pair = e.b.fadd(x, _partner(e, x, stride))
+    return _less_twice(e, e.b.fadd(pair, _partner(e, pair, 2 * stride)), x)
+
+
+def _two_lanes(e: Emitter, x: ir.Value, stride: int) -> ir.Value:
+    """Apply the stage of radix 2 and a stride below 16 to a vector."""
+    signs = [-0.0 if lane & stride else 0.0 for lane in range(LANES)]
+    flip = e.b.bitcast(ir.Constant(vector(F32), signs), vector(I32))
+    signed = e.b.bitcast(e.b.xor(e.b.bitcast(x, vector(I32)), flip), vector(F32))
+    return e.b.fadd(_partner(e, x, stride), signed)
+
+
+def _four_vectors(e: Emitter, four: _Vectors) -> _Vectors:
     w, x, y, z = four
     total = e.b.fadd(e.b.fadd(w, x), e.b.fadd(y, z))
     return [_less_twice(e, total, of) for of in four]
 
 
-def _rotate(e: Emitter, row: ir.Value, head_size: ir.Value) -> list[ir.Value]:
+def _two_vectors(e: Emitter, two: _Vectors) -> _Vectors:
+    x, y = two
+    return [e.b.fadd(x, y), e.b.fsub(x, y)]
+
+
+def _rotate(e: Emitter, row: ir.Value, head_size: ir.Value) -> ir.Value:
     """Apply all stages to a row in place; its memory extends to a multiple of 16 numbers.
 
-    A block of 64 numbers passes its stages, of strides 1, 4 and 16, in registers. If there is one
-    more stage, among four blocks, it reads the row again. Returns sixteen numbers with the smallest
-    among them, and sixteen with the largest.
+    A block of up to 64 numbers passes its stages in registers. Each further stage, among 2 or 4
+    blocks, reads the row again.
+
+    Returns:
+        Sixteen magnitudes as int32 bits, the largest among them; a NaN is the largest.
     """
 
-    def passes(
-        count: ir.Value, step: int, strides: Sequence[int], places: Sequence[Sequence[int]]
-    ) -> list[ir.Value]:
-        """Emit a loop that rotates the vectors at `places`, of which four form a stage."""
+    def among(
+        count: int, stride: int, combine: Callable[[Emitter, _Vectors], _Vectors], first: bool
+    ) -> ir.Value:
+        """Combine `count` vectors, `stride` lines apart, all over the row."""
 
-        def one(i: ir.Value, extremes: list[ir.Value]) -> list[ir.Value]:
-            lo, hi = extremes
-            for offsets in places:
-                addresses = [e.at(e.at(row, i, step), offset) for offset in offsets]
-                vectors = [e.load_floats(address) for address in addresses]
-                for stride in strides:
-                    vectors = [_stage(e, x, stride) for x in vectors]
-                if len(vectors) == 4:
-                    vectors = _stage_among(e, vectors)
-                for x, address in zip(vectors, addresses, strict=True):
-                    e.store(x, address)
-                    lo, hi = e.smaller(lo, x), e.larger(hi, x)
-            return [lo, hi]
+        def run(i: ir.Value, largest: _Vectors) -> _Vectors:
+            start = e.at(row, i, count * stride * LINE)
+            for vector_ in range(stride):
+                places = [e.at(start, LINE * (vector_ + stride * j)) for j in range(count)]
+                numbers = [e.load_floats(place) for place in places]
+                if first:
+                    numbers = [_four_lanes(e, _four_lanes(e, x, 1), 4) for x in numbers]
+                numbers = combine(e, numbers)
+                for x, place in zip(numbers, places, strict=True):
+                    e.store(x, place)
+                    largest = _larger(e, largest, x)
+            return largest
 
-        return e.loop(count, [filled(F32, math.inf), filled(F32, -math.inf)], one)
+        runs = e.shift_right(head_size, 4 + (count * stride).bit_length() - 1)
+        return e.loop(runs, [filled(I32, 0)], run)[0]
 
-    def blocks() -> list[ir.Value]:
-        return passes(e.shift_right(head_size, 6), 4 * LINE, (1, 4), [range(0, 4 * LINE, LINE)])
+    def in_vectors(stages: Sequence[tuple[int, int]]) -> ir.Value:
+        def sixteen(i: ir.Value, largest: _Vectors) -> _Vectors:
+            place = e.at(row, i, LINE)
+            x = e.load_floats(place)
+            for radix, stride in stages:
+                x = (_four_lanes if radix == 4 else _two_lanes)(e, x, stride)
+            e.store(x, place)
+            return _larger(e, largest, x)
 
-    def four_blocks() -> list[ir.Value]:
-        blocks()
-        places = [range(first, 16 * LINE, 4 * LINE) for first in range(0, 4 * LINE, LINE)]
-        return passes(e.shift_right(head_size, 8), 16 * LINE, (), places)
+        count = e.shift_right(e.at(head_size, LANES - 1), 4)
+        return e.loop(count, [filled(I32, 0)], sixteen)[0]
 
-    vectors = e.shift_right(e.at(head_size, LANES - 1), 4)
-    cases = (
-        (256, four_blocks),
-        (64, blocks),
-        (16, lambda: passes(vectors, LINE, (1, 4), [[0]])),
-        (8, lambda: passes(vectors, LINE, (1,), [[0]])),
-    )
-    return e.choose(cases, lambda case: e.is_multiple(head_size, case[0]), lambda case: case[1]())
+    def of_block(block: int) -> list[ir.Value]:
+        if block < LANES:
+            return [in_vectors(((4, 1), (2, 4)))]
+        if block == LANES:
+            return [in_vectors(((4, 1), (4, 4)))]
+        if block == 2 * LANES:
+            return [among(2, 1, _two_vectors, True)]
+        largest = among(4, 1, _four_vectors, True)
+        if block == 8 * LANES:
+            largest = among(2, 4, _two_vectors, False)
+        if block >= 16 * LANES:
+            largest = among(4, 4, _four_vectors, False)
+        if block == 32 * LANES:
+            largest = among(2, 16, _two_vectors, False)
+        return [largest]
+
+    blocks = (512, 256, 128, 64, 32, 16, 8)
+    return e.choose(blocks, lambda block: e.is_multiple(head_size, block), of_block)[0]
 
 
 @inline_llvm
@@ -102,8 +134,13 @@ def rotate(e: Emitter, row: Int64, head_size: Int64) -> None:
 
 
 @inline_llvm
-def rotate_with_extremes(e: Emitter, row: Int64, head_size: Int64, extremes: Int64) -> None:
-    """Apply all stages to a row in place, and write `_rotate`'s extremes."""
-    lo, hi = _rotate(e, row, head_size)
-    e.store(lo, extremes)
-    e.store(hi, e.at(extremes, LINE))
+def rotate_and_measure(e: Emitter, row: Int64, head_size: Int64, largest: Int64) -> None:
+    """Apply all stages to a row in place, and write its largest magnitude.
+
+    Args:
+        e: Emits the code.
+        row: Address of float32 [head_size], in memory that extends to a multiple of 16 numbers.
+        head_size: D.
+        largest: Address for sixteen numbers, the largest magnitude among them.
+    """
+    e.store(_rotate(e, row, head_size), largest)

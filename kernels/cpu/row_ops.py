@@ -22,7 +22,13 @@ from vllm_hybrid_kv.kernels.cpu.llvm import (
     filled,
     vector,
 )
-from vllm_hybrid_kv.kernels.cpu.records import BFLOAT16, FLOAT16, FLOAT32, SCALES_AT, ZEROS_AT
+from vllm_hybrid_kv.kernels.cpu.records import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    KEY_SCALES_AT,
+    VALUE_SCALES_AT,
+)
 
 _EIGHT = LANES // 2  # head sizes are multiples of eight, not of sixteen
 
@@ -106,9 +112,8 @@ def clear_lines(e: Emitter, to: Int64, lines: Int64) -> None:
 
 
 @inline_llvm
-def widen_scales(e: Emitter, tile: Int64, scratch: Int64, middle: Float32) -> None:
-    """Write a tile's fp16 scales, and its zeros plus `middle` times the scales, as float32."""
-    places = (e.load(I64, e.at(tile, offset)) for offset in (16, 24))
-    scale, zero = (e.halves_to_floats(e.load(vector(I16), place)) for place in places)
-    e.store(scale, e.at(scratch, SCALES_AT))
-    e.store(e.fma(scale, e.broadcast(middle), zero), e.at(scratch, ZEROS_AT))
+def widen_scales(e: Emitter, tile: Int64, scratch: Int64) -> None:
+    """Write a tile's fp16 scales as float32."""
+    for offset, to in ((16, KEY_SCALES_AT), (24, VALUE_SCALES_AT)):
+        halves = e.load(vector(I16), e.load(I64, e.at(tile, offset)))
+        e.store(e.halves_to_floats(halves), e.at(scratch, to))

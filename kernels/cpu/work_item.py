@@ -15,9 +15,8 @@ from typing import Any
 import numba
 import numpy as np
 
-from vllm_hybrid_kv.kernels.cpu import inline, records, rotation, row_ops, softmax
-from vllm_hybrid_kv.kernels.cpu.records import SCORE_STRIDE, TILE
-from vllm_hybrid_kv.kernels.k8v4 import MIDDLE_VALUE_CODE
+from vllm_hybrid_kv.kernels.cpu import encode, inline, records, rotation, row_ops, softmax
+from vllm_hybrid_kv.kernels.cpu.records import TILE
 
 _LOG2_E = np.float32(softmax.LOG2_E)
 _LN_2 = np.float32(math.log(2.0))
@@ -60,18 +59,27 @@ def _query_of_row(call, item, head, row):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _begin(call, item, head, scratch, state, portable):  # type: ignore[no-untyped-def]
-    """Load an item's queries, as float32 if `portable` and as bf16 otherwise; clear its sums."""
+def query_stride(call, words):  # type: ignore[no-untyped-def]
+    """Return the bytes of a query row: its codes, as bytes or words, of a multiple of 64 dims."""
+    return (call.dims + 63) // 64 * (128 if words else 64)
+
+
+@inner
+def _begin(call, item, head, scratch, state, words):  # type: ignore[no-untyped-def]
+    """Write the codes of an item's queries, and clear its sums."""
     inline.noinline()
-    stride = records.QUERY_STRIDE if portable else 2 * call.dims
+    row_at = scratch + records.TEMPORARY_AT
+    stride = query_stride(call, words)
+    row_ops.clear_lines(scratch + records.QUERIES_AT, item.rows * (stride // 64))
     for row in range(item.rows):
         token, query_head = _query_of_row(call, item, head, row)
         source = call.query + token * call.query_token_stride + query_head * call.query_head_stride
+        row_ops.widen_row(call.dtype_code, source, row_at, call.dims)
+        largest = row_at + encode.ROW_BYTES
+        rotation.rotate_and_measure(row_at, call.dims, largest)
         to = scratch + records.QUERIES_AT + row * stride
-        if portable:
-            row_ops.widen_row(call.dtype_code, source, to, call.dims)
-        else:
-            inline.copy_bytes(to, source, 2 * call.dims)
+        own = state.ctypes.data + row * records.STATE_BYTES
+        encode.encode_query(words, row_at, call.dims, largest, np.float32(call.unit), to, own)
         state[row].largest = -np.inf
         state[row].total = np.float32(0.0)
         state[row].offset = np.float32(0.0)
@@ -103,8 +111,8 @@ def _find_tiles(call, item, head, first, last, chunk, tiles):  # type: ignore[no
         region = call.cache + block * call.block_stride + head * head_bytes
         tiles[i].keys = region + token * call.dims
         tiles[i].values = region + plane + token * call.dims // 2
-        tiles[i].scales = region + plane + plane // 2 + 2 * token
-        tiles[i].zeros = tiles[i].scales + 2 * call.page_size
+        tiles[i].key_scales = region + plane + plane // 2 + 2 * token
+        tiles[i].value_scales = tiles[i].key_scales + 2 * call.page_size
     return count
 
 
@@ -127,29 +135,25 @@ def _find_next_tiles(call, item, head, first_ahead, last, chunk, ahead):  # type
 
 
 @inner
-def _no_setup(item, few, scratch):  # type: ignore[no-untyped-def]
+def _no_setup(item, scratch):  # type: ignore[no-untyped-def]
     pass
 
 
 def item_loop(
-    most_few_rows: int,
-    chunk_of_few: int,
-    attend_few: Any,
-    attend_many: Any,
-    setup: Any = _no_setup,
-    portable: bool = False,
+    most_few_rows: int, chunk_of_few: int, attend_chunk: Any, setup: Any = _no_setup, words: int = 0
 ) -> Any:
     """Return a function that attends for a call's items, chunk by chunk, until none is left.
 
     Args:
-        most_few_rows: Most rows of a request that `attend_few` computes.
-        chunk_of_few: Tokens of its chunks; `attend_many` has chunks of `records.CHUNK`.
-        attend_few, attend_many: Add the `count` tiles of a chunk from token `first` on to the rows'
-            sums. `ahead` are the tiles of the next chunk.
+        most_few_rows: Most rows of a request whose chunks have `chunk_of_few` tokens; those of more
+            rows have `records.CHUNK`.
+        chunk_of_few: Tokens of such a chunk.
+        attend_chunk: Adds the `count` tiles of a chunk from token `first` on to the rows' sums.
+            `ahead` are the tiles of the next chunk. Both are filled up to a multiple of four tiles
+            with others, which have no weight.
         setup: Called before an item's first chunk.
-        portable: Whether queries become float32 and products take codes, not codes less the middle.
+        words: 1 if queries become words, 0 for bytes; see `encode_query`.
     """
-    middle = np.float32(0.0 if portable else MIDDLE_VALUE_CODE)
 
     @inner
     def attend(call, index, scratch):  # type: ignore[no-untyped-def]
@@ -163,8 +167,8 @@ def item_loop(
         # By all rows of the request: the rest in its last item is computed like the others.
         few = item.query_length * call.group <= most_few_rows
         chunk = np.int64(chunk_of_few if few else records.CHUNK)
-        _begin(call, item, head, scratch, state, portable)
-        setup(item, few, scratch)
+        _begin(call, item, head, scratch, state, words)
+        setup(item, scratch)
         first, last = _keys_of_item(call, item)
         count = _find_tiles(call, item, head, first, last, chunk, tiles)
         while first < last:
@@ -172,19 +176,16 @@ def item_loop(
             count_ahead, index_ahead = _find_next_tiles(
                 call, item, head, first_ahead, last, chunk, ahead
             )
-            if count % 2:
-                # Products take tiles in pairs; the weights of a missing one are zeros.
-                tiles[count] = tiles[count - 1]
+            filled = (count + 3) // 4 * 4
+            for i in range(count, filled):
+                tiles[i] = tiles[count - 1]
             # Each tile needs a valid one to prefetch: without a next one, itself.
-            for i in range(count_ahead, count + count % 2):
+            for i in range(count_ahead, filled):
                 ahead[i] = tiles[i]
             for i in range(count):
                 tile = tiles.ctypes.data + records.TILE_RECORD * i
-                row_ops.widen_scales(tile, scratch + 64 * i, middle)
-            if few:
-                attend_few(call, item, scratch, state, first, tiles, ahead, count)
-            else:
-                attend_many(call, item, scratch, state, first, tiles, ahead, count)
+                row_ops.widen_scales(tile, scratch + 64 * i)
+            attend_chunk(call, item, scratch, state, first, tiles, ahead, count)
             tiles, ahead = ahead, tiles
             count = count_ahead
             first = first_ahead
@@ -200,39 +201,33 @@ def item_loop(
     return attend_to_all
 
 
-def weigher(weight_format: int, key_scale: float = 1.0) -> Any:
+def weigher(weight_format: int) -> Any:
     """Return a function that turns a chunk's scores into weights.
 
-    It also rescales the outputs of rows whose maximum grew. The keys times `key_scale` are those
-    of the scores. With `softmax.LIMBS` the lower bytes of a weight are `item.rows` rows below the
-    upper ones, and `ahead` is the address of the next chunk's tiles: the products prefetch all but
-    a quarter of the keys and half of the values, the rows here prefetch these.
+    It also rescales the outputs of rows whose maximum grew. With `softmax.LIMBS` the lower bytes of
+    a row's weights are `lower` bytes after its upper ones.
     """
 
     @inner
-    def weigh(call, item, scratch, state, first, count, ahead):  # type: ignore[no-untyped-def]
+    def weigh(call, item, scratch, state, first, count, lower):  # type: ignore[no-untyped-def]
         inline.noinline()
-        scale = np.float32(call.scale * key_scale)
+        scale = np.float32(call.scale)
         cap = np.float32(call.soft_cap)
         if call.soft_cap <= 0.0:
-            scale = np.float32(call.scale * key_scale * softmax.LOG2_E)
-        lines = (count + weight_format - 1) // weight_format
+            scale = np.float32(call.scale * softmax.LOG2_E)
+        vectors = (count + weight_format - 1) // weight_format * weight_format
         for row in range(item.rows):
             seen, unseen = _visible_keys(call, item, row)
             seen = max(seen - first, np.int64(0))
             unseen = min(min(unseen, item.last_key) - first, TILE * count)
             if unseen <= seen:
                 # The factor of the integers, whatever they are.
-                state[row].limb_factor = np.float32(0.0)
-                if weight_format != softmax.LIMBS:
-                    row_ops.clear_lines(scratch + records.WEIGHTS_AT + row * SCORE_STRIDE, lines)
+                state[row].weight_step = np.float32(0.0)
                 continue
-            line = min(128 * row, 4 * call.dims - 128)
             own = state.ctypes.data + row * records.STATE_BYTES
             decay = softmax.softmax_row(
-                weight_format, scratch, row, own, lines * weight_format, seen, unseen, scale, cap,
-                item.rows * SCORE_STRIDE, ahead, 12 * call.dims + line, line,
-            )  # fmt: skip
+                weight_format, scratch, row, own, vectors, seen, unseen, scale, cap, lower
+            )
             if decay != np.float32(1.0):
                 output = scratch + records.OUTPUTS_AT + row * call.output_stride
                 dims = call.output_stride // 4
@@ -262,10 +257,10 @@ def _write_row(call, item, head, row, output, add, largest, total):  # type: ign
         factor = decay / total
         lse = (largest + np.float32(np.log2(total))) * _LN_2
     to = call.out + token * call.out_token_stride + query_head * call.out_head_stride
+    row_ops.store_row(records.FLOAT32, output, output, call.dims, add, factor)
     rotation.rotate(output, call.dims)
-    # Rotation leaves a number that is added to all dims unchanged.
-    unit = rotation.unit(call.dims)
-    row_ops.store_row(call.dtype_code, output, to, call.dims, add / unit, factor * unit)
+    unit = np.float32(call.unit)
+    row_ops.store_row(call.dtype_code, output, to, call.dims, np.float32(0.0), unit)
     if call.lse:
         inline.store_float32(
             call.lse + token * call.lse_token_stride + query_head * call.lse_head_stride, lse
