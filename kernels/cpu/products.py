@@ -35,6 +35,10 @@ from vllm_hybrid_kv.kernels.cpu.llvm import (
 )
 from vllm_hybrid_kv.kernels.cpu.records import SCORE_STRIDE, TILE_RECORD
 
+_FEW_ROWS, _CHUNK_OF_FEW = 8, 64
+"""Most rows of a request with short chunks, and their tokens. The same numbers for every set of
+instructions, because the bits of a result depend on its chunks."""
+
 _WORD_DOTS = (
     ("+avx512bw", "avx512.pmaddw.d.512", 1),
     ("+avx2", "avx2.pmadd.wd", 2),
@@ -252,4 +256,4 @@ def attend(products: Products) -> Any:
         own = state.ctypes.data
         outputs(item.rows, now, then, count, call.dims, call.output_stride, own, scratch)
 
-    return work_item.item_loop(products.rows, 64, attend_chunk, words=words)
+    return work_item.item_loop(_FEW_ROWS, _CHUNK_OF_FEW, attend_chunk, words=words)
