@@ -31,6 +31,9 @@ import torch
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.kernels.k8v4 import Layout, PageFormat
 
+_LEAST_QUERY = 2.0**-119
+"""Smaller query rows count as zeros, because their inverse would overflow."""
+
 
 class Quantised(NamedTuple):
     """Keys and values of T tokens and H KV heads after quantisation, before any layout."""
@@ -127,7 +130,8 @@ def round_query(query: torch.Tensor) -> torch.Tensor:
     raw = rotation_sums(query.to(torch.float32))
     largest = raw.abs().amax(-1, keepdim=True)
     # Not `127 / largest`, which torch computes as 127 times the reciprocal.
-    inverse = torch.where(largest > 0, torch.full_like(largest, k8v4.KEY_STEPS) / largest, 0.0)
+    steps = torch.full_like(largest, k8v4.KEY_STEPS)
+    inverse = torch.where(largest > _LEAST_QUERY, steps / largest, 0.0)
     codes = (raw * inverse).round()
     scale = largest * k8v4.rotation_unit(query.shape[-1]) / k8v4.KEY_STEPS
     return rotate(codes * scale)
@@ -287,8 +291,9 @@ def paged_attention(
             continue
         blocks = block_table[i, : -(-length // page_size)].to(torch.int64)
         key, value = dequantise(load(cache[blocks], query.shape[2], layout))
-        # A NaN scale marks NaN keys too; their codes must not affect the scores of others.
+        # A NaN key shows like a NaN value, and must not affect the scores of others.
+        key, value = key[:length], value[:length].masked_fill(key[:length].isnan(), math.nan)
         out[first:last], lse[first:last] = attend(
-            query[first:last], key[:length].nan_to_num(0.0), value[:length], **options
+            query[first:last], key.nan_to_num(0.0), value, **options
         )
     return out, lse
