@@ -7,12 +7,12 @@ Importing this package is cheap; the first use of a kernel loads numba. Its modu
     attention.py      `paged_attention`: checks, workspace, choice of the instruction set
     plan.py           `plan_attention`: divides a batch into work items
     work_item.py      one work item around the products: pages, weights, merging, results
-    attend_*.py       the products of each instruction set
-    bf16_tiles.py     tiles widened to bf16, and the loop over chunks of the bf16 paths
-    softmax.py        the online softmax of a row
+    attend_*.py       each instruction set
+    products.py       the products of AVX-512 VNNI and of plain vectors
+    softmax.py        the online softmax of a row, and its weights as integers
     quantise.py       `quantise_and_store`: rows to codes, four tokens at a time
-    encode.py         codes, scales and zeros, and their places in a page
-    rotation.py       the rotation of values, for storing and for attention
+    encode.py         codes and scales, and their places in a page; the codes of queries
+    rotation.py       the rotation of a row, for storing and for attention
     row_ops.py        loads, stores and sums of rows in scratch memory
     llvm.py           the vocabulary for LLVM code
     inline.py         LLVM code as functions for numba code; loads and stores by address
