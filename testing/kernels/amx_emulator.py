@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the AMX path on a CPU with AVX-512 BF16 only: every tile instruction calls Python.
+"""Run the AMX path on a CPU with AVX-512 VNNI only: every tile instruction calls Python.
 
 `python -m testing.kernels.amx_emulator`, with `NUMBA_CACHE_DIR` set to a temporary directory,
 because the compiled code holds an address of this process.
@@ -30,8 +30,12 @@ INSTRUCTIONS = (
 CASES = [
     Case(head_size=64, num_heads=4, lengths=(300, 70), queries=(1, 2)),
     Case(head_size=128, num_heads=24, lengths=(300,), queries=(1,)),
-    Case(head_size=96, num_heads=2, num_kv_heads=1, lengths=(290, 40), queries=(3, 40)),
+    # 96 dims end in half an operand; 40 and 21 rows are several blocks of 16.
+    Case(head_size=96, num_heads=2, num_kv_heads=1, lengths=(290, 40), queries=(3, 20)),
+    Case(head_size=96, num_heads=7, num_kv_heads=1, lengths=(70,), queries=(3,)),
+    Case(head_size=512, num_heads=2, num_kv_heads=1, lengths=(40,), dtype=torch.float32),
     Case(head_size=128, lengths=(530,), options={"window": 100, "soft_cap": 5.0}),
+    Case(head_size=64, lengths=(90,), options={"scale": -0.1, "causal": False}, queries=(2,)),
     Case(head_size=64, num_heads=2, num_kv_heads=1, lengths=(2900,), queries=(4,)),
 ]
 """Few rows with stacked and separate bytes of weights, many rows, and parts of a long sequence."""

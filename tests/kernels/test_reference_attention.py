@@ -3,13 +3,21 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from testing.kernels.batches import Case, assert_equal, expected, make
 from vllm_hybrid_kv.kernels.k8v4 import Layout
-from vllm_hybrid_kv.kernels.reference import Quantised, attend, dequantise, load
+from vllm_hybrid_kv.kernels.reference import (
+    Quantised,
+    attend,
+    dequantise,
+    load,
+    paged_attention,
+    round_query,
+)
 
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 """For sums of up to 300 float32 products of numbers near 1."""
@@ -143,16 +151,23 @@ def test_paged_attention_reads_each_requests_own_tokens_and_no_unused_slot() -> 
         used[slots] = True
         rows = slice(int(batch.query_start_loc[i]), int(batch.query_start_loc[i + 1]))
         own = dequantise(Quantised(*(part[slots] for part in tokens)))
-        out, lse = attend(batch.query[rows], *own, scale=0.125)
+        out, lse = attend(round_query(batch.query[rows]), *own, scale=0.125)
         torch.testing.assert_close(clean[0][rows], out, **TOLERANCE)
         torch.testing.assert_close(clean[1][rows], lse, **TOLERANCE)
-    batch.halves.movedim(-1, 1)[~used.view(-1, 16)] = math.nan
+        exact, _ = attend(batch.query[rows], *own, scale=0.125)
+        float32_query = paged_attention(
+            *batch.inputs, Layout.CPU_TILED, integer_query=False, **batch.options
+        )
+        torch.testing.assert_close(float32_query[0][rows], exact, **TOLERANCE)
+    batch.scales.movedim(-1, 1)[~used.view(-1, 16)] = math.nan
     assert_equal(expected(batch), clean)
 
     block, t = batch.place(0, 20)
-    batch.halves[block, 1, 0, t] = math.nan
-    out, _ = expected(batch)
-    hit = torch.zeros(9, 4, dtype=torch.bool)
-    hit[:5, 2:] = True
-    assert torch.equal(out.isnan(), hit[..., None].expand_as(out))
-    assert torch.equal(out[~hit], clean[0][~hit])
+    for plane in range(2):
+        marked = replace(batch, cache=batch.cache.clone())
+        marked.scales[block, 1, plane, t] = math.nan
+        out, _ = expected(marked)
+        hit = torch.zeros(9, 4, dtype=torch.bool)
+        hit[:5, 2:] = True
+        assert torch.equal(out.isnan(), hit[..., None].expand_as(out))
+        assert torch.equal(out[~hit], clean[0][~hit])

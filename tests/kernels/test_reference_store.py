@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Storing quantised tokens in pages and reading them back."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -8,14 +10,7 @@ from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.kernels.k8v4 import Layout, PageFormat
 from vllm_hybrid_kv.kernels.reference import Quantised, dequantise, load, quantise, rotate, store
 
-FORMATS = [
-    (64, Layout.LINEAR),
-    (64, Layout.CPU_TILED),
-    (72, Layout.LINEAR),
-    (96, Layout.CPU_TILED),
-    (128, Layout.CPU_TILED),
-    (256, Layout.LINEAR),
-]
+FORMATS = [*itertools.product((64, 72, 112, 128, 512), Layout)]
 
 
 @pytest.mark.parametrize(("head_size", "layout"), FORMATS)
@@ -32,32 +27,37 @@ def test_tokens_fill_the_bytes_that_the_format_defines_and_no_others(
     cache = torch.empty(3, 2, page_size, k8v4.slot_bytes(head_size), dtype=torch.uint8)
     cache.random_(generator=generator)
     expected = cache.clone().flatten(2)
-    for slot, key_codes, value_codes, *numbers in zip(slots.tolist(), *tokens, strict=True):
+    for slot, key_codes, value_codes, *scales in zip(slots.tolist(), *tokens, strict=True):
         if slot < 0:
             continue
         region, t = expected[slot // page_size], slot % page_size
         for dim in range(head_size):
-            region[:, page_format.key_byte(t, dim)] = key_codes[:, dim]
+            code = key_codes[:, dim].to(torch.int16) & 255
+            region[:, page_format.key_byte(t, dim)] = code ^ page_format.key_sign_flip
             byte, shift = page_format.value_byte(t, dim)
             region[:, byte] &= 0xF0 >> shift
             region[:, byte] |= value_codes[:, dim] << shift
-        offsets = (page_format.scale_offset, page_format.zero_offset)
-        for offset, number in zip(offsets, numbers, strict=True):
-            region[:, offset + 2 * t : offset + 2 * t + 2] = number[:, None].view(torch.uint8)
+        offsets = (page_format.key_scale_offset, page_format.value_scale_offset)
+        for offset, scale in zip(offsets, scales, strict=True):
+            region[:, offset + 2 * t : offset + 2 * t + 2] = scale[:, None].view(torch.uint8)
     store(tokens, cache, slots, layout)
     assert torch.equal(cache.flatten(2), expected)
     for read, stored in zip(load(cache, head_size, layout), tokens, strict=True):
         assert torch.equal(read[slots[slots >= 0]], stored[slots >= 0])
 
 
-def test_dequantised_values_are_code_times_scale_plus_zero_rotated_back() -> None:
-    codes = torch.arange(16, dtype=torch.uint8).reshape(1, 1, 16)
-    scale = torch.tensor([[0.25]], dtype=torch.float16)
-    zero = torch.tensor([[-3.5]], dtype=torch.float16)
-    _, value = dequantise(Quantised(codes, codes, scale, zero))
-    # The rotation of numbers with few bits is exact.
-    assert rotate(value).flatten().tolist() == [0.25 * code - 3.5 for code in range(16)]
-    half_sum = sum(0.25 * code - 3.5 for code in (0, 1, 2, 3)) / 2
-    one_stage = [half_sum - (0.25 * code - 3.5) for code in (0, 1, 2, 3)]
-    _, value = dequantise(Quantised(codes[..., :4], codes[..., :4], scale, zero))
-    assert value.flatten().tolist() == one_stage
+def test_dequantised_numbers_are_codes_times_scales_rotated_back() -> None:
+    key_codes = torch.tensor([[[-127, -3, 0, 1, 127, 2, 90, -64]]], dtype=torch.int8)
+    value_codes = torch.tensor([[[0, 1, 7, 8, 15, 2, 3, 4]]], dtype=torch.uint8)
+    scales = torch.tensor([[[0.25]], [[3.5]]], dtype=torch.float16)
+    key, value = dequantise(Quantised(key_codes, value_codes, *scales))
+    # Both rotations together multiply twice by the rounded root of 1/8.
+    torch.testing.assert_close(rotate(key), 0.25 * key_codes.float())
+    torch.testing.assert_close(rotate(value), 3.5 * (value_codes.float() - 7.5))
+    # One stage of radix 4: half the sum of the four, minus each.
+    four = Quantised(key_codes[..., :4], value_codes[..., :4], *scales)
+    assert dequantise(four)[0].flatten().tolist() == [
+        0.25 * (-129 / 2 - code) for code in (-127, -3, 0, 1)
+    ]
+    values = [3.5 * (code - 7.5) for code in (0, 1, 7, 8)]
+    assert dequantise(four)[1].flatten().tolist() == [sum(values) / 2 - x for x in values]
