@@ -56,7 +56,7 @@ def values_one_byte_further(key: Tensor, value: Tensor, cache: Tensor, slots: Te
     store(key, value, cache, slots)
     page = PageFormat(key.shape[-1], cache.shape[2], Layout.LINEAR)
     for block in {int(slot) // page.page_size for slot in slots if slot >= 0}:
-        values = cache[block].flatten(1)[:, page.value_offset : page.scale_offset]
+        values = cache[block].flatten(1)[:, page.value_offset : page.key_scale_offset]
         values.copy_(values.roll(1, dims=1))
 
 
@@ -64,8 +64,18 @@ def swapped_nibbles(key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) ->
     store(key, value.unflatten(-1, (-1, 2)).flip(-1).flatten(-2), cache, slots)
 
 
-def unrotated(key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
+def unrotated_keys(key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
+    store(reference.rotate(key.float()).to(key.dtype), value, cache, slots)
+
+
+def unrotated_values(key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
     store(key, reference.rotate(value.float()).to(value.dtype), cache, slots)
+
+
+def swapped_scales(key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
+    quantised = reference.quantise(key, value)
+    scales = quantised.value_scale, quantised.key_scale
+    reference.store(reference.Quantised(*quantised[:2], *scales), cache, slots, Layout.LINEAR)
 
 
 def lost_last_token(key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
@@ -80,7 +90,7 @@ def hidden_scales_used(call: Call) -> None:
     """Multiply weights of 0 by the scales of hidden tokens."""
     attend(call)
     head_size, page_size = call["query"].shape[-1], call["cache"].shape[2]
-    start = PageFormat(head_size, page_size, Layout.LINEAR).scale_offset
+    start = PageFormat(head_size, page_size, Layout.LINEAR).key_scale_offset
     scales = call["cache"].flatten(2)[..., start : start + 2 * page_size].contiguous()
     if scales.view(torch.float16).isinf().any():
         call["out"].fill_(math.nan)
@@ -105,7 +115,9 @@ def test_the_reference_passes_and_is_tested_once_in_a_process(variant: Variant) 
     [
         (values_one_byte_further, "a relative error of"),
         (swapped_nibbles, "a relative error of"),
-        (unrotated, "a relative error of"),
+        (unrotated_keys, "a relative error of"),
+        (unrotated_values, "a relative error of"),
+        (swapped_scales, "a relative error of"),
         (lost_last_token, "has"),
         (nan_ignored, "NaN in other places than the reference"),
     ],
