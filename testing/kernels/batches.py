@@ -25,8 +25,8 @@ TOLERANCE = {
 }
 # Largest |lse - reference|, absolute and relative. Scores are exact products of integers, times
 # scales: what is left is the rounding of single float32 operations, 2^-24 of 43 under a soft cap of
-# 30, and of the sum of weights.
-LSE_TOLERANCE = {"atol": 5e-6, "rtol": 1e-6}
+# 30, and of the sums of weights and, in the reference, of products.
+LSE_TOLERANCE = {"atol": 5e-6, "rtol": 2e-6}
 
 PATHS = isa.available()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paged attention equals the float32 reference with every instruction set of this CPU."""
+"""Paged attention equals the integer reference with every instruction set of this CPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from testing.kernels.batches import (
     expected,
     make,
 )
-from vllm_hybrid_kv.kernels.cpu import paged_attention
+from vllm_hybrid_kv.kernels import k8v4
+from vllm_hybrid_kv.kernels.cpu import isa, paged_attention
 
 pytestmark = pytest.mark.parametrize("path", PATHS)
 
@@ -41,10 +42,13 @@ OPTIONS: list[dict[str, Any]] = [
     {"sinks": torch.linspace(-3, 5, 8)},
     {"sinks": torch.full((8,), -math.inf)},
     {"window": 40, "soft_cap": 30.0, "sinks": torch.linspace(-3, 5, 8).bfloat16()},
+    {"scale": -0.1},
+    {"scale": -0.1, "soft_cap": 2.0, "window": 60},
+    {"scale": 0.0},
 ]
 
 CASES = [
-    *(Case(head_size=n, **MIXED) for n in (64, 72, 80, 96, 112, 128, 160, 192, 256, 512)),
+    *(Case(head_size=n, **MIXED) for n in k8v4.HEAD_SIZES),
     *(Case(num_heads=2 * n, head_size=64, **MIXED) for n in (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 71)),
     *(Case(page_size=n, lengths=(2900, 200), queries=(3, 130)) for n in (16, 32, 128, 384, 2768)),
     *(Case(head_size=size, dtype=dtype, **MIXED) for size in (72, 128) for dtype in DTYPES),
@@ -92,11 +96,12 @@ def cases(draw: st.DrawFn) -> Case:
     options: dict[str, Any] = {"causal": draw(st.booleans())}
     options["window"] = draw(st.none() | st.integers(1, 300))
     options["soft_cap"] = draw(st.sampled_from([0.0, 5.0]))
+    options["scale"] = draw(st.sampled_from([0.1, -0.07]))
     if draw(st.booleans()):
         options["sinks"] = torch.linspace(-2, 2, num_heads)
     requests = [*requests, (draw(st.integers(1, 700)), 1)]
     return Case(
-        draw(st.sampled_from(range(64, 257, 8))),
+        draw(st.sampled_from(k8v4.HEAD_SIZES)),
         num_heads,
         num_kv_heads,
         16 * draw(st.integers(1, 20)),
@@ -195,3 +200,20 @@ def test_the_division_of_a_prefill_does_not_change_its_bits(window: int | None, 
             last = min(700, first + step)
             part = request_of(batch, 0, first, last, last)
             assert_equal(attend(part, path), (out[first:last], lse[first:last]))
+
+
+EQUAL_BITS = [
+    *(Case(head_size=n, **MIXED) for n in (64, 72, 96, 128, 512)),
+    # Requests of each number of rows, of several chunks.
+    *(Case(lengths=(900,), num_heads=n, num_kv_heads=1) for n in range(1, 10)),
+    *(Case(options=options, **MIXED) for options in OPTIONS),
+    Case(lengths=(1500, 260), queries=(400, 260), dtype=torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("case", EQUAL_BITS)
+def test_portable_and_avx512_vnni_give_equal_bits(case: Case, path: str) -> None:
+    if path != isa.AVX512_VNNI:
+        pytest.skip("compares AVX-512 VNNI with portable")
+    batch = make(case)
+    assert_equal(attend(batch, path), attend(batch, isa.PORTABLE))
