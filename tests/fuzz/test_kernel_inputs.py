@@ -10,7 +10,7 @@ from tests.fuzz.kernel_calls import HEAD_SIZE, Kernels, check_attention_in_debug
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.kernels.cpu import paged_attention, plan_attention, quantise_and_store
 
-KERNELS = Kernels(quantise_and_store, paged_attention, k8v4.cpu_layout(HEAD_SIZE), True)
+KERNELS = Kernels(quantise_and_store, paged_attention, k8v4.Layout.CPU_TILED, True)
 
 
 def test_a_store_writes_its_slots_or_nothing() -> None:

@@ -213,7 +213,7 @@ EQUAL_BITS = [
 
 @pytest.mark.parametrize("case", EQUAL_BITS)
 def test_portable_and_avx512_vnni_give_equal_bits(case: Case, path: str) -> None:
-    if path != isa.AVX512_VNNI:
-        pytest.skip("compares AVX-512 VNNI with portable")
+    if path == isa.AMX:
+        pytest.skip("its weights have another number of bits")
     batch = make(case)
     assert_equal(attend(batch, path), attend(batch, isa.PORTABLE))

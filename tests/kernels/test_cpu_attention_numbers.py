@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from testing.kernels.batches import (
+    LSE_TOLERANCE,
     PATHS,
     Batch,
     Case,
@@ -18,12 +19,16 @@ from testing.kernels.batches import (
     expected,
     make,
 )
+from vllm_hybrid_kv.kernels import reference
 from vllm_hybrid_kv.kernels.cpu import attention
 
 pytestmark = pytest.mark.parametrize("path", PATHS)
 
-HIDDEN_HALVES = (0x7F7F, 0x7C00, 0xFC00 - 0x10000, 0x7BFF)
-"""Scales and zeros that no store writes: NaN, both infinities, the largest number."""
+HIDDEN_SCALES = (0x7E00, 0x7C00, 0xFC00 - 0x10000, 0x7BFF)
+"""Scales of tokens that no row sees, as bits: NaN, both infinities, the largest number."""
+
+PLANES = [[0], [1], [0, 1]]
+"""Key scales, value scales, both."""
 
 
 @pytest.mark.parametrize("lengths", [(40,), (305, 4000)])
@@ -38,50 +43,57 @@ def test_leftovers_in_the_workspace_have_no_effect(
     assert_equal(attend(batch, path), clean)
 
 
-def fill_token(batch: Batch, request: int, token: int, half: int) -> None:
-    """Set a token's scales and zeros to the bits of a half, and its keys to NaN."""
+def fill_token(batch: Batch, request: int, token: int, bits: int, planes: list[int]) -> None:
+    """Set a token's scales to the bits of a half, and its key codes to the largest."""
     block, t = batch.place(request, token)
-    batch.set_keys(block, t, [0x7F] * batch.page_format.head_size)
-    batch.halves.view(torch.int16)[block, :, :, t] = half
+    batch.set_keys(block, t, [127] * batch.page_format.head_size)
+    batch.scales.view(torch.int16)[block, :, planes, t] = bits
 
 
 @pytest.mark.parametrize("head_size", [72, 128])
-def test_memory_that_no_row_sees_has_no_effect(head_size: int, path: str) -> None:
+@pytest.mark.parametrize("planes", PLANES)
+def test_memory_that_no_row_sees_has_no_effect(
+    planes: list[int], head_size: int, path: str
+) -> None:
     case = Case(head_size, options={"window": 100}, lengths=(300, 129), queries=(1, 30))
     batch = make(case)
     clean = attend(batch, path)
     used = {int(b) for b in batch.block_table[0, :3]} | {int(b) for b in batch.block_table[1, :2]}
-    for half in HIDDEN_HALVES:
+    for bits in HIDDEN_SCALES:
         for block in set(range(batch.cache.shape[0])) - used:
-            batch.cache[block].view(torch.int16).fill_(half)
+            batch.cache[block].view(torch.int16).fill_(bits)
         # After the last token, before the window, and in every head.
         for request, tokens in ((0, (*range(300, 384), *range(200))), (1, (129, 200, 255))):
             for token in tokens:
-                fill_token(batch, request, token, half)
+                fill_token(batch, request, token, bits, planes)
         again = attend(batch, path)
         assert_equal(again, clean)
         assert_close(again, expected(batch))
 
 
 @pytest.mark.parametrize("queries", [3, 12, 70])
-def test_a_token_has_no_effect_on_rows_that_do_not_see_it(queries: int, path: str) -> None:
+@pytest.mark.parametrize("planes", PLANES)
+def test_a_token_has_no_effect_on_rows_that_do_not_see_it(
+    planes: list[int], queries: int, path: str
+) -> None:
     batch = make(Case(lengths=(300,), queries=(queries,)))
     out, lse = attend(batch, path)
-    for half in HIDDEN_HALVES:
-        fill_token(batch, 0, 299, half)
+    for bits in HIDDEN_SCALES:
+        fill_token(batch, 0, 299, bits, planes)
         again, lse_again = attend(batch, path)
         assert_equal((again[:-1], lse_again[:-1]), (out[:-1], lse[:-1]))
 
 
 @pytest.mark.parametrize("queries", [(20, 1, 1), (200, 8, 1)])
-def test_a_nan_token_shows_in_the_later_rows_of_its_request_and_head_only(
-    queries: tuple[int, ...], path: str
+@pytest.mark.parametrize("planes", PLANES)
+def test_a_nan_scale_shows_in_the_later_rows_of_its_request_and_head_only(
+    planes: list[int], queries: tuple[int, ...], path: str
 ) -> None:
     batch = make(Case(lengths=(250, 300, 40), queries=queries))
     clean, clean_lse = attend(batch, path)
     for request, token, head in ((0, 240, 1), (2, 39, 0)):
         block, t = batch.place(request, token)
-        batch.halves[block, head, 0, t] = math.nan
+        batch.scales[block, head, planes, t] = math.nan
     out, lse = attend(batch, path)
     assert_close((out, lse), expected(batch))
     nan = out.isnan().any(-1)
@@ -89,13 +101,17 @@ def test_a_nan_token_shows_in_the_later_rows_of_its_request_and_head_only(
     wanted[240 - (250 - queries[0]) : queries[0], 4:] = True
     wanted[-1, :4] = True
     assert torch.equal(nan, wanted)
-    assert_equal((out[~nan], lse), (clean[~nan], clean_lse))
+    assert_equal((out[~nan], lse[~nan]), (clean[~nan], clean_lse[~nan]))
 
 
-def test_a_nan_query_affects_its_own_row_only(path: str) -> None:
-    batch = make(Case(lengths=(250, 300), queries=(20, 1)))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_nan_or_infinite_query_makes_its_own_row_nan_and_no_other(
+    number: float, dtype: torch.dtype, path: str
+) -> None:
+    batch = make(Case(head_size=72, lengths=(250, 300), queries=(20, 1), dtype=dtype))
     clean, _ = attend(batch, path)
-    batch.query[7, 3, 5] = math.nan
+    batch.query[7, 3, 5] = number
     out, _ = attend(batch, path)
     affected = torch.zeros(out.shape[:2], dtype=torch.bool)
     affected[7, 3] = True
@@ -103,18 +119,51 @@ def test_a_nan_query_affects_its_own_row_only(path: str) -> None:
     assert torch.equal(out[~affected], clean[~affected])
 
 
-@pytest.mark.parametrize(
-    ("factor", "codes"),
-    [(-30.0, (0x50, 0x51)), (30.0, (0, 8))],
-    ids=["scores far below zero", "denormal keys"],
-)
-def test_small_weights_and_keys_are_not_lost(
-    factor: float, codes: tuple[int, int], path: str
+@pytest.mark.parametrize("head_size", [64, 72, 96, 128, 256, 512])
+@pytest.mark.parametrize("queries", [1, 3, 21])
+def test_the_largest_codes_of_queries_and_keys_do_not_saturate(
+    queries: int, head_size: int, path: str
+) -> None:
+    length = 40
+    batch = make(Case(head_size, lengths=(length,), queries=(queries,)))
+    signs = torch.randint(0, 2, (head_size,), generator=torch.Generator().manual_seed(1)) * 2 - 1
+    batch.query[:] = reference.rotate(signs.float())
+    batch.scales[:, :, 0] = 2.0**-10
+    for token in range(length):
+        block, t = batch.place(0, token)
+        # All products positive, all negative, or those of all but `token` dims.
+        own = signs.clone()
+        own[:token] *= -1
+        codes = 127 * (-signs if token == 1 else own)
+        batch.set_keys(block, t, codes.tolist())
+    got, wanted = attend(batch, path), expected(batch)
+    assert_close(got, wanted)
+    # Token 0 alone, whose score is exact but for the rotation of the query.
+    batch.seq_lens[:], batch.query_start_loc[1] = 1, 1
+    _, lse = attend(batch, path)
+    score = head_size * 127 * 2.0**-10 * head_size**-0.5
+    torch.testing.assert_close(lse[:1], torch.full((1, 8), score), atol=0.0, rtol=1e-6)
+
+
+def test_small_weights_are_not_lost(path: str) -> None:
+    # All scores are far below zero.
+    batch = make(Case(lengths=(200,), queries=(3,)))
+    batch.query[:] = reference.rotate(torch.ones(128)) * 30
+    for token in range(200):
+        block, t = batch.place(0, token)
+        batch.set_keys(block, t, [-100 - token % 7] * 128)
+    assert_close(attend(batch, path), expected(batch))
+    assert (expected(batch)[1] < -100).all()
+
+
+@pytest.mark.parametrize("bits", [0, 1, 0x3FF])
+@pytest.mark.parametrize("planes", PLANES)
+def test_zero_and_subnormal_scales_equal_the_reference(
+    planes: list[int], bits: int, path: str
 ) -> None:
     batch = make(Case(lengths=(200,), queries=(3,)))
-    keys = batch.cache.flatten(2)[..., : batch.page_format.value_offset]
-    keys.random_(*codes, generator=torch.Generator().manual_seed(0))
-    batch.query[:] = batch.query.abs() * factor
+    batch.query[:] *= 1e4
+    batch.scales.view(torch.int16)[:, :, planes] = bits
     assert_close(attend(batch, path), expected(batch))
 
 
@@ -123,8 +172,8 @@ def test_the_largest_keys_scales_and_queries_stay_finite_and_exact(path: str) ->
     batch.query *= 100
     for token, scale in ((5, 8733.0), (60, 6e-8), (150, 65504.0)):
         block, t = batch.place(0, token)
-        batch.set_keys(block, t, [0x7E, 0xFE] * 64)
-        batch.halves[block, 0, 0, t] = scale
+        batch.set_keys(block, t, [127, -127] * 64)
+        batch.scales[block, 0, 0, t] = scale
     assert_close(attend(batch, path), expected(batch))
 
 
@@ -134,14 +183,19 @@ def test_many_small_weights_after_one_large_one_are_not_lost(queries: int, path:
     batch = make(Case(lengths=(6000,), queries=(queries,)))
     page_format = batch.page_format
     regions = batch.cache.flatten(2)
-    regions[..., : page_format.value_offset] = 0
-    regions[..., page_format.value_offset : page_format.scale_offset] = 0xFF
-    batch.halves[:, :, 0], batch.halves[:, :, 1] = 1 / 15, 0.0
+    regions[..., : page_format.value_offset] = 128
+    regions[..., page_format.value_offset : page_format.key_scale_offset] = 0xFF
+    batch.scales[:, :, 0], batch.scales[:, :, 1] = 0.624, 1 / 7.5
+    # Rotated, all even dims are the root of 2 and all odd ones 0.
     batch.query[:] = 1.0
     block, t = batch.place(0, 0)
-    batch.set_keys(block, t, [0x6E])  # 112, hence a score of 9.9
-    for byte, shift in (page_format.value_byte(t, dim) for dim in range(128)):
-        regions[block, :, byte] &= 0xF0 >> shift
+    batch.set_keys(block, t, [127])  # a score of 9.9
+    batch.set_values(block, t, [0] * 128)  # -1, the others are 1
     wanted = expected(batch)
-    torch.testing.assert_close(wanted[0].mean(), torch.tensor(0.23), atol=0.01, rtol=0)
-    assert_close(attend(batch, path), wanted)
+    mean = reference.rotate(wanted[0]).mean()
+    torch.testing.assert_close(mean, torch.tensor(-0.54), atol=0.01, rtol=0)
+    # In the first token's chunk of up to 256, a weight of 1.6 steps is rounded by up to half one.
+    rounding = 256 * 0.5 / 32766 / 1.3
+    out, lse = attend(batch, path)
+    torch.testing.assert_close(out, wanted[0], atol=2**0.5 * rounding, rtol=1e-4)
+    torch.testing.assert_close(lse, wanted[1], **LSE_TOLERANCE)
