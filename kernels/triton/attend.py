@@ -107,7 +107,6 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     QUARTERS: tl.constexpr = acc0.shape[0]
     KEY_WORDS: tl.constexpr = PAGE * (D // 2)
     VALUE_WORDS: tl.constexpr = PAGE * QUARTER_D
-    OTHER: tl.constexpr = 0 if MASKED else None
 
     # Keys in bytes; the others in 16-bit words: four values, one scale.
     offs_n = tl.arange(0, BLOCK_N)
@@ -128,8 +127,10 @@ def _attend_tile(  # type: ignore[no-untyped-def]
         value_ptrs = value_ptrs + (offs_n * QUARTER_D)[None, :] + offs_quarter[:, None]
         pair_ptrs = words_ptr + (base + KEY_WORDS + VALUE_WORDS + start) + 2 * offs_pair
     else:
-        mask = key_pos < end_key if MASKED else None
-        block = tl.load(block_table_row_ptr + key_pos // PAGE, mask=mask, other=OTHER)
+        # The block of the last key for those after it, because masks occupy registers.
+        last_key = end_key - 1
+        in_table = tl.minimum(key_pos, last_key) if MASKED else key_pos
+        block = tl.load(block_table_row_ptr + in_table // PAGE)
         base = block.to(tl.int64) * stride_cache_block + head_offset
         base = tl.max_constancy(tl.multiple_of(base, [8]), [16])
         in_page = key_pos % PAGE
@@ -138,8 +139,8 @@ def _attend_tile(  # type: ignore[no-untyped-def]
         value_ptrs = words_ptr + (base + KEY_WORDS + in_page * QUARTER_D)[None, :]
         value_ptrs = value_ptrs + offs_quarter[:, None]
         pair_pos = tile * BLOCK_N + 2 * offs_pair
-        mask = pair_pos < end_key if MASKED else None
-        block = tl.load(block_table_row_ptr + pair_pos // PAGE, mask=mask, other=OTHER)
+        in_table = tl.minimum(pair_pos, last_key) if MASKED else pair_pos
+        block = tl.load(block_table_row_ptr + in_table // PAGE)
         base = block.to(tl.int64) * stride_cache_block + head_offset
         pair_ptrs = words_ptr + (base + (KEY_WORDS + VALUE_WORDS)) + pair_pos % PAGE
     if DIMS == D:

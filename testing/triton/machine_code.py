@@ -96,6 +96,7 @@ class MachineCode:
         operations: Names of the instructions, without predicates.
         loops: First and last instruction of each loop.
         num_warps: Warps of a program.
+        ptx: The PTX that it was made from.
     """
 
     registers: int
@@ -105,6 +106,7 @@ class MachineCode:
     operations: tuple[str, ...]
     loops: tuple[tuple[int, int], ...]
     num_warps: int
+    ptx: str
 
     def counts(self, loop: tuple[int, int] | None = None) -> Counter[str]:
         """Count the instructions of each class of `_CLASSES`, in a loop or in all."""
@@ -127,6 +129,25 @@ class MachineCode:
         """Return the instructions that a program's warps issue for a byte in the main loop."""
         first, last = self.main_loop()
         return (last - first + 1) * self.num_warps / bytes_per_iteration
+
+
+_INT8_PRODUCT = re.compile(
+    r"mma\.sync\.\S+\.s32\.s8\.s8\.s32\s+\{[^}]*\},\s*\{([^}]*)\},\s*\{([^}]*)\}"
+)
+_FROM_SHARED_MEMORY = re.compile(r"ldmatrix\.\S+\s+\{([^}]*)\}")
+
+
+def int8_operands(ptx: str) -> tuple[list[set[str]], set[str]]:
+    """Return the registers of both operands of each int8 product, and those loaded by `ldmatrix`.
+
+    PTX assigns a register once, so an operand that `ldmatrix` loads is not converted.
+    """
+
+    def registers(text: str) -> set[str]:
+        return set(re.findall(r"%\w+", text))
+
+    products = [registers(a) | registers(b) for a, b in _INT8_PRODUCT.findall(ptx)]
+    return products, registers(" ".join(_FROM_SHARED_MEMORY.findall(ptx)))
 
 
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\S+)([^;]*);")
@@ -172,4 +193,5 @@ def read_machine_code(compiled: Any) -> MachineCode:
         tuple(operations),
         loops,
         int(compiled.metadata.num_warps),
+        compiled.asm["ptx"],
     )

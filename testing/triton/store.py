@@ -74,9 +74,12 @@ def rows_of_all_numbers(head_size: int, dtype: torch.dtype) -> Rows:
 
 
 def special_rows(head_size: int, dtype: torch.dtype) -> Rows:
-    """Return rows with one NaN or infinity each, constant rows, and zeros of both signs."""
+    """Return rows with one NaN or infinity each, constant and huge rows, and zeros of both signs.
+
+    Huge rows exceed what scales can hold, before the rotation or after it only.
+    """
     generator = torch.Generator().manual_seed(0)
-    key, value = torch.randn(2, 18, 2, head_size, generator=generator)
+    key, value = torch.randn(2, 22, 2, head_size, generator=generator)
     for row, number in enumerate((math.nan, -math.nan, math.inf, -math.inf)):
         key[row, 0, 5] = number
         value[4 + row, 1, head_size - 1] = number
@@ -84,6 +87,10 @@ def special_rows(head_size: int, dtype: torch.dtype) -> Rows:
         key[8 + row], value[8 + row] = number, number
     key[17], value[17] = 0.0, 0.0
     key[17, :, ::2], value[17, :, ::2] = -0.0, -0.0
+    key[18], value[18] = 3e38 * key[18].sign(), 3e38 * value[18].sign()
+    key[19], value[19] = 3e38, -3e38
+    key[20], value[20] = k8v4.KEY_MAX * 0.9, k8v4.VALUE_MAX * 0.9
+    key[21], value[21] = math.inf, -math.inf
     return key.to(dtype), value.to(dtype)
 
 

@@ -119,11 +119,13 @@ def test_context_parallelism_is_refused(run: Run) -> None:
     assert run("refused", "ours", {"use_dcp": True}) == ["DCP not supported"]
 
 
-def test_compute_capabilities_from_7_5_on_are_served(run: Run) -> None:
-    assert run("refused", "ours", {"device_capability": (7, 5)}) == []
-    assert run("refused", "ours", {"device_capability": (7, 0)}) == [
-        "compute capability not supported"
-    ]
+def test_compute_capabilities_from_8_0_on_are_served(run: Run) -> None:
+    for capability in ((8, 0), (9, 0), (12, 0)):
+        assert run("refused", "ours", {"device_capability": capability}) == []
+    for major, minor in ((7, 5), (7, 0), (6, 9)):
+        (reason,) = run("refused", "ours", {"device_capability": (major, minor)})
+        assert "of compute capability 8.0 and newer" in reason
+        assert f"this one has {major}.{minor}: Triton cannot compile int8" in reason
 
 
 def test_groups_of_equal_specs_share_a_plan(run: Run) -> None:

@@ -87,14 +87,20 @@ def test_a_layer_that_cannot_be_served_is_refused_by_name(device, fields, reason
     assert "AttentionSelectorConfig" not in message
 
 
-def test_a_gpu_that_cannot_run_the_kernels_is_refused_in_one_line(monkeypatch):
+def test_a_gpu_without_int8_products_is_refused_with_the_reason_and_advice(monkeypatch):
     plugin.register()
     with described_gpu():
         platform = type(vllm.platforms.current_platform)
-        old = classmethod(lambda cls, device_id=0: DeviceCapability(7, 0))
+        old = classmethod(lambda cls, device_id=0: DeviceCapability(7, 5))
         monkeypatch.setattr(platform, "get_device_capability", old)
-        with pytest.raises(UnsupportedLayerError, match="compute capability not supported"):
+        with pytest.raises(UnsupportedLayerError) as refused:
             selector._cached_get_attn_backend(None, wanted(), 8)
+    assert str(refused.value) == (
+        "an attention layer: --kv-cache-dtype turboquant_k8v4 cannot serve this layer: the k8v4 "
+        "kernels run on NVIDIA GPUs of compute capability 8.0 and newer, and this one has 7.5: "
+        "Triton cannot compile int8 tensor-core products for it. "
+        "Serve the model with --kv-cache-dtype auto"
+    )
 
 
 def test_a_backend_that_cannot_read_k8v4_is_refused_by_its_name():

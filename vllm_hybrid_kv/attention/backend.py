@@ -44,9 +44,21 @@ def refuse_rocm_gpu(name: str) -> str | None:
     """Return why no kernel runs on an AMD GPU, such as `gfx90a:sramecc+:xnack-`, or None."""
     if name.split(":")[0] in ROCM_GPUS:
         return None
-    # Value codes are fp16 subnormals, which gfx90a multiplies as zeros. The kernels were never
-    # compiled for RDNA.
-    return f"of AMD's GPUs the k8v4 kernels run on {' and '.join(ROCM_GPUS)}, not on {name}"
+    return (
+        f"of AMD's GPUs the k8v4 kernels run on {' and '.join(ROCM_GPUS)}, not on {name}: older "
+        "ones multiply the fp16 subnormals of value codes as zeros, and RDNA has no MFMA int8"
+    )
+
+
+def refuse_nvidia_gpu(capability: DeviceCapability) -> str | None:
+    """Return why no kernel runs on a compute capability, or None."""
+    if (capability.major, capability.minor) >= (8, 0):
+        return None
+    return (
+        "the k8v4 kernels run on NVIDIA GPUs of compute capability 8.0 and newer, and this one "
+        f"has {capability.major}.{capability.minor}: Triton cannot compile int8 tensor-core "
+        "products for it"
+    )
 
 
 class K8V4AttentionBackend(AttentionBackend):
@@ -89,18 +101,18 @@ class K8V4AttentionBackend(AttentionBackend):
         return True
 
     @classmethod
-    def supports_compute_capability(cls, capability: DeviceCapability) -> bool:
-        # Triton compiles only for these GPUs.
-        return (capability.major, capability.minor) >= (7, 5)
-
-    @classmethod
-    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
+    def validate_configuration(
+        cls, *args: Any, device_capability: DeviceCapability, **kwargs: Any
+    ) -> list[str]:
         """Return the reasons why a layer cannot be served on this GPU."""
-        reasons = super().validate_configuration(*args, **kwargs)
+        reasons = super().validate_configuration(
+            *args, device_capability=device_capability, **kwargs
+        )
         if current_platform.is_rocm():
-            name = torch.cuda.get_device_properties(0).gcnArchName
-            reasons += filter(None, [refuse_rocm_gpu(name)])
-        return reasons
+            refusal = refuse_rocm_gpu(torch.cuda.get_device_properties(0).gcnArchName)
+        else:
+            refusal = refuse_nvidia_gpu(device_capability)
+        return reasons if refusal is None else [*reasons, refusal]
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton attention kernels against the float32 definition, interpreted."""
+"""The Triton attention kernels against both references, interpreted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ import torch
 
 from testing.triton.attention import (
     DECODE,
+    LSE_TOLERANCE,
     MIXED,
+    TOLERANCE,
     UNWRITTEN,
     Batch,
     Case,
@@ -23,11 +25,13 @@ from testing.triton.attention import (
     attend,
     check,
     expected,
+    largest_score_change,
     make,
     planned,
 )
 from testing.triton.processes import interpreted
-from vllm_hybrid_kv.kernels.k8v4 import Layout, PageFormat
+from vllm_hybrid_kv.kernels import reference
+from vllm_hybrid_kv.kernels.k8v4 import Layout
 from vllm_hybrid_kv.kernels.triton import largest_scratch, plan_attention
 
 # The matrix: every value of these lists meets every kind of batch, decode and mixed, with and
@@ -187,41 +191,73 @@ def test_scales_far_apart_in_one_request_equal_the_reference() -> None:
     batch = make(Case(lengths=(300, 300), queries=(1, 1), dtype=torch.float32, page_size=16))
     sizes = torch.logspace(-7, 3.9, 304).to(torch.float16)
     for request, order in enumerate((sizes, sizes.flip(0))):
-        for page, scales in enumerate(batch.scales(request, 0)):
+        for page, scales in enumerate(batch.scales(request, 0, "value")):
             scales.copy_(order[16 * page : 16 * page + 16])
-        for zeros in batch.scales(request, 0, "zero"):
-            zeros.zero_()
     assert_close(attend(batch), expected(batch))
 
 
+NO_SCALES = (0x7E00, 0xFE01, 0x7C00, 0xFC00)
+"""Bits of fp16 numbers that mark a broken token as scales: NaNs and infinities."""
+
+
 @pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("plane", ["key", "value"])
 @interpreted
-def test_a_nan_scale_shows_in_the_rows_that_see_it_and_in_no_others(split: bool) -> None:
-    batch = make(Case(lengths=(180, 54), queries=(14, 14), num_heads=4, num_kv_heads=2))
-    batch.scales(0, 1)[177 // 32][177 % 32] = math.nan
-    out, lse = attend(batch, planned(batch, split=split, processors=1))
-    assert_close((out, lse), expected(batch))
-    assert not out[:, :2].isnan().any()
-    # The 14 new tokens are at positions 166 to 179.
-    rows = out[:, 2:].isnan().all(-1).all(-1).nonzero().flatten().tolist()
-    assert rows == [11, 12, 13]
+def test_a_scale_that_is_not_finite_shows_in_the_rows_that_see_it_and_in_no_others(
+    plane: str, split: bool
+) -> None:
+    for options in ({}, {"window": 6}):
+        batch = make(
+            Case(lengths=(180, 54), queries=(14, 14), num_heads=4, num_kv_heads=2, options=options)
+        )
+        plan = planned(batch, split=split, processors=1)
+        wanted = expected(batch)
+        # The 14 new tokens are at positions 166 to 179.
+        seeing = range(11, 14) if not options else range(5, 11)
+        token = 177 if not options else 171
+        place = batch.scales(0, 1, plane)[token // 32].view(torch.int16)[token % 32]
+        for bits in NO_SCALES:
+            place.fill_(bits - 0x10000 if bits > 0x7FFF else bits)
+            out, lse = attend(batch, plan)
+            broken = torch.zeros(out.shape[:2], dtype=torch.bool)
+            broken[seeing, 2:] = True
+            assert torch.equal(out.isnan().all(-1), broken)
+            assert torch.equal(out.isnan().any(-1), broken)
+            assert_close((out[~broken], lse[~broken]), (wanted[0][~broken], wanted[1][~broken]))
+
+
+@pytest.mark.parametrize("bits", NO_SCALES)
+@pytest.mark.parametrize("plane", ["key", "value"])
+@interpreted
+def test_a_scale_before_the_window_that_is_not_finite_has_no_influence(
+    plane: str, bits: int
+) -> None:
+    batch = make(Case(lengths=(150,), options={"window": 40}, num_kv_heads=2))
+    plan = planned(batch)
+    wanted = attend(batch, plan)
+    for head in range(2):
+        place = batch.scales(0, head, plane)[100 // 32].view(torch.int16)[100 % 32]
+        place.fill_(bits - 0x10000 if bits > 0x7FFF else bits)
+    out, lse = attend(batch, plan)
+    assert torch.equal(out, wanted[0])
+    assert torch.equal(lse, wanted[1])
 
 
 HIDDEN_HALVES = (0x0000, 0x7E00, 0x7C00, 0xFC00, 0x7BFF)
-"""Scales and zeros that no store writes: NaN, infinities, the largest number; and zero."""
+"""Scales of hidden tokens: zero, NaN, infinities and the largest number."""
 
 
 def fill_token(batch: Batch, request: int, token: int, half: int) -> None:
-    """Give a token's scales and zeros the bits of a half, and its keys and values NaN bytes."""
-    page_size = batch.cache.shape[2]
-    page_format = PageFormat(batch.query.shape[2], page_size, Layout.LINEAR)
-    t = token % page_size
-    for region in batch.cache[batch.block_table[request, token // page_size]].flatten(1):
+    """Give both scales of a token the bits of a half, and its codes the largest magnitudes."""
+    page_format = batch.page_format
+    t = token % page_format.page_size
+    page = batch.block_table[request, token // page_format.page_size]
+    for region in batch.cache[page].flatten(1):
         region[t * page_format.head_size :][: page_format.head_size] = 0x7F
         value = page_format.value_offset + t * page_format.head_size // 2
-        region[value : value + page_format.head_size // 2] = half >> 8
+        region[value : value + page_format.head_size // 2] = 0xFF
         bits = torch.tensor([half & 0xFF, half >> 8], dtype=torch.uint8)
-        for offset in (page_format.scale_offset, page_format.zero_offset):
+        for offset in (page_format.key_scale_offset, page_format.value_scale_offset):
             region[offset + 2 * t : offset + 2 * t + 2] = bits
 
 
@@ -268,6 +304,78 @@ def test_a_token_hidden_from_some_rows_has_no_influence_on_them(
         out, lse = attend(batch, plan)
         assert_close((out[:2], lse[:2]), (wanted_out[:2], wanted_lse[:2]))
         assert out[2].isnan().all() == (half & 0x7C00 == 0x7C00)
+
+
+@pytest.mark.parametrize("head_size", [64, 128, 192, 512])
+@interpreted
+def test_products_of_the_largest_codes_are_exact(head_size: int) -> None:
+    """Queries and keys of codes +-127 only; a sequence of one token, so the lse is its score."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (6, head_size), generator=generator) * 2 - 1
+    signs[1] = -signs[0]
+    signs[2] = signs[0]
+    case = Case(
+        head_size=head_size, num_heads=1, lengths=(1,) * 6, queries=(1,) * 6, dtype=torch.float32
+    )
+    batch = make(case)
+    # Rotated, a row of one sign and one magnitude is exact in float32 up to its unit.
+    batch.query[:, 0] = reference.rotation_sums(signs[:1].float().expand(6, -1))
+    wanted = []
+    for request, codes in enumerate(127 * signs):
+        region = batch.cache[batch.block_table[request, 0], 0].view(-1)
+        region[:head_size] = codes.to(torch.int8).view(torch.uint8)
+        batch.scales(request, 0, "key")[0][0] = 2.0**-10
+        product = int((127 * signs[0] * codes).sum())
+        largest = float(reference.rotate(batch.query[request, 0]).abs().max())
+        wanted.append(product * 2.0**-10 * largest / 127 * batch.options["scale"])
+    assert min(wanted) == -max(wanted)
+    lse = attend(batch)[1].flatten()
+    # Six roundings to float32.
+    torch.testing.assert_close(lse, torch.tensor(wanted), rtol=6 * 2.0**-24, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(head_size=64, query_size=3.0, **DECODE),
+        Case(head_size=96, num_heads=6, num_kv_heads=2, dtype=torch.float32, **MIXED),
+        Case(head_size=256, options={"window": 40, "soft_cap": 5.0}, dtype=torch.float32, **MIXED),
+    ],
+    ids=["64", "96", "256, window, soft cap"],
+)
+@interpreted
+def test_the_distance_from_exact_queries_is_within_its_bound(case: Case) -> None:
+    """If no score moves by more than e, the lse does not either.
+
+    Weights then change by a factor from exp(-2e) to exp(2e), which moves an output by at most
+    exp(2e) - 1 times the longest value.
+    """
+    batch = make(case)
+    out, lse = attend(batch)
+    exact_out, exact_lse = expected(batch, integer_query=False)
+    change = largest_score_change(batch)
+    visible = exact_lse > -math.inf
+    own_error = LSE_TOLERANCE * (1 + exact_lse.abs())
+    assert ((lse - exact_lse).abs() <= change + own_error)[visible].all()
+    assert torch.equal(lse[~visible], exact_lse[~visible])
+    values = reference.dequantise(reference.load(batch.cache, case.head_size, Layout.LINEAR))[1]
+    longest = float(values.norm(dim=-1).nan_to_num(0.0, 0.0).max())
+    bound = torch.expm1(2 * change) * longest + TOLERANCE[case.dtype] * exact_out.norm(dim=-1)
+    assert ((out.float() - exact_out).norm(dim=-1) <= bound).all()
+
+
+@interpreted
+def test_a_query_that_is_not_finite_makes_its_rows_nan_and_no_others() -> None:
+    batch = make(Case(lengths=(70, 40), queries=(3, 1), num_heads=4, num_kv_heads=2))
+    wanted_out, wanted_lse = expected(batch)
+    broken = torch.zeros(4, 4, dtype=torch.bool)
+    for token, head, number in ((0, 1, math.nan), (1, 3, math.inf), (3, 0, -math.inf)):
+        batch.query[token, head, 17] = number
+        broken[token, head] = True
+    out, lse = attend(batch)
+    assert torch.equal(out.isnan().all(-1), broken)
+    assert torch.equal(expected(batch)[0].isnan().all(-1), broken)
+    assert_close((out[~broken], lse[~broken]), (wanted_out[~broken], wanted_lse[~broken]))
 
 
 @interpreted

@@ -19,7 +19,7 @@ from testing.triton.compiling import (
     Quantise,
     SmallKernels,
 )
-from testing.triton.machine_code import MachineCode, cuda, missing_tools
+from testing.triton.machine_code import MachineCode, cuda, int8_operands, missing_tools
 from testing.triton.processes import Compiler
 from vllm_hybrid_kv.kernels import k8v4
 
@@ -29,9 +29,12 @@ if reason := missing_tools():
 # Older versions compile everything too, with less efficient code.
 BOUNDS_FOR = (3, 9)
 
-MOST_ISSUED_PER_BYTE = 0.13
-"""An H100 can issue 0.268 warp instructions a byte at its full memory bandwidth; half of that
-leaves room for stalls."""
+MOST_ISSUED_PER_BYTE = {128: 0.1, 256: 0.07}
+"""By head size. An H100 can issue 0.268 warp instructions a byte at its full memory bandwidth; less
+than half of that leaves room for stalls. See benchmarks/results/machine_code_formats.md."""
+
+MOST_BARRIERS = 15
+"""Barriers in the main loop: each makes the warps of a program wait for each other."""
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 SHARED_BYTES |= {100: 227 * 1024, 120: 99 * 1024}
 
@@ -39,6 +42,12 @@ SHARED_BYTES |= {100: 227 * 1024, 120: 99 * 1024}
 def skip_bounds_of_other_versions() -> None:
     if tuple(map(int, triton.__version__.split(".")[:2])) < BOUNDS_FOR:
         pytest.skip(f"compiles; the bounds are for Triton {BOUNDS_FOR}")
+
+
+def barriers(code: MachineCode) -> int:
+    """Return the number of barriers in the main loop."""
+    first, last = code.main_loop()
+    return sum(name.startswith("BAR") for name in code.operations[first : last + 1])
 
 
 def assert_fits(code: MachineCode, capability: int, kept: int = 0) -> None:
@@ -58,6 +67,23 @@ def assert_fits(code: MachineCode, capability: int, kept: int = 0) -> None:
     assert 2 * code.shared_bytes <= SHARED_BYTES[capability]
 
 
+def assert_multiplies_keys_as_they_are_stored(code: MachineCode, job: Attention) -> None:
+    """Assert that scores are int8 products of tensor cores, and that no key is converted."""
+    first, last = code.main_loop()
+    products = [name for name in code.operations[first : last + 1] if name.startswith("IMMA")]
+    assert all(name.startswith("IMMA.16832.S8.S8") for name in products)
+    # A product has 16 keys, 8 rows and 32 dims.
+    dims = triton.next_power_of_2(job.head_size)
+    tiling = job.tiling
+    assert len(products) * code.num_warps == (
+        tiling.block_n // 16 * (tiling.block_m // 8) * (dims // 32)
+    )
+    operands, loaded = int8_operands(code.ptx)
+    assert len(operands) >= len(products)
+    for registers in operands:
+        assert registers <= loaded
+
+
 def assert_loads_codes_16_bytes_at_a_time(code: MachineCode, job: Attention) -> None:
     counts = code.counts(code.main_loop())
     assert counts["tensor core"] >= 32
@@ -73,7 +99,7 @@ DECODE = [
 
 
 @pytest.mark.parametrize("job", DECODE, ids=str)
-def test_decode_loads_16_bytes_at_a_time_spills_nothing_and_issues_few_instructions(
+def test_decode_multiplies_int8_loads_16_bytes_at_a_time_and_issues_few_instructions(
     job: Attention, compiler: Compiler
 ) -> None:
     code = compiler(job)
@@ -81,11 +107,13 @@ def test_decode_loads_16_bytes_at_a_time_spills_nothing_and_issues_few_instructi
     assert_fits(code, job.capability)
     assert_loads_codes_16_bytes_at_a_time(code, job)
     counts = code.counts(code.main_loop())
-    # The other loads are scales, zeros and block numbers.
+    # The other loads are scales and block numbers.
     assert counts["load 8"] == counts["load 2"] == counts["load 1"] == 0
     assert counts["load 4"] <= 3
     tile_bytes = job.tiling.block_n * k8v4.slot_bytes(job.head_size)
-    assert code.issued_per_byte(tile_bytes) < MOST_ISSUED_PER_BYTE
+    assert code.issued_per_byte(tile_bytes) < MOST_ISSUED_PER_BYTE[job.head_size]
+    assert barriers(code) <= MOST_BARRIERS
+    assert_multiplies_keys_as_they_are_stored(code, job)
 
 
 OTHERS = [
@@ -116,12 +144,6 @@ def test_large_heads_many_new_tokens_and_all_modes_spill_nothing(
         assert_loads_codes_16_bytes_at_a_time(code, job)
 
 
-@pytest.mark.parametrize("job", [Attention(75, 64)], ids=str)
-def test_compute_capability_7_5_compiles(job: Attention, compiler: Compiler) -> None:
-    code = compiler(job)
-    assert code.counts(code.main_loop())["load 16"] >= 1
-
-
 AMD = [AmdAttention("gfx942", 128), AmdAttention("gfx942", 256), AmdAttention("gfx950", 128)]
 
 
@@ -135,8 +157,12 @@ def test_the_same_source_compiles_for_amd_without_spills(
     # As on compute capability 8.0, see `test_many_new_tokens_spill_nothing`.
     most = 4 if job == AmdAttention("gfx942", 256) else 0
     assert max(map(int, spills)) <= most
-    operations = Counter(re.findall(r"^\s+(v_mfma|global_load_\w+)", assembly, re.M))
-    assert operations["v_mfma"] >= 32
+    operations = Counter(re.findall(r"^\s+(v_mfma_[if]32|global_load_\w+)", assembly, re.M))
+    # Products of scores, int8, and of values, fp16.
+    assert operations["v_mfma_i32"] >= 16
+    assert operations["v_mfma_f32"] >= 32
+    integer = re.findall(r"^\s+(v_mfma_i32\w+)", assembly, re.M)
+    assert all(name.endswith("_i8") for name in integer)
     assert operations["global_load_dwordx4"] >= 12
     assert operations["global_load_ubyte"] == 0
 
@@ -144,7 +170,7 @@ def test_the_same_source_compiles_for_amd_without_spills(
 STORING = [
     Quantise(*job)
     for job in (
-        (75, 128), (80, 96), (86, 256), (89, 128), (90, 256), (90, 512), (100, 96), (120, 128),
+        (80, 96), (80, 128), (86, 256), (89, 128), (90, 256), (90, 512), (100, 96), (120, 128),
     )
 ]  # fmt: skip
 
@@ -158,15 +184,13 @@ def test_storing_writes_16_bytes_at_a_time_and_spills_nothing(
     counts = code.counts()
     assert counts["spill"] == 0
     assert counts["store 16"] >= 2  # keys and values
-    assert counts["store other"] <= 2  # scales and zeros
+    assert counts["store other"] <= 2  # scales
     assert counts["load 16"] >= 2
-    native = sum("F2FP" in name and "E4M3" in name for name in code.operations)
-    assert (native > 0) == (job.capability >= 89)
 
 
 SMALL = [
     SmallKernels(target)
-    for target in (*map(cuda, (75, 80, 90, 100, 120)), GPUTarget("hip", "gfx942", 64))
+    for target in (*map(cuda, (80, 90, 100, 120)), GPUTarget("hip", "gfx942", 64))
 ]
 
 

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
@@ -46,16 +44,25 @@ def test_every_16_bit_number_equals_the_reference(head_size: int, dtype: torch.d
 
 
 @interpreted
-def test_keys_at_every_rounding_boundary_equal_the_reference() -> None:
-    """At, just below and just above every code and every middle of two codes."""
-    codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    points = torch.cat([codes, (codes[1:] + codes[:-1]) / 2])
-    infinity = torch.tensor(math.inf)
-    near = [points, torch.nextafter(points, infinity), torch.nextafter(points, -infinity)]
-    keys = torch.cat(near)
-    keys = torch.cat([keys, -keys, torch.tensor([1e30, -1e30, 448.1, -464.0, 1e-40])])
-    keys = torch.cat([keys, torch.zeros(-len(keys) % 64)]).view(-1, 1, 64)
-    assert differing_bytes(keys, keys, torch.arange(len(keys))) == 0
+def test_codes_at_every_rounding_boundary_equal_the_reference() -> None:
+    """At, just below and just above every middle of two codes, of keys and of values.
+
+    With 64 dims and scales of 1, rotating such rows is exact in float32.
+    """
+
+    def rows(middles: torch.Tensor, largest: float) -> torch.Tensor:
+        near = torch.cat([middles, middles - 2.0**-10, middles + 2.0**-10])
+        near = torch.cat([near, near.new_zeros(-len(near) % 63)]).view(-1, 63)
+        return torch.cat([near, torch.full((len(near), 1), largest)], dim=1)
+
+    wanted_keys = rows(torch.arange(-126.5, 127.0), 127.0)
+    wanted_values = rows(torch.arange(-7.0, 8.0), 7.5).repeat(len(wanted_keys), 1)
+    wanted_values = wanted_values[: len(wanted_keys)]
+    key, value = (reference.rotate(x)[:, None] for x in (wanted_keys, wanted_values))
+    quantised = reference.quantise(key, value)
+    assert torch.equal(quantised.key_codes[:, 0].float(), wanted_keys.round())
+    assert torch.equal(quantised.value_codes[:, 0].float(), (wanted_values + 7.5).round())
+    assert differing_bytes(key, value, torch.arange(len(key))) == 0
 
 
 @pytest.mark.parametrize("page_size", [16, 48, 528, 2768])
