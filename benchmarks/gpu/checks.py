@@ -36,7 +36,8 @@ def a_nan_scale_shows_in_the_rows_that_see_it(device: torch.device, queries: int
     case = Case(**DEFAULT | {"lengths": (200,), "queries": (queries,)})
     batch = make(case)
     page, token = divmod(199 - queries // 2, case.page_size)
-    batch.scales(0, case.num_kv_heads - 1)[page][token] = torch.nan
+    for plane in ("key", "value"):
+        batch.scales(0, case.num_kv_heads - 1, plane)[page][token] = torch.nan
     wanted = expected(batch)
     assert wanted[0].isnan().any(), "no row sees the NaN"
     return assert_close(attend(batch.to(device)), wanted)
@@ -139,7 +140,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def checks() -> dict[str, Check]:
     """Return all checks by name."""
     cases: dict[str, dict[str, Any]] = {}
-    for head_size in (128, 256, 64, 72, 80, 96, 112, 160, 192):
+    for head_size in (128, 256, 64, 72, 80, 96, 112, 160, 192, 512):
         cases[f"head size {head_size}"] = {"head_size": head_size}
     for group in (1, 2, 3, 4, 5, 6, 7, 8, 12, 16):
         kv_heads = 2 if group <= 8 else 1
@@ -177,7 +178,7 @@ def checks() -> dict[str, Check]:
         name = f"a graph follows the lengths, {queries} new tokens"
         found[name] = partial(a_graph_follows_the_lengths, queries=queries)
     for rows, dtype, head_size in itertools.product(
-        store.ROWS, (torch.bfloat16, torch.float16, torch.float32), (64, 80, 128, 256)
+        store.ROWS, (torch.bfloat16, torch.float16, torch.float32), (64, 80, 128, 256, 512)
     ):
         if rows != "of all 16-bit numbers" or dtype is not torch.float32:
             found[f"stored bytes, rows {rows}, {dtype}, head size {head_size}"] = partial(

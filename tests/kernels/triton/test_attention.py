@@ -318,7 +318,7 @@ def test_products_of_the_largest_codes_are_exact(head_size: int) -> None:
         head_size=head_size, num_heads=1, lengths=(1,) * 6, queries=(1,) * 6, dtype=torch.float32
     )
     batch = make(case)
-    # Rotated, a row of one sign and one magnitude is exact in float32 up to its unit.
+    # The rotation of this row has one magnitude, so that every code is +-127.
     batch.query[:, 0] = reference.rotation_sums(signs[:1].float().expand(6, -1))
     wanted = []
     for request, codes in enumerate(127 * signs):
