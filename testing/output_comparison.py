@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from testing.engine_host import Output
 from testing.models import SCORE_SIZE
+from vllm_hybrid_kv.kernels import k8v4
 
 
 @dataclass(frozen=True)
@@ -95,21 +96,24 @@ def compare(
 def format_error(head_size: int) -> float:
     """Return how far k8v4 moves the output of one layer's attention, relative to its size.
 
-    * A value is rounded to one of 16 levels between a token's smallest and largest element. D
-      normal numbers span about 2 sqrt(2 ln D) standard deviations, a step is 1/15 of that, and
-      rounding to the nearest step has a standard deviation of step / sqrt(12). The relative error
-      of values is e_v = 2 sqrt(2 ln D) / (15 sqrt(12)): 0.111 at D = 64, 0.120 at D = 128.
-    * An e4m3 key has three mantissa bits: its step is 2^-3 of the power of two below. Averaged
-      over the octave the error is 2^-3 / sqrt(12) * sqrt(3 / (8 ln 2)) = 0.0265 of the element.
-      The errors of D elements add up in a score as the products do, so a score is off by 0.0265
-      of the scores' standard deviation S (`SCORE_SIZE`), and a softmax weight by e_k = 0.0265 S.
-      Errors of many weights add up as the weighted values do: the output is off by e_k too.
+    The largest magnitude of D normal numbers is about sqrt(2 ln D) standard deviations, and
+    rotated keys, values and queries are nearly normal. Rounding to the nearest of steps has a
+    standard deviation of step / sqrt(12).
 
-    Both together: sqrt(e_v^2 + e_k^2).
+    * Values: a step is 1/7.5 of the largest magnitude. The relative error is
+      e_v = sqrt(2 ln D) / (7.5 sqrt(12)): 0.111 at D = 64, 0.120 at D = 128.
+    * Keys and queries: a step is 1/127 of the largest magnitude. The relative error of each is
+      e = sqrt(2 ln D) / (127 sqrt(12)): 0.0066 at D = 64. The errors of D elements add up in a
+      score as the products do, so a score is off by sqrt(2) e of the scores' standard deviation S
+      (`SCORE_SIZE`), and a softmax weight by e_s = sqrt(2) e S. Errors of many weights add up as
+      the weighted values do: the output is off by e_s too.
+
+    Both together: sqrt(e_v^2 + e_s^2).
     """
-    value_error = 2 * math.sqrt(2 * math.log(head_size)) / (15 * math.sqrt(12))
-    key_error = 2**-3 / math.sqrt(12) * math.sqrt(3 / (8 * math.log(2)))
-    return math.hypot(value_error, key_error * SCORE_SIZE)
+    largest = math.sqrt(2 * math.log(head_size))
+    value_error = largest / (k8v4.MIDDLE_VALUE_CODE * math.sqrt(12))
+    rounding = largest / (k8v4.KEY_STEPS * math.sqrt(12))
+    return math.hypot(value_error, math.sqrt(2) * rounding * SCORE_SIZE)
 
 
 def far_from_unquantised(

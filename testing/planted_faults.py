@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-FAULTS = ("swapped nibbles", "scale of the neighbour", "stale page", "clipped keys")
+FAULTS = ("swapped nibbles", "swapped scales", "stale page", "clipped keys")
 """Faults of the stored cache."""
 
 STATE_FAULT = "states not copied"
@@ -110,7 +110,7 @@ def _spoil_updates(fault: str) -> None:
     def make(original: Callable[..., Any]) -> Any:
         def update(self: Any, layer: Any, key: Any, value: Any, kv_cache: Any, slots: Any) -> None:
             if fault == "clipped keys":
-                # A conversion through e4b15 clips large keys in this way.
+                # A conversion that saturates does this to large keys.
                 key = key.clamp(-1.75, 1.75)
             stored = (slots >= 0).nonzero().flatten()
             if fault == "lost slot" and stored.numel() > 1:
@@ -120,7 +120,7 @@ def _spoil_updates(fault: str) -> None:
             blocks = _blocks(slots, kv_cache)
             if fault == "stale page" and blocks.numel() > 3:
                 kv_cache[blocks[1]] = kv_cache[blocks[2]]
-            if fault in ("swapped nibbles", "scale of the neighbour"):
+            if fault in ("swapped nibbles", "swapped scales"):
                 _spoil_pages(fault, kv_cache, blocks, key.shape[-1])
 
         return update
@@ -134,7 +134,7 @@ def _blocks(slots: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
 
 
 def _spoil_pages(fault: str, kv_cache: Any, blocks: Any, head_size: int) -> None:
-    """Swap the nibbles of the values, or shift the scales by one token."""
+    """Swap the nibbles of the values, or the scales of keys with those of values."""
     from vllm_hybrid_kv.kernels import k8v4
 
     page = k8v4.PageFormat(head_size, kv_cache.shape[2], k8v4.Layout.CPU_TILED)
@@ -142,11 +142,11 @@ def _spoil_pages(fault: str, kv_cache: Any, blocks: Any, head_size: int) -> None
         for head in range(kv_cache.shape[1]):
             region = kv_cache[block, head].view(-1)
             if fault == "swapped nibbles":
-                values = region[page.value_offset : page.scale_offset]
+                values = region[page.value_offset : page.key_scale_offset]
                 values.copy_((values >> 4) | (values << 4))
             else:
-                scales = region[page.scale_offset : page.zero_offset]
-                scales.copy_(scales.clone().roll(2))
+                scales = region[page.key_scale_offset :]
+                scales.copy_(scales.clone().roll(2 * page.page_size))
 
 
 def _swap_nibbles_in_the_kernel(_: str) -> None:
