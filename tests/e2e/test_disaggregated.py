@@ -108,7 +108,7 @@ def test_the_folder_describes_its_pages_in_a_subfolder_for_their_format(folder: 
     (own,) = folder.path.iterdir()
     fields = json.loads((own / "hybrid_kv.json").read_text())
     assert own.name.startswith("hybrid_kv-")
-    assert (fields["page_format"], fields["page_tokens"], fields["kv_heads"]) == (1, 128, 2)
+    assert (fields["page_format"], fields["page_tokens"], fields["kv_heads"]) == (2, 128, 2)
     assert len(list((own / "0of1").iterdir())) == len(PROMPTS)
 
 
@@ -197,7 +197,7 @@ def test_pages_cross_between_engines_of_two_processes_each(
         (24580, {"VLLM_PLUGINS": ""}, {}, "[0-9a-f]{64}, "),
         (
             *(24590, {}, {"block_size": 64}),
-            r"[0-9a-f]{64} \[hybrid_kv .*: k8v4 format 1, .* pages of 64 tokens, .*\], ",
+            r"[0-9a-f]{64} \[hybrid_kv .*: k8v4 format 2, .* pages of 64 tokens, .*\], ",
         ),
     ],
     ids=["without the plugin", "other pages"],
@@ -215,6 +215,6 @@ def test_a_peer_that_cannot_read_the_pages_refuses_with_an_explanation(
     (sent,) = prefill.hand_over(PROMPTS[:1], 1, [PREFILL])
     (refused,) = peer.hand_over(PROMPTS[:1], TOKENS, [sent.params])
     assert refused.output.tokens == []
-    remote = r"[0-9a-f]{64} \[hybrid_kv .*: k8v4 format 1, .* pages of 128 tokens, .*\]"
+    remote = r"[0-9a-f]{64} \[hybrid_kv .*: k8v4 format 2, .* pages of 128 tokens, .*\]"
     words = rf"NIXL compatibility hash mismatch\. Local: {local}Remote: {remote}"
     assert re.search(words, peer.log.read_text(errors="replace"))

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fingerprint of pages that leave an engine, and the connectors that can carry them."""
 
+import contextlib
 import json
 import logging
 from dataclasses import replace
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1 import example_connector
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_worker
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl import metadata as nixl
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading import config as offloading
 from vllm.utils.hashing import sha256
@@ -54,7 +57,7 @@ def engine(make_config):
 def test_a_fingerprint_contains_what_two_engines_must_share(engine):
     found = fingerprint.fingerprint_of(engine(block_size=128))
     assert str(found) == (
-        f"hybrid_kv {plugin.__version__}: k8v4 format 1, cpu_tiled, pages of 128 tokens, "
+        f"hybrid_kv {plugin.__version__}: k8v4 format 2, cpu_tiled, pages of 128 tokens, "
         "2 KV heads of 64, unquantised layers: 0 1 4 5"
     )
 
@@ -68,7 +71,7 @@ def test_any_difference_changes_the_fingerprint(field, engine, monkeypatch):
     if field == "plugin":
         monkeypatch.setattr(fingerprint, "__version__", "0.0.1")
     elif field == "page_format":
-        monkeypatch.setattr(k8v4, "FORMAT_VERSION", 2)
+        monkeypatch.setattr(k8v4, "FORMAT_VERSION", 1)
     elif field == "arrangement":
         # The GPU kernels, which the interpreter runs, have another layout.
         monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -173,17 +176,59 @@ def test_the_ranks_of_a_model_have_different_folders(folder_of):
     assert folder_of(rank=0) != folder_of(rank=1)
 
 
-def test_pages_of_another_format_in_a_store_are_logged_and_not_read(
-    folder_of, log, monkeypatch, tmp_path
+@pytest.mark.parametrize("readable", [True, False])
+def test_stored_pages_of_format_1_are_not_read_and_a_warning_says_why(
+    readable, folder_of, log, monkeypatch, tmp_path
 ):
-    first = folder_of(block_size=128)
-    assert folder_of(block_size=128) == first
-    assert not log.lines(logging.WARNING)
-    monkeypatch.setattr(k8v4, "FORMAT_VERSION", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(k8v4, "FORMAT_VERSION", 1)
+        first = folder_of(block_size=128)
+        assert folder_of(block_size=128) == first
+        assert not log.lines(logging.WARNING)
+    if not readable:
+        (manifest,) = tmp_path.glob("*/hybrid_kv.json")
+        manifest.write_text("[]")
     assert folder_of(block_size=128) != first
     (line,) = log.lines(logging.WARNING)
-    assert f"{tmp_path} holds pages that this engine does not read, described in {tmp_path}" in line
-    assert "k8v4 format 2, " in line
+    theirs, ours = line.split(" This engine uses: ")
+    assert theirs.startswith(f"{tmp_path} holds pages that this engine does not read: {tmp_path}/")
+    assert ("k8v4 format 1, " if readable else "(of an unknown format)") in theirs
+    assert "k8v4 format 2, " in ours
+
+
+def receive_handshake(monkeypatch, local, remote):
+    """Run the handshake of NIXL's worker with a peer's compatibility hash."""
+    payload = nixl.NixlHandshakePayload(remote, b"")
+    reply = [msgspec.msgpack.encode(payload), msgspec.msgpack.encode(0.0)]
+    socket = SimpleNamespace(
+        setsockopt=lambda *_: None, send=lambda _: None, recv_multipart=lambda: reply
+    )
+    monkeypatch.setattr(base_worker, "zmq_ctx", lambda *_: contextlib.nullcontext(socket))
+    worker = object.__new__(base_worker.NixlBaseConnectorWorker)
+    vars(worker).update(
+        compat_hash=local,
+        enforce_compat_hash=True,
+        use_host_buffer=True,
+        _is_csa_linear=False,
+        transfer_topo=SimpleNamespace(handshake_target_ranks=lambda *_: [0]),
+    )
+    worker._nixl_handshake("localhost", 1, 1, "peer")
+
+
+def test_a_peer_with_pages_of_format_1_is_rejected_with_both_formats(engine, monkeypatch):
+    def compatibility():
+        return nixl.compute_nixl_compatibility_hash(config, "TURBOQUANT", "pull")
+
+    config = engine(block_size=128)
+    ours = compatibility()
+    with monkeypatch.context() as patch:
+        patch.setattr(k8v4, "FORMAT_VERSION", 1)
+        theirs = compatibility()
+    message = (
+        r"NIXL compatibility hash mismatch\. Local: .*k8v4 format 2, .*Remote: .*k8v4 format 1, "
+    )
+    with pytest.raises(RuntimeError, match=message):
+        receive_handshake(monkeypatch, ours, theirs)
 
 
 @pytest.fixture

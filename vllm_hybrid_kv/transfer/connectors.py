@@ -162,14 +162,22 @@ def init_example_connector(
     part = own / f".{MANIFEST}-{os.getpid()}"
     part.write_text(json.dumps({**asdict(fingerprint), "words": words}, indent=1))
     part.replace(own / MANIFEST)
-    if others := [str(path) for path in root.glob(f"{PREFIX}*/{MANIFEST}") if path.parent != own]:
+    if others := [path for path in root.glob(f"{PREFIX}*/{MANIFEST}") if path.parent != own]:
         logger.warning_once(
-            "%s holds pages that this engine does not read, described in %s. Delete them, or use "
-            "another folder. This engine uses: %s",
+            "%s holds pages that this engine does not read: %s. Delete them, or use another "
+            "folder. This engine uses: %s",
             str(root),
-            ", ".join(sorted(others)),
+            "; ".join(f"{path.parent} ({_words_of(path)})" for path in sorted(others)),
             words,
         )
     parallel = vllm_config.parallel_config
     # The scheduler's connector has rank 0, so it looks for the pages of the first process.
     self._storage_path = str(own / f"{parallel.rank}of{parallel.world_size}")
+
+
+def _words_of(manifest: Path) -> str:
+    """Return the fingerprint of stored pages in words."""
+    try:
+        return str(json.loads(manifest.read_text())["words"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return "of an unknown format"
