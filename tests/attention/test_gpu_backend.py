@@ -128,6 +128,10 @@ def test_compute_capabilities_from_8_0_on_are_served(run: Run) -> None:
         assert f"this one has {major}.{minor}: Triton cannot compile int8" in reason
 
 
+def test_per_head_scales_of_a_checkpoint_are_accepted(run: Run) -> None:
+    assert run("refused", "ours", {"use_per_head_quant_scales": True}) == []
+
+
 def test_groups_of_equal_specs_share_a_plan(run: Run) -> None:
     assert run("shared_plans")
 

@@ -29,7 +29,6 @@ def selection(**changes):
         "has_sink": True,
         "use_sparse": False,
         "use_mm_prefix": False,
-        "use_per_head_quant_scales": False,
         "use_dcp": False,
         "use_pcp": False,
     }
@@ -101,7 +100,6 @@ def test_a_plain_decoder_layer_with_sinks_is_served():
         (selection(attn_type=AttentionType.ENCODER_DECODER), "'encoder_decoder'"),
         (implementation(attn_type=AttentionType.ENCODER), "'encoder'"),
         (selection(use_mm_prefix=True), "inside multimodal prefixes"),
-        (selection(use_per_head_quant_scales=True), "per-head scales"),
         (selection(use_rswa=True), "R-SWA"),
     ],
 )

@@ -37,7 +37,19 @@ from vllm_hybrid_kv.constants import BACKEND, CACHE_DTYPE
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.state import STATE
 
+COMPUTE_CAPABILITY = (8, 0)
+"""The lowest of NVIDIA GPUs that are served. From it on, Triton has int8 tensor-core products."""
+
 ROCM_GPUS = ("gfx942", "gfx950")
+
+
+def refuse_compute_capability() -> str:
+    """Return why no kernel runs on an older NVIDIA GPU."""
+    major, minor = COMPUTE_CAPABILITY
+    return (
+        f"the k8v4 kernels need compute capability {major}.{minor} for int8 products of tensor "
+        "cores"
+    )
 
 
 def refuse_rocm_gpu(name: str) -> str | None:
@@ -98,6 +110,11 @@ class K8V4AttentionBackend(AttentionBackend):
 
     @classmethod
     def supports_non_causal(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_per_head_quant_scales(cls) -> bool:
+        # Like all scales of checkpoints they are not read.
         return True
 
     @classmethod

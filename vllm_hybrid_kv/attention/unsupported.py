@@ -41,7 +41,6 @@ REFUSED = {
     "use_mla": Refusal("multi-head latent attention (MLA) has its own latent cache"),
     "use_sparse": _not_implemented("sparse attention"),
     "use_mm_prefix": _not_implemented("bidirectional attention inside multimodal prefixes"),
-    "use_per_head_quant_scales": _not_implemented("per-head scales from the checkpoint"),
     "use_rswa": _not_implemented("reference sliding window attention (R-SWA)"),
     "use_dcp": _not_implemented(
         "decode context parallelism", "serve the model with --decode-context-parallel-size 1"

@@ -181,15 +181,21 @@ def test_unquantised_boundary_layers_are_a_note(facts):
     assert "from VARIABLE" in message
 
 
-LIMITS = "; for bfloat16 and head sizes that are multiples of 32, portable otherwise"
+LIMITS = "; for head sizes that are multiples of 32, avx512_vnni otherwise"
 
 
 @pytest.mark.parametrize(
     ("available", "lacking", "isa", "kernels", "why"),
     [
         (3, (), None, "cpu:amx", f"the fastest on this CPU{LIMITS}"),
-        (1, ("x", "y"), None, "cpu:portable", "the fastest on this CPU; avx512_bf16 needs x, y"),
-        (2, (), None, "cpu:avx512_bf16", "the permission of the operating system"),
+        (1, ("x", "y"), None, "cpu:portable", "the fastest on this CPU; avx512_vnni needs x, y"),
+        (
+            2,
+            (),
+            None,
+            "cpu:avx512_vnni",
+            "CPU; amx needs the permission of the operating system",
+        ),
         (3, (), "portable", "cpu:portable", "chosen by VARIABLE; amx would be faster"),
         (1, (), "interpreter", "triton, interpreted", "portable would be faster"),
     ],
@@ -221,7 +227,12 @@ def test_cpu_kernels_without_numba_are_a_warning(facts, monkeypatch):
     [
         ((9, 0), None, "triton", "tile sizes derived, not measured on compute capability 9.0"),
         ((9, 9), None, "triton", "tile sizes measured on compute capability 9.9"),
-        ((7, 0), None, None, "compute capability 7.0; the k8v4 kernels need 7.5"),
+        ((8, 0), None, "triton", "tile sizes derived, not measured on compute capability 8.0"),
+        (
+            *((7, 5), None, None),
+            "compute capability 7.5; the k8v4 kernels need compute capability 8.0 for int8 "
+            "products of tensor cores",
+        ),
         ((9, 4), "7.0", "triton", "tile sizes derived, not measured on gfx942"),
     ],
 )

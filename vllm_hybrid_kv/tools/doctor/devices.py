@@ -22,7 +22,7 @@ def cpu_device() -> dict[str, str | None]:
 
 @check("Reading the devices and their kernels", "platform", error=("warning", "device"))
 def devices(facts: Facts) -> Iterator[Finding]:
-    """The CPU kernels need numba; the GPU kernels need compute capability 7.5 or higher."""
+    """The CPU kernels need numba; the GPU kernels need a compute capability of 8.0."""
     import torch
 
     facts["torch"] = {"cuda": torch.version.cuda, "hip": torch.version.hip}
@@ -62,21 +62,22 @@ def _cpu_kernels(facts: Facts) -> tuple[str, str]:
         why += f"; {faster[0]} needs {needs}"
     if chosen == "interpreter":
         return "triton, interpreted", why
-    if chosen != isa.PORTABLE:
-        why += "; for bfloat16 and head sizes that are multiples of 32, portable otherwise"
+    if chosen == isa.AMX:
+        why += f"; for head sizes that are multiples of 32, {isa.AVX512_VNNI} otherwise"
     return f"cpu:{chosen}", why
 
 
 def _gpu_kernels(gpu: Any) -> tuple[str | None, str]:
     import torch
 
+    from vllm_hybrid_kv.attention.backend import COMPUTE_CAPABILITY, refuse_compute_capability
     from vllm_hybrid_kv.kernels.triton import tuning
 
     if torch.version.hip:
         return "triton", f"tile sizes derived, not measured on {gpu.gcnArchName}"
     capability = f"compute capability {gpu.major}.{gpu.minor}"
-    if (gpu.major, gpu.minor) < (7, 5):
-        return None, f"{capability}; the k8v4 kernels need 7.5"
+    if (gpu.major, gpu.minor) < COMPUTE_CAPABILITY:
+        return None, f"{capability}; {refuse_compute_capability()}"
     measured = tuning.origin((gpu.major, gpu.minor)) == "measured"
     sizes = "measured" if measured else "derived, not measured"
     return "triton", f"tile sizes {sizes} on {capability}"
