@@ -70,7 +70,7 @@ def test_a_boolean_variable_may_be_a_word_or_a_number(written, meant):
             {},
             {"VLLM_HYBRID_KV_CPU_ISA": "sse2"},
             "cpu_isa='sse2' (from VLLM_HYBRID_KV_CPU_ISA) is not valid: input should be 'auto', "
-            "'amx', 'avx512_bf16', 'portable' or 'interpreter'",
+            "'amx', 'avx512_vnni', 'portable' or 'interpreter'",
         ),
         (
             section(boundary_layers=-1),
@@ -139,6 +139,20 @@ def test_before_any_engine_the_settings_are_those_of_the_environment(monkeypatch
 def test_the_kernels_use_the_fastest_instructions_by_default():
     assert resolve({}, {}).kernel_isa() == isa.available()[-1]
     assert resolve(section(cpu_isa="portable"), {}).kernel_isa() == "portable"
+
+
+@pytest.mark.parametrize(
+    ("config", "environment"),
+    [
+        (section(cpu_isa="avx512_bf16"), {}),
+        ({}, {"VLLM_HYBRID_KV_CPU_ISA": "avx512_bf16"}),
+    ],
+)
+def test_the_old_name_of_an_instruction_set_works_with_a_deprecation_warning(config, environment):
+    with pytest.deprecated_call(match="avx512_bf16 is now named avx512_vnni"):
+        settings = resolve(config, environment)
+    assert settings.cpu_isa == "avx512_vnni"
+    assert settings.source("cpu_isa") != "default"
 
 
 def test_instructions_that_the_cpu_lacks_are_refused(monkeypatch):
