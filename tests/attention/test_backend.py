@@ -24,8 +24,9 @@ from vllm_hybrid_kv.patches.mechanism import ActivePatches
 from vllm_hybrid_kv.patches.targets import targets_of
 
 HEADS, KV_HEADS, HEAD_SIZE, PAGE = 8, 2, 64, 32
-BF16_TOLERANCE = 0.02
-"""Outputs of about 1 are rounded to bf16 (2^-9), and so are the attention weights."""
+BF16_TOLERANCE = 2**-8
+"""Outputs of about 1 are rounded to bf16, by up to 2^-9. Scores are exact products of integers, and
+weights are rounded to integers of 15 bits."""
 
 
 def spec(cls=FullAttentionSpec, **changes):
