@@ -198,7 +198,7 @@ def test_all_but_boundary_and_skipped_layers_are_quantised(
     assert [i for i, layer in layers.items() if layer["backend"].endswith(OURS)] == quantised
     head_size = 128 if model == "qwen3-next" else 64
     for index, layer in layers.items():
-        # By head: 8-bit keys, 4-bit values, scale and zero; or bf16 keys and values.
+        # Two heads of 8-bit keys, 4-bit values and two scales, or of bf16 keys and values.
         elements = head_size + head_size // 2 + 4 if index in quantised else 4 * head_size
         assert layer["content_bytes"] / layer["block_size"] == 2 * elements
         assert layer["backend"].endswith(OURS if index in quantised else "CPUAttentionBackend")
