@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from vllm.config import (
 )
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_hybrid_kv.attention.layer_check import (
@@ -168,22 +170,47 @@ def _choose_wrapped_backend(layer: Any, arguments: dict[str, Any]) -> None:
 
 
 def built_model_patch(context: Context) -> Patch:
-    """Stop start-up, before weights are loaded, if a layer's backend cannot serve its KV cache."""
+    """Stop start-up before weights are loaded if a built layer cannot have its cache.
+
+    If the checkpoint has scales of keys and values, log that they are not used.
+    """
 
     def initialize_model(original: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
         model = original(vllm_config, *args, **kwargs)
         if vllm_config.cache_config.cache_dtype == CACHE_DTYPE:
-            check_k8v4_layers(_attention_layers(vllm_config))
+            layers = _attention_layers(vllm_config)
+            check_k8v4_layers(layers)
+            _report_unused_scales(layers)
         return model
 
     return Patch(
         "built_model",
         replaces="initialize_model, for engines with a k8v4 cache",
         why="vLLM does not check whether a backend can have values of another size than keys, "
-        "nor whether the backend that a model chose itself can read the cache",
+        "nor whether the backend that a model chose itself can read the cache; it loads scales "
+        "that no k8v4 kernel reads",
         until="vLLM checks every layer's backend against its cache dtype and head sizes",
         edits=[context.rebind("initialize_model", initialize_model)],
     )
+
+
+def _report_unused_scales(layers: Mapping[str, Any]) -> None:
+    """Log one line when vLLM loads a checkpoint's scales of a k8v4 layer."""
+    for layer in layers.values():
+        if getattr(layer, "kv_cache_dtype", None) != CACHE_DTYPE:
+            continue
+        for name in ("k_scale", "v_scale"):
+            if (scale := getattr(layer, name, None)) is not None:
+                load = getattr(scale, "weight_loader", default_weight_loader)
+                scale.weight_loader = functools.partial(_load_unused_scale, load)
+
+
+def _load_unused_scale(load: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    logger.info_once(
+        "The checkpoint's KV cache scales (k_scale, v_scale) are not needed and not used: "
+        "k8v4 computes a scale for each token and head"
+    )
+    load(*args, **kwargs)
 
 
 def layer_pages_patch(context: Context) -> Patch:
