@@ -190,7 +190,7 @@ def test_the_gpu_kernels_give_the_output_of_the_cpu_kernels(
     """The backend, its metadata, plans and kernels are those for GPUs; the engine is for CPUs."""
     if reference.case.model != "gemma3":
         pytest.skip("takes a minute, and Gemma3 has both kinds of attention layers")
-    # The GPU kernels round queries and weights to fp16.
+    # The GPU kernels round weights to fp16.
     bounds = Bounds(0.1, reference.case.bounds.limit)
     case, chunk = replace(reference.case, bounds=bounds), 32
     assert reference.repeated is not None

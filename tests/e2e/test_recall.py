@@ -29,11 +29,7 @@ RECALL = 0.99
 WORSE = 0.005
 """How much lower the share may be with k8v4, at each distance and depth."""
 LESS_SURE = 0.003
-"""How much higher the mean negative log-probability of right answers may be.
-
-With k8v4 it was 0.0005 (Gemma3) and 0.0008 (Qwen3-Next) higher. With the fault
-`scale of the neighbour` most answers stay right but less certain: it was 0.040 and 0.008 higher.
-"""
+"""How much higher the mean negative log-probability of right answers may be."""
 ENOUGH = 200
 """Minimum number of questions per distance and depth, so that one question is at most 0.5 %."""
 
