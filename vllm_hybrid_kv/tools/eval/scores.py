@@ -16,8 +16,8 @@ from typing import Any
 import numpy
 import torch
 
-MOST_ELEMENTS = 1 << 24
-"""Elements of a slice that is computed at once in float64: 128 MiB."""
+MOST_ELEMENTS = 1 << 20
+"""Elements of a slice that is computed at once in float64: 8 MiB, which caches hold."""
 
 FIRST_RANGE = 16
 """End of the first range of context, in tokens; each further range is twice as long."""
