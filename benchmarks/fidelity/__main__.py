@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import platform
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +14,22 @@ from benchmarks.fidelity import report, sources
 from benchmarks.fidelity.measure import summarise
 from vllm_hybrid_kv.tools.machine import cpu_model
 
-HEAD_SIZES = (64, 96, 128, 256)
-SEEDS = {512: 4, 2048: 2}
-"""Samples of each length on which every rule is measured."""
-
-MANY = 16
-"""How many times as many samples our rule and vLLM's are measured on."""
+HEAD_SIZES = (64, 72, 128, 256, 512)
+SEEDS = {512: 8, 2048: 2}
+"""Samples of each length."""
 
 
-def measure_distributions(
-    head_sizes: Iterable[int], seeds: dict[int, int], many: int
-) -> list[dict[str, Any]]:
-    """Return a row for each head size, length and distribution."""
-
-    def samples(head_size: int, length: int, count: int) -> Iterator[sources.Sample]:
-        for seed in range(count):
-            yield from sources.drawn(head_size, length, seed)
-
-    rows = []
-    for head_size in head_sizes:
-        for length, count in seeds.items():
-            rows += summarise(samples(head_size, length, count * many), every_rule=count)
-            print(f"head size {head_size}, {length} tokens", flush=True)
-    return rows
+def measure_distributions(head_size: int, length: int, count: int) -> list[dict[str, Any]]:
+    """Return the rows of every distribution."""
+    samples = (s for seed in range(count) for s in sources.drawn(head_size, length, seed))
+    print(f"head size {head_size}, {length} tokens", flush=True)
+    return summarise(samples)
 
 
 def measure_model(folder: Path) -> list[dict[str, Any]]:
-    """Return a row for each attention layer of a model."""
-    rows = summarise(sources.recorded(folder, sources.prompts(folder)), sources.EVERY_RULE)
-    print(f"{folder.name}: {len(rows)} layers", flush=True)
+    """Return the rows of every attention layer of a model."""
+    print(folder.name, flush=True)
+    rows = summarise(sources.recorded(folder, sources.prompts(folder)))
     return [{"model": folder.name, **row} for row in rows]
 
 
@@ -56,23 +41,26 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few samples of 512 tokens")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    sizes: tuple[int, ...] = HEAD_SIZES
-    seeds, many = SEEDS, MANY
-    if arguments.quick:
-        sizes, seeds, many = HEAD_SIZES[::2], {512: 2}, 1
+    sizes, seeds = (HEAD_SIZES[::2], {512: 2}) if arguments.quick else (HEAD_SIZES, SEEDS)
+    models = "".join(f" --model {folder.name}" for folder in arguments.model)
     result = {
         "machine": {
             "cpu": cpu_model(),
             "Python": platform.python_version(),
             "torch": torch.__version__,
         },
+        "command": f"python -m benchmarks.fidelity{models}",
         "seeds": seeds,
-        "many": many,
-        "distributions": measure_distributions(sizes, seeds, many),
+        "shown": (128, max(seeds)),
+        "distributions": [
+            row
+            for size in sizes
+            for length, count in seeds.items()
+            for row in measure_distributions(size, length, count)
+        ],
         "recorded": [row for folder in arguments.model for row in measure_model(folder)],
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "fidelity.json").write_text(json.dumps(result, indent=1) + "\n")
     text = report.markdown(result)
     (arguments.out / "fidelity.md").write_text(text)
     print(text)

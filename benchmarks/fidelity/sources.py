@@ -17,11 +17,8 @@ keys, a third of the tokens get most of the weight; with 2, a handful."""
 
 RECORDED = "recorded"
 
-PROMPTS, TOKENS = 64, 1024
+PROMPTS, TOKENS = 4, 1024
 """Of a recorded model."""
-
-EVERY_RULE = 4
-"""Prompts on which every rule is measured, and not only ours and vLLM's."""
 
 KV_HEADS = 2
 QUERIES = 64
@@ -34,7 +31,6 @@ class Sample:
 
     Attributes:
         name: The source: a distribution or a layer.
-        heavy: Whether its values have heavy tails.
         queries: float32 [Q, Hq, D] of the last Q tokens, by kind: score size or RECORDED.
         key: float32 [L, H, D].
         value: float32 [L, H, D].
@@ -43,7 +39,6 @@ class Sample:
     """
 
     name: str
-    heavy: bool
     queries: dict[str, torch.Tensor]
     key: torch.Tensor
     value: torch.Tensor
@@ -101,39 +96,44 @@ def offset(generator: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
     return gaussian(generator, shape) + 10
 
 
-DISTRIBUTIONS: dict[str, tuple[bool, Draw]] = {
-    "Gaussian": (False, gaussian),
-    "Student t, 3": (True, student(3)),
-    "Student t, 4": (True, student(4)),
-    "Laplace": (True, laplace),
-    "1 in 50 x 8": (True, mixture),
-    "channels x 6": (False, outlier_channels(32, 6.0)),
-    "channels x 20": (False, outlier_channels(64, 20.0)),
-    "one channel x 100": (False, outlier_channels(1024, 100.0)),
-    "channel means": (False, channel_means),
-    "offset 10": (False, offset),
+DISTRIBUTIONS: dict[str, Draw] = {
+    "Gaussian": gaussian,
+    "Student t, 3": student(3),
+    "Student t, 4": student(4),
+    "Laplace": laplace,
+    "1 in 50 x 8": mixture,
+    "channels x 6": outlier_channels(32, 6.0),
+    "channels x 20": outlier_channels(64, 20.0),
+    "one channel x 100": outlier_channels(1024, 100.0),
+    "channel means": channel_means,
+    "offset 10": offset,
 }
-"""Whether the tails are heavy, and how keys and values are drawn."""
+"""How keys and values are drawn."""
 
 
 def drawn(head_size: int, length: int, seed: int) -> Iterator[Sample]:
     """Yield a sample of every distribution."""
-    for name, (heavy, draw) in DISTRIBUTIONS.items():
+    for name, draw in DISTRIBUTIONS.items():
         generator = torch.Generator().manual_seed(seed)
         shape = (length, KV_HEADS, head_size)
         key, value = draw(generator, shape), draw(generator, shape)
         query = gaussian(generator, (QUERIES, KV_HEADS, head_size))
         query /= torch.einsum("qhd,khd->qhk", query, key).std(-1, keepdim=True)
         queries = {f"{size:g}": size * query for size in SCORE_SIZES}
-        yield Sample(name, heavy, queries, key, value, 1.0)
+        yield Sample(name, queries, key, value, 1.0)
+
+
+def documentation() -> str:
+    """Return the text of Python's language reference, which comes with Python (PSF licence)."""
+    return "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
 
 
 def prompts(folder: Path) -> torch.Tensor:
-    """Return int64 [PROMPTS, TOKENS]: text of Python's documentation by the model's tokenizer."""
+    """Return int64 [PROMPTS, TOKENS]: `documentation` by the model's tokenizer."""
     from transformers import AutoTokenizer
 
-    text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
-    ids = AutoTokenizer.from_pretrained(folder)(text[: 8 * PROMPTS * TOKENS])["input_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(documentation()[: 8 * PROMPTS * TOKENS])["input_ids"]
     return torch.tensor(ids[: PROMPTS * TOKENS]).view(PROMPTS, TOKENS)
 
 
@@ -153,7 +153,7 @@ def recorded(folder: Path, token_ids: torch.Tensor) -> Iterator[Sample]:
         scale = options.get("scaling") or query.shape[-1] ** -0.5
         queries = {RECORDED: q[-QUERIES:]}
         window = options.get("sliding_window")
-        samples.append(Sample(f"layer {module.layer_idx}", False, queries, k, v, scale, window))
+        samples.append(Sample(f"layer {module.layer_idx}", queries, k, v, scale, window))
         return transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"](
             module, query, key, value, mask, **options
         )
