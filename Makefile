@@ -4,6 +4,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+ACCURACY_ARGS ?=
 DRIFT_ARGS ?=
 ZOO_ARGS ?=
 # Processes that share the test files. Real engines wait a lot, so two take little more than one.
@@ -111,9 +112,9 @@ conformance: setup $(NEXT_VLLM)/.cpu
 drift: setup $(NEXT_VLLM)/.cpu
 	$(BIN)/python -m tests.drift $(VLLM) --pip-args='$(PIP_ARGS)' $(DRIFT_ARGS)
 
-# Five engines of a small model, one after another.
+# Nine engines of each pretrained model, one after another. ACCURACY_ARGS=--accept-gemma-terms adds Gemma.
 eval-demo: setup
-	$(BIN)/python -m benchmarks.eval_demo
+	$(BIN)/python -m benchmarks.accuracy --pip-args="$(PIP_ARGS)" $(ACCURACY_ARGS)
 
 bench: setup
 	$(BIN)/python -m benchmarks.cpu_attention

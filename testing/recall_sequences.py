@@ -48,12 +48,6 @@ def corpus() -> np.ndarray:
 
 
 @functools.cache
-def held_out() -> np.ndarray:
-    """Return the last tenth of the text as ids."""
-    return _text()[-len(_text()) // 10 :]
-
-
-@functools.cache
 def _text() -> np.ndarray:
     topics = pydoc_data.topics.topics
     text = "\n".join(topics[name] for name in sorted(topics))

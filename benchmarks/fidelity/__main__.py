@@ -14,7 +14,7 @@ from benchmarks.fidelity import report, sources
 from benchmarks.fidelity.measure import summarise
 from vllm_hybrid_kv.tools.machine import cpu_model
 
-HEAD_SIZES = (64, 72, 128, 256, 512)
+HEAD_SIZES = (64, 72, 128, 256)
 SEEDS = {512: 8, 2048: 2}
 """Samples of each length."""
 
