@@ -42,6 +42,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     sizes, seeds = (HEAD_SIZES[::2], {512: 2}) if arguments.quick else (HEAD_SIZES, SEEDS)
+    quick = " --quick" if arguments.quick else ""
     models = "".join(f" --model {folder.name}" for folder in arguments.model)
     result = {
         "machine": {
@@ -49,7 +50,7 @@ def main() -> None:
             "Python": platform.python_version(),
             "torch": torch.__version__,
         },
-        "command": f"python -m benchmarks.fidelity{models}",
+        "command": f"python -m benchmarks.fidelity{quick}{models}",
         "seeds": seeds,
         "shown": (128, max(seeds)),
         "distributions": [
