@@ -28,7 +28,7 @@ cache[0, 0].view(-1)[16 * 96 + 32 : 16 * 96 + 64] = torch.tensor(
     [2.0] * 16, dtype=torch.float16).view(torch.uint8)
 out = torch.zeros_like(query)
 index = lambda *numbers: torch.tensor(numbers, dtype=torch.int32)
-paged_attention(query, cache, index(0)[None], index(5), index(0, 1), out, scale=1.0)
+paged_attention(query, cache, index(0)[None], index(5), index(0, 1), out, scale=1.0, isa="portable")
 assert ((out + 15.0).abs() < 1e-5).all(), out
 """
 """Attend to five tokens of value -15 (code 0, scale 2) on the portable path."""
