@@ -112,7 +112,7 @@ class _Trial:
         self._device, self._budget = device, budget
         rows = task.shapes[0].queries * task.heads.query // task.heads.kv
         assert row_class(rows) == task.rows
-        self._derived = derived_tiling(rows, task.heads.size, capability_of(device))
+        self._derived = derived_tiling(rows, task.heads.size)
         self.best, self.speedup = self._derived, 1.0
         self.tried: list[dict[str, Any]] = []
         self._runners: list[tuple[Ours, int, torch.Tensor]] = []

@@ -70,38 +70,34 @@ def capability_of(device: torch.device) -> Capability:
     return torch.cuda.get_device_capability(device) if is_nvidia(device) else None
 
 
-def derived_tiling(rows: int, head_size: int, capability: Capability = None) -> Tiling:
+def derived_tiling(rows: int, head_size: int) -> Tiling:
     """Return the tile sizes for a GPU without measurements.
 
-    More rows share the cost of widening a key, until their accumulators no longer fit the
-    registers. With Triton 3.9 no size here spills on compute capability 8.0 to 12.0. With four
-    warps and 64 keys, or 64 dims of a quarter, Triton uses warp-group instructions: `wgmma` on
+    More rows share the cost of reading a key, until their accumulators no longer fit the registers,
+    as for 256 dims. With Triton 3.9 no size here spills on compute capability 8.0 to 12.0. With
+    four warps and 64 keys, or 64 dims of a quarter, Triton uses warp-group instructions: `wgmma` on
     9.0, which needs its second operand in shared memory, and on 10.0 and 11.0 tensor memory, with
     thousands of moves to and from it.
 
     Args:
         rows: Largest number of new tokens of a request, times query heads of a KV head.
         head_size: D.
-        capability: The compute capability.
     """
     if head_size > 256:
         # Two warps, 64 keys or 32 rows spill inside the loop.
         return Tiling(16, 32, 4, 3)
     large = head_size > 128
-    has_tensor_memory = capability is not None and 10 <= capability[0] < 12
-    if rows <= 16 or (large and has_tensor_memory):
+    if rows <= 16 or large:
         # With 64 keys of large heads Triton 3.8 spills a seventeenth of the loop's instructions;
         # the versions before and after it spill none.
         return Tiling(16, 32 if large and _TRITON == (3, 8) else 64, 2, 3)
-    if large:
-        return Tiling(32, 64, 4, 3)
     return Tiling(32, 32, 2, 3) if rows <= 32 else Tiling(64, 32, 4, 2)
 
 
 def tiling_for(rows: int, head_size: int, capability: Capability) -> Tiling:
     """Return the tile sizes measured for a GPU, or else the `derived_tiling`."""
     key = (capability, triton.next_power_of_2(head_size), row_class(rows))
-    return MEASURED.get(key) or derived_tiling(rows, head_size, capability)
+    return MEASURED.get(key) or derived_tiling(rows, head_size)
 
 
 def origin(capability: Capability) -> str:

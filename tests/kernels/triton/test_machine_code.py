@@ -50,17 +50,9 @@ def barriers(code: MachineCode) -> int:
     return sum(name.startswith("BAR") for name in code.operations[first : last + 1])
 
 
-def assert_fits(code: MachineCode, capability: int, kept: int = 0) -> None:
-    """Assert that nothing spills and that two programs fit a multiprocessor.
-
-    Args:
-        code: The kernel's.
-        capability: Compute capability.
-        kept: Values that may be in memory from before the loops until after them.
-    """
-    assert code.counts()["spill"] == 2 * kept
-    assert sum(code.counts(loop)["spill"] for loop in code.loops) == code.spill_bytes == 0
-    assert code.stack_bytes == 8 * kept
+def assert_fits(code: MachineCode, capability: int) -> None:
+    """Assert that nothing spills and that two programs fit a multiprocessor."""
+    assert code.counts()["spill"] == code.spill_bytes == code.stack_bytes == 0
     assert code.registers <= 255
     # One of two programs can work while the other waits.
     assert 2 * code.registers * 32 * code.num_warps <= 65536
@@ -119,9 +111,8 @@ def test_decode_multiplies_int8_loads_16_bytes_at_a_time_and_issues_few_instruct
 OTHERS = [
     Attention(90, 512),
     Attention(120, 512),
-    # Programs of 32 and of 64 rows. With 256 dims, 64 rows are two programs of 32.
+    # Programs of 32 and of 64 rows. With 256 dims all programs have 16 rows.
     *(Attention(capability, 128, rows) for capability in (80, 90, 100, 120) for rows in (32, 64)),
-    *(Attention(capability, 256, 32) for capability in (80, 90, 120)),
     Attention(90, 96, modes=("WINDOW",)),
     Attention(90, 96, causal=False),
     Attention(90, 96, modes=("SOFT_CAP", "SINKS", "LSE")),
@@ -135,8 +126,7 @@ def test_large_heads_many_new_tokens_and_all_modes_spill_nothing(
 ) -> None:
     code = compiler(job)
     skip_bounds_of_other_versions()
-    # The rotation after the loops needs registers that 256 dims do not leave.
-    assert_fits(code, job.capability, kept=int((job.capability, job.head_size) == (80, 256)))
+    assert_fits(code, job.capability)
     counts = code.counts(code.main_loop())
     assert counts["tensor core"] >= 32
     assert counts["load 2"] == counts["load 1"] == 0
