@@ -74,7 +74,7 @@ def sizes(rows: int) -> list[Tiling]:
 
     There is at most one warp for each 16 keys and 32 rows.
     """
-    blocks_m = {16: (16,), 32: (16, 32), 64: (32, 64), MOST_ROWS[-1]: (32, 64, 128)}[rows]
+    blocks_m = {16: (16,), 32: (16, 32), 64: (16, 32, 64)}.get(rows, (16, 32, 64, 128))
     return [
         Tiling(block_m, block_n, warps, stages)
         for block_m, block_n, warps, stages in itertools.product(
