@@ -30,9 +30,9 @@ def spread(numbers: Sequence[float]) -> dict[str, float]:
 
 
 def ratio(slower: Sequence[float], faster: Sequence[float]) -> dict[str, float]:
-    """Return the spread of the ratios of the samples of two contenders, pair by pair.
+    """Divide the samples of two contenders pair by pair, and return the spread of the ratios.
 
-    A device changes its clocks; the samples of one round saw nearly the same.
+    Clock rates change, but the two samples of a round ran at nearly the same rate.
     """
     return spread([a / b for a, b in zip(slower, faster, strict=True)])
 

@@ -20,7 +20,8 @@ _ITEMS_PER_THREAD = 4
 """Work items per thread that one request should have, to balance the threads."""
 
 _MIN_PART = 256
-"""The minimum tokens of a part of the keys. Merging shorter parts costs more than it gains."""
+"""The minimum tokens of a part of the keys. With shorter parts, merging costs more than dividing
+saves."""
 
 _MAX_PART_ROWS = 64
 """The maximum query rows of a request whose keys are divided into parts. A request with more rows

@@ -140,7 +140,7 @@ def paged_attention(
     if cache.stride(0) % 16 or cache.data_ptr() % 16:
         raise inputs.invalid(
             inputs.ATTENTION, "cache", cache,
-            "at an address and with a block stride that are multiples of 16 bytes; its address is",
+            "with an address and a block stride that are multiples of 16 bytes; address",
             cache.data_ptr(),
         )  # fmt: skip
     requests = seq_lens.shape[0]

@@ -33,7 +33,7 @@ def test_tables_counts_lists_and_contents_are_consistent_after_every_step(strate
     for number in range(14):
         soak.run(number, steps=120)
     assert soak.tally[WRONG] == 0
-    # vLLM's own coordinator caches wrong states unless hits end at whole blocks.
+    # With `stock` no states are exported, because vLLM's own coordinator would cache wrong ones.
     expected = [name for name in HAPPENS if strategy != "stock" or name != EXPORTED]
     assert [name for name in expected if not soak.tally[name]] == []
 

@@ -48,5 +48,5 @@ def plant(host: EngineHost) -> Iterator[Callable[[str], None]]:
 
 @pytest.fixture
 def nobind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let processes of an engine share cores; otherwise vLLM requires own cores for each."""
+    """Let processes of an engine share cores. vLLM requires separate cores by default."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")

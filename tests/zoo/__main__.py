@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def plan_all(results: Results, only: set[str]) -> None:
-    """Plan every architecture that is not planned as another architecture."""
+    """Plan every architecture but those that have the configuration of another one."""
     wheel = unpacked_wheel("0.33")
     for minor, arguments, path in (("0.32", (), None), ("0.33", ("--as-cpu",), wheel)):
         todo = [

@@ -27,12 +27,12 @@ class Running:
     """The progress of a request that holds blocks.
 
     Attributes:
-        latest: The checkpoint that it resumed at or registered last, except block boundaries.
+        latest: The checkpoint that it resumed at, or that it registered last within a block.
         prompt_units: Number of its hash units that were added to `SeenPrefixes` when it started.
         units: Number of its computed hash units.
         boundary: The checkpoint that it registered last at a block boundary.
         copies: The blocks with the latest copy of its states, one per group, or none.
-        copied: The number of tokens after which the states were copied.
+        copied: Its number of computed tokens when the states were copied last.
         partial: Group, block and tokens of its checkpoints that end inside an attention block.
         cached: How many whole attention blocks were cached when `partial` was cached last.
     """

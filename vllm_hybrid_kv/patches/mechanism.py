@@ -307,7 +307,7 @@ def _raise_if_any(failures: Iterable[str]) -> None:
     if listed := "; ".join(failures):
         raise HybridKVPatchError(
             f"these functions of vLLM are not patched by hybrid_kv any more: {listed}. Another "
-            "plugin may patch the same names; exclude one of the two with VLLM_PLUGINS"
+            "plugin may patch the same names; set VLLM_PLUGINS to the plugins to load, without it"
         )
 
 
