@@ -168,12 +168,14 @@ def largest_score_change(batch: Batch) -> torch.Tensor:
     moves by at most that times the sum of magnitudes of a rotated key. A soft cap reduces it.
     """
     largest = reference.rotate(batch.query.float()).abs().amax(-1)
-    change = torch.empty_like(largest)
+    change = torch.zeros_like(largest)
     group = batch.query.shape[1] // batch.cache.shape[1]
     page_size = batch.page_format.page_size
     starts = batch.query_start_loc.tolist()
     for request, (first, last) in enumerate(itertools.pairwise(starts)):
         length = int(batch.seq_lens[request])
+        if length == 0 or first == last:
+            continue
         blocks = batch.block_table[request, : -(-length // page_size)].long()
         stored = reference.load(batch.cache[blocks], batch.query.shape[2], Layout.LINEAR)
         codes, scale = stored.key_codes[:length].float(), stored.key_scale[:length].float()
