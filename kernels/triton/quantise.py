@@ -144,7 +144,7 @@ def quantise_and_store(
     _, num_heads, head_size = key.shape
     blocks, _, page_size, _ = cache.shape
     num_slots = blocks * page_size
-    # Scales and zeros are stored as 16-bit words.
+    # Scales are stored as 16-bit words.
     if blocks > 1 and cache.stride(0) % 2:
         raise inputs.invalid(
             inputs.STORE, "cache", cache, "with an even number of bytes between blocks"
