@@ -14,7 +14,7 @@ import numba
 from llvmlite import ir
 
 from vllm_hybrid_kv.kernels import k8v4
-from vllm_hybrid_kv.kernels.cpu import inline, records
+from vllm_hybrid_kv.kernels.cpu import inline, records, rotation
 from vllm_hybrid_kv.kernels.cpu.inline import Bool, Float32, Int64, inline_llvm
 from vllm_hybrid_kv.kernels.cpu.llvm import (
     F16,
@@ -50,9 +50,6 @@ RESULT_BYTES = 48
 INFINITY_BITS = 0x7F800000
 """The bits of a float32 infinity; a larger magnitude is a NaN."""
 
-_MAGNITUDE_BITS = 0x7FFFFFFF
-"""A mask for a float32 without its sign."""
-
 _TILE = k8v4.TILE_TOKENS
 _BYTE_OF_TOKEN = k8v4.QUAD_BYTE_OF_TOKEN
 _ROUNDING_BITS = 0x4B400000  # of `ROUNDING`
@@ -68,8 +65,7 @@ def any_above(e: Emitter, limit: int, row: Int64, vectors: Int64) -> Bool:
     """Return whether a row holds a NaN or a magnitude above a limit, the bits of a float32."""
 
     def larger(i: ir.Value, largest: list[ir.Value]) -> list[ir.Value]:
-        x = e.b.and_(e.load_line(32, e.at(row, i, LINE)), filled(I32, _MAGNITUDE_BITS))
-        return [e.b.select(e.b.icmp_signed(">", largest[0], x), largest[0], x)]
+        return rotation.larger_magnitudes(e, largest, e.load_floats(e.at(row, i, LINE)))
 
     (largest,) = e.loop(vectors, [filled(I32, 0)], larger)
     flags = e.b.bitcast(e.b.icmp_signed(">", largest, filled(I32, limit)), ir.IntType(LANES))

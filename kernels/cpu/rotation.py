@@ -24,7 +24,7 @@ from vllm_hybrid_kv.kernels.cpu.llvm import (
 _Vectors = list[ir.Value]
 
 
-def _larger(e: Emitter, largest: _Vectors, x: ir.Value) -> _Vectors:
+def larger_magnitudes(e: Emitter, largest: _Vectors, x: ir.Value) -> _Vectors:
     """Return the larger magnitudes, compared as bits, so that a NaN is the largest."""
     bits = e.b.and_(e.b.bitcast(x, vector(I32)), filled(I32, 0x7FFFFFFF))
     return [e.b.select(e.b.icmp_signed(">", bits, largest[0]), bits, largest[0])]
@@ -89,7 +89,7 @@ def _rotate(e: Emitter, row: ir.Value, head_size: ir.Value) -> ir.Value:
                 numbers = combine(e, numbers)
                 for x, place in zip(numbers, places, strict=True):
                     e.store(x, place)
-                    largest = _larger(e, largest, x)
+                    largest = larger_magnitudes(e, largest, x)
             return largest
 
         runs = e.shift_right(head_size, 4 + (count * stride).bit_length() - 1)
@@ -102,7 +102,7 @@ def _rotate(e: Emitter, row: ir.Value, head_size: ir.Value) -> ir.Value:
             for radix, stride in stages:
                 x = (_four_lanes if radix == 4 else _two_lanes)(e, x, stride)
             e.store(x, place)
-            return _larger(e, largest, x)
+            return larger_magnitudes(e, largest, x)
 
         count = e.shift_right(e.at(head_size, LANES - 1), 4)
         return e.loop(count, [filled(I32, 0)], sixteen)[0]
