@@ -64,11 +64,12 @@ def refuse_rocm_gpu(name: str) -> str | None:
 
 def refuse_nvidia_gpu(capability: DeviceCapability) -> str | None:
     """Return why no kernel runs on a compute capability, or None."""
-    if (capability.major, capability.minor) >= (8, 0):
+    if (capability.major, capability.minor) >= COMPUTE_CAPABILITY:
         return None
+    lowest = "{}.{}".format(*COMPUTE_CAPABILITY)
     return (
-        "the k8v4 kernels run on NVIDIA GPUs of compute capability 8.0 and newer, and this one "
-        f"has {capability.major}.{capability.minor}: Triton cannot compile int8 tensor-core "
+        f"the k8v4 kernels run on NVIDIA GPUs of compute capability {lowest} and newer, and this "
+        f"one has {capability.major}.{capability.minor}: Triton cannot compile int8 tensor-core "
         "products for it"
     )
 
