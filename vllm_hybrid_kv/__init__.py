@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hybrid and quantised KV caches for vLLM.
 
-Names are imported when they are used, because vLLM imports this package in every process.
+Public names are imported on first use, because vLLM imports this package in every process.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ _MODULE_OF_NAME = {
     "hookimpl": "hooks",
     "register": "plugin",
 }
-"""The modules of public names. Names that are not listed here are in `errors`."""
+"""The module that defines each public name. All names that are not listed are in `errors`."""
 
 _RENAMED = {"HybridKVSeamError": "HybridKVPatchError"}
-"""Old names that work until 0.3."""
+"""The new name for each deprecated name. 0.3 removes the deprecated names."""
 
 _COME_WITH_VLLM = ("numba", "pydantic", "torch", "vllm")
 

@@ -12,7 +12,7 @@ class HybridKVError(ValueError):
 
 
 class HybridKVVersionError(HybridKVError):
-    """The plugin does not support this vLLM."""
+    """The plugin does not support the installed version of vLLM."""
 
 
 class HybridKVSettingsError(HybridKVError):
@@ -32,11 +32,11 @@ class HybridKVPatchError(HybridKVError):
 
 
 class HybridKVFingerprintError(HybridKVPatchError):
-    """A function of vLLM has an unsupported source. Nothing was changed."""
+    """The source of a vLLM function is not one that the plugin supports. Nothing was patched."""
 
 
 class HybridKVAgreementError(HybridKVError):
-    """A process of an engine has a different plugin state than its parent process."""
+    """The plugin's version, or whether it is active, differs between a process and its parent."""
 
 
 def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:

@@ -54,16 +54,16 @@ BUILT_IN_NAMES = {
 
 
 def strategy_names(setting: str) -> list[str]:
-    """Return a setting's built-in strategies, then those of other packages, without vLLM."""
+    """List a setting's built-in strategies and all other packages' strategies. Needs no vLLM."""
     others = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP).names
     return [*BUILT_IN_NAMES[setting], *sorted(others)]
 
 
 class Specifications:
-    """The hooks. Every function is called with keyword arguments, which it must not change.
+    """The hooks. An implementation must not modify its arguments.
 
-    `vllm_config` is the engine's configuration, `kv_cache_config` the plan, and `stock` vLLM's own
-    function.
+    `vllm_config` is the engine's configuration, and `kv_cache_config` is vLLM's plan of KV groups
+    and blocks. `stock` is vLLM's own function, which the hook replaces.
     """
 
     @hookspec(firstresult=True)
@@ -73,17 +73,17 @@ class Specifications:
         kv_cache_spec: dict[str, KVCacheSpec],
         stock: Callable[[dict[str, KVCacheSpec]], dict[str, KVCacheSpec]],
     ) -> dict[str, KVCacheSpec] | None:
-        """Give the layers of a model pages of one size.
+        """Make the pages of all layers of a model equally large.
 
-        vLLM calls this hook during planning if the layers of a model differ in kind and the cache
-        layout stores a layer's pages together. Other layouts need no equal pages. `vllm_config` is
+        Called during planning if the layers of a model differ in kind and the cache layout stores
+        each layer's pages together. In other layouts, pages may differ in size. `vllm_config` is
         None if vLLM plans without a configuration.
 
         Return a spec for every layer by name. All pages must have the same number of bytes, no
-        block may shrink, and every page must hold its contents. A page grows by more tokens per
-        block (`block_size`) or, for states and for attention other than MLA, by padding
+        block may shrink, and every page must hold its contents. To enlarge a page, put more tokens
+        into its block (`block_size`). States, and attention other than MLA, can be padded instead
         (`page_size_padded`, bytes). Raise NotImplementedError if equal pages are impossible: vLLM
-        then tries to allocate every layer in full.
+        then tries to allocate sliding-window layers like full attention.
         """
 
     @hookspec(firstresult=True)
@@ -92,9 +92,9 @@ class Specifications:
     ) -> list[KVCacheGroupSpec] | None:
         """Choose the KV groups that the reported number of cached tokens counts.
 
-        Called once per engine, after planning. vLLM logs the number as "KV cache size", in tokens,
-        and publishes it in its metrics. It changes neither the allocation nor the concurrency that
-        vLLM logs. Return some of `kv_cache_config.kv_cache_groups`, at least one of them on
+        Called once per engine, after planning. vLLM logs that number as "KV cache size", in tokens,
+        and exports it in its metrics. The choice changes neither the allocation nor the concurrency
+        that vLLM logs. Return some of `kv_cache_config.kv_cache_groups`, at least one of them on
         the device.
         """
 
@@ -105,12 +105,12 @@ class Specifications:
         factory_args: Mapping[str, Any],
         stock: Callable[..., KVCacheCoordinator],
     ) -> KVCacheCoordinator | None:
-        """Make the coordinator of the KV cache managers of all groups.
+        """Make the coordinator, which runs the KV cache managers of all groups.
 
         Called whenever vLLM makes a coordinator: in the scheduler, and in KV connectors that own
-        blocks. In some places vLLM treats a model as hybrid only if the coordinator is a
-        `HybridKVCacheCoordinator`. `factory_args` are all arguments of vLLM's factory by name, with
-        defaults. They differ between versions of vLLM, so pass them on as `stock(**factory_args)`
+        blocks. A coordinator for several groups should subclass `HybridKVCacheCoordinator`,
+        because vLLM checks for that class in some places. `factory_args` has all arguments of
+        vLLM's factory. They differ between versions of vLLM, so call `stock(**factory_args)`
         or `MyCoordinator(**factory_args)`.
         """
 
@@ -118,7 +118,7 @@ class Specifications:
     def hybrid_kv_prefix_match_unit(
         self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
     ) -> int | None:
-        """Choose the number of tokens by which prefixes are hashed and matched.
+        """Choose the match unit: prefixes are hashed and matched in units of this many tokens.
 
         Called in several processes, wherever vLLM resolves its block sizes, so the result must
         depend on the arguments alone. Not called if the user passes `--prefix-match-unit`.
@@ -215,7 +215,7 @@ class Strategies:
             raise HybridKVSettingsError("; ".join(problems))
 
     def label(self, setting: str, settings: Settings) -> str:
-        """Return the chosen strategy and its origin for messages."""
+        """Describe the chosen strategy and its origin, for use in messages."""
         name = getattr(settings, setting)
         return f"{setting} strategy {name!r} (from {self.origins[name]})"
 

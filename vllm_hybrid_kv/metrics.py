@@ -27,7 +27,7 @@ from vllm_hybrid_kv.state import STATE
 PREFIX = "vllm_hybrid_kv:"
 
 FILE_BYTES = 1 << 16
-"""The initial size of prometheus_client's files, enough for all counters here."""
+"""The size with which prometheus_client creates a file. All counters here fit into it."""
 
 HELP = {
     "prefix_cache_requests": "Requests that read the prefix cache, each counted once, when first "
@@ -56,10 +56,10 @@ HELP = {
 
 
 class Counters:
-    """The counters of one engine."""
+    """Writes the counters of one engine."""
 
     def __init__(self, folder: Path, labels: dict[str, str]) -> None:
-        """Open the file of this process, in a folder that is created if needed.
+        """Open this process's file in a folder, and create the folder if needed.
 
         Raises:
             OSError: The file cannot be written, or the disk is full.
@@ -83,15 +83,15 @@ class Counters:
 
 
 def _open(folder: Path) -> Any:
-    """Open the file that all engines of this process share, one after another or concurrently."""
+    """Return this process's file, opened on first use. All engines of the process share it."""
     process = (os.getpid(), folder)
     if process in STATE.metrics_files:
         return STATE.metrics_files[process]
     from prometheus_client.mmap_dict import MmapedDict
 
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # prometheus_client reads the metric type before the first underscore. "hybrid-kv-" keeps our
-    # file apart from the file of vLLM's own counters in this process.
+    # prometheus_client takes a metric's type from its file's name, up to the first underscore.
+    # "hybrid-kv-" keeps our file apart from the file of vLLM's own counters in this process.
     path = folder / f"counter_hybrid-kv-{os.getpid()}.db"
     # The file is memory-mapped: on a full disk, a write would kill the process with SIGBUS.
     with path.open("ab") as file:
@@ -108,7 +108,7 @@ VARIABLE = "HYBRID_KV_METRICS_DIR"
 
 
 def publish(_: object, settings: Settings) -> None:
-    """Make a folder for an engine's counters and export it on /metrics, unless a parent does.
+    """Create a folder for counters and export it on /metrics, unless a parent process does.
 
     With vLLM's own coordinator there are no counters, so this does nothing.
     """

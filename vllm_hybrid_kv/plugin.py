@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 
 NAME = "hybrid_kv"
 
-# vLLM configures the handlers of `vllm`.
+# A child of the logger `vllm`, whose handlers vLLM configures.
 logger = logging.getLogger(f"vllm.{NAME}")
 
 PARENT_VARIABLE = "HYBRID_KV_STARTED_BY"
-"""The environment variable in which a process leaves its plugin state for its children."""
+"""A process stores its plugin state in this environment variable, and its children compare."""
 
 
 def register() -> None:
@@ -61,7 +61,7 @@ def register() -> None:
 
 
 def vllm_version() -> tuple[str, str]:
-    """Return the version of vLLM in this process, and its minor version, which is supported.
+    """Return the installed version of vLLM, such as `0.33.1`, and its minor, such as `0.33`.
 
     Raises:
         HybridKVVersionError: The plugin does not support this vLLM.
@@ -84,7 +84,7 @@ def vllm_version() -> tuple[str, str]:
 
 
 def built_in_strategies() -> Strategies:
-    """Return the strategies of this package, without strategies of other packages."""
+    """Return a registry that holds this package's strategies and no others."""
     from vllm_hybrid_kv.coordinator.strategies import AutoMatchUnit, FixedPoint, HybridAware
     from vllm_hybrid_kv.hooks import Strategies
     from vllm_hybrid_kv.planning.capacity import GrowingGroups
@@ -107,7 +107,8 @@ def compare_with_parent(state: str) -> None:
     """Check that this process has the same plugin state as the process that started it.
 
     A worker without the plugin would run vLLM's own backend on pages that the other processes
-    planned for ours. A process without a parent (such as a Ray worker) becomes the new reference.
+    planned for ours. A process without a parent (such as a Ray worker) is not compared with any
+    process, but its children are compared with it.
 
     Raises:
         HybridKVAgreementError: The states differ.
@@ -177,7 +178,7 @@ def _context(version: str, minor: str) -> Context:
         if context.on_cpu or context.on_gpu:
             check_connectors(vllm_config, on_cpu=context.on_cpu)
 
-    # Once per process: a forked child logs the line again.
+    # Log the line once per process. A forked child logs it again.
     log_once = functools.cache(lambda _, line: logger.info("%s", line))
 
     def log_active(vllm_config: VllmConfig, settings: Settings) -> None:

@@ -22,35 +22,36 @@ SECTION = "hybrid_kv"
 """The key of our settings in vLLM's `--additional-config`."""
 
 ENVIRONMENT_PREFIX = "VLLM_HYBRID_KV_"
-"""The start of the names of our environment variables; the field's name in capitals follows."""
+"""Every environment variable of ours is this prefix and a setting's name in capitals."""
 
 MISSPELT = 0.87
-"""A name that is at least this similar to one of ours counts as misspelt.
+"""How similar, from 0 to 1, an unknown name must be to one of ours to count as misspelt.
 
-`hybrid_kvs` and `VLLM_HYBRIDKV_DEBUG` are above it, `hybrid` and `VLLM_HYBRID` below.
+`hybrid_kvs` and `VLLM_HYBRIDKV_DEBUG` count as misspelt, `hybrid` and `VLLM_HYBRID` do not.
 """
 
 FROM_CONFIG = "--additional-config"
 
 INTERPRETER = "interpreter"
-"""A value of `cpu_isa` that is not an instruction set: it selects the GPU kernels on a CPU, run by
-Triton's interpreter."""
+"""The value of `cpu_isa` that runs the GPU kernels on a CPU, in Triton's interpreter."""
 
 StrategyName = Annotated[str, Field(min_length=1)]
 
 
 class Settings(BaseModel):
-    """The settings of one engine. Strategies are names that `hooks.py` resolves.
+    """The settings of one engine. The first four are names of strategies, see `hooks.py`.
 
     Attributes:
         unify_page_sizes: The strategy that gives the pages of all layers one size.
-        token_capacity_groups: The strategy that chooses the KV groups for the reported capacity.
+        token_capacity_groups: The strategy that chooses which KV groups count in the reported
+            capacity.
         coordinator: The strategy that makes the KV cache coordinator.
-        prefix_match_unit: The strategy that chooses the match unit of prefixes, in tokens.
+        prefix_match_unit: The strategy that chooses the match unit: cached prefixes are matched in
+            multiples of this many tokens.
         boundary_layers: The number of attention layers at each end of a k8v4 model that stay
             unquantised, unless the model is hybrid.
-        allow_unsafe_drafts: Whether an engine may start whose draft tokens can corrupt the states
-            in its prefix cache.
+        allow_unsafe_drafts: Whether an engine may start even if its draft tokens can corrupt cached
+            states, as `check_drafts` describes.
         debug: Whether the kernels check block tables and slots before they use them.
         cpu_isa: The instruction set of the CPU kernels; `auto` is the fastest available one.
             `interpreter` runs the GPU kernels in Triton's interpreter, to check them without a
@@ -112,7 +113,7 @@ class Settings(BaseModel):
 
 
 def environment_name(field: str) -> str:
-    """Return the environment variable of a field."""
+    """Return the name of the environment variable that sets a field."""
     return ENVIRONMENT_PREFIX + field.upper()
 
 
@@ -120,7 +121,8 @@ def resolve(additional_config: object, environment: Mapping[str, str] | None = N
     """Build the settings of one engine.
 
     Args:
-        additional_config: vLLM's `additional_config`, any object. A mapping can hold our settings.
+        additional_config: The value of `--additional-config`. It holds no settings of ours unless
+            it is a mapping.
         environment: The environment, by default this process's. An empty value counts as unset.
 
     Raises:
@@ -165,7 +167,7 @@ def resolve(additional_config: object, environment: Mapping[str, str] | None = N
 
 
 def _problem(details: Any, values: Mapping[str, Any], sources: Mapping[str, str]) -> str:
-    """Return the message for one of pydantic's errors."""
+    """Turn one of pydantic's errors into a message for the user."""
     field, fields = str(details["loc"][0]), Settings.model_fields
     if field not in fields:
         return (

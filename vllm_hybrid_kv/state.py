@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Holds the state of one process, the only mutable module-level state of the plugin."""
+"""Holds the plugin's state in this process. No other module has mutable globals."""
 
 from __future__ import annotations
 
@@ -29,15 +29,14 @@ class ProcessState:
         strategies: The registered strategies; None if the plugin is inactive.
         engine_config: The configuration of the last engine.
         engine_settings: The settings of the last engine.
-        boundary_layers: The setting of the engine whose configuration vLLM is creating; None if
-            vLLM's own rule for boundary layers applies.
-        planning_for: The configuration of the engine whose layers vLLM is grouping now, otherwise
-            None.
+        boundary_layers: The setting of that name while vLLM creates the configuration of an engine
+            with a k8v4 cache. If None, vLLM's own rule for boundary layers applies.
+        planning_for: The engine's configuration while vLLM groups its layers, otherwise None.
         planned_layers: The configuration of the engine whose layers vLLM grouped last, and the
-            spec of each layer. The plan keeps only one spec for all layers of a group.
+            spec of each layer. They are kept because a plan has only one spec for each group.
         metrics_files: The open files of counters (`MmapedDict`), by process id and folder.
-        metrics_owner: Id of the process that publishes the folder of metric files; None if this
-            process has published none.
+        metrics_owner: Id of the process that made the folder of metric files, or None. In a forked
+            child it differs from the child's own id, so the child makes its own folder.
     """
 
     active_patches: ActivePatches | None = None
@@ -60,7 +59,6 @@ class ProcessState:
 
 
 STATE = ProcessState()
-"""The state of this process."""
 
 
 def current_settings() -> Settings:

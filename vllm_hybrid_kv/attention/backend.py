@@ -2,8 +2,8 @@
 """vLLM's attention backend interface over the k8v4 kernels, for every device.
 
 A layer's cache is vLLM's uint8 view `[num_blocks, num_kv_heads, block_size, slot_bytes]`. The
-kernels treat each `[block_size, slot_bytes]` of it as one k8v4 region (see `kernels/k8v4.py`). vLLM
-does not depend on a region's arrangement, because connectors and offloading move whole pages.
+kernels treat each `[block_size, slot_bytes]` part as one k8v4 region (see `kernels/k8v4.py`). How
+a region is arranged does not matter to vLLM, because connectors and offloading move whole pages.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.state import STATE
 
 COMPUTE_CAPABILITY = (8, 0)
-"""The lowest of NVIDIA GPUs that are served. From it on, Triton has int8 tensor-core products."""
+"""The oldest NVIDIA GPUs that we support. Before, Triton has no int8 tensor-core products."""
 
 ROCM_GPUS = ("gfx942", "gfx950")
 
 
 def refuse_compute_capability() -> str:
-    """Return why no kernel runs on an older NVIDIA GPU."""
+    """Say which compute capability the k8v4 kernels need, and what for."""
     major, minor = COMPUTE_CAPABILITY
     return (
         f"the k8v4 kernels need compute capability {major}.{minor} for int8 products of tensor "
@@ -53,7 +53,7 @@ def refuse_compute_capability() -> str:
 
 
 def refuse_rocm_gpu(name: str) -> str | None:
-    """Return why no kernel runs on an AMD GPU, such as `gfx90a:sramecc+:xnack-`, or None."""
+    """Say why an AMD GPU (such as `gfx90a:sramecc+:xnack-`) is not supported, or return None."""
     if name.split(":")[0] in ROCM_GPUS:
         return None
     return (
@@ -63,7 +63,7 @@ def refuse_rocm_gpu(name: str) -> str | None:
 
 
 def refuse_nvidia_gpu(capability: DeviceCapability) -> str | None:
-    """Return why no kernel runs on a compute capability, or None."""
+    """Say why NVIDIA GPUs of a compute capability are not supported, or return None."""
     if (capability.major, capability.minor) >= COMPUTE_CAPABILITY:
         return None
     lowest = "{}.{}".format(*COMPUTE_CAPABILITY)
@@ -115,14 +115,14 @@ class K8V4AttentionBackend(AttentionBackend):
 
     @classmethod
     def supports_per_head_quant_scales(cls) -> bool:
-        # Like all scales of checkpoints they are not read.
+        # Accept such a checkpoint. k8v4 computes its own scales and ignores the checkpoint's.
         return True
 
     @classmethod
     def validate_configuration(
         cls, *args: Any, device_capability: DeviceCapability, **kwargs: Any
     ) -> list[str]:
-        """Return the reasons why a layer cannot be served on this GPU."""
+        """Return why this backend cannot serve a layer: vLLM's own reasons, then the GPU's."""
         reasons = super().validate_configuration(
             *args, device_capability=device_capability, **kwargs
         )
@@ -139,7 +139,7 @@ class K8V4AttentionBackend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Return a layer's spec with the k8v4 slot: `slot_bytes(D)` bytes per token and KV head."""
+        """Make a k8v4 layer's spec plan `slot_bytes(head_size)` bytes per token and KV head."""
         if spec.state_content_bytes is not None or not spec.kv_quant_mode.is_turboquant:
             return spec
         if spec.head_size_v not in (None, spec.head_size):
@@ -152,18 +152,18 @@ class K8V4AttentionBackend(AttentionBackend):
 class K8V4Metadata(AttentionMetadata):
     """The metadata that the layers of a KV group share in a step. All tensors are on the device.
 
-    The model runner also has bounds of the lengths on the host. They are never used, because they
-    count rejected draft tokens as accepted.
+    The model runner also has upper bounds of the lengths on the host. This backend does not use
+    them, because they count rejected draft tokens as accepted.
 
     Attributes:
-        num_tokens: Tokens of the step, including those that pad a captured graph.
-        max_query_len: The most new tokens of a request.
-        query_start_loc: int32 [B + 1], offsets of the requests' tokens.
+        num_tokens: Tokens of the step, including padding up to the size of a captured graph.
+        max_query_len: An upper bound of the new tokens of any request.
+        query_start_loc: int32 [B + 1], the index of each request's first token in the step.
         seq_lens: int32 [B], exact lengths including the step's tokens.
         block_table: int32 [B, max blocks].
         causal: Whether a query attends only to its own and earlier positions.
-        plans: The kernels' work plans, by the layer parameters that a plan depends on. The first
-            layer that needs a plan makes it.
+        plans: The kernels' work plans. The first layer that needs a plan makes it, and layers with
+            the same key (see `Kernels.attend`) share it.
     """
 
     num_tokens: int
@@ -182,7 +182,7 @@ class K8V4MetadataBuilder(AttentionMetadataBuilder[K8V4Metadata]):
     step. A captured graph contains the planning, so replays use the current lengths.
     """
 
-    # Groups of equal specs differ only in their block tables.
+    # KV groups with equal specs differ only in their block tables, so they can share metadata.
     supports_update_block_table = True
     supports_draft_decode_metadata_update = True
 
@@ -252,9 +252,9 @@ class K8V4MetadataBuilder(AttentionMetadataBuilder[K8V4Metadata]):
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> K8V4Metadata:
-        """Return the metadata of a batch to capture, with the shortest possible lengths."""
+        """Build metadata for a graph capture, with sequences as short as possible."""
         metadata = self.build(0, common_attn_metadata)
-        # vLLM sets the longest lengths, which would make the runs before a capture slow.
+        # vLLM sets `seq_lens` to the longest lengths, which would make the warm-up runs slow.
         metadata.seq_lens.fill_(metadata.max_query_len)
         return metadata
 
@@ -265,12 +265,12 @@ class K8V4MetadataBuilder(AttentionMetadataBuilder[K8V4Metadata]):
         return replace(metadata, block_table=blk_table)
 
     def update_draft_decode_metadata(self, metadata: K8V4Metadata) -> None:
-        """Drop the plans, because the lengths change with a draft's next token."""
+        """Drop the plans, because each drafted token makes the sequences longer."""
         metadata.plans.clear()
 
 
 class K8V4AttentionImpl(AttentionImpl[K8V4Metadata]):
-    """Stores one layer's keys and values and attends to them.
+    """Stores one layer's keys and values in k8v4 pages, and computes attention over them.
 
     Raises:
         UnsupportedLayerError: The kernels do not implement a parameter of the layer.
@@ -314,7 +314,7 @@ class K8V4AttentionImpl(AttentionImpl[K8V4Metadata]):
         self._kernels: Kernels | None = None
 
     def _kernels_for(self, tensor: torch.Tensor) -> Kernels:
-        # The constructor cannot choose, because weights may move to another device later.
+        # The constructor cannot choose kernels, because weights may move to another device later.
         if self._kernels is None:
             self._kernels = kernels_for(tensor.device, STATE.settings)
         return self._kernels
@@ -333,7 +333,7 @@ class K8V4AttentionImpl(AttentionImpl[K8V4Metadata]):
             layer: The attention layer.
             key, value: [T, num_kv_heads, head_size]; T is at least the number of slots.
             kv_cache: uint8 [num_blocks, num_kv_heads, block_size, slot_bytes].
-            slot_mapping: int64 slot of each token. Tokens with a negative slot are not stored.
+            slot_mapping: int64, the slot of each token. Tokens with a negative slot are not stored.
         """
         self._kernels_for(kv_cache).store(key, value, kv_cache, slot_mapping)
 
@@ -354,7 +354,7 @@ class K8V4AttentionImpl(AttentionImpl[K8V4Metadata]):
         Args:
             layer: The attention layer.
             query: [T, num_heads, head_size].
-            key, value: Not read, because their tokens are in the cache.
+            key, value: Ignored, because the cache already holds them.
             kv_cache: uint8 [num_blocks, num_kv_heads, block_size, slot_bytes].
             attn_metadata: The step's metadata; None while vLLM profiles memory.
             output: [T, num_heads, head_size], written for all but padding tokens.

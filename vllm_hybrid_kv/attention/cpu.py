@@ -15,11 +15,11 @@ from vllm_hybrid_kv.kernels import cpu
 from vllm_hybrid_kv.kernels.known_answer import Call, steps
 
 _ROWS = (1, 2, 4, 8, 16, 65)
-"""The most rows (tokens x heads per KV head) of each code path. Keys are split up to 64 rows."""
+"""Row counts (tokens x heads per KV head) that reach every code path. Above 64, keys stay whole."""
 
 
 class CpuKernels(Kernels):
-    """Stores and attends on CPUs, with the instructions `isa`."""
+    """Runs the CPU kernels of one instruction set, `isa`."""
 
     def __init__(self, isa: str, *, debug: bool) -> None:
         super().__init__(cpu, debug=debug, isa=isa)
@@ -34,7 +34,7 @@ class CpuKernels(Kernels):
         *,
         max_requests: int,
     ) -> None:
-        # The kernels loop over KV heads, so two heads are enough to expose wrong strides.
+        # Test with two KV heads at most. The kernels loop over heads, so two expose wrong strides.
         variants = {
             name: variant_of(layer, spec.block_size, dtype, min(layer.num_kv_heads, 2))
             for name, layer in layers.items()
@@ -63,7 +63,7 @@ class CpuKernels(Kernels):
         cpu.paged_attention(**call, plan=plan, isa=self._isa)
 
     def reserve(self, layer: K8V4AttentionImpl, device: torch.device) -> None:
-        """Do nothing, because partial results take a few KiB per thread."""
+        """Reserve nothing. The CPU kernels need only a few KiB per thread for partial results."""
 
     def plan(self, layer: K8V4AttentionImpl, metadata: K8V4Metadata, cache: torch.Tensor) -> Any:
         return cpu.plan_attention(

@@ -18,7 +18,7 @@ from vllm_hybrid_kv.kernels.known_answer import Attend, Call, steps
 
 
 class GpuKernels(Kernels):
-    """Stores and attends on GPUs, or in Triton's interpreter."""
+    """Runs the Triton kernels on a GPU, or in Triton's interpreter on a CPU."""
 
     def __init__(self, *, debug: bool) -> None:
         super().__init__(triton, debug=debug)
@@ -32,7 +32,7 @@ class GpuKernels(Kernels):
         *,
         max_requests: int,
     ) -> None:
-        # Triton's interpreter takes seconds for a hundred tokens.
+        # Triton's interpreter needs seconds for a hundred tokens, so test only decoding there.
         interpreted = device.type == "cpu"
         name = "interpreter" if interpreted else torch.cuda.get_device_name(device)
         self.test(layers, spec.block_size, dtype, device, name, decodes_only=interpreted)
@@ -49,13 +49,13 @@ class GpuKernels(Kernels):
         *,
         decodes_only: bool = False,
     ) -> None:
-        """Compare every program that the layers may launch with known answers."""
+        """Compare the results of every kernel that the layers may launch with known answers."""
 
         def batches(group: int) -> list[tuple[list[int], Attend]]:
             if decodes_only:
                 return [([1], _attend_known)]
             counts = steps(group, triton.MOST_ROWS)
-            # Batches with many row tiles use another kernel, which does not split the keys.
+            # Batches with many row tiles use a second kernel, which does not split the keys.
             whole = partial(_attend_known, split=False)
             return [*(([count], _attend_known) for count in counts), (counts[-1:], whole)]
 
@@ -87,8 +87,8 @@ class GpuKernels(Kernels):
 def _scratch(layer: K8V4AttentionImpl, device: torch.device) -> torch.Tensor:
     """Return float32 scratch memory for one call of `paged_attention`.
 
-    All layers share vLLM's workspace, which is locked after the warm-up. The size depends only on
-    the layer and the device, not on the batch.
+    All layers share vLLM's workspace, which cannot grow after the warm-up. So the size depends on
+    the layer and the device, but not on the batch.
     """
     numbers = triton.largest_scratch(layer.num_kv_heads, layer.head_size, device)
     if not is_workspace_manager_initialized():

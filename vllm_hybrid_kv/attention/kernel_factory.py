@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class Kernels(ABC):
-    """Stores and attends on one kind of device, with the functions of a package of kernels.
+    """The kernels of one kind of device: `module` has `quantise_and_store` and `paged_attention`.
 
-    In debug mode, the kernels check slots and block tables. They cannot do so while a graph is
-    captured, because the check waits for the GPU. `options` are passed on to `paged_attention`.
+    In debug mode, the kernels check slots and block tables, except while a CUDA graph is captured:
+    the check waits for the GPU. `options` are passed on to `paged_attention`.
     """
 
     def __init__(self, module: Any, *, debug: bool, **options: Any) -> None:
@@ -51,11 +51,11 @@ class Kernels(ABC):
 
     @abstractmethod
     def reserve(self, layer: K8V4AttentionImpl, device: torch.device) -> None:
-        """Allocate scratch memory for any step of a layer, while vLLM profiles memory."""
+        """Allocate a layer's scratch memory. Called while vLLM profiles, so that vLLM counts it."""
 
     @abstractmethod
     def plan(self, layer: K8V4AttentionImpl, metadata: K8V4Metadata, cache: torch.Tensor) -> Any:
-        """Return how the kernels divide the work of a step."""
+        """Plan how the kernels divide a step's work. The result is passed to `paged_attention`."""
 
     def store(
         self,
@@ -78,7 +78,8 @@ class Kernels(ABC):
     ) -> None:
         """Attend to the cache; see the kernels' `paged_attention`."""
         capturing = is_capturing(query.device)
-        # A graph must contain the planning. An earlier plan would freeze the lengths at capture.
+        # A captured graph must contain the planning itself. If it used a plan made before, every
+        # replay would use the lengths at capture.
         key = (layer.num_heads, layer.sliding_window, capturing)
         plan = metadata.plans.get(key)
         if plan is None:
@@ -110,8 +111,9 @@ class Kernels(ABC):
     ) -> None:
         """Test each different variant once in this process; see `known_answer.require`.
 
-        `variants` has each layer's variant. `batches` takes the number of query heads per KV head.
-        For each batch, it returns the new tokens per request and the attention kernel to test.
+        `variants` has each layer's variant, by the layer's name. `batches` gets the number of query
+        heads per KV head, and returns the batches to test: each has the number of new tokens of
+        every request, and the attention kernel.
         """
         store = self._module.quantise_and_store
         for name, variant in variants.items():
@@ -132,7 +134,7 @@ def is_capturing(device: torch.device) -> bool:
 def variant_of(
     layer: K8V4AttentionImpl, page_size: int, dtype: torch.dtype, num_kv_heads: int
 ) -> known_answer.Variant:
-    """Return a layer's kernel variant, to test with this number of KV heads and page tokens."""
+    """Return the kernel variant that a layer needs, for a test with `num_kv_heads` KV heads."""
     return known_answer.Variant(
         layer.head_size,
         num_kv_heads * (layer.num_heads // layer.num_kv_heads),
@@ -146,7 +148,7 @@ def variant_of(
 
 
 def kernels_for(device: torch.device, settings: Settings) -> Kernels:
-    """Return the kernels that run on a device.
+    """Choose the kernels for a device.
 
     Raises:
         HybridKVSettingsError: This CPU lacks the instructions of the setting `cpu_isa`.

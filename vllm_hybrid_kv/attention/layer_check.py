@@ -48,7 +48,7 @@ LAYOUT = {
     "slot size in bytes": "state_content_size_bytes",
     "number of tokens in a slot": "tokens_per_state",
 }
-"""The spec attributes that determine a page's bytes, by the words that messages use for them."""
+"""Each property of a page's layout: its name in messages, and the attribute of the spec."""
 
 
 class LayerPagesError(HybridKVError):
@@ -65,7 +65,7 @@ class BuiltLayer:
     Attributes:
         backend: Name of its backend.
         cache_dtype: Its KV cache dtype, by vLLM's name.
-        spec: The spec that the layer expects. Its block size and padding are not compared.
+        spec: The spec that the layer expects. Block size and padding of the pages may differ.
         target: Name of the layer whose pages it uses, or None if it owns its pages.
     """
 
@@ -76,7 +76,7 @@ class BuiltLayer:
 
 
 def built_layers(layers: Mapping[str, Any], vllm_config: VllmConfig) -> dict[str, BuiltLayer]:
-    """Return the attention layers with a KV cache among a rank's layers, draft layers included."""
+    """Describe those of a rank's layers (also draft layers) that are attention with a KV cache."""
     built = {}
     for name, layer in layers.items():
         spec = layer.get_kv_cache_spec(vllm_config)
@@ -95,7 +95,8 @@ def built_layers(layers: Mapping[str, Any], vllm_config: VllmConfig) -> dict[str
 def check_k8v4_layers(layers: Mapping[str, Any]) -> None:
     """Check that every layer that was built for a k8v4 cache can have one.
 
-    vLLM does not ask a backend about the size of values, and a model may choose a backend itself.
+    vLLM itself does not check that values are as large as keys. Some models choose a backend that
+    cannot read k8v4 pages.
 
     Raises:
         UnsupportedLayerError: A layer cannot have a k8v4 cache.
@@ -144,7 +145,7 @@ def check_plan(layers: Mapping[str, BuiltLayer], groups: Iterable[KVCacheGroupSp
         if layer.target is not None:
             pages = f"the pages of layer {owner}"
             if owner in per_layer:
-                # vLLM's model runners look up the layer in these specs and raise a KeyError.
+                # vLLM's model runners look up this layer in the group's specs: a KeyError.
                 differences.append(
                     "vLLM does not share pages in a KV cache group whose layers have pages of "
                     "different sizes, as with --disable-hybrid-kv-cache-manager"
@@ -156,9 +157,10 @@ def check_plan(layers: Mapping[str, BuiltLayer], groups: Iterable[KVCacheGroupSp
 
 
 def check_views(layers: Mapping[str, BuiltLayer], caches: Mapping[str, torch.Tensor]) -> None:
-    """Compare k8v4 layers' tensors with the k8v4 layout, and shared tensors with each other.
+    """Check that k8v4 layers got tensors in the k8v4 layout, and that shared pages are shared.
 
-    A k8v4 layer's pages are uint8 [blocks, KV heads, block size, slot].
+    `caches` has each layer's tensor. That of a k8v4 layer is uint8 [blocks, KV heads, block size,
+    slot]. A layer that uses another layer's pages must have the same tensor as that layer.
 
     Raises:
         LayerPagesError: A tensor has another layout. The message contains both layouts.
@@ -167,7 +169,7 @@ def check_views(layers: Mapping[str, BuiltLayer], caches: Mapping[str, torch.Ten
     for name, layer in layers.items():
         cache, spec = caches[name], layer.spec
         quantised = layer.cache_dtype == CACHE_DTYPE
-        # Other layers may have head sizes that k8v4 does not support.
+        # Call `slot_bytes` for k8v4 layers only, because it rejects some head sizes of others.
         slot = k8v4.slot_bytes(spec.head_size) if quantised else 0
         if quantised and (
             cache.dtype != torch.uint8
