@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Refuses layers and models that a k8v4 cache cannot serve, before a server starts.
 
-Each message ends with advice that works. It names all layers to leave unquantised, unless the
-reason applies to the whole model: vLLM would then stop at the next layer.
+Each message ends with advice that works. If it helps to leave layers unquantised, the advice names
+all of them at once. If all layers have the problem, it does not suggest that.
 """
 
 from __future__ import annotations
@@ -95,14 +95,15 @@ def refuse_implementation(
 ) -> Refusal | None:
     """Return why a layer's parameters rule out a k8v4 cache, or None.
 
-    The names are vLLM's; `extra` has the parameters that this backend does not implement.
+    Parameters are named as in vLLM. `extra` has the ones that this backend does not implement.
     """
     if kv_cache_dtype != CACHE_DTYPE:
-        # The patch of `Attention.__init__` prevents this. Skipping more layers would not help.
+        # `layer_dtype_patch` should have given this layer another backend. It failed to, so leaving
+        # more layers unquantised would not help.
         reason = f"its KV cache dtype is {kv_cache_dtype}, but the k8v4 backend was selected for it"
         return Refusal(reason, _serve_unquantised(head_size))
     if alibi_slopes is not None:
-        # On GPUs only FlashAttention 2 takes ALiBi, and it has no fp8 cache.
+        # Advise fp8 on CPUs only. On GPUs, only FlashAttention 2 takes ALiBi, without an fp8 cache.
         advice = _serve_unquantised(head_size) if current_platform.is_cpu() else ADVICE
         return _not_implemented("ALiBi position biases", advice)
     if (refusal := _refuse_type(attn_type)) is not None:
@@ -147,7 +148,7 @@ def _refuse_head_size(head_size: int) -> Refusal | None:
 
 
 def _head_sizes() -> list[int]:
-    """Return the head sizes of the model's configuration and of the layers made before this one."""
+    """Return the head size of the model's configuration, and those of the layers built so far."""
     config = get_current_vllm_config_or_none()
     if config is None or config.model_config is None:
         return []
@@ -157,19 +158,19 @@ def _head_sizes() -> list[int]:
 
 
 def _serve_unquantised(head_size: int) -> str:
-    """Return the cache dtypes with which vLLM's own kernels serve heads of this size."""
+    """Advise a cache dtype with which vLLM's own kernels can serve heads of this size."""
     if not current_platform.is_cpu():
         return f"{ADVICE} or fp8"
     if head_size not in _cpu_head_sizes():
         sizes = ", ".join(map(str, _cpu_head_sizes()))
         return f"serve the model on a GPU: vLLM's own CPU kernels only take heads of {sizes}"
-    # vLLM's CPU kernels take an fp8 cache on this condition.
+    # vLLM's CPU kernels take an fp8 cache only on CPUs with AVX-512, for such head sizes.
     fp8 = head_size % 32 == 0 and torch.cpu._is_avx512_supported()
     return f"{ADVICE} or fp8" if fp8 else ADVICE
 
 
 def _cpu_head_sizes() -> list[int]:
-    """Return the head sizes that vLLM's CPU kernels take. The list of vLLM's backend lacks 48."""
+    """Return the head sizes that vLLM's CPU kernels take: 48, and those that its backend lists."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     return sorted({48, *CPUAttentionBackend.get_supported_head_sizes()})
@@ -178,8 +179,8 @@ def _cpu_head_sizes() -> list[int]:
 def _layer_under_construction() -> str:
     """Return the name of the vLLM layer that is being built, or whose cache is being planned.
 
-    vLLM selects a backend without the layer's name. The name is in the frame of the layer's
-    constructor as `prefix` (in some layers only within `kwargs`), and later in the layer itself.
+    vLLM selects a backend without the layer's name, so search the call stack. The constructor of a
+    layer has the name as `prefix` (in some layers only within `kwargs`). Later the layer has it.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -196,13 +197,13 @@ def _layer_under_construction() -> str:
 
 def _advice_for(layer: str, refusal: Refusal) -> str:
     numbers = [int(part) for part in layer.split(".") if part.isdigit()]
-    # vLLM skips a layer by the only number in its name.
+    # vLLM leaves a layer unquantised by its index, which must be the only number in its name.
     if not refusal.skippable or len(numbers) != 1:
         return _sentence(refusal.advice)
     config = get_current_vllm_config_or_none()
     alike = _layers_like(numbers[0], config)
     which = "the layers of its type" if len(alike) > 1 else "it"
-    # The option replaces its earlier value, so the advice repeats the layers that it names already.
+    # The advised option replaces the user's, so it must repeat the layers that are skipped now.
     skipped = config.cache_config.kv_cache_dtype_skip_layers if config else []
     indices = sorted(alike.union(int(name) for name in skipped if name.isdigit()))
     types = sorted(name for name in skipped if not name.isdigit())
@@ -214,7 +215,7 @@ def _advice_for(layer: str, refusal: Refusal) -> str:
 
 
 def _layers_like(index: int, config: VllmConfig | None) -> set[int]:
-    """Return the layers of the same type as a layer, or only this layer if all have one type."""
+    """Return the indices of the layers of the same type, or only `index` if there is one type."""
     text_config = config.model_config.hf_text_config if config and config.model_config else None
     types = getattr(text_config, "layer_types", None) or []
     if index >= len(types) or len(set(types)) == 1:

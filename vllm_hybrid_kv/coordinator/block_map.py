@@ -15,7 +15,7 @@ from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, BlockHashWithGroupId, KVCacheBlock
 
 _GROUP_ID_BYTES = 4
-"""Bytes of the group id after the hash (`make_block_hash_with_group_id`)."""
+"""vLLM's `make_block_hash_with_group_id` appends the group id to the hash, in this many bytes."""
 
 
 class GroupedBlockMap(BlockHashToBlockMap):
@@ -77,9 +77,9 @@ class GroupedBlockMap(BlockHashToBlockMap):
 
 
 class _FlatView(UserDict[BlockHashWithGroupId, "KVCacheBlock | dict[int, KVCacheBlock]"]):
-    """A copy of the map as one dictionary like vLLM's. A change of the copy changes the map too.
+    """A copy of the map as one dictionary like vLLM's. Writes to the copy also change the map.
 
-    Each key has one block, or a dictionary of blocks by id.
+    The value of a key is its block or, if it has several, a dictionary of blocks by id.
     """
 
     def __init__(self, blocks: GroupedBlockMap) -> None:
@@ -106,7 +106,7 @@ class _FlatView(UserDict[BlockHashWithGroupId, "KVCacheBlock | dict[int, KVCache
 
 
 def install_grouped_map(pool: BlockPool) -> None:
-    """Replace a pool's map by a `GroupedBlockMap` with equal contents, unless it is one."""
+    """Replace a pool's map by a `GroupedBlockMap` with equal contents, unless it already is one."""
     blocks = pool.cached_block_hash_to_block
     if not isinstance(blocks, GroupedBlockMap):
         grouped = pool.cached_block_hash_to_block = GroupedBlockMap()

@@ -21,13 +21,14 @@ FADE_INTERVAL = 8192
 """Requests after which earlier observations count half."""
 
 CANDIDATES = 128
-"""Pinned checkpoints that an eviction samples, as in LHD (NSDI'18), to bound its time."""
+"""An eviction compares this many random checkpoints, to bound its time, as in LHD (NSDI'18)."""
 
 TRACKED = 1024
-"""How many evicted checkpoints are tracked, in addition to three per pinned checkpoint."""
+"""At most this many evicted checkpoints stay tracked, plus three for each pinned checkpoint."""
 
 PRICE_DECAY = 0.95
-"""The weight of the old block price at each eviction: averages about the last 20 evictions."""
+"""The price of a block is a moving average of what evicted checkpoints were worth. Each eviction
+keeps this share of the old price, so about the last 20 evictions count."""
 
 
 class CheckpointKind(Enum):
@@ -46,7 +47,7 @@ class CheckpointKind(Enum):
 
 
 PRIOR = {CheckpointKind.SUPERSEDED: 0.1, CheckpointKind.BOUNDARY: 0.02}
-"""The initial probability of reuse, relative to that of a prompt's end."""
+"""The initial probability of reuse, relative to that of a prompt's end. Other kinds have 1."""
 
 
 @dataclass(eq=False)
@@ -60,9 +61,10 @@ class Checkpoint:
         parent: The longest checkpoint of a shorter prefix that was pinned at registration.
         last_use: When it was registered or used last, counted in requests.
         uses: Requests that resumed here, or would have if it had not been evicted.
-        since: Its age when it changed to its current kind.
+        since: Its age, in requests, when it changed to its current kind.
         supersedes: Whether reuse of its parent is unlikely while this checkpoint is pinned.
-        answered: Tokens up to the last possible copy of a state in the answer after it, or 0.
+        answered: If a prompt ends here: where in the answer its state could be copied last, in
+            tokens from the start of the prompt. 0 if the answer was too short for a copy.
         extensions: Pinned checkpoints that supersede this one, which is their parent.
         pinned: Whether it is in the cache. Evicted checkpoints are tracked for a while.
         slot: Its index in the list of pinned checkpoints.
@@ -84,7 +86,7 @@ class Checkpoint:
 
     @property
     def superseded(self) -> bool:
-        """Whether only one request resumed here and left a longer one, as in a conversation."""
+        """Whether one request continued from here to a longer checkpoint, as in a conversation."""
         return (
             len(self.extensions) == 1
             and self.uses <= 1
@@ -93,13 +95,13 @@ class Checkpoint:
 
     @property
     def kind(self) -> CheckpointKind:
-        """The current kind."""
+        """Its place, or the kind that it has changed to because it was superseded or reused."""
         if self.superseded:
             return CheckpointKind.SUPERSEDED
         return CheckpointKind.REUSED if self.uses > 1 else self.place
 
     def fallback(self) -> Checkpoint | None:
-        """Return the longest pinned checkpoint before this one that is not superseded."""
+        """Return where a request would resume without this one, or None if it would start at 0."""
         checkpoint = self.parent
         while checkpoint is not None and (not checkpoint.pinned or checkpoint.superseded):
             checkpoint = checkpoint.parent
@@ -121,7 +123,7 @@ class Checkpoints:
     def __init__(self, state_blocks: int, block_tokens: int) -> None:
         """Start without checkpoints.
 
-        A state takes `state_blocks` blocks over all groups, of `block_tokens` tokens each.
+        The states of a checkpoint take `state_blocks` blocks of `block_tokens` tokens each.
         """
         self._state_blocks = state_blocks
         self._block_tokens = block_tokens
@@ -135,13 +137,13 @@ class Checkpoints:
         self._tracked: dict[BlockHash, Checkpoint] = {}
         self.pinned: list[Checkpoint] = []
         self.pins: Counter[int] = Counter()
-        """How many pinned checkpoints need an attention block, by block id."""
+        """By id of an attention block, how many pinned checkpoints need this block."""
         self._curves = {kind: ReuseCurve(PRIOR.get(kind, 1.0)) for kind in CheckpointKind}
         self._now = 0
         self._price = 0.0
 
     def pinned_at(self, key: BlockHash) -> Checkpoint | None:
-        """Return the pinned checkpoint at the end of a prefix."""
+        """Return the checkpoint that is pinned at the end of a prefix, or None."""
         checkpoint = self._tracked.get(key)
         return checkpoint if checkpoint is not None and checkpoint.pinned else None
 
@@ -200,8 +202,8 @@ class Checkpoints:
             supersedes: Whether reuse of the parent is unlikely once this one is pinned.
 
         Returns:
-            The checkpoint, pinned or only tracked, or None if it is not tracked. Then the attention
-            blocks of the block boundary that was unpinned at this prefix, or None if none was.
+            The checkpoint, pinned or only tracked, or None if it is not tracked; and the attention
+            blocks of the block boundary that it replaced, or None if it replaced none.
         """
         released = None
         pinned = self.pinned_at(key)
@@ -236,7 +238,7 @@ class Checkpoints:
         return checkpoint, released
 
     def touch(self, checkpoint: Checkpoint) -> None:
-        """Restart the age of a checkpoint."""
+        """Set the age of a checkpoint to 0, because it was used."""
         checkpoint.last_use, checkpoint.since = self._now, 0
 
     def evict(self) -> Checkpoint | None:

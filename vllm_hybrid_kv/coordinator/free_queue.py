@@ -44,7 +44,7 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
         key = block.block_hash
         if key is None or get_group_id(key) not in self._state_groups:
             return block.block_id in self._checkpoints.pins
-        # If several requests computed the same state, lookups return the first block that holds it.
+        # Of several blocks that hold the same state, only the one that lookups return is pinned.
         return (
             self._checkpoints.pinned_at(get_block_hash(key)) is not None
             and self._pool.cached_block_hash_to_block.get_one_block(key) is block
@@ -66,7 +66,7 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
         self.release(checkpoint.key, checkpoint.blocks)
 
     def release(self, key: BlockHash, block_ids: Iterable[int]) -> None:
-        """Move free blocks to the unpinned part, because the checkpoint at a prefix was unpinned.
+        """Move the free blocks of a checkpoint that was unpinned to the unpinned part.
 
         Attention blocks that another checkpoint pins stay in the pinned part.
         """
@@ -77,7 +77,7 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
             self.unpin(self._pool.get_cached_block(key, [group]) or ())
 
     def unpin(self, blocks: Iterable[KVCacheBlock]) -> None:
-        """Move those of the blocks that are free to the unpinned part."""
+        """Move blocks to the unpinned part. Skip those that running requests hold."""
         for block in blocks:
             is_free = block.next_free_block is not None
             if is_free and block.block_id not in self.unpinned:
@@ -85,7 +85,7 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
                 self._insert_unpinned([block])
 
     def repin(self, blocks: Iterable[KVCacheBlock]) -> None:
-        """Move those blocks of the unpinned part that are pinned now to the pinned part."""
+        """Move blocks from the unpinned to the pinned part, after a checkpoint has pinned them."""
         for block in blocks:
             if block.block_id in self.unpinned:
                 self.remove(block)

@@ -69,7 +69,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
             self.single_type_managers if self.enable_partial_hash_hits else ()
         )
         self._passed_blocks = PassedBlocks(self.single_type_managers)
-        # Whole hash units passed to `cache_blocks`, by request.
+        # By request id: the number of whole hash units when blocks were cached last.
         self._offered: dict[str, int] = {}
 
     @property
@@ -84,7 +84,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
             self.observer.start_counting()
 
     def stats(self) -> Counter[tuple[str, str | None]]:
-        """Return counts of checkpoints by event (such as `kept`) and kind."""
+        """Count the events of checkpoints (such as `kept`) by kind. This policy has none."""
         return Counter()
 
     def explain(self, request: Request) -> Explanation:
@@ -134,7 +134,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
         return tuple(hits), tuple(lengths)
 
     def make_lookup(self, group: SpecGroup, block_hashes: Sequence[BlockHash]) -> GroupLookup:
-        """Return a lookup of a request in one of `attention_groups`."""
+        """Prepare the lookup of a request in one of `attention_groups`."""
         manager = self.single_type_managers[group.group_ids[0]]
         # Check the map at every lookup, because vLLM makes a new map when the cache is reset.
         install_grouped_map(manager.block_pool)
@@ -196,7 +196,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
         self._cache_new_blocks(request, num_computed_tokens)
 
     def _cache_new_blocks(self, request: Request, num_computed_tokens: int) -> bool:
-        """Cache a request's blocks, and return False if a step computed none that can be cached.
+        """Cache a request's blocks, or return False if the step completed nothing to cache.
 
         Cached blocks and parts of blocks end where a hash unit ends, and most decoding steps
         complete no hash unit. Skipping those steps saves a fifth of the scheduler's time. With

@@ -49,9 +49,9 @@ class GroupLookup(ABC):
         block_hashes: Sequence[BlockHash],
         alignment: int,
     ) -> None:
-        """Take a request's hashes, one per hash unit, and the manager of one of the groups.
+        """Prepare the lookup of `block_hashes`, a request's hashes, one for each hash unit.
 
-        The manager's pool must have a `GroupedBlockMap`.
+        `manager` is that of any of the groups. Its pool must have a `GroupedBlockMap`.
         """
         pool = manager.block_pool
         self.group = group
@@ -80,7 +80,7 @@ class GroupLookup(ABC):
         """
 
     def _hashes(self, first: int, end: int) -> Sequence[BlockHash]:
-        """Return the hashes of whole blocks: the chained hash of each block's last unit."""
+        """Return the hashes of the blocks from `first` to `end`: those of their last units."""
         scale = self.block_size // self.unit
         if scale == 1:
             return self.block_hashes[first:end]
@@ -88,7 +88,7 @@ class GroupLookup(ABC):
 
 
 class FullAttentionLookup(GroupLookup):
-    """Full attention: one scan from the left, after which shorter lengths need no lookup."""
+    """Full attention. It scans the blocks once, and then knows the answer for shorter lengths."""
 
     _reach: int | None = None
 
@@ -130,8 +130,8 @@ class FullAttentionLookup(GroupLookup):
         run: list[KVCacheBlock] = []
         one_each = self.block_size == self.unit
         hashes = islice(self.block_hashes, most) if one_each else self._hashes(0, most)
-        # The list keeps the blocks before the first gap. `suppress` would take longer than a whole
-        # lookup without a hit.
+        # The list keeps the blocks before the first gap. `contextlib.suppress` is not used, because
+        # it takes longer than a whole lookup without a hit.
         try:  # noqa: SIM105
             run.extend(map(cached.__getitem__, hashes))
         except KeyError:
@@ -139,7 +139,7 @@ class FullAttentionLookup(GroupLookup):
         return run
 
     def _extend(self, whole: int) -> int:
-        """Return how many leading tokens all groups hold with a part of the block after `whole`.
+        """Return how many leading tokens all groups hold, counting part of the block after `whole`.
 
         Keys and values are only appended, so a block can serve every length up to the length that
         it is cached under.
@@ -204,7 +204,7 @@ class _WindowLookup(GroupLookup):
         """Return the first block of a range that one of the groups lacks, or None."""
         if first >= end:
             return None
-        # In a long uncached part of a prompt, this check needs one lookup per window.
+        # Look up the first block alone: a long uncached part then costs one lookup per window.
         (first_hash,) = self._hashes(first, first + 1)
         if any(first_hash not in cached for cached in self.cached):
             return first
@@ -218,11 +218,11 @@ class _WindowLookup(GroupLookup):
 
 
 class SlidingWindowLookup(_WindowLookup):
-    """Sliding window: the blocks that hold the window before the next token."""
+    """Sliding window. A hit needs the blocks that hold the next token's window."""
 
     @cached_property
     def _num_needed(self) -> int:
-        """Blocks that hold the window except the next token, counted by vLLM's own rule."""
+        """How many blocks hold the window without the next token itself, by vLLM's own rule."""
         return self.group.manager_cls._contiguous_blocks_for_hit(
             self.group.spec.sliding_window, self.block_size, use_eagle=False
         )
@@ -232,17 +232,17 @@ class SlidingWindowLookup(_WindowLookup):
 
 
 class ChunkedLocalLookup(_WindowLookup):
-    """Chunked local attention: the blocks of the next token's chunk."""
+    """Chunked local attention. A hit needs the blocks of the next token's chunk."""
 
     def _first_block(self, length: int) -> int:
         return round_down(length, self.group.spec.attention_chunk_size) // self.block_size
 
 
 class MambaLookup(GroupLookup):
-    """Mamba and other recurrent layers: a state after exactly the tokens of the prefix."""
+    """Mamba and other recurrent layers. A hit needs the state after exactly the prefix."""
 
     _FIRST_STEP, _LAST_STEP = 16, 2048
-    """Lengths looked up per step. The first step is short, because states are at prompts' ends."""
+    """How many lengths a step looks up. The first is short: most states are at prompts' ends."""
 
     def longest(self, limit: int) -> int:
         """Return the longest prefix up to `limit` whose state all groups hold."""
@@ -251,7 +251,7 @@ class MambaLookup(GroupLookup):
             return 0
         units = self.alignment // self.unit
         end = min(limit, self.num_hashed) // self.alignment
-        # Usually, the state is cached at the length that the previous group can serve.
+        # Usually, a state is cached at `limit` itself, the length that the other groups can serve.
         if end > 0:
             last = self.block_hashes[end * units - 1]
             if all(last in cached for cached in self.cached):

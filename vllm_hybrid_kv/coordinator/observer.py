@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.hybrid_kv")
 
 WARNING_REQUESTS = 100
-"""Requests over which the warning measures losses."""
+"""The warning sums the losses of this many requests."""
 
 WARNING_INTERVAL_S = 600.0
 """Minimum seconds between two warnings."""
@@ -65,7 +65,7 @@ class GroupKind:
 
 
 def kinds_of(coordinator: FixedPointCoordinator) -> list[GroupKind]:
-    """Return the kinds of a coordinator's groups."""
+    """Merge a coordinator's groups by kind, because metrics and messages name kinds."""
     kinds: dict[str, GroupKind] = {}
     for index, group in enumerate(coordinator.attention_groups):
         # vLLM marks all groups if the model marks none, but states have no draft layers.
@@ -98,9 +98,9 @@ class HitObserver:
         self._counters: Counters | None = None
         self._stats: Counter[tuple[str, str | None]] = Counter()
         self.last_lookup: Reconciliation | None = None
-        # By id of each request that holds blocks. None if the request does not read the cache.
+        # By id of each request that holds blocks: why it hit no more. None if it had no lookup.
         self._records: dict[str, Explanation | None] = {}
-        # By id of each request that was not reported yet: the hashes that were looked up.
+        # By id of each scheduled request that was not reported yet: the hashes of its lookup.
         self._unreported: dict[str, Sequence[BlockHash]] = {}
         self._quiet_until = time.monotonic()
         self._recent: list[Explanation] = []
@@ -140,7 +140,7 @@ class HitObserver:
             self._unreported[request_id] = lookup.block_hashes
 
     def cached(self, request: Request) -> None:
-        """Report a scheduled request, once."""
+        """Count and log the hit of a scheduled request, at the first call for that request."""
         block_hashes = self._unreported.pop(request.request_id, None)
         if block_hashes is None:
             return
@@ -205,7 +205,7 @@ class HitObserver:
         reach = max((n for n in full or served if n is not None), default=0)
         lost = [0] * len(groups)
         for index, before, after in lookup.answers:
-            # Tokens after `reach` do not count as lost.
+            # Tokens after `reach` do not count as lost, because full attention lacks them too.
             lost[index] += max(min(before, reach) - after, 0)
         kinds = tuple(
             KindHit(kind.name, kind.draft, tokens, sum([lost[index] for index in kind.groups]))

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 EXACT = 64
-"""Tokens per chunk of Gated DeltaNet and similar layers. Chunks start where a request resumes. At a
-multiple of 64, its chunks and rounding are those of a request that starts at 0."""
+"""Gated DeltaNet and similar layers compute in chunks of 64 tokens, which start where a request
+resumes. At a multiple of 64, rounding is therefore the same as in a request that starts at 0."""
 
 FINEST = 16
 """The finest match unit in tokens, vLLM's usual block size. Finer units hardly hit more."""
@@ -35,7 +35,7 @@ class FixedPoint:
     def hybrid_kv_make_coordinator(
         self, factory_args: Mapping[str, Any], stock: Callable[..., KVCacheCoordinator]
     ) -> KVCacheCoordinator:
-        """Return a coordinator for several KV groups of vLLM's kinds, otherwise vLLM's own."""
+        """Return our coordinator for several KV groups of vLLM's kinds, otherwise vLLM's."""
         config = factory_args["kv_cache_config"]
         if factory_args["enable_caching"] and len(config.kv_cache_groups) > 1:
             coordinator = self._coordinator_class(config)(**factory_args)
@@ -72,7 +72,7 @@ class AutoMatchUnit:
             and group.kv_cache_spec.num_prefill_checkpoint_blocks
             for group in kv_cache_config.kv_cache_groups
         ):
-            # vLLM does so unless hits end at whole blocks. See `upstream_fixes.PassedBlocks`.
+            # With hits inside blocks, vLLM caches wrong states: see `upstream_fixes.PassedBlocks`.
             return None
         return match_unit(kv_cache_config, vllm_config.parallel_config.decode_context_parallel_size)
 

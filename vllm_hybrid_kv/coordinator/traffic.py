@@ -99,7 +99,7 @@ class AnswerReturns:
         return self._returns / self._turns
 
     def record(self, came_back: bool) -> None:
-        """Record a turn that followed an answer."""
+        """Record whether the turn after an answer repeated that answer."""
         self._returns += came_back
         self._turns += 1
         if self._turns >= self.FADE:
@@ -117,7 +117,7 @@ _BITS = np.left_shift(np.uint8(1), np.arange(8, dtype=np.uint8))
 
 
 class _Generation:
-    """A Bloom filter of hashes, and the exact set of the last hashes of requests."""
+    """A Bloom filter of hashes, and an exact set of the hashes that requests ended with."""
 
     def __init__(self, capacity: int) -> None:
         self.room = capacity
@@ -194,10 +194,10 @@ class SeenPrefixes:
         return low
 
     def discard_end(self, block_hash: bytes) -> None:
-        """Record that a request continued after this end. The next one to continue branches off."""
+        """Record that a request continued after this end. The next one to continue is a branch."""
         self._young.ends.discard(bytes(block_hash))
         self._old.ends.discard(bytes(block_hash))
 
     def is_end(self, block_hash: bytes) -> bool:
-        """Whether a request ended with this hash. A request that continues it may be no branch."""
+        """Whether a request ended here and none continued. The first to continue is no branch."""
         return bytes(block_hash) in self._young.ends or bytes(block_hash) in self._old.ends

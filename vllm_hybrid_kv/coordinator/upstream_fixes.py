@@ -149,20 +149,20 @@ class StepWrites:
 
 
 def views_to_copy(kv_caches: Iterable[torch.Tensor], num_blocks: int) -> list[list[torch.Tensor]]:
-    """Return the views of the KV cache that vLLM must copy so that whole blocks are copied.
+    """Choose the views of the KV cache that vLLM must copy, so that it copies whole blocks.
 
     Layers of different KV groups share memory: a block holds pages of attention or a state. vLLM's
     `copy_kv_cache_blocks_inplace` treats views that start at one address as equal and copies only
-    the first. If that is a state shorter than the page, the rest of an attention block is not
-    copied.
+    the first. If the first view is that of a state, which may be shorter than a page, the rest of
+    an attention block is not copied.
 
     Args:
         kv_caches: The views of all layers, each [num_blocks x kernel blocks per block, ...].
         num_blocks: Blocks of the pool.
 
     Returns:
-        Lists, one per call of vLLM's function, with each address at most once. Equal views occur
-        once. So does memory that has nothing but blocks, because vLLM copies its blocks whole.
+        The views for each call of vLLM's function, with at most one view per address. Equal views
+        occur once. If a view covers all of its memory, later views of that memory are omitted.
     """
     rounds: list[list[torch.Tensor]] = []
     seen: dict[tuple[torch.device, int], list[tuple[Any, ...]]] = {}
@@ -197,7 +197,7 @@ def copy_whole_blocks(
 
 
 ALLOWED_BY = "allow_unsafe_drafts"
-"""The setting that lets an engine start although drafts can corrupt its cached states."""
+"""The setting that lets an engine start even if drafts can corrupt its cached states."""
 
 TEXT_METHODS = ("ngram", "suffix")
 """Methods that draft from the text, without a draft model and with synchronous scheduling."""
