@@ -35,18 +35,18 @@ def settings_patch(context: Context) -> Patch:
             if vllm.platforms.current_platform.is_cpu():
                 refuse_without_cpu_kernels(self.kv_cache_dtype)
             STATE.engine_config, STATE.engine_settings = None, settings
-            # No checkpoint makes `auto` a k8v4 cache, so the option decides.
+            # No checkpoint turns `auto` into a k8v4 cache, so the option alone decides.
             if self.kv_cache_dtype == CACHE_DTYPE:
                 STATE.boundary_layers = settings.boundary_layers
             vllm_config: VllmConfig = original(self, *args, **kwargs)
             cache_dtype = vllm_config.cache_config.cache_dtype
             if cache_dtype == CACHE_DTYPE:
-                # vLLM forces FlashAttention 2 with any TurboQuant cache, because newer versions
-                # once had to run every layer. They now skip layers of other backends.
+                # vLLM forces FlashAttention 2 with any TurboQuant cache. This restores the user's
+                # choice, because FlashAttention now runs only the layers that select it.
                 vllm_config.attention_config.flash_attn_version = (
                     self.attention_config.flash_attn_version
                 )
-            # An engine with vLLM's own cache and rules starts as it does without the plugin.
+            # An engine with vLLM's own cache and rules must start as without the plugin.
             as_stock = cache_dtype != CACHE_DTYPE and all(
                 getattr(settings, name) == "stock" for name in HOOK_OF_SETTING
             )
@@ -82,7 +82,7 @@ class KnownVariables(Edit):
     _added: Iterable[str] = ()
 
     def apply(self) -> None:
-        """Add no unset variables, because they would change the key of vLLM's compile cache."""
+        """Add the variables that are set. Others would change the key of vLLM's compile cache."""
         ours = {name for name in os.environ if name.startswith(ENVIRONMENT_PREFIX)}
         self._added = sorted(ours - envs.environment_variables.keys())
         for name in self._added:

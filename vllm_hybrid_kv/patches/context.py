@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The context that all patches of one process share."""
+"""The context that the patches of one process share: targets, strategies and callbacks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Context:
     on_engine_config: list[Callable[[VllmConfig, Settings], None]] = field(default_factory=list)
 
     def rebind(self, name: str, around: Callable[..., Any]) -> Rebinding:
-        """Return the edit that calls `around` instead of a target, see `Rebinding`."""
+        """Make the edit with which calls of a target become calls of `around`, see `Rebinding`."""
         return Rebinding(self.targets[name], around)
 
     def check(self, additional_config: object) -> Settings:
@@ -80,7 +80,7 @@ class Context:
 
 
 def is_engine_config(vllm_config: object) -> bool:
-    """Return whether an engine's configuration was passed. Some callers of planning pass others."""
+    """Return whether this is a `VllmConfig`. Some callers of planning pass other objects."""
     from vllm.config import VllmConfig
 
     return isinstance(vllm_config, VllmConfig)

@@ -44,8 +44,8 @@ def boundary_patch(context: Context) -> Patch:
             return original(model_config, n)
         if model_config.use_mla:
             context.stop(UnsupportedModelError(model_config.model))
-        # Like vLLM's rule, except that vLLM refuses hybrid models whose config does not list their
-        # attention layers, although it does not use that list.
+        # vLLM also quantises all layers of hybrid models. But it refuses a model whose config does
+        # not list its attention layers, although it only logs that list.
         if model_config.is_hybrid:
             return []
         owners = cache_owners(model_config.hf_text_config)
@@ -139,7 +139,7 @@ def _use_target_dtype(arguments: dict[str, Any]) -> None:
 
 
 def _choose_wrapped_backend(layer: Any, arguments: dict[str, Any]) -> None:
-    """Give unquantised layers a fitting backend if their class wraps the backend of k8v4 layers.
+    """Choose the backend of an unquantised layer whose class would wrap the k8v4 backend.
 
     Layers with static sinks need no change, because their models choose a backend.
     """
@@ -216,7 +216,7 @@ def _load_unused_scale(load: Callable[..., None], *args: Any, **kwargs: Any) -> 
 def layer_pages_patch(context: Context) -> Patch:
     """Stop start-up if the layouts of a layer and of its pages differ.
 
-    Every executor calls the patched method, with either model runner, once layers are built.
+    Every executor and both model runners call the patched method after the layers are built.
     """
 
     def initialize_from_config(
@@ -244,5 +244,5 @@ def layer_pages_patch(context: Context) -> Patch:
 
 
 def _attention_layers(vllm_config: VllmConfig) -> dict[str, Any]:
-    # The type is abstract, which mypy does not accept.
+    # Cast the type, because mypy does not accept an abstract class here.
     return get_layers_from_vllm_config(vllm_config, cast(Any, AttentionLayerBase))

@@ -150,7 +150,7 @@ class Edit:
 class UnchangedTarget(Edit):
     """Changes nothing, but requires the supported source of a function that the plugin relies on.
 
-    These targets are the methods that define the private members of vLLM that the plugin uses.
+    Most of these targets define private members of vLLM that the plugin uses.
     """
 
     suffix = CHECKED
@@ -224,11 +224,11 @@ class Patch:
     """The edits that serve one purpose, and why the purpose needs a patch.
 
     Attributes:
-        name: The name of the purpose.
+        name: A short name, which `doctor` prints.
         replaces: What the patch replaces.
         why: Why there is no other way.
         until: When the patch can be removed.
-        edits: The edits.
+        edits: The changes to vLLM, in the order in which they are made.
         upstream: Where vLLM discusses or makes a change that replaces the patch.
     """
 
@@ -317,7 +317,7 @@ def _replace(new_by_id: Mapping[int, Any]) -> None:
         setattr(sys.modules[module], name, new_by_id[id(value)])
 
 
-# Half of all globals are in these packages, and searching them took half of the time.
+# Packages to skip, because they hold half of all globals and never import vLLM by name.
 _NEVER_IMPORT_VLLM = ("torch.", "sympy.", "openai.", "networkx.", "numpy.")
 
 

@@ -117,7 +117,7 @@ def _report(
     for line in capacity(vllm_config, kv_cache_config).describe(tokens):
         logger.info("%s", line)
     try:
-        # Called through its module, to call the patched function, in which a strategy chooses.
+        # Call the function through its module, which holds the patched one.
         scheduler_block_size, hash_block_size = kv_cache_utils.resolve_kv_cache_block_sizes(
             kv_cache_config, vllm_config
         )
@@ -157,7 +157,7 @@ def block_alignment_patch(context: Context) -> Patch:
         cache = vllm_config.cache_config
         skipped = cache.kv_cache_dtype_skip_layers
         # Align blocks as with an unquantised cache, so that an unquantised page can hold a state.
-        # That is the largest attention page, so pages of the unified size hold a state, too.
+        # Unquantised pages are the largest of attention, so pages of the unified size can, too.
         cache.cache_dtype, cache.kv_cache_dtype_skip_layers = "auto", []
         try:
             original(cls, vllm_config, backend_cls)

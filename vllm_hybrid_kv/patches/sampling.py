@@ -34,7 +34,7 @@ class RewindableGenerator(torch.Generator):
 
 
 def seeded_sampling_patch(context: Context) -> Patch:
-    """Let CPU engines serve seeded requests with chunked prompts, which end it otherwise."""
+    """Keep seeded requests with chunked prompts from ending a CPU engine with an error."""
 
     def add_request(original: Any, self: Any, request: Any) -> Any:
         generator = request.generator

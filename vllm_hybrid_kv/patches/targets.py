@@ -12,10 +12,9 @@ MINORS = ("0.32", "0.33")
 """The supported minors of vLLM, the columns of the tables."""
 
 SUPPORTED = " and ".join(MINORS)
-"""The supported minors in words."""
 
 Table = dict[str, dict[str, tuple[str | None, ...]]]
-"""The hash per minor, by module and function. None: that minor has the function elsewhere."""
+"""The hash for each minor, by module and function, or None if it has the function elsewhere."""
 
 # The hash of `initialize_model` covers only its decorator's wrapper. That is enough, because the
 # patch only calls the function and checks the layers that it builds.

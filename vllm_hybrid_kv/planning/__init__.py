@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans of hybrid KV caches: page sizes and capacity, as functions over vLLM's specs."""
+"""Plans hybrid KV caches: chooses page sizes and computes capacities, from vLLM's specs."""

@@ -32,7 +32,7 @@ from vllm_hybrid_kv.errors import HybridKVStrategyError
 from vllm_hybrid_kv.hooks import hookimpl
 
 SHORT_REQUEST = 512
-"""Tokens of the short request that capacities are also reported for."""
+"""The log also says how many short requests fit. A short request has this many tokens."""
 
 
 class GrowingGroups:
@@ -64,7 +64,7 @@ def token_capacity_kv_cache_groups(
 
 
 def addressable_slots(group: KVCacheGroupSpec, kv_cache_config: KVCacheConfig) -> int:
-    """Return how many entries a buffer needs if a group's slots are its indices (#37118).
+    """Return how many entries a buffer needs that is indexed by a group's slots (#37118).
 
     A slot is block * block_size + offset, and a group may hold any block of the pool.
     """
@@ -110,7 +110,7 @@ class Capacity:
     short_requests: int
 
     def describe(self, reported_tokens: int) -> list[str]:
-        """Return the lines for the log. vLLM logs a KV cache size of `reported_tokens`."""
+        """Describe the capacity in lines for the log. vLLM's KV cache size is `reported_tokens`."""
         # Truncate, because 1.999 requests are not 2.
         concurrency = math.floor(100 * self.concurrency) / 100
         short_tokens = self.short_requests * self.short_request
@@ -130,7 +130,7 @@ class Capacity:
 
 
 def capacity(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Capacity:
-    """Return the capacity of the pool of a plan, which is a worker's or the scheduler's."""
+    """Compute the capacity of a plan's pool. The plan can be a worker's or the scheduler's."""
     max_model_len = vllm_config.model_config.max_model_len
     short = min(SHORT_REQUEST, max_model_len)
     concurrency = kv_cache_utils.get_max_concurrency_for_kv_cache_config(
@@ -254,7 +254,7 @@ def _draft_margin(
     speculative = vllm_config.speculative_config
     drops = speculative is not None and speculative.use_eagle_block_drop()
     if not drops and hasattr(vllm_config, "num_hash_lookahead_tokens"):
-        # In vLLM 0.33, groups that are marked as draft groups drop nothing without this flag.
+        # In vLLM 0.33, draft groups drop nothing unless `use_eagle_block_drop` says so.
         return 0
     # If no group is marked, vLLM treats all groups as draft groups.
     all_draft = drops and not any(group.is_eagle_group for group in kv_cache_config.kv_cache_groups)

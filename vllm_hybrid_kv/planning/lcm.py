@@ -34,7 +34,7 @@ class LeastCommonMultiple:
 
 
 def lcm_page_size(specs: Collection[KVCacheSpec]) -> int:
-    """Return the rule's page size in bytes, which some layers may not support."""
+    """Return the page size in bytes that `lcm` aims at. Some layers may not support it."""
     scalable = {s.page_size_bytes for s in specs if not isinstance(s, MambaSpec)}
     largest = max(spec.page_size_bytes for spec in specs)
     unit = math.lcm(*(page for page in scalable if page < largest))
@@ -42,11 +42,11 @@ def lcm_page_size(specs: Collection[KVCacheSpec]) -> int:
 
 
 def unify_by_lcm(kv_cache_spec: Mapping[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
-    """Return specs of equal `page_size_bytes`, in the same order.
+    """Give the pages of all layers the size `lcm_page_size`, and return specs in the same order.
 
     Raises:
         NotImplementedError: A page can be neither scaled nor padded to the common size. vLLM then
-            tries to allocate every layer in full.
+            tries to allocate sliding-window layers like full attention.
     """
     target = lcm_page_size(kv_cache_spec.values())
     planned = {name: with_page_size(spec, target) for name, spec in kv_cache_spec.items()}

@@ -59,7 +59,7 @@ def _reference_request(
     if any(isinstance(spec, MambaSpec) for spec in kv_cache_spec.values()):
         return None
     tokens = min(longest_sequence(vllm_config), REFERENCE_REQUEST)
-    # A block over all ranks is as long as one block of each rank together.
+    # Count the tokens of one rank: decode context parallelism divides a request among all ranks.
     return tokens / vllm_config.parallel_config.decode_context_parallel_size
 
 
@@ -87,7 +87,8 @@ def unify_with_least_waste(
 
     Raises:
         NotImplementedError: No size suits all layers, up to the size at which every block holds
-            the longest sequence. vLLM then tries to allocate every layer in full.
+            the longest sequence. vLLM then tries to allocate sliding-window layers like
+            full attention.
     """
     # One layer represents its kind, because models have hundreds of layers but few kinds.
     # Layers with equal specs may differ in marks that vLLM does not compare (`is_draft`).
@@ -135,7 +136,7 @@ def unify_with_least_waste(
 
 
 def _filled_by_lcm(kinds: Kinds, page: int) -> float | None:
-    """Return the share of the pool that `lcm` fills with its page, or None if it has no plan."""
+    """Return the share of the pool that `lcm` fills, or None if its page suits not all layers."""
     used = 0
     for kind, layers in kinds:
         planned = with_page_size(kind.spec, page)

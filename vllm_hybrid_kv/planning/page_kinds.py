@@ -69,11 +69,11 @@ class LayerKind(ABC):
         """
 
     def within(self, match_unit: int) -> LayerKind:
-        """Return this kind with only blocks that divide a match unit of whole old blocks."""
+        """Restrict this kind to blocks that divide a match unit. The unit is whole old blocks."""
         return self
 
     def held(self, request: float) -> float:
-        """Return how many tokens of a request the layer holds: all, a window, chunk or block."""
+        """Return how many tokens of a request a layer holds: all, or a window, chunk or block."""
         if self.cap == 1:
             return self.spec.block_size
         window = getattr(self.spec, "sliding_window", None)
@@ -91,7 +91,7 @@ class LayerKind(ABC):
         return replace(self.spec, **changed)
 
     def listed(self, counts: dict[int, int]) -> LayerKind:
-        """Return this kind with only the given pages. `counts` has their old blocks by bytes."""
+        """Restrict this kind to some pages. `counts` maps a page's bytes to its old blocks."""
         pages, blocks = zip(*sorted(counts.items()), strict=True)
         return Listed(self.spec, self.unit, self.cap, pages[0], self.elastic, pages, blocks)
 
@@ -108,8 +108,8 @@ class LayerKind(ABC):
 class Padded(LayerKind):
     """Layers that can be padded: states, and attention whose kernels take any multiple of a block.
 
-    vLLM splits a chunk of chunked local attention into whole blocks, so every planned block must
-    divide the chunk. `whole` is the chunk in old blocks, or 0 for other layers.
+    A planned block must divide `whole` old blocks. With 0, its length is free. vLLM needs this for
+    chunked local attention, because it splits a chunk into whole blocks.
     """
 
     whole: int = 0
@@ -192,7 +192,7 @@ class RowAligned(LayerKind):
 
 @dataclass(frozen=True)
 class Listed(LayerKind):
-    """Layers that can have only listed pages, for some only the page before planning.
+    """Layers that can have only listed pages. Some can have only the page before planning.
 
     Attributes:
         pages: Bytes of the pages, ascending.
@@ -220,11 +220,11 @@ def layer_kind(spec: KVCacheSpec, longest: int) -> LayerKind:
     unit = content_bytes(spec)
     if isinstance(spec, (MambaSpec, CircularBufferSpec)):
         return Padded(spec, unit, 1, unit, True)
-    # Classes of other packages may not support padding.
+    # Treat spec classes of other packages like MLA, because they may not support padding.
     in_rows = not isinstance(spec, AttentionSpec) or _is_mla(spec)
     twice = spec.copy_with_new_block_size(2 * spec.block_size)
     if unit == 0 or content_bytes(twice) != 2 * unit:
-        # Compressed layers round tokens to states.
+        # Compressed layers round tokens to states, so their pages do not scale with the block.
         if in_rows:
             page = spec.page_size_bytes
             return Listed(spec, unit, 1, page, False, (page,), (1,))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The search for the best common page. `docs/planning.md` proves that it overlooks none."""
+"""Searches the best page that suits all layers. `docs/planning.md` proves that it finds it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _least_costs(kinds: Kinds, units: Bytes, reference: float) -> Shares:
 
 
 class PageSearch:
-    """The common pages of some layers.
+    """Searches the pages that suit all of some layers (common pages).
 
     Attributes:
         least: Bytes of the largest page before planning, without padding. No common page is
@@ -170,7 +170,7 @@ class PageSearch:
         return -(-size // self._granularity) * self._granularity
 
     def _common(self, low: int, high: int) -> Bytes:
-        """Return pages that suit all layers, ascending, including the best of any sub-range."""
+        """Return pages that suit all layers, ascending, with the best page of every sub-range."""
         sizes = np.unique(np.concatenate(list(self._candidates(low, high))))
         suits = (sizes >= low) & (sizes <= high) & (sizes % self._granularity == 0)
         for kind, _ in self._kinds:

@@ -54,10 +54,10 @@ REFUSED = {
 """vLLM's other connectors, and why they cannot carry k8v4 pages."""
 
 MANIFEST = "hybrid_kv.json"
-"""File with the fingerprint's fields, next to stored pages."""
+"""The file next to stored pages that holds the fields of their fingerprint."""
 
 PREFIX = "hybrid_kv-"
-"""Start of the name of a folder of stored pages."""
+"""The prefix of the names of folders with stored pages."""
 
 
 def check_connectors(vllm_config: VllmConfig, *, on_cpu: bool) -> None:
@@ -176,7 +176,7 @@ def init_example_connector(
 
 
 def _words_of(manifest: Path) -> str:
-    """Return the fingerprint of stored pages in words."""
+    """Read from a manifest, in words, in which format pages are stored."""
     try:
         return str(json.loads(manifest.read_text())["words"])
     except (OSError, ValueError, LookupError, TypeError):

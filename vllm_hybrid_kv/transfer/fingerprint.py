@@ -78,7 +78,7 @@ def fingerprint_of(vllm_config: VllmConfig) -> PageFingerprint | None:
 
 
 def marked(text: str) -> str:
-    """Return a key, seed or name of vLLM, with the last engine's fingerprint if it has one.
+    """Append the last engine's fingerprint, if it has one, to a key, seed or name of vLLM.
 
     The result is never cached, because vLLM chooses the block size while an engine starts.
     """
