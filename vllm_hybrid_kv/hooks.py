@@ -94,8 +94,7 @@ class Specifications:
 
         Called once per engine, after planning. vLLM logs that number as "KV cache size", in tokens,
         and exports it in its metrics. The choice changes neither the allocation nor the concurrency
-        that vLLM logs. Return some of `kv_cache_config.kv_cache_groups`, at least one of them on
-        the device.
+        that vLLM logs. Return some of the plan's `kv_cache_groups`, at least one on the device.
         """
 
     @hookspec(firstresult=True)
@@ -134,7 +133,7 @@ class Strategies:
         self._manager = pluggy.PluginManager(PROJECT)
         self._manager.add_hookspecs(Specifications)
         self.origins = {STOCK: BUILT_IN}
-        """The package and version of each strategy, or `BUILT_IN`."""
+        """Where each strategy comes from: a package and its version, or `BUILT_IN`."""
         for name, plugin in built_in.items():
             self.add(name, plugin, BUILT_IN)
 

@@ -69,7 +69,7 @@ class Counters:
         self._keys: dict[tuple[str, str | None], str] = {}
 
     def add(self, name: str, amount: int, kind: str | None = None) -> None:
-        """Add to a counter of `HELP`; 0 creates the counter. `kind` becomes a label if given."""
+        """Add to a counter of `HELP`. Adding 0 creates it. `kind` becomes a label if given."""
         key = self._keys.get((name, kind)) or self._new_key(name, kind)
         self._file.write_value(key, self._file.read_value(key)[0] + amount, 0.0)
 

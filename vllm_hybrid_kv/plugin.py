@@ -38,7 +38,7 @@ NAME = "hybrid_kv"
 logger = logging.getLogger(f"vllm.{NAME}")
 
 PARENT_VARIABLE = "HYBRID_KV_STARTED_BY"
-"""A process stores its plugin state in this environment variable, and its children compare."""
+"""The environment variable through which a process tells its children its plugin state."""
 
 
 def register() -> None:

@@ -167,7 +167,6 @@ def resolve(additional_config: object, environment: Mapping[str, str] | None = N
 
 
 def _problem(details: Any, values: Mapping[str, Any], sources: Mapping[str, str]) -> str:
-    """Turn one of pydantic's errors into a message for the user."""
     field, fields = str(details["loc"][0]), Settings.model_fields
     if field not in fields:
         return (

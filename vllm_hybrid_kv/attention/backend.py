@@ -38,7 +38,7 @@ from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.state import STATE
 
 COMPUTE_CAPABILITY = (8, 0)
-"""The oldest NVIDIA GPUs that we support. Before, Triton has no int8 tensor-core products."""
+"""The lowest compute capability that we support. Below it, Triton has no int8 tensor cores."""
 
 ROCM_GPUS = ("gfx942", "gfx950")
 

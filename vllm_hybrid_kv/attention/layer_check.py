@@ -76,7 +76,7 @@ class BuiltLayer:
 
 
 def built_layers(layers: Mapping[str, Any], vllm_config: VllmConfig) -> dict[str, BuiltLayer]:
-    """Describe those of a rank's layers (also draft layers) that are attention with a KV cache."""
+    """Describe the attention layers of a rank that have a KV cache, including draft layers."""
     built = {}
     for name, layer in layers.items():
         spec = layer.get_kv_cache_spec(vllm_config)
@@ -145,7 +145,7 @@ def check_plan(layers: Mapping[str, BuiltLayer], groups: Iterable[KVCacheGroupSp
         if layer.target is not None:
             pages = f"the pages of layer {owner}"
             if owner in per_layer:
-                # vLLM's model runners look up this layer in the group's specs: a KeyError.
+                # vLLM's model runners look up this layer in the group's specs: KeyError.
                 differences.append(
                     "vLLM does not share pages in a KV cache group whose layers have pages of "
                     "different sizes, as with --disable-hybrid-kv-cache-manager"
@@ -157,10 +157,10 @@ def check_plan(layers: Mapping[str, BuiltLayer], groups: Iterable[KVCacheGroupSp
 
 
 def check_views(layers: Mapping[str, BuiltLayer], caches: Mapping[str, torch.Tensor]) -> None:
-    """Check that k8v4 layers got tensors in the k8v4 layout, and that shared pages are shared.
+    """Check that k8v4 layers got tensors in the k8v4 layout, and sharing layers the same tensor.
 
-    `caches` has each layer's tensor. That of a k8v4 layer is uint8 [blocks, KV heads, block size,
-    slot]. A layer that uses another layer's pages must have the same tensor as that layer.
+    `caches` has each layer's tensor. For a k8v4 layer, it must be uint8 [blocks, KV heads, block
+    size, slot]. A layer that uses another layer's pages must have that layer's tensor.
 
     Raises:
         LayerPagesError: A tensor has another layout. The message contains both layouts.
@@ -203,7 +203,6 @@ def _location(cache: torch.Tensor) -> str:
 
 
 def _differences(layer: BuiltLayer, planned: KVCacheSpec) -> list[str]:
-    """Describe how the pages that a layer expects differ from the planned pages."""
     own = layer.spec
     found = []
     is_k8v4 = layer.cache_dtype == CACHE_DTYPE

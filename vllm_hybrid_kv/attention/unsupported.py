@@ -49,7 +49,7 @@ REFUSED = {
         "prefill context parallelism", "serve the model with --prefill-context-parallel-size 1"
     ),
 }
-"""Refusals by the field of vLLM's `AttentionSelectorConfig` that causes them."""
+"""For fields of vLLM's `AttentionSelectorConfig`: why a layer that sets the field is refused."""
 
 
 class UnsupportedLayerError(HybridKVError):
@@ -77,7 +77,7 @@ class UnsupportedModelError(HybridKVError):
 def refuse_selection(config: Any) -> Refusal | None:
     """Return why a layer with this `AttentionSelectorConfig` cannot have a k8v4 cache, or None."""
     for field, refusal in REFUSED.items():
-        # Each vLLM minor lacks some of the fields.
+        # Each vLLM minor lacks some of the fields, so they need a default.
         if getattr(config, field, False):
             return refusal
     return _refuse_type(config.attn_type) or _refuse_head_size(config.head_size)
@@ -118,7 +118,7 @@ def refuse_implementation(
 
 
 def refuse_value_size(head_size: int, value_size: int) -> Refusal:
-    """Return why keys and values of different sizes, in dims, cannot share k8v4 pages."""
+    """Say why a layer whose keys and values differ in size (in dims) cannot have k8v4 pages."""
     sizes = f"its keys have {head_size} dims and its values {value_size}"
     return Refusal(f"{sizes}, but k8v4 pages need equal sizes", _serve_unquantised(head_size))
 
@@ -164,7 +164,7 @@ def _serve_unquantised(head_size: int) -> str:
     if head_size not in _cpu_head_sizes():
         sizes = ", ".join(map(str, _cpu_head_sizes()))
         return f"serve the model on a GPU: vLLM's own CPU kernels only take heads of {sizes}"
-    # vLLM's CPU kernels take an fp8 cache only on CPUs with AVX-512, for such head sizes.
+    # vLLM's CPU kernels take an fp8 cache only with AVX-512, and for these head sizes.
     fp8 = head_size % 32 == 0 and torch.cpu._is_avx512_supported()
     return f"{ADVICE} or fp8" if fp8 else ADVICE
 
@@ -179,8 +179,8 @@ def _cpu_head_sizes() -> list[int]:
 def _layer_under_construction() -> str:
     """Return the name of the vLLM layer that is being built, or whose cache is being planned.
 
-    vLLM selects a backend without the layer's name, so search the call stack. The constructor of a
-    layer has the name as `prefix` (in some layers only within `kwargs`). Later the layer has it.
+    vLLM selects a backend without the layer's name, so search the call stack: a constructor has the
+    name as `prefix` (in some layers within `kwargs`), `get_kv_cache_spec` as `layer_name`.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

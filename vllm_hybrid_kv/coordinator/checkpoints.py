@@ -148,7 +148,7 @@ class Checkpoints:
         return checkpoint if checkpoint is not None and checkpoint.pinned else None
 
     def longest(self, hashes: Sequence[BlockHash]) -> Checkpoint | None:
-        """Return the longest tracked checkpoint of a prefix, pinned or not."""
+        """Return the checkpoint that is tracked at the longest of these prefixes, pinned or not."""
         tracked = (self._tracked.get(key) for key in reversed(hashes))
         return next((checkpoint for checkpoint in tracked if checkpoint is not None), None)
 
@@ -302,7 +302,7 @@ class Checkpoints:
     def _extend_parent(self, checkpoint: Checkpoint) -> None:
         parent = checkpoint.parent
         if parent is not None and checkpoint.supersedes:
-            # The parent's kind may change, so record its wait so far for the old kind.
+            # The parent's kind may change, so record its time without use for the old kind.
             self._record(parent, returned=False)
             parent.extensions.add(checkpoint)
 

@@ -19,7 +19,7 @@ Linear attention computes in chunks of 64 tokens, so a request that resumes at a
 chunks as a request that starts at 0."""
 
 MAX_SHARE = 32
-"""At most one block in 32 holds copies for decoding requests."""
+"""Copies of states may take at most one block in this many."""
 
 
 @dataclass
@@ -27,10 +27,12 @@ class Running:
     """The progress of a request that holds blocks.
 
     Attributes:
-        latest: The checkpoint that it resumed at, or that it registered last within a block.
+        latest: The last checkpoint that it registered, except at block boundaries. Until then, the
+            longest tracked checkpoint of its prompt.
         prompt_units: Number of its hash units that were added to `SeenPrefixes` when it started.
         units: Number of its computed hash units.
         boundary: The checkpoint that it registered last at a block boundary.
+        prompt_end: The checkpoint at the end of its prompt, if that is pinned.
         copies: The blocks with the latest copy of its states, one per group, or none.
         copied: Its number of computed tokens when the states were copied last.
         partial: Group, block and tokens of its checkpoints that end inside an attention block.
@@ -52,16 +54,16 @@ class Running:
 class DecodeSnapshots:
     """Copies the states of decoding requests, so that a copy is cached when a request ends.
 
-    The end of an answer is not known in advance. So the state is copied every `INTERVAL` tokens,
-    over the previous copy, into blocks that are held for the request. vLLM's own copy-on-write runs
-    the copy at the start of the step. If a request lacks blocks, all copies are freed.
+    The end of an answer is not known in advance. So the state is copied every `INTERVAL` tokens.
+    Each copy overwrites the previous one, in blocks that are held for the request, and vLLM's own
+    copy-on-write runs it at the start of the step. If a request lacks blocks, all copies are freed.
 
     Attributes:
         interval: Tokens between two copies.
     """
 
     def __init__(self, managers: dict[int, MambaManager], pool: BlockPool, alignment: int) -> None:
-        """Take the managers by state group. Hits are multiples of `alignment` tokens."""
+        """Take the state groups' managers. Hits end at multiples of `alignment` tokens."""
         self.interval = math.lcm(INTERVAL, alignment)
         self._managers = managers
         self._pool = pool
@@ -125,6 +127,6 @@ class DecodeSnapshots:
         return True
 
     def release(self, running: Running) -> None:
-        """Free the blocks that are held for a request."""
+        """Free the blocks with the copies of a request's states."""
         copies, running.copies = running.copies, []
         self._pool.free_blocks(copies)

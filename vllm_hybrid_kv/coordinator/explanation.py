@@ -41,7 +41,7 @@ class Explanation:
 
     Attributes:
         scheduled: Whether this describes the lookup with which the request was scheduled.
-            Otherwise it describes a lookup now.
+            Otherwise, it describes a new lookup that `explain` made.
         preempted: Whether the request was preempted before.
         prompt_tokens: Tokens that were looked up: the prompt and, after a preemption, the output
             up to then.

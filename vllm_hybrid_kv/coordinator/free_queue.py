@@ -66,7 +66,7 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
         self.release(checkpoint.key, checkpoint.blocks)
 
     def release(self, key: BlockHash, block_ids: Iterable[int]) -> None:
-        """Move the free blocks of a checkpoint that was unpinned to the unpinned part.
+        """After a checkpoint was unpinned, move its free blocks to the unpinned part.
 
         Attention blocks that another checkpoint pins stay in the pinned part.
         """
@@ -92,7 +92,6 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
                 self.append(block)
 
     def _insert_unpinned(self, blocks: list[KVCacheBlock]) -> None:
-        """Append blocks to the unpinned part."""
         before = self._first_pinned.prev_free_block
         for block in blocks:
             before.next_free_block, block.prev_free_block = block, before

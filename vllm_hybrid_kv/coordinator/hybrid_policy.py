@@ -25,18 +25,18 @@ from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
 from vllm_hybrid_kv.coordinator.traffic import AnswerReturns, SeenPrefixes
 
 SEEN_LIMITS = (1 << 16, 1 << 22)
-"""The least and the greatest capacity of `SeenPrefixes`, in hashes of 2 to 4 bytes each."""
+"""The bounds of the capacity of `SeenPrefixes`, in hashes. Each hash takes 2 to 4 bytes."""
 
 STATES_OF_PROMPT = 3
 """Blocks per state group that a prompt may hold while it is computed: the states at the start and
 the end of a chunk, and one cached state. vLLM counts one block for a waiting prompt."""
 
 RARE = 0.25
-"""If a smaller share of answers recurs in the next prompts, no states are copied. Next prompts of
-reasoning models, for example, omit the reasoning."""
+"""If a smaller share of answers recurs in the next prompt, the states of decoding requests are not
+copied. Answers of reasoning models, for example, recur without the reasoning."""
 
 USUAL = 0.9
-"""If at least this share recurs, the end of an answer supersedes the end of its prompt."""
+"""If at least this share of answers recurs, an answer's end supersedes the end of its prompt."""
 
 
 PROMPT_ENDS = (CheckpointKind.PROMPT, CheckpointKind.SHORT)
@@ -98,7 +98,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         )
 
     def attach(self, kv_cache_manager: Any) -> None:
-        """Let states be cached at branch points inside a block, which vLLM does only for EAGLE."""
+        """Make vLLM cache states at branch points inside a block, which it does only for EAGLE."""
         super().attach(kv_cache_manager)
         if self.enable_partial_hash_hits and self.num_reprefillable_tokens == 0:
             kv_cache_manager.mamba_shared_prefix_checkpoint = True
@@ -151,12 +151,12 @@ class HybridAwareCoordinator(FixedPointCoordinator):
     def get_num_blocks_to_allocate(self, request_id: str, *args: Any, **kwargs: Any) -> int:
         """Return how many blocks a step of a request needs.
 
-        If the request keeps a state, it needs a new block of each state group to continue in. If no
-        block is free, the state is evicted, so that no other request is preempted.
+        A request whose state stays cached needs a new block in each state group to continue in. If
+        no block is free, evict the cached state, so that vLLM preempts no other request.
 
-        vLLM also asks whether a whole waiting prompt would fit. Blocks that running prompts still
-        need then count as taken. Otherwise, vLLM would start the prompt, preempt it later and waste
-        its computation.
+        vLLM also asks whether a whole waiting prompt would fit. In that case, count the blocks that
+        running prompts still need as taken. Otherwise, vLLM would start the prompt, preempt it
+        later and waste its computation.
         """
         needed = super().get_num_blocks_to_allocate(request_id, *args, **kwargs)
         if kwargs.get("apply_admission_cap"):
@@ -192,7 +192,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         return missing
 
     def _free_optional_states(self, request_id: str) -> bool:
-        """Free states that a request need not keep, and all copies. Return whether any existed."""
+        """Free a request's cached states, and all copies of states. Return whether any existed."""
         freed = False
         keys: set[BlockHash] = set()
         for group in self._state_groups:
@@ -246,7 +246,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
             self._enter(running, tokens, CheckpointKind.BOUNDARY)
 
     def _prompt_ends(self, request: Request) -> set[int]:
-        """Return where the next turn (or, with draft layers, the same prompt) can resume."""
+        """Return the tokens after which the next turn can resume (with drafts, also the prompt)."""
         length = request.num_prompt_tokens
         drafts = bool(self.eagle_group_ids)
         end = get_mamba_prefill_checkpoint_position(
@@ -259,7 +259,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         hashes = request.block_hashes
         limit = self._seen.longest(hashes, len(hashes))
         if request.num_preemptions:
-            # Not a new request: it returns to its own checkpoints.
+            # A preempted request is not new: it returns to its own checkpoints.
             latest = self.checkpoints.longest(hashes)
         else:
             latest = self.checkpoints.arrive(hashes, limit)

@@ -109,7 +109,7 @@ class FullAttentionLookup(GroupLookup):
         return self._runs
 
     def _scan(self, num_tokens: int) -> int:
-        """Return how many leading tokens all groups hold, from a scan of at least `num_tokens`."""
+        """Scan at least `num_tokens` tokens, and return how many leading ones all groups hold."""
         block_size = self.block_size
         most = min(cdiv(num_tokens, block_size), self.num_hashed // block_size)
         self._runs: list[list[KVCacheBlock]] = []
@@ -163,11 +163,11 @@ class FullAttentionLookup(GroupLookup):
 
 
 class _WindowLookup(GroupLookup):
-    """A lookup for attention to the last tokens only: it needs all blocks from a first one on."""
+    """Attention to the last tokens only. A hit needs all blocks from a certain block on."""
 
     @abstractmethod
     def _first_block(self, length: int) -> int:
-        """Return the index of the first block needed, which must not decrease with the length."""
+        """Return the first block that a hit needs. Longer hits must not need earlier blocks."""
 
     def longest(self, limit: int) -> int:
         """Return the greatest length up to `limit`.

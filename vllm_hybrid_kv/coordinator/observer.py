@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reports hits of the prefix cache: explanations, counters, DEBUG lines and a warning."""
+"""Reports prefix cache hits in explanations, counters, DEBUG lines and a warning."""
 
 from __future__ import annotations
 
@@ -27,10 +27,9 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.hybrid_kv")
 
 WARNING_REQUESTS = 100
-"""The warning sums the losses of this many requests."""
+"""The warning adds up the losses of this many requests, and then starts anew."""
 
 WARNING_INTERVAL_S = 600.0
-"""Minimum seconds between two warnings."""
 
 _REQUEST_COUNTERS = (
     "prefix_cache_requests",
@@ -55,7 +54,7 @@ class GroupKind:
         name: vLLM's name of the kind, with the suffix `_draft` if `draft`.
         draft: Whether its groups include draft layers.
         groups: Indices of its groups in the coordinator's `attention_groups`.
-        full_attention: Whether every earlier token is attended to.
+        full_attention: Whether its layers attend to every earlier token.
     """
 
     name: str

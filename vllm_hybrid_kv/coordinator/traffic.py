@@ -150,7 +150,7 @@ class _Generation:
 
 
 class SeenPrefixes:
-    """The prefixes of recent requests, to detect where a prompt branches off from earlier ones.
+    """Remembers prefixes of recent requests, to detect where a prompt branches off from them.
 
     A third request will probably resume at such a branch point, so its state is worth keeping (the
     admission rule of Marconi, arXiv 2411.19379). The cache itself cannot detect it, because most

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class PassedBlocks:
-    """Prevents the caching of state blocks if a chunk starts inside them and ends after them.
+    """Keeps vLLM from caching a state block if a chunk starts inside it and ends after it.
 
     A state is written where a chunk ends. If a chunk starts inside a state block and ends after it,
     the block keeps the state that the chunk started with. vLLM 0.32 and 0.33 cache it as the state
@@ -82,7 +82,7 @@ class PassedBlocks:
         request_id = request.request_id
         passed = self._passed[request_id]
         start = max(request.num_computed_tokens, self._resumed.get(request_id, 0))
-        # During decoding, the worker copies the state at a block's end into that block.
+        # In decoding, no block is passed: the worker copies the state at a block's end into it.
         if start < max(request.num_prompt_tokens, request.num_tokens - 1):
             for index, manager in enumerate(self._managers):
                 column, inside = divmod(start, manager.block_size)

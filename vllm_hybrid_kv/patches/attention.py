@@ -40,7 +40,8 @@ class BackendRegistration(Edit):
         """Return a problem if the name is taken, or if vLLM's slots are not as large as ours.
 
         vLLM aligns the blocks of hybrid models with its own slot sizes, even if our backend is
-        registered. Importing vLLM's backend would import FlashAttention, so this reads its table.
+        registered. Read these sizes from `TurboQuantConfig`, because importing vLLM's backend would
+        import FlashAttention.
         """
         from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
 
@@ -168,7 +169,7 @@ def selection_patch(context: Context) -> Patch:
 
 
 def several_head_sizes_patch(context: Context) -> Patch:
-    """Let each layer of a Gemma 4 with a k8v4 cache select its own backend."""
+    """Let each layer of a Gemma 4 model with a k8v4 cache select its own backend."""
 
     def verify_and_update_config(original: Any, vllm_config: VllmConfig) -> None:
         attention = vllm_config.attention_config

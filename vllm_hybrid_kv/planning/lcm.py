@@ -24,8 +24,6 @@ from vllm_hybrid_kv.planning.page_sizes import describe_layers
 
 
 class LeastCommonMultiple:
-    """The strategy `lcm`."""
-
     @hookimpl
     def hybrid_kv_unify_page_sizes(
         self, kv_cache_spec: dict[str, KVCacheSpec]

@@ -30,8 +30,6 @@ gives the source of the number."""
 
 
 class MinWaste:
-    """The strategy `min_waste`."""
-
     @hookimpl
     def hybrid_kv_unify_page_sizes(
         self, vllm_config: VllmConfig | None, kv_cache_spec: dict[str, KVCacheSpec]

@@ -116,7 +116,7 @@ def _stores(vllm_config: VllmConfig, spec: KVCacheSpec, dtype: str) -> bool:
 
 
 def _quantise_all(vllm_config: VllmConfig, settings: Settings) -> str:
-    """Return the option that quantises more of the skipped layers."""
+    """Advise how to quantise more of the skipped layers."""
     has_boundary = (
         vllm_config.cache_config.cache_dtype == CACHE_DTYPE
         and not vllm_config.model_config.is_hybrid
@@ -176,16 +176,16 @@ def _padded_pool(
 
 
 def _less_padding_of_states(vllm_config: VllmConfig, layers: Mapping[str, KVCacheSpec]) -> str:
-    """Return advice that reduces the padding of states that vLLM itself padded.
+    """Advise how to reduce the padding of states that vLLM itself padded.
 
-    vLLM multiplies the block until a page of attention covers a state.
+    vLLM enlarges blocks until a page of attention holds a state, and pads the state to that page.
     """
     attention = [spec for spec in layers.values() if isinstance(spec, AttentionSpec)]
     states = [content_bytes(spec) for spec in layers.values() if isinstance(spec, MambaSpec)]
     if attention and states:
         per_token = max(content_bytes(spec) / spec.block_size for spec in attention)
         tokens = math.ceil(max(states) / per_token)
-        # On CPUs, vLLM takes multiples of 32. Of sizes with equal blocks, advise the largest.
+        # vLLM takes multiples of 32 on CPUs. If several lead to one block, advise the largest.
         sizes = {-(-tokens // size) * size: size for size in (32, 64, 128)}
         if min(sizes) < vllm_config.cache_config.block_size:
             size = sizes[min(sizes)]
@@ -204,7 +204,7 @@ def _less_padding_of_states(vllm_config: VllmConfig, layers: Mapping[str, KVCach
 def _less_padding(
     vllm_config: VllmConfig, settings: Settings, layers: Mapping[str, KVCacheSpec]
 ) -> str:
-    """Return advice that reduces padding. No other strategy wastes less than `min_waste`."""
+    """Advise how to reduce padding. No other strategy wastes less than `min_waste`."""
     if settings.unify_page_sizes != "min_waste":
         return _set(settings, "unify_page_sizes", "min_waste")
     modes = {spec.kv_quant_mode for spec in layers.values() if isinstance(spec, AttentionSpec)}
