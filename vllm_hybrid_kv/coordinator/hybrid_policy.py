@@ -207,7 +207,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
                 keys.add(get_block_hash(block.block_hash))
             self.block_pool._maybe_evict_cached_block(block)
             freed = True
-        # Another request with the same prefix may have registered the checkpoint.
+        # A checkpoint of another request with the same prefix may need an evicted state.
         for key in keys:
             self._queue.recheck(key)
         for running in self._running.values():
@@ -246,7 +246,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
             self._enter(running, tokens, CheckpointKind.BOUNDARY)
 
     def _prompt_ends(self, request: Request) -> set[int]:
-        """Return the tokens after which the next turn can resume (with drafts, also the prompt)."""
+        """Return the lengths at which the next turn (with drafts, also the prompt) can resume."""
         length = request.num_prompt_tokens
         drafts = bool(self.eagle_group_ids)
         end = get_mamba_prefill_checkpoint_position(

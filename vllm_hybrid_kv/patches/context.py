@@ -41,11 +41,11 @@ class Context:
     on_engine_config: list[Callable[[VllmConfig, Settings], None]] = field(default_factory=list)
 
     def rebind(self, name: str, around: Callable[..., Any]) -> Rebinding:
-        """Make the edit with which calls of a target become calls of `around`, see `Rebinding`."""
+        """Make the edit that redirects calls of a target to `around`, see `Rebinding`."""
         return Rebinding(self.targets[name], around)
 
     def check(self, additional_config: object) -> Settings:
-        """Return the settings of a command line and the environment, and check them.
+        """Resolve and check the settings of a command line and the environment.
 
         Raises:
             HybridKVError: A setting is not valid, or names a strategy that does not exist.

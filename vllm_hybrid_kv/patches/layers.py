@@ -93,7 +93,7 @@ def _get(config: Any, name: str) -> Any:
 
 
 def layer_dtype_patch(context: Context) -> Patch:
-    """Fix the cache dtype of layers that share pages, and the backend of unquantised layers."""
+    """Correct the cache dtype of layers that share pages, and the backend of unquantised layers."""
 
     def init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         call = inspect.signature(original).bind(self, *args, **kwargs)

@@ -71,7 +71,7 @@ class Target:
 
 
 def underlying(binding: Any) -> FunctionType:
-    """Return the function inside a classmethod, staticmethod, property, cache or plain binding.
+    """Unwrap the function in a classmethod, staticmethod, property or cache, or return it as it is.
 
     Raises:
         TypeError: The binding is something else.
@@ -148,7 +148,7 @@ class Edit:
 
 
 class UnchangedTarget(Edit):
-    """Changes nothing, but requires the supported source of a function that the plugin relies on.
+    """Changes nothing, but requires that a function the plugin relies on has a supported source.
 
     Most of these targets define private members of vLLM that the plugin uses.
     """
@@ -241,8 +241,6 @@ class Patch:
 
 
 class ActivePatches:
-    """The patches of this process."""
-
     def __init__(self, patches: Iterable[Patch]) -> None:
         """Apply all patches, or none.
 

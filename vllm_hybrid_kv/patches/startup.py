@@ -26,7 +26,7 @@ VARIABLE = "HYBRID_KV_REFUSAL"
 
 
 class RefusalHandler(logging.Handler, Edit):
-    """Writes a refusal that vLLM logs in a process of an engine to the file of `VARIABLE`."""
+    """Writes a refusal to the file of `VARIABLE` if vLLM logs it in a child process."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)

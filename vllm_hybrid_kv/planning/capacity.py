@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many tokens a pool of KV blocks holds, and the shortest prompt that can hit its cache."""
+"""Computes how many tokens a pool of KV blocks holds, and which prompts are too short to hit."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SHORT_REQUEST = 512
 
 
 class GrowingGroups:
-    """The strategy `growing`: the groups that need more blocks the longer a sequence gets.
+    """The strategy `growing`: counts the groups that need more blocks as a sequence gets longer.
 
     This is the rule of vLLM's #40384 and #40417. Full attention and its subclasses grow. Mamba
     grows only in cache mode `all`, which keeps a state per block. Bounded kinds, such as sliding
@@ -58,7 +58,7 @@ class GrowingGroups:
 def token_capacity_kv_cache_groups(
     vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
 ) -> list[KVCacheGroupSpec]:
-    """Return the groups that `GrowingGroups` counts, with the signature of vLLM's #40384."""
+    """Return the groups that `GrowingGroups` counts. The signature is that of vLLM's #40384."""
     del vllm_config
     return GrowingGroups().hybrid_kv_token_capacity_groups(kv_cache_config)
 
@@ -148,7 +148,7 @@ def capacity(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Capacit
 
 
 def blocks_per_request(vllm_config: VllmConfig, spec: KVCacheSpec, tokens: int) -> int:
-    """Return the most blocks of one group that a request holds at once.
+    """Return how many blocks of one group a request holds at once, at most.
 
     A request holds the blocks that its tokens (prompt and answer) span, plus speculative states,
     but no more than vLLM reserves for the group's kind. At `max_model_len` this is vLLM's own
@@ -234,7 +234,7 @@ def smallest_hit(
         isinstance(group.kv_cache_spec, UniformTypeKVCacheSpecs)
         for group in kv_cache_config.kv_cache_groups
     ):
-        # This is a worker's plan, but only the specs of the scheduler's plan have managers.
+        # Convert a worker's plan, because only the specs of the scheduler's plan have managers.
         kv_cache_config = generate_scheduler_kv_cache_config([kv_cache_config])
     alignment = resolve_cache_hit_alignment_tokens(
         kv_cache_config, vllm_config, scheduler_block_size, hash_block_size

@@ -25,7 +25,7 @@ TOLERANCE = 0.01
 longer, a request wastes `n / 2` more tokens of its last block on average, and hits less."""
 
 REFERENCE_REQUEST = 3_200
-"""Tokens of the request for which padding is weighed against the match unit. `docs/planning.md`
+"""Padding is weighed against the match unit for a request of this many tokens. `docs/planning.md`
 gives the source of the number."""
 
 
@@ -67,7 +67,7 @@ def unify_with_least_waste(
     tolerance: float = TOLERANCE,
     reference: float | None = None,
 ) -> dict[str, KVCacheSpec]:
-    """Return the specs, in the same order, with pages of the size that leaves the least padding.
+    """Give the pages of all layers the size that leaves the least padding. Keep the specs' order.
 
     Without a reference request, the candidates range from the largest page (without padding) to the
     size that `lcm` aims at. The size with the least padding wins, and of equal sizes the smallest.
@@ -85,8 +85,7 @@ def unify_with_least_waste(
 
     Raises:
         NotImplementedError: No size suits all layers, up to the size at which every block holds
-            the longest sequence. vLLM then tries to allocate sliding-window layers like
-            full attention.
+            the longest sequence. vLLM then tries to allocate windows like full attention.
     """
     # One layer represents its kind, because models have hundreds of layers but few kinds.
     # Layers with equal specs may differ in marks that vLLM does not compare (`is_draft`).
@@ -134,7 +133,7 @@ def unify_with_least_waste(
 
 
 def _filled_by_lcm(kinds: Kinds, page: int) -> float | None:
-    """Return the share of the pool that `lcm` fills, or None if its page suits not all layers."""
+    """Return the share of the pool that `lcm` fills, or None if its page cannot suit all layers."""
     used = 0
     for kind, layers in kinds:
         planned = with_page_size(kind.spec, page)

@@ -63,13 +63,13 @@ class LayerKind(ABC):
 
     @abstractmethod
     def steps(self, low: int, high: int) -> Bytes:
-        """Return at least those pages from `low` to `high` at which the number of blocks grows.
+        """Return pages from `low` to `high`, including all at which the number of blocks grows.
 
-        Kinds that are not elastic return at least all possible pages in this range.
+        If the kind is not elastic, include all its possible pages in this range.
         """
 
     def within(self, match_unit: int) -> LayerKind:
-        """Restrict this kind to blocks that divide a match unit. The unit is whole old blocks."""
+        """Restrict this kind to blocks that divide the match unit, a multiple of the old block."""
         return self
 
     def held(self, request: float) -> float:
@@ -100,7 +100,7 @@ class LayerKind(ABC):
         return np.minimum(self.blocks(pages), self.cap) * self.unit
 
     def used_in(self, planned: KVCacheSpec) -> int:
-        """Return the bytes that can hold tokens or a state in a page of any strategy's plan."""
+        """Return the same as `used` for the page of a spec that any strategy has planned."""
         return min(planned.block_size // self.spec.block_size, self.cap) * self.unit
 
 
@@ -108,8 +108,8 @@ class LayerKind(ABC):
 class Padded(LayerKind):
     """Layers that can be padded: states, and attention whose kernels take any multiple of a block.
 
-    A planned block must divide `whole` old blocks. With 0, its length is free. vLLM needs this for
-    chunked local attention, because it splits a chunk into whole blocks.
+    A planned block must divide `whole` old blocks, unless `whole` is 0. For chunked local
+    attention, `whole` divides the chunk, because vLLM splits a chunk into whole blocks.
     """
 
     whole: int = 0
@@ -196,7 +196,7 @@ class Listed(LayerKind):
 
     Attributes:
         pages: Bytes of the pages, ascending.
-        counts: Old blocks in each page. Any other page of elastic layers holds one.
+        counts: Old blocks in each page. If layers are elastic, any other page holds one.
     """
 
     pages: tuple[int, ...]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Searches the best page that suits all layers. `docs/planning.md` proves that it finds it."""
+"""Searches for the best page that suits all layers. `docs/planning.md` has the proof."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _least_costs(kinds: Kinds, units: Bytes, reference: float) -> Shares:
 
 
 class PageSearch:
-    """Searches the pages that suit all of some layers (common pages).
+    """Searches for common pages, which suit all of some layers.
 
     Attributes:
         least: Bytes of the largest page before planning, without padding. No common page is
@@ -125,7 +125,7 @@ class PageSearch:
         return best
 
     def best_for(self, request: float) -> CommonPage | None:
-        """Return the smallest page with the least padding in the pages of a request, or None.
+        """Return the page that wastes least in one request (of several the smallest), or None.
 
         Pages larger than the longest blocks need are left out, because they only add padding.
         """
@@ -170,7 +170,7 @@ class PageSearch:
         return -(-size // self._granularity) * self._granularity
 
     def _common(self, low: int, high: int) -> Bytes:
-        """Return pages that suit all layers, ascending, with the best page of every sub-range."""
+        """Return pages that suit all layers, ascending. They include the best of any range."""
         sizes = np.unique(np.concatenate(list(self._candidates(low, high))))
         suits = (sizes >= low) & (sizes <= high) & (sizes % self._granularity == 0)
         for kind, _ in self._kinds:

@@ -40,7 +40,7 @@ def startup_warnings(
 ) -> list[str]:
     """Return one line for each problem of a plan, with what to change.
 
-    The problems also occur without the plugin's strategies. Both block sizes are in tokens, from
+    The problems can occur with any strategy, also `stock`. Both block sizes are in tokens, from
     `resolve_kv_cache_block_sizes`. `layers` has the spec of every layer before planning. It can be
     None if the plan is a worker's, which has the specs of all layers (the scheduler's does not).
     """

@@ -111,7 +111,7 @@ def check_pages(
     """
     name = next((name for name, *_ in _connectors(vllm_config) if name in HANDSHAKE), None)
     for group in kv_cache_config.kv_cache_groups:
-        # A single layer has its own memory.
+        # A single layer has its own memory, so its padding does no harm.
         if name is None or len(group.layer_names) == 1:
             continue
         for spec in iter_layer_specs(group.kv_cache_spec):
@@ -127,7 +127,7 @@ def check_pages(
 
 
 def _connectors(vllm_config: VllmConfig) -> Iterator[tuple[str, str | None, Mapping[str, Any]]]:
-    """Yield the name, the module if it is not vLLM's, and the options of each connector.
+    """Yield each connector's name, its module (None if it is vLLM's own) and its options.
 
     Yield nothing without a k8v4 cache.
     """
@@ -176,7 +176,7 @@ def init_example_connector(
 
 
 def _words_of(manifest: Path) -> str:
-    """Read from a manifest, in words, in which format pages are stored."""
+    """Read the fingerprint of stored pages from their manifest, in words for a message."""
     try:
         return str(json.loads(manifest.read_text())["words"])
     except (OSError, ValueError, LookupError, TypeError):

@@ -63,7 +63,7 @@ def fingerprint_of(vllm_config: VllmConfig) -> PageFingerprint | None:
     from vllm.platforms import current_platform
 
     head_size = model.get_head_size()
-    # The same choice as `attention.kernel_factory.kernels_for`, which needs a tensor's device.
+    # Choose like `attention.kernel_factory.kernels_for`, which would need a tensor's device.
     on_cpu = current_platform.is_cpu() and STATE.settings.cpu_isa != INTERPRETER
     layout = k8v4.Layout.CPU_TILED if on_cpu else k8v4.Layout.LINEAR
     return PageFingerprint(
