@@ -7,4 +7,4 @@ CACHE_DTYPE = "turboquant_k8v4"
 """The value of `--kv-cache-dtype` that selects k8v4 pages."""
 
 BACKEND = "TURBOQUANT"
-"""vLLM's registry name of the attention backend that reads k8v4 pages."""
+"""The name under which vLLM registers the attention backend that reads k8v4 pages."""

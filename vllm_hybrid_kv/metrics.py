@@ -104,7 +104,7 @@ MULTIPROC = "PROMETHEUS_MULTIPROC_DIR"
 """The variable that names the folder of prometheus_client's multi-process mode. vLLM sets it."""
 
 VARIABLE = "HYBRID_KV_METRICS_DIR"
-"""The variable that names our folder for child processes. It is not a setting."""
+"""The variable that tells child processes which folder is ours. It is not a setting."""
 
 
 def publish(_: object, settings: Settings) -> None:
@@ -134,7 +134,7 @@ def _remove(folder: str, owner: int) -> None:
 
 
 def engine_labels() -> dict[str, str]:
-    """Return the labels that vLLM's metrics have for the engine of this process."""
+    """Return the labels with which vLLM's own metrics mark the engine of this process."""
     config = STATE.engine_config
     if config is None:
         return {"model_name": "", "engine": "0"}

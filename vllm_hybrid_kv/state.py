@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Holds the plugin's state in this process. No other module has mutable globals."""
+"""Holds the plugin's state in this process. All other mutable globals are caches."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ProcessState:
             spec of each layer. They are kept because a plan has only one spec for each group.
         metrics_files: The open files of counters (`MmapedDict`), by process id and folder.
         metrics_owner: Id of the process that made the folder of metric files, or None. In a forked
-            child it differs from the child's own id, so the child makes its own folder.
+            child it is not the child's own id, which shows that the folder is the parent's.
     """
 
     active_patches: ActivePatches | None = None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's attention backend interface over the k8v4 kernels, for every device.
+"""Implements vLLM's attention backend interface with the k8v4 kernels, for every device.
 
 A layer's cache is vLLM's uint8 view `[num_blocks, num_kv_heads, block_size, slot_bytes]`. The
 kernels treat each `[block_size, slot_bytes]` part as one k8v4 region (see `kernels/k8v4.py`). How

@@ -95,7 +95,7 @@ class Checkpoint:
 
     @property
     def kind(self) -> CheckpointKind:
-        """Its place, or the kind that it has changed to because it was superseded or reused."""
+        """The current kind: `place`, unless the checkpoint was superseded or reused since."""
         if self.superseded:
             return CheckpointKind.SUPERSEDED
         return CheckpointKind.REUSED if self.uses > 1 else self.place
@@ -137,7 +137,7 @@ class Checkpoints:
         self._tracked: dict[BlockHash, Checkpoint] = {}
         self.pinned: list[Checkpoint] = []
         self.pins: Counter[int] = Counter()
-        """By id of an attention block, how many pinned checkpoints need this block."""
+        """How many pinned checkpoints need each attention block, by the block's id."""
         self._curves = {kind: ReuseCurve(PRIOR.get(kind, 1.0)) for kind in CheckpointKind}
         self._now = 0
         self._price = 0.0

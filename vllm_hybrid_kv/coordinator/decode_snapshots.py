@@ -19,7 +19,7 @@ Linear attention computes in chunks of 64 tokens, so a request that resumes at a
 chunks as a request that starts at 0."""
 
 MAX_SHARE = 32
-"""Copies of states may take at most one block in this many."""
+"""Copies of states may take at most one block in 32."""
 
 
 @dataclass

@@ -120,7 +120,7 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
         self.unpinned.discard(block.block_id)
 
     def prepend_n(self, blocks: list[KVCacheBlock]) -> None:
-        """Insert blocks without a hash at the front."""
+        """Insert blocks at the front. vLLM passes only blocks without a hash."""
         super().prepend_n(blocks)
         self.unpinned.update(block.block_id for block in blocks)
 

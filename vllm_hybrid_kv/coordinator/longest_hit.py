@@ -129,7 +129,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
                 _collect_blocks(lookup, length, hits)
             for group_id in group.group_ids:
                 lengths[group_id] = length
-        # Groups may hit different lengths, because a KV connector loads what the shorter ones lack.
+        # Do not reconcile the lengths, because a KV connector loads what shorter hits lack.
         self.observer.last_lookup = Reconciliation(block_hashes, max_cache_hit_length, 0, [], [])
         return tuple(hits), tuple(lengths)
 

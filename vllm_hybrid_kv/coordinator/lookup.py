@@ -62,7 +62,7 @@ class GroupLookup(ABC):
         self.block_size = manager.block_size
         """Tokens per block, over all ranks of decode context parallelism."""
         self.num_hashed = len(block_hashes) * self.unit
-        """Tokens of the request that can be looked up."""
+        """How many tokens of the request have hashes, and so can be looked up."""
         self.lookahead = min(alignment, manager.block_size) if group.use_eagle else 0
         """Tokens that draft layers require beyond the length that they serve."""
         self.cached = list(map(pool.cached_block_hash_to_block.group, group.group_ids))
@@ -285,4 +285,4 @@ LOOKUPS: dict[object, type[GroupLookup]] = {
     ChunkedLocalAttentionManager.find_longest_cache_hit.__func__: ChunkedLocalLookup,
     MambaManager.find_longest_cache_hit.__func__: MambaLookup,
 }
-"""Lookup classes by the `find_longest_cache_hit` of vLLM's managers, which subclasses inherit."""
+"""The lookup class of each manager. The key is a method, because subclasses inherit that."""

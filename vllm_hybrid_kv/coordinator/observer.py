@@ -204,7 +204,7 @@ class HitObserver:
         reach = max((n for n in full or served if n is not None), default=0)
         lost = [0] * len(groups)
         for index, before, after in lookup.answers:
-            # Tokens after `reach` do not count as lost, because full attention lacks them too.
+            # Tokens after `reach` do not count as lost, because no hit could have included them.
             lost[index] += max(min(before, reach) - after, 0)
         kinds = tuple(
             KindHit(kind.name, kind.draft, tokens, sum([lost[index] for index in kind.groups]))

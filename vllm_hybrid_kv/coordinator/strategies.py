@@ -60,7 +60,7 @@ class HybridAware(FixedPoint):
 
 
 class AutoMatchUnit:
-    """The strategy `auto`: a fine unit if vLLM can end a hit inside a block."""
+    """The strategy `auto`: chooses a fine unit if vLLM can end a hit inside a block."""
 
     @hookimpl
     def hybrid_kv_prefix_match_unit(

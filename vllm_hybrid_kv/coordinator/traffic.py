@@ -49,7 +49,7 @@ class ReuseCurve:
         self.update(())
 
     def record(self, since: int, age: int, returned: bool) -> None:
-        """Record that a checkpoint has waited until an age, and whether a request then used it.
+        """Record the age that a checkpoint reached, and whether a request used it at that age.
 
         The checkpoint changed to this kind at the age `since`. Ages are in requests.
         """

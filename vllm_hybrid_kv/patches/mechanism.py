@@ -74,7 +74,7 @@ def underlying(binding: Any) -> FunctionType:
     """Unwrap the function in a classmethod, staticmethod, property or cache, or return it as it is.
 
     Raises:
-        TypeError: The binding is something else.
+        TypeError: The binding contains no Python function.
     """
     function: Any = binding.fget if isinstance(binding, property) else binding
     if isinstance(binding, classmethod | staticmethod) or _is_cached(function):

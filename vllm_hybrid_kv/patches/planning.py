@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The patches of the KV cache plan: page sizes, capacity, block alignment, blocks of states."""
+"""Patches vLLM's KV cache planning: page sizes, capacity, block alignment, state blocks."""
 
 from __future__ import annotations
 

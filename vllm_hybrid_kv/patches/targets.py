@@ -9,7 +9,7 @@ from __future__ import annotations
 from vllm_hybrid_kv.patches.mechanism import Target
 
 MINORS = ("0.32", "0.33")
-"""The supported minors of vLLM, the columns of the tables."""
+"""The supported minors of vLLM. Each has a column in the tables."""
 
 SUPPORTED = " and ".join(MINORS)
 

@@ -250,7 +250,7 @@ def smallest_hit(
 def _draft_margin(
     vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, alignment: int, hash_block_size: int
 ) -> int:
-    """Return how many cached tokens draft layers need after a hit, 0 without draft layers."""
+    """Return how many cached tokens draft layers need after a hit, or 0 if there are none."""
     speculative = vllm_config.speculative_config
     drops = speculative is not None and speculative.use_eagle_block_drop()
     if not drops and hasattr(vllm_config, "num_hash_lookahead_tokens"):

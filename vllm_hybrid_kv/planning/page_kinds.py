@@ -54,7 +54,7 @@ class LayerKind(ABC):
 
     @property
     def longest_page(self) -> int:
-        """The page that holds the longest sequence, in bytes."""
+        """Bytes of the page whose block holds the longest sequence."""
         return self.cap * self.least_page
 
     @abstractmethod
@@ -116,7 +116,7 @@ class Padded(LayerKind):
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
-        """The divisors of `whole` below the cap, and the first divisor that reaches the cap."""
+        """The possible numbers of old blocks: divisors of `whole`, up to the first >= `cap`."""
         divisors = _divisors(self.whole)
         return divisors[: bisect_left(divisors, self.cap) + 1]
 

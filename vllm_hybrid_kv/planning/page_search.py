@@ -19,7 +19,7 @@ from vllm_hybrid_kv.planning.page_kinds import (
 )
 
 Kinds = Sequence[tuple[LayerKind, int]]
-"""Each kind of layer and its number of layers."""
+"""Each kind of layer, and how many layers it has."""
 
 Shares = npt.NDArray[np.float64]
 

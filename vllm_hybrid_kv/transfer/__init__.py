@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages that leave an engine: their fingerprint, and the connectors that can carry them."""
+"""Handles pages that leave an engine: fingerprints them, and checks the KV connectors."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The KV connectors of vLLM that can carry k8v4 pages, and the folders of ExampleConnector.
+"""Checks that KV connectors can carry k8v4 pages, and chooses folders for ExampleConnector.
 
 A connector can carry k8v4 pages if it copies whole pages, whatever their content, and detects peers
 that cannot read them. Its handshake, keys or folders then contain the fingerprint. All other
