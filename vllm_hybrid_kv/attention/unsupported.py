@@ -197,7 +197,7 @@ def _layer_under_construction() -> str:
 
 def _advice_for(layer: str, refusal: Refusal) -> str:
     numbers = [int(part) for part in layer.split(".") if part.isdigit()]
-    # vLLM leaves a layer unquantised by its index, which must be the only number in its name.
+    # vLLM finds the layers to leave unquantised by the only number in their names.
     if not refusal.skippable or len(numbers) != 1:
         return _sentence(refusal.advice)
     config = get_current_vllm_config_or_none()

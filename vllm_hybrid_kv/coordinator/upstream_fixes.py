@@ -51,7 +51,7 @@ class PassedBlocks:
     """
 
     def __init__(self, managers: Iterable[SingleTypeKVCacheManager]) -> None:
-        """Select the managers of cached states from the managers of all groups."""
+        """Select those of all groups' managers that cache states."""
         self._managers = [
             manager
             for manager in managers
@@ -64,7 +64,7 @@ class PassedBlocks:
         self._passed: defaultdict[str, set[tuple[int, int]]] = defaultdict(set)
 
     def resume(self, request_id: str, num_computed_tokens: int) -> None:
-        """Record after how many hit and loaded tokens a request resumes."""
+        """Record after how many tokens (hit, or loaded by a connector) a request resumes."""
         self._resumed[request_id] = num_computed_tokens
 
     def forget(self, request_id: str) -> None:
@@ -112,8 +112,8 @@ class StepWrites:
     vLLM enters a block into the hash map when its tokens are scheduled, so another request may hit
     it in the same step. A whole block is read after it is written. But if a hit ends inside the
     block, the block is copied before the step, when the new tokens are not yet in it. vLLM
-    postpones such a request only if the same step computes the state that it hits. But the state
-    may be older: its attention blocks were evicted, and this step recomputes them.
+    postpones such a request only if the same step computes the state that it hits. It does not if
+    the state is older, although this step may recompute attention blocks that were evicted.
 
     A decoding request writes its last block in every step. The tokens that it wrote there in
     earlier steps can be copied at any time.
@@ -127,7 +127,7 @@ class StepWrites:
             if manager.supports_fine_grained_hash_lookup and not isinstance(manager, MambaManager)
         }
         self.first_written: dict[int, int] = {}
-        """By block id, the first token that the step writes. The step's start clears it."""
+        """By block id, the first token that the current step writes. Cleared at each step."""
 
     def add(self, request: Request, num_computed_tokens: int) -> None:
         """Track the blocks that a step writes. `num_computed_tokens` includes the step."""
@@ -200,10 +200,10 @@ ALLOWED_BY = "allow_unsafe_drafts"
 """The setting that lets an engine start even if drafts can corrupt its cached states."""
 
 TEXT_METHODS = ("ngram", "suffix")
-"""Methods that draft from the text, without a draft model and with synchronous scheduling."""
+"""These methods draft from the text. They need no draft model and schedule synchronously."""
 
 EXPORTING_LAYER = "MambaMixer2"
-"""The layer that exports a state from within a prompt's last chunk in every configuration."""
+"""This layer always exports the state at a prompt's end from within the last chunk."""
 
 
 def check_drafts(vllm_config: VllmConfig) -> None:
