@@ -15,7 +15,7 @@ from vllm_hybrid_kv.kernels import cpu
 from vllm_hybrid_kv.kernels.known_answer import Call, steps
 
 _ROWS = (1, 2, 4, 8, 16, 65)
-"""Row counts (tokens x heads per KV head) that reach every code path. Above 64, keys stay whole."""
+"""Numbers of rows (tokens x heads per KV head) for all code paths. Over 64, keys are not split."""
 
 
 class CpuKernels(Kernels):

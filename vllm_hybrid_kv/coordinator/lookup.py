@@ -99,7 +99,7 @@ class FullAttentionLookup(GroupLookup):
         return round_down(max(0, min(limit, self._reach - self.lookahead)), self.alignment)
 
     def blocks(self, length: int) -> list[list[KVCacheBlock]]:
-        """Return the blocks. Call it once: it truncates the lists of the scan."""
+        """Return the blocks. Call this once only, because it truncates the lists of the scan."""
         count = cdiv(length, self.block_size)
         for run in self._runs:
             del run[min(count, self._num_whole) :]

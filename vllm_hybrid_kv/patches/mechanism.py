@@ -277,7 +277,7 @@ class ActivePatches:
         _raise_if_any(failure for *_, failures in self.table() for failure in failures)
 
     def table(self) -> list[tuple[Patch, str, list[str]]]:
-        """Return the patch, the name and the failures of each edit; an active edit has none."""
+        """Return each edit's patch, name and failures. An edit that is active has no failures."""
         edits = {id(edit.original): edit for edit in self._rebindings()}
         stale: dict[Edit, list[str]] = defaultdict(list)
         for module, name, value in globals_among(edits):

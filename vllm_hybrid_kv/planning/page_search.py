@@ -125,7 +125,7 @@ class PageSearch:
         return best
 
     def best_for(self, request: float) -> CommonPage | None:
-        """Return the page that wastes least in one request (of several the smallest), or None.
+        """Return the page that wastes least in one request, or None. If several do, the smallest.
 
         Pages larger than the longest blocks need are left out, because they only add padding.
         """
