@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks the kernels' arguments, on every device, before a kernel touches memory.
+"""Check the arguments of the kernels, on every device, before a kernel touches memory.
 
-The checks run at every call, so messages are formatted only for an error.
+The checks run at every call, so they format a message only if one fails.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import torch
 from vllm_hybrid_kv.kernels import k8v4
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""Dtypes of queries, keys, values and outputs."""
+"""The dtypes that queries, keys, values and outputs may have."""
 
 ATTENTION, STORE = "k8v4 attention", "quantise_and_store"
 
 
 def attention_error(reason: str) -> ValueError:
-    """Return the error of an invalid call of `paged_attention`."""
+    """Build the exception to raise for an invalid call of `paged_attention`."""
     return ValueError(f"{ATTENTION}: {reason}")
 
 
 def invalid(call: str, name: str, tensor: torch.Tensor, *expected: object) -> ValueError:
-    """Return the error of a tensor that is not as `expected`, the parts of a sentence."""
+    """Build the exception for an invalid tensor. `expected` is the text after "must be"."""
     parts = (list(part) if isinstance(part, torch.Size) else part for part in expected)
     return ValueError(
         f"{call}: {name} must be {' '.join(map(str, parts))}, got {tensor.dtype} "
@@ -47,8 +47,8 @@ def check_attention(
     Args:
         query, cache, block_table, seq_lens, query_start_loc, out, sinks, lse: As for
             `paged_attention`.
-        debug: Also check that lengths and block numbers stay inside the tensors, which reads them
-            all, and waits for a GPU.
+        debug: Also check that lengths and block numbers stay inside the tensors. This reads them
+            all, so it waits for a GPU.
 
     Raises:
         ValueError: A shape, dtype, stride, device or, with `debug`, an index is invalid.
@@ -94,7 +94,7 @@ def check_attention(
         raise invalid(ATTENTION, "sinks", sinks, "one number for each of", num_heads, "query heads")
     if lse is not None and (lse.dtype != torch.float32 or lse.shape != shape[:2]):
         raise invalid(ATTENTION, "lse", lse, "float32", shape[:2])
-    # An address of another device is invalid here, and reading it ends the process.
+    # A kernel that reads the memory of another device crashes the process.
     for name, tensor in (
         ("cache", cache), ("block_table", block_table), ("seq_lens", seq_lens),
         ("query_start_loc", starts), ("out", out), ("sinks", sinks), ("lse", lse),
@@ -183,10 +183,10 @@ def check_store(
 
 
 def check_duplicates(slots: torch.Tensor) -> None:
-    """Reject slots that are named twice, because either token could win.
+    """Reject a slot that two tokens name, because it could end up with either token.
 
     Raises:
-        ValueError: A slot of `slots` is named twice.
+        ValueError: A slot occurs twice in `slots`.
     """
     named, counts = slots[slots >= 0].unique(return_counts=True)
     twice = named[counts > 1]

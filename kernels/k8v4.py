@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The k8v4 page format: 8-bit keys and 4-bit values. The single source of truth.
 
-A page holds one kernel block of `N` tokens of one layer, one region after another for each KV
-head. In every layout, a region is `N * slot_bytes(D)` bytes long and made of four planes:
+A page holds one kernel block (`N` tokens) of one layer, in one region per KV head. In every
+layout, a region is `N * slot_bytes(D)` bytes long and consists of four planes:
 
     keys [N * D]  |  values [N * D/2]  |  key scales [N] fp16  |  value scales [N] fp16
 
-Keys and values are rotated among the dims of a head before they are rounded, see `rotation_stages`:
+Each key and value is rotated (see `rotation_stages`) before it is rounded to codes. To decode:
 
     key = rotate(code * key_scale), code from -127 to 127
     value = rotate((code - 7.5) * value_scale), code from 0 to 15
@@ -14,8 +14,8 @@ Keys and values are rotated among the dims of a head before they are rounded, se
 A layout places a token's bytes inside their planes. One byte never holds bits of two tokens, so
 that writing a token is never a read-modify-write.
 
-Bytes per token and head: D + D/2 + 4 (196 at D = 128, 772 at D = 512). A slot of vLLM's own
-TurboQuant k8v4 has as many, so that both lead to the same memory plan.
+Bytes per token and head: D + D/2 + 4 (196 at D = 128, 772 at D = 512). vLLM's own TurboQuant k8v4
+has slots of the same size, so both formats lead to the same memory plan.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import enum
 from dataclasses import dataclass
 
 FORMAT_VERSION = 2
-"""Raised with every change that gives the same bytes another meaning."""
+"""Increase this whenever the same bytes in a page get another meaning."""
 
 KEY_STEPS = 127
 """Largest magnitude of a key code."""
@@ -33,47 +33,47 @@ VALUE_LEVELS = 16
 """Number of value codes: 0 to 15."""
 
 MIDDLE_VALUE_CODE = (VALUE_LEVELS - 1) / 2
-"""The code of 0, between two codes."""
+"""The value 0 as a code. It lies between the codes 7 and 8."""
 
 SCALE_MAX = 65504.0
-"""Largest finite scale, the largest fp16 number."""
+"""The largest scale: the largest finite fp16 number."""
 
 KEY_MAX = KEY_STEPS * SCALE_MAX
-"""Largest rotated key; keys are clamped to it before and after the rotation."""
+"""Keys are clamped to plus or minus this, before and after the rotation."""
 
 VALUE_MAX = MIDDLE_VALUE_CODE * SCALE_MAX
-"""Largest rotated value; values are clamped to it before and after the rotation."""
+"""Values are clamped to plus or minus this, before and after the rotation."""
 
 NAN_SCALE_BITS = 0x7E00
-"""The fp16 scales of a token whose key or value held a NaN."""
+"""The bits of both fp16 scales of a token whose key or value holds a NaN."""
 
 TILE_TOKENS = 16
-"""Tokens of a tile of `Layout.CPU_TILED`; every page size is a multiple of it."""
+"""Tokens in a tile of `Layout.CPU_TILED`. Every page size is a multiple of this."""
 
 HEAD_SIZES = (*range(64, 257, 8), 512)
-"""The supported numbers of dims of a head."""
+"""The head sizes (dims per head) that the format supports."""
 
 MAX_HEAD_SIZE = HEAD_SIZES[-1]
 
 
 class Layout(enum.Enum):
-    """The places of a token's bytes inside the key and value planes of a page.
+    """Where a token's bytes are inside the key and value planes of a page.
 
-    `LINEAR`: a token's bytes are contiguous. Key (t, d) is byte `t * D + d`, a signed code. Value
-    (t, d) is in byte `t * D/2 + d // 2`, even dims in the low nibble. GPUs use it.
+    `LINEAR`, for GPUs: a token's bytes are contiguous. Key (t, d) is byte `t * D + d`, a signed
+    code. Value (t, d) is in byte `t * D/2 + d // 2`, even dims in the low nibble.
 
-    `CPU_TILED`: for the integer dot products of CPUs, which sum over four neighbouring bytes or
-    two neighbouring words; tiles of 16 tokens, one after another. CPUs use it.
+    `CPU_TILED`, for CPUs: tiles of 16 tokens, one after another. Integer dot products sum over
+    four neighbouring bytes or two neighbouring words, so a tile puts these next to each other:
 
-    * keys: a tile is `[D/4, 16, 4]`: four dims of 16 tokens in 64 bytes. A byte is the code plus
-      128, because the dot product of AVX-512 multiplies unsigned by signed bytes. Sixteen lines
-      are one operand of an AMX tile product.
+    * keys: a tile is `[D/4, 16, 4]`: each line of 64 bytes holds four dims of 16 tokens. A byte is
+      the code plus 128, because the dot product of AVX-512 multiplies unsigned by signed bytes.
+      Sixteen lines are one operand of an AMX tile product.
     * values: a tile is `[D/32, 4, 64]`: chunks of 32 dims, four quads of four tokens. The 64
       bytes of a quad are `[16, 4]`: dim `i` of the chunk's first half in the low nibble and
       `16 + i` in the high one, tokens in the order 0, 2, 1, 3. In 16-bit words, the four nibbles
       selected by shifts of 0, 4, 8, 12 bits are pairs of neighbouring tokens:
       (0, 1) of the low dims, (0, 1) of the high dims, (2, 3) of the low, (2, 3) of the high.
-      If D is no multiple of 32, the last chunk has its D % 32 dims in proportionally fewer bytes.
+      If D is not a multiple of 32, the last chunk holds D % 32 dims in proportionally fewer bytes.
     """
 
     LINEAR = "linear"
@@ -81,11 +81,11 @@ class Layout(enum.Enum):
 
 
 QUAD_BYTE_OF_TOKEN = (0, 2, 1, 3)
-"""Byte of token `t % 4` inside the four bytes of one dim of a `CPU_TILED` quad."""
+"""Which of the four bytes of a dim in a `CPU_TILED` quad belongs to token `t`: entry `t % 4`."""
 
 
 def slot_bytes(head_size: int) -> int:
-    """Return the bytes of one token of one KV head, `D + D/2 + 4`.
+    """Return how many bytes a page needs for one token of one KV head: `D + D/2 + 4`.
 
     Raises:
         ValueError: The format does not support the head size.
@@ -104,13 +104,13 @@ def unsupported_head_size(head_size: int) -> str | None:
 
 
 def rotation_stages(head_size: int) -> tuple[tuple[int, int], ...]:
-    """Return the stages that rotate a head, as (radix, stride).
+    """Return the stages of the rotation of a head, as (radix, stride).
 
-    The stages rotate blocks of the largest power of two that divides `head_size`: of radix 4 with
-    strides 1, 4, 16 and so on, and one of radix 2 if the power is odd. A stage takes the dims
-    `d, d + s, ...` of each aligned run of radix x stride. Of radix 4, each of the four becomes half
-    of their sum minus itself. Of radix 2, the two become (a + b) / sqrt(2) and (a - b) / sqrt(2).
-    A stage is its own inverse, and stages commute.
+    The rotation acts on blocks of 2^k dims, the largest power of two that divides `head_size`. Its
+    stages have radix 4 and strides 1, 4, 16 and so on; if k is odd, one of radix 2 follows. A stage
+    of radix 4 and stride s replaces each of the dims d, d + s, d + 2s and d + 3s by half of their
+    sum minus itself. One of radix 2 replaces a, b by (a + b) / sqrt(2), (a - b) / sqrt(2). A stage
+    is its own inverse, and stages commute.
     """
     block = head_size & -head_size
     stages, stride = [], 1
@@ -123,7 +123,7 @@ def rotation_stages(head_size: int) -> tuple[tuple[int, int], ...]:
 
 
 def rotation_unit(head_size: int) -> float:
-    """Return the factor that the rotation's sums are multiplied by once: 1 / sqrt(block)."""
+    """Return 1 / sqrt(block). Kernels sum in all stages and multiply by this once, at the end."""
     return float((head_size & -head_size) ** -0.5)
 
 
@@ -171,11 +171,11 @@ class PageFormat:
 
     @property
     def key_sign_flip(self) -> int:
-        """What a key's code is xored with: 128 adds 128 to a signed byte, 0 leaves it."""
+        """XOR a key's signed code with this to get its byte: 128 adds 128, 0 changes nothing."""
         return 128 if self.layout is Layout.CPU_TILED else 0
 
     def key_byte(self, token: int, dim: int) -> int:
-        """Return the byte of key (token, dim)."""
+        """Return the offset of key (token, dim) in the region."""
         if self.layout is Layout.LINEAR:
             return token * self.head_size + dim
         tile, t = divmod(token, TILE_TOKENS)
@@ -183,7 +183,7 @@ class PageFormat:
         return TILE_TOKENS * self.head_size * tile + 64 * line + 4 * t + of_line
 
     def value_byte(self, token: int, dim: int) -> tuple[int, int]:
-        """Return the byte of value (token, dim) and the shift of its nibble, 0 or 4."""
+        """Return the offset of value (token, dim) in the region, and its nibble's shift, 0 or 4."""
         half = self.head_size // 2
         if self.layout is Layout.LINEAR:
             return self.value_offset + token * half + dim // 2, 4 * (dim % 2)

@@ -5,13 +5,13 @@ It stores fixed tokens with the real store kernel, reads them with the real atte
 compares the result with the float32 reference. CPUs, GPUs and Triton's interpreter share this
 module: the caller passes the two kernels.
 
-The tokens are chosen so that a wrong kernel shows:
+The tokens are chosen so that a wrong kernel fails:
 
 * A long request fills several pages, the last one partly, and is divided into several splits.
-* Its first tokens are before the window. They are never stored and hold infinities, as do all
-  other bytes that no request owns. Whole pages before the window become the null block.
-* The tokens at both ends of the keys that a row sees have large weights.
-* A second request ends with a NaN in one KV head, which must show in its last token only.
+* Its first tokens are before the window and never stored. Their slots and all memory that no
+  request owns have infinite scales. Whole pages before the window become the null block.
+* The first and last tokens that a row sees have large weights, so none of them can be missed.
+* A second request ends with a NaN in one KV head, which only its last token may output.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from vllm_hybrid_kv.kernels import reference
 from vllm_hybrid_kv.kernels.k8v4 import slot_bytes
 
 HIDDEN = 40
-"""Tokens before the first that any row of the long request sees, if there is a window."""
+"""How many tokens at the start of the long request no row sees, if there is a window."""
 
 WINDOW = 520
-"""Tokens of the window: with tiles of 64 keys enough for two splits of four tiles."""
+"""Window size in tokens. With tiles of 64 keys, this fills two splits of four tiles."""
 
 SHORT = 37
-"""Tokens of the second request before its new ones."""
+"""Context length of the second request, without its new tokens."""
 
 FEW = 60
-"""Tokens that are stored in a separate call; the hidden ones and some more."""
+"""How many tokens a first, separate call stores: the hidden ones and some more."""
 
 SOFT_CAP = 2.0
 
 BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 5e-3, torch.float32: 5e-3}
-"""Largest accepted `||out - reference|| / ||reference||` of a row. On CPUs 3e-3 and 2e-4 are usual
-for bf16 and fp32. GPU kernels round weights to fp16 for every dtype."""
+"""Largest accepted `||out - reference|| / ||reference||` of a row. CPU kernels usually reach 3e-3
+with bf16 and 2e-4 with fp32. GPU kernels round weights to fp16, whatever the dtype."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """The properties that distinguish one pair of kernels from another."""
+    """The shapes, dtype and options to test a pair of kernels with."""
 
     head_size: int
     num_heads: int
@@ -72,17 +72,17 @@ class Variant:
 
 
 Store = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""Stores key, value [T, H, D] into a cache at slots [T], like `quantise_and_store`."""
+"""A store kernel: writes key, value [T, H, D] into a cache at slots [T]."""
 
 Call = Mapping[str, Any]
 """The arguments of `paged_attention` by name: all tensors, scale, window, soft_cap and sinks."""
 
 Attend = Callable[[Call], None]
-"""Attends and writes `out`."""
+"""An attention kernel: reads the tensors of a `Call` and writes its `out`."""
 
 
 class WrongKernelError(RuntimeError):
-    """A kernel's result is not the known answer."""
+    """A kernel's result differs from the known answer."""
 
 
 _passed: set[object] = set()
@@ -95,18 +95,18 @@ def require(
     store: Store,
     device: torch.device,
 ) -> None:
-    """Test a variant once in this process.
+    """Test kernels with a variant, unless they have passed in this process already.
 
     Args:
         path: Name of the kernels, such as `cpu:amx`.
-        variant: The kernels.
-        batches: The attention kernel for each batch, after the batch's numbers of new tokens: each
-            number makes a long and a short request.
+        variant: The shapes, dtype and options.
+        batches: For each batch, numbers of new tokens and the attention kernel to run. Each number
+            makes one long and one short request.
         store: The store kernel.
         device: The kernels' device.
 
     Raises:
-        WrongKernelError: An error is above the bound.
+        WrongKernelError: A row's error exceeds its bound, or a NaN is missing or misplaced.
     """
     tested = (path, variant, device)
     if tested in _passed:
@@ -134,21 +134,21 @@ def require(
 
 
 def forget() -> None:
-    """Forget which variants passed, and the tokens."""
+    """Forget which variants passed, and free the cached tokens."""
     _passed.clear()
     _normal.cache_clear()
 
 
 def steps(group: int, rows: Sequence[int]) -> list[int]:
-    """Return numbers of new tokens that fill each class of rows, and exceed the last one.
+    """Choose numbers of new tokens to test, so that each size of row block is used.
 
-    A request has `group` rows for each new token. `rows` are the most rows of each class, rising.
+    `rows` are the sizes, ascending. A request has `group` rows (query heads) for each new token.
     """
     return sorted({max(1, most // group) for most in rows[:-1]} | {-(-rows[-1] // group)})
 
 
 _Request = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, torch.Tensor]
-"""Query [queries, Hq, D], key and value [tokens, H, D], the number of first tokens that are not
+"""Query [queries, Hq, D], key and value [tokens, H, D], how many tokens at the start are not
 stored, and the expected output, float32 [queries, Hq, D]."""
 
 
@@ -159,7 +159,7 @@ def _run(
     attend: Attend,
     device: torch.device,
 ) -> Sequence[torch.Tensor]:
-    """Store and attend once, and return the output of each request on the CPU."""
+    """Run both kernels and return the output of each request, on the CPU."""
     queries, keys, values, hidden, _ = zip(*requests, strict=True)
     page_size = variant.page_size
     pages = [-(-len(key) // page_size) for key in keys]
@@ -168,7 +168,7 @@ def _run(
         dtype=torch.uint8, device=device,
     )  # fmt: skip
     cache.view(torch.int16).fill_(0x7C00)  # infinite scales
-    # Blocks fall with the tokens, so that no kernel may assume that they rise.
+    # Block numbers descend, so a kernel that assumes ascending ones fails.
     blocks = torch.arange(sum(pages), 0, -1, dtype=torch.int32).split(pages)
     table = torch.zeros((len(requests), max(pages)), dtype=torch.int32)
     slots = []
@@ -179,7 +179,7 @@ def _run(
         row[: len(owned)] = owned
         row[: not_stored // page_size] = 0
     stored = [torch.cat(parts).to(device) for parts in (keys, values, slots)]
-    # A kernel may treat few tokens and many differently.
+    # A store kernel may have separate code for few tokens and for many.
     for part in (slice(0, FEW), slice(FEW, None)):
         key, value, slot = (tensor[part] for tensor in stored)
         store(key, value, cache, slot)
@@ -227,8 +227,8 @@ def _requests(variant: Variant, queries: Sequence[int]) -> list[_Request]:
     heads, head_size, most = variant.num_kv_heads, variant.head_size, max(queries)
     hidden = HIDDEN if variant.window else 0
     context = HIDDEN + WINDOW - 1
-    # Keys are normal, except at the ends of the keys that a row sees. A component that all queries
-    # share gives those a hundred times the weight of others.
+    # Keys are random, except at both ends and in the middle of what a row sees. Those are constant,
+    # and because queries have a mean of 0.5, they weigh a hundred times as much as the others.
     query = (_normal(1, most, variant.num_heads, head_size) + 0.5).to(variant.dtype)
     key = _normal(2, context + most, heads, head_size).to(variant.dtype)
     key[[hidden, context // 2, *range(context, context + most)]] = 9.2 * head_size**-0.5
@@ -243,7 +243,7 @@ def _requests(variant: Variant, queries: Sequence[int]) -> list[_Request]:
         requests.append((new, key[:length], value[:length], hidden, expected))
         short = [tensor[: SHORT + count].clone() for tensor in (key, value)]
         short[count % 2][-1, 0, -1] = math.nan
-        # A token with a NaN key has NaN values; its scores must not affect other tokens.
+        # The NaN token reaches the output by its value. Its key must not affect other tokens.
         read = reference.dequantise(reference.quantise(*short))
         keys = read[0].nan_to_num(0.0)
         expected, _ = reference.attend(rounded, keys, read[1], **_options(variant))

@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The float32 definition of k8v4: quantise, dequantise, store, load, attend. Plain torch, slow.
 
-Every kernel stores the same bits as `quantise` and `store`. Attention equals `paged_attention` up
-to the rounding of its own sums.
+Every store kernel writes the same bits as `quantise` and `store`. An attention kernel may differ
+from `paged_attention` only by the rounding of its sums.
 
-Keys and values of one token and head are rotated: `raw` is `rotation_sums`, u is
-`k8v4.rotation_unit(D)`. All operations round to float32:
+The key and the value of one token and head are rotated. With raw = `rotation_sums` of either,
+u = `k8v4.rotation_unit(D)`, and each operation rounded to float32:
 
     key_scale   = max |raw| * u / 127, rounded up to fp16
     key code    = round_half_even(raw * (1 / key_scale * u)), clamped to -127..127
     value_scale = max |raw| * u / 7.5, rounded up to fp16
     value code  = round_half_even(raw * (1 / value_scale * u) + 7.5), clamped to 0..15
 
-The inverse of a scale of 0 is 0. Scales are rounded up so that no rotated number is outside the
-range of its codes: no error exceeds half a step.
+The inverse of a scale of 0 counts as 0. Because scales are rounded up, every rotated number is in
+the range of the codes, and its error is at most half a step.
 
 Attention multiplies integers. A query row is rotated and rounded to codes with q_scale =
-max |raw| * u / 127 in float32, and a score is the exact integer product of codes, times key_scale
-and q_scale. `round_query` returns the query that this amounts to.
+max |raw| * u / 127 in float32. A score is the exact integer product of the query's and the key's
+codes, times key_scale and q_scale. `round_query` decodes a query that was rounded in this way.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.kernels.k8v4 import Layout, PageFormat
 
 _LEAST_QUERY = 2.0**-119
-"""Smaller query rows count as zeros, because their inverse would overflow."""
+"""A query row without a larger magnitude counts as zeros, because its inverse would overflow."""
 
 
 class Quantised(NamedTuple):
@@ -52,9 +52,9 @@ def half_rounded_up(x: torch.Tensor) -> torch.Tensor:
 
 
 def rotation_sums(x: torch.Tensor) -> torch.Tensor:
-    """Return the rotation of float32 [..., D] divided by `k8v4.rotation_unit(D)`.
+    """Rotate float32 [..., D] without the final product with `k8v4.rotation_unit(D)`.
 
-    For each stage of `k8v4.rotation_stages(D)` in turn, on the numbers a stride apart:
+    Each stage of `k8v4.rotation_stages(D)` combines the numbers that are a stride apart:
 
         radix 4: x_k <- ((x_0 + x_1) + (x_2 + x_3)) - 2 x_k
         radix 2: x_0, x_1 <- x_0 + x_1, x_0 - x_1
@@ -72,10 +72,10 @@ def rotation_sums(x: torch.Tensor) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor) -> torch.Tensor:
-    """Rotate float32 [..., D] among the dims of a head; the rotation is its own inverse.
+    """Rotate the last dim of float32 [..., D]. To rotate back, rotate again.
 
-    As a matrix it is symmetric and orthogonal, with entries of one magnitude inside a block, so
-    that it spreads one large number over all.
+    The rotation's matrix is symmetric and orthogonal. Inside a block, all its entries have the same
+    magnitude, so it spreads one large number evenly over the block.
     """
     return rotation_sums(x) * k8v4.rotation_unit(x.shape[-1])
 
@@ -83,10 +83,10 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
 def _scaled(
     x: torch.Tensor, limit: float, steps: float, nan: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rotated numbers in steps of their scales, float32, and the fp16 scales."""
+    """Rotate, choose scales, and return float32 rotated numbers / scales, and the fp16 scales."""
     unit = torch.tensor(k8v4.rotation_unit(x.shape[-1]))
     x = x.clamp(-limit, limit).masked_fill(nan[..., None], 0.0)
-    # Clamped again, because rotated numbers near the limit may exceed it.
+    # Clamp again, because the rotation can push numbers near the limit past it.
     raw = rotation_sums(x).clamp(-limit / unit, limit / unit)
     largest = raw.abs().amax(-1) * unit
     scale = half_rounded_up((largest / steps).clamp(max=k8v4.SCALE_MAX))
@@ -96,10 +96,10 @@ def _scaled(
 
 
 def quantise(key: torch.Tensor, value: torch.Tensor) -> Quantised:
-    """Quantise keys to 8 bits and values to 4 bits, with a scale each per token and head.
+    """Quantise keys to 8 bits and values to 4 bits, each with a scale per token and head.
 
-    A NaN in a token's key or value of one head gives that token and head NaN scales and the codes
-    of zeros, so that every query that attends to the token shows it.
+    If a token's key or value has a NaN in one head, both get NaN scales and the codes of zeros, so
+    every query that attends to the token outputs NaN.
 
     Keys and values are [T, H, D] of any floating dtype and strides.
     """
@@ -113,7 +113,7 @@ def quantise(key: torch.Tensor, value: torch.Tensor) -> Quantised:
 
 
 def dequantise(quantised: Quantised) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return keys and values as float32 [T, H, D]; those of a NaN scale are NaN."""
+    """Return keys and values as float32 [T, H, D]. Where a scale is NaN, all dims are NaN."""
     key_scale, value_scale = (
         scale.to(torch.float32)[..., None] for scale in (quantised.key_scale, quantised.value_scale)
     )
@@ -122,10 +122,10 @@ def dequantise(quantised: Quantised) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def round_query(query: torch.Tensor) -> torch.Tensor:
-    """Return the query rows [..., D] that the kernels multiply with keys, as float32.
+    """Return queries [..., D] as float32, rounded as the kernels round them.
 
-    A row is rotated, rounded to 127 steps of its largest magnitude, and rotated back. A row with a
-    NaN or an infinity becomes NaN.
+    Each row is rotated, rounded to 127 steps of its largest magnitude, and rotated back. A row with
+    a NaN or an infinity becomes NaN.
     """
     raw = rotation_sums(query.to(torch.float32))
     largest = raw.abs().amax(-1, keepdim=True)
@@ -139,7 +139,7 @@ def round_query(query: torch.Tensor) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _positions(page_format: PageFormat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the byte of each key, and the byte and the shift of each value, [N, D]."""
+    """Return tensors [N, D]: each key's byte, each value's byte, and its nibble's shift."""
     tokens, dims = range(page_format.page_size), range(page_format.head_size)
     key = torch.tensor([[page_format.key_byte(t, d) for d in dims] for t in tokens])
     value = torch.tensor([[page_format.value_byte(t, d) for d in dims] for t in tokens])
@@ -168,7 +168,8 @@ def store(
     regions = cache.view(cache.shape[0], num_heads, -1)
     keys = quantised.key_codes[kept].view(torch.uint8) ^ page_format.key_sign_flip
     regions[block, head, key[t][:, None]] = keys
-    # The same dims of every token are in low nibbles, in the order of their partners.
+    # Every token has the same dims in low nibbles. The i-th of them and the i-th of the other dims
+    # share a byte.
     low = shift[0] == 0
     codes = quantised.value_codes[kept]
     pairs = codes[..., low] | codes[..., ~low] << 4
@@ -182,7 +183,7 @@ def store(
 
 
 def load(cache: torch.Tensor, head_size: int, layout: Layout) -> Quantised:
-    """Return the `num_blocks * N` tokens of uint8 pages [num_blocks, H, N, slot_bytes(D)]."""
+    """Read all `num_blocks * N` tokens of uint8 pages [num_blocks, H, N, slot_bytes(D)]."""
     page_size, regions = cache.shape[2], cache.flatten(2)
     page_format = PageFormat(head_size, page_size, layout)
     key, value, shift = _positions(page_format)
@@ -205,7 +206,7 @@ def attend(
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend with the last Q of L tokens of one sequence to all L, in float32.
+    """Attend from the last Q of a sequence's L tokens to all L of them, in float32.
 
         s = scale * q k, capped as soft_cap * tanh(s / soft_cap)
         lse = log(sum exp(s) over visible keys + exp(sink)),  out = sum exp(s - lse) v
@@ -218,7 +219,7 @@ def attend(
         causal: A query sees no key after its own position.
         window: A query at p sees keys in (p - window, p + window) only.
         soft_cap: 0 for none.
-        sinks: float [Hq], a logit per head that the sum includes and that has no value.
+        sinks: float [Hq], one logit per head. It counts in the softmax's sum but has no value.
 
     Returns:
         out float32 [Q, Hq, D] and lse float32 [Q, Hq]; 0 and -inf if nothing is visible.
@@ -291,7 +292,7 @@ def paged_attention(
             continue
         blocks = block_table[i, : -(-length // page_size)].to(torch.int64)
         key, value = dequantise(load(cache[blocks], query.shape[2], layout))
-        # A NaN key shows like a NaN value, and must not affect the scores of others.
+        # A NaN key makes the output NaN, like a NaN value, but no other token's score.
         key, value = key[:length], value[:length].masked_fill(key[:length].isnan(), math.nan)
         out[first:last], lse[first:last] = attend(
             query[first:last], key.nan_to_num(0.0), value, **options

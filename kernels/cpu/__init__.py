@@ -6,16 +6,16 @@ Importing this package is cheap; the first use of a kernel loads numba. Its modu
     isa.py            the instruction sets, and which of them this CPU can run
     attention.py      `paged_attention`: checks, workspace, choice of the instruction set
     plan.py           `plan_attention`: divides a batch into work items
-    work_item.py      one work item around the products: pages, weights, merging, results
-    attend_*.py       each instruction set
-    products.py       the products of AVX-512 VNNI and of plain vectors
+    work_item.py      all of a work item but its products: pages, weights, merging, results
+    attend_*.py       the kernel of each instruction set
+    products.py       integer dot products with AVX-512 VNNI or plain vectors
     softmax.py        the online softmax of a row, and its weights as integers
     quantise.py       `quantise_and_store`: rows to codes, four tokens at a time
-    encode.py         codes and scales, and their places in a page; the codes of queries
+    encode.py         codes and scales, and where they go in a page; the codes of queries
     rotation.py       the rotation of a row, for storing and for attention
     row_ops.py        loads, stores and sums of rows in scratch memory
-    llvm.py           the vocabulary for LLVM code
-    inline.py         LLVM code as functions for numba code; loads and stores by address
+    llvm.py           emits LLVM code
+    inline.py         makes LLVM code callable from numba code; loads and stores by address
     records.py        records that Python fills and kernels read; a thread's scratch memory
     threads.py        numba's thread pool
     compile_cache.py  compiled kernels on disk
@@ -43,9 +43,9 @@ _MODULES = {
 }
 
 if "numba" not in sys.modules:
-    # Numba sizes its thread pool at import by the affinity of the importing thread: one thread
-    # if an engine has pinned it. The variable stays in the environment, because numba reads it
-    # again at each compilation, and a changed size is an error once the pool has started.
+    # Numba sizes its thread pool at import by the affinity of the importing thread, so a pinned
+    # thread would get a pool of one. NUMBA_NUM_THREADS stays set, because numba reads it again at
+    # each compilation, and once the pool has started, a changed size is an error.
     os.environ.setdefault("NUMBA_NUM_THREADS", str(os.cpu_count() or 1))
     os.environ.setdefault("NUMBA_THREADING_LAYER_PRIORITY", "omp tbb workqueue")
 

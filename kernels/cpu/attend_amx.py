@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Paged attention with AMX tile products of bytes.
 
-Key tiles of a page are operands as they are. Value codes are split into bytes in scratch memory.
+AMX loads keys directly from a page. Value codes are first split into bytes in scratch memory.
 
-The instructions name the eight tile registers by number: 0-3 sums, 4 rows' operand, 5-7 operands
-of keys or values; 7 also the rows' second operand if upper and lower bytes of weights do not fit
-one.
+Instructions name the eight tile registers by number. 0-3 hold sums, 4 the rows (queries or
+weights), 5-7 keys or values. If the upper and lower bytes of weights do not fit one register, 7
+holds the lower ones.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from vllm_hybrid_kv.kernels.cpu.llvm import (
 from vllm_hybrid_kv.kernels.cpu.records import SCORE_STRIDE, TILE_RECORD
 
 _ROWS = 16
-"""Most rows that are multiplied at once."""
+"""Maximum number of rows of one tile product."""
 
 _STACKED_ROWS = 8
-"""Most rows whose weights' upper and lower bytes fit one tile operand."""
+"""Up to this many rows, the upper and lower bytes of their weights fit one tile operand."""
 
 OPERAND = 1024
 """Bytes of a tile operand."""
 
 _SUMS_STRIDE = 4 * LINE
-"""Bytes of a row of sums of codes: 64 dims of int32."""
+"""Bytes between two rows of sums: 64 dims of int32."""
 
 _SUMS_AT = records.TEMPORARY_AT + 16 * OPERAND
 _CONFIGURATION_AT = _SUMS_AT + 2 * _ROWS * _SUMS_STRIDE
@@ -60,8 +60,9 @@ def _store(e: Emitter, number: int, address: ir.Value, stride: ir.Value) -> None
 
 @inline_llvm
 def _configure(e: Emitter, configuration: Int64, rows: Int64) -> None:
-    """Give the rows' tiles (0 to 4) `rows` lines and the others 16; 64 bytes of memory."""
-    # Palette 1: eight tiles of 1 KB. From byte 16 on the bytes of a line, from 48 on the lines.
+    """Give tiles 0 to 4 `rows` lines and the others 16. Writes 64 bytes at `configuration`."""
+    # Byte 0 selects palette 1: eight tiles of 1 KB. Bytes 16 on are each tile's bytes per line,
+    # bytes 48 on its number of lines.
     words: ir.Value = constant(I8, [1, *[0] * 15, *[LINE, 0] * 8, *[0] * 16, *[16] * 8, *[0] * 8])
     for tile in range(5):
         words = e.b.insert_element(words, e.b.trunc(rows, I8), I32(48 + tile))
@@ -85,10 +86,10 @@ def _multiply_keys(
     scores: Int64,
     prefetches: Bool,
 ) -> None:
-    """Write the configured rows' products with four key tiles, and prefetch four of `ahead`.
+    """Multiply the queries with four key tiles, and prefetch four tiles of `ahead`.
 
-    An operand holds 64 dims. If the dims are an odd multiple of 32, the last one reads 512 bytes
-    more, which the page has after its keys, and multiplies them by zeros.
+    An operand holds 64 dims. For an odd multiple of 32 dims, the last operand reads 512 bytes past
+    the tile, which are still in the page, and multiplies them by zeros.
     """
     for tile in range(4):
         _tile(e, "tilezero", tile)
@@ -121,11 +122,11 @@ def _split_values(
     to: Int64,
     ahead: Int64,
 ) -> None:
-    """Split the value codes of 64 or 32 dims into bytes: operands of 64 tokens x 16 dims.
+    """Split the value codes of 64 or 32 dims into bytes, in operands of 64 tokens x 16 dims.
 
-    An operand's line is a quad of tokens, in the order of `k8v4.QUAD_BYTE_OF_TOKEN`; columns are
-    dims. The dims begin `offset` bytes into a tile. Prefetches as many lines of the tiles of
-    `ahead`.
+    A line of an operand is a quad of tokens (in the order of `k8v4.QUAD_BYTE_OF_TOKEN`), a column
+    is a dim. The first dim is `offset` bytes into a tile. Also prefetches the same lines of the
+    tiles of `ahead`.
     """
 
     def values_at(records: ir.Value, i: ir.Value) -> ir.Value:
@@ -162,10 +163,10 @@ def _multiply_codes(
     sums: Int64,
     lower_sums: Int64,
 ) -> None:
-    """Multiply weights of two bytes with codes of 64 or 32 dims, exactly, in int32.
+    """Multiply two-byte weights with the value codes of 64 or 32 dims, exactly, in int32.
 
-    `weights` are rows of the upper bytes, 64 tokens a step. The lower bytes are `lower` bytes
-    further, in the same tile if `stacked`, as for 64 dims. Sums are rows of 64 int32.
+    `weights` is the address of the upper bytes, 64 tokens a step. The lower bytes are at `lower`
+    bytes after them; with `stacked`, or 64 dims, one tile holds both. Sums are rows of 64 int32.
     """
 
     def multiply(parts: int, limbs: int) -> None:
@@ -214,7 +215,7 @@ def _attend_chunk(call, item, scratch, state, first, tiles, ahead, count):  # ty
     stacked = item.rows <= _STACKED_ROWS
     lower = item.rows * SCORE_STRIDE if stacked else np.int64(2 * records.CHUNK)
     _weigh(call, item, scratch, state, first, count, lower)
-    # Integer weights times codes, whose sums are exact.
+    # Multiply integer weights with codes. The sums are exact.
     codes = scratch + records.TEMPORARY_AT
     sums = scratch + _SUMS_AT
     lower_sums = sums + _SUMS_STRIDE * (item.rows if stacked else _ROWS)
@@ -238,6 +239,6 @@ _attend = work_item.item_loop(0, records.CHUNK, _attend_chunk, _setup)
 
 
 def work(call_address, scratch):  # type: ignore[no-untyped-def]
-    """Process items of a call until none is left; both arguments are addresses."""
+    """Process work items until none is left. Both arguments are addresses."""
     _attend(records.attention_call_at(call_address), scratch)
     _release()

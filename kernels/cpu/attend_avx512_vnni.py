@@ -9,5 +9,5 @@ _attend = products.attend(products.Products(vnni=True, rows=8, tiles=2))
 
 
 def work(call_address, scratch):  # type: ignore[no-untyped-def]
-    """Process items of a call until none is left; both arguments are addresses."""
+    """Process work items until none is left. Both arguments are addresses."""
     _attend(records.attention_call_at(call_address), scratch)

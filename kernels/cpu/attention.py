@@ -22,7 +22,7 @@ from vllm_hybrid_kv.kernels.k8v4 import Layout, PageFormat
 
 
 class _Workspace(threading.local):
-    """Memory of one calling thread, kept between calls and grown on demand."""
+    """Buffers of one calling thread. Later calls reuse them; they grow on demand."""
 
     def __init__(self) -> None:
         self.call = records.CallBuffer(records.AttentionCall)
@@ -40,9 +40,9 @@ _workspace = _Workspace()
 
 
 def isa_for(head_size: int, isa: str | None = None) -> str:
-    """Return the instruction set that attends: `isa`, or the fastest that this CPU can run.
+    """Return the instruction set to use: `isa`, or the fastest that this CPU can run.
 
-    AMX takes head sizes that are a multiple of 32, and leaves others to AVX-512.
+    The AMX kernel needs a multiple of 32 dims. For other head sizes, AVX-512 VNNI replaces it.
     """
     chosen = instruction_sets.available()[-1] if isa is None else instruction_sets.require(isa)
     if chosen == instruction_sets.AMX and head_size % 32:
@@ -52,7 +52,7 @@ def isa_for(head_size: int, isa: str | None = None) -> str:
 
 @functools.cache
 def _work_of(isa: str) -> CFunc:
-    """Return the compiled code of an instruction set, which lives as long as this object."""
+    """Compile or load a kernel. The cache of this function keeps its code address valid."""
     return compile_callback(importlib.import_module(f"{__package__}.attend_{isa}").work)
 
 
@@ -76,10 +76,10 @@ def paged_attention(
 ) -> None:
     """Attend to paged k8v4 tokens for a batch of requests; `reference.attend` has the formula.
 
-    A query of request i at position p sees, of its request's `seq_lens[i]` tokens, those up to p
-    if causal, and those in (p - window, p + window) if there is a window. A visible token whose
-    scale is NaN makes the rows that see it NaN, and no others. Memory after the last token, and
-    tokens that a row does not see, have no influence, whatever they hold.
+    A query at position p sees the tokens of its own request: only those up to p if `causal`, and
+    only those in (p - window, p + window) if there is a window. A token with a NaN scale makes the
+    rows that see it NaN, and no others. Tokens that a row does not see, and memory after the last
+    token, never affect the row, whatever they hold.
 
     Args:
         query: bf16, fp16 or fp32 [T, Hq, D], the requests' new tokens one after another; dims
@@ -90,12 +90,12 @@ def paged_attention(
         seq_lens: int32 [B], tokens of each request including its new ones.
         query_start_loc: int32 [B + 1], offsets of the requests in `query`. Tokens after the last
             request are padding: their rows of `out` and `lse` stay unchanged.
-        out: Like `query`; written. 0 if nothing is visible.
+        out: Written, with the shape and dtype of `query`. 0 for a query that sees no token.
         scale: Factor of the scores.
         causal, window, soft_cap: As in `reference.attend`.
         sinks: [Hq], any floating dtype.
-        lse: float32 [T, Hq], written: natural log of the sum over visible keys and the sink;
-            -inf without either.
+        lse: float32 [T, Hq], written: natural log of the softmax's sum over visible keys and the
+            sink; -inf if there is neither.
         plan: From `plan_attention` for this batch; made here if None.
         isa: One of `isa.ALL`; see `isa_for`.
         debug: Also check the contents of the index tensors; see `check_attention`.

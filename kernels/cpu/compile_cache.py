@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiled kernels on disk: they load in a fraction of the seconds that compiling takes.
+"""Keep compiled kernels on disk: compiling takes seconds, loading a fraction of that.
 
-Numba's own cache in numba's own place (`NUMBA_CACHE_DIR`, else next to the source, else the user's
-cache directory), with two differences:
+This is numba's cache in its usual directory (`NUMBA_CACHE_DIR`, otherwise next to the source,
+otherwise the user's cache directory), with two differences:
 
-* An entry depends on the sources of all kernels, so that no edit or upgrade runs old code.
-* If nothing can be written or read, the kernels are compiled in memory, with one warning.
+* An entry depends on the sources of all kernels, so an edit or upgrade never runs old code.
+* If the directory cannot be read or written, kernels are compiled in memory, with one warning.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _DIGEST = hashlib.sha256(b"".join(_CONTENTS)).hexdigest()
 
 
 def _warn(reason: str) -> None:
-    """Warn about the first reason; the process needs no second warning."""
+    """Warn, once per process."""
     _logger.warning(
         "k8v4 CPU kernels are compiled in memory at each start, because their cache cannot be "
         "used (%s); set NUMBA_CACHE_DIR to a writable directory to keep them",
@@ -73,9 +73,9 @@ def _cache_of(function: Callable[..., Any], suffix: str = "") -> Any:
 
 
 def cached(function: Callable[..., Any], **options: bool) -> Any:
-    """Return `numba.njit(function, **options)` with the compiled code kept on disk.
+    """Compile a module-level function with `numba.njit`, and keep its code on disk.
 
-    For module-level functions; an entry includes the functions that they call.
+    An entry of the cache includes the functions that the function calls.
     """
     dispatcher = numba.njit(function, **options)
     dispatcher._cache = _cache_of(function, "".join(f"-{option}" for option in options))
@@ -83,10 +83,10 @@ def cached(function: Callable[..., Any], **options: bool) -> Any:
 
 
 def compile_callback(function: Callable[..., Any]) -> CFunc:
-    """Compile a function of two addresses, or load it from disk; `address` is the code's.
+    """Compile a function of two addresses, or load it from disk.
 
-    Code that is called by address is compiled once. Called by name it would be optimised again in
-    each of the functions that numba makes of a parallel loop.
+    Call it by its `address`: then it is compiled once. If it were called by name, it would be
+    optimised again in each of the functions that numba makes of a parallel loop.
     """
     callback = CFunc(function, ((types.int64, types.int64), types.void), {}, {})
     callback._cache = _cache_of(function)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encode rotated rows, and write the codes to their places in a `CPU_TILED` page.
+"""Encode rotated rows, and write the codes into a `CPU_TILED` page.
 
-The places are those of `k8v4.PageFormat`. The input is in a thread's scratch memory: rows of
-rotated float32 keys and then values of four tokens, and the results of `write_scales`. Rows extend
-to a multiple of 16 numbers.
+`k8v4.PageFormat` defines where each byte goes. The input is in a thread's scratch memory: the
+rotated float32 keys of four tokens, then their values, and the results of `write_scales`. Rows are
+padded to a multiple of 16 numbers.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ ROW_BYTES = 4 * k8v4.MAX_HEAD_SIZE
 """Bytes between two rows."""
 
 VALUE_ROWS = 4 * ROW_BYTES
-"""Bytes from the keys of four tokens to their values."""
+"""Offset of the values of four tokens from their keys."""
 
 LARGEST_BYTES = 8 * LINE
-"""Bytes of the largest magnitudes: sixteen numbers of each row, keys first."""
+"""Bytes for the partial maxima of |x|: 16 numbers for each of eight rows, keys first."""
 
 INVERSES = 16
-"""Offset in the scales of four tokens: fp16 bits of the key scales and of the value scales, then
-the factors of the codes as float32."""
+"""Where the results of `write_scales` have the factors that turn rows into codes, as float32. They
+come after the fp16 bits of four key scales and four value scales."""
 
 RESULT_BYTES = 48
 
 INFINITY_BITS = 0x7F800000
-"""The bits of a float32 infinity; a larger magnitude is a NaN."""
+"""The bits of float32 infinity. Larger bits, without the sign, are a NaN."""
 
 _TILE = k8v4.TILE_TOKENS
 _BYTE_OF_TOKEN = k8v4.QUAD_BYTE_OF_TOKEN
@@ -56,13 +56,13 @@ _ROUNDING_BITS = 0x4B400000  # of `ROUNDING`
 
 
 def _vectors(e: Emitter, head_size: ir.Value) -> ir.Value:
-    """Return the vectors of a row, rounded up."""
+    """How many vectors a row takes, rounded up."""
     return e.shift_right(e.at(head_size, LANES - 1), 4)
 
 
 @inline_llvm
 def any_above(e: Emitter, limit: int, row: Int64, vectors: Int64) -> Bool:
-    """Return whether a row holds a NaN or a magnitude above a limit, the bits of a float32."""
+    """Return whether a row has a NaN or a magnitude above `limit`, the bits of a float32."""
 
     def larger(i: ir.Value, largest: list[ir.Value]) -> list[ir.Value]:
         return rotation.larger_magnitudes(e, largest, e.load_floats(e.at(row, i, LINE)))
@@ -92,11 +92,11 @@ def encode_query(
     to: Int64,
     state: Int64,
 ) -> None:
-    """Write the codes of a rotated query row, as in `reference.round_query`, and its state.
+    """Round a rotated query row to codes, as `reference.round_query` does, and fill its state.
 
-    The codes are bytes, or with `words` 16-bit words, dims 0, 2, 1, 3 of each four: pairs that
-    multiply the even and the odd bytes of a line of keys. `row` and its `largest` magnitude are
-    not yet multiplied by `unit`.
+    Codes are bytes, or with `words` 16-bit words. Words have the dims of each four in the order
+    0, 2, 1, 3: one pair multiplies the even bytes of a line of keys, the other the odd bytes. `row`
+    and the partial maxima `largest` are not yet multiplied by `unit`.
     """
     b = e.b
     top = e.reduce(e.load_floats(largest), e.larger)
@@ -118,10 +118,10 @@ def encode_query(
         codes = b.sub(b.bitcast(raised, vector(I32)), filled(I32, _ROUNDING_BITS))
         stores = (store_bytes, store_words)
         e.choose_number(words, (1, 0), lambda wide: stores[wide](i, codes))
-        # The last vector may have eight dims only.
+        # The last vector may have only eight dims.
         left = e.broadcast(b.trunc(b.sub(head_size, b.shl(i, I64(4))), I32))
         is_dim = b.icmp_signed("<", constant(I32, range(LANES)), left)
-        # Zero times NaN or infinity is NaN.
+        # The second sum adds 0 * x, so it is NaN if any number is NaN or infinite.
         counted = b.select(is_dim, codes, filled(I32, 0))
         return [b.add(sums[0], counted), e.fma(x, filled(F32, 0.0), sums[1])]
 
@@ -134,14 +134,14 @@ def encode_query(
 
 
 def _larger_halves(e: Emitter, x: ir.Value, y: ir.Value, segment: int) -> ir.Value:
-    """Return the maxima of the two halves of each segment of lanes, of `x` and then of `y`."""
+    """Compare the lower with the upper half of each segment of lanes; the maxima of `x` first."""
     half = segment // 2
     first = [start + i for start in range(0, 2 * LANES, segment) for i in range(half)]
     return e.larger(e.shuffle(x, y, first), e.shuffle(x, y, [lane + half for lane in first]))
 
 
 def _largest_of_eight(e: Emitter, eight: list[ir.Value]) -> ir.Value:
-    """Return the maximum of each of eight vectors, as one vector of eight."""
+    """Return one vector with the maximum of each of eight vectors."""
     segment = LANES
     while len(eight) > 1:
         pairs = zip(eight[::2], eight[1::2], strict=True)
@@ -156,11 +156,11 @@ def _largest_of_eight(e: Emitter, eight: list[ir.Value]) -> ir.Value:
 def write_scales(
     e: Emitter, largest: Int64, unit: Float32, nan_tokens: Int64, results: Int64
 ) -> None:
-    """Write the scales of four tokens, and the factors of their codes.
+    """Write the scales of four tokens, and the factors that turn their rows into codes.
 
-    For one token alone this would take as long as a quarter of all its codes. The `largest`
-    magnitudes are of rows not yet multiplied by `unit`, and so are the rows that the factors are
-    for. If bit t of `nan_tokens` is set, token t gets NaN scales; its rows must be zeros.
+    It does four tokens at once: for a single one it would cost a quarter of the time of encoding.
+    The partial maxima `largest` and the rows are not yet multiplied by `unit`; the factors include
+    it. If bit t of `nan_tokens` is set, token t gets NaN scales; its rows must be zeros.
     """
     b = e.b
     factor = e.broadcast(unit, 8)
@@ -184,7 +184,7 @@ _RoundRow = Callable[[ir.Value], ir.Value]
 
 
 def _key_encoder(e: Emitter, results: ir.Value, token: int | ir.Value) -> _RoundRow:
-    """Return a function from the address of sixteen keys to their codes plus 128, as bytes."""
+    """Return a function that encodes the sixteen keys at an address as bytes, code plus 128."""
     inverse = e.broadcast(e.load(F32, e.at(e.at(results, INVERSES), token, 4)))
 
     def codes(place: ir.Value) -> ir.Value:
@@ -195,10 +195,10 @@ def _key_encoder(e: Emitter, results: ir.Value, token: int | ir.Value) -> _Round
 
 
 def _value_encoder(e: Emitter, results: ir.Value, token: int | ir.Value) -> _RoundRow:
-    """Return a function from the address of sixteen values to their codes plus `_ROUNDING_BITS`.
+    """Return a function that encodes the sixteen values at an address, plus `_ROUNDING_BITS`.
 
-    Three roundings, as in the reference; adding `ROUNDING` is the third. Codes need no clamp,
-    because no number exceeds 7.5 steps by more than the rounding of single operations.
+    It rounds three times, as the reference does; the third time by adding `ROUNDING`. Codes need no
+    clamp, because no number exceeds 7.5 steps by more than the rounding of single operations.
     """
     inverse = e.broadcast(e.load(F32, e.at(e.at(results, INVERSES + 16), token, 4)))
 
@@ -211,7 +211,7 @@ def _value_encoder(e: Emitter, results: ir.Value, token: int | ir.Value) -> _Rou
 
 
 def half_chunk(e: Emitter, chunk: ir.Value, head_size: ir.Value) -> ir.Value:
-    """Return the dims of half a chunk of 32: 16, or fewer in the last chunk."""
+    """Return how many dims half a chunk has: 16, or fewer in the last chunk."""
     half = e.shift_right(e.b.sub(head_size, e.b.shl(chunk, I64(5))), 1)
     return e.b.select(e.b.icmp_signed("<", half, I64(LANES)), half, I64(LANES))
 
@@ -219,12 +219,12 @@ def half_chunk(e: Emitter, chunk: ir.Value, head_size: ir.Value) -> ir.Value:
 def _lines_of_keys(
     e: Emitter, head_size: ir.Value, to: ir.Value, lines_of: Callable[[ir.Value], list[ir.Value]]
 ) -> None:
-    """Store what `lines_of(i)` returns for the four lines of each sixteen dims."""
+    """Store the lines of a row's keys. `lines_of(i)` emits the four lines of the i-th 16 dims."""
     with e.each(_vectors(e, head_size)) as i:
         lines, place = lines_of(i), e.at(to, i, 4 * LINE)
         for line in range(2):
             e.store(lines[line], e.at(place, LINE * line))
-        # The last vector may have eight dims only.
+        # The last vector may have only eight dims.
         with e.b.if_then(e.b.icmp_signed("<", e.at(e.b.shl(i, I64(4)), 8), head_size)):
             for line in range(2, 4):
                 e.store(lines[line], e.at(place, LINE * line))
@@ -234,7 +234,7 @@ def _lines_of_keys(
 def _store_keys(
     e: Emitter, to: Int64, row: Int64, results: Int64, token: Int64, head_size: Int64
 ) -> None:
-    """Store one token's keys, four bytes of each line."""
+    """Store one token's keys: four bytes in each line of the tile."""
     encoded = _key_encoder(e, results, token)
 
     def lines_of(i: ir.Value) -> list[ir.Value]:
@@ -246,7 +246,7 @@ def _store_keys(
 
 @inline_llvm
 def _store_key_quad(e: Emitter, to: Int64, rows: Int64, results: Int64, head_size: Int64) -> None:
-    """Store the keys of the four tokens of a quad, 16 bytes of each line."""
+    """Store the keys of the four tokens of a quad: 16 bytes in each line of the tile."""
     encoders = [_key_encoder(e, results, token) for token in range(4)]
 
     def lines_of(i: ir.Value) -> list[ir.Value]:
@@ -262,7 +262,7 @@ def _store_key_quad(e: Emitter, to: Int64, rows: Int64, results: Int64, head_siz
 def _store_values(
     e: Emitter, to: Int64, row: Int64, results: Int64, token: Int64, head_size: Int64, quad: Int64
 ) -> None:
-    """Store one token's values, every fourth byte of a quad's line in each chunk of 32 dims."""
+    """Store one token's values: in each chunk of 32 dims, every fourth byte of its quad's line."""
     raised_codes = _value_encoder(e, results, token)
     with e.each(e.shift_right(e.at(head_size, 31), 5)) as i:
         width = half_chunk(e, i, head_size)
@@ -278,10 +278,10 @@ def _store_values(
 def _store_value_quad(
     e: Emitter, to: Int64, rows: Int64, results: Int64, head_size: Int64, quad: Int64
 ) -> None:
-    """Store the values of the four tokens of a quad, a line of each chunk of 32 dims.
+    """Store the values of the four tokens of a quad: in each chunk of 32 dims, one line.
 
-    A 32-bit lane holds the bytes of one pair of dims of all four tokens. The codes are added at
-    their shifts, and the sum of what they were raised by is subtracted once.
+    A 32-bit lane collects one byte (a pair of dims) of each token. The encoders' results are
+    shifted and added; the sum of the shifted `_ROUNDING_BITS` is subtracted once, at the end.
     """
     encoders = [_value_encoder(e, results, token) for token in range(4)]
     with e.each(e.shift_right(e.at(head_size, 31), 5)) as i:
@@ -302,7 +302,7 @@ def _store_value_quad(
 
 @numba.njit
 def place(rows, results, token, quad, head_size, region, page_size, t):  # type: ignore[no-untyped-def]
-    """Store one of four tokens, or with `quad` all, at position t of a head's region."""
+    """Store one of the four tokens, or all with `quad`, from position t of a head's region on."""
     plane = region + page_size * head_size
     scales = plane + page_size * (head_size // 2) + 2 * t
     tile, quad_of_tile = t // _TILE * _TILE, t % _TILE // 4

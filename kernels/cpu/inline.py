@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions for numba code whose body is LLVM code; among them loads and stores by address.
+"""Write functions for numba code in LLVM code, such as loads and stores by address.
 
 Numba cannot keep a block of sums in registers, cannot emit the bf16 instructions, and widens 32-bit
 integers to 64 bits. The innermost loops are therefore written in LLVM code.
@@ -32,11 +32,11 @@ _NUMBA_TYPES = {
 
 
 def inline_llvm(emit: Callable[..., Any]) -> Any:
-    """Return a function that numba code can call, and whose body is the LLVM code of `emit`.
+    """Turn `emit`, which emits LLVM code, into a function that numba code can call.
 
     `emit` takes an `Emitter` and the values of the arguments, and returns the result's value. Its
     annotations are keys of `_NUMBA_TYPES`, as strings. An argument annotated `int` must be a
-    constant of the calling function; `emit` gets its value.
+    compile-time constant in the caller; `emit` gets it as a Python int.
     """
     _, *parameters = inspect.signature(emit).parameters.values()
     annotations = [parameter.annotation for parameter in parameters]
@@ -66,15 +66,15 @@ def inline_llvm(emit: Callable[..., Any]) -> Any:
 
 @inline_llvm
 def noinline(e: Emitter) -> None:
-    """Keep the calling function from being inlined, which only costs compile time."""
+    """Prevent the inlining of the calling function, because it only costs compile time."""
     e.b.function.attributes.add("noinline")
 
 
 @inline_llvm
 def stack_bytes(e: Emitter, count: int) -> Int64:
-    """Return the address of `count` bytes on the stack, 64-byte aligned.
+    """Reserve `count` bytes on the stack, 64-byte aligned, and return their address.
 
-    Numba frees an array after the last line that names it, even if its address is still used.
+    A numba array would be freed after the last line that names it, even if its address is in use.
     """
     room = cgutils.alloca_once(e.b, ir.ArrayType(I8, count))
     room.align = LINE
@@ -83,7 +83,7 @@ def stack_bytes(e: Emitter, count: int) -> Int64:
 
 @inline_llvm
 def fetch_add(e: Emitter, counter: Int64) -> Int64:
-    """Add 1 to an int64 that threads share, and return its value before."""
+    """Add 1 atomically to an int64, and return the value that it had before."""
     pointer = e.b.inttoptr(counter, I64.as_pointer())
     return e.b.atomic_rmw("add", pointer, I64(1), "acq_rel")
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The instruction sets of the attention kernels. Reads torch's CPU flags; never imports numba.
 
-Each has its own module `attend_<name>` with a function `work`. All multiply the codes of queries
-and keys, and of weights and values, as integers.
+Each instruction set has a module `attend_<name>` with a function `work`. All of them compute with
+integers: query codes times key codes, and integer weights times value codes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FLAGS = {
     AVX512_VNNI: _AVX512_FLAGS,
     AMX: (*_AVX512_FLAGS, "amx_tile", "amx_int8"),
 }
-"""The CPU flags that each needs, slowest first. Each faster one needs those of the slower ones."""
+"""The CPU flags that each set needs, slowest set first. A faster set includes a slower one's."""
 
 ALL = tuple(_FLAGS)
 
@@ -30,12 +30,12 @@ ALL = tuple(_FLAGS)
 @functools.lru_cache(maxsize=1)
 def available() -> tuple[str, ...]:
     """Return the instruction sets that this CPU can run, slowest first; `PORTABLE` always."""
-    # The operating system grants the tile registers to a process that requests them, or refuses.
+    # A process must request AMX's tile registers from the operating system, which may refuse.
     return tuple(isa for isa in ALL if not lacking(isa) and (isa != AMX or torch.cpu._init_amx()))
 
 
 def lacking(isa: str) -> tuple[str, ...]:
-    """Return the flags that this CPU lacks for an instruction set, by torch's names."""
+    """Return the flags (torch's names) that an instruction set needs and this CPU lacks."""
     flags = torch.cpu.get_capabilities()
     return tuple(name for name in _FLAGS[isa] if not flags.get(name, False))
 

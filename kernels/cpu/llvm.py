@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vocabulary for LLVM code: vector types, constants, and an `Emitter` of operations.
+"""Emit LLVM code: vector types, constants, and an `Emitter` for operations.
 
-A Python loop over an `Emitter` is unrolled code, `Emitter.loop` is a loop of the machine. Addresses
-are integers. No operation carries a fast-math flag: each rounds once, and NaN and infinity behave
-as IEEE 754 says, which keeps a NaN in its own row.
+A Python loop that calls an `Emitter` emits unrolled code; `Emitter.loop` emits a real loop.
+Addresses are integers. No operation has a fast-math flag: each rounds once and treats NaN and
+infinity as IEEE 754 says, so a NaN stays in its own row.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 
 LANES = 16
-"""float32 numbers of a vector. One cache line, and the tokens of a tile."""
+"""float32 numbers in a vector. They fill one cache line, and match the 16 tokens of a tile."""
 
 LINE = 64
 """Bytes of a cache line."""
@@ -28,7 +28,7 @@ Case = TypeVar("Case")
 
 
 def vector(element: ir.Type, lanes: int = LANES) -> ir.VectorType:
-    """Return LLVM's type of a vector of `lanes` numbers."""
+    """Return the LLVM type of a vector of `lanes` numbers."""
     return ir.VectorType(element, lanes)
 
 
@@ -45,7 +45,7 @@ def filled(element: ir.Type, number: float, lanes: int = LANES) -> ir.Constant:
 ZEROS = filled(F32, 0.0)
 
 ROUNDING = 1.5 * 2.0**23
-"""A float32 that rounds to an integer when it is added, which the last bits then hold."""
+"""Add this to a float32 to round it to an integer, which is then in the last bits of the sum."""
 
 # 2^f on [-1/2, 1/2], highest power first. Minimax polynomial of degree 5: largest relative error
 # 7.5e-8 before float32 rounding and 2.4e-7 after it.
@@ -53,7 +53,7 @@ _EXP2 = (1.3276471e-03, 9.6755415e-03, 5.5507133e-02, 2.4022120e-01, 6.9314697e-
 
 
 class Emitter:
-    """An LLVM builder `b` with the operations that the kernels need."""
+    """Emits the operations that the kernels need, through the LLVM builder `b`."""
 
     def __init__(self, builder: ir.IRBuilder) -> None:
         self.b = builder
@@ -87,7 +87,7 @@ class Emitter:
         return self.load(vector(F32, lanes), address)
 
     def load_line(self, bits: int, address: ir.Value) -> ir.Value:
-        """Load a cache line as a vector of integers of so many bits."""
+        """Load a cache line as a vector of integers of `bits` bits."""
         return self.load(vector(ir.IntType(bits), 8 * LINE // bits), address)
 
     def shift_right(self, x: ir.Value, bits: int) -> ir.Value:
@@ -111,7 +111,7 @@ class Emitter:
         return self.b.shuffle_vector(first, undefined, filled(I32, 0, lanes))
 
     def shuffle(self, x: ir.Value, y: ir.Value, order: Sequence[int]) -> ir.Value:
-        """Return the lanes `order` of `x` followed by `y`."""
+        """Pick lanes by number. The lanes of `x` are 0 on, followed by those of `y`."""
         return self.b.shuffle_vector(x, y, constant(I32, order))
 
     def fma(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
@@ -127,7 +127,7 @@ class Emitter:
         return self.b.select(self.b.fcmp_ordered("<", x, y), x, y)
 
     def reduce(self, x: ir.Value, combine: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
-        """Combine the lanes of a vector into a scalar, in halves."""
+        """Combine all 16 lanes into a scalar, by combining halves four times."""
         lanes = x.type.count
         for distance in (8, 4, 2, 1):
             rotated = self.shuffle(x, x, [(lane + distance) % lanes for lane in range(lanes)])
@@ -135,7 +135,7 @@ class Emitter:
         return self.b.extract_element(x, I32(0))
 
     def halves_to_floats(self, bits: ir.Value) -> ir.Value:
-        """Convert a vector of fp16 bit patterns to float32; x86 needs F16C, as AVX2 CPUs have."""
+        """Convert a vector of fp16 bit patterns to float32. x86 needs F16C, as AVX2 CPUs have."""
         lanes = bits.type.count
         return self.b.fpext(self.b.bitcast(bits, vector(F16, lanes)), vector(F32, lanes))
 
@@ -148,8 +148,8 @@ class Emitter:
     def floats_to_bfloat16(self, x: ir.Value) -> ir.Value:
         """Round a vector of float32 to bf16 bit patterns, half to even.
 
-        With integers, because without AVX-512 BF16 LLVM would call a library function that numba
-        does not link, and the process would end.
+        Uses integer operations. For a conversion without AVX-512 BF16, LLVM would call a library
+        function that numba does not link, and the process would crash.
         """
         b, lanes = self.b, x.type.count
 
@@ -159,12 +159,12 @@ class Emitter:
         bits = b.bitcast(x, vector(I32, lanes))
         last = b.and_(b.lshr(bits, word(16)), word(1))
         rounded = b.add(b.add(bits, word(0x7FFF)), last)
-        # Rounding up the largest payload of a NaN would make it a zero.
+        # Rounding up would turn a NaN with all bits set into a zero.
         rounded = b.select(b.fcmp_unordered("uno", x, x), word(0x7FC00000), rounded)
         return b.trunc(b.lshr(rounded, word(16)), vector(I16, lanes))
 
     def exp2(self, x: ir.Value) -> ir.Value:
-        """Return 2^x of a vector for x up to 127; 2^-126 below -126, NaN of NaN."""
+        """Return 2^x in each lane, for x up to 127. Below -126 it is 2^-126, and NaN gives NaN."""
         b = self.b
         x = self.larger(filled(F32, -126.0), x)
         raised = b.fadd(x, filled(F32, ROUNDING))
@@ -178,7 +178,7 @@ class Emitter:
 
     @contextlib.contextmanager
     def each(self, count: ir.Value) -> Iterator[ir.Value]:
-        """Repeat the code of a `with` statement `count` times, at least once; give the index."""
+        """Emit a loop around the body of a `with` statement: `count` passes, at least one."""
         b = self.b
         before = b.block
         head, after = b.append_basic_block("loop"), b.append_basic_block("done")
@@ -198,10 +198,10 @@ class Emitter:
         carried: Sequence[ir.Value],
         body: Callable[[ir.Value, list[ir.Value]], Sequence[ir.Value]],
     ) -> list[ir.Value]:
-        """Emit a loop like `each`, with values that a pass gets from the one before it.
+        """Emit a loop like `each` that carries values from one pass to the next.
 
-        `body` emits a pass from its index and the carried values, and returns their next values.
-        `carried` are the first ones. Returns the last ones.
+        `carried` are the values of the first pass. `body(index, values)` emits a pass and returns
+        the values for the next one. Returns the values after the last pass.
         """
         before = self.b.block
         with self.each(count) as index:
@@ -218,9 +218,9 @@ class Emitter:
         condition: Callable[[Case], ir.Value],
         emit: Callable[[Case], Sequence[ir.Value] | None],
     ) -> list[ir.Value]:
-        """Emit `emit(case)` for each case, and branches to the first whose condition holds.
+        """Emit code for each case with `emit(case)`, and run the first whose condition holds.
 
-        The last case needs no condition. Returns the results of the case that runs.
+        The last case runs if no other does. Returns the results of the case that runs.
         """
         b, (case, *others) = self.b, cases
         if not others:
@@ -243,7 +243,7 @@ class Emitter:
         emit: Callable[[int], Sequence[ir.Value] | None],
         comparison: str = "==",
     ) -> list[ir.Value]:
-        """Emit `emit(number)` for the first number that `value` equals; otherwise the last one."""
+        """Like `choose`: run the case of the first number that `value` equals, else the last."""
         return self.choose(
             numbers, lambda number: self.b.icmp_signed(comparison, value, I64(number)), emit
         )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Divides a batch's attention into work items. All layers use the one plan of a step.
+"""Divide a batch's attention into work items. All layers of a step share one plan.
 
-The division of a request depends only on the request, the heads and the number of threads. A
+How a request is divided depends only on the request, the heads and the number of threads. A
 request's result therefore does not depend on the rest of the batch.
 """
 
@@ -17,15 +17,15 @@ from vllm_hybrid_kv.kernels.cpu.records import CHUNK, ROW_BLOCK, WorkItem, dtype
 from vllm_hybrid_kv.kernels.inputs import attention_error
 
 _ITEMS_PER_THREAD = 4
-"""Work items per thread that one request should have, to balance the threads."""
+"""Divide a request into about this many work items per thread, to balance the threads."""
 
 _MIN_PART = 256
-"""The minimum tokens of a part of the keys. With shorter parts, merging costs more than dividing
-saves."""
+"""A part of a request's keys has at least this many tokens. With shorter parts, merging costs more
+than dividing saves."""
 
 _MAX_PART_ROWS = 64
-"""The maximum query rows of a request whose keys are divided into parts. A request with more rows
-has enough work items without parts. Keys of prefill chunks are not divided, so that a prompt's
+"""Divide the keys of a request into parts only up to this many query rows. A request with more rows
+has enough work items without parts. The keys of prefill chunks are not divided, so a prompt's
 result is the same, bit for bit, with any chunk size."""
 
 
@@ -37,7 +37,8 @@ class Plan(NamedTuple):
     partial_rows: int  # rows of partial sums per KV head
     num_divided: int  # requests whose keys are divided
     made_for: tuple[int, int, int, int, int, bool, int | None]
-    """Requests, query tokens, and the arguments that a call of attention must share."""
+    """Requests, query tokens, heads, KV heads, head size, causal and window, which a call of
+    attention must match."""
 
 
 def plan_attention(
@@ -59,14 +60,14 @@ def plan_attention(
     No size depends on `max_model_len`.
 
     Args:
-        seq_lens: int32 [B], tokens of each request including its new ones; not an upper bound.
+        seq_lens: int32 [B], the exact number of tokens of each request including its new ones.
         query_start_loc: int32 [B + 1], offsets of the requests' query tokens.
         num_heads: Query heads, a multiple of `num_kv_heads`.
         num_kv_heads: KV heads.
         head_size: Dims of a head.
         page_size: Tokens of a page.
         causal, window: As for `paged_attention`.
-        num_threads: Threads to divide among; None for torch's number of threads.
+        num_threads: Threads to divide the work among; None for torch's number of threads.
 
     Raises:
         ValueError: The offsets are negative or not sorted, so that the kernels would write outside

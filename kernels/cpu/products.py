@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The products of AVX-512 VNNI and of plain vectors, straight from `CPU_TILED` pages.
+"""Integer dot products with AVX-512 VNNI or plain vectors, read directly from `CPU_TILED` pages.
 
     scores: sums[token] += key bytes [token, 4] . query codes [4]
     outputs: sums[dim] += value codes [dim, 2] . weights [2]
@@ -36,26 +36,26 @@ from vllm_hybrid_kv.kernels.cpu.llvm import (
 from vllm_hybrid_kv.kernels.cpu.records import SCORE_STRIDE, TILE_RECORD
 
 _FEW_ROWS, _CHUNK_OF_FEW = 8, 64
-"""Most rows of a request with short chunks, and their tokens. The same numbers for every set of
-instructions, because the bits of a result depend on its chunks."""
+"""Requests of up to 8 rows use chunks of 64 tokens. VNNI and plain vectors share these numbers,
+because a result's bits depend on its chunks."""
 
 _WORD_DOTS = (
     ("+avx512bw", "avx512.pmaddw.d.512", 1),
     ("+avx2", "avx2.pmadd.wd", 2),
     ("+sse2", "sse2.pmadd.wd", 4),
 )
-"""x86's products of pairs of words: the feature, LLVM's name, and the parts of a line."""
+"""x86 instructions that multiply words and add pairs: CPU feature, LLVM name, vectors per line."""
 
 
 @functools.cache
 def _features() -> list[str]:
-    """Return the features of x86 that numba compiles for."""
+    """Return the x86 features that numba compiles for; none on other CPUs."""
     triple, _, features = cpu_target.target_context.codegen().magic_tuple()
     return features.split(",") if triple.startswith("x86") else []
 
 
 def _dot_words(e: Emitter, sums: ir.Value, x: ir.Value, y: ir.Value) -> ir.Value:
-    """Add the products of pairs of signed words, <32 x i16>, to sixteen int32."""
+    """Multiply signed words, <32 x i16>, and add the two products of each pair to an int32."""
     for feature, name, parts in _WORD_DOTS:
         if feature in _features():
             lanes = 32 // parts
@@ -83,12 +83,12 @@ def _broadcast(e: Emitter, address: ir.Value) -> ir.Value:
 
 @dataclass(frozen=True)
 class Products:
-    """How an instruction set multiplies.
+    """How to multiply with one instruction set.
 
     Attributes:
-        vnni: It has the byte dot product.
-        rows: Most rows that are multiplied at once, a power of two.
-        tiles: Key tiles that are multiplied at once.
+        vnni: Use the byte dot product of AVX-512 VNNI.
+        rows: Multiply at most this many rows at once, a power of two.
+        tiles: Multiply this many key tiles at once.
     """
 
     vnni: bool
@@ -96,7 +96,7 @@ class Products:
     tiles: int
 
     def key_operands(self, e: Emitter, line: ir.Value) -> list[ir.Value]:
-        """Return the operands of a line of keys, <32 x i16>."""
+        """Split a line of keys, <32 x i16>, into its even and odd bytes if words are multiplied."""
         if self.vnni:
             return [line]
         return [e.b.and_(line, filled(I16, 255, 32)), e.b.lshr(line, filled(I16, 8, 32))]
@@ -104,7 +104,7 @@ class Products:
     def add_scores(
         self, e: Emitter, sums: ir.Value, keys: list[ir.Value], query: list[ir.Value]
     ) -> ir.Value:
-        """Add the products of a line of keys with four query codes."""
+        """Add the dot products of four query codes with the 16 tokens of a line of keys."""
         if self.vnni:
             words = e.b.bitcast(keys[0], vector(I32))
             return e.call("llvm.x86.avx512.vpdpbusd.512", vector(I32), sums, words, query[0])
@@ -116,7 +116,7 @@ class Products:
 def _row_blocks(
     e: Emitter, products: Products, rows: ir.Value, emit: Callable[[int, ir.Value, bool], None]
 ) -> None:
-    """Emit code for blocks of rows: `emit(rows, first row, whether it is the first block)`."""
+    """Emit code for all rows in blocks, by `emit(rows, first row, whether it is the first)`."""
     sizes = [1 << i for i in range(products.rows.bit_length())]
     e.choose_number(rows, sizes, lambda size: emit(size, I64(0), True), "<=")
     with e.b.if_then(e.b.icmp_signed(">", rows, I64(products.rows))):
@@ -126,14 +126,14 @@ def _row_blocks(
 
 
 def functions(products: Products) -> tuple[Any, Any]:
-    """Return the functions of numba code that compute scores and outputs of a chunk."""
+    """Return two functions for numba code: `scores` and `outputs` of a chunk of keys."""
 
     @inline_llvm
     def scores(
         e: Emitter, rows: Int64, tiles: Int64, ahead: Int64, count: Int64, dims: Int64,
         stride: Int64, scratch: Int64,
     ) -> None:  # fmt: skip
-        """Write the rows' products with `count` key tiles, and prefetch as many of `ahead`."""
+        """Multiply queries with `count` key tiles, and prefetch the keys of the tiles `ahead`."""
         words = 1 if products.vnni else 2
 
         shift = products.tiles.bit_length() - 1
@@ -179,7 +179,7 @@ def functions(products: Products) -> tuple[Any, Any]:
         e: Emitter, rows: Int64, tiles: Int64, ahead: Int64, count: Int64, dims: Int64,
         output_stride: Int64, state: Int64, scratch: Int64,
     ) -> None:  # fmt: skip
-        """Add the rows' weights times the values of `count` tiles, and prefetch as many."""
+        """Add weights times values of `count` tiles; prefetch the values of the tiles `ahead`."""
 
         with e.each(e.shift_right(e.at(dims, 31), 5)) as i:
             width = half_chunk(e, i, dims)
@@ -241,7 +241,7 @@ def functions(products: Products) -> tuple[Any, Any]:
 
 
 def attend(products: Products) -> Any:
-    """Return the function that attends for a call; see `work_item.item_loop`."""
+    """Build the attention function that uses these products; see `work_item.item_loop`."""
     scores, outputs = functions(products)
     weigh = work_item.weigher(softmax.WORDS)
     words = int(not products.vnni)

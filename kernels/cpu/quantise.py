@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantise new tokens and store them in k8v4 pages, on CPUs.
 
-The arithmetic is `reference.quantise`, bit for bit; the place of each byte is `k8v4.PageFormat`.
-One kernel serves every dtype, head size and page size: it widens a row to float32 in a buffer that
-stays in the first-level cache. The number of vector operations limits its speed, not memory, so
-it omits the reference's clamps if they change nothing; see `_rotate_row`.
+The results equal those of `reference.quantise`, bit for bit; `k8v4.PageFormat` says where each byte
+goes. One kernel serves every dtype, head size and page size: it widens a row to float32 in a buffer
+that stays in the first-level cache. Vector operations limit its speed, not memory, so it skips the
+reference's clamps when they would change nothing; see `_rotate_row`.
 """
 
 from __future__ import annotations
@@ -24,19 +24,18 @@ _KEY_MAX = np.float32(k8v4.KEY_MAX)
 _VALUE_MAX = np.float32(k8v4.VALUE_MAX)
 
 _NO_CLAMP = int(np.float32(2.0**18).view(np.int32))
-"""The bits of a rotated magnitude, not yet multiplied by the unit, up to which no row is clamped.
-
-The row itself then has no larger magnitude, which is below both limits.
+"""The bits of 2^18. A row needs no clamp if no number of it exceeds this once rotated, before the
+product with the unit: then none exceeds it before the rotation either, and both limits are higher.
 """
 
 _SCRATCH = 8 * ROW_BYTES + encode.LARGEST_BYTES + encode.RESULT_BYTES
-"""Bytes of a thread's scratch: rows of float32, largest magnitudes, and scales of four tokens."""
+"""Bytes of a thread's scratch for four tokens: rows of float32, partial maxima, and scales."""
 
 _ITEM_TOKENS = 16
-"""Tokens that a thread takes at a time, all heads of each, so that it reads memory in order."""
+"""A thread takes this many tokens at a time, with all their heads, so it reads memory in order."""
 
 SERIAL_ROWS = 256
-"""Rows (tokens times heads) up to which waking other threads costs more than it saves."""
+"""Up to this many rows (tokens times heads), waking other threads costs more than it saves."""
 
 _CPU = torch.device("cpu")
 _call = records.CallBuffer(records.StoreCall)
@@ -44,10 +43,10 @@ _call = records.CallBuffer(records.StoreCall)
 
 @numba.njit
 def _rotate_row(source, dtype_code, head_size, row, largest, limit, unit):  # type: ignore[no-untyped-def]
-    """Write a row rotated but not yet multiplied by `unit`, and its largest magnitude.
+    """Rotate a row, without the product with `unit`, and write its partial maxima to `largest`.
 
-    Only a row with a large number is clamped: to `limit` before the rotation, and after it to
-    `limit / unit`. Returns whether the row holds a NaN.
+    Only a row with a large number is clamped: to `limit` before the rotation, and to
+    `limit / unit` after it. Returns whether the row has a NaN.
     """
     row_ops.widen_row(dtype_code, source, row, head_size)
     rotation.rotate_and_measure(row, head_size, largest)
@@ -65,7 +64,7 @@ def _rotate_row(source, dtype_code, head_size, row, largest, limit, unit):  # ty
 
 @numba.njit
 def _rotate_token(key, value, dtype_code, head_size, row, largest, unit):  # type: ignore[no-untyped-def]
-    """Rotate a token's key and value, or write zeros and return True if one holds a NaN."""
+    """Rotate a token's key and value. If either has a NaN, write zeros for both; return True."""
     value_row, largest_value = row + encode.VALUE_ROWS, largest + 4 * LINE
     nan = _rotate_row(key, dtype_code, head_size, row, largest, _KEY_MAX, unit)
     nan |= _rotate_row(value, dtype_code, head_size, value_row, largest_value, _VALUE_MAX, unit)
@@ -80,7 +79,7 @@ def _rotate_token(key, value, dtype_code, head_size, row, largest, unit):  # typ
 
 @numba.njit
 def _is_quad(slots, i, last):  # type: ignore[no-untyped-def]
-    """Return whether token i and the three after it have the slots of a quad."""
+    """Return whether token i and the three after it go to the four slots of one quad."""
     slot = inline.load_int64(slots + 8 * i)
     is_quad = i + 4 <= last and slot >= 0 and slot % 4 == 0
     for token in range(1, 4):
@@ -90,7 +89,7 @@ def _is_quad(slots, i, last):  # type: ignore[no-untyped-def]
 
 @numba.njit
 def _tokens_before_quad(slots, i, last):  # type: ignore[no-untyped-def]
-    """Return how many tokens from i on, four at most, come before the next quad."""
+    """Count the tokens from i on, one to four, that come before the next quad."""
     count = 1
     while count < 4 and i + count < last and not _is_quad(slots, i + count, last):
         count += 1
@@ -101,12 +100,12 @@ def _tokens_before_quad(slots, i, last):  # type: ignore[no-untyped-def]
 def _store_item(call, item):  # type: ignore[no-untyped-def]
     """Quantise and store up to `_ITEM_TOKENS` tokens, four at a time.
 
-    Prefetches as many rows of the next tokens, and a quarter of the lines of the next tile.
+    Meanwhile it prefetches the next tokens' rows, and a quarter of the lines of the next tile.
     """
     rows = inline.stack_bytes(_SCRATCH)
     largest = rows + 8 * ROW_BYTES
     results = largest + encode.LARGEST_BYTES
-    row_ops.clear_lines(largest, encode.LARGEST_BYTES // LINE)  # for missing tokens
+    row_ops.clear_lines(largest, encode.LARGEST_BYTES // LINE)  # tokens of a quad may be missing
     slots, dtype_code = call.slots, call.dtype_code
     head_size, page_size, block_stride = call.head_size, call.page_size, call.block_stride
     key_stride, value_stride = call.key_token_stride, call.value_token_stride
@@ -151,7 +150,7 @@ def _store_item(call, item):  # type: ignore[no-untyped-def]
 
 
 def _store(call_address, num_items):  # type: ignore[no-untyped-def]
-    """Store all tokens, and return the first whose slot is past the cache's end, or -1."""
+    """Store all tokens and return -1, or none and return the first with a slot past the end."""
     call = records.store_call_at(call_address)
     for i in range(call.num_tokens):
         if inline.load_int64(call.slots + 8 * i) >= call.num_slots:
@@ -175,12 +174,12 @@ def quantise_and_store(
 ) -> None:
     """Quantise tokens and write them into their slots, in the layout `CPU_TILED`.
 
-    Nothing else in the cache changes. If one call names a slot twice, its bytes are those of one
-    of the two tokens or, with two threads, a mixture; vLLM never does so.
+    Nothing else in the cache changes. If one call names a slot twice, the slot gets the bytes of
+    either token or, with several threads, a mixture of both; vLLM never does so.
 
     Args:
         key: bfloat16, float16 or float32 [T, H, D], any strides.
-        value: Of the same shape and dtype, any strides.
+        value: Same shape and dtype as `key`, any strides.
         cache: uint8 [num_blocks, H, N, slot_bytes(D)], contiguous within a block; any number of
             bytes between blocks.
         slot_mapping: int64 or int32 [T'] with T' <= T, block * N + token within the block; the
@@ -189,7 +188,7 @@ def quantise_and_store(
 
     Raises:
         ValueError: A tensor has the wrong shape, dtype, strides or device, or a slot is past the
-            end of the cache. Nothing has been written then.
+            end of the cache. In both cases nothing was written.
     """
     inputs.check_store(key, value, cache, slot_mapping, _CPU)
     num_tokens = slot_mapping.shape[0]

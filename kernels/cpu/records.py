@@ -84,16 +84,16 @@ class WorkItem(NamedTuple):
 
     request: int
     query_start: int  # the request's first query token in the batch
-    query_length: int  # its query tokens
-    length: int  # its tokens
+    query_length: int  # how many query tokens the request has
+    length: int  # how many tokens the request has
     first_row: int
     rows: int
     first_key: int  # a multiple of CHUNK
     last_key: int
-    parts: int  # items that share the keys of these rows; 1: it writes its results
+    parts: int  # how many items share the keys of these rows; if 1, the item writes the results
     divided: int  # index of the request among those with several parts
-    first_partial: int  # row of the first part's partial sums
-    partial: int  # row of its own partial sums
+    first_partial: int  # index of the first row of partial sums, those of the first part
+    partial: int  # index of the item's own first row of partial sums
 
 
 def dtype_of(record: type) -> np.dtype[Any]:
@@ -103,7 +103,7 @@ def dtype_of(record: type) -> np.dtype[Any]:
 
 
 class CallBuffer(threading.local):
-    """The calling thread's memory for one record, at a fixed address."""
+    """Memory for one record. Each thread has its own, at a fixed address."""
 
     def __init__(self, record: type) -> None:
         codes, fields = {int: "q", float: "d"}, get_type_hints(record)
@@ -120,7 +120,7 @@ class CallBuffer(threading.local):
 
 
 def _record_at(record: type) -> Any:
-    """Return a function for numba code from an address to the record there."""
+    """Return a function for numba code that returns the record at an address."""
     kind = numba.from_dtype(dtype_of(record))
 
     @intrinsic
@@ -141,28 +141,28 @@ ITEM_BYTES = dtype_of(WorkItem).itemsize
 TILE_ADDRESSES = np.dtype(
     [(name, np.int64) for name in ("keys", "values", "key_scales", "value_scales")]
 )
-"""The addresses of the parts of one tile."""
+"""Where the four parts of a tile are in memory."""
 
 TILE_RECORD = TILE_ADDRESSES.itemsize
 
 STATE_FIELDS = ("largest", "total", "offset", "weight_step", "query_step", "raised_by")
 ROW_STATE = np.dtype([(name, np.float32) for name in STATE_FIELDS])
-"""A row's online softmax and query: the largest score, the sum of weights, what is missing in every
-dim of the output, the value of 1 in the last chunk's integer weights, the value of 1 in the query's
-codes, and what the 128 in every byte of a key adds to a score."""
+"""What is stored for a row. Of its online softmax: the largest score, the sum of weights, and the
+offset to add to every dim of the output. What 1 is worth in the last chunk's integer weights and in
+the query's codes. How much the 128 in every byte of a key adds to a score."""
 
 STATE_BYTES = ROW_STATE.itemsize
 
 ROW_BLOCK = 128
-"""Most rows of an item."""
+"""Maximum rows of a work item."""
 
 CHUNK = 256
-"""Most tokens of a chunk."""
+"""Maximum tokens of a chunk, the keys that an item processes at once."""
 
 TILE = k8v4.TILE_TOKENS
 
-# A thread's scratch memory: the offset of each part. Rows of scores are an odd number of cache
-# lines apart, so that a column of them does not map to few sets of the cache.
+# The offsets of the parts of a thread's scratch memory. Rows of scores are an odd number of cache
+# lines apart, so that the lines of a column use many sets of the cache.
 MAX_DIMS = k8v4.MAX_HEAD_SIZE
 SCORE_STRIDE = 4 * CHUNK + 64
 QUERIES_AT = 0

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`reference.rotation_sums` on a row of float32 in memory, sixteen numbers at a time.
+"""Rotate a float32 row in memory, like `reference.rotation_sums`, sixteen numbers at a time.
 
-The same additions in the same order, so that the bits are the same.
+It adds in the same order as the reference, so the results are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _Vectors = list[ir.Value]
 
 
 def larger_magnitudes(e: Emitter, largest: _Vectors, x: ir.Value) -> _Vectors:
-    """Return the larger magnitudes, compared as bits, so that a NaN is the largest."""
+    """Update the maxima of |x| in each lane. Compared as bits, a NaN is the largest."""
     bits = e.b.and_(e.b.bitcast(x, vector(I32)), filled(I32, 0x7FFFFFFF))
     return [e.b.select(e.b.icmp_signed(">", bits, largest[0]), bits, largest[0])]
 
 
 def _less_twice(e: Emitter, total: ir.Value, x: ir.Value) -> ir.Value:
-    """Return `total - 2 x`: doubling is exact, so that one rounding gives the bits of two."""
+    """Return `total - 2 x`. Doubling is exact, so a fused operation gives the same bits."""
     return e.fma(x, filled(F32, -2.0), total)
 
 
@@ -40,13 +40,13 @@ def _partner(e: Emitter, x: ir.Value, distance: int) -> ir.Value:
 
 
 def _four_lanes(e: Emitter, x: ir.Value, stride: int) -> ir.Value:
-    """Apply the stage of radix 4 and a stride below 16 to a vector."""
+    """Apply a stage of radix 4 inside a vector; the stride is 1 or 4."""
     pair = e.b.fadd(x, _partner(e, x, stride))
     return _less_twice(e, e.b.fadd(pair, _partner(e, pair, 2 * stride)), x)
 
 
 def _two_lanes(e: Emitter, x: ir.Value, stride: int) -> ir.Value:
-    """Apply the stage of radix 2 and a stride below 16 to a vector."""
+    """Apply a stage of radix 2 inside a vector; the stride is below 16."""
     signs = [-0.0 if lane & stride else 0.0 for lane in range(LANES)]
     flip = e.b.bitcast(ir.Constant(vector(F32), signs), vector(I32))
     signed = e.b.bitcast(e.b.xor(e.b.bitcast(x, vector(I32)), flip), vector(F32))
@@ -65,19 +65,19 @@ def _two_vectors(e: Emitter, two: _Vectors) -> _Vectors:
 
 
 def _rotate(e: Emitter, row: ir.Value, head_size: ir.Value) -> ir.Value:
-    """Apply all stages to a row in place; its memory extends to a multiple of 16 numbers.
+    """Apply all stages to a row in place. Its memory is padded to a multiple of 16 numbers.
 
-    A block of up to 64 numbers passes its stages in registers. Each further stage, among 2 or 4
-    blocks, reads the row again.
+    The stages within 64 numbers run in registers. Each further stage combines 2 or 4 such blocks,
+    and reads the row again.
 
     Returns:
-        Sixteen magnitudes as int32 bits, the largest among them; a NaN is the largest.
+        16 partial maxima of |x| as int32 bits; a NaN is the largest.
     """
 
     def among(
         count: int, stride: int, combine: Callable[[Emitter, _Vectors], _Vectors], first: bool
     ) -> ir.Value:
-        """Combine `count` vectors, `stride` lines apart, all over the row."""
+        """Apply one stage to the whole row: `combine` `count` vectors that are `stride` apart."""
 
         def run(i: ir.Value, largest: _Vectors) -> _Vectors:
             start = e.at(row, i, count * stride * LINE)
@@ -129,18 +129,18 @@ def _rotate(e: Emitter, row: ir.Value, head_size: ir.Value) -> ir.Value:
 
 @inline_llvm
 def rotate(e: Emitter, row: Int64, head_size: Int64) -> None:
-    """Apply all stages to a row in place."""
+    """Rotate a row in place, without the product with `k8v4.rotation_unit`."""
     _rotate(e, row, head_size)
 
 
 @inline_llvm
 def rotate_and_measure(e: Emitter, row: Int64, head_size: Int64, largest: Int64) -> None:
-    """Apply all stages to a row in place, and write its largest magnitude.
+    """Rotate a row like `rotate`, and write its partial maxima.
 
     Args:
         e: Emits the code.
         row: Address of float32 [head_size], in memory that extends to a multiple of 16 numbers.
         head_size: D.
-        largest: Address for sixteen numbers, the largest magnitude among them.
+        largest: Where to store 16 partial maxima of |x|. The row's maximum is the largest of them.
     """
     e.store(_rotate(e, row, head_size), largest)

@@ -30,7 +30,7 @@ from vllm_hybrid_kv.kernels.cpu.records import (
     VALUE_SCALES_AT,
 )
 
-_EIGHT = LANES // 2  # head sizes are multiples of eight, not of sixteen
+_EIGHT = LANES // 2  # head sizes are multiples of 8, not always of 16
 
 
 def _load_floats(e: Emitter, dtype_code: int, address: ir.Value, lanes: int) -> ir.Value:
@@ -42,7 +42,7 @@ def _load_floats(e: Emitter, dtype_code: int, address: ir.Value, lanes: int) -> 
 
 @inline_llvm
 def widen_row(e: Emitter, dtype_code: Int64, source: Int64, to: Int64, dims: Int64) -> None:
-    """Write a row as float32, and its last 8 numbers again if `dims` is no multiple of 16."""
+    """Convert a row to float32. If `dims` is not a multiple of 16, write the last 8 twice."""
 
     def widen(code: int) -> None:
         step = LANES * (4 if code == FLOAT32 else 2)
@@ -66,7 +66,7 @@ def store_row(
     add: Float32,
     factor: Float32,
 ) -> None:
-    """Store `(row + add) * factor` of a float32 row as a dtype."""
+    """Compute `(row + add) * factor` of a float32 row, and store it in another dtype."""
     add, factor = e.broadcast(add, _EIGHT), e.broadcast(factor, _EIGHT)
 
     def store(code: int) -> None:
@@ -95,7 +95,7 @@ def add_scaled(e: Emitter, to: Int64, row: Int64, dims: Int64, factor: Float32) 
 def add_limbs(
     e: Emitter, to: Int64, upper: Int64, lower: Int64, vectors: Int64, factor: Float32
 ) -> None:
-    """Add `(256 * upper + lower) * factor` to a row of float32; sums of int32, below 2^23 each."""
+    """Add `(256 * upper + lower) * factor`, of int32 sums below 2^23, to a row of float32."""
     factor = e.broadcast(factor)
     with e.each(vectors) as i:
         high, low = (e.load(vector(I32), e.at(limb, i, LINE)) for limb in (upper, lower))
@@ -113,7 +113,7 @@ def clear_lines(e: Emitter, to: Int64, lines: Int64) -> None:
 
 @inline_llvm
 def widen_scales(e: Emitter, tile: Int64, scratch: Int64) -> None:
-    """Write a tile's fp16 scales as float32."""
+    """Convert the fp16 scales of a tile to float32, in scratch memory."""
     for offset, to in ((16, KEY_SCALES_AT), (24, VALUE_SCALES_AT)):
         halves = e.load(vector(I16), e.load(I64, e.at(tile, offset)))
         e.store(e.halves_to_floats(halves), e.at(scratch, to))

@@ -30,15 +30,15 @@ from vllm_hybrid_kv.kernels.k8v4 import MIDDLE_VALUE_CODE, QUAD_BYTE_OF_TOKEN
 LOG2_E = math.log2(math.e)
 
 _LEAST_TOP = 1e-30
-"""A chunk of smaller weights counts as zero, because their inverse would overflow."""
+"""A chunk without a larger weight counts as zero, because the inverse would overflow."""
 
 WORDS, LIMBS = 1, 4
-"""Formats of integer weights: 16-bit words, or two bytes in rows of their own. The number is how
-many vectors of 16 weights are written at once."""
+"""Formats of integer weights: 16-bit words, or upper and lower bytes in separate rows. The number
+says how many vectors of 16 weights are written at once."""
 
 _TOP_WEIGHT = {WORDS: 32766.0, LIMBS: 65534.0}
-"""The integer for a chunk's largest weight: one less than the largest that there is, so that
-rounding cannot exceed it."""
+"""The integer for a chunk's largest weight: one below the maximum of the format, so that rounding
+cannot exceed the maximum."""
 
 _LARGEST, _TOTAL, _OFFSET, _WEIGHT_STEP, _QUERY_STEP, _RAISED_BY = (
     4 * i for i in range(len(STATE_FIELDS))
@@ -46,7 +46,7 @@ _LARGEST, _TOTAL, _OFFSET, _WEIGHT_STEP, _QUERY_STEP, _RAISED_BY = (
 
 
 def _soft_capped(e: Emitter, x: ir.Value, cap: ir.Value) -> ir.Value:
-    """Return `log2(e) cap tanh(x / cap)` as `c - 2 c / (1 + 2^(2 log2(e) x / cap))`."""
+    """With c = log2(e) cap, return `c tanh(x / cap)` as `c - 2 c / (1 + 2^(2 log2(e) x / cap))`."""
     b = e.b
     power = b.fmul(x, e.broadcast(b.fdiv(F32(2.0 * LOG2_E), cap)))
     grown = b.fadd(e.exp2(e.smaller(filled(F32, 126.0), power)), filled(F32, 1.0))
@@ -54,8 +54,8 @@ def _soft_capped(e: Emitter, x: ir.Value, cap: ir.Value) -> ir.Value:
     return b.fsub(wide, b.fdiv(b.fadd(wide, wide), grown))
 
 
-# The lower bytes of 64 tokens' weights, in the order of their values. Vectors 0 and 1 of sixteen
-# tokens are the halves of the 32-bit lanes of one vector, vectors 2 and 3 those of a second one.
+# Where the lower bytes of 64 weights are, in the order of the tokens' values. The words of tokens
+# 0-15 and 16-31 are the low and high halves of one vector's 32-bit lanes; 32-63 are in a second.
 _TOKENS = [byte // 4 * 4 + QUAD_BYTE_OF_TOKEN.index(byte % 4) for byte in range(64)]
 _LOWER_BYTES = [64 * (t // 32) + 4 * (t % LANES) + 2 * (t // LANES % 2) for t in _TOKENS]
 
@@ -70,7 +70,7 @@ def _write_integers(
     vectors: ir.Value,
     top: ir.Value,
 ) -> ir.Value:
-    """Write weights as integers, and return minus their sum times the middle code.
+    """Round weights to integers. Returns the rounded weights' sum, times minus the middle code.
 
     A weight becomes round(weight / top * _TOP_WEIGHT). With LIMBS its upper byte goes into one row
     and its lower byte into another, four tokens of a quad in the order of their values in a page.
@@ -124,20 +124,21 @@ def softmax_row(
 ) -> Float32:
     """Turn a chunk of a row's integer scores into weights, and update the row's state.
 
-    With x = log2(e) * factor * score, or its soft-capped value, and m the largest x up to here:
+    With x = factor * score, or under a cap log2(e) * cap * tanh(factor * score / cap), and m the
+    row's largest x up to here:
 
         score = (product - raised_by) * key scale * query_step
         weight = 2^(x - m) * value scale  if first <= token < last, else exactly 0
 
-    Weights become integers, relative to the chunk's largest; the state's `weight_step` is the value
-    of 1. The state's offset gets minus their sum times the middle code, because codes have no sign.
+    Weights are rounded to integers, relative to the chunk's largest; `weight_step` is what 1 is
+    worth. Value codes have no sign, so the state's `offset` gets the part of the middle code.
 
-    Returns the factor for the row's earlier sums, its output included.
+    Returns the factor to multiply the row's earlier output with, because m may have grown.
 
     Args:
         e: Emits the code.
         weight_format: WORDS or LIMBS.
-        scratch, row: Scratch memory and the row in it. The products of codes, int32, are
+        scratch, row: Scratch memory, and the number of the row. Its int32 products of codes are
             overwritten.
         state: Address of the row's `ROW_STATE`.
         vectors: Number of vectors of 16 tokens, a multiple of `weight_format`.
@@ -159,7 +160,7 @@ def softmax_row(
     raised_by = e.broadcast(e.load(F32, e.at(state, _RAISED_BY)))
 
     def emit(masked: bool) -> list[ir.Value]:
-        """Emit the code with or without invisible tokens, a cap and a negative factor."""
+        """Emit the code for any row, or unmasked: all tokens visible, no cap, factor above 0."""
         bounds = [e.broadcast(b.trunc(bound, I32)) for bound in (first, last)]
 
         def visible(i: ir.Value) -> ir.Value:
@@ -169,7 +170,7 @@ def softmax_row(
             return b.and_(not_before, b.icmp_signed("<", token, bounds[1]))
 
         def scale_scores(capped: bool) -> list[ir.Value]:
-            """Replace products by scores; return the largest and the remaining factor."""
+            """Replace products by scores; return lane maxima and the factor yet to be applied."""
             factors = filled(F32, 1.0) if capped else e.broadcast(step)
 
             def larger(i: ir.Value, largest: list[ir.Value]) -> list[ir.Value]:
@@ -196,16 +197,16 @@ def softmax_row(
 
         def weigh(i: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             place = e.at(scores, i, LINE)
-            # One rounding, with or without a mask: other rows of the batch decide about the mask.
+            # Round once in both versions, because other rows of the batch can decide which runs.
             weight = e.exp2(e.fma(e.load_floats(place), factors, b.fneg(shift)))
             scales = e.at(scratch, records.VALUE_SCALES_AT)
             scaled = b.fmul(weight, e.load_floats(e.at(scales, i, LINE)))
             if masked:
-                # Selected, not multiplied: the scale of a missing token may be NaN.
+                # Select, do not multiply by 0: the scale of a missing token may be NaN.
                 mask = visible(i)
                 weight, scaled = (b.select(mask, x, ZEROS) for x in (weight, scaled))
             e.store(scaled, place)
-            # The largest number does not show a NaN, zero times a NaN or an infinity does.
+            # The maximum hides a NaN, so also sum 0 * weight: NaN if a weight is NaN or infinite.
             not_finite = e.fma(scaled, ZEROS, sums[1])
             return [b.fadd(sums[0], weight), not_finite, e.larger(scaled, sums[2])]
 

@@ -17,9 +17,9 @@ from vllm_hybrid_kv.kernels.cpu.llvm import I64, Emitter
 
 
 def follow_torch() -> int:
-    """Give numba's next parallel call as many threads as torch has, and return the number.
+    """Let numba's next parallel call use as many threads as torch, and return their number.
 
-    The number is smaller than torch's if numba was imported earlier with a smaller pool.
+    It is smaller than torch's number if numba was imported earlier with a smaller pool.
     """
     wanted = torch.get_num_threads()
     count = max(1, min(wanted, numba.config.NUMBA_NUM_THREADS))
@@ -43,7 +43,7 @@ def _call(e: Emitter, code: Int64, first: Int64, second: Int64) -> None:
 def _run_on_threads(code, call, scratch):  # type: ignore[no-untyped-def]
     """Call the function at `code` in parallel, as `code(call, address of the thread's scratch)`.
 
-    `scratch` is uint8 [threads, bytes]. Each row serves one call, from its first 64-byte boundary.
+    `scratch` is uint8 [threads, bytes]. Each call uses one row, from its first 64-byte boundary on.
     """
     for thread in numba.prange(scratch.shape[0]):
         own = (scratch[thread].ctypes.data + 63) // 64 * 64

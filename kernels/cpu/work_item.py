@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One work item around the products: find pages, weigh scores, merge parts, write results.
+"""Process a work item, except for its products: find pages, weigh scores, merge, write results.
 
 A work item is a block of rows (query tokens times the heads of one KV head's group) against a
 range of keys. It processes the keys in chunks. An item with only a part of its rows' keys writes
-partial sums. The thread that finishes the last part merges them in the order of the parts, so that
-the result does not depend on which thread was first.
+partial sums. The thread that finishes the last part merges all parts in their order, so the result
+does not depend on which thread was first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LOG2_E = np.float32(softmax.LOG2_E)
 _LN_2 = np.float32(math.log(2.0))
 
 _TILES = records.CHUNK // TILE
-"""Most tiles of a chunk."""
+"""Maximum tiles of a chunk."""
 
 inner = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy")
 """Compile a function that only other compiled functions call."""
@@ -30,7 +30,7 @@ inner = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="
 
 @inner
 def _visible_keys(call, item, row):  # type: ignore[no-untyped-def]
-    """Return the first token that a row of an item sees and the one after the last."""
+    """Return the first token that a row of an item sees, and the token after the last one."""
     token = (item.first_row + row) // call.group
     position = item.length - item.query_length + token
     first, last = np.int64(0), item.length
@@ -44,7 +44,7 @@ def _visible_keys(call, item, row):  # type: ignore[no-untyped-def]
 
 @inner
 def _keys_of_item(call, item):  # type: ignore[no-untyped-def]
-    """Return the first token that any row of an item sees, rounded down to a tile, and the end."""
+    """Return the range of tokens that any row of an item sees, its start rounded down to a tile."""
     first, _ = _visible_keys(call, item, np.int64(0))
     _, last = _visible_keys(call, item, item.rows - 1)
     first = max(first, item.first_key)
@@ -60,7 +60,7 @@ def _query_of_row(call, item, head, row):  # type: ignore[no-untyped-def]
 
 @inner
 def query_stride(call, words):  # type: ignore[no-untyped-def]
-    """Return the bytes of a query row: its codes, as bytes or words, of a multiple of 64 dims."""
+    """Return the size of a row of query codes (bytes or words), padded to a multiple of 64 dims."""
     return (call.dims + 63) // 64 * (128 if words else 64)
 
 
@@ -98,7 +98,7 @@ def _next_chunk(first, chunk):  # type: ignore[no-untyped-def]
 
 @inner
 def _find_tiles(call, item, head, first, last, chunk, tiles):  # type: ignore[no-untyped-def]
-    """Write and count the tiles of the chunk from token `first` on that begin before `last`."""
+    """Write the addresses of a chunk's tiles, from token `first` up to `last`; return how many."""
     inline.noinline()
     tokens = min(last, _next_chunk(first, chunk)) - first
     count = (max(tokens, np.int64(0)) + TILE - 1) // TILE
@@ -142,29 +142,29 @@ def _no_setup(item, scratch):  # type: ignore[no-untyped-def]
 def item_loop(
     most_few_rows: int, chunk_of_few: int, attend_chunk: Any, setup: Any = _no_setup, words: int = 0
 ) -> Any:
-    """Return a function that attends for a call's items, chunk by chunk, until none is left.
+    """Return a function that processes a call's items, chunk by chunk, until none is left.
 
     Args:
-        most_few_rows: Most rows of a request whose chunks have `chunk_of_few` tokens; those of more
-            rows have `records.CHUNK`.
-        chunk_of_few: Tokens of such a chunk.
-        attend_chunk: Adds the `count` tiles of a chunk from token `first` on to the rows' sums.
-            `ahead` are the tiles of the next chunk. Both are filled up to a multiple of four tiles
-            with others, which have no weight.
+        most_few_rows: Requests of up to this many rows use chunks of `chunk_of_few` tokens, others
+            chunks of `records.CHUNK`.
+        chunk_of_few: See `most_few_rows`.
+        attend_chunk: Adds a chunk of `count` tiles, from token `first` on, to the rows' sums.
+            `ahead` are the next chunk's tiles, to prefetch. Both lists are padded to a multiple of
+            four with tiles that get no weight.
         setup: Called before an item's first chunk.
-        words: 1 if queries become words, 0 for bytes; see `encode_query`.
+        words: 1 if query codes are words, 0 if bytes; see `encode_query`.
     """
 
     @inner
     def attend(call, index, scratch):  # type: ignore[no-untyped-def]
-        """Attend for the item at an index, and return the index of the next one."""
+        """Process the item with a number, and return the number of the next one."""
         number, head = divmod(index, call.num_kv_heads)
         item = records.item_at(call.items + records.ITEM_BYTES * number)
         index_ahead = np.int64(-1)
         state = np.empty(records.ROW_BLOCK, records.ROW_STATE)
         tiles = np.zeros(_TILES, records.TILE_ADDRESSES)
         ahead = np.zeros(_TILES, records.TILE_ADDRESSES)
-        # By all rows of the request: the rest in its last item is computed like the others.
+        # Count all rows of the request, so that its last, smaller item uses the same chunks.
         few = item.query_length * call.group <= most_few_rows
         chunk = np.int64(chunk_of_few if few else records.CHUNK)
         _begin(call, item, head, scratch, state, words)
@@ -179,7 +179,7 @@ def item_loop(
             filled = (count + 3) // 4 * 4
             for i in range(count, filled):
                 tiles[i] = tiles[count - 1]
-            # Each tile needs a valid one to prefetch: without a next one, itself.
+            # Each tile prefetches another, so give one without a next tile its own address.
             for i in range(count_ahead, filled):
                 ahead[i] = tiles[i]
             for i in range(count):
@@ -204,8 +204,8 @@ def item_loop(
 def weigher(weight_format: int) -> Any:
     """Return a function that turns a chunk's scores into weights.
 
-    It also rescales the outputs of rows whose maximum grew. With `softmax.LIMBS` the lower bytes of
-    a row's weights are `lower` bytes after its upper ones.
+    The function also rescales the outputs of rows whose maximum grew. With `softmax.LIMBS`, the
+    lower bytes of a row's weights are `lower` bytes after the upper ones.
     """
 
     @inner
@@ -221,7 +221,7 @@ def weigher(weight_format: int) -> Any:
             seen = max(seen - first, np.int64(0))
             unseen = min(min(unseen, item.last_key) - first, TILE * count)
             if unseen <= seen:
-                # The factor of the integers, whatever they are.
+                # The row sees no token of this chunk: give its old integer weights the value 0.
                 state[row].weight_step = np.float32(0.0)
                 continue
             own = state.ctypes.data + row * records.STATE_BYTES
@@ -238,9 +238,9 @@ def weigher(weight_format: int) -> Any:
 
 @inner
 def _write_row(call, item, head, row, output, add, largest, total):  # type: ignore[no-untyped-def]
-    """Write `(output + add) / total` of a row, with its sink, and its log-sum-exp.
+    """Write a row's result, `(output + add) / total` with its sink, and its log-sum-exp.
 
-    The sums are of rotated values; one rotation for each row, in place, rotates them back.
+    The output sums rotated values, so each row is rotated back, in place.
     """
     inline.noinline()
     token, query_head = _query_of_row(call, item, head, row)
@@ -297,7 +297,7 @@ def _merge(call, item, head, scratch):  # type: ignore[no-untyped-def]
 
 @inner
 def _finish(call, item, head, scratch, state):  # type: ignore[no-untyped-def]
-    """Write an item's results or its part, and merge the parts if this was the last one."""
+    """Write an item's results. If it is a part, write partial sums; the last part merges all."""
     inline.noinline()
     for row in range(item.rows):
         output = scratch + records.OUTPUTS_AT + row * call.output_stride
