@@ -47,13 +47,13 @@ DOCUMENT = (
     "The river runs slowly through the old town and the children watch the boats. In winter the "
     "lake is covered with ice and the people walk across it to the other side. "
 ) * 8
-"""A text of several cache blocks."""
+"""A prompt that fills several cache blocks."""
 
 console = Console(highlight=False)
 
 
 class Capacity(NamedTuple):
-    """The tokens that fit in requests of max_model_len, tokens of a block, blocks of the pool."""
+    """The size of a KV cache. `tokens` is how many fit in requests of max_model_len."""
 
     tokens: int
     block_size: int
@@ -169,7 +169,7 @@ def _print_answer(kind: str, prompt: str, answer: str | None, usage: Any) -> Non
 
 
 def _served_capacity(server: Server) -> Capacity:
-    """Return the plan of the server's cache from its log and its metrics."""
+    """Read the size of the server's KV cache from its log and its metrics."""
     tokens = server.find_in_log(r"KV cache size: ([\d,]+) tokens")
     (cache,) = (s.labels for s in server.samples() if s.name == "vllm:cache_config_info")
     block_size, blocks = int(cache["block_size"]), int(cache["num_gpu_blocks"])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a function of a tool in a child process, and reads the messages that it sends.
+"""Run a function in a child process, and read the messages that the function sends.
 
-The parent names a function, which gets a callable that sends messages, and the arguments:
+The child calls the function with a callable that sends messages, then the parent's arguments:
 
     with Child("vllm_hybrid_kv.tools.eval.engine:score", job_file, log=log, timeout=60) as child:
         for message in child.messages():         # dicts, while the child runs
@@ -162,7 +162,7 @@ def run(pipe: str, function: str, *arguments: str) -> None:
 
 
 def _describe(error: BaseException) -> str:
-    """Return an error as one line, with its class unless the message was written for users."""
+    """Format an error as one line. Its class is omitted if the message was written for users."""
     message = " ".join(str(error).split())
     if isinstance(error, ValueError | SystemExit) and message:
         return message

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def cpu_model() -> str:
-    """Return the operating system's name of the CPU, or its architecture."""
+    """Return the name of the CPU's model, or its architecture if the name is unknown."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text(errors="replace") if file.exists() else ""
     named = re.search(r"^model name\s*:\s*(\S.*)", lines, re.MULTILINE)

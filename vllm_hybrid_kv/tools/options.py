@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parses options of `plan` and `replay`, and turns vLLM's errors into one line."""
+"""Parse the options of `plan` and `replay`, and turn vLLM's errors into one line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WITHOUT_EFFECT = re.compile(
     "data_parallel_.*|distributed_executor_backend|gpu_memory_utilization|kv_cache_memory_bytes|"
     "nnodes|node_rank"
 )
-"""Fields about weights, tokenizers and processes, which do not change the cache of one engine."""
+"""Fields of `EngineArgs` about weights, tokenizers and processes. They change no KV cache."""
 
 UNKNOWN = (
     "vLLM's class of this model does not build from this configuration; set "
@@ -44,11 +44,11 @@ _ADVICE = (
     (r"(?i)\bset \w*boundary_layers=", "pass --boundary-layers "),
     (r"\bset prefix_match_unit=", "set VLLM_HYBRID_KV_PREFIX_MATCH_UNIT="),
 )
-"""Patterns in messages for servers, and the advice to users of `plan` and `replay`."""
+"""Advice in messages for servers (patterns), and what users of `plan` and `replay` read instead."""
 
 
 def memory_size(text: str) -> int:
-    """Return the bytes of the option `--memory`.
+    """Parse the option `--memory` into bytes.
 
     K, M, G, T mean KiB, MiB, GiB, TiB, the powers of 1024; KB, MB, GB, TB are powers of 1000. A
     number without a unit is in bytes.
@@ -120,7 +120,7 @@ def parse(context: typer.Context, *more: str) -> tuple[str, dict[str, Any]]:
         model = given.model_tag
         if model is None and given.model != parser.get_default("model"):
             model = given.model
-        # In offline mode vLLM would look for the weights of a named model here.
+        # If these named a model, vLLM in offline mode would look for its weights.
         given.model, given.tokenizer = ".", None
         engine = AsyncEngineArgs.from_cli_args(given)
     except (argparse.ArgumentTypeError, ValueError, OSError, AssertionError) as error:

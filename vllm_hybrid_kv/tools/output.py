@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prints the result of every tool, writes it to files, and reports errors.
+"""Print the result of a tool, write it to files, and report errors.
 
 A command calls `check_paths` before any work. It describes its result as parts, which are lines of
 text and `Table`s, and as a JSON document. `write` sends them to the places that the user chose.
 
-Any error that the user can correct is a `ToolError`, or another `HybridKVError`. `main` prints it
-as one line and exits with status 2. Tools only raise such errors.
+For an error that the user can correct, a tool raises a `ToolError`, or another `HybridKVError`.
+`main` prints it as one line and exits with status 2.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from rich.text import Text
 from vllm_hybrid_kv.errors import HybridKVError
 
 LEAST_WIDTH = 80
-"""Columns of the narrowest table, and of every table that does not go to a terminal."""
+"""Tables may be at least this many characters wide. Without a terminal, this is the limit."""
 
 LEAST_TEXT = 16
-"""Characters. Longer words in a column of text can be broken if a table is too wide."""
+"""If a table is too wide, words of more characters than this can be broken."""
 
 JsonOption = Annotated[
     Path | None, typer.Option("--json", help="Write the result as JSON to this file; - prints it.")
@@ -116,7 +116,7 @@ class Table:
 
 
 def show(parts: Iterable[Cell | Table], markdown: bool = False) -> None:
-    """Print parts on standard output, tables for a terminal or as Markdown."""
+    """Print lines and tables on standard output, with tables for a terminal or as Markdown."""
     console = Console()
     console.width = max(console.width, LEAST_WIDTH)
     # Programs that read a pipe need whole lines, and viewers of Markdown wrap lines themselves.

@@ -96,7 +96,7 @@ def copies(facts: Facts) -> Iterator[Finding]:
 
 
 def _copies(*packages: str) -> dict[str, importlib.metadata.Distribution]:
-    """Return the distributions of packages by package, version and folder."""
+    """Find all installed copies of packages. The keys name package, version and folder."""
     return {
         f"{package} {one.version} in {Path(str(one.locate_file(''))).resolve()}": one
         for package in packages
@@ -292,7 +292,7 @@ def patches(facts: Facts) -> None:
 
 @check("Searching for functions that other plugins replaced", "active")
 def patched(facts: Facts) -> Iterator[Finding]:
-    """All vLLM functions that the plugin patches must be vLLM's before, and ours afterwards."""
+    """A function that the plugin patches must be vLLM's before, and the plugin's afterwards."""
     rows, foreign = facts.get("patches", ()), facts["foreign"]
     names = [edit["name"] for patch in rows for edit in patch["edits"] if edit["why"]]
     names += [place["place"] for place in foreign if place["place"] not in names]

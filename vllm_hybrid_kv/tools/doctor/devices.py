@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The check of the CPU and the GPUs, and of the kernels that run on them."""
+"""Check the CPU and the GPUs, and say which kernels run on them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_hybrid_kv.tools.machine import cpu_model
 
 
 def cpu_device() -> dict[str, str | None]:
-    """Return the CPU as a device without kernels."""
+    """Describe this CPU. Which kernels run on it is not known yet."""
     # macOS has no affinity.
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     name = f"{cpu_model()}, {count} core{'' if count == 1 else 's'}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds functions of other packages where the plugin patches vLLM."""
+"""Find functions of other packages in the places where the plugin patches vLLM."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _binding(target: Target) -> Any:
 
 
 def module_of(value: Any) -> str:
-    """Return the module that defines a function; `functools.wraps` does not hide it."""
+    """Return the module that defines a function. After `functools.wraps`, `__module__` is wrong."""
     try:
         function = underlying(value)
     except TypeError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the checks in a child process, and makes the JSON document and the text."""
+"""Run the checks in a child process, and make the JSON document and the text."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FIRST = ("vllm", "version", "process")
 """Findings of these checks come first within a severity, because they may cause others."""
 
 LONGEST_REASON = 160
-"""Most characters of a printed reason. Longer ones contain signatures; `--json` has the whole."""
+"""Printed reasons are cut to this many characters, because some have signatures. JSON has all."""
 
 COLOURS = {"problem": "red", "warning": "yellow", "note": "cyan"}
 

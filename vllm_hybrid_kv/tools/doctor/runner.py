@@ -13,8 +13,8 @@ NAME = "hybrid_kv"
 EXIT_STATUS = {"problem": 2, "warning": 1, "note": 0}
 """The exit status that each severity causes; the worst finding decides.
 
-problem: the plugin cannot be active, or vLLM cannot start. warning: it works, and something
-probably is not as intended. note: good to know.
+problem: the plugin cannot be active, or vLLM cannot start. warning: the plugin works, but something
+is probably not as intended. note: good to know.
 """
 
 
@@ -69,7 +69,7 @@ def run(send: Callable[..., None], additional_config: str) -> None:
         send(begin=activity)
         findings: list[Finding] = []
         try:
-            # Findings before an exception count.
+            # Keep the findings that a check yields before an exception.
             for one in function(facts) or ():
                 findings.append(one)
         except BaseException as error:  # also SystemExit: the other checks still run
@@ -101,6 +101,6 @@ def describe(error: BaseException) -> dict[str, str]:
 
 
 def located(error: BaseException) -> str:
-    """Return an exception with file and line in one line of text."""
+    """Format an exception as one line of text, with file and line number."""
     described = describe(error)
     return f"{described['kind']}: {described['message']} (at {described['where']})"

@@ -85,7 +85,7 @@ def evaluate(
     except KeyboardInterrupt:
         raise ToolError("interrupted; run the same command again to continue") from None
     failed = [f"{cache['name']}: {cache['reason']}" for cache in caches if cache["reason"]]
-    # A folder that the user chose stays, so that caches can be added.
+    # Keep a folder that the user chose, so that a later run can add caches.
     if work is None and not failed:
         shutil.rmtree(folder, ignore_errors=True)
     document = {
@@ -160,7 +160,7 @@ def _identity(
     reference: str,
     vllm: str,
 ) -> dict[str, Any]:
-    """Return everything that scores depend on except the cache, as JSON."""
+    """Collect, as JSON, everything except the cache that can change scores."""
     from vllm_hybrid_kv.settings import ENVIRONMENT_PREFIX
 
     stats = {file.name: file.stat() for file in sorted(Path(model).glob("*")) if file.is_file()}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs one engine in a child process, and scores the predictions in vLLM's workers.
+"""Run one engine in a child process, and score its predictions in vLLM's workers.
 
 vLLM computes the logits of all prompt positions if a request wants log-probabilities of its
 prompt, but returns only a few. `Recorder`, a `worker_extension_cls` of vLLM, wraps the model's
@@ -112,7 +112,7 @@ class _Head:
         self._scoring = False
         self._compute: Callable[..., torch.Tensor | None] = runner.model.compute_logits
         runner.model.compute_logits = self
-        # The first model runner has this method. The second has a worker, on ranks with the head.
+        # Model runner V1 has this method itself. V2 has a worker for it, on ranks with the head.
         owner, name = (
             (runner, "_get_prompt_logprobs_dict")
             if hasattr(runner, "_get_prompt_logprobs_dict")
@@ -124,7 +124,7 @@ class _Head:
 
         @functools.wraps(original)
         def score_prompt(*args: Any, **kwargs: Any) -> Any:
-            # In one runner the first argument is the bound method that this object replaces.
+            # In V2, the first argument is `model.compute_logits`, which is this object.
             self._scoring = True
             try:
                 return original(*args, **kwargs)
@@ -134,7 +134,7 @@ class _Head:
         setattr(owner, name, score_prompt)
 
     def begin(self, tokens: list[int], reference: torch.Tensor | None) -> None:
-        """Start to score a prompt against the reference's hidden states; None records them."""
+        """Prepare to score a prompt against the reference's hidden states, or to record (None)."""
         self._tokens, self._reference = torch.tensor(tokens), reference
         self._position = 0
         self.states: list[torch.Tensor] = []
@@ -164,21 +164,21 @@ class _Head:
 
 
 class Recorder:
-    """Methods that vLLM adds to its workers, for `collective_rpc`."""
+    """Methods that vLLM adds to its workers, so that `collective_rpc` can call them."""
 
     def hybrid_kv_start(self) -> dict[str, bool]:
-        """Wrap the model's head, and return `attention_layers`."""
+        """Wrap the model's head, and return which attention layers are quantised."""
         runner = self.model_runner  # type: ignore[attr-defined]
         self._hybrid_kv_head = _Head(runner)
         return attention_layers(runner.kv_cache_config)
 
     def hybrid_kv_begin(self, tokens: list[int], file: str, is_reference: bool) -> None:
-        """Score the next request, compared with the states in `file` unless it records them."""
+        """Prepare to score a request. Only the reference does not read its states from `file`."""
         states = None if is_reference else safetensors.torch.load_file(file)[HIDDEN_STATES]
         self._hybrid_kv_head.begin(tokens, states)
 
     def hybrid_kv_end(self, file: str) -> list[list[float]] | None:
-        """Return the request's scores, or None on ranks without logits; save recorded states."""
+        """Return the request's scores (None on ranks without logits), and save recorded states."""
         head = self._hybrid_kv_head
         if not head.scores:
             return None
@@ -190,7 +190,7 @@ class Recorder:
 
 
 def attention_layers(kv_cache_config: Any) -> dict[str, bool]:
-    """Return whether each attention layer of a rank is quantised, by layer name."""
+    """Map the name of each attention layer of a rank to whether the layer is quantised."""
     from vllm.v1.kv_cache_interface import AttentionSpec, KVQuantMode
 
     specs: dict[str, Any] = {}

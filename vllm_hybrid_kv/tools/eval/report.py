@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The result of an evaluation as tables and as a picture."""
+"""Show the result of an evaluation as tables and as a picture."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _folded(name: str) -> str:
 def draw(
     path: Path, document: Mapping[str, Any], scores: Mapping[str, Sequence[numpy.ndarray]]
 ) -> None:
-    """Draw the KL divergence by position and its tail, for each cache but the reference.
+    """Draw the KL divergence of each cache but the reference: by position, and its tail.
 
     `scores` has the scores of each window, by the name of the cache.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run: one engine for each cache, one after another, each in a child process.
+"""Run one engine for each cache, one after another, each in its own child process.
 
 Compiled code and patches of vLLM stay in a process, so each process runs only one engine.
 An interrupted run continues from its folder:
@@ -65,7 +65,7 @@ ENVIRONMENT = {
     # The engine runs in the child itself, so it starts faster and ends with the child.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
-"""Defaults for the environment of the child."""
+"""Environment variables of the child, unless the user has set them."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class CacheVariant:
 
 
 def parse(text: str, reference: str) -> list[CacheVariant]:
-    """Return the caches of a comma-separated list, the reference first. The list may omit it.
+    """Parse a comma-separated list of caches. The reference comes first, even if not listed.
 
     Raises:
         ToolError: The text is not such a list, or contains only the reference.

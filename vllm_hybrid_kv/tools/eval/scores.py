@@ -17,10 +17,10 @@ import numpy
 import torch
 
 MOST_ELEMENTS = 1 << 20
-"""Elements of a slice that is computed at once in float64: 8 MiB, which caches hold."""
+"""How many elements are computed at once in float64: 8 MiB, which fit into a CPU's cache."""
 
 FIRST_RANGE = 16
-"""End of the first range of context, in tokens; each further range is twice as long."""
+"""The first range of context ends before this number of tokens. Each next end is twice as far."""
 
 
 def score(logits: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the tokens to predict: windows of a text, or of lists of tokens."""
+"""Read the tokens to predict: windows of a text, or of lists of tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHORTEST = 2
 def read_sequences(
     file: Path, tokenizer: Callable[[], Any], context: int, limit: int | None
 ) -> list[list[int]]:
-    """Return the windows of a file in order; they do not overlap.
+    """Cut a file into windows, in order and without overlap.
 
     If the tokenizer starts texts with a special token, every window of a text starts with it,
     because models predict badly without it.

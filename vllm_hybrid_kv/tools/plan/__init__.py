@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's planner for a model that is described by its config.json and never run."""
+"""Run vLLM's planner for a model that is only described by its config.json and never runs."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's planner and scheduler for a model that is built from its config.json and never runs.
+"""Run vLLM's planner and scheduler for a model that is built from its config.json and never runs.
 
 The model's own class builds the layers, so their KV cache specs equal those in a server. No weights
 are read or allocated.
@@ -57,7 +57,7 @@ def check_device(device: str) -> None:
 
 @dataclass(frozen=True)
 class Engine:
-    """The plan of an engine, before it runs a model.
+    """An engine's configuration and its KV cache plan, without a running model.
 
     Attributes:
         vllm_config: The configuration.
@@ -284,7 +284,7 @@ class Model:
 
 
 def _spec_of(layer: Any, config: VllmConfig) -> KVCacheSpec | None:
-    """Return a layer's spec as the model runner gets it; None if the layer owns no cache."""
+    """Return the spec that the model runner gets from a layer; None if the layer has no cache."""
     if getattr(layer, "kv_sharing_target_layer_name", None):
         return None
     spec: KVCacheSpec | None = layer.get_kv_cache_spec(config)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A described NVIDIA GPU: vLLM's CUDA platform with fixed answers and without a driver.
+"""Describe an NVIDIA GPU to vLLM: its CUDA platform with fixed answers and without a driver.
 
-`described_gpu` replaces the class of vLLM's one platform object, so every module that imported
-`current_platform` sees this GPU. Meanwhile no code can reach the real platform.
+`described_gpu` replaces the class of vLLM's only platform object, so every module that imported
+`current_platform` sees this GPU. Until it ends, no code can reach the real platform.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _described_class() -> type[Platform]:
     from vllm.platforms.cuda import CudaPlatformBase
 
     class DescribedGpu(CudaPlatformBase):
-        """One Hopper GPU of 80 GiB, for which vLLM has chosen its defaults for servers."""
+        """One Hopper GPU of 80 GiB. vLLM's defaults for servers were chosen for such GPUs."""
 
         device_name = NAME
 
@@ -132,7 +132,7 @@ def _clear_caches() -> None:
 
 
 def _cuda_names() -> Iterator[tuple[Any, str, Any]]:
-    """Yield (owner, name, value) of objects that vLLM has only with CUDA's extensions."""
+    """Yield (owner, name, stand-in) for objects that vLLM has only with CUDA's extensions."""
     import vllm.config.vllm
     from vllm import _custom_ops, triton_utils
     from vllm.utils import flashinfer
@@ -165,10 +165,10 @@ def _cuda_names() -> Iterator[tuple[Any, str, Any]]:
         (flashmla, "_flashmla_C_AVAILABLE", True),
         (flashmla, "_flashmla_extension_C_AVAILABLE", True),
         (torch._ops._OpNamespace, "__getattr__", _operator),
-        # FlashInfer contains its kernels or compiles them with CUDA's compiler.
+        # FlashInfer needs CUDA's compiler, unless it finds its compiled kernels.
         (flashinfer, "has_flashinfer_cubin", lambda: True),
         (flashinfer_mla_sparse_sm90, "has_flashinfer_sm90_nope_mla", lambda: True),
-        # A server with Triton has the V2 model runner.
+        # With Triton, as on a server, vLLM selects model runner V2.
         (vllm.config.vllm, "HAS_TRITON", True),
         (torch.cuda, "current_device", lambda: 0),
         (torch.cuda, "get_device_capability", lambda *_: CAPABILITY),
@@ -219,7 +219,7 @@ def _autotuner_config(
 
 
 class _Nothing:
-    """A stream or an event of a GPU that runs nothing."""
+    """Stands in for a CUDA stream or event, and does nothing."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass

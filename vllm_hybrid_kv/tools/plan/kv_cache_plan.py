@@ -172,7 +172,7 @@ def hit_alignment(engine: Engine) -> int:
 
 
 def _pages_of(stage: int, number: int, group: KVCacheGroupSpec) -> list[Pages]:
-    """Return the pages of one group; layers with equal pages are together."""
+    """Describe the pages of one group, with one `Pages` for all layers that have equal pages."""
     by_layer = getattr(group.kv_cache_spec, "kv_cache_specs", None) or dict.fromkeys(
         group.layer_names, group.kv_cache_spec
     )
@@ -195,7 +195,7 @@ def _pages_of(stage: int, number: int, group: KVCacheGroupSpec) -> list[Pages]:
 
 
 def layer_kind_of(spec: KVCacheSpec) -> str:
-    """Return the kind of a layer, with its window or chunk."""
+    """Name the kind of a layer, such as `sliding window 512`."""
     if isinstance(spec, MambaSpec):
         return f"state ({spec.mamba_type.name.removesuffix('_ATTN').lower().replace('_', ' ')})"
     for kind, name in _KINDS.items():

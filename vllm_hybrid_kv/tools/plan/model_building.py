@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the layers of a model without weights, as one rank of several, with its draft model.
+"""Build the layers of a model without weights, as one rank of several, with its draft model.
 
 Large tensors are on PyTorch's meta device. Constructors read small tensors, such as slopes or
 router limits, so tensors of up to `MOST_ELEMENTS` elements are on the CPU. An operator with both
@@ -89,7 +89,7 @@ class _MixedDevices(TorchDispatchMode):
         if not real:
             return func(*args, **kwargs)
         if func._schema.is_mutable and args and any(args[0] is tensor for tensor in real):
-            # The values to write are unknown.
+            # The values to write are unknown, so do not write.
             return args[0]
         args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(_META), (args, kwargs))
         return func(*args, **kwargs)
@@ -109,7 +109,7 @@ def as_one_rank_of(
     divided = contexts is not None and decode_context > 1
     with (
         patch.object(ranks, "world_size", size),
-        # Experts use these ranks. vLLM has made no group for them if its first model had none.
+        # The group of experts. vLLM has not created one if its first model had no experts.
         patch.object(parallel_state, "_EP", ranks),
         patch.multiple(
             pipeline, world_size=stages, rank_in_group=stage, rank=stage, ranks=list(range(stages))
@@ -122,7 +122,7 @@ def as_one_rank_of(
 def build_draft(config: VllmConfig) -> None:
     """Build the draft model of a configuration, if it has one, as vLLM's proposer does.
 
-    Its layers are added to the layers of the target model, which must be built before.
+    The draft's layers are added to those of the target model, which must be built before.
     """
     speculative = config.speculative_config
     if speculative is None or not (speculative.use_eagle() or speculative.uses_draft_model()):

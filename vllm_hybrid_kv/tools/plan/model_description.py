@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds and checks a model's config.json, and reduces it to the model that `plan` builds."""
+"""Find and check a model's config.json, and reduce it to the model that `plan` builds."""
 
 from __future__ import annotations
 
@@ -147,9 +147,9 @@ def read_config(path: Path) -> dict[str, Any]:
 def described(path: Path) -> Iterator[ModelDescription]:
     """Write a config.json of the language model alone, with unquantised weights, to a folder.
 
-    Both reductions leave the KV cache as it is. Encoders of images and sounds have no cache, and
-    building them needs a tokenizer and a processor. Kernels for quantised weights may not exist on
-    this machine. Quantised checkpoints can decide what dtype `auto` is, so that is read first.
+    Neither change affects the KV cache. Encoders of images and sounds have no cache, and building
+    them needs a tokenizer and a processor. Kernels for quantised weights may not exist on this
+    machine. A quantised checkpoint can decide which cache dtype `auto` means, so read that first.
 
     Args:
         path: As in `read_config`.
@@ -243,7 +243,7 @@ def _stored_by(quantisation: dict[str, Any], path: Path) -> str | None:
     scheme = quantisation.get("kv_cache_scheme")
     try:
         if scheme is not None and quantisation.get("quant_method") == "compressed-tensors":
-            # In a server, attention layers read it from the quantisation, which is removed here.
+            # A server's attention layers read the scheme from the quantisation, removed here.
             from vllm.model_executor.layers.quantization.compressed_tensors import (
                 compressed_tensors,
             )

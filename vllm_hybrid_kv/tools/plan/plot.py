@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws a plan: the pages of one block, and the tokens that fit into each size of memory."""
+"""Draw a plan: the pages of one block, and the tokens that fit into each size of memory."""
 
 from __future__ import annotations
 

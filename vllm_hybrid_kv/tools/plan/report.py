@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The result of `plan` as text, tables and JSON."""
+"""Show the result of `plan` as text, tables and JSON."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _groups(plan: Plan) -> Table:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Return ascending numbers with runs as ranges: `0-2, 4`."""
+    """Format ascending numbers, with runs as ranges: `0-2, 4`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

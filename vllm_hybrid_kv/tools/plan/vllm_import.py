@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imports vLLM into a process that plans and never serves, without torchvision."""
+"""Import vLLM without torchvision, into a process that plans and never serves."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ PLACEHOLDERS = FakeModules(lambda name: name.partition(".")[0] == IMAGES)
 
 
 class _AnyClass(type):
-    """The class of classes that have any attribute, accept any index and decorate functions."""
+    """A metaclass. Its classes have any attribute, accept any index and decorate functions."""
 
     def __getattr__(cls, name: str) -> type:
         return any_class(name)
@@ -128,7 +128,7 @@ class _AnyClass(type):
 
 
 def any_class(name: str) -> type:
-    """Return a class of this name with every attribute, or raise AttributeError for dunders."""
+    """Make a class of this name that has every attribute. Raise AttributeError for dunders."""
     if name.startswith("__"):
         raise AttributeError(name)
     return _AnyClass(name, (), {})

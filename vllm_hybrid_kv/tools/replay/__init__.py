@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replays of recorded traffic through vLLM's real scheduler, with no model and no GPU."""
+"""Replay recorded traffic through vLLM's real scheduler, with no model and no GPU."""

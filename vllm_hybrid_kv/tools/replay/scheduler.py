@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replays a trace through vLLM's scheduler and counts its prefix-cache hits.
+"""Replay a trace through vLLM's scheduler and count its prefix-cache hits.
 
 The KV cache is planned for vLLM's model runner V2. The scheduler is configured for model runner V1,
-because it is created outside of `described_gpu`. The runners differ in what the scheduler sends to
-workers, not in lookups and evictions.
+because it is created outside of `described_gpu`. That is harmless: the runners differ in what the
+scheduler sends to workers, not in lookups and evictions.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Traces of requests in Mooncake's format, and token ids for them.
+"""Read traces of requests in Mooncake's format, and make up token ids for them.
 
 A line of a trace is one request:
 
@@ -97,7 +97,7 @@ def write_trace(path: Path, requests: Iterable[TracedRequest]) -> None:
 
 
 def shareable_tokens(requests: Sequence[TracedRequest]) -> int:
-    """Return the prompt tokens in full blocks of earlier requests, the most that a cache can hit.
+    """Count the prompt tokens in full blocks of earlier requests, the most that a cache can hit.
 
     Tokens of partial blocks that a later request continues are not counted.
     """
