@@ -16,7 +16,7 @@ from typing import Any
 from testing.processes import OFFLINE, kill_group, start_group
 
 CALL_TIMEOUT_S = 300.0
-"""Longer than a start or a batch of requests of a small model takes on two cores."""
+"""Long enough to start an engine, or to run a batch, of a small model on two cores."""
 
 STOP_TIMEOUT_S = 30.0
 
@@ -32,7 +32,7 @@ DEFAULTS = {
 """Arguments of `vllm.LLM` that `EngineHost.engine` may change."""
 
 Pages = list[dict[str, list[bytes]]]
-"""For each worker: by layer, the bytes of each requested block of the layer's KV group."""
+"""For each worker, the bytes of the requested blocks, by layer."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,11 @@ class Output:
     """The output of one request: generated tokens and their log-probabilities.
 
     Attributes:
-        margins: By token, the log-probability of the likeliest candidate minus that of the second.
+        margins: For each token, how far the likeliest candidate's log-probability is above the
+            second one's.
         prompt_logprobs: Log-probabilities of the prompt's second and later tokens, if requested.
         prompt_ranks: Ranks of the same prompt tokens, if requested; 1 is the likeliest.
-        cached: Number of prompt tokens that came from the prefix cache.
+        cached: Prompt tokens that came from the prefix cache.
     """
 
     tokens: list[int]
@@ -61,8 +62,8 @@ class HandedOver:
     Attributes:
         params: The connector's parameters for the engine that continues the request.
         blocks: The blocks that the request held in its last step, by KV group.
-        arrived: Contents of the request's blocks when another engine had sent them and no step had
-            used them. None if the blocks arrived within a step, or not at all.
+        arrived: Contents of the blocks that another engine sent, before a step used them. None if
+            the blocks arrived within a step, or not at all.
     """
 
     output: Output

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that runs vLLM engines, one after another, on behalf of an `EngineHost`.
+"""Run vLLM engines in this process, one after another, on behalf of an `EngineHost`.
 
 Importing vLLM takes many times as long as starting an engine of a small model, so one process
-runs several engines; it shuts each one down before it starts the next.
+runs several engines. It shuts each one down before it starts the next.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def start_engine(**arguments: Any) -> Any:
 
 
 def stop_engine(llm: Any) -> None:
-    """Stop the engine of a `vllm.LLM`; the caller drops its reference and collects garbage."""
+    """Stop the engine of a `vllm.LLM`. The caller must drop the object and collect garbage."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
     with _no_collections():
@@ -49,7 +49,7 @@ def stop_engine(llm: Any) -> None:
 
 @contextlib.contextmanager
 def _no_collections() -> Iterator[None]:
-    """Skip the eight `gc.collect` calls of an engine's start and end, which take 0.3 s each."""
+    """Skip `gc.collect`. An engine calls it eight times, at 0.3 s each, as it starts and ends."""
     collect = gc.collect
     gc.collect = lambda *_: 0
     try:
@@ -72,7 +72,7 @@ def _let_vllm_scan_llvmlite() -> None:
 
 
 def greedy(max_tokens: int, **more: Any) -> Any:
-    """Return vLLM's parameters for exactly `max_tokens` greedy tokens, with `more` added."""
+    """Make sampling parameters for exactly `max_tokens` greedy tokens, with `more` added."""
     from vllm import SamplingParams
 
     # Two log-probabilities, because the second shows how close the choice was.
@@ -87,7 +87,7 @@ def greedy(max_tokens: int, **more: Any) -> Any:
 
 
 def read(output: Any) -> Output:
-    """Return the output of a finished `vllm.RequestOutput`."""
+    """Convert a finished `vllm.RequestOutput`."""
     completion = output.outputs[0]
     logprobs, margins = [], []
     for token, candidates in zip(completion.token_ids, completion.logprobs, strict=True):
@@ -107,7 +107,7 @@ def read(output: Any) -> Output:
 
 
 class Worker:
-    """One engine at a time; `EngineHost` sends the names and arguments of these methods."""
+    """Runs one engine at a time. `EngineHost` sends the names and arguments of its methods."""
 
     def __init__(self, llm: Any = None) -> None:
         self.llm = llm
@@ -207,7 +207,7 @@ class Worker:
         return handed
 
     def pages(self, blocks: tuple[list[int], ...]) -> Pages:
-        """Return the contents of blocks, given by KV group, in each worker."""
+        """Return the contents of blocks in each worker. `blocks` lists ids by KV group."""
         return self.llm.collective_rpc("read_pages", args=(blocks,))
 
     def metrics(self) -> dict[str, float]:
@@ -318,7 +318,7 @@ class Worker:
 def reason(error: BaseException) -> str:
     """Return the name of an error and the last informative line of its message.
 
-    The function omits the input value and the link that end pydantic's messages.
+    The input value and the link at the end of pydantic's messages are omitted.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machine that numbers were measured on: device, driver, versions."""
+"""Describe the machine that numbers are measured on: device, driver, versions."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 from vllm_hybrid_kv.tools.machine import cpu_model
 
 EXTENSIONS = ("vllm._C_stable_libtorch", "vllm._C")
-"""Modules of vLLM's compiled operators, newest first."""
+"""The module with vLLM's compiled operators, in new releases of vLLM and in old ones."""
 
 
 def host() -> dict[str, Any]:
-    """Return CPU and versions, for numbers that need no model and no GPU."""
+    """Describe this machine (CPU, versions of Python and vLLM) for results that need no GPU."""
     return {
         "cpu": cpu_model(),
         "cpus": os.cpu_count(),
@@ -27,7 +27,7 @@ def host() -> dict[str, Any]:
 
 
 def vllm_platform() -> dict[str, str]:
-    """Return the device that vLLM runs on here, its driver, and the versions of the software."""
+    """Describe the device that vLLM runs on, its driver, and the versions of the software."""
     import torch
     from torch.utils import collect_env
     from vllm.platforms import current_platform
@@ -52,7 +52,7 @@ def vllm_platform() -> dict[str, str]:
 
 
 def has_compiled_extension() -> bool:
-    """Return whether vLLM's operators are compiled code, not a Python substitute."""
+    """Return whether vLLM's operators are compiled, not replaced by Python code."""
     specs = (find_spec(name) for name in EXTENSIONS)
     spec = next((spec for spec in specs if spec is not None), None)
     return spec is not None and str(spec.origin).endswith(tuple(EXTENSION_SUFFIXES))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models of the end-to-end tests, with the precision to which their outputs are comparable."""
+"""The models of the end-to-end tests, and how exactly their outputs can be compared."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Case:
 
     Attributes:
         bounds: How far rounding may move log-probabilities.
-        tokens: The number of tokens to generate for each prompt.
-        candidates: The number of prompts from which a test selects.
+        tokens: How many tokens to generate for each prompt.
+        candidates: From how many prompts a test chooses.
         compare_greedily: Whether `tests/e2e/test_greedy_output.py` runs the model.
         speculates: Whether vLLM can decode the model speculatively on CPUs.
     """
@@ -36,9 +36,10 @@ class Case:
         return f"{self.model}-{self.dtype}"
 
 
-# float32 rounds at 1e-7. If rounding moves a key or a value across a limit between two codes, the
-# stored number moves by a whole step. A few of a prompt's 100,000 numbers always do, and they move
-# more numbers in later layers. The order of sums, and so the CPU, decides which numbers move.
+# float32 rounds at 1e-7. If rounding moves a key or a value across the boundary between two codes,
+# the stored number changes by a whole step. That always happens to a few of a prompt's 100,000
+# numbers, and these change more numbers in later layers. Which ones depends on the order of sums,
+# and therefore on the CPU.
 # With AVX-512, float32 log-probabilities moved by up to 0.03 between batches, chunks and cached
 # prompts, and by up to 0.16 with two processes or compilation. With AVX2 they moved by up to 0.078
 # between batches.
@@ -106,7 +107,7 @@ def shortened(output: Output, tokens: int) -> Output:
 def choose_prompts(
     host: EngineHost, case: Case, pool: list[list[int]], count: int, tokens: int
 ) -> list[list[int]]:
-    """Return prompts of a pool for which no choice of a token is close.
+    """Choose prompts for which no token of the answer was a close choice.
 
     Half of the prompts are the longest ones, which read many pages. The other half has all lengths.
     """
@@ -129,8 +130,8 @@ def assert_same(
     Args:
         outputs: The outputs to check.
         expected: The outputs of the reference.
-        case: Defines rounding.
-        decisive: Compare only tokens before the first close choice; at least this many in all.
+        case: Its bounds say how far rounding may move log-probabilities.
+        decisive: Compare only tokens before each first close choice: at least this many in total.
     """
     found = compare(outputs, expected, case.bounds, whole=decisive is None)
     assert not found.different, f"outputs differ: {'; '.join(found.different[:3])}"

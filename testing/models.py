@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small models with random weights whose output depends on every page of the KV cache.
+"""Build small models with random weights whose output depends on every page of the KV cache.
 
 transformers' own initialisation gives nearly uniform attention over keys near zero. One page then
 hardly moves the output, and a test would miss a wrong page. The scales below prevent that:
@@ -60,11 +60,11 @@ HIDDEN_SIZE = 256
 NUM_QUERY_HEADS, NUM_KV_HEADS = 8, 2
 HEAD_SIZE = 64
 SHARED_LAYERS = 4
-"""Number of last layers of `gemma4` and `gemma3n` that use the pages of earlier layers."""
+"""In `gemma4` and `gemma3n`, this many last layers use the pages of earlier layers."""
 
 
 def llama_config(head_size: int = HEAD_SIZE, layers: int = 8) -> LlamaConfig:
-    """Return a dense model of full attention: 4 query heads for each KV head."""
+    """Return a dense model with full attention and 4 query heads for each KV head."""
     return LlamaConfig(
         **_common(layers),
         head_dim=head_size,
@@ -138,7 +138,7 @@ def llama4_config() -> Llama4TextConfig:
 
 
 def large_state_config() -> Qwen3NextConfig:
-    """Return a hybrid model for plans, whose states need blocks of over 1,000 tokens."""
+    """Return a hybrid model for plans. Its states are so large that blocks exceed 1,000 tokens."""
     return qwen3_next_config(
         architectures=["Qwen3NextForCausalLM"],
         dtype="bfloat16",
@@ -165,11 +165,11 @@ PLAIN_SCALES = ("gemma4_text", "gemma3n_text", "llama4_text")
 """Model types without the scales above: their weights only keep activations at size 1."""
 
 MTP_LAYERS = {"qwen3_next": "num_nextn_predict_layers", "qwen3_5_text": "mtp_num_hidden_layers"}
-"""By type of model, the field with the number of layers for multi-token prediction."""
+"""The configuration field for the number of multi-token prediction layers, by model type."""
 
 
 def with_mtp_layer(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the configuration of the same model with a layer for multi-token prediction.
+    """Add a layer for multi-token prediction to a copy of the configuration.
 
     Raises:
         ValueError: vLLM knows no such layer for this type of model.
@@ -218,7 +218,7 @@ def build_model(
 
 def _random_model(config: PreTrainedConfig, generator: torch.Generator) -> PreTrainedModel:
     if config.model_type in PLAIN_SCALES:
-        # Parameters that `_initialise_plainly` leaves alone keep transformers' values.
+        # Parameters that `_initialise_plainly` does not set keep transformers' values.
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     else:
         with torch.device("meta"):
@@ -359,7 +359,7 @@ def _gain(name: str, normed_heads: bool) -> float:
 
 
 def _add_common_direction(weight: torch.Tensor, generator: torch.Generator) -> None:
-    """Add a rank-one part, so that all dims of a token's value have a common component."""
+    """Add a rank-one matrix, so that the values of all tokens share a direction."""
     out_dims, in_dims = weight.shape
     read = torch.randn(in_dims, generator=generator) / math.sqrt(in_dims)
     write = torch.randn(out_dims, generator=generator)

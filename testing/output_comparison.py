@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare outputs of engines: with each other up to rounding, or with an unquantised cache."""
+"""Compare outputs of engines: up to rounding, or with those of an unquantised cache."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Bounds:
 
     @property
     def limit(self) -> float:
-        """The largest difference of a log-probability that is allowed."""
+        """The largest allowed difference of a log-probability."""
         return max(self.rounding, self.farthest)
 
 
@@ -42,10 +42,10 @@ class Comparison:
 
 
 def decisive(output: Output, bounds: Bounds) -> int:
-    """Return the number of tokens before the first close choice.
+    """Count the tokens before the first close choice.
 
     Two correct engines differ by rounding. If the two best tokens are closer than twice the
-    rounding, either token is right, and all later tokens depend on the choice.
+    rounding, either of them is right, and all later tokens depend on which one was chosen.
     """
     close = (i for i, margin in enumerate(output.margins) if margin <= 2 * bounds.rounding)
     return next(close, len(output.margins))
@@ -94,7 +94,7 @@ def compare(
 
 
 def format_error(head_size: int) -> float:
-    """Return how far k8v4 moves the output of one layer's attention, relative to its size.
+    """Estimate the error of one layer's attention output with k8v4, relative to the output.
 
     The largest magnitude of D normal numbers is about sqrt(2 ln D) standard deviations, and
     rotated keys, values and queries are nearly normal. Rounding to the nearest of steps has a
@@ -126,11 +126,11 @@ def far_from_unquantised(
     bounds assume that logits are then off by at most e of their standard deviation. The mean of
     normal errors would be sqrt(2/pi) e. Tails are heavier, because some positions attend to few
     tokens and others to many. With the exponential tails of a Laplace distribution, 99 of 100
-    errors are within ln(100) / sqrt(2) = 3.26 e, and the largest of 2000 errors is expected at
-    5.4 e. The bound on the largest error is 8 e.
+    errors are within ln(100) / sqrt(2) = 3.26 e, and the largest of 2000 errors is about 5.4 e. It
+    may be up to 8 e.
 
-    Returns the mean difference, and a text for each bound that is exceeded. `spread` is the
-    standard deviation of an unquantised engine's log-probabilities.
+    `spread` is the standard deviation of an unquantised engine's log-probabilities. Returns the
+    mean difference, and a text for each bound that is exceeded.
     """
     unit = format_error(head_size) * spread
     errors = sorted(abs(a - b) for a, b in zip(measured, unquantised, strict=True))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deliberate errors, which the end-to-end comparisons must detect."""
+"""Plant deliberate errors, which the end-to-end comparisons must detect."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 import torch
 
 FAULTS = ("swapped nibbles", "swapped scales", "stale page", "clipped keys")
-"""Faults of the stored cache."""
+"""Faults in the contents of the cache."""
 
 STATE_FAULT = "states not copied"
-"""A request that resumes inside a block gets a block to which no state was copied."""
+"""A request that resumes inside a block gets its own block, but the state is not copied to it."""
 
 KERNEL_FAULT = "kernel swaps nibbles"
-"""The store kernel itself is wrong, which an engine detects at start-up."""
+"""The store kernel itself is wrong, so the engine must refuse to start."""
 
 STEP_FAULTS = (
     "page of the neighbour",  # A continued prompt reads its second page instead of its first.
     "lost slot",  # The last token of a step of several tokens is not stored.
     "window off by one",  # Sliding windows are one token too long.
-    "one token short",  # In a step of several requests a decode does not see its own token.
+    "one token short",  # In a step with several requests, a decode does not see its own token.
     "drafts one token short",  # When drafts are verified, each token sees one token fewer.
-    "drafts see each other",  # A token to be verified sees the drafts after it.
+    "drafts see each other",  # A draft token sees the drafts after it.
     "heads of the neighbour",  # The second tensor-parallel process rotates its query heads.
     "stored too late",  # A step's tokens are stored after its attention.
 )
@@ -37,16 +37,16 @@ NUMBER_FAULTS = (
     "infinite value",
     "negative infinite value",
 )
-"""Numbers in the keys or values of the one request that has more than `MARKED_TOKENS` tokens.
+"""Bad numbers in the keys or values of the only request with more than `MARKED_TOKENS` tokens.
 
-In every layer and step, the first head of the first token of the request gets the number.
+In every layer and step, the request's first token gets the number in its first head.
 """
 
 DTYPE_FAULT = "shared layer with another dtype"
 """Layers that read another layer's pages choose their own dtype, as in vLLM."""
 
 HEAD_SIZE_FAULT = "group read with another head size"
-"""The plan's first KV group with k8v4 pages has twice the head size of its layers."""
+"""The plan's first KV group with k8v4 pages has twice the head size that its layers have."""
 
 MARKED_TOKENS = 400
 
@@ -60,7 +60,7 @@ class WorkerExtension:
         plant(fault)
 
     def read_pages(self, blocks: tuple[list[int], ...]) -> dict[str, list[bytes]]:
-        """Return each layer's contents of the blocks that `blocks` lists for its KV group."""
+        """Return the contents of blocks, by layer. `blocks` lists block ids by KV group."""
         from vllm.v1.kv_cache_interface import group_kernel_blocks
 
         runner = self.model_runner  # type: ignore[attr-defined]
@@ -82,7 +82,7 @@ def _as_bytes(tensor: torch.Tensor) -> bytes:
 
 
 def plant(fault: str | None) -> None:
-    """Replace the fault of this process, if any, by another one; None removes it.
+    """Plant a fault in this process instead of an earlier one; None only removes that.
 
     Raises:
         ValueError: There is no such fault.
@@ -110,7 +110,7 @@ def _spoil_updates(fault: str) -> None:
     def make(original: Callable[..., Any]) -> Any:
         def update(self: Any, layer: Any, key: Any, value: Any, kv_cache: Any, slots: Any) -> None:
             if fault == "clipped keys":
-                # A conversion that saturates does this to large keys.
+                # This is what a saturating conversion to fp8 does to large keys.
                 key = key.clamp(-1.75, 1.75)
             stored = (slots >= 0).nonzero().flatten()
             if fault == "lost slot" and stored.numel() > 1:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Child processes in process groups of their own, so that no grandchild outlives a test."""
+"""Run child processes in process groups of their own, so that no grandchild outlives a test."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OFFLINE = {
     "VLLM_NO_USAGE_STATS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-"""Environment variables that keep vLLM from the network."""
+"""Environment variables that stop vLLM from using the network."""
 
 
 class ProcessError(RuntimeError):
@@ -71,7 +71,7 @@ def kill_group(process: subprocess.Popen[Any]) -> None:
 
 
 def group_members(group: int) -> list[psutil.Process]:
-    """Return the processes of a group that run, zombies excluded."""
+    """Return the running processes of a group, without zombies."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
@@ -81,12 +81,12 @@ def group_members(group: int) -> list[psutil.Process]:
 
 
 def group_ends(group: int, timeout_s: float) -> bool:
-    """Wait until no process of a group runs and return whether that happened in time."""
+    """Wait until no process of a group runs. Returns False after the timeout."""
     return wait_until(lambda: not group_members(group), timeout_s)
 
 
 def wait_until(done: Callable[[], bool], timeout_s: float) -> bool:
-    """Poll until `done()` is true and return whether that happened in time."""
+    """Poll until `done()` is true. Returns False after the timeout."""
     deadline = time.monotonic() + timeout_s
     while not done():
         if time.monotonic() > deadline:

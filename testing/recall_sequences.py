@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sequences that the recall models are trained and tested on: recall, copying, text.
+"""Make the sequences that the recall models are trained and tested on: recall, copying, text.
 
 The vocabulary has a few marks, the 256 bytes for text, and symbols without a meaning. The first
-half of the symbols are keys, the second half values.
+half of the symbols are keys, the second half are values.
 
 * recall: pairs of a key and its value between pieces of text, then keys again, each followed by
   its value. Values are drawn for each sequence, so only the cache has the answer.
@@ -29,7 +29,7 @@ KEYS = FIRST_VALUE - FIRST_SYMBOL
 SYMBOLS = VOCAB_SIZE - FIRST_SYMBOL
 
 NO_LABEL, ANSWER, TEXT = 0, 1, 2
-"""Kinds of tokens: unpredictable, recallable, guessable."""
+"""Kinds of tokens: NO_LABEL cannot be predicted, ANSWER can be recalled, TEXT can be guessed."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Sequence:
 
 @functools.cache
 def corpus() -> np.ndarray:
-    """Return the text for training as ids: all but the last tenth."""
+    """Return the token ids of the training text, which is all but the last tenth of the text."""
     return _text()[: -len(_text()) // 10]
 
 
@@ -66,7 +66,7 @@ class _Writer:
         self.write([BOS])
 
     def write(self, tokens: np.ndarray | list[int], kind: int = NO_LABEL, source: int = -1) -> int:
-        """Append tokens that repeat those from `source` on, if given; return their first index."""
+        """Append tokens, and return where. `source` is the index of the tokens that they repeat."""
         at, count = self.length, len(tokens)
         sources = source + np.arange(count) if source >= 0 else np.full(count, -1)
         self.parts.append((np.asarray(tokens), np.full(count, kind), sources))
@@ -87,7 +87,7 @@ def text_sequence(draw: np.random.Generator, length: int) -> Sequence:
 def copy_sequence(
     draw: np.random.Generator, length: int, text_share: float | None = None
 ) -> Sequence:
-    """Return symbols, text and part of the symbols again. `text_share` is drawn if None."""
+    """Return symbols, then text, then some of the symbols again. `text_share` is drawn if None."""
     if text_share is None:
         text_share = draw.choice([0.0, 0.0, 0.3, 0.8])
     text = int((length - 4) * text_share)
@@ -115,7 +115,7 @@ def recall_sequence(
     text_share: float | None = None,
     questions: int | None = None,
 ) -> Sequence:
-    """Return pairs between pieces of text, and some of their keys again with their values.
+    """Return pairs between pieces of text, then some keys again, each followed by its value.
 
     `text_share`, the share of text before the questions, and `questions` are drawn if None.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A `vllm serve` process that cannot outlive the block that started it."""
+"""Run `vllm serve` during a `with` block, and stop it at the end in any case."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STAGES = (
     ("KV cache size", "warming up"),
     ("Starting vLLM server", "opening the port"),
 )
-"""Text in the server's log, and the stage of start-up that begins there."""
+"""Text in the server's log, and the stage of start-up that begins after it."""
 
 
 class Server:
@@ -121,7 +121,7 @@ class Server:
                 self._process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(STOP_TIMEOUT_S)
-            # The server's children end shortly after it.
+            # The server's children end shortly after the server.
             stopped = group_ends(self.group, end - time.monotonic())
         finally:
             # A second Ctrl-C comes here too.
@@ -139,7 +139,7 @@ class Server:
 def serve(
     model: Path, arguments: Sequence[str], log: Path, console: Console | None = None
 ) -> Iterator[Server]:
-    """Serve a model during a `with` block, with a log file; `console` shows progress.
+    """Serve a model during a `with` block. `log` gets its output, `console` shows its start.
 
     Raises:
         ProcessError: The server did not start, or had to be killed.
@@ -149,7 +149,7 @@ def serve(
         server.wait(console or Console(quiet=True))
         yield server
     except BaseException:
-        # Report the first error, not that of stopping.
+        # Report this error, not one from stopping the server.
         with contextlib.suppress(ProcessError):
             server.stop()
         raise

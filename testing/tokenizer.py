@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small byte-level BPE tokenizer with a chat template, and prompts of its tokens."""
+"""Build a small byte-level BPE tokenizer with a chat template, and prompts of its tokens."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def word_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Return the ids of tokens that are a space and a word of the training text."""
+    """Return the ids of the tokens that are a word of the training text after a space."""
     words = {f" {word}" for word in re.findall(r"[a-z]{3,}", TRAINING_TEXT)}
     return [
         token
@@ -90,7 +90,6 @@ def word_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
 
 def random_prompt(length: int, seed: int) -> list[int]:
-    """Return a prompt of random tokens."""
     draw = random.Random(seed)
     tokens = [draw.randrange(len(SPECIAL_TOKENS), VOCAB_SIZE) for _ in range(length - 1)]
     return [BOS_TOKEN_ID, *tokens]
@@ -103,7 +102,7 @@ def repeated_prompt(length: int, seed: int) -> list[int]:
 
 
 def mixed_prompts(count: int, longest: int = 800) -> list[list[int]]:
-    """Return prompts of 2 to `longest` tokens, lengths spread evenly on a logarithmic scale."""
+    """Make prompts of 2 to `longest` tokens. Their lengths are spread on a logarithmic scale."""
     draw = random.Random(0)
     lengths = [round(2 * (longest / 2) ** draw.random()) for _ in range(count)]
     return [random_prompt(length, seed) for seed, length in enumerate(lengths)]

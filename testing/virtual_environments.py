@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Virtual environments that link to the installed packages and add packages of a test."""
+"""Make virtual environments that link to the installed packages and add a test's own packages."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ COMMAND = "from vllm_hybrid_kv.tools.main import app; app(prog_name='vllm-hybrid
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment."""
+    """A virtual environment: its interpreter, and its `site-packages`."""
 
     python: Path
     site: Path
@@ -29,7 +29,7 @@ class Environment:
         site: Path | None = None,
         **modules: Any,
     ) -> Path:
-        """Install a package with metadata; `modules` has the source of each module by name."""
+        """Write a package with metadata. `modules` has the source of each module, by name."""
         site = site or self.site
         information = site / f"{name.replace('-', '_')}-{version}.dist-info"
         information.mkdir(parents=True)
@@ -42,7 +42,7 @@ class Environment:
         return site
 
     def package(self, name: str, **files: str) -> Path:
-        """Replace a linked package by a package of these files, without metadata."""
+        """Replace a linked package by a package that consists of `files` and has no metadata."""
         folder = self.site / name
         folder.unlink(missing_ok=True)
         folder.mkdir()
@@ -58,7 +58,7 @@ class Environment:
         return folder
 
     def run(self, code: str, *arguments: str, **environment: str) -> Any:
-        """Run Python without this plugin's and vLLM's variables in the environment."""
+        """Run Python code without environment variables that change Python or the plugin."""
         clean = {
             name: value
             for name, value in os.environ.items()
@@ -75,12 +75,11 @@ class Environment:
         )
 
     def doctor(self, *arguments: str, **environment: str) -> Any:
-        """Run `vllm-hybrid-kv doctor`."""
         return self.run(COMMAND, "doctor", *arguments, **environment)
 
 
 def make(folder: Path, wheel: Path, *, without: Iterable[str] = ()) -> Environment:
-    """Make an environment with all packages that are installed here, and with our wheel.
+    """Make an environment with all packages of this environment, and with our wheel.
 
     Args:
         folder: The folder to make it in.

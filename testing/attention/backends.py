@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: E402 - the environment and modules must be prepared before vLLM is imported
-"""Our GPU backend and vLLM's TurboQuant backend ("stock") on the same batches.
+"""Run our GPU backend and vLLM's TurboQuant backend ("stock") on the same batches.
 
 Metadata builders, implementations and kernels are the real ones and run in Triton's interpreter.
 Two parts are replaced: Triton, which vLLM disables on CPUs, and FlashAttention, which needs a GPU.
@@ -33,7 +33,7 @@ vllm.triton_utils.tl = tl
 # PyTorch aborts a process that registers operators twice.
 if not torch.cpu._is_avx512_bf16_supported():
     sys.modules["vllm._C"] = ModuleType("vllm._C")
-# vLLM's workspace empties the accelerator's cache before it grows; on CPUs there is none.
+# vLLM's workspace calls this before it grows, but a CPU has no accelerator cache.
 torch.accelerator.empty_cache = lambda: None
 
 from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
@@ -53,7 +53,7 @@ DTYPE = torch.bfloat16
 def exact_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: dict[str, Any]
 ) -> torch.Tensor:
-    """Return the float32 attention of a request's last tokens to all of its K and V."""
+    """Compute float32 attention of a request's last tokens to all of its keys and values."""
     group = query.shape[1] // key.shape[1]
     key = key.float().repeat_interleave(group, 1)
     value = value.float().repeat_interleave(group, 1)
@@ -83,7 +83,7 @@ def flash_attention(
     cu_seqlens_k: torch.Tensor,
     **options: Any,
 ) -> torch.Tensor:
-    """Replace FlashAttention in stock's prefill."""
+    """Stand in for FlashAttention, which vLLM's backend calls for prefills."""
     assert options["causal"]
     out = torch.empty_like(q)
     starts = zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True)
@@ -93,7 +93,7 @@ def flash_attention(
 
 
 def common_metadata(step: Step) -> tuple[CommonAttentionMetadata, torch.Tensor]:
-    """Return the input of metadata builders, and the slot of every token."""
+    """Make the input of metadata builders for a step. Also returns the slot of every token."""
     starts = torch.tensor([0, *step.queries]).cumsum(0).to(torch.int32)
     pages = [-(-length // PAGE) for length in step.lengths]
     table = torch.zeros(len(pages), TABLE_WIDTH, dtype=torch.int32)
@@ -147,7 +147,7 @@ def spec() -> FullAttentionSpec:
 
 
 class Backend:
-    """A backend's builder and implementation of one layer.
+    """One layer of a backend: its metadata builder and its implementation.
 
     Args:
         name: "ours" or "stock".
@@ -179,7 +179,7 @@ class Backend:
         self.layer = torch.nn.Module()
 
     def cache(self, tokens: int) -> torch.Tensor:
-        """Return pages for a number of tokens in the backend's layout."""
+        """Allocate pages for a number of tokens, in the backend's layout."""
         blocks, slot = -(-tokens // PAGE), k8v4.slot_bytes(HEAD_SIZE)
         if self.stock:
             return torch.zeros(blocks, PAGE, KV_HEADS, slot, dtype=torch.uint8).transpose(1, 2)
@@ -252,7 +252,7 @@ def error(out: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def stored(backend: Backend, step: Step) -> tuple[CommonAttentionMetadata, Texts, torch.Tensor]:
-    """Return a step's input for metadata builders, its texts, and a cache that contains them."""
+    """Store the texts of a step in a new cache. Returns the builders' input, texts and cache."""
     common, slots = common_metadata(step)
     made = texts(step)
     cache = backend.cache(int(slots.max()) + 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A substitute for captured CUDA graphs in Triton's interpreter."""
+"""Stand in for captured CUDA graphs in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from vllm_hybrid_kv.attention import kernel_factory
 
 
 class Recorder(TorchDispatchMode):
-    """Replays tensor operations and kernel launches as a captured graph does: on the same tensors.
+    """Replays tensor operations and kernel launches on the same tensors, as a captured graph does.
 
-    Python code between the operations is not repeated.
+    Like a graph, it does not repeat the Python code between the operations.
 
     Args:
         launch: Whether to launch the kernels while recording. If not, their results are undefined.
@@ -71,7 +71,7 @@ class Recorder(TorchDispatchMode):
 
 
 def kernels_of(launches: list[Any]) -> set[Any]:
-    """Return the kernels that launches compile on a GPU: name, constants and argument types."""
+    """Return what a GPU would compile for launches: kernel names, constants, argument types."""
     return {
         (
             executor.fn.__name__,

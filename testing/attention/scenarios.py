@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-# Before vLLM, because it prepares the process.
+# Import `backends` before vLLM, because it prepares the process.
 from testing.attention.backends import (
     DTYPE,
     HEAD_SIZE,
@@ -48,7 +48,7 @@ CPU = torch.device("cpu")
 def step_error(name: str, step: Step) -> float:
     """Run one step as a model runner does and return its largest relative error.
 
-    Stock runs as on a GPU without a conversion to fp8 (compute capability 8.0 or 8.6).
+    vLLM's backend runs as on a GPU that cannot convert to fp8 (compute capability 8.0 or 8.6).
     """
     stock_decode._FP8_E4B15[0] = 1
     backend = Backend(name, vllm_config(), step.layer)
@@ -78,7 +78,7 @@ def replay_error(name: str, captured: Step, replayed: Step) -> float:
     with Recorder() as recorder:
         backend.impl.forward(backend.layer, query, key, value, cache, metadata, out)
     launched = [executor.fn.__name__ for executor, _, _ in recorder.launches]
-    # A decode plan made before the capture would not fail, but is for other lengths.
+    # The plan must be part of the graph: one made before the capture is for other lengths.
     assert name == "stock" or "plan_kernel" in launched
 
     backend.store(made.key, made.value, cache, slots)
@@ -94,14 +94,14 @@ def replay_error(name: str, captured: Step, replayed: Step) -> float:
 
 
 def captured_lengths() -> list[int]:
-    """Return the sequence lengths to which the runs before a capture attend."""
+    """Return the sequence lengths of the runs before a capture."""
     common, _ = common_metadata(Step((200, 90), (3, 3)))
     Backend("ours", vllm_config(), {}).builder.build_for_cudagraph_capture(common)
     return common.seq_lens.tolist()
 
 
 def draft_error(update: bool) -> float:
-    """Attend for a draft's next token with the metadata of the token before it."""
+    """Run attention for a draft's next token with the metadata of the token before it."""
     backend = Backend("ours", vllm_config(), {})
     before, after = Step((40, 17), (1, 1)), Step((41, 18), (1, 1))
     common, made, cache = stored(backend, after)
@@ -123,7 +123,7 @@ def not_warmed_up(steps: list[Step]) -> set[Any]:
     backend = Backend("ours", vllm_config(), layer)
     with Recorder(launch=False) as warm:
         known_answer.forget()
-        # Kernels are not launched here, so no answer can be right.
+        # Without launches, the known-answer test cannot pass, so accept any error.
         with unittest.mock.patch.dict(known_answer.BOUNDS, {DTYPE: math.inf}):
             gpu.GpuKernels(debug=False).test({"layer": backend.impl}, PAGE, DTYPE, CPU, "all")
             gpu._warm_up_plans(backend.impl, CPU, max_requests=300)
@@ -140,7 +140,7 @@ def not_warmed_up(steps: list[Step]) -> set[Any]:
 
 
 def second_runner_error(bound: int) -> float:
-    """Run a step with metadata built as in vLLM's second model runner."""
+    """Run a step with metadata built as in vLLM's model runner V2."""
     step = Step((20, 9), (2, 2), bound=bound)
     backend = Backend("ours", vllm_config(), {})
     group = AttentionGroup(K8V4AttentionBackend, ["layer"], spec(), 0)
@@ -164,14 +164,14 @@ def second_runner_error(bound: int) -> float:
 
 
 def pages_of(cache: torch.Tensor, layer: int, blocks: int) -> torch.Tensor:
-    """Return a layer's pages as a connector sees them: bytes of vLLM's allocation."""
+    """View a layer's pages as a connector sees them: as bytes of vLLM's allocation."""
     page = K8V4AttentionBackend.customize_spec(spec()).page_size_bytes
     raw = torch.tensor([], dtype=torch.uint8).set_(cache.untyped_storage())
     return raw[layer * page * blocks :][: page * blocks].view(blocks, page)
 
 
 def moved_pages_are_equal() -> bool:
-    """Attend to pages that were moved as bytes into another layer's blocks in another order."""
+    """Move pages as bytes to another layer, in another order. Is the layer's output unchanged?"""
     blocks = 9
     planned = K8V4AttentionBackend.customize_spec(spec())
     page = planned.page_size_bytes
@@ -205,7 +205,7 @@ def moved_pages_are_equal() -> bool:
 
 
 def refused(name: str, changes: dict[str, Any]) -> list[str]:
-    """Return why a backend refuses a layer on a GPU."""
+    """Return the reasons why a backend refuses a layer on a GPU. `changes` are its options."""
     usual: dict[str, Any] = {
         "head_size": HEAD_SIZE, "dtype": DTYPE, "kv_cache_dtype": "turboquant_k8v4",
         "block_size": PAGE, "use_mla": False, "has_sink": False, "use_sparse": False,
@@ -232,7 +232,7 @@ def shared_plans() -> bool:
 
 
 def workspace_bytes(name: str, max_model_len: int) -> int:
-    """Return the bytes of vLLM's workspace that a backend has taken after the first request."""
+    """Return how many bytes of vLLM's workspace a backend uses after the first request."""
     workspace.init_workspace_manager(CPU)
     try:
         backend = Backend(name, vllm_config(max_model_len), {})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps of an engine, and calls in a process with Triton's interpreter. Does not import vLLM."""
+"""Describe steps of an engine, and call scenarios in another process. Does not import vLLM."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Step:
         bound: How much the host's lengths exceed the exact lengths. With asynchronous
             speculation the host counts every draft token as accepted.
         layer: Parameters of the layer.
-        key_size: Standard deviation of the keys; stock clips them to 1.75 on GPUs without a
-            conversion to fp8.
+        key_size: Standard deviation of the keys. vLLM's backend clips keys to 1.75 on GPUs that
+            cannot convert to fp8.
     """
 
     lengths: tuple[int, ...]
@@ -29,7 +29,7 @@ class Step:
 
 
 def call(function: str, *arguments: Any) -> Any:
-    """Call a function of `scenarios`; the process must run Triton's interpreter."""
+    """Call a function of `scenarios`, in a process that runs Triton's interpreter."""
     from testing.attention import scenarios
 
     return getattr(scenarios, function)(*arguments)

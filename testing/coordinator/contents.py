@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes KV groups, requests and cache contents, either given ones or random ones."""
+"""Make KV groups, requests and cache contents, either given ones or random ones."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ init_none_hash(sha256)
 
 @dataclass(frozen=True)
 class Case:
-    """The input of one lookup: the request, and what is cached."""
+    """The input of one lookup. The hit may have `limit` tokens; `what` names the case."""
 
     layout: Layout
     request: Request
@@ -84,7 +84,7 @@ def layout_of(
     drafts: tuple[int, ...] | None = None,
     dcp: int = 1,
 ) -> Layout:
-    """Return a layout.
+    """Make a layout with a KV group for each spec.
 
     `unit` is the number of tokens per hash. `drafts` has the indices of the groups with draft
     layers (None without speculative decoding). `dcp` is the number of context parallel ranks.
@@ -135,7 +135,7 @@ def request_of(
 
 
 def random_layout(rng: random.Random) -> Layout:
-    """Return random KV groups that vLLM supports in one model."""
+    """Make random KV groups that vLLM supports in one model."""
     style = rng.choice(("whole blocks", "whole blocks", "partial", "partial", "context parallel"))
     unit = rng.choice((1, 2, 4))
     dcp = 2 if style == "context parallel" else 1
@@ -182,7 +182,7 @@ def random_layout(rng: random.Random) -> Layout:
 
 
 def random_cached(rng: random.Random, layout: Layout, num_hashed: int) -> Cached:
-    """Cache some blocks of a request, and evict any of them."""
+    """Cache the blocks of a request, then evict some of them at random."""
     cached = Cached(num_hashed)
     ids = iter(range(1, NUM_BLOCKS))
     rules = _random_rules(rng)
@@ -210,7 +210,7 @@ def random_cached(rng: random.Random, layout: Layout, num_hashed: int) -> Cached
 
 
 def _random_rules(rng: random.Random) -> list[str]:
-    """Return rules from which each group draws one. A group without blocks prevents any hit."""
+    """Choose a set of rules. Each group then draws one; a group without blocks prevents hits."""
     healthy = ["all", "all", "few holes"]
     return rng.choice(
         (healthy, [*healthy, "states"], ["few holes", "head"], ["tail", "few holes", "all"],
@@ -219,7 +219,7 @@ def _random_rules(rng: random.Random) -> list[str]:
 
 
 def _random_kept(rng: random.Random, rule: str, num_tokens: int) -> Callable[[int], bool]:
-    """Return a predicate for the boundaries under which blocks are still cached."""
+    """Return a function that says whether the block with a given boundary is still cached."""
     edge = rng.randint(0, num_tokens)
     holes = rng.choice((0.2, 0.5))
     return {
@@ -236,7 +236,7 @@ def _random_kept(rng: random.Random, rule: str, num_tokens: int) -> Callable[[in
 def insert(
     pool: BlockPool, hashes: Sequence[BlockHash], group_id: int, end: int, block: KVCacheBlock
 ) -> None:
-    """Cache a block of one group that ends the prefix of `end` tokens of a prompt."""
+    """Cache a block of one group, as the last block of a prompt's first `end` tokens."""
     key = make_block_hash_with_group_id(hashes[end // pool.hash_block_size - 1], group_id)
     pool._insert_block_hash(key, block, num_tokens=end)
 
@@ -269,7 +269,7 @@ def fill_at(pool: BlockPool, request: Request, *ends: Iterable[int]) -> None:
 
 
 def random_cases(seed: int, layouts: int, contents: int) -> Iterator[list[Case]]:
-    """Yield the cases of each layout in turn."""
+    """Yield the cases of one random layout after another."""
     for number in range(layouts):
         rng = random.Random(f"{seed}/{number}")
         layout = random_layout(rng)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds, by brute force, the longest prefix that every KV group can serve.
+"""Find, by brute force, the longest prefix that every KV group can serve.
 
 Lengths are in tokens. They are multiples of the alignment: the hash unit with partial hits, else
 the least common multiple of the groups' block sizes. A group can serve a prefix of L tokens:
@@ -17,7 +17,7 @@ group with drafts can serve L only if the unit after L is cached too: a hash uni
 otherwise a block of the group. As in vLLM (`SpecGroup`), a group with drafts marks all groups of
 its spec. If drafts are in use but no group is marked, all groups except Mamba groups have drafts.
 
-Every group can serve 0.
+Every group can serve a prefix of 0 tokens.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Layout:
 
 @dataclass
 class Cached:
-    """The cached blocks of a request: by group and boundary, block ids in the order of caching."""
+    """The cached blocks of a request. `blocks` maps (group, boundary) to ids, oldest first."""
 
     num_hashed: int
     """Tokens of the request that have hashes."""
@@ -80,7 +80,7 @@ class Cached:
 
 
 def needed_blocks(layout: Layout, group_id: int, length: int) -> range:
-    """Return the indices of the whole blocks that attention needs to resume after a prefix."""
+    """Return the indices of the whole blocks that attention reads to resume after a prefix."""
     spec, size = layout.spec(group_id), layout.block_size(group_id)
     if isinstance(spec, SlidingWindowSpec):
         oldest_token = max(0, length - spec.sliding_window + 1)
@@ -92,7 +92,7 @@ def needed_blocks(layout: Layout, group_id: int, length: int) -> range:
 
 
 def tails(layout: Layout, cached: Cached, group_id: int, length: int) -> list[int]:
-    """Return under which boundaries, from the prefix's end on, its last block is cached."""
+    """Return the boundaries, from the prefix's end on, under which its last block is cached."""
     size = layout.block_size(group_id)
     end = -(-length // size) * size
     return [
@@ -124,7 +124,7 @@ def serves(layout: Layout, cached: Cached, alignment: int, group_id: int, length
 def longest(
     layout: Layout, cached: Cached, alignment: int, limit: int, group_ids: Sequence[int]
 ) -> int:
-    """Return the greatest length up to a limit that all given groups can serve."""
+    """Return the length of the longest prefix, up to a limit, that all given groups can serve."""
     for length in range(limit - limit % alignment, 0, -alignment):
         if all(serves(layout, cached, alignment, group_id, length) for group_id in group_ids):
             return length
@@ -134,7 +134,7 @@ def longest(
 def wrong_blocks(
     layout: Layout, cached: Cached, group_id: int, length: int, ids: Sequence[int]
 ) -> str | None:
-    """Return what is wrong with a group's blocks for a prefix, or None."""
+    """Say what is wrong with the blocks that a group returned for a prefix; None if nothing is."""
     spec, size = layout.spec(group_id), layout.block_size(group_id)
     if not spec.prefix_cacheable:
         return None if not ids else f"group {group_id} has no cache, but hits {ids}"

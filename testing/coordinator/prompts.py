@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs single prompts of a hybrid model in vLLM's real scheduler, without the model."""
+"""Run single prompts of a hybrid model in vLLM's real scheduler, without the model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STOCK = {"coordinator": "stock", "prefix_match_unit": "stock"}
 
 
 def hybrid_model(folder: Path, max_num_batched_tokens: int) -> Model:
-    """Return a description of a model with attention and states, configured in `folder`."""
+    """Write the configuration of a hybrid model to `folder`, and describe the model to vLLM."""
     from vllm_hybrid_kv.tools.plan.engine import Model
 
     large_state_config().save_pretrained(folder)
@@ -43,7 +43,7 @@ def hybrid_model(folder: Path, max_num_batched_tokens: int) -> Model:
 
 
 def engine_of(model: Model, blocks: int, settings: dict[str, str]) -> Engine:
-    """Return an engine of `hybrid_model` with a pool of the given number of blocks."""
+    """Plan an engine of `hybrid_model` with a pool of the given number of blocks."""
     (page,) = {spec.page_size_bytes for spec in model.specs.values()}
     attention = sum("self_attn" in name for name in model.specs)
     engine = model.engine(blocks * page * attention, settings)
@@ -52,7 +52,7 @@ def engine_of(model: Model, blocks: int, settings: dict[str, str]) -> Engine:
 
 
 def send(scheduler: Scheduler, name: str, prompt: Sequence[int], hash_unit: int) -> int:
-    """Run a prompt and an answer of one token in an idle scheduler. Return its hit in tokens."""
+    """Run a prompt with a one-token answer in an idle scheduler. Returns its hit in tokens."""
     # In vLLM 0.33, a block's hash also covers the tokens that draft layers look ahead.
     ahead = getattr(scheduler, "num_hash_lookahead_tokens", 0)
     more = {"num_hash_lookahead_tokens": ahead} if ahead else {}

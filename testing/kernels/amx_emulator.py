@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the AMX path on a CPU with AVX-512 VNNI only: every tile instruction calls Python.
+"""Run the AMX path on a CPU with only AVX-512 VNNI: every tile instruction calls Python.
 
-`python -m testing.kernels.amx_emulator`, with `NUMBA_CACHE_DIR` set to a temporary directory,
-because the compiled code holds an address of this process.
+`python -m testing.kernels.amx_emulator`. Set `NUMBA_CACHE_DIR` to a temporary directory, because
+the compiled code contains an address of this process.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CASES = [
     Case(head_size=64, lengths=(90,), options={"scale": -0.1, "causal": False}, queries=(2,)),
     Case(head_size=64, num_heads=2, num_kv_heads=1, lengths=(2900,), queries=(4,)),
 ]
-"""Few rows with stacked and separate bytes of weights, many rows, and parts of a long sequence."""
+"""The two ways to store weight bytes for few rows, many rows, and a long sequence in parts."""
 
 _tiles = [np.zeros((16, 64), np.uint8) for _ in range(8)]
 _rows = [16] * 8

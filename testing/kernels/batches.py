@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of paged attention on CPUs, and their comparison with the integer reference."""
+"""Make batches for paged attention on CPUs, and compare results with the integer reference."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from vllm_hybrid_kv.kernels import k8v4, reference
 from vllm_hybrid_kv.kernels.cpu import isa, paged_attention
 from vllm_hybrid_kv.kernels.k8v4 import PageFormat
 
-# Weights are integers of 15 or 16 bits, relative to the largest of up to 256 tokens. A row's errors
-# are independent, so that they grow with the root of the tokens: 1.3e-4 of a row is usual.
+# Kernels round weights to 15 or 16 bits, relative to the largest of up to 256 tokens. The errors of
+# a row are independent, so they grow with the root of the tokens. Usual is 1.3e-4 of a row.
 _WEIGHTS = 2.5e-4
-# Largest ||out - reference|| / ||reference|| over the dims of one row: the weights' rounding, and
-# that of outputs to 11 and 8 bits.
+# Largest ||out - reference|| / ||reference|| over the dims of one row, by dtype: the rounding of
+# weights, and of outputs to 11 or 8 bits.
 TOLERANCE = {
     torch.float32: _WEIGHTS,
     torch.float16: _WEIGHTS + 2.0**-11,
     torch.bfloat16: _WEIGHTS + 2.0**-8,
 }
-# Largest |lse - reference|, absolute and relative. Scores are exact products of integers, times
-# scales: what is left is the rounding of single float32 operations, 2^-24 of 43 under a soft cap of
-# 30, and of the sums of weights and, in the reference, of products.
+# Largest |lse - reference|, absolute and relative. Scores are exact integer products times scales.
+# Errors come from single float32 operations (2^-24 of 43 under a soft cap of 30), from the sums of
+# weights and, in the reference, from the sums of products.
 LSE_TOLERANCE = {"atol": 5e-6, "rtol": 2e-6}
 
 PATHS = isa.available()
@@ -77,18 +77,18 @@ class Batch:
         return scales.unflatten(2, (2, -1))
 
     def place(self, request: int, token: int) -> tuple[int, int]:
-        """Return a token's block and its place there."""
+        """Return a token's block, and the token's index in the block."""
         page, t = divmod(token, self.page_format.page_size)
         return int(self.block_table[request, page]), t
 
     def set_keys(self, block: int, t: int, codes: Sequence[int]) -> None:
-        """Set the first key codes of a token, for all heads."""
+        """Set the key codes of a token's first dims, in all heads."""
         places = [self.page_format.key_byte(t, dim) for dim in range(len(codes))]
         stored = torch.tensor(codes, dtype=torch.int8).view(torch.uint8)
         self.cache[block].flatten(1)[:, places] = stored ^ self.page_format.key_sign_flip
 
     def set_values(self, block: int, t: int, codes: Sequence[int]) -> None:
-        """Set the first value codes of a token, for all heads."""
+        """Set the value codes of a token's first dims, in all heads."""
         region = self.cache[block].flatten(1)
         for dim, code in enumerate(codes):
             byte, shift = self.page_format.value_byte(t, dim)
@@ -98,7 +98,7 @@ class Batch:
 def _random_pages(
     generator: torch.Generator, blocks: int, num_kv_heads: int, page_format: PageFormat
 ) -> torch.Tensor:
-    """Return pages of uniform codes, valid in any layout."""
+    """Make pages with uniformly random codes, which are valid in any layout."""
     page_size, head_size = page_format.page_size, page_format.head_size
     shape = (blocks, num_kv_heads, page_size)
     cache = torch.empty(*shape, k8v4.slot_bytes(head_size), dtype=torch.uint8)
@@ -117,7 +117,7 @@ def _random_pages(
 
 
 def make(case: Case) -> Batch:
-    """Return a batch of random queries and pages in random order."""
+    """Make a batch of random queries, with random pages in random order."""
     generator = torch.Generator().manual_seed(case.seed)
     page_format = PageFormat(case.head_size, case.page_size, k8v4.Layout.CPU_TILED)
     pages = [-(-length // case.page_size) for length in case.lengths]
@@ -138,7 +138,7 @@ def make(case: Case) -> Batch:
 
 
 def attend(batch: Batch, path: str) -> Result:
-    """Return the output and log-sum-exp of the CPU kernel; 7 where it wrote nothing."""
+    """Run the CPU kernel. Its results are 7 wherever it wrote nothing."""
     out = torch.full_like(batch.query, 7.0)
     lse = torch.full(batch.query.shape[:2], 7.0)
     paged_attention(*batch.inputs, out, lse=lse, isa=path, debug=True, **batch.options)
@@ -151,9 +151,9 @@ def expected(batch: Batch) -> Result:
 
 
 def assert_close(got: Result, wanted: Result) -> None:
-    """Compare outputs row by row and log-sum-exps; NaN must be in the same places.
+    """Compare outputs row by row, and log-sum-exps. NaN must be in the same places.
 
-    The log-sum-exp of a row that shows a NaN is not defined.
+    Log-sum-exps of rows with a NaN are not compared, because they are undefined.
     """
     (out, lse), (wanted_out, wanted_lse) = got, wanted
     assert torch.equal(out.isnan(), wanted_out.isnan())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Public configurations of models, reduced to the fields that decide about sizes."""
+"""Public model configurations, reduced to the fields that determine sizes."""
 
 from pathlib import Path
 
