@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure the start-up cost of the CPU kernels' known-answer test, and write a table.
 
-`python -m benchmarks.known_answer [--output FILE]`. One thread, kernels compiled before.
+`python -m benchmarks.known_answer [--output FILE]`. It uses one thread and compiled kernels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PAGE, RUNS = 64, 5
 
 
 def milliseconds(path: str, head_size: int, group: int, window: int | None) -> float:
-    """Return the median time of one variant's test, in ms of CPU time."""
+    """Measure the test of one variant: the median CPU time in milliseconds."""
     layer: Any = SimpleNamespace(
         num_heads=2 * group, num_kv_heads=2, head_size=head_size, scale=1.0,
         sliding_window=window, soft_cap=0.0, sinks=None,

@@ -78,13 +78,13 @@ MIXTURES: dict[str, list[Callable[[], KVCacheSpec]]] = {
 
 
 def layers(mixture: str) -> Specs:
-    """Return a model's layers by name, each with its own spec object."""
+    """Make the specs of a model's layers, by name. Each layer has its own object."""
     makers = MIXTURES[mixture]
     return {f"model.layers.{index}": makers[index % len(makers)]() for index in range(LAYERS)}
 
 
 class Row(NamedTuple):
-    """A strategy's time, bytes of its page, share of padding, and tokens of its match unit."""
+    """What one strategy plans: time, page in bytes, share of padding, match unit in tokens."""
 
     ms: float
     page: int
@@ -96,7 +96,7 @@ Rows = dict[str, Row | None]
 
 
 def measure(mixture: str, rounds: int) -> Rows:
-    """Return a row for each strategy, or None if the strategy finds no plan."""
+    """Measure each strategy. Its row is None if the strategy finds no plan."""
     rows: Rows = {}
     for name, strategy in STRATEGIES.items():
         times = []
@@ -125,7 +125,7 @@ def _padding(before: Specs, plan: Mapping[str, KVCacheSpec]) -> float:
 
 
 def table(results: Mapping[str, Rows], load: float) -> str:
-    """Return the results as Markdown."""
+    """Write the results as Markdown."""
     where = host()
     lines = [
         f"# Planning the pages of {LAYERS} layers",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converts a GGUF file to a Hugging Face folder of bfloat16 weights.
+"""Convert a GGUF file to a Hugging Face folder with bfloat16 weights.
 
 python -m benchmarks.accuracy.convert FILE.gguf FOLDER
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def convert(source: Path, out: Path) -> None:
-    """Dequantise `source` and write a model and its tokenizer to `out`."""
+    """Dequantise the file `source`, and write a model and its tokenizer to `out`."""
     import torch
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine of `vllm-hybrid-kv eval` with a rule of `benchmarks.fidelity.rules` for its cache.
+"""Run the engine of `vllm-hybrid-kv eval` with a rule of `benchmarks.fidelity.rules`.
 
-vLLM's attention on CPUs stores keys and values in bfloat16 after the rule. bfloat16 holds e4m3
-exactly, and rounds what the other rules return to 8 bits.
+The rule rounds keys and values before vLLM's attention for CPUs stores them in bfloat16. bfloat16
+holds e4m3 numbers exactly. The results of other rules are rounded to 8 bits.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from benchmarks.fidelity import rules
 from vllm_hybrid_kv.tools.eval import engine
 
 RULE = "HYBRID_KV_BENCHMARK_RULE"
-"""The environment variable that names the rule; the engine stores unchanged without it."""
+"""The environment variable that names the rule. Without it, nothing is rounded."""
 
 
 def run(send: Callable[..., None], job_file: str) -> None:
-    """Run `engine.run` with the rule of the environment."""
+    """Run `engine.run` with the rule that the environment names."""
     if name := os.environ.get(RULE):
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 

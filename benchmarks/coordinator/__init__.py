@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures prefix cache lookups, compared with vLLM's own coordinator.
+"""Time prefix cache lookups, compared with vLLM's own coordinator.
 
     python -m benchmarks.coordinator [--out DIR] [--quick]
 

@@ -75,7 +75,7 @@ def measure(model: Model, contents: Contents, rounds: int) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the results as Markdown."""
+    """Write the results as Markdown."""
     where = result["machine"]
     lines = [
         "# Prefix cache lookups in four KV groups, compared with vLLM's own coordinator",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The KV groups of models, and the cached parts of the prompts that are looked up."""
+"""Define the KV groups of models, and which parts of the prompts are cached."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from testing.coordinator.contents import coordinator_of, full, insert, layout_of
 
 TOKENS = 131_072
 PROMPTS = 4
-"""Prompts that are looked up in turn."""
+"""How many prompts are looked up in turn."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Contents:
-    """The cached parts of every prompt.
+    """Which parts of every prompt are cached.
 
     Attributes:
         name: For tables.
@@ -75,7 +75,7 @@ MODELS = (
 
 
 def prompt_hashes(model: Model, seed: int) -> list[BlockHash]:
-    """Return random hashes of a prompt. A lookup only compares hashes."""
+    """Make random block hashes of a prompt. A lookup only compares hashes, so any will do."""
     source = random.Random(f"{model.name} {model.unit} {seed}")
     return [BlockHash(source.randbytes(32)) for _ in range(TOKENS // model.unit)]
 
@@ -83,13 +83,13 @@ def prompt_hashes(model: Model, seed: int) -> list[BlockHash]:
 def make_coordinator(
     coordinator_class: type[HybridKVCacheCoordinator], model: Model
 ) -> HybridKVCacheCoordinator:
-    """Return a coordinator whose pool holds the prompts and as many others."""
+    """Make a coordinator whose pool has room for the prompts and as many others."""
     blocks = 2 * PROMPTS * sum(TOKENS // spec.block_size + 3 for spec in model.specs)
     return coordinator_of(layout_of(*model.specs, unit=model.unit), coordinator_class, blocks)
 
 
 def cached_ends(model: Model, contents: Contents, spec: KVCacheSpec) -> Iterable[int]:
-    """Return where a group's cached blocks of a prompt end, in tokens."""
+    """Return at which tokens of a prompt the cached blocks of a group end."""
     size = spec.block_size
     ends = range(size, TOKENS + 1, size)
     if isinstance(spec, FullAttentionSpec):
@@ -110,7 +110,7 @@ def fill(
     contents: Contents,
     prompts: list[list[BlockHash]],
 ) -> None:
-    """Cache the given part of every prompt, and as many other prompts completely."""
+    """Cache `contents` of every prompt, and as many other prompts completely."""
     free = iter(coordinator.block_pool.blocks[1:])
     others = [prompt_hashes(model, -1 - index) for index in range(len(prompts))]
     for hashes, cached in [

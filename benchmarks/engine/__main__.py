@@ -52,7 +52,7 @@ def run_model(
     results: Results,
     say: Callable[[str], None],
 ) -> None:
-    """Check and time one model, whose weights are written to the folder `scratch`."""
+    """Check and time one model. Its weights are written to the folder `scratch`."""
     sizes = workload.SMALLEST if options.smallest else workload.FULL
     jobs = options.jobs or (1 if place.device == "cpu" else 4)
 
@@ -91,7 +91,6 @@ def run_model(
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
-    """Return the command's options."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.engine",
         description=__doc__,

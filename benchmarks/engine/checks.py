@@ -19,7 +19,7 @@ from testing.engine_host import EngineError, EngineHost, Output
 from testing.output_comparison import Bounds, compare, decisive, far_from_unquantised
 
 SCORED = 8
-"""Number of texts (the longest) whose log-probabilities are compared with an unquantised cache."""
+"""For this many texts, the longest, log-probabilities are compared with an unquantised cache."""
 
 
 @dataclass
@@ -29,8 +29,8 @@ class ModelChecks:
     Attributes:
         prompts: The prompts that are compared, in the order of their lengths.
         outputs: The outputs of an eager engine that computed each prompt alone.
-        unquantised: The log-probabilities with an unquantised cache of each scored text's tokens,
-            without the first token; empty if vLLM could not compute them.
+        unquantised: For each scored text, log-probabilities of its tokens, without the first one,
+            with an unquantised cache. Empty if vLLM could not compute them.
     """
 
     engines: Engines
@@ -41,7 +41,7 @@ class ModelChecks:
     unquantised: list[list[float]] = field(default_factory=list)
 
     def run(self) -> None:
-        """Start the engines, and add a row for each comparison, or for the reason against it."""
+        """Start the engines. Add a row for each comparison, or the reason why there is none."""
         engines = self.engines
         try:
             auto = engines.start(AUTO)
@@ -136,7 +136,7 @@ class ModelChecks:
         self.engines.add(configuration.name, "drafts both accepted and rejected", verdict, detail)
 
     def _scores(self, engine: EngineHost) -> list[list[float]]:
-        """Return the log-probabilities of scored prompts and outputs, without the first token."""
+        """Compute the log-probabilities of scored prompts with outputs, without the first token."""
         pairs = zip(self.prompts[-SCORED:], self.outputs[-SCORED:], strict=True)
         texts = [prompt + output.tokens for prompt, output in pairs]
         outputs = engine.generate(texts, 1, prompt_logprobs=True)
@@ -161,7 +161,7 @@ class ModelChecks:
     def _add_failure(
         self, configuration: Configuration, error: EngineError, prompts: list[list[int]]
     ) -> None:
-        """Add a failure: vLLM's if the engine also fails without the plugin and quantisation."""
+        """Add a failure. vLLM is at fault if the engine also fails without plugin and k8v4."""
         tokens = self.engines.sizes.tokens
         verdict, reason = Verdict.FAILED, error.reason
         try:
@@ -177,7 +177,7 @@ class ModelChecks:
 def choose(
     outputs: Sequence[Output], prompts: Sequence[list[int]], count: int, bounds: Bounds
 ) -> list[list[int]]:
-    """Return the prompts to compare, all of which have decisive tokens, in order of length.
+    """Choose prompts to compare, in order of length. All of them have decisive tokens.
 
     Half are the longest prompts, so that many pages are read. The other half has the most decisive
     tokens.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engines to start, with their settings, and the reasons why others are skipped."""
+"""Choose which engines to start, with which settings, and say why others are skipped."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GRAPHS = {
 
 @dataclass(frozen=True)
 class Place:
-    """vLLM's device type, such as "cuda", whether vLLM has its compiled extension, and memory."""
+    """vLLM's device type, whether vLLM's compiled extension is installed, and the memory."""
 
     device: str
     compiled: bool
@@ -135,10 +135,10 @@ def to_check(model: str, place: Place, second: bool) -> tuple[list[Configuration
     for method in _methods(model):
         drafts = Configuration(method, speculation=method)
         if model in HYBRIDS:
-            # vLLM chooses what a hybrid caches while it speculates.
+            # Let vLLM decide whether a hybrid model uses prefix caching while it speculates.
             drafts = replace(drafts, prefix_caching=None)
         found.append(drafts)
-        # The verification of drafts, several tokens for each request, is captured as a graph too.
+        # Steps that verify drafts, with several tokens per request, are captured as graphs too.
         graphs.append(replace(drafts, name=f"{method}, full graphs", graphs=FULL_GRAPHS))
     if place.why_no_graphs:
         skipped |= {graph.name: place.why_no_graphs for graph in graphs}
@@ -156,7 +156,7 @@ def _methods(model: str) -> list[str]:
 def to_time(model: str, place: Place) -> tuple[dict[str, list[Configuration]], Skipped]:
     """Return the engines to time, by mode, and those that are skipped.
 
-    The first of each mode is ours, the second has an unquantised cache.
+    In each mode, the first engine is ours and the second one has an unquantised cache.
     """
     modes = {"eager": REFERENCE}
     for method in _methods(model):

@@ -22,8 +22,8 @@ class Engines:
 
     Attributes:
         arguments: Arguments of `vllm.LLM` for all engines of the model.
-        jobs: Number of engines that may start at the same time.
-        log: Beginning of the path of each engine's log.
+        jobs: How many engines may start at the same time.
+        log: The path of each engine's log begins with this.
     """
 
     name: str
@@ -38,11 +38,11 @@ class Engines:
     say: Callable[[str], None]
 
     def start(self, configuration: Configuration, mode: str = "") -> EngineHost:
-        """Start an engine, which the caller closes; `mode` becomes part of its row and its log."""
+        """Start an engine. The caller closes it. `mode` becomes part of its row and log name."""
         words = "".join(c if c.isalnum() else "-" for c in f"{mode} {configuration.name}".strip())
         log = self.log.with_name(f"{self.log.name}-{words}.txt")
         log.unlink(missing_ok=True)
-        # Unset the size, which would override `kv_cache_memory_bytes`. Speed needs all threads.
+        # VLLM_CPU_KVCACHE_SPACE would override `kv_cache_memory_bytes`. Speed needs all threads.
         threads = os.environ.get("OMP_NUM_THREADS")
         environment = {"VLLM_CPU_KVCACHE_SPACE": None, "OMP_NUM_THREADS": threads}
         if configuration.graphs is not None:
@@ -73,7 +73,7 @@ class Engines:
         return contextlib.closing(self.start(configuration))
 
     def add(self, engine: str, what: str, verdict: Verdict, detail: str = "", *more: Any) -> None:
-        """Add a row about an engine to the report and print it; `more` are numbers of the row."""
+        """Add a row about an engine to the report, and print it. `more` are the row's numbers."""
         row = Row(self.name, engine, what, verdict, detail, *more)
         self.results.rows.append(row)
         self.say(str(row))

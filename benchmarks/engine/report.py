@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the report from its rows: JSON with every number, and Markdown tables."""
+"""Write the report from its rows: JSON with every number, and Markdown tables."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Row:
     Attributes:
         what: The outputs that were compared, or the batch that was not timed; empty for all.
         detail: The difference, or the reason.
-        outputs: Number of compared outputs, which have `tokens` tokens.
-        apart: The largest difference of log-probabilities; from an unquantised cache, the mean.
+        outputs: How many outputs were compared. They have `tokens` tokens in total.
+        apart: The largest difference of log-probabilities; the mean one from an unquantised cache.
     """
 
     model: str
@@ -110,7 +110,7 @@ def write(results: Results, machine: dict[str, Any], folder: Path) -> None:
 
 
 def markdown(results: Results, machine: dict[str, Any]) -> str:
-    """Return the report as Markdown."""
+    """Write the report as Markdown."""
     compared = [row for row in results.rows if row.verdict in COMPARED]
     others = [row for row in results.rows if row.verdict not in COMPARED]
     different, failed = (sum(r.verdict is v for r in results.failures) for v in FAILURES)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models that are run, their sizes, and their prompts."""
+"""Define the models, the amount of work, and the prompts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Sizes:
     """The amount of work.
 
     Attributes:
-        prompts: Number of prompts whose outputs are compared, chosen from `pool` prompts.
+        prompts: How many prompts, chosen from `pool` prompts, have their outputs compared.
         longest: Tokens of the longest prompt.
         tokens: Tokens that each prompt generates.
         small_models: Time the small models whose outputs are compared.
@@ -44,7 +44,7 @@ class Sizes:
 
     @property
     def decoded(self) -> int:
-        """Upper bound of the decode steps of a request."""
+        """Upper bound of the decode steps that a request takes."""
         return (self.rounds + 1) * (self.steps + 1) + 8
 
 
@@ -73,7 +73,7 @@ SMALLEST = Sizes(
 
 
 def config_of(model: str) -> PreTrainedConfig:
-    """Return the configuration of the model whose outputs are compared, built in a second."""
+    """Return the configuration of the model whose outputs are compared. It is built in a second."""
     config = CONFIGS[model]()
     return with_mtp_layer(config) if model in HYBRIDS else config
 
@@ -116,7 +116,7 @@ def bounds_of(model: str, dtype: str) -> Bounds:
 
 
 def dtype_of(model: str, device: str) -> str:
-    """Return the dtype in which outputs are compared, the most exact one that vLLM runs here."""
+    """Return the most exact dtype in which vLLM runs the model on a device."""
     return "float32" if device == "cpu" and model not in HYBRIDS else "bfloat16"
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The error of attention with keys and values stored as k8v4, and with other rules.
+"""Measure the error of attention when keys and values are stored as k8v4, or by other rules.
 
     python -m benchmarks.fidelity [--out DIR] [--model FOLDER ...] [--quick]
 
-The last 64 tokens attend to all tokens before them, in float32, with keys and values after storing
-by a rule. The error is the norm of the difference to attention without rounding, relative to its
-norm, the mean over queries, heads and seeds. `rules` has the rules. `sources` has the keys and
-values: random numbers of several distributions, and recorded attention layers of models. All are
-seeded. One thread, because the order of sums changes the last bits.
+The last 64 tokens attend to all tokens before them, in float32, with keys and values that a rule
+has rounded. The error of an output is its distance from the exact output, relative to the exact
+output's norm: a mean over queries, heads and seeds. `rules` has the rules, `sources` the keys and
+values: seeded random numbers of several distributions, and recordings of models' attention layers.
+One thread runs, because the order of sums changes the last bits.
 """

@@ -16,18 +16,18 @@ from vllm_hybrid_kv.tools.machine import cpu_model
 
 HEAD_SIZES = (64, 72, 128, 256)
 SEEDS = {512: 8, 2048: 2}
-"""Samples of each length."""
+"""How many samples to draw of each length in tokens."""
 
 
 def measure_distributions(head_size: int, length: int, count: int) -> list[dict[str, Any]]:
-    """Return the rows of every distribution."""
+    """Measure every distribution with one head size and length."""
     samples = (s for seed in range(count) for s in sources.drawn(head_size, length, seed))
     print(f"head size {head_size}, {length} tokens", flush=True)
     return summarise(samples)
 
 
 def measure_model(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of every attention layer of a model."""
+    """Measure every attention layer of a model."""
     print(folder.name, flush=True)
     rows = summarise(sources.recorded(folder, sources.prompts(folder)))
     return [{"model": folder.name, **row} for row in rows]

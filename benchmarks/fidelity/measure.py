@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The error of attention when keys and values are stored by a rule."""
+"""Measure the error of attention when keys and values are stored by a rule."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Errors = dict[str, dict[str, float]]
 def _output(
     sample: Sample, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> torch.Tensor:
-    """Return the outputs [Q, H, group, D] of the last Q tokens' queries."""
+    """Compute the attention outputs [Q, H, group, D] of the last Q tokens."""
     queries, heads, dims = query.shape
     length, kv_heads, _ = key.shape
     grouped = query.view(queries, kv_heads, heads // kv_heads, dims)
@@ -33,12 +33,12 @@ def _output(
 
 
 def _relative(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Return the mean over rows of the error's norm relative to the exact row's."""
+    """Return the relative error of a row, ||found - exact|| / ||exact||, as a mean over rows."""
     return float(((found - exact).norm(dim=-1) / exact.norm(dim=-1).clamp_min(1e-20)).mean())
 
 
 def errors(sample: Sample) -> Errors:
-    """Return the errors of all rules and parts of rules."""
+    """Measure the errors of all rules, and of parts of rules, on one sample."""
     found: Errors = {kind: {} for kind in sample.queries}
     wanted = {k: _output(sample, q, sample.key, sample.value) for k, q in sample.queries.items()}
     for name, rule in {**RULES, **PARTS}.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of a run, in Markdown."""
+"""Write the report of a run, in Markdown."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _ratio(row: Row, name: str) -> str:
 
 
 def _by_size(rows: list[Row], name: str) -> list[str]:
-    """Return format 2 relative to a rule, by source and by head size and length."""
+    """Make a table of format 2's error relative to a rule's, by source and by size and length."""
     sizes = sorted({(row["head_size"], row["length"]) for row in rows})
     cells = {(row["source"], (row["head_size"], row["length"])): _ratio(row, name) for row in rows}
     sources = dict.fromkeys(row["source"] for row in rows)
@@ -27,7 +27,7 @@ def _by_size(rows: list[Row], name: str) -> list[str]:
 
 
 def _errors(rows: list[Row], head: str) -> list[str]:
-    """Return the error of each rule and of each part, by source."""
+    """Make a table of the error of each rule and of each part, by source."""
     return table(
         [head, *RULES, *PARTS],
         [[row["source"], *(f"{row['errors'][n]:.4f}" for n in (*RULES, *PARTS))] for row in rows],
@@ -35,7 +35,7 @@ def _errors(rows: list[Row], head: str) -> list[str]:
 
 
 def _losses(rows: list[Row]) -> list[str]:
-    """Return where format 2 is worse than format 1 by more than two standard errors."""
+    """List where format 2 is worse than format 1 by more than two standard errors."""
     lost = [
         f"* {row['source']}, {row['head_size']} dims, {row['length']} tokens, "
         f"{row.get('model', 'scores of ' + row['kind'])}: {_ratio(row, FORMAT_1)} times, "
@@ -59,7 +59,6 @@ def _recorded(rows: list[Row]) -> list[str]:
 
 
 def markdown(result: Row) -> str:
-    """Return the report."""
     rows, machine, shown = result["distributions"], result["machine"], result["shown"]
     counts = " and ".join(f"{count} of {length}" for length, count in result["seeds"].items())
     lines = [

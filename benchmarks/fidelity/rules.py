@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules to store keys and values, and what each does to queries.
+"""Define rules that store keys and values, and what each does to queries.
 
-A rule's functions return the stored numbers dequantised. Input and output are rows (token, head)
-of D numbers, float32 [..., D]. All rules except e4m3 take 12 bits for a pair of a key's and a
-value's number, and four bytes more for each row.
+A rule's functions quantise and dequantise float32 [..., D], where a row of D numbers belongs to one
+token and head. All rules except e4m3 store a number of a key and a number of a value in 12 bits
+together, and need four more bytes for each row.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def exact(x: torch.Tensor) -> torch.Tensor:
 
 
 def e4m3(x: torch.Tensor) -> torch.Tensor:
-    """Return the nearest e4m3fn numbers, as an fp8 cache with a scale of 1 should store them."""
+    """Round to e4m3fn numbers, as an fp8 cache with a scale of 1 should store them."""
     return x.clamp(-448, 448).to(torch.float8_e4m3fn).to(torch.float32)
 
 
 def min_max(value: torch.Tensor) -> torch.Tensor:
-    """Store as vLLM's `_store_quantized_value`: codes from float32 scale and zero, kept as fp16."""
+    """Store like vLLM's `_store_quantized_value`: scale and zero become fp16 after the codes."""
     lo, hi = value.amin(-1, keepdim=True), value.amax(-1, keepdim=True)
     scale = ((hi - lo) / _LAST_CODE).clamp_min(1e-8)
     codes = ((value - lo) / scale + 0.5).floor().clamp(0, _LAST_CODE)
@@ -39,7 +39,7 @@ def min_max(value: torch.Tensor) -> torch.Tensor:
 
 
 def rotated_min_max(value: torch.Tensor) -> torch.Tensor:
-    """Store values rotated in blocks of the largest power of four that divides D."""
+    """Rotate values in blocks of the largest power of four that divides D, then store them."""
     block = 1
     while value.shape[-1] % (4 * block) == 0:
         block *= 4
@@ -62,7 +62,7 @@ def product_value(value: torch.Tensor) -> torch.Tensor:
 
 
 class Rule(NamedTuple):
-    """What happens to keys, values and queries."""
+    """What a rule does to keys, values and queries."""
 
     key: Rows
     value: Rows
@@ -87,4 +87,4 @@ PARTS = {
     "values of format 1": Rule(exact, rotated_min_max),
     "values of format 2": Rule(exact, product_value),
 }
-"""Keys or values alone: the others are exact."""
+"""Rules that round either keys (and queries) or values. The others stay exact."""

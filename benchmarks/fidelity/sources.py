@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Queries, keys and values: drawn at random, or recorded from a model."""
+"""Draw queries, keys and values at random, or record them from a model."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 import torch
 
 SCORE_SIZES = (1.0, 2.0)
-"""Standard deviations of a random query's scores over the keys. With 1, as of unit queries and
-keys, a third of the tokens get most of the weight; with 2, a handful."""
+"""Standard deviations of a random query's scores over the keys. With 1, as unit queries and keys
+have, a third of the tokens get most of the weight; with 2, a handful."""
 
 RECORDED = "recorded"
 
 PROMPTS, TOKENS = 4, 1024
-"""Of a recorded model."""
+"""How many prompts a model is recorded with, and how many tokens each has."""
 
 KV_HEADS = 2
 QUERIES = 64
-"""Query tokens, the last of a sequence."""
+"""How many tokens at the end of a sequence attend."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def gaussian(generator: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor
 
 
 def student(freedom: int) -> Draw:
-    """Return Student's t distribution, whose tails fall as a power of the size."""
+    """Return a function that draws from Student's t distribution, which has heavy tails."""
 
     def draw(generator: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
         squares = sum(gaussian(generator, shape).square() for _ in range(freedom))
@@ -75,7 +75,7 @@ def mixture(generator: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def outlier_channels(one_of: int, size: float) -> Draw:
-    """Return normal numbers; one dim in `one_of` of every head is `size` times as large."""
+    """Draw normal numbers. In every head, one dim in `one_of` is `size` times as large."""
 
     def draw(generator: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
         numbers = gaussian(generator, shape)
@@ -87,12 +87,12 @@ def outlier_channels(one_of: int, size: float) -> Draw:
 
 
 def channel_means(generator: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
-    """Draw normal numbers around means of the dims, three times as large, as with a bias."""
+    """Draw normal numbers around a mean for each dim that is three times as large, like a bias."""
     return gaussian(generator, shape) + 3 * gaussian(generator, shape[1:])
 
 
 def offset(generator: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
-    """Draw normal numbers around one mean for all dims."""
+    """Draw normal numbers around the same mean for all dims."""
     return gaussian(generator, shape) + 10
 
 
@@ -129,7 +129,7 @@ def documentation() -> str:
 
 
 def prompts(folder: Path) -> torch.Tensor:
-    """Return int64 [PROMPTS, TOKENS]: `documentation` by the model's tokenizer."""
+    """Tokenise `documentation` for a model. Returns int64 [PROMPTS, TOKENS]."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -138,7 +138,7 @@ def prompts(folder: Path) -> torch.Tensor:
 
 
 def recorded(folder: Path, token_ids: torch.Tensor) -> Iterator[Sample]:
-    """Yield the queries, keys and values of every attention layer of a model.
+    """Run a model on prompts, and yield queries, keys and values of every attention layer.
 
     Args:
         folder: A transformers model, in float32.

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Correctness and speed of the GPU kernels on this GPU, compared with other kernels.
+"""Check the GPU kernels on this GPU, and compare their speed with that of other kernels.
 
     python -m benchmarks.gpu --out DIR
 
 * `__main__`     the command: checks, then measurements in order of importance, then files
 * `checks`       our kernels against the float32 reference, on the device
 * `shapes`       what is measured, in which order, and how many bytes it reads
-* `sections`     each kind of measurement: the contenders and their results
+* `sections`     each kind of measurement, with its contenders and results
 * `contenders/`  the kernels: ours, vLLM's (stock k8v4, unified, FlashAttention), torch's
 * `measure`      times and ratios, with `triton.testing`
 * `goals`        the goals and how the measurements meet them

@@ -18,7 +18,7 @@ from benchmarks.gpu.shapes import FULL, QUICK, SECTIONS, SMALLEST, Job
 from benchmarks.gpu.tune import tune
 
 DEFAULT_BUDGET = 450.0
-"""Seconds: 8 minutes with room for starting up and writing."""
+"""Seconds. With start-up and writing, a run takes 8 minutes."""
 
 SHARE_OF_CHECKS = 0.4
 """Share of the time that the checks may take."""
@@ -99,7 +99,7 @@ def _measure(
             report.results.append(measure(job, device, seconds, bandwidth))
         except torch.OutOfMemoryError:
             report.skipped.append(f"{job}: out of memory")
-        # Only our kernels raise here; the other shapes are still measured.
+        # Only our own kernels raise here. Go on with the other shapes.
         except Exception as error:
             report.failures.append(f"{job}: {type(error).__name__}: {str(error)[:500]}")
         report.seconds = budget.spent

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our kernels on the device against `kernels.reference` on the CPU.
+"""Compare our kernels on the device with `kernels.reference` on the CPU.
 
-A check takes the device and returns a description of the error, and raises if the kernels are
-wrong. Several processes share the checks, because most of their time is compiling.
+A check takes the device, describes how large the kernels' error is, and raises if they are wrong.
+Several processes share the checks, because most of their time is compiling.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def a_nan_scale_shows_in_the_rows_that_see_it(device: torch.device, queries: int
 
 
 def a_graph_follows_the_lengths(device: torch.device, queries: int) -> str:
-    """Capture plan and attention together, and replay with other lengths."""
+    """Capture the plan and attention in one graph, and replay it with other lengths."""
     if device.type != "cuda":
         raise Unavailable("CUDA graphs need a GPU")
-    # Pages for the longest request of all.
+    # Reserve pages for the longest lengths that are replayed.
     longest = {"lengths": (2000, 1900, 1800, 1700), "queries": (queries,) * 4}
     batch = make(Case(**DEFAULT | longest, seed=1)).to(device)
     batch.seq_lens.copy_(torch.tensor((900, 64, 64, 64)))
@@ -70,7 +70,7 @@ def stored_bytes_equal_the_reference(
     """Compare every byte of a cache, with negative slots and padding between blocks.
 
     Args:
-        device: Where.
+        device: The kernel's device.
         head_size: D.
         dtype: Of keys and values.
         rows: A name of `store.ROWS`.
@@ -79,7 +79,7 @@ def stored_bytes_equal_the_reference(
     count, heads, _ = key.shape
     slots = torch.randperm(2 * count, generator=torch.Generator().manual_seed(0))[:count]
     slots[::7] = -1
-    # Keys and values of a fused projection are views of one tensor, not contiguous.
+    # Make keys and values views of one tensor, not contiguous, as a fused projection does.
     fused = torch.cat([key, value], dim=1).to(device)
     different = store.differing_bytes(fused[:, :heads], fused[:, heads:], slots, padding=64)
     assert different == 0, f"{different} bytes differ"
@@ -111,7 +111,7 @@ def run(named: tuple[str, Check]) -> CheckResult:
         outcome, detail = "passed", check(device_for_kernels())
     except Unavailable as reason:
         outcome, detail = "unavailable", str(reason)
-    # A kernel that does not compile or launch is a failure like a wrong number.
+    # A kernel that does not compile or launch fails the check, like a wrong number.
     except Exception as error:
         outcome, detail = "failed", f"{type(error).__name__}: {str(error)[:500]}"
     return CheckResult(name, outcome, detail, time.monotonic() - start)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machine, the versions, the time budget, and the installed vLLM's modules."""
+"""Describe the machine, keep the time budget, and import modules of the installed vLLM."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def device_for_kernels() -> torch.device:
 
 
 class Budget:
-    """A number of seconds from now on."""
+    """A time limit in seconds. The time starts when the object is made."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -60,34 +60,34 @@ def _prepare_vllm() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     utilities: Any = importlib.import_module("vllm.triton_utils")
     if interpreted():
-        # Without a GPU vLLM replaces Triton by a stub, and its kernels are defined with it.
+        # Without a GPU, vLLM would define its kernels with a stub instead of Triton.
         utilities.triton = triton
         utilities.tl = triton.language
-        # Its workspace empties torch's cache of GPU memory, which fails without a GPU.
+        # vLLM's workspace calls this to free GPU memory, which fails without a GPU.
         torch.accelerator.empty_cache = lambda: None
         if not torch.cpu._is_avx512_bf16_supported():
-            # Its backend loads this to detect AMD GPUs. In vLLM for CPUs the code ends the
-            # process on a CPU without AVX-512 BF16.
+            # vLLM's backend loads `vllm._C` to detect AMD GPUs. In vLLM for CPUs, this module
+            # ends the process on a CPU without AVX-512 BF16.
             sys.modules.setdefault("vllm._C", ModuleType("vllm._C"))
 
 
 def vllm_module(name: str) -> ModuleType:
-    """Return one of vLLM's modules.
+    """Import one of vLLM's modules.
 
     Raises:
-        Unavailable: It cannot be imported.
+        Unavailable: The module cannot be imported.
     """
     try:
         _prepare_vllm()
         return importlib.import_module(name)
-    # Any error of vLLM's import excludes a contender and is reported.
+    # Whatever vLLM's import raises, exclude the contender and report why.
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise Unavailable(f"{name}: {type(error).__name__}: {reason}") from error
 
 
 def has_flash_attention() -> bool:
-    """Return whether vLLM's FlashAttention is compiled, not a Python stand-in or absent."""
+    """Return whether vLLM's compiled FlashAttention is installed, not a Python stand-in."""
     for name in ("_vllm_fa3_C", "_vllm_fa2_C"):
         try:
             module = vllm_module(f"vllm.vllm_flash_attn.{name}")
@@ -98,7 +98,7 @@ def has_flash_attention() -> bool:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Return the machine and the versions that a result depends on, for JSON."""
+    """Describe the machine and the versions that a result depends on, for JSON."""
     try:
         vllm = str(vllm_module("vllm").__version__)
     except Unavailable:
@@ -124,7 +124,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def l2_bytes(device: torch.device) -> int:
-    """Return the bytes of the L2 cache; 0 without a GPU."""
+    """Return the size of the L2 cache in bytes; 0 without a GPU."""
     if device.type != "cuda":
         return 0
     return int(torch.cuda.get_device_properties(device).L2_cache_size)

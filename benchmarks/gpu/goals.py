@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The goals, and how the measurements meet them. Arithmetic only.
+"""Define the goals, and compare measurements with them. Arithmetic only.
 
-The shape that is furthest from a goal decides it; only measured shapes count.
+A goal is met if the worst measured shape meets it.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ FP8 = ("unified fp8", "FlashAttention fp8")
 
 
 class Goal(NamedTuple):
-    """A number of a shape, and its bound.
+    """A bound for a number that is computed from each result.
 
     Attributes:
         text: The goal, with the bound.
         section: The section whose results count.
         bound: The smallest number that meets the goal, or with `at_most` the largest.
-        concerns: Whether the shape of a result counts.
-        number: The number of a result; None if the contender compared with is missing.
-        at_most: Whether the bound is an upper one.
+        concerns: Says whether a result of this shape counts.
+        number: Computes the number; None if the contender to compare with is missing.
+        at_most: Whether the bound is an upper bound.
     """
 
     text: str
@@ -40,7 +40,7 @@ class Goal(NamedTuple):
 
 
 def _speedup(*names: str) -> Callable[[Result], float | None]:
-    """Return the time of the fastest of some contenders, divided by ours."""
+    """Make a goal's `number`: the time of the fastest of some contenders, divided by ours."""
 
     def number(result: Result) -> float | None:
         ratios = result.get("times_ours", {})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times of calls on a device: CUDA graphs in alternating rounds, medians and quartiles."""
+"""Time calls on a device, as CUDA graphs in alternating rounds. Compute medians and quartiles."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GRAPH_MS = 3
 
 
 def spread(numbers: Sequence[float]) -> dict[str, float]:
-    """Return median, quartiles and count; a single number is all three of them."""
+    """Return median, quartiles and count. A single number is its own median and quartiles."""
     several = numbers if len(numbers) > 1 else [*numbers, *numbers]
     lower, median, upper = statistics.quantiles(several, n=4, method="inclusive")
     return {"median": median, "lower": lower, "upper": upper, "count": len(numbers)}
@@ -38,7 +38,7 @@ def ratio(slower: Sequence[float], faster: Sequence[float]) -> dict[str, float]:
 
 
 def _samples(calls: Sequence[Call], device: torch.device) -> list[float]:
-    """Return milliseconds of one call: ten replays of a graph, or one run without a GPU."""
+    """Time a call in milliseconds: ten replays of a graph, or one run without a GPU."""
 
     def run() -> None:
         for call in calls:
@@ -54,7 +54,7 @@ def _samples(calls: Sequence[Call], device: torch.device) -> list[float]:
 
 @contextmanager
 def leaving_out(name: str, left_out: dict[str, str]) -> Iterator[None]:
-    """Leave a contender out if it fails, with the reason; ours may only run out of memory."""
+    """Record the reason if a contender fails, and go on. Ours may only run out of memory."""
     try:
         yield
     except Unavailable as error:
@@ -76,12 +76,12 @@ def alternating(
     Args:
         calls: The calls of each contender, which run one after another. They have run once, so
             that nothing compiles.
-        device: Where.
+        device: The calls' device.
         seconds: No round starts after this time; at least one round runs.
         left_out: Gets the reason of each contender that fails, see `leaving_out`.
 
     Returns:
-        Milliseconds of one call in each sample, of the others.
+        For each contender that did not fail: milliseconds of one call, in each sample.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     start = time.monotonic()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes on one GPU: for checks, and to compile before anything is timed."""
+"""Run several processes on one GPU, for checks, and to compile before anything is timed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from benchmarks.gpu.shapes import Job, Shape
 from vllm_hybrid_kv.kernels.triton.tuning import Tiling
 
 MOST_PROCESSES = 12
-"""Each has its own CUDA context of about half a GiB."""
+"""The limit, because each process has its own CUDA context of about half a GiB."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -35,17 +35,17 @@ def share_out(
     """Run a function on items in several processes, all of which have ended on return.
 
     Args:
-        function: Of an importable module.
-        items: Its arguments.
-        seconds: When to stop.
+        function: A function of an importable module.
+        items: The arguments, one for each call.
+        seconds: The time limit.
 
     Returns:
-        Its results in order; None for items that were not done in time.
+        The results in order; None for items that were not done in time.
     """
     count = max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) - 1))
     deadline = time.monotonic() + seconds
     results: list[Result | None] = []
-    # One torch thread each. Leaving the pool ends its processes, which would disturb the timing.
+    # Each process has one torch thread. Leaving the pool ends all, so that none disturbs timing.
     pools = multiprocessing.get_context("spawn")
     with pools.Pool(count, torch.set_num_threads, (1,)) as pool:
         pending = [pool.apply_async(function, (item,)) for item in items]
@@ -58,7 +58,7 @@ def share_out(
 
 
 def run_checks(wanted: Mapping[str, Check], seconds: float) -> list[CheckResult]:
-    """Run checks; those that are not reached in time have the outcome 'not run'."""
+    """Run checks. Those that are not done in time have the outcome 'not run'."""
     items = list(wanted.items())
     if device_for_kernels().type != "cuda":
         return [checks.run(item) for item in items]
@@ -69,14 +69,14 @@ def run_checks(wanted: Mapping[str, Check], seconds: float) -> list[CheckResult]
 
 
 def _small(shape: Shape) -> Shape:
-    """Return a shape of few tokens that uses the same kernels."""
+    """Return a shape with few tokens that uses the same kernels."""
     new = min(shape.queries, 512)
     context = 0 if shape.queries == shape.length else 256
     return replace(shape, length=context + new, queries=new)
 
 
 def _compile(job: Job) -> None:
-    """Let every contender of a job attend once, to few tokens."""
+    """Compile the kernels of a job: every contender attends once, to few tokens."""
     # A contender that fails here fails again when it is measured, and is reported then.
     with contextlib.suppress(Exception):
         batch = Batch(_small(job.shape), device_for_kernels())
@@ -92,7 +92,7 @@ def compile_ahead(jobs: Sequence[Job], seconds: float) -> None:
 
     This only saves time: a missing kernel is compiled when it is measured.
     """
-    # Batches of one section and shape of heads share most kernels.
+    # Jobs with the same section and heads share most kernels, so compile for one of them.
     first = {
         (job.section, job.shape.heads): job for job in reversed(jobs) if job.section in CONTENDERS
     }

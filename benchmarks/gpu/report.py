@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a run: JSON with everything, and Markdown."""
+"""Write the files of a run: JSON with everything, and Markdown."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _goal_table(goals: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _time(result: Result, name: str) -> str:
-    """Return the median in microseconds, with the ratio to ours and the share of bandwidth."""
+    """Format the median in microseconds, with the ratio to ours and the share of bandwidth."""
     if name not in result["ms"]:
         return ""
     notes = []

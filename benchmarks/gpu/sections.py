@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each kind of measurement: the contenders and their results."""
+"""Run each kind of measurement: choose the contenders, and collect their results."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from benchmarks.gpu.shapes import Job, layers_needed
 from vllm_hybrid_kv.kernels.triton import quantise_and_store
 
 LAYERS_OF_A_MODEL = 16
-"""Attention layers that share the plan of a step: those of a hybrid model with 64 layers of which
-every fourth attends. Models without other layers have more."""
+"""How many attention layers share the plan of a step: as in a hybrid model of 64 layers, of which
+every fourth is an attention layer. Models with only attention layers have more."""
 
 LARGEST_DISTANCE = 0.3
-"""||out - ours|| / ||ours|| beyond which a contender does not compute the same. On random data
-values of 4 bits are 0.1 away from bf16."""
+"""If ||out - ours|| / ||ours|| exceeds this, a contender does not compute the same. On random data,
+4-bit values alone cause a distance of 0.1 from bf16."""
 
 _PAGED: tuple[type[Contender], ...] = (
     Ours, Stock, UnifiedFp8, UnifiedBf16, VllmFlashBf16, VllmFlashFp8,
@@ -45,7 +45,7 @@ CONTENDERS: Mapping[str, tuple[type[Contender], ...]] = {
 
 
 def copy_bandwidth(copied_bytes: int, device: torch.device, seconds: float) -> float:
-    """Return the 1e9 bytes that a large copy reads and writes in a second."""
+    """Measure how many GB (1e9 bytes) a large copy reads and writes per second."""
     source = torch.zeros(copied_bytes, dtype=torch.uint8, device=device)
     calls = {"copy": [partial(source.clone().copy_, source)]}
     times = alternating(calls, device, seconds, {})
@@ -55,7 +55,7 @@ def copy_bandwidth(copied_bytes: int, device: torch.device, seconds: float) -> f
 def build(
     contenders: Sequence[type[Contender]], batch: Batch, layers: int
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the contenders by name, each with some caches, and why others are left out."""
+    """Make contenders, by name, with caches for some layers. Also says why others are left out."""
     built: dict[str, Any] = {}
     left_out: dict[str, str] = {}
     for contender in contenders:
@@ -65,7 +65,7 @@ def build(
 
 
 def distances(outputs: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Return ||out - ours|| / ||ours|| of the contenders with as many new tokens.
+    """Return ||out - ours|| / ||ours|| of each contender with as many new tokens as ours.
 
     Raises:
         RuntimeError: No output is close to ours.
@@ -90,13 +90,13 @@ def result_of(
     left_out: Mapping[str, str],
     **more: Any,
 ) -> dict[str, Any]:
-    """Return a measurement for JSON; without times if ours was left out.
+    """Describe a measurement for JSON, without times if our kernel was left out.
 
     Args:
         job: What was measured.
-        layers: Caches that ran in turn.
+        layers: How many caches were used in turn.
         times: Milliseconds of each contender's samples.
-        moved_bytes: Bytes of a call of each contender whose speed counts.
+        moved_bytes: Bytes that a call moves, for each contender whose speed is compared.
         bandwidth: The device's copy bandwidth, see `copy_bandwidth`.
         left_out: Why contenders were not measured.
         more: More keys.
@@ -123,7 +123,7 @@ def measure(job: Job, device: torch.device, seconds: float, bandwidth: float) ->
     """Measure all contenders of a job; see `result_of`.
 
     Raises:
-        Exception: Ours failed.
+        Exception: Our kernel failed.
     """
     of_section = _measure_store if job.section == "store" else _measure_attention
     try:
@@ -151,7 +151,7 @@ def _measure_attention(
     apart = distances(outputs)
     for name, distance in apart.items():
         if not distance <= LARGEST_DISTANCE:
-            # Its time would be that of different work.
+            # It does different work, so its time cannot be compared.
             del calls[name]
             left_out[name] = f"its output is {distance:.2f} of the size of ours away from ours"
     plan = f"{Ours.name}, plan"
@@ -174,7 +174,7 @@ def _measure_attention(
 def _measure_store(
     job: Job, device: torch.device, seconds: float, bandwidth: float
 ) -> dict[str, Any]:
-    """Measure quantise-and-store, stock's, and a copy of as many bytes."""
+    """Time our store kernel, vLLM's, and a copy that moves as many bytes."""
     moved = job.shape.stored_bytes
     layers = layers_needed(moved, l2_bytes(device))
     batch = Batch(job.shape, device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured, in which order, and how many bytes it reads. Arithmetic only."""
+"""Define what is measured, in which order, and how many bytes it reads. Arithmetic only."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Shape:
 
     @property
     def flops(self) -> int:
-        """Operations of causal attention: two products of two operations a number."""
+        """Operations of causal attention: two products, each a multiply and an add per number."""
         context = self.length - self.queries
         pairs = self.queries * context + self.queries * (self.queries + 1) // 2
         return 4 * self.batch * self.heads.query * self.heads.size * pairs
@@ -88,7 +88,7 @@ class Shape:
 
 
 def token_bytes(stored: str, head_size: int) -> int:
-    """Return the bytes of a token of one KV head in the format k8v4, bf16 or fp8."""
+    """Return how many bytes a token of one KV head takes in the format k8v4, bf16 or fp8."""
     sizes = {"k8v4": k8v4.slot_bytes(head_size), "bf16": 4 * head_size, "fp8": 2 * head_size}
     return sizes[stored]
 
@@ -184,7 +184,7 @@ QUICK = jobs(
     prompts=(8192,),
     stored=(8192,),
 )
-# For the interpreter. Stock has another code path for more than 128 new tokens.
+# For the interpreter. vLLM's k8v4 has another code path for more than 128 new tokens.
 SMALLEST = jobs(
     (Heads(2, 1, 64),),
     batches=(1,),

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`--tune`: the fastest tile sizes on this GPU, as rows for `tuning.MEASURED`.
+"""`--tune`: find the fastest tile sizes on this GPU, and print rows for `tuning.MEASURED`.
 
-For each class of head sizes and of rows the candidates run in turn on the same caches: first all
-tile sizes, then, with the best of them, how finely keys are split. A candidate that does not
-compile, launch or agree with the derived size is rejected. The derived size stays unless another
-is faster by `WORTHWHILE`.
+For each head size and number of rows (an entry of `MOST_ROWS`), candidates run on the same caches:
+first all tile sizes, then, with the best of them, several ways to split the keys. A candidate that
+does not compile, launch or agree with the derived size is rejected. The derived size stays unless
+another is faster by `WORTHWHILE`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from vllm_hybrid_kv.kernels.triton.tuning import (
 )
 
 WORTHWHILE = 1.02
-"""Smallest speedup over the derived size that makes a row: less is noise."""
+"""A size gets a row if its speedup over the derived size is at least this. Less is noise."""
 
 LARGEST_ERROR = 0.01
 """Largest accepted difference of a candidate's output from the derived tiling's, relative to its
@@ -47,7 +47,7 @@ RESERVED = 5.0
 
 
 class Task(NamedTuple):
-    """One row of the table: shapes that stand for a class of rows of a head size."""
+    """One row of the table, and the shapes to measure for this head size and number of rows."""
 
     rows: int
     heads: Heads
@@ -55,14 +55,14 @@ class Task(NamedTuple):
 
 
 def tasks() -> list[Task]:
-    """Return what is tuned, decode first."""
+    """List the tasks, decode first."""
     found = []
     for queries, rows in zip((1, 2048, 4, 8), (16, MOST_ROWS[-1], 32, 64), strict=True):
         for heads in (Heads(32, 8, 128), Heads(16, 2, 256), Heads(16, 2, 64)):
             if queries == 2048:
                 shapes = [Shape(heads, 1, 8192 + queries, queries)]
             else:
-                # Eight query heads to a KV head make the rows of several tokens fit their class.
+                # With eight query heads per KV head, several tokens have exactly `rows` rows.
                 wide = heads if queries == 1 else Heads(8 * heads.kv, heads.kv, heads.size)
                 shapes = [Shape(wide, batch, 32768, queries) for batch in (8, 1)]
             found.append(Task(rows, shapes[0].heads, tuple(shapes)))
@@ -70,9 +70,9 @@ def tasks() -> list[Task]:
 
 
 def sizes(rows: int) -> list[Tiling]:
-    """Return the tile sizes that are tried for a class of rows.
+    """List the tile sizes to try for a number of rows.
 
-    There is at most one warp for each 16 keys and 32 rows.
+    They have at most one warp for each 16 keys and 32 rows.
     """
     blocks_m = {16: (16,), 32: (16, 32), 64: (16, 32, 64)}.get(rows, (16, 32, 64, 128))
     return [
@@ -90,7 +90,7 @@ def steps_away(one: Tiling, other: Tiling) -> float:
 
 
 def row_of(capability: tuple[int, int] | None, task: Task, winner: Tiling) -> str:
-    """Return a row of `tuning.MEASURED` as source."""
+    """Return a row of `tuning.MEASURED` as source code."""
     key = (capability, triton.next_power_of_2(task.heads.size), task.rows)
     return f"    {key}: Tiling{astuple(winner)},"
 
@@ -133,7 +133,7 @@ class _Trial:
                 continue
             try:
                 speedup = self._speedup(candidate)
-            # It does not compile or launch, because it needs too many registers or memory.
+            # Usually a candidate needs too many registers or too much memory.
             except Exception as error:
                 reason = f"{type(error).__name__}: {str(error)[:200]}"
                 self.tried.append({"candidate": asdict(candidate), "rejected": reason})
@@ -143,7 +143,7 @@ class _Trial:
                 self.best, self.speedup = candidate, speedup
 
     def _speedup(self, candidate: Tiling) -> float:
-        """Return the speedup over the derived size, the geometric mean over all shapes."""
+        """Measure the speedup over the derived size: the geometric mean over all shapes."""
         speedups = []
         for ours, layers, wanted in self._runners:
             plans = {"derived": ours.plan(self._derived), "candidate": ours.plan(candidate)}

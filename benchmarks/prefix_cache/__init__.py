@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures prefix cache hits by memory, strategy, model and traffic.
+"""Measure prefix cache hits by memory, strategy, model and traffic.
 
     python -m benchmarks.prefix_cache [--trace FILE] [--jobs N] [--parts PART...] [--out DIR]
 

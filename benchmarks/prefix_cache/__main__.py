@@ -22,7 +22,6 @@ NAME = "prefix_cache"
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.prefix_cache",
         description="Measure prefix cache hits by memory, strategy, model and traffic.",

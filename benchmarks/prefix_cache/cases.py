@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts, strategies, models and traces of the benchmark."""
+"""Define the parts, strategies, models and traces of the benchmark."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CONCURRENCY = 32
 
 @dataclass(frozen=True)
 class Part:
-    """One part: every combination of its values.
+    """A part of the benchmark, which runs every combination of its values.
 
     Attributes:
         title: The heading of its table.
@@ -96,7 +96,7 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One run: one combination of the values of a part."""
+    """One run, with one combination of the values of a part."""
 
     part: str
     model: str
@@ -108,7 +108,6 @@ class Case:
 
 
 def cases_of(name: str, part: Part) -> list[Case]:
-    """Return the cases of a part."""
     return [
         Case(name, model, dtype, trace, part.requests, memory, strategy)
         for model, dtype, trace, memory, strategy in product(

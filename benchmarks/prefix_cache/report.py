@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a result as Markdown tables and a picture, and compares it with vLLM's own strategy."""
+"""Write a result as Markdown tables and a picture, and compare it with vLLM's own strategy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Row = Mapping[str, Any]
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """Return a result as Markdown."""
+    """Write a result as Markdown."""
     where = result["machine"]
     lines = [
         "# Prefix cache hits in vLLM's scheduler, without a model",
@@ -41,7 +41,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def _table(rows: Sequence[Row], shareable: Mapping[str, float]) -> Iterator[str]:
-    """Yield a table: a line per model, dtype, trace and strategy, a column per size."""
+    """Yield a table with a line per model, dtype, trace and strategy, and a column per size."""
     for trace, requests in split(rows, "trace", "requests"):
         yield (
             f"{trace.capitalize()}: {requests:,} requests. Tokens in whole blocks of 512 that an "
@@ -141,7 +141,7 @@ def rate(row: Row) -> str:
 
 
 def split(rows: Iterable[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
-    """Group rows by fields."""
+    """Group rows by the values of the named fields."""
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         found.setdefault(tuple(row[name] for name in names), []).append(row)

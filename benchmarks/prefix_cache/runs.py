@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replays cases, and times the scheduler, in processes of their own."""
+"""Replay cases, and time the scheduler, in processes of their own."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ Row = dict[str, Any]
 GIB = 1 << 30
 
 CASES_PER_PROCESS = 8
-"""A process builds its model once. With more cases, the processes would end far apart."""
+"""A process builds its model once for all its cases. With more cases per process, some processes
+would end long before others."""
 
 ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -87,7 +88,7 @@ def run_batch(cases: Sequence[Case], public: Path | None) -> list[Row]:
         except HybridKVError:
             raise
         except ValueError as error:
-            # vLLM's planner: a request of the model's full length would not fit.
+            # vLLM's planner raises this if a request of `max_model_len` does not fit.
             reason = str(error).strip().split("\n")[0]
             rows.append({**asdict(case), "fits": False, "hit_tokens": 0, "reason": reason})
             continue
@@ -160,7 +161,7 @@ def measure_overhead(cases: Sequence[Case], public: Path | None, rounds: int) ->
             sent = requests if number else requests[: 2 * CONCURRENCY]
             engine = model.engine(int(case.memory * GIB), dict(STRATEGIES[case.strategy]))
             replay = Replay(engine, sent, CONCURRENCY)
-            # As vLLM's engine does after start-up.
+            # vLLM's engine does this after start-up too.
             gc.collect()
             gc.freeze()
             tally = replay.run()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Synthetic traces, of traffic that differs from a chat service's.
+"""Make synthetic traces of traffic that differs from a chat service's.
 
-This format can express shared prefixes only in whole blocks of 512 tokens. So prompts that are
-repeated, or continued in a later turn, have at least 512 tokens.
+The format of traces can express shared prefixes only in whole blocks of 512 tokens. So prompts that
+are repeated, or continued in a later turn, have at least 512 tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from vllm_hybrid_kv.tools.replay.trace import BLOCK_TOKENS, TracedRequest
 
 SYSTEM_BLOCKS = 12
-"""Blocks of the agents' system prompt, including tools."""
+"""How many blocks the agents' system prompt has, including tools."""
 REPEATED = 0.1
 """The share of short prompts that repeat an earlier one."""
 CONTINUED = 0.15

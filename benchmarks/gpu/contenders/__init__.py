@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels that are measured, each launched as its own backend launches it."""
+"""Run the kernels that are measured. Each is launched as its own backend launches it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from vllm_hybrid_kv.kernels.triton import (
 from vllm_hybrid_kv.kernels.triton.tuning import Tiling
 
 FILLED_AT_A_TIME = 65536
-"""Tokens whose keys and values are random; larger caches repeat them."""
+"""Keys and values are drawn for this many tokens. Larger caches repeat them."""
 
 
 class Batch:
-    """The tensors of all contenders of a measurement.
+    """The tensors of one measurement, which all contenders share.
 
     Attributes:
         shape: Requests, lengths and heads.
-        dtype: bf16 of queries, keys and values; fp16 if Triton interprets.
+        dtype: The dtype of queries, keys and values: bf16, or fp16 if Triton interprets.
         query: [batch * queries, Hq, D].
         block_table: int32 [batch, pages]; pages scattered over the cache, as after a while of
             serving. The width is a multiple of 16, so that all shapes use the same kernels.
@@ -95,7 +95,7 @@ class Batch:
         heads = self.shape.heads
         dims = (self.pages * PAGE, heads.kv, 2 * heads.size)
         cache = torch.zeros(dims, dtype=dtype, device=self.device)
-        # The bits are written, because torch cannot index fp8 numbers.
+        # Write the bits, because torch cannot index fp8 tensors.
         bits = torch.uint8 if dtype.itemsize == 1 else dtype
         for key, value, slots in self.stored():
             cache.view(bits)[slots] = torch.cat([key, value], dim=-1).to(dtype).view(bits)
@@ -120,12 +120,12 @@ class Contender:
         """Make and fill the caches of some layers.
 
         Raises:
-            Unavailable: It cannot run here.
+            Unavailable: The kernel cannot run here.
         """
         self.batch = batch
 
     def attend(self, layer: int) -> torch.Tensor:
-        """Attend with a layer's cache and return [batch * queries, Hq, D]."""
+        """Run attention with a layer's cache. Returns [batch * queries, Hq, D]."""
         raise NotImplementedError
 
 
@@ -140,7 +140,7 @@ def require_gpu(device: torch.device) -> None:
 
 
 class Ours(Contender):
-    """This project's kernels; the batch is planned once a step, on the device."""
+    """This project's kernels. The batch is planned once per step, on the device."""
 
     name = "ours"
     stored = "k8v4"
@@ -161,7 +161,7 @@ class Ours(Contender):
         return torch.zeros(dims, dtype=torch.uint8, device=batch.device)
 
     def plan(self, tiling: Tiling | None = None) -> LaunchPlan:
-        """Plan the batch, with the device's own tile sizes if None."""
+        """Plan the batch with a tiling; None chooses the tile sizes for this device."""
         batch, heads = self.batch, self.batch.shape.heads
         return plan_attention(
             batch.seq_lens, batch.starts, batch.query.shape[0], heads.query, heads.kv, heads.size,
@@ -178,7 +178,7 @@ class Ours(Contender):
 
 
 class OursOneToken(Ours):
-    """Ours with one new token a request, to compare with several."""
+    """Our kernels with one new token per request, to compare with several."""
 
     name = "ours, one token"
 
@@ -203,7 +203,7 @@ class TorchFlash(Contender):
     def attend(self, layer: int) -> torch.Tensor:
         batch = self.batch
         key, value = (caches[layer] for caches in self._caches)
-        # Causal is aligned to the last key: new tokens are a request's last ones.
+        # The causal mask is aligned to the last key, because new tokens come last.
         out: torch.Tensor = torch.ops.aten._flash_attention_forward(
             batch.query, key, value, batch.starts, self._key_starts,
             batch.shape.queries, batch.shape.length, 0.0, True, False, scale=batch.scale,

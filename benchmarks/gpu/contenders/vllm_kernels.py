@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's kernels: its k8v4 (TurboQuant), Triton unified attention and FlashAttention."""
+"""Run vLLM's kernels: its k8v4 (TurboQuant), Triton unified attention and FlashAttention."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ class StockBackend:
 
 
 class Stock(Contender):
-    """Decode by its two kernels; several new tokens by its loop over requests.
+    """vLLM's k8v4: two kernels decode one new token, a loop over requests handles several.
 
-    Each of up to 128 new tokens of a request is decoded as its own request. With more, cached
-    tokens are dequantised to fp16, copied next to the new keys and values, and FlashAttention or
-    torch attends to them. A graph captures this loop here, but not in an engine.
+    Each of up to 128 new tokens of a request is decoded like a request of its own. With more,
+    cached tokens are dequantised to fp16, copied next to the new keys and values, and
+    FlashAttention or torch attends to them. Here, unlike in an engine, a graph captures the loop.
     """
 
     name = "stock k8v4"
@@ -111,7 +111,7 @@ class Stock(Contender):
 
 
 class _Paged(Contender):
-    """A function of vLLM that attends to packed caches, with its own options."""
+    """A vLLM function that attends to packed caches. `options` are arguments of the function."""
 
     def _prepare(
         self, function: Any, batch: Batch, layers: int, dtype: torch.dtype, **options: Any
@@ -186,7 +186,7 @@ class VllmFlashBf16(_Paged):
 
 
 class VllmFlashFp8(VllmFlashBf16):
-    """Version 3 on an fp8 cache."""
+    """vLLM's FlashAttention 3 on an fp8 cache."""
 
     name = "FlashAttention fp8"
     stored = "fp8"
@@ -202,7 +202,7 @@ class UnifiedBf16(_Paged):
         ops = vllm_module("vllm.v1.attention.ops.triton_unified_attention")
         modes = vllm_module("vllm.v1.kv_cache_interface").KVQuantMode
         fp8 = self.stored == "fp8"
-        # e4m3fnuz on some AMD GPUs.
+        # This is e4m3fnuz on some AMD GPUs.
         fp8_dtype = vllm_module("vllm.platforms").current_platform.fp8_dtype()
         one = torch.ones(1, dtype=torch.float32, device=batch.device)
         scales = one.expand(batch.shape.batch, batch.shape.heads.kv)
@@ -225,14 +225,14 @@ class UnifiedBf16(_Paged):
         """Return the scratch memory of the split path, as the metadata builder makes it."""
         backend = vllm_module("vllm.v1.attention.backends.triton_attn")
         shape, device = batch.shape, batch.device
-        # Full graphs round to the nearest captured size, which for 2 to 32 KV heads is this.
+        # vLLM rounds this to a captured graph size, but 2 to 32 KV heads already give such a size.
         threshold = backend.MIN_LAUNCH_GRID_SIZE_2D // shape.heads.kv
         segments = backend.NUM_PAR_SOFTMAX_SEGMENTS
         if device.type == "cuda" and torch.cuda.get_device_capability(device) == (12, 0):
             processors = torch.cuda.get_device_properties(device).multi_processor_count
             if shape.batch <= (processors - 1) // (segments * shape.heads.kv):
                 segments = 64
-        # vLLM 0.33 has a row for each token to verify, of up to 8 a request.
+        # vLLM 0.33 has a row for each token to verify, up to 8 per request.
         rows = threshold * min(shape.queries, 8)
         dims = (rows, shape.heads.query, segments)
         padded = 1 << (shape.heads.size - 1).bit_length()
@@ -246,7 +246,7 @@ class UnifiedBf16(_Paged):
 
 
 class UnifiedFp8(UnifiedBf16):
-    """One scale for a whole tensor; needs tensor cores that support e4m3fn."""
+    """Triton unified attention on an fp8 cache with one scale. Needs e4m3fn tensor cores."""
 
     name = "unified fp8"
     stored = "fp8"
