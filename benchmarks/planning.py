@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures the time to plan the pages of 200 layers.
+"""Measure the time to plan the pages of 200 layers.
 
     python -m benchmarks.planning [--out DIR] [--rounds N]
 

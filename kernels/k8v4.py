@@ -68,10 +68,10 @@ class Layout(enum.Enum):
     * keys: a tile is `[D/4, 16, 4]`: each line of 64 bytes holds four dims of 16 tokens. A byte is
       the code plus 128, because the dot product of AVX-512 multiplies unsigned by signed bytes.
       Sixteen lines are one operand of an AMX tile product.
-    * values: a tile is `[D/32, 4, 64]`: chunks of 32 dims, four quads of four tokens. The 64
-      bytes of a quad are `[16, 4]`: dim `i` of the chunk's first half in the low nibble and
-      `16 + i` in the high one, tokens in the order 0, 2, 1, 3. In 16-bit words, the four nibbles
-      selected by shifts of 0, 4, 8, 12 bits are pairs of neighbouring tokens:
+    * values: a tile is `[D/32, 4, 64]`: each chunk of 32 dims has four quads of four tokens. The
+      64 bytes of a quad are `[16, 4]`: byte (i, j) holds dim `i` in its low nibble and dim `16 + i`
+      in its high one, of token 0, 2, 1 or 3. The two 16-bit words of an `i`, shifted right by 0, 4,
+      8 or 12 bits, therefore have a pair of neighbouring tokens in their lowest nibbles:
       (0, 1) of the low dims, (0, 1) of the high dims, (2, 3) of the low, (2, 3) of the high.
       If D is not a multiple of 32, the last chunk holds D % 32 dims in proportionally fewer bytes.
     """
@@ -81,7 +81,7 @@ class Layout(enum.Enum):
 
 
 QUAD_BYTE_OF_TOKEN = (0, 2, 1, 3)
-"""Which of the four bytes of a dim in a `CPU_TILED` quad belongs to token `t`: entry `t % 4`."""
+"""The bytes of tokens in a `CPU_TILED` quad: token `t` has byte `[t % 4]` of each four bytes."""
 
 
 def slot_bytes(head_size: int) -> int:
@@ -106,11 +106,11 @@ def unsupported_head_size(head_size: int) -> str | None:
 def rotation_stages(head_size: int) -> tuple[tuple[int, int], ...]:
     """Return the stages of the rotation of a head, as (radix, stride).
 
-    The rotation acts on blocks of 2^k dims, the largest power of two that divides `head_size`. Its
-    stages have radix 4 and strides 1, 4, 16 and so on; if k is odd, one of radix 2 follows. A stage
-    of radix 4 and stride s replaces each of the dims d, d + s, d + 2s and d + 3s by half of their
-    sum minus itself. One of radix 2 replaces a, b by (a + b) / sqrt(2), (a - b) / sqrt(2). A stage
-    is its own inverse, and stages commute.
+    The rotation acts on blocks of 2^k dims, with the largest 2^k that divides `head_size`. Stages
+    have radix 4 and strides 1, 4, 16 and so on; if k is odd, one of radix 2 follows. A stage of
+    radix 4 and stride s replaces each of the dims d, d + s, d + 2s and d + 3s by half of their sum
+    minus the dim itself. A stage of radix 2 replaces the dims a and b = a + s by (a + b) / sqrt(2)
+    and (a - b) / sqrt(2). A stage is its own inverse, and stages commute.
     """
     block = head_size & -head_size
     stages, stride = [], 1
@@ -123,7 +123,7 @@ def rotation_stages(head_size: int) -> tuple[tuple[int, int], ...]:
 
 
 def rotation_unit(head_size: int) -> float:
-    """Return 1 / sqrt(block). Kernels sum in all stages and multiply by this once, at the end."""
+    """Return 1 / sqrt(block). Kernels multiply by it once, after the sums of all stages."""
     return float((head_size & -head_size) ** -0.5)
 
 

@@ -32,7 +32,8 @@ from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.kernels.k8v4 import Layout, PageFormat
 
 _LEAST_QUERY = 2.0**-119
-"""A query row without a larger magnitude counts as zeros, because its inverse would overflow."""
+"""A rotated query row counts as zeros if none of its magnitudes exceeds this, because the inverse
+of the largest one would overflow."""
 
 
 class Quantised(NamedTuple):
@@ -83,7 +84,7 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
 def _scaled(
     x: torch.Tensor, limit: float, steps: float, nan: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate, choose scales, and return float32 rotated numbers / scales, and the fp16 scales."""
+    """Rotate rows. Returns the rotated numbers divided by their scales, and the fp16 scales."""
     unit = torch.tensor(k8v4.rotation_unit(x.shape[-1]))
     x = x.clamp(-limit, limit).masked_fill(nan[..., None], 0.0)
     # Clamp again, because the rotation can push numbers near the limit past it.

@@ -121,7 +121,6 @@ class EngineHost:
 
     @property
     def runs(self) -> bool:
-        """Whether the process runs."""
         return self._process.poll() is None
 
     def engine(self, **settings: Any) -> EngineHost:

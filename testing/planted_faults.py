@@ -82,7 +82,7 @@ def _as_bytes(tensor: torch.Tensor) -> bytes:
 
 
 def plant(fault: str | None) -> None:
-    """Plant a fault in this process instead of an earlier one; None only removes that.
+    """Remove the fault of this process, if there is one, and plant another unless it is None.
 
     Raises:
         ValueError: There is no such fault.
@@ -129,7 +129,6 @@ def _spoil_updates(fault: str) -> None:
 
 
 def _blocks(slots: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
-    """Return the blocks that contain slots."""
     return slots[slots >= 0].div(cache.shape[2], rounding_mode="floor").unique()
 
 

@@ -66,7 +66,7 @@ class _Writer:
         self.write([BOS])
 
     def write(self, tokens: np.ndarray | list[int], kind: int = NO_LABEL, source: int = -1) -> int:
-        """Append tokens, and return where. `source` is the index of the tokens that they repeat."""
+        """Append tokens; return their index. `source` is the index of the tokens they repeat."""
         at, count = self.length, len(tokens)
         sources = source + np.arange(count) if source >= 0 else np.full(count, -1)
         self.parts.append((np.asarray(tokens), np.full(count, kind), sources))

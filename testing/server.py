@@ -139,7 +139,7 @@ class Server:
 def serve(
     model: Path, arguments: Sequence[str], log: Path, console: Console | None = None
 ) -> Iterator[Server]:
-    """Serve a model during a `with` block. `log` gets its output, `console` shows its start.
+    """Serve a model during a `with` block. Output goes to `log`, progress to `console`.
 
     Raises:
         ProcessError: The server did not start, or had to be killed.

@@ -165,8 +165,8 @@ def _multiply_codes(
 ) -> None:
     """Multiply two-byte weights with the value codes of 64 or 32 dims, exactly, in int32.
 
-    `weights` is the address of the upper bytes, 64 tokens a step. The lower bytes are at `lower`
-    bytes after them; with `stacked`, or 64 dims, one tile holds both. Sums are rows of 64 int32.
+    `weights` is the address of the upper bytes, 64 tokens a step. The lower ones follow `lower`
+    bytes later; with `stacked`, or 64 dims, one tile holds both. Sums are rows of 64 int32.
     """
 
     def multiply(parts: int, limbs: int) -> None:

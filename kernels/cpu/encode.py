@@ -42,8 +42,8 @@ LARGEST_BYTES = 8 * LINE
 """Bytes for the partial maxima of |x|: 16 numbers for each of eight rows, keys first."""
 
 INVERSES = 16
-"""Where the results of `write_scales` have the factors that turn rows into codes, as float32. They
-come after the fp16 bits of four key scales and four value scales."""
+"""Offset in the results of `write_scales` of the factors that turn rows into codes, as float32. The
+fp16 bits of four key scales and four value scales come first."""
 
 RESULT_BYTES = 48
 
@@ -134,7 +134,7 @@ def encode_query(
 
 
 def _larger_halves(e: Emitter, x: ir.Value, y: ir.Value, segment: int) -> ir.Value:
-    """Compare the lower with the upper half of each segment of lanes; the maxima of `x` first."""
+    """Take the larger of each segment's two halves, lane by lane: for `x` first, then for `y`."""
     half = segment // 2
     first = [start + i for start in range(0, 2 * LANES, segment) for i in range(half)]
     return e.larger(e.shuffle(x, y, first), e.shuffle(x, y, [lane + half for lane in first]))
@@ -158,9 +158,10 @@ def write_scales(
 ) -> None:
     """Write the scales of four tokens, and the factors that turn their rows into codes.
 
-    It does four tokens at once: for a single one it would cost a quarter of the time of encoding.
-    The partial maxima `largest` and the rows are not yet multiplied by `unit`; the factors include
-    it. If bit t of `nan_tokens` is set, token t gets NaN scales; its rows must be zeros.
+    Four tokens share the work, because for a single one it would take a quarter of the time of
+    encoding. Neither the partial maxima `largest` nor the rows are multiplied by `unit` yet, so the
+    factors include it. If bit t of `nan_tokens` is set, token t, with rows of zeros, gets NaN
+    scales.
     """
     b = e.b
     factor = e.broadcast(unit, 8)
@@ -195,7 +196,7 @@ def _key_encoder(e: Emitter, results: ir.Value, token: int | ir.Value) -> _Round
 
 
 def _value_encoder(e: Emitter, results: ir.Value, token: int | ir.Value) -> _RoundRow:
-    """Return a function that encodes the sixteen values at an address, plus `_ROUNDING_BITS`.
+    """Return a function that encodes sixteen values at an address: codes plus `_ROUNDING_BITS`.
 
     It rounds three times, as the reference does; the third time by adding `ROUNDING`. Codes need no
     clamp, because no number exceeds 7.5 steps by more than the rounding of single operations.

@@ -66,7 +66,7 @@ def inline_llvm(emit: Callable[..., Any]) -> Any:
 
 @inline_llvm
 def noinline(e: Emitter) -> None:
-    """Prevent the inlining of the calling function, because it only costs compile time."""
+    """Prevent inlining of the calling function. Inlining it would only cost compile time."""
     e.b.function.attributes.add("noinline")
 
 

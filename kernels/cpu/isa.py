@@ -22,7 +22,7 @@ _FLAGS = {
     AVX512_VNNI: _AVX512_FLAGS,
     AMX: (*_AVX512_FLAGS, "amx_tile", "amx_int8"),
 }
-"""The CPU flags that each set needs, slowest set first. A faster set includes a slower one's."""
+"""The CPU flags that each set needs, slowest set first. A faster set needs those of slower ones."""
 
 ALL = tuple(_FLAGS)
 

@@ -111,7 +111,7 @@ class Emitter:
         return self.b.shuffle_vector(first, undefined, filled(I32, 0, lanes))
 
     def shuffle(self, x: ir.Value, y: ir.Value, order: Sequence[int]) -> ir.Value:
-        """Pick lanes by number. The lanes of `x` are 0 on, followed by those of `y`."""
+        """Pick lanes by number. The lanes of `x` are counted first, then those of `y`."""
         return self.b.shuffle_vector(x, y, constant(I32, order))
 
     def fma(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:

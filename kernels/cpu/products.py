@@ -37,7 +37,7 @@ from vllm_hybrid_kv.kernels.cpu.records import SCORE_STRIDE, TILE_RECORD
 
 _FEW_ROWS, _CHUNK_OF_FEW = 8, 64
 """Requests of up to 8 rows use chunks of 64 tokens. VNNI and plain vectors share these numbers,
-because a result's bits depend on its chunks."""
+because the bits of a result depend on the chunks."""
 
 _WORD_DOTS = (
     ("+avx512bw", "avx512.pmaddw.d.512", 1),

@@ -24,8 +24,8 @@ _KEY_MAX = np.float32(k8v4.KEY_MAX)
 _VALUE_MAX = np.float32(k8v4.VALUE_MAX)
 
 _NO_CLAMP = int(np.float32(2.0**18).view(np.int32))
-"""The bits of 2^18. A row needs no clamp if no number of it exceeds this once rotated, before the
-product with the unit: then none exceeds it before the rotation either, and both limits are higher.
+"""The bits of 2^18. If no number of a rotated row exceeds it, before the product with the unit, the
+row needs no clamp: its numbers before the rotation are no larger, and both limits are higher.
 """
 
 _SCRATCH = 8 * ROW_BYTES + encode.LARGEST_BYTES + encode.RESULT_BYTES
@@ -150,7 +150,7 @@ def _store_item(call, item):  # type: ignore[no-untyped-def]
 
 
 def _store(call_address, num_items):  # type: ignore[no-untyped-def]
-    """Store all tokens and return -1, or none and return the first with a slot past the end."""
+    """Store all tokens and return -1. If a token's slot is past the end, only return the token."""
     call = records.store_call_at(call_address)
     for i in range(call.num_tokens):
         if inline.load_int64(call.slots + 8 * i) >= call.num_slots:

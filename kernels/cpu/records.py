@@ -147,9 +147,10 @@ TILE_RECORD = TILE_ADDRESSES.itemsize
 
 STATE_FIELDS = ("largest", "total", "offset", "weight_step", "query_step", "raised_by")
 ROW_STATE = np.dtype([(name, np.float32) for name in STATE_FIELDS])
-"""What is stored for a row. Of its online softmax: the largest score, the sum of weights, and the
-offset to add to every dim of the output. What 1 is worth in the last chunk's integer weights and in
-the query's codes. How much the 128 in every byte of a key adds to a score."""
+"""The state of a row. `largest`, `total`: the online softmax's maximum and its sum of weights.
+`offset` must be added to every dim of the output. `weight_step`, `query_step`: what 1 is worth in
+the last chunk's integer weights and in the query's codes. `raised_by`: what the 128 in every byte
+of a key adds to a score."""
 
 STATE_BYTES = ROW_STATE.itemsize
 

@@ -139,7 +139,7 @@ def rotate_and_measure(e: Emitter, row: Int64, head_size: Int64, largest: Int64)
 
     Args:
         e: Emits the code.
-        row: Address of float32 [head_size], in memory that extends to a multiple of 16 numbers.
+        row: Address of float32 [head_size], in memory that is padded to a multiple of 16 numbers.
         head_size: D.
         largest: Where to store 16 partial maxima of |x|. The row's maximum is the largest of them.
     """

@@ -30,7 +30,7 @@ from vllm_hybrid_kv.kernels.k8v4 import MIDDLE_VALUE_CODE, QUAD_BYTE_OF_TOKEN
 LOG2_E = math.log2(math.e)
 
 _LEAST_TOP = 1e-30
-"""A chunk without a larger weight counts as zero, because the inverse would overflow."""
+"""If no weight of a chunk exceeds this, all count as zero, because the inverse would overflow."""
 
 WORDS, LIMBS = 1, 4
 """Formats of integer weights: 16-bit words, or upper and lower bytes in separate rows. The number
@@ -131,7 +131,7 @@ def softmax_row(
         weight = 2^(x - m) * value scale  if first <= token < last, else exactly 0
 
     Weights are rounded to integers, relative to the chunk's largest; `weight_step` is what 1 is
-    worth. Value codes have no sign, so the state's `offset` gets the part of the middle code.
+    worth. Value codes have no sign, so `offset` gets minus the weights' sum times the middle code.
 
     Returns the factor to multiply the row's earlier output with, because m may have grown.
 

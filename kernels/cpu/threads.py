@@ -19,7 +19,7 @@ from vllm_hybrid_kv.kernels.cpu.llvm import I64, Emitter
 def follow_torch() -> int:
     """Let numba's next parallel call use as many threads as torch, and return their number.
 
-    It is smaller than torch's number if numba was imported earlier with a smaller pool.
+    The number is smaller than torch's if numba was imported earlier with a smaller pool.
     """
     wanted = torch.get_num_threads()
     count = max(1, min(wanted, numba.config.NUMBA_NUM_THREADS))

@@ -121,7 +121,7 @@ def _find_next_tiles(call, item, head, first_ahead, last, chunk, ahead):  # type
     """Find the tiles to prefetch during a chunk: those from token `first_ahead` on.
 
     During the item's last chunk, take the thread's next item and find the tiles of its first chunk.
-    Returns how many tiles there are, and the index of the next item, -1 if none was taken.
+    Returns how many tiles there are, and the index of the next item, or -1 if none was taken.
     """
     if first_ahead < last:
         return _find_tiles(call, item, head, first_ahead, last, chunk, ahead), np.int64(-1)
@@ -157,7 +157,7 @@ def item_loop(
 
     @inner
     def attend(call, index, scratch):  # type: ignore[no-untyped-def]
-        """Process the item with a number, and return the number of the next one."""
+        """Process the item at an index, and return the index of the next item."""
         number, head = divmod(index, call.num_kv_heads)
         item = records.item_at(call.items + records.ITEM_BYTES * number)
         index_ahead = np.int64(-1)
@@ -179,7 +179,7 @@ def item_loop(
             filled = (count + 3) // 4 * 4
             for i in range(count, filled):
                 tiles[i] = tiles[count - 1]
-            # Each tile prefetches another, so give one without a next tile its own address.
+            # Each tile prefetches a next one. If there is none, let it prefetch itself.
             for i in range(count_ahead, filled):
                 ahead[i] = tiles[i]
             for i in range(count):

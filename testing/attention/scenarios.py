@@ -171,7 +171,7 @@ def pages_of(cache: torch.Tensor, layer: int, blocks: int) -> torch.Tensor:
 
 
 def moved_pages_are_equal() -> bool:
-    """Move pages as bytes to another layer, in another order. Is the layer's output unchanged?"""
+    """Move pages as bytes to another layer, in another order, and compare the layers' outputs."""
     blocks = 9
     planned = K8V4AttentionBackend.customize_spec(spec())
     page = planned.page_size_bytes
@@ -205,7 +205,7 @@ def moved_pages_are_equal() -> bool:
 
 
 def refused(name: str, changes: dict[str, Any]) -> list[str]:
-    """Return the reasons why a backend refuses a layer on a GPU. `changes` are its options."""
+    """Return why a backend refuses a layer on a GPU. `changes` replace the usual options."""
     usual: dict[str, Any] = {
         "head_size": HEAD_SIZE, "dtype": DTYPE, "kv_cache_dtype": "turboquant_k8v4",
         "block_size": PAGE, "use_mla": False, "has_sink": False, "use_sparse": False,

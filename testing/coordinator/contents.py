@@ -44,7 +44,7 @@ init_none_hash(sha256)
 
 @dataclass(frozen=True)
 class Case:
-    """The input of one lookup. The hit may have `limit` tokens; `what` names the case."""
+    """The input of one lookup. A hit has at most `limit` tokens; `what` names the case."""
 
     layout: Layout
     request: Request

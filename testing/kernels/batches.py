@@ -13,8 +13,8 @@ from vllm_hybrid_kv.kernels import k8v4, reference
 from vllm_hybrid_kv.kernels.cpu import isa, paged_attention
 from vllm_hybrid_kv.kernels.k8v4 import PageFormat
 
-# Kernels round weights to 15 or 16 bits, relative to the largest of up to 256 tokens. The errors of
-# a row are independent, so they grow with the root of the tokens. Usual is 1.3e-4 of a row.
+# Kernels round weights to 15 or 16 bits, relative to the largest of up to 256 tokens. The errors in
+# a row are independent, so they grow with the root of the tokens: 1.3e-4 of a row is usual.
 _WEIGHTS = 2.5e-4
 # Largest ||out - reference|| / ||reference|| over the dims of one row, by dtype: the rounding of
 # weights, and of outputs to 11 or 8 bits.

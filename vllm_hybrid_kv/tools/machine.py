@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU of this machine."""
+"""Describe the CPU of this machine."""
 
 from __future__ import annotations
 

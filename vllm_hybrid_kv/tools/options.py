@@ -25,7 +25,7 @@ _WITHOUT_EFFECT = re.compile(
     "data_parallel_.*|distributed_executor_backend|gpu_memory_utilization|kv_cache_memory_bytes|"
     "nnodes|node_rank"
 )
-"""Fields of `EngineArgs` about weights, tokenizers and processes. They change no KV cache."""
+"""Fields about weights, tokenizers and processes. They do not change the KV cache of an engine."""
 
 UNKNOWN = (
     "vLLM's class of this model does not build from this configuration; set "
@@ -44,7 +44,7 @@ _ADVICE = (
     (r"(?i)\bset \w*boundary_layers=", "pass --boundary-layers "),
     (r"\bset prefix_match_unit=", "set VLLM_HYBRID_KV_PREFIX_MATCH_UNIT="),
 )
-"""Advice in messages for servers (patterns), and what users of `plan` and `replay` read instead."""
+"""Patterns of advice in messages for servers, and what `plan` and `replay` print instead."""
 
 
 def memory_size(text: str) -> int:

@@ -29,7 +29,7 @@ from rich.text import Text
 from vllm_hybrid_kv.errors import HybridKVError
 
 LEAST_WIDTH = 80
-"""Tables may be at least this many characters wide. Without a terminal, this is the limit."""
+"""A table may be this many characters wide, even if the terminal is narrower or there is none."""
 
 LEAST_TEXT = 16
 """If a table is too wide, words of more characters than this can be broken."""

@@ -24,7 +24,6 @@ class Places:
     """
 
     def __init__(self, targets: Iterable[Target]) -> None:
-        """Import the targets and record their places."""
         targets = list(targets)
         # A function with a supported source is vLLM's, whatever module decorates it.
         self._vllms = [_binding(target) for target in targets if not target.problems()]

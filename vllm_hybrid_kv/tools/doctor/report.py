@@ -54,7 +54,7 @@ def diagnose(additional_config: str = "", timeout: float = 180.0) -> dict[str, A
 def read(
     messages: Iterable[dict[str, Any]], ending: str | None = None, output: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Return the document for the messages of a child process that may have ended early.
+    """Make the document from the messages of a child process that may have ended early.
 
     `ending` says how the child failed, if it did; `output` has the last lines that it printed.
     """
@@ -80,7 +80,7 @@ def read(
 
 
 def document(findings: list[Finding], facts: Facts) -> dict[str, Any]:
-    """Return the JSON document of findings, the worst first; docs/doctor.schema.json describes it.
+    """Make the JSON document, which docs/doctor.schema.json describes. The worst finding is first.
 
     The exit status is 0 if all is well, 1 with warnings, 2 if the plugin cannot be active.
     """

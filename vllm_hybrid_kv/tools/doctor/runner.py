@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Defines checks, and runs all checks in the child process."""
+"""Define checks, and run all checks in the child process."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ class _Head:
         setattr(owner, name, score_prompt)
 
     def begin(self, tokens: list[int], reference: torch.Tensor | None) -> None:
-        """Prepare to score a prompt against the reference's hidden states, or to record (None)."""
+        """Prepare to score a prompt against the reference's hidden states; None: record them."""
         self._tokens, self._reference = torch.tensor(tokens), reference
         self._position = 0
         self.states: list[torch.Tensor] = []
@@ -173,7 +173,7 @@ class Recorder:
         return attention_layers(runner.kv_cache_config)
 
     def hybrid_kv_begin(self, tokens: list[int], file: str, is_reference: bool) -> None:
-        """Prepare to score a request. Only the reference does not read its states from `file`."""
+        """Prepare to score a request against the states in `file`; the reference records them."""
         states = None if is_reference else safetensors.torch.load_file(file)[HIDDEN_STATES]
         self._hybrid_kv_head.begin(tokens, states)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of next-token predictions, and their statistics.
+"""Score next-token predictions, and compute statistics of the scores.
 
 The scores of a window are float64 [3, positions]; position 0 predicts the second token. The rows:
 
@@ -24,7 +24,7 @@ FIRST_RANGE = 16
 
 
 def score(logits: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Return the scores of some positions.
+    """Score the predictions at some positions.
 
     The divergence is KL(p || q) = sum p (ln p - ln q) over the whole vocabulary, with p the
     reference's distribution. It is computed in float64, because divergences of similar caches

@@ -272,7 +272,7 @@ class Model:
                     if support.value < least.value:
                         least, backend = support, builder.__name__
             speculative = config.speculative_config
-            # A copy, because the check changes the sizes of graphs.
+            # Check a copy, because the method changes the sizes of graphs.
             copy.copy(config.compilation_config).resolve_cudagraph_mode_and_sizes(
                 least,
                 backend,

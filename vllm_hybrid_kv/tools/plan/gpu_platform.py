@@ -2,7 +2,7 @@
 """Describe an NVIDIA GPU to vLLM: its CUDA platform with fixed answers and without a driver.
 
 `described_gpu` replaces the class of vLLM's only platform object, so every module that imported
-`current_platform` sees this GPU. Until it ends, no code can reach the real platform.
+`current_platform` sees this GPU. In its `with` block, no code can reach the real platform.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers of a planned KV cache."""
+"""Collect the numbers of a planned KV cache."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 """Fields with the number of layers."""
 
 MOST_LAYERS = 10_000
-"""More layers than any model has. Building many more would take too long."""
+"""Models with more layers are rejected: none exist, and building them would take too long."""
 
 
 class DescriptionError(ToolError):

@@ -24,7 +24,7 @@ from pydantic import Field, FiniteFloat, PositiveInt, TypeAdapter, ValidationErr
 from vllm_hybrid_kv.tools.output import ToolError
 
 BLOCK_TOKENS = 512
-"""Tokens of one hash id."""
+"""Each hash id stands for this many tokens."""
 
 
 class TraceError(ToolError):
@@ -63,7 +63,7 @@ def read_trace(path: Path, limit: int | None = None) -> list[TracedRequest]:
         TraceError: The file cannot be read, a line is not in the format, or there is no request.
     """
     try:
-        # In binary mode, so that invalid UTF-8 is an error of its line.
+        # Read bytes, so that the error for invalid UTF-8 names its line.
         with path.open("rb") as file:
             lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
             requests = [
