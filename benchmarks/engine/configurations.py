@@ -25,7 +25,7 @@ GRAPHS = {
     "full graphs": FULL_GRAPHS,
     "full graphs, decode only": "FULL_DECODE_ONLY",
 }
-"""Our names of vLLM's `cudagraph_mode`s."""
+"""Our names for the values of vLLM's `cudagraph_mode`."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,13 @@ class Configuration:
         return found
 
     def environment(self) -> dict[str, str]:
-        """Return the environment variables."""
         found = {"VLLM_PLUGINS": "hybrid_kv" if self.plugin else ""}
         if self.runner is not None:
             found["VLLM_USE_V2_MODEL_RUNNER"] = self.runner
         return found
 
     def control(self) -> Configuration:
-        """Return a copy without the plugin and quantisation. If it fails too, vLLM is at fault."""
+        """Return a copy without plugin and quantisation. If its engine fails, vLLM is at fault."""
         return replace(self, name=f"{self.name}, auto", cache_dtype="auto", plugin=False)
 
 

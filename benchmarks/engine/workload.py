@@ -121,7 +121,7 @@ def dtype_of(model: str, device: str) -> str:
 
 
 def prompt_pool(sizes: Sizes) -> list[list[int]]:
-    """Return prompts of 2 tokens to the longest, a quarter of them repeated texts."""
+    """Make prompts of 2 to `longest` tokens. A quarter of them repeat a short text."""
     draw = random.Random(0)
     pool = []
     for seed in range(sizes.pool):

@@ -53,8 +53,8 @@ def summarise(samples: Iterable[Sample]) -> list[dict[str, Any]]:
     """Return a row for each source and kind of query, with means over its samples.
 
     Returns:
-        For JSON: `errors` by rule, and `ratios` of format 2 to each rule: ratio of the means and
-        standard error of the mean ratio.
+        For JSON: `errors` by rule, and `ratios`: format 2's error relative to each rule's, as a
+        mean over samples with its standard error.
     """
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
     sizes: dict[str, dict[str, int]] = {}

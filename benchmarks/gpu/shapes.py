@@ -69,7 +69,7 @@ class Shape:
 
     @property
     def stored_bytes(self) -> int:
-        """The bytes that storing all tokens reads, in bf16, and writes, in k8v4."""
+        """How many bytes storing all tokens reads (bf16) and writes (k8v4), in total."""
         return self.read_bytes("bf16") + self.read_bytes("k8v4")
 
     @property

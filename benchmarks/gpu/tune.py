@@ -39,8 +39,8 @@ WORTHWHILE = 1.02
 """A size gets a row if its speedup over the derived size is at least this. Less is noise."""
 
 LARGEST_ERROR = 0.01
-"""Largest accepted difference of a candidate's output from the derived tiling's, relative to its
-    norm. Two roundings of bf16 cause as much."""
+"""Largest accepted difference of a candidate's output from that of the derived size, relative to
+the norm of the latter. Two roundings of bf16 cause as much."""
 
 RESERVED = 5.0
 """Seconds reserved for writing."""
@@ -123,7 +123,7 @@ class _Trial:
             self._runners.append((ours, layers, wanted))
 
     def run(self, candidates: Sequence[Tiling], until: float) -> None:
-        """Try candidates until a time of the budget, those nearest to the best size first."""
+        """Try candidates, those nearest to the best size first, until the time `until`."""
         best = self.best
         for candidate in sorted(candidates, key=lambda one: steps_away(one, best)):
             if self._budget.spent > until:

@@ -109,7 +109,7 @@ class Contender:
     Attributes:
         name: As in tables.
         stored: The format of the cache: k8v4, bf16 or fp8.
-        note: Conditions under which it ran, for the report.
+        note: Conditions under which the kernel ran, for the report.
     """
 
     name: ClassVar[str]

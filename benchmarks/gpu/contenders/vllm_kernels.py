@@ -222,7 +222,7 @@ class UnifiedBf16(_Paged):
 
     @staticmethod
     def _split_options(batch: Batch) -> dict[str, Any]:
-        """Return the scratch memory of the split path, as the metadata builder makes it."""
+        """Allocate the scratch memory of the split path, as vLLM's metadata builder does."""
         backend = vllm_module("vllm.v1.attention.backends.triton_attn")
         shape, device = batch.shape, batch.device
         # vLLM rounds this to a captured graph size, but 2 to 32 KV heads already give such a size.
