@@ -157,14 +157,14 @@ def test_a_long_reason_is_shortened_and_names_stay_whole(printed):
         *((f"vllm.a.{i} (checked, not patched)", True, []) for i in "xy"),
         ("vllm.a.z (checked, not patched)", False, ["vllm.a.z differs"]),
     ]
-    lines = printed(
-        read(messages(patches=[patch(("vllm.a.f", True, [])), patch(*edits, name="p")]))
-    )
+    one = patch(("vllm.a.f", True, []), ("vllm.a.g (checked, not patched)", True, []))
+    lines = printed(read(messages(patches=[one, patch(*edits, name="p")])))
     rows = [line.split() for line in lines]
     assert ["coordinator", "f", "active"] in rows
     assert ["p", "unify_kv_cache_spec_page_size", "failed"] in rows
     assert ["Scheduler.method", "would", "fit"] in rows
     assert ["z", "(checked,", "not", "patched)", "failed"] in rows
+    assert ["1", "function", "that", "it", "relies", "on", "unchanged"] in rows
     assert ["2", "functions", "that", "it", "relies", "on", "unchanged"] in rows
     *table, long, short = lines
     assert long.startswith(f"{FUNCTION} has the signature (*args, **kwargs), known is")

@@ -211,7 +211,9 @@ def _patches(document: dict[str, Any]) -> Iterator[tuple[str, str, Text]]:
             yield name, _short(edit["name"]), Text(*state)
             name = ""
         if unchanged:
-            yield name, f"{unchanged} functions that it relies on", Text("unchanged", "green")
+            plural = "s" if unchanged > 1 else ""
+            words = f"{unchanged} function{plural} that it relies on"
+            yield name, words, Text("unchanged", "green")
 
 
 def _short(target: str) -> str:
