@@ -49,7 +49,7 @@ class Settings(BaseModel):
         prefix_match_unit: The strategy that chooses the match unit: cached prefixes are matched in
             multiples of this many tokens.
         boundary_layers: The number of attention layers at each end of a k8v4 model that stay
-            unquantised, unless the model is hybrid.
+            unquantised, unless the model is hybrid. vLLM's own rule is 2.
         allow_unsafe_drafts: Whether an engine may start even if its draft tokens can corrupt cached
             states, as `check_drafts` describes.
         debug: Whether the kernels check block tables and slots before they use them.
@@ -64,7 +64,7 @@ class Settings(BaseModel):
     token_capacity_groups: StrategyName = "stock"
     coordinator: StrategyName = "hybrid_aware"
     prefix_match_unit: StrategyName = "auto"
-    boundary_layers: Annotated[int, Field(ge=0)] = 2
+    boundary_layers: Annotated[int, Field(ge=0)] = 0
     allow_unsafe_drafts: bool = False
     debug: bool = False
     cpu_isa: Literal["auto", "amx", "avx512_vnni", "portable", "interpreter"] = "auto"

@@ -30,9 +30,13 @@ def unquantised(make_config):
     return make
 
 
-def test_the_default_equals_vllms_number(unquantised, make_config):
+def test_no_layer_is_a_boundary_layer_by_default(unquantised):
+    assert unquantised() == []
+
+
+def test_two_boundary_layers_are_those_of_vllms_rule(unquantised, make_config):
     stock = make_config(kv_cache_dtype=K8V4).cache_config.kv_cache_dtype_skip_layers
-    assert unquantised() == stock == list("0145")
+    assert unquantised({"boundary_layers": 2}) == stock == list("0145")
 
 
 @pytest.mark.parametrize(
@@ -40,7 +44,6 @@ def test_the_default_equals_vllms_number(unquantised, make_config):
     [
         (0, {}, []),
         (1, {}, [*"05"]),
-        (2, {}, [*"0145"]),
         (3, {}, [*"012345"]),
         (9, {}, [*"012345"]),
         # The user's layers are added.
@@ -57,13 +60,12 @@ def test_the_setting_chooses_the_number(number, arguments, layers, unquantised):
 def test_vllms_coarser_presets_keep_vllms_number(unquantised, monkeypatch):
     # The coarser presets have kernels only on GPUs.
     monkeypatch.setattr(configuration, "refuse_without_cpu_kernels", lambda _: None)
-    layers = unquantised({"boundary_layers": 0}, kv_cache_dtype="turboquant_4bit_nc")
-    assert layers == ["0", "1", "4", "5"]
+    assert unquantised(kv_cache_dtype="turboquant_4bit_nc") == list("0145")
 
 
 def test_vllms_number_applies_outside_of_an_engine_configuration(make_config):
     plugin.register()
-    config = make_config({"boundary_layers": 0}, kv_cache_dtype=K8V4)
+    config = make_config(kv_cache_dtype=K8V4)
     rule = TurboQuantConfig.get_boundary_skip_layers
     assert rule(config.model_config) == ["0", "1", "4", "5"]
     assert rule(config.model_config, 1) == ["0", "5"]
@@ -91,8 +93,11 @@ def test_boundary_layers_are_counted_among_layers_that_own_a_cache(shared, numbe
     assert rule(config, number) == list(layers)
 
 
-def test_the_layers_that_stay_unquantised_are_logged(log):
-    rule(SimpleNamespace(num_hidden_layers=7), 1)
+def test_only_layers_that_stay_unquantised_are_logged(log):
+    config = SimpleNamespace(num_hidden_layers=7)
+    rule(config, 0)
+    assert log.lines(logging.INFO) == []
+    rule(config, 1)
     assert log.lines(logging.INFO) == [
         "boundary_layers=1: 2 of 7 attention layers stay unquantised (0, 6)"
     ]

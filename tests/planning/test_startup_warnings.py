@@ -104,12 +104,12 @@ def test_a_cache_dtype_that_no_layer_uses_causes_a_warning(config, dtype):
         "uses it; pass --kv-cache-dtype auto, which stores the same"
     )
     config.cache_config.kv_cache_dtype_skip_layers = ["0", "sliding_window"]
-    (line,) = lines(config, plan(PLAIN, WINDOW))
-    advice = {
-        "turboquant_k8v4": "set boundary_layers=0 to quantise the outermost layers, too",
-        "fp8": "remove --kv-cache-dtype-skip-layers to quantise all layers",
-    }
-    assert line.endswith(f"; layers 0 sliding_window are skipped: {advice[dtype]}")
+    remove = "remove --kv-cache-dtype-skip-layers to quantise all layers"
+    fewer = "set boundary_layers=0 to quantise the outermost layers, too"
+    with_boundary = fewer if dtype == "turboquant_k8v4" else remove
+    for number, advice in ((0, remove), (2, with_boundary)):
+        (line,) = lines(config, plan(PLAIN, WINDOW), Settings(boundary_layers=number))
+        assert line.endswith(f"; layers 0 sliding_window are skipped: {advice}")
 
 
 @pytest.mark.parametrize(

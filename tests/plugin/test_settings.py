@@ -28,7 +28,7 @@ def test_the_defaults_are_the_documented_ones(config):
         "token_capacity_groups": "stock",
         "coordinator": "hybrid_aware",
         "prefix_match_unit": "auto",
-        "boundary_layers": 2,
+        "boundary_layers": 0,
         "allow_unsafe_drafts": False,
         "debug": False,
         "cpu_isa": "auto",

@@ -139,7 +139,7 @@ def test_a_dtype_that_a_server_refuses_has_the_reason_instead_of_a_plan(run, tmp
     options = (tmp_path, "--memory", "24GiB", "--max-model-len", 131072)
     refused = run(*options)
     assert refused.exit_code == 2
-    assert "layer model.layers.2.self_attn.attn: --kv-cache-dtype" in refused.stderr
+    assert "layer model.layers.0.self_attn.attn: --kv-cache-dtype" in refused.stderr
     assert "64 to 256 in multiples of 8, and 512, got 32. Serve the model with" in refused.stderr
     done = run(*options, "--kv-cache-dtype", "auto", "--json", tmp_path / "plan.json")
     assert done.exit_code == 0, done.stderr
@@ -165,7 +165,7 @@ def test_a_layer_that_cannot_use_its_pages_is_refused_as_by_a_server(run, monkey
             group.kv_cache_spec = replace(group.kv_cache_spec, head_size=256)
         return plans
 
-    options = (LLAMA, "--memory", "24GiB", "--boundary-layers", 0, "--pipeline-parallel-size", 2)
+    options = (LLAMA, "--memory", "24GiB", "--pipeline-parallel-size", 2)
     assert run(*options).exit_code == 0
     # The layers of the last pipeline stage do not match their pages.
     monkeypatch.setattr(core, "get_kv_cache_configs", with_wider_heads)

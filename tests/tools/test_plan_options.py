@@ -32,7 +32,7 @@ def test_server_options_change_the_plan_or_are_ignored(plan_of):
     options = (LLAMA, "--max-model-len", 4096)
     ignored = ("--port", 8001, "--served-model-name", "larch", "--data-parallel-size", 4)
     assert plan_of(*options, *ignored) == plan_of(*options)
-    skipped = plan_of(*options, "--kv-cache-dtype-skip-layers", "7", "--boundary-layers", 0)
+    skipped = plan_of(*options, "--kv-cache-dtype-skip-layers", "7")
     unquantised = [row["layers"] for row in skipped["pages"] if row["stores"] != "k8v4"]
     assert unquantised == [["model.layers.7.self_attn.attn"]]
 

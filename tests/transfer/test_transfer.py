@@ -24,6 +24,7 @@ from vllm.v1.kv_offload.file_mapper import FileMapper
 from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.kernels import k8v4
+from vllm_hybrid_kv.settings import Settings
 from vllm_hybrid_kv.state import STATE
 from vllm_hybrid_kv.transfer import connectors, fingerprint
 
@@ -58,7 +59,7 @@ def test_a_fingerprint_contains_what_two_engines_must_share(engine):
     found = fingerprint.fingerprint_of(engine(block_size=128))
     assert str(found) == (
         f"hybrid_kv {plugin.__version__}: k8v4 format 2, cpu_tiled, pages of 128 tokens, "
-        "2 KV heads of 64, unquantised layers: 0 1 4 5"
+        "2 KV heads of 64, unquantised layers: none"
     )
 
 
@@ -109,7 +110,7 @@ def test_block_hashes_differ_from_those_of_a_server_without_the_plugin(engine, m
     engine(block_size=128)
     ours = none_hash(monkeypatch)
     assert kv_cache_utils.get_none_hash_seed().endswith(
-        "2 KV heads of 64, unquantised layers: 0 1 4 5]"
+        "2 KV heads of 64, unquantised layers: none]"
     )
     engine(block_size=64)
     assert none_hash(monkeypatch) != ours
@@ -321,24 +322,37 @@ def plan(padded_to, layers=2):
 
 
 @pytest.mark.parametrize(
-    ("boundary_layers", "advice"),
-    [(2, r"set boundary_layers=0 \(it is 2\), or serve the model"), (0, "serve the model")],
+    ("boundary_layers", "skipped", "advice"),
+    [
+        (2, [], "set boundary_layers=0 to quantise the outermost layers, too, or serve the model"),
+        (
+            0,
+            ["3"],
+            "remove --kv-cache-dtype-skip-layers to quantise all layers, or serve the model",
+        ),
+        (0, [], "serve the model"),
+    ],
 )
-def test_padded_pages_are_refused_before_nixl_fails_to_cut_them(engine, boundary_layers, advice):
+def test_padded_pages_are_refused_before_nixl_fails_to_cut_them(
+    engine, boundary_layers, skipped, advice
+):
+    settings = {"boundary_layers": boundary_layers}
+    config = engine(settings=settings, kv_cache_dtype_skip_layers=skipped)
     message = (
         r"NixlConnector cannot take pages that are padded, such as those of layer layers\.0, which "
         rf"use 65,536 of 76,800 bytes; {advice} with --kv-cache-dtype auto"
     )
     with pytest.raises(HybridKVError, match=message):
-        connectors.check_pages(engine(), plan(76_800), boundary_layers)
+        connectors.check_pages(config, plan(76_800), Settings(**settings))
 
 
 def test_pages_that_nixl_can_cut_are_accepted(engine):
     config = engine()
-    connectors.check_pages(config, plan(None), 2)
-    connectors.check_pages(config, plan(65_536), 2)
+    settings = Settings()
+    connectors.check_pages(config, plan(None), settings)
+    connectors.check_pages(config, plan(65_536), settings)
     # NIXL does not cut the pages of a single layer, which has its own memory.
-    connectors.check_pages(config, plan(76_800, layers=1), 2)
+    connectors.check_pages(config, plan(76_800, layers=1), settings)
     for other in (transfer("ExampleConnector"), None):
         config.kv_transfer_config = other
-        connectors.check_pages(config, plan(76_800), 2)
+        connectors.check_pages(config, plan(76_800), settings)

@@ -61,8 +61,9 @@ def boundary_patch(context: Context) -> Patch:
     return Patch(
         "boundary_layers",
         replaces="TurboQuantConfig.get_boundary_skip_layers, for engines with a k8v4 cache",
-        why="vLLM's number is fixed, was chosen for coarser presets, and no option lowers it; "
-        "it also counts layers without their own cache, and refuses some hybrid models",
+        why="vLLM leaves two layers at each end unquantised, which only its coarser presets need, "
+        "and no option changes that; it also counts layers without their own cache, and refuses "
+        "some hybrid models",
         upstream="vllm-project/vllm#39931 (no boundary layers in hybrid models), #40108",
         until="vLLM lets users choose it, and counts layers that own a KV cache",
         edits=[

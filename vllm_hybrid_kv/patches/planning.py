@@ -82,7 +82,7 @@ def capacity_patch(context: Context) -> Patch:
         tokens, concurrency = original(vllm_config, kv_cache_config)
         # The engine core calls this once, as soon as the plan is made.
         if is_engine_config(vllm_config):
-            check_pages(vllm_config, kv_cache_config, settings.boundary_layers)
+            check_pages(vllm_config, kv_cache_config, settings)
         groups = context.strategies.call(
             "token_capacity_groups",
             settings,

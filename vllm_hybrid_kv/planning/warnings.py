@@ -94,7 +94,7 @@ def _unused_cache_dtype(
     if attention:
         problem = f"none of the {attention} attention layers with a KV cache uses it"
         if skipped:
-            quantise = _quantise_all(vllm_config, settings)
+            quantise = quantise_all(vllm_config, settings)
             advice = f"layers {' '.join(skipped)} are skipped: {quantise}"
     dtype = vllm_config.cache_config.cache_dtype
     return f"--kv-cache-dtype {dtype} has no effect: {problem}; {advice}"
@@ -115,7 +115,7 @@ def _stores(vllm_config: VllmConfig, spec: KVCacheSpec, dtype: str) -> bool:
     )
 
 
-def _quantise_all(vllm_config: VllmConfig, settings: Settings) -> str:
+def quantise_all(vllm_config: VllmConfig, settings: Settings) -> str:
     """Advise how to quantise more of the skipped layers."""
     has_boundary = (
         vllm_config.cache_config.cache_dtype == CACHE_DTYPE
@@ -209,7 +209,7 @@ def _less_padding(
         return _set(settings, "unify_page_sizes", "min_waste")
     modes = {spec.kv_quant_mode for spec in layers.values() if isinstance(spec, AttentionSpec)}
     if len(modes) > 1:
-        return _quantise_all(vllm_config, settings)
+        return quantise_all(vllm_config, settings)
     return "no setting reduces it, because no other page size leaves less padding for these layers"
 
 

@@ -22,6 +22,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, iter_layer_
 
 from vllm_hybrid_kv.constants import CACHE_DTYPE
 from vllm_hybrid_kv.errors import HybridKVError
+from vllm_hybrid_kv.planning.warnings import quantise_all
+from vllm_hybrid_kv.settings import Settings
 from vllm_hybrid_kv.transfer.fingerprint import fingerprint_of
 
 logger = init_logger("vllm.hybrid_kv.transfer")
@@ -98,13 +100,13 @@ def check_connectors(vllm_config: VllmConfig, *, on_cpu: bool) -> None:
 
 
 def check_pages(
-    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, boundary_layers: int
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settings
 ) -> None:
     """Check that NIXL can take the planned pages.
 
     If layers are adjacent in memory, NIXL splits the memory into pages of the bytes that attention
-    reads. An assertion fails if pages are larger because of padding. `boundary_layers` causes such
-    padding: the pages of unquantised layers are padded to the size of the k8v4 pages.
+    reads. An assertion fails if pages are larger because of padding. Unquantised layers cause such
+    padding: their pages are padded to the size of the k8v4 pages.
 
     Raises:
         HybridKVError: A page is padded. The message names a layer, its bytes and what to set.
@@ -117,8 +119,8 @@ def check_pages(
         for spec in iter_layer_specs(group.kv_cache_spec):
             if isinstance(spec, AttentionSpec) and spec.real_page_size_bytes < spec.page_size_bytes:
                 advice = "serve the model with --kv-cache-dtype auto"
-                if boundary_layers:
-                    advice = f"set boundary_layers=0 (it is {boundary_layers}), or {advice}"
+                if vllm_config.cache_config.kv_cache_dtype_skip_layers:
+                    advice = f"{quantise_all(vllm_config, settings)}, or {advice}"
                 raise HybridKVError(
                     f"the KV connector {name} cannot take pages that are padded, such as those of "
                     f"layer {group.layer_names[0]}, which use {spec.real_page_size_bytes:,} of "

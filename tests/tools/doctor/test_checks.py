@@ -173,9 +173,11 @@ def test_a_platform_that_groups_layers_is_a_warning_unless_page_sizes_are_stock(
         assert message.startswith("the builder acme.Builder groups KV cache layers")
 
 
-def test_unquantised_boundary_layers_are_a_note(facts):
-    choose(facts, "boundary_layers", 3)
+def test_only_unquantised_boundary_layers_are_a_note(facts):
     facts["active"] = True
+    choose(facts, "boundary_layers", 0)
+    assert list(checks.effects(facts)) == []
+    choose(facts, "boundary_layers", 3)
     message = only(checks.effects(facts), "boundary_layers", "note")["message"]
     assert "first and last 3 attention layers stay unquantised" in message
     assert "from VARIABLE" in message

@@ -51,12 +51,14 @@ OUTCOMES: dict[str, dict[str, str]] = {
     "MiMoV2ForCausalLM": {K8V4: "its keys have 192 dims and its values 128"},
     "PanguProMoEV2ForCausalLM": {K8V4: "FLASH_ATTN_DIFFKV, which cannot read k8v4 pages"},
     "MiniMaxM3SparseForCausalLM": {K8V4: "sparse attention (MINIMAX_M3_SPARSE)"},
-    # Layers attend in both directions within prompts; boundary layers are unquantised.
+    # Layers attend in both directions within prompts, some of them unquantised.
     "HrmTextForCausalLM": {},
     # This model needs the model runner that servers on GPUs have by default.
     "LongcatFlashNgramForCausalLM": MLA,
 }
 """By architecture, a part of the reason for each refused dtype; other dtypes are planned."""
+
+SETTINGS = {"HrmTextForCausalLM": {"boundary_layers": 2}}
 
 
 def outcome_of(path: Path, dtype: str) -> dict[str, Any] | str:
@@ -64,7 +66,8 @@ def outcome_of(path: Path, dtype: str) -> dict[str, Any] | str:
     with described(path) as description:
         arguments["model"] = description.folder
         try:
-            return plan_of(Model(arguments), MEMORY, {}).to_json()
+            model = Model(arguments, settings=SETTINGS.get(path.stem, {}))
+            return plan_of(model, MEMORY, {}).to_json()
         except Exception as error:
             return description.in_words(one_line(error))
 

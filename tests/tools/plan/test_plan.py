@@ -58,6 +58,20 @@ def test_every_public_model_is_planned_with_every_dtype(shape, name, dtype):
     assert max(bytes_of_group.values()) == plan.block_bytes
 
 
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "gemma-3-27b", "gpt-oss-20b", "llama-4-scout"])
+def test_pages_of_models_without_states_are_equal_and_unpadded_by_default(shape, name):
+    plan, auto = planned(shape, name), planned(shape, name, "auto")
+    assert {row.stores for row in plan.pages} == {"k8v4"}
+    assert {(row.block_tokens, row.padding_bytes) for row in plan.pages} == {(16, 0)}
+    assert plan.match_tokens == auto.match_tokens == 16
+    assert plan.warnings == []
+    # Keys and values of a head take 4 bytes per dim in bfloat16, 1.5 bytes and two scales in k8v4.
+    # Both caches lose a part of the last block of the pool.
+    head_size = 64 if name == "gpt-oss-20b" else 128
+    saved = 4 * head_size / (1.5 * head_size + 4)
+    assert plan.blocks / auto.blocks == pytest.approx(saved, rel=1 / auto.blocks)
+
+
 @pytest.mark.parametrize(
     ("name", "unquantised", "warnings"),
     [("llama-3.1-8b", [0, 1, 30, 31], 0), ("llama-4-scout", [0, 1, 46, 47], 1)],
@@ -65,7 +79,7 @@ def test_every_public_model_is_planned_with_every_dtype(shape, name, dtype):
 def test_boundary_layers_of_models_without_states_are_unquantised(
     shape, name, unquantised, warnings
 ):
-    plan = planned(shape, name)
+    plan = plan_of(shape(name, K8V4, boundary_layers=2), 24 * GIB, {})
     names = [layer for row in plan.pages if row.stores == "bfloat16" for layer in row.layers]
     assert sorted(int(re.search(r"\d+", layer)[0]) for layer in names) == unquantised
     assert {row.stores for row in plan.pages} == {"k8v4", "bfloat16"}
@@ -120,8 +134,8 @@ def test_a_plan_can_hit_if_the_shortest_hit_fits_into_max_model_len(shape):
 
 
 def test_a_plan_names_its_strategy_and_has_its_padding(shape):
-    lcm = planned(shape, "gemma-3-27b", unify_page_sizes="lcm")
-    stock = planned(shape, "gemma-3-27b", unify_page_sizes="stock")
+    mixed = shape("gemma-3-27b", K8V4, boundary_layers=2)
+    lcm, stock = (plan_of(mixed, 24 * GIB, {"unify_page_sizes": name}) for name in ("lcm", "stock"))
     assert (lcm.unify_page_sizes, stock.unify_page_sizes) == ("lcm", "stock")
     # Before planning vLLM aligns blocks for its own strategy only.
     assert lcm.pool_padding < 0.02 < 0.2 < stock.pool_padding < 0.25
@@ -175,6 +189,7 @@ def small_qwen3_next(folder):
     return folder
 
 
+BOUNDARY = {"boundary_layers": 2}
 SHORT = {"max_model_len": 2048}
 SKIP_3 = {"kv_cache_dtype_skip_layers": ["3"]}
 
@@ -182,10 +197,10 @@ SKIP_3 = {"kv_cache_dtype_skip_layers": ["3"]}
 @pytest.mark.parametrize(
     ("model", "device", "arguments", "settings", "advice", "better"),
     [
-        (small_gemma3, "cpu", {}, {}, "set boundary_layers=0", ({}, {"boundary_layers": 0})),
+        (small_gemma3, "cpu", {}, BOUNDARY, "set boundary_layers=0", ({}, {})),
         (
-            small_gemma3, "cpu", {}, {"unify_page_sizes": "stock"}, "unify_page_sizes=min_waste",
-            ({}, {"unify_page_sizes": "min_waste"}),
+            small_gemma3, "cpu", {}, {**BOUNDARY, "unify_page_sizes": "stock"},
+            "unify_page_sizes=min_waste", ({}, {**BOUNDARY, "unify_page_sizes": "min_waste"}),
         ),
         (qwen3_6, "gpu", SKIP_3, {}, "remove --kv-cache-dtype-skip-layers", ({}, {})),
         (

@@ -38,7 +38,7 @@ def evaluate(
     kv_cache_dtype: Annotated[
         str,
         typer.Option(
-            help="Cache dtypes. Settings of the plugin may follow in brackets: [boundary_layers=0]."
+            help="Cache dtypes. Settings of the plugin may follow in brackets: [boundary_layers=2]."
         ),
     ] = "fp8,turboquant_k8v4",
     reference: Annotated[str, typer.Option(help="The cache to compare all with.")] = "auto",

@@ -73,7 +73,7 @@ class CacheVariant:
     """One cache to compare.
 
     Attributes:
-        name: The cache on the command line: `fp8`, `turboquant_k8v4[boundary_layers=0]`.
+        name: The cache on the command line: `fp8`, `turboquant_k8v4[boundary_layers=2]`.
         kv_cache_dtype: A value of vLLM's `--kv-cache-dtype`.
         settings: Settings of the plugin; they override the environment.
     """
@@ -97,7 +97,7 @@ def parse(text: str, reference: str) -> list[CacheVariant]:
         if (match := _VARIANT.fullmatch(name)) is None:
             raise ToolError(
                 f"--kv-cache-dtype: {name!r} is not a cache dtype; separate dtypes with commas and "
-                "put settings in brackets, like fp8,turboquant_k8v4[boundary_layers=0]"
+                "put settings in brackets, like fp8,turboquant_k8v4[boundary_layers=2]"
             )
         settings = dict(re.findall(_SETTING, match[2] or ""))
         variants.append(CacheVariant(name, match[1], settings))
