@@ -168,11 +168,8 @@ def test_pages_and_states_cross_memory_byte_for_byte(
     name: str, nixl_host: Start, start: Start
 ) -> None:
     case = case_of(name)
-    # Unquantised layers would make vLLM pad pages, and NIXL does not support padded pages.
-    alike = {"hybrid_kv": {"boundary_layers": 0}} if name == "gemma3" else {}
-    more = {"case": case, "additional_config": alike}
-    prefill = start(nixl_host(24560), "NixlConnector", "kv_producer", **more)
-    decode = start(nixl_host(24570), "NixlConnector", "kv_consumer", **more)
+    prefill = start(nixl_host(24560), "NixlConnector", "kv_producer", case)
+    decode = start(nixl_host(24570), "NixlConnector", "kv_consumer", case)
     assert cross(prefill, decode, case, same_answers=name != "qwen3-next") == 1
 
 

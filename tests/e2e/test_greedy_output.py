@@ -58,11 +58,13 @@ class Reference:
 def arguments(model: Path, case: Case, **more: Any) -> dict[str, Any]:
     """Return the arguments of a case's engine, changed by `more`.
 
-    Gemma3 has blocks of two lengths, and hits end at multiples of their least common multiple.
-    With vLLM's default block size of 128 this is 640 tokens, too many for most of the prompts.
+    The outermost layers of Gemma3 stay unquantised, so it has blocks of two lengths, and hits end
+    at multiples of their least common multiple. With vLLM's default block size of 128 this is 640
+    tokens, too many for most of the prompts.
     """
     if case.model == "gemma3":
-        more = {"block_size": 32, **more}
+        boundary = {"hybrid_kv": {"boundary_layers": 2}}
+        more = {"block_size": 32, "additional_config": boundary, **more}
     return settings(model, case.dtype, **more)
 
 

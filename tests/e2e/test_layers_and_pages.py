@@ -23,12 +23,17 @@ from testing.tokenizer import random_prompt
 pytestmark = pytest.mark.engine
 
 SHORT, LONG = random_prompt(33, seed=3), random_prompt(700, seed=4)
-ALL_QUANTISED = {"additional_config": {"hybrid_kv": {"boundary_layers": 0}}}
+
+
+def boundary(number: int) -> dict[str, Any]:
+    return {"additional_config": {"hybrid_kv": {"boundary_layers": number}}}
+
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "defaults": {},
-    "no boundary layers": ALL_QUANTISED,
-    "skipped layer whose pages are shared": {**ALL_QUANTISED, "kv_cache_dtype_skip_layers": ["5"]},
-    "skipped sharing layer": {**ALL_QUANTISED, "kv_cache_dtype_skip_layers": ["9"]},
+    "boundary layers": boundary(2),
+    "skipped layer whose pages are shared": {"kv_cache_dtype_skip_layers": ["5"]},
+    "skipped sharing layer": {"kv_cache_dtype_skip_layers": ["9"]},
 }
 BOUND = 0.2
 OURS = "K8V4AttentionBackend"
@@ -111,13 +116,13 @@ def test_log_probabilities_are_close_to_those_of_an_unquantised_cache(
         ),
         (
             planted_faults.HEAD_SIZE_FAULT,
-            ALL_QUANTISED,
+            {},
             "which it shares with layer model.layers.2.self_attn.attn: its head size is 64, "
             "that of the pages is 128",
         ),
         (
             None,
-            {"disable_hybrid_kv_cache_manager": True},
+            {**SETTINGS["boundary layers"], "disable_hybrid_kv_cache_manager": True},
             "of different sizes, as with --disable-hybrid-kv",
         ),
     ],
@@ -148,7 +153,7 @@ def test_heads_of_512_next_to_64_are_close_to_an_unquantised_cache(
 ) -> None:
     found = {}
     for dtype in ("auto", "turboquant_k8v4"):
-        running = engine(host, wide, dtype, **ALL_QUANTISED)
+        running = engine(host, wide, dtype)
         outputs = running.generate([LONG, SHORT], 4, prompt_logprobs=True)
         found[dtype] = [number for o in outputs for number in o.prompt_logprobs or []]
     layers = layers_of(running)
@@ -177,20 +182,26 @@ def test_a_wrong_kernel_stops_start_up_with_the_layer_the_error_and_the_remedy(
 
 
 @pytest.mark.parametrize(
-    ("model", "skipped", "quantised"),
+    ("model", "number", "skipped", "quantised"),
     [
-        ("llama", [], [2, 3, 4, 5]),
-        ("llama", ["3"], [2, 4, 5]),
-        ("gemma3", [], [2, 3, 4, 5]),
-        ("gemma3", ["sliding_window"], [3, 5]),
-        ("qwen3-next", [], [3, 7]),
-        ("qwen3-next", ["7"], [3]),
+        ("llama", 0, [], [0, 1, 2, 3, 4, 5, 6, 7]),
+        ("llama", 2, ["3"], [2, 4, 5]),
+        ("gemma3", 2, [], [2, 3, 4, 5]),
+        ("gemma3", 0, ["sliding_window"], [1, 3, 5, 7]),
+        ("qwen3-next", 2, [], [3, 7]),
+        ("qwen3-next", 0, ["7"], [3]),
     ],
 )
 def test_all_but_boundary_and_skipped_layers_are_quantised(
-    host: EngineHost, small_model: Model, model: str, skipped: list[str], quantised: list[int]
+    host: EngineHost,
+    small_model: Model,
+    model: str,
+    number: int,
+    skipped: list[str],
+    quantised: list[int],
 ) -> None:
-    more = {"kv_cache_dtype_skip_layers": skipped} if skipped else {}
+    more = boundary(number) if number else {}
+    more |= {"kv_cache_dtype_skip_layers": skipped} if skipped else {}
     running = engine(host, small_model(model), "turboquant_k8v4", **more)
     assert len(running.generate([LONG], 2)[0].tokens) == 2
     layers = layers_of(running)

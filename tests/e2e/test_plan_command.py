@@ -19,14 +19,16 @@ pytestmark = pytest.mark.engine
 MEMORY = f"{BASE_ENVIRONMENT['VLLM_CPU_KVCACHE_SPACE']}GiB"
 
 
-@pytest.mark.parametrize("model", ["gemma3", "qwen3-next"])
+@pytest.mark.parametrize(("model", "boundary"), [("gemma3", 0), ("gemma3", 2), ("qwen3-next", 0)])
 def test_the_plan_is_that_of_an_engine_with_the_same_arguments(
-    host: EngineHost, small_model: Callable[..., Path], model: str
+    host: EngineHost, small_model: Callable[..., Path], model: str, boundary: int
 ) -> None:
-    arguments = settings(small_model(model), "bfloat16")
+    of_plugin = {"hybrid_kv": {"boundary_layers": boundary}}
+    arguments = settings(small_model(model), "bfloat16", additional_config=of_plugin)
     command = [
         *(Path(sys.executable).with_name("vllm-hybrid-kv"), "plan", arguments["model"]),
         *("--device", "cpu", "--memory", MEMORY, "--json", "-"),
+        *("--boundary-layers", str(boundary)),
         *("--kv-cache-dtype", arguments["kv_cache_dtype"], "--enable-prefix-caching"),
         *("--max-num-seqs", str(arguments["max_num_seqs"]), "--max-model-len", "2048"),
         *("--max-num-batched-tokens", str(arguments["max_num_batched_tokens"])),

@@ -110,9 +110,6 @@ FEW_SHEETS = sheets(2, [2000] * 3 + [600] * 3 + [160] * 10)
 
 def settings(shape: str, **more: Any) -> dict[str, Any]:
     """Return the arguments of an engine with a k8v4 cache, changed by `more`."""
-    if shape == "gemma3":
-        # Gemma3's blocks have two lengths, see `test_greedy_output.arguments`.
-        more = {"block_size": 32, **more}
     return model_cases.settings(MODELS / shape, "bfloat16", **more)
 
 

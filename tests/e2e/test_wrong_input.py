@@ -125,10 +125,9 @@ def test_serve_refuses_a_head_size_with_the_layers_to_skip(
     assert lines[1].startswith("hybrid_kv: layer ")
     assert lines[0].endswith(lines[1][lines[1].index(parts[0]) :])
     (skipped,) = re.findall(rf"{SKIP} ([\d ]+), or", lines[1])
-    # vLLM itself skips the first two and the last two layers.
-    assert skipped == "0 1 2 3 6 7"
+    assert skipped == "2 3 6 7"
     backends = follow(kv_cache_dtype="turboquant_k8v4", kv_cache_dtype_skip_layers=skipped.split())
-    assert [i for i in sorted(backends) if backends[i] == "K8V4AttentionBackend"] == [4, 5]
+    assert [i for i in sorted(backends) if backends[i] == "K8V4AttentionBackend"] == [0, 1, 4, 5]
 
 
 def latent_config() -> DeepseekV2Config:
@@ -160,13 +159,13 @@ def latent_config() -> DeepseekV2Config:
         (
             llama_config(head_size=32),
             "LlamaForCausalLM",
-            ("model.layers.2.self_attn.attn", "64 to 256 in multiples of 8, and 512, got 32"),
+            ("model.layers.0.self_attn.attn", "64 to 256 in multiples of 8, and 512, got 32"),
             "CPUAttentionBackend",
         ),
         (
             BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=512, n_layer=6, n_head=8),
             "BloomForCausalLM",
-            ("transformer.h.2.self_attention.attn", "ALiBi"),
+            ("transformer.h.0.self_attention.attn", "ALiBi"),
             "CPUAttentionBackend",
         ),
         (latent_config(), "DeepseekV2ForCausalLM", ("model ", "multi-head latent"), "MLA"),
@@ -174,7 +173,7 @@ def latent_config() -> DeepseekV2Config:
             llama_config(head_size=264),
             "LlamaForCausalLM",
             (
-                "model.layers.2.self_attn.attn",
+                "model.layers.0.self_attn.attn",
                 "64 to 256 in multiples of 8, and 512, got 264",
                 "Serve the model on a GPU: vLLM's own CPU kernels only take heads of 32, ",
             ),

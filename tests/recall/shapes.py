@@ -35,11 +35,7 @@ COMMON = {
 
 
 def gemma3_config() -> Gemma3TextConfig:
-    """Return a shape in which only one layer sees tokens older than a few windows.
-
-    vLLM leaves the first two and last two attention layers of a dense model unquantised. Here
-    these layers see `WINDOW` tokens, so that distant recall reads k8v4 pages.
-    """
+    """Return a shape in which only the middle layer sees more than `WINDOW` tokens."""
     sliding = "sliding_attention"
     return Gemma3TextConfig(
         **COMMON,
