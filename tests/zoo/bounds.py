@@ -7,28 +7,18 @@ import math
 import statistics
 from typing import Any
 
+from testing.output_comparison import format_error
+
 CACHED_APART = 0.15
 """Bound on the difference of fresh and cached log-probabilities of bfloat16 models."""
 
 STATES_APART = 1.0
 """The same bound if a model rounds states to bfloat16 after each chunk of a prompt."""
 
-SCORE_SIZE = 2.0
-
-
-def expected_error(head_size: int) -> float:
-    """Return the error of k8v4 as a share of the logits' standard deviation.
-
-    `tests/e2e/test_prompt_log_probabilities.py` derives it.
-    """
-    value_error = 2 * math.sqrt(2 * math.log(head_size)) / (15 * math.sqrt(12))
-    key_error = 2**-3 / math.sqrt(12) * math.sqrt(3 / (8 * math.log(2)))
-    return math.hypot(value_error, key_error * SCORE_SIZE)
-
 
 def errors_of(auto: list[float], k8v4: list[float], head_size: int) -> dict[str, list[float]]:
     """Return differences of log-probabilities by name, each as [measured, bound]."""
-    unit = expected_error(head_size) * statistics.pstdev(auto)
+    unit = format_error(head_size) * statistics.pstdev(auto)
     apart = sorted(abs(a - b) for a, b in zip(auto, k8v4, strict=True))
     return {
         "mean": [statistics.fmean(apart), math.sqrt(2 / math.pi) * unit],
