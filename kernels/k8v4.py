@@ -32,6 +32,10 @@ KEY_STEPS = 127
 VALUE_LEVELS = 16
 """Number of value codes: 0 to 15."""
 
+VALUE_STEPS = VALUE_LEVELS / 2
+"""Largest magnitude of a value, in steps of its scale. The outermost codes stand for 7.5 steps, and
+half a step more rounds to them."""
+
 MIDDLE_VALUE_CODE = (VALUE_LEVELS - 1) / 2
 """The value 0 as a code. It lies between the codes 7 and 8."""
 
@@ -41,7 +45,7 @@ SCALE_MAX = 65504.0
 KEY_MAX = KEY_STEPS * SCALE_MAX
 """Keys are clamped to plus or minus this, before and after the rotation."""
 
-VALUE_MAX = MIDDLE_VALUE_CODE * SCALE_MAX
+VALUE_MAX = VALUE_STEPS * SCALE_MAX
 """Values are clamped to plus or minus this, before and after the rotation."""
 
 NAN_SCALE_BITS = 0x7E00

@@ -9,7 +9,7 @@ u = `k8v4.rotation_unit(D)`, and each operation rounded to float32:
 
     key_scale   = max |raw| * u / 127, rounded up to fp16
     key code    = round_half_even(raw * (1 / key_scale * u)), clamped to -127..127
-    value_scale = max |raw| * u / 7.5, rounded up to fp16
+    value_scale = max |raw| * u / 8, rounded up to fp16
     value code  = round_half_even(raw * (1 / value_scale * u) + 7.5), clamped to 0..15
 
 The inverse of a scale of 0 counts as 0. Because scales are rounded up, every rotated number is in
@@ -107,7 +107,7 @@ def quantise(key: torch.Tensor, value: torch.Tensor) -> Quantised:
     k, v = key.to(torch.float32), value.to(torch.float32)
     nan = k.isnan().any(-1) | v.isnan().any(-1)
     k, key_scale = _scaled(k, k8v4.KEY_MAX, k8v4.KEY_STEPS, nan)
-    v, value_scale = _scaled(v, k8v4.VALUE_MAX, k8v4.MIDDLE_VALUE_CODE, nan)
+    v, value_scale = _scaled(v, k8v4.VALUE_MAX, k8v4.VALUE_STEPS, nan)
     key_codes = k.round().clamp(-k8v4.KEY_STEPS, k8v4.KEY_STEPS).to(torch.int8)
     value_codes = (v + k8v4.MIDDLE_VALUE_CODE).round().clamp(0, k8v4.VALUE_LEVELS - 1)
     return Quantised(key_codes, value_codes.to(torch.uint8), key_scale, value_scale)

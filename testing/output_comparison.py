@@ -100,8 +100,8 @@ def format_error(head_size: int) -> float:
     rotated keys, values and queries are nearly normal. Rounding to the nearest of steps has a
     standard deviation of step / sqrt(12).
 
-    * Values: a step is 1/7.5 of the largest magnitude. The relative error is
-      e_v = sqrt(2 ln D) / (7.5 sqrt(12)): 0.111 at D = 64, 0.120 at D = 128.
+    * Values: a step is 1/8 of the largest magnitude. The relative error is
+      e_v = sqrt(2 ln D) / (8 sqrt(12)): 0.104 at D = 64, 0.112 at D = 128.
     * Keys and queries: a step is 1/127 of the largest magnitude. The relative error of each is
       e = sqrt(2 ln D) / (127 sqrt(12)): 0.0066 at D = 64. The errors of D elements add up in a
       score as the products do, so a score is off by sqrt(2) e of the scores' standard deviation S
@@ -111,7 +111,7 @@ def format_error(head_size: int) -> float:
     Both together: sqrt(e_v^2 + e_s^2).
     """
     largest = math.sqrt(2 * math.log(head_size))
-    value_error = largest / (k8v4.MIDDLE_VALUE_CODE * math.sqrt(12))
+    value_error = largest / (k8v4.VALUE_STEPS * math.sqrt(12))
     rounding = largest / (k8v4.KEY_STEPS * math.sqrt(12))
     return math.hypot(value_error, math.sqrt(2) * rounding * SCORE_SIZE)
 

@@ -165,7 +165,7 @@ def write_scales(
     """
     b = e.b
     factor = e.broadcast(unit, 8)
-    steps = constant(F32, 4 * [float(k8v4.KEY_STEPS)] + 4 * [k8v4.MIDDLE_VALUE_CODE])
+    steps = constant(F32, 4 * [float(k8v4.KEY_STEPS)] + 4 * [k8v4.VALUE_STEPS])
     tops = _largest_of_eight(e, [e.load_floats(e.at(largest, LINE * i)) for i in range(8)])
     exact = b.fdiv(b.fmul(tops, factor), steps)
     exact = e.smaller(exact, filled(F32, k8v4.SCALE_MAX, 8))
@@ -198,14 +198,16 @@ def _key_encoder(e: Emitter, results: ir.Value, token: int | ir.Value) -> _Round
 def _value_encoder(e: Emitter, results: ir.Value, token: int | ir.Value) -> _RoundRow:
     """Return a function that encodes sixteen values at an address: codes plus `_ROUNDING_BITS`.
 
-    It rounds three times, as the reference does; the third time by adding `ROUNDING`. Codes need no
-    clamp, because no number exceeds 7.5 steps by more than the rounding of single operations.
+    It rounds three times, as the reference does; the third time by adding `ROUNDING`. The clamp is
+    needed because a number of 8 steps lies halfway between the last code and the next.
     """
     inverse = e.broadcast(e.load(F32, e.at(e.at(results, INVERSES + 16), token, 4)))
+    middle = filled(F32, k8v4.MIDDLE_VALUE_CODE)
 
     def raised_codes(place: ir.Value) -> ir.Value:
         steps = e.b.fmul(e.load_floats(place), inverse)
-        steps = e.b.fadd(steps, filled(F32, k8v4.MIDDLE_VALUE_CODE))
+        steps = e.larger(e.smaller(steps, middle), filled(F32, -k8v4.MIDDLE_VALUE_CODE))
+        steps = e.b.fadd(steps, middle)
         return e.b.bitcast(e.b.fadd(steps, filled(F32, ROUNDING)), vector(I32))
 
     return raised_codes

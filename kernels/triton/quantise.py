@@ -17,6 +17,7 @@ from vllm_hybrid_kv.kernels.triton.rotation import rotated
 
 _SCALE_MAX = tl.constexpr(k8v4.SCALE_MAX)
 _KEY_STEPS = tl.constexpr(float(k8v4.KEY_STEPS))
+_VALUE_STEPS = tl.constexpr(k8v4.VALUE_STEPS)
 _MIDDLE_CODE = tl.constexpr(k8v4.MIDDLE_VALUE_CODE)
 _CODE_BITS = tl.constexpr(k8v4.VALUE_LEVELS - 1)
 _NAN_SCALE = tl.constexpr(k8v4.NAN_SCALE_BITS)
@@ -93,7 +94,7 @@ def quantise_and_store_kernel(  # type: ignore[no-untyped-def]
     v = tl.load(v_rows + (offs_d * stride_v_dim)[None, :], mask=mask, other=0.0).to(tl.float32)
     nan = tl.max(((k != k) | (v != v)).to(tl.int32), axis=1) > 0
     k, key_scale_bits = _scaled(k, nan, D, UNIT, _KEY_STEPS)
-    v, value_scale_bits = _scaled(v, nan, D, UNIT, _MIDDLE_CODE)
+    v, value_scale_bits = _scaled(v, nan, D, UNIT, _VALUE_STEPS)
     key_ptrs = cache_ptr + (base + in_page * D)[:, None] + offs_d[None, :]
     tl.store(key_ptrs, rounded(k, _KEY_STEPS).to(tl.uint8), mask=mask)
     # The clamp keeps the product and the sum of the middle code apart; see `rounded`.

@@ -107,7 +107,7 @@ def test_every_page_size_and_order_of_slots_equals_the_reference(
 
 SPECIAL = [0.0, math.inf, math.nan, 3e38, 1e-45, 1e-40, 65504.0, 65519.0, 65520.0, 1e5]
 SPECIAL += [k8v4.KEY_MAX, k8v4.VALUE_MAX, 2.0**18, 2.0**-14, 2.0**-24, 2.0**-25, 6.1e-5]
-SPECIAL += [127 * 2.0**-24, 7.5 * 2.0**-24, 0.1, 1000.3]
+SPECIAL += [127 * 2.0**-24, 8 * 2.0**-24, 0.1, 1000.3]
 
 Random = np.random.Generator
 
@@ -135,15 +135,15 @@ def half_steps_of_keys(size: int, random: Random) -> np.ndarray:
 
 def half_steps_of_values(size: int, random: Random) -> np.ndarray:
     steps = random.integers(-15, 16, size) / 2
-    steps[random.integers(size)] = -7.5
+    steps[random.integers(size)] = random.choice([-8, 8])
     return neighbours(rotated(steps * 2.0 ** random.integers(-24, 16)), random)
 
 
 def spikes_at_fp16_scales(size: int, random: Random) -> np.ndarray:
-    """Return a row whose largest rotated number is 127 or 7.5 times an fp16 number, nearly."""
+    """Return a row whose largest rotated number is 127 or 8 times an fp16 number, nearly."""
     scale = random.integers(0, 0x7C00, dtype=np.uint16).view(np.float16)
     spike = np.zeros(size)
-    spike[random.integers(size)] = float(scale) * random.choice([127, -127, 7.5, -7.5])
+    spike[random.integers(size)] = float(scale) * random.choice([127, -127, 8, -8])
     return neighbours(rotated(spike), random)
 
 

@@ -45,9 +45,10 @@ LEAST_QUERY = 2.0**-119
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
-STEPS = {"key": 127.0, "value": 7.5}
-LIMIT = {"key": 127.0 * 65504, "value": 7.5 * 65504}
-HALF_STEP = {"key": 0.5 + 127 * 5 * ROUNDING, "value": 0.5 + (7.5 * 5 + 16) * ROUNDING}
+STEPS = {"key": 127.0, "value": 8.0}
+LARGEST_CODE = {"key": 127.0, "value": 7.5}
+LIMIT = {part: steps * 65504 for part, steps in STEPS.items()}
+HALF_STEP = {"key": 0.5 + 127 * 5 * ROUNDING, "value": 0.5 + (8 * 5 + 16) * ROUNDING}
 
 parts = pytest.mark.parametrize("part", STEPS)
 
@@ -142,7 +143,7 @@ def of_size(rows: torch.Tensor, head_size: int) -> torch.Tensor:
 def test_a_rotated_number_is_within_half_a_step(part: str, rows: torch.Tensor) -> None:
     codes, scale = quantise_rows(rows, part)
     step = scale.double()
-    assert bool((codes.abs() <= STEPS[part]).all())
+    assert bool((codes.abs() <= LARGEST_CODE[part]).all())
     error = (rotated(rows, part) - codes * step).abs()
     assert bool((error <= HALF_STEP[part] * step + UNDERFLOW).all())
 
@@ -258,7 +259,7 @@ def test_rotated_numbers_beyond_the_largest_scale_are_clamped_to_it(
     codes, scale = quantise_rows(row, part)
     assert float(scale) == 65504
     zero = 0.0 if part == "key" else 0.5  # a tie between two codes, the even one is 8
-    expected = [STEPS[part] if d == 3 else zero for d in range(head_size)]
+    expected = [LARGEST_CODE[part] if d == 3 else zero for d in range(head_size)]
     assert codes[0].tolist() == expected
     assert bool(read_back(row, part).isfinite().all())
 
@@ -300,7 +301,7 @@ def test_a_key_between_two_codes_rounds_to_the_even_one(exponent: int, code: int
 @given(st.integers(-10, 5), st.integers(0, 14))
 def test_a_value_between_two_codes_rounds_to_the_even_one(exponent: int, code: int) -> None:
     scale = 2.0**exponent
-    wanted = torch.tensor([[7.5, code - 7.0, -7.5, code - 7.5]]) * scale
+    wanted = torch.tensor([[8.0, code - 7.0, -8.0, code - 7.5]]) * scale
     row = rotate(wanted)
     assert torch.equal(rotate(row), wanted)
     codes, stored_scale = quantise_rows(row, "value")
