@@ -64,7 +64,7 @@ def test_pages_of_models_without_states_are_equal_and_unpadded_by_default(shape,
     assert {row.stores for row in plan.pages} == {"k8v4"}
     assert {(row.block_tokens, row.padding_bytes) for row in plan.pages} == {(16, 0)}
     assert plan.match_tokens == auto.match_tokens == 16
-    assert plan.warnings == []
+    assert not plan.warnings
     # Keys and values of a head take 4 bytes per dim in bfloat16, 1.5 bytes and two scales in k8v4.
     # Both caches lose a part of the last block of the pool.
     head_size = 64 if name == "gpt-oss-20b" else 128
