@@ -16,10 +16,8 @@ def shape() -> Iterator[Callable[..., Model]]:
     built: dict[tuple[Any, ...], Model] = {}
     with ExitStack() as stack:
 
-        def build(
-            name: str, kv_cache_dtype: str, ranks: int = 1, boundary_layers: int = 0
-        ) -> Model:
-            key = (name, kv_cache_dtype, ranks, boundary_layers)
+        def build(name: str, kv_cache_dtype: str, ranks: int = 1, **settings: int) -> Model:
+            key = (name, kv_cache_dtype, ranks, *settings.items())
             if key not in built:
                 description = stack.enter_context(described(SHAPES[name]))
                 arguments: dict[str, Any] = {
@@ -32,7 +30,7 @@ def shape() -> Iterator[Callable[..., Model]]:
                 if name == "llama-4-scout":
                     # Its own maximum of 10 million tokens fits into no memory size of the tests.
                     arguments["max_model_len"] = 131072
-                built[key] = Model(arguments, settings={"boundary_layers": boundary_layers})
+                built[key] = Model(arguments, settings=settings)
             return built[key]
 
         yield build
