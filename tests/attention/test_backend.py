@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backend passes vLLM's batches to the kernels with exact lengths, without padding."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.turboquant_attn import TurboQuantAttentionBackend
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode
 
@@ -18,10 +15,6 @@ from vllm_hybrid_kv.attention.backend import (
 )
 from vllm_hybrid_kv.attention.unsupported import UnsupportedLayerError
 from vllm_hybrid_kv.kernels import k8v4, reference
-from vllm_hybrid_kv.patches.attention import several_head_sizes_patch
-from vllm_hybrid_kv.patches.context import Context
-from vllm_hybrid_kv.patches.mechanism import ActivePatches
-from vllm_hybrid_kv.patches.targets import targets_of
 
 HEADS, KV_HEADS, HEAD_SIZE, PAGE = 8, 2, 64, 32
 BF16_TOLERANCE = 2**-8
@@ -207,48 +200,3 @@ def test_of_amds_gpus_gfx942_and_gfx950_are_served(name, served):
         "multiply the fp16 subnormals of value codes as zeros, and RDNA has no MFMA int8"
     )
     assert refuse_rocm_gpu(name) == (None if served else message)
-
-
-@pytest.mark.parametrize("flash_attention_4", [True, False])
-@pytest.mark.parametrize(
-    ("dtype", "chosen", "expected"),
-    [
-        ("turboquant_k8v4", None, None),
-        ("turboquant_k8v4", AttentionBackendEnum.FLASHINFER, AttentionBackendEnum.FLASHINFER),
-        ("auto", None, AttentionBackendEnum.TRITON_ATTN),
-    ],
-)
-def test_gemma_4_does_not_force_a_backend_on_k8v4_layers(
-    flash_attention_4, dtype, chosen, expected, monkeypatch
-):
-    from vllm.model_executor.models.config import Gemma4Config
-    from vllm.v1.attention.backends import fa_utils
-
-    monkeypatch.setattr(fa_utils, "is_fa_version_supported", lambda version: flash_attention_4)
-    config = SimpleNamespace(
-        model_config=SimpleNamespace(
-            model_arch_config=Sizes([64, 512]),
-            hf_text_config=SimpleNamespace(layer_types=["sliding_attention", "full_attention"]),
-        ),
-        attention_config=SimpleNamespace(backend=chosen, flash_attn_version=None),
-        cache_config=SimpleNamespace(cache_dtype=dtype),
-    )
-    applied = ActivePatches(
-        [several_head_sizes_patch(Context(targets_of("0.32"), (), None, False, True, None))]
-    )
-    try:
-        Gemma4Config.verify_and_update_config(config)
-    finally:
-        applied.undo()
-    if flash_attention_4 and dtype == "auto":
-        expected = None
-    assert config.attention_config.backend == expected
-
-
-class Sizes(list):
-    """The head sizes of layers in vLLM's model configuration."""
-
-    total_num_hidden_layers = 2
-
-    def __getitem__(self, index):
-        return SimpleNamespace(head_size=super().__getitem__(index))

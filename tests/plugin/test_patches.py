@@ -28,8 +28,6 @@ pytestmark = pytest.mark.usefixtures("unregistered")
 
 MINOR = ".".join(map(str, vllm.__version_tuple__[:2]))
 PATCHED = targets.targets_of(MINOR)
-# Patched on GPUs only, and these tests run on a CPU.
-del PATCHED["Gemma4Config.verify_and_update_config"]
 RELIED_ON = targets.targets_of(MINOR, targets.RELIED_ON)
 ALL = {**PATCHED, **RELIED_ON}
 BACKEND = "vllm_hybrid_kv.attention.backend.K8V4AttentionBackend"

@@ -44,6 +44,7 @@ def patches_for(context: Context) -> list[Patch]:
             layers.boundary_patch,
             attention.registration_patch,
             attention.refusal_patch,
+            attention.several_head_sizes_patch,
             transfer.handshake_patch,
             transfer.stored_pages_patch,
             layers.layer_dtype_patch,
@@ -51,8 +52,6 @@ def patches_for(context: Context) -> list[Patch]:
             layers.layer_pages_patch,
             planning.block_alignment_patch,
         ]
-    if context.on_gpu:
-        makers.append(attention.several_head_sizes_patch)
     if context.on_cpu:
         makers += [sampling.seeded_sampling_patch, attention.selection_patch]
     return [make(context) for make in makers]
