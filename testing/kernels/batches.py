@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from testing.kernels import paged_batch
+from testing.kernels.paged_batch import Case, Outputs
 from vllm_hybrid_kv.kernels import k8v4, reference
 from vllm_hybrid_kv.kernels.cpu import isa, paged_attention
 from vllm_hybrid_kv.kernels.k8v4 import PageFormat
@@ -30,45 +32,12 @@ LSE_TOLERANCE = {"atol": 5e-6, "rtol": 2e-6}
 
 PATHS = isa.available()
 
-Result: TypeAlias = tuple[torch.Tensor, torch.Tensor]
-"""Outputs and their log-sum-exps."""
-
 
 @dataclass
-class Case:
-    """The shapes, lengths and options of one call."""
+class Batch(paged_batch.Batch):
+    """The tensors of a call, with pages of `k8v4.Layout.CPU_TILED`."""
 
-    head_size: int = 128
-    num_heads: int = 8
-    num_kv_heads: int = 2
-    page_size: int = 128
-    lengths: tuple[int, ...] = (300,)
-    queries: tuple[int, ...] = (1,)
-    dtype: torch.dtype = torch.float32
-    seed: int = 0
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Batch:
-    """The tensors of a call."""
-
-    query: torch.Tensor
-    cache: torch.Tensor
-    block_table: torch.Tensor
-    seq_lens: torch.Tensor
-    query_start_loc: torch.Tensor
-    options: dict[str, Any]
-
-    @property
-    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The tensors that `paged_attention` reads, in its order."""
-        return self.query, self.cache, self.block_table, self.seq_lens, self.query_start_loc
-
-    @property
-    def page_format(self) -> PageFormat:
-        head_size = self.query.shape[2]
-        return PageFormat(head_size, self.cache.shape[2], k8v4.Layout.CPU_TILED)
+    layout = k8v4.Layout.CPU_TILED
 
     @property
     def scales(self) -> torch.Tensor:
@@ -119,25 +88,12 @@ def _random_pages(
 def make(case: Case) -> Batch:
     """Make a batch of random queries, with random pages in random order."""
     generator = torch.Generator().manual_seed(case.seed)
-    page_format = PageFormat(case.head_size, case.page_size, k8v4.Layout.CPU_TILED)
-    pages = [-(-length // case.page_size) for length in case.lengths]
-    cache = _random_pages(generator, sum(pages) + 2, case.num_kv_heads, page_format)
-    order = torch.randperm(sum(pages) + 2, generator=generator).to(torch.int32)
-    table = torch.full((len(pages), max(pages) + 1), 0, dtype=torch.int32)
-    for row, blocks in zip(table, order[: sum(pages)].split(pages), strict=True):
-        row[: len(blocks)] = blocks
-    query = torch.randn(sum(case.queries), case.num_heads, case.head_size, generator=generator)
-    return Batch(
-        query.to(case.dtype),
-        cache,
-        table,
-        torch.tensor(case.lengths, dtype=torch.int32),
-        torch.tensor([0, *case.queries]).cumsum(0).to(torch.int32),
-        {"scale": case.head_size**-0.5, **case.options},
-    )
+    page_format = PageFormat(case.head_size, case.page_size, Batch.layout)
+    cache = _random_pages(generator, sum(case.pages) + 2, case.num_kv_heads, page_format)
+    return Batch.build(case, cache, generator, unused=0)
 
 
-def attend(batch: Batch, path: str) -> Result:
+def attend(batch: Batch, path: str) -> Outputs:
     """Run the CPU kernel. Its results are 7 wherever it wrote nothing."""
     out = torch.full_like(batch.query, 7.0)
     lse = torch.full(batch.query.shape[:2], 7.0)
@@ -145,28 +101,15 @@ def attend(batch: Batch, path: str) -> Result:
     return out, lse
 
 
-def expected(batch: Batch) -> Result:
-    layout = k8v4.Layout.CPU_TILED
-    return reference.paged_attention(*batch.inputs, layout, **batch.options)
+def expected(batch: Batch) -> Outputs:
+    return reference.paged_attention(*batch.inputs, batch.layout, **batch.options)
 
 
-def assert_close(got: Result, wanted: Result) -> None:
-    """Compare outputs row by row, and log-sum-exps. NaN must be in the same places.
-
-    Log-sum-exps of rows with a NaN are not compared, because they are undefined.
-    """
-    (out, lse), (wanted_out, wanted_lse) = got, wanted
-    assert torch.equal(out.isnan(), wanted_out.isnan())
-    out, tolerance = out.float().nan_to_num(0.0), TOLERANCE[out.dtype]
-    wanted_out = wanted_out.nan_to_num(0.0)
-    error = (out - wanted_out).norm(dim=-1) / wanted_out.norm(dim=-1).clamp_min(1e-20)
-    assert error.numel() == 0 or error.max() <= tolerance, f"relative error {error.max():.2e}"
-    shows_nan = wanted[0].isnan().any(-1)
-    lse, wanted_lse = (x.masked_fill(shows_nan, 0.0) for x in (lse, wanted_lse))
-    torch.testing.assert_close(lse, wanted_lse, **LSE_TOLERANCE)
+def assert_close(got: Outputs, wanted: Outputs) -> None:
+    paged_batch.assert_close(got, wanted, TOLERANCE, **LSE_TOLERANCE)
 
 
-def assert_equal(got: Result, wanted: Result) -> None:
+def assert_equal(got: Outputs, wanted: Outputs) -> None:
     """Compare the bits of outputs and log-sum-exps."""
     assert torch.equal(got[0], wanted[0])
     assert torch.equal(got[1], wanted[1])

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from testing.kernels import paged_batch
+from testing.kernels.paged_batch import Outputs
 from vllm_hybrid_kv.kernels import k8v4, reference
-from vllm_hybrid_kv.kernels.k8v4 import Layout, PageFormat
+from vllm_hybrid_kv.kernels.k8v4 import Layout
 from vllm_hybrid_kv.kernels.triton import LaunchPlan, paged_attention, plan_attention
 
 TOLERANCE = {
@@ -33,16 +35,12 @@ UNWRITTEN = 7.0
 MIXED: dict[str, Any] = {"lengths": (290, 1, 0, 20, 150), "queries": (1, 1, 0, 9, 5)}
 DECODE: dict[str, Any] = {"lengths": (330, 1, 0, 37, 64), "queries": (1, 1, 1, 1, 1)}
 
-Outputs = tuple[torch.Tensor, torch.Tensor]
-"""Outputs [T, Hq, D] and log-sum-exps [T, Hq]."""
-
 
 @dataclass(frozen=True)
-class Case:
+class Case(paged_batch.Case):
     """The shapes, lengths and options of one call.
 
     Attributes:
-        options: Keyword arguments of `paged_attention` and `reference.paged_attention`.
         plan: Keyword arguments of `plan_attention`; None to let `paged_attention` plan.
         value_size: Factor of the values.
         query_size: Factor of the queries.
@@ -54,10 +52,7 @@ class Case:
     num_kv_heads: int = 1
     page_size: int = 32
     lengths: tuple[int, ...] = (150,)
-    queries: tuple[int, ...] = (1,)
     dtype: torch.dtype = torch.bfloat16
-    seed: int = 0
-    options: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Any] | None = None
     value_size: float = 1.0
     query_size: float = 1.0
@@ -65,31 +60,17 @@ class Case:
 
 
 @dataclass
-class Batch:
-    """The tensors of a call."""
+class Batch(paged_batch.Batch):
+    """The tensors of a call, with pages of `Layout.LINEAR`."""
 
-    query: torch.Tensor
-    cache: torch.Tensor
-    block_table: torch.Tensor
-    seq_lens: torch.Tensor
-    query_start_loc: torch.Tensor
-    max_query_len: int
-    options: dict[str, Any]
-
-    @property
-    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The tensors that `paged_attention` reads, in its order."""
-        return self.query, self.cache, self.block_table, self.seq_lens, self.query_start_loc
+    layout = Layout.LINEAR
+    max_query_len: int = 1
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on another device."""
         options = {k: v.to(device) if hasattr(v, "to") else v for k, v in self.options.items()}
         query, cache, block_table, seq_lens, starts = (one.to(device) for one in self.inputs)
-        return Batch(query, cache, block_table, seq_lens, starts, self.max_query_len, options)
-
-    @property
-    def page_format(self) -> PageFormat:
-        return PageFormat(self.query.shape[2], self.cache.shape[2], Layout.LINEAR)
+        return Batch(query, cache, block_table, seq_lens, starts, options, self.max_query_len)
 
     def scales(self, request: int, head: int, plane: str) -> list[torch.Tensor]:
         """Return views of the fp16 scales of a plane, "key" or "value", in a request's pages."""
@@ -108,29 +89,19 @@ class Batch:
 def make(case: Case) -> Batch:
     """Return requests in shuffled pages, on the CPU."""
     generator = torch.Generator().manual_seed(case.seed)
-    pages = [-(-length // case.page_size) for length in case.lengths]
-    shape = (sum(pages) + 2, case.num_kv_heads, case.page_size, k8v4.slot_bytes(case.head_size))
-    cache = torch.full(shape, case.unused, dtype=torch.uint8)
-    order = torch.randperm(shape[0], generator=generator)
-    table = torch.full((len(pages), max(pages, default=0) + 1), 10**8, dtype=torch.int32)
-    for row, blocks, length in zip(table, order.split([*pages, 2]), case.lengths, strict=False):
-        row[: len(blocks)] = blocks
+    heads = case.num_kv_heads, case.page_size, k8v4.slot_bytes(case.head_size)
+    cache = torch.full((sum(case.pages) + 2, *heads), case.unused, dtype=torch.uint8)
+    most = max(case.queries)
+    batch = Batch.build(case, cache, generator, unused=10**8, max_query_len=most)
+    batch.query *= case.query_size
+    for blocks, length in zip(batch.block_table.long(), case.lengths, strict=True):
         dims = (2, length, case.num_kv_heads, case.head_size)
         key, value = torch.randn(dims, generator=generator)
         value = (value + torch.randn(dims[1:3], generator=generator)[..., None]) * case.value_size
         position = torch.arange(length)
         slots = blocks[position // case.page_size] * case.page_size + position % case.page_size
         reference.store(reference.quantise(key, value), cache, slots, Layout.LINEAR)
-    query = torch.randn(sum(case.queries), case.num_heads, case.head_size, generator=generator)
-    return Batch(
-        (query * case.query_size).to(case.dtype),
-        cache,
-        table,
-        torch.tensor(case.lengths, dtype=torch.int32),
-        torch.tensor([0, *case.queries]).cumsum(0).to(torch.int32),
-        max(case.queries),
-        {"scale": case.head_size**-0.5, **case.options},
-    )
+    return batch
 
 
 def planned(batch: Batch, **options: Any) -> LaunchPlan:
@@ -185,25 +156,8 @@ def largest_score_change(batch: Batch) -> torch.Tensor:
 
 
 def assert_close(got: Outputs, wanted: Outputs) -> str:
-    """Assert that outputs are within the tolerance of their dtype, and return how far they are.
-
-    The log-sum-exp of a row with a NaN is undefined.
-    """
-    tolerance = TOLERANCE[got[0].dtype]
-    out, lse = (x.cpu().float() for x in got)
-    wanted_out, wanted_lse = (x.cpu().float() for x in wanted)
-    assert torch.equal(out.isnan(), wanted_out.isnan()), "NaNs differ from the reference's"
-    defined = ~wanted_out.isnan().any(-1)
-    out, wanted_out = out.nan_to_num(0.0), wanted_out.nan_to_num(0.0)
-    error = (out - wanted_out).norm(dim=-1) / wanted_out.norm(dim=-1).clamp_min(1e-20)
-    compared = defined & (lse != wanted_lse)  # both may be -inf
-    lse_error = (lse - wanted_lse).abs() / (1 + wanted_lse.abs())
-    lse_error = torch.where(compared, lse_error, 0.0)
-    largest, largest_lse = (float(x.max()) if x.numel() else 0.0 for x in (error, lse_error))
-    found = f"out {largest:.1e}, lse {largest_lse:.1e}"
-    assert largest <= tolerance, f"{found}; {tolerance:.0e} and {LSE_TOLERANCE:.0e} are allowed"
-    assert largest_lse <= LSE_TOLERANCE, f"{found}; {LSE_TOLERANCE:.0e} is allowed for the lse"
-    return found
+    """Assert that outputs are within the tolerance of their dtype; return how far they are."""
+    return paged_batch.assert_close(got, wanted, TOLERANCE, LSE_TOLERANCE, LSE_TOLERANCE)
 
 
 def check(case: Case) -> None:
