@@ -57,6 +57,26 @@ def start_group(
         )
 
 
+def run(
+    command: Sequence[object],
+    *,
+    timeout_s: float = 300.0,
+    cwd: Path | None = None,
+    without: tuple[str, ...] = (),
+    **environment: str,
+) -> subprocess.CompletedProcess[str]:
+    """Run a command and return its status and output.
+
+    `environment` changes `os.environ`; variables with a name that begins as in `without` are left
+    out.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(without)}
+    return subprocess.run(
+        [str(word) for word in command], env={**kept, **environment}, cwd=cwd, timeout=timeout_s,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
 def kill_group(process: subprocess.Popen[Any]) -> None:
     """Kill a process that `start_group` started and everything in its process group.
 

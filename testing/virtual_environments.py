@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make virtual environments that link to the installed packages and add a test's own packages."""
 
-import os
-import subprocess
 import sys
 import venv
 from collections.abc import Iterable
@@ -10,8 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from testing import processes
+
 OURS = ("vllm_hybrid_kv", "__editable__")
 COMMAND = "from vllm_hybrid_kv.tools.main import app; app(prog_name='vllm-hybrid-kv')"
+
+
+def distribution(
+    site: Path, name: str, version: str, entry_points: str = "", **modules: str
+) -> None:
+    """Write a package with metadata; `modules` has the source of each module by name."""
+    information = site / f"{name.replace('-', '_')}-{version}.dist-info"
+    information.mkdir(parents=True)
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    (information / "METADATA").write_text(metadata)
+    (information / "entry_points.txt").write_text(entry_points)
+    for module, code in modules.items():
+        (site / f"{module}.py").write_text(code)
 
 
 @dataclass(frozen=True)
@@ -28,18 +41,9 @@ class Environment:
         entry_points: str = "",
         site: Path | None = None,
         **modules: Any,
-    ) -> Path:
-        """Write a package with metadata. `modules` has the source of each module, by name."""
-        site = site or self.site
-        information = site / f"{name.replace('-', '_')}-{version}.dist-info"
-        information.mkdir(parents=True)
-        (information / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-        )
-        (information / "entry_points.txt").write_text(entry_points)
-        for module, code in modules.items():
-            (site / f"{module}.py").write_text(code)
-        return site
+    ) -> None:
+        """Install a package in the environment or in another folder: see `distribution`."""
+        distribution(site or self.site, name, version, entry_points, **modules)
 
     def package(self, name: str, **files: str) -> Path:
         """Replace a linked package by a package that consists of `files` and has no metadata."""
@@ -58,20 +62,12 @@ class Environment:
         return folder
 
     def run(self, code: str, *arguments: str, **environment: str) -> Any:
-        """Run Python code without environment variables that change Python or the plugin."""
-        clean = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("VLLM_HYBRID_KV_", "PYTHON")) and name != "VLLM_PLUGINS"
-        }
-        return subprocess.run(
-            [str(self.python), "-c", code, *arguments],
-            env={**clean, "HF_HUB_OFFLINE": "1", "COLUMNS": "100", **environment},
+        """Run Python without this plugin's and vLLM's variables in the environment."""
+        return processes.run(
+            [self.python, "-c", code, *arguments],
             cwd=self.site.parent,
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
+            without=("VLLM_HYBRID_KV_", "PYTHON", "VLLM_PLUGINS"),
+            **{"HF_HUB_OFFLINE": "1", "COLUMNS": "100", **environment},
         )
 
     def doctor(self, *arguments: str, **environment: str) -> Any:

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tests that every supported minor of vLLM must pass, installed or only unpacked."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from testing.processes import run
+from tests.conformance.releases import OUTER_VARIABLES, environment_of
 
 HERE = Path(__file__).resolve().parent
 TIMEOUT_S = 1200
@@ -54,28 +56,15 @@ def run_suites(suites: Sequence[Suite], vllm: Path, minor: str) -> subprocess.Co
         vllm: The folder that contains the folder `vllm`.
         minor: The minor that the tests must find, such as `0.33`.
     """
-    ours = ("VLLM_HYBRID_KV_", "HYBRID_KV_TEST_", "PYTEST_", "PYTHONPATH", "VLLM_PLUGINS")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    environment |= {
-        "PYTHONPATH": str(vllm),
-        # vLLM caches model classes here; the installed release must not read that cache.
-        "VLLM_CACHE_ROOT": str(HERE.parent / ".cache" / f"vllm-{minor}-cache"),
-        "HYBRID_KV_TEST_VLLM_MINOR": minor,
-        "HF_HUB_OFFLINE": "1",
-    }
-    if any(suite.engines for suite in suites):
-        environment["VLLM_TARGET_DEVICE"] = "cpu"
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "-rA", "-q", "-p", "no:cacheprovider"),
-            *arguments_of(suites),
-        ],
+    command = [sys.executable, "-m", "pytest", "-rA", "-q", "-p", "no:cacheprovider"]
+    engines = any(suite.engines for suite in suites)
+    return run(
+        [*command, *arguments_of(suites)],
         cwd=HERE.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
+        timeout_s=TIMEOUT_S,
+        without=OUTER_VARIABLES,
+        **environment_of(minor, vllm),
+        **({"VLLM_TARGET_DEVICE": "cpu"} if engines else {}),
     )
 
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
+import shutil
+import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,9 +41,6 @@ SECONDS = {
     "tools/eval/test_engines.py": 45,
     "tools/test_replay_command.py": 45,
     "e2e/test_layers_and_pages.py": 60,
-    "e2e/test_engine_command.py": 40,
-    "e2e/test_plan_command.py": 35,
-    "e2e/test_hybrid_prefix_cache.py": 35,
     "tools/plan/test_plan.py": 35,
 }
 """Approximate CPU seconds of the longest files in `tests/`."""
@@ -83,3 +83,27 @@ def unregistered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     vars(STATE).update(saved)
     if before is not None:
         STATE.active_patches = mechanism.ActivePatches(before.patches)
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this tree."""
+    # Build from a copy, because setuptools leaves a build folder and reuses its old files.
+    source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("vllm_hybrid_kv", "kernels"):
+        shutil.copytree(
+            ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", built)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, source], check=True)
+    (file,) = built.glob("*.whl")
+    return file
+
+
+@pytest.fixture(scope="session")
+def unpacked_package(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unpacked")
+    zipfile.ZipFile(wheel).extractall(folder)
+    return folder

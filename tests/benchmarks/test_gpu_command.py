@@ -17,16 +17,15 @@ import torch
 from benchmarks.gpu.processes import share_out
 from benchmarks.gpu.report import JSON, MARKDOWN
 from benchmarks.gpu.sections import LARGEST_DISTANCE
+from testing import processes
 
 ROOT = Path(__file__).parents[2]
 
 
 def command(*arguments: object, interpret: bool = True) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"TRITON_INTERPRET": str(int(interpret)), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu", *map(str, arguments)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    words = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu", *arguments]
+    mode = str(int(interpret))
+    return processes.run(words, cwd=ROOT, TRITON_INTERPRET=mode, OMP_NUM_THREADS="1")
 
 
 @pytest.fixture(scope="module")

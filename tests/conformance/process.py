@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -12,6 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from testing import processes
 from tests.conformance import releases
 from tests.conformance.releases import ConformanceError
 
@@ -94,26 +94,33 @@ def run(
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "report.json"
         releases.write_model_configurations(Path(scratch))
-        environment = _environment(minor, strategy)
-        environment["HYBRID_KV_TEST_LEFT_OUT"] = json.dumps(sorted(left_out))
-        environment["HYBRID_KV_TEST_REPORT"] = str(out)
+        command = [
+            *(sys.executable, "-m", "pytest", "-q", "--tb=short"),
+            # Otherwise pytest may use a configuration file from a parent folder.
+            *("-c", tests / "pyproject.toml"),
+            *("-p", "conformance_report", "-p", "no:cacheprovider", "-p", "no:warnings"),
+            *("--timeout", TEST_TIMEOUT_S, "--continue-on-collection-errors"),
+            *(f"--ignore={tests / file}" for file in left_out if "::" not in file),
+            *(tests / selected for selected in selection),
+        ]
+        path = IN_PROCESS, releases.fetch_test_tools(), releases.unpacked_wheel(minor)
+        environment = {
+            **releases.environment_of(minor, *path),
+            "HYBRID_KV_TEST_LEFT_OUT": json.dumps(sorted(left_out)),
+            "HYBRID_KV_TEST_REPORT": str(out),
+            # If the variable names the plugin, an unsupported vLLM is an error. If it is empty,
+            # vLLM loads no plugin.
+            "VLLM_PLUGINS": "" if strategy is None else "hybrid_kv",
+        }
+        if strategy is not None:
+            environment["VLLM_HYBRID_KV_COORDINATOR"] = strategy
         try:
-            done = subprocess.run(
-                [
-                    *(sys.executable, "-m", "pytest", "-q", "--tb=short"),
-                    # Otherwise pytest may use a configuration file from a parent folder.
-                    *("-c", str(tests / "pyproject.toml")),
-                    *("-p", "conformance_report", "-p", "no:cacheprovider", "-p", "no:warnings"),
-                    *("--timeout", str(TEST_TIMEOUT_S), "--continue-on-collection-errors"),
-                    *(f"--ignore={tests / file}" for file in left_out if "::" not in file),
-                    *(str(tests / selected) for selected in selection),
-                ],
-                cwd=scratch,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=RUN_TIMEOUT_S,
-                check=False,
+            done = processes.run(
+                command,
+                cwd=Path(scratch),
+                timeout_s=RUN_TIMEOUT_S,
+                without=releases.OUTER_VARIABLES,
+                **environment,
             )
         except subprocess.TimeoutExpired as error:
             raise ConformanceError(f"vLLM {minor}, {strategy}: {error}") from error
@@ -126,25 +133,3 @@ def run(
         report = Report(minor=minor, strategy=strategy, **json.loads(out.read_text()))
     report.check_plugin()
     return report
-
-
-def _environment(minor: str, strategy: str | None) -> dict[str, str]:
-    ours = ("VLLM_HYBRID_KV_", "HYBRID_KV_TEST_", "PYTEST_", "PYTHONPATH", "VLLM_PLUGINS")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    wheel = releases.unpacked_wheel(minor)
-    path = [IN_PROCESS, releases.fetch_test_tools(), *([wheel] if wheel else [])]
-    environment |= {
-        "PYTHONPATH": os.pathsep.join(map(str, path)),
-        "HYBRID_KV_TEST_VLLM_MINOR": minor,
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        # If the variable names the plugin, an unsupported vLLM is an error. If it is empty, vLLM
-        # loads no plugin.
-        "VLLM_PLUGINS": "" if strategy is None else "hybrid_kv",
-    }
-    if strategy is not None:
-        environment["VLLM_HYBRID_KV_COORDINATOR"] = strategy
-    if wheel is not None:
-        # vLLM caches model classes here; the installed release must not read that cache.
-        environment["VLLM_CACHE_ROOT"] = str(releases.CACHE / f"vllm-{minor}-cache")
-    return environment

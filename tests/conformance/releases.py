@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -15,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from testing.processes import run
 from vllm_hybrid_kv.patches.targets import MINORS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -30,6 +30,9 @@ INSTALLED_MINOR = "0.32"
 """The minor in this environment. Other minors have no CPU build and are only unpacked."""
 
 WHEEL_0_33 = "HYBRID_KV_TEST_WHEEL_033_DIR"
+
+OUTER_VARIABLES = ("VLLM_HYBRID_KV_", "HYBRID_KV_TEST_", "PYTEST_", "PYTHONPATH", "VLLM_PLUGINS")
+"""Beginnings of variables that must not reach the process of tests in another process."""
 
 # Packages that vLLM's conftest.py imports, and a time limit for tests that hang.
 TEST_TOOLS = ("tblib==3.2.2", "pytest-timeout==2.4.0")
@@ -76,6 +79,9 @@ MODEL_CONFIGURATIONS: dict[str, dict[str, object]] = {
         "max_position_embeddings": 262144,
     },
 }
+
+
+PIP_TIMEOUT_S = 3600.0
 
 
 class ConformanceError(Exception):
@@ -127,6 +133,18 @@ def unpacked_wheel(minor: str) -> Path | None:
     return folder
 
 
+def environment_of(minor: str, *path: Path | None) -> dict[str, str]:
+    """Return the variables of a process that tests a minor, with folders for `PYTHONPATH`."""
+    return {
+        "PYTHONPATH": os.pathsep.join(map(str, filter(None, path))),
+        "HYBRID_KV_TEST_VLLM_MINOR": minor,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        # vLLM caches model classes here; another release must not read that cache.
+        "VLLM_CACHE_ROOT": str(CACHE / f"vllm-{minor}-cache"),
+    }
+
+
 def write_model_configurations(folder: Path) -> None:
     """Write a folder for every model that the tests use by name."""
     for name, configuration in MODEL_CONFIGURATIONS.items():
@@ -157,13 +175,8 @@ def _download_tests(release: str, folder: Path) -> None:
 
 
 def pip(*arguments: str, **environment: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
+    done = run(command, timeout_s=PIP_TIMEOUT_S, **environment)
     if done.returncode:
         raise ConformanceError(f"pip {' '.join(arguments)} failed:\n{done.stderr[-4000:]}")
 

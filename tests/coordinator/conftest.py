@@ -1,22 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-import os
 from collections.abc import Callable
 
 import pytest
 
-EXPECTED_MINOR = "HYBRID_KV_TEST_VLLM_MINOR"
+from tests.plugin.conftest import log, pytest_configure
 
-
-def pytest_configure() -> None:
-    if EXPECTED_MINOR in os.environ:
-        import vllm
-        import vllm.platforms
-        from vllm.platforms.cpu import CpuPlatform
-
-        if not vllm.__version__.startswith(os.environ[EXPECTED_MINOR]):
-            pytest.exit(f"this is vLLM {vllm.__version__} from {vllm.__file__}", returncode=4)
-        # The wheel of this vLLM minor detects no device.
-        vllm.platforms.current_platform = CpuPlatform()
+__all__ = ["coordinator_setting", "log", "pytest_configure"]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import pytest
 
 import demo.__main__ as demo_main
 from testing.models import large_state_config
-from testing.processes import ProcessError, wait_until
+from testing.processes import ProcessError, run, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 500.0
@@ -86,9 +86,7 @@ def test_a_failing_plan_is_an_error_with_its_log(tmp_path: Path) -> None:
 
 @pytest.mark.engine
 def test_the_demo_serves_requests_and_leaves_no_process(descendants: Commands) -> None:
-    done = subprocess.run(
-        DEMO, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-    )
+    done = run(DEMO, cwd=ROOT, timeout_s=TIMEOUT_S)
     output = done.stdout
     assert done.returncode == 0, output + done.stderr
     assert "--kv-cache-dtype turboquant_k8v4" in output
@@ -148,14 +146,8 @@ def test_an_interrupted_demo_ends_the_server_and_the_plan(
 @pytest.mark.engine
 def test_a_failing_server_shows_its_log_and_fails_the_demo(descendants: Commands) -> None:
     code = "main.SERVE_ARGUMENTS += ('--max-num-seqs', '0'); raise SystemExit(main.main())"
-    done = subprocess.run(
-        [sys.executable, "-c", f"import demo.__main__ as main; {code}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
+    command = [sys.executable, "-c", f"import demo.__main__ as main; {code}"]
+    done = run(command, cwd=ROOT, timeout_s=TIMEOUT_S)
     assert done.returncode == 1, done.stdout + done.stderr
     for part in ("end of server.log", "max_num_seqs", "The demo failed: vllm serve ended"):
         assert part in done.stdout

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from testing.engine_host import BASE_ENVIRONMENT, EngineHost
 from testing.model_cases import settings
+from testing.processes import run
 
 pytestmark = pytest.mark.engine
 
@@ -33,7 +33,7 @@ def test_the_plan_is_that_of_an_engine_with_the_same_arguments(
         *("--max-num-seqs", str(arguments["max_num_seqs"]), "--max-model-len", "2048"),
         *("--max-num-batched-tokens", str(arguments["max_num_batched_tokens"])),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = run(command)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     plan = json.loads(done.stdout)["plan"]

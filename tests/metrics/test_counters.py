@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from testing import processes
 from vllm_hybrid_kv import metrics
 from vllm_hybrid_kv.metrics import FILE_BYTES, HELP, Counters
 from vllm_hybrid_kv.settings import Settings
@@ -61,6 +61,7 @@ def test_the_counters_have_their_own_file_whose_disk_space_is_allocated_at_once(
 SCRIPT = """
 import json, multiprocessing, os, sys
 from types import SimpleNamespace
+from testing import processes
 from vllm_hybrid_kv import metrics
 from vllm_hybrid_kv.state import STATE
 
@@ -102,16 +103,9 @@ print(json.dumps(report))
 
 
 def run(*arguments: str, **environ: str) -> dict:
-    environment = {**os.environ, "VLLM_HYBRID_KV_COORDINATOR": "fixed_point", **environ}
-    environment.pop(metrics.MULTIPROC, None)
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    environ = {"VLLM_HYBRID_KV_COORDINATOR": "fixed_point", **environ}
+    command = [sys.executable, "-c", SCRIPT, *arguments]
+    done = processes.run(command, without=(metrics.MULTIPROC,), **environ)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from testing import processes
+from testing.virtual_environments import distribution
+
 EXPECTED_MINOR = "HYBRID_KV_TEST_VLLM_MINOR"
-WHEEL_0_33 = "HYBRID_KV_TEST_WHEEL_033_DIR"
 MAX_MODEL_LEN = 27_680
 
 
@@ -101,15 +102,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, s
     added: list[str] = []
 
     def install(name: str, code: str) -> Path:
-        folder = tmp_path / "site"
-        module = f"{name}_kv"
-        metadata = folder / f"{module}-1.5.dist-info"
-        metadata.mkdir(parents=True)
-        (folder / f"{module}.py").write_text(code)
-        (metadata / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {name}-kv\nVersion: 1.5\n"
-        )
-        (metadata / "entry_points.txt").write_text(f"[vllm_hybrid_kv]\n{name} = {module}\n")
+        folder, module = tmp_path / "site", f"{name}_kv"
+        entry_points = f"[vllm_hybrid_kv]\n{name} = {module}\n"
+        distribution(folder, f"{name}-kv", "1.5", entry_points, **{module: code})
         monkeypatch.syspath_prepend(str(folder))
         added.append(module)
         return folder
@@ -124,42 +119,13 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
     """A function that runs Python in a new process, without the plugin's variables."""
 
     def run(*arguments: str, timeout: float = 120, **environment: str) -> Any:
-        clean = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith("VLLM_HYBRID_KV_") and name != "VLLM_PLUGINS"
-        }
-        return subprocess.run(
-            [sys.executable, *arguments],
-            env={**clean, "HF_HUB_OFFLINE": "1", **environment},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
+        environment = {"HF_HUB_OFFLINE": "1", **environment}
+        command = [sys.executable, *arguments]
+        return processes.run(
+            command, timeout_s=timeout, without=("VLLM_HYBRID_KV_", "VLLM_PLUGINS"), **environment
         )
 
     return run
-
-
-@pytest.fixture(scope="session")
-def wheel_0_33() -> Path:
-    """The folder of the unpacked vLLM 0.33 wheel, which is downloaded if it is missing."""
-    folder = Path(os.environ.get(WHEEL_0_33) or REPOSITORY / ".cache" / "vllm-0.33.0")
-    if not (folder / "vllm" / "__init__.py").is_file():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-        done = subprocess.run(
-            [*command, "--target", str(folder), "vllm==0.33.0"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            pytest.fail(
-                f"the vLLM 0.33.0 wheel is not in {folder} and cannot be downloaded; unpack it "
-                f"there or name its folder in {WHEEL_0_33}.\n{done.stderr}",
-                pytrace=False,
-            )
-    return folder
 
 
 @pytest.fixture

@@ -4,12 +4,13 @@
 import pytest
 
 from tests.adapter_suites import PROMISES, SUITES, run_suites
+from tests.conformance.releases import unpacked_wheel
 
 
 @pytest.fixture(scope="module")
-def report(wheel_0_33):
+def report():
     """The output of pytest for the suites that depend on the minor."""
-    return run_suites(SUITES, wheel_0_33, "0.33")
+    return run_suites(SUITES, unpacked_wheel("0.33"), "0.33")
 
 
 def lines_of(report, file):

@@ -4,11 +4,6 @@
 import json
 import logging
 import os
-import shutil
-import subprocess
-import sys
-import zipfile
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -16,41 +11,14 @@ from typer.testing import CliRunner
 from testing import virtual_environments
 from vllm_hybrid_kv.tools.main import app
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory):
-    """The wheel of this tree, unpacked."""
-    source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
-    for name in ("vllm_hybrid_kv", "kernels"):
-        shutil.copytree(
-            ROOT / name,
-            source / name,
-            symlinks=True,
-            ignore=shutil.ignore_patterns("__pycache__"),
-        )
-    for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"),
-            *("--no-build-isolation", "--wheel-dir", str(built), str(source)),
-        ],
-        check=True,
-    )
-    (file,) = built.glob("*.whl")
-    zipfile.ZipFile(file).extractall(built / "unpacked")
-    return built / "unpacked"
-
-
-@pytest.fixture(scope="session")
-def make_environment(wheel, tmp_path_factory):
+def make_environment(unpacked_package, tmp_path_factory):
     """A function that makes virtual environments with this tree's wheel."""
 
     def make(**options):
         folder = tmp_path_factory.mktemp("environment")
-        return virtual_environments.make(folder / "venv", wheel, **options)
+        return virtual_environments.make(folder / "venv", unpacked_package, **options)
 
     return make
 

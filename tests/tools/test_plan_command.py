@@ -2,9 +2,7 @@
 """`vllm-hybrid-kv plan`: its tables, JSON, picture and errors."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import pytest
 from matplotlib import image
 
+from testing import processes
 from testing.shapes import SHAPES
 from tests.conformance.releases import CACHE, unpacked_wheel
 from vllm_hybrid_kv.tools.plan.report import ranges
@@ -37,19 +36,11 @@ def outcome(tmp_path_factory):
     # vLLM for CPUs can install a torchvision for GPUs, which cannot be imported.
     (folder / "torchvision").mkdir()
     (folder / "torchvision" / "__init__.py").write_text("raise RuntimeError('no operator nms')\n")
-    command = Path(sys.executable).with_name("vllm-hybrid-kv")
-    return folder, subprocess.run(
-        [
-            *(command, "plan", QWEN, "--memory", "24GiB", "--compare"),
-            *("--json", "plan.json", "--plot", "plan.png"),
-        ],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, "COLUMNS": "100", "PYTHONPATH": str(folder)},
-    )
+    command = [
+        *(Path(sys.executable).with_name("vllm-hybrid-kv"), "plan", QWEN, "--memory", "24GiB"),
+        *("--compare", "--json", "plan.json", "--plot", "plan.png"),
+    ]
+    return folder, processes.run(command, cwd=folder, COLUMNS="100", PYTHONPATH=str(folder))
 
 
 def test_a_plan_prints_its_tables_and_no_message_of_vllm(outcome):
@@ -70,18 +61,11 @@ def test_a_plan_prints_its_tables_and_no_message_of_vllm(outcome):
 
 def test_a_model_is_planned_with_vllm_0_33():
     arguments = ("plan", LLAMA, "--memory", "32GiB", "--device", "cpu")
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-c", WITH_0_33, *arguments],
-        env={
-            **os.environ,
-            "COLUMNS": "100",
-            "PYTHONPATH": str(unpacked_wheel("0.33")),
-            "VLLM_CACHE_ROOT": str(CACHE / "vllm-0.33-cache"),
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+        COLUMNS="100",
+        PYTHONPATH=str(unpacked_wheel("0.33")),
+        VLLM_CACHE_ROOT=str(CACHE / "vllm-0.33-cache"),
     )
     assert done.returncode == 0, done.stderr
     assert "full attention" in done.stdout

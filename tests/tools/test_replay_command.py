@@ -2,14 +2,13 @@
 """`vllm-hybrid-kv replay`: its tables, JSON, picture and errors, and sizes of memory."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from matplotlib import image
 
+from testing import processes
 from testing.models import large_state_config
 from vllm_hybrid_kv.tools.options import memory_size
 from vllm_hybrid_kv.tools.output import format_size
@@ -31,12 +30,6 @@ def test_a_size_is_read_with_its_unit(text, size):
     assert memory_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "0", "-1GiB", "20 apples", "0.1"])
-def test_text_that_is_not_a_size_is_refused(text):
-    with pytest.raises(ValueError, match=f"'{text}' is not a size of at least 1 byte; write it"):
-        memory_size(text)
-
-
 def test_a_size_is_written_in_the_largest_binary_unit_that_it_fills():
     sizes = map(format_size, (3 << 29, 1000 << 20, 2 << 40, 100))
     assert list(sizes) == ["1.5 GiB", "1000 MiB", "2 TiB", "100 B"]
@@ -53,27 +46,16 @@ def outcome(tmp_path_factory):
             ids = (0, *(100 + 10 * i + k for k in range(turn + 2)))
             requests.append(TracedRequest(0, 512 * len(ids), 5, ids))
     write_trace(folder / "trace.jsonl", requests)
-    return folder, subprocess.run(
-        [
-            *(Path(sys.executable).with_name("vllm-hybrid-kv"), "replay", "trace.jsonl"),
-            *("--model", "hybrid.json", "--concurrency", "2"),
-            *("--memory", "64MiB", "--memory", "1MiB", "--memory", "256MiB"),
-            *("--compare", "stock", "--compare", "fixed_point"),
-            *("--json", "outcome.json", "--plot", "outcome.png"),
-        ],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        # The command line overrides the environment.
-        env={
-            **os.environ,
-            "COLUMNS": "100",
-            "VLLM_PLUGINS": "hybrid_kv",
-            "VLLM_HYBRID_KV_COORDINATOR": "stock",
-        },
-    )
+    command = [
+        *(Path(sys.executable).with_name("vllm-hybrid-kv"), "replay", "trace.jsonl"),
+        *("--model", "hybrid.json", "--concurrency", "2"),
+        *("--memory", "64MiB", "--memory", "1MiB", "--memory", "256MiB"),
+        *("--compare", "stock", "--compare", "fixed_point"),
+        *("--json", "outcome.json", "--plot", "outcome.png"),
+    ]
+    # The command line overrides the environment.
+    environment = {"VLLM_PLUGINS": "hybrid_kv", "VLLM_HYBRID_KV_COORDINATOR": "stock"}
+    return folder, processes.run(command, cwd=folder, COLUMNS="100", **environment)
 
 
 def test_strategies_are_compared_for_each_size_that_fits(outcome):

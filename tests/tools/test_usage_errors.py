@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wrong arguments are reported in one line with status 2, before vLLM is imported."""
 
-import os
-import subprocess
 import sys
 
 import pytest
 
+from testing import processes
 from testing.shapes import SHAPES
+from testing.virtual_environments import distribution
 from vllm_hybrid_kv.version import __version__
 
 LLAMA = str(SHAPES["llama-3.1-8b"])
@@ -29,23 +29,13 @@ finally:
 def run(tmp_path):
     """A function that runs the command in a process that prints the slow packages it imported."""
     (tmp_path / "folder").mkdir()
-    metadata = tmp_path / "site" / "acme_kv-1.5.dist-info"
-    metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-kv\nVersion: 1.5\n")
-    (metadata / "entry_points.txt").write_text("[vllm_hybrid_kv]\nacme = acme_kv\n")
-
-    def call(*arguments, **environment):
-        return subprocess.run(
-            [sys.executable, "-c", COMMAND, *arguments],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-            env={**os.environ, "PYTHONPATH": str(tmp_path / "site"), **environment},
-        )
-
-    return call
+    site = tmp_path / "site"
+    distribution(site, "acme-kv", "1.5", "[vllm_hybrid_kv]\nacme = acme_kv\n")
+    return lambda *arguments, **environment: processes.run(
+        [sys.executable, "-c", COMMAND, *arguments],
+        cwd=tmp_path,
+        **{"PYTHONPATH": str(site), **environment},
+    )
 
 
 @pytest.mark.parametrize(

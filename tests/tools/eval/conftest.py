@@ -2,11 +2,12 @@
 import json
 import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from testing import processes
 
 LENGTHS = (150, 90, 33)
 ENGINE = {"max_num_batched_tokens": 64, "dtype": "float32"}
@@ -60,15 +61,6 @@ def environment():
 def run(command, environment):
     """A function that runs an evaluation as a user does."""
 
-    def call(caches, work, *more):
-        return subprocess.run(
-            command(caches, work, *more),
-            env=environment,
-            cwd=work.parent,
-            capture_output=True,
-            text=True,
-            timeout=540,
-            check=False,
-        )
-
-    return call
+    return lambda caches, work, *more: processes.run(
+        command(caches, work, *more), cwd=work.parent, timeout_s=540, **environment
+    )
