@@ -8,7 +8,7 @@ import torch
 
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.kernels.k8v4 import Layout, PageFormat
-from vllm_hybrid_kv.kernels.reference import Quantised, dequantise, load, quantise, rotate, store
+from vllm_hybrid_kv.kernels.reference import load, quantise, store
 
 FORMATS = [*itertools.product((64, 72, 112, 128, 512), Layout)]
 
@@ -44,20 +44,3 @@ def test_tokens_fill_the_bytes_that_the_format_defines_and_no_others(
     assert torch.equal(cache.flatten(2), expected)
     for read, stored in zip(load(cache, head_size, layout), tokens, strict=True):
         assert torch.equal(read[slots[slots >= 0]], stored[slots >= 0])
-
-
-def test_dequantised_numbers_are_codes_times_scales_rotated_back() -> None:
-    key_codes = torch.tensor([[[-127, -3, 0, 1, 127, 2, 90, -64]]], dtype=torch.int8)
-    value_codes = torch.tensor([[[0, 1, 7, 8, 15, 2, 3, 4]]], dtype=torch.uint8)
-    scales = torch.tensor([[[0.25]], [[3.5]]], dtype=torch.float16)
-    key, value = dequantise(Quantised(key_codes, value_codes, *scales))
-    # Both rotations together multiply twice by the rounded root of 1/8.
-    torch.testing.assert_close(rotate(key), 0.25 * key_codes.float())
-    torch.testing.assert_close(rotate(value), 3.5 * (value_codes.float() - 7.5))
-    # One stage of radix 4: half the sum of the four, minus each.
-    four = Quantised(key_codes[..., :4], value_codes[..., :4], *scales)
-    assert dequantise(four)[0].flatten().tolist() == [
-        0.25 * (-129 / 2 - code) for code in (-127, -3, 0, 1)
-    ]
-    values = [3.5 * (code - 7.5) for code in (0, 1, 7, 8)]
-    assert dequantise(four)[1].flatten().tolist() == [sum(values) / 2 - x for x in values]
