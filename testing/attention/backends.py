@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 import vllm.triton_utils
 
+from testing.attention import steps
 from testing.attention.steps import Step
 
 vllm.triton_utils.triton = triton
@@ -37,7 +38,6 @@ if not torch.cpu._is_avx512_bf16_supported():
 torch.accelerator.empty_cache = lambda: None
 
 from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
-from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends import turboquant_attn as stock_backend
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode
 
@@ -45,7 +45,6 @@ from vllm_hybrid_kv.attention.backend import K8V4AttentionImpl, K8V4MetadataBuil
 from vllm_hybrid_kv.kernels import k8v4
 
 HEADS, KV_HEADS, HEAD_SIZE, PAGE = 4, 2, 64, 16
-TABLE_WIDTH = 32
 SCALE = HEAD_SIZE**-0.5
 DTYPE = torch.bfloat16
 
@@ -90,37 +89,6 @@ def flash_attention(
     for (q0, k0), (q1, k1) in itertools.pairwise(starts):
         out[q0:q1] = exact_attention(q[q0:q1], k[k0:k1], v[k0:k1], {}).to(q.dtype)
     return out
-
-
-def common_metadata(step: Step) -> tuple[CommonAttentionMetadata, torch.Tensor]:
-    """Make the input of metadata builders for a step. Also returns the slot of every token."""
-    starts = torch.tensor([0, *step.queries]).cumsum(0).to(torch.int32)
-    pages = [-(-length // PAGE) for length in step.lengths]
-    table = torch.zeros(len(pages), TABLE_WIDTH, dtype=torch.int32)
-    order = torch.randperm(sum(pages), generator=torch.Generator().manual_seed(1))
-    slots, new_slots, first = [], [], 0
-    for row, (count, length, new) in enumerate(zip(pages, step.lengths, step.queries, strict=True)):
-        table[row, :count] = order[first : first + count]
-        first += count
-        position = torch.arange(length)
-        own = table[row, position // PAGE].long() * PAGE + position % PAGE
-        slots.append(own)
-        new_slots.append(own[length - new :])
-    lengths = torch.tensor(step.lengths, dtype=torch.int32)
-    common = CommonAttentionMetadata(
-        query_start_loc=starts,
-        query_start_loc_cpu=starts.clone(),
-        seq_lens=lengths,
-        num_reqs=len(pages),
-        num_actual_tokens=sum(step.queries),
-        max_query_len=max(step.queries),
-        max_seq_len=max(step.lengths) + step.bound,
-        seq_lens_cpu_upper_bound=lengths + step.bound,
-        block_table_tensor=table,
-        slot_mapping=torch.cat(new_slots),
-        causal=True,
-    )
-    return common, torch.cat(slots)
 
 
 def vllm_config(max_model_len: int = 1024) -> Any:
@@ -251,9 +219,9 @@ def error(out: torch.Tensor, wanted: torch.Tensor) -> float:
     return float(errors.max())
 
 
-def stored(backend: Backend, step: Step) -> tuple[CommonAttentionMetadata, Texts, torch.Tensor]:
-    """Store the texts of a step in a new cache. Returns the builders' input, texts and cache."""
-    common, slots = common_metadata(step)
+def stored(backend: Backend, step: Step) -> tuple[Any, Texts, torch.Tensor]:
+    """Return a step's input for metadata builders, its texts, and a cache that contains them."""
+    common, slots = steps.common_metadata(step, PAGE)
     made = texts(step)
     cache = backend.cache(int(slots.max()) + 1)
     backend.store(made.key, made.value, cache, slots)

@@ -18,7 +18,6 @@ from testing.attention.backends import (
     KV_HEADS,
     PAGE,
     Backend,
-    common_metadata,
     error,
     expected,
     spec,
@@ -37,7 +36,7 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.utils import AttentionGroup, allocate_kv_cache
 
 from testing.attention.recording import Recorder, kernels_of
-from testing.attention.steps import Step
+from testing.attention.steps import Step, common_metadata
 from vllm_hybrid_kv.attention import gpu
 from vllm_hybrid_kv.attention.backend import K8V4AttentionBackend
 from vllm_hybrid_kv.kernels import known_answer
@@ -64,8 +63,8 @@ def replay_error(name: str, captured: Step, replayed: Step) -> float:
     requests than `captured`, the missing requests have no tokens.
     """
     backend = Backend(name, vllm_config(), {})
-    common, _ = common_metadata(captured)
-    other, slots = common_metadata(replayed)
+    common, _ = common_metadata(captured, PAGE)
+    other, slots = common_metadata(replayed, PAGE)
     made = texts(replayed)
     cache = backend.cache(int(slots.max()) + 1)
     tokens = common.num_actual_tokens
@@ -94,8 +93,8 @@ def replay_error(name: str, captured: Step, replayed: Step) -> float:
 
 
 def captured_lengths() -> list[int]:
-    """Return the sequence lengths of the runs before a capture."""
-    common, _ = common_metadata(Step((200, 90), (3, 3)))
+    """Return the sequence lengths to which the runs before a capture attend."""
+    common, _ = common_metadata(Step((200, 90), (3, 3)), PAGE)
     Backend("ours", vllm_config(), {}).builder.build_for_cudagraph_capture(common)
     return common.seq_lens.tolist()
 
@@ -129,7 +128,7 @@ def not_warmed_up(steps: list[Step]) -> set[Any]:
             gpu._warm_up_plans(backend.impl, CPU, max_requests=300)
     launched = []
     for step in steps:
-        common, slots = common_metadata(step)
+        common, slots = common_metadata(step, PAGE)
         made = texts(step)
         cache = backend.cache(int(slots.max()) + 1)
         with Recorder(launch=False) as recorder:
@@ -189,7 +188,7 @@ def moved_pages_are_equal() -> bool:
     caches = allocate_kv_cache(config, CPU, layout)
     step = Step((50, 33), (1, 3))
     backend = Backend("ours", vllm_config(), {})
-    common, slots = common_metadata(step)
+    common, slots = common_metadata(step, PAGE)
     made = texts(step)
     backend.store(made.key, made.value, caches["a"].view(torch.uint8), slots)
 

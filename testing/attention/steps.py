@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Describe steps of an engine, and call scenarios in another process. Does not import vLLM."""
+"""Steps of an engine, their metadata, and calls in a process with Triton's interpreter."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,42 @@ class Step:
     bound: int = 0
     layer: dict[str, Any] = field(default_factory=dict)
     key_size: float = 0.5
+
+
+TABLE_WIDTH = 32
+
+
+def common_metadata(step: Step, page: int) -> tuple[Any, torch.Tensor]:
+    """Return the input of metadata builders, and the slot of every token in pages of `page`."""
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    starts = torch.tensor([0, *step.queries]).cumsum(0).to(torch.int32)
+    pages = [-(-length // page) for length in step.lengths]
+    table = torch.zeros(len(pages), TABLE_WIDTH, dtype=torch.int32)
+    order = torch.randperm(sum(pages), generator=torch.Generator().manual_seed(1))
+    slots, new_slots, first = [], [], 0
+    for row, (count, length, new) in enumerate(zip(pages, step.lengths, step.queries, strict=True)):
+        table[row, :count] = order[first : first + count]
+        first += count
+        position = torch.arange(length)
+        own = table[row, position // page].long() * page + position % page
+        slots.append(own)
+        new_slots.append(own[length - new :])
+    lengths = torch.tensor(step.lengths, dtype=torch.int32)
+    common = CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts.clone(),
+        seq_lens=lengths,
+        num_reqs=len(pages),
+        num_actual_tokens=sum(step.queries),
+        max_query_len=max(step.queries),
+        max_seq_len=max(step.lengths) + step.bound,
+        seq_lens_cpu_upper_bound=lengths + step.bound,
+        block_table_tensor=table,
+        slot_mapping=torch.cat(new_slots),
+        causal=True,
+    )
+    return common, torch.cat(slots)
 
 
 def call(function: str, *arguments: Any) -> Any:

@@ -3,10 +3,10 @@
 
 import pytest
 import torch
-from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.turboquant_attn import TurboQuantAttentionBackend
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode
 
+from testing.attention.steps import Step, common_metadata
 from vllm_hybrid_kv.attention.backend import (
     K8V4AttentionBackend,
     K8V4AttentionImpl,
@@ -71,27 +71,11 @@ def builder():
 
 
 def batch(seq_lens, query_lens, causal=True, padding=0):
-    starts = torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32)
-    pages = -(-max(seq_lens) // PAGE)
-    table = torch.arange(len(seq_lens) * pages, dtype=torch.int32).view(len(seq_lens), pages)
-    slots = []
-    for row, (length, new) in enumerate(zip(seq_lens, query_lens, strict=True)):
-        positions = torch.arange(length - new, length)
-        slots.append(table[row, positions // PAGE].long() * PAGE + positions % PAGE)
-    return CommonAttentionMetadata(
-        query_start_loc=starts,
-        query_start_loc_cpu=starts,
-        seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
-        num_reqs=len(seq_lens),
-        num_actual_tokens=sum(query_lens),
-        max_query_len=max(query_lens),
-        # Upper bounds. Results must not depend on them.
-        max_seq_len=max(seq_lens) + 1000,
-        seq_lens_cpu_upper_bound=torch.tensor(seq_lens) + 7,
-        block_table_tensor=table,
-        slot_mapping=torch.cat([*slots, torch.full((padding,), -1)]),
-        causal=causal,
-    )
+    # The host's lengths are upper bounds. Results must not depend on them.
+    common, _ = common_metadata(Step(tuple(seq_lens), tuple(query_lens), bound=7), PAGE)
+    common.causal = causal
+    common.slot_mapping = torch.cat([common.slot_mapping, torch.full((padding,), -1)])
+    return common
 
 
 def run(impl, common, tokens, seed=0):

@@ -135,14 +135,6 @@ def test_a_branch_point_is_not_superseded_by_a_longer_checkpoint(checkpoints):
     assert branch.kind is CheckpointKind.REUSED
 
 
-def test_the_checkpoint_that_saves_less_for_its_memory_is_evicted_first(checkpoints):
-    arrive(checkpoints)
-    long = add(checkpoints, b"long", 20_000, END, range(20), None)
-    short = add(checkpoints, b"short", 2000, END, [30, 31], None)
-    assert checkpoints.evict() is short
-    assert checkpoints.evict() is long
-
-
 def test_a_parent_is_shorter_even_if_a_longer_prompt_was_known(checkpoints):
     arrive(checkpoints)
     long = add(checkpoints, b"long", 3000, END, [1, 2, 3], None)

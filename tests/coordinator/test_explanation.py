@@ -49,16 +49,6 @@ def explained(layout: Layout, num_tokens: int, *ends: Any) -> Any:
             id="a missing state limits what attention could serve",
         ),
         pytest.param(
-            *(HYBRID, [(64,), (64, 192)], 64, 64),
-            {"full_attention": (64, 0), "mamba": (192, 0)},
-            id="everything that attention has cached is hit",
-        ),
-        pytest.param(
-            *(HYBRID, [(), ()], 0, 0),
-            {"full_attention": (0, 0), "mamba": (0, 0)},
-            id="nothing is cached",
-        ),
-        pytest.param(
             layout_of(full(16), window(16, 17), mamba(16)),
             *([every(16, 160), (128, 64), (16, 64)], 64, 160),
             {"full_attention": (160, 0), "sliding_window": (128, 32), "mamba": (64, 64)},

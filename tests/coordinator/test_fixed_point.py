@@ -21,7 +21,6 @@ from testing.coordinator.contents import (
     mamba,
     random_cases,
     request_of,
-    ring,
     window,
 )
 from testing.coordinator.oracle import Cached, longest, wrong_blocks
@@ -110,32 +109,6 @@ def test_the_blocks_of_a_partial_hit_are_right_where_vllms_own_are_wrong(
     coordinator_class, layout, boundaries, hit, expected
 ):
     ids, length, _ = look_up(coordinator_class, layout, 128, *boundaries)
-    assert (length, ids) == (hit, expected)
-
-
-@pytest.mark.parametrize(
-    ("layout", "num_tokens", "boundaries", "hit", "expected"),
-    [
-        pytest.param(
-            layout_of(mamba(32), mamba(64, width=6), window(32, 64)),
-            *(400, [(128, 192, 320), (64, 192, 256), every(32, 384)], 192),
-            [[0, 0, 0, 0, 0, 101], [0, 0, 201], [0, 0, 0, 0, 304, 305]],
-            id="no full attention",
-        ),
-        pytest.param(
-            layout_of(full(16), mamba(32), dcp=2),
-            *(100, [every(32, 96), (32, 64)], 64, [[100, 101], [0, 201]]),
-            id="context parallel ranks lengthen attention blocks but not state blocks",
-        ),
-        pytest.param(
-            layout_of(full(16), ring(16), mamba(16)),
-            *(60, [(16, 32), (), (32,)], 32, [[100, 101], [], [0, 300]]),
-            id="a group that opts out of prefix caching gets no blocks",
-        ),
-    ],
-)
-def test_every_group_gets_the_blocks_of_the_hit(layout, num_tokens, boundaries, hit, expected):
-    ids, length, _ = look_up(FixedPointCoordinator, layout, num_tokens, *boundaries)
     assert (length, ids) == (hit, expected)
 
 

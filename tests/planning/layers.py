@@ -2,7 +2,17 @@
 """Specs of layers for the planning tests."""
 
 import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MambaSpec, MLAAttentionSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+)
+
+BLOCK, LONGEST = 2_768, 27_680
+"""Tokens of a block of `hybrid`, and of the longest request of vLLM's #40384."""
 
 
 def attention(block_size=16, slot=388, kv_heads=2, cls=FullAttentionSpec, **fields):
@@ -39,3 +49,16 @@ def named(specs) -> dict[str, KVCacheSpec]:
 def shapes(specs: dict[str, KVCacheSpec]) -> list[tuple[int, int | None]]:
     """Return the tokens of each layer's block, and the bytes of its page if it is padded."""
     return [(spec.block_size, getattr(spec, "page_size_padded", None)) for spec in specs.values()]
+
+
+def plan(*specs, num_blocks=10) -> KVCacheConfig:
+    groups = [KVCacheGroupSpec([f"layer.{index}"], spec) for index, spec in enumerate(specs)]
+    return KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
+
+
+def hybrid(full=2, states=3, mode="align") -> KVCacheConfig:
+    """Return the shapes of vLLM's #40384: groups of attention and of states, with equal pages."""
+    own = attention(BLOCK)
+    block = LONGEST if mode == "none" else BLOCK
+    spec = state(own.page_size_bytes, block, mamba_cache_mode=mode)
+    return plan(*[own] * full, *[spec] * states, num_blocks=262)

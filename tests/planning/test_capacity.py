@@ -5,46 +5,33 @@
 """
 
 import pytest
-import torch
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
-    FullAttentionSpec,
-    KVCacheConfig,
-    KVCacheGroupSpec,
-    MambaSpec,
-    MLAAttentionSpec,
     SlidingWindowMLASpec,
     SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
 )
 
+from tests.planning.layers import BLOCK, LONGEST, attention, hybrid, mla, plan, state
 from vllm_hybrid_kv.errors import HybridKVStrategyError
 from vllm_hybrid_kv.planning.capacity import (
     addressable_slots,
-    blocks_per_request,
     capacity,
     check_capacity_groups,
     token_capacity_kv_cache_groups,
 )
 
-SHAPE = {"block_size": 16, "num_kv_heads": 1, "head_size": 64, "dtype": torch.bfloat16}
-FULL = FullAttentionSpec(**SHAPE)
-MLA = MLAAttentionSpec(**SHAPE)
-WINDOW = SlidingWindowSpec(**SHAPE, sliding_window=128)
-WINDOW_MLA = SlidingWindowMLASpec(**SHAPE, sliding_window=128)
-CHUNKED = ChunkedLocalAttentionSpec(**SHAPE, attention_chunk_size=128)
-LEN, BLOCK = 27_680, 2_768
+FULL = attention()
+MLA = mla(16)
+WINDOW = attention(cls=SlidingWindowSpec, sliding_window=128)
+WINDOW_MLA = mla(16, cls=SlidingWindowMLASpec, sliding_window=128)
+CHUNKED = attention(cls=ChunkedLocalAttentionSpec, attention_chunk_size=128)
 
 
 def mamba(mode, **fields):
-    return MambaSpec(16, shapes=((8,),), dtypes=(torch.float32,), mamba_cache_mode=mode, **fields)
-
-
-def plan(*specs, num_blocks=10):
-    groups = [KVCacheGroupSpec([f"layer.{index}"], spec) for index, spec in enumerate(specs)]
-    return KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
+    return state(8, mamba_cache_mode=mode, **fields)
 
 
 def growing(planned):
@@ -109,23 +96,12 @@ def config_of(model):
         async_scheduling=False,
     ).create_engine_config()
 
-    def make(mode="none", max_model_len=LEN):
+    def make(mode="none", max_model_len=LONGEST):
         made.cache_config.mamba_cache_mode = mode
         made.model_config.max_model_len = max_model_len
         return made
 
     return make
-
-
-def hybrid(full, states, mode, num_blocks=262):
-    """Return the shapes of #40384: groups of attention and of states, with equal pages."""
-    attention = FullAttentionSpec(
-        block_size=BLOCK, num_kv_heads=2, head_size=256, dtype=torch.uint8, state_content_bytes=388
-    )
-    page = attention.page_size_bytes
-    states_block = LEN if mode == "none" else BLOCK
-    spec = MambaSpec(states_block, shapes=((page,),), dtypes=(torch.uint8,), mamba_cache_mode=mode)
-    return plan(*[attention] * full, *[spec] * states, num_blocks=num_blocks)
 
 
 @pytest.mark.parametrize(
@@ -174,20 +150,9 @@ def test_windows_and_chunks_are_bounded_as_in_40417(bounded, config_of):
     assert 60_000 // (1024 + 5 * most) <= found.max_len_requests <= 60_000 // (1024 + 5 * least)
 
 
-def test_whole_requests_do_not_use_the_null_block(config_of):
-    found = capacity(config_of(max_model_len=1600), plan(FULL, num_blocks=300))
-    assert (found.concurrency, found.max_len_tokens) == (3.0, 4800)
-    assert (found.max_len_requests, found.short_requests) == (2, 299 // 32)
-
-
-def test_a_short_request_is_not_longer_than_max_model_len(config_of):
-    found = capacity(config_of(max_model_len=90), plan(FULL, num_blocks=101))
-    assert (found.short_request, found.short_requests) == (90, 100 // 6)
-
-
 def test_a_request_that_does_not_fit_into_the_pool_counts_as_a_fraction(config_of):
     found = capacity(config_of(), plan(FULL))
-    assert found.concurrency == 10 / (LEN // 16)
+    assert found.concurrency == 10 / (LONGEST // 16)
     assert (found.max_len_requests, found.short_requests) == (0, 0)
     assert ", 0.00 of them at once; 0 whole requests" in found.describe(0)[0]
 
@@ -196,12 +161,6 @@ def test_a_different_reported_size_is_explained_in_the_log(config_of):
     found = capacity(config_of("align"), hybrid(2, 3, "align"))
     assert len(found.describe(found.max_len_tokens)) == 2
     assert "362,608 tokens, counts only" in found.describe(362_608)[2]
-
-
-def test_draft_tokens_need_additional_states(config_of):
-    spec = mamba("align", num_speculative_blocks=3)
-    config = config_of("align", 160)
-    assert [blocks_per_request(config, spec, tokens) for tokens in (1, 16, 17, 160)] == [4, 4, 5, 5]
 
 
 def test_a_buffer_indexed_by_slot_needs_the_groups_blocks_of_the_whole_pool():

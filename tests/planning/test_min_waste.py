@@ -5,14 +5,7 @@ import logging
 
 import pytest
 import torch
-from vllm.v1.attention.backend import MultipleOf
-from vllm.v1.kv_cache_interface import (
-    ChunkedLocalAttentionSpec,
-    CircularBufferSpec,
-    KVCacheSpec,
-    SlidingWindowMLASpec,
-    SlidingWindowSpec,
-)
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 from tests.planning.layers import attention, mla, named, shapes, state
 from tests.planning.page_oracle import match_unit_of, share_wasted
@@ -26,8 +19,6 @@ from vllm_hybrid_kv.planning.min_waste import (
 from vllm_hybrid_kv.planning.page_sizes import check_page_sizes
 
 STATE_PAGE = 12_648_448
-KERNEL_BLOCKS = {"block_stride_alignment": MultipleOf(64)}
-"""How vLLM's worker marks the specs of backends with kernels for 16, 32 and 64 tokens."""
 
 
 class OtherSpec(KVCacheSpec):
@@ -49,20 +40,6 @@ PLANS = {
         [attention(), *[state(STATE_PAGE)] * 3],
         [(1_018 * 16, STATE_PAGE), *[(16, None)] * 3],
     ),
-    "pages that divide the largest are only scaled": (
-        [attention(16), window(48), chunks(8, size=480)],
-        [(48, None)] * 3,
-    ),
-    "equal pages are unchanged": ([attention(), window()], [(16, None)] * 2),
-    "a state is only padded": (
-        [attention(64), state(1_000), state(7)],
-        [(64, None), (16, 64 * 776), (16, 64 * 776)],
-    ),
-    # A ring has one block per request, which is its capacity.
-    "a ring of raw keys is only padded": (
-        [attention(64), attention(4, cls=CircularBufferSpec)],
-        [(64, None), (4, 64 * 776)],
-    ),
     "a block of chunked local attention divides its chunk": (
         [attention(128, 100), chunks(128, 100, size=256), attention(128, 300)],
         [(384, None), (256, 76_800), (128, None)],
@@ -77,33 +54,9 @@ PLANS = {
         [mla(row=584, alignment=576), state(2 * 64 * 584)],
         [(128, 74_880), (16, 74_880)],
     ),
-    "MLA that needs no rounding is not padded": (
-        [mla(row=584, alignment=576), state(9 * 64 * 584 - 10)],
-        [(9 * 64, None), (16, 9 * 64 * 584)],
-    ),
     "two kinds of MLA get a common multiple": (
         [mla(64, 1_152), mla(64, 768), window(16, 100, size=64)],
         [(128, None), (192, None), (46 * 16, 147_456)],
-    ),
-    "sliding-window MLA without an alignment is padded": (
-        [mla(), mla(64, 1_000, SlidingWindowMLASpec, sliding_window=64)],
-        [(64, None), (64, 73_728)],
-    ),
-    "a block that is split into kernel blocks is not padded": (
-        [attention(128, 388, **KERNEL_BLOCKS), state(1_000_000)],
-        [(11 * 128, None), (16, 11 * 128 * 776)],
-    ),
-    "a block that a kernel takes whole is scaled exactly": (
-        [*[attention(32, 388, **KERNEL_BLOCKS)] * 9, state(1_000_000)],
-        [*[(41 * 32, None)] * 9, (16, 41 * 32 * 776)],
-    ),
-    "a block that a kernel takes whole is padded unscaled": (
-        [attention(32, 388, **KERNEL_BLOCKS), *[state(25_000)] * 9],
-        [(32, 25_000), *[(16, None)] * 9],
-    ),
-    "existing padding is filled": (
-        [attention(16, page_size_padded=40_000), state(40_000)],
-        [(48, 40_000), (16, None)],
     ),
     # Qwen3.6-35B-A3B with one layer left unquantised: vLLM pads states to a multiple of both
     # attention pages before it plans.

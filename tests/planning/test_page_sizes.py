@@ -25,9 +25,6 @@ from vllm_hybrid_kv.planning.page_sizes import check_page_sizes
             [attention(16), attention(48, cls=SlidingWindowSpec, sliding_window=512)],
             [(48, None)] * 2,
         ),
-        ([attention(), attention()], [(16, None)] * 2),
-        # A smaller state is padded and does not affect the multiple.
-        ([attention(64), state(1_000), state(7)], [(64, None), (16, 64 * 776), (16, 64 * 776)]),
         # The padding of a padded page is scaled with its block.
         ([attention(16, page_size_padded=12_500), state(25_000)], [(32, 25_000), (16, None)]),
         # Attention with the largest page is padded.

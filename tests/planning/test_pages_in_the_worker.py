@@ -70,50 +70,22 @@ def allocated(config, backends, planned):
     return allocate_kv_cache(cache, CPU, KVCacheLayout.LBHNC, sizes)
 
 
+def some(backends, block_sizes, kv_heads=(2,), head_sizes=(64,), **fields):
+    """Return a strategy of layers."""
+    choices = map(st.sampled_from, (backends, block_sizes, kv_heads, head_sizes))
+    return st.builds(layer, *choices, **{name: st.just(value) for name, value in fields.items()})
+
+
+PLAIN = [CPUAttentionBackend, TritonAttentionBackend, K8V4AttentionBackend]
+TRITON = [TritonAttentionBackend], [16, 48]
 mixes = st.lists(
     st.one_of(
-        st.builds(
-            layer,
-            st.sampled_from([CPUAttentionBackend, TritonAttentionBackend, K8V4AttentionBackend]),
-            st.sampled_from([32, 64, 96]),
-            st.integers(1, 3),
-            st.sampled_from([64, 80, 128]),
-        ),
-        st.builds(
-            layer,
-            st.just(TritonAttentionBackend),
-            st.sampled_from([16, 48]),
-            cls=st.just(SlidingWindowSpec),
-            sliding_window=st.just(64),
-        ),
-        st.builds(
-            layer,
-            st.just(TritonAttentionBackend),
-            st.sampled_from([16, 48]),
-            st.just(3),
-            cls=st.just(ChunkedLocalAttentionSpec),
-            attention_chunk_size=st.just(64),
-        ),
-        st.builds(
-            layer,
-            st.just(TurboQuantAttentionBackend),
-            st.sampled_from([16, 128, 256, 2_768]),
-            head_size=st.sampled_from([64, 72]),
-        ),
-        st.builds(
-            layer,
-            st.just(CPUMLABackend),
-            st.sampled_from([16, 64]),
-            st.just(1),
-            st.just(576),
-            cls=st.just(MLAAttentionSpec),
-        ),
-        st.tuples(
-            st.none(),
-            st.builds(
-                state, st.integers(1, 50_000).map(lambda n: 4 * n), dtype=st.just(torch.float32)
-            ),
-        ),
+        some(PLAIN, [32, 64, 96], [1, 2, 3], [64, 80, 128]),
+        some(*TRITON, cls=SlidingWindowSpec, sliding_window=64),
+        some(*TRITON, [3], cls=ChunkedLocalAttentionSpec, attention_chunk_size=64),
+        some([TurboQuantAttentionBackend], [16, 128, 256, 2_768], head_sizes=[64, 72]),
+        some([CPUMLABackend], [16, 64], [1], [576], cls=MLAAttentionSpec),
+        st.integers(1, 50_000).map(lambda n: (None, state(4 * n, dtype=torch.float32))),
     ),
     min_size=2,
     max_size=5,

@@ -12,16 +12,10 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.kv_cache_interface import (
-    FullAttentionSpec,
-    KVCacheConfig,
-    KVCacheGroupSpec,
-    MambaSpec,
-    MLAAttentionSpec,
-    SlidingWindowSpec,
-)
+from vllm.v1.kv_cache_interface import MLAAttentionSpec, SlidingWindowSpec
 from vllm.v1.worker.worker_base import WorkerBase
 
+from tests.planning.layers import BLOCK, attention, hybrid, state
 from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.errors import HybridKVSettingsError, HybridKVStrategyError
 from vllm_hybrid_kv.hooks import BUILT_IN_NAMES, HOOK_OF_SETTING
@@ -35,30 +29,15 @@ if MINOR == (0, 32):
 else:
     from vllm.v1.core import kv_cache_planning as planning
 
-BLOCK = 2_768
 ATTENTION, MAMBA = "model.layers.3.self_attn.attn", "model.layers.0.linear_attn"
 PRELUDE = (
     "from dataclasses import replace\nfrom vllm_hybrid_kv import hookimpl\ncalls = []\n@hookimpl\n"
 )
 
 
-def attention(block_size=16):
-    return FullAttentionSpec(
-        block_size=block_size,
-        num_kv_heads=2,
-        head_size=256,
-        dtype=torch.uint8,
-        state_content_bytes=388,
-    )
-
-
-def state(page=12_648_448, block_size=16, **fields):
-    return MambaSpec(block_size=block_size, shapes=((page,),), dtypes=(torch.uint8,), **fields)
-
-
 def specs():
     """Return the specs of a hybrid model whose pages do not divide each other."""
-    return {MAMBA: state(), ATTENTION: attention()}
+    return {MAMBA: state(12_648_448), ATTENTION: attention()}
 
 
 def plan(config, memory=1 << 36):
@@ -67,16 +46,6 @@ def plan(config, memory=1 << 36):
         return planning.get_kv_cache_configs(config, [specs()], [memory])
     groups = planning.get_global_kv_cache_groups(config, [specs()])
     return planning.get_kv_cache_configs(config, [specs()], [memory], groups)
-
-
-def hybrid(num_blocks=262, full=2, states=3):
-    """Return a plan with pages of equal size in several groups."""
-    page = BLOCK * 776
-    layers = [attention(BLOCK)] * full + [
-        state(page, BLOCK, mamba_cache_mode="align", page_size_padded=page)
-    ] * states
-    groups = [KVCacheGroupSpec([f"layer.{index}"], spec) for index, spec in enumerate(layers)]
-    return KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
 
 
 def manager(config, kv_cache_config):

@@ -61,7 +61,9 @@ def test_codes_at_every_rounding_boundary_equal_the_reference() -> None:
     key, value = (reference.rotate(x)[:, None] for x in (wanted_keys, wanted_values))
     quantised = reference.quantise(key, value)
     assert torch.equal(quantised.key_codes[:, 0].float(), wanted_keys.round())
-    assert torch.equal(quantised.value_codes[:, 0].float(), (wanted_values + 7.5).round().clamp(max=15))
+    assert torch.equal(
+        quantised.value_codes[:, 0].float(), (wanted_values + 7.5).round().clamp(max=15)
+    )
     assert differing_bytes(key, value, torch.arange(len(key))) == 0
 
 
