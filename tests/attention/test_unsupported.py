@@ -233,9 +233,3 @@ def test_a_layer_that_is_refused_while_its_cache_is_planned_is_named(by_name):
 
     with pytest.raises(UnsupportedLayerError, match=r"^layer model\.layers\.3\.self_attn\.attn: "):
         get_kv_cache_spec() if by_name else Layer().get_kv_cache_spec()
-
-
-def test_the_message_is_complete_without_a_layer_name():
-    with pytest.raises(UnsupportedLayerError, match=r"^an attention layer: .*it is odd") as caught:
-        raise UnsupportedLayerError(ODD)
-    assert str(caught.value).endswith(AUTO)

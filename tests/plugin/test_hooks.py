@@ -106,19 +106,6 @@ def entry_point():
     return found
 
 
-def test_the_strategy_of_an_installed_package_is_available(package):
-    package(
-        "acme",
-        "from vllm_hybrid_kv import hookimpl\n"
-        "@hookimpl\n"
-        "def hybrid_kv_prefix_match_unit(): return 48\n",
-    )
-    strategies = Strategies({})
-    strategies.add_entry_point(entry_point())
-    assert call(strategies, "acme") == 48
-    assert strategies.available("prefix_match_unit") == ["acme", "stock"]
-
-
 def test_a_package_that_cannot_be_imported_is_named(package):
     package("acme", "import no_such_module_at_all\n")
     message = r"'acme' \(from acme-kv 1\.5\): acme_kv cannot be imported: .*no_such_module_at_all"

@@ -57,10 +57,7 @@ def test_other_layers_get_the_same_backend_as_without_the_plugin(dtype):
     ("fields", "reason"),
     [
         ({"use_mla": True}, "latent attention"),
-        ({"use_sparse": True}, "sparse attention"),
         ({"attn_type": "encoder_only"}, "'encoder_only' is not decoder self-attention"),
-        ({"attn_type": "encoder_decoder"}, "'encoder_decoder' is not decoder self-attention"),
-        ({"use_mm_prefix": True}, "bidirectional attention"),
         ({"head_size": 32}, "got 32"),
     ],
 )

@@ -78,11 +78,6 @@ def test_a_boolean_variable_may_be_a_word_or_a_number(written, meant):
             "boundary_layers=-1 (from --additional-config) is not valid: input should be greater "
             "than or equal to 0",
         ),
-        (
-            {},
-            {"VLLM_HYBRID_KV_BOUNDARY_LAYERS": "few"},
-            "boundary_layers='few' (from VLLM_HYBRID_KV_BOUNDARY_LAYERS) is not valid",
-        ),
         (section(coordinator=3), {}, "coordinator=3 (from --additional-config) is not valid"),
         (section(coordinator=""), {}, "coordinator='' (from --additional-config) is not valid"),
     ],

@@ -13,15 +13,6 @@ SCHEMA = json.loads(
     (Path(__file__).resolve().parents[2] / "docs" / "doctor.schema.json").read_text()
 )
 
-DIAGNOSE_ONCE = """
-import json
-from vllm_hybrid_kv.tools.doctor.report import diagnose, text
-from vllm_hybrid_kv.tools.output import show
-report = diagnose()
-print(json.dumps(report))
-show(text(report))
-"""
-
 
 def read(done):
     """Return the JSON of a run, checked against its exit status and the schema."""
@@ -45,50 +36,33 @@ def edits(found):
 
 @pytest.fixture(scope="module")
 def healthy(make_environment):
-    """The doctor's JSON and its lines of text in an environment without faults."""
-    done = make_environment().run(DIAGNOSE_ONCE, COLUMNS="80")
-    assert done.returncode == 0, done.stderr
-    first, *lines = done.stdout.splitlines()
-    found = json.loads(first)
-    jsonschema.validate(found, SCHEMA)
-    return found, lines
+    """The doctor's JSON in an environment without faults."""
+    return read(make_environment().doctor("--json"))
 
 
 def test_without_faults_every_patch_is_active_and_the_status_is_0(healthy):
-    found, lines = healthy
-    assert found["exit_status"] == 0
-    assert found["active"] is True
-    assert lines[0] == found["verdict"]
-    assert lines[0].endswith("(cpu): all is well.")
-    assert found["findings"] == []
-    assert all(edit["active"] and not edit["why"] for edit in edits(found).values())
+    assert healthy["exit_status"] == 0
+    assert healthy["active"] is True
+    assert healthy["verdict"].endswith("(cpu): all is well.")
+    assert healthy["findings"] == []
+    assert all(edit["active"] and not edit["why"] for edit in edits(healthy).values())
     assert {"page_sizes", "coordinator", "attention_backend", "backend_selection"} <= {
-        patch["name"] for patch in found["patches"]
+        patch["name"] for patch in healthy["patches"]
     }
-    (device,) = found["devices"]
+    (device,) = healthy["devices"]
     assert device["kernels"].startswith("cpu:")
     assert device["why"].startswith("the fastest on this CPU")
 
 
 def test_settings_show_their_source_and_strategies_their_package(healthy):
-    found, _ = healthy
-    rows = {row["name"]: row for row in found["settings"]}
-    assert {row["source"] for row in found["settings"]} == {"default"}
+    rows = {row["name"]: row for row in healthy["settings"]}
+    assert {row["source"] for row in healthy["settings"]} == {"default"}
     assert rows["debug"]["choices"] == ["false", "true"]
     assert rows["unify_page_sizes"]["choices"] == ["lcm", "min_waste", "stock"]
-    picked = {row["setting"]: row["name"] for row in found["strategies"] if row["picked"]}
+    picked = {row["setting"]: row["name"] for row in healthy["strategies"] if row["picked"]}
     assert picked == {setting: rows[setting]["value"] for setting in picked}
     assert len(picked) == 4
-    assert {row["origin"] for row in found["strategies"]} == {"built in"}
-
-
-def test_the_tables_fit_80_columns_and_are_complete(healthy):
-    found, lines = healthy
-    tables = lines[1 + len(found["findings"]) :]
-    assert max(map(len, tables)) <= 80
-    for row in (*found["settings"], *found["patches"]):
-        assert row["name"] in [line.split(" ")[0] for line in tables]
-    assert any(found["versions"]["torch"] in line for line in tables)
+    assert {row["origin"] for row in healthy["strategies"]} == {"built in"}
 
 
 def test_a_plugin_that_vllm_plugins_excludes_is_a_warning_next_to_others(
@@ -337,37 +311,16 @@ def test_an_error_of_vllm_is_shown_with_its_place(fake_vllm, code, reason, remed
 
 
 @pytest.mark.parametrize(
-    ("code", "end"),
+    ("code", "options", "end"),
     [
-        ("import os; os.abort()", "SIGABRT at {folder}/__init__.py:1"),
-        ("import ctypes; ctypes.string_at(0)", "SIGSEGV at "),
-        (
-            "import os; print('farewell', flush=True); os._exit(0)",
-            "exit status 0; its last output is: farewell",
-        ),
+        ("import os; os.abort()", (), "ended with SIGABRT at "),
+        ("import time; time.sleep(600)", ("--timeout", "4"), "took more than 4 s"),
     ],
 )
-def test_a_vllm_that_ends_the_process_is_shown_with_the_signal(fake_vllm, code, end):
-    environment = fake_vllm(code)
-    found = read(environment.doctor("--json"))
+def test_a_vllm_that_ends_or_blocks_the_process_is_shown(fake_vllm, code, options, end):
+    found = read(fake_vllm(code).doctor("--json", *options))
     assert found["exit_status"] == 2
-    message = finding(found, "process")["message"]
-    assert message.startswith("Importing vLLM ended with ")
-    assert end.format(folder=environment.site / "vllm") in message
-
-
-def test_a_vllm_that_hangs_is_killed_with_its_child_processes(fake_vllm, tmp_path):
-    started = tmp_path / "started"
-    environment = fake_vllm(
-        "import subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-        f"open({str(started)!r}, 'w').write(str(child.pid))\n"
-        "time.sleep(600)"
-    )
-    found = read(environment.doctor("--json", "--timeout", "4"))
-    assert finding(found, "process")["message"].startswith("Importing vLLM took more than 4 s")
-    state = Path(f"/proc/{started.read_text()}/stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+    assert finding(found, "process")["message"].startswith(f"Importing vLLM {end}")
 
 
 def test_an_unsupported_vllm_is_shown_with_the_supported_versions(fake_vllm):
