@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from testing.engine_host import Output
@@ -116,30 +116,40 @@ def format_error(head_size: int) -> float:
     return math.hypot(value_error, math.sqrt(2) * rounding * SCORE_SIZE)
 
 
-def far_from_unquantised(
+def errors_of(
     measured: Sequence[float], unquantised: Sequence[float], head_size: int, spread: float
-) -> tuple[float, list[str]]:
-    """Compare the log-probabilities of an engine with a k8v4 cache and of an unquantised one.
+) -> dict[str, tuple[float, float]]:
+    """Return how far log-probabilities with a k8v4 cache are from unquantised ones, with bounds.
 
     The sum of a layer's attention with the residual stream and other branches is off by less than
     e = `format_error`. Later layers pass on the errors that they receive, and add their own. The
     bounds assume that logits are then off by at most e of their standard deviation. The mean of
     normal errors would be sqrt(2/pi) e. Tails are heavier, because some positions attend to few
     tokens and others to many. With the exponential tails of a Laplace distribution, 99 of 100
-    errors are within ln(100) / sqrt(2) = 3.26 e, and the largest of 2000 errors is about 5.4 e. It
-    may be up to 8 e.
-
-    `spread` is the standard deviation of an unquantised engine's log-probabilities. Returns the
-    mean difference, and a text for each bound that is exceeded.
+    errors are within ln(100) / sqrt(2) = 3.26 e, and the largest of 2000 errors is expected at
+    5.4 e. The bound on the largest error is 8 e. `spread` is the standard deviation of an
+    unquantised engine's log-probabilities.
     """
     unit = format_error(head_size) * spread
     errors = sorted(abs(a - b) for a, b in zip(measured, unquantised, strict=True))
-    found = {
+    return {
         "mean": (statistics.fmean(errors), math.sqrt(2 / math.pi) * unit),
         "99 of 100": (errors[int(0.99 * len(errors))], 3.26 * unit),
         "largest": (errors[-1], 8 * unit),
     }
-    exceeded = [
-        f"{name} {e:.3f} > {bound:.3f}" for name, (e, bound) in found.items() if not e <= bound
+
+
+def exceeded_bounds(errors: Mapping[str, Sequence[float]]) -> list[str]:
+    """Return a text for each of `errors_of` that exceeds its bound."""
+    # `not <=` instead of `>`, because NaN is out of bounds too.
+    return [
+        f"{name} {e:.3f} > {bound:.3f}" for name, (e, bound) in errors.items() if not e <= bound
     ]
-    return found["mean"][0], exceeded
+
+
+def far_from_unquantised(
+    measured: Sequence[float], unquantised: Sequence[float], head_size: int, spread: float
+) -> tuple[float, list[str]]:
+    """Return the mean of `errors_of`, and the bounds that are exceeded."""
+    errors = errors_of(measured, unquantised, head_size, spread)
+    return errors["mean"][0], exceeded_bounds(errors)

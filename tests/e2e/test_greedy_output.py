@@ -68,7 +68,7 @@ def arguments(model: Path, case: Case, **more: Any) -> dict[str, Any]:
     return settings(model, case.dtype, **more)
 
 
-@pytest.fixture(scope="module", params=[case for case in CASES if case.compare_greedily], ids=str)
+@pytest.fixture(scope="module", params=CASES, ids=str)
 def reference(
     request: pytest.FixtureRequest, host: EngineHost, small_model: Callable[..., Path]
 ) -> Reference:

@@ -104,14 +104,6 @@ def test_a_state_that_is_not_copied_is_detected(chats: Chats) -> None:
     assert chats.differences(spoilt)
 
 
-def test_the_third_prompt_with_a_common_beginning_resumes_at_its_end(chats: Chats) -> None:
-    # The beginning ends inside a block. At block ends the first prompt may cache states.
-    beginning = random_prompt(9 * UNIT, seed=77)
-    prompts = [beginning + random_prompt(100, seed=80 + i)[1:] for i in range(4)]
-    outputs = chats.engine.generate(prompts, CASE.tokens, alone=True)
-    assert [output.cached for output in outputs] == [0, 0, 9 * UNIT, 9 * UNIT]
-
-
 def test_a_repeated_prompt_gives_the_same_bits(chats: Chats) -> None:
     prompts = [random_prompt(100 + 61 * i, seed=500 + i) for i in range(8)]
     first, again = (chats.engine.generate(prompts, CASE.tokens, alone=True) for _ in range(2))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 
 from tests.conformance.releases import unpacked_wheel
 from tests.zoo.architectures import architectures
@@ -11,7 +12,7 @@ from tests.zoo.language_models import LANGUAGE_MODELS
 from tests.zoo.planner import refused
 from tests.zoo.report import representatives, write
 from tests.zoo.results import Results
-from tests.zoo.workers import ROOT, WorkerError, worker
+from tests.zoo.workers import ROOT, Worker, WorkerError
 
 LOG = ROOT / ".cache" / "zoo.log"
 
@@ -43,7 +44,8 @@ def plan_all(results: Results, only: set[str]) -> None:
             and (not only or name in only)
             and (name in only or not results.done("plans", name))
         ]
-        with worker("tests.zoo.planner", LOG, 240.0, *arguments, wheel=path) as planner:
+        planning = Worker("tests.zoo.planner", LOG, 240.0, *arguments, wheel=path)
+        with contextlib.closing(planning) as planner:
             for name in todo:
                 try:
                     row = planner.ask(name)
@@ -55,7 +57,7 @@ def plan_all(results: Results, only: set[str]) -> None:
 
 def run_all(results: Results, only: set[str]) -> None:
     """Run one architecture per pattern; try the next one if vLLM on CPUs cannot run it."""
-    with worker("tests.zoo.runner", LOG, 300.0) as runner:
+    with contextlib.closing(Worker("tests.zoo.runner", LOG, 300.0)) as runner:
         # Each row can change which architecture represents a pattern.
         while todo := [
             name

@@ -3,28 +3,15 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from typing import Any
 
-from testing.output_comparison import format_error
+from testing.output_comparison import exceeded_bounds
 
 CACHED_APART = 0.15
 """Bound on the difference of fresh and cached log-probabilities of bfloat16 models."""
 
 STATES_APART = 1.0
 """The same bound if a model rounds states to bfloat16 after each chunk of a prompt."""
-
-
-def errors_of(auto: list[float], k8v4: list[float], head_size: int) -> dict[str, list[float]]:
-    """Return differences of log-probabilities by name, each as [measured, bound]."""
-    unit = format_error(head_size) * statistics.pstdev(auto)
-    apart = sorted(abs(a - b) for a, b in zip(auto, k8v4, strict=True))
-    return {
-        "mean": [statistics.fmean(apart), math.sqrt(2 / math.pi) * unit],
-        "99 of 100": [apart[int(0.99 * len(apart))], 3.26 * unit],
-        "greatest": [apart[-1], 8 * unit],
-    }
 
 
 def verdict(row: dict[str, Any], states: bool) -> list[str]:
@@ -34,12 +21,7 @@ def verdict(row: dict[str, Any], states: bool) -> list[str]:
         row: A row of `tests.zoo.runner` in which both dtypes ran.
         states: Whether the model has recurrent states.
     """
-    # `not <=` instead of `>`, because NaN is out of bounds too.
-    wrong = [
-        f"{name} difference from auto {measured:.3f}, bound {bound:.3f}"
-        for name, (measured, bound) in row["errors"].items()
-        if not measured <= bound
-    ]
+    wrong = [f"difference from auto: {text}" for text in exceeded_bounds(row["errors"])]
     ran = row["turboquant_k8v4"]
     limit = STATES_APART if states else CACHED_APART
     if not ran["apart"] <= limit:

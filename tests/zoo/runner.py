@@ -10,6 +10,7 @@ import gc
 import json
 import math
 import random
+import statistics
 import tempfile
 import traceback
 from pathlib import Path
@@ -26,7 +27,7 @@ LENGTHS = (900, 640, 333, 97)
 
 def run(architecture: str) -> dict[str, Any]:
     """Return the outputs of an architecture's small model with each dtype, or why it fails."""
-    from tests.zoo.bounds import errors_of
+    from testing.output_comparison import errors_of
     from tests.zoo.tiny import small_model
 
     fields, name = small_model(architecture)
@@ -42,7 +43,7 @@ def run(architecture: str) -> dict[str, Any]:
                 break
         else:
             auto, k8v4 = (row[dtype].pop("logprobs") for dtype in DTYPES)
-            row["errors"] = errors_of(auto, k8v4, row["auto"]["head_size"])
+            row["errors"] = errors_of(auto, k8v4, row["auto"]["head_size"], statistics.pstdev(auto))
             row["lengths"] = list(LENGTHS)
     row["auto"].pop("logprobs", None)
     return row

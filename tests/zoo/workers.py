@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import select
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +99,3 @@ def answer_lines(start: Callable[[], None], answer: Callable[[str], Any]) -> Non
     start()
     for line in sys.stdin:
         print(json.dumps(answer(line.strip())), file=answers, flush=True)
-
-
-@contextlib.contextmanager
-def worker(*args: Any, **options: Any) -> Iterator[Worker]:
-    """Yield a worker and close it afterwards."""
-    with contextlib.closing(Worker(*args, **options)) as running:
-        yield running
