@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.markdown import table
 from vllm_hybrid_kv.attention.cpu import CpuKernels
 from vllm_hybrid_kv.kernels import known_answer
 from vllm_hybrid_kv.kernels.cpu import isa
@@ -54,15 +55,15 @@ def main() -> None:
         "Each variant is tested once in a process. The time excludes compiling the kernels or "
         "loading them from disk.",
         "",
-        "| path | head size | query heads per KV head | full attention | window |",
-        "|---|---|---|---|---|",
     ]
+    rows = []
     for path, head_size, group in itertools.product(isa.available(), (64, 128, 256, 512), (1, 8)):
-        full, window = (milliseconds(path, head_size, group, size) for size in (None, 96))
-        lines.append(f"| {path} | {head_size} | {group} | {full:.0f} | {window:.0f} |")
-        print(lines[-1], flush=True)
+        times = [f"{milliseconds(path, head_size, group, size):.0f}" for size in (None, 96)]
+        rows.append([path, str(head_size), str(group), *times])
+        print(*rows[-1], flush=True)
+    columns = ["path", "head size", "query heads per KV head", "full attention", "window"]
     if output is not None:
-        output.write_text("\n".join(lines) + "\n")
+        output.write_text("\n".join([*lines, *table(columns, rows)]) + "\n")
 
 
 if __name__ == "__main__":

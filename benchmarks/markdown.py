@@ -3,8 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
+
+
+def machine(host: Mapping[str, Any]) -> str:
+    """Return `testing.machine.host` in words."""
+    return f"{host['cpu']}, {host['cpus']} CPUs; Python {host['python']}, vLLM {host['vllm']}"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure the time to plan the pages of 200 layers.
 
-    python -m benchmarks.planning [--out DIR] [--rounds N]
+    python -m benchmarks.planning [--out DIR]
 
 Every strategy plans the same layers in turn in one process. Times are medians of this thread's CPU
 time, because planning waits for nothing and the machine may be shared. Each round plans new spec
@@ -34,6 +34,7 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
+from benchmarks import markdown
 from testing.machine import host
 from vllm_hybrid_kv.planning.lcm import unify_by_lcm
 from vllm_hybrid_kv.planning.min_waste import (
@@ -43,7 +44,7 @@ from vllm_hybrid_kv.planning.min_waste import (
 )
 from vllm_hybrid_kv.planning.page_kinds import layer_kind
 
-LAYERS = 200
+LAYERS, ROUNDS = 200, 101
 LIMIT_MS = 10.0
 """The goal: a plan of `min_waste` takes less than this."""
 
@@ -91,17 +92,21 @@ class Row(NamedTuple):
     waste: float
     match_unit: int
 
+    def cells(self) -> tuple[str, ...]:
+        waste = f"{100 * self.waste:.2f} %"
+        return f"{self.ms:.2f}", f"{self.page:,}", waste, f"{self.match_unit:,}"
+
 
 Rows = dict[str, Row | None]
 
 
-def measure(mixture: str, rounds: int) -> Rows:
+def measure(mixture: str) -> Rows:
     """Measure each strategy. Its row is None if the strategy finds no plan."""
     rows: Rows = {}
     for name, strategy in STRATEGIES.items():
         times = []
         try:
-            for _ in range(rounds):
+            for _ in range(ROUNDS):
                 specs = layers(mixture)
                 gc.collect(0)
                 start = time.thread_time()
@@ -126,27 +131,23 @@ def _padding(before: Specs, plan: Mapping[str, KVCacheSpec]) -> float:
 
 def table(results: Mapping[str, Rows], load: float) -> str:
     """Write the results as Markdown."""
-    where = host()
+    columns = ("layers, in equal parts or as listed", "strategy", "ms", "page", "padding")
+    cells = [
+        (mixture, f"`{name}`", *(row.cells() if row else ("no plan", "", "", "")))
+        for mixture, rows in results.items()
+        for name, row in rows.items()
+    ]
     lines = [
         f"# Planning the pages of {LAYERS} layers",
         "",
-        f"{where['cpu']}, {where['cpus']} CPUs; Python {where['python']}, vLLM {where['vllm']}; "
-        f"load average {load:.1f} at the start. `python -m benchmarks.planning`.",
+        f"{markdown.machine(host())}; load average {load:.1f} at the start. "
+        "`python -m benchmarks.planning`.",
         "",
         "Times are medians of CPU time in ms. Pages are in bytes, padding is a share of the pool. "
         "The match unit is the least common multiple of all blocks, in tokens.",
         "",
-        "| layers, in equal parts or as listed | strategy | ms | page | padding | match unit |",
-        "|---|---|---|---|---|---|",
+        *markdown.table([*columns, "match unit"], cells),
     ]
-    for mixture, rows in results.items():
-        for name, row in rows.items():
-            cells = (
-                f"{row.ms:.2f} | {row.page:,} | {100 * row.waste:.2f} % | {row.match_unit:,}"
-                if row
-                else "no plan | | | "
-            )
-            lines.append(f"| {mixture} | `{name}` | {cells} |")
     return "\n".join(lines) + "\n"
 
 
@@ -156,11 +157,10 @@ def main() -> int:
         prog="python -m benchmarks.planning", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--rounds", type=int, default=101)
     arguments = parser.parse_args()
     logging.getLogger("vllm").setLevel(logging.WARNING)
     load = os.getloadavg()[0]
-    results = {mixture: measure(mixture, arguments.rounds) for mixture in MIXTURES}
+    results = {mixture: measure(mixture) for mixture in MIXTURES}
     arguments.out.mkdir(parents=True, exist_ok=True)
     text = table(results, load)
     (arguments.out / "planning.md").write_text(text)

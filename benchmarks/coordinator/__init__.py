@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time prefix cache lookups, compared with vLLM's own coordinator.
 
-    python -m benchmarks.coordinator [--out DIR] [--quick]
+    python -m benchmarks.coordinator [--out DIR]
 
 The coordinators and block pools are real, and no model runs. Prompts have 131,072 tokens. Calls of
 both coordinators alternate in one process. Both pools hold the same blocks: those of four prompts,

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import statistics
 import time
@@ -17,6 +16,7 @@ from typing import Any
 from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator
 from vllm.v1.core.kv_cache_utils import BlockHash
 
+from benchmarks import markdown
 from benchmarks.coordinator.contents import (
     CONTENTS,
     MODELS,
@@ -31,10 +31,11 @@ from benchmarks.coordinator.contents import (
 from testing.machine import host
 from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
 
+ROUNDS = 200
 COORDINATORS = {"vLLM": HybridKVCacheCoordinator, "fixed_point": FixedPointCoordinator}
 
 
-def measure(model: Model, contents: Contents, rounds: int) -> dict[str, Any]:
+def measure(model: Model, contents: Contents) -> dict[str, Any]:
     """Time the lookups of both coordinators, and check that their hits are equal."""
     prompts = [prompt_hashes(model, number) for number in range(PROMPTS)]
     sides = {name: make_coordinator(kind, model) for name, kind in COORDINATORS.items()}
@@ -46,7 +47,7 @@ def measure(model: Model, contents: Contents, rounds: int) -> dict[str, Any]:
     held: dict[str, deque[list[BlockHash]]] = {name: deque(maxlen=2) for name in sides}
     gc.collect()
     gc.disable()
-    for number in range(rounds + 1):
+    for number in range(ROUNDS + 1):
         for name, coordinator in sides.items():
             hashes = [BlockHash(bytes(bytearray(one))) for one in prompts[number % PROMPTS]]
             held[name].append(hashes)
@@ -74,29 +75,27 @@ def measure(model: Model, contents: Contents, rounds: int) -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> str:
+def report(lookups: list[dict[str, Any]], load: float) -> str:
     """Write the results as Markdown."""
-    where = result["machine"]
+    rows = []
+    for row in lookups:
+        times = [
+            f"{row['ms'][name]:.3f} ({row['ms_90_percent'][name]:.3f})" for name in COORDINATORS
+        ]
+        where = [row["model"], str(row["unit"]), row["contents"], f"{row['hit']:,}"]
+        rows.append([*where, *times, f"{row['times_faster']:.1f}"])
+    columns = ["KV groups", "match unit", "cached", "hit, tokens", *COORDINATORS, "times faster"]
     lines = [
         "# Prefix cache lookups in four KV groups, compared with vLLM's own coordinator",
         "",
-        f"{where['cpu']}, {where['cpus']} CPUs; Python {where['python']}, vLLM {where['vllm']}; "
-        f"load average {where['load']:.1f} at the start. Prompts of {TOKENS:,} tokens.",
+        f"{markdown.machine(host())}; load average {load:.1f} at the start. "
+        f"Prompts of {TOKENS:,} tokens.",
         "",
         "Median milliseconds of alternating calls in one process, with the 90th percentile in "
         "brackets. Last column: times faster, the median over rounds.",
         "",
-        "| KV groups | match unit | cached | hit, tokens | vLLM | fixed_point | times faster |",
-        "|---|---|---|---|---|---|---|",
+        *markdown.table(columns, rows),
     ]
-    for row in result["lookups"]:
-        cells = [
-            f"{row['ms'][name]:.3f} ({row['ms_90_percent'][name]:.3f})" for name in COORDINATORS
-        ]
-        lines.append(
-            f"| {row['model']} | {row['unit']} | {row['contents']} | {row['hit']:,} | "
-            f"{' | '.join(cells)} | {row['times_faster']:.1f} |"
-        )
     return "\n".join(lines) + "\n"
 
 
@@ -107,18 +106,18 @@ def main() -> int:
         description="Measure prefix cache lookups, compared with vLLM's own coordinator.",
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
-    parser.add_argument("--quick", action="store_true", help="fewer calls")
-    arguments = parser.parse_args()
-    result: dict[str, Any] = {"machine": {**host(), "load": os.getloadavg()[0]}, "lookups": []}
+    out = parser.parse_args().out
+    load = os.getloadavg()[0]
+    lookups = []
     for model, contents in product(MODELS, CONTENTS):
-        row = measure(model, contents, rounds=12 if arguments.quick else 200)
+        row = measure(model, contents)
         print(row["model"], row["unit"], row["contents"], row["hit"], row["ms"], flush=True)
-        result["lookups"].append(row)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "coordinator.json").write_text(json.dumps(result, indent=2) + "\n")
-    (arguments.out / "coordinator.md").write_text(table(result))
-    print(table(result))
-    return int(any(row["times_faster"] < 1 for row in result["lookups"]))
+        lookups.append(row)
+    out.mkdir(parents=True, exist_ok=True)
+    text = report(lookups, load)
+    (out / "coordinator.md").write_text(text)
+    print(text)
+    return int(any(row["times_faster"] < 1 for row in lookups))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def run_model(
 ) -> None:
     """Check and time one model. Its weights are written to the folder `scratch`."""
     sizes = workload.SMALLEST if options.smallest else workload.FULL
-    jobs = options.jobs or (1 if place.device == "cpu" else 4)
+    jobs = 1 if place.device == "cpu" else 4
 
     def engines(part: str, config: PreTrainedConfig, dtype: str, **arguments: Any) -> Engines:
         name = f"{model}-{part}"
@@ -62,7 +62,7 @@ def run_model(
         arguments["dtype"] = dtype
         log = options.out / "logs" / name
         log.parent.mkdir(parents=True, exist_ok=True)
-        where = (place, sizes, jobs, options.timeout, log)
+        where = (place, sizes, jobs, log)
         return Engines(model, path, arguments, *where, results, say)
 
     if "checks" in options.parts:
@@ -101,12 +101,6 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=models, default=models)
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--smallest", action="store_true", help="few and short prompts and batches")
-    parser.add_argument(
-        "--jobs", type=int, help="engines that start at the same time (default: 4, on a CPU 1)"
-    )
-    parser.add_argument(
-        "--timeout", type=float, default=900.0, help="seconds that a call of an engine may take"
-    )
     options = parser.parse_args(words)
     options.out = options.out.resolve()
     return options

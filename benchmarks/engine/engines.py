@@ -15,6 +15,8 @@ from benchmarks.engine.report import Results, Row, Verdict
 from benchmarks.engine.workload import Sizes
 from testing.engine_host import EngineError, EngineHost
 
+CALL_TIMEOUT_S = 900.0
+
 
 @dataclass(frozen=True)
 class Engines:
@@ -32,7 +34,6 @@ class Engines:
     place: Place
     sizes: Sizes
     jobs: int
-    timeout_s: float
     log: Path
     results: Results
     say: Callable[[str], None]
@@ -48,7 +49,7 @@ class Engines:
         if configuration.graphs is not None:
             # Engines that start at the same time must not share what they compile.
             environment["VLLM_CACHE_ROOT"] = str(log.with_suffix(".cache"))
-        host = EngineHost(log, self.timeout_s, **environment, **configuration.environment())
+        host = EngineHost(log, CALL_TIMEOUT_S, **environment, **configuration.environment())
         with contextlib.ExitStack() as on_error:
             on_error.callback(host.close)
             host.engine(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markdown import machine, table
 from benchmarks.prefix_cache.cases import (
     ATTENTION_ONLY,
     FIXED_POINT,
@@ -22,12 +23,10 @@ Row = Mapping[str, Any]
 
 def markdown(result: Mapping[str, Any]) -> str:
     """Write a result as Markdown."""
-    where = result["machine"]
     lines = [
         "# Prefix cache hits in vLLM's scheduler, without a model",
         "",
-        f"vLLM {where['vllm']}, Python {where['python']}; {where['cpu']}, {where['cpus']} CPUs. "
-        "Hits do not depend on the machine, scheduler times do.",
+        f"{machine(result['machine'])}. Hits do not depend on the machine, scheduler times do.",
         "",
         "Percent of the prompt tokens that came from the cache, by GiB of KV cache, with 32 "
         "requests in flight. `stock, unit 16` is vLLM's coordinator with `prefix_match_unit=16`, "
@@ -50,14 +49,15 @@ def _table(rows: Sequence[Row], shareable: Mapping[str, float]) -> Iterator[str]
         yield ""
     sizes = sorted({row["memory"] for row in rows})
     names = ("trace", "model", "dtype")
-    yield from _head(*names, "block, tokens", "strategy", *(f"{size:g}" for size in sizes))
+    lines = []
     for key, some in split(rows, *names).items():
         blocks = sorted({row["block_tokens"] for row in some if row["fits"]})
         for (strategy,), line in split(some, "strategy").items():
             cells = {row["memory"]: rate(row) for row in line}
-            yield _line(
-                *key, ", ".join(map(str, blocks)), strategy, *(cells.get(n, "") for n in sizes)
-            )
+            rates = (cells.get(size, "") for size in sizes)
+            lines.append([*key, ", ".join(map(str, blocks)), strategy, *rates])
+    columns = [*names, "block, tokens", "strategy", *(f"{size:g}" for size in sizes)]
+    yield from table(columns, lines)
 
 
 def _overhead(result: Mapping[str, Any]) -> Iterator[str]:
@@ -70,20 +70,17 @@ def _overhead(result: Mapping[str, Any]) -> Iterator[str]:
         f"rounds. Load average {result['load']:.1f} at the start."
     )
     yield ""
-    yield from _head(
+    columns = [
         *("strategy", "ms per step", "ms per request", "steps", "per step, relative to stock"),
         *("per request, relative to stock", "per request, by round"),
-    )
+    ]
+    lines = []
     for strategy, row in rows.items():
         ratios = [a / b for a, b in zip(row["rounds_ms"], stock["rounds_ms"], strict=True)]
-        yield _line(
-            strategy,
-            f"{row['step_ms']:.3f}",
-            f"{row['request_ms']:.2f}",
-            f"{row['steps']:,}",
-            *(f"{row[name] / stock[name]:.3f}" for name in ("step_ms", "request_ms")),
-            f"{min(ratios):.3f} to {max(ratios):.3f}",
-        )
+        times = (f"{row['step_ms']:.3f}", f"{row['request_ms']:.2f}", f"{row['steps']:,}")
+        relative = (f"{row[name] / stock[name]:.3f}" for name in ("step_ms", "request_ms"))
+        lines.append([strategy, *times, *relative, f"{min(ratios):.3f} to {max(ratios):.3f}"])
+    yield from table(columns, lines)
     ratio = rows[HYBRID_AWARE]["request_ms"] / rows[STOCK_16]["request_ms"]
     yield ""
     yield f"Per request, relative to stock with the same match unit: {ratio:.3f}."
@@ -146,14 +143,6 @@ def split(rows: Iterable[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
     for row in rows:
         found.setdefault(tuple(row[name] for name in names), []).append(row)
     return found
-
-
-def _head(*names: str) -> list[str]:
-    return [_line(*names), "|" + "---|" * len(names)]
-
-
-def _line(*cells: str) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def draw(path: Path, rows: Iterable[Row]) -> None:

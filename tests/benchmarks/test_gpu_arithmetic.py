@@ -96,19 +96,6 @@ def result(section: str, shape: Shape, moved: float = 0.08, **times: float) -> d
     )  # fmt: skip
 
 
-def test_times_become_ratios_to_ours_and_shares_of_the_bandwidth() -> None:
-    shape = Shape(HEADS, 8, 32768)
-    found = result("decode", shape, stock_k8v4=7.0)
-    assert found["times_ours"]["stock k8v4"]["median"] == pytest.approx(7.0)
-    assert "ours" not in found["times_ours"]
-    assert found["achieved"]["ours"] == {
-        "gb_s": pytest.approx(800.0),
-        "share_of_copy": pytest.approx(0.8),
-        "tflop_s": pytest.approx(shape.flops / 1e8),
-    }
-    assert "ms" not in result_of(Job("decode", shape, 0), 1, {}, {}, 1000.0, {})
-
-
 def verdict_of(text: str, *results: dict[str, Any]) -> dict[str, Any]:
     (goal,) = [goal for goal in goals.GOALS if text in goal.text]
     return goals.verdict(goal, results)

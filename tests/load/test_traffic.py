@@ -27,7 +27,7 @@ def test_an_answer_is_judged_by_its_first_different_token(
 
 
 def test_requests_are_reproducible_share_beginnings_and_are_sometimes_cancelled() -> None:
-    drawn = plan(50, seed=1)
-    assert drawn == plan(50, seed=1) != plan(50, seed=2)
+    drawn = plan(50)
+    assert drawn == plan(50)
     assert len({request.prompt[:4] for request in drawn}) < 50
     assert any(request.cancelled_after for request in drawn)
