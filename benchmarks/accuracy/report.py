@@ -32,7 +32,7 @@ def _caches(caches: Sequence[Mapping[str, Any]]) -> list[str]:
     rows = []
     for cache in caches:
         layers = cache["quantised_layers"] + cache["unquantised_layers"]
-        quantised = "by rule" if "by rule" in cache["name"] else cache["quantised_layers"]
+        quantised = layers if "by rule" in cache["name"] else cache["quantised_layers"]
         rows.append(
             [
                 *(cache["name"], f"{quantised} of {layers}", f"{cache['perplexity']:,.3f}"),

@@ -11,7 +11,7 @@ import numpy
 
 from vllm_hybrid_kv.tools.output import Table, figure
 
-DRAWN = (1e-9, 1e3)
+DRAWN = (1e-6, 1e3)
 """The drawn range, in nats. Divergences outside, such as 0 and infinity, are drawn at its ends."""
 
 
