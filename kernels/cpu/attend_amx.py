@@ -235,7 +235,7 @@ def _attend_chunk(call, item, scratch, state, first, tiles, ahead, count):  # ty
         dim += dims
 
 
-_attend = work_item.item_loop(0, records.CHUNK, _attend_chunk, _setup)
+_attend = work_item.item_loop(_attend_chunk, _setup)
 
 
 def work(call_address, scratch):  # type: ignore[no-untyped-def]

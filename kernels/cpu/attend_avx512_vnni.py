@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from vllm_hybrid_kv.kernels.cpu import products, records
 
-_attend = products.attend(products.Products(vnni=True, rows=8, tiles=2))
+_attend = products.attend(products.Products(vnni=True, rows=8))
 
 
 def work(call_address, scratch):  # type: ignore[no-untyped-def]

@@ -100,9 +100,13 @@ class Emitter:
         return self.b.icmp_signed("==", rest, I64(0))
 
     def prefetch(self, address: ir.Value, write: int = 0) -> None:
-        """Prefetch a cache line. An invalid address does no harm."""
+        """Prefetch a cache line into the second-level cache. An invalid address does no harm.
+
+        Lines on their way to the first level would occupy its few miss buffers: on an AMD EPYC
+        (Zen 4) decode took 1.2 to 1.35 times as long.
+        """
         pointer = self.b.inttoptr(address, I8.as_pointer())
-        self.call("llvm.prefetch.p0", ir.VoidType(), pointer, I32(write), I32(3), I32(1))
+        self.call("llvm.prefetch.p0", ir.VoidType(), pointer, I32(write), I32(2), I32(1))
 
     def broadcast(self, scalar: ir.Value, lanes: int = LANES) -> ir.Value:
         """Copy a scalar to every lane."""

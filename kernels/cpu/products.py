@@ -35,10 +35,6 @@ from vllm_hybrid_kv.kernels.cpu.llvm import (
 )
 from vllm_hybrid_kv.kernels.cpu.records import SCORE_STRIDE, TILE_RECORD
 
-_FEW_ROWS, _CHUNK_OF_FEW = 8, 64
-"""Requests of up to 8 rows use chunks of 64 tokens. VNNI and plain vectors share these numbers,
-because the bits of a result depend on the chunks."""
-
 _WORD_DOTS = (
     ("+avx512bw", "avx512.pmaddw.d.512", 1),
     ("+avx2", "avx2.pmadd.wd", 2),
@@ -88,12 +84,10 @@ class Products:
     Attributes:
         vnni: Use the byte dot product of AVX-512 VNNI.
         rows: Multiply at most this many rows at once, a power of two.
-        tiles: Multiply this many key tiles at once.
     """
 
     vnni: bool
     rows: int
-    tiles: int
 
     def key_operands(self, e: Emitter, line: ir.Value) -> list[ir.Value]:
         """Split a line of keys, <32 x i16>, into its even and odd bytes if words are multiplied."""
@@ -136,41 +130,29 @@ def functions(products: Products) -> tuple[Any, Any]:
         """Multiply queries with `count` key tiles, and prefetch the keys of the tiles `ahead`."""
         words = 1 if products.vnni else 2
 
-        shift = products.tiles.bit_length() - 1
-        with e.each(e.shift_right(e.at(count, products.tiles - 1), shift)) as i:
-            bases, next_bases = (
-                [
-                    e.load(I64, e.at(e.at(at, i, products.tiles * TILE_RECORD), TILE_RECORD * t))
-                    for t in range(products.tiles)
-                ]
-                for at in (tiles, ahead)
-            )
-            columns = e.at(e.at(scratch, records.SCORES_AT), i, products.tiles * LINE)
+        with e.each(count) as i:
+            base, next_base = (e.load(I64, e.at(at, i, TILE_RECORD)) for at in (tiles, ahead))
+            column = e.at(e.at(scratch, records.SCORES_AT), i, LINE)
 
             def block(count: int, row: ir.Value, prefetches: bool) -> None:
                 queries = e.at(e.at(scratch, records.QUERIES_AT), e.b.mul(row, stride), 1)
                 starts = e.rows(queries, stride, count)
 
                 def four_dims(j: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-                    keys = []
-                    for base, next_base in zip(bases, next_bases, strict=True):
-                        if prefetches:
-                            e.prefetch(e.at(next_base, j, LINE))
-                        keys.append(products.key_operands(e, e.load_line(16, e.at(base, j, LINE))))
+                    if prefetches:
+                        e.prefetch(e.at(next_base, j, LINE))
+                    keys = products.key_operands(e, e.load_line(16, e.at(base, j, LINE)))
                     following = []
-                    for r, start in enumerate(starts):
+                    for total, start in zip(sums, starts, strict=True):
                         place = e.at(start, j, 4 * words)
                         query = [_broadcast(e, e.at(place, 4 * word)) for word in range(words)]
-                        for t, operands in enumerate(keys):
-                            total = sums[r * products.tiles + t]
-                            following.append(products.add_scores(e, total, operands, query))
+                        following.append(products.add_scores(e, total, keys, query))
                     return following
 
-                zeros = [filled(I32, 0)] * (count * products.tiles)
-                sums = iter(e.loop(e.shift_right(dims, 2), zeros, four_dims))
-                for line in e.rows(e.at(columns, row, SCORE_STRIDE), I64(SCORE_STRIDE), count):
-                    for t in range(products.tiles):
-                        e.store(next(sums), e.at(line, LINE * t))
+                sums = e.loop(e.shift_right(dims, 2), [filled(I32, 0)] * count, four_dims)
+                places = e.rows(e.at(column, row, SCORE_STRIDE), I64(SCORE_STRIDE), count)
+                for total, place in zip(sums, places, strict=True):
+                    e.store(total, place)
 
             _row_blocks(e, products, rows, block)
 
@@ -256,4 +238,4 @@ def attend(products: Products) -> Any:
         own = state.ctypes.data
         outputs(item.rows, now, then, count, call.dims, call.output_stride, own, scratch)
 
-    return work_item.item_loop(_FEW_ROWS, _CHUNK_OF_FEW, attend_chunk, words=words)
+    return work_item.item_loop(attend_chunk, words=words)

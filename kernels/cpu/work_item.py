@@ -87,20 +87,20 @@ def _begin(call, item, head, scratch, state, words):  # type: ignore[no-untyped-
 
 
 @inner
-def _next_chunk(first, chunk):  # type: ignore[no-untyped-def]
-    """Return the next multiple of `chunk` after token `first`.
+def _next_chunk(first):  # type: ignore[no-untyped-def]
+    """Return the first token of the chunk after that of token `first`.
 
     Chunks always end at the same tokens, so that a row's sums do not depend on how its request's
     prefill was divided.
     """
-    return (first // chunk + 1) * chunk
+    return (first // records.CHUNK + 1) * records.CHUNK
 
 
 @inner
-def _find_tiles(call, item, head, first, last, chunk, tiles):  # type: ignore[no-untyped-def]
+def _find_tiles(call, item, head, first, last, tiles):  # type: ignore[no-untyped-def]
     """Write the addresses of a chunk's tiles, from token `first` up to `last`; return how many."""
     inline.noinline()
-    tokens = min(last, _next_chunk(first, chunk)) - first
+    tokens = min(last, _next_chunk(first)) - first
     count = (max(tokens, np.int64(0)) + TILE - 1) // TILE
     table = call.block_table + item.request * call.block_table_stride
     plane = call.page_size * call.dims
@@ -117,21 +117,21 @@ def _find_tiles(call, item, head, first, last, chunk, tiles):  # type: ignore[no
 
 
 @inner
-def _find_next_tiles(call, item, head, first_ahead, last, chunk, ahead):  # type: ignore[no-untyped-def]
+def _find_next_tiles(call, item, head, first_ahead, last, ahead):  # type: ignore[no-untyped-def]
     """Find the tiles to prefetch during a chunk: those from token `first_ahead` on.
 
     During the item's last chunk, take the thread's next item and find the tiles of its first chunk.
     Returns how many tiles there are, and the index of the next item, or -1 if none was taken.
     """
     if first_ahead < last:
-        return _find_tiles(call, item, head, first_ahead, last, chunk, ahead), np.int64(-1)
+        return _find_tiles(call, item, head, first_ahead, last, ahead), np.int64(-1)
     index = inline.fetch_add(call.counters)
     number, head = divmod(index, call.num_kv_heads)
     if number >= call.num_items:
         return np.int64(0), index
     item = records.item_at(call.items + records.ITEM_BYTES * number)
     first, last = _keys_of_item(call, item)
-    return _find_tiles(call, item, head, first, last, chunk, ahead), index
+    return _find_tiles(call, item, head, first, last, ahead), index
 
 
 @inner
@@ -139,15 +139,10 @@ def _no_setup(item, scratch):  # type: ignore[no-untyped-def]
     pass
 
 
-def item_loop(
-    most_few_rows: int, chunk_of_few: int, attend_chunk: Any, setup: Any = _no_setup, words: int = 0
-) -> Any:
+def item_loop(attend_chunk: Any, setup: Any = _no_setup, words: int = 0) -> Any:
     """Return a function that processes a call's items, chunk by chunk, until none is left.
 
     Args:
-        most_few_rows: Requests of up to this many rows use chunks of `chunk_of_few` tokens, others
-            chunks of `records.CHUNK`.
-        chunk_of_few: See `most_few_rows`.
         attend_chunk: Adds a chunk of `count` tiles, from token `first` on, to the rows' sums.
             `ahead` are the next chunk's tiles, to prefetch. Both lists are padded to a multiple of
             four with tiles that get no weight.
@@ -164,18 +159,13 @@ def item_loop(
         state = np.empty(records.ROW_BLOCK, records.ROW_STATE)
         tiles = np.zeros(_TILES, records.TILE_ADDRESSES)
         ahead = np.zeros(_TILES, records.TILE_ADDRESSES)
-        # Count all rows of the request, so that its last, smaller item uses the same chunks.
-        few = item.query_length * call.group <= most_few_rows
-        chunk = np.int64(chunk_of_few if few else records.CHUNK)
         _begin(call, item, head, scratch, state, words)
         setup(item, scratch)
         first, last = _keys_of_item(call, item)
-        count = _find_tiles(call, item, head, first, last, chunk, tiles)
+        count = _find_tiles(call, item, head, first, last, tiles)
         while first < last:
-            first_ahead = _next_chunk(first, chunk)
-            count_ahead, index_ahead = _find_next_tiles(
-                call, item, head, first_ahead, last, chunk, ahead
-            )
+            first_ahead = _next_chunk(first)
+            count_ahead, index_ahead = _find_next_tiles(call, item, head, first_ahead, last, ahead)
             filled = (count + 3) // 4 * 4
             for i in range(count, filled):
                 tiles[i] = tiles[count - 1]
@@ -185,6 +175,8 @@ def item_loop(
             for i in range(count):
                 tile = tiles.ctypes.data + records.TILE_RECORD * i
                 row_ops.widen_scales(tile, scratch + 64 * i)
+                inline.prefetch(0, ahead[i].key_scales, 2 * TILE)
+                inline.prefetch(0, ahead[i].value_scales, 2 * TILE)
             attend_chunk(call, item, scratch, state, first, tiles, ahead, count)
             tiles, ahead = ahead, tiles
             count = count_ahead
