@@ -185,14 +185,14 @@ _RoundRow = Callable[[ir.Value], ir.Value]
 
 
 def _key_encoder(e: Emitter, results: ir.Value, token: int | ir.Value) -> _RoundRow:
-    """Return a function that encodes the sixteen keys at an address as bytes, code plus 128."""
+    """Return a function that encodes the 16 keys at an address; the low bytes are code + 128."""
     inverse = e.broadcast(e.load(F32, e.at(e.at(results, INVERSES), token, 4)))
 
-    def codes(place: ir.Value) -> ir.Value:
+    def raised_codes(place: ir.Value) -> ir.Value:
         raised = e.b.fadd(e.b.fmul(e.load_floats(place), inverse), filled(F32, ROUNDING + 128))
-        return e.b.bitcast(e.b.trunc(e.b.bitcast(raised, vector(I32)), vector(I8)), vector(I32, 4))
+        return e.b.bitcast(raised, vector(I32))
 
-    return codes
+    return raised_codes
 
 
 def _value_encoder(e: Emitter, results: ir.Value, token: int | ir.Value) -> _RoundRow:
@@ -241,22 +241,37 @@ def _store_keys(
     encoded = _key_encoder(e, results, token)
 
     def lines_of(i: ir.Value) -> list[ir.Value]:
-        codes = encoded(e.at(row, i, LINE))
-        return [e.b.extract_element(codes, I32(line)) for line in range(4)]
+        codes = e.b.trunc(encoded(e.at(row, i, LINE)), vector(I8))
+        words = e.b.bitcast(codes, vector(I32, 4))
+        return [e.b.extract_element(words, I32(line)) for line in range(4)]
 
     _lines_of_keys(e, head_size, to, lines_of)
 
 
 @inline_llvm
 def _store_key_quad(e: Emitter, to: Int64, rows: Int64, results: Int64, head_size: Int64) -> None:
-    """Store the keys of the four tokens of a quad: 16 bytes in each line of the tile."""
+    """Store the keys of the four tokens of a quad, 16 bytes of each line.
+
+    Shuffles within 16 bytes put four dims of a token where the token belongs. Converting words to
+    bytes first would take twice the time, because that crosses lanes.
+    """
     encoders = [_key_encoder(e, results, token) for token in range(4)]
+    zeros = filled(I8, 0, 4 * LANES)
 
     def lines_of(i: ir.Value) -> list[ir.Value]:
         sources = e.rows(e.at(rows, i, LINE), I64(ROW_BYTES), 4)
-        w, x, y, z = (encoded(at) for encoded, at in zip(encoders, sources, strict=True))
-        four = e.shuffle(e.shuffle(w, x, range(8)), e.shuffle(y, z, range(8)), range(16))
-        return [e.shuffle(four, four, range(line, 16, 4)) for line in range(4)]
+        total = zeros
+        for token, (encoded, source) in enumerate(zip(encoders, sources, strict=True)):
+            codes = e.b.bitcast(encoded(source), zeros.type)
+            order = [
+                16 * line + 4 * dim if of == token else 4 * LANES
+                for line in range(4)
+                for of in range(4)
+                for dim in range(4)
+            ]
+            total = e.b.or_(total, e.shuffle(codes, zeros, order))
+        lines = e.b.bitcast(total, vector(I32))
+        return [e.shuffle(lines, lines, range(4 * line, 4 * line + 4)) for line in range(4)]
 
     _lines_of_keys(e, head_size, to, lines_of)
 
@@ -311,12 +326,15 @@ def place(rows, results, token, quad, head_size, region, page_size, t):  # type:
     tile, quad_of_tile = t // _TILE * _TILE, t % _TILE // 4
     to_keys = region + tile * head_size + 4 * (t % _TILE)
     to_values = plane + tile * (head_size // 2)
-    for offset, to in ((0, scales), (8, scales + 2 * page_size)):
-        inline.copy_bytes(to, results + offset + 2 * token, 8 if quad else 2)
+    value_scales = scales + 2 * page_size
     if quad:
+        inline.copy_bytes(scales, results, 8)
+        inline.copy_bytes(value_scales, results + 8, 8)
         _store_key_quad(to_keys, rows, results, head_size)
         _store_value_quad(to_values, rows + VALUE_ROWS, results, head_size, quad_of_tile)
         return
+    inline.copy_bytes(scales, results + 2 * token, 2)
+    inline.copy_bytes(value_scales, results + 8 + 2 * token, 2)
     row = rows + token * ROW_BYTES
     _store_keys(to_keys, row, results, token, head_size)
     to = to_values + _BYTE_OF_TOKEN[t % 4]

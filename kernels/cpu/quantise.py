@@ -42,17 +42,23 @@ _call = records.CallBuffer(records.StoreCall)
 
 
 @numba.njit
-def _rotate_row(source, dtype_code, head_size, row, largest, limit, unit):  # type: ignore[no-untyped-def]
+def _rotate(source, dtype_code, head_size, row, largest, ahead):  # type: ignore[no-untyped-def]
     """Rotate a row, without the product with `unit`, and write its partial maxima to `largest`.
 
-    Only a row with a large number is clamped: to `limit` before the rotation, and to
-    `limit / unit` after it. Returns whether the row has a NaN.
+    Prefetches the row `ahead` bytes after `source`.
     """
-    row_ops.widen_row(dtype_code, source, row, head_size)
+    row_ops.widen_row(dtype_code, source, row, head_size, ahead)
     rotation.rotate_and_measure(row, head_size, largest)
-    if not encode.any_above(_NO_CLAMP, largest, 1):
-        return False
-    row_ops.widen_row(dtype_code, source, row, head_size)
+
+
+@numba.njit
+def _rotate_clamped(source, dtype_code, head_size, row, largest, limit, unit):  # type: ignore[no-untyped-def]
+    """Clamp and rotate a row, without the product with `unit`, and write its partial maxima.
+
+    The row is clamped to `limit` before the rotation, and to `limit / unit` after it. Returns
+    whether the row has a NaN.
+    """
+    row_ops.widen_row(dtype_code, source, row, head_size, 0)
     if encode.any_above(INFINITY_BITS, row, (head_size + LANES - 1) // LANES):
         return True
     encode.clamp_row(row, head_size, limit)
@@ -63,11 +69,12 @@ def _rotate_row(source, dtype_code, head_size, row, largest, limit, unit):  # ty
 
 
 @numba.njit
-def _rotate_token(key, value, dtype_code, head_size, row, largest, unit):  # type: ignore[no-untyped-def]
+def _rotate_token_clamped(key, value, dtype_code, head_size, row, largest, unit):  # type: ignore[no-untyped-def]
     """Rotate a token's key and value. If either has a NaN, write zeros for both; return True."""
+    inline.noinline()
     value_row, largest_value = row + encode.VALUE_ROWS, largest + 4 * LINE
-    nan = _rotate_row(key, dtype_code, head_size, row, largest, _KEY_MAX, unit)
-    nan |= _rotate_row(value, dtype_code, head_size, value_row, largest_value, _VALUE_MAX, unit)
+    nan = _rotate_clamped(key, dtype_code, head_size, row, largest, _KEY_MAX, unit)
+    nan |= _rotate_clamped(value, dtype_code, head_size, value_row, largest_value, _VALUE_MAX, unit)
     if nan:
         lines = (head_size + LANES - 1) // LANES
         row_ops.clear_lines(row, lines)
@@ -111,7 +118,6 @@ def _store_item(call, item):  # type: ignore[no-untyped-def]
     key_stride, value_stride = call.key_token_stride, call.value_token_stride
     unit = np.float32(call.unit)
     head_bytes = page_size * (head_size + head_size // 2 + 4)
-    row_bytes = head_size * (4 if dtype_code == records.FLOAT32 else 2)
     i = item * _ITEM_TOKENS
     last = min(i + _ITEM_TOKENS, call.num_tokens)
     while i < last:
@@ -121,9 +127,6 @@ def _store_item(call, item):  # type: ignore[no-untyped-def]
             head = call.cache + h * head_bytes
             key = call.key + i * key_stride + h * call.key_head_stride
             value = call.value + i * value_stride + h * call.value_head_stride
-            for token in range(count, 2 * count):
-                inline.prefetch(0, key + token * key_stride, row_bytes)
-                inline.prefetch(0, value + token * value_stride, row_bytes)
             if quad:
                 slot = inline.load_int64(slots + 8 * i)
                 region, t = head + slot // page_size * block_stride, slot % page_size
@@ -131,13 +134,20 @@ def _store_item(call, item):  # type: ignore[no-untyped-def]
                 inline.prefetch(1, region + ahead * head_size, 4 * head_size)
                 plane = region + page_size * head_size
                 inline.prefetch(1, plane + ahead * (head_size // 2), 2 * head_size)
-            nan_tokens = 0
             for token in range(count):
-                nan = _rotate_token(
-                    key + token * key_stride, value + token * value_stride, dtype_code, head_size,
-                    rows + token * ROW_BYTES, largest + token * LINE, unit,
-                )  # fmt: skip
-                nan_tokens |= nan << token
+                row, top = rows + token * ROW_BYTES, largest + token * LINE
+                key_row, value_row = key + token * key_stride, value + token * value_stride
+                _rotate(key_row, dtype_code, head_size, row, top, count * key_stride)
+                row, top = row + encode.VALUE_ROWS, top + 4 * LINE
+                _rotate(value_row, dtype_code, head_size, row, top, count * value_stride)
+            nan_tokens = 0
+            if encode.any_above(_NO_CLAMP, largest, encode.LARGEST_BYTES // LINE):
+                for token in range(count):
+                    nan = _rotate_token_clamped(
+                        key + token * key_stride, value + token * value_stride, dtype_code,
+                        head_size, rows + token * ROW_BYTES, largest + token * LINE, unit,
+                    )  # fmt: skip
+                    nan_tokens |= nan << token
             encode.write_scales(largest, unit, nan_tokens, results)
             for token in range(1 if quad else count):
                 slot = inline.load_int64(slots + 8 * (i + token))

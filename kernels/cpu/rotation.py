@@ -64,11 +64,24 @@ def _two_vectors(e: Emitter, two: _Vectors) -> _Vectors:
     return [e.b.fadd(x, y), e.b.fsub(x, y)]
 
 
+def _vectors_of_block(e: Emitter, vectors: _Vectors) -> _Vectors:
+    """Apply the stages of strides from 16 on to the vectors of a block."""
+    vectors, stride = list(vectors), 1
+    while stride < len(vectors):
+        radix = 4 if 4 * stride <= len(vectors) else 2
+        combine = _four_vectors if radix == 4 else _two_vectors
+        for first in range(len(vectors)):
+            if first // stride % radix == 0:
+                places = slice(first, first + radix * stride, stride)
+                vectors[places] = combine(e, vectors[places])
+        stride *= radix
+    return vectors
+
+
 def _rotate(e: Emitter, row: ir.Value, head_size: ir.Value) -> ir.Value:
     """Apply all stages to a row in place. Its memory is padded to a multiple of 16 numbers.
 
-    The stages within 64 numbers run in registers. Each further stage combines 2 or 4 such blocks,
-    and reads the row again.
+    A block of up to 256 numbers stays in registers for all stages; one of 512 is read twice.
 
     Returns:
         16 partial maxima of |x| as int32 bits; a NaN is the largest.
@@ -112,13 +125,7 @@ def _rotate(e: Emitter, row: ir.Value, head_size: ir.Value) -> ir.Value:
             return [in_vectors(((4, 1), (2, 4)))]
         if block == LANES:
             return [in_vectors(((4, 1), (4, 4)))]
-        if block == 2 * LANES:
-            return [among(2, 1, _two_vectors, True)]
-        largest = among(4, 1, _four_vectors, True)
-        if block == 8 * LANES:
-            largest = among(2, 4, _two_vectors, False)
-        if block >= 16 * LANES:
-            largest = among(4, 4, _four_vectors, False)
+        largest = among(min(block // LANES, 16), 1, _vectors_of_block, True)
         if block == 32 * LANES:
             largest = among(2, 16, _two_vectors, False)
         return [largest]

@@ -41,14 +41,21 @@ def _load_floats(e: Emitter, dtype_code: int, address: ir.Value, lanes: int) -> 
 
 
 @inline_llvm
-def widen_row(e: Emitter, dtype_code: Int64, source: Int64, to: Int64, dims: Int64) -> None:
-    """Convert a row to float32. If `dims` is not a multiple of 16, write the last 8 twice."""
+def widen_row(
+    e: Emitter, dtype_code: Int64, source: Int64, to: Int64, dims: Int64, ahead: Int64
+) -> None:
+    """Convert a row to float32. If `dims` is not a multiple of 16, write the last 8 twice.
+
+    Prefetches the row `ahead` bytes after `source`.
+    """
 
     def widen(code: int) -> None:
         step = LANES * (4 if code == FLOAT32 else 2)
         vectors = e.shift_right(dims, 4)
         with e.each(vectors) as i:
-            e.store(_load_floats(e, code, e.at(source, i, step), LANES), e.at(to, i, LINE))
+            place = e.at(source, i, step)
+            e.prefetch(e.b.add(place, ahead))
+            e.store(_load_floats(e, code, place, LANES), e.at(to, i, LINE))
         with e.b.if_then(e.b.not_(e.is_multiple(dims, LANES))):
             last = _load_floats(e, code, e.at(source, vectors, step), _EIGHT)
             e.store(e.shuffle(last, last, 2 * [*range(_EIGHT)]), e.at(to, vectors, LINE))

@@ -74,7 +74,7 @@ def _begin(call, item, head, scratch, state, words):  # type: ignore[no-untyped-
     for row in range(item.rows):
         token, query_head = _query_of_row(call, item, head, row)
         source = call.query + token * call.query_token_stride + query_head * call.query_head_stride
-        row_ops.widen_row(call.dtype_code, source, row_at, call.dims)
+        row_ops.widen_row(call.dtype_code, source, row_at, call.dims, 0)
         largest = row_at + encode.ROW_BYTES
         rotation.rotate_and_measure(row_at, call.dims, largest)
         to = scratch + records.QUERIES_AT + row * stride
