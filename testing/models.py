@@ -104,10 +104,14 @@ def qwen3_5_config(head_size: int = 128, layers: int = 8) -> Qwen3_5TextConfig:
     return Qwen3_5TextConfig(**_common(layers), **_gated_delta_net(head_size, layers))
 
 
-def gemma4_config(global_head_size: int = HEAD_SIZE) -> Gemma4TextConfig:
+def gemma4_config(
+    global_head_size: int = HEAD_SIZE, head_size: int = HEAD_SIZE
+) -> Gemma4TextConfig:
     """Return a model like Gemma 4 E2B: window and full attention alternate, layers share pages."""
     return Gemma4TextConfig(
-        **_shared_pages(10), global_head_dim=global_head_size, hidden_size_per_layer_input=0
+        **{**_shared_pages(10), "head_dim": head_size},
+        global_head_dim=global_head_size,
+        hidden_size_per_layer_input=0,
     )
 
 

@@ -17,7 +17,6 @@ from testing import planted_faults
 from testing.engine_host import EngineError, EngineHost
 from testing.model_cases import settings
 from testing.models import SHARED_LAYERS, build_model, gemma4_config
-from testing.output_comparison import format_error
 from testing.tokenizer import random_prompt
 
 pytestmark = pytest.mark.engine
@@ -36,6 +35,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "skipped sharing layer": {"kv_cache_dtype_skip_layers": ["9"]},
 }
 BOUND = 0.2
+WIDE_ERROR = 0.110
+"""Mean error of the log-probabilities of the fixture `wide`, as a share of their standard
+deviation, when transformers runs it in float32 and its cache holds what `reference.dequantise`
+returns for `reference.quantise`."""
 OURS = "K8V4AttentionBackend"
 
 Model = Callable[..., Path]
@@ -144,27 +147,29 @@ def test_pages_that_do_not_fit_a_layer_stop_start_up(
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Gemma 4 whose global layers have heads of 512 elements."""
-    return build_model(gemma4_config(512), tmp_path_factory.mktemp("wide"))
+    """A Gemma 4 with its real head sizes: 256 in window layers, 512 in global ones."""
+    return build_model(gemma4_config(512, 256), tmp_path_factory.mktemp("wide"))
 
 
-def test_heads_of_512_next_to_64_are_close_to_an_unquantised_cache(
+def test_heads_of_256_next_to_512_differ_from_an_unquantised_cache_by_the_formats_error(
     host: EngineHost, wide: Path
 ) -> None:
     found = {}
     for dtype in ("auto", "turboquant_k8v4"):
         running = engine(host, wide, dtype)
-        outputs = running.generate([LONG, SHORT], 4, prompt_logprobs=True)
+        outputs = running.generate([LONG, SHORT], 1, prompt_logprobs=True)
         found[dtype] = [number for o in outputs for number in o.prompt_logprobs or []]
     layers = layers_of(running)
     assert all(layer["backend"].endswith(OURS) for layer in layers.values())
     per_token = [layers[i]["content_bytes"] / layers[i]["block_size"] for i in (0, 1)]
-    assert per_token == [2 * (64 + 32 + 4), 2 * (512 + 256 + 4)]
+    assert per_token == [2 * (256 + 128 + 4), 2 * (512 + 256 + 4)]
+
     pairs = zip(found["auto"], found["turboquant_k8v4"], strict=True)
     error = statistics.fmean(abs(a - b) for a, b in pairs)
     spread = statistics.pstdev(found["auto"])
-    print(f"heads of 512: mean error {error / spread:.3f} of the standard deviation")
-    assert 0.005 * spread < error < math.sqrt(2 / math.pi) * format_error(512) * spread
+    print(f"heads of 256 and 512: mean error {error / spread:.3f} of the standard deviation")
+    # The codes of a few keys and values differ between CPUs, because activations do.
+    assert error / spread == pytest.approx(WIDE_ERROR, rel=0.1)
 
 
 def test_a_wrong_kernel_stops_start_up_with_the_layer_the_error_and_the_remedy(
