@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm serve` with clients that hang up, a killed engine, and two engines."""
+"""`vllm serve` with clients that hang up, a killed engine, two engines, and differing workers."""
 
 from __future__ import annotations
 
 import os
 import re
 import signal
+import sys
 import tempfile
 import threading
 from collections import Counter
@@ -19,12 +20,13 @@ import openai
 import pytest
 from openai.types import Completion
 
-from testing.engine_host import EngineHost
+from testing.engine_host import BASE_ENVIRONMENT, EngineHost
 from testing.model_cases import case_of, settings
 from testing.output_comparison import decisive
-from testing.processes import group_ends, group_members, wait_until
+from testing.processes import group_ends, group_members, kill_group, start_group, wait_until
 from testing.server import Server, serve
 from testing.tokenizer import random_prompt
+from testing.virtual_environments import distribution
 
 pytestmark = pytest.mark.engine
 
@@ -151,3 +153,51 @@ def test_both_engines_of_data_parallelism_answer_like_a_single_engine(
     for answer, output, tokens in zip(answers, outputs, counts, strict=True):
         assert answer[:tokens] == output.tokens[:tokens]
     assert sum(counts) >= len(prompts) * count // 2
+
+
+SABOTAGE = """
+import multiprocessing
+
+def not_taken():
+    if multiprocessing.current_process().name == "VllmWorker-1":
+        from vllm_hybrid_kv.patches import mechanism
+        mechanism.Rebinding.apply = lambda self: None
+
+def patched():
+    if multiprocessing.current_process().name == "VllmWorker-1":
+        from vllm.v1.core import kv_cache_utils
+        kv_cache_utils.get_kv_cache_capacity = lambda vllm_config, kv_cache_config: (0, 0)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("not_taken", "WorkerBase.__init__ is not the plugin's"),
+        ("patched", "the process VllmWorker-1 has hybrid_kv"),
+    ],
+)
+def test_a_worker_with_other_patches_stops_all_processes_with_one_message(
+    small_model: Model, tmp_path: Path, nobind: None, change: str, words: str
+) -> None:
+    site = tmp_path / "site"
+    entry_point = f"[vllm.general_plugins]\nsabotage = sabotage:{change}\n"
+    distribution(site, "sabotage", "1.0", entry_point, sabotage=SABOTAGE)
+    vllm = Path(sys.executable).with_name("vllm")
+    two = ("--tensor-parallel-size", "2", "--port", "0", "--max-model-len", "2048")
+    command = [vllm, "serve", small_model("llama"), *ARGUMENTS, *K8V4, *two]
+    path = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
+    log = tmp_path / "log.txt"
+    process = start_group(command, log, {**BASE_ENVIRONMENT, "PYTHONPATH": path}, cwd=tmp_path)
+    try:
+        status = process.wait(600)
+        ended = group_ends(process.pid, SETTLED_S)
+    finally:
+        kill_group(process)
+    output = log.read_text(errors="replace")
+    (message,) = (line for line in output.splitlines() if words in line)
+    assert "errors.HybridKV" in message
+    assert status not in (0, -9)
+    assert ended
+    assert "Application startup complete" not in output
