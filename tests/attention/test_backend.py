@@ -18,8 +18,8 @@ from vllm_hybrid_kv.kernels import k8v4, reference
 
 HEADS, KV_HEADS, HEAD_SIZE, PAGE = 8, 2, 64, 32
 BF16_TOLERANCE = 2**-8
-"""Outputs of about 1 are rounded to bf16, by up to 2^-9. Scores are exact products of integers, and
-weights are rounded to integers of 15 bits."""
+"""Rounding outputs of about 1 to bf16 costs up to 2^-9. The rest covers weights, which the kernel
+rounds to integers of 15 bits. Scores are exact, because they are products of integers."""
 
 
 def spec(cls=FullAttentionSpec, **changes):
@@ -71,7 +71,7 @@ def builder():
 
 
 def batch(seq_lens, query_lens, causal=True, padding=0):
-    # The host's lengths are upper bounds. Results must not depend on them.
+    # The host knows only upper bounds of the lengths. Results must not depend on the bounds.
     common, _ = common_metadata(Step(tuple(seq_lens), tuple(query_lens), bound=7), PAGE)
     common.causal = causal
     common.slot_mapping = torch.cat([common.slot_mapping, torch.full((padding,), -1)])
@@ -79,7 +79,7 @@ def batch(seq_lens, query_lens, causal=True, padding=0):
 
 
 def run(impl, common, tokens, seed=0):
-    """Store the earlier tokens, then run one step."""
+    """Fill the cache, then run one step with the backend and with the reference."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(count, heads):
@@ -159,7 +159,8 @@ def test_a_batch_that_mixes_causal_and_bidirectional_requests_is_refused_by_name
         builder().build(0, common)
 
 
-# vLLM selects the backend of chunked local attention without looking at the skipped layers.
+# vLLM ignores skipped layers when it selects a backend for chunked local attention, so advice to
+# skip the layer would not help.
 @pytest.mark.parametrize("dtype", ["turboquant_4bit_nc", "auto"])
 def test_another_cache_dtype_is_refused_without_the_advice_to_skip_the_layer(dtype):
     with pytest.raises(UnsupportedLayerError, match=f"KV cache dtype is {dtype}, ") as refused:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Our backend has none of the faults of vLLM's TurboQuant backend ("stock") on GPUs.
 
-Tests with two backends also run stock's own code and expect it to fail: a test that stock passes
-would not show its fault. Triton's interpreter runs the GPU kernels.
+Tests marked `both` also run stock's own code and expect it to fail, which proves that the test can
+find the fault. Triton's interpreter runs the GPU kernels.
 """
 
 from __future__ import annotations

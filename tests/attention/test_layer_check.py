@@ -33,7 +33,7 @@ ADVICE = (
 
 
 def spec(quantised=True, head_size=64, kv_heads=2, block_size=64, cls=FullAttentionSpec, **fields):
-    """A spec as the model runner makes it."""
+    """Make a spec as the model runner does, customised by the layer's backend."""
     backend = K8V4AttentionBackend if quantised else CPUAttentionBackend
     return backend.customize_spec(
         cls(
@@ -79,7 +79,7 @@ def test_matching_layers_and_pages_pass():
         layers,
         [
             group(spec(quantised=False, block_size=128), "0"),
-            # A layer that shares pages may be listed (layer 3) or not (layer 4).
+            # A plan may list a layer that shares pages (layer 3) or omit it (layer 4).
             group(planned, "1", "3"),
             group(spec(cls=SlidingWindowSpec, sliding_window=96, block_size=128), "2"),
             group(STATE, "states"),

@@ -21,7 +21,7 @@ AUTO = "Serve the model with --kv-cache-dtype auto"
 
 
 def selection(**changes):
-    """Return the reason why a layer is refused when vLLM selects its backend."""
+    """Select a backend for a layer as vLLM does. Returns why it is refused, or None."""
     layer = {
         "head_size": 128,
         "attn_type": AttentionType.DECODER,
@@ -36,7 +36,7 @@ def selection(**changes):
 
 
 def implementation(**changes):
-    """Return the reason why a layer is refused when its implementation is made."""
+    """Construct a layer's implementation. Returns why it is refused, or None."""
     layer = {
         "kv_cache_dtype": "turboquant_k8v4",
         "num_heads": 8,
@@ -50,7 +50,7 @@ def implementation(**changes):
 
 
 def message(reason, prefix="model.layers.7.self_attn.attn"):
-    """Return the message of a layer that is refused while it is made."""
+    """Refuse a layer while it is constructed, and return the error message."""
 
     class Layer:
         def __init__(self, prefix):
@@ -69,7 +69,7 @@ def avx512(monkeypatch):
 
 @pytest.fixture
 def engine(monkeypatch):
-    """A function that fakes the config of a model under construction, and its earlier layers."""
+    """Return a function that fakes vLLM's config; `made` has the head sizes of earlier layers."""
 
     def fake(head_size=128, made=(), types=None, skipped=()):
         layers = {str(i): SimpleNamespace(head_size=size) for i, size in enumerate(made)}
@@ -153,7 +153,7 @@ ON_A_GPU = (
             f"Either keep the layers of its type unquantised with {SKIP} 0 1 5 10 11 swa, "
             f"{OR_SERVE}",
         ),
-        # vLLM cannot skip the layer by number.
+        # vLLM cannot skip these layers by number.
         (32, {"made": [128]}, "decoder.attn", f"{AUTO} or fp8"),
         (32, {"made": [128]}, "blocks.3.parts.1.attn", f"{AUTO} or fp8"),
     ],

@@ -53,27 +53,27 @@ CASES = [
     *(Case(page_size=n, lengths=(2900, 200), queries=(3, 130)) for n in (16, 32, 128, 384, 2768)),
     *(Case(head_size=size, dtype=dtype, **MIXED) for size in (72, 128) for dtype in DTYPES),
     *(Case(options=options, **MIXED) for options in OPTIONS),
-    # The window starts late in a chunk: the first chunk has few tiles, an odd number too.
+    # The window starts late in a chunk, so the first chunk has few tiles (sometimes an odd number).
     *(
         Case(lengths=(305, 570), queries=(queries, 1), options={"window": window})
         for queries in (1, 70)
         for window in (3, 20, 40, 300)
     ),
-    # A few new tokens of one request, which each see the tokens up to themselves.
+    # A request has several new tokens. Each must see only the tokens up to itself.
     *(Case(lengths=(900, 33), queries=(n, n), num_heads=6) for n in range(1, 9)),
-    # New tokens on both sides of the end of a chunk.
+    # Some new tokens lie before the end of a chunk and some after it.
     *(
         Case(lengths=(length,), queries=(queries,), options=options)
         for length, queries in ((65, 2), (257, 2), (258, 4), (520, 16))
         for options in ({}, {"window": 60})
     ),
-    # A prompt after cached context.
+    # The first prompt has 1100 cached tokens, the second has none.
     Case(lengths=(1500, 260), queries=(400, 260), num_heads=4),
 ]
 
 
 def request_of(batch: Batch, request: int, first: int, last: int, length: int) -> Batch:
-    """Return a batch of one request's query tokens `first` to `last - 1` alone."""
+    """Cut one request out of a batch, with the rows `first` to `last - 1` of the query."""
     return replace(
         batch,
         query=batch.query[first:last],
@@ -125,7 +125,7 @@ def test_a_long_sequence_divided_among_threads_equals_the_reference(
 ) -> None:
     batch = make(Case(lengths=(9000, 5), queries=(queries, 1), num_kv_heads=1, num_heads=5))
     assert_close(attend(batch, path), expected(batch))
-    # Now the ratio of the parts' largest weights exceeds the range of float32.
+    # With such large scores, float32 cannot express the ratio of two parts' largest weights.
     batch.query *= 100
     assert_close(attend(batch, path), expected(batch))
 
@@ -152,7 +152,7 @@ def test_strides_do_not_change_the_bits(path: str) -> None:
 def test_blocks_more_than_two_gigabytes_into_the_cache_are_read(path: str) -> None:
     batch = make(Case(lengths=(100,), page_size=64))
     _, heads, page_size, slot = batch.cache.shape
-    stride = 2**31 + 4096  # mostly never touched, hence never allocated
+    stride = 2**31 + 4096  # the gaps are never touched, so they take no memory
     memory = torch.empty(2 * stride + heads * page_size * slot, dtype=torch.uint8)
     far = memory.as_strided((3, heads, page_size, slot), (stride, page_size * slot, slot, 1))
     far[2] = batch.cache[int(batch.block_table[0, 0])]
@@ -204,7 +204,7 @@ def test_the_division_of_a_prefill_does_not_change_its_bits(window: int | None, 
 
 EQUAL_BITS = [
     *(Case(head_size=n, **MIXED) for n in (64, 72, 96, 128, 512)),
-    # Requests of each number of rows, of several chunks.
+    # Decodes of several chunks, with 1 to 9 query heads that share a KV head.
     *(Case(lengths=(900,), num_heads=n, num_kv_heads=1) for n in range(1, 10)),
     *(Case(options=options, **MIXED) for options in OPTIONS),
     Case(lengths=(1500, 260), queries=(400, 260), dtype=torch.bfloat16),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NaN, extreme numbers and uninitialised memory in attention on CPUs."""
+"""How attention on CPUs treats NaN, extreme numbers and uninitialised memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vllm_hybrid_kv.kernels.cpu import attention
 pytestmark = pytest.mark.parametrize("path", PATHS)
 
 HIDDEN_SCALES = (0x7E00, 0x7C00, 0xFC00 - 0x10000, 0x7BFF)
-"""Scales of tokens that no row sees, as bits: NaN, both infinities, the largest number."""
+"""fp16 bits, used as scales of tokens that no row sees: NaN, both infinities, the maximum."""
 
 PLANES = [[0], [1], [0, 1]]
 """Key scales, value scales, both."""
@@ -44,7 +44,7 @@ def test_leftovers_in_the_workspace_have_no_effect(
 
 
 def fill_token(batch: Batch, request: int, token: int, bits: int, planes: list[int]) -> None:
-    """Set a token's scales to the bits of a half, and its key codes to the largest."""
+    """Set a token's key codes to 127, and its scales in these planes to the fp16 number `bits`."""
     block, t = batch.place(request, token)
     batch.set_keys(block, t, [127] * batch.page_format.head_size)
     batch.scales.view(torch.int16)[block, :, planes, t] = bits
@@ -62,7 +62,7 @@ def test_memory_that_no_row_sees_has_no_effect(
     for bits in HIDDEN_SCALES:
         for block in set(range(batch.cache.shape[0])) - used:
             batch.cache[block].view(torch.int16).fill_(bits)
-        # After the last token, before the window, and in every head.
+        # Fill slots after the last token and tokens before the window, in every head.
         for request, tokens in ((0, (*range(300, 384), *range(200))), (1, (129, 200, 255))):
             for token in tokens:
                 fill_token(batch, request, token, bits, planes)
@@ -131,14 +131,14 @@ def test_the_largest_codes_of_queries_and_keys_do_not_saturate(
     batch.scales[:, :, 0] = 2.0**-10
     for token in range(length):
         block, t = batch.place(0, token)
-        # All products positive, all negative, or those of all but `token` dims.
+        # All products are positive (token 0), all negative (token 1), or `token` of them negative.
         own = signs.clone()
         own[:token] *= -1
         codes = 127 * (-signs if token == 1 else own)
         batch.set_keys(block, t, codes.tolist())
     got, wanted = attend(batch, path), expected(batch)
     assert_close(got, wanted)
-    # Token 0 alone, whose score is exact but for the rotation of the query.
+    # Attend to token 0 alone. Only rotating the query rounds, so its score is known.
     batch.seq_lens[:], batch.query_start_loc[1] = 1, 1
     _, lse = attend(batch, path)
     score = head_size * 127 * 2.0**-10 * head_size**-0.5
@@ -179,22 +179,22 @@ def test_the_largest_keys_scales_and_queries_stay_finite_and_exact(path: str) ->
 
 @pytest.mark.parametrize("queries", [1, 3, 40])
 def test_many_small_weights_after_one_large_one_are_not_lost(queries: int, path: str) -> None:
-    # Each of 6000 tokens weighs 1/20,000 of the first one: together 0.3 of it.
+    # Every later token weighs 1/20,000 of the first one, so all 6000 together weigh 0.3 of it.
     batch = make(Case(lengths=(6000,), queries=(queries,)))
     page_format = batch.page_format
     regions = batch.cache.flatten(2)
     regions[..., : page_format.value_offset] = 128
     regions[..., page_format.value_offset : page_format.key_scale_offset] = 0xFF
     batch.scales[:, :, 0], batch.scales[:, :, 1] = 0.624, 1 / 7.5
-    # Rotated, all even dims are the root of 2 and all odd ones 0.
+    # After the rotation, all even dims are the square root of 2 and all odd dims are 0.
     batch.query[:] = 1.0
     block, t = batch.place(0, 0)
     batch.set_keys(block, t, [127])  # a score of 9.9
-    batch.set_values(block, t, [0] * 128)  # -1, the others are 1
+    batch.set_values(block, t, [0] * 128)  # values of -1; all other tokens have values of 1
     wanted = expected(batch)
     mean = reference.rotate(wanted[0]).mean()
     torch.testing.assert_close(mean, torch.tensor(-0.54), atol=0.01, rtol=0)
-    # In the first token's chunk of up to 256, a weight of 1.6 steps is rounded by up to half one.
+    # The first token's chunk has up to 256 weights of 1.6 steps, each rounded by up to half a step.
     rounding = 256 * 0.5 / 32766 / 1.3
     out, lse = attend(batch, path)
     torch.testing.assert_close(out, wanted[0], atol=2**0.5 * rounding, rtol=1e-4)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Effects of the CPU kernels on their process: instruction sets, threads, compiled code."""
+"""How the CPU kernels behave in a process: instruction sets, threads, cache of compiled code."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ index = lambda *numbers: torch.tensor(numbers, dtype=torch.int32)
 paged_attention(query, cache, index(0)[None], index(5), index(0, 1), out, scale=1.0, isa="portable")
 assert ((out + 15.0).abs() < 1e-5).all(), out
 """
-"""Attend to five tokens of value -15 (code 0, scale 2) on the portable path."""
+"""Code for a child process: attend to five tokens whose values are all -15 (code 0, scale 2)."""
 
 STORE = """
 from vllm_hybrid_kv.kernels import reference
@@ -81,11 +81,11 @@ assert not compiled, compiled
 """
 
 ROOM = "40k"
-"""Enough for the indexes of the cache, too little for any compiled kernel."""
+"""Size of a disk that can hold the index files of Numba's cache, but no compiled kernel."""
 
 
 def stderr_of(code: str, **environment: str | Path) -> str:
-    """Run Python code in a child process, which must succeed, and return its error output."""
+    """Run Python code in a child process that must succeed. Returns what it wrote to stderr."""
     command, changed = [sys.executable, "-c", code], {k: str(v) for k, v in environment.items()}
     result = subprocess.run(
         command, env=os.environ | changed, capture_output=True, text=True, timeout=300, check=False
@@ -96,7 +96,7 @@ def stderr_of(code: str, **environment: str | Path) -> str:
 
 @pytest.fixture
 def flags(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bool]]:
-    """Torch's CPU flags, to be changed before the first use."""
+    """The CPU flags that torch reports. A test changes them before it calls functions of `isa`."""
     flags = dict(torch.cpu.get_capabilities())
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
     isa.available.cache_clear()
@@ -148,7 +148,7 @@ def test_the_amx_path_equals_the_reference_with_emulated_tile_instructions(tmp_p
 
 
 def test_the_portable_kernels_need_no_instruction_beyond_avx2(tmp_path: Path) -> None:
-    """LLVM ends the process if it has to call a library for a missing instruction."""
+    """If LLVM lacks an instruction, it has to call a library function, and ends the process."""
     features = "+avx2,+fma,+f16c"
     environment = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": features}
     stderr_of(ATTEND + STORE, **environment, NUMBA_CACHE_DIR=tmp_path)
@@ -190,7 +190,7 @@ def test_numba_uses_as_many_threads_as_torch_and_leaves_torch_unchanged() -> Non
             id="a smaller pool of an earlier import of numba is used",
         ),
         pytest.param(
-            # vLLM's workers set the number and then replace the function with a no-op.
+            # vLLM's workers set the number of threads, then replace `set_num_threads` by a no-op.
             "import torch; torch.set_num_threads(1); torch.set_num_threads = lambda count: None\n"
             + ATTEND
             + "assert torch.get_num_threads() == 1",
@@ -223,7 +223,7 @@ def test_kernels_run_without_a_writable_directory(tmp_path: Path) -> None:
     shutil.copytree(Path(vllm_hybrid_kv.__file__).parent, package, ignore=skip)
     source = Path(kernels.__file__).parent
     shutil.copytree(source, package / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    # A file instead of the directory stops even root.
+    # Put a file where Numba would create its cache directory, because that stops even root.
     (package / "kernels" / "cpu" / "__pycache__").write_text("")
     nowhere = dict.fromkeys(("NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "HOME"), "/proc/nowhere")
     stderr = stderr_of(

@@ -184,7 +184,7 @@ def test_the_batch_and_the_threads_bound_the_partial_sums_not_the_lengths() -> N
     for length in (4096, 1 << 20):
         lengths = torch.full((8,), length, dtype=torch.int32)
         plan = plan_attention(lengths, starts, 8, 2, 128, 128, num_threads=4)
-        assert plan.partial_rows == 8 * 8 * 4  # requests, parts, rows
+        assert plan.partial_rows == 8 * 8 * 4  # 8 requests in 8 parts of 4 rows
         assert plan.items.shape[0] == 8 * 8
     alone = plan_attention(lengths[:1], starts[:2], 8, 2, 128, 128, num_threads=1)
     assert alone.partial_rows == 0

@@ -20,7 +20,7 @@ UNTOUCHED = 0xA5
 
 
 class Pages:
-    """A cache with `padding` bytes between blocks, and more memory at both ends."""
+    """A cache with `padding` bytes after each block and 64 bytes of other memory at both ends."""
 
     def __init__(
         self, blocks: int, heads: int, page_size: int, head_size: int, padding: int = 0
@@ -48,7 +48,7 @@ def equals_reference(
     padding: int = 0,
     blocks: int | None = None,
 ) -> bool:
-    """Store with the kernel and with the reference, and return whether all memory is equal."""
+    """Store with both the kernel and the reference. Returns whether all memory is equal."""
     _, heads, head_size = key.shape
     if blocks is None:
         blocks = int(slots.max()) // page_size + 1
@@ -74,7 +74,7 @@ def with_holes(count: int, slots: int) -> torch.Tensor:
 
 
 def like_prefills(count: int, slots: int) -> torch.Tensor:
-    """Return runs of 4 to 11 slots in blocks that do not follow each other."""
+    """Make runs of 4 to 11 slots at scattered places, like those of several prompts."""
     starts = torch.randperm(slots // 12, generator=torch.Generator())
     runs = [torch.arange(int(s) * 12, int(s) * 12 + 4 + i % 8) for i, s in enumerate(starts)]
     return torch.cat(runs)[:count]
@@ -113,12 +113,12 @@ Random = np.random.Generator
 
 
 def rotated(numbers: np.ndarray) -> np.ndarray:
-    """Return numbers whose rotation is `numbers`, up to a last bit."""
+    """Find the row whose rotation is `numbers`, up to the last bit."""
     return reference.rotate(torch.from_numpy(numbers.astype(np.float32))).numpy()
 
 
 def neighbours(row: np.ndarray, random: Random) -> np.ndarray:
-    """Return numbers of which some are moved by a last bit."""
+    """Replace some numbers (or none) by the float32 just below or above."""
     bits = random.integers(-1, 2, row.size) * random.integers(0, 2)
     return (row.astype(np.float32).view(np.int32) + bits.astype(np.int32)).view(np.float32)
 
@@ -140,7 +140,7 @@ def half_steps_of_values(size: int, random: Random) -> np.ndarray:
 
 
 def spikes_at_fp16_scales(size: int, random: Random) -> np.ndarray:
-    """Return a row whose largest rotated number is 127 or 8 times an fp16 number, nearly."""
+    """Make a row that rotates to a single spike, whose scale is an fp16 number or close to it."""
     scale = random.integers(0, 0x7C00, dtype=np.uint16).view(np.float16)
     spike = np.zeros(size)
     spike[random.integers(size)] = float(scale) * random.choice([127, -127, 8, -8])
@@ -148,7 +148,7 @@ def spikes_at_fp16_scales(size: int, random: Random) -> np.ndarray:
 
 
 def large_numbers(size: int, random: Random) -> np.ndarray:
-    """Return a row near a limit where the kernel begins to clamp, or where clamping has effect."""
+    """Make a row near the size from which the kernel clamps, or near the largest storable size."""
     limit = random.choice([2.0**18, k8v4.KEY_MAX, k8v4.VALUE_MAX])
     limit *= random.choice([1.0, size**-0.5, 1 / 16])
     return limit * random.choice([-1, 1], size) * (1 + random.choice([0, 1e-6, 0.1]))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page format uses every byte of a page once, and rejects unsupported sizes.
 
-`test_cpu_quantise.py` compares the place of each byte with that of the kernels.
+`test_cpu_quantise.py` checks that the kernels put every byte in the place that is defined here.
 """
 
 import itertools
@@ -47,7 +47,7 @@ def test_cpu_tiles_are_lines_of_four_dims_and_quads_of_four_tokens(head_size: in
     page_format = PageFormat(head_size, 48, Layout.CPU_TILED)
     keys = torch.arange(48 * head_size).view(3, head_size // 4, 16, 4)
     tiles = page_format.value_offset + torch.arange(24 * head_size).view(3, 8 * head_size)
-    # The last chunk has the rest of the dims, in as many bytes for each of them.
+    # Chunks have 32 dims and the last one has the rest. In a tile, every dim takes 8 bytes.
     chunks = [min(32, head_size - first) for first in range(0, head_size, 32)]
     for token in range(48):
         tile, t = divmod(token, 16)

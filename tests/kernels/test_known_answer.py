@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wrong kernels fail the known-answer test; right ones pass it."""
+"""Wrong kernels fail the known-answer test, and correct kernels pass it."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def nothing_tested() -> None:
 
 
 def store(key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
-    """Store like the reference."""
+    """Store tokens as a correct kernel would."""
     reference.store(reference.quantise(key, value), cache, slots, Layout.LINEAR)
 
 
 def attend(call: Call, **changes: Any) -> None:
-    """Attend like the reference, with some arguments changed."""
+    """Attend as a correct kernel would, except that `changes` replace arguments of the call."""
     options = {**call, **changes}
     out = options.pop("out")
     out.copy_(reference.paged_attention(layout=Layout.LINEAR, **options)[0])
@@ -87,7 +87,7 @@ def nan_ignored(key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> Non
 
 
 def hidden_scales_used(call: Call) -> None:
-    """Multiply weights of 0 by the scales of hidden tokens."""
+    """Attend like a kernel that multiplies hidden tokens' weights of 0 by their scales of inf."""
     attend(call)
     head_size, page_size = call["query"].shape[-1], call["cache"].shape[2]
     start = PageFormat(head_size, page_size, Layout.LINEAR).key_scale_offset
@@ -137,7 +137,7 @@ def test_a_wrong_store_kernel_fails(wrong: Callable[..., None], error: str) -> N
         (CAPPED, partial(attend, soft_cap=0.0)),
         (SINKS, partial(attend, sinks=None)),
         (VARIANT, partial(attend, scale=64**-0.5 * 1.05)),
-        (VARIANT, partial(attend, window=256)),  # the first split only
+        (VARIANT, partial(attend, window=256)),  # sees only the last 256 tokens, one split
         (VARIANT, hidden_scales_used),
     ],
 )

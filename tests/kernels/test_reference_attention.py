@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference attention equals torch's in float64 and plain sums."""
+"""The reference attention equals torch's attention in float64, and sums in plain Python."""
 
 import itertools
 import math
@@ -20,7 +20,7 @@ from vllm_hybrid_kv.kernels.reference import (
 )
 
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
-"""For sums of up to 300 float32 products of numbers near 1."""
+"""Allows for float32 rounding in sums of up to 300 products of numbers near 1."""
 
 
 def inputs(
@@ -113,7 +113,7 @@ def test_window_sinks_and_soft_cap_equal_plain_sums(
 
 
 def test_a_query_that_sees_no_key_gets_zeros_and_a_log_sum_exp_of_minus_infinity() -> None:
-    q, k, v = inputs(3, 2, 2, 1, 8)  # the first query is before every key
+    q, k, v = inputs(3, 2, 2, 1, 8)  # the first of 3 queries is before both keys
     out, lse = attend(q, k, v, scale=1.0)
     assert out[0].count_nonzero() == 0
     assert bool((lse[0] == -math.inf).all())
@@ -133,7 +133,7 @@ def test_a_nan_value_affects_only_the_queries_and_heads_that_see_it() -> None:
     v[3, 1] = math.nan
     out, lse = attend(q, k, v, scale=0.3, window=2)
     hit = torch.zeros(4, 4, dtype=torch.bool)
-    hit[1:3, 2:] = True  # positions 3 and 4, the heads of the second KV head
+    hit[1:3, 2:] = True  # positions 3 and 4, query heads of KV head 1
     assert torch.equal(out.isnan(), hit[..., None].expand_as(out))
     assert torch.equal(out[~hit], clean[~hit])
     assert bool(lse.isfinite().all())

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantisation errors stay within bounds derived on paper; special cases are exact.
 
-A stage of radix 4 has four rounded operations for each number: two sums of two, whose magnitudes
-are together at most twice the norm of the four numbers, their sum, at most twice the norm too, and
-the result. Over four results that is 4 * 2 + 2 times 2^-24 times the norm, and the results' norm is
-twice the norm: 5 * 2^-24 of it. A stage of radix 2 has one operation. Multiplying by the unit
-rounds twice, because the unit is rounded too.
+A stage of radix 4 mixes four numbers, with norm n. Each result takes four rounded operations: two
+sums of two numbers (together at most 2n), the sum of both (at most 2n), and the result. For four
+results, the first three add 8n * 2^-24 to the norm of the error and the last adds 2n * 2^-24. The
+results have the norm 2n, so the relative error is 5 * 2^-24. A stage of radix 2 has one operation.
+Multiplying by the unit rounds twice, because the unit itself is rounded.
 
-The factor of the codes is the product of two rounded numbers, a number in steps is rounded once
-more, and so is a value's sum with the middle code. The rest is the rounding to a code: half a step.
+A number becomes steps by a factor, the product of two rounded numbers. The steps are rounded once
+more; for values, so is their sum with the middle code. Rounding to a code costs half a step.
 """
 
 import math
@@ -32,15 +32,15 @@ ROUNDING = 2.0**-24
 """Largest relative error of one float32 operation."""
 
 STAGE_ERROR = 5.01 * ROUNDING
-"""Relative to the norm of the numbers that a stage of the rotation mixes."""
+"""Largest error of one stage of the rotation, relative to the norm of the numbers it mixes."""
 
 UNDERFLOW = 2.0**-142
-"""A largest number whose 127th part is zero in float32, and the rounding of such numbers."""
+"""If all numbers of a row are below this, float32 may round their scale and the errors to 0."""
 
 LEAST_SCALE = 2.0**-24
 
 LEAST_QUERY = 2.0**-119
-"""The largest rotated number, not yet multiplied by the unit, of a query that counts as zeros."""
+"""A query counts as zeros if no rotated number, before the product with the unit, exceeds this."""
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -56,7 +56,7 @@ def quantise_rows(rows: torch.Tensor, part: str) -> tuple[torch.Tensor, torch.Te
     """Quantise rows [T, D] as the keys or values of one head.
 
     Returns:
-        Codes in steps from 0, float64 [T, D], and scales, float16 [T, 1].
+        Signed codes, 0 for a number of 0, float64 [T, D], and scales, float16 [T, 1].
     """
     rows = rows[:, None]
     zeros = torch.zeros_like(rows)
@@ -67,7 +67,7 @@ def quantise_rows(rows: torch.Tensor, part: str) -> tuple[torch.Tensor, torch.Te
 
 
 def read_back(rows: torch.Tensor, part: str) -> torch.Tensor:
-    """Return rows [T, D] as they are read from a page."""
+    """Quantise rows [T, D] as keys or values, then dequantise them."""
     rows = rows[:, None]
     zeros = torch.zeros_like(rows)
     stored = quantise(rows, zeros) if part == "key" else quantise(zeros, rows)
@@ -75,24 +75,24 @@ def read_back(rows: torch.Tensor, part: str) -> torch.Tensor:
 
 
 def rotated(rows: torch.Tensor, part: str) -> torch.Tensor:
-    """Return the numbers that are rounded to codes, float64 [T, D]."""
+    """Rotate and clamp rows, which gives the numbers to round to codes, float64 [T, D]."""
     limit = LIMIT[part]
     sums = rotation_sums(rows.to(torch.float32).clamp(-limit, limit)).double()
     return (sums * k8v4.rotation_unit(rows.shape[-1])).clamp(-limit, limit)
 
 
 def block_of(head_size: int) -> int:
-    """Return how many neighbouring dims the rotation mixes."""
+    """Return the size of the blocks of neighbouring dims that the rotation mixes."""
     return head_size & -head_size
 
 
 def rotation_error(head_size: int) -> float:
-    """Return the largest error of a rotation, relative to the norm of a row."""
+    """Bound the error of one rotation, relative to the norm of a row."""
     return len(k8v4.rotation_stages(head_size)) * STAGE_ERROR + 2.01 * ROUNDING
 
 
 def matrix(head_size: int) -> torch.Tensor:
-    """Return the rotation as a matrix, built from its definition as a product of stages."""
+    """Build the matrix of the rotation from its definition, a Kronecker product of stages."""
     four = torch.full((4, 4), 0.5, dtype=torch.float64) - torch.eye(4, dtype=torch.float64)
     two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / 2**0.5
     block = torch.ones(1, 1, dtype=torch.float64)
@@ -107,7 +107,7 @@ finite32s = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
 def rows_with_offset() -> st.SearchStrategy[torch.Tensor]:
-    """Return rows of 64 numbers around an offset, from subnormal numbers to the largest."""
+    """A strategy: 4 rows of 64 numbers, spread around an offset, from subnormal to huge."""
     offsets = st.sampled_from([0.0, 1e-8, -3e-6, 0.1, -1.7, 1000.3, -999.7, 6e4, -65504.0])
     spreads = st.sampled_from([0.0, 1e-45, 1e-30, 1e-9, 6e-8, 1e-3, 1.0, 37.0, 1e4, 1e6, 3e38])
     seeds = st.integers(0, 2**32 - 1)
@@ -126,7 +126,7 @@ head_sizes = st.sampled_from([64, 72, 80, 96, 128, 192, 256, 512])
 
 
 def of_size(rows: torch.Tensor, head_size: int) -> torch.Tensor:
-    """Return rows of a head size, with some larger numbers."""
+    """Repeat or cut rows to a head size, and triple every seventh number."""
     rows = rows.float().repeat(1, 8)[:, :head_size]
     rows[:, ::7] *= 3
     return rows.clamp(-3e38, 3e38)
@@ -155,7 +155,7 @@ def test_a_scale_is_the_smallest_fp16_number_that_spans_the_row(
     assert bool((scale.double() >= wanted - tolerance).all())
     smaller = torch.from_numpy(np.nextafter(scale.numpy(), np.float16(-math.inf))).double()
     assert bool((smaller < wanted + tolerance)[scale > 0].all())
-    # Hence the bound from the row alone: half a step is at most
+    # So the row alone bounds half a step, without looking at the scale.
     half_step = 0.5 * (wanted * (1 + 2.0**-10) + LEAST_SCALE)
     assert bool((0.5 * scale.double() <= half_step + tolerance).all())
 
@@ -177,7 +177,7 @@ def test_the_error_of_dequantised_rows_is_within_the_derived_bound(
     rounding = rotation_error(head_size)
     within_steps = dims**0.5 * (HALF_STEP[part] * scale.double() + UNDERFLOW)
     bound = (1 + rounding) * within_steps + 2 * rounding * size
-    # In a block with a larger norm a rotated number may be clamped.
+    # If the norm of a block exceeds the limit, its rotated numbers may be clamped.
     assert bool((error <= bound)[size <= limit].all())
 
 
@@ -222,7 +222,7 @@ def test_rotated_numbers_beyond_the_largest_scale_are_clamped_to_it(
     row = LIMIT[part] * rotate(spike).sign()
     codes, scale = quantise_rows(row, part)
     assert float(scale) == 65504
-    zero = 0.0 if part == "key" else 0.5  # a tie between two codes, the even one is 8
+    zero = 0.0 if part == "key" else 0.5  # halfway between codes 7 and 8, so the even one
     expected = [LARGEST_CODE[part] if d == 3 else zero for d in range(head_size)]
     assert codes[0].tolist() == expected
     assert bool(read_back(row, part).isfinite().all())
@@ -259,7 +259,7 @@ def test_a_number_between_two_codes_rounds_to_the_even_one(
     code = number % int(2 * last) - last  # any but the last
     wanted = torch.tensor([[most, code + 0.5, -most, code]]) * scale
     row = rotate(wanted)
-    assert torch.equal(rotate(row), wanted)  # all of them multiples of half a step
+    assert torch.equal(rotate(row), wanted)  # exact for multiples of half a step
     codes, stored_scale = quantise_rows(row, part)
     assert float(stored_scale) == scale
     stored = code + 7.5 if part == "value" else code  # an integer
@@ -302,7 +302,7 @@ def test_a_nan_gives_its_token_and_head_nan_scales_and_the_codes_of_zeros(
 
 
 def query_step(rows: torch.Tensor) -> torch.Tensor:
-    """Return the value of 1 in the codes of query rows, float64 [T, 1]."""
+    """Return the size of one step of each query row's codes, float64 [T, 1]."""
     sums = rotation_sums(rows.float()).double().abs().amax(-1, keepdim=True)
     return sums * k8v4.rotation_unit(rows.shape[-1]) / 127
 

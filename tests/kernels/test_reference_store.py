@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Storing quantised tokens in pages and reading them back."""
+"""The reference stores quantised tokens in pages and reads them back."""
 
 import itertools
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Specs of layers for the planning tests."""
+"""Build the specs and plans that the planning tests use."""
 
 import torch
 from vllm.v1.kv_cache_interface import (
@@ -12,11 +12,11 @@ from vllm.v1.kv_cache_interface import (
 )
 
 BLOCK, LONGEST = 2_768, 27_680
-"""Tokens of a block of `hybrid`, and of the longest request of vLLM's #40384."""
+"""Tokens in a block of `hybrid`, and in the longest request, as in vLLM's #40384."""
 
 
 def attention(block_size=16, slot=388, kv_heads=2, cls=FullAttentionSpec, **fields):
-    """Return the spec of a layer whose page has `block_size * kv_heads * slot` bytes."""
+    """Make the spec of a layer whose page has `block_size * kv_heads * slot` bytes."""
     fields = {"dtype": torch.uint8, **fields}
     return cls(
         block_size=block_size,
@@ -28,12 +28,12 @@ def attention(block_size=16, slot=388, kv_heads=2, cls=FullAttentionSpec, **fiel
 
 
 def mla(block_size=64, row=1_152, cls=MLAAttentionSpec, **fields):
-    """Return the spec of an MLA layer with `row` bytes per token."""
+    """Make the spec of an MLA layer with `row` bytes per token."""
     return attention(block_size, row, 1, cls, **fields)
 
 
 def state(page, block_size=16, dtype=torch.uint8, **fields):
-    """Return the spec of a state of `page` bytes."""
+    """Make the spec of a Mamba layer whose state has `page` bytes."""
     shapes = ((page // dtype.itemsize,),)
     return MambaSpec(block_size=block_size, shapes=shapes, dtypes=(dtype,), **fields)
 
@@ -47,7 +47,7 @@ def named(specs) -> dict[str, KVCacheSpec]:
 
 
 def shapes(specs: dict[str, KVCacheSpec]) -> list[tuple[int, int | None]]:
-    """Return the tokens of each layer's block, and the bytes of its page if it is padded."""
+    """Return, for each layer, the tokens in a block, and the bytes of its page if it is padded."""
     return [(spec.block_size, getattr(spec, "page_size_padded", None)) for spec in specs.values()]
 
 
@@ -57,7 +57,7 @@ def plan(*specs, num_blocks=10) -> KVCacheConfig:
 
 
 def hybrid(full=2, states=3, mode="align") -> KVCacheConfig:
-    """Return the shapes of vLLM's #40384: groups of attention and of states, with equal pages."""
+    """Make the plan of vLLM's #40384: groups of attention and of states, with equal pages."""
     own = attention(BLOCK)
     block = LONGEST if mode == "none" else BLOCK
     spec = state(own.page_size_bytes, block, mamba_cache_mode=mode)

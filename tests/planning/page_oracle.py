@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An exhaustive search over all plans of page sizes, with vLLM's own specs, for small cases.
+"""Search exhaustively for the best plan of page sizes, to check the planner on small cases.
 
-The search tries all pages that a worker can read, without the planner's arithmetic.
+The search tries every page size that a worker can read. It shares no arithmetic with the planner.
 """
 
 import math
@@ -23,7 +23,7 @@ def is_state(spec: KVCacheSpec) -> bool:
 
 
 def readable(before: KVCacheSpec, after: KVCacheSpec) -> bool:
-    """Return whether the worker can view and the kernels can read a layer's pages."""
+    """Return whether the worker can view a layer's planned pages and the kernels can read them."""
     page, real = after.page_size_bytes, after.real_page_size_bytes
     scale, rest = divmod(after.block_size, before.block_size)
     if rest or scale < 1:
@@ -56,7 +56,7 @@ def plan_is_readable(before, after) -> bool:
 
 
 def used(before: KVCacheSpec, after: KVCacheSpec, longest: int) -> Fraction:
-    """Return the bytes of a page that can hold tokens of the longest sequence, or a state."""
+    """Count the bytes of a page that tokens of the longest sequence (or a state) can fill."""
     if is_state(before):
         return Fraction(before.real_page_size_bytes)
     per_token = Fraction(before.real_page_size_bytes, before.block_size)
@@ -65,15 +65,15 @@ def used(before: KVCacheSpec, after: KVCacheSpec, longest: int) -> Fraction:
 
 
 def share_wasted(before, after, longest: int = 1 << 20) -> Fraction:
-    """Return the share of the pool that a plan leaves as padding."""
+    """Return the share of the pool that a plan leaves as padding, from 0 to 1."""
     total = sum(spec.page_size_bytes for spec in after.values())
     return 1 - sum(used(spec, after[name], longest) for name, spec in before.items()) / total
 
 
 def plans_of(spec: KVCacheSpec, page: int):
-    """Yield every way in which a layer can have a page, shortest block first."""
+    """Yield every spec that gives a layer pages of `page` bytes, shortest block first."""
     for scale in range(1, page // spec.real_page_size_bytes + 1):
-        # If blocks divide a chunk of local attention, longer blocks must divide it too.
+        # If the blocks divide a chunk of local attention, the scaled blocks must divide it too.
         chunk = getattr(spec, "attention_chunk_size", None) or 0
         if not chunk % spec.block_size and chunk % (scale * spec.block_size):
             continue
@@ -87,18 +87,18 @@ def plans_of(spec: KVCacheSpec, page: int):
 
 
 def best_for(spec: KVCacheSpec, page: int, longest: int) -> Fraction | None:
-    """Return the most bytes that a layer can use of a page; None if it cannot have that page."""
+    """Return how many bytes of a page a layer can use; None if it cannot have that page."""
     return max((used(spec, after, longest) for after in plans_of(spec, page)), default=None)
 
 
 def longest_block(spec: KVCacheSpec, page: int, match_unit: int) -> KVCacheSpec | None:
-    """Return a layer with the page and the longest block that divides the match unit, or None."""
+    """Give a layer the page, and the longest block that divides the match unit, if possible."""
     plans = (plan for plan in plans_of(spec, page) if match_unit % plan.block_size == 0)
     return max(plans, key=lambda plan: plan.block_size, default=None)
 
 
 def highest_page(specs) -> int:
-    """Return the least multiple of all smaller attention pages that the largest page fits into."""
+    """Return the page that `lcm` aims at, a multiple of all smaller attention pages."""
     largest = max(spec.page_size_bytes for spec in specs)
     smaller = [s.page_size_bytes for s in specs if not is_mamba(s) and s.page_size_bytes < largest]
     page = largest
@@ -117,17 +117,17 @@ def least_page(spec) -> int:
 
 
 def exhaustive(specs, longest: int, tolerance: float, by_lcm: Fraction | None):
-    """Return the page and the waste of the plan that `min_waste` promises, or None.
+    """Return the page and the share wasted that `min_waste` must find, or None if it must fail.
 
-    Candidates are the pages up to the size that `lcm` aims at. The page is the first candidate
-    with little enough waste, otherwise the candidate with the least waste. If no candidate suits
-    all layers, it is the next page that does, until a block holds the longest sequence.
+    Candidates are all pages up to the size that `lcm` aims at. The first candidate with little
+    enough waste wins, otherwise the candidate with the least waste. If no candidate suits all
+    layers, larger pages are tried until a block holds the longest sequence; the first one wins.
 
     Args:
         specs: The layers' specs.
         longest: Tokens of the longest sequence.
-        tolerance: The share of waste that counts as none.
-        by_lcm: The share that `lcm` wastes; None if it has no plan.
+        tolerance: A share of waste up to this counts as none.
+        by_lcm: The share that `lcm` wastes; None if `lcm` finds no plan.
     """
 
     def plan(page):
@@ -137,7 +137,7 @@ def exhaustive(specs, longest: int, tolerance: float, by_lcm: Fraction | None):
         return 1 - sum(parts) / (page * len(specs))
 
     largest = max(spec.real_page_size_bytes for spec in specs)
-    # The largest page may not be a multiple of the sizes of the layers' dtypes.
+    # Pages must be multiples of the sizes of all layers' dtypes.
     lowest = -(-largest // granularity(specs)) * granularity(specs)
     highest = max(highest_page(specs), lowest)
     reach = max(least_page(s) * (1 if is_state(s) else -(-longest // s.block_size)) for s in specs)
@@ -160,12 +160,12 @@ def exhaustive(specs, longest: int, tolerance: float, by_lcm: Fraction | None):
 
 
 def match_unit_of(plan) -> int:
-    """Return the tokens at whose multiples hits end, without states in cache mode `align`."""
+    """Return the match unit: hits end at its multiples, unless states use cache mode `align`."""
     return math.lcm(*(spec.block_size for spec in plan.values()))
 
 
 def held(spec, request: Fraction) -> Fraction:
-    """Return how many tokens of a request a layer holds. A state counts as one block."""
+    """Count the tokens of a request that a layer holds. A state counts as one block."""
     if is_state(spec):
         return Fraction(spec.block_size)
     bounds = [getattr(spec, "sliding_window", None), getattr(spec, "attention_chunk_size", None)]
@@ -173,7 +173,7 @@ def held(spec, request: Fraction) -> Fraction:
 
 
 def cost(before, after, request: float) -> Fraction:
-    """Return the padding share of a request's pages, plus the share of tokens that a hit loses."""
+    """Add the share of padding in a request's pages to the share of tokens that a hit loses."""
     request = Fraction(request)
     held_bytes = taken = Fraction(0)
     for name, spec in before.items():

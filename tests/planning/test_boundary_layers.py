@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The setting `boundary_layers`: unquantised layers at each end, in k8v4 engines only."""
+"""In k8v4 engines, `boundary_layers` sets how many layers at each end stay unquantised."""
 
 import logging
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ K8V4 = "turboquant_k8v4"
 
 @pytest.fixture
 def unquantised(make_config):
-    """A function that returns which of an engine's six layers vLLM leaves unquantised."""
+    """Return a function that says which of an engine's six layers vLLM leaves unquantised."""
 
     def make(settings=None, **arguments):
         plugin.register()
@@ -46,7 +46,7 @@ def test_two_boundary_layers_are_those_of_vllms_rule(unquantised, make_config):
         (1, {}, [*"05"]),
         (3, {}, [*"012345"]),
         (9, {}, [*"012345"]),
-        # The user's layers are added.
+        # Layers that the user skips are added.
         (1, {"kv_cache_dtype_skip_layers": ["2", "swa"]}, ["0", "2", "5", "swa"]),
         # Another cache dtype has no boundary layers.
         (1, {"kv_cache_dtype": "auto"}, []),
@@ -58,7 +58,7 @@ def test_the_setting_chooses_the_number(number, arguments, layers, unquantised):
 
 
 def test_vllms_coarser_presets_keep_vllms_number(unquantised, monkeypatch):
-    # The coarser presets have kernels only on GPUs.
+    # These presets have no CPU kernels, so disable the plugin's refusal.
     monkeypatch.setattr(configuration, "refuse_without_cpu_kernels", lambda _: None)
     assert unquantised(kv_cache_dtype="turboquant_4bit_nc") == list("0145")
 
@@ -72,7 +72,7 @@ def test_vllms_number_applies_outside_of_an_engine_configuration(make_config):
 
 
 def rule(config, number=2, hybrid=False, mla=False):
-    """Return the boundary layers of a model while vLLM configures an engine with a k8v4 cache."""
+    """Ask vLLM's patched rule for boundary layers, as while it configures a k8v4 engine."""
     plugin.register()
     model = SimpleNamespace(
         model="some/model", hf_text_config=config, is_hybrid=hybrid, use_mla=mla, hf_config=config
@@ -117,7 +117,7 @@ def test_layers_without_attention_are_not_counted(as_dict):
 def test_a_hybrid_model_whose_config_does_not_list_its_attention_layers_is_served():
     config = SimpleNamespace(num_hidden_layers=6)
     assert rule(config, hybrid=True) == []
-    # vLLM's own rule refuses it.
+    # vLLM's own rule refuses such a model.
     with pytest.raises(NotImplementedError, match="identifiable full-attention layers"):
         rule(config, number=None, hybrid=True)
 

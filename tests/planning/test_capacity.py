@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Capacities and the groups that count, with the shapes of vLLM's #40384 and #40417.
+"""Test reported capacities, and which groups count, with the models of vLLM's #40384 and #40417.
 
 `tests/coordinator/test_pool_capacity.py` compares the capacities with what vLLM admits.
 """
@@ -35,7 +35,7 @@ def mamba(mode, **fields):
 
 
 def growing(planned):
-    """Return the indices of the groups that the strategy `growing` counts."""
+    """Return the indices of the groups that count with the strategy `growing`."""
     groups = token_capacity_kv_cache_groups(None, planned)
     return [int(group.layer_names[0].removeprefix("layer.")) for group in groups]
 
@@ -88,7 +88,7 @@ def test_an_invalid_choice_of_groups_is_refused(choose, message):
 
 @pytest.fixture(scope="module")
 def config_of(model):
-    """A function that sets the cache mode and length of one real configuration."""
+    """Return a setter for Mamba's cache mode and `max_model_len` in one real configuration."""
     made = EngineArgs(
         model=str(model),
         skip_tokenizer_init=True,
@@ -121,16 +121,16 @@ def test_the_shapes_of_40384_have_the_numbers_that_it_reports(
 ):
     planned = hybrid(full, states, mode)
     assert len(growing(planned)) == grow
-    # Tokens of each counted group's share of the pool, before and after #40384.
+    # Divide the pool among the groups that count: before #40384 all of them, then those that grow.
     assert [262 // counted * BLOCK for counted in (full + states, grow)] == [before, after]
-    # The number before is the capacity in one-block requests; the null block may cost one.
+    # `before` is the capacity in requests of one block. The null block may take one of them.
     fit = capacity(config_of(mode, BLOCK), planned).max_len_requests
     assert before - BLOCK <= fit * BLOCK <= before
 
 
 def test_long_requests_get_most_of_the_capacity_of_the_growing_groups(config_of):
     found = capacity(config_of("align"), hybrid(2, 3, "align"))
-    # A request has 10 blocks in each of the two groups that grow, 2 states in the other three.
+    # A request has 10 blocks in each of two growing groups, and 2 states in each of three others.
     assert found.max_len_requests == 261 // 26
     stock = kv_cache_utils.get_kv_cache_capacity(config_of("align"), hybrid(2, 3, "align"))
     assert (found.max_len_tokens, found.concurrency) == stock == (278_929, 262 / 26)
@@ -144,7 +144,7 @@ def test_long_requests_get_most_of_the_capacity_of_the_growing_groups(config_of)
 def test_windows_and_chunks_are_bounded_as_in_40417(bounded, config_of):
     found = capacity(config_of(max_model_len=16_384), plan(FULL, *[bounded] * 5, num_blocks=60_001))
     assert (found.short_request, found.short_requests) == (512, 60_000 // (6 * 32))
-    # The bounded layers hold 128 tokens and 4096 in flight instead of 16,384.
+    # A bounded layer holds 128 tokens and up to 4096 tokens in flight, instead of 16,384.
     in_flight = 4096 + 128
     least, most = in_flight // 16 - 1, in_flight // 16 + 1
     assert 60_000 // (1024 + 5 * most) <= found.max_len_requests <= 60_000 // (1024 + 5 * least)

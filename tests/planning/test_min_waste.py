@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The strategy `min_waste`: its plan for each kind of layer, and its messages."""
+"""Test the plans of `min_waste` for each kind of layer, and its messages."""
 
 import logging
 
@@ -22,7 +22,7 @@ STATE_PAGE = 12_648_448
 
 
 class OtherSpec(KVCacheSpec):
-    """An unknown layer of another package."""
+    """The spec of a layer from another package, of a kind that the planner does not know."""
 
     page_size_bytes = property(lambda self: 100 * self.block_size)
 
@@ -48,8 +48,8 @@ PLANS = {
         [mla(), window(64, 1_024, 1), attention(64, 4_000, 1)],
         [(448, None), (448, 516_096), (128, 516_096)],
     ),
-    # 64 rows of 584 bytes, rounded up to a multiple of 576: 37,440. Nine times as many rows
-    # need no rounding.
+    # 64 rows of 584 bytes are padded to a multiple of 576 bytes: 37,440. Nine times as many rows
+    # need no padding.
     "MLA is padded by its alignment": (
         [mla(row=584, alignment=576), state(2 * 64 * 584)],
         [(128, 74_880), (16, 74_880)],
@@ -72,7 +72,7 @@ PLANS = {
         [state(1_001), attention(1, 2, 25, dtype=torch.bfloat16)],
         [(16, 1_002), (20, 1_002)],
     ),
-    # 24 tokens make 1 entry of 16 tokens, 48 tokens make 3.
+    # An entry covers 16 tokens: 24 tokens make 1 entry, but twice as many tokens make 3.
     "a compressed layer that rounds its tokens is unchanged": (
         [mla(24, 100, tokens_per_state=16), state(40)],
         [(24, None), (16, 100)],
@@ -128,7 +128,7 @@ def test_padded_blocks_are_no_longer_than_max_model_len():
     specs = {"attention": attention(), "state": state(STATE_PAGE)}
     unified = unify_with_least_waste(specs, longest=8_190)
     assert shapes(unified) == [(8_192, STATE_PAGE), (16, None)]
-    # Space that is never written counts as padding with any strategy.
+    # For every strategy, space that no token can fill counts as padding.
     assert share_wasted(specs, unify_by_lcm(specs), 8_190) > share_wasted(specs, unified, 8_190)
 
 

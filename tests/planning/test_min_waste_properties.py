@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Properties of `min_waste` for any mix of layers, compared with stock, lcm and all plans."""
+"""For any mix of layers, `min_waste` is no worse than stock, `lcm` or any other plan."""
 
 import contextlib
 from dataclasses import replace
@@ -29,7 +29,7 @@ QUICK = settings(deadline=None, suppress_health_check=[HealthCheck.function_scop
 
 
 def padded(specs):
-    """Return a strategy of layers that have padding before planning, as skipped layers do."""
+    """A hypothesis strategy: layer specs that are padded already, like those of skipped layers."""
     return st.builds(
         lambda spec, more: replace(spec, page_size_padded=spec.page_size_bytes + more),
         specs,
@@ -38,11 +38,11 @@ def padded(specs):
 
 
 def layers(block_sizes, slots, state_pages, kernel_blocks):
-    """Return a strategy of specs of every kind whose page sizes vLLM unifies."""
+    """A hypothesis strategy: layer specs of every kind whose page sizes vLLM unifies."""
     split = st.sampled_from([MultipleOf(size) for size in kernel_blocks])
 
     def some(make, *more, **fields):
-        """Build specs of a class whose fields are values or strategies."""
+        """Build specs with `make`, from fields that are values or strategies."""
         fields = {
             name: value if isinstance(value, st.SearchStrategy) else st.just(value)
             for name, value in fields.items()
@@ -77,7 +77,7 @@ def layers(block_sizes, slots, state_pages, kernel_blocks):
 
 
 def mixes(*arguments):
-    """Return a strategy of a few kinds of layers, each with one to five layers."""
+    """A hypothesis strategy: models with up to four kinds of layers, one to five of each kind."""
     kind = st.tuples(layers(*arguments), st.integers(1, 5))
     return st.lists(kind, min_size=1, max_size=4).map(
         lambda kinds: named([spec for spec, count in kinds for _ in range(count)])
@@ -94,10 +94,10 @@ small_mixes = mixes(st.sampled_from([1, 2, 3, 4, 6]), st.integers(1, 5), st.inte
 
 
 def plans_of_others(specs, stock):
-    """Return the plans of stock and lcm that a worker can read.
+    """Plan with stock and with `lcm`, and return only the plans that vLLM can run.
 
-    vLLM's own rule fails an assertion if it scales a page that has padding. Both rules may plan
-    blocks that do not divide a chunk of local attention, which vLLM cannot run.
+    Stock fails an assertion if it scales a padded page. Both rules may plan blocks that do not
+    divide a chunk of local attention, which vLLM cannot run.
     """
     plans = []
     for rule in (stock, unify_by_lcm):

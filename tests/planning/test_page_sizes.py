@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The strategy `lcm`, and the check of any strategy's page sizes."""
+"""Test the strategy `lcm`, and the check of the page sizes that any strategy returns."""
 
 import math
 from dataclasses import replace
@@ -20,14 +20,14 @@ from vllm_hybrid_kv.planning.page_sizes import check_page_sizes
     [
         # A state is padded to a multiple of the attention page.
         ([attention(), state(12_648_448)], [(16_304, None), (16, 12_651_904)]),
-        # Pages that divide the largest are only scaled, and equal pages are unchanged.
+        # Pages that divide the largest page are only scaled, and pages of that size are unchanged.
         (
             [attention(16), attention(48, cls=SlidingWindowSpec, sliding_window=512)],
             [(48, None)] * 2,
         ),
         # The padding of a padded page is scaled with its block.
         ([attention(16, page_size_padded=12_500), state(25_000)], [(32, 25_000), (16, None)]),
-        # Attention with the largest page is padded.
+        # If attention has the largest page, its page is padded.
         ([attention(16), attention(16, slot=1_000)], [(48, None), (16, 3 * 12_416)]),
     ],
 )

@@ -44,7 +44,7 @@ CPU = torch.device("cpu")
 
 
 def layer(backend, block_size, kv_heads=2, head_size=64, cls=FullAttentionSpec, **fields):
-    """Return a layer's backend, and its spec in the model runner."""
+    """Return a layer's backend, and the spec that the model runner makes for it."""
     spec = cls(
         block_size=block_size,
         num_kv_heads=kv_heads,
@@ -56,7 +56,7 @@ def layer(backend, block_size, kv_heads=2, head_size=64, cls=FullAttentionSpec, 
 
 
 def allocated(config, backends, planned):
-    """Return the layers' views of a small cache, made as in the model runner."""
+    """Allocate a small cache as the model runner does, and return each layer's view."""
     groups = planning._get_kv_cache_groups_uniform_page_size(planned)
     page = groups[0].kv_cache_spec.page_size_bytes
     memory = BLOCKS * page * max(len(group.layer_names) for group in groups)
@@ -71,7 +71,7 @@ def allocated(config, backends, planned):
 
 
 def some(backends, block_sizes, kv_heads=(2,), head_sizes=(64,), **fields):
-    """Return a strategy of layers."""
+    """A hypothesis strategy: layers with these backends and sizes."""
     choices = map(st.sampled_from, (backends, block_sizes, kv_heads, head_sizes))
     return st.builds(layer, *choices, **{name: st.just(value) for name, value in fields.items()})
 
@@ -118,7 +118,7 @@ _config = None
 
 
 def test_the_worker_refuses_a_padded_page_that_is_split_into_kernel_blocks(make_config):
-    # The plan of stock for vLLM's TurboQuant next to a larger page.
+    # Stock would plan this padding for a layer of vLLM's TurboQuant next to a larger page.
     backend, spec = layer(TurboQuantAttentionBackend, 256, head_size=72)
     padded = replace(spec, page_size_padded=spec.page_size_bytes + 64)
     with pytest.raises(ValueError, match="cannot be split into 2 kernel blocks of 128 tokens"):

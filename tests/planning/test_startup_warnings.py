@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The log lines of start-up: capacities, and a warning for each setting without effect."""
+"""Start-up logs the capacity of the KV cache, and warns of every setting that has no effect."""
 
 import logging
 from dataclasses import replace
@@ -62,7 +62,7 @@ def lines(config, kv_cache_config, settings=None, layers=None):
 
 @pytest.fixture
 def config(make_config):
-    # Hits end at whole blocks, whether or not the plugin is active in this process.
+    # Let hits end at whole blocks, whether or not the plugin is active in this process.
     whole = {"prefix_match_unit": "stock"}
     config = make_config(whole, enable_prefix_caching=True)
     config.cache_config.block_size = BLOCK
@@ -85,7 +85,7 @@ def test_a_prefix_cache_that_no_prompt_can_hit_causes_a_warning(config):
         "and with one token of answer it exceeds --max-model-len 257; set prefix_match_unit=auto, "
         "raise --max-model-len above 257, or pass --no-enable-prefix-caching"
     )
-    # No line advises the match unit that is already active.
+    # The warning does not advise a match unit that is active already.
     (line,) = lines(config, groups)
     assert "prefix_match_unit" not in line
     config.model_config.max_model_len = BLOCK + 2
@@ -197,7 +197,7 @@ def test_states_that_vllm_itself_padded_need_another_block_size(config):
 
 @pytest.fixture
 def start_up(unregistered, log):
-    """A function that plans as an engine core does and returns log lines of two levels."""
+    """Return a function that plans as an engine core does. It returns infos and warnings."""
 
     def start(config, kv_cache_config, specs):
         plugin.register()
@@ -217,19 +217,19 @@ STOCK = {"coordinator": "stock", "prefix_match_unit": "stock"}
 if MINOR >= (0, 33):
 
     class OwnBuilder(planning.DefaultKVCacheConfigBuilder):
-        """A platform's builder that groups layers itself."""
+        """Stands for a platform's builder that groups layers itself."""
 
         def get_kv_cache_groups(self, vllm_config, kv_cache_spec):
             return [KVCacheGroupSpec([name], spec) for name, spec in kv_cache_spec.items()]
 
     class SameGroups(planning.DefaultKVCacheConfigBuilder):
-        """A platform's builder that only calls vLLM's grouping."""
+        """Stands for a platform's builder that leaves the grouping to vLLM."""
 
         def get_kv_cache_groups(self, vllm_config, kv_cache_spec):
             return super().get_kv_cache_groups(vllm_config, kv_cache_spec)
 
     class OwnGroups(torch.nn.Module):
-        """A model that groups layers itself."""
+        """Stands for a model whose class groups its layers itself."""
 
         get_kv_cache_groups = classmethod(OwnBuilder.get_kv_cache_groups)
 
@@ -281,7 +281,7 @@ def test_start_up_logs_each_line_once_with_any_strategies(start_up, make_config,
     config = make_config(settings, enable_prefix_caching=True)
     config.cache_config.cache_dtype = "fp8"
     (info, short), (warning,) = start_up(config, plan(PLAIN), {"layer.0": PLAIN})
-    # Requests can use 99 blocks of 256 tokens. The longest, of 27,680 tokens, needs 109.
+    # Requests can use 99 blocks of 256 tokens. The longest request (27,680 tokens) needs 109.
     assert info == (
         "KV cache of 100 blocks: 25,394 tokens in requests of max_model_len (27,680 tokens), 0.91 "
         "of them at once; 0 whole requests always fit next to vLLM's null block"

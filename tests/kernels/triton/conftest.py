@@ -9,18 +9,18 @@ _compiler = Compiler()
 
 
 def _is_xdist_worker(config: pytest.Config) -> bool:
-    """Return whether this is a process of `pytest -n`, which does not know its tests in advance."""
+    """Return whether this is a worker of `pytest -n`, which does not know its tests in advance."""
     return hasattr(config, "workerinput")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Run the tests that compile last, so that the others run while it happens."""
+    """Run the tests of compiled code last, because the compiler works during the other tests."""
     if not _is_xdist_worker(config):
         items.sort(key=lambda item: item.path.name == "test_machine_code.py")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start to compile the parameter `job` of every selected test."""
+    """Start to compile the `job` of every selected test, in the background."""
     if session.config.option.collectonly or _is_xdist_worker(session.config):
         return
     for item in session.items:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPU kernels with arbitrary tensors: a correct result, or an error before any write."""
+"""With any tensors, the GPU kernels give a correct result or raise before they write."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from testing.triton.processes import interpreted
 
 
 def _kernels():  # type: ignore[no-untyped-def]
-    # In the interpreter's process: `kernel_calls` imports hypothesis, which takes a second.
+    # Import late, in the interpreter's process, because importing hypothesis takes a second.
     from tests.fuzz import kernel_calls
     from vllm_hybrid_kv.kernels import k8v4, triton
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton attention kernels against both references, interpreted."""
+"""Compare Triton's attention kernels, run by its interpreter, with the reference."""
 
 from __future__ import annotations
 
@@ -34,16 +34,15 @@ from vllm_hybrid_kv.kernels import reference
 from vllm_hybrid_kv.kernels.k8v4 import Layout
 from vllm_hybrid_kv.kernels.triton import largest_scratch, plan_attention
 
-# The matrix: every value of these lists meets every kind of batch, decode and mixed, with and
-# without splits. Different strides through the lists combine their values. Each option meets each
-# kind of batch, alone and together with other options.
+# `matrix` runs every option with every kind of batch: decode or mixed, split or whole. It takes
+# values from the other lists with different strides, so each value meets each kind of batch, too.
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"window": 1},
     {"window": 50},
     {"window": 1000},
     {"causal": False},
-    {"causal": False, "window": 6},  # shorter than the keys after the first of several queries
+    {"causal": False, "window": 6},  # hides the last keys from the first of several queries
     {"soft_cap": 2.0},
     {"sinks": torch.linspace(6, -3, 20)},
     {"sinks": torch.full((20,), -math.inf)},
@@ -125,7 +124,7 @@ EDGES: dict[str, Case] = {
         )
         for size in (1e-6, 1e-2, 1e3)
     },
-    # 0x7B7B is 61,280 in fp16; next to it the scales of the values would vanish.
+    # Unused scales are 61,280 (0x7B7B). If a kernel read them, the values' scales would vanish.
     "large numbers after the last token": Case(
         value_size=1e-5, unused=0x7B, dtype=torch.float32, **MIXED
     ),
@@ -187,7 +186,7 @@ def test_partial_results_of_any_batch_fit_the_scratch_memory_without_overlap() -
 
 @interpreted
 def test_scales_far_apart_in_one_request_equal_the_reference() -> None:
-    """From fp16's smallest scale to the largest that values can have, in either order."""
+    """One request's scales rise from fp16's smallest to the largest of values, the other's fall."""
     batch = make(Case(lengths=(300, 300), queries=(1, 1), dtype=torch.float32, page_size=16))
     sizes = torch.logspace(-7, 3.9, 304).to(torch.float16)
     for request, order in enumerate((sizes, sizes.flip(0))):
@@ -197,7 +196,7 @@ def test_scales_far_apart_in_one_request_equal_the_reference() -> None:
 
 
 NO_SCALES = (0x7E00, 0xFE01, 0x7C00, 0xFC00)
-"""Bits of fp16 numbers that mark a broken token as scales: NaNs and infinities."""
+"""fp16 bits of scales that mark a token as broken: NaNs and infinities."""
 
 
 @pytest.mark.parametrize("split", [True, False])
@@ -244,11 +243,11 @@ def test_a_scale_before_the_window_that_is_not_finite_has_no_influence(
 
 
 HIDDEN_HALVES = (0x0000, 0x7E00, 0x7C00, 0xFC00, 0x7BFF)
-"""Scales of hidden tokens: zero, NaN, infinities and the largest number."""
+"""fp16 bits, used as scales of hidden tokens: zero, NaN, infinities and the largest number."""
 
 
 def fill_token(batch: Batch, request: int, token: int, half: int) -> None:
-    """Give both scales of a token the bits of a half, and its codes the largest magnitudes."""
+    """Set both scales of a token to these fp16 bits, and its codes to the largest magnitudes."""
     page_format = batch.page_format
     t = token % page_format.page_size
     page = batch.block_table[request, token // page_format.page_size]
@@ -267,7 +266,7 @@ def fill_token(batch: Batch, request: int, token: int, half: int) -> None:
 def test_the_bytes_of_a_token_that_no_row_sees_have_no_influence(
     queries: int, options: dict[str, Any], split: bool
 ) -> None:
-    # The scales of such small values vanish next to a hidden one of 65504.
+    # The scales of such small values would vanish next to a hidden scale of 65504.
     case = Case(
         lengths=(150, 40), queries=(queries, 1), options=options, num_kv_heads=2,
         value_size=1e-5, dtype=torch.float32,
@@ -309,7 +308,7 @@ def test_a_token_hidden_from_some_rows_has_no_influence_on_them(
 @pytest.mark.parametrize("head_size", [64, 128, 192, 512])
 @interpreted
 def test_products_of_the_largest_codes_are_exact(head_size: int) -> None:
-    """Queries and keys of codes +-127 only; a sequence of one token, so the lse is its score."""
+    """All codes are +-127, and each sequence has one token, so the lse is the score."""
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (6, head_size), generator=generator) * 2 - 1
     signs[1] = -signs[0]
@@ -318,7 +317,7 @@ def test_products_of_the_largest_codes_are_exact(head_size: int) -> None:
         head_size=head_size, num_heads=1, lengths=(1,) * 6, queries=(1,) * 6, dtype=torch.float32
     )
     batch = make(case)
-    # The rotation of this row has one magnitude, so that every code is +-127.
+    # After the rotation all numbers of this row have one magnitude, so every code is +-127.
     batch.query[:, 0] = reference.rotation_sums(signs[:1].float().expand(6, -1))
     wanted = []
     for request, codes in enumerate(127 * signs):
@@ -330,7 +329,7 @@ def test_products_of_the_largest_codes_are_exact(head_size: int) -> None:
         wanted.append(product * 2.0**-10 * largest / 127 * batch.options["scale"])
     assert min(wanted) == -max(wanted)
     lse = attend(batch)[1].flatten()
-    # Six roundings to float32.
+    # A score takes six roundings to float32.
     torch.testing.assert_close(lse, torch.tensor(wanted), rtol=6 * 2.0**-24, atol=1e-6)
 
 
@@ -345,7 +344,7 @@ def test_products_of_the_largest_codes_are_exact(head_size: int) -> None:
 )
 @interpreted
 def test_the_distance_from_exact_queries_is_within_its_bound(case: Case) -> None:
-    """If no score moves by more than e, the lse does not either.
+    """If no score moves by more than e, the lse moves by at most e.
 
     Weights then change by a factor from exp(-2e) to exp(2e), which moves an output by at most
     exp(2e) - 1 times the longest value.
@@ -419,7 +418,7 @@ def test_blocks_beyond_two_gigabytes_are_read() -> None:
     batch = make(Case(lengths=(100,), page_size=64))
     out, _ = attend(batch)
     _, heads, page_size, slot = batch.cache.shape
-    stride = 2**31 + 4096  # mostly never touched, hence never allocated
+    stride = 2**31 + 4096  # the gaps are never touched, so they take no memory
     memory = torch.empty(2 * stride + heads * page_size * slot, dtype=torch.uint8)
     far = memory.as_strided((3, heads, page_size, slot), (stride, page_size * slot, slot, 1))
     far[2] = batch.cache[int(batch.block_table[0, 0])]

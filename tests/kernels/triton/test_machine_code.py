@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machine code of the kernels for GPUs that this machine does not have.
+"""Check the kernels' machine code, compiled for GPUs that this machine does not have.
 
-`conftest.py` starts to compile every `job` of a selected test.
+`conftest.py` compiles the parameter `job` of every selected test in the background.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from vllm_hybrid_kv.kernels import k8v4
 if reason := missing_tools():
     pytest.skip(reason, allow_module_level=True)
 
-# Older versions compile everything too, with less efficient code.
+# Older versions of Triton can compile everything, but to less efficient code.
 BOUNDS_FOR = (3, 9)
 
 MOST_ISSUED_PER_BYTE = {128: 0.1, 256: 0.07}
-"""By head size. An H100 can issue 0.268 warp instructions a byte at its full memory bandwidth; less
-than half of that leaves room for stalls. See benchmarks/results/machine_code_formats.md."""
+"""Warp instructions per byte of cache, by head size. At full memory bandwidth an H100 can issue
+0.268; half of that leaves room for stalls. See benchmarks/results/machine_code_formats.md."""
 
 MOST_BARRIERS = 15
-"""Barriers in the main loop: each makes the warps of a program wait for each other."""
+"""In the main loop. At each barrier, the warps of a program wait for each other."""
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 SHARED_BYTES |= {100: 227 * 1024, 120: 99 * 1024}
 
@@ -45,7 +45,7 @@ def skip_bounds_of_other_versions() -> None:
 
 
 def barriers(code: MachineCode) -> int:
-    """Return the number of barriers in the main loop."""
+    """Count the barriers in the main loop."""
     first, last = code.main_loop()
     return sum(name.startswith("BAR") for name in code.operations[first : last + 1])
 
@@ -54,17 +54,17 @@ def assert_fits(code: MachineCode, capability: int) -> None:
     """Assert that nothing spills and that two programs fit a multiprocessor."""
     assert code.counts()["spill"] == code.spill_bytes == code.stack_bytes == 0
     assert code.registers <= 255
-    # One of two programs can work while the other waits.
+    # With two programs, one can work while the other waits.
     assert 2 * code.registers * 32 * code.num_warps <= 65536
     assert 2 * code.shared_bytes <= SHARED_BYTES[capability]
 
 
 def assert_multiplies_keys_as_they_are_stored(code: MachineCode, job: Attention) -> None:
-    """Assert that scores are int8 products of tensor cores, and that no key is converted."""
+    """Assert that tensor cores compute scores from int8 keys, with no key converted first."""
     first, last = code.main_loop()
     products = [name for name in code.operations[first : last + 1] if name.startswith("IMMA")]
     assert all(name.startswith("IMMA.16832.S8.S8") for name in products)
-    # A product has 16 keys, 8 rows and 32 dims.
+    # One instruction multiplies 16 keys by 8 rows over 32 dims.
     dims = triton.next_power_of_2(job.head_size)
     tiling = job.tiling
     assert len(products) * code.num_warps == (
@@ -83,7 +83,7 @@ def assert_loads_codes_16_bytes_at_a_time(code: MachineCode, job: Attention) -> 
     assert counts["load 16"] * 16 * 32 * code.num_warps == code_bytes
 
 
-# Pages of 128 tokens use the ONE_PAGE shortcut up to D = 128; 8.6 and 8.9 use 8.0's code.
+# Pages of 128 tokens use the ONE_PAGE shortcut up to D = 128. GPUs 8.6 and 8.9 run 8.0's code.
 DECODE = [
     *(Attention(capability, size) for capability in SHARED_BYTES for size in (128, 256)),
     *(Attention(capability, 128, page_size=128) for capability in (80, 90, 100, 120)),
@@ -111,7 +111,7 @@ def test_decode_multiplies_int8_loads_16_bytes_at_a_time_and_issues_few_instruct
 OTHERS = [
     Attention(90, 512),
     Attention(120, 512),
-    # Programs of 32 and of 64 rows. With 256 dims all programs have 16 rows.
+    # Programs with 32 and with 64 rows. (With 256 dims, all programs have 16 rows.)
     *(Attention(capability, 128, rows) for capability in (80, 90, 100, 120) for rows in (32, 64)),
     Attention(90, 96, modes=("WINDOW",)),
     Attention(90, 96, causal=False),
@@ -144,11 +144,11 @@ def test_the_same_source_compiles_for_amd_without_spills(
     assembly = compiler(job)
     spills = re.findall(r"\.[sv]gpr_spill_count: +(\d+)", assembly)
     assert spills
-    # As on compute capability 8.0, see `test_many_new_tokens_spill_nothing`.
+    # With 256 dims, gfx942 spills four values outside the loops, when undoing the rotation.
     most = 4 if job == AmdAttention("gfx942", 256) else 0
     assert max(map(int, spills)) <= most
     operations = Counter(re.findall(r"^\s+(v_mfma_[if]32|global_load_\w+)", assembly, re.M))
-    # Products of scores, int8, and of values, fp16.
+    # Scores are int8 products, and values are multiplied in fp16.
     assert operations["v_mfma_i32"] >= 16
     assert operations["v_mfma_f32"] >= 32
     integer = re.findall(r"^\s+(v_mfma_i32\w+)", assembly, re.M)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The PTX of the kernels gives the right result for all inputs, emulated."""
+"""Emulate the PTX of the kernels, which must give the right result for all inputs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from testing.triton import ptx
 from vllm_hybrid_kv.kernels.triton import convert
 
 WORDS = np.arange(65536, dtype=np.uint32)
-# Each 16-bit word once in the lower half of a register and once in the upper, with another word.
+# Registers: each 16-bit word appears once as a lower half and once as an upper half.
 PAIRS = WORDS | ((WORDS * 40503 + 12345) % 65536) << np.uint32(16)
 
 
 def halves(register: np.ndarray) -> torch.Tensor:
-    """Return float32 [words, 2]: the fp16 numbers in the lower and the upper half."""
+    """Split registers into fp16 numbers: float32 [registers, 2], the lower half first."""
     return torch.from_numpy(register.view(np.int16).copy()).view(torch.float16).float().view(-1, 2)
 
 

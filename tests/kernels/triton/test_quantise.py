@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernel stores the bits that the reference does and no others, interpreted."""
+"""Run by Triton's interpreter, the kernel writes exactly the bytes that the reference writes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_every_head_size_and_dtype_equals_the_reference(
 def test_every_16_bit_number_equals_the_reference(head_size: int, dtype: torch.dtype) -> None:
     key, value = rows_of_all_numbers(head_size, dtype)
     if dtype is torch.bfloat16:
-        # Triton's interpreter widens 254 of bf16's denormals to other numbers.
+        # Triton's interpreter converts 254 of bf16's denormals to wrong float32 numbers.
         value = value.masked_fill(value.abs() < torch.finfo(dtype).smallest_normal, 0.0)
     assert differing_bytes(key, value, torch.arange(len(key))) == 0
 
@@ -124,7 +124,7 @@ def test_rows_with_any_strides_equal_the_reference(head_size: int, dtype: torch.
 def test_offsets_beyond_two_gigabytes_are_written() -> None:
     head_size, heads, page_size, stride = 64, 2, 16, 2**30 + 4096
     slot = k8v4.slot_bytes(head_size)
-    # Only the pages of memory that are written are allocated.
+    # The OS only allocates the memory pages that are written.
     memory = torch.empty(4 * stride, dtype=torch.uint8)
     cache = memory.as_strided((4, heads, page_size, slot), (stride, page_size * slot, slot, 1))
     cache.fill_(UNWRITTEN)
