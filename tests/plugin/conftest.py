@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures of the plugin's tests.
 
-Most tests run twice: with the installed vLLM, and by `test_vllm_0_33.py` in another process with
-the unpacked 0.33 wheel. In that process `EXPECTED_MINOR` is set. The 0.33 wheel detects no device,
-so the tests set the platform to CPU.
+Tests that depend on vLLM's minor run twice: with the installed vLLM, and with the unpacked 0.33
+wheel in a process that `test_vllm_0_33.py` starts and in which it sets `EXPECTED_MINOR`. The 0.33
+wheel detects no device, so the platform is set to CPU there.
 """
 
 import inspect
@@ -51,7 +51,7 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the configuration of a very small Llama; no weights, no tokenizer."""
+    """Write the config of a very small Llama, without weights or tokenizer. Returns its folder."""
     folder = tmp_path_factory.mktemp("model")
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -98,7 +98,7 @@ def log() -> Iterator[Log]:
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
-    """A function that installs a package with an entry point for the plugin on `sys.path`."""
+    """Return a function that puts a package with an entry point for the plugin on `sys.path`."""
     added: list[str] = []
 
     def install(name: str, code: str) -> Path:
@@ -116,7 +116,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, s
 
 @pytest.fixture(scope="session")
 def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """A function that runs Python in a new process, without the plugin's variables."""
+    """Return a function that runs Python in a new process, without the plugin's variables."""
 
     def run(*arguments: str, timeout: float = 120, **environment: str) -> Any:
         environment = {"HF_HUB_OFFLINE": "1", **environment}
@@ -130,7 +130,7 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture
 def make_config(model: Path) -> Callable[..., Any]:
-    """A function that makes real configurations of an engine, with the plugin's settings."""
+    """Return a function that makes real engine configurations from settings of the plugin."""
 
     def make(settings: dict[str, Any] | None = None, **arguments: Any) -> Any:
         from vllm.engine.arg_utils import EngineArgs
@@ -151,7 +151,7 @@ def make_config(model: Path) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def stock() -> Callable[..., Any]:
-    """vLLM's own rule for page sizes."""
+    """Return vLLM's own rule that makes page sizes equal, even if it is patched."""
     try:
         from vllm.v1.core.kv_cache_planning import unify_kv_cache_spec_page_size
     except ModuleNotFoundError:

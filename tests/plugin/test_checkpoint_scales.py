@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KV cache scales of a checkpoint are loaded as without the plugin, and reported as unused."""
+"""A checkpoint's KV cache scales load as without the plugin, and the log says they are unused."""
 
 import logging
 
@@ -20,7 +20,7 @@ KV_HEADS = 2
 
 
 def compressed(strategy):
-    """Return the quantisation of a checkpoint that llm-compressor made for a KV cache only."""
+    """Return the config of a checkpoint in which llm-compressor quantised only the KV cache."""
     scheme = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy}
     config = compressed_tensors.CompressedTensorsConfig.from_config(
         {"format": "dense", "config_groups": {}, "kv_cache_scheme": scheme}
@@ -42,7 +42,7 @@ CHECKPOINTS = {
 
 @pytest.fixture
 def build(unregistered, make_config, monkeypatch):
-    """Builds a layer with vLLM's `initialize_model`, as an engine of one process does."""
+    """Return a function that builds a layer with vLLM's `initialize_model`, in one process."""
     monkeypatch.setattr(compressed_tensors, "get_tensor_model_parallel_rank", lambda: 0)
     monkeypatch.setattr(compressed_tensors, "get_tensor_model_parallel_world_size", lambda: 1)
 
@@ -57,7 +57,7 @@ def build(unregistered, make_config, monkeypatch):
                     prefix="layers.3.attn",
                 )  # fmt: skip
 
-        # vLLM logs a line once in a process.
+        # Forget which lines were logged, because vLLM logs each line once per process.
         logger._print_info_once.cache_clear()
         plugin.register()
         config = make_config(kv_cache_dtype=dtype)

@@ -43,7 +43,7 @@ def windows():
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """A function that configures an engine as `vllm serve` does before it loads the model."""
+    """Return a function that configures an engine as `vllm serve` does, without loading a model."""
     plugin.register()
 
     def make(config, speculative_config=None, settings=None, **arguments):

@@ -40,14 +40,14 @@ def test_an_unsupported_version_warns_once_and_leaves_vllm_unchanged(log):
 def test_an_unsupported_version_stops_if_the_user_named_the_plugin(plugins, monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", plugins)
     monkeypatch.setattr(vllm.plugins, "plugins_loaded", False)
-    # vLLM does not catch the error.
+    # vLLM's loader lets the error through.
     with pytest.raises(HybridKVVersionError, match=r"supports vLLM 0\.32 and 0\.33, this is"):
         vllm.plugins.load_general_plugins()
 
 
 def test_a_changed_vllm_warns_and_stays_unchanged(log, monkeypatch):
     def changed(*args, **kwargs):
-        """Replace the function, as another plugin may."""
+        """Stand for a function with which another plugin replaces vLLM's."""
 
     monkeypatch.setattr(kv_cache_coordinator, "get_kv_cache_coordinator", changed)
     plugin.register()

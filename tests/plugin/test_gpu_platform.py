@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On GPUs the backend is registered for engines with our cache, and for no others."""
+"""On GPUs, engines with a k8v4 cache get our backend, and other TurboQuant presets get vLLM's."""
 
 import logging
 
@@ -21,8 +21,8 @@ OURS = "vllm_hybrid_kv.attention.backend.K8V4AttentionBackend"
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A platform that answers like CUDA's; no GPU is used."""
-    # vLLM caches what it finds in a model's class. Inspect it now: later it would need CUDA.
+    """Make vLLM's platform answer as on a GPU of compute capability 9.0. No GPU is used."""
+    # Let vLLM inspect the model's class now and cache the result. Later it would need CUDA.
     ModelRegistry.models["LlamaForCausalLM"].inspect_model_cls()
     platform = type(current_platform)
     monkeypatch.setattr(platform, "is_cpu", lambda self: False)

@@ -45,7 +45,7 @@ def test_an_unknown_strategy_is_refused_with_the_available_ones():
         "prefix_match_unit='seventeen' (from default) is not valid: no such strategy; available: "
         "sixteen, stock, theirs (from their-package 2.0); did you mean 'sixteen'?"
     )
-    # A strategy of another hook is not available.
+    # A strategy that implements only another hook is not available.
     with pytest.raises(HybridKVSettingsError, match=r"coordinator='sixteen'.*available: stock"):
         strategies.check(Settings(**{**STOCK, "coordinator": "sixteen"}))
 

@@ -52,7 +52,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def processes(run_python, tmp_path_factory):
-    """Start three processes from one with an active plugin; return the results and the output."""
+    """Start three children of a process with an active plugin. Returns their results and output."""
     script = tmp_path_factory.mktemp("processes") / "engine.py"
     script.write_text(PROCESSES)
     done = run_python(str(script), timeout=300)
@@ -72,7 +72,7 @@ def test_a_child_with_a_changed_vllm_stops(processes):
     assert "get_kv_cache_capacity" in said
     assert "but the process that started it has hybrid_kv" in said
     assert "`vllm-hybrid-kv doctor`" in said
-    # There is no additional warning of an inactive plugin.
+    # The child does not warn of an inactive plugin, because it stops with an error.
     assert "VLLM_PLUGINS=hybrid_kv to stop" not in processes[1]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All patches are applied, or none is. They are active in every module and can be undone."""
+"""Either all patches are applied or none. They reach every module, and they can be undone."""
 
 import functools
 import inspect
@@ -46,7 +46,7 @@ def bindings():
 
 
 def importer(monkeypatch, name):
-    """Return a module that imports a patched function by name."""
+    """Make a module that imports a patched function by name."""
     module = ModuleType(name)
     exec("from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity as by_name", vars(module))
     monkeypatch.setitem(sys.modules, name, module)
@@ -95,7 +95,7 @@ def test_a_patched_function_keeps_its_name_and_signature():
 
 
 def test_replacements_have_the_parameters_of_vllms_functions(monkeypatch):
-    # vLLM passes many arguments by name. On a GPU the plugin has more patches.
+    # vLLM passes many arguments by name, so the names must match. On GPUs there are more patches.
     monkeypatch.setattr(type(vllm.platforms.current_platform), "is_cuda_alike", lambda _: True)
     plugin.register()
     edits = [edit for patch in STATE.active_patches.patches for edit in patch.edits]
@@ -296,7 +296,7 @@ def test_vllm_knows_our_variables_while_the_plugin_is_active(monkeypatch):
         platform.validate_environ(hard_fail=True)
     plugin.register()
     platform.validate_environ(hard_fail=True)
-    # Variables that are unset are not added.
+    # The plugin adds only those of its variables that are set.
     assert vllm.envs.environment_variables.keys() == {*before, "VLLM_HYBRID_KV_DEBUG"}
     STATE.active_patches.undo()
     with pytest.raises(ValueError, match="VLLM_HYBRID_KV_DEBUG"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A seeded request on a CPU samples as if vLLM had discarded no samples."""
+"""On CPUs, samples that vLLM discards do not change the later samples of a seeded request."""
 
 import torch
 
@@ -13,7 +13,7 @@ def draw(generator):
 def discard(generator, chunks):
     for _ in range(chunks):
         draw(generator)
-        # vLLM's model runner undoes a discarded sample in this way.
+        # This is how vLLM's model runner undoes a discarded sample.
         generator.set_offset(generator.get_offset() - 4)
 
 

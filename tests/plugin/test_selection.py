@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On CPUs a layer with a k8v4 cache gets our backend; other layers get the same backend as before.
+"""On CPUs, layers with a k8v4 cache get our backend, and other layers get vLLM's.
 
 A layer that k8v4 cannot serve is refused in one line, on CPUs and on GPUs.
 """

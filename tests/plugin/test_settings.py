@@ -20,7 +20,7 @@ def refusal(config, environment):
     return str(error.value)
 
 
-# A configuration object of another platform holds no settings.
+# Another platform may pass an object instead of a dict. It holds no settings.
 @pytest.mark.parametrize("config", [{}, object()])
 def test_the_defaults_are_the_documented_ones(config):
     assert resolve(config, {}).model_dump() == {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A refusal in a process of an engine reaches the process that the user started."""
+"""If a process of an engine refuses to start, the process that the user started learns why."""
 
 import logging
 import multiprocessing

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's planning and coordination call strategies, and the plugin checks the results."""
+"""vLLM plans and coordinates its cache with strategies, and the plugin checks their results."""
 
 import importlib
 import logging
@@ -171,7 +171,7 @@ def resolve_sizes(config):
                 f"layer {ATTENTION} has 12,416 bytes",
             ],
         ),
-        # A strategy that changes its argument is still checked.
+        # The result is checked even if the strategy has changed its argument.
         (
             "unify_page_sizes",
             f"kv_cache_spec.pop({MAMBA!r}) and kv_cache_spec",

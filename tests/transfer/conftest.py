@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fixtures of `tests/plugin` with real engine configurations."""
+"""Import the fixtures of `tests/plugin` that make engine configurations."""
 
 from tests.plugin.conftest import (
     _no_settings_from_outside,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fingerprint of pages that leave an engine, and the connectors that can carry them."""
+"""Test the fingerprint of pages that leave an engine, and which connectors can carry them."""
 
 import contextlib
 import json
@@ -47,7 +47,7 @@ def transfer(connector, **more):
 
 @pytest.fixture
 def engine(make_config):
-    """A function that makes the configuration of an engine with a connector."""
+    """Return a function that makes the configuration of an engine with a connector."""
 
     def make(dtype=K8V4, connector="NixlConnector", **more):
         return make_config(kv_cache_dtype=dtype, kv_transfer_config=transfer(connector), **more)
@@ -74,7 +74,7 @@ def test_any_difference_changes_the_fingerprint(field, engine, monkeypatch):
     elif field == "page_format":
         monkeypatch.setattr(k8v4, "FORMAT_VERSION", 1)
     elif field == "arrangement":
-        # The GPU kernels, which the interpreter runs, have another layout.
+        # Triton's interpreter runs the GPU kernels, whose pages have another layout.
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         monkeypatch.setenv("VLLM_HYBRID_KV_CPU_ISA", "interpreter")
         monkeypatch.setattr(STATE, "engine_settings", None)
@@ -121,7 +121,7 @@ def test_block_hashes_differ_from_those_of_a_server_without_the_plugin(engine, m
 
 
 def stored(config):
-    """Return the path and the description of a store on disk of vLLM's offloading tier `fs`."""
+    """Set up vLLM's offloading tier `fs`. Returns the path and the description of its store."""
     spec = FullAttentionSpec(
         block_size=128, num_kv_heads=2, head_size=64, dtype=torch.uint8, state_content_bytes=100
     )
@@ -143,10 +143,10 @@ def test_the_name_of_an_offloading_store_contains_the_fingerprint(engine):
 
 @pytest.fixture
 def folder_of(engine, tmp_path):
-    """A function that returns the folder in which ExampleConnector stores a prompt's pages."""
+    """Return a function that finds the folder in which ExampleConnector stores a prompt's pages."""
 
     def find(dtype=K8V4, rank=0, **more):
-        # This is vLLM's own choice for the connector, unless it is set.
+        # vLLM itself would disable the hybrid manager for this connector.
         config = engine(dtype, "ExampleConnector", disable_hybrid_kv_cache_manager=True, **more)
         options = config.kv_transfer_config.kv_connector_extra_config
         options["shared_storage_path"] = str(tmp_path)
@@ -234,7 +234,7 @@ def test_a_peer_with_pages_of_format_1_is_rejected_with_both_formats(engine, mon
 
 @pytest.fixture
 def check(engine):
-    """A function that checks a connector as start-up does, even without its dependencies."""
+    """Return a function that checks a connector as start-up does, even if it is not installed."""
     config = engine()
 
     def run(*args, on_cpu=True, **more):
@@ -309,7 +309,7 @@ def test_a_connector_of_another_package_causes_a_warning(check, log):
 
 
 def plan(padded_to, layers=2):
-    """Return a plan with one group of layers whose pages hold 65,536 bytes."""
+    """Make a plan with one group of layers whose pages hold 65,536 bytes and may be padded."""
     spec = FullAttentionSpec(
         block_size=128,
         num_kv_heads=2,
@@ -351,7 +351,7 @@ def test_pages_that_nixl_can_cut_are_accepted(engine):
     settings = Settings()
     connectors.check_pages(config, plan(None), settings)
     connectors.check_pages(config, plan(65_536), settings)
-    # NIXL does not cut the pages of a single layer, which has its own memory.
+    # A single layer has its own memory, so NIXL does not cut its pages.
     connectors.check_pages(config, plan(76_800, layers=1), settings)
     for other in (transfer("ExampleConnector"), None):
         config.kv_transfer_config = other
