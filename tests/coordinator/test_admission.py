@@ -24,7 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def prompts(lengths: list[int], answer: int = 30) -> list[TracedRequest]:
-    """Return prompts without shared prefixes. `lengths` are in blocks of 512 tokens."""
+    """Make prompts that share no prefixes. `lengths` are in blocks of 512 tokens."""
     sent, first = [], 0
     for blocks in lengths:
         ids = tuple(range(first, first + blocks))

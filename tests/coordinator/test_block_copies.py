@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks are copied whole, whichever layers have views of them."""
+"""Blocks are copied whole, in whatever order vLLM lists the layers' views of them."""
 
 import pytest
 import torch
@@ -12,12 +12,12 @@ COPIES = [(2, 5)]
 
 
 def memory(spare=0):
-    """Return memory with blocks of different contents, followed by spare bytes."""
+    """Make blocks with different contents, followed by spare bytes."""
     return (torch.arange(BLOCKS * PAGE + spare) % 251).to(torch.uint8)
 
 
 def views(storage):
-    """Return a state view, shorter than a page, and an attention view of two kernel blocks each."""
+    """View blocks as states, shorter than a page, and as attention, two kernel blocks per page."""
     state = torch.as_strided(storage, (BLOCKS, STATE), (PAGE, 1)).view(torch.int8)
     attention = torch.as_strided(storage, (2 * BLOCKS, PAGE // 2), (PAGE // 2, 1))
     return state, attention

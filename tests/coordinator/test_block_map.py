@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares `GroupedBlockMap` with vLLM's map, which it replaces."""
+"""Compare `GroupedBlockMap` with vLLM's map from hashes to blocks, which it replaces."""
 
 import random
 

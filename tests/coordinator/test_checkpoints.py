@@ -28,7 +28,7 @@ def arrive(checkpoints, *keys):
 
 
 def conversation(checkpoints):
-    """Register checkpoints at the ends of three turns."""
+    """Register checkpoints at the ends of three turns of one conversation."""
     arrive(checkpoints)
     turns, parent = [], None
     for number, key in enumerate((b"first", b"second", b"third"), 1):
@@ -157,7 +157,7 @@ def test_the_evicted_checkpoint_is_worth_the_least_of_all(checkpoints):
     draw = random.Random(5)
     for i in range(60):
         arrive(checkpoints, *(str(j).encode() for j in draw.sample(range(i + 1), min(i, 2))))
-        # Checkpoints share many blocks here, which makes the lower bound of the worth inexact.
+        # These checkpoints share many blocks, so the lower bound of their worth is inexact.
         blocks = {draw.randrange(40) for _ in range(draw.randrange(1, 9))}
         place = draw.choice(PLACES)
         add(checkpoints, str(i).encode(), draw.randrange(100, 9000), place, blocks, None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests that each strategy makes its coordinator from the arguments of vLLM's factory."""
+"""Test which coordinator the strategy makes from the arguments of vLLM's factory."""
 
 import inspect
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("unregistered")
 
 
 def factory_args(layout, **more):
-    """Return the arguments of vLLM's factory as the patch passes them to a strategy."""
+    """Bind the arguments of vLLM's factory as the plugin's patch does for a strategy."""
     bound = inspect.signature(get_kv_cache_coordinator).bind(
         kv_cache_config=KVCacheConfig(NUM_BLOCKS, [], list(layout.groups)),
         max_model_len=4096,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests explanations of hits with given cache contents."""
+"""Fill the prefix cache, then check how the coordinator explains a request's hit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _settings(coordinator_setting):
 
 
 def explained(layout: Layout, num_tokens: int, *ends: Any) -> Any:
-    """Explain a waiting request. `ends` has, for each group, where its cached blocks end."""
+    """Explain a waiting request. `ends` lists by group the tokens at which cached blocks end."""
     request = request_of(layout, range(num_tokens))
     coordinator = coordinator_of(layout, FixedPointCoordinator)
     fill_at(coordinator.block_pool, request, *ends)
@@ -68,7 +68,7 @@ def explained(layout: Layout, num_tokens: int, *ends: Any) -> Any:
             id="groups with draft layers are a kind of their own",
         ),
         pytest.param(
-            # vLLM marks all groups as draft groups.
+            # No group is marked, so vLLM treats all groups as draft groups.
             layout_of(full(16), mamba(16), drafts=()),
             *([(16,), ()], 0, 0),
             {"full_attention_draft": (0, 0), "mamba": (0, 0)},

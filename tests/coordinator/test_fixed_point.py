@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests lookups of `FixedPointCoordinator` where vLLM's fail, and against brute force."""
+"""Test `FixedPointCoordinator` in cases where vLLM's lookup fails, and against brute force."""
 
 import os
 from dataclasses import replace
@@ -32,7 +32,7 @@ UNIT = 16
 
 
 def look_up(coordinator_class, layout, num_tokens, *boundaries):
-    """Look up a request. `boundaries` has, for each group, where its cached blocks end."""
+    """Look up a request. `boundaries` lists by group the tokens at which cached blocks end."""
     request = request_of(layout, range(num_tokens))
     coordinator = coordinator_of(layout, coordinator_class)
     fill_at(coordinator.block_pool, request, *boundaries)

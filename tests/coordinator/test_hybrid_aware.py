@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests the policy `hybrid_aware` in vLLM's real scheduler, without a model."""
+"""Test the policy `hybrid_aware` in vLLM's real scheduler, without a model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 class Script:
-    """Builds a trace of chats whose blocks have unique ids."""
+    """Builds a trace of chats. Requests that share block ids share the prefix of those blocks."""
 
     def __init__(self) -> None:
         self.requests: list[TracedRequest] = []
@@ -44,7 +44,7 @@ class Script:
 
 
 def chats(count: int, turns: int, seed: int, shared: int = 0) -> list[TracedRequest]:
-    """Return chats whose turns come in random order, after `shared` common blocks."""
+    """Make chats that start with `shared` common blocks. Their turns come in random order."""
     draw, script = random.Random(seed), Script()
     system = script.new(shared)
     waiting = dict.fromkeys(range(count), turns)
@@ -120,7 +120,7 @@ def test_a_continued_conversation_has_no_branch_point(model):
 
 
 def pinned_states(coordinator: Any) -> Counter[int]:
-    """Return how many free states are pinned, by the length of their prefix in tokens."""
+    """Count the free blocks with pinned states, by the length of their prefix in tokens."""
     return Counter(
         block.block_hash_num_tokens
         for block in coordinator.block_pool.free_block_queue.get_all_free_blocks()
@@ -140,7 +140,7 @@ def test_states_are_pinned_at_ends_of_prompts_and_at_whole_blocks_only_if_that_p
     Replay(engine, script.requests[:1], 1).run()
     block, end = coordinator._block_tokens, 5 * 512 + 32
     assert pinned_states(coordinator) == {block: groups, end: groups}
-    # A state at a whole block must be worth the price, which only evictions set.
+    # A state at a whole block is pinned only if it is worth more than what was evicted.
     while (evicted := coordinator.checkpoints.evict()) is not None:
         coordinator.block_pool.free_block_queue.release(evicted.key, evicted.blocks)
     Replay(engine, script.requests[1:], 1).run()
@@ -156,7 +156,7 @@ def test_a_state_is_pinned_in_the_block_that_lookups_return(model):
     pool, queue = coordinator.block_pool, coordinator.block_pool.free_block_queue
     (checkpoint,) = [c for c in coordinator.checkpoints.pinned if c.place is CheckpointKind.SHORT]
     first = pool.get_cached_block(checkpoint.key, coordinator._state_groups)
-    # Another request computed the same states and ended. The first continues in its own blocks.
+    # Act as if another request computed the same states and ended, and the first one continued.
     pool.touch(first)
     keys = [block.block_hash for block in first]
     others, copies = pool.get_new_blocks(len(first)), pool.get_new_blocks(len(first))
@@ -188,7 +188,7 @@ def test_a_request_starts_while_another_with_the_same_prefix_is_decoding(model, 
 
 
 def contents_by_step(engine: Engine, requests: list[TracedRequest], skip: bool) -> list[Any]:
-    """Replay, and return the hashes of all blocks after every step."""
+    """Replay, and return all blocks' hashes by step. Unless `skip`, every step tries to cache."""
     coordinator = coordinator_of(engine)
     update = engine.scheduler.update_from_output
     steps: list[Any] = []
@@ -210,7 +210,7 @@ def contents_by_step(engine: Engine, requests: list[TracedRequest], skip: bool) 
 def test_skipped_steps_would_cache_nothing(model, coordinator):
     script = Script()
     for tail in (310, 326):
-        # The answer fills a block.
+        # Make the answer long enough to fill a block.
         script.send(script.new(2), tail=tail, answer=120)
     requests = [*script.requests, *chats(12, 3, seed=5, shared=1)]
     settings = {**POLICY, "coordinator": coordinator}

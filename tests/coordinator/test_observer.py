@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests the observer's reports of scheduled requests: counters, DEBUG lines, the warning."""
+"""Test what the observer reports of scheduled requests: counters, DEBUG lines, a warning."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def counts(folder: Path) -> dict[tuple[str, str | None], float]:
-    """Return the counters that are not 0, by kind and by name without prefix and suffix."""
+    """Read the counters that are not 0, by name (without prefix and suffix) and kind."""
     return {
         (sample.name[len("vllm_hybrid_kv:") : -len("_total")], sample.labels.get("kind")): (
             sample.value
@@ -68,7 +68,7 @@ def manager_of(layout: Layout, log_stats: bool = True, blocks: int = NUM_BLOCKS)
 
 
 def cached_request(log_stats: bool = True) -> tuple[KVCacheManager, Request]:
-    """Return a request. The cache has attention for 256 of its tokens and a state after 80."""
+    """Make a request, and cache attention for 256 of its tokens and states after 64 and 80."""
     manager, request = manager_of(HYBRID, log_stats), request_of(HYBRID, range(300), "a")
     fill_at(manager.block_pool, request, every(64, 256), (64, 80))
     return manager, request
@@ -236,7 +236,7 @@ def test_each_request_gets_one_debug_line(folder, log):
 
 
 def send(manager: KVCacheManager, request: Request, times: int, hit: int = 80) -> None:
-    """Look up and report a request several times."""
+    """Look up a request several times, and report it as scheduled with `hit` cached tokens."""
     for _ in range(times):
         look_up(manager, request)
         manager.coordinator.observer.scheduled("a", hit)
@@ -246,7 +246,7 @@ def send(manager: KVCacheManager, request: Request, times: int, hit: int = 80) -
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Return a function that sets the time in seconds."""
+    """Return a function that sets the observer's clock, in seconds."""
     now = [0.0]
     monkeypatch.setattr(observer.time, "monotonic", lambda: now[0])
     return lambda seconds: now.__setitem__(0, seconds)

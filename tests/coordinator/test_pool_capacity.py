@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares `Capacity` with vLLM's KV cache manager, which admits requests until it is full."""
+"""Compare `Capacity` with how many requests vLLM's KV cache manager admits until it is full."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _config() -> VllmConfig:
 
 @dataclass(frozen=True)
 class Pool:
-    """A pool of blocks, including the null block. A step has at most `budget` tokens."""
+    """A KV cache with `num_blocks` blocks, one of them null. A step has at most `budget` tokens."""
 
     specs: tuple[KVCacheSpec, ...]
     num_blocks: int
@@ -55,7 +55,7 @@ class Pool:
         return capacity(self.config, self.kv_cache_config)
 
     def fit(self, tokens: int) -> int:
-        """Return how many requests of the given length the pool admits and holds at once."""
+        """Admit requests of `tokens` tokens until the pool is full. Returns how many it holds."""
         sizes = math.lcm(*(spec.block_size for spec in self.specs))
         manager = KVCacheManager(
             self.kv_cache_config,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares `smallest_hit` with the shortest repeated prompt that hits in vLLM's scheduler."""
+"""Compare `smallest_hit` with the shortest repeated prompt that hits in vLLM's scheduler."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LONGEST = 1024
 def plan_of(
     specs: Sequence[KVCacheSpec], strategy: str, drafts: Sequence[int] | None = None
 ) -> Plan:
-    """Return a plan whose block sizes are not resolved yet."""
+    """Make a plan for these groups, whose block sizes are not resolved yet."""
     return Plan(
         strategy=strategy,
         groups=tuple(
@@ -44,12 +44,12 @@ def plan_of(
 
 
 def resolved(plan: Plan, unit_strategy: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Plan, int]:
-    """Return a plan with resolved block sizes, and its smallest hit."""
+    """Let vLLM resolve the block sizes of a plan. Returns that plan and its smallest hit."""
     monkeypatch.setenv("VLLM_HYBRID_KV_PREFIX_MATCH_UNIT", unit_strategy)
     plugin.register()
     config = configure(plan)
     sizes = resolve_kv_cache_block_sizes(plan.kv_cache_config, config)
-    # This module may have imported vLLM's own function before the plugin replaced it.
+    # This module may have imported vLLM's own function before the patch: apply the unit by hand.
     if unit_strategy == "auto" and (unit := match_unit(plan.kv_cache_config, 1)) is not None:
         config.cache_config.prefix_match_unit = unit
         sizes = resolve_kv_cache_block_sizes(plan.kv_cache_config, config)
@@ -58,7 +58,7 @@ def resolved(plan: Plan, unit_strategy: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def hits(plan: Plan, tokens: int) -> int:
-    """Return the cached tokens of a repeated prompt."""
+    """Send a prompt twice. Returns how many tokens the second request hits."""
     scheduler = make_scheduler(plan)
     prompt = [index % 900 for index in range(tokens)]
     assert send(scheduler, "first", prompt, plan.unit) == 0

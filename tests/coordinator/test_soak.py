@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs some random worlds of the soak, with checks after every step."""
+"""Run some worlds of the soak (a model, a cache, requests), with checks after every step."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests statistics of the traffic: return rates by age, and prefixes seen before."""
+"""Test what is learned from past requests: when prefixes return, and which were seen before."""
 
 import hashlib
 import random
@@ -11,7 +11,7 @@ from vllm_hybrid_kv.coordinator.traffic import EDGES, ReuseCurve, SeenPrefixes, 
 
 
 def hashes(count, seed=0, after=()):
-    """Return chained hashes of a random prompt that continues the hashes `after`."""
+    """Make the block hashes of a random prompt, which continues the prompt with hashes `after`."""
     chain = list(after)
     draw = random.Random(seed)
     for _ in range(count):
@@ -37,7 +37,7 @@ def test_the_rate_is_returns_per_time_waited():
     curve = ReuseCurve()
     draw = random.Random(1)
     for _ in range(20_000):
-        # Returns have a rate of 1/500 at any age. A checkpoint is tracked for 1,000 requests.
+        # At any age, 1/500 return with each request. Checkpoints are tracked for 1,000 requests.
         age = int(draw.expovariate(1 / 500))
         curve.record(0, min(age, 1000), returned=age < 1000)
     curve.update(())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs many random scheduler steps, and checks consistency after each step.
+"""Run many random scheduler steps, and check consistency after each step.
 
     python -m tests.coordinator.soak [--steps 200000] [--seed N] [--world N] [--strategy NAME]
         [--out FILE]
@@ -16,7 +16,7 @@ import sys
 import traceback
 from pathlib import Path
 
-# vLLM reads this when it is imported.
+# vLLM reads these variables when it is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
             soak.run(number)
         except Exception as error:
             print()
-            # The notes describe the world.
+            # The notes of the error describe its world.
             traceback.print_exception(error, file=sys.stdout)
             print(
                 f"python -m tests.coordinator.soak --seed {soak.seed} --world {number}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Consistency checks after every step."""
+"""Check after every step that tables, counts, queues, hashes and contents are consistent."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def require(condition: object, *what: object) -> None:
 
 
 def check_references(scheduler: Scheduler) -> None:
-    """Check that reference counts match the references, and the free list has all other blocks.
+    """Check that reference counts match the references, and that all other blocks are listed free.
 
     The free list must be linked in both directions.
     """
@@ -76,14 +76,14 @@ def check_references(scheduler: Scheduler) -> None:
 
 
 def hashes_of(pool: BlockPool, block: KVCacheBlock) -> list[BlockHashWithGroupId]:
-    """Return all keys of a block."""
+    """Return all hashes under which a block is cached."""
     if block.block_hash is None:
         return []
     return [block.block_hash, *pool.cached_block_hashes_by_block.get(block.block_id, ())]
 
 
 def num_entries(pool: BlockPool) -> int:
-    """Return how many pairs of a key and a block the hash map has."""
+    """Count the pairs of a hash and a block in the hash map."""
     hash_map = pool.cached_block_hash_to_block
     if isinstance(hash_map, GroupedBlockMap):
         copies = hash_map._copies.values()
@@ -94,7 +94,7 @@ def num_entries(pool: BlockPool) -> int:
 
 
 def check_hash_map(pool: BlockPool) -> None:
-    """Check that the hash map has exactly the keys of the blocks."""
+    """Check that the hash map has every hash that a block carries, and no others."""
     hash_map = pool.cached_block_hash_to_block
     carried = 0
     for block in pool.blocks:
@@ -164,10 +164,10 @@ def check_policy(
 
     Args:
         scheduler: The scheduler.
-        lost: Allocated blocks whose hashes were removed. vLLM does not cache them again. Later
+        lost: Allocated blocks whose hashes were removed. vLLM does not cache them again, so later
             checkpoints of a running request that need such blocks cannot be hit.
         hashes: For each hash of a prefix, the hashes of a request that has this prefix.
-        unhittable: The checkpoints with lost blocks, passed from step to step.
+        unhittable: Checkpoints that need lost blocks. Every call adds to this set.
     """
     coordinator = scheduler.kv_cache_manager.coordinator
     if not isinstance(coordinator, HybridAwareCoordinator):
@@ -228,7 +228,7 @@ def _check_hits(
     for checkpoint in coordinator.checkpoints.pinned:
         states = pool.get_cached_block(checkpoint.key, coordinator._state_groups)
         require(states is not None, "no state:", checkpoint)
-        # The lookahead of draft layers may belong to another request.
+        # With draft layers, hits are not checked: their lookahead may belong to another request.
         if not lost.isdisjoint(checkpoint.blocks):
             unhittable.add(checkpoint)
         if not coordinator.eagle_group_ids and checkpoint not in unhittable:

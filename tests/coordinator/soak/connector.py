@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scheduler's side of a KV connector, and its loads."""
+"""A KV connector that offers the scheduler tokens to load. The world performs the loads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Load:
-    """A load of the tokens from `start` to `end` into a request's blocks, by group.
+    """Loads the tokens from `start` to `end` into a request's blocks (`tables`, by group).
 
     Loaded states are those after `end` tokens. If `is_async`, only the request waits for the load.
     """
@@ -35,9 +35,9 @@ class Load:
 
 @dataclass
 class Transfer:
-    """An asynchronous load or, without `load`, a read of an ended request's blocks.
+    """Loads asynchronously or, without `load`, reads the blocks of an ended request.
 
-    The connector reports its end after some steps.
+    The connector reports the end of the transfer after `steps` more steps.
     """
 
     request: Request
@@ -78,7 +78,7 @@ class SoakConnector(KVConnectorBase_V1, SupportsHMA):
         if request.request_id not in self.offers:
             return 0, False
         if self.draw.random() < 0.1:
-            # The store needs more time to answer.
+            # Pretend that the store needs more time to answer.
             return None, False
         tokens, is_async = self.offers[request.request_id]
         tokens = min(tokens, request.num_tokens - 1) // self.alignment * self.alignment

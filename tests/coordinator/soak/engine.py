@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes vLLM's scheduler for a world's plan, without a model."""
+"""Make vLLM's scheduler for a world's plan, without a model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vllm_hybrid_kv.state import STATE
 
 
 def make_scheduler(plan: Plan) -> Scheduler:
-    """Return the scheduler of an engine with a plan."""
+    """Make the scheduler that an engine with this plan would use."""
     config = configure(plan)
     make = AsyncScheduler if plan.lag else Scheduler
     return make(
@@ -38,14 +38,14 @@ def make_scheduler(plan: Plan) -> Scheduler:
 
 @cache
 def _folder() -> str:
-    """Return a folder with the configuration of a model."""
+    """Write the configuration of a hybrid model with an MTP layer. Returns its folder."""
     folder = tempfile.mkdtemp()
     with_mtp_layer(large_state_config()).save_pretrained(folder)
     return folder
 
 
 def configure(plan: Plan) -> VllmConfig:
-    """Return the configuration of an engine with a plan. Its model is never built."""
+    """Make the configuration of an engine with this plan. Its model is never built."""
     plugin.register()
     more: dict[str, Any] = {}
     if plan.drafting == "ngram":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes random models and caches."""
+"""Make random models and caches for the worlds of the soak."""
 
 from __future__ import annotations
 
@@ -84,13 +84,13 @@ class Plan:
     def may_diverge(self) -> bool:
         """Whether groups may hit different lengths before a load.
 
-        They may not with windows or draft layers, for which `truncate_computed_blocks` fails.
+        With windows or draft layers they may not, because `truncate_computed_blocks` fails.
         """
         kinds = {type(spec) for spec in self.specs}
         return kinds == {MambaSpec, FullAttentionSpec} and self.drafting != "mtp"
 
     def with_retention(self, rng: random.Random) -> Plan:
-        """Return the plan with a random retention interval, if it has windows or states."""
+        """Return the plan, with a random retention interval if it has windows or states."""
         if not any(isinstance(spec, SlidingWindowSpec | MambaSpec) for spec in self.specs):
             return self
         block = self.scheduler_block_size
@@ -127,7 +127,7 @@ class Plan:
         return replace(smaller, num_blocks=num_blocks)
 
     def with_checkpoints(self, rng: random.Random) -> Plan:
-        """Return the plan, sometimes with states exported from within a chunk, as by Mamba 2.
+        """Return the plan, sometimes with states exported from within a chunk, as Mamba 2's are.
 
         vLLM's own coordinator then caches wrong states unless hits end at whole blocks
         (`upstream_fixes.PassedBlocks`). With draft tokens, vLLM's worker may overwrite the state
@@ -152,7 +152,7 @@ class Plan:
 
 
 def random_plan(rng: random.Random, strategy: str | None = None) -> Plan:
-    """Return a model and a cache that vLLM supports, by default with a random strategy."""
+    """Draw a model and a cache that vLLM supports, and a strategy unless one is given."""
     strategy = strategy or rng.choice(STRATEGIES)
     style = rng.choice(
         ["states"] * 6 + ["attention"] * (1 if strategy == "hybrid_aware" else 3) + ["one group"]
@@ -176,8 +176,8 @@ def random_plan(rng: random.Random, strategy: str | None = None) -> Plan:
     budget = rng.choice((scheduler_block_size, 24, 64))
     budget = max(budget, scheduler_block_size, 2 * draft_tokens + 2)
     lag = rng.choice((0, 0, 1))
-    # If a step loads states and continues from them, vLLM counts one block too few. It fails if no
-    # other block is free.
+    # If a step loads states and continues from them, vLLM counts one block too few, and fails if no
+    # other block is free. So models with states never load synchronously.
     connectors = (None, None, "async", "async", *(() if style == "states" else ("both", "sync")))
     connector = rng.choice(connectors)
     return Plan(
@@ -203,7 +203,7 @@ def random_plan(rng: random.Random, strategy: str | None = None) -> Plan:
 
 
 def _states(rng: random.Random, strategy: str, draft_tokens: int) -> tuple[list[KVCacheSpec], int]:
-    """Return groups with states, and the unit.
+    """Draw the layers of a model with states, and the hash unit.
 
     All state blocks have vLLM's `mamba_block_size`. If hits end inside a block, vLLM supports only
     windows with blocks of one hash unit, and chunked local attention with blocks of the alignment
@@ -221,7 +221,7 @@ def _states(rng: random.Random, strategy: str, draft_tokens: int) -> tuple[list[
             rng.choice((state, replace(mamba(size, 6), num_speculative_blocks=draft_tokens)))
         )
     for _ in range(rng.choice((1, 1, 2))):
-        # If attention and states have different block sizes, hits are multiples of both.
+        # If attention and states have different block sizes, hits end at multiples of both.
         specs.append(full(rng.choice((size, size, 2 * size)), rng.choice((8, 16))))
     if rng.random() < 0.4:
         specs.append(window(rng.choice((unit, size)), rng.randint(2, 6 * unit)))
@@ -242,7 +242,7 @@ def _is_full(spec: KVCacheSpec) -> bool:
 def _attention(
     rng: random.Random, strategy: str, drafting: str | None
 ) -> tuple[list[KVCacheSpec], int]:
-    """Return groups of attention of several kinds, and the unit."""
+    """Draw the layers of a model with several kinds of attention, and the hash unit."""
     unit = rng.choice((2, 4))
     with_chunks = drafting != "mtp" and rng.random() < 0.4
     # vLLM's own lookup asserts that blocks of chunked local attention equal the alignment.
@@ -268,7 +268,7 @@ def _attention(
 
 
 def _drafted(rng: random.Random, specs: list[KVCacheSpec]) -> set[int]:
-    """Return the groups with draft layers, at least one: no states, no chunked attention."""
+    """Choose one or two groups for draft layers, which have neither states nor chunks."""
     possible = [
         i
         for i, spec in enumerate(specs)
@@ -278,7 +278,7 @@ def _drafted(rng: random.Random, specs: list[KVCacheSpec]) -> set[int]:
 
 
 def _num_blocks(rng: random.Random, specs: list[KVCacheSpec], max_len: int, in_flight: int) -> int:
-    """Return a random number of pool blocks that suffices for the longest request."""
+    """Draw the number of blocks in the pool, enough for the longest request."""
     needed = sum(_blocks(spec, max_len, in_flight) for spec in specs)
     return 2 + int(needed * rng.choice((1.05, 1.3, 2.0)))
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers the prefixes of token sequences, so that block contents are compared as numbers."""
+"""Number the prefixes of token sequences, so that block contents can be compared as numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 EMPTY = 0
-"""The prefix of no tokens."""
+"""The number of the empty prefix."""
 
 DRAFT = -1
 """Content that was computed from draft tokens. No request may read it."""
@@ -41,7 +41,7 @@ class Prefixes:
         return number
 
     def path(self, prefix: int, count: int) -> list[int]:
-        """Return the numbers of a prefix's `count` longest prefixes, the longest at the end."""
+        """Return the last `count` prefixes on the way to this one, which comes last."""
         path = []
         for _ in range(count):
             path.append(prefix)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs worlds one after another, from one seed."""
+"""Run worlds one after another, from one seed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ COPIED = "worlds of stock that ended with a block copied before it was written"
 WRONG = "worlds of stock that ended with something else wrong"
 
 WORLD_STEPS = 500
-"""Steps of a world before its requests end."""
+"""How many steps a world runs before it ends its requests."""
 
 
 class Soak:
     """Runs worlds and counts the events in all of them (`tally`)."""
 
     def __init__(self, seed: int, strategy: str | None = None) -> None:
-        """Set the coordinator strategy, by default a random strategy for each world."""
+        """Give all worlds this coordinator strategy, or by default a random one each."""
         self.seed = seed
         self.tally: Counter[str] = Counter()
         self._strategy = strategy
@@ -47,7 +47,7 @@ class Soak:
 
 
 def report(seed: int, steps: int, tally: Mapping[str, int]) -> str:
-    """Return a Markdown report of a successful run."""
+    """Describe a successful run in Markdown: its command, machine and event counts."""
     where = host()
     lines = [
         "# Random steps of vLLM's scheduler, checked after each step",

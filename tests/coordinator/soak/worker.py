@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Simulates how a worker writes and reads blocks, given only the scheduler's output."""
+"""Simulate how a worker writes and reads blocks, given only the scheduler's output."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class SoakError(AssertionError):
 
 
 class ChainedCopyError(SoakError):
-    """A block is copied in the step that writes it."""
+    """Two copies of one step write the same block, or one copies what the other writes."""
 
 
 @dataclass
@@ -45,7 +45,7 @@ class KnownRequest:
         column: The block table column of the states written last, or None.
         accepted: Accepted draft tokens of the last step, plus one. The current state is
             `accepted - 1` columns after `column`.
-        is_new: Whether it has not run since it was scheduled first.
+        is_new: Whether it has not run since it was first scheduled or resumed.
     """
 
     tables: list[list[int]]
@@ -84,9 +84,9 @@ class Worker:
         self._attention = [i for i in range(len(self._specs)) if i not in self._states]
         self.draft_groups = {i for i, group in enumerate(plan.groups) if group.is_eagle_group}
         self.sequences: dict[str, KnownRequest] = {}
-        # By block, the group that wrote it and its contents. A state is one entry.
+        # For each block, the group that wrote it last and its contents. A state is one entry.
         self.blocks: list[tuple[int, list[int | None]]] = [(-1, [])] * plan.num_blocks
-        # By block, the number of writes.
+        # For each block, how often it was written.
         self.versions = [0] * plan.num_blocks
 
     def write(self, group: int, block: int, offset: int, values: Sequence[int]) -> None:
@@ -139,7 +139,7 @@ class Worker:
     def _runs(
         self, group: int, table: Sequence[int], start: int, end: int
     ) -> Iterator[tuple[int, int, int, int]]:
-        """Yield for each block: its id, first position, offset in the block, and count."""
+        """Yield the part of each block: block id, first position, offset in the block, count."""
         size = self._specs[group].block_size
         while start < end:
             count = min(end, (start // size + 1) * size) - start
@@ -165,7 +165,7 @@ class Worker:
             for table, new_ids in zip(sequence.tables, blocks or (), strict=False):
                 table.extend(new_ids)
             if not lag:
-                # The output of a step with a failed load was discarded.
+                # vLLM discards the output of a step with a failed load, so drop its tokens.
                 known = sequence.prompt_tokens + cached.num_output_tokens[place]
                 del sequence.tokens[known:], sequence.prefixes[known:]
                 if sequence.computed != computed:
@@ -224,7 +224,7 @@ class Worker:
             self.versions[copy.dst_block_id] += 1
 
     def _source(self, group: int, sequence: KnownRequest, start: int) -> int:
-        """Return the block of the state that a chunk starts with."""
+        """Return the block with the state that a chunk continues from."""
         column = sequence.column
         if column is None:
             return sequence.tables[group][(start - 1) // self._specs[group].block_size]
@@ -265,7 +265,7 @@ class Worker:
         if drafts:
             if not sequence.is_new and (self._plan.lag or min(drafts) >= 0):
                 accepted = self._draw.randint(0, len(drafts))
-            # With asynchronous scheduling only the worker knows the drafts.
+            # With asynchronous scheduling drafts are -1, because only the worker knows them.
             guess = [self._token() if token < 0 else token for token in drafts]
             sequence.tokens += guess
             self._prefixes.extend(sequence.prefixes, sequence.tokens)
@@ -315,7 +315,7 @@ class Worker:
             reached = round_down(certain + accepted, size)
             sequence.column, sequence.accepted = column, accepted + 1
             if self._plan.draft_tokens and reached >= certain:
-                # A state at the end of a block is copied into that block.
+                # vLLM copies the state at the end of a block into that block.
                 self.write(group, table[reached // size - 1], 0, [guessed[reached - 1]])
                 if reached // size - 1 == column:
                     sequence.accepted = 1
@@ -323,7 +323,7 @@ class Worker:
     def _write_exported(self, sequence: KnownRequest, start: int, end: int) -> None:
         """Write the states that vLLM's backends export from within a chunk.
 
-        A backend knows only the chunk. It computes the position in the same way as the scheduler.
+        A backend knows only the chunk, so it computes the position as the scheduler does.
         """
         for group in self._states:
             spec = self._specs[group]
@@ -361,7 +361,7 @@ class Worker:
 
 
 def _first_needed(spec: KVCacheSpec, position: int) -> int:
-    """Return the first position that a query attends to."""
+    """Return the first position that a query at `position` attends to."""
     if isinstance(spec, SlidingWindowSpec):
         return max(0, position - spec.sliding_window + 1)
     if isinstance(spec, ChunkedLocalAttentionSpec):

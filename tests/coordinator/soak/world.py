@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs one world: a model, a cache, a scheduler and random requests."""
+"""Run one world: vLLM's scheduler with a random model, cache and requests."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ REMEMBERED = 40
 class Step:
     """A scheduled step that has not run yet, with its block tables and synchronous loads.
 
-    The tables are indexed by request and group. They have 0 for null blocks.
+    The tables are indexed by request, then by group. Null blocks are 0.
     """
 
     output: SchedulerOutput
@@ -184,7 +184,7 @@ class World:
         try:
             done = scheduler.reset_prefix_cache(reset_running_requests=running)
         except RuntimeError:
-            # vLLM refuses a reset while blocks are held by anything but running requests.
+            # vLLM refuses a reset if anything except running requests holds blocks.
             checks.require(running, "an error of a reset that keeps running requests")
             self.tally["resets refused"] += 1
             return
@@ -262,8 +262,8 @@ class World:
         self._idle += 1
         if self._idle < 50:
             return
-        # Loaded requests hold blocks while they wait for more blocks. vLLM preempts only
-        # running requests, with any coordinator. So the world aborts a loaded request.
+        # Loaded requests hold blocks while they wait for more blocks. vLLM preempts only running
+        # requests, so loaded ones can wait for each other forever. Abort one of them.
         loaded = [r for r in self._scheduler.requests.values() if r.num_computed_tokens]
         stuck = len(loaded) > 1 and not self._scheduler.running
         checks.require(stuck, "nothing moves:", dict(self._scheduler.requests))
@@ -331,7 +331,7 @@ class World:
                 block for block in load.tables[0][load.start // self.plan.block_size :] if block
             )
         else:
-            # vLLM supports failed blocks only with one KV group.
+            # vLLM accepts ids of failed blocks only from models with one KV group.
             report.failed_recving.add(name)
 
     def _collect(self) -> None:
