@@ -44,7 +44,7 @@ def test_prompts_wait_until_running_prompts_have_all_blocks_that_they_need(model
     sent = prompts(lengths(seed))
     ours = Replay(engine_of(model, blocks, POLICY), sent, 16).run()
     assert (ours.requests, ours.preemptions) == (len(sent), 0)
-    # vLLM starts more prompts than it can finish.
+    # vLLM starts more prompts than the pool can hold to their ends, so it preempts some.
     assert Replay(engine_of(model, blocks, STOCK), sent, 16).run().preemptions > 0
 
 

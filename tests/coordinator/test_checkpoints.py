@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests which checkpoints are pinned, superseded, reused and evicted."""
+"""Test which checkpoints are pinned, superseded, reused and evicted."""
 
 import random
 

@@ -26,7 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 class Script:
-    """Builds a trace of chats. Requests that share block ids share the prefix of those blocks."""
+    """Builds a trace of chats. Requests that begin with the same block ids share a prefix."""
 
     def __init__(self) -> None:
         self.requests: list[TracedRequest] = []

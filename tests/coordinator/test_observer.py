@@ -147,7 +147,7 @@ def test_a_running_request_is_explained_by_the_lookup_that_it_was_scheduled_with
     assert (waiting.scheduled, waiting.hit_tokens) == (False, 80)
     # States are cached only if the chunks end where state blocks end.
     schedule(manager, request, chunk=16)
-    # The request's own blocks and states are cached now, under the hashes that were looked up.
+    # The request's own blocks are cached by now, so the same lookup would hit more than 80 tokens.
     hashes, groups = request.block_hashes, coordinator.attention_groups
     assert coordinator.reconcile(hashes, 299, groups).length > 80
     request.append_output_token_ids([7] * 20)

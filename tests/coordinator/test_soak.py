@@ -67,5 +67,5 @@ def test_no_checkpoint_is_pinned_without_cached_attention_blocks(seed, world):
     ],
 )
 def test_a_state_block_is_not_cached_with_an_earlier_state(seed, world, strategy):
-    # vLLM's own coordinator caches such blocks.
+    # vLLM's own coordinator does cache state blocks that hold an earlier state.
     Soak(seed, strategy).run(world)

@@ -37,7 +37,7 @@ def test_the_rate_is_returns_per_time_waited():
     curve = ReuseCurve()
     draw = random.Random(1)
     for _ in range(20_000):
-        # At any age, 1/500 return with each request. Checkpoints are tracked for 1,000 requests.
+        # At any age, a checkpoint returns at a rate of 1/500. It is tracked for 1,000 requests.
         age = int(draw.expovariate(1 / 500))
         curve.record(0, min(age, 1000), returned=age < 1000)
     curve.update(())

@@ -7,8 +7,8 @@ results, the first three add 8n * 2^-24 to the norm of the error and the last ad
 results have the norm 2n, so the relative error is 5 * 2^-24. A stage of radix 2 has one operation.
 Multiplying by the unit rounds twice, because the unit itself is rounded.
 
-A number becomes steps by a factor, the product of two rounded numbers. The steps are rounded once
-more; for values, so is their sum with the middle code. Rounding to a code costs half a step.
+Quantising multiplies a number by a factor, itself the product of two rounded numbers, and rounds
+the result. Values round their sum with the middle code, too. The code itself is off by half a step.
 """
 
 import math
@@ -35,7 +35,7 @@ STAGE_ERROR = 5.01 * ROUNDING
 """Largest error of one stage of the rotation, relative to the norm of the numbers it mixes."""
 
 UNDERFLOW = 2.0**-142
-"""If all numbers of a row are below this, float32 may round their scale and the errors to 0."""
+"""float32 may round the 127th part of smaller numbers to 0, so error bounds allow this much."""
 
 LEAST_SCALE = 2.0**-24
 
@@ -56,7 +56,7 @@ def quantise_rows(rows: torch.Tensor, part: str) -> tuple[torch.Tensor, torch.Te
     """Quantise rows [T, D] as the keys or values of one head.
 
     Returns:
-        Signed codes, 0 for a number of 0, float64 [T, D], and scales, float16 [T, 1].
+        Codes as multiples of the scale, float64 [T, D], and the scales, float16 [T, 1].
     """
     rows = rows[:, None]
     zeros = torch.zeros_like(rows)
@@ -107,7 +107,7 @@ finite32s = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
 def rows_with_offset() -> st.SearchStrategy[torch.Tensor]:
-    """A strategy: 4 rows of 64 numbers, spread around an offset, from subnormal to huge."""
+    """A hypothesis strategy: 4 rows of 64 numbers around an offset, from subnormal to huge."""
     offsets = st.sampled_from([0.0, 1e-8, -3e-6, 0.1, -1.7, 1000.3, -999.7, 6e4, -65504.0])
     spreads = st.sampled_from([0.0, 1e-45, 1e-30, 1e-9, 6e-8, 1e-3, 1.0, 37.0, 1e4, 1e6, 3e38])
     seeds = st.integers(0, 2**32 - 1)
@@ -256,7 +256,7 @@ def test_a_number_between_two_codes_rounds_to_the_even_one(
     part: str, exponent: int, number: int
 ) -> None:
     most, last, scale = STEPS[part], LARGEST_CODE[part], 2.0**exponent
-    code = number % int(2 * last) - last  # any but the last
+    code = number % int(2 * last) - last  # any code but the last
     wanted = torch.tensor([[most, code + 0.5, -most, code]]) * scale
     row = rotate(wanted)
     assert torch.equal(rotate(row), wanted)  # exact for multiples of half a step

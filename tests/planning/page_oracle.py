@@ -92,7 +92,7 @@ def best_for(spec: KVCacheSpec, page: int, longest: int) -> Fraction | None:
 
 
 def longest_block(spec: KVCacheSpec, page: int, match_unit: int) -> KVCacheSpec | None:
-    """Give a layer the page, and the longest block that divides the match unit, if possible."""
+    """Return the spec with this page and the longest block that divides `match_unit`, or None."""
     plans = (plan for plan in plans_of(spec, page) if match_unit % plan.block_size == 0)
     return max(plans, key=lambda plan: plan.block_size, default=None)
 

@@ -197,7 +197,7 @@ def test_states_that_vllm_itself_padded_need_another_block_size(config):
 
 @pytest.fixture
 def start_up(unregistered, log):
-    """Return a function that plans as an engine core does. It returns infos and warnings."""
+    """Return a function that plans as an engine core does and returns INFO and WARNING lines."""
 
     def start(config, kv_cache_config, specs):
         plugin.register()

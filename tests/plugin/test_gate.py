@@ -47,7 +47,7 @@ def test_an_unsupported_version_stops_if_the_user_named_the_plugin(plugins, monk
 
 def test_a_changed_vllm_warns_and_stays_unchanged(log, monkeypatch):
     def changed(*args, **kwargs):
-        """Stand for a function with which another plugin replaces vLLM's."""
+        """Stand in for another plugin's replacement of vLLM's function."""
 
     monkeypatch.setattr(kv_cache_coordinator, "get_kv_cache_coordinator", changed)
     plugin.register()

@@ -30,7 +30,7 @@ def require(condition: object, *what: object) -> None:
 
 
 def check_references(scheduler: Scheduler) -> None:
-    """Check that reference counts match the references, and that all other blocks are listed free.
+    """Check that every reference count is right, and that unreferenced blocks are in the free list.
 
     The free list must be linked in both directions.
     """

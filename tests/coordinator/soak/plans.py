@@ -129,10 +129,10 @@ class Plan:
     def with_checkpoints(self, rng: random.Random) -> Plan:
         """Return the plan, sometimes with states exported from within a chunk, as Mamba 2's are.
 
-        vLLM's own coordinator then caches wrong states unless hits end at whole blocks
-        (`upstream_fixes.PassedBlocks`). With draft tokens, vLLM's worker may overwrite the state
-        that a request continues with, because the scheduler has moved its blocks. With draft layers
-        and hits at multiples of several blocks, vLLM takes the state for a later state.
+        Plans with which vLLM itself fails are left unchanged. Unless hits end at whole blocks, its
+        own coordinator caches wrong states (`upstream_fixes.PassedBlocks`). With draft tokens, its
+        worker may overwrite the state that a request continues with. With draft layers and hits at
+        multiples of several blocks, it takes the exported state for a later one.
         """
         whole = self.unit == self.block_size == self.scheduler_block_size
         if self.drafting is not None or (self.strategy == "stock" and not whole):

@@ -41,7 +41,7 @@ class Prefixes:
         return number
 
     def path(self, prefix: int, count: int) -> list[int]:
-        """Return the last `count` prefixes on the way to this one, which comes last."""
+        """Return a prefix and the `count - 1` next shorter prefixes, the longest at the end."""
         path = []
         for _ in range(count):
             path.append(prefix)

@@ -186,7 +186,7 @@ def test_partial_results_of_any_batch_fit_the_scratch_memory_without_overlap() -
 
 @interpreted
 def test_scales_far_apart_in_one_request_equal_the_reference() -> None:
-    """One request's scales rise from fp16's smallest to the largest of values, the other's fall."""
+    """In one request the values' scales rise from the smallest to the largest, in one they fall."""
     batch = make(Case(lengths=(300, 300), queries=(1, 1), dtype=torch.float32, page_size=16))
     sizes = torch.logspace(-7, 3.9, 304).to(torch.float16)
     for request, order in enumerate((sizes, sizes.flip(0))):

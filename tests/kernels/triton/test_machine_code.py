@@ -34,7 +34,7 @@ MOST_ISSUED_PER_BYTE = {128: 0.1, 256: 0.07}
 0.268; half of that leaves room for stalls. See benchmarks/results/machine_code_formats.md."""
 
 MOST_BARRIERS = 15
-"""In the main loop. At each barrier, the warps of a program wait for each other."""
+"""Limit for the main loop. At each barrier, the warps of a program wait for each other."""
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 SHARED_BYTES |= {100: 227 * 1024, 120: 99 * 1024}
 

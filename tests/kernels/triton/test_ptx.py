@@ -10,7 +10,7 @@ from testing.triton import ptx
 from vllm_hybrid_kv.kernels.triton import convert
 
 WORDS = np.arange(65536, dtype=np.uint32)
-# Registers: each 16-bit word appears once as a lower half and once as an upper half.
+# Registers in which each 16-bit word is the lower half once and the upper half once.
 PAIRS = WORDS | ((WORDS * 40503 + 12345) % 65536) << np.uint32(16)
 
 
