@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPU kernels of k8v4 in Triton: quantise-and-store and paged attention. Torch in, torch out.
+"""Triton kernels for k8v4: one quantises and stores tokens, the others compute paged attention.
 
-Pages have the layout `LINEAR`.
+Their arguments and results are torch tensors. Pages have the layout `LINEAR`.
 """
 
 from vllm_hybrid_kv.kernels.triton.attention import paged_attention

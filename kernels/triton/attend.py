@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attention kernel: one for every number of new tokens.
+"""The attention kernel. The same kernel serves any number of new tokens.
 
-Operands are swapped, so that the codes are the left operand of tensor cores, which they reach in
-registers without a transposition, and every query row of a KV head shares each byte read:
+Both matrix products are computed transposed. The codes are then the left operand of the tensor
+cores and need no transposition in registers. All query rows of a KV head share each byte read:
 
     S^T [keys, rows] = K Q^T          O^T [dims, rows] = V^T (P scale)
 
-Scores are products of int8 codes, times the key's scale and the query row's. They are kept in base
-2. With code and scale of a value, p the weights of a row:
+A score is a product of int8 codes, times the key's scale and the query row's scale, in base 2. If
+p is a row's weight of a token whose value has this code and scale:
 
     out = rotate((sum p scale code - 7.5 sum p scale) / sum p)
 
-A scale is thus applied to a weight once, not to D values, and the rotation, see `reference.rotate`,
-is undone once for each row.
+So a scale multiplies one weight instead of D values, and the rotation (see `reference.rotate`) is
+undone once for each row.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _HIGH_UNIT = tl.constexpr(1.0 / HIGH_CODE_UNIT)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
-# Exponents of float32. Before weights times scales become fp16, a power of two that follows the
-# largest scale so far brings them below 2^15: fp16 then holds numbers down to 2^-29 of the
-# largest with all of their bits, and no scale overflows it.
+# Float32 exponents. Weights times scales become fp16. Before that, a power of two that follows the
+# largest scale so far brings them below 2^15, so that none overflows and fp16 keeps all bits of
+# those down to 2^-29 of the largest.
 _BIAS = tl.constexpr(127)
 _SMALLEST_SCALE = tl.constexpr(127 - 24)  # fp16's smallest denormal
 _WEIGHT_BITS = tl.constexpr(14)
@@ -54,7 +54,7 @@ def _power_of_two(exponent):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _both_halves(words):  # type: ignore[no-untyped-def]
-    """Return the two fp16 numbers of each int32 as float32, in their order in memory."""
+    """Unpack each int32 into its two fp16 numbers, in memory order, and return them as float32."""
     low = words.to(tl.int16).to(tl.float16, bitcast=True)
     high = (words >> 16).to(tl.int16).to(tl.float16, bitcast=True)
     return tl.reshape(tl.join(low, high), [2 * words.shape[0]]).to(tl.float32)
@@ -62,9 +62,10 @@ def _both_halves(words):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _sum_in_threads(x, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return [LANES, 8, rows]: float32 `x` [keys, rows] summed over the keys that a thread holds.
+    """Sum float32 `x` [keys, rows] over the keys that each thread holds, to [LANES, 8, rows].
 
-    Tensor cores leave a thread the keys 8 apart in each 16, of every LANES-th 16.
+    After a tensor-core product a thread holds every LANES-th group of 16 keys, and two keys of
+    each group, 8 apart.
     """
     KEYS: tl.constexpr = x.shape[0] // (16 * LANES)
     apart = tl.reshape(x, [KEYS, LANES, 2, 8, x.shape[1]])
@@ -79,21 +80,22 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, MASKED: tl.constexpr,
     ONE_PAGE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Add one tile of keys to the running results of a row tile, and return them.
+    """Add one tile of keys to the running results of a row tile, and return the new results.
 
     Args:
         state: The running results:
             m_i: float32 [rows], largest score.
-            l_i, z_i: float32 [LANES, 8, rows], sums of weights relative to it, and of weights
-                times scales, the latter scaled like `acc0`. Both are summed over threads after the
-                last tile only, because such sums cost more than all else.
-            scale_exp: int32, float32's exponent of the largest scale.
-            acc0 to acc3: float32 [dims / 4, rows], sums of weights times scales times codes of
-                every fourth dim, stored times `2^(14 - scale_exp)` and the unit of a code.
-        query: int8 [dims, rows], codes; float32 [rows], factor of the scores, to base 2 unless
-            SOFT_CAP; int32 [rows], with MASKED: the positions, negative before the first key.
-        pages: The cache, its stride between blocks and the offset of a KV head in 16-bit words,
-            and the request's row of the block table.
+            l_i, z_i: float32 [LANES, 8, rows], each thread's sums of weights (relative to `m_i`)
+                and of weights times scales (scaled like `acc0`). Adding up the threads costs more
+                than all else, so it is left until after the last tile.
+            scale_exp: int32, the biased float32 exponent of the largest scale.
+            acc0 to acc3: float32 [dims / 4, rows], for every fourth dim, sums of weights times
+                scales times codes, times `2^(14 + 127 - scale_exp)` and the unit of a code.
+        query: int8 [dims, rows], the codes; float32 [rows], the factor of the scores, in base 2
+            unless SOFT_CAP; int32 [rows], the positions, which only MASKED reads. A negative
+            position is before the first key.
+        pages: The cache, its block stride and the offset of a KV head (both in 16-bit words), and
+            the request's row of the block table.
         first_key: First key that some row sees, with MASKED and WINDOW.
         end_key: 1 + the last key that some row sees.
         MASKED: Whether a row may not see every key of the tile.
@@ -108,7 +110,7 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     KEY_WORDS: tl.constexpr = PAGE * (D // 2)
     VALUE_WORDS: tl.constexpr = PAGE * QUARTER_D
 
-    # Keys in bytes; the others in 16-bit words: four values, one scale.
+    # Keys are addressed in bytes, values and scales in 16-bit words: four values or one scale.
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, DIMS)
     offs_quarter = tl.arange(0, QUARTERS)
@@ -127,7 +129,7 @@ def _attend_tile(  # type: ignore[no-untyped-def]
         value_ptrs = value_ptrs + (offs_n * QUARTER_D)[None, :] + offs_quarter[:, None]
         pair_ptrs = words_ptr + (base + KEY_WORDS + VALUE_WORDS + start) + 2 * offs_pair
     else:
-        # The block of the last key for those after it, because masks occupy registers.
+        # Keys after the last read the last key's block: a mask instead would occupy registers.
         last_key = end_key - 1
         in_table = tl.minimum(key_pos, last_key) if MASKED else key_pos
         block = tl.load(block_table_row_ptr + in_table // PAGE)
@@ -149,8 +151,8 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     else:
         key_codes = tl.load(key_ptrs, mask=(offs_d < D)[None, :], other=0)
         value_bits = tl.load(value_ptrs, mask=(offs_quarter < QUARTER_D)[:, None], other=0)
-    # Both scales in one load of 32-bit words: Triton pipelines a load only if it leads to a product
-    # of tensor cores, and only in pieces of at least 32 bits.
+    # One load of 32-bit words gets both scales: Triton pipelines a load only if it leads to a
+    # tensor-core product, and only in pieces of at least 32 bits.
     scale_ptrs = pair_ptrs[:, None] + (tl.arange(0, 2) * PAGE)[None, :]
     key_words, value_words = tl.split(tl.load(scale_ptrs.to(tl.pointer_type(tl.int32))))
     key_scale, scale = _both_halves(key_words), _both_halves(value_words)
@@ -167,7 +169,7 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     qk = tl.dot(key_codes, q_codes, out_dtype=tl.int32).to(tl.float32)
     qk = qk * key_scale[:, None] * qk_scale[None, :]
     if SOFT_CAP:
-        # tanh, `1 - 2 / (1 + e^2x)`; both infinities of the exponential give +-1.
+        # tanh is `1 - 2 / (1 + e^2x)`. An exponential of 0 or infinity gives -1 or +1.
         tanh = 1.0 - 2.0 / (1.0 + tl.exp2(qk / soft_cap * (2.0 * LOG2_E)))
         qk = tanh * (soft_cap * LOG2_E)
     if MASKED:
@@ -180,7 +182,7 @@ def _attend_tile(  # type: ignore[no-untyped-def]
         qk = tl.where(mask, qk, -float("inf"))
 
     m_j = tl.maximum(m_i, tl.max(qk, axis=0))
-    # A row that has seen no key yet: weights relative to 0, all of them 0.
+    # The maximum of a row that has seen no key yet is -inf. Relative to 0 its weights are all 0.
     m_ref = tl.where(m_j == -float("inf"), 0.0, m_j) if MASKED else m_j
     alpha = tl.exp2(m_i - m_ref)
     p = tl.exp2(qk - m_ref[None, :])
@@ -233,12 +235,12 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     The grid is [programs of the plan, KV heads].
 
     Args:
-        q_ptr, out_ptr: [T, H GROUP, D]; strides in elements, dims contiguous. Outputs of row tiles
-            of one split are written.
-        lse_ptr: float32 [T, H GROUP], natural logarithms; written with LSE for the same row tiles.
+        q_ptr, out_ptr: [T, H GROUP, D]; strides in elements, dims contiguous. The kernel writes
+            outputs only for row tiles with one split.
+        lse_ptr: float32 [T, H GROUP], natural logarithms; with LSE, written for these row tiles.
         cache_ptr: uint8 [blocks, H, PAGE, slot]; `stride_cache_block` in 16-bit words.
-        items_ptr, partial_out_ptr, partial_lse_ptr: From `plan_attention`; results of several
-            splits are written.
+        items_ptr, partial_out_ptr, partial_lse_ptr: From `plan_attention`; the kernel writes
+            partial results for row tiles with several splits.
         sinks_ptr: float32 [H GROUP] with SINKS.
         DIMS: The smallest power of two >= D.
         LANES: See `Tiling.lanes`.
@@ -269,7 +271,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     q_tok = (q_start + row // GROUP).to(tl.int64)
     q_head = kv_head_idx * GROUP + row % GROUP
 
-    # As in `reference.round_query`.
+    # Round the query to int8 codes, as `reference.round_query` does.
     offs_d = tl.arange(0, DIMS)
     q_ptrs = q_ptr + (q_tok * stride_q_tok + q_head * stride_q_head)[:, None] + offs_d[None, :]
     q = tl.load(q_ptrs, mask=mask_m[:, None] & (offs_d < D)[None, :], other=0.0).to(tl.float32)
@@ -278,7 +280,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     steps = tl.full([BLOCK_M], _KEY_STEPS, tl.float32)
     inverse = tl.math.div_rn(steps, tl.where(largest > 0, largest, 1.0))
     q_codes = tl.trans(rounded(q * inverse[:, None], _KEY_STEPS).to(tl.int8))
-    # Zero times NaN or infinity is NaN.
+    # Zero times NaN or infinity is NaN, so the sum makes all scores of such a row NaN.
     qk_scale = (largest * (UNIT / _KEY_STEPS) + tl.sum(q * 0.0, axis=1)) * scale
     if not SOFT_CAP:
         qk_scale = qk_scale * LOG2_E
@@ -293,8 +295,8 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     num_tiles = end_tile - first_tile
     end_tile = first_tile + num_tiles * (split_idx + 1) // num_splits
     first_tile = first_tile + num_tiles * split_idx // num_splits
-    # Every row sees every key of the tiles before this one. With a window all tiles are masked:
-    # its two ends are a large part of its few tiles.
+    # Before `masked_tile` every row sees every key, so those tiles need no mask. With a window all
+    # tiles are masked, because the two ends of the window are a large part of its few tiles.
     masked_tile = first_tile
     if not WINDOW:
         masked_tile = seq_len
@@ -320,7 +322,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     mask_m = row < query_len * GROUP
     q_tok = (q_start + row // GROUP).to(tl.int64)
     q_head = kv_head_idx * GROUP + row % GROUP
-    # Rows after the last have the position of the last.
+    # Rows after the request's last row get the position of the last row.
     query_pos = seq_len - query_len + tl.minimum(row // GROUP, query_len - 1)
     first_key, end_key = key_range(
         seq_len, query_len, first_row, window, GROUP, BLOCK_M, CAUSAL, WINDOW
@@ -355,8 +357,8 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     offset = (z_i * weight_unit * -_MIDDLE_CODE)[None, :]
     acc0, acc1 = acc0 * low + offset, acc1 * high + offset
     acc2, acc3 = acc2 * low + offset, acc3 * high + offset
-    # The sums are of rotated values. The stage of stride 1 is among the four accumulators, the
-    # others are within each.
+    # Undo the rotation. The stage of stride 1 combines the four accumulators, the other stages
+    # work within each of them.
     total = (acc0 + acc1) + (acc2 + acc3)
     low_pair = tl.join(
         rotated_quarter(total - 2.0 * acc0, D), rotated_quarter(total - 2.0 * acc1, D)

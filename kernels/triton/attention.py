@@ -15,7 +15,7 @@ from vllm_hybrid_kv.kernels.triton.convert import is_nvidia
 from vllm_hybrid_kv.kernels.triton.plan import FIELDS, LaunchPlan, plan_attention
 
 MERGED_AT_A_TIME = 8
-"""Partial results that a merging program reads at a time; 8 KiB at a head size of 256."""
+"""How many partial results a merging program reads at a time: 8 KiB at a head size of 256."""
 
 
 @triton.jit(do_not_specialize=["stride_lse_tok", "stride_lse_head"])
@@ -28,13 +28,13 @@ def merge_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Merge the splits of one row and its sink.
 
-    The grid is [programs of the plan, KV heads, rows of a row tile]. One program works for each
-    row of a row tile with several splits, the others return.
+    The grid is [programs of the plan, KV heads, rows of a row tile]. If a row tile has several
+    splits, one program merges each of its rows. All other programs return at once.
 
         lse = log2(sum 2^lse_i + 2^sink),  out = sum out_i 2^(lse_i - lse)
 
     Args:
-        PARTS: Splits that are read at a time.
+        PARTS: How many splits are read at a time.
     """
     program = tl.program_id(0)
     kv_head_idx = tl.program_id(1)
@@ -70,7 +70,7 @@ def merge_kernel(  # type: ignore[no-untyped-def]
             mask=(split < num_splits)[:, None] & (offs_d < D)[None, :], other=0.0,
         )  # fmt: skip
         m_j = tl.maximum(m_i, tl.max(part_lse, axis=0))
-        # A split in which the row sees nothing has -inf and zeros.
+        # If the row sees no key of a split, the split's lse is -inf and its output is 0.
         m_ref = tl.where(m_j == -float("inf"), 0.0, m_j)
         alpha = tl.exp2(m_i - m_ref)
         p = tl.exp2(part_lse - m_ref)
@@ -104,13 +104,13 @@ def paged_attention(
 ) -> None:
     """Attend to paged k8v4 tokens for a batch of requests; `reference.attend` has the formula.
 
-    A query of request i at position p sees, of its request's `seq_lens[i]` tokens, those up to p
-    if causal, and those in (p - window, p + window) if there is a window. A visible token whose
-    scale is NaN makes the rows that see it NaN, and no others, and leaves their `lse` undefined.
-    Memory after the last token and tokens that a row does not see never influence the row.
+    Request i has `seq_lens[i]` tokens. Its query at position p sees all of them, or only those up
+    to p if causal, or only those in (p - window, p + window) with a window. If the scale of a
+    token is NaN, the rows that see the token become NaN and their `lse` is undefined. Tokens that
+    a row does not see and memory after the last token never influence the row.
 
-    With a plan nothing waits for the device. Only the conversion of `sinks` to float32 allocates
-    memory, so a graph can capture the call.
+    With a plan the call does not wait for the device, and only the conversion of `sinks` to
+    float32 allocates memory, so a graph can capture the call.
 
     Args:
         query, block_table, seq_lens, scale, causal, window, soft_cap: As for
@@ -121,11 +121,11 @@ def paged_attention(
             request are padding: their rows of `out` and `lse` are not written.
         out: Like `query`; written. 0 if nothing is visible.
         sinks: [Hq], any floating dtype.
-        lse: float32 [T, Hq], written: natural log of the sum over visible keys and the sink;
-            -inf without either.
-        plan: From `plan_attention` for this batch; made here if None, which waits for the device.
-        debug: Check the contents of the index tensors as well, which waits for the device; see
-            `check_attention`.
+        lse: float32 [T, Hq]; receives the natural log of the sum of exp(score) over the visible
+            keys and the sink, or -inf if there are none.
+        plan: From `plan_attention` for this batch. If None, the call waits for the device to plan.
+        debug: Also check the contents of the index tensors (see `check_attention`), which waits
+            for the device.
 
     Raises:
         ValueError: An argument is not as required.
@@ -160,7 +160,7 @@ def paged_attention(
     if sinks is not None:
         sinks = sinks.to(torch.float32).contiguous()
     tiling, (programs, _), partial_rows = plan.tiling, plan.items.shape, plan.partial_lse.shape[2]
-    # Arguments that are not used must still be pointers.
+    # The kernels take pointers even for an lse and sinks that they do not use.
     lse_and_strides = (plan.partial_lse, 0, 0) if lse is None else (lse, *lse.stride())
     sinks_or_unused = plan.partial_lse if sinks is None else sinks
     shared: dict[str, Any] = {

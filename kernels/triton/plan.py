@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a batch's attention is divided among a GPU's programs, decided on the GPU.
+"""Divide a batch's attention among the programs of a launch, on the GPU itself.
 
 A *row* is one query head of one new token; the rows of a request that share a KV head are
 numbered `token * group + head of the group`. A program takes a *row tile*, up to `block_m` rows
@@ -28,7 +28,7 @@ MIN_TILES_CAPACITY = 128
 a power of two, and each power compiles another kernel."""
 
 ITEMS_PER_PROGRAM = 256
-"""Rows of the table of programs that are written at a time."""
+"""How many rows of the table of programs the planning kernel writes at a time."""
 
 FIELDS = tl.constexpr(5)
 """Numbers in a program's row of the table: request (-1 for none), first row, split, number of
@@ -77,8 +77,8 @@ def _last_at_most(  # type: ignore[no-untyped-def]
 ):
     """Return for each element of `target` the last i < count with `table[i] <= target`.
 
-    With BLOCK_M the table is `query_start_loc`, and the first row tile of request i is compared:
-    `table[i] * group // BLOCK_M + i`, which leaves room for every request's last partial tile.
+    With BLOCK_M the table is `query_start_loc`, and `target` is compared with the first row tile
+    of request i, `table[i] * group // BLOCK_M + i`, which leaves room for partial last tiles.
     """
     low, high = target * 0, target * 0 + count
     for _ in range(steps):
@@ -97,7 +97,7 @@ def _row_tiles(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, ONE_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Return request (-1 for none), first row and number of key tiles of each row tile."""
+    """Return each row tile's request (-1 if it has no rows), first row and number of key tiles."""
     req_idx = (
         tile
         if ONE_TILE
@@ -217,9 +217,9 @@ class LaunchPlan:
         made_for: Requests, query tokens, heads, KV heads, head size, causal, window.
         tiling: The tile sizes of a program.
         items: int32 [programs, FIELDS].
-        merged_rows: The most rows of a partial result that are used.
-        partial_out: float32 [parts, H, rows, D], scratch. Without splits there are no rows,
-            otherwise `tiling.block_m`, because each number of rows is another kernel to compile.
+        merged_rows: How many rows of a partial result can be in use, and so have to be merged.
+        partial_out: float32 [parts, H, rows, D], scratch. The plan has 0 rows without splits and
+            `tiling.block_m` with splits, because each number of rows compiles another kernel.
         partial_lse: float32 [parts, H, rows], scratch, base 2.
     """
 
@@ -232,21 +232,21 @@ class LaunchPlan:
 
 
 def processors_of(device: torch.device) -> int:
-    """Return the number of streaming multiprocessors or compute units of a device."""
+    """Count a GPU's multiprocessors or compute units; a CPU has `INTERPRETED_PROCESSORS`."""
     if device.type != "cuda":
         return INTERPRETED_PROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _programs_wanted(tiling: Tiling, num_kv_heads: int, processors: int) -> int:
-    """Return the number of programs of each KV head that keep the multiprocessors busy."""
+    """Return how many programs for each KV head keep all multiprocessors busy."""
     return triton.cdiv(tiling.programs_per_processor * processors, num_kv_heads)
 
 
 def largest_scratch(num_kv_heads: int, head_size: int, device: torch.device) -> int:
-    """Return the number of float32 numbers that any plan needs as scratch memory.
+    """Return how many float32 numbers of scratch memory are enough for every plan.
 
-    `plan_kernel` makes fewer than `2 target` splits that leave partial results, for any batch.
+    For any batch, `plan_kernel` makes fewer than `2 target` splits that leave partial results.
     """
     processors, capability = processors_of(device), capability_of(device)
     tilings = [tiling_for(rows, head_size, capability) for rows in MOST_ROWS]
@@ -257,7 +257,7 @@ def largest_scratch(num_kv_heads: int, head_size: int, device: torch.device) -> 
 
 
 def planned_requests(max_requests: int) -> list[int]:
-    """Return one number of requests for each planning kernel that decoding may need."""
+    """Return batch sizes that between them compile every planning kernel that decoding needs."""
     counts, capacity = [max_requests], MIN_TILES_CAPACITY
     while capacity < max_requests:
         counts.append(capacity)
@@ -290,9 +290,9 @@ def plan_attention(
         num_kv_heads: H.
         head_size: D.
         max_query_len: Largest number of new tokens of a request.
-        split: Whether the keys of one row are split among programs; follows from shapes if None.
-        processors: Multiprocessors to keep busy; all of the device if None.
-        tiling: The tile sizes of a program; from the shapes if None.
+        split: Whether programs may share the keys of a row; chosen from the shapes if None.
+        processors: How many multiprocessors to keep busy; all of the device if None.
+        tiling: The tile sizes of a program; chosen from the shapes if None.
         scratch: float32 [`largest_scratch`] for partial results, in use only during each call of
             `paged_attention`; allocated if None.
 

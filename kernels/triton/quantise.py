@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantise new tokens and store them in k8v4 pages, on GPUs, in one launch for K and V.
 
-The arithmetic is `reference.quantise`, bit for bit; `k8v4.PageFormat` with the layout `LINEAR`
-gives the offset of each byte.
+The results equal those of `reference.quantise` bit for bit. `k8v4.PageFormat` says where each byte
+of a page in the layout `LINEAR` is.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _CODE_BITS = tl.constexpr(k8v4.VALUE_LEVELS - 1)
 _NAN_SCALE = tl.constexpr(k8v4.NAN_SCALE_BITS)
 
 NUMBERS_PER_PROGRAM = 4096
-"""Keys of a program, and as many values: 32 of each for every thread of four warps. The value
-codes of a thread are then 16 bytes, one store."""
+"""How many numbers of K, and as many of V, a program quantises: 32 of each in every thread of four
+warps. A thread's value codes then fill 16 bytes, which takes one store."""
 
 
 @triton.jit
 def _scaled(  # type: ignore[no-untyped-def]
     x, nan, D: tl.constexpr, UNIT: tl.constexpr, STEPS: tl.constexpr
 ):
-    """Return rotated rows in steps of their scales, and the bits of the scales as int32."""
+    """Rotate rows and divide them by their scales; return both, the scales as bits in int32."""
     LIMIT: tl.constexpr = STEPS * _SCALE_MAX
     x = tl.where(nan[:, None], 0.0, tl.minimum(tl.maximum(x, -LIMIT), LIMIT))
     raw = rotated(x, D)
@@ -40,7 +40,7 @@ def _scaled(  # type: ignore[no-untyped-def]
     )[:, None]
     raw = tl.minimum(tl.maximum(raw, -limit), limit)
     largest = tl.max(tl.abs(raw), axis=1) * UNIT
-    # Divisions are rounded to nearest; Triton's `/` is not.
+    # `div_rn` rounds to nearest, as the reference does; Triton's `/` does not.
     scale = tl.math.div_rn(largest, tl.full([x.shape[0]], STEPS, tl.float32))
     bits = half_rounded_up(tl.minimum(scale, _SCALE_MAX))
     scale = half_to_float(bits)
@@ -62,11 +62,11 @@ def quantise_and_store_kernel(  # type: ignore[no-untyped-def]
     HEADS: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, PAGE: tl.constexpr,
     ROWS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Store rows (token, head) of K and V as codes, see `reference.quantise` for the formula.
+    """Quantise and store rows of K and V; `reference.quantise` has the formula.
 
     Args:
-        k_ptr, v_ptr: [T, HEADS, D]; strides in elements.
-        cache_ptr: uint8; regions of PAGE tokens, `stride_cache_block` bytes between blocks.
+        k_ptr, v_ptr: [T, HEADS, D]; strides in elements. A row is one head of one token.
+        cache_ptr: uint8 pages of PAGE tokens; blocks start `stride_cache_block` bytes apart.
         num_rows: T * HEADS.
         num_slots: Tokens that the cache has room for.
         DIMS: The smallest power of two >= D.
@@ -97,7 +97,7 @@ def quantise_and_store_kernel(  # type: ignore[no-untyped-def]
     v, value_scale_bits = _scaled(v, nan, D, UNIT, _VALUE_STEPS)
     key_ptrs = cache_ptr + (base + in_page * D)[:, None] + offs_d[None, :]
     tl.store(key_ptrs, rounded(k, _KEY_STEPS).to(tl.uint8), mask=mask)
-    # The clamp keeps the product and the sum of the middle code apart; see `rounded`.
+    # The clamp keeps the compiler from fusing `v`, a product, with this addition; see `rounded`.
     v = tl.minimum(tl.maximum(v, -_MIDDLE_CODE), _MIDDLE_CODE) + _MIDDLE_CODE
     codes = rounded(v, 2.0 * _MIDDLE_CODE) & _CODE_BITS
     low, high = tl.split(tl.reshape(codes, [ROWS, DIMS // 2, 2]))
@@ -124,18 +124,18 @@ def quantise_and_store(
 ) -> None:
     """Quantise tokens and write them into their slots, in the layout `LINEAR`.
 
-    The rest of the cache is unchanged. A slot past the end of the cache is not written, since a
-    kernel cannot raise; `debug` raises. If one call names a slot twice, its bytes are those of
-    either token or a mixture; vLLM never does so.
+    The rest of the cache is unchanged. A token whose slot is past the end of the cache is skipped,
+    because a kernel cannot raise; `debug` raises. If a call names a slot twice, the slot gets
+    either token or a mixture of both. vLLM never names a slot twice.
 
     Args:
         key: bfloat16, float16 or float32 [T, H, D], any strides.
         value: Of the same shape and dtype, any strides.
-        cache: uint8 [num_blocks, H, N, slot_bytes(D)], contiguous within a block; an even number
-            of bytes between blocks. Stores are widest with a multiple of 16.
+        cache: uint8 [num_blocks, H, N, slot_bytes(D)], contiguous within a block. The stride
+            between blocks is even; a multiple of 16 gives the widest stores.
         slot_mapping: int64 or int32 [T'] with T' <= T, block * N + token within the block; the
             tokens after the first T' are padding. A token whose slot is negative is not written.
-        debug: Check the slots as well, which waits for the device.
+        debug: Also check the slots, which waits for the device.
 
     Raises:
         ValueError: A tensor has the wrong shape, dtype or strides. Nothing has been written then.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`reference.rotation_sums` as device functions: the same additions, so the bits are the same."""
+"""Device functions that make the additions of `reference.rotation_sums`, so the bits are equal."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import triton.language as tl
 
 @triton.jit
 def rotation_stage(x, RADIX: tl.constexpr, STRIDE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return one stage of the rotation, along axis 1 of three.
+    """Apply one stage of the rotation along the second of three axes.
 
-    A sum of four is two sums of two: the order of two addends does not change the bits.
+    Four numbers are added as two sums of two, because swapping two addends changes no bits.
     """
     RUNS: tl.constexpr = x.shape[1] // (RADIX * STRIDE)
     if RADIX == 4:
@@ -19,7 +19,7 @@ def rotation_stage(x, RADIX: tl.constexpr, STRIDE: tl.constexpr):  # type: ignor
         total = tl.sum(tl.sum(run, axis=3, keep_dims=True), axis=2, keep_dims=True)
         run = total - 2.0 * run
     else:
-        # a + b and a - b: the sum of both, less twice b for the second.
+        # A pair (a, b) becomes (a + b, a - b). For a - b, the sum is taken with b negated.
         run = tl.reshape(x, [x.shape[0], RUNS, 2, STRIDE * x.shape[2]])
         sign = (1.0 - 2.0 * tl.arange(0, 2).to(tl.float32))[None, None, :, None]
         other = tl.sum(run, axis=2, keep_dims=True)
@@ -30,7 +30,7 @@ def rotation_stage(x, RADIX: tl.constexpr, STRIDE: tl.constexpr):  # type: ignor
 
 @triton.jit
 def _stages(x, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return all stages of blocks of a power of two up to 512, along axis 1 of three."""
+    """Rotate blocks of BLOCK numbers, a power of two up to 512, along the second of three axes."""
     if BLOCK >= 4:
         x = rotation_stage(x, 4, 1)
     if BLOCK >= 16:
@@ -54,13 +54,13 @@ def _stages(x, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def rotated(x, D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the sums of float32 `x` [rows, dims], which is 0 from dim D on."""
+    """Rotate float32 `x` [rows, dims], without the unit. From dim D on, `x` has to be 0."""
     sums = _stages(tl.reshape(x, [x.shape[0], x.shape[1], 1]), D & -D)
     return tl.reshape(sums, [x.shape[0], x.shape[1]])
 
 
 @triton.jit
 def rotated_quarter(x, D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the stages of strides >= 4 of every fourth dim, float32 `x` [dims / 4, rows]."""
+    """Apply the stages of strides >= 4 to every fourth dim, float32 `x` [dims / 4, rows]."""
     sums = _stages(tl.reshape(x, [1, x.shape[0], x.shape[1]]), (D & -D) // 4)
     return tl.reshape(sums, [x.shape[0], x.shape[1]])

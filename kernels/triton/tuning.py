@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tile sizes of an attention program on each GPU: measured if available, otherwise derived.
+"""Choose the tile sizes of an attention program: measured ones if a GPU has them, else derived.
 
 `python -m benchmarks.gpu --tune` tries the candidates on the current GPU and prints rows for
-`MEASURED`. A GPU without rows uses `derived_tiling`, which follows from registers, shared memory
-and spills of the machine code and from the cost of a split, not from a measurement.
+`MEASURED`. A GPU without rows uses `derived_tiling`. Its sizes were derived from the machine code
+(registers, shared memory, spills) and from the cost of a split, not measured.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Tiling:
         block_n: Keys of a tile.
         num_warps: Warps.
         num_stages: Key tiles in flight.
-        programs_per_processor: Programs for each streaming multiprocessor; it needs about four to
-            keep its memory busy.
-        min_split_tiles: Smallest number of key tiles in a split, except for a row's last. From
+        programs_per_processor: How many programs each streaming multiprocessor gets. It needs
+            about four to keep its memory busy.
+        min_split_tiles: A split has at least this many key tiles, except a row's last split. From
             four on, writing and reading a partial result costs less than a tenth of reading its
             keys.
     """
@@ -47,44 +47,44 @@ class Tiling:
 
     @property
     def lanes(self) -> int:
-        """Warps that get different keys in a tensor-core product, 16 keys each at a time."""
+        """How many warps get different keys in a tensor-core product, 16 keys each at a time."""
         return min(self.num_warps, self.block_n // 16)
 
 
 MOST_ROWS = (16, 32, 64, 65)
-"""The most rows of each class of programs; 65 stands for any larger number. A request has as many
-rows as new tokens times query heads of a KV head."""
+"""Tilings are chosen for these numbers of rows; 65 stands for any larger number. A request has as
+many rows as new tokens times query heads of a KV head."""
 
 MEASURED: Mapping[tuple[Capability, int, int], Tiling] = {}
 """Results of `python -m benchmarks.gpu --tune`, by compute capability, head size rounded up to a
-power of two, and class of rows. No GPU has been measured yet."""
+power of two, and `row_class`. No GPU has been measured yet."""
 
 
 def row_class(rows: int) -> int:
-    """Return the class of a number of rows, one of `MOST_ROWS`."""
+    """Round the number of rows up to the next entry of `MOST_ROWS`; more than 65 rows give 65."""
     return next((most for most in MOST_ROWS if rows <= most), MOST_ROWS[-1])
 
 
 def capability_of(device: torch.device) -> Capability:
-    """Return the compute capability of a device."""
+    """Return the compute capability of an NVIDIA GPU, or None for any other device."""
     return torch.cuda.get_device_capability(device) if is_nvidia(device) else None
 
 
 def derived_tiling(rows: int, head_size: int) -> Tiling:
     """Return the tile sizes for a GPU without measurements.
 
-    More rows share the cost of reading a key, until their accumulators no longer fit the registers,
-    as for 256 dims. With Triton 3.9 no size here spills on compute capability 8.0 to 12.0. With
-    four warps and 64 keys, or 64 dims of a quarter, Triton uses warp-group instructions: `wgmma` on
-    9.0, which needs its second operand in shared memory, and on 10.0 and 11.0 tensor memory, with
-    thousands of moves to and from it.
+    The more rows a tile has, the more of them share the cost of reading a key, until their
+    accumulators no longer fit the registers, as with 256 dims. With Triton 3.9 no size here spills
+    on compute capability 8.0 to 12.0. Four warps with 64 keys, or with 64 dims in a quarter, make
+    Triton use warp-group instructions. On 9.0 this is `wgmma`, which needs its second operand in
+    shared memory. On 10.0 and 11.0 it is tensor memory, with thousands of moves to and from it.
 
     Args:
         rows: Largest number of new tokens of a request, times query heads of a KV head.
         head_size: D.
     """
     if head_size > 256:
-        # Two warps, 64 keys or 32 rows spill inside the loop.
+        # With two warps, with 64 keys or with 32 rows the loop spills.
         return Tiling(16, 32, 4, 3)
     large = head_size > 128
     if rows <= 16 or large:
@@ -95,7 +95,7 @@ def derived_tiling(rows: int, head_size: int) -> Tiling:
 
 
 def tiling_for(rows: int, head_size: int, capability: Capability) -> Tiling:
-    """Return the tile sizes measured for a GPU, or else the `derived_tiling`."""
+    """Return the tile sizes measured for a GPU, or `derived_tiling` if there are none."""
     key = (capability, triton.next_power_of_2(head_size), row_class(rows))
     return MEASURED.get(key) or derived_tiling(rows, head_size)
 
