@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tests that every supported minor of vLLM must pass, installed or only unpacked."""
+"""List the tests that every supported vLLM minor must pass, and run them with an unpacked vLLM."""
 
 import subprocess
 import sys
@@ -16,13 +16,13 @@ TIMEOUT_S = 1200
 
 @dataclass(frozen=True)
 class Suite:
-    """Files of one folder.
+    """Test files of one folder, and which of their tests to run.
 
     Attributes:
         folder: The folder in `tests/`.
         files: The files in the folder.
         selection: An expression for `-k`; empty for all tests.
-        markers: An expression for `-m`; pytest's own default if empty.
+        markers: An expression for `-m`; if empty, pytest's default.
         engines: Whether the tests start engines, which need vLLM's CPU platform.
     """
 
@@ -34,7 +34,7 @@ class Suite:
 
 
 def arguments_of(suites: Sequence[Suite]) -> list[str]:
-    """Return the arguments of pytest that run suites with the same markers in one process."""
+    """Return the pytest arguments that run suites in one process; their markers must be equal."""
     selections = [
         f"(not ({' or '.join(suite.files)}) or ({suite.selection}))"
         for suite in suites
@@ -52,9 +52,9 @@ def run_suites(suites: Sequence[Suite], vllm: Path, minor: str) -> subprocess.Co
     """Run suites with an unpacked vLLM instead of the installed one.
 
     Args:
-        suites: The suites, of the same markers.
+        suites: The suites; their markers must be equal.
         vllm: The folder that contains the folder `vllm`.
-        minor: The minor that the tests must find, such as `0.33`.
+        minor: The minor of that vLLM, such as `0.33`.
     """
     command = [sys.executable, "-m", "pytest", "-rA", "-q", "-p", "no:cacheprovider"]
     engines = any(suite.engines for suite in suites)
@@ -97,7 +97,7 @@ TRANSFER = Suite("transfer", ("test_transfer.py",))
 
 PROMISES = Suite("planning", ("test_min_waste_properties.py",), "stock_or_lcm")
 
-# Only some of the random cases run here; the others run with the installed vLLM only.
+# Of the oracle's random cases only case 0 runs here. All run with the installed vLLM.
 COORDINATORS = Suite(
     "coordinator",
     (
@@ -116,7 +116,7 @@ GPU_BACKEND = Suite("attention", ("test_gpu_backend.py",), "not stock")
 
 SUITES = (PLUGIN, PLANNING, TRANSFER, PROMISES, COORDINATORS, GPU_BACKEND)
 
-# One model of each kind: Llama, a window (Gemma3) and recurrent states (Qwen3-Next).
+# One model of each kind: full attention (Llama), a window (Gemma3), recurrent states (Qwen3-Next).
 ENGINES = Suite(
     "e2e",
     (

@@ -11,15 +11,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The demo, the benchmarks and `testing` are not installed.
+# The demo, the benchmarks and `testing` are not installed, so they are imported from the tree.
 sys.path.insert(0, str(ROOT))
 
 # vLLM and huggingface_hub read these when they are imported. No test uses the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
-# OpenMP reads this when torch is imported, here and in child processes. Otherwise waiting threads
-# spin and occupy the core that the thread they wait for needs.
+# OpenMP reads this when torch is imported, here and in child processes. With the default policy,
+# waiting threads spin and occupy cores that the threads with work need.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 SECONDS = {
@@ -43,7 +43,7 @@ SECONDS = {
     "e2e/test_layers_and_pages.py": 60,
     "tools/plan/test_plan.py": 35,
 }
-"""Approximate CPU seconds of the longest files in `tests/`."""
+"""How many CPU seconds the longest test files take, approximately."""
 
 
 def _seconds(item: pytest.Item) -> int:
@@ -72,7 +72,8 @@ def unregistered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # prometheus_client keeps a process's metrics, so their state must survive the test.
     metrics = {name: saved[name] for name in ("metrics_files", "metrics_owner")}
     vars(STATE).update(vars(ProcessState(**metrics)))
-    # With this module imported, as in a process of the command `vllm`, errors end the process.
+    # If this module is imported, the plugin takes the process for the command `vllm`, and its
+    # errors end the process.
     monkeypatch.delitem(sys.modules, "vllm.entrypoints.cli.main", raising=False)
     yield
     active = STATE.active_patches
@@ -87,7 +88,7 @@ def unregistered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of this tree."""
+    """Build the wheel of this tree."""
     # Build from a copy, because setuptools leaves a build folder and reuses its old files.
     source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("vllm_hybrid_kv", "kernels"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Links and names in the documentation lead somewhere, and its words are vLLM's."""
+"""The documentation's links resolve, the files it names exist, and no text uses the old idiom."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
-# Words of an old idiom, each with a plainer word in the field's own language.
+# Words that this project no longer uses, because plainer words of the field exist.
 IDIOM = re.compile(
     r"\bbeside\b|\blikewise\b|\bamiss\b|\bat hand\b|\bin force\b|\bgiven up\b|\bgave up\b"
     r"|\bin the place of\b|\bwhat came of\b|\bfor it is\b|\bfor (there|they) (is|are)\b"
@@ -21,7 +21,7 @@ IDIOM = re.compile(
 
 
 def anchors(page: Path) -> set[str]:
-    """Return the anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors that GitHub makes from a page's headings."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of paged attention, the kernels' result and the reference's; on a GPU or interpreted."""
+"""Build batches of paged attention, and compare the kernels (on a GPU or interpreted) with the
+reference."""
 
 from __future__ import annotations
 
@@ -16,22 +17,22 @@ from vllm_hybrid_kv.kernels.k8v4 import Layout
 from vllm_hybrid_kv.kernels.triton import LaunchPlan, paged_attention, plan_attention
 
 TOLERANCE = {
-    # Weights rounded to fp16's 11 bits: 2^-12, and several times that if the values cancel.
+    # Rounding weights to fp16 adds 2^-12, and several times that if the values cancel.
     torch.float32: 1e-3,
-    torch.float16: 1.5e-3,  # the same, and outputs: 2^-12
-    torch.bfloat16: 5e-3,  # outputs rounded to 8 bits: 2^-9, and room for cancellation
+    torch.float16: 1.5e-3,  # rounding outputs to fp16 adds another 2^-12
+    torch.bfloat16: 5e-3,  # rounding outputs to bf16 adds 2^-9; the rest is for cancellation
 }
 """Largest ||out - reference|| / ||reference|| over the dims of one row."""
 
 LSE_TOLERANCE = 1e-5
-"""Largest |lse - reference| / (1 + |reference|). The products of codes are exact; the reference
-sums float32 products, and exponentials are approximate: some 2^-20."""
+"""Largest |lse - reference| / (1 + |reference|). The kernels' products of codes are exact, but the
+reference sums float32 products and exponentials are approximate, to about 2^-20."""
 
 UNWRITTEN = 7.0
-"""What outputs hold before a call."""
+"""The value that fills the outputs before a call."""
 
-# Small, because the interpreter takes some milliseconds for a tile and one for each row that may
-# have a partial result. Every tiling splits the first request.
+# These batches are small, because the interpreter takes milliseconds for each tile and for each row
+# that may have a partial result. The first request is long enough to be split by every tiling.
 MIXED: dict[str, Any] = {"lengths": (290, 1, 0, 20, 150), "queries": (1, 1, 0, 9, 5)}
 DECODE: dict[str, Any] = {"lengths": (330, 1, 0, 37, 64), "queries": (1, 1, 1, 1, 1)}
 
@@ -42,9 +43,9 @@ class Case(paged_batch.Case):
 
     Attributes:
         plan: Keyword arguments of `plan_attention`; None to let `paged_attention` plan.
-        value_size: Factor of the values.
-        query_size: Factor of the queries.
-        unused: Byte of the cache that belongs to no token; 0xFF is part of a NaN.
+        value_size: The values are multiplied by this.
+        query_size: The queries are multiplied by this.
+        unused: Fills the bytes of the cache that belong to no token; 0xFF is part of a NaN.
     """
 
     head_size: int = 64
@@ -67,13 +68,13 @@ class Batch(paged_batch.Batch):
     max_query_len: int = 1
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the batch on another device."""
+        """Copy the batch to another device."""
         options = {k: v.to(device) if hasattr(v, "to") else v for k, v in self.options.items()}
         query, cache, block_table, seq_lens, starts = (one.to(device) for one in self.inputs)
         return Batch(query, cache, block_table, seq_lens, starts, options, self.max_query_len)
 
     def scales(self, request: int, head: int, plane: str) -> list[torch.Tensor]:
-        """Return views of the fp16 scales of a plane, "key" or "value", in a request's pages."""
+        """Return the fp16 scales of a request's keys or values, as one writable view per page."""
         page_format = self.page_format
         page_size = page_format.page_size
         start = {"key": page_format.key_scale_offset, "value": page_format.value_scale_offset}[
@@ -87,7 +88,7 @@ class Batch(paged_batch.Batch):
 
 
 def make(case: Case) -> Batch:
-    """Return requests in shuffled pages, on the CPU."""
+    """Build a case's batch on the CPU, with its requests in shuffled pages."""
     generator = torch.Generator().manual_seed(case.seed)
     heads = case.num_kv_heads, case.page_size, k8v4.slot_bytes(case.head_size)
     cache = torch.full((sum(case.pages) + 2, *heads), case.unused, dtype=torch.uint8)
@@ -105,7 +106,6 @@ def make(case: Case) -> Batch:
 
 
 def planned(batch: Batch, **options: Any) -> LaunchPlan:
-    """Plan a batch."""
     tokens, num_heads, head_size = batch.query.shape
     return plan_attention(
         batch.seq_lens, batch.query_start_loc, tokens, num_heads, batch.cache.shape[1], head_size,
@@ -115,7 +115,7 @@ def planned(batch: Batch, **options: Any) -> LaunchPlan:
 
 
 def attend(batch: Batch, plan: LaunchPlan | None = None, into: Outputs | None = None) -> Outputs:
-    """Run the kernels, and return their outputs."""
+    """Run the kernels and return their outputs, `into` or else new tensors filled beforehand."""
     if into is None:
         lse_shape = batch.query.shape[:2]
         lse = torch.full(lse_shape, UNWRITTEN, dtype=torch.float32, device=batch.query.device)
@@ -125,7 +125,7 @@ def attend(batch: Batch, plan: LaunchPlan | None = None, into: Outputs | None = 
 
 
 def expected(batch: Batch, *, integer_query: bool = True) -> Outputs:
-    """Run the integer reference on the CPU, or the float32 one."""
+    """Run the reference on the CPU, with the query rounded to codes or in float32."""
     batch = batch.to("cpu")
     return reference.paged_attention(
         *batch.inputs, Layout.LINEAR, integer_query=integer_query, **batch.options
@@ -135,8 +135,9 @@ def expected(batch: Batch, *, integer_query: bool = True) -> Outputs:
 def largest_score_change(batch: Batch) -> torch.Tensor:
     """Return float32 [T, Hq]: how far rounding a query to codes can move any of its scores.
 
-    A rotated number moves by at most half of a step, 1/254 of the largest of its row. A score thus
-    moves by at most that times the sum of magnitudes of a rotated key. A soft cap reduces it.
+    Rounding moves a rotated number by at most half a step, which is 1/254 of the row's largest. So
+    a score moves by at most that times the sum of magnitudes of the rotated key, and less with a
+    soft cap.
     """
     largest = reference.rotate(batch.query.float()).abs().amax(-1)
     change = torch.zeros_like(largest)
@@ -156,12 +157,12 @@ def largest_score_change(batch: Batch) -> torch.Tensor:
 
 
 def assert_close(got: Outputs, wanted: Outputs) -> str:
-    """Assert that outputs are within the tolerance of their dtype; return how far they are."""
+    """Assert that outputs are within the tolerance of their dtype; return the error as text."""
     return paged_batch.assert_close(got, wanted, TOLERANCE, LSE_TOLERANCE, LSE_TOLERANCE)
 
 
 def check(case: Case) -> None:
-    """Assert that the kernels attend to a case as the reference does."""
+    """Assert that for a case the kernels' outputs are close to the reference's."""
     batch = make(case)
     plan = None if case.plan is None else planned(batch, **case.plan)
     assert_close(attend(batch, plan), expected(batch))

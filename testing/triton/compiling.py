@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels as launches compile them, for any GPU; run where Triton compiles."""
+"""Compile the kernels for any GPU as their launches would, in a process that does not interpret."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ _TYPES = {
     "tile_starts_ptr": "*i32", "num_reqs": "i32", "num_tiles": "i32", "num_items": "i32",
     "target": "i32", "steps": "i32", "tile_steps": "i32",
 }  # fmt: skip
-# Multiples of 16 at every launch. Of the other arguments a launch cannot be sure.
+# These arguments are multiples of 16 at every launch, so Triton specialises on them.
 _DIVISIBLE = {name for name, kind in _TYPES.items() if kind.startswith("*")} | {
     f"stride_{tensor}_{dim}" for tensor in ("q", "out", "k", "v") for dim in ("tok", "head")
 }
 
 
 def _compile(kernel: Any, target: GPUTarget, constants: dict[str, Any], **options: int) -> Any:
-    # Launches specialise the stride between blocks of the quantising kernel.
+    # A launch specialises `stride_cache_block` only for this kernel; attention switches it off.
     divisible = _DIVISIBLE | (
         {"stride_cache_block"} if kernel is quantise_and_store_kernel else set()
     )
@@ -115,7 +115,7 @@ class Quantise:
     def compile(self) -> MachineCode:
         dims, target = triton.next_power_of_2(self.head_size), cuda(self.capability)
         constants = {
-            # A launch makes constants of strides of 1.
+            # At a launch Triton makes a constant of each stride that is 1.
             "stride_k_dim": 1, "stride_v_dim": 1, "stride_slot": 1,
             "HEADS": 8, "D": self.head_size, "DIMS": dims, "PAGE": PAGE,
             "ROWS": NUMBERS_PER_PROGRAM // dims, "UNIT": k8v4.rotation_unit(self.head_size),

@@ -2,9 +2,9 @@
 """Compile kernels for any GPU without having it, and read the machine code.
 
 Triton ships `ptxas`, `cuobjdump` and `nvdisasm`, so registers, spills, the width of every load and
-the instructions of the main loop are known without a GPU. Speed is not. But a loop that issues
-more instructions a byte than a GPU can, in the time in which memory delivers the byte, cannot
-reach the memory bandwidth.
+the instructions of the main loop are known without a GPU. Speed is not, but there is a bound: if a
+loop needs more instructions per byte than the GPU can issue while memory delivers the byte, it
+cannot reach the memory bandwidth.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def missing_tools() -> str | None:
-    """Return why machine code cannot be read here, or None if it can."""
+    """Return why this Triton's machine code cannot be read, or None if it can."""
     for tool in ("ptxas", "cuobjdump", "nvdisasm"):
         if not (_TOOLS / tool).exists():
             return f"this Triton ({triton.__version__}) has no {tool}"
@@ -34,7 +34,7 @@ def missing_tools() -> str | None:
 
 
 def cuda(capability: int) -> GPUTarget:
-    """Return the target of a compute capability, 90 for 9.0."""
+    """Return Triton's target for a compute capability, given as 90 for 9.0."""
     return GPUTarget("cuda", capability, 32)
 
 
@@ -48,17 +48,16 @@ def compile_kernel(
     num_warps: int = 4,
     num_stages: int = 3,
 ) -> Any:
-    """Compile a kernel for a target as a launch with such arguments would.
+    """Compile a kernel for a GPU as a launch with these types and constants would.
 
     Args:
         kernel: The result of `triton.jit`, in a process in which Triton does not interpret.
         target: The GPU.
         types: Triton's type names of the arguments, such as `*u8` or `i32`.
         constants: Values of the other arguments.
-        divisible: Arguments that are multiples of 16, pointers included; a launch detects them.
-            Without them no load is wider than one element.
-        num_warps: As at the launch.
-        num_stages: As at the launch.
+        divisible: The arguments, pointers included, that are multiples of 16. A launch detects
+            them. Without them no load is wider than one element.
+        num_warps, num_stages: As at the launch.
     """
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
@@ -89,14 +88,14 @@ class MachineCode:
     """The resources and instructions of a compiled kernel.
 
     Attributes:
-        registers: Of a thread.
-        stack_bytes: Of a thread.
-        spill_bytes: Of a thread, in local memory.
-        shared_bytes: Of a program, as requested at the launch.
+        registers: Per thread.
+        stack_bytes: Per thread.
+        spill_bytes: Local memory per thread, which holds spilled registers.
+        shared_bytes: Shared memory per program, as the launch requests it.
         operations: Names of the instructions, without predicates.
-        loops: First and last instruction of each loop.
-        num_warps: Warps of a program.
-        ptx: The PTX that it was made from.
+        loops: The indices in `operations` of each loop's first and last instruction.
+        num_warps: Warps per program.
+        ptx: The PTX from which the machine code was made.
     """
 
     registers: int
@@ -117,7 +116,7 @@ class MachineCode:
         )
 
     def main_loop(self) -> tuple[int, int]:
-        """Return the shortest of the loops with the most bytes loaded."""
+        """Return the loop that loads the most bytes; the shortest if several load as many."""
 
         def loaded(loop: tuple[int, int]) -> int:
             counts = self.counts(loop)
@@ -126,7 +125,7 @@ class MachineCode:
         return max(self.loops, key=lambda loop: (loaded(loop), loop[0] - loop[1]))
 
     def issued_per_byte(self, bytes_per_iteration: float) -> float:
-        """Return the instructions that a program's warps issue for a byte in the main loop."""
+        """Return how many instructions a program's warps issue per byte in the main loop."""
         first, last = self.main_loop()
         return (last - first + 1) * self.num_warps / bytes_per_iteration
 
@@ -138,9 +137,10 @@ _FROM_SHARED_MEMORY = re.compile(r"ldmatrix\.\S+\s+\{([^}]*)\}")
 
 
 def int8_operands(ptx: str) -> tuple[list[set[str]], set[str]]:
-    """Return the registers of both operands of each int8 product, and those loaded by `ldmatrix`.
+    """Return each int8 product's operand registers, and all registers that `ldmatrix` loads.
 
-    PTX assigns a register once, so an operand that `ldmatrix` loads is not converted.
+    PTX assigns each register once. So if a product reads what `ldmatrix` loaded, nothing converts
+    the codes in between.
     """
 
     def registers(text: str) -> set[str]:
@@ -161,10 +161,10 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def read_machine_code(compiled: Any) -> MachineCode:
-    """Return the machine code of a kernel compiled by `compile_kernel` for an NVIDIA GPU.
+    """Disassemble a kernel that `compile_kernel` compiled for an NVIDIA GPU.
 
     Raises:
-        subprocess.CalledProcessError: A tool does not know the GPU.
+        subprocess.CalledProcessError: `cuobjdump` or `nvdisasm` does not support the GPU.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -183,7 +183,7 @@ def read_machine_code(compiled: Any) -> MachineCode:
             if instruction[1].startswith("BRA") and target:
                 branches.append((len(operations), target[1]))
             operations.append(instruction[1])
-    # `<` also excludes the trap after the last instruction, which jumps to itself.
+    # `<` keeps branches back, but not the branch to itself that follows the last instruction.
     loops = tuple((labels[label], at) for at, label in branches if labels.get(label, at) < at)
     return MachineCode(
         resources["REG"],

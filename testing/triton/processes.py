@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes in which Triton interprets kernels on CPU tensors, or compiles them for GPUs.
+"""Run Triton in child processes that interpret kernels on CPU tensors or compile them for GPUs.
 
-Triton chooses between the two when a kernel or its own library is defined, so a process that has
-imported Triton cannot change the mode.
+Triton chooses between interpreting and compiling when a kernel or its own library is defined, so a
+process that has imported Triton cannot change its choice.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def _prepare_to_interpret() -> None:
 def interpret_faster() -> None:
     """Make Triton's interpreter patch `triton.language` only once.
 
-    It patches for every launch and for every function that a kernel calls, which takes a third
-    of the time of these tests.
+    Unchanged, the interpreter patches again for every launch and every function that a kernel
+    calls, which takes a third of the time of these tests.
     """
     from triton.runtime import interpreter
 
@@ -56,7 +56,10 @@ def interpret_faster() -> None:
 
 
 class Interpreter:
-    """Runs functions of importable modules in its own process, one at a time."""
+    """Runs functions, one at a time, in a process that interprets kernels.
+
+    The child process imports each function by name, so the function's module must be importable.
+    """
 
     def __init__(self) -> None:
         self._process = _process(_prepare_to_interpret)
@@ -88,15 +91,16 @@ def interpreted(test: Callable[..., None]) -> Callable[..., None]:
 
 def _prepare_to_compile() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
-    # Tests that run at the same time have priority. With `pytest -n` the next test waits for it.
+    # Tests that run at the same time have priority, except with `pytest -n`, where the next test
+    # waits for the compiler.
     if "PYTEST_XDIST_WORKER" not in os.environ:
         os.nice(10)
 
 
 class Compiler:
-    """Compiles jobs in its own process, started before their results are needed.
+    """Compiles jobs in a process of its own. Start them early, before their results are needed.
 
-    A job is hashable, of an importable module, and has a method `compile`.
+    A job is hashable, comes from an importable module and has a method `compile`.
     """
 
     def __init__(self) -> None:

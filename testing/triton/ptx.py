@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An emulator of the PTX instructions in the kernels, by the PTX ISA, on numpy words."""
+"""Emulate the inline PTX of the kernels on numpy words, according to the PTX ISA."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
 
 
 def _statements(assembly: str) -> Iterator[tuple[str, str, list[str]]]:
-    """Yield instruction, destination and sources."""
+    """Yield the name, the destination and the sources of each instruction."""
     for statement in filter(None, (part.strip() for part in assembly.strip(" {}\n").split(";"))):
         name, destination, *sources = re.split(r"[\s,]+", statement)
         if name != ".reg":
@@ -23,7 +23,7 @@ def _statements(assembly: str) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def run(assembly: str, outputs: int, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Run a block whose operands are 32-bit registers from `$0` on: outputs, then inputs."""
+    """Run a block of PTX. Its 32-bit operands are `$0` and up: first outputs, then inputs."""
     registers = {f"${outputs + i}": words.copy() for i, words in enumerate(inputs)}
 
     def value(name: str) -> np.ndarray:
@@ -35,7 +35,7 @@ def run(assembly: str, outputs: int, inputs: Sequence[np.ndarray]) -> list[np.nd
 
 
 def written_before_last_read(assembly: str, outputs: int) -> set[int]:
-    """Return the outputs that are written before the last read of an input."""
+    """Return the outputs that are written before an input's last read, and so need a `&`."""
     last_read, writes = 0, {}
     for at, (_, destination, sources) in enumerate(_statements(assembly)):
         if any(f"${i}" in sources for i in range(outputs, outputs + 4)):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows to store, and the bytes in which kernel and reference differ; on a GPU or interpreted."""
+"""Make rows to store, and count the bytes in which the kernel, on a GPU or interpreted, and the
+reference differ."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from vllm_hybrid_kv.kernels.k8v4 import Layout
 from vllm_hybrid_kv.kernels.triton import quantise_and_store
 
 UNWRITTEN = 0xA5
-"""What memory holds before a call."""
+"""The byte that fills memory before a call."""
 
 Rows = tuple[torch.Tensor, torch.Tensor]
 """Keys and values [tokens, heads, D]."""
@@ -22,7 +23,10 @@ Rows = tuple[torch.Tensor, torch.Tensor]
 def pages(
     blocks: int, heads: int, page_size: int, head_size: int, padding: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return memory, and in it a cache with `padding` bytes between blocks and 64 at each end."""
+    """Allocate memory and return it with a cache inside, to detect bytes written out of bounds.
+
+    There are `padding` bytes between blocks, and 64 before the first and after the last.
+    """
     slot = k8v4.slot_bytes(head_size)
     stride = heads * page_size * slot + padding
     memory = torch.full((64 + blocks * stride + 64,), UNWRITTEN, dtype=torch.uint8)
@@ -37,7 +41,7 @@ def differing_bytes(
     page_size: int = 16,
     padding: int = 0,
 ) -> int:
-    """Return the number of bytes of the whole memory in which kernel and reference differ."""
+    """Store rows with kernel and reference; count differing bytes, those around pages included."""
     count, (_, heads, head_size) = len(slots), key.shape
     blocks = max(1, int(slots.max()) // page_size + 1) if count else 1
     expected, cache = pages(blocks, heads, page_size, head_size, padding)
@@ -51,7 +55,7 @@ def differing_bytes(
 
 
 def random_rows(count: int, heads: int, head_size: int, dtype: torch.dtype) -> Rows:
-    """Return rows of every size from 1e-6 to 1e5, a third of them far from zero."""
+    """Return random rows of sizes from 1e-6 to 1e5; in a third of the rows, zero is far outside."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(2, count, heads, head_size, generator=generator)
     sizes = torch.logspace(-6, 5, count)[torch.randperm(count, generator=generator)]
@@ -62,9 +66,9 @@ def random_rows(count: int, heads: int, head_size: int, dtype: torch.dtype) -> R
 
 
 def rows_of_all_numbers(head_size: int, dtype: torch.dtype) -> Rows:
-    """Return rows with every number of a 16-bit dtype, in order and then shuffled.
+    """Return rows that hold every number of a 16-bit dtype, first in order and then shuffled.
 
-    In order, neighbours span little; shuffled, most rows hold a NaN or an infinity.
+    In order, the numbers of a row are close. Shuffled, most rows hold a NaN or an infinity.
     """
     numbers = torch.arange(65536).to(torch.int16).view(dtype)
     numbers = numbers[: 65536 // (8 * head_size) * 8 * head_size]
@@ -74,9 +78,9 @@ def rows_of_all_numbers(head_size: int, dtype: torch.dtype) -> Rows:
 
 
 def special_rows(head_size: int, dtype: torch.dtype) -> Rows:
-    """Return rows with one NaN or infinity each, constant and huge rows, and zeros of both signs.
+    """Return rows with a NaN or an infinity, constant rows, huge rows, and zeros of both signs.
 
-    Huge rows exceed what scales can hold, before the rotation or after it only.
+    The huge rows exceed what a scale can hold, some of them only after the rotation.
     """
     generator = torch.Generator().manual_seed(0)
     key, value = torch.randn(2, 22, 2, head_size, generator=generator)
@@ -99,4 +103,4 @@ ROWS: dict[str, Callable[[int, torch.dtype], Rows]] = {
     "of all 16-bit numbers": rows_of_all_numbers,
     "with NaN and infinity": special_rows,
 }
-"""Rows by name, of a head size and a dtype."""
+"""Functions that make rows of a head size and a dtype, by the name of the rows."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Virtual environments in which commands run from the wheel of this tree."""
+"""Fixtures that run the commands from this tree's wheel or inside the test process."""
 
 import json
 import logging

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm-hybrid-kv doctor` from the wheel, in real environments with one fault each."""
+"""Run `vllm-hybrid-kv doctor` from the wheel, in real virtual environments with known faults."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ SCHEMA = json.loads(
 
 
 def read(done):
-    """Return the JSON of a run, checked against its exit status and the schema."""
+    """Return the JSON that a run printed, after checking its schema and its exit status."""
     assert done.stdout.startswith("{"), done.stderr
     found = json.loads(done.stdout)
     jsonschema.validate(found, SCHEMA)
@@ -196,7 +196,7 @@ FINDS = "def find():\n    return 'acme_platform.Platform'\n"
 
 def test_on_vllm_0_33_every_patch_is_active_and_other_faults_are_warnings(make_environment):
     # 0.33 is an unpacked wheel next to the installed 0.32. It has no CPU platform, so the test
-    # provides the platform of a vendor, which groups layers itself.
+    # installs a vendor's platform, which groups layers itself.
     environment = make_environment()
     environment.distribution(
         *("acme-platform", "1.0", "[vllm.platform_plugins]\nacme = acme_find:find\n"),

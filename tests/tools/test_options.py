@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's errors in one line, and vLLM's advice in the tools' options."""
+"""The tools print vLLM's errors in one line, and its advice in terms of their own options."""
 
 import pytest
 from transformers import LlamaConfig

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and JSON documents as all tools write them."""
+"""How all tools print tables and write JSON documents."""
 
 import json
 from pathlib import Path

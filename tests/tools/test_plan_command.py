@@ -19,7 +19,7 @@ QWEN = SHAPES["qwen3.6-35b-a3b"]
 LLAMA = SHAPES["llama-3.1-8b"]
 
 
-# The wheel of 0.33 is not built for CPUs, so it finds no device.
+# The wheel of 0.33 is not built for CPUs and would find no device, so set its platform.
 WITH_0_33 = """
 import vllm.platforms
 from vllm.platforms.cpu import CpuPlatform
@@ -31,9 +31,9 @@ app()
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
-    """The folder and the result of one run with all outputs, in a new process."""
+    """Run `plan` once with all its outputs; return the folder and the finished process."""
     folder = tmp_path_factory.mktemp("plan")
-    # vLLM for CPUs can install a torchvision for GPUs, which cannot be imported.
+    # A CPU installation of vLLM may have a torchvision for GPUs, which cannot be imported.
     (folder / "torchvision").mkdir()
     (folder / "torchvision" / "__init__.py").write_text("raise RuntimeError('no operator nms')\n")
     command = [
@@ -151,7 +151,7 @@ def test_a_layer_that_cannot_use_its_pages_is_refused_as_by_a_server(run, monkey
 
     options = (LLAMA, "--memory", "24GiB", "--pipeline-parallel-size", 2)
     assert run(*options).exit_code == 0
-    # The layers of the last pipeline stage do not match their pages.
+    # Give the layers of the last pipeline stage pages that do not match them.
     monkeypatch.setattr(core, "get_kv_cache_configs", with_wider_heads)
     refused = run(*options)
     assert refused.exit_code == 2

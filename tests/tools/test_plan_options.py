@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of `vllm serve` and properties of checkpoints that change a plan."""
+"""A plan depends on options of `vllm serve` and on properties of the checkpoint."""
 
 import json
 import re
@@ -68,7 +68,7 @@ def test_the_layers_of_a_draft_model_are_planned(plan_of, described, architectur
     plan, plain = plan_of(LLAMA, "--speculative-config", json.dumps(config)), plan_of(LLAMA)
     assert sum(len(row["layers"]) for row in plan["pages"]) == 32 + drafts
     assert plan["blocks"] < plain["blocks"]
-    # EAGLE's layer needs the token after a hit, so a hit loses one block of the single group.
+    # With EAGLE vLLM drops the last block of a match, so the first hit needs a block more.
     later = {"draft_model": 0}.get(method, 16)
     assert plan["smallest_hit"] == plain["smallest_hit"] + later
 

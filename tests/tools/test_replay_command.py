@@ -37,7 +37,7 @@ def test_a_size_is_written_in_the_largest_binary_unit_that_it_fills():
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
-    """The folder and the result of a sweep whose second memory size fits no block."""
+    """Run a sweep whose second memory size fits no block; return the folder and the process."""
     folder = tmp_path_factory.mktemp("replay")
     (folder / "hybrid.json").write_text(large_state_config().to_json_string())
     requests = []
@@ -89,7 +89,7 @@ def test_json_has_a_row_for_each_size_and_strategy(outcome):
         assert row["step_ms"] > 0
     for stock, fixed_point, ours in (rows[:3], rows[3:]):
         assert ours["hit_tokens"] > fixed_point["hit_tokens"] > stock["hit_tokens"] > 0
-    # The smaller cache evicts blocks, some states before the attention blocks of their prefix.
+    # The smaller cache evicts blocks. Some states go before the attention blocks of their prefix.
     small, large = rows[2], rows[5]
     assert small["evicted_blocks"]["mamba"] > 0 < small["evicted_blocks"]["full_attention"]
     assert large["evicted_blocks"] == {}

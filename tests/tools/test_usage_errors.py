@@ -49,7 +49,7 @@ def run(tmp_path):
         ((*PLAN, "--device", "tpu"), "plan: --device: 'tpu' is not a device"),
         ((*PLAN, "--unify", "best"), "plan: --unify: 'best' is not a strategy: choose lcm or "),
         ((*PLAN, "--unify", "min_wast"), "; did you mean 'min_waste'?"),
-        # A strategy of another package.
+        # `acme` is a strategy of another package, so the command accepts it.
         (("plan", "missing", *PLAN[2:], "--unify", "acme"), "plan: missing: No such file"),
         (("plan", "no/such-model", *PLAN[2:]), "the local Hugging Face cache has no config.json"),
         ((*PLAN, "--json", "no/such/file"), "plan: --json: no/such/file: No such file"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each check on machines and in installations unlike this one."""
+"""Each of doctor's checks, given the facts of other machines and installations."""
 
 import copy
 import types
@@ -42,7 +42,7 @@ def test_a_healthy_installation_has_no_findings(facts):
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
-    """An empty folder as the path of Python, and a function that installs a package in a folder."""
+    """Search only two empty folders, `a` and `b`; a function that installs a package in one."""
     monkeypatch.setattr("sys.path", [str(tmp_path / "a"), str(tmp_path / "b")])
 
     def install(folder, name, version, *files):
@@ -128,7 +128,7 @@ def test_a_changed_vllm_function_that_stops_start_up_is_reported_once(facts):
     facts["plugins"] = [failed("hybrid_kv", "raises", "HybridKVFingerprintError")]
     facts["foreign"] = [{"place": "vllm.a.f", "module": "rival.patch", "package": ""}]
     facts["refused"] = True
-    # The check of the patches may have raised, so that its facts are missing.
+    # If the check of the patches raised, its facts are missing.
     del facts["patches"]
     findings = [*checks.plugin_errors(facts), *checks.patched(facts)]
     message = only(findings, "rival", "problem")["message"]
@@ -260,7 +260,7 @@ def test_a_gpu_shows_its_kernels_and_why(capability, hip, kernels, why, facts, m
     cpu, found = on_gpu["devices"]
     assert (cpu["kernels"], cpu["why"]) == (None, "vLLM runs on cuda")
     assert found == {"kind": "gpu", "name": "A GPU, 24 GiB", "kernels": kernels, "why": why}
-    # vLLM for CPUs uses no GPU.
+    # A CPU build of vLLM uses no GPU.
     assert list(devices.devices(facts)) == []
     assert facts["devices"][1]["why"] == "vLLM runs on cpu"
 

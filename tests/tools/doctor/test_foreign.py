@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A function that is neither vLLM's nor ours is found in every place that the plugin patches."""
+"""Doctor finds functions of other packages in the places that the plugin patches."""
 
 import functools
 import subprocess
@@ -31,7 +31,7 @@ def wrap(f):
 
 @pytest.fixture
 def load(tmp_path, monkeypatch):
-    """A function that makes a module of a source."""
+    """A function that makes and imports a module with the given source."""
 
     def load(name, source=""):
         path = tmp_path / f"{name}.py"
@@ -90,7 +90,7 @@ def test_a_replaced_method_is_found(load, definer):
 @pytest.mark.parametrize(
     ("replace", "modules"),
     [
-        # `functools.wraps` does not hide the replacement.
+        # This replacement is found although `functools.wraps` gives it vLLM's name.
         (lambda load, old: load("rival.wrap", WRAPPER).wrap(old), ["rival.wrap"]),
         (lambda *_: functools.partial(print), ["functools"]),
         (lambda load, _: load("vllm_hybrid_kv.patches.x", FUNCTION).function, []),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report: its verdict and text, also if the child process ended early."""
+"""Doctor's report has a verdict and a text, even if the child process ended early."""
 
 import json
 from pathlib import Path
@@ -42,18 +42,18 @@ FACTS = [
     {"patches": [patch(("vllm.a.f", True, []))]},
     {"torch": {"cuda": None, "hip": None}, "devices": [DEVICE]},
 ]
-"""The facts that the checks record in turn on a machine with a CPU if all is well."""
+"""The facts that the checks record one after another on a healthy machine with vLLM for CPUs."""
 
 
 def messages(*findings, **changes):
-    """Return the messages of a child that ends well."""
+    """Return what a child that ends normally sends: facts, changed as given, and findings."""
     facts = {name: value for part in FACTS for name, value in part.items()}
     return [{"facts": facts | changes, "findings": list(findings)}, {"end": True}]
 
 
 @pytest.fixture
 def printed(monkeypatch, capsys):
-    """A function that returns the lines of a report's text."""
+    """A function that prints a report and returns its lines."""
     monkeypatch.setenv("COLUMNS", "80")
 
     def call(found):
@@ -142,7 +142,7 @@ def test_the_text_starts_with_the_verdict_and_the_worst_finding(printed):
     problem = finding("problem", "p", "is [bold]it[/bold] 'amx'?", "Mend vllm-hybrid-kv[cpu]")
     assert printed(read(messages(note, problem)))[:4] == [
         f"{WHO} cannot be active here: 1 problem.",
-        # After a question mark comes no full stop. Markup is printed unchanged.
+        # No full stop follows the question mark, and rich does not interpret the markup.
         "problem: is [bold]it[/bold] 'amx'?",
         "  Mend vllm-hybrid-kv[cpu].",
         "note: good to know.",

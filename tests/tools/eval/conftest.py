@@ -11,12 +11,13 @@ from testing import processes
 
 LENGTHS = (150, 90, 33)
 ENGINE = {"max_num_batched_tokens": 64, "dtype": "float32"}
-"""The longest sequence needs three chunks. Without `dtype` vLLM would use bfloat16."""
+"""The engine's arguments. The longest sequence needs three chunks of 64 tokens. Without `dtype`
+vLLM would use bfloat16."""
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
-    """The folder of a small dense model with random weights in float32."""
+    """Write a small dense model with random float32 weights; return its folder."""
     import torch
 
     from testing.models import CONFIGS, build_model
@@ -27,7 +28,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def sequences(model):
-    """Random tokens of the model's vocabulary."""
+    """Random token ids from the model's vocabulary, one sequence for each of `LENGTHS`."""
     size = json.loads((model / "config.json").read_text())["vocab_size"]
     drawn = random.Random(0)
     return [[drawn.randrange(size) for _ in range(length)] for length in LENGTHS]
@@ -52,14 +53,13 @@ def command(model, sequences, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def environment():
-    """The environment of the commands."""
     kept = {k: value for k, value in os.environ.items() if not k.startswith("VLLM_HYBRID_KV_")}
     return {**kept, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")
 def run(command, environment):
-    """A function that runs an evaluation as a user does."""
+    """A function that runs `vllm-hybrid-kv eval` in a new process, as a user does."""
 
     return lambda caches, work, *more: processes.run(
         command(caches, work, *more), cwd=work.parent, timeout_s=540, **environment

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluations by real engines: the reference equals transformers, interrupted runs continue."""
+"""Real engines: the reference scores equal those of transformers, and interrupted runs continue."""
 
 import contextlib
 import json
@@ -47,7 +47,7 @@ def scores_of(work, cache):
 
 @pytest.fixture(scope="module")
 def by_transformers(model, sequences):
-    """Return log-probabilities of the actual next tokens, in float64 from float32 logits."""
+    """The log-probabilities that transformers gives the actual next tokens, in float64."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -74,7 +74,7 @@ def test_the_perplexity_is_that_of_transformers(numbers, by_transformers):
 
 
 def test_a_quantised_cache_diverges_a_little_everywhere(numbers, work):
-    # If states were compared with those of another position, this would be 10 nats or more.
+    # If states were compared with those of another position, the mean would be 10 nats or more.
     auto, k8v4 = numbers["caches"]
     assert (auto["name"], k8v4["name"]) == ("auto", CACHE)
     assert (auto["quantised_layers"], auto["unquantised_layers"]) == (0, 8)
@@ -84,7 +84,7 @@ def test_a_quantised_cache_diverges_a_little_everywhere(numbers, work):
     assert 0.5 < k8v4["agreement"] < 1
     assert numbers["positions"] == k8v4["positions"] == POSITIONS
     for _, divergences, _ in scores_of(work, CACHE):
-        # The first token attends only to itself, which is quantised in six layers.
+        # Even the first token diverges: it attends to itself, quantised in six layers.
         assert 0 < min(divergences) <= max(divergences) < 5
 
 
@@ -139,7 +139,7 @@ def test_an_interrupted_run_continues(outcome, command, environment, run, tmp_pa
         process.send_signal(how)
         process.wait(60)
     if how == signal.SIGKILL:
-        # The engine outlives the killed command until it fails to report to it.
+        # The engine outlives the killed command until it tries to send the command a message.
         assert wait_until(lambda: not runs(work), 120)
     written = first.stat().st_mtime_ns
     assert repeated(run, work) == numbers
@@ -147,7 +147,7 @@ def test_an_interrupted_run_continues(outcome, command, environment, run, tmp_pa
 
 
 def runs(work):
-    """Return whether a process has the folder on its command line."""
+    """Return whether any process has the folder on its command line."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if str(work) in " ".join(process.cmdline()):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers that an evaluation counts are those of vLLM's plan."""
+"""An evaluation counts the same quantised and unquantised layers as vLLM's plan."""
 
 import pytest
 
@@ -15,7 +15,7 @@ from vllm_hybrid_kv.tools.plan.model_description import described
         ("llama-3.1-8b", "turboquant_k8v4", 1, 30, 2),
         ("llama-3.1-8b", "auto", 1, 0, 32),
         ("gemma-3-27b", "turboquant_k8v4", 2, 58, 4),
-        # 30 of the model's 40 layers have states, not keys and values.
+        # 30 of the model's 40 layers have states instead of keys and values.
         ("qwen3.6-35b-a3b", "turboquant_k8v4", 2, 10, 0),
     ],
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run of an evaluation: its caches, its folder, its engines' jobs, and how it continues."""
+"""How an evaluation parses cache names, locks its folder, gives engines jobs, and continues."""
 
 import json
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_a_folder_belongs_to_one_run(tmp_path, change, differs):
 
 
 def test_a_folder_is_locked_while_it_is_open(tmp_path):
-    # A lock of `flock` belongs to an open file: opening a second one here conflicts too.
+    # `flock` locks an open file, not a process. So opening the folder again here conflicts too.
     with opened(tmp_path, IDENTITY):
         assert "another evaluation uses this folder" in refusal(tmp_path)
     with opened(tmp_path, IDENTITY):
@@ -81,7 +81,7 @@ def test_a_folder_is_locked_while_it_is_open(tmp_path):
 
 
 def engine(send, job_file):
-    """Write the facts and scores of a job, or fail if the file `fails` exists."""
+    """Stand in for an engine: write a job's facts and scores, or fail if `fails` exists."""
     job = json.loads(Path(job_file).read_text())
     if (Path(job_file).parent / "fails").exists():
         raise SystemExit("the engine does not start")
@@ -93,7 +93,7 @@ def engine(send, job_file):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A run whose engines are `engine`."""
+    """A run that starts the function `engine` above instead of real engines."""
     monkeypatch.setattr(run_module, "ENGINE", f"{__name__}:engine")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))  # children import this file
     return Run(tmp_path, "a/model", SEQUENCES, {"dtype": "float16", "seed": 5, "max_num_seqs": 9})

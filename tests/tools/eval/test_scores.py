@@ -54,7 +54,7 @@ INF = math.inf
 @pytest.mark.parametrize(
     ("logits", "reference", "divergence", "logprob"),
     [
-        # An impossible token adds nothing.
+        # A token that is impossible for both adds nothing.
         ([0.0, 0.0, -INF], [0.0, 0.0, -INF], 0.0, math.log(0.5)),
         # A token that is possible only for the reference adds infinity.
         ([-INF, 0.0], [0.0, 0.0], INF, -INF),
@@ -125,7 +125,7 @@ def test_the_error_of_the_mean_is_the_standard_error_over_equal_windows():
 
 
 def test_windows_of_different_lengths_have_the_error_of_a_ratio():
-    # Linearised: sqrt(sum (sum_i - ratio * length_i)^2 / (n - 1) / n) / mean length.
+    # Linearise the ratio: sqrt(sum (sum_i - ratio * length_i)^2 / (n - 1) / n) / mean length.
     windows = [
         numpy.array([[0.0] * n, [value] * n, [1.0] * n]) for n, value in ((1, 4.0), (3, 0.0))
     ]

@@ -12,7 +12,7 @@ from vllm_hybrid_kv.tools.output import ToolError
 
 
 class Characters:
-    """A tokenizer with a token for each character and an optional first token."""
+    """A tokenizer that makes each character a token, after an optional `bos_token_id`."""
 
     def __init__(self, bos_token_id=None):
         self.bos_token_id = bos_token_id

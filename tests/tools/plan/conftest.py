@@ -28,7 +28,7 @@ def shape() -> Iterator[Callable[..., Model]]:
                     "max_num_seqs": 256,
                 }
                 if name == "llama-4-scout":
-                    # Its own maximum of 10 million tokens fits into no memory size of the tests.
+                    # The model's maximum of 10 million tokens fits no memory size of the tests.
                     arguments["max_model_len"] = 131072
                 built[key] = Model(arguments, settings=settings)
             return built[key]

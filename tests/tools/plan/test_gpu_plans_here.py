@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans for GPUs are right on any machine and leave this process unchanged."""
+"""Plans for GPUs can be made without a GPU, and leave the process unchanged."""
 
 import json
 import os
@@ -43,20 +43,21 @@ OUTCOMES: dict[str, dict[str, str]] = {
     "BloomForCausalLM": {K8V4: "ALiBi", "fp8": "FlashAttention does not support fp8"},
     "BertModel": {"auto": "no KV cache", "fp8": "no KV cache", K8V4: "'encoder_only'"},
     "Gemma4ForConditionalGeneration": {},
-    # A KV group of this model has layers with several page sizes.
+    # In this model the layers of one KV group have several page sizes.
     "Glm5NextForCausalLM": MLA,
-    # vLLM's own configs do not say that this model has MLA.
+    # vLLM's config class of this model does not say that it has MLA.
     "SarvamMLAForCausalLM": MLA,
     "WhisperForConditionalGeneration": CROSS,
     "MiMoV2ForCausalLM": {K8V4: "its keys have 192 dims and its values 128"},
     "PanguProMoEV2ForCausalLM": {K8V4: "FLASH_ATTN_DIFFKV, which cannot read k8v4 pages"},
     "MiniMaxM3SparseForCausalLM": {K8V4: "sparse attention (MINIMAX_M3_SPARSE)"},
-    # Layers attend in both directions within prompts, some of them unquantised.
+    # The layers of this model, some of them unquantised, attend in both directions in prompts.
     "HrmTextForCausalLM": {},
     # This model needs the model runner that servers on GPUs have by default.
     "LongcatFlashNgramForCausalLM": MLA,
 }
-"""By architecture, a part of the reason for each refused dtype; other dtypes are planned."""
+"""For each architecture the dtypes that are refused, with part of the reason. Other dtypes get a
+plan."""
 
 SETTINGS = {"HrmTextForCausalLM": {"boundary_layers": 2}}
 
@@ -73,7 +74,7 @@ def outcome_of(path: Path, dtype: str) -> dict[str, Any] | str:
 
 
 def traces() -> dict[str, Any]:
-    """Return the state of the process that a plan for GPUs must not change."""
+    """Return everything in this process that a plan for GPUs could change and must not."""
     return {
         "platform": (vllm.platforms.current_platform, type(vllm.platforms.current_platform)),
         "default dtype": torch.get_default_dtype(),
@@ -82,7 +83,7 @@ def traces() -> dict[str, Any]:
         "environment": {
             name: value
             for name, value in os.environ.items()
-            # The plugin's own variable for the processes of an engine.
+            # The plugin sets its own variable for the processes of an engine.
             if name not in ("PYTEST_CURRENT_TEST", "HYBRID_KV_METRICS_DIR")
         },
         "operators": torch._ops._OpNamespace.__getattr__,
@@ -110,7 +111,7 @@ def plan_all(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], dict[Any,
 
 @pytest.fixture(scope="module")
 def first(plan_all: Callable[[], dict[Any, Any]]) -> tuple[dict[str, Any], dict[Any, Any]]:
-    """The state of the process before the first plans, and the plans."""
+    """The process's `traces` before any plan was made, and the first plans."""
     plugin.register()
     return traces(), plan_all()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models with several head sizes get our backend and pages that fit, or are refused by name."""
+"""Models with several head sizes get our backend and pages that fit; errors name the layer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MEMORY = 8 << 30
 
 
 class BuiltModel(Model):
-    """A model whose backends are recorded, with the attention options of its configuration."""
+    """A model that records its layers' backends and head sizes, and the backend option."""
 
     def build(self, config: VllmConfig) -> torch.nn.Module:
         model = super().build(config)
@@ -42,7 +42,7 @@ class BuiltModel(Model):
 
 @pytest.fixture(scope="module")
 def gemma_4(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The configuration of a model like Gemma 4 31B, with fewer and smaller layers."""
+    """Write the configuration of a model like Gemma 4 31B, but with fewer and smaller layers."""
     config = Gemma4TextConfig(
         vocab_size=512, hidden_size=1024, intermediate_size=1024, num_hidden_layers=LAYERS,
         num_attention_heads=8, num_key_value_heads=LOCAL_HEADS, head_dim=LOCAL_SIZE,
@@ -79,7 +79,7 @@ def build(folder: Path, dtype: str, device: str = "gpu", **more: Any) -> BuiltMo
 def test_vllm_forces_one_backend_on_a_gemma_4_without_flash_attention_4(
     gemma_4: Path, flash_attention_4: bool
 ) -> None:
-    """The reason for the patch `several_head_sizes`."""
+    """This behaviour of vLLM is why the patch `several_head_sizes` exists."""
     built = build(gemma_4, "auto")
     expected = "FLASH_ATTN" if flash_attention_4 else "TRITON_ATTN"
     assert built.backends == [expected] * LAYERS
@@ -130,13 +130,14 @@ def test_pages_of_gemma_4_hold_both_head_sizes_and_the_tokens_that_their_bytes_a
         full = row.kind == "full attention"
         assert {int(name.split(".")[2]) in GLOBAL_LAYERS for name in row.layers} == {full}
         assert row.stores == "k8v4"
-        # Blocks of global layers are twice as long: half of the bytes per token and no padding.
+        # Global layers store half as many bytes per token, so blocks of twice as many tokens fill
+        # a page without padding.
         assert row.block_tokens == (32 if full else 16)
         heads, size = (GLOBAL_HEADS, GLOBAL_SIZE) if full else (LOCAL_HEADS, LOCAL_SIZE)
         content = row.block_tokens * heads * k8v4.slot_bytes(size)
         assert row.page_bytes - row.padding_bytes == content
         assert row.page_bytes == 16 * LOCAL_HEADS * k8v4.slot_bytes(LOCAL_SIZE)
-    # A request has the same number of blocks as with bf16, and blocks have fewer bytes.
+    # A request needs as many blocks as with bf16, but each block has fewer bytes.
     ratio = 4 * LOCAL_SIZE / k8v4.slot_bytes(LOCAL_SIZE)
     tokens = ours.capacity.max_len_tokens / bf16.capacity.max_len_tokens
     assert tokens == pytest.approx(ratio, rel=1e-3)

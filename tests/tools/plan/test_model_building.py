@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers for GPUs and their tensors, built on any machine."""
+"""Layers for GPUs and their tensors can be built without a GPU."""
 
 import importlib
 import sys
@@ -37,7 +37,7 @@ def test_fake_modules_have_any_name_and_any_attribute(monkeypatch):
     monkeypatch.setattr(sys, "meta_path", [fakes, *sys.meta_path])
     functional = importlib.import_module("acme_images.transforms.functional")
     assert isinstance(functional.InterpolationMode.BICUBIC, type)
-    # Python itself looks for such names.
+    # Python looks for dunder names to inspect objects, so the fakes must not have them.
     assert not hasattr(functional, "__wrapped__")
     assert not hasattr(functional.InterpolationMode, "__wrapped__")
     with pytest.raises(ModuleNotFoundError):

@@ -16,7 +16,7 @@ NO_MODEL = "needs 'architectures', a list of class names, and 'model_type'"
 
 
 def reduced(path):
-    """Return a model's description and the configuration that vLLM gets."""
+    """Return a model's description, and the reduced config.json that vLLM reads."""
     with described(path) as model:
         return model, json.loads((Path(model.folder) / "config.json").read_text())
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans of public models have vLLM's own numbers."""
+"""Plans of public models have the layers, blocks and capacity that vLLM itself computes."""
 
 import math
 import re
@@ -22,7 +22,7 @@ from vllm_hybrid_kv.tools.replay.trace import TracedRequest
 GIB = 1 << 30
 K8V4 = "turboquant_k8v4"
 
-# Layers by kind, from each model's public description.
+# How many layers of each kind a model has, according to its public description.
 LAYERS = {
     "qwen3.6-35b-a3b": {"state (gdn)": 30, "full attention": 10},
     "qwen3-next-80b-a3b": {"state (gdn)": 36, "full attention": 12},
@@ -32,7 +32,7 @@ LAYERS = {
     "llama-4-scout": {"chunked local 8,192": 36, "full attention": 12},
     "jamba-1.5-mini": {"state (mamba1)": 28, "full attention": 4},
     "llama-3.1-8b": {"full attention": 32},
-    # The configurations of these two do not say which layers are attention.
+    # The config.json of these two models does not say which layers are attention layers.
     "falcon-h1-1.5b": {"state (mamba2)": 24, "full attention": 24},
     "zamba2-2.7b": {"state (mamba2)": 54, "full attention": 9},
 }
@@ -65,8 +65,8 @@ def test_pages_of_models_without_states_are_equal_and_unpadded_by_default(shape,
     assert {(row.block_tokens, row.padding_bytes) for row in plan.pages} == {(16, 0)}
     assert plan.match_tokens == auto.match_tokens == 16
     assert not plan.warnings
-    # Keys and values of a head take 4 bytes per dim in bfloat16, 1.5 bytes and two scales in k8v4.
-    # Both caches lose a part of the last block of the pool.
+    # Per dim, keys and values of a head take 4 bytes in bfloat16 and 1.5 bytes in k8v4, which adds
+    # two scales per head. Memory for less than a block remains unused in both caches.
     head_size = 64 if name == "gpt-oss-20b" else 128
     saved = 4 * head_size / (1.5 * head_size + 4)
     assert plan.blocks / auto.blocks == pytest.approx(saved, rel=1 / auto.blocks)
@@ -92,10 +92,10 @@ def test_boundary_layers_of_models_without_states_are_unquantised(
     ("name", "ranks", "heads"),
     [
         ("qwen3.6-35b-a3b", 2, 1),
-        # More ranks than KV heads, so several ranks have the same head.
+        # There are more ranks than KV heads, so several ranks have the same head.
         ("qwen3.6-35b-a3b", 8, 1),
         ("llama-3.1-8b", 4, 2),
-        # vLLM's CPU kernels reject such narrow experts.
+        # vLLM's CPU kernels would reject experts this narrow; a plan for GPUs must not.
         ("gpt-oss-20b", 4, 2),
         ("jamba-1.5-mini", 2, 4),
         ("nemotron-h-8b", 4, 2),
@@ -137,7 +137,7 @@ def test_a_plan_names_its_strategy_and_has_its_padding(shape):
     mixed = shape("gemma-3-27b", K8V4, boundary_layers=2)
     lcm, stock = (plan_of(mixed, 24 * GIB, {"unify_page_sizes": name}) for name in ("lcm", "stock"))
     assert (lcm.unify_page_sizes, stock.unify_page_sizes) == ("lcm", "stock")
-    # Before planning vLLM aligns blocks for its own strategy only.
+    # Before planning, vLLM aligns block sizes for its own strategy only.
     assert lcm.pool_padding < 0.02 < 0.2 < stock.pool_padding < 0.25
     assert lcm.capacity.max_len_tokens > 1.2 * stock.capacity.max_len_tokens
     assert any("% of the KV pool is padding" in line for line in stock.warnings)
@@ -159,7 +159,8 @@ def test_a_hybrid_model_with_a_skipped_layer_hits_as_with_fp8(name, skipped):
             model = Model({**arguments, "model": description.folder, "kv_cache_dtype": dtype})
             plan = plan_of(model, 24 * GIB, {})
             hits[dtype] = plan.smallest_hit, hits_of(model.engine(24 * GIB, {}), 4096, 9216)
-            # Blocks are no shorter than unquantised ones, and multiples of the shortest block.
+            # No block is shorter than an unquantised one (80 tokens). All block lengths are
+            # multiples of the shortest.
             blocks = sorted({row.block_tokens for row in plan.pages})
             assert blocks[0] >= 80
             assert all(block % blocks[0] == 0 for block in blocks)
@@ -167,7 +168,7 @@ def test_a_hybrid_model_with_a_skipped_layer_hits_as_with_fp8(name, skipped):
 
 
 def small_gemma3(folder):
-    """Write a config like Gemma 3 270M's: one KV head of 256 dims, windows of 512 tokens."""
+    """Write a config like that of Gemma 3 270M: one KV head of 256 dims, windows of 512 tokens."""
     config = Gemma3TextConfig(
         vocab_size=512, hidden_size=640, intermediate_size=256, num_hidden_layers=18,
         num_attention_heads=4, num_key_value_heads=1, head_dim=256, sliding_window=512,
@@ -228,7 +229,7 @@ def test_the_advice_of_the_padding_warning_reduces_the_padding(
 
 
 def hits_of(engine, *lengths):
-    """Return the tokens that the second of two equal prompts of each length gets from the cache."""
+    """Send two equal prompts of each length; return how many tokens of each second one hit."""
     requests = [
         TracedRequest(0.0, length, 4, tuple(range(1000 * length, 1000 * length + length // 512)))
         for length in lengths

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Traces in Mooncake's format, and their token ids."""
+"""Traces are read and written in Mooncake's format, and get token ids from their hashes."""
 
 import json
 
