@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build batches of paged attention, and compare the kernels (on a GPU or interpreted) with the
-reference."""
+"""Build batches of paged attention, and compare the kernels' results with the reference's."""
 
 from __future__ import annotations
 
@@ -135,9 +134,8 @@ def expected(batch: Batch, *, integer_query: bool = True) -> Outputs:
 def largest_score_change(batch: Batch) -> torch.Tensor:
     """Return float32 [T, Hq]: how far rounding a query to codes can move any of its scores.
 
-    Rounding moves a rotated number by at most half a step, which is 1/254 of the row's largest. So
-    a score moves by at most that times the sum of magnitudes of the rotated key, and less with a
-    soft cap.
+    Rounding moves a rotated number by at most half a step, 1/254 of the row's largest. So a score
+    moves at most by that times the sum of magnitudes of the rotated key; less with a soft cap.
     """
     largest = reference.rotate(batch.query.float()).abs().amax(-1)
     change = torch.zeros_like(largest)

@@ -56,10 +56,7 @@ def interpret_faster() -> None:
 
 
 class Interpreter:
-    """Runs functions, one at a time, in a process that interprets kernels.
-
-    The child process imports each function by name, so the function's module must be importable.
-    """
+    """Runs functions of importable modules, one at a time, in a process that interprets kernels."""
 
     def __init__(self) -> None:
         self._process = _process(_prepare_to_interpret)

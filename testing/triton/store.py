@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make rows to store, and count the bytes in which the kernel, on a GPU or interpreted, and the
-reference differ."""
+"""Make rows to store, and count the bytes in which the kernel and the reference differ."""
 
 from __future__ import annotations
 
@@ -23,10 +22,7 @@ Rows = tuple[torch.Tensor, torch.Tensor]
 def pages(
     blocks: int, heads: int, page_size: int, head_size: int, padding: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Allocate memory and return it with a cache inside, to detect bytes written out of bounds.
-
-    There are `padding` bytes between blocks, and 64 before the first and after the last.
-    """
+    """Return memory and a cache in it, with `padding` bytes between blocks and 64 at each end."""
     slot = k8v4.slot_bytes(head_size)
     stride = heads * page_size * slot + padding
     memory = torch.full((64 + blocks * stride + 64,), UNWRITTEN, dtype=torch.uint8)

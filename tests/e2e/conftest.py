@@ -34,7 +34,7 @@ def session_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineHos
 
 @pytest.fixture(scope="module")
 def host(session_host: EngineHost) -> Iterator[EngineHost]:
-    """A process in which the engines of all modules run one after another."""
+    """A process that runs the engines of all test modules, one after another."""
     yield session_host
     session_host.stop()
 
@@ -48,5 +48,5 @@ def plant(host: EngineHost) -> Iterator[Callable[[str], None]]:
 
 @pytest.fixture
 def nobind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let processes of an engine share cores. vLLM requires separate cores by default."""
+    """Let processes of an engine share cores; by default, vLLM requires a core for each."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")

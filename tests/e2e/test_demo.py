@@ -21,23 +21,23 @@ from testing.processes import ProcessError, run, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 500.0
-"""Longer than the demo waits for its server, so that the demo ends first."""
+"""The time limit of the demo, longer than it waits for its server, so that it ends by itself."""
 DEMO = [sys.executable, "-m", "demo"]
 
 Commands = Callable[[], list[str]]
 
 
 def adopt_orphans(wanted: bool) -> None:
-    """Start or stop making this process the parent of orphans among its descendants."""
+    """Make this process the parent of its descendants that lose theirs, or stop doing so."""
     pr_set_child_subreaper = 36
     assert ctypes.CDLL(None).prctl(pr_set_child_subreaper, wanted, 0, 0, 0) == 0
 
 
 @pytest.fixture
 def descendants() -> Iterator[Commands]:
-    """A function that returns the command lines of the processes that this test started.
+    """A function that returns the command lines of all processes that the test started.
 
-    It finds them by descent, because the titles of vLLM's engines overwrite their environment.
+    It follows parents, because vLLM's engines overwrite their environment with a title.
     """
     before = set(psutil.Process().children(recursive=True))
 
@@ -52,7 +52,7 @@ def descendants() -> Iterator[Commands]:
                     found.append(" ".join(process.cmdline()))
         return found
 
-    # If a shell runs the tests in the background, their processes would ignore Ctrl-C.
+    # Processes of tests that a shell runs in the background would ignore Ctrl-C otherwise.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     adopt_orphans(True)
     yield commands
@@ -99,7 +99,7 @@ def test_the_demo_serves_requests_and_leaves_no_process(descendants: Commands) -
         re.M,
     )
     assert [kind for kind, _ in answers] == ["chat", "chat", "completion", "completion"]
-    # The second time the pages come from the prefix cache.
+    # The second answers use pages of the prefix cache.
     assert answers[0] == answers[1]
     assert answers[2] == answers[3]
     assert len(answers[0][1].split()) > 5

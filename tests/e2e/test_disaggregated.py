@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One engine prefills and another one decodes: k8v4 pages cross byte for byte, or not at all.
+"""One engine prefills and another one decodes: k8v4 pages arrive unchanged, or not at all.
 
 The tests use two connectors of vLLM. ExampleConnector writes pages to a folder. NIXL copies pages
 from the memory of one process into that of another; `make long-tests` installs its package.
@@ -31,14 +31,14 @@ NO_PARAMS = [None] * len(PROMPTS)
 CASE = case_of("llama")
 
 PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
-"""Parameters with which an engine keeps a prompt's pages for another engine."""
+"""Parameters that tell an engine to keep a prompt's pages until another engine has read them."""
 
 Start = Callable[..., EngineHost]
 
 
 @pytest.fixture(scope="module")
 def start(small_model: Callable[..., Path]) -> Start:
-    """A function that starts an engine with a connector in a host."""
+    """A function that starts an engine with the given connector and role in a host."""
 
     def run(host: EngineHost, connector: str, role: str, case: Case = CASE, **more: Any) -> Any:
         options = more.pop("options", {})
@@ -58,7 +58,7 @@ def start(small_model: Callable[..., Path]) -> Start:
 
 @dataclass(frozen=True)
 class Folder:
-    """Prompts that one engine wrote to a folder, and another engine read from it."""
+    """What one engine wrote to a folder for some prompts, and what another engine read from it."""
 
     path: Path
     block: int
@@ -68,7 +68,7 @@ class Folder:
     read: Pages
 
     def stored(self, prompt: list[int]) -> int:
-        """Return the number of blocks that ExampleConnector reuses: those before the last token."""
+        """Return how many blocks ExampleConnector reuses: the full ones before the last token."""
         return max(len(prompt) - 2, 0) // self.block
 
 
@@ -117,7 +117,7 @@ def test_the_folder_describes_its_pages_in_a_subfolder_for_their_format(folder: 
 
 @pytest.fixture(scope="module")
 def nixl_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """A function that returns the process for engines that use NIXL on a port."""
+    """A function that starts, once per port, a process whose engines use NIXL on that port."""
     pytest.importorskip("nixl", reason="make long-tests installs NIXL")
     with contextlib.ExitStack() as stack:
 
@@ -134,10 +134,10 @@ def nixl_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 def cross(
     prefill: EngineHost, decode: EngineHost, case: Case = CASE, same_answers: bool = True
 ) -> int:
-    """Prefill on one engine, decode on another, compare; return the number of processes.
+    """Prefill on one engine, decode on the other, and compare outputs and pages.
 
-    Each process of the decoding engine must receive the pages of its peer in the prefilling
-    engine. The pages of different peers differ.
+    Each process of the decoding engine must have received the pages of its peer, whose pages
+    differ from those of other processes. Returns the number of processes of an engine.
     """
     expected = decode.generate(PROMPTS, TOKENS, alone=True, fresh=True)
     assert decode.generate([random_prompt(3, seed=0)], 1, fresh=True)
@@ -147,7 +147,7 @@ def cross(
     if same_answers:
         assert_same(outputs, expected, case, decisive=ENOUGH)
     else:
-        # Rounding a state between two chunks changes the token of many close choices.
+        # A state is rounded between the chunks, which decides many close choices differently.
         for output, wanted in zip(outputs, expected, strict=True):
             assert output.tokens[:1] == wanted.tokens[:1] or wanted.margins[0] < 0.8
     for request, of_prompt in zip(answered, sent, strict=True):
@@ -182,7 +182,7 @@ def test_pages_cross_between_engines_of_two_processes_each(
         for port, role in ((24600, "kv_producer"), (24620, "kv_consumer"))
     )
     assert cross(prefill, decode) == 2
-    # Idle processes of an engine would keep using their cores.
+    # Even idle, the processes of an engine would keep their cores busy.
     prefill.stop()
     decode.stop()
 

@@ -120,7 +120,7 @@ def test_only_unequal_outputs_and_our_failures_fail_the_command() -> None:
 
 
 def test_ratios_are_medians_of_the_ratios_of_each_round() -> None:
-    # In the second round the machine is ten times slower.
+    # In the second round all times are ten times longer, as on a busy machine.
     speed = Speed("llama", "eager", 4, 64, {"k8v4": [1.0, 10.0, 2.0], "auto": [2.0, 20.0, 3.0]})
     assert speed.times_faster() == {"auto": 2.0}
     assert speed.cells() == {"k8v4": "2.000 ms, 2000/s", "auto": "3.000 ms, 1333/s (2.00)"}
@@ -161,7 +161,7 @@ def test_the_report_contains_every_comparison_time_and_reason(tmp_path: Path) ->
 
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, EngineHost]]:
-    """The command's engines, one per cache dtype. The command itself cannot close them."""
+    """Run only one engine per cache dtype and keep it open; the command cannot close it."""
     kept: dict[str, EngineHost] = {}
     start, close = Engines.start, EngineHost.close
 
@@ -199,7 +199,7 @@ def test_the_command_compares_and_times_two_engines(
             assert (row.outputs, row.tokens > 12) == (workload.SMALLEST.prompts, True)
     for key in (("eager", "generated tokens"), ("prompts in chunks of 96", "tokens of prompts")):
         assert rows[key].verdict is Verdict.EQUAL, rows[key]
-        # The rounding of k8v4 moves log-probabilities: the cache was quantised.
+        # Rounding to k8v4 moves log-probabilities, so this shows that the cache was quantised.
         assert rows[key].apart > 0.01
     drafts = rows["ngram", "drafts both accepted and rejected"]
     assert (drafts.verdict, drafts.detail) == (Verdict.INCONCLUSIVE, "0 drafted, 0 accepted")
@@ -215,7 +215,7 @@ def test_the_command_compares_and_times_two_engines(
     assert "vllm_hybrid_kv.K8V4AttentionBackend" in backends[K8V4]
     assert list(backends["auto"]) == ["vllm.CPUAttentionBackend"]
 
-    # A cache with other contents is detected.
+    # The comparison detects outputs of an engine whose cache has other contents.
     prompts = workload.prompt_pool(workload.SMALLEST)
     unquantised, quantised = (kept[name].generate(prompts, 12) for name in ("auto", K8V4))
     assert compare(quantised, unquantised, workload.bounds_of("llama", "float32")).different

@@ -29,12 +29,12 @@ from testing.tokenizer import mixed_prompts, random_prompt
 pytestmark = pytest.mark.engine
 
 CONCURRENT = 20
-"""Requests that run at the same time."""
+"""How many requests run at the same time."""
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Prompts, and their outputs from an engine that ran each alone, without a cached prefix."""
+    """Prompts, and the output of each when an engine runs it alone without a cached prefix."""
 
     prompts: list[list[int]]
     outputs: list[Output]
@@ -42,7 +42,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Reference:
-    """The outputs of one engine, with which the tests compare the other runs of a case."""
+    """The outputs of a case's first engine. All other runs of the case are compared with them."""
 
     case: Case
     model: Path
@@ -51,7 +51,7 @@ class Reference:
     repeated: Texts | None
 
     def engine(self, **more: object) -> EngineHost:
-        """Return the host with an engine of the case's settings, changed by `more`."""
+        """Start an engine with the case's arguments, changed by `more`; return its host."""
         return self.host.engine(**arguments(self.model, self.case, **more))
 
 
@@ -59,8 +59,8 @@ def arguments(model: Path, case: Case, **more: Any) -> dict[str, Any]:
     """Return the arguments of a case's engine, changed by `more`.
 
     The outermost layers of Gemma3 stay unquantised, so it has blocks of two lengths, and hits end
-    at multiples of their least common multiple. With vLLM's default block size of 128 this is 640
-    tokens, too many for most of the prompts.
+    at common multiples of both. With vLLM's default block size of 128 the smallest is 640 tokens,
+    which is longer than most of the prompts.
     """
     if case.model == "gemma3":
         boundary = {"hybrid_kv": {"boundary_layers": 2}}
@@ -87,7 +87,7 @@ def reference(
     assert lengths[-1] > 400
     repeated = None
     if case.speculates:
-        # Drafts continue the repetition, and some of them are accepted.
+        # These prompts repeat themselves. Drafts continue the repetition, and some are accepted.
         pool = [random_prompt(6 + i % 5, seed=i)[1:] * (8 + i % 40) for i in range(case.candidates)]
         repeated = texts(pool, 8, 4 * case.tokens)
     return Reference(case, model, host, mixed, repeated)
@@ -145,12 +145,12 @@ FAULTS: list[Any] = [
     pytest.param("one token short", run_at_once, (), marks=pytest.mark.both_minors),
     ("drafts see each other", speculate, ()),
     ("drafts one token short", speculate, ()),
-    # For qwen3-next, losing 1 of 32 tokens moves log-probabilities by 0.23, chunks alone by 0.25.
+    # With qwen3-next, a lost slot moves log-probabilities by 0.23, less than chunks do (0.25).
     ("lost slot", run_in_chunks, ("qwen3-next",)),
     ("page of the neighbour", run_in_chunks, ()),
     ("window off by one", run_in_chunks, ("llama", "qwen3-next")),
 ]
-"""Each fault, the run that detects it, and the models that hide it, sorted by engine."""
+"""Each fault, the run that detects it, and the models that hide it; sorted to start few engines."""
 
 
 @pytest.mark.parametrize(("fault", "run", "hidden"), FAULTS)
@@ -189,7 +189,7 @@ def test_ngram_speculation_does_not_change_the_output(reference: Reference) -> N
 def test_the_gpu_kernels_give_the_output_of_the_cpu_kernels(
     reference: Reference, tmp_path: Path
 ) -> None:
-    """The backend, its metadata, plans and kernels are those for GPUs; the engine is for CPUs."""
+    """An engine for CPUs runs the GPU's backend, metadata, plans and kernels in the interpreter."""
     if reference.case.model != "gemma3":
         pytest.skip("takes a minute, and Gemma3 has both kinds of attention layers")
     # The GPU kernels round weights to fp16.
@@ -222,7 +222,7 @@ def test_the_gpu_kernels_give_the_output_of_the_cpu_kernels(
 def earliest_draft(
     texts: Texts, bounds: Bounds, tokens: int, chunk: int
 ) -> tuple[tuple[list[int], Output], int]:
-    """Return the prompt and output with the earliest draft, and the tokens to generate for it."""
+    """Return prompt and output of the text that gets a draft first, and the tokens until then."""
     found = []
     for prompt, output in zip(texts.prompts, texts.outputs, strict=True):
         repeats = [

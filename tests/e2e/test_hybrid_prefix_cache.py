@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A hybrid model in a real engine with the strategy `hybrid_aware`: chats resume from states."""
+"""With the strategy `hybrid_aware`, a real engine resumes chats from cached recurrent states."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class Chats:
     engine: EngineHost
 
     def differences(self, outputs: list[Output]) -> list[str]:
-        """Describe how the first tokens of outputs differ from those without a prefix cache.
+        """Describe how the first token of each output differs from that without a prefix cache.
 
         Prompts resume at multiples of 64 tokens, where Gated DeltaNet cuts a prompt anyway. So only
-        the shapes of matrix products differ. If the best token leads by more than the rounding of
-        the products, the token must be the same. The first turn has no hits and is not compared.
+        the shapes of matrix products differ. If the best token leads by more than the products are
+        rounded, the token must be the same. The first turn has no hits and is not compared.
         """
         pairs = list(zip(self.uncached, outputs, strict=True))[CHATS:]
         equal = [(a, b) for a, b in pairs if a.tokens[0] == b.tokens[0]]
@@ -115,7 +115,8 @@ def test_a_repeated_prompt_gives_the_same_bits(chats: Chats) -> None:
 
 def test_seeded_output_does_not_depend_on_chunks(chats: Chats) -> None:
     prompts = [random_prompt(length, seed=900 + length) for length in (100, 300)]
-    # A chunk ends where a state is cached; its sample is discarded. A hit leaves one chunk.
+    # Without a hit, chunks end where states are cached, and the engine discards their samples.
+    # With a hit there is one chunk.
     chunked, hit, other = (
         chats.engine.generate(prompts, CASE.tokens, alone=True, seed=seed) for seed in (7, 7, 8)
     )

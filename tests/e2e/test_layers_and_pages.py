@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layers get k8v4 pages, own or shared; start-up stops if pages do not fit their layers."""
+"""The right layers get k8v4 pages of their own or share them, and start-up checks that they fit."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 BOUND = 0.2
 WIDE_ERROR = 0.110
-"""Mean error of the log-probabilities of the fixture `wide`, as a share of their standard
-deviation, when transformers runs it in float32 and its cache holds what `reference.dequantise`
-returns for `reference.quantise`."""
+"""Mean error of the log-probabilities of the model `wide`, divided by their standard deviation.
+Measured with transformers in float32, with a cache whose contents were quantised and dequantised
+by `reference`."""
 OURS = "K8V4AttentionBackend"
 
 Model = Callable[..., Path]
@@ -51,14 +51,14 @@ def engine(host: EngineHost, model: Path, dtype: str, **more: Any) -> EngineHost
 
 
 def layers_of(running: EngineHost) -> dict[int, dict[str, Any]]:
-    """Return the attention layers by index."""
+    """Return the engine's attention layers by index, without linear attention."""
     layers = running.layers().items()
     found = {int(n.split(".")[2]): layer for n, layer in layers if "linear_attn" not in n}
     return dict(sorted(found.items()))
 
 
 def log_probabilities(running: EngineHost) -> list[float]:
-    """Return log-probabilities of prompts, and of the outputs of prompts that are sent twice."""
+    """Return the log-probabilities of two prompts, and of their outputs without and with hits."""
     prompts = [SHORT, LONG]
     of_prompts = running.generate(prompts, 1, prompt_logprobs=True, alone=True)
     first = running.generate(prompts, 4, alone=True, fresh=True)
@@ -168,7 +168,7 @@ def test_heads_of_256_next_to_512_differ_from_an_unquantised_cache_by_the_format
     error = statistics.fmean(abs(a - b) for a, b in pairs)
     spread = statistics.pstdev(found["auto"])
     print(f"heads of 256 and 512: mean error {error / spread:.3f} of the standard deviation")
-    # The codes of a few keys and values differ between CPUs, because activations do.
+    # Activations differ slightly between CPUs, and so do the codes of a few keys and values.
     assert error / spread == pytest.approx(WIDE_ERROR, rel=0.1)
 
 
@@ -214,7 +214,7 @@ def test_all_but_boundary_and_skipped_layers_are_quantised(
     assert [i for i, layer in layers.items() if layer["backend"].endswith(OURS)] == quantised
     head_size = 128 if model == "qwen3-next" else 64
     for index, layer in layers.items():
-        # Two heads of 8-bit keys, 4-bit values and two scales, or of bf16 keys and values.
+        # A token has two heads: 8-bit keys, 4-bit values and two scales, or bf16 keys and values.
         elements = head_size + head_size // 2 + 4 if index in quantised else 4 * head_size
         assert layer["content_bytes"] / layer["block_size"] == 2 * elements
         assert layer["backend"].endswith(OURS if index in quantised else "CPUAttentionBackend")

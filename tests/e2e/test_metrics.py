@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The metrics of a hybrid model's prefix cache on /metrics of `vllm serve` during chats."""
+"""`vllm serve` shows the metrics of a hybrid model's prefix cache on /metrics during chats."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.both_minors]
 
 CHATS, TURNS = 3, 3
 BEGINNING = 300
-"""Tokens with which all chats begin: more than two blocks, so that attention layers hit."""
+"""How many tokens all chats begin with: more than two blocks, so that attention layers hit."""
 
 SETTLED_S = 60.0
 """The time in which the server must receive the counters of its engine."""
@@ -32,10 +32,10 @@ OURS = "vllm_hybrid_kv:"
 
 @dataclass(frozen=True)
 class Served:
-    """A server that answered chats, and was stopped with SIGTERM.
+    """What a server did that answered chats and was then stopped with SIGTERM.
 
-    `after` are scrapes of its metrics. `cached` has the cached tokens of each answer,
-    `folders` the permissions of its metrics folders, `left` the names of folders left behind.
+    `after` holds scrapes of its metrics, `cached` the number of cached tokens of each answer,
+    `folders` the permissions of its metrics folders, `left` the folders that it left behind.
     """
 
     after: list[list[Sample]]
@@ -45,7 +45,7 @@ class Served:
 
 
 def value(samples: list[Sample], name: str, kind: str | None = None) -> float:
-    """Return the value of the only sample with a name and, if given, the label `kind`."""
+    """Return the value of the sample with this name and label `kind`; there must be only one."""
     (found,) = (s.value for s in samples if s.name == name and s.labels.get("kind") == kind)
     return found
 
@@ -55,7 +55,7 @@ def ours(samples: list[Sample], name: str, kind: str | None = None) -> float:
 
 
 def chat(url: str, model: str) -> list[int]:
-    """Send turns of several chats; return the number of cached tokens of each request."""
+    """Send the turns of several chats; return how many tokens of each request were cached."""
     beginning = random_prompt(BEGINNING, seed=7)
     chats = [beginning + random_prompt(300, seed=70 + i)[1:] for i in range(CHATS)]
     cached = []

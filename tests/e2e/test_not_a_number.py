@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """NaN and infinity in one request's keys or values affect only that request of a batch.
 
-All layers have a k8v4 cache. Unquantised layers would have vLLM's own attention for CPUs, which
-lets a NaN of one request through to the next request of the step.
+All layers have a k8v4 cache, because vLLM's own CPU attention, which unquantised layers use, lets a
+NaN of one request reach the next request of the step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Run = Callable[[], list[Output]]
 @pytest.fixture(scope="module")
 def run(host: EngineHost, small_model: Callable[..., Path]) -> Run:
     """A function that sends all prompts to an engine with an empty prefix cache."""
-    # Some prompts need two chunks; the second chunk runs with decodes of other requests.
+    # Some prompts need two chunks, and the second chunk shares its step with other decodes.
     more = {"max_num_seqs": 16, "max_num_batched_tokens": 640}
     engine = host.engine(**settings(small_model("llama"), "bfloat16", **more))
     return lambda: engine.generate(PROMPTS, 6, fresh=True)
@@ -58,6 +58,6 @@ def test_a_number_changes_one_request_and_no_later_request_that_reuses_its_pages
     else:
         assert shown != clean[MARKED].logprobs
         assert all(map(math.isfinite, shown))
-    # These requests reuse the marked request's pages, which nothing cleared.
+    # The new requests reuse the pages of the marked request, which still hold its NaNs.
     plant(None)
     assert run() == clean

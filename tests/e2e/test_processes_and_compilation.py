@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Engines of two processes, and compiled ones, give the output of an eager single process.
 
-These engines add the same numbers in another order. With an unquantised cache this moves the
+These engines add the same numbers in another order. With an unquantised cache, the order moves the
 log-probabilities of 1966 prompt tokens by at most 4.2e-5 (two processes) and 5.6e-5 (compiled).
-With a k8v4 cache they move by 0.13 and 0.15, because a key close to the middle between two codes
-can get the other code. This happens to 6 and 4 of 81,920 keys in the first quantised layer, and to
-over 3,500 in the fourth. Tokens before the first such key agree. Hence three checks:
+With a k8v4 cache it moves them by 0.13 and 0.15, because a key close to the middle between two
+codes can get the other code. In the first quantised layer 6 and 4 of 81,920 keys do, in the fourth
+over 3,500. Tokens before the first changed key agree. Hence three checks:
 
 * Most of the first tokens of prompts see no changed code. The median difference of their
   log-probabilities is below 1e-4, twice the largest difference with an unquantised cache.
@@ -37,9 +37,10 @@ from testing.tokenizer import mixed_prompts, random_prompt
 pytestmark = pytest.mark.engine
 
 APART = 0.25
-"""Bound on differences. Measured: generated tokens up to 0.10 apart, prompt tokens 0.15."""
+"""How far log-probabilities may differ. Measured: up to 0.10 for generated tokens, and 0.15 for
+prompt tokens."""
 
-# A single case, because its tests start three engines, one of which compiles.
+# There is only one case, because its tests start three engines, one of which compiles.
 CASE = Case("llama", "float32", Bounds(APART), tokens=3, candidates=64)
 
 BEGINNINGS = [random_prompt(12, seed=i) for i in range(40)]
@@ -51,9 +52,9 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineHost]:
     folder = tmp_path_factory.mktemp("host")
     host = EngineHost(
         folder / "log.txt",
-        # An empty cache folder, so that the engine compiles here.
+        # With an empty cache folder, the engine has to compile in this test.
         VLLM_CACHE_ROOT=str(folder / "cache"),
-        # The two processes, with one thread each, share the cores.
+        # The two processes, with one thread each, may share a core.
         VLLM_CPU_OMP_THREADS_BIND="nobind",
     )
     yield host
@@ -67,7 +68,7 @@ def first_log_probabilities(engine: EngineHost) -> list[float]:
 
 @dataclass(frozen=True)
 class Runs:
-    """An engine, and the outputs of an eager engine of a single process."""
+    """The engine to test, and the outputs that an eager engine of one process gave."""
 
     engine: EngineHost
     prompts: list[list[int]]
@@ -75,7 +76,7 @@ class Runs:
     beginnings: list[float]
 
     def compare(self) -> None:
-        """Assert that the engine gives the same outputs, also from its prefix cache."""
+        """Assert that the engine gives these outputs, both without and with its prefix cache."""
         outputs = self.engine.generate(self.prompts, CASE.tokens, fresh=True)
         assert_same(outputs, self.outputs, CASE)
         cached = self.engine.generate(self.prompts, CASE.tokens)
@@ -83,7 +84,7 @@ class Runs:
         assert_same(cached, self.outputs, CASE)
 
     def beginnings_apart(self) -> float:
-        """Return the median difference of the log-probabilities of prompts' first tokens."""
+        """Return the median difference of log-probabilities of the first tokens of prompts."""
         pairs = zip(first_log_probabilities(self.engine), self.beginnings, strict=True)
         apart = statistics.median(abs(a - b) for a, b in pairs)
         print(f"{apart:.2g} apart")
@@ -106,7 +107,7 @@ def reference(host: EngineHost, small_model: Callable[..., Path]) -> Runs:
     ids=["two processes", "compiled"],
 )
 def runs(request: pytest.FixtureRequest, reference: Runs, small_model: Callable[..., Path]) -> Runs:
-    """The runs of another engine in the same host."""
+    """Start the engine to test in the host of the reference engine."""
     model = small_model(CASE.model, CASE.dtype)
     engine = reference.engine.engine(**settings(model, CASE.dtype, **request.param))
     assert engine.started["compiled"] == ("enforce_eager" in request.param)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trained models recall as well from k8v4 pages as from an unquantised cache.
 
-Models with random weights show that outputs changed; trained models show whether that matters.
+Models with random weights show whether outputs change; trained models show whether that matters.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ pytestmark = pytest.mark.engine
 MODELS = Path(__file__).parents[1] / "recall" / "models"
 
 RECALL = 0.99
-"""Share of right answers that the models must reach with an unquantised cache."""
+"""The share of right answers that the models must reach with an unquantised cache."""
 WORSE = 0.005
 """How much lower the share may be with k8v4, at each distance and depth."""
 LESS_SURE = 0.003
 """How much higher the mean negative log-probability of right answers may be."""
 ENOUGH = 200
-"""Minimum number of questions per distance and depth, so that one question is at most 0.5 %."""
+"""Compare only distances and depths with so many questions; then one question is at most 0.5 %."""
 
 DIFFERENT = "recalls"
 """Matches the message about an engine that recalls worse."""
 
 LENGTHS = (*[2000] * 4, *[700] * 4, *[200] * 8)
 COPIED = 24
-"""Tokens of each copy that are decoded."""
+"""How many tokens of each copy the engine decodes."""
 
 
 DISTANCES = (128, 512, 1024, 2048)
-"""Upper ends of the bands of distance between a question and its answer's source, in tokens."""
+"""Bands of distance between a question and the source of its answer: their upper ends in tokens."""
 DEPTHS = 4
-"""Number of equal parts into which the tokens before the first question are divided."""
+"""The tokens before the first question are divided into this many equal parts."""
 
 Place = tuple[int, int]
-"""A band of `DISTANCES`, and which of the `DEPTHS` parts contains the answer's source."""
+"""Where an answer's source is: the band of `DISTANCES`, and the index of the `DEPTHS` part."""
 
 
 @dataclass
 class Tally:
-    """Questions and right answers by place, and the sum of negative log-probabilities."""
+    """Counts questions and right answers by place, and adds up negative log-probabilities."""
 
     asked: Counter[Place] = field(default_factory=Counter)
     right: Counter[Place] = field(default_factory=Counter)
@@ -60,12 +60,12 @@ class Tally:
 
     @property
     def share(self) -> float:
-        """Share of right answers over all places."""
+        """The share of right answers over all places."""
         return self.right.total() / self.asked.total()
 
     @property
     def loss(self) -> float:
-        """Mean negative log-probability of the right answers."""
+        """The mean negative log-probability of the right answers."""
         return self.surprise / self.asked.total()
 
 
@@ -76,13 +76,13 @@ def place(index: int, source: int, first: int) -> Place:
 
 
 def sheets(seed: int, lengths: Iterable[int]) -> list[Sequence]:
-    """Return sequences of pairs without text, with a question for every second pair."""
+    """Draw sequences of pairs (without text) that ask a question for every second pair."""
     draw = np.random.default_rng(seed)
     return [recall_sequence(draw, length, 0.0, length // 5) for length in lengths]
 
 
 def count_answers(sequences: list[Sequence], outputs: list[Output]) -> Tally:
-    """Count the questions in prompts, and those whose answer was the most probable token."""
+    """Count questions; an answer is right if it was the most probable token at its place."""
     tally = Tally()
     for sequence, output in zip(sequences, outputs, strict=True):
         ranks, logprobs = output.prompt_ranks or [], output.prompt_logprobs or []
@@ -96,7 +96,7 @@ def count_answers(sequences: list[Sequence], outputs: list[Output]) -> Tally:
 
 
 def copies(seed: int, lengths: Iterable[int]) -> tuple[list[list[int]], list[list[int]]]:
-    """Return prompts up to the copy mark and one more symbol, and the tokens that must follow."""
+    """Return prompts that end one symbol after the copy mark, and the tokens that must follow."""
     draw = np.random.default_rng(seed)
     drawn = [copy_sequence(draw, length, 0.0).tokens.tolist() for length in lengths]
     cuts = [tokens.index(COPY) + 2 for tokens in drawn]
@@ -109,13 +109,13 @@ FEW_SHEETS = sheets(2, [2000] * 3 + [600] * 3 + [160] * 10)
 
 
 def settings(shape: str, **more: Any) -> dict[str, Any]:
-    """Return the arguments of an engine with a k8v4 cache, changed by `more`."""
+    """Return the arguments of an engine with a k8v4 cache, with `more` added or replaced."""
     return model_cases.settings(MODELS / shape, "bfloat16", **more)
 
 
 @dataclass(frozen=True)
 class Plain:
-    """A model's recall with an unquantised cache, and the process that runs other engines."""
+    """How well a model recalls with an unquantised cache, and the host for its k8v4 engines."""
 
     shape: str
     host: EngineHost
@@ -124,12 +124,12 @@ class Plain:
     copied: float
 
     def engine(self, **more: Any) -> EngineHost:
-        """Return the host with an engine of a k8v4 cache, changed by `more`."""
+        """Start an engine with a k8v4 cache in the host, and return the host."""
         return self.host.engine(**settings(self.shape, **more))
 
 
 def answer(engine: EngineHost, asked: list[Sequence]) -> Tally:
-    """Count the answers of the model to the questions in prompts."""
+    """Let the engine answer the questions of the sequences, and count the right answers."""
     prompts = [sheet.tokens.tolist() for sheet in asked]
     return count_answers(asked, engine.generate(prompts, 1, prompt_logprobs=True))
 
@@ -137,7 +137,7 @@ def answer(engine: EngineHost, asked: list[Sequence]) -> Tally:
 def copied_share(
     engine: EngineHost, lengths: Iterable[int] = LENGTHS, tokens: int = COPIED, **how: bool
 ) -> float:
-    """Return the share of right tokens among those decoded before each copy's end."""
+    """Let the engine continue copies; return the share of right tokens before their ends."""
     prompts, wanted = copies(3, lengths)
     outputs = engine.generate(prompts, tokens, **how)
     pairs = [
@@ -150,7 +150,7 @@ def copied_share(
 
 
 def assert_as_good(tally: Tally, plain: Tally) -> None:
-    """Assert that recall is not worse than plain, in total and at every distance and depth."""
+    """Assert that recall is about as good as `plain`, in total and at each distance and depth."""
     print(f"{tally.share:.2%}, loss {tally.loss:.4f}")
     assert tally.share >= plain.share - WORSE, f"recalls {tally.share:.2%}, not {plain.share:.2%}"
     assert tally.loss <= plain.loss + LESS_SURE, (
@@ -176,7 +176,7 @@ def test_the_model_recalls_and_copies_with_an_unquantised_cache(plain: Plain) ->
     assert plain.tally.share >= RECALL
     assert plain.copied >= RECALL
     few = {place: asked for place, asked in plain.tally.asked.items() if asked < ENOUGH}
-    # Only the longest prompts have sources so far away in the last quarter.
+    # Only the longest prompts have sources in the last quarter that are so far away.
     assert set(few) <= {(2048, 3)}
 
 
@@ -209,11 +209,11 @@ def test_a_page_that_is_stored_wrongly_is_detected(
 @pytest.mark.long
 def test_k8v4_copies_the_same_after_preemption(plain: Plain) -> None:
     lengths, tokens = [2000] * 8, 500
-    # Layers with a window hold a chunk and the window during prefill, then only the window. With
-    # long chunks an answer would need fewer blocks than its prompt: no request would be preempted.
+    # During prefill, layers with a window hold a chunk and the window, later only the window. With
+    # long chunks an answer would need fewer blocks than its prompt, and nothing be preempted.
     chunks = {"max_num_batched_tokens": 64} if plain.shape == "gemma3" else {}
     engine = plain.engine(**chunks)
-    # A model may fail in long copies without preemption too, so compare it with itself.
+    # Without preemption too, the model may make mistakes in long copies. So compare with those.
     expected = copied_share(engine, lengths, tokens, fresh=True)
     plan = engine.plan()
     # These blocks hold two of the prompts, but not both answers.

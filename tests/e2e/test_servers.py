@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm serve` with clients that hang up, a killed engine, two engines, and differing workers."""
+"""Run `vllm serve` with clients that hang up, a killed engine, two engines, and differing workers."""
 
 from __future__ import annotations
 
@@ -83,11 +83,11 @@ def test_a_hang_up_stops_one_request_and_a_killed_engine_ends_the_server(
                 reason = chunk.choices[0].finish_reason or reason
             endings.append(f"finish_reason={reason}")
         except Exception as error:
-            # A stream may break off anywhere, also inside a text that the client parses as JSON.
+            # A stream may break off anywhere, even within JSON, so the client raises any error.
             endings.append(f"{type(error).__name__}: {error}")
 
-    # vLLM creates sockets in TMPDIR, whose paths must have at most 107 characters; a test's own
-    # folder may use most of them.
+    # vLLM creates sockets in TMPDIR. Their paths must have at most 107 characters, of which the
+    # test's own folder could use most.
     with tempfile.TemporaryDirectory() as short, pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", short)
         options = (*ARGUMENTS, *K8V4, "--max-model-len", str(ENDLESS + 100))
@@ -105,7 +105,7 @@ def test_a_hang_up_stops_one_request_and_a_killed_engine_ends_the_server(
             assert group_ends(server.group, SETTLED_S)
         left = [*os.listdir(short), *os.listdir("/dev/shm")]
     assert len(endings) == STREAMS
-    # A client cannot take any of the answers for complete.
+    # No client may mistake its broken answer for a complete one.
     assert not {"finish_reason=length", "finish_reason=stop"} & set(endings)
     assert [name for name in left if "hybrid" in name] == []
 
@@ -122,7 +122,7 @@ def test_both_engines_of_data_parallelism_answer_like_a_single_engine(
     prompts = [random_prompt(length, seed=length) for length in range(40, 680, 40)]
     model = small_model(case.model, case.dtype)
     options = (*ARGUMENTS, *K8V4, "--max-model-len", "2048", "--dtype", case.dtype)
-    # Four processes share the cores while they import vLLM, which takes longer.
+    # Start-up takes longer, because four processes import vLLM on the same cores.
     monkeypatch.setattr("testing.server.START_TIMEOUT_S", 900.0)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
@@ -140,7 +140,7 @@ def test_both_engines_of_data_parallelism_answer_like_a_single_engine(
             if sample.name == "vllm:request_success_total":
                 finished[sample.labels["engine"]] += sample.value
         active = re.findall(r"hybrid_kv \S+ active on vLLM .*kernels=cpu:", server.log.read_text())
-    # The API server and two engine cores.
+    # The plugin is active in the API server and in both engine cores.
     assert len(active) >= 3
     assert set(finished) == {"0", "1"}
     assert finished.total() == len(prompts)

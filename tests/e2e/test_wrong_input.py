@@ -27,7 +27,7 @@ Follow = Callable[..., dict[int, str]]
 
 
 def write(config: PreTrainedConfig, architecture: str, folder: Path) -> None:
-    """Write a model without weights; vLLM creates them if it gets that far."""
+    """Write a model without weights; if vLLM does not refuse it, vLLM makes dummy weights."""
     config.architectures = [architecture]
     config.save_pretrained(folder)
     build_tokenizer(folder)
@@ -35,7 +35,7 @@ def write(config: PreTrainedConfig, architecture: str, folder: Path) -> None:
 
 @pytest.fixture
 def serve_refused(tmp_path: Path) -> Refuse:
-    """A function that returns the output of `vllm serve` on a model that must be refused."""
+    """A function that runs `vllm serve` on a model it must refuse, and returns the output."""
 
     def run(config: PreTrainedConfig, architecture: str, *arguments: str) -> str:
         write(config, architecture, tmp_path)
@@ -49,7 +49,7 @@ def serve_refused(tmp_path: Path) -> Refuse:
         try:
             status = process.wait(TIMEOUT_S)
         finally:
-            # The server may have started after all.
+            # If the model was not refused, the server still runs.
             kill_group(process)
         output = log.read_text(errors="replace")
         assert status not in (0, -9), output[-2000:]
@@ -60,9 +60,9 @@ def serve_refused(tmp_path: Path) -> Refuse:
 
 @pytest.fixture
 def refuse(host: EngineHost, tmp_path: Path) -> Refuse:
-    """A function that starts an engine in the host and returns the error.
+    """A function that starts an engine in the host and returns its error.
 
-    A server takes half a minute to print the same error, so only two tests start one.
+    `serve_refused` takes half a minute to get the same error, so only two tests use it.
     """
 
     def run(config: PreTrainedConfig, architecture: str) -> str:
@@ -119,7 +119,7 @@ def test_serve_refuses_a_head_size_with_the_layers_to_skip(
     output = serve_refused(config, "Gemma4ForCausalLM")
     parts = ("model.layers.0.self_attn.attn", "64 to 256 in multiples of 8, and 512, got 32", SKIP)
     lines = [line for line in output.splitlines() if all(part in line for part in parts)]
-    # The worker logs the refusal, and the command ends with it.
+    # The error is printed twice: the worker logs it, and the command ends with it.
     assert len(lines) == 2, output[-4000:]
     assert output.splitlines()[-1] == lines[1]
     assert lines[1].startswith("hybrid_kv: layer ")

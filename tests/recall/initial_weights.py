@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Initial weights of the recall models.
+"""Initialise the recall models so that they learn to recall in few steps.
 
-transformers' initialisation has a standard deviation of 0.02: each linear map of this size shrinks
-signals fourfold, and Gated DeltaNet forgets within a token. Such models guess for thousands of
-steps. Here all maps start with unit gain, and two layers start close to their purpose. The first
-layer writes the previous token. The first layer of full attention looks for a token whose previous
-token is the query's token ("induction"). Training still has to separate signal from noise over
-2,000 tokens, and to learn when to recall.
+transformers initialises weights with a standard deviation of 0.02. Then each linear map of this
+size shrinks signals fourfold, Gated DeltaNet forgets within a token, and the models guess for
+thousands of steps. Here all maps start with unit gain, and two layers start close to their purpose.
+The first layer writes the previous token. The first layer of full attention looks for a token whose
+previous token is the query's token ("induction"). Training still has to separate signal from noise
+over 2,000 tokens, and to learn when to recall.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from tests.recall.shapes import SHAPES
 
 KEY_SIZE = 2.5
-"""Initial standard deviation of keys: large, as in real models."""
+"""The initial standard deviation of keys, which is large in real models too."""
 QUERY_SIZE = 1.0
 RECALLED_SIZE = 2.5
-"""Size of the recalled value relative to an embedding."""
+"""How large the recalled value is, relative to an embedding."""
 
 
 def new_model(name: str) -> PreTrainedModel:
-    """Return a model in float32 with weights from torch's global generator."""
+    """Make a float32 model whose weights are drawn from torch's global generator."""
     config = SHAPES[name]()
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
@@ -62,7 +62,7 @@ def _orthogonal(size: int) -> torch.Tensor:
 
 
 def _without(direction: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Return rows without their component in a direction."""
+    """Remove each row's component in a direction."""
     return rows - (rows @ direction)[..., None] * direction / direction.square().sum()
 
 
@@ -74,19 +74,19 @@ def _initialise(name: str, parameter: nn.Parameter, config: PreTrainedConfig) ->
     elif part == "q_norm":
         parameter.fill_(QUERY_SIZE - 1)
     elif part.startswith("post_") and config.model_type == "gemma3_text":
-        # The norms after attention and MLP scale what is added to the residual stream.
+        # These norms scale what attention and MLP add to the residual stream.
         parameter.fill_(-0.7)
     elif part.endswith(("norm", "layernorm")):
         parameter.fill_(1.0 if "linear_attn" in name else 0.0)
     elif part == "A_log":
-        # Each token keeps exp(-A softplus(a + dt_bias)) of the state: 0.3 (first head) to 0.9.
+        # Per token, exp(-A softplus(a + dt_bias)) of the state remains: 0.3 (first head) to 0.9.
         parameter.copy_(torch.linspace(math.log(10.0), 0.0, len(parameter)))
     elif part == "dt_bias":
         parameter.fill_(-2.0)
     elif part == "conv1d":
         parameter.normal_(std=0.5)
     elif part == "embed_tokens":
-        # Gemma multiplies by the square root of the hidden size.
+        # Gemma multiplies embeddings by the square root of the hidden size, so divide here.
         parameter.normal_()
         if config.model_type == "gemma3_text":
             parameter.div_(math.sqrt(config.hidden_size))
@@ -96,7 +96,7 @@ def _initialise(name: str, parameter: nn.Parameter, config: PreTrainedConfig) ->
 
 
 def _start_as_convolution(mixer: nn.Module, shared: torch.Tensor) -> None:
-    """Make queries equal keys and open the gate, so a token reads what it has just written."""
+    """Make queries equal to keys and open the gate, so that a token reads what it just wrote."""
     key, value = mixer.head_k_dim, mixer.head_v_dim * mixer.num_v_heads // mixer.num_k_heads
     heads = mixer.in_proj_qkvz.weight.view(mixer.num_k_heads, 2 * key + 2 * value, -1)
     heads[:, :key] = heads[:, key : 2 * key]
@@ -110,7 +110,7 @@ def _start_as_convolution(mixer: nn.Module, shared: torch.Tensor) -> None:
 def _write_the_token_before_by_convolution(
     mixer: nn.Module, shared: torch.Tensor, rotation: torch.Tensor
 ) -> None:
-    """Make values those of the previous token, and write that token, rotated."""
+    """Take values from the previous token, so that the layer writes that token, rotated."""
     key, value = mixer.head_k_dim, mixer.head_v_dim * mixer.num_v_heads // mixer.num_k_heads
     reads = _without(shared, _orthogonal(mixer.hidden_size)[: mixer.value_dim])
     heads = mixer.in_proj_qkvz.weight.view(mixer.num_k_heads, 2 * key + 2 * value, -1)
@@ -126,7 +126,7 @@ def _write_the_token_before_by_attention(
     """Make all heads of a layer attend to the previous token and write it, rotated."""
     size, attention = config.head_dim, layer.self_attn
     theta = config.rope_parameters[config.layer_types[0]]["rope_theta"]
-    # Rotary embeddings rotate only these pairs of dims fast enough to separate neighbours.
+    # Only in these pairs of dims do rotary embeddings turn fast enough to tell neighbours apart.
     fast = torch.arange(4)
     angle = theta ** (-2 * fast / size)
     constant = shared / shared.square().sum()
@@ -151,13 +151,13 @@ def _write_the_token_before_by_attention(
 def _look_behind_the_same_token(
     attention: nn.Module, config: PreTrainedConfig, shared: torch.Tensor, rotation: torch.Tensor
 ) -> None:
-    """Make queries find tokens whose previous token equals their own, and write those found."""
+    """Make a query find the tokens that followed its own token before, and write them."""
     hidden, size = config.hidden_size, config.head_dim
     groups = config.num_key_value_heads
     group = config.num_attention_heads // groups
     gated = len(attention.q_proj.weight) > config.num_attention_heads * size
     rows = _without(shared, torch.randn(groups, size, hidden) / math.sqrt(hidden))
-    # Dims that rotary embeddings rotate within a few thousand tokens cannot match over distance.
+    # Dims that rotary embeddings turn within a few thousand tokens cannot match distant tokens.
     if gated:
         rows[:, : size // 4] *= 0.3
     else:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shapes of the recall models, and their files."""
+"""The configurations of the recall models, their tokenizer, and how to save a trained model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ COMMON = {
 
 
 def gemma3_config() -> Gemma3TextConfig:
-    """Return a shape in which only the middle layer sees more than `WINDOW` tokens."""
+    """Return a config in which only the middle layer sees more than `WINDOW` tokens."""
     sliding = "sliding_attention"
     return Gemma3TextConfig(
         **COMMON,
@@ -54,7 +54,7 @@ def gemma3_config() -> Gemma3TextConfig:
 
 
 def qwen3_next_config() -> Qwen3NextConfig:
-    """Return a shape with alternating Gated DeltaNet and full attention, and with experts."""
+    """Return a config that alternates Gated DeltaNet and full attention, and has experts."""
     return Qwen3NextConfig(
         **COMMON,
         num_hidden_layers=4,
@@ -90,7 +90,7 @@ def save(model: PreTrainedModel, folder: Path, curve: list[dict[str, float]]) ->
     state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
-    # transformers converts the names of experts' weights to those of the real models.
+    # `save_pretrained` renames the experts' weights as in the checkpoints of real models.
     model.save_pretrained(folder, state_dict=state)
     config = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -101,7 +101,7 @@ def save(model: PreTrainedModel, folder: Path, curve: list[dict[str, float]]) ->
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer with a token for each byte; text cannot express symbols."""
+    """Make a tokenizer with a token for each byte. The symbols are tokens that no text becomes."""
     alphabet = bytes_to_unicode()
     names = [f"<|{name}|>" for name in ("begin", "end", "pad", "copy", "4", "5", "6", "7")]
     names += [alphabet[byte] for byte in range(256)]

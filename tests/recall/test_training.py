@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recall models and their training; tests/e2e/test_recall.py queries the models."""
+"""The recall models can be trained and loaded; tests/e2e/test_recall.py measures their recall."""
 
 import json
 from pathlib import Path

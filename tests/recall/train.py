@@ -2,7 +2,7 @@
 """Train a recall model: `python -m tests.recall.train gemma3` or `qwen3-next`.
 
 Sequences start short and become longer when the share of right answers reaches `GOOD`. Only
-answers and text have a loss. The model's folder goes to `tests/recall/models/NAME`:
+answers and text count in the loss. The result is the folder `tests/recall/models/NAME` with
 `config.json`, `model.safetensors` in bfloat16, the tokenizer and `curve.json`.
 """
 
@@ -26,23 +26,23 @@ from tests.recall.shapes import SHAPES, save
 LENGTHS = (64, 256, 1024, 2048)
 ROWS = (16, 4, 2, 2)
 GOOD, RECENT_STEPS = 0.95, 8
-"""A stage ends at this share of right answers in recall and copying over the recent steps."""
+"""A stage ends when recall and copying reach this share of right answers over recent steps."""
 LEARNING_RATE = 3e-3
 WARM_UP_STEPS = 20
 LAST_STEPS = 80
-"""Steps at the full length, in which the learning rate falls to zero."""
+"""How many steps use the full length. During them the learning rate falls to zero."""
 TEXT_WEIGHT = 0.2
 
 
 def batch(draw: np.random.Generator, length: int, rows: int, first: bool) -> tuple[list, list]:
-    """Draw kinds and sequences. The first stage has more copies, which have the most answers."""
+    """Draw kinds and sequences. The first stage gets more copies, because they answer the most."""
     shares = [0.3, 0.6, 0.1] if first else [0.5, 0.3, 0.2]
     kinds = list(draw.choice(list(KINDS), p=shares, size=rows))
     return kinds, [KINDS[kind](draw, length) for kind in kinds]
 
 
 def losses(model, rows: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the losses of answers and of text, and the share of right answers by row."""
+    """Return the loss of answers, the loss of text, and each row's share of right answers."""
     tokens = torch.from_numpy(np.stack([row.tokens for row in rows]))
     kinds = torch.from_numpy(np.stack([row.kinds for row in rows]))
     hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
@@ -60,20 +60,20 @@ def losses(model, rows: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor, tor
 
 
 def rate(step: int, full_since: int | None) -> float:
-    """Return the learning rate of a step; the full length began at step `full_since`."""
+    """Return the learning rate of a step. Sequences have the full length since `full_since`."""
     if full_since is not None:
         return LEARNING_RATE * max(0.0, 1 - (step - full_since) / LAST_STEPS)
     return LEARNING_RATE * min(1.0, (step + 1) / WARM_UP_STEPS)
 
 
 def train(name: str, folder: Path, seed: int, most_steps: int | None = None) -> None:
-    """Train a model into a folder, for at most `most_steps` steps."""
+    """Train a model for at most `most_steps` steps, and save it in a folder."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     draw = np.random.default_rng(seed)
     model = new_model(name).train()
     masters = list(model.parameters())
-    # A copy in bfloat16 computes; the optimiser updates the float32 weights.
+    # A copy in bfloat16 computes the gradients, and the optimiser updates the float32 weights.
     rounded = copy.deepcopy(model).to(torch.bfloat16)
     print(f"{sum(p.numel() for p in masters) / 1e6:.2f} M parameters", flush=True)
     groups = [

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every architecture of vLLM's registry that generates text: plans, and engines by pattern."""
+"""Plan every architecture in vLLM's registry that generates text, and run one of each pattern."""

@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def plan_all(results: Results, only: set[str]) -> None:
-    """Plan every architecture but those that have the configuration of another one."""
+    """Plan every architecture, except multimodal ones, which share their language model's plan."""
     wheel = unpacked_wheel("0.33")
     for minor, arguments, path in (("0.32", (), None), ("0.33", ("--as-cpu",), wheel)):
         todo = [
@@ -58,7 +58,7 @@ def plan_all(results: Results, only: set[str]) -> None:
 def run_all(results: Results, only: set[str]) -> None:
     """Run one architecture per pattern; try the next one if vLLM on CPUs cannot run it."""
     with contextlib.closing(Worker("tests.zoo.runner", LOG, 300.0)) as runner:
-        # Each row can change which architecture represents a pattern.
+        # Look again after each row: if vLLM cannot run an architecture, another one has to run.
         while todo := [
             name
             for name in representatives(results.tables).values()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The architectures that generate text, from the registries of the supported vLLM releases.
+"""List the architectures that generate text, from the registries of the supported vLLM releases.
 
-The registries are parsed, because one process cannot import two releases.
+The module parses the registries' source, because one process cannot import two releases.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Architecture:
     """An entry of vLLM's registry.
 
     Attributes:
-        name: The name in `architectures` of a config.json.
-        table: The table of the registry that has the entry.
-        minors: The minors of vLLM that have the entry.
+        name: As in the field `architectures` of a config.json.
+        table: The name of the registry's table.
+        minors: The vLLM minors whose registry has this entry.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Architecture:
 
 
 def sources() -> dict[str, Path]:
-    """Return the `vllm` package of each supported minor."""
+    """Return the folder of the package `vllm` for each supported minor."""
     installed = importlib.util.find_spec("vllm")
     assert installed is not None
     assert installed.origin is not None
@@ -50,7 +50,7 @@ def sources() -> dict[str, Path]:
 
 
 def table(source: Path, name: str) -> set[str]:
-    """Return the keys of one table of a registry's source."""
+    """Return the keys of the table `name` in the registry of the package at `source`."""
     for node in ast.parse((source / REGISTRY).read_text()).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == name:
             assert isinstance(node.value, ast.Dict)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bounds for the outputs of small engines, the same as in the end-to-end tests."""
+"""Judge the outputs of small engines, by the same bounds as the end-to-end tests."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from testing.output_comparison import exceeded_bounds
 
 CACHED_APART = 0.15
-"""Bound on the difference of fresh and cached log-probabilities of bfloat16 models."""
+"""How far cached log-probabilities of a bfloat16 model may be from fresh ones."""
 
 STATES_APART = 1.0
-"""The same bound if a model rounds states to bfloat16 after each chunk of a prompt."""
+"""How far they may be if the model has states, rounded to bfloat16 after each chunk of a prompt."""
 
 
 def verdict(row: dict[str, Any], states: bool) -> list[str]:
-    """Return the errors in the outputs of an architecture's engines, one line for each.
+    """Compare the outputs of an architecture's engines; return one line for each error.
 
     Args:
         row: A row of `tests.zoo.runner` in which both dtypes ran.

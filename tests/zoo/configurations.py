@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the config.json of an architecture, in a process that has imported vLLM."""
+"""Make an architecture's config.json, in a process that has imported vLLM."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from tests.zoo.models import SIZES
 
 
 def configuration_of(architecture: str) -> tuple[dict[str, Any], str]:
-    """Return the fields of an architecture's config.json, and a description of their source.
+    """Return the fields of an architecture's config.json, and in words where they come from.
 
     Raises:
-        LookupError: Neither `tests.zoo.models` nor transformers has one.
+        LookupError: Neither `tests.zoo.models` nor transformers has this architecture.
     """
     if architecture in LANGUAGE_MODELS:
         return configuration_of(LANGUAGE_MODELS[architecture])
@@ -77,7 +77,7 @@ def _from_vllm(fields: dict[str, Any]) -> tuple[dict, str]:
 
 
 def _as_json(config: Any, model_type: str) -> dict[str, Any]:
-    """Return a configuration's fields, with `text_config` at the top level."""
+    """Return a configuration's fields; move a nested `text_config` to the top level."""
     fields = _plain(config.to_dict())
     thinker = fields.get("thinker_config") or fields
     if isinstance(thinker.get("text_config"), dict):
@@ -87,7 +87,7 @@ def _as_json(config: Any, model_type: str) -> dict[str, Any]:
 
 
 def _plain(fields: dict[str, Any]) -> dict[str, Any]:
-    """Remove, recursively, fields that do not describe the model."""
+    """Remove the fields that do not describe the model, also from nested configurations."""
     return {
         key: _plain(value) if isinstance(value, dict) else value
         for key, value in fields.items()
@@ -96,7 +96,7 @@ def _plain(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _register(model_type: str, config_class: Any = None) -> None:
-    """Register a config class for a model type that only a checkpoint's own code defines."""
+    """Register a config class for a model type that neither transformers nor vLLM defines."""
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
@@ -117,7 +117,7 @@ def _register(model_type: str, config_class: Any = None) -> None:
 
 
 class _Fields(dict):
-    """A dict whose keys are attributes, too, as in the config classes of such checkpoints."""
+    """A dict whose keys can be read as attributes, as from a nested config."""
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Architectures that have the configuration of another architecture."""
+"""Map architectures to others that have the same configuration, so that one plan serves both."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SAME_AS = {
     "MiMoV2FlashForCausalLM": "MiMoV2ForCausalLM",
     "NanbeigeForCausalLM": "LlamaForCausalLM",
 }
-"""Second names of architectures, with the first name."""
+"""For each alias in vLLM's registry, the architecture with the same configuration."""
 
 _WRAPPERS = {
     "Qwen3MoeForCausalLM": (
@@ -75,9 +75,9 @@ _WRAPPERS = {
     "Step3p5ForCausalLM": "Step3p7ForConditionalGeneration",
     "Step5ForCausalLM": "Step5ForConditionalGeneration",
 }
-"""For each architecture of a language model, the multimodal architectures that contain it.
+"""For each language model, the multimodal architectures that contain it.
 
-If the checkpoints of an architecture have different language models, the newest counts.
+If checkpoints of a multimodal architecture contain different language models, the newest counts.
 """
 
 LANGUAGE_MODELS = {

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A configuration for every architecture, with the fields that decide its KV cache.
+"""Configurations of architectures, with the fields that decide their KV cache.
 
-If `tests.zoo.language_models` maps an architecture to another one, both have the configuration of
-the latter. The remaining architectures have fields of published checkpoints in `SIZES`, or the
-defaults of the config class in transformers or vLLM.
+If `tests.zoo.language_models` maps an architecture to another one, it has the configuration of
+that one. Of the others, those in `SIZES` have the fields of published checkpoints. The rest have
+the defaults of the config class in transformers or vLLM.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def sizes(
     positions: int = 32768,
     **more: Any,
 ) -> dict[str, Any]:
-    """Return a configuration with the field names of most models."""
+    """Return a configuration with the field names that most models use."""
     return {
         "model_type": model_type,
         "hidden_size": hidden,
@@ -46,7 +46,7 @@ def sizes(
 
 
 def experts(count: int, each: int, width: int, shared: int = 0) -> dict[str, Any]:
-    """Return the fields of `count` experts, of which each token uses `each`."""
+    """Return the fields for `count` experts, of which each token uses `each`."""
     return {
         "num_experts": count,
         "n_routed_experts": count,
@@ -59,7 +59,7 @@ def experts(count: int, each: int, width: int, shared: int = 0) -> dict[str, Any
 
 
 def latent(q: int | None = None) -> dict[str, Any]:
-    """Return the fields of DeepSeek's multi-head latent attention."""
+    """Return the fields for multi-head latent attention with DeepSeek's sizes."""
     return {
         "q_lora_rank": q,
         "kv_lora_rank": 512,
@@ -70,7 +70,7 @@ def latent(q: int | None = None) -> dict[str, Any]:
 
 
 def every(count: int, period: int, most: str, last: str) -> list[str]:
-    """Return `count` layer types, `last` for each `period`-th layer and `most` for the others."""
+    """Return `count` layer types: each `period`-th layer has `last`, all others have `most`."""
     return [last if (i + 1) % period == 0 else most for i in range(count)]
 
 
@@ -135,9 +135,9 @@ SIZES: dict[str, dict[str, Any]] = {
         moe_shared_expert_intermediate_size=2048, first_k_dense_replace=4, layer_group_size=8,
         group_norm_size=8, linear_silu=False, n_group=8, topk_group=4, score_function="sigmoid",
         moe_router_enable_expert_bias=True, use_qk_norm=True, partial_rotary_factor=0.5),
-    # inclusionAI/Ling-3.0-flash: vLLM has the config class under its multimodal name.
+    # inclusionAI/Ling-3.0-flash. vLLM registers the config class under the multimodal name.
     "BailingMoeV3ForCausalLM": {"vllm": "bailing_moe_v3_vl", "text_config": {"no_kda_lora": True}},
-    # nvidia/Llama-3_1-Nemotron-51B-Instruct: some layers have no attention, some no experts.
+    # Like nvidia/Llama-3_1-Nemotron-51B-Instruct, where some layers have no attention.
     "DeciLMForCausalLM": sizes("nemotron-nas", 8192, 80, 64, 8, 28672, 128256, 131072,
         block_configs=[{"attention": {"n_heads_in_group": None if i % 10 == 9 else 8, "no_op": i %
         10 == 9, "replace_with_linear": False}, "ffn": {"ffn_mult": 5.25, "no_op": False,
@@ -149,7 +149,7 @@ SIZES: dict[str, dict[str, Any]] = {
     # LGAI-EXAONE/EXAONE-3.0-7.8B-Instruct.
     "ExaoneForCausalLM": sizes("exaone", 4096, 32, 32, 8, 14336, 102400, 4096,
         activation_function="silu", layer_norm_epsilon=1e-5),
-    # EssentialAI/rnj-1-instruct, with the chunks of vLLM's class.
+    # Like EssentialAI/rnj-1-instruct, but with the chunked attention that vLLM's class adds.
     "Rnj1ForCausalLM": sizes("rnj1", 4096, 32, 32, 8, 16384, 128256, attention_bias=False,
         hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=128,
         final_logit_softcapping=30.0, sliding_window=8192,
@@ -189,7 +189,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "MiniCPMForCausalLM": sizes("minicpm", 2304, 40, 36, 36, 5760, 122753, 4096, scale_emb=12,
         dim_model_base=256, scale_depth=1.4),
     "MiniMaxM3SparseForCausalLM": {"vllm": "minimax_m3_vl"},
-    # mistralai/Mistral-Large-3-675B-Instruct-2512: DeepSeek V3's layers with other sizes.
+    # mistralai/Mistral-Large-3-675B-Instruct-2512 has DeepSeek V3's layers with other sizes.
     "MistralLarge3ForCausalLM": {**sizes("deepseek_v3", 7168, 61, 128, 128, 16384, 131072, 131072,
         **latent(1536)), **experts(128, 4, 4096, 1), "first_k_dense_replace": 3, "n_group": 1,
         "topk_group": 1, "head_dim": 64, "scoring_func": "softmax", "topk_method": "greedy",
@@ -208,7 +208,7 @@ SIZES: dict[str, dict[str, Any]] = {
         {"head_dim": 192},
     # OrionStarAI/Orion-14B-Chat.
     "OrionForCausalLM": sizes("orion", 5120, 40, 40, 40, 15360, 84608, 4096),
-    # FreedomIntelligence/openPangu-Embedded-7B and the mixtures of experts of its family.
+    # FreedomIntelligence/openPangu-Embedded-7B, and the MoE models of its family.
     "PanguEmbeddedForCausalLM": sizes("PanguEmbedded", 4096, 34, 32, 8, 12800, 153376, bias=True),
     "PanguUltraMoEForCausalLM": sizes("pangu_ultra_moe", 7680, 61, 128, 128, 18432, 153600, 131072,
         **latent(1536), **experts(256, 8, 2048, 1), first_k_dense_replace=3, sandwich_norm=True,
@@ -237,7 +237,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "SarvamMLAForCausalLM": sizes("sarvam_mla", 4096, 32, 64, 64, 16384, 262144, 131072,
         **latent(), **experts(128, 8, 2048, 1), moe_shared_expert_intermediate_size=2048,
         first_k_dense_replace=1),
-    # stepfun-ai/Step-Audio-2-mini's family: ALiBi.
+    # A model with ALiBi, of the family of stepfun-ai/Step-Audio-2-mini.
     "Step1ForCausalLM": sizes("step1", 3072, 32, 48, 4, 8192, 74752),
     "Step3TextForCausalLM": {"vllm": "step3_text", "moe_layers_enum": ",".join(map(str,
         range(4, 60)))},
@@ -272,7 +272,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "mamba_d_head": 64,
         "layer_types": ["attention" if i % 10 == 5 else "mamba" for i in range(40)]},
     "MuseGlimmerForCausalLM": {"vllm": "muse_glimmer_text"},
-    # These have fields that vLLM reads, but for which the config class has no default.
+    # vLLM reads fields of these models for which the config class has no default.
     "AfmoeForCausalLM": {"transformers": "afmoe", "score_func": "sigmoid", "rope_scaling": None,
         "route_norm": True, "n_group": 1, "topk_group": 1, "route_scale": 1.0},
     "Glm4MoeForCausalLM": {"transformers": "glm4_moe", "head_dim": 128},
@@ -326,11 +326,11 @@ SIZES: dict[str, dict[str, Any]] = {
     "CohereCompassForConditionalGeneration": {"transformers": "cohere_compass", "text_config":
         {"layer_types": every(40, 4, _SLIDING, _FULL), "rope_parameters": {_SLIDING: ROPE, _FULL:
         ROPE}}},
-    # nvidia/NVIDIA-Nemotron-Parse: a C-RADIO tower with an mBART decoder.
+    # nvidia/NVIDIA-Nemotron-Parse has a C-RADIO vision tower and an mBART decoder.
     "NemotronParseForConditionalGeneration": _nemotron_parse(),
     "RadioMBartPrefixForCausalLM":
         _nemotron_parse(causal_vision_prefix=True, add_cross_attention=False),
-    # CohereLabs/cohere-transcribe: NeMo's names for a Conformer and its decoder.
+    # CohereLabs/cohere-transcribe uses NeMo's names for the fields of a Conformer and its decoder.
     "CohereAsrForConditionalGeneration": {"transformers": "cohere_asr", "transf_decoder":
         {"config_dict": {"hidden_size": 1024, "inner_size": 4096, "hidden_act": "relu",
         "num_attention_heads": 8, "num_layers": 8, "max_sequence_length": 1024}}, "head":
@@ -349,7 +349,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "dense_intermediate_size": 24576, "intermediate_size": 3072, "n_routed_experts": 256,
         "n_shared_experts": 2, "num_experts_per_tok": 6, "shared_expert_sink": True,
         "route_scale": 8.0, "use_sconv": True},
-    # Models that only 0.33 lists; vLLM has config classes for some.
+    # Only vLLM 0.33 has these models; it brings config classes for some of them.
     "BeamForCausalLM": {"vllm": "beam", "layer_types": every(24, 4, _SLIDING, _FULL),
         "head_dim": 128, "mlp_layer_types": ["dense"] + ["sparse"] * 23},
     "DoryForCausalLM": {"vllm": "dory", "rope_parameters": {kind: {"rope_type": "default",
@@ -375,10 +375,10 @@ SIZES: dict[str, dict[str, Any]] = {
 # fmt: on
 
 FILES = {"Dots3NoteForCausalLM": {"added_tokens.json": '{"<|imgpad|>": 151665}'}}
-"""By architecture, files next to config.json that vLLM's model class reads."""
+"""Files next to config.json that vLLM's model class reads, by architecture and name."""
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "Rnj1ForCausalLM": {"attention_backend": "TRITON_ATTN"},
     "Step1ForCausalLM": {"attention_backend": "TRITON_ATTN"},
 }
-"""Options for models that vLLM's default attention backend does not support."""
+"""Engine arguments for architectures that vLLM's default attention backend does not support."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pattern of a model: the kinds of its attention, states, windows and experts."""
+"""Classify models by the properties that matter to a KV cache. Equal ones have one pattern."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ class Pattern(NamedTuple):
     """The properties of a model that matter to a KV cache.
 
     Attributes:
-        attention: Kinds of attention.
-        state: Kinds of recurrent states.
-        window: Kinds of limits on attention, such as sliding windows.
-        sharing: Whether layers read another layer's cache.
+        attention: The kinds of attention in its layers.
+        state: The kinds of recurrent states.
+        window: What limits attention, such as sliding windows.
+        sharing: Whether some layers read another layer's cache.
         experts: Whether the model is a mixture of experts.
     """
 
@@ -54,7 +54,7 @@ def pattern_of(model: Any, layers: dict[str, Any]) -> Pattern:
 
     Args:
         model: The model.
-        layers: Its layers with a KV cache, by name.
+        layers: The layers that have a KV cache, by name.
 
     Raises:
         LookupError: A layer's kind is unknown.
@@ -91,7 +91,7 @@ def _kinds_of(layer: Any) -> Iterable[tuple[str, str]]:
         elif layer.sliding_window is not None:
             yield "window", "sliding window"
     else:
-        # Layers of a model's own class, such as indexers.
+        # The layer is of a class of the model's own, such as an indexer.
         yield "attention", "sparse"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that reads names of architectures and writes their plans, as JSON lines.
+"""Run as a process that reads names of architectures and writes their plans as JSON lines.
 
     python -m tests.zoo.planner [--as-cpu]
 
@@ -25,7 +25,7 @@ LONGEST = 32768
 
 
 def plan(architecture: str) -> dict[str, Any]:
-    """Return an architecture's row: the source of its configuration, its pattern and its plans."""
+    """Plan an architecture; return a row with the config's source, the pattern and the plans."""
     from tests.zoo.configurations import configuration_of
     from tests.zoo.models import ARGUMENTS, FILES
     from vllm_hybrid_kv.tools.plan.model_description import DescriptionError, described
@@ -55,7 +55,7 @@ def plan(architecture: str) -> dict[str, Any]:
 
 
 def refused(reason: str) -> dict[str, Any]:
-    """Return the plans of an architecture that is refused with every cache dtype."""
+    """Return the `plans` of a row if every cache dtype is refused for the same reason."""
     return {dtype: {"refused": reason} for dtype in DTYPES}
 
 
@@ -104,7 +104,6 @@ def _plan_with(description: Any, options: dict[str, Any], row: dict[str, Any]) -
 
 
 def start() -> None:
-    """Prepare this process for plans for a GPU."""
     from vllm_hybrid_kv.tools.plan.vllm_import import ENVIRONMENT, import_vllm, prepare
 
     os.environ.update({**ENVIRONMENT, **os.environ})

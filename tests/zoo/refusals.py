@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks that a refusal contains no Python error and does not mention another device."""
+"""Check that a message that refuses a model is fit for users: no Python error, no other device."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ FORBIDDEN = (
     r"\(\w+\.py, line \d+\)",
     r"AttentionSelectorConfig",
 )
-"""Patterns that no message of a plan for GPUs may contain."""
+"""Patterns that must not occur in an error message of a plan for GPUs."""
 
 
 def unfit(text: str) -> list[str]:
-    """Return the patterns of `FORBIDDEN` in a refusal, and `no words` if it is too short."""
+    """Return the patterns of `FORBIDDEN` that match, and `no words` for fewer than three words."""
     found = [pattern for pattern in FORBIDDEN if re.search(pattern, text)]
     return found if len(text.split()) > 2 else [*found, "no words"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the zoo's results to docs/models.md and the README."""
+"""Write the zoo's results to docs/models.md and the README."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KINDS = {
     "planned only": "planned only",
     "refused": "refused",
 }
-"""By the text with which a status starts, the kind under which the README counts it."""
+"""The README's table counts a status that starts with one of these keys under the key's value."""
 Tables = dict[str, dict[str, Any]]
 
 HEAD = """# Models
@@ -47,7 +47,6 @@ in the registries of vLLM 0.32 and 0.33. Multimodal models are planned as their 
 
 
 def write(tables: Tables) -> None:
-    """Write the page and the README's table."""
     PAGE.write_text(render(tables))
     before, _, rest = README.read_text().partition(MARKS[0])
     after = rest.partition(MARKS[1])[2]
@@ -55,15 +54,15 @@ def write(tables: Tables) -> None:
 
 
 def pattern(row: dict[str, Any]) -> Pattern | None:
-    """Return the pattern of a planned architecture, or None."""
+    """Return a row's pattern, or None if vLLM could not build the model."""
     return Pattern.from_json(row["pattern"]) if row.get("pattern") else None
 
 
 def representatives(tables: Tables) -> dict[Pattern, str]:
-    """Return the architecture that runs for each pattern.
+    """Choose for each pattern the architecture whose engine runs.
 
-    An architecture that ran comes first, then one that has not run yet, then one that vLLM on CPUs
-    cannot run.
+    Prefer an architecture that ran, then one that has not run yet, then one that vLLM cannot run
+    on CPUs.
     """
     found: dict[Pattern, str] = {}
     for name, row in sorted(tables["plans"].items()):
@@ -85,7 +84,7 @@ def _rank(tables: Tables, name: str) -> int:
 
 
 def engine_of(row: dict[str, Any], kind: Pattern) -> str:
-    """Return the result of an engine in a few words."""
+    """Say in a few words how an architecture's engine ran, for the table of patterns."""
     if "refused" in row["auto"]:
         return f"vLLM on CPUs does not run this pattern: {row['auto']['refused']}"
     if "refused" in row[K8V4]:
@@ -95,7 +94,7 @@ def engine_of(row: dict[str, Any], kind: Pattern) -> str:
 
 
 def status_of(name: str, tables: Tables) -> str:
-    """Return the status of an architecture, one cell of the table."""
+    """Say whether an architecture is served, planned or refused, for its cell in the table."""
     base = LANGUAGE_MODELS.get(name, name)
     row = tables["plans"][base]
     if "refused" in row["plans"]["auto"]:
@@ -117,7 +116,6 @@ def status_of(name: str, tables: Tables) -> str:
 
 
 def render(tables: Tables) -> str:
-    """Return the page."""
     lines = [
         HEAD,
         summary(tables),
@@ -159,20 +157,19 @@ def render(tables: Tables) -> str:
 
 
 def summary(tables: Tables) -> str:
-    """Return the README's table: the number of architectures with each kind of status."""
+    """Return the README's table, which counts the architectures by kind of status."""
     counted = Counter(_kind_of(status_of(name, tables)) for name in architectures())
     rows = (f"| {kind} | {count} |" for kind, count in counted.most_common())
     return "\n".join(["| Status | Architectures |", "|---|---|", *rows])
 
 
 def _patterns(tables: Tables) -> list[tuple[Pattern, int]]:
-    """Return each planned pattern and its number of architectures, most frequent first."""
+    """Count the architectures of each planned pattern, most frequent first."""
     rows = (tables["plans"][LANGUAGE_MODELS.get(name, name)] for name in architectures())
     return Counter(kind for row in rows if (kind := pattern(row))).most_common()
 
 
 def _result(kind: Pattern, tables: Tables) -> str:
-    """Return the result of a pattern in a few words."""
     if not kind.attention:
         return "planned, has no attention to quantise"
     name = representatives(tables).get(kind)
@@ -183,7 +180,7 @@ def _result(kind: Pattern, tables: Tables) -> str:
 
 
 def _reason(kind: Pattern, tables: Tables) -> str:
-    """Return the most common reason for refusing architectures of a pattern."""
+    """Return why most architectures of a pattern are refused."""
     reasons: Counter[str] = Counter()
     for row in tables["plans"].values():
         if pattern(row) == kind and (refusal := row["plans"][K8V4].get("refused")):

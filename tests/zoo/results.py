@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The committed results of the zoo: a row per architecture, each written when it is done."""
+"""Keep the zoo's results in a committed file, which gets each row as soon as it is computed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from tests.zoo.workers import ROOT
 RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"
 
 SOURCES = ("vllm_hybrid_kv", "kernels", "tests/zoo", "testing/engine_*.py")
-"""Code that rows depend on. `vllm_hybrid_kv/kernels` is a link, which `rglob` does not follow."""
+"""The code that rows depend on. `kernels` is listed because globs do not follow the link
+`vllm_hybrid_kv/kernels`."""
 
 WITHOUT_EFFECT = ("tools/doctor", "tools/eval", "report.py", "results.py", "test_zoo.py")
 
 
 def sources() -> str:
-    """Return a fingerprint of the code that rows depend on."""
+    """Return a hash of the code that rows depend on, to find rows of older code."""
     digest = hashlib.sha256()
     for pattern in SOURCES:
         for path in sorted(ROOT.glob(pattern if pattern.endswith(".py") else f"{pattern}/**/*.py")):
@@ -29,11 +30,11 @@ def sources() -> str:
 
 
 class Results:
-    """Rows by table and architecture.
+    """The rows of both tables, by architecture.
 
     Args:
         path: The file, which may not exist yet.
-        keep: Whether rows that older sources computed count as done.
+        keep: Whether a row that older code computed is up to date, too.
     """
 
     def __init__(self, path: Path = RESULTS, keep: bool = False) -> None:
@@ -45,18 +46,17 @@ class Results:
             self.tables.update(json.loads(path.read_text()))
 
     def done(self, table: str, name: str) -> bool:
-        """Return whether a row is up to date."""
+        """Return whether a row exists and is up to date."""
         row = self.tables[table].get(name)
         return row is not None and (self._keep or row["sources"] == self._sources)
 
     def put(self, table: str, name: str, row: dict[str, Any]) -> None:
-        """Add a row and write the file."""
         self.tables[table][name] = {**row, "sources": self._sources}
         self._path.write_text(as_lines(self.tables))
 
 
 def as_lines(tables: dict[str, dict[str, Any]]) -> str:
-    """Return the tables as JSON with one row on a line, so that a diff shows rows."""
+    """Format the tables as JSON with one row per line, so that a diff shows changed rows."""
     texts = []
     for name, rows in tables.items():
         row_lines = (

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that reads names of architectures and writes their engines' results as JSON lines.
+"""Run as a process that reads names of architectures and writes results as JSON lines.
 
-Each architecture's small model runs with `auto` and with k8v4.
+It runs each architecture's small model with `auto` and with k8v4.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LENGTHS = (900, 640, 333, 97)
 
 
 def run(architecture: str) -> dict[str, Any]:
-    """Return the outputs of an architecture's small model with each dtype, or why it fails."""
+    """Run an architecture's small model with each dtype; return its outputs, or why it fails."""
     from testing.output_comparison import errors_of
     from tests.zoo.tiny import small_model
 
@@ -50,7 +50,7 @@ def run(architecture: str) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """Return vLLM's own message in one line, or the name of the layer that fails."""
+    """Return vLLM's message in one line if it wrote one, otherwise the class of the layer."""
     if isinstance(error, ValueError | NotImplementedError):
         return " ".join(str(error).split())[:300]
     failing = "model"
@@ -97,7 +97,7 @@ def _run_engine(folder: str, dtype: str) -> dict[str, Any]:
 
 
 def _measure(llm: Any) -> dict[str, Any]:
-    """Send prompts for their log-probabilities, then each prompt twice with the prefix cache."""
+    """Send prompts for their log-probabilities, then each one twice to use the prefix cache."""
     from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 
     from testing.engine_worker import Worker
@@ -127,7 +127,7 @@ def _measure(llm: Any) -> dict[str, Any]:
 
 
 def _difference(one: Any, other: Any) -> float:
-    """Return the largest difference of log-probabilities before the outputs' tokens differ."""
+    """Return how far log-probabilities are apart before tokens differ; inf after a clear choice."""
     if one.tokens[0] != other.tokens[0] and max(one.margins[0], other.margins[0]) > 0.5:
         return math.inf
     largest = 0.0

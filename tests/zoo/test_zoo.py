@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every architecture has a configuration, and a few are planned and run; `make zoo` does all."""
+"""Check every architecture's configuration; plan and run a few. `make zoo` plans and runs all."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
 
 
 def row_of(apart: float, cached: list[int], error: float = 0.0) -> dict:
-    """Return an engine's row in which cached outputs differ by `apart` and k8v4 by `error`."""
+    """Make an engine's row: cached outputs are `apart` from fresh ones, k8v4 has an `error`."""
     auto = [-3.0 + 0.01 * i for i in range(400)]
     return {
         "auto": {},

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes small configurations with the same pattern of layers, to run on a CPU."""
+"""Shrink configurations to run on a CPU, but keep their pattern of layers."""
 
 from __future__ import annotations
 
@@ -32,14 +32,15 @@ SMALLER: dict[str, int] = {
     "hidden_size_per_layer_input": 64, "num_kv_shared_layers": 3,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4,
 }  # fmt: skip
-"""Upper bounds of fields. Each token uses all experts, because rounding would change the choice."""
+"""The largest values of fields. Each token uses all experts, because a choice of some would depend
+on rounding."""
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "GraniteMoeHybridForCausalLM": {"mamba_n_heads": 16, "attention_multiplier": 0.125},
     "GraniteSWAForCausalLM": {"attention_multiplier": 0.125},
     "Mamba2ForCausalLM": {"num_heads": 16},
 }
-"""Further fields of an architecture: they match its small sizes, or its real models set them."""
+"""More fields per architecture, which its small sizes require or which real checkpoints set."""
 
 STAND_INS: dict[str, tuple[str, dict[str, Any], str]] = {
     "OlmoHybridForCausalLM": (
@@ -48,24 +49,19 @@ STAND_INS: dict[str, tuple[str, dict[str, Any], str]] = {
         "Qwen3NextForCausalLM with experts in one layer",
     )
 }
-"""For each architecture that vLLM cannot run on CPUs: a substitute, the fields that give the
-substitute the same layers, and a name for the result."""
+"""Replacements for architectures that vLLM cannot run on CPUs: another architecture, the fields
+that give it the same kinds of layers, and a name for the result."""
 
 
 def small_model(architecture: str) -> tuple[dict[str, Any], str]:
-    """Return a small configuration with an architecture's pattern, and the model's name."""
+    """Return a small configuration with the architecture's pattern, and a name for the table."""
     stand_in, fields, name = STAND_INS.get(architecture, (architecture, {}, architecture))
     full, _ = configuration_of(stand_in)
     return {**shrink(stand_in, full), **fields}, name
 
 
 def shrink(architecture: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """Return a small configuration.
-
-    Args:
-        architecture: The architecture that vLLM builds.
-        fields: Its full configuration.
-    """
+    """Shrink the full configuration `fields` of an architecture."""
     count = next((fields[name] for name in COUNTS if isinstance(fields.get(name), int)), None)
     kept = _layers_to_keep(fields, count) if count else []
     small: dict[str, Any] = {}
@@ -89,7 +85,7 @@ def shrink(architecture: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _layers_to_keep(fields: dict[str, Any], count: int) -> list[int]:
-    """Return the first layers, the last of them replaced by the first layers of missing kinds."""
+    """Keep the first layers, but replace the last of them by the first layers of missing kinds."""
     kept = list(range(min(count, LAYERS)))
     types = fields.get("layer_types") or fields.get("hybrid_layer_pattern")
     if isinstance(types, list) and len(types) == count:

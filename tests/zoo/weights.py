@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random weights that make a model's output depend on its KV cache.
+"""Draw random weights that make a model's output depend on its KV cache.
 
-vLLM's own dummy weights are so small that all tokens are equally likely. With the weights of this
-module, branches keep the size of their inputs. The standard deviation of attention scores is about
-1, that of logits `LOGIT_SIZE`.
+vLLM's own dummy weights are so small that all tokens are equally likely. With these weights the
+outputs of attention and MLP are as large as their inputs. Attention scores have a standard
+deviation of about 1, logits one of `LOGIT_SIZE`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LOGIT_SIZE = 4.0
 
 
 def fill(model: Any) -> None:
-    """Draw every weight of a model that vLLM built."""
+    """Replace all weights of a model that vLLM built with the same random weights every time."""
     generator = torch.Generator().manual_seed(0)
     kinds = {
         f"{name}.{own}" if name else own: type(module).__name__

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Computes rows of the zoo's tables in a child process: a crash or a hang loses only one row."""
+"""Compute rows of the zoo's tables in a child process, so that a crash or hang costs one row."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ ENVIRONMENT = {
 
 
 class WorkerError(RuntimeError):
-    """The process that computes a row ended or took too long."""
+    """The child process ended or took too long, so there is no row."""
 
 
 class Worker:
-    """A process that answers lines of text with lines of JSON; it restarts after a crash.
+    """A child process that answers lines of text with JSON. `ask` restarts it after a failure.
 
     Args:
         module: The module to run.
         log: The file for the process's output.
-        timeout: Seconds for a row, including the start of the process.
-        arguments: Arguments of the module.
+        timeout: How many seconds an answer may take, including the start of the process.
+        arguments: Command-line arguments of the module.
         wheel: An unpacked release of vLLM to use instead of the installed one.
     """
 
@@ -86,14 +86,14 @@ class Worker:
         )
 
     def close(self) -> None:
-        """Kill the process and everything that it started."""
+        """Kill the process and its children."""
         if self._process is not None:
             kill_group(self._process)
             self._process = None
 
 
 def answer_lines(start: Callable[[], None], answer: Callable[[str], Any]) -> None:
-    """Answer each line of standard input with JSON. Other output goes to standard error."""
+    """In the child, answer each line of stdin with JSON. All other output goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     start()

@@ -11,8 +11,7 @@ from testing import processes
 
 LENGTHS = (150, 90, 33)
 ENGINE = {"max_num_batched_tokens": 64, "dtype": "float32"}
-"""The engine's arguments. The longest sequence needs three chunks of 64 tokens. Without `dtype`
-vLLM would use bfloat16."""
+"""With 64 tokens a chunk, the longest sequence needs three. vLLM's default dtype is bfloat16."""
 
 
 @pytest.fixture(scope="session")

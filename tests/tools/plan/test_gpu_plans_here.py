@@ -56,8 +56,7 @@ OUTCOMES: dict[str, dict[str, str]] = {
     # This model needs the model runner that servers on GPUs have by default.
     "LongcatFlashNgramForCausalLM": MLA,
 }
-"""For each architecture the dtypes that are refused, with part of the reason. Other dtypes get a
-plan."""
+"""For each architecture, part of the reason for each refused dtype. Other dtypes get a plan."""
 
 SETTINGS = {"HrmTextForCausalLM": {"boundary_layers": 2}}
 
