@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make eval-demo`: its models, its rules, its statistics and its results."""
+"""Check what `make eval-demo` uses (models, quantisation rules, statistics) and its results."""
 
 import re
 import zipfile
@@ -83,14 +83,14 @@ def test_the_engine_stores_what_the_rule_returns(name, monkeypatch):
 
 
 def scores(*divergences):
-    """Return scores of windows, each with one divergence at all of its 20 positions."""
+    """Return the scores of one window per divergence, which all its 20 positions have."""
     return [numpy.stack([numpy.full(20, x) for x in (-1.0, d, 1.0)]) for d in divergences]
 
 
 def test_the_interval_of_a_ratio_takes_the_same_windows_of_both():
     windows = (0.1, 0.4, 0.2, 0.9)
     doubled = {"one": scores(*windows), "other": scores(*(2 * d for d in windows))}
-    # Windows differ by a factor of nine, but not their ratio.
+    # The windows differ by a factor of nine, but the ratio is the same in all of them.
     assert measure.ratio(doubled, "one", "other") == pytest.approx((0.5, 0.5, 0.5))
     mixed = {"one": scores(1.0, 3.0), "other": scores(2.0, 2.0)}
     assert measure.ratio(mixed, "one", "other") == pytest.approx((1.0, 0.5, 1.5))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The error of stored pages compared with other rules, on few samples."""
+"""On a few samples, compare the error of k8v4 pages with that of other quantisation rules."""
 
 import pytest
 import torch
@@ -15,14 +15,15 @@ def rows() -> torch.Tensor:
 @pytest.mark.parametrize(
     ("name", "least", "most"),
     [
-        # Heavy tails and outlier channels: the rotation spreads them, and int8 keys err less.
+        # The rotation spreads heavy tails and outlier channels, and int8 keys err less than fp8.
         ("Student t, 3", 0.0, 0.75),
         ("1 in 50 x 8", 0.0, 0.75),
         ("channels x 20", 0.0, 0.75),
-        # Normal values: without a zero point the range is larger. The error of keys is small
-        # compared with that of values.
+        # With normal values, the missing zero point makes the range larger. The error of keys is
+        # small compared with that of values.
         ("Gaussian", 0.9, 1.2),
-        # A mean of all dims stays in one number of each block, and there is no zero point for it.
+        # The rotation moves a mean of all dims into one number of each block. Without a zero point
+        # this number makes the range larger.
         ("offset 10", 1.0, 8.0),
     ],
 )
@@ -53,11 +54,11 @@ def test_vllms_rule_rounds_to_nearest_with_an_fp16_scale_and_zero() -> None:
 @pytest.mark.parametrize("head_size", [64, 72, 128])
 def test_rotated_min_max_errs_at_most_half_a_step_per_rotated_number(head_size: int) -> None:
     value = torch.randn(7, head_size, generator=torch.Generator().manual_seed(1))
-    # The rotation keeps norms. A row of a block has a range of at most twice its norm.
+    # The rotation keeps the norm of a row, so the range of its numbers is at most twice the norm.
     norm = value.norm(dim=-1)
     step = 2 * norm / 15
     error = (rules.rotated_min_max(value) - value).norm(dim=-1)
-    # A hundredth more for the fp16 scale and zero.
+    # The fp16 scale and zero point may add a hundredth.
     assert (error <= 1.01 * step / 2 * head_size**0.5).all()
     assert (error > 0).all()
 

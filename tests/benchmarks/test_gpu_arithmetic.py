@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers, the order and the verdicts of the GPU benchmark."""
+"""The GPU benchmark counts bytes and operations, orders its samples and judges goals correctly."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_shapes_that_decide_a_goal_come_first(jobs: list[Job]) -> None:
 
 def test_a_ratio_is_the_median_of_the_ratios_of_pairs() -> None:
     assert ratio([2.0, 3.0, 40.0], [1.0, 1.0, 10.0])["median"] == 3.0
-    # The ratio of the medians would be 8: in the second sample the clock was a tenth.
+    # In the second sample both are ten times slower, so the ratio of the medians would be 8.
     found = ratio([2.0, 30.0, 8.0], [1.0, 10.0, 1.0])
     assert (found["median"], found["count"]) == (3.0, 3)
 
@@ -88,7 +88,7 @@ def test_a_contender_that_fails_is_reported_and_the_others_are_measured() -> Non
 
 
 def result(section: str, shape: Shape, moved: float = 0.08, **times: float) -> dict[str, Any]:
-    """Return a result in which ours takes 0.1 ms and moves 1e9 bytes times `moved`."""
+    """Make a result: ours takes 0.1 ms and moves `moved` GB, `times` are relative to ours."""
     samples = {name.replace("_", " "): [0.1 * of] for name, of in times.items()}
     return result_of(
         Job(section, shape, 0), 1, {"ours": [0.1], **samples}, {"ours": int(1e9 * moved)}, 1000.0,
@@ -134,7 +134,7 @@ def test_other_shapes_do_not_decide_a_goal() -> None:
 
 
 def test_the_largest_number_decides_a_goal_with_an_upper_bound() -> None:
-    # The time of one token, divided by that of four.
+    # The ratio is the time of one token, divided by the time of four.
     found = verdict_of("verification", *(
         result("verify", Shape(HEADS, batch, 32768, 4), **{"ours,_one_token": 1 / slowdown})
         for batch, slowdown in ((1, 1.1), (8, 1.4))
@@ -217,7 +217,7 @@ def test_a_check_that_failed_or_was_not_run_fails_the_run_and_is_named(
 def test_every_class_of_rows_and_heads_is_tuned() -> None:
     tasks = tune.tasks()
     found = {(task.rows, triton.next_power_of_2(task.heads.size)) for task in tasks}
-    # Heads of 512 dims have only one tile size that does not spill.
+    # Heads of 512 dims are not tuned, because only one tile size does not spill.
     assert found == {(rows, size) for rows in MOST_ROWS for size in (64, 128, 256)}
     for task in tasks:
         for shape in task.shapes:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole runs of `python -m benchmarks.gpu` in Triton's interpreter."""
+"""Run `python -m benchmarks.gpu` from start to end, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def command(*arguments: object, interpret: bool = True) -> subprocess.CompletedP
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
-    """Return the JSON and the Markdown of a whole run."""
+    """Run the benchmark with its smallest shapes; return the JSON and the Markdown."""
     folder = tmp_path_factory.mktemp("gpu")
     done = command("--out", folder, "--smallest")
     assert done.returncode == 0, done.stdout + done.stderr

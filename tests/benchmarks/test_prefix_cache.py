@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The prefix cache benchmark: its traces, comparisons, tables and processes, and a small run."""
+"""Check the parts of the prefix cache benchmark (traces, comparisons, tables), and run it once."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CASE = Case("memory", MAIN_MODEL, MAIN_DTYPE, PUBLIC, 3000, 20.0, STOCK)
 
 
 def row(strategy: str, hits: int | None, memory: float = 20.0, **changed: Any) -> dict[str, Any]:
-    """Return a row with the given hits among 10,000 tokens, or one that does not fit."""
+    """Make a result row with `hits` hits among 10,000 tokens; with None, the model did not fit."""
     case = asdict(replace(CASE, strategy=strategy, memory=memory, **changed))
     if hits is None:
         return {**case, "fits": False, "hit_tokens": 0, "reason": "too small"}
@@ -76,7 +76,7 @@ def test_agents_share_their_system_prompt_and_grow_call_by_call() -> None:
         for earlier, later in itertools.pairwise(calls):
             assert later.input_length >= earlier.input_length + earlier.output_length + 200
             assert later.full_ids[: len(earlier.full_ids)] == earlier.full_ids
-    # Sessions are concurrent, so most requests follow one of another session.
+    # Sessions are concurrent, so most requests come after a request of another session.
     order = [one.full_ids[SYSTEM_BLOCKS] for one in sent]
     changes = sum(a != b for a, b in itertools.pairwise(order))
     assert changes > 0.8 * len(order)
@@ -170,7 +170,7 @@ def test_every_part_has_a_table_and_panels(tmp_path: Path) -> None:
     draw(file, rows)
     assert file.stat().st_size < 300_000
     picture = image.imread(file)
-    # Two lines of three places hold four panels, and each panel has something in it.
+    # The picture has two rows of three places. Check that the four panels are not empty.
     height, width = picture.shape[0] // 2, picture.shape[1] // 3
     for line, column in ((0, 0), (0, 1), (0, 2), (1, 0)):
         panel = picture[line * height :, column * width :][:height, :width, :3]
@@ -192,7 +192,7 @@ def test_a_public_trace_that_is_too_short_is_rejected(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a trace that replaces the public one."""
+    """A folder with a small trace to use instead of the public one."""
     folder = tmp_path_factory.mktemp("prefix_cache")
     write_trace(folder / "trace.jsonl", agents(12, seed=7))
     return folder
@@ -200,7 +200,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(folder: Path) -> dict[str, Any]:
-    """Return the result of a run with two models."""
+    """Run the benchmark with two models; return its JSON."""
     command = [
         *(sys.executable, "-W", "ignore", "-m", "benchmarks.prefix_cache"),
         *("--trace", folder / "trace.jsonl", "--out", folder, "--jobs", "2"),
@@ -253,7 +253,7 @@ def test_the_replay_command_has_the_same_results(run: dict[str, Any], folder: Pa
     command = Path(sys.executable).with_name("vllm-hybrid-kv"), "replay", folder / "trace.jsonl"
     more = ("--model", SHAPES / MAIN_MODEL, "--memory", "4GiB", "--json", "-", *strategies)
     done = run_command([*command, *more])
-    # Different settings of the scheduler would change the steps, even with equal hits.
+    # Compare steps too, because other scheduler settings would change them even with equal hits.
     compared = ("hit_tokens", "recomputed_tokens", "preemptions", "steps", "blocks", "match_tokens")
     replayed = {
         row["coordinator"]: [row[name] for name in compared] for row in json.loads(done.stdout)

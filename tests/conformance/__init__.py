@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's own tests of its core, run with and without the plugin.
+"""Run vLLM's own tests of its core with and without the plugin.
 
     python -m tests.conformance --minor 0.32 --strategy fixed_point
 
-`docs/internals.md` explains it.
+`docs/internals.md` explains the results.
 """

@@ -3,9 +3,9 @@
 
     python -m tests.conformance [--minor 0.32] [--strategy fixed_point] [--out FILE]
 
-Every test that passes without the plugin has to pass with each coordinator strategy, except the
-tests in `expected_differences.json`. The exit status is 1 if such a test fails or a test in that
-file passes, and 2 if the tests could not be run.
+A test that passes without the plugin must pass with each coordinator strategy. The exceptions are
+in `expected_differences.json`. The exit status is 1 if another test fails or an exception passes,
+and 2 if the tests could not be run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OUTCOMES = ("passed", "failed", "error", "skipped")
 
 
 def run(arguments: argparse.Namespace) -> list[Report]:
-    """Run the tests without the plugin, then with each strategy those that passed.
+    """Run the tests without the plugin, then run those that passed with each strategy.
 
     Raises:
         ConformanceError: The tests could not be run.
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> list[Report]:
 
 
 def compared(reports: list[Report]) -> tuple[Table, list[str]]:
-    """Return the table of all runs, and the differences that are not expected."""
+    """Return a table of all runs, and a line for each unexpected difference."""
     alone = {report.minor: report for report in reports if report.strategy is None}
     table = Table("vLLM", "coordinator")
     for column in (*OUTCOMES, "not run", "managers"):
@@ -69,7 +69,7 @@ def compared(reports: list[Report]) -> tuple[Table, list[str]]:
             verdict = f"as expected, {differing} differ" if differing else "the same"
             verdict = "DIFFERS" if found else verdict
             lines += found
-        # Tests that fail without the plugin are not run with it.
+        # With the plugin, tests that fail without it are not run.
         numbers = [len(report.having(outcome)) for outcome in OUTCOMES]
         numbers += [len(alone[report.minor].outcomes) - len(report.outcomes), report.managers]
         strategy = report.strategy or "without the plugin"
@@ -78,7 +78,6 @@ def compared(reports: list[Report]) -> tuple[Table, list[str]]:
 
 
 def main() -> int:
-    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.conformance", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add, strategies = parser.add_argument, list(EXPECTED)

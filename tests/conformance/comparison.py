@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares vLLM's tests without the plugin and with it."""
+"""Compare the results of vLLM's tests with and without the plugin."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tests.conformance.process import Report
 EXPECTED_DIFFERENCES = Path(__file__).resolve().parent / "expected_differences.json"
 
 EXPECTED: dict[str, dict[str, dict[str, str]]] = json.loads(EXPECTED_DIFFERENCES.read_text())
-"""The tests that a strategy is expected to fail, with the reason, by strategy and minor."""
+"""For each strategy and minor, the tests that are expected to fail, and why."""
 
 
 def problems(passing: Collection[str], report: Report, expected: Mapping[str, str]) -> list[str]:
-    """Return how a strategy's run differs from the expected result, a line for each difference.
+    """Return one line for each test of a strategy's run that differs from what is expected.
 
     Args:
         passing: The tests that pass without the plugin.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs vLLM's tests in a child process."""
+"""Run vLLM's tests in a child process."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Report:
         vllm: vLLM's version.
         plugin_active: Whether the plugin was active.
         available: The registered coordinator strategies.
-        managers: The number of `KVCacheManager`s that the tests made.
-        managers_of_ours: The number of these managers whose coordinator the strategy made.
-        outcomes: `passed`, `failed`, `error` or `skipped` by node id.
-        reasons: Messages of tests that did not pass, by node id.
+        managers: How many `KVCacheManager`s the tests made.
+        managers_of_ours: How many of these managers have a coordinator that the strategy made.
+        outcomes: For each node id `passed`, `failed`, `error` or `skipped`.
+        reasons: For each node id that did not pass, the message.
     """
 
     minor: str
@@ -59,8 +59,8 @@ class Report:
         """Check that the plugin was active if and only if a strategy was chosen.
 
         Raises:
-            ConformanceError: The plugin was active without a strategy or inactive with one, or a
-                coordinator of the tests was not the strategy's.
+            ConformanceError: The plugin was active without a strategy or inactive with one, or
+                the tests made a coordinator without the strategy.
         """
         if self.plugin_active != (self.strategy is not None):
             state = "active" if self.plugin_active else "not active"
@@ -78,14 +78,14 @@ def run(
     selection: Sequence[str] = (releases.SUITE,),
     left_out: Collection[str] = (),
 ) -> Report:
-    """Run vLLM's tests.
+    """Run vLLM's tests of a minor with a strategy, and check that the strategy was in use.
 
     Args:
         minor: vLLM's minor.
         strategy: The coordinator strategy; None to run without the plugin.
         selection: Files, folders or node ids, relative to the folder of the release.
-        left_out: Node ids of tests and files to skip. A node id without brackets skips all
-            parametrised cases of the test.
+        left_out: Files and node ids to skip. A node id without brackets skips all parametrised
+            cases of the test.
 
     Raises:
         ConformanceError: pytest failed or took too long, or `Report.check_plugin` raised.
@@ -96,7 +96,7 @@ def run(
         releases.write_model_configurations(Path(scratch))
         command = [
             *(sys.executable, "-m", "pytest", "-q", "--tb=short"),
-            # Otherwise pytest may use a configuration file from a parent folder.
+            # Without `-c`, pytest may use a configuration file from a parent folder.
             *("-c", tests / "pyproject.toml"),
             *("-p", "conformance_report", "-p", "no:cacheprovider", "-p", "no:warnings"),
             *("--timeout", TEST_TIMEOUT_S, "--continue-on-collection-errors"),
@@ -108,8 +108,8 @@ def run(
             **releases.environment_of(minor, *path),
             "HYBRID_KV_TEST_LEFT_OUT": json.dumps(sorted(left_out)),
             "HYBRID_KV_TEST_REPORT": str(out),
-            # If the variable names the plugin, an unsupported vLLM is an error. If it is empty,
-            # vLLM loads no plugin.
+            # If VLLM_PLUGINS names the plugin, the plugin raises an error on an unsupported vLLM.
+            # If VLLM_PLUGINS is empty, vLLM loads no plugin.
             "VLLM_PLUGINS": "" if strategy is None else "hybrid_kv",
         }
         if strategy is not None:
@@ -124,7 +124,7 @@ def run(
             )
         except subprocess.TimeoutExpired as error:
             raise ConformanceError(f"vLLM {minor}, {strategy}: {error}") from error
-        # Exit status 1 means that tests failed, a higher one that pytest itself failed.
+        # Exit status 1 means that tests failed. Above 1, pytest itself failed.
         if done.returncode not in (0, 1) or not out.is_file():
             raise ConformanceError(
                 f"vLLM {minor}, {strategy}: pytest ended with {done.returncode}\n"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Releases of vLLM: their tests, the tools of these tests, and unpacked wheels."""
+"""Get what vLLM's tests need: the tests of each release, their packages, and unpacked wheels."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 CACHE = REPOSITORY / ".cache"
 
 RELEASES = {minor: f"{minor}.0" for minor in MINORS}
-"""The release of each supported minor whose tests are run."""
+"""For each supported minor, the release whose tests are run."""
 
 SUITE = "tests/v1/core"
 """The folder of vLLM's tests that is run."""
 
 INSTALLED_MINOR = "0.32"
-"""The minor in this environment. Other minors have no CPU build and are only unpacked."""
+"""The minor that is installed. Other minors have no CPU build and are only unpacked."""
 
 WHEEL_0_33 = "HYBRID_KV_TEST_WHEEL_033_DIR"
 
 OUTER_VARIABLES = ("VLLM_HYBRID_KV_", "HYBRID_KV_TEST_", "PYTEST_", "PYTHONPATH", "VLLM_PLUGINS")
-"""Beginnings of variables that must not reach the process of tests in another process."""
+"""Environment variables with these prefixes must not reach a child process that runs tests."""
 
 # Packages that vLLM's conftest.py imports, and a time limit for tests that hang.
 TEST_TOOLS = ("tblib==3.2.2", "pytest-timeout==2.4.0")
 
-# pip runs setup.py of the source archive for its metadata; it imports these.
+# To read the source archive's metadata, pip runs its setup.py, which imports these packages.
 BUILD_TOOLS = ("setuptools-rust==1.13.0", "setuptools-scm==10.3.4")
 
-# vLLM's tests use these models by name, without weights. vLLM prefers a folder of that name to a
-# download. Fields that are not listed have transformers' defaults.
+# vLLM's tests name these models but need no weights. So write only configurations, to folders of
+# these names, which vLLM prefers to a download. Missing fields have transformers' defaults.
 _OPT = {"architectures": ["OPTForCausalLM"], "model_type": "opt", "torch_dtype": "float16"}
 MODEL_CONFIGURATIONS: dict[str, dict[str, object]] = {
     "facebook/opt-125m": _OPT,
@@ -116,7 +116,7 @@ def fetch_test_tools() -> Path:
 
 
 def unpacked_wheel(minor: str) -> Path | None:
-    """Return the folder of a minor for `PYTHONPATH`; None for the installed minor.
+    """Return the folder to put on `PYTHONPATH` for a minor; None for the installed minor.
 
     Raises:
         ConformanceError: The wheel is not unpacked.
@@ -134,19 +134,19 @@ def unpacked_wheel(minor: str) -> Path | None:
 
 
 def environment_of(minor: str, *path: Path | None) -> dict[str, str]:
-    """Return the variables of a process that tests a minor, with folders for `PYTHONPATH`."""
+    """Return environment variables for a process that tests a minor; `path` is its `PYTHONPATH`."""
     return {
         "PYTHONPATH": os.pathsep.join(map(str, filter(None, path))),
         "HYBRID_KV_TEST_VLLM_MINOR": minor,
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
-        # vLLM caches model classes here; another release must not read that cache.
+        # vLLM caches model classes in this folder, so every release needs one of its own.
         "VLLM_CACHE_ROOT": str(CACHE / f"vllm-{minor}-cache"),
     }
 
 
 def write_model_configurations(folder: Path) -> None:
-    """Write a folder for every model that the tests use by name."""
+    """Write a folder with a config.json for every model that the tests name."""
     for name, configuration in MODEL_CONFIGURATIONS.items():
         (folder / name).mkdir(parents=True)
         (folder / name / "config.json").write_text(json.dumps(configuration, indent=1))
@@ -159,7 +159,7 @@ def _download_tests(release: str, folder: Path) -> None:
         pip(
             *("download", "--no-deps", "--no-binary", "vllm", "--no-build-isolation"),
             *("--dest", scratch, f"vllm=={release}"),
-            # Build no extensions; otherwise setup.py needs CUDA, and git for the version.
+            # Otherwise setup.py would need CUDA to build extensions, and git to find the version.
             PYTHONPATH=str(tools),
             VLLM_TARGET_DEVICE="empty",
             VLLM_VERSION_OVERRIDE=release,
@@ -169,7 +169,7 @@ def _download_tests(release: str, folder: Path) -> None:
         with tarfile.open(Path(scratch) / f"vllm-{release}.tar.gz") as archive:
             for member in archive:
                 path = member.name.removeprefix(top)
-                # pyproject.toml declares the tests' markers.
+                # pyproject.toml declares the markers of the tests, so extract it too.
                 if path == "pyproject.toml" or path.startswith("tests/"):
                     archive.extract(member.replace(name=path), folder, filter="data")
 
@@ -183,9 +183,9 @@ def pip(*arguments: str, **environment: str) -> None:
 
 @contextmanager
 def filled_once(folder: Path) -> Iterator[Path | None]:
-    """Yield an empty folder that becomes `folder` once it is filled; None if `folder` exists.
+    """Yield an empty folder for the caller to fill, or None if `folder` exists.
 
-    A partly filled folder never gets the name. Another process that needs the same folder waits.
+    After the caller has filled the folder, it is renamed to `folder`. Other processes wait.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f"{folder.name}.lock").open("w") as lock:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part of vLLM's tests that the test command runs.
+"""Select the part of vLLM's tests that the test command runs.
 
-It has the tests of the coordinators and of their callers. It omits tests that fail without the
-plugin, and tests that take long to import other parts of vLLM. `python -m tests.conformance` runs
+This part has the tests of coordinators and of their callers, except tests that fail without the
+plugin and tests that take long to import other parts of vLLM. `python -m tests.conformance` runs
 all tests.
 """
 
@@ -42,15 +42,15 @@ SLOW = frozenset(
         "test_prefix_caching.py::test_nixl_hisparse_full_block_import_keeps_a_writable_tail",
     )
 )
-"""Node ids, without parameters, of tests that take long."""
+"""Tests that take long and are skipped, as node ids without parameters."""
 
 TESTS = {"0.32": 860, "0.33": 985}
-"""The number of tests by minor, so that a missing test is noticed."""
+"""How many tests of each minor must run. The number reveals tests that went missing."""
 
 STOCK_FAILURES = Path(__file__).resolve().parent / "stock_failures.json"
 
 
 def left_out(minor: str) -> frozenset[str]:
-    """Return the node ids in `FILES` that are not run. An id without brackets means all cases."""
+    """Return the node ids in `FILES` to skip. A node id without brackets skips all its cases."""
     failures: dict[str, list[str]] = json.loads(STOCK_FAILURES.read_text())
     return SLOW | frozenset(failures[minor])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A part of vLLM's own tests passes with the plugin; `make conformance` runs and compares all."""
+"""A part of vLLM's own tests passes with the plugin. `make conformance` runs and compares all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.conformance.releases import RELEASES, ConformanceError
 
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], Future[Report]]]:
-    """Start the runs of the selected tests, as many at a time as there are CPUs."""
+    """Start vLLM's tests for all selected minors and strategies, as many at a time as CPUs."""
     selected = [
         (item.callspec.params["minor"], item.callspec.params["strategy"])
         for item in request.session.items
@@ -34,7 +34,8 @@ def runs(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], Futur
         pool.shutdown(cancel_futures=True)
 
 
-# `stock` makes vLLM's coordinator; other strategies' runs test all other patches too.
+# With `stock`, vLLM makes its coordinator, so only our patches are tested. The runs of all other
+# strategies test them too.
 STRATEGIES = [
     pytest.param(name, marks=[pytest.mark.long] if name == "stock" else [])
     for name in comparison.EXPECTED
@@ -64,7 +65,7 @@ def report_of(outcomes: dict[str, str], **fields: Any) -> Report:
         ({}, {}, "not run, but passes without the plugin: b"),
         ({"b": "failed"}, {"b": "the reason"}, None),
         ({"b": "passed"}, {"b": "the reason"}, "passes, but expected_differences.json lists it: b"),
-        # Test c fails without the plugin too.
+        # Test c fails without the plugin too, so it is no difference.
         ({"b": "passed", "c": "failed"}, {}, None),
     ],
 )

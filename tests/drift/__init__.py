@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares a release of vLLM with the functions that the plugin patches.
+"""Check whether a vLLM release changed functions that the plugin patches or relies on.
 
     python -m tests.drift 0.34.0
 
-`docs/internals.md` explains it.
+`docs/internals.md` explains how to support a new release.
 """

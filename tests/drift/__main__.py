@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Show what a release of vLLM changed in the functions that the plugin patches.
+"""Show what a release of vLLM changed in the functions that the plugin patches or relies on.
 
     python -m tests.drift VLLM [--write] [--tests]
 
 VLLM is a version or a wheel, which pip installs into `.cache/`, or the folder of an unpacked wheel.
-The exit status is 0 if the supported hashes are those of the release, 1 if something changed or a
-test failed, and 2 if the release cannot be read.
+The release is compared with its own minor, or else with the newest supported one. The exit status
+is 0 if no function differs, 1 if one does or a test failed, and 2 if the release cannot be read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from vllm_hybrid_kv.patches import targets
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.drift", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("vllm", metavar="VLLM", help="a version, a wheel or a folder")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What changed in the functions that the plugin patches or relies on."""
+"""Find what a release changed in the functions that the plugin patches or relies on."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from vllm_hybrid_kv.patches.mechanism import Target, source_hash, source_of
 TABLES = ("PATCHED", "RELIED_ON")
 
 SIMILAR = 0.5
-"""Share of equal lines from which a function of the same name in another module was moved."""
+"""A function in another module counts as moved if its name is equal and this share of lines is."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A function in a release.
+    """What became of a function of a supported minor in another release.
 
     Attributes:
-        target: The function, with its hash in a supported minor.
+        target: The function, with its hash in the supported minor.
         table: The table that lists it, `PATCHED` or `RELIED_ON`.
-        module: The module in which the release has it; None if it is gone.
+        module: The release's module that defines it; None if the function is gone.
         hash: The hash of its source in the release.
-        diff: From the source in the supported minor to that in the release.
+        diff: The lines of a diff from the supported minor to the release.
     """
 
     target: Target
@@ -39,26 +39,26 @@ class Found:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Any of `moved` and `changed`, or `gone`; empty if nothing changed."""
+        """What happened: `gone`, or `moved` or `changed` or both; empty if nothing did."""
         if self.module is None:
             return ("gone",)
         moved, changed = self.module != self.target.module, self.hash != self.target.source
         return (*["moved"] * moved, *["changed"] * changed)
 
     def report(self) -> str:
-        """Return the change in words, with the diff."""
+        """Describe the change in a line, followed by the diff."""
         place = f" to {self.module}" if "moved" in self.kinds else ""
         head = f"{self.target} ({self.table}): {' and '.join(self.kinds)}{place}"
         return "\n".join([head, *self.diff])
 
 
 def compare(minor: str, known: Release | None, release: Release) -> list[Found]:
-    """Find the functions of a supported minor in a release.
+    """Look up every function of a supported minor in another release.
 
     Args:
         minor: The supported minor.
-        known: A release of that minor, for diffs; None if there is none here.
-        release: The release.
+        known: A release of that minor to make diffs from; without it there are no diffs.
+        release: The other release.
     """
     return [
         _find(target, table, known, release)
@@ -88,9 +88,9 @@ def _find(target: Target, table: str, known: Release | None, release: Release) -
 
 
 def source_with(found: Sequence[Found], minor: str) -> str:
-    """Return the source of `targets.py` with the column of a release, to be formatted by ruff.
+    """Return the source of `targets.py` with the hashes of a release added, not yet formatted.
 
-    A function that is gone has no hash there, so that the plugin stays inactive.
+    A function that is gone gets no hash, so the plugin stays inactive with that release.
     """
     minors = tuple(dict.fromkeys([*targets.MINORS, minor]))
     column = minors.index(minor)

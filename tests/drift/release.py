@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Releases of vLLM, downloaded or installed, whose files are read and never imported."""
+"""Get releases of vLLM and read their functions' code, without ever importing it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WRAPPED = {
         "instrument_otel.<locals>.sync_wrapper",
     )
 }
-"""Functions that a decorator wraps, with the wrapper that the plugin finds instead."""
+"""Where a decorator wraps a function, the plugin hashes the wrapper. This maps one to the other."""
 
 
 class DriftError(Exception):
@@ -30,7 +30,7 @@ class DriftError(Exception):
 
 @dataclass(frozen=True)
 class Release:
-    """A release in a folder that contains the folder `vllm` and vLLM's metadata."""
+    """A vLLM release in a folder that contains the folder `vllm` and its package metadata."""
 
     folder: Path
 
@@ -43,7 +43,6 @@ class Release:
 
     @property
     def minor(self) -> str:
-        """The minor, such as `0.34`."""
         return ".".join(self.version.split(".")[:2])
 
     def code(self, module: str, name: str) -> CodeType | None:
@@ -74,16 +73,15 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def installed() -> Release:
-    """Return the vLLM of this environment."""
     return Release(Path(sysconfig.get_path("purelib")))
 
 
 def get(wanted: str, pip_arguments: Sequence[str] = ()) -> Release:
-    """Return a release. pip unpacks a wheel, or downloads a version that is not here yet.
+    """Return a release. If necessary, pip downloads the version or unpacks the wheel.
 
     Args:
         wanted: A folder, a wheel or a version.
-        pip_arguments: Arguments of pip.
+        pip_arguments: More arguments for pip.
 
     Raises:
         DriftError: The release cannot be downloaded or unpacked.
@@ -113,7 +111,7 @@ def get(wanted: str, pip_arguments: Sequence[str] = ()) -> Release:
 
 
 def of_minor(minor: str) -> Release | None:
-    """Return a release of a minor that is installed or unpacked here, if there is one."""
+    """Return a release of a minor if one is installed, or unpacked in `.cache/`; otherwise None."""
     unpacked = [path.parent for path in CACHE.glob(f"vllm-{minor}.*/vllm")]
     releases = [installed(), *map(Release, unpacked)]
     return next((release for release in releases if release.minor == minor), None)

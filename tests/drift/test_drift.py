@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drift from a supported vLLM is classified, reported and written to the table."""
+"""The drift command classifies and reports changes in vLLM, and writes new hashes to the table."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MINOR = "0.90"
 
 
 def write(folder: Path, **files: str) -> Release:
-    """Write a release; a module is named by a keyword."""
+    """Write a vLLM release. Each keyword names a module, its value is the source."""
     (folder / "vllm").mkdir(parents=True)
     for name, text in {"planning": PLAN, "managing": MANAGER, **files}.items():
         (folder / "vllm" / f"{name}.py").write_text(text)
@@ -69,7 +69,7 @@ OTHER = "def plan(route):\n    return sorted(route)\n"
         ({"planning": PLAN.replace("plan", "make_plan")}, "plan", ("gone",), None),
         ({"planning": "", "sizing": PLAN}, "plan", ("moved",), "vllm.sizing"),
         ({"planning": "", "sizing": CHANGED}, "plan", ("moved", "changed"), "vllm.sizing"),
-        # A function of the same name with other code is not the moved function.
+        # The function in the other module has the same name, but its code is unrelated.
         ({"planning": "", "routing": OTHER}, "plan", ("gone",), None),
         ({"planning": "", "a": OTHER, "b": CHANGED}, "plan", ("moved", "changed"), "vllm.b"),
         ({"managing": "", "managers": MANAGER}, "Manager.make", ("moved",), "vllm.managers"),
@@ -168,7 +168,7 @@ def test_the_written_file_has_the_new_minor_and_keeps_the_others(next_minor):
         for minor in (*targets.MINORS, "0.34"):
             old = targets.targets_of("0.33" if minor == "0.34" else minor, getattr(targets, table))
             assert namespace["targets_of"](minor, namespace[table]) == old
-    # Functions that are gone have no hash.
+    # Without findings, every function counts as gone and gets no hash.
     exec(comparison.source_with([], "0.33"), namespace)
     assert namespace["targets_of"]("0.33") == {}
     assert namespace["targets_of"]("0.32") == targets.targets_of("0.32")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real engines of vLLM 0.33 on a CPU: its Python files with the CPU extension of 0.32."""
+"""Run real engines of vLLM 0.33 on a CPU, by adding the CPU extension of 0.32 to its wheel."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ def test_engines_of_0_33_answer_like_those_of_0_32() -> None:
     if not (folder / "vllm" / "_C.abi3.so").is_file():
         pytest.fail(f"{folder} has no CPU extension: run `make {folder}/.cpu`", pytrace=False)
     done = run_suites([ENGINES], folder, "0.33")
-    # Without the number, a selection of fewer tests would pass too.
+    # Check the number, because a `-k` that selects fewer tests would pass too.
     assert re.search(r"\b13 passed\b(?!.*skipped)", done.stdout), done.stdout[-8000:]
     assert done.returncode == 0

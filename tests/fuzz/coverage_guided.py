@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fuzz the property tests of the parsers, guided by code coverage: needs the extra `fuzz`.
+"""Fuzz the parsers by their property tests, guided by code coverage. This needs the extra `fuzz`.
 
     python -m tests.fuzz.coverage_guided [--seconds 60] [--only trace]
 
 Each test runs in its own process. Atheris chooses the bytes from which Hypothesis builds the test's
-arguments. The input of a finding is written to `.cache/fuzz`, and the command exits with 1.
+arguments. If a test fails, its input is written to `.cache/fuzz`, and the command exits with 1.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ TESTS = {
     "settings": ("test_settings", "test_any_section_and_environment_give_settings_or_one_message"),
     "sizes": ("test_sizes", "test_any_text_is_a_size_or_is_refused"),
 }
-"""Module and property test of each parser."""
+"""For each parser, the module and the name of its property test."""
 
 
 def fuzz(name: str, seconds: int) -> None:
-    """Fuzz one parser in this process, and exit."""
+    """Fuzz one parser in this process. Atheris ends the process."""
     import atheris
 
     module, test = TESTS[name]
     if name == "config":
-        # Imported before instrumentation, because the coverage of vLLM would hide ours.
+        # Import vLLM before instrumentation starts, so that its coverage does not hide ours.
         import vllm.model_executor.models  # noqa: F401
     with atheris.instrument_imports(include=["vllm_hybrid_kv", "json"]):
         property_test = getattr(importlib.import_module(f"tests.fuzz.{module}"), test)
@@ -46,7 +46,6 @@ def fuzz(name: str, seconds: int) -> None:
 
 
 def main() -> int:
-    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz.coverage_guided")
     parser.add_argument("--seconds", type=int, default=60, help="seconds for each parser")
     parser.add_argument("--only", choices=TESTS, action="append", help="may be repeated")

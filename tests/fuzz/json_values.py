@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Strategies for any JSON value, and for valid documents with one change."""
+"""Hypothesis strategies for arbitrary JSON values, and for valid documents with one change."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 
 def json_values(*words: str, length: int = 20) -> st.SearchStrategy[Any]:
-    """Return a strategy of all JSON values.
+    """Return a hypothesis strategy that draws JSON values of any type.
 
     Args:
-        words: Frequent texts.
+        words: Texts to draw often, such as values that the parser knows.
         length: The maximum number of characters of other texts.
     """
     plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=length)
@@ -33,13 +33,13 @@ def json_values(*words: str, length: int = 20) -> st.SearchStrategy[Any]:
 def with_a_change(
     draw: st.DrawFn, document: dict[str, Any], values: st.SearchStrategy[Any], names: Sequence[str]
 ) -> dict[str, Any]:
-    """Return a document in which one field is missing or has another value.
+    """Draw a copy of `document` in which one field is missing or has another value.
 
     Args:
-        draw: Hypothesis's function.
-        document: The document.
-        values: New values of a field.
-        names: The fields of which one changes, or a field inside it.
+        draw: Comes from hypothesis.
+        document: The valid document.
+        values: A strategy for the new value.
+        names: The fields to choose from; instead of a chosen field, one inside it may change.
     """
     document = copy.deepcopy(document)
     parent = document
@@ -55,7 +55,7 @@ def with_a_change(
 
 @st.composite
 def damaged(draw: st.DrawFn, text: bytes) -> bytes:
-    """Return a text that is cut or has inserted bytes."""
+    """Draw a damaged copy of `text`: cut off, or with bytes inserted."""
     index = draw(st.integers(0, len(text)))
     if draw(st.booleans()):
         return text[:index]

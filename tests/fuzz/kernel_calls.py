@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any call of the kernels writes exactly the expected bytes, or is refused with one message.
+"""Call kernels with random tensors: each call writes the right bytes, or raises one clear error.
 
-Each cache and output lies between guard bytes. The tests compare all its bytes with the reference.
+Each cache and output lies between guard bytes, and all bytes are compared with the reference.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ANY_DTYPE = st.sampled_from((*DTYPES, torch.float64, torch.int32, torch.int64, torch.uint8))
 KINDS = ("dtype", "narrow", "flat", "transposed", "strided", "scalar", "meta", "more dims")
 
-# Shrinking takes minutes in the interpreter.
+# Only generate examples, because shrinking takes minutes in the interpreter.
 SETTINGS: dict[str, Any] = {"deadline": None, "database": None, "phases": [Phase.generate]}
 
 
@@ -37,8 +37,8 @@ class Kernels:
         store: `quantise_and_store`.
         attend: `paged_attention`.
         layout: The layout of their pages.
-        refuses_slots: Whether slots past the end are refused even without debug mode. Otherwise
-            they are ignored.
+        refuses_slots: Whether slots past the end raise an error even without debug mode, instead
+            of being ignored.
     """
 
     store: Callable[..., None]
@@ -49,7 +49,7 @@ class Kernels:
 
 @dataclass(frozen=True)
 class Change:
-    """A change of a tensor."""
+    """A random change that may make a tensor invalid for a kernel."""
 
     kind: str
     dtype: torch.dtype
@@ -57,7 +57,7 @@ class Change:
     count: int
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the tensor with another dtype, shape, strides or device."""
+        """Return the tensor with its dtype, shape, strides or device changed."""
         dim = self.dim % tensor.dim()
         changes = {
             "dtype": lambda: tensor.to(self.dtype),
@@ -82,19 +82,19 @@ CHANGES = st.builds(
 
 
 def guarded(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the bytes of a tensor with guards around it, and the tensor."""
+    """Allocate a tensor between guard bytes; return all the memory, and the tensor in it."""
     size = torch.empty(shape, dtype=dtype, device="meta").nbytes
     memory = torch.randint(0, 256, (size + 2 * GUARD,), dtype=torch.uint8)
     return memory, inside(memory, shape, dtype)
 
 
 def inside(memory: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return the tensor between the guards."""
+    """View the memory between the guard bytes as a tensor."""
     return memory[GUARD : len(memory) - GUARD].view(dtype).view(shape)
 
 
 def refusal(kernel: Any, *arguments: Any, **named: Any) -> str | None:
-    """Call a kernel and return its refusal, or None. Any other error fails the test."""
+    """Call a kernel; return the message if it raises ValueError. Other errors fail the test."""
     try:
         kernel(*arguments, **named)
     except ValueError as error:
@@ -103,7 +103,7 @@ def refusal(kernel: Any, *arguments: Any, **named: Any) -> str | None:
 
 
 def check_stores(kernels: Kernels, examples: int) -> None:
-    """Check that a store is refused, or writes exactly its slots, as the reference does."""
+    """Check that each store raises one clear error, or writes its slots as the reference does."""
 
     @settings(max_examples=examples, **SETTINGS)
     @given(st.data())
@@ -124,7 +124,7 @@ def check_stores(kernels: Kernels, examples: int) -> None:
         slot_mapping = data.draw(CHANGES, label="slots")(slot_mapping)
         change_cache = data.draw(CHANGES, label="cache")
         cache = change_cache(cache)
-        # Calls with all tensors on another device cannot run here.
+        # If all tensors are on the other device, `meta`, the kernel cannot run.
         assume(any(tensor.is_cpu for tensor in (key, value, slot_mapping, cache)))
         debug = data.draw(st.booleans(), label="debug")
         message = refusal(kernels.store, key, value, cache, slot_mapping, debug=debug)
@@ -139,7 +139,7 @@ def check_stores(kernels: Kernels, examples: int) -> None:
             assert written == named
         if len(set(written)) < len(written):
             assert not debug
-            # Of two tokens with one slot either may be stored, so do not compare such blocks.
+            # If two tokens have the same slot, either may be stored, so do not compare its block.
             expected = before.clone()
             blocks = [slot // PAGE_SIZE for slot in written]
             actual = inside(memory, shape, torch.uint8)
@@ -165,7 +165,7 @@ def check_stores(kernels: Kernels, examples: int) -> None:
 
 
 def check_attention_in_debug_mode(kernels: Kernels, examples: int) -> None:
-    """Check that debug mode refuses a call, or reads valid blocks and writes rows of tokens."""
+    """Check that in debug mode a call raises an error, or reads and writes only what it may."""
 
     @settings(max_examples=examples, **SETTINGS)
     @given(st.data())
@@ -215,7 +215,7 @@ def check_attention_in_debug_mode(kernels: Kernels, examples: int) -> None:
             assert len(named) * PAGE_SIZE >= length
             assert set(named) <= set(range(len(cache)))
         if out.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr():
-            # Rows after the last request are padding.
+            # Rows after the last request are padding, which must not be written.
             end = GUARD + int(starts[-1]) * (out[0].nbytes if len(out) else 0)
             assert torch.equal(memory[:GUARD], before[:GUARD])
             assert torch.equal(memory[end:], before[end:])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any tensors give the right result of the CPU kernels or one message."""
+"""With random tensors, the CPU kernels give the right result or raise one clear error."""
 
 from __future__ import annotations
 

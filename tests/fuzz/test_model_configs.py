@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any config.json gives a plan or one line that names the file or the field."""
+"""For any config.json, the tools print a plan, or one line that names the file or the field."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ READ_BY_US = (
     *("architectures", "model_type", "quantization_config", "text_config", "llm_config"),
     *("dtype", "num_hidden_layers"),
 )
-"""Fields that our code reads before vLLM."""
+"""The fields that our code reads before vLLM does."""
 
 VALUES = json_values("LlamaForCausalLM", "llama", "fp8", "modelopt", "bfloat16") | st.sampled_from(
     (
@@ -48,7 +48,7 @@ VALUES = json_values("LlamaForCausalLM", "llama", "fp8", "modelopt", "bfloat16")
 
 
 def described_as(content: bytes) -> str:
-    """Return the error message of a file, or "" if it describes a model."""
+    """Write `content` to a config.json and read it; return the error message, "" if it is valid."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
         path.write_bytes(content)
@@ -96,7 +96,7 @@ def test_a_path_that_is_not_a_file_is_refused(name):
 
 @pytest.fixture(scope="module")
 def invoke() -> Iterator[Callable[..., Result]]:
-    """A function that runs a command in this process; a new one takes 10 s to import vLLM."""
+    """A function that runs a command in this process. A new process takes 10 s to import vLLM."""
     before, level = dict(os.environ), logging.getLogger("vllm").level
     yield lambda *arguments: CliRunner().invoke(app, [*map(str, arguments)])
     os.environ.clear()
@@ -108,7 +108,7 @@ def assert_done_or_refused(done: Result, command: str) -> None:
     assert done.exit_code in (0, 2), done.exception
     assert isinstance(done.exception, SystemExit | None), repr(done.exception)
     if done.exit_code == 2:
-        # Other lines on standard error are a replay's progress.
+        # A replay also prints its progress to standard error.
         (line,) = (line for line in done.stderr.splitlines() if "hit rate" not in line)
         assert line.startswith(f"vllm-hybrid-kv {command}: "), line
 
@@ -118,7 +118,7 @@ READ_BY_VLLM = (
     *("num_hidden_layers", "max_position_embeddings", "vocab_size", "rope_parameters", "dtype"),
     *("num_experts", "linear_num_key_heads", "linear_key_head_dim", "linear_conv_kernel_dim"),
 )
-"""Fields that vLLM and transformers read when they build the layers."""
+"""The fields that vLLM and transformers read when they build the layers."""
 
 WRONG = st.sampled_from((0, -1, 3, 2**40, 1e300, 0.5, "", "7", None, True, [], {}, ["x"], [[0]]))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any `--additional-config` and environment give valid settings or one error message."""
+"""For any `--additional-config` and environment, there are valid settings or one error message."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_any_section_and_environment_give_settings_or_one_message(section, envir
             else:
                 assert getattr(answer, field) == Settings.model_fields[field].default
     else:
-        # The message names a part of the input.
+        # The error message names a part of the input.
         names = [*map(str, section)] if isinstance(section, dict) else [repr(section)]
         assert any(name in answer or repr(name) in answer for name in (*names, *environment)), (
             answer

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any text is a memory size, or is refused in a message that quotes it."""
+"""Any text is read as a memory size, or causes an error that quotes it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any trace is read or refused with a message that names the file and the line."""
+"""Any file is read as a trace, or causes an error that names the file and the line."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def requests(draw: st.DrawFn) -> TracedRequest:
 
 @st.composite
 def lines(draw: st.DrawFn) -> bytes:
-    """Return a request's line, maybe with a changed field or damaged bytes."""
+    """Draw the line of a request, possibly with a changed field or damaged bytes."""
     request = draw(requests())
     fields: dict[str, Any] = {**vars(request), "hash_ids": list(request.hash_ids)}
     kind = draw(st.sampled_from(("a field", "bytes", "nothing")))
@@ -49,7 +49,7 @@ def lines(draw: st.DrawFn) -> bytes:
 
 
 def read(content: bytes) -> tuple[list[TracedRequest], str]:
-    """Return a file's requests, or none and the error message."""
+    """Write a file and read it as a trace; return the requests, and the error message or ""."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.jsonl"
         path.write_bytes(content)

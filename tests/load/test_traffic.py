@@ -11,7 +11,7 @@ LIKELIEST = [{3: -0.1, 4: -2.5}, {5: -0.7, 6: -0.75}, {7: -0.2, 8: -1.8}]
 @pytest.mark.parametrize(
     ("answer", "index", "by"),
     [
-        # The answers differ at a close choice. Later tokens depend on it and do not count.
+        # The answers differ at a close choice. Later tokens depend on the choice and do not count.
         ([3, 6, 99], 1, 0.05),
         ([4, 5, 7], 0, 2.4),
         # The answer's token is not among the likeliest candidates.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counters that one process writes and another exports."""
+"""One process writes counters, and another one exports them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_engines_of_a_process_share_a_counter_if_their_labels_are_equal(tmp_path
 def test_the_counters_have_their_own_file_whose_disk_space_is_allocated_at_once(tmp_path):
     Counters(tmp_path, LABELS)
     (path,) = tmp_path.iterdir()
-    # Writing to a hole of a mapped file on a full disk would kill the process.
+    # The kernel kills a process that writes to a hole of a mapped file when the disk is full.
     assert path.stat().st_blocks * 512 >= FILE_BYTES
     # vLLM's own counters have this name, so ours need another one.
     assert path.name != f"counter_{os.getpid()}.db"
@@ -111,7 +111,7 @@ def run(*arguments: str, **environ: str) -> dict:
 
 
 def test_the_first_process_exports_what_its_children_count_and_removes_the_folder(tmp_path):
-    # The process inherits the variable from a server that is not the parent of its engines.
+    # A process may inherit this variable from a server that is not the parent of its engines.
     report = run(TMPDIR=str(tmp_path), **{metrics.VARIABLE: str(tmp_path / "another")})
     assert Path(report["folder"]).parent == tmp_path
     assert Path(report["folder"]).name != "another"
@@ -137,6 +137,6 @@ def test_vllms_folder_is_used_if_there_is_one(coordinator, monkeypatch, tmp_path
     if coordinator != "stock":
         monkeypatch.setenv(metrics.MULTIPROC, str(tmp_path))
     metrics.publish(None, Settings(coordinator=coordinator))
-    # vLLM's own coordinator needs no folder.
+    # With vLLM's own coordinator there are no counters, so there is no folder.
     assert metrics.folder() == (None if coordinator == "stock" else tmp_path)
     assert metrics.VARIABLE not in os.environ

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pytest plugin that runs in the process of vLLM's own tests (`-p conformance_report`).
+"""A pytest plugin that reports the outcomes of vLLM's own tests (`-p conformance_report`).
 
-It loads vLLM's general plugins as every process of vLLM does, so the plugin is registered through
-its entry point if `VLLM_PLUGINS` allows it. It counts the coordinators that the strategy makes, and
+Like every vLLM process, it loads vLLM's general plugins, so `hybrid_kv` is registered through its
+entry point if `VLLM_PLUGINS` allows it. It counts the coordinators that the strategy makes, and
 writes the outcome of every test to a file. It changes only how long a test waits for a process.
 
-Only this folder is on `PYTHONPATH`, because `tests` is vLLM's package in that process.
+It has a folder of its own for `PYTHONPATH`, because `tests` is vLLM's package in that process.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ LEFT_OUT = frozenset(json.loads(os.environ["HYBRID_KV_TEST_LEFT_OUT"]))
 REASON_LENGTH = 300
 
 PATIENCE = 5.0
-"""The factor on the time limits of processes. A test allows 60 s for an import of vLLM, which takes
-longer if two cores run other tests too."""
+"""Time limits of processes are multiplied by this. One test allows 60 s to import vLLM, which takes
+longer if other tests run on the same two cores."""
 
 REPORT: dict[str, Any] = {
     "vllm": vllm.__version__,
@@ -39,7 +39,7 @@ REPORT: dict[str, Any] = {
     "outcomes": {},
     "reasons": {},
 }
-"""See `tests.conformance.process.Report`."""
+"""What the file will contain; see `tests.conformance.process.Report`."""
 
 
 def _wait_longer() -> None:
@@ -53,7 +53,7 @@ def _wait_longer() -> None:
 
 
 def _count_managers() -> None:
-    """Count the KV cache managers, and those whose coordinator the chosen strategy made."""
+    """Count all KV cache managers, and those whose coordinator the strategy made."""
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 
     from vllm_hybrid_kv.hooks import STOCK, Strategies
@@ -96,7 +96,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=dropped)
     items[:] = [item for item in items if item not in dropped]
     for item in items:
-        # vLLM's marker for tests that use no GPU memory saves half a second per test.
+        # With this marker, vLLM does not free GPU memory after a test, which takes half a second.
         item.add_marker("skip_global_cleanup")
 
 
@@ -126,7 +126,7 @@ def pytest_sessionfinish() -> None:
 
 
 if vllm.platforms.current_platform.is_unspecified():
-    # A CUDA wheel detects no device here. Set the platform before another module imports it.
+    # vLLM's CUDA wheel detects no device. Set the platform before another module imports it.
     from vllm.platforms.cpu import CpuPlatform
 
     vllm.platforms.current_platform = CpuPlatform()
