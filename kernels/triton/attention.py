@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paged attention over k8v4 pages on GPUs: the launcher, and the kernel that merges splits."""
+"""Launch paged attention over k8v4 pages on GPUs, and merge the results of splits."""
 
 from __future__ import annotations
 

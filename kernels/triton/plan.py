@@ -75,7 +75,7 @@ def key_tiles(  # type: ignore[no-untyped-def]
 def _last_at_most(  # type: ignore[no-untyped-def]
     table_ptr, group, count, steps, target, BLOCK_M: tl.constexpr = 1
 ):
-    """Return for each element of `target` the last i < count with `table[i] <= target`.
+    """For each element of `target`, find the last i < count with `table[i] <= target`.
 
     With BLOCK_M the table is `query_start_loc`, and `target` is compared with the first row tile
     of request i, `table[i] * group // BLOCK_M + i`, which leaves room for partial last tiles.

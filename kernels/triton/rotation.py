@@ -54,7 +54,7 @@ def _stages(x, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def rotated(x, D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Rotate float32 `x` [rows, dims], without the unit. From dim D on, `x` has to be 0."""
+    """Rotate float32 `x` [rows, dims] without multiplying by the unit. From dim D on, `x` is 0."""
     sums = _stages(tl.reshape(x, [x.shape[0], x.shape[1], 1]), D & -D)
     return tl.reshape(sums, [x.shape[0], x.shape[1]])
 

@@ -125,7 +125,7 @@ class Quantise:
 
 @dataclass(frozen=True)
 class AmdAttention:
-    """Compiles the attention kernel for one of AMD's GPUs, to assembly."""
+    """Compiles the attention kernel to assembly for an AMD GPU, such as "gfx942"."""
 
     architecture: str
     head_size: int

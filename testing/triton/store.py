@@ -51,7 +51,7 @@ def differing_bytes(
 
 
 def random_rows(count: int, heads: int, head_size: int, dtype: torch.dtype) -> Rows:
-    """Return random rows of sizes from 1e-6 to 1e5; in a third of the rows, zero is far outside."""
+    """Return random rows of sizes from 1e-6 to 1e5, a third of which are shifted away from zero."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(2, count, heads, head_size, generator=generator)
     sizes = torch.logspace(-6, 5, count)[torch.randperm(count, generator=generator)]

@@ -21,7 +21,7 @@ WRAPPED = {
         "instrument_otel.<locals>.sync_wrapper",
     )
 }
-"""Where a decorator wraps a function, the plugin hashes the wrapper. This maps one to the other."""
+"""Functions that have a decorator, mapped to the wrapper, which the plugin hashes instead."""
 
 
 class DriftError(Exception):

@@ -28,7 +28,7 @@ Commands = Callable[[], list[str]]
 
 
 def adopt_orphans(wanted: bool) -> None:
-    """Make this process the parent of its descendants that lose theirs, or stop doing so."""
+    """Let this process become the parent of orphaned descendants, or stop doing so."""
     pr_set_child_subreaper = 36
     assert ctypes.CDLL(None).prctl(pr_set_child_subreaper, wanted, 0, 0, 0) == 0
 
@@ -52,7 +52,7 @@ def descendants() -> Iterator[Commands]:
                     found.append(" ".join(process.cmdline()))
         return found
 
-    # Processes of tests that a shell runs in the background would ignore Ctrl-C otherwise.
+    # Reset SIGINT: if a shell runs the tests in the background, their children ignore Ctrl-C.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     adopt_orphans(True)
     yield commands

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks.engine`: its verdicts, its report, and one run on two engines."""
+"""Check the verdicts and the report of `python -m benchmarks.engine`, and run it on two engines."""
 
 from __future__ import annotations
 

@@ -222,7 +222,7 @@ def test_the_gpu_kernels_give_the_output_of_the_cpu_kernels(
 def earliest_draft(
     texts: Texts, bounds: Bounds, tokens: int, chunk: int
 ) -> tuple[tuple[list[int], Output], int]:
-    """Return prompt and output of the text that gets a draft first, and the tokens until then."""
+    """Return prompt and output of the text that gets a draft first, and after how many tokens."""
     found = []
     for prompt, output in zip(texts.prompts, texts.outputs, strict=True):
         repeats = [

@@ -26,7 +26,7 @@ CASE = case_of("qwen3-next")
 
 @dataclass(frozen=True)
 class Chats:
-    """Chats in which each turn is the previous turn, its answer and new tokens.
+    """The outputs of chats. Each turn's prompt is the previous turn, its answer and new tokens.
 
     Attributes:
         prompts: The prompts by turn, then by chat.
@@ -43,8 +43,8 @@ class Chats:
         """Describe how the first token of each output differs from that without a prefix cache.
 
         Prompts resume at multiples of 64 tokens, where Gated DeltaNet cuts a prompt anyway. So only
-        the shapes of matrix products differ. If the best token leads by more than the products are
-        rounded, the token must be the same. The first turn has no hits and is not compared.
+        the shapes of matrix products differ. If the best token leads by more than their rounding
+        can change, it must be the same. The first turn has no hits and is not compared.
         """
         pairs = list(zip(self.uncached, outputs, strict=True))[CHATS:]
         equal = [(a, b) for a, b in pairs if a.tokens[0] == b.tokens[0]]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines of two processes, and compiled ones, give the output of an eager single process.
+"""An engine of two processes and a compiled engine give the output of an eager single process.
 
 These engines add the same numbers in another order. With an unquantised cache, the order moves the
 log-probabilities of 1966 prompt tokens by at most 4.2e-5 (two processes) and 5.6e-5 (compiled).

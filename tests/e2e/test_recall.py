@@ -210,10 +210,10 @@ def test_a_page_that_is_stored_wrongly_is_detected(
 def test_k8v4_copies_the_same_after_preemption(plain: Plain) -> None:
     lengths, tokens = [2000] * 8, 500
     # During prefill, layers with a window hold a chunk and the window, later only the window. With
-    # long chunks an answer would need fewer blocks than its prompt, and nothing be preempted.
+    # long chunks answers would need fewer blocks than prompts, so no request would be preempted.
     chunks = {"max_num_batched_tokens": 64} if plain.shape == "gemma3" else {}
     engine = plain.engine(**chunks)
-    # Without preemption too, the model may make mistakes in long copies. So compare with those.
+    # The model may make mistakes in long copies even without preemption, so count these first.
     expected = copied_share(engine, lengths, tokens, fresh=True)
     plan = engine.plan()
     # These blocks hold two of the prompts, but not both answers.

@@ -182,10 +182,10 @@ def plan(count: int) -> list[Planned]:
 def margin(
     alone: Sequence[int], likeliest: Sequence[dict[int, float]], answer: Sequence[int]
 ) -> tuple[int, float]:
-    """Return where two answers differ first, and how much likelier the token of `alone` was.
+    """Return where two answers differ first, and how much likelier the token of `alone` was there.
 
-    `likeliest` has the log-probabilities of candidates for each token of `alone`. The result is
-    infinite if `answer` ends there, or if its token is not among the candidates.
+    `likeliest` has the log-probabilities of candidates for each token of `alone`. The difference
+    is infinite if `answer` ends there, or if its token is not among the candidates.
     """
     pairs = zip(alone, answer, strict=False)
     end = min(len(alone), len(answer))

@@ -101,7 +101,7 @@ def save(model: PreTrainedModel, folder: Path, curve: list[dict[str, float]]) ->
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Make a tokenizer with a token for each byte. The symbols are tokens that no text becomes."""
+    """Make a tokenizer with a token for each byte. It encodes no text as symbols."""
     alphabet = bytes_to_unicode()
     names = [f"<|{name}|>" for name in ("begin", "end", "pad", "copy", "4", "5", "6", "7")]
     names += [alphabet[byte] for byte in range(256)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Child processes of tools: their messages, their errors and their end."""
+"""Tools read the messages of child processes, report their errors in one line, and end them."""
 
 import os
 import signal

@@ -68,7 +68,7 @@ def test_settings_show_their_source_and_strategies_their_package(healthy):
 def test_a_plugin_that_vllm_plugins_excludes_is_a_warning_next_to_others(
     make_environment,
 ):
-    # One environment for several faults, because each import of vLLM takes long.
+    # Give one environment several faults, because each import of vLLM takes long.
     environment = make_environment(without=("vllm-",))
     environment.distribution("vllm-hybrid-kv", "0.0.1", site=environment.later("older"))
     environment.distribution(

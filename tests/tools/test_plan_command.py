@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm-hybrid-kv plan`: its tables, JSON, picture and errors."""
+"""Check the tables, JSON, picture and errors of `vllm-hybrid-kv plan`."""
 
 import json
 import re

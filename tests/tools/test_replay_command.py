@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm-hybrid-kv replay`: its tables, JSON, picture and errors, and sizes of memory."""
+"""Check the tables, JSON, picture and errors of `vllm-hybrid-kv replay`, at two memory sizes."""
 
 import json
 import sys

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classify models by the properties that matter to a KV cache. Equal ones have one pattern."""
+"""Classify models by the properties that matter to a KV cache. Equal properties are a pattern."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def _drawn(name: str, weight: torch.Tensor, kind: str, generator: torch.Generato
     if own == "A_log":
         return (1 + 15 * uniform).log()
     if own == "A":
-        return -(1 + 15 * uniform)  # Mamba's loaders store it negated.
+        return -(1 + 15 * uniform)  # Mamba's loaders negate A.
     if own in ("dt_bias", "e_score_correction_bias") or name.endswith("dt_proj.bias"):
         return normal * 0.1 - (3.0 if "dt" in name else 0.0)
     if "norm" in name.lower() or "Norm" in kind:

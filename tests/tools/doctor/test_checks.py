@@ -42,7 +42,7 @@ def test_a_healthy_installation_has_no_findings(facts):
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
-    """Search only two empty folders, `a` and `b`; a function that installs a package in one."""
+    """Limit `sys.path` to two folders, `a` and `b`; return a function that installs into them."""
     monkeypatch.setattr("sys.path", [str(tmp_path / "a"), str(tmp_path / "b")])
 
     def install(folder, name, version, *files):

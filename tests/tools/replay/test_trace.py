@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Traces are read and written in Mooncake's format, and get token ids from their hashes."""
+"""Traces are read in Mooncake's format, and only equal hash ids become equal token ids."""
 
 import json
 
