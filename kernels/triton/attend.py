@@ -2,7 +2,8 @@
 """The attention kernel. The same kernel serves any number of new tokens.
 
 Both matrix products are computed transposed. The codes are then the left operand of the tensor
-cores and need no transposition in registers. All query rows of a KV head share each byte read:
+cores and reach them in registers without a transposition. All query rows of a KV head share each
+byte that is read:
 
     S^T [keys, rows] = K Q^T          O^T [dims, rows] = V^T (P scale)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check the tables, JSON, picture and errors of `vllm-hybrid-kv replay`, at two memory sizes."""
+"""Check the outputs and errors of `vllm-hybrid-kv replay`, and how memory sizes are read."""
 
 import json
 import sys
