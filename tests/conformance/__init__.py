@@ -3,5 +3,5 @@
 
     python -m tests.conformance --minor 0.32 --strategy fixed_point
 
-`docs/internals.md` explains the results.
+`docs/internals.md` explains the command and its expected differences.
 """
