@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run `vllm serve` with clients that hang up, a killed engine, two engines, and differing workers."""
+"""Run `vllm serve` with hang-ups, a killed engine, two engines, and workers that differ."""
 
 from __future__ import annotations
 
