@@ -8,6 +8,7 @@ from typing import Any
 
 from testing.machine import has_compiled_extension
 from testing.model_cases import NGRAM
+from testing.output_comparison import UNQUANTISED_ENDS
 
 K8V4 = "turboquant_k8v4"
 HYBRIDS = ("qwen3-next", "qwen3.5")
@@ -84,18 +85,20 @@ class Configuration:
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of `vllm.LLM`."""
+        settings: dict[str, Any] = dict(UNQUANTISED_ENDS)
         found: dict[str, Any] = {
             "kv_cache_dtype": self.cache_dtype,
             "enforce_eager": self.graphs is None,
             "max_num_batched_tokens": self.chunk,
             "enable_prefix_caching": self.prefix_caching,
+            "additional_config": {"hybrid_kv": settings},
         }
         if self.graphs is not None:
             found["compilation_config"] = {"cudagraph_mode": self.graphs}
         if self.speculation is not None:
             found["speculative_config"] = SPECULATION[self.speculation]
             # This benchmark checks whether cached states stay correct with drafts.
-            found["additional_config"] = {"hybrid_kv": {"allow_unsafe_drafts": True}}
+            settings["allow_unsafe_drafts"] = True
         return found
 
     def environment(self) -> dict[str, str]:

@@ -90,7 +90,8 @@ def config_to_time(model: str, sizes: Sizes) -> PreTrainedConfig:
     config.head_dim = head_size
     config.hidden_size = 1024
     config.intermediate_size = 2048
-    layers = 16 if model in HYBRIDS else 8
+    # The first two and the last two layers of a dense model are not quantised.
+    layers = 16 if model in HYBRIDS else 12
     config.num_hidden_layers = layers
     if model == "gemma3":
         config.query_pre_attn_scalar = head_size

@@ -65,6 +65,7 @@ def _run_engine(folder: str, dtype: str) -> dict[str, Any]:
     from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
     from testing.engine_worker import start_engine, stop_engine
+    from testing.output_comparison import UNQUANTISED_ENDS
     from tests.zoo.weights import fill
 
     def load_weights(self: Any, model: Any, model_config: Any) -> None:
@@ -77,6 +78,7 @@ def _run_engine(folder: str, dtype: str) -> dict[str, Any]:
                 load_format="dummy",
                 skip_tokenizer_init=True,
                 kv_cache_dtype=dtype,
+                additional_config={"hybrid_kv": UNQUANTISED_ENDS},
                 dtype="bfloat16",
                 enforce_eager=True,
                 enable_prefix_caching=True,

@@ -113,7 +113,7 @@ def test_a_backend_that_the_user_chose_for_gemma_4_is_an_error(
 ) -> None:
     with pytest.raises(
         UnsupportedLayerError,
-        match=r"layers\.2\..*the chosen backend FLASHINFER cannot read k8v4 pages",
+        match=r"layers\.0\..*the chosen backend FLASHINFER cannot read k8v4 pages",
     ):
         build(gemma_4, K8V4, attention_backend="FLASHINFER")
 
@@ -153,7 +153,7 @@ def test_keys_and_values_of_different_sizes_are_refused_with_the_layer_and_the_s
     (tmp_path / "config.json").write_text(json.dumps(fields, default=str))
     with pytest.raises(
         UnsupportedLayerError,
-        match=r"^layer model\.layers\.2\.self_attn\.attn: .* its keys have 192 dims and its values "
+        match=r"^layer model\.layers\.0\.self_attn\.attn: .* its keys have 192 dims and its values "
         "128, but k8v4 pages need equal sizes. Serve the model with --kv-cache-dtype auto",
     ):
         build(tmp_path, K8V4, device, max_model_len=448)
