@@ -33,6 +33,7 @@ from testing.triton.processes import interpreted
 from vllm_hybrid_kv.kernels import reference
 from vllm_hybrid_kv.kernels.k8v4 import Layout
 from vllm_hybrid_kv.kernels.triton import largest_scratch, plan_attention
+from vllm_hybrid_kv.kernels.triton.attention import MERGED_AT_A_TIME
 
 # `matrix` runs every option with every kind of batch: decode or mixed, split or whole. It takes
 # values from the other lists with different strides, so each value meets each kind of batch, too.
@@ -128,6 +129,8 @@ EDGES: dict[str, Case] = {
     "large numbers after the last token": Case(
         value_size=1e-5, unused=0x7B, dtype=torch.float32, **MIXED
     ),
+    # The first new token is at position 62, 63 and 64, next to the last of a tile.
+    "new tokens around the end of a tile": Case(lengths=(65, 66, 67), queries=(3, 3, 3)),
     "a request without tokens": Case(lengths=(0, 20), queries=(2, 1)),
     "a request with a sink only": Case(
         lengths=(0, 20), queries=(2, 1), options={"sinks": torch.linspace(-1, 1, 4)}
@@ -193,6 +196,17 @@ def test_scales_far_apart_in_one_request_equal_the_reference() -> None:
         for page, scales in enumerate(batch.scales(request, 0, "value")):
             scales.copy_(order[16 * page : 16 * page + 16])
     assert_close(attend(batch), expected(batch))
+
+
+@interpreted
+def test_splits_merged_before_one_with_larger_weights_are_rescaled() -> None:
+    batch = make(Case(lengths=(2400,), num_heads=1, dtype=torch.float32))
+    for scales in batch.scales(0, 0, "key")[-8:]:
+        scales *= 2
+    plan = planned(batch, processors=64)
+    # The last split, with the largest scores, is not among the first that are merged.
+    assert int(plan.items[0, 3]) > MERGED_AT_A_TIME
+    assert_close(attend(batch, plan), expected(batch))
 
 
 NO_SCALES = (0x7E00, 0xFE01, 0x7C00, 0xFC00)
@@ -295,7 +309,11 @@ def test_the_bytes_of_a_token_that_no_row_sees_have_no_influence(
 def test_a_token_hidden_from_some_rows_has_no_influence_on_them(
     options: dict[str, Any], split: bool
 ) -> None:
-    batch = make(Case(lengths=(150,), queries=(3,), options=options))
+    # Weights times such scales are fp16 numbers some 2^-25 of the largest scale, 65504.
+    case = Case(
+        lengths=(150,), queries=(3,), options=options, value_size=1e-2, dtype=torch.float32
+    )  # fmt: skip
+    batch = make(case)
     plan = planned(batch, split=split, processors=4)
     wanted_out, wanted_lse = expected(batch)
     for half in HIDDEN_HALVES:
