@@ -131,6 +131,9 @@ EDGES: dict[str, Case] = {
     ),
     # The first new token is at position 62, 63 and 64, next to the last of a tile.
     "new tokens around the end of a tile": Case(lengths=(65, 66, 67), queries=(3, 3, 3)),
+    "rows that see nothing of their first tile": Case(
+        lengths=(65, 66, 67), queries=(3, 3, 3), options={"window": 1}
+    ),
     "a request without tokens": Case(lengths=(0, 20), queries=(2, 1)),
     "a request with a sink only": Case(
         lengths=(0, 20), queries=(2, 1), options={"sinks": torch.linspace(-1, 1, 4)}
