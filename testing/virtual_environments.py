@@ -63,11 +63,13 @@ class Environment:
 
     def run(self, code: str, *arguments: str, **environment: str) -> Any:
         """Run Python without this plugin's and vLLM's variables in the environment."""
+        environment = {"HF_HUB_OFFLINE": "1", "COLUMNS": "100", **environment}
         return processes.run(
             [self.python, "-c", code, *arguments],
+            timeout_s=300.0,
             cwd=self.site.parent,
             without=("VLLM_HYBRID_KV_", "PYTHON", "VLLM_PLUGINS"),
-            **{"HF_HUB_OFFLINE": "1", "COLUMNS": "100", **environment},
+            **environment,
         )
 
     def doctor(self, *arguments: str, **environment: str) -> Any:

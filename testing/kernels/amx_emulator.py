@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from llvmlite import ir
 
-from testing.kernels.batches import Case, assert_close, attend, expected, make
+from testing.kernels.batches import assert_close, attend, expected, make
+from testing.kernels.paged_batch import Case
 from vllm_hybrid_kv.kernels.cpu import isa, llvm
 
 INSTRUCTIONS = (
