@@ -141,7 +141,7 @@ ON_A_GPU = (
             LAYER,
             f"Either keep it unquantised with {SKIP} 7, {OR_SERVE}",
         ),
-        # The advice names all layers of the odd type and those already skipped.
+        # The advice names all layers of the refused type, and those that are skipped already.
         (
             32,
             {

@@ -76,7 +76,7 @@ def request_of(engine: Engine, name: str, prompt: TracedRequest) -> Request:
 
 
 def load_all_but_the_end(engine: Engine, request: Request) -> None:
-    """Allocate blocks for an asynchronous load of a connector, as vLLM's scheduler does."""
+    """Allocate blocks for a connector's asynchronous load, as vLLM's scheduler does."""
     manager = engine.scheduler.kv_cache_manager
     loaded = request.num_tokens // engine.scheduler_block_size * engine.scheduler_block_size
     blocks = manager.allocate_slots(

@@ -17,7 +17,7 @@ def memory(spare=0):
 
 
 def views(storage):
-    """View blocks as states, shorter than a page, and as attention, two kernel blocks per page."""
+    """View blocks as states (shorter than a page) and as attention (2 kernel blocks per page)."""
     state = torch.as_strided(storage, (BLOCKS, STATE), (PAGE, 1)).view(torch.int8)
     attention = torch.as_strided(storage, (2 * BLOCKS, PAGE // 2), (PAGE // 2, 1))
     return state, attention

@@ -33,7 +33,7 @@ def _settings(coordinator_setting):
 
 
 def explained(layout: Layout, num_tokens: int, *ends: Any) -> Any:
-    """Explain a waiting request. `ends` lists by group the tokens at which cached blocks end."""
+    """Explain a waiting request. For each group, `ends` has the tokens where cached blocks end."""
     request = request_of(layout, range(num_tokens))
     coordinator = coordinator_of(layout, FixedPointCoordinator)
     fill_at(coordinator.block_pool, request, *ends)

@@ -32,7 +32,7 @@ UNIT = 16
 
 
 def look_up(coordinator_class, layout, num_tokens, *boundaries):
-    """Look up a request. `boundaries` lists by group the tokens at which cached blocks end."""
+    """Look up a request. For each group, `boundaries` has the tokens where cached blocks end."""
     request = request_of(layout, range(num_tokens))
     coordinator = coordinator_of(layout, coordinator_class)
     fill_at(coordinator.block_pool, request, *boundaries)
@@ -48,7 +48,7 @@ def look_up(coordinator_class, layout, num_tokens, *boundaries):
     ("layout", "num_tokens", "boundaries", "hit"),
     [
         pytest.param(
-            # The first window has blocks for 96 tokens with lookahead, and for 48 without it.
+            # At 96 tokens the first window also has the block for the lookahead, at 48 it does not.
             layout_of(full(16), window(16, 17), window(16, 33), drafts=(1, 2)),
             *(130, [every(16, 128), (48, 96, 112), (16, 32, 48, 64)], 0),
             id="drafts of a window need their lookahead after another window shortens the hit",

@@ -188,7 +188,7 @@ def test_a_request_starts_while_another_with_the_same_prefix_is_decoding(model, 
 
 
 def contents_by_step(engine: Engine, requests: list[TracedRequest], skip: bool) -> list[Any]:
-    """Replay, and return all blocks' hashes by step. Unless `skip`, every step tries to cache."""
+    """Record the hashes of all blocks at each step. Unless `skip`, every step tries to cache."""
     coordinator = coordinator_of(engine)
     update = engine.scheduler.update_from_output
     steps: list[Any] = []

@@ -24,7 +24,7 @@ LONGEST = 1024
 def plan_of(
     specs: Sequence[KVCacheSpec], strategy: str, drafts: Sequence[int] | None = None
 ) -> Plan:
-    """Make a plan for these groups, whose block sizes are not resolved yet."""
+    """Make a plan with one group per spec. `resolved` replaces its block sizes."""
     return Plan(
         strategy=strategy,
         groups=tuple(

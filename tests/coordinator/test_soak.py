@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run some worlds of the soak (a model, a cache, requests), with checks after every step."""
+"""Run the soak with a few random engines and requests ("worlds"), checked after every step."""
 
 from __future__ import annotations
 

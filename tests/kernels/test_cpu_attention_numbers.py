@@ -138,7 +138,7 @@ def test_the_largest_codes_of_queries_and_keys_do_not_saturate(
         batch.set_keys(block, t, codes.tolist())
     got, wanted = attend(batch, path), expected(batch)
     assert_close(got, wanted)
-    # Attend to token 0 alone. Only rotating the query rounds, so its score is known.
+    # Attend to token 0 alone. Its score is known, because only the query's rotation is rounded.
     batch.seq_lens[:], batch.query_start_loc[1] = 1, 1
     _, lse = attend(batch, path)
     score = head_size * 127 * 2.0**-10 * head_size**-0.5

@@ -87,7 +87,7 @@ def nan_ignored(key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> Non
 
 
 def hidden_scales_used(call: Call) -> None:
-    """Attend like a kernel that multiplies hidden tokens' weights of 0 by their scales of inf."""
+    """Attend like a kernel that multiplies an unseen token's weight, 0, by its infinite scale."""
     attend(call)
     head_size, page_size = call["query"].shape[-1], call["cache"].shape[2]
     start = PageFormat(head_size, page_size, Layout.LINEAR).key_scale_offset

@@ -3,8 +3,8 @@
 
 A stage of radix 4 mixes four numbers, with norm n. Each result takes four rounded operations: two
 sums of two numbers (together at most 2n), the sum of both (at most 2n), and the result. For four
-results, the first three add 8n * 2^-24 to the norm of the error and the last adds 2n * 2^-24. The
-results have the norm 2n, so the relative error is 5 * 2^-24. A stage of radix 2 has one operation.
+results, the sums add 8n * 2^-24 to the norm of the error and the last operation adds 2n * 2^-24.
+The results have norm 2n, so the relative error is 5 * 2^-24. A stage of radix 2 has one operation.
 Multiplying by the unit rounds twice, because the unit itself is rounded.
 
 Quantising multiplies a number by a factor, itself the product of two rounded numbers, and rounds
@@ -35,12 +35,12 @@ STAGE_ERROR = 5.01 * ROUNDING
 """Largest error of one stage of the rotation, relative to the norm of the numbers it mixes."""
 
 UNDERFLOW = 2.0**-142
-"""float32 may round the 127th part of smaller numbers to 0, so error bounds allow this much."""
+"""If a number is smaller, float32 may round 1/127 of it to 0, so error bounds allow this much."""
 
 LEAST_SCALE = 2.0**-24
 
 LEAST_QUERY = 2.0**-119
-"""A query counts as zeros if no rotated number, before the product with the unit, exceeds this."""
+"""If no rotated number (not yet times the unit) exceeds this, the query counts as zeros."""
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

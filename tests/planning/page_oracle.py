@@ -98,7 +98,7 @@ def longest_block(spec: KVCacheSpec, page: int, match_unit: int) -> KVCacheSpec 
 
 
 def highest_page(specs) -> int:
-    """Return the page that `lcm` aims at, a multiple of all smaller attention pages."""
+    """Return the page of `lcm`: at least the largest, a multiple of smaller attention pages."""
     largest = max(spec.page_size_bytes for spec in specs)
     smaller = [s.page_size_bytes for s in specs if not is_mamba(s) and s.page_size_bytes < largest]
     page = largest
@@ -121,7 +121,7 @@ def exhaustive(specs, longest: int, tolerance: float, by_lcm: Fraction | None):
 
     Candidates are all pages up to the size that `lcm` aims at. The first candidate with little
     enough waste wins, otherwise the candidate with the least waste. If no candidate suits all
-    layers, larger pages are tried until a block holds the longest sequence; the first one wins.
+    layers, larger pages are tried until a block holds the longest sequence; the first to fit wins.
 
     Args:
         specs: The layers' specs.

@@ -72,7 +72,7 @@ def test_vllms_number_applies_outside_of_an_engine_configuration(make_config):
 
 
 def rule(config, number=2, hybrid=False, mla=False):
-    """Ask vLLM's patched rule for boundary layers, as while it configures a k8v4 engine."""
+    """Ask vLLM's patched rule for boundary layers, as vLLM does when it configures an engine."""
     plugin.register()
     model = SimpleNamespace(
         model="some/model", hf_text_config=config, is_hybrid=hybrid, use_mla=mla, hf_config=config

@@ -20,7 +20,7 @@ from vllm_hybrid_kv.planning.page_sizes import check_page_sizes
     [
         # A state is padded to a multiple of the attention page.
         ([attention(), state(12_648_448)], [(16_304, None), (16, 12_651_904)]),
-        # Pages that divide the largest page are only scaled, and pages of that size are unchanged.
+        # A page that divides the largest one is scaled without padding. The largest is unchanged.
         (
             [attention(16), attention(48, cls=SlidingWindowSpec, sliding_window=512)],
             [(48, None)] * 2,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's worker can allocate and view the plans of `min_waste`.
+"""vLLM's worker can allocate the pages that `min_waste` plans, and view them as tensors.
 
 The tests use vLLM's own backends and the functions that its model runner calls.
 """

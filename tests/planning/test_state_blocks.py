@@ -17,7 +17,7 @@ ATTENTION = FullAttentionSpec(block_size=256, num_kv_heads=2, head_size=64, dtyp
 
 @pytest.fixture
 def resolve(unregistered):
-    """Return a function that calls vLLM's check before the capture of CUDA graphs."""
+    """Return a function that runs the check that vLLM makes before it captures CUDA graphs."""
     plugin.register()
 
     def call(requests, spec=STATES, mode=CUDAGraphMode.FULL_AND_PIECEWISE, **arguments):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures of the plugin's tests.
 
-Tests that depend on vLLM's minor run twice: with the installed vLLM, and with the unpacked 0.33
-wheel in a process that `test_vllm_0_33.py` starts and in which it sets `EXPECTED_MINOR`. The 0.33
-wheel detects no device, so the platform is set to CPU there.
+Tests that depend on vLLM's version run twice: with the installed vLLM, and with the unpacked 0.33
+wheel. For the latter, `test_vllm_0_33.py` starts a process with the variable `EXPECTED_MINOR`. That
+wheel detects no device, so the process sets vLLM's platform to CPU.
 """
 
 import inspect

@@ -20,7 +20,7 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 
 @pytest.fixture
 def without_vllm(tmp_path):
-    """Return arguments and environment of a Python that can import only this package and pluggy."""
+    """Return arguments and environment that let Python import only this package and pluggy."""
     for package in (vllm_hybrid_kv, pluggy):
         folder = Path(package.__file__).parent
         (tmp_path / folder.name).symlink_to(folder, target_is_directory=True)

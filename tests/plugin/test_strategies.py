@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM plans and coordinates its cache with strategies, and the plugin checks their results."""
+"""vLLM plans its cache with the strategies that are set, and the plugin checks their results."""
 
 import importlib
 import logging

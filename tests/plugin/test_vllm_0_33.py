@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Test the plugin with the real wheel of vLLM 0.33, in a process that imports it, not 0.32."""
+"""Test the plugin with the real wheel of vLLM 0.33, in a process that imports that wheel."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from tests.conformance.releases import unpacked_wheel
 
 @pytest.fixture(scope="module")
 def report():
-    """Run the suites that depend on the minor of vLLM, and return the process with its output."""
+    """Run the suites that depend on vLLM's version. Returns the finished process."""
     return run_suites(SUITES, unpacked_wheel("0.33"), "0.33")
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A soak: vLLM's real scheduler runs random worlds of requests, with checks after every step."""
+"""A soak test of vLLM's real scheduler. A "world" is a random engine with random requests."""

@@ -4,7 +4,7 @@
     python -m tests.coordinator.soak [--steps 200000] [--seed N] [--world N] [--strategy NAME]
         [--out FILE]
 
-Exits with 1 at the first inconsistency and prints how to run its world again.
+Exits with 1 at the first inconsistency, and prints the command that repeats it.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ class Contents:
         self._seen: list[tuple[Any, ...] | None] = [None] * plan.num_blocks
 
     def check(self, meaning: Mapping[BlockHash, tuple[int, int]]) -> None:
-        """Check all blocks while no step is in flight. `meaning` has prefix and length by hash."""
+        """Check all blocks while no step is in flight. `meaning` maps hash to prefix and length."""
         for block in self._pool.blocks:
             if block.block_hash is None:
                 continue
@@ -145,7 +145,7 @@ class Contents:
             count = tokens - (tokens - 1) // spec.block_size * spec.block_size
             promised = self._prefixes.path(prefix, count)
             if group in self._worker.draft_groups:
-                # The last entry also depends on the next token, which no request may have had.
+                # A draft layer's entry also depends on the next token, unknown for the last entry.
                 promised = promised[1:]
         require(
             self._worker.differs(group, block.block_id, 0, promised) is None,
@@ -165,8 +165,8 @@ def check_policy(
     Args:
         scheduler: The scheduler.
         lost: Allocated blocks whose hashes were removed. vLLM does not cache them again, so later
-            checkpoints of a running request that need such blocks cannot be hit.
-        hashes: For each hash of a prefix, the hashes of a request that has this prefix.
+            checkpoints of a running request that need these blocks cannot be hit.
+        hashes: For each hash of a prefix, all block hashes of a request with this prefix.
         unhittable: Checkpoints that need lost blocks. Every call adds to this set.
     """
     coordinator = scheduler.kv_cache_manager.coordinator
@@ -228,7 +228,7 @@ def _check_hits(
     for checkpoint in coordinator.checkpoints.pinned:
         states = pool.get_cached_block(checkpoint.key, coordinator._state_groups)
         require(states is not None, "no state:", checkpoint)
-        # With draft layers, hits are not checked: their lookahead may belong to another request.
+        # With draft layers, hits are not checked: the lookahead may be another request's block.
         if not lost.isdisjoint(checkpoint.blocks):
             unhittable.add(checkpoint)
         if not coordinator.eagle_group_ids and checkpoint not in unhittable:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A KV connector that offers the scheduler tokens to load. The world performs the loads."""
+"""A KV connector that tells the scheduler what it could load. `World` performs the loads."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Load:
-    """Loads the tokens from `start` to `end` into a request's blocks (`tables`, by group).
+    """A load of the tokens from `start` to `end` into a request's blocks (`tables`, by group).
 
-    Loaded states are those after `end` tokens. If `is_async`, only the request waits for the load.
+    Loaded states are those after `end` tokens. If `is_async`, only this request waits for it.
     """
 
     request: Request
@@ -35,7 +35,7 @@ class Load:
 
 @dataclass
 class Transfer:
-    """Loads asynchronously or, without `load`, reads the blocks of an ended request.
+    """An asynchronous load or, without `load`, a read of an ended request's blocks.
 
     The connector reports the end of the transfer after `steps` more steps.
     """
@@ -53,8 +53,8 @@ class Metadata(KVConnectorMetadata):
 class SoakConnector(KVConnectorBase_V1, SupportsHMA):
     """Offers tokens of some requests, and holds the blocks of some ended requests for a while.
 
-    With several KV groups, vLLM requires whole blocks from an external store. vLLM then computes
-    the last token of a prompt, because a state cannot be reverted by one token.
+    With several KV groups, vLLM requires that a store offers whole blocks. The last token of a
+    prompt is not offered: vLLM must compute it, and cannot revert a state by one token.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -34,9 +34,9 @@ class Plan:
         scheduler_block_size: The least common multiple of the groups' block sizes.
         budget: Maximum tokens per step.
         long_prefill: Maximum tokens of a request's chunk, 0 for no limit.
-        lag: Steps scheduled ahead before a step's output is known, 0 if synchronous.
+        lag: How many steps the scheduler runs ahead of the known outputs, 0 if synchronous.
         drafting: `None`, `ngram`, or `mtp`.
-        connector: How a KV connector loads: `None`, `async`, `sync`, `both`.
+        connector: How a KV connector loads: `async`, `sync` or `both`. `None` if there is none.
         load_failure_policy: vLLM's `kv_load_failure_policy`.
         vocabulary: The number of different tokens. With few, unrelated requests share prefixes.
         reserve_full: vLLM's `scheduler_reserve_full_isl`.
@@ -132,7 +132,7 @@ class Plan:
         Plans with which vLLM itself fails are left unchanged. Unless hits end at whole blocks, its
         own coordinator caches wrong states (`upstream_fixes.PassedBlocks`). With draft tokens, its
         worker may overwrite the state that a request continues with. With draft layers and hits at
-        multiples of several blocks, it takes the exported state for a later one.
+        multiples of several blocks, it mistakes the exported state for a later one.
         """
         whole = self.unit == self.block_size == self.scheduler_block_size
         if self.drafting is not None or (self.strategy == "stock" and not whole):
@@ -205,9 +205,9 @@ def random_plan(rng: random.Random, strategy: str | None = None) -> Plan:
 def _states(rng: random.Random, strategy: str, draft_tokens: int) -> tuple[list[KVCacheSpec], int]:
     """Draw the layers of a model with states, and the hash unit.
 
-    All state blocks have vLLM's `mamba_block_size`. If hits end inside a block, vLLM supports only
-    windows with blocks of one hash unit, and chunked local attention with blocks of the alignment
-    of hits. `with_smaller_attention` says why `stock` has no smaller windows.
+    All state blocks have vLLM's `mamba_block_size`. If hits end inside a block, vLLM supports
+    windows only with blocks of one hash unit, and chunked local attention only if its blocks equal
+    the hits' alignment. `with_smaller_attention` says why `stock` has no smaller windows.
     """
     unit = rng.choice((2, 4))
     size = unit * rng.choice((1, 2, 4))

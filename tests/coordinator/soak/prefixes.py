@@ -16,7 +16,7 @@ LOST = -2
 
 
 class Prefixes:
-    """Numbers the prefixes of a world: equal tokens have equal numbers.
+    """Gives each prefix in a world a number. Equal prefixes have equal numbers.
 
     K, V and the state at a position depend on all tokens up to this position. The number of that
     prefix therefore represents them.

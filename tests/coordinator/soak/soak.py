@@ -21,7 +21,7 @@ class Soak:
     """Runs worlds and counts the events in all of them (`tally`)."""
 
     def __init__(self, seed: int, strategy: str | None = None) -> None:
-        """Give all worlds this coordinator strategy, or by default a random one each."""
+        """Run all worlds with one coordinator strategy. By default, each world draws its own."""
         self.seed = seed
         self.tally: Counter[str] = Counter()
         self._strategy = strategy

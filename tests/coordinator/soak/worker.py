@@ -41,7 +41,7 @@ class KnownRequest:
     Attributes:
         tables: Block ids by group.
         tokens: Its tokens, including outputs that the scheduler does not know yet.
-        prefixes: Numbers of the prefixes of its tokens.
+        prefixes: For each token, the number of the prefix that ends with it.
         column: The block table column of the states written last, or None.
         accepted: Accepted draft tokens of the last step, plus one. The current state is
             `accepted - 1` columns after `column`.
@@ -61,9 +61,9 @@ class KnownRequest:
 class Worker:
     """A worker whose blocks hold numbers of prefixes instead of K, V and states.
 
-    A block holds what any group wrote to it last. When a request runs, the worker checks everything
-    that its next token needs: K and V of all positions that attention reaches, and the state after
-    exactly the tokens before the next token.
+    A block holds what was written to it last, by whichever group. When a request runs, the worker
+    checks everything that the next token needs: K and V of all positions that attention reaches,
+    and the state after exactly the tokens before the next one.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Worker:
             return None
         if group in self.draft_groups:
             # The last entry before a possible end of a hit depends on the next token, which the
-            # hash does not cover. vLLM accepts that this entry makes drafts worse.
+            # hash does not cover. vLLM accepts that a wrong entry there makes drafts worse.
             unit = self._plan.unit
             wanted = zip(range(offset + 1, offset + 1 + len(values)), found, values, strict=True)
             if all(a == b for end, a, b in wanted if end % unit):
@@ -139,7 +139,7 @@ class Worker:
     def _runs(
         self, group: int, table: Sequence[int], start: int, end: int
     ) -> Iterator[tuple[int, int, int, int]]:
-        """Yield the part of each block: block id, first position, offset in the block, count."""
+        """Split tokens at block ends. Yields block id, first position, offset in block, count."""
         size = self._specs[group].block_size
         while start < end:
             count = min(end, (start // size + 1) * size) - start
@@ -323,7 +323,7 @@ class Worker:
     def _write_exported(self, sequence: KnownRequest, start: int, end: int) -> None:
         """Write the states that vLLM's backends export from within a chunk.
 
-        A backend knows only the chunk, so it computes the position as the scheduler does.
+        A backend knows only the chunk, so it computes the position by the scheduler's rule.
         """
         for group in self._states:
             spec = self._specs[group]

@@ -28,7 +28,7 @@ from vllm_hybrid_kv.coordinator import decode_snapshots
 
 STOP_TOKEN = 1
 REMEMBERED = 40
-"""How many sequences are remembered for later requests to continue or branch off."""
+"""How many past sequences a world keeps, so that later requests can extend or share them."""
 
 
 @dataclass

@@ -99,8 +99,8 @@ EDGES: dict[str, Case] = {
         )
     },
     **{
-        # With a query size of 100, float32 cannot express the ratio of the weights of two splits.
-        # With 64 processors one row has more splits than are merged at a time.
+        # With queries of 100, the weights of two splits differ by more than float32 can express.
+        # With 64 processors, one row has more splits than are merged at a time.
         f"{processors} processors, queries of {size}": Case(
             lengths=(2400, 0, 5, 300, 1), queries=(1, 1, 1, 2, 1), num_heads=1,
             dtype=torch.float16, plan={"processors": processors}, query_size=size,
@@ -125,11 +125,11 @@ EDGES: dict[str, Case] = {
         )
         for size in (1e-6, 1e-2, 1e3)
     },
-    # Unused scales are 61,280 (0x7B7B). If a kernel read them, the values' scales would vanish.
+    # If a kernel used the scales in unused memory, 61,280 (0x7B7B), the values would round to 0.
     "large numbers after the last token": Case(
         value_size=1e-5, unused=0x7B, dtype=torch.float32, **MIXED
     ),
-    # The first new token is at position 62, 63 and 64, next to the last of a tile.
+    # The first new tokens are at positions 62, 63 and 64, around the end of the first tile.
     "new tokens around the end of a tile": Case(lengths=(65, 66, 67), queries=(3, 3, 3)),
     "rows that see nothing of their first tile": Case(
         lengths=(65, 66, 67), queries=(3, 3, 3), options={"window": 1}
@@ -192,7 +192,7 @@ def test_partial_results_of_any_batch_fit_the_scratch_memory_without_overlap() -
 
 @interpreted
 def test_scales_far_apart_in_one_request_equal_the_reference() -> None:
-    """In one request the values' scales rise from the smallest to the largest, in one they fall."""
+    """The values' scales rise from smallest to largest in one request, and fall in the other."""
     batch = make(Case(lengths=(300, 300), queries=(1, 1), dtype=torch.float32, page_size=16))
     sizes = torch.logspace(-7, 3.9, 304).to(torch.float16)
     for request, order in enumerate((sizes, sizes.flip(0))):
@@ -207,7 +207,7 @@ def test_splits_merged_before_one_with_larger_weights_are_rescaled() -> None:
     for scales in batch.scales(0, 0, "key")[-8:]:
         scales *= 2
     plan = planned(batch, processors=64)
-    # The last split, with the largest scores, is not among the first that are merged.
+    # The last split has the largest scores, and it is not among those that are merged first.
     assert int(plan.items[0, 3]) > MERGED_AT_A_TIME
     assert_close(attend(batch, plan), expected(batch))
 
@@ -283,7 +283,7 @@ def fill_token(batch: Batch, request: int, token: int, half: int) -> None:
 def test_the_bytes_of_a_token_that_no_row_sees_have_no_influence(
     queries: int, options: dict[str, Any], split: bool
 ) -> None:
-    # The scales of such small values would vanish next to a hidden scale of 65504.
+    # If the kernel used a hidden token's scale of 65504, these small values would round to 0.
     case = Case(
         lengths=(150, 40), queries=(queries, 1), options=options, num_kv_heads=2,
         value_size=1e-5, dtype=torch.float32,
@@ -312,7 +312,7 @@ def test_the_bytes_of_a_token_that_no_row_sees_have_no_influence(
 def test_a_token_hidden_from_some_rows_has_no_influence_on_them(
     options: dict[str, Any], split: bool
 ) -> None:
-    # Weights times such scales are fp16 numbers some 2^-25 of the largest scale, 65504.
+    # These values' scales are some 2^-24 of 65504, so fp16 can still express weights times scales.
     case = Case(
         lengths=(150,), queries=(3,), options=options, value_size=1e-2, dtype=torch.float32
     )  # fmt: skip

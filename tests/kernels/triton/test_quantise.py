@@ -45,9 +45,9 @@ def test_every_16_bit_number_equals_the_reference(head_size: int, dtype: torch.d
 
 @interpreted
 def test_codes_at_every_rounding_boundary_equal_the_reference() -> None:
-    """Rows whose numbers lie halfway between two codes, and slightly to either side of it.
+    """The rows have numbers exactly halfway between two codes, and slightly below and above.
 
-    With 64 dims and scales of 1, rotating such rows is exact in float32.
+    With 64 dims and scales of 1, rotating these rows is exact in float32.
     """
 
     def rows(middles: torch.Tensor, largest: float) -> torch.Tensor:
