@@ -204,7 +204,7 @@ def test_the_division_of_a_prefill_does_not_change_its_bits(window: int | None, 
 
 EQUAL_BITS = [
     *(Case(head_size=n, **MIXED) for n in (64, 72, 96, 128, 512)),
-    # Decodes of several chunks, with 1 to 9 query heads that share a KV head.
+    # Decodes over several chunks, with 1 to 9 query heads that share a KV head.
     *(Case(lengths=(900,), num_heads=n, num_kv_heads=1) for n in range(1, 10)),
     *(Case(options=options, **MIXED) for options in OPTIONS),
     Case(lengths=(1500, 260), queries=(400, 260), dtype=torch.bfloat16),

@@ -82,7 +82,7 @@ def rotated(rows: torch.Tensor, part: str) -> torch.Tensor:
 
 
 def block_of(head_size: int) -> int:
-    """Return the size of the blocks of neighbouring dims that the rotation mixes."""
+    """Return how many neighbouring dims the rotation mixes: the power of 2 in the head size."""
     return head_size & -head_size
 
 
@@ -302,7 +302,7 @@ def test_a_nan_gives_its_token_and_head_nan_scales_and_the_codes_of_zeros(
 
 
 def query_step(rows: torch.Tensor) -> torch.Tensor:
-    """Return the size of one step of each query row's codes, float64 [T, 1]."""
+    """Return, for each query row, how large one step of its codes is, float64 [T, 1]."""
     sums = rotation_sums(rows.float()).double().abs().amax(-1, keepdim=True)
     return sums * k8v4.rotation_unit(rows.shape[-1]) / 127
 

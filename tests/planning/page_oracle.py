@@ -137,7 +137,7 @@ def exhaustive(specs, longest: int, tolerance: float, by_lcm: Fraction | None):
         return 1 - sum(parts) / (page * len(specs))
 
     largest = max(spec.real_page_size_bytes for spec in specs)
-    # Pages must be multiples of the sizes of all layers' dtypes.
+    # A page must be a multiple of the size of every layer's dtype.
     lowest = -(-largest // granularity(specs)) * granularity(specs)
     highest = max(highest_page(specs), lowest)
     reach = max(least_page(s) * (1 if is_state(s) else -(-longest // s.block_size)) for s in specs)

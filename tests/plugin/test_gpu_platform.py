@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On GPUs, engines with a k8v4 cache get our backend, and other TurboQuant presets get vLLM's."""
+"""On GPUs, engines with a k8v4 cache get our backend. Other TurboQuant presets get vLLM's own."""
 
 import logging
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""With any tensors, the GPU kernels give a correct result or raise before they write."""
+"""Whatever tensors they get, the GPU kernels give a correct result or raise before they write."""
 
 from __future__ import annotations
 
