@@ -3,14 +3,14 @@
 
     python -m benchmarks.cpu_attention [--out DIR] [--quick]
 
-One process calls all kernels in turn and takes medians. Every kernel cycles through enough caches
-to exceed the last-level cache, as the layers of a model do, so that keys and values come from
-memory; at least two. vLLM's kernel runs with its best block size, the instruction set that vLLM
-picks, and scheduler metadata made once, as its backend makes them once a step; ours with a plan
-made once.
+One process calls all kernels in turn and takes medians. Every kernel cycles through at least two
+KV caches, as a model cycles through its layers. Together they exceed the last-level cache, so keys
+and values come from memory. vLLM's kernel runs with its best block size and the instruction set
+that vLLM picks. Its scheduler metadata is made once, as its backend makes it once a step. Our plan
+is made once too.
 
-Ratios are medians over rounds of one round's times, because a shared machine changes its speed
-from one second to the next.
+A ratio is computed for every round, and its median is reported, because a shared machine changes
+its speed from one second to the next.
 
 For decode, the rate at which our kernels read keys and values is compared with that of `torch.sum`
 over a tensor of four times the last-level cache, measured before each row with the same threads.
@@ -56,7 +56,6 @@ class Shape(NamedTuple):
 
 
 def shapes(quick: bool) -> list[Shape]:
-    """Return the measured shapes."""
     lengths = (1024, 8192) if quick else (1024, 8192, 32768)
     return [
         shape
@@ -84,7 +83,7 @@ def read_bandwidth(numbers: torch.Tensor) -> float:
 
 
 def copies_needed(nbytes: int) -> int:
-    """Return how many copies of a tensor exceed the last-level cache twice, at least two."""
+    """Return how many copies of a tensor fill the last-level cache twice; at least two."""
     return max(2, -(-2 * last_level_cache_bytes() // nbytes))
 
 
@@ -93,7 +92,7 @@ def copies(cache: torch.Tensor) -> list[torch.Tensor]:
 
 
 def in_turn(function: Callable[[Any], object], arguments: Iterable[Any]) -> Kernel:
-    """Return a function that calls another one with each of some arguments in turn."""
+    """Return a function that passes the next one of `arguments` to `function` at each call."""
     calls = itertools.cycle(arguments)
     return lambda: function(next(calls))
 
@@ -110,7 +109,7 @@ def indices(shape: Shape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def vllm_kernel(shape: Shape, query: torch.Tensor, cache_dtype: str, chosen: str) -> Kernel:
-    """Return vLLM's kernel with an instruction set."""
+    """Return a function that runs vLLM's kernel with the instruction set `chosen`."""
     from vllm import _custom_ops as ops
 
     table, seq_lens, starts = indices(shape)
@@ -161,7 +160,7 @@ def vllm_kernel(shape: Shape, query: torch.Tensor, cache_dtype: str, chosen: str
 
 
 def our_kernel(shape: Shape, query: torch.Tensor, path: str) -> Kernel:
-    """Return our kernel with an instruction set."""
+    """Return a function that runs our kernel with the instruction set `path`."""
     table, seq_lens, starts = indices(shape)
     dims = (table.numel(), shape.kv_heads, BLOCK, k8v4.slot_bytes(shape.head_size))
     keys = torch.randn(table.numel() * BLOCK, shape.kv_heads, shape.head_size).to(query.dtype)
@@ -201,7 +200,7 @@ def times_of(kernels: dict[str, Kernel], seconds: float) -> dict[str, list[float
 
 
 def median_ratio(slower: list[float], faster: list[float]) -> float:
-    """Return how many times faster a kernel is, the median over rounds."""
+    """Return how many times faster one kernel is: the median of all rounds."""
     return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
 
 
@@ -225,13 +224,13 @@ def measure_quantising(
     """Return the times of quantising and of copying as many bytes."""
     count = copies_needed(2 * 2 * tokens * heads * head_size)
     sources = torch.randn(count, 2, tokens, heads, head_size, dtype=torch.bfloat16).unbind()
-    # One cache with a place for each source: a page for each would take a hundred times the memory
-    # for one token.
+    # Store all sources in one cache. If each source had pages of its own, one token would take a
+    # whole page, which is over a hundred times its size.
     pages = -(-count * tokens // BLOCK)
     cache = torch.zeros(pages, heads, BLOCK, k8v4.slot_bytes(head_size), dtype=torch.uint8)
     target = torch.empty_like(sources[0])
     slots = torch.arange(count * tokens).view(count, tokens).unbind()
-    # Half a round apart, because the source that one just read is in a cache for the other.
+    # The two start half a cycle apart, so that neither reads what the other left in a CPU cache.
     kernels = {
         "copy": in_turn(target.copy_, sources),
         "quantise": in_turn(

@@ -130,7 +130,6 @@ def _padding(before: Specs, plan: Mapping[str, KVCacheSpec]) -> float:
 
 
 def table(results: Mapping[str, Rows], load: float) -> str:
-    """Write the results as Markdown."""
     columns = ("layers, in equal parts or as listed", "strategy", "ms", "page", "padding")
     cells = [
         (mixture, f"`{name}`", *(row.cells() if row else ("no plan", "", "", "")))

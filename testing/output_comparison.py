@@ -97,8 +97,8 @@ def format_error(head_size: int) -> float:
     """Estimate the error of one layer's attention output with k8v4, relative to the output.
 
     The largest magnitude of D normal numbers is about sqrt(2 ln D) standard deviations, and
-    rotated keys, values and queries are nearly normal. Rounding to the nearest of steps has a
-    standard deviation of step / sqrt(12).
+    rotated keys, values and queries are nearly normal. Rounding to the nearest step causes an error
+    with a standard deviation of step / sqrt(12).
 
     * Values: a step is 1/8 of the largest magnitude. The relative error is
       e_v = sqrt(2 ln D) / (8 sqrt(12)): 0.104 at D = 64, 0.112 at D = 128.
@@ -108,7 +108,7 @@ def format_error(head_size: int) -> float:
       (`SCORE_SIZE`), and a softmax weight by e_s = sqrt(2) e S. Errors of many weights add up as
       the weighted values do: the output is off by e_s too.
 
-    Both together: sqrt(e_v^2 + e_s^2).
+    Together, the two errors are sqrt(e_v^2 + e_s^2).
     """
     largest = math.sqrt(2 * math.log(head_size))
     value_error = largest / (k8v4.VALUE_STEPS * math.sqrt(12))
@@ -130,7 +130,7 @@ def errors_of(
 
     The sum of a layer's attention with the residual stream and other branches is off by less than
     e = `format_error`. Later layers pass on the errors that they receive, and add their own. The
-    bounds assume that logits are then off by at most e of their standard deviation. The mean of
+    bounds assume that logits are then off by at most e standard deviations. The mean of
     normal errors would be sqrt(2/pi) e. Tails are heavier, because some positions attend to few
     tokens and others to many. With the exponential tails of a Laplace distribution, 99 of 100
     errors are within ln(100) / sqrt(2) = 3.26 e, and the largest of 2000 errors is expected at

@@ -67,8 +67,8 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run a command and return its status and output.
 
-    `environment` changes `os.environ`; variables with a name that begins as in `without` are left
-    out.
+    The command gets `os.environ`, changed by `environment`, but no variables whose names begin with
+    one of the prefixes `without`.
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(without)}
     return subprocess.run(

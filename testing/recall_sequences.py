@@ -21,7 +21,7 @@ import numpy as np
 
 BOS, EOS, PAD, COPY = range(4)
 FIRST_BYTE = 8
-"""The id of byte 0. The ids from 4 up to this one are reserved."""
+"""The id of byte 0. The ids from 4 to 7 are reserved."""
 FIRST_SYMBOL = FIRST_BYTE + 256
 VOCAB_SIZE = 2048
 FIRST_VALUE = (FIRST_SYMBOL + VOCAB_SIZE) // 2

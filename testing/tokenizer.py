@@ -80,7 +80,7 @@ def build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def word_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Return the ids of the tokens that are a word of the training text after a space."""
+    """Return the tokens that decode to a space and one whole word of the training text."""
     words = {f" {word}" for word in re.findall(r"[a-z]{3,}", TRAINING_TEXT)}
     return [
         token

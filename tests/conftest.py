@@ -72,8 +72,8 @@ def unregistered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # prometheus_client keeps a process's metrics, so their state must survive the test.
     metrics = {name: saved[name] for name in ("metrics_files", "metrics_owner")}
     vars(STATE).update(vars(ProcessState(**metrics)))
-    # If this module is imported, the plugin takes the process for the command `vllm`, and its
-    # errors end the process.
+    # The plugin recognises the command `vllm` by this module. If the module is imported, errors of
+    # the plugin end the process.
     monkeypatch.delitem(sys.modules, "vllm.entrypoints.cli.main", raising=False)
     yield
     active = STATE.active_patches

@@ -23,7 +23,7 @@ def convert(source: Path, out: Path) -> None:
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),
     )
-    # transformers still takes the model for a quantised one, and would refuse to save it.
+    # transformers still marks the model as quantised, and would refuse to save it.
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

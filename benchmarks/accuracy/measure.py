@@ -30,7 +30,7 @@ Scores = list[numpy.ndarray]
 
 @dataclass(frozen=True)
 class Variant:
-    """A cache to measure: a cache dtype of vLLM, or the bfloat16 cache with a rule."""
+    """A cache to measure: one of vLLM's cache dtypes, or bfloat16 after rounding by a rule."""
 
     name: str
     dtype: str = "auto"
@@ -122,7 +122,7 @@ def _score(
 
 
 def ratio(scores: Mapping[str, Scores], one: str, other: str) -> tuple[float, float, float]:
-    """Return the ratio of the mean KL divergences of two caches and its 95 % interval.
+    """Divide one cache's mean KL divergence by another's. Returns the ratio and its 95 % interval.
 
     The interval is a bootstrap over windows, the same windows for both caches, because positions
     of one window depend on each other.

@@ -83,7 +83,7 @@ def prompt_hashes(model: Model, seed: int) -> list[BlockHash]:
 def make_coordinator(
     coordinator_class: type[HybridKVCacheCoordinator], model: Model
 ) -> HybridKVCacheCoordinator:
-    """Make a coordinator whose pool has room for the prompts and as many others."""
+    """Make a coordinator whose pool has room for twice as many prompts as are looked up."""
     blocks = 2 * PROMPTS * sum(TOKENS // spec.block_size + 3 for spec in model.specs)
     return coordinator_of(layout_of(*model.specs, unit=model.unit), coordinator_class, blocks)
 
@@ -110,7 +110,7 @@ def fill(
     contents: Contents,
     prompts: list[list[BlockHash]],
 ) -> None:
-    """Cache `contents` of every prompt, and as many other prompts completely."""
+    """Cache the `contents` of every prompt, and all blocks of equally many other prompts."""
     free = iter(coordinator.block_pool.blocks[1:])
     others = [prompt_hashes(model, -1 - index) for index in range(len(prompts))]
     for hashes, cached in [

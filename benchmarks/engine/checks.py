@@ -19,7 +19,7 @@ from testing.engine_host import EngineError, EngineHost, Output
 from testing.output_comparison import Bounds, compare, decisive, far_from_unquantised
 
 SCORED = 8
-"""For this many texts, the longest, log-probabilities are compared with an unquantised cache."""
+"""How many texts, the longest ones, have log-probabilities compared with an unquantised cache."""
 
 
 @dataclass
@@ -136,7 +136,7 @@ class ModelChecks:
         self.engines.add(configuration.name, "drafts both accepted and rejected", verdict, detail)
 
     def _scores(self, engine: EngineHost) -> list[list[float]]:
-        """Compute the log-probabilities of scored prompts with outputs, without the first token."""
+        """Compute log-probabilities of the longest prompts and outputs, without the first token."""
         pairs = zip(self.prompts[-SCORED:], self.outputs[-SCORED:], strict=True)
         texts = [prompt + output.tokens for prompt, output in pairs]
         outputs = engine.generate(texts, 1, prompt_logprobs=True)

@@ -38,7 +38,8 @@ class Row:
         what: The outputs that were compared, or the batch that was not timed; empty for all.
         detail: The difference, or the reason.
         outputs: How many outputs were compared. They have `tokens` tokens in total.
-        apart: The largest difference of log-probabilities; the mean one from an unquantised cache.
+        apart: The largest difference of log-probabilities, or their mean difference if the
+            reference is an unquantised cache.
     """
 
     model: str
@@ -110,7 +111,6 @@ def write(results: Results, machine: dict[str, Any], folder: Path) -> None:
 
 
 def markdown(results: Results, machine: dict[str, Any]) -> str:
-    """Write the report as Markdown."""
     compared = [row for row in results.rows if row.verdict in COMPARED]
     others = [row for row in results.rows if row.verdict not in COMPARED]
     different, failed = (sum(r.verdict is v for r in results.failures) for v in FAILURES)

@@ -33,7 +33,7 @@ def _output(
 
 
 def _relative(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Return the relative error of a row, ||found - exact|| / ||exact||, as a mean over rows."""
+    """Compute each row's relative error ||found - exact|| / ||exact||; return the mean."""
     return float(((found - exact).norm(dim=-1) / exact.norm(dim=-1).clamp_min(1e-20)).mean())
 
 
@@ -53,8 +53,8 @@ def summarise(samples: Iterable[Sample]) -> list[dict[str, Any]]:
     """Return a row for each source and kind of query, with means over its samples.
 
     Returns:
-        For JSON: `errors` by rule, and `ratios`: format 2's error relative to each rule's, as a
-        mean over samples with its standard error.
+        Rows for JSON. `errors` has the mean error of each rule. `ratios` has format 2's error
+        divided by the rule's: the mean over samples and its standard error.
     """
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
     sizes: dict[str, dict[str, int]] = {}

@@ -31,7 +31,7 @@ class Sample:
 
     Attributes:
         name: The source: a distribution or a layer.
-        queries: float32 [Q, Hq, D] of the last Q tokens, by kind: score size or RECORDED.
+        queries: Maps a score size, or RECORDED, to the last Q tokens' queries, float32 [Q, Hq, D].
         key: float32 [L, H, D].
         value: float32 [L, H, D].
         scale: Factor of the scores.
@@ -87,7 +87,7 @@ def outlier_channels(one_of: int, size: float) -> Draw:
 
 
 def channel_means(generator: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
-    """Draw normal numbers around a mean for each dim that is three times as large, like a bias."""
+    """Draw normal numbers, and add to each dim a mean three times as large, like a bias."""
     return gaussian(generator, shape) + 3 * gaussian(generator, shape[1:])
 
 

@@ -72,7 +72,7 @@ def stored_bytes_equal_the_reference(
     Args:
         device: The kernel's device.
         head_size: D.
-        dtype: Of keys and values.
+        dtype: The dtype of keys and values.
         rows: A name of `store.ROWS`.
     """
     key, value = store.ROWS[rows](head_size, dtype)

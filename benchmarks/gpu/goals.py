@@ -98,7 +98,7 @@ def verdict(goal: Goal, results: Iterable[Result]) -> dict[str, Any]:
 
     Returns:
         The number furthest from the goal, its shape, the best number, the number of shapes, and
-        whether the goal is met: all None and 0 if no shape was measured.
+        whether the goal is met. Without measured shapes, their number is 0 and the rest is None.
     """
     found = [
         (number, "{heads}, batch {batch}, {length} tokens".format(**result["shape"]))

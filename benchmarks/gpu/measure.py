@@ -54,7 +54,7 @@ def _samples(calls: Sequence[Call], device: torch.device) -> list[float]:
 
 @contextmanager
 def leaving_out(name: str, left_out: dict[str, str]) -> Iterator[None]:
-    """Record the reason if a contender fails, and go on. Ours may only run out of memory."""
+    """Record the reason if a contender fails, and go on. Ours may fail only for lack of memory."""
     try:
         yield
     except Unavailable as error:

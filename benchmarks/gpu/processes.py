@@ -45,7 +45,7 @@ def share_out(
     count = max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) - 1))
     deadline = time.monotonic() + seconds
     results: list[Result | None] = []
-    # Each process has one torch thread. Leaving the pool ends all, so that none disturbs timing.
+    # Each process has one torch thread. Leaving the pool ends them all, before anything is timed.
     pools = multiprocessing.get_context("spawn")
     with pools.Pool(count, torch.set_num_threads, (1,)) as pool:
         pending = [pool.apply_async(function, (item,)) for item in items]

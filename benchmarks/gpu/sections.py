@@ -55,7 +55,7 @@ def copy_bandwidth(copied_bytes: int, device: torch.device, seconds: float) -> f
 def build(
     contenders: Sequence[type[Contender]], batch: Batch, layers: int
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Make contenders, by name, with caches for some layers. Also says why others are left out."""
+    """Make contenders that have caches for `layers` layers. Also returns why some are left out."""
     built: dict[str, Any] = {}
     left_out: dict[str, str] = {}
     for contender in contenders:
@@ -65,7 +65,9 @@ def build(
 
 
 def distances(outputs: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Return ||out - ours|| / ||ours|| of each contender with as many new tokens as ours.
+    """Return how far each contender's output is from ours: ||out - ours|| / ||ours||.
+
+    Contenders that compute another number of new tokens are skipped.
 
     Raises:
         RuntimeError: No output is close to ours.
@@ -151,7 +153,7 @@ def _measure_attention(
     apart = distances(outputs)
     for name, distance in apart.items():
         if not distance <= LARGEST_DISTANCE:
-            # It does different work, so its time cannot be compared.
+            # This contender computes something else, so do not compare its time.
             del calls[name]
             left_out[name] = f"its output is {distance:.2f} of the size of ours away from ours"
     plan = f"{Ours.name}, plan"

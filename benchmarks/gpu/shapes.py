@@ -104,7 +104,7 @@ class Job:
 
     Attributes:
         section: One of `SECTIONS`.
-        shape: The batch. For `store` its `tokens` are new.
+        shape: The batch. For `store`, all its tokens are new.
         rank: Jobs of a lower rank come first. Rank 0 decides a goal.
     """
 
@@ -134,8 +134,8 @@ def jobs(
 
     Args:
         heads: Shapes of heads for every section.
-        batches, lengths: Of decode, in all combinations.
-        verified: Batches and lengths of verification.
+        batches, lengths: For decode, which measures every combination.
+        verified: Pairs of batch and length for verification.
         contexts: Tokens before each chunk.
         prompts: Tokens of whole prompts.
         stored: Numbers of tokens to store.

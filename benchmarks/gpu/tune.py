@@ -2,9 +2,9 @@
 """`--tune`: find the fastest tile sizes on this GPU, and print rows for `tuning.MEASURED`.
 
 For each head size and number of rows (an entry of `MOST_ROWS`), candidates run on the same caches:
-first all tile sizes, then, with the best of them, several ways to split the keys. A candidate that
-does not compile, launch or agree with the derived size is rejected. The derived size stays unless
-another is faster by `WORTHWHILE`.
+first all tile sizes, then, with the best of them, several ways to split the keys. All are compared
+with the derived size (`derived_tiling`). A candidate is rejected if it does not compile or launch,
+or if its output differs. It gets a row only if it is faster by `WORTHWHILE`.
 """
 
 from __future__ import annotations
@@ -165,8 +165,8 @@ def tune(folder: Path, device: torch.device, budget: Budget) -> int:
 
     Args:
         folder: For the file.
-        device: The GPU. In the interpreter only a few candidates of one task run.
-        budget: Time, shared evenly among the rows.
+        device: The GPU. The interpreter tries only a few candidates, for a single task.
+        budget: The time, which the rows share evenly.
     """
     capability = capability_of(device)
     wanted = [Task(16, SMALL, (Shape(SMALL, 1, 70),))] if interpreted() else tasks()

@@ -22,7 +22,6 @@ Row = Mapping[str, Any]
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """Write a result as Markdown."""
     lines = [
         "# Prefix cache hits in vLLM's scheduler, without a model",
         "",

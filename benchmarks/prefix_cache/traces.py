@@ -58,8 +58,9 @@ def agents(requests: int, seed: int = 0) -> list[TracedRequest]:
 def short_prompts(requests: int, seed: int = 0) -> list[TracedRequest]:
     """Return a trace of short prompts, most of which share nothing.
 
-    New prompts have 30 to 1,500 tokens. 10 % repeat one of the last 200 with a whole block. 15 %
-    continue one of these, each at most once, with its answer and 20 to 200 more tokens.
+    New prompts have 30 to 1,500 tokens. 10 % of the requests repeat one of the last 200 prompts
+    that fill a block. 15 % continue one of these prompts with its answer and 20 to 200 more
+    tokens; no prompt is continued twice.
     """
     draw = random.Random(seed)
     ids = itertools.count()

@@ -16,18 +16,18 @@ from vllm_hybrid_kv.kernels.cpu import isa, paged_attention
 from vllm_hybrid_kv.kernels.k8v4 import PageFormat
 
 # Kernels round weights to 15 or 16 bits, relative to the largest of up to 256 tokens. The errors in
-# a row are independent, so they grow with the root of the tokens: 1.3e-4 of a row is usual.
+# a row are independent, so they grow with the root of the tokens. Usually they add up to 1.3e-4.
 _WEIGHTS = 2.5e-4
-# Largest ||out - reference|| / ||reference|| over the dims of one row, by dtype: the rounding of
-# weights, and of outputs to 11 or 8 bits.
+# Largest ||out - reference|| / ||reference|| over the dims of one row. Weights are rounded, outputs
+# too, to 11 or 8 bits.
 TOLERANCE = {
     torch.float32: _WEIGHTS,
     torch.float16: _WEIGHTS + 2.0**-11,
     torch.bfloat16: _WEIGHTS + 2.0**-8,
 }
 # Largest |lse - reference|, absolute and relative. Scores are exact integer products times scales.
-# Errors come from single float32 operations (2^-24 of 43 under a soft cap of 30), from the sums of
-# weights and, in the reference, from the sums of products.
+# Errors come from rounding in float32: of single operations (2^-24 of 43 under a soft cap of 30),
+# of sums of weights and, in the reference, of sums of products.
 LSE_TOLERANCE = {"atol": 5e-6, "rtol": 2e-6}
 
 PATHS = isa.available()

@@ -114,7 +114,7 @@ def planned(batch: Batch, **options: Any) -> LaunchPlan:
 
 
 def attend(batch: Batch, plan: LaunchPlan | None = None, into: Outputs | None = None) -> Outputs:
-    """Run the kernels; the outputs are `into`, or new tensors filled with `UNWRITTEN` before."""
+    """Run the kernels. They write to `into`, or to new tensors that are full of `UNWRITTEN`."""
     if into is None:
         lse_shape = batch.query.shape[:2]
         lse = torch.full(lse_shape, UNWRITTEN, dtype=torch.float32, device=batch.query.device)

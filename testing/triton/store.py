@@ -37,7 +37,7 @@ def differing_bytes(
     page_size: int = 16,
     padding: int = 0,
 ) -> int:
-    """Store rows with kernel and reference; count differing bytes, those around pages included."""
+    """Store rows with kernel and reference; count differing bytes, also around the pages."""
     count, (_, heads, head_size) = len(slots), key.shape
     blocks = max(1, int(slots.max()) // page_size + 1) if count else 1
     expected, cache = pages(blocks, heads, page_size, head_size, padding)

@@ -16,7 +16,7 @@ from vllm_hybrid_kv.patches.mechanism import Target, source_hash, source_of
 TABLES = ("PATCHED", "RELIED_ON")
 
 SIMILAR = 0.5
-"""A function in another module counts as moved if its name is equal and this share of lines is."""
+"""A function has moved if another module has one with its name that is at least this similar."""
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,8 @@ def arguments(model: Path, case: Case, **more: Any) -> dict[str, Any]:
     """Return the arguments of a case's engine, changed by `more`.
 
     The outermost layers of Gemma3 stay unquantised, so it has blocks of two lengths, and hits end
-    at common multiples of both. With vLLM's default block size of 128 the smallest is 640 tokens,
-    which is longer than most of the prompts.
+    at common multiples of both. With vLLM's default block size of 128, the smallest common multiple
+    would be 640 tokens, more than most prompts have.
     """
     if case.model == "gemma3":
         boundary = {"hybrid_kv": {"boundary_layers": 2}}
@@ -222,7 +222,7 @@ def test_the_gpu_kernels_give_the_output_of_the_cpu_kernels(
 def earliest_draft(
     texts: Texts, bounds: Bounds, tokens: int, chunk: int
 ) -> tuple[tuple[list[int], Output], int]:
-    """Return prompt and output of the text that gets a draft first, and after how many tokens."""
+    """Find the text that gets a draft first; return it, and after how many tokens that happens."""
     found = []
     for prompt, output in zip(texts.prompts, texts.outputs, strict=True):
         repeats = [

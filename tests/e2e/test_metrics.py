@@ -32,7 +32,7 @@ OURS = "vllm_hybrid_kv:"
 
 @dataclass(frozen=True)
 class Served:
-    """What a server did that answered chats and was then stopped with SIGTERM.
+    """What was seen of a server that answered chats and was then stopped with SIGTERM.
 
     `after` holds scrapes of its metrics, `cached` the number of cached tokens of each answer,
     `folders` the permissions of its metrics folders, `left` the folders that it left behind.

@@ -31,7 +31,7 @@ WORSE = 0.005
 LESS_SURE = 0.003
 """How much higher the mean negative log-probability of right answers may be."""
 ENOUGH = 200
-"""Compare only distances and depths with so many questions; then one question is at most 0.5 %."""
+"""Distances and depths with fewer questions are not compared. One of 200 questions is 0.5 %."""
 
 DIFFERENT = "recalls"
 """Matches the message about an engine that recalls worse."""
@@ -137,7 +137,7 @@ def answer(engine: EngineHost, asked: list[Sequence]) -> Tally:
 def copied_share(
     engine: EngineHost, lengths: Iterable[int] = LENGTHS, tokens: int = COPIED, **how: bool
 ) -> float:
-    """Let the engine continue copies; return the share of right tokens before their ends."""
+    """Let the engine continue copies; return the share of right tokens within the copies."""
     prompts, wanted = copies(3, lengths)
     outputs = engine.generate(prompts, tokens, **how)
     pairs = [

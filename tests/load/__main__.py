@@ -4,10 +4,10 @@
     python -m tests.load [--model llama] [--minutes 10] [--out FILE]
 
 Sends 500 requests of random lengths to `vllm serve`, 16 at a time, repeatedly. The client cancels
-some of them, and the KV cache is so small that requests are preempted. The exit status is 1 if a
-request failed, if no request was preempted, or if the server's memory grew. It is also 1 if an
-answer first differs at a token that was not a close choice from the answer to the same request sent
-alone, without a prefix cache.
+some of them, and the KV cache is so small that requests are preempted. Afterwards each request is
+sent alone, without a prefix cache. The exit status is 1 if a request failed, if no request was
+preempted, if the server's memory grew, or if an answer is wrong. It is wrong if the first token
+that differs from the answer sent alone was not a close choice.
 
 `vllm bench serve` measures load too, but it neither cancels requests nor compares answers.
 """
@@ -73,7 +73,7 @@ ARGUMENTS = (
     *("--served-model-name", MODEL, "--kv-cache-dtype", "turboquant_k8v4", "--dtype", "float32"),
     *("--max-model-len", "1024", "--max-num-seqs", str(AT_ONCE), "--enable-prefix-caching"),
     *("--gpu-memory-utilization", "0.3", "--enforce-eager", "--block-size", "32"),
-    # So few blocks are not enough for 16 requests, so some are preempted.
+    # 120 blocks are not enough for 16 requests, so some requests are preempted.
     *("--num-gpu-blocks-override", "120"),
     # vLLM caches oneDNN's preparations for every number of tokens in a step, which looks like a
     # leak: for 40 matrices, 380 MiB after 257 steps of up to 700 tokens. With steps of up to 64

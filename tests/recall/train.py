@@ -35,7 +35,7 @@ TEXT_WEIGHT = 0.2
 
 
 def batch(draw: np.random.Generator, length: int, rows: int, first: bool) -> tuple[list, list]:
-    """Draw kinds and sequences. The first stage gets more copies, because they answer the most."""
+    """Draw kinds and sequences. The first stage gets more copies, which have the most answers."""
     shares = [0.3, 0.6, 0.1] if first else [0.5, 0.3, 0.2]
     kinds = list(draw.choice(list(KINDS), p=shares, size=rows))
     return kinds, [KINDS[kind](draw, length) for kind in kinds]
@@ -60,7 +60,7 @@ def losses(model, rows: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor, tor
 
 
 def rate(step: int, full_since: int | None) -> float:
-    """Return the learning rate of a step. Sequences have the full length since `full_since`."""
+    """Return the learning rate of a step. Sequences reached full length at step `full_since`."""
     if full_since is not None:
         return LEARNING_RATE * max(0.0, 1 - (step - full_since) / LAST_STEPS)
     return LEARNING_RATE * min(1.0, (step + 1) / WARM_UP_STEPS)

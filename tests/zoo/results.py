@@ -34,7 +34,7 @@ class Results:
 
     Args:
         path: The file, which may not exist yet.
-        keep: Whether a row that older code computed is up to date, too.
+        keep: Whether rows that older code computed count as up to date.
     """
 
     def __init__(self, path: Path = RESULTS, keep: bool = False) -> None:

@@ -129,7 +129,7 @@ def _measure(llm: Any) -> dict[str, Any]:
 
 
 def _difference(one: Any, other: Any) -> float:
-    """Return how far log-probabilities are apart before tokens differ; inf after a clear choice."""
+    """Compare log-probabilities until a token differs; return inf if a clear first choice does."""
     if one.tokens[0] != other.tokens[0] and max(one.margins[0], other.margins[0]) > 0.5:
         return math.inf
     largest = 0.0

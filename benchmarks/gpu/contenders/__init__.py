@@ -107,7 +107,7 @@ class Contender:
     """A kernel with the caches of several layers.
 
     Attributes:
-        name: As in tables.
+        name: The name in tables.
         stored: The format of the cache: k8v4, bf16 or fp8.
         note: Conditions under which the kernel ran, for the report.
     """

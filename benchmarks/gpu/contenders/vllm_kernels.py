@@ -22,8 +22,8 @@ class StockBackend:
         attention = vllm_module("vllm.config.attention")
         workspace = vllm_module("vllm.v1.worker.workspace")
         heads = batch.shape.heads
-        # The constructor reads these defaults and, for AMD's kernels, the longest request from
-        # the engine's configuration.
+        # The constructor reads two parts of the engine's configuration: these defaults and, for
+        # AMD's kernels, the length of the longest request.
         configuration = SimpleNamespace(
             attention_config=attention.AttentionConfig(),
             model_config=SimpleNamespace(max_model_len=batch.shape.length),
@@ -54,7 +54,7 @@ class StockBackend:
 
 
 class Stock(Contender):
-    """vLLM's k8v4: two kernels decode one new token, a loop over requests handles several.
+    """vLLM's k8v4. Two kernels decode one new token per request; several take a loop over requests.
 
     Each of up to 128 new tokens of a request is decoded like a request of its own. With more,
     cached tokens are dequantised to fp16, copied next to the new keys and values, and
@@ -225,7 +225,7 @@ class UnifiedBf16(_Paged):
         """Allocate the scratch memory of the split path, as vLLM's metadata builder does."""
         backend = vllm_module("vllm.v1.attention.backends.triton_attn")
         shape, device = batch.shape, batch.device
-        # vLLM rounds this to a captured graph size, but 2 to 32 KV heads already give such a size.
+        # vLLM rounds the threshold to the size of a captured graph; 2 to 32 KV heads give one.
         threshold = backend.MIN_LAUNCH_GRID_SIZE_2D // shape.heads.kv
         segments = backend.NUM_PAR_SOFTMAX_SEGMENTS
         if device.type == "cuda" and torch.cuda.get_device_capability(device) == (12, 0):
