@@ -76,7 +76,6 @@ def measure(model: Model, contents: Contents) -> dict[str, Any]:
 
 
 def report(lookups: list[dict[str, Any]], load: float) -> str:
-    """Write the results as Markdown."""
     rows = []
     for row in lookups:
         times = [

@@ -19,7 +19,7 @@ from testing.engine_host import EngineError, EngineHost, Output
 from testing.output_comparison import Bounds, compare, decisive, far_from_unquantised
 
 SCORED = 8
-"""How many texts, the longest ones, have log-probabilities compared with an unquantised cache."""
+"""The log-probabilities of this many texts, the longest, are compared with an unquantised cache."""
 
 
 @dataclass

@@ -2,8 +2,8 @@
 """Define rules that store keys and values, and what each does to queries.
 
 A rule's functions quantise and dequantise float32 [..., D], where a row of D numbers belongs to one
-token and head. Except for e4m3, a number of a key and one of a value take 12 bits together, and
-every row takes four more bytes.
+token and head. All rules except e4m3 store keys in 8 bits, values in 4 bits, and four more bytes
+for each token and head.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def e4m3(x: torch.Tensor) -> torch.Tensor:
 
 
 def min_max(value: torch.Tensor) -> torch.Tensor:
-    """Imitate vLLM's `_store_quantized_value`, which computes codes before it rounds the scale."""
+    """Imitate vLLM's `_store_quantized_value`: it computes codes, then rounds scale and zero."""
     lo, hi = value.amin(-1, keepdim=True), value.amax(-1, keepdim=True)
     scale = ((hi - lo) / _LAST_CODE).clamp_min(1e-8)
     codes = ((value - lo) / scale + 0.5).floor().clamp(0, _LAST_CODE)

@@ -18,8 +18,8 @@ from vllm_hybrid_kv.kernels.k8v4 import PageFormat
 # Kernels round weights to 15 or 16 bits, relative to the largest of up to 256 tokens. The errors in
 # a row are independent, so they grow with the root of the tokens. Usually they add up to 1.3e-4.
 _WEIGHTS = 2.5e-4
-# Largest ||out - reference|| / ||reference|| over the dims of one row. Weights are rounded, outputs
-# too, to 11 or 8 bits.
+# Largest ||out - reference|| / ||reference|| over the dims of one row. It allows for
+# rounding weights, and for rounding outputs to 11 or 8 bits.
 TOLERANCE = {
     torch.float32: _WEIGHTS,
     torch.float16: _WEIGHTS + 2.0**-11,

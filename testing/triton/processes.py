@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run Triton in child processes that interpret kernels on CPU tensors or compile them for GPUs.
 
-Triton chooses between interpreting and compiling when a kernel or its own library is defined, so a
-process that has imported Triton cannot change its choice.
+Triton chooses between interpreting and compiling when a kernel is defined. That includes Triton's
+own library, so a process that has imported Triton cannot change the choice.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from tests.conformance.releases import RELEASES, ConformanceError
 
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], Future[Report]]]:
-    """Start vLLM's tests for all selected minors and strategies, as many at a time as CPUs."""
+    """Start vLLM's tests for all selected minors and strategies, one at a time per CPU."""
     selected = [
         (item.callspec.params["minor"], item.callspec.params["strategy"])
         for item in request.session.items

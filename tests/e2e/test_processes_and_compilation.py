@@ -4,8 +4,9 @@
 These engines add the same numbers in another order. With an unquantised cache, the order moves the
 log-probabilities of 1966 prompt tokens by at most 4.2e-5 (two processes) and 5.6e-5 (compiled).
 With a k8v4 cache it moves them by 0.13 and 0.15, because a key close to the middle between two
-codes can get the other code. Of 81,920 keys, 6 and 4 change their code in the first quantised
-layer, over 3,500 in the fourth. Tokens before the first changed key agree. Hence three checks:
+codes can get the other code. In the first quantised layer this happens to 6 (two processes) and 4
+(compiled) of 81,920 keys, in the fourth to over 3,500. Tokens before the first changed key agree.
+Hence three checks:
 
 * Most of the first tokens of prompts see no changed code. The median difference of their
   log-probabilities is below 1e-4, twice the largest difference with an unquantised cache.

@@ -11,7 +11,7 @@ CACHED_APART = 0.15
 """How far cached log-probabilities of a bfloat16 model may be from fresh ones."""
 
 STATES_APART = 1.0
-"""How far they may be if the model has states, rounded to bfloat16 after each chunk of a prompt."""
+"""The same for a model with states, which are rounded to bfloat16 after each chunk of a prompt."""
 
 
 def verdict(row: dict[str, Any], states: bool) -> list[str]:

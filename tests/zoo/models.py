@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configurations of architectures, with the fields that decide their KV cache.
 
-If `tests.zoo.language_models` maps an architecture to another one, it has the configuration of
-that one. Of the others, those in `SIZES` have the fields of published checkpoints. The rest have
-the defaults of the config class in transformers or vLLM.
+An architecture that `tests.zoo.language_models` maps to another one has that one's configuration.
+Architectures in `SIZES` have the fields of published checkpoints. The rest have the defaults of the
+config class in transformers or vLLM.
 """
 
 from __future__ import annotations

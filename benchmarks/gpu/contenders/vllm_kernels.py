@@ -54,7 +54,7 @@ class StockBackend:
 
 
 class Stock(Contender):
-    """vLLM's k8v4. Two kernels decode one new token per request; several take a loop over requests.
+    """vLLM's k8v4: two kernels for one new token per request, a loop over requests for several.
 
     Each of up to 128 new tokens of a request is decoded like a request of its own. With more,
     cached tokens are dequantised to fp16, copied next to the new keys and values, and
@@ -142,7 +142,7 @@ class _Paged(Contender):
 class VllmFlashBf16(_Paged):
     """vLLM's compiled FlashAttention over pages: version 3 on Hopper, 2 before.
 
-    With version 3 the work is scheduled once a step, with the splits of vLLM's full graphs.
+    With version 3 the work is scheduled once a step, and split as in vLLM's full graphs.
     """
 
     name = "FlashAttention bf16"

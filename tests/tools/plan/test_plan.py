@@ -229,7 +229,7 @@ def test_the_advice_of_the_padding_warning_reduces_the_padding(
 
 
 def hits_of(engine, *lengths):
-    """Send two equal prompts of each length; return how many tokens of each second one hit."""
+    """Send two equal prompts of each length; return how many tokens the second ones hit."""
     requests = [
         TracedRequest(0.0, length, 4, tuple(range(1000 * length, 1000 * length + length // 512)))
         for length in lengths
