@@ -15,7 +15,7 @@ its speed from one second to the next.
 For decode, the rate at which our kernels read keys and values is compared with that of `torch.sum`
 over a tensor of four times the last-level cache, measured before each row with the same threads.
 
-Quantising is compared with a plain copy of as many bytes as it reads, in the same process.
+Quantising is compared with a plain copy of the bytes that it reads, in the same process.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def measure_attention(shape: Shape, seconds: float) -> dict[str, list[float]]:
 def measure_quantising(
     heads: int, head_size: int, tokens: int, seconds: float
 ) -> dict[str, list[float]]:
-    """Return the times of quantising and of copying as many bytes."""
+    """Return the times of quantising keys and values, and of copying them."""
     count = copies_needed(2 * 2 * tokens * heads * head_size)
     sources = torch.randn(count, 2, tokens, heads, head_size, dtype=torch.bfloat16).unbind()
     # Store all sources in one cache. If each source had pages of its own, one token would take a

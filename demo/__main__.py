@@ -31,7 +31,7 @@ SERVE_ARGUMENTS = (
     *("--served-model-name", "demo"),
     *("--kv-cache-dtype", "turboquant_k8v4"),
     *ENGINE_ARGUMENTS,
-    # vLLM requires this share of the memory to be free. By default it is 0.92, too much for most.
+    # vLLM requires this share of the memory to be free. The default is 0.92, which is rarely free.
     *("--gpu-memory-utilization", "0.3"),
 )
 

@@ -36,8 +36,8 @@ class Case:
 
 # float32 rounds at 1e-7. If rounding moves a key or a value across the boundary between two codes,
 # the stored number changes by a whole step. That always happens to a few of a prompt's 100,000
-# numbers, and these change more numbers in later layers. Which ones depends on the order of sums,
-# and therefore on the CPU.
+# numbers, and these change more numbers in later layers. Which numbers change depends on the order
+# of sums, and therefore on the CPU.
 # With AVX-512, float32 log-probabilities moved by up to 0.03 between batches, chunks and cached
 # prompts, and by up to 0.16 with two processes or compilation. With AVX2 they moved by up to 0.078
 # between batches.

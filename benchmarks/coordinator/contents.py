@@ -38,9 +38,9 @@ class Contents:
     """Which parts of every prompt are cached.
 
     Attributes:
-        name: For tables.
+        name: The name in tables.
         attention: Full attention is cached for this share of the prompt, from its start.
-        others: States and windows are cached only at the end of this share; 1 means everywhere.
+        others: States and windows are cached only where this share ends; 1 means everywhere.
     """
 
     name: str

@@ -151,7 +151,7 @@ def jobs(
         for of in heads
     ]
     for place, of in enumerate(heads):
-        # Every section measures two shapes of heads before any measures the others.
+        # Every section measures two shapes of heads before any section measures more.
         rank = int(place >= 2)
         for batch, length in verified:
             found.append(Job("verify", Shape(of, batch, length, verified_tokens), rank))

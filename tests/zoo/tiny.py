@@ -32,8 +32,8 @@ SMALLER: dict[str, int] = {
     "hidden_size_per_layer_input": 64, "num_kv_shared_layers": 3,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4,
 }  # fmt: skip
-"""The largest values of fields. Each token uses all experts, because a choice of some would depend
-on rounding."""
+"""The largest values of fields. Each token uses all experts, because choosing some would depend on
+rounding."""
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "GraniteMoeHybridForCausalLM": {"mamba_n_heads": 16, "attention_multiplier": 0.125},

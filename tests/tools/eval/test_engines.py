@@ -74,7 +74,7 @@ def test_the_perplexity_is_that_of_transformers(numbers, by_transformers):
 
 
 def test_a_quantised_cache_diverges_a_little_everywhere(numbers, work):
-    # If states were compared with those of another position, the mean would be 10 nats or more.
+    # If hidden states were compared with another position's, the mean would be 10 nats or more.
     auto, k8v4 = numbers["caches"]
     assert (auto["name"], k8v4["name"]) == ("auto", CACHE)
     assert (auto["quantised_layers"], auto["unquantised_layers"]) == (0, 8)
