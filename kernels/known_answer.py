@@ -11,7 +11,7 @@ The tokens are chosen so that a wrong kernel fails:
 * Its first tokens are before the window and never stored. Their slots and all memory that no
   request owns have infinite scales. Whole pages before the window become the null block.
 * The first and last tokens that a row sees have large weights, so none of them can be missed.
-* A second request ends with a NaN in one KV head, which only its last token may output.
+* A second request ends with a NaN in one KV head. Only its last token may output NaN.
 """
 
 from __future__ import annotations
@@ -227,8 +227,8 @@ def _requests(variant: Variant, queries: Sequence[int]) -> list[_Request]:
     heads, head_size, most = variant.num_kv_heads, variant.head_size, max(queries)
     hidden = HIDDEN if variant.window else 0
     context = HIDDEN + WINDOW - 1
-    # Keys are random, except at both ends and in the middle of what a row sees. Those are constant,
-    # and because queries have a mean of 0.5, they weigh a hundred times as much as the others.
+    # Keys are random, except that they are constant at both ends and in the middle of what a row
+    # sees. Because queries have a mean of 0.5, constant keys weigh a hundred times as much.
     query = (_normal(1, most, variant.num_heads, head_size) + 0.5).to(variant.dtype)
     key = _normal(2, context + most, heads, head_size).to(variant.dtype)
     key[[hidden, context // 2, *range(context, context + most)]] = 9.2 * head_size**-0.5
@@ -243,7 +243,7 @@ def _requests(variant: Variant, queries: Sequence[int]) -> list[_Request]:
         requests.append((new, key[:length], value[:length], hidden, expected))
         short = [tensor[: SHORT + count].clone() for tensor in (key, value)]
         short[count % 2][-1, 0, -1] = math.nan
-        # The NaN token reaches the output by its value. Its key must not affect other tokens.
+        # The NaN token reaches the output through its value. Its key must not affect other tokens.
         read = reference.dequantise(reference.quantise(*short))
         keys = read[0].nan_to_num(0.0)
         expected, _ = reference.attend(rounded, keys, read[1], **_options(variant))

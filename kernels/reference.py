@@ -169,8 +169,8 @@ def store(
     regions = cache.view(cache.shape[0], num_heads, -1)
     keys = quantised.key_codes[kept].view(torch.uint8) ^ page_format.key_sign_flip
     regions[block, head, key[t][:, None]] = keys
-    # Every token has the same dims in low nibbles. The i-th of them and the i-th of the other dims
-    # share a byte.
+    # Every token has the same dims in low nibbles. The i-th dim of the low nibbles shares a byte
+    # with the i-th dim of the high nibbles.
     low = shift[0] == 0
     codes = quantised.value_codes[kept]
     pairs = codes[..., low] | codes[..., ~low] << 4

@@ -6,7 +6,7 @@ Importing this package is cheap; the first use of a kernel loads numba. Its modu
     isa.py            the instruction sets, and which of them this CPU can run
     attention.py      `paged_attention`: checks, workspace, choice of the instruction set
     plan.py           `plan_attention`: divides a batch into work items
-    work_item.py      all of a work item but its products: pages, weights, merging, results
+    work_item.py      the steps of a work item except its products: pages, weights, merging
     attend_*.py       the kernel of each instruction set
     products.py       integer dot products with AVX-512 VNNI or plain vectors
     softmax.py        the online softmax of a row, and its weights as integers

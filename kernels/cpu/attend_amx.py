@@ -3,9 +3,9 @@
 
 AMX loads keys directly from a page. Value codes are first split into bytes in scratch memory.
 
-Instructions name the eight tile registers by number. 0-3 hold sums, 4 the rows (queries or
-weights), 5-7 keys or values. If the upper and lower bytes of weights do not fit one register, 7
-holds the lower ones.
+Instructions name the eight tile registers by number. Registers 0-3 hold sums, register 4 holds the
+rows (queries or weights), and 5-7 hold keys or values. If register 4 has no room for the lower
+bytes of the weights, register 7 holds them.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ def _store(e: Emitter, number: int, address: ir.Value, stride: ir.Value) -> None
 
 @inline_llvm
 def _configure(e: Emitter, configuration: Int64, rows: Int64) -> None:
-    """Give tiles 0 to 4 `rows` lines and the others 16. Writes 64 bytes at `configuration`."""
-    # Byte 0 selects palette 1: eight tiles of 1 KB. Bytes 16 on are each tile's bytes per line,
-    # bytes 48 on its number of lines.
+    """Configure tiles 0-4 with `rows` lines and 5-7 with 16. Writes 64 bytes at `configuration`."""
+    # Byte 0 selects palette 1, which has eight tiles of 1 KB. From byte 16 on, 16-bit numbers say
+    # how long a line of each tile is; from byte 48 on, bytes say how many lines each tile has.
     words: ir.Value = constant(I8, [1, *[0] * 15, *[LINE, 0] * 8, *[0] * 16, *[16] * 8, *[0] * 8])
     for tile in range(5):
         words = e.b.insert_element(words, e.b.trunc(rows, I8), I32(48 + tile))
@@ -88,8 +88,8 @@ def _multiply_keys(
 ) -> None:
     """Multiply the queries with four key tiles, and prefetch four tiles of `ahead`.
 
-    An operand holds 64 dims. For an odd multiple of 32 dims, the last operand reads 512 bytes past
-    the tile, which are still in the page, and multiplies them by zeros.
+    An operand holds 64 dims. If the head size is an odd multiple of 32, the last operand includes
+    the 512 bytes after the tile. They are still in the page, and are multiplied by zeros.
     """
     for tile in range(4):
         _tile(e, "tilezero", tile)
@@ -122,11 +122,11 @@ def _split_values(
     to: Int64,
     ahead: Int64,
 ) -> None:
-    """Split the value codes of 64 or 32 dims into bytes, in operands of 64 tokens x 16 dims.
+    """Split value codes of 64 or 32 dims into bytes. Writes operands of 64 tokens x 16 dims.
 
-    A line of an operand is a quad of tokens (in the order of `k8v4.QUAD_BYTE_OF_TOKEN`), a column
-    is a dim. The first dim is `offset` bytes into a tile. Also prefetches the same lines of the
-    tiles of `ahead`.
+    A line of an operand is a quad of tokens (in the order of `k8v4.QUAD_BYTE_OF_TOKEN`), and a
+    column is a dim. The first dim is `offset` bytes into a tile. Also prefetches the same lines of
+    the tiles of `ahead`.
     """
 
     def values_at(records: ir.Value, i: ir.Value) -> ir.Value:
@@ -165,8 +165,8 @@ def _multiply_codes(
 ) -> None:
     """Multiply two-byte weights with the value codes of 64 or 32 dims, exactly, in int32.
 
-    `weights` is the address of the upper bytes, 64 tokens a step. The lower ones follow `lower`
-    bytes later; with `stacked`, or 64 dims, one tile holds both. Sums are rows of 64 int32.
+    `weights` points to the upper bytes, 64 tokens per step. The lower bytes start `lower` later;
+    if `stacked`, which 64 dims require, one tile holds both. Sums are rows of 64 int32.
     """
 
     def multiply(parts: int, limbs: int) -> None:

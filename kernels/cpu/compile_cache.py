@@ -86,7 +86,7 @@ def compile_callback(function: Callable[..., Any]) -> CFunc:
     """Compile a function of two addresses, or load it from disk.
 
     Call it by its `address`: then it is compiled once. If it were called by name, it would be
-    optimised again in each of the functions that numba makes of a parallel loop.
+    optimised again in each of the functions that numba makes from a parallel loop.
     """
     callback = CFunc(function, ((types.int64, types.int64), types.void), {}, {})
     callback._cache = _cache_of(function)

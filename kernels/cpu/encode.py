@@ -52,7 +52,7 @@ INFINITY_BITS = 0x7F800000
 
 _TILE = k8v4.TILE_TOKENS
 _BYTE_OF_TOKEN = k8v4.QUAD_BYTE_OF_TOKEN
-_ROUNDING_BITS = 0x4B400000  # of `ROUNDING`
+_ROUNDING_BITS = 0x4B400000  # the float32 `ROUNDING` as bits
 
 
 def _vectors(e: Emitter, head_size: ir.Value) -> ir.Value:
@@ -62,7 +62,7 @@ def _vectors(e: Emitter, head_size: ir.Value) -> ir.Value:
 
 @inline_llvm
 def any_above(e: Emitter, limit: int, row: Int64, vectors: Int64) -> Bool:
-    """Return whether a row has a NaN or a magnitude above `limit`, the bits of a float32."""
+    """Return whether a row has a NaN or a magnitude above `limit`, given as float32 bits."""
 
     def larger(i: ir.Value, largest: list[ir.Value]) -> list[ir.Value]:
         return rotation.larger_magnitudes(e, largest, e.load_floats(e.at(row, i, LINE)))
@@ -94,9 +94,9 @@ def encode_query(
 ) -> None:
     """Round a rotated query row to codes, as `reference.round_query` does, and fill its state.
 
-    Codes are bytes, or with `words` 16-bit words. Words have the dims of each four in the order
-    0, 2, 1, 3: one pair multiplies the even bytes of a line of keys, the other the odd bytes. `row`
-    and the partial maxima `largest` are not yet multiplied by `unit`.
+    Codes are bytes, or 16-bit words if `words`. In words, every four dims are in the order 0, 2, 1,
+    3: the first pair multiplies the even bytes of a line of keys, the second pair the odd bytes.
+    `row` and its partial maxima `largest` are not yet multiplied by `unit`.
     """
     b = e.b
     top = e.reduce(e.load_floats(largest), e.larger)
@@ -158,10 +158,10 @@ def write_scales(
 ) -> None:
     """Write the scales of four tokens, and the factors that turn their rows into codes.
 
-    Four tokens share the work, because for a single one it would take a quarter of the time of
+    Four tokens share this work. Done for each token alone, it would take a quarter of the time of
     encoding. Neither the partial maxima `largest` nor the rows are multiplied by `unit` yet, so the
-    factors include it. If bit t of `nan_tokens` is set, token t, with rows of zeros, gets NaN
-    scales.
+    factors include it. If bit t of `nan_tokens` is set, the rows of token t are zeros and its
+    scales become NaN.
     """
     b = e.b
     factor = e.broadcast(unit, 8)
@@ -196,10 +196,10 @@ def _key_encoder(e: Emitter, results: ir.Value, token: int | ir.Value) -> _Round
 
 
 def _value_encoder(e: Emitter, results: ir.Value, token: int | ir.Value) -> _RoundRow:
-    """Return a function that encodes sixteen values at an address: codes plus `_ROUNDING_BITS`.
+    """Return a function that encodes the 16 values at an address as codes plus `_ROUNDING_BITS`.
 
-    It rounds three times, as the reference does; the third time by adding `ROUNDING`. The clamp is
-    needed because a number of 8 steps lies halfway between the last code and the next.
+    As in the reference, the product, the addition of 7.5 and the addition of `ROUNDING` each round.
+    The clamp is needed because a value of 8 steps would become 15.5, which rounds to 16.
     """
     inverse = e.broadcast(e.load(F32, e.at(e.at(results, INVERSES + 16), token, 4)))
     middle = filled(F32, k8v4.MIDDLE_VALUE_CODE)
@@ -250,10 +250,10 @@ def _store_keys(
 
 @inline_llvm
 def _store_key_quad(e: Emitter, to: Int64, rows: Int64, results: Int64, head_size: Int64) -> None:
-    """Store the keys of the four tokens of a quad, 16 bytes of each line.
+    """Store the keys of a quad's four tokens, which take 16 of the 64 bytes in each line of a tile.
 
-    Shuffles within 16 bytes put four dims of a token where the token belongs. Converting words to
-    bytes first would take twice the time, because that crosses lanes.
+    Each shuffle moves codes to their token's place without leaving a group of 16 bytes. Converting
+    the words to bytes first would move codes between groups, which takes twice the time.
     """
     encoders = [_key_encoder(e, results, token) for token in range(4)]
     zeros = filled(I8, 0, 4 * LANES)
@@ -296,7 +296,7 @@ def _store_values(
 def _store_value_quad(
     e: Emitter, to: Int64, rows: Int64, results: Int64, head_size: Int64, quad: Int64
 ) -> None:
-    """Store the values of the four tokens of a quad: in each chunk of 32 dims, one line.
+    """Store the values of a quad's four tokens, which fill one line in each chunk of 32 dims.
 
     A 32-bit lane collects one byte (a pair of dims) of each token. The encoders' results are
     shifted and added; the sum of the shifted `_ROUNDING_BITS` is subtracted once, at the end.
@@ -320,7 +320,7 @@ def _store_value_quad(
 
 @numba.njit
 def place(rows, results, token, quad, head_size, region, page_size, t):  # type: ignore[no-untyped-def]
-    """Store one of the four tokens, or all with `quad`, from position t of a head's region on."""
+    """Store token `token` of four at position t of a head's region, or all four there if `quad`."""
     plane = region + page_size * head_size
     scales = plane + page_size * (head_size // 2) + 2 * t
     tile, quad_of_tile = t // _TILE * _TILE, t % _TILE // 4

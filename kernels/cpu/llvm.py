@@ -139,7 +139,7 @@ class Emitter:
         return self.b.extract_element(x, I32(0))
 
     def halves_to_floats(self, bits: ir.Value) -> ir.Value:
-        """Convert a vector of fp16 bit patterns to float32. x86 needs F16C, as AVX2 CPUs have."""
+        """Convert a vector of fp16 bits to float32. x86 needs F16C, which AVX2 CPUs have."""
         lanes = bits.type.count
         return self.b.fpext(self.b.bitcast(bits, vector(F16, lanes)), vector(F32, lanes))
 
@@ -247,7 +247,7 @@ class Emitter:
         emit: Callable[[int], Sequence[ir.Value] | None],
         comparison: str = "==",
     ) -> list[ir.Value]:
-        """Like `choose`: run the case of the first number that `value` equals, else the last."""
+        """Like `choose`: run the case of the first number equal to `value`, or else the last."""
         return self.choose(
             numbers, lambda number: self.b.icmp_signed(comparison, value, I64(number)), emit
         )

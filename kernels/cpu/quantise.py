@@ -3,8 +3,8 @@
 
 The results equal those of `reference.quantise`, bit for bit; `k8v4.PageFormat` says where each byte
 goes. One kernel serves every dtype, head size and page size: it widens a row to float32 in a buffer
-that stays in the first-level cache. Vector operations limit its speed, not memory, so it skips the
-reference's clamps when they would change nothing; see `_rotate_row`.
+that stays in the first-level cache. Vector operations, not memory, limit its speed, so it skips the
+reference's clamps when they would change nothing; see `_store_item`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _rotate_clamped(source, dtype_code, head_size, row, largest, limit, unit):  
 
 @numba.njit
 def _rotate_token_clamped(key, value, dtype_code, head_size, row, largest, unit):  # type: ignore[no-untyped-def]
-    """Rotate a token's key and value. If either has a NaN, write zeros for both; return True."""
+    """Rotate a token's key and value. If either has a NaN, write zeros for both and return True."""
     inline.noinline()
     value_row, largest_value = row + encode.VALUE_ROWS, largest + 4 * LINE
     nan = _rotate_clamped(key, dtype_code, head_size, row, largest, _KEY_MAX, unit)
@@ -160,7 +160,7 @@ def _store_item(call, item):  # type: ignore[no-untyped-def]
 
 
 def _store(call_address, num_items):  # type: ignore[no-untyped-def]
-    """Store all tokens and return -1. If a token's slot is past the end, only return the token."""
+    """Store all tokens and return -1, unless a slot is past the end: then only return its token."""
     call = records.store_call_at(call_address)
     for i in range(call.num_tokens):
         if inline.load_int64(call.slots + 8 * i) >= call.num_slots:

@@ -162,8 +162,8 @@ CHUNK = 256
 
 TILE = k8v4.TILE_TOKENS
 
-# The offsets of the parts of a thread's scratch memory. Rows of scores are an odd number of cache
-# lines apart, so that the lines of a column use many sets of the cache.
+# Where each part of a thread's scratch memory begins. Rows of scores are an odd number of cache
+# lines apart, so that the same column of different rows is in different sets of the cache.
 MAX_DIMS = k8v4.MAX_HEAD_SIZE
 SCORE_STRIDE = 4 * CHUNK + 64
 QUERIES_AT = 0

@@ -25,7 +25,7 @@ _Vectors = list[ir.Value]
 
 
 def larger_magnitudes(e: Emitter, largest: _Vectors, x: ir.Value) -> _Vectors:
-    """Update the maxima of |x| in each lane. Compared as bits, a NaN is the largest."""
+    """Update the maxima of |x| in each lane. Their bits are compared, so a NaN is the largest."""
     bits = e.b.and_(e.b.bitcast(x, vector(I32)), filled(I32, 0x7FFFFFFF))
     return [e.b.select(e.b.icmp_signed(">", bits, largest[0]), bits, largest[0])]
 

@@ -73,7 +73,7 @@ def store_row(
     add: Float32,
     factor: Float32,
 ) -> None:
-    """Compute `(row + add) * factor` of a float32 row, and store it in another dtype."""
+    """Compute `(row + add) * factor` for a float32 row, and store the result in another dtype."""
     add, factor = e.broadcast(add, _EIGHT), e.broadcast(factor, _EIGHT)
 
     def store(code: int) -> None:
@@ -102,7 +102,7 @@ def add_scaled(e: Emitter, to: Int64, row: Int64, dims: Int64, factor: Float32) 
 def add_limbs(
     e: Emitter, to: Int64, upper: Int64, lower: Int64, vectors: Int64, factor: Float32
 ) -> None:
-    """Add `(256 * upper + lower) * factor`, of int32 sums below 2^23, to a row of float32."""
+    """Add `(256 * upper + lower) * factor` to a row of float32. Both sums are int32 below 2^23."""
     factor = e.broadcast(factor)
     with e.each(vectors) as i:
         high, low = (e.load(vector(I32), e.at(limb, i, LINE)) for limb in (upper, lower))

@@ -54,8 +54,8 @@ def _soft_capped(e: Emitter, x: ir.Value, cap: ir.Value) -> ir.Value:
     return b.fsub(wide, b.fdiv(b.fadd(wide, wide), grown))
 
 
-# Where the lower bytes of 64 weights are, in the order of the tokens' values. The words of tokens
-# 0-15 and 16-31 are the low and high halves of one vector's 32-bit lanes; 32-63 are in a second.
+# Where the lower bytes of 64 weights are, in the order of the tokens' values. A vector of 32-bit
+# lanes has the words of tokens 0-15 (low halves) and 16-31 (high halves); a second has 32-63.
 _TOKENS = [byte // 4 * 4 + QUAD_BYTE_OF_TOKEN.index(byte % 4) for byte in range(64)]
 _LOWER_BYTES = [64 * (t // 32) + 4 * (t % LANES) + 2 * (t // LANES % 2) for t in _TOKENS]
 
@@ -73,7 +73,7 @@ def _write_integers(
     """Round weights to integers. Returns the rounded weights' sum, times minus the middle code.
 
     A weight becomes round(weight / top * _TOP_WEIGHT). With LIMBS its upper byte goes into one row
-    and its lower byte into another, four tokens of a quad in the order of their values in a page.
+    and its lower byte into another. A quad's tokens get the order that their values have in a page.
     """
     b = e.b
     top_weight = F32(_TOP_WEIGHT[weight_format])
@@ -130,8 +130,8 @@ def softmax_row(
         score = (product - raised_by) * key scale * query_step
         weight = 2^(x - m) * value scale  if first <= token < last, else exactly 0
 
-    Weights are rounded to integers, relative to the chunk's largest; `weight_step` is what 1 is
-    worth. Value codes have no sign, so `offset` gets minus the weights' sum times the middle code.
+    Weights are rounded to multiples of `weight_step`, which follows from the chunk's largest.
+    Value codes have no sign, so `offset` gets minus the weights' sum times the middle code.
 
     Returns the factor to multiply the row's earlier output with, because m may have grown.
 
@@ -160,7 +160,7 @@ def softmax_row(
     raised_by = e.broadcast(e.load(F32, e.at(state, _RAISED_BY)))
 
     def emit(masked: bool) -> list[ir.Value]:
-        """Emit the code for any row, or unmasked: all tokens visible, no cap, factor above 0."""
+        """Emit code for any row, or, if not `masked`, only for rows that satisfy `is_plain`."""
         bounds = [e.broadcast(b.trunc(bound, I32)) for bound in (first, last)]
 
         def visible(i: ir.Value) -> ir.Value:
@@ -170,7 +170,7 @@ def softmax_row(
             return b.and_(not_before, b.icmp_signed("<", token, bounds[1]))
 
         def scale_scores(capped: bool) -> list[ir.Value]:
-            """Replace products by scores; return lane maxima and the factor yet to be applied."""
+            """Replace products by scores. Returns lane maxima, and factors still to apply."""
             factors = filled(F32, 1.0) if capped else e.broadcast(step)
 
             def larger(i: ir.Value, largest: list[ir.Value]) -> list[ir.Value]:
@@ -197,7 +197,7 @@ def softmax_row(
 
         def weigh(i: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             place = e.at(scores, i, LINE)
-            # Round once in both versions, because other rows of the batch can decide which runs.
+            # Round once in both versions, because other rows can decide which version runs.
             weight = e.exp2(e.fma(e.load_floats(place), factors, b.fneg(shift)))
             scales = e.at(scratch, records.VALUE_SCALES_AT)
             scaled = b.fmul(weight, e.load_floats(e.at(scales, i, LINE)))

@@ -230,7 +230,7 @@ def weigher(weight_format: int) -> Any:
 
 @inner
 def _write_row(call, item, head, row, output, add, largest, total):  # type: ignore[no-untyped-def]
-    """Write a row's result, `(output + add) / total` with its sink, and its log-sum-exp.
+    """Write a row's result `(output + add) / total` and its log-sum-exp, both with the sink.
 
     The output sums rotated values, so each row is rotated back, in place.
     """
@@ -289,7 +289,7 @@ def _merge(call, item, head, scratch):  # type: ignore[no-untyped-def]
 
 @inner
 def _finish(call, item, head, scratch, state):  # type: ignore[no-untyped-def]
-    """Write an item's results. If it is a part, write partial sums; the last part merges all."""
+    """Write an item's results. A part writes partial sums, and the last part merges all parts."""
     inline.noinline()
     for row in range(item.rows):
         output = scratch + records.OUTPUTS_AT + row * call.output_stride

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention kernel. The same kernel serves any number of new tokens.
 
-Both matrix products are computed transposed. The codes are then the left operand of the tensor
-cores and reach them in registers without a transposition. All query rows of a KV head share each
-byte that is read:
+All query rows of a KV head share each byte that is read. Both matrix products are computed
+transposed, so that the codes are the left operand of the tensor cores and reach them in registers
+without a transposition:
 
     S^T [keys, rows] = K Q^T          O^T [dims, rows] = V^T (P scale)
 
 A score is a product of int8 codes, times the key's scale and the query row's scale, in base 2. If
-p is a row's weight of a token whose value has this code and scale:
+p is the weight that a row gives to a token, and code and scale are those of the token's value:
 
     out = rotate((sum p scale code - 7.5 sum p scale) / sum p)
 
@@ -38,9 +38,9 @@ _HIGH_UNIT = tl.constexpr(1.0 / HIGH_CODE_UNIT)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
-# Float32 exponents. Weights times scales become fp16. Before that, a power of two that follows the
-# largest scale so far brings them below 2^15, so that none overflows and fp16 keeps all bits of
-# those down to 2^-29 of the largest.
+# Float32 exponents. Products of a weight and a scale are converted to fp16, after a power of two
+# that follows the largest scale so far has brought them below 2^15. So none overflows, and fp16
+# keeps all bits of the products that are at least 2^-29 of the largest.
 _BIAS = tl.constexpr(127)
 _SMALLEST_SCALE = tl.constexpr(127 - 24)  # fp16's smallest denormal
 _WEIGHT_BITS = tl.constexpr(14)
@@ -63,7 +63,7 @@ def _both_halves(words):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _sum_in_threads(x, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Sum float32 `x` [keys, rows] over the keys that each thread holds, to [LANES, 8, rows].
+    """Sum float32 `x` [keys, rows] over the keys of each thread, and return [LANES, 8, rows].
 
     After a tensor-core product a thread holds every LANES-th group of 16 keys, and two keys of
     each group, 8 apart.
@@ -93,11 +93,11 @@ def _attend_tile(  # type: ignore[no-untyped-def]
             acc0 to acc3: float32 [dims / 4, rows], for every fourth dim, sums of weights times
                 scales times codes, times `2^(14 + 127 - scale_exp)` and the unit of a code.
         query: int8 [dims, rows], the codes; float32 [rows], the factor of the scores, in base 2
-            unless SOFT_CAP; int32 [rows], the positions, which only MASKED reads. A negative
+            unless SOFT_CAP; int32 [rows], the positions, used only with MASKED. A negative
             position is before the first key.
         pages: The cache, its block stride and the offset of a KV head (both in 16-bit words), and
             the request's row of the block table.
-        first_key: First key that some row sees, with MASKED and WINDOW.
+        first_key: The first key that some row sees; used only with MASKED and WINDOW.
         end_key: 1 + the last key that some row sees.
         MASKED: Whether a row may not see every key of the tile.
         ONE_PAGE: Whether all keys of a tile are in one page.
@@ -130,7 +130,7 @@ def _attend_tile(  # type: ignore[no-untyped-def]
         value_ptrs = value_ptrs + (offs_n * QUARTER_D)[None, :] + offs_quarter[:, None]
         pair_ptrs = words_ptr + (base + KEY_WORDS + VALUE_WORDS + start) + 2 * offs_pair
     else:
-        # Keys after the last read the last key's block: a mask instead would occupy registers.
+        # Positions after the last key use the last key's block. A mask would occupy registers.
         last_key = end_key - 1
         in_table = tl.minimum(key_pos, last_key) if MASKED else key_pos
         block = tl.load(block_table_row_ptr + in_table // PAGE)
@@ -195,7 +195,7 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     scale = tl.where(finite, scale, float("nan"))
     p_scale = p * (scale * _power_of_two(-new_exp + (_WEIGHT_BITS + _BIAS)))[:, None]
     if MASKED:
-        # Zero times NaN is NaN: a row must not see the scale of a hidden token.
+        # Zero times NaN is NaN, so select 0 where the row does not see the token.
         p_scale = tl.where(qk == -float("inf"), 0.0, p_scale)
     p_scale = p_scale.to(tl.float16)
     alpha = (alpha * _power_of_two(scale_exp - new_exp))[None, :]
@@ -281,7 +281,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     steps = tl.full([BLOCK_M], _KEY_STEPS, tl.float32)
     inverse = tl.math.div_rn(steps, tl.where(largest > 0, largest, 1.0))
     q_codes = tl.trans(rounded(q * inverse[:, None], _KEY_STEPS).to(tl.int8))
-    # Zero times NaN or infinity is NaN, so the sum makes all scores of such a row NaN.
+    # Zero times NaN or infinity is NaN, so either of them makes all scores of its row NaN.
     qk_scale = (largest * (UNIT / _KEY_STEPS) + tl.sum(q * 0.0, axis=1)) * scale
     if not SOFT_CAP:
         qk_scale = qk_scale * LOG2_E
@@ -313,8 +313,8 @@ def attend_kernel(  # type: ignore[no-untyped-def]
             D, PAGE, BLOCK_N, VALUE_PTX,
             CAUSAL, WINDOW, SOFT_CAP, False, ONE_PAGE, LANES,
         )  # fmt: skip
-    # Values needed after the main loop are read again, so that nothing derived from them occupies
-    # registers during the loop, which needs them all.
+    # Values needed after the main loop are read again. The loop needs all registers, so nothing
+    # derived from these values may occupy registers during the loop.
     first_row = tl.load(items_ptr + program * FIELDS + 1, volatile=True)
     part_idx = tl.load(items_ptr + program * FIELDS + 4, volatile=True)
     q_start = tl.load(query_start_loc_ptr + req_idx, volatile=True)

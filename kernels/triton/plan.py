@@ -118,7 +118,7 @@ def _row_tiles(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _num_splits(num_key_tiles, total, target, MIN_TILES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return how many programs each row tile gets, by its share of all `total` key tiles."""
+    """Return how many programs each row tile gets, given its share of the `total` key tiles."""
     wanted = ((num_key_tiles.to(tl.int64) * target + total - 1) // total).to(tl.int32)
     return tl.maximum(tl.minimum(wanted, (num_key_tiles + MIN_TILES - 1) // MIN_TILES), 1)
 
@@ -162,7 +162,7 @@ def plan_kernel(  # type: ignore[no-untyped-def]
         steps: Bisection steps that find a request.
         tile_steps: Bisection steps that find a row tile.
         ONE_TILE: Every request has at most one row tile.
-        TILES: With SPLIT the smallest power of two >= `num_tiles`, and a grid of one program.
+        TILES: A power of two >= `num_tiles`. Used only with SPLIT, with a grid of one program.
         ITEMS: Rows that are written at a time.
     """
     if SPLIT:
@@ -257,7 +257,7 @@ def largest_scratch(num_kv_heads: int, head_size: int, device: torch.device) -> 
 
 
 def planned_requests(max_requests: int) -> list[int]:
-    """Return batch sizes that between them compile every planning kernel that decoding needs."""
+    """Return batch sizes. Planning them compiles every planning kernel that decoding needs."""
     counts, capacity = [max_requests], MIN_TILES_CAPACITY
     while capacity < max_requests:
         counts.append(capacity)

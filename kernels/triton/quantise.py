@@ -31,7 +31,7 @@ warps. A thread's value codes then fill 16 bytes, which takes one store."""
 def _scaled(  # type: ignore[no-untyped-def]
     x, nan, D: tl.constexpr, UNIT: tl.constexpr, STEPS: tl.constexpr
 ):
-    """Rotate rows and divide them by their scales; return both, the scales as bits in int32."""
+    """Rotate rows and divide them by their scales. Returns quotients, and scales as fp16 bits."""
     LIMIT: tl.constexpr = STEPS * _SCALE_MAX
     x = tl.where(nan[:, None], 0.0, tl.minimum(tl.maximum(x, -LIMIT), LIMIT))
     raw = rotated(x, D)
@@ -125,8 +125,8 @@ def quantise_and_store(
     """Quantise tokens and write them into their slots, in the layout `LINEAR`.
 
     The rest of the cache is unchanged. A token whose slot is past the end of the cache is skipped,
-    because a kernel cannot raise; `debug` raises. If a call names a slot twice, the slot gets
-    either token or a mixture of both. vLLM never names a slot twice.
+    because a kernel cannot raise an error; with `debug`, the call raises one. If a call names a
+    slot twice, the slot gets either token or a mixture of both. vLLM never names a slot twice.
 
     Args:
         key: bfloat16, float16 or float32 [T, H, D], any strides.

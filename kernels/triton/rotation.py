@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device functions that make the additions of `reference.rotation_sums`, so the bits are equal."""
+"""Device functions that rotate by the same additions as `reference.rotation_sums`, bit for bit."""
 
 from __future__ import annotations
 
@@ -61,6 +61,6 @@ def rotated(x, D: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def rotated_quarter(x, D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Apply the stages of strides >= 4 to every fourth dim, float32 `x` [dims / 4, rows]."""
+    """Apply the stages of strides >= 4 to float32 `x` [dims / 4, rows], every fourth dim."""
     sums = _stages(tl.reshape(x, [1, x.shape[0], x.shape[1]]), (D & -D) // 4)
     return tl.reshape(sums, [x.shape[0], x.shape[1]])

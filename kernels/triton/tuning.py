@@ -76,8 +76,8 @@ def derived_tiling(rows: int, head_size: int) -> Tiling:
     The more rows a tile has, the more of them share the cost of reading a key, until their
     accumulators no longer fit the registers, as with 256 dims. With Triton 3.9 no size here spills
     on compute capability 8.0 to 12.0. Four warps with 64 keys, or with 64 dims in a quarter, make
-    Triton use warp-group instructions. On 9.0 this is `wgmma`, which needs its second operand in
-    shared memory. On 10.0 and 11.0 it is tensor memory, with thousands of moves to and from it.
+    Triton use warp-group instructions. On 9.0 they are `wgmma`, which needs its second operand in
+    shared memory. On 10.0 and 11.0 they use tensor memory, with thousands of moves to and from it.
 
     Args:
         rows: Largest number of new tokens of a request, times query heads of a KV head.

@@ -115,7 +115,7 @@ class K8V4AttentionBackend(AttentionBackend):
 
     @classmethod
     def supports_per_head_quant_scales(cls) -> bool:
-        # Accept such a checkpoint. k8v4 computes its own scales and ignores the checkpoint's.
+        # Accept checkpoints with these scales, and ignore them: k8v4 computes its own.
         return True
 
     @classmethod

@@ -78,8 +78,8 @@ class Kernels(ABC):
     ) -> None:
         """Attend to the cache; see the kernels' `paged_attention`."""
         capturing = is_capturing(query.device)
-        # A captured graph must contain the planning itself. If it used a plan made before, every
-        # replay would use the lengths at capture.
+        # A captured graph must contain the planning itself. If it used an earlier plan, every
+        # replay would use the lengths of the capture.
         key = (layer.num_heads, layer.sliding_window, capturing)
         plan = metadata.plans.get(key)
         if plan is None:

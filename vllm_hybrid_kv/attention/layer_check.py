@@ -145,7 +145,7 @@ def check_plan(layers: Mapping[str, BuiltLayer], groups: Iterable[KVCacheGroupSp
         if layer.target is not None:
             pages = f"the pages of layer {owner}"
             if owner in per_layer:
-                # vLLM's model runners look up this layer in the group's specs: KeyError.
+                # vLLM's model runners would look up this layer in the group's specs and fail.
                 differences.append(
                     "vLLM does not share pages in a KV cache group whose layers have pages of "
                     "different sizes, as with --disable-hybrid-kv-cache-manager"
@@ -157,7 +157,7 @@ def check_plan(layers: Mapping[str, BuiltLayer], groups: Iterable[KVCacheGroupSp
 
 
 def check_views(layers: Mapping[str, BuiltLayer], caches: Mapping[str, torch.Tensor]) -> None:
-    """Check that k8v4 layers got tensors in the k8v4 layout, and sharing layers the same tensor.
+    """Check that k8v4 layers got k8v4 tensors, and that layers which share pages got one tensor.
 
     `caches` has each layer's tensor. For a k8v4 layer, it must be uint8 [blocks, KV heads, block
     size, slot]. A layer that uses another layer's pages must have that layer's tensor.
@@ -169,7 +169,7 @@ def check_views(layers: Mapping[str, BuiltLayer], caches: Mapping[str, torch.Ten
     for name, layer in layers.items():
         cache, spec = caches[name], layer.spec
         quantised = layer.cache_dtype == CACHE_DTYPE
-        # Call `slot_bytes` for k8v4 layers only, because it rejects some head sizes of others.
+        # Call `slot_bytes` for k8v4 layers only, because it rejects some others' head sizes.
         slot = k8v4.slot_bytes(spec.head_size) if quantised else 0
         if quantised and (
             cache.dtype != torch.uint8

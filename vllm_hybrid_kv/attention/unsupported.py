@@ -103,7 +103,7 @@ def refuse_implementation(
         reason = f"its KV cache dtype is {kv_cache_dtype}, but the k8v4 backend was selected for it"
         return Refusal(reason, _serve_unquantised(head_size))
     if alibi_slopes is not None:
-        # Advise fp8 on CPUs only. On GPUs, only FlashAttention 2 takes ALiBi, without an fp8 cache.
+        # Advise fp8 on CPUs only. On GPUs, only FlashAttention 2 takes ALiBi, but no fp8 cache.
         advice = _serve_unquantised(head_size) if current_platform.is_cpu() else ADVICE
         return _not_implemented("ALiBi position biases", advice)
     if (refusal := _refuse_type(attn_type)) is not None:

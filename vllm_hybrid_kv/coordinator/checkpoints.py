@@ -63,8 +63,8 @@ class Checkpoint:
         uses: Requests that resumed here, or would have if it had not been evicted.
         since: Its age, in requests, when it changed to its current kind.
         supersedes: Whether reuse of its parent is unlikely while this checkpoint is pinned.
-        answered: If a prompt ends here: where in the answer its state could be copied last, in
-            tokens from the start of the prompt. 0 if the answer was too short for a copy.
+        answered: If a prompt ends here: the last position in its answer where the state could be
+            copied, in tokens from the start of the prompt. 0 if the answer was too short.
         extensions: Pinned checkpoints that supersede this one, which is their parent.
         pinned: Whether it is in the cache. Evicted checkpoints are tracked for a while.
         slot: Its index in the list of pinned checkpoints.

@@ -98,7 +98,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         )
 
     def attach(self, kv_cache_manager: Any) -> None:
-        """Make vLLM cache states at branch points inside a block, which it does only for EAGLE."""
+        """Make vLLM cache states at branch points inside a block, as it does for EAGLE only."""
         super().attach(kv_cache_manager)
         if self.enable_partial_hash_hits and self.num_reprefillable_tokens == 0:
             kv_cache_manager.mamba_shared_prefix_checkpoint = True

@@ -51,7 +51,7 @@ class GroupLookup(ABC):
     ) -> None:
         """Prepare the lookup of `block_hashes`, a request's hashes, one for each hash unit.
 
-        `manager` is that of any of the groups. Its pool must have a `GroupedBlockMap`.
+        `manager` belongs to any one of the groups. Its pool must have a `GroupedBlockMap`.
         """
         pool = manager.block_pool
         self.group = group
@@ -80,7 +80,7 @@ class GroupLookup(ABC):
         """
 
     def _hashes(self, first: int, end: int) -> Sequence[BlockHash]:
-        """Return the hashes of the blocks from `first` to `end`: those of their last units."""
+        """Return the hashes of the blocks from `first` to `end`. Each is that of its last unit."""
         scale = self.block_size // self.unit
         if scale == 1:
             return self.block_hashes[first:end]
@@ -261,7 +261,7 @@ class MambaLookup(GroupLookup):
         while end > 0:
             start = max(0, end - step)
             hashes = self.block_hashes[(start + 1) * units - 1 : end * units : units]
-            # Most steps contain no state, and `isdisjoint` detects this in half the time.
+            # Most steps find no state, and `isdisjoint` detects this in half the time.
             if not fewest.keys().isdisjoint(hashes):
                 for block_hash in [key for key in reversed(hashes) if key in fewest]:
                     if all(block_hash in cached for cached in others):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator, Reconciliation
 
-# A child of `vllm`, whose handlers vLLM configures.
+# A child of the logger `vllm`, whose handlers vLLM configures.
 logger = init_logger("vllm.hybrid_kv")
 
 WARNING_REQUESTS = 100

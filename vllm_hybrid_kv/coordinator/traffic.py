@@ -162,7 +162,7 @@ class SeenPrefixes:
     """
 
     def __init__(self, capacity: int) -> None:
-        """Start empty, with room for `capacity` hashes per generation, of 2 to 4 bytes each."""
+        """Start empty. A generation has room for `capacity` hashes, each in 2 to 4 bytes."""
         self.capacity = capacity
         self._young = self._old = _Generation(capacity)
 

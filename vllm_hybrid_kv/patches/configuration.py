@@ -82,7 +82,7 @@ class KnownVariables(Edit):
     _added: Iterable[str] = ()
 
     def apply(self) -> None:
-        """Add the variables that are set. Others would change the key of vLLM's compile cache."""
+        """Add the variables that are set. More would change the key of vLLM's compile cache."""
         ours = {name for name in os.environ if name.startswith(ENVIRONMENT_PREFIX)}
         self._added = sorted(ours - envs.environment_variables.keys())
         for name in self._added:

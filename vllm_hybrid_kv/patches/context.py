@@ -27,7 +27,7 @@ class Context:
         strategies: The strategies of this process.
         on_cpu: Whether the platform is a CPU.
         on_gpu: Whether the platform is a GPU of NVIDIA or AMD.
-        stop: Ends start-up with an error from the process that the user started.
+        stop: Raises an error that ends start-up. A `vllm` command prints only its message.
         on_engine_config: Called with an engine's configuration and settings, before any layer is
             made.
     """

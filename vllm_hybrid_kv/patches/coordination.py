@@ -84,8 +84,8 @@ def prefix_match_unit_patch(context: Context) -> Patch:
             raise HybridKVStrategyError(
                 f"{who} must return a positive number of tokens, got {unit!r}"
             )
-        # vLLM reads the unit from the configuration and checks it. Reset the field afterwards,
-        # because the next call would take its value for the user's choice.
+        # vLLM reads the unit from the configuration and checks it. Reset the field afterwards;
+        # otherwise, the next call would treat its value as the user's choice.
         cache_config.prefix_match_unit = unit
         try:
             return original(kv_cache_config, vllm_config)

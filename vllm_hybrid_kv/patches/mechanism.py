@@ -105,7 +105,7 @@ def source_of(code: CodeType) -> str:
         text = line.lstrip()
         if not text or text.startswith("#"):
             continue
-        # After the last line with code, only deeper lines still belong to the function.
+        # After the last line with code, only lines indented deeper belong to the function.
         if code.co_firstlineno + number > last and len(line) - len(text) <= indentation:
             break
         if not lines:

@@ -157,7 +157,7 @@ def block_alignment_patch(context: Context) -> Patch:
         cache = vllm_config.cache_config
         skipped = cache.kv_cache_dtype_skip_layers
         # Align blocks as with an unquantised cache, so that an unquantised page can hold a state.
-        # Unquantised pages are the largest of attention, so pages of the unified size can, too.
+        # No attention page is larger than an unquantised one, so unified pages can hold it, too.
         cache.cache_dtype, cache.kv_cache_dtype_skip_layers = "auto", []
         try:
             original(cls, vllm_config, backend_cls)

@@ -224,7 +224,7 @@ def smallest_hit(
 
     * vLLM 0.32, and 0.33 with a KV connector: a hit needs M more cached tokens, which are then
       dropped. M is one block of the draft layers, or one match unit if hits end inside blocks. The
-      result is A + M. A single KV group has A + M + 1, because the last token is left out first.
+      result is A + M, or A + M + 1 with one KV group, because the last token is left out first.
     * vLLM 0.33: hashes cover L tokens after their block, and the result is A + L.
 
     Both block sizes are in tokens and come from `resolve_kv_cache_block_sizes`. The plan is a

@@ -70,10 +70,10 @@ def unify_with_least_waste(
     """Give the pages of all layers the size that leaves the least padding. Keep the specs' order.
 
     Without a reference request, the candidates range from the largest page (without padding) to the
-    size that `lcm` aims at. The size with the least padding wins, and of equal sizes the smallest.
-    Padding up to `tolerance` counts as equal, unless `lcm` leaves less. If no candidate suits all
-    layers, the next larger size that does wins. With a reference request, the size with the lowest
-    cost wins (see `cheapest_page`).
+    size that `lcm` aims at. The size with the least padding wins, or the smallest if several have
+    equal padding. Padding up to `tolerance` counts as equal, unless `lcm` leaves less. If no
+    candidate suits all layers, the next larger size that suits them wins. With a reference request,
+    the size with the lowest cost wins (see `cheapest_page`).
 
     Args:
         kv_cache_spec: The spec of every layer by name.

@@ -73,7 +73,7 @@ def _least_costs(kinds: Kinds, units: Bytes, reference: float) -> Shares:
 
 
 class PageSearch:
-    """Searches for common pages, which suit all of some layers.
+    """Searches for common pages: pages that suit all given layers.
 
     Attributes:
         least: Bytes of the largest page before planning, without padding. No common page is

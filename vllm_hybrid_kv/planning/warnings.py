@@ -38,7 +38,7 @@ def startup_warnings(
     settings: Settings,
     layers: Mapping[str, KVCacheSpec] | None = None,
 ) -> list[str]:
-    """Return one line for each problem of a plan, with what to change.
+    """Return one line for each problem of a plan. Each line also says what to change.
 
     The problems can occur with any strategy, also `stock`. Both block sizes are in tokens, from
     `resolve_kv_cache_block_sizes`. `layers` has the spec of every layer before planning. It can be

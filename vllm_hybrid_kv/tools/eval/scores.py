@@ -92,7 +92,7 @@ def _error_of_mean(windows: Sequence[numpy.ndarray]) -> float | None:
     """Return the standard error of the mean over all positions; None for a single window.
 
     The windows are the samples, because positions of one window depend on each other. The mean is
-    a ratio, of sums to lengths, because windows of different lengths have different weights.
+    the ratio of sums to lengths, because windows of different lengths have different weights.
     """
     if len(windows) < 2:
         return None

@@ -97,9 +97,9 @@ def write_trace(path: Path, requests: Iterable[TracedRequest]) -> None:
 
 
 def shareable_tokens(requests: Sequence[TracedRequest]) -> int:
-    """Count the prompt tokens in full blocks of earlier requests, the most that a cache can hit.
+    """Count the prompt tokens that a cache can hit at most: those in blocks of earlier requests.
 
-    Tokens of partial blocks that a later request continues are not counted.
+    Only full blocks count, although a later request may continue a partial block.
     """
     seen: set[int] = set()
     shared = 0
