@@ -85,7 +85,7 @@ class Layout(enum.Enum):
 
 
 QUAD_BYTE_OF_TOKEN = (0, 2, 1, 3)
-"""The bytes of tokens in a `CPU_TILED` quad: token `t` has byte `[t % 4]` of each four bytes."""
+"""Entry `t % 4` says which of every four bytes in a `CPU_TILED` quad belongs to token `t`."""
 
 
 def slot_bytes(head_size: int) -> int:

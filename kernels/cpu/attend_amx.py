@@ -165,7 +165,7 @@ def _multiply_codes(
 ) -> None:
     """Multiply two-byte weights with the value codes of 64 or 32 dims, exactly, in int32.
 
-    `weights` points to the upper bytes, 64 tokens per step. The lower bytes start `lower` later;
+    `weights` points to the upper bytes, 64 tokens per step. The lower ones are `lower` bytes later;
     if `stacked`, which 64 dims require, one tile holds both. Sums are rows of 64 int32.
     """
 

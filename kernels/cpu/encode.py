@@ -42,8 +42,8 @@ LARGEST_BYTES = 8 * LINE
 """Bytes for the partial maxima of |x|: 16 numbers for each of eight rows, keys first."""
 
 INVERSES = 16
-"""Offset in the results of `write_scales` of the factors that turn rows into codes, as float32. The
-fp16 bits of four key scales and four value scales come first."""
+"""In the results of `write_scales`, the float32 factors that turn rows into codes have this offset.
+The fp16 bits of four key scales and four value scales come first."""
 
 RESULT_BYTES = 48
 

@@ -22,7 +22,7 @@ _FLAGS = {
     AVX512_VNNI: _AVX512_FLAGS,
     AMX: (*_AVX512_FLAGS, "amx_tile", "amx_int8"),
 }
-"""The CPU flags that each set needs, slowest set first. A faster set needs those of slower ones."""
+"""The CPU flags that each set needs, slowest set first. Faster sets include slower sets' flags."""
 
 ALL = tuple(_FLAGS)
 

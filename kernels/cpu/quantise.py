@@ -24,7 +24,7 @@ _KEY_MAX = np.float32(k8v4.KEY_MAX)
 _VALUE_MAX = np.float32(k8v4.VALUE_MAX)
 
 _NO_CLAMP = int(np.float32(2.0**18).view(np.int32))
-"""The bits of 2^18. If no number of a rotated row exceeds it, before the product with the unit, the
+"""The bits of 2^18. If no number of a rotated row, not yet multiplied by the unit, exceeds it, the
 row needs no clamp: its numbers before the rotation are no larger, and both limits are higher.
 """
 

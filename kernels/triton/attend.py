@@ -231,7 +231,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
     SINKS: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
-    """Attend with one row tile to one split of its keys; see `reference.attend` for the formula.
+    """Attend from one row tile to one split of its keys; see `reference.attend` for the formula.
 
     The grid is [programs of the plan, KV heads].
 

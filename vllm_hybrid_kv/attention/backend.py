@@ -349,7 +349,7 @@ class K8V4AttentionImpl(AttentionImpl[K8V4Metadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend with a step's queries to the cache, which already holds the step's own tokens.
+        """Attend from a step's queries to the cache, which already holds the step's own tokens.
 
         Args:
             layer: The attention layer.

@@ -6,7 +6,7 @@ otherwise a multiple of every group's block size. Every kind of group defines wh
 serve. Every kind can serve 0.
 
 * Full attention: all whole blocks before the length are cached. If the length is inside a block,
-  a block with at least the tokens up to it is cached.
+  a block that holds at least the tokens up to the length is cached.
 * Sliding window: the blocks with the `window - 1` tokens before the length are cached.
 * Chunked local attention: the blocks from the start of the next token's chunk are cached.
 * Mamba: the state after exactly that many tokens is cached.

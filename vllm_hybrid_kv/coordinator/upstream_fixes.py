@@ -112,8 +112,8 @@ class StepWrites:
     vLLM enters a block into the hash map when its tokens are scheduled, so another request may hit
     it in the same step. A whole block is read after it is written. But if a hit ends inside the
     block, the block is copied before the step, when the new tokens are not yet in it. vLLM
-    postpones such a request only if the same step computes the state that it hits. It does not if
-    the state is older, although this step may recompute attention blocks that were evicted.
+    postpones such a request only if the same step computes the state that it hits. If the state is
+    older, vLLM does not postpone it, although the step may recompute evicted attention blocks.
 
     A decoding request writes its last block in every step. The tokens that it wrote there in
     earlier steps can be copied at any time.

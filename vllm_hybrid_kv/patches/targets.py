@@ -14,7 +14,7 @@ MINORS = ("0.32", "0.33")
 SUPPORTED = " and ".join(MINORS)
 
 Table = dict[str, dict[str, tuple[str | None, ...]]]
-"""The hash for each minor, by module and function, or None if it has the function elsewhere."""
+"""The hash for each minor, by module and function, or None if the minor lacks it there."""
 
 # The hash of `initialize_model` covers only its decorator's wrapper. That is enough, because the
 # patch only calls the function and checks the layers that it builds.
