@@ -108,7 +108,7 @@ def unsupported_head_size(head_size: int) -> str | None:
 
 
 def rotation_stages(head_size: int) -> tuple[tuple[int, int], ...]:
-    """Return the stages of the rotation of a head, as (radix, stride).
+    """Return the stages of a head's rotation as pairs (radix, stride).
 
     The rotation acts on blocks of 2^k dims, with the largest 2^k that divides `head_size`. Stages
     have radix 4 and strides 1, 4, 16 and so on; if k is odd, one of radix 2 follows. A stage of

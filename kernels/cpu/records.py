@@ -92,7 +92,7 @@ class WorkItem(NamedTuple):
     last_key: int
     parts: int  # how many items share the keys of these rows; if 1, the item writes the results
     divided: int  # index of the request among those with several parts
-    first_partial: int  # index of the first row of partial sums, those of the first part
+    first_partial: int  # index of the first part's first row of partial sums
     partial: int  # index of the item's own first row of partial sums
 
 

@@ -88,7 +88,7 @@ def _begin(call, item, head, scratch, state, words):  # type: ignore[no-untyped-
 
 @inner
 def _next_chunk(first):  # type: ignore[no-untyped-def]
-    """Return the first token of the chunk after that of token `first`.
+    """Return the first token of the chunk that follows the chunk with token `first`.
 
     Chunks always end at the same tokens, so that a row's sums do not depend on how its request's
     prefill was divided.

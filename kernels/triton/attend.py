@@ -358,7 +358,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     offset = (z_i * weight_unit * -_MIDDLE_CODE)[None, :]
     acc0, acc1 = acc0 * low + offset, acc1 * high + offset
     acc2, acc3 = acc2 * low + offset, acc3 * high + offset
-    # Undo the rotation. The stage of stride 1 combines the four accumulators, the other stages
+    # Undo the rotation. The stage of stride 1 combines the four accumulators. The other stages
     # work within each of them.
     total = (acc0 + acc1) + (acc2 + acc3)
     low_pair = tl.join(

@@ -51,7 +51,7 @@ class PassedBlocks:
     """
 
     def __init__(self, managers: Iterable[SingleTypeKVCacheManager]) -> None:
-        """Select those of all groups' managers that cache states."""
+        """Select the managers that cache states from the managers of all groups."""
         self._managers = [
             manager
             for manager in managers

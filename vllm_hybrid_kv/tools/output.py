@@ -93,7 +93,7 @@ class Table:
         yield self._part(shown)
 
     def _least_width(self, i: int) -> int:
-        """Return how many characters a column needs at least, with the space after it."""
+        """Return how many characters a column needs at least, including the space after it."""
         name, cells = self.columns[i], [str(row[i]) for row in self.rows]
         if name.startswith(">"):
             return 2 + max(map(len, (*name[1:].split(), *cells)))

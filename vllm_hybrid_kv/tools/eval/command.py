@@ -160,7 +160,7 @@ def _identity(
     reference: str,
     vllm: str,
 ) -> dict[str, Any]:
-    """Collect, as JSON, everything except the cache that can change scores."""
+    """Collect everything that can change scores, except the cache, as JSON values."""
     from vllm_hybrid_kv.settings import ENVIRONMENT_PREFIX
 
     stats = {file.name: file.stat() for file in sorted(Path(model).glob("*")) if file.is_file()}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Describe an NVIDIA GPU to vLLM: its CUDA platform with fixed answers and without a driver.
+"""Describe an NVIDIA GPU to vLLM, by a CUDA platform that has fixed answers and no driver.
 
 `described_gpu` replaces the class of vLLM's only platform object, so every module that imported
 `current_platform` sees this GPU. In its `with` block, no code can reach the real platform.

@@ -145,7 +145,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def described(path: Path) -> Iterator[ModelDescription]:
-    """Write a config.json of the language model alone, with unquantised weights, to a folder.
+    """Write to a folder a config.json for the language model alone, with unquantised weights.
 
     Neither change affects the KV cache. Encoders of images and sounds have no cache, and building
     them needs a tokenizer and a processor. Kernels for quantised weights may not exist on this

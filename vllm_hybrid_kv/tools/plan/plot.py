@@ -27,7 +27,7 @@ POINTS = 60
 
 
 def draw(path: Path, result: PlanResult) -> None:
-    """Draw one block of the plan, and the tokens that fit by memory for each cache dtype."""
+    """Draw one block of the plan and, for each cache dtype, how many tokens fit into memory."""
     plan = result.plan
     with figure(path, 1, 2, figsize=(13, 5), width_ratios=(1.15, 1)) as (drawn, (left, right)):
         drawn.suptitle(
@@ -80,7 +80,7 @@ def _draw_block(axes: Any, plan: Plan) -> None:
 
 
 def _draw_capacity(axes: Any, result: PlanResult) -> None:
-    """Draw the tokens that fit in requests of `max_model_len`, by memory, for each cache dtype."""
+    """Draw for each cache dtype how many tokens, in requests of `max_model_len`, fit by memory."""
     from matplotlib.ticker import EngFormatter
 
     plan = result.plan

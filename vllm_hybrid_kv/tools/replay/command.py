@@ -242,7 +242,7 @@ def _numbers(outcome: Outcome) -> dict[str, str]:
 
 
 def _draw(path: Path, outcomes: Sequence[Outcome]) -> None:
-    """Draw hit rates by memory, or along the trace if there is one size."""
+    """Draw hit rates by memory, or along the trace if there is only one size."""
     sweep = len({outcome.memory for outcome in outcomes}) > 1
     by_strategy: dict[str, list[Outcome]] = {}
     for outcome in sorted(outcomes, key=lambda outcome: outcome.memory):
