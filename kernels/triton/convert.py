@@ -57,7 +57,7 @@ def half_to_float(bits):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def decode_values(words, PTX: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Unpack each int16 into the codes of dims 0 to 3, as fp16 denormals. PTX is NVIDIA's.
+    """Unpack each int16 into the codes of dims 0 to 3, as fp16 denormals. PTX is for NVIDIA GPUs.
 
     The unit of dims 0 and 2 is LOW_CODE_UNIT, that of dims 1 and 3 HIGH_CODE_UNIT. Masking the
     bits is enough, because tensor cores multiply denormals exactly.
