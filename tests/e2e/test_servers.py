@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run `vllm serve` with hang-ups, a killed engine, two engines, and workers that differ."""
+"""Run `vllm serve`: clients disconnect, an engine is killed, workers have other patches."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
                 _collect_blocks(lookup, length, hits)
             for group_id in group.group_ids:
                 lengths[group_id] = length
-        # Do not reconcile the lengths, because a KV connector loads what shorter hits lack.
+        # Groups may keep hits of different lengths: the KV connector loads the missing blocks.
         self.observer.last_lookup = Reconciliation(block_hashes, max_cache_hit_length, 0, [], [])
         return tuple(hits), tuple(lengths)
 

@@ -46,7 +46,7 @@ def settings_patch(context: Context) -> Patch:
                 vllm_config.attention_config.flash_attn_version = (
                     self.attention_config.flash_attn_version
                 )
-            # An engine with vLLM's own cache and rules must start as without the plugin.
+            # With vLLM's own cache dtype and strategies, the plugin must not refuse an engine.
             as_stock = cache_dtype != CACHE_DTYPE and all(
                 getattr(settings, name) == "stock" for name in HOOK_OF_SETTING
             )

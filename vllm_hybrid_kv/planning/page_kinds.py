@@ -69,7 +69,7 @@ class LayerKind(ABC):
         """
 
     def within(self, match_unit: int) -> LayerKind:
-        """Restrict this kind to blocks that divide the match unit, a multiple of the old block."""
+        """Keep only block sizes that divide the match unit, a multiple of the spec's block size."""
         return self
 
     def held(self, request: float) -> float:

@@ -80,7 +80,7 @@ def _folded(name: str) -> str:
 def draw(
     path: Path, document: Mapping[str, Any], scores: Mapping[str, Sequence[numpy.ndarray]]
 ) -> None:
-    """Draw the KL divergence of each cache but the reference: by position, and its tail.
+    """Draw each cache's KL divergence from the reference, by position and as a distribution.
 
     `scores` has the scores of each window, by the name of the cache.
     """

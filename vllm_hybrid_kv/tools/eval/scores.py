@@ -43,7 +43,7 @@ def score(logits: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor) 
         q, p = ours.double().log_softmax(-1), theirs.double().log_softmax(-1)
         # 0 ln 0 is 0. Rounding can make the sum for equal distributions negative.
         terms = (p.exp() * (p - q)).masked_fill(p.isneginf(), 0.0)
-        # Logits in bfloat16 often tie, so any of the reference's most probable tokens agrees.
+        # Logits in bfloat16 often tie. Any token that ties for the reference's first place counts.
         agrees = theirs.gather(-1, ours.argmax(-1, keepdim=True)) == theirs.amax(-1, keepdim=True)
         logprobs = q.gather(-1, actual[:, None])
         divergences = terms.sum(-1, keepdim=True).clamp_min(0.0)
