@@ -45,6 +45,8 @@ def build(unregistered, make_config, monkeypatch):
     """Return a function that builds a layer with vLLM's `initialize_model`, in one process."""
     monkeypatch.setattr(compressed_tensors, "get_tensor_model_parallel_rank", lambda: 0)
     monkeypatch.setattr(compressed_tensors, "get_tensor_model_parallel_world_size", lambda: 1)
+    # The first engine config sets up vLLM's loggers, which would remove the handler of `log`.
+    make_config()
 
     def run(quantisation, dtype=K8V4):
         class Model(nn.Module):
