@@ -44,7 +44,7 @@ def patches_for(context: Context) -> list[Patch]:
             layers.boundary_patch,
             attention.registration_patch,
             attention.refusal_patch,
-            attention.several_head_sizes_patch,
+            attention.gemma4_heads_patch,
             transfer.handshake_patch,
             transfer.stored_pages_patch,
             layers.layer_dtype_patch,

@@ -168,7 +168,7 @@ def selection_patch(context: Context) -> Patch:
     )
 
 
-def several_head_sizes_patch(context: Context) -> Patch:
+def gemma4_heads_patch(context: Context) -> Patch:
     """Let each layer of a Gemma 4 model with a k8v4 cache select its own backend."""
 
     def verify_and_update_config(original: Any, vllm_config: VllmConfig) -> None:
@@ -179,7 +179,7 @@ def several_head_sizes_patch(context: Context) -> Patch:
             attention.backend = None
 
     return Patch(
-        "several_head_sizes",
+        "gemma4_heads",
         replaces="Gemma4Config.verify_and_update_config, whose forced backend is undone for "
         "turboquant_k8v4",
         why="without FlashAttention 4 it forces TRITON_ATTN, which cannot read k8v4 pages, and "
