@@ -21,7 +21,7 @@ from vllm_hybrid_kv.tools.child import Child
 from vllm_hybrid_kv.tools.doctor.checks import FOLDER
 from vllm_hybrid_kv.tools.doctor.devices import cpu_device
 from vllm_hybrid_kv.tools.doctor.runner import EXIT_STATUS, NAME, Facts, Finding, finding
-from vllm_hybrid_kv.tools.output import Table
+from vllm_hybrid_kv.tools.output import Table, counted
 from vllm_hybrid_kv.version import __version__
 
 SCHEMA = 2
@@ -211,8 +211,7 @@ def _patches(document: dict[str, Any]) -> Iterator[tuple[str, str, Text]]:
             yield name, _short(edit["name"]), Text(*state)
             name = ""
         if unchanged:
-            plural = "s" if unchanged > 1 else ""
-            words = f"{unchanged} function{plural} that it relies on"
+            words = f"{counted(unchanged, 'function')} that it relies on"
             yield name, words, Text("unchanged", "green")
 
 
