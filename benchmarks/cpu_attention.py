@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import ByteSize, TypeAdapter
 
+from benchmarks import markdown
 from testing.machine import first_version
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.kernels.cpu import isa, paged_attention, plan_attention, quantise_and_store
@@ -257,10 +258,7 @@ def heading() -> list[str]:
         "vLLM's kernel on a bf16 / on an fp8 cache, the median over rounds of calls in turn. For "
         "decode also the rate of reading keys and values, and its share of `torch.sum`'s rate.",
         "",
-        "| heads | batch, tokens | `torch.sum` | vLLM bf16 | vLLM fp8 | "
-        + " | ".join(paths)
-        + " |",
-        "|---|---|---|---|---|" + "---|" * len(paths),
+        *markdown.table(["heads", "batch, tokens", "`torch.sum`", "vLLM bf16", "vLLM fp8", *paths]),
     ]
 
 
@@ -280,8 +278,9 @@ def attention_row(shape: Shape, times: dict[str, list[float]], bandwidth: float)
         ours.append(cell)
     heads = f"{shape.heads}/{shape.kv_heads} x {shape.head_size}, {kind}"
     read = f"{bandwidth:.1f} GB/s"
-    cells = [heads, f"{shape.batch}, {shape.length}", read, ms["bf16"], ms["fp8"], *ours]
-    return f"| {' | '.join(cells)} |"
+    return markdown.row(
+        [heads, f"{shape.batch}, {shape.length}", read, ms["bf16"], ms["fp8"], *ours]
+    )
 
 
 def main() -> None:
@@ -302,15 +301,13 @@ def main() -> None:
         bandwidth = read_bandwidth(numbers)
         lines.append(attention_row(shape, measure_attention(shape, seconds), bandwidth))
         print(lines[-1], flush=True)
-    lines += ["", "| quantise: KV heads, tokens | ms | copy ms | of copy bandwidth |"]
-    lines.append("|---|---|---|---|")
+    columns = ["quantise: KV heads, tokens", "ms", "copy ms", "of copy bandwidth"]
+    lines += ["", *markdown.table(columns)]
     for (heads, size), tokens in itertools.product(((8, 128), (2, 256)), (1, 512, 8192)):
         times = measure_quantising(heads, size, tokens, seconds)
         share = median_ratio(times["copy"], times["quantise"])
-        lines.append(
-            f"| {heads} x {size}, {tokens} | {statistics.median(times['quantise']):.3f} "
-            f"| {statistics.median(times['copy']):.3f} | {100 * share:.0f} % |"
-        )
+        ms = (f"{statistics.median(times[name]):.3f}" for name in ("quantise", "copy"))
+        lines.append(markdown.row([f"{heads} x {size}, {tokens}", *ms, f"{100 * share:.0f} %"]))
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "cpu_attention.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

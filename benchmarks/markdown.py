@@ -7,8 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
+def row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]] = ()) -> list[str]:
+    return [row(cells) for cells in (columns, ["---"] * len(columns), *rows)]
 
 
 def machine(host: Mapping[str, Any]) -> str:
