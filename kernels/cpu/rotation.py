@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from llvmlite import ir
 
+from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.kernels.cpu.inline import Int64, inline_llvm
 from vllm_hybrid_kv.kernels.cpu.llvm import (
     F32,
@@ -66,15 +67,13 @@ def _two_vectors(e: Emitter, two: _Vectors) -> _Vectors:
 
 def _vectors_of_block(e: Emitter, vectors: _Vectors) -> _Vectors:
     """Apply the stages of strides from 16 on to the vectors of a block."""
-    vectors, stride = list(vectors), 1
-    while stride < len(vectors):
-        radix = 4 if 4 * stride <= len(vectors) else 2
+    vectors = list(vectors)
+    for radix, stride in k8v4.rotation_stages(len(vectors)):
         combine = _four_vectors if radix == 4 else _two_vectors
         for first in range(len(vectors)):
             if first // stride % radix == 0:
                 places = slice(first, first + radix * stride, stride)
                 vectors[places] = combine(e, vectors[places])
-        stride *= radix
     return vectors
 
 
@@ -121,10 +120,8 @@ def _rotate(e: Emitter, row: ir.Value, head_size: ir.Value) -> ir.Value:
         return e.loop(count, [filled(I32, 0)], sixteen)[0]
 
     def of_block(block: int) -> list[ir.Value]:
-        if block < LANES:
-            return [in_vectors(((4, 1), (2, 4)))]
-        if block == LANES:
-            return [in_vectors(((4, 1), (4, 4)))]
+        if block <= LANES:
+            return [in_vectors(k8v4.rotation_stages(block))]
         largest = among(min(block // LANES, 16), 1, _vectors_of_block, True)
         if block == 32 * LANES:
             largest = among(2, 16, _two_vectors, False)
