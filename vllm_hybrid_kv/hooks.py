@@ -54,7 +54,7 @@ BUILT_IN_NAMES = {
 
 
 def strategy_names(setting: str) -> list[str]:
-    """List a setting's built-in strategies and all other packages' strategies. Needs no vLLM."""
+    """List the strategies of all packages that a setting may name, without importing vLLM."""
     others = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP).names
     return [*BUILT_IN_NAMES[setting], *sorted(others)]
 
@@ -90,9 +90,9 @@ class Specifications:
     def hybrid_kv_token_capacity_groups(
         self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
     ) -> list[KVCacheGroupSpec] | None:
-        """Choose the KV groups that the reported number of cached tokens counts.
+        """Choose the KV groups from which vLLM computes how many tokens fit into the cache.
 
-        Called once per engine, after planning. vLLM logs that number as "KV cache size", in tokens,
+        Called once per engine, after planning. vLLM logs the result as "KV cache size", in tokens,
         and exports it in its metrics. The choice changes neither the allocation nor the concurrency
         that vLLM logs. Return some of the plan's `kv_cache_groups`, at least one on the device.
         """

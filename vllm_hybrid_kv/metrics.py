@@ -27,7 +27,7 @@ from vllm_hybrid_kv.state import STATE
 PREFIX = "vllm_hybrid_kv:"
 
 FILE_BYTES = 1 << 16
-"""The size with which prometheus_client creates a file. All counters here fit into it."""
+"""prometheus_client creates files of this size, and all counters here fit into one file."""
 
 HELP = {
     "prefix_cache_requests": "Requests that read the prefix cache, each counted once, when first "
@@ -108,7 +108,7 @@ VARIABLE = "HYBRID_KV_METRICS_DIR"
 
 
 def publish(_: object, settings: Settings) -> None:
-    """Create a folder for counters and export it on /metrics, unless a parent process does.
+    """Create a folder for counters and export its files on /metrics, unless a parent does already.
 
     With vLLM's own coordinator there are no counters, so this does nothing.
     """

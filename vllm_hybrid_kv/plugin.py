@@ -38,7 +38,7 @@ NAME = "hybrid_kv"
 logger = logging.getLogger(f"vllm.{NAME}")
 
 PARENT_VARIABLE = "HYBRID_KV_STARTED_BY"
-"""The environment variable through which a process tells its children its plugin state."""
+"""The environment variable that passes the plugin's state in a process on to its children."""
 
 
 def register() -> None:

@@ -22,7 +22,7 @@ SECTION = "hybrid_kv"
 """The key of our settings in vLLM's `--additional-config`."""
 
 ENVIRONMENT_PREFIX = "VLLM_HYBRID_KV_"
-"""A setting's environment variable is named by this prefix and the setting in capitals."""
+"""The environment variable of a setting is this prefix and the setting's name in capitals."""
 
 MISSPELT = 0.87
 """How similar, from 0 to 1, an unknown name must be to one of ours to count as misspelt.

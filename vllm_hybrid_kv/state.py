@@ -29,8 +29,8 @@ class ProcessState:
         strategies: The registered strategies; None if the plugin is inactive.
         engine_config: The configuration of the last engine.
         engine_settings: The settings of the last engine.
-        boundary_layers: The setting of that name while vLLM creates the configuration of an engine
-            with a k8v4 cache. If None, vLLM's own rule for boundary layers applies.
+        boundary_layers: The setting of that name, but only while vLLM creates the configuration of
+            an engine with a k8v4 cache. If None, vLLM's own rule for boundary layers applies.
         planning_for: The engine's configuration while vLLM groups its layers, otherwise None.
         planned_layers: The configuration of the engine whose layers vLLM grouped last, and the
             spec of each layer. They are kept because a plan has only one spec for each group.

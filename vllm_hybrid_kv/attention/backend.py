@@ -44,7 +44,7 @@ ROCM_GPUS = ("gfx942", "gfx950")
 
 
 def refuse_compute_capability() -> str:
-    """Say which compute capability the k8v4 kernels need, and what for."""
+    """Say which compute capability the k8v4 kernels need, and which instructions need it."""
     major, minor = COMPUTE_CAPABILITY
     return (
         f"the k8v4 kernels need compute capability {major}.{minor} for int8 products of tensor "
@@ -115,7 +115,7 @@ class K8V4AttentionBackend(AttentionBackend):
 
     @classmethod
     def supports_per_head_quant_scales(cls) -> bool:
-        # Accept checkpoints with these scales, and ignore them: k8v4 computes its own.
+        # Accept checkpoints with scales per head, but ignore the scales: k8v4 computes its own.
         return True
 
     @classmethod
@@ -139,7 +139,7 @@ class K8V4AttentionBackend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Make a k8v4 layer's spec plan `slot_bytes(head_size)` bytes per token and KV head."""
+        """Set the slot of a k8v4 layer to `slot_bytes(head_size)` bytes per token and KV head."""
         if spec.state_content_bytes is not None or not spec.kv_quant_mode.is_turboquant:
             return spec
         if spec.head_size_v not in (None, spec.head_size):
@@ -196,7 +196,7 @@ class K8V4MetadataBuilder(AttentionMetadataBuilder[K8V4Metadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._decode_query_len = max_decode_query_len(vllm_config)
         layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names)
-        # Compile and test while the engine starts, not in its first request.
+        # Compile and test the kernels while the engine starts, not during its first request.
         kernels_for(device, STATE.settings).warm_up(
             {name: layer.impl for name, layer in layers.items()},
             kv_cache_spec,
@@ -240,7 +240,7 @@ class K8V4MetadataBuilder(AttentionMetadataBuilder[K8V4Metadata]):
             )
         return K8V4Metadata(
             num_tokens=common.num_actual_tokens,
-            # Adaptive verification may give a request more drafts on the device than on the host.
+            # With adaptive verification, the host's count of a request's drafts may be too low.
             max_query_len=max(common.max_query_len, self._decode_query_len),
             query_start_loc=common.query_start_loc,
             seq_lens=common.seq_lens,

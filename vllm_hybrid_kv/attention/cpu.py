@@ -15,7 +15,8 @@ from vllm_hybrid_kv.kernels import cpu
 from vllm_hybrid_kv.kernels.known_answer import Call, steps
 
 _ROWS = (1, 2, 4, 8, 16, 65)
-"""Numbers of rows (tokens x heads per KV head) for all code paths. Over 64, keys are not split."""
+"""Row counts (tokens x heads per KV head) to test. They cover all code paths of the kernels: with
+more than 64 rows, for example, the keys are not split."""
 
 
 class CpuKernels(Kernels):
@@ -34,7 +35,7 @@ class CpuKernels(Kernels):
         *,
         max_requests: int,
     ) -> None:
-        # Test with two KV heads at most. The kernels loop over heads, so two expose wrong strides.
+        # Two KV heads suffice for the test: the kernels loop over heads, so two show wrong strides.
         variants = {
             name: variant_of(layer, spec.block_size, dtype, min(layer.num_kv_heads, 2))
             for name, layer in layers.items()

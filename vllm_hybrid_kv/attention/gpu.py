@@ -49,7 +49,7 @@ class GpuKernels(Kernels):
         *,
         decodes_only: bool = False,
     ) -> None:
-        """Compare the results of every kernel that the layers may launch with known answers."""
+        """Run every kernel that the layers may need, and compare the results with known answers."""
 
         def batches(group: int) -> list[tuple[list[int], Attend]]:
             if decodes_only:
@@ -115,7 +115,7 @@ def _attend_known(call: Call, *, split: bool = True) -> None:
 
 
 def _warm_up_plans(layer: K8V4AttentionImpl, device: torch.device, max_requests: int) -> None:
-    """Compile every planning kernel that decoding may need."""
+    """Compile every kernel that may plan the work of a decoding step."""
     for requests in triton.planned_requests(max_requests):
         starts = torch.arange(requests + 1, dtype=torch.int32, device=device)
         lengths = torch.ones(requests, dtype=torch.int32, device=device)

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class Kernels(ABC):
-    """The kernels of one kind of device: `module` has `quantise_and_store` and `paged_attention`.
+    """Calls the kernels of one device type: `quantise_and_store` and `paged_attention` of `module`.
 
-    In debug mode, the kernels check slots and block tables, except while a CUDA graph is captured:
-    the check waits for the GPU. `options` are passed on to `paged_attention`.
+    In debug mode, the kernels check slots and block tables. This check waits for the GPU, so it is
+    skipped while a CUDA graph is captured. `options` are passed on to `paged_attention`.
     """
 
     def __init__(self, module: Any, *, debug: bool, **options: Any) -> None:
@@ -41,7 +41,7 @@ class Kernels(ABC):
         *,
         max_requests: int,
     ) -> None:
-        """Compile the kernels of a KV group's layers, and compare their results with known answers.
+        """Compile the kernels for the layers of a KV group, and test them against known answers.
 
         Queries, keys and values have the dtype `dtype`. A step has at most `max_requests` requests.
 
@@ -109,11 +109,11 @@ class Kernels(ABC):
         device: torch.device,
         advice: str,
     ) -> None:
-        """Test each different variant once in this process; see `known_answer.require`.
+        """Test every kernel variant that a layer needs, unless this process has tested it already.
 
-        `variants` has each layer's variant, by the layer's name. `batches` gets the number of query
-        heads per KV head, and returns the batches to test: each has the number of new tokens of
-        every request, and the attention kernel.
+        `variants` maps the name of a layer to its variant. `batches` maps the number of query heads
+        per KV head to the batches to test. A batch is a pair: the new tokens of each request, and
+        the attention kernel that computes the batch.
         """
         store = self._module.quantise_and_store
         for name, variant in variants.items():
@@ -134,7 +134,7 @@ def is_capturing(device: torch.device) -> bool:
 def variant_of(
     layer: K8V4AttentionImpl, page_size: int, dtype: torch.dtype, num_kv_heads: int
 ) -> known_answer.Variant:
-    """Return the kernel variant that a layer needs, for a test with `num_kv_heads` KV heads."""
+    """Return the kernel variant that a layer needs, reduced to `num_kv_heads` KV heads."""
     return known_answer.Variant(
         layer.head_size,
         num_kv_heads * (layer.num_heads // layer.num_kv_heads),

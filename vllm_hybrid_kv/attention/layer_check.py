@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares the page layout of every attention layer with the pages that it gets.
+"""Checks that every attention layer gets pages of the layout that the layer was built for.
 
 A layer fixes its page layout when it is built. Its pages are planned from the specs of the layers
 that own a cache. If the two layouts differ, the layer misreads its pages without an error.
@@ -65,7 +65,7 @@ class BuiltLayer:
     Attributes:
         backend: Name of its backend.
         cache_dtype: Its KV cache dtype, by vLLM's name.
-        spec: The spec that the layer expects. Block size and padding of the pages may differ.
+        spec: The spec that the layer expects. Its pages may have another block size and padding.
         target: Name of the layer whose pages it uses, or None if it owns its pages.
     """
 
@@ -169,7 +169,7 @@ def check_views(layers: Mapping[str, BuiltLayer], caches: Mapping[str, torch.Ten
     for name, layer in layers.items():
         cache, spec = caches[name], layer.spec
         quantised = layer.cache_dtype == CACHE_DTYPE
-        # Call `slot_bytes` for k8v4 layers only, because it rejects some others' head sizes.
+        # `slot_bytes` rejects head sizes that only other layers may have, so skip those layers.
         slot = k8v4.slot_bytes(spec.head_size) if quantised else 0
         if quantised and (
             cache.dtype != torch.uint8

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Refuses layers and models that a k8v4 cache cannot serve, before a server starts.
 
-Each message ends with advice that works. If it helps to leave layers unquantised, the advice names
-all of them at once. If all layers have the problem, it does not suggest that.
+Each message ends with advice that works. If the user can leave layers unquantised instead, the
+advice lists all these layers at once. It does not suggest this if every layer has the problem.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ADVICE = "serve the model with --kv-cache-dtype auto"
 class Refusal(NamedTuple):
     """Why a layer cannot be served, and what to do.
 
-    If `skippable`, it also helps to leave this layer and others of its type unquantised.
+    If `skippable`, the user can instead leave this layer and others of its type unquantised.
     """
 
     reason: str
@@ -103,7 +103,7 @@ def refuse_implementation(
         reason = f"its KV cache dtype is {kv_cache_dtype}, but the k8v4 backend was selected for it"
         return Refusal(reason, _serve_unquantised(head_size))
     if alibi_slopes is not None:
-        # Advise fp8 on CPUs only. On GPUs, only FlashAttention 2 takes ALiBi, but no fp8 cache.
+        # On GPUs only FlashAttention 2 supports ALiBi, and it cannot read an fp8 cache.
         advice = _serve_unquantised(head_size) if current_platform.is_cpu() else ADVICE
         return _not_implemented("ALiBi position biases", advice)
     if (refusal := _refuse_type(attn_type)) is not None:
@@ -134,7 +134,7 @@ def _refuse_type(attn_type: str) -> Refusal | None:
     attn_type = str(getattr(attn_type, "value", attn_type))
     if attn_type == "decoder":
         return None
-    # Not skippable, because vLLM selects a backend for this type even if the layer is skipped.
+    # Skipping the layer would not help: vLLM would still select a backend for this type.
     return Refusal(f"attention type {attn_type!r} is not decoder self-attention")
 
 
@@ -170,7 +170,7 @@ def _serve_unquantised(head_size: int) -> str:
 
 
 def _cpu_head_sizes() -> list[int]:
-    """Return the head sizes that vLLM's CPU kernels take: 48, and those that its backend lists."""
+    """Return the head sizes of vLLM's CPU kernels. Its backend lists all of them except 48."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     return sorted({48, *CPUAttentionBackend.get_supported_head_sizes()})
@@ -179,8 +179,8 @@ def _cpu_head_sizes() -> list[int]:
 def _layer_under_construction() -> str:
     """Return the name of the vLLM layer that is being built, or whose cache is being planned.
 
-    vLLM selects a backend without the layer's name, so search the call stack: a constructor has the
-    name as `prefix` (in some layers within `kwargs`), `get_kv_cache_spec` as `layer_name`.
+    vLLM selects a backend without the layer's name, so search the call stack for the name. It is
+    the argument `prefix` of a constructor, or the `layer_name` in `get_kv_cache_spec`.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -197,13 +197,13 @@ def _layer_under_construction() -> str:
 
 def _advice_for(layer: str, refusal: Refusal) -> str:
     numbers = [int(part) for part in layer.split(".") if part.isdigit()]
-    # vLLM finds the layers to leave unquantised by the only number in their names.
+    # vLLM skips layers by the number in their names, so a name must have exactly one number.
     if not refusal.skippable or len(numbers) != 1:
         return _sentence(refusal.advice)
     config = get_current_vllm_config_or_none()
     alike = _layers_like(numbers[0], config)
     which = "the layers of its type" if len(alike) > 1 else "it"
-    # The advised option replaces the user's, so it must repeat the layers that are skipped now.
+    # The advised option replaces the user's option, so repeat the layers that it skips now.
     skipped = config.cache_config.kv_cache_dtype_skip_layers if config else []
     indices = sorted(alike.union(int(name) for name in skipped if name.isdigit()))
     types = sorted(name for name in skipped if not name.isdigit())
@@ -215,7 +215,7 @@ def _advice_for(layer: str, refusal: Refusal) -> str:
 
 
 def _layers_like(index: int, config: VllmConfig | None) -> set[int]:
-    """Return the indices of the layers of the same type, or only `index` if there is one type."""
+    """Return the layers of the same type as layer `index`; only `index` if there is one type."""
     text_config = config.model_config.hf_text_config if config and config.model_config else None
     types = getattr(text_config, "layer_types", None) or []
     if index >= len(types) or len(set(types)) == 1:

@@ -15,7 +15,7 @@ from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, BlockHashWithGroupId, KVCacheBlock
 
 _GROUP_ID_BYTES = 4
-"""vLLM's `make_block_hash_with_group_id` appends the group id to the hash, in this many bytes."""
+"""Bytes of the group id that vLLM's `make_block_hash_with_group_id` appends to a hash."""
 
 
 class GroupedBlockMap(BlockHashToBlockMap):
@@ -27,7 +27,7 @@ class GroupedBlockMap(BlockHashToBlockMap):
 
     def __init__(self) -> None:
         self._groups: defaultdict[bytes, dict[BlockHash, KVCacheBlock]] = defaultdict(dict)
-        # For each hash that several blocks have: the blocks by id, in the order of insertion.
+        # Only for hashes that several blocks share: those blocks by id, in the order of insertion.
         self._copies: dict[BlockHashWithGroupId, dict[int, KVCacheBlock]] = {}
 
     @property

@@ -32,7 +32,7 @@ keeps this share of the old price, so about the last 20 evictions count."""
 
 
 class CheckpointKind(Enum):
-    """The kind of a checkpoint. The probability of reuse is learned for each kind."""
+    """Where a checkpoint is, or how it was used. Each kind learns its own probability of reuse."""
 
     # Members are singletons, so the object's hash suffices. Enum hashes names, which is slower.
     __hash__ = object.__hash__
@@ -47,24 +47,24 @@ class CheckpointKind(Enum):
 
 
 PRIOR = {CheckpointKind.SUPERSEDED: 0.1, CheckpointKind.BOUNDARY: 0.02}
-"""The initial probability of reuse, relative to that of a prompt's end. Other kinds have 1."""
+"""How likely reuse of a kind is before any traffic, relative to the other kinds (1.0)."""
 
 
 @dataclass(eq=False)
 class Checkpoint:
-    """A position where a later request can resume: a state, and the attention blocks before it.
+    """A prefix after which a later request can resume, with the state and attention blocks for it.
 
     Attributes:
         key: The hash of the prefix that ends here.
-        place: Its kind when it was registered. `kind` is its current kind.
+        place: The kind that it was registered with. `kind` is its current kind.
         blocks: Ids of the attention blocks, over all groups, that a hit needs.
         parent: The longest checkpoint of a shorter prefix that was pinned at registration.
         last_use: When it was registered or used last, counted in requests.
         uses: Requests that resumed here, or would have if it had not been evicted.
         since: Its age, in requests, when it changed to its current kind.
         supersedes: Whether reuse of its parent is unlikely while this checkpoint is pinned.
-        answered: If a prompt ends here: the last position in its answer where the state could be
-            copied, in tokens from the start of the prompt. 0 if the answer was too short.
+        answered: If a prompt ends here, the tokens of the prompt and its answer up to the last
+            position where the state could be copied. 0 if the answer was too short.
         extensions: Pinned checkpoints that supersede this one, which is their parent.
         pinned: Whether it is in the cache. Evicted checkpoints are tracked for a while.
         slot: Its index in the list of pinned checkpoints.
@@ -148,7 +148,7 @@ class Checkpoints:
         return checkpoint if checkpoint is not None and checkpoint.pinned else None
 
     def longest(self, hashes: Sequence[BlockHash]) -> Checkpoint | None:
-        """Return the checkpoint that is tracked at the longest of these prefixes, pinned or not."""
+        """Return the longest tracked checkpoint (pinned or not) of a prompt with these hashes."""
         tracked = (self._tracked.get(key) for key in reversed(hashes))
         return next((checkpoint for checkpoint in tracked if checkpoint is not None), None)
 
@@ -202,8 +202,8 @@ class Checkpoints:
             supersedes: Whether reuse of the parent is unlikely once this one is pinned.
 
         Returns:
-            The checkpoint, pinned or only tracked, or None if it is not tracked; and the attention
-            blocks of the block boundary that it replaced, or None if it replaced none.
+            The new checkpoint, or None if none was entered; and, if a block boundary was unpinned
+            for it, the attention blocks of that boundary, otherwise None.
         """
         released = None
         pinned = self.pinned_at(key)
@@ -218,7 +218,7 @@ class Checkpoints:
             parent = parent.parent
         if place is CheckpointKind.PROMPT and tokens <= self._block_tokens:
             place = CheckpointKind.SHORT
-        # A branch point is found when a second request reaches it. That counts as a use.
+        # The second request that reaches a branch point reveals it, which counts as a use.
         uses = int(place is CheckpointKind.BRANCH)
         checkpoint = self._tracked.get(key)
         if checkpoint is None:
@@ -269,7 +269,7 @@ class Checkpoints:
         saved = checkpoint.tokens - (0 if fallback is None else fallback.tokens)
         age = age_range(self._now - checkpoint.last_use)
         saving = self._curves[checkpoint.kind].index[age] * saved
-        # A lower bound: treat all its blocks as its own. Finding the shared blocks is slow.
+        # Finding the shared blocks is slow, so first count all blocks: this is a lower bound.
         bound = saving / (self._state_blocks + len(checkpoint.blocks))
         if bound > limit:
             return bound
@@ -293,7 +293,7 @@ class Checkpoints:
         if parent is not None and checkpoint in parent.extensions:
             self._record(parent, returned=False)
             parent.extensions.remove(checkpoint)
-        # Its extensions now supersede its parent.
+        # The extensions of the unpinned checkpoint now supersede its parent instead.
         for longer in checkpoint.extensions:
             longer.parent = parent
             self._extend_parent(longer)

@@ -44,7 +44,7 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
         key = block.block_hash
         if key is None or get_group_id(key) not in self._state_groups:
             return block.block_id in self._checkpoints.pins
-        # Of several blocks that hold the same state, only the one that lookups return is pinned.
+        # If several blocks hold the same state, only the block that lookups return is pinned.
         return (
             self._checkpoints.pinned_at(get_block_hash(key)) is not None
             and self._pool.cached_block_hash_to_block.get_one_block(key) is block
@@ -136,8 +136,8 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
             (pinned if is_pinned else unpinned).append(block)
             key = block.block_hash
             if not is_pinned and key is not None and get_group_id(key) in self._state_groups:
-                # vLLM may have moved this block's entry to the copy that the request continued
-                # with. The checkpoint of this state is then lost.
+                # vLLM may have moved the hash of this block to the copy in which the request
+                # continued. The checkpoint has then lost its state, so check it again.
                 self.recheck(get_block_hash(key))
         self._insert_unpinned(unpinned)
         super().append_n(pinned)

@@ -198,7 +198,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         for group in self._state_groups:
             manager = self.single_type_managers[group]
             kept = manager._partial_hit_reqs.get(request_id)
-            # A request that has not started yet needs the copy of the state that it hit.
+            # Skip a request that has not started: it still needs a copy of the state that it hit.
             if kept is None or request_id not in manager._allocated_block_reqs:
                 continue
             _, block = manager._partial_hit_reqs.pop(request_id)
@@ -207,7 +207,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
                 keys.add(get_block_hash(block.block_hash))
             self.block_pool._maybe_evict_cached_block(block)
             freed = True
-        # A checkpoint of another request with the same prefix may need an evicted state.
+        # Another request with the same prefix may have a checkpoint that needs an evicted state.
         for key in keys:
             self._queue.recheck(key)
         for running in self._running.values():
@@ -246,7 +246,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
             self._enter(running, tokens, CheckpointKind.BOUNDARY)
 
     def _prompt_ends(self, request: Request) -> set[int]:
-        """Return the lengths at which the next turn (with drafts, also the prompt) can resume."""
+        """Return where the next turn of a conversation (with drafts, also a resend) can resume."""
         length = request.num_prompt_tokens
         drafts = bool(self.eagle_group_ids)
         end = get_mamba_prefill_checkpoint_position(
@@ -278,7 +278,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         request = running.request
         units = tokens // self._unit
         if units > len(request.block_hashes):
-            # With draft layers, a unit is hashed only once the tokens after it are known.
+            # With draft layers, vLLM hashes a unit only after the tokens that follow it are known.
             return None
         key = request.block_hashes[units - 1]
         states = self.block_pool.get_cached_block(key, self._state_groups)
@@ -314,7 +314,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         return checkpoint
 
     def _attention_blocks(self, request_id: str, tokens: int) -> list[int] | None:
-        """Return the ids of the attention blocks that a hit of a request's first tokens needs.
+        """Return the ids of a request's attention blocks that a hit of `tokens` tokens needs.
 
         Return None if a window has moved past some of these blocks, or if some are not cached.
         """

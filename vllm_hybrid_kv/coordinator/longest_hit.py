@@ -58,8 +58,8 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
     step, f_g(n) is the maximum over a set that contains c, so c <= f_g(n). At the end, every group
     can serve n, so n <= c. The result n is therefore c.
 
-    The module `lookup` defines which lengths a group can serve. vLLM's own lookup requires the
-    lookahead of draft layers in some steps only.
+    The module `lookup` defines which lengths a group can serve. Draft layers need a cached unit
+    after the hit. vLLM's own lookup checks this in some steps only.
     """
 
     def __init__(self, *args: Any, **factory_args: Any) -> None:
@@ -69,12 +69,12 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
             self.single_type_managers if self.enable_partial_hash_hits else ()
         )
         self._passed_blocks = PassedBlocks(self.single_type_managers)
-        # By request id: the number of whole hash units when blocks were cached last.
+        # For each request id: how many whole hash units were computed when it last cached blocks.
         self._offered: dict[str, int] = {}
 
     @property
     def knows_all_groups(self) -> bool:
-        """Whether every group has a lookup. Groups of kinds that other packages add have none."""
+        """Whether every group has a lookup class. Managers of other packages have none."""
         classes = [group.manager_cls for group in self.attention_groups]
         return all(cls.find_longest_cache_hit.__func__ in LOOKUPS for cls in classes)
 
@@ -84,7 +84,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
             self.observer.start_counting()
 
     def stats(self) -> Counter[tuple[str, str | None]]:
-        """Count the events of checkpoints (such as `kept`) by kind. This policy has none."""
+        """Return counts of checkpoint events; empty, because this policy has no checkpoints."""
         return Counter()
 
     def explain(self, request: Request) -> Explanation:
@@ -151,7 +151,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
         length = max(round_down(limit, self._cache_hit_alignment_tokens), 0)
         lookups: list[GroupLookup] = []
         answers: list[tuple[int, int, int]] = []
-        # How many of the latest answers equal the current length.
+        # How many lookups in a row have answered the current length. If all have, it is the hit.
         agreed = 0
         for index in cycle(range(len(groups))):
             if length == 0 or agreed == len(groups):
@@ -173,7 +173,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
     def allocate_new_blocks(
         self, request_id: str, *args: Any, **kwargs: Any
     ) -> tuple[list[KVCacheBlock], ...]:
-        # vLLM calls `allocate_new_computed_blocks` first if the request hit anything.
+        # If the request hit anything, `allocate_new_computed_blocks` has recorded that already.
         self.observer.scheduled(request_id, 0)
         return super().allocate_new_blocks(request_id, *args, **kwargs)
 
@@ -184,8 +184,8 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
     def get_num_blocks_to_allocate(self, *args: Any, **kwargs: Any) -> int:
         """Return how many blocks a step of a request needs. vLLM passes all arguments by name.
 
-        If the request hits part of a block that this step writes, return more blocks than the pool
-        has. vLLM itself postpones a request to the next step in this way.
+        A request that hits part of a block which this step writes must wait for the next step. To
+        make vLLM postpone it, return more blocks than the pool has, as vLLM itself does.
         """
         hits, tokens = kwargs["new_computed_blocks"], kwargs["num_local_computed_tokens"]
         if any(hits) and self._step_writes.overlap(hits, tokens):
@@ -198,10 +198,9 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
     def _cache_new_blocks(self, request: Request, num_computed_tokens: int) -> bool:
         """Cache a request's blocks, or return False if the step completed nothing to cache.
 
-        Cached blocks and parts of blocks end where a hash unit ends, and most decoding steps
-        complete no hash unit. Skipping those steps saves a fifth of the scheduler's time. With
-        draft layers no step is skipped, because their groups cache tokens further back than the
-        last hash unit.
+        Only whole hash units are cached, and most decoding steps complete none. Skipping those
+        steps saves a fifth of the scheduler's time. Engines with draft layers skip no step: vLLM
+        caches a draft group's last tokens later, so a unit may become ready in any step.
         """
         request_id, units = request.request_id, num_computed_tokens // self.hash_block_size
         if (

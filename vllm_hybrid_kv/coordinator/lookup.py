@@ -11,9 +11,9 @@ serve. Every kind can serve 0.
 * Chunked local attention: the blocks from the start of the next token's chunk are cached.
 * Mamba: the state after exactly that many tokens is cached.
 
-Draft layers (EAGLE, MTP) of attention groups require one cached unit more than they serve: a hash
-unit if partial hits are on, otherwise a block (`eagle_proof_margin`). A draft layer's last key and
-value depend on the following token, so they are valid only if that token is known to be equal.
+An attention group with draft layers (EAGLE, MTP) can serve a length only if one more unit after it
+is cached: a hash unit if partial hits are on, otherwise a block (`eagle_proof_margin`). The reason
+is that a draft layer's last key and value depend on the following token, which must be equal, too.
 Mamba groups have no draft layers.
 
 If full attention can serve a length, it can serve every shorter length. Other kinds cannot.
@@ -80,7 +80,7 @@ class GroupLookup(ABC):
         """
 
     def _hashes(self, first: int, end: int) -> Sequence[BlockHash]:
-        """Return the hashes of the blocks from `first` to `end`. Each is that of its last unit."""
+        """Return the hashes of blocks `first` to `end`. A block has the hash of its last unit."""
         scale = self.block_size // self.unit
         if scale == 1:
             return self.block_hashes[first:end]
@@ -88,7 +88,7 @@ class GroupLookup(ABC):
 
 
 class FullAttentionLookup(GroupLookup):
-    """Full attention. It scans the blocks once, and then knows the answer for shorter lengths."""
+    """Full attention. One scan of the blocks answers all later calls for shorter lengths."""
 
     _reach: int | None = None
 
@@ -99,7 +99,7 @@ class FullAttentionLookup(GroupLookup):
         return round_down(max(0, min(limit, self._reach - self.lookahead)), self.alignment)
 
     def blocks(self, length: int) -> list[list[KVCacheBlock]]:
-        """Return the blocks. Call this once only, because it truncates the lists of the scan."""
+        """Return the blocks. Call this only once, because it changes the scanned lists in place."""
         count = cdiv(length, self.block_size)
         for run in self._runs:
             del run[min(count, self._num_whole) :]
@@ -109,7 +109,7 @@ class FullAttentionLookup(GroupLookup):
         return self._runs
 
     def _scan(self, num_tokens: int) -> int:
-        """Scan at least `num_tokens` tokens, and return how many leading ones all groups hold."""
+        """Look up the first `num_tokens` tokens, and return how many of them all groups hold."""
         block_size = self.block_size
         most = min(cdiv(num_tokens, block_size), self.num_hashed // block_size)
         self._runs: list[list[KVCacheBlock]] = []
@@ -117,7 +117,7 @@ class FullAttentionLookup(GroupLookup):
         for cached in self.cached:
             run = self._run(cached, most)
             self._runs.append(run)
-            # Also scan the block after the shortest run, because it can serve as the tail.
+            # Scan one block more than the shortest run, because a hit can end inside that block.
             most = min(most, len(run) + 1)
         whole = self._num_whole = min(map(len, self._runs))
         reach = whole * block_size
@@ -163,11 +163,11 @@ class FullAttentionLookup(GroupLookup):
 
 
 class _WindowLookup(GroupLookup):
-    """Attention to the last tokens only. A hit needs all blocks from a certain block on."""
+    """Attention to the last tokens only. A hit needs its last blocks, but no earlier ones."""
 
     @abstractmethod
     def _first_block(self, length: int) -> int:
-        """Return the first block that a hit needs. Longer hits must not need earlier blocks."""
+        """Return the first block that a hit needs. It must not decrease when `length` grows."""
 
     def longest(self, limit: int) -> int:
         """Return the greatest length up to `limit`.
@@ -204,7 +204,7 @@ class _WindowLookup(GroupLookup):
         """Return the first block of a range that one of the groups lacks, or None."""
         if first >= end:
             return None
-        # Look up the first block alone: a long uncached part then costs one lookup per window.
+        # Look up the first block alone, so that a long uncached part costs one lookup per window.
         (first_hash,) = self._hashes(first, first + 1)
         if any(first_hash not in cached for cached in self.cached):
             return first
@@ -222,7 +222,7 @@ class SlidingWindowLookup(_WindowLookup):
 
     @cached_property
     def _num_needed(self) -> int:
-        """How many blocks hold the window without the next token itself, by vLLM's own rule."""
+        """How many blocks hold the `window - 1` tokens before the next one, by vLLM's own rule."""
         return self.group.manager_cls._contiguous_blocks_for_hit(
             self.group.spec.sliding_window, self.block_size, use_eagle=False
         )
@@ -242,7 +242,7 @@ class MambaLookup(GroupLookup):
     """Mamba and other recurrent layers. A hit needs the state after exactly the prefix."""
 
     _FIRST_STEP, _LAST_STEP = 16, 2048
-    """How many lengths a step looks up. The first is short: most states are at prompts' ends."""
+    """How many lengths the first and the longest step look up. Most hits are near the limit."""
 
     def longest(self, limit: int) -> int:
         """Return the longest prefix up to `limit` whose state all groups hold."""
@@ -285,4 +285,4 @@ LOOKUPS: dict[object, type[GroupLookup]] = {
     ChunkedLocalAttentionManager.find_longest_cache_hit.__func__: ChunkedLocalLookup,
     MambaManager.find_longest_cache_hit.__func__: MambaLookup,
 }
-"""The lookup class of each manager. The key is a method, because subclasses inherit that."""
+"""The lookup class for a manager's method, which subclasses of the manager may inherit."""

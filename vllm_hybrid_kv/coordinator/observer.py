@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.hybrid_kv")
 
 WARNING_REQUESTS = 100
-"""The warning adds up the losses of this many requests, and then starts anew."""
+"""Requests whose losses are added up before the observer decides whether to warn."""
 
 WARNING_INTERVAL_S = 600.0
 
@@ -97,9 +97,9 @@ class HitObserver:
         self._counters: Counters | None = None
         self._stats: Counter[tuple[str, str | None]] = Counter()
         self.last_lookup: Reconciliation | None = None
-        # By id of each request that holds blocks: why it hit no more. None if it had no lookup.
+        # For each request that holds blocks: why it hit no more, or None if it had no lookup.
         self._records: dict[str, Explanation | None] = {}
-        # By id of each scheduled request that was not reported yet: the hashes of its lookup.
+        # For each scheduled request that was not reported yet: the hashes that were looked up.
         self._unreported: dict[str, Sequence[BlockHash]] = {}
         self._quiet_until = time.monotonic()
         self._recent: list[Explanation] = []
@@ -192,7 +192,7 @@ class HitObserver:
             first, *others = kind.groups
             answered = first < len(lookup.lookups)
             if answered and not others and lookup.answers[first][1] == lookup.answers[0][1]:
-                # Earlier groups shortened nothing, so this is the answer of the group alone.
+                # No earlier group shortened the hit, so the group answered as it would alone.
                 served.append(lookup.answers[first][2])
             elif alone:
                 of_kind = [groups[index] for index in kind.groups]

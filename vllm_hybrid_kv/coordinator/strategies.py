@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 EXACT = 64
 """Gated DeltaNet and similar layers compute in chunks of 64 tokens, which start where a request
-resumes. At a multiple of 64, rounding is therefore the same as in a request that starts at 0."""
+resumes. A request that resumes at a multiple of 64 therefore rounds like one that starts at 0."""
 
 FINEST = 16
 """The finest match unit in tokens, vLLM's usual block size. Finer units hardly hit more."""
@@ -81,14 +81,14 @@ def match_unit(kv_cache_config: KVCacheConfig, dcp_world_size: int) -> int | Non
     """Return a match unit that divides the block size of every group with a prefix cache.
 
     The blocks of models with states are hundreds or thousands of tokens long. vLLM's default is to
-    match whole blocks, so prompts shorter than a block never hit. `dcp_world_size` ranks of decode
-    context parallelism share attention's blocks.
+    match whole blocks, so prompts shorter than a block never hit. With decode context parallelism,
+    `dcp_world_size` ranks share each attention block.
 
     Returns:
         The smallest multiple of `EXACT` (and of the tokens per entry of a compressed layer) that
-        divides all block sizes, or else the smallest multiple of `FINEST`. None if neither exists,
-        or if vLLM ends no hit inside a block, as in models without states in cache mode `align`.
-        None selects vLLM's default.
+        divides all block sizes, or else the smallest multiple of `FINEST`. None (vLLM's default) if
+        neither exists, or if vLLM cannot end a hit inside a block. It only can in models with
+        states in cache mode `align`.
     """
     groups = [
         group for group in kv_cache_config.kv_cache_groups if group.kv_cache_spec.prefix_cacheable

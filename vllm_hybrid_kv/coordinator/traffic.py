@@ -12,7 +12,7 @@ EDGES = np.array([0, *(1 << k for k in range(17))], dtype=np.float64)
 """Edges of the age ranges. Ages are counted in requests."""
 
 PRIOR_WEIGHT = 20.0
-"""The prior weighs as much as this number of observed checkpoints."""
+"""The weight of the prior return rate, as a number of observed checkpoints."""
 
 _LOW, _HIGH = EDGES[:-1], EDGES[1:]
 _WIDTH = _HIGH - _LOW
@@ -42,7 +42,7 @@ class ReuseCurve:
     """
 
     def __init__(self, likelihood: float = 1.0) -> None:
-        """Start with the prior return rate, times `likelihood`."""
+        """Start with the prior return rate, multiplied by `likelihood`."""
         self._prior = likelihood * _PRIOR
         self._returns = np.zeros(len(_LOW))
         self._time = np.zeros(len(_LOW))
@@ -117,7 +117,7 @@ _BITS = np.left_shift(np.uint8(1), np.arange(8, dtype=np.uint8))
 
 
 class _Generation:
-    """A Bloom filter of hashes, and an exact set of the hashes that requests ended with."""
+    """A Bloom filter of hashes, and an exact set of the last hashes of requests."""
 
     def __init__(self, capacity: int) -> None:
         self.room = capacity
@@ -133,8 +133,8 @@ class _Generation:
         first, step = words[:, :1], words[:, 1:2]
         places = ((first + _PROBES * step) & self._mask).ravel()
         indices, bits = (places >> _THREE).view(np.int64), _BITS[places & _SEVEN]
-        # If several bits go into one byte, the assignment keeps one of them. Repeating it for the
-        # lost bits is several times faster than `np.bitwise_or.at`, which loses none.
+        # If several bits go into one byte, `|=` sets only one of them. Repeating `|=` for the lost
+        # bits is several times faster than `np.bitwise_or.at`, which would lose none.
         while len(indices):
             self._table[indices] |= bits
             lost = (self._table[indices] & bits) == 0
@@ -185,7 +185,7 @@ class SeenPrefixes:
         low, high = 0, min(limit, len(hashes))
         while low < high:
             middle = (low + high + 1) // 2
-            # Hashes are uniform, so their first bytes serve as the filter's hash functions.
+            # Hashes are uniformly distributed, so their first bytes can index the filter.
             first, step = _WORDS.unpack_from(hashes[middle - 1])
             if self._young.has(first, step) or self._old.has(first, step):
                 low = middle
@@ -194,10 +194,10 @@ class SeenPrefixes:
         return low
 
     def discard_end(self, block_hash: bytes) -> None:
-        """Record that a request continued after this end. The next one to continue is a branch."""
+        """Record that a request continued from this end, so the next that does branches off."""
         self._young.ends.discard(bytes(block_hash))
         self._old.ends.discard(bytes(block_hash))
 
     def is_end(self, block_hash: bytes) -> bool:
-        """Whether a request ended here and none continued. The first to continue is no branch."""
+        """Whether a request ended here and no request has continued from here yet."""
         return bytes(block_hash) in self._young.ends or bytes(block_hash) in self._old.ends

@@ -60,11 +60,11 @@ class PassedBlocks:
         # By request id, the number of tokens after which the request resumed. vLLM stores this
         # number in the request only after the first step.
         self._resumed: dict[str, int] = {}
-        # By request id: the manager's index and the block table column of each passed block.
+        # For each request: the passed blocks, as index of the manager and block table column.
         self._passed: defaultdict[str, set[tuple[int, int]]] = defaultdict(set)
 
     def resume(self, request_id: str, num_computed_tokens: int) -> None:
-        """Record after how many tokens (hit, or loaded by a connector) a request resumes."""
+        """Record how many tokens a request has from the cache and from a KV connector."""
         self._resumed[request_id] = num_computed_tokens
 
     def forget(self, request_id: str) -> None:
@@ -200,20 +200,20 @@ ALLOWED_BY = "allow_unsafe_drafts"
 """The setting that lets an engine start even if drafts can corrupt its cached states."""
 
 TEXT_METHODS = ("ngram", "suffix")
-"""These methods draft from the text. They need no draft model and schedule synchronously."""
+"""Speculative methods that copy drafts from earlier text. vLLM schedules them synchronously."""
 
 EXPORTING_LAYER = "MambaMixer2"
-"""This layer always exports the state at a prompt's end from within the last chunk."""
+"""vLLM's Mamba 2 layer. Its kernel exports the state at a prompt's end from the last chunk."""
 
 
 def check_drafts(vllm_config: VllmConfig) -> None:
     """Reject an engine whose draft tokens can corrupt the states in its prefix cache.
 
     Drafts of a model (MTP, EAGLE and others) can corrupt any cached state: see the open issues
-    vllm-project/vllm#47194 and #53912. One cause is in the source of 0.32 and 0.33: model runner V1
-    with asynchronous scheduling may use another request's count of accepted drafts (#53919).
-    Drafts from the text corrupt states only if a kernel exports states, as Mamba 2's does: the
-    worker then writes the exported state into a block that the scheduler has moved.
+    vllm-project/vllm#47194 and #53912. One known cause in vLLM 0.32 and 0.33: with asynchronous
+    scheduling, model runner V1 may use another request's count of accepted drafts (#53919).
+    Drafts copied from the text corrupt states only if the kernel exports states, as Mamba 2's does:
+    the worker then writes the exported state into a block that the scheduler has moved.
 
     Raises:
         HybridKVSettingsError: The engine has such drafts and caches states.
@@ -241,12 +241,12 @@ def check_drafts(vllm_config: VllmConfig) -> None:
 
 
 def _exports_states(model: ModelConfig) -> bool:
-    """Whether the source of a model names the exporting layer. Does not import the model."""
+    """Whether a model's source file, which is not imported, mentions `EXPORTING_LAYER`."""
     from vllm.model_executor.models.registry import ModelRegistry
 
     for architecture in model.architectures:
         module = getattr(ModelRegistry.models.get(architecture), "module_name", None)
-        # A model of another plugin has no module name here. Assume that it exports states.
+        # If another plugin registered the model class, its module is unknown: assume the worst.
         spec = importlib.util.find_spec(module) if module else None
         if (
             spec is None

@@ -26,7 +26,7 @@ from vllm_hybrid_kv.state import STATE
 def settings_patch(context: Context) -> Patch:
     """Check the settings as soon as a process has its configuration, before it loads anything.
 
-    The engine core checks the settings in planning, which has patches of its own.
+    An engine core does not create its configuration, so the patches of planning check it there.
     """
 
     def create_engine_config(original: Any, self: Any, *args: Any, **kwargs: Any) -> VllmConfig:
@@ -41,12 +41,12 @@ def settings_patch(context: Context) -> Patch:
             vllm_config: VllmConfig = original(self, *args, **kwargs)
             cache_dtype = vllm_config.cache_config.cache_dtype
             if cache_dtype == CACHE_DTYPE:
-                # vLLM forces FlashAttention 2 with any TurboQuant cache. This restores the user's
-                # choice, because FlashAttention now runs only the layers that select it.
+                # vLLM forces FlashAttention 2 with any TurboQuant cache. Restore the user's choice,
+                # because FlashAttention now runs only the layers that select it.
                 vllm_config.attention_config.flash_attn_version = (
                     self.attention_config.flash_attn_version
                 )
-            # With vLLM's own cache dtype and strategies, the plugin must not refuse an engine.
+            # The plugin must not refuse an engine that uses only vLLM's dtypes and strategies.
             as_stock = cache_dtype != CACHE_DTYPE and all(
                 getattr(settings, name) == "stock" for name in HOOK_OF_SETTING
             )
@@ -82,7 +82,7 @@ class KnownVariables(Edit):
     _added: Iterable[str] = ()
 
     def apply(self) -> None:
-        """Add the variables that are set. More would change the key of vLLM's compile cache."""
+        """Add only variables that are set, because each changes the key of vLLM's compile cache."""
         ours = {name for name in os.environ if name.startswith(ENVIRONMENT_PREFIX)}
         self._added = sorted(ours - envs.environment_variables.keys())
         for name in self._added:

@@ -41,7 +41,7 @@ class Context:
     on_engine_config: list[Callable[[VllmConfig, Settings], None]] = field(default_factory=list)
 
     def rebind(self, name: str, around: Callable[..., Any]) -> Rebinding:
-        """Make the edit that redirects calls of a target to `around`, see `Rebinding`."""
+        """Return an edit that redirects all calls of a target to `around`: see `Rebinding`."""
         return Rebinding(self.targets[name], around)
 
     def check(self, additional_config: object) -> Settings:

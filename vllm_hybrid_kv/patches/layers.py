@@ -37,15 +37,15 @@ logger = init_logger("vllm.hybrid_kv.attention")
 
 
 def boundary_patch(context: Context) -> Patch:
-    """Replace vLLM's rule for boundary layers, for engines with a k8v4 cache."""
+    """Let the setting `boundary_layers` replace vLLM's rule in engines with a k8v4 cache."""
 
     def get_boundary_skip_layers(original: Any, model_config: ModelConfig, n: int = 2) -> Any:
         if (number := STATE.boundary_layers) is None:
             return original(model_config, n)
         if model_config.use_mla:
             context.stop(UnsupportedModelError(model_config.model))
-        # vLLM also quantises all layers of hybrid models. But it refuses a model whose config does
-        # not list its attention layers, although it only logs that list.
+        # vLLM's rule also returns [] for hybrid models. But it first raises an error if the config
+        # does not list the attention layers, although it only needs the list for a log line.
         if model_config.is_hybrid:
             return []
         owners = cache_owners(model_config.hf_text_config)
@@ -140,7 +140,7 @@ def _use_target_dtype(arguments: dict[str, Any]) -> None:
 
 
 def _choose_wrapped_backend(layer: Any, arguments: dict[str, Any]) -> None:
-    """Choose the backend of an unquantised layer whose class would wrap the k8v4 backend.
+    """Choose the backend of an unquantised layer whose class would otherwise wrap ours.
 
     Layers with static sinks need no change, because their models choose a backend.
     """

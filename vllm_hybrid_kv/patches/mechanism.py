@@ -25,7 +25,7 @@ from vllm_hybrid_kv.errors import HybridKVFingerprintError, HybridKVPatchError
 from vllm_hybrid_kv.version import __version__
 
 CHECKED = " (checked, not patched)"
-"""Suffix of the name of a target that the plugin relies on but does not patch."""
+"""Added to the name of a function that the plugin relies on but does not patch."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Target:
         return pkgutil.resolve_name(f"{self.module}:{self.name.rpartition('.')[0]}")
 
     def binding(self) -> Any:
-        """Return the target as its owner's namespace holds it, such as a classmethod object."""
+        """Return what the owner's namespace holds: for a class method, the `classmethod` object."""
         return vars(self.owner())[self.name.rpartition(".")[2]]
 
     def bind(self, value: Any) -> None:
@@ -71,7 +71,7 @@ class Target:
 
 
 def underlying(binding: Any) -> FunctionType:
-    """Unwrap the function in a classmethod, staticmethod, property or cache, or return it as it is.
+    """Return the plain function inside a classmethod, staticmethod, property or cached function.
 
     Raises:
         TypeError: The binding contains no Python function.
@@ -85,7 +85,7 @@ def underlying(binding: Any) -> FunctionType:
 
 
 def source_hash(code: CodeType) -> str:
-    """Return the first 16 hex digits of the SHA-256 of `source_of`, equal on all Pythons."""
+    """Hash `source_of` (SHA-256, 16 hex digits). The hash is the same in all Python versions."""
     return hashlib.sha256(source_of(code).encode()).hexdigest()[:16]
 
 
@@ -105,7 +105,7 @@ def source_of(code: CodeType) -> str:
         text = line.lstrip()
         if not text or text.startswith("#"):
             continue
-        # After the last line with code, only lines indented deeper belong to the function.
+        # After the last line with code, only lines with deeper indentation can be the function's.
         if code.co_firstlineno + number > last and len(line) - len(text) <= indentation:
             break
         if not lines:
@@ -148,7 +148,7 @@ class Edit:
 
 
 class UnchangedTarget(Edit):
-    """Changes nothing, but requires that a function the plugin relies on has a supported source.
+    """Changes nothing, but checks that a function which the plugin relies on is a supported one.
 
     Most of these targets define private members of vLLM that the plugin uses.
     """

@@ -33,7 +33,7 @@ def page_size_patch(context: Context) -> Patch:
         original: Any, vllm_config: VllmConfig, kv_cache_spec: dict[str, KVCacheSpec]
     ) -> Any:
         context.activate_settings(vllm_config)
-        # vLLM calls unify_kv_cache_spec_page_size inside, and passes it no configuration.
+        # `original` calls unify_kv_cache_spec_page_size, but passes it no configuration.
         STATE.planning_for = vllm_config
         if is_engine_config(vllm_config):
             STATE.planned_layers = vllm_config, dict(kv_cache_spec)
@@ -117,7 +117,7 @@ def _report(
     for line in capacity(vllm_config, kv_cache_config).describe(tokens):
         logger.info("%s", line)
     try:
-        # Call the function through its module, which holds the patched one.
+        # Look up the function in its module, because the patched function is there.
         scheduler_block_size, hash_block_size = kv_cache_utils.resolve_kv_cache_block_sizes(
             kv_cache_config, vllm_config
         )
@@ -144,10 +144,10 @@ def _report(
 
 
 def block_alignment_patch(context: Context) -> Patch:
-    """Make blocks no larger than a strategy needs if some layers of a k8v4 cache are unquantised.
+    """Keep vLLM from enlarging blocks if some layers of a k8v4 cache are unquantised.
 
-    vLLM aligns blocks before any spec exists, so that its own unification finds equal pages. A
-    strategy does not need this alignment and cannot undo it, as blocks are never made smaller.
+    vLLM enlarges blocks before any spec exists, so that its own rule finds equal pages later. A
+    strategy does not need larger blocks, and cannot undo them because blocks may only grow.
     """
 
     def align_hybrid(original: Any, cls: type, vllm_config: VllmConfig, backend_cls: type) -> None:

@@ -14,9 +14,9 @@ from vllm_hybrid_kv.patches.mechanism import Patch
 class RewindableGenerator(torch.Generator):
     """A CPU generator that vLLM's model runner can rewind after it has discarded a sample.
 
-    To rewind, the runner subtracts one draw from a generator's offset, but CPU generators have none
-    and raise an error. The runner discards only samples of incomplete prompts, so every draw since
-    the request joined the batch is discarded. Rewinding returns to the state before those draws.
+    To rewind, the runner subtracts one draw from a generator's offset. CPU generators have no
+    offset and raise an error. The runner discards only samples of incomplete prompts, so all draws
+    since a request joined the batch are discarded. Rewinding returns to the state before them.
     """
 
     _joined: torch.Tensor

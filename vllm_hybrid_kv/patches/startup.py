@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reports the plugin's error in a worker (a refusal) as the last line of a failed start-up.
+"""Reports a refusal, an error of the plugin in a worker, as the last line of a failed start-up.
 
-The process that the user started only knows that another process ended. So a worker or engine core
-writes its refusal to a file whose path it inherits in an environment variable. The process that the
-user started reads the file and prints the refusal last.
+The process that the user started only knows that another process ended. So workers and the engine
+core write a refusal to a file, whose path they inherit in an environment variable. The process that
+the user started reads the file and prints the refusal last.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The functions of vLLM that the plugin patches or relies on, with a source hash for each minor.
 
-`make drift VLLM=...` compares a release with these tables; DRIFT_ARGS=--write writes its column.
+`make drift VLLM=...` compares a release with these tables; DRIFT_ARGS=--write updates its column.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ MINORS = ("0.32", "0.33")
 SUPPORTED = " and ".join(MINORS)
 
 Table = dict[str, dict[str, tuple[str | None, ...]]]
-"""The hash for each minor, by module and function, or None if the minor lacks it there."""
+"""By module and function: a hash for each minor, or None if the module lacks the function."""
 
 # The hash of `initialize_model` covers only its decorator's wrapper. That is enough, because the
 # patch only calls the function and checks the layers that it builds.

@@ -32,7 +32,7 @@ from vllm_hybrid_kv.errors import HybridKVStrategyError
 from vllm_hybrid_kv.hooks import hookimpl
 
 SHORT_REQUEST = 512
-"""The log also says how many short requests fit. A short request has this many tokens."""
+"""Tokens of a short request. The log also says how many requests of this length fit."""
 
 
 class GrowingGroups:
@@ -64,7 +64,7 @@ def token_capacity_kv_cache_groups(
 
 
 def addressable_slots(group: KVCacheGroupSpec, kv_cache_config: KVCacheConfig) -> int:
-    """Return how many entries a buffer needs that is indexed by a group's slots (#37118).
+    """Return how many entries a buffer must have to be indexed by a group's slots (#37118).
 
     A slot is block * block_size + offset, and a group may hold any block of the pool.
     """
@@ -83,8 +83,8 @@ def _grows(spec: KVCacheSpec) -> bool:
 class Capacity:
     """How many requests a pool of KV blocks holds at once if no two requests share a prefix.
 
-    All groups draw blocks from one pool. With N blocks, one of which is the null block, and at
-    most r(n) blocks held by a request of n tokens (`blocks_per_request`):
+    All groups draw blocks from one pool of N blocks, and one of these is the null block. A request
+    of n tokens holds at most r(n) blocks (`blocks_per_request`), so:
 
         max_len_requests = floor((N - 1) / r(max_model_len))
         short_requests   = floor((N - 1) / r(short_request))
@@ -177,7 +177,7 @@ def _blocks_of_layer(vllm_config: VllmConfig, spec: KVCacheSpec, tokens: int) ->
 
 
 def _requests_at_once(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, tokens: int) -> int:
-    """Return how many requests of `tokens` tokens always fit next to each pool's null block."""
+    """Return how many requests of this many tokens fit into each pool besides its null block."""
     blocks = {False: 0, True: 0}
     for group in kv_cache_config.kv_cache_groups:
         blocks[group.host_resident] += blocks_per_request(vllm_config, group.kv_cache_spec, tokens)
@@ -250,7 +250,7 @@ def smallest_hit(
 def _draft_margin(
     vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, alignment: int, hash_block_size: int
 ) -> int:
-    """Return how many cached tokens draft layers need after a hit, or 0 if there are none."""
+    """Return how many cached tokens draft layers need after a hit; 0 without draft layers."""
     speculative = vllm_config.speculative_config
     drops = speculative is not None and speculative.use_eagle_block_drop()
     if not drops and hasattr(vllm_config, "num_hash_lookahead_tokens"):

@@ -21,8 +21,8 @@ LONGEST_SEQUENCE = 1 << 20
 """Tokens of the longest sequence if vLLM plans without a configuration."""
 
 TOLERANCE = 0.01
-"""Saving less than this share of the pool is not worth longer blocks. If blocks are `n` tokens
-longer, a request wastes `n / 2` more tokens of its last block on average, and hits less."""
+"""Longer blocks are not worth it if they save less than this share of the pool. With blocks that
+are `n` tokens longer, a request wastes `n / 2` more tokens of its last block, and hits less."""
 
 REFERENCE_REQUEST = 3_200
 """Padding is weighed against the match unit for a request of this many tokens. `docs/planning.md`

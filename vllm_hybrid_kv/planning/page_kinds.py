@@ -63,17 +63,17 @@ class LayerKind(ABC):
 
     @abstractmethod
     def steps(self, low: int, high: int) -> Bytes:
-        """Return pages from `low` to `high`, including all at which the number of blocks grows.
+        """Return the pages from `low` to `high` that are worth trying.
 
-        If the kind is not elastic, include all its possible pages in this range.
+        These are all pages at which the number of blocks grows; if not elastic, all possible pages.
         """
 
     def within(self, match_unit: int) -> LayerKind:
-        """Keep only block sizes that divide the match unit, a multiple of the spec's block size."""
+        """Return a kind that has only the block sizes which divide the match unit."""
         return self
 
     def held(self, request: float) -> float:
-        """Return how many tokens of a request a layer holds: all, or a window, chunk or block."""
+        """Return how many tokens of a request a layer keeps: all, or one window, chunk or block."""
         if self.cap == 1:
             return self.spec.block_size
         window = getattr(self.spec, "sliding_window", None)
@@ -91,7 +91,7 @@ class LayerKind(ABC):
         return replace(self.spec, **changed)
 
     def listed(self, counts: dict[int, int]) -> LayerKind:
-        """Restrict this kind to some pages. `counts` maps a page's bytes to its old blocks."""
+        """Return a kind with only these pages: `counts` maps a page's bytes to its old blocks."""
         pages, blocks = zip(*sorted(counts.items()), strict=True)
         return Listed(self.spec, self.unit, self.cap, pages[0], self.elastic, pages, blocks)
 
@@ -100,7 +100,7 @@ class LayerKind(ABC):
         return np.minimum(self.blocks(pages), self.cap) * self.unit
 
     def used_in(self, planned: KVCacheSpec) -> int:
-        """Return the same as `used` for the page of a spec that any strategy has planned."""
+        """Return what `used` returns, but for the page of a spec from any strategy."""
         return min(planned.block_size // self.spec.block_size, self.cap) * self.unit
 
 
@@ -116,7 +116,7 @@ class Padded(LayerKind):
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
-        """The possible numbers of old blocks: divisors of `whole`, up to the first >= `cap`."""
+        """The possible numbers of old blocks: the divisors of `whole`, until one reaches `cap`."""
         divisors = _divisors(self.whole)
         return divisors[: bisect_left(divisors, self.cap) + 1]
 
@@ -196,7 +196,7 @@ class Listed(LayerKind):
 
     Attributes:
         pages: Bytes of the pages, ascending.
-        counts: Old blocks in each page. If layers are elastic, any other page holds one.
+        counts: Old blocks in each page. Elastic layers also have other pages, of one old block.
     """
 
     pages: tuple[int, ...]
@@ -243,9 +243,9 @@ def layer_kind(spec: KVCacheSpec, longest: int) -> LayerKind:
 
 
 def page_granularity(specs: Sequence[KVCacheSpec]) -> int:
-    """Return the number of bytes that every common page must be a multiple of.
+    """Return the bytes of which every common page must be a multiple.
 
-    It follows from the layers' dtypes, because the worker views pages as tensors of these dtypes.
+    The worker views pages as tensors, so a page must have whole elements of all layers' dtypes.
     """
     dtypes = {dtype for spec in specs for dtype in getattr(spec, "dtypes", ())}
     dtypes |= {spec.dtype for spec in specs if isinstance(spec, AttentionSpec)}

@@ -28,7 +28,7 @@ DIGITS = 12
 
 
 class CommonPage(NamedTuple):
-    """A page that suits all layers: its bytes, and the share of its memory that is not padding."""
+    """The bytes of a page that suits all layers, and the share of a pool that is not padding."""
 
     size: int
     filled: float
@@ -125,7 +125,7 @@ class PageSearch:
         return best
 
     def best_for(self, request: float) -> CommonPage | None:
-        """Return the page that wastes least in one request, or None. If several do, the smallest.
+        """Return the smallest page of those that waste least in one request; None if no page suits.
 
         Pages larger than the longest blocks need are left out, because they only add padding.
         """
@@ -170,7 +170,7 @@ class PageSearch:
         return -(-size // self._granularity) * self._granularity
 
     def _common(self, low: int, high: int) -> Bytes:
-        """Return pages that suit all layers, ascending. They include the best of any range."""
+        """Return pages that suit all layers, ascending; one of them has the least padding."""
         sizes = np.unique(np.concatenate(list(self._candidates(low, high))))
         suits = (sizes >= low) & (sizes <= high) & (sizes % self._granularity == 0)
         for kind, _ in self._kinds:

@@ -40,9 +40,9 @@ def startup_warnings(
 ) -> list[str]:
     """Return one line for each problem of a plan. Each line also says what to change.
 
-    The problems can occur with any strategy, also `stock`. Both block sizes are in tokens, from
-    `resolve_kv_cache_block_sizes`. `layers` has the spec of every layer before planning. It can be
-    None if the plan is a worker's, which has the specs of all layers (the scheduler's does not).
+    The problems can occur with any strategy, even `stock`. Both block sizes are in tokens, from
+    `resolve_kv_cache_block_sizes`. `layers` has the spec of every layer before planning. It may be
+    None for a worker's plan, which itself has the spec of every layer.
     """
     if layers is None:
         layers = _specs(kv_cache_config.kv_cache_groups)
@@ -105,7 +105,7 @@ def _stores(vllm_config: VllmConfig, spec: KVCacheSpec, dtype: str) -> bool:
     if not isinstance(spec, AttentionSpec):
         return False
     mode = get_kv_quant_mode(dtype)
-    # Some models store fp8 in pages of that torch dtype without a quantisation mode.
+    # Some models store fp8 in pages whose torch dtype is fp8, without a quantisation mode.
     plain = mode in (KVQuantMode.NONE, KVQuantMode.FP8_PER_TENSOR)
     return (
         (mode != KVQuantMode.NONE and spec.kv_quant_mode == mode)
@@ -185,7 +185,7 @@ def _less_padding_of_states(vllm_config: VllmConfig, layers: Mapping[str, KVCach
     if attention and states:
         per_token = max(content_bytes(spec) / spec.block_size for spec in attention)
         tokens = math.ceil(max(states) / per_token)
-        # vLLM takes multiples of 32 on CPUs. If several lead to one block, advise the largest.
+        # On CPUs, vLLM takes multiples of 32. If several have the same effect, take the largest.
         sizes = {-(-tokens // size) * size: size for size in (32, 64, 128)}
         if min(sizes) < vllm_config.cache_config.block_size:
             size = sizes[min(sizes)]

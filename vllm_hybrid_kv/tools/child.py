@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a function in a child process, and read the messages that the function sends.
 
-The child calls the function with a callable that sends messages, then the parent's arguments:
+The function gets a callable that sends messages, followed by the arguments from the parent:
 
     with Child("vllm_hybrid_kv.tools.eval.engine:score", job_file, log=log, timeout=60) as child:
         for message in child.messages():         # dicts, while the child runs
@@ -34,8 +34,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-# `python -c` puts the current folder on the path, but the command `vllm` does not. So remove the
-# folder: a server would not import a checkout of vLLM from there.
+# `python -c` puts the current folder on the path, but the command `vllm` does not. Remove the
+# folder again, because a server would not import a checkout of vLLM from it.
 _CODE = (
     "import sys; sys.path[:] = [folder for folder in sys.path if folder]; "
     "from vllm_hybrid_kv.tools.child import run; run(*sys.argv[1:])"
@@ -111,7 +111,7 @@ class Child:
             self.problem = error or self._ending(status)
 
     def _received(self) -> Iterator[dict[str, Any]]:
-        """Yield messages until the pipe closes, the child ends or the timeout is over."""
+        """Yield messages until the pipe closes, the child ends or the time is up."""
         while (left := self._ends_at - time.monotonic()) > 0:
             # A process that the child forked may hold the pipe open after the child's end.
             ended = self._process.poll() is not None
@@ -162,7 +162,7 @@ def run(pipe: str, function: str, *arguments: str) -> None:
 
 
 def _describe(error: BaseException) -> str:
-    """Format an error as one line. Its class is omitted if the message was written for users."""
+    """Format an error as one line. Omit its class if the plugin wrote the message for users."""
     message = " ".join(str(error).split())
     if isinstance(error, ValueError | SystemExit) and message:
         return message

@@ -44,7 +44,7 @@ _ADVICE = (
     (r"(?i)\bset \w*boundary_layers=", "pass --boundary-layers "),
     (r"\bset prefix_match_unit=", "set VLLM_HYBRID_KV_PREFIX_MATCH_UNIT="),
 )
-"""Patterns of advice in messages for servers, and what `plan` and `replay` print instead."""
+"""Patterns of vLLM's advice for servers, and the advice that `plan` and `replay` give instead."""
 
 
 def memory_size(text: str) -> int:
@@ -120,7 +120,7 @@ def parse(context: typer.Context, *more: str) -> tuple[str, dict[str, Any]]:
         model = given.model_tag
         if model is None and given.model != parser.get_default("model"):
             model = given.model
-        # If these named a model, vLLM in offline mode would look for its weights.
+        # Hide the model's name, because vLLM in offline mode would look for its weights.
         given.model, given.tokenizer = ".", None
         engine = AsyncEngineArgs.from_cli_args(given)
     except (argparse.ArgumentTypeError, ValueError, OSError, AssertionError) as error:

@@ -104,9 +104,9 @@ def check_pages(
 ) -> None:
     """Check that NIXL can take the planned pages.
 
-    If layers are adjacent in memory, NIXL splits the memory into pages of the bytes that attention
-    reads. An assertion fails if pages are larger because of padding. Unquantised layers cause such
-    padding: their pages are padded to the size of the k8v4 pages.
+    If layers are adjacent in memory, NIXL splits the memory into pages as if they had no padding,
+    and one of its assertions fails if they have. Unquantised layers cause padding: their pages are
+    padded to the size of the k8v4 pages.
 
     Raises:
         HybridKVError: A page is padded. The message names a layer, its bytes and what to set.
@@ -173,7 +173,7 @@ def init_example_connector(
             words,
         )
     parallel = vllm_config.parallel_config
-    # The scheduler's connector has rank 0, so it looks for the pages of the first process.
+    # The connector in the scheduler has rank 0, so it looks for the pages of the first worker.
     self._storage_path = str(own / f"{parallel.rank}of{parallel.world_size}")
 
 

@@ -3,7 +3,7 @@
 
 Two engines read the same numbers from a page only if page format, arrangement, size and heads are
 equal. A page has no header that would show a difference, so the fingerprint states these properties
-in words. It is part of vLLM's own handshakes, keys and folders, so their errors name both texts.
+in words. It is part of vLLM's handshakes, keys and folders, so an error shows both fingerprints.
 """
 
 from __future__ import annotations

@@ -260,7 +260,7 @@ def strategies(facts: Facts) -> Iterator[Finding]:
 
 @check("Verifying the patches", "active")
 def patches(facts: Facts) -> None:
-    """Record for each edit whether it is active, or would fit if the plugin is not loaded."""
+    """Record which edits are active or, if the plugin is not loaded, which could be applied."""
     from vllm_hybrid_kv.patches import patches_for
     from vllm_hybrid_kv.patches.context import Context
     from vllm_hybrid_kv.patches.targets import RELIED_ON, targets_of
@@ -292,7 +292,7 @@ def patches(facts: Facts) -> None:
 
 @check("Searching for functions that other plugins replaced", "active")
 def patched(facts: Facts) -> Iterator[Finding]:
-    """A function that is patched must be vLLM's before the patch, and the plugin's after it."""
+    """Before a patch, the function must be vLLM's. After it, the function must be the plugin's."""
     rows, foreign = facts.get("patches", ()), facts["foreign"]
     names = [edit["name"] for patch in rows for edit in patch["edits"] if edit["why"]]
     names += [place["place"] for place in foreign if place["place"] not in names]

@@ -13,7 +13,7 @@ from vllm_hybrid_kv.tools.machine import cpu_model
 
 
 def cpu_device() -> dict[str, str | None]:
-    """Describe this CPU. Which kernels run on it is not known yet."""
+    """Describe this CPU as a device of the report. `kernels` is filled in later."""
     # macOS has no affinity.
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     name = f"{cpu_model()}, {count} core{'' if count == 1 else 's'}"

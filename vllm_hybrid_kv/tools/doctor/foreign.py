@@ -25,7 +25,7 @@ class Places:
 
     def __init__(self, targets: Iterable[Target]) -> None:
         targets = list(targets)
-        # A function with a supported source is vLLM's, whatever module decorates it.
+        # A function with a supported source counts as vLLM's, even if another module decorates it.
         self._vllms = [_binding(target) for target in targets if not target.problems()]
         self._places: dict[str, Callable[[], Any]] = {
             str(target): partial(_binding, target) for target in targets
@@ -38,7 +38,7 @@ class Places:
     def foreign(self) -> list[dict[str, str]]:
         """Return functions in these places that are neither vLLM's nor ours.
 
-        Each has the `place`, the `module` that defines the function, and the `package`, or "".
+        Each is a dict: the `place`, the `module` that defines the function, its `package` or "".
         """
         found = []
         for place, read in sorted(self._places.items()):

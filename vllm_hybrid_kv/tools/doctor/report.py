@@ -34,7 +34,7 @@ FIRST = ("vllm", "version", "process")
 """Findings of these checks come first within a severity, because they may cause others."""
 
 LONGEST_REASON = 160
-"""Printed reasons are cut to this many characters, because some have signatures. JSON has all."""
+"""Longer reasons (some have signatures) are cut in the text. The JSON document has them whole."""
 
 COLOURS = {"problem": "red", "warning": "yellow", "note": "cyan"}
 

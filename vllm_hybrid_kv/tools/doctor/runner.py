@@ -19,7 +19,7 @@ is probably not as intended. note: good to know.
 
 
 Finding = dict[str, str]
-"""One thing that a user should know; `finding` makes it."""
+"""What a check found out, as JSON for the report. `finding` makes it."""
 
 Facts = dict[str, Any]
 """JSON values that checks store for `--json`, for the text and for later checks."""
@@ -33,7 +33,7 @@ def finding(severity: str, check: str, message: str, remedy: str = "") -> Findin
 
 
 CHECKS: list[tuple[Run, str, tuple[str, ...], tuple[str, str]]] = []
-"""Each check function, with the arguments that its decorator `check` got."""
+"""The check functions, each with the arguments of its decorator `check`."""
 
 
 def check(
@@ -42,7 +42,7 @@ def check(
     """Add the decorated function, which yields findings and may add facts, to `CHECKS`.
 
     Args:
-        activity: The function's activity for messages, such as `Importing vLLM`.
+        activity: What the function does, in words for messages, such as `Importing vLLM`.
         needs: Facts without which the check is skipped.
         error: `severity` and `check` of the finding if the function raises.
     """

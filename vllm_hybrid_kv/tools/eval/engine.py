@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run one engine in a child process, and score its predictions in vLLM's workers.
 
-vLLM computes the logits of all prompt positions if a request wants log-probabilities of its
-prompt, but returns only a few. `Recorder`, a `worker_extension_cls` of vLLM, wraps the model's
-head. For the reference it saves the hidden states that the head gets, a few KiB per token. For any
-other cache it also applies the head to the saved states, and compares the two distributions over
-the whole vocabulary, on the rank that has the logits. One request runs at a time, so that logits
-arrive in the order of positions.
+If a request wants log-probabilities of its prompt, vLLM computes the logits of all prompt
+positions, but returns only a few. `Recorder`, a `worker_extension_cls` of vLLM, wraps the model's
+head. With the reference cache, it saves the inputs of the head (hidden states, a few KiB per
+token). With any other cache, it also applies the head to the saved states. The rank that has the
+logits then compares the two distributions over the whole vocabulary. One request runs at a time,
+so that logits arrive in the order of positions.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def run(send: Callable[..., None], job_file: str) -> None:
     job = json.loads(Path(job_file).read_text())
     llm = LLM(**job["engine"], worker_extension_cls=f"{__name__}.{Recorder.__name__}")
     config = llm.llm_engine.vllm_config
-    # vLLM does not check tokens without a tokenizer.
+    # The engine has no tokenizer, and vLLM then does not check that tokens exist.
     size, largest = config.model_config.get_vocab_size(), max(map(max, job["sequences"]))
     if largest >= size:
         raise ValueError(
             f"the data has the token {largest}, but the model's vocabulary has {size} tokens; "
             "use data that was tokenised for this model"
         )
-    # The ranks of a pipeline have different layers. Tensor-parallel ranks have the same layers.
+    # Merge the layers of all ranks, because pipeline stages have different layers.
     layers = {
         name: on for rank in llm.collective_rpc("hybrid_kv_start") for name, on in rank.items()
     }
@@ -112,7 +112,7 @@ class _Head:
         self._scoring = False
         self._compute: Callable[..., torch.Tensor | None] = runner.model.compute_logits
         runner.model.compute_logits = self
-        # Model runner V1 has this method itself. V2 has a worker for it, on ranks with the head.
+        # V1's model runner scores prompts itself. V2's has a helper object on ranks with the head.
         owner, name = (
             (runner, "_get_prompt_logprobs_dict")
             if hasattr(runner, "_get_prompt_logprobs_dict")
@@ -134,7 +134,7 @@ class _Head:
         setattr(owner, name, score_prompt)
 
     def begin(self, tokens: list[int], reference: torch.Tensor | None) -> None:
-        """Prepare to score a prompt against the reference's hidden states; None: record them."""
+        """Prepare to score a prompt against saved hidden states; if None, record the states."""
         self._tokens, self._reference = torch.tensor(tokens), reference
         self._position = 0
         self.states: list[torch.Tensor] = []
@@ -173,7 +173,7 @@ class Recorder:
         return attention_layers(runner.kv_cache_config)
 
     def hybrid_kv_begin(self, tokens: list[int], file: str, is_reference: bool) -> None:
-        """Prepare to score a request against the states in `file`; the reference records them."""
+        """Prepare to score a request against the saved states in `file`, or to record states."""
         states = None if is_reference else safetensors.torch.load_file(file)[HIDDEN_STATES]
         self._hybrid_kv_head.begin(tokens, states)
 

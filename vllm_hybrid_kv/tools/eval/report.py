@@ -12,7 +12,7 @@ import numpy
 from vllm_hybrid_kv.tools.output import Table, figure
 
 DRAWN = (1e-6, 1e3)
-"""The drawn range, in nats. Divergences outside, such as 0 and infinity, are drawn at its ends."""
+"""The range of the axis, in nats. Divergences outside, even infinity, are drawn at its ends."""
 
 
 def report(document: Mapping[str, Any]) -> Iterator[Table | str]:

@@ -46,8 +46,8 @@ DEFAULTS = {
     "skip_tokenizer_init": True,
     "seed": 0,
 }
-"""Arguments of vLLM that a user may change. The chunk size bounds the logits in memory, and
-compilation takes longer than it saves."""
+"""Arguments of vLLM that a user may override. Short chunks of prompts limit the memory for logits.
+Nothing is compiled, because that takes longer than it saves."""
 
 FIXED = {"max_num_seqs": 1, "enable_prefix_caching": False, "disable_log_stats": True}
 """Arguments that the recorder needs: one request at a time, and every token computed."""
@@ -73,7 +73,7 @@ class CacheVariant:
     """One cache to compare.
 
     Attributes:
-        name: The cache on the command line: `fp8`, `turboquant_k8v4[boundary_layers=2]`.
+        name: The cache as on the command line, such as `turboquant_k8v4[boundary_layers=2]`.
         kv_cache_dtype: A value of vLLM's `--kv-cache-dtype`.
         settings: Settings of the plugin; they override the environment.
     """

@@ -20,7 +20,7 @@ MOST_ELEMENTS = 1 << 20
 """How many elements are computed at once in float64: 8 MiB, which fit into a CPU's cache."""
 
 FIRST_RANGE = 16
-"""The first range of context ends before this number of tokens. Each next end is twice as far."""
+"""Statistics are by ranges of context length. The first range ends here, the next twice as far."""
 
 
 def score(logits: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -43,7 +43,7 @@ def score(logits: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor) 
         q, p = ours.double().log_softmax(-1), theirs.double().log_softmax(-1)
         # 0 ln 0 is 0. Rounding can make the sum for equal distributions negative.
         terms = (p.exp() * (p - q)).masked_fill(p.isneginf(), 0.0)
-        # Logits in bfloat16 often tie. Any token that ties for the reference's first place counts.
+        # bfloat16 logits are often equal, so any of the reference's most probable tokens counts.
         agrees = theirs.gather(-1, ours.argmax(-1, keepdim=True)) == theirs.amax(-1, keepdim=True)
         logprobs = q.gather(-1, actual[:, None])
         divergences = terms.sum(-1, keepdim=True).clamp_min(0.0)

@@ -47,7 +47,7 @@ def read_sequences(
 
 
 def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
-    """Return the special token that starts every text, if there is one, and the text's tokens."""
+    """Return the special token (one or none) that starts every text, and the text's tokens."""
     first = list(tokenizer.encode("")[:1])
     start = first if first == [tokenizer.bos_token_id] else []
     return start, tokenizer.encode(text, add_special_tokens=False)

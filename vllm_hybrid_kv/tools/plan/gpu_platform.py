@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Describe an NVIDIA GPU to vLLM, by a CUDA platform that has fixed answers and no driver.
+"""Make vLLM plan for an NVIDIA GPU on any machine: a CUDA platform with fixed answers, no driver.
 
 `described_gpu` replaces the class of vLLM's only platform object, so every module that imported
 `current_platform` sees this GPU. In its `with` block, no code can reach the real platform.
@@ -132,7 +132,7 @@ def _clear_caches() -> None:
 
 
 def _cuda_names() -> Iterator[tuple[Any, str, Any]]:
-    """Yield (owner, name, stand-in) for objects that vLLM has only with CUDA's extensions."""
+    """Yield (owner, name, placeholder) for objects that exist only in vLLM's CUDA build."""
     import vllm.config.vllm
     from vllm import _custom_ops, triton_utils
     from vllm.utils import flashinfer
@@ -165,10 +165,10 @@ def _cuda_names() -> Iterator[tuple[Any, str, Any]]:
         (flashmla, "_flashmla_C_AVAILABLE", True),
         (flashmla, "_flashmla_extension_C_AVAILABLE", True),
         (torch._ops._OpNamespace, "__getattr__", _operator),
-        # FlashInfer needs CUDA's compiler, unless it finds its compiled kernels.
+        # Pretend that compiled kernels exist, because FlashInfer would need CUDA's compiler.
         (flashinfer, "has_flashinfer_cubin", lambda: True),
         (flashinfer_mla_sparse_sm90, "has_flashinfer_sm90_nope_mla", lambda: True),
-        # With Triton, as on a server, vLLM selects model runner V2.
+        # A server has Triton, and vLLM selects model runner V2 only with Triton.
         (vllm.config.vllm, "HAS_TRITON", True),
         (torch.cuda, "current_device", lambda: 0),
         (torch.cuda, "get_device_capability", lambda *_: CAPABILITY),

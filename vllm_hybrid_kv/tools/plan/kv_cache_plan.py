@@ -46,7 +46,7 @@ class Pages:
         group: The group's index in its stage, from 0.
         layers: The layers' names.
         kind: The kind of the layers, such as full attention, sliding window or state.
-        stores: The stored format: k8v4, fp8 or PyTorch's names of dtypes.
+        stores: The stored format: k8v4, fp8 or the names of PyTorch dtypes.
         block_tokens: Tokens of a block.
         page_bytes: Bytes of a layer's page in a block, padding included.
         padding_bytes: Unused bytes of the page.
@@ -111,9 +111,9 @@ class Plan:
         return self.prefix_caching and self.smallest_hit < self.capacity.max_model_len
 
     def tokens_in(self, memory: int) -> int | None:
-        """Return the tokens that fit into `memory` bytes in requests of `max_model_len`.
+        """Return how many tokens fit into `memory` bytes if all requests have `max_model_len`.
 
-        None means that no such request fits, so vLLM would not start.
+        Return None if no request of this length fits, so that vLLM would not start.
         """
         blocks = memory // self.block_bytes
         of_request = round(self.blocks / self.capacity.concurrency)

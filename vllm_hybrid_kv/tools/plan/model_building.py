@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build the layers of a model without weights, as one rank of several, with its draft model.
+"""Build the layers of a model and its draft model without weights, as one of several ranks.
 
 Large tensors are on PyTorch's meta device. Constructors read small tensors, such as slopes or
 router limits, so tensors of up to `MOST_ELEMENTS` elements are on the CPU. An operator with both
@@ -109,7 +109,7 @@ def as_one_rank_of(
     divided = contexts is not None and decode_context > 1
     with (
         patch.object(ranks, "world_size", size),
-        # The group of experts. vLLM has not created one if its first model had no experts.
+        # The expert-parallel group. vLLM did not create it if its first model had no experts.
         patch.object(parallel_state, "_EP", ranks),
         patch.multiple(
             pipeline, world_size=stages, rank_in_group=stage, rank=stage, ranks=list(range(stages))

@@ -145,7 +145,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def described(path: Path) -> Iterator[ModelDescription]:
-    """Write to a folder a config.json for the language model alone, with unquantised weights.
+    """Write a config.json of only the language model, without weight quantisation, to a folder.
 
     Neither change affects the KV cache. Encoders of images and sounds have no cache, and building
     them needs a tokenizer and a processor. Kernels for quantised weights may not exist on this
@@ -243,7 +243,7 @@ def _stored_by(quantisation: dict[str, Any], path: Path) -> str | None:
     scheme = quantisation.get("kv_cache_scheme")
     try:
         if scheme is not None and quantisation.get("quant_method") == "compressed-tensors":
-            # A server's attention layers read the scheme from the quantisation, removed here.
+            # On a server, attention layers would check the scheme. Here they get no quantisation.
             from vllm.model_executor.layers.quantization.compressed_tensors import (
                 compressed_tensors,
             )

@@ -80,7 +80,7 @@ def _draw_block(axes: Any, plan: Plan) -> None:
 
 
 def _draw_capacity(axes: Any, result: PlanResult) -> None:
-    """Draw for each cache dtype how many tokens, in requests of `max_model_len`, fit by memory."""
+    """Draw how many tokens fit into more and more memory, with a line for each cache dtype."""
     from matplotlib.ticker import EngFormatter
 
     plan = result.plan

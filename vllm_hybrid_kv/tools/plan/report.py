@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlanColumn:
-    """One of several plans that are compared, or the reason why there is no plan."""
+    """A column of the comparison: a plan, or the reason why there is none."""
 
     name: str
     plan: Plan | None

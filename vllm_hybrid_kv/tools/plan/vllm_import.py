@@ -74,8 +74,8 @@ def import_vllm() -> None:
 def model_classes_in_this_process() -> Iterator[None]:
     """Make vLLM inspect model classes in this process, and make classes for images importable.
 
-    vLLM inspects a class in a new process, to keep CUDA out of the process that forks its engine,
-    and caches the result in a file. Here no engine is forked, and the file is not used.
+    vLLM inspects a class in a new process, because the process that forks its engine must not use
+    CUDA, and caches the result in a file. Here no engine is forked, and the file is not used.
     """
     from transformers.utils import is_torchvision_available
     from vllm.model_executor.models import registry

@@ -114,8 +114,8 @@ def replay(
 
     - hit rate: the share of prompt tokens that came from the prefix cache
     - prefill tokens saved: the prompt tokens that came from the prefix cache
-    - tokens recomputed without a state: cached for full attention, but recomputed, because the
-      blocks of another KV group were not cached
+    - tokens recomputed without a state: tokens that full attention had cached, but that were
+      recomputed because another KV group lacked them
     - preemptions: how often the scheduler preempted a request
     - scheduler, ms: time in vLLM's scheduler, without the model
     - match unit: hits end at multiples of this number of tokens

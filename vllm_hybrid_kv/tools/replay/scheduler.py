@@ -45,8 +45,8 @@ class Tally:
         requests: Finished requests.
         prompt_tokens: Prompt tokens of the finished requests.
         hit_tokens: Prompt tokens that the first lookup of a request found in the cache.
-        recomputed_tokens: Tokens that full attention had in the cache when their request started,
-            and that were recomputed because another group's blocks were not cached.
+        recomputed_tokens: Tokens that full attention had cached when their request started, but
+            that were recomputed because another group lacked them.
         preemptions: Preempted requests, counted each time.
         evicted_blocks: Evicted blocks by kind of KV group.
         steps: Steps of the scheduler.

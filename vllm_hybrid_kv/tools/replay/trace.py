@@ -97,7 +97,7 @@ def write_trace(path: Path, requests: Iterable[TracedRequest]) -> None:
 
 
 def shareable_tokens(requests: Sequence[TracedRequest]) -> int:
-    """Count the prompt tokens that a cache can hit at most: those in blocks of earlier requests.
+    """Count the prompt tokens in blocks of earlier requests: no cache can hit more.
 
     Only full blocks count, although a later request may continue a partial block.
     """
@@ -117,8 +117,9 @@ class Conversations:
 
     The hash id of a full block determines its tokens. The partial block at the end of a prompt has
     its own id, although the next turn of the conversation starts with this prompt and its answer.
-    So if a later request has every full block of a request, the request's partial block and answer
-    get the tokens of the later request. All other tokens are unique to a request.
+    So a later request that starts with all full blocks of an earlier request counts as the next
+    turn: the earlier request's partial block and answer get the tokens of the later request. All
+    other tokens are unique to a request.
 
     Args:
         requests: The trace, in the order of arrival.
