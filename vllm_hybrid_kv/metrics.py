@@ -4,8 +4,8 @@
 The scheduler of `vllm serve` runs in a child of the process that answers /metrics. So counters pass
 through files in prometheus_client's multi-process format. With several API servers, vLLM has a
 folder for such files: ours go there, and vLLM exports them. Otherwise the process that the user
-started chooses a folder, passes its name to its children in the environment, exports its files
-together with vLLM's metrics, and removes the folder at exit.
+started creates a folder, and passes its name to child processes in the environment. It exports the
+files together with vLLM's metrics, and removes the folder at exit.
 
 prometheus_client is imported on first use, because most workers do not need it.
 """

@@ -139,7 +139,7 @@ class K8V4AttentionBackend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Set the slot of a k8v4 layer to `slot_bytes(head_size)` bytes per token and KV head."""
+        """Plan slots of `slot_bytes(head_size)` bytes per token and KV head for a k8v4 layer."""
         if spec.state_content_bytes is not None or not spec.kv_quant_mode.is_turboquant:
             return spec
         if spec.head_size_v not in (None, spec.head_size):

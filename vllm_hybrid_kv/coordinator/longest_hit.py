@@ -151,7 +151,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
         length = max(round_down(limit, self._cache_hit_alignment_tokens), 0)
         lookups: list[GroupLookup] = []
         answers: list[tuple[int, int, int]] = []
-        # How many lookups in a row have answered the current length. If all have, it is the hit.
+        # How many lookups in a row answered the current length. When all did, that is the hit.
         agreed = 0
         for index in cycle(range(len(groups))):
             if length == 0 or agreed == len(groups):

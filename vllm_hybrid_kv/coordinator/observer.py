@@ -67,7 +67,7 @@ def kinds_of(coordinator: FixedPointCoordinator) -> list[GroupKind]:
     """Merge a coordinator's groups by kind, because metrics and messages name kinds."""
     kinds: dict[str, GroupKind] = {}
     for index, group in enumerate(coordinator.attention_groups):
-        # vLLM marks all groups if the model marks none, but states have no draft layers.
+        # If no group is marked as a draft group, vLLM marks all. But states have no draft layers.
         draft = group.use_eagle and not isinstance(group.spec, MambaSpec)
         name = get_kv_cache_spec_kind(group.spec).value + "_draft" * draft
         full = issubclass(group.manager_cls, FullAttentionManager)

@@ -36,9 +36,9 @@ class ReuseCurve:
 
         P(return before the horizon | age a, no return yet) / E(time until return or horizon).
 
-    This is the Gittins index of a checkpoint that occupies memory until it is used or evicted: its
-    returns per unit of time if it is kept as long as that pays. The index may rise with age. If
-    users take a while to answer, a young checkpoint is worth less than one that has waited.
+    This is the Gittins index of a checkpoint that occupies memory until it is used or evicted: the
+    best ratio of expected returns to the time in memory. The index may rise with age. If users take
+    a while to answer, a young checkpoint is worth less than one that has waited.
     """
 
     def __init__(self, likelihood: float = 1.0) -> None:
@@ -194,7 +194,7 @@ class SeenPrefixes:
         return low
 
     def discard_end(self, block_hash: bytes) -> None:
-        """Record that a request continued from this end, so the next that does branches off."""
+        """Record that a request has continued from this end. The next that does so branches off."""
         self._young.ends.discard(bytes(block_hash))
         self._old.ends.discard(bytes(block_hash))
 

@@ -45,9 +45,9 @@ class PassedBlocks:
     - A kernel, such as Mamba 2's, exports the state at a prompt's end from within the last chunk.
       vLLM lets that chunk start inside a block, where a hit ended, and run to the prompt's end.
 
-    The kernel exports the state into the last block but one. If hits end at multiples of several
-    blocks, the exported state may be earlier than the state at that block's end. At the next
-    multiple, vLLM then caches the exported state again, as if it were the later one.
+    The kernel exports the state into the last block but one. If hits end only at every few blocks,
+    the exported state may belong to an earlier token than that block's end. When the request
+    reaches the next such position, vLLM caches the exported state again, as the block's end state.
     """
 
     def __init__(self, managers: Iterable[SingleTypeKVCacheManager]) -> None:
@@ -82,7 +82,7 @@ class PassedBlocks:
         request_id = request.request_id
         passed = self._passed[request_id]
         start = max(request.num_computed_tokens, self._resumed.get(request_id, 0))
-        # In decoding, no block is passed: the worker copies the state at a block's end into it.
+        # Decoding passes no block, because the worker copies the state at its end into each block.
         if start < max(request.num_prompt_tokens, request.num_tokens - 1):
             for index, manager in enumerate(self._managers):
                 column, inside = divmod(start, manager.block_size)
@@ -203,7 +203,7 @@ TEXT_METHODS = ("ngram", "suffix")
 """Speculative methods that copy drafts from earlier text. vLLM schedules them synchronously."""
 
 EXPORTING_LAYER = "MambaMixer2"
-"""vLLM's Mamba 2 layer. Its kernel exports the state at a prompt's end from the last chunk."""
+"""vLLM's Mamba 2 layer, whose kernel exports the state at a prompt's end within the last chunk."""
 
 
 def check_drafts(vllm_config: VllmConfig) -> None:

@@ -26,7 +26,7 @@ from vllm_hybrid_kv.state import STATE
 def settings_patch(context: Context) -> Patch:
     """Check the settings as soon as a process has its configuration, before it loads anything.
 
-    An engine core does not create its configuration, so the patches of planning check it there.
+    An engine core gets a finished configuration, so the patches of planning check its settings.
     """
 
     def create_engine_config(original: Any, self: Any, *args: Any, **kwargs: Any) -> VllmConfig:

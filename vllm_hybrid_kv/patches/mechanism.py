@@ -85,7 +85,7 @@ def underlying(binding: Any) -> FunctionType:
 
 
 def source_hash(code: CodeType) -> str:
-    """Hash `source_of` (SHA-256, 16 hex digits). The hash is the same in all Python versions."""
+    """Return a hash of `source_of(code)`: 16 hex digits, the same in all versions of Python."""
     return hashlib.sha256(source_of(code).encode()).hexdigest()[:16]
 
 

@@ -65,7 +65,7 @@ class LayerKind(ABC):
     def steps(self, low: int, high: int) -> Bytes:
         """Return the pages from `low` to `high` that are worth trying.
 
-        These are all pages at which the number of blocks grows; if not elastic, all possible pages.
+        For an elastic kind, these include all at which the number of blocks grows; otherwise all.
         """
 
     def within(self, match_unit: int) -> LayerKind:
@@ -243,7 +243,7 @@ def layer_kind(spec: KVCacheSpec, longest: int) -> LayerKind:
 
 
 def page_granularity(specs: Sequence[KVCacheSpec]) -> int:
-    """Return the bytes of which every common page must be a multiple.
+    """Return the number of bytes of which every common page must be a multiple.
 
     The worker views pages as tensors, so a page must have whole elements of all layers' dtypes.
     """

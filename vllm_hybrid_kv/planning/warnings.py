@@ -65,7 +65,6 @@ def _set(settings: Settings, field: str, value: object) -> str:
 
 
 def _specs(groups: Iterable[KVCacheGroupSpec]) -> dict[str, KVCacheSpec]:
-    """Return the spec of every layer of some groups by the layer's name."""
     specs: dict[str, KVCacheSpec] = {}
     for group in groups:
         own = dict.fromkeys(group.layer_names, group.kv_cache_spec)

@@ -23,8 +23,8 @@ from vllm_hybrid_kv.version import __version__
 class PageFingerprint:
     """The properties that two engines must share to read each other's pages.
 
-    The KV heads are those of the whole model. vLLM itself compares how many KV heads each
-    tensor-parallel process holds. It splits pages between heads, never inside a head.
+    The number of KV heads is that of the whole model. vLLM itself compares how many KV heads each
+    tensor-parallel process holds, and splits pages between heads, never inside a head.
 
     Attributes:
         plugin: Version of the package that wrote the pages.

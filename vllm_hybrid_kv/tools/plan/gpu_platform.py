@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make vLLM plan for an NVIDIA GPU on any machine: a CUDA platform with fixed answers, no driver.
+"""Make vLLM plan for an NVIDIA GPU on any machine, with a CUDA platform that needs no driver.
 
 `described_gpu` replaces the class of vLLM's only platform object, so every module that imported
 `current_platform` sees this GPU. In its `with` block, no code can reach the real platform.
@@ -165,7 +165,7 @@ def _cuda_names() -> Iterator[tuple[Any, str, Any]]:
         (flashmla, "_flashmla_C_AVAILABLE", True),
         (flashmla, "_flashmla_extension_C_AVAILABLE", True),
         (torch._ops._OpNamespace, "__getattr__", _operator),
-        # Pretend that compiled kernels exist, because FlashInfer would need CUDA's compiler.
+        # Say that compiled kernels exist, because FlashInfer otherwise needs CUDA's compiler.
         (flashinfer, "has_flashinfer_cubin", lambda: True),
         (flashinfer_mla_sparse_sm90, "has_flashinfer_sm90_nope_mla", lambda: True),
         # A server has Triton, and vLLM selects model runner V2 only with Triton.

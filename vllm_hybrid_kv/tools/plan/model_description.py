@@ -211,7 +211,7 @@ def _pop_quantisation(config: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _text_architecture(wrapper: str, text: dict[str, Any]) -> str:
-    """Return vLLM's class of a multimodal model's language model."""
+    """Return the class that vLLM has for the language model inside a multimodal model."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_MAPPING_NAMES,
@@ -243,7 +243,7 @@ def _stored_by(quantisation: dict[str, Any], path: Path) -> str | None:
     scheme = quantisation.get("kv_cache_scheme")
     try:
         if scheme is not None and quantisation.get("quant_method") == "compressed-tensors":
-            # On a server, attention layers would check the scheme. Here they get no quantisation.
+            # On a server, attention layers check the scheme. Here they get none, so check it now.
             from vllm.model_executor.layers.quantization.compressed_tensors import (
                 compressed_tensors,
             )

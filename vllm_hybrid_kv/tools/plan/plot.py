@@ -80,7 +80,7 @@ def _draw_block(axes: Any, plan: Plan) -> None:
 
 
 def _draw_capacity(axes: Any, result: PlanResult) -> None:
-    """Draw how many tokens fit into more and more memory, with a line for each cache dtype."""
+    """Plot the tokens that fit (in requests of `max_model_len`) over memory, for each dtype."""
     from matplotlib.ticker import EngFormatter
 
     plan = result.plan

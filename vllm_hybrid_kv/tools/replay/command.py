@@ -45,7 +45,7 @@ MATCH_UNITS = ", ".join(BUILT_IN_NAMES["prefix_match_unit"])
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of one strategy (`coordinator`) with one size of memory, in bytes.
+    """The result of a replay with one strategy (`coordinator`) and one size of memory (in bytes).
 
     Attributes:
         match_tokens: Hits end at multiples of this number of tokens.
