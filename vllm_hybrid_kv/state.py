@@ -62,7 +62,7 @@ STATE = ProcessState()
 
 
 def current_settings() -> Settings:
-    """Return the settings of this process's last engine, or the environment's before any engine.
+    """Return the settings of the last engine or, before the first engine, of the environment.
 
     Raises:
         HybridKVSettingsError: The environment holds an unknown or invalid setting.

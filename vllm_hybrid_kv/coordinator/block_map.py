@@ -21,8 +21,8 @@ _GROUP_ID_BYTES = 4
 class GroupedBlockMap(BlockHashToBlockMap):
     """A map with the same results as vLLM's, and one dictionary for each group.
 
-    If several blocks hold the same tokens, lookups return the one that was cached first, as in
-    vLLM.
+    As in vLLM, if several blocks hold the same tokens, lookups return the block that was cached
+    first.
     """
 
     def __init__(self) -> None:

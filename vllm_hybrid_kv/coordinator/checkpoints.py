@@ -15,10 +15,10 @@ from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm_hybrid_kv.coordinator.traffic import ReuseCurve, age_range
 
 UPDATE_INTERVAL = 64
-"""Requests between two updates of the reuse curves."""
+"""After this many requests, the reuse curves are updated."""
 
 FADE_INTERVAL = 8192
-"""Requests after which earlier observations count half."""
+"""After this many requests, all earlier observations count half."""
 
 CANDIDATES = 128
 """An eviction compares this many random checkpoints, to bound its time, as in LHD (NSDI'18)."""

@@ -55,8 +55,8 @@ class DecodeSnapshots:
     """Copies the states of decoding requests, so that a copy is cached when a request ends.
 
     The end of an answer is not known in advance. So the state is copied every `INTERVAL` tokens.
-    Each copy overwrites the previous one, in blocks that are held for the request. vLLM's own
-    copy-on-write copies at the start of the step. If a request lacks blocks, all copies are freed.
+    Each copy overwrites the previous one, in blocks that are held for the request. vLLM makes the
+    copy at the start of a step, by copy-on-write. If a request lacks blocks, all copies are freed.
 
     Attributes:
         interval: Tokens between two copies.

@@ -49,7 +49,7 @@ class Explanation:
         hit_tokens: Tokens read from the cache, without those that a KV connector loads.
         reach_tokens: The longest prefix that full attention alone could serve. If there is no
             full-attention group, the longest prefix that any kind alone could serve.
-        setting: A setting that may lengthen hits, if there is one.
+        setting: A setting that may lengthen hits, or None.
     """
 
     request_id: str

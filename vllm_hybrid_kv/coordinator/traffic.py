@@ -89,7 +89,7 @@ class AnswerReturns:
     """How often the next turn of a conversation repeats the answer unchanged."""
 
     FADE = 1024
-    """Turns after which earlier turns count half."""
+    """After this many turns, all earlier turns count half."""
 
     def __init__(self) -> None:
         self._returns, self._turns = 2.0, 4.0
@@ -109,7 +109,7 @@ class AnswerReturns:
 _WORDS = struct.Struct("<QQ")
 
 BITS_PER_HASH = 16
-"""With 6 probes, a full filter has at most (1 - exp(-6/16))^6 = 0.1 % false positives."""
+"""At 16 bits and 6 probes, at most (1 - exp(-6/16))^6 = 0.1 % of lookups are false positives."""
 
 _PROBES = np.arange(6, dtype=np.uint64)
 _THREE, _SEVEN = np.uint64(3), np.uint64(7)

@@ -82,7 +82,7 @@ class PassedBlocks:
         request_id = request.request_id
         passed = self._passed[request_id]
         start = max(request.num_computed_tokens, self._resumed.get(request_id, 0))
-        # Decoding passes no block, because the worker copies the state at its end into each block.
+        # Decoding passes no block, because the worker copies the end state of a block into it.
         if start < max(request.num_prompt_tokens, request.num_tokens - 1):
             for index, manager in enumerate(self._managers):
                 column, inside = divmod(start, manager.block_size)

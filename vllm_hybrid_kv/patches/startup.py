@@ -22,11 +22,11 @@ from vllm_hybrid_kv.patches.context import Context
 from vllm_hybrid_kv.patches.mechanism import Edit, Patch
 
 VARIABLE = "HYBRID_KV_REFUSAL"
-"""The environment variable that holds the path of the file. It is not a setting."""
+"""The environment variable with the path of the file for refusals. It is not a setting."""
 
 
 class RefusalHandler(logging.Handler, Edit):
-    """Writes a refusal to the file of `VARIABLE` if vLLM logs it in a child process."""
+    """Writes a refusal to the file that `VARIABLE` names if vLLM logs it in a child process."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)

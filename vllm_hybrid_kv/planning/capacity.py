@@ -234,7 +234,7 @@ def smallest_hit(
         isinstance(group.kv_cache_spec, UniformTypeKVCacheSpecs)
         for group in kv_cache_config.kv_cache_groups
     ):
-        # Convert a worker's plan, because only the specs of the scheduler's plan have managers.
+        # Convert a worker's plan, because vLLM has managers only for specs of a scheduler's plan.
         kv_cache_config = generate_scheduler_kv_cache_config([kv_cache_config])
     alignment = resolve_cache_hit_alignment_tokens(
         kv_cache_config, vllm_config, scheduler_block_size, hash_block_size
@@ -272,5 +272,5 @@ def _draft_margin(
 
 
 def hits_are_possible(vllm_config: VllmConfig, smallest: int) -> bool:
-    """Return whether `max_model_len` has room for the smallest hit and one token of its answer."""
+    """Return whether the shortest prompt that can hit fits, with one token of its answer."""
     return smallest < int(vllm_config.model_config.max_model_len)

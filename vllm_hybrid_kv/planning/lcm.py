@@ -5,7 +5,7 @@ Let p_i be the page sizes of the layers whose pages grow with the block size, an
 of all layers. The common size is the smallest multiple of lcm(p_i < P) that is not below P. Blocks
 grow by a whole factor. The largest pages and states are padded if they cannot grow.
 
-For example, attention needs 12,416 bytes for 16 tokens, and a state 12,648,448 bytes. The state is
+For example, 16 tokens of attention need 12,416 bytes, a state needs 12,648,448 bytes. The state is
 padded to 1019 * 12,416 = 12,651,904 bytes (0.03 % padding). The block becomes 1019 * 16 = 16,304
 tokens, without padding.
 """

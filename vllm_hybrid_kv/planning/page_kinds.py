@@ -162,14 +162,14 @@ class WholeBlocks(LayerKind):
 
 @dataclass(frozen=True)
 class RowAligned(LayerKind):
-    """MLA whose spec rounds every page up to an alignment in bytes."""
+    """MLA layers whose spec rounds every page up to a multiple of `alignment` bytes."""
 
     alignment: int
 
     def blocks(self, pages: Bytes) -> Bytes:
         fit, whole = pages // self.unit, pages // self.least_page
         rounded = (pages % self.alignment == 0) & (pages - fit * self.unit < self.alignment)
-        # If a scaled block needs no rounding, the spec keeps an explicit padding.
+        # A page of several old pages keeps their padding if its tokens need no rounding.
         kept = (pages % self.least_page == 0) & (whole * self.unit % self.alignment == 0)
         return np.where(rounded, fit, np.where(kept, whole, 0))
 
@@ -179,7 +179,7 @@ class RowAligned(LayerKind):
 
     def within(self, match_unit: int) -> LayerKind:
         counts: dict[int, int] = {}
-        # If several blocks have the same page, the longest block wins.
+        # If blocks of several lengths have equal pages, the longest of these blocks wins.
         for count in _divisors(match_unit // self.spec.block_size):
             counts[self._rounded(count * self.unit)] = count
             if count * self.unit % self.alignment == 0:
@@ -224,7 +224,7 @@ def layer_kind(spec: KVCacheSpec, longest: int) -> LayerKind:
     in_rows = not isinstance(spec, AttentionSpec) or _is_mla(spec)
     twice = spec.copy_with_new_block_size(2 * spec.block_size)
     if unit == 0 or content_bytes(twice) != 2 * unit:
-        # Compressed layers round tokens to states, so their pages do not scale with the block.
+        # A compressed layer rounds its number of states up, so pages do not scale with the block.
         if in_rows:
             page = spec.page_size_bytes
             return Listed(spec, unit, 1, page, False, (page,), (1,))

@@ -173,7 +173,7 @@ class Recorder:
         return attention_layers(runner.kv_cache_config)
 
     def hybrid_kv_begin(self, tokens: list[int], file: str, is_reference: bool) -> None:
-        """Prepare to score a request against the saved states in `file`, or to record states."""
+        """Prepare to score a request against the states in `file`; the reference has none yet."""
         states = None if is_reference else safetensors.torch.load_file(file)[HIDDEN_STATES]
         self._hybrid_kv_head.begin(tokens, states)
 

@@ -32,7 +32,7 @@ _KINDS: dict[type[KVCacheSpec], str] = {
     SlidingWindowSpec: "sliding window {0.sliding_window:,}",
     FullAttentionSpec: "full attention",
 }
-"""Names of the kinds of layers, by spec class. A class comes before its base class."""
+"""The name of each kind of layer, by spec class. The first class that fits gives the name."""
 
 _QUANTISED = {KVQuantMode.TURBOQUANT_K8V4: "k8v4", KVQuantMode.FP8_PER_TENSOR: "fp8"}
 

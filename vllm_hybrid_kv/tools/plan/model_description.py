@@ -83,7 +83,7 @@ class ModelDescription:
 
     @contextmanager
     def errors_in_one_line(self) -> Iterator[None]:
-        """Turn vLLM's errors about this model into a `ToolError` with the tools' options."""
+        """Turn vLLM's errors about this model into a `ToolError` that advises options of tools."""
         try:
             yield
         except Exception as error:

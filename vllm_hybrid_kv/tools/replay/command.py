@@ -155,7 +155,7 @@ def replay(
                         built.check(engine)
                     outcomes.append(_run(engine, requests, size, name, concurrency))
                 except ToolError as error:
-                    # The other sizes and strategies may work.
+                    # Continue, because other sizes and strategies may work.
                     sizes_of_problem.setdefault(str(error), f"--memory {format_size(size)}")
     if outcomes:
         write(
