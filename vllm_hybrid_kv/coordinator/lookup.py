@@ -109,7 +109,7 @@ class FullAttentionLookup(GroupLookup):
         return self._runs
 
     def _scan(self, num_tokens: int) -> int:
-        """Look up the first `num_tokens` tokens, and return how many of them all groups hold."""
+        """Look up at least `num_tokens` tokens. Return how many leading tokens all groups hold."""
         block_size = self.block_size
         most = min(cdiv(num_tokens, block_size), self.num_hashed // block_size)
         self._runs: list[list[KVCacheBlock]] = []

@@ -144,10 +144,10 @@ def _report(
 
 
 def block_alignment_patch(context: Context) -> Patch:
-    """Keep vLLM from enlarging blocks if some layers of a k8v4 cache are unquantised.
+    """Keep vLLM from enlarging blocks too much if some layers of a k8v4 cache are unquantised.
 
     vLLM enlarges blocks before any spec exists, so that its own rule finds equal pages later. A
-    strategy does not need larger blocks, and cannot undo them because blocks may only grow.
+    strategy does not need this, and cannot undo it because it must not make blocks smaller.
     """
 
     def align_hybrid(original: Any, cls: type, vllm_config: VllmConfig, backend_cls: type) -> None:
