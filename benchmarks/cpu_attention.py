@@ -40,7 +40,7 @@ from vllm_hybrid_kv.kernels.cpu import isa, paged_attention, plan_attention, qua
 from vllm_hybrid_kv.tools.machine import cpu_model
 
 BLOCK = 128
-"""Tokens of a block, for every kernel: the size that vLLM's own backend picks on CPUs."""
+"""Block size in tokens of all kernels. vLLM's own backend picks this size on CPUs."""
 
 Kernel = Callable[[], object]
 
@@ -71,7 +71,7 @@ def shapes(quick: bool) -> list[Shape]:
 def last_level_cache_bytes() -> int:
     """Return the largest cache that Linux reports for the first CPU, at least 32 MiB.
 
-    On an AMD EPYC it is that of one core complex.
+    On an AMD EPYC, this is the L3 cache of one core complex, not of the whole CPU.
     """
     files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     texts = (f"{file.read_text().strip()}iB" for file in files)
@@ -180,8 +180,8 @@ def our_kernel(shape: Shape, query: torch.Tensor, path: str) -> Kernel:
 def times_of(kernels: dict[str, Kernel], seconds: float) -> dict[str, list[float]]:
     """Return milliseconds of each kernel, called in turn for about `seconds` each.
 
-    At least 7 rounds, in another order each time: a kernel inherits caches and spinning threads
-    from the one before it.
+    The order changes in each of at least 7 rounds, because a kernel inherits warm caches and
+    spinning threads from the kernel before it.
     """
     rounds = 7
     for kernel in kernels.values():
@@ -201,12 +201,11 @@ def times_of(kernels: dict[str, Kernel], seconds: float) -> dict[str, list[float
 
 
 def median_ratio(slower: list[float], faster: list[float]) -> float:
-    """Return how many times faster one kernel is: the median of all rounds."""
+    """Divide one kernel's time by the other's in each round, and return the median."""
     return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
 
 
 def measure_attention(shape: Shape, seconds: float) -> dict[str, list[float]]:
-    """Return the times of vLLM's kernels and of ours."""
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
     query = torch.randn(shape.batch * shape.queries, shape.heads, shape.head_size).bfloat16()
@@ -243,7 +242,7 @@ def measure_quantising(
 
 
 def heading() -> list[str]:
-    """Return the title, the machine and the head of the table of attention."""
+    """Return the report's first lines: title, machine, and the header of the attention table."""
     capabilities = (name for name, has in torch.cpu.get_capabilities().items() if has is True)
     flags = sorted(name for name in capabilities if name.startswith(("avx512", "amx")))
     paths = list(reversed(isa.available()))
@@ -263,7 +262,7 @@ def heading() -> list[str]:
 
 
 def attention_row(shape: Shape, times: dict[str, list[float]], bandwidth: float) -> str:
-    """Return a row of the table of attention; `bandwidth` in GB/s."""
+    """Format a row of the attention table. `bandwidth` is the rate of `torch.sum` in GB/s."""
     tokens = shape.batch * shape.length * shape.kv_heads
     megabytes = tokens * k8v4.slot_bytes(shape.head_size) / 1e6
     ms = {name: f"{statistics.median(of_one):.3f}" for name, of_one in times.items()}

@@ -26,7 +26,7 @@ PAGE, RUNS = 64, 5
 
 
 def milliseconds(path: str, head_size: int, group: int, window: int | None) -> float:
-    """Measure the test of one variant: the median CPU time in milliseconds."""
+    """Run the known-answer test of one layer shape; return its median CPU time in milliseconds."""
     layer: Any = SimpleNamespace(
         num_heads=2 * group, num_kv_heads=2, head_size=head_size, scale=1.0,
         sliding_window=window, soft_cap=0.0, sinks=None,

@@ -122,7 +122,7 @@ def measure(mixture: str) -> Rows:
 
 
 def _padding(before: Specs, plan: Mapping[str, KVCacheSpec]) -> float:
-    """Return the share of the pool that holds neither tokens of the longest sequence nor states."""
+    """Return the share of the pool that is padding, with one sequence of the longest length."""
     used = sum(
         layer_kind(spec, LONGEST_SEQUENCE).used_in(plan[name]) for name, spec in before.items()
     )

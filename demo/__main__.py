@@ -53,7 +53,7 @@ console = Console(highlight=False)
 
 
 class Capacity(NamedTuple):
-    """The size of a KV cache. `tokens` is how many fit in requests of max_model_len."""
+    """The size of a KV cache. `tokens` is its capacity if all requests have max_model_len."""
 
     tokens: int
     block_size: int

@@ -34,7 +34,7 @@ VALUE_LEVELS = 16
 
 VALUE_STEPS = VALUE_LEVELS / 2
 """Largest magnitude of a value, in steps of its scale. The outermost codes stand for 7.5 steps, and
-half a step more rounds to them."""
+magnitudes up to half a step larger are rounded to them."""
 
 MIDDLE_VALUE_CODE = (VALUE_LEVELS - 1) / 2
 """The value 0 as a code. It lies between the codes 7 and 8."""
@@ -73,10 +73,10 @@ class Layout(enum.Enum):
       the code plus 128, because the dot product of AVX-512 multiplies unsigned by signed bytes.
       Sixteen lines are one operand of an AMX tile product.
     * values: a tile is `[D/32, 4, 64]`: each chunk of 32 dims has four quads of four tokens. The
-      64 bytes of a quad are `[16, 4]`: byte (i, j) holds dim `i` in its low nibble and dim `16 + i`
-      in its high one, of token 0, 2, 1 or 3. The two 16-bit words of an `i`, shifted right by 0, 4,
-      8 or 12 bits, therefore have a pair of neighbouring tokens in their lowest nibbles:
-      (0, 1) of the low dims, (0, 1) of the high dims, (2, 3) of the low, (2, 3) of the high.
+      64 bytes of a quad are `[16, 4]`. Byte (i, j) holds dim `i` (low nibble) and dim `16 + i`
+      (high nibble) of the j-th of the tokens 0, 2, 1 and 3. The lowest nibbles of the two 16-bit
+      words of an `i` are thus dim `i` of tokens 0 and 1. After a shift right by 4 bits they are dim
+      `16 + i` of tokens 0 and 1; by 8 and 12 bits, the same dims of tokens 2 and 3.
       If D is not a multiple of 32, the last chunk holds D % 32 dims in proportionally fewer bytes.
     """
 
@@ -112,8 +112,8 @@ def rotation_stages(head_size: int) -> tuple[tuple[int, int], ...]:
 
     The rotation acts on blocks of 2^k dims, with the largest 2^k that divides `head_size`. Stages
     have radix 4 and strides 1, 4, 16 and so on; if k is odd, one of radix 2 follows. A stage of
-    radix 4 and stride s replaces each of the dims d, d + s, d + 2s and d + 3s by half of their sum
-    minus the dim itself. A stage of radix 2 replaces the dims a and b = a + s by (a + b) / sqrt(2)
+    radix 4 and stride s takes the numbers in dims d, d + s, d + 2s and d + 3s, and replaces each
+    number x by sum / 2 - x. A stage of radix 2 replaces a and b, s dims apart, by (a + b) / sqrt(2)
     and (a - b) / sqrt(2). A stage is its own inverse, and stages commute.
     """
     block = head_size & -head_size
@@ -165,12 +165,10 @@ class PageFormat:
 
     @property
     def key_scale_offset(self) -> int:
-        """Start of the fp16 key scales."""
         return self.value_offset + self.page_size * self.head_size // 2
 
     @property
     def value_scale_offset(self) -> int:
-        """Start of the fp16 value scales."""
         return self.key_scale_offset + 2 * self.page_size
 
     @property

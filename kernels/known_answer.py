@@ -28,7 +28,7 @@ from vllm_hybrid_kv.kernels import reference
 from vllm_hybrid_kv.kernels.k8v4 import slot_bytes
 
 HIDDEN = 40
-"""How many tokens at the start of the long request no row sees, if there is a window."""
+"""With a window, no row sees this many tokens at the start of the long request."""
 
 WINDOW = 520
 """Window size in tokens. With tiles of 64 keys, this fills two splits of four tiles."""
@@ -37,7 +37,7 @@ SHORT = 37
 """Context length of the second request, without its new tokens."""
 
 FEW = 60
-"""How many tokens a first, separate call stores: the hidden ones and some more."""
+"""The first of two store calls has this many tokens: the hidden ones and a few more."""
 
 SOFT_CAP = 2.0
 
@@ -100,8 +100,8 @@ def require(
     Args:
         path: Name of the kernels, such as `cpu:amx`.
         variant: The shapes, dtype and options.
-        batches: For each batch, numbers of new tokens and the attention kernel to run. Each number
-            makes one long and one short request.
+        batches: For each batch, a list of numbers of new tokens, and the attention kernel to run.
+            Each number adds one long and one short request to the batch.
         store: The store kernel.
         device: The kernels' device.
 
@@ -140,7 +140,7 @@ def forget() -> None:
 
 
 def steps(group: int, rows: Sequence[int]) -> list[int]:
-    """Choose numbers of new tokens to test, so that each size of row block is used.
+    """Choose numbers of new tokens so that the test uses every size of row block.
 
     `rows` are the sizes, ascending. A request has `group` rows (query heads) for each new token.
     """
@@ -148,8 +148,8 @@ def steps(group: int, rows: Sequence[int]) -> list[int]:
 
 
 _Request = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, torch.Tensor]
-"""Query [queries, Hq, D], key and value [tokens, H, D], how many tokens at the start are not
-stored, and the expected output, float32 [queries, Hq, D]."""
+"""Query [queries, Hq, D]; key and value [tokens, H, D]; the number of first tokens that are not
+stored; and the expected output, float32 [queries, Hq, D]."""
 
 
 def _run(

@@ -167,7 +167,7 @@ class EngineHost:
         lines = self.log.read_text(errors="replace").splitlines()
         return [line.strip() for line in lines if line.strip()][-60:]
 
-    # Each of these runs the `engine_worker.Worker` method of its name in the process.
+    # Each of these calls the method of the same name of `engine_worker.Worker` in the process.
     generate = partialmethod(_call, "generate")
     hand_over = partialmethod(_call, "hand_over")
     pages = partialmethod(_call, "pages")

@@ -64,7 +64,6 @@ DIFFERENT = "^outputs differ: "
 
 
 def case_of(model: str) -> Case:
-    """Return the first case of a model."""
     return next(case for case in CASES if case.model == model)
 
 
@@ -83,7 +82,6 @@ def settings(model: Path, dtype: str, **more: Any) -> dict[str, Any]:
 
 
 def shortened(output: Output, tokens: int) -> Output:
-    """Return the first tokens of an output."""
     return replace(
         output,
         tokens=output.tokens[:tokens],
@@ -95,7 +93,7 @@ def shortened(output: Output, tokens: int) -> Output:
 def choose_prompts(
     host: EngineHost, case: Case, pool: list[list[int]], count: int, tokens: int
 ) -> list[list[int]]:
-    """Choose prompts for which no token of the answer was a close choice.
+    """Choose prompts whose answers rounding cannot change, because no token was a close choice.
 
     Half of the prompts are the longest ones, which read many pages. The other half has all lengths.
     """
@@ -119,7 +117,8 @@ def assert_same(
         outputs: The outputs to check.
         expected: The outputs of the reference.
         case: Its bounds say how far rounding may move log-probabilities.
-        decisive: Compare only tokens before each first close choice: at least this many in total.
+        decisive: Compare only the tokens before each output's first close choice, and require at
+            least this many in total. None compares all tokens.
     """
     found = compare(outputs, expected, case.bounds, whole=decisive is None)
     assert not found.different, f"outputs differ: {'; '.join(found.different[:3])}"

@@ -6,7 +6,7 @@ half of the symbols are keys, the second half are values.
 
 * recall: pairs of a key and its value between pieces of text, then keys again, each followed by
   its value. Values are drawn for each sequence, so only the cache has the answer.
-* copy: different symbols, the copy mark, then the same symbols again from some symbol on.
+* copy: distinct symbols, text, the copy mark, then the symbols again from the first or a later one.
 * text: bytes of Python's own documentation, `pydoc_data.topics`.
 """
 
@@ -78,7 +78,6 @@ class _Writer:
 
 
 def text_sequence(draw: np.random.Generator, length: int) -> Sequence:
-    """Return a sequence of ordinary text."""
     writer = _Writer()
     writer.write(_piece(draw, length - 1), TEXT)
     return writer.done()

@@ -17,7 +17,7 @@ VOCAB_SIZE = 512
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 SPECIAL_TOKENS = (BOS, EOS, PAD, *ROLES)
-"""Tokens 0, 1, 2, ... in this order."""
+"""Their ids are 0, 1, 2, ... in this order."""
 
 BOS_TOKEN_ID, EOS_TOKEN_ID, PAD_TOKEN_ID = 0, 1, 2
 

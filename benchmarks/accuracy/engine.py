@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the engine of `vllm-hybrid-kv eval` with a rule of `benchmarks.fidelity.rules`.
+"""Run the engine of `vllm-hybrid-kv eval`, and imitate another cache by rounding keys and values.
 
-The rule rounds keys and values before vLLM's attention for CPUs stores them in bfloat16. bfloat16
-holds e4m3 numbers exactly. The results of other rules are rounded to 8 bits.
+A rule of `benchmarks.fidelity.rules` rounds them before vLLM's CPU attention stores them in a
+bfloat16 cache. That cache holds e4m3 numbers exactly, but rounds others to 8 significant bits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RULE = "HYBRID_KV_BENCHMARK_RULE"
 
 
 def run(send: Callable[..., None], job_file: str) -> None:
-    """Run `engine.run` with the rule that the environment names."""
+    """Run `engine.run`. If the environment names a rule, apply it to all keys and values."""
     if name := os.environ.get(RULE):
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 

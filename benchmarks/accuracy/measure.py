@@ -25,7 +25,7 @@ from vllm_hybrid_kv.tools.eval.sequences import read_sequences
 from vllm_hybrid_kv.tools.machine import cpu_model
 
 Scores = list[numpy.ndarray]
-"""The scores of each window, as in `vllm_hybrid_kv.tools.eval.scores`."""
+"""For each window, float64 [3, positions]; `vllm_hybrid_kv.tools.eval.scores` has the rows."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ def measure(
     work: Path,
     variants: Sequence[Variant] = VARIANTS,
 ) -> tuple[dict[str, Any], dict[str, Scores]]:
-    """Measure caches. Returns the document that `vllm-hybrid-kv eval` writes, and the scores.
+    """Score the same windows with every cache, and continue an interrupted run from `work`.
 
-    An interrupted run continues from `work`.
+    Returns the document that `vllm-hybrid-kv eval` writes, and each cache's scores.
     """
     from vllm_hybrid_kv.plugin import vllm_version
 

@@ -25,7 +25,7 @@ GOALS = {
     SMOLLM2: {FORMAT_1.name: 0.6, VLLM.name: 0.5, E4M3.name: 0.75},
     GEMMA: {FORMAT_1.name: 0.6, VLLM.name: 0.5, E4M3.name: 1.05},
 }
-"""Goals by model: the mean divergence of k8v4 may be this fraction of another cache's."""
+"""For each model, the largest ratio allowed of k8v4's mean divergence to another cache's."""
 
 
 def _caches(caches: Sequence[Mapping[str, Any]]) -> list[str]:

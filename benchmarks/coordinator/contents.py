@@ -39,8 +39,9 @@ class Contents:
 
     Attributes:
         name: The name in tables.
-        attention: Full attention is cached for this share of the prompt, from its start.
-        others: States and windows are cached only where this share ends; 1 means everywhere.
+        attention: The full-attention blocks in this first share of the prompt are cached.
+        others: Other groups can resume only where this share of the prompt ends. If it is 1, all
+            their blocks are cached.
     """
 
     name: str
@@ -89,13 +90,13 @@ def make_coordinator(
 
 
 def cached_ends(model: Model, contents: Contents, spec: KVCacheSpec) -> Iterable[int]:
-    """Return at which tokens of a prompt the cached blocks of a group end."""
+    """List the prompt lengths (in tokens) at which the cached blocks of a group end."""
     size = spec.block_size
     ends = range(size, TOKENS + 1, size)
     if isinstance(spec, FullAttentionSpec):
         return [end for end in ends if end <= contents.attention * TOKENS]
     if contents.others == 1:
-        # With a fine match unit, the state at the prompt's end is inside a block.
+        # With a match unit below the block size, the state at the prompt's end is cached too.
         last = [(TOKENS - 1) // model.unit * model.unit] if isinstance(spec, MambaSpec) else []
         return [*ends, *last]
     at = [end for end in ends if end <= contents.others * TOKENS]

@@ -9,11 +9,11 @@ of its own, so that its memory is freed and its failure only adds a row to the r
 
 * Equal outputs: prompts alone, all at once, from the prefix cache, in chunks, with ngram and
   multi-token prediction, with piecewise and full graphs, with either model runner.
-* Decode speed compared with `--kv-cache-dtype auto`, `fp8` and stock vLLM's k8v4, in turn.
+* Decode speed. Ours takes turns with `--kv-cache-dtype auto`, `fp8` and stock vLLM's k8v4.
 
 If vLLM cannot run an engine even with an unquantised cache and without the plugin, the report has
-vLLM's error. The exit status is 1 if outputs differ, or if an engine of ours fails and the
-same engine of vLLM does not.
+vLLM's error. The exit status is 1 if outputs differ, or if an engine fails only with the plugin
+and k8v4.
 
 Writes `engine.md` and `engine.json` to DIR after every row, and the engines' logs to DIR/logs.
 A complete run starts many engines: `--models` and `--parts` select some.
@@ -107,7 +107,6 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run the command and return its exit status."""
     options = parse()
     try:
         place, described = find_place(), machine.vllm_platform()

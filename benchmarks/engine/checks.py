@@ -19,7 +19,7 @@ from testing.engine_host import EngineError, EngineHost, Output
 from testing.output_comparison import Bounds, compare, decisive, far_from_unquantised
 
 SCORED = 8
-"""The log-probabilities of this many texts, the longest, are compared with an unquantised cache."""
+"""How many of the longest texts are also scored with an unquantised cache, for comparison."""
 
 
 @dataclass
@@ -27,10 +27,10 @@ class ModelChecks:
     """The checks of one model.
 
     Attributes:
-        prompts: The prompts that are compared, in the order of their lengths.
+        prompts: The prompts that are compared, shortest first.
         outputs: The outputs of an eager engine that computed each prompt alone.
-        unquantised: For each scored text, log-probabilities of its tokens, without the first one,
-            with an unquantised cache. Empty if vLLM could not compute them.
+        unquantised: What an engine with an unquantised cache returned from `_scores`. Empty if
+            vLLM could not compute it.
     """
 
     engines: Engines
@@ -136,7 +136,7 @@ class ModelChecks:
         self.engines.add(configuration.name, "drafts both accepted and rejected", verdict, detail)
 
     def _scores(self, engine: EngineHost) -> list[list[float]]:
-        """Compute log-probabilities of the longest prompts and outputs, without the first token."""
+        """Score the longest prompts and their outputs: log-probabilities from the second token."""
         pairs = zip(self.prompts[-SCORED:], self.outputs[-SCORED:], strict=True)
         texts = [prompt + output.tokens for prompt, output in pairs]
         outputs = engine.generate(texts, 1, prompt_logprobs=True)
@@ -177,10 +177,10 @@ class ModelChecks:
 def choose(
     outputs: Sequence[Output], prompts: Sequence[list[int]], count: int, bounds: Bounds
 ) -> list[list[int]]:
-    """Choose prompts to compare, in order of length. All of them have decisive tokens.
+    """Choose prompts to compare. Rounding cannot change the first token of any of their outputs.
 
-    Half are the longest prompts, so that many pages are read. The other half has the most decisive
-    tokens.
+    Half are the longest prompts, so that many pages are read. The other half are those whose
+    outputs have the most tokens before the first close choice. Returns the shortest prompt first.
     """
     counts = [decisive(output, bounds) for output in outputs]
     usable = [i for i, number in enumerate(counts) if number]

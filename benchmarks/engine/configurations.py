@@ -113,7 +113,7 @@ class Configuration:
 
 
 Skipped = dict[str, str]
-"""Why configurations are not run, by name."""
+"""Maps the name of each skipped configuration to the reason."""
 
 REFERENCE = Configuration("eager")
 """The engine with which the other engines of a model are compared."""

@@ -70,7 +70,6 @@ class Engines:
         return host
 
     def running(self, configuration: Configuration) -> contextlib.closing[EngineHost]:
-        """Run an engine during a `with` block."""
         return contextlib.closing(self.start(configuration))
 
     def add(self, engine: str, what: str, verdict: Verdict, detail: str = "", *more: Any) -> None:

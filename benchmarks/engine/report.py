@@ -35,8 +35,9 @@ class Row:
     """A comparison of an engine with the reference of its model, or why there is none.
 
     Attributes:
-        what: The outputs that were compared, or the batch that was not timed; empty for all.
-        detail: The difference, or the reason.
+        what: Which outputs were compared, or which batch was not timed. Empty if the row is about
+            the whole engine.
+        detail: How the outputs differ, or why they were not compared.
         outputs: How many outputs were compared. They have `tokens` tokens in total.
         apart: The largest difference of log-probabilities, or their mean difference if the
             reference is an unquantised cache.
@@ -58,7 +59,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Speed:
-    """Milliseconds until each request of a batch has one more token, by cache and round."""
+    """Decode times of one batch: milliseconds per token of a request, by cache and round."""
 
     model: str
     mode: str
@@ -100,7 +101,6 @@ class Results:
 
 
 def write(results: Results, machine: dict[str, Any], folder: Path) -> None:
-    """Write `engine.json` and `engine.md`."""
     found = {
         "machine": machine,
         **asdict(results),

@@ -22,10 +22,11 @@ class Sizes:
     """The amount of work.
 
     Attributes:
-        prompts: How many prompts, chosen from `pool` prompts, have their outputs compared.
+        pool: How many prompts to make. The prompts to compare are chosen from them.
+        prompts: How many prompts to compare.
         longest: Tokens of the longest prompt.
         tokens: Tokens that each prompt generates.
-        small_models: Time the small models whose outputs are compared.
+        small_models: Time the same small models that are compared, not larger ones.
         cells: Batch sizes and context lengths to time.
         rounds: How often each engine is timed. Engines take turns.
         steps: Decode steps that are timed together.
@@ -73,7 +74,7 @@ SMALLEST = Sizes(
 
 
 def config_of(model: str) -> PreTrainedConfig:
-    """Return the configuration of the model whose outputs are compared. It is built in a second."""
+    """Return the configuration of the small model for comparing outputs. It builds in a second."""
     config = CONFIGS[model]()
     return with_mtp_layer(config) if model in HYBRIDS else config
 

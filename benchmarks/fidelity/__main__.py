@@ -20,14 +20,12 @@ SEEDS = {512: 8, 2048: 2}
 
 
 def measure_distributions(head_size: int, length: int, count: int) -> list[dict[str, Any]]:
-    """Measure every distribution with one head size and length."""
     samples = (s for seed in range(count) for s in sources.drawn(head_size, length, seed))
     print(f"head size {head_size}, {length} tokens", flush=True)
     return summarise(samples)
 
 
 def measure_model(folder: Path) -> list[dict[str, Any]]:
-    """Measure every attention layer of a model."""
     print(folder.name, flush=True)
     rows = summarise(sources.recorded(folder, sources.prompts(folder)))
     return [{"model": folder.name, **row} for row in rows]

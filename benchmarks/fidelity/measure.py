@@ -38,7 +38,7 @@ def _relative(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def errors(sample: Sample) -> Errors:
-    """Measure the errors of all rules, and of parts of rules, on one sample."""
+    """Measure the errors of `RULES` and `PARTS` (rules for keys or values alone) on one sample."""
     found: Errors = {kind: {} for kind in sample.queries}
     wanted = {k: _output(sample, q, sample.key, sample.value) for k, q in sample.queries.items()}
     for name, rule in {**RULES, **PARTS}.items():
@@ -53,8 +53,8 @@ def summarise(samples: Iterable[Sample]) -> list[dict[str, Any]]:
     """Return a row for each source and kind of query, with means over its samples.
 
     Returns:
-        Rows for JSON. `errors` has the mean error of each rule. `ratios` has format 2's error
-        divided by the rule's: the mean over samples and its standard error.
+        Rows for JSON. `errors` has the mean error of each rule. `ratios` has the error of format 2
+        (today's k8v4) divided by each rule's: the mean over samples and its standard error.
     """
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
     sizes: dict[str, dict[str, int]] = {}

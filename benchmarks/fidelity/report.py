@@ -16,7 +16,7 @@ def _ratio(row: Row, name: str) -> str:
 
 
 def _by_size(rows: list[Row], name: str) -> list[str]:
-    """Divide format 2's error by a rule's; a row per source, a column per head size and length."""
+    """Table of format 2's error divided by a rule's: a row per source, a column per size."""
     sizes = sorted({(row["head_size"], row["length"]) for row in rows})
     cells = {(row["source"], (row["head_size"], row["length"])): _ratio(row, name) for row in rows}
     sources = dict.fromkeys(row["source"] for row in rows)
@@ -27,7 +27,7 @@ def _by_size(rows: list[Row], name: str) -> list[str]:
 
 
 def _errors(rows: list[Row], head: str) -> list[str]:
-    """Make a table of errors, with a row per source and a column per rule or part of a rule."""
+    """Make a table of errors, with a row per source and a column per rule."""
     return table(
         [head, *RULES, *PARTS],
         [[row["source"], *(f"{row['errors'][n]:.4f}" for n in (*RULES, *PARTS))] for row in rows],

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Define rules that store keys and values, and what each does to queries.
+"""Define rules: functions that imitate a cache by quantising and dequantising keys and values.
 
-A rule's functions quantise and dequantise float32 [..., D], where a row of D numbers belongs to one
-token and head. All rules except e4m3 store keys in 8 bits, values in 4 bits, and four more bytes
-for each token and head.
+They take and return float32 [..., D], where a row of D numbers belongs to one token and head. All
+caches except e4m3 store keys in 8 bits, values in 4 bits, and four more bytes per token and head.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ def product_value(value: torch.Tensor) -> torch.Tensor:
 
 
 class Rule(NamedTuple):
-    """What a rule does to keys, values and queries."""
+    """Functions that round keys, values and queries as one cache and its kernels do."""
 
     key: Rows
     value: Rows

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 
 SCORE_SIZES = (1.0, 2.0)
-"""Standard deviations of a random query's scores over the keys. With 1, as unit queries and keys
-have, a third of the tokens get most of the weight; with 2, a handful."""
+"""Random queries are scaled so that their scores have these standard deviations over the keys.
+With 1, a third of the tokens get most of the weight. With 2, a handful of tokens get it."""
 
 RECORDED = "recorded"
 
 PROMPTS, TOKENS = 4, 1024
-"""How many prompts a model is recorded with, and how many tokens each has."""
+"""How many prompts to record from a model, and how many tokens each prompt has."""
 
 KV_HEADS = 2
 QUERIES = 64
-"""How many tokens at the end of a sequence attend."""
+"""How many tokens at the end of a sequence are queries."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,6 @@ DISTRIBUTIONS: dict[str, Draw] = {
 
 
 def drawn(head_size: int, length: int, seed: int) -> Iterator[Sample]:
-    """Yield a sample of every distribution."""
     for name, draw in DISTRIBUTIONS.items():
         generator = torch.Generator().manual_seed(seed)
         shape = (length, KV_HEADS, head_size)

@@ -40,7 +40,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def selected(options: argparse.Namespace) -> list[Case]:
-    """Return the cases that the command line selects."""
     cases = []
     for name in options.parts:
         part = PARTS[name]
@@ -55,7 +54,6 @@ def selected(options: argparse.Namespace) -> list[Case]:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Run the selected cases and return the result."""
     cases = selected(options)
     result: dict[str, Any] = {"machine": host(), "rows": [], "shareable": {}, "overhead": []}
     for case in cases:
@@ -70,7 +68,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         result["rows"].append(row)
         say(f"[{len(result['rows'])}/{len(replayed)}] {describe(row)}: {rate(row)}")
     if timed:
-        # The strategies are compared with one size of memory.
+        # Time the strategies with one size of memory only.
         timed = [case for case in timed if case.memory == timed[0].memory]
         result["load"] = os.getloadavg()[0]
         with processes(1) as pool:

@@ -27,7 +27,7 @@ FIXED_POINT = "fixed_point"
 HYBRID_AWARE = "hybrid_aware"
 STRATEGIES = {
     STOCK: {"coordinator": "stock", "prefix_match_unit": "stock"},
-    # `auto` is 16 tokens for every model here.
+    # For every model here, `auto` picks a match unit of 16 tokens.
     STOCK_16: {"coordinator": "stock", "prefix_match_unit": "auto"},
     FIXED_POINT: {"coordinator": "fixed_point", "prefix_match_unit": "auto"},
     HYBRID_AWARE: {"coordinator": "hybrid_aware", "prefix_match_unit": "auto"},

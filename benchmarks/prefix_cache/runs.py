@@ -139,7 +139,7 @@ def sweep(cases: Sequence[Case], public: Path | None, jobs: int) -> Iterator[Row
 
 
 def measure_overhead(cases: Sequence[Case], public: Path | None, rounds: int) -> list[Row]:
-    """Time the scheduler with the strategies of cases that are otherwise equal.
+    """Time the scheduler once per case. The cases may differ only in their strategy.
 
     One process replays the same requests with each strategy in turn, after a short warm-up. Every
     other round has the reverse order, because a shared machine changes its speed. Only `schedule`

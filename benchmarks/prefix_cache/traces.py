@@ -21,7 +21,7 @@ REPEATED = 0.1
 CONTINUED = 0.15
 """The share of short prompts that are the second turn of an earlier one."""
 MEMORY = 200
-"""How many prompts back a repeat or a second turn refers to."""
+"""How many of the latest prompts with a full block can be repeated or continued."""
 
 
 def agents(requests: int, seed: int = 0) -> list[TracedRequest]:
@@ -35,7 +35,8 @@ def agents(requests: int, seed: int = 0) -> list[TracedRequest]:
     ids = itertools.count()
     system = [next(ids) for _ in range(SYSTEM_BLOCKS)]
     sent: list[TracedRequest] = []
-    # Time, tie-breaker, blocks until now, tokens of the next prompt, calls left.
+    # A heap of each session's next call: time, session number (breaks ties), the prompt's blocks
+    # up to now, the next prompt's tokens, and how many calls are left.
     due: list[tuple[float, int, list[int], int, int]] = []
     sessions = itertools.count()
     begin = 0.0

@@ -32,7 +32,7 @@ _ROWS = 16
 """Maximum number of rows of one tile product."""
 
 _STACKED_ROWS = 8
-"""Up to this many rows, the upper and lower bytes of their weights fit one tile operand."""
+"""With at most this many rows, the upper and lower bytes of their weights fit one operand."""
 
 OPERAND = 1024
 """Bytes of a tile operand."""
@@ -60,9 +60,9 @@ def _store(e: Emitter, number: int, address: ir.Value, stride: ir.Value) -> None
 
 @inline_llvm
 def _configure(e: Emitter, configuration: Int64, rows: Int64) -> None:
-    """Configure tiles 0-4 with `rows` lines and 5-7 with 16. Writes 64 bytes at `configuration`."""
-    # Byte 0 selects palette 1, which has eight tiles of 1 KB. From byte 16 on, 16-bit numbers say
-    # how long a line of each tile is; from byte 48 on, bytes say how many lines each tile has.
+    """Configure tiles 0-4 with `rows` rows and 5-7 with 16. Writes 64 bytes at `configuration`."""
+    # Byte 0 selects palette 1, which has eight tiles of 1 KB. Bytes 16 to 31 are each tile's row
+    # size in bytes, as 16-bit numbers. Bytes 48 to 55 are each tile's number of rows.
     words: ir.Value = constant(I8, [1, *[0] * 15, *[LINE, 0] * 8, *[0] * 16, *[16] * 8, *[0] * 8])
     for tile in range(5):
         words = e.b.insert_element(words, e.b.trunc(rows, I8), I32(48 + tile))
@@ -122,11 +122,10 @@ def _split_values(
     to: Int64,
     ahead: Int64,
 ) -> None:
-    """Split value codes of 64 or 32 dims into bytes. Writes operands of 64 tokens x 16 dims.
+    """Split value codes of 64 or 32 dims into bytes, as operands of 64 tokens x 16 dims.
 
-    A line of an operand is a quad of tokens (in the order of `k8v4.QUAD_BYTE_OF_TOKEN`), and a
-    column is a dim. The first dim is `offset` bytes into a tile. Also prefetches the same lines of
-    the tiles of `ahead`.
+    A row of an operand holds 16 dims of four tokens, ordered by `k8v4.QUAD_BYTE_OF_TOKEN`. The
+    first dim is `offset` bytes into a tile. Also prefetches the same dims of the tiles `ahead`.
     """
 
     def values_at(records: ir.Value, i: ir.Value) -> ir.Value:
@@ -165,8 +164,8 @@ def _multiply_codes(
 ) -> None:
     """Multiply two-byte weights with the value codes of 64 or 32 dims, exactly, in int32.
 
-    `weights` points to the upper bytes, 64 tokens per step. The lower ones are `lower` bytes later;
-    if `stacked`, which 64 dims require, one tile holds both. Sums are rows of 64 int32.
+    `weights` points to the upper bytes, 64 tokens per step. The lower bytes are at `weights +
+    lower`. If `stacked` (64 dims require it), one tile holds both. Sums are rows of 64 int32.
     """
 
     def multiply(parts: int, limbs: int) -> None:

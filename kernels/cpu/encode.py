@@ -42,13 +42,13 @@ LARGEST_BYTES = 8 * LINE
 """Bytes for the partial maxima of |x|: 16 numbers for each of eight rows, keys first."""
 
 INVERSES = 16
-"""In the results of `write_scales`, the float32 factors that turn rows into codes have this offset.
-The fp16 bits of four key scales and four value scales come first."""
+"""Where `write_scales` puts the float32 factors that turn rows into codes, in bytes. Before them
+are the fp16 bits of four key scales and four value scales."""
 
 RESULT_BYTES = 48
 
 INFINITY_BITS = 0x7F800000
-"""The bits of float32 infinity. Larger bits, without the sign, are a NaN."""
+"""The bits of float32 infinity. Without the sign bit, only a NaN has larger bits."""
 
 _TILE = k8v4.TILE_TOKENS
 _BYTE_OF_TOKEN = k8v4.QUAD_BYTE_OF_TOKEN
@@ -134,7 +134,7 @@ def encode_query(
 
 
 def _larger_halves(e: Emitter, x: ir.Value, y: ir.Value, segment: int) -> ir.Value:
-    """Take the larger of each segment's two halves, lane by lane: for `x` first, then for `y`."""
+    """Compare the two halves of each segment, lane by lane. Returns maxima of `x`, then of `y`."""
     half = segment // 2
     first = [start + i for start in range(0, 2 * LANES, segment) for i in range(half)]
     return e.larger(e.shuffle(x, y, first), e.shuffle(x, y, [lane + half for lane in first]))
@@ -222,7 +222,7 @@ def half_chunk(e: Emitter, chunk: ir.Value, head_size: ir.Value) -> ir.Value:
 def _lines_of_keys(
     e: Emitter, head_size: ir.Value, to: ir.Value, lines_of: Callable[[ir.Value], list[ir.Value]]
 ) -> None:
-    """Store the lines of a row's keys. `lines_of(i)` emits the four lines of the i-th 16 dims."""
+    """Store keys into a tile. `lines_of(i)` emits 16 dims' bytes, split into the tile's lines."""
     with e.each(_vectors(e, head_size)) as i:
         lines, place = lines_of(i), e.at(to, i, 4 * LINE)
         for line in range(2):
@@ -280,7 +280,7 @@ def _store_key_quad(e: Emitter, to: Int64, rows: Int64, results: Int64, head_siz
 def _store_values(
     e: Emitter, to: Int64, row: Int64, results: Int64, token: Int64, head_size: Int64, quad: Int64
 ) -> None:
-    """Store one token's values: in each chunk of 32 dims, every fourth byte of its quad's line."""
+    """Store one token's values. They are every fourth byte of a line for each chunk of 32 dims."""
     raised_codes = _value_encoder(e, results, token)
     with e.each(e.shift_right(e.at(head_size, 31), 5)) as i:
         width = half_chunk(e, i, head_size)
@@ -320,7 +320,7 @@ def _store_value_quad(
 
 @numba.njit
 def place(rows, results, token, quad, head_size, region, page_size, t):  # type: ignore[no-untyped-def]
-    """Store token `token` of four at position t of a head's region, or all four there if `quad`."""
+    """Store one of four tokens at position t of a head's region. If `quad`, store all four."""
     plane = region + page_size * head_size
     scales = plane + page_size * (head_size // 2) + 2 * t
     tile, quad_of_tile = t // _TILE * _TILE, t % _TILE // 4

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write functions for numba code in LLVM code, such as loads and stores by address.
+"""Let numba code call functions written in LLVM code, such as loads and stores by address.
 
 Numba cannot keep a block of sums in registers, cannot emit the bf16 instructions, and widens 32-bit
 integers to 64 bits. The innermost loops are therefore written in LLVM code.

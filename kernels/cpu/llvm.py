@@ -45,7 +45,7 @@ def filled(element: ir.Type, number: float, lanes: int = LANES) -> ir.Constant:
 ZEROS = filled(F32, 0.0)
 
 ROUNDING = 1.5 * 2.0**23
-"""Add this to a float32 to round it to an integer, which is then in the last bits of the sum."""
+"""Adding this to a float32 rounds it to an integer. The sum's lowest bits are then the integer."""
 
 # 2^f on [-1/2, 1/2], highest power first. Minimax polynomial of degree 5: largest relative error
 # 7.5e-8 before float32 rounding and 2.4e-7 after it.
@@ -102,8 +102,8 @@ class Emitter:
     def prefetch(self, address: ir.Value, write: int = 0) -> None:
         """Prefetch a cache line into the second-level cache. An invalid address does no harm.
 
-        Lines on their way to the first level would occupy its few miss buffers: on an AMD EPYC
-        (Zen 4) decode took 1.2 to 1.35 times as long.
+        Prefetching into the first level would occupy its few miss buffers. On an AMD EPYC (Zen 4),
+        decode then took 1.2 to 1.35 times as long.
         """
         pointer = self.b.inttoptr(address, I8.as_pointer())
         self.call("llvm.prefetch.p0", ir.VoidType(), pointer, I32(write), I32(2), I32(1))
@@ -168,7 +168,7 @@ class Emitter:
         return b.trunc(b.lshr(rounded, word(16)), vector(I16, lanes))
 
     def exp2(self, x: ir.Value) -> ir.Value:
-        """Return 2^x in each lane, for x up to 127. Below -126 it is 2^-126, and NaN gives NaN."""
+        """Return 2^x in each lane, for x up to 127. An x below -126 counts as -126."""
         b = self.b
         x = self.larger(filled(F32, -126.0), x)
         raised = b.fadd(x, filled(F32, ROUNDING))

@@ -37,8 +37,8 @@ class Plan(NamedTuple):
     partial_rows: int  # rows of partial sums per KV head
     num_divided: int  # requests whose keys are divided
     made_for: tuple[int, int, int, int, int, bool, int | None]
-    """Requests, query tokens, heads, KV heads, head size, causal and window, which a call of
-    attention must match."""
+    """Requests, query tokens, heads, KV heads, head size, causal and window of the planned batch.
+    `paged_attention` rejects the plan for any other batch."""
 
 
 def plan_attention(

@@ -90,7 +90,7 @@ class Products:
     rows: int
 
     def key_operands(self, e: Emitter, line: ir.Value) -> list[ir.Value]:
-        """Split a line of keys (<32 x i16>) into even and odd bytes, if words are multiplied."""
+        """Split a line of keys (<32 x i16>) into even and odd bytes. VNNI needs no split."""
         if self.vnni:
             return [line]
         return [e.b.and_(line, filled(I16, 255, 32)), e.b.lshr(line, filled(I16, 8, 32))]
@@ -110,7 +110,10 @@ class Products:
 def _row_blocks(
     e: Emitter, products: Products, rows: ir.Value, emit: Callable[[int, ir.Value, bool], None]
 ) -> None:
-    """Emit code for all rows. `emit(size, first row, is first)` emits it for a block of rows."""
+    """Emit code that processes all rows in blocks.
+
+    `emit(size, first_row, is_first_block)` emits the code for one block.
+    """
     sizes = [1 << i for i in range(products.rows.bit_length())]
     e.choose_number(rows, sizes, lambda size: emit(size, I64(0), True), "<=")
     with e.b.if_then(e.b.icmp_signed(">", rows, I64(products.rows))):
@@ -120,7 +123,7 @@ def _row_blocks(
 
 
 def functions(products: Products) -> tuple[Any, Any]:
-    """Return two functions for numba code: `scores` and `outputs` of a chunk of keys."""
+    """Return `scores` and `outputs`, which numba code calls once for each chunk of keys."""
 
     @inline_llvm
     def scores(

@@ -24,9 +24,8 @@ _KEY_MAX = np.float32(k8v4.KEY_MAX)
 _VALUE_MAX = np.float32(k8v4.VALUE_MAX)
 
 _NO_CLAMP = int(np.float32(2.0**18).view(np.int32))
-"""The bits of 2^18. If no number of a rotated row, not yet multiplied by the unit, exceeds it, the
-row needs no clamp: its numbers before the rotation are no larger, and both limits are higher.
-"""
+"""The float32 bits of 2^18. A row needs no clamp if none of its `rotation_sums` exceeds 2^18. Its
+numbers before the rotation are then no larger, and the limits of keys and values are higher."""
 
 _SCRATCH = 8 * ROW_BYTES + encode.LARGEST_BYTES + encode.RESULT_BYTES
 """Bytes of a thread's scratch for four tokens: rows of float32, partial maxima, and scales."""
@@ -35,7 +34,7 @@ _ITEM_TOKENS = 16
 """A thread takes this many tokens at a time, with all their heads, so it reads memory in order."""
 
 SERIAL_ROWS = 256
-"""Up to this many rows (tokens times heads), waking other threads costs more than it saves."""
+"""One thread stores up to this many rows (tokens times heads): waking others would take longer."""
 
 _CPU = torch.device("cpu")
 _call = records.CallBuffer(records.StoreCall)
@@ -43,7 +42,7 @@ _call = records.CallBuffer(records.StoreCall)
 
 @numba.njit
 def _rotate(source, dtype_code, head_size, row, largest, ahead):  # type: ignore[no-untyped-def]
-    """Rotate a row, without the product with `unit`, and write its partial maxima to `largest`.
+    """Rotate a row, except for the factor `unit`, and write its partial maxima to `largest`.
 
     Prefetches the row `ahead` bytes after `source`.
     """
@@ -53,7 +52,7 @@ def _rotate(source, dtype_code, head_size, row, largest, ahead):  # type: ignore
 
 @numba.njit
 def _rotate_clamped(source, dtype_code, head_size, row, largest, limit, unit):  # type: ignore[no-untyped-def]
-    """Clamp and rotate a row, without the product with `unit`, and write its partial maxima.
+    """Clamp and rotate a row, except for the factor `unit`, and write its partial maxima.
 
     The row is clamped to `limit` before the rotation, and to `limit / unit` after it. Returns
     whether the row has a NaN.
@@ -96,7 +95,7 @@ def _is_quad(slots, i, last):  # type: ignore[no-untyped-def]
 
 @numba.njit
 def _tokens_before_quad(slots, i, last):  # type: ignore[no-untyped-def]
-    """Count the tokens from i on, one to four, that come before the next quad."""
+    """Return how many tokens, from token i on, to store before the next quad: one to four."""
     count = 1
     while count < 4 and i + count < last and not _is_quad(slots, i + count, last):
         count += 1
@@ -160,7 +159,7 @@ def _store_item(call, item):  # type: ignore[no-untyped-def]
 
 
 def _store(call_address, num_items):  # type: ignore[no-untyped-def]
-    """Store all tokens and return -1, unless a slot is past the end: then only return its token."""
+    """Store all tokens and return -1. If a slot is past the end, only return its token's index."""
     call = records.store_call_at(call_address)
     for i in range(call.num_tokens):
         if inline.load_int64(call.slots + 8 * i) >= call.num_slots:

@@ -148,9 +148,9 @@ TILE_RECORD = TILE_ADDRESSES.itemsize
 STATE_FIELDS = ("largest", "total", "offset", "weight_step", "query_step", "raised_by")
 ROW_STATE = np.dtype([(name, np.float32) for name in STATE_FIELDS])
 """The state of a row. `largest`, `total`: the online softmax's maximum and its sum of weights.
-`offset` must be added to every dim of the output. `weight_step`, `query_step`: the number that
-a 1 means in the last chunk's integer weights and in the query's codes. `raised_by`: what the 128 in
-every byte of a key adds to a score."""
+`offset` must be added to every dim of the output. `weight_step`, `query_step`: the scales of the
+last chunk's integer weights and of the query's codes. `raised_by`: every key byte is 128 larger
+than its code, which adds this to an integer score."""
 
 STATE_BYTES = ROW_STATE.itemsize
 
@@ -158,7 +158,7 @@ ROW_BLOCK = 128
 """Maximum rows of a work item."""
 
 CHUNK = 256
-"""Maximum tokens of a chunk, the keys that an item processes at once."""
+"""Maximum tokens of a chunk. A work item processes its keys chunk by chunk."""
 
 TILE = k8v4.TILE_TOKENS
 

@@ -66,7 +66,7 @@ def _two_vectors(e: Emitter, two: _Vectors) -> _Vectors:
 
 
 def _vectors_of_block(e: Emitter, vectors: _Vectors) -> _Vectors:
-    """Apply the stages of strides from 16 on to the vectors of a block."""
+    """Apply the stages with strides of 16 or more, which combine whole vectors of a block."""
     vectors = list(vectors)
     for radix, stride in k8v4.rotation_stages(len(vectors)):
         combine = _four_vectors if radix == 4 else _two_vectors
@@ -89,7 +89,10 @@ def _rotate(e: Emitter, row: ir.Value, head_size: ir.Value) -> ir.Value:
     def among(
         count: int, stride: int, combine: Callable[[Emitter, _Vectors], _Vectors], first: bool
     ) -> ir.Value:
-        """Apply one stage to the whole row: `combine` `count` vectors that are `stride` apart."""
+        """Replace every `count` vectors of the row that are `stride` apart by `combine` of them.
+
+        `first` applies the stages inside each vector before.
+        """
 
         def run(i: ir.Value, largest: _Vectors) -> _Vectors:
             start = e.at(row, i, count * stride * LINE)

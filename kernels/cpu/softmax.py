@@ -54,8 +54,9 @@ def _soft_capped(e: Emitter, x: ir.Value, cap: ir.Value) -> ir.Value:
     return b.fsub(wide, b.fdiv(b.fadd(wide, wide), grown))
 
 
-# Where the lower bytes of 64 weights are, in the order of the tokens' values. A vector of 32-bit
-# lanes has the words of tokens 0-15 (low halves) and 16-31 (high halves); a second has 32-63.
+# Where the lower bytes of 64 weights are in two vectors, in the order of the tokens' values in a
+# page. The 32-bit lanes of the first vector hold the 16-bit weights of tokens 0-15 (low halves) and
+# 16-31 (high halves); the second vector holds those of tokens 32-63.
 _TOKENS = [byte // 4 * 4 + QUAD_BYTE_OF_TOKEN.index(byte % 4) for byte in range(64)]
 _LOWER_BYTES = [64 * (t // 32) + 4 * (t % LANES) + 2 * (t // LANES % 2) for t in _TOKENS]
 
@@ -70,7 +71,7 @@ def _write_integers(
     vectors: ir.Value,
     top: ir.Value,
 ) -> ir.Value:
-    """Round weights to integers. Returns the rounded weights' sum, times minus the middle code.
+    """Round weights to integers. Returns -7.5 times the rounded weights' sum, for `offset`.
 
     A weight becomes round(weight / top * _TOP_WEIGHT). With LIMBS its upper byte goes into one row
     and its lower byte into another. A quad's tokens get the order that their values have in a page.
@@ -124,14 +125,13 @@ def softmax_row(
 ) -> Float32:
     """Turn a chunk of a row's integer scores into weights, and update the row's state.
 
-    With x = factor * score, or under a cap log2(e) * cap * tanh(factor * score / cap), and m the
-    row's largest x up to here:
-
         score = (product - raised_by) * key scale * query_step
+        x = factor * score, or with a cap log2(e) * cap * tanh(factor * score / cap)
+        m = the row's largest x up to here
         weight = 2^(x - m) * value scale  if first <= token < last, else exactly 0
 
     Weights are rounded to multiples of `weight_step`, which follows from the chunk's largest.
-    Value codes have no sign, so `offset` gets minus the weights' sum times the middle code.
+    A value code stands for code - 7.5, so -7.5 times the weights' sum is added to `offset`.
 
     Returns the factor to multiply the row's earlier output with, because m may have grown.
 
@@ -160,7 +160,7 @@ def softmax_row(
     raised_by = e.broadcast(e.load(F32, e.at(state, _RAISED_BY)))
 
     def emit(masked: bool) -> list[ir.Value]:
-        """Emit code for any row, or, if not `masked`, only for rows that satisfy `is_plain`."""
+        """Emit code for any row. Without `masked`, it is faster but needs `is_plain`."""
         bounds = [e.broadcast(b.trunc(bound, I32)) for bound in (first, last)]
 
         def visible(i: ir.Value) -> ir.Value:
@@ -170,7 +170,7 @@ def softmax_row(
             return b.and_(not_before, b.icmp_signed("<", token, bounds[1]))
 
         def scale_scores(capped: bool) -> list[ir.Value]:
-            """Replace products by scores. Returns lane maxima, and factors still to apply."""
+            """Turn products into scores. Returns lane maxima, and factors that `weigh` applies."""
             factors = filled(F32, 1.0) if capped else e.broadcast(step)
 
             def larger(i: ir.Value, largest: list[ir.Value]) -> list[ir.Value]:
@@ -197,7 +197,7 @@ def softmax_row(
 
         def weigh(i: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             place = e.at(scores, i, LINE)
-            # Round once in both versions, because other rows can decide which version runs.
+            # With and without `masked`, round once: other rows can decide which version runs.
             weight = e.exp2(e.fma(e.load_floats(place), factors, b.fneg(shift)))
             scales = e.at(scratch, records.VALUE_SCALES_AT)
             scaled = b.fmul(weight, e.load_floats(e.at(scales, i, LINE)))

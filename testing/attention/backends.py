@@ -167,7 +167,7 @@ class Backend:
 
 @dataclass
 class Texts:
-    """K, V and queries of the requests of a step.
+    """Random queries, keys and values for all requests of one step.
 
     Attributes:
         key, value: bf16 [all tokens, KV_HEADS, HEAD_SIZE].
@@ -220,7 +220,7 @@ def error(out: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def stored(backend: Backend, step: Step) -> tuple[Any, Texts, torch.Tensor]:
-    """Return a step's input for metadata builders, its texts, and a cache that contains them."""
+    """Prepare a step: the input for metadata builders, random tensors, and a cache with them."""
     common, slots = steps.common_metadata(step, PAGE)
     made = texts(step)
     cache = backend.cache(int(slots.max()) + 1)

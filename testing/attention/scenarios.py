@@ -93,7 +93,7 @@ def replay_error(name: str, captured: Step, replayed: Step) -> float:
 
 
 def captured_lengths() -> list[int]:
-    """Return the sequence lengths to which the runs before a capture attend."""
+    """Return the sequence lengths that our metadata builder sets for a graph capture."""
     common, _ = common_metadata(Step((200, 90), (3, 3)), PAGE)
     Backend("ours", vllm_config(), {}).builder.build_for_cudagraph_capture(common)
     return common.seq_lens.tolist()

@@ -199,7 +199,7 @@ def random_cached(rng: random.Random, layout: Layout, num_hashed: int) -> Cached
                     continue
                 if boundary > num_hashed or not kept(boundary):
                     continue
-                # A block may be cached under several boundaries, but a state only under one.
+                # Attention's blocks may be cached under several boundaries, a state under one only.
                 if isinstance(spec, MambaSpec) and boundary != start + size:
                     cached.blocks[group_id, boundary] = [next(ids)]
                 else:
@@ -210,7 +210,10 @@ def random_cached(rng: random.Random, layout: Layout, num_hashed: int) -> Cached
 
 
 def _random_rules(rng: random.Random) -> list[str]:
-    """Choose a set of rules. Each group then draws one; a group without blocks prevents hits."""
+    """Choose a set of eviction rules, from which each group then draws one.
+
+    Only one set has the rule "none", because a group without blocks prevents all hits.
+    """
     healthy = ["all", "all", "few holes"]
     return rng.choice(
         (healthy, [*healthy, "states"], ["few holes", "head"], ["tail", "few holes", "all"],

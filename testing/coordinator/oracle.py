@@ -2,7 +2,8 @@
 """Find, by brute force, the longest prefix that every KV group can serve.
 
 Lengths are in tokens. They are multiples of the alignment: the hash unit with partial hits, else
-the least common multiple of the groups' block sizes. A group can serve a prefix of L tokens:
+the least common multiple of the groups' block sizes. A block is cached under a boundary: how many
+tokens of the prompt its hash covers. A group can serve a prefix of L tokens:
 
 * full attention, if every block that ends at or before L is cached. If L is inside a block, that
   block must be cached under a boundary from L to the block's end. Keys and values are only appended
@@ -92,7 +93,7 @@ def needed_blocks(layout: Layout, group_id: int, length: int) -> range:
 
 
 def tails(layout: Layout, cached: Cached, group_id: int, length: int) -> list[int]:
-    """Return the boundaries, from the prefix's end on, under which its last block is cached."""
+    """List the boundaries under which the block at a prefix's end is cached, from that end on."""
     size = layout.block_size(group_id)
     end = -(-length // size) * size
     return [

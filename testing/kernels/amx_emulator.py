@@ -31,7 +31,7 @@ INSTRUCTIONS = (
 CASES = [
     Case(head_size=64, num_heads=4, lengths=(300, 70), queries=(1, 2)),
     Case(head_size=128, num_heads=24, lengths=(300,), queries=(1,)),
-    # 96 dims end in half an operand; 40 and 21 rows are several blocks of 16.
+    # 96 dims fill one and a half operands. 40 and 21 rows need several tiles of 16 rows.
     Case(head_size=96, num_heads=2, num_kv_heads=1, lengths=(290, 40), queries=(3, 20)),
     Case(head_size=96, num_heads=7, num_kv_heads=1, lengths=(70,), queries=(3,)),
     Case(head_size=512, num_heads=2, num_kv_heads=1, lengths=(40,), dtype=torch.float32),
@@ -39,7 +39,7 @@ CASES = [
     Case(head_size=64, lengths=(90,), options={"scale": -0.1, "causal": False}, queries=(2,)),
     Case(head_size=64, num_heads=2, num_kv_heads=1, lengths=(2900,), queries=(4,)),
 ]
-"""Few rows (both bytes of weights in one tile, or in two), many rows, and a sequence in parts."""
+"""Few rows (both bytes of weights in one tile, or in two), many rows, and divided keys."""
 
 _tiles = [np.zeros((16, 64), np.uint8) for _ in range(8)]
 _rows = [16] * 8
@@ -91,7 +91,6 @@ def _emulate_tile_instructions() -> None:
 
 
 def main() -> None:
-    """Compare the AMX path with the reference."""
     torch.set_num_threads(1)  # the thread that holds Python's lock
     isa.available = lambda: isa.ALL  # type: ignore[assignment]
     _emulate_tile_instructions()

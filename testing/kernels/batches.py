@@ -25,9 +25,9 @@ TOLERANCE = {
     torch.float16: _WEIGHTS + 2.0**-11,
     torch.bfloat16: _WEIGHTS + 2.0**-8,
 }
-# Largest |lse - reference|, absolute and relative. Scores are exact integer products times scales.
-# Errors come from rounding in float32: of single operations (2^-24 of 43 under a soft cap of 30),
-# of sums of weights and, in the reference, of sums of products.
+# Largest |lse - reference|, absolute and relative. Scores are exact integer products times scales,
+# so only float32 rounding differs. One operation errs by 2^-24 of its result, which is up to 43
+# under a soft cap of 30. Sums of weights and the reference's sums of products err by more.
 LSE_TOLERANCE = {"atol": 5e-6, "rtol": 2e-6}
 
 PATHS = isa.available()
@@ -94,7 +94,7 @@ def make(case: Case) -> Batch:
 
 
 def attend(batch: Batch, path: str) -> Outputs:
-    """Run the CPU kernel. Its results are 7 wherever it wrote nothing."""
+    """Run the CPU kernel on tensors full of 7, so that tests see what it leaves unwritten."""
     out = torch.full_like(batch.query, 7.0)
     lse = torch.full(batch.query.shape[:2], 7.0)
     paged_attention(*batch.inputs, out, lse=lse, isa=path, debug=True, **batch.options)
