@@ -66,7 +66,7 @@ def planning(
 ) -> Iterator[Callable[[], Capacity]]:
     """Start to plan a bf16 cache in another process; yield a function that waits for the plan.
 
-    The function raises ProcessError if planning fails, or subprocess.TimeoutExpired.
+    The function raises ProcessError if planning fails, and TimeoutExpired if it takes too long.
     """
     file, log = folder / "bf16-plan.json", folder / "bf16-plan.log"
     ours = Path(sys.executable).with_name("vllm-hybrid-kv")

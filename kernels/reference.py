@@ -4,8 +4,8 @@
 Every store kernel writes the same bits as `quantise` and `store`. An attention kernel may differ
 from `paged_attention` only by the rounding of its sums.
 
-The key and the value of one token and head are rotated. With raw = `rotation_sums` of either,
-u = `k8v4.rotation_unit(D)`, and each operation rounded to float32:
+The key and the value of one token and head are rotated. Let raw be `rotation_sums` of either, and
+u = `k8v4.rotation_unit(D)`. Each operation rounds to float32:
 
     key_scale   = max |raw| * u / 127, rounded up to fp16
     key code    = round_half_even(raw * (1 / key_scale * u)), clamped to -127..127
@@ -17,7 +17,7 @@ the range of the codes, and its error is at most half a step.
 
 Attention multiplies integers. A query row is rotated and rounded to codes with q_scale =
 max |raw| * u / 127 in float32. A score is the exact integer product of the query's and the key's
-codes, times key_scale and q_scale. `round_query` decodes a query that was rounded in this way.
+codes, times key_scale and q_scale. `round_query` returns the query that its codes stand for.
 """
 
 from __future__ import annotations

@@ -234,7 +234,7 @@ class Worker:
         cache = self.llm.llm_engine.vllm_config.cache_config
         scheduler = self._core.scheduler
         planned = scheduler.kv_cache_config
-        # The runner's plan has a spec per layer, the scheduler's plan a spec per group.
+        # The runner's plan has a spec for each layer; the scheduler's has one for each group.
         pages = []
         for number, group in enumerate(self._runner.kv_cache_config.kv_cache_groups):
             spec = group.kv_cache_spec

@@ -51,7 +51,7 @@ KEY_SIZE = 8.0
 """Standard deviation of a key's elements."""
 
 VALUE_DIRECTION = 2.0
-"""Size of the direction that all values share; the rest of a value has size 1."""
+"""How much larger the part of a value that all tokens share is than the rest of the value."""
 
 LOGIT_SIZE = 4.0
 """Standard deviation of logits over the vocabulary."""
@@ -142,7 +142,7 @@ def llama4_config() -> Llama4TextConfig:
 
 
 def large_state_config() -> Qwen3NextConfig:
-    """Return a hybrid model for plans. Its states are so large that blocks exceed 1,000 tokens."""
+    """Return a hybrid model to plan only. Its large states make blocks of over 1,000 tokens."""
     return qwen3_next_config(
         architectures=["Qwen3NextForCausalLM"],
         dtype="bfloat16",

@@ -128,7 +128,7 @@ def errors_of(
 ) -> dict[str, tuple[float, float]]:
     """Return how far log-probabilities with a k8v4 cache are from unquantised ones, with bounds.
 
-    The sum of a layer's attention with the residual stream and other branches is off by less than
+    A layer's output (attention, residual stream and other branches) has a relative error below
     e = `format_error`. Later layers pass on the errors that they receive, and add their own. The
     bounds assume that logits are then off by at most e standard deviations. The mean of
     normal errors would be sqrt(2/pi) e. Tails are heavier, because some positions attend to few
@@ -147,7 +147,7 @@ def errors_of(
 
 
 def exceeded_bounds(errors: Mapping[str, Sequence[float]]) -> list[str]:
-    """Return a text for each of `errors_of` that exceeds its bound."""
+    """Describe each error from `errors_of` that exceeds its bound."""
     # `not <=` instead of `>`, because NaN is out of bounds too.
     return [
         f"{name} {e:.3f} > {bound:.3f}" for name, (e, bound) in errors.items() if not e <= bound

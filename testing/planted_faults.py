@@ -43,10 +43,10 @@ In every layer and step, the request's first token gets the number in its first 
 """
 
 DTYPE_FAULT = "shared layer with another dtype"
-"""Layers that read another layer's pages choose their own dtype, as in vLLM."""
+"""Layers that read another layer's pages choose their own dtype, as in vLLM without our patch."""
 
 HEAD_SIZE_FAULT = "group read with another head size"
-"""The plan's first KV group with k8v4 pages has twice the head size that its layers have."""
+"""In the plan, the head size of the first k8v4 group is twice that of the group's layers."""
 
 MARKED_TOKENS = 400
 

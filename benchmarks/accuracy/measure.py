@@ -124,8 +124,8 @@ def _score(
 def ratio(scores: Mapping[str, Scores], one: str, other: str) -> tuple[float, float, float]:
     """Divide one cache's mean KL divergence by another's. Returns the ratio and its 95 % interval.
 
-    The interval is a bootstrap over windows, the same windows for both caches, because positions
-    of one window depend on each other.
+    The interval is a bootstrap over whole windows, because positions of one window depend on each
+    other. Every resample uses the same windows for both caches.
     """
     sums = numpy.array([[window[1].sum() for window in scores[name]] for name in (one, other)])
     lengths = numpy.array([[window.shape[1] for window in scores[name]] for name in (one, other)])

@@ -31,7 +31,7 @@ GRAPHS = {
 
 @dataclass(frozen=True)
 class Place:
-    """vLLM's device type, whether vLLM's compiled extension is installed, and the memory."""
+    """The device: its type, its memory, and whether vLLM's compiled extension is installed."""
 
     device: str
     compiled: bool
@@ -125,7 +125,7 @@ CHUNKS = Configuration("prompts in chunks of 96", chunk=96)
 def to_check(model: str, place: Place, second: bool) -> tuple[list[Configuration], Skipped]:
     """Return the engines that are compared with `REFERENCE`, and those that are skipped.
 
-    `second`: the model's engines run on vLLM's second model runner by default.
+    `second` says whether the model runs on vLLM's second model runner by default.
     """
     found, skipped = [CHUNKS], {}
     other_runner = "the other model runner"

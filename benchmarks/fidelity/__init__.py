@@ -5,7 +5,7 @@
 
 The last 64 tokens attend to all tokens before them, in float32, with keys and values that a rule
 has rounded. The error of an output is its distance from the exact output, relative to the exact
-output's norm: a mean over queries, heads and seeds. `rules` has the rules, `sources` the keys and
-values: seeded random numbers of several distributions, and recordings of models' attention layers.
-One thread runs, because the order of sums changes the last bits.
+output's norm. Tables have means over queries, heads and seeds. `rules` defines the rules. `sources`
+makes keys and values from several random distributions, or records them from a model's layers. Only
+one thread runs, because the order of sums changes the last bits.
 """

@@ -16,7 +16,7 @@ from vllm_hybrid_kv.tools.machine import cpu_model
 
 HEAD_SIZES = (64, 72, 128, 256)
 SEEDS = {512: 8, 2048: 2}
-"""How many samples to draw of each length in tokens."""
+"""Maps the length of a sequence in tokens to how many samples to draw."""
 
 
 def measure_distributions(head_size: int, length: int, count: int) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ def e4m3(x: torch.Tensor) -> torch.Tensor:
 
 
 def min_max(value: torch.Tensor) -> torch.Tensor:
-    """Imitate vLLM's `_store_quantized_value`: it computes codes, then rounds scale and zero."""
+    """Imitate vLLM's `_store_quantized_value`: compute codes, then round the scale to fp16."""
     lo, hi = value.amin(-1, keepdim=True), value.amax(-1, keepdim=True)
     scale = ((hi - lo) / _LAST_CODE).clamp_min(1e-8)
     codes = ((value - lo) / scale + 0.5).floor().clamp(0, _LAST_CODE)

@@ -39,7 +39,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def _table(rows: Sequence[Row], shareable: Mapping[str, float]) -> Iterator[str]:
-    """Yield a table with a line per model, dtype, trace and strategy, and a column per size."""
+    """Yield a table per trace. It has a row per model, dtype and strategy, a column per memory."""
     for trace, requests in split(rows, "trace", "requests"):
         yield (
             f"{trace.capitalize()}: {requests:,} requests. Tokens in whole blocks of 512 that an "
@@ -86,7 +86,7 @@ def _overhead(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def comparisons(rows: Iterable[Row], reference: str = STOCK) -> list[tuple[Row, Row]]:
-    """Pair our rows with the reference's rows of the same case, if at least one of them fits."""
+    """Pair each of our rows with the reference's of the same case, unless neither fits."""
     pairs = []
     for some in split(rows, "model", "dtype", "trace", "requests", "memory").values():
         by_strategy = {row["strategy"]: row for row in some}

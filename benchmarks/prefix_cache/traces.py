@@ -95,6 +95,6 @@ def short_prompts(requests: int, seed: int = 0) -> list[TracedRequest]:
 def _request(
     now: float, tokens: int, answer: int, full: Sequence[int], ids: Iterator[int]
 ) -> TracedRequest:
-    """Return a request whose partial block has its own id, as in recorded traces."""
+    """Make a request. No other request shares its partial block's id, as in recorded traces."""
     tail = [next(ids)] if tokens % BLOCK_TOKENS else []
     return TracedRequest(round(now), tokens, answer, (*full, *tail))

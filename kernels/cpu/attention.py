@@ -52,7 +52,7 @@ def isa_for(head_size: int, isa: str | None = None) -> str:
 
 @functools.cache
 def _work_of(isa: str) -> CFunc:
-    """Compile or load a kernel. The cache of this function keeps its code address valid."""
+    """Compile or load a kernel. It is cached here forever, so its code address stays valid."""
     return compile_callback(importlib.import_module(f"{__package__}.attend_{isa}").work)
 
 

@@ -85,8 +85,8 @@ def cached(function: Callable[..., Any], **options: bool) -> Any:
 def compile_callback(function: Callable[..., Any]) -> CFunc:
     """Compile a function of two addresses, or load it from disk.
 
-    Call it by its `address`: then it is compiled once. If it were called by name, it would be
-    optimised again in each of the functions that numba makes from a parallel loop.
+    Other kernels should call it by its `address`, so that it is compiled once. If they called it by
+    name, LLVM would optimise it again in each function that numba makes from a parallel loop.
     """
     callback = CFunc(function, ((types.int64, types.int64), types.void), {}, {})
     callback._cache = _cache_of(function)

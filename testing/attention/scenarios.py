@@ -100,7 +100,7 @@ def captured_lengths() -> list[int]:
 
 
 def draft_error(update: bool) -> float:
-    """Run attention for a draft's next token with the metadata of the token before it."""
+    """Return the error if a draft's next token reuses metadata, updated only if `update`."""
     backend = Backend("ours", vllm_config(), {})
     before, after = Step((40, 17), (1, 1)), Step((41, 18), (1, 1))
     common, made, cache = stored(backend, after)

@@ -51,9 +51,9 @@ class Batch:
     def build(
         cls, case: Case, cache: torch.Tensor, generator: torch.Generator, unused: int, **more: Any
     ) -> Self:
-        """Return random queries of requests whose pages are blocks of a cache in random order.
+        """Make a batch with random queries, and give blocks of `cache` to requests at random.
 
-        `unused` fills the block table. `more` are further fields.
+        `unused` fills the rest of the block table. `more` are further fields of a subclass.
         """
         order = torch.randperm(len(cache), generator=generator).split([*case.pages, 2])
         size = len(case.pages), max(case.pages, default=0) + 1
