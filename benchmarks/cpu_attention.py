@@ -12,8 +12,8 @@ is made once too.
 A ratio is computed for every round, and its median is reported, because a shared machine changes
 its speed from one second to the next.
 
-For decode, the rate at which our kernels read keys and values is compared with that of `torch.sum`
-over a tensor of four times the last-level cache, measured before each row with the same threads.
+For decode, the rate at which our kernels read keys and values is compared with that of `torch.sum`.
+It sums a tensor of four times the last-level cache, before each row and with the same threads.
 
 Quantising is compared with a plain copy of the bytes that it reads, in the same process.
 """

@@ -293,7 +293,7 @@ def paged_attention(
             continue
         blocks = block_table[i, : -(-length // page_size)].to(torch.int64)
         key, value = dequantise(load(cache[blocks], query.shape[2], layout))
-        # A NaN key makes the output NaN, like a NaN value, but no other token's score.
+        # A NaN key makes the output NaN, like a NaN value. Other tokens' scores stay finite.
         key, value = key[:length], value[:length].masked_fill(key[:length].isnan(), math.nan)
         out[first:last], lse[first:last] = attend(
             query[first:last], key.nan_to_num(0.0), value, **options

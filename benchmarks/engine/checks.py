@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check that engines with a k8v4 cache give equal outputs, however their steps are composed."""
+"""Check that engines with a k8v4 cache give equal outputs, however requests are batched or cut."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class ModelChecks:
         self.engines.add(configuration.name, "drafts both accepted and rejected", verdict, detail)
 
     def _scores(self, engine: EngineHost) -> list[list[float]]:
-        """Score the longest prompts and their outputs: log-probabilities from the second token."""
+        """Return the log-probabilities of the longest prompts and outputs, from token two on."""
         pairs = zip(self.prompts[-SCORED:], self.outputs[-SCORED:], strict=True)
         texts = [prompt + output.tokens for prompt, output in pairs]
         outputs = engine.generate(texts, 1, prompt_logprobs=True)

@@ -35,7 +35,7 @@ def _errors(rows: list[Row], head: str) -> list[str]:
 
 
 def _losses(rows: list[Row]) -> list[str]:
-    """List where format 2 is worse than format 1 by more than two standard errors."""
+    """List where format 2 (today's) is worse than format 1 by more than two standard errors."""
     lost = [
         f"* {row['source']}, {row['head_size']} dims, {row['length']} tokens, "
         f"{row.get('model', 'scores of ' + row['kind'])}: {_ratio(row, FORMAT_1)} times, "

@@ -38,7 +38,7 @@ def min_max(value: torch.Tensor) -> torch.Tensor:
 
 
 def rotated_min_max(value: torch.Tensor) -> torch.Tensor:
-    """Rotate values in blocks of the largest power of four that divides D, then store them."""
+    """Apply `min_max` to values rotated in blocks of the largest power of four that divides D."""
     block = 1
     while value.shape[-1] % (4 * block) == 0:
         block *= 4

@@ -39,7 +39,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def _table(rows: Sequence[Row], shareable: Mapping[str, float]) -> Iterator[str]:
-    """Yield a table per trace. It has a row per model, dtype and strategy, a column per memory."""
+    """Yield a table per trace: a row per model, dtype and strategy, a column per memory size."""
     for trace, requests in split(rows, "trace", "requests"):
         yield (
             f"{trace.capitalize()}: {requests:,} requests. Tokens in whole blocks of 512 that an "

@@ -45,7 +45,7 @@ _MODULES = {
 if "numba" not in sys.modules:
     # Numba sizes its thread pool at import by the affinity of the importing thread, so a pinned
     # thread would get a pool of one. NUMBA_NUM_THREADS stays set, because numba reads it again at
-    # each compilation, and once the pool has started, a changed size is an error.
+    # each compilation and raises an error if it has changed after the pool started.
     os.environ.setdefault("NUMBA_NUM_THREADS", str(os.cpu_count() or 1))
     os.environ.setdefault("NUMBA_THREADING_LAYER_PRIORITY", "omp tbb workqueue")
 

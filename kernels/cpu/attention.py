@@ -78,8 +78,8 @@ def paged_attention(
 
     A query at position p sees the tokens of its own request: only those up to p if `causal`, and
     only those in (p - window, p + window) if there is a window. A token with a NaN scale makes the
-    rows that see it NaN, and no others. Tokens that a row does not see, and memory after the last
-    token, never affect the row, whatever they hold.
+    rows that see it NaN, and no others. A row never depends on tokens that it does not see, or on
+    memory after the last token.
 
     Args:
         query: bf16, fp16 or fp32 [T, Hq, D], the requests' new tokens one after another; dims

@@ -136,7 +136,7 @@ def _rotate(e: Emitter, row: ir.Value, head_size: ir.Value) -> ir.Value:
 
 @inline_llvm
 def rotate(e: Emitter, row: Int64, head_size: Int64) -> None:
-    """Rotate a row in place, without the product with `k8v4.rotation_unit`."""
+    """Rotate a row in place, except for the factor `k8v4.rotation_unit`."""
     _rotate(e, row, head_size)
 
 

@@ -25,8 +25,8 @@ def follow_torch() -> int:
     count = max(1, min(wanted, numba.config.NUMBA_NUM_THREADS))
     if numba.get_num_threads() != count:
         numba.set_num_threads(count)
-    # The first call starts the pool, which sets the number of threads of OpenMP, and so of torch,
-    # to the size of the pool. Restore it with `torch._C`, because vLLM's workers replace
+    # The first call starts the pool, which changes OpenMP's number of threads, and thus torch's, to
+    # the pool's size. Restore torch's with `torch._C`, because vLLM's workers replace
     # `torch.set_num_threads` with a no-op after they pin their cores.
     if torch.get_num_threads() != wanted:
         torch._C.set_num_threads(wanted)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps of an engine, their metadata, and calls in a process with Triton's interpreter."""
+"""Describe engine steps, make their metadata, and run `scenarios` in Triton's interpreter."""
 
 from __future__ import annotations
 

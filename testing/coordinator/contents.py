@@ -145,7 +145,7 @@ def random_layout(rng: random.Random) -> Layout:
         return unit * rng.choice((1, 2, 3, 4, 6) if whole else (1, 2, 4, 8))
 
     def attention_size() -> int:
-        # vLLM supports partial hits only if windows and chunks have blocks of one hash unit.
+        # vLLM supports partial hits only if windows and chunks have blocks of a single hash unit.
         return size() if whole else unit
 
     def one() -> KVCacheSpec:

@@ -81,8 +81,8 @@ def assert_close(
 ) -> str:
     """Assert that outputs and log-sum-exps are close, and return how far apart they are.
 
-    `tolerance` bounds ||out - wanted|| / ||wanted|| of each row, `atol` and `rtol` the difference
-    of log-sum-exps. NaN must be in the same places; the log-sum-exp of such a row is not defined.
+    `tolerance` bounds ||out - wanted|| / ||wanted|| of each row. `atol` and `rtol` bound errors of
+    log-sum-exps. NaN must be in the same places; a row with a NaN has no defined log-sum-exp.
     """
     allowed = tolerance[got[0].dtype]
     out, lse = (x.cpu().float() for x in got)
