@@ -42,7 +42,7 @@ class Environment:
         site: Path | None = None,
         **modules: Any,
     ) -> None:
-        """Install a package in the environment or in another folder: see `distribution`."""
+        """Write a package like the function `distribution`, into `site` or this environment."""
         distribution(site or self.site, name, version, entry_points, **modules)
 
     def package(self, name: str, **files: str) -> Path:

@@ -25,7 +25,7 @@ from vllm_hybrid_kv.tools.eval.sequences import read_sequences
 from vllm_hybrid_kv.tools.machine import cpu_model
 
 Scores = list[numpy.ndarray]
-"""For each window, float64 [3, positions]; `vllm_hybrid_kv.tools.eval.scores` has the rows."""
+"""A float64 [3, positions] per window. `vllm_hybrid_kv.tools.eval.scores` explains the rows."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ RESAMPLES, SEED = 10_000, 0
 
 
 def windows(model: Path, context: int, count: int, work: Path) -> list[list[int]]:
-    """Cut the beginning of Python's documentation into windows of a model's tokens."""
+    """Cut the first tokens of Python's documentation into windows of equal length."""
     text = work / "text.txt"
     text.parent.mkdir(parents=True, exist_ok=True)
     text.write_text(documentation())

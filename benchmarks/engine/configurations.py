@@ -31,7 +31,7 @@ GRAPHS = {
 
 @dataclass(frozen=True)
 class Place:
-    """The device: its type, its memory, and whether vLLM's compiled extension is installed."""
+    """The machine: device type, memory, and whether vLLM's compiled extension is installed."""
 
     device: str
     compiled: bool

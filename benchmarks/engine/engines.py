@@ -43,7 +43,8 @@ class Engines:
         words = "".join(c if c.isalnum() else "-" for c in f"{mode} {configuration.name}".strip())
         log = self.log.with_name(f"{self.log.name}-{words}.txt")
         log.unlink(missing_ok=True)
-        # VLLM_CPU_KVCACHE_SPACE would override `kv_cache_memory_bytes`. Speed needs all threads.
+        # VLLM_CPU_KVCACHE_SPACE would override `kv_cache_memory_bytes`. `EngineHost` would set one
+        # thread, but timed engines need all.
         threads = os.environ.get("OMP_NUM_THREADS")
         environment = {"VLLM_CPU_KVCACHE_SPACE": None, "OMP_NUM_THREADS": threads}
         if configuration.graphs is not None:

@@ -197,7 +197,7 @@ def softmax_row(
 
         def weigh(i: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             place = e.at(scores, i, LINE)
-            # With and without `masked`, round once: other rows can decide which version runs.
+            # Round once with and without `masked`: other rows can decide which of the two runs.
             weight = e.exp2(e.fma(e.load_floats(place), factors, b.fneg(shift)))
             scales = e.at(scratch, records.VALUE_SCALES_AT)
             scaled = b.fmul(weight, e.load_floats(e.at(scales, i, LINE)))

@@ -267,7 +267,6 @@ def _partial_sums(call, row, head):  # type: ignore[no-untyped-def]
 
 @inner
 def _merge(call, item, head, scratch):  # type: ignore[no-untyped-def]
-    """Merge the parts of an item's rows and write the results."""
     inline.noinline()
     merged = scratch + records.OUTPUTS_AT
     for row in range(item.rows):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make KV groups, requests and cache contents, either given ones or random ones."""
+"""Make KV groups, requests and cache contents, as specified or at random."""
 
 from __future__ import annotations
 
