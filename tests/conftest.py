@@ -14,12 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # The demo, the benchmarks and `testing` are not installed, so they are imported from the tree.
 sys.path.insert(0, str(ROOT))
 
-# vLLM and huggingface_hub read these when they are imported. No test uses the network.
+# vLLM and huggingface_hub read these variables on import. No test uses the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
-# OpenMP reads this when torch is imported, here and in child processes. With the default policy,
-# waiting threads spin and occupy cores that the threads with work need.
+# OpenMP reads this variable when torch is imported, here and in child processes. By default,
+# waiting threads spin and occupy cores that threads with work need.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 SECONDS = {
@@ -69,7 +69,7 @@ def unregistered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if before is not None:
         before.undo()
     saved = dict(vars(STATE))
-    # prometheus_client keeps a process's metrics, so their state must survive the test.
+    # prometheus_client keeps metrics until the process ends, so keep our state of them, too.
     metrics = {name: saved[name] for name in ("metrics_files", "metrics_owner")}
     vars(STATE).update(vars(ProcessState(**metrics)))
     # The plugin recognises the command `vllm` by this module. If the module is imported, errors of

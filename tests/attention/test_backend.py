@@ -18,8 +18,8 @@ from vllm_hybrid_kv.kernels import k8v4, reference
 
 HEADS, KV_HEADS, HEAD_SIZE, PAGE = 8, 2, 64, 32
 BF16_TOLERANCE = 2**-8
-"""Rounding outputs of about 1 to bf16 costs up to 2^-9. The rest covers weights, which the kernel
-rounds to integers of 15 bits. Scores are exact, because they are products of integers."""
+"""Outputs of about 1 are rounded to bf16, which costs up to 2^-9. The rest allows for weights,
+which the kernel rounds to 15-bit integers. Scores are exact: they are products of integers."""
 
 
 def spec(cls=FullAttentionSpec, **changes):

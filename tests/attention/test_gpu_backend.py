@@ -16,8 +16,8 @@ from testing.attention.steps import Step, call
 from testing.triton.processes import Interpreter
 
 TOLERANCE = 0.4
-"""Bound on ||out - exact|| / ||exact|| over tokens and heads. Quantisation usually causes 0.1; the
-faults under test cause more than the bound, mostly 1 and more."""
+"""Bound on ||out - exact|| / ||exact|| over tokens and heads. Quantisation alone usually adds 0.1.
+Each fault under test causes more than the bound, usually 1 or more."""
 
 Run = Callable[..., Any]
 

@@ -33,7 +33,7 @@ ADVICE = (
 
 
 def spec(quantised=True, head_size=64, kv_heads=2, block_size=64, cls=FullAttentionSpec, **fields):
-    """Make a spec as the model runner does, customised by the layer's backend."""
+    """Make a spec as the model runner does, with the changes that the layer's backend asks for."""
     backend = K8V4AttentionBackend if quantised else CPUAttentionBackend
     return backend.customize_spec(
         cls(

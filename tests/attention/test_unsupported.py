@@ -69,7 +69,7 @@ def avx512(monkeypatch):
 
 @pytest.fixture
 def engine(monkeypatch):
-    """Return a function that fakes vLLM's config; `made` has the head sizes of earlier layers."""
+    """Return a function that fakes vLLM's config. `made` lists the head sizes of earlier layers."""
 
     def fake(head_size=128, made=(), types=None, skipped=()):
         layers = {str(i): SimpleNamespace(head_size=size) for i, size in enumerate(made)}
@@ -153,7 +153,7 @@ ON_A_GPU = (
             f"Either keep the layers of its type unquantised with {SKIP} 0 1 5 10 11 swa, "
             f"{OR_SERVE}",
         ),
-        # vLLM cannot skip these layers by number.
+        # These names do not have exactly one number, so vLLM cannot skip the layers by number.
         (32, {"made": [128]}, "decoder.attn", f"{AUTO} or fp8"),
         (32, {"made": [128]}, "blocks.3.parts.1.attn", f"{AUTO} or fp8"),
     ],

@@ -83,7 +83,7 @@ def test_the_engine_stores_what_the_rule_returns(name, monkeypatch):
 
 
 def scores(*divergences):
-    """Return the scores of one window per divergence, which all its 20 positions have."""
+    """Make one window of 20 positions per divergence. All its positions have this divergence."""
     return [numpy.stack([numpy.full(20, x) for x in (-1.0, d, 1.0)]) for d in divergences]
 
 

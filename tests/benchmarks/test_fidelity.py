@@ -15,15 +15,14 @@ def rows() -> torch.Tensor:
 @pytest.mark.parametrize(
     ("name", "least", "most"),
     [
-        # The rotation spreads heavy tails and outlier channels, and int8 keys err less than fp8.
+        # The rotation spreads heavy tails and outlier channels, so values get smaller steps. Keys
+        # in int8 err less than in fp8.
         ("Student t, 3", 0.0, 0.75),
         ("1 in 50 x 8", 0.0, 0.75),
         ("channels x 20", 0.0, 0.75),
-        # With normal values, the missing zero point makes the range larger. The error of keys is
-        # small compared with that of values.
+        # Without a zero point, the range of normal values is larger. Keys add little to the error.
         ("Gaussian", 0.9, 1.2),
-        # The rotation moves a mean of all dims into one number of each block. Without a zero point
-        # this number makes the range larger.
+        # Without a zero point, the range of values includes the mean that all dims share.
         ("offset 10", 1.0, 8.0),
     ],
 )
@@ -58,7 +57,7 @@ def test_rotated_min_max_errs_at_most_half_a_step_per_rotated_number(head_size: 
     norm = value.norm(dim=-1)
     step = 2 * norm / 15
     error = (rules.rotated_min_max(value) - value).norm(dim=-1)
-    # The fp16 scale and zero point may add a hundredth.
+    # Rounding the scale and the zero point to fp16 may add 1 %.
     assert (error <= 1.01 * step / 2 * head_size**0.5).all()
     assert (error > 0).all()
 

@@ -88,7 +88,7 @@ def test_a_contender_that_fails_is_reported_and_the_others_are_measured() -> Non
 
 
 def result(section: str, shape: Shape, moved: float = 0.08, **times: float) -> dict[str, Any]:
-    """Make a result: ours takes 0.1 ms and moves `moved` GB, `times` are relative to ours."""
+    """Make a result: ours takes 0.1 ms and moves `moved` GB, others take `times` times as long."""
     samples = {name.replace("_", " "): [0.1 * of] for name, of in times.items()}
     return result_of(
         Job(section, shape, 0), 1, {"ours": [0.1], **samples}, {"ours": int(1e9 * moved)}, 1000.0,

@@ -30,7 +30,7 @@ OUTCOMES = ("passed", "failed", "error", "skipped")
 
 
 def run(arguments: argparse.Namespace) -> list[Report]:
-    """Run the tests without the plugin, then run those that passed with each strategy.
+    """Run the tests without the plugin, and then the passing ones again with each strategy.
 
     Raises:
         ConformanceError: The tests could not be run.
@@ -69,7 +69,7 @@ def compared(reports: list[Report]) -> tuple[Table, list[str]]:
             verdict = f"as expected, {differing} differ" if differing else "the same"
             verdict = "DIFFERS" if found else verdict
             lines += found
-        # With the plugin, tests that fail without it are not run.
+        # Tests that fail without the plugin are not run with a strategy.
         numbers = [len(report.having(outcome)) for outcome in OUTCOMES]
         numbers += [len(alone[report.minor].outcomes) - len(report.outcomes), report.managers]
         strategy = report.strategy or "without the plugin"

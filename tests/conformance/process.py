@@ -59,8 +59,8 @@ class Report:
         """Check that the plugin was active if and only if a strategy was chosen.
 
         Raises:
-            ConformanceError: The plugin was active without a strategy or inactive with one, or
-                the tests made a coordinator without the strategy.
+            ConformanceError: The plugin was active although no strategy was chosen, or inactive
+                although one was. Or the strategy did not make every coordinator of the tests.
         """
         if self.plugin_active != (self.strategy is not None):
             state = "active" if self.plugin_active else "not active"

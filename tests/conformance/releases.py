@@ -34,14 +34,14 @@ WHEEL_0_33 = "HYBRID_KV_TEST_WHEEL_033_DIR"
 OUTER_VARIABLES = ("VLLM_HYBRID_KV_", "HYBRID_KV_TEST_", "PYTEST_", "PYTHONPATH", "VLLM_PLUGINS")
 """Environment variables with these prefixes must not reach a child process that runs tests."""
 
-# Packages that vLLM's conftest.py imports, and a time limit for tests that hang.
+# A package that vLLM's conftest.py imports, and a pytest plugin that ends tests that hang.
 TEST_TOOLS = ("tblib==3.2.2", "pytest-timeout==2.4.0")
 
 # To read the source archive's metadata, pip runs its setup.py, which imports these packages.
 BUILD_TOOLS = ("setuptools-rust==1.13.0", "setuptools-scm==10.3.4")
 
-# vLLM's tests name these models but need no weights. So write only configurations, to folders of
-# these names, which vLLM prefers to a download. Missing fields have transformers' defaults.
+# vLLM's tests name these models but need no weights. So each model gets a folder of its name with
+# only a config.json: vLLM downloads nothing if the folder exists. Other fields have defaults.
 _OPT = {"architectures": ["OPTForCausalLM"], "model_type": "opt", "torch_dtype": "float16"}
 MODEL_CONFIGURATIONS: dict[str, dict[str, object]] = {
     "facebook/opt-125m": _OPT,
@@ -185,7 +185,7 @@ def pip(*arguments: str, **environment: str) -> None:
 def filled_once(folder: Path) -> Iterator[Path | None]:
     """Yield an empty folder for the caller to fill, or None if `folder` exists.
 
-    After the caller has filled the folder, it is renamed to `folder`. Other processes wait.
+    When the caller is done, the filled folder is renamed to `folder`. Until then others wait.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f"{folder.name}.lock").open("w") as lock:

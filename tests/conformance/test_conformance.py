@@ -34,8 +34,8 @@ def runs(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], Futur
         pool.shutdown(cancel_futures=True)
 
 
-# With `stock`, vLLM makes its coordinator, so only our patches are tested. The runs of all other
-# strategies test them too.
+# With `stock`, vLLM makes its own coordinator, so only our patches are tested. The runs of other
+# strategies test the patches, too, so `stock` runs only with the long tests.
 STRATEGIES = [
     pytest.param(name, marks=[pytest.mark.long] if name == "stock" else [])
     for name in comparison.EXPECTED

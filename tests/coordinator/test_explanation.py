@@ -68,7 +68,7 @@ def explained(layout: Layout, num_tokens: int, *ends: Any) -> Any:
             id="groups with draft layers are a kind of their own",
         ),
         pytest.param(
-            # No group is marked, so vLLM treats all groups as draft groups.
+            # No group is marked as a draft group, so vLLM treats all groups as draft groups.
             layout_of(full(16), mamba(16), drafts=()),
             *([(16,), ()], 0, 0),
             {"full_attention_draft": (0, 0), "mamba": (0, 0)},

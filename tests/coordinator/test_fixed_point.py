@@ -48,13 +48,13 @@ def look_up(coordinator_class, layout, num_tokens, *boundaries):
     ("layout", "num_tokens", "boundaries", "hit"),
     [
         pytest.param(
-            # At 96 tokens the first window also has the block for the lookahead, at 48 it does not.
+            # The first window has the block for the lookahead at 96 tokens, but not at 48.
             layout_of(full(16), window(16, 17), window(16, 33), drafts=(1, 2)),
             *(130, [every(16, 128), (48, 96, 112), (16, 32, 48, 64)], 0),
             id="drafts of a window need their lookahead after another window shortens the hit",
         ),
         pytest.param(
-            # No group is marked, so vLLM treats all groups as draft groups, even states.
+            # No group is marked as a draft group, so vLLM treats all as draft groups, even states.
             layout_of(full(16), window(16, 17), mamba(16), drafts=()),
             *(130, [every(16, 128), (48, 96, 112), (48,)], 0),
             id="drafts need their lookahead after a state shortens the hit",
@@ -152,7 +152,7 @@ def test_a_group_with_a_host_pool_keeps_its_longer_hit():
 SEED = int(os.environ.get("HYBRID_KV_TEST_SEED", "20261122"))
 PARTS = 10
 LAYOUTS, CONTENTS = 50, 20
-"""Layouts per part, and contents per layout. All parts together have 10,000 cases."""
+"""Layouts in a part, and cache contents to try with each layout: 10,000 cases in all parts."""
 
 
 def cases_of(part):

@@ -140,7 +140,7 @@ def test_states_are_pinned_at_ends_of_prompts_and_at_whole_blocks_only_if_that_p
     Replay(engine, script.requests[:1], 1).run()
     block, end = coordinator._block_tokens, 5 * 512 + 32
     assert pinned_states(coordinator) == {block: groups, end: groups}
-    # A state at a whole block is pinned only if it is worth more than what was evicted.
+    # A state at a whole block is pinned only if it is worth more than evicted ones: evict all.
     while (evicted := coordinator.checkpoints.evict()) is not None:
         coordinator.block_pool.free_block_queue.release(evicted.key, evicted.blocks)
     Replay(engine, script.requests[1:], 1).run()
@@ -156,7 +156,7 @@ def test_a_state_is_pinned_in_the_block_that_lookups_return(model):
     pool, queue = coordinator.block_pool, coordinator.block_pool.free_block_queue
     (checkpoint,) = [c for c in coordinator.checkpoints.pinned if c.place is CheckpointKind.SHORT]
     first = pool.get_cached_block(checkpoint.key, coordinator._state_groups)
-    # Act as if another request computed the same states and ended, and the first one continued.
+    # Pretend that another request computed the same states and ended while the first one ran.
     pool.touch(first)
     keys = [block.block_hash for block in first]
     others, copies = pool.get_new_blocks(len(first)), pool.get_new_blocks(len(first))
@@ -180,7 +180,7 @@ def test_a_request_starts_while_another_with_the_same_prefix_is_decoding(model, 
     script.send(ids, tail=50, answer=200)
     script.send(ids, tail=50, answer=200)
     engine = engine_of(model, 200, {**POLICY, "coordinator": coordinator})
-    # The first answer and the end of the second prefix are in the same block.
+    # The second request's prefix ends in the block that also holds the first answer.
     assert engine.scheduler_block_size > BLOCK_TOKENS + 50 + 200
     tally = Replay(engine, script.requests, 2).run()
     assert tally.hits[1] > 0
@@ -188,7 +188,7 @@ def test_a_request_starts_while_another_with_the_same_prefix_is_decoding(model, 
 
 
 def contents_by_step(engine: Engine, requests: list[TracedRequest], skip: bool) -> list[Any]:
-    """Record the hashes of all blocks at each step. Unless `skip`, every step tries to cache."""
+    """Record all block hashes after each step. Unless `skip`, every step tries to cache blocks."""
     coordinator = coordinator_of(engine)
     update = engine.scheduler.update_from_output
     steps: list[Any] = []
@@ -249,7 +249,8 @@ def test_a_turn_resumes_in_the_previous_answer_if_there_is_room_for_its_state(mo
     ids = script.new(2)
     script.send(ids, tail=100, answer=300)
     script.send([*ids, *script.new(1)], tail=40)
-    # The last token of an answer is never computed, and states are copied every 64 tokens.
+    # The hit ends at the last copied state. States are copied every 64 tokens, and the last token
+    # of an answer is never computed.
     assert replay(model, script.requests, 200, POLICY).hits == [0, (1124 + 299) // 64 * 64]
 
 

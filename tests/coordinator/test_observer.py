@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Test what the observer reports of scheduled requests: counters, DEBUG lines, a warning."""
+"""Test what the observer reports about scheduled requests: counters, DEBUG lines, a warning."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def test_without_statistics_nothing_is_counted_and_no_kind_is_looked_up_alone(fo
     manager, request = cached_request(log_stats=False)
     schedule(manager, request)
     why = manager.coordinator.explain(request)
-    # Full attention is looked up first, so its own hit is known. States are only tried within it.
+    # Attention is looked up first, so its own hit is known. States are looked up only within it.
     assert [kind.alone_tokens for kind in why.kinds] == [256, None]
     assert (why.hit_tokens, why.limited_by, why.lost_tokens) == (80, "mamba", 176)
     assert "each kind alone: full_attention 256; mamba lost 176" in str(why)

@@ -16,12 +16,12 @@ from vllm_hybrid_kv.patches.mechanism import Target, source_hash, source_of
 TABLES = ("PATCHED", "RELIED_ON")
 
 SIMILAR = 0.5
-"""A function has moved if another module has one with its name that is at least this similar."""
+"""If a function of the same name in another module is at least this similar, it counts as moved."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What became of a function of a supported minor in another release.
+    """A function of a supported minor, compared with another release.
 
     Attributes:
         target: The function, with its hash in the supported minor.
@@ -39,7 +39,7 @@ class Found:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What happened: `gone`, or `moved` or `changed` or both; empty if nothing did."""
+        """Either `gone`, or any of `moved` and `changed`; empty if the function is unchanged."""
         if self.module is None:
             return ("gone",)
         moved, changed = self.module != self.target.module, self.hash != self.target.source

@@ -21,7 +21,7 @@ WRAPPED = {
         "instrument_otel.<locals>.sync_wrapper",
     )
 }
-"""Functions that have a decorator, mapped to the wrapper, which the plugin hashes instead."""
+"""Decorated functions, mapped to their wrappers, because the plugin hashes the wrappers."""
 
 
 class DriftError(Exception):

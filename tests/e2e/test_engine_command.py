@@ -161,7 +161,7 @@ def test_the_report_contains_every_comparison_time_and_reason(tmp_path: Path) ->
 
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, EngineHost]]:
-    """Run only one engine per cache dtype and keep it open; the command cannot close it."""
+    """Start one engine per cache dtype, and keep it open although the command closes engines."""
     kept: dict[str, EngineHost] = {}
     start, close = Engines.start, EngineHost.close
 
@@ -215,7 +215,7 @@ def test_the_command_compares_and_times_two_engines(
     assert "vllm_hybrid_kv.K8V4AttentionBackend" in backends[K8V4]
     assert list(backends["auto"]) == ["vllm.CPUAttentionBackend"]
 
-    # The comparison detects outputs of an engine whose cache has other contents.
+    # The comparison must tell outputs of a quantised cache from those of an unquantised one.
     prompts = workload.prompt_pool(workload.SMALLEST)
     unquantised, quantised = (kept[name].generate(prompts, 12) for name in ("auto", K8V4))
     assert compare(quantised, unquantised, workload.bounds_of("llama", "float32")).different

@@ -26,12 +26,12 @@ CASE = case_of("qwen3-next")
 
 @dataclass(frozen=True)
 class Chats:
-    """The outputs of chats. Each turn's prompt is the previous turn, its answer and new tokens.
+    """Prompts and outputs of chats. Each prompt is the previous one, its answer and new tokens.
 
     Attributes:
         prompts: The prompts by turn, then by chat.
         uncached: The outputs without a prefix cache.
-        cached: The outputs of `engine`, with our strategy, for prompts sent one after another.
+        cached: The outputs of `engine`, which has our strategy and gets one prompt at a time.
     """
 
     prompts: list[list[int]]
@@ -40,11 +40,11 @@ class Chats:
     engine: EngineHost
 
     def differences(self, outputs: list[Output]) -> list[str]:
-        """Describe how the first token of each output differs from that without a prefix cache.
+        """Compare the first token of each output with the one computed without a prefix cache.
 
-        Prompts resume at multiples of 64 tokens, where Gated DeltaNet cuts a prompt anyway. So only
-        the shapes of matrix products differ. If the best token leads by more than their rounding
-        can change, it must be the same. The first turn has no hits and is not compared.
+        Hits end at multiples of 64 tokens, where Gated DeltaNet cuts a prompt anyway. So they only
+        change the shapes of matrix products, and thus rounding. If the best token leads by more
+        than rounding can change, it must be the same. The first turn, without hits, is left out.
         """
         pairs = list(zip(self.uncached, outputs, strict=True))[CHATS:]
         equal = [(a, b) for a, b in pairs if a.tokens[0] == b.tokens[0]]

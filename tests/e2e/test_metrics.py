@@ -22,17 +22,17 @@ pytestmark = [pytest.mark.engine, pytest.mark.both_minors]
 
 CHATS, TURNS = 3, 3
 BEGINNING = 300
-"""How many tokens all chats begin with: more than two blocks, so that attention layers hit."""
+"""Length of the beginning that all chats share: over two blocks, so that attention layers hit."""
 
 SETTLED_S = 60.0
-"""The time in which the server must receive the counters of its engine."""
+"""How long the server may take to show the counters of its engine."""
 
 OURS = "vllm_hybrid_kv:"
 
 
 @dataclass(frozen=True)
 class Served:
-    """What was seen of a server that answered chats and was then stopped with SIGTERM.
+    """Observations of a server that answered chats and was then stopped with SIGTERM.
 
     `after` holds scrapes of its metrics, `cached` the number of cached tokens of each answer,
     `folders` the permissions of its metrics folders, `left` the folders that it left behind.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """NaN and infinity in one request's keys or values affect only that request of a batch.
 
-All layers have a k8v4 cache, because vLLM's own CPU attention, which unquantised layers use, lets a
+All layers have a k8v4 cache. Unquantised layers would use vLLM's own CPU attention, which lets a
 NaN of one request reach the next request of the step.
 """
 
@@ -30,7 +30,7 @@ Run = Callable[[], list[Output]]
 @pytest.fixture(scope="module")
 def run(host: EngineHost, small_model: Callable[..., Path]) -> Run:
     """A function that sends all prompts to an engine with an empty prefix cache."""
-    # Some prompts need two chunks, and the second chunk shares its step with other decodes.
+    # Some prompts need two chunks. The second one shares a step with decodes of other requests.
     more = {"max_num_seqs": 16, "max_num_batched_tokens": 640}
     engine = host.engine(**settings(small_model("llama"), "bfloat16", **more))
     return lambda: engine.generate(PROMPTS, 6, fresh=True)

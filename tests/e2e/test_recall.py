@@ -27,27 +27,27 @@ MODELS = Path(__file__).parents[1] / "recall" / "models"
 RECALL = 0.99
 """The share of right answers that the models must reach with an unquantised cache."""
 WORSE = 0.005
-"""How much lower the share may be with k8v4, at each distance and depth."""
+"""How much lower the share of right answers may be with k8v4, at each distance and depth."""
 LESS_SURE = 0.003
-"""How much higher the mean negative log-probability of right answers may be."""
+"""How much higher the mean negative log-probability of right answers may be with k8v4."""
 ENOUGH = 200
-"""Distances and depths with fewer questions are not compared. One of 200 questions is 0.5 %."""
+"""Distances and depths with fewer questions are not compared: one of 200 already is 0.5 %."""
 
 DIFFERENT = "recalls"
 """Matches the message about an engine that recalls worse."""
 
 LENGTHS = (*[2000] * 4, *[700] * 4, *[200] * 8)
 COPIED = 24
-"""How many tokens of each copy the engine decodes."""
+"""How many tokens to decode after each prompt that ends inside a copy."""
 
 
 DISTANCES = (128, 512, 1024, 2048)
-"""Bands of distance between a question and the source of its answer: their upper ends in tokens."""
+"""Questions are grouped by how many tokens back their answer is: at most 128, at most 512, ..."""
 DEPTHS = 4
 """The tokens before the first question are divided into this many equal parts."""
 
 Place = tuple[int, int]
-"""Where an answer's source is: the band of `DISTANCES`, and the index of the `DEPTHS` part."""
+"""Where an answer comes from: its entry of `DISTANCES`, and the index of its part (`DEPTHS`)."""
 
 
 @dataclass
@@ -76,7 +76,7 @@ def place(index: int, source: int, first: int) -> Place:
 
 
 def sheets(seed: int, lengths: Iterable[int]) -> list[Sequence]:
-    """Draw sequences of pairs (without text) that ask a question for every second pair."""
+    """Draw recall sequences without text. They ask for about two thirds of their pairs."""
     draw = np.random.default_rng(seed)
     return [recall_sequence(draw, length, 0.0, length // 5) for length in lengths]
 
@@ -96,7 +96,7 @@ def count_answers(sequences: list[Sequence], outputs: list[Output]) -> Tally:
 
 
 def copies(seed: int, lengths: Iterable[int]) -> tuple[list[list[int]], list[list[int]]]:
-    """Return prompts that end one symbol after the copy mark, and the tokens that must follow."""
+    """Return prompts that end one symbol after the mark of a copy, and the tokens to follow."""
     draw = np.random.default_rng(seed)
     drawn = [copy_sequence(draw, length, 0.0).tokens.tolist() for length in lengths]
     cuts = [tokens.index(COPY) + 2 for tokens in drawn]
@@ -137,7 +137,7 @@ def answer(engine: EngineHost, asked: list[Sequence]) -> Tally:
 def copied_share(
     engine: EngineHost, lengths: Iterable[int] = LENGTHS, tokens: int = COPIED, **how: bool
 ) -> float:
-    """Let the engine continue copies; return the share of right tokens within the copies."""
+    """Let the engine continue the prompts of `copies`. Returns the share of right tokens."""
     prompts, wanted = copies(3, lengths)
     outputs = engine.generate(prompts, tokens, **how)
     pairs = [
@@ -209,8 +209,8 @@ def test_a_page_that_is_stored_wrongly_is_detected(
 @pytest.mark.long
 def test_k8v4_copies_the_same_after_preemption(plain: Plain) -> None:
     lengths, tokens = [2000] * 8, 500
-    # During prefill, layers with a window hold a chunk and the window, later only the window. With
-    # long chunks answers would need fewer blocks than prompts, so no request would be preempted.
+    # A layer with a window holds a chunk and the window in prefill, but only the window in decode.
+    # With long chunks, decode would need fewer blocks, so no request would be preempted.
     chunks = {"max_num_batched_tokens": 64} if plain.shape == "gemma3" else {}
     engine = plain.engine(**chunks)
     # The model may make mistakes in long copies even without preemption, so count these first.

@@ -43,7 +43,6 @@ Model = Callable[..., Path]
 
 
 def stream(url: str, seed: int, tokens: int) -> Generator[Completion, None, None]:
-    """Stream the answer to a random prompt."""
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300)
     chunks: Any = client.completions.create(
         model="served",
@@ -83,7 +82,7 @@ def test_a_hang_up_stops_one_request_and_a_killed_engine_ends_the_server(
                 reason = chunk.choices[0].finish_reason or reason
             endings.append(f"finish_reason={reason}")
         except Exception as error:
-            # A stream may break off anywhere, even within JSON, so the client raises any error.
+            # A stream may break off anywhere, even within JSON, so the client may raise any error.
             endings.append(f"{type(error).__name__}: {error}")
 
     # vLLM creates sockets in TMPDIR. Their paths must have at most 107 characters, of which the

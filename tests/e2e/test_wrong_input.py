@@ -27,7 +27,7 @@ Follow = Callable[..., dict[int, str]]
 
 
 def write(config: PreTrainedConfig, architecture: str, folder: Path) -> None:
-    """Write a model without weights; if vLLM does not refuse it, vLLM makes dummy weights."""
+    """Write only a model's config. If vLLM does not refuse the model, it makes dummy weights."""
     config.architectures = [architecture]
     config.save_pretrained(folder)
     build_tokenizer(folder)

@@ -125,7 +125,7 @@ def test_a_long_sequence_divided_among_threads_equals_the_reference(
 ) -> None:
     batch = make(Case(lengths=(9000, 5), queries=(queries, 1), num_kv_heads=1, num_heads=5))
     assert_close(attend(batch, path), expected(batch))
-    # With scores this large, the weights of two parts differ by more than float32 can express.
+    # With scores this large, weights in two threads differ by more than float32 can express.
     batch.query *= 100
     assert_close(attend(batch, path), expected(batch))
 

@@ -25,10 +25,10 @@ from vllm_hybrid_kv.kernels.cpu import attention
 pytestmark = pytest.mark.parametrize("path", PATHS)
 
 HIDDEN_SCALES = (0x7E00, 0x7C00, 0xFC00 - 0x10000, 0x7BFF)
-"""fp16 bits, used as scales of tokens that no row sees: NaN, both infinities, the maximum."""
+"""Bits of fp16 scales for tokens that no query attends to: NaN, both infinities, the maximum."""
 
 PLANES = [[0], [1], [0, 1]]
-"""Key scales, value scales, both."""
+"""Which scales to overwrite: those of keys, those of values, or both."""
 
 
 @pytest.mark.parametrize("lengths", [(40,), (305, 4000)])
@@ -131,7 +131,8 @@ def test_the_largest_codes_of_queries_and_keys_do_not_saturate(
     batch.scales[:, :, 0] = 2.0**-10
     for token in range(length):
         block, t = batch.place(0, token)
-        # All products are positive (token 0), all negative (token 1), or `token` of them negative.
+        # All products with the query are positive for token 0 and negative for token 1. For later
+        # tokens, the first `token` products are negative.
         own = signs.clone()
         own[:token] *= -1
         codes = 127 * (-signs if token == 1 else own)

@@ -113,7 +113,7 @@ Random = np.random.Generator
 
 
 def rotated(numbers: np.ndarray) -> np.ndarray:
-    """Find the row whose rotation is `numbers`, up to the last bit."""
+    """Return the row that the kernel rotates to `numbers`: the rotation is its own inverse."""
     return reference.rotate(torch.from_numpy(numbers.astype(np.float32))).numpy()
 
 

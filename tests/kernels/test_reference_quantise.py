@@ -7,8 +7,8 @@ results, the sums add 8n * 2^-24 to the norm of the error and the last operation
 The results have norm 2n, so the relative error is 5 * 2^-24. A stage of radix 2 has one operation.
 Multiplying by the unit rounds twice, because the unit itself is rounded.
 
-Quantising multiplies a number by a factor, itself the product of two rounded numbers, and rounds
-the result. Values round their sum with the middle code, too. The code itself is off by half a step.
+Quantising multiplies a number by a factor and rounds. The factor is itself the product of two
+rounded numbers. For values, adding the middle code rounds, too. A code is off by up to half a step.
 """
 
 import math
@@ -40,7 +40,7 @@ UNDERFLOW = 2.0**-142
 LEAST_SCALE = 2.0**-24
 
 LEAST_QUERY = 2.0**-119
-"""If no rotated number (not yet times the unit) exceeds this, the query counts as zeros."""
+"""If no sum of a query (see `rotation_sums`) exceeds this, the query counts as zeros."""
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -75,7 +75,7 @@ def read_back(rows: torch.Tensor, part: str) -> torch.Tensor:
 
 
 def rotated(rows: torch.Tensor, part: str) -> torch.Tensor:
-    """Rotate and clamp rows, which gives the numbers to round to codes, float64 [T, D]."""
+    """Return rows after rotating and clamping, before rounding to codes, float64 [T, D]."""
     limit = LIMIT[part]
     sums = rotation_sums(rows.to(torch.float32).clamp(-limit, limit)).double()
     return (sums * k8v4.rotation_unit(rows.shape[-1])).clamp(-limit, limit)
@@ -155,7 +155,7 @@ def test_a_scale_is_the_smallest_fp16_number_that_spans_the_row(
     assert bool((scale.double() >= wanted - tolerance).all())
     smaller = torch.from_numpy(np.nextafter(scale.numpy(), np.float16(-math.inf))).double()
     assert bool((smaller < wanted + tolerance)[scale > 0].all())
-    # So the row alone bounds half a step, without looking at the scale.
+    # So the row's largest number bounds half a step, and the stored scale is not needed.
     half_step = 0.5 * (wanted * (1 + 2.0**-10) + LEAST_SCALE)
     assert bool((0.5 * scale.double() <= half_step + tolerance).all())
 

@@ -6,8 +6,8 @@
 Sends 500 requests of random lengths to `vllm serve`, 16 at a time, repeatedly. The client cancels
 some of them, and the KV cache is so small that requests are preempted. Afterwards each request is
 sent alone, without a prefix cache. The exit status is 1 if a request failed, if no request was
-preempted, if the server's memory grew, or if an answer is wrong. It is wrong if the first token
-that differs from the answer sent alone was not a close choice.
+preempted, if the server's memory grew, or if an answer is wrong. A wrong answer differs from the
+one to the same request sent alone, and its first different token was not a close choice.
 
 `vllm bench serve` measures load too, but it neither cancels requests nor compares answers.
 """
@@ -54,7 +54,7 @@ CANCELLED = 0.15
 """The share of requests that the client cancels in mid-answer."""
 
 LIKELIEST = 5
-"""How many candidates to get for each token, with log-probabilities, if a request is sent alone."""
+"""If a request is sent alone, how many candidates to return for each token."""
 
 REQUESTS, AT_ONCE = 500, 16
 COMPARING_S = 3600.0
@@ -62,8 +62,8 @@ COMPARING_S = 3600.0
 
 SAMPLE_S = 5.0
 GROWTH_MIB = 64
-"""By how much the memory of all processes may grow from the middle third of the time to the last.
-The allocator makes it fluctuate."""
+"""How much the memory of all processes may grow from the middle to the last third of the time.
+Memory fluctuates even without a leak, because of the allocator."""
 
 CLOSE = 0.06
 """A choice is close if the other token's log-probability is at most this much lower: twice the
@@ -302,7 +302,7 @@ def _compare(server: Server, outcome: Outcome, answers: dict[int, list[list[int]
 
 
 def _memory_mib(group: int) -> int:
-    """Return the memory of a process group; a page that processes share is split among them."""
+    """Return the memory of a process group. Shared pages are divided among their processes."""
     total = 0
     for process in group_members(group):
         with suppress(psutil.Error):

@@ -51,7 +51,7 @@ def test_engines_of_a_process_share_a_counter_if_their_labels_are_equal(tmp_path
 def test_the_counters_have_their_own_file_whose_disk_space_is_allocated_at_once(tmp_path):
     Counters(tmp_path, LABELS)
     (path,) = tmp_path.iterdir()
-    # The kernel kills a process that writes to a hole of a mapped file when the disk is full.
+    # The file must have no holes: on a full disk, the kernel kills a process that writes to one.
     assert path.stat().st_blocks * 512 >= FILE_BYTES
     # vLLM's own counters have this name, so ours need another one.
     assert path.name != f"counter_{os.getpid()}.db"

@@ -98,7 +98,7 @@ def longest_block(spec: KVCacheSpec, page: int, match_unit: int) -> KVCacheSpec 
 
 
 def highest_page(specs) -> int:
-    """Return the page of `lcm`: at least the largest, a multiple of smaller attention pages."""
+    """Round the largest page up to a common multiple of smaller attention pages, as `lcm` does."""
     largest = max(spec.page_size_bytes for spec in specs)
     smaller = [s.page_size_bytes for s in specs if not is_mamba(s) and s.page_size_bytes < largest]
     page = largest

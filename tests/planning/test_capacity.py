@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Test reported capacities, and which groups count, with the models of vLLM's #40384 and #40417.
+"""Test the reported capacity, and which groups it counts, for models of vLLM's #40384 and #40417.
 
 `tests/coordinator/test_pool_capacity.py` compares the capacities with what vLLM admits.
 """
@@ -35,7 +35,7 @@ def mamba(mode, **fields):
 
 
 def growing(planned):
-    """Return the indices of the groups that count with the strategy `growing`."""
+    """Return the indices of the groups whose tokens the strategy `growing` counts as capacity."""
     groups = token_capacity_kv_cache_groups(None, planned)
     return [int(group.layer_names[0].removeprefix("layer.")) for group in groups]
 
@@ -121,9 +121,9 @@ def test_the_shapes_of_40384_have_the_numbers_that_it_reports(
 ):
     planned = hybrid(full, states, mode)
     assert len(growing(planned)) == grow
-    # Divide the pool among the groups that count: before #40384 all of them, then those that grow.
+    # Divide the pool among the groups that count: all before #40384, only growing ones after it.
     assert [262 // counted * BLOCK for counted in (full + states, grow)] == [before, after]
-    # `before` is the capacity in requests of one block. The null block may take one of them.
+    # `before` is the capacity for requests of one block. One of the blocks may be the null block.
     fit = capacity(config_of(mode, BLOCK), planned).max_len_requests
     assert before - BLOCK <= fit * BLOCK <= before
 

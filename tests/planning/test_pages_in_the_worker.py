@@ -118,7 +118,7 @@ _config = None
 
 
 def test_the_worker_refuses_a_padded_page_that_is_split_into_kernel_blocks(make_config):
-    # Stock would plan this padding for a layer of vLLM's TurboQuant next to a larger page.
+    # vLLM itself would plan this padding for a TurboQuant layer next to a layer with larger pages.
     backend, spec = layer(TurboQuantAttentionBackend, 256, head_size=72)
     padded = replace(spec, page_size_padded=spec.page_size_bytes + 64)
     with pytest.raises(ValueError, match="cannot be split into 2 kernel blocks of 128 tokens"):

@@ -66,7 +66,7 @@ def config(make_config):
     whole = {"prefix_match_unit": "stock"}
     config = make_config(whole, enable_prefix_caching=True)
     config.cache_config.block_size = BLOCK
-    # vLLM resets the mode for a model without states.
+    # vLLM resets `mamba_cache_mode` for a model without states.
     config.cache_config.mamba_cache_mode = "align"
     return config
 

@@ -50,7 +50,7 @@ def test_the_message_names_the_option_and_a_value_that_works(resolve):
         {"mode": CUDAGraphMode.PIECEWISE},
         {"mode": CUDAGraphMode.NONE},
         {"is_profiling": True},
-        # vLLM lowers the mode for a backend that cannot be captured.
+        # vLLM lowers the CUDA graph mode if the backend cannot be captured.
         {"support": AttentionCGSupport.NEVER},
     ],
 )

@@ -95,7 +95,7 @@ def test_a_patched_function_keeps_its_name_and_signature():
 
 
 def test_replacements_have_the_parameters_of_vllms_functions(monkeypatch):
-    # vLLM passes many arguments by name, so the names must match. On GPUs there are more patches.
+    # vLLM passes many arguments by name, so names must match. Include the patches for GPUs.
     monkeypatch.setattr(type(vllm.platforms.current_platform), "is_cuda_alike", lambda _: True)
     plugin.register()
     edits = [edit for patch in STATE.active_patches.patches for edit in patch.edits]

@@ -20,7 +20,7 @@ def lines_of(report, file):
 @pytest.mark.parametrize("file", [file for suite in SUITES for file in suite.files])
 def test_the_suite_passes_with_the_0_33_wheel(file, report):
     lines = lines_of(report, file)
-    # vLLM's own coordinators are expected to fail; pytest reports an error if they pass.
+    # Tests of vLLM's own coordinators are expected to fail. If they pass, pytest reports an error.
     failed = [line for line in lines if not line.startswith(("PASSED", "XFAIL"))]
     assert lines, f"{report.stdout[-4000:]}\n{report.stderr[-4000:]}"
     assert not failed, f"{failed}\n{report.stdout[-8000:]}"

@@ -62,7 +62,7 @@ def _orthogonal(size: int) -> torch.Tensor:
 
 
 def _without(direction: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Remove each row's component in a direction."""
+    """Remove from each row its component along `direction`."""
     return rows - (rows @ direction)[..., None] * direction / direction.square().sum()
 
 
@@ -126,7 +126,7 @@ def _write_the_token_before_by_attention(
     """Make all heads of a layer attend to the previous token and write it, rotated."""
     size, attention = config.head_dim, layer.self_attn
     theta = config.rope_parameters[config.layer_types[0]]["rope_theta"]
-    # Only in these pairs of dims do rotary embeddings turn fast enough to tell neighbours apart.
+    # Rotary embeddings turn only these pairs of dims fast enough to tell neighbours apart.
     fast = torch.arange(4)
     angle = theta ** (-2 * fast / size)
     constant = shared / shared.square().sum()
@@ -151,13 +151,13 @@ def _write_the_token_before_by_attention(
 def _look_behind_the_same_token(
     attention: nn.Module, config: PreTrainedConfig, shared: torch.Tensor, rotation: torch.Tensor
 ) -> None:
-    """Make a query find the tokens that followed its own token before, and write them."""
+    """Make a query attend to the tokens after earlier copies of its own token, and write them."""
     hidden, size = config.hidden_size, config.head_dim
     groups = config.num_key_value_heads
     group = config.num_attention_heads // groups
     gated = len(attention.q_proj.weight) > config.num_attention_heads * size
     rows = _without(shared, torch.randn(groups, size, hidden) / math.sqrt(hidden))
-    # Dims that rotary embeddings turn within a few thousand tokens cannot match distant tokens.
+    # Shrink the dims that rotary embeddings turn too fast to match tokens thousands away.
     if gated:
         rows[:, : size // 4] *= 0.3
     else:

@@ -101,7 +101,7 @@ def save(model: PreTrainedModel, folder: Path, curve: list[dict[str, float]]) ->
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Make a tokenizer with a token for each byte. It encodes no text as symbols."""
+    """Make a tokenizer that encodes each byte of a text as a token, and never as a symbol."""
     alphabet = bytes_to_unicode()
     names = [f"<|{name}|>" for name in ("begin", "end", "pad", "copy", "4", "5", "6", "7")]
     names += [alphabet[byte] for byte in range(256)]

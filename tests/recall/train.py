@@ -35,7 +35,7 @@ TEXT_WEIGHT = 0.2
 
 
 def batch(draw: np.random.Generator, length: int, rows: int, first: bool) -> tuple[list, list]:
-    """Draw kinds and sequences. The first stage gets more copies, which have the most answers."""
+    """Draw kinds and sequences. The first stage gets more copies, which have more to predict."""
     shares = [0.3, 0.6, 0.1] if first else [0.5, 0.3, 0.2]
     kinds = list(draw.choice(list(KINDS), p=shares, size=rows))
     return kinds, [KINDS[kind](draw, length) for kind in kinds]

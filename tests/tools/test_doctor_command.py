@@ -195,8 +195,8 @@ FINDS = "def find():\n    return 'acme_platform.Platform'\n"
 
 
 def test_on_vllm_0_33_every_patch_is_active_and_other_faults_are_warnings(make_environment):
-    # 0.33 is an unpacked wheel next to the installed 0.32. It has no CPU platform, so the test
-    # installs a vendor's platform, which groups layers itself.
+    # vLLM 0.33 is only an unpacked wheel without a CPU platform, so the test installs the platform
+    # of a vendor, which groups layers itself.
     environment = make_environment()
     environment.distribution(
         *("acme-platform", "1.0", "[vllm.platform_plugins]\nacme = acme_find:find\n"),

@@ -89,7 +89,7 @@ def test_json_has_a_row_for_each_size_and_strategy(outcome):
         assert row["step_ms"] > 0
     for stock, fixed_point, ours in (rows[:3], rows[3:]):
         assert ours["hit_tokens"] > fixed_point["hit_tokens"] > stock["hit_tokens"] > 0
-    # The smaller cache evicts blocks. Some states go before the attention blocks of their prefix.
+    # The smaller cache evicts some states earlier than the attention blocks of their prefix.
     small, large = rows[2], rows[5]
     assert small["evicted_blocks"]["mamba"] > 0 < small["evicted_blocks"]["full_attention"]
     assert large["evicted_blocks"] == {}

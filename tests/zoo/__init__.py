@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plan every architecture in vLLM's registry that generates text, and run one of each pattern."""
+"""Plan all text-generating architectures of vLLM, and run one per kind of KV cache ("pattern")."""

@@ -8,10 +8,10 @@ from typing import Any
 from testing.output_comparison import exceeded_bounds
 
 CACHED_APART = 0.15
-"""How far cached log-probabilities of a bfloat16 model may be from fresh ones."""
+"""How far a prefix cache hit may move log-probabilities of a bfloat16 model."""
 
 STATES_APART = 1.0
-"""The same for a model with states, which are rounded to bfloat16 after each chunk of a prompt."""
+"""The same bound for models with states, which are rounded to bfloat16 after each prompt chunk."""
 
 
 def verdict(row: dict[str, Any], states: bool) -> list[str]:

@@ -11,7 +11,7 @@ from tests.zoo.models import SIZES
 
 
 def configuration_of(architecture: str) -> tuple[dict[str, Any], str]:
-    """Return the fields of an architecture's config.json, and in words where they come from.
+    """Return the fields of an architecture's config.json, and a note on where they come from.
 
     Raises:
         LookupError: Neither `tests.zoo.models` nor transformers has this architecture.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configurations of architectures, with the fields that decide their KV cache.
 
-An architecture that `tests.zoo.language_models` maps to another one has that one's configuration.
+An architecture uses the configuration of another one if `tests.zoo.language_models` says so.
 Architectures in `SIZES` have the fields of published checkpoints. The rest have the defaults of the
 config class in transformers or vLLM.
 """
@@ -237,7 +237,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "SarvamMLAForCausalLM": sizes("sarvam_mla", 4096, 32, 64, 64, 16384, 262144, 131072,
         **latent(), **experts(128, 8, 2048, 1), moe_shared_expert_intermediate_size=2048,
         first_k_dense_replace=1),
-    # A model with ALiBi, of the family of stepfun-ai/Step-Audio-2-mini.
+    # A relative of stepfun-ai/Step-Audio-2-mini that uses ALiBi.
     "Step1ForCausalLM": sizes("step1", 3072, 32, 48, 4, 8192, 74752),
     "Step3TextForCausalLM": {"vllm": "step3_text", "moe_layers_enum": ",".join(map(str,
         range(4, 60)))},

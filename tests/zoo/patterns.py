@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classify models by the properties that matter to a KV cache. Equal properties are a pattern."""
+"""Classify models by what matters to a KV cache. Models that agree in it have the same pattern."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _kinds_of(layer: Any) -> Iterable[tuple[str, str]]:
         elif layer.sliding_window is not None:
             yield "window", "sliding window"
     else:
-        # The layer is of a class of the model's own, such as an indexer.
+        # The model brings its own class for this layer, such as an indexer.
         yield "attention", "sparse"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check that a message that refuses a model is fit for users: no Python error, no other device."""
+"""Check messages that refuse a model: no Python errors, nothing about other devices."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ KINDS = {
     "planned only": "planned only",
     "refused": "refused",
 }
-"""The README's table counts a status that starts with one of these keys under the key's value."""
+"""Maps the beginning of a status to the line of the README's table that counts it."""
 Tables = dict[str, dict[str, Any]]
 
 HEAD = """# Models
@@ -180,7 +180,7 @@ def _result(kind: Pattern, tables: Tables) -> str:
 
 
 def _reason(kind: Pattern, tables: Tables) -> str:
-    """Return why most architectures of a pattern are refused."""
+    """Return the most frequent reason for which architectures of a pattern are refused."""
     reasons: Counter[str] = Counter()
     for row in tables["plans"].values():
         if pattern(row) == kind and (refusal := row["plans"][K8V4].get("refused")):

@@ -32,15 +32,15 @@ SMALLER: dict[str, int] = {
     "hidden_size_per_layer_input": 64, "num_kv_shared_layers": 3,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4,
 }  # fmt: skip
-"""The largest values of fields. Each token uses all experts, because choosing some would depend on
-rounding."""
+"""Upper limits of fields. Each token uses all experts, because a choice among experts would depend
+on rounding."""
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "GraniteMoeHybridForCausalLM": {"mamba_n_heads": 16, "attention_multiplier": 0.125},
     "GraniteSWAForCausalLM": {"attention_multiplier": 0.125},
     "Mamba2ForCausalLM": {"num_heads": 16},
 }
-"""More fields per architecture, which its small sizes require or which real checkpoints set."""
+"""Fields to set by architecture. Small sizes require them, or real checkpoints have them."""
 
 STAND_INS: dict[str, tuple[str, dict[str, Any], str]] = {
     "OlmoHybridForCausalLM": (
@@ -85,7 +85,7 @@ def shrink(architecture: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _layers_to_keep(fields: dict[str, Any], count: int) -> list[int]:
-    """Keep the first layers, but replace the last of them by the first layers of missing kinds."""
+    """Return the first layers. One layer of each missing kind replaces the last of them."""
     kept = list(range(min(count, LAYERS)))
     types = fields.get("layer_types") or fields.get("hybrid_layer_pattern")
     if isinstance(types, list) and len(types) == count:

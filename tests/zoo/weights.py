@@ -3,7 +3,7 @@
 
 vLLM's own dummy weights are so small that all tokens are equally likely. With these weights the
 outputs of attention and MLP are as large as their inputs. Attention scores have a standard
-deviation of about 1, logits one of `LOGIT_SIZE`.
+deviation of about 1, and that of logits is about `LOGIT_SIZE`.
 """
 
 from __future__ import annotations

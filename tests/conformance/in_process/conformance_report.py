@@ -43,7 +43,6 @@ REPORT: dict[str, Any] = {
 
 
 def _wait_longer() -> None:
-    """Multiply the time limit of every `subprocess.run`."""
     run = subprocess.run
 
     def patient(*args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
@@ -64,7 +63,7 @@ def _count_managers() -> None:
     def recording(self: Any, setting: str, settings: Any, **arguments: Any) -> Any:
         result = call(self, setting, settings, **arguments)
         if setting == "coordinator":
-            # For `stock` vLLM makes the coordinator.
+            # With `stock`, vLLM makes the coordinator, which counts as made by the strategy.
             last[:] = [STOCK if settings.coordinator == STOCK else result]
         return result
 

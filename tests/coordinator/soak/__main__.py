@@ -25,7 +25,6 @@ from tests.coordinator.soak.soak import Soak, report
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command, and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.coordinator.soak")
     parser.add_argument("--steps", type=int, default=200_000, help="steps of all worlds")
     parser.add_argument("--seed", type=int, default=None, help="random by default")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check after every step that tables, counts, queues, hashes and contents are consistent."""
+"""Check block tables, reference counts, the free queue, hashes and contents after each step."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class Contents:
         self._seen: list[tuple[Any, ...] | None] = [None] * plan.num_blocks
 
     def check(self, meaning: Mapping[BlockHash, tuple[int, int]]) -> None:
-        """Check all blocks while no step is in flight. `meaning` maps hash to prefix and length."""
+        """Check all blocks between two steps. `meaning` maps each hash to its prefix and length."""
         for block in self._pool.blocks:
             if block.block_hash is None:
                 continue
@@ -145,7 +145,7 @@ class Contents:
             count = tokens - (tokens - 1) // spec.block_size * spec.block_size
             promised = self._prefixes.path(prefix, count)
             if group in self._worker.draft_groups:
-                # A draft layer's entry also depends on the next token, unknown for the last entry.
+                # A draft layer's entry also depends on the next token, so skip the last entry.
                 promised = promised[1:]
         require(
             self._worker.differs(group, block.block_id, 0, promised) is None,

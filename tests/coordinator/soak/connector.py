@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Load:
     """A load of the tokens from `start` to `end` into a request's blocks (`tables`, by group).
 
-    Loaded states are those after `end` tokens. If `is_async`, only this request waits for it.
+    States are loaded as they are after `end` tokens. If `is_async`, other requests do not wait.
     """
 
     request: Request
@@ -35,7 +35,7 @@ class Load:
 
 @dataclass
 class Transfer:
-    """An asynchronous load or, without `load`, a read of an ended request's blocks.
+    """An asynchronous load. If `load` is None, the store reads the blocks of an ended request.
 
     The connector reports the end of the transfer after `steps` more steps.
     """

@@ -127,12 +127,12 @@ class Plan:
         return replace(smaller, num_blocks=num_blocks)
 
     def with_checkpoints(self, rng: random.Random) -> Plan:
-        """Return the plan, sometimes with states exported from within a chunk, as Mamba 2's are.
+        """Return the plan, sometimes with states that backends export in mid-chunk, as for Mamba 2.
 
-        Plans with which vLLM itself fails are left unchanged. Unless hits end at whole blocks, its
-        own coordinator caches wrong states (`upstream_fixes.PassedBlocks`). With draft tokens, its
-        worker may overwrite the state that a request continues with. With draft layers and hits at
-        multiples of several blocks, it mistakes the exported state for a later one.
+        Plans with which vLLM itself fails are left unchanged. Unless hits end at whole blocks,
+        vLLM's coordinator caches wrong states (`upstream_fixes.PassedBlocks`). With draft tokens,
+        vLLM's worker may overwrite the state that a request continues with. With draft layers and
+        hits at multiples of several blocks, vLLM mistakes the exported state for a later one.
         """
         whole = self.unit == self.block_size == self.scheduler_block_size
         if self.drafting is not None or (self.strategy == "stock" and not whole):

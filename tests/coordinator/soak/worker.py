@@ -31,7 +31,7 @@ class SoakError(AssertionError):
 
 
 class ChainedCopyError(SoakError):
-    """Two copies of one step write the same block, or one copies what the other writes."""
+    """In one step, two copies write the same block, or one reads a block that another writes."""
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Worker:
 
     A block holds what was written to it last, by whichever group. When a request runs, the worker
     checks everything that the next token needs: K and V of all positions that attention reaches,
-    and the state after exactly the tokens before the next one.
+    and the state after all earlier tokens.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Worker:
     def differs(
         self, group: int, block: int, offset: int, values: Sequence[int]
     ) -> list[int | None] | None:
-        """Return what a block holds if that differs from the given values, otherwise None."""
+        """Compare a block with `values`. Returns None if they agree, otherwise what it holds."""
         owner, slots = self.blocks[block]
         if owner != group:
             return [None] * len(values)

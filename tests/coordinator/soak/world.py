@@ -140,7 +140,7 @@ class World:
         else:
             history = draw.choice(self._histories)
             if self._live and draw.random() < 0.3:
-                # Continue a running request, to hit its blocks while it writes.
+                # Continue a running request, to hit its blocks while it still writes more.
                 history = list(draw.choice(list(self._live.values()))[0].all_token_ids)
             if way < 0.65:
                 prompt = history + new
@@ -185,7 +185,7 @@ class World:
             done = scheduler.reset_prefix_cache(reset_running_requests=running)
         except RuntimeError:
             # vLLM refuses a reset if anything except running requests holds blocks.
-            checks.require(running, "an error of a reset that keeps running requests")
+            checks.require(running, "a reset raised although it did not touch running requests")
             self.tally["resets refused"] += 1
             return
         checks.require(not running or done, "the cache was not emptied")

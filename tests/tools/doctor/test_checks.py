@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each of doctor's checks, given the facts of other machines and installations."""
+"""Give each of doctor's checks the facts of other machines and installations."""
 
 import copy
 import types

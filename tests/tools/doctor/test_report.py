@@ -46,7 +46,7 @@ FACTS = [
 
 
 def messages(*findings, **changes):
-    """Return what a child that ends normally sends: facts, changed as given, and findings."""
+    """Return what a child that ends normally sends: `FACTS` with `changes`, then the findings."""
     facts = {name: value for part in FACTS for name, value in part.items()}
     return [{"facts": facts | changes, "findings": list(findings)}, {"end": True}]
 

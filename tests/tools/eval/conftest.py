@@ -11,7 +11,7 @@ from testing import processes
 
 LENGTHS = (150, 90, 33)
 ENGINE = {"max_num_batched_tokens": 64, "dtype": "float32"}
-"""With 64 tokens a chunk, the longest sequence needs three. vLLM's default dtype is bfloat16."""
+"""Chunks of 64 tokens split the longest sequence in three. vLLM's default dtype is bfloat16."""
 
 
 @pytest.fixture(scope="session")

@@ -74,7 +74,7 @@ def test_the_perplexity_is_that_of_transformers(numbers, by_transformers):
 
 
 def test_a_quantised_cache_diverges_a_little_everywhere(numbers, work):
-    # If hidden states were compared with another position's, the mean would be 10 nats or more.
+    # Comparing the hidden states of two different positions would give a mean of over 10 nats.
     auto, k8v4 = numbers["caches"]
     assert (auto["name"], k8v4["name"]) == ("auto", CACHE)
     assert (auto["quantised_layers"], auto["unquantised_layers"]) == (0, 8)
@@ -84,7 +84,7 @@ def test_a_quantised_cache_diverges_a_little_everywhere(numbers, work):
     assert 0.5 < k8v4["agreement"] < 1
     assert numbers["positions"] == k8v4["positions"] == POSITIONS
     for _, divergences, _ in scores_of(work, CACHE):
-        # Even the first token diverges: it attends to itself, quantised in six layers.
+        # Even the first token diverges, because it attends to its own quantised key and value.
         assert 0 < min(divergences) <= max(divergences) < 5
 
 

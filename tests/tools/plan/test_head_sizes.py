@@ -79,7 +79,7 @@ def build(folder: Path, dtype: str, device: str = "gpu", **more: Any) -> BuiltMo
 def test_vllm_forces_one_backend_on_a_gemma_4_without_flash_attention_4(
     gemma_4: Path, flash_attention_4: bool
 ) -> None:
-    """This behaviour of vLLM is why the patch `gemma4_heads` exists."""
+    """If this fails, vLLM may no longer need the patch `gemma4_heads`."""
     built = build(gemma_4, "auto")
     expected = "FLASH_ATTN" if flash_attention_4 else "TRITON_ATTN"
     assert built.backends == [expected] * LAYERS
