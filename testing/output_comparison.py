@@ -52,7 +52,7 @@ def decisive(output: Output, bounds: Bounds) -> int:
 
 
 def is_decisive(output: Output, bounds: Bounds) -> bool:
-    """Return whether no choice of a token was close."""
+    """Return whether every token of the output beat the second best by more than rounding."""
     return decisive(output, bounds) == len(output.margins)
 
 

@@ -24,8 +24,8 @@ _KEY_MAX = np.float32(k8v4.KEY_MAX)
 _VALUE_MAX = np.float32(k8v4.VALUE_MAX)
 
 _NO_CLAMP = int(np.float32(2.0**18).view(np.int32))
-"""The float32 bits of 2^18. A row needs no clamp if none of its `rotation_sums` exceeds 2^18. Its
-numbers before the rotation are then no larger, and the limits of keys and values are higher."""
+"""The float32 bits of 2^18. If no entry of a row's `rotation_sums` exceeds 2^18, none of the row's
+numbers does, and 2^18 is below `KEY_MAX` and `VALUE_MAX`, so the row needs no clamp."""
 
 _SCRATCH = 8 * ROW_BYTES + encode.LARGEST_BYTES + encode.RESULT_BYTES
 """Bytes of a thread's scratch for four tokens: rows of float32, partial maxima, and scales."""

@@ -213,7 +213,8 @@ def weigher(weight_format: int) -> Any:
             seen = max(seen - first, np.int64(0))
             unseen = min(min(unseen, item.last_key) - first, TILE * count)
             if unseen <= seen:
-                # The row sees no token of this chunk: give its old integer weights the value 0.
+                # The row sees no token of this chunk. Its weights in the buffer are those of an
+                # earlier chunk, so scale them by 0.
                 state[row].weight_step = np.float32(0.0)
                 continue
             own = state.ctypes.data + row * records.STATE_BYTES

@@ -137,7 +137,7 @@ def answer(engine: EngineHost, asked: list[Sequence]) -> Tally:
 def copied_share(
     engine: EngineHost, lengths: Iterable[int] = LENGTHS, tokens: int = COPIED, **how: bool
 ) -> float:
-    """Let the engine continue the prompts of `copies`. Returns the share of right tokens."""
+    """Return the share of tokens that the engine copies correctly from its prompts."""
     prompts, wanted = copies(3, lengths)
     outputs = engine.generate(prompts, tokens, **how)
     pairs = [

@@ -57,7 +57,7 @@ def plan(*specs, num_blocks=10) -> KVCacheConfig:
 
 
 def hybrid(full=2, states=3, mode="align") -> KVCacheConfig:
-    """Make the plan of vLLM's #40384: groups of attention and of states, with equal pages."""
+    """Return a plan like that in vLLM issue #40384: attention and state groups, one page size."""
     own = attention(BLOCK)
     block = LONGEST if mode == "none" else BLOCK
     spec = state(own.page_size_bytes, block, mamba_cache_mode=mode)

@@ -169,7 +169,7 @@ def check_views(layers: Mapping[str, BuiltLayer], caches: Mapping[str, torch.Ten
     for name, layer in layers.items():
         cache, spec = caches[name], layer.spec
         quantised = layer.cache_dtype == CACHE_DTYPE
-        # `slot_bytes` rejects head sizes that only other layers may have, so skip those layers.
+        # Unquantised layers may have head sizes that `slot_bytes` rejects, so it is not called.
         slot = k8v4.slot_bytes(spec.head_size) if quantised else 0
         if quantised and (
             cache.dtype != torch.uint8

@@ -115,10 +115,10 @@ def shareable_tokens(requests: Sequence[TracedRequest]) -> int:
 class Conversations:
     """The token ids of a trace's prompts and answers.
 
-    The hash id of a full block determines its tokens. The partial block at the end of a prompt has
-    its own id, although the next turn of the conversation starts with this prompt and its answer.
-    So a later request that starts with all full blocks of an earlier request counts as the next
-    turn: the earlier request's partial block and answer get the tokens of the later request. All
+    The hash id of a full block determines its tokens. A trace does not say how the
+    partial block at the end of a prompt continues in the next turn of the conversation. So a later
+    request that starts with all full blocks of an earlier request counts as its next turn: the
+    earlier request's partial block and answer get the tokens of the later request. All
     other tokens are unique to a request.
 
     Args:
