@@ -146,19 +146,14 @@ def second_runner_error(bound: int) -> float:
     group.create_metadata_builders(vllm_config(), CPU, PAGE)
     common, made, cache = stored(backend, step)
     metadata = build_attn_metadata(
-        attn_groups=[[group]],
-        num_reqs=common.num_reqs,
-        num_tokens=common.num_actual_tokens,
-        query_start_loc_gpu=common.query_start_loc,
-        query_start_loc_cpu=common.query_start_loc_cpu,
-        max_query_len=common.max_query_len,
-        seq_lens=common.seq_lens,
-        max_seq_len=common.max_seq_len,
-        block_tables=[common.block_table_tensor],
+        attn_groups=[[group]], num_reqs=common.num_reqs, num_tokens=common.num_actual_tokens,
+        query_start_loc_gpu=common.query_start_loc, query_start_loc_cpu=common.query_start_loc_cpu,
+        max_query_len=common.max_query_len, seq_lens=common.seq_lens,
+        max_seq_len=common.max_seq_len, block_tables=[common.block_table_tensor],
         slot_mappings=common.slot_mapping[None],
         kv_cache_config=SimpleNamespace(kv_cache_groups=[None]),
         seq_lens_cpu_upper_bound=common.seq_lens_cpu_upper_bound,
-    )
+    )  # fmt: skip
     return error(backend.forward(made.tensors, cache, metadata["layer"]), expected(step, made))
 
 

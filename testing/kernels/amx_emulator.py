@@ -19,14 +19,8 @@ from testing.kernels.paged_batch import Case
 from vllm_hybrid_kv.kernels.cpu import isa, llvm
 
 INSTRUCTIONS = (
-    "tilezero",
-    "tileloadd64",
-    "tilestored64",
-    "tdpbsud",
-    "tdpbuud",
-    "ldtilecfg",
-    "tilerelease",
-)
+    "tilezero", "tileloadd64", "tilestored64", "tdpbsud", "tdpbuud", "ldtilecfg", "tilerelease",
+)  # fmt: skip
 
 CASES = [
     Case(head_size=64, num_heads=4, lengths=(300, 70), queries=(1, 2)),

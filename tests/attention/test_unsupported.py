@@ -23,15 +23,9 @@ AUTO = "Serve the model with --kv-cache-dtype auto"
 def selection(**changes):
     """Select a backend for a layer as vLLM does. Returns why it is refused, or None."""
     layer = {
-        "head_size": 128,
-        "attn_type": AttentionType.DECODER,
-        "use_mla": False,
-        "has_sink": True,
-        "use_sparse": False,
-        "use_mm_prefix": False,
-        "use_dcp": False,
-        "use_pcp": False,
-    }
+        "head_size": 128, "attn_type": AttentionType.DECODER, "use_mla": False, "has_sink": True,
+        "use_sparse": False, "use_mm_prefix": False, "use_dcp": False, "use_pcp": False,
+    }  # fmt: skip
     return refuse_selection(SimpleNamespace(**{**layer, **changes}))
 
 

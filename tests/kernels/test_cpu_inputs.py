@@ -116,36 +116,22 @@ def test_strides_of_dims_of_one_are_ignored() -> None:
     assert cache.count_nonzero() > 0
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("query", torch.zeros(3, 4, 64).double(), r"query must be bf16, fp16 or fp32 \[tokens, "),
-        (
-            "query",
-            torch.zeros(3, 5, 64),
-            r"multiple of the cache's KV heads, 2, got torch.float32 \[3, 5, 6",
-        ),
-        ("query", torch.zeros(3, 4, 128)[..., ::2], "query must be .*, contiguous in its last dim"),
-        ("cache", torch.zeros(2, 2, 16, 100), "cache must be uint8 .*, got torch.float32"),
-        ("cache", cache_of(2, 2, 16, 99), r"100 bytes\] for head size 64, got .*, 16, 99\]"),
-        ("cache", cache_of(2, 16, 2, 100).transpose(1, 2), "cache must be contiguous within a blo"),
-        ("out", torch.zeros(3, 4, 64).bfloat16(), r"query's dtype and shape, torch.float32 \[3, 4"),
-        (
-            "seq_lens",
-            torch.tensor([5, 20]),
-            "seq_lens must be contiguous int32 .* torch.int64",
-        ),
-        ("query_start_loc", int32(0, 3), r"query_start_loc must be .* 2 requests, got .* \[2\]"),
-        ("block_table", torch.zeros(1, 2).int(), r"block_table must be .* least 2, got .* \[1, 2"),
-        (
-            "sinks",
-            torch.zeros(3),
-            r"sinks must be one number for each of 4 query heads, .* \[3",
-        ),
-        ("lse", torch.zeros(3, 4).double(), r"lse must be float32 \[3, 4\], got torch.float64"),
-        ("out", torch.zeros(3, 4, 64).to("meta"), "out must be on query's device, cpu, got .*meta"),
-    ],
-)
+@pytest.mark.parametrize(("name", "value", "message"), [
+    ("query", torch.zeros(3, 4, 64).double(), r"query must be bf16, fp16 or fp32 \[tokens, "),
+    ("query", torch.zeros(3, 5, 64),
+        r"multiple of the cache's KV heads, 2, got torch.float32 \[3, 5, 6"),
+    ("query", torch.zeros(3, 4, 128)[..., ::2], "query must be .*, contiguous in its last dim"),
+    ("cache", torch.zeros(2, 2, 16, 100), "cache must be uint8 .*, got torch.float32"),
+    ("cache", cache_of(2, 2, 16, 99), r"100 bytes\] for head size 64, got .*, 16, 99\]"),
+    ("cache", cache_of(2, 16, 2, 100).transpose(1, 2), "cache must be contiguous within a blo"),
+    ("out", torch.zeros(3, 4, 64).bfloat16(), r"query's dtype and shape, torch.float32 \[3, 4"),
+    ("seq_lens", torch.tensor([5, 20]), "seq_lens must be contiguous int32 .* torch.int64"),
+    ("query_start_loc", int32(0, 3), r"query_start_loc must be .* 2 requests, got .* \[2\]"),
+    ("block_table", torch.zeros(1, 2).int(), r"block_table must be .* least 2, got .* \[1, 2"),
+    ("sinks", torch.zeros(3), r"sinks must be one number for each of 4 query heads, .* \[3"),
+    ("lse", torch.zeros(3, 4).double(), r"lse must be float32 \[3, 4\], got torch.float64"),
+    ("out", torch.zeros(3, 4, 64).to("meta"), "out must be on query's device, cpu, got .*meta"),
+])  # fmt: skip
 def test_attention_rejects_a_tensor_with_the_requirement(
     name: str, value: torch.Tensor, message: str
 ) -> None:

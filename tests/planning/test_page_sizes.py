@@ -81,31 +81,19 @@ BEFORE = {"model.layers.0.attn": attention(16), "model.layers.1.attn": attention
 A, B = BEFORE
 
 
-@pytest.mark.parametrize(
-    ("answer", "message"),
-    [
-        (
-            {A: attention(32), B: attention(16)},
-            "equal: layer .* has 12,416 bytes, layer .* has 24,",
-        ),
-        (
-            {A: attention(8), B: attention(8)},
-            f"not shrink layer {A}: .* 12,416 bytes for 16 tokens, got 6,208 bytes for 8 tokens",
-        ),
-        (
-            {A: attention(16, 40), B: attention(16, 40)},
-            f"not shrink layer {A}: .* got 1,280 bytes for 16 tokens",
-        ),
-        (
-            {A: attention(32, page_size_padded=12_417), B: attention(16)},
-            f"not shrink layer {A}: .* got 12,417 bytes for 32 tokens",
-        ),
-        ({A: "a spec", B: attention(16)}, f"must return a KVCacheSpec for layer {A}, got 'a spec'"),
-        ({**BEFORE, "model.layers.2.attn": attention(16)}, r"model\.layers\.2\.attn is missing or"),
-        ({B: attention(16)}, f"{A} is missing or is not a layer of the model"),
-        (list(BEFORE.values()), "must return a dict of specs"),
-    ],
-)
+@pytest.mark.parametrize(("answer", "message"), [
+    ({A: attention(32), B: attention(16)}, "equal: layer .* has 12,416 bytes, layer .* has 24,"),
+    ({A: attention(8), B: attention(8)},
+        f"not shrink layer {A}: .* 12,416 bytes for 16 tokens, got 6,208 bytes for 8 tokens"),
+    ({A: attention(16, 40), B: attention(16, 40)},
+        f"not shrink layer {A}: .* got 1,280 bytes for 16 tokens"),
+    ({A: attention(32, page_size_padded=12_417), B: attention(16)},
+        f"not shrink layer {A}: .* got 12,417 bytes for 32 tokens"),
+    ({A: "a spec", B: attention(16)}, f"must return a KVCacheSpec for layer {A}, got 'a spec'"),
+    ({**BEFORE, "model.layers.2.attn": attention(16)}, r"model\.layers\.2\.attn is missing or"),
+    ({B: attention(16)}, f"{A} is missing or is not a layer of the model"),
+    (list(BEFORE.values()), "must return a dict of specs"),
+])  # fmt: skip
 def test_an_answer_that_breaks_a_rule_is_refused_by_layer_and_number(answer, message):
     with pytest.raises(HybridKVStrategyError, match=f"^strategy 'odd'.*{message}"):
         check_page_sizes(BEFORE, answer, "strategy 'odd'")

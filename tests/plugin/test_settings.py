@@ -50,38 +50,23 @@ def test_a_boolean_variable_may_be_a_word_or_a_number(written, meant):
     assert resolve({}, {"VLLM_HYBRID_KV_DEBUG": written}).debug is meant
 
 
-@pytest.mark.parametrize(
-    ("config", "environment", "message"),
-    [
-        (
-            section(unify_page_size="lcm"),
-            {},
-            "unknown setting 'unify_page_size' in --additional-config 'hybrid_kv'; valid: "
-            "unify_page_sizes, token_capacity_groups, coordinator",
-        ),
-        (
-            {},
-            {"VLLM_HYBRID_KV_DEBUGGING": "1", "VLLM_HYBRID": "not ours"},
-            "unknown environment variable VLLM_HYBRID_KV_DEBUGGING; valid: VLLM_HYBRID_KV_UNIFY",
-        ),
-        ({"hybrid_kv": "lcm"}, {}, "must be an object of settings, got 'lcm'; valid: unify"),
-        (section(debug="perhaps"), {}, "debug='perhaps' (from --additional-config) is not valid"),
-        (
-            {},
-            {"VLLM_HYBRID_KV_CPU_ISA": "sse2"},
-            "cpu_isa='sse2' (from VLLM_HYBRID_KV_CPU_ISA) is not valid: input should be 'auto', "
-            "'amx', 'avx512_vnni', 'portable' or 'interpreter'",
-        ),
-        (
-            section(boundary_layers=-1),
-            {},
-            "boundary_layers=-1 (from --additional-config) is not valid: input should be greater "
-            "than or equal to 0",
-        ),
-        (section(coordinator=3), {}, "coordinator=3 (from --additional-config) is not valid"),
-        (section(coordinator=""), {}, "coordinator='' (from --additional-config) is not valid"),
-    ],
-)
+@pytest.mark.parametrize(("config", "environment", "message"), [
+    (section(unify_page_size="lcm"), {},
+        "unknown setting 'unify_page_size' in --additional-config 'hybrid_kv'; valid: "
+        "unify_page_sizes, token_capacity_groups, coordinator"),
+    ({}, {"VLLM_HYBRID_KV_DEBUGGING": "1", "VLLM_HYBRID": "not ours"},
+        "unknown environment variable VLLM_HYBRID_KV_DEBUGGING; valid: VLLM_HYBRID_KV_UNIFY"),
+    ({"hybrid_kv": "lcm"}, {}, "must be an object of settings, got 'lcm'; valid: unify"),
+    (section(debug="perhaps"), {}, "debug='perhaps' (from --additional-config) is not valid"),
+    ({}, {"VLLM_HYBRID_KV_CPU_ISA": "sse2"},
+        "cpu_isa='sse2' (from VLLM_HYBRID_KV_CPU_ISA) is not valid: input should be 'auto', 'amx', "
+        "'avx512_vnni', 'portable' or 'interpreter'"),
+    (section(boundary_layers=-1), {},
+        "boundary_layers=-1 (from --additional-config) is not valid: input should be greater than "
+        "or equal to 0"),
+    (section(coordinator=3), {}, "coordinator=3 (from --additional-config) is not valid"),
+    (section(coordinator=""), {}, "coordinator='' (from --additional-config) is not valid"),
+])  # fmt: skip
 def test_an_invalid_name_or_value_is_refused_with_its_source(config, environment, message):
     assert message in refusal(config, environment)
 

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from typing import Any
 
+from benchmarks import markdown
 from tests.zoo.architectures import architectures
 from tests.zoo.bounds import verdict
 from tests.zoo.language_models import LANGUAGE_MODELS
@@ -116,51 +117,33 @@ def status_of(name: str, tables: Tables) -> str:
 
 
 def render(tables: Tables) -> str:
-    lines = [
-        HEAD,
-        summary(tables),
-        "",
-        "## Patterns",
-        "",
-        "| Pattern | Architectures | Run as | Result |",
-        "|---|---|---|---|",
-    ]
+    patterns, rows = [], []
     chosen = representatives(tables)
     for kind, count in _patterns(tables):
         ran = tables["engines"].get(chosen.get(kind, ""), {})
         model = ran.get("model", chosen.get(kind, "-"))
-        lines.append(f"| {kind} | {count} | {model} | {_cell(_result(kind, tables))} |")
-    lines += [
-        "",
-        "## Architectures",
-        "",
-        "| Architecture | vLLM | Configuration | Pattern | fp8 | k8v4 | Status |",
-        "|---|---|---|---|---|---|---|",
-    ]
+        patterns.append([str(kind), str(count), model, _cell(_result(kind, tables))])
     for name, architecture in architectures().items():
         base = LANGUAGE_MODELS.get(name, name)
         row = tables["plans"][base]
         source = row.get("source", "-") if base == name else f"as {base}"
         if base == name and row.get("planned_as", name) != name:
             source += f", its language model {row['planned_as']}"
-        cells = (
-            name,
-            " and ".join(architecture.minors),
-            source,
-            str(pattern(row) or "-"),
-            _times(row, "fp8"),
-            _times(row, K8V4),
-            _cell(status_of(name, tables)),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
+        served = _times(row, "fp8"), _times(row, K8V4), _cell(status_of(name, tables))
+        minors = " and ".join(architecture.minors)
+        rows.append([name, minors, source, str(pattern(row) or "-"), *served])
+    columns = ["Architecture", "vLLM", "Configuration", "Pattern", "fp8", "k8v4", "Status"]
+    lines = [HEAD, summary(tables), "", "## Patterns", ""]
+    lines += markdown.table(["Pattern", "Architectures", "Run as", "Result"], patterns)
+    lines += ["", "## Architectures", "", *markdown.table(columns, rows)]
     return "\n".join(lines) + "\n"
 
 
 def summary(tables: Tables) -> str:
     """Return the README's table, which counts the architectures by kind of status."""
     counted = Counter(_kind_of(status_of(name, tables)) for name in architectures())
-    rows = (f"| {kind} | {count} |" for kind, count in counted.most_common())
-    return "\n".join(["| Status | Architectures |", "|---|---|", *rows])
+    rows = [[kind, str(count)] for kind, count in counted.most_common()]
+    return "\n".join(markdown.table(["Status", "Architectures"], rows))
 
 
 def _patterns(tables: Tables) -> list[tuple[Pattern, int]]:

@@ -186,22 +186,13 @@ def test_only_unquantised_boundary_layers_are_a_note(facts):
 LIMITS = "; for head sizes that are multiples of 32, avx512_vnni otherwise"
 
 
-@pytest.mark.parametrize(
-    ("available", "lacking", "isa", "kernels", "why"),
-    [
-        (3, (), None, "cpu:amx", f"the fastest on this CPU{LIMITS}"),
-        (1, ("x", "y"), None, "cpu:portable", "the fastest on this CPU; avx512_vnni needs x, y"),
-        (
-            2,
-            (),
-            None,
-            "cpu:avx512_vnni",
-            "CPU; amx needs the permission of the operating system",
-        ),
-        (3, (), "portable", "cpu:portable", "chosen by VARIABLE; amx would be faster"),
-        (1, (), "interpreter", "triton, interpreted", "portable would be faster"),
-    ],
-)
+@pytest.mark.parametrize(("available", "lacking", "isa", "kernels", "why"), [
+    (3, (), None, "cpu:amx", f"the fastest on this CPU{LIMITS}"),
+    (1, ("x", "y"), None, "cpu:portable", "the fastest on this CPU; avx512_vnni needs x, y"),
+    (2, (), None, "cpu:avx512_vnni", "CPU; amx needs the permission of the operating system"),
+    (3, (), "portable", "cpu:portable", "chosen by VARIABLE; amx would be faster"),
+    (1, (), "interpreter", "triton, interpreted", "portable would be faster"),
+])  # fmt: skip
 def test_a_cpu_shows_its_kernels_and_why(available, lacking, isa, kernels, why, facts, monkeypatch):
     from vllm_hybrid_kv.kernels.cpu import isa as instructions
 
