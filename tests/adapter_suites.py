@@ -34,7 +34,7 @@ class Suite:
 
 
 def arguments_of(suites: Sequence[Suite]) -> list[str]:
-    """Return the pytest arguments that run suites in one process; their markers must be equal."""
+    """Return the pytest arguments that run suites with equal markers in one process."""
     selections = [
         f"(not ({' or '.join(suite.files)}) or ({suite.selection}))"
         for suite in suites

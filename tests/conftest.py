@@ -59,11 +59,10 @@ def unregistered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if before is not None:
         before.undo()
     saved = dict(vars(STATE))
-    # prometheus_client keeps metrics until the process ends, so keep our state of them, too.
+    # prometheus_client keeps metrics until the process ends, so do not reset our metric fields.
     metrics = {name: saved[name] for name in ("metrics_files", "metrics_owner")}
     vars(STATE).update(vars(ProcessState(**metrics)))
-    # The plugin recognises the command `vllm` by this module. If the module is imported, errors of
-    # the plugin end the process.
+    # If this module is imported, the plugin assumes the command `vllm` and exits on errors.
     monkeypatch.delitem(sys.modules, "vllm.entrypoints.cli.main", raising=False)
     yield
     active = STATE.active_patches

@@ -18,8 +18,8 @@ from vllm_hybrid_kv.kernels import k8v4, reference
 
 HEADS, KV_HEADS, HEAD_SIZE, PAGE = 8, 2, 64, 32
 BF16_TOLERANCE = 2**-8
-"""Outputs of about 1 are rounded to bf16, which costs up to 2^-9. The rest allows for weights,
-which the kernel rounds to 15-bit integers. Scores are exact: they are products of integers."""
+"""Outputs of about 1 are rounded to bf16, which costs up to 2^-9. The other half of the
+tolerance is for weights, which the kernel rounds to 15-bit integers. Scores are exact."""
 
 
 def spec(cls=FullAttentionSpec, **changes):
@@ -159,8 +159,8 @@ def test_a_batch_that_mixes_causal_and_bidirectional_requests_is_refused_by_name
         builder().build(0, common)
 
 
-# vLLM ignores skipped layers when it selects a backend for chunked local attention, so advice to
-# skip the layer would not help.
+# When vLLM selects a backend for chunked local attention, it ignores `kv_cache_dtype_skip_layers`.
+# So advice to skip the layer would not help.
 @pytest.mark.parametrize("dtype", ["turboquant_4bit_nc", "auto"])
 def test_another_cache_dtype_is_refused_without_the_advice_to_skip_the_layer(dtype):
     with pytest.raises(UnsupportedLayerError, match=f"KV cache dtype is {dtype}, ") as refused:

@@ -17,7 +17,7 @@ from testing.triton.processes import Interpreter
 
 TOLERANCE = 0.4
 """Bound on ||out - exact|| / ||exact|| over tokens and heads. Quantisation alone usually adds 0.1.
-Each fault under test causes more than the bound, usually 1 or more."""
+Each fault under test causes an error above this bound, usually 1 or more."""
 
 Run = Callable[..., Any]
 

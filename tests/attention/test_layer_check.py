@@ -79,7 +79,7 @@ def test_matching_layers_and_pages_pass():
         layers,
         [
             group(spec(quantised=False, block_size=128), "0"),
-            # A plan may list a layer that shares pages (layer 3) or omit it (layer 4).
+            # Layers 3 and 4 share pages of other layers. A plan may list such a layer or omit it.
             group(planned, "1", "3"),
             group(spec(cls=SlidingWindowSpec, sliding_window=96, block_size=128), "2"),
             group(STATE, "states"),

@@ -63,7 +63,7 @@ def avx512(monkeypatch):
 
 @pytest.fixture
 def engine(monkeypatch):
-    """Return a function that fakes vLLM's config. `made` lists the head sizes of earlier layers."""
+    """Return a function that fakes vLLM's config, with layers of the head sizes in `made`."""
 
     def fake(head_size=128, made=(), types=None, skipped=()):
         layers = {str(i): SimpleNamespace(head_size=size) for i, size in enumerate(made)}

@@ -20,9 +20,9 @@ def rows() -> torch.Tensor:
         ("Student t, 3", 0.0, 0.75),
         ("1 in 50 x 8", 0.0, 0.75),
         ("channels x 20", 0.0, 0.75),
-        # Without a zero point, the range of normal values is larger. Keys add little to the error.
+        # Without a zero point, values have a wider range than in vLLM's rule. Keys err little.
         ("Gaussian", 0.9, 1.2),
-        # Without a zero point, the range of values includes the mean that all dims share.
+        # Without a zero point, the range of values must also cover the mean that all dims share.
         ("offset 10", 1.0, 8.0),
     ],
 )

@@ -88,7 +88,7 @@ def test_a_contender_that_fails_is_reported_and_the_others_are_measured() -> Non
 
 
 def result(section: str, shape: Shape, moved: float = 0.08, **times: float) -> dict[str, Any]:
-    """Make a result: ours takes 0.1 ms and moves `moved` GB, others take `times` times as long."""
+    """Make a result: ours takes 0.1 ms and moves `moved` GB. `times` are multiples of 0.1 ms."""
     samples = {name.replace("_", " "): [0.1 * of] for name, of in times.items()}
     return result_of(
         Job(section, shape, 0), 1, {"ours": [0.1], **samples}, {"ours": int(1e9 * moved)}, 1000.0,
@@ -134,7 +134,7 @@ def test_other_shapes_do_not_decide_a_goal() -> None:
 
 
 def test_the_largest_number_decides_a_goal_with_an_upper_bound() -> None:
-    # The ratio is the time of one token, divided by the time of four.
+    # The result has the time of one token relative to that of four tokens: 1 / slowdown.
     found = verdict_of("verification", *(
         result("verify", Shape(HEADS, batch, 32768, 4), **{"ours,_one_token": 1 / slowdown})
         for batch, slowdown in ((1, 1.1), (8, 1.4))
@@ -217,7 +217,7 @@ def test_a_check_that_failed_or_was_not_run_fails_the_run_and_is_named(
 def test_every_class_of_rows_and_heads_is_tuned() -> None:
     tasks = tune.tasks()
     found = {(task.rows, triton.next_power_of_2(task.heads.size)) for task in tasks}
-    # Heads of 512 dims are not tuned, because only one tile size does not spill.
+    # Heads of 512 dims are not tuned, because all tile sizes but one spill registers.
     assert found == {(rows, size) for rows in MOST_ROWS for size in (64, 128, 256)}
     for task in tasks:
         for shape in task.shapes:

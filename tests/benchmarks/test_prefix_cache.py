@@ -253,7 +253,7 @@ def test_the_replay_command_has_the_same_results(run: dict[str, Any], folder: Pa
     command = Path(sys.executable).with_name("vllm-hybrid-kv"), "replay", folder / "trace.jsonl"
     more = ("--model", SHAPES / MAIN_MODEL, "--memory", "4GiB", "--json", "-", *strategies)
     done = run_command([*command, *more])
-    # Compare steps too, because other scheduler settings would change them even with equal hits.
+    # Different scheduler settings would change the number of steps even if hits were equal.
     compared = ("hit_tokens", "recomputed_tokens", "preemptions", "steps", "blocks", "match_tokens")
     replayed = {
         row["coordinator"]: [row[name] for name in compared] for row in json.loads(done.stdout)

@@ -3,9 +3,9 @@
 
     python -m tests.conformance [--minor 0.32] [--strategy fixed_point] [--out FILE]
 
-A test that passes without the plugin must pass with each coordinator strategy. The exceptions are
-in `expected_differences.json`. The exit status is 1 if another test fails or an exception passes,
-and 2 if the tests could not be run.
+A test that passes without the plugin must pass with each coordinator strategy, unless
+`expected_differences.json` lists it. The exit status is 1 if an unlisted test fails or a listed
+test passes, and 2 if the tests could not be run.
 """
 
 from __future__ import annotations

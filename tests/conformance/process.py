@@ -33,8 +33,8 @@ class Report:
         available: The registered coordinator strategies.
         managers: How many `KVCacheManager`s the tests made.
         managers_of_ours: How many of these managers have a coordinator that the strategy made.
-        outcomes: For each node id `passed`, `failed`, `error` or `skipped`.
-        reasons: For each node id that did not pass, the message.
+        outcomes: `passed`, `failed`, `error` or `skipped` for each node id.
+        reasons: The message of each node id that did not pass.
     """
 
     minor: str
@@ -56,11 +56,10 @@ class Report:
         return frozenset(test for test, outcome in self.outcomes.items() if outcome in outcomes)
 
     def check_plugin(self) -> None:
-        """Check that the plugin was active if and only if a strategy was chosen.
+        """Check that the strategy made all coordinators; without one, that the plugin was inactive.
 
         Raises:
-            ConformanceError: The plugin was active although no strategy was chosen, or inactive
-                although one was. Or the strategy did not make every coordinator of the tests.
+            ConformanceError: The check failed.
         """
         if self.plugin_active != (self.strategy is not None):
             state = "active" if self.plugin_active else "not active"

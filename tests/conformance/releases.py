@@ -40,8 +40,8 @@ TEST_TOOLS = ("tblib==3.2.2", "pytest-timeout==2.4.0")
 # To read the source archive's metadata, pip runs its setup.py, which imports these packages.
 BUILD_TOOLS = ("setuptools-rust==1.13.0", "setuptools-scm==10.3.4")
 
-# vLLM's tests name these models but need no weights. So each model gets a folder of its name with
-# only a config.json: vLLM downloads nothing if the folder exists. Other fields have defaults.
+# vLLM's tests name these models but need no weights. If a folder has the model's name, vLLM
+# downloads nothing. A config.json with these fields is enough.
 _OPT = {"architectures": ["OPTForCausalLM"], "model_type": "opt", "torch_dtype": "float16"}
 MODEL_CONFIGURATIONS: dict[str, dict[str, object]] = {
     "facebook/opt-125m": _OPT,
@@ -81,7 +81,7 @@ def fetch_tests(minor: str) -> Path:
 
 
 def fetch_test_tools() -> Path:
-    """Return a folder with the other packages that vLLM's tests need; download it once.
+    """Return a folder with `TEST_TOOLS`, which vLLM's tests need; download them once.
 
     Raises:
         ConformanceError: The download failed.
@@ -163,7 +163,7 @@ def pip(*arguments: str, **environment: str) -> None:
 def filled_once(folder: Path) -> Iterator[Path | None]:
     """Yield an empty folder for the caller to fill, or None if `folder` exists.
 
-    When the caller is done, the filled folder is renamed to `folder`. Until then others wait.
+    When the caller is done, the filled folder becomes `folder`. Other processes wait until then.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f"{folder.name}.lock").open("w") as lock:

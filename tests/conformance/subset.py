@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Select the part of vLLM's tests that the test command runs.
 
-This part has the tests of coordinators and of their callers, except tests that fail without the
-plugin and tests that take long to import other parts of vLLM. `python -m tests.conformance` runs
-all tests.
+It has the tests of coordinators and of their callers. Left out are tests that fail without the
+plugin, and tests that import other parts of vLLM, which takes long. `python -m tests.conformance`
+runs all tests.
 """
 
 from __future__ import annotations

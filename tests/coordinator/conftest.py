@@ -10,7 +10,7 @@ __all__ = ["coordinator_setting", "log", "pytest_configure"]
 
 @pytest.fixture
 def coordinator_setting(monkeypatch) -> Callable[[str], None]:
-    """Return a function that registers the plugin and sets the variable of the coordinator."""
+    """Return a function that registers the plugin and selects a coordinator strategy."""
     from vllm_hybrid_kv import plugin
     from vllm_hybrid_kv.state import STATE
 

@@ -44,7 +44,7 @@ def test_prompts_wait_until_running_prompts_have_all_blocks_that_they_need(model
     sent = prompts(lengths(seed))
     ours = Replay(engine_of(model, blocks, POLICY), sent, 16).run()
     assert (ours.requests, ours.preemptions) == (len(sent), 0)
-    # vLLM starts more prompts than the pool can hold to their ends, so it preempts some.
+    # vLLM starts more prompts than the pool can hold once they are long, so it preempts some.
     assert Replay(engine_of(model, blocks, STOCK), sent, 16).run().preemptions > 0
 
 
@@ -105,8 +105,8 @@ def test_loaded_requests_do_not_wait_for_each_other(model):
     first, second = (request_of(engine, name, *prompts([12])) for name in ("first", "second"))
     for request in (first, second):
         load_all_but_the_end(engine, request)
-    # Each request holds 4 attention blocks and 3 state blocks. The free blocks suffice to start
-    # one request, but not for all blocks that both may hold later.
+    # Each request holds 4 attention blocks and 3 state blocks. The free blocks let the first
+    # one start, but are too few for all blocks that the two requests may need later.
     assert pool.get_num_free_blocks() == 9
     assert start(engine, first)
     assert not start(engine, second)

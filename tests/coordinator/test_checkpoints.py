@@ -157,7 +157,7 @@ def test_the_evicted_checkpoint_is_worth_the_least_of_all(checkpoints):
     draw = random.Random(5)
     for i in range(60):
         arrive(checkpoints, *(str(j).encode() for j in draw.sample(range(i + 1), min(i, 2))))
-        # These checkpoints share many blocks, so the lower bound of their worth is inexact.
+        # Many of these blocks are shared, so counting them all gives only a lower bound of worth.
         blocks = {draw.randrange(40) for _ in range(draw.randrange(1, 9))}
         place = draw.choice(PLACES)
         add(checkpoints, str(i).encode(), draw.randrange(100, 9000), place, blocks, None)

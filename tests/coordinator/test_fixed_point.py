@@ -152,7 +152,7 @@ def test_a_group_with_a_host_pool_keeps_its_longer_hit():
 SEED = int(os.environ.get("HYBRID_KV_TEST_SEED", "20261122"))
 PARTS = 10
 LAYOUTS, CONTENTS = 50, 20
-"""Layouts in a part, and cache contents to try with each layout: 10,000 cases in all parts."""
+"""Each of 10 parts has 50 layouts, and each layout has 20 cache contents: 10,000 cases."""
 
 
 def cases_of(part):

@@ -140,7 +140,7 @@ def test_states_are_pinned_at_ends_of_prompts_and_at_whole_blocks_only_if_that_p
     Replay(engine, script.requests[:1], 1).run()
     block, end = coordinator._block_tokens, 5 * 512 + 32
     assert pinned_states(coordinator) == {block: groups, end: groups}
-    # A state at a whole block is pinned only if it is worth more than evicted ones: evict all.
+    # Evict all, so that a new state at a whole block is worth less than evicted ones.
     while (evicted := coordinator.checkpoints.evict()) is not None:
         coordinator.block_pool.free_block_queue.release(evicted.key, evicted.blocks)
     Replay(engine, script.requests[1:], 1).run()
@@ -188,7 +188,7 @@ def test_a_request_starts_while_another_with_the_same_prefix_is_decoding(model, 
 
 
 def contents_by_step(engine: Engine, requests: list[TracedRequest], skip: bool) -> list[Any]:
-    """Record all block hashes after each step. Unless `skip`, every step tries to cache blocks."""
+    """Record all block hashes after each step. If `skip` is False, every step tries to cache."""
     coordinator = coordinator_of(engine)
     update = engine.scheduler.update_from_output
     steps: list[Any] = []

@@ -68,14 +68,14 @@ def manager_of(layout: Layout, log_stats: bool = True, blocks: int = NUM_BLOCKS)
 
 
 def cached_request(log_stats: bool = True) -> tuple[KVCacheManager, Request]:
-    """Make a request, and cache attention for 256 of its tokens and states after 64 and 80."""
+    """Make a request. Cache attention for 256 tokens, and states after 64 and 80 tokens."""
     manager, request = manager_of(HYBRID, log_stats), request_of(HYBRID, range(300), "a")
     fill_at(manager.block_pool, request, every(64, 256), (64, 80))
     return manager, request
 
 
 def look_up(manager: KVCacheManager, request: Request) -> tuple[Any, int]:
-    """Look up a waiting request as the scheduler does, whether or not there is room."""
+    """Look up a waiting request as the scheduler does before it allocates blocks."""
     blocks, hit, request.shared_prefix_boundary = manager.get_computed_blocks(request)
     return blocks, hit
 
@@ -217,7 +217,7 @@ def test_without_statistics_nothing_is_counted_and_no_kind_is_looked_up_alone(fo
     manager, request = cached_request(log_stats=False)
     schedule(manager, request)
     why = manager.coordinator.explain(request)
-    # Attention is looked up first, so its own hit is known. States are looked up only within it.
+    # Attention is looked up first, so its own hit is known. States are looked up only in that hit.
     assert [kind.alone_tokens for kind in why.kinds] == [256, None]
     assert (why.hit_tokens, why.limited_by, why.lost_tokens) == (80, "mamba", 176)
     assert "each kind alone: full_attention 256; mamba lost 176" in str(why)

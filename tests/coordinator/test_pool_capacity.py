@@ -28,7 +28,7 @@ def _config() -> VllmConfig:
 
 @dataclass(frozen=True)
 class Pool:
-    """A KV cache of `num_blocks` blocks, one of them null, and steps of at most `budget` tokens."""
+    """A KV cache of `num_blocks` blocks, including the null block, and the limits of an engine."""
 
     specs: tuple[KVCacheSpec, ...]
     num_blocks: int

@@ -44,7 +44,7 @@ def plan_of(
 
 
 def resolved(plan: Plan, unit_strategy: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Plan, int]:
-    """Let vLLM resolve a plan's block sizes. Returns the plan with them, and its smallest hit."""
+    """Let vLLM resolve a plan's block sizes. Returns the changed plan and its smallest hit."""
     monkeypatch.setenv("VLLM_HYBRID_KV_PREFIX_MATCH_UNIT", unit_strategy)
     plugin.register()
     config = configure(plan)

@@ -11,7 +11,7 @@ from vllm_hybrid_kv.coordinator.traffic import EDGES, ReuseCurve, SeenPrefixes, 
 
 
 def hashes(count, seed=0, after=()):
-    """Make the block hashes of a random prompt that continues the one with hashes `after`."""
+    """Make the block hashes of a prompt: the hashes `after` and `count` random ones."""
     chain = list(after)
     draw = random.Random(seed)
     for _ in range(count):

@@ -4,8 +4,8 @@
     python -m tests.drift VLLM [--write] [--tests]
 
 VLLM is a version or a wheel, which pip installs into `.cache/`, or the folder of an unpacked wheel.
-The release is compared with its own minor, or else with the newest supported one. The exit status
-is 0 if no function differs, 1 if one does or a test failed, and 2 if the release cannot be read.
+The release is compared with its own minor if that is supported, otherwise with the newest supported
+minor. The status is 1 if a function differs or a test failed, and 2 if the release is unreadable.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from testing.processes import ProcessError, run, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 500.0
-"""Time limit for the demo: longer than it waits for its server, so that it ends by itself."""
+"""Time limit for the demo. The demo waits less long for its server, so it ends by itself."""
 DEMO = [sys.executable, "-m", "demo"]
 
 Commands = Callable[[], list[str]]
@@ -37,7 +37,7 @@ def adopt_orphans(wanted: bool) -> None:
 def descendants() -> Iterator[Commands]:
     """A function that returns the command lines of all processes that the test started.
 
-    It finds processes by parent, as vLLM's engines overwrite their environment with a title.
+    It finds processes by parent, because vLLM's engines overwrite their environment variables.
     """
     before = set(psutil.Process().children(recursive=True))
 

@@ -68,7 +68,7 @@ class Folder:
     read: Pages
 
     def stored(self, prompt: list[int]) -> int:
-        """Return how many blocks ExampleConnector reuses: full ones before the last two tokens."""
+        """Return how many full blocks ExampleConnector reuses, without the last two tokens."""
         return max(len(prompt) - 2, 0) // self.block
 
 
@@ -136,8 +136,8 @@ def cross(
 ) -> int:
     """Prefill on one engine, decode on the other, and compare outputs and pages.
 
-    Each process of the decoding engine must have received the pages of its own peer. The processes
-    of an engine have different pages. Returns the number of processes of an engine.
+    The processes of an engine have different pages. Each process of the decoding engine must have
+    received the pages of its own peer. Returns how many processes each engine has.
     """
     expected = decode.generate(PROMPTS, TOKENS, alone=True, fresh=True)
     assert decode.generate([random_prompt(3, seed=0)], 1, fresh=True)
@@ -148,7 +148,7 @@ def cross(
         assert_same(outputs, expected, case, decisive=ENOUGH)
     else:
         # The hand-over splits prompts into chunks, and states are rounded between chunks. That
-        # changes many close choices, so compare only first tokens, and only if they were clear.
+        # changes many close choices, so compare only first tokens that led by 0.8 or more.
         for output, wanted in zip(outputs, expected, strict=True):
             assert output.tokens[:1] == wanted.tokens[:1] or wanted.margins[0] < 0.8
     for request, of_prompt in zip(answered, sent, strict=True):

@@ -161,7 +161,7 @@ def test_the_report_contains_every_comparison_time_and_reason(tmp_path: Path) ->
 
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, EngineHost]]:
-    """Start one engine per cache dtype, and keep it open although the command closes engines."""
+    """Start one engine per cache dtype. Only the end of the test closes these engines."""
     kept: dict[str, EngineHost] = {}
     start, close = Engines.start, EngineHost.close
 

@@ -151,7 +151,7 @@ FAULTS: list[Any] = [
     ("page of the neighbour", run_in_chunks, ()),
     ("window off by one", run_in_chunks, ("llama", "qwen3-next")),
 ]
-"""Each fault, the run that detects it, and the models that hide it; sorted to start few engines."""
+"""A fault, a run that detects it, and models that hide the fault; sorted to start few engines."""
 
 
 @pytest.mark.parametrize(("fault", "run", "hidden"), FAULTS)
@@ -223,7 +223,7 @@ def test_the_gpu_kernels_give_the_output_of_the_cpu_kernels(
 def earliest_draft(
     texts: Texts, bounds: Bounds, tokens: int, chunk: int
 ) -> tuple[tuple[list[int], Output], int]:
-    """Find the text that gets a draft first; return it, and after how many tokens that happens."""
+    """Return the text that gets a draft first, and after how many output tokens it gets one."""
     found = []
     for prompt, output in zip(texts.prompts, texts.outputs, strict=True):
         repeats = [

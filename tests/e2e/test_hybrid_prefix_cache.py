@@ -42,9 +42,9 @@ class Chats:
     def differences(self, outputs: list[Output]) -> list[str]:
         """Compare the first token of each output with the one computed without a prefix cache.
 
-        Hits end at multiples of 64 tokens, where Gated DeltaNet cuts a prompt anyway. So they only
-        change the shapes of matrix products, and thus rounding. If the best token leads by more
-        than rounding can change, it must be the same. The first turn, without hits, is left out.
+        Hits end at multiples of 64 tokens, where Gated DeltaNet cuts a prompt anyway. So hits only
+        change the shapes of matrix products, and thus rounding. If a token leads by more than
+        rounding can change, both tokens must be equal. The first turn, without hits, is left out.
         """
         pairs = list(zip(self.uncached, outputs, strict=True))[CHATS:]
         equal = [(a, b) for a, b in pairs if a.tokens[0] == b.tokens[0]]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The right layers get k8v4 pages of their own or share them, and start-up checks that they fit."""
+"""Check which layers get or share k8v4 pages, and that start-up finds layers with wrong pages."""
 
 from __future__ import annotations
 

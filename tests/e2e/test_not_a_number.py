@@ -39,7 +39,7 @@ def run(host: EngineHost, small_model: Callable[..., Path]) -> Run:
 @pytest.fixture(scope="module")
 def clean(run: Run) -> list[Output]:
     outputs = run()
-    # The exact comparisons below need an engine whose outputs repeat.
+    # The comparisons below are exact, so equal runs must give equal outputs.
     assert run() == outputs
     return outputs
 

@@ -25,13 +25,13 @@ pytestmark = pytest.mark.engine
 MODELS = Path(__file__).parents[1] / "recall" / "models"
 
 RECALL = 0.99
-"""The share of right answers that the models must reach with an unquantised cache."""
+"""The share of correct answers that the models must reach with an unquantised cache."""
 WORSE = 0.005
-"""How much lower the share of right answers may be with k8v4, at each distance and depth."""
+"""How much lower the share of correct answers may be with k8v4, at each distance and depth."""
 LESS_SURE = 0.003
-"""How much higher the mean negative log-probability of right answers may be with k8v4."""
+"""How much higher the mean negative log-probability of correct answers may be with k8v4."""
 ENOUGH = 200
-"""Distances and depths with fewer questions are not compared: one of 200 already is 0.5 %."""
+"""Distances and depths with fewer questions are not compared: one answer of 200 is 0.5 %."""
 
 DIFFERENT = "recalls"
 """Matches the message about an engine that recalls worse."""
@@ -47,12 +47,12 @@ DEPTHS = 4
 """The tokens before the first question are divided into this many equal parts."""
 
 Place = tuple[int, int]
-"""Where an answer comes from: its entry of `DISTANCES`, and the index of its part (`DEPTHS`)."""
+"""Where an answer's source is: an entry of `DISTANCES`, and the index of one of `DEPTHS` parts."""
 
 
 @dataclass
 class Tally:
-    """Counts questions and right answers by place, and adds up negative log-probabilities."""
+    """Counts questions and correct answers by place, and adds up negative log-probabilities."""
 
     asked: Counter[Place] = field(default_factory=Counter)
     right: Counter[Place] = field(default_factory=Counter)
@@ -60,12 +60,12 @@ class Tally:
 
     @property
     def share(self) -> float:
-        """The share of right answers over all places."""
+        """The share of correct answers over all places."""
         return self.right.total() / self.asked.total()
 
     @property
     def loss(self) -> float:
-        """The mean negative log-probability of the right answers."""
+        """The mean negative log-probability of the correct answers."""
         return self.surprise / self.asked.total()
 
 
@@ -76,13 +76,13 @@ def place(index: int, source: int, first: int) -> Place:
 
 
 def sheets(seed: int, lengths: Iterable[int]) -> list[Sequence]:
-    """Draw recall sequences without text. They ask for about two thirds of their pairs."""
+    """Draw recall sequences without text. Questions ask for about two thirds of the pairs."""
     draw = np.random.default_rng(seed)
     return [recall_sequence(draw, length, 0.0, length // 5) for length in lengths]
 
 
 def count_answers(sequences: list[Sequence], outputs: list[Output]) -> Tally:
-    """Count questions; an answer is right if it was the most probable token at its place."""
+    """Count questions; an answer is correct if it was the most probable token at its place."""
     tally = Tally()
     for sequence, output in zip(sequences, outputs, strict=True):
         ranks, logprobs = output.prompt_ranks or [], output.prompt_logprobs or []
@@ -96,7 +96,7 @@ def count_answers(sequences: list[Sequence], outputs: list[Output]) -> Tally:
 
 
 def copies(seed: int, lengths: Iterable[int]) -> tuple[list[list[int]], list[list[int]]]:
-    """Return prompts that end one symbol after the mark of a copy, and the tokens to follow."""
+    """Return prompts that end one symbol after `COPY`, and the correct tokens after each prompt."""
     draw = np.random.default_rng(seed)
     drawn = [copy_sequence(draw, length, 0.0).tokens.tolist() for length in lengths]
     cuts = [tokens.index(COPY) + 2 for tokens in drawn]
@@ -129,7 +129,7 @@ class Plain:
 
 
 def answer(engine: EngineHost, asked: list[Sequence]) -> Tally:
-    """Let the engine answer the questions of the sequences, and count the right answers."""
+    """Let the engine answer the questions of the sequences, and count the correct answers."""
     prompts = [sheet.tokens.tolist() for sheet in asked]
     return count_answers(asked, engine.generate(prompts, 1, prompt_logprobs=True))
 
@@ -176,7 +176,7 @@ def test_the_model_recalls_and_copies_with_an_unquantised_cache(plain: Plain) ->
     assert plain.tally.share >= RECALL
     assert plain.copied >= RECALL
     few = {place: asked for place, asked in plain.tally.asked.items() if asked < ENOUGH}
-    # Only the longest prompts have sources in the last quarter that are so far away.
+    # Only the longest prompts have sources in the last quarter that are over 1,024 tokens back.
     assert set(few) <= {(2048, 3)}
 
 

@@ -39,7 +39,7 @@ def with_a_change(
         draw: Comes from hypothesis.
         document: The valid document.
         values: A strategy for the new value.
-        names: The fields to choose from; instead of a chosen field, one inside it may change.
+        names: The fields to choose from. If a field is an object, a field inside it may change.
     """
     document = copy.deepcopy(document)
     parent = document

@@ -139,7 +139,7 @@ def check_stores(kernels: Kernels, examples: int) -> None:
             assert written == named
         if len(set(written)) < len(written):
             assert not debug
-            # If two tokens have the same slot, either may be stored, so do not compare its block.
+            # If two tokens have the same slot, either may be stored, so compare only other blocks.
             expected = before.clone()
             blocks = [slot // PAGE_SIZE for slot in written]
             actual = inside(memory, shape, torch.uint8)
@@ -165,7 +165,7 @@ def check_stores(kernels: Kernels, examples: int) -> None:
 
 
 def check_attention_in_debug_mode(kernels: Kernels, examples: int) -> None:
-    """Check that in debug mode a call raises an error, or reads and writes only what it may."""
+    """Check that each call in debug mode raises an error, or is valid and writes only its rows."""
 
     @settings(max_examples=examples, **SETTINGS)
     @given(st.data())

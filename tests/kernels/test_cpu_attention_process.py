@@ -148,7 +148,7 @@ def test_the_amx_path_equals_the_reference_with_emulated_tile_instructions(tmp_p
 
 
 def test_the_portable_kernels_need_no_instruction_beyond_avx2(tmp_path: Path) -> None:
-    """Compile for AVX2. Any other instruction becomes a call of a missing library: Python ends."""
+    """Compile for AVX2. Other instructions would call a missing library, which ends Python."""
     features = "+avx2,+fma,+f16c"
     environment = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": features}
     stderr_of(ATTEND + STORE, **environment, NUMBA_CACHE_DIR=tmp_path)

@@ -148,7 +148,7 @@ def spikes_at_fp16_scales(size: int, random: Random) -> np.ndarray:
 
 
 def large_numbers(size: int, random: Random) -> np.ndarray:
-    """Make a row near a limit: where the kernel starts to clamp, or the largest stored number."""
+    """Make a row of numbers near a limit: one for clamping, or the largest that can be stored."""
     limit = random.choice([2.0**18, k8v4.KEY_MAX, k8v4.VALUE_MAX])
     limit *= random.choice([1.0, size**-0.5, 1 / 16])
     return limit * random.choice([-1, 1], size) * (1 + random.choice([0, 1e-6, 0.1]))

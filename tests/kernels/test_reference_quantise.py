@@ -2,8 +2,8 @@
 """Quantisation errors stay within bounds derived on paper; special cases are exact.
 
 A stage of radix 4 mixes four numbers, with norm n. Each result takes four rounded operations: two
-sums of two numbers (together at most 2n), the sum of both (at most 2n), and the result. For four
-results, the sums add 8n * 2^-24 to the norm of the error and the last operation adds 2n * 2^-24.
+sums of two numbers (together at most 2n), the sum of these sums (at most 2n), and a difference. For
+four results, sums add 8n * 2^-24 to the norm of the error and the differences add 2n * 2^-24.
 The results have norm 2n, so the relative error is 5 * 2^-24. A stage of radix 2 has one operation.
 Multiplying by the unit rounds twice, because the unit itself is rounded.
 
@@ -35,7 +35,7 @@ STAGE_ERROR = 5.01 * ROUNDING
 """Largest error of one stage of the rotation, relative to the norm of the numbers it mixes."""
 
 UNDERFLOW = 2.0**-142
-"""If a number is smaller, float32 may round 1/127 of it to 0, so error bounds allow this much."""
+"""Float32 may round 1/127 of a smaller number to 0, so error bounds allow an error of this size."""
 
 LEAST_SCALE = 2.0**-24
 
@@ -155,7 +155,7 @@ def test_a_scale_is_the_smallest_fp16_number_that_spans_the_row(
     assert bool((scale.double() >= wanted - tolerance).all())
     smaller = torch.from_numpy(np.nextafter(scale.numpy(), np.float16(-math.inf))).double()
     assert bool((smaller < wanted + tolerance)[scale > 0].all())
-    # So the row's largest number bounds half a step, and the stored scale is not needed.
+    # Therefore a bound of half a step needs only the row's largest number, not the stored scale.
     half_step = 0.5 * (wanted * (1 + 2.0**-10) + LEAST_SCALE)
     assert bool((0.5 * scale.double() <= half_step + tolerance).all())
 

@@ -7,7 +7,7 @@ Sends 500 requests of random lengths to `vllm serve`, 16 at a time, repeatedly. 
 some of them, and the KV cache is so small that requests are preempted. Afterwards each request is
 sent alone, without a prefix cache. The exit status is 1 if a request failed, if no request was
 preempted, if the server's memory grew, or if an answer is wrong. A wrong answer differs from the
-one to the same request sent alone, and its first different token was not a close choice.
+answer to the same request sent alone, and the first different token was not a close choice.
 
 `vllm bench serve` measures load too, but it neither cancels requests nor compares answers.
 """
@@ -66,7 +66,7 @@ GROWTH_MIB = 64
 Memory fluctuates even without a leak, because of the allocator."""
 
 CLOSE = 0.06
-"""A choice is close if the other token's log-probability is at most this much lower: twice the
+"""A choice of two tokens is close if their log-probabilities differ by at most this: twice the
 rounding of float32 in `testing/model_cases.py`."""
 
 ARGUMENTS = (
@@ -90,7 +90,7 @@ class Outcome:
         compared: How many requests were also sent alone.
         differing: The indices of requests with a wrong answer.
         close: The answers that differ at a close choice: the index of the request, the index of
-            the token, and how much likelier the token of the request sent alone was.
+            the token, and the difference of the two tokens' log-probabilities.
         memory_mib: The memory of all processes of the server over time.
         growth_mib: How much the median memory grew from the middle third of the time to the last.
     """
@@ -182,7 +182,7 @@ def plan(count: int) -> list[Planned]:
 def margin(
     alone: Sequence[int], likeliest: Sequence[dict[int, float]], answer: Sequence[int]
 ) -> tuple[int, float]:
-    """Return where two answers differ first, and how much likelier the token of `alone` was there.
+    """Return where two answers first differ, and the difference of the two log-probabilities there.
 
     `likeliest` has the log-probabilities of candidates for each token of `alone`. The difference
     is infinite if `answer` ends there, or if its token is not among the candidates.

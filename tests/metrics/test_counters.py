@@ -111,7 +111,7 @@ def run(*arguments: str, **environ: str) -> dict:
 
 
 def test_the_first_process_exports_what_its_children_count_and_removes_the_folder(tmp_path):
-    # A process may inherit this variable from a server that is not the parent of its engines.
+    # A new server that inherits this variable from another server must make its own folder.
     report = run(TMPDIR=str(tmp_path), **{metrics.VARIABLE: str(tmp_path / "another")})
     assert Path(report["folder"]).parent == tmp_path
     assert Path(report["folder"]).name != "another"

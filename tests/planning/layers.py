@@ -12,7 +12,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 BLOCK, LONGEST = 2_768, 27_680
-"""Tokens in a block of `hybrid` and in its longest request. Both are from vLLM's #40384."""
+"""The block size and the longest request of `hybrid` in tokens, both from vLLM's #40384."""
 
 
 def attention(block_size=16, slot=388, kv_heads=2, cls=FullAttentionSpec, **fields):

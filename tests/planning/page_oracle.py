@@ -119,14 +119,14 @@ def least_page(spec) -> int:
 def exhaustive(specs, longest: int, tolerance: float, by_lcm: Fraction | None):
     """Return the page and the share wasted that `min_waste` must find, or None if it must fail.
 
-    Candidates are all pages up to the size that `lcm` aims at. The first candidate with little
-    enough waste wins, otherwise the candidate with the least waste. If no candidate suits all
-    layers, larger pages are tried until a block holds the longest sequence; the first to fit wins.
+    Candidates are all pages up to the size that `lcm` aims at. If none wastes at most `tolerance`,
+    the candidate with the least waste wins. If no candidate suits all layers, larger pages are
+    tried until a block holds the longest sequence; the first to fit wins.
 
     Args:
         specs: The layers' specs.
         longest: Tokens of the longest sequence.
-        tolerance: A share of waste up to this counts as none.
+        tolerance: The first candidate that wastes at most this share wins.
         by_lcm: The share that `lcm` wastes; None if `lcm` finds no plan.
     """
 

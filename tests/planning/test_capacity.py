@@ -88,7 +88,7 @@ def test_an_invalid_choice_of_groups_is_refused(choose, message):
 
 @pytest.fixture(scope="module")
 def config_of(model):
-    """Return a setter for Mamba's cache mode and `max_model_len` in one real configuration."""
+    """Return a function that sets the cache mode and `max_model_len` of one engine config."""
     made = EngineArgs(
         model=str(model),
         skip_tokenizer_init=True,
@@ -121,7 +121,7 @@ def test_the_shapes_of_40384_have_the_numbers_that_it_reports(
 ):
     planned = hybrid(full, states, mode)
     assert len(growing(planned)) == grow
-    # Divide the pool among the groups that count: all before #40384, only growing ones after it.
+    # Divide the pool among all groups, the old rule, or only the growing ones, the rule of #40384.
     assert [262 // counted * BLOCK for counted in (full + states, grow)] == [before, after]
     # `before` is the capacity for requests of one block. One of the blocks may be the null block.
     fit = capacity(config_of(mode, BLOCK), planned).max_len_requests

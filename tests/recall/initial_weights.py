@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Initialise the recall models so that they learn to recall in few steps.
 
-transformers initialises weights with a standard deviation of 0.02. Then each linear map of this
-size shrinks signals fourfold, Gated DeltaNet forgets within a token, and the models guess for
+transformers initialises weights with a standard deviation of 0.02. In models this small, linear
+maps then shrink signals fourfold, Gated DeltaNet forgets within a token, and models guess for
 thousands of steps. Here all maps start with unit gain, and two layers start close to their purpose.
 The first layer writes the previous token. The first layer of full attention looks for a token whose
 previous token is the query's token ("induction"). Training still has to separate signal from noise
@@ -151,7 +151,7 @@ def _write_the_token_before_by_attention(
 def _look_behind_the_same_token(
     attention: nn.Module, config: PreTrainedConfig, shared: torch.Tensor, rotation: torch.Tensor
 ) -> None:
-    """Make a query attend to the tokens after earlier copies of its own token, and write them."""
+    """Attend to tokens that follow earlier copies of the query's token, and write these tokens."""
     hidden, size = config.hidden_size, config.head_dim
     groups = config.num_key_value_heads
     group = config.num_attention_heads // groups

@@ -96,7 +96,7 @@ def save(model: PreTrainedModel, folder: Path, curve: list[dict[str, float]]) ->
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Make a tokenizer that encodes each byte of a text as a token, and never as a symbol."""
+    """Make a tokenizer that encodes each byte of a text as its own token."""
     alphabet = bytes_to_unicode()
     names = [f"<|{name}|>" for name in ("begin", "end", "pad", "copy", "4", "5", "6", "7")]
     names += [alphabet[byte] for byte in range(256)]

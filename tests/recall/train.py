@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a recall model: `python -m tests.recall.train gemma3` or `qwen3-next`.
 
-Sequences start short and become longer when the share of right answers reaches `GOOD`. Only
+Sequences start short and become longer when the share of correct answers reaches `GOOD`. Only
 answers and text count in the loss. The result is the folder `tests/recall/models/NAME` with
 `config.json`, `model.safetensors` in bfloat16, the tokenizer and `curve.json`.
 """
@@ -26,7 +26,7 @@ from tests.recall.shapes import SHAPES, save
 LENGTHS = (64, 256, 1024, 2048)
 ROWS = (16, 4, 2, 2)
 GOOD, RECENT_STEPS = 0.95, 8
-"""A stage ends when recall and copying reach this share of right answers over recent steps."""
+"""A stage ends when recall and copying reach this share of correct answers over recent steps."""
 LEARNING_RATE = 3e-3
 WARM_UP_STEPS = 20
 LAST_STEPS = 80
@@ -42,7 +42,7 @@ def batch(draw: np.random.Generator, length: int, rows: int, first: bool) -> tup
 
 
 def losses(model, rows: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the loss of answers, the loss of text, and each row's share of right answers."""
+    """Return the loss of answers, the loss of text, and each row's share of correct answers."""
     tokens = torch.from_numpy(np.stack([row.tokens for row in rows]))
     kinds = torch.from_numpy(np.stack([row.kinds for row in rows]))
     hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tools print vLLM's errors in one line, and its advice in terms of their own options."""
+"""The tools print vLLM's errors in one line, with the tools' options instead of the server's."""
 
 import pytest
 from transformers import LlamaConfig

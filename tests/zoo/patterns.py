@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classify models by what matters to a KV cache. Models that agree in it have the same pattern."""
+"""Classify models by the properties that matter to a KV cache."""
 
 from __future__ import annotations
 

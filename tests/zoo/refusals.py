@@ -18,6 +18,6 @@ FORBIDDEN = (
 
 
 def unfit(text: str) -> list[str]:
-    """Return the patterns of `FORBIDDEN` that match, and `no words` for fewer than three words."""
+    """Return the patterns of `FORBIDDEN` that match, and `no words` if the text is too short."""
     found = [pattern for pattern in FORBIDDEN if re.search(pattern, text)]
     return found if len(text.split()) > 2 else [*found, "no words"]

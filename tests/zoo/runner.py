@@ -50,7 +50,7 @@ def run(architecture: str) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """Return vLLM's message in one line or, for other errors, the class of the failing layer."""
+    """Return vLLM's own message in one line. For other errors, name the failing layer's class."""
     if isinstance(error, ValueError | NotImplementedError):
         return " ".join(str(error).split())[:300]
     failing = "model"
@@ -129,7 +129,7 @@ def _measure(llm: Any) -> dict[str, Any]:
 
 
 def _difference(one: Any, other: Any) -> float:
-    """Compare log-probabilities of equal tokens. Returns inf if a clear first choice differs."""
+    """Compare log-probabilities of equal tokens. Returns inf if decisive first tokens differ."""
     if one.tokens[0] != other.tokens[0] and max(one.margins[0], other.margins[0]) > 0.5:
         return math.inf
     largest = 0.0

@@ -111,7 +111,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
 
 
 def row_of(apart: float, cached: list[int], error: float = 0.0) -> dict:
-    """Make an engine's row. Cached outputs are `apart` from fresh ones, and k8v4 has an `error`."""
+    """Make a row. Cache hits move log-probabilities by `apart`, k8v4 moves them by `error`."""
     auto = [-3.0 + 0.01 * i for i in range(400)]
     return {
         "auto": {},

@@ -85,7 +85,7 @@ def shrink(architecture: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _layers_to_keep(fields: dict[str, Any], count: int) -> list[int]:
-    """Return the first layers. One layer of each missing kind replaces the last of them."""
+    """Return the first layers, the last of which make room for one layer of each missing kind."""
     kept = list(range(min(count, LAYERS)))
     types = fields.get("layer_types") or fields.get("hybrid_layer_pattern")
     if isinstance(types, list) and len(types) == count:

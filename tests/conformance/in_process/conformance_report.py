@@ -5,7 +5,7 @@ Like every vLLM process, it loads vLLM's general plugins, so `hybrid_kv` is regi
 entry point if `VLLM_PLUGINS` allows it. It counts the coordinators that the strategy makes, and
 writes the outcome of every test to a file. It changes only how long a test waits for a process.
 
-It has a folder of its own for `PYTHONPATH`, because `tests` is vLLM's package in that process.
+`PYTHONPATH` names this file's folder, because in that process `tests` is vLLM's package, not ours.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def check_hash_map(pool: BlockPool) -> None:
         require(len({get_group_id(key) for key in keys}) <= 1, block, "is in several groups")
     for block_id in pool.cached_block_hashes_by_block:
         require(pool.blocks[block_id].block_hash, block_id, "has other hashes and no first")
-    # Every key has an entry, so equal numbers mean that there are no other entries.
+    # Every carried key has an entry. If the numbers are equal, there are no more entries.
     found = num_entries(pool)
     require(found == carried, found, "entries,", carried, "are carried")
 
@@ -228,7 +228,7 @@ def _check_hits(
     for checkpoint in coordinator.checkpoints.pinned:
         states = pool.get_cached_block(checkpoint.key, coordinator._state_groups)
         require(states is not None, "no state:", checkpoint)
-        # With draft layers, hits are not checked: the lookahead may be another request's block.
+        # A draft layer also looks up the next block, which may be another request's. Skip these.
         if not lost.isdisjoint(checkpoint.blocks):
             unhittable.add(checkpoint)
         if not coordinator.eagle_group_ids and checkpoint not in unhittable:

@@ -35,7 +35,7 @@ class Load:
 
 @dataclass
 class Transfer:
-    """An asynchronous load. If `load` is None, the store reads the blocks of an ended request.
+    """An asynchronous load or, if `load` is None, a store that reads an ended request's blocks.
 
     The connector reports the end of the transfer after `steps` more steps.
     """
@@ -108,7 +108,7 @@ class SoakConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        # vLLM waits for the end of a load before it frees a request's blocks.
+        # While a request loads, vLLM itself holds the request's blocks until the load ends.
         loading = request.request_id in self.loading
         if loading or not any(map(any, block_ids)) or self.draw.random() < 0.8:
             return False, None

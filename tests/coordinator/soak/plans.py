@@ -38,7 +38,7 @@ class Plan:
         drafting: `None`, `ngram`, or `mtp`.
         connector: How a KV connector loads: `async`, `sync` or `both`. `None` if there is none.
         load_failure_policy: vLLM's `kv_load_failure_policy`.
-        vocabulary: The number of different tokens. With few, unrelated requests share prefixes.
+        vocabulary: The number of different tokens. If small, unrelated requests share prefixes.
         reserve_full: vLLM's `scheduler_reserve_full_isl`.
         retention: vLLM's `prefix_cache_retention_interval`, in tokens between cached windows and
             states. With 0, only those at the ends of prompts are cached. With None, all are cached.
@@ -84,7 +84,7 @@ class Plan:
     def may_diverge(self) -> bool:
         """Whether groups may hit different lengths before a load.
 
-        With windows or draft layers they may not, because `truncate_computed_blocks` fails.
+        With windows or draft layers, different lengths make `truncate_computed_blocks` fail.
         """
         kinds = {type(spec) for spec in self.specs}
         return kinds == {MambaSpec, FullAttentionSpec} and self.drafting != "mtp"
@@ -129,7 +129,7 @@ class Plan:
     def with_checkpoints(self, rng: random.Random) -> Plan:
         """Return the plan, sometimes with states that backends export in mid-chunk, as for Mamba 2.
 
-        Plans with which vLLM itself fails are left unchanged. Unless hits end at whole blocks,
+        Plans that would hit faults of vLLM are left unchanged. If hits may end inside a block,
         vLLM's coordinator caches wrong states (`upstream_fixes.PassedBlocks`). With draft tokens,
         vLLM's worker may overwrite the state that a request continues with. With draft layers and
         hits at multiples of several blocks, vLLM mistakes the exported state for a later one.
@@ -207,7 +207,8 @@ def _states(rng: random.Random, strategy: str, draft_tokens: int) -> tuple[list[
 
     All state blocks have vLLM's `mamba_block_size`. If hits end inside a block, vLLM supports
     windows only with blocks of one hash unit, and chunked local attention only if its blocks equal
-    the hits' alignment. `with_smaller_attention` says why `stock` has no smaller windows.
+    the hits' alignment. With `stock`, no block is smaller than a state block, for the reason in
+    `with_smaller_attention`.
     """
     unit = rng.choice((2, 4))
     size = unit * rng.choice((1, 2, 4))

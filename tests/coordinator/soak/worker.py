@@ -45,7 +45,7 @@ class KnownRequest:
         column: The block table column of the states written last, or None.
         accepted: Accepted draft tokens of the last step, plus one. The current state is
             `accepted - 1` columns after `column`.
-        is_new: Whether it has not run since it was first scheduled or resumed.
+        is_new: True from when it is scheduled or resumed until its first step.
     """
 
     tables: list[list[int]]
@@ -61,7 +61,7 @@ class KnownRequest:
 class Worker:
     """A worker whose blocks hold numbers of prefixes instead of K, V and states.
 
-    A block holds what was written to it last, by whichever group. When a request runs, the worker
+    A block holds what any group wrote to it last. When a request runs, the worker
     checks everything that the next token needs: K and V of all positions that attention reaches,
     and the state after all earlier tokens.
     """
@@ -104,7 +104,7 @@ class Worker:
     def differs(
         self, group: int, block: int, offset: int, values: Sequence[int]
     ) -> list[int | None] | None:
-        """Compare a block with `values`. Returns None if they agree, otherwise what it holds."""
+        """Compare a block with `values`. Returns None if they agree, otherwise its contents."""
         owner, slots = self.blocks[block]
         if owner != group:
             return [None] * len(values)
@@ -112,8 +112,8 @@ class Worker:
         if found == values:
             return None
         if group in self.draft_groups:
-            # The last entry before a possible end of a hit depends on the next token, which the
-            # hash does not cover. vLLM accepts that a wrong entry there makes drafts worse.
+            # A draft layer's entry depends on the next token, which a hash that ends before it does
+            # not cover. vLLM accepts wrong entries there, which only make drafts worse.
             unit = self._plan.unit
             wanted = zip(range(offset + 1, offset + 1 + len(values)), found, values, strict=True)
             if all(a == b for end, a, b in wanted if end % unit):

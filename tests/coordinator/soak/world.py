@@ -185,7 +185,7 @@ class World:
             done = scheduler.reset_prefix_cache(reset_running_requests=running)
         except RuntimeError:
             # vLLM refuses a reset if anything except running requests holds blocks.
-            checks.require(running, "a reset raised although it did not touch running requests")
+            checks.require(running, "a reset without `reset_running_requests` raised")
             self.tally["resets refused"] += 1
             return
         checks.require(not running or done, "the cache was not emptied")

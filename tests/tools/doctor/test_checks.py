@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Give each of doctor's checks the facts of other machines and installations."""
+"""Test each of doctor's checks with facts from healthy and faulty installations."""
 
 import copy
 import types

@@ -54,9 +54,9 @@ INF = math.inf
 @pytest.mark.parametrize(
     ("logits", "reference", "divergence", "logprob"),
     [
-        # A token that is impossible for both adds nothing.
+        # A token with probability 0 in both distributions adds nothing.
         ([0.0, 0.0, -INF], [0.0, 0.0, -INF], 0.0, math.log(0.5)),
-        # A token that is possible only for the reference adds infinity.
+        # A token with probability 0 everywhere except in the reference adds infinity.
         ([-INF, 0.0], [0.0, 0.0], INF, -INF),
         ([0.0, math.nan], [0.0, 0.0], math.nan, math.nan),
     ],

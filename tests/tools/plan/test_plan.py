@@ -65,7 +65,7 @@ def test_pages_of_models_without_states_are_equal_and_unpadded_by_default(shape,
     assert {(row.block_tokens, row.padding_bytes) for row in plan.pages} == {(16, 0)}
     assert plan.match_tokens == auto.match_tokens == 16
     assert not plan.warnings
-    # A dim of a key and a value takes 4 bytes in bfloat16 and 1.5 bytes in k8v4. Per head, k8v4
+    # Per dim, a key and a value take 4 bytes in bfloat16 and 1.5 bytes in k8v4. Per head, k8v4
     # adds two scales. Both caches leave memory for less than a block unused.
     head_size = 64 if name == "gpt-oss-20b" else 128
     saved = 4 * head_size / (1.5 * head_size + 4)
@@ -137,7 +137,7 @@ def test_a_plan_names_its_strategy_and_has_its_padding(shape):
     mixed = shape("gemma-3-27b", K8V4, boundary_layers=2)
     lcm, stock = (plan_of(mixed, 24 * GIB, {"unify_page_sizes": name}) for name in ("lcm", "stock"))
     assert (lcm.unify_page_sizes, stock.unify_page_sizes) == ("lcm", "stock")
-    # With `stock`, vLLM pads unquantised layers to a quantised block. We prevent that for `lcm`.
+    # With `stock`, vLLM pads unquantised layers to a quantised block. With `lcm`, a patch stops it.
     assert lcm.pool_padding < 0.02 < 0.2 < stock.pool_padding < 0.25
     assert lcm.capacity.max_len_tokens > 1.2 * stock.capacity.max_len_tokens
     assert any("% of the KV pool is padding" in line for line in stock.warnings)
