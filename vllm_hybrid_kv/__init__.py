@@ -48,7 +48,7 @@ _MODULE_OF_NAME = {
     "hookimpl": "hooks",
     "register": "plugin",
 }
-"""The module that defines each public name. The names that are not listed are in `errors`."""
+"""The module of each public name that `errors` does not define."""
 
 _RENAMED = {"HybridKVSeamError": "HybridKVPatchError"}
 """The new name for each deprecated name. 0.3 removes the deprecated names."""

@@ -54,7 +54,7 @@ BUILT_IN_NAMES = {
 
 
 def strategy_names(setting: str) -> list[str]:
-    """List all strategies, also of other packages, for a setting, without importing vLLM."""
+    """List a setting's strategies, including those of other packages, without importing vLLM."""
     others = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP).names
     return [*BUILT_IN_NAMES[setting], *sorted(others)]
 

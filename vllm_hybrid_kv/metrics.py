@@ -108,7 +108,7 @@ VARIABLE = "HYBRID_KV_METRICS_DIR"
 
 
 def publish(_: object, settings: Settings) -> None:
-    """Create a folder for counters and export its files on /metrics, unless a parent does already.
+    """Create a folder for counters and export its files on /metrics, unless a parent exports them.
 
     With vLLM's own coordinator there are no counters, so this does nothing.
     """

@@ -98,8 +98,8 @@ class Settings(BaseModel):
 
         source = f"cpu_isa={self.cpu_isa!r} (from {self.source('cpu_isa')})"
         if self.cpu_isa == INTERPRETER:
-            # Triton reads the variable when the first kernel is defined, even one of its own
-            # library, so it is too late to set the variable here.
+            # Triton reads the variable when the first kernel is defined, which may be one of
+            # Triton's own. So it is too late to set the variable here.
             if os.environ.get("TRITON_INTERPRET") != "1":
                 raise HybridKVSettingsError(f"{source} needs TRITON_INTERPRET=1 in the environment")
         elif self.cpu_isa == "auto":

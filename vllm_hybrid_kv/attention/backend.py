@@ -139,7 +139,7 @@ class K8V4AttentionBackend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Plan slots of `slot_bytes(head_size)` bytes per token and KV head for a k8v4 layer."""
+        """Return a k8v4 layer's spec with slots of `slot_bytes(head_size)` bytes."""
         if spec.state_content_bytes is not None or not spec.kv_quant_mode.is_turboquant:
             return spec
         if spec.head_size_v not in (None, spec.head_size):

@@ -35,7 +35,7 @@ class CpuKernels(Kernels):
         *,
         max_requests: int,
     ) -> None:
-        # Two KV heads suffice for the test: the kernels loop over heads, so two show wrong strides.
+        # The kernels loop over KV heads, so a test with two of them reveals wrong strides.
         variants = {
             name: variant_of(layer, spec.block_size, dtype, min(layer.num_kv_heads, 2))
             for name, layer in layers.items()

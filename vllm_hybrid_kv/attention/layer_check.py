@@ -93,10 +93,10 @@ def built_layers(layers: Mapping[str, Any], vllm_config: VllmConfig) -> dict[str
 
 
 def check_k8v4_layers(layers: Mapping[str, Any]) -> None:
-    """Check that every layer that was built for a k8v4 cache can have one.
+    """Check that the k8v4 kernels can serve every layer that was built for a k8v4 cache.
 
-    vLLM itself does not check that values are as large as keys. Some models choose a backend that
-    cannot read k8v4 pages.
+    vLLM does not check that values are as large as keys, or that a backend that a model chose can
+    read k8v4 pages.
 
     Raises:
         UnsupportedLayerError: A layer cannot have a k8v4 cache.

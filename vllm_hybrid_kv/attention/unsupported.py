@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Refuses layers and models that a k8v4 cache cannot serve, before a server starts.
 
-Each message ends with advice that works. If the user can leave layers unquantised instead, the
-advice lists all these layers at once. It does not suggest this if every layer has the problem.
+Each message ends with advice that works. If the model can be served with some layers unquantised,
+the advice lists all of these layers. If every layer has the problem, it names other cache dtypes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ADVICE = "serve the model with --kv-cache-dtype auto"
 class Refusal(NamedTuple):
     """Why a layer cannot be served, and what to do.
 
-    If `skippable`, the user can instead leave this layer and others of its type unquantised.
+    If `skippable`, the model can be served with all layers of this type unquantised.
     """
 
     reason: str
@@ -49,7 +49,7 @@ REFUSED = {
         "prefill context parallelism", "serve the model with --prefill-context-parallel-size 1"
     ),
 }
-"""For fields of vLLM's `AttentionSelectorConfig`: why a layer that sets the field is refused."""
+"""Why a layer is refused if it sets a field of vLLM's `AttentionSelectorConfig`, by field."""
 
 
 class UnsupportedLayerError(HybridKVError):
@@ -64,7 +64,7 @@ class UnsupportedLayerError(HybridKVError):
 
 
 class UnsupportedModelError(HybridKVError):
-    """The k8v4 cache can serve no layer of a model with MLA."""
+    """The k8v4 cache cannot serve a model with MLA."""
 
     def __init__(self, model: str) -> None:
         refusal = REFUSED["use_mla"]
@@ -98,8 +98,8 @@ def refuse_implementation(
     Parameters are named as in vLLM. `extra` has the ones that this backend does not implement.
     """
     if kv_cache_dtype != CACHE_DTYPE:
-        # `layer_dtype_patch` should have given this layer another backend. It failed to, so leaving
-        # more layers unquantised would not help.
+        # `layer_dtype_patch` should have given this unquantised layer another backend. Leaving more
+        # layers unquantised would cause the same error.
         reason = f"its KV cache dtype is {kv_cache_dtype}, but the k8v4 backend was selected for it"
         return Refusal(reason, _serve_unquantised(head_size))
     if alibi_slopes is not None:
@@ -170,7 +170,7 @@ def _serve_unquantised(head_size: int) -> str:
 
 
 def _cpu_head_sizes() -> list[int]:
-    """Return the head sizes of vLLM's CPU kernels. Its backend lists all of them except 48."""
+    """Return the head sizes of vLLM's CPU kernels. `CPUAttentionBackend` does not list 48."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     return sorted({48, *CPUAttentionBackend.get_supported_head_sizes()})
@@ -203,7 +203,7 @@ def _advice_for(layer: str, refusal: Refusal) -> str:
     config = get_current_vllm_config_or_none()
     alike = _layers_like(numbers[0], config)
     which = "the layers of its type" if len(alike) > 1 else "it"
-    # The advised option replaces the user's option, so repeat the layers that it skips now.
+    # The advised option replaces the user's option, so repeat the layers that are already skipped.
     skipped = config.cache_config.kv_cache_dtype_skip_layers if config else []
     indices = sorted(alike.union(int(name) for name in skipped if name.isdigit()))
     types = sorted(name for name in skipped if not name.isdigit())
@@ -215,7 +215,7 @@ def _advice_for(layer: str, refusal: Refusal) -> str:
 
 
 def _layers_like(index: int, config: VllmConfig | None) -> set[int]:
-    """Return the layers of the same type as layer `index`; only `index` if there is one type."""
+    """Return the layers of the same type as `index`, or only `index` if all have one type."""
     text_config = config.model_config.hf_text_config if config and config.model_config else None
     types = getattr(text_config, "layer_types", None) or []
     if index >= len(types) or len(set(types)) == 1:

@@ -27,7 +27,7 @@ class GroupedBlockMap(BlockHashToBlockMap):
 
     def __init__(self) -> None:
         self._groups: defaultdict[bytes, dict[BlockHash, KVCacheBlock]] = defaultdict(dict)
-        # Only for hashes that several blocks share: those blocks by id, in the order of insertion.
+        # Each key that several blocks share, with these blocks by id in the order of insertion.
         self._copies: dict[BlockHashWithGroupId, dict[int, KVCacheBlock]] = {}
 
     @property
@@ -106,7 +106,7 @@ class _FlatView(UserDict[BlockHashWithGroupId, "KVCacheBlock | dict[int, KVCache
 
 
 def install_grouped_map(pool: BlockPool) -> None:
-    """Replace a pool's map by a `GroupedBlockMap` with equal contents, unless it already is one."""
+    """Replace a pool's map by an equal `GroupedBlockMap`, unless the pool already has one."""
     blocks = pool.cached_block_hash_to_block
     if not isinstance(blocks, GroupedBlockMap):
         grouped = pool.cached_block_hash_to_block = GroupedBlockMap()

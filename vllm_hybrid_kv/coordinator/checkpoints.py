@@ -24,7 +24,7 @@ CANDIDATES = 128
 """An eviction compares this many random checkpoints, to bound its time, as in LHD (NSDI'18)."""
 
 TRACKED = 1024
-"""At most this many evicted checkpoints stay tracked, plus three for each pinned checkpoint."""
+"""Evicted checkpoints that stay tracked: at most this number plus three per pinned checkpoint."""
 
 PRICE_DECAY = 0.95
 """The price of a block is a moving average of what evicted checkpoints were worth. Each eviction
@@ -47,7 +47,7 @@ class CheckpointKind(Enum):
 
 
 PRIOR = {CheckpointKind.SUPERSEDED: 0.1, CheckpointKind.BOUNDARY: 0.02}
-"""How likely reuse of a kind is before any traffic, relative to the other kinds (1.0)."""
+"""The factors on the prior return rate of these kinds. Other kinds have a factor of 1."""
 
 
 @dataclass(eq=False)
@@ -61,11 +61,11 @@ class Checkpoint:
         parent: The longest checkpoint of a shorter prefix that was pinned at registration.
         last_use: When it was registered or used last, counted in requests.
         uses: Requests that resumed here, or would have if it had not been evicted.
-        since: Its age, in requests, when it changed to its current kind.
+        since: The age, in requests, up to which a reuse curve has recorded it.
         supersedes: Whether reuse of its parent is unlikely while this checkpoint is pinned.
         answered: If a prompt ends here, the tokens of the prompt and its answer up to the last
-            position where the state could be copied. 0 if the answer was too short.
-        extensions: Pinned checkpoints that supersede this one, which is their parent.
+            position where the state could be copied; 0 if the answer was too short for a copy.
+        extensions: The pinned checkpoints that have this one as parent and supersede it.
         pinned: Whether it is in the cache. Evicted checkpoints are tracked for a while.
         slot: Its index in the list of pinned checkpoints.
     """
@@ -101,7 +101,7 @@ class Checkpoint:
         return CheckpointKind.REUSED if self.uses > 1 else self.place
 
     def fallback(self) -> Checkpoint | None:
-        """Return where a request would resume without this one, or None if it would start at 0."""
+        """Return where a request would resume if this were evicted; None if it would start at 0."""
         checkpoint = self.parent
         while checkpoint is not None and (not checkpoint.pinned or checkpoint.superseded):
             checkpoint = checkpoint.parent
@@ -164,9 +164,9 @@ class Checkpoints:
             if checkpoint is None:
                 continue
             longest = longest or checkpoint
-            # The request uses the longest pinned checkpoint. It would have used any longer one
-            # that was evicted. A block boundary counts only if it is the longest checkpoint,
-            # because every prompt passes block boundaries on its way to other checkpoints.
+            # The request resumes at the longest pinned checkpoint. Longer evicted checkpoints
+            # count as used too, because the request could have resumed there. A block boundary
+            # counts only if it is the longest, because prompts pass boundaries on their way.
             returned = checkpoint is longest or checkpoint.place is not CheckpointKind.BOUNDARY
             if checkpoint.pinned:
                 self.counts["used", checkpoint.kind.value] += 1
@@ -190,8 +190,8 @@ class Checkpoints:
     ) -> tuple[Checkpoint | None, tuple[int, ...] | None]:
         """Track a checkpoint. Pin it, unless it is a block boundary that is worth too little.
 
-        If a checkpoint is already pinned at this prefix, it stays. Only a block boundary is
-        replaced by another kind, because that kind says more about the probability of reuse.
+        A checkpoint that is already pinned at this prefix stays, unless it is a block boundary and
+        the new one is not. Block boundaries predict reuse worse than all other kinds.
 
         Args:
             key: The hash of the prefix that ends there.
@@ -202,8 +202,8 @@ class Checkpoints:
             supersedes: Whether reuse of the parent is unlikely once this one is pinned.
 
         Returns:
-            The new checkpoint, or None if none was entered; and, if a block boundary was unpinned
-            for it, the attention blocks of that boundary, otherwise None.
+            The new checkpoint, or None if nothing was entered; and the attention blocks of a block
+            boundary that the call unpinned, or None if it unpinned nothing.
         """
         released = None
         pinned = self.pinned_at(key)

@@ -27,16 +27,16 @@ class Running:
     """The progress of a request that holds blocks.
 
     Attributes:
-        latest: The last checkpoint that it registered, except at block boundaries. Until then, the
-            longest tracked checkpoint of its prompt.
+        latest: The last checkpoint that it registered, except at block boundaries. Before its first
+            registration, the longest tracked checkpoint of its prompt.
         prompt_units: Number of its hash units that were added to `SeenPrefixes` when it started.
         units: Number of its computed hash units.
         boundary: The checkpoint that it registered last at a block boundary.
         prompt_end: The checkpoint at the end of its prompt, if that is pinned.
         copies: The blocks with the latest copy of its states, one per group, or none.
-        copied: Its number of computed tokens when the states were copied last.
+        copied: Number of its computed tokens at the last copy of its states.
         partial: Group, block and tokens of its checkpoints that end inside an attention block.
-        cached: How many whole attention blocks were cached when `partial` was cached last.
+        cached: Number of its cached whole attention blocks when `partial` was last cached.
     """
 
     request: Request
@@ -84,8 +84,8 @@ class DecodeSnapshots:
     def copy(self, running: Running, num_requests: int) -> None:
         """Copy the states of a decoding request, if they are available and there is room.
 
-        Call this before a step, when the request's blocks are allocated. The blocks then hold the
-        states after all computed tokens. Later, steps scheduled ahead may have changed them.
+        Call this before a step, when the request's blocks are allocated. At that time, the blocks
+        hold the states after all computed tokens. A step scheduled ahead may overwrite them.
         `num_requests` is the number of requests that hold blocks.
         """
         request = running.request

@@ -25,7 +25,7 @@ class KindHit:
         name: vLLM's name of the kind, with the suffix `_draft` if its groups have draft layers.
         draft: Whether its groups include draft layers.
         alone_tokens: The longest prefix that its groups could serve without the other kinds. None
-            if it was not looked up, because neither metrics nor DEBUG lines are on.
+            if neither metrics nor DEBUG lines are on, because then it is not looked up.
         lost_tokens: By how many tokens its groups shortened the hit.
     """
 
@@ -37,7 +37,7 @@ class KindHit:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why a request did not hit more. `str()` returns it as one sentence.
+    """Why a request's cache hit was not longer. `str()` returns it as one sentence.
 
     Attributes:
         scheduled: Whether this describes the lookup with which the request was scheduled.

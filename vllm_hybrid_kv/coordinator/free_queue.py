@@ -136,8 +136,8 @@ class CheckpointQueue(FreeKVCacheBlockQueue):
             (pinned if is_pinned else unpinned).append(block)
             key = block.block_hash
             if not is_pinned and key is not None and get_group_id(key) in self._state_groups:
-                # vLLM may have moved the hash of this block to the copy in which the request
-                # continued. The checkpoint has then lost its state, so check it again.
+                # vLLM may have moved this block's hash to the copy in which the request continued.
+                # The checkpoint then lacks a state, so check whether it must be unpinned.
                 self.recheck(get_block_hash(key))
         self._insert_unpinned(unpinned)
         super().append_n(pinned)

@@ -98,7 +98,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         )
 
     def attach(self, kv_cache_manager: Any) -> None:
-        """Make vLLM cache states at branch points inside a block, as it does for EAGLE only."""
+        """Make vLLM cache states at branch points inside blocks, even without EAGLE."""
         super().attach(kv_cache_manager)
         if self.enable_partial_hash_hits and self.num_reprefillable_tokens == 0:
             kv_cache_manager.mamba_shared_prefix_checkpoint = True
@@ -151,11 +151,11 @@ class HybridAwareCoordinator(FixedPointCoordinator):
     def get_num_blocks_to_allocate(self, request_id: str, *args: Any, **kwargs: Any) -> int:
         """Return how many blocks a step of a request needs.
 
-        A request whose state stays cached needs a new block in each state group to continue in. If
-        no block is free, evict the cached state, so that vLLM preempts no other request.
+        If a request's state stays cached, the request continues in a new block of each state group.
+        If no block is free, evict the cached state, so that vLLM need not preempt a request.
 
-        vLLM also asks whether a whole waiting prompt would fit. In that case, count the blocks that
-        running prompts still need as taken. Otherwise, vLLM would start the prompt, preempt it
+        vLLM also asks whether a whole waiting prompt would fit. In that case, add the blocks that
+        running prompts still need. Without these blocks, vLLM would start the prompt, preempt it
         later and waste its computation.
         """
         needed = super().get_num_blocks_to_allocate(request_id, *args, **kwargs)
@@ -246,7 +246,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
             self._enter(running, tokens, CheckpointKind.BOUNDARY)
 
     def _prompt_ends(self, request: Request) -> set[int]:
-        """Return after how many tokens the next turn (with drafts, also a resend) can resume."""
+        """Return where the next turn (with drafts, also the same prompt) can resume, in tokens."""
         length = request.num_prompt_tokens
         drafts = bool(self.eagle_group_ids)
         end = get_mamba_prefill_checkpoint_position(

@@ -74,7 +74,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
 
     @property
     def knows_all_groups(self) -> bool:
-        """Whether every group has a lookup class. Managers of other packages have none."""
+        """Whether `LOOKUPS` has the manager of every group. It lacks those of other packages."""
         classes = [group.manager_cls for group in self.attention_groups]
         return all(cls.find_longest_cache_hit.__func__ in LOOKUPS for cls in classes)
 
@@ -151,7 +151,7 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
         length = max(round_down(limit, self._cache_hit_alignment_tokens), 0)
         lookups: list[GroupLookup] = []
         answers: list[tuple[int, int, int]] = []
-        # How many lookups in a row answered the current length. When all did, that is the hit.
+        # How many lookups can serve `length`, as far as known. If all can, `length` is the hit.
         agreed = 0
         for index in cycle(range(len(groups))):
             if length == 0 or agreed == len(groups):

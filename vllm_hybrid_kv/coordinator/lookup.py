@@ -16,7 +16,7 @@ is cached: a hash unit if partial hits are on, otherwise a block (`eagle_proof_m
 is that a draft layer's last key and value depend on the following token, which must be equal, too.
 Mamba groups have no draft layers.
 
-If full attention can serve a length, it can serve every shorter length. Other kinds cannot.
+If full attention can serve a length, it can serve every shorter length. Other kinds may not.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class GroupLookup(ABC):
     ) -> None:
         """Prepare the lookup of `block_hashes`, a request's hashes, one for each hash unit.
 
-        `manager` belongs to any one of the groups. Its pool must have a `GroupedBlockMap`.
+        `manager` is the manager of one of the groups. Its pool must have a `GroupedBlockMap`.
         """
         pool = manager.block_pool
         self.group = group
@@ -141,8 +141,8 @@ class FullAttentionLookup(GroupLookup):
     def _extend(self, whole: int) -> int:
         """Return how many leading tokens all groups hold, counting part of the block after `whole`.
 
-        Keys and values are only appended, so a block can serve every length up to the length that
-        it is cached under.
+        A block that is cached for one length can also serve every shorter length, because keys and
+        values are only appended.
         """
         reach = whole + self.block_size
         first = whole // self.unit
@@ -285,4 +285,4 @@ LOOKUPS: dict[object, type[GroupLookup]] = {
     ChunkedLocalAttentionManager.find_longest_cache_hit.__func__: ChunkedLocalLookup,
     MambaManager.find_longest_cache_hit.__func__: MambaLookup,
 }
-"""The lookup class for a manager's method, which subclasses of the manager may inherit."""
+"""The lookup class for each manager's method. Subclasses of a manager may inherit its method."""

@@ -80,9 +80,9 @@ class HitObserver:
 
     vLLM first looks up a request's hashes, then allocates blocks by the request's id, and last
     passes the request itself to cache its blocks. `last_lookup`, `scheduled` and `cached` follow
-    these three calls. vLLM schedules a request directly after its lookup. But some requests have no
-    lookup, because they do not read the cache, and some lookups schedule no request, because there
-    is no room. `cached` detects both cases by comparing the hashes.
+    these three calls. vLLM schedules a request directly after its lookup, with two exceptions. A
+    request that does not read the cache has no lookup. After a lookup, the request may not fit into
+    the pool. `cached` detects both cases by comparing the hashes.
 
     Attributes:
         kinds: The kinds of the coordinator's groups.
@@ -97,7 +97,7 @@ class HitObserver:
         self._counters: Counters | None = None
         self._stats: Counter[tuple[str, str | None]] = Counter()
         self.last_lookup: Reconciliation | None = None
-        # For each request that holds blocks: why it hit no more, or None if it had no lookup.
+        # For each request that holds blocks: its explanation, or None if it had no lookup.
         self._records: dict[str, Explanation | None] = {}
         # For each scheduled request that was not reported yet: the hashes that were looked up.
         self._unreported: dict[str, Sequence[BlockHash]] = {}

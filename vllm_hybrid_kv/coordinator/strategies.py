@@ -48,7 +48,7 @@ class FixedPoint:
 
 
 class HybridAware(FixedPoint):
-    """The strategy `hybrid_aware`: caches states where they pay, and evicts what pays least.
+    """The strategy `hybrid_aware`: caches states where requests resume, evicts by saved compute.
 
     Models without states get the coordinator of `fixed_point`, because their hits end at any block,
     and no block is worth much more than another.
@@ -87,8 +87,8 @@ def match_unit(kv_cache_config: KVCacheConfig, dcp_world_size: int) -> int | Non
     Returns:
         The smallest multiple of `EXACT` (and of the tokens per entry of a compressed layer) that
         divides all block sizes, or else the smallest multiple of `FINEST`. None (vLLM's default) if
-        neither exists, or if vLLM cannot end a hit inside a block. It only can in models with
-        states in cache mode `align`.
+        neither exists, or if vLLM cannot end a hit inside a block. vLLM can do so only if the model
+        has states in cache mode `align`.
     """
     groups = [
         group for group in kv_cache_config.kv_cache_groups if group.kv_cache_spec.prefix_cacheable

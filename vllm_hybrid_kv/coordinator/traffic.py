@@ -153,8 +153,8 @@ class SeenPrefixes:
     """Remembers prefixes of recent requests, to detect where a prompt branches off from them.
 
     A third request will probably resume at such a branch point, so its state is worth keeping (the
-    admission rule of Marconi, arXiv 2411.19379). The cache itself cannot detect it, because most
-    blocks are evicted before the second request comes.
+    admission rule of Marconi, arXiv 2411.19379). The cache itself cannot detect branch points,
+    because most blocks are evicted before the second request comes.
 
     Hashes are chained, so bisection finds the longest shared prefix. There are two generations.
     When the younger one is full, it replaces the older one. A false positive costs at most one
@@ -194,7 +194,7 @@ class SeenPrefixes:
         return low
 
     def discard_end(self, block_hash: bytes) -> None:
-        """Record that a request has continued from this end. The next that does so branches off."""
+        """Unmark an end, because a request continued there. Another continuation is a branch."""
         self._young.ends.discard(bytes(block_hash))
         self._old.ends.discard(bytes(block_hash))
 

@@ -46,12 +46,12 @@ class PassedBlocks:
       vLLM lets that chunk start inside a block, where a hit ended, and run to the prompt's end.
 
     The kernel exports the state into the last block but one. If hits end only at every few blocks,
-    the exported state may belong to an earlier token than that block's end. When the request
-    reaches the next such position, vLLM caches the exported state again, as the block's end state.
+    the exported state may precede that block's end. When the request reaches the next position
+    where a hit can end, vLLM caches the exported state again, as the state at the block's end.
     """
 
     def __init__(self, managers: Iterable[SingleTypeKVCacheManager]) -> None:
-        """Select the managers that cache states from the managers of all groups."""
+        """Among the managers of all groups, select those that cache states."""
         self._managers = [
             manager
             for manager in managers
@@ -75,14 +75,14 @@ class PassedBlocks:
     def hidden(self, request: Request, num_computed_tokens: int) -> Iterator[None]:
         """Replace the request's passed blocks by null blocks while vLLM caches its blocks.
 
-        vLLM caches no null block, neither as a whole block nor as the end of a prompt. That end may
-        be in a block that was passed several steps ago. `request` is as before the step, but
-        `num_computed_tokens` includes the step.
+        vLLM never caches a null block. Blocks that earlier steps passed are replaced too, because a
+        prompt's end may be in one of them. `request` does not yet include the step, but
+        `num_computed_tokens` does.
         """
         request_id = request.request_id
         passed = self._passed[request_id]
         start = max(request.num_computed_tokens, self._resumed.get(request_id, 0))
-        # Decoding passes no block, because the worker copies the end state of a block into it.
+        # Ignore decoding: there, the worker copies the state at a block's end into the block.
         if start < max(request.num_prompt_tokens, request.num_tokens - 1):
             for index, manager in enumerate(self._managers):
                 column, inside = divmod(start, manager.block_size)
@@ -107,13 +107,13 @@ class PassedBlocks:
 
 
 class StepWrites:
-    """Tracks which attention blocks the step that is being scheduled writes, and from which token.
+    """Tracks the attention blocks that the current step writes, and the first token of each write.
 
     vLLM enters a block into the hash map when its tokens are scheduled, so another request may hit
     it in the same step. A whole block is read after it is written. But if a hit ends inside the
     block, the block is copied before the step, when the new tokens are not yet in it. vLLM
     postpones such a request only if the same step computes the state that it hits. If the state is
-    older, vLLM does not postpone it, although the step may recompute evicted attention blocks.
+    older, vLLM schedules the request, although the step may recompute evicted attention blocks.
 
     A decoding request writes its last block in every step. The tokens that it wrote there in
     earlier steps can be copied at any time.
@@ -241,7 +241,7 @@ def check_drafts(vllm_config: VllmConfig) -> None:
 
 
 def _exports_states(model: ModelConfig) -> bool:
-    """Whether a model's source file, which is not imported, mentions `EXPORTING_LAYER`."""
+    """Return whether a model's source file mentions `EXPORTING_LAYER`. It is not imported."""
     from vllm.model_executor.models.registry import ModelRegistry
 
     for architecture in model.architectures:

@@ -37,7 +37,7 @@ class BackendRegistration(Edit):
     _ours = True
 
     def problems(self) -> list[str]:
-        """Return a problem if another plugin took the name, or if vLLM's slots differ in size.
+        """Return a problem if another plugin took the name, or if vLLM's slots differ from ours.
 
         vLLM aligns the blocks of hybrid models with its own slot sizes, even if our backend is
         registered. Read these sizes from `TurboQuantConfig`, because importing vLLM's backend would
@@ -149,7 +149,7 @@ def selection_patch(context: Context) -> Patch:
         dtype = attn_selector_config.kv_cache_dtype
         if dtype == CACHE_DTYPE:
             if selected_backend not in (None, AttentionBackendEnum.TURBOQUANT):
-                # Do not raise: in some modes on CPUs, vLLM itself selects a backend and ignores it.
+                # Do not raise: in some modes, vLLM itself passes a backend that it ignores on CPUs.
                 logger.info(
                     "Cannot use %s backend for a %s cache on CPU; using TURBOQUANT instead.",
                     *(selected_backend, dtype),

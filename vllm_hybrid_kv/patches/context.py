@@ -62,7 +62,7 @@ class Context:
     ) -> Settings:
         """Activate an engine's settings in this process, and return them.
 
-        Other callers of vLLM's planning functions may pass an object that is no configuration.
+        Other callers of vLLM's planning functions may pass an object that is not a `VllmConfig`.
         The current settings then stay active.
 
         Raises:

@@ -140,7 +140,7 @@ def _use_target_dtype(arguments: dict[str, Any]) -> None:
 
 
 def _choose_wrapped_backend(layer: Any, arguments: dict[str, Any]) -> None:
-    """Choose the backend of an unquantised layer whose class would otherwise wrap ours.
+    """Choose the backend that an unquantised layer's class wraps. By default, it wraps ours.
 
     Layers with static sinks need no change, because their models choose a backend.
     """
@@ -171,7 +171,7 @@ def _choose_wrapped_backend(layer: Any, arguments: dict[str, Any]) -> None:
 
 
 def built_model_patch(context: Context) -> Patch:
-    """Stop start-up before weights are loaded if a built layer cannot have its cache.
+    """Stop start-up before weights are loaded if the k8v4 cache cannot serve a layer.
 
     If the checkpoint has scales of keys and values, log that they are not used.
     """

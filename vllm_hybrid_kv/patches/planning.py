@@ -146,8 +146,8 @@ def _report(
 def block_alignment_patch(context: Context) -> Patch:
     """Keep vLLM from enlarging blocks too much if some layers of a k8v4 cache are unquantised.
 
-    vLLM enlarges blocks before any spec exists, so that its own rule finds equal pages later. A
-    strategy does not need this, and cannot undo it because it must not make blocks smaller.
+    vLLM enlarges blocks before any spec exists, so that its own rule can make pages equal later.
+    Our strategies do not need larger blocks, and must not make blocks smaller again.
     """
 
     def align_hybrid(original: Any, cls: type, vllm_config: VllmConfig, backend_cls: type) -> None:
@@ -156,8 +156,8 @@ def block_alignment_patch(context: Context) -> Patch:
             return
         cache = vllm_config.cache_config
         skipped = cache.kv_cache_dtype_skip_layers
-        # Align blocks as with an unquantised cache, so that an unquantised page can hold a state.
-        # No attention page is larger than an unquantised one, so unified pages can hold it, too.
+        # Align blocks as for an unquantised cache, so that an unquantised page can hold a state.
+        # Unified pages can then hold a state too, because they are at least as large.
         cache.cache_dtype, cache.kv_cache_dtype_skip_layers = "auto", []
         try:
             original(cls, vllm_config, backend_cls)

@@ -26,7 +26,7 @@ VARIABLE = "HYBRID_KV_REFUSAL"
 
 
 class RefusalHandler(logging.Handler, Edit):
-    """Writes a refusal to the file that `VARIABLE` names if vLLM logs it in a child process."""
+    """Writes each refusal that vLLM logs in a child process to the file that `VARIABLE` names."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The functions of vLLM that the plugin patches or relies on, with a source hash for each minor.
 
-`make drift VLLM=...` compares a release with these tables; DRIFT_ARGS=--write updates its column.
+`make drift VLLM=...` compares these tables with a release; DRIFT_ARGS=--write updates them.
 """
 
 from __future__ import annotations

@@ -224,7 +224,7 @@ def smallest_hit(
 
     * vLLM 0.32, and 0.33 with a KV connector: a hit needs M more cached tokens, which are then
       dropped. M is one block of the draft layers, or one match unit if hits end inside blocks. The
-      result is A + M, or A + M + 1 with one KV group, because the last token is left out first.
+      result is A + M. With one KV group it is A + M + 1, because M then excludes the last token.
     * vLLM 0.33: hashes cover L tokens after their block, and the result is A + L.
 
     Both block sizes are in tokens and come from `resolve_kv_cache_block_sizes`. The plan is a
@@ -254,7 +254,7 @@ def _draft_margin(
     speculative = vllm_config.speculative_config
     drops = speculative is not None and speculative.use_eagle_block_drop()
     if not drops and hasattr(vllm_config, "num_hash_lookahead_tokens"):
-        # In vLLM 0.33, draft groups drop nothing unless `use_eagle_block_drop` says so.
+        # In vLLM 0.33, draft groups drop tokens only if `use_eagle_block_drop` returns True.
         return 0
     # If no group is marked, vLLM treats all groups as draft groups.
     all_draft = drops and not any(group.is_eagle_group for group in kv_cache_config.kv_cache_groups)
@@ -272,5 +272,5 @@ def _draft_margin(
 
 
 def hits_are_possible(vllm_config: VllmConfig, smallest: int) -> bool:
-    """Return whether the shortest prompt that can hit fits, with one token of its answer."""
+    """Return whether the shortest prompt that can hit, plus one token, fits `max_model_len`."""
     return smallest < int(vllm_config.model_config.max_model_len)

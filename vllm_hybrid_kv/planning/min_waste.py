@@ -21,12 +21,12 @@ LONGEST_SEQUENCE = 1 << 20
 """Tokens of the longest sequence if vLLM plans without a configuration."""
 
 TOLERANCE = 0.01
-"""Longer blocks are not worth it if they save less than this share of the pool. With blocks that
-are `n` tokens longer, a request wastes `n / 2` more tokens of its last block, and hits less."""
+"""Longer blocks are chosen only if they save at least this share of the pool. If blocks are `n`
+tokens longer, a request wastes `n / 2` more tokens of its last block, and its hits are shorter."""
 
 REFERENCE_REQUEST = 3_200
-"""Padding is weighed against the match unit for a request of this many tokens. `docs/planning.md`
-gives the source of the number."""
+"""The cost of a page size is computed for a request of this many tokens. `docs/planning.md` gives
+the source of the number."""
 
 
 class MinWaste:
@@ -70,10 +70,10 @@ def unify_with_least_waste(
     """Give the pages of all layers the size that leaves the least padding. Keep the specs' order.
 
     Without a reference request, the candidates range from the largest page (without padding) to the
-    size that `lcm` aims at. The size with the least padding wins, or the smallest if several have
-    equal padding. Padding up to `tolerance` counts as equal, unless `lcm` leaves less. If no
-    candidate suits all layers, the next larger size that suits them wins. With a reference request,
-    the size with the lowest cost wins (see `cheapest_page`).
+    size that `lcm` aims at. If some have at most `tolerance` padding and at most that of `lcm`, the
+    smallest of them wins. Otherwise, the candidate with the least padding wins. If no candidate
+    suits all layers, the next larger size that suits them wins. With a reference request, the size
+    with the lowest cost wins (see `cheapest_page`).
 
     Args:
         kv_cache_spec: The spec of every layer by name.

@@ -40,7 +40,7 @@ class LayerKind(ABC):
 
     Attributes:
         spec: The spec before planning.
-        unit: Bytes of the tokens of an old block, or of a state, without padding.
+        unit: Bytes that an old block's tokens, or a state, need without padding.
         cap: Old blocks that hold the longest sequence. Page space beyond them is never written.
         least_page: The smallest possible page in bytes: the page before planning, without padding.
         elastic: Whether every page from `least_page` up is possible.
@@ -65,7 +65,7 @@ class LayerKind(ABC):
     def steps(self, low: int, high: int) -> Bytes:
         """Return the pages from `low` to `high` that are worth trying.
 
-        For an elastic kind, these include all at which the number of blocks grows; otherwise all.
+        Elastic kinds return the sizes at which more old blocks fit. Others return all sizes.
         """
 
     def within(self, match_unit: int) -> LayerKind:
@@ -96,11 +96,11 @@ class LayerKind(ABC):
         return Listed(self.spec, self.unit, self.cap, pages[0], self.elastic, pages, blocks)
 
     def used(self, pages: Bytes) -> Bytes:
-        """Return the bytes of each page that can hold tokens or a state."""
+        """Return how many bytes of each page can hold tokens or a state."""
         return np.minimum(self.blocks(pages), self.cap) * self.unit
 
     def used_in(self, planned: KVCacheSpec) -> int:
-        """Return what `used` returns, but for the page of a spec from any strategy."""
+        """Return how many bytes of a planned spec's page can hold tokens or a state."""
         return min(planned.block_size // self.spec.block_size, self.cap) * self.unit
 
 
@@ -108,8 +108,8 @@ class LayerKind(ABC):
 class Padded(LayerKind):
     """Layers that can be padded: states, and attention whose kernels take any multiple of a block.
 
-    A planned block must divide `whole` old blocks, unless `whole` is 0. For chunked local
-    attention, `whole` divides the chunk, because vLLM splits a chunk into whole blocks.
+    A planned block's number of old blocks must divide `whole`, unless `whole` is 0. Chunked local
+    attention sets `whole`, because vLLM splits a chunk into whole blocks.
     """
 
     whole: int = 0
@@ -169,7 +169,7 @@ class RowAligned(LayerKind):
     def blocks(self, pages: Bytes) -> Bytes:
         fit, whole = pages // self.unit, pages // self.least_page
         rounded = (pages % self.alignment == 0) & (pages - fit * self.unit < self.alignment)
-        # A page of several old pages keeps their padding if its tokens need no rounding.
+        # A page can also be several old pages with their padding, if its tokens need no rounding.
         kept = (pages % self.least_page == 0) & (whole * self.unit % self.alignment == 0)
         return np.where(rounded, fit, np.where(kept, whole, 0))
 
@@ -196,7 +196,7 @@ class Listed(LayerKind):
 
     Attributes:
         pages: Bytes of the pages, ascending.
-        counts: Old blocks in each page. Elastic layers also have other pages, of one old block.
+        counts: Old blocks in each page. If elastic, every other page has one old block.
     """
 
     pages: tuple[int, ...]

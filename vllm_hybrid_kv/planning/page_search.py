@@ -61,7 +61,7 @@ def cheapest_page(kinds: Kinds, reference: float) -> tuple[CommonPage, int] | No
 
 
 def _least_costs(kinds: Kinds, units: Bytes, reference: float) -> Shares:
-    """Return a lower bound of the cost for each match unit. No block is longer than its unit."""
+    """Return a lower bound of the cost for each match unit, computed for blocks of that length."""
     least = max(kind.least_page for kind, _ in kinds)
     content, taken = 0.0, np.zeros(len(units))
     for kind, count in kinds:
@@ -127,7 +127,7 @@ class PageSearch:
     def best_for(self, request: float) -> CommonPage | None:
         """Return the smallest page of those that waste least in one request; None if no page suits.
 
-        Pages larger than the longest blocks need are left out, because they only add padding.
+        Pages above `reach` are left out, because they only add padding.
         """
         sizes = self._common(self._round_up(self.least), self._round_up(self.reach))
         if not len(sizes):

@@ -12,7 +12,7 @@ from vllm_hybrid_kv.errors import HybridKVStrategyError
 
 
 def content_bytes(spec: KVCacheSpec) -> int:
-    """Return the bytes of a page that hold tokens or a state, without padding."""
+    """Return how many bytes of a page hold tokens or a state; the rest is padding."""
     if isinstance(spec, (AttentionSpec, MambaSpec)):
         return int(spec.real_page_size_bytes)
     return int(spec.page_size_bytes)
@@ -67,7 +67,7 @@ def _checked_page(name: str, old: KVCacheSpec, new: object, who: str) -> int:
     try:
         page: int = new.page_size_bytes
     except AssertionError:
-        # vLLM refuses a `page_size_padded` below the bytes of the tokens.
+        # The `page_size_padded` is less than the bytes of the tokens.
         page = 0
     if new.block_size < old.block_size or page < content_bytes(old):
         size = page or getattr(new, "page_size_padded", 0)

@@ -215,8 +215,8 @@ def _less_padding(
 def own_grouping(vllm_config: VllmConfig | None) -> str | None:
     """Return the platform's builder or the model's class that makes the KV cache groups, or None.
 
-    None means that vLLM's `get_kv_cache_groups` makes them, as always in vLLM 0.32. The builder or
-    class may still call that function. Without a configuration, only the platform is checked.
+    None means that only vLLM's `get_kv_cache_groups` makes them, as always in vLLM 0.32. Without a
+    configuration, only the platform is checked.
     """
     platform = type(vllm.platforms.current_platform)
     if not hasattr(platform, "get_kv_cache_config_builder_cls"):

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 # `python -c` puts the current folder on the path, but the command `vllm` does not. Remove the
-# folder again, because a server would not import a checkout of vLLM from it.
+# folder, so that the child imports the same vLLM as a server.
 _CODE = (
     "import sys; sys.path[:] = [folder for folder in sys.path if folder]; "
     "from vllm_hybrid_kv.tools.child import run; run(*sys.argv[1:])"

@@ -103,7 +103,7 @@ def check_environment(by_option: Iterable[str]) -> None:
 
 
 def parse(context: typer.Context, *more: str) -> tuple[str, dict[str, Any]]:
-    """Parse `more` and the arguments of `vllm serve` that a command received.
+    """Parse `more`, followed by the `vllm serve` arguments that a command received.
 
     Returns:
         The model, and the arguments of `EngineArgs` that can change a plan.
@@ -185,7 +185,7 @@ def _option_of(field: str) -> str:
 
 
 def _message_for_users(error: BaseException | None) -> str | None:
-    """Return the message of an error or its cause, if vLLM raises that class for users."""
+    """Return the first message in a chain of causes that vLLM wrote for users, or None."""
     from transformers import PreTrainedConfig
 
     if isinstance(error, ValueError | NotImplementedError | AssertionError | OSError):

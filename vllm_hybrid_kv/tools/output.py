@@ -32,7 +32,7 @@ LEAST_WIDTH = 80
 """A table may be this many characters wide, even if the terminal is narrower or there is none."""
 
 LEAST_TEXT = 16
-"""If a table is too wide, longer words than this (in characters) may be broken."""
+"""If a table is too wide, words of more characters than this may be broken."""
 
 JsonOption = Annotated[
     Path | None, typer.Option("--json", help="Write the result as JSON to this file; - prints it.")

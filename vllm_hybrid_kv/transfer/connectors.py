@@ -2,8 +2,8 @@
 """Checks that KV connectors can carry k8v4 pages, and chooses folders for ExampleConnector.
 
 A connector can carry k8v4 pages if it copies whole pages, whatever their content, and detects peers
-that cannot read them. Its handshake, keys or folders then contain the fingerprint. All other
-connectors of vLLM are refused by name. Connectors of other packages cause a warning.
+that cannot read them, by a fingerprint in its handshake, keys or folders. All other connectors of
+vLLM are refused by name. Connectors of other packages cause a warning.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def check_pages(
 ) -> None:
     """Check that NIXL can take the planned pages.
 
-    If layers are adjacent in memory, NIXL splits the memory into pages as if they had no padding,
-    and one of its assertions fails if they have. Unquantised layers cause padding: their pages are
+    If layers are adjacent in memory, NIXL splits the memory into pages without padding. If pages
+    are padded, one of NIXL's assertions fails. Unquantised layers cause padding: their pages are
     padded to the size of the k8v4 pages.
 
     Raises:
@@ -152,7 +152,7 @@ def init_example_connector(
 
     ExampleConnector stores a prompt's pages in a folder named after the prompt's tokens. With k8v4
     pages these folders are inside a folder named after the fingerprint and the rank. Engines with
-    other pages do not read that folder. Log once which other pages the store holds.
+    other pages do not read that folder. Log once if the store holds other pages.
     """
     original(self, vllm_config, *args, **kwargs)
     if (fingerprint := fingerprint_of(vllm_config)) is None:

@@ -78,7 +78,7 @@ def fingerprint_of(vllm_config: VllmConfig) -> PageFingerprint | None:
 
 
 def marked(text: str) -> str:
-    """Append the last engine's fingerprint, if it has one, to a key, seed or name of vLLM.
+    """If the last engine has a k8v4 cache, append its fingerprint to a key, seed or name.
 
     The result is never cached, because vLLM chooses the block size while an engine starts.
     """

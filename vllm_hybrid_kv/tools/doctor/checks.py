@@ -292,7 +292,7 @@ def patches(facts: Facts) -> None:
 
 @check("Searching for functions that other plugins replaced", "active")
 def patched(facts: Facts) -> Iterator[Finding]:
-    """Before a patch, the function must be vLLM's. After it, the function must be the plugin's."""
+    """Each target must be vLLM's function or, if the plugin is active, the plugin's."""
     rows, foreign = facts.get("patches", ()), facts["foreign"]
     names = [edit["name"] for patch in rows for edit in patch["edits"] if edit["why"]]
     names += [place["place"] for place in foreign if place["place"] not in names]

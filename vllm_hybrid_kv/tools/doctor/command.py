@@ -37,7 +37,7 @@ def doctor(
     """Check whether the plugin works in this environment, and say why not.
 
     A child process imports vLLM as a server does; no engine starts. The exit status is 0 if all
-    is well, 1 with warnings, 2 if the plugin cannot be active. --json without a file prints.
+    is well, 1 with warnings, 2 if the plugin cannot be active. A bare --json prints the JSON.
     """
     check_paths(json_, None)
     if additional_config:

@@ -19,8 +19,8 @@ class Places:
     """The places that hold vLLM's target functions, recorded before plugins are loaded.
 
     A place is the module or class that defines a function, or a module of vLLM that imported it by
-    name. A comparison with our own edits alone would miss another plugin that patches only a
-    calling module, or that patches before we do.
+    name. A check of our own edits would miss a plugin that patches only a calling module, or that
+    patches before we do.
     """
 
     def __init__(self, targets: Iterable[Target]) -> None:

@@ -25,7 +25,7 @@ from vllm_hybrid_kv.tools.output import Table, counted
 from vllm_hybrid_kv.version import __version__
 
 SCHEMA = 2
-"""Changes if a key of the JSON document is removed or changes its meaning.
+"""The JSON document's version. It grows if a key is removed or changes its meaning.
 
 2: `patches` replaces `seams`, with `active` instead of `in_force`; 0.3 removes the old keys.
 """

@@ -26,7 +26,7 @@ from vllm_hybrid_kv.tools.output import (
 from vllm_hybrid_kv.version import __version__
 
 SCHEMA = 1
-"""Changes if a key of the JSON document is removed or changes its meaning."""
+"""The JSON document's version. It grows if a key is removed or changes its meaning."""
 
 
 def evaluate(

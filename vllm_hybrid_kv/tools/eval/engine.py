@@ -134,7 +134,7 @@ class _Head:
         setattr(owner, name, score_prompt)
 
     def begin(self, tokens: list[int], reference: torch.Tensor | None) -> None:
-        """Prepare to score a prompt against saved hidden states; if None, record the states."""
+        """Prepare to score a prompt against saved hidden states or, if None, to record them."""
         self._tokens, self._reference = torch.tensor(tokens), reference
         self._position = 0
         self.states: list[torch.Tensor] = []
@@ -173,7 +173,7 @@ class Recorder:
         return attention_layers(runner.kv_cache_config)
 
     def hybrid_kv_begin(self, tokens: list[int], file: str, is_reference: bool) -> None:
-        """Prepare to score a request against the states in `file`; the reference has none yet."""
+        """Prepare to score a request against the states in `file`, or to record the states."""
         states = None if is_reference else safetensors.torch.load_file(file)[HIDDEN_STATES]
         self._hybrid_kv_head.begin(tokens, states)
 

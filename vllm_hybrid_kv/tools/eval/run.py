@@ -60,7 +60,7 @@ RESERVED = (
 
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
-    # One sequence at a time needs little; vLLM's default is a share of the whole memory.
+    # 1 GiB is enough for one sequence. vLLM's default is a share of the whole memory.
     "VLLM_CPU_KVCACHE_SPACE": "1",
     # The engine runs in the child itself, so it starts faster and ends with the child.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

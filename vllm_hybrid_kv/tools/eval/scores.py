@@ -91,8 +91,8 @@ def summarise(windows: Sequence[numpy.ndarray]) -> dict[str, Any]:
 def _error_of_mean(windows: Sequence[numpy.ndarray]) -> float | None:
     """Return the standard error of the mean over all positions; None for a single window.
 
-    The windows are the samples, because positions of one window depend on each other. The mean is
-    the ratio of sums to lengths, because windows of different lengths have different weights.
+    The windows are the samples, because positions of one window depend on each other. Windows
+    differ in length, so the mean is the sum of all scores divided by the sum of all lengths.
     """
     if len(windows) < 2:
         return None

@@ -133,7 +133,7 @@ def plan_of(model: Model, memory: int, settings: dict[str, Any]) -> Plan:
     """Plan the KV cache of a model; the arguments are those of `Model.engine`.
 
     Raises:
-        ValueError: The memory is too small, or a strategy returned an invalid answer.
+        ValueError: The memory is too small, or a strategy returned an invalid result.
     """
     engine = model.engine(memory, settings)
     model.check(engine)

@@ -102,14 +102,14 @@ def as_one_rank_of(
     """Build layers in this one process as one of `size` tensor parallel ranks of a pipeline stage.
 
     Building sends nothing between ranks, so patching the groups' sizes is enough. All ranks of
-    a stage have the same KV cache. `decode_context` ranks are also tensor parallel ranks.
+    a stage have the same KV cache. `decode_context` of these ranks share each context.
     """
     ranks, pipeline = get_tp_group(), get_pp_group()
     contexts = getattr(parallel_state, "_DCP", None)
     divided = contexts is not None and decode_context > 1
     with (
         patch.object(ranks, "world_size", size),
-        # The expert-parallel group. vLLM did not create it if its first model had no experts.
+        # The expert-parallel group. vLLM creates it only if the first model has experts.
         patch.object(parallel_state, "_EP", ranks),
         patch.multiple(
             pipeline, world_size=stages, rank_in_group=stage, rank=stage, ranks=list(range(stages))

@@ -145,11 +145,11 @@ def read_config(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def described(path: Path) -> Iterator[ModelDescription]:
-    """Write a config.json of only the language model, without weight quantisation, to a folder.
+    """Write a config.json for the language model with unquantised weights to a temporary folder.
 
-    Neither change affects the KV cache. Encoders of images and sounds have no cache, and building
+    This does not change the KV cache. Encoders of images and sounds have no cache, and building
     them needs a tokenizer and a processor. Kernels for quantised weights may not exist on this
-    machine. A quantised checkpoint can decide which cache dtype `auto` means, so read that first.
+    machine. The quantisation can decide which cache dtype `auto` means, so read that dtype first.
 
     Args:
         path: As in `read_config`.
@@ -243,7 +243,7 @@ def _stored_by(quantisation: dict[str, Any], path: Path) -> str | None:
     scheme = quantisation.get("kv_cache_scheme")
     try:
         if scheme is not None and quantisation.get("quant_method") == "compressed-tensors":
-            # On a server, attention layers check the scheme. Here they get none, so check it now.
+            # A server's attention layers check the scheme, but layers built here do not get it.
             from vllm.model_executor.layers.quantization.compressed_tensors import (
                 compressed_tensors,
             )

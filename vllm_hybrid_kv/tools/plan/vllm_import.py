@@ -53,8 +53,8 @@ def prepare() -> None:
 def import_vllm() -> None:
     """Import vLLM, unless it is already imported, and hide torchvision from transformers.
 
-    Planning processes no image, and vLLM for CPUs can bring a torchvision for GPUs, which cannot
-    be imported.
+    A vLLM for CPUs can come with a torchvision for GPUs, whose import fails. Planning needs no
+    torchvision.
 
     Raises:
         ImportError: vLLM is not installed or is broken.
@@ -74,8 +74,8 @@ def import_vllm() -> None:
 def model_classes_in_this_process() -> Iterator[None]:
     """Make vLLM inspect model classes in this process, and make classes for images importable.
 
-    vLLM inspects a class in a new process, because the process that forks its engine must not use
-    CUDA, and caches the result in a file. Here no engine is forked, and the file is not used.
+    vLLM inspects classes in a new process, because the process that forks its engine must not use
+    CUDA. Planning forks no engine. vLLM's file of cached results is not used either.
     """
     from transformers.utils import is_torchvision_available
     from vllm.model_executor.models import registry

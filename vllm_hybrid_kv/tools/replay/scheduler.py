@@ -47,7 +47,7 @@ class Tally:
         hit_tokens: Prompt tokens that the first lookup of a request found in the cache.
         recomputed_tokens: Tokens that full attention had cached when their request started, but
             that were recomputed because another group lacked them.
-        preemptions: Preempted requests, counted each time.
+        preemptions: How often the scheduler preempted a request.
         evicted_blocks: Evicted blocks by kind of KV group.
         steps: Steps of the scheduler.
         schedule_seconds: Seconds in the scheduler, by step.

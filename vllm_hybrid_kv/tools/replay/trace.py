@@ -28,7 +28,7 @@ BLOCK_TOKENS = 512
 
 
 class TraceError(ToolError):
-    """A trace is not in the format; the message has the file, the line and the field."""
+    """A trace is not in Mooncake's format; the message has the file, the line and the field."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def write_trace(path: Path, requests: Iterable[TracedRequest]) -> None:
 
 
 def shareable_tokens(requests: Sequence[TracedRequest]) -> int:
-    """Count the prompt tokens in blocks of earlier requests: no cache can hit more.
+    """Count the prompt tokens that earlier requests contain: the most that a cache can hit.
 
     Only full blocks count, although a later request may continue a partial block.
     """
@@ -162,6 +162,6 @@ def _block_tokens(block: int) -> range:
 
 
 def _own_tokens(index: int, start: int, stop: int) -> range:
-    # Negative ids, because blocks have none. The ids of two requests do not overlap.
+    # Use negative ids, because blocks use the others. The ids of two requests do not overlap.
     base = -1 - index << 24
     return range(base + start, base + stop)
