@@ -12,8 +12,8 @@ is made once too.
 A ratio is computed for every round, and its median is reported, because a shared machine changes
 its speed from one second to the next.
 
-For decode, the rate at which our kernels read keys and values is compared with that of `torch.sum`.
-It sums a tensor of four times the last-level cache, before each row and with the same threads.
+For decode, the read rate of our kernels is compared with that of `torch.sum`. Before each row of
+the report, the same threads sum a tensor that is four times as large as the last-level cache.
 
 Quantising is compared with a plain copy of the bytes that it reads, in the same process.
 """
@@ -69,7 +69,7 @@ def shapes(quick: bool) -> list[Shape]:
 
 
 def last_level_cache_bytes() -> int:
-    """Return the largest cache that Linux reports for the first CPU, at least 32 MiB.
+    """Return the size of the largest cache that Linux reports for the first CPU, at least 32 MiB.
 
     On an AMD EPYC, this is the L3 cache of one core complex, not of the whole CPU.
     """
@@ -221,7 +221,7 @@ def measure_quantising(
     cache = torch.zeros(pages, heads, BLOCK, k8v4.slot_bytes(head_size), dtype=torch.uint8)
     target = torch.empty_like(sources[0])
     slots = torch.arange(count * tokens).view(count, tokens).unbind()
-    # The two start half a cycle apart, so that neither reads what the other left in a CPU cache.
+    # Start the two half a cycle apart, so that neither finds its next source in a CPU cache.
     kernels = {
         "copy": in_turn(target.copy_, sources),
         "quantise": in_turn(
@@ -283,7 +283,7 @@ def main() -> None:
     from vllm.platforms import current_platform
 
     current_platform.import_kernels()
-    # This requests the tile registers from the system, which vLLM's kernel needs too.
+    # Request AMX's tile registers from the operating system; vLLM's kernel needs them too.
     isa.available()
     lines = heading()
     numbers = torch.ones(last_level_cache_bytes())  # four bytes each

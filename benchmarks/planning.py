@@ -4,8 +4,8 @@
     python -m benchmarks.planning [--out DIR]
 
 Every strategy plans the same layers in turn in one process. Times are medians of this thread's CPU
-time, because planning waits for nothing and the machine may be shared. Each round plans new spec
-objects, as the first plan of an engine does.
+time, which excludes other processes of the machine. Planning never waits, so this is its latency
+on an idle CPU. Each round plans new spec objects, like the start of an engine.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def measure(mixture: str) -> Rows:
 
 
 def _padding(before: Specs, plan: Mapping[str, KVCacheSpec]) -> float:
-    """Return the share of the pool that is padding, with one sequence of the longest length."""
+    """Return the share of padding in the pages, for one sequence of `LONGEST_SEQUENCE` tokens."""
     used = sum(
         layer_kind(spec, LONGEST_SEQUENCE).used_in(plan[name]) for name, spec in before.items()
     )

@@ -73,10 +73,10 @@ class Layout(enum.Enum):
       the code plus 128, because the dot product of AVX-512 multiplies unsigned by signed bytes.
       Sixteen lines are one operand of an AMX tile product.
     * values: a tile is `[D/32, 4, 64]`: each chunk of 32 dims has four quads of four tokens. The
-      64 bytes of a quad are `[16, 4]`. Byte (i, j) holds dim `i` (low nibble) and dim `16 + i`
-      (high nibble) of the j-th of the tokens 0, 2, 1 and 3. The lowest nibbles of the two 16-bit
-      words of an `i` are thus dim `i` of tokens 0 and 1. After a shift right by 4 bits they are dim
-      `16 + i` of tokens 0 and 1; by 8 and 12 bits, the same dims of tokens 2 and 3.
+      64 bytes of a quad are `[16, 4]`. The four bytes of row `i` hold dim `i` (low nibbles) and dim
+      `16 + i` (high nibbles) of tokens 0, 2, 1 and 3, in this order. The lowest nibbles of the
+      row's two 16-bit words are thus dim `i` of tokens 0 and 1. After a shift right by 4 bits they
+      are dim `16 + i` of tokens 0 and 1; by 8 and 12 bits, the same dims of tokens 2 and 3.
       If D is not a multiple of 32, the last chunk holds D % 32 dims in proportionally fewer bytes.
     """
 

@@ -9,7 +9,7 @@ The tokens are chosen so that a wrong kernel fails:
 
 * A long request fills several pages, the last one partly, and is divided into several splits.
 * Its first tokens are before the window and never stored. Their slots and all memory that no
-  request owns have infinite scales. Whole pages before the window become the null block.
+  request owns have infinite scales. The block table has the null block for pages before the window.
 * The first and last tokens that a row sees have large weights, so none of them can be missed.
 * A second request ends with a NaN in one KV head. Only its last token may output NaN.
 """
@@ -28,16 +28,16 @@ from vllm_hybrid_kv.kernels import reference
 from vllm_hybrid_kv.kernels.k8v4 import slot_bytes
 
 HIDDEN = 40
-"""With a window, no row sees this many tokens at the start of the long request."""
+"""How many tokens of the long request are before every row's window."""
 
 WINDOW = 520
-"""Window size in tokens. With tiles of 64 keys, this fills two splits of four tiles."""
+"""Window size in tokens: a little more than two splits of four tiles of 64 keys."""
 
 SHORT = 37
 """Context length of the second request, without its new tokens."""
 
 FEW = 60
-"""The first of two store calls has this many tokens: the hidden ones and a few more."""
+"""Number of tokens in the first of two store calls: 20 more than `HIDDEN`."""
 
 SOFT_CAP = 2.0
 
@@ -227,8 +227,8 @@ def _requests(variant: Variant, queries: Sequence[int]) -> list[_Request]:
     heads, head_size, most = variant.num_kv_heads, variant.head_size, max(queries)
     hidden = HIDDEN if variant.window else 0
     context = HIDDEN + WINDOW - 1
-    # Keys are random, except that they are constant at both ends and in the middle of what a row
-    # sees. Because queries have a mean of 0.5, constant keys weigh a hundred times as much.
+    # Keys are random, but the first, middle and last keys that a row sees are constant. Because
+    # queries have a mean of 0.5, constant keys get a hundred times the weight of random keys.
     query = (_normal(1, most, variant.num_heads, head_size) + 0.5).to(variant.dtype)
     key = _normal(2, context + most, heads, head_size).to(variant.dtype)
     key[[hidden, context // 2, *range(context, context + most)]] = 9.2 * head_size**-0.5

@@ -167,7 +167,7 @@ class EngineHost:
         lines = self.log.read_text(errors="replace").splitlines()
         return [line.strip() for line in lines if line.strip()][-60:]
 
-    # Each of these calls the method of the same name of `engine_worker.Worker` in the process.
+    # `engine_worker.Worker` has a method for each of these commands.
     generate = partialmethod(_call, "generate")
     hand_over = partialmethod(_call, "hand_over")
     pages = partialmethod(_call, "pages")

@@ -353,5 +353,5 @@ def main() -> None:
 if __name__ == "__main__":
     main()
     sys.stdout.flush()
-    # Nothing that vLLM leaves running may delay the end of this process.
+    # End at once, without waiting for threads that vLLM leaves running.
     os._exit(0)

@@ -88,7 +88,7 @@ def shortened(output: Output, tokens: int) -> Output:
 def choose_prompts(
     host: EngineHost, case: Case, pool: list[list[int]], count: int, tokens: int
 ) -> list[list[int]]:
-    """Choose prompts whose answers rounding cannot change, because no token was a close choice.
+    """Choose prompts whose answers rounding cannot change.
 
     Half of the prompts are the longest ones, which read many pages. The other half has all lengths.
     """
@@ -112,8 +112,8 @@ def assert_same(
         outputs: The outputs to check.
         expected: The outputs of the reference.
         case: Its bounds say how far rounding may move log-probabilities.
-        decisive: Compare only the tokens before each output's first close choice, and require at
-            least this many in total. None compares all tokens.
+        decisive: Compare each output only up to the first token that rounding could change, and
+            require at least this many tokens in total. None compares all tokens.
     """
     found = compare(outputs, expected, case.bounds, whole=decisive is None)
     assert not found.different, f"outputs differ: {'; '.join(found.different[:3])}"

@@ -7,7 +7,7 @@ hardly moves the output, and a test would miss a wrong page. The scales below pr
 * Scores vary by `SCORE_SIZE`, so a query attends to a handful of tokens anywhere in the prompt.
 * Keys are as large as keys of real models: `KEY_SIZE`, with peaks beyond 30.
 * Values share a direction, so their range, and thus their k8v4 scale, differs between tokens.
-* Logits vary by `LOGIT_SIZE`, so few greedy choices are close.
+* Logits vary by `LOGIT_SIZE`, so rounding can change few of the greedy tokens.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 """The models by name."""
 
 PLAIN_SCALES = ("gemma4_text", "gemma3n_text", "llama4_text")
-"""Model types without the scales above: their weights only keep activations at size 1."""
+"""Model types whose weights only keep activations at size 1, without most scales above."""
 
 MTP_LAYERS = {"qwen3_next": "num_nextn_predict_layers", "qwen3_5_text": "mtp_num_hidden_layers"}
 """The configuration field for the number of multi-token prediction layers, by model type."""
@@ -199,7 +199,7 @@ def build_model(
         config: One of `CONFIGS`, or a variant of it.
         folder: The folder to write to; created if it does not exist.
         dtype: The dtype of the weights in the file. Weights are drawn in float32.
-        words_only: Scale down other tokens' logits, so that greedy answers are whole words.
+        words_only: Make greedy answers of whole words, by scaling down all other tokens' logits.
         seed: The seed of the weights.
 
     Returns:

@@ -42,10 +42,10 @@ class Comparison:
 
 
 def decisive(output: Output, bounds: Bounds) -> int:
-    """Count the tokens before the first close choice.
+    """Count the tokens before the first one that rounding could change.
 
-    Two correct engines differ by rounding. If the two best tokens are closer than twice the
-    rounding, either of them is right, and all later tokens depend on which one was chosen.
+    If the log-probabilities of the two best tokens differ by at most twice the rounding, a correct
+    engine may choose either token. All later tokens depend on this choice.
     """
     close = (i for i, margin in enumerate(output.margins) if margin <= 2 * bounds.rounding)
     return next(close, len(output.margins))
@@ -61,7 +61,7 @@ def compare(
 ) -> Comparison:
     """Compare tokens and log-probabilities with those of the reference.
 
-    `whole` compares all tokens. Otherwise only tokens before the first close choice count.
+    If `whole`, compares all tokens, otherwise those before the first that rounding could change.
     """
     tokens, different = 0, []
     differences: list[float] = []
@@ -85,7 +85,7 @@ def compare(
     if not all(difference <= bounds.limit for difference in differences):
         different.append(f"log-probabilities up to {apart:.3f} apart, {bounds.limit} allowed")
     far = sum(not difference <= bounds.rounding for difference in differences)
-    # Among fewer than twenty log-probabilities, one may be farther than the rounding.
+    # One of twenty may differ by more than `bounds.rounding`. Of fewer than twenty, one may too.
     if far > max(1, len(differences) / 20):
         different.append(
             f"{far} of {len(differences)} log-probabilities more than {bounds.rounding} apart"
@@ -117,10 +117,10 @@ def format_error(head_size: int) -> float:
 
 
 UNQUANTISED_ENDS = {"boundary_layers": 2}
-"""`errors_of` bounds engines with these settings. They leave two layers at each end unquantised,
-because with random weights later layers amplify the first ones' errors. In float32 transformers
-with `reference.quantise`, the mean error of Llama's and Gemma 3's shape is 0.05 and 0.08 with these
-settings, but 0.14 and 0.29 without. The bound is 0.084 at D = 64."""
+"""The bounds of `errors_of` require these settings: two layers at each end stay unquantised. With
+random weights, later layers amplify the first layers' errors. In float32 transformers with
+`reference.quantise`, the mean errors of Llama's and Gemma 3's shapes are then 0.05 and 0.08. If all
+layers are quantised, they are 0.14 and 0.29. The bound is 0.084 at D = 64."""
 
 
 def errors_of(

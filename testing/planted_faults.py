@@ -43,7 +43,7 @@ In every layer and step, the request's first token gets the number in its first 
 """
 
 DTYPE_FAULT = "shared layer with another dtype"
-"""Layers that read another layer's pages choose their own dtype, as in vLLM without our patch."""
+"""A layer that reads another layer's pages uses its own dtype, as vLLM does without our patch."""
 
 HEAD_SIZE_FAULT = "group read with another head size"
 """In the plan, the head size of the first k8v4 group is twice that of the group's layers."""
@@ -82,7 +82,7 @@ def _as_bytes(tensor: torch.Tensor) -> bytes:
 
 
 def plant(fault: str | None) -> None:
-    """Remove the fault of this process, if there is one, and plant another unless it is None.
+    """Remove this process's faults, then plant `fault` unless it is None.
 
     Raises:
         ValueError: There is no such fault.

@@ -6,7 +6,7 @@ half of the symbols are keys, the second half are values.
 
 * recall: pairs of a key and its value between pieces of text, then keys again, each followed by
   its value. Values are drawn for each sequence, so only the cache has the answer.
-* copy: distinct symbols, text, the copy mark, then the symbols again from the first or a later one.
+* copy: distinct symbols, text, the copy mark, then a run of the same symbols again.
 * text: bytes of Python's own documentation, `pydoc_data.topics`.
 """
 
@@ -86,12 +86,12 @@ def text_sequence(draw: np.random.Generator, length: int) -> Sequence:
 def copy_sequence(
     draw: np.random.Generator, length: int, text_share: float | None = None
 ) -> Sequence:
-    """Return symbols, then text, then some of the symbols again. `text_share` is drawn if None."""
+    """Return symbols, text, then some of the symbols again. `text_share` is random if None."""
     if text_share is None:
         text_share = draw.choice([0.0, 0.0, 0.3, 0.8])
     text = int((length - 4) * text_share)
     count = (length - 2 - text) // 2
-    # A copy that does not begin at the first symbol needs one symbol that shows its start.
+    # A copy may start at a later symbol. That symbol is given, and the answer follows it.
     start = 0 if draw.random() < 0.5 else int(draw.integers(0, max(1, count // 2)))
     count = min(SYMBOLS, length - 2 - text - count + start)
     symbols = FIRST_SYMBOL + draw.permutation(SYMBOLS)[:count]
@@ -116,7 +116,7 @@ def recall_sequence(
 ) -> Sequence:
     """Return pairs between pieces of text, then some keys again, each followed by its value.
 
-    `text_share`, the share of text before the questions, and `questions` are drawn if None.
+    `text_share` is the share of text before the questions. A parameter that is None is random.
     """
     if text_share is None:
         text_share = draw.choice([0.0, 0.3, 0.6, 0.9])

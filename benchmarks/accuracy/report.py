@@ -25,7 +25,7 @@ GOALS = {
     SMOLLM2: {FORMAT_1.name: 0.6, VLLM.name: 0.5, E4M3.name: 0.75},
     GEMMA: {FORMAT_1.name: 0.6, VLLM.name: 0.5, E4M3.name: 1.05},
 }
-"""For each model, the largest ratio allowed of k8v4's mean divergence to another cache's."""
+"""Upper limits, by model and cache, of k8v4's mean divergence divided by that cache's."""
 
 
 def _caches(caches: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -82,7 +82,7 @@ def markdown(
     results: Sequence[tuple[Mapping[str, Any], Mapping[str, Scores]]],
     host: Mapping[str, Any],
 ) -> str:
-    """Write the report. `results` has what `measure.measure` returned, for each model."""
+    """Write the report. `results` lists the return values of `measure.measure`, one per model."""
     lines = [
         "# What quantised KV caches cost on pretrained models",
         "",

@@ -7,9 +7,9 @@ The engines run on the device that vLLM finds. Their models are small and have r
 attention, sliding windows, and Gated DeltaNet with and without experts. Each engine has a process
 of its own, so that its memory is freed and its failure only adds a row to the report.
 
-* Equal outputs, whether prompts run alone, all at once, from the prefix cache or in chunks. This is
-  also checked with ngram and multi-token prediction, with graphs, and with either model runner.
-* Decode speed. Ours takes turns with `--kv-cache-dtype auto`, `fp8` and stock vLLM's k8v4.
+* Outputs must be equal, whether prompts run alone, all at once, from the prefix cache or in chunks.
+  Further engines use ngram and multi-token prediction, graphs, or either model runner.
+* Decode speed is compared with `--kv-cache-dtype auto`, `fp8` and stock vLLM's k8v4, in turn.
 
 If vLLM cannot run an engine even with an unquantised cache and without the plugin, the report has
 vLLM's error. The exit status is 1 if outputs differ, or if an engine fails only with the plugin

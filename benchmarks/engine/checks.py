@@ -177,10 +177,10 @@ class ModelChecks:
 def choose(
     outputs: Sequence[Output], prompts: Sequence[list[int]], count: int, bounds: Bounds
 ) -> list[list[int]]:
-    """Choose prompts to compare. Rounding cannot change the first token of any of their outputs.
+    """Choose prompts to compare, and return them shortest first.
 
-    Half are the longest prompts, so that many pages are read. The other half are those whose
-    outputs have the most tokens before the first close choice. Returns the shortest prompt first.
+    Prompts are skipped if rounding can change the first token of the output. Half are the longest
+    prompts. The others' outputs start with the most tokens that rounding cannot change.
     """
     counts = [decisive(output, bounds) for output in outputs]
     usable = [i for i, number in enumerate(counts) if number]

@@ -46,7 +46,7 @@ class Place:
 
 
 def find_place() -> Place:
-    """Return the device that vLLM runs on here.
+    """Describe the machine that vLLM runs on.
 
     Raises:
         ImportError: vLLM is not installed.
@@ -97,7 +97,7 @@ class Configuration:
             found["compilation_config"] = {"cudagraph_mode": self.graphs}
         if self.speculation is not None:
             found["speculative_config"] = SPECULATION[self.speculation]
-            # This benchmark checks whether cached states stay correct with drafts.
+            # Start even if drafts can corrupt cached states: comparing outputs would show it.
             settings["allow_unsafe_drafts"] = True
         return found
 

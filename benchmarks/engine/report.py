@@ -32,7 +32,7 @@ FAILURES = (Verdict.DIFFERENT, Verdict.FAILED)
 
 @dataclass(frozen=True)
 class Row:
-    """A comparison of an engine with the reference of its model, or why there is none.
+    """The result of comparing an engine with its model's reference, or why it was not compared.
 
     Attributes:
         what: Which outputs were compared, or which batch was not timed. Empty if the row is about

@@ -91,7 +91,7 @@ def _measure_batch(
     for cache in names:
         call(cache, "begin_decoding", prompts, decoded)
     for number in range(sizes.rounds):
-        # Each engine is the first of a round equally often.
+        # Let the engines take turns at being first.
         shift = number % max(1, len(names))
         for cache in names[shift:] + names[:shift]:
             timed = call(cache, "decode", sizes.steps)

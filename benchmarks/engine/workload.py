@@ -78,7 +78,7 @@ def config_to_time(model: str, sizes: Sizes) -> PreTrainedConfig:
     config.head_dim = head_size
     config.hidden_size = 1024
     config.intermediate_size = 2048
-    # The first two and the last two layers of a dense model are not quantised.
+    # Of a dense model's 12 layers, the first two and the last two are not quantised.
     layers = 16 if model in HYBRIDS else 12
     config.num_hidden_layers = layers
     if model == "gemma3":
@@ -95,8 +95,8 @@ def config_to_time(model: str, sizes: Sizes) -> PreTrainedConfig:
 def bounds_of(model: str, dtype: str) -> Bounds:
     """Return how far rounding alone may move a log-probability, as measured on CPUs.
 
-    `testing/model_cases.py` explains the numbers. A compiled graph rounds differently from an
-    eager engine, hence 0.25 for bfloat16.
+    `testing/model_cases.py` explains the numbers. In bfloat16, dense models get 0.25, because a
+    compiled graph rounds differently from an eager engine.
     """
     if model in HYBRIDS:
         return Bounds(rounding=0.4, farthest=1.0)

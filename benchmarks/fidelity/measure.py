@@ -53,8 +53,8 @@ def summarise(samples: Iterable[Sample]) -> list[dict[str, Any]]:
     """Return a row for each source and kind of query, with means over its samples.
 
     Returns:
-        Rows for JSON. `errors` has the mean error of each rule. `ratios` has the error of format 2
-        (today's k8v4) divided by each rule's: the mean over samples and its standard error.
+        Rows for JSON. `errors` has the mean error of each rule. In `ratios`, the error of format 2
+        (today's k8v4) is divided by the rule's error; an entry is the mean and its standard error.
     """
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
     sizes: dict[str, dict[str, int]] = {}

@@ -16,7 +16,7 @@ def _ratio(row: Row, name: str) -> str:
 
 
 def _by_size(rows: list[Row], name: str) -> list[str]:
-    """Table of format 2's error divided by a rule's: a row per source, a column per size."""
+    """Make a table of one rule's `ratios`, with a row per source and a column per size."""
     sizes = sorted({(row["head_size"], row["length"]) for row in rows})
     cells = {(row["source"], (row["head_size"], row["length"])): _ratio(row, name) for row in rows}
     sources = dict.fromkeys(row["source"] for row in rows)

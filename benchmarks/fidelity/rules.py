@@ -24,7 +24,7 @@ def exact(x: torch.Tensor) -> torch.Tensor:
 
 
 def e4m3(x: torch.Tensor) -> torch.Tensor:
-    """Round to e4m3fn numbers, as an fp8 cache with a scale of 1 should store them."""
+    """Round to e4m3fn numbers, like a saturating fp8 cache with a scale of 1."""
     return x.clamp(-448, 448).to(torch.float8_e4m3fn).to(torch.float32)
 
 
@@ -86,4 +86,4 @@ PARTS = {
     "values of format 1": Rule(exact, rotated_min_max),
     "values of format 2": Rule(exact, product_value),
 }
-"""Rules that round either keys (and queries) or values. The others stay exact."""
+"""Rules that round only keys, only keys and queries, or only values."""

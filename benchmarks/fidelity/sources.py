@@ -87,7 +87,7 @@ def outlier_channels(one_of: int, size: float) -> Draw:
 
 
 def channel_means(generator: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
-    """Draw normal numbers, and add to each dim a mean three times as large, like a bias."""
+    """Draw normal numbers, and add a mean to each dim, like a bias: a normal number times 3."""
     return gaussian(generator, shape) + 3 * gaussian(generator, shape[1:])
 
 

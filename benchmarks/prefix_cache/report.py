@@ -86,7 +86,7 @@ def _overhead(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def comparisons(rows: Iterable[Row], reference: str = STOCK) -> list[tuple[Row, Row]]:
-    """Pair each of our rows with the reference's of the same case, unless neither fits."""
+    """Pair our rows with the reference's row of the same case, if at least one of the two fits."""
     pairs = []
     for some in split(rows, "model", "dtype", "trace", "requests", "memory").values():
         by_strategy = {row["strategy"]: row for row in some}
@@ -112,7 +112,7 @@ def faults(rows: Iterable[Row]) -> list[str]:
 
 
 def _comparisons(rows: Sequence[Row]) -> Iterator[str]:
-    """List our runs that hit fewer tokens than stock, with stock's match unit or with 16."""
+    """List our runs that hit fewer tokens than `STOCK`, then those with fewer than `STOCK_16`."""
     for reference in (STOCK, STOCK_16):
         pairs = comparisons(rows, reference)
         below = [pair for pair in pairs if pair[0]["hit_tokens"] < pair[1]["hit_tokens"]]

@@ -103,7 +103,7 @@ def run_batch(cases: Sequence[Case], public: Path | None) -> list[Row]:
                 "prompt_tokens": tally.prompt_tokens,
                 "hit_tokens": tally.hit_tokens,
                 "hit_rate": tally.hit_rate,
-                # Equal if every single request hit the same number of tokens.
+                # Two runs have equal digests if each request hit the same number of tokens.
                 "hits_digest": hashlib.sha256(json.dumps(tally.hits).encode()).hexdigest()[:16],
                 "recomputed_tokens": tally.recomputed_tokens,
                 "preemptions": tally.preemptions,
@@ -143,9 +143,9 @@ def measure_overhead(cases: Sequence[Case], public: Path | None, rounds: int) ->
 
     One process replays the same requests with each strategy in turn, after a short warm-up. Every
     other round has the reverse order, because a shared machine changes its speed. Only `schedule`
-    and `update_from_output` are timed. A strategy takes the same steps in every round, so a step's
-    time is the median over the rounds. The median removes interruptions, and keeps work that the
-    strategy does only every 64 requests.
+    and `update_from_output` are timed. A strategy takes the same steps in every round. Each step's
+    median over the rounds is reported: it removes interruptions, but keeps work that a strategy
+    does only every 64 requests.
 
     Returns:
         A row for each case, with milliseconds per step (median) and per request (all steps), and
@@ -184,7 +184,7 @@ def measure_overhead(cases: Sequence[Case], public: Path | None, rounds: int) ->
 
 
 def medians(rounds: Sequence[Sequence[float]]) -> list[float]:
-    """Return the median of each step over the rounds of one strategy.
+    """Return each step's median time. `rounds` has the times of all steps, for each round.
 
     Raises:
         ValueError: The rounds have different numbers of steps.

@@ -21,7 +21,7 @@ REPEATED = 0.1
 CONTINUED = 0.15
 """The share of short prompts that are the second turn of an earlier one."""
 MEMORY = 200
-"""How many of the latest prompts with a full block can be repeated or continued."""
+"""Only this many of the latest prompts that fill a block are repeated or continued."""
 
 
 def agents(requests: int, seed: int = 0) -> list[TracedRequest]:
@@ -66,7 +66,7 @@ def short_prompts(requests: int, seed: int = 0) -> list[TracedRequest]:
     draw = random.Random(seed)
     ids = itertools.count()
     sent: list[TracedRequest] = []
-    # Prompts with a whole block. Only these can share a prefix in this format.
+    # Prompts of at least one block, because a trace cannot express shorter shared prefixes.
     recent: list[TracedRequest] = []
     now = 0.0
     for _ in range(requests):
@@ -95,6 +95,6 @@ def short_prompts(requests: int, seed: int = 0) -> list[TracedRequest]:
 def _request(
     now: float, tokens: int, answer: int, full: Sequence[int], ids: Iterator[int]
 ) -> TracedRequest:
-    """Make a request. No other request shares its partial block's id, as in recorded traces."""
+    """Make a request. Its partial last block gets a new id, as in recorded traces."""
     tail = [next(ids)] if tokens % BLOCK_TOKENS else []
     return TracedRequest(round(now), tokens, answer, (*full, *tail))

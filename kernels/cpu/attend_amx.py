@@ -32,7 +32,7 @@ _ROWS = 16
 """Maximum number of rows of one tile product."""
 
 _STACKED_ROWS = 8
-"""With at most this many rows, the upper and lower bytes of their weights fit one operand."""
+"""One operand holds the upper and lower bytes of the weights of up to this many rows."""
 
 OPERAND = 1024
 """Bytes of a tile operand."""
@@ -125,7 +125,7 @@ def _split_values(
     """Split value codes of 64 or 32 dims into bytes, as operands of 64 tokens x 16 dims.
 
     A row of an operand holds 16 dims of four tokens, ordered by `k8v4.QUAD_BYTE_OF_TOKEN`. The
-    first dim is `offset` bytes into a tile. Also prefetches the same dims of the tiles `ahead`.
+    first dim is `offset` bytes into a tile. Also prefetches these dims of the tiles in `ahead`.
     """
 
     def values_at(records: ir.Value, i: ir.Value) -> ir.Value:
@@ -164,8 +164,8 @@ def _multiply_codes(
 ) -> None:
     """Multiply two-byte weights with the value codes of 64 or 32 dims, exactly, in int32.
 
-    `weights` points to the upper bytes, 64 tokens per step. The lower bytes are at `weights +
-    lower`. If `stacked` (64 dims require it), one tile holds both. Sums are rows of 64 int32.
+    The upper bytes are at `weights`, 64 tokens per step, and the lower bytes at `weights + lower`.
+    If `stacked`, one tile holds upper and lower bytes. 64 dims require this. A row has 64 sums.
     """
 
     def multiply(parts: int, limbs: int) -> None:

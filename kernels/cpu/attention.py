@@ -77,9 +77,9 @@ def paged_attention(
     """Attend to paged k8v4 tokens for a batch of requests; `reference.attend` has the formula.
 
     A query at position p sees the tokens of its own request: only those up to p if `causal`, and
-    only those in (p - window, p + window) if there is a window. A token with a NaN scale makes the
-    rows that see it NaN, and no others. A row never depends on tokens that it does not see, or on
-    memory after the last token.
+    only those in (p - window, p + window) if there is a window. If a token has a NaN scale, exactly
+    the rows that see the token become NaN. A row never depends on tokens that it does not see, or
+    on memory after the last token.
 
     Args:
         query: bf16, fp16 or fp32 [T, Hq, D], the requests' new tokens one after another; dims

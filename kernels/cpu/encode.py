@@ -56,7 +56,7 @@ _ROUNDING_BITS = 0x4B400000  # the float32 `ROUNDING` as bits
 
 
 def _vectors(e: Emitter, head_size: ir.Value) -> ir.Value:
-    """How many vectors a row takes, rounded up."""
+    """Return how many vectors hold a row."""
     return e.shift_right(e.at(head_size, LANES - 1), 4)
 
 
@@ -158,7 +158,7 @@ def write_scales(
 ) -> None:
     """Write the scales of four tokens, and the factors that turn their rows into codes.
 
-    Four tokens share this work. Done for each token alone, it would take a quarter of the time of
+    One call serves four tokens. Calls for single tokens would take a quarter of the time of
     encoding. Neither the partial maxima `largest` nor the rows are multiplied by `unit` yet, so the
     factors include it. If bit t of `nan_tokens` is set, the rows of token t are zeros and its
     scales become NaN.
@@ -185,7 +185,7 @@ _RoundRow = Callable[[ir.Value], ir.Value]
 
 
 def _key_encoder(e: Emitter, results: ir.Value, token: int | ir.Value) -> _RoundRow:
-    """Return a function that encodes the 16 keys at an address; the low bytes are code + 128."""
+    """Return a function that encodes 16 keys at an address. An int32's low byte is code + 128."""
     inverse = e.broadcast(e.load(F32, e.at(e.at(results, INVERSES), token, 4)))
 
     def raised_codes(place: ir.Value) -> ir.Value:
@@ -198,7 +198,7 @@ def _key_encoder(e: Emitter, results: ir.Value, token: int | ir.Value) -> _Round
 def _value_encoder(e: Emitter, results: ir.Value, token: int | ir.Value) -> _RoundRow:
     """Return a function that encodes the 16 values at an address as codes plus `_ROUNDING_BITS`.
 
-    As in the reference, the product, the addition of 7.5 and the addition of `ROUNDING` each round.
+    As in the reference, three steps round: the product, adding 7.5, and converting to an integer.
     The clamp is needed because a value of 8 steps would become 15.5, which rounds to 16.
     """
     inverse = e.broadcast(e.load(F32, e.at(e.at(results, INVERSES + 16), token, 4)))
@@ -252,8 +252,8 @@ def _store_keys(
 def _store_key_quad(e: Emitter, to: Int64, rows: Int64, results: Int64, head_size: Int64) -> None:
     """Store the keys of a quad's four tokens, which take 16 of the 64 bytes in each line of a tile.
 
-    Each shuffle moves codes to their token's place without leaving a group of 16 bytes. Converting
-    the words to bytes first would move codes between groups, which takes twice the time.
+    Each shuffle moves a token's codes inside groups of 16 bytes. If the words were first converted
+    to bytes, codes would move between groups, which takes twice the time.
     """
     encoders = [_key_encoder(e, results, token) for token in range(4)]
     zeros = filled(I8, 0, 4 * LANES)
@@ -280,7 +280,7 @@ def _store_key_quad(e: Emitter, to: Int64, rows: Int64, results: Int64, head_siz
 def _store_values(
     e: Emitter, to: Int64, row: Int64, results: Int64, token: Int64, head_size: Int64, quad: Int64
 ) -> None:
-    """Store one token's values. They are every fourth byte of a line for each chunk of 32 dims."""
+    """Store one token's values: every fourth byte of one line in each chunk of 32 dims."""
     raised_codes = _value_encoder(e, results, token)
     with e.each(e.shift_right(e.at(head_size, 31), 5)) as i:
         width = half_chunk(e, i, head_size)

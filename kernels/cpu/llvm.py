@@ -247,7 +247,7 @@ class Emitter:
         emit: Callable[[int], Sequence[ir.Value] | None],
         comparison: str = "==",
     ) -> list[ir.Value]:
-        """Like `choose`: run the case of the first number equal to `value`, or else the last."""
+        """Like `choose`, with a case per number, chosen by comparing `value` with each number."""
         return self.choose(
             numbers, lambda number: self.b.icmp_signed(comparison, value, I64(number)), emit
         )

@@ -95,7 +95,7 @@ def _is_quad(slots, i, last):  # type: ignore[no-untyped-def]
 
 @numba.njit
 def _tokens_before_quad(slots, i, last):  # type: ignore[no-untyped-def]
-    """Return how many tokens, from token i on, to store before the next quad: one to four."""
+    """Return how many tokens to store at once: one to four, from token i up to the next quad."""
     count = 1
     while count < 4 and i + count < last and not _is_quad(slots, i + count, last):
         count += 1
@@ -183,8 +183,8 @@ def quantise_and_store(
 ) -> None:
     """Quantise tokens and write them into their slots, in the layout `CPU_TILED`.
 
-    Nothing else in the cache changes. If one call names a slot twice, the slot gets the bytes of
-    either token or, with several threads, a mixture of both; vLLM never does so.
+    Nothing else in the cache changes. If one call names a slot twice, which vLLM never does, the
+    slot gets the bytes of either token or, with several threads, a mixture of both.
 
     Args:
         key: bfloat16, float16 or float32 [T, H, D], any strides.

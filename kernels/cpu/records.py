@@ -149,8 +149,8 @@ STATE_FIELDS = ("largest", "total", "offset", "weight_step", "query_step", "rais
 ROW_STATE = np.dtype([(name, np.float32) for name in STATE_FIELDS])
 """The state of a row. `largest`, `total`: the online softmax's maximum and its sum of weights.
 `offset` must be added to every dim of the output. `weight_step`, `query_step`: the scales of the
-last chunk's integer weights and of the query's codes. `raised_by`: every key byte is 128 larger
-than its code, which adds this to an integer score."""
+last chunk's integer weights and of the query's codes. `raised_by` is subtracted from integer
+scores, because every key byte is 128 larger than its code."""
 
 STATE_BYTES = ROW_STATE.itemsize
 

@@ -89,9 +89,9 @@ def _rotate(e: Emitter, row: ir.Value, head_size: ir.Value) -> ir.Value:
     def among(
         count: int, stride: int, combine: Callable[[Emitter, _Vectors], _Vectors], first: bool
     ) -> ir.Value:
-        """Replace every `count` vectors of the row that are `stride` apart by `combine` of them.
+        """Apply `combine` in place to each group of `count` vectors that are `stride` apart.
 
-        `first` applies the stages inside each vector before.
+        If `first`, apply the stages inside each vector before `combine`.
         """
 
         def run(i: ir.Value, largest: _Vectors) -> _Vectors:

@@ -30,7 +30,7 @@ from vllm_hybrid_kv.kernels.k8v4 import MIDDLE_VALUE_CODE, QUAD_BYTE_OF_TOKEN
 LOG2_E = math.log2(math.e)
 
 _LEAST_TOP = 1e-30
-"""If no weight of a chunk exceeds this, all count as zero, because the inverse would overflow."""
+"""If a chunk's largest weight is at most this, its weights become 0: dividing could overflow."""
 
 WORDS, LIMBS = 1, 4
 """Formats of integer weights: 16-bit words, or upper and lower bytes in separate rows. The number
@@ -54,9 +54,9 @@ def _soft_capped(e: Emitter, x: ir.Value, cap: ir.Value) -> ir.Value:
     return b.fsub(wide, b.fdiv(b.fadd(wide, wide), grown))
 
 
-# Where the lower bytes of 64 weights are in two vectors, in the order of the tokens' values in a
-# page. The 32-bit lanes of the first vector hold the 16-bit weights of tokens 0-15 (low halves) and
-# 16-31 (high halves); the second vector holds those of tokens 32-63.
+# Two vectors hold 64 weights of 16 bits: tokens 0-15 in the low halves of the first vector's 32-bit
+# lanes, tokens 16-31 in the high halves, and tokens 32-63 in the second vector. `_LOWER_BYTES` are
+# the positions of the weights' lower bytes, in the order of the tokens' values in a page.
 _TOKENS = [byte // 4 * 4 + QUAD_BYTE_OF_TOKEN.index(byte % 4) for byte in range(64)]
 _LOWER_BYTES = [64 * (t // 32) + 4 * (t % LANES) + 2 * (t // LANES % 2) for t in _TOKENS]
 
@@ -133,7 +133,7 @@ def softmax_row(
     Weights are rounded to multiples of `weight_step`, which follows from the chunk's largest.
     A value code stands for code - 7.5, so -7.5 times the weights' sum is added to `offset`.
 
-    Returns the factor to multiply the row's earlier output with, because m may have grown.
+    If m has grown, earlier weights are too large. Returns the factor that corrects the output.
 
     Args:
         e: Emits the code.
@@ -160,7 +160,7 @@ def softmax_row(
     raised_by = e.broadcast(e.load(F32, e.at(state, _RAISED_BY)))
 
     def emit(masked: bool) -> list[ir.Value]:
-        """Emit code for any row. Without `masked`, it is faster but needs `is_plain`."""
+        """Emit code for any row if `masked`, otherwise faster code that requires `is_plain`."""
         bounds = [e.broadcast(b.trunc(bound, I32)) for bound in (first, last)]
 
         def visible(i: ir.Value) -> ir.Value:
@@ -197,7 +197,7 @@ def softmax_row(
 
         def weigh(i: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             place = e.at(scores, i, LINE)
-            # Round once with and without `masked`: other rows can decide which of the two runs.
+            # One fma in both variants, so that they round alike: other rows can decide which runs.
             weight = e.exp2(e.fma(e.load_floats(place), factors, b.fneg(shift)))
             scales = e.at(scratch, records.VALUE_SCALES_AT)
             scaled = b.fmul(weight, e.load_floats(e.at(scales, i, LINE)))

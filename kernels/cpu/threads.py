@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run compiled code on numba's thread pool, which follows torch's number of threads.
 
-If torch is imported first, numba's `omp` layer runs on torch's own OpenMP. A parallel call wakes
-as many threads of the pool as the last call of `follow_torch` set.
+If torch is imported first, numba's `omp` layer runs on torch's own OpenMP. `follow_torch` sets how
+many threads of the pool the next parallel calls wake.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ def item_loop(attend_chunk: Any, setup: Any = _no_setup, words: int = 0) -> Any:
             filled = (count + 3) // 4 * 4
             for i in range(count, filled):
                 tiles[i] = tiles[count - 1]
-            # Each tile prefetches a next one. If there is none, let it prefetch itself.
+            # Each tile prefetches one of the next tiles, or itself if there are fewer next tiles.
             for i in range(count_ahead, filled):
                 ahead[i] = tiles[i]
             for i in range(count):

@@ -77,7 +77,7 @@ def replay_error(name: str, captured: Step, replayed: Step) -> float:
     with Recorder() as recorder:
         backend.impl.forward(backend.layer, query, key, value, cache, metadata, out)
     launched = [executor.fn.__name__ for executor, _, _ in recorder.launches]
-    # The plan must be part of the graph: one made before the capture is for other lengths.
+    # The graph must contain the plan's kernel, because every replay has new lengths.
     assert name == "stock" or "plan_kernel" in launched
 
     backend.store(made.key, made.value, cache, slots)
@@ -100,7 +100,7 @@ def captured_lengths() -> list[int]:
 
 
 def draft_error(update: bool) -> float:
-    """Return the error if a draft's next token reuses metadata, updated only if `update`."""
+    """Return the error of a second draft step with the first's metadata, updated if `update`."""
     backend = Backend("ours", vllm_config(), {})
     before, after = Step((40, 17), (1, 1)), Step((41, 18), (1, 1))
     common, made, cache = stored(backend, after)
@@ -117,7 +117,7 @@ def draft_error(update: bool) -> float:
 
 
 def not_warmed_up(steps: list[Step]) -> set[Any]:
-    """Return the kernels that the steps launch but the start of an engine does not."""
+    """Return the kernels of the steps that the start of an engine does not warm up."""
     layer = {"sliding_window": 20}
     backend = Backend("ours", vllm_config(), layer)
     with Recorder(launch=False) as warm:
@@ -139,7 +139,7 @@ def not_warmed_up(steps: list[Step]) -> set[Any]:
 
 
 def second_runner_error(bound: int) -> float:
-    """Run a step with metadata built as in vLLM's model runner V2."""
+    """Return the error of a step with metadata of vLLM's model runner V2; see `Step.bound`."""
     step = Step((20, 9), (2, 2), bound=bound)
     backend = Backend("ours", vllm_config(), {})
     group = AttentionGroup(K8V4AttentionBackend, ["layer"], spec(), 0)

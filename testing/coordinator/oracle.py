@@ -15,8 +15,8 @@ tokens of the prompt its hash covers. A group can serve a prefix of L tokens:
 
 With EAGLE or MTP, a draft layer's key and value of token L - 1 depend on token L. So an attention
 group with drafts can serve L only if the unit after L is cached too: a hash unit with partial hits,
-otherwise a block of the group. As in vLLM (`SpecGroup`), a group with drafts marks all groups of
-its spec. If drafts are in use but no group is marked, all groups except Mamba groups have drafts.
+otherwise a block of the group. As in vLLM (`SpecGroup`), if one group has drafts, all groups
+with an equal spec do. If the layout names no group with drafts, all except Mamba groups have them.
 
 Every group can serve a prefix of 0 tokens.
 """
@@ -93,7 +93,7 @@ def needed_blocks(layout: Layout, group_id: int, length: int) -> range:
 
 
 def tails(layout: Layout, cached: Cached, group_id: int, length: int) -> list[int]:
-    """List the boundaries under which the block at a prefix's end is cached, from that end on."""
+    """List the boundaries, from `length` on, under which the prefix's last block is cached."""
     size = layout.block_size(group_id)
     end = -(-length // size) * size
     return [

@@ -33,7 +33,7 @@ CASES = [
     Case(head_size=64, lengths=(90,), options={"scale": -0.1, "causal": False}, queries=(2,)),
     Case(head_size=64, num_heads=2, num_kv_heads=1, lengths=(2900,), queries=(4,)),
 ]
-"""Few rows (both bytes of weights in one tile, or in two), many rows, and keys split into parts."""
+"""Cases with few rows (weight bytes in one tile or in two), with many, and with divided keys."""
 
 _tiles = [np.zeros((16, 64), np.uint8) for _ in range(8)]
 _rows = [16] * 8

@@ -26,8 +26,8 @@ TOLERANCE = {
     torch.bfloat16: _WEIGHTS + 2.0**-8,
 }
 # Largest |lse - reference|, absolute and relative. Scores are exact integer products times scales,
-# so only float32 rounding differs. One operation errs by 2^-24 of its result, which is up to 43
-# under a soft cap of 30. Sums of weights and the reference's sums of products err by more.
+# so only float32 rounding differs. A soft cap of 30 limits scores to 43, in units of log2. Rounding
+# such a score changes it by up to 2.6e-6. Rounding sums of weights or products changes lse by more.
 LSE_TOLERANCE = {"atol": 5e-6, "rtol": 2e-6}
 
 PATHS = isa.available()
