@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arithmetic of PTX on numpy arrays, where numpy's own differs from it.
+
+Approximate instructions (`ex2.approx`, `div.full` and so on) round correctly here, so errors of a
+GPU that are allowed by the PTX manual come on top.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+_TIE_BITS = np.uint64((1 << 28) - 1)
+_SMALLEST_NORMAL = np.float32(2.0**-126)
+_SIGN = np.uint32(0x80000000)
+NAN_BITS = {"f16": 0x7FFF, "bf16": 0x7FFF, "f32": 0x7FFFFFFF}
+"""The NaN that an instruction returns."""
+
+
+def flushed(x: Array) -> Array:
+    """Return float32 numbers with subnormal ones replaced by zeros of the same sign (`.ftz`)."""
+    small = np.abs(x) < _SMALLEST_NORMAL
+    return np.where(small, np.copysign(np.float32(0), x), x) if small.any() else x
+
+
+def fma(a: Array, b: Array, c: Array) -> Array:
+    """Return a * b + c of float32, rounded once.
+
+    The product is exact in float64. A float64 sum that is exact to more than 24 + 2 bits rounds to
+    the right float32 unless it looks like a tie; then its error decides ("round to odd").
+    """
+    product = a.astype(np.float64) * b.astype(np.float64)
+    addend = c.astype(np.float64)
+    total = product + addend
+    doubtful = (total.view(np.uint64) & _TIE_BITS) == 0
+    doubtful |= np.abs(total) < float(_SMALLEST_NORMAL)
+    doubtful &= np.isfinite(total)
+    if doubtful.any():
+        product, addend = (np.broadcast_to(x, total.shape)[doubtful] for x in (product, addend))
+        rounded = total[doubtful]
+        part = rounded - product
+        error = (product - (rounded - part)) + (addend - part)
+        bits = rounded.view(np.int64)
+        # Toward the error by one unit, if the last bit is even.
+        step = np.where((error > 0) == (rounded > 0), 1, -1)
+        total[doubtful] = np.where((error != 0) & (bits & 1 == 0), bits + step, bits).view(
+            np.float64
+        )
+    return total.astype(np.float32)
+
+
+def _extreme(a: Array, b: Array, nan: bool, smaller: bool) -> Array:
+    picked = (np.fmin if smaller else np.fmax)(a, b)
+    words = np.dtype(f"u{picked.dtype.itemsize}")
+    # -0 is smaller than +0. Equal numbers other than zeros have equal bits.
+    bits = a.view(words) | b.view(words) if smaller else a.view(words) & b.view(words)
+    result = np.where(a == b, bits, picked.view(words))
+    bad = np.isnan(a) | np.isnan(b) if nan else np.isnan(picked)
+    if bad.any():
+        result = np.where(bad, words.type(NAN_BITS[f"f{8 * picked.dtype.itemsize}"]), result)
+    return result.view(picked.dtype)
+
+
+def minimum(a: Array, b: Array, nan: bool = False) -> Array:
+    """Return the smaller number; of one NaN the other operand, unless `nan`."""
+    return _extreme(a, b, nan, smaller=True)
+
+
+def maximum(a: Array, b: Array, nan: bool = False) -> Array:
+    """Return the larger number; of one NaN the other operand, unless `nan`."""
+    return _extreme(a, b, nan, smaller=False)
+
+
+def exp2(x: Array) -> Array:
+    return np.exp2(x.astype(np.float64)).astype(np.float32)
+
+
+def log2(x: Array) -> Array:
+    return np.log2(x.astype(np.float64)).astype(np.float32)
+
+
+def to_half(x: Array) -> Array:
+    """Return float32 numbers as the bits of fp16, rounded to nearest even."""
+    bits = x.astype(np.float16).view(np.uint16)
+    return np.where(np.isnan(x), np.uint16(NAN_BITS["f16"]), bits)
+
+
+def from_half(bits: Array) -> Array:
+    return bits.view(np.float16).astype(np.float32)
+
+
+def to_bfloat(x: Array) -> Array:
+    """Return float32 numbers as the bits of bf16, rounded to nearest even."""
+    bits = x.view(np.uint32)
+    rounded = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16
+    return np.where(np.isnan(x), NAN_BITS["bf16"], rounded).astype(np.uint16)
+
+
+def from_bfloat(bits: Array) -> Array:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def joined(high: Array, low: Array) -> Array:
+    """Return two 16-bit words as one of 32 bits."""
+    return (high.astype(np.uint32) << 16) | low
+
+
+def to_integer(x: Array, kind: Any) -> Array:
+    """Return float32 numbers that are integers as integers, saturated; NaN is 0."""
+    limits = np.iinfo(kind)
+    wide = np.nan_to_num(x.astype(np.float64), nan=0.0, posinf=2.0**63, neginf=-(2.0**63))
+    return np.clip(wide, limits.min, limits.max).astype(kind)
+
+
+def divided(a: Array, b: Array) -> Array:
+    """Return integer quotients rounded toward zero."""
+    safe = np.where(b == 0, b.dtype.type(1), b)
+    quotient = a // safe
+    if a.dtype.kind == "i":
+        quotient = quotient + ((quotient < 0) & (quotient * safe != a)).astype(a.dtype)
+    return quotient
+
+
+def remainder(a: Array, b: Array) -> Array:
+    return a - divided(a, b) * b
+
+
+def multiplied_high(a: Array, b: Array) -> Array:
+    """Return the upper half of products of 32-bit or 64-bit integers."""
+    if a.dtype.itemsize == 4:
+        wide = np.int64 if a.dtype.kind == "i" else np.uint64
+        return ((a.astype(wide) * b.astype(wide)) >> wide(32)).astype(a.dtype)
+    words = [(x.astype(np.uint64) & 0xFFFFFFFF, x.astype(np.uint64) >> 32) for x in (a, b)]
+    (a_low, a_high), (b_low, b_high) = words
+    middle = a_high * b_low + (a_low * b_low >> 32)
+    other = a_low * b_high + (middle & 0xFFFFFFFF)
+    high = a_high * b_high + (middle >> 32) + (other >> 32)
+    if a.dtype.kind == "i":
+        # A negative factor counts 2^64 too much.
+        for x, y in ((a, b), (b, a)):
+            high = high - np.where(x < 0, y, y.dtype.type(0)).astype(np.uint64)
+    return high.astype(a.dtype)
+
+
+def minimum_above_zero(a: Array, b: Array) -> Array:
+    return np.maximum(np.minimum(a, b), a.dtype.type(0))
+
+
+def shifted_left(a: Array, count: Array) -> Array:
+    bits = 8 * a.dtype.itemsize
+    result = a << (count & (bits - 1)).astype(a.dtype)
+    return np.where(count >= bits, a.dtype.type(0), result)
+
+
+def shifted_right(a: Array, count: Array) -> Array:
+    """Return shifted numbers, signed ones with copies of the sign; no shift is taken modulo."""
+    bits = 8 * a.dtype.itemsize
+    if a.dtype.kind == "i":
+        return a >> np.minimum(count, bits - 1).astype(a.dtype)
+    return np.where(count >= bits, a.dtype.type(0), a >> (count & (bits - 1)).astype(a.dtype))
+
+
+def bit_field(a: Array, start: Array, length: Array) -> Array:
+    """Return the bits of a field: `bfe`. A signed field is extended by its highest bit."""
+    start, length = (start & 0xFF).astype(np.int64), (length & 0xFF).astype(np.int64)
+    wide = a.astype(np.int64)
+    last = 8 * a.dtype.itemsize - 1
+    field = (wide >> np.minimum(start, last + 1)) & ((np.int64(1) << np.minimum(length, 32)) - 1)
+    if a.dtype.kind == "i":
+        sign = (wide >> np.minimum(start + length - 1, last)) & 1
+        sign = np.where(length == 0, 0, sign)
+        reach = np.minimum(length, np.maximum(last + 1 - start, 0))
+        field = np.where(sign == 1, field | (np.int64(-1) << reach), field)
+        field = np.where(length == 0, 0, field)
+    return field.astype(a.dtype)
+
+
+def permuted(a: Array, b: Array, selector: Array) -> Array:
+    """Return four bytes selected from the eight of a and b: `prmt` in its default mode."""
+    pair = a.astype(np.uint64) | (b.astype(np.uint64) << np.uint64(32))
+    result = np.zeros(np.broadcast_shapes(pair.shape, selector.shape), np.uint64)
+    for byte in range(4):
+        nibble = (selector >> (4 * byte)).astype(np.uint64) & np.uint64(15)
+        value = (pair >> (8 * (nibble & np.uint64(7)))) & np.uint64(0xFF)
+        sign = np.where(value & np.uint64(0x80), np.uint64(0xFF), np.uint64(0))
+        value = np.where(nibble & np.uint64(8), sign, value)
+        result |= value << np.uint64(8 * byte)
+    return result.astype(np.uint32)
+
+
+def logic(a: Array, b: Array, c: Array, table: int) -> Array:
+    """Return the bitwise function of three operands that a table of eight bits gives: `lop3`."""
+    result = np.zeros(np.broadcast_shapes(a.shape, b.shape, c.shape), a.dtype)
+    for entry in range(8):
+        if table >> entry & 1:
+            term = a if entry & 4 else ~a
+            term = term & (b if entry & 2 else ~b)
+            result = result | (term & (c if entry & 1 else ~c))
+    return result
+
+
+def funnel(low: Array, high: Array, count: Array, left: bool, wrap: bool) -> Array:
+    """Return 32 bits of a shifted pair of words: `shf`."""
+    count = (count & 31 if wrap else np.minimum(count, 32)).astype(np.uint64)
+    pair = low.astype(np.uint64) | (high.astype(np.uint64) << np.uint64(32))
+    if left:
+        # A shift by 32 gives the low word.
+        return ((pair << count) >> np.uint64(32)).astype(np.uint32)
+    return (pair >> count).astype(np.uint32)
