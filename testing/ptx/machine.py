@@ -41,6 +41,7 @@ class Machine:
     Attributes:
         registers: By name.
         partial: Of registers that only some lanes have written, which.
+        undefined_halves: Of registers with parts that nothing has written, the numbers of these.
         mask: The lanes that run.
         slot: Which of the programs each warp belongs to, [warps, 1].
         keys: Thread key of each warp, [warps, 1].
@@ -84,6 +85,7 @@ class Machine:
         self.registers["%tid.x"] = (warp * 32 + LANES).astype(np.uint32)
         self.registers["%laneid"] = LANES[None].astype(np.uint32)
         self.partial: dict[str, Array] = {}
+        self.undefined_halves: dict[str, frozenset[int]] = {}
         self.mask: Mask = None
         self.live = np.ones_like(warp, np.bool_)
         self.waiting = np.zeros_like(warp, np.bool_)
@@ -118,6 +120,8 @@ class Machine:
         value = self.registers.get(name)
         if value is None:
             raise UninitialisedRead(f"register {name} was never written")
+        if name in self.undefined_halves:
+            raise UninitialisedRead(f"half of register {name} was never written")
         if name in self.partial:
             missing = ~self.partial[name]
             if (missing if mask is None else missing & mask).any():
@@ -128,6 +132,7 @@ class Machine:
         """Write a register in some lanes."""
         if name == "_":
             return
+        self.undefined_halves.pop(name, None)
         if mask is None:
             self.registers[name] = value
             if name in self.partial:
