@@ -192,14 +192,12 @@ def permuted(a: Array, b: Array, selector: Array) -> Array:
     return result.astype(np.uint32)
 
 
-def logic(a: Array, b: Array, c: Array, table: int) -> Array:
+def logic(a: Array, b: Array, c: Array, table: Array) -> Array:
     """Return the bitwise function of three operands that a table of eight bits gives: `lop3`."""
-    result = np.zeros(np.broadcast_shapes(a.shape, b.shape, c.shape), a.dtype)
+    result = np.zeros(1, a.dtype)
     for entry in range(8):
-        if table >> entry & 1:
-            term = a if entry & 4 else ~a
-            term = term & (b if entry & 2 else ~b)
-            result = result | (term & (c if entry & 1 else ~c))
+        term = (a if entry & 4 else ~a) & (b if entry & 2 else ~b) & (c if entry & 1 else ~c)
+        result = result | np.where(table >> entry & 1, term, a.dtype.type(0))
     return result
 
 

@@ -89,11 +89,10 @@ def _integers() -> None:
         _define(f"mad.lo.{kind}", f"u{bits} u{bits} u{bits} u{bits}", lambda a, b, c: a * b + c)
         _define(f"min.{kind}", f"{kind} {kind} {kind}", np.minimum)
         _define(f"max.{kind}", f"{kind} {kind} {kind}", np.maximum)
-        if sign == "s":
-            _define(f"min.relu.{kind}", f"{kind} {kind} {kind}", arithmetic.minimum_above_zero)
         _define(f"div.{kind}", f"{kind} {kind} {kind}", arithmetic.divided, _not_zero)
         _define(f"rem.{kind}", f"{kind} {kind} {kind}", arithmetic.remainder, _not_zero)
         _define(f"shr.{kind}", f"{kind} {kind} u32", arithmetic.shifted_right)
+    _define("min.relu.s32", "s32 s32 s32", arithmetic.minimum_above_zero)
     for bits in (16, 32, 64):
         _define(f"neg.s{bits}", f"u{bits} u{bits}", lambda a: np.subtract(a.dtype.type(0), a))
         _define(f"abs.s{bits}", f"s{bits} s{bits}", np.abs)
@@ -132,6 +131,7 @@ def _bits() -> None:
             _define(f"{name}.{kind}", f"{kind} {kind} {kind}", function)
         _define(f"not.{kind}", f"{kind} {kind}", np.invert)
     _define("prmt.b32", "b32 b32 b32 u32", arithmetic.permuted)
+    _define("lop3.b32", "b32 b32 b32 b32 u32", arithmetic.logic)
     for kind in ("b16", "b32", "b64", "u16", "u32", "u64", "s16", "s32", "s64", "f32"):
         _define(
             f"selp.{kind}", f"{kind} {kind} {kind} pred", lambda a, b, p: np.where(p, a, b)
@@ -209,7 +209,11 @@ def _floats() -> None:
     _with_flushing("abs.f32", "f32 f32", np.abs)
     _with_flushing("neg.f32", "f32 f32", np.negative)
     for kind, apply in (("f16", _on_halves), ("bf16", _on_bfloats)):
-        for name, function in (*sums.items(), ("min", np.fmin), ("max", np.fmax)):
+        for name, function in (
+            *sums.items(),
+            ("min", arithmetic.minimum),
+            ("max", arithmetic.maximum),
+        ):
             scalar = partial(apply, function)
             _define(f"{name}.{kind}", f"{kind} {kind} {kind}", scalar)
             _define(f"{name}.{kind}x2", "b32 b32 b32", partial(_on_pairs, scalar))
@@ -249,7 +253,7 @@ def _conversions() -> None:
             return kept.astype(np.int16 if target == "s8" else np.uint16) if "8" in target else kept
 
         _define(f"cvt.{target}.{source}", f"{held[target]} {held[source]}", resize)
-    for sign, bits in itertools.product("su", (8, 16, 32, 64)):
+    for sign, bits in itertools.product("su", (8, 16, 32)):
         kind, held_as = f"{sign}{bits}", f"{sign}{max(bits, 16)}"
         dtype = DTYPES[kind]
         _define(
