@@ -65,8 +65,9 @@ class Accesses(Operands):
         count = int(vector or 1)
         dtype = np.dtype(DTYPES[kind])
         width = count * dtype.itemsize
+        target, source = self.operands(one, 2)
         names = [
-            self.destination(one, item) for item in self.group(one, one.operands[0], count)
+            self.destination(one, item) for item in self.group(one, target, count)
         ]  # fmt: skip
         held = [
             DTYPES[f"{kind[0] if kind[0] in 'su' else 'u'}{self.kernel.type_of(n)[1:]}"]
@@ -74,7 +75,7 @@ class Accesses(Operands):
         ]
         if space == "param":
             return self.load_parameter(one, names[0], held[0], kind)
-        read = self.address(one, one.operands[1], space != "global")
+        read = self.address(one, source, space != "global")
         guard, negated, where = one.guard, one.negated, str(one)
         mask_of_bytes = one.used_bytes & ((1 << width) - 1)
         used = [bool(mask_of_bytes >> (i * dtype.itemsize) & 1) for i in range(count)]
@@ -116,8 +117,9 @@ class Accesses(Operands):
         space, vector, kind = match.groups()
         count = int(vector or 1)
         dtype = np.dtype(DTYPES[kind])
-        read = self.address(one, one.operands[0], space != "global")
-        items = self.group(one, one.operands[1], count)
+        place, data_operand = self.operands(one, 2)
+        read = self.address(one, place, space != "global")
+        items = self.group(one, data_operand, count)
         wide = [
             isinstance(x, Register) and dtype.itemsize == 1 and self.kernel.type_of(x.name)[1:]
             for x in items
@@ -146,7 +148,7 @@ class Accesses(Operands):
 
     def copy(self, one: Instruction) -> Step:
         target, source, size, *rest = one.operands
-        if not isinstance(size, Immediate) or len(rest) > 1:
+        if len(rest) > 1 or not isinstance(size, Immediate):
             raise self.refuse(one, "a cache policy")
         width = size.value
         write, read = self.address(one, target, True), self.address(one, source, False)
@@ -175,7 +177,7 @@ class Accesses(Operands):
 
     def matrix(self, one: Instruction, match: re.Match[str]) -> Step:
         loads, count, transposed = match[1] == "ld", int(match[2]), match[3] is not None
-        registers, place = one.operands if loads else one.operands[::-1]
+        registers, place = self.operands(one, 2)[:: 1 if loads else -1]
         items = self.group(one, registers, count)
         read = self.address(one, place, True)
         names = [self.destination(one, item) for item in items] if loads else []

@@ -94,22 +94,21 @@ class Decoder(Accesses):
         operation = OPERATIONS[one.opcode]
         if len(one.operands) == 4:
             operation = OPERATIONS.get(f"{one.opcode}/3", operation)
-        if len(one.operands) != 1 + len(operation.sources):
-            raise self.refuse(one, f"{len(one.operands)} operands")
-        name = self.destination(one, one.operands[0])
+        target, *sources = self.operands(one, 1 + len(operation.sources))
+        name = self.destination(one, target)
         held = 8 * np.dtype(DTYPES[operation.result]).itemsize
         kind = self.kernel.type_of(name) if name != "_" else f"b{held}"
         if operation.result != "pred" and int(kind[1:]) != held:
             raise self.refuse(one, f"a result of {held} bits in a register of type {kind}")
         readers = [
             self.reader(one, operand, kind)
-            for operand, kind in zip(one.operands[1:], operation.sources, strict=True)
+            for operand, kind in zip(sources, operation.sources, strict=True)
         ]
         function, defined, guard, negated = (
             operation.function, operation.defined, one.guard, one.negated,
         )  # fmt: skip
         if _BY_HALVES.match(one.opcode):
-            sources = [x.name for x in one.operands[1:] if isinstance(x, Register)]
+            sources = [x.name for x in sources if isinstance(x, Register)]
             return self.by_halves(one, name, sources, readers, function)
 
         def step(m: Machine) -> None:
@@ -150,7 +149,7 @@ class Decoder(Accesses):
 
     def pack(self, one: Instruction) -> Step:
         """A move between a register and the parts of it in braces."""
-        target, source = one.operands
+        target, source = self.operands(one, 2)
         whole = f"u{one.opcode[5:]}"
         bits = int(whole[1:])
         if isinstance(target, Group):
@@ -197,7 +196,7 @@ class Decoder(Accesses):
 
     def mma(self, one: Instruction) -> Step:
         kind = warp.MMA[one.opcode]
-        target, *sources = one.operands
+        target, *sources = self.operands(one, 4)
         names = [self.destination(one, item) for item in self.group(one, target, 4)]
         a, b, c = (
             self.whole(one, "u32", self.group(one, source, count))
@@ -213,7 +212,7 @@ class Decoder(Accesses):
         return step
 
     def shuffle(self, one: Instruction, match: re.Match[str]) -> Step:
-        target, source, lane, clamp, members = one.operands
+        target, source, lane, clamp, members = self.operands(one, 5)
         if members != Immediate(-1):
             raise self.refuse(one, "a member mask other than -1")
         name = self.destination(one, target)
@@ -229,7 +228,7 @@ class Decoder(Accesses):
         return step
 
     def reduce(self, one: Instruction) -> Step:
-        target, source, members = one.operands
+        target, source, members = self.operands(one, 3)
         name = self.destination(one, target)
         (read,) = self.whole(one, "u32", (source,))
         read_members = self.reader(one, members, "u32")

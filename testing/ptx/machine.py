@@ -187,9 +187,10 @@ class Machine:
         if self.where.shape[1] > 1 and (self.where == self.where[:, :1]).all():
             self.where = self.where[:, :1]
         ready = ready & (self.priority == self.priority[ready.any(1)].min())
-        self.pc = int(np.broadcast_to(self.where, ready.shape)[ready].min())
-        mask = ready & (self.where == self.pc)
-        behind = np.broadcast_to(self.where, ready.shape)[ready & ~mask]
+        where, ready = np.broadcast_arrays(self.where, ready)
+        self.pc = int(where[ready].min())
+        mask = ready & (where == self.pc)
+        behind = where[ready & ~mask]
         self.others = int(behind.min()) if behind.size else None
         self.mask = None if mask.all() else mask
 

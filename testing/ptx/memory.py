@@ -285,25 +285,26 @@ class SharedMemory(_Bytes):
             )
         raise UninitialisedRead("bytes of shared memory that nothing has written")
 
-    def _claim(self, cells: Array, mine: Array, offset: Array, values: Array) -> None:
+    def _claim(self, cells: Array, mine: Array, unchanged: Array | None = None) -> None:
         """Check that the cells may be written now.
 
-        Warps may write the value that is there already: Triton lets all warps that hold an element
-        store it.
+        Args:
+            unchanged: Accesses that write what is there. Triton lets all warps that hold an element
+                store it.
         """
         for shadow, did in ((self.writer, "wrote"), (self.reader, "read")):
             other = shadow[cells]
-            if (bad := self._unordered(other, mine)).any():
-                same = (super().read(offset, values.shape[1]) == values).all(1, keepdims=True)
-                bad &= ~(same & (self.writer[cells] != _PENDING))
-                if bad.any():
-                    self._explain(np.where(bad, other, 0), mine, bad, "writes", did)
+            bad = self._unordered(other, mine)
+            if unchanged is not None:
+                bad &= ~unchanged[:, None] | (self.writer[cells] == _PENDING)
+            if bad.any():
+                self._explain(np.where(bad, other, 0), mine, bad, "writes", did)
 
     def write(self, address: Array, values: Array, slot: Array, keys: Array) -> None:
         """Write uint8 `values` [n, width]."""
         offset, cells = self.place(address, slot, values.shape[1])
         mine = np.broadcast_to(keys[:, None], cells.shape)
-        self._claim(cells, mine, offset, values)
+        self._claim(cells, mine, (super().read(offset, values.shape[1]) == values).all(1))
         super().write(offset, values)
         self._mark(self.writer, cells, mine)
 
@@ -312,7 +313,7 @@ class SharedMemory(_Bytes):
     ) -> None:
         """Write `values` that count as written once the group of the lane is waited for."""
         offset, cells = self.place(address, slot, values.shape[1])
-        self._claim(cells, keys[:, None], offset, values)
+        self._claim(cells, keys[:, None])
         super().write(offset, values)
         self.writer[cells] = _PENDING
         self.pending.append((cells, lanes, group))

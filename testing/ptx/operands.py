@@ -80,6 +80,12 @@ class Operands:
             raise self.refuse(one, f"destination {operand}")
         return operand.name
 
+    def operands(self, one: Instruction, count: int) -> tuple[Operand, ...]:
+        """Return the operands of an instruction that has so many."""
+        if len(one.operands) != count:
+            raise self.refuse(one, f"{len(one.operands)} operands instead of {count}")
+        return one.operands
+
     def group(self, one: Instruction, operand: Operand, count: int) -> tuple[Operand, ...]:
         """Return the `count` operands in braces, or the only one without."""
         items = operand.items if isinstance(operand, Group) else (operand,)

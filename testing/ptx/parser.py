@@ -181,7 +181,7 @@ class _Parser:
             self.used_bytes = _number(match[1])
             return None
         if text.startswith("."):
-            if not text.startswith(_IGNORED) and not text.startswith('.pragma "nounroll"'):
+            if text.split()[0] not in _IGNORED and text != '.pragma "nounroll"':
                 raise self.refuse(f"unknown directive {text!r}")
             return None
         match = re.match(r"(?:@(!?)([%\w]+)\s+)?([a-z][\w.:]*)\s*(.*)$", text, re.S)
@@ -202,7 +202,7 @@ class _Parser:
         pending = ""
         for number, text in enumerate(lines, first_line):
             text = text.split("//")[0].strip()
-            if not text or (not pending and text.startswith((".loc", ".file"))):
+            if not text or (not pending and re.match(r"\.(loc|file)\s", text)):
                 continue
             if not pending:
                 self.line = number

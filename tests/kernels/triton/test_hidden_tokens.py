@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from testing.triton.attention import (
-    Batch,
+    HIDDEN_HALVES,
     Case,
     assert_close,
     attend,
     expected,
+    fill_token,
     make,
     planned,
 )
@@ -64,24 +65,6 @@ def test_a_scale_before_the_window_that_is_not_finite_has_no_influence(
     out, lse = attend(batch, plan)
     assert torch.equal(out, wanted[0])
     assert torch.equal(lse, wanted[1])
-
-
-HIDDEN_HALVES = (0x0000, 0x7E00, 0x7C00, 0xFC00, 0x7BFF)
-"""fp16 bits, used as scales of hidden tokens: zero, NaN, infinities and the largest number."""
-
-
-def fill_token(batch: Batch, request: int, token: int, half: int) -> None:
-    """Set both scales of a token to these fp16 bits, and its codes to the largest magnitudes."""
-    page_format = batch.page_format
-    t = token % page_format.page_size
-    page = batch.block_table[request, token // page_format.page_size]
-    for region in batch.cache[page].flatten(1):
-        region[t * page_format.head_size :][: page_format.head_size] = 0x7F
-        value = page_format.value_offset + t * page_format.head_size // 2
-        region[value : value + page_format.head_size // 2] = 0xFF
-        bits = torch.tensor([half & 0xFF, half >> 8], dtype=torch.uint8)
-        for offset in (page_format.key_scale_offset, page_format.value_scale_offset):
-            region[offset + 2 * t : offset + 2 * t + 2] = bits
 
 
 @pytest.mark.parametrize("split", [True, False])

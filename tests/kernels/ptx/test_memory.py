@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every error of memory, registers and barriers is detected, and the same without it is none."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from testing.ptx import errors
+from tests.kernels.ptx.snippets import run
+
+SETUP = """
+mov.b32 %r1, smem;
+shl.b32 %r2, %r900, 2;
+add.s32 %r3, %r1, %r2;
+cvt.u64.u32 %rd9, %r2;
+"""
+"""%r1 is the start of shared memory, %r3 the word of the lane, %rd9 its offset."""
+
+
+def words(count: int = 256) -> np.ndarray:
+    return np.arange(count, dtype=np.uint32)
+
+
+def test_the_address_after_the_last_byte_of_an_allocation_is_out_of_bounds() -> None:
+    body = SETUP + "add.s64 %rd8, %rd0, %rd9;\nld.global.b32 %r5, [%rd8{}];"
+    run(body.format(""), words(32))
+    with pytest.raises(errors.OutOfBounds, match=r"ld.global.*4 bytes at global address 0x"):
+        run(body.format("+4"), words(32))
+    with pytest.raises(errors.OutOfBounds, match=r"ld.global.*4 bytes at global address 0x"):
+        run(body.format("+-4"), words(32))
+
+
+def test_the_address_after_the_last_byte_of_shared_memory_is_out_of_bounds() -> None:
+    body = SETUP + "st.shared.b32 [%r3], %r2;\n"
+    run(body, shared=128)
+    with pytest.raises(errors.OutOfBounds, match="a program has 124 bytes from 0x10 on"):
+        run(body, shared=124)
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4])
+def test_an_address_that_is_no_multiple_of_the_access_is_misaligned(offset: int) -> None:
+    body = f"ld.global.v2.b32 {{%r5, %r6}}, [%rd0+{offset}];"
+    with pytest.raises(errors.Misaligned, match="not a multiple of 8 bytes"):
+        run(body, words())
+    with pytest.raises(errors.Misaligned, match="not a multiple of 8 bytes"):
+        run(SETUP + f"st.shared.v2.b32 [%r1+{offset}], {{%r2, %r2}};")
+
+
+def test_registers_that_no_instruction_or_only_some_lanes_wrote_are_uninitialised() -> None:
+    with pytest.raises(errors.UninitialisedRead, match="register %r6 was never written"):
+        run("add.s32 %r5, %r6, 1;")
+    some = "setp.lt.u32 %p1, %r900, 16;\n@%p1 mov.b32 %r6, 1;\n"
+    run(some + "@%p1 add.s32 %r5, %r6, 1;")
+    with pytest.raises(errors.UninitialisedRead, match="some lanes have not written register %r6"):
+        run(some + "add.s32 %r5, %r6, 1;")
+
+
+def test_half_of_a_register_may_be_undefined_if_nothing_reads_it() -> None:
+    pair = "mov.b64 %rd5, {%r900, %r6};\nadd.f32x2 %rd6, %rd5, %rd5;\nmov.b64 {%r7, %r8}, %rd6;\n"
+    run(pair + "add.s32 %r9, %r7, 1;")
+    with pytest.raises(errors.UninitialisedRead, match="register %r8 was never written"):
+        run(pair + "add.s32 %r9, %r8, 1;")
+    with pytest.raises(errors.UninitialisedRead, match="half of register %rd6"):
+        run(pair + "add.s64 %rd7, %rd6, 1;")
+
+
+def test_shared_memory_that_nothing_wrote_is_uninitialised() -> None:
+    with pytest.raises(errors.UninitialisedRead, match="shared memory that nothing has written"):
+        run(
+            SETUP
+            + "st.shared.b32 [%r3], %r2;\nbar.sync 0;\nld.shared.v2.b32 {%r5, %r6}, [%r1+128];"
+        )
+
+
+def test_unused_parts_of_a_vector_load_may_be_uninitialised() -> None:
+    store = SETUP + "setp.eq.b32 %p1, %r900, 0;\n@%p1 st.shared.v2.b32 [%r1], {%r2, %r2};\n"
+    load = store + 'bar.sync 0;\n.pragma "used_bytes_mask 0xff";\n'
+    load += "ld.shared.v4.b32 {%r5, %r6, %r7, %r8}, [%r1];\n"
+    run(load + "add.s32 %r9, %r5, %r6;")
+    with pytest.raises(errors.UninitialisedRead, match="%r7"):
+        run(load + "add.s32 %r9, %r5, %r7;")
+
+
+REVERSED = "sub.s32 %r4, 252, %r2;\nadd.s32 %r4, %r4, %r1;\n"
+"""%r4 is the word that the lane of the other of two warps wrote."""
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_read_of_another_warps_word_needs_a_barrier(seed: int) -> None:
+    body = SETUP + REVERSED + "st.shared.b32 [%r3], %r900;\n{}ld.shared.b32 %r5, [%r4];\n"
+    run(body.format("bar.sync 0;\n"), warps=2, seed=seed)
+    message = "reads shared memory that|shared memory that nothing has written|writes shared memory"
+    with pytest.raises((errors.Race, errors.UninitialisedRead), match=message):
+        run(body.format(""), warps=2, seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_write_to_a_word_that_another_warp_has_read_needs_a_barrier(seed: int) -> None:
+    body = (
+        SETUP + REVERSED + "st.shared.b32 [%r3], %r900;\nbar.sync 0;\nld.shared.b32 %r5, [%r4];\n"
+    )
+    body += "{}st.shared.b32 [%r3], %r2;\n"
+    run(body.format("bar.sync 0;\n"), warps=2, seed=seed)
+    with pytest.raises(errors.Race, match=r"writes shared memory that .* read|reads shared memory"):
+        run(body.format(""), warps=2, seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_two_warps_may_write_one_word_only_with_the_same_value(seed: int) -> None:
+    run(SETUP + "mov.b32 %r5, 7;\nst.shared.b32 [%r1], %r5;", warps=2, seed=seed)
+    with pytest.raises(errors.Race):
+        run(SETUP + "shr.u32 %r5, %r900, 5;\nst.shared.b32 [%r1], %r5;", warps=2, seed=seed)
+
+
+def test_lanes_that_write_different_values_to_one_word_race() -> None:
+    with pytest.raises(errors.Race, match="lanes write different values to one address"):
+        run(SETUP + "st.shared.b32 [%r1], %r900;")
+
+
+COPY = SETUP + "add.s64 %rd8, %rd0, %rd9;\ncp.async.ca.shared.global [%r3], [%rd8], 4;\n"
+COMMIT, WAIT, BARRIER = "cp.async.commit_group;\n", "cp.async.wait_group 0;\n", "bar.sync 0;\n"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_copied_bytes_need_a_wait_and_those_of_another_warp_a_barrier_after_it(seed: int) -> None:
+    own, others = "ld.shared.b32 %r5, [%r3];\n", REVERSED + "ld.shared.b32 %r5, [%r4];\n"
+    run(COPY + COMMIT + WAIT + own, words(64), warps=2, seed=seed)
+    run(COPY + COMMIT + WAIT + BARRIER + others, words(64), warps=2, seed=seed)
+    for missing in (COMMIT + own, COMMIT + BARRIER + others, WAIT + own):
+        with pytest.raises(errors.ReadBeforeWait):
+            run(COPY + missing, words(64), warps=2, seed=seed)
+    # A barrier before the wait does not order another warp's copy.
+    with pytest.raises((errors.Race, errors.ReadBeforeWait, errors.UninitialisedRead)):
+        run(COPY + COMMIT + BARRIER + WAIT + others, words(64), warps=2, seed=seed)
+
+
+def test_a_wait_for_all_but_one_group_leaves_the_last_one_pending() -> None:
+    second = COPY + COMMIT + "cp.async.ca.shared.global [%r3+128], [%rd8], 4;\n" + COMMIT
+    second += "cp.async.wait_group 1;\nld.shared.b32 %r5, [%r3{}];\n"
+    run(second.format(""), words())
+    with pytest.raises(errors.ReadBeforeWait):
+        run(second.format("+128"), words())
+
+
+def test_a_copy_over_bytes_that_another_warp_reads_needs_a_barrier() -> None:
+    body = (
+        SETUP + REVERSED + "st.shared.b32 [%r3], %r900;\nbar.sync 0;\nld.shared.b32 %r5, [%r4];\n"
+    )
+    body += "{}" + COPY.removeprefix(SETUP)
+    run(body.format(BARRIER), words(), warps=2)
+    with pytest.raises(errors.Race, match=r"writes shared memory that .* read"):
+        run(body.format(""), words(), warps=2)
+
+
+def test_a_copy_of_fewer_bytes_fills_the_rest_with_zeros() -> None:
+    out = np.full(64, 9, np.uint32)
+    body = SETUP + "add.s64 %rd8, %rd0, %rd9;\nadd.s64 %rd7, %rd1, %rd9;\nand.b32 %r6, %r2, 4;\n"
+    body += "cp.async.ca.shared.global [%r3], [%rd8], 4, %r6;\n" + COMMIT + WAIT
+    body += "ld.shared.b32 %r5, [%r3];\nst.global.b32 [%rd7], %r5;\n"
+    # Lanes that copy nothing may have any address.
+    body = body.replace("add.s64 %rd8, %rd0, %rd9;", "add.s64 %rd8, %rd0, %rd9;\n"
+                        "setp.eq.b32 %p1, %r6, 0;\n@%p1 mov.b64 %rd8, 4;")  # fmt: skip
+    body = body.replace("and.b32 %r6, %r2, 4;\n", "").replace(
+        "setp.eq.b32 %p1", "and.b32 %r6, %r2, 4;\nsetp.eq.b32 %p1"
+    )
+    run(body, words(32), out)
+    assert out[:32].tolist() == [lane if lane % 2 else 0 for lane in range(32)]
+
+
+def test_programs_that_access_the_same_bytes_race_if_one_writes() -> None:
+    own = SETUP + "shl.b32 %r5, %r902, 2;\ncvt.u64.u32 %rd7, %r5;\nadd.s64 %rd8, %rd0, %rd7;\n"
+    run(own + "st.global.b32 [%rd8], %r5;", words(), programs=2)
+    shared = SETUP + "add.s64 %rd8, %rd0, %rd9;\n"
+    run(shared + "ld.global.b32 %r5, [%rd8];", words(), programs=2)
+    for access in ("st.global.b32 [%rd8], %r900;", "ld.global.b32 %r6, [%rd8+128];"):
+        with pytest.raises(errors.Race, match=r"program \d.*; .*program \d.*one of them writes"):
+            run(own + "st.global.b32 [%rd8], %r5;\nadd.s64 %rd8, %rd0, %rd9;\n" + access, words(),
+                programs=2)  # fmt: skip
+
+
+def test_warps_of_a_program_order_accesses_to_global_memory_by_barriers() -> None:
+    body = SETUP + "add.s64 %rd8, %rd0, %rd9;\nst.global.b32 [%rd8], %r900;\n{}"
+    body += "xor.b32 %r5, %r2, 128;\ncvt.u64.u32 %rd7, %r5;\nadd.s64 %rd7, %rd0, %rd7;\n"
+    body += "ld.global.b32 %r6, [%rd7];\n"
+    run(body.format(BARRIER), words(), warps=2)
+    with pytest.raises(errors.Race, match=r"warp \d of program 0.*warp \d of program 0"):
+        run(body.format(""), words(), warps=2)
+
+
+def test_a_barrier_that_a_warp_cannot_reach_is_a_deadlock_unless_the_warp_has_ended() -> None:
+    ended = "setp.lt.u32 %p1, %r900, 32;\n@%p1 bra $END;\nbar.sync 0;\n$END:\n"
+    run(ended, warps=2)
+    with pytest.raises(errors.UndefinedResult, match="only some lanes of a warp reach a barrier"):
+        run(ended.replace(" 32;", " 16;"), warps=2)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_lanes_that_part_in_a_loop_meet_after_it(seed: int) -> None:
+    out = np.zeros(128, np.uint32)
+    body = (
+        SETUP
+        + """
+    add.s64 %rd8, %rd0, %rd9;
+    mov.b32 %r10, 0;
+    mov.b32 %r11, 0;
+    $LOOP:
+    add.s32 %r10, %r10, %r11;
+    add.s32 %r11, %r11, 1;
+    setp.le.u32 %p1, %r11, %r900;
+    @%p1 bra $LOOP;
+    mov.b32 %r12, 1;
+    shfl.sync.bfly.b32 %r13, %r10, 1, 31, -1;
+    st.global.b32 [%rd8], %r13;
+    """
+    )
+    run(body, out, warps=4, seed=seed)
+    assert out.tolist() == [sum(range((lane ^ 1) + 1)) for lane in range(128)]
