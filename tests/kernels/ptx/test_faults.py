@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults planted in the PTX of the kernels are found: by the machine, or by a wrong result."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+
+from testing.ptx import errors
+from testing.ptx.launch import PTXDevice
+from testing.triton.attention import DECODE, Case, assert_close, attend, expected, make, planned
+from testing.triton.store import differing_bytes, random_rows
+
+CASE = Case(128, 8, 2, 16, **DECODE, plan={"split": True, "processors": 2})
+WRONG = AssertionError
+"""The outputs differ from the reference's."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A change of a kernel's text.
+
+    Attributes:
+        found: How it is found.
+        pattern, replacement: What is changed in lines of the text, as for `re.sub`.
+        which: The number of the change, if not all are made; negative from the end.
+    """
+
+    kernel: str
+    found: type[Exception] | tuple[type[Exception], ...]
+    pattern: str
+    replacement: str
+    which: int | None = None
+
+    def plant(self, ptx: str) -> str:
+        if f".entry {self.kernel}(" not in ptx:
+            return ptx
+        matches = list(re.finditer(self.pattern, ptx, re.M))
+        assert matches, f"nothing to change: {self.pattern}"
+        chosen = matches if self.which is None else [matches[self.which]]
+        for match in reversed(chosen):
+            changed = match.expand(self.replacement)
+            assert changed != match[0]
+            ptx = ptx[: match.start()] + changed + ptx[match.end() :]
+        return ptx
+
+
+_attend = partial(Fault, "attend_kernel")
+_GROUP = r"\{ *([^{},]+), *([^{},]+), *([^{},]+), *([^{},]+) *\}"
+_LAST_COPY = r"(cp\.async\.c[ag]\.shared\.global [^;]*);"
+
+FAULTS: dict[str, Fault] = {
+    # Asynchronous copies.
+    "no wait for copies": _attend(
+        errors.ReadBeforeWait, r"cp\.async\.wait_group\s+\d+;", ""
+    ),
+    "a wait that leaves a group pending": _attend(
+        errors.ReadBeforeWait, r"cp\.async\.wait_group\s+0;", "cp.async.wait_group 1;"
+    ),
+    "copies that no group has": _attend(
+        errors.ReadBeforeWait, r"cp\.async\.commit_group;", ""
+    ),
+    "no barrier after the wait": _attend(
+        (errors.Race, errors.ReadBeforeWait),
+        r"(cp\.async\.wait_group\s+0;(?:\s|//[^\n]*\n|\.loc[^\n]*\n)*)bar\.sync\s+0;", r"\1",
+    ),
+    "a copy of half of the bytes": _attend(
+        (WRONG, errors.UninitialisedRead), r"(cp\.async\.cg[^;]*), 0x10, [^;]*;", r"\1, 0x10, 8;"
+    ),
+    "a copy to the address after": _attend(
+        (errors.UninitialisedRead, errors.Race, errors.ReadBeforeWait, errors.OutOfBounds, WRONG),
+        r"(cp\.async\.cg\.shared\.global \[ %r\d+) \+ 0", r"\1 + 16", 0,
+    ),
+    "a copy of 16 bytes from an address of 8": _attend(
+        errors.Misaligned, r"(cp\.async\.cg[^;]*%rd\d+) \+ 0", r"\1 + 8", 0
+    ),
+    "copies of every lane, whatever its predicate": _attend(
+        (errors.OutOfBounds, errors.Race, errors.ReadBeforeWait, WRONG),
+        r"@%p\d+ (cp\.async\.ca)", r"\1",
+    ),
+    # Products.
+    "swapped registers of a left operand of codes": _attend(
+        WRONG, r"(mma\.sync\.\S*s8\S* *\{[^}]*\}, )" + _GROUP, r"\1{ \2, \4, \3, \5 }"
+    ),
+    "swapped registers of a right operand": _attend(
+        WRONG, r"(mma\.sync\.\S*f16\S* *\{[^}]*\}, *\{[^}]*\}, )\{ *([^,}]+), *([^,}]+) *\}",
+        r"\1{ \3, \2 }",
+    ),
+    "swapped accumulators": _attend(
+        WRONG, r"(mma\.sync\.\S*f16\S*) *\{ (%r\d+), (%r\d+),", r"\1 { \3, \2,", 0
+    ),
+    "a product left out": _attend(WRONG, r"mma\.sync\.\S*s8[^;]*;", "", 3),
+    "a matrix that is not transposed": _attend(
+        WRONG, r"(ldmatrix\S*)\.trans(\S*)", r"\1\2", 0
+    ),
+    "a row of a matrix from the next one": _attend(
+        (WRONG, errors.UninitialisedRead, errors.OutOfBounds, errors.Race),
+        r"(ldmatrix[^;]*\[%r\d+)\]", r"\1+16]", 1,
+    ),
+    # Numbers.
+    "a shuffle from the wrong lane": _attend(
+        WRONG, r"(shfl\.sync\.bfly\.b32[^;]*), 8, 31, -1", r"\1, 4, 31, -1"
+    ),
+    "a maximum that is a minimum": _attend(WRONG, r"\bmax\.f32", "min.f32", -1),
+    "bytes in another order": _attend(WRONG, r"0x5410U", "0x5401U"),
+    "a shift by one too many": _attend(
+        (WRONG, errors.OutOfBounds), r"(shr\.u32[^;]*), 8;", r"\1, 9;"
+    ),
+    "a sum without its last addend": _attend(
+        (WRONG, errors.UninitialisedRead), r"fma\.rn\.f32 [^;]*;", "", 5
+    ),
+    # Addresses and predicates.
+    "a block of the table one later": _attend(
+        (WRONG, errors.OutOfBounds), r"(ld\.global\.b32 \{ %r\d+ \}, \[ %rd\d+) \+ 0", r"\1 + 4", -1
+    ),
+    "outputs where there are none": _attend(
+        (WRONG, errors.OutOfBounds, errors.Race), r"@(%p\d+) (st\.global\.v4)", r"@!\1 \2"
+    ),
+    "every lane stores": _attend(
+        (errors.OutOfBounds, errors.Race, WRONG), r"@%p\d+ (st\.global\.v4)", r"\1"
+    ),
+    "outputs four bytes late": _attend(
+        (errors.Misaligned, errors.OutOfBounds), r"(st\.global\.v4\.b32 \[ %rd\d+) \+ 0", r"\1 + 4"
+    ),
+    "shared memory of another lane": _attend(
+        (errors.Race, errors.UninitialisedRead, errors.Misaligned, errors.OutOfBounds, WRONG),
+        r"(st\.shared\.v4\.b32 \[%r\d+)\]", r"\1+16]", 0,
+    ),
+    "a mask that is one token longer": _attend(WRONG, r"setp\.le\.s32", "setp.lt.s32"),
+    # The other kernels.
+    "no barrier before the table is read": Fault(
+        "plan_kernel", (errors.Race, errors.UninitialisedRead), r"bar\.sync\s+0;", "", -1
+    ),
+    "a prefix sum of fewer lanes": Fault(
+        "plan_kernel", (WRONG, errors.OutOfBounds, errors.UninitialisedRead, errors.Race),
+        r"(shfl\.sync\.up\.b32[^;]*), 16, 0, -1", r"\1, 15, 0, -1",
+    ),
+    "a table of one program fewer": Fault(
+        "plan_kernel", (WRONG, errors.UninitialisedRead), r"setp\.lt\.s32", "setp.le.s32", -1
+    ),
+    "a part that is merged twice": Fault(
+        "merge_kernel", WRONG, r"(shfl\.sync\.bfly\.b32[^;]*), 16, 31, -1", r"\1, 0, 31, -1", 0
+    ),
+    "parts of programs that do not exist": Fault(
+        "merge_kernel", (errors.UninitialisedRead, errors.OutOfBounds, WRONG),
+        r"@%p\d+ (ld\.global\.v4)", r"\1",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", [80, 120])
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_faults_are_found(name: str, capability: int) -> None:
+    fault = FAULTS[name]
+    batch = make(CASE)
+    with (
+        PTXDevice(capability, seed=1, edit=fault.plant) as device,
+        pytest.raises(fault.found) as found,
+    ):
+        assert_close(attend(batch, planned(batch, **CASE.plan)), expected(batch))
+    assert fault.kernel in device.launches
+    if isinstance(found.value, errors.PTXError):
+        assert re.search(r"_kernel, line \d+: |global address", str(found.value))
+
+
+STORE_FAULTS: dict[str, tuple[Callable[[str], str], type[Exception]]] = {
+    "the scale of the neighbour": (
+        lambda ptx: re.sub(r"(st\.global\.b16 \[ %rd\d+) \+ 0", r"\1 + 2", ptx), WRONG
+    ),
+    "a code rounded up": (lambda ptx: ptx.replace("0f4B400000", "0f4B400001"), WRONG),
+    "a sum of lanes left out": (
+        lambda ptx: re.sub(r"shfl\.sync\.bfly(.*), 1, 31, -1", r"shfl.sync.bfly\1, 0, 31, -1", ptx),
+        WRONG,
+    ),
+    "no barrier": (lambda ptx: re.sub(r"bar\.sync\s+0;", "", ptx), errors.PTXError),
+    "rows after the last": (
+        lambda ptx: re.sub(r"@%p\d+ (ld\.global)", r"\1", ptx), errors.OutOfBounds
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STORE_FAULTS)
+def test_planted_faults_of_storing_are_found(name: str) -> None:
+    plant, found = STORE_FAULTS[name]
+    key, value = random_rows(37, 3, 128, torch.bfloat16)
+    with PTXDevice(80, edit=plant), pytest.raises(found):
+        assert differing_bytes(key, value, torch.arange(37)) == 0
+
+
+def test_without_a_fault_nothing_is_found() -> None:
+    batch = make(CASE)
+    for capability in (80, 120):
+        with PTXDevice(capability, seed=1):
+            assert_close(attend(batch, planned(batch, **CASE.plan)), expected(batch))
