@@ -8,6 +8,7 @@
     memory      global and shared memory, their bounds and shadows
     machine     registers, masks, scheduling and barriers
     decode      instructions to functions that change a machine
+    program     a kernel that is ready to run
     launch      a driver for Triton: launches run here
 
 Not modelled: payloads of NaNs, the errors of approximate instructions, and the order of lanes

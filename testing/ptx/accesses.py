@@ -42,6 +42,8 @@ class Accesses(Operands):
                 sizes.append(element if one.used_bytes != -1 else element * int(match[2] or 1))
             elif _COPY.match(one.opcode) and isinstance(one.operands[2], Immediate):
                 sizes.append(one.operands[2].value)
+            elif one.opcode.startswith("wgmma.mma"):
+                sizes.append(2)
         return min(sizes)
 
     def access(self, one: Instruction) -> Step | None:
@@ -84,7 +86,7 @@ class Accesses(Operands):
             mask = m.mask if guard is None else m.guarded(guard, negated)
             if mask is False:
                 return
-            (address, slot, keys), shape = _spread(mask, read(m, mask), m.slot, m.keys)
+            (address, slot, keys), shape = spread(mask, read(m, mask), m.slot, m.keys)
             if space == "global":
                 data = m.memory.read(address, width, keys, where)
             else:
@@ -94,7 +96,7 @@ class Accesses(Operands):
                 data = m.shared.read(address, width, slot, keys, cells)
             values = np.ascontiguousarray(data.view(dtype).T)
             for name, value, kept, holds in zip(names, values, used, held, strict=True):
-                m.write(name, _gathered(value.astype(holds, copy=False), mask, shape), mask)
+                m.write(name, gathered(value.astype(holds, copy=False), mask, shape), mask)
                 if not kept:
                     m.partial[name] = np.zeros((1, 1), np.bool_)
 
@@ -135,7 +137,7 @@ class Accesses(Operands):
             if mask is False:
                 return
             values = [reader(m, mask).astype(dtype, copy=False) for reader in readers]
-            (address, slot, keys, *values), _ = _spread(
+            (address, slot, keys, *values), _ = spread(
                 mask, read(m, mask), m.slot, m.keys, *values
             )  # fmt: skip
             data = np.stack(values, axis=1).view(np.uint8)
@@ -159,7 +161,7 @@ class Accesses(Operands):
             mask = m.mask if guard is None else m.guarded(guard, negated)
             if mask is False:
                 return
-            (to, origin, sizes, slot, keys, threads), _ = _spread(
+            (to, origin, sizes, slot, keys, threads), _ = spread(
                 mask, write(m, mask), read(m, mask), read_size(m, mask), m.slot, m.keys, m.threads
             )
             data = np.zeros((len(to), width), np.uint8)
@@ -189,7 +191,7 @@ class Accesses(Operands):
         def step(m: Machine) -> None:
             mask = m.whole_warps(m.mask)
             address = np.broadcast_to(read(m, m.mask), (m.warps, 32))[:, :rows]
-            (address, slot, keys), _ = _spread(mask, address, m.slot, m.keys)
+            (address, slot, keys), _ = spread(mask, address, m.slot, m.keys)
             if loads:
                 data = m.shared.read(address, 16, slot, keys)
                 data = data.view(np.uint16).reshape(-1, count, 8, 8)
@@ -210,7 +212,7 @@ class Accesses(Operands):
         return step
 
 
-def _spread(mask: Mask, *arrays: Array) -> tuple[list[Array], tuple[int, ...]]:
+def spread(mask: Mask, *arrays: Array) -> tuple[list[Array], tuple[int, ...]]:
     """Return arrays of the same shape as the elements of the lanes of a mask, and that shape."""
     shapes = [array.shape for array in arrays]
     shape = np.broadcast_shapes(*shapes, (1, 1) if mask is None else mask.shape)
@@ -221,8 +223,8 @@ def _spread(mask: Mask, *arrays: Array) -> tuple[list[Array], tuple[int, ...]]:
     return [array[where] for array in spread], shape
 
 
-def _gathered(values: Array, mask: Mask, shape: tuple[int, ...]) -> Array:
-    """Undo `_spread`; other lanes get zeros."""
+def gathered(values: Array, mask: Mask, shape: tuple[int, ...]) -> Array:
+    """Undo `spread`; other lanes get zeros."""
     if mask is None:
         return values.reshape(shape)
     full = np.zeros(shape, values.dtype)

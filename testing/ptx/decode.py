@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from testing.ptx import warp
-from testing.ptx.accesses import Accesses
+from testing.ptx.accesses import Accesses, gathered, spread
 from testing.ptx.errors import UndefinedResult
 from testing.ptx.machine import Block, Machine, Step
 from testing.ptx.operands import Reader
@@ -25,6 +25,13 @@ from testing.ptx.parser import (
 _SHUFFLE = re.compile(r"shfl\.sync\.(up|down|bfly|idx)\.b32$")
 _BY_HALVES = re.compile(r"(mov\.b64|selp\.b64|(add|sub|mul|fma\.rn)\.f32x2)$")
 """Instructions that treat the halves of a 64-bit register alike."""
+
+_WARP_GROUP = re.compile(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(f16|bf16)\.\2$")
+_WITHOUT_EFFECT = (
+    "bar.warp.sync", "fence.proxy.async.shared::cta", "wgmma.fence.sync.aligned",
+    "wgmma.commit_group.sync.aligned",
+)  # fmt: skip
+"""Instructions that order accesses that this machine orders anyway."""
 
 
 class Decoder(Accesses):
@@ -86,7 +93,11 @@ class Decoder(Accesses):
             return self.mma(one)
         if opcode.startswith("redux.sync.") and opcode[11:] in warp.REDUCTIONS:
             return self.reduce(one)
-        if opcode == "bar.warp.sync" and one.guard is None:
+        if match := _WARP_GROUP.match(opcode):
+            return self.warp_group(one, int(match[1]), match[2])
+        if opcode == "wgmma.wait_group.sync.aligned" and one.operands == (Immediate(0),):
+            return lambda m: m.settle(set(m.in_flight), m.whole_warps(m.mask))
+        if opcode in _WITHOUT_EFFECT and one.guard is None:
             return lambda m: None
         raise self.refuse(one)
 
@@ -208,6 +219,38 @@ class Decoder(Accesses):
             parts = ([read(m, mask) for read in part] for part in (a, b, c))
             for name, value in zip(names, warp.mma(kind, *parts), strict=True):
                 m.write(name, value, mask)
+
+        return step
+
+    def warp_group(self, one: Instruction, columns: int, kind: str) -> Step:
+        """A product of the 64 rows of four warps: 16 rows from the registers of each."""
+        target, left, right, accumulates, *signs, transposed = self.operands(one, 7)
+        if signs != [Immediate(1)] * 2 or not isinstance(transposed, Immediate):
+            raise self.refuse(one, "a negated operand")
+        count = columns // 2
+        names = [self.destination(one, item) for item in self.group(one, target, count)]
+        a = self.whole(one, "u32", self.group(one, left, 4))
+        c = self.whole(one, "u32", self.group(one, target, count))
+        read, read_predicate = self.reader(one, right, "u64"), self.reader(one, accumulates, "pred")
+
+        def step(m: Machine) -> None:
+            mask = m.whole_warps(m.mask)
+            m.settle(set(names), mask)
+            place = np.broadcast_to(read(m, mask), (m.warps, 1))
+            address = warp.matrix_in_shared_memory(place, columns, bool(transposed.value))
+            address = address.reshape(m.warps, -1)
+            (at, slot, keys), shape = spread(mask, address, m.slot, m.keys)
+            numbers = m.shared.read(at, 2, slot, keys).view(np.uint16)[:, 0]
+            matrix = gathered(numbers, mask, shape).reshape(m.warps, 16, columns)
+            keep = read_predicate(m, mask)
+            sums = [np.where(keep, read_sum(m, mask), np.uint32(0)) for read_sum in c]
+            left_registers = [read_left(m, mask) for read_left in a]
+            for j in range(columns // 8):
+                part = warp.product(kind, left_registers, matrix[..., 8 * j : 8 * j + 8])
+                product = warp.sum_with(part, sums[4 * j : 4 * j + 4])
+                for name, value in zip(names[4 * j : 4 * j + 4], product, strict=True):
+                    m.write(name, value, mask)
+            m.launch(names, mask)
 
         return step
 

@@ -41,6 +41,7 @@ class Machine:
     Attributes:
         registers: By name.
         partial: Of registers that only some lanes have written, which.
+        in_flight: Of registers that products of warp groups will write, the warps.
         undefined_halves: Of registers with parts that nothing has written, the numbers of these.
         mask: The lanes that run.
         slot: Which of the programs each warp belongs to, [warps, 1].
@@ -86,6 +87,7 @@ class Machine:
         self.registers["%laneid"] = LANES[None].astype(np.uint32)
         self.partial: dict[str, Array] = {}
         self.undefined_halves: dict[str, frozenset[int]] = {}
+        self.in_flight: dict[str, Array] = {}
         self.mask: Mask = None
         self.live = np.ones_like(warp, np.bool_)
         self.waiting = np.zeros_like(warp, np.bool_)
@@ -174,6 +176,24 @@ class Machine:
             raise UndefinedResult("only some lanes of a warp execute an instruction of the warp")
         return mask[:, :1]
 
+    def launch(self, names: list[str], mask: Mask) -> None:
+        """Make registers unreadable until the products that write them are waited for."""
+        rows = np.ones((self.warps, 1), np.bool_) if mask is None else mask
+        for name in names:
+            self.in_flight[name] = self.in_flight.get(name, False) | rows
+            self.partial[name] = self.partial.get(name, True) & ~rows
+
+    def settle(self, names: set[str], mask: Mask) -> None:
+        """Let the warps of a mask read the results of their products."""
+        for name in names & self.in_flight.keys():
+            rows = self.in_flight.pop(name)
+            done = rows if mask is None else rows & mask
+            self.partial[name] = self.partial.get(name, True) | done
+            if self.partial[name].all():
+                del self.partial[name]
+            if (rows & ~done).any():
+                self.in_flight[name] = rows & ~done
+
     # Control flow
 
     def schedule(self) -> None:
@@ -254,6 +274,8 @@ class Machine:
 
     def finish(self, mask: Mask) -> None:
         """End the lanes of a mask, and forget the warps that have none left."""
+        if any((rows if mask is None else rows & mask).any() for rows in self.in_flight.values()):
+            raise UndefinedResult("a program ends before its products")
         self.live = self.live & (False if mask is None else ~mask)
         before, kept = self.warps, self.live.any(1)
         if not kept.any():
@@ -266,8 +288,9 @@ class Machine:
 
             for name, value in self.registers.items():
                 self.registers[name] = keep(value)
-            for name, value in self.partial.items():
-                self.partial[name] = keep(value)
+            for table in (self.partial, self.in_flight):
+                for name, value in table.items():
+                    table[name] = keep(value)
             for name in (
                 "slot", "number", "warp", "epoch", "keys", "threads", "live", "waiting", "where",
                 "priority",

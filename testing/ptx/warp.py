@@ -12,6 +12,7 @@ import numpy as np
 
 from testing.ptx import arithmetic
 from testing.ptx.arithmetic import Array
+from testing.ptx.errors import UnknownInstruction
 
 LANES = np.arange(32)
 
@@ -116,7 +117,18 @@ def mma(kind: str, a: Sequence[Array], b: Sequence[Array], c: Sequence[Array]) -
     if kind == "s8":
         total = _sum_matrix(np.stack(c).view(np.int32)) + product.astype(np.int64)
         return _sum_fragment(np.clip(total, -(2**31), 2**31 - 1).astype(np.int32))
-    return _sum_fragment(_sum_matrix(np.stack(c).view(np.float32)) + product)
+    return sum_with(product, c)
+
+
+def product(kind: str, a: Sequence[Array], b: Array) -> Array:
+    """Return A B; B is 16-bit words [warps, 16, 8], not in registers."""
+    widen = arithmetic.from_half if kind == "f16" else arithmetic.from_bfloat
+    return _left(_unpacked(a, kind)) @ widen(np.ascontiguousarray(b))
+
+
+def sum_with(matrix: Array, c: Sequence[Array]) -> Array:
+    """Return the registers of the sum of float32 [warps, 16, 8] and C in registers."""
+    return _sum_fragment(_sum_matrix(np.stack(c).view(np.float32)) + matrix)
 
 
 MMA = {
@@ -143,3 +155,32 @@ def fragments_to_matrix_rows(registers: Sequence[Array], transposed: bool) -> Ar
     words = np.stack(registers, axis=1)  # [warps, matrices, 32]
     rows = words.reshape(*words.shape[:2], 8, 4).view(np.uint16)
     return np.ascontiguousarray(rows.swapaxes(2, 3)) if transposed else rows
+
+
+def matrix_in_shared_memory(descriptor: Array, columns: int, transposed: bool) -> Array:
+    """Return the addresses [warps, 16, columns] of the right operand of `wgmma`, 16-bit numbers.
+
+    The manual's canonical layouts: rows of 16, 32, 64 or 128 bytes, eight to a block. They hold
+    columns if `transposed`, otherwise the 16 rows. Blocks are a stride apart along one dimension,
+    and a leading offset along the other. The 16-byte parts of a row are permuted by its number.
+
+    Args:
+        descriptor: uint64 [warps, 1].
+    """
+
+    def field(first: int) -> Array:
+        return (descriptor >> np.uint64(first) & np.uint64(0x3FFF)).astype(np.int64)[..., None] * 16
+
+    start, leading, stride = field(0), field(16), field(32)
+    mode = int(descriptor[0, 0] >> np.uint64(62))
+    if (descriptor >> np.uint64(49) != descriptor[0, 0] >> np.uint64(49)).any():
+        raise UnknownInstruction("descriptors of several layouts")
+    width = {0: 16, 1: 128, 2: 64, 3: 32}[mode]
+    k, n = np.arange(16)[:, None], np.arange(columns)
+    across, along = (n, k) if transposed else (k, n)
+    if mode == 0:
+        leading, stride = (stride, leading) if transposed else (leading, stride)
+    offset = across * 2 % width + across * 2 // width * leading
+    offset = offset + along % 8 * width + along // 8 * stride
+    address = start + offset
+    return address ^ ((address >> 3) & (width - 16))

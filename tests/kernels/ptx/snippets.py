@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from testing.ptx.launch import Program
 from testing.ptx.memory import GlobalMemory
+from testing.ptx.program import Program
 
 HEAD = """
 .version 8.8

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from testing.ptx.errors import Misaligned, UndefinedResult, UnknownInstruction
+from testing.ptx.errors import Misaligned, UndefinedResult, UninitialisedRead, UnknownInstruction
 from testing.ptx.warp import MMA
 from tests.kernels.ptx.snippets import run
 
@@ -22,12 +22,6 @@ def loads(registers: list[str], array: int, first: int = 40) -> str:
     lines = [f"mul.wide.u32 %rd{first}, %r900, 4;", f"add.s64 %rd{first}, %rd{first}, %rd{array};"]
     lines += [f"ld.global.b32 {r}, [%rd{first}+{128 * i}];" for i, r in enumerate(registers)]
     return "\n".join(lines) + "\n"
-
-
-def stores(registers: list[str], array: int) -> str:
-    return loads(registers, array, 50).replace("ld.global.b32", "st.global.b32 ").replace(
-        "st.global.b32  ", "st.global.b32 "
-    )  # fmt: skip
 
 
 def stored(registers: list[str], array: int) -> str:
@@ -164,6 +158,84 @@ def test_products_of_matrices_follow_the_layout_of_fragments(opcode: str) -> Non
         for i in range(4):
             number = out[i, lane].view(np.int32 if kind == "s8" else np.float32)
             assert number == exact[(lane >> 2) + 8 * (i // 2), lane % 4 * 2 + i % 2]
+
+
+LAYOUTS = {"none": (0, 16), "128 bytes": (1, 128), "64 bytes": (2, 64), "32 bytes": (3, 32)}
+"""Modes of a descriptor by the length of the rows that are swizzled."""
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("columns", [8, 16, 64])
+def test_products_of_warp_groups_read_the_canonical_layouts(
+    columns: int, transposed: bool, layout: str
+) -> None:
+    mode, width = LAYOUTS[layout]
+    if transposed and columns * 2 < width:
+        pytest.skip("such rows are longer than the matrix")
+    generator = np.random.default_rng(0)
+    a, b = (generator.integers(-9, 10, s).astype(np.float16) for s in ((64, 16), (16, columns)))
+    c = generator.integers(-99, 99, (64, columns)).astype(np.float32)
+    fragments = np.zeros((4, 128), np.uint32)
+    sums = np.zeros((columns // 2, 128), np.uint32)
+    for thread in range(128):
+        warp, group_of_four, in_group = thread // 32, thread % 32 // 4, thread % 4
+        for i in range(8):
+            row = 16 * warp + group_of_four + 8 * (i // 2 % 2)
+            column = 2 * in_group + i % 2 + 8 * (i // 4)
+            fragments[i // 2, thread] |= np.uint32(
+                int(a.view(np.uint16)[row, column]) << 16 * (i % 2)
+            )
+        for i in range(columns // 2):
+            row = 16 * warp + group_of_four + 8 * (i // 2 % 2)
+            column = 8 * (i // 4) + 2 * in_group + i % 2
+            sums[i, thread] = c.view(np.uint32)[row, column]
+    # Eight rows are a block. Blocks along the rows are `stride` apart, the others `leading`.
+    size = 8 * width
+    row_elements = columns if transposed else 16
+    blocks_across = max(1, row_elements * 2 // width)
+    leading, stride = size, size * blocks_across
+    memory = np.zeros(16384, np.uint8)
+    for k in range(16):
+        for n in range(columns):
+            row, element = (k, n) if transposed else (n, k)
+            block = row // 8 * stride + element * 2 // width * leading
+            offset = block + row % 8 * width + element * 2 % width
+            # Within 128 bytes x 8, the bits of the row change those of the 16-byte part.
+            offset ^= (offset >> 7 & (width // 16 - 1)) << 4
+            memory[offset : offset + 2] = b[k : k + 1, n].view(np.uint8)
+    if layout == "none" and transposed:
+        leading, stride = stride, leading
+    descriptor = 1024 >> 4 | (leading >> 4) << 16 | (stride >> 4) << 32 | mode << 62
+    d = names(100, columns // 2)
+    body = "mul.wide.u32 %rd40, %r900, 4;\nadd.s64 %rd41, %rd40, %rd0;\n"
+    body += "".join(f"ld.global.b32 %r{1 + i}, [%rd41+{512 * i}];\n" for i in range(4))
+    body += "add.s64 %rd42, %rd40, %rd1;\nadd.s64 %rd43, %rd40, %rd3;\n"
+    body += "".join(f"ld.global.b32 {r}, [%rd42+{512 * i}];\n" for i, r in enumerate(d))
+    body += "mul.wide.u32 %rd44, %r900, 128;\nadd.s64 %rd44, %rd44, %rd2;\n"
+    body += "mov.b32 %r50, smem;\nmad.lo.s32 %r50, %r900, 128, %r50;\n"
+    for i in range(8):
+        part = group(names(51, 4))
+        body += f"ld.global.v4.b32 {part}, [%rd44+{16 * i}];\n"
+        body += f"st.shared.v4.b32 [%r50+{16 * i}], {part};\n"
+    body += "bar.sync 0;\nfence.proxy.async.shared::cta;\nwgmma.fence.sync.aligned;\n"
+    body += f"mov.pred %p1, -1;\nmov.b64 %rd45, {descriptor};\n"
+    body += f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.f16.f16 {group(d)}, "
+    body += f"{group(names(1, 4))}, %rd45, %p1, 1, 1, {int(transposed)};\n"
+    body += "wgmma.commit_group.sync.aligned;\n"
+    wait = "wgmma.wait_group.sync.aligned 0;\n"
+    end = "".join(f"st.global.b32 [%rd43+{512 * i}], {r};\n" for i, r in enumerate(d))
+    out = np.zeros((columns // 2, 128), np.uint32)
+    arrays = fragments, sums, memory, out
+    run(body + wait + end, *arrays, warps=4, shared=16384)
+    exact = a.astype(np.float64) @ b.astype(np.float64) + c
+    for thread in range(128):
+        for i in range(columns // 2):
+            row = 16 * (thread // 32) + thread % 32 // 4 + 8 * (i // 2 % 2)
+            column = 8 * (i // 4) + 2 * (thread % 4) + i % 2
+            assert out[i, thread].view(np.float32) == exact[row, column]
+    with pytest.raises(UninitialisedRead):
+        run(body + end, *arrays, warps=4, shared=16384)
 
 
 FILL = """
