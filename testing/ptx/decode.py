@@ -119,8 +119,8 @@ class Decoder(Accesses):
             operation.function, operation.defined, one.guard, one.negated,
         )  # fmt: skip
         if _BY_HALVES.match(one.opcode):
-            sources = [x.name for x in sources if isinstance(x, Register)]
-            return self.by_halves(one, name, sources, readers, function)
+            registers = [x.name for x in sources if isinstance(x, Register)]
+            return self.by_halves(one, name, registers, readers, function)
 
         def step(m: Machine) -> None:
             mask = m.mask if guard is None else m.guarded(guard, negated)
@@ -190,7 +190,7 @@ class Decoder(Accesses):
             name, dtype = self.destination(one, target), DTYPES[whole]
 
             def join(m: Machine) -> None:
-                value, undefined = np.zeros((1, 1), dtype), set()
+                value, undefined = np.zeros((1, 1), dtype), set[int]()
                 for i, (read, item) in enumerate(zip(readers, source.items, strict=True)):
                     if isinstance(item, Register) and item.name not in m.registers:
                         undefined.add(i)

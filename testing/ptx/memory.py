@@ -212,7 +212,7 @@ class GlobalMemory:
             allocation.check_races()
 
 
-class SharedMemory(_Bytes):
+class SharedMemory:
     """The shared memory of all programs, one after another.
 
     Args:
@@ -225,7 +225,7 @@ class SharedMemory(_Bytes):
     def __init__(self, programs: int, size: int, granule: int, base: int = 0) -> None:
         self.size, self.base, self.granule = size, base, granule
         self.stride = -(-size // 16) * 16
-        super().__init__(np.zeros(programs * self.stride, np.uint8), 0)
+        self.bytes = _Bytes(np.zeros(programs * self.stride, np.uint8), 0)
         cells = programs * self.stride // granule
         self.writer = np.full(cells, _UNWRITTEN)
         self.reader = np.full(cells, _UNWRITTEN)
@@ -249,7 +249,7 @@ class SharedMemory(_Bytes):
     ) -> Array:
         """Return uint8 [n, width]; `used` says which cells of an access matter, if not all."""
         offset, cells = self.place(address, slot, width)
-        values = super().read(offset, width)
+        values = self.bytes.read(offset, width)
         if used is not None:
             cells = cells[:, used]
         mine = keys[:, None]
@@ -304,8 +304,8 @@ class SharedMemory(_Bytes):
         """Write uint8 `values` [n, width]."""
         offset, cells = self.place(address, slot, values.shape[1])
         mine = np.broadcast_to(keys[:, None], cells.shape)
-        self._claim(cells, mine, (super().read(offset, values.shape[1]) == values).all(1))
-        super().write(offset, values)
+        self._claim(cells, mine, (self.bytes.read(offset, values.shape[1]) == values).all(1))
+        self.bytes.write(offset, values)
         self._mark(self.writer, cells, mine)
 
     def copy(
@@ -314,7 +314,7 @@ class SharedMemory(_Bytes):
         """Write `values` that count as written once the group of the lane is waited for."""
         offset, cells = self.place(address, slot, values.shape[1])
         self._claim(cells, keys[:, None])
-        super().write(offset, values)
+        self.bytes.write(offset, values)
         self.writer[cells] = _PENDING
         self.pending.append((cells, lanes, group))
 

@@ -176,14 +176,15 @@ class _Parser:
 
     def statement(self, text: str) -> None:
         if match := _REGISTERS.match(text):
-            return self.declare(*match.groups())
+            self.declare(*match.groups())
+            return
         if match := re.match(r'\.pragma\s+"used_bytes_mask (\w+)"', text):
             self.used_bytes = _number(match[1])
-            return None
+            return
         if text.startswith("."):
             if text.split()[0] not in _IGNORED and text != '.pragma "nounroll"':
                 raise self.refuse(f"unknown directive {text!r}")
-            return None
+            return
         match = re.match(r"(?:@(!?)([%\w]+)\s+)?([a-z][\w.:]*)\s*(.*)$", text, re.S)
         if match is None:
             raise self.refuse(f"not an instruction: {text!r}")
@@ -196,7 +197,6 @@ class _Parser:
             )
         )  # fmt: skip
         self.used_bytes = -1
-        return None
 
     def body(self, lines: list[str], first_line: int) -> None:
         pending = ""
