@@ -114,7 +114,7 @@ class PTXDevice:
                 self.address(tensor, initialised=False)
             return tensor
 
-        replaced = [
+        replaced: list[Any] = [
             patch.object(torch, "empty", empty_and_uninitialised),
             patch.object(attention, "is_nvidia", lambda device: True),
             patch.object(plan, "capability_of", lambda device: divmod(self.capability, 10)),

@@ -68,7 +68,7 @@ class _Bytes:
         width = values.shape[1]
         elements, first = self.view(width)
         index = (address - first) // width
-        packed = np.ascontiguousarray(values).view(_WIDE[width]).reshape(-1)
+        packed: Array = np.ascontiguousarray(values).view(_WIDE[width]).reshape(-1)
         elements[index] = packed
         again = elements[index].view(np.uint8)
         if not np.array_equal(again, packed.view(np.uint8)):
@@ -105,13 +105,13 @@ class Allocation(_Bytes):
             return
         granule = min(access.width for access in log)
         cells, keys, writes, numbers = [], [], [], []
-        for number, access in enumerate(log):
+        for index, access in enumerate(log):
             parts = access.width // granule
             cell = (access.offset // granule)[:, None] + np.arange(parts)
             cells.append(cell.ravel())
             keys.append(np.broadcast_to(access.keys[:, None], cell.shape).ravel())
             writes.append(np.full(cell.size, access.write))
-            numbers.append(np.full(cell.size, number, np.int32))
+            numbers.append(np.full(cell.size, index, np.int32))
         cell, key, write, number = map(np.concatenate, (cells, keys, writes, numbers))
         written = np.zeros(len(self.data) // granule + 1, np.bool_)
         written[cell[write]] = True

@@ -41,11 +41,11 @@ class Fault:
         if f".entry {self.kernel}(" not in ptx:
             return ptx
         matches = list(re.finditer(self.pattern, ptx, re.M))
-        assert matches, f"nothing to change: {self.pattern}"
+        if not matches:
+            raise LookupError(f"nothing to change: {self.pattern}")
         chosen = matches if self.which is None else [matches[self.which]]
         for match in reversed(chosen):
             changed = match.expand(self.replacement)
-            assert changed != match[0]
             ptx = ptx[: match.start()] + changed + ptx[match.end() :]
         return ptx
 
@@ -94,7 +94,7 @@ FAULTS: dict[str, Fault] = {
     "swapped accumulators": _attend(
         WRONG, r"(mma\.sync\.\S*f16\S*) *\{ (%r\d+), (%r\d+),", r"\1 { \3, \2,", 0
     ),
-    "a product left out": _attend(WRONG, r"mma\.sync\.\S*s8[^;]*;", "", 3),
+    "a product left out": _attend(WRONG, r"mma\.sync\.\S*s8[^;]*;", "", 0),
     "a matrix that is not transposed": _attend(
         WRONG, r"(ldmatrix\S*)\.trans(\S*)", r"\1\2", 0
     ),
@@ -104,7 +104,7 @@ FAULTS: dict[str, Fault] = {
     ),
     # Numbers.
     "a shuffle from the wrong lane": _attend(
-        WRONG, r"(shfl\.sync\.bfly\.b32[^;]*), 8, 31, -1", r"\1, 4, 31, -1"
+        (WRONG, errors.Race), r"(shfl\.sync\.bfly\.b32[^;]*), 8, 31, -1", r"\1, 4, 31, -1"
     ),
     "a maximum that is a minimum": _attend(WRONG, r"\bmax\.f32", "min.f32", -1),
     "bytes in another order": _attend(WRONG, r"0x5410U", "0x5401U"),
@@ -129,22 +129,23 @@ FAULTS: dict[str, Fault] = {
     ),
     "shared memory of another lane": _attend(
         (errors.Race, errors.UninitialisedRead, errors.Misaligned, errors.OutOfBounds, WRONG),
-        r"(st\.shared\.v4\.b32 \[%r\d+)\]", r"\1+16]", 0,
+        r"(st\.shared\.\S+\s+\[%r\d+)\]", r"\1+16]", 0,
     ),
     "a mask that is one token longer": _attend(WRONG, r"setp\.le\.s32", "setp.lt.s32"),
     # The other kernels.
-    "no barrier before the table is read": Fault(
-        "plan_kernel", (errors.Race, errors.UninitialisedRead), r"bar\.sync\s+0;", "", -1
+    "no barriers between the tables": Fault(
+        "plan_kernel", (errors.Race, errors.UninitialisedRead), r"bar\.sync\s+0;", ""
     ),
-    "a prefix sum of fewer lanes": Fault(
-        "plan_kernel", (WRONG, errors.OutOfBounds, errors.UninitialisedRead, errors.Race),
-        r"(shfl\.sync\.up\.b32[^;]*), 16, 0, -1", r"\1, 15, 0, -1",
+    "a prefix sum from the lane before the last": Fault(
+        "plan_kernel", (WRONG, errors.PTXError),
+        r"(shfl\.sync\.up\.b32[^;]*), 1, 0, -1", r"\1, 2, 0, -1",
     ),
-    "a table of one program fewer": Fault(
-        "plan_kernel", (WRONG, errors.UninitialisedRead), r"setp\.lt\.s32", "setp.le.s32", -1
+    "lengths of the next request": Fault(
+        "plan_kernel", (WRONG, errors.PTXError),
+        r"(ld\.global\.b32 \{ %r\d+ \}, \[ %rd\d+) \+ 0", r"\1 + 4",
     ),
     "a part that is merged twice": Fault(
-        "merge_kernel", WRONG, r"(shfl\.sync\.bfly\.b32[^;]*), 16, 31, -1", r"\1, 0, 31, -1", 0
+        "merge_kernel", (WRONG, errors.Race), r"(shfl\.sync\.bfly\.b32[^;]*), \d+, 31, -1", r"\1, 0, 31, -1"
     ),
     "parts of programs that do not exist": Fault(
         "merge_kernel", (errors.UninitialisedRead, errors.OutOfBounds, WRONG),
@@ -170,12 +171,13 @@ def test_planted_faults_are_found(name: str) -> None:
 
 STORE_FAULTS: dict[str, tuple[Callable[[str], str], type[Exception]]] = {
     "the scale of the neighbour": (
-        lambda ptx: re.sub(r"(st\.global\.b16 \[ %rd\d+) \+ 0", r"\1 + 2", ptx), WRONG
+        lambda ptx: re.sub(r"(st\.global\.b16 \[ %rd\d+) \+ 0", r"\1 + 2", ptx),
+        errors.Race,
     ),
     "a code rounded up": (lambda ptx: ptx.replace("0f4B400000", "0f4B400001"), WRONG),
     "a sum of lanes left out": (
         lambda ptx: re.sub(r"shfl\.sync\.bfly(.*), 1, 31, -1", r"shfl.sync.bfly\1, 0, 31, -1", ptx),
-        WRONG,
+        errors.Race,
     ),
     "no barrier": (lambda ptx: re.sub(r"bar\.sync\s+0;", "", ptx), errors.PTXError),
     "rows after the last": (
