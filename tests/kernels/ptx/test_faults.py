@@ -145,7 +145,8 @@ FAULTS: dict[str, Fault] = {
         r"(ld\.global\.b32 \{ %r\d+ \}, \[ %rd\d+) \+ 0", r"\1 + 4",
     ),
     "a part that is merged twice": Fault(
-        "merge_kernel", (WRONG, errors.Race), r"(shfl\.sync\.bfly\.b32[^;]*), \d+, 31, -1", r"\1, 0, 31, -1"
+        "merge_kernel", (WRONG, errors.Race),
+        r"(shfl\.sync\.bfly\.b32[^;]*), \d+, 31, -1", r"\1, 0, 31, -1",
     ),
     "parts of programs that do not exist": Fault(
         "merge_kernel", (errors.UninitialisedRead, errors.OutOfBounds, WRONG),
