@@ -126,12 +126,14 @@ class Decoder(Accesses):
             mask = m.mask if guard is None else m.guarded(guard, negated)
             if mask is False:
                 return
-            values = [read(m, mask) for read in readers]
+            values, missing = m.read_for_itself(readers, mask)
             if defined is not None:
                 bad = ~defined(*values)
                 if (bad if mask is None else bad & mask).any():
                     raise UndefinedResult("the result is undefined for these operands")
             m.write(name, function(*values), mask)
+            for lanes in missing:
+                m.undefine(name, lanes, mask)
 
         return step
 
@@ -266,7 +268,10 @@ class Decoder(Accesses):
         def step(m: Machine) -> None:
             mask = m.whole_warps(m.mask)
             origin = warp.shuffle_source(mode, read_lane(m, mask), read_clamp(m, mask))
-            m.write(name, warp.shuffle(read(m, mask), origin), mask)
+            (value,), missing = m.read_for_itself([read], mask)
+            m.write(name, warp.shuffle(value, origin), mask)
+            for lanes in missing:
+                m.undefine(name, warp.shuffle(lanes, origin), mask)
 
         return step
 

@@ -88,6 +88,7 @@ class Machine:
         self.partial: dict[str, Array] = {}
         self.undefined_halves: dict[str, frozenset[int]] = {}
         self.in_flight: dict[str, Array] = {}
+        self.missing: list[Array] | None = None
         self.mask: Mask = None
         self.live = np.ones_like(warp, np.bool_)
         self.waiting = np.zeros_like(warp, np.bool_)
@@ -117,9 +118,16 @@ class Machine:
 
     # Registers
 
-    def read(self, name: str, mask: Mask) -> Array:
-        """Return a register that all lanes of a mask have written."""
+    def read(self, name: str, mask: Mask, dtype: Any = None) -> Array:
+        """Return a register that all lanes of a mask have written.
+
+        Args:
+            dtype: Type of the register, if it is among those that guarded instructions write.
+        """
         value = self.registers.get(name)
+        if value is None and self.missing is not None and dtype is not None:
+            self.missing.append(np.ones((self.warps, 32), np.bool_))
+            return np.zeros((1, 1), dtype)
         if value is None:
             raise UninitialisedRead(f"register {name} was never written")
         if name in self.undefined_halves:
@@ -127,8 +135,28 @@ class Machine:
         if name in self.partial:
             missing = ~self.partial[name]
             if (missing if mask is None else missing & mask).any():
-                raise UninitialisedRead(f"some lanes have not written register {name}")
+                if self.missing is None:
+                    raise UninitialisedRead(f"some lanes have not written register {name}")
+                self.missing.append(np.broadcast_to(missing, (self.warps, 32)))
         return value
+
+    def read_for_itself(self, readers: list[Any], mask: Mask) -> tuple[list[Array], list[Array]]:
+        """Return the operands of an instruction, and of some of them the lanes that lack it.
+
+        Triton's reductions compute with registers of lanes that loaded nothing, and ignore the
+        results. So only what reaches memory, an address, a predicate or a product is an error.
+        """
+        self.missing = []
+        try:
+            return [read(self, mask) for read in readers], self.missing
+        finally:
+            self.missing = None
+
+    def undefine(self, name: str, lanes: Array, mask: Mask) -> None:
+        """Make a register uninitialised in some of the lanes of a mask."""
+        if mask is not None:
+            lanes = lanes & mask
+        self.partial[name] = self.partial.get(name, True) & ~lanes
 
     def write(self, name: str, value: Array, mask: Mask) -> None:
         """Write a register in some lanes."""

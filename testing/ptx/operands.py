@@ -45,9 +45,10 @@ class Operands:
         dtype = np.dtype(DTYPES[kind])
         if isinstance(operand, Register):
             name = operand.name
+            guarded = dtype if name in self.kernel.guarded else None
 
             def read(m: Machine, mask: Mask) -> Array:
-                value = m.read(name, mask)
+                value = m.read(name, mask, guarded)
                 if value.dtype is dtype:
                     return value
                 if value.dtype.itemsize != dtype.itemsize:

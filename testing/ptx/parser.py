@@ -84,6 +84,7 @@ class Kernel:
         alignment: The largest declared alignment of shared memory.
         labels: The index of the instruction after each label.
         threads: Threads of a program, from `.reqntid`.
+        guarded: Registers that guarded instructions write.
     """
 
     name: str = ""
@@ -95,6 +96,7 @@ class Kernel:
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     threads: int = 0
+    guarded: set[str] = field(default_factory=set)
 
     def type_of(self, register: str) -> str:
         """Return the declared type of a register, such as `b32`."""
@@ -190,6 +192,9 @@ class _Parser:
             raise self.refuse(f"not an instruction: {text!r}")
         negated, guard, opcode, operands = match.groups()
         parsed = tuple(self.operand(part) for part in _split(operands.replace("|", ",")))
+        if guard and parsed:
+            written = parsed[0].items if isinstance(parsed[0], Group) else parsed[:1]
+            self.kernel.guarded |= {item.name for item in written if isinstance(item, Register)}
         self.kernel.instructions.append(
             Instruction(
                 self.line, " ".join(text.split()), opcode, parsed,

@@ -47,13 +47,52 @@ def test_an_address_that_is_no_multiple_of_the_access_is_misaligned(offset: int)
         run(SETUP + f"st.shared.v2.b32 [%r1+{offset}], {{%r2, %r2}};")
 
 
-def test_registers_that_no_instruction_or_only_some_lanes_wrote_are_uninitialised() -> None:
+def test_a_register_that_no_instruction_writes_is_uninitialised() -> None:
     with pytest.raises(errors.UninitialisedRead, match="register %r6 was never written"):
         run("add.s32 %r5, %r6, 1;")
-    some = "setp.lt.u32 %p1, %r900, 16;\n@%p1 mov.b32 %r6, 1;\n"
-    run(some + "@%p1 add.s32 %r5, %r6, 1;")
-    with pytest.raises(errors.UninitialisedRead, match="some lanes have not written register %r6"):
-        run(some + "add.s32 %r5, %r6, 1;")
+
+
+WRITTEN = {
+    "all": "mov.pred %p1, -1;",
+    "some": "setp.lt.u32 %p1, %r900, 16;",
+    "no": "mov.pred %p1, 0;",
+}
+PARTLY_WRITTEN = SETUP + "st.shared.b32 [%r3], %r2;\nadd.s64 %rd8, %rd0, %rd9;\n{}\n"
+PARTLY_WRITTEN += "@%p1 mov.b32 %r6, %r3;\nadd.s32 %r7, %r6, 0;\n"
+USES = {
+    "store": "st.global.b32 [%rd8], %r7;",
+    "address": "ld.shared.b32 %r8, [%r7];",
+    "predicate": "setp.eq.b32 %p2, %r7, 0;\n@%p2 mov.b32 %r8, 1;",
+    "branch": "setp.eq.b32 %p2, %r7, 0;\n@%p2 bra $END;\n$END:",
+    "reduction": "redux.sync.add.s32 %r8, %r7, -1;",
+    "product": "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32 "
+    "{%r10, %r11, %r12, %r13}, {%r2, %r2, %r2, %r2}, {%r2, %r7}, {%r2, %r2, %r2, %r2};",
+}
+
+
+@pytest.mark.parametrize("lanes", WRITTEN)
+@pytest.mark.parametrize("use", USES)
+def test_what_depends_on_a_register_that_a_lane_has_not_written_may_not_be_used(
+    lanes: str, use: str
+) -> None:
+    body = PARTLY_WRITTEN.format(WRITTEN[lanes])
+    run(body, words())
+    if lanes == "all":
+        run(body + USES[use], words())
+    else:
+        with pytest.raises(errors.UninitialisedRead, match="have not written register"):
+            run(body + USES[use], words())
+
+
+@pytest.mark.parametrize("distance", [1, 16])
+def test_a_shuffle_gives_lanes_what_their_source_has_written(distance: int) -> None:
+    body = PARTLY_WRITTEN.format(WRITTEN["some"])
+    body += f"shfl.sync.bfly.b32 %r8, %r7, {distance}, 31, -1;\n"
+    reads_written = "%p1" if distance == 1 else "!%p1"
+    reads_unwritten = "!%p1" if distance == 1 else "%p1"
+    run(body + f"@{reads_written} st.global.b32 [%rd8], %r8;", words())
+    with pytest.raises(errors.UninitialisedRead, match="have not written register %r8"):
+        run(body + f"@{reads_unwritten} st.global.b32 [%rd8], %r8;", words())
 
 
 def test_half_of_a_register_may_be_undefined_if_nothing_reads_it() -> None:
@@ -77,9 +116,9 @@ def test_unused_parts_of_a_vector_load_may_be_uninitialised() -> None:
     store = SETUP + "setp.eq.b32 %p1, %r900, 0;\n@%p1 st.shared.v2.b32 [%r1], {%r2, %r2};\n"
     load = store + 'bar.sync 0;\n.pragma "used_bytes_mask 0xff";\n'
     load += "ld.shared.v4.b32 {%r5, %r6, %r7, %r8}, [%r1];\n"
-    run(load + "add.s32 %r9, %r5, %r6;")
+    run(load + "st.shared.v2.b32 [%r1], {%r5, %r6};")
     with pytest.raises(errors.UninitialisedRead, match="%r7"):
-        run(load + "add.s32 %r9, %r5, %r7;")
+        run(load + "st.shared.v2.b32 [%r1], {%r5, %r7};")
 
 
 REVERSED = "sub.s32 %r4, 252, %r2;\nadd.s32 %r4, %r4, %r1;\n"
