@@ -23,6 +23,9 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 NEXT_RELEASE := 0.33.0
 NEXT_VLLM := .cache/vllm-$(NEXT_RELEASE)
 
+# The oldest Triton that the GPU kernels support. The long tests execute what it compiles.
+OLDEST_TRITON := .cache/triton-3.6.0
+
 # A machine with a GPU brings its own Python with torch, Triton and vLLM.
 GPU_PYTHON ?= python3
 GPU_OUT ?= benchmarks/results
@@ -68,6 +71,10 @@ $(NEXT_VLLM)/.cpu: $(NEXT_VLLM)/.unpacked $(VENV)/.vllm
 	ln -sf $(CURDIR)/$(VENV)/lib/python*/site-packages/vllm/_C*.abi3.so $(NEXT_VLLM)/vllm/
 	touch $@
 
+$(OLDEST_TRITON)/.unpacked: | $(VENV)/.installed
+	$(PIP) install $(PIP_ARGS) --no-deps --no-compile --target $(OLDEST_TRITON) triton==3.6.0
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -83,8 +90,8 @@ $(VENV)/.nixl: | $(VENV)/.installed
 	$(PIP) install $(PIP_ARGS) --no-deps nixl==1.5.1 nixl-cu13==1.5.1
 	touch $@
 
-long-tests: setup $(VENV)/.nixl $(NEXT_VLLM)/.cpu
-	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
+long-tests: setup $(VENV)/.nixl $(NEXT_VLLM)/.cpu $(OLDEST_TRITON)/.unpacked
+	HYBRID_KV_TEST_TRITON=$(CURDIR)/$(OLDEST_TRITON) $(BIN)/python -m pytest -m long $(PYTEST_ARGS)
 	VLLM_CACHE_ROOT=$(CURDIR)/.cache/vllm-0.33-cache HYBRID_KV_TEST_VLLM_MINOR=0.33 \
 	    PYTHONPATH=$(CURDIR)/$(NEXT_VLLM) VLLM_TARGET_DEVICE=cpu \
 	    $(BIN)/python -m pytest -m '' tests/e2e $(PYTEST_ARGS)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from testing.ptx import warp
-from testing.ptx.accesses import Accesses, gathered, spread
+from testing.ptx.accesses import gathered, spread
 from testing.ptx.errors import UndefinedResult
 from testing.ptx.machine import Block, Machine, Step
 from testing.ptx.operands import Reader
@@ -21,6 +21,7 @@ from testing.ptx.parser import (
     Register,
     Symbol,
 )
+from testing.ptx.tensor_memory import TRY_WAIT, TensorMemoryAccesses
 
 _SHUFFLE = re.compile(r"shfl\.sync\.(up|down|bfly|idx)\.b32$")
 _BY_HALVES = re.compile(r"(mov\.b64|selp\.b64|(add|sub|mul|fma\.rn)\.f32x2)$")
@@ -32,15 +33,16 @@ _WITHOUT_EFFECT = (
     "wgmma.commit_group.sync.aligned",
 )  # fmt: skip
 """Instructions that order accesses that this machine orders anyway."""
+_RELINQUISH = "tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned"
 
 
-class Decoder(Accesses):
+class Decoder(TensorMemoryAccesses):
     """Makes steps of the instructions of a kernel."""
 
     def blocks(self) -> dict[int, Block]:
         """Return the kernel as blocks."""
         instructions, labels = self.kernel.instructions, self.kernel.labels
-        ends = ("bra", "bra.uni", "ret", "exit", "bar.sync", "barrier.sync")
+        ends = ("bra", "bra.uni", "ret", "exit", "bar.sync", "barrier.sync", TRY_WAIT)
         starts = {0, *(i + 1 for i, one in enumerate(instructions) if one.opcode in ends)}
         targets = {
             operand.name for one in instructions for operand in one.operands
@@ -54,6 +56,9 @@ class Decoder(Accesses):
             last = part[-1] if part[-1].opcode in ends else None
             steps = tuple(self.step(one) for one in (part[:-1] if last else part))
             blocks[start] = Block(steps, (*part, part[-1]), self.end(last, stop))
+            if last is not None and last.opcode == TRY_WAIT and len(part) > 1:
+                # The wait is repeated alone.
+                blocks[stop - 1] = Block((), (last, last), self.end(last, stop))
         return blocks
 
     def end(self, last: Instruction | None, following: int) -> Step:
@@ -72,6 +77,8 @@ class Decoder(Accesses):
             if guard is not None:
                 raise self.refuse(last, "a guarded return")
             return lambda m: m.finish(m.mask)
+        if last.opcode == TRY_WAIT:
+            return self.try_wait(last, following - 1, following)
         if guard is not None or last.operands != (Immediate(0),):
             raise self.refuse(last, "a barrier other than 0, or a guarded one")
         return lambda m: m.barrier(following)
@@ -85,7 +92,7 @@ class Decoder(Accesses):
             return self.pack(one)
         if opcode in OPERATIONS:
             return self.lane_wise(one)
-        if step := self.access(one):
+        if step := self.access(one) or self.tensor_memory_access(one):
             return step
         if match := _SHUFFLE.match(opcode):
             return self.shuffle(one, match)
@@ -97,7 +104,7 @@ class Decoder(Accesses):
             return self.warp_group(one, int(match[1]), match[2])
         if opcode == "wgmma.wait_group.sync.aligned" and one.operands == (Immediate(0),):
             return lambda m: m.settle(set(m.in_flight), m.whole_warps(m.mask))
-        if opcode in _WITHOUT_EFFECT and one.guard is None:
+        if (opcode in _WITHOUT_EFFECT and one.guard is None) or opcode == _RELINQUISH:
             return lambda m: None
         raise self.refuse(one)
 

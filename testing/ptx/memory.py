@@ -137,12 +137,17 @@ class Allocation(_Bytes):
 
 
 class GlobalMemory:
-    """The allocations that a kernel may access."""
+    """The allocations that a kernel may access.
+
+    Attributes:
+        notes: What kernels did that PTX leaves undefined, but all versions of ptxas define.
+    """
 
     def __init__(self) -> None:
         self._allocations: dict[int, Allocation] = {}
         self._starts = np.zeros(0, np.int64)
         self._last: Allocation | None = None
+        self.notes: set[str] = set()
 
     def register(self, data: Array, start: int, *, initialised: bool = True) -> None:
         """Add a range of memory, unless it is known.

@@ -158,6 +158,8 @@ class _Parser:
         if match := re.match(r"0([fFdD])([0-9a-fA-F]+)$", text):
             return Immediate(int(match[2], 16), bits=True)
         name = self.name(text)
+        if name in self.kernel.labels:
+            return Symbol(name)
         if text.startswith("%") or text == "_" or name != text:
             return Register(name)
         if re.fullmatch(r"[$\w]+", text):
@@ -212,7 +214,10 @@ class _Parser:
             if not pending:
                 self.line = number
             if (match := _LABEL.match(text)) and not pending:
-                self.kernel.labels[match[1]] = len(self.kernel.instructions)
+                label = match[1]
+                if len(self.scopes) > 1:
+                    label = self.scopes[-1].setdefault(label, f"{label}@{number}")
+                self.kernel.labels[label] = len(self.kernel.instructions)
                 text = text[match.end() :].strip()
             pending += " " + text
             # Braces of operands do not contain a semicolon; those of scopes begin a statement.

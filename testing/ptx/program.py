@@ -29,7 +29,7 @@ class Program:
         self.warps = warps
         # No more aligned than the kernel declares. Operands of `wgmma` need more: on a GPU dynamic
         # shared memory starts at 1024.
-        self.base = 1024 if "wgmma" in ptx else self.kernel.alignment
+        self.base = 1024 if "wgmma" in ptx or "tcgen05" in ptx else self.kernel.alignment
         self.shared_bytes = self.kernel.static_bytes + shared_bytes
         symbols = {name: self.base + start for name, start in self.kernel.shared.items()}
         decoder = Decoder(self.kernel, symbols)

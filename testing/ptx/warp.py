@@ -122,8 +122,13 @@ def mma(kind: str, a: Sequence[Array], b: Sequence[Array], c: Sequence[Array]) -
 
 def product(kind: str, a: Sequence[Array], b: Array) -> Array:
     """Return A B; B is 16-bit words [warps, 16, 8], not in registers."""
+    return _left(_unpacked(a, kind)) @ widened(kind, b)
+
+
+def widened(kind: str, words: Array) -> Array:
+    """Return float32 numbers of 16-bit words."""
     widen = arithmetic.from_half if kind == "f16" else arithmetic.from_bfloat
-    return _left(_unpacked(a, kind)) @ widen(np.ascontiguousarray(b))
+    return widen(np.ascontiguousarray(words))
 
 
 def sum_with(matrix: Array, c: Sequence[Array]) -> Array:
