@@ -42,7 +42,7 @@ class Decoder(TensorMemoryAccesses):
     def blocks(self) -> dict[int, Block]:
         """Return the kernel as blocks."""
         instructions, labels = self.kernel.instructions, self.kernel.labels
-        ends = ("bra", "bra.uni", "ret", "exit", "bar.sync", "barrier.sync", TRY_WAIT)
+        ends = ("bra", "bra.uni", "ret", "exit", "bar.sync", "barrier.sync", *TRY_WAIT)
         starts = {0, *(i + 1 for i, one in enumerate(instructions) if one.opcode in ends)}
         targets = {
             operand.name for one in instructions for operand in one.operands
@@ -56,7 +56,7 @@ class Decoder(TensorMemoryAccesses):
             last = part[-1] if part[-1].opcode in ends else None
             steps = tuple(self.step(one) for one in (part[:-1] if last else part))
             blocks[start] = Block(steps, (*part, part[-1]), self.end(last, stop))
-            if last is not None and last.opcode == TRY_WAIT and len(part) > 1:
+            if last is not None and last.opcode in TRY_WAIT and len(part) > 1:
                 # The wait is repeated alone.
                 blocks[stop - 1] = Block((), (last, last), self.end(last, stop))
         return blocks
@@ -77,7 +77,7 @@ class Decoder(TensorMemoryAccesses):
             if guard is not None:
                 raise self.refuse(last, "a guarded return")
             return lambda m: m.finish(m.mask)
-        if last.opcode == TRY_WAIT:
+        if last.opcode in TRY_WAIT:
             return self.try_wait(last, following - 1, following)
         if guard is not None or last.operands != (Immediate(0),):
             raise self.refuse(last, "a barrier other than 0, or a guarded one")

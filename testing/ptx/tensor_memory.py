@@ -21,10 +21,12 @@ from testing.ptx.parser import Immediate, Instruction
 _ALLOCATE = "tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32"
 _FREE = "tcgen05.dealloc.cta_group::1.sync.aligned.b32"
 _MULTIPLY = "tcgen05.mma.cta_group::1.kind::f16"
-_COMMIT = "tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64"
+_COMMIT = re.compile(
+    r"tcgen05\.commit\.cta_group::1\.mbarrier::arrive::one(\.shared::cluster)?\.b64$"
+)
 _MOVE = re.compile(r"tcgen05\.(ld|st)\.sync\.aligned\.32x32b\.x(\d+)\.b32$")
 _BARRIER = re.compile(r"mbarrier\.(init|inval)\.shared::cta\.b64$")
-TRY_WAIT = "mbarrier.try_wait.parity.shared::cta.b64"
+TRY_WAIT = ("mbarrier.try_wait.parity.shared::cta.b64", "mbarrier.try_wait.parity.shared.b64")
 
 COLUMNS = 512
 UNWRITTEN, WRITTEN, STORING, MULTIPLYING = range(4)
@@ -80,7 +82,7 @@ class TensorMemoryAccesses(Accesses):
             return (self.load_words if match[1] == "ld" else self.store_words)(one, int(match[2]))
         if one.opcode == _MULTIPLY:
             return self.multiply(one)
-        if one.opcode == _COMMIT:
+        if _COMMIT.match(one.opcode):
             return self.commit(one)
         if match := _BARRIER.match(one.opcode):
             return self.change_barrier(one, match[1] == "init")
@@ -245,7 +247,9 @@ class TensorMemoryAccesses(Accesses):
 
     def commit(self, one: Instruction) -> Step:
         (place,) = self.operands(one, 1)
-        read, guard, negated = self.address(one, place, True), one.guard, one.negated
+        # Triton 3.6 gives the address in shared memory as a generic one.
+        read = self.address(one, place, ".shared::cluster" in one.opcode)
+        guard, negated = one.guard, one.negated
 
         def step(m: Machine) -> None:
             mask = m.guarded(guard, negated)

@@ -28,7 +28,7 @@ UNKNOWN = [
     "ret.uni;",
     "setp.lt.and.s32 %p1, %r900, 1, %p2;",
     "shfl.sync.bfly.b32 %r1|%p1, %r900, 1, 31, -1;",
-    "tcgen05.wait::ld.sync.aligned;",
+    "tcgen05.shift.cta_group::1.down [%r1];",
     "tanh.approx.f32 %r1, 0f3F800000;",
 ]
 

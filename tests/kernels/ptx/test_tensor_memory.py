@@ -125,6 +125,15 @@ LAYOUTS: dict[str, tuple[int, int, int, int, Any]] = {
 }  # fmt: skip
 
 
+COMMIT = "tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r1+16];"
+TRY_WAIT = "mbarrier.try_wait.parity.shared::cta.b64"
+OLDER = {
+    COMMIT: "tcgen05.commit.cta_group::1.mbarrier::arrive::one.b64 [%rd16];",
+    TRY_WAIT: "mbarrier.try_wait.parity.shared.b64",
+}
+"""How Triton 3.6 writes the same."""
+
+
 def product(
     layout: str,
     kind: str,
@@ -133,6 +142,7 @@ def product(
     drop: str = "",
     keep: str = "",
     seed: int = 1,
+    older: dict[str, str] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return 128 sums of 16 columns, and the exact ones. `drop` before `keep` is left out."""
     major, swizzle, leading, stride, offset = LAYOUTS[layout]
@@ -167,25 +177,28 @@ def product(
     body += f"mov.b32 %r12, {description};\nmov.b64 %rd40, {descriptor};\n"
     body += f"mov.pred %p4, {-int(accumulate)};\n"
     body += "@%p3 tcgen05.mma.cta_group::1.kind::f16 [%r2+16], [%r2+0], %rd40, %r12, %p4;\n"
-    body += "@%p3 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r1+16];\n"
+    body += f"add.s32 %r13, %r1, 16;\ncvt.u64.u32 %rd16, %r13;\n@%p3 {COMMIT}\n"
     body += "{\n.reg .pred complete;\nwaitLoop:\n"
-    body += "mbarrier.try_wait.parity.shared::cta.b64 complete, [%r1+16], 0;\n"
+    body += f"{TRY_WAIT} complete, [%r1+16], 0;\n"
     body += "@!complete bra.uni waitLoop;\n}\n"
     body += "bar.sync 0;\n@%p3 mbarrier.inval.shared::cta.b64 [%r1+16];\n"
     body += load(16, 160, 16) + WAIT_LD + stored(3, 160, 16)
     assert drop + keep in body
     body = body.replace(drop + keep, keep) if drop else body
+    for text, other in (older or {}).items():
+        body = body.replace(text, other)
     run(body + FREE, left, sums, right, out, warps=4, shared=4096, seed=seed)
     return out.view(np.float32).T, a @ b + (c if accumulate else 0)
 
 
+@pytest.mark.parametrize("older", [{}, OLDER], ids=["Triton 3.9", "Triton 3.6"])
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_products_of_tensor_memory_and_shared_memory_are_exact(
-    layout: str, kind: str, accumulate: bool
+    layout: str, kind: str, accumulate: bool, older: dict[str, str]
 ) -> None:
-    found, exact = product(layout, kind, accumulate=accumulate)
+    found, exact = product(layout, kind, accumulate=accumulate, older=older)
     assert np.array_equal(found, exact)
 
 
@@ -197,10 +210,9 @@ MBARRIER = "shared::cta.b64 [%r1+16]"
     ("drop", "keep", "error"),
     [
         (WAIT_ST, "fence", errors.ReadBeforeWait),
-        ("mbarrier.try_wait.parity.shared::cta.b64 complete, [%r1+16], 0;\n@!complete bra.uni "
-         "waitLoop;\n", "", errors.ReadBeforeWait),
-        ("@%p3 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r1+16];\n",
-         "", errors.Deadlock),
+        (f"{TRY_WAIT} complete, [%r1+16], 0;\n@!complete bra.uni waitLoop;\n", "}",
+         errors.ReadBeforeWait),
+        (f"@%p3 {COMMIT}\n", "{", errors.Deadlock),
         (f"@%p3 mbarrier.init.{MBARRIER}, 1;\n", "", errors.UninitialisedRead),
         ("bar.sync 0;\n", "mov.b32 %r12", (errors.Race, errors.UninitialisedRead)),
         ("bar.sync 0;\n", f"@%p3 mbarrier.inval.{MBARRIER}",
