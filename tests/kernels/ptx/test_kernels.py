@@ -68,6 +68,13 @@ CASES: dict[str, tuple[Case, tuple[int, ...]]] = {
     "verification, 128, group 5, window": (
         Case(128, 5, 1, 16, (290, 33, 8, 70), (4, 4, 4, 4), options={"window": 70}, **SPLIT), (100,)
     ),
+    "64, requests without new tokens": (
+        Case(
+            64, 4, 1, 32, (40, 30, 64, 20, 10, 5), (19, 0, 0, 3, 0, 1),
+            plan={"split": True, "processors": 1},
+        ),
+        (90,),
+    ),
     "32 rows, 64, mixed": (
         Case(64, 4, 1, 32, (290, 1, 0, 20), (8, 1, 0, 7), **WHOLE), (90,)
     ),
