@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faults planted in the PTX of the kernels are found: by the machine, or by a wrong result."""
+"""Faults planted in the kernels and their PTX are found: by the machine, or by a wrong result."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from testing.ptx import errors
 from testing.ptx.launch import PTXDevice
 from testing.triton.attention import DECODE, Case, assert_close, attend, expected, make, planned
 from testing.triton.store import differing_bytes, random_rows
+from vllm_hybrid_kv.kernels.triton.attend import attend_kernel
+from vllm_hybrid_kv.kernels.triton.attention import merge_kernel
+from vllm_hybrid_kv.kernels.triton.quantise import quantise_and_store_kernel
 
 CASE = Case(128, 8, 2, 16, **DECODE, plan={"split": True, "processors": 2})
 WRONG = AssertionError
@@ -155,16 +159,26 @@ FAULTS: dict[str, Fault] = {
 }  # fmt: skip
 
 
+def check_attention() -> None:
+    batch = make(CASE)
+    assert_close(attend(batch, planned(batch, **(CASE.plan or {}))), expected(batch))
+
+
+def check_storing() -> None:
+    # The first token has the slot -1, which is none.
+    slots = torch.arange(37) - 1
+    assert differing_bytes(*random_rows(37, 3, 128, torch.bfloat16), slots) == 0
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_faults_are_found(name: str) -> None:
     fault = FAULTS[name]
     capability = (80, 120)[list(FAULTS).index(name) % 2]
-    batch = make(CASE)
     with (
         PTXDevice(capability, seed=1, edit=fault.plant) as device,
         pytest.raises(fault.found) as found,
     ):
-        assert_close(attend(batch, planned(batch, **CASE.plan)), expected(batch))
+        check_attention()
     assert fault.kernel in device.launches
     if isinstance(found.value, errors.PTXError):
         assert re.search(r"_kernel, line \d+: |global address", str(found.value))
@@ -190,13 +204,39 @@ STORE_FAULTS: dict[str, tuple[Callable[[str], str], type[Exception]]] = {
 @pytest.mark.parametrize("name", STORE_FAULTS)
 def test_planted_faults_of_storing_are_found(name: str) -> None:
     plant, found = STORE_FAULTS[name]
-    key, value = random_rows(37, 3, 128, torch.bfloat16)
     with PTXDevice(80, edit=plant), pytest.raises(found):
-        assert differing_bytes(key, value, torch.arange(37)) == 0
+        check_storing()
+
+
+SOURCE_FAULTS: dict[str, tuple[Any, str, str, type[Exception] | tuple[type[Exception], ...]]] = {
+    "one row too many": (
+        attend_kernel, "mask_m = row < query_len * GROUP", "mask_m = row <= query_len * GROUP",
+        (errors.Race, errors.OutOfBounds, WRONG),
+    ),
+    "parts without weights": (merge_kernel, "part_out * p[:, None]", "part_out", WRONG),
+    "padding that is stored": (
+        quantise_and_store_kernel, "(slot >= 0)", "(slot >= -1)", errors.OutOfBounds
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SOURCE_FAULTS)
+def test_faults_planted_in_the_source_are_found(name: str) -> None:
+    kernel, text, fault, found = SOURCE_FAULTS[name]
+    source = kernel.src
+    assert text in source
+    kernel._unsafe_update_src(source.replace(text, fault))
+    kernel.device_caches.clear()
+    check = check_storing if kernel is quantise_and_store_kernel else check_attention
+    try:
+        with PTXDevice(80, seed=1), pytest.raises(found):
+            check()
+    finally:
+        kernel._unsafe_update_src(source)
+        kernel.device_caches.clear()
 
 
 def test_without_a_fault_nothing_is_found() -> None:
-    batch = make(CASE)
     for capability in (80, 120):
         with PTXDevice(capability, seed=1):
-            assert_close(attend(batch, planned(batch, **CASE.plan)), expected(batch))
+            check_attention()
