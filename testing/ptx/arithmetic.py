@@ -17,8 +17,8 @@ Array = npt.NDArray[Any]
 _TIE_BITS = np.uint64((1 << 28) - 1)
 _SMALLEST_NORMAL = np.float32(2.0**-126)
 _SIGN = np.uint32(0x80000000)
-NAN_BITS = {"f16": 0x7FFF, "bf16": 0x7FFF, "f32": 0x7FFFFFFF}
-"""The NaN that an instruction returns."""
+NAN_BITS = {16: 0x7FFF, 32: 0x7FFFFFFF}
+"""The NaN that an instruction returns, by its bits; that of fp16 and bf16 is the same."""
 
 
 def flushed(x: Array) -> Array:
@@ -53,40 +53,33 @@ def fma(a: Array, b: Array, c: Array) -> Array:
     return total.astype(np.float32)
 
 
-def _extreme(a: Array, b: Array, nan: bool, smaller: bool) -> Array:
+def _extreme(a: Array, b: Array, smaller: bool) -> Array:
     picked = (np.fmin if smaller else np.fmax)(a, b)
-    words = np.dtype(f"u{picked.dtype.itemsize}")
     # -0 is smaller than +0. Equal numbers other than zeros have equal bits.
-    bits = a.view(words) | b.view(words) if smaller else a.view(words) & b.view(words)
-    result = np.where(a == b, bits, picked.view(words))
-    bad = np.isnan(a) | np.isnan(b) if nan else np.isnan(picked)
-    if bad.any():
-        result = np.where(bad, words.type(NAN_BITS[f"f{8 * picked.dtype.itemsize}"]), result)
-    return result.view(picked.dtype)
+    words = a.view(np.uint32), b.view(np.uint32)
+    of_equal = (np.bitwise_or if smaller else np.bitwise_and)(*words)
+    bits = np.where(a == b, of_equal, picked.view(np.uint32))
+    return np.where(np.isnan(picked), np.uint32(NAN_BITS[32]), bits).view(np.float32)
 
 
-def minimum(a: Array, b: Array, nan: bool = False) -> Array:
-    """Return the smaller number; of one NaN the other operand, unless `nan`."""
-    return _extreme(a, b, nan, smaller=True)
+def minimum(a: Array, b: Array) -> Array:
+    """Return the smaller number; of one NaN the other operand."""
+    return _extreme(a, b, smaller=True)
 
 
-def maximum(a: Array, b: Array, nan: bool = False) -> Array:
-    """Return the larger number; of one NaN the other operand, unless `nan`."""
-    return _extreme(a, b, nan, smaller=False)
+def maximum(a: Array, b: Array) -> Array:
+    """Return the larger number; of one NaN the other operand."""
+    return _extreme(a, b, smaller=False)
 
 
 def exp2(x: Array) -> Array:
     return np.exp2(x.astype(np.float64)).astype(np.float32)
 
 
-def log2(x: Array) -> Array:
-    return np.log2(x.astype(np.float64)).astype(np.float32)
-
-
 def to_half(x: Array) -> Array:
     """Return float32 numbers as the bits of fp16, rounded to nearest even."""
     bits = x.astype(np.float16).view(np.uint16)
-    return np.where(np.isnan(x), np.uint16(NAN_BITS["f16"]), bits)
+    return np.where(np.isnan(x), np.uint16(NAN_BITS[16]), bits)
 
 
 def from_half(bits: Array) -> Array:
@@ -97,7 +90,7 @@ def to_bfloat(x: Array) -> Array:
     """Return float32 numbers as the bits of bf16, rounded to nearest even."""
     bits = x.view(np.uint32)
     rounded = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16
-    return np.where(np.isnan(x), NAN_BITS["bf16"], rounded).astype(np.uint16)
+    return np.where(np.isnan(x), NAN_BITS[16], rounded).astype(np.uint16)
 
 
 def from_bfloat(bits: Array) -> Array:
@@ -190,22 +183,3 @@ def permuted(a: Array, b: Array, selector: Array) -> Array:
         value = np.where(nibble & np.uint64(8), sign, value)
         result |= value << np.uint64(8 * byte)
     return result.astype(np.uint32)
-
-
-def logic(a: Array, b: Array, c: Array, table: Array) -> Array:
-    """Return the bitwise function of three operands that a table of eight bits gives: `lop3`."""
-    result = np.zeros(1, a.dtype)
-    for entry in range(8):
-        term = (a if entry & 4 else ~a) & (b if entry & 2 else ~b) & (c if entry & 1 else ~c)
-        result = result | np.where(table >> entry & 1, term, a.dtype.type(0))
-    return result
-
-
-def funnel(low: Array, high: Array, count: Array, left: bool, wrap: bool) -> Array:
-    """Return 32 bits of a shifted pair of words: `shf`."""
-    count = (count & 31 if wrap else np.minimum(count, 32)).astype(np.uint64)
-    pair = low.astype(np.uint64) | (high.astype(np.uint64) << np.uint64(32))
-    if left:
-        # A shift by 32 gives the low word.
-        return ((pair << count) >> np.uint64(32)).astype(np.uint32)
-    return (pair >> count).astype(np.uint32)

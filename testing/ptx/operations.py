@@ -6,7 +6,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -51,25 +50,6 @@ def _define(
 ) -> None:
     result, *sources = types.split()
     OPERATIONS[opcode] = Operation(result, tuple(sources), function, defined)
-
-
-def _on_halves(function: Callable[..., Array], *words: Array) -> Array:
-    """Apply a function of float32 numbers to fp16 ones, each result rounded once.
-
-    A float32 sum or product of two fp16 numbers that is rounded again to fp16 is rounded as if
-    once, since 24 >= 2 * 11 + 2.
-    """
-    return arithmetic.to_half(function(*map(arithmetic.from_half, words)))
-
-
-def _on_bfloats(function: Callable[..., Array], *words: Array) -> Array:
-    return arithmetic.to_bfloat(function(*map(arithmetic.from_bfloat, words)))
-
-
-def _on_pairs(function: Callable[..., Array], *words: Array) -> Array:
-    """Apply a function of 16-bit words to both words of each register."""
-    high = function(*((word >> 16).astype(np.uint16) for word in words))
-    return arithmetic.joined(high, function(*((word & 0xFFFF).astype(np.uint16) for word in words)))
 
 
 def _not_zero(_: Array, divisor: Array) -> Array:
@@ -117,9 +97,6 @@ def _integers() -> None:
             kind = f"{sign}{bits}"
             _define(f"mul.hi.{kind}", f"{kind} {kind} {kind}", arithmetic.multiplied_high)
         _define(f"bfe.{sign}32", f"{sign}32 {sign}32 u32 u32", arithmetic.bit_field)
-    for side, mode in itertools.product("lr", ("wrap", "clamp")):
-        function = partial(arithmetic.funnel, left=side == "l", wrap=mode == "wrap")
-        _define(f"shf.{side}.{mode}.b32", "b32 b32 b32 u32", function)
 
 
 def _bits() -> None:
@@ -131,7 +108,6 @@ def _bits() -> None:
             _define(f"{name}.{kind}", f"{kind} {kind} {kind}", function)
         _define(f"not.{kind}", f"{kind} {kind}", np.invert)
     _define("prmt.b32", "b32 b32 b32 u32", arithmetic.permuted)
-    _define("lop3.b32", "b32 b32 b32 b32 u32", arithmetic.logic)
     for kind in ("b16", "b32", "b64", "u16", "u32", "u64", "s16", "s32", "s64", "f32"):
         _define(
             f"selp.{kind}", f"{kind} {kind} {kind} pred", lambda a, b, p: np.where(p, a, b)
@@ -194,29 +170,15 @@ def _floats() -> None:
     _with_flushing("fma.rn.f32", "f32 f32 f32 f32", arithmetic.fma)
     for name, extreme in (("min", arithmetic.minimum), ("max", arithmetic.maximum)):
         _with_flushing(f"{name}.f32", "f32 f32 f32", extreme)
-        _define(f"{name}.NaN.f32", "f32 f32 f32", partial(extreme, nan=True))
         _define(
             f"{name}.f32/3", "f32 f32 f32 f32",
             lambda a, b, c, extreme=extreme: extreme(extreme(a, b), c),
         )  # fmt: skip
     for name in ("div.rn", "div.full", "div.approx"):
         _with_flushing(f"{name}.f32", "f32 f32 f32", np.divide)
-    for name in ("rcp.rn", "rcp.approx"):
-        _with_flushing(f"{name}.f32", "f32 f32", lambda a: np.float32(1) / a)
-    _with_flushing("sqrt.rn.f32", "f32 f32", np.sqrt)
     _with_flushing("ex2.approx.f32", "f32 f32", arithmetic.exp2)
-    _with_flushing("lg2.approx.f32", "f32 f32", arithmetic.log2)
     _with_flushing("abs.f32", "f32 f32", np.abs)
     _with_flushing("neg.f32", "f32 f32", np.negative)
-    for kind, apply in (("f16", _on_halves), ("bf16", _on_bfloats)):
-        for name, function in (
-            *sums.items(),
-            ("min", arithmetic.minimum),
-            ("max", arithmetic.maximum),
-        ):
-            scalar = partial(apply, function)
-            _define(f"{name}.{kind}", f"{kind} {kind} {kind}", scalar)
-            _define(f"{name}.{kind}x2", "b32 b32 b32", partial(_on_pairs, scalar))
 
 
 def _float_pairs() -> None:
@@ -236,9 +198,6 @@ def _float_pairs() -> None:
     for kind, wide in (("f16", arithmetic.from_half), ("bf16", arithmetic.from_bfloat)):
         _define(f"add.rn.f32.{kind}", f"f32 {kind} f32", lambda a, c, wide=wide: wide(a) + c)
         _define(f"sub.rn.f32.{kind}", f"f32 {kind} f32", lambda a, c, wide=wide: wide(a) - c)
-    for name, function in (("add", np.add), ("sub", np.subtract)):
-        for sign in "su":
-            _define(f"{name}.{sign}16x2", "b32 b32 b32", partial(_on_pairs, function))
 
 
 def _conversions() -> None:
