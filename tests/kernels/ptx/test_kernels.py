@@ -56,13 +56,13 @@ CASES: dict[str, tuple[Case, tuple[int, ...]]] = {
     "128, pages of two tiles, group 16, sinks": (
         Case(128, 16, 1, 128, **DECODE, **SPLIT, options={"sinks": SINKS}), (100,)
     ),
-    "256, group 7": (Case(256, 7, 1, 16, **DECODE, **SPLIT), (80, 120)),
+    "256, group 7": (Case(256, 7, 1, 16, **DECODE, **SPLIT), (120,)),
     "256, group 8, soft cap, sinks": (
         Case(
             256, 8, 1, 16, **MIXED, **SPLIT, dtype=torch.float32,
             options={"soft_cap": 2.0, "sinks": SINKS[:8]},
         ),
-        (90, 120),
+        (90,),
     ),
     "512, group 2": (Case(512, 2, 1, 16, **DECODE, **SPLIT), CAPABILITIES),
     "verification, 128, group 5, window": (
@@ -78,7 +78,7 @@ CASES: dict[str, tuple[Case, tuple[int, ...]]] = {
     "32 rows, 64, mixed": (
         Case(64, 4, 1, 32, (290, 1, 0, 20), (8, 1, 0, 7), **WHOLE), (90,)
     ),
-    "64 rows, 128, prompt": (Case(128, 16, 1, 16, (100, 40), (30, 9), **WHOLE), (80, 100)),
+    "64 rows, 128, prompt": (Case(128, 16, 1, 16, (100, 40), (30, 9), **WHOLE), (100,)),
     "96, not causal, window, soft cap": (
         Case(
             96, 6, 2, 48, **MIXED, **WHOLE, dtype=torch.float16,
