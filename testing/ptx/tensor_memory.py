@@ -64,9 +64,12 @@ def _of(m: Machine, row: int) -> TensorMemory:
 
 def _rows(m: Machine, mask: Array | None) -> list[int]:
     """Return the warps with lanes in a mask."""
-    return np.flatnonzero(
-        np.broadcast_to(True if mask is None else mask, (m.warps, 32)).any(1)
-    ).tolist()
+    return sorted({row for row, _ in _lanes(m, mask)})
+
+
+def _lanes(m: Machine, mask: Array | None) -> list[list[int]]:
+    """Return the warp and lane of each lane in a mask. Without a mask all lanes run."""
+    return np.argwhere(np.broadcast_to(True if mask is None else mask, (m.warps, 32))).tolist()
 
 
 class TensorMemoryAccesses(Accesses):
@@ -201,12 +204,11 @@ class TensorMemoryAccesses(Accesses):
             if mask is False:
                 return
             shape = m.warps, 32
-            running = np.broadcast_to(True if mask is None else mask, shape)
             to, origin, place, bits, keep = (
                 np.broadcast_to(read(m, mask), shape)
                 for read in (read_sums, read_left, read_right, read_description, read_accumulates)
             )
-            for row, lane in np.argwhere(running).tolist():
+            for row, lane in _lanes(m, mask):
                 # Sums in float32 of fp16, or bf16; 128 rows; B with columns or rows in memory.
                 description = int(bits[row, lane])
                 if description & ~(0x3F << 17 | 1 << 16 | 9 << 7) != 8 << 24 | 1 << 4:
@@ -256,8 +258,7 @@ class TensorMemoryAccesses(Accesses):
             if mask is False:
                 return
             address = np.broadcast_to(read(m, mask), (m.warps, 32))
-            running = np.broadcast_to(True if mask is None else mask, (m.warps, 32))
-            for row, lane in np.argwhere(running).tolist():
+            for row, lane in _lanes(m, mask):
                 barrier = int(m.slot[row, 0]), int(address[row, lane])
                 if barrier not in m.phases:
                     raise UninitialisedRead("an mbarrier that is not initialised")
@@ -277,8 +278,7 @@ class TensorMemoryAccesses(Accesses):
             if mask is False:
                 return
             address = np.broadcast_to(read(m, mask), (m.warps, 32))
-            running = np.broadcast_to(True if mask is None else mask, (m.warps, 32))
-            for row, lane in np.argwhere(running).tolist():
+            for row, lane in _lanes(m, mask):
                 barrier = int(m.slot[row, 0]), int(address[row, lane])
                 state = np.full((1, 8), starts, np.uint8)
                 m.shared.write(address[row, lane : lane + 1], state, m.slot[row], m.keys[row])
