@@ -2,13 +2,13 @@
 """Compile kernels for any GPU without having it, and read the machine code.
 
 Triton ships `ptxas`, `cuobjdump` and `nvdisasm`, so registers, spills, the width of every load and
-the instructions of the main loop are known without a GPU. Speed is not, but there is a bound: if a
-loop needs more instructions per byte than the GPU can issue while memory delivers the byte, it
-cannot reach the memory bandwidth.
+the instructions of the main loop are known without a GPU. Speed is not: `performance_model.py`
+predicts it.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -84,6 +84,29 @@ _CLASSES = (
 
 
 @dataclass(frozen=True)
+class Instruction:
+    """One instruction, with the control word by which the compiler schedules it.
+
+    A warp has six scoreboards, which count its unfinished instructions.
+
+    Attributes:
+        operation: Name with modifiers, such as `LDG.E.128`, without predicate.
+        arguments: Operands, as text.
+        stall: Cycles until the warp's next instruction may issue.
+        written: Scoreboard that holds until the result is written; None without.
+        read: Scoreboard that holds until the operands are read; None without.
+        awaited: The scoreboards that must be free before it issues.
+    """
+
+    operation: str
+    arguments: str
+    stall: int
+    written: int | None
+    read: int | None
+    awaited: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class MachineCode:
     """The resources and instructions of a compiled kernel.
 
@@ -92,8 +115,8 @@ class MachineCode:
         stack_bytes: Per thread.
         spill_bytes: Local memory per thread, which holds spilled registers.
         shared_bytes: Shared memory per program, as the launch requests it.
-        operations: Names of the instructions, without predicates.
-        loops: The indices in `operations` of each loop's first and last instruction.
+        instructions: In order.
+        loops: The indices in `instructions` of each loop's first and last instruction.
         num_warps: Warps per program.
         ptx: The PTX from which the machine code was made.
     """
@@ -102,10 +125,20 @@ class MachineCode:
     stack_bytes: int
     spill_bytes: int
     shared_bytes: int
-    operations: tuple[str, ...]
+    instructions: tuple[Instruction, ...]
     loops: tuple[tuple[int, int], ...]
     num_warps: int
     ptx: str
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """The names of the instructions, without predicates."""
+        return tuple(one.operation for one in self.instructions)
+
+    @property
+    def code_bytes(self) -> int:
+        """The size of the code; an instruction has 16 bytes."""
+        return 16 * len(self.instructions)
 
     def counts(self, loop: tuple[int, int] | None = None) -> Counter[str]:
         """Count the instructions of each class of `_CLASSES`, in a loop or in all."""
@@ -124,10 +157,21 @@ class MachineCode:
 
         return max(self.loops, key=lambda loop: (loaded(loop), loop[0] - loop[1]))
 
+    @property
+    def loop_length(self) -> int:
+        """The number of instructions of the main loop."""
+        first, last = self.main_loop()
+        return last - first + 1
+
+    @property
+    def barriers(self) -> int:
+        """The number of barriers in the main loop."""
+        first, last = self.main_loop()
+        return sum(name.startswith("BAR") for name in self.operations[first : last + 1])
+
     def issued_per_byte(self, bytes_per_iteration: float) -> float:
         """Return how many instructions a program's warps issue per byte in the main loop."""
-        first, last = self.main_loop()
-        return (last - first + 1) * self.num_warps / bytes_per_iteration
+        return self.loop_length * self.num_warps / bytes_per_iteration
 
 
 _INT8_PRODUCT = re.compile(
@@ -151,6 +195,7 @@ def int8_operands(ptx: str) -> tuple[list[set[str]], set[str]]:
 
 
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\S+)([^;]*);")
+_SECOND_WORD = re.compile(r"^\s+/\* 0x([0-9a-f]{16}) \*/$")
 _LABEL = re.compile(r"^(\.L_\w+):")
 _TARGET = re.compile(r"`\((\.L_\w+)\)")
 
@@ -158,6 +203,20 @@ _TARGET = re.compile(r"`\((\.L_\w+)\)")
 def _run(tool: str, *arguments: str) -> str:
     done = subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=True)
     return done.stdout
+
+
+def _instruction(operation: str, arguments: str, second_word: str) -> Instruction:
+    """Read the control bits, 41 to 57 of the second half of an instruction since Volta."""
+    control = int(second_word, 16) >> 41
+    written, read = control >> 5 & 7, control >> 8 & 7
+    return Instruction(
+        operation,
+        arguments,
+        control & 15,
+        None if written == 7 else written,
+        None if read == 7 else read,
+        tuple(board for board in range(6) if control >> 11 + board & 1),
+    )
 
 
 def read_machine_code(compiled: Any) -> MachineCode:
@@ -170,19 +229,20 @@ def read_machine_code(compiled: Any) -> MachineCode:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _run("cuobjdump", "-res-usage", file.name)
-        listing = _run("nvdisasm", "-c", file.name)
+        listing = _run("nvdisasm", "-c", "-hex", file.name)
     resources = {name: int(size) for name, size in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    operations: list[str] = []
+    instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     branches: list[tuple[int, str]] = []
-    for line in listing.splitlines():
+    lines = listing.splitlines()
+    for line, following in itertools.pairwise(lines):
         if label := _LABEL.match(line):
-            labels[label[1]] = len(operations)
-        if instruction := _INSTRUCTION.match(line):
-            target = _TARGET.search(instruction[2])
-            if instruction[1].startswith("BRA") and target:
-                branches.append((len(operations), target[1]))
-            operations.append(instruction[1])
+            labels[label[1]] = len(instructions)
+        if (found := _INSTRUCTION.match(line)) and (second := _SECOND_WORD.match(following)):
+            target = _TARGET.search(found[2])
+            if found[1].startswith("BRA") and target:
+                branches.append((len(instructions), target[1]))
+            instructions.append(_instruction(found[1], found[2], second[1]))
     # `<` keeps branches back, but not the branch to itself that follows the last instruction.
     loops = tuple((labels[label], at) for at, label in branches if labels.get(label, at) < at)
     return MachineCode(
@@ -190,7 +250,7 @@ def read_machine_code(compiled: Any) -> MachineCode:
         resources["STACK"],
         resources["LOCAL"],
         int(compiled.metadata.shared),
-        tuple(operations),
+        tuple(instructions),
         loops,
         int(compiled.metadata.num_warps),
         compiled.asm["ptx"],

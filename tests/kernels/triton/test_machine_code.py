@@ -44,12 +44,6 @@ def skip_bounds_of_other_versions() -> None:
         pytest.skip(f"compiles; the bounds are for Triton {BOUNDS_FOR}")
 
 
-def barriers(code: MachineCode) -> int:
-    """Count the barriers in the main loop."""
-    first, last = code.main_loop()
-    return sum(name.startswith("BAR") for name in code.operations[first : last + 1])
-
-
 def assert_fits(code: MachineCode, capability: int) -> None:
     """Assert that nothing spills and that two programs fit a multiprocessor."""
     assert code.counts()["spill"] == code.spill_bytes == code.stack_bytes == 0
@@ -104,7 +98,7 @@ def test_decode_multiplies_int8_loads_16_bytes_at_a_time_and_issues_few_instruct
     assert counts["load 4"] <= 3
     tile_bytes = job.tiling.block_n * k8v4.slot_bytes(job.head_size)
     assert code.issued_per_byte(tile_bytes) < MOST_ISSUED_PER_BYTE[job.head_size]
-    assert barriers(code) <= MOST_BARRIERS
+    assert code.barriers <= MOST_BARRIERS
     assert_multiplies_keys_as_they_are_stored(code, job)
 
 
