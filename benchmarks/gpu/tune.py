@@ -57,7 +57,7 @@ class Task(NamedTuple):
 def tasks() -> list[Task]:
     """List the tasks, decode first."""
     found = []
-    for queries, rows in zip((1, 2048, 4, 8), (16, MOST_ROWS[-1], 32, 64), strict=True):
+    for queries, rows in zip((1, 2048, 2, 4, 8), (8, MOST_ROWS[-1], 16, 32, 64), strict=True):
         for heads in (Heads(32, 8, 128), Heads(16, 2, 256), Heads(16, 2, 64)):
             if queries == 2048:
                 shapes = [Shape(heads, 1, 8192 + queries, queries)]
@@ -74,11 +74,13 @@ def sizes(rows: int) -> list[Tiling]:
 
     They have at most one warp for each 16 keys and 32 rows.
     """
-    blocks_m = {16: (16,), 32: (16, 32), 64: (16, 32, 64)}.get(rows, (16, 32, 64, 128))
+    blocks_m = {8: (8, 16), 16: (8, 16), 32: (16, 32), 64: (16, 32, 64)}.get(
+        rows, (16, 32, 64, 128)
+    )
     return [
         Tiling(block_m, block_n, warps, stages)
         for block_m, block_n, warps, stages in itertools.product(
-            blocks_m, (32, 64, 128), (1, 2, 4, 8), (2, 3, 4)
+            blocks_m, (32, 64, 128), (1, 2, 4, 8), (2, 3, 5)
         )
         if warps <= block_n // 16 * max(1, block_m // 32)
     ]
@@ -112,7 +114,7 @@ class _Trial:
         self._device, self._budget = device, budget
         rows = task.shapes[0].queries * task.heads.query // task.heads.kv
         assert row_class(rows) == task.rows
-        self._derived = derived_tiling(rows, task.heads.size)
+        self._derived = derived_tiling(rows, task.heads.size, capability_of(device))
         self.best, self.speedup = self._derived, 1.0
         self.tried: list[dict[str, Any]] = []
         self._runners: list[tuple[Ours, int, torch.Tensor]] = []
@@ -169,7 +171,7 @@ def tune(folder: Path, device: torch.device, budget: Budget) -> int:
         budget: The time, which the rows share evenly.
     """
     capability = capability_of(device)
-    wanted = [Task(16, SMALL, (Shape(SMALL, 1, 70),))] if interpreted() else tasks()
+    wanted = [Task(8, SMALL, (Shape(SMALL, 1, 70),))] if interpreted() else tasks()
     rows: list[str] = []
     log: list[dict[str, Any]] = []
     for place, task in enumerate(wanted):

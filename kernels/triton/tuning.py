@@ -19,7 +19,7 @@ from vllm_hybrid_kv.kernels.triton.convert import is_nvidia
 _TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 Capability = tuple[int, int] | None
-"""The compute capability of an NVIDIA GPU, such as (9, 0); None for any other device."""
+"""The compute capability of an NVIDIA GPU, such as (9, 0); None for an AMD GPU."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,10 @@ class Tiling:
         block_m: Rows of a tile.
         block_n: Keys of a tile.
         num_warps: Warps.
-        num_stages: Key tiles in flight.
-        programs_per_processor: How many programs each streaming multiprocessor gets. It needs
-            about four to keep its memory busy.
+        num_stages: As Triton counts them. Triton spreads them over two loads, of a block number and
+            then of its keys: 3 and 4 give one buffer and no prefetch, 5 gives two buffers.
+        programs_per_processor: How many programs each streaming multiprocessor gets. The registers
+            of four programs of two warps always fit.
         min_split_tiles: A split has at least this many key tiles, except a row's last split. From
             four on, writing and reading a partial result costs less than a tenth of reading its
             keys.
@@ -51,7 +52,7 @@ class Tiling:
         return min(self.num_warps, self.block_n // 16)
 
 
-MOST_ROWS = (16, 32, 64, 65)
+MOST_ROWS = (8, 16, 32, 64, 65)
 """Tilings are chosen for these numbers of rows; 65 stands for any larger number. A request has as
 many rows as new tokens times query heads of a KV head."""
 
@@ -66,11 +67,18 @@ def row_class(rows: int) -> int:
 
 
 def capability_of(device: torch.device) -> Capability:
-    """Return the compute capability of an NVIDIA GPU, or None for any other device."""
+    """Return an NVIDIA GPU's compute capability, or None for AMD; (9, 0) in the interpreter."""
+    if device.type == "cpu":
+        return (9, 0)
     return torch.cuda.get_device_capability(device) if is_nvidia(device) else None
 
 
-def derived_tiling(rows: int, head_size: int) -> Tiling:
+def has_small_shared_memory(capability: Capability) -> bool:
+    """Return whether a multiprocessor has 100 KiB of shared memory instead of 164 to 228 KiB."""
+    return capability is not None and (capability[0] == 12 or capability in {(8, 6), (8, 9)})
+
+
+def derived_tiling(rows: int, head_size: int, capability: Capability) -> Tiling:
     """Return the tile sizes for a GPU without measurements.
 
     The more rows a tile has, the more of them share the cost of reading a key, until their
@@ -82,22 +90,29 @@ def derived_tiling(rows: int, head_size: int) -> Tiling:
     Args:
         rows: Largest number of new tokens of a request, times query heads of a KV head.
         head_size: D.
+        capability: None for AMD, whose smallest products have 16 rows.
     """
     if head_size > 256:
         # With two warps, with 64 keys or with 32 rows the loop spills.
-        return Tiling(16, 32, 4, 3)
-    large = head_size > 128
+        return Tiling(16, 32, 4, 3, 2)
+    large, small_shared = head_size > 128, has_small_shared_memory(capability)
+    if rows <= 8 and capability is not None:
+        # Two buffers of 64 keys are 27 KiB for 128 dims, and 51 KiB for 256.
+        if large and small_shared:
+            return Tiling(8, 32, 2, 5, 3)
+        return Tiling(8, 64, 2, 5, 3 if small_shared or (large and capability < (9, 0)) else 4)
     if rows <= 16 or large:
         # With 64 keys of large heads Triton 3.8 spills a seventeenth of the loop's instructions;
         # the versions before and after it spill none.
-        return Tiling(16, 32 if large and _TRITON == (3, 8) else 64, 2, 3)
-    return Tiling(32, 32, 2, 3) if rows <= 32 else Tiling(64, 32, 4, 2)
+        keys = 32 if large and _TRITON == (3, 8) else 64
+        return Tiling(16, keys, 2, 3, 3 if large and small_shared else 4)
+    return Tiling(32, 32, 2, 3) if rows <= 32 else Tiling(64, 32, 4, 2, 2)
 
 
 def tiling_for(rows: int, head_size: int, capability: Capability) -> Tiling:
     """Return the tile sizes measured for a GPU, or `derived_tiling` if there are none."""
     key = (capability, triton.next_power_of_2(head_size), row_class(rows))
-    return MEASURED.get(key) or derived_tiling(rows, head_size)
+    return MEASURED.get(key) or derived_tiling(rows, head_size, capability)
 
 
 def origin(capability: Capability) -> str:

@@ -149,13 +149,18 @@ class MachineCode:
         )
 
     def main_loop(self) -> tuple[int, int]:
-        """Return the loop that loads the most bytes; the shortest if several load as many."""
+        """Return the innermost loop that loads the most bytes; the shortest of several."""
 
         def loaded(loop: tuple[int, int]) -> int:
             counts = self.counts(loop)
             return sum(size * counts[f"load {size}"] for size in (1, 2, 4, 8, 16))
 
-        return max(self.loops, key=lambda loop: (loaded(loop), loop[0] - loop[1]))
+        innermost = [
+            loop
+            for loop in self.loops
+            if not any(loop[0] <= a and b <= loop[1] and loop != (a, b) for a, b in self.loops)
+        ]
+        return max(innermost, key=lambda loop: (loaded(loop), loop[0] - loop[1]))
 
     @property
     def loop_length(self) -> int:
@@ -168,6 +173,13 @@ class MachineCode:
         """The number of barriers in the main loop."""
         first, last = self.main_loop()
         return sum(name.startswith("BAR") for name in self.operations[first : last + 1])
+
+    @property
+    def pending_copies(self) -> tuple[int, ...]:
+        """How many groups of copies may be unfinished after each wait of the main loop."""
+        first, last = self.main_loop()
+        waits = (one for one in self.instructions[first : last + 1] if one.operation == "DEPBAR.LE")
+        return tuple(int(one.arguments.split(",")[1], 16) for one in waits)
 
     def issued_per_byte(self, bytes_per_iteration: float) -> float:
         """Return how many instructions a program's warps issue per byte in the main loop."""

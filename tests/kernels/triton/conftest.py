@@ -16,7 +16,7 @@ def _is_xdist_worker(config: pytest.Config) -> bool:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Run the tests of compiled code last, because the compiler works during the other tests."""
     if not _is_xdist_worker(config):
-        items.sort(key=lambda item: item.path.name == "test_machine_code.py")
+        items.sort(key=lambda item: item.path.name.startswith("test_machine_code"))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -29,11 +29,11 @@ if reason := missing_tools():
 # Older versions of Triton can compile everything, but to less efficient code.
 BOUNDS_FOR = (3, 9)
 
-MOST_ISSUED_PER_BYTE = {128: 0.1, 256: 0.07}
+MOST_ISSUED_PER_BYTE = {128: 0.09, 256: 0.07}
 """Warp instructions per byte of cache, by head size. At full memory bandwidth an H100 can issue
 0.268; half of that leaves room for stalls. See benchmarks/results/machine_code_formats.md."""
 
-MOST_BARRIERS = 15
+MOST_BARRIERS = 11
 """Limit for the main loop. At each barrier, the warps of a program wait for each other."""
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 SHARED_BYTES |= {100: 227 * 1024, 120: 99 * 1024}
@@ -72,7 +72,6 @@ def assert_multiplies_keys_as_they_are_stored(code: MachineCode, job: Attention)
 
 def assert_loads_codes_16_bytes_at_a_time(code: MachineCode, job: Attention) -> None:
     counts = code.counts(code.main_loop())
-    assert counts["tensor core"] >= 32
     code_bytes = job.tiling.block_n * (job.head_size + job.head_size // 2)
     assert counts["load 16"] * 16 * 32 * code.num_warps == code_bytes
 
@@ -93,6 +92,10 @@ def test_decode_multiplies_int8_loads_16_bytes_at_a_time_and_issues_few_instruct
     assert_fits(code, job.capability)
     assert_loads_codes_16_bytes_at_a_time(code, job)
     counts = code.counts(code.main_loop())
+    # Products of scores with 32 dims, and of values with 16 keys; both with 16 times 8 numbers.
+    dims, tiling = triton.next_power_of_2(job.head_size), job.tiling
+    products = tiling.block_n // 16 * (dims // 32) + tiling.block_n // 16 * (dims // 16)
+    assert counts["tensor core"] * code.num_warps == products * tiling.block_m // 8
     # The other loads are scales and block numbers.
     assert counts["load 8"] == counts["load 2"] == counts["load 1"] == 0
     assert counts["load 4"] <= 3
