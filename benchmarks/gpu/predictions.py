@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Predict the decode speed of the attention kernel on GPUs that are not at hand.
 
-    python -m benchmarks.gpu.predictions [--checkout PATH] [--tiling 8x64x2x5] [--resident 5]
+    python -m benchmarks.gpu.predictions [--checkout PATH] [--plan rounded-up]
 
 Compiles the kernels of a checkout, this one or an older one, and prints what
 `testing.triton.performance_model` predicts for them. Nothing is measured.
@@ -20,13 +20,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.gpu.shapes import Heads
 from benchmarks.markdown import table
 from testing.triton import performance_model as model
 from testing.triton.machine_code import MachineCode, read_machine_code
 from vllm_hybrid_kv.kernels.k8v4 import slot_bytes
+from vllm_hybrid_kv.kernels.triton.plan import ROW_TILE_COST
 
 # Runs in the checkout, whose compiler of kernels has kept its interface since page format 1.
 _COMPILE = """
@@ -50,9 +51,17 @@ HEADS = (Heads(32, 8, 128), Heads(16, 2, 256))
 BATCHES = (8, 16, 32, 64)
 LENGTH = 32768
 
-Plan = Callable[[Sequence[int], int, dict[str, Any]], list[int]]
-"""Returns the key tiles of each program of a KV head. Takes the key tiles of each request, the
-programs that a KV head gets, and the tiling."""
+
+class Work(NamedTuple):
+    """The key tiles and row tiles of each program of a KV head, and the partial results."""
+
+    pieces: list[tuple[int, int]]
+    parts: int
+
+
+Plan = Callable[[Sequence[int], float, int], Work]
+"""Takes the key tiles of each request, the programs for each KV head, and the fewest key tiles of
+a program."""
 
 
 def lengths(batch: int, *, ragged: bool) -> list[int]:
@@ -62,14 +71,39 @@ def lengths(batch: int, *, ragged: bool) -> list[int]:
     return [int(65536 * 64 ** (-i / (batch - 1))) for i in range(batch)]
 
 
-def rounded_up(tiles: Sequence[int], programs: int, tiling: dict[str, Any]) -> list[int]:
-    """Divide each request's tiles by its share of the programs, rounded up."""
-    divided = []
+def rounded_up(tiles: Sequence[int], programs: float, least: int) -> Work:
+    """Divide each request's tiles by its share of the programs, rounded up.
+
+    Kernels did so before equal pieces.
+    """
+    work = Work([], 0)
     for count in tiles:
-        fewest = math.ceil(count / tiling["min_split_tiles"])
-        splits = min(math.ceil(count * programs / sum(tiles)), fewest)
-        divided += [count * (i + 1) // splits - count * i // splits for i in range(splits)]
-    return divided
+        share = math.ceil(count * math.ceil(programs) / sum(tiles))
+        splits = min(share, math.ceil(count / least))
+        bounds = [count * i // splits for i in range(splits + 1)]
+        work.pieces.extend((b - a, 1) for a, b in itertools.pairwise(bounds))
+    return work._replace(parts=len(work.pieces))
+
+
+def equal_pieces(tiles: Sequence[int], programs: float, least: int) -> Work:
+    """Cut the list of all tiles into equal pieces, as `plan_kernel` does."""
+    cost = ROW_TILE_COST.value
+    ends = list(itertools.accumulate(count + cost for count in tiles))
+    count = min(int(programs), max(len(tiles), math.ceil(ends[-1] / (cost + least))))
+    bounds = [ends[-1] * i // count for i in range(count + 1)]
+    pieces, parts = [], 0
+    for first, end in itertools.pairwise(bounds):
+        found = [
+            (min(end, row_end) - max(first, row_end - keys), keys)
+            for row_end, keys in zip(ends, tiles, strict=True)
+            if row_end > first and row_end - keys < end
+        ]
+        pieces.append((sum(part for part, _ in found), len(found)))
+        parts += sum(part < keys for part, keys in found)
+    return Work(pieces, parts)
+
+
+PLANS: dict[str, Plan] = {"equal-pieces": equal_pieces, "rounded-up": rounded_up}
 
 
 def compiled(
@@ -92,13 +126,14 @@ def predicted(
 ) -> list[list[str]]:  # fmt: skip
     """Return one row of a table for each batch."""
     tile_bytes = tiling["block_n"] * slot_bytes(heads.size)
-    target = math.ceil(tiling["programs_per_processor"] * gpu.processors / heads.kv)
+    target = tiling["programs_per_processor"] * gpu.processors / heads.kv
     rows = []
     for ragged, batch in itertools.product((False, True), BATCHES):
         tiles = [math.ceil(one / tiling["block_n"]) for one in lengths(batch, ragged=ragged)]
-        programs = plan(tiles, target, tiling) * heads.kv
-        partial = len(programs) * tiling["block_m"] * (heads.size + 1) * 4
-        launch = model.predict(code, gpu, programs, tile_bytes, partial, resident)
+        work = plan(tiles, target, tiling["min_split_tiles"])
+        partial = work.parts * heads.kv * tiling["block_m"] * (heads.size + 1) * 4
+        pieces = work.pieces * heads.kv
+        launch = model.predict(code, gpu, pieces, tile_bytes, partial, resident)
         rows.append([
             gpu.name, f"{heads.query}/{heads.kv} x {heads.size}",
             f"{batch}, {'ragged' if ragged else 'equal'}",
@@ -111,6 +146,7 @@ def predicted(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--checkout", type=Path, default=Path.cwd())
+    parser.add_argument("--plan", choices=PLANS, default="equal-pieces")
     parser.add_argument("--tiling", default="", help="block_m x block_n x warps x stages")
     parser.add_argument("--resident", type=int, help="programs of a multiprocessor")
     parser.add_argument("--gpu", action="append", choices=model.GPUS)
@@ -132,7 +168,7 @@ def main() -> None:
             f"{full.cycles:.0f}", f"{resident * tile_bytes / share:.0f}",
             f"{full.bytes_in_flight / 1024:.0f}", f"{share * model.MEMORY_LATENCY / 1024:.0f}",
         ])  # fmt: skip
-        launches += predicted(gpu, heads, code, tiling, resident, rounded_up)
+        launches += predicted(gpu, heads, code, tiling, resident, PLANS[args.plan])
     columns = (
         "GPU", "D", "registers", "shared bytes", "programs", "loop", "barriers",
         "cycles, alone", "cycles, full", "of memory", "KiB in flight", "needed",

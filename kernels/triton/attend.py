@@ -28,7 +28,12 @@ from vllm_hybrid_kv.kernels.triton.convert import (
     decode_values,
     rounded,
 )
-from vllm_hybrid_kv.kernels.triton.plan import FIELDS, key_range, key_tiles
+from vllm_hybrid_kv.kernels.triton.plan import (
+    PIECE_FIELDS,
+    ROW_TILE_FIELDS,
+    key_range,
+    key_tiles,
+)
 from vllm_hybrid_kv.kernels.triton.rotation import rotated, rotated_quarter
 
 _KEY_STEPS = tl.constexpr(float(k8v4.KEY_STEPS))
@@ -221,7 +226,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     lse_ptr, stride_lse_tok, stride_lse_head,
     cache_ptr, stride_cache_block,
     block_table_ptr, stride_block_table,
-    seq_lens_ptr, query_start_loc_ptr, items_ptr, sinks_ptr,
+    seq_lens_ptr, query_start_loc_ptr, pieces_ptr, row_tiles_ptr, sinks_ptr,
     partial_out_ptr, partial_lse_ptr,
     scale, window, soft_cap,
     GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
@@ -231,17 +236,17 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
     SINKS: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
-    """Attend from one row tile to one split of its keys; see `reference.attend` for the formula.
+    """Attend from the row tiles of a program; see `reference.attend` for the formula.
 
     The grid is [programs of the plan, KV heads].
 
     Args:
         q_ptr, out_ptr: [T, H GROUP, D]; strides in elements, dims contiguous. The kernel writes
-            outputs only for row tiles with one split.
+            outputs only for row tiles that one program has alone.
         lse_ptr: float32 [T, H GROUP], natural logarithms; with LSE, written for these row tiles.
         cache_ptr: uint8 [blocks, H, PAGE, slot]; `stride_cache_block` in 16-bit words.
-        items_ptr, partial_out_ptr, partial_lse_ptr: From `plan_attention`; the kernel writes
-            partial results for row tiles with several splits.
+        pieces_ptr, row_tiles_ptr, partial_out_ptr, partial_lse_ptr: From `plan_attention`; the
+            kernel writes partial results for the other row tiles.
         sinks_ptr: float32 [H GROUP] with SINKS.
         DIMS: The smallest power of two >= D.
         LANES: See `Tiling.lanes`.
@@ -256,130 +261,136 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     program = tl.program_id(0)
     kv_head_idx = tl.program_id(1)
     num_kv_heads = tl.num_programs(1)
-    req_idx = tl.load(items_ptr + program * FIELDS)
-    if req_idx < 0:
-        return
-    first_row = tl.load(items_ptr + program * FIELDS + 1)
-    split_idx = tl.load(items_ptr + program * FIELDS + 2)
-    num_splits = tl.load(items_ptr + program * FIELDS + 3)
-    q_start = tl.load(query_start_loc_ptr + req_idx)
-    query_len = tl.load(query_start_loc_ptr + req_idx + 1) - q_start
-    seq_len = tl.load(seq_lens_ptr + req_idx)
+    first_row_tile = tl.load(pieces_ptr + program * PIECE_FIELDS)
+    end_row_tile = tl.load(pieces_ptr + program * PIECE_FIELDS + 1)
+    for row_tile in tl.range(first_row_tile, end_row_tile):
+        req_idx = tl.load(row_tiles_ptr + row_tile * ROW_TILE_FIELDS)
+        first_row = tl.load(row_tiles_ptr + row_tile * ROW_TILE_FIELDS + 1)
+        # The part of the row tile's key tiles that is in this program's piece of the list.
+        row_tile_pos = tl.load(row_tiles_ptr + row_tile * ROW_TILE_FIELDS + 2)
+        tiles_before = tl.load(pieces_ptr + program * PIECE_FIELDS + 2) - row_tile_pos
+        tiles_until = tl.load(pieces_ptr + program * PIECE_FIELDS + 3) - row_tile_pos
+        q_start = tl.load(query_start_loc_ptr + req_idx)
+        query_len = tl.load(query_start_loc_ptr + req_idx + 1) - q_start
+        seq_len = tl.load(seq_lens_ptr + req_idx)
 
-    offs_m = tl.arange(0, BLOCK_M)
-    row = first_row + offs_m
-    mask_m = row < query_len * GROUP
-    q_tok = (q_start + row // GROUP).to(tl.int64)
-    q_head = kv_head_idx * GROUP + row % GROUP
+        offs_m = tl.arange(0, BLOCK_M)
+        row = first_row + offs_m
+        mask_m = row < query_len * GROUP
+        q_tok = (q_start + row // GROUP).to(tl.int64)
+        q_head = kv_head_idx * GROUP + row % GROUP
 
-    # Round the query to int8 codes, as `reference.round_query` does.
-    offs_d = tl.arange(0, DIMS)
-    q_ptrs = q_ptr + (q_tok * stride_q_tok + q_head * stride_q_head)[:, None] + offs_d[None, :]
-    q = tl.load(q_ptrs, mask=mask_m[:, None] & (offs_d < D)[None, :], other=0.0).to(tl.float32)
-    q = rotated(q, D)
-    largest = tl.max(tl.abs(q), axis=1)
-    steps = tl.full([BLOCK_M], _KEY_STEPS, tl.float32)
-    inverse = tl.math.div_rn(steps, tl.where(largest > 0, largest, 1.0))
-    q_codes = tl.trans(rounded(q * inverse[:, None], _KEY_STEPS).to(tl.int8))
-    # Zero times NaN or infinity is NaN, so either of them makes all scores of its row NaN.
-    qk_scale = (largest * (UNIT / _KEY_STEPS) + tl.sum(q * 0.0, axis=1)) * scale
-    if not SOFT_CAP:
-        qk_scale = qk_scale * LOG2_E
+        # Round the query to int8 codes, as `reference.round_query` does.
+        offs_d = tl.arange(0, DIMS)
+        q_ptrs = q_ptr + (q_tok * stride_q_tok + q_head * stride_q_head)[:, None] + offs_d[None, :]
+        q = tl.load(q_ptrs, mask=mask_m[:, None] & (offs_d < D)[None, :], other=0.0).to(tl.float32)
+        q = rotated(q, D)
+        largest = tl.max(tl.abs(q), axis=1)
+        steps = tl.full([BLOCK_M], _KEY_STEPS, tl.float32)
+        inverse = tl.math.div_rn(steps, tl.where(largest > 0, largest, 1.0))
+        q_codes = tl.trans(rounded(q * inverse[:, None], _KEY_STEPS).to(tl.int8))
+        # Zero times NaN or infinity is NaN, so either of them makes all scores of its row NaN.
+        qk_scale = (largest * (UNIT / _KEY_STEPS) + tl.sum(q * 0.0, axis=1)) * scale
+        if not SOFT_CAP:
+            qk_scale = qk_scale * LOG2_E
 
-    sums = tl.zeros([LANES, 8, BLOCK_M], tl.float32)
-    acc = tl.zeros([QUARTERS, BLOCK_M], tl.float32)
-    m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    state = (m_i, sums, sums, tl.full([], _SMALLEST_SCALE, tl.int32), acc, acc, acc, acc)
-    first_tile, end_tile = key_tiles(
-        seq_len, query_len, first_row, window, GROUP, BLOCK_M, BLOCK_N, CAUSAL, WINDOW
-    )
-    num_tiles = end_tile - first_tile
-    end_tile = first_tile + num_tiles * (split_idx + 1) // num_splits
-    first_tile = first_tile + num_tiles * split_idx // num_splits
-    # Before `masked_tile` every row sees every key, so those tiles need no mask. With a window all
-    # tiles are masked, because the two ends of the window are a large part of its few tiles.
-    masked_tile = first_tile
-    if not WINDOW:
-        masked_tile = seq_len
-        if CAUSAL:
-            masked_tile = tl.minimum(masked_tile, seq_len - query_len + first_row // GROUP + 1)
-        masked_tile = tl.maximum(masked_tile, 0) // BLOCK_N
-        masked_tile = tl.minimum(tl.maximum(masked_tile, first_tile), end_tile)
-    block_table_row_ptr = block_table_ptr + req_idx.to(tl.int64) * stride_block_table
-    pages = (cache_ptr, stride_cache_block, kv_head_idx * HEAD_WORDS, block_table_row_ptr)
-    for tile in tl.range(first_tile, masked_tile):
-        state = _attend_tile(
-            tile, state, (q_codes, qk_scale, offs_m), pages, 0, seq_len, window, soft_cap,
-            D, PAGE, BLOCK_N, VALUE_PTX,
-            CAUSAL, WINDOW, SOFT_CAP, False, ONE_PAGE, LANES,
-        )  # fmt: skip
-    # Values needed after the main loop are read again. The loop needs all registers, so nothing
-    # derived from these values may occupy registers during the loop.
-    first_row = tl.load(items_ptr + program * FIELDS + 1, volatile=True)
-    part_idx = tl.load(items_ptr + program * FIELDS + 4, volatile=True)
-    q_start = tl.load(query_start_loc_ptr + req_idx, volatile=True)
-    query_len = tl.load(query_start_loc_ptr + req_idx + 1, volatile=True) - q_start
-    row = first_row + offs_m
-    mask_m = row < query_len * GROUP
-    q_tok = (q_start + row // GROUP).to(tl.int64)
-    q_head = kv_head_idx * GROUP + row % GROUP
-    # Rows after the request's last row get the position of the last row.
-    query_pos = seq_len - query_len + tl.minimum(row // GROUP, query_len - 1)
-    first_key, end_key = key_range(
-        seq_len, query_len, first_row, window, GROUP, BLOCK_M, CAUSAL, WINDOW
-    )
-    query = (q_codes, qk_scale, query_pos)
-    for tile in tl.range(masked_tile, end_tile):
-        state = _attend_tile(
-            tile, state, query, pages, first_key, end_key, window, soft_cap,
-            D, PAGE, BLOCK_N, VALUE_PTX,
-            CAUSAL, WINDOW, SOFT_CAP, True, ONE_PAGE, LANES,
-        )  # fmt: skip
+        sums = tl.zeros([LANES, 8, BLOCK_M], tl.float32)
+        acc = tl.zeros([QUARTERS, BLOCK_M], tl.float32)
+        m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        state = (m_i, sums, sums, tl.full([], _SMALLEST_SCALE, tl.int32), acc, acc, acc, acc)
+        first_tile, end_tile = key_tiles(
+            seq_len, query_len, first_row, window, GROUP, BLOCK_M, BLOCK_N, CAUSAL, WINDOW
+        )
+        end_tile = tl.minimum(end_tile, first_tile + tiles_until)
+        first_tile = first_tile + tl.maximum(tiles_before, 0)
+        # Before `masked_tile` every row sees every key, so those tiles need no mask. With a window
+        # all tiles are masked, because both ends of the window are a large part of its few tiles.
+        masked_tile = first_tile
+        if not WINDOW:
+            masked_tile = seq_len
+            if CAUSAL:
+                masked_tile = tl.minimum(masked_tile, seq_len - query_len + first_row // GROUP + 1)
+            masked_tile = tl.maximum(masked_tile, 0) // BLOCK_N
+            masked_tile = tl.minimum(tl.maximum(masked_tile, first_tile), end_tile)
+        block_table_row_ptr = block_table_ptr + req_idx.to(tl.int64) * stride_block_table
+        pages = (cache_ptr, stride_cache_block, kv_head_idx * HEAD_WORDS, block_table_row_ptr)
+        for tile in tl.range(first_tile, masked_tile):
+            state = _attend_tile(
+                tile, state, (q_codes, qk_scale, offs_m), pages, 0, seq_len, window, soft_cap,
+                D, PAGE, BLOCK_N, VALUE_PTX,
+                CAUSAL, WINDOW, SOFT_CAP, False, ONE_PAGE, LANES,
+            )  # fmt: skip
+        # Values needed after the main loop are read again. The loop needs all registers, so nothing
+        # derived from these values may occupy registers during the loop.
+        row_tile_ptr = row_tiles_ptr + row_tile * ROW_TILE_FIELDS
+        first_row = tl.load(row_tile_ptr + 1, volatile=True)
+        first_program = tl.load(row_tile_ptr + 3, volatile=True)
+        is_whole = first_program == tl.load(row_tile_ptr + 4, volatile=True)
+        q_start = tl.load(query_start_loc_ptr + req_idx, volatile=True)
+        query_len = tl.load(query_start_loc_ptr + req_idx + 1, volatile=True) - q_start
+        row = first_row + offs_m
+        mask_m = row < query_len * GROUP
+        q_tok = (q_start + row // GROUP).to(tl.int64)
+        q_head = kv_head_idx * GROUP + row % GROUP
+        # Rows after the request's last row get the position of the last row.
+        query_pos = seq_len - query_len + tl.minimum(row // GROUP, query_len - 1)
+        first_key, end_key = key_range(
+            seq_len, query_len, first_row, window, GROUP, BLOCK_M, CAUSAL, WINDOW
+        )
+        query = (q_codes, qk_scale, query_pos)
+        for tile in tl.range(masked_tile, end_tile):
+            state = _attend_tile(
+                tile, state, query, pages, first_key, end_key, window, soft_cap,
+                D, PAGE, BLOCK_N, VALUE_PTX,
+                CAUSAL, WINDOW, SOFT_CAP, True, ONE_PAGE, LANES,
+            )  # fmt: skip
 
-    m_i, l_i, z_i, scale_exp, acc0, acc1, acc2, acc3 = state
-    l_i = tl.sum(tl.sum(l_i, axis=0), axis=0)
-    z_i = tl.sum(tl.sum(z_i, axis=0), axis=0)
-    if SINKS:  # noqa: SIM102 - a constexpr; without SINKS there is no valid `sinks_ptr`
-        if num_splits == 1:
-            sink = tl.load(sinks_ptr + q_head, mask=mask_m, other=-float("inf")) * LOG2_E
-            m_j = tl.maximum(m_i, sink)
-            m_ref = tl.where(m_j == -float("inf"), 0.0, m_j)
-            alpha = tl.exp2(m_i - m_ref)
-            l_i = l_i * alpha + tl.exp2(sink - m_ref)
-            z_i = z_i * alpha
-            acc0, acc1 = acc0 * alpha[None, :], acc1 * alpha[None, :]
-            acc2, acc3 = acc2 * alpha[None, :], acc3 * alpha[None, :]
-            m_i = m_j
-    # `l_i > 0` instead would turn a NaN into 0.
-    inverse = tl.where(l_i == 0.0, 0.0, UNIT / l_i)
-    weight_unit = inverse * _power_of_two(scale_exp - (_WEIGHT_BITS + _BIAS))
-    low = (weight_unit * _LOW_UNIT)[None, :]
-    high = low * (_HIGH_UNIT / _LOW_UNIT)
-    offset = (z_i * weight_unit * -_MIDDLE_CODE)[None, :]
-    acc0, acc1 = acc0 * low + offset, acc1 * high + offset
-    acc2, acc3 = acc2 * low + offset, acc3 * high + offset
-    # Undo the rotation. The stage of stride 1 combines the four accumulators. The other stages
-    # work within each of them.
-    total = (acc0 + acc1) + (acc2 + acc3)
-    low_pair = tl.join(
-        rotated_quarter(total - 2.0 * acc0, D), rotated_quarter(total - 2.0 * acc1, D)
-    )
-    high_pair = tl.join(
-        rotated_quarter(total - 2.0 * acc2, D), rotated_quarter(total - 2.0 * acc3, D)
-    )
-    # [dims / 4, rows, which of a pair, which pair] to [dims, rows].
-    acc = tl.permute(tl.join(low_pair, high_pair), (0, 3, 2, 1))
-    acc = tl.reshape(acc, [DIMS, BLOCK_M])
-    lse = m_i + tl.log2(l_i)
-    mask_out = mask_m[None, :] & (offs_d < D)[:, None]
-    if num_splits == 1:
-        out_ptrs = out_ptr + (q_tok * stride_out_tok + q_head * stride_out_head)[None, :]
-        tl.store(out_ptrs + offs_d[:, None], acc.to(out_ptr.dtype.element_ty), mask=mask_out)
-        if LSE:
-            lse_ptrs = lse_ptr + q_tok * stride_lse_tok + q_head * stride_lse_head
-            tl.store(lse_ptrs, lse * LN_2, mask=mask_m)
-    else:
-        part_row = (part_idx.to(tl.int64) * num_kv_heads + kv_head_idx) * PARTIAL_ROWS + offs_m
-        partial_ptrs = partial_out_ptr + (part_row * D)[None, :] + offs_d[:, None]
-        tl.store(partial_ptrs, acc, mask=mask_out)
-        tl.store(partial_lse_ptr + part_row, lse, mask=mask_m)
+        m_i, l_i, z_i, scale_exp, acc0, acc1, acc2, acc3 = state
+        l_i = tl.sum(tl.sum(l_i, axis=0), axis=0)
+        z_i = tl.sum(tl.sum(z_i, axis=0), axis=0)
+        if SINKS:  # noqa: SIM102 - a constexpr; without SINKS there is no valid `sinks_ptr`
+            if is_whole:
+                sink = tl.load(sinks_ptr + q_head, mask=mask_m, other=-float("inf")) * LOG2_E
+                m_j = tl.maximum(m_i, sink)
+                m_ref = tl.where(m_j == -float("inf"), 0.0, m_j)
+                alpha = tl.exp2(m_i - m_ref)
+                l_i = l_i * alpha + tl.exp2(sink - m_ref)
+                z_i = z_i * alpha
+                acc0, acc1 = acc0 * alpha[None, :], acc1 * alpha[None, :]
+                acc2, acc3 = acc2 * alpha[None, :], acc3 * alpha[None, :]
+                m_i = m_j
+        # `l_i > 0` instead would turn a NaN into 0.
+        inverse = tl.where(l_i == 0.0, 0.0, UNIT / l_i)
+        weight_unit = inverse * _power_of_two(scale_exp - (_WEIGHT_BITS + _BIAS))
+        low = (weight_unit * _LOW_UNIT)[None, :]
+        high = low * (_HIGH_UNIT / _LOW_UNIT)
+        offset = (z_i * weight_unit * -_MIDDLE_CODE)[None, :]
+        acc0, acc1 = acc0 * low + offset, acc1 * high + offset
+        acc2, acc3 = acc2 * low + offset, acc3 * high + offset
+        # Undo the rotation. The stage of stride 1 combines the four accumulators. The other stages
+        # work within each of them.
+        total = (acc0 + acc1) + (acc2 + acc3)
+        low_pair = tl.join(
+            rotated_quarter(total - 2.0 * acc0, D), rotated_quarter(total - 2.0 * acc1, D)
+        )
+        high_pair = tl.join(
+            rotated_quarter(total - 2.0 * acc2, D), rotated_quarter(total - 2.0 * acc3, D)
+        )
+        # [dims / 4, rows, which of a pair, which pair] to [dims, rows].
+        acc = tl.permute(tl.join(low_pair, high_pair), (0, 3, 2, 1))
+        acc = tl.reshape(acc, [DIMS, BLOCK_M])
+        lse = m_i + tl.log2(l_i)
+        mask_out = mask_m[None, :] & (offs_d < D)[:, None]
+        if is_whole:
+            out_ptrs = out_ptr + (q_tok * stride_out_tok + q_head * stride_out_head)[None, :]
+            tl.store(out_ptrs + offs_d[:, None], acc.to(out_ptr.dtype.element_ty), mask=mask_out)
+            if LSE:
+                lse_ptrs = lse_ptr + q_tok * stride_lse_tok + q_head * stride_lse_head
+                tl.store(lse_ptrs, lse * LN_2, mask=mask_m)
+        else:
+            # See `LaunchPlan.partial_out`.
+            part_idx = 2 * program + tl.where(program == first_program, 1, 0)
+            part_row = (part_idx.to(tl.int64) * num_kv_heads + kv_head_idx) * PARTIAL_ROWS + offs_m
+            partial_ptrs = partial_out_ptr + (part_row * D)[None, :] + offs_d[:, None]
+            tl.store(partial_ptrs, acc, mask=mask_out)
+            tl.store(partial_lse_ptr + part_row, lse, mask=mask_m)

@@ -12,7 +12,7 @@ import triton.language as tl
 from vllm_hybrid_kv.kernels import inputs, k8v4
 from vllm_hybrid_kv.kernels.triton.attend import LN_2, LOG2_E, attend_kernel
 from vllm_hybrid_kv.kernels.triton.convert import is_nvidia
-from vllm_hybrid_kv.kernels.triton.plan import FIELDS, LaunchPlan, plan_attention
+from vllm_hybrid_kv.kernels.triton.plan import ROW_TILE_FIELDS, LaunchPlan, plan_attention
 
 MERGED_AT_A_TIME = 8
 """How many partial results a merging program reads at a time: 8 KiB at a head size of 256."""
@@ -22,35 +22,34 @@ MERGED_AT_A_TIME = 8
 def merge_kernel(  # type: ignore[no-untyped-def]
     out_ptr, stride_out_tok, stride_out_head,
     lse_ptr, stride_lse_tok, stride_lse_head,
-    query_start_loc_ptr, items_ptr, sinks_ptr, partial_out_ptr, partial_lse_ptr,
+    query_start_loc_ptr, row_tiles_ptr, sinks_ptr, partial_out_ptr, partial_lse_ptr,
     GROUP: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, PARTIAL_ROWS: tl.constexpr,
     PARTS: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits of one row and its sink.
+    """Merge the parts of one row and its sink.
 
-    The grid is [programs of the plan, KV heads, rows of a row tile]. If a row tile has several
-    splits, one program merges each of its rows. All other programs return at once.
+    The grid is [row tiles of the plan, KV heads, rows of a row tile]. If a row tile has several
+    parts, one program merges each of its rows. All other programs return at once.
 
         lse = log2(sum 2^lse_i + 2^sink),  out = sum out_i 2^(lse_i - lse)
 
     Args:
-        PARTS: How many splits are read at a time.
+        PARTS: How many parts are read at a time.
     """
-    program = tl.program_id(0)
+    row_tile_ptr = row_tiles_ptr + tl.program_id(0) * ROW_TILE_FIELDS
     kv_head_idx = tl.program_id(1)
     num_kv_heads = tl.num_programs(1)
     row_in_tile = tl.program_id(2)
-    req_idx = tl.load(items_ptr + program * FIELDS)
-    if req_idx < 0:
+    req_idx = tl.load(row_tile_ptr)
+    first_program = tl.load(row_tile_ptr + 3)
+    num_parts = tl.load(row_tile_ptr + 4) - first_program + 1
+    if (req_idx < 0) | (num_parts == 1):
         return
-    row = tl.load(items_ptr + program * FIELDS + 1) + row_in_tile
-    split_idx = tl.load(items_ptr + program * FIELDS + 2)
-    num_splits = tl.load(items_ptr + program * FIELDS + 3)
+    row = tl.load(row_tile_ptr + 1) + row_in_tile
     q_start = tl.load(query_start_loc_ptr + req_idx)
     query_len = tl.load(query_start_loc_ptr + req_idx + 1) - q_start
-    if (split_idx > 0) | (num_splits == 1) | (row >= query_len * GROUP):
+    if row >= query_len * GROUP:
         return
-    first_part = tl.load(items_ptr + program * FIELDS + 4)
     q_tok = (q_start + row // GROUP).to(tl.int64)
     q_head = kv_head_idx * GROUP + row % GROUP
     m_i = -float("inf")
@@ -60,17 +59,20 @@ def merge_kernel(  # type: ignore[no-untyped-def]
         l_i = tl.where(m_i == -float("inf"), 0.0, 1.0)
     offs_d = tl.arange(0, DIMS)
     acc = tl.zeros([DIMS], tl.float32)
-    for start in range(0, num_splits, PARTS):
-        split = start + tl.arange(0, PARTS)
-        part_row = ((first_part + split).to(tl.int64) * num_kv_heads + kv_head_idx) * PARTIAL_ROWS
+    for start in range(0, num_parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        mask = part < num_parts
+        # See `LaunchPlan.partial_out`.
+        part_idx = 2 * (first_program + part) + tl.where(part == 0, 1, 0)
+        part_row = (part_idx.to(tl.int64) * num_kv_heads + kv_head_idx) * PARTIAL_ROWS
         part_row = part_row + row_in_tile
-        part_lse = tl.load(partial_lse_ptr + part_row, mask=split < num_splits, other=-float("inf"))
+        part_lse = tl.load(partial_lse_ptr + part_row, mask=mask, other=-float("inf"))
         part_out = tl.load(
             partial_out_ptr + (part_row * D)[:, None] + offs_d[None, :],
-            mask=(split < num_splits)[:, None] & (offs_d < D)[None, :], other=0.0,
+            mask=mask[:, None] & (offs_d < D)[None, :], other=0.0,
         )  # fmt: skip
         m_j = tl.maximum(m_i, tl.max(part_lse, axis=0))
-        # If the row sees no key of a split, the split's lse is -inf and its output is 0.
+        # If the row sees no key of a part, the part's lse is -inf and its output is 0.
         m_ref = tl.where(m_j == -float("inf"), 0.0, m_j)
         alpha = tl.exp2(m_i - m_ref)
         p = tl.exp2(part_lse - m_ref)
@@ -159,7 +161,7 @@ def paged_attention(
         )
     if sinks is not None:
         sinks = sinks.to(torch.float32).contiguous()
-    tiling, (programs, _), partial_rows = plan.tiling, plan.items.shape, plan.partial_lse.shape[2]
+    tiling, partial_rows = plan.tiling, plan.partial_lse.shape[2]
     # The kernels take pointers even for an lse and sinks that they do not use.
     lse_and_strides = (plan.partial_lse, 0, 0) if lse is None else (lse, *lse.stride())
     sinks_or_unused = plan.partial_lse if sinks is None else sinks
@@ -168,13 +170,13 @@ def paged_attention(
         "DIMS": triton.next_power_of_2(head_size), "PARTIAL_ROWS": partial_rows,
         "SINKS": sinks is not None, "LSE": lse is not None,
     }  # fmt: skip
-    attend_kernel[(programs, num_kv_heads)](
+    attend_kernel[(len(plan.pieces), num_kv_heads)](
         query, query.stride(0), query.stride(1),
         out, out.stride(0), out.stride(1),
         *lse_and_strides,
         cache, cache.stride(0) // 2,
         block_table, block_table.stride(0),
-        seq_lens, query_start_loc, plan.items, sinks_or_unused,
+        seq_lens, query_start_loc, plan.pieces, plan.row_tiles, sinks_or_unused,
         plan.partial_out, plan.partial_lse,
         scale, 0 if window is None else window, soft_cap,
         PAGE=page_size, UNIT=k8v4.rotation_unit(head_size),
@@ -184,9 +186,9 @@ def paged_attention(
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, **shared,
     )  # fmt: skip
     if partial_rows:
-        merge_kernel[(programs, num_kv_heads, plan.merged_rows)](
+        merge_kernel[(len(plan.row_tiles), num_kv_heads, plan.merged_rows)](
             out, out.stride(0), out.stride(1),
             *lse_and_strides,
-            query_start_loc, plan.items, sinks_or_unused, plan.partial_out, plan.partial_lse,
+            query_start_loc, plan.row_tiles, sinks_or_unused, plan.partial_out, plan.partial_lse,
             PARTS=MERGED_AT_A_TIME, num_warps=2, **shared,
         )  # fmt: skip

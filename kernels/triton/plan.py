@@ -2,11 +2,17 @@
 """Divide a batch's attention among the programs of a launch, on the GPU itself.
 
 A *row* is one query head of one new token; the rows of a request that share a KV head are
-numbered `token * group + head of the group`. A program takes a *row tile*, up to `block_m` rows
-of one request and KV head, and one *split* of the keys that they see. Row p of a table says what
-program p does. A kernel writes the table from the lengths on the device, so nothing waits for the
-GPU, and a captured graph can replay with other lengths. The number of programs follows from the
-shapes alone.
+numbered `token * group + head of the group`. A *row tile* is up to `block_m` rows of one request
+and KV head, and has the key tiles that they see.
+
+All key tiles of all row tiles form one list, which is cut into pieces of equal length, one for each
+program (stream-K). A piece may begin and end inside a row tile, whose parts are then merged. So all
+programs of a batch take the same time, whatever its lengths, and there are never more of them than
+fit the GPU at once: a second wave of a few programs would take as long as the first.
+
+A kernel writes two tables, of row tiles and of programs, from the lengths on the device. So nothing
+waits for the GPU, and a captured graph can replay with other lengths. The number of programs
+follows from the shapes alone.
 """
 
 from __future__ import annotations
@@ -27,12 +33,20 @@ MIN_TILES_CAPACITY = 128
 """Smallest number of row tiles that the planning kernel has room for. The number is rounded up to
 a power of two, and each power compiles another kernel."""
 
-ITEMS_PER_PROGRAM = 256
-"""How many rows of the table of programs the planning kernel writes at a time."""
+TABLE_ROWS = 256
+"""How many rows of a table the planning kernel writes at a time."""
 
-FIELDS = tl.constexpr(5)
-"""Numbers in a program's row of the table: request (-1 for none), first row, split, number of
-splits, and the index of its partial result if there are several splits."""
+PIECE_FIELDS = tl.constexpr(4)
+"""Numbers in a program's row of its table: its first row tile and 1 + its last, and its first
+position in the list and 1 + its last."""
+
+ROW_TILE_FIELDS = tl.constexpr(5)
+"""Numbers in a row tile's row of its table: request (-1 for none), first row, the position of its
+first key tile in the list, the first program that works on it and the last."""
+
+ROW_TILE_COST = tl.constexpr(2)
+"""Empty positions in the list before each row tile: as many key tiles take the time in which a
+program loads and rotates its queries, and writes its outputs."""
 
 
 @triton.jit
@@ -117,53 +131,43 @@ def _row_tiles(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _num_splits(num_key_tiles, total, target, MIN_TILES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return how many programs each row tile gets, given its share of the `total` key tiles."""
-    wanted = ((num_key_tiles.to(tl.int64) * target + total - 1) // total).to(tl.int32)
-    return tl.maximum(tl.minimum(wanted, (num_key_tiles + MIN_TILES - 1) // MIN_TILES), 1)
-
-
-@triton.jit
-def _write_items(items_ptr, item, num_items, fields):  # type: ignore[no-untyped-def]
-    item_ptrs = items_ptr + item * FIELDS
-    mask = item < num_items
+def _write(table_ptr, row, num_rows, fields, FIELDS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write rows of a table, except those from `num_rows` on."""
     for field in tl.static_range(FIELDS):
-        tl.store(item_ptrs + field, fields[field], mask=mask)
+        tl.store(table_ptr + row * FIELDS + field, fields[field], mask=row < num_rows)
 
 
 # Specialising these on 1 and on multiples of 16 would compile more kernels at run time.
 @triton.jit(
     do_not_specialize=[
-        "num_reqs", "num_tiles", "num_items", "target", "steps", "tile_steps", "window",
+        "num_reqs", "num_tiles", "num_programs", "steps", "tile_steps", "window",
     ]
 )  # fmt: skip
 def plan_kernel(  # type: ignore[no-untyped-def]
-    query_start_loc_ptr, seq_lens_ptr, items_ptr, tile_starts_ptr,
-    num_reqs, num_tiles, num_items, target, steps, tile_steps, window,
+    query_start_loc_ptr, seq_lens_ptr, pieces_ptr, row_tiles_ptr, positions_ptr,
+    num_reqs, num_tiles, num_programs, steps, tile_steps, window,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, ONE_TILE: tl.constexpr,
     SPLIT: tl.constexpr, MIN_TILES: tl.constexpr,
-    TILES: tl.constexpr, ITEMS: tl.constexpr,
+    TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Write the table of programs.
+    """Write the tables of row tiles and of programs.
 
-    Without SPLIT there is one program for each row tile. With SPLIT, a row tile with `n` of all
-    `N` key tiles gets `ceil(target n / N)` programs, at least one and at most
-    `ceil(n / MIN_TILES)`. Programs then have equal work, and there are at most `target` plus one
-    for each row tile. Only row tiles with several splits leave partial results. They have
-    `n / N > 1 / target`, so together they have fewer than `2 target` splits.
+    Without SPLIT there is one program for each row tile. With SPLIT, program p of P takes positions
+    `p N // P` to `(p + 1) N // P` of the list of N. P is `num_programs`, or less if pieces would
+    otherwise be shorter than MIN_TILES and than all row tiles on average.
 
     Args:
         query_start_loc_ptr: int32 [num_reqs + 1].
         seq_lens_ptr: int32 [num_reqs].
-        items_ptr: int32 [num_items, FIELDS], written.
-        tile_starts_ptr: int32 [2, TILES], scratch; the first program of each row tile, and its
-            first partial result.
+        pieces_ptr: int32 [num_programs, PIECE_FIELDS], written.
+        row_tiles_ptr: int32 [num_tiles, ROW_TILE_FIELDS], written.
+        positions_ptr: int32 [TILES], scratch: the position of each row tile.
         steps: Bisection steps that find a request.
         tile_steps: Bisection steps that find a row tile.
         ONE_TILE: Every request has at most one row tile.
         TILES: A power of two >= `num_tiles`. Used only with SPLIT, with a grid of one program.
-        ITEMS: Rows that are written at a time.
+        ROWS: Rows of a table that are written at a time.
     """
     if SPLIT:
         tile = tl.arange(0, TILES)
@@ -171,42 +175,54 @@ def plan_kernel(  # type: ignore[no-untyped-def]
             tile, num_tiles, query_start_loc_ptr, seq_lens_ptr, num_reqs, steps, window,
             GROUP, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, ONE_TILE,
         )  # fmt: skip
-        total = tl.maximum(tl.sum(num_key_tiles, axis=0), 1).to(tl.int64)
-        num_splits = tl.where(
-            req_idx >= 0, _num_splits(num_key_tiles, total, target, MIN_TILES), 0
+        exists = req_idx >= 0
+        # A row tile that sees nothing has an output too.
+        size = tl.where(exists, ROW_TILE_COST + tl.maximum(num_key_tiles, 1), 0)
+        end = tl.cumsum(size, axis=0)
+        tl.store(positions_ptr + tile, end - size)
+        total = tl.maximum(tl.sum(size, axis=0), 1).to(tl.int64)
+        least = ROW_TILE_COST + MIN_TILES
+        wanted = ((total + least - 1) // least).to(tl.int32)
+        wanted = tl.maximum(wanted, tl.sum(exists.to(tl.int32), axis=0))
+        programs = tl.minimum(wanted, num_programs)
+        # Position x belongs to the last program p with `p total // programs <= x`.
+        first_key_tile = end - size + ROW_TILE_COST
+        first_program = ((first_key_tile + 1).to(tl.int64) * programs - 1) // total
+        last_program = (end.to(tl.int64) * programs - 1) // total
+        fields = (
+            req_idx, first_row, first_key_tile,
+            first_program.to(tl.int32), last_program.to(tl.int32),
         )  # fmt: skip
-        ends = tl.cumsum(num_splits, axis=0)
-        tl.store(tile_starts_ptr + tile, ends - num_splits)
-        parts = tl.where(num_splits > 1, num_splits, 0)
-        tl.store(tile_starts_ptr + TILES + tile, tl.cumsum(parts, axis=0) - parts)
-        num_programs = tl.sum(num_splits, axis=0)
-        # The loop reads what other threads of this program have written.
+        _write(row_tiles_ptr, tile, num_tiles, fields, ROW_TILE_FIELDS)
+        # The loop reads positions that other threads of this program have written.
         tl.debug_barrier()
-        for start in range(0, num_items, ITEMS):
-            item = start + tl.arange(0, ITEMS)
-            # Row tiles without rows have no program and the same start as the next one, so the
-            # last row tile with a start is the one that owns the program.
-            item_tile = _last_at_most(tile_starts_ptr, 0, num_tiles, tile_steps, item)
-            item_req, item_row, item_key_tiles = _row_tiles(
-                item_tile, num_tiles, query_start_loc_ptr, seq_lens_ptr, num_reqs, steps, window,
-                GROUP, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, ONE_TILE,
-            )  # fmt: skip
-            split_idx = item - tl.load(tile_starts_ptr + item_tile)
-            fields = (
-                tl.where(item < num_programs, item_req, -1), item_row, split_idx,
-                _num_splits(item_key_tiles, total, target, MIN_TILES),
-                tl.load(tile_starts_ptr + TILES + item_tile) + split_idx,
-            )  # fmt: skip
-            _write_items(items_ptr, item, num_items, fields)
+        for start in range(0, num_programs, ROWS):
+            program = start + tl.arange(0, ROWS)
+            first_pos = (program.to(tl.int64) * total // programs).to(tl.int32)
+            end_pos = ((program + 1).to(tl.int64) * total // programs).to(tl.int32)
+            # Row tiles without rows have the same position as the next one, so the last row tile
+            # with a position is the one that owns it.
+            first_tile = _last_at_most(positions_ptr, 0, num_tiles, tile_steps, first_pos)
+            last_pos = end_pos - 1 - ROW_TILE_COST
+            end_tile = _last_at_most(positions_ptr, 0, num_tiles, tile_steps, last_pos) + 1
+            works = (program < programs) & (last_pos >= 0)
+            fields = (first_tile, tl.where(works, end_tile, first_tile), first_pos, end_pos)
+            _write(pieces_ptr, program, num_programs, fields, PIECE_FIELDS)
     else:
-        item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)
+        tile = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         req_idx, first_row, _ = _row_tiles(
-            item, num_tiles, query_start_loc_ptr, seq_lens_ptr, num_reqs, steps, window,
+            tile, num_tiles, query_start_loc_ptr, seq_lens_ptr, num_reqs, steps, window,
             GROUP, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, ONE_TILE,
         )  # fmt: skip
-        zeros = item * 0
-        fields = (req_idx, first_row, zeros, zeros + 1, zeros)
-        _write_items(items_ptr, item, num_items, fields)
+        zeros = tile * 0
+        _write(
+            row_tiles_ptr, tile, num_tiles, (req_idx, first_row, zeros, tile, tile),
+            ROW_TILE_FIELDS,
+        )  # fmt: skip
+        end_tile = tl.where(req_idx >= 0, tile + 1, tile)
+        # More positions than a row tile has. A tile number is added to it.
+        everything = zeros + 0x3FFFFFFF
+        _write(pieces_ptr, tile, num_tiles, (tile, end_tile, zeros, everything), PIECE_FIELDS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,16 +232,20 @@ class LaunchPlan:
     Attributes:
         made_for: Requests, query tokens, heads, KV heads, head size, causal, window.
         tiling: The tile sizes of a program.
-        items: int32 [programs, FIELDS].
+        pieces: int32 [programs, PIECE_FIELDS].
+        row_tiles: int32 [row tiles, ROW_TILE_FIELDS].
         merged_rows: How many rows of a partial result can be in use, and so have to be merged.
-        partial_out: float32 [parts, H, rows, D], scratch. The plan has 0 rows without splits and
-            `tiling.block_m` with splits, because each number of rows compiles another kernel.
-        partial_lse: float32 [parts, H, rows], scratch, base 2.
+        partial_out: float32 [2 programs, H, rows, D], scratch. The plan has 0 rows without splits
+            and `tiling.block_m` with splits, because each number of rows compiles another kernel.
+            Program p writes part `2 p` of the row tile that it continues, and part `2 p + 1` of
+            the row tile that it begins and another program continues.
+        partial_lse: float32 [2 programs, H, rows], scratch, base 2.
     """
 
     made_for: tuple[int, int, int, int, int, bool, int | None]
     tiling: Tiling
-    items: torch.Tensor
+    pieces: torch.Tensor
+    row_tiles: torch.Tensor
     merged_rows: int
     partial_out: torch.Tensor
     partial_lse: torch.Tensor
@@ -239,14 +259,14 @@ def processors_of(device: torch.device) -> int:
 
 
 def _programs_wanted(tiling: Tiling, num_kv_heads: int, processors: int) -> int:
-    """Return how many programs for each KV head keep all multiprocessors busy."""
-    return triton.cdiv(tiling.programs_per_processor * processors, num_kv_heads)
+    """Return how many programs of each KV head the multiprocessors run at once."""
+    return max(1, tiling.programs_per_processor * processors // num_kv_heads)
 
 
 def largest_scratch(num_kv_heads: int, head_size: int, device: torch.device) -> int:
     """Return how many float32 numbers of scratch memory are enough for every plan.
 
-    For any batch, `plan_kernel` makes fewer than `2 target` splits that leave partial results.
+    A program leaves at most two partial results.
     """
     processors, capability = processors_of(device), capability_of(device)
     tilings = [tiling_for(rows, head_size, capability) for rows in MOST_ROWS]
@@ -308,14 +328,15 @@ def plan_attention(
         processors = processors_of(device)
     one_tile = rows <= tiling.block_m
     num_tiles = requests if one_tile else num_tokens * group // tiling.block_m + requests
-    target = _programs_wanted(tiling, num_kv_heads, processors)
+    programs = _programs_wanted(tiling, num_kv_heads, processors)
     if split is None:
         # Decode batches of any size are split, because their lengths may be ragged.
         busy = num_tiles * num_kv_heads >= 2 * tiling.programs_per_processor * processors
         split = one_tile or not busy
-    num_items = num_tiles + target if split else num_tiles
+    if not split:
+        programs = num_tiles
     partial_rows = tiling.block_m if split else 0
-    shape = (min(num_items, 2 * target), num_kv_heads, partial_rows)
+    shape = (2 * programs, num_kv_heads, partial_rows)
     sizes = (math.prod(shape) * head_size, math.prod(shape))
     if scratch is None:
         scratch = torch.empty(sum(sizes), dtype=torch.float32, device=device)
@@ -328,22 +349,23 @@ def plan_attention(
     plan = LaunchPlan(
         (requests, num_tokens, num_heads, num_kv_heads, head_size, causal, window),
         tiling,
-        torch.empty((num_items, FIELDS.value), dtype=torch.int32, device=device),
+        torch.empty((programs, PIECE_FIELDS.value), dtype=torch.int32, device=device),
+        torch.empty((num_tiles, ROW_TILE_FIELDS.value), dtype=torch.int32, device=device),
         min(partial_rows, rows),
         partial_out.view(*shape, head_size),
         partial_lse.view(shape),
     )
-    if num_items == 0 or requests == 0:
+    if num_tiles == 0 or requests == 0:
         return plan
     tiles = max(MIN_TILES_CAPACITY, triton.next_power_of_2(num_tiles)) if split else 0
-    starts = torch.empty(2 * tiles, dtype=torch.int32, device=device)
-    plan_kernel[(1 if split else triton.cdiv(num_items, ITEMS_PER_PROGRAM),)](
-        query_start_loc, seq_lens, plan.items, starts,
-        requests, num_tiles, num_items, target,
+    positions = torch.empty(tiles, dtype=torch.int32, device=device)
+    plan_kernel[(1 if split else triton.cdiv(num_tiles, TABLE_ROWS),)](
+        query_start_loc, seq_lens, plan.pieces, plan.row_tiles, positions,
+        requests, num_tiles, programs,
         requests.bit_length(), num_tiles.bit_length(), 0 if window is None else window,
         GROUP=group, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n,
         CAUSAL=causal, WINDOW=window is not None, ONE_TILE=one_tile,
-        SPLIT=split, MIN_TILES=tiling.min_split_tiles, TILES=tiles, ITEMS=ITEMS_PER_PROGRAM,
+        SPLIT=split, MIN_TILES=tiling.min_split_tiles, TILES=tiles, ROWS=TABLE_ROWS,
         num_warps=4,
     )  # fmt: skip
     return plan

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -129,6 +130,34 @@ def planned(batch: Batch, **options: Any) -> LaunchPlan:
         causal=batch.options.get("causal", True), window=batch.options.get("window"),
         max_query_len=batch.max_query_len, **options,
     )  # fmt: skip
+
+
+class Part(NamedTuple):
+    """The key tiles of a row tile that one program attends to.
+
+    Attributes:
+        first, end: The first key tile and 1 + the last, counted from the row tile's first.
+        part_idx: Index of the partial result; None if the program writes the output.
+    """
+
+    program: int
+    row_tile: int
+    first: int
+    end: int
+    part_idx: int | None
+
+
+def parts_of(plan: LaunchPlan) -> Iterator[Part]:
+    """Yield what programs do, as `attend_kernel` reads the tables of a plan."""
+    row_tiles = plan.row_tiles.tolist()
+    for program, (first_tile, end_tile, start, end) in enumerate(plan.pieces.tolist()):
+        for row_tile in range(first_tile, end_tile):
+            _, _, position, first_program, last_program = row_tiles[row_tile]
+            part_idx = 2 * program + (program == first_program)
+            yield Part(
+                program, row_tile, max(start - position, 0), end - position,
+                None if first_program == last_program else part_idx,
+            )  # fmt: skip
 
 
 def attend(batch: Batch, plan: LaunchPlan | None = None, into: Outputs | None = None) -> Outputs:

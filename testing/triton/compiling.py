@@ -15,8 +15,8 @@ from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.kernels.triton.attend import attend_kernel
 from vllm_hybrid_kv.kernels.triton.attention import MERGED_AT_A_TIME, merge_kernel
 from vllm_hybrid_kv.kernels.triton.plan import (
-    ITEMS_PER_PROGRAM,
     MIN_TILES_CAPACITY,
+    TABLE_ROWS,
     plan_kernel,
 )
 from vllm_hybrid_kv.kernels.triton.quantise import NUMBERS_PER_PROGRAM, quantise_and_store_kernel
@@ -31,14 +31,15 @@ _TYPES = {
     "lse_ptr": "*fp32", "stride_lse_tok": "i32", "stride_lse_head": "i32",
     "cache_ptr": "*u8", "stride_cache_block": "i64",
     "block_table_ptr": "*i32", "stride_block_table": "i32",
-    "seq_lens_ptr": "*i32", "query_start_loc_ptr": "*i32", "items_ptr": "*i32",
+    "seq_lens_ptr": "*i32", "query_start_loc_ptr": "*i32", "pieces_ptr": "*i32",
+    "row_tiles_ptr": "*i32",
     "sinks_ptr": "*fp32", "partial_out_ptr": "*fp32", "partial_lse_ptr": "*fp32",
     "scale": "fp32", "window": "i32", "soft_cap": "fp32",
     "k_ptr": "*bf16", "stride_k_tok": "i32", "stride_k_head": "i32",
     "v_ptr": "*bf16", "stride_v_tok": "i32", "stride_v_head": "i32", "slots_ptr": "*i64",
     "num_rows": "i32", "num_slots": "i32",
-    "tile_starts_ptr": "*i32", "num_reqs": "i32", "num_tiles": "i32", "num_items": "i32",
-    "target": "i32", "steps": "i32", "tile_steps": "i32",
+    "positions_ptr": "*i32", "num_reqs": "i32", "num_tiles": "i32", "num_programs": "i32",
+    "steps": "i32", "tile_steps": "i32",
 }  # fmt: skip
 # These arguments are multiples of 16 at every launch, so Triton specialises on them.
 _DIVISIBLE = {name for name, kind in _TYPES.items() if kind.startswith("*")} | {
@@ -152,6 +153,6 @@ class SmallKernels:
             planning = {
                 "GROUP": GROUP, "BLOCK_M": 16, "BLOCK_N": 64, "CAUSAL": True, "WINDOW": True,
                 "ONE_TILE": one_tile, "SPLIT": split, "MIN_TILES": Tiling.min_split_tiles,
-                "TILES": MIN_TILES_CAPACITY if split else 0, "ITEMS": ITEMS_PER_PROGRAM,
+                "TILES": MIN_TILES_CAPACITY if split else 0, "ROWS": TABLE_ROWS,
             }  # fmt: skip
             _compile(plan_kernel, self.target, planning)

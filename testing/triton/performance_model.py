@@ -247,7 +247,7 @@ class Launch(NamedTuple):
 def predict(
     code: MachineCode,
     gpu: Gpu,
-    tiles: Sequence[int],
+    pieces: Sequence[tuple[int, int]],
     tile_bytes: int,
     partial_bytes: int = 0,
     resident: int | None = None,
@@ -258,7 +258,7 @@ def predict(
     programs to the multiprocessors in turn, and each later one to the first free place.
 
     Args:
-        tiles: Key tiles of each program, in the order of the launch.
+        pieces: Key tiles and row tiles of each program, in the order of the launch.
         tile_bytes: Bytes of memory that a tile reads.
         partial_bytes: Size of the partial results, which are written and read once.
         resident: Programs of a multiprocessor; `resident_programs` if None.
@@ -275,7 +275,7 @@ def predict(
     first, last = code.main_loop()
     once = len(code.instructions) - (last - first + 1) + DEPENDENT_LOADS * LOAD_LATENCY
     extra = once * rate(resident, resident * gpu.processors)
-    waiting = deque(count + extra for count in tiles)
+    waiting = deque(tiles + extra * row_tiles for tiles, row_tiles in pieces)
     processors: list[list[float]] = [[] for _ in range(gpu.processors)]
     for _ in range(resident):
         for processor in processors:
@@ -288,12 +288,12 @@ def predict(
         cycles += step
         for index, one in enumerate(processors):
             done = step * rates[len(one)] if one else 0.0
-            left = [tiles - done for tiles in one if tiles - done > 1e-6]
+            left = [work - done for work in one if work - done > 1e-6]
             left += [waiting.popleft() for _ in range(min(len(one) - len(left), len(waiting)))]
             processors[index] = left
     seconds = cycles / gpu.clock + LAUNCH_SECONDS
     if partial_bytes:
         seconds += LAUNCH_SECONDS + 2 * partial_bytes / (COPY_SHARE * gpu.bandwidth)
-    ideal = sum(tiles) * tile_bytes / (COPY_SHARE * gpu.bandwidth)
-    waves = math.ceil(len(tiles) / (resident * gpu.processors))
-    return Launch(len(tiles), waves, seconds, ideal / seconds)
+    ideal = sum(tiles for tiles, _ in pieces) * tile_bytes / (COPY_SHARE * gpu.bandwidth)
+    waves = math.ceil(len(pieces) / (resident * gpu.processors))
+    return Launch(len(pieces), waves, seconds, ideal / seconds)

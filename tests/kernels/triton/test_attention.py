@@ -26,6 +26,7 @@ from testing.triton.attention import (
     expected,
     largest_score_change,
     make,
+    parts_of,
     planned,
 )
 from testing.triton.processes import interpreted
@@ -33,6 +34,7 @@ from vllm_hybrid_kv.kernels import reference
 from vllm_hybrid_kv.kernels.k8v4 import Layout
 from vllm_hybrid_kv.kernels.triton import largest_scratch, plan_attention
 from vllm_hybrid_kv.kernels.triton.attention import MERGED_AT_A_TIME
+from vllm_hybrid_kv.kernels.triton.plan import ROW_TILE_COST
 
 # `matrix` runs every option with every kind of batch: decode or mixed, split or whole. It takes
 # values from the other lists with different strides, so each value meets each kind of batch, too.
@@ -153,16 +155,14 @@ def test_splits_are_balanced_over_ragged_lengths() -> None:
         torch.tensor(lengths, dtype=torch.int32), torch.arange(6, dtype=torch.int32), 5, 4, 1, 64,
         max_query_len=1, processors=32,
     )  # fmt: skip
-    tiles_of_programs = []
-    for request, first_row, split, splits, _ in plan.items.tolist():
-        if request >= 0:
-            assert first_row == 0
-            tiles = -(-lengths[request] // plan.tiling.block_n)
-            tiles_of_programs.append(tiles * (split + 1) // splits - tiles * split // splits)
-    assert sum(tiles_of_programs) == 1111
-    # 32 processors with 4 programs each share 1111 tiles.
-    assert max(tiles_of_programs) <= math.ceil(1111 / 128)
-    assert len(tiles_of_programs) <= 128 + len(lengths)
+    pieces = plan.pieces.tolist()
+    # 32 processors with 4 programs each share 1111 tiles, one for the request that sees nothing,
+    # and the cost of five row tiles.
+    assert len(pieces) == 128
+    positions = 1112 + 5 * ROW_TILE_COST.value
+    assert [pieces[0][2], pieces[-1][3]] == [0, positions]
+    assert all(one[3] == other[2] for one, other in itertools.pairwise(pieces))
+    assert {end - start for _, _, start, end in pieces} == {positions // 128, positions // 128 + 1}
 
 
 @interpreted
@@ -181,11 +181,11 @@ def test_partial_results_of_any_batch_fit_the_scratch_memory_without_overlap() -
                 lengths.to(torch.int32), starts, int(starts[-1]), kv_heads * group, kv_heads,
                 head_size, max_query_len=most, scratch=scratch,
             )  # fmt: skip
-            items = [item for item in plan.items.tolist() if item[0] >= 0]
-            parts = [part for _, _, _, splits, part in items if splits > 1]
+            parts = [one.part_idx for one in parts_of(plan) if one.part_idx is not None]
             assert len(set(parts)) == len(parts)
             assert all(0 <= part < plan.partial_out.shape[0] for part in parts)
-            most_splits = max(most_splits, *(splits for _, _, _, splits, _ in items))
+            row_tiles = [row for row in plan.row_tiles.tolist() if row[0] >= 0]
+            most_splits = max(most_splits, *(last - first + 1 for *_, first, last in row_tiles))
     assert most_splits >= 8
 
 
@@ -206,8 +206,9 @@ def test_splits_merged_before_one_with_larger_weights_are_rescaled() -> None:
     for scales in batch.scales(0, 0, "key")[-8:]:
         scales *= 2
     plan = planned(batch, processors=64)
-    # The last split has the largest scores, and it is not among those that are merged first.
-    assert int(plan.items[0, 3]) > MERGED_AT_A_TIME
+    # The last part has the largest scores, and it is not among those that are merged first.
+    *_, first_program, last_program = plan.row_tiles[0].tolist()
+    assert last_program - first_program >= MERGED_AT_A_TIME
     assert_close(attend(batch, plan), expected(batch))
 
 

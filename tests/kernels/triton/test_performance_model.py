@@ -76,15 +76,15 @@ def test_programs_fit_by_whole_warps_of_a_sub_partition_and_by_shared_memory() -
 def test_a_second_wave_of_one_program_costs_as_much_as_the_first() -> None:
     slow = code(*[Instruction("IADD3", "", 15, None, None, ())] * 200, registers=255, warps=2)
     slots = 4 * H100.processors
-    one = model.predict(slow, H100, [100] * slots, 512)
-    two = model.predict(slow, H100, [100] * (slots + 1), 512)
+    one = model.predict(slow, H100, [(100, 1)] * slots, 512)
+    two = model.predict(slow, H100, [(100, 1)] * (slots + 1), 512)
     assert (one.waves, two.waves) == (1, 2)
     assert two.seconds == pytest.approx(2 * one.seconds, rel=0.05)
 
 
 def test_a_launch_bound_by_memory_reaches_the_share_of_paged_reads() -> None:
     fast = code(COPY, COMMIT, wait(5), registers=255, warps=2)
-    launch = model.predict(fast, H100, [100_000] * 4 * H100.processors, 1024)
+    launch = model.predict(fast, H100, [(100_000, 1)] * 4 * H100.processors, 1024)
     assert launch.copy_share == pytest.approx(model.PAGED_SHARE, rel=0.02)
 
 
