@@ -247,7 +247,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
         cache_ptr: uint8 [blocks, H, PAGE, slot]; `stride_cache_block` in 16-bit words.
         pieces_ptr, row_tiles_ptr, partial_out_ptr, partial_lse_ptr: From `plan_attention`; the
             kernel writes partial results for the other row tiles.
-        sinks_ptr: float32 [H GROUP] with SINKS.
+        sinks_ptr: [H GROUP] with SINKS, any floating dtype.
         DIMS: The smallest power of two >= D.
         LANES: See `Tiling.lanes`.
         UNIT: See `k8v4.rotation_unit`.
@@ -350,7 +350,8 @@ def attend_kernel(  # type: ignore[no-untyped-def]
         z_i = tl.sum(tl.sum(z_i, axis=0), axis=0)
         if SINKS:  # noqa: SIM102 - a constexpr; without SINKS there is no valid `sinks_ptr`
             if is_whole:
-                sink = tl.load(sinks_ptr + q_head, mask=mask_m, other=-float("inf")) * LOG2_E
+                sink = tl.load(sinks_ptr + q_head, mask=mask_m, other=-float("inf"))
+                sink = sink.to(tl.float32) * LOG2_E
                 m_j = tl.maximum(m_i, sink)
                 m_ref = tl.where(m_j == -float("inf"), 0.0, m_j)
                 alpha = tl.exp2(m_i - m_ref)

@@ -55,7 +55,7 @@ def merge_kernel(  # type: ignore[no-untyped-def]
     m_i = -float("inf")
     l_i = 0.0
     if SINKS:
-        m_i = tl.load(sinks_ptr + q_head) * LOG2_E
+        m_i = tl.load(sinks_ptr + q_head).to(tl.float32) * LOG2_E
         l_i = tl.where(m_i == -float("inf"), 0.0, 1.0)
     offs_d = tl.arange(0, DIMS)
     acc = tl.zeros([DIMS], tl.float32)
@@ -111,8 +111,8 @@ def paged_attention(
     token is NaN, the rows that see the token become NaN and their `lse` is undefined. Tokens that
     a row does not see and memory after the last token never influence the row.
 
-    With a plan the call does not wait for the device, and only the conversion of `sinks` to
-    float32 allocates memory, so a graph can capture the call.
+    With a plan the call does not wait for the device, and it allocates no memory if `sinks` are
+    contiguous, so a graph can capture the call.
 
     Args:
         query, block_table, seq_lens, scale, causal, window, soft_cap: As for
@@ -160,7 +160,7 @@ def paged_attention(
             f"causal, window) = {plan.made_for}, the call has {made_for}"
         )
     if sinks is not None:
-        sinks = sinks.to(torch.float32).contiguous()
+        sinks = sinks.contiguous()
     tiling, partial_rows = plan.tiling, plan.partial_lse.shape[2]
     # The kernels take pointers even for an lse and sinks that they do not use.
     lse_and_strides = (plan.partial_lse, 0, 0) if lse is None else (lse, *lse.stride())
