@@ -135,11 +135,6 @@ class MachineCode:
         """The names of the instructions, without predicates."""
         return tuple(one.operation for one in self.instructions)
 
-    @property
-    def code_bytes(self) -> int:
-        """The size of the code; an instruction has 16 bytes."""
-        return 16 * len(self.instructions)
-
     def counts(self, loop: tuple[int, int] | None = None) -> Counter[str]:
         """Count the instructions of each class of `_CLASSES`, in a loop or in all."""
         first, last = loop or (0, len(self.operations) - 1)

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import pytest
+import triton
 
 from testing.triton import performance_model as model
 from testing.triton.compiling import Attention
 from testing.triton.machine_code import missing_tools
 from testing.triton.processes import Compiler
+from vllm_hybrid_kv.kernels import k8v4
 
 if reason := missing_tools():
     pytest.skip(reason, allow_module_level=True)
@@ -31,3 +33,29 @@ def test_the_planned_programs_of_a_multiprocessor_fit_it(
 ) -> None:
     resident = model.resident_programs(compiler(job), model.GPUS[GPUS[job.capability]])
     assert job.tiling.programs_per_processor <= resident
+
+
+CYCLES = {(90, 128): 1576, (90, 256): 2267, (100, 128): 1357, (100, 256): 1989}
+"""Modelled cycles that a program alone on a multiprocessor takes for a tile, by compute capability
+and head size. After a change that raises or lowers them record the new ones here and in
+benchmarks/results/gpu_predictions.md."""
+
+MOST_LOOP_BYTES = {128: 8704, 256: 11264}
+"""By head size, the code of the main loop. The model knows no misses of the instruction cache."""
+
+
+@pytest.mark.parametrize("job", DECODE, ids=str)
+def test_the_decode_loop_is_as_short_and_as_fast_as_recorded(
+    job: Attention, compiler: Compiler
+) -> None:
+    code = compiler(job)
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+        pytest.skip("recorded for Triton 3.9")
+    assert 16 * code.loop_length <= MOST_LOOP_BYTES[job.head_size]
+    if (recorded := CYCLES.get((job.capability, job.head_size))) is None:
+        return
+    gpu = model.GPUS[GPUS[job.capability]]
+    tile_bytes = job.tiling.block_n * k8v4.slot_bytes(job.head_size)
+    share = model.read_bytes_per_cycle(gpu) / gpu.processors
+    cycles = model.pace(code, gpu, 1, tile_bytes, share).cycles
+    assert cycles == pytest.approx(recorded, rel=0.1)
