@@ -72,13 +72,14 @@ def tasks() -> list[Task]:
 def sizes(rows: int) -> list[Tiling]:
     """List the tile sizes to try for a number of rows.
 
-    They have at most one warp for each 16 keys and 32 rows.
+    They have at most one warp for each 16 keys and 32 rows. The registers of eight warps always
+    fit a multiprocessor.
     """
     blocks_m = {8: (8, 16), 16: (8, 16), 32: (16, 32), 64: (16, 32, 64)}.get(
         rows, (16, 32, 64, 128)
     )
     return [
-        Tiling(block_m, block_n, warps, stages)
+        Tiling(block_m, block_n, warps, stages, min(4, 8 // warps))
         for block_m, block_n, warps, stages in itertools.product(
             blocks_m, (32, 64, 128), (1, 2, 4, 8), (2, 3, 5)
         )
@@ -190,7 +191,7 @@ def tune(folder: Path, device: torch.device, budget: Budget) -> int:
         trial.run(candidates, budget.spent + 0.7 * (start + share - budget.spent))
         divisions = [
             replace(trial.best, programs_per_processor=programs, min_split_tiles=tiles)
-            for programs, tiles in itertools.product((1, 2, 4, 8, 16), (2, 4, 8, 16))
+            for programs, tiles in itertools.product((1, 2, 3, 4, 6), (2, 4, 8, 16))
         ]
         trial.run(divisions[: 1 if interpreted() else None], start + share)
         best, speedup = trial.best, trial.speedup
