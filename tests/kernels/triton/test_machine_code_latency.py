@@ -35,7 +35,8 @@ def test_the_planned_programs_of_a_multiprocessor_fit_it(
     assert job.tiling.programs_per_processor <= resident
 
 
-CYCLES = {(90, 128): 1576, (90, 256): 2267, (100, 128): 1357, (100, 256): 1989}
+CYCLES = {(80, 128): 1644, (80, 256): 2411, (89, 128): 4838, (89, 256): 4789}
+CYCLES |= {(90, 128): 1576, (90, 256): 2267, (100, 128): 1357, (100, 256): 1989}
 """Modelled cycles that a program alone on a multiprocessor takes for a tile, by compute capability
 and head size. After a change that raises or lowers them record the new ones here and in
 benchmarks/results/gpu_predictions.md."""
@@ -52,10 +53,8 @@ def test_the_decode_loop_is_as_short_and_as_fast_as_recorded(
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
         pytest.skip("recorded for Triton 3.9")
     assert 16 * code.loop_length <= MOST_LOOP_BYTES[job.head_size]
-    if (recorded := CYCLES.get((job.capability, job.head_size))) is None:
-        return
     gpu = model.GPUS[GPUS[job.capability]]
     tile_bytes = job.tiling.block_n * k8v4.slot_bytes(job.head_size)
     share = model.read_bytes_per_cycle(gpu) / gpu.processors
     cycles = model.pace(code, gpu, 1, tile_bytes, share).cycles
-    assert cycles == pytest.approx(recorded, rel=0.1)
+    assert cycles == pytest.approx(CYCLES[job.capability, job.head_size], rel=0.1)
