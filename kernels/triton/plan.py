@@ -189,11 +189,11 @@ def plan_kernel(  # type: ignore[no-untyped-def]
         first_key_tile = end - size + ROW_TILE_COST
         first_program = ((first_key_tile + 1).to(tl.int64) * programs - 1) // total
         last_program = (end.to(tl.int64) * programs - 1) // total
-        fields = (
+        row_tile_fields = (
             req_idx, first_row, first_key_tile,
             first_program.to(tl.int32), last_program.to(tl.int32),
         )  # fmt: skip
-        _write(row_tiles_ptr, tile, num_tiles, fields, ROW_TILE_FIELDS)
+        _write(row_tiles_ptr, tile, num_tiles, row_tile_fields, ROW_TILE_FIELDS)
         # The loop reads positions that other threads of this program have written.
         tl.debug_barrier()
         for start in range(0, num_programs, ROWS):
@@ -206,8 +206,8 @@ def plan_kernel(  # type: ignore[no-untyped-def]
             last_pos = end_pos - 1 - ROW_TILE_COST
             end_tile = _last_at_most(positions_ptr, 0, num_tiles, tile_steps, last_pos) + 1
             works = (program < programs) & (last_pos >= 0)
-            fields = (first_tile, tl.where(works, end_tile, first_tile), first_pos, end_pos)
-            _write(pieces_ptr, program, num_programs, fields, PIECE_FIELDS)
+            piece_fields = (first_tile, tl.where(works, end_tile, first_tile), first_pos, end_pos)
+            _write(pieces_ptr, program, num_programs, piece_fields, PIECE_FIELDS)
     else:
         tile = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         req_idx, first_row, _ = _row_tiles(
