@@ -50,6 +50,7 @@ with open(file, "wb") as to:
 HEADS = (Heads(32, 8, 128), Heads(16, 2, 256))
 BATCHES = (8, 16, 32, 64)
 LENGTH = 32768
+LAUNCH_COLUMNS = ("GPU", "heads", "batch", "programs", "waves", "us", "of copy bandwidth")
 
 
 class Work(NamedTuple):
@@ -131,7 +132,8 @@ def predicted(
     for ragged, batch in itertools.product((False, True), BATCHES):
         tiles = [math.ceil(one / tiling["block_n"]) for one in lengths(batch, ragged=ragged)]
         work = plan(tiles, target, tiling["min_split_tiles"])
-        partial = work.parts * heads.kv * tiling["block_m"] * (heads.size + 1) * 4
+        used_rows = min(tiling["block_m"], heads.query // heads.kv)
+        partial = work.parts * heads.kv * used_rows * (heads.size + 1) * 4
         pieces = work.pieces * heads.kv
         launch = model.predict(code, gpu, pieces, tile_bytes, partial, resident)
         rows.append([
@@ -174,8 +176,7 @@ def main() -> None:
         "cycles, alone", "cycles, full", "of memory", "KiB in flight", "needed",
     )  # fmt: skip
     print(*table(columns, kernels), "", sep="\n")
-    columns = ("GPU", "heads", "batch", "programs", "waves", "us", "of copy bandwidth")
-    print(*table(columns, launches), sep="\n")
+    print(*table(LAUNCH_COLUMNS, launches), sep="\n")
 
 
 if __name__ == "__main__":

