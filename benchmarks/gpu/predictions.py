@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predict the decode speed of the attention kernel on GPUs that are not at hand.
+"""Predict the decode speed of the attention kernel on any GPU, without having it.
 
     python -m benchmarks.gpu.predictions [--checkout PATH] [--plan rounded-up]
 
@@ -32,12 +32,12 @@ from vllm_hybrid_kv.kernels.triton.plan import ROW_TILE_COST
 # Runs in the checkout, whose compiler of kernels has kept its interface since page format 1.
 _COMPILE = """
 import pickle, sys
-from testing.triton.compiling import GROUP, PAGE, compile_attention
+from testing.triton.compiling import PAGE, compile_attention
 from testing.triton.machine_code import cuda
 from vllm_hybrid_kv.kernels.triton.tuning import Tiling, tiling_for
-file, capability, head_size, *sizes = sys.argv[1:]
+file, capability, head_size, rows, *sizes = sys.argv[1:]
 capability, head_size = int(capability), int(head_size)
-tiling = tiling_for(GROUP, head_size, divmod(capability, 10))
+tiling = tiling_for(int(rows), head_size, divmod(capability, 10))
 if sizes:
     tiling = Tiling(*map(int, sizes))
 code = compile_attention(cuda(capability), tiling, head_size, PAGE)
@@ -108,12 +108,13 @@ PLANS: dict[str, Plan] = {"equal-pieces": equal_pieces, "rounded-up": rounded_up
 
 
 def compiled(
-    checkout: Path, capability: int, head_size: int, sizes: Sequence[str]
+    checkout: Path, capability: int, head_size: int, rows: int, sizes: Sequence[str]
 ) -> tuple[MachineCode, dict[str, Any]]:
-    """Return the machine code and the tiling of a checkout's decode kernel."""
+    """Return the machine code and the tiling of a checkout's kernel for a number of rows."""
     with tempfile.NamedTemporaryFile() as file:
         subprocess.run(
-            [sys.executable, "-c", _COMPILE, file.name, str(capability), str(head_size), *sizes],
+            [sys.executable, "-c", _COMPILE, file.name, str(capability), str(head_size),
+             str(rows), *sizes],
             cwd=checkout, check=True, env=os.environ | {"PYTHONPATH": str(checkout)},
         )  # fmt: skip
         asm, metadata, tiling = pickle.load(file)
@@ -123,16 +124,19 @@ def compiled(
 
 def predicted(
     gpu: model.Gpu, heads: Heads, code: MachineCode, tiling: dict[str, Any], resident: int,
-    plan: Plan,
+    plan: Plan, num_rows: int,
 ) -> list[list[str]]:  # fmt: skip
     """Return one row of a table for each batch."""
     tile_bytes = tiling["block_n"] * slot_bytes(heads.size)
     target = tiling["programs_per_processor"] * gpu.processors / heads.kv
     rows = []
     for ragged, batch in itertools.product((False, True), BATCHES):
+        row_tiles = math.ceil(num_rows / tiling["block_m"])
         tiles = [math.ceil(one / tiling["block_n"]) for one in lengths(batch, ragged=ragged)]
+        copy_seconds = sum(tiles) * heads.kv * tile_bytes / (model.COPY_SHARE * gpu.bandwidth)
+        tiles = [count for count in tiles for _ in range(row_tiles)]
         work = plan(tiles, target, tiling["min_split_tiles"])
-        used_rows = min(tiling["block_m"], heads.query // heads.kv)
+        used_rows = min(tiling["block_m"], num_rows)
         partial = work.parts * heads.kv * used_rows * (heads.size + 1) * 4
         pieces = work.pieces * heads.kv
         launch = model.predict(code, gpu, pieces, tile_bytes, partial, resident)
@@ -140,7 +144,7 @@ def predicted(
             gpu.name, f"{heads.query}/{heads.kv} x {heads.size}",
             f"{batch}, {'ragged' if ragged else 'equal'}",
             f"{launch.programs} of {resident * gpu.processors}", str(launch.waves),
-            f"{1e6 * launch.seconds:.0f}", f"{100 * launch.copy_share:.0f} %",
+            f"{1e6 * launch.seconds:.0f}", f"{100 * copy_seconds / launch.seconds:.0f} %",
         ])  # fmt: skip
     return rows
 
@@ -149,6 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--checkout", type=Path, default=Path.cwd())
     parser.add_argument("--plan", choices=PLANS, default="equal-pieces")
+    parser.add_argument("--tokens", type=int, default=1, help="new tokens of each request")
     parser.add_argument("--tiling", default="", help="block_m x block_n x warps x stages")
     parser.add_argument("--resident", type=int, help="programs of a multiprocessor")
     parser.add_argument("--gpu", action="append", choices=model.GPUS)
@@ -158,11 +163,16 @@ def main() -> None:
     for name, heads in itertools.product(args.gpu or model.GPUS, HEADS):
         gpu = model.GPUS[name]
         sizes = args.tiling.split("x") if args.tiling else []
-        code, tiling = compiled(args.checkout, gpu.capability, heads.size, sizes)
+        rows = args.tokens * heads.query // heads.kv
+        code, tiling = compiled(args.checkout, gpu.capability, heads.size, rows, sizes)
         resident = args.resident or model.resident_programs(code, gpu)
         tile_bytes = tiling["block_n"] * slot_bytes(heads.size)
         share = model.read_bytes_per_cycle(gpu) / gpu.processors
-        alone = model.pace(code, gpu, 1, tile_bytes, share)
+        try:
+            alone = model.pace(code, gpu, 1, tile_bytes, share)
+        except ValueError as error:
+            print(f"{name}, {heads}: {error}", file=sys.stderr)
+            continue
         full = model.pace(code, gpu, resident, tile_bytes, share)
         kernels.append([
             name, str(heads.size), str(code.registers), str(code.shared_bytes), str(resident),
@@ -170,7 +180,7 @@ def main() -> None:
             f"{full.cycles:.0f}", f"{resident * tile_bytes / share:.0f}",
             f"{full.bytes_in_flight / 1024:.0f}", f"{share * model.MEMORY_LATENCY / 1024:.0f}",
         ])  # fmt: skip
-        launches += predicted(gpu, heads, code, tiling, resident, PLANS[args.plan])
+        launches += predicted(gpu, heads, code, tiling, resident, PLANS[args.plan], rows)
     columns = (
         "GPU", "D", "registers", "shared bytes", "programs", "loop", "barriers",
         "cycles, alone", "cycles, full", "of memory", "KiB in flight", "needed",

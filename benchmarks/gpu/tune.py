@@ -72,7 +72,7 @@ def tasks() -> list[Task]:
 def sizes(rows: int) -> list[Tiling]:
     """List the tile sizes to try for a number of rows.
 
-    They have at most one warp for each 16 keys and 32 rows. The registers of eight warps always
+    They have at most one warp for each 16 keys and 16 rows. The registers of eight warps always
     fit a multiprocessor.
     """
     blocks_m = {8: (8, 16), 16: (8, 16), 32: (16, 32), 64: (16, 32, 64)}.get(
@@ -83,7 +83,7 @@ def sizes(rows: int) -> list[Tiling]:
         for block_m, block_n, warps, stages in itertools.product(
             blocks_m, (32, 64, 128), (1, 2, 4, 8), (2, 3, 5)
         )
-        if warps <= block_n // 16 * max(1, block_m // 32)
+        if warps <= block_n // 16 * max(1, block_m // 16)
     ]
 
 

@@ -16,8 +16,6 @@ import triton
 
 from vllm_hybrid_kv.kernels.triton.convert import is_nvidia
 
-_TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
-
 Capability = tuple[int, int] | None
 """The compute capability of an NVIDIA GPU, such as (9, 0); None for an AMD GPU."""
 
@@ -92,21 +90,25 @@ def derived_tiling(rows: int, head_size: int, capability: Capability) -> Tiling:
         head_size: D.
         capability: None for AMD, whose smallest products have 16 rows.
     """
+    small_shared = has_small_shared_memory(capability)
     if head_size > 256:
-        # With two warps, with 64 keys or with 32 rows the loop spills.
-        return Tiling(16, 32, 4, 3, 2)
-    large, small_shared = head_size > 128, has_small_shared_memory(capability)
+        # With two warps, with 64 keys or with 32 rows the loop spills. Two buffers are 50 KiB.
+        return Tiling(16, 32, 4, 3 if small_shared or capability is None else 5, 2)
+    large = head_size > 128
     if rows <= 8 and capability is not None:
         # Two buffers of 64 keys are 27 KiB for 128 dims, and 51 KiB for 256.
         if large and small_shared:
             return Tiling(8, 32, 2, 5, 3)
         return Tiling(8, 64, 2, 5, 3 if small_shared or (large and capability < (9, 0)) else 4)
+    stages = 3 if capability is None else 5
+    if large and rows > 16 and capability is not None and capability[0] not in {10, 11}:
+        # Two tiles of 16 rows would read the keys twice. On 9.0 Triton uses `wgmma` for the values.
+        return Tiling(32, 32, 4, stages, 2)
     if rows <= 16 or large:
-        # With 64 keys of large heads Triton 3.8 spills a seventeenth of the loop's instructions;
-        # the versions before and after it spill none.
-        keys = 32 if large and _TRITON == (3, 8) else 64
-        return Tiling(16, keys, 2, 3, 3 if large and small_shared else 4)
-    return Tiling(32, 32, 2, 3) if rows <= 32 else Tiling(64, 32, 4, 2, 2)
+        # Two buffers of 64 keys and 256 dims leave too few registers.
+        keys = 32 if large and capability is not None else 64
+        return Tiling(16, keys, 2, stages, 3 if small_shared else 4)
+    return Tiling(32, 32, 2, stages) if rows <= 32 else Tiling(64, 32, 4, 2, 2)
 
 
 def tiling_for(rows: int, head_size: int, capability: Capability) -> Tiling:

