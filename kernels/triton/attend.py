@@ -79,47 +79,26 @@ def _sum_in_threads(x, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _attend_tile(  # type: ignore[no-untyped-def]
-    tile, state, query, pages, first_key, end_key, window, soft_cap,
-    D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    VALUE_PTX: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, MASKED: tl.constexpr,
-    ONE_PAGE: tl.constexpr, LANES: tl.constexpr,
+def _load_tile(  # type: ignore[no-untyped-def]
+    tile, pages, end_key,
+    D: tl.constexpr, DIMS: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, ONE_PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Add one tile of keys to the running results of a row tile, and return the new results.
+    """Load a tile of tokens from its pages.
 
-    Args:
-        state: The running results:
-            m_i: float32 [rows], largest score.
-            l_i, z_i: float32 [LANES, 8, rows], each thread's sums of weights (relative to `m_i`)
-                and of weights times scales (scaled like `acc0`). Adding up the threads costs more
-                than all else, so it is left until after the last tile.
-            scale_exp: int32, the biased float32 exponent of the largest scale.
-            acc0 to acc3: float32 [dims / 4, rows], for every fourth dim, sums of weights times
-                scales times codes, times `2^(14 + 127 - scale_exp)` and the unit of a code.
-        query: int8 [dims, rows], the codes; float32 [rows], the factor of the scores, in base 2
-            unless SOFT_CAP; int32 [rows], the positions, used only with MASKED. A negative
-            position is before the first key.
-        pages: The cache, its block stride and the offset of a KV head (both in 16-bit words), and
-            the request's row of the block table.
-        first_key: The first key that some row sees; used only with MASKED and WINDOW.
-        end_key: 1 + the last key that some row sees.
-        MASKED: Whether a row may not see every key of the tile.
-        ONE_PAGE: Whether all keys of a tile are in one page.
+    Returns:
+        int8 [keys, dims], the key codes; int16 [dims / 4, keys], the value codes; float32 [keys],
+        the scales of the keys and of the values.
     """
-    m_i, l_i, z_i, scale_exp, acc0, acc1, acc2, acc3 = state
-    q_codes, qk_scale, query_pos = query
     cache_ptr, stride_cache_block, head_offset, block_table_row_ptr = pages
     QUARTER_D: tl.constexpr = D // 4
-    DIMS: tl.constexpr = q_codes.shape[0]
-    QUARTERS: tl.constexpr = acc0.shape[0]
     KEY_WORDS: tl.constexpr = PAGE * (D // 2)
     VALUE_WORDS: tl.constexpr = PAGE * QUARTER_D
 
     # Keys are addressed in bytes, values and scales in 16-bit words: four values or one scale.
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, DIMS)
-    offs_quarter = tl.arange(0, QUARTERS)
+    offs_quarter = tl.arange(0, DIMS // 4)
     offs_pair = tl.arange(0, BLOCK_N // 2)
     key_pos = tile * BLOCK_N + offs_n
     words_ptr = cache_ptr.to(tl.pointer_type(tl.int16))
@@ -161,17 +140,16 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     # tensor-core product, and only in pieces of at least 32 bits.
     scale_ptrs = pair_ptrs[:, None] + (tl.arange(0, 2) * PAGE)[None, :]
     key_words, value_words = tl.split(tl.load(scale_ptrs.to(tl.pointer_type(tl.int32))))
-    key_scale, scale = _both_halves(key_words), _both_halves(value_words)
-    # A token whose scale is not finite makes every row that sees it NaN, and no other row.
-    key_scale = tl.where(tl.abs(key_scale) <= _LARGEST_HALF, key_scale, float("nan"))
-    finite = tl.abs(scale) <= _LARGEST_HALF
-    scale = tl.where(finite, scale, 0.0)
-    if MASKED:
-        # The bytes of a token that no row sees may hold a scale of any size.
-        scale = tl.where(key_pos < end_key, scale, 0.0)
-        if WINDOW:
-            scale = tl.where(key_pos >= first_key, scale, 0.0)
+    return key_codes, value_bits, _both_halves(key_words), _both_halves(value_words)
 
+
+@triton.jit
+def _score_tile(  # type: ignore[no-untyped-def]
+    key_codes, key_scale, key_pos, query, end_key, window, soft_cap,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Return float32 [keys, rows], the scores in base 2; -inf where a row does not see a key."""
+    q_codes, qk_scale, query_pos = query
     qk = tl.dot(key_codes, q_codes, out_dtype=tl.int32).to(tl.float32)
     qk = qk * key_scale[:, None] * qk_scale[None, :]
     if SOFT_CAP:
@@ -186,7 +164,19 @@ def _attend_tile(  # type: ignore[no-untyped-def]
             mask = mask & (key_pos[:, None] > query_pos[None, :] - window)
             mask = mask & (key_pos[:, None] < query_pos[None, :] + window)
         qk = tl.where(mask, qk, -float("inf"))
+    return qk
 
+
+@triton.jit
+def _softmax_step(  # type: ignore[no-untyped-def]
+    qk, scale, finite, m_i, l_i, z_i, scale_exp, MASKED: tl.constexpr, LANES: tl.constexpr
+):
+    """Add the weights of a tile to the running sums of `_attend_tile`.
+
+    Returns:
+        The new m_i, l_i, z_i and scale_exp; fp16 [keys, rows], the weights times scales; float32
+        [1, rows], the factor of the accumulators.
+    """
     m_j = tl.maximum(m_i, tl.max(qk, axis=0))
     # The maximum of a row that has seen no key yet is -inf. Relative to 0 its weights are all 0.
     m_ref = tl.where(m_j == -float("inf"), 0.0, m_j) if MASKED else m_j
@@ -205,12 +195,122 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     p_scale = p_scale.to(tl.float16)
     alpha = (alpha * _power_of_two(scale_exp - new_exp))[None, :]
     z_i = z_i * alpha[:, None, :] + _sum_in_threads(p_scale.to(tl.float32), LANES)
+    return m_j, l_i, z_i, new_exp, p_scale, alpha
+
+
+@triton.jit
+def _attend_tile(  # type: ignore[no-untyped-def]
+    tile, state, query, pages, first_key, end_key, window, soft_cap,
+    D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
+    VALUE_PTX: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, MASKED: tl.constexpr,
+    ONE_PAGE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Add one tile of keys to the running results of a row tile, and return the new results.
+
+    Args:
+        state: The running results:
+            m_i: float32 [rows], largest score.
+            l_i, z_i: float32 [LANES, 8, rows], each thread's sums of weights (relative to `m_i`)
+                and of weights times scales (scaled like `acc0`). Adding up the threads costs more
+                than all else, so it is left until after the last tile.
+            scale_exp: int32, the biased float32 exponent of the largest scale.
+            acc0 to acc3: float32 [dims / 4, rows], for every fourth dim, sums of weights times
+                scales times codes, times `2^(14 + 127 - scale_exp)` and the unit of a code.
+        query: int8 [dims, rows], the codes; float32 [rows], the factor of the scores, in base 2
+            unless SOFT_CAP; int32 [rows], the positions, used only with MASKED. A negative
+            position is before the first key.
+        pages: The cache, its block stride and the offset of a KV head (both in 16-bit words), and
+            the request's row of the block table.
+        first_key: The first key that some row sees; used only with MASKED and WINDOW.
+        end_key: 1 + the last key that some row sees.
+        MASKED: Whether a row may not see every key of the tile.
+        ONE_PAGE: Whether all keys of a tile are in one page.
+    """
+    m_i, l_i, z_i, scale_exp, acc0, acc1, acc2, acc3 = state
+    DIMS: tl.constexpr = query[0].shape[0]
+    key_codes, value_bits, key_scale, scale = _load_tile(
+        tile, pages, end_key, D, DIMS, PAGE, BLOCK_N, MASKED, ONE_PAGE
+    )
+    key_pos = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    # A token whose scale is not finite makes every row that sees it NaN, and no other row.
+    key_scale = tl.where(tl.abs(key_scale) <= _LARGEST_HALF, key_scale, float("nan"))
+    finite = tl.abs(scale) <= _LARGEST_HALF
+    scale = tl.where(finite, scale, 0.0)
+    if MASKED:
+        # The bytes of a token that no row sees may hold a scale of any size.
+        scale = tl.where(key_pos < end_key, scale, 0.0)
+        if WINDOW:
+            scale = tl.where(key_pos >= first_key, scale, 0.0)
+
+    qk = _score_tile(
+        key_codes, key_scale, key_pos, query, end_key, window, soft_cap,
+        CAUSAL, WINDOW, SOFT_CAP, MASKED,
+    )  # fmt: skip
+    m_i, l_i, z_i, scale_exp, p_scale, alpha = _softmax_step(
+        qk, scale, finite, m_i, l_i, z_i, scale_exp, MASKED, LANES
+    )
     v0, v1, v2, v3 = decode_values(value_bits, VALUE_PTX)
     return (
-        m_j, l_i, z_i, new_exp,
+        m_i, l_i, z_i, scale_exp,
         tl.dot(v0, p_scale, acc0 * alpha), tl.dot(v1, p_scale, acc1 * alpha),
         tl.dot(v2, p_scale, acc2 * alpha), tl.dot(v3, p_scale, acc3 * alpha),
     )  # fmt: skip
+
+
+@triton.jit
+def _load_query(  # type: ignore[no-untyped-def]
+    q_ptrs, mask_m, scale,
+    D: tl.constexpr, DIMS: tl.constexpr, UNIT: tl.constexpr, SOFT_CAP: tl.constexpr,
+):  # fmt: skip
+    """Load query rows, round them as `reference.round_query` does, and return codes and factors.
+
+    See `query` of `_attend_tile`.
+    """
+    offs_d = tl.arange(0, DIMS)
+    q = tl.load(
+        q_ptrs[:, None] + offs_d[None, :], mask=mask_m[:, None] & (offs_d < D)[None, :], other=0.0
+    ).to(tl.float32)
+    q = rotated(q, D)
+    largest = tl.max(tl.abs(q), axis=1)
+    steps = tl.full([q.shape[0]], _KEY_STEPS, tl.float32)
+    inverse = tl.math.div_rn(steps, tl.where(largest > 0, largest, 1.0))
+    q_codes = tl.trans(rounded(q * inverse[:, None], _KEY_STEPS).to(tl.int8))
+    # Zero times NaN or infinity is NaN, so either of them makes all scores of its row NaN.
+    qk_scale = (largest * (UNIT / _KEY_STEPS) + tl.sum(q * 0.0, axis=1)) * scale
+    if not SOFT_CAP:
+        qk_scale = qk_scale * LOG2_E
+    return q_codes, qk_scale
+
+
+@triton.jit
+def _rotated_back(  # type: ignore[no-untyped-def]
+    acc0, acc1, acc2, acc3, l_i, z_i, scale_exp, D: tl.constexpr, UNIT: tl.constexpr
+):
+    """Divide the accumulators by the sums of weights, and undo the rotation.
+
+    `l_i` and `z_i` are the sums of all threads, float32 [rows]. Returns float32 [dims, rows].
+    """
+    # `l_i > 0` instead would turn a NaN into 0.
+    inverse = tl.where(l_i == 0.0, 0.0, UNIT / l_i)
+    weight_unit = inverse * _power_of_two(scale_exp - (_WEIGHT_BITS + _BIAS))
+    low = (weight_unit * _LOW_UNIT)[None, :]
+    high = low * (_HIGH_UNIT / _LOW_UNIT)
+    offset = (z_i * weight_unit * -_MIDDLE_CODE)[None, :]
+    acc0, acc1 = acc0 * low + offset, acc1 * high + offset
+    acc2, acc3 = acc2 * low + offset, acc3 * high + offset
+    # Undo the rotation. The stage of stride 1 combines the four accumulators. The other stages
+    # work within each of them.
+    total = (acc0 + acc1) + (acc2 + acc3)
+    low_pair = tl.join(
+        rotated_quarter(total - 2.0 * acc0, D), rotated_quarter(total - 2.0 * acc1, D)
+    )
+    high_pair = tl.join(
+        rotated_quarter(total - 2.0 * acc2, D), rotated_quarter(total - 2.0 * acc3, D)
+    )
+    # [dims / 4, rows, which of a pair, which pair] to [dims, rows].
+    acc = tl.permute(tl.join(low_pair, high_pair), (0, 3, 2, 1))
+    return tl.reshape(acc, [4 * acc0.shape[0], acc0.shape[1]])
 
 
 # Specialising these on 1 and on multiples of 16 would compile more kernels at run time.
@@ -280,20 +380,9 @@ def attend_kernel(  # type: ignore[no-untyped-def]
         q_tok = (q_start + row // GROUP).to(tl.int64)
         q_head = kv_head_idx * GROUP + row % GROUP
 
-        # Round the query to int8 codes, as `reference.round_query` does.
         offs_d = tl.arange(0, DIMS)
-        q_ptrs = q_ptr + (q_tok * stride_q_tok + q_head * stride_q_head)[:, None] + offs_d[None, :]
-        q = tl.load(q_ptrs, mask=mask_m[:, None] & (offs_d < D)[None, :], other=0.0).to(tl.float32)
-        q = rotated(q, D)
-        largest = tl.max(tl.abs(q), axis=1)
-        steps = tl.full([BLOCK_M], _KEY_STEPS, tl.float32)
-        inverse = tl.math.div_rn(steps, tl.where(largest > 0, largest, 1.0))
-        q_codes = tl.trans(rounded(q * inverse[:, None], _KEY_STEPS).to(tl.int8))
-        # Zero times NaN or infinity is NaN, so either of them makes all scores of its row NaN.
-        qk_scale = (largest * (UNIT / _KEY_STEPS) + tl.sum(q * 0.0, axis=1)) * scale
-        if not SOFT_CAP:
-            qk_scale = qk_scale * LOG2_E
-
+        q_ptrs = q_ptr + q_tok * stride_q_tok + q_head * stride_q_head
+        q_codes, qk_scale = _load_query(q_ptrs, mask_m, scale, D, DIMS, UNIT, SOFT_CAP)
         sums = tl.zeros([LANES, 8, BLOCK_M], tl.float32)
         acc = tl.zeros([QUARTERS, BLOCK_M], tl.float32)
         m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
@@ -360,26 +449,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
                 acc0, acc1 = acc0 * alpha[None, :], acc1 * alpha[None, :]
                 acc2, acc3 = acc2 * alpha[None, :], acc3 * alpha[None, :]
                 m_i = m_j
-        # `l_i > 0` instead would turn a NaN into 0.
-        inverse = tl.where(l_i == 0.0, 0.0, UNIT / l_i)
-        weight_unit = inverse * _power_of_two(scale_exp - (_WEIGHT_BITS + _BIAS))
-        low = (weight_unit * _LOW_UNIT)[None, :]
-        high = low * (_HIGH_UNIT / _LOW_UNIT)
-        offset = (z_i * weight_unit * -_MIDDLE_CODE)[None, :]
-        acc0, acc1 = acc0 * low + offset, acc1 * high + offset
-        acc2, acc3 = acc2 * low + offset, acc3 * high + offset
-        # Undo the rotation. The stage of stride 1 combines the four accumulators. The other stages
-        # work within each of them.
-        total = (acc0 + acc1) + (acc2 + acc3)
-        low_pair = tl.join(
-            rotated_quarter(total - 2.0 * acc0, D), rotated_quarter(total - 2.0 * acc1, D)
-        )
-        high_pair = tl.join(
-            rotated_quarter(total - 2.0 * acc2, D), rotated_quarter(total - 2.0 * acc3, D)
-        )
-        # [dims / 4, rows, which of a pair, which pair] to [dims, rows].
-        acc = tl.permute(tl.join(low_pair, high_pair), (0, 3, 2, 1))
-        acc = tl.reshape(acc, [DIMS, BLOCK_M])
+        acc = _rotated_back(acc0, acc1, acc2, acc3, l_i, z_i, scale_exp, D, UNIT)
         lse = m_i + tl.log2(l_i)
         mask_out = mask_m[None, :] & (offs_d < D)[:, None]
         if is_whole:
