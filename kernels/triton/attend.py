@@ -365,6 +365,8 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     end_row_tile = tl.load(pieces_ptr + program * PIECE_FIELDS + 1)
     for row_tile in tl.range(first_row_tile, end_row_tile):
         req_idx = tl.load(row_tiles_ptr + row_tile * ROW_TILE_FIELDS)
+        exists = req_idx >= 0
+        req_idx = tl.maximum(req_idx, 0)
         first_row = tl.load(row_tiles_ptr + row_tile * ROW_TILE_FIELDS + 1)
         # The part of the row tile's key tiles that is in this program's piece of the list.
         row_tile_pos = tl.load(row_tiles_ptr + row_tile * ROW_TILE_FIELDS + 2)
@@ -372,7 +374,8 @@ def attend_kernel(  # type: ignore[no-untyped-def]
         tiles_until = tl.load(pieces_ptr + program * PIECE_FIELDS + 3) - row_tile_pos
         q_start = tl.load(query_start_loc_ptr + req_idx)
         query_len = tl.load(query_start_loc_ptr + req_idx + 1) - q_start
-        seq_len = tl.load(seq_lens_ptr + req_idx)
+        query_len = tl.where(exists, query_len, 0)
+        seq_len = tl.where(exists, tl.load(seq_lens_ptr + req_idx), 0)
 
         offs_m = tl.arange(0, BLOCK_M)
         row = first_row + offs_m
@@ -417,6 +420,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
         is_whole = first_program == tl.load(row_tile_ptr + 4, volatile=True)
         q_start = tl.load(query_start_loc_ptr + req_idx, volatile=True)
         query_len = tl.load(query_start_loc_ptr + req_idx + 1, volatile=True) - q_start
+        query_len = tl.where(exists, query_len, 0)
         row = first_row + offs_m
         mask_m = row < query_len * GROUP
         q_tok = (q_start + row // GROUP).to(tl.int64)
