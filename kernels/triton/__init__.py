@@ -11,15 +11,27 @@ from vllm_hybrid_kv.kernels.triton.plan import (
     plan_attention,
     planned_requests,
 )
+from vllm_hybrid_kv.kernels.triton.prefill import (
+    Flash,
+    Prefill,
+    plan_prefill,
+    prefill_attention,
+    prefill_workspace,
+)
 from vllm_hybrid_kv.kernels.triton.quantise import quantise_and_store
 from vllm_hybrid_kv.kernels.triton.tuning import MOST_ROWS
 
 __all__ = [
     "MOST_ROWS",
+    "Flash",
     "LaunchPlan",
+    "Prefill",
     "largest_scratch",
     "paged_attention",
     "plan_attention",
+    "plan_prefill",
     "planned_requests",
+    "prefill_attention",
+    "prefill_workspace",
     "quantise_and_store",
 ]
