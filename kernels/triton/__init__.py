@@ -9,11 +9,12 @@ from vllm_hybrid_kv.kernels.triton.plan import (
     LaunchPlan,
     largest_scratch,
     plan_attention,
-    planned_requests,
+    warm_up_plans,
 )
 from vllm_hybrid_kv.kernels.triton.prefill import (
     Flash,
     Prefill,
+    PrefillPlan,
     plan_prefill,
     prefill_attention,
     prefill_workspace,
@@ -26,12 +27,13 @@ __all__ = [
     "Flash",
     "LaunchPlan",
     "Prefill",
+    "PrefillPlan",
     "largest_scratch",
     "paged_attention",
     "plan_attention",
     "plan_prefill",
-    "planned_requests",
     "prefill_attention",
     "prefill_workspace",
     "quantise_and_store",
+    "warm_up_plans",
 ]

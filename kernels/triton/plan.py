@@ -18,6 +18,7 @@ follows from the shapes alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -108,20 +109,26 @@ def _last_at_most(  # type: ignore[no-untyped-def]
 @triton.jit
 def _row_tiles(  # type: ignore[no-untyped-def]
     tile, num_tiles, query_start_loc_ptr, seq_lens_ptr, num_reqs, steps, window,
+    min_query_len, max_query_len, tiles_per_req,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, ONE_TILE: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DECODES: tl.constexpr,
 ):  # fmt: skip
-    """Return each row tile's request (-1 if it has no rows), first row and number of key tiles."""
-    req_idx = (
-        tile
-        if ONE_TILE
-        else _last_at_most(query_start_loc_ptr, GROUP, num_reqs, steps, tile, BLOCK_M)
-    )
+    """Return each row tile's request (-1 if it has no rows), first row and number of key tiles.
+
+    The other arguments are those of `plan_kernel`.
+    """
+    if DECODES:
+        req_idx = tile // tiles_per_req
+        first_row = tile % tiles_per_req * BLOCK_M
+    else:
+        req_idx = _last_at_most(query_start_loc_ptr, GROUP, num_reqs, steps, tile, BLOCK_M)
     mask = tile < num_tiles
     q_start = tl.load(query_start_loc_ptr + req_idx, mask=mask, other=0)
     query_len = tl.load(query_start_loc_ptr + req_idx + 1, mask=mask, other=0) - q_start
     seq_len = tl.load(seq_lens_ptr + req_idx, mask=mask, other=0)
-    first_row = tile * 0 if ONE_TILE else (tile - (q_start * GROUP // BLOCK_M + req_idx)) * BLOCK_M
+    if not DECODES:
+        first_row = (tile - (q_start * GROUP // BLOCK_M + req_idx)) * BLOCK_M
+    mask = mask & (query_len >= min_query_len) & (query_len <= max_query_len)
     mask = mask & (first_row < query_len * GROUP)
     first_tile, end_tile = key_tiles(
         seq_len, query_len, first_row, window, GROUP, BLOCK_M, BLOCK_N, CAUSAL, WINDOW
@@ -141,13 +148,15 @@ def _write(table_ptr, row, num_rows, fields, FIELDS: tl.constexpr):  # type: ign
 @triton.jit(
     do_not_specialize=[
         "num_reqs", "num_tiles", "num_programs", "steps", "tile_steps", "window",
+        "min_query_len", "max_query_len", "tiles_per_req",
     ]
 )  # fmt: skip
 def plan_kernel(  # type: ignore[no-untyped-def]
     query_start_loc_ptr, seq_lens_ptr, pieces_ptr, row_tiles_ptr, positions_ptr,
     num_reqs, num_tiles, num_programs, steps, tile_steps, window,
+    min_query_len, max_query_len, tiles_per_req,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, ONE_TILE: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DECODES: tl.constexpr,
     SPLIT: tl.constexpr, MIN_TILES: tl.constexpr,
     TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -165,7 +174,10 @@ def plan_kernel(  # type: ignore[no-untyped-def]
         positions_ptr: int32 [TILES], scratch: the position of each row tile.
         steps: Bisection steps that find a request.
         tile_steps: Bisection steps that find a row tile.
-        ONE_TILE: Every request has at most one row tile.
+        min_query_len, max_query_len: The launch serves the requests with such numbers of new
+            tokens. Other requests have no row tiles.
+        tiles_per_req: With DECODES, row tile `i` belongs to request `i // tiles_per_req`. Otherwise
+            row tiles are numbered by tokens, with one more for each request.
         TILES: A power of two >= `num_tiles`. Used only with SPLIT, with a grid of one program.
         ROWS: Rows of a table that are written at a time.
     """
@@ -173,7 +185,8 @@ def plan_kernel(  # type: ignore[no-untyped-def]
         tile = tl.arange(0, TILES)
         req_idx, first_row, num_key_tiles = _row_tiles(
             tile, num_tiles, query_start_loc_ptr, seq_lens_ptr, num_reqs, steps, window,
-            GROUP, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, ONE_TILE,
+            min_query_len, max_query_len, tiles_per_req,
+            GROUP, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, DECODES,
         )  # fmt: skip
         exists = req_idx >= 0
         # A row tile that sees nothing has an output too.
@@ -212,7 +225,8 @@ def plan_kernel(  # type: ignore[no-untyped-def]
         tile = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         req_idx, first_row, _ = _row_tiles(
             tile, num_tiles, query_start_loc_ptr, seq_lens_ptr, num_reqs, steps, window,
-            GROUP, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, ONE_TILE,
+            min_query_len, max_query_len, tiles_per_req,
+            GROUP, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, DECODES,
         )  # fmt: skip
         zeros = tile * 0
         _write(
@@ -276,15 +290,6 @@ def largest_scratch(num_kv_heads: int, head_size: int, device: torch.device) -> 
     return 2 * rows * num_kv_heads * (head_size + 1)
 
 
-def planned_requests(max_requests: int) -> list[int]:
-    """Return batch sizes. Planning them compiles every planning kernel that decoding needs."""
-    counts, capacity = [max_requests], MIN_TILES_CAPACITY
-    while capacity < max_requests:
-        counts.append(capacity)
-        capacity *= 2
-    return counts
-
-
 def plan_attention(
     seq_lens: torch.Tensor,
     query_start_loc: torch.Tensor,
@@ -294,6 +299,8 @@ def plan_attention(
     head_size: int,
     *,
     max_query_len: int,
+    min_query_len: int = 0,
+    decodes: bool = False,
     causal: bool = True,
     window: int | None = None,
     split: bool | None = None,
@@ -309,7 +316,10 @@ def plan_attention(
         num_heads: Hq.
         num_kv_heads: H.
         head_size: D.
-        max_query_len: Largest number of new tokens of a request.
+        max_query_len, min_query_len: The launch serves the requests whose numbers of new tokens are
+            in this range, wherever they are in the batch. It does not write rows of others.
+        decodes: Whether these requests have few new tokens. Then their keys are always split, since
+            lengths may be ragged, and other requests of the batch add nothing to the plan's size.
         split: Whether programs may share the keys of a row; chosen from the shapes if None.
         processors: How many multiprocessors to keep busy; all of the device if None.
         tiling: The tile sizes of a program; chosen from the shapes if None.
@@ -326,13 +336,16 @@ def plan_attention(
         tiling = tiling_for(rows, head_size, capability_of(device))
     if processors is None:
         processors = processors_of(device)
-    one_tile = rows <= tiling.block_m
-    num_tiles = requests if one_tile else num_tokens * group // tiling.block_m + requests
+    tiles_per_req = triton.cdiv(rows, tiling.block_m)
+    decodes = decodes or tiles_per_req == 1
+    if decodes:
+        num_tiles = requests * tiles_per_req
+    else:
+        num_tiles = num_tokens * group // tiling.block_m + requests
     programs = _programs_wanted(tiling, num_kv_heads, processors)
     if split is None:
-        # Decode batches of any size are split, because their lengths may be ragged.
         busy = num_tiles * num_kv_heads >= 2 * tiling.programs_per_processor * processors
-        split = one_tile or not busy
+        split = decodes or not busy
     if not split:
         programs = num_tiles
     partial_rows = tiling.block_m if split else 0
@@ -363,9 +376,50 @@ def plan_attention(
         query_start_loc, seq_lens, plan.pieces, plan.row_tiles, positions,
         requests, num_tiles, programs,
         requests.bit_length(), num_tiles.bit_length(), 0 if window is None else window,
+        min_query_len, max_query_len, tiles_per_req,
         GROUP=group, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n,
-        CAUSAL=causal, WINDOW=window is not None, ONE_TILE=one_tile,
+        CAUSAL=causal, WINDOW=window is not None, DECODES=decodes,
         SPLIT=split, MIN_TILES=tiling.min_split_tiles, TILES=tiles, ROWS=TABLE_ROWS,
         num_warps=4,
     )  # fmt: skip
     return plan
+
+
+def warm_up_plans(
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    device: torch.device,
+    *,
+    max_requests: int,
+    decode_query_len: int,
+    window: int | None,
+) -> None:
+    """Compile every planning kernel that an engine may need.
+
+    The kernels differ in their room for row tiles. Only plans with SPLIT have any.
+    """
+    group = num_heads // num_kv_heads
+
+    def plan(requests: int, tokens: int, max_query_len: int, *, decodes: bool) -> LaunchPlan:
+        starts = torch.zeros(requests + 1, dtype=torch.int32, device=device)
+        return plan_attention(
+            starts[1:], starts, tokens, num_heads, num_kv_heads, head_size,
+            max_query_len=max_query_len, decodes=decodes, window=window,
+        )  # fmt: skip
+
+    def capacities(most: int) -> Iterator[int]:
+        capacity = MIN_TILES_CAPACITY
+        while capacity < most:
+            yield capacity
+            capacity *= 2
+        yield most
+
+    one = plan(1, decode_query_len, decode_query_len, decodes=True)
+    for tiles in capacities(max_requests * len(one.row_tiles)):
+        plan(max(1, tiles // len(one.row_tiles)), 1, decode_query_len, decodes=True)
+    tiling = tiling_for(MOST_ROWS[-1], head_size, capability_of(device))
+    most = 2 * tiling.programs_per_processor * processors_of(device) // num_kv_heads
+    for tiles in capacities(most):
+        tokens = tiles * tiling.block_m // group
+        plan(1, tokens, max(tokens, MOST_ROWS[-1]), decodes=False)

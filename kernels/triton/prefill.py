@@ -63,7 +63,7 @@ _LARGEST_HALF = tl.constexpr(65504.0)
 _NO_POSITION = tl.constexpr(0x7FFFFFFF)
 
 
-@triton.jit(do_not_specialize=["stride_q_tok", "stride_q_head", "num_rows", "num_broken"])
+@triton.jit(do_not_specialize=["num_rows", "num_broken"])
 def round_query_kernel(  # type: ignore[no-untyped-def]
     q_ptr, stride_q_tok, stride_q_head, out_ptr, broken_ptr, num_rows, num_broken,
     HEADS: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr,
@@ -172,8 +172,7 @@ def dequantise_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(
     do_not_specialize=[
-        "stride_out_tok", "stride_out_head", "stride_lse_tok", "stride_lse_head",
-        "stride_part_tok", "stride_part_head", "stride_part_lse_head", "part_tokens", "window",
+        "stride_lse_tok", "stride_lse_head", "stride_part_lse_head", "part_tokens", "window",
     ]
 )  # fmt: skip
 def merge_piece_kernel(  # type: ignore[no-untyped-def]
@@ -359,14 +358,13 @@ class PrefillPlan:
 
     Attributes:
         made_for: Heads, head size, window.
+        prefills: The prefills.
         passes: Executed one after another with the same workspace.
-        rows, piece: How many query and key tokens the workspace holds.
     """
 
     made_for: tuple[int, int, int | None]
+    prefills: tuple[Prefill, ...]
     passes: tuple[_Pass, ...]
-    rows: int
-    piece: int
 
 
 def rows_of_pass(num_heads: int, head_size: int) -> int:
@@ -489,6 +487,7 @@ def plan_prefill(
 
     return PrefillPlan(
         (num_heads, head_size, window),
+        tuple(prefills),
         tuple(
             _Pass(
                 slice(
@@ -500,8 +499,6 @@ def plan_prefill(
             )
             for group, place in zip(passes, places, strict=True)
         ),
-        rows,
-        piece,
     )
 
 
@@ -535,43 +532,68 @@ Flash = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 float32 log-sum-exps [Hq, T] in natural logarithms."""
 
 
+def _check_lengths(
+    plan: PrefillPlan, seq_lens: torch.Tensor, query_start_loc: torch.Tensor
+) -> None:
+    starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
+    for one in plan.prefills:
+        first, end = starts[one.request], starts[one.request + 1]
+        found = Prefill(one.request, first, end - first, lengths[one.request])
+        if found != one:
+            raise inputs.attention_error(
+                f"the prefill plan was made for {one}, the call has {found}"
+            )
+
+
 def prefill_attention(
     query: torch.Tensor,
     cache: torch.Tensor,
     block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
     out: torch.Tensor,
     *,
     plan: PrefillPlan,
     flash: Flash,
     workspace: Sequence[torch.Tensor],
     scale: float,
+    causal: bool = True,
     window: int | None = None,
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
+    debug: bool = False,
 ) -> None:
-    """Attend causally from the planned prefills of a batch; see `reference.attend`.
+    """Attend from the planned prefills of a batch, which must be causal; see `reference.attend`.
 
     Rows of `out` and `lse` that belong to other requests are not written. A row that sees a token
     with a scale that is not finite becomes NaN, and its `lse` is undefined.
 
     Args:
-        query, cache, block_table, out, scale, window, soft_cap, sinks, lse: As for
-            `paged_attention`.
+        query, cache, block_table, seq_lens, query_start_loc, out, scale, causal, window, soft_cap,
+            sinks, lse: As for `paged_attention`.
         plan: From `plan_prefill` for this batch.
         flash: FlashAttention.
         workspace: Tensors as `prefill_workspace` describes them, in use only during the call.
+        debug: Also check the contents of the index tensors and the lengths of the plan, which waits
+            for the device.
 
     Raises:
-        ValueError: The plan was made for other shapes.
+        ValueError: An argument is not as required.
     """
+    inputs.check_attention(
+        query, cache, block_table, seq_lens, query_start_loc, out,
+        sinks=sinks, lse=lse, debug=debug,
+    )  # fmt: skip
     _, num_heads, head_size = query.shape
     num_kv_heads, page_size = cache.shape[1], cache.shape[2]
-    if plan.made_for != (num_heads, head_size, window):
+    if (*plan.made_for, True) != (num_heads, head_size, window, causal):
         raise inputs.attention_error(
-            f"the prefill plan was made for (heads, head size, window) = {plan.made_for}, the call "
-            f"has {(num_heads, head_size, window)}"
+            f"the prefill plan was made for (heads, head size, window, causal) = "
+            f"{(*plan.made_for, True)}, the call has {(num_heads, head_size, window, causal)}"
         )
+    if debug:
+        _check_lengths(plan, seq_lens, query_start_loc)
     rounded_query, key, value, part, acc, acc_lse, broken = workspace
     dims = triton.next_power_of_2(head_size)
     rows = NUMBERS_PER_PROGRAM // dims

@@ -40,6 +40,7 @@ from testing.attention.steps import Step, common_metadata
 from vllm_hybrid_kv.attention import gpu
 from vllm_hybrid_kv.attention.backend import K8V4AttentionBackend
 from vllm_hybrid_kv.kernels import known_answer
+from vllm_hybrid_kv.kernels import triton as triton_kernels
 
 CPU = torch.device("cpu")
 
@@ -124,8 +125,12 @@ def not_warmed_up(steps: list[Step]) -> set[Any]:
         known_answer.forget()
         # Without launches, the known-answer test cannot pass, so accept any error.
         with unittest.mock.patch.dict(known_answer.BOUNDS, {DTYPE: math.inf}):
-            gpu.GpuKernels(debug=False).test({"layer": backend.impl}, PAGE, DTYPE, CPU, "all")
-            gpu._warm_up_plans(backend.impl, CPU, max_requests=300)
+            gpu.GpuKernels(debug=False).test(
+                {"layer": backend.impl}, PAGE, DTYPE, CPU, "all", decode_query_len=1
+            )
+            triton_kernels.warm_up_plans(
+                HEADS, KV_HEADS, HEAD_SIZE, CPU, max_requests=300, decode_query_len=1, window=20
+            )
     launched = []
     for step in steps:
         common, slots = common_metadata(step, PAGE)

@@ -40,6 +40,7 @@ _TYPES = {
     "num_rows": "i32", "num_slots": "i32",
     "positions_ptr": "*i32", "num_reqs": "i32", "num_tiles": "i32", "num_programs": "i32",
     "steps": "i32", "tile_steps": "i32",
+    "min_query_len": "i32", "max_query_len": "i32", "tiles_per_req": "i32",
 }  # fmt: skip
 # These arguments are multiples of 16 at every launch, so Triton specialises on them.
 _DIVISIBLE = {name for name, kind in _TYPES.items() if kind.startswith("*")} | {
@@ -149,10 +150,10 @@ class SmallKernels:
             "SINKS": True, "LSE": True,
         }  # fmt: skip
         _compile(merge_kernel, self.target, merging, num_warps=2)
-        for split, one_tile in itertools.product((True, False), repeat=2):
+        for split, decodes in itertools.product((True, False), repeat=2):
             planning = {
                 "GROUP": GROUP, "BLOCK_M": 16, "BLOCK_N": 64, "CAUSAL": True, "WINDOW": True,
-                "ONE_TILE": one_tile, "SPLIT": split, "MIN_TILES": Tiling.min_split_tiles,
+                "DECODES": decodes, "SPLIT": split, "MIN_TILES": Tiling.min_split_tiles,
                 "TILES": MIN_TILES_CAPACITY if split else 0, "ROWS": TABLE_ROWS,
             }  # fmt: skip
             _compile(plan_kernel, self.target, planning)

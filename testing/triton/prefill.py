@@ -68,7 +68,7 @@ def attend(
         window=options.get("window"), rows=rows, piece=piece,
     )  # fmt: skip
     prefill_attention(
-        batch.query, batch.cache, batch.block_table, out,
+        *batch.inputs, out,
         plan=plan, flash=flash, workspace=workspace(batch, rows, piece), lse=lse, **options,
     )  # fmt: skip
     return out, lse

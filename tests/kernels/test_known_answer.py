@@ -175,7 +175,9 @@ def layer(head_size: int, sinks: Tensor | None = None) -> Any:
 @pytest.mark.parametrize("head_size", [64, 72, 512])
 def test_the_cpu_kernels_pass(head_size: int, path: str) -> None:
     layers = {"plain": layer(head_size), "sinks": layer(head_size, torch.zeros(6).bfloat16())}
-    CpuKernels(path, debug=True).warm_up(layers, SPEC, torch.bfloat16, CPU, max_requests=1)
+    CpuKernels(path, debug=True).warm_up(
+        layers, SPEC, torch.bfloat16, CPU, max_requests=1, decode_query_len=1
+    )
 
 
 def test_a_wrong_cpu_kernel_is_reported_with_its_layers_and_a_remedy(
@@ -190,7 +192,9 @@ def test_a_wrong_cpu_kernel_is_reported_with_its_layers_and_a_remedy(
     path = isa.available()[-1]
     layers = dict.fromkeys(("a", "b", "c"), layer(64))
     with pytest.raises(HybridKVKernelError) as caught:
-        CpuKernels(path, debug=True).warm_up(layers, SPEC, torch.bfloat16, CPU, max_requests=1)
+        CpuKernels(path, debug=True).warm_up(
+            layers, SPEC, torch.bfloat16, CPU, max_requests=1, decode_query_len=1
+        )
     message = str(caught.value)
     assert message.startswith(f"layer a and 2 more: the kernels cpu:{path} (head size 64, ")
     assert "has a relative error of 0.5, the bound is 0.01. Serve the model with --kv-" in message

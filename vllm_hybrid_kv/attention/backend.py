@@ -31,7 +31,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
-from vllm_hybrid_kv.attention import unsupported
+from vllm_hybrid_kv.attention import flash, unsupported
 from vllm_hybrid_kv.attention.kernel_factory import Kernels, kernels_for
 from vllm_hybrid_kv.constants import BACKEND, CACHE_DTYPE
 from vllm_hybrid_kv.kernels import k8v4
@@ -152,26 +152,35 @@ class K8V4AttentionBackend(AttentionBackend):
 class K8V4Metadata(AttentionMetadata):
     """The metadata that the layers of a KV group share in a step. All tensors are on the device.
 
-    The model runner also has upper bounds of the lengths on the host. This backend does not use
-    them, because they count rejected draft tokens as accepted.
+    The model runner also has lengths on the host. They are exact for prefills. For other requests
+    they are upper bounds, because they count rejected draft tokens as accepted, and this backend
+    does not use them.
 
     Attributes:
         num_tokens: Tokens of the step, including padding up to the size of a captured graph.
-        max_query_len: An upper bound of the new tokens of any request.
+        decode_query_len: Requests with at most so many new tokens count as decodes.
+        max_query_len: An upper bound of the new tokens of any request, at least
+            `decode_query_len`.
         query_start_loc: int32 [B + 1], the index of each request's first token in the step.
         seq_lens: int32 [B], exact lengths including the step's tokens.
         block_table: int32 [B, max blocks].
         causal: Whether a query attends only to its own and earlier positions.
+        starts_on_host: `query_start_loc` as a list, or empty if there are only decodes.
+        lengths_on_host: The lengths on the host, or empty if there are only decodes or the runner
+            has none.
         plans: The kernels' work plans. The first layer that needs a plan makes it, and layers with
             the same key (see `Kernels.attend`) share it.
     """
 
     num_tokens: int
+    decode_query_len: int
     max_query_len: int
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     causal: bool
+    starts_on_host: list[int]
+    lengths_on_host: list[int]
     plans: dict[Hashable, Any]
 
 
@@ -203,6 +212,7 @@ class K8V4MetadataBuilder(AttentionMetadataBuilder[K8V4Metadata]):
             vllm_config.model_config.dtype,
             device,
             max_requests=vllm_config.scheduler_config.max_num_seqs,
+            decode_query_len=self._decode_query_len,
         )
 
     @classmethod
@@ -238,14 +248,23 @@ class K8V4MetadataBuilder(AttentionMetadataBuilder[K8V4Metadata]):
                 f"bidirectional requests cannot be served from a {CACHE_DTYPE} cache; serve the "
                 "model with --kv-cache-dtype auto"
             )
+        starts: list[int] = []
+        lengths: list[int] = []
+        if common.max_query_len > self._decode_query_len:
+            starts = common.query_start_loc_cpu.tolist()
+            if common.seq_lens_cpu_upper_bound is not None:
+                lengths = common.seq_lens_cpu_upper_bound.tolist()
         return K8V4Metadata(
             num_tokens=common.num_actual_tokens,
+            decode_query_len=self._decode_query_len,
             # With adaptive verification, the host's count of a request's drafts may be too low.
             max_query_len=max(common.max_query_len, self._decode_query_len),
             query_start_loc=common.query_start_loc,
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
             causal=common.causal,
+            starts_on_host=starts,
+            lengths_on_host=lengths,
             plans={},
         )
 
@@ -311,6 +330,7 @@ class K8V4AttentionImpl(AttentionImpl[K8V4Metadata]):
         self.soft_cap = float(logits_soft_cap or 0.0)
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.sinks = sinks
+        self.flash = flash.choose(head_size, soft_cap=self.soft_cap > 0)
         self._kernels: Kernels | None = None
 
     def _kernels_for(self, tensor: torch.Tensor) -> Kernels:

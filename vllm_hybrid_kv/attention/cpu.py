@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_hybrid_kv.attention.backend import K8V4AttentionImpl, K8V4Metadata
-from vllm_hybrid_kv.attention.kernel_factory import Kernels, variant_of
+from vllm_hybrid_kv.attention.kernel_factory import Kernels, group_of, variant_of
 from vllm_hybrid_kv.kernels import cpu
 from vllm_hybrid_kv.kernels.known_answer import Call, steps
 
@@ -34,6 +34,7 @@ class CpuKernels(Kernels):
         device: torch.device,
         *,
         max_requests: int,
+        decode_query_len: int,
     ) -> None:
         # The kernels loop over KV heads, so a test with two of them reveals wrong strides.
         variants = {
@@ -44,7 +45,7 @@ class CpuKernels(Kernels):
         self.require_known_answers(
             f"cpu:{self._isa}",
             variants,
-            lambda group: [(steps(group, _ROWS), self._attend_known)],
+            lambda name: [(steps(group_of(layers[name]), _ROWS), self._attend_known)],
             device,
             f"Serve the model with --kv-cache-dtype auto{other_isa}",
         )
@@ -66,8 +67,10 @@ class CpuKernels(Kernels):
     def reserve(self, layer: K8V4AttentionImpl, device: torch.device) -> None:
         """Reserve nothing. The CPU kernels need only a few KiB per thread for partial results."""
 
-    def plan(self, layer: K8V4AttentionImpl, metadata: K8V4Metadata, cache: torch.Tensor) -> Any:
-        return cpu.plan_attention(
+    def plan(
+        self, layer: K8V4AttentionImpl, metadata: K8V4Metadata, cache: torch.Tensor
+    ) -> Sequence[Any]:
+        plan = cpu.plan_attention(
             metadata.seq_lens,
             metadata.query_start_loc,
             num_heads=layer.num_heads,
@@ -77,3 +80,4 @@ class CpuKernels(Kernels):
             causal=metadata.causal,
             window=layer.sliding_window,
         )
+        return [plan]

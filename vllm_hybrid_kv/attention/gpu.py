@@ -5,20 +5,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
+from vllm_hybrid_kv.attention import kernel_factory
 from vllm_hybrid_kv.attention.backend import K8V4AttentionImpl, K8V4Metadata
-from vllm_hybrid_kv.attention.kernel_factory import Kernels, variant_of
+from vllm_hybrid_kv.attention.flash import LONG_PREFILL
+from vllm_hybrid_kv.attention.kernel_factory import Kernels, group_of, variant_of
 from vllm_hybrid_kv.kernels import triton
-from vllm_hybrid_kv.kernels.known_answer import Attend, Call, steps
+from vllm_hybrid_kv.kernels.known_answer import Attend, Call
 
 
 class GpuKernels(Kernels):
-    """Runs the Triton kernels on a GPU, or in Triton's interpreter on a CPU."""
+    """Runs the Triton kernels on a GPU, or in Triton's interpreter on a CPU.
+
+    A step has up to three launches, each with its own division of work: decodes, prefills, and long
+    prefills, which FlashAttention serves if the layer has one. Each launch finds its requests by
+    their numbers of new tokens, so requests may have any order.
+    """
 
     def __init__(self, *, debug: bool) -> None:
         super().__init__(triton, debug=debug)
@@ -31,13 +39,30 @@ class GpuKernels(Kernels):
         device: torch.device,
         *,
         max_requests: int,
+        decode_query_len: int,
     ) -> None:
         # Triton's interpreter needs seconds for a hundred tokens, so test only decoding there.
         interpreted = device.type == "cpu"
         name = "interpreter" if interpreted else torch.cuda.get_device_name(device)
-        self.test(layers, spec.block_size, dtype, device, name, decodes_only=interpreted)
+        self.test(
+            layers,
+            spec.block_size,
+            dtype,
+            device,
+            name,
+            decode_query_len=decode_query_len,
+            decodes_only=interpreted,
+        )
         for layer in () if interpreted else layers.values():
-            _warm_up_plans(layer, device, max_requests)
+            triton.warm_up_plans(
+                layer.num_heads,
+                layer.num_kv_heads,
+                layer.head_size,
+                device,
+                max_requests=max_requests,
+                decode_query_len=decode_query_len,
+                window=layer.sliding_window,
+            )
 
     def test(
         self,
@@ -47,29 +72,93 @@ class GpuKernels(Kernels):
         device: torch.device,
         name: str,
         *,
+        decode_query_len: int,
         decodes_only: bool = False,
     ) -> None:
         """Run every kernel that the layers may need, and compare the results with known answers."""
 
-        def batches(group: int) -> list[tuple[list[int], Attend]]:
+        def batches(layer_name: str) -> list[tuple[list[int], Attend]]:
+            layer = layers[layer_name]
+            tests: list[tuple[list[int], Attend]] = []
+            tests.append(([decode_query_len], partial(_attend_known, decodes=True)))
             if decodes_only:
-                return [([1], _attend_known)]
-            counts = steps(group, triton.MOST_ROWS)
+                return tests
             # Batches with many row tiles use a second kernel, which does not split the keys.
-            whole = partial(_attend_known, split=False)
-            return [*(([count], _attend_known) for count in counts), (counts[-1:], whole)]
+            prefills = [-(-triton.MOST_ROWS[-1] // group_of(layer))]
+            tests += [(prefills, partial(_attend_known, split=split)) for split in (True, False)]
+            if layer.flash is not None:
+                # Pieces that are much shorter than usual: with 256 tokens, the long request has
+                # three of them. With 1024, both requests are in one call.
+                for piece in (256, 1024):
+                    attend = partial(_attend_long_known, flash=layer.flash.function, piece=piece)
+                    tests.append(([LONG_PREFILL], attend))
+            return tests
 
         variants = {
             layer_name: variant_of(layer, page_size, dtype, layer.num_kv_heads)
             for layer_name, layer in layers.items()
         }
         advice = "Serve the model with --kv-cache-dtype auto or fp8"
-        self.require_known_answers(f"triton:{name}", variants, batches, device, advice)
+        for flash in {layer.flash for layer in layers.values()}:
+            path = f"triton:{name}, decodes of {decode_query_len}"
+            if flash is not None:
+                path = f"{path}, FlashAttention {flash.version}"
+            served = {key: one for key, one in variants.items() if layers[key].flash == flash}
+            self.require_known_answers(path, served, batches, device, advice)
 
     def reserve(self, layer: K8V4AttentionImpl, device: torch.device) -> None:
         _scratch(layer, device)
+        if layer.flash is not None:
+            _prefill_workspace(layer, device)
 
-    def plan(self, layer: K8V4AttentionImpl, metadata: K8V4Metadata, cache: torch.Tensor) -> Any:
+    def plan(
+        self, layer: K8V4AttentionImpl, metadata: K8V4Metadata, cache: torch.Tensor
+    ) -> list[triton.LaunchPlan | triton.PrefillPlan]:
+        most = metadata.decode_query_len
+        counts = [b - a for a, b in pairwise(metadata.starts_on_host)]
+        if max(counts, default=0) <= most or kernel_factory.is_capturing(cache.device):
+            # The lengths of a captured batch are not those of its replays.
+            return [self._plan(layer, metadata, cache, most=metadata.max_query_len)]
+        plans: list[triton.LaunchPlan | triton.PrefillPlan] = []
+        if any(0 < count <= most for count in counts):
+            plans.append(self._plan(layer, metadata, cache, most=most))
+        long: list[triton.Prefill] = []
+        if layer.flash is not None and metadata.causal and metadata.lengths_on_host:
+            long = [
+                triton.Prefill(
+                    request,
+                    metadata.starts_on_host[request],
+                    count,
+                    metadata.lengths_on_host[request],
+                )
+                for request, count in enumerate(counts)
+                if count > most and count >= LONG_PREFILL
+            ]
+        longest = LONG_PREFILL - 1 if long else max(metadata.max_query_len, triton.MOST_ROWS[-1])
+        if sum(count > most for count in counts) > len(long):
+            plans.append(self._plan(layer, metadata, cache, least=most + 1, most=longest))
+        if long:
+            plans.append(
+                triton.plan_prefill(
+                    long,
+                    layer.num_heads,
+                    layer.head_size,
+                    cache.device,
+                    window=layer.sliding_window,
+                )
+            )
+        return plans
+
+    def _plan(
+        self,
+        layer: K8V4AttentionImpl,
+        metadata: K8V4Metadata,
+        cache: torch.Tensor,
+        *,
+        most: int,
+        least: int = 0,
+    ) -> triton.LaunchPlan:
+        """Plan a launch for the requests with `least` to `most` new tokens."""
         return triton.plan_attention(
             metadata.seq_lens,
             metadata.query_start_loc,
@@ -77,27 +166,56 @@ class GpuKernels(Kernels):
             layer.num_heads,
             layer.num_kv_heads,
             layer.head_size,
-            max_query_len=metadata.max_query_len,
+            min_query_len=least,
+            max_query_len=most,
+            decodes=most <= metadata.decode_query_len,
             causal=metadata.causal,
             window=layer.sliding_window,
             scratch=_scratch(layer, cache.device),
         )
 
+    def launch(
+        self, plan: Any, layer: K8V4AttentionImpl, *batch: torch.Tensor, **options: Any
+    ) -> None:
+        if not isinstance(plan, triton.PrefillPlan):
+            super().launch(plan, layer, *batch, **options)
+            return
+        assert layer.flash is not None
+        triton.prefill_attention(
+            *batch,
+            plan=plan,
+            flash=layer.flash.function,
+            workspace=_prefill_workspace(layer, batch[0].device),
+            **options,
+        )
 
-def _scratch(layer: K8V4AttentionImpl, device: torch.device) -> torch.Tensor:
-    """Return float32 scratch memory for one call of `paged_attention`.
 
-    All layers share vLLM's workspace, which cannot grow after the warm-up. So the size depends on
+def _workspace(
+    device: torch.device, *shapes: tuple[tuple[int, ...], torch.dtype]
+) -> list[torch.Tensor]:
+    """Return tensors for one call of a kernel.
+
+    All layers share vLLM's workspace, which cannot grow after the warm-up. So the sizes depend on
     the layer and the device, but not on the batch.
     """
+    if is_workspace_manager_initialized():
+        return current_workspace_manager().get_simultaneous(*shapes)
+    return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
+
+
+def _scratch(layer: K8V4AttentionImpl, device: torch.device) -> torch.Tensor:
+    """Return float32 scratch memory for one call of `paged_attention`."""
     numbers = triton.largest_scratch(layer.num_kv_heads, layer.head_size, device)
-    if not is_workspace_manager_initialized():
-        return torch.empty(numbers, dtype=torch.float32, device=device)
-    (scratch,) = current_workspace_manager().get_simultaneous(((numbers,), torch.float32))
-    return scratch
+    return _workspace(device, ((numbers,), torch.float32))[0]
 
 
-def _attend_known(call: Call, *, split: bool = True) -> None:
+def _prefill_workspace(layer: K8V4AttentionImpl, device: torch.device) -> list[torch.Tensor]:
+    """Return the workspace for one call of `prefill_attention`."""
+    shapes = triton.prefill_workspace(layer.num_heads, layer.num_kv_heads, layer.head_size)
+    return _workspace(device, *shapes)
+
+
+def _attend_known(call: Call, *, decodes: bool = False, split: bool | None = None) -> None:
     starts = call["query_start_loc"]
     tokens, num_heads, head_size = call["query"].shape
     plan = triton.plan_attention(
@@ -108,24 +226,25 @@ def _attend_known(call: Call, *, split: bool = True) -> None:
         call["cache"].shape[1],
         head_size,
         max_query_len=int(starts.diff().max()),
+        decodes=decodes,
         window=call["window"],
         split=split,
     )
     triton.paged_attention(**call, plan=plan)
 
 
-def _warm_up_plans(layer: K8V4AttentionImpl, device: torch.device, max_requests: int) -> None:
-    """Compile every kernel that may plan the work of a decoding step."""
-    for requests in triton.planned_requests(max_requests):
-        starts = torch.arange(requests + 1, dtype=torch.int32, device=device)
-        lengths = torch.ones(requests, dtype=torch.int32, device=device)
-        triton.plan_attention(
-            lengths,
-            starts,
-            requests,
-            layer.num_heads,
-            layer.num_kv_heads,
-            layer.head_size,
-            max_query_len=1,
-            window=layer.sliding_window,
+def _attend_long_known(call: Call, *, flash: triton.Flash, piece: int) -> None:
+    query, cache, starts = call["query"], call["cache"], call["query_start_loc"].tolist()
+    _, num_heads, head_size = query.shape
+    prefills = [
+        triton.Prefill(request, start, end - start, length)
+        for request, ((start, end), length) in enumerate(
+            zip(pairwise(starts), call["seq_lens"].tolist(), strict=True)
         )
+    ]
+    plan = triton.plan_prefill(
+        prefills, num_heads, head_size, query.device, window=call["window"], rows=256, piece=piece
+    )
+    shapes = triton.prefill_workspace(num_heads, cache.shape[1], head_size, rows=256, piece=piece)
+    workspace = [torch.empty(shape, dtype=dtype, device=query.device) for shape, dtype in shapes]
+    triton.prefill_attention(**call, plan=plan, flash=flash, workspace=workspace)

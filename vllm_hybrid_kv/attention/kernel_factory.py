@@ -40,10 +40,12 @@ class Kernels(ABC):
         device: torch.device,
         *,
         max_requests: int,
+        decode_query_len: int,
     ) -> None:
         """Compile the kernels for the layers of a KV group, and test them against known answers.
 
-        Queries, keys and values have the dtype `dtype`. A step has at most `max_requests` requests.
+        Queries, keys and values have the dtype `dtype`. A step has at most `max_requests` requests,
+        and a decode at most `decode_query_len` new tokens.
 
         Raises:
             HybridKVKernelError: A kernel's result is wrong.
@@ -54,8 +56,16 @@ class Kernels(ABC):
         """Allocate a layer's scratch memory. Called while vLLM profiles, so that vLLM counts it."""
 
     @abstractmethod
-    def plan(self, layer: K8V4AttentionImpl, metadata: K8V4Metadata, cache: torch.Tensor) -> Any:
-        """Plan how the kernels divide a step's work. The result is passed to `paged_attention`."""
+    def plan(
+        self, layer: K8V4AttentionImpl, metadata: K8V4Metadata, cache: torch.Tensor
+    ) -> Sequence[Any]:
+        """Plan how the kernels divide a step's work. Each plan is passed to `launch`."""
+
+    def launch(
+        self, plan: Any, layer: K8V4AttentionImpl, *batch: torch.Tensor, **options: Any
+    ) -> None:
+        """Attend from the requests that a plan serves; see the kernels' `paged_attention`."""
+        self._module.paged_attention(*batch, plan=plan, **options, **self._options)
 
     def store(
         self,
@@ -81,45 +91,45 @@ class Kernels(ABC):
         # A captured graph must contain the planning itself. If it used an earlier plan, every
         # replay would use the lengths of the capture.
         key = (layer.num_heads, layer.sliding_window, capturing)
-        plan = metadata.plans.get(key)
-        if plan is None:
-            plan = metadata.plans[key] = self.plan(layer, metadata, cache)
-        self._module.paged_attention(
-            query,
-            cache,
-            metadata.block_table,
-            metadata.seq_lens,
-            metadata.query_start_loc,
-            out,
-            scale=layer.scale,
-            causal=metadata.causal,
-            window=layer.sliding_window,
-            soft_cap=layer.soft_cap,
-            sinks=layer.sinks,
-            plan=plan,
-            debug=self._debug and not capturing,
-            **self._options,
-        )
+        plans = metadata.plans.get(key)
+        if plans is None:
+            plans = metadata.plans[key] = self.plan(layer, metadata, cache)
+        for plan in plans:
+            self.launch(
+                plan,
+                layer,
+                query,
+                cache,
+                metadata.block_table,
+                metadata.seq_lens,
+                metadata.query_start_loc,
+                out,
+                scale=layer.scale,
+                causal=metadata.causal,
+                window=layer.sliding_window,
+                soft_cap=layer.soft_cap,
+                sinks=layer.sinks,
+                debug=self._debug and not capturing,
+            )
 
     def require_known_answers(
         self,
         path: str,
         variants: Mapping[str, known_answer.Variant],
-        batches: Callable[[int], Sequence[tuple[Sequence[int], known_answer.Attend]]],
+        batches: Callable[[str], Sequence[tuple[Sequence[int], known_answer.Attend]]],
         device: torch.device,
         advice: str,
     ) -> None:
         """Test every kernel variant that a layer needs, unless this process has tested it already.
 
-        `variants` maps the name of a layer to its variant. `batches` maps the number of query heads
-        per KV head to the batches to test. A batch is a pair: the new tokens of each request, and
-        the attention kernel that computes the batch.
+        `variants` maps the name of a layer to its variant. `batches` maps the name of a layer to
+        the batches to test. A batch is a pair: the new tokens of each request, and the attention
+        kernel that computes the batch.
         """
         store = self._module.quantise_and_store
         for name, variant in variants.items():
-            group = variant.num_heads // variant.num_kv_heads
             try:
-                known_answer.require(path, variant, batches(group), store, device)
+                known_answer.require(path, variant, batches(name), store, device)
             except known_answer.WrongKernelError as error:
                 alike = list(variants.values()).count(variant) - 1
                 more = f" and {alike} more" if alike else ""
@@ -131,13 +141,18 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def group_of(layer: K8V4AttentionImpl) -> int:
+    """Return how many query heads of a layer share a KV head."""
+    return layer.num_heads // layer.num_kv_heads
+
+
 def variant_of(
     layer: K8V4AttentionImpl, page_size: int, dtype: torch.dtype, num_kv_heads: int
 ) -> known_answer.Variant:
     """Return the kernel variant that a layer needs, reduced to `num_kv_heads` KV heads."""
     return known_answer.Variant(
         layer.head_size,
-        num_kv_heads * (layer.num_heads // layer.num_kv_heads),
+        num_kv_heads * group_of(layer),
         num_kv_heads,
         page_size,
         dtype,

@@ -254,7 +254,7 @@ def test_every_plan_fits_the_workspace() -> None:
             first += count + random(0, 2)
         plan = plan_prefill(batch, heads, head_size, torch.device("cpu"), window=window)
         (rows, *_), _ = prefill_workspace(heads, 1, head_size)[0]
-        assert rows == plan.rows == rows_of_pass(heads, head_size)
+        assert rows == rows_of_pass(heads, head_size)
         assert rows * heads * head_size <= ROW_NUMBERS < 2 * rows * heads * head_size or (
             rows == PIECE_TOKENS
         )
@@ -289,8 +289,8 @@ def test_a_plan_for_another_window_is_refused() -> None:
     plan = plan_prefill(prefill.prefills(batch), 4, 64, batch.query.device, window=7)
     from vllm_hybrid_kv.kernels.triton.prefill import prefill_attention
 
-    with pytest.raises(ValueError, match=r"window\) = \(4, 64, 7\), the call has \(4, 64, None\)"):
+    with pytest.raises(ValueError, match=r"\(4, 64, 7, True\), the call has \(4, 64, None, True\)"):
         prefill_attention(
-            batch.query, batch.cache, batch.block_table, torch.empty_like(batch.query), plan=plan,
+            *batch.inputs, torch.empty_like(batch.query), plan=plan,
             flash=flash_attn_varlen_func, workspace=prefill.workspace(batch, 64, 64), scale=1.0,
         )  # fmt: skip
