@@ -40,11 +40,9 @@ def choose(head_size: int, *, soft_cap: bool) -> FlashAttention | None:
     """
     if not current_platform.is_cuda_alike():
         return None
-    flash = _select(head_size, soft_cap)
-    if isinstance(flash, str):
-        chosen, flash = f"the k8v4 kernel, because {flash}", None
-    else:
-        chosen = f"FlashAttention {flash.version}"
+    selected = _select(head_size, soft_cap)
+    flash = selected if isinstance(selected, FlashAttention) else None
+    chosen = f"FlashAttention {flash.version}" if flash else f"the k8v4 kernel, because {selected}"
     message = "Prefills of %d or more tokens, head size %d: %s"
     logger.info_once(message, LONG_PREFILL, head_size, chosen)
     return flash
