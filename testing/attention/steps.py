@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,8 +60,7 @@ def common_metadata(step: Step, page: int) -> tuple[Any, torch.Tensor]:
     return common, torch.cat(slots)
 
 
-def call(function: str, *arguments: Any) -> Any:
-    """Call a function of `scenarios`, in a process that runs Triton's interpreter."""
-    from testing.attention import scenarios
-
+def call(function: str, *arguments: Any, module: str = "scenarios") -> Any:
+    """Call a function of a module here, in a process that runs Triton's interpreter."""
+    scenarios = importlib.import_module(f"testing.attention.{module}")
     return getattr(scenarios, function)(*arguments)
