@@ -148,18 +148,18 @@ def path_difference(new: int) -> tuple[list[str], float, float]:
 
 
 def chunk_difference(cuts: Sequence[int], layer: dict[str, Any]) -> float:
-    """Prefill 300 tokens whole and in chunks, and return the largest relative difference.
+    """Prefill 256 tokens whole and in chunks, and return the largest relative difference.
 
-    Every chunk is stored before it attends, as in an engine. A first chunk without a call of
-    `forward` stands for a cached prefix: its outputs are not compared.
+    A chunk attends when it and the chunks before it are stored, as in an engine. For its tokens,
+    the chunks before it are what a cached prefix is.
     """
-    whole = Step((300,), (300,), layer=layer)
+    whole = Step((256,), (256,), layer=layer)
     made = backend(**layer)
     common, tokens, cache = stored(made, whole)
     expected = made.forward(tokens.tensors, cache, made.builder.build(0, common))
     cache = made.cache(int(common.slot_mapping.max()) + 1)
     worst = 0.0
-    for start, end in itertools.pairwise([0, *cuts, 300]):
+    for start, end in itertools.pairwise([0, *cuts, 256]):
         part, _ = common_metadata(Step((end,), (end - start,)), PAGE)
         part.block_table_tensor = common.block_table_tensor
         rows = [tensor[start:end] for tensor in tokens.tensors]

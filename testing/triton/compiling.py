@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,11 @@ from vllm_hybrid_kv.kernels.triton.plan import (
     MIN_TILES_CAPACITY,
     TABLE_ROWS,
     plan_kernel,
+)
+from vllm_hybrid_kv.kernels.triton.prefill import (
+    dequantise_kernel,
+    merge_piece_kernel,
+    round_query_kernel,
 )
 from vllm_hybrid_kv.kernels.triton.quantise import NUMBERS_PER_PROGRAM, quantise_and_store_kernel
 from vllm_hybrid_kv.kernels.triton.tuning import Tiling, tiling_for
@@ -41,19 +47,30 @@ _TYPES = {
     "positions_ptr": "*i32", "num_reqs": "i32", "num_tiles": "i32", "num_programs": "i32",
     "steps": "i32", "tile_steps": "i32",
     "min_query_len": "i32", "max_query_len": "i32", "tiles_per_req": "i32",
+    "broken_ptr": "*i32", "units_ptr": "*i32", "num_broken": "i32",
+    "part_ptr": "*fp16", "stride_part_tok": "i32", "stride_part_head": "i32",
+    "part_lse_ptr": "*fp32", "stride_part_lse_head": "i32", "part_tokens": "i32",
+    "acc_ptr": "*fp32", "acc_lse_ptr": "*fp32",
 }  # fmt: skip
 # These arguments are multiples of 16 at every launch, so Triton specialises on them.
 _DIVISIBLE = {name for name, kind in _TYPES.items() if kind.startswith("*")} | {
-    f"stride_{tensor}_{dim}" for tensor in ("q", "out", "k", "v") for dim in ("tok", "head")
+    f"stride_{tensor}_{dim}" for tensor in ("q", "out", "k", "v", "part") for dim in ("tok", "head")
 }
 
 
-def _compile(kernel: Any, target: GPUTarget, constants: dict[str, Any], **options: int) -> Any:
+def _compile(
+    kernel: Any,
+    target: GPUTarget,
+    constants: dict[str, Any],
+    other_types: Mapping[str, str] | None = None,
+    **options: int,
+) -> Any:
     # A launch specialises `stride_cache_block` only for this kernel; attention switches it off.
     divisible = _DIVISIBLE | (
         {"stride_cache_block"} if kernel is quantise_and_store_kernel else set()
     )
-    types = {name: kind for name, kind in _TYPES.items() if name in kernel.arg_names}
+    all_types = _TYPES | dict(other_types or {})
+    types = {name: kind for name, kind in all_types.items() if name in kernel.arg_names}
     divisible &= set(types)
     return compile_kernel(kernel, target, types, constants, divisible=divisible, **options)
 
@@ -140,7 +157,7 @@ class AmdAttention:
 
 @dataclass(frozen=True)
 class SmallKernels:
-    """Compiles every variant of the planning kernel, and the merging kernel."""
+    """Compiles every variant of the planning kernel, the merging kernel, and long prefills."""
 
     target: GPUTarget
 
@@ -157,3 +174,15 @@ class SmallKernels:
                 "TILES": MIN_TILES_CAPACITY if split else 0, "ROWS": TABLE_ROWS,
             }  # fmt: skip
             _compile(plan_kernel, self.target, planning)
+        fp16 = {"out_ptr": "*fp16", "k_ptr": "*fp16", "v_ptr": "*fp16", "part_ptr": "*fp16"}
+        dims = {"D": 96, "DIMS": 128}
+        rows = {"HEADS": 32, "ROWS": 32, "UNIT": k8v4.rotation_unit(96)}
+        _compile(round_query_kernel, self.target, dims | rows, fp16)
+        dequantising = dims | {"HEADS": 8, "PAGE": PAGE, "BLOCK_N": 32}
+        _compile(dequantise_kernel, self.target, dequantising, fp16)
+        for first, last in itertools.product((True, False), repeat=2):
+            merging = dims | rows | {
+                "GROUP": GROUP, "FIRST": first, "LAST": last, "SINKS": True, "LSE": True,
+                "WINDOW": True,
+            }  # fmt: skip
+            _compile(merge_piece_kernel, self.target, merging, fp16 | {"out_ptr": "*bf16"})

@@ -79,19 +79,19 @@ class GpuKernels(Kernels):
 
         def batches(layer_name: str) -> list[tuple[list[int], Attend]]:
             layer = layers[layer_name]
-            tests: list[tuple[list[int], Attend]] = []
-            tests.append(([decode_query_len], partial(_attend_known, decodes=True)))
+            decodes: Attend = partial(_attend_known, decodes=True)
+            tests = [([decode_query_len], decodes)]
             if decodes_only:
                 return tests
-            # Batches with many row tiles use a second kernel, which does not split the keys.
-            prefills = [-(-triton.MOST_ROWS[-1] // group_of(layer))]
-            tests += [(prefills, partial(_attend_known, split=split)) for split in (True, False)]
             if layer.flash is not None:
                 # Pieces that are much shorter than usual: with 256 tokens, the long request has
                 # three of them. With 1024, both requests are in one call.
                 for piece in (256, 1024):
                     attend = partial(_attend_long_known, flash=layer.flash.function, piece=piece)
                     tests.append(([LONG_PREFILL], attend))
+            # Batches with many row tiles use a second kernel, which does not split the keys.
+            prefills = [-(-triton.MOST_ROWS[-1] // group_of(layer))]
+            tests += [(prefills, partial(_attend_known, split=split)) for split in (True, False)]
             return tests
 
         variants = {

@@ -22,7 +22,7 @@ def planned(
     starts = torch.tensor([0, *queries]).cumsum(0).to(torch.int32)
     return plan_attention(
         torch.tensor(lengths, dtype=torch.int32), starts, sum(queries), kv_heads * group, kv_heads,
-        64, max_query_len=max(queries), **options,
+        64, **{"max_query_len": max(queries)} | options,
     )  # fmt: skip
 
 
@@ -101,3 +101,29 @@ def test_decode_programs_of_any_batch_have_equal_work_and_fit_the_gpu(
         # A batch that is large enough has all of the GPU.
         if sum(tiles) >= 6 * len(plan.pieces):
             assert len(pieces) == len(plan.pieces)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5, 6], [3, 0, 6, 1, 4, 2, 5]], ids=str)
+@interpreted
+def test_a_launch_of_a_mixed_batch_has_the_programs_of_its_requests_alone(order: list[int]) -> None:
+    # GPU time is then that of both launches alone, and one more planning kernel for each step.
+    lengths, queries = [130_000, 500, 900, 40, 700, 3000, 90], [1, 4, 2, 1, 40, 100, 3]
+    options = {"group": 8, "kv_heads": 2, "processors": 132}
+    for few in (True, False):
+        bounds = {"min_query_len": 0, "max_query_len": 4} if few else {"min_query_len": 5}
+        served = [i for i in order if (queries[i] <= 4) == few]
+        sizes = []
+        for requests in (order, served):
+            plan = planned(
+                [lengths[i] for i in requests],
+                [queries[i] for i in requests],
+                **options,
+                **{"max_query_len": 127} | bounds,
+                decodes=few,
+                split=True,
+            )
+            found = {requests[i] for i in plan.row_tiles[:, 0].tolist() if i >= 0}
+            assert found == set(served)
+            pieces = plan.pieces.tolist()
+            sizes.append([end - start for first, last, start, end in pieces if first < last])
+        assert sizes[0] == sizes[1]
