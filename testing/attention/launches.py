@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
+import unittest.mock
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -24,7 +26,7 @@ from vllm.v1.worker.gpu.model_runner import sort_batch_req_ids
 from testing.attention.recording import Recorder, kernels_of
 from testing.attention.steps import Step, common_metadata
 from testing.triton.flash_attention import flash_attn_varlen_func
-from vllm_hybrid_kv.attention import gpu
+from vllm_hybrid_kv.attention import gpu, kernel_factory
 from vllm_hybrid_kv.attention.flash import FlashAttention
 from vllm_hybrid_kv.kernels import known_answer, reference
 from vllm_hybrid_kv.kernels import triton as triton_kernels
@@ -248,8 +250,12 @@ def not_warmed_up() -> set[Any]:
         cache = made.cache(int(common.block_table_tensor.max() + 1) * PAGE)
         metadata = made.builder.build(0, common)
         with Recorder(launch=False) as recorder:
-            # Plan as outside of a capture.
-            plans = gpu.GpuKernels(debug=False).plan(made.impl, metadata, cache)
+            # Plan as outside of a capture, with pieces so short that prefills have several.
+            plan_prefill = triton_kernels.plan_prefill
+            triton_kernels.plan_prefill = functools.partial(plan_prefill, rows=64, piece=64)
+            with unittest.mock.patch.object(kernel_factory, "is_capturing", return_value=False):
+                plans = gpu.GpuKernels(debug=False).plan(made.impl, metadata, cache)
+            triton_kernels.plan_prefill = plan_prefill
             metadata.plans[made.impl.num_heads, 20, True] = plans
             made.forward(tokens.tensors, cache, metadata)
         launched += recorder.launches

@@ -45,6 +45,7 @@ BATCHES = {
     "decode, padded": ([500, 0, 0, 700, 0], [1, 0, 0, 1, 0], {}),
     "decode with a window": ([3000, 64, 130, 900], [1] * 4, {"window": 200}),
     "verification": ([800, 300, 40], [4, 2, 4], {}),
+    "verification in several row tiles": ([800, 300, 40], [20, 18, 3], {"decodes": True}),
     "decodes and a chunk": ([2000, 5, 300, 70], [1, 1, 40, 1], {}),
     "a chunk with a window": ([600, 90], [100, 1], {"window": 70}),
     "requests that see nothing": ([0, 0, 9], [1, 1, 1], {}),
