@@ -233,13 +233,10 @@ def not_warmed_up() -> set[Any]:
     launched: list[Any] = []
     with Recorder(launch=False) as warm:
         # Without launches no result is right.
-        known_answer.require, require = _run_only, known_answer.require
-        try:
+        with unittest.mock.patch.object(known_answer, "require", _run_only):
             gpu.GpuKernels(debug=False).test(
                 {"layer": made.impl}, PAGE, DTYPE, CPU, "all", decode_query_len=1
             )
-        finally:
-            known_answer.require = require
         triton_kernels.warm_up_plans(
             HEADS, made.impl.num_kv_heads, made.impl.head_size, CPU, max_requests=300,
             decode_query_len=1, window=20,

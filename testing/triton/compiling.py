@@ -175,7 +175,7 @@ class SmallKernels:
             }  # fmt: skip
             _compile(plan_kernel, self.target, planning)
         fp16 = {"out_ptr": "*fp16", "k_ptr": "*fp16", "v_ptr": "*fp16", "part_ptr": "*fp16"}
-        dims = {"D": 96, "DIMS": 128}
+        dims: dict[str, Any] = {"D": 96, "DIMS": 128}
         rows = {"HEADS": 32, "ROWS": 32, "UNIT": k8v4.rotation_unit(96)}
         _compile(round_query_kernel, self.target, dims | rows, fp16)
         dequantising = dims | {"HEADS": 8, "PAGE": PAGE, "BLOCK_N": 32}
