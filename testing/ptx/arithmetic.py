@@ -123,10 +123,11 @@ def remainder(a: Array, b: Array) -> Array:
 
 
 def multiplied_high(a: Array, b: Array) -> Array:
-    """Return the upper half of products of 32-bit or 64-bit integers."""
-    if a.dtype.itemsize == 4:
+    """Return the upper half of products of 16-bit, 32-bit or 64-bit integers."""
+    bits = 8 * a.dtype.itemsize
+    if bits < 64:
         wide = np.int64 if a.dtype.kind == "i" else np.uint64
-        return ((a.astype(wide) * b.astype(wide)) >> wide(32)).astype(a.dtype)
+        return ((a.astype(wide) * b.astype(wide)) >> wide(bits)).astype(a.dtype)
     words = [(x.astype(np.uint64) & 0xFFFFFFFF, x.astype(np.uint64) >> 32) for x in (a, b)]
     (a_low, a_high), (b_low, b_high) = words
     middle = a_high * b_low + (a_low * b_low >> 32)

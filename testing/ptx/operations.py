@@ -93,7 +93,7 @@ def _integers() -> None:
         _define(f"mul.wide.{sign}16", f"{sign}32 {sign}16 {sign}16", narrow_product)
         _define(f"mul.wide.{sign}32", f"{sign}64 {sign}32 {sign}32", product)
         _define(f"mad.wide.{sign}32", f"{sign}64 {sign}32 {sign}32 {sign}64", mad)
-        for bits in (32, 64):
+        for bits in (16, 32, 64):
             kind = f"{sign}{bits}"
             _define(f"mul.hi.{kind}", f"{kind} {kind} {kind}", arithmetic.multiplied_high)
         _define(f"bfe.{sign}32", f"{sign}32 {sign}32 u32 u32", arithmetic.bit_field)
