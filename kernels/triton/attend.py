@@ -157,7 +157,7 @@ def _score_tile(  # type: ignore[no-untyped-def]
         tanh = 1.0 - 2.0 / (1.0 + tl.exp2(qk / soft_cap * (2.0 * LOG2_E)))
         qk = tanh * (soft_cap * LOG2_E)
     if MASKED:
-        mask = (key_pos < end_key)[:, None] & (query_pos >= 0)[None, :]
+        mask = tl.broadcast_to((key_pos < end_key)[:, None], qk.shape)
         if CAUSAL:
             mask = mask & (key_pos[:, None] <= query_pos[None, :])
         if WINDOW:

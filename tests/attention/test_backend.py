@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from vllm.config import ParallelConfig
 from vllm.v1.attention.backends.turboquant_attn import TurboQuantAttentionBackend
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode
 
@@ -67,6 +68,7 @@ def builder():
     made = object.__new__(K8V4MetadataBuilder)
     made.layer_names = ["model.layers.3.self_attn.attn"]
     made._decode_query_len = 1
+    made._parallel_config = ParallelConfig()
     return made
 
 

@@ -115,8 +115,11 @@ def test_sliding_windows_and_sinks_reach_the_kernels(layer: dict[str, Any], run:
     assert run("step_error", "ours", Step((20, 9), (1, 3), layer=layer)) < TOLERANCE
 
 
-def test_context_parallelism_is_refused(run: Run) -> None:
-    assert run("refused", "ours", {"use_dcp": True}) == ["DCP not supported"]
+def test_decode_context_parallelism_is_served_and_prefill_context_parallelism_is_not(
+    run: Run,
+) -> None:
+    assert run("refused", "ours", {"use_dcp": True}) == []
+    assert run("refused", "ours", {"use_pcp": True}) == ["PCP not supported"]
 
 
 def test_compute_capabilities_from_8_0_on_are_served(run: Run) -> None:

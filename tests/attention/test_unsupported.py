@@ -103,11 +103,22 @@ def test_a_feature_that_no_skipped_layer_avoids_is_refused_with_auto_as_advice(r
     assert found.endswith(f". {AUTO}")
 
 
-@pytest.mark.parametrize(("field", "kind"), [("use_dcp", "decode"), ("use_pcp", "prefill")])
-def test_context_parallelism_is_refused_with_its_option_as_advice(field, kind):
+@pytest.mark.parametrize(
+    ("field", "kind", "words"),
+    [
+        ("use_dcp", "decode", "needs vLLM's Triton kernels, and Triton is disabled"),
+        ("use_pcp", "prefill", "the k8v4 kernels do not implement prefill context parallelism"),
+    ],
+)
+def test_context_parallelism_on_a_cpu_is_refused_with_its_option_as_advice(field, kind, words):
     found = message(selection(**{field: True}))
-    assert f"{kind} context parallelism. " in found
+    assert words in found
     assert found.endswith(f"Serve the model with --{kind}-context-parallel-size 1")
+
+
+def test_decode_context_parallelism_is_served_where_vllm_has_triton(monkeypatch):
+    monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", True)
+    assert selection(use_dcp=True) is None
 
 
 LAYER = "model.layers.7.self_attn.attn"

@@ -31,7 +31,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
-from vllm_hybrid_kv.attention import flash, unsupported
+from vllm_hybrid_kv.attention import context_parallel, flash, unsupported
 from vllm_hybrid_kv.attention.kernel_factory import Kernels, kernels_for
 from vllm_hybrid_kv.constants import BACKEND, CACHE_DTYPE
 from vllm_hybrid_kv.kernels import k8v4
@@ -168,6 +168,9 @@ class K8V4Metadata(AttentionMetadata):
         starts_on_host: `query_start_loc` as a list, or empty if there are only decodes.
         lengths_on_host: The lengths on the host, or empty if there are only decodes or the runner
             has none.
+        interleave_size: With decode context parallelism, how many tokens in a row a rank stores.
+        has_context: Whether any request has tokens before the step, on the host's upper bounds. All
+            ranks agree on it.
         plans: The kernels' work plans. The first layer that needs a plan makes it, and layers with
             the same key (see `Kernels.attend`) share it.
     """
@@ -182,6 +185,8 @@ class K8V4Metadata(AttentionMetadata):
     starts_on_host: list[int]
     lengths_on_host: list[int]
     plans: dict[Hashable, Any]
+    interleave_size: int = 1
+    has_context: bool = True
 
 
 class K8V4MetadataBuilder(AttentionMetadataBuilder[K8V4Metadata]):
@@ -204,7 +209,15 @@ class K8V4MetadataBuilder(AttentionMetadataBuilder[K8V4Metadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._decode_query_len = max_decode_query_len(vllm_config)
+        self._parallel_config = vllm_config.parallel_config
         layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names)
+        ranks = self._parallel_config.decode_context_parallel_size
+        for name, layer in layers.items():
+            refusal = unsupported.refuse_sharding(
+                layer.impl.dcp_world_size, ranks if kv_cache_spec.dcp_sharded else 1
+            )
+            if refusal is not None:
+                raise unsupported.UnsupportedLayerError(refusal, f"layer {name}")
         # Compile and test the kernels while the engine starts, not during its first request.
         kernels_for(device, STATE.settings).warm_up(
             {name: layer.impl for name, layer in layers.items()},
@@ -266,6 +279,8 @@ class K8V4MetadataBuilder(AttentionMetadataBuilder[K8V4Metadata]):
             starts_on_host=starts,
             lengths_on_host=lengths,
             plans={},
+            interleave_size=self._parallel_config.cp_kv_cache_interleave_size,
+            has_context=_has_context(common),
         )
 
     def build_for_cudagraph_capture(
@@ -275,7 +290,8 @@ class K8V4MetadataBuilder(AttentionMetadataBuilder[K8V4Metadata]):
         metadata = self.build(0, common_attn_metadata)
         # vLLM sets `seq_lens` to the longest lengths, which would make the warm-up runs slow.
         metadata.seq_lens.fill_(metadata.max_query_len)
-        return metadata
+        # Replays have longer lengths.
+        return replace(metadata, has_context=True)
 
     def update_block_table(
         self, metadata: K8V4Metadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
@@ -288,12 +304,25 @@ class K8V4MetadataBuilder(AttentionMetadataBuilder[K8V4Metadata]):
         metadata.plans.clear()
 
 
+def _has_context(common: CommonAttentionMetadata) -> bool:
+    lengths = common.seq_lens_cpu_upper_bound
+    if lengths is None:
+        return True
+    counts = common.query_start_loc_cpu.diff()
+    return bool((lengths[: len(counts)] > counts).any())
+
+
 class K8V4AttentionImpl(AttentionImpl[K8V4Metadata]):
     """Stores one layer's keys and values in k8v4 pages, and computes attention over them.
 
     Raises:
         UnsupportedLayerError: The kernels do not implement a parameter of the layer.
     """
+
+    supports_dcp = True
+    can_return_lse_for_decode = True
+    # vLLM asks this of speculative decoding with DCP.
+    supports_mtp_with_cp_non_trivial_interleave_size = True
 
     def __init__(
         self,
@@ -314,7 +343,9 @@ class K8V4AttentionImpl(AttentionImpl[K8V4Metadata]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.head_size = head_size
         self.scale = float(scale)
-        refusal = unsupported.refuse_implementation(
+        refusal = unsupported.refuse_context_parallel(
+            self.dcp_world_size, head_size=head_size, window=sliding_window
+        ) or unsupported.refuse_implementation(
             kv_cache_dtype=kv_cache_dtype,
             num_heads=num_heads,
             num_kv_heads=self.num_kv_heads,
@@ -331,6 +362,8 @@ class K8V4AttentionImpl(AttentionImpl[K8V4Metadata]):
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.sinks = sinks
         self.flash = flash.choose(head_size, soft_cap=self.soft_cap > 0)
+        if self.dcp_world_size > 1:
+            self.combine = context_parallel.combine_function()
         self._kernels: Kernels | None = None
 
     def _kernels_for(self, tensor: torch.Tensor) -> Kernels:
@@ -374,7 +407,7 @@ class K8V4AttentionImpl(AttentionImpl[K8V4Metadata]):
         Args:
             layer: The attention layer.
             query: [T, num_heads, head_size].
-            key, value: Ignored, because the cache already holds them.
+            key, value: Read only with decode context parallelism; else the cache holds them.
             kv_cache: uint8 [num_blocks, num_kv_heads, block_size, slot_bytes].
             attn_metadata: The step's metadata; None while vLLM profiles memory.
             output: [T, num_heads, head_size], written for all but padding tokens.
@@ -386,7 +419,13 @@ class K8V4AttentionImpl(AttentionImpl[K8V4Metadata]):
         kernels = self._kernels_for(query)
         if attn_metadata is None:
             kernels.reserve(self, query.device)
+            if self.dcp_world_size > 1:
+                context_parallel.reserve(self, query)
             return output.fill_(0)
         tokens = attn_metadata.num_tokens
-        kernels.attend(self, attn_metadata, query[:tokens], kv_cache, output[:tokens])
+        if self.dcp_world_size > 1:
+            new = (query[:tokens], key[:tokens], value[:tokens])
+            context_parallel.attend(kernels, self, attn_metadata, *new, kv_cache, output[:tokens])
+        else:
+            kernels.attend(self, attn_metadata, query[:tokens], kv_cache, output[:tokens])
         return output

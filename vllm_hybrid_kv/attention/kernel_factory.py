@@ -85,6 +85,8 @@ class Kernels(ABC):
         query: torch.Tensor,
         cache: torch.Tensor,
         out: torch.Tensor,
+        *,
+        lse: torch.Tensor | None = None,
     ) -> None:
         """Attend to the cache; see the kernels' `paged_attention`."""
         capturing = is_capturing(query.device)
@@ -109,6 +111,7 @@ class Kernels(ABC):
                 window=layer.sliding_window,
                 soft_cap=layer.soft_cap,
                 sinks=layer.sinks,
+                lse=lse,
                 debug=self._debug and not capturing,
             )
 

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
+from vllm import triton_utils
 from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.platforms import current_platform
 
@@ -20,6 +21,8 @@ from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.kernels import k8v4
 
 ADVICE = "serve the model with --kv-cache-dtype auto"
+
+WITHOUT_DCP = "serve the model with --decode-context-parallel-size 1"
 
 
 class Refusal(NamedTuple):
@@ -42,9 +45,6 @@ REFUSED = {
     "use_sparse": _not_implemented("sparse attention"),
     "use_mm_prefix": _not_implemented("bidirectional attention inside multimodal prefixes"),
     "use_rswa": _not_implemented("reference sliding window attention (R-SWA)"),
-    "use_dcp": _not_implemented(
-        "decode context parallelism", "serve the model with --decode-context-parallel-size 1"
-    ),
     "use_pcp": _not_implemented(
         "prefill context parallelism", "serve the model with --prefill-context-parallel-size 1"
     ),
@@ -80,6 +80,9 @@ def refuse_selection(config: Any) -> Refusal | None:
         # Each vLLM minor lacks some of the fields, so they need a default.
         if getattr(config, field, False):
             return refusal
+    if getattr(config, "use_dcp", False) and not triton_utils.HAS_TRITON:
+        reason = "decode context parallelism needs vLLM's Triton kernels, and Triton is disabled"
+        return Refusal(reason, WITHOUT_DCP)
     return _refuse_type(config.attn_type) or _refuse_head_size(config.head_size)
 
 
@@ -115,6 +118,37 @@ def refuse_implementation(
         reason = f"it sets {', '.join(unknown)}, which the k8v4 kernels do not implement"
         return Refusal(reason, skippable=True)
     return _refuse_head_size(head_size)
+
+
+def refuse_context_parallel(size: int, *, head_size: int, window: int | None) -> Refusal | None:
+    """Return why a layer cannot have its pages on `size` context parallel ranks, or None."""
+    if size == 1:
+        return None
+    with_dcp = "with decode context parallelism"
+    if window is not None:
+        # vLLM's ranks store tokens in turn, so a window is no range of a rank's tokens.
+        return Refusal(f"it has a sliding window, which is not supported {with_dcp}", WITHOUT_DCP)
+    for name, number in (("head size", head_size), ("number of ranks", size)):
+        if number & (number - 1):
+            return Refusal(
+                f"{with_dcp} vLLM's kernels need a {name} that is a power of two, not {number}",
+                WITHOUT_DCP,
+            )
+    return None
+
+
+def refuse_sharding(ranks: int, planned: int) -> Refusal | None:
+    """Return why a layer that attends on `ranks` context parallel ranks cannot use its pages.
+
+    `planned` is the number of ranks among which the plan divides the sequences of the pages.
+    """
+    if ranks == planned:
+        return None
+    reason = (
+        f"it attends to pages of {ranks} context parallel ranks, but its pages are planned for "
+        f"{planned}"
+    )
+    return Refusal(reason, WITHOUT_DCP)
 
 
 def refuse_value_size(head_size: int, value_size: int) -> Refusal:
