@@ -24,11 +24,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.ops import dcp
 from vllm.v1.worker.block_table import BlockTable
 
-from vllm_hybrid_kv.attention.backend import (
-    K8V4AttentionImpl,
-    K8V4Metadata,
-    K8V4MetadataBuilder,
-)
+from vllm_hybrid_kv.attention.backend import K8V4AttentionImpl, K8V4MetadataBuilder
 from vllm_hybrid_kv.kernels import k8v4
 
 # vLLM counts the constants of a compiled kernel. An interpreted one does not list them.
@@ -42,6 +38,9 @@ _correction.constexprs = [
 RANKS = 2
 HEADS, HEAD_SIZE, PAGE, BLOCKS = 4, 64, 16, 16
 """Query heads of all ranks, which share one KV head."""
+
+TIMEOUT_S = 60.0
+"""How long to wait for a rank. A step takes seconds."""
 
 DTYPE = torch.float32
 CPU = torch.device("cpu")
@@ -59,7 +58,6 @@ class Case:
         sinks: Whether the heads have sinks.
         nan: A request with a NaN in the value of its last token before the step, if not None.
         padding: Tokens after the last request, as in a captured graph.
-        with_upper_bounds: Whether the host knows the lengths.
     """
 
     lengths: tuple[int, ...]
@@ -69,7 +67,6 @@ class Case:
     sinks: bool = False
     nan: int | None = None
     padding: int = 0
-    with_upper_bounds: bool = True
 
 
 def outputs(case: Case) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
@@ -89,9 +86,13 @@ def outputs(case: Case) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
             processes[-1].start()
             theirs.close()
             pipes.append(ours)
-        found = [pipe.recv() for pipe in pipes]
-        for process in processes:
-            process.join()
+        try:
+            found = [pipe.recv() for pipe in pipes if pipe.poll(TIMEOUT_S)]
+        finally:
+            for process in processes:
+                process.join(1.0)
+                process.kill()
+    assert len(found) == RANKS, f"a rank did not answer within {TIMEOUT_S} s"
     shared = torch.cat([torch.from_numpy(out) for out, _, _ in found], dim=1)
     return shared, torch.from_numpy(found[0][1]), [stored for _, _, stored in found]
 
@@ -163,8 +164,12 @@ def _outputs(case: Case, config: Any, rank: int) -> tuple[torch.Tensor, torch.Te
         cache.view(torch.int16).fill_(0x7C00)
         impl.do_kv_cache_update(torch.nn.Module(), key, value, cache, slots)
         out = torch.full((len(query), impl.num_heads, HEAD_SIZE), 7.0, dtype=DTYPE)
-        metadata = _metadata(case, config, table.get_device_tensor(len(case.lengths)))
-        impl.forward(torch.nn.Module(), query[:, heads].contiguous(), *step, cache, metadata, out)
+        common = _common(case, table.get_device_tensor(len(case.lengths)))
+        builder = object.__new__(K8V4MetadataBuilder)
+        builder.layer_names, builder._decode_query_len = ["layer"], max(case.queries)
+        builder._parallel_config = config.parallel_config
+        batch = (torch.nn.Module(), query[:, heads].contiguous(), *step, cache)
+        impl.forward(*batch, builder.build(0, common), out)
         return out[:new], int((slots >= 0).sum())
 
     own = HEADS // RANKS
@@ -173,24 +178,18 @@ def _outputs(case: Case, config: Any, rank: int) -> tuple[torch.Tensor, torch.Te
     return shared, alone, stored
 
 
-def _metadata(case: Case, config: Any, table: torch.Tensor) -> K8V4Metadata:
+def _common(case: Case, table: torch.Tensor) -> CommonAttentionMetadata:
     starts = torch.tensor([0, *case.queries]).cumsum(0).to(torch.int32)
     lengths = torch.tensor(case.lengths, dtype=torch.int32)
-    builder = object.__new__(K8V4MetadataBuilder)
-    builder.layer_names, builder._decode_query_len = ["layer"], 1
-    builder._parallel_config = config.parallel_config
-    return builder.build(
-        0,
-        CommonAttentionMetadata(
-            query_start_loc=starts,
-            query_start_loc_cpu=starts,
-            seq_lens=lengths,
-            num_reqs=len(lengths),
-            num_actual_tokens=sum(case.queries) + case.padding,
-            max_query_len=max(case.queries),
-            max_seq_len=max(case.lengths),
-            seq_lens_cpu_upper_bound=lengths if case.with_upper_bounds else None,
-            block_table_tensor=table,
-            slot_mapping=torch.empty(0),
-        ),
+    return CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=lengths,
+        num_reqs=len(lengths),
+        num_actual_tokens=sum(case.queries) + case.padding,
+        max_query_len=max(case.queries),
+        max_seq_len=max(case.lengths),
+        seq_lens_cpu_upper_bound=lengths.clone(),
+        block_table_tensor=table,
+        slot_mapping=torch.empty(0),
     )

@@ -17,11 +17,11 @@ import torch
 from testing.triton.processes import Interpreter
 from vllm_hybrid_kv.attention.unsupported import refuse_context_parallel, refuse_sharding
 
-TOLERANCE = 1e-3
+TOLERANCE = 2 * 2**-11
 """Bound on ||out - alone|| / ||alone|| of a token and head, in float32.
 
-The kernels round weights relative to the largest of a tile, and ranks have other tiles than one
-rank. `test_attention` bounds this rounding by 5e-4 for each of both outputs.
+The kernels round weights to fp16 relative to the largest of a tile, and ranks have other tiles than
+one rank. So both outputs have their own errors of up to 2^-11 of each weight.
 """
 
 Run = Callable[..., Any]
@@ -70,7 +70,7 @@ DECODE = {"lengths": (40, 17, 1), "queries": (1, 1, 1)}
         {**DECODE, "sinks": True, "padding": 1},
         {"lengths": (40, 17), "queries": (3, 2), "interleave": 4},
         # More new tokens than tokens before them, a whole prompt, and a decode.
-        {"lengths": (70, 17, 9), "queries": (40, 17, 1), "sinks": True, "padding": 2},
+        {"lengths": (30, 17, 9), "queries": (20, 17, 1), "sinks": True, "padding": 2},
     ],
     ids=["decode", "all to all", "sinks", "verification", "mixed"],
 )

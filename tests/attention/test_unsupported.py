@@ -106,7 +106,7 @@ def test_a_feature_that_no_skipped_layer_avoids_is_refused_with_auto_as_advice(r
 @pytest.mark.parametrize(
     ("field", "kind", "words"),
     [
-        ("use_dcp", "decode", "needs vLLM's Triton kernels, and Triton is disabled"),
+        ("use_dcp", "decode", "needs Triton, which vLLM disables on this CPU"),
         ("use_pcp", "prefill", "the k8v4 kernels do not implement prefill context parallelism"),
     ],
 )

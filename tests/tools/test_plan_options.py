@@ -73,14 +73,21 @@ def test_the_layers_of_a_draft_model_are_planned(plan_of, described, architectur
     assert plan["smallest_hit"] == plain["smallest_hit"] + later
 
 
-def test_decode_context_parallelism_doubles_the_tokens_and_is_refused_with_k8v4(run, plan_of):
-    options = (LLAMA, "--tensor-parallel-size", 16, "--kv-cache-dtype", "auto")
-    divided = plan_of(*options, "--decode-context-parallel-size", 2)
-    assert divided["reported_tokens"] == 2 * plan_of(*options)["reported_tokens"]
-    refused = run(*options[:3], "--decode-context-parallel-size", 2, "--memory", "24GiB")
+@pytest.mark.parametrize("dtype", ["auto", "turboquant_k8v4"])
+def test_decode_context_parallelism_doubles_the_tokens_and_the_match_unit(plan_of, dtype):
+    options = (LLAMA, "--tensor-parallel-size", 16, "--kv-cache-dtype", dtype)
+    divided, whole = plan_of(*options, "--decode-context-parallel-size", 2), plan_of(*options)
+    assert divided["reported_tokens"] == 2 * whole["reported_tokens"]
+    assert divided["smallest_hit"] - 1 == 2 * (whole["smallest_hit"] - 1)
+
+
+def test_a_window_with_decode_context_parallelism_is_refused_by_name(run):
+    options = ("--tensor-parallel-size", 32, "--decode-context-parallel-size", 2)
+    refused = run(SHAPES["gemma-3-27b"], *options, "--memory", "24GiB")
     assert refused.exit_code == 2
     (line,) = refused.stderr.splitlines()
-    assert "Serve the model with --decode-context-parallel-size 1" in line
+    assert "layers.0.self_attn.attn" in line
+    assert "it has a sliding window, which is not supported with decode context" in line
 
 
 def test_a_config_file_sets_options_and_the_command_line_overrides_it(plan_of, tmp_path):

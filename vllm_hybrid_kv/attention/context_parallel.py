@@ -24,7 +24,8 @@ from vllm.distributed.parallel_state import get_dcp_group
 from vllm.v1.attention.backends.utils import get_dcp_local_seq_lens
 from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
-from vllm_hybrid_kv.attention.kernel_factory import Kernels, is_capturing
+from vllm_hybrid_kv.attention import kernel_factory
+from vllm_hybrid_kv.attention.kernel_factory import Kernels
 from vllm_hybrid_kv.kernels import k8v4
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def attend(
         out: Like `query`; written, except for padding tokens.
     """
     # A graph must contain the lengths' computation, as it must contain the planning.
-    name = ("context parallel", is_capturing(query.device))
+    name = ("context parallel", kernel_factory.is_capturing(query.device))
     parts = metadata.plans.get(name)
     if parts is None:
         parts = metadata.plans[name] = _parts(layer, metadata)

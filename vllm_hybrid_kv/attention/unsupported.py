@@ -80,8 +80,9 @@ def refuse_selection(config: Any) -> Refusal | None:
         # Each vLLM minor lacks some of the fields, so they need a default.
         if getattr(config, field, False):
             return refusal
-    if getattr(config, "use_dcp", False) and not triton_utils.HAS_TRITON:
-        reason = "decode context parallelism needs vLLM's Triton kernels, and Triton is disabled"
+    without_triton = current_platform.is_cpu() and not triton_utils.HAS_TRITON
+    if getattr(config, "use_dcp", False) and without_triton:
+        reason = "decode context parallelism needs Triton, which vLLM disables on this CPU"
         return Refusal(reason, WITHOUT_DCP)
     return _refuse_type(config.attn_type) or _refuse_head_size(config.head_size)
 
