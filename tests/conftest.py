@@ -23,16 +23,27 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 SECONDS = {
-    "kernels/triton/test_machine_code.py": 200, "e2e/test_greedy_output.py": 150,
-    "conformance/test_conformance.py": 130, "drift/test_real_engines.py": 115,
-    "e2e/test_demo.py": 110, "e2e/test_processes_and_compilation.py": 100,
-    "benchmarks/test_prefix_cache.py": 90, "plugin/test_vllm_0_33.py": 85,
-    "e2e/test_metrics.py": 50, "e2e/test_wrong_input.py": 65, "tools/test_doctor_command.py": 60,
-    "kernels/test_cpu_attention_process.py": 90, "zoo/test_zoo.py": 50,
-    "tools/test_plan_command.py": 50, "kernels/triton/test_attention.py": 50,
-    "tools/eval/test_engines.py": 45, "tools/test_replay_command.py": 45,
-    "e2e/test_layers_and_pages.py": 60, "tools/plan/test_plan.py": 35,
-}  # fmt: skip
+    "kernels/triton/test_machine_code.py": 200,
+    "e2e/test_greedy_output.py": 150,
+    "conformance/test_conformance.py": 130,
+    "drift/test_real_engines.py": 115,
+    "e2e/test_demo.py": 110,
+    "e2e/test_processes_and_compilation.py": 100,
+    "benchmarks/test_prefix_cache.py": 90,
+    "plugin/test_vllm_0_33.py": 85,
+    "e2e/test_metrics.py": 50,
+    "e2e/test_wrong_input.py": 65,
+    "tools/test_doctor_command.py": 60,
+    "kernels/test_cpu_attention_process.py": 90,
+    "zoo/test_zoo.py": 50,
+    "tools/test_plan_command.py": 50,
+    "kernels/triton/test_attention.py": 50,
+    "attention/test_cuda_graphs.py": 40,
+    "tools/eval/test_engines.py": 45,
+    "tools/test_replay_command.py": 45,
+    "e2e/test_layers_and_pages.py": 60,
+    "tools/plan/test_plan.py": 35,
+}
 """How many CPU seconds the longest test files take, approximately."""
 
 
