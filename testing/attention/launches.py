@@ -231,7 +231,7 @@ def not_warmed_up() -> set[Any]:
     ]
     known_answer.forget()
     launched: list[Any] = []
-    with Recorder(launch=False) as warm:
+    with Recorder(launch=False, capture=False) as warm:
         # Without launches no result is right.
         with unittest.mock.patch.object(known_answer, "require", _run_only):
             gpu.GpuKernels(debug=False).test(
@@ -246,7 +246,7 @@ def not_warmed_up() -> set[Any]:
         tokens = texts(step)
         cache = made.cache(int(common.block_table_tensor.max() + 1) * PAGE)
         metadata = made.builder.build(0, common)
-        with Recorder(launch=False) as recorder:
+        with Recorder(launch=False, capture=False) as recorder:
             # Plan as outside of a capture, with pieces so short that prefills have several.
             plan_prefill = triton_kernels.plan_prefill
             triton_kernels.plan_prefill = functools.partial(plan_prefill, rows=64, piece=64)

@@ -7,6 +7,7 @@ Real engines run vLLM's own capture, dispatch and replay; see `testing/attention
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,11 +44,11 @@ class Rehearser:
         return self._process(_call, "generate", PROMPTS, TOKENS + drafts)
 
     def rehearse(self, tokens: int) -> Any:
-        return self._process(_call, "rehearse", PROMPTS, tokens)
+        return self._process(_rehearse, PROMPTS, tokens)
 
     def rehearse_fault(self, fault: str) -> Any:
         """Replay a graph once, for short prompts, with a planted fault."""
-        return self._process(_call, "rehearse", [[5, 6], [9], [11, 12]], 2, fault)
+        return self._process(_rehearse, [[5, 6], [9], [11, 12]], 2, fault)
 
     def stop(self) -> None:
         if self._started:
@@ -71,6 +72,11 @@ def _start(runner: int, model: str, arguments: dict[str, Any]) -> None:
 
 def _call(method: str, *arguments: Any) -> Any:
     return getattr(_engine, method)(*arguments)
+
+
+def _rehearse(*arguments: Any) -> SimpleNamespace:
+    # An instance of `Rehearsal` would import its module here, which sets environment variables.
+    return SimpleNamespace(**vars(_call("rehearse", *arguments)))
 
 
 @pytest.fixture(scope="module")
