@@ -43,9 +43,9 @@ _HIGH_UNIT = tl.constexpr(1.0 / HIGH_CODE_UNIT)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
-# Float32 exponents. Products of a weight and a scale are converted to fp16, after a power of two
-# that follows the largest scale so far has brought them below 2^15. So none overflows, and fp16
-# keeps all bits of the products that are at least 2^-29 of the largest.
+# Float32 exponents. A product of a weight and a scale is multiplied by a power of two before it
+# becomes fp16. The power of two follows the largest scale so far and keeps products below 2^15, so
+# none overflows. Products down to 2^-29 of the largest are normal fp16 numbers.
 _BIAS = tl.constexpr(127)
 _SMALLEST_SCALE = tl.constexpr(127 - 24)  # fp16's smallest denormal
 _WEIGHT_BITS = tl.constexpr(14)
@@ -70,8 +70,7 @@ def _both_halves(words):  # type: ignore[no-untyped-def]
 def _sum_in_threads(x, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
     """Sum float32 `x` [keys, rows] over the keys of each thread, and return [LANES, 8, rows].
 
-    After a tensor-core product a thread holds every LANES-th group of 16 keys, and two keys of
-    each group, 8 apart.
+    After a tensor-core product, a thread holds two keys, 8 apart, of every LANES-th group of 16.
     """
     KEYS: tl.constexpr = x.shape[0] // (16 * LANES)
     apart = tl.reshape(x, [KEYS, LANES, 2, 8, x.shape[1]])
@@ -178,7 +177,7 @@ def _softmax_step(  # type: ignore[no-untyped-def]
         [1, rows], the factor of the accumulators.
     """
     m_j = tl.maximum(m_i, tl.max(qk, axis=0))
-    # The maximum of a row that has seen no key yet is -inf. Relative to 0 its weights are all 0.
+    # A row that has seen no key yet has the maximum -inf. With the reference 0, all weights are 0.
     m_ref = tl.where(m_j == -float("inf"), 0.0, m_j) if MASKED else m_j
     alpha = tl.exp2(m_i - m_ref)
     p = tl.exp2(qk - m_ref[None, :])

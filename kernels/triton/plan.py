@@ -38,16 +38,16 @@ TABLE_ROWS = 256
 """How many rows of a table the planning kernel writes at a time."""
 
 PIECE_FIELDS = tl.constexpr(4)
-"""Numbers in a program's row of its table: its first row tile and 1 + its last, and its first
-position in the list and 1 + its last."""
+"""Numbers in a program's row of its table: first row tile, 1 + last row tile, first position in the
+list, 1 + last position."""
 
 ROW_TILE_FIELDS = tl.constexpr(5)
-"""Numbers in a row tile's row of its table: request (-1 for none), first row, the position of its
-first key tile in the list, the first program that works on it and the last."""
+"""Numbers in a row tile's row of its table: request (-1 for none), first row, position of its first
+key tile in the list, first program that works on it, last program."""
 
 ROW_TILE_COST = tl.constexpr(2)
-"""Empty positions in the list before each row tile: as many key tiles take the time in which a
-program loads and rotates its queries, and writes its outputs."""
+"""Empty positions in the list before each row tile. They stand for the time, in key tiles, in which
+a program loads and rotates its queries and writes its outputs."""
 
 
 @triton.jit
@@ -92,8 +92,8 @@ def _last_at_most(  # type: ignore[no-untyped-def]
 ):
     """For each element of `target`, find the last i < count with `table[i] <= target`.
 
-    With BLOCK_M the table is `query_start_loc`, and `target` is compared with the first row tile
-    of request i, `table[i] * group // BLOCK_M + i`, which leaves room for partial last tiles.
+    With BLOCK_M the table is `query_start_loc`, and `target` is compared with the first row tile of
+    request i instead: `table[i] * group // BLOCK_M + i`. It leaves room for partial last tiles.
     """
     low, high = target * 0, target * 0 + count
     for _ in range(steps):
@@ -163,8 +163,8 @@ def plan_kernel(  # type: ignore[no-untyped-def]
     """Write the tables of row tiles and of programs.
 
     Without SPLIT there is one program for each row tile. With SPLIT, program p of P takes positions
-    `p N // P` to `(p + 1) N // P` of the list of N. P is `num_programs`, or less if pieces would
-    otherwise be shorter than MIN_TILES and than all row tiles on average.
+    `p N // P` to `(p + 1) N // P` of the list of N. P is the number of pieces of MIN_TILES key
+    tiles, or the number of row tiles if that is larger, and at most `num_programs`.
 
     Args:
         query_start_loc_ptr: int32 [num_reqs + 1].
@@ -213,8 +213,8 @@ def plan_kernel(  # type: ignore[no-untyped-def]
             program = start + tl.arange(0, ROWS)
             first_pos = (program.to(tl.int64) * total // programs).to(tl.int32)
             end_pos = ((program + 1).to(tl.int64) * total // programs).to(tl.int32)
-            # Row tiles without rows have the same position as the next one, so the last row tile
-            # with a position is the one that owns it.
+            # Row tiles can share a position. Then only the last of them has rows, and it is the one
+            # that the search finds.
             first_tile = _last_at_most(positions_ptr, 0, num_tiles, tile_steps, first_pos)
             last_pos = end_pos - 1 - ROW_TILE_COST
             end_tile = _last_at_most(positions_ptr, 0, num_tiles, tile_steps, last_pos) + 1
@@ -234,7 +234,7 @@ def plan_kernel(  # type: ignore[no-untyped-def]
             ROW_TILE_FIELDS,
         )  # fmt: skip
         end_tile = tl.where(req_idx >= 0, tile + 1, tile)
-        # More positions than a row tile has. A tile number is added to it.
+        # A position after the last key tile of any row tile. The kernel adds a tile number to it.
         everything = zeros + 0x3FFFFFFF
         _write(pieces_ptr, tile, num_tiles, (tile, end_tile, zeros, everything), PIECE_FIELDS)
 
@@ -248,9 +248,9 @@ class LaunchPlan:
         tiling: The tile sizes of a program.
         pieces: int32 [programs, PIECE_FIELDS].
         row_tiles: int32 [row tiles, ROW_TILE_FIELDS].
-        merged_rows: How many rows of a partial result can be in use, and so have to be merged.
-        partial_out: float32 [2 programs, H, rows, D], scratch. The plan has 0 rows without splits
-            and `tiling.block_m` with splits, because each number of rows compiles another kernel.
+        merged_rows: How many rows of each partial result may have to be merged.
+        partial_out: float32 [2 programs, H, rows, D], scratch. `rows` is 0 without splits and
+            `tiling.block_m` with splits, because any other number would compile another kernel.
             Program p writes part `2 p` of the row tile that it continues, and part `2 p + 1` of
             the row tile that it begins and another program continues.
         partial_lse: float32 [2 programs, H, rows], scratch, base 2.
@@ -318,8 +318,8 @@ def plan_attention(
         head_size: D.
         max_query_len, min_query_len: The launch serves the requests whose numbers of new tokens are
             in this range, wherever they are in the batch. It does not write rows of others.
-        decodes: Whether these requests have few new tokens. Then their keys are always split, since
-            lengths may be ragged, and other requests of the batch add nothing to the plan's size.
+        decodes: Whether these requests have few new tokens. Then their keys are always split,
+            because lengths may be ragged, and the plan's size does not depend on other requests.
         split: Whether programs may share the keys of a row; chosen from the shapes if None.
         processors: How many multiprocessors to keep busy; all of the device if None.
         tiling: The tile sizes of a program; chosen from the shapes if None.
@@ -397,7 +397,7 @@ def warm_up_plans(
 ) -> None:
     """Compile every planning kernel that an engine may need.
 
-    The kernels differ in their room for row tiles. Only plans with SPLIT have any.
+    The kernels with SPLIT differ in the number of row tiles for which they have room.
     """
     group = num_heads // num_kv_heads
 

@@ -15,10 +15,10 @@ The results equal those of `attend_kernel` except for rounding:
 
 Rounding to fp16 changes a number by at most 2^-11 of itself, which is at most an eighth of half a
 step of the codes (`(1 / 254) / 8` of the largest number of a key). The units keep all numbers of
-the format below fp16's maximum. Below fp16's normal numbers the rounding error is at most 2^-25 of
-a unit. That is less than half a step if a key has a rotated number of at least 2^-9, or a value one
-of at least 2^-17. The error of smaller keys hardly changes a score: at most by 2^-17 of the sum of
-the query's magnitudes.
+the format below fp16's maximum. Numbers too small for a normal fp16 number have an error of up to
+2^-25 of a unit. That is less than half a step in a key with a rotated number of at least 2^-9, and
+in a value with one of at least 2^-17. In smaller keys the error hardly changes a score: at most by
+2^-17 of the sum of the query's magnitudes.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ from vllm_hybrid_kv.kernels.triton.convert import rounded
 from vllm_hybrid_kv.kernels.triton.rotation import rotated
 
 PIECE_TOKENS = 8192
-"""How many tokens the workspace holds. FlashAttention computes for about 0.4 ms with so many."""
+"""How many tokens the workspace holds."""
 
 ROW_NUMBERS = 1 << 23
-"""How many numbers the queries that attend together have at most: tokens times heads times D. Keys
-are dequantised once for so many, which takes about a twentieth of the time of FlashAttention."""
+"""The largest size (tokens * heads * D) of the queries that attend together. Each such block of
+queries dequantises its keys again. By arithmetic, not measured, that takes a twentieth of the time
+of FlashAttention."""
 
 KEY_UNIT = 2.0**-8
 """Dequantised keys are multiplied by this: the largest, 127 * 65504, becomes 32,496."""
@@ -52,8 +53,8 @@ VALUE_UNIT = 2.0**-4
 NUMBERS_PER_PROGRAM = 4096
 
 UNIT_FIELDS = tl.constexpr(7)
-"""Numbers in a row of the table of units: request, first key, number of keys, the row of the
-workspace for the first key, the first token in the pass, 1 + the last, and its position."""
+"""Numbers in a row of the table of units: request, first key, number of keys, row of the workspace
+for the first key, first token in the pass, 1 + last token, position of the first token."""
 
 _KEY_STEPS = tl.constexpr(float(k8v4.KEY_STEPS))
 _KEY_UNIT = tl.constexpr(KEY_UNIT)
@@ -110,8 +111,8 @@ def dequantise_kernel(  # type: ignore[no-untyped-def]
     """Write the keys and values of some units into a workspace, and note broken tokens.
 
     A token is *broken* if a scale is not finite. It becomes zeros, because FlashAttention
-    multiplies the values of masked tokens by zero, and some versions lose a NaN score. The range of
-    positions of broken tokens is widened instead.
+    multiplies the values of masked tokens by zero, and some versions lose a NaN score. Instead, its
+    position widens the range of broken tokens.
 
     The grid is [tiles of the longest unit, units, HEADS].
 
@@ -375,8 +376,8 @@ def rows_of_pass(num_heads: int, head_size: int) -> int:
 def _units(prefill: Prefill, window: int | None, rows: int, piece: int) -> Iterator[list[_Unit]]:
     """Yield the units of each block of query tokens. The first unit has the tokens' own keys.
 
-    Blocks of tokens end at multiples of `rows`, which divides `piece`. So no block is in two pieces
-    of keys, and masks are either causal or, for earlier pieces, follow from the window alone.
+    Blocks of tokens end at multiples of `rows`, which divides `piece`, so each block is inside one
+    piece of keys. The mask of that piece is causal. Masks of earlier pieces have only the window.
     """
     offset = prefill.length - prefill.num_tokens
     start = offset

@@ -23,8 +23,8 @@ _CODE_BITS = tl.constexpr(k8v4.VALUE_LEVELS - 1)
 _NAN_SCALE = tl.constexpr(k8v4.NAN_SCALE_BITS)
 
 NUMBERS_PER_PROGRAM = 4096
-"""How many numbers of K, and as many of V, a program quantises: 32 of each in every thread of four
-warps. A thread's value codes then fill 16 bytes, which takes one store."""
+"""How many numbers of K a program quantises, and how many of V. Each thread of four warps has 32 of
+both, so its value codes fill 16 bytes, which takes one store."""
 
 
 @triton.jit

@@ -166,11 +166,11 @@ class K8V4Metadata(AttentionMetadata):
         block_table: int32 [B, max blocks].
         causal: Whether a query attends only to its own and earlier positions.
         starts_on_host: `query_start_loc` as a list, or empty if there are only decodes.
-        lengths_on_host: The lengths on the host, or empty if there are only decodes or the runner
-            has none.
+        lengths_on_host: The lengths on the host. Empty if there are only decodes, or if the runner
+            has no lengths on the host.
         interleave_size: With decode context parallelism, how many tokens in a row a rank stores.
-        has_context: Whether any request has tokens before the step, on the host's upper bounds. All
-            ranks agree on it.
+        has_context: Whether any request has tokens before the step, by the host's upper bounds, so
+            that all ranks have the same value.
         plans: The kernels' work plans. The first layer that needs a plan makes it, and layers with
             the same key (see `Kernels.attend`) share it.
     """
@@ -290,7 +290,7 @@ class K8V4MetadataBuilder(AttentionMetadataBuilder[K8V4Metadata]):
         metadata = self.build(0, common_attn_metadata)
         # vLLM sets `seq_lens` to the longest lengths, which would make the warm-up runs slow.
         metadata.seq_lens.fill_(metadata.max_query_len)
-        # Replays have longer lengths.
+        # The requests above have no context, but those of replays may.
         return replace(metadata, has_context=True)
 
     def update_block_table(
@@ -321,7 +321,7 @@ class K8V4AttentionImpl(AttentionImpl[K8V4Metadata]):
 
     supports_dcp = True
     can_return_lse_for_decode = True
-    # vLLM asks this of speculative decoding with DCP.
+    # vLLM requires this for speculative decoding with DCP.
     supports_mtp_with_cp_non_trivial_interleave_size = True
 
     def __init__(

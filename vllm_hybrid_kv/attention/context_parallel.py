@@ -5,10 +5,11 @@ The ranks of a DCP group have the same KV heads and different query heads. They 
 queries, and each rank attends to the tokens that it stores. vLLM merges the results by their
 log-sum-exp (LSE) and returns to each rank those of its own heads.
 
-A rank's pages do not show the order of its tokens and other ranks' tokens, so pages alone cannot be
-masked causally. A step with several new tokens per request therefore has a second part: each rank
-quantises all new tokens into scratch pages, and attends causally to them with its own heads. The
-codes equal those in the ranks' pages, so answers do not depend on where a prompt is cut.
+Tokens alternate between ranks, so a token's index in its rank's pages is not its position, and the
+kernels cannot mask these pages causally. A step with several new tokens per request therefore has a
+second part: each rank quantises all new tokens into scratch pages, and attends causally to them
+with its own heads. The codes equal those in the ranks' pages, so answers do not depend on where a
+prompt is cut.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def attend(
         cache: The pages of this rank; they already contain the step's tokens that it stores.
         out: Like `query`; written, except for padding tokens.
     """
-    # A graph must contain the lengths' computation, as it must contain the planning.
+    # A captured graph must contain this computation of lengths, and the planning too.
     name = ("context parallel", kernel_factory.is_capturing(query.device))
     parts = metadata.plans.get(name)
     if parts is None:
