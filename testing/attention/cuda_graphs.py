@@ -31,7 +31,7 @@ import triton.language as tl
 import vllm.triton_utils
 from vllm.triton_utils import importing
 
-# vLLM disables Triton on CPUs, and without Triton its second model runner.
+# On CPUs vLLM disables Triton, and without Triton it disables its second model runner.
 vllm.triton_utils.triton = triton
 vllm.triton_utils.tl = tl
 vllm.triton_utils.HAS_TRITON = importing.HAS_TRITON = True
@@ -63,7 +63,7 @@ DEFAULTS: dict[str, Any] = {
     "skip_tokenizer_init": True,
     "seed": 0,
     "compilation_config": {"mode": 0},
-    # Interpreting vLLM's own kernels only to compile them would take seconds.
+    # vLLM would run its own kernels to compile them, which takes seconds in the interpreter.
     "kernel_config": {"enable_jit_warmup": False},
 }
 """Arguments of `vllm.LLM`."""
@@ -77,7 +77,7 @@ class Rehearsal:
         graphs: Shapes of the captured graphs.
         replays: Shapes of the graphs in the order of their replays.
         wrong: Replays whose output was not that of the model without the graph.
-        differences: How the launches of a graph differ from those without it, without repetitions.
+        differences: Each difference found between launches with a graph and without it, once.
         kernels: For each graph, the names of the kernels that it launches.
         all_replays: How many graphs were replayed, including those of drafts.
         answers: The tokens of each request and their log-probabilities.

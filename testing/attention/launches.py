@@ -113,7 +113,7 @@ def launches(
     step = Step(tuple(one.length for one in ordered), tuple(one.new for one in ordered), bound=1)
     made = backend(drafts=DRAFTS, flash=flash)
     common, tokens, cache = stored(made, step)
-    # The runner's lengths are upper bounds for decodes only.
+    # The lengths on the host are exact for prefills, and upper bounds for decodes.
     exact = torch.tensor([one.new > 1 + DRAFTS for one in ordered])
     common.seq_lens_cpu_upper_bound = torch.where(exact, common.seq_lens, common.seq_lens + 1)
     metadata = made.builder.build(0, common)
@@ -152,8 +152,8 @@ def path_difference(new: int) -> tuple[list[str], float, float]:
 def chunk_difference(cuts: Sequence[int], layer: dict[str, Any]) -> float:
     """Prefill 256 tokens whole and in chunks, and return the largest relative difference.
 
-    A chunk attends when it and the chunks before it are stored, as in an engine. For its tokens,
-    the chunks before it are what a cached prefix is.
+    As in an engine, a chunk is stored before it attends. The chunks before it have the role of a
+    cached prefix.
     """
     whole = Step((256,), (256,), layer=layer)
     made = backend(**layer)

@@ -65,7 +65,7 @@ def _compile(
     other_types: Mapping[str, str] | None = None,
     **options: int,
 ) -> Any:
-    # A launch specialises `stride_cache_block` only for this kernel; attention switches it off.
+    # The store kernel specialises on `stride_cache_block`; the attention kernel opts out.
     divisible = _DIVISIBLE | (
         {"stride_cache_block"} if kernel is quantise_and_store_kernel else set()
     )
