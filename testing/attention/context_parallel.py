@@ -113,7 +113,7 @@ def _run(case: Case, rank: int, init_method: str, pipe: Connection) -> None:
             RANKS, decode_context_model_parallel_size=RANKS, backend="gloo"
         )
         shared, alone, stored = _outputs(case, config, rank)
-        # Send arrays. Tensors would be sent in shared memory, which this process deletes at its end.
+        # Send arrays. Tensors would be sent in shared memory, which this process later deletes.
         pipe.send((shared.numpy(), alone.numpy(), stored))
     pipe.close()
     # Both ranks must have finished before one of them closes its connections.

@@ -101,7 +101,7 @@ def captured_lengths() -> list[int]:
 
 
 def draft_error(update: bool) -> float:
-    """Return the error of a second draft step that uses the first step's metadata, updated or not."""
+    """Return the error of a second draft step with the metadata of the first, updated or not."""
     backend = Backend("ours", vllm_config(), {})
     before, after = Step((40, 17), (1, 1)), Step((41, 18), (1, 1))
     common, made, cache = stored(backend, after)

@@ -102,8 +102,8 @@ NOT_MODELLED = re.compile(r"UTC|[HIQ]GMMA|WARPGROUP|HMMA(?!\.16816)|IMMA(?!\.168
 def resident_programs(code: MachineCode, gpu: Gpu) -> int:
     """Return how many programs fit a multiprocessor, by the rules of cuda_occupancy.h.
 
-    A sub-partition holds whole warps: with 176 registers two of them, and four programs of two
-    warps fit, although the registers of all sub-partitions together would suffice for five.
+    A sub-partition holds whole warps. With 176 registers it holds two, so a multiprocessor holds
+    four programs of two warps, although all of its registers together would be enough for five.
     """
     warp_registers = math.ceil(code.registers * 32 / REGISTER_UNIT) * REGISTER_UNIT
     return min(

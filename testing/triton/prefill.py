@@ -94,12 +94,12 @@ def score_rounding(batch: Batch) -> float:
 
 
 def assert_close(batch: Batch, got: Outputs, wanted: Outputs) -> str:
-    """Assert that outputs are as close as rounding queries, keys and values to fp16 lets them be.
+    """Assert that outputs differ no more than rounding queries, keys and values to fp16 explains.
 
-    Log-sum-exps move at most as far as the scores. Outputs move by each weight's change times the
-    distance of its value from the output; the changes are independent, so in these batches an
-    eighth of the largest change of a score is not reached. Values and pieces' outputs add twice
-    the error of rounding to fp16.
+    Log-sum-exps move at most as far as the scores. Each weight's change moves the output by the
+    change times the distance of the weight's value from the output. The changes are independent, so
+    in these batches outputs move by less than an eighth of the largest change of a score. Rounding
+    values and the outputs of pieces adds twice the error of rounding to fp16.
     """
     change = score_rounding(batch)
     tolerance = {dtype: own + change / 8 + 2 * _ROUNDING for dtype, own in TOLERANCE.items()}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which operands the inline assembly of the kernels may share a register with."""
+"""Find outputs of inline assembly that must not share a register with an input."""
 
 from __future__ import annotations
 

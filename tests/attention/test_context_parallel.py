@@ -20,8 +20,8 @@ from vllm_hybrid_kv.attention.unsupported import refuse_context_parallel, refuse
 TOLERANCE = 2 * 2**-11
 """Bound on ||out - alone|| / ||alone|| of a token and head, in float32.
 
-The kernels round weights to fp16 relative to the largest of a tile, and ranks have other tiles than
-one rank. So both outputs have their own errors of up to 2^-11 of each weight.
+The kernels round weights to fp16 relative to the largest weight of a tile. Two ranks have other
+tiles than one rank, so each of the two outputs has errors of its own, up to 2^-11 of a weight.
 """
 
 Run = Callable[..., Any]
