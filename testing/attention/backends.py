@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+if os.environ.get("TRITON_INTERPRET") != "1":
+    raise ImportError("import this module only in a process that interprets Triton")
 # With this setting our backend runs the GPU kernels in the interpreter.
 os.environ["VLLM_HYBRID_KV_CPU_ISA"] = "interpreter"
 os.environ["VLLM_PLUGINS"] = ""

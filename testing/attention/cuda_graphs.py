@@ -19,6 +19,8 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+if os.environ.get("TRITON_INTERPRET") != "1":
+    raise ImportError("import this module only in a process that interprets Triton")
 os.environ["VLLM_HYBRID_KV_CPU_ISA"] = "interpreter"
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"

@@ -10,7 +10,7 @@ import math
 import unittest.mock
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from vllm.v1.worker import workspace
 from vllm.v1.worker.gpu.model_runner import sort_batch_req_ids
 
 from testing.attention.recording import Recorder, kernels_of
-from testing.attention.steps import Step, common_metadata
+from testing.attention.steps import Request, Step, common_metadata
 from testing.triton.flash_attention import flash_attn_varlen_func
 from vllm_hybrid_kv.attention import gpu, kernel_factory
 from vllm_hybrid_kv.attention.flash import FlashAttention
@@ -35,15 +35,6 @@ from vllm_hybrid_kv.kernels.k8v4 import Layout
 CPU = torch.device("cpu")
 DRAFTS = 3
 TORCH = FlashAttention(2, flash_attn_varlen_func)
-
-
-class Request(NamedTuple):
-    """A request of a step: all of its tokens, its new ones, and its draft tokens among these."""
-
-    length: int
-    new: int
-    drafts: int = 0
-    prefilling: bool = False
 
 
 def backend(*, drafts: int = 0, flash: bool = True, **layer: Any) -> Backend:
@@ -259,7 +250,6 @@ def not_warmed_up() -> set[Any]:
     return kernels_of(launched) - kernels_of(warm.launches)
 
 
-def _run_only(*arguments: Any) -> None:
-    _, variant, batches, store, device = arguments
+def _run_only(path: str, variant: Any, batches: Any, store: Any, *arguments: Any) -> None:
     for queries, attend in batches:
-        known_answer._run(variant, known_answer._requests(variant, queries), store, attend, device)
+        known_answer._run(variant, known_answer._requests(variant, queries), attend, store, CPU)

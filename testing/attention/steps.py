@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,6 +29,15 @@ class Step:
     bound: int = 0
     layer: dict[str, Any] = field(default_factory=dict)
     key_size: float = 0.5
+
+
+class Request(NamedTuple):
+    """A request of a step: all of its tokens, its new ones, and its draft tokens among these."""
+
+    length: int
+    new: int
+    drafts: int = 0
+    prefilling: bool = False
 
 
 TABLE_WIDTH = 32

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from testing.attention.steps import call
+from testing.attention.steps import Request, call
 from testing.triton.processes import Interpreter
 
 TOLERANCE = 6e-3
@@ -51,7 +51,7 @@ LONG = ["long chunk", "long prompt"]
     "order", ["none", "V1, threshold of the drafts", "V1, threshold of 1", "V2"]
 )
 def test_each_launch_serves_its_requests_in_every_order(order: str, run: Run) -> None:
-    requests = {name: run("Request", *numbers) for name, numbers in REQUESTS.items()}
+    requests = {name: Request(*numbers) for name, numbers in REQUESTS.items()}
     names, served, error = run("launches", requests, order)
     assert served == [DECODES, PREFILLS, LONG]
     assert error < TOLERANCE
@@ -61,7 +61,7 @@ def test_each_launch_serves_its_requests_in_every_order(order: str, run: Run) ->
 
 
 def test_without_flash_attention_our_own_kernel_serves_long_prefills(run: Run) -> None:
-    requests = {name: run("Request", *numbers) for name, numbers in REQUESTS.items()}
+    requests = {name: Request(*numbers) for name, numbers in REQUESTS.items()}
     _, served, error = run("launches", requests, "none", False)
     assert served == [DECODES, sorted(PREFILLS + LONG)]
     assert error < TOLERANCE
@@ -69,7 +69,7 @@ def test_without_flash_attention_our_own_kernel_serves_long_prefills(run: Run) -
 
 def test_a_step_without_decodes_or_prefills_has_one_launch(run: Run) -> None:
     for name, new in (("decode", 1), ("prompt", 20), ("long prompt", 140)):
-        _, served, error = run("launches", {name: run("Request", 150, new)}, "none")
+        _, served, error = run("launches", {name: Request(150, new)}, "none")
         assert served == [[name]]
         assert error < TOLERANCE
 
