@@ -94,6 +94,7 @@ def require(
     batches: Sequence[tuple[Sequence[int], Attend]],
     store: Store,
     device: torch.device,
+    compile_first: Callable[[Callable[[], object]], None] | None = None,
 ) -> None:
     """Test kernels with a variant, unless they have passed in this process already.
 
@@ -104,6 +105,7 @@ def require(
             Each number adds one long and one short request to the batch.
         store: The store kernel.
         device: The kernels' device.
+        compile_first: Gets a function that runs all batches. May compile their kernels.
 
     Raises:
         WrongKernelError: A row's error exceeds its bound, or a NaN is missing or misplaced.
@@ -112,9 +114,11 @@ def require(
     if tested in _passed:
         return
     bound = BOUNDS[variant.dtype]
-    for queries, attend in batches:
-        requests = _requests(variant, queries)
-        outs = _run(variant, requests, store, attend, device)
+    prepared = [(_requests(variant, queries), attend) for queries, attend in batches]
+    if compile_first is not None:
+        compile_first(lambda: [_run(variant, *batch, store, device) for batch in prepared])
+    for requests, attend in prepared:
+        outs = _run(variant, requests, attend, store, device)
         error, count = max(
             (_error(out, expected), len(out))
             for out, (*_, expected) in zip(outs, requests, strict=True)
@@ -155,8 +159,8 @@ stored; and the expected output, float32 [queries, Hq, D]."""
 def _run(
     variant: Variant,
     requests: Sequence[_Request],
-    store: Store,
     attend: Attend,
+    store: Store,
     device: torch.device,
 ) -> Sequence[torch.Tensor]:
     """Run both kernels and return the output of each request, on the CPU."""

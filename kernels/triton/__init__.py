@@ -5,6 +5,7 @@ Their arguments and results are torch tensors. Pages have the layout `LINEAR`.
 """
 
 from vllm_hybrid_kv.kernels.triton.attention import paged_attention
+from vllm_hybrid_kv.kernels.triton.launching import compile_in_threads
 from vllm_hybrid_kv.kernels.triton.plan import (
     LaunchPlan,
     largest_scratch,
@@ -28,6 +29,7 @@ __all__ = [
     "LaunchPlan",
     "Prefill",
     "PrefillPlan",
+    "compile_in_threads",
     "largest_scratch",
     "paged_attention",
     "plan_attention",

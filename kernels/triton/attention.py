@@ -12,6 +12,7 @@ import triton.language as tl
 from vllm_hybrid_kv.kernels import inputs, k8v4
 from vllm_hybrid_kv.kernels.triton.attend import LN_2, LOG2_E, attend_kernel
 from vllm_hybrid_kv.kernels.triton.convert import is_nvidia
+from vllm_hybrid_kv.kernels.triton.launching import launcher
 from vllm_hybrid_kv.kernels.triton.plan import ROW_TILE_FIELDS, LaunchPlan, plan_attention
 
 MERGED_AT_A_TIME = 8
@@ -170,7 +171,7 @@ def paged_attention(
         "DIMS": triton.next_power_of_2(head_size), "PARTIAL_ROWS": partial_rows,
         "SINKS": sinks is not None, "LSE": lse is not None,
     }  # fmt: skip
-    attend_kernel[(len(plan.pieces), num_kv_heads)](
+    launcher(attend_kernel, (len(plan.pieces), num_kv_heads))(
         query, query.stride(0), query.stride(1),
         out, out.stride(0), out.stride(1),
         *lse_and_strides,
@@ -186,7 +187,7 @@ def paged_attention(
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, **shared,
     )  # fmt: skip
     if partial_rows:
-        merge_kernel[(len(plan.row_tiles), num_kv_heads, plan.merged_rows)](
+        launcher(merge_kernel, (len(plan.row_tiles), num_kv_heads, plan.merged_rows))(
             out, out.stride(0), out.stride(1),
             *lse_and_strides,
             query_start_loc, plan.row_tiles, sinks_or_unused, plan.partial_out, plan.partial_lse,

@@ -25,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_hybrid_kv.kernels.triton.launching import launcher
 from vllm_hybrid_kv.kernels.triton.tuning import MOST_ROWS, Tiling, capability_of, tiling_for
 
 INTERPRETED_PROCESSORS = 4
@@ -372,7 +373,7 @@ def plan_attention(
         return plan
     tiles = max(MIN_TILES_CAPACITY, triton.next_power_of_2(num_tiles)) if split else 0
     positions = torch.empty(tiles, dtype=torch.int32, device=device)
-    plan_kernel[(1 if split else triton.cdiv(num_tiles, TABLE_ROWS),)](
+    launcher(plan_kernel, (1 if split else triton.cdiv(num_tiles, TABLE_ROWS),))(
         query_start_loc, seq_lens, plan.pieces, plan.row_tiles, positions,
         requests, num_tiles, programs,
         requests.bit_length(), num_tiles.bit_length(), 0 if window is None else window,

@@ -34,6 +34,7 @@ import triton.language as tl
 
 from vllm_hybrid_kv.kernels import inputs, k8v4
 from vllm_hybrid_kv.kernels.triton.convert import rounded
+from vllm_hybrid_kv.kernels.triton.launching import launcher
 from vllm_hybrid_kv.kernels.triton.rotation import rotated
 
 PIECE_TOKENS = 8192
@@ -608,13 +609,13 @@ def prefill_attention(
         if lse is not None:
             lse_and_strides = (lse[one.tokens], *lse.stride())
         tokens, units = q.shape[0], one.calls[0].units.shape[0]
-        round_query_kernel[(triton.cdiv(tokens * num_heads, rows),)](
+        launcher(round_query_kernel, (triton.cdiv(tokens * num_heads, rows),))(
             q, q.stride(0), q.stride(1), rounded_query, broken,
             tokens * num_heads, units * num_kv_heads,
             **of_rows, **shared,
         )  # fmt: skip
         for number, call in enumerate(one.calls):
-            dequantise_kernel[(triton.cdiv(call.max_keys, rows), units, num_kv_heads)](
+            launcher(dequantise_kernel, (triton.cdiv(call.max_keys, rows), units, num_kv_heads))(
                 cache, cache.stride(0), block_table, block_table.stride(0), call.units,
                 key, value, broken,
                 HEADS=num_kv_heads, PAGE=page_size, BLOCK_N=rows, **shared,
@@ -634,7 +635,7 @@ def prefill_attention(
                 return_softmax_lse=True,
                 out=part[: call.num_tokens],
             )
-            merge_piece_kernel[(triton.cdiv(one.max_tokens * num_heads, rows), units)](
+            launcher(merge_piece_kernel, (triton.cdiv(one.max_tokens * num_heads, rows), units))(
                 o, o.stride(0), o.stride(1), *lse_and_strides,
                 result, result.stride(0), result.stride(1), result_lse, result_lse.stride(0),
                 acc, acc_lse, sinks_or_unused, broken, call.units,

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from vllm_hybrid_kv.kernels import inputs, k8v4
 from vllm_hybrid_kv.kernels.triton.convert import half_rounded_up, half_to_float, rounded
+from vllm_hybrid_kv.kernels.triton.launching import launcher
 from vllm_hybrid_kv.kernels.triton.rotation import rotated
 
 _SCALE_MAX = tl.constexpr(k8v4.SCALE_MAX)
@@ -162,7 +163,7 @@ def quantise_and_store(
         return
     dims = triton.next_power_of_2(head_size)
     rows = NUMBERS_PER_PROGRAM // dims
-    quantise_and_store_kernel[(triton.cdiv(num_rows, rows),)](
+    launcher(quantise_and_store_kernel, (triton.cdiv(num_rows, rows),))(
         key, *key.stride(),
         value, *value.stride(),
         cache, cache.stride(0),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -50,6 +51,22 @@ def require(
     variant: Variant, stores: Callable[..., None] = store, attends: Callable[..., None] = attend
 ) -> None:
     known_answer.require("cpu:test", variant, [(QUERIES, attends)], stores, CPU)
+
+
+def test_kernels_can_be_compiled_before_they_are_tested() -> None:
+    calls: list[list[Any]] = []
+    attends = Mock(side_effect=attend)
+
+    def compile_first(launch: Callable[[], object]) -> None:
+        launch()
+        calls.append(attends.call_args_list[:])
+
+    known_answer.require(
+        "cpu:test", VARIANT, [([1], attends), ([3], attends)], store, CPU, compile_first
+    )
+    assert len(calls) == 1
+    assert len(calls[0]) == 2
+    assert attends.call_count == 4
 
 
 def values_one_byte_further(key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:

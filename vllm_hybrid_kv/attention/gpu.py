@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
+from tqdm import tqdm  # type: ignore[import-untyped]
+from vllm import envs
+from vllm.distributed.parallel_state import is_global_first_rank
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
@@ -54,7 +58,8 @@ class GpuKernels(Kernels):
             decodes_only=interpreted,
         )
         for layer in () if interpreted else layers.values():
-            triton.warm_up_plans(
+            plans = partial(
+                triton.warm_up_plans,
                 layer.num_heads,
                 layer.num_kv_heads,
                 layer.head_size,
@@ -63,6 +68,25 @@ class GpuKernels(Kernels):
                 decode_query_len=decode_query_len,
                 window=layer.sliding_window,
             )
+            self.compile_first(plans)
+            plans()
+
+    @staticmethod
+    def compile_first(launch: Callable[[], object]) -> None:
+        """Compile the kernels that a function launches, in threads on NVIDIA GPUs.
+
+        vLLM does not use threads for AMD GPUs, because LLVM can abort then, so neither do we.
+        """
+        threads = envs.VLLM_TRITON_JIT_WARMUP_NUM_THREADS
+        if not current_platform.is_cuda() or threads <= 1:
+            return
+        with tqdm(desc="Compiling k8v4 kernels", disable=not is_global_first_rank()) as bar:
+
+            def show(compiled: int, submitted: int) -> None:
+                bar.n, bar.total = compiled, submitted
+                bar.refresh()
+
+            triton.compile_in_threads(launch, threads, show)
 
     def test(
         self,

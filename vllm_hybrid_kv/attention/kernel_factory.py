@@ -26,6 +26,9 @@ class Kernels(ABC):
     skipped while a CUDA graph is captured. `options` are passed on to `paged_attention`.
     """
 
+    compile_first: Callable[[Callable[[], object]], None] | None = None
+    """Compiles the kernels that a function launches, if they are compiled at run time."""
+
     def __init__(self, module: Any, *, debug: bool, **options: Any) -> None:
         self._module = module
         self._debug = debug
@@ -132,7 +135,9 @@ class Kernels(ABC):
         store = self._module.quantise_and_store
         for name, variant in variants.items():
             try:
-                known_answer.require(path, variant, batches(name), store, device)
+                known_answer.require(
+                    path, variant, batches(name), store, device, self.compile_first
+                )
             except known_answer.WrongKernelError as error:
                 alike = list(variants.values()).count(variant) - 1
                 more = f" and {alike} more" if alike else ""
