@@ -29,6 +29,7 @@ OLDEST_TRITON := .cache/triton-3.6.0
 # A machine with a GPU brings its own Python with torch, Triton and vLLM.
 GPU_PYTHON ?= python3
 GPU_OUT ?= benchmarks/results
+GPU_ARGS ?=
 
 # The release that `make drift` compares: a version, a wheel or a folder.
 VLLM ?= $(NEXT_RELEASE)
@@ -127,7 +128,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.cpu_attention
 
 gpu:
-	$(GPU_PYTHON) -m benchmarks.gpu --out $(GPU_OUT)
+	$(GPU_PYTHON) -m benchmarks.gpu --out $(GPU_OUT) $(GPU_ARGS)
 
 gpu-e2e:
 	$(GPU_PYTHON) -m benchmarks.engine --out $(GPU_OUT)

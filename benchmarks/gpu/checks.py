@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.contenders.vllm_kernels import our_backend
 from benchmarks.gpu.environment import Unavailable, device_for_kernels
+from benchmarks.gpu.shapes import HEADS, OTHER_HEADS, Heads
 from testing.triton import attention, store
 from testing.triton.attention import Case, assert_close, attend, expected, make, planned
 
@@ -41,6 +43,14 @@ def a_nan_scale_shows_in_the_rows_that_see_it(device: torch.device, queries: int
     wanted = expected(batch)
     assert wanted[0].isnan().any(), "no row sees the NaN"
     return assert_close(attend(batch.to(device)), wanted)
+
+
+def the_backend_gives_known_answers(
+    device: torch.device, heads: Heads, dtype: torch.dtype, **layer: Any
+) -> str:
+    """Run the test that runs when an engine with such a layer starts."""
+    our_backend(heads, dtype, device, test=True, **layer)
+    return "within the bounds of kernels/known_answer.py"
 
 
 def a_graph_follows_the_lengths(device: torch.device, queries: int) -> str:
@@ -168,6 +178,12 @@ def checks() -> dict[str, Check]:
     for size in (1e-7, 6e3):
         cases[f"values of {size}"] = {"value_size": size, "dtype": torch.float32}
     found: dict[str, Check] = {
+        f"known answers, {heads}": partial(
+            the_backend_gives_known_answers, heads=heads, dtype=torch.bfloat16
+        )
+        for heads in (*HEADS, *OTHER_HEADS, Heads(16, 8, 64), Heads(8, 8, 80), Heads(8, 1, 512))
+    }
+    found |= {
         f"attention, {name}": partial(attention_equals_the_reference, **case)
         for name, case in cases.items()
     }
@@ -191,7 +207,11 @@ def few_checks() -> dict[str, Check]:
     """Return one tiny check of each kind, for the interpreter."""
     tiny: dict[str, Any] = {"head_size": 64, "num_heads": 4}
     attends = partial(attention_equals_the_reference, **tiny)
+    heads = Heads(4, 1, 64)
     return {
+        "known answers": partial(
+            the_backend_gives_known_answers, heads=heads, dtype=torch.float16
+        ),
         "attention, decode": partial(attends, lengths=(70, 1, 0), queries=(1, 1, 1)),
         "attention, mixed": partial(attends, lengths=(40, 9), queries=(3, 9)),
         "a NaN scale shows": partial(a_nan_scale_shows_in_the_rows_that_see_it, queries=4),

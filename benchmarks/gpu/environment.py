@@ -30,15 +30,12 @@ def device_for_kernels() -> torch.device:
     """Return the GPU, or the CPU if Triton interprets.
 
     Raises:
-        SystemExit: There is no GPU and Triton does not interpret.
+        Unavailable: There is no GPU and Triton does not interpret.
     """
     if interpreted():
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise SystemExit(
-            "torch finds no GPU; to try the command without one, set TRITON_INTERPRET=1 and pass "
-            "--smallest"
-        )
+        raise Unavailable("torch finds no GPU; to try the command without one, pass --rehearse")
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -97,8 +94,9 @@ def has_flash_attention() -> bool:
     return False
 
 
-def machine(device: torch.device) -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """Describe the machine and the versions that a result depends on, for JSON."""
+    device = device_for_kernels()
     try:
         vllm = str(vllm_module("vllm").__version__)
     except Unavailable:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from triton.testing import do_bench_cudagraph
 
+from benchmarks.gpu.children import FAILED, announce, synchronize
 from benchmarks.gpu.environment import Unavailable
 from benchmarks.gpu.goals import OURS
 
@@ -54,15 +55,23 @@ def _samples(calls: Sequence[Call], device: torch.device) -> list[float]:
 
 @contextmanager
 def leaving_out(name: str, left_out: dict[str, str]) -> Iterator[None]:
-    """Record the reason if a contender fails, and go on. Ours may fail only for lack of memory."""
+    """Record the reason if a contender fails, and go on. `OURS` may fail only for lack of memory.
+
+    Raises:
+        RuntimeError: The contender broke the CUDA context, so nothing else can run in this process.
+    """
+    announce(name)
     try:
         yield
     except Unavailable as error:
         left_out[name] = str(error)
     except Exception as error:
-        if name.startswith(OURS) and not isinstance(error, torch.OutOfMemoryError):
+        if name == OURS and not isinstance(error, torch.OutOfMemoryError):
             raise
-        left_out[name] = f"{type(error).__name__}: {str(error)[:300]}"
+        ours = name.startswith(OURS) and not isinstance(error, torch.OutOfMemoryError)
+        reason = f"{type(error).__name__}: {str(error)[:300]}"
+        left_out[name] = f"{FAILED}: {reason}" if ours else reason
+        synchronize()
 
 
 def alternating(

@@ -18,16 +18,18 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from benchmarks.gpu.shapes import Heads
+from benchmarks.gpu.shapes import HEADS, Heads, Job, Shape, decode_lengths
 from benchmarks.markdown import table
 from testing.triton import performance_model as model
 from testing.triton.machine_code import MachineCode, read_machine_code
 from vllm_hybrid_kv.kernels.k8v4 import slot_bytes
 from vllm_hybrid_kv.kernels.triton.plan import ROW_TILE_COST
+from vllm_hybrid_kv.kernels.triton.tuning import row_class
 
 # Runs in the checkout, whose compiler of kernels has kept its interface since page format 1.
 _COMPILE = """
@@ -47,9 +49,7 @@ with open(file, "wb") as to:
     pickle.dump((asm, metadata, vars(tiling)), to)
 """
 
-HEADS = (Heads(32, 8, 128), Heads(16, 2, 256))
 BATCHES = (8, 16, 32, 64)
-LENGTH = 32768
 LAUNCH_COLUMNS = ("GPU", "heads", "batch", "programs", "waves", "us", "of copy bandwidth")
 
 
@@ -63,13 +63,6 @@ class Work(NamedTuple):
 Plan = Callable[[Sequence[int], float, int], Work]
 """Takes the key tiles of each request, the programs for each KV head, and the fewest key tiles of
 a program."""
-
-
-def lengths(batch: int, *, ragged: bool) -> list[int]:
-    """Return the tokens of each request: all equal, or from 64k down to 1k in equal ratios."""
-    if not ragged:
-        return [LENGTH] * batch
-    return [int(65536 * 64 ** (-i / (batch - 1))) for i in range(batch)]
 
 
 def rounded_up(tiles: Sequence[int], programs: float, least: int) -> Work:
@@ -115,31 +108,74 @@ def compiled(
         subprocess.run(
             [sys.executable, "-c", _COMPILE, file.name, str(capability), str(head_size),
              str(rows), *sizes],
-            cwd=checkout, check=True, env=os.environ | {"PYTHONPATH": str(checkout)},
+            cwd=checkout, check=True,
+            env=os.environ | {"PYTHONPATH": str(checkout), "TRITON_INTERPRET": "0"},
         )  # fmt: skip
         asm, metadata, tiling = pickle.load(file)
     result = SimpleNamespace(asm=asm, metadata=SimpleNamespace(**metadata))
     return read_machine_code(result), tiling
 
 
+def predict(
+    gpu: model.Gpu, shape: Shape, code: MachineCode, tiling: dict[str, Any], resident: int,
+    plan: Plan,
+) -> model.Launch:  # fmt: skip
+    """Predict attention to a batch in which all requests have equally many new tokens."""
+    heads = shape.heads
+    rows = shape.most_new * heads.query // heads.kv
+    row_tiles = math.ceil(rows / tiling["block_m"])
+    tiles = [math.ceil(one / tiling["block_n"]) for one in shape.lengths for _ in range(row_tiles)]
+    target = tiling["programs_per_processor"] * gpu.processors / heads.kv
+    work = plan(tiles, target, tiling["min_split_tiles"])
+    partial = work.parts * heads.kv * min(tiling["block_m"], rows) * (heads.size + 1) * 4
+    tile_bytes = tiling["block_n"] * slot_bytes(heads.size)
+    return model.predict(code, gpu, work.pieces * heads.kv, tile_bytes, partial, resident)
+
+
+PREDICTED_SECTIONS = ("decode", "verify")
+
+
+def predict_jobs(device: str, jobs: Sequence[Job]) -> dict[str, float | str]:
+    """Predict the jobs in `PREDICTED_SECTIONS` on a device such as "NVIDIA H200".
+
+    Returns:
+        By the text of the job: the milliseconds, or the reason why there are none.
+    """
+    gpu = next((one for name, one in model.GPUS.items() if name in device), None)
+    kernel = cache(partial(compiled, Path(__file__).parents[2]))
+    found: dict[str, float | str] = {}
+    for job in jobs:
+        heads, rows = job.shape.heads, job.shape.most_new * job.shape.heads.query
+        if job.section not in PREDICTED_SECTIONS:
+            found[str(job)] = f"the model predicts only {' and '.join(PREDICTED_SECTIONS)}"
+            continue
+        if gpu is None:
+            found[str(job)] = f"the model does not know {device}"
+            continue
+        try:
+            # All numbers of rows of a class have the same kernel.
+            code, tiling = kernel(gpu.capability, heads.size, row_class(rows // heads.kv), ())
+            resident = model.resident_programs(code, gpu)
+            launch = predict(gpu, job.shape, code, tiling, resident, equal_pieces)
+            found[str(job)] = 1e3 * launch.seconds
+        # The model refuses instructions that it does not know.
+        except (ValueError, subprocess.CalledProcessError) as error:
+            found[str(job)] = str(error)
+    return found
+
+
 def predicted(
     gpu: model.Gpu, heads: Heads, code: MachineCode, tiling: dict[str, Any], resident: int,
-    plan: Plan, num_rows: int,
+    plan: Plan, tokens: int,
 ) -> list[list[str]]:  # fmt: skip
     """Return one row of a table for each batch."""
-    tile_bytes = tiling["block_n"] * slot_bytes(heads.size)
-    target = tiling["programs_per_processor"] * gpu.processors / heads.kv
     rows = []
     for ragged, batch in itertools.product((False, True), BATCHES):
-        row_tiles = math.ceil(num_rows / tiling["block_m"])
-        tiles = [math.ceil(one / tiling["block_n"]) for one in lengths(batch, ragged=ragged)]
-        copy_seconds = sum(tiles) * heads.kv * tile_bytes / (model.COPY_SHARE * gpu.bandwidth)
-        tiles = [count for count in tiles for _ in range(row_tiles)]
-        work = plan(tiles, target, tiling["min_split_tiles"])
-        used_rows = min(tiling["block_m"], num_rows)
-        partial = work.parts * heads.kv * used_rows * (heads.size + 1) * 4
-        pieces = work.pieces * heads.kv
-        launch = model.predict(code, gpu, pieces, tile_bytes, partial, resident)
+        shape = Shape(heads, decode_lengths(batch, ragged=ragged), (tokens,) * batch)
+        launch = predict(gpu, shape, code, tiling, resident, plan)
+        tiles = sum(math.ceil(one / tiling["block_n"]) for one in shape.lengths)
+        copied = tiles * heads.kv * tiling["block_n"] * slot_bytes(heads.size)
+        copy_seconds = copied / (model.COPY_SHARE * gpu.bandwidth)
         rows.append([
             gpu.name, f"{heads.query}/{heads.kv} x {heads.size}",
             f"{batch}, {'ragged' if ragged else 'equal'}",
@@ -180,7 +216,7 @@ def main() -> None:
             f"{full.cycles:.0f}", f"{resident * tile_bytes / share:.0f}",
             f"{full.bytes_in_flight / 1024:.0f}", f"{share * model.MEMORY_LATENCY / 1024:.0f}",
         ])  # fmt: skip
-        launches += predicted(gpu, heads, code, tiling, resident, PLANS[args.plan], rows)
+        launches += predicted(gpu, heads, code, tiling, resident, PLANS[args.plan], args.tokens)
     columns = (
         "GPU", "D", "registers", "shared bytes", "programs", "loop", "barriers",
         "cycles, alone", "cycles, full", "of memory", "KiB in flight", "needed",

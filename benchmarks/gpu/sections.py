@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -10,8 +11,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.contenders import Batch, Contender, Ours, OursOneToken, TorchFlash
+from benchmarks.gpu.contenders import (
+    Batch,
+    Contender,
+    Ours,
+    OursDecodes,
+    OursOneToken,
+    OursPrefills,
+    TorchFlash,
+)
 from benchmarks.gpu.contenders.vllm_kernels import (
+    OursInVllm,
     Stock,
     StockBackend,
     UnifiedBf16,
@@ -19,9 +29,9 @@ from benchmarks.gpu.contenders.vllm_kernels import (
     VllmFlashBf16,
     VllmFlashFp8,
 )
-from benchmarks.gpu.environment import l2_bytes
+from benchmarks.gpu.environment import device_for_kernels, interpreted, l2_bytes
 from benchmarks.gpu.measure import Call, alternating, leaving_out, ratio, spread
-from benchmarks.gpu.shapes import Job, layers_needed
+from benchmarks.gpu.shapes import Job, Shape, layers_needed
 from vllm_hybrid_kv.kernels.triton import quantise_and_store
 
 LAYERS_OF_A_MODEL = 16
@@ -33,19 +43,21 @@ LARGEST_DISTANCE = 0.3
 4-bit values alone cause a distance of 0.1 from bf16."""
 
 _PAGED: tuple[type[Contender], ...] = (
-    Ours, Stock, UnifiedFp8, UnifiedBf16, VllmFlashBf16, VllmFlashFp8,
+    Ours, Stock, VllmFlashBf16, VllmFlashFp8, TorchFlash, UnifiedFp8, UnifiedBf16,
 )  # fmt: skip
 
 CONTENDERS: Mapping[str, tuple[type[Contender], ...]] = {
     "decode": _PAGED,
     "verify": (*_PAGED, OursOneToken),
-    "chunked": (*_PAGED, TorchFlash),
-    "prefill": (Ours, Stock, VllmFlashBf16, TorchFlash, UnifiedBf16),
+    "mixed": (Ours, OursDecodes, OursPrefills, OursInVllm, *_PAGED[1:]),
+    "chunked": (Ours, OursInVllm, *_PAGED[1:]),
+    "prefill": (Ours, OursInVllm, Stock, VllmFlashBf16, TorchFlash, UnifiedBf16),
 }
 
 
-def copy_bandwidth(copied_bytes: int, device: torch.device, seconds: float) -> float:
+def copy_bandwidth(seconds: float) -> float:
     """Measure how many GB (1e9 bytes) a large copy reads and writes per second."""
+    device, copied_bytes = device_for_kernels(), 1 << (16 if interpreted() else 30)
     source = torch.zeros(copied_bytes, dtype=torch.uint8, device=device)
     calls = {"copy": [partial(source.clone().copy_, source)]}
     times = alternating(calls, device, seconds, {})
@@ -53,15 +65,40 @@ def copy_bandwidth(copied_bytes: int, device: torch.device, seconds: float) -> f
 
 
 def build(
-    contenders: Sequence[type[Contender]], batch: Batch, layers: int
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Make contenders that have caches for `layers` layers. Also returns why some are left out."""
+    contenders: Sequence[type[Contender]], batch: Batch, layers: int, left_out: dict[str, str]
+) -> dict[str, Any]:
+    """Make contenders that have caches for `layers` layers, except those in `left_out`.
+
+    `left_out` gets the reason of each contender that cannot be made.
+    """
     built: dict[str, Any] = {}
-    left_out: dict[str, str] = {}
     for contender in contenders:
+        if contender.name in left_out:
+            continue
         with leaving_out(contender.name, left_out):
             built[contender.name] = contender(batch, layers)
-    return built, left_out
+    return built
+
+
+def small(shape: Shape) -> Shape:
+    """Return a shape with few tokens that uses the same kernels."""
+    if interpreted():
+        return shape
+    new = tuple(min(count, 512) for count in shape.new)
+    context = 0 if shape.new == shape.lengths else 256
+    return Shape(shape.heads, tuple(context + count for count in new), new)
+
+
+def compile_job(job: Job) -> None:
+    """Fill Triton's cache on disk: every contender attends once, to few tokens."""
+    if job.section not in CONTENDERS:
+        return
+    # A contender that fails here fails again when it is measured, and is reported then.
+    with contextlib.suppress(Exception):
+        built = build(CONTENDERS[job.section], Batch(small(job.shape), device_for_kernels()), 1, {})
+        for contender in built.values():
+            with contextlib.suppress(Exception):
+                contender.attend(0)
 
 
 def distances(outputs: Mapping[str, torch.Tensor]) -> dict[str, float]:
@@ -121,15 +158,16 @@ def result_of(
     return result | {"ms": ms, "times_ours": ratios, "achieved": achieved}
 
 
-def measure(job: Job, device: torch.device, seconds: float, bandwidth: float) -> dict[str, Any]:
-    """Measure all contenders of a job; see `result_of`.
+def measure(job: Job, seconds: float, bandwidth: float, left_out: dict[str, str]) -> dict[str, Any]:
+    """Measure all contenders of a job, except those in `left_out`; see `result_of`.
 
     Raises:
-        Exception: Our kernel failed.
+        Exception: Our kernel failed, or a contender broke the CUDA context.
     """
     of_section = _measure_store if job.section == "store" else _measure_attention
+    device = device_for_kernels()
     try:
-        return of_section(job, device, seconds, bandwidth)
+        return of_section(job, device, seconds, bandwidth, left_out)
     finally:
         gc.collect()
         if device.type == "cuda":
@@ -137,11 +175,11 @@ def measure(job: Job, device: torch.device, seconds: float, bandwidth: float) ->
 
 
 def _measure_attention(
-    job: Job, device: torch.device, seconds: float, bandwidth: float
+    job: Job, device: torch.device, seconds: float, bandwidth: float, left_out: dict[str, str]
 ) -> dict[str, Any]:
     shape = job.shape
     layers = layers_needed(shape.read_bytes(Ours.stored), l2_bytes(device))
-    built, left_out = build(CONTENDERS[job.section], Batch(shape, device), layers)
+    built = build(CONTENDERS[job.section], Batch(shape, device), layers, left_out)
     outputs: dict[str, torch.Tensor] = {}
     calls: dict[str, list[Call]] = {}
     for name, contender in built.items():
@@ -159,28 +197,27 @@ def _measure_attention(
     plan = f"{Ours.name}, plan"
     calls[plan] = [built[Ours.name].plan]
     times = alternating(calls, device, seconds, left_out)
-    step = spread(times.pop(plan))
-    for name in (Ours.name, OursOneToken.name):
-        if name in times:
-            share = step["median"] / LAYERS_OF_A_MODEL
+    step, alone = spread(times.pop(plan)), spread(times[Ours.name])
+    share = step["median"] / LAYERS_OF_A_MODEL
+    for name in times:
+        if name.startswith(Ours.name):
             times[name] = [time + share for time in times[name]]
     comparable = [name for name in times if name == Ours.name or name in apart]
     return result_of(
         job, layers, times, {name: shape.read_bytes(built[name].stored) for name in comparable},
         bandwidth, left_out, distance=apart,
         notes={name: built[name].note for name in outputs if built[name].note},
-        once_a_step_ms={Ours.name: step},
+        once_a_step_ms=step, kernel_ms=alone,
     )  # fmt: skip
 
 
 def _measure_store(
-    job: Job, device: torch.device, seconds: float, bandwidth: float
+    job: Job, device: torch.device, seconds: float, bandwidth: float, left_out: dict[str, str]
 ) -> dict[str, Any]:
     """Time our store kernel, vLLM's, and a copy that moves as many bytes."""
     moved = job.shape.stored_bytes
     layers = layers_needed(moved, l2_bytes(device))
     batch = Batch(job.shape, device)
-    left_out: dict[str, str] = {}
     key, value, slots = next(batch.stored())
     sources = [(key.clone(), value.clone()) for _ in range(layers)]
     copied = torch.zeros(layers, 2, moved // 2, dtype=torch.uint8, device=device)
@@ -189,11 +226,12 @@ def _measure_store(
                     for kv in sources],
         "copy": [partial(target.copy_, source) for source, target in copied],
     }  # fmt: skip
-    with leaving_out(Stock.name, left_out):
-        stock = StockBackend(batch)
-        calls[Stock.name] = [
-            partial(stock.store, *kv, stock.empty_cache(), slots) for kv in sources
-        ]
+    if Stock.name not in left_out:
+        with leaving_out(Stock.name, left_out):
+            stock = StockBackend(batch)
+            calls[Stock.name] = [
+                partial(stock.store, *kv, stock.empty_cache(), slots) for kv in sources
+            ]
     for name, (first, *_) in calls.items():
         with leaving_out(name, left_out):
             first()

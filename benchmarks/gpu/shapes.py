@@ -3,21 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from vllm_hybrid_kv.kernels import k8v4
 
 PAGE = 16
 """Tokens of a page, for every contender: vLLM's default on GPUs."""
 
-GOAL_LENGTH = 32768
+LONG = 32768
 """Tokens of a request in the goals of decode."""
 
 SECTIONS = {
     "decode": "Decode: one new token a request",
     "verify": "Verification of several tokens",
+    "mixed": "Decodes and a chunk of a prompt in one batch",
     "chunked": "Chunked prefill over cached context",
     "prefill": "Whole prompts",
     "store": "Quantise and store",
@@ -37,31 +37,61 @@ class Heads:
         return f"{self.query}/{self.kv} x {self.size}"
 
 
+def _range(numbers: tuple[int, ...]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
+
+
 @dataclass(frozen=True)
 class Shape:
-    """A batch of requests of one length.
+    """A batch of requests.
 
     Attributes:
         heads: The heads.
-        batch: Requests.
-        length: Tokens of a request, including its new ones.
-        queries: New tokens of a request.
+        lengths: Tokens of each request, including its new ones.
+        new: New tokens of each request. Decodes come first, as in vLLM.
     """
 
     heads: Heads
-    batch: int
-    length: int
-    queries: int = 1
+    lengths: tuple[int, ...]
+    new: tuple[int, ...]
+
+    @classmethod
+    def equal(cls, heads: Heads, batch: int, length: int, new: int = 1) -> Shape:
+        return cls(heads, (length,) * batch, (new,) * batch)
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def most_new(self) -> int:
+        return max(self.new)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether requests have different lengths or different numbers of new tokens."""
+        return len({*self.lengths}) > 1 or len({*self.new}) > 1
 
     @property
     def tokens(self) -> int:
         """Tokens in the cache."""
-        return self.batch * self.length
+        return sum(self.lengths)
 
     @property
-    def pages(self) -> int:
-        """Pages of a request."""
-        return -(-self.length // PAGE)
+    def pages(self) -> list[int]:
+        """Pages of each request."""
+        return [-(-length // PAGE) for length in self.lengths]
+
+    def part(self, *, decodes: bool) -> Shape:
+        """Return the requests with one new token, or the others."""
+        pairs = zip(self.lengths, self.new, strict=True)
+        lengths, new = zip(*(pair for pair in pairs if (pair[1] == 1) == decodes), strict=True)
+        return Shape(self.heads, lengths, new)
 
     def read_bytes(self, stored: str) -> int:
         """Return the bytes of the cache that attention has to read once."""
@@ -75,16 +105,22 @@ class Shape:
     @property
     def flops(self) -> int:
         """Operations of causal attention: two products, each a multiply and an add per number."""
-        context = self.length - self.queries
-        pairs = self.queries * context + self.queries * (self.queries + 1) // 2
-        return 4 * self.batch * self.heads.query * self.heads.size * pairs
+        pairs = sum(
+            new * (length - new) + new * (new + 1) // 2
+            for length, new in zip(self.lengths, self.new, strict=True)
+        )
+        return 4 * self.heads.query * self.heads.size * pairs
 
     def __str__(self) -> str:
-        return f"{self.heads}, batch {self.batch}, {self.length} tokens, {self.queries} new"
+        lengths, new = _range(self.lengths), _range(self.new)
+        return f"{self.heads}, batch {self.batch}, {lengths} tokens, {new} new"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the numbers, for JSON."""
-        return asdict(self) | {"heads": str(self.heads)}
+        """Return what JSON and tables contain."""
+        return {
+            "heads": str(self.heads), "batch": self.batch, "longest": self.longest,
+            "tokens": _range(self.lengths), "new": _range(self.new), "ragged": self.ragged,
+        }  # fmt: skip
 
 
 def token_bytes(stored: str, head_size: int) -> int:
@@ -98,101 +134,102 @@ def layers_needed(cache_bytes: int, l2_bytes: int) -> int:
     return max(1, min(256, -(-2 * l2_bytes // cache_bytes)))
 
 
-@dataclass(frozen=True)
-class Job:
-    """One measurement: a section and a shape.
+def decode_lengths(batch: int, *, ragged: bool) -> tuple[int, ...]:
+    """Return the tokens of each request: all equal, or from 64k down to 1k in equal ratios."""
+    if not ragged:
+        return (LONG,) * batch
+    return tuple(int(2 * LONG * 64 ** (-i / (batch - 1))) for i in range(batch))
 
-    Attributes:
-        section: One of `SECTIONS`.
-        shape: The batch. For `store`, all its tokens are new.
-        rank: Jobs of a lower rank come first. Rank 0 decides a goal.
-    """
+
+class Job(NamedTuple):
+    """One measurement: a section and a shape. For `store`, all tokens of the shape are new."""
 
     section: str
     shape: Shape
-    rank: int
 
     def __str__(self) -> str:
         return f"{self.section}, {self.shape}"
 
 
-def jobs(
-    heads: Sequence[Heads],
-    *,
-    batches: Sequence[int],
-    lengths: Sequence[int],
-    verified: Sequence[tuple[int, int]],
-    contexts: Sequence[int],
-    prompts: Sequence[int],
-    stored: Sequence[int],
-    verified_tokens: int = 4,
-    chunk: int = 2048,
-) -> list[Job]:
-    """Return the measurements, the most important first.
+class Part(NamedTuple):
+    """A part of a run, which runs in processes of its own and writes a file of its own.
 
-    The shapes that decide a goal come first, then the rest of decode in the order of `lengths`.
-
-    Args:
-        heads: Shapes of heads for every section.
-        batches, lengths: For decode, which measures every combination.
-        verified: Pairs of batch and length for verification.
-        contexts: Tokens before each chunk.
-        prompts: Tokens of whole prompts.
-        stored: Numbers of tokens to store.
-        verified_tokens: New tokens of each verification.
-        chunk: New tokens of each chunk.
+    Attributes:
+        title: For the report.
+        seconds: The time limit, which starts after the kernels have been compiled.
+        jobs: The measurements, the most important first; empty for checks.
     """
 
-    # Large batches at the goals' length decide a goal too, but take longer.
-    found = [
-        Job("decode", Shape(of, batch, length), 2 if length != GOAL_LENGTH else int(batch > 8))
-        for length in lengths
-        for batch in batches
-        for of in heads
-    ]
-    for place, of in enumerate(heads):
-        # Every section measures two shapes of heads before any section measures more.
-        rank = int(place >= 2)
-        for batch, length in verified:
-            found.append(Job("verify", Shape(of, batch, length, verified_tokens), rank))
-        for context in contexts:
-            found.append(Job("chunked", Shape(of, 1, context + chunk, chunk), rank))
-        for length in prompts:
-            found.append(Job("prefill", Shape(of, 1, length, length), rank + 1))
-        for tokens in stored:
-            found.append(Job("store", Shape(of, 1, tokens, tokens), rank))
-    return sorted(found, key=lambda job: job.rank)
+    title: str
+    seconds: float
+    jobs: tuple[Job, ...]
 
 
-HEADS = (Heads(32, 8, 128), Heads(16, 2, 256), Heads(24, 4, 256), Heads(64, 8, 128))
+HEADS = (Heads(32, 8, 128), Heads(16, 2, 256))
+OTHER_HEADS = (Heads(24, 4, 256), Heads(64, 8, 128))
+CHUNK = 2048
 
-FULL = jobs(
-    HEADS,
-    batches=(8, 1, 32, 128),
-    lengths=(32768, 8192, 131072, 1024),
-    verified=((8, 32768), (1, 32768), (32, 8192)),
-    contexts=(32768, 8192),
-    prompts=(8192, 32768),
-    stored=(8192, 512, 1),
-)
-QUICK = jobs(
-    HEADS[:2],
-    batches=(8, 1),
-    lengths=(32768, 8192),
-    verified=((8, 32768),),
-    contexts=(8192,),
-    prompts=(8192,),
-    stored=(8192,),
-)
-# For the interpreter. vLLM's k8v4 has another code path for more than 128 new tokens.
-SMALLEST = jobs(
-    (Heads(2, 1, 64),),
-    batches=(1,),
-    lengths=(20,),
-    verified=((1, 20),),
-    contexts=(16,),
-    prompts=(24,),
-    stored=(8,),
-    verified_tokens=2,
-    chunk=129,
-)
+
+def _decode(heads: Heads, batch: int, *, ragged: bool) -> Job:
+    return Job("decode", Shape(heads, decode_lengths(batch, ragged=ragged), (1,) * batch))
+
+
+def _decodes_and_chunk(heads: Heads, decodes: tuple[int, ...], context: int, chunk: int) -> Job:
+    lengths, new = (*decodes, context + chunk), (*(1 for _ in decodes), chunk)
+    return Job("mixed", Shape(heads, lengths, new))
+
+
+def _equal(section: str, batch: int, length: int, new: int, heads: tuple[Heads, ...]) -> list[Job]:
+    return [Job(section, Shape.equal(of, batch, length, new)) for of in heads]
+
+
+CHECKS = "known-answers"
+
+PARTS = {
+    CHECKS: Part("Known answers, compared with the reference", 120, ()),
+    "decode": Part("Decode", 240, tuple(
+        _decode(of, batch, ragged=ragged)
+        for batch in (8, 32, 16) for ragged in (False, True) for of in HEADS
+    )),
+    "mixed": Part("Mixed batches, verification, chunked prefill", 180, (
+        # One long request next to short ones: a plan that follows the longest query is slow.
+        *(_decodes_and_chunk(of, (4 * LONG, *[2048] * 6), 8192, CHUNK) for of in HEADS),
+        *_equal("verify", 8, LONG, 4, HEADS),
+        *_equal("chunked", 1, LONG + CHUNK, CHUNK, HEADS),
+        *(_decodes_and_chunk(of, (8192,) * 16, 8192, 512) for of in HEADS),
+        *(Job("verify", Shape(of, decode_lengths(8, ragged=True), (4,) * 8)) for of in HEADS),
+        *_equal("chunked", 1, 8192 + CHUNK, CHUNK, HEADS),
+    )),
+    "more": Part("Other batches, whole prompts, store", 240, (
+        *_equal("decode", 1, LONG, 1, HEADS),
+        *_equal("store", 1, 8192, 8192, HEADS),
+        *_equal("prefill", 1, 8192, 8192, HEADS),
+        *_equal("decode", 8, LONG, 1, OTHER_HEADS),
+        *_equal("decode", 64, 8192, 1, HEADS),
+        *_equal("decode", 8, 4 * LONG, 1, HEADS),
+        *_equal("decode", 128, 1024, 1, HEADS),
+        *_equal("prefill", 1, LONG, LONG, HEADS),
+        *_equal("store", 1, 1, 1, HEADS),
+    )),
+}  # fmt: skip
+"""The parts of a run by name, in their order."""
+
+DEFAULT_PARTS = (CHECKS, "decode", "mixed")
+
+_TINY = Heads(2, 1, 64)
+REHEARSED = {
+    CHECKS: (),
+    "decode": (
+        Job("decode", Shape.equal(_TINY, 1, 20)), Job("decode", Shape(_TINY, (40, 9), (1, 1))),
+    ),
+    "mixed": (
+        Job("mixed", Shape(_TINY, (20, 24), (1, 8))),
+        Job("verify", Shape.equal(_TINY, 1, 20, 2)),
+        # vLLM's k8v4 has another code path for more than 128 new tokens.
+        Job("chunked", Shape.equal(_TINY, 1, 145, 129)),
+    ),
+    "more": (
+        Job("prefill", Shape.equal(_TINY, 1, 24, 24)), Job("store", Shape.equal(_TINY, 1, 8, 8)),
+    ),
+}  # fmt: skip
+"""The jobs of a rehearsal in Triton's interpreter."""

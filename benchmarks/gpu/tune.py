@@ -22,10 +22,17 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from benchmarks.gpu.children import share_out
 from benchmarks.gpu.contenders import Batch, Ours
-from benchmarks.gpu.environment import Budget, interpreted, l2_bytes, machine
+from benchmarks.gpu.environment import (
+    Budget,
+    device_for_kernels,
+    interpreted,
+    l2_bytes,
+    machine,
+)
 from benchmarks.gpu.measure import Call, alternating, ratio
-from benchmarks.gpu.processes import compile_tilings
+from benchmarks.gpu.sections import small
 from benchmarks.gpu.shapes import Heads, Shape, layers_needed
 from vllm_hybrid_kv.kernels.triton.tuning import (
     MOST_ROWS,
@@ -60,11 +67,11 @@ def tasks() -> list[Task]:
     for queries, rows in zip((1, 2048, 2, 4, 8), (8, MOST_ROWS[-1], 16, 32, 64), strict=True):
         for heads in (Heads(32, 8, 128), Heads(16, 2, 256), Heads(16, 2, 64)):
             if queries == 2048:
-                shapes = [Shape(heads, 1, 8192 + queries, queries)]
+                shapes = [Shape.equal(heads, 1, 8192 + queries, queries)]
             else:
                 # With eight query heads per KV head, several tokens have exactly `rows` rows.
                 wide = heads if queries == 1 else Heads(8 * heads.kv, heads.kv, heads.size)
-                shapes = [Shape(wide, batch, 32768, queries) for batch in (8, 1)]
+                shapes = [Shape.equal(wide, batch, 32768, queries) for batch in (8, 1)]
             found.append(Task(rows, shapes[0].heads, tuple(shapes)))
     return found
 
@@ -113,7 +120,7 @@ class _Trial:
 
     def __init__(self, task: Task, device: torch.device, budget: Budget) -> None:
         self._device, self._budget = device, budget
-        rows = task.shapes[0].queries * task.heads.query // task.heads.kv
+        rows = task.shapes[0].most_new * task.heads.query // task.heads.kv
         assert row_class(rows) == task.rows
         self._derived = derived_tiling(rows, task.heads.size, capability_of(device))
         self.best, self.speedup = self._derived, 1.0
@@ -163,16 +170,23 @@ class _Trial:
         return statistics.geometric_mean(speedups)
 
 
-def tune(folder: Path, device: torch.device, budget: Budget) -> int:
+def _compile(shape: Shape, tiling: Tiling) -> None:
+    """Fill Triton's cache on disk. A candidate that fails here is rejected when it is tried."""
+    ours = Ours(Batch(small(shape), device_for_kernels()), 1)
+    ours.attend(0, ours.plan(tiling))
+
+
+def tune(folder: Path, seconds: float) -> int:
     """Try the candidates, print the rows for `MEASURED` and write `gpu_tuning.json`; return 0.
 
     Args:
         folder: For the file.
-        device: The GPU. The interpreter tries only a few candidates, for a single task.
-        budget: The time, which the rows share evenly.
+        seconds: The time, which the rows share evenly.
     """
+    budget, device = Budget(seconds), device_for_kernels()
+    # The interpreter tries only a few candidates, for a single task.
     capability = capability_of(device)
-    wanted = [Task(8, SMALL, (Shape(SMALL, 1, 70),))] if interpreted() else tasks()
+    wanted = [Task(8, SMALL, (Shape.equal(SMALL, 1, 70),))] if interpreted() else tasks()
     rows: list[str] = []
     log: list[dict[str, Any]] = []
     for place, task in enumerate(wanted):
@@ -186,8 +200,8 @@ def tune(folder: Path, device: torch.device, budget: Budget) -> int:
             entry["left_out"] = str(error)
             continue
         candidates = sizes(task.rows)[: 2 if interpreted() else None]
-        if device.type == "cuda":
-            compile_tilings(task.shapes[0], candidates, 0.4 * (start + share - budget.spent))
+        compile_one = partial(_compile, task.shapes[0])
+        share_out(compile_one, candidates, 0.4 * (start + share - budget.spent))
         trial.run(candidates, budget.spent + 0.7 * (start + share - budget.spent))
         divisions = [
             replace(trial.best, programs_per_processor=programs, min_split_tiles=tiles)
@@ -198,12 +212,12 @@ def tune(folder: Path, device: torch.device, budget: Budget) -> int:
         entry |= {
             "tried": trial.tried, "winner": asdict(best), "times_as_fast_as_derived": speedup,
         }  # fmt: skip
-        if speedup >= WORTHWHILE and capability is not None:
+        if speedup >= WORTHWHILE and capability is not None and not interpreted():
             rows.append(f"    # {speedup:.2f} times as fast as the derived size.")
             rows.append(row_of(capability, task, best))
         print(f"{budget.spent:5.0f} s: {task.heads}, {task.rows} rows: {best}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    everything = {"machine": machine(device), "tasks": log, "rows": rows}
+    everything = {"machine": machine(), "tasks": log, "rows": rows}
     (folder / "gpu_tuning.json").write_text(json.dumps(everything, indent=1, default=str) + "\n")
     print("Rows for MEASURED in kernels/triton/tuning.py:", *(rows or ["none"]), sep="\n")
     return 0

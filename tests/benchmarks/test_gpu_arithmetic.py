@@ -15,12 +15,14 @@ import triton
 
 from benchmarks.gpu import goals, tune
 from benchmarks.gpu.checks import CheckResult, checks, run
+from benchmarks.gpu.contenders import Batch
 from benchmarks.gpu.measure import alternating, ratio, spread
-from benchmarks.gpu.report import JSON, MARKDOWN, Report
+from benchmarks.gpu.report import JSON, MARKDOWN, Report, write_summary
 from benchmarks.gpu.sections import distances, result_of
 from benchmarks.gpu.shapes import (
-    FULL,
-    QUICK,
+    CHECKS,
+    HEADS,
+    PARTS,
     SECTIONS,
     Heads,
     Job,
@@ -32,16 +34,30 @@ from testing.triton.attention import assert_close
 from vllm_hybrid_kv.kernels.triton import tuning
 from vllm_hybrid_kv.kernels.triton.tuning import MOST_ROWS, Tiling
 
-HEADS = Heads(32, 8, 128)
+SOME = Heads(32, 8, 128)
 
 
 def test_bytes_and_operations_follow_the_shape_and_the_format() -> None:
     assert [token_bytes(stored, 128) for stored in ("k8v4", "bf16", "fp8")] == [196, 512, 256]
-    assert Shape(HEADS, batch=2, length=17).read_bytes("k8v4") == 2 * 17 * 8 * 196
-    assert Shape(HEADS, 1, 10, 10).stored_bytes == 10 * 8 * (512 + 196)
+    assert Shape(SOME, (17, 20), (1, 1)).read_bytes("k8v4") == 37 * 8 * 196
+    assert Shape.equal(SOME, 1, 10, 10).stored_bytes == 10 * 8 * (512 + 196)
     # Two new tokens over three cached ones: the first sees 4 keys, the second 5.
-    assert Shape(HEADS, 1, 5, 2).flops == 4 * 32 * 128 * (4 + 5)
-    assert Shape(HEADS, 3, 7).flops == 3 * 4 * 32 * 128 * 7
+    assert Shape(SOME, (5, 7), (2, 1)).flops == 4 * 32 * 128 * (4 + 5 + 7)
+    mixed = Shape(SOME, (9, 5, 20), (1, 1, 8))
+    assert mixed.part(decodes=True) == Shape(SOME, (9, 5), (1, 1))
+    assert mixed.part(decodes=False) == Shape(SOME, (20,), (8,))
+
+
+def test_a_batch_of_requests_of_different_lengths_stores_each_token_once() -> None:
+    shape = Shape(Heads(2, 1, 64), (40, 9, 17), (1, 1, 3))
+    batch = Batch(shape, torch.device("cpu"))
+    key, _, slots = next(batch.stored())
+    assert len(set(slots.tolist())) == len(key) == 66
+    # The last token of the second request is in its first page.
+    assert slots[48] == batch.block_table[1, 0] * 16 + 8
+    dense, new = batch.dense()[0], batch.new()[0]
+    assert torch.equal(dense, key)
+    assert torch.equal(new, key[[39, 48, 63, 64, 65]])
 
 
 @pytest.mark.parametrize(
@@ -54,14 +70,18 @@ def test_layers_in_turn_exceed_twice_the_l2_cache(
     assert layers_needed(cache_bytes, l2_bytes) == layers
 
 
-@pytest.mark.parametrize("jobs", [FULL, QUICK], ids=["full", "quick"])
-def test_shapes_that_decide_a_goal_come_first(jobs: list[Job]) -> None:
-    lengths = [job.shape.length for job in jobs if job.section == "decode"]
-    at_goal = lengths.count(32768)
-    assert set(lengths[:at_goal]) == {32768}
-    sections = [job.section for job in jobs]
-    last_decode = len(sections) - 1 - sections[::-1].index("decode")
-    assert max(sections.index(section) for section in SECTIONS) < last_decode
+def test_the_parts_have_the_batches_that_decide_goals_most_important_first() -> None:
+    assert next(iter(PARTS)) == CHECKS
+    decode = [job.shape for job in PARTS["decode"].jobs]
+    assert {(s.heads, s.batch, s.ragged) for s in decode} == {
+        (heads, batch, ragged)
+        for heads in HEADS for batch in (8, 16, 32) for ragged in (False, True)
+    }  # fmt: skip
+    assert [shape.batch for shape in decode[:4]] == [8] * 4
+    assert {job.section for job in PARTS["mixed"].jobs[:6]} == {"mixed", "verify", "chunked"}
+    assert {job.section for part in PARTS.values() for job in part.jobs} == set(SECTIONS)
+    ragged = decode[2].lengths
+    assert (ragged[0], ragged[-1]) == (65536, 1024)
 
 
 def test_a_ratio_is_the_median_of_the_ratios_of_pairs() -> None:
@@ -91,8 +111,8 @@ def result(section: str, shape: Shape, moved: float = 0.08, **times: float) -> d
     """Make a result: ours takes 0.1 ms and moves `moved` GB. `times` are multiples of 0.1 ms."""
     samples = {name.replace("_", " "): [0.1 * of] for name, of in times.items()}
     return result_of(
-        Job(section, shape, 0), 1, {"ours": [0.1], **samples}, {"ours": int(1e9 * moved)}, 1000.0,
-        {"FlashAttention bf16": "no GPU"},
+        Job(section, shape), 1, {"ours": [0.1], **samples}, {"ours": int(1e9 * moved)}, 1000.0,
+        {"FlashAttention bf16": "no GPU"}, predicted_ms=0.08 if section == "decode" else "no model",
     )  # fmt: skip
 
 
@@ -102,17 +122,17 @@ def verdict_of(text: str, *results: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_worst_shape_decides_a_goal() -> None:
-    shapes = [Shape(HEADS, batch, 32768) for batch in (8, 32, 128)]
-    good = [result("decode", *of) for of in zip(shapes, (0.08, 0.076, 0.09), strict=True)]
-    found = verdict_of("75 %", *good)
-    assert (found["measured"], found["best"]) == (pytest.approx(0.76), pytest.approx(0.9))
+    shapes = [Shape.equal(SOME, batch, 32768) for batch in (8, 32, 64)]
+    good = [result("decode", *of) for of in zip(shapes, (0.09, 0.086, 0.1), strict=True)]
+    found = verdict_of("85 % of copy", *good)
+    assert (found["measured"], found["best"]) == (pytest.approx(0.86), pytest.approx(1.0))
     assert (found["met"], found["shapes"]) == (True, 3)
     assert "batch 32" in found["where"]
-    assert verdict_of("75 %", *good, result("decode", shapes[0], 0.074))["met"] is False
+    assert verdict_of("85 % of copy", *good, result("decode", shapes[0], 0.074))["met"] is False
 
 
 def test_the_fastest_other_kernel_decides_a_goal() -> None:
-    shape = Shape(HEADS, 8, 32768)
+    shape = Shape.equal(SOME, 8, 32768)
     one = result("decode", shape, unified_bf16=3.0, FlashAttention_bf16=1.9, unified_fp8=1.3)
     found = verdict_of("2 times the fastest bf16", one)
     assert (found["measured"], found["met"]) == (pytest.approx(1.9), False)
@@ -120,15 +140,15 @@ def test_the_fastest_other_kernel_decides_a_goal() -> None:
 
 
 def test_other_shapes_do_not_decide_a_goal() -> None:
-    short = result("decode", Shape(HEADS, 8, 8192), 0.01)
-    alone = result("decode", Shape(HEADS, 1, 32768), 0.01, unified_fp8=0.9)
-    found = verdict_of("75 %", short, alone)
+    short = result("decode", Shape.equal(SOME, 8, 8192), 0.01)
+    alone = result("decode", Shape.equal(SOME, 1, 32768), 0.01, unified_fp8=0.9)
+    found = verdict_of("85 % of copy", short, alone)
     assert (found["met"], found["measured"], found["shapes"]) == (None, None, 0)
-    assert verdict_of("batch 1", short, alone)["met"] is False
-    chunk = result("chunked", Shape(HEADS, 1, 10240, 2048))  # without FlashAttention
-    assert verdict_of("60 % of FlashAttention", chunk)["met"] is None
+    assert verdict_of("one long request", short, alone)["met"] is False
+    chunk = result("chunked", Shape.equal(SOME, 1, 10240, 2048))  # without FlashAttention
+    assert verdict_of("85 % of FlashAttention", chunk)["met"] is None
     small, large = (
-        result("store", Shape(HEADS, 1, n, n), of) for n, of in ((1, 0.01), (8192, 0.07))
+        result("store", Shape.equal(SOME, 1, n, n), of) for n, of in ((1, 0.01), (8192, 0.07))
     )
     assert verdict_of("store", small, large)["met"] is True
 
@@ -136,7 +156,7 @@ def test_other_shapes_do_not_decide_a_goal() -> None:
 def test_the_largest_number_decides_a_goal_with_an_upper_bound() -> None:
     # The result has the time of one token relative to that of four tokens: 1 / slowdown.
     found = verdict_of("verification", *(
-        result("verify", Shape(HEADS, batch, 32768, 4), **{"ours,_one_token": 1 / slowdown})
+        result("verify", Shape.equal(SOME, batch, 32768, 4), **{"ours,_one_token": 1 / slowdown})
         for batch, slowdown in ((1, 1.1), (8, 1.4))
     ))  # fmt: skip
     assert (found["measured"], found["best"]) == (pytest.approx(1.4), pytest.approx(1.1))
@@ -173,32 +193,48 @@ def test_distances_are_relative_to_the_size_of_ours_and_one_must_be_small() -> N
         distances({"ours": ours, "a": -ours, "b": ours * math.nan})
 
 
+def test_a_mixed_batch_is_compared_with_its_decodes_and_prefills_alone() -> None:
+    alone = {"ours,_decodes_alone": 0.3, "ours,_prefills_alone": 0.5}
+    shape = Shape(SOME, (9, 20), (1, 8))
+    assert verdict_of("mixed", result("mixed", shape, **alone))["measured"] == pytest.approx(1.25)
+    # Our backend may launch them apart.
+    found = verdict_of("mixed", result("mixed", shape, **alone, ours_in_vLLM=0.9))
+    assert (found["measured"], found["met"]) == (pytest.approx(1.125), True)
+    assert verdict_of("mixed", result("mixed", shape))["met"] is None
+
+
 def report(*more: CheckResult) -> Report:
     return Report(
+        "decode",
         {"interpreted": False, "gpu": "A GPU", "compute_capability": (9, 0)},
+        240.0,
         [CheckResult("attention, decode", "passed", "out 1e-3", 1.0), *more],
         {"copy_gb_s": 1000.0},
         [
-            result("decode", Shape(HEADS, 8, 32768), 0.081, stock_k8v4=7.5, unified_fp8=1.2),
-            result("store", Shape(HEADS, 1, 8192, 8192), 0.066, stock_k8v4=2.0, copy=0.7),
+            result("decode", Shape.equal(SOME, 8, 32768), 0.081, stock_k8v4=7.5, unified_fp8=1.2),
+            result("store", Shape.equal(SOME, 1, 8192, 8192), 0.066, stock_k8v4=2.0, copy=0.7),
         ],
     )
 
 
 def test_a_report_names_the_machine_and_the_goals_that_are_met(tmp_path: Path) -> None:
     report().write(tmp_path)
-    text = (tmp_path / MARKDOWN).read_text()
-    assert "- gpu: A GPU\n- compute_capability: (9, 0)\n" in text
+    text = write_summary(tmp_path)
+    assert text == (tmp_path / MARKDOWN).read_text()
+    assert "- gpu: A GPU\n- compute_capability: [9, 0]\n" in text
     worst = "(32/8 x 128, batch 8, 32768 tokens)"
     assert f"at least 7 times stock k8v4 | 7.50 {worst} | 7.50 | 1 | yes |" in text
     assert f"the fastest fp8 | 1.20 {worst} | 1.20 | 1 | **no** |" in text
     assert "at least 3 times stock k8v4 | not measured |  |  |  |" in text
-    assert "| 32/8 x 128 | 8, 32768, 1 | 100.0 (81 %) | 750.0 (7.50) | 120.0 (1.20) |" in text
-    left_out = "(2 shapes, for example decode 32/8 x 128, 8 x 32768)"
+    assert "| 32/8 x 128, 8, 32768, 1 | 100.0 (81 %) | 750.0 (7.50) | 120.0 (1.20) |" in text
+    assert "| decode | 32/8 x 128, 8, 32768, 1 | 80.0 | 100.0 | 1.25 |" in text
+    assert "| store | 32/8 x 128, 1, 8192, 8192 | no prediction: no model | 100.0 |  |" in text
+    left_out = "(2 shapes, for example decode 32/8 x 128, 8, 32768, 1)"
     assert f"- left out: FlashAttention bf16: no GPU {left_out}" in text
-    everything = json.loads((tmp_path / JSON).read_text())
-    assert everything["times_mean_something"] is True
-    assert len(everything["goals"]) == len(goals.GOALS)
+    assert "different machines" not in text
+    other = report()
+    replace(other, part="more", machine={**other.machine, "gpu": "Another"}).write(tmp_path)
+    assert "different machines" in write_summary(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +247,8 @@ def test_a_check_that_failed_or_was_not_run_fails_the_run_and_is_named(
     assert found.failed is failed
     assert replace(found, failures=["decode: RuntimeError: no"]).failed
     found.write(tmp_path)
-    assert f"- {outcome}: stored bytes: 3 bytes differ" in (tmp_path / MARKDOWN).read_text()
+    assert json.loads((tmp_path / JSON.format("decode")).read_text())["failed"] is failed
+    assert f"- {outcome}: stored bytes: 3 bytes differ" in write_summary(tmp_path)
 
 
 def test_every_class_of_rows_and_heads_is_tuned() -> None:
@@ -221,7 +258,7 @@ def test_every_class_of_rows_and_heads_is_tuned() -> None:
     assert found == {(rows, size) for rows in MOST_ROWS for size in (64, 128, 256)}
     for task in tasks:
         for shape in task.shapes:
-            rows = shape.queries * shape.heads.query // shape.heads.kv
+            rows = shape.most_new * shape.heads.query // shape.heads.kv
             assert tuning.row_class(rows) == task.rows
             derived = tuning.derived_tiling(rows, task.heads.size, (9, 0))
             assert derived in tune.sizes(task.rows)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import ClassVar
+from itertools import accumulate
+from typing import Any, ClassVar
 
 import torch
 
@@ -29,11 +30,11 @@ class Batch:
     Attributes:
         shape: Requests, lengths and heads.
         dtype: The dtype of queries, keys and values: bf16, or fp16 if Triton interprets.
-        query: [batch * queries, Hq, D].
+        query: [new tokens, Hq, D].
         block_table: int32 [batch, pages]; pages scattered over the cache, as after a while of
             serving. The width is a multiple of 16, so that all shapes use the same kernels.
         seq_lens: int32 [batch].
-        starts: int32 [batch + 1], offsets of the requests in `query`.
+        starts, key_starts: int32 [batch + 1], offsets of the requests in `query` and in all tokens.
         pages: Pages of a cache.
         scale: Factor of the scores.
     """
@@ -52,18 +53,19 @@ class Batch:
             for rows, heads in (
                 (drawn, shape.heads.kv),
                 (drawn, shape.heads.kv),
-                (shape.batch * shape.queries, shape.heads.query),
+                (sum(shape.new), shape.heads.query),
             )
         )
-        self.pages = shape.batch * shape.pages
+        self.pages = sum(shape.pages)
         order = torch.randperm(self.pages, generator=generator, device=device)
-        self.block_table = torch.zeros(
-            (shape.batch, -(-shape.pages // 16) * 16), dtype=torch.int32, device=device
-        )
-        self.block_table[:, : shape.pages] = order.view(shape.batch, shape.pages)
-        self.seq_lens = torch.full((shape.batch,), shape.length, dtype=torch.int32, device=device)
-        self.starts = torch.arange(
-            0, shape.batch * shape.queries + 1, shape.queries, dtype=torch.int32, device=device
+        width = -(-max(shape.pages) // 16) * 16
+        self.block_table = torch.zeros((shape.batch, width), dtype=torch.int32, device=device)
+        for row, own in zip(self.block_table, order.split(shape.pages), strict=True):
+            row[: len(own)] = own
+        self.seq_lens = torch.tensor(shape.lengths, dtype=torch.int32, device=device)
+        self.starts, self.key_starts = (
+            torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device)
+            for counts in (shape.new, shape.lengths)
         )
         self.scale = shape.heads.size**-0.5
 
@@ -72,23 +74,24 @@ class Batch:
         for start in range(0, self.shape.tokens, FILLED_AT_A_TIME):
             stop = min(start + FILLED_AT_A_TIME, self.shape.tokens)
             token = torch.arange(start, stop, device=self.device)
-            request, position = token // self.shape.length, token % self.shape.length
+            request = torch.searchsorted(self.key_starts[1:], token, right=True)
+            position = token - self.key_starts[request]
             block = self.block_table[request, position // PAGE].to(torch.int64)
             slots = block * PAGE + position % PAGE
             yield self._key[: stop - start], self._value[: stop - start], slots
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the same keys and values as [batch, length, H, D], without pages."""
+        """Return the same keys and values as [tokens, H, D], without pages."""
         token = torch.arange(self.shape.tokens, device=self.device) % FILLED_AT_A_TIME
-        key, value = (
-            x[token].unflatten(0, (self.shape.batch, -1)) for x in (self._key, self._value)
-        )
-        return key, value
+        return self._key[token], self._value[token]
 
     def new(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values of the new tokens, [batch * queries, H, D]."""
-        key, value = (x[:, -self.shape.queries :].flatten(0, 1) for x in self.dense())
-        return key.contiguous(), value.contiguous()
+        """Return keys and values of the new tokens, [new tokens, H, D]."""
+        ends = accumulate(self.shape.lengths)
+        counts = zip(ends, self.shape.new, strict=True)
+        token = torch.cat([torch.arange(end - count, end) for end, count in counts])
+        token = token.to(self.device) % FILLED_AT_A_TIME
+        return self._key[token], self._value[token]
 
     def packed_caches(self, dtype: torch.dtype, layers: int) -> list[tuple[torch.Tensor, ...]]:
         """Return filled K and V caches [blocks, PAGE, H, D], halves of one tensor as in vLLM."""
@@ -125,7 +128,7 @@ class Contender:
         self.batch = batch
 
     def attend(self, layer: int) -> torch.Tensor:
-        """Run attention with a layer's cache. Returns [batch * queries, Hq, D]."""
+        """Run attention with a layer's cache. Returns [new tokens, Hq, D]."""
         raise NotImplementedError
 
 
@@ -150,7 +153,7 @@ class Ours(Contender):
         first = self.empty_cache(batch)
         for key, value, slots in batch.stored():
             quantise_and_store(key, value, first, slots)
-        self._caches = copies(first, layers)
+        self.caches = copies(first, layers)
         self._plan = self.plan()
         self._out = torch.empty_like(batch.query)
 
@@ -165,13 +168,13 @@ class Ours(Contender):
         batch, heads = self.batch, self.batch.shape.heads
         return plan_attention(
             batch.seq_lens, batch.starts, batch.query.shape[0], heads.query, heads.kv, heads.size,
-            max_query_len=batch.shape.queries, tiling=tiling,
+            max_query_len=batch.shape.most_new, tiling=tiling,
         )  # fmt: skip
 
     def attend(self, layer: int, plan: LaunchPlan | None = None) -> torch.Tensor:
         batch = self.batch
         paged_attention(
-            batch.query, self._caches[layer], batch.block_table, batch.seq_lens, batch.starts,
+            batch.query, self.caches[layer], batch.block_table, batch.seq_lens, batch.starts,
             self._out, scale=batch.scale, plan=plan or self._plan,
         )  # fmt: skip
         return self._out
@@ -183,7 +186,25 @@ class OursOneToken(Ours):
     name = "ours, one token"
 
     def __init__(self, batch: Batch, layers: int) -> None:
-        super().__init__(Batch(replace(batch.shape, queries=1), batch.device), layers)
+        one = replace(batch.shape, new=(1,) * batch.shape.batch)
+        super().__init__(Batch(one, batch.device), layers)
+
+
+class OursDecodes(Ours):
+    """Our kernels for the decodes of a mixed batch alone."""
+
+    name = "ours, decodes alone"
+    decodes: ClassVar[bool] = True
+
+    def __init__(self, batch: Batch, layers: int) -> None:
+        super().__init__(Batch(batch.shape.part(decodes=self.decodes), batch.device), layers)
+
+
+class OursPrefills(OursDecodes):
+    """Our kernels for the prefills of a mixed batch alone."""
+
+    name = "ours, prefills alone"
+    decodes = False
 
 
 class TorchFlash(Contender):
@@ -191,21 +212,25 @@ class TorchFlash(Contender):
 
     name = "torch's FlashAttention 2 bf16"
     stored = "bf16"
-    note = "raw K and V, no pages"
 
     def __init__(self, batch: Batch, layers: int) -> None:
         require_gpu(batch.device)
         super().__init__(batch, layers)
-        self._caches = [copies(x.flatten(0, 1), layers) for x in batch.dense()]
-        requests = torch.arange(batch.shape.batch + 1, dtype=torch.int32, device=batch.device)
-        self._key_starts = requests * batch.shape.length
+        self._caches = [copies(x, layers) for x in batch.dense()]
+        # torch splits the keys of few queries only in batches of requests of equal length.
+        self._batched = not batch.shape.ragged
+        self.note = "raw K and V, no pages" + ("" if self._batched else "; keys are not split")
 
     def attend(self, layer: int) -> torch.Tensor:
-        batch = self.batch
-        key, value = (caches[layer] for caches in self._caches)
+        batch, shape = self.batch, self.batch.shape
+        query, key, value = batch.query, *(caches[layer] for caches in self._caches)
+        starts: tuple[Any, Any] = (batch.starts, batch.key_starts)
+        if self._batched:
+            query, key, value = (x.unflatten(0, (shape.batch, -1)) for x in (query, key, value))
+            starts = None, None
         # The causal mask is aligned to the last key, because new tokens come last.
         out: torch.Tensor = torch.ops.aten._flash_attention_forward(
-            batch.query, key, value, batch.starts, self._key_starts,
-            batch.shape.queries, batch.shape.length, 0.0, True, False, scale=batch.scale,
+            query, key, value, *starts, shape.most_new, shape.longest, 0.0, True, False,
+            scale=batch.scale,
         )[0]  # fmt: skip
-        return out
+        return out.flatten(0, 1) if self._batched else out

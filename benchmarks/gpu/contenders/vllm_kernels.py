@@ -9,9 +9,9 @@ from unittest import mock
 
 import torch
 
-from benchmarks.gpu.contenders import Batch, Contender, copies, require_gpu
+from benchmarks.gpu.contenders import Batch, Contender, Ours, copies, require_gpu
 from benchmarks.gpu.environment import Unavailable, has_flash_attention, vllm_module
-from benchmarks.gpu.shapes import PAGE, token_bytes
+from benchmarks.gpu.shapes import PAGE, Heads, token_bytes
 
 
 class StockBackend:
@@ -26,7 +26,7 @@ class StockBackend:
         # AMD's kernels, the length of the longest request.
         configuration = SimpleNamespace(
             attention_config=attention.AttentionConfig(),
-            model_config=SimpleNamespace(max_model_len=batch.shape.length),
+            model_config=SimpleNamespace(max_model_len=batch.shape.longest),
         )
         with mock.patch.object(backend, "get_current_vllm_config", return_value=configuration):
             self.implementation: Any = backend.TurboQuantAttentionImpl(
@@ -75,39 +75,110 @@ class Stock(Contender):
             self._backend.store(key, value, first, slots)
         self._caches = copies(first, layers)
         tokens = batch.query.shape[0]
-        decode = shape.queries == 1
+        # vLLM puts decodes first.
+        decodes = shape.new.count(1)
         self._metadata = self._backend.metadata(
             seq_lens=batch.seq_lens,
             slot_mapping=torch.zeros(tokens, dtype=torch.int64, device=batch.device),
             block_table=batch.block_table,
             query_start_loc=batch.starts,
             num_actual_tokens=tokens,
-            max_query_len=shape.queries,
-            max_seq_len=shape.length,
-            is_prefill=not decode,
-            num_decodes=shape.batch if decode else 0,
-            num_decode_tokens=shape.batch if decode else 0,
+            max_query_len=shape.most_new,
+            max_seq_len=shape.longest,
+            is_prefill=shape.most_new > 1,
+            num_decodes=decodes,
+            num_decode_tokens=decodes,
             query_start_loc_cpu=batch.starts.cpu(),
             seq_lens_cpu=batch.seq_lens.cpu(),
         )
-        if not decode:
-            self._new = batch.new()
-            if shape.queries > 128:
-                self.note = (
-                    f"FlashAttention {self._backend.implementation.fa_version}"
-                    if self._backend.has_flash_attention
-                    else "torch's scaled_dot_product_attention, because vLLM has no FlashAttention"
-                )
+        self._new = batch.new()
+        self._out = torch.empty_like(batch.query)
+        if shape.most_new > 128:
+            self.note = (
+                f"FlashAttention {self._backend.implementation.fa_version}"
+                if self._backend.has_flash_attention
+                else "torch's scaled_dot_product_attention, because vLLM has no FlashAttention"
+            )
 
     def attend(self, layer: int) -> torch.Tensor:
+        cache = self._caches[layer].transpose(1, 2)
         own, implementation = self._backend.layer, self._backend.implementation
-        cache, query, metadata = self._caches[layer], self.batch.query, self._metadata
-        tables = own._tq_Pi, own._tq_centroids, own._tq_PiT
-        if self.batch.shape.queries == 1:
-            return implementation._decode_attention(query, cache, metadata, *tables, own)
-        return implementation._prefill_attention(
-            query, *self._new, cache, metadata, *tables, layer=own
+        implementation.forward(own, self.batch.query, *self._new, cache, self._metadata, self._out)
+        return self._out
+
+
+def our_backend(
+    heads: Heads, dtype: torch.dtype, device: torch.device, *, test: bool, **parameters: Any
+) -> tuple[Any, Any]:
+    """Make our implementation of a layer and its metadata builder, without an engine.
+
+    Args:
+        heads: The layer's heads.
+        dtype: Of queries, keys and values.
+        device: The layer's device.
+        test: Whether to run the known-answer test that runs when an engine starts.
+        parameters: More parameters of the layer.
+    """
+    backend = vllm_module("vllm_hybrid_kv.attention.backend")
+    config = vllm_module("vllm.config")
+    specs = vllm_module("vllm.v1.kv_cache_interface")
+    engine = config.VllmConfig(device_config=config.DeviceConfig(device=device.type))
+    engine.model_config = SimpleNamespace(
+        max_model_len=1 << 20, dtype=dtype, get_num_attention_heads=lambda parallel: heads.query
+    )
+    spec = specs.FullAttentionSpec(
+        block_size=PAGE, num_kv_heads=heads.kv, head_size=heads.size, dtype=torch.uint8,
+        kv_quant_mode=specs.KVQuantMode.TURBOQUANT_K8V4,
+    )  # fmt: skip
+    with config.set_current_vllm_config(engine):
+        implementation = backend.K8V4AttentionImpl(
+            heads.query, heads.size, heads.size**-0.5, heads.kv,
+            kv_cache_dtype="turboquant_k8v4", **parameters,
+        )  # fmt: skip
+        if getattr(implementation, "flash", None) and not has_flash_attention():
+            # This is a stand-in in Python.
+            implementation.flash = None
+        layers = {"layer": SimpleNamespace(impl=implementation)} if test else {}
+        with mock.patch.object(backend, "get_layers_from_vllm_config", return_value=layers):
+            return implementation, backend.K8V4MetadataBuilder(spec, [], engine, device)
+
+
+class OursInVllm(Contender):
+    """Our attention backend, as vLLM calls it: it may launch several kernels.
+
+    vLLM runs mixed batches and prefills without a CUDA graph. A graph runs the same kernels, and
+    excludes the time in which Python launches them.
+    """
+
+    name = "ours in vLLM"
+    stored = "k8v4"
+
+    def __init__(self, batch: Batch, layers: int) -> None:
+        super().__init__(batch, layers)
+        shape, tokens = batch.shape, batch.query.shape[0]
+        interface = vllm_module("vllm.v1.attention.backend")
+        self._implementation, builder = our_backend(
+            shape.heads, batch.dtype, batch.device, test=False
         )
+        flash = getattr(self._implementation, "flash", None)
+        self.note = f"FlashAttention {flash.version}" if flash else "our kernels only"
+        self._caches = Ours(batch, layers).caches
+        self._new, self._out = batch.new(), torch.empty_like(batch.query)
+        self._metadata = builder.build(0, interface.CommonAttentionMetadata(
+            query_start_loc=batch.starts, query_start_loc_cpu=batch.starts.cpu(),
+            seq_lens=batch.seq_lens, seq_lens_cpu_upper_bound=batch.seq_lens.cpu(),
+            num_reqs=shape.batch, num_actual_tokens=tokens, max_query_len=shape.most_new,
+            max_seq_len=shape.longest, block_table_tensor=batch.block_table, causal=True,
+            slot_mapping=torch.zeros(tokens, dtype=torch.int64, device=batch.device),
+        ))  # fmt: skip
+
+    def attend(self, layer: int) -> torch.Tensor:
+        cache, metadata = self._caches[layer], self._metadata
+        self._implementation.forward(None, self.batch.query, *self._new, cache, metadata, self._out)
+        for *key, _ in list(metadata.plans):
+            # Otherwise a captured call would plan as for a batch of decodes.
+            metadata.plans[(*key, True)] = metadata.plans[(*key, False)]
+        return self._out
 
 
 class _Paged(Contender):
@@ -124,9 +195,9 @@ class _Paged(Contender):
             "q": batch.query.to(dtype) if self.stored == "fp8" else batch.query,
             "out": self._out,
             "cu_seqlens_q": batch.starts,
-            "max_seqlen_q": batch.shape.queries,
+            "max_seqlen_q": batch.shape.most_new,
             "seqused_k": batch.seq_lens,
-            "max_seqlen_k": batch.shape.length,
+            "max_seqlen_k": batch.shape.longest,
             "softmax_scale": batch.scale,
             "causal": True,
             "block_table": batch.block_table,
@@ -166,8 +237,8 @@ class VllmFlashBf16(_Paged):
             options["num_splits"] = splits
             options["scheduler_metadata"] = interface.get_scheduler_metadata(
                 batch_size=shape.batch,
-                max_seqlen_q=shape.queries,
-                max_seqlen_k=shape.length,
+                max_seqlen_q=shape.most_new,
+                max_seqlen_k=shape.longest,
                 num_heads_q=shape.heads.query,
                 num_heads_kv=shape.heads.kv,
                 headdim=shape.heads.size,
@@ -233,7 +304,7 @@ class UnifiedBf16(_Paged):
             if shape.batch <= (processors - 1) // (segments * shape.heads.kv):
                 segments = 64
         # vLLM 0.33 has a row for each token to verify, up to 8 per request.
-        rows = threshold * min(shape.queries, 8)
+        rows = threshold * min(shape.most_new, 8)
         dims = (rows, shape.heads.query, segments)
         padded = 1 << (shape.heads.size - 1).bit_length()
         return {
