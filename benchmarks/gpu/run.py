@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from benchmarks.gpu import checks, sections
 from benchmarks.gpu.children import DONE, LOST, OUT_OF_TIME, Child, Outcome, share_out
@@ -22,8 +23,8 @@ COMPILE_SECONDS = 90.0
 """The time limit for compiling before each part. A kernel that is not compiled by then compiles
 when it is measured."""
 
-START_SECONDS = 120.0
-"""The time limit for importing vLLM and describing the machine."""
+START_SECONDS = 300.0
+"""The time limit for importing vLLM and describing the machine, and for the predictions."""
 
 JOB_SECONDS = 0.6
 """No round of a measurement starts after this time."""
@@ -31,31 +32,36 @@ JOB_SECONDS = 0.6
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the parts that the arguments choose; return 1 if our kernels are wrong or fail."""
+    if arguments.tune:
+        return tune(arguments.out, arguments.budget)
     with Child() as child:
         found = child.call(machine, seconds=START_SECONDS, hang=START_SECONDS)
         if found.status != DONE:
             print(found.value, file=sys.stderr)
             return 2
-    if arguments.tune:
-        return tune(arguments.out, arguments.budget)
+        return _run_parts(arguments, found.value, child)
+
+
+def _run_parts(arguments: argparse.Namespace, described: Mapping[str, Any], child: Child) -> int:
     names = [name for name in PARTS if name in (arguments.part or DEFAULT_PARTS)]
     share = arguments.budget / sum(PARTS[name].seconds for name in names)
-    device = "H200" if interpreted() else str(found.value["gpu"])
+    device = "H200" if interpreted() else str(described["gpu"])
     failed = False
     with Child() as other, ThreadPoolExecutor(1) as thread:
         # The predictions need only CPUs, so they are computed during the checks.
         jobs = [job for name in names for job in _jobs(name)]
         predictions = thread.submit(
-            other.call, predict_jobs, device, jobs, seconds=START_SECONDS, hang=START_SECONDS
-        )
+            other.call, predict_jobs, device, jobs,
+            seconds=max(START_SECONDS, arguments.budget), hang=START_SECONDS,
+        )  # fmt: skip
         for name in names:
-            report = Report(name, found.value, share * PARTS[name].seconds)
+            report = Report(name, described, share * PARTS[name].seconds)
             report.write(arguments.out)
             print(f"{PARTS[name].title}: {report.budget:.0f} s", flush=True)
             if name == CHECKS:
                 _run_checks(report, arguments.out)
             else:
-                _measure(report, _jobs(name), arguments.out, predictions)
+                _measure(report, _jobs(name), arguments.out, child, predictions)
             failed |= report.failed
     print(write_summary(arguments.out))
     return int(failed)
@@ -91,7 +97,7 @@ def _run_checks(report: Report, folder: Path) -> None:
 
 
 def _measure(
-    report: Report, jobs: Sequence[Job], folder: Path, predictions: Future[Outcome]
+    report: Report, jobs: Sequence[Job], folder: Path, child: Child, predictions: Future[Outcome]
 ) -> None:
     """Measure the jobs in order until the time is up, and write after each of them."""
     compiling = Budget(COMPILE_SECONDS)
@@ -101,26 +107,25 @@ def _measure(
     predicted = predictions.result()
     report.compile_seconds = compiling.spent
     budget = Budget(report.budget)
-    with Child() as child:
-        copied = child.call(sections.copy_bandwidth, JOB_SECONDS, seconds=report.budget)
-        if copied.status == DONE:
-            report.limits["copy_gb_s"] = copied.value
+    copied = child.call(sections.copy_bandwidth, JOB_SECONDS, seconds=report.budget)
+    if copied.status == DONE:
+        report.limits["copy_gb_s"] = copied.value
+    else:
+        report.failures.append(f"copy: {copied.value}")
+    for job in jobs:
+        outcome = _measure_job(job, child, budget, report.limits.get("copy_gb_s"))
+        if outcome.status == DONE:
+            by_model = predicted.value
+            of_job = by_model[str(job)] if predicted.status == DONE else by_model
+            report.results.append(outcome.value | {"predicted_ms": of_job})
+        elif outcome.status == OUT_OF_TIME:
+            report.skipped.append(f"not run: out of time: {job}: {outcome.value}")
         else:
-            report.failures.append(f"copy: {copied.value}")
-        for job in jobs:
-            outcome = _measure_job(job, child, budget, report.limits.get("copy_gb_s"))
-            if outcome.status == DONE:
-                by_model = predicted.value
-                of_job = by_model[str(job)] if predicted.status == DONE else by_model
-                report.results.append(outcome.value | {"predicted_ms": of_job})
-            elif outcome.status == OUT_OF_TIME:
-                report.skipped.append(f"not run: out of time: {job}: {outcome.value}")
-            else:
-                where = f" ({outcome.kernel})" if outcome.kernel else ""
-                report.failures.append(f"{job}{where}: {outcome.value}")
-            report.seconds = budget.spent
-            report.write(folder)
-            print(f"{budget.spent:5.0f} s: {outcome.status}: {job}", flush=True)
+            where = f" ({outcome.kernel})" if outcome.kernel else ""
+            report.failures.append(f"{job}{where}: {outcome.value}")
+        report.seconds = budget.spent
+        report.write(folder)
+        print(f"{budget.spent:5.0f} s: {outcome.status}: {job}", flush=True)
 
 
 def _measure_job(job: Job, child: Child, budget: Budget, bandwidth: float | None) -> Outcome:

@@ -186,7 +186,7 @@ def tune(folder: Path, seconds: float) -> int:
     budget, device = Budget(seconds), device_for_kernels()
     # The interpreter tries only a few candidates, for a single task.
     capability = capability_of(device)
-    wanted = [Task(8, SMALL, (Shape.equal(SMALL, 1, 70),))] if interpreted() else tasks()
+    wanted = [Task(8, SMALL, (Shape.equal(SMALL, 1, 40),))] if interpreted() else tasks()
     rows: list[str] = []
     log: list[dict[str, Any]] = []
     for place, task in enumerate(wanted):

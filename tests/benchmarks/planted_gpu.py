@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `python -m benchmarks.gpu` with a fault, named by an environment variable.
+"""The command `python -m benchmarks.gpu` with two faults: a kernel aborts, another raises.
 
-Every child process imports this module again, and with it the fault.
+Every child process imports this module again, and with it the faults.
 """
 
 from __future__ import annotations
@@ -11,9 +11,24 @@ import sys
 import time
 from typing import Any
 
+import torch
+
 from benchmarks.gpu.__main__ import main
 
-FAULT = os.environ["PLANTED_FAULT"]
+
+def hang(*arguments: object) -> None:
+    time.sleep(3600)
+
+
+def break_context() -> None:
+    """Raise, and let CUDA raise from then on, as after an illegal memory access."""
+
+    def fail() -> None:
+        raise RuntimeError("illegal memory access")
+
+    torch.cuda.is_initialized = lambda: True
+    torch.cuda.synchronize = fail
+    fail()
 
 
 def _plant() -> None:
@@ -33,13 +48,7 @@ def _plant() -> None:
             raise RuntimeError("a planted fault")
         return ours(self, layer, plan)
 
-    def hang(self: Any, layer: int, plan: Any = None) -> Any:
-        time.sleep(3600)
-
-    if FAULT == "hang":
-        Ours.attend = hang
-    else:
-        Ours.attend, UnifiedBf16.attend = fail, abort
+    Ours.attend, UnifiedBf16.attend = fail, abort
 
 
 if __name__ == "__main__":
