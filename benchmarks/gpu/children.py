@@ -155,13 +155,16 @@ class Child:
                 return Outcome(OUT_OF_TIME, f"not finished in the {limit:.0f} s left", kernel)
             try:
                 answer = self._pipe.recv()
-            except EOFError:
+            except (EOFError, ConnectionResetError):
                 self._process.join()
                 reason = f"its process ended with status {self._process.exitcode}"
                 self.stop()
                 return Outcome(LOST, reason, kernel)
             if not isinstance(answer, str):
                 status, value = answer
+                if status == LOST:
+                    # The process is about to end, so the next call must not use it.
+                    self.stop()
                 return Outcome(status, value, kernel)
             kernel = answer
 

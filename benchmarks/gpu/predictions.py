@@ -104,12 +104,13 @@ def compiled(
     checkout: Path, capability: int, head_size: int, rows: int, sizes: Sequence[str]
 ) -> tuple[MachineCode, dict[str, Any]]:
     """Return the machine code and the tiling of a checkout's kernel for a number of rows."""
+    paths = os.pathsep.join(filter(None, (str(checkout), os.environ.get("PYTHONPATH"))))
     with tempfile.NamedTemporaryFile() as file:
         subprocess.run(
             [sys.executable, "-c", _COMPILE, file.name, str(capability), str(head_size),
              str(rows), *sizes],
             cwd=checkout, check=True,
-            env=os.environ | {"PYTHONPATH": str(checkout), "TRITON_INTERPRET": "0"},
+            env=os.environ | {"PYTHONPATH": paths, "TRITON_INTERPRET": "0"},
         )  # fmt: skip
         asm, metadata, tiling = pickle.load(file)
     result = SimpleNamespace(asm=asm, metadata=SimpleNamespace(**metadata))
