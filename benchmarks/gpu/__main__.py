@@ -10,8 +10,6 @@ from pathlib import Path
 
 from benchmarks.gpu.shapes import DEFAULT_PARTS, PARTS
 
-BUDGET = sum(PARTS[name].seconds for name in DEFAULT_PARTS)
-
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -22,16 +20,20 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for the files")
     parser.add_argument("--part", action="append", choices=PARTS, help="one part; may be repeated "
                         f"(default: {', '.join(DEFAULT_PARTS)})")  # fmt: skip
-    parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS",
-                        help="time limit of all parts, which share it as they share the default, "
-                        "%(default)s; compiling is not counted")  # fmt: skip
+    parser.add_argument("--budget", type=float, metavar="SECONDS",
+                        help="time limit of the chosen parts together, compiling not counted "
+                        "(default: the sum of their limits)")  # fmt: skip
     parser.add_argument("--report", action="store_true",
                         help="write only the report, from the files of earlier runs")  # fmt: skip
     parser.add_argument("--rehearse", action="store_true",
                         help="run tiny sizes in Triton's interpreter, without a GPU")  # fmt: skip
     parser.add_argument("--tune", action="store_true",
                         help="find the fastest tile sizes for this GPU instead")  # fmt: skip
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.budget is None:
+        chosen = arguments.part or DEFAULT_PARTS
+        arguments.budget = sum(PARTS[name].seconds for name in chosen)
+    return arguments
 
 
 def main() -> int:
