@@ -161,7 +161,7 @@ def test_contenders_left_out_are_named_with_the_reason(run: tuple[Parts, str]) -
 def test_what_does_not_fit_the_time_limit_is_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("benchmarks.gpu.run.interpreted", lambda: True)
     monkeypatch.setattr("benchmarks.gpu.sections.copy_bandwidth", math.sqrt)
     monkeypatch.setattr("benchmarks.gpu.sections.measure", planted_gpu.hang)
     predictions: Future[Outcome] = Future()
