@@ -82,11 +82,17 @@ MODELS = (
     Model("full attention, 3 Mamba, blocks of 2768 (Qwen3.6-35B-A3B, k8v4)", _STATES_2768, 2768),
     Model("the same", _STATES_2768, 16),
     Model("full attention, 3 Mamba, blocks of 528", (full(528), *[mamba(528)] * 3), 16),
-    Model("full attention, 3 sliding windows of 1024, blocks of 16 (as Gemma 3)", (full(16),
-        *[window(16, 1024)] * 3), 16),
-    Model("full attention, sliding windows of 512, 1024 and 4096, blocks of 16", (full(16),
-        window(16, 512), window(16, 1024), window(16, 4096)), 16),
-)  # fmt: skip
+    Model(
+        "full attention, 3 sliding windows of 1024, blocks of 16 (as Gemma 3)",
+        (full(16), *[window(16, 1024)] * 3),
+        16,
+    ),
+    Model(
+        "full attention, sliding windows of 512, 1024 and 4096, blocks of 16",
+        (full(16), window(16, 512), window(16, 1024), window(16, 4096)),
+        16,
+    ),
+)
 
 
 def prompt_hashes(model: Model, seed: int) -> list[BlockHash]:
@@ -167,14 +173,18 @@ def measure(model: Model, contents: Contents) -> dict[str, Any]:
     gc.enable()
     assert hits["vLLM"] == hits["fixed_point"], hits
     return {
-        "model": model.name, "unit": model.unit, "contents": contents.name,
+        "model": model.name,
+        "unit": model.unit,
+        "contents": contents.name,
         "hit": hits["fixed_point"].pop(),
         "ms": {name: statistics.median(of_one) for name, of_one in times.items()},
-        "ms_90_percent": {name: statistics.quantiles(of_one, n=10)[-1] for name,
-            of_one in times.items()},
-        "times_faster": statistics.median(stock / ours for stock, ours in zip(times["vLLM"],
-            times["fixed_point"], strict=True)),
-    }  # fmt: skip
+        "ms_90_percent": {
+            name: statistics.quantiles(of_one, n=10)[-1] for name, of_one in times.items()
+        },
+        "times_faster": statistics.median(
+            stock / ours for stock, ours in zip(times["vLLM"], times["fixed_point"], strict=True)
+        ),
+    }
 
 
 def report(lookups: list[dict[str, Any]], load: float) -> str:

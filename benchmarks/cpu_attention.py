@@ -143,10 +143,19 @@ def vllm_kernel(shape: Shape, query: torch.Tensor, cache_dtype: str, chosen: str
     def attend(cache: torch.Tensor) -> None:
         key_cache, value_cache = cache.chunk(2, dim=2)
         ops.cpu_attention_with_kv_cache(
-            query=query, key_cache=key_cache, value_cache=value_cache, output=out,
-            scale=shape.head_size**-0.5, alibi_slopes=None, sliding_window=-1, block_table=table,
-            softcap=0, scheduler_metadata=metadata, s_aux=None, **common,
-        )  # fmt: skip
+            query=query,
+            key_cache=key_cache,
+            value_cache=value_cache,
+            output=out,
+            scale=shape.head_size**-0.5,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=table,
+            softcap=0,
+            scheduler_metadata=metadata,
+            s_aux=None,
+            **common,
+        )
 
     return in_turn(attend, copies(cache))
 

@@ -70,10 +70,15 @@ def case_of(model: str) -> Case:
 def settings(model: Path, dtype: str, **more: Any) -> dict[str, Any]:
     """Return the arguments of an engine with a k8v4 cache, changed by `more`."""
     return {
-        "model": str(model), "dtype": dtype, "kv_cache_dtype": "turboquant_k8v4",
-        "enforce_eager": True, "enable_prefix_caching": True, "max_num_seqs": 32,
-        "max_num_batched_tokens": 2048, **more,
-    }  # fmt: skip
+        "model": str(model),
+        "dtype": dtype,
+        "kv_cache_dtype": "turboquant_k8v4",
+        "enforce_eager": True,
+        "enable_prefix_caching": True,
+        "max_num_seqs": 32,
+        "max_num_batched_tokens": 2048,
+        **more,
+    }
 
 
 def shortened(output: Output, tokens: int) -> Output:

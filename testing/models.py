@@ -273,34 +273,50 @@ def _add_mtp_layer(
 
 def _gated_delta_net(head_size: int, layers: int) -> dict[str, object]:
     return {
-        "head_dim": head_size, "intermediate_size": 512, "linear_num_key_heads": 2,
-        "linear_num_value_heads": 2, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+        "head_dim": head_size,
+        "intermediate_size": 512,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
         "layer_types": [*["linear_attention"] * 3, "full_attention"] * (layers // 4),
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
-            "partial_rotary_factor": 0.25},
-    }  # fmt: skip
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.25,
+        },
+    }
 
 
 def _shared_pages(layers: int) -> dict[str, object]:
     return {
-        **_common(layers), "tie_word_embeddings": True, "head_dim": HEAD_SIZE,
+        **_common(layers),
+        "tie_word_embeddings": True,
+        "head_dim": HEAD_SIZE,
         "intermediate_size": 512,
         "layer_types": ["sliding_attention", "full_attention"] * (layers // 2),
-        "sliding_window": 96, "num_kv_shared_layers": SHARED_LAYERS,
+        "sliding_window": 96,
+        "num_kv_shared_layers": SHARED_LAYERS,
         "rope_parameters": {
             kind: {"rope_type": "default", "rope_theta": base}
             for kind, base in (("sliding_attention", 1e4), ("full_attention", 1e6))
         },
-    }  # fmt: skip
+    }
 
 
 def _common(layers: int) -> dict[str, object]:
     return {
-        "vocab_size": VOCAB_SIZE, "hidden_size": HIDDEN_SIZE, "num_hidden_layers": layers,
-        "num_attention_heads": NUM_QUERY_HEADS, "num_key_value_heads": NUM_KV_HEADS,
-        "max_position_embeddings": 8192, "tie_word_embeddings": False, "bos_token_id": BOS_TOKEN_ID,
-        "eos_token_id": EOS_TOKEN_ID, "pad_token_id": PAD_TOKEN_ID,
-    }  # fmt: skip
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": HIDDEN_SIZE,
+        "num_hidden_layers": layers,
+        "num_attention_heads": NUM_QUERY_HEADS,
+        "num_key_value_heads": NUM_KV_HEADS,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+        "bos_token_id": BOS_TOKEN_ID,
+        "eos_token_id": EOS_TOKEN_ID,
+        "pad_token_id": PAD_TOKEN_ID,
+    }
 
 
 def _initialise(

@@ -50,14 +50,27 @@ class Sizes:
 
 
 FULL = Sizes(
-    pool=256, prompts=32, longest=1600, tokens=24, small_models=False,
+    pool=256,
+    prompts=32,
+    longest=1600,
+    tokens=24,
+    small_models=False,
     cells=((1, 1024), (1, 8192), (1, 32768), (8, 1024), (8, 8192), (8, 32768), (32, 8192)),
-    rounds=7, steps=16, cache_share=0.18,
-)  # fmt: skip
+    rounds=7,
+    steps=16,
+    cache_share=0.18,
+)
 SMALLEST = Sizes(
-    pool=32, prompts=6, longest=300, tokens=12, small_models=True, cells=((1, 64), (2, 256)),
-    rounds=3, steps=4, cache_share=0.01,
-)  # fmt: skip
+    pool=32,
+    prompts=6,
+    longest=300,
+    tokens=12,
+    small_models=True,
+    cells=((1, 64), (2, 256)),
+    rounds=3,
+    steps=4,
+    cache_share=0.01,
+)
 
 
 def config_of(model: str) -> PreTrainedConfig:

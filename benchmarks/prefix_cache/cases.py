@@ -67,15 +67,31 @@ class Part:
 
 PARTS = {
     "memory": Part("The public trace, by memory", list(STRATEGIES), 3000, (4, 20, 80, 200, 400)),
-    "models": Part("Models and KV cache dtypes", (STOCK, HYBRID_AWARE), 300, (4, 20, 80, 400),
+    "models": Part(
+        "Models and KV cache dtypes",
+        (STOCK, HYBRID_AWARE),
+        300,
+        (4, 20, 80, 400),
         models=(MAIN_MODEL, "nemotron-nano-9b-v2", "jamba-1.5-mini"),
-        dtypes=("auto", "fp8", MAIN_DTYPE)),
-    "control": Part("Models without states", (STOCK, FIXED_POINT, HYBRID_AWARE), 200,
-        (4, 20, 80, 400), models=(ATTENTION_ONLY, "gpt-oss-20b"), dtypes=("auto",)),
-    "synthetic": Part("Synthetic traffic", (STOCK, STOCK_16, HYBRID_AWARE), 600, (4, 8, 20, 40),
-        traces=tuple(SYNTHETIC)),
+        dtypes=("auto", "fp8", MAIN_DTYPE),
+    ),
+    "control": Part(
+        "Models without states",
+        (STOCK, FIXED_POINT, HYBRID_AWARE),
+        200,
+        (4, 20, 80, 400),
+        models=(ATTENTION_ONLY, "gpt-oss-20b"),
+        dtypes=("auto",),
+    ),
+    "synthetic": Part(
+        "Synthetic traffic",
+        (STOCK, STOCK_16, HYBRID_AWARE),
+        600,
+        (4, 8, 20, 40),
+        traces=tuple(SYNTHETIC),
+    ),
     "overhead": Part("Time in the scheduler", (STOCK, STOCK_16, HYBRID_AWARE), 300, (20,)),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

@@ -151,14 +151,19 @@ def second_runner_error(bound: int) -> float:
     group.create_metadata_builders(vllm_config(), CPU, PAGE)
     common, made, cache = stored(backend, step)
     metadata = build_attn_metadata(
-        attn_groups=[[group]], num_reqs=common.num_reqs, num_tokens=common.num_actual_tokens,
-        query_start_loc_gpu=common.query_start_loc, query_start_loc_cpu=common.query_start_loc_cpu,
-        max_query_len=common.max_query_len, seq_lens=common.seq_lens,
-        max_seq_len=common.max_seq_len, block_tables=[common.block_table_tensor],
+        attn_groups=[[group]],
+        num_reqs=common.num_reqs,
+        num_tokens=common.num_actual_tokens,
+        query_start_loc_gpu=common.query_start_loc,
+        query_start_loc_cpu=common.query_start_loc_cpu,
+        max_query_len=common.max_query_len,
+        seq_lens=common.seq_lens,
+        max_seq_len=common.max_seq_len,
+        block_tables=[common.block_table_tensor],
         slot_mappings=common.slot_mapping[None],
         kv_cache_config=SimpleNamespace(kv_cache_groups=[None]),
         seq_lens_cpu_upper_bound=common.seq_lens_cpu_upper_bound,
-    )  # fmt: skip
+    )
     return error(backend.forward(made.tensors, cache, metadata["layer"]), expected(step, made))
 
 
@@ -178,12 +183,15 @@ def moved_pages_are_equal() -> bool:
         num_blocks=blocks,
         kv_cache_tensors=[
             KVCacheTensor(
-                layers=["a", "b"], size=2 * page * blocks, offset=0,
-                layer_stride=page * blocks, block_stride=page,
+                layers=["a", "b"],
+                size=2 * page * blocks,
+                offset=0,
+                layer_stride=page * blocks,
+                block_stride=page,
             )
         ],
         kv_cache_groups=[KVCacheGroupSpec(["a", "b"], planned)],
-    )  # fmt: skip
+    )
     layout = K8V4AttentionBackend.supported_kv_cache_layouts()[0]
     caches = allocate_kv_cache(config, CPU, layout)
     step = Step((50, 33), (1, 3))
@@ -206,11 +214,18 @@ def moved_pages_are_equal() -> bool:
 def refused(name: str, changes: dict[str, Any]) -> list[str]:
     """Return why a backend refuses a layer on a GPU. `changes` replace the usual options."""
     usual: dict[str, Any] = {
-        "head_size": HEAD_SIZE, "dtype": DTYPE, "kv_cache_dtype": "turboquant_k8v4",
-        "block_size": PAGE, "use_mla": False, "has_sink": False, "use_sparse": False,
-        "use_mm_prefix": False, "use_per_head_quant_scales": False,
-        "device_capability": (9, 0), "attn_type": "decoder",
-    }  # fmt: skip
+        "head_size": HEAD_SIZE,
+        "dtype": DTYPE,
+        "kv_cache_dtype": "turboquant_k8v4",
+        "block_size": PAGE,
+        "use_mla": False,
+        "has_sink": False,
+        "use_sparse": False,
+        "use_mm_prefix": False,
+        "use_per_head_quant_scales": False,
+        "device_capability": (9, 0),
+        "attn_type": "decoder",
+    }
     backend = stock_backend.TurboQuantAttentionBackend if name == "stock" else K8V4AttentionBackend
     options = {**usual, **changes}
     options["device_capability"] = DeviceCapability(*options["device_capability"])

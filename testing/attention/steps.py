@@ -61,11 +61,18 @@ def common_metadata(step: Step, page: int) -> tuple[Any, torch.Tensor]:
         new_slots.append(own[length - new :])
     lengths = torch.tensor(step.lengths, dtype=torch.int32)
     common = CommonAttentionMetadata(
-        query_start_loc=starts, query_start_loc_cpu=starts.clone(), seq_lens=lengths,
-        num_reqs=len(pages), num_actual_tokens=sum(step.queries), max_query_len=max(step.queries),
-        max_seq_len=max(step.lengths) + step.bound, seq_lens_cpu_upper_bound=lengths + step.bound,
-        block_table_tensor=table, slot_mapping=torch.cat(new_slots), causal=True,
-    )  # fmt: skip
+        query_start_loc=starts,
+        query_start_loc_cpu=starts.clone(),
+        seq_lens=lengths,
+        num_reqs=len(pages),
+        num_actual_tokens=sum(step.queries),
+        max_query_len=max(step.queries),
+        max_seq_len=max(step.lengths) + step.bound,
+        seq_lens_cpu_upper_bound=lengths + step.bound,
+        block_table_tensor=table,
+        slot_mapping=torch.cat(new_slots),
+        causal=True,
+    )
     return common, torch.cat(slots)
 
 

@@ -19,8 +19,14 @@ from testing.kernels.paged_batch import Case
 from vllm_hybrid_kv.kernels.cpu import isa, llvm
 
 INSTRUCTIONS = (
-    "tilezero", "tileloadd64", "tilestored64", "tdpbsud", "tdpbuud", "ldtilecfg", "tilerelease",
-)  # fmt: skip
+    "tilezero",
+    "tileloadd64",
+    "tilestored64",
+    "tdpbsud",
+    "tdpbuud",
+    "ldtilecfg",
+    "tilerelease",
+)
 
 CASES = [
     Case(head_size=64, num_heads=4, lengths=(300, 70), queries=(1, 2)),

@@ -45,18 +45,40 @@ BUILD_TOOLS = ("setuptools-rust==1.13.0", "setuptools-scm==10.3.4")
 _OPT = {"architectures": ["OPTForCausalLM"], "model_type": "opt", "torch_dtype": "float16"}
 MODEL_CONFIGURATIONS: dict[str, dict[str, object]] = {
     "facebook/opt-125m": _OPT,
-    "facebook/opt-350m": {**_OPT, "hidden_size": 1024, "word_embed_proj_dim": 512, "ffn_dim": 4096,
-        "num_hidden_layers": 24, "num_attention_heads": 16, "do_layer_norm_before": False},
-    "Qwen/Qwen1.5-7B": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2",
-        "torch_dtype": "bfloat16", "intermediate_size": 11008},
-    "Qwen/Qwen3-0.6B": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3",
-        "torch_dtype": "bfloat16", "hidden_size": 1024, "intermediate_size": 3072,
-        "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
-        "max_position_embeddings": 40960},
-    "Qwen/Qwen3-Next-80B-A3B-Instruct": {"architectures": ["Qwen3NextForCausalLM"],
-        "model_type": "qwen3_next", "torch_dtype": "bfloat16", "intermediate_size": 5120,
-        "max_position_embeddings": 262144},
-}  # fmt: skip
+    "facebook/opt-350m": {
+        **_OPT,
+        "hidden_size": 1024,
+        "word_embed_proj_dim": 512,
+        "ffn_dim": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "do_layer_norm_before": False,
+    },
+    "Qwen/Qwen1.5-7B": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "torch_dtype": "bfloat16",
+        "intermediate_size": 11008,
+    },
+    "Qwen/Qwen3-0.6B": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "torch_dtype": "bfloat16",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 40960,
+    },
+    "Qwen/Qwen3-Next-80B-A3B-Instruct": {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "model_type": "qwen3_next",
+        "torch_dtype": "bfloat16",
+        "intermediate_size": 5120,
+        "max_position_embeddings": 262144,
+    },
+}
 
 
 PIP_TIMEOUT_S = 3600.0

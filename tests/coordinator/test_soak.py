@@ -11,10 +11,19 @@ from tests.coordinator.soak.soak import WRONG, Soak
 
 EXPORTED = "states exported from within a chunk"
 HAPPENS = (
-    "arrivals", "aborts", "preemptions", "resets", "resets with requests running", "async loads",
-    "failed loads", "blocks held after the end", "hashes taken by evict_blocks", EXPORTED, "hits",
+    "arrivals",
+    "aborts",
+    "preemptions",
+    "resets",
+    "resets with requests running",
+    "async loads",
+    "failed loads",
+    "blocks held after the end",
+    "hashes taken by evict_blocks",
+    EXPORTED,
+    "hits",
     "evictions",
-)  # fmt: skip
+)
 """Events that must occur, otherwise the checks prove nothing."""
 
 

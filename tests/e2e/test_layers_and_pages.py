@@ -107,17 +107,29 @@ def test_log_probabilities_are_close_to_those_of_an_unquantised_cache(
             assert layers[index]["backend"] == layers[4 + index % 2]["backend"]
 
 
-@pytest.mark.parametrize(("fault", "settings", "words"), [
-    (planted_faults.DTYPE_FAULT, SETTINGS["skipped sharing layer"],
-        "layer model.layers.9.self_attn.attn cannot use the pages of layer "
-        "model.layers.5.self_attn.attn: its quantisation is NONE, that of the pages is "
-        "TURBOQUANT_K8V4"),
-    (planted_faults.HEAD_SIZE_FAULT, {},
-        "which it shares with layer model.layers.2.self_attn.attn: its head size is 64, that of "
-        "the pages is 128"),
-    (None, {**SETTINGS["boundary layers"], "disable_hybrid_kv_cache_manager": True},
-        "of different sizes, as with --disable-hybrid-kv"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fault", "settings", "words"),
+    [
+        (
+            planted_faults.DTYPE_FAULT,
+            SETTINGS["skipped sharing layer"],
+            "layer model.layers.9.self_attn.attn cannot use the pages of layer "
+            "model.layers.5.self_attn.attn: its quantisation is NONE, that of the pages is "
+            "TURBOQUANT_K8V4",
+        ),
+        (
+            planted_faults.HEAD_SIZE_FAULT,
+            {},
+            "which it shares with layer model.layers.2.self_attn.attn: its head size is 64, "
+            "that of the pages is 128",
+        ),
+        (
+            None,
+            {**SETTINGS["boundary layers"], "disable_hybrid_kv_cache_manager": True},
+            "of different sizes, as with --disable-hybrid-kv",
+        ),
+    ],
+)
 def test_pages_that_do_not_fit_a_layer_stop_start_up(
     host: EngineHost,
     small_model: Model,

@@ -130,12 +130,22 @@ def test_serve_refuses_a_head_size_with_the_layers_to_skip(
     assert [i for i in sorted(backends) if backends[i] == "K8V4AttentionBackend"] == [0, 1, 4, 5]
 
 
-@pytest.mark.parametrize(("config", "architecture", "parts"), [
-    (llama_config(head_size=32), "LlamaForCausalLM",
-        ("model.layers.0.self_attn.attn", "64 to 256 in multiples of 8, and 512, got 32")),
-    (BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=512, n_layer=6, n_head=8), "BloomForCausalLM",
-        ("transformer.h.0.self_attention.attn", "ALiBi")),
-], ids=["head size 32", "ALiBi"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "architecture", "parts"),
+    [
+        (
+            llama_config(head_size=32),
+            "LlamaForCausalLM",
+            ("model.layers.0.self_attn.attn", "64 to 256 in multiples of 8, and 512, got 32"),
+        ),
+        (
+            BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=512, n_layer=6, n_head=8),
+            "BloomForCausalLM",
+            ("transformer.h.0.self_attention.attn", "ALiBi"),
+        ),
+    ],
+    ids=["head size 32", "ALiBi"],
+)
 def test_an_unsupported_layer_is_refused_with_dtypes_that_work(
     refuse: Refuse,
     follow: Follow,

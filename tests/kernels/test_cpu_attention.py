@@ -33,12 +33,19 @@ pytestmark = pytest.mark.parametrize("path", PATHS)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 OPTIONS: list[dict[str, Any]] = [
-    {"window": 1}, {"window": 50}, {"window": 1000}, {"causal": False},
-    {"causal": False, "window": 30}, {"soft_cap": 2.0}, {"sinks": torch.linspace(-3, 5, 8)},
+    {"window": 1},
+    {"window": 50},
+    {"window": 1000},
+    {"causal": False},
+    {"causal": False, "window": 30},
+    {"soft_cap": 2.0},
+    {"sinks": torch.linspace(-3, 5, 8)},
     {"sinks": torch.full((8,), -math.inf)},
-    {"window": 40, "soft_cap": 30.0, "sinks": torch.linspace(-3, 5, 8).bfloat16()}, {"scale": -0.1},
-    {"scale": -0.1, "soft_cap": 2.0, "window": 60}, {"scale": 0.0},
-]  # fmt: skip
+    {"window": 40, "soft_cap": 30.0, "sinks": torch.linspace(-3, 5, 8).bfloat16()},
+    {"scale": -0.1},
+    {"scale": -0.1, "soft_cap": 2.0, "window": 60},
+    {"scale": 0.0},
+]
 
 CASES = [
     *(Case(head_size=n, **MIXED) for n in k8v4.HEAD_SIZES),

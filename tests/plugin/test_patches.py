@@ -152,13 +152,20 @@ def wrap_a_function(monkeypatch):
     monkeypatch.setattr(kv_cache_utils, "get_kv_cache_capacity", wrapper)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (wrap_a_function, "get_kv_cache_capacity has the source hash"),
-    (lambda patch: patch.delattr(kv_cache_utils, "get_kv_cache_capacity"),
-        "get_kv_cache_capacity cannot be read"),
-    (lambda patch: patch.setattr(k8v4, "slot_bytes", lambda size: size + size // 2 + 6),
-        "vLLM plans 388 bytes for a slot of head size 256, k8v4 has 390"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (wrap_a_function, "get_kv_cache_capacity has the source hash"),
+        (
+            lambda patch: patch.delattr(kv_cache_utils, "get_kv_cache_capacity"),
+            "get_kv_cache_capacity cannot be read",
+        ),
+        (
+            lambda patch: patch.setattr(k8v4, "slot_bytes", lambda size: size + size // 2 + 6),
+            "vLLM plans 388 bytes for a slot of head size 256, k8v4 has 390",
+        ),
+    ],
+)
 def test_no_patch_is_applied_to_a_changed_vllm(change, message, monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "hybrid_kv")
     change(monkeypatch)

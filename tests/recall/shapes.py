@@ -23,10 +23,15 @@ from testing.recall_sequences import BOS, EOS, FIRST_SYMBOL, PAD, VOCAB_SIZE
 WINDOW = 64
 
 COMMON = {
-    "vocab_size": VOCAB_SIZE, "hidden_size": 128, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 4096, "bos_token_id": BOS,
-    "eos_token_id": EOS, "pad_token_id": PAD,
-}  # fmt: skip
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+}
 
 
 def gemma3_config() -> Gemma3TextConfig:

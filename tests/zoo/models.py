@@ -26,13 +26,23 @@ def sizes(
 ) -> dict[str, Any]:
     """Return a configuration with the field names that most models use."""
     return {
-        "model_type": model_type, "hidden_size": hidden, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-        "intermediate_size": intermediate, "vocab_size": vocabulary,
-        "max_position_embeddings": positions, "max_seq_len": positions, "head_dim": hidden // heads,
-        "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_parameters": dict(ROPE),
-        "rope_theta": 10000.0, "tie_word_embeddings": False, **more,
-    }  # fmt: skip
+        "model_type": model_type,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": intermediate,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": positions,
+        "max_seq_len": positions,
+        "head_dim": hidden // heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": dict(ROPE),
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        **more,
+    }
 
 
 def experts(count: int, each: int, width: int, shared: int = 0) -> dict[str, Any]:
