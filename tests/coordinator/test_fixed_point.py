@@ -118,18 +118,6 @@ def test_the_longer_prefix_of_full_attention_is_returned():
     assert (length, uncached) == (32, 64)
 
 
-def test_after_a_reset_only_new_blocks_are_hit():
-    layout = layout_of(full(16), mamba(16))
-    request = request_of(layout, list(range(50)))
-    cached = Cached(48, {(0, 16): [5], (1, 16): [6]})
-    coordinator = coordinator_of(layout, FixedPointCoordinator)
-    for _ in range(2):
-        fill(coordinator.block_pool, request, cached)
-        assert coordinator.find_longest_cache_hit(request.block_hashes, 49)[1] == 16
-        assert coordinator.reset_prefix_cache()
-        assert coordinator.find_longest_cache_hit(request.block_hashes, 49)[1] == 0
-
-
 def test_a_group_with_a_host_pool_keeps_its_longer_hit():
     layout = layout_of(full(16), window(16, 16))
     host = replace(layout.groups[0], role=KVCacheGroupRole.HISPARSE_SOURCE, host_resident=True)

@@ -230,20 +230,6 @@ def test_hits_are_never_fewer_than_vllms(model, blocks):
     assert ours.preemptions <= stock.preemptions
 
 
-def test_a_reset_forgets_the_checkpoints(model):
-    script = Script()
-    ids = script.new(2)
-    for _ in range(3):
-        script.send(ids, tail=9)
-    engine = engine_of(model, 200, POLICY)
-    Replay(engine, script.requests, 1).run()
-    coordinator = coordinator_of(engine)
-    assert len(coordinator.checkpoints.pinned) > 0
-    assert engine.scheduler.reset_prefix_cache()
-    assert len(coordinator.checkpoints.pinned) == 0
-    assert Replay(engine, script.requests, 1).run().hits[0] == 0
-
-
 def test_a_turn_resumes_in_the_previous_answer_if_there_is_room_for_its_state(model):
     script = Script()
     ids = script.new(2)

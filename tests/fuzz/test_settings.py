@@ -51,11 +51,3 @@ def test_any_section_and_environment_give_settings_or_one_message(section, envir
         assert any(name in answer or repr(name) in answer for name in (*names, *environment)), (
             answer
         )
-
-
-@settings(max_examples=200, deadline=None)
-@given(ANY_JSON)
-def test_a_config_without_our_section_gives_the_defaults(additional_config):
-    if isinstance(additional_config, dict):
-        additional_config.pop(SECTION, None)
-    assert resolved(additional_config, {}) == Settings()

@@ -8,7 +8,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -85,8 +84,3 @@ def test_a_written_trace_is_read_back_with_the_right_numbers_of_tokens(trace):
     for index, request in enumerate(trace):
         prompt, answer = conversations.tokens(index)
         assert (len(prompt), len(answer)) == (request.input_length, request.output_length)
-
-
-def test_a_folder_is_refused(tmp_path):
-    with pytest.raises(TraceError, match="cannot be read"):
-        read_trace(tmp_path)

@@ -237,29 +237,6 @@ def test_memory_around_a_row_has_no_effect(dtype: torch.dtype, head_size: int) -
     assert equals_reference(*between[..., 16 : 16 + head_size], torch.arange(1, 22))
 
 
-def test_tokens_after_the_end_of_the_slot_mapping_are_padding() -> None:
-    key, value = random_rows(40, 2, 64, torch.bfloat16)
-    key[19:], value[19:] = math.nan, math.nan
-    assert equals_reference(key, value, torch.arange(19))
-
-
-@pytest.mark.parametrize(("tokens", "slots"), [(0, 0), (6, 0), (6, 6)])
-def test_without_slots_or_with_negative_ones_every_byte_stays_unchanged(
-    tokens: int, slots: int
-) -> None:
-    pages = Pages(2, 2, 16, 64, padding=3)
-    key, value = random_rows(tokens, 2, 64, torch.float32)
-    quantise_and_store(key, value, pages.cache, torch.full((slots,), -1))
-    assert bool((pages.memory == UNTOUCHED).all())
-
-
-def test_slots_may_be_32_bit_and_strided() -> None:
-    key, value = random_rows(20, 2, 96, torch.bfloat16)
-    slots = torch.arange(20) + 5
-    assert equals_reference(key, value, slots.to(torch.int32))
-    assert equals_reference(key, value, slots.repeat_interleave(3)[::3])
-
-
 @pytest.mark.parametrize("head_size", [72, 128])
 def test_several_threads_store_the_same_bits_as_one(
     head_size: int, monkeypatch: pytest.MonkeyPatch

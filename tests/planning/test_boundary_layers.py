@@ -30,10 +30,6 @@ def unquantised(make_config):
     return make
 
 
-def test_no_layer_is_a_boundary_layer_by_default(unquantised):
-    assert unquantised() == []
-
-
 def test_two_boundary_layers_are_those_of_vllms_rule(unquantised, make_config):
     stock = make_config(kv_cache_dtype=K8V4).cache_config.kv_cache_dtype_skip_layers
     assert unquantised({"boundary_layers": 2}) == stock == list("0145")

@@ -272,12 +272,6 @@ def test_the_text_has_the_same_problems_and_no_traceback(without_vllm):
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_invalid_json_is_rejected(without_vllm):
-    done = without_vllm.doctor("--additional-config", "{")
-    assert done.returncode == 2
-    assert done.stderr.startswith("vllm-hybrid-kv doctor: --additional-config is not JSON: ")
-
-
 @pytest.fixture(scope="module")
 def fake_vllm(make_environment):
     """A function that writes the source of an environment's vLLM."""

@@ -61,6 +61,7 @@ def run(tmp_path):
         ((*REPLAY, "--match-unit", "16"), "replay: --match-unit: '16' is not a strategy"),
         (REPLAY, "replay: trace.jsonl cannot be read: No such file"),
         (("doctor", "--timeout", "0"), "doctor: Invalid value for '--timeout'"),
+        (("doctor", "--additional-config", "{"), "doctor: --additional-config is not JSON: "),
         ((*EVAL, "--nope"), "eval: No such option: --nope"),
     ],
 )
