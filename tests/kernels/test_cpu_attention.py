@@ -161,6 +161,15 @@ def test_blocks_more_than_two_gigabytes_into_the_cache_are_read(path: str) -> No
     assert_equal(attend(moved, path), attend(batch, path))
 
 
+def test_rows_after_the_last_request_stay_unchanged(path: str) -> None:
+    batch = make(Case(lengths=(40, 20), queries=(2, 1)))
+    padded = replace(batch, query=torch.cat([batch.query, batch.query[:2]]))
+    out, lse = attend(padded, path)
+    assert (out[3:] == 7.0).all()
+    assert (lse[3:] == 7.0).all()
+    assert_equal((out[:3], lse[:3]), attend(batch, path))
+
+
 def test_a_query_of_a_request_without_tokens_gets_zero(path: str) -> None:
     batch = make(Case(lengths=(0, 20), queries=(2, 1)))
     out, lse = attend(batch, path)
