@@ -237,6 +237,13 @@ def test_memory_around_a_row_has_no_effect(dtype: torch.dtype, head_size: int) -
     assert equals_reference(*between[..., 16 : 16 + head_size], torch.arange(1, 22))
 
 
+def test_slots_may_be_32_bit_and_strided() -> None:
+    key, value = random_rows(20, 2, 96, torch.bfloat16)
+    slots = torch.arange(20) + 5
+    assert equals_reference(key, value, slots.to(torch.int32))
+    assert equals_reference(key, value, slots.repeat_interleave(3)[::3])
+
+
 @pytest.mark.parametrize("head_size", [72, 128])
 def test_several_threads_store_the_same_bits_as_one(
     head_size: int, monkeypatch: pytest.MonkeyPatch
