@@ -80,16 +80,19 @@ class Cached:
         return self.blocks[group_id, boundary][0]
 
 
+def oldest_token(spec: KVCacheSpec, position: int) -> int:
+    """Return the position of the oldest token that a query at `position` attends to."""
+    if isinstance(spec, SlidingWindowSpec):
+        return max(0, position - spec.sliding_window + 1)
+    if isinstance(spec, ChunkedLocalAttentionSpec):
+        return position - position % spec.attention_chunk_size
+    return 0
+
+
 def needed_blocks(layout: Layout, group_id: int, length: int) -> range:
     """Return the indices of the whole blocks that attention reads to resume after a prefix."""
-    spec, size = layout.spec(group_id), layout.block_size(group_id)
-    if isinstance(spec, SlidingWindowSpec):
-        oldest_token = max(0, length - spec.sliding_window + 1)
-    elif isinstance(spec, ChunkedLocalAttentionSpec):
-        oldest_token = length - length % spec.attention_chunk_size
-    else:
-        oldest_token = 0
-    return range(oldest_token // size, length // size)
+    size = layout.block_size(group_id)
+    return range(oldest_token(layout.spec(group_id), length) // size, length // size)
 
 
 def tails(layout: Layout, cached: Cached, group_id: int, length: int) -> list[int]:

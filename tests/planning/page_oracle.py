@@ -100,15 +100,12 @@ def longest_block(spec: KVCacheSpec, page: int, match_unit: int) -> KVCacheSpec 
 def highest_page(specs) -> int:
     """Round the largest page up to a common multiple of smaller attention pages, as `lcm` does."""
     largest = max(spec.page_size_bytes for spec in specs)
-    smaller = [s.page_size_bytes for s in specs if not is_mamba(s) and s.page_size_bytes < largest]
+    sizes = [spec.page_size_bytes for spec in specs if not isinstance(spec, MambaSpec)]
+    smaller = [size for size in sizes if size < largest]
     page = largest
     while any(page % one for one in smaller):
         page += 1
     return page
-
-
-def is_mamba(spec) -> bool:
-    return isinstance(spec, MambaSpec)
 
 
 def least_page(spec) -> int:

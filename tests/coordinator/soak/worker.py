@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING
 from vllm.model_executor.layers.mamba.checkpoint import compute_mamba_prefill_checkpoints
 from vllm.utils.math_utils import cdiv, round_down
 from vllm.v1.kv_cache_interface import (
-    ChunkedLocalAttentionSpec,
-    KVCacheSpec,
     MambaSpec,
-    SlidingWindowSpec,
 )
 
+from testing.coordinator.oracle import oldest_token
 from tests.coordinator.soak.connector import Load
 from tests.coordinator.soak.plans import Plan
 from tests.coordinator.soak.prefixes import DRAFT, LOST, Prefixes
@@ -347,7 +345,7 @@ class Worker:
     def _check_attention(self, request_id: str, sequence: KnownRequest, start: int) -> None:
         for group in self._attention:
             values = sequence.prefixes[group in self.draft_groups :]
-            first = _first_needed(self._specs[group], start)
+            first = oldest_token(self._specs[group], start)
             table = sequence.tables[group]
             for block, position, offset, count in self._runs(group, table, first, start):
                 wanted = values[position : position + count]
@@ -358,12 +356,3 @@ class Worker:
                         f"{position} to {position + count}, which the one at {start} needs "
                         f"(prefixes {wanted}, found {found})"
                     )
-
-
-def _first_needed(spec: KVCacheSpec, position: int) -> int:
-    """Return the first position that a query at `position` attends to."""
-    if isinstance(spec, SlidingWindowSpec):
-        return max(0, position - spec.sliding_window + 1)
-    if isinstance(spec, ChunkedLocalAttentionSpec):
-        return round_down(position, spec.attention_chunk_size)
-    return 0
