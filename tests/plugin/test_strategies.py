@@ -48,8 +48,7 @@ def plan(config, memory=1 << 36):
     return planning.get_kv_cache_configs(config, [specs()], [memory], groups)
 
 
-def manager(config):
-    kv_cache_config = hybrid()
+def manager(config, kv_cache_config):
     scheduler_size, hash_size = kv_cache_utils.resolve_kv_cache_block_sizes(kv_cache_config, config)
     return KVCacheManager(
         kv_cache_config,
@@ -75,7 +74,7 @@ def test_with_stock_rules_everything_is_vllms(make_config):
     assert {group.kv_cache_spec.page_size_bytes for group in alone[0][0].kv_cache_groups} == {
         12_648_448
     }
-    assert type(manager(config).coordinator) is HybridKVCacheCoordinator
+    assert type(manager(config, groups).coordinator) is HybridKVCacheCoordinator
 
 
 @pytest.mark.parametrize(
@@ -150,6 +149,10 @@ def test_growing_counts_the_groups_that_grow_and_keeps_the_concurrency(make_conf
     assert kv_cache_utils.get_kv_cache_capacity(config, groups) == (362_608, concurrency)
 
 
+def make_manager(config):
+    return manager(config, hybrid())
+
+
 def resolve_sizes(config):
     return kv_cache_utils.resolve_kv_cache_block_sizes(hybrid(), config)
 
@@ -181,7 +184,7 @@ def resolve_sizes(config):
             lambda config: kv_cache_utils.update_kv_cache_capacity(config, hybrid()),
             ["'acme' (from acme-kv 1.5) must choose among"],
         ),
-        ("coordinator", "'mine'", manager, ["(from acme-kv 1.5) must return a KVCache"]),
+        ("coordinator", "'mine'", make_manager, ["(from acme-kv 1.5) must return a KVCache"]),
         (
             "prefix_match_unit",
             "100",
