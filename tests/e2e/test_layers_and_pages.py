@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable
 from functools import cache
@@ -217,3 +218,25 @@ def test_all_but_boundary_and_skipped_layers_are_quantised(
         elements = head_size + head_size // 2 + 4 if index in quantised else 4 * head_size
         assert layer["content_bytes"] / layer["block_size"] == 2 * elements
         assert layer["backend"].endswith(OURS if index in quantised else "CPUAttentionBackend")
+
+
+def test_the_capacity_of_a_dense_model_is_logged_without_a_warning(
+    host: EngineHost, small_model: Model
+) -> None:
+    host.stop()
+    before = len(host.log.read_text(errors="replace"))
+    engine(host, small_model("llama"), "turboquant_k8v4")
+    log = host.log.read_text(errors="replace")[before:]
+    long, short = re.findall(r"(INFO|WARNING) .*\[planning\.py:\d+\] (.*)", log)
+    match = re.fullmatch(
+        r"KV cache of [\d,]+ blocks: ([\d,]+) tokens in requests of max_model_len "
+        r"\(2,048 tokens\), ([\d,.]+) of them at once; ([\d,]+) whole requests always fit.*",
+        long[1],
+    )
+    assert match, long
+    tokens, concurrency, whole = (float(text.replace(",", "")) for text in match.groups())
+    assert tokens == host.started["capacity_tokens"]
+    assert concurrency == pytest.approx(tokens / 2048, abs=0.01)
+    assert concurrency - 2 < whole <= concurrency
+    assert re.match(r"Short requests \(512 tokens\): [\d,]+ always fit at once", short[1]), short
+    assert long[0] == short[0] == "INFO"

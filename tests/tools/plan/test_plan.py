@@ -2,6 +2,7 @@
 """Plans of public models have the layers, blocks and capacity that vLLM itself computes."""
 
 import math
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -69,6 +70,22 @@ def test_pages_of_models_without_states_are_equal_and_unpadded_by_default(shape,
     head_size = 64 if name == "gpt-oss-20b" else 128
     saved = 4 * head_size / (1.5 * head_size + 4)
     assert plan.blocks / auto.blocks == pytest.approx(saved, rel=1 / auto.blocks)
+
+
+@pytest.mark.parametrize(
+    ("name", "unquantised", "warnings"),
+    [("llama-3.1-8b", [0, 1, 30, 31], 0), ("llama-4-scout", [0, 1, 46, 47], 1)],
+)
+def test_boundary_layers_of_models_without_states_are_unquantised(
+    shape, name, unquantised, warnings
+):
+    plan = plan_of(shape(name, K8V4, boundary_layers=2), 24 * GIB, {})
+    names = [layer for row in plan.pages if row.stores == "bfloat16" for layer in row.layers]
+    assert sorted(int(re.search(r"\d+", layer)[0]) for layer in names) == unquantised
+    assert {row.stores for row in plan.pages} == {"k8v4", "bfloat16"}
+    # A chunk of Llama 4 consists of whole blocks.
+    assert all(8192 % row.block_tokens == 0 for row in plan.pages if "chunked" in row.kind)
+    assert len(plan.warnings) == warnings
 
 
 @pytest.mark.parametrize(
