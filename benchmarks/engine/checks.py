@@ -179,8 +179,9 @@ def choose(
 ) -> list[list[int]]:
     """Choose prompts to compare, and return them shortest first.
 
-    Prompts are skipped if rounding can change the first token of the output. Half are the longest
-    prompts. The others' outputs start with the most tokens that rounding cannot change.
+    A prompt is skipped if rounding can change the first token of its output. Half of the chosen
+    prompts are the longest. The other half are those whose outputs have the longest beginning that
+    rounding cannot change.
     """
     counts = [decisive(output, bounds) for output in outputs]
     usable = [i for i, number in enumerate(counts) if number]

@@ -298,8 +298,9 @@ def _store_value_quad(
 ) -> None:
     """Store the values of a quad's four tokens, which fill one line in each chunk of 32 dims.
 
-    A 32-bit lane collects a byte (two dims) of each of the four tokens. The encoders' results are
-    shifted and added. All their shifted `_ROUNDING_BITS` are subtracted together at the end.
+    A 32-bit lane collects a byte (two dims) of each of the four tokens: the results of the four
+    encoders are shifted and added. Each result contains `_ROUNDING_BITS`. Their shifted sum is a
+    constant, which is subtracted at the end.
     """
     encoders = [_value_encoder(e, results, token) for token in range(4)]
     with e.each(e.shift_right(e.at(head_size, 31), 5)) as i:

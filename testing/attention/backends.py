@@ -222,7 +222,7 @@ def error(out: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def stored(backend: Backend, step: Step) -> tuple[Any, Texts, torch.Tensor]:
-    """Prepare a step: the input for metadata builders, random tensors, and a cache with them."""
+    """Store random tokens for a step. Returns the builders' input, the tokens and the cache."""
     common, slots = steps.common_metadata(step, PAGE)
     made = texts(step)
     cache = backend.cache(int(slots.max()) + 1)

@@ -109,7 +109,7 @@ class Operands:
         return lambda m, mask: read(m, mask) + offset
 
     def whole(self, one: Instruction, kinds: str, operands: tuple[Operand, ...]) -> list[Reader]:
-        """Return readers that broadcast to [warps, 32], of an instruction of whole warps."""
+        """Return readers of an instruction that whole warps execute; they give [warps, 32]."""
         if one.guard is not None:
             raise self.refuse(one, "a guarded instruction of a warp")
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile the kernels for any GPU as their launches would, in a process that does not interpret."""
+"""Compile the kernels for any GPU with the same types and constants as their launches.
+
+The process must not have Triton's interpreter switched on.
+"""
 
 from __future__ import annotations
 

@@ -239,9 +239,9 @@ class Worker:
                 found = self.differs(group, block, 0, [wanted])
                 if found is not None:
                     raise SoakError(
-                        f"{request_id}: group {group}'s state in block {block} is not the one "
-                        f"after {start} tokens (prefix {wanted}, found {found})"
-                        f"{', which was a hit' * sequence.is_new}"
+                        f"{request_id}: block {block} should have group {group}'s state after "
+                        f"{start} tokens, prefix {wanted}, but has prefix {found}"
+                        f"{'; the block was a cache hit' * sequence.is_new}"
                     )
                 sources[block] = request_id
         for request_id, (sequence, _, end) in chunks.items():

@@ -61,7 +61,8 @@ def some_numbers(kind: str, generator: np.random.Generator) -> list[int]:
     return result
 
 
-# Numbers as Python's: floats of 16 and 32 bits are exact in Python's float.
+# The expected results are computed with Python's numbers. A Python float holds 16-bit and 32-bit
+# floats exactly.
 
 
 def decoded(bits: int, kind: str) -> Any:
