@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Instructions that access memory to functions that execute them on a `Machine`."""
+"""Translate instructions that access memory into functions that execute them on a `Machine`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _MATRIX = re.compile(
 
 
 class Accesses(Operands):
-    """Makes steps of the instructions of a kernel that access memory."""
+    """Translates a kernel's memory instructions into steps."""
 
     def smallest_shared_access(self) -> int:
         """Return the bytes of the smallest access to shared memory."""
@@ -47,7 +47,7 @@ class Accesses(Operands):
         return min(sizes)
 
     def access(self, one: Instruction) -> Step | None:
-        """Return the step of an instruction that accesses memory, or None for another one."""
+        """Return the step of an instruction that accesses memory, or None if it accesses none."""
         for pattern, make in ((_LOAD, self.load), (_STORE, self.store), (_MATRIX, self.matrix)):
             if match := pattern.match(one.opcode):
                 return make(one, match)
@@ -213,7 +213,7 @@ class Accesses(Operands):
 
 
 def spread(mask: Mask, *arrays: Array) -> tuple[list[Array], tuple[int, ...]]:
-    """Return arrays of the same shape as the elements of the lanes of a mask, and that shape."""
+    """Broadcast arrays to one shape. Returns their elements of the mask's lanes, and the shape."""
     shapes = [array.shape for array in arrays]
     shape = np.broadcast_shapes(*shapes, (1, 1) if mask is None else mask.shape)
     spread = [np.broadcast_to(array, shape) for array in arrays]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The arithmetic of PTX on numpy arrays, where numpy's own differs from it.
 
-Approximate instructions (`ex2.approx`, `div.full` and so on) round correctly here, so errors of a
-GPU that are allowed by the PTX manual come on top.
+Approximate instructions (`ex2.approx`, `div.full` and so on) round correctly here. A GPU has larger
+errors, which the PTX manual allows.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _TIE_BITS = np.uint64((1 << 28) - 1)
 _SMALLEST_NORMAL = np.float32(2.0**-126)
 _SIGN = np.uint32(0x80000000)
 NAN_BITS = {16: 0x7FFF, 32: 0x7FFFFFFF}
-"""The NaN that an instruction returns, by its bits; that of fp16 and bf16 is the same."""
+"""Bits of the NaN that instructions return, by the size of a number; equal for fp16 and bf16."""
 
 
 def flushed(x: Array) -> Array:
-    """Return float32 numbers with subnormal ones replaced by zeros of the same sign (`.ftz`)."""
+    """Replace subnormal float32 numbers by zeros of the same sign, as `.ftz` does."""
     small = np.abs(x) < _SMALLEST_NORMAL
     return np.where(small, np.copysign(np.float32(0), x), x) if small.any() else x
 
@@ -30,8 +30,9 @@ def flushed(x: Array) -> Array:
 def fma(a: Array, b: Array, c: Array) -> Array:
     """Return a * b + c of float32, rounded once.
 
-    The product is exact in float64. A float64 sum that is exact to more than 24 + 2 bits rounds to
-    the right float32 unless it looks like a tie; then its error decides ("round to odd").
+    The product is exact in float64. The sum is rounded to float64 and then to float32, which gives
+    the right result unless the float64 sum looks like a tie. Then the error of that sum decides
+    ("round to odd").
     """
     product = a.astype(np.float64) * b.astype(np.float64)
     addend = c.astype(np.float64)
@@ -63,12 +64,12 @@ def _extreme(a: Array, b: Array, smaller: bool) -> Array:
 
 
 def minimum(a: Array, b: Array) -> Array:
-    """Return the smaller number; of one NaN the other operand."""
+    """Return the smaller number. If one operand is a NaN, return the other."""
     return _extreme(a, b, smaller=True)
 
 
 def maximum(a: Array, b: Array) -> Array:
-    """Return the larger number; of one NaN the other operand."""
+    """Return the larger number. If one operand is a NaN, return the other."""
     return _extreme(a, b, smaller=False)
 
 
@@ -103,7 +104,7 @@ def joined(high: Array, low: Array) -> Array:
 
 
 def to_integer(x: Array, kind: Any) -> Array:
-    """Return float32 numbers that are integers as integers, saturated; NaN is 0."""
+    """Convert float32 numbers without a fraction to integers, saturated. A NaN becomes 0."""
     limits = np.iinfo(kind)
     wide = np.nan_to_num(x.astype(np.float64), nan=0.0, posinf=2.0**63, neginf=-(2.0**63))
     return np.clip(wide, limits.min, limits.max).astype(kind)
@@ -151,7 +152,7 @@ def shifted_left(a: Array, count: Array) -> Array:
 
 
 def shifted_right(a: Array, count: Array) -> Array:
-    """Return shifted numbers, signed ones with copies of the sign; no shift is taken modulo."""
+    """Shift right. Signed numbers get copies of the sign. Counts are not taken modulo the width."""
     bits = 8 * a.dtype.itemsize
     if a.dtype.kind == "i":
         return a >> np.minimum(count, bits - 1).astype(a.dtype)

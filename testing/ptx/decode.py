@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parsed instructions to functions that execute them on a `Machine`."""
+"""Translate parsed instructions into functions that execute them on a `Machine`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _RELINQUISH = "tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned"
 
 
 class Decoder(TensorMemoryAccesses):
-    """Makes steps of the instructions of a kernel."""
+    """Translates a kernel's instructions into steps."""
 
     def blocks(self) -> dict[int, Block]:
         """Return the kernel as blocks."""
@@ -62,7 +62,7 @@ class Decoder(TensorMemoryAccesses):
         return blocks
 
     def end(self, last: Instruction | None, following: int) -> Step:
-        """Return the step after the last one of a block."""
+        """Return the step that ends a block and says what runs next."""
         if last is None:
             return lambda m: m.go(following)
         guard, negated = last.guard, last.negated
@@ -147,7 +147,7 @@ class Decoder(TensorMemoryAccesses):
     def by_halves(
         self, one: Instruction, name: str, sources: list[str], readers: list[Reader], function: Any
     ) -> Step:
-        """A step of which an undefined half of a source makes that half of the result undefined.
+        """Make a step that allows sources with an undefined half, and leaves this half undefined.
 
         LLVM leaves half of a register undefined if only the other half of the result is used.
         """
@@ -157,7 +157,7 @@ class Decoder(TensorMemoryAccesses):
             mask = m.mask if guard is None else m.guarded(guard, negated)
             if mask is False:
                 return
-            # Reading a register with an undefined half is an error otherwise.
+            # Elsewhere, reading a register with an undefined half is an error.
             before = {x: m.undefined_halves.pop(x) for x in sources if x in m.undefined_halves}
             values = [read(m, mask) for read in readers]
             m.undefined_halves |= before
@@ -168,7 +168,7 @@ class Decoder(TensorMemoryAccesses):
         return step
 
     def pack(self, one: Instruction) -> Step:
-        """A move between a register and the parts of it in braces."""
+        """Make a move between a register and its parts, which are in braces."""
         target, source = self.operands(one, 2)
         whole = f"u{one.opcode[5:]}"
         bits = int(whole[1:])
@@ -232,7 +232,7 @@ class Decoder(TensorMemoryAccesses):
         return step
 
     def warp_group(self, one: Instruction, columns: int, kind: str) -> Step:
-        """A product of the 64 rows of four warps: 16 rows from the registers of each."""
+        """Make a product of 64 rows (`wgmma`). Each of four warps has 16 rows in registers."""
         target, left, right, accumulates, *signs, transposed = self.operands(one, 7)
         if signs != [Immediate(1)] * 2 or not isinstance(transposed, Immediate):
             raise self.refuse(one, "a negated operand")

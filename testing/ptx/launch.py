@@ -4,8 +4,8 @@
     with PTXDevice(capability=90, seed=1):
         paged_attention(...)
 
-Triton specialises, compiles and launches as on a GPU of that compute capability; only the last
-step is this module's. A process in which Triton interprets cannot do so.
+Triton specialises, compiles and launches as on a GPU of that compute capability. Only the execution
+of the compiled kernel is replaced. This does not work in a process in which Triton interprets.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class PTXDevice:
         storage = tensor.untyped_storage()
         start = storage.data_ptr()
         if start not in self._storages and storage.nbytes():
-            # Keeping the storage prevents that another one gets its address.
+            # Keep the storage, so that no other storage gets its address.
             self._storages[start] = storage
             data = torch.tensor([], dtype=torch.uint8).set_(storage).numpy()
             self.memory.register(data, start, initialised=initialised)
@@ -147,7 +147,7 @@ class PTXDevice:
         if ptx not in self._programs:
             self._programs[ptx] = Program(ptx, metadata.num_warps, metadata.shared)
         program = self._programs[ptx]
-        # Scratch memory that no kernel here uses.
+        # The last parameters are addresses of scratch memory, which no kernel here uses.
         unused = [0] * (len(program.kernel.parameters) - len(arguments))
         self.launches.append(program.kernel.name)
         try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run programs of a kernel in lockstep, as long as they take the same way.
+"""Run programs of a kernel in lockstep, as long as they take the same branches.
 
 A register is an array [warps, 32], over all warps of all programs that run together, or [warps, 1]
 or [1, 1] if its value is the same in all lanes or warps. Of all lanes that can run, those of the
@@ -43,13 +43,13 @@ class Machine:
 
     Attributes:
         registers: By name.
-        partial: Of registers that only some lanes have written, which.
-        in_flight: Of registers that products of warp groups will write, the warps.
-        undefined_halves: Of registers with parts that nothing has written, the numbers of these.
-        missing: While an instruction collects them, the lanes that lack its operands.
+        partial: For each register that only some lanes have written, these lanes.
+        in_flight: For each register that a product of a warp group will write, the warps.
+        undefined_halves: For each register with halves that nothing has written, their numbers.
+        missing: The lanes that lack operands, while an instruction collects these lanes.
         tensor_memory: By the slot of the program.
-        phases: Of each `mbarrier`, by slot and address, the number of the phase.
-        loading: Registers that tensor memory is loaded to, among those in flight.
+        phases: The number of the phase of each `mbarrier`, by slot and address.
+        loading: The registers in flight that are loaded from tensor memory.
         stalled: Warps that wait for an `mbarrier`, [warps, 1].
         mask: The lanes that run.
         slot: Which of the programs each warp belongs to, [warps, 1].
@@ -71,12 +71,12 @@ class Machine:
     ) -> None:
         """
         Args:
-            blocks: The kernel by the index of the first instruction.
+            blocks: The blocks of the kernel, by the index of their first instruction.
             programs: `%ctaid` of each program, int [programs, 3].
             numbers: The number of each program in its grid.
             warps: Warps of a program.
             special: Values of parameters and special registers that all warps share.
-            priority: Of each warp, int [programs * warps, 1].
+            priority: The priority of each warp, int [programs * warps, 1].
         """
         self.blocks, self.memory, self.shared = blocks, memory, shared
         count = len(programs)
@@ -156,7 +156,7 @@ class Machine:
         return value
 
     def read_for_itself(self, readers: list[Any], mask: Mask) -> tuple[list[Array], list[Array]]:
-        """Return the operands of an instruction, and of some of them the lanes that lack it.
+        """Return the operands of an instruction. For those that lanes lack, also return the lanes.
 
         Triton's reductions compute with registers of lanes that loaded nothing, and ignore the
         results. So only what reaches memory, an address, a predicate or a product is an error.

@@ -2,9 +2,9 @@
 """Global and shared memory with shadows: what was written, by whom, and what may be read.
 
 Accesses come in arrays, one element for each lane. Every access has a *thread key*,
-`program << 32 | epoch << 8 | warp`: the epoch counts the barriers of the program. The accesses of
-two warps of a program are ordered if their epochs differ, those of two programs never. Lanes of
-one warp count as one thread.
+`program << 32 | epoch << 8 | warp`: the epoch counts the barriers of the program. Accesses of two
+warps of a program are ordered if their epochs differ. Accesses of two programs are never ordered.
+Lanes of one warp count as one thread.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Allocation(_Bytes):
         order = np.lexsort((key, cell))
         cell, key, write, number = (x[order] for x in (cell, key, write, number))
         same_cell = cell[1:] == cell[:-1]
-        # Of one cell: other programs are never ordered, other warps only by a barrier.
+        # For one cell: two programs are never ordered, and two warps only by a barrier.
         programs = same_cell & (key[1:] >> 32 != key[:-1] >> 32)
         epochs = same_cell & (key[1:] >> _WARP_BITS == key[:-1] >> _WARP_BITS)
         starts = np.flatnonzero(np.concatenate([[True], ~epochs]))
@@ -223,7 +223,7 @@ class SharedMemory:
     Args:
         programs: Programs.
         size: Bytes of each.
-        granule: Smallest access of the kernel; the shadow has one entry for so many bytes.
+        granule: Bytes of the kernel's smallest access, and of each entry of the shadow.
         base: Address of the first byte in each program.
     """
 
@@ -265,7 +265,7 @@ class SharedMemory:
         return values
 
     def _mark(self, shadow: Array, cells: Array, mine: Array) -> None:
-        """Enter keys into a shadow: one, or that of several warps of an epoch."""
+        """Enter keys into a shadow. If several warps of an epoch have a cell, enter `_SEVERAL`."""
         marked = np.where(self._unordered(shadow[cells], mine), mine | _SEVERAL, mine)
         shadow[cells] = marked
         if (other := shadow[cells] != marked).any():
@@ -294,8 +294,8 @@ class SharedMemory:
         """Check that the cells may be written now.
 
         Args:
-            unchanged: Accesses that write what is there. Triton lets all warps that hold an element
-                store it.
+            unchanged: Accesses that write the value which is already there. They are allowed,
+                because Triton lets all warps that hold an element store it.
         """
         for shadow, did in ((self.writer, "wrote"), (self.reader, "read")):
             other = shadow[cells]
@@ -316,7 +316,7 @@ class SharedMemory:
     def copy(
         self, address: Array, values: Array, slot: Array, keys: Array, lanes: Array, group: Array
     ) -> None:
-        """Write `values` that count as written once the group of the lane is waited for."""
+        """Write `values`. They count as written when the lane has waited for its group."""
         offset, cells = self.place(address, slot, values.shape[1])
         self._claim(cells, keys[:, None])
         self.bytes.write(offset, values)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operands of instructions to functions that read them from a `Machine`."""
+"""Translate operands of instructions into functions that read them from a `Machine`."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Operands:
         return one.operands
 
     def group(self, one: Instruction, operand: Operand, count: int) -> tuple[Operand, ...]:
-        """Return the `count` operands in braces, or the only one without."""
+        """Return the `count` operands in braces, or the operand itself if it has no braces."""
         items = operand.items if isinstance(operand, Group) else (operand,)
         if len(items) != count:
             raise self.refuse(one, f"{len(items)} registers instead of {count}")

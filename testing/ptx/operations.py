@@ -31,8 +31,8 @@ class Operation:
         result: PTX type of the result.
         sources: PTX types of the operands.
         function: From arrays of `sources` to an array of `result`; shapes broadcast.
-        defined: Whether PTX defines the result for all values of the operands. `function` of
-            operands for which it does not returns anything.
+        defined: Returns for which elements of the operands PTX defines the result. Elsewhere,
+            `function` may return anything. None if PTX defines all results.
     """
 
     result: str
@@ -42,7 +42,7 @@ class Operation:
 
 
 OPERATIONS: dict[str, Operation] = {}
-"""By opcode. Those of three sources that are usually of two have `/3` after the opcode."""
+"""By opcode. If an opcode has forms with two and with three sources, the latter ends in `/3`."""
 
 
 def _define(
@@ -151,7 +151,7 @@ def _comparisons() -> None:
 
 
 def _with_flushing(name: str, types: str, function: Callable[..., Array]) -> None:
-    """Define an instruction on float32, and its `.ftz`."""
+    """Define an instruction on float32 and its form with `.ftz`."""
 
     def flushing(*operands: Array) -> Array:
         return arithmetic.flushed(function(*map(arithmetic.flushed, operands)))
@@ -182,7 +182,7 @@ def _floats() -> None:
 
 
 def _float_pairs() -> None:
-    """Numbers of 32 bits, two to a register, and sums of numbers of two sizes."""
+    """Define operations on two float32 numbers in a register, and sums of numbers of two sizes."""
     functions: dict[str, tuple[int, Callable[..., Array]]] = {
         "add": (2, np.add), "sub": (2, np.subtract), "mul": (2, np.multiply),
         "fma.rn": (3, arithmetic.fma),
@@ -204,7 +204,7 @@ def _conversions() -> None:
     for source, target in itertools.product(
         [f"{sign}{bits}" for sign in "su" for bits in (8, 16, 32, 64)], repeat=2
     ):
-        # Registers of 8-bit numbers have 16 bits.
+        # 8-bit numbers are in registers of 16 bits.
         held = {kind: kind.replace("8", "16") for kind in (source, target)}
 
         def resize(a: Array, source: str = source, target: str = target) -> Array:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PTX text, as Triton emits it, to instructions with operands."""
+"""Parse PTX text, as Triton emits it, into instructions with operands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from testing.ptx.errors import UnknownInstruction
 
 @dataclass(frozen=True)
 class Register:
-    """A register, or a special one such as `%tid.x`; `_` as a destination is no register."""
+    """A register, or a special one such as `%tid.x`. The destination `_` drops a result."""
 
     name: str
 

@@ -27,8 +27,8 @@ class Program:
     def __init__(self, ptx: str, warps: int, shared_bytes: int) -> None:
         self.kernel = parse(ptx)
         self.warps = warps
-        # No more aligned than the kernel declares. Operands of `wgmma` need more: on a GPU dynamic
-        # shared memory starts at 1024.
+        # Shared memory is aligned no better than the kernel declares. But operands of `wgmma` need
+        # 1024 bytes, where dynamic shared memory starts on a GPU.
         self.base = 1024 if "wgmma" in ptx or "tcgen05" in ptx else self.kernel.alignment
         self.shared_bytes = self.kernel.static_bytes + shared_bytes
         symbols = {name: self.base + start for name, start in self.kernel.shared.items()}

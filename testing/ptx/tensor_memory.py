@@ -33,7 +33,7 @@ UNWRITTEN, WRITTEN, STORING, MULTIPLYING = range(4)
 
 
 class TensorMemory:
-    """The tensor memory of one program: 128 lanes, of which warp w has 32 from 32 (w % 4) on."""
+    """The tensor memory of one program: 128 lanes. Warp w has the 32 lanes from 32 (w % 4) on."""
 
     def __init__(self, columns: int) -> None:
         self.first = COLUMNS - columns
@@ -73,10 +73,10 @@ def _lanes(m: Machine, mask: Array | None) -> list[list[int]]:
 
 
 class TensorMemoryAccesses(Accesses):
-    """Makes steps of the instructions of a kernel that use tensor memory or an `mbarrier`."""
+    """Translates instructions that use tensor memory or an `mbarrier` into steps."""
 
     def tensor_memory_access(self, one: Instruction) -> Step | None:
-        """Return the step of such an instruction, or None for another one."""
+        """Return the step of an instruction for tensor memory or an `mbarrier`, or None."""
         if one.opcode == _ALLOCATE:
             return self.allocate(one)
         if one.opcode == _FREE:
@@ -209,7 +209,7 @@ class TensorMemoryAccesses(Accesses):
                 for read in (read_sums, read_left, read_right, read_description, read_accumulates)
             )
             for row, lane in _lanes(m, mask):
-                # Sums in float32 of fp16, or bf16; 128 rows; B with columns or rows in memory.
+                # Supported: fp16 or bf16 with float32 sums, 128 rows, B by columns or by rows.
                 description = int(bits[row, lane])
                 if description & ~(0x3F << 17 | 1 << 16 | 9 << 7) != 8 << 24 | 1 << 4:
                     raise self.refuse(one, f"the instruction descriptor {description:#x}")
@@ -290,7 +290,7 @@ class TensorMemoryAccesses(Accesses):
         return step
 
     def try_wait(self, one: Instruction, at: int, following: int) -> Step:
-        """A wait that ends when the phase has, so its result is true."""
+        """Make a wait that only ends when the phase has ended. So its result is always true."""
         target, place, parity = self.operands(one, 3)
         name = self.destination(one, target)
         read, read_parity = self.address(one, place, True), self.reader(one, parity, "u32")

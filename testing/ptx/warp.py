@@ -18,7 +18,7 @@ LANES = np.arange(32)
 
 
 def shuffle_source(mode: str, b: Array, c: Array) -> Array:
-    """Return the lane that each lane reads in `shfl.sync`; out of its segment, itself."""
+    """Return the lane that each lane reads in `shfl.sync`, or itself outside of its segment."""
     b, clamp, segment = (b & 31).astype(int), (c & 31).astype(int), (c >> 8 & 31).astype(int)
     first = LANES & segment
     limit = first | (clamp & ~segment)
@@ -66,8 +66,8 @@ REDUCTIONS: dict[str, Callable[..., Array]] = {
 def _left(fragment: Array) -> Array:
     """Return A, 16 rows and 4 n columns, from its registers [4, warps, 32, n numbers of each].
 
-    Lane 4 g + t has, of row g, columns n t to n t + n - 1 in register 0 and those 4 n after it in
-    register 2; of row g + 8 in registers 1 and 3.
+    Lane 4 g + t has n columns of row g, from n t on, in register 0, and those 4 n later in register
+    2. The same columns of row g + 8 are in registers 1 and 3.
     """
     count = fragment.shape[-1]
     split = fragment.reshape(2, 2, -1, 8, 4, count)  # column half, row half, warp, g, t, number
@@ -77,7 +77,7 @@ def _left(fragment: Array) -> Array:
 def _right(fragment: Array) -> Array:
     """Return B, 4 n rows and 8 columns, from its registers [2, warps, 32, n numbers of each].
 
-    Lane 4 g + t has, of column g, rows n t to n t + n - 1, and those 4 n after it in register 1.
+    Lane 4 g + t has n rows of column g, from n t on, in register 0, and those 4 n later in 1.
     """
     count = fragment.shape[-1]
     split = fragment.reshape(2, -1, 8, 4, count)  # row half, warp, g, t, number
@@ -87,7 +87,7 @@ def _right(fragment: Array) -> Array:
 def _sum_matrix(fragment: Array) -> Array:
     """Return C or D [warps, 16, 8] from its registers [4, warps, 32].
 
-    Lane 4 g + t has columns 2 t and 2 t + 1 of row g in registers 0 and 1, of row g + 8 in 2 and 3.
+    Lane 4 g + t has columns 2 t and 2 t + 1 of row g in registers 0 and 1, of row g + 8 in 2, 3.
     """
     split = fragment.reshape(2, 2, -1, 8, 4)  # row half, column, warp, g, t
     return split.transpose(2, 0, 3, 4, 1).reshape(-1, 16, 8)
@@ -111,7 +111,7 @@ def mma(kind: str, a: Sequence[Array], b: Sequence[Array], c: Sequence[Array]) -
     """Return the registers [4, warps, 32] of A B + C; `kind` is f16, bf16 (m16n8k16) or s8 (k32).
 
     Products of codes and their sums are exact in float32: 32 products of at most 2^14. Floats are
-    summed in float32 in some order, as on a GPU, which rounds each sum toward zero at times.
+    summed in float32 in some order. A GPU also does so, but it may round sums toward zero.
     """
     product = _left(_unpacked(a, kind)) @ _right(_unpacked(b, kind))
     if kind == "s8":
@@ -126,7 +126,7 @@ def product(kind: str, a: Sequence[Array], b: Array) -> Array:
 
 
 def widened(kind: str, words: Array) -> Array:
-    """Return float32 numbers of 16-bit words."""
+    """Convert 16-bit words to float32 numbers."""
     widen = arithmetic.from_half if kind == "f16" else arithmetic.from_bfloat
     return widen(np.ascontiguousarray(words))
 

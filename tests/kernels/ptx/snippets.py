@@ -59,7 +59,7 @@ def run(
 def each_lane(
     opcode: str, result: np.dtype, sources: Sequence[np.ndarray], immediates: Sequence[int] = ()
 ) -> np.ndarray:
-    """Return what an instruction makes of the elements of arrays, one of each for a lane.
+    """Run an instruction in which each lane has one element of every array. Returns the results.
 
     Arrays of booleans are predicates. `result` is the type of the results.
     """

@@ -138,8 +138,8 @@ def test_the_order_of_programs_and_warps_does_not_change_a_bit(capability: int) 
 
 @pytest.mark.parametrize("capability", [90, pytest.param(120, marks=pytest.mark.long)])
 def test_hidden_bytes_have_no_influence(capability: int) -> None:
-    """Tokens before the window and after the last one; zeros, NaN, infinities and 65504."""
-    # The kernel of decoding, compiled for that test.
+    """Tokens before the window and after the last token get zeros, NaN, infinities and 65504."""
+    # Another test compiles the same decode kernel.
     case = CASES["96, group 3, window"][0]
     batch = make(replace(case, lengths=(150, 40), queries=(2, 1), plan=None))
     wanted = expected(batch)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every instruction of a lane against its definition in the PTX manual, written for one number.
+"""Each instruction of a lane equals its definition in the PTX manual, written for one number.
 
 Integers are Python's, and floats are exact fractions that are rounded once, so nothing here shares
 code with the machine.
@@ -46,7 +46,7 @@ def is_float(kind: str) -> bool:
 
 
 def some_numbers(kind: str, generator: np.random.Generator) -> list[int]:
-    """Return bits of special numbers, of any, and for floats of some from 1 to 16."""
+    """Return the bits of special and random numbers, and for floats of some from 1 to 16."""
     bits = 1 if kind == "pred" else bits_of(kind)
     result = []
     for choice in generator.integers(0, 3, LANES):
@@ -101,7 +101,7 @@ def rounded(value: Any, kind: str) -> float:
 
 
 def encoded(value: Any, kind: str) -> int:
-    """Return the bits of a number that the format holds; every NaN has the same."""
+    """Return the bits of a number of the format. All NaNs have the same bits."""
     if is_float(kind) and math.isnan(value):
         return -1
     if kind == "f32":
@@ -127,7 +127,7 @@ def exact(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def fma(a: Any, b: Any, c: Any) -> Any:
-    # Of a product that is zero in Python's float, the sign still is right.
+    # Python's float rounds small products to zero, but keeps their sign.
     return a * b + c
 
 
@@ -173,7 +173,7 @@ COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
 
 
 def compare(name: str, a: Any, b: Any) -> bool:
-    """`num` and `nan` ask for NaNs; `u` after a comparison of floats makes it true for them."""
+    """Compare. `num` and `nan` test for NaNs. With the suffix `u`, a NaN makes comparisons true."""
     if isinstance(a, float):
         nan = math.isnan(a) or math.isnan(b)
         if name in ("num", "nan"):
@@ -294,7 +294,7 @@ def assert_equal(opcode: str, got: int, result: str, kinds: list[str], operands:
     if expected == NAN:
         assert math.isnan(decoded(got, result)), context
     else:
-        # Python's own functions of these round to float64 first.
+        # For these, the expected result is rounded twice, because Python rounds it to float64.
         assert abs(got - expected) <= (1 if APPROXIMATE.match(opcode) else 0), context
 
 
@@ -350,7 +350,7 @@ def test_two_floats_become_the_halves_of_a_register(opcode: str) -> None:
 
 
 def test_fused_products_round_once() -> None:
-    """Sums next to the middle of two float32 numbers, which float64 rounds to that middle."""
+    """The sums are so close to the middle of two float32 numbers that float64 rounds them to it."""
     a = np.float32([1 + 2.0**-12, 1 + 2.0**-12, 1, 2.0**-75] * 8).view(np.uint32)
     b = np.float32([1 + 2.0**-12, -(1 + 2.0**-12), 1, 2.0**-75] * 8).view(np.uint32)
     c = np.float32([2.0**-60, -(2.0**-60), 2.0**-24, 2.0**-149] * 8).view(np.uint32)

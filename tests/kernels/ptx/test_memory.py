@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every error of memory, registers and barriers is detected, and the same without it is none."""
+"""Each error with memory, registers and barriers is found, and code without errors runs."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_copied_bytes_need_a_wait_and_those_of_another_warp_a_barrier_after_it(s
     for missing in (COMMIT + own, COMMIT + BARRIER + others, WAIT + own):
         with pytest.raises(errors.ReadBeforeWait):
             run(COPY + missing, words(64), warps=2, seed=seed)
-    # A barrier before the wait does not order another warp's copy.
+    # A barrier before a warp's wait does not make its copy visible to other warps.
     with pytest.raises((errors.Race, errors.ReadBeforeWait, errors.UninitialisedRead)):
         run(COPY + COMMIT + BARRIER + WAIT + others, words(64), warps=2, seed=seed)
 

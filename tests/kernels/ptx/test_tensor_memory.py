@@ -131,7 +131,7 @@ OLDER = {
     COMMIT: "tcgen05.commit.cta_group::1.mbarrier::arrive::one.b64 [%rd16];",
     TRY_WAIT: "mbarrier.try_wait.parity.shared.b64",
 }
-"""How Triton 3.6 writes the same."""
+"""The instructions that Triton 3.6 writes instead."""
 
 
 def product(
@@ -144,7 +144,7 @@ def product(
     seed: int = 1,
     older: dict[str, str] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return 128 sums of 16 columns, and the exact ones. `drop` before `keep` is left out."""
+    """Return the sums of a product [128, 16], and the exact sums. Leaves out `drop` before `keep`."""
     major, swizzle, leading, stride, offset = LAYOUTS[layout]
     generator = np.random.default_rng(0)
     a, b = (generator.integers(-9, 10, shape) for shape in ((128, 16), (16, 16)))

@@ -164,7 +164,7 @@ LAYOUTS = {"none": (0, 16), "128 bytes": (1, 128), "64 bytes": (2, 64), "32 byte
 """Modes of a descriptor by the length of the rows that are swizzled."""
 
 
-# Rows of columns are not longer than the matrix.
+# A swizzled row that holds columns is no longer than the matrix has columns.
 @pytest.mark.parametrize(
     ("columns", "transposed", "layout"),
     [
@@ -196,7 +196,7 @@ def test_products_of_warp_groups_read_the_canonical_layouts(
             row = 16 * warp + group_of_four + 8 * (i // 2 % 2)
             column = 8 * (i // 4) + 2 * in_group + i % 2
             sums[i, thread] = c.view(np.uint32)[row, column]
-    # Eight rows are a block. Blocks along the rows are `stride` apart, the others `leading`.
+    # Eight rows are a block. Blocks are `stride` apart along the rows, and `leading` across them.
     size = 8 * width
     row_elements = columns if transposed else 16
     blocks_across = max(1, row_elements * 2 // width)
