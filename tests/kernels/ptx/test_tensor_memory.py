@@ -144,7 +144,7 @@ def product(
     seed: int = 1,
     older: dict[str, str] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sums of a product, and the exact sums [128, 16]. Leave out `drop` before `keep`."""
+    """Return the sums of a product and the exact sums, [128, 16]. Omit `drop` before `keep`."""
     major, swizzle, leading, stride, offset = LAYOUTS[layout]
     generator = np.random.default_rng(0)
     a, b = (generator.integers(-9, 10, shape) for shape in ((128, 16), (16, 16)))
