@@ -143,7 +143,7 @@ def test_large_heads_many_new_tokens_and_all_modes_spill_nothing(
     skip_bounds_of_other_versions()
     assert_fits(code, job.capability)
     counts = code.counts(code.main_loop())
-    # For large heads, Triton also uses warp-group instructions on 9.0. Each replaces several others.
+    # For large heads, Triton also uses warp-group instructions on 9.0. Each replaces several.
     least = 24 if job.head_size >= 256 else num_products(job) // code.num_warps
     assert counts["tensor core"] >= least
     assert counts["load 2"] == counts["load 1"] == 0
