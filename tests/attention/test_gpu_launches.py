@@ -150,3 +150,22 @@ def test_the_choice_of_flash_attention_is_logged(
     assert (chosen is not None) == served.startswith("Flash")
     if chosen is not None:
         assert chosen.function(q=1) == {"q": 1, "fa_version": version}
+
+
+@pytest.mark.parametrize(("ranks", "served"), [(1, True), (2, False)])
+def test_context_parallel_ranks_do_not_attend_with_flash_attention(
+    ranks: int, served: bool, monkeypatch: Any
+) -> None:
+    from vllm.v1.attention.backends import fa_utils
+
+    from vllm_hybrid_kv.attention import flash
+
+    config = SimpleNamespace(parallel_config=SimpleNamespace(decode_context_parallel_size=ranks))
+    is_platform = SimpleNamespace(is_cuda=lambda: True, is_cuda_alike=lambda: True)
+    monkeypatch.setattr(flash, "current_platform", is_platform)
+    monkeypatch.setattr(flash, "get_current_vllm_config_or_none", lambda: config)
+    monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda **options: 3)
+    monkeypatch.setattr(
+        fa_utils, "flash_attn_varlen_func", lambda **options: options, raising=False
+    )
+    assert (flash.choose(128, soft_cap=False) is not None) == served
