@@ -28,6 +28,8 @@ _MATRIX = re.compile(
     r"(ld|st)matrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared(?:::cta)?\.b16$"
 )
 
+_ATOMIC = re.compile(r"atom\.global\.gpu\.acq_rel\.(min|max)\.(s32)$")
+
 
 class Accesses(Operands):
     """Translates a kernel's memory instructions into steps."""
@@ -48,7 +50,10 @@ class Accesses(Operands):
 
     def access(self, one: Instruction) -> Step | None:
         """Return the step of an instruction that accesses memory, or None if it accesses none."""
-        for pattern, make in ((_LOAD, self.load), (_STORE, self.store), (_MATRIX, self.matrix)):
+        for pattern, make in (
+            (_LOAD, self.load), (_STORE, self.store), (_MATRIX, self.matrix),
+            (_ATOMIC, self.update),
+        ):  # fmt: skip
             if match := pattern.match(one.opcode):
                 return make(one, match)
         if _COPY.match(one.opcode):
@@ -145,6 +150,25 @@ class Accesses(Operands):
                 m.memory.write(address, data, keys, where)
             else:
                 m.shared.write(address, data, slot, keys)
+
+        return step
+
+    def update(self, one: Instruction, match: re.Match[str]) -> Step:
+        target, place, operand = self.operands(one, 3)
+        name, kind = self.destination(one, target), match[2]
+        read, read_value = self.address(one, place, False), self.reader(one, operand, kind)
+        function = {"min": np.minimum, "max": np.maximum}[match[1]]
+        guard, negated, where = one.guard, one.negated, str(one)
+
+        def step(m: Machine) -> None:
+            mask = m.mask if guard is None else m.guarded(guard, negated)
+            if mask is False:
+                return
+            (address, value, keys), shape = spread(
+                mask, read(m, mask), read_value(m, mask), m.keys
+            )  # fmt: skip
+            before = m.memory.update(address, value, function, keys, where)
+            m.write(name, gathered(before, mask, shape), mask)
 
         return step
 

@@ -27,6 +27,9 @@ _SHUFFLE = re.compile(r"shfl\.sync\.(up|down|bfly|idx)\.b32$")
 _BY_HALVES = re.compile(r"(mov\.b64|selp\.b64|(add|sub|mul|fma\.rn)\.f32x2)$")
 """Instructions that treat the halves of a 64-bit register alike."""
 
+_FROM_BYTE = re.compile(r"cvt\.[su]\d+\.[su]8$")
+"""Conversions of the lowest byte of a register, which may be wider."""
+
 _WARP_GROUP = re.compile(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(f16|bf16)\.\2$")
 _WITHOUT_EFFECT = (
     "bar.warp.sync", "fence.proxy.async.shared::cta", "wgmma.fence.sync.aligned",
@@ -118,9 +121,11 @@ class Decoder(TensorMemoryAccesses):
         kind = self.kernel.type_of(name) if name != "_" else f"b{held}"
         if operation.result != "pred" and int(kind[1:]) != held:
             raise self.refuse(one, f"a result of {held} bits in a register of type {kind}")
+        kinds = operation.sources
+        if _FROM_BYTE.match(one.opcode) and isinstance(sources[0], Register):
+            kinds = (self.kernel.type_of(sources[0].name),)
         readers = [
-            self.reader(one, operand, kind)
-            for operand, kind in zip(sources, operation.sources, strict=True)
+            self.reader(one, operand, kind) for operand, kind in zip(sources, kinds, strict=True)
         ]
         function, defined, guard, negated = (
             operation.function, operation.defined, one.guard, one.negated,

@@ -4,11 +4,12 @@
 Accesses come in arrays, one element for each lane. Every access has a *thread key*,
 `program << 32 | epoch << 8 | warp`: the epoch counts the barriers of the program. Accesses of two
 warps of a program are ordered if their epochs differ. Accesses of two programs are never ordered.
-Lanes of one warp count as one thread.
+Atomic accesses need no order among each other. Lanes of one warp count as one thread.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +83,7 @@ class _Access:
     width: int
     write: bool
     where: str
+    atomic: bool
 
 
 class Allocation(_Bytes):
@@ -105,9 +107,12 @@ class Allocation(_Bytes):
             return
         granule = min(access.width for access in log)
         cells, keys, writes, numbers = [], [], [], []
+        # Bytes that only atomic instructions access need no order.
+        plain = np.zeros(len(self.data) // granule + 1, np.bool_)
         for index, access in enumerate(log):
             parts = access.width // granule
             cell = (access.offset // granule)[:, None] + np.arange(parts)
+            plain[cell] |= not access.atomic
             cells.append(cell.ravel())
             keys.append(np.broadcast_to(access.keys[:, None], cell.shape).ravel())
             writes.append(np.full(cell.size, access.write))
@@ -115,7 +120,9 @@ class Allocation(_Bytes):
         cell, key, write, number = map(np.concatenate, (cells, keys, writes, numbers))
         written = np.zeros(len(self.data) // granule + 1, np.bool_)
         written[cell[write]] = True
-        touched = written[cell]
+        touched = (written & plain)[cell]
+        if not touched.any():
+            return
         cell, key, write, number = (x[touched] for x in (cell, key, write, number))
         order = np.lexsort((key, cell))
         cell, key, write, number = (x[order] for x in (cell, key, write, number))
@@ -187,7 +194,9 @@ class GlobalMemory:
             return [(found[0][0], slice(None))]
         return found
 
-    def read(self, address: Array, width: int, keys: Array, where: str) -> Array:
+    def read(
+        self, address: Array, width: int, keys: Array, where: str, *, atomic: bool = False
+    ) -> Array:
         """Return uint8 [n, width]; `address` and `keys` are int64 [n]."""
         result = np.empty((len(address), width), np.uint8)
         for owner, index in self._at(address, width):
@@ -197,10 +206,12 @@ class GlobalMemory:
             ):
                 raise UninitialisedRead("bytes of global memory that nothing has written")
             result[index] = owner.read(address[index], width)
-            owner.log.append(_Access(offset, keys[index], width, False, where))
+            owner.log.append(_Access(offset, keys[index], width, False, where, atomic))
         return result
 
-    def write(self, address: Array, values: Array, keys: Array, where: str) -> None:
+    def write(
+        self, address: Array, values: Array, keys: Array, where: str, *, atomic: bool = False
+    ) -> None:
         """Write uint8 `values` [n, width]."""
         width = values.shape[1]
         for owner, index in self._at(address, width):
@@ -209,7 +220,31 @@ class GlobalMemory:
             if owner.written is not None:
                 for byte in range(width):
                     owner.written[offset + byte] = True
-            owner.log.append(_Access(offset, keys[index], width, True, where))
+            owner.log.append(_Access(offset, keys[index], width, True, where, atomic))
+
+    def update(
+        self,
+        address: Array,
+        values: Array,
+        function: Callable[[Array, Array], Array],
+        keys: Array,
+        where: str,
+    ) -> Array:
+        """Replace numbers by `function(number, value)`, one lane after another.
+
+        Returns:
+            The number that each lane has replaced.
+        """
+        width = values.itemsize
+        before = np.empty_like(values)
+        for i in range(len(address)):
+            lane = slice(i, i + 1)
+            before[lane] = self.read(address[lane], width, keys[lane], where, atomic=True).view(
+                values.dtype
+            )[0]
+            after = function(before[lane], values[lane]).view(np.uint8).reshape(1, width)
+            self.write(address[lane], after, keys[lane], where, atomic=True)
+        return before
 
     def finish_launch(self) -> None:
         """Check the accesses of a launch for races; launches are ordered."""

@@ -90,8 +90,12 @@ def _integers() -> None:
         def narrow_product(a: Array, b: Array, narrow: Any = narrow) -> Array:
             return a.astype(narrow) * b.astype(narrow)
 
+        def narrow_mad(a: Array, b: Array, c: Array, narrow: Any = narrow) -> Array:
+            return a.astype(narrow) * b.astype(narrow) + c
+
         _define(f"mul.wide.{sign}16", f"{sign}32 {sign}16 {sign}16", narrow_product)
         _define(f"mul.wide.{sign}32", f"{sign}64 {sign}32 {sign}32", product)
+        _define(f"mad.wide.{sign}16", f"{sign}32 {sign}16 {sign}16 {sign}32", narrow_mad)
         _define(f"mad.wide.{sign}32", f"{sign}64 {sign}32 {sign}32 {sign}64", mad)
         for bits in (16, 32, 64):
             kind = f"{sign}{bits}"
@@ -179,6 +183,7 @@ def _floats() -> None:
     _with_flushing("ex2.approx.f32", "f32 f32", arithmetic.exp2)
     _with_flushing("abs.f32", "f32 f32", np.abs)
     _with_flushing("neg.f32", "f32 f32", np.negative)
+    _define("abs.f16x2", "b32 b32", lambda a: a & np.uint32(0x7FFF7FFF))
 
 
 def _float_pairs() -> None:

@@ -74,6 +74,15 @@ def attend(
     return out, lse
 
 
+def visible_flash(**arguments: Any) -> Outputs:
+    """Attend with torch, and return tensors that `PTXDevice` takes for written.
+
+    It takes those of `torch.empty` for written only by kernels.
+    """
+    out, lse = flash_attn_varlen_func(**arguments)
+    return out, lse.clone()
+
+
 def score_rounding(batch: Batch) -> float:
     """Return how far the rounding of queries and keys to fp16 can move a score.
 

@@ -145,12 +145,13 @@ class Contents:
             count = tokens - (tokens - 1) // spec.block_size * spec.block_size
             promised = self._prefixes.path(prefix, count)
             if group in self._worker.draft_groups:
-                # A draft layer's entry also depends on the next token, so skip the last entry.
+                # `promised` starts at the last token. A draft layer's entry for it also depends on
+                # the next token, so the block cannot promise it.
                 promised = promised[1:]
         require(
             self._worker.differs(group, block.block_id, 0, promised) is None,
-            f"{block} of group {group} does not hold what it has for {tokens} tokens:",
-            f"{promised}, but {self._worker.blocks[block.block_id]}",
+            f"{block} of group {group} is cached for {tokens} tokens with {promised}, but has",
+            self._worker.blocks[block.block_id],
         )
 
 

@@ -14,6 +14,7 @@ import torch
 
 from testing.ptx import errors
 from testing.ptx.launch import PTXDevice
+from testing.triton import prefill
 from testing.triton.attention import DECODE, Case, assert_close, attend, expected, make, planned
 from testing.triton.store import differing_bytes, random_rows
 from vllm_hybrid_kv.kernels.triton.attend import attend_kernel
@@ -208,6 +209,67 @@ def test_planted_faults_of_storing_are_found(name: str) -> None:
         check_storing()
 
 
+PREFILL_FAULTS: dict[str, Fault] = {
+    "codes rounded up": Fault("round_query_kernel", WRONG, r"0f4B400000", "0f4B400001"),
+    "rows after the last": Fault(
+        "round_query_kernel", errors.OutOfBounds, r"@%p\d+ (ld\.global)", r"\1"
+    ),
+    "a block of the table one later": Fault(
+        "dequantise_kernel", (WRONG, errors.OutOfBounds),
+        r"(@%p\d+ ld\.global\.b32 \{ %r\d+ \}, \[ %rd\d+) \+ 0", r"\1 + 4",
+    ),
+    "keys and values of tokens after the last": Fault(
+        "dequantise_kernel", (errors.Race, errors.OutOfBounds, WRONG),
+        r"@%p\d+ (st\.global)", r"\1",
+    ),
+    "no barriers in dequantising": Fault(
+        "dequantise_kernel", (errors.Race, errors.UninitialisedRead), r"bar\.sync\s+0;", ""
+    ),
+    "a first broken token that is the last": Fault(
+        "dequantise_kernel", WRONG, r"(atom\.\S+)\.min", r"\1.max"
+    ),
+    "every lane notes a broken token, in the wrong place": Fault(
+        "dequantise_kernel", errors.OutOfBounds,
+        r"@%p\d+ (atom\.global\.gpu\.acq_rel\.max\.s32 %r\d+, \[ %rd\d+) \+ 0", r"\1 + 4096",
+    ),
+    "the log-sum-exp of the next token": Fault(
+        "merge_piece_kernel", (WRONG, errors.OutOfBounds),
+        r"(@%p\d+ ld\.global\.b32 \{ %r\d+ \}, \[ %rd\d+) \+ 0", r"\1 + 4", 0,
+    ),
+    "no barriers in merging": Fault(
+        "merge_piece_kernel", (errors.Race, errors.UninitialisedRead), r"bar\.sync\s+0;", ""
+    ),
+    "outputs after the last token": Fault(
+        "merge_piece_kernel", (errors.OutOfBounds, errors.Race, WRONG),
+        r"@%p\d+ (st\.global)", r"\1",
+    ),
+}  # fmt: skip
+
+
+def check_prefill() -> None:
+    # The second of three pieces has the broken token.
+    batch = make(Case(96, 4, 2, 16, (150,), (20,), options={"sinks": torch.zeros(4)}))
+    wanted = expected(batch)
+    batch.scales(0, 1, "value")[100 // 16][100 % 16] = torch.inf
+    out, lse = prefill.attend(batch, flash=prefill.visible_flash)
+    # All 20 new tokens see it with the second half of the heads.
+    assert out[:, 2:].isnan().all()
+    got = (out[:, :2], lse[:, :2])
+    prefill.assert_close(batch, got, (wanted[0][:, :2], wanted[1][:, :2]))
+
+
+@pytest.mark.parametrize("name", PREFILL_FAULTS)
+def test_planted_faults_of_long_prefills_are_found(name: str) -> None:
+    fault = PREFILL_FAULTS[name]
+    capability = (80, 120)[list(PREFILL_FAULTS).index(name) % 2]
+    with (
+        PTXDevice(capability, seed=1, edit=fault.plant) as device,
+        pytest.raises(fault.found),
+    ):
+        check_prefill()
+    assert fault.kernel in device.launches
+
+
 SOURCE_FAULTS: dict[str, tuple[Any, str, str, type[Exception] | tuple[type[Exception], ...]]] = {
     "one row too many": (
         attend_kernel, "mask_m = row < query_len * GROUP", "mask_m = row <= query_len * GROUP",
@@ -240,3 +302,4 @@ def test_without_a_fault_nothing_is_found() -> None:
     for capability in (80, 120):
         with PTXDevice(capability, seed=1):
             check_attention()
+            check_prefill()

@@ -20,6 +20,7 @@ from testing import processes
 from testing.kernels.paged_batch import Outputs
 from testing.ptx.launch import PTXDevice
 from testing.ptx.machine import LOADED_TOO_EARLY
+from testing.triton import prefill
 from testing.triton.attention import (
     DECODE,
     HIDDEN_HALVES,
@@ -177,6 +178,61 @@ def test_storing_equals_the_reference_bit_for_bit(capability: int, head_size: in
         assert differing_bytes(key, value, slots, padding=16) == 0
         key, value = special_rows(head_size, dtype)
         assert differing_bytes(key, value, torch.arange(len(key))) == 0
+
+
+PREFILLS: dict[str, tuple[int, Case, dict[str, int]]] = {
+    "96, window, soft cap, sinks, several pieces": (
+        80,
+        Case(
+            96, 6, 2, 48, (150, 30), (90, 30), dtype=torch.float16,
+            options={"window": 40, "soft_cap": 5.0, "sinks": SINKS[:6]},
+        ),
+        {"rows": 32},
+    ),
+    "128, requests that share a piece": (
+        90, Case(128, 4, 2, 16, (20, 31, 0, 9), (20, 9, 0, 1)), {}
+    ),
+    "256, sinks, several pieces": (
+        100,
+        Case(
+            256, 4, 1, 16, (150,), (20,), dtype=torch.float32,
+            options={"sinks": SINKS[:4].bfloat16()},
+        ),
+        {},
+    ),
+    "64, more pieces than two": (120, Case(64, 3, 1, 32, (200,), (30,)), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [
+        pytest.param(each, name, marks=[] if each == usual else pytest.mark.long)
+        for name, (usual, _, _) in PREFILLS.items()
+        for each in CAPABILITIES
+    ],
+)
+def test_long_prefills_equal_the_reference(capability: int, name: str) -> None:
+    _, case, sizes = PREFILLS[name]
+    batch = make(case)
+    with PTXDevice(capability, seed=capability) as device:
+        outputs = prefill.attend(batch, flash=prefill.visible_flash, **sizes)
+    prefill.assert_close(batch, outputs, expected(batch))
+    launched = {"round_query_kernel", "dequantise_kernel", "merge_piece_kernel"}
+    assert set(device.launches) == launched
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_programs_agree_on_the_first_and_the_last_broken_token(seed: int) -> None:
+    # Two programs of 64 tokens each meet one. Rows between the two tokens count as broken.
+    batch = make(Case(64, 2, 1, 16, (120,), (120,), options={"window": 10}))
+    for token in (20, 90):
+        batch.scales(0, 0, "key")[token // 16][token % 16] = torch.inf
+    with PTXDevice(CAPABILITIES[seed], seed=seed):
+        out, _ = prefill.attend(batch, flash=prefill.visible_flash, rows=128, piece=128)
+    broken = torch.zeros(120, dtype=torch.bool)
+    broken[20:100] = True
+    assert torch.equal(out.isnan().flatten(1).any(1), broken)
 
 
 OTHER_TRITON = "HYBRID_KV_TEST_TRITON"

@@ -301,6 +301,16 @@ def assert_equal(opcode: str, got: int, result: str, kinds: list[str], operands:
 PAIR = re.compile(r"(bf16|f16|s16|u16|f32)x2$")
 
 
+@pytest.mark.parametrize("target", ["s32", "u16", "u64"])
+@pytest.mark.parametrize("sign", ["s", "u"])
+def test_a_byte_is_converted_from_the_low_bits_of_a_wider_register(sign: str, target: str) -> None:
+    opcode, kind = f"cvt.{target}.{sign}8", f"{sign}8"
+    registers = np.array(some_numbers("u32", np.random.default_rng(0)), np.uint32)
+    got = each_lane(opcode, np.dtype(f"u{int(target[1:]) // 8}"), [registers])
+    for register, number in zip(registers.tolist(), got.tolist(), strict=True):
+        assert_equal(opcode, number, target, [kind], [register % 256])
+
+
 TWO_TO_ONE = ("cvt.rn.f16x2.f32", "cvt.rn.bf16x2.f32")
 
 

@@ -218,6 +218,31 @@ def test_programs_that_access_the_same_bytes_race_if_one_writes() -> None:
                 programs=2)  # fmt: skip
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("name", "wanted"), [("min", -64), ("max", 63)])
+def test_atomic_updates_of_one_word_lose_none_and_need_no_order(
+    name: str, wanted: int, seed: int
+) -> None:
+    # The lanes of two programs of two warps have the numbers 63 to -64.
+    body = f"sub.s32 %r5, 63, %r902;\natom.global.gpu.acq_rel.{name}.s32 %r6, [%rd0], %r5;"
+    found = np.zeros(1, np.int32)
+    run(body, found, warps=2, programs=2, seed=seed)
+    assert found.tolist() == [wanted]
+    for access in ("ld.global.b32 %r7, [%rd0];", "st.global.b32 [%rd0], 1;"):
+        with pytest.raises(errors.Race, match="one of them writes"):
+            run(f"{body}\n{access}", found, warps=2, programs=2, seed=seed)
+
+
+def test_an_atomic_update_returns_what_it_replaces_in_lanes_whose_guard_is_true() -> None:
+    body = SETUP + "add.s64 %rd8, %rd0, %rd9;\nadd.s64 %rd7, %rd1, %rd9;\n"
+    body += "setp.lt.u32 %p1, %r900, 16;\nmov.b32 %r6, 0;\n"
+    body += "@%p1 atom.global.gpu.acq_rel.min.s32 %r6, [%rd8], 8;\nst.global.b32 [%rd7], %r6;"
+    found, before = np.arange(32, dtype=np.int32), np.zeros(32, np.int32)
+    run(body, found, before)
+    assert found.tolist() == [*range(8), *[8] * 8, *range(16, 32)]
+    assert before.tolist() == [*range(16), *[0] * 16]
+
+
 def test_warps_of_a_program_order_accesses_to_global_memory_by_barriers() -> None:
     body = SETUP + "add.s64 %rd8, %rd0, %rd9;\nst.global.b32 [%rd8], %r900;\n{}"
     body += "xor.b32 %r5, %r2, 128;\ncvt.u64.u32 %rd7, %r5;\nadd.s64 %rd7, %rd0, %rd7;\n"
