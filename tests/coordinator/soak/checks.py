@@ -145,8 +145,8 @@ class Contents:
             count = tokens - (tokens - 1) // spec.block_size * spec.block_size
             promised = self._prefixes.path(prefix, count)
             if group in self._worker.draft_groups:
-                # `promised` starts at the last token. A draft layer's entry for it also depends on
-                # the next token, so the block cannot promise it.
+                # An entry of a draft layer depends on the next token too, so entry i has the prefix
+                # i + 1. The token after the last entry is unknown.
                 promised = promised[1:]
         require(
             self._worker.differs(group, block.block_id, 0, promised) is None,
