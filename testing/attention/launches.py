@@ -244,7 +244,7 @@ def not_warmed_up() -> set[Any]:
             with unittest.mock.patch.object(kernel_factory, "is_capturing", return_value=False):
                 plans = gpu.GpuKernels(debug=False).plan(made.impl, metadata, cache)
             triton_kernels.plan_prefill = plan_prefill
-            metadata.plans[made.impl.num_heads, 20, True] = plans
+            metadata.plans[made.impl.num_heads, 20, TORCH.version, True] = plans
             made.forward(tokens.tensors, cache, metadata)
         launched += recorder.launches
     return kernels_of(launched) - kernels_of(warm.launches)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backend passes vLLM's batches to the kernels with exact lengths, without padding."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from vllm.config import ParallelConfig
@@ -14,6 +16,7 @@ from vllm_hybrid_kv.attention.backend import (
     K8V4MetadataBuilder,
     refuse_rocm_gpu,
 )
+from vllm_hybrid_kv.attention.flash import FlashAttention
 from vllm_hybrid_kv.attention.unsupported import UnsupportedLayerError
 from vllm_hybrid_kv.kernels import k8v4, reference
 
@@ -137,14 +140,16 @@ def test_padding_tokens_are_neither_stored_nor_attended_to():
     assert (output[2:] == 77.0).all()
 
 
-def test_layers_with_another_window_or_head_count_have_their_own_plan():
+def test_layers_with_another_window_head_count_or_flash_attention_have_their_own_plan():
     common = batch([70], [1])
     metadata = builder().build(0, common)
     cache = torch.zeros(3, KV_HEADS, PAGE, k8v4.slot_bytes(HEAD_SIZE), dtype=torch.uint8)
-    for impl in (layer(), layer(sliding_window=20), layer(num_heads=4), layer()):
+    with_flash = layer()
+    with_flash.flash = FlashAttention(2, Mock())
+    for impl in (layer(), layer(sliding_window=20), layer(num_heads=4), with_flash, layer()):
         query = torch.randn(1, impl.num_heads, HEAD_SIZE, dtype=torch.bfloat16)
         impl.forward(None, query, query, query, cache, metadata, torch.empty_like(query))
-    plans = {(HEADS, None), (HEADS, 20), (4, None)}
+    plans = {(HEADS, None, None), (HEADS, 20, None), (4, None, None), (HEADS, None, 2)}
     assert set(metadata.plans) == {(*key, False) for key in plans}
 
 

@@ -95,7 +95,8 @@ class Kernels(ABC):
         capturing = is_capturing(query.device)
         # A captured graph must contain the planning itself. If it used an earlier plan, every
         # replay would use the lengths of the capture.
-        key = (layer.num_heads, layer.sliding_window, capturing)
+        flash = None if layer.flash is None else layer.flash.version
+        key = (layer.num_heads, layer.sliding_window, flash, capturing)
         plans = metadata.plans.get(key)
         if plans is None:
             plans = metadata.plans[key] = self.plan(layer, metadata, cache)
