@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """On GPUs, engines with a k8v4 cache get our backend. Other TurboQuant presets get vLLM's own."""
 
+import importlib
 import logging
 
 import pytest
@@ -22,7 +23,8 @@ OURS = "vllm_hybrid_kv.attention.backend.K8V4AttentionBackend"
 @pytest.fixture
 def gpu(monkeypatch):
     """Make vLLM's platform answer as on a GPU of compute capability 9.0. No GPU is used."""
-    # Let vLLM inspect the model's class now and cache the result. Later it would need CUDA.
+    # These would need CUDA or Triton if the platform were CUDA, so load them before it is.
+    importlib.import_module("vllm.v1.worker.utils")
     ModelRegistry.models["LlamaForCausalLM"].inspect_model_cls()
     platform = type(current_platform)
     monkeypatch.setattr(platform, "is_cpu", lambda self: False)
