@@ -141,6 +141,12 @@ def multiplied_high(a: Array, b: Array) -> Array:
     return high.astype(a.dtype)
 
 
+def sums_of_halves(a: Array, b: Array) -> Array:
+    """Add the 16-bit halves of uint32 numbers, each modulo 2^16."""
+    half = np.uint32(16)
+    return ((a >> half) + (b >> half) << half) | (a + b & np.uint32(0xFFFF))
+
+
 def minimum_above_zero(a: Array, b: Array) -> Array:
     return np.maximum(np.minimum(a, b), a.dtype.type(0))
 
@@ -161,17 +167,19 @@ def shifted_right(a: Array, count: Array) -> Array:
 
 def bit_field(a: Array, start: Array, length: Array) -> Array:
     """Return the bits of a field: `bfe`. A signed field is extended by its highest bit."""
-    start, length = (start & 0xFF).astype(np.int64), (length & 0xFF).astype(np.int64)
-    wide = a.astype(np.int64)
-    last = 8 * a.dtype.itemsize - 1
-    field = (wide >> np.minimum(start, last + 1)) & ((np.int64(1) << np.minimum(length, 32)) - 1)
+    bits = 8 * a.dtype.itemsize
+    start, length = (x.astype(np.uint64) & np.uint64(0xFF) for x in (start, length))
+    one, last = np.uint64(1), np.uint64(bits - 1)
+    number = a.view(f"u{bits // 8}").astype(np.uint64)
+    field = np.where(start > last, np.uint64(0), number >> np.minimum(start, last))
+    # Bits of the result from the end of the field on. numpy does not shift by 64.
+    reach = np.minimum(length, np.maximum(last + one, start) - start)
+    beyond = np.where(reach > 63, np.uint64(0), ~np.uint64(0) << np.minimum(reach, np.uint64(63)))
+    field = field & ~beyond
     if a.dtype.kind == "i":
-        sign = (wide >> np.minimum(start + length - 1, last)) & 1
-        sign = np.where(length == 0, 0, sign)
-        reach = np.minimum(length, np.maximum(last + 1 - start, 0))
-        field = np.where(sign == 1, field | (np.int64(-1) << reach), field)
-        field = np.where(length == 0, 0, field)
-    return field.astype(a.dtype)
+        highest = number >> np.minimum(np.maximum(start + length, one) - one, last) & one
+        field = np.where((length > 0) & (highest == 1), field | beyond, field)
+    return field.astype(f"u{bits // 8}").view(a.dtype)
 
 
 def permuted(a: Array, b: Array, selector: Array) -> Array:

@@ -100,7 +100,9 @@ def _integers() -> None:
         for bits in (16, 32, 64):
             kind = f"{sign}{bits}"
             _define(f"mul.hi.{kind}", f"{kind} {kind} {kind}", arithmetic.multiplied_high)
-        _define(f"bfe.{sign}32", f"{sign}32 {sign}32 u32 u32", arithmetic.bit_field)
+        for kind in (f"{sign}32", f"{sign}64"):
+            _define(f"bfe.{kind}", f"{kind} {kind} u32 u32", arithmetic.bit_field)
+        _define(f"add.{sign}16x2", "b32 b32 b32", arithmetic.sums_of_halves)
 
 
 def _bits() -> None:

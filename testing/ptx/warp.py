@@ -47,6 +47,7 @@ def _float_reduction(function: Callable[..., Array]) -> Callable[[Array], Array]
     return reduce
 
 
+_largest = _float_reduction(arithmetic.maximum)
 REDUCTIONS: dict[str, Callable[..., Array]] = {
     "add.s32": lambda x: x.view(np.int32).sum(1, keepdims=True, dtype=np.int32),
     "add.u32": lambda x: x.sum(1, keepdims=True, dtype=np.uint32),
@@ -55,7 +56,8 @@ REDUCTIONS: dict[str, Callable[..., Array]] = {
     "max.s32": lambda x: x.view(np.int32).max(1, keepdims=True),
     "max.u32": lambda x: x.max(1, keepdims=True),
     "min.f32": _float_reduction(arithmetic.minimum),
-    "max.f32": _float_reduction(arithmetic.maximum),
+    "max.f32": _largest,
+    "max.abs.f32": lambda x: _largest(x & np.uint32(0x7FFFFFFF)),
     "and.b32": lambda x: np.bitwise_and.reduce(x, axis=1, keepdims=True),
     "or.b32": lambda x: np.bitwise_or.reduce(x, axis=1, keepdims=True),
     "xor.b32": lambda x: np.bitwise_xor.reduce(x, axis=1, keepdims=True),

@@ -183,13 +183,14 @@ def compare(name: str, a: Any, b: Any) -> bool:
     return COMPARISONS[name[:2]](a, b)
 
 
-def bit_field(a: int, start: int, length: int, signed: bool) -> int:
+def bit_field(a: int, start: int, length: int, signed: bool, bits: int) -> int:
     start, length = start & 255, length & 255
     if length == 0:
         return 0
-    sign = a >> min(start + length - 1, 31) & 1 if signed else 0
+    sign = a >> min(start + length - 1, bits - 1) & 1 if signed else 0
     return sum(
-        ((a >> (start + i) & 1) if i < length and start + i <= 31 else sign) << i for i in range(32)
+        ((a >> (start + i) & 1) if i < length and start + i < bits else sign) << i
+        for i in range(bits)
     )
 
 
@@ -225,7 +226,7 @@ def wanted(opcode: str, kinds: list[str], operands: list[Any]) -> Any:
         result = min(operands) if name == "min" else max(operands)
         return max(result, 0) if "relu" in modifiers else result
     if name == "bfe":
-        return bit_field(*operands, signed=kind == "s32")
+        return bit_field(*operands, signed=kind[0] == "s", bits=int(kind[1:]))
     if name == "prmt":
         return permuted(*operands)
     if name in ("shl", "shr"):

@@ -83,6 +83,7 @@ REDUCTIONS = {
     "xor.b32": lambda x: np.bitwise_xor.reduce(x),
     "min.f32": lambda x: np.nanmin(x.view(np.float32)).view(np.uint32),
     "max.f32": lambda x: np.nanmax(x.view(np.float32)).view(np.uint32),
+    "max.abs.f32": lambda x: np.nanmax(abs(x.view(np.float32))).view(np.uint32),
 }  # fmt: skip
 
 
