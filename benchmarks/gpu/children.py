@@ -25,10 +25,10 @@ from benchmarks.gpu.environment import interpreted
 from testing.triton.processes import interpret_faster
 
 MOST_PROCESSES = 12
-"""The limit, because each process has its own CUDA context of about half a GiB."""
+"""The largest number of processes. Each has its own CUDA context of about half a GiB."""
 
 CALL_SECONDS = 60.0
-"""The time limit of one call. A call that takes longer hangs."""
+"""A call that takes longer is stopped and counts as hung, except in Triton's interpreter."""
 
 DONE, FAILED, LOST, OUT_OF_TIME = "done", "failed", "lost", "out of time"
 
@@ -139,7 +139,7 @@ class Child:
         seconds: float,
         hang: float = CALL_SECONDS,
     ) -> Outcome:
-        """Call a function for at most `seconds`. A call that takes longer than `hang` hangs."""
+        """Call a function for at most `seconds`, and on a GPU for at most `hang` seconds."""
         if self._process is None or not self._process.is_alive():
             self.stop()
             self._start()
@@ -183,7 +183,7 @@ def share_out(
         items: The arguments, one for each call.
         seconds: The time limit for all calls.
         record: Gets the index and the outcome of each call, one at a time.
-        processes: How many; 0 chooses by the number of CPUs.
+        processes: How many. 0 chooses one fewer than there are CPUs, at most `MOST_PROCESSES`.
 
     Returns:
         The outcomes in order.

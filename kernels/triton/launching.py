@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launch kernels, or only compile them, several at a time."""
+"""Launch kernels, or compile several at a time without launching them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import triton
 
 Progress = Callable[[int, int], None]
-"""Gets the number of compiled kernels and the number of all kernels so far."""
+"""Gets the number of compiled kernels, and of all kernels whose compilation has been requested."""
 
 _only_compile = contextvars.ContextVar("only_compile", default=False)
 
@@ -30,7 +30,7 @@ def compile_in_threads(launch: Callable[[], object], threads: int, progress: Pro
     Triton's compiler mostly runs outside of Python's lock, so threads compile side by side.
 
     Args:
-        launch: Is called once. What its kernels would write stays undefined.
+        launch: Is called once. Its kernels do not run, so what they should write is undefined.
         threads: How many kernels are compiled at a time.
         progress: Called from these threads after each kernel.
     """

@@ -5,11 +5,11 @@ The ranks of a DCP group have the same KV heads and different query heads. They 
 queries, and each rank attends to the tokens that it stores. vLLM merges the results by their
 log-sum-exp (LSE) and returns to each rank those of its own heads.
 
-Tokens alternate between ranks, so a token's index in its rank's pages is not its position, and the
-kernels cannot mask these pages causally. A step with several new tokens per request therefore has a
-second part: each rank quantises all new tokens into scratch pages, and attends causally to them
-with its own heads. The codes equal those in the ranks' pages, so answers do not depend on where a
-prompt is cut.
+Runs of tokens alternate between ranks, so a token's index in its rank's pages is not its position,
+and the kernels cannot mask these pages causally. A step with several new tokens per request
+therefore has a second part: each rank quantises all new tokens into scratch pages, and attends
+causally to them with its own heads. The codes equal those in the ranks' pages, so answers do not
+depend on where a prompt is cut.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _Parts:
 
     Attributes:
         stored: The tokens that this rank stores: all of them in a step of decodes, otherwise those
-            before the step. None if no request has any.
+            before the step. None if no request has tokens before the step.
         new: The step's tokens in scratch pages; None in a step of decodes.
         slots: int64 [tokens], their slots in the scratch pages; -1 for padding.
         pages: How many scratch pages the step needs at most.
@@ -70,6 +70,7 @@ def combine_function() -> Callable[..., Any]:
 def reserve(layer: K8V4AttentionImpl, query: torch.Tensor) -> None:
     """Allocate and free what the largest step needs, so that vLLM's memory profile counts it."""
     tokens, heads, head_size = query.shape
+    # The gathered queries, their outputs, and a copy of these for the exchange between ranks.
     shape = (3, tokens, heads * layer.dcp_world_size, head_size)
     torch.empty(shape, dtype=query.dtype, device=query.device)
 
