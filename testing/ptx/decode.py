@@ -95,6 +95,8 @@ class Decoder(TensorMemoryAccesses):
             return self.pack(one)
         if opcode in OPERATIONS:
             return self.lane_wise(one)
+        if opcode.startswith("setp.") and opcode.endswith(".f16x2"):
+            return self.compare_halves(one)
         if step := self.access(one) or self.tensor_memory_access(one):
             return step
         if match := _SHUFFLE.match(opcode):
@@ -146,6 +148,25 @@ class Decoder(TensorMemoryAccesses):
             m.write(name, function(*values), mask)
             for lanes in missing:
                 m.undefine(name, lanes, mask)
+
+        return step
+
+    def compare_halves(self, one: Instruction) -> Step:
+        """Make a comparison of both halves of registers, with a predicate for each half."""
+        *targets, first, second = self.operands(one, 4)
+        names = [self.destination(one, target) for target in targets]
+        operation = OPERATIONS.get(one.opcode.removesuffix("x2"))
+        if operation is None or one.guard is not None:
+            raise self.refuse(one)
+        readers = [self.reader(one, operand, "b32") for operand in (first, second)]
+
+        def step(m: Machine) -> None:
+            values, missing = m.read_for_itself(readers, m.mask)
+            for shift, name in zip((0, 16), names, strict=True):
+                halves = [(x >> np.uint32(shift)).astype(np.uint16) for x in values]
+                m.write(name, operation.function(*halves), m.mask)
+                for lanes in missing:
+                    m.undefine(name, lanes, m.mask)
 
         return step
 

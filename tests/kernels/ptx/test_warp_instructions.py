@@ -99,6 +99,21 @@ def test_reductions_combine_all_lanes(operation: str) -> None:
     assert set(out.tolist()) == {int(REDUCTIONS[operation](source)) % 2**32}
 
 
+@pytest.mark.parametrize("name", ["gtu", "lt"])
+def test_both_halves_are_compared_with_a_predicate_for_each(name: str) -> None:
+    a, b, out = random_words(32), random_words(32)[::-1].copy(), np.zeros(64, np.uint32)
+    a[0], b[1], b[2] = 0x7E003C00, 0x3C007E00, a[2]
+    run(
+        loads(["%r1"], 0) + loads(["%r2"], 1) + f"setp.{name}.f16x2 %p1|%p2, %r1, %r2;\n"
+        "selp.b32 %r3, 1, 0, %p1;\nselp.b32 %r4, 1, 0, %p2;\n" + stored(["%r3", "%r4"], 2),
+        a, b, out,
+    )  # fmt: skip
+    left, right = (words.view(np.float16).reshape(32, 2).T for words in (a, b))
+    for got, x, y in zip(out.reshape(2, 32), left, right, strict=True):
+        nan = np.isnan(x) | np.isnan(y)
+        assert got.tolist() == ((x > y) | nan if name == "gtu" else (x < y) & ~nan).tolist()
+
+
 def half(bits: int, kind: str) -> float:
     word = np.uint16(bits)
     if kind == "f16":
