@@ -72,6 +72,12 @@ def _lanes(m: Machine, mask: Array | None) -> list[list[int]]:
     return np.argwhere(np.broadcast_to(True if mask is None else mask, (m.warps, 32))).tolist()
 
 
+def _phase(m: Machine, barrier: tuple[int, int]) -> int:
+    if barrier not in m.phases:
+        raise UninitialisedRead("an mbarrier that is not initialised")
+    return m.phases[barrier]
+
+
 class TensorMemoryAccesses(Accesses):
     """Translates instructions that use tensor memory or an `mbarrier` into steps."""
 
@@ -260,9 +266,7 @@ class TensorMemoryAccesses(Accesses):
             address = np.broadcast_to(read(m, mask), (m.warps, 32))
             for row, lane in _lanes(m, mask):
                 barrier = int(m.slot[row, 0]), int(address[row, lane])
-                if barrier not in m.phases:
-                    raise UninitialisedRead("an mbarrier that is not initialised")
-                m.phases[barrier] += 1
+                m.phases[barrier] = _phase(m, barrier) + 1
             m.stalled = np.zeros_like(m.stalled)
 
         return step
@@ -284,8 +288,9 @@ class TensorMemoryAccesses(Accesses):
                 m.shared.write(address[row, lane : lane + 1], state, m.slot[row], m.keys[row])
                 if starts:
                     m.phases[barrier] = 0
-                elif m.phases.pop(barrier, None) is None:
-                    raise UninitialisedRead("an mbarrier that is not initialised")
+                else:
+                    _phase(m, barrier)
+                    del m.phases[barrier]
 
         return step
 
@@ -305,9 +310,7 @@ class TensorMemoryAccesses(Accesses):
             for row in _rows(m, mask):
                 barrier = int(m.slot[row, 0]), int(address[row, 0])
                 m.shared.read(address[row, :1], 8, m.slot[row], m.keys[row])
-                if barrier not in m.phases:
-                    raise UninitialisedRead("an mbarrier that is not initialised")
-                if m.phases[barrier] % 2 == int(wanted[row, 0]):
+                if _phase(m, barrier) % 2 == int(wanted[row, 0]):
                     waits[row] = True
                 elif memory := m.tensor_memory.get(barrier[0]):
                     memory.state[memory.state == MULTIPLYING] = WRITTEN
