@@ -280,7 +280,8 @@ class K8V4MetadataBuilder(AttentionMetadataBuilder[K8V4Metadata]):
             lengths_on_host=lengths,
             plans={},
             interleave_size=self._parallel_config.cp_kv_cache_interleave_size,
-            has_context=_has_context(common),
+            has_context=self._parallel_config.decode_context_parallel_size == 1
+            or _has_context(common),
         )
 
     def build_for_cudagraph_capture(
