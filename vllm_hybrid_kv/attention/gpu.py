@@ -57,19 +57,27 @@ class GpuKernels(Kernels):
             decode_query_len=decode_query_len,
             decodes_only=interpreted,
         )
-        for layer in () if interpreted else layers.values():
-            plans = partial(
-                triton.warm_up_plans,
-                layer.num_heads,
-                layer.num_kv_heads,
-                layer.head_size,
-                device,
-                max_requests=max_requests,
-                decode_query_len=decode_query_len,
-                window=layer.sliding_window,
-            )
-            self.compile_first(plans)
-            plans()
+        if interpreted:
+            return
+        shapes = {
+            (layer.num_heads, layer.num_kv_heads, layer.head_size, layer.sliding_window)
+            for layer in layers.values()
+        }
+
+        def plan() -> None:
+            for num_heads, num_kv_heads, head_size, window in shapes:
+                triton.warm_up_plans(
+                    num_heads,
+                    num_kv_heads,
+                    head_size,
+                    device,
+                    max_requests=max_requests,
+                    decode_query_len=decode_query_len,
+                    window=window,
+                )
+
+        self.compile_first(plan)
+        plan()
 
     @staticmethod
     def compile_first(launch: Callable[[], object]) -> None:
@@ -80,11 +88,14 @@ class GpuKernels(Kernels):
         threads = envs.VLLM_TRITON_JIT_WARMUP_NUM_THREADS
         if not current_platform.is_cuda() or threads <= 1:
             return
-        with tqdm(desc="Compiling k8v4 kernels", disable=not is_global_first_rank()) as bar:
+        # With a delay, nothing is shown if all kernels have been compiled already.
+        options = {"delay": 1e-3, "mininterval": 0.0, "disable": not is_global_first_rank()}
+        with tqdm(desc="Compiling k8v4 kernels", **options) as bar:
 
             def show(compiled: int, submitted: int) -> None:
-                bar.n, bar.total = compiled, submitted
-                bar.refresh()
+                with bar.get_lock():
+                    bar.total = submitted
+                    bar.update(max(0, compiled - bar.n))
 
             triton.compile_in_threads(launch, threads, show)
 
