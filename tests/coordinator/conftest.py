@@ -3,10 +3,6 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.plugin.conftest import log, pytest_configure
-
-__all__ = ["coordinator_setting", "log", "pytest_configure"]
-
 
 @pytest.fixture
 def coordinator_setting(monkeypatch) -> Callable[[str], None]:

@@ -222,7 +222,7 @@ def test_without_statistics_nothing_is_counted_and_no_kind_is_looked_up_alone(fo
     assert (why.hit_tokens, why.limited_by, why.lost_tokens) == (80, "mamba", 176)
     assert "each kind alone: full_attention 256; mamba lost 176" in str(why)
     assert not list(folder.iterdir())
-    assert not log.lines(logging.DEBUG)
+    assert not log(logging.DEBUG)
 
 
 def test_each_request_gets_one_debug_line(folder, log):
@@ -231,8 +231,8 @@ def test_each_request_gets_one_debug_line(folder, log):
     for _ in range(3):
         look_up(manager, request)
     schedule(manager, request)
-    assert log.lines(logging.DEBUG) == [str(manager.coordinator.explain(request))]
-    assert "full_attention 256, mamba 80; mamba lost 176" in log.lines(logging.DEBUG)[0]
+    assert log(logging.DEBUG) == [str(manager.coordinator.explain(request))]
+    assert "full_attention 256, mamba 80; mamba lost 176" in log(logging.DEBUG)[0]
 
 
 def send(manager: KVCacheManager, request: Request, times: int, hit: int = 80) -> None:
@@ -257,9 +257,9 @@ def test_a_warning_comes_if_most_cached_tokens_are_lost_over_100_requests(log, f
     manager, request = manager_of(layout), request_of(layout, range(300), "a")
     fill_at(manager.block_pool, request, every(64, 256), (64,))
     send(manager, request, 99, hit=64)
-    assert not log.lines(logging.WARNING)
+    assert not log(logging.WARNING)
     send(manager, request, 1, hit=64)
-    assert log.lines(logging.WARNING) == [
+    assert log(logging.WARNING) == [
         "In the last 100 requests, full_attention had 25600 prompt tokens in the prefix cache, but "
         "19200 (75 %) were recomputed, 19200 of these because KV groups of kind mamba had not "
         "cached them; try the hybrid_kv setting coordinator=hybrid_aware and prefix_match_unit=auto"
@@ -267,24 +267,24 @@ def test_a_warning_comes_if_most_cached_tokens_are_lost_over_100_requests(log, f
     send(manager, request, 200, hit=64)
     clock(599.0)
     send(manager, request, 100, hit=64)
-    assert len(log.lines(logging.WARNING)) == 1
+    assert len(log(logging.WARNING)) == 1
     clock(600.0)
     send(manager, request, 100, hit=64)
-    assert len(log.lines(logging.WARNING)) == 2
+    assert len(log(logging.WARNING)) == 2
 
 
 def test_no_warning_comes_if_half_of_the_cached_tokens_are_lost(log, folder):
     manager, request = manager_of(HYBRID), request_of(HYBRID, range(300), "a")
     fill_at(manager.block_pool, request, every(64, 256), (128,))
     send(manager, request, 1000, hit=128)
-    assert not log.lines(logging.WARNING)
+    assert not log(logging.WARNING)
 
 
 def test_preempted_requests_cause_no_warning(log, folder):
     manager, request = cached_request()
     request.num_preemptions = 1
     send(manager, request, 100)
-    assert not log.lines(logging.WARNING)
+    assert not log(logging.WARNING)
 
 
 def test_statistics_of_checkpoints_are_counted_by_event_and_kind(folder, monkeypatch):
@@ -321,6 +321,6 @@ def test_a_folder_that_cannot_be_written_costs_the_metrics_and_one_warning(
     (tmp_path / "file").touch()
     monkeypatch.setenv(VARIABLE, str(tmp_path / "file" / "folder"))
     manager, request = cached_request()
-    assert len(log.lines(logging.WARNING)) == 1
-    assert str(tmp_path / "file" / "folder") in log.lines(logging.WARNING)[0]
+    assert len(log(logging.WARNING)) == 1
+    assert str(tmp_path / "file" / "folder") in log(logging.WARNING)[0]
     assert schedule(manager, request) == 80

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build the specs and plans that the planning tests use."""
 
+from importlib import import_module
+
 import torch
+import vllm
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
@@ -10,6 +13,10 @@ from vllm.v1.kv_cache_interface import (
     MambaSpec,
     MLAAttentionSpec,
 )
+
+MINOR = tuple(vllm.__version_tuple__[:2])
+planning = import_module(f"vllm.v1.core.kv_cache_{'utils' if MINOR == (0, 32) else 'planning'}")
+"""The module in which vLLM plans the KV cache."""
 
 BLOCK, LONGEST = 2_768, 27_680
 """The block size and the longest request of `hybrid` in tokens, both from vLLM's #40384."""
@@ -51,7 +58,7 @@ def shapes(specs: dict[str, KVCacheSpec]) -> list[tuple[int, int | None]]:
     return [(spec.block_size, getattr(spec, "page_size_padded", None)) for spec in specs.values()]
 
 
-def plan(*specs, num_blocks=10) -> KVCacheConfig:
+def plan(*specs, num_blocks=100) -> KVCacheConfig:
     groups = [KVCacheGroupSpec([f"layer.{index}"], spec) for index, spec in enumerate(specs)]
     return KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
 

@@ -92,9 +92,9 @@ def test_boundary_layers_are_counted_among_layers_that_own_a_cache(shared, numbe
 def test_only_layers_that_stay_unquantised_are_logged(log):
     config = SimpleNamespace(num_hidden_layers=7)
     rule(config, 0)
-    assert log.lines(logging.INFO) == []
+    assert log(logging.INFO) == []
     rule(config, 1)
-    assert log.lines(logging.INFO) == [
+    assert log(logging.INFO) == [
         "boundary_layers=1: 2 of 7 attention layers stay unquantised (0, 6)"
     ]
 

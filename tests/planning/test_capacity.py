@@ -23,6 +23,8 @@ from vllm_hybrid_kv.planning.capacity import (
     token_capacity_kv_cache_groups,
 )
 
+pytestmark = pytest.mark.usefixtures("default_settings")
+
 FULL = attention()
 MLA = mla(16)
 WINDOW = attention(cls=SlidingWindowSpec, sliding_window=128)
@@ -151,7 +153,7 @@ def test_windows_and_chunks_are_bounded_as_in_40417(bounded, config_of):
 
 
 def test_a_request_that_does_not_fit_into_the_pool_counts_as_a_fraction(config_of):
-    found = capacity(config_of(), plan(FULL))
+    found = capacity(config_of(), plan(FULL, num_blocks=10))
     assert found.concurrency == 10 / (LONGEST // 16)
     assert (found.max_len_requests, found.short_requests) == (0, 0)
     assert ", 0.00 of them at once; 0 whole requests" in found.describe(0)[0]

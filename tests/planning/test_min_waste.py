@@ -96,7 +96,7 @@ def test_each_kind_of_layer_has_the_blocks_and_padding_that_its_kernels_can_read
 def test_the_plan_is_logged_in_one_line(log):
     unify_with_least_waste(named([attention(), *[state(STATE_PAGE)] * 3]))
     unify_with_least_waste(named([attention(), window()]))
-    assert log.lines(logging.INFO) == [
+    assert log(logging.INFO) == [
         "min_waste: pages of 12,648,448 bytes, 0.02 % of the pool is padding"
     ]
 

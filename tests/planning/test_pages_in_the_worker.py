@@ -14,7 +14,6 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.attention.backends.turboquant_attn import TurboQuantAttentionBackend
-from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
@@ -30,14 +29,9 @@ from vllm.v1.worker.utils import (
     prepare_kernel_block_sizes,
 )
 
-from tests.planning.layers import named, state
+from tests.planning.layers import named, planning, state
 from vllm_hybrid_kv.attention.backend import K8V4AttentionBackend
 from vllm_hybrid_kv.planning.min_waste import unify_with_least_waste
-
-try:
-    from vllm.v1.core import kv_cache_planning as planning
-except ImportError:
-    planning = kv_cache_utils
 
 BLOCKS = 3
 CPU = torch.device("cpu")

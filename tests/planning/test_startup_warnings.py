@@ -13,22 +13,16 @@ from vllm.v1.kv_cache_interface import (
     KVCacheConfig,
     KVCacheGroupSpec,
     KVQuantMode,
-    MambaSpec,
     SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
 )
 
+from tests.planning.layers import MINOR, plan, planning
+from tests.planning.layers import state as state_spec
 from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.planning.warnings import padding_share, startup_warnings
 from vllm_hybrid_kv.settings import Settings
 from vllm_hybrid_kv.state import current_settings
-
-MINOR = tuple(vllm.__version_tuple__[:2])
-
-if MINOR == (0, 32):
-    planning = kv_cache_utils
-else:
-    from vllm.v1.core import kv_cache_planning as planning
 
 BLOCK = 256
 PLAIN = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
@@ -40,19 +34,10 @@ WINDOW = SlidingWindowSpec(
 )
 
 
-def state(page: int, content: int | None = None, block: int = BLOCK) -> MambaSpec:
-    return MambaSpec(
-        block_size=block,
-        shapes=((content or page,),),
-        dtypes=(torch.uint8,),
-        mamba_cache_mode="align",
-        page_size_padded=None if content is None else page,
-    )
-
-
-def plan(*specs, num_blocks=100):
-    groups = [KVCacheGroupSpec([f"layer.{index}"], spec) for index, spec in enumerate(specs)]
-    return KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
+def state(page, content=None):
+    """Make the spec of a state with `content` bytes, padded to a page; None fills the page."""
+    padded = None if content is None else page
+    return state_spec(content or page, BLOCK, mamba_cache_mode="align", page_size_padded=padded)
 
 
 def lines(config, kv_cache_config, settings=None, layers=None):
@@ -196,17 +181,17 @@ def test_states_that_vllm_itself_padded_need_another_block_size(config):
 
 
 @pytest.fixture
-def start_up(unregistered, log):
+def start_up(unregistered, log, caplog):
     """Return a function that plans as an engine core does and returns INFO and WARNING lines."""
 
     def start(config, kv_cache_config, specs):
         plugin.register()
         planning.get_kv_cache_groups(config, specs)
-        log.records.clear()
+        caplog.clear()
         kv_cache_utils.update_kv_cache_capacity(config, kv_cache_config)
         kv_cache_utils.resolve_kv_cache_block_sizes(kv_cache_config, config)
         kv_cache_utils.resolve_kv_cache_block_sizes(kv_cache_config, config)
-        return log.lines(logging.INFO), log.lines(logging.WARNING)
+        return log(logging.INFO), log(logging.WARNING)
 
     return start
 
@@ -264,7 +249,7 @@ def test_start_up_names_a_platform_or_model_that_groups_layers_itself(
     specs = {"layer.0": PLAIN, "layer.1": state(PLAIN.page_size_bytes)}
     groups = planning.get_kv_cache_groups_from_builder(builder, config, specs)
     kv_cache_utils.update_kv_cache_capacity(config, KVCacheConfig(100, [], groups))
-    named = [line for line in log.lines(logging.WARNING) if "were made by" in line]
+    named = [line for line in log(logging.WARNING) if "were made by" in line]
     expected = {
         "OwnBuilder": f"the platform's KV cache config builder {__name__}.OwnBuilder",
         "OwnGroups": "the model's class LlamaForCausalLM",

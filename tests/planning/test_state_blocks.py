@@ -5,8 +5,9 @@ import pytest
 import torch
 from vllm.config import CompilationConfig, CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, MambaSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
 
+from tests.planning.layers import plan
 from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.state import STATE
@@ -25,7 +26,7 @@ def resolve(unregistered):
         return config.resolve_cudagraph_mode_and_sizes(
             arguments.pop("support", AttentionCGSupport.UNIFORM_BATCH),
             "backend",
-            kv_cache_config=KVCacheConfig(100, [], [KVCacheGroupSpec(["layer"], spec)]),
+            kv_cache_config=plan(spec),
             max_num_reqs=requests,
             **arguments,
         )

@@ -76,7 +76,7 @@ def load(layer, scales):
 
 
 def reports(log):
-    return [line for line in log.lines(logging.INFO) if "scales" in line]
+    return [line for line in log(logging.INFO) if "scales" in line]
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)

@@ -29,7 +29,7 @@ def test_an_unsupported_version_warns_once_and_leaves_vllm_unchanged(log):
     plugin.register()
     assert STATE.active_patches is None
     assert kv_cache_coordinator.get_kv_cache_coordinator is stock[0]
-    (warning,) = log.lines(logging.WARNING)
+    (warning,) = log(logging.WARNING)
     assert "supports vLLM 0.32 and 0.33, this is vLLM 0.99.1" in warning
     assert "The plugin is inactive and vLLM is unchanged" in warning
     assert isinstance(STATE.why_inactive, HybridKVVersionError)
@@ -53,7 +53,7 @@ def test_a_changed_vllm_warns_and_stays_unchanged(log, monkeypatch):
     plugin.register()
     assert STATE.active_patches is None
     assert kv_cache_coordinator.get_kv_cache_coordinator is changed
-    (warning,) = log.lines(logging.WARNING)
+    (warning,) = log(logging.WARNING)
     assert "get_kv_cache_coordinator has the source hash" in warning
     assert "(*args, **kwargs)" in warning
 
@@ -64,7 +64,7 @@ def test_a_supported_version_becomes_active_once_through_vllms_own_loader(log, m
     first, ours = STATE.active_patches, [kv_cache_coordinator.get_kv_cache_coordinator]
     plugin.register()
     assert STATE.active_patches is first
-    assert log.records == []
+    assert log() == []
     assert kv_cache_coordinator.get_kv_cache_coordinator is ours[0]
 
 

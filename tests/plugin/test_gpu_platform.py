@@ -64,7 +64,7 @@ def test_one_line_names_the_origin_of_the_tile_sizes(gpu, make_config, log):
     config = make_config()
     plugin.register()
     activate(config, "turboquant_k8v4")
-    (line,) = log.lines(logging.INFO)
+    (line,) = log(logging.INFO)
     assert line.startswith(f"hybrid_kv {plugin.__version__} active on vLLM {vllm.__version__}")
     assert line.endswith("kernels=triton, tile sizes derived")
 

@@ -9,6 +9,7 @@ import pluggy
 import pytest
 
 import vllm_hybrid_kv
+from testing.processes import run
 
 NEW_MODULES = """
 import json, sys
@@ -20,16 +21,15 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 
 @pytest.fixture
 def without_vllm(tmp_path):
-    """Return arguments and environment that let Python import only this package and pluggy."""
+    """Return a function that runs Python, which can import only this package and pluggy."""
     for package in (vllm_hybrid_kv, pluggy):
         folder = Path(package.__file__).parent
         (tmp_path / folder.name).symlink_to(folder, target_is_directory=True)
+    return lambda code: run([sys.executable, "-S", "-c", code], PYTHONPATH=str(tmp_path))
 
-    return ("-S", "-c"), {"PYTHONPATH": str(tmp_path)}
 
-
-def test_importing_the_entry_point_loads_five_small_modules(run_python):
-    done = run_python("-c", NEW_MODULES)
+def test_importing_the_entry_point_loads_five_small_modules():
+    done = run([sys.executable, "-c", NEW_MODULES])
     assert done.returncode == 0, done.stderr
     new = json.loads(done.stdout)
     ours = [name for name in new if name.startswith("vllm_hybrid_kv")]
@@ -57,24 +57,22 @@ print("kernels" if "vllm_hybrid_kv.kernels.cpu" in sys.modules else "no kernels"
 """
 
 
-def test_without_a_k8v4_cache_no_kernels_are_loaded(model, run_python):
-    done = run_python("-c", REGISTER, str(model))
+def test_without_a_k8v4_cache_no_kernels_are_loaded(model):
+    done = run([sys.executable, "-c", REGISTER, model])
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "no kernels"
 
 
-def test_without_vllm_the_package_imports(without_vllm, run_python):
-    arguments, environment = without_vllm
+def test_without_vllm_the_package_imports(without_vllm):
     code = "import vllm_hybrid_kv as p; print(p.__version__, p.hookimpl, p.HybridKVError)"
-    done = run_python(*arguments, code, **environment)
+    done = without_vllm(code)
     assert done.returncode == 0, done.stderr
     assert vllm_hybrid_kv.__version__ in done.stdout
 
 
 @pytest.mark.parametrize("use", ["p.register()", "p.Settings"])
-def test_without_vllm_the_error_says_what_to_install(use, without_vllm, run_python):
-    arguments, environment = without_vllm
-    done = run_python(*arguments, f"import vllm_hybrid_kv as p; {use}", **environment)
+def test_without_vllm_the_error_says_what_to_install(use, without_vllm):
+    done = without_vllm(f"import vllm_hybrid_kv as p; {use}")
     assert done.returncode != 0
     assert "vLLM is not installed" in done.stderr.splitlines()[-1]
     assert "pip install 'vllm-hybrid-kv[cpu]'" in done.stderr.splitlines()[-1]

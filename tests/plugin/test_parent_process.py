@@ -4,9 +4,11 @@
 import json
 import multiprocessing
 import os
+import sys
 
 import pytest
 
+from testing.processes import run
 from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.errors import HybridKVAgreementError
 
@@ -51,11 +53,11 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def processes(run_python, tmp_path_factory):
+def processes(tmp_path_factory):
     """Start three children of a process with an active plugin. Returns their results and output."""
     script = tmp_path_factory.mktemp("processes") / "engine.py"
     script.write_text(PROCESSES)
-    done = run_python(str(script), timeout=300)
+    done = run([sys.executable, script], without=("VLLM_HYBRID_KV_", "VLLM_PLUGINS"))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), done.stderr + done.stdout
 

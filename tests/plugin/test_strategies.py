@@ -15,19 +15,13 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.kv_cache_interface import MLAAttentionSpec, SlidingWindowSpec
 from vllm.v1.worker.worker_base import WorkerBase
 
-from tests.planning.layers import BLOCK, attention, hybrid, state
+from tests.planning.layers import BLOCK, MINOR, attention, hybrid, planning, state
 from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.errors import HybridKVSettingsError, HybridKVStrategyError
 from vllm_hybrid_kv.hooks import BUILT_IN_NAMES, HOOK_OF_SETTING
 from vllm_hybrid_kv.state import STATE, current_settings
 
 pytestmark = pytest.mark.usefixtures("unregistered")
-
-MINOR = tuple(vllm.__version_tuple__[:2])
-if MINOR == (0, 32):
-    planning = kv_cache_utils
-else:
-    from vllm.v1.core import kv_cache_planning as planning
 
 ATTENTION, MAMBA = "model.layers.3.self_attn.attn", "model.layers.0.linear_attn"
 PRELUDE = (
@@ -96,7 +90,7 @@ def test_vllm_plans_with_the_pages_of_a_strategy(strategy, longest, page, block,
     assert by_layer[ATTENTION].block_size == block
     assert planned.num_blocks == (1 << 36) // page
     line = "min_waste: pages of 12,648,448 bytes, 37.44 % of the pool is padding"
-    assert (line in log.lines(logging.INFO)) is (longest is not None)
+    assert (line in log(logging.INFO)) is (longest is not None)
 
 
 def test_layers_that_min_waste_cannot_unify_get_vllms_fallback(make_config):
@@ -278,11 +272,11 @@ def test_workers_and_planning_activate_the_settings_of_their_engine(use, make_co
 def test_one_line_names_the_strategies_and_kernels(make_config, log, monkeypatch):
     monkeypatch.setenv("VLLM_HYBRID_KV_CPU_ISA", "portable")
     plugin.register()
-    assert log.lines(logging.INFO) == []
+    assert log(logging.INFO) == []
     config = make_config({"unify_page_sizes": "lcm"}, kv_cache_dtype="turboquant_k8v4")
     start_worker(config)
     kv_cache_utils.update_kv_cache_capacity(config, hybrid())
-    lines = log.lines(logging.INFO)
+    lines = log(logging.INFO)
     others = ("boundary_layers=", "KV cache of ", "Short requests ")
     assert [line for line in lines if not line.startswith(others)] == [
         f"hybrid_kv {plugin.__version__} active on vLLM {vllm.__version__} (cpu): "
@@ -295,7 +289,7 @@ def test_one_line_names_the_strategies_and_kernels(make_config, log, monkeypatch
 def test_the_line_names_no_kernels_without_a_k8v4_cache(dtype, make_config, log):
     plugin.register()
     config = make_config(kv_cache_dtype=dtype)
-    (line,) = log.lines(logging.INFO)
+    (line,) = log(logging.INFO)
     assert line.endswith(f"kernels=none for cache dtype {config.cache_config.cache_dtype}")
 
 

@@ -185,12 +185,12 @@ def test_stored_pages_of_format_1_are_not_read_and_a_warning_says_why(
         patch.setattr(k8v4, "FORMAT_VERSION", 1)
         first = folder_of(block_size=128)
         assert folder_of(block_size=128) == first
-        assert not log.lines(logging.WARNING)
+        assert not log(logging.WARNING)
     if not readable:
         (manifest,) = tmp_path.glob("*/hybrid_kv.json")
         manifest.write_text("[]")
     assert folder_of(block_size=128) != first
-    (line,) = log.lines(logging.WARNING)
+    (line,) = log(logging.WARNING)
     theirs, ours = line.split(" This engine uses: ")
     assert theirs.startswith(f"{tmp_path} holds pages that this engine does not read: {tmp_path}/")
     assert ("k8v4 format 1, " if readable else "(of an unknown format)") in theirs
@@ -304,7 +304,7 @@ def test_the_handshake_cannot_be_disabled(check):
 
 def test_a_connector_of_another_package_causes_a_warning(check, log):
     check("TheirConnector", kv_connector_module_path="theirs")
-    (line,) = log.lines(logging.WARNING)
+    (line,) = log(logging.WARNING)
     assert "The KV connector TheirConnector of theirs is not known to support" in line
 
 
