@@ -7,11 +7,13 @@ import os
 import socket
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partialmethod
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from testing.processes import OFFLINE, kill_group, start_group
 
@@ -87,12 +89,18 @@ class EngineError(RuntimeError):
 class EngineHost:
     """A process that runs one engine at a time, with the engine's core inside the process.
 
-    `timeout_s` limits each command. `environment` changes environment variables; None removes one.
-    `started` has the facts about the running engine that `engine_worker.Worker.start` returns.
+    `timeout_s` limits each command. `module` calls `execute_commands`. `environment` changes
+    environment variables; None removes one. `started` has the facts about the running engine that
+    `engine_worker.Worker.start` returns.
     """
 
     def __init__(
-        self, log: Path, timeout_s: float = CALL_TIMEOUT_S, **environment: str | None
+        self,
+        log: Path,
+        timeout_s: float = CALL_TIMEOUT_S,
+        module: str = "testing.engine_worker",
+        /,
+        **environment: str | None,
     ) -> None:
         # Worker processes import `testing.planted_faults` by name.
         root = str(Path(__file__).parents[1])
@@ -101,7 +109,7 @@ class EngineHost:
         self.log = log
         self._timeout_s = timeout_s
         self._process = start_group(
-            [sys.executable, "-m", "testing.engine_worker", str(theirs.fileno())],
+            [sys.executable, "-m", module, str(theirs.fileno())],
             log,
             {
                 **BASE_ENVIRONMENT,
@@ -119,22 +127,18 @@ class EngineHost:
         self._settings: dict[str, Any] | None = None
         self.started: dict[str, Any] = {}
 
-    @property
-    def runs(self) -> bool:
-        return self._process.poll() is None
-
     def engine(self, **settings: Any) -> EngineHost:
         """Run an engine with these arguments of `vllm.LLM`, unless it runs already."""
         if settings != self._settings:
             self.stop()
-            self.started = self._call("start", **{**DEFAULTS, **settings})
+            self.started = self.call("start", **{**DEFAULTS, **settings})
             self._settings = settings
         return self
 
     def stop(self) -> None:
         """Stop the engine, if one runs."""
         self._settings = None
-        self._call("stop")
+        self.call("stop")
 
     def close(self) -> None:
         """Stop the engine and end every process of the host."""
@@ -146,7 +150,12 @@ class EngineHost:
         finally:
             kill_group(self._process)
 
-    def _call(self, command: str, *arguments: Any, **options: Any) -> Any:
+    def call(self, command: str, *arguments: Any, **options: Any) -> Any:
+        """Execute a command and return its result.
+
+        Raises:
+            EngineError: The command failed or took too long, or the process ended.
+        """
         try:
             self._connection.send((command, arguments, options))
             if not self._connection.poll(self._timeout_s):
@@ -168,13 +177,53 @@ class EngineHost:
         return [line.strip() for line in lines if line.strip()][-60:]
 
     # `engine_worker.Worker` has a method for each of these commands.
-    generate = partialmethod(_call, "generate")
-    hand_over = partialmethod(_call, "hand_over")
-    pages = partialmethod(_call, "pages")
-    metrics = partialmethod(_call, "metrics")
-    layers = partialmethod(_call, "layers")
-    plan = partialmethod(_call, "plan")
-    plant = partialmethod(_call, "plant")
-    begin_decoding = partialmethod(_call, "begin_decoding")
-    decode = partialmethod(_call, "decode")
-    end_decoding = partialmethod(_call, "end_decoding")
+    generate = partialmethod(call, "generate")
+    hand_over = partialmethod(call, "hand_over")
+    pages = partialmethod(call, "pages")
+    metrics = partialmethod(call, "metrics")
+    layers = partialmethod(call, "layers")
+    plan = partialmethod(call, "plan")
+    plant = partialmethod(call, "plant")
+    begin_decoding = partialmethod(call, "begin_decoding")
+    decode = partialmethod(call, "decode")
+    end_decoding = partialmethod(call, "end_decoding")
+
+
+def execute_commands(
+    find: Callable[[str], Callable[..., Any]], at_end: Callable[[], None] = lambda: None
+) -> NoReturn:
+    """Execute the commands that a host sends to this process, until the host closes.
+
+    Args:
+        find: Returns the function of a command.
+        at_end: Called before the process ends.
+    """
+    connection = Connection(int(sys.argv[1]))
+    while True:
+        try:
+            command, arguments, options = connection.recv()
+        except EOFError:
+            break
+        try:
+            connection.send((True, find(command)(*arguments, **options)))
+        except Exception as error:
+            traceback.print_exc()
+            connection.send((False, (traceback.format_exc(), reason_of(error))))
+    at_end()
+    sys.stdout.flush()
+    # End at once, without waiting for threads that vLLM leaves running.
+    os._exit(0)
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the name of an error and the last informative line of its message.
+
+    The input value and the link at the end of pydantic's messages are omitted.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [
+        line.split(" [type=")[0]
+        for line in lines
+        if not line.startswith("For further information visit")
+    ]
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__

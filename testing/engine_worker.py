@@ -12,14 +12,13 @@ import gc
 import os
 import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from multiprocessing.connection import Connection
+from functools import partial
 from typing import Any
 
 from testing import planted_faults
-from testing.engine_host import HandedOver, Output, Pages
+from testing.engine_host import HandedOver, Output, Pages, execute_commands
 
 
 def start_engine(**arguments: Any) -> Any:
@@ -315,43 +314,14 @@ class Worker:
         return int(self.metrics()["vllm:num_preemptions"] - self._preemptions)
 
 
-def reason(error: BaseException) -> str:
-    """Return the name of an error and the last informative line of its message.
-
-    The input value and the link at the end of pydantic's messages are omitted.
-    """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = [
-        line.split(" [type=")[0]
-        for line in lines
-        if not line.startswith("For further information visit")
-    ]
-    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
-
-
 def main() -> None:
-    """Execute the commands that arrive at the file descriptor `sys.argv[1]`."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         from testing.triton.processes import interpret_faster
 
         interpret_faster()
-    connection = Connection(int(sys.argv[1]))
     worker = Worker()
-    while True:
-        try:
-            command, arguments, options = connection.recv()
-        except EOFError:
-            break
-        try:
-            connection.send((True, getattr(worker, command)(*arguments, **options)))
-        except Exception as error:
-            traceback.print_exc()
-            connection.send((False, (traceback.format_exc(), reason(error))))
-    worker.stop()
+    execute_commands(partial(getattr, worker), worker.stop)
 
 
 if __name__ == "__main__":
     main()
-    sys.stdout.flush()
-    # End at once, without waiting for threads that vLLM leaves running.
-    os._exit(0)

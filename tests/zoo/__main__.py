@@ -6,13 +6,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 
-from tests.conformance.releases import unpacked_wheel
-from tests.zoo.architectures import architectures
+from testing.engine_host import EngineError
+from tests.conformance.releases import environment_of, unpacked_wheel
+from tests.zoo.architectures import MINORS, architectures
 from tests.zoo.language_models import LANGUAGE_MODELS
 from tests.zoo.planner import refused
 from tests.zoo.report import representatives, write
 from tests.zoo.results import Results
-from tests.zoo.workers import ROOT, Worker, WorkerError
+from tests.zoo.workers import ROOT, Worker
 
 LOG = ROOT / ".cache" / "zoo.log"
 
@@ -34,8 +35,7 @@ def main() -> None:
 
 def plan_all(results: Results, only: set[str]) -> None:
     """Plan every architecture, except multimodal ones, which share their language model's plan."""
-    wheel = unpacked_wheel("0.33")
-    for minor, arguments, path in (("0.32", (), None), ("0.33", ("--as-cpu",), wheel)):
+    for minor in MINORS:
         todo = [
             name
             for name, architecture in architectures().items()
@@ -44,13 +44,14 @@ def plan_all(results: Results, only: set[str]) -> None:
             and (not only or name in only)
             and (name in only or not results.done("plans", name))
         ]
-        planning = Worker("tests.zoo.planner", LOG, 240.0, *arguments, wheel=path)
+        environment = environment_of(minor, unpacked_wheel(minor), ROOT)
+        planning = Worker("tests.zoo.planner", LOG, 240.0, **environment)
         with contextlib.closing(planning) as planner:
             for name in todo:
                 try:
                     row = planner.ask(name)
-                except WorkerError as error:
-                    row = {"planned_as": name, "plans": refused(str(error))}
+                except EngineError as error:
+                    row = {"planned_as": name, "plans": refused(error.reason)}
                 results.put("plans", name, {"minor": minor, **row})
                 print(minor, name, row.get("pattern"), flush=True)
 
@@ -66,8 +67,8 @@ def run_all(results: Results, only: set[str]) -> None:
         ]:
             try:
                 row = runner.ask(todo[0])
-            except WorkerError as error:
-                row = {"auto": {"refused": str(error)}}
+            except EngineError as error:
+                row = {"auto": {"refused": error.reason}}
             results.put("engines", todo[0], row)
             print(todo[0], row.get("errors") or row, flush=True)
 

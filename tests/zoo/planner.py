@@ -1,23 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run as a process that reads names of architectures and writes their plans as JSON lines.
-
-    python -m tests.zoo.planner [--as-cpu]
-
-`--as-cpu` is for the unpacked wheel of a release without a CPU build.
-"""
+"""Run as a process that gets names of architectures and returns their plans."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tests.zoo.workers import answer_lines
+from testing.engine_host import execute_commands
 
 DTYPES = ("auto", "fp8", "turboquant_k8v4")
 MEMORY = 128 << 30
@@ -108,13 +102,15 @@ def start() -> None:
 
     os.environ.update({**ENVIRONMENT, **os.environ})
     import_vllm()
-    if "--as-cpu" in sys.argv:
-        import vllm.platforms
-        from vllm.platforms.cpu import CpuPlatform
+    import vllm.platforms
+    from vllm.platforms.cpu import CpuPlatform
 
+    if vllm.platforms.current_platform.is_unspecified():
+        # The wheel of a release without a CPU build detects no device.
         vllm.platforms.current_platform = CpuPlatform()
     prepare()
 
 
 if __name__ == "__main__":
-    answer_lines(start, plan)
+    start()
+    execute_commands({"answer": plan}.__getitem__)

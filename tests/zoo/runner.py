@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run as a process that reads names of architectures and writes results as JSON lines.
+"""Run as a process that gets names of architectures and returns the results of their engines.
 
 It runs each architecture's small model with `auto` and with k8v4.
 """
@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 
-from tests.zoo.workers import answer_lines
+from testing.engine_host import execute_commands
 
 DTYPES = ("auto", "turboquant_k8v4")
 LENGTHS = (900, 640, 333, 97)
@@ -140,11 +140,8 @@ def _difference(one: Any, other: Any) -> float:
     return largest
 
 
-def start() -> None:
+if __name__ == "__main__":
     from vllm_hybrid_kv import plugin
 
     plugin.register()
-
-
-if __name__ == "__main__":
-    answer_lines(start, run)
+    execute_commands({"answer": run}.__getitem__)
