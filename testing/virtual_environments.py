@@ -34,17 +34,6 @@ class Environment:
     python: Path
     site: Path
 
-    def distribution(
-        self,
-        name: str,
-        version: str,
-        entry_points: str = "",
-        site: Path | None = None,
-        **modules: Any,
-    ) -> None:
-        """Write a package like the function `distribution`, into `site` or this environment."""
-        distribution(site or self.site, name, version, entry_points, **modules)
-
     def package(self, name: str, **files: str) -> Path:
         """Replace a linked package by a package that consists of `files` and has no metadata."""
         folder = self.site / name

@@ -7,7 +7,8 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from tests.conformance.releases import CACHE, unpacked_wheel
+from testing.virtual_environments import distribution
+from tests.conformance.releases import environment_of, unpacked_wheel
 
 SCHEMA = json.loads(
     (Path(__file__).resolve().parents[2] / "docs" / "doctor.schema.json").read_text()
@@ -70,8 +71,9 @@ def test_a_plugin_that_vllm_plugins_excludes_is_a_warning_next_to_others(
 ):
     # Give one environment several faults, because each import of vLLM takes long.
     environment = make_environment(without=("vllm-",))
-    environment.distribution("vllm-hybrid-kv", "0.0.1", site=environment.later("older"))
-    environment.distribution(
+    distribution(environment.later("older"), "vllm-hybrid-kv", "0.0.1")
+    distribution(
+        environment.site,
         "acme-kv",
         "1.5",
         "[vllm_hybrid_kv]\nacme = acme_kv\n",
@@ -146,7 +148,7 @@ PLUGIN = "[vllm.general_plugins]\nrival = rival_patch:register\n"
 def test_a_rival_that_patches_vllm_first_is_named_and_keeps_the_plugin_inactive(make_environment):
     environment = make_environment()
     first = environment.site.parent / "first"
-    environment.distribution("rival-kv", "2.0", PLUGIN, site=first, rival_patch=RIVAL)
+    distribution(first, "rival-kv", "2.0", PLUGIN, rival_patch=RIVAL)
     found = read(environment.doctor("--json", PYTHONPATH=str(first)))
     assert found["exit_status"] == 2
     assert found["active"] is False
@@ -162,7 +164,7 @@ def test_a_rival_that_patches_vllm_first_is_named_and_keeps_the_plugin_inactive(
 def test_a_rival_that_patches_our_targets_afterwards_is_named_in_every_module(make_environment):
     environment = make_environment()
     late = environment.later("late")
-    environment.distribution("rival-kv", "2.0", PLUGIN, site=late, rival_patch=LATE_RIVAL)
+    distribution(late, "rival-kv", "2.0", PLUGIN, rival_patch=LATE_RIVAL)
     done = environment.doctor("--json")
     found = read(done)
     assert found["exit_status"] == 2
@@ -198,19 +200,14 @@ def test_on_vllm_0_33_every_patch_is_active_and_other_faults_are_warnings(make_e
     # vLLM 0.33 is only an unpacked wheel without a CPU platform, so the test installs the platform
     # of a vendor, which groups layers itself.
     environment = make_environment()
-    environment.distribution(
+    distribution(
+        environment.site,
         *("acme-platform", "1.0", "[vllm.platform_plugins]\nacme = acme_find:find\n"),
         acme_find=FINDS,
         acme_platform=PLATFORM,
         acme_builder=BUILDER,
     )
-    found = read(
-        environment.doctor(
-            "--json",
-            PYTHONPATH=str(unpacked_wheel("0.33")),
-            VLLM_CACHE_ROOT=str(CACHE / "vllm-0.33-cache"),
-        )
-    )
+    found = read(environment.doctor("--json", **environment_of("0.33", unpacked_wheel("0.33"))))
     assert found["exit_status"] == 1
     assert found["active"] is True
     assert found["versions"]["vllm"].startswith("0.33.")
@@ -222,10 +219,15 @@ def test_on_vllm_0_33_every_patch_is_active_and_other_faults_are_warnings(make_e
 
 def test_invalid_settings_and_a_strategy_that_cannot_be_imported_are_problems(make_environment):
     environment = make_environment()
-    environment.distribution(
-        "acme-kv", "1.5", "[vllm_hybrid_kv]\nacme = acme_kv\n", acme_kv="import not_there\n"
+    distribution(
+        environment.site,
+        "acme-kv",
+        "1.5",
+        "[vllm_hybrid_kv]\nacme = acme_kv\n",
+        acme_kv="import not_there\n",
     )
-    environment.distribution(
+    distribution(
+        environment.site,
         "loud-kv",
         "3.0",
         "[vllm.general_plugins]\nloud = loud_kv:register\n",
@@ -276,7 +278,7 @@ def test_the_text_has_the_same_problems_and_no_traceback(without_vllm):
 def fake_vllm(make_environment):
     """A function that writes the source of an environment's vLLM."""
     environment = make_environment(without=("vllm", "torch", "functorch"))
-    environment.distribution("vllm", "0.32.0")
+    distribution(environment.site, "vllm", "0.32.0")
     folder = environment.package("vllm", __init__="")
 
     def write(init, version="__version__ = '0.32.0'\n__version_tuple__ = (0, 32, 0)\n"):

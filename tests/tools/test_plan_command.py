@@ -12,7 +12,7 @@ from matplotlib import image
 
 from testing import processes
 from testing.shapes import SHAPES
-from tests.conformance.releases import CACHE, unpacked_wheel
+from tests.conformance.releases import environment_of, unpacked_wheel
 from vllm_hybrid_kv.tools.plan.report import ranges
 
 QWEN = SHAPES["qwen3.6-35b-a3b"]
@@ -64,8 +64,7 @@ def test_a_model_is_planned_with_vllm_0_33():
     done = processes.run(
         [sys.executable, "-c", WITH_0_33, *arguments],
         COLUMNS="100",
-        PYTHONPATH=str(unpacked_wheel("0.33")),
-        VLLM_CACHE_ROOT=str(CACHE / "vllm-0.33-cache"),
+        **environment_of("0.33", unpacked_wheel("0.33")),
     )
     assert done.returncode == 0, done.stderr
     assert "full attention" in done.stdout
