@@ -61,14 +61,13 @@ def by_transformers(model, sequences):
     return found
 
 
-def test_the_reference_has_the_log_probabilities_of_transformers(outcome, work, by_transformers):
+def test_the_reference_has_the_log_probabilities_and_perplexity_of_transformers(
+    numbers, work, by_transformers
+):
     scored = scores_of(work, "auto")
     for (logprobs, divergences, _), expected in zip(scored, by_transformers, strict=True):
         numpy.testing.assert_allclose(logprobs, expected, rtol=2e-4, atol=2e-4)
         assert set(divergences) == {0.0}
-
-
-def test_the_perplexity_is_that_of_transformers(numbers, by_transformers):
     expected = math.exp(-numpy.concatenate(by_transformers).mean())
     assert numbers["caches"][0]["perplexity"] == pytest.approx(expected, rel=1e-4)
 
