@@ -46,10 +46,6 @@ class Transfer:
     fails: bool = False
 
 
-class Metadata(KVConnectorMetadata):
-    """Metadata that stays empty, because the world calls the connector directly."""
-
-
 class SoakConnector(KVConnectorBase_V1, SupportsHMA):
     """Offers tokens of some requests, and holds the blocks of some ended requests for a while.
 
@@ -116,7 +112,8 @@ class SoakConnector(KVConnectorBase_V1, SupportsHMA):
         return True, None
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        return Metadata()
+        # The metadata stays empty, because the world calls the connector directly.
+        return KVConnectorMetadata()
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         raise NotImplementedError("there is no worker")

@@ -48,14 +48,10 @@ def configure(plan: Plan) -> VllmConfig:
     """Make the configuration of an engine with this plan. Its model is never built."""
     plugin.register()
     more: dict[str, Any] = {}
-    if plan.drafting == "ngram":
-        more["speculative_config"] = {
-            "method": "ngram", "num_speculative_tokens": plan.draft_tokens, "prompt_lookup_max": 2
-        }  # fmt: skip
-    elif plan.drafting == "mtp":
-        more["speculative_config"] = {
-            "method": "mtp", "num_speculative_tokens": plan.draft_tokens
-        }  # fmt: skip
+    if plan.drafting is not None:
+        own = {"prompt_lookup_max": 2} if plan.drafting == "ngram" else {}
+        drafts = {"method": plan.drafting, "num_speculative_tokens": plan.draft_tokens}
+        more["speculative_config"] = {**drafts, **own}
     if plan.connector is not None:
         more["kv_transfer_config"] = {
             "kv_connector": SoakConnector.__name__,

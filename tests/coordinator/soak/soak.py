@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
+from benchmarks import markdown
 from testing.machine import host
 from tests.coordinator.soak.worker import ChainedCopyError, SoakError
 from tests.coordinator.soak.world import World
@@ -48,17 +49,16 @@ class Soak:
 
 def report(seed: int, steps: int, tally: Mapping[str, int]) -> str:
     """Describe a successful run in Markdown: its command, machine and event counts."""
-    where = host()
     lines = [
         "# Random steps of vLLM's scheduler, checked after each step",
         "",
         f"`python -m tests.coordinator.soak --steps {steps} --seed {seed}` succeeded. After every "
         "step reference counts, free list, hash map, tables and checkpoints were consistent, and "
         "every token found in its blocks what it attends to, except in the listed worlds of stock. "
-        f"{where['cpu']}, {where['cpus']} CPUs, vLLM {where['vllm']}.",
+        f"{markdown.machine(host())}.",
         "",
-        "| event | count |",
-        "|---|---|",
-        *(f"| {name} | {count:,} |" for name, count in sorted(tally.items())),
+        *markdown.table(
+            ["event", "count"], [[name, f"{count:,}"] for name, count in sorted(tally.items())]
+        ),
     ]
     return "\n".join(lines) + "\n"
