@@ -47,11 +47,14 @@ def corpus() -> np.ndarray:
     return _text()[: -len(_text()) // 10]
 
 
+def documentation() -> str:
+    """Return the text of Python's language reference, which comes with Python (PSF licence)."""
+    return "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
+
+
 @functools.cache
 def _text() -> np.ndarray:
-    topics = pydoc_data.topics.topics
-    text = "\n".join(topics[name] for name in sorted(topics))
-    return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) + FIRST_BYTE
+    return np.frombuffer(documentation().encode(), dtype=np.uint8).astype(np.int64) + FIRST_BYTE
 
 
 def _piece(draw: np.random.Generator, length: int) -> np.ndarray:

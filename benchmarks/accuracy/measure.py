@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from benchmarks.accuracy.engine import RULE
 from benchmarks.accuracy.models import ROOT
 from benchmarks.fidelity import rules
-from benchmarks.fidelity.sources import documentation
+from testing.recall_sequences import documentation
 from vllm_hybrid_kv.tools.eval import run as eval_run
 from vllm_hybrid_kv.tools.eval.scores import summarise
 from vllm_hybrid_kv.tools.eval.sequences import read_sequences

@@ -19,7 +19,7 @@ from benchmarks.accuracy.measure import (
     ratio,
 )
 from benchmarks.accuracy.models import GEMMA, MODELS, SMOLLM2
-from benchmarks.markdown import table
+from benchmarks.markdown import machine, table
 
 GOALS = {
     SMOLLM2: {FORMAT_1.name: 0.6, VLLM.name: 0.5, E4M3.name: 0.75},
@@ -86,8 +86,7 @@ def markdown(
     lines = [
         "# What quantised KV caches cost on pretrained models",
         "",
-        "`make eval-demo`, which is `python -m benchmarks.accuracy`. Machine: "
-        f"{host['cpu']}, {host['cpus']} CPUs; Python {host['python']}, vLLM {host['vllm']}.",
+        f"`make eval-demo`, which is `python -m benchmarks.accuracy`. Machine: {machine(host)}.",
         "",
         "KL divergence of the next token's distribution from that of the bf16 cache, in the real "
         "engine. Text: Python's language reference, which comes with Python as "

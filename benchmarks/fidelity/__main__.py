@@ -36,11 +36,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
     parser.add_argument("--model", type=Path, action="append", default=[],
                         help="record this model's layers")  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="few samples of 512 tokens")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    sizes, seeds = (HEAD_SIZES[::2], {512: 2}) if arguments.quick else (HEAD_SIZES, SEEDS)
-    quick = " --quick" if arguments.quick else ""
     models = "".join(f" --model {folder.name}" for folder in arguments.model)
     result = {
         "machine": {
@@ -48,13 +45,13 @@ def main() -> None:
             "Python": platform.python_version(),
             "torch": torch.__version__,
         },
-        "command": f"python -m benchmarks.fidelity{quick}{models}",
-        "seeds": seeds,
-        "shown": (128, max(seeds)),
+        "command": f"python -m benchmarks.fidelity{models}",
+        "seeds": SEEDS,
+        "shown": (128, max(SEEDS)),
         "distributions": [
             row
-            for size in sizes
-            for length, count in seeds.items()
+            for size in HEAD_SIZES
+            for length, count in SEEDS.items()
             for row in measure_distributions(size, length, count)
         ],
         "recorded": [row for folder in arguments.model for row in measure_model(folder)],

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-import pydoc_data.topics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from testing.recall_sequences import documentation
 
 SCORE_SIZES = (1.0, 2.0)
 """Random queries are scaled so that their scores have these standard deviations over the keys.
@@ -120,11 +121,6 @@ def drawn(head_size: int, length: int, seed: int) -> Iterator[Sample]:
         query /= torch.einsum("qhd,khd->qhk", query, key).std(-1, keepdim=True)
         queries = {f"{size:g}": size * query for size in SCORE_SIZES}
         yield Sample(name, queries, key, value, 1.0)
-
-
-def documentation() -> str:
-    """Return the text of Python's language reference, which comes with Python (PSF licence)."""
-    return "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
 
 
 def prompts(folder: Path) -> torch.Tensor:
