@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import vllm_hybrid_kv
+from testing.processes import run
 from vllm_hybrid_kv import kernels
 from vllm_hybrid_kv.kernels.cpu import isa
 from vllm_hybrid_kv.kernels.cpu.attention import isa_for
@@ -86,10 +87,8 @@ ROOM = "40k"
 
 def stderr_of(code: str, **environment: str | Path) -> str:
     """Run Python code in a child process that must succeed. Returns what it wrote to stderr."""
-    command, changed = [sys.executable, "-c", code], {k: str(v) for k, v in environment.items()}
-    result = subprocess.run(
-        command, env=os.environ | changed, capture_output=True, text=True, timeout=300, check=False
-    )
+    changed = {name: str(value) for name, value in environment.items()}
+    result = run([sys.executable, "-c", code], **changed)
     assert result.returncode == 0, result.stderr
     return result.stderr
 
