@@ -84,6 +84,9 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         self._queue = pool.free_block_queue = CheckpointQueue(
             pool, self.checkpoints, self._state_groups
         )
+        self.collects_answers = False
+        """Whether `take_finished_answers` is called in every step, because there is a host tier."""
+        self._finished_answers: list[tuple[Request, int]] = []
         # vLLM's manager evicts through the pool, so redirect that call to this coordinator.
         self._evict_blocks = pool.evict_blocks
         pool.evict_blocks = self.evict_blocks
@@ -242,8 +245,11 @@ class HybridAwareCoordinator(FixedPointCoordinator):
             running.prompt_end = self._enter(running, tokens, CheckpointKind.PROMPT)
         elif tokens == request.shared_prefix_boundary:
             self._enter(running, tokens, CheckpointKind.BRANCH)
-        elif tokens % self._block_tokens == tokens % self._cache_hit_alignment_tokens == 0:
-            self._enter(running, tokens, CheckpointKind.BOUNDARY)
+        elif (
+            tokens % self._block_tokens == tokens % self._cache_hit_alignment_tokens == 0
+            and self._enter(running, tokens, CheckpointKind.BOUNDARY) is None
+        ):
+            self._keep_from_connector(request.request_id, tokens)
 
     def _prompt_ends(self, request: Request) -> set[int]:
         """Return where the next turn (with drafts, also the same prompt) can resume, in tokens."""
@@ -313,6 +319,24 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         self._cache_partial(running)
         return checkpoint
 
+    def _keep_from_connector(self, request_id: str, tokens: int) -> None:
+        """Do not offer the states at a block boundary to a KV connector, if they are not pinned."""
+        for group in self._state_groups:
+            manager = self.single_type_managers[group]
+            manager._pending_boundary_state_offloads = [
+                offer
+                for offer in manager._pending_boundary_state_offloads
+                if (offer[0], offer[3]) != (request_id, tokens)
+            ]
+
+    def take_finished_answers(self) -> list[tuple[Request, int]]:
+        """Return the requests that ended since the last call, and where their answers' states are.
+
+        The states are cached at that number of tokens, unless they have been evicted since.
+        """
+        answers, self._finished_answers = self._finished_answers, []
+        return answers
+
     def _attention_blocks(self, request_id: str, tokens: int) -> list[int] | None:
         """Return the ids of a request's attention blocks that a hit of `tokens` tokens needs.
 
@@ -350,7 +374,9 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         request = running.request
         if running.copies:
             if self._snapshots.cache(running):
-                self._enter(running, running.copied, CheckpointKind.ANSWER)
+                answer = self._enter(running, running.copied, CheckpointKind.ANSWER)
+                if answer is not None and self.collects_answers:
+                    self._finished_answers.append((request, running.copied))
             self._snapshots.release(running)
         if running.prompt_end is not None:
             tokens = len(request.block_hashes) * self._unit

@@ -37,6 +37,7 @@ def patches_for(context: Context) -> list[Patch]:
         coordination.coordinator_patch,
         coordination.prefix_match_unit_patch,
         coordination.block_copies_patch,
+        transfer.stored_checkpoints_patch,
         startup.startup_patch,
     ]
     if context.on_cpu or context.on_gpu:
@@ -53,5 +54,9 @@ def patches_for(context: Context) -> list[Patch]:
             planning.block_alignment_patch,
         ]
     if context.on_cpu:
-        makers += [sampling.seeded_sampling_patch, attention.selection_patch]
+        makers += [
+            sampling.seeded_sampling_patch,
+            attention.selection_patch,
+            transfer.host_tier_patch,
+        ]
     return [make(context) for make in makers]

@@ -34,6 +34,20 @@ PATCHED: Table = {
     "vllm.distributed.kv_transfer.kv_connector.v1.offloading.config": {
         "build_offloading_config": ("2cf4ae4cfc3c286f", "29d16c9d564a6403")
     },
+    "vllm.distributed.kv_transfer.kv_connector.v1.base": {
+        "KVConnectorBase_V1.bind_kv_cache_manager": ("6846244bd3f3241f", "6846244bd3f3241f")
+    },
+    "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler": {
+        "OffloadingConnectorScheduler._build_partial_tail_store_jobs": (
+            "4a0269bed5924e78",
+            "3ab9aa39459c4a65",
+        ),
+        "OffloadingConnectorScheduler._lookup": ("ea832a4bad98411a", "1b1889f59948d048"),
+        "OffloadingConnectorScheduler.update_state_after_alloc": (
+            "770f1238dba54c09",
+            "9a1e32bcc2c3fe16",
+        ),
+    },
     "vllm.engine.arg_utils": {
         "EngineArgs.create_engine_config": ("d132c6caf48d4914", "3e19b2ef611bdae8")
     },
@@ -78,6 +92,9 @@ PATCHED: Table = {
         "unify_kv_cache_spec_page_size": ("607c52c16b200bb1", None),
     },
     "vllm.v1.engine.utils": {"wait_for_engine_startup": ("427c92904b59e91d", "612000fd2d8cc72a")},
+    "vllm.v1.kv_offload.factory": {
+        "OffloadingSpecFactory.get_spec_cls": ("a381786cc04dc9c5", "a381786cc04dc9c5")
+    },
     "vllm.v1.worker.gpu_input_batch": {
         "InputBatch.add_request": ("c7c44acb74fbcfd3", "c7c44acb74fbcfd3")
     },

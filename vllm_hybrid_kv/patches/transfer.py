@@ -34,7 +34,9 @@ def stored_pages_patch(context: Context) -> Patch:
     def build_offloading_config(original: Any, *args: Any, **kwargs: Any) -> Any:
         config = original(*args, **kwargs)
         model = replace(config.model, dtype=marked(config.model.dtype))
-        return replace(config, model=model)
+        # The states at the ends of answers are worth as much as those at the ends of prompts.
+        extra_config = {"offload_prompt_only": False, **config.extra_config}
+        return replace(config, model=model, extra_config=extra_config)
 
     return Patch(
         "stored_pages",
@@ -47,5 +49,82 @@ def stored_pages_patch(context: Context) -> Patch:
             context.rebind("resolve_none_hash_seed", _append_fingerprint),
             context.rebind("build_offloading_config", build_offloading_config),
             context.rebind("ExampleConnector.__init__", init_example_connector),
+        ],
+    )
+
+
+def host_tier_patch(context: Context) -> Patch:
+    """Let the OffloadingConnector run on CPUs."""
+
+    def get_spec_cls(original: Any, *args: Any) -> Any:
+        # Import late, because only engines with this connector need the module.
+        from vllm_hybrid_kv.transfer.cpu_offloading import SPECS
+
+        spec = original(*args)
+        return SPECS.get(spec, spec)
+
+    return Patch(
+        "host_tier",
+        replaces="OffloadingSpecFactory.get_spec_cls, to replace the workers of vLLM's specs",
+        why="the workers copy with CUDA streams, and a spec's name cannot be registered twice",
+        until="vLLM's offloading specs have workers for CPUs",
+        edits=[context.rebind("OffloadingSpecFactory.get_spec_cls", get_spec_cls)],
+    )
+
+
+def stored_checkpoints_patch(context: Context) -> Patch:
+    """Make the OffloadingConnector store and find the checkpoints of `hybrid_aware`."""
+
+    def bind_kv_cache_manager(original: Any, self: Any, kv_cache_manager: Any) -> None:
+        original(self, kv_cache_manager)
+        if type(self).__name__ == "OffloadingConnector":
+            from vllm_hybrid_kv.transfer.host_tier import HostTier
+
+            scheduler, coordinator = self.connector_scheduler, kv_cache_manager.coordinator
+            if HostTier.suits(scheduler, coordinator):
+                scheduler.hybrid_kv_tier = HostTier(scheduler, coordinator)
+
+    def lookup(original: Any, self: Any, status: Any, max_num_new_tokens: int | None = None) -> Any:
+        tier = getattr(self, "hybrid_kv_tier", None)
+        if tier is None:
+            return original(self, status, max_num_new_tokens)
+        return tier.lookup(status, max_num_new_tokens)
+
+    def build_partial_tail_store_jobs(original: Any, self: Any, scheduler_output: Any) -> Any:
+        tier = getattr(self, "hybrid_kv_tier", None)
+        jobs = original(self, scheduler_output)
+        return jobs if tier is None else {**jobs, **tier.answer_jobs()}
+
+    def update_state_after_alloc(
+        original: Any, self: Any, request: Any, blocks: Any, num_external_tokens: int
+    ) -> None:
+        status = self._req_status.get(request.request_id)
+        boundary = status and num_external_tokens and status.partial_tail_boundary
+        original(self, request, blocks, num_external_tokens)
+        if boundary:
+            # vLLM counts the block in which the load ends as stored. The request will complete the
+            # block, so without this no later turn of the conversation could be loaded.
+            for config, group in zip(
+                self.config.kv_group_configs, status.group_states, strict=True
+            ):
+                complete = boundary // config.tokens_per_chunk
+                group.next_stored_chunk_idx = min(group.next_stored_chunk_idx, complete)
+
+    scheduler = "OffloadingConnectorScheduler"
+    return Patch(
+        "stored_checkpoints",
+        replaces="OffloadingConnectorScheduler._lookup, _build_partial_tail_store_jobs and "
+        "update_state_after_alloc, and KVConnectorBase_V1.bind_kv_cache_manager",
+        why="vLLM finds a state inside a block only if the state at the start of the block is "
+        "stored too, does not store the states at the ends of answers, and never stores a block "
+        "that a load filled in part",
+        until="the connector asks the coordinator what to store and what can be found",
+        edits=[
+            context.rebind("KVConnectorBase_V1.bind_kv_cache_manager", bind_kv_cache_manager),
+            context.rebind(f"{scheduler}._lookup", lookup),
+            context.rebind(
+                f"{scheduler}._build_partial_tail_store_jobs", build_partial_tail_store_jobs
+            ),
+            context.rebind(f"{scheduler}.update_state_after_alloc", update_state_after_alloc),
         ],
     )

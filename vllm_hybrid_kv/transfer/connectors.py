@@ -34,8 +34,10 @@ HANDSHAKE = ("NixlConnector", "NixlPullConnector", "NixlPushConnector")
 SUPPORTED = (*HANDSHAKE, "ExampleConnector", "OffloadingConnector", "SimpleCPUOffloadConnector")
 """Connectors that copy whole pages. `docs/deployment.md` says which of them were tested."""
 
-GPU_ONLY = ("OffloadingConnector", "SimpleCPUOffloadConnector")
-"""Connectors between a GPU and host memory. On a CPU vLLM would fail after it loads the model."""
+GPU_ONLY = "SimpleCPUOffloadConnector"
+"""It copies with CUDA streams. On a CPU vLLM would fail after it loads the model."""
+
+HOST_TIER = "OffloadingConnector"
 
 NO_HANDSHAKE = (
     "its peers do not compare page formats, and one without this plugin would read garbage"
@@ -89,11 +91,13 @@ def check_connectors(vllm_config: VllmConfig, *, on_cpu: bool) -> None:
                 "enforce_handshake_compat is off, so it would not check a peer's page format. "
                 "Remove enforce_handshake_compat from its options"
             )
-        elif on_cpu and name in GPU_ONLY and not options.get("spec_module_path"):
-            reason = (
-                "it copies between a GPU and host memory, and this is a CPU. Remove the connector, "
-                "because the cache is in host memory already"
-            )
+        elif on_cpu and name == GPU_ONLY:
+            reason = f"it copies with CUDA streams, and this is a CPU. Use {HOST_TIER}"
+        elif on_cpu and name == HOST_TIER:
+            from vllm_hybrid_kv.transfer.cpu_offloading import check_memory, total_memory
+
+            check_memory(int(options.get("cpu_bytes_to_use") or 0), total_memory())
+            continue
         else:
             continue
         raise HybridKVError(f"the KV connector {name} cannot carry {CACHE_DTYPE} pages: {reason}")

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lets vLLM's `OffloadingConnector` run on CPUs, where its KV cache is in host memory already.
+
+The connector keeps cached blocks in a second pool of host memory. On a GPU, vLLM copies blocks with
+CUDA streams. On a CPU, the workers below copy them with memcpy. The scheduler's side of the
+connector (lookups, evictions, events, metrics) is vLLM's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import psutil
+import torch
+from vllm.utils.cpu_resource_utils import get_cgroup_memory_limit, get_cgroup_memory_usage
+from vllm.v1.kv_offload.base import (
+    BlockIDsLoadStoreSpec,
+    CanonicalKVCaches,
+    GPULoadStoreSpec,
+    OffloadingSpec,
+    OffloadingWorker,
+    TransferResult,
+)
+from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
+from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
+
+from vllm_hybrid_kv.errors import HybridKVError
+
+GIB = 1 << 30
+
+
+class MemcpyWorker(OffloadingWorker):
+    """Copies blocks between the KV cache and the host tier, in the process that runs the model.
+
+    A copy is complete when `submit_store` or `submit_load` returns. vLLM submits copies between two
+    forward passes of this process, so no copy reads a page while a kernel writes it, and no kernel
+    reads a page while a copy writes it. This also holds with asynchronous scheduling.
+    """
+
+    def __init__(
+        self,
+        kv_caches: CanonicalKVCaches,
+        blocks_per_chunk: int,
+        chunks: Sequence[torch.Tensor],
+        region: SharedOffloadRegion | None = None,
+    ) -> None:
+        """Prepare copies between `kv_caches` and `chunks`.
+
+        Args:
+            kv_caches: The KV cache, as tensors of int8 [blocks, bytes per page].
+            blocks_per_chunk: Blocks in a chunk of the tier.
+            chunks: The tier: for each tensor of `kv_caches`, int8 [chunks, blocks_per_chunk x bytes
+                per page].
+            region: The shared memory that holds `chunks`, to be released on shutdown; None if
+                `chunks` own their memory.
+        """
+        self._tensors = [
+            (tensor.tensor, chunk, tensor.page_size_bytes)
+            for tensor, chunk in zip(kv_caches.tensors, chunks, strict=True)
+        ]
+        self._groups = kv_caches.group_data_refs
+        self._blocks_per_chunk = blocks_per_chunk
+        self._region = region
+        self._finished: list[TransferResult] = []
+
+    def submit_store(
+        self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: BlockIDsLoadStoreSpec
+    ) -> bool:
+        self._copy(job_id, src_spec, dst_spec, store=True)
+        return True
+
+    def submit_load(
+        self,
+        job_id: int,
+        src_spec: BlockIDsLoadStoreSpec,
+        dst_spec: GPULoadStoreSpec,
+        expedited: bool = False,
+    ) -> bool:
+        self._copy(job_id, dst_spec, src_spec, store=False)
+        return True
+
+    def get_finished(self) -> list[TransferResult]:
+        finished, self._finished = self._finished, []
+        return finished
+
+    def wait(self, job_ids: set[int]) -> None:
+        """Return at once, because a submitted copy is complete."""
+
+    def shutdown(self) -> None:
+        self._tensors.clear()
+        if self._region is not None:
+            self._region.cleanup()
+            self._region = None
+
+    def _copy(
+        self, job_id: int, pages: GPULoadStoreSpec, chunks: BlockIDsLoadStoreSpec, *, store: bool
+    ) -> None:
+        started, size = time.perf_counter(), 0
+        for group, block, chunk, part in self._pairs(pages, chunks):
+            for ref in self._groups[group]:
+                cache, tier, page_bytes = self._tensors[ref.tensor_idx]
+                start, used = part * page_bytes, ref.page_size_bytes
+                page, copy = cache[block, :used], tier[chunk, start : start + used]
+                (copy if store else page).copy_(page if store else copy)
+                size += used
+        self._finished.append(
+            TransferResult(job_id, True, size, max(time.perf_counter() - started, 1e-9))
+        )
+
+    def _pairs(
+        self, pages: GPULoadStoreSpec, chunks: BlockIDsLoadStoreSpec
+    ) -> Iterator[tuple[int, int, int, int]]:
+        """Yield group, block id, chunk id, and the block's index in the chunk, for each block.
+
+        The blocks of a group are consecutive blocks of a request. `pages.block_indices` tells
+        where the first one is, so it also tells where it is in its chunk.
+        """
+        blocks, ids = iter(pages.block_ids.tolist()), iter(chunks.block_ids.tolist())
+        for group, (count, first) in enumerate(
+            zip(pages.group_sizes, pages.block_indices, strict=True)
+        ):
+            part, chunk = first % self._blocks_per_chunk, -1
+            for number, block in enumerate(islice(blocks, count)):
+                if number == 0 or part == self._blocks_per_chunk:
+                    chunk, part = next(ids), part % self._blocks_per_chunk
+                yield group, block, chunk, part
+                part += 1
+        if next(ids, None) is not None or next(blocks, None) is not None:
+            raise ValueError(f"{pages} and {chunks} have different numbers of blocks")
+
+
+class MemcpySpec(CPUOffloadingSpec):
+    """vLLM's `CPUOffloadingSpec` for engines on CPUs, with private memory in each worker."""
+
+    def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
+        if self._worker is None:
+            per_worker = self.num_chunks * self.cpu_page_size_per_worker
+            check_memory(per_worker * self.config.parallel.world_size, available_memory())
+            # The kernel provides zeroed pages when they are first written.
+            chunks = [
+                torch.empty(
+                    (self.num_chunks, tensor.page_size_bytes * self.blocks_per_chunk),
+                    dtype=torch.int8,
+                )
+                for tensor in kv_caches.tensors
+            ]
+            self._worker = MemcpyWorker(kv_caches, self.blocks_per_chunk, chunks)
+        return self._worker
+
+
+class TieredMemcpySpec(TieringOffloadingSpec):
+    """vLLM's `TieringOffloadingSpec` for engines on CPUs.
+
+    All processes share the memory, because the scheduler's process writes chunks to further tiers.
+    """
+
+    def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
+        if self.config.canonical_layout:
+            raise HybridKVError(
+                "the OffloadingConnector has no canonical layout on CPUs. Remove canonical_layout "
+                "from kv_connector_extra_config"
+            )
+        if self._worker is None:
+            region = SharedOffloadRegion(
+                engine_id=self._engine_id,
+                num_chunks=self.num_chunks,
+                rank=self.config.parallel.rank,
+                kv_bytes_per_chunk=self.kv_bytes_per_chunk,
+                cpu_page_size=self.cpu_page_size_per_worker,
+            )
+            chunks = [
+                region.create_next_worker_view(tensor.page_size_bytes * self.blocks_per_chunk)
+                for tensor in kv_caches.tensors
+            ]
+            self._worker = MemcpyWorker(kv_caches, self.blocks_per_chunk, chunks, region)
+        return self._worker
+
+
+SPECS: dict[type[OffloadingSpec], type[OffloadingSpec]] = {
+    CPUOffloadingSpec: MemcpySpec,
+    TieringOffloadingSpec: TieredMemcpySpec,
+}
+"""For each of vLLM's specs, the one that engines on CPUs use instead."""
+
+
+def available_memory() -> int:
+    """Return how many bytes this process could allocate without swapping or reaching a limit."""
+    available = int(psutil.virtual_memory().available)
+    limit, usage = get_cgroup_memory_limit(), get_cgroup_memory_usage()
+    return available if limit is None or usage is None else min(available, limit - usage)
+
+
+def total_memory() -> int:
+    """Return the bytes of the machine's memory, or of the cgroup's limit if that is less."""
+    total = int(psutil.virtual_memory().total)
+    limit = get_cgroup_memory_limit()
+    return total if limit is None else min(total, limit)
+
+
+def check_memory(needed: int, room: int) -> None:
+    """Check that a host tier of `needed` bytes fits into `room` bytes.
+
+    Raises:
+        HybridKVError: It does not fit.
+    """
+    if needed > room:
+        raise HybridKVError(
+            f"the host tier of the OffloadingConnector has {needed / GIB:.2f} GiB, but only "
+            f"{room / GIB:.2f} GiB of memory are available. Pass a smaller --kv-offloading-size, "
+            "or a smaller cpu_bytes_to_use in --kv-transfer-config"
+        )
