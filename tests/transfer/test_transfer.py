@@ -26,7 +26,7 @@ from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.settings import Settings
 from vllm_hybrid_kv.state import STATE
-from vllm_hybrid_kv.transfer import connectors, fingerprint
+from vllm_hybrid_kv.transfer import connectors, cpu_offloading, fingerprint
 
 K8V4 = "turboquant_k8v4"
 
@@ -254,15 +254,18 @@ def test_a_connector_that_cannot_carry_pages_is_refused_with_those_that_can(name
         check(name)
 
 
-@pytest.mark.parametrize("name", connectors.GPU_ONLY)
-def test_offloading_to_host_memory_is_refused_only_on_cpus(name, check):
-    with pytest.raises(
-        HybridKVError, match=f"{name} .*: it copies between .* Remove the connector"
-    ):
-        check(name)
-    # The offloading spec of another package may work on CPUs.
-    check(name, kv_connector_extra_config={"spec_module_path": "theirs"})
-    check(name, on_cpu=False)
+def test_a_connector_that_copies_with_cuda_is_refused_only_on_cpus(check):
+    with pytest.raises(HybridKVError, match=r"copies with CUDA streams.* Use OffloadingConnector"):
+        check("SimpleCPUOffloadConnector")
+    check("SimpleCPUOffloadConnector", on_cpu=False)
+
+
+def test_a_host_tier_must_fit_into_the_memory_of_the_machine(check):
+    room = cpu_offloading.total_memory()
+    check("OffloadingConnector", kv_connector_extra_config={"cpu_bytes_to_use": room})
+    too_much = {"cpu_bytes_to_use": room + (1 << 30)}
+    with pytest.raises(HybridKVError, match=r"host tier .* has .* GiB, but only .* smaller --kv-"):
+        check("OffloadingConnector", kv_connector_extra_config=too_much)
 
 
 def test_a_refused_connector_stops_start_up(engine):

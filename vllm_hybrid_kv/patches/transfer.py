@@ -84,11 +84,12 @@ def stored_checkpoints_patch(context: Context) -> Patch:
             if HostTier.suits(scheduler, coordinator):
                 scheduler.hybrid_kv_tier = HostTier(scheduler, coordinator)
 
-    def lookup(original: Any, self: Any, status: Any, max_num_new_tokens: int | None = None) -> Any:
+    def lookup(
+        original: Any, self: Any, req_status: Any, max_num_new_tokens: int | None = None
+    ) -> Any:
         tier = getattr(self, "hybrid_kv_tier", None)
-        if tier is None:
-            return original(self, status, max_num_new_tokens)
-        return tier.lookup(status, max_num_new_tokens)
+        find = original.__get__(self) if tier is None else tier.lookup
+        return find(req_status, max_num_new_tokens)
 
     def build_partial_tail_store_jobs(original: Any, self: Any, scheduler_output: Any) -> Any:
         tier = getattr(self, "hybrid_kv_tier", None)

@@ -34,10 +34,11 @@ HANDSHAKE = ("NixlConnector", "NixlPullConnector", "NixlPushConnector")
 SUPPORTED = (*HANDSHAKE, "ExampleConnector", "OffloadingConnector", "SimpleCPUOffloadConnector")
 """Connectors that copy whole pages. `docs/deployment.md` says which of them were tested."""
 
-GPU_ONLY = "SimpleCPUOffloadConnector"
-"""It copies with CUDA streams. On a CPU vLLM would fail after it loads the model."""
-
 HOST_TIER = "OffloadingConnector"
+"""The connector that keeps checkpoints in host memory, see `host_tier`."""
+
+CUDA_ONLY = "SimpleCPUOffloadConnector"
+"""It copies with CUDA streams. On a CPU vLLM would fail after it loads the model."""
 
 NO_HANDSHAKE = (
     "its peers do not compare page formats, and one without this plugin would read garbage"
@@ -91,7 +92,7 @@ def check_connectors(vllm_config: VllmConfig, *, on_cpu: bool) -> None:
                 "enforce_handshake_compat is off, so it would not check a peer's page format. "
                 "Remove enforce_handshake_compat from its options"
             )
-        elif on_cpu and name == GPU_ONLY:
+        elif on_cpu and name == CUDA_ONLY:
             reason = f"it copies with CUDA streams, and this is a CPU. Use {HOST_TIER}"
         elif on_cpu and name == HOST_TIER:
             from vllm_hybrid_kv.transfer.cpu_offloading import check_memory, total_memory

@@ -135,6 +135,8 @@ class MemcpyWorker(OffloadingWorker):
 class MemcpySpec(CPUOffloadingSpec):
     """vLLM's `CPUOffloadingSpec` for engines on CPUs, with private memory in each worker."""
 
+    _worker: OffloadingWorker | None
+
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         if self._worker is None:
             per_worker = self.num_chunks * self.cpu_page_size_per_worker
@@ -156,6 +158,8 @@ class TieredMemcpySpec(TieringOffloadingSpec):
 
     All processes share the memory, because the scheduler's process writes chunks to further tiers.
     """
+
+    _worker: OffloadingWorker | None
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         if self.config.canonical_layout:
