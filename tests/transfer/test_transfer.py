@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import msgspec
+import psutil
 import pytest
 import torch
 from vllm.config import KVTransferConfig
@@ -20,13 +21,14 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.kv_offload.file_mapper import FileMapper
+from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_hybrid_kv import plugin
 from vllm_hybrid_kv.errors import HybridKVError
 from vllm_hybrid_kv.kernels import k8v4
 from vllm_hybrid_kv.settings import Settings
 from vllm_hybrid_kv.state import STATE
-from vllm_hybrid_kv.transfer import connectors, cpu_offloading, fingerprint
+from vllm_hybrid_kv.transfer import connectors, fingerprint
 
 K8V4 = "turboquant_k8v4"
 
@@ -260,12 +262,12 @@ def test_a_connector_that_copies_with_cuda_is_refused_only_on_cpus(check):
     check("SimpleCPUOffloadConnector", on_cpu=False)
 
 
-def test_a_host_tier_must_fit_into_the_memory_of_the_machine(check):
-    room = cpu_offloading.total_memory()
-    check("OffloadingConnector", kv_connector_extra_config={"cpu_bytes_to_use": room})
-    too_much = {"cpu_bytes_to_use": room + (1 << 30)}
-    with pytest.raises(HybridKVError, match=r"host tier .* has .* GiB, but only .* smaller --kv-"):
-        check("OffloadingConnector", kv_connector_extra_config=too_much)
+def test_a_worker_refuses_a_host_tier_that_is_larger_than_the_memory(engine):
+    config = engine("auto", connector="OffloadingConnector")
+    room = psutil.virtual_memory().total
+    config.kv_transfer_config.kv_connector_extra_config = {"cpu_bytes_to_use": room + (1 << 30)}
+    with pytest.raises(HybridKVError, match=r"host tier .* GiB, but .* smaller --kv-offloading-"):
+        WorkerBase(config, 0, 0, "")
 
 
 def test_a_refused_connector_stops_start_up(engine):

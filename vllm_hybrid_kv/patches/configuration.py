@@ -61,6 +61,12 @@ def settings_patch(context: Context) -> Patch:
 
     def init(original: Any, self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         context.activate_settings(vllm_config)
+        transfer = vllm_config.kv_transfer_config
+        if context.on_cpu and transfer is not None:
+            from vllm_hybrid_kv.transfer.cpu_offloading import check_memory
+
+            # Check here, because the model is not loaded yet, and `replay` makes no workers.
+            check_memory(transfer.kv_connector_extra_config.get("cpu_bytes_to_use") or 0)
         original(self, vllm_config, *args, **kwargs)
 
     return Patch(

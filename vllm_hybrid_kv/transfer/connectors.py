@@ -34,9 +34,6 @@ HANDSHAKE = ("NixlConnector", "NixlPullConnector", "NixlPushConnector")
 SUPPORTED = (*HANDSHAKE, "ExampleConnector", "OffloadingConnector", "SimpleCPUOffloadConnector")
 """Connectors that copy whole pages. `docs/deployment.md` says which of them were tested."""
 
-HOST_TIER = "OffloadingConnector"
-"""The connector that keeps checkpoints in host memory, see `host_tier`."""
-
 CUDA_ONLY = "SimpleCPUOffloadConnector"
 """It copies with CUDA streams. On a CPU vLLM would fail after it loads the model."""
 
@@ -93,12 +90,7 @@ def check_connectors(vllm_config: VllmConfig, *, on_cpu: bool) -> None:
                 "Remove enforce_handshake_compat from its options"
             )
         elif on_cpu and name == CUDA_ONLY:
-            reason = f"it copies with CUDA streams, and this is a CPU. Use {HOST_TIER}"
-        elif on_cpu and name == HOST_TIER:
-            from vllm_hybrid_kv.transfer.cpu_offloading import check_memory, total_memory
-
-            check_memory(int(options.get("cpu_bytes_to_use") or 0), total_memory())
-            continue
+            reason = "it copies with CUDA streams, and this is a CPU. Use OffloadingConnector"
         else:
             continue
         raise HybridKVError(f"the KV connector {name} cannot carry {CACHE_DTYPE} pages: {reason}")

@@ -8,13 +8,14 @@ connector (lookups, evictions, events, metrics) is vLLM's.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import psutil
 import torch
-from vllm.utils.cpu_resource_utils import get_cgroup_memory_limit, get_cgroup_memory_usage
+from vllm.utils.cpu_resource_utils import get_cgroup_memory_limit
 from vllm.v1.kv_offload.base import (
     BlockIDsLoadStoreSpec,
     CanonicalKVCaches,
@@ -139,8 +140,6 @@ class MemcpySpec(CPUOffloadingSpec):
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         if self._worker is None:
-            per_worker = self.num_chunks * self.cpu_page_size_per_worker
-            check_memory(per_worker * self.config.parallel.world_size, available_memory())
             # The kernel provides zeroed pages when they are first written.
             chunks = [
                 torch.empty(
@@ -190,29 +189,16 @@ SPECS: dict[type[OffloadingSpec], type[OffloadingSpec]] = {
 """For each of vLLM's specs, the one that engines on CPUs use instead."""
 
 
-def available_memory() -> int:
-    """Return how many bytes this process could allocate without swapping or reaching a limit."""
-    available = int(psutil.virtual_memory().available)
-    limit, usage = get_cgroup_memory_limit(), get_cgroup_memory_usage()
-    return available if limit is None or usage is None else min(available, limit - usage)
-
-
-def total_memory() -> int:
-    """Return the bytes of the machine's memory, or of the cgroup's limit if that is less."""
-    total = int(psutil.virtual_memory().total)
-    limit = get_cgroup_memory_limit()
-    return total if limit is None else min(total, limit)
-
-
-def check_memory(needed: int, room: int) -> None:
-    """Check that a host tier of `needed` bytes fits into `room` bytes.
+def check_memory(needed: int) -> None:
+    """Check that a host tier of `needed` bytes fits into the memory of the machine and the cgroup.
 
     Raises:
         HybridKVError: It does not fit.
     """
+    room = min(psutil.virtual_memory().total, get_cgroup_memory_limit() or sys.maxsize)
     if needed > room:
         raise HybridKVError(
-            f"the host tier of the OffloadingConnector has {needed / GIB:.2f} GiB, but only "
-            f"{room / GIB:.2f} GiB of memory are available. Pass a smaller --kv-offloading-size, "
-            "or a smaller cpu_bytes_to_use in --kv-transfer-config"
+            f"the host tier of the OffloadingConnector has {needed / GIB:.2f} GiB, but this "
+            f"machine or cgroup has {room / GIB:.2f} GiB of memory. Pass a smaller "
+            "--kv-offloading-size, or a smaller cpu_bytes_to_use in --kv-transfer-config"
         )
