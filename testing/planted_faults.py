@@ -15,6 +15,9 @@ FAULTS = ("swapped nibbles", "swapped scales", "stale page", "clipped keys")
 STATE_FAULT = "states not copied"
 """A request that resumes inside a block gets its own block, but the state is not copied to it."""
 
+LOAD_FAULT = "blocks not loaded"
+"""Blocks that a request hits in the host tier are not copied into the KV cache."""
+
 KERNEL_FAULT = "kernel swaps nibbles"
 """The store kernel itself is wrong, so the engine must refuse to start."""
 
@@ -169,6 +172,22 @@ def _skip_state_copies(_: str) -> None:
     _replace(gpu_model_runner, "copy_kv_cache_blocks_inplace", lambda _: lambda *_, **__: None)
 
 
+def _skip_loads(_: str) -> None:
+    from vllm_hybrid_kv.transfer.cpu_offloading import MemcpyWorker
+
+    def make(original: Callable[..., Any]) -> Any:
+        def copy(self: Any, *jobs: Any, store: bool) -> None:
+            cache = self._tensors
+            if not store:
+                self._tensors = [(tensor.clone(), *more) for tensor, *more in cache]
+            original(self, *jobs, store=store)
+            self._tensors = cache
+
+        return copy
+
+    _replace(MemcpyWorker, "_copy", make)
+
+
 def _spoil_numbers(fault: str) -> None:
     from vllm.forward_context import get_forward_context
 
@@ -293,6 +312,7 @@ _PLANTERS: dict[str, Callable[[str], None]] = {
     **dict.fromkeys(NUMBER_FAULTS, _spoil_numbers),
     "stored too late": _update_after_attention,
     STATE_FAULT: _skip_state_copies,
+    LOAD_FAULT: _skip_loads,
     KERNEL_FAULT: _swap_nibbles_in_the_kernel,
     DTYPE_FAULT: _ignore_the_layer_whose_pages_are_shared,
     HEAD_SIZE_FAULT: _plan_for_wider_heads,

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""With the strategy `hybrid_aware`, a real engine resumes chats from cached recurrent states."""
+"""With the strategy `hybrid_aware`, a real engine resumes chats from cached recurrent states.
+
+The last tests use an engine whose KV cache holds one request, and a host tier.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.both_minors]
 UNIT = 64
 TURNS = 6
 CHATS = 12
+MIB = 1 << 20
 POLICY = {"hybrid_kv": {"coordinator": "hybrid_aware", "prefix_match_unit": "auto"}}
 CASE = case_of("qwen3-next")
 
@@ -38,6 +42,33 @@ class Chats:
     uncached: list[Output]
     cached: list[Output]
     engine: EngineHost
+    model: Path
+
+    @property
+    def ends(self) -> list[int]:
+        """The hits in tokens if each prompt resumes where the previous prompt of the chat ended."""
+        ends = [(len(prompt) - 1) // UNIT * UNIT for prompt in self.prompts[:-CHATS]]
+        return [0] * CHATS + ends
+
+    def with_tier(self, size: int = 200 * MIB, blocks: int = 40) -> EngineHost:
+        """Start an engine with a small KV cache and a host tier of `size` bytes.
+
+        By default, the KV cache holds little more than the longest request.
+        """
+        transfer = {
+            "kv_connector": "OffloadingConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"cpu_bytes_to_use": size},
+        }
+        return self.engine.engine(
+            **settings(
+                self.model,
+                CASE.dtype,
+                additional_config=POLICY,
+                num_gpu_blocks_override=blocks,
+                kv_transfer_config=transfer,
+            )
+        )
 
     def differences(self, outputs: list[Output]) -> list[str]:
         """Compare the first token of each output with the one computed without a prefix cache.
@@ -48,7 +79,7 @@ class Chats:
         """
         pairs = list(zip(self.uncached, outputs, strict=True))[CHATS:]
         equal = [(a, b) for a, b in pairs if a.tokens[0] == b.tokens[0]]
-        apart = statistics.fmean(abs(a.logprobs[0] - b.logprobs[0]) for a, b in equal)
+        apart = statistics.fmean([abs(a.logprobs[0] - b.logprobs[0]) for a, b in equal] or [0.0])
         decisive = [pair for pair in pairs if pair[0].margins[0] > 2 * CASE.bounds.limit]
         assert len(decisive) >= 5
         found = {
@@ -74,13 +105,12 @@ def chats(host: EngineHost, small_model: Callable[..., Path]) -> Chats:
         turn = [p + o.tokens + m for p, o, m in zip(turn, outputs, more, strict=True)]
     engine = host.engine(**settings(model, CASE.dtype, additional_config=POLICY))
     cached = engine.generate(prompts, CASE.tokens, alone=True)
-    return Chats(prompts, uncached, cached, engine)
+    return Chats(prompts, uncached, cached, engine, model)
 
 
 def test_a_turn_resumes_where_the_previous_prompt_ended(chats: Chats) -> None:
     counts = [output.cached for output in chats.cached]
-    ends = [(len(prompt) - 1) // UNIT * UNIT for prompt in chats.prompts[:-CHATS]]
-    assert counts == [0] * CHATS + ends
+    assert counts == chats.ends
     # Hits end both inside the first block and after it.
     block = chats.engine.started["block_size"]
     assert any(0 < count < block for count in counts[CHATS : 2 * CHATS])
@@ -124,3 +154,53 @@ def test_seeded_output_does_not_depend_on_chunks(chats: Chats) -> None:
     assert [output.cached for output in hit] == [UNIT, 4 * UNIT]
     assert [output.tokens for output in hit] == [output.tokens for output in chunked]
     assert [output.tokens for output in other] != [output.tokens for output in hit]
+
+
+def test_a_turn_resumes_from_host_memory_if_the_kv_cache_is_too_small(chats: Chats) -> None:
+    engine = chats.with_tier()
+    outputs = engine.generate(chats.prompts, CASE.tokens, alone=True)
+    assert [output.cached for output in outputs] == chats.ends
+    assert chats.differences(outputs) == []
+    metrics = engine.metrics()
+    from_device, from_host = (
+        metrics[f"vllm:{tier}prefix_cache_hits"] for tier in ("", "external_")
+    )
+    assert from_host > 0.9 * sum(chats.ends) > from_device
+    assert from_device + from_host == sum(chats.ends)
+
+
+def test_a_block_that_is_not_loaded_is_detected(chats: Chats, plant: Callable[[str], None]) -> None:
+    engine = chats.with_tier()
+    plant(planted_faults.LOAD_FAULT)
+    assert chats.differences(engine.generate(chats.prompts, CASE.tokens, alone=True))
+
+
+def test_requests_at_the_same_time_resume_from_host_memory(chats: Chats) -> None:
+    engine = chats.with_tier()
+    outputs = engine.generate(chats.prompts, CASE.tokens)
+    assert sum(output.cached for output in outputs) > 0
+    assert chats.differences(outputs) == []
+
+
+def test_an_answer_is_resumed_from_host_memory(chats: Chats) -> None:
+    # Copies of the states of decoding requests may take one block in 32.
+    engine = chats.with_tier(blocks=100)
+    prompts = [random_prompt(200 + 30 * i, seed=700 + i) for i in range(4)]
+    answers = engine.generate(prompts, 150, alone=True)
+    engine.generate(chats.prompts[-CHATS:], 1, alone=True)
+    turns = [
+        [*prompt, *answer.tokens, 5, 6, 7] for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    # The engine copies the state of a decoding request at multiples of 64 tokens.
+    ends = [(len(prompt) + 149) // UNIT * UNIT for prompt in prompts]
+    before = engine.metrics()["vllm:external_prefix_cache_hits"]
+    outputs = engine.generate(turns, CASE.tokens, alone=True)
+    assert [output.cached for output in outputs] == ends
+    assert engine.metrics()["vllm:external_prefix_cache_hits"] - before == sum(ends)
+
+
+def test_a_full_host_tier_evicts_checkpoints_and_keeps_answers_correct(chats: Chats) -> None:
+    engine = chats.with_tier(6 * MIB)
+    outputs = engine.generate(chats.prompts, CASE.tokens, alone=True)
+    assert 0 < sum(output.cached for output in outputs) < sum(chats.ends)
+    assert chats.differences(outputs) == []
