@@ -196,6 +196,23 @@ def test_k8v4_copies_token_by_token_in_a_mixed_batch_and_from_the_prefix_cache(
     assert engine.metrics()["vllm:prefix_cache_hits"] > before
 
 
+@pytest.mark.both_minors
+def test_k8v4_copies_token_by_token_from_host_memory(plain: Plain) -> None:
+    transfer = {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"cpu_bytes_to_use": 200 << 20},
+    }
+    engine = plain.engine(kv_transfer_config=transfer)
+    copied_share(engine, fresh=True)
+    before = engine.metrics()["vllm:external_prefix_cache_hits"]
+    # The reset empties the KV cache, but not the host tier.
+    assert copied_share(engine, fresh=True) >= plain.copied - WORSE
+    hits = engine.metrics()["vllm:external_prefix_cache_hits"] - before
+    prompts, _ = copies(3, LENGTHS)
+    assert hits > 0.75 * sum(map(len, prompts))
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_page_that_is_stored_wrongly_is_detected(
     plain: Plain, plant: Callable[[str], None], fault: str
