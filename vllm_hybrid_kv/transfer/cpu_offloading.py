@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 
 import psutil
 import torch
 from vllm.utils.cpu_resource_utils import get_cgroup_memory_limit
+from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_offload.base import (
     BlockIDsLoadStoreSpec,
     CanonicalKVCaches,
@@ -113,24 +113,30 @@ class MemcpyWorker(OffloadingWorker):
 
     def _pairs(
         self, pages: GPULoadStoreSpec, chunks: BlockIDsLoadStoreSpec
-    ) -> Iterator[tuple[int, int, int, int]]:
-        """Yield group, block id, chunk id, and the block's index in the chunk, for each block.
+    ) -> list[tuple[int, int, int, int]]:
+        """Return group, block id, chunk id, and the block's index in the chunk, for each block.
 
         The blocks of a group are consecutive blocks of a request. `pages.block_indices` tells
         where the first one is, so it also tells where it is in its chunk.
         """
-        blocks, ids = iter(pages.block_ids.tolist()), iter(chunks.block_ids.tolist())
-        for group, (count, first) in enumerate(
-            zip(pages.group_sizes, pages.block_indices, strict=True)
-        ):
-            part, chunk = first % self._blocks_per_chunk, -1
-            for number, block in enumerate(islice(blocks, count)):
-                if number == 0 or part == self._blocks_per_chunk:
-                    chunk, part = next(ids), part % self._blocks_per_chunk
-                yield group, block, chunk, part
-                part += 1
-        if next(ids, None) is not None or next(blocks, None) is not None:
-            raise ValueError(f"{pages} and {chunks} have different numbers of blocks")
+        size = self._blocks_per_chunk
+        skipped = [first % size for first in pages.block_indices]
+        counts = [
+            cdiv(skip + count, size) if count else 0
+            for skip, count in zip(skipped, pages.group_sizes, strict=True)
+        ]
+        blocks, ids = iter(pages.block_ids.tolist()), chunks.block_ids.tolist()
+        if len(counts) != len(self._groups) or sum(counts) != len(ids):
+            raise ValueError(
+                f"{len(pages.group_sizes)} groups of {pages.group_sizes} blocks, the first ones "
+                f"{pages.block_indices}, do not fit {len(ids)} chunks of {size} blocks"
+            )
+        pairs, start = [], 0
+        for group, count in enumerate(pages.group_sizes):
+            for part in range(skipped[group], skipped[group] + count):
+                pairs.append((group, next(blocks), ids[start + part // size], part % size))
+            start += counts[group]
+        return pairs
 
 
 class MemcpySpec(CPUOffloadingSpec):
@@ -170,7 +176,8 @@ class TieredMemcpySpec(TieringOffloadingSpec):
             region = SharedOffloadRegion(
                 engine_id=self._engine_id,
                 num_chunks=self.num_chunks,
-                rank=self.config.parallel.rank,
+                # Copies of the same pages, such as those of MLA, are stored once.
+                rank=0 if self.replicated_layout else self.config.parallel.rank,
                 kv_bytes_per_chunk=self.kv_bytes_per_chunk,
                 cpu_page_size=self.cpu_page_size_per_worker,
             )
