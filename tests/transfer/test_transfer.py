@@ -4,6 +4,7 @@
 import contextlib
 import json
 import logging
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -239,8 +240,9 @@ def check(engine):
     """Return a function that checks a connector as start-up does, even if it is not installed."""
     config = engine()
 
-    def run(*args, on_cpu=True, **more):
+    def run(*args, on_cpu=True, hash_algorithm="sha256", **more):
         config.kv_transfer_config = transfer(*args, **more)
+        config.cache_config.prefix_caching_hash_algo = hash_algorithm
         connectors.check_connectors(config, on_cpu=on_cpu)
 
     return run
@@ -268,6 +270,78 @@ def test_a_worker_refuses_a_host_tier_that_is_larger_than_the_memory(engine):
     config.kv_transfer_config.kv_connector_extra_config = {"cpu_bytes_to_use": room + (1 << 30)}
     with pytest.raises(HybridKVError, match=r"host tier .* GiB, but .* smaller --kv-offloading-"):
         WorkerBase(config, 0, 0, "")
+
+
+def tiers(*secondary):
+    """Make options of OffloadingConnector for secondary tiers."""
+    return {
+        "kv_connector_extra_config": {
+            "spec_name": "TieringOffloadingSpec",
+            "cpu_bytes_to_use": 1 << 20,
+            "secondary_tiers": list(secondary),
+        }
+    }
+
+
+def test_a_worker_refuses_a_tier_that_processes_share_if_it_is_larger_than_shared_memory(
+    engine, monkeypatch
+):
+    config = engine(connector="OffloadingConnector")
+    config.kv_transfer_config.kv_connector_extra_config = options = {"cpu_bytes_to_use": 3 << 29}
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 30))
+    # Without secondary tiers, the memory of each process on a CPU is its own.
+    WorkerBase(config, 0, 0, "")
+    options["spec_name"] = "TieringOffloadingSpec"
+    message = r"has 1\.50 GiB, but /dev/shm, which docker run --shm-size enlarges, has 1\.00 GiB"
+    with pytest.raises(HybridKVError, match=message):
+        WorkerBase(config, 0, 0, "")
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "sha256_cbor", "xxhash", "xxhash_cbor"])
+def test_tiers_that_outlive_the_process_need_sha256_hashes(algorithm, check, tmp_path):
+    options = tiers({"type": "fs", "root_dir": str(tmp_path / "tier")})
+    check("OffloadingConnector", hash_algorithm=algorithm, **tiers())
+    if algorithm.startswith("sha256"):
+        check("OffloadingConnector", hash_algorithm=algorithm, **options)
+        return
+    message = (
+        f"outlives this process, .* --prefix-caching-hash-algo is {algorithm}. Pass "
+        "--prefix-caching-hash-algo sha256"
+    )
+    with pytest.raises(HybridKVError, match=message):
+        check("OffloadingConnector", hash_algorithm=algorithm, **options)
+
+
+def test_the_folder_of_a_file_tier_is_created_for_its_user_only(check, tmp_path):
+    root = tmp_path / "more" / "tier"
+    for _ in range(2):
+        check("OffloadingConnector", **tiers({"type": "fs", "root_dir": str(root)}))
+        assert root.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("mode", [0o750, 0o701, 0o777])
+def test_a_folder_of_a_file_tier_that_others_can_access_is_refused(mode, check, tmp_path):
+    tmp_path.chmod(mode)
+    message = (
+        f"access {tmp_path}, the root_dir of a file tier: it has mode {mode:o} .* Run chmod 700"
+    )
+    with pytest.raises(HybridKVError, match=message):
+        check("OffloadingConnector", **tiers({"type": "fs", "root_dir": str(tmp_path)}))
+
+
+def test_a_folder_of_a_file_tier_that_belongs_to_another_user_is_refused(
+    check, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(connectors.os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    tmp_path.chmod(0o700)
+    with pytest.raises(HybridKVError, match=f"belongs to user {tmp_path.stat().st_uid}"):
+        check("OffloadingConnector", **tiers({"type": "fs", "root_dir": str(tmp_path)}))
+
+
+def test_a_file_where_the_folder_of_a_file_tier_should_be_is_refused(check, tmp_path):
+    (tmp_path / "tier").touch()
+    with pytest.raises(HybridKVError, match=r"root_dir of a file tier cannot be used: .*tier"):
+        check("OffloadingConnector", **tiers({"type": "fs", "root_dir": str(tmp_path / "tier")}))
 
 
 def test_a_refused_connector_stops_start_up(engine):

@@ -66,7 +66,7 @@ def settings_patch(context: Context) -> Patch:
             from vllm_hybrid_kv.transfer.cpu_offloading import check_memory
 
             # Check here, because the model is not loaded yet, and `replay` makes no workers.
-            check_memory(transfer.kv_connector_extra_config.get("cpu_bytes_to_use") or 0)
+            check_memory(transfer.kv_connector_extra_config)
         original(self, vllm_config, *args, **kwargs)
 
     return Patch(

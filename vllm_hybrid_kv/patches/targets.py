@@ -155,8 +155,15 @@ RELIED_ON: Table = {
         ),
         "SlidingWindowManager._contiguous_blocks_for_hit": ("f22c02c6fa72ceaa", "f22c02c6fa72ceaa"),
     },
+    "vllm.v1.kv_offload.cpu.shared_offload_region": {
+        "SharedOffloadRegion.__init__": ("952bfaa11606b34e", "3828730200c32aef"),
+        "SharedOffloadRegion.cleanup": ("90c2382eea9633fd", "e2a49b2e90e84bad"),
+    },
+    "vllm.v1.kv_offload.tiering.spec": {
+        "TieringOffloadingSpec.get_manager": ("f71c76d49d0b699d", "46ae2f8e15374aaf"),
+    },
 }
-"""The methods of vLLM that define the private members that the coordinator uses."""
+"""The methods of vLLM that define the private members that the plugin uses."""
 
 
 def targets_of(minor: str, table: Table = PATCHED) -> dict[str, Target]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ HANDSHAKE = ("NixlConnector", "NixlPullConnector", "NixlPushConnector")
 
 SUPPORTED = (*HANDSHAKE, "ExampleConnector", "OffloadingConnector", "SimpleCPUOffloadConnector")
 """Connectors that copy whole pages. `docs/deployment.md` says which of them were tested."""
+
+SECONDARY_TIERS = "TieringOffloadingSpec"
+"""The `spec_name` of OffloadingConnector with tiers behind host memory, such as files."""
 
 CUDA_ONLY = "SimpleCPUOffloadConnector"
 """It copies with CUDA streams. On a CPU vLLM would fail after it loads the model."""
@@ -91,9 +95,53 @@ def check_connectors(vllm_config: VllmConfig, *, on_cpu: bool) -> None:
             )
         elif on_cpu and name == CUDA_ONLY:
             reason = "it copies with CUDA streams, and this is a CPU. Use OffloadingConnector"
+        elif name == "OffloadingConnector" and options.get("spec_name") == SECONDARY_TIERS:
+            _check_tiers(
+                options.get("secondary_tiers") or (),
+                vllm_config.cache_config.prefix_caching_hash_algo,
+            )
+            continue
         else:
             continue
         raise HybridKVError(f"the KV connector {name} cannot carry {CACHE_DTYPE} pages: {reason}")
+
+
+def _check_tiers(tiers: Iterable[Mapping[str, Any]], hash_algorithm: str) -> None:
+    """Check secondary tiers, and create the folders of file tiers.
+
+    Raises:
+        HybridKVError: Keys would differ in the next process or could collide, or others can access
+            a folder.
+    """
+    for tier in tiers:
+        if not hash_algorithm.startswith("sha256"):
+            raise HybridKVError(
+                f"the secondary tier {tier.get('type')} of the OffloadingConnector outlives this "
+                "process, so it needs sha256 hashes, but --prefix-caching-hash-algo is "
+                f"{hash_algorithm}. Pass --prefix-caching-hash-algo sha256"
+            )
+        if tier.get("type") == "fs" and "root_dir" in tier:
+            _make_private(Path(tier["root_dir"]))
+
+
+def _make_private(folder: Path) -> None:
+    """Create a folder that only this user can access, or check that a folder is one.
+
+    Raises:
+        HybridKVError: Others can access the folder, or it cannot be created.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except OSError as error:
+        raise HybridKVError(f"the root_dir of a file tier cannot be used: {error}") from error
+    mode = stat.S_IMODE(found.st_mode)
+    if mode & 0o077 or found.st_uid != os.geteuid():
+        raise HybridKVError(
+            f"other users can access {folder}, the root_dir of a file tier: it has mode {mode:o} "
+            f"and belongs to user {found.st_uid}. It will hold the contents of prompts. Run chmod "
+            f"700 {folder}, or pass a folder that does not exist yet"
+        )
 
 
 def check_pages(

@@ -8,9 +8,12 @@ connector (lookups, evictions, events, metrics) is vLLM's.
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -20,6 +23,7 @@ from vllm.v1.kv_offload.base import (
     BlockIDsLoadStoreSpec,
     CanonicalKVCaches,
     GPULoadStoreSpec,
+    OffloadingManager,
     OffloadingSpec,
     OffloadingWorker,
     TransferResult,
@@ -93,6 +97,8 @@ class MemcpyWorker(OffloadingWorker):
     def shutdown(self) -> None:
         self._tensors.clear()
         if self._region is not None:
+            # The scheduler may have removed the file's name, which vLLM would warn about.
+            self._region._creator &= Path(self._region.mmap_path).exists()
             self._region.cleanup()
             self._region = None
 
@@ -166,6 +172,15 @@ class TieredMemcpySpec(TieringOffloadingSpec):
 
     _worker: OffloadingWorker | None
 
+    def get_manager(self) -> OffloadingManager:
+        manager = super().get_manager()
+        region = self._scheduler_mmap
+        # Workers map the region before the scheduler does. With its name removed, the kernel frees
+        # the memory when the last process ends, however it ends.
+        if region is not None and not region._creator:
+            Path(region.mmap_path).unlink(missing_ok=True)
+        return manager
+
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         if self.config.canonical_layout:
             raise HybridKVError(
@@ -196,16 +211,24 @@ SPECS: dict[type[OffloadingSpec], type[OffloadingSpec]] = {
 """For each of vLLM's specs, the one that engines on CPUs use instead."""
 
 
-def check_memory(needed: int) -> None:
-    """Check that a host tier of `needed` bytes fits into the memory of the machine and the cgroup.
+def check_memory(options: Mapping[str, Any]) -> None:
+    """Check that the host tier of a connector with these options fits into memory.
 
     Raises:
-        HybridKVError: It does not fit.
+        HybridKVError: The tier is larger than the memory of the machine or the cgroup, or, if
+            processes share it, than what is left of /dev/shm.
     """
-    room = min(psutil.virtual_memory().total, get_cgroup_memory_limit() or sys.maxsize)
-    if needed > room:
-        raise HybridKVError(
-            f"the host tier of the OffloadingConnector has {needed / GIB:.2f} GiB, but this "
-            f"machine or cgroup has {room / GIB:.2f} GiB of memory. Pass a smaller "
-            "--kv-offloading-size, or a smaller cpu_bytes_to_use in --kv-transfer-config"
-        )
+    needed = int(options.get("cpu_bytes_to_use") or 0)
+    memory = min(psutil.virtual_memory().total, get_cgroup_memory_limit() or sys.maxsize)
+    rooms = {"the memory of this machine or cgroup": memory}
+    if options.get("spec_name") == TieringOffloadingSpec.__name__:
+        rooms["/dev/shm, which docker run --shm-size enlarges,"] = shutil.disk_usage(
+            "/dev/shm"
+        ).free
+    for place, room in rooms.items():
+        if needed > room:
+            raise HybridKVError(
+                f"the host tier of the OffloadingConnector has {needed / GIB:.2f} GiB, but {place} "
+                f"has {room / GIB:.2f} GiB. Pass a smaller --kv-offloading-size, or a smaller "
+                "cpu_bytes_to_use in --kv-transfer-config"
+            )
