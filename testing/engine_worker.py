@@ -159,20 +159,22 @@ class Worker:
         alone: bool = False,
         fresh: bool = False,
         seed: int | None = None,
+        salt: str | None = None,
     ) -> list[Output]:
         """Send greedy requests, or requests at temperature 1 if there is a `seed`.
 
         `prompt_logprobs` also returns the log-probabilities of the prompts; vLLM then reads no
         cached prefix. `alone` sends one request after another instead of all at once. `fresh`
-        resets the prefix cache before each batch.
+        resets the prefix cache and a host tier before each batch. `salt` is vLLM's `cache_salt`.
         """
         sampling = greedy(max_tokens, prompt_logprobs=0 if prompt_logprobs else None)
         if seed is not None:
             sampling.temperature, sampling.seed = 1.0, seed
-        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        salted = {"cache_salt": salt} if salt else {}
+        requests = [{"prompt_token_ids": prompt, **salted} for prompt in prompts]
         outputs = []
         for batch in [[r] for r in requests] if alone else [requests]:
-            if fresh and not self.llm.reset_prefix_cache():
+            if fresh and not self.llm.reset_prefix_cache(reset_connector=True):
                 raise RuntimeError("the prefix cache could not be reset")
             outputs += self.llm.generate(batch, sampling, use_tqdm=False)
         return [read(output) for output in outputs]

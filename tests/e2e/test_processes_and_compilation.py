@@ -12,6 +12,8 @@ Hence three checks:
   log-probabilities is below 1e-4, twice the largest difference with an unquantised cache.
 * Log-probabilities of generated tokens are within `APART` of each other.
 * Tokens that lead by more than twice `APART` are the same.
+
+The engine of two processes has a small KV cache and a host tier, from which it takes its hits.
 """
 
 from __future__ import annotations
@@ -43,6 +45,16 @@ prompt tokens."""
 
 # There is only one case, because its tests start three engines, one of which compiles.
 CASE = Case("llama", "float32", Bounds(APART), tokens=3, candidates=64)
+
+HOST_TIER = {
+    "num_gpu_blocks_override": 20,
+    "kv_transfer_config": {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"cpu_bytes_to_use": 200 << 20},
+    },
+}
+"""A KV cache for little more than the longest request, and 100 MiB of host memory per process."""
 
 BEGINNINGS = [random_prompt(12, seed=i) for i in range(40)]
 BEGINNINGS_APART = 1e-4
@@ -104,7 +116,7 @@ def reference(host: EngineHost, small_model: Callable[..., Path]) -> Runs:
 
 @pytest.fixture(
     scope="module",
-    params=[{"tensor_parallel_size": 2}, {"enforce_eager": False}],
+    params=[{"tensor_parallel_size": 2, **HOST_TIER}, {"enforce_eager": False}],
     ids=["two processes", "compiled"],
 )
 def runs(request: pytest.FixtureRequest, reference: Runs, small_model: Callable[..., Path]) -> Runs:
@@ -118,6 +130,15 @@ def runs(request: pytest.FixtureRequest, reference: Runs, small_model: Callable[
 def test_output_is_that_of_an_eager_engine_in_one_process(runs: Runs) -> None:
     runs.compare()
     assert runs.beginnings_apart() < BEGINNINGS_APART
+
+
+def test_hits_of_two_processes_come_from_host_memory(runs: Runs) -> None:
+    if runs.engine.started["compiled"]:
+        pytest.skip("the compiled engine has no host tier")
+    metric = "vllm:external_prefix_cache_hits"
+    before = runs.engine.metrics()[metric]
+    runs.compare()
+    assert runs.engine.metrics()[metric] - before >= 4 * runs.engine.started["block_size"]
 
 
 @pytest.mark.parametrize("fault", ["heads of the neighbour", "stored too late"])

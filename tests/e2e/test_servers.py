@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -42,6 +43,26 @@ SETTLED_S = 60.0
 Model = Callable[..., Path]
 
 
+def file_tier(root: Path) -> tuple[str, str]:
+    """Make the option for a host tier, which all processes share, with a file tier behind it."""
+    options = {
+        "spec_name": "TieringOffloadingSpec",
+        "cpu_bytes_to_use": 64 << 20,
+        "secondary_tiers": [{"type": "fs", "root_dir": str(root)}],
+    }
+    transfer = {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": options,
+    }
+    return "--kv-transfer-config", json.dumps(transfer)
+
+
+def ours(names: list[str]) -> list[str]:
+    """Select the files of the plugin and of host tiers."""
+    return [name for name in names if "hybrid" in name or name.startswith("vllm_offload")]
+
+
 def stream(url: str, seed: int, tokens: int) -> Generator[Completion, None, None]:
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300)
     chunks: Any = client.completions.create(
@@ -66,9 +87,8 @@ def assert_that_a_hang_up_stops_one_request(server: Server) -> None:
     assert last.choices[0].finish_reason == "length"
 
 
-def test_a_hang_up_stops_one_request_and_a_killed_engine_ends_the_server(
-    small_model: Model, tmp_path: Path
-) -> None:
+def assert_that_a_killed_process_ends_the_server(server: Server, name: str) -> None:
+    """Kill the process whose command line has `name`, while clients read streams."""
     endings: list[str] = []
     began = threading.Barrier(STREAMS + 1, timeout=120)
 
@@ -85,28 +105,54 @@ def test_a_hang_up_stops_one_request_and_a_killed_engine_ends_the_server(
             # A stream may break off anywhere, even within JSON, so the client may raise any error.
             endings.append(f"{type(error).__name__}: {error}")
 
+    readers = [threading.Thread(target=read, args=(server.url, i)) for i in range(STREAMS)]
+    for reader in readers:
+        reader.start()
+    began.wait()
+    processes = group_members(server.group)
+    (victim,) = (p for p in processes if name in " ".join(p.cmdline()))
+    victim.send_signal(signal.SIGKILL)
+    for reader in readers:
+        reader.join(SETTLED_S)
+    assert group_ends(server.group, SETTLED_S)
+    assert len(endings) == STREAMS
+    # No client may mistake its broken answer for a complete one.
+    assert not {"finish_reason=length", "finish_reason=stop"} & set(endings)
+
+
+def test_a_hang_up_stops_one_request_and_a_killed_engine_ends_the_server(
+    small_model: Model, tmp_path: Path
+) -> None:
     # vLLM creates sockets in TMPDIR. Their paths must have at most 107 characters, of which the
     # test's own folder could use most.
     with tempfile.TemporaryDirectory() as short, pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", short)
-        options = (*ARGUMENTS, *K8V4, "--max-model-len", str(ENDLESS + 100))
-        with serve(small_model("llama"), options, tmp_path / "log.txt") as server:
+        before = set(os.listdir("/dev/shm"))
+        options = (*ARGUMENTS, *K8V4, *file_tier(tmp_path / "tier"))
+        length = ("--max-model-len", str(ENDLESS + 100))
+        with serve(small_model("llama"), (*options, *length), tmp_path / "log.txt") as server:
             assert_that_a_hang_up_stops_one_request(server)
-            readers = [threading.Thread(target=read, args=(server.url, i)) for i in range(STREAMS)]
-            for reader in readers:
-                reader.start()
-            began.wait()
-            processes = group_members(server.group)
-            (engine,) = (p for p in processes if "EngineCore" in " ".join(p.cmdline()))
-            engine.send_signal(signal.SIGKILL)
-            for reader in readers:
-                reader.join(SETTLED_S)
-            assert group_ends(server.group, SETTLED_S)
-        left = [*os.listdir(short), *os.listdir("/dev/shm")]
-    assert len(endings) == STREAMS
-    # No client may mistake its broken answer for a complete one.
-    assert not {"finish_reason=length", "finish_reason=stop"} & set(endings)
-    assert [name for name in left if "hybrid" in name] == []
+            assert_that_a_killed_process_ends_the_server(server, "EngineCore")
+        left = ours([*os.listdir(short), *(set(os.listdir("/dev/shm")) - before)])
+    assert left == []
+    # The tier was in use.
+    assert list((tmp_path / "tier").rglob("*.bin"))
+
+
+@pytest.mark.long
+def test_a_killed_worker_ends_the_server_and_leaves_no_file_of_a_tier(
+    small_model: Model, tmp_path: Path, nobind: None
+) -> None:
+    with tempfile.TemporaryDirectory() as short, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", short)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        before = set(os.listdir("/dev/shm"))
+        options = (*ARGUMENTS, *K8V4, *file_tier(tmp_path / "tier"), "--tensor-parallel-size", "2")
+        length = ("--max-model-len", str(ENDLESS + 100))
+        with serve(small_model("llama"), (*options, *length), tmp_path / "log.txt") as server:
+            assert_that_a_killed_process_ends_the_server(server, "Worker_TP1")
+        left = ours([*os.listdir(short), *(set(os.listdir("/dev/shm")) - before)])
+    assert left == []
 
 
 @pytest.mark.long
