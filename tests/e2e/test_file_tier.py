@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from testing.engine_host import EngineHost, Output
-from testing.model_cases import assert_same, case_of, settings
+from testing.model_cases import case_of, settings
 from testing.processes import wait_until
 from testing.tokenizer import random_prompt
 
@@ -59,16 +59,14 @@ class Restart:
     """An engine that wrote files has ended, and `engine` uses them in another process.
 
     Attributes:
-        first: The outputs of the first engine for `PROMPTS`, sent with `SALT`.
-        damaged: Its outputs for `DAMAGED`.
-        hits: The tokens that it found if it got the same prompts again.
+        resumed: The outputs of the first engine for `PROMPTS`, which it got twice with `SALT`.
+        computed: Its outputs for `DAMAGED`, which it got once.
     """
 
     root: Path
     engine: EngineHost
-    first: list[Output]
-    damaged: list[Output]
-    hits: list[int]
+    resumed: list[Output]
+    computed: list[Output]
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +76,18 @@ def restart(
     folder = tmp_path_factory.mktemp("files")
     started = arguments(small_model(CASE.model, CASE.dtype), folder / "tier")
     engine = host.engine(**started)
-    first = engine.generate(PROMPTS, CASE.tokens, alone=True, salt=SALT)
-    damaged = engine.generate(DAMAGED, CASE.tokens, alone=True, salt=SALT)
-    again = engine.generate(PROMPTS, CASE.tokens, alone=True, salt=SALT)
+    engine.generate(PROMPTS, CASE.tokens, alone=True, salt=SALT)
+    computed = engine.generate(DAMAGED, CASE.tokens, alone=True, salt=SALT)
+    resumed = engine.generate(PROMPTS, CASE.tokens, alone=True, salt=SALT)
     assert wait_until(lambda: all_is_written(engine), WRITTEN_S)
     host.stop()
     with contextlib.closing(EngineHost(folder / "log.txt")) as second:
         second.engine(**started)
-        yield Restart(folder / "tier", second, first, damaged, [o.cached for o in again])
+        yield Restart(folder / "tier", second, resumed, computed)
+
+
+def bits(outputs: list[Output]) -> list[tuple[int, list[int], list[float]]]:
+    return [(output.cached, output.tokens, output.logprobs) for output in outputs]
 
 
 def test_a_tenant_hits_nothing_of_another_tenant_after_a_restart(restart: Restart) -> None:
@@ -96,9 +98,8 @@ def test_a_tenant_hits_nothing_of_another_tenant_after_a_restart(restart: Restar
 
 def test_a_restarted_engine_resumes_prompts_from_files(restart: Restart) -> None:
     outputs = restart.engine.generate(PROMPTS, CASE.tokens, alone=True, salt=SALT)
-    assert [output.cached for output in outputs] == restart.hits
-    assert min(restart.hits) > 0
-    assert_same(outputs, restart.first, CASE, decisive=4)
+    assert min(output.cached for output in outputs) > 0
+    assert bits(outputs) == bits(restart.resumed)
 
 
 def test_files_that_are_too_short_are_computed_again(restart: Restart) -> None:
@@ -106,7 +107,7 @@ def test_files_that_are_too_short_are_computed_again(restart: Restart) -> None:
         os.truncate(file, file.stat().st_size // 2)
     outputs = restart.engine.generate(DAMAGED, CASE.tokens, alone=True, salt=SALT)
     assert [output.cached for output in outputs] == [0] * len(DAMAGED)
-    assert_same(outputs, restart.damaged, CASE, decisive=3)
+    assert bits(outputs) == bits(restart.computed)
 
 
 def test_only_the_user_can_read_files_and_memory_has_no_name(restart: Restart) -> None:
