@@ -19,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
 from vllm.utils.math_utils import round_down
 from vllm.v1.kv_offload.base import GPULoadStoreSpec, LookupResult, OffloadKey, make_offload_key
 from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
+from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 from vllm.v1.request import Request
 
 from vllm_hybrid_kv.coordinator.hybrid_policy import HybridAwareCoordinator
@@ -45,20 +46,17 @@ class HostTier:
         self._attention = [group for group in groups if not group.requires_cow_source]
         self._unit: int = scheduler.config.tokens_per_hash
         self._block: int = scheduler._partial_tail_block_size
+        self._has_tiers = type(scheduler.manager) is TieringOffloadingManager
         coordinator.collects_answers = True
 
     @staticmethod
     def suits(scheduler: OffloadingConnectorScheduler, coordinator: object) -> bool:
-        """Whether the connector can store states inside blocks, and the policy has checkpoints.
-
-        Further tiers answer lookups asynchronously. They would be asked for every match unit of a
-        prompt, so vLLM's own lookup is used for them.
-        """
+        """Whether the connector can store states inside blocks, and the policy has checkpoints."""
         return (
             isinstance(coordinator, HybridAwareCoordinator)
             and scheduler.config.supports_partial_tail
             and not any(group.is_eagle_group for group in scheduler.config.kv_group_configs)
-            and type(scheduler.manager) is CPUOffloadingManager
+            and type(scheduler.manager) in (CPUOffloadingManager, TieringOffloadingManager)
         )
 
     def lookup(self, status: RequestOffloadState, max_num_new_tokens: int | None) -> int | None:
@@ -71,7 +69,8 @@ class HostTier:
 
         Returns:
             The tokens, or None if the request should wait, because another request loads the same
-            blocks, or because the only hit is still being stored.
+            blocks, because the only hit is still being stored, or because a tier behind host
+            memory has not answered yet or is being read.
         """
         request, local = status.req, status.num_locally_computed_tokens
         status.partial_tail_boundary = None
@@ -91,7 +90,7 @@ class HostTier:
             if result is LookupResult.HIT and readable == stored:
                 readable += 1
             stored += 1
-        pending = False
+        unknown = pending = False
         last = round_down(min(*limits, (stored + 1) * self._block - 1), self._unit)
         for boundary in range(last, local, -self._unit):
             results = {self._look_up(status, self._states, boundary)}
@@ -99,14 +98,21 @@ class HostTier:
                 results.add(self._look_up(status, self._attention, boundary))
             if LookupResult.MISS in results:
                 continue
-            if self._is_loading(request, local, boundary):
+            if LookupResult.RETRY in results:
+                # Ask for all boundaries before waiting for the answers.
+                unknown = True
+                continue
+            if unknown or self._is_loading(request, local, boundary):
                 return None
             if LookupResult.HIT_PENDING not in results and boundary // self._block <= readable:
                 if boundary % self._block:
                     status.partial_tail_boundary = boundary
                 return boundary - local
+            if self._has_tiers:
+                # The lookups began to read the blocks of this hit into host memory. Read no others.
+                return None
             pending = True
-        return None if pending else 0
+        return None if unknown or pending else 0
 
     def answer_jobs(self) -> dict[int, TransferJob]:
         """Make the transfers that store the states at the ends of answers, by job id."""
