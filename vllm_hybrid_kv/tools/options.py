@@ -18,7 +18,7 @@ from vllm_hybrid_kv.constants import CACHE_DTYPE
 from vllm_hybrid_kv.errors import did_you_mean
 from vllm_hybrid_kv.hooks import HOOK_OF_SETTING, strategy_names
 from vllm_hybrid_kv.settings import environment_name, resolve
-from vllm_hybrid_kv.tools.output import ToolError
+from vllm_hybrid_kv.tools.output import ToolError, counted
 
 _WITHOUT_EFFECT = re.compile(
     "model|tokenizer|quantization|load_format|model_loader_extra_config|skip_tokenizer_init|"
@@ -47,24 +47,24 @@ _ADVICE = (
 """Patterns of vLLM's advice for servers, and the advice that `plan` and `replay` give instead."""
 
 
-def memory_size(text: str) -> int:
-    """Parse the option `--memory` into bytes.
+def memory_size(text: str, option: str = "--memory", least: int = 1) -> int:
+    """Parse an option into bytes.
 
     K, M, G, T mean KiB, MiB, GiB, TiB, the powers of 1024; KB, MB, GB, TB are powers of 1000. A
     number without a unit is in bytes.
 
     Raises:
-        ToolError: The text is not a size of at least one byte.
+        ToolError: The text is not a size of at least `least` bytes.
     """
     binary = re.sub(r"([kmgt])\s*$", r"\1iB", text, flags=re.IGNORECASE)
     try:
         size = TypeAdapter(ByteSize).validate_python(binary)
     except (OverflowError, ValidationError):
-        size = ByteSize(0)
-    if size < 1:
+        size = ByteSize(-1)
+    if size < least:
         raise ToolError(
-            f"--memory: {text!r} is not a size of at least 1 byte; write it like 20GiB, 512MiB or "
-            "a number of bytes"
+            f"{option}: {text!r} is not a size of at least {counted(least, 'byte')}; write it like "
+            "20GiB, 512MiB or a number of bytes"
         )
     return int(size)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,21 +49,37 @@ class Outcome:
     """The result of a replay with one strategy (`coordinator`) and one size of memory (in bytes).
 
     Attributes:
+        host_memory: Bytes of host memory for the OffloadingConnector; 0 without it.
+        prefill_rate: Tokens that the model computes per second.
         match_tokens: Hits end at multiples of this number of tokens.
         progress: The hit rate after each twentieth of the requests.
     """
 
     coordinator: str
     memory: int
+    host_memory: int
+    prefill_rate: float
     blocks: int
     block_tokens: int
     match_tokens: int
     tally: Tally
     progress: list[float]
 
+    @property
+    def name(self) -> str:
+        """The heading of its column."""
+        host = f" + {format_size(self.host_memory)}" if self.host_memory else ""
+        return f"{self.coordinator}{host}"
+
+    @property
+    def saved_seconds(self) -> float:
+        """The prefill time of the tokens that were loaded from host memory."""
+        return self.tally.host_hit_tokens / self.prefill_rate
+
     def to_json(self) -> dict[str, Any]:
         rates = {name: getattr(self.tally, name) for name in ("hit_rate", "step_ms", "request_ms")}
         document = {**vars(self), **vars(self.tally), **rates}
+        document["host_saved_seconds"] = self.saved_seconds
         for name in ("tally", "schedule_seconds", "hits"):
             del document[name]
         return document
@@ -95,6 +112,20 @@ def replay(
             "The coordinator stock always uses stock."
         ),
     ] = "auto",
+    host_memory: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Host memory for vLLM's OffloadingConnector, such as 64GiB; 0 is none. Repeat it "
+            "to compare sizes."
+        ),
+    ] = None,
+    host_bandwidth: Annotated[
+        str,
+        typer.Option(help="Bytes per second between device and host memory, in each direction."),
+    ] = "25GB",
+    prefill_rate: Annotated[
+        float, typer.Option(min=1, help="Tokens that the model computes per second.")
+    ] = 20_000,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 32,
     limit: Annotated[int | None, typer.Option(min=1, help="Replay only the first N requests.")] = (
         None
@@ -116,6 +147,11 @@ def replay(
     - prefill tokens saved: the prompt tokens that came from the prefix cache
     - tokens recomputed without a state: tokens that full attention had cached, but that were
       recomputed because another KV group lacked them
+    - from the device, from host memory: the parts of the hit rate by tier
+    - loaded from, stored in host memory: bytes that were copied
+    - time of loads: how long the copies from host memory take at --host-bandwidth
+    - prefill time that they save: the time of the same tokens at --prefill-rate
+    - steps waited for copies: how long steps waited because they needed the blocks of a copy
     - preemptions: how often the scheduler preempted a request
     - scheduler, ms: time in vLLM's scheduler, without the model
     - match unit: hits end at multiples of this number of tokens
@@ -123,6 +159,8 @@ def replay(
     - evicted blocks: cached blocks that were evicted, by kind of KV group
     """
     sizes = [memory_size(text) for text in memory]
+    hosts = [memory_size(text, "--host-memory", least=0) for text in host_memory or ["0"]]
+    bandwidth = memory_size(host_bandwidth, "--host-bandwidth")
     strategies = list(dict.fromkeys([*(compare or ()), coordinator]))
     check_paths(json_, plot)
     for name in compare or ():
@@ -143,20 +181,24 @@ def replay(
         arguments |= {"model": description.folder, "enable_prefix_caching": True}
         if arguments["max_num_seqs"] is None:
             arguments["max_num_seqs"] = concurrency
-        with description.errors_in_one_line():
-            built = Model(arguments)
-        for size in sizes:
-            for name in strategies:
-                unit = "stock" if name == "stock" else match_unit
-                try:
-                    with description.errors_in_one_line():
-                        settings = {"coordinator": name, "prefix_match_unit": unit}
-                        engine = built.engine(size, settings)
-                        built.check(engine)
-                    outcomes.append(_run(engine, requests, size, name, concurrency))
-                except ToolError as error:
-                    # Continue, because other sizes and strategies may work.
-                    sizes_of_problem.setdefault(str(error), f"--memory {format_size(size)}")
+        models: dict[int, Model] = {}
+        for host in dict.fromkeys(hosts):
+            # `kv_offloading_size` is in GiB.
+            tier = {"kv_offloading_size": host / (1 << 30)} if host else {}
+            with description.errors_in_one_line():
+                models[host] = Model(arguments | tier)
+        for size, name, host in product(sizes, strategies, models):
+            unit = "stock" if name == "stock" else match_unit
+            try:
+                with description.errors_in_one_line():
+                    settings = {"coordinator": name, "prefix_match_unit": unit}
+                    engine = models[host].engine(size, settings)
+                    models[host].check(engine)
+                speeds = (float(bandwidth), prefill_rate)
+                outcomes.append(_run(engine, requests, size, name, concurrency, host, *speeds))
+            except ToolError as error:
+                # Continue, because other sizes and strategies may work.
+                sizes_of_problem.setdefault(str(error), f"--memory {format_size(size)}")
     if outcomes:
         write(
             [outcome.to_json() for outcome in outcomes],
@@ -174,12 +216,21 @@ def replay(
 
 
 def _run(
-    engine: Engine, requests: Sequence[TracedRequest], memory: int, name: str, concurrency: int
+    engine: Engine,
+    requests: Sequence[TracedRequest],
+    memory: int,
+    name: str,
+    concurrency: int,
+    host_memory: int,
+    bandwidth: float,
+    prefill_rate: float,
 ) -> Outcome:
     from vllm_hybrid_kv.tools.plan.kv_cache_plan import hit_alignment
+    from vllm_hybrid_kv.tools.replay.host_memory import HostMemory
     from vllm_hybrid_kv.tools.replay.scheduler import Replay
 
-    replayed = Replay(engine, requests, concurrency)
+    host = HostMemory(engine, bandwidth, prefill_rate) if host_memory else None
+    replayed = Replay(engine, requests, concurrency, host)
     progress: list[float] = []
     with progress_bar("hit rate {task.fields[rate]:.1%}") as bar:
         task = bar.add_task(f"{name}, {format_size(memory)}", total=len(requests), rate=0.0)
@@ -194,6 +245,8 @@ def _run(
     return Outcome(
         coordinator=name,
         memory=memory,
+        host_memory=host_memory,
+        prefill_rate=prefill_rate,
         blocks=engine.kv_cache_config.num_blocks,
         block_tokens=engine.scheduler_block_size,
         match_tokens=hit_alignment(engine),
@@ -208,11 +261,12 @@ def _tables(outcomes: Sequence[Outcome], requests: Sequence[TracedRequest]) -> I
     shared = shareable_tokens(requests) / tokens
     for memory in dict.fromkeys(outcome.memory for outcome in outcomes):
         shown = [outcome for outcome in outcomes if outcome.memory == memory]
-        columns = [_numbers(outcome) for outcome in shown]
+        tiers = any(outcome.host_memory for outcome in shown)
+        columns = [_numbers(outcome, tiers) for outcome in shown]
         yield Table(
             f"{counted(len(requests), 'request')}, {counted(tokens, 'prompt token')}, "
             f"{format_size(memory)}",
-            ("", *(f">{outcome.coordinator}" for outcome in shown)),
+            ("", *(f">{outcome.name}" for outcome in shown)),
             [
                 (name, *(column.get(name, "0") for column in columns))
                 for name in dict.fromkeys(name for column in columns for name in column)
@@ -222,10 +276,22 @@ def _tables(outcomes: Sequence[Outcome], requests: Sequence[TracedRequest]) -> I
         )
 
 
-def _numbers(outcome: Outcome) -> dict[str, str]:
+def _numbers(outcome: Outcome, tiers: bool) -> dict[str, str]:
+    """Return the rows of a column, with those of host memory if `tiers` is set."""
     tally = outcome.tally
+    from_host = tally.host_hit_tokens / tally.prompt_tokens
+    by_tier = {
+        "  from the device": f"{tally.hit_rate - from_host:.2%}",
+        "  from host memory": f"{from_host:.2%}",
+        "loaded from host memory": format_size(tally.loaded_bytes),
+        "stored in host memory": format_size(tally.stored_bytes),
+        "time of loads, s": f"{tally.load_seconds:,.1f}",
+        "prefill time that they save, s": f"{outcome.saved_seconds:,.1f}",
+        "steps waited for copies, s": f"{tally.wait_seconds:,.2f}",
+    }
     return {
         "hit rate": f"{tally.hit_rate:.2%}",
+        **(by_tier if tiers else {}),
         "prefill tokens saved": f"{tally.hit_tokens:,}",
         "tokens recomputed without a state": f"{tally.recomputed_tokens:,}",
         "preemptions": f"{tally.preemptions:,}",
@@ -242,23 +308,27 @@ def _numbers(outcome: Outcome) -> dict[str, str]:
 
 
 def _draw(path: Path, outcomes: Sequence[Outcome]) -> None:
-    """Draw hit rates by memory, or along the trace if there is only one size."""
-    sweep = len({outcome.memory for outcome in outcomes}) > 1
+    """Draw hit rates by host memory, by memory, or along the trace if there is only one size."""
+    hosts = len({outcome.host_memory for outcome in outcomes}) > 1
+    sweep = hosts or len({outcome.memory for outcome in outcomes}) > 1
     by_strategy: dict[str, list[Outcome]] = {}
-    for outcome in sorted(outcomes, key=lambda outcome: outcome.memory):
-        by_strategy.setdefault(outcome.coordinator, []).append(outcome)
+    for outcome in sorted(outcomes, key=lambda outcome: (outcome.memory, outcome.host_memory)):
+        name = outcome.coordinator
+        if hosts:
+            name += f", KV cache of {format_size(outcome.memory)}"
+        by_strategy.setdefault(name, []).append(outcome)
     with figure(path, figsize=(7, 4.5)) as (_, axes):
         for name, rows in by_strategy.items():
             if sweep:
-                sizes = [row.memory / (1 << 30) for row in rows]
+                sizes = [(row.host_memory if hosts else row.memory) / (1 << 30) for row in rows]
                 axes.plot(sizes, [100 * row.tally.hit_rate for row in rows], "o-", label=name)
             else:
                 rates = [100 * rate for rate in rows[0].progress]
                 axes.plot(range(5, 101, 5), rates, label=name)
         axes.set(
-            xlabel="KV cache, GiB" if sweep else "% of the trace",
+            xlabel="host memory, GiB" if hosts else "KV cache, GiB" if sweep else "% of the trace",
             ylabel="prompt tokens from the cache, %",
-            xscale="log" if sweep else "linear",
+            xscale="log" if sweep and not hosts else "linear",
         )
         axes.set_ylim(bottom=0)
         axes.legend()

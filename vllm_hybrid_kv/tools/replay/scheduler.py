@@ -27,10 +27,11 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import get_kv_cache_spec_kind
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from vllm_hybrid_kv.tools.output import ToolError
 from vllm_hybrid_kv.tools.plan.engine import Engine
+from vllm_hybrid_kv.tools.replay.host_memory import HostMemory
 from vllm_hybrid_kv.tools.replay.trace import Conversations, TracedRequest
 
 MOST_IDLE_STEPS = 100
@@ -45,6 +46,11 @@ class Tally:
         requests: Finished requests.
         prompt_tokens: Prompt tokens of the finished requests.
         hit_tokens: Prompt tokens that the first lookup of a request found in the cache.
+        host_hit_tokens: The part of `hit_tokens` that was loaded from host memory.
+        loaded_bytes: Bytes copied from host memory to the KV cache.
+        stored_bytes: Bytes copied from the KV cache to host memory.
+        load_seconds: Virtual time of the copies from host memory.
+        wait_seconds: Virtual time in which steps waited for copies whose blocks were needed.
         recomputed_tokens: Tokens that full attention had cached when their request started, but
             that were recomputed because another group lacked them.
         preemptions: How often the scheduler preempted a request.
@@ -57,6 +63,11 @@ class Tally:
     requests: int = 0
     prompt_tokens: int = 0
     hit_tokens: int = 0
+    host_hit_tokens: int = 0
+    loaded_bytes: int = 0
+    stored_bytes: int = 0
+    load_seconds: float = 0.0
+    wait_seconds: float = 0.0
     recomputed_tokens: int = 0
     preemptions: int = 0
     evicted_blocks: Counter[str] = field(default_factory=Counter)
@@ -87,12 +98,19 @@ class Replay:
         engine: An engine that no other replay has used.
         requests: The trace.
         concurrency: Requests in flight; the next is sent when one finishes.
+        host: The host memory of the engine, if its configuration has an OffloadingConnector.
 
     Raises:
         ToolError: A request is longer than `max_model_len`.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[TracedRequest], concurrency: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        requests: Sequence[TracedRequest],
+        concurrency: int,
+        host: HostMemory | None = None,
+    ) -> None:
         longest = engine.vllm_config.model_config.max_model_len
         for number, request in enumerate(requests, 1):
             tokens = request.input_length + request.output_length
@@ -106,6 +124,7 @@ class Replay:
         self._requests = requests
         self._conversations = Conversations(requests)
         self._concurrency = concurrency
+        self._host = host
         algorithm = engine.vllm_config.cache_config.prefix_caching_hash_algo
         hash_function = get_hash_fn_by_name(algorithm)
         init_none_hash(hash_function)
@@ -143,6 +162,8 @@ class Replay:
             if self._idle_steps > MOST_IDLE_STEPS:
                 raise ToolError(self._state())
             result = self._answer(output)
+            if self._host is not None:
+                result.kv_connector_output = self._host.step(output)
             started = time.perf_counter()
             scheduler.update_from_output(output, result)
             self.tally.schedule_seconds.append(spent + time.perf_counter() - started)
@@ -150,11 +171,25 @@ class Replay:
             self._collect()
             if finished is not None and self.tally.requests > before:
                 finished(self.tally.requests)
+        if self._host is not None:
+            self._host.record(self.tally)
         return self.tally
 
     def _state(self) -> str:
         """Return the message for a scheduler that is stuck: its state, and what to change."""
         scheduler, pool = self._engine.scheduler, self._coordinator.block_pool
+        loading = [
+            request
+            for request in self._live.values()
+            if request.status is RequestStatus.WAITING_FOR_REMOTE_KVS
+        ]
+        if loading:
+            return (
+                f"the scheduler scheduled nothing in {self._idle_steps} steps: {len(loading):,} "
+                f"requests, the first of which is request {int(loading[0].request_id) + 1}, wait "
+                "for blocks from host memory, and no copy is in flight that could end. This is a "
+                "fault of the connector; replay without --host-memory, and report it"
+            )
         head = next(iter([*scheduler.waiting, *scheduler.running]))
         blocks = [
             -(-head.num_tokens // group.kv_cache_spec.block_size)
@@ -242,6 +277,9 @@ class Replay:
         names = list(output.num_scheduled_tokens)
         for new in output.scheduled_new_reqs:
             self.tally.hits[int(new.req_id)] = new.num_computed_tokens
+            stats = self._live[new.req_id].prefill_stats
+            assert stats is not None
+            self.tally.host_hit_tokens += stats.num_external_cached_tokens
             hit = self._attention_hits.pop(new.req_id)
             self.tally.recomputed_tokens += max(hit - new.num_computed_tokens, 0)
         sampled: list[list[int]] = [[] for _ in names]
