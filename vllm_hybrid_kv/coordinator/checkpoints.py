@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -68,6 +68,7 @@ class Checkpoint:
         extensions: The pinned checkpoints that have this one as parent and supersede it.
         pinned: Whether it is in the cache. Evicted checkpoints are tracked for a while.
         slot: Its index in the list of pinned checkpoints.
+        prefix: The hashes of the whole blocks before its end. Set only with host memory.
     """
 
     key: BlockHash
@@ -83,6 +84,7 @@ class Checkpoint:
     extensions: set[Checkpoint] = field(default_factory=set, repr=False)
     pinned: bool = False
     slot: int = field(default=-1, repr=False)
+    prefix: tuple[BlockHash, ...] = field(default=(), repr=False)
 
     @property
     def superseded(self) -> bool:
@@ -130,12 +132,16 @@ class Checkpoints:
         self._random = random.Random(0)
         self.counts: Counter[tuple[str, str | None]] = Counter()
         """How often each event occurred, by event and kind of checkpoint."""
+        self.is_stored: Callable[[Checkpoint], bool] = lambda _: False
+        """Whether host memory has a copy of a checkpoint."""
         self.clear()
 
     def clear(self) -> None:
         """Forget all checkpoints and everything that was learned."""
         self._tracked: dict[BlockHash, Checkpoint] = {}
         self.pinned: list[Checkpoint] = []
+        self.outgoing: dict[Checkpoint, None] = {}
+        """The pinned checkpoints that were handed to host memory. They are evicted first."""
         self.pins: Counter[int] = Counter()
         """How many pinned checkpoints need each attention block, by the block's id."""
         self._curves = {kind: ReuseCurve(PRIOR.get(kind, 1.0)) for kind in CheckpointKind}
@@ -237,28 +243,76 @@ class Checkpoints:
             self.counts["kept", checkpoint.kind.value] += 1
         return checkpoint, released
 
+    def adopt(self, other: Checkpoint, blocks: Iterable[int]) -> tuple[int, ...]:
+        """Pin a copy of a checkpoint that `Checkpoints` of another memory have pinned.
+
+        Both must have seen the same requests arrive. `blocks` are the ids of its attention blocks
+        here. Return the attention blocks of a block boundary that the call unpinned.
+        """
+        place = CheckpointKind.PROMPT if other.place is CheckpointKind.SHORT else other.place
+        parent = other.parent
+        while parent is not None and self.pinned_at(parent.key) is None:
+            parent = parent.parent
+        checkpoint, released = self.enter(
+            other.key,
+            other.tokens,
+            place,
+            blocks,
+            None if parent is None else self.pinned_at(parent.key),
+            other.supersedes,
+        )
+        if checkpoint is not None:
+            checkpoint.uses = max(checkpoint.uses, other.uses)
+            checkpoint.last_use = other.last_use
+            checkpoint.since = self._now - other.last_use
+        return released or ()
+
     def touch(self, checkpoint: Checkpoint) -> None:
         """Set the age of a checkpoint to 0, because it was used."""
         checkpoint.last_use, checkpoint.since = self._now, 0
+        self.outgoing.pop(checkpoint, None)
 
     def evict(self) -> Checkpoint | None:
         """Unpin and return the checkpoint that is worth the least, or None if none is pinned."""
-        if not self.pinned:
+        stored = [checkpoint for checkpoint in self.outgoing if self.is_stored(checkpoint)]
+        least, worth = self._least(stored or self.pinned)
+        if least is None:
             return None
-        candidates = self.pinned
-        if len(candidates) > CANDIDATES:
-            candidates = self._random.sample(candidates, CANDIDATES)
-        lowest, least = math.inf, candidates[0]
-        for checkpoint in candidates:
-            worth = self._worth(checkpoint, lowest)
-            if worth < lowest or (worth == lowest and checkpoint.slot < least.slot):
-                lowest, least = worth, checkpoint
-        self._price = PRICE_DECAY * self._price + (1 - PRICE_DECAY) * lowest
+        self._price = PRICE_DECAY * self._price + (1 - PRICE_DECAY) * worth
         self.counts["evicted", least.kind.value] += 1
         if least.uses <= int(least.place is CheckpointKind.BRANCH):
             self.counts["evicted_unused", None] += 1
         self.unpin(least)
         return least
+
+    def next_outgoing(self, can_leave: Callable[[Checkpoint], bool]) -> Checkpoint | None:
+        """Return the checkpoint that is worth the least of those that can leave, or None.
+
+        It is the next to be copied to host memory, and will be evicted once it is there.
+        """
+        least, _ = self._least(self.pinned, lambda one: one not in self.outgoing and can_leave(one))
+        if least is not None:
+            self.outgoing[least] = None
+        return least
+
+    def _least(
+        self, candidates: Sequence[Checkpoint], allowed: Callable[[Checkpoint], bool] | None = None
+    ) -> tuple[Checkpoint | None, float]:
+        """Return the candidate that is worth the least, and its worth."""
+        if len(candidates) > CANDIDATES:
+            candidates = self._random.sample(candidates, CANDIDATES)
+        least, lowest = None, math.inf
+        for checkpoint in candidates:
+            if allowed is not None and not allowed(checkpoint):
+                continue
+            worth = self._worth(checkpoint, lowest)
+            if (
+                least is None
+                or worth < lowest
+                or (worth == lowest and checkpoint.slot < least.slot)
+            ):
+                lowest, least = worth, checkpoint
+        return least, lowest
 
     def _worth(self, checkpoint: Checkpoint, limit: float = math.inf) -> float:
         """Return the expected tokens of prefill saved per block and arriving request.
@@ -280,6 +334,7 @@ class Checkpoints:
     def unpin(self, checkpoint: Checkpoint) -> None:
         """Remove a checkpoint from the cache, and continue to track it."""
         checkpoint.pinned = False
+        self.outgoing.pop(checkpoint, None)
         last = self.pinned.pop()
         if last is not checkpoint:
             self.pinned[checkpoint.slot] = last

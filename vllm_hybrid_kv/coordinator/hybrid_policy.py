@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from vllm.utils.math_utils import round_down
@@ -34,6 +34,10 @@ the end of a chunk, and one cached state. vLLM counts one block for a waiting pr
 RARE = 0.25
 """If a smaller share of answers recurs in the next prompt, the states of decoding requests are not
 copied. Answers of reasoning models, for example, recur without the reasoning."""
+
+CLEAN_SHARE = 16
+"""With host memory, one block in 16 (and at least as many as the largest checkpoint needs) is kept
+free or has a copy there, so that evictions need not wait for copies."""
 
 USUAL = 0.9
 """If at least this share of answers recurs, an answer's end supersedes the end of its prompt."""
@@ -81,6 +85,8 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         self._running: dict[str, Running] = {}
         self._snapshots = DecodeSnapshots(states, pool, self._cache_hit_alignment_tokens)
         self._returns = AnswerReturns()
+        self._stored: Checkpoints | None = None
+        self._largest = 0
         self._queue = pool.free_block_queue = CheckpointQueue(
             pool, self.checkpoints, self._state_groups
         )
@@ -107,6 +113,30 @@ class HybridAwareCoordinator(FixedPointCoordinator):
             kv_cache_manager.mamba_shared_prefix_checkpoint = True
             for group in self._state_groups:
                 self.single_type_managers[group].shared_prefix_checkpoint = True
+
+    def use_host_memory(self, stored: Checkpoints, is_stored: Callable[[Checkpoint], bool]) -> None:
+        """Start to evict checkpoints to host memory, in which `stored` tracks them."""
+        self._stored = stored
+        self.checkpoints.is_stored = is_stored
+
+    def leaving(self) -> Iterator[tuple[Checkpoint, list[KVCacheBlock]]]:
+        """Yield the checkpoints, with their states, that are to be copied to host memory now."""
+        clean = len(self._queue.unpinned)
+        for checkpoint in self.checkpoints.outgoing:
+            clean += len(self._state_groups) + len(checkpoint.blocks)
+        while clean < max(self.block_pool.num_gpu_blocks // CLEAN_SHARE, self._largest):
+            checkpoint = self.checkpoints.next_outgoing(self._can_leave)
+            if checkpoint is None:
+                return
+            clean += len(self._state_groups) + len(checkpoint.blocks)
+            states = self.block_pool.get_cached_block(checkpoint.key, self._state_groups)
+            assert states is not None
+            yield checkpoint, states
+
+    def _can_leave(self, checkpoint: Checkpoint) -> bool:
+        """Whether the states of a checkpoint are complete and no request holds them."""
+        states = self.block_pool.get_cached_block(checkpoint.key, self._state_groups)
+        return states is not None and all(block.ref_cnt == 0 for block in states)
 
     def stats(self) -> Counter[tuple[str, str | None]]:
         return self.checkpoints.counts
@@ -269,6 +299,8 @@ class HybridAwareCoordinator(FixedPointCoordinator):
             latest = self.checkpoints.longest(hashes)
         else:
             latest = self.checkpoints.arrive(hashes, limit)
+            if self._stored is not None:
+                self._stored.arrive(hashes, limit)
             if latest is not None and latest.uses == 1:
                 if latest.place is CheckpointKind.ANSWER:
                     self._returns.record(True)
@@ -317,6 +349,10 @@ class HybridAwareCoordinator(FixedPointCoordinator):
                 table = manager.req_to_blocks[request.request_id]
                 running.partial.append((group, table[tokens // manager.block_size], tokens))
         self._cache_partial(running)
+        if self._stored is not None:
+            self._largest = max(self._largest, len(states) + len(checkpoint.blocks))
+            per_block = self._block_tokens // self._unit
+            checkpoint.prefix = tuple(request.block_hashes[per_block - 1 : units : per_block])
         return checkpoint
 
     def _keep_from_connector(self, request_id: str, tokens: int) -> None:

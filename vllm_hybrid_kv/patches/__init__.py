@@ -37,7 +37,7 @@ def patches_for(context: Context) -> list[Patch]:
         coordination.coordinator_patch,
         coordination.prefix_match_unit_patch,
         coordination.block_copies_patch,
-        transfer.stored_checkpoints_patch,
+        transfer.offloaded_checkpoints_patch,
         startup.startup_patch,
     ]
     if context.on_cpu or context.on_gpu:

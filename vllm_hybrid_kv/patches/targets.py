@@ -25,6 +25,9 @@ PATCHED: Table = {
             "ee74aeb7a2896858",
         )
     },
+    "vllm.distributed.kv_transfer.kv_connector.v1.base": {
+        "KVConnectorBase_V1.bind_kv_cache_manager": ("6846244bd3f3241f", "6846244bd3f3241f"),
+    },
     "vllm.distributed.kv_transfer.kv_connector.v1.example_connector": {
         "ExampleConnector.__init__": ("d3e9436607777ed5", "d3e9436607777ed5")
     },
@@ -33,20 +36,6 @@ PATCHED: Table = {
     },
     "vllm.distributed.kv_transfer.kv_connector.v1.offloading.config": {
         "build_offloading_config": ("2cf4ae4cfc3c286f", "29d16c9d564a6403")
-    },
-    "vllm.distributed.kv_transfer.kv_connector.v1.base": {
-        "KVConnectorBase_V1.bind_kv_cache_manager": ("6846244bd3f3241f", "6846244bd3f3241f")
-    },
-    "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler": {
-        "OffloadingConnectorScheduler._build_partial_tail_store_jobs": (
-            "4a0269bed5924e78",
-            "3ab9aa39459c4a65",
-        ),
-        "OffloadingConnectorScheduler._lookup": ("ea832a4bad98411a", "1b1889f59948d048"),
-        "OffloadingConnectorScheduler.update_state_after_alloc": (
-            "770f1238dba54c09",
-            "9a1e32bcc2c3fe16",
-        ),
     },
     "vllm.engine.arg_utils": {
         "EngineArgs.create_engine_config": ("d132c6caf48d4914", "3e19b2ef611bdae8")
@@ -109,6 +98,36 @@ PATCHED: Table = {
 """The functions that are patched, or whose behaviour a patch depends on."""
 
 RELIED_ON: Table = {
+    "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler": {
+        "OffloadingConnectorScheduler.__init__": ("0c98e15b531804a0", "ceeeca36898080a5"),
+        "OffloadingConnectorScheduler._build_connector_meta": (None, "d413214a36ea93ed"),
+        "OffloadingConnectorScheduler._build_partial_tail_store_jobs": (
+            "4a0269bed5924e78",
+            "3ab9aa39459c4a65",
+        ),
+        "OffloadingConnectorScheduler._build_store_jobs": ("90fc13bc2ad9ad9a", "cef70f7339002585"),
+        "OffloadingConnectorScheduler._lookup": ("ea832a4bad98411a", "1b1889f59948d048"),
+        "OffloadingConnectorScheduler._reset_cache": (None, "0edf5c37bbd1b031"),
+        "OffloadingConnectorScheduler._update_connector_output": (None, "c702d674a64cb9b7"),
+        "OffloadingConnectorScheduler._update_req_states": ("8c10fc1653f3d67a", "ce9d5dc9933e77f1"),
+        "OffloadingConnectorScheduler.build_connector_meta": (
+            "f4e503b3ba21d60f",
+            "4409fa5296bde894",
+        ),
+        "OffloadingConnectorScheduler.get_num_new_matched_tokens": (
+            "8f30a562b9f48464",
+            "7338ec53fed3e458",
+        ),
+        "OffloadingConnectorScheduler.reset_cache": ("33808e5313ec5e98", "9c0b4487b6debfdf"),
+        "OffloadingConnectorScheduler.update_connector_output": (
+            "f4f8571b3201a424",
+            "a0f2e02247f799a4",
+        ),
+        "OffloadingConnectorScheduler.update_state_after_alloc": (
+            "770f1238dba54c09",
+            "9a1e32bcc2c3fe16",
+        ),
+    },
     "vllm.v1.core.block_pool": {
         "BlockHashToBlockMap.insert": ("6303d7d4d73e9820", "6303d7d4d73e9820"),
         "BlockHashToBlockMap.pop": ("9d63f827ca0a59eb", "9d63f827ca0a59eb"),
@@ -161,6 +180,19 @@ RELIED_ON: Table = {
     },
     "vllm.v1.kv_offload.tiering.spec": {
         "TieringOffloadingSpec.get_manager": ("f71c76d49d0b699d", "46ae2f8e15374aaf"),
+    },
+    "vllm.v1.kv_offload.cpu.manager": {
+        "CPUOffloadingManager._prepare_load": ("d205143114d8dfe0", "d205143114d8dfe0"),
+        "CPUOffloadingManager.complete_load": ("5e00a3e12e804f63", "5e00a3e12e804f63"),
+        "CPUOffloadingManager.complete_store": ("e0eb1f368de28484", "cd0039ed39d4a449"),
+        "CPUOffloadingManager.lookup": ("506deea464d20ddb", "506deea464d20ddb"),
+        "CPUOffloadingManager.prepare_load": ("c312ff7de99be7b9", "c312ff7de99be7b9"),
+        "CPUOffloadingManager.prepare_store": ("55e3573796dbf80f", "2e9702bee7939fd6"),
+        "CPUOffloadingManager.reset_cache": ("5471c415a2297362", "5471c415a2297362"),
+    },
+    "vllm.v1.kv_offload.cpu.spec": {
+        "CPUOffloadingSpec.__init__": ("dbfd2b6127217151", "39527791839f805f"),
+        "CPUOffloadingSpec.get_manager": ("f32904e039476530", "701c7b83f6a6cea2"),
     },
 }
 """The methods of vLLM that define the private members that the plugin uses."""

@@ -72,60 +72,22 @@ def host_tier_patch(context: Context) -> Patch:
     )
 
 
-def stored_checkpoints_patch(context: Context) -> Patch:
-    """Make the OffloadingConnector store and find the checkpoints of `hybrid_aware`."""
+def offloaded_checkpoints_patch(context: Context) -> Patch:
+    """Make the OffloadingConnector store, find and evict the checkpoints of `hybrid_aware`."""
 
     def bind_kv_cache_manager(original: Any, self: Any, kv_cache_manager: Any) -> None:
         original(self, kv_cache_manager)
-        if type(self).__name__ == "OffloadingConnector":
-            from vllm_hybrid_kv.transfer.host_tier import HostTier
+        if hasattr(self, "connector_scheduler"):
+            # Import late, because only engines with this connector need the module.
+            from vllm_hybrid_kv.transfer.checkpoint_offloading import offload_checkpoints
 
-            scheduler, coordinator = self.connector_scheduler, kv_cache_manager.coordinator
-            if HostTier.suits(scheduler, coordinator):
-                scheduler.hybrid_kv_tier = HostTier(scheduler, coordinator)
+            offload_checkpoints(self, kv_cache_manager.coordinator)
 
-    def lookup(
-        original: Any, self: Any, req_status: Any, max_num_new_tokens: int | None = None
-    ) -> Any:
-        tier = getattr(self, "hybrid_kv_tier", None)
-        find = original.__get__(self) if tier is None else tier.lookup
-        return find(req_status, max_num_new_tokens)
-
-    def build_partial_tail_store_jobs(original: Any, self: Any, scheduler_output: Any) -> Any:
-        tier = getattr(self, "hybrid_kv_tier", None)
-        jobs = original(self, scheduler_output)
-        return jobs if tier is None else {**jobs, **tier.answer_jobs()}
-
-    def update_state_after_alloc(
-        original: Any, self: Any, request: Any, blocks: Any, num_external_tokens: int
-    ) -> None:
-        status = self._req_status.get(request.request_id)
-        boundary = status and num_external_tokens and status.partial_tail_boundary
-        original(self, request, blocks, num_external_tokens)
-        if boundary:
-            # vLLM counts the block in which the load ends as stored. The request will complete the
-            # block, so without this no later turn of the conversation could be loaded.
-            for config, group in zip(
-                self.config.kv_group_configs, status.group_states, strict=True
-            ):
-                complete = boundary // config.tokens_per_chunk
-                group.next_stored_chunk_idx = min(group.next_stored_chunk_idx, complete)
-
-    scheduler = "OffloadingConnectorScheduler"
     return Patch(
-        "stored_checkpoints",
-        replaces="OffloadingConnectorScheduler._lookup, _build_partial_tail_store_jobs and "
-        "update_state_after_alloc, and KVConnectorBase_V1.bind_kv_cache_manager",
-        why="vLLM finds a state inside a block only if the state at the start of the block is "
-        "stored too, does not store the states at the ends of answers, and never stores a block "
-        "that a load filled in part",
-        until="the connector asks the coordinator what to store and what can be found",
-        edits=[
-            context.rebind("KVConnectorBase_V1.bind_kv_cache_manager", bind_kv_cache_manager),
-            context.rebind(f"{scheduler}._lookup", lookup),
-            context.rebind(
-                f"{scheduler}._build_partial_tail_store_jobs", build_partial_tail_store_jobs
-            ),
-            context.rebind(f"{scheduler}.update_state_after_alloc", update_state_after_alloc),
-        ],
+        "offloaded_checkpoints",
+        replaces="KVConnectorBase_V1.bind_kv_cache_manager, which it wraps",
+        why="OffloadingConnector stores every full block, finds a state inside a block only next "
+        "to a state at a block's end, and evicts single blocks",
+        until="the scheduler side of the connector can be configured",
+        edits=[context.rebind("KVConnectorBase_V1.bind_kv_cache_manager", bind_kv_cache_manager)],
     )
