@@ -93,7 +93,7 @@ PLANNING = Suite(
     ),
 )
 
-TRANSFER = Suite("transfer", ("test_transfer.py",))
+TRANSFER = Suite("transfer", ("test_cpu_offloading.py", "test_transfer.py"))
 
 PROMISES = Suite("planning", ("test_min_waste_properties.py",), "stock_or_lcm")
 
@@ -121,13 +121,14 @@ SUITES = (PLUGIN, PLANNING, TRANSFER, PROMISES, COORDINATORS, GPU_BACKEND)
 ENGINES = Suite(
     "e2e",
     (
+        "test_file_tier.py",
         "test_greedy_output.py",
         "test_hybrid_prefix_cache.py",
         "test_metrics.py",
         "test_recall.py",
     ),
     selection=(
-        "(test_greedy_output and llama) or test_hybrid_prefix_cache"
+        "test_file_tier or (test_greedy_output and llama) or test_hybrid_prefix_cache"
         " or (test_metrics and not two) or (test_recall and gemma3)"
     ),
     markers="both_minors",
