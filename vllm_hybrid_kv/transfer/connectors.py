@@ -120,7 +120,7 @@ def _check_tiers(tiers: Iterable[Mapping[str, Any]], hash_algorithm: str) -> Non
                 "process, so it needs sha256 hashes, but --prefix-caching-hash-algo is "
                 f"{hash_algorithm}. Pass --prefix-caching-hash-algo sha256"
             )
-        if tier.get("type") == "fs" and "root_dir" in tier:
+        if tier.get("type") == "fs" and tier.get("root_dir"):
             _make_private(Path(tier["root_dir"]))
 
 
