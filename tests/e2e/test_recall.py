@@ -203,14 +203,16 @@ def test_k8v4_copies_token_by_token_from_host_memory(plain: Plain) -> None:
         "kv_role": "kv_both",
         "kv_connector_extra_config": {"cpu_bytes_to_use": 200 << 20},
     }
-    engine = plain.engine(kv_transfer_config=transfer)
+    plan = plain.engine().plan()
+    # The KV cache holds two of the longest requests, and so a part of the prompts.
+    blocks = int(2 * plan["blocks"] / plan["reported_concurrency"]) + 1
+    engine = plain.engine(num_gpu_blocks_override=blocks, kv_transfer_config=transfer)
     copied_share(engine, fresh=True)
     before = engine.metrics()["vllm:external_prefix_cache_hits"]
-    # The reset empties the KV cache, but not the host tier.
-    assert copied_share(engine, fresh=True) >= plain.copied - WORSE
-    hits = engine.metrics()["vllm:external_prefix_cache_hits"] - before
+    assert copied_share(engine) >= plain.copied - WORSE
     prompts, _ = copies(3, LENGTHS)
-    assert hits > 0.75 * sum(map(len, prompts))
+    hits = engine.metrics()["vllm:external_prefix_cache_hits"] - before
+    assert hits > 0.25 * sum(map(len, prompts))
 
 
 @pytest.mark.parametrize("fault", FAULTS)

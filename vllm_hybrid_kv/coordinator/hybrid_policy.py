@@ -125,13 +125,13 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         for checkpoint in self.checkpoints.outgoing:
             clean += len(self._state_groups) + len(checkpoint.blocks)
         while clean < max(self.block_pool.num_gpu_blocks // CLEAN_SHARE, self._largest):
-            checkpoint = self.checkpoints.next_outgoing(self._can_leave)
-            if checkpoint is None:
+            leaving = self.checkpoints.next_outgoing(self._can_leave)
+            if leaving is None:
                 return
-            clean += len(self._state_groups) + len(checkpoint.blocks)
-            states = self.block_pool.get_cached_block(checkpoint.key, self._state_groups)
+            clean += len(self._state_groups) + len(leaving.blocks)
+            states = self.block_pool.get_cached_block(leaving.key, self._state_groups)
             assert states is not None
-            yield checkpoint, states
+            yield leaving, states
 
     def _can_leave(self, checkpoint: Checkpoint) -> bool:
         """Whether the states of a checkpoint are complete and no request holds them."""

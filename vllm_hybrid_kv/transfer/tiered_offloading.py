@@ -134,9 +134,7 @@ class TieredOffloading(OffloadingConnectorScheduler):
                 if block is None:
                     # It was evicted since the request ended.
                     return {}
-                key = self._make_boundary_key(
-                    request, group.group_idx, tokens, status.req_context
-                )
+                key = self._make_boundary_key(request, group.group_idx, tokens, status.req_context)
                 sources[key] = index, block[0].block_id
         output = self.manager.prepare_store(list(sources), status.req_context)
         if output is None or not output.keys_to_store:
