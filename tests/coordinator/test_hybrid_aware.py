@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from vllm.v1.core.kv_cache_utils import get_group_id
-from vllm.v1.kv_cache_interface import MambaSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, MambaSpec
 
+from testing.coordinator.contents import full, mamba, window
 from testing.coordinator.prompts import POLICY, STOCK, engine_of, hybrid_model
 from testing.shapes import SHAPES
 from tests.coordinator.soak import checks
@@ -249,6 +251,55 @@ def test_states_are_not_copied_if_answers_do_not_return(model):
     for _ in range(40):
         coordinator_of(engine)._returns.record(False)
     assert Replay(engine, script.requests, 1).run().hits == [0, 1124 // 16 * 16]
+
+
+def engine_with_windows(model: Model, retention: int | None) -> Engine:
+    """Make an engine of a model with full attention, sliding windows and states."""
+    engine = engine_of(model, 200, POLICY)
+    engine.vllm_config.cache_config.block_size = 16
+    groups = [
+        KVCacheGroupSpec([f"layer {i}"], spec)
+        for i, spec in enumerate((full(512), window(16, 100), mamba(512)))
+    ]
+    config = KVCacheConfig(2000, [], groups, prefix_cache_retention_interval=retention)
+    return replace(engine, kv_cache_config=config, scheduler_block_size=512, hash_block_size=16)
+
+
+@pytest.mark.parametrize("retention", [0, None])
+def test_turns_resume_in_previous_answers_of_a_model_with_windows_and_states(model, retention):
+    # States are copied every 64 tokens. 63 more tokens are computed after the last copy, and the
+    # windows move past the blocks that a request needs to resume there.
+    copied, script = 1408, Script()
+    first = [script.new(2) for _ in range(8)]
+    for ids in first:
+        script.send(ids, tail=100, answer=copied + 64 - 1124)
+    for ids in first:
+        script.send([*ids, *script.new(1)], tail=40)
+    engine = engine_with_windows(model, retention)
+    assert Replay(engine, script.requests, 4).run().hits == [0] * 8 + [copied] * 8
+    assert coordinator_of(engine).block_pool.get_num_free_blocks() == 1999
+    check(engine)
+
+
+def test_windows_that_a_connector_failed_to_load_are_not_cached_again(model):
+    script = Script()
+    ids = script.new(2)
+    script.send(ids, tail=100, answer=300)
+    script.send([*ids, *script.new(1)], tail=40)
+    engine = engine_with_windows(model, retention=0)
+    coordinator, update = coordinator_of(engine), engine.scheduler.update_from_output
+    lost: set[int] = set()
+
+    def updated(*arguments: Any) -> Any:
+        for running in coordinator._running.values():
+            if running.copied == 1408 and not lost:
+                lost.update(block.block_id for block in running.windows[1])
+                engine.scheduler.kv_cache_manager.evict_blocks(lost)
+        return update(*arguments)
+
+    engine.scheduler.update_from_output = updated
+    assert Replay(engine, script.requests, 1).run().hits == [0, 1124 // 16 * 16]
+    assert len(lost) == 7
 
 
 def long_answers(seed: int) -> list[TracedRequest]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import chain
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
-from vllm.v1.core.single_type_kv_cache_manager import MambaManager
+from vllm.v1.core.single_type_kv_cache_manager import MambaManager, SingleTypeKVCacheManager
 from vllm.v1.request import Request
 
 from vllm_hybrid_kv.coordinator.checkpoints import Checkpoint
@@ -35,6 +36,7 @@ class Running:
         prompt_end: The checkpoint at the end of its prompt, if that is pinned.
         copies: The blocks with the latest copy of its states, one per group, or none.
         copied: Number of its computed tokens at the last copy of its states.
+        windows: By group, the blocks of its windows at the last copy of its states.
         partial: Group, block and tokens of its checkpoints that end inside an attention block.
         cached: Number of its cached whole attention blocks when `partial` was last cached.
     """
@@ -47,8 +49,15 @@ class Running:
     prompt_end: Checkpoint | None = None
     copies: list[KVCacheBlock] = field(default_factory=list)
     copied: int = 0
+    windows: dict[int, list[KVCacheBlock]] = field(default_factory=dict)
     partial: list[tuple[int, KVCacheBlock, int]] = field(default_factory=list)
     cached: int = -1
+
+
+def first_needed(manager: SingleTypeKVCacheManager, tokens: int) -> int:
+    """Return the first block of a group that a request needs to resume after `tokens` tokens."""
+    skipped: int = manager.get_num_skipped_tokens(tokens)
+    return max(skipped, 0) // manager.block_size
 
 
 class DecodeSnapshots:
@@ -58,14 +67,29 @@ class DecodeSnapshots:
     Each copy overwrites the previous one, in blocks that are held for the request. vLLM makes the
     copy at the start of a step, by copy-on-write. If a request lacks blocks, all copies are freed.
 
+    A request that resumes at a copy also needs the windows before it (sliding windows, local
+    chunks). While a request decodes, its windows move past these blocks. So they are held until the
+    next copy. With its default retention interval 0, vLLM caches no windows of an answer, so they
+    are cached with the copy.
+
     Attributes:
         interval: Tokens between two copies.
     """
 
-    def __init__(self, managers: dict[int, MambaManager], pool: BlockPool, alignment: int) -> None:
-        """Take the state groups' managers. Hits end at multiples of `alignment` tokens."""
+    def __init__(
+        self,
+        managers: dict[int, MambaManager],
+        windows: dict[int, SingleTypeKVCacheManager],
+        pool: BlockPool,
+        alignment: int,
+    ) -> None:
+        """Take the managers of the groups with states and with windows.
+
+        Hits end at multiples of `alignment` tokens.
+        """
         self.interval = math.lcm(INTERVAL, alignment)
         self._managers = managers
+        self._windows = windows
         self._pool = pool
         self._max_copies = pool.num_gpu_blocks // MAX_SHARE
         # If hits end at whole blocks, vLLM keeps the states, so no copy is needed. With draft
@@ -108,9 +132,21 @@ class DecodeSnapshots:
             source.ref_cnt += 1
             copy.ref_cnt += 1
             manager._pending_cow_copies.append((source, copy))
+        self._hold_windows(running)
+
+    def _hold_windows(self, running: Running) -> None:
+        """Hold the blocks of a request's current windows instead of those at the previous copy."""
+        previous = list(chain.from_iterable(running.windows.values()))
+        for group, manager in self._windows.items():
+            first, end = first_needed(manager, running.copied), running.copied // manager.block_size
+            held = manager.req_to_blocks[running.request.request_id][first:end]
+            for block in held:
+                block.ref_cnt += 1
+            running.windows[group] = held
+        self._pool.free_blocks(previous)
 
     def cache(self, running: Running) -> bool:
-        """Cache the latest copy of a request that ends.
+        """Cache the latest copy of a request that ends, and the windows before it.
 
         Return False if the request was aborted before all tokens of the copy were known.
         """
@@ -124,9 +160,24 @@ class DecodeSnapshots:
                 kv_cache_group_id=group,
                 block_size=manager.block_size,
             )
+        for group, window in running.windows.items():
+            size = self._windows[group].block_size
+            end = running.copied // size
+            nulls = [self._pool.null_block] * (end - len(window))
+            self._pool.cache_full_blocks(
+                request=running.request,
+                blocks=nulls + window,
+                num_cached_blocks=len(nulls),
+                num_full_blocks=end,
+                block_size=size,
+                kv_cache_group_id=group,
+                block_mask=[block.block_hash is None for block in window],
+            )
         return True
 
     def release(self, running: Running) -> None:
-        """Free the blocks with the copies of a request's states."""
-        copies, running.copies = running.copies, []
-        self._pool.free_blocks(copies)
+        """Free the blocks that are held for the copy of a request's states."""
+        held = [*running.copies, *chain.from_iterable(running.windows.values())]
+        running.copies = []
+        running.windows = {}
+        self._pool.free_blocks(held)

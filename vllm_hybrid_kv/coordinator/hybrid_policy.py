@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 from vllm.utils.math_utils import round_down
@@ -19,7 +20,7 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_hybrid_kv.coordinator.checkpoints import Checkpoint, CheckpointKind, Checkpoints
-from vllm_hybrid_kv.coordinator.decode_snapshots import DecodeSnapshots, Running
+from vllm_hybrid_kv.coordinator.decode_snapshots import DecodeSnapshots, Running, first_needed
 from vllm_hybrid_kv.coordinator.free_queue import CheckpointQueue
 from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
 from vllm_hybrid_kv.coordinator.traffic import AnswerReturns, SeenPrefixes
@@ -83,7 +84,12 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         hashes = 2 * pool.num_gpu_blocks * self._block_tokens // self._unit
         self._seen = SeenPrefixes(min(max(hashes, SEEN_LIMITS[0]), SEEN_LIMITS[1]))
         self._running: dict[str, Running] = {}
-        self._snapshots = DecodeSnapshots(states, pool, self._cache_hit_alignment_tokens)
+        windows = {
+            group: manager
+            for group, manager in self._attention_managers.items()
+            if manager.get_num_skipped_tokens(factory_args["max_model_len"]) > 0
+        }
+        self._snapshots = DecodeSnapshots(states, windows, pool, self._cache_hit_alignment_tokens)
         self._returns = AnswerReturns()
         self._stored: Checkpoints | None = None
         self._largest = 0
@@ -144,6 +150,10 @@ class HybridAwareCoordinator(FixedPointCoordinator):
     def evict_blocks(self, block_ids: set[int]) -> None:
         """Evict blocks that a connector failed to load, and the checkpoints that need them."""
         self._evict_blocks(block_ids)
+        for running in self._running.values():
+            held = chain.from_iterable(running.windows.values())
+            if not block_ids.isdisjoint(block.block_id for block in held):
+                self._snapshots.release(running)
         for checkpoint in tuple(self.checkpoints.pinned):
             if block_ids.isdisjoint(checkpoint.blocks):
                 self._queue.recheck(checkpoint.key)
@@ -328,7 +338,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
             key,
             tokens,
             place,
-            blocks=self._attention_blocks(request.request_id, tokens),
+            blocks=self._attention_blocks(running, tokens),
             parent=(at_boundary and running.boundary) or running.latest,
             supersedes=not at_boundary and (not is_answer or self._returns.rate >= USUAL),
         )
@@ -373,16 +383,18 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         answers, self._finished_answers = self._finished_answers, []
         return answers
 
-    def _attention_blocks(self, request_id: str, tokens: int) -> list[int] | None:
+    def _attention_blocks(self, running: Running, tokens: int) -> list[int] | None:
         """Return the ids of a request's attention blocks that a hit of `tokens` tokens needs.
 
         Return None if a window has moved past some of these blocks, or if some are not cached.
         """
         needed: list[int] = []
-        for manager in self._attention_managers.values():
-            table = manager.req_to_blocks[request_id]
-            first = max(manager.get_num_skipped_tokens(tokens), 0) // manager.block_size
+        for group, manager in self._attention_managers.items():
+            table = manager.req_to_blocks[running.request.request_id]
+            first = first_needed(manager, tokens)
             blocks = table[first : -(-tokens // manager.block_size)]
+            if tokens == running.copied:
+                blocks = running.windows.get(group, blocks)
             whole = blocks[: tokens // manager.block_size - first]
             if any(block.is_null for block in blocks) or not all(b.block_hash for b in whole):
                 return None

@@ -52,7 +52,8 @@ def check_references(scheduler: Scheduler) -> None:
             )
     if isinstance(manager.coordinator, HybridAwareCoordinator):
         for running in manager.coordinator._running.values():
-            held.update(block.block_id for block in running.copies)
+            for blocks in (running.copies, *running.windows.values()):
+                held.update(block.block_id for block in blocks)
     for _, blocks in scheduler.deferred_frees:
         held.update(block.block_id for block in blocks)
     pool: BlockPool = manager.block_pool
