@@ -104,6 +104,7 @@ COORDINATORS = Suite(
     (
         "test_block_map.py",
         "test_coordinator_strategies.py",
+        "test_events.py",
         "test_explanation.py",
         "test_fixed_point.py",
         "test_observer.py",

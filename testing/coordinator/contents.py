@@ -16,6 +16,7 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator
 from vllm.v1.core.kv_cache_utils import (
     BlockHash,
+    BlockHashWithGroupId,
     KVCacheBlock,
     get_request_block_hasher,
     init_none_hash,
@@ -253,6 +254,13 @@ def fill(pool: BlockPool, request: Request, cached: Cached, other: Request | Non
         for index in range(len(other.block_hashes)):
             end, block = (index + 1) * pool.hash_block_size, pool.blocks[NUM_BLOCKS - 1 - index]
             insert(pool, other.block_hashes, index % 3, end, block)
+
+
+def hashes_of(pool: BlockPool, block: KVCacheBlock) -> list[BlockHashWithGroupId]:
+    """Return all hashes under which a block is cached."""
+    if block.block_hash is None:
+        return []
+    return [block.block_hash, *pool.cached_block_hashes_by_block.get(block.block_id, ())]
 
 
 def every(step: int, end: int) -> range:

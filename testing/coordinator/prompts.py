@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
@@ -51,15 +51,20 @@ def engine_of(model: Model, blocks: int, settings: dict[str, str]) -> Engine:
     return engine
 
 
-def send(scheduler: Scheduler, name: str, prompt: Sequence[int], hash_unit: int) -> int:
-    """Run a prompt with a one-token answer in an idle scheduler. Returns its hit in tokens."""
+def send(
+    scheduler: Scheduler, name: str, prompt: Sequence[int], hash_unit: int, **sampling: Any
+) -> int:
+    """Run a prompt, by default with a one-token answer, in an idle scheduler.
+
+    Returns its hit in tokens.
+    """
     # In vLLM 0.33, a block's hash also covers the tokens that draft layers look ahead.
     ahead = getattr(scheduler, "num_hash_lookahead_tokens", 0)
     more = {"num_hash_lookahead_tokens": ahead} if ahead else {}
     request = Request(
         request_id=name,
         prompt_token_ids=list(prompt),
-        sampling_params=SamplingParams(max_tokens=1, ignore_eos=True),
+        sampling_params=SamplingParams(**{"max_tokens": 1, "ignore_eos": True, **sampling}),
         pooling_params=None,
         block_hasher=get_request_block_hasher(hash_unit, sha256, **more),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 from vllm.v1.request import Request
 
 from vllm_hybrid_kv.coordinator.block_map import install_grouped_map
+from vllm_hybrid_kv.coordinator.events import cache_runs, publish_hit
 from vllm_hybrid_kv.coordinator.explanation import Explanation
 from vllm_hybrid_kv.coordinator.lookup import LOOKUPS, GroupLookup
 from vllm_hybrid_kv.coordinator.observer import HitObserver
@@ -71,6 +73,9 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
         self._passed_blocks = PassedBlocks(self.single_type_managers)
         # For each request id: how many whole hash units were computed when it last cached blocks.
         self._offered: dict[str, int] = {}
+        pool = self.block_pool
+        if pool.enable_kv_cache_events:
+            pool.cache_full_blocks = partial(cache_runs, pool.cache_full_blocks)
 
     @property
     def knows_all_groups(self) -> bool:
@@ -191,6 +196,13 @@ class FixedPointCoordinator(HybridKVCacheCoordinator):
         if any(hits) and self._step_writes.overlap(hits, tokens):
             return self.block_pool.num_gpu_blocks + 1
         return super().get_num_blocks_to_allocate(*args, **kwargs)
+
+    def emit_cached_block_events(
+        self, request: Request, computed_blocks: tuple[list[KVCacheBlock], ...]
+    ) -> None:
+        for manager, blocks in zip(self.single_type_managers, computed_blocks, strict=True):
+            if blocks:
+                publish_hit(manager, request, blocks)
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
         self._cache_new_blocks(request, num_computed_tokens)

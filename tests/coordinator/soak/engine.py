@@ -7,7 +7,7 @@ import tempfile
 from functools import cache
 from typing import Any
 
-from vllm.config import VllmConfig
+from vllm.config import KVEventsConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -66,6 +66,7 @@ def configure(plan: Plan) -> VllmConfig:
         max_num_batched_tokens=2048,
         gpu_memory_utilization=0.1,
         enable_prefix_caching=True,
+        kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
         mamba_cache_mode="align" if plan.has_states else "none",
         additional_config={
             # Drafts are safe here, because only a real worker can corrupt states.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+from vllm.distributed.kv_events import KVCacheEvent
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator
@@ -18,6 +19,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import DraftTokenIds, KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from testing.coordinator.events import EventReplay
 from tests.coordinator.soak import checks
 from tests.coordinator.soak.connector import Load, SoakConnector, Transfer
 from tests.coordinator.soak.engine import make_scheduler
@@ -62,6 +64,9 @@ class World:
             self._scheduler = make_scheduler(plan)
         self._pool = self._scheduler.kv_cache_manager.block_pool
         self._hasher = get_request_block_hasher(plan.unit, sha256)
+        self._replay = EventReplay(plan.unit)
+        self._events: list[KVCacheEvent] = []
+        self._scheduler.kv_event_publisher.publish = lambda batch: self._events.extend(batch.events)
         self._prefixes = Prefixes()
         coordinator = self._scheduler.kv_cache_manager.coordinator
         alignment = plan.scheduler_block_size
@@ -353,6 +358,7 @@ class World:
         self._learn_hashes()
         checks.check_references(self._scheduler)
         checks.check_hash_map(self._pool)
+        checks.check_events(self._scheduler, self._replay, self._events)
         checks.check_policy(self._scheduler, self._lost, self._hashes, self._unhittable)
 
     def _learn_hashes(self) -> None:
@@ -365,3 +371,4 @@ class World:
                 end = (place + 1) * unit
                 self._meaning[request.block_hashes[place]] = (numbers[end - 1], end)
                 self._hashes[request.block_hashes[place]] = request.block_hashes
+            self._replay.learn(request.block_hashes[known:])

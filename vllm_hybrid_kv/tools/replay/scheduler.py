@@ -234,7 +234,8 @@ class Replay:
         manager = self._engine.scheduler.kv_cache_manager
         look_up = manager.get_computed_blocks
 
-        def measured(request: Request) -> Any:
+        # vLLM 0.33 may also pass the maximum length of the hit.
+        def measured(request: Request, *limit: int) -> Any:
             if request.request_id in self._attention_hits:
                 started = time.perf_counter()
                 # The coordinator's lookup of all groups also returns this hit, but would take a
@@ -252,7 +253,7 @@ class Replay:
                 )
                 self._attention_hits[request.request_id] = hit
                 self._lookup_seconds += time.perf_counter() - started
-            return look_up(request)
+            return look_up(request, *limit)
 
         manager.get_computed_blocks = measured
 
