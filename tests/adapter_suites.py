@@ -114,9 +114,11 @@ COORDINATORS = Suite(
     "not longest_prefix_that or [0]",
 )
 
+WINDOWS_AND_STATES = Suite("coordinator", ("test_hybrid_aware.py",), "windows")
+
 GPU_BACKEND = Suite("attention", ("test_gpu_backend.py",), "not stock")
 
-SUITES = (PLUGIN, PLANNING, TRANSFER, PROMISES, COORDINATORS, GPU_BACKEND)
+SUITES = (PLUGIN, PLANNING, TRANSFER, PROMISES, COORDINATORS, WINDOWS_AND_STATES, GPU_BACKEND)
 
 # One model of each kind: full attention (Llama), a window (Gemma3), recurrent states (Qwen3-Next).
 ENGINES = Suite(

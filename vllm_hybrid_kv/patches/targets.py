@@ -132,6 +132,8 @@ RELIED_ON: Table = {
         "BlockHashToBlockMap.insert": ("6303d7d4d73e9820", "6303d7d4d73e9820"),
         "BlockHashToBlockMap.pop": ("9d63f827ca0a59eb", "9d63f827ca0a59eb"),
         "BlockPool._maybe_evict_cached_block": ("b503fc39d33718cc", "b503fc39d33718cc"),
+        "BlockPool.cache_full_blocks": ("f9e1ec53d644c108", "957a84b978434803"),
+        "BlockPool.emit_cached_block_events": ("019126a87a735bb4", "4b72c9ffbc780e7e"),
         "BlockPool.evict_blocks": ("30ff603d1ad4d33e", "30ff603d1ad4d33e"),
         "BlockPool.reset_prefix_cache": ("4ebcfcca3198ce00", "4ebcfcca3198ce00"),
     },
