@@ -327,9 +327,13 @@ class Checkpoints:
         bound = saving / (self._state_blocks + len(checkpoint.blocks))
         if bound > limit:
             return bound
+        return saving / self.own_blocks(checkpoint)
+
+    def own_blocks(self, checkpoint: Checkpoint) -> int:
+        """Return how many blocks only this checkpoint needs: its states and attention blocks."""
         pins, alone = self.pins, int(checkpoint.pinned)
         own = sum([pins[block_id] == alone for block_id in checkpoint.blocks])
-        return saving / (self._state_blocks + own)
+        return self._state_blocks + own
 
     def unpin(self, checkpoint: Checkpoint) -> None:
         """Remove a checkpoint from the cache, and continue to track it."""

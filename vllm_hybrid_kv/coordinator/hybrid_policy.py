@@ -127,16 +127,15 @@ class HybridAwareCoordinator(FixedPointCoordinator):
 
     def leaving(self) -> Iterator[tuple[Checkpoint, list[KVCacheBlock]]]:
         """Yield the checkpoints, with their states, that are to be copied to host memory now."""
-        clean = len(self._queue.unpinned)
-        for checkpoint in self.checkpoints.outgoing:
-            clean += len(self._state_groups) + len(checkpoint.blocks)
+        checkpoints = self.checkpoints
+        clean = len(self._queue.unpinned) + sum(map(checkpoints.own_blocks, checkpoints.outgoing))
         while clean < max(self.block_pool.num_gpu_blocks // CLEAN_SHARE, self._largest):
-            leaving = self.checkpoints.next_outgoing(self._can_leave)
+            leaving = checkpoints.next_outgoing(self._can_leave)
             if leaving is None:
                 return
-            clean += len(self._state_groups) + len(leaving.blocks)
             states = self.block_pool.get_cached_block(leaving.key, self._state_groups)
             assert states is not None
+            clean += checkpoints.own_blocks(leaving)
             yield leaving, states
 
     def _can_leave(self, checkpoint: Checkpoint) -> bool:
