@@ -75,7 +75,8 @@ class CheckpointPolicy(CachePolicy):
     def get(self, key: OffloadKey) -> ChunkStatus | None:
         return self._chunks.get(key)
 
-    def insert(self, key: OffloadKey, chunk: ChunkStatus) -> None:
+    # vLLM 0.33 adds the context of a request.
+    def insert(self, key: OffloadKey, chunk: ChunkStatus, *_: ReqContext) -> None:
         self._chunks[key] = chunk
         self._keys[chunk.chunk_id] = key
 
