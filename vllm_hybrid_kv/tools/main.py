@@ -14,6 +14,7 @@ from vllm_hybrid_kv.tools.doctor import command as doctor
 from vllm_hybrid_kv.tools.eval import command as evaluate
 from vllm_hybrid_kv.tools.plan import command as plan
 from vllm_hybrid_kv.tools.replay import command as replay
+from vllm_hybrid_kv.tools.trace import command as trace
 from vllm_hybrid_kv.version import __version__
 
 _ClickException: Any = next(
@@ -89,3 +90,4 @@ app.command(
     context_settings=SERVE_OPTIONS,
     options_metavar="--model MODEL --memory SIZE [OPTIONS] [SERVE OPTIONS]",
 )(replay.replay)
+app.command("trace")(trace.trace)

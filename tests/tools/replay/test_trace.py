@@ -34,7 +34,9 @@ REQUEST = {"timestamp": 0, "input_length": 700, "output_length": 1, "hash_ids": 
         ({**REQUEST, "input_length": 0}, "input_length: Input should be greater than 0, got 0"),
         ({**REQUEST, "output_length": None}, "output_length: .* valid integer, got None"),
         ({**REQUEST, "output_length": True}, "output_length: .* valid integer, got True"),
-        ({**REQUEST, "hash_ids": [1]}, "700 tokens are 2 blocks of 512, but hash_ids has 1"),
+        ({**REQUEST, "hash_ids": [1]}, "700 tokens are 2 blocks of 512, but hash_ids has 1; if"),
+        ({**REQUEST, "hash_ids": [1], "block_size": 700}, "block_size is 700, but 512 in the"),
+        ({**REQUEST, "block_size": 0}, "block_size: Input should be greater than 0, got 0"),
         ({**REQUEST, "hash_ids": [1, "a"]}, "hash_ids: 1: .* valid integer, got 'a'"),
         ({**REQUEST, "timestamp": "now"}, "timestamp: .* valid number, got 'now'"),
         ([], "Input should be an object"),
@@ -55,6 +57,15 @@ def test_a_file_without_requests_is_refused(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(TraceError, match=message):
         read_trace(path)
+
+
+def test_a_line_without_a_block_size_has_the_one_that_the_user_passes(tmp_path):
+    requests = [TracedRequest(0, 20, 1, (1, 2), block_size=16)]
+    path = tmp_path / "trace"
+    write_trace(path, requests)
+    assert read_trace(path) == requests
+    path.write_text('{"timestamp": 0, "input_length": 20, "output_length": 1, "hash_ids": [1, 2]}')
+    assert read_trace(path, block_size=16) == requests
 
 
 def test_the_timestamp_can_be_omitted(tmp_path):

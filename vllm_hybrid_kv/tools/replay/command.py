@@ -130,6 +130,9 @@ def replay(
     limit: Annotated[int | None, typer.Option(min=1, help="Replay only the first N requests.")] = (
         None
     ),
+    trace_block_size: Annotated[
+        int, typer.Option(min=1, help="Tokens of a hash id, for lines without a block_size.")
+    ] = BLOCK_TOKENS,
     json_: JsonOption = None,
     plot: PlotOption = None,
     markdown: MarkdownOption = False,
@@ -168,7 +171,7 @@ def replay(
     check_strategy("--coordinator", "coordinator", coordinator)
     check_strategy("--match-unit", "prefix_match_unit", match_unit)
     check_environment(["coordinator", "prefix_match_unit"])
-    requests = read_trace(trace, limit)
+    requests = read_trace(trace, limit, trace_block_size)
     path = config_path(model)
     read_config(path)
     prepare()
@@ -271,8 +274,8 @@ def _tables(outcomes: Sequence[Outcome], requests: Sequence[TracedRequest]) -> I
                 (name, *(column.get(name, "0") for column in columns))
                 for name in dict.fromkeys(name for column in columns for name in column)
             ],
-            f"{shared:.1%} of the prompt tokens repeat whole blocks of {BLOCK_TOKENS} tokens of "
-            "earlier requests.",
+            f"{shared:.1%} of the prompt tokens repeat whole blocks of {requests[0].block_size} "
+            "tokens of earlier requests.",
         )
 
 

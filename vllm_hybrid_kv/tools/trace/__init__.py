@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Convert recorded chats, or the log of a vLLM server, into a trace for `replay`."""
