@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from benchmarks.prefix_cache.traces import agents, short_prompts
+from vllm_hybrid_kv.tools.replay.peers import PEERS
 from vllm_hybrid_kv.tools.replay.trace import TracedRequest, read_trace
 
 SHAPES = Path(__file__).with_name("shapes")
@@ -25,14 +27,30 @@ STOCK = "stock"
 STOCK_16 = "stock, unit 16"
 FIXED_POINT = "fixed_point"
 HYBRID_AWARE = "hybrid_aware"
+VLLM_BEST = "stock, unit 16, dense"
+SGLANG, MARCONI = PEERS
 STRATEGIES = {
     STOCK: {"coordinator": "stock", "prefix_match_unit": "stock"},
     # For every model here, `auto` picks a match unit of 16 tokens.
     STOCK_16: {"coordinator": "stock", "prefix_match_unit": "auto"},
     FIXED_POINT: {"coordinator": "fixed_point", "prefix_match_unit": "auto"},
     HYBRID_AWARE: {"coordinator": "hybrid_aware", "prefix_match_unit": "auto"},
+    VLLM_BEST: {"coordinator": "stock", "prefix_match_unit": "auto"},
+    # Peers are simulated, so they have no settings.
+    SGLANG: {},
+    MARCONI: {},
 }
 """The plugin's settings of each strategy, by the strategy's name in tables and plots."""
+
+ENGINE_ARGUMENTS: dict[str, dict[str, Any]] = {
+    VLLM_BEST: {
+        # Cache the state of every block. By default vLLM caches only those at ends of prompts.
+        "prefix_cache_retention_interval": None,
+        # Has no effect without draft tokens.
+        "enable_mamba_shared_prefix_checkpoint": True,
+    }
+}
+"""Further arguments of vLLM's engine, by strategy."""
 
 MAIN_MODEL = "qwen3.6-35b-a3b"
 ATTENTION_ONLY = "llama-3.1-8b"
@@ -66,7 +84,15 @@ class Part:
 
 
 PARTS = {
-    "memory": Part("The public trace, by memory", list(STRATEGIES), 3000, (4, 20, 80, 200, 400)),
+    "memory": Part(
+        "The public trace, by memory",
+        (STOCK, STOCK_16, FIXED_POINT, HYBRID_AWARE),
+        3000,
+        (4, 20, 80, 200, 400),
+    ),
+    "peers": Part(
+        "Peers", (STOCK, STOCK_16, VLLM_BEST, SGLANG, MARCONI, HYBRID_AWARE), 3000, (4, 20, 80)
+    ),
     "models": Part(
         "Models and KV cache dtypes",
         (STOCK, HYBRID_AWARE),

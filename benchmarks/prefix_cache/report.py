@@ -29,7 +29,9 @@ def markdown(result: Mapping[str, Any]) -> str:
         "",
         "Percent of the prompt tokens that came from the cache, by GiB of KV cache, with 32 "
         "requests in flight. `stock, unit 16` is vLLM's coordinator with `prefix_match_unit=16`, "
-        "`fixed_point` and `hybrid_aware` have `prefix_match_unit=auto`.",
+        "`fixed_point` and `hybrid_aware` have `prefix_match_unit=auto`. `stock, unit 16, dense` "
+        "also caches the state of every block (`--prefix-cache-retention-interval`). `sglang` and "
+        "`marconi` are simulations.",
     ]
     for (part,), rows in split(result["rows"], "part").items():
         lines += ["", f"## {PARTS[part].title}", "", *_table(rows, result["shareable"])]
@@ -50,7 +52,7 @@ def _table(rows: Sequence[Row], shareable: Mapping[str, float]) -> Iterator[str]
     names = ("trace", "model", "dtype")
     lines = []
     for key, some in split(rows, *names).items():
-        blocks = sorted({row["block_tokens"] for row in some if row["fits"]})
+        blocks = sorted({row["block_tokens"] for row in some if "block_tokens" in row})
         for (strategy,), line in split(some, "strategy").items():
             cells = {row["memory"]: rate(row) for row in line}
             rates = (cells.get(size, "") for size in sizes)
@@ -164,7 +166,7 @@ def draw(path: Path, rows: Iterable[Row]) -> None:
     )
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
-    markers = dict(zip(STRATEGIES, "s+^o", strict=True))
+    markers = dict(zip(STRATEGIES, "s+^oxvd", strict=True))
     for axes, ((_, model, trace, requests), some) in zip(grid.flat, panels.items(), strict=False):
         for (dtype, strategy), line in split(some, "dtype", "strategy").items():
             axes.plot(

@@ -16,11 +16,21 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.prefix_cache.cases import CONCURRENCY, SHAPES, STRATEGIES, Case, requests_of
+from benchmarks.prefix_cache.cases import (
+    CONCURRENCY,
+    ENGINE_ARGUMENTS,
+    SHAPES,
+    STRATEGIES,
+    Case,
+    requests_of,
+)
 from vllm_hybrid_kv.settings import ENVIRONMENT_PREFIX
+from vllm_hybrid_kv.tools.replay.peers import PEERS
 
 if TYPE_CHECKING:
     from vllm_hybrid_kv.tools.plan.engine import Model
+    from vllm_hybrid_kv.tools.replay.scheduler import Tally
+    from vllm_hybrid_kv.tools.replay.trace import TracedRequest
 
 Row = dict[str, Any]
 
@@ -70,12 +80,13 @@ def describe(case: Case) -> Model:
             "max_num_batched_tokens": 8192,
             "enable_prefix_caching": True,
             "gpu_memory_utilization": 0.1,
+            **ENGINE_ARGUMENTS.get(case.strategy, {}),
         }
     )
 
 
 def run_batch(cases: Sequence[Case], public: Path | None) -> list[Row]:
-    """Replay cases of one model, dtype and trace, and return a row for each."""
+    """Replay cases of one model, dtype, trace and engine, and return a row for each."""
     from vllm_hybrid_kv.errors import HybridKVError
     from vllm_hybrid_kv.tools.replay.scheduler import Replay
 
@@ -83,6 +94,9 @@ def run_batch(cases: Sequence[Case], public: Path | None) -> list[Row]:
     model = describe(cases[0])
     rows = []
     for case in cases:
+        if case.strategy in PEERS:
+            rows.append(_simulate(case, model, requests))
+            continue
         try:
             engine = model.engine(int(case.memory * GIB), dict(STRATEGIES[case.strategy]))
         except HybridKVError:
@@ -100,24 +114,43 @@ def run_batch(cases: Sequence[Case], public: Path | None) -> list[Row]:
                 "blocks": engine.kv_cache_config.num_blocks,
                 "block_tokens": engine.scheduler_block_size,
                 "match_tokens": engine.hash_block_size,
-                "prompt_tokens": tally.prompt_tokens,
-                "hit_tokens": tally.hit_tokens,
-                "hit_rate": tally.hit_rate,
-                # Two runs have equal digests if each request hit the same number of tokens.
-                "hits_digest": hashlib.sha256(json.dumps(tally.hits).encode()).hexdigest()[:16],
-                "recomputed_tokens": tally.recomputed_tokens,
-                "preemptions": tally.preemptions,
-                "steps": tally.steps,
+                **_counts(tally),
             }
         )
     return rows
 
 
+def _counts(tally: Tally) -> Row:
+    return {
+        "prompt_tokens": tally.prompt_tokens,
+        "hit_tokens": tally.hit_tokens,
+        "hit_rate": tally.hit_rate,
+        # Two runs have equal digests if each request hit the same number of tokens.
+        "hits_digest": hashlib.sha256(json.dumps(tally.hits).encode()).hexdigest()[:16],
+        "recomputed_tokens": tally.recomputed_tokens,
+        "preemptions": tally.preemptions,
+        "steps": tally.steps,
+    }
+
+
+def _simulate(case: Case, model: Model, requests: Sequence[TracedRequest]) -> Row:
+    from vllm_hybrid_kv.tools.replay.peers.loop import sizes
+    from vllm_hybrid_kv.tools.replay.peers.registry import best_run
+
+    peer = best_run(
+        case.strategy,
+        sizes(model.specs, int(case.memory * GIB), model.text_config),
+        lambda peer: peer.run(requests, CONCURRENCY, model.max_num_batched_tokens),
+    )
+    return {**asdict(case), "fits": True, "match_tokens": peer.unit, **_counts(peer.tally)}
+
+
 def batches(cases: Iterable[Case]) -> list[list[Case]]:
-    """Split cases by model, dtype and trace, at most `CASES_PER_PROCESS` each."""
+    """Split cases by model, dtype, trace and engine, at most `CASES_PER_PROCESS` each."""
     alike: dict[tuple[Any, ...], list[Case]] = {}
     for case in cases:
-        key = (case.model, case.dtype, case.trace, case.requests)
+        arguments = str(ENGINE_ARGUMENTS.get(case.strategy))
+        key = (case.model, case.dtype, case.trace, case.requests, arguments)
         alike.setdefault(key, []).append(case)
     return [
         some[start : start + CASES_PER_PROCESS]

@@ -99,6 +99,8 @@ class Model:
     Attributes:
         specs: The spec of each layer with a KV cache, by name, for one rank.
         layout: The name of the cache's layout.
+        text_config: The configuration of the language model.
+        max_num_batched_tokens: The most tokens of a scheduler's step.
     """
 
     def __init__(
@@ -155,6 +157,8 @@ class Model:
 
     def _build_stage(self, stage: int) -> dict[str, KVCacheSpec]:
         config = self._configure()
+        self.text_config = config.model_config.hf_text_config
+        self.max_num_batched_tokens = config.scheduler_config.max_num_batched_tokens
         parallel = config.parallel_config
         self._stock_alignment = resolve(config.additional_config).unify_page_sizes == "stock"
         with ExitStack() as stack:

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,6 +30,7 @@ from vllm_hybrid_kv.tools.output import (
 )
 from vllm_hybrid_kv.tools.plan.model_description import config_path, described, read_config
 from vllm_hybrid_kv.tools.plan.vllm_import import prepare
+from vllm_hybrid_kv.tools.replay.peers import PEERS
 from vllm_hybrid_kv.tools.replay.trace import (
     BLOCK_TOKENS,
     TracedRequest,
@@ -36,7 +39,7 @@ from vllm_hybrid_kv.tools.replay.trace import (
 )
 
 if TYPE_CHECKING:
-    from vllm_hybrid_kv.tools.plan.engine import Engine
+    from vllm_hybrid_kv.tools.plan.engine import Engine, Model
     from vllm_hybrid_kv.tools.replay.scheduler import Tally
 
 SCHEMA = 1
@@ -49,6 +52,7 @@ class Outcome:
     """The result of a replay with one strategy (`coordinator`) and one size of memory (in bytes).
 
     Attributes:
+        blocks: Blocks of the pool; 0 for a peer, which is simulated without blocks.
         host_memory: Bytes of host memory for the OffloadingConnector; 0 without it.
         prefill_rate: Tokens that the model computes per second.
         match_tokens: Hits end at multiples of this number of tokens.
@@ -103,7 +107,11 @@ def replay(
         ),
     ] = "hybrid_aware",
     compare: Annotated[
-        list[str] | None, typer.Option(help="Another strategy to compare with. Can be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="Another strategy to compare with. Can be repeated. "
+            f"{' and '.join(PEERS)} are simulations of these systems."
+        ),
     ] = None,
     match_unit: Annotated[
         str,
@@ -167,7 +175,8 @@ def replay(
     strategies = list(dict.fromkeys([*(compare or ()), coordinator]))
     check_paths(json_, plot)
     for name in compare or ():
-        check_strategy("--compare", "coordinator", name)
+        if name not in PEERS:
+            check_strategy("--compare", "coordinator", name)
     check_strategy("--coordinator", "coordinator", coordinator)
     check_strategy("--match-unit", "prefix_match_unit", match_unit)
     check_environment(["coordinator", "prefix_match_unit"])
@@ -193,6 +202,11 @@ def replay(
         for size, name, host in product(sizes, strategies, models):
             unit = "stock" if name == "stock" else match_unit
             try:
+                if name in PEERS:
+                    # The peers are simulated without host memory.
+                    if host == hosts[0]:
+                        outcomes.append(_run_peer(models[host], requests, size, name, concurrency))
+                    continue
                 with description.errors_in_one_line():
                     settings = {"coordinator": name, "prefix_match_unit": unit}
                     engine = models[host].engine(size, settings)
@@ -234,17 +248,7 @@ def _run(
 
     host = HostMemory(engine, bandwidth, prefill_rate) if host_memory else None
     replayed = Replay(engine, requests, concurrency, host)
-    progress: list[float] = []
-    with progress_bar("hit rate {task.fields[rate]:.1%}") as bar:
-        task = bar.add_task(f"{name}, {format_size(memory)}", total=len(requests), rate=0.0)
-
-        def finished(count: int) -> None:
-            rate = replayed.tally.hit_rate
-            bar.update(task, completed=count, rate=rate)
-            while len(progress) < 20 * count // len(requests):
-                progress.append(rate)
-
-        tally = replayed.run(finished)
+    progress = _shown(f"{name}, {format_size(memory)}", len(requests), replayed.tally, replayed.run)
     return Outcome(
         coordinator=name,
         memory=memory,
@@ -253,9 +257,57 @@ def _run(
         blocks=engine.kv_cache_config.num_blocks,
         block_tokens=engine.scheduler_block_size,
         match_tokens=hit_alignment(engine),
-        tally=tally,
+        tally=replayed.tally,
         progress=progress,
     )
+
+
+def _run_peer(
+    model: Model, requests: Sequence[TracedRequest], memory: int, name: str, concurrency: int
+) -> Outcome:
+    """Simulate a peer with the memory, the layers and the batch size of `model`."""
+    from vllm_hybrid_kv.tools.replay.peers.loop import Peer, sizes
+    from vllm_hybrid_kv.tools.replay.peers.registry import best_run
+
+    progress: dict[Peer, list[float]] = {}
+
+    def run(peer: Peer) -> None:
+        progress[peer] = _shown(
+            f"{name}, {format_size(memory)}",
+            len(requests),
+            peer.tally,
+            partial(peer.run, requests, concurrency, model.max_num_batched_tokens),
+        )
+
+    peer = best_run(name, sizes(model.specs, memory, model.text_config), run)
+    return Outcome(
+        coordinator=name,
+        memory=memory,
+        host_memory=0,
+        prefill_rate=math.inf,
+        blocks=0,
+        block_tokens=0,
+        match_tokens=peer.unit,
+        tally=peer.tally,
+        progress=progress[peer],
+    )
+
+
+def _shown(
+    label: str, total: int, tally: Tally, run: Callable[[Callable[[int], None]], object]
+) -> list[float]:
+    """Run a replay with a progress bar, and return the hit rate after each twentieth of it."""
+    progress: list[float] = []
+    with progress_bar("hit rate {task.fields[rate]:.1%}") as bar:
+        task = bar.add_task(label, total=total, rate=0.0)
+
+        def finished(count: int) -> None:
+            bar.update(task, completed=count, rate=tally.hit_rate)
+            while len(progress) < 20 * count // total:
+                progress.append(tally.hit_rate)
+
+        run(finished)
+    return progress
 
 
 def _tables(outcomes: Sequence[Outcome], requests: Sequence[TracedRequest]) -> Iterator[Table]:
@@ -271,7 +323,13 @@ def _tables(outcomes: Sequence[Outcome], requests: Sequence[TracedRequest]) -> I
             f"{format_size(memory)}",
             ("", *(f">{outcome.name}" for outcome in shown)),
             [
-                (name, *(column.get(name, "0") for column in columns))
+                (
+                    name,
+                    *(
+                        column.get(name, "0" if outcome.blocks else "-")
+                        for outcome, column in zip(shown, columns, strict=True)
+                    ),
+                )
                 for name in dict.fromkeys(name for column in columns for name in column)
             ],
             f"{shared:.1%} of the prompt tokens repeat whole blocks of {requests[0].block_size} "
@@ -282,6 +340,12 @@ def _tables(outcomes: Sequence[Outcome], requests: Sequence[TracedRequest]) -> I
 def _numbers(outcome: Outcome, tiers: bool) -> dict[str, str]:
     """Return the rows of a column, with those of host memory if `tiers` is set."""
     tally = outcome.tally
+    if not outcome.blocks:
+        return {
+            "hit rate": f"{tally.hit_rate:.2%}",
+            "prefill tokens saved": f"{tally.hit_tokens:,}",
+            "match unit, tokens": f"{outcome.match_tokens:,}",
+        }
     from_host = tally.host_hit_tokens / tally.prompt_tokens
     by_tier = {
         "  from the device": f"{tally.hit_rate - from_host:.2%}",

@@ -83,7 +83,7 @@ class Tally:
     @property
     def step_ms(self) -> float:
         """The median time of a scheduler step, in milliseconds."""
-        return 1000 * statistics.median(self.schedule_seconds)
+        return 1000 * statistics.median(self.schedule_seconds or [0.0])
 
     @property
     def request_ms(self) -> float:
