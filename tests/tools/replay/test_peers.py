@@ -9,7 +9,7 @@ import random
 from itertools import takewhile
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -40,6 +40,7 @@ def common(one, other):
 SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8).map(tuple), max_size=8)
 
 
+@settings(deadline=None)
 @given(SEQUENCES, SEQUENCES, st.randoms())
 def test_the_tree_finds_the_longest_prefix_and_the_deepest_state(inserted, sought, draw):
     tree, states = Tree(), set()
@@ -58,6 +59,7 @@ def test_the_tree_finds_the_longest_prefix_and_the_deepest_state(inserted, sough
         assert node.depth == max(fitting, default=0)
 
 
+@settings(deadline=None)
 @given(SEQUENCES, st.randoms())
 def test_a_node_that_is_merged_with_its_child_stays_in_the_tree(inserted, draw):
     tree = Tree()
@@ -69,7 +71,7 @@ def test_a_node_that_is_merged_with_its_child_stays_in_the_tree(inserted, draw):
         tree.merge_with_child(draw.choice(single))
     assert tree.units == before
     assert all(tree.match(units)[1] == len(units) for units in inserted)
-    assert tree.states == sum(node.state for node in tree.nodes) == len(tree.nodes)
+    assert tree.states == sum(node.state for node in tree.nodes)
 
 
 def blocks(*ids, answer=10):
@@ -117,7 +119,7 @@ def chats(seed, count=60):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("memory", [60_000, 150_000, 1_000_000])
+@pytest.mark.parametrize("memory", [20_000, 60_000, 150_000])
 def test_a_peer_never_exceeds_its_memory(policy, memory):
     peer = policy(sizes(memory))
     most = 0
@@ -126,8 +128,9 @@ def test_a_peer_never_exceeds_its_memory(policy, memory):
         def call(request, *arguments):
             nonlocal most
             method(request, *arguments)
-            tokens = peer.reserved(peer.running) + peer.unit * peer.tree.units
-            most = max(most, tokens + STATE * (peer.tree.states + len(peer.running)))
+            running = [one for one in peer.running if one.done < one.total]
+            tokens = peer.reserved(running) + peer.unit * peer.tree.units
+            most = max(most, tokens + STATE * (peer.tree.states + len(running)))
             assert peer.tree.units == sum(len(node.key) for node in peer.tree.nodes)
             pinned = sum(len(node.key) for node in peer.tree.nodes if node.pins)
             assert peer.tree.pinned == pinned
@@ -143,14 +146,14 @@ def test_a_peer_never_exceeds_its_memory(policy, memory):
 
 def test_more_memory_hits_more():
     for policy in POLICIES:
-        rates = [policy(sizes(size)).run(chats(1), 4, 2048).hit_rate for size in (60_000, 10**7)]
+        rates = [policy(sizes(size)).run(chats(1), 4, 2048).hit_rate for size in (24_000, 10**7)]
         assert rates[0] < rates[1]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_request_that_cannot_fit_is_named(policy):
-    with pytest.raises(ToolError, match="request 2 of the trace has 522 tokens, more than"):
-        policy(sizes(6000)).run([TracedRequest(0, 20, 1, (1,)), blocks(2)], 1, 8192)
+    with pytest.raises(ToolError, match="request 2 of the trace has 12,298 tokens, more than"):
+        policy(sizes(12_000)).run([TracedRequest(0, 20, 1, (1,)), blocks(*range(2, 26))], 1, 8192)
 
 
 def test_replay_compares_peers_with_a_coordinator(tmp_path, restored_environment):
@@ -164,7 +167,8 @@ def test_replay_compares_peers_with_a_coordinator(tmp_path, restored_environment
     assert done.exit_code == 0, done.output
     rows = {row["coordinator"]: row for row in json.loads((tmp_path / "rows").read_text())}
     hits = {name: row["hit_tokens"] for name, row in rows.items()}
-    assert hits == {"sglang": 1536, "marconi": 1536, "hybrid_aware": 1536}
+    assert hits["sglang"] == hits["marconi"] == 1024 + 512
+    assert hits["hybrid_aware"] > 1500
     assert rows["sglang"]["progress"][-1] == rows["sglang"]["hit_rate"]
 
 

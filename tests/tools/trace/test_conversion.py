@@ -8,7 +8,7 @@ import logging
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 from vllm.entrypoints.serve.utils.request_logger import RequestLogger
@@ -33,6 +33,7 @@ def test_prompts_of_370_tokens_that_share_369_hit(tmp_path):
         assert Replay(engine, trace_of(prompts, block_size), 1).run().hits == hits
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), max_size=9), st.integers(1, 4))
 def test_equal_ids_mean_equal_prefixes(prompts, block_size):
     requests = trace_of(prompts, block_size)
