@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -205,7 +204,10 @@ def replay(
                 if name in PEERS:
                     # The peers are simulated without host memory.
                     if host == hosts[0]:
-                        outcomes.append(_run_peer(models[host], requests, size, name, concurrency))
+                        peer = _run_peer(
+                            models[host], requests, size, name, concurrency, prefill_rate
+                        )
+                        outcomes.append(peer)
                     continue
                 with description.errors_in_one_line():
                     settings = {"coordinator": name, "prefix_match_unit": unit}
@@ -263,7 +265,12 @@ def _run(
 
 
 def _run_peer(
-    model: Model, requests: Sequence[TracedRequest], memory: int, name: str, concurrency: int
+    model: Model,
+    requests: Sequence[TracedRequest],
+    memory: int,
+    name: str,
+    concurrency: int,
+    prefill_rate: float,
 ) -> Outcome:
     """Simulate a peer with the memory, the layers and the batch size of `model`."""
     from vllm_hybrid_kv.tools.replay.peers.loop import Peer, sizes
@@ -284,7 +291,7 @@ def _run_peer(
         coordinator=name,
         memory=memory,
         host_memory=0,
-        prefill_rate=math.inf,
+        prefill_rate=prefill_rate,
         blocks=0,
         block_tokens=0,
         match_tokens=peer.unit,
