@@ -4,9 +4,11 @@
 import random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vllm_hybrid_kv.coordinator.checkpoints import CheckpointKind, Checkpoints
-from vllm_hybrid_kv.coordinator.traffic import age_range
+from vllm_hybrid_kv.coordinator.traffic import Turn, age_range
 
 END = CheckpointKind.PROMPT
 PLACES = (END, CheckpointKind.BRANCH, CheckpointKind.ANSWER, CheckpointKind.BOUNDARY)
@@ -17,8 +19,8 @@ def checkpoints():
     return Checkpoints(state_blocks=3, block_tokens=1000)
 
 
-def add(checkpoints, key, tokens, place, blocks, parent, supersedes=True):
-    checkpoint, released = checkpoints.enter(key, tokens, place, blocks, parent, supersedes)
+def add(checkpoints, key, tokens, place, blocks, parent, supersedes=True, turn=Turn.FIRST):
+    checkpoint, released = checkpoints.enter(key, tokens, place, blocks, parent, supersedes, turn)
     assert released is None
     return checkpoint
 
@@ -70,6 +72,51 @@ def test_an_answer_that_may_not_return_supersedes_nothing(checkpoints):
     )
     assert end.kind is CheckpointKind.PROMPT
     assert answer.fallback() is end
+
+
+def test_the_next_turn_supersedes_an_answer_and_the_prompt_that_the_answer_did_not(checkpoints):
+    arrive(checkpoints)
+    end = add(checkpoints, b"end", 3000, END, [1, 2, 3], None)
+    answer = add(
+        checkpoints, b"answer", 3200, CheckpointKind.ANSWER, [1, 2, 3], end, supersedes=False
+    )
+    arrive(checkpoints, b"end", b"answer")
+    following = add(checkpoints, b"next", 4000, END, [1, 2, 3, 4], answer)
+    assert [end.kind, answer.kind] == [CheckpointKind.SUPERSEDED] * 2
+    assert following.fallback() is None
+    checkpoints.unpin(answer)
+    assert end.kind is CheckpointKind.SUPERSEDED
+    checkpoints.unpin(following)
+    assert end.kind is END
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(PLACES), st.booleans()), max_size=40))
+def test_a_checkpoint_is_superseded_only_while_a_longer_one_is_pinned(steps):
+    checkpoints, latest = Checkpoints(3, 1000), None
+    for number, (unpins, place, supersedes) in enumerate(steps, 1):
+        arrive(checkpoints)
+        key = str(number).encode()
+        latest = add(checkpoints, key, 500 * number, place, [number], latest, supersedes) or latest
+        for _ in range(min(unpins, len(checkpoints.pinned) - 1)):
+            checkpoints.unpin(checkpoints.pinned[(7 * number) % len(checkpoints.pinned)])
+        for one in checkpoints._tracked.values():
+            assert all(longer.pinned and longer.tokens > one.tokens for longer in one.extensions)
+            assert one.pinned or not one.extensions
+    while checkpoints.pinned:
+        checkpoints.unpin(checkpoints.pinned[0])
+    assert not any(one.extensions for one in checkpoints._tracked.values())
+
+
+def test_a_checkpoint_of_a_turn_that_returns_seldom_is_evicted_before_others(checkpoints):
+    for i in range(300):
+        arrive(checkpoints, *([b"%d" % (i - 5)] if i % 2 else []))
+        turn = Turn.DOCUMENT if i % 2 else Turn.MESSAGE
+        checkpoints.unpin(add(checkpoints, b"%d" % i, 3000, END, [i], None, turn=turn))
+    # Only messages returned.
+    message = add(checkpoints, b"message", 3000, END, [400, 401], None, turn=Turn.MESSAGE)
+    document = add(checkpoints, b"document", 3000, END, [402, 403], None, turn=Turn.DOCUMENT)
+    assert [checkpoints.evict(), checkpoints.evict()] == [document, message]
 
 
 def test_a_return_counts_for_all_evicted_checkpoints_down_to_the_longest_pinned(checkpoints):
@@ -150,7 +197,7 @@ def test_the_number_of_tracked_checkpoints_is_bounded(checkpoints):
         add(checkpoints, str(i).encode(), 3000, END, [i], None)
         if len(checkpoints.pinned) > 50:
             checkpoints.evict()
-    assert len(checkpoints._tracked) < 4 * 51 + 1024 + 64
+    assert len(checkpoints._tracked) < 4 * 51 + 4096 + 64
 
 
 def test_the_evicted_checkpoint_is_worth_the_least_of_all(checkpoints):
@@ -160,12 +207,14 @@ def test_the_evicted_checkpoint_is_worth_the_least_of_all(checkpoints):
         # Many of these blocks are shared, so counting them all gives only a lower bound of worth.
         blocks = {draw.randrange(40) for _ in range(draw.randrange(1, 9))}
         place = draw.choice(PLACES)
-        add(checkpoints, str(i).encode(), draw.randrange(100, 9000), place, blocks, None)
+        tokens, turn = draw.randrange(100, 9000), draw.choice(list(Turn))
+        add(checkpoints, str(i).encode(), tokens, place, blocks, None, turn=turn)
 
     def worth(one):
         fallback = one.fallback()
         saved = one.tokens - (fallback.tokens if fallback else 0)
-        index = checkpoints._curves[one.kind].index[age_range(checkpoints._now - one.last_use)]
+        age = age_range(checkpoints._now - one.last_use)
+        index = checkpoints._curves[one.kind].index[one.turn][age]
         own = sum(checkpoints.pins[block] == 1 for block in one.blocks)
         return index * saved / (3 + own), one.slot
 

@@ -6,8 +6,20 @@ import random
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from vllm_hybrid_kv.coordinator.traffic import EDGES, ReuseCurve, SeenPrefixes, age_range
+from vllm_hybrid_kv.coordinator.traffic import (
+    DOCUMENT_TOKENS,
+    EDGES,
+    ReuseCurve,
+    SeenPrefixes,
+    Turn,
+    age_range,
+)
+
+FIRST = Turn.FIRST
+ages = st.integers(0, 5000)
 
 
 def hashes(count, seed=0, after=()):
@@ -28,7 +40,7 @@ def test_an_age_is_within_the_edges_of_its_range():
 
 
 def test_the_prior_index_decreases_with_age():
-    index = ReuseCurve().index
+    index = ReuseCurve().index[FIRST]
     assert index == sorted(index, reverse=True)
     assert len(set(index)) == len(index)
 
@@ -39,20 +51,20 @@ def test_the_rate_is_returns_per_time_waited():
     for _ in range(20_000):
         # At any age, a checkpoint returns at a rate of 1/500. It is tracked for 1,000 requests.
         age = int(draw.expovariate(1 / 500))
-        curve.record(0, min(age, 1000), returned=age < 1000)
+        curve.record(FIRST, 0, min(age, 1000), returned=age < 1000)
     curve.update(())
     for index in range(4, 9):
-        assert curve.rates[index] == pytest.approx(1 / 500, rel=0.15)
+        assert curve.rates[FIRST, index] == pytest.approx(1 / 500, rel=0.15)
     # If the rate is constant, so is the index.
-    assert np.ptp(curve.index[4:9]) < 0.2 / 500
+    assert np.ptp(curve.index[FIRST][4:9]) < 0.2 / 500
 
 
 def test_the_index_rises_towards_the_age_at_which_users_return():
     curve = ReuseCurve()
     for i in range(1000):
-        curve.record(0, 256 + i % 256 if i % 4 == 0 else 4096, returned=i % 4 == 0)
+        curve.record(FIRST, 0, 256 + i % 256 if i % 4 == 0 else 4096, returned=i % 4 == 0)
     curve.update(())
-    young, waiting, returning, old = (curve.index[age_range(a)] for a in (2, 100, 300, 2000))
+    young, waiting, returning, old = (curve.index[FIRST][age_range(a)] for a in (2, 100, 300, 2000))
     assert young < waiting < returning
     assert old < young / 5
 
@@ -60,25 +72,74 @@ def test_the_index_rises_towards_the_age_at_which_users_return():
 def test_waiting_checkpoints_lower_the_rate():
     curve = ReuseCurve()
     for _ in range(50):
-        curve.record(0, 10, returned=True)
+        curve.record(FIRST, 0, 10, returned=True)
     curve.update(())
-    without = curve.rates[age_range(10)]
-    curve.update([(0, 100)] * 950)
-    assert curve.rates[age_range(10)] < without / 5
+    without = curve.rates[FIRST, age_range(10)]
+    curve.update([(FIRST, 0, 100)] * 950)
+    assert curve.rates[FIRST, age_range(10)] < without / 5
 
 
 def test_time_counts_for_the_kind_in_which_it_was_spent():
     whole, first, second = ReuseCurve(), ReuseCurve(), ReuseCurve()
-    whole.record(0, 700, returned=True)
-    first.record(0, 300, returned=False)
-    second.record(300, 700, returned=True)
-    assert list(first._time + second._time) == list(whole._time)
-    assert list(first._returns + second._returns) == list(whole._returns)
+    whole.record(FIRST, 0, 700, returned=True)
+    first.record(FIRST, 0, 300, returned=False)
+    second.record(FIRST, 300, 700, returned=True)
+    assert (first._time + second._time).tolist() == whole._time.tolist()
+    assert (first._returns + second._returns).tolist() == whole._returns.tolist()
     waiting = ReuseCurve()
-    waiting.update([(300, 700), (0, 300)])
+    # A turn without observations has the rates of all turns.
+    waiting.update([(FIRST, 300, 700), (FIRST, 0, 300)])
     whole.update(())
-    assert waiting.rates[age_range(700)] < whole.rates[age_range(700)]
-    assert waiting.rates[age_range(200)] == whole.rates[age_range(200)]
+    assert waiting.rates[Turn.EDITED, age_range(700)] < whole.rates[Turn.EDITED, age_range(700)]
+    assert waiting.rates[Turn.EDITED, age_range(200)] == whole.rates[Turn.EDITED, age_range(200)]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "previous", "turn"),
+    [
+        (900, 0, Turn.FIRST),
+        (899, 900, Turn.EDITED),
+        (900, 900, Turn.MESSAGE),
+        (899 + DOCUMENT_TOKENS, 900, Turn.MESSAGE),
+        (900 + DOCUMENT_TOKENS, 900, Turn.DOCUMENT),
+    ],
+)
+def test_the_growth_of_a_conversation_determines_the_turn(tokens, previous, turn):
+    assert Turn.of(tokens, previous) is turn
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(Turn), ages, ages, st.booleans()), max_size=60))
+def test_turns_have_the_rates_of_all_turns_times_a_factor(observed):
+    each, pooled = ReuseCurve(), ReuseCurve()
+    for turn, one, other, returned in observed:
+        since, age = sorted((one, other))
+        each.record(turn, since, age, returned)
+        pooled.record(FIRST, since, age, returned)
+    waiting = [(turn, min(one, other), max(one, other)) for turn, one, other, _ in observed]
+    each.update(waiting)
+    pooled.update([(FIRST, *some) for _, *some in waiting])
+    # The rates of a turn without observations are those of all turns.
+    shape = pooled.rates[Turn.EDITED]
+    factors = each.rates / shape
+    assert np.allclose(factors, factors[:, :1])
+    unseen = set(Turn) - {turn for turn, *_ in observed}
+    assert all(factors[turn, 0] == pytest.approx(1) for turn in unseen)
+    # In index and rates, turns have the same order.
+    index = np.array(each.index)
+    assert (np.argsort(index[:, 0]) == np.argsort(factors[:, 0])).all() or len(unseen) > 1
+
+
+def test_a_turn_that_returns_more_often_has_a_higher_index_at_every_age():
+    curve = ReuseCurve()
+    for i in range(400):
+        curve.record(Turn.MESSAGE, 0, 300, returned=i % 4 > 0)
+        curve.record(Turn.DOCUMENT, 0, 300, returned=i % 4 == 0)
+    curve.update(())
+    message, first, document = (curve.index[t] for t in (Turn.MESSAGE, FIRST, Turn.DOCUMENT))
+    assert all(a > b > c for a, b, c in zip(message, first, document, strict=True))
+    ratio = curve.rates[Turn.MESSAGE] / curve.rates[Turn.DOCUMENT]
+    assert ratio == pytest.approx(320 / 120)
 
 
 def test_the_longest_seen_prefix_is_found_at_every_length():

@@ -6,13 +6,13 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
 from vllm.v1.core.kv_cache_utils import BlockHash
 
-from vllm_hybrid_kv.coordinator.traffic import ReuseCurve, age_range
+from vllm_hybrid_kv.coordinator.traffic import ReuseCurve, Turn, age_range
 
 UPDATE_INTERVAL = 64
 """After this many requests, the reuse curves are updated."""
@@ -23,7 +23,7 @@ FADE_INTERVAL = 8192
 CANDIDATES = 128
 """An eviction compares this many random checkpoints, to bound its time, as in LHD (NSDI'18)."""
 
-TRACKED = 1024
+TRACKED = 4096
 """Evicted checkpoints that stay tracked: at most this number plus three per pinned checkpoint."""
 
 PRICE_DECAY = 0.95
@@ -61,11 +61,14 @@ class Checkpoint:
         parent: The longest checkpoint of a shorter prefix that was pinned at registration.
         last_use: When it was registered or used last, counted in requests.
         uses: Requests that resumed here, or would have if it had not been evicted.
+        turn: How the prompt of its request continued a conversation, if a prompt or an answer ends
+            here. Otherwise `FIRST`.
         since: The age, in requests, up to which a reuse curve has recorded it.
         supersedes: Whether reuse of its parent is unlikely while this checkpoint is pinned.
         answered: If a prompt ends here, the tokens of the prompt and its answer up to the last
             position where the state could be copied; 0 if the answer was too short for a copy.
-        extensions: The pinned checkpoints that have this one as parent and supersede it.
+        end: The tokens of the prompt and its answer, after its last request has ended; otherwise 0.
+        extensions: The pinned checkpoints that supersede this one.
         pinned: Whether it is in the cache. Evicted checkpoints are tracked for a while.
         slot: Its index in the list of pinned checkpoints.
         prefix: The hashes of the whole blocks before its end. Set only with host memory.
@@ -78,9 +81,11 @@ class Checkpoint:
     parent: Checkpoint | None
     last_use: int
     uses: int
+    turn: Turn = Turn.FIRST
     since: int = 0
     supersedes: bool = True
     answered: int = 0
+    end: int = 0
     extensions: set[Checkpoint] = field(default_factory=set, repr=False)
     pinned: bool = False
     slot: int = field(default=-1, repr=False)
@@ -115,7 +120,7 @@ class Checkpoints:
 
     Eviction takes the checkpoint that saves the least compute for its memory:
 
-        index(kind, age) x (tokens - tokens of its fallback) / blocks that only it needs
+        index(kind, turn, age) x (tokens - tokens of its fallback) / blocks that only it needs
 
     `index` is that of `ReuseCurve`. The result is in tokens of prefill saved per block and request.
     Marconi (arXiv 2411.19379) would call it FLOP efficiency with learned recency, and LHD (NSDI'18)
@@ -193,6 +198,7 @@ class Checkpoints:
         blocks: Iterable[int] | None,
         parent: Checkpoint | None,
         supersedes: bool = True,
+        turn: Turn = Turn.FIRST,
     ) -> tuple[Checkpoint | None, tuple[int, ...] | None]:
         """Track a checkpoint. Pin it, unless it is a block boundary that is worth too little.
 
@@ -206,6 +212,7 @@ class Checkpoints:
             blocks: Ids of the attention blocks that a hit needs, or None if they are not cached.
             parent: A checkpoint of the same request, pinned or not.
             supersedes: Whether reuse of the parent is unlikely once this one is pinned.
+            turn: How the request's prompt continues a conversation.
 
         Returns:
             The new checkpoint, or None if nothing was entered; and the attention blocks of a block
@@ -233,13 +240,17 @@ class Checkpoints:
         checkpoint.place, checkpoint.parent, checkpoint.supersedes = place, parent, supersedes
         checkpoint.uses = max(checkpoint.uses, uses)
         checkpoint.blocks = tuple(blocks)
+        # Every turn of a conversation passes its branch points and block boundaries.
+        passed = place in (CheckpointKind.BRANCH, CheckpointKind.BOUNDARY)
+        checkpoint.turn = Turn.FIRST if passed else turn
         self.touch(checkpoint)
         if place is not CheckpointKind.BOUNDARY or self._worth(checkpoint) >= self._price:
             checkpoint.pinned = True
             checkpoint.slot = len(self.pinned)
             self.pinned.append(checkpoint)
             self.pins.update(checkpoint.blocks)
-            self._extend_parent(checkpoint)
+            if supersedes:
+                self._supersede(checkpoint, checkpoint)
             self.counts["kept", checkpoint.kind.value] += 1
         return checkpoint, released
 
@@ -260,6 +271,7 @@ class Checkpoints:
             blocks,
             None if parent is None else self.pinned_at(parent.key),
             other.supersedes,
+            other.turn,
         )
         if checkpoint is not None:
             checkpoint.uses = max(checkpoint.uses, other.uses)
@@ -322,7 +334,7 @@ class Checkpoints:
         fallback = checkpoint.fallback()
         saved = checkpoint.tokens - (0 if fallback is None else fallback.tokens)
         age = age_range(self._now - checkpoint.last_use)
-        saving = self._curves[checkpoint.kind].index[age] * saved
+        saving = self._curves[checkpoint.kind].index[checkpoint.turn][age] * saved
         # Finding the shared blocks is slow, so first count all blocks: this is a lower bound.
         bound = saving / (self._state_blocks + len(checkpoint.blocks))
         if bound > limit:
@@ -348,26 +360,41 @@ class Checkpoints:
                 del self.pins[block_id]
             else:
                 self.pins[block_id] -= 1
-        parent = checkpoint.parent
-        if parent is not None and checkpoint in parent.extensions:
-            self._record(parent, returned=False)
-            parent.extensions.remove(checkpoint)
+        for ancestor in self._ancestors(checkpoint):
+            if checkpoint in ancestor.extensions:
+                self._record(ancestor, returned=False)
+                ancestor.extensions.remove(checkpoint)
         # The extensions of the unpinned checkpoint now supersede its parent instead.
         for longer in checkpoint.extensions:
-            longer.parent = parent
-            self._extend_parent(longer)
+            if longer.parent is checkpoint:
+                longer.parent = checkpoint.parent
+            self._supersede(checkpoint, longer)
         checkpoint.extensions.clear()
 
-    def _extend_parent(self, checkpoint: Checkpoint) -> None:
-        parent = checkpoint.parent
-        if parent is not None and checkpoint.supersedes:
-            # The parent's kind may change, so record its time without use for the old kind.
-            self._record(parent, returned=False)
-            parent.extensions.add(checkpoint)
+    @staticmethod
+    def _ancestors(checkpoint: Checkpoint) -> Iterator[Checkpoint]:
+        while (parent := checkpoint.parent) is not None:
+            yield parent
+            checkpoint = parent
+
+    def _supersede(self, checkpoint: Checkpoint, longer: Checkpoint) -> None:
+        """Add `longer` to the extensions of the pinned ancestors of a checkpoint.
+
+        Stop at an ancestor that supersedes its parent, because the parent's kind does not change.
+        An answer that does not supersede its prompt is no such ancestor: the next turn after it
+        supersedes both.
+        """
+        for ancestor in self._ancestors(checkpoint):
+            if ancestor.pinned:
+                # The ancestor's kind may change, so record its time without use for the old kind.
+                self._record(ancestor, returned=False)
+                ancestor.extensions.add(longer)
+                if ancestor.supersedes:
+                    break
 
     def _record(self, checkpoint: Checkpoint, returned: bool) -> None:
         age = self._now - checkpoint.last_use
-        self._curves[checkpoint.kind].record(checkpoint.since, age, returned)
+        self._curves[checkpoint.kind].record(checkpoint.turn, checkpoint.since, age, returned)
         checkpoint.since = age
 
     def _learn(self) -> None:
@@ -375,10 +402,10 @@ class Checkpoints:
             for curve in self._curves.values():
                 curve.fade()
         self._forget()
-        waiting: defaultdict[CheckpointKind, list[tuple[int, int]]] = defaultdict(list)
+        waiting: defaultdict[CheckpointKind, list[tuple[Turn, int, int]]] = defaultdict(list)
         for checkpoint in self._tracked.values():
             age = self._now - checkpoint.last_use
-            waiting[checkpoint.kind].append((checkpoint.since, age))
+            waiting[checkpoint.kind].append((checkpoint.turn, checkpoint.since, age))
         for kind, curve in self._curves.items():
             curve.update(waiting[kind])
 

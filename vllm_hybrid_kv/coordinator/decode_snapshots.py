@@ -13,6 +13,7 @@ from vllm.v1.core.single_type_kv_cache_manager import MambaManager, SingleTypeKV
 from vllm.v1.request import Request
 
 from vllm_hybrid_kv.coordinator.checkpoints import Checkpoint
+from vllm_hybrid_kv.coordinator.traffic import Turn
 
 INTERVAL = 64
 """Tokens between two copies of a state. A copy moves about as many bytes as one decoding step.
@@ -31,6 +32,7 @@ class Running:
         latest: The last checkpoint that it registered, except at block boundaries. Before its first
             registration, the longest tracked checkpoint of its prompt.
         prompt_units: Number of its hash units that were added to `SeenPrefixes` when it started.
+        turn: How its prompt continues a conversation.
         units: Number of its computed hash units.
         boundary: The checkpoint that it registered last at a block boundary.
         prompt_end: The checkpoint at the end of its prompt, if that is pinned.
@@ -44,6 +46,7 @@ class Running:
     request: Request
     latest: Checkpoint | None
     prompt_units: int
+    turn: Turn = Turn.FIRST
     units: int = 0
     boundary: Checkpoint | None = None
     prompt_end: Checkpoint | None = None

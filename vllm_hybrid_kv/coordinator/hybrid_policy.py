@@ -23,9 +23,9 @@ from vllm_hybrid_kv.coordinator.checkpoints import Checkpoint, CheckpointKind, C
 from vllm_hybrid_kv.coordinator.decode_snapshots import DecodeSnapshots, Running, first_needed
 from vllm_hybrid_kv.coordinator.free_queue import CheckpointQueue
 from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
-from vllm_hybrid_kv.coordinator.traffic import AnswerReturns, SeenPrefixes
+from vllm_hybrid_kv.coordinator.traffic import AnswerReturns, SeenPrefixes, Turn
 
-SEEN_LIMITS = (1 << 16, 1 << 22)
+SEEN_LIMITS = (1 << 20, 1 << 22)
 """The bounds of the capacity of `SeenPrefixes`, in hashes. Each hash takes 2 to 4 bytes."""
 
 STATES_OF_PROMPT = 3
@@ -40,11 +40,8 @@ CLEAN_SHARE = 16
 """With host memory, one block in 16 (and at least as many as the largest checkpoint needs) is kept
 free or has a copy there, so that evictions need not wait for copies."""
 
-USUAL = 0.9
-"""If at least this share of answers recurs, an answer's end supersedes the end of its prompt."""
-
-
 PROMPT_ENDS = (CheckpointKind.PROMPT, CheckpointKind.SHORT)
+TURN_ENDS = (*PROMPT_ENDS, CheckpointKind.ANSWER)
 
 
 class HybridAwareCoordinator(FixedPointCoordinator):
@@ -306,6 +303,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         if request.num_preemptions:
             # A preempted request is not new: it returns to its own checkpoints.
             latest = self.checkpoints.longest(hashes)
+            turn = Turn.FIRST if latest is None else latest.turn
         else:
             latest = self.checkpoints.arrive(hashes, limit)
             if self._stored is not None:
@@ -318,7 +316,9 @@ class HybridAwareCoordinator(FixedPointCoordinator):
             if 0 < limit < len(hashes):
                 self._seen.discard_end(hashes[limit - 1])
             self._seen.add(hashes)
-        return self._running.setdefault(request.request_id, Running(request, latest, len(hashes)))
+            turn = Turn.of(request.num_prompt_tokens, 0 if latest is None else latest.end)
+        running = Running(request, latest, len(hashes), turn)
+        return self._running.setdefault(request.request_id, running)
 
     def _enter(self, running: Running, tokens: int, place: CheckpointKind) -> Checkpoint | None:
         """Register a checkpoint if its states are cached, and return it if it is pinned."""
@@ -339,7 +339,8 @@ class HybridAwareCoordinator(FixedPointCoordinator):
             place,
             blocks=self._attention_blocks(running, tokens),
             parent=(at_boundary and running.boundary) or running.latest,
-            supersedes=not at_boundary and (not is_answer or self._returns.rate >= USUAL),
+            supersedes=not at_boundary and (not is_answer or self._answer_supersedes(running)),
+            turn=running.turn,
         )
         if released is not None:
             self._queue.release(key, released)
@@ -381,6 +382,15 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         """
         answers, self._finished_answers = self._finished_answers, []
         return answers
+
+    def _answer_supersedes(self, running: Running) -> bool:
+        """Whether an answer's end is expected to save more tokens than the end of its prompt.
+
+        If both are pinned, a next turn that repeats the answer saves the answer's tokens with the
+        former, and any other next turn saves the prompt's tokens with the latter.
+        """
+        rate, prompt = self._returns.rate, running.request.num_prompt_tokens
+        return rate * (running.copied - prompt) > (1 - rate) * prompt
 
     def _attention_blocks(self, running: Running, tokens: int) -> list[int] | None:
         """Return the ids of a request's attention blocks that a hit of `tokens` tokens needs.
@@ -430,6 +440,9 @@ class HybridAwareCoordinator(FixedPointCoordinator):
             last_copy = round_down(tokens, self._snapshots.interval)
             answered = last_copy if last_copy > request.num_prompt_tokens else 0
             running.prompt_end.answered = answered
+        for checkpoint in (running.prompt_end, running.latest):
+            if checkpoint is not None and checkpoint.place in TURN_ENDS:
+                checkpoint.end = request.num_tokens
         self._seen.add(request.block_hashes, known=running.prompt_units)
         if running.latest is not None and running.latest.pinned:
             self.checkpoints.touch(running.latest)

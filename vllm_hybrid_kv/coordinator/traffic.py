@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from enum import IntEnum
 
 import numpy as np
 
@@ -12,7 +13,11 @@ EDGES = np.array([0, *(1 << k for k in range(17))], dtype=np.float64)
 """Edges of the age ranges. Ages are counted in requests."""
 
 PRIOR_WEIGHT = 20.0
-"""The weight of the prior return rate, as a number of observed checkpoints."""
+"""The weight of the prior return rate, as a number of observed checkpoints, and of the prior factor
+of a turn, as a number of returns."""
+
+DOCUMENT_TOKENS = 2048
+"""A prompt that adds at least this many tokens to its conversation has a document in it."""
 
 _LOW, _HIGH = EDGES[:-1], EDGES[1:]
 _WIDTH = _HIGH - _LOW
@@ -25,12 +30,47 @@ def age_range(age: int) -> int:
     return min(age.bit_length(), len(_LOW) - 1)
 
 
+class Turn(IntEnum):
+    """How a prompt continues a conversation. Documents that are pasted in are seldom asked about
+    again, and neither are edited prompts.
+    """
+
+    FIRST = 0
+    """It continues no known conversation."""
+    EDITED = 1
+    """It is shorter than the previous prompt and its answer, so it does not repeat both."""
+    MESSAGE = 2
+    """It adds fewer than `DOCUMENT_TOKENS` to the previous prompt and its answer."""
+    DOCUMENT = 3
+    """It adds at least `DOCUMENT_TOKENS`."""
+
+    @classmethod
+    def of(cls, tokens: int, previous: int) -> Turn:
+        """Return the turn of a prompt, whose previous turn had `previous` tokens with its answer.
+
+        `previous` is 0 if no previous turn is known.
+        """
+        if not previous:
+            return cls.FIRST
+        growth = tokens - previous
+        if growth < 0:
+            return cls.EDITED
+        return cls.MESSAGE if growth < DOCUMENT_TOKENS else cls.DOCUMENT
+
+
 class ReuseCurve:
-    """How the return rate of checkpoints of one kind depends on their age.
+    """How the return rate of checkpoints of one kind depends on their age and on their turn.
 
     The rate in a range of ages is the number of returns in this range, divided by the total time
     that checkpoints spent in it (the estimate of a piecewise constant hazard). Evicted checkpoints
     count too, because a later request with their prefix is still observed.
+
+    The rates of a turn are those of all turns, multiplied by a factor that is shrunk towards 1:
+
+        factor(turn) = (returns of the turn + w) / (expected returns of the turn + w)
+
+    with w = `PRIOR_WEIGHT`. The returns that the rates of all turns predict for the time that
+    checkpoints of the turn spent are the expected returns.
 
     The rates determine the index of an age a. It is the maximum over all horizons of
 
@@ -44,45 +84,52 @@ class ReuseCurve:
     def __init__(self, likelihood: float = 1.0) -> None:
         """Start with the prior return rate, multiplied by `likelihood`."""
         self._prior = likelihood * _PRIOR
-        self._returns = np.zeros(len(_LOW))
-        self._time = np.zeros(len(_LOW))
+        self._returns = np.zeros((len(Turn), len(_LOW)))
+        self._time = np.zeros((len(Turn), len(_LOW)))
         self.update(())
 
-    def record(self, since: int, age: int, returned: bool) -> None:
+    def record(self, turn: Turn, since: int, age: int, returned: bool) -> None:
         """Record the age that a checkpoint reached, and whether a request used it at that age.
 
         The checkpoint changed to this kind at the age `since`. Ages are in requests.
         """
-        self._time += np.clip(age - _LOW, 0, _WIDTH) - np.clip(since - _LOW, 0, _WIDTH)
+        self._time[turn] += np.clip(age - _LOW, 0, _WIDTH) - np.clip(since - _LOW, 0, _WIDTH)
         if returned:
-            self._returns[age_range(age)] += 1
+            self._returns[turn, age_range(age)] += 1
 
     def fade(self) -> None:
         """Halve the weight of earlier observations, because traffic changes."""
         self._returns /= 2
         self._time /= 2
 
-    def update(self, waiting: Sequence[tuple[int, int]]) -> None:
-        """Recompute the rates and the index.
+    def update(self, waiting: Sequence[tuple[Turn, int, int]]) -> None:
+        """Recompute the rates and the index, both of shape (turns, age ranges).
 
-        `waiting` has each checkpoint's age when it changed to this kind, and its current age.
+        `waiting` has each checkpoint's turn, its age when it changed to this kind, and its current
+        age.
         """
-        time = self._time
+        time = self._time.copy()
         if waiting:
-            ages = np.asarray(waiting, dtype=np.float64)[:, :, None]
-            since, now = np.clip(ages - _LOW, 0, _WIDTH).sum(axis=0)
-            time = time + now - since
+            turns, *ages = np.asarray(waiting).T
+            since, now = (np.clip(age[:, None] - _LOW, 0, _WIDTH) for age in ages)
+            np.add.at(time, turns, now - since)
         weight = PRIOR_WEIGHT * _WIDTH
-        self.rates = (self._returns + self._prior * weight) / (time + weight)
+        rates = (self._returns.sum(axis=0) + self._prior * weight) / (time.sum(axis=0) + weight)
+        expected = (time * rates).sum(axis=1)
+        factors = (self._returns.sum(axis=1) + PRIOR_WEIGHT) / (expected + PRIOR_WEIGHT)
+        self.rates = factors[:, None] * rates
         # In a range of width w and rate h, a share of 1 - exp(-hw) returns, and the mean time in
         # the range is (1 - exp(-hw)) / h.
         returning = -np.expm1(-self.rates * _WIDTH)
-        self.index = [0.0] * len(_LOW)
+        index = np.empty_like(self.rates)
         for start in range(len(_LOW)):
-            waits = np.concatenate(([1.0], np.cumprod(1 - returning[start:])[:-1]))
-            returns = np.cumsum(waits * returning[start:])
-            spent = np.cumsum(waits * returning[start:] / self.rates[start:])
-            self.index[start] = float((returns / spent).max())
+            waits = np.cumprod(1 - returning[:, start:], axis=1)
+            waits = np.concatenate((np.ones((len(Turn), 1)), waits[:, :-1]), axis=1)
+            returns = waits * returning[:, start:]
+            spent = np.cumsum(returns / self.rates[:, start:], axis=1)
+            index[:, start] = (np.cumsum(returns, axis=1) / spent).max(axis=1)
+        # Lists of floats are read faster than arrays.
+        self.index: list[list[float]] = index.tolist()
 
 
 class AnswerReturns:
