@@ -34,6 +34,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="only these parts")
     add("--models", nargs="+", choices=models, default=models, help="only these models")
     add("--requests", type=int, help="requests of each trace, by default the part's number")
+    add("--skip", type=int, default=0, help="do not count the hits of this many first requests")
     add("--gib", type=float, nargs="+", help="sizes of the KV cache, by default the part's")
     add("--rounds", type=int, default=5, help="rounds of the part overhead")
     return parser.parse_args(arguments)
@@ -64,7 +65,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             result["shareable"][key] = shareable_tokens(requests) / tokens
     timed = [case for case in cases if case.part == "overhead"]
     replayed = [case for case in cases if case.part != "overhead"]
-    for row in sweep(replayed, options.trace, options.jobs):
+    for row in sweep(replayed, options.trace, options.jobs, options.skip):
         result["rows"].append(row)
         say(f"[{len(result['rows'])}/{len(replayed)}] {describe(row)}: {rate(row)}")
     if timed:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,8 +86,11 @@ def describe(case: Case) -> Model:
     )
 
 
-def run_batch(cases: Sequence[Case], public: Path | None) -> list[Row]:
-    """Replay cases of one model, dtype, trace and engine, and return a row for each."""
+def run_batch(cases: Sequence[Case], public: Path | None, skip: int = 0) -> list[Row]:
+    """Replay cases of one model, dtype, trace and engine, and return a row for each.
+
+    The first `skip` requests are replayed, but their tokens are not counted.
+    """
     from vllm_hybrid_kv.errors import HybridKVError
     from vllm_hybrid_kv.tools.replay.scheduler import Replay
 
@@ -95,7 +99,7 @@ def run_batch(cases: Sequence[Case], public: Path | None) -> list[Row]:
     rows = []
     for case in cases:
         if case.strategy in PEERS:
-            rows.append(_simulate(case, model, requests))
+            rows.append(_simulate(case, model, requests, skip))
             continue
         try:
             engine = model.engine(int(case.memory * GIB), dict(STRATEGIES[case.strategy]))
@@ -114,17 +118,19 @@ def run_batch(cases: Sequence[Case], public: Path | None) -> list[Row]:
                 "blocks": engine.kv_cache_config.num_blocks,
                 "block_tokens": engine.scheduler_block_size,
                 "match_tokens": engine.hash_block_size,
-                **_counts(tally),
+                **_counts(tally, requests, skip),
             }
         )
     return rows
 
 
-def _counts(tally: Tally) -> Row:
+def _counts(tally: Tally, requests: Sequence[TracedRequest], skip: int) -> Row:
+    prompt_tokens = sum(request.input_length for request in requests[skip:])
+    hit_tokens = sum(tally.hits[skip:])
     return {
-        "prompt_tokens": tally.prompt_tokens,
-        "hit_tokens": tally.hit_tokens,
-        "hit_rate": tally.hit_rate,
+        "prompt_tokens": prompt_tokens,
+        "hit_tokens": hit_tokens,
+        "hit_rate": hit_tokens / prompt_tokens,
         # Two runs have equal digests if each request hit the same number of tokens.
         "hits_digest": hashlib.sha256(json.dumps(tally.hits).encode()).hexdigest()[:16],
         "recomputed_tokens": tally.recomputed_tokens,
@@ -133,7 +139,7 @@ def _counts(tally: Tally) -> Row:
     }
 
 
-def _simulate(case: Case, model: Model, requests: Sequence[TracedRequest]) -> Row:
+def _simulate(case: Case, model: Model, requests: Sequence[TracedRequest], skip: int) -> Row:
     from vllm_hybrid_kv.tools.replay.peers.loop import sizes
     from vllm_hybrid_kv.tools.replay.peers.registry import best_run
 
@@ -142,7 +148,12 @@ def _simulate(case: Case, model: Model, requests: Sequence[TracedRequest]) -> Ro
         sizes(model.specs, int(case.memory * GIB), model.text_config),
         lambda peer: peer.run(requests, CONCURRENCY, model.max_num_batched_tokens),
     )
-    return {**asdict(case), "fits": True, "match_tokens": peer.unit, **_counts(peer.tally)}
+    return {
+        **asdict(case),
+        "fits": True,
+        "match_tokens": peer.unit,
+        **_counts(peer.tally, requests, skip),
+    }
 
 
 def batches(cases: Iterable[Case]) -> list[list[Case]]:
@@ -159,15 +170,15 @@ def batches(cases: Iterable[Case]) -> list[list[Case]]:
     ]
 
 
-def sweep(cases: Sequence[Case], public: Path | None, jobs: int) -> Iterator[Row]:
-    """Run cases in `jobs` processes at a time, and yield a row for each.
+def sweep(cases: Sequence[Case], public: Path | None, jobs: int, skip: int = 0) -> Iterator[Row]:
+    """Run cases in `jobs` processes at a time, and yield a row for each (see `run_batch`).
 
     Raises:
         Exception: The error of a process. Processes that have not started are cancelled.
     """
     some = batches(cases)
     with processes(jobs) as pool:
-        for rows in pool.map(run_batch, some, [public] * len(some)):
+        for rows in pool.map(partial(run_batch, public=public, skip=skip), some):
             yield from rows
 
 

@@ -17,6 +17,8 @@ from testing.coordinator.prompts import POLICY, STOCK, engine_of, hybrid_model
 from testing.shapes import SHAPES
 from tests.coordinator.soak import checks
 from vllm_hybrid_kv.coordinator.checkpoints import CheckpointKind
+from vllm_hybrid_kv.coordinator.hybrid_policy import PROMPT_ENDS
+from vllm_hybrid_kv.coordinator.traffic import Turn
 from vllm_hybrid_kv.tools.plan.engine import Engine, Model
 from vllm_hybrid_kv.tools.replay.scheduler import Replay, Tally
 from vllm_hybrid_kv.tools.replay.trace import BLOCK_TOKENS, TracedRequest
@@ -300,6 +302,41 @@ def test_windows_that_a_connector_failed_to_load_are_not_cached_again(model):
     engine.scheduler.update_from_output = updated
     assert Replay(engine, script.requests, 1).run().hits == [0, 1124 // 16 * 16]
     assert len(lost) == 7
+
+
+@pytest.mark.parametrize(
+    ("repeated", "kind"), [(0, CheckpointKind.PROMPT), (40, CheckpointKind.SUPERSEDED)]
+)
+def test_an_answer_supersedes_its_prompt_only_if_that_is_expected_to_save_more(
+    model, repeated, kind
+):
+    script = Script()
+    script.send(script.new(6), tail=100, answer=300)
+    engine = engine_of(model, 200, POLICY)
+    coordinator = coordinator_of(engine)
+    for _ in range(repeated):
+        coordinator._returns.record(True)
+    Replay(engine, script.requests, 1).run()
+    end, answer = sorted(coordinator.checkpoints.pinned, key=lambda one: one.tokens)[-2:]
+    assert answer.place is CheckpointKind.ANSWER
+    assert end.kind is kind
+
+
+def test_a_checkpoint_knows_how_its_prompt_continued_the_conversation(model):
+    script = Script()
+    ids = script.new(4)
+    script.send(ids, tail=100, answer=200)
+    ids += script.new(1)
+    script.send(ids, tail=40)
+    ids += script.new(5)
+    script.send(ids, tail=40, answer=600)
+    # The next prompt ends inside the previous answer.
+    script.send([*ids, *script.new(1)], tail=50)
+    engine = engine_of(model, 200, POLICY)
+    Replay(engine, script.requests, 1).run()
+    ends = [one for one in coordinator_of(engine).checkpoints.pinned if one.place in PROMPT_ENDS]
+    turns = [one.turn for one in sorted(ends, key=lambda one: one.tokens)]
+    assert turns == [Turn.FIRST, Turn.MESSAGE, Turn.DOCUMENT, Turn.EDITED]
 
 
 def long_answers(seed: int) -> list[TracedRequest]:
