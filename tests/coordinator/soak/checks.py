@@ -218,8 +218,12 @@ def _check_checkpoints(coordinator: HybridAwareCoordinator) -> None:
         require(checkpoint.pinned and checkpoint.slot == place, "misplaced:", checkpoint)
         require(checkpoints._tracked[checkpoint.key] is checkpoint, "unknown:", checkpoint)
         needed.update(checkpoint.blocks)
-        if checkpoint.parent is not None and checkpoint.supersedes:
-            extensions.setdefault(id(checkpoint.parent), set()).add(checkpoint)
+        ancestor = checkpoint.parent if checkpoint.supersedes else None
+        while ancestor is not None:
+            if ancestor.pinned:
+                extensions.setdefault(id(ancestor), set()).add(checkpoint)
+            stops = ancestor.pinned and ancestor.supersedes
+            ancestor = None if stops else ancestor.parent
     require(needed == checkpoints.pins, "needed:", needed, "not", checkpoints.pins)
     require(
         sum(checkpoint.pinned for checkpoint in checkpoints._tracked.values()) == len(kept),
