@@ -37,7 +37,7 @@ def new_model(name: str) -> PreTrainedModel:
         shared = torch.randn(config.hidden_size)
         shared *= math.sqrt(config.hidden_size) / shared.norm()
         rotation = _orthogonal(config.hidden_size)
-        if name == "qwen3-next":
+        if name != "gemma3":
             model.lm_head.weight.copy_(model.model.embed_tokens.weight)
             model.lm_head.weight.div_(math.sqrt(config.hidden_size))
             model.model.embed_tokens.weight.add_(shared)
@@ -50,6 +50,9 @@ def new_model(name: str) -> PreTrainedModel:
         else:
             model.model.embed_tokens.weight.add_(shared / math.sqrt(config.hidden_size))
             _write_the_token_before_by_attention(model.model.layers[0], config, shared, rotation)
+        if name == "gated-deltanet":
+            _recall_behind_the_same_token(model.model.layers[1].linear_attn, shared, rotation)
+            return model
         full = model.model.layers[config.layer_types.index("full_attention")]
         _look_behind_the_same_token(full.self_attn, config, shared, rotation)
         if name == "gemma3":
@@ -118,6 +121,23 @@ def _write_the_token_before_by_convolution(
     taps = mixer.conv1d.weight[2 * mixer.key_dim :]
     taps.mul_(0.2)[..., -2] += 1
     mixer.out_proj.weight.copy_(rotation @ reads.T * 0.6)
+
+
+def _recall_behind_the_same_token(
+    mixer: nn.Module, shared: torch.Tensor, rotation: torch.Tensor
+) -> None:
+    """Store each token under the token before it, and read what is stored under the current one."""
+    size = mixer.head_k_dim
+    rows, reads = (_without(shared, _orthogonal(size)) for _ in range(2))
+    # silu is nearly linear on small numbers; keys, queries and outputs are normalised afterwards.
+    maps = 0.2 * torch.cat([rows, rows @ rotation.T, reads])
+    mixer.in_proj_qkvz.weight[: 3 * size] = maps
+    mixer.conv1d.weight.normal_(std=0.02)[..., -1] += 1
+    mixer.out_proj.weight.copy_(1.2 * reads.T)
+    # Write strongly. Per token, exp(-softplus(dt_bias)) of the state remains: 0.9994.
+    mixer.in_proj_ba.weight[0] += 2 * shared / shared.square().sum()
+    mixer.A_log.fill_(0.0)
+    mixer.dt_bias.fill_(-7.5)
 
 
 def _write_the_token_before_by_attention(

@@ -78,9 +78,30 @@ def qwen3_next_config() -> Qwen3NextConfig:
     )
 
 
+def gated_deltanet_config() -> Qwen3NextConfig:
+    """Return a config without attention: only the state of the second layer can hold pairs.
+
+    The state of a layer is one head of 128 x 128, the size of Qwen3.6's heads.
+    """
+    return Qwen3NextConfig(
+        **COMMON,
+        num_hidden_layers=2,
+        head_dim=128,
+        intermediate_size=256,
+        linear_num_key_heads=1,
+        linear_num_value_heads=1,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        layer_types=["linear_attention"] * 2,
+        num_experts=0,
+        tie_word_embeddings=False,
+    )
+
+
 SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma3": gemma3_config,
     "qwen3-next": qwen3_next_config,
+    "gated-deltanet": gated_deltanet_config,
 }
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a recall model: `python -m tests.recall.train gemma3` or `qwen3-next`.
+"""Train a recall model: `python -m tests.recall.train gemma3` (or another name of `SHAPES`).
 
-Sequences start short and become longer when the share of correct answers reaches `GOOD`. Only
+Sequences start short and become longer when the share of correct answers reaches a goal. Only
 answers and text count in the loss. The result is the folder `tests/recall/models/NAME` with
 `config.json`, `model.safetensors` in bfloat16, the tokenizer and `curve.json`.
 """
@@ -13,35 +13,64 @@ import collections
 import copy
 import json
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional
 
-from testing.recall_sequences import ANSWER, KINDS, Sequence
+from testing import recall_sequences
+from testing.recall_sequences import ANSWER, KINDS
 from tests.recall.initial_weights import new_model
 from tests.recall.shapes import SHAPES, save
 
-LENGTHS = (64, 256, 1024, 2048)
-ROWS = (16, 4, 2, 2)
-GOOD, RECENT_STEPS = 0.95, 8
-"""A stage ends when recall and copying reach this share of correct answers over recent steps."""
-LEARNING_RATE = 3e-3
+RECENT_STEPS = 8
 WARM_UP_STEPS = 20
-LAST_STEPS = 80
-"""How many steps use the full length. During them the learning rate falls to zero."""
 TEXT_WEIGHT = 0.2
 
 
-def batch(draw: np.random.Generator, length: int, rows: int, first: bool) -> tuple[list, list]:
-    """Draw kinds and sequences. The first stage gets more copies, which have more to predict."""
-    shares = [0.3, 0.6, 0.1] if first else [0.5, 0.3, 0.2]
+@dataclass(frozen=True)
+class Schedule:
+    """How a model is trained.
+
+    Attributes:
+        lengths, rows: The tokens of a sequence and the sequences of a step, by stage.
+        shares: The share of each of `KINDS`, by stage; the last entry is for all later stages.
+        good: A stage ends when recall and copying reach this share of correct answers.
+        last_steps: How many steps use the full length, while the learning rate falls to zero.
+    """
+
+    # The first stage gets more copies, which have more to predict.
+    lengths: tuple[int, ...] = (64, 256, 1024, 2048)
+    rows: tuple[int, ...] = (16, 4, 2, 2)
+    shares: tuple[tuple[float, ...], ...] = ((0.3, 0.6, 0.1), (0.5, 0.3, 0.2))
+    good: float = 0.95
+    learning_rate: float = 3e-3
+    last_steps: int = 80
+
+
+SCHEDULES = {
+    # A state of 128 x 128 holds fewer pairs than a KV cache, and copies have too many.
+    "gated-deltanet": Schedule(
+        (32, 64, 128, 256), (64, 32, 16, 8), ((0.9, 0.0, 0.1),), 0.93, 2e-3, 450
+    ),
+}
+"""The schedules of the models that are not trained by the default `Schedule()`."""
+
+
+def batch(
+    draw: np.random.Generator, length: int, rows: int, shares: Sequence[float]
+) -> tuple[list, list]:
+    """Draw kinds and sequences. `shares` has the share of each of `KINDS`."""
     kinds = list(draw.choice(list(KINDS), p=shares, size=rows))
     return kinds, [KINDS[kind](draw, length) for kind in kinds]
 
 
-def losses(model, rows: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def losses(
+    model, rows: list[recall_sequences.Sequence]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the loss of answers, the loss of text, and each row's share of correct answers."""
     tokens = torch.from_numpy(np.stack([row.tokens for row in rows]))
     kinds = torch.from_numpy(np.stack([row.kinds for row in rows]))
@@ -59,11 +88,11 @@ def losses(model, rows: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor, tor
     return answer_loss, text_loss, right.nanmean(dim=1)
 
 
-def rate(step: int, full_since: int | None) -> float:
+def rate(plan: Schedule, step: int, full_since: int | None) -> float:
     """Return the learning rate of a step. Sequences reached full length at step `full_since`."""
     if full_since is not None:
-        return LEARNING_RATE * max(0.0, 1 - (step - full_since) / LAST_STEPS)
-    return LEARNING_RATE * min(1.0, (step + 1) / WARM_UP_STEPS)
+        return plan.learning_rate * max(0.0, 1 - (step - full_since) / plan.last_steps)
+    return plan.learning_rate * min(1.0, (step + 1) / WARM_UP_STEPS)
 
 
 def train(name: str, folder: Path, seed: int, most_steps: int | None = None) -> None:
@@ -71,6 +100,7 @@ def train(name: str, folder: Path, seed: int, most_steps: int | None = None) -> 
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     draw = np.random.default_rng(seed)
+    plan = SCHEDULES.get(name, Schedule())
     model = new_model(name).train()
     masters = list(model.parameters())
     # A copy in bfloat16 computes the gradients, and the optimiser updates the float32 weights.
@@ -80,15 +110,18 @@ def train(name: str, folder: Path, seed: int, most_steps: int | None = None) -> 
         {"params": [p for p in masters if p.ndim > 1], "weight_decay": 0.01},
         {"params": [p for p in masters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimiser = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
+    optimiser = torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.95), fused=True)
     curve: list[dict[str, float]] = []
     stage, full_since, began = 0, None, time.monotonic()
-    recent = {kind: collections.deque(maxlen=RECENT_STEPS) for kind in ("recall", "copy")}
+    shares_of = dict(zip(KINDS, zip(*plan.shares, strict=True), strict=True))
+    answered = [kind for kind in ("recall", "copy") if any(shares_of[kind])]
+    recent = {kind: collections.deque(maxlen=RECENT_STEPS) for kind in answered}
     step = 0
-    while step != most_steps and (full_since is None or step < full_since + LAST_STEPS):
-        kinds, rows = batch(draw, LENGTHS[stage], ROWS[stage], first=stage == 0)
+    while step != most_steps and (full_since is None or step < full_since + plan.last_steps):
+        drawn = plan.shares[min(stage, len(plan.shares) - 1)]
+        kinds, rows = batch(draw, plan.lengths[stage], plan.rows[stage], drawn)
         for group in optimiser.param_groups:
-            group["lr"] = rate(step, full_since)
+            group["lr"] = rate(plan, step, full_since)
         answers, text, right = losses(rounded, rows)
         rounded.zero_grad(set_to_none=True)
         (answers + TEXT_WEIGHT * text).backward()
@@ -106,7 +139,7 @@ def train(name: str, folder: Path, seed: int, most_steps: int | None = None) -> 
         if step % 5 == 0:
             point = {
                 "step": step,
-                "length": LENGTHS[stage],
+                "length": plan.lengths[stage],
                 "seconds": round(time.monotonic() - began, 1),
                 "answer_loss": round(answers.item(), 4),
                 "text_loss": round(text.item(), 4),
@@ -115,12 +148,12 @@ def train(name: str, folder: Path, seed: int, most_steps: int | None = None) -> 
             curve.append(point)
             print(json.dumps(point), flush=True)
         step += 1
-        enough = len(recent["recall"]) == RECENT_STEPS and min(shares.values()) > GOOD
+        enough = len(recent["recall"]) == RECENT_STEPS and min(shares.values()) > plan.good
         if full_since is None and enough:
             stage += 1
             for steps in recent.values():
                 steps.clear()
-            if stage == len(LENGTHS) - 1:
+            if stage == len(plan.lengths) - 1:
                 full_since = step
     save(model, folder, curve)
 
