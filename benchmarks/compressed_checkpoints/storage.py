@@ -43,7 +43,6 @@ RULES = {
     "int4, rotated": Rule(7, rotated=True),
     "zeros": Rule(0),
     "int8, running": Rule(running=True),
-    "int8, rotated, running": Rule(rotated=True, running=True),
 }
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
 from benchmarks.compressed_checkpoints import conversations, storage
-from benchmarks.compressed_checkpoints.__main__ import MODELS, PLANS, Tally, verdict
+from benchmarks.compressed_checkpoints.measure import MODELS, PLANS, Tally, verdict
 from benchmarks.compressed_checkpoints.storage import RULES, Rule, compress, restore, stored
 
 # A restored number may be 0.2 % larger, and must stay below `storage.LARGEST`.
@@ -121,7 +121,7 @@ def answered() -> dict[str, dict[int, torch.Tensor]]:
     }
     with torch.inference_mode():
         tokens = torch.from_numpy(np.stack([one.tokens for one in asked]))
-        logits = model(tokens).logits.double().log_softmax(-1)
+        logits = model(tokens, use_cache=False).logits.double().log_softmax(-1)
     found["whole"] = {
         turn: logits[:, [index - 1 for index in asked[0].answers[turn - 1]]]
         for turn in conversations.TURNS

