@@ -32,14 +32,14 @@ class Plan:
 
     Attributes:
         first_pairs, pairs, text: Pairs before turn 1, and pairs and bytes of text in each turn.
-        questions, few: Questions in the turns that are counted, and in the other turns.
+        questions, few: Questions in each of `TURNS`, and in each of the other turns.
         conversations, batch: How many conversations to measure, and how many at once.
     """
 
     first_pairs: int
     pairs: int
     text: int
-    questions: int
+    questions: tuple[int, ...]
     few: int
     conversations: int
     batch: int
@@ -72,7 +72,7 @@ def draw_conversation(draw: np.random.Generator, plan: Plan) -> Conversation:
     for turn in range(TURNS[-1] + 1):
         if turn:
             draw.shuffle(not_asked)
-            questions = plan.questions if turn in TURNS else plan.few
+            questions = dict(zip(TURNS, plan.questions, strict=True)).get(turn, plan.few)
             answers.append([len(tokens) + 2 * i + 1 for i in range(questions)])
             tokens += [token for _ in range(questions) for token in not_asked.pop()]
         new = [pairs.pop() for _ in range(plan.pairs if turn else plan.first_pairs)]

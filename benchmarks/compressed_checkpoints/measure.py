@@ -34,8 +34,8 @@ GOAL = 0.2
 """How many percentage points of recall checkpoints may lose after the last turn."""
 
 PLANS = {
-    "qwen3-next": Plan(80, 6, 8, 36, 2, 560, 56),
-    "gated-deltanet": Plan(16, 3, 4, 10, 1, 2000, 200),
+    "qwen3-next": Plan(60, 6, 8, (12, 12, 72), 2, 280, 56),
+    "gated-deltanet": Plan(16, 3, 4, (5, 5, 20), 1, 1000, 200),
 }
 """The conversations of each model in `MODELS`."""
 
@@ -108,12 +108,15 @@ def measure(name: str, conversations: int | None = None) -> list[str]:
         ]
         for label in RULES
     ]
+    turns = ", ".join(map(str, TURNS))
+    answers = ", ".join(f"{total * questions:,}" for questions in plan.questions)
     exact_recall = ", ".join(f"{tallies['int8', turn].exact_recall():.2%}" for turn in TURNS)
     return [
         f"## {name}",
         "",
-        f"{total:,} conversations of {len(asked[0].tokens)} tokens, {total * plan.questions:,} "
-        f"answers in each turn. With exact checkpoints {exact_recall} are right.",
+        f"{total:,} conversations of {len(asked[0].tokens)} tokens. "
+        f"In turns {turns} they have {answers} answers. "
+        f"With exact checkpoints {exact_recall} are right.",
         "",
         *table(columns, rows),
         "",

@@ -144,13 +144,22 @@ def test_turns_that_resume_from_exact_states_equal_one_long_prompt(
 def test_the_model_without_attention_recalls_from_its_states_only(
     answered: dict[str, dict[int, torch.Tensor]],
 ) -> None:
-    def recall(label: str) -> float:
-        right = [answered[label][t].argmax(-1) == answered["right"][t] for t in conversations.TURNS]
-        return float(torch.cat(right).double().mean())
+    right = answered["right"][16]
+    assert (answered["exact"][16].argmax(-1) == right).double().mean() > 0.8
+    assert (answered["zeros"][16].argmax(-1) == right).double().mean() < 0.1
 
-    assert recall("exact") > 0.8
-    assert recall("zeros") < 0.1
-    assert recall("int4, rotated") < recall("exact")
+
+@pytest.mark.parametrize(
+    ("coarse", "fine"),
+    [("int4, rotated", "int8"), ("int8", "bfloat16"), ("int8, running", "int8")],
+)
+def test_coarser_states_change_answers_more(
+    answered: dict[str, dict[int, torch.Tensor]], coarse: str, fine: str
+) -> None:
+    def change(label: str) -> float:
+        return float((answered[label][16] - answered["exact"][16]).abs().mean())
+
+    assert change(coarse) > 1.5 * change(fine) > 0
 
 
 def test_the_interval_counts_each_conversation_once() -> None:
