@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from transformers import AutoModelForCausalLM
@@ -24,6 +24,7 @@ CODES = [Rule(), Rule(7)]
 
 
 @pytest.mark.parametrize("rule", CODES)
+@settings(deadline=None)
 @given(rows=ROWS)
 def test_a_restored_number_errs_at_most_half_a_step_of_its_row(
     rule: Rule, rows: torch.Tensor
@@ -37,6 +38,7 @@ def test_a_restored_number_errs_at_most_half_a_step_of_its_row(
 
 
 @pytest.mark.parametrize("rule", CODES)
+@settings(deadline=None)
 @given(rows=ROWS)
 def test_a_restored_row_is_stored_and_restored_as_the_same_bits(
     rule: Rule, rows: torch.Tensor
@@ -47,6 +49,7 @@ def test_a_restored_row_is_stored_and_restored_as_the_same_bits(
         assert torch.equal(one, other)
 
 
+@settings(deadline=None)
 @given(rows=SMALL_ROWS)
 def test_rotated_rows_err_at_most_half_a_step_for_each_rotated_number(rows: torch.Tensor) -> None:
     rule = Rule(rotated=True)
