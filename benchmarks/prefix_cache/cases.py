@@ -35,7 +35,7 @@ STRATEGIES = {
     STOCK_16: {"coordinator": "stock", "prefix_match_unit": "auto"},
     FIXED_POINT: {"coordinator": "fixed_point", "prefix_match_unit": "auto"},
     HYBRID_AWARE: {"coordinator": "hybrid_aware", "prefix_match_unit": "auto"},
-    VLLM_BEST: {"coordinator": "stock", "prefix_match_unit": "auto"},
+    VLLM_BEST: {"coordinator": "stock", "prefix_match_unit": "stock"},
     # Peers are simulated, so they have no settings.
     SGLANG: {},
     MARCONI: {},
@@ -44,6 +44,8 @@ STRATEGIES = {
 
 ENGINE_ARGUMENTS: dict[str, dict[str, Any]] = {
     VLLM_BEST: {
+        # On vLLM 0.33 `auto` chooses whole blocks for this model if the coordinator is `stock`.
+        "prefix_match_unit": 16,
         # Cache the state of every block. By default vLLM caches only those at ends of prompts.
         "prefix_cache_retention_interval": None,
         # Has no effect without draft tokens.
