@@ -38,6 +38,14 @@ def test_tables_counts_lists_and_contents_are_consistent_after_every_step(strate
     assert [name for name in expected if not soak.tally[name]] == []
 
 
+def test_what_comes_back_from_host_memory_is_what_was_stored():
+    soak = Soak(seed=1, offload=True)
+    for number in range(14):
+        soak.run(number, steps=120)
+    expected = ("stores", "loads", "copies that a step waited for", "hits", "aborts", "resets")
+    assert [name for name in expected if not soak.tally[name]] == []
+
+
 def test_new_random_worlds_are_consistent():
     soak = Soak(secrets.randbits(32))
     print(f"seed {soak.seed}")

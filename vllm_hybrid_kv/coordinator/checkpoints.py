@@ -254,11 +254,15 @@ class Checkpoints:
             self.counts["kept", checkpoint.kind.value] += 1
         return checkpoint, released
 
-    def adopt(self, other: Checkpoint, blocks: Iterable[int]) -> tuple[int, ...]:
-        """Pin a copy of a checkpoint that `Checkpoints` of another memory have pinned.
+    def age(self, checkpoint: Checkpoint) -> int:
+        """Return how many requests have arrived since a checkpoint was used."""
+        return self._now - checkpoint.last_use
 
-        Both must have seen the same requests arrive. `blocks` are the ids of its attention blocks
-        here. Return the attention blocks of a block boundary that the call unpinned.
+    def adopt(self, other: Checkpoint, age: int, blocks: Iterable[int]) -> tuple[int, ...]:
+        """Pin a copy of a checkpoint that is pinned in another memory, and has an age there.
+
+        `blocks` are the ids of its attention blocks here. Return the attention blocks of a block
+        boundary that the call unpinned.
         """
         place = CheckpointKind.PROMPT if other.place is CheckpointKind.SHORT else other.place
         parent = other.parent
@@ -275,8 +279,7 @@ class Checkpoints:
         )
         if checkpoint is not None:
             checkpoint.uses = max(checkpoint.uses, other.uses)
-            checkpoint.last_use = other.last_use
-            checkpoint.since = self._now - other.last_use
+            checkpoint.last_use, checkpoint.since = self._now - age, age
         return released or ()
 
     def touch(self, checkpoint: Checkpoint) -> None:

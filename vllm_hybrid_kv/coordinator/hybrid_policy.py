@@ -90,6 +90,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         self._returns = AnswerReturns()
         self._stored: Checkpoints | None = None
         self._largest = 0
+        self._clean = pool.num_gpu_blocks // CLEAN_SHARE
         self._queue = pool.free_block_queue = CheckpointQueue(
             pool, self.checkpoints, self._state_groups
         )
@@ -126,7 +127,7 @@ class HybridAwareCoordinator(FixedPointCoordinator):
         """Yield the checkpoints, with their states, that are to be copied to host memory now."""
         checkpoints = self.checkpoints
         clean = len(self._queue.unpinned) + sum(map(checkpoints.own_blocks, checkpoints.outgoing))
-        while clean < max(self.block_pool.num_gpu_blocks // CLEAN_SHARE, self._largest):
+        while clean < max(self._clean, self._largest):
             leaving = checkpoints.next_outgoing(self._can_leave)
             if leaving is None:
                 return

@@ -7,10 +7,12 @@ memory: most blocks belong to no checkpoint, and the device still has what was j
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import TransferJob
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import build_offloading_config
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
@@ -154,6 +156,16 @@ class CheckpointOffloading(OffloadingConnectorScheduler):
         tail = [end] if tokens % self._block else []
         return _keys_of(self._states, [end]) + _keys_of(self._attention, [*whole, *tail])
 
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        """Build the step's copies. Requests own loads only, so a preemption ends no copy.
+
+        vLLM 0.32 asserts that the copies of a preempted request are stores. But a reset of the
+        cache preempts requests, which may load in the same step.
+        """
+        if scheduler_output.preempted_req_ids:
+            scheduler_output = replace(scheduler_output, preempted_req_ids=None)
+        return super().build_connector_meta(scheduler_output)
+
     def _update_req_states(self, scheduler_output: SchedulerOutput) -> None:
         """Collect the blocks that the step allocates. Stores do not need the requests' tables."""
         tables = [new.block_ids for new in scheduler_output.scheduled_new_reqs]
@@ -182,7 +194,7 @@ class CheckpointOffloading(OffloadingConnectorScheduler):
         output = self.manager.prepare_store(keys, ReqContext(OWNER))
         if output is None:
             return None
-        self._policy.enter(checkpoint, keys)
+        self._policy.enter(checkpoint, self._coordinator.checkpoints.age(checkpoint), keys)
         if not output.keys_to_store:
             return None
         stored = set(output.keys_to_store)

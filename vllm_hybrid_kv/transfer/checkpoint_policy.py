@@ -44,11 +44,12 @@ class CheckpointPolicy(CachePolicy):
         self._state_groups = state_groups
         self.checkpoints = Checkpoints(len(state_groups), block_tokens)
 
-    def enter(self, checkpoint: Checkpoint, keys: Sequence[OffloadKey]) -> None:
+    def enter(self, checkpoint: Checkpoint, age: int, keys: Sequence[OffloadKey]) -> None:
         """Pin the chunks of a checkpoint that the device evicts next.
 
         Args:
             checkpoint: The device's checkpoint.
+            age: Its age there, in requests.
             keys: The keys of all its chunks. All have been inserted.
         """
         blocks = [
@@ -56,7 +57,7 @@ class CheckpointPolicy(CachePolicy):
             for key in keys
             if get_offload_group_idx(key) not in self._state_groups
         ]
-        released = self.checkpoints.adopt(checkpoint, blocks)
+        released = self.checkpoints.adopt(checkpoint, age, blocks)
         for key in keys:
             if self._is_pinned(key):
                 self._unpinned.pop(key, None)

@@ -9,8 +9,10 @@ from typing import Any
 
 from vllm.config import KVEventsConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.math_utils import round_up
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 from vllm.v1.structured_output import StructuredOutputManager
 
 from testing.models import large_state_config, with_mtp_layer
@@ -52,7 +54,18 @@ def configure(plan: Plan) -> VllmConfig:
         own = {"prompt_lookup_max": 2} if plan.drafting == "ngram" else {}
         drafts = {"method": plan.drafting, "num_speculative_tokens": plan.draft_tokens}
         more["speculative_config"] = {**drafts, **own}
-    if plan.connector is not None:
+    if plan.connector == "offload":
+        block_bytes = sum(spec.page_size_bytes for spec in plan.specs)
+        more["kv_transfer_config"] = {
+            "kv_connector": "OffloadingConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {
+                # vLLM rounds blocks up to a multiple of this number of bytes.
+                "cpu_bytes_to_use": plan.host_blocks
+                * round_up(block_bytes, CPUOffloadingSpec.BLOCK_SIZE_ALIGNMENT)
+            },
+        }
+    elif plan.connector is not None:
         more["kv_transfer_config"] = {
             "kv_connector": SoakConnector.__name__,
             "kv_connector_module_path": connector.__name__,
@@ -81,6 +94,8 @@ def configure(plan: Plan) -> VllmConfig:
     config.scheduler_config.scheduler_reserve_full_isl = plan.reserve_full
     config.model_config.max_model_len = plan.max_model_len
     config.cache_config.block_size = plan.block_size
+    if plan.connector == "offload":
+        config.cache_config.prefix_match_unit = plan.unit
     config.cache_config.num_gpu_blocks = plan.num_blocks
     STATE.engine_config, STATE.engine_settings = config, resolve(config.additional_config)
     return config

@@ -36,7 +36,9 @@ class Plan:
         long_prefill: Maximum tokens of a request's chunk, 0 for no limit.
         lag: How many steps the scheduler runs ahead of the known outputs, 0 if synchronous.
         drafting: `None`, `ngram`, or `mtp`.
-        connector: How a KV connector loads: `async`, `sync` or `both`. `None` if there is none.
+        connector: How a KV connector loads: `async`, `sync` or `both`; or `offload`, for vLLM's
+            OffloadingConnector. `None` if there is none.
+        host_blocks: Blocks of host memory for OffloadingConnector.
         load_failure_policy: vLLM's `kv_load_failure_policy`.
         vocabulary: The number of different tokens. If small, unrelated requests share prefixes.
         reserve_full: vLLM's `scheduler_reserve_full_isl`.
@@ -58,6 +60,7 @@ class Plan:
     drafting: str | None = None
     draft_tokens: int = 0
     connector: str | None = None
+    host_blocks: int = 0
     load_failure_policy: str = "fail"
     vocabulary: int = 1000
     reserve_full: bool = True
@@ -199,6 +202,32 @@ def random_plan(rng: random.Random, strategy: str | None = None) -> Plan:
         load_failure_policy=rng.choice(("recompute", "fail")),
         vocabulary=rng.choice((2, 1000)),
         reserve_full=rng.random() < 0.8,
+    )
+
+
+def offloading_plan(rng: random.Random) -> Plan:
+    """Draw a plan for OffloadingConnector, in which checkpoints may end inside blocks."""
+    unit = rng.choice((2, 4))
+    size = unit * rng.choice((2, 4))
+    specs = [mamba(size)] * rng.choice((1, 2)) + [full(size)] * rng.choice((1, 1, 2))
+    rng.shuffle(specs)
+    lag = rng.choice((0, 0, 1))
+    budget = rng.choice((size, 24, 64))
+    max_model_len = max(rng.choice((48, 64, 96)), 6 * size)
+    return Plan(
+        strategy="hybrid_aware",
+        groups=tuple(KVCacheGroupSpec([f"layer {i}"], spec) for i, spec in enumerate(specs)),
+        unit=unit,
+        block_size=size,
+        scheduler_block_size=size,
+        num_blocks=_num_blocks(rng, specs, max_model_len, budget * (lag + 1)),
+        max_model_len=max_model_len,
+        max_num_seqs=rng.choice((2, 4, 8)),
+        budget=budget,
+        lag=lag,
+        connector="offload",
+        host_blocks=rng.choice((8, 40, 400)),
+        vocabulary=rng.choice((2, 1000)),
     )
 
 

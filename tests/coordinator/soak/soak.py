@@ -21,15 +21,19 @@ WORLD_STEPS = 500
 class Soak:
     """Runs worlds and counts the events in all of them (`tally`)."""
 
-    def __init__(self, seed: int, strategy: str | None = None) -> None:
-        """Run all worlds with one coordinator strategy. By default, each world draws its own."""
+    def __init__(self, seed: int, strategy: str | None = None, offload: bool = False) -> None:
+        """Run all worlds with one coordinator strategy. By default, each world draws its own.
+
+        With `offload`, all have vLLM's OffloadingConnector and `hybrid_aware`.
+        """
         self.seed = seed
         self.tally: Counter[str] = Counter()
         self._strategy = strategy
+        self._offload = offload
 
     def run(self, number: int, steps: int = WORLD_STEPS) -> None:
         """Run world `number` for some steps, and then until its requests end."""
-        world = World(f"{self.seed}/{number}", self._strategy)
+        world = World(f"{self.seed}/{number}", self._strategy, self._offload)
         try:
             world.run(steps)
         except Exception as error:

@@ -23,10 +23,11 @@ from testing.coordinator.events import EventReplay
 from tests.coordinator.soak import checks
 from tests.coordinator.soak.connector import Load, SoakConnector, Transfer
 from tests.coordinator.soak.engine import make_scheduler
-from tests.coordinator.soak.plans import random_plan
+from tests.coordinator.soak.offloading import Copies, OffloadingWorkerSide
+from tests.coordinator.soak.plans import offloading_plan, random_plan
 from tests.coordinator.soak.prefixes import Prefixes
 from tests.coordinator.soak.worker import Worker
-from vllm_hybrid_kv.coordinator import decode_snapshots
+from vllm_hybrid_kv.coordinator import decode_snapshots, hybrid_policy
 
 STOP_TOKEN = 1
 REMEMBERED = 40
@@ -48,18 +49,32 @@ class Step:
 class World:
     """One world with a random plan. `tally` counts its events."""
 
-    def __init__(self, seed: str, strategy: str | None = None) -> None:
-        """Make a world from a seed, by default with a random strategy."""
+    def __init__(self, seed: str, strategy: str | None = None, offload: bool = False) -> None:
+        """Make a world from a seed, by default with a random strategy.
+
+        With `offload`, it has vLLM's OffloadingConnector, and the strategy is `hybrid_aware`.
+        """
         self._draw = random.Random(seed)
-        plan = random_plan(self._draw, strategy)
-        plan = plan.with_smaller_attention(random.Random(f"{seed} smaller attention"))
-        plan = plan.with_checkpoints(random.Random(f"{seed} checkpoints"))
+        if offload:
+            plan = offloading_plan(self._draw)
+        else:
+            plan = random_plan(self._draw, strategy)
+            plan = plan.with_smaller_attention(random.Random(f"{seed} smaller attention"))
+            plan = plan.with_checkpoints(random.Random(f"{seed} checkpoints"))
         self.plan = plan = plan.with_retention(random.Random(f"{seed} retention"))
         # Copy states more often than in production, because answers and pools are small.
-        with mock.patch.multiple(
-            decode_snapshots,
-            INTERVAL=self._draw.choice((1, 8, decode_snapshots.INTERVAL)),
-            MAX_SHARE=self._draw.choice((1, 4, decode_snapshots.MAX_SHARE)),
+        with (
+            mock.patch.multiple(
+                decode_snapshots,
+                INTERVAL=self._draw.choice((1, 8, decode_snapshots.INTERVAL)),
+                MAX_SHARE=self._draw.choice((1, 4, decode_snapshots.MAX_SHARE)),
+            ),
+            mock.patch.object(
+                # Most pools have fewer than 16 blocks per request, so keep a larger share clean.
+                hybrid_policy,
+                "CLEAN_SHARE",
+                random.Random(f"{seed} clean").choice((1, 2, 4)),
+            ),
         ):
             self._scheduler = make_scheduler(plan)
         self._pool = self._scheduler.kv_cache_manager.block_pool
@@ -76,7 +91,15 @@ class World:
         worker_draw = random.Random(f"{seed} worker")
         self._worker = Worker(plan, self._prefixes, worker_draw, alignment, self.tally)
         self._contents = checks.Contents(self._pool, plan, self._worker, self._prefixes)
-        self._connector: SoakConnector | None = self._scheduler.connector
+        self._connector: SoakConnector | None = None
+        self._offloading: OffloadingWorkerSide | None = None
+        if offload:
+            copies = Copies(self._worker, random.Random(f"{seed} copies"), self.tally)
+            self._offloading = OffloadingWorkerSide(
+                self._scheduler.vllm_config, plan.kv_cache_config, copies
+            )
+        else:
+            self._connector = self._scheduler.connector
         if self._connector is not None:
             self._connector.draw = random.Random(f"{seed} connector")
             self._connector.alignment = plan.scheduler_block_size
@@ -106,7 +129,7 @@ class World:
         for _ in range(steps):
             self._happen()
             self.step()
-        while self._scheduler.requests or self._steps or self._transfers:
+        while self._scheduler.has_requests() or self._steps or self._transfers:
             if self._draw.random() < 0.1:
                 self._abort(list(self._live))
             self.step()
@@ -261,6 +284,8 @@ class World:
 
     def _watch_progress(self, output: SchedulerOutput) -> None:
         waits = self._steps[0].output.total_num_scheduled_tokens or self._transfers
+        if self._offloading is not None:
+            waits = waits or self._scheduler.connector.has_pending_push_work()
         if output.total_num_scheduled_tokens or waits or not self._scheduler.requests:
             self._idle = 0
             return
@@ -288,7 +313,12 @@ class World:
                 )
         for load in step.loads:
             worker.load(load, failed=False)
+        if self._offloading is not None:
+            self._offloading.before(output)
         sampled = worker.run(output)
+        report = self._transferred()
+        if self._offloading is not None:
+            report = self._offloading.after(output)
         names = list(output.num_scheduled_tokens)
         self._scheduler.update_from_output(
             output,
@@ -296,7 +326,7 @@ class World:
                 req_ids=names,
                 req_id_to_index={name: index for index, name in enumerate(names)},
                 sampled_token_ids=sampled,
-                kv_connector_output=self._transferred(),
+                kv_connector_output=report,
             ),
         )
         if self._connector is not None:
