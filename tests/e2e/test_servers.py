@@ -67,7 +67,7 @@ def stream(url: str, seed: int, tokens: int) -> Generator[Completion, None, None
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300)
     chunks: Any = client.completions.create(
         model="served",
-        prompt=random_prompt(60, seed),
+        prompt=random_prompt(300, seed),
         max_tokens=tokens,
         temperature=0.0,
         stream=True,
