@@ -166,7 +166,7 @@ def _context(version: str, minor: str) -> Context:
     from vllm_hybrid_kv.hooks import ENTRY_POINT_GROUP, HOOK_OF_SETTING
     from vllm_hybrid_kv.patches import startup
     from vllm_hybrid_kv.patches.context import Context
-    from vllm_hybrid_kv.patches.targets import RELIED_ON, targets_of
+    from vllm_hybrid_kv.patches.targets import OFFLOADING, RELIED_ON, targets_of
     from vllm_hybrid_kv.transfer.connectors import check_connectors
 
     strategies = built_in_strategies()
@@ -193,6 +193,7 @@ def _context(version: str, minor: str) -> Context:
     context = Context(
         targets=targets_of(minor),
         relied_on=list(targets_of(minor, RELIED_ON).values()),
+        offloading=list(targets_of(minor, OFFLOADING).values()),
         strategies=strategies,
         on_cpu=bool(platform.is_cpu()),
         on_gpu=bool(platform.is_cuda_alike()),

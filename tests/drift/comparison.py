@@ -13,7 +13,7 @@ from tests.drift.release import Release
 from vllm_hybrid_kv.patches import targets
 from vllm_hybrid_kv.patches.mechanism import Target, source_hash, source_of
 
-TABLES = ("PATCHED", "RELIED_ON")
+TABLES = ("PATCHED", "RELIED_ON", "OFFLOADING")
 
 SIMILAR = 0.5
 """If a function of the same name in another module is at least this similar, it counts as moved."""
@@ -25,7 +25,7 @@ class Found:
 
     Attributes:
         target: The function, with its hash in the supported minor.
-        table: The table that lists it, `PATCHED` or `RELIED_ON`.
+        table: The table that lists it, one of `TABLES`.
         module: The release's module that defines it; None if the function is gone.
         hash: The hash of its source in the release.
         diff: The lines of a diff from the supported minor to the release.

@@ -54,6 +54,7 @@ def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Release:
     monkeypatch.setattr(targets, "MINORS", (MINOR,))
     monkeypatch.setattr(targets, "PATCHED", table)
     monkeypatch.setattr(targets, "RELIED_ON", {})
+    monkeypatch.setattr(targets, "OFFLOADING", {})
     monkeypatch.setattr(command, "of_minor", lambda minor: known)
     return known
 
@@ -140,7 +141,8 @@ def next_minor() -> list[comparison.Found]:
 
 def test_the_functions_with_other_hashes_or_places_in_0_33_have_changed(next_minor):
     def all_of(minor):
-        return {**targets.targets_of(minor), **targets.targets_of(minor, targets.RELIED_ON)}
+        tables = [getattr(targets, name) for name in comparison.TABLES]
+        return {k: v for table in tables for k, v in targets.targets_of(minor, table).items()}
 
     before, after = all_of("0.32"), all_of("0.33")
     changed = {one.target.name: one.kinds for one in next_minor if one.kinds}
@@ -164,7 +166,7 @@ def test_the_written_file_has_the_new_minor_and_keeps_the_others(next_minor):
     namespace = {"__name__": "written"}
     exec(comparison.source_with(next_minor, "0.34"), namespace)
     assert namespace["MINORS"] == (*targets.MINORS, "0.34")
-    for table in ("PATCHED", "RELIED_ON"):
+    for table in comparison.TABLES:
         for minor in (*targets.MINORS, "0.34"):
             old = targets.targets_of("0.33" if minor == "0.34" else minor, getattr(targets, table))
             assert namespace["targets_of"](minor, namespace[table]) == old

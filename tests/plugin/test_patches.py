@@ -17,6 +17,7 @@ from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.core import kv_cache_manager, kv_cache_utils
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
 from vllm_hybrid_kv import patches, plugin
 from vllm_hybrid_kv.errors import HybridKVFingerprintError, HybridKVPatchError
@@ -56,7 +57,7 @@ def importer(monkeypatch, name):
 def test_every_function_has_a_hash_for_each_minor():
     tables = [targets.targets_of(minor) for minor in targets.MINORS]
     assert {frozenset(table) for table in tables} == {frozenset(tables[0])}
-    for table in (targets.PATCHED, targets.RELIED_ON):
+    for table in (targets.PATCHED, targets.RELIED_ON, targets.OFFLOADING):
         for functions in table.values():
             assert all(len(hashes) == len(targets.MINORS) for hashes in functions.values())
 
@@ -122,6 +123,16 @@ def test_no_patch_is_applied_if_one_hash_is_wrong(table, name, monkeypatch):
     message = f"{target} has the source hash {target.source} instead of {wrong[0]} ({signature})"
     assert message in str(error.value)
     assert bindings() == before
+
+
+@pytest.mark.parametrize("name", targets.targets_of(MINOR, targets.OFFLOADING))
+def test_an_engine_with_a_host_tier_does_not_start_if_one_hash_is_wrong(name, monkeypatch):
+    target = targets.targets_of(MINOR, targets.OFFLOADING)[name]
+    wrong = ("0" * 16,) * len(targets.MINORS)
+    monkeypatch.setitem(targets.OFFLOADING[target.module], name, wrong)
+    plugin.register()
+    with pytest.raises(HybridKVFingerprintError, match=name):
+        OffloadingSpecFactory.get_spec_cls({})
 
 
 @pytest.mark.parametrize(

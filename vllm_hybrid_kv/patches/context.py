@@ -24,6 +24,7 @@ class Context:
     Attributes:
         targets: The functions of vLLM to patch, by name.
         relied_on: The methods of vLLM that the coordinator relies on.
+        offloading: The methods of vLLM that an engine with an OffloadingConnector relies on.
         strategies: The strategies of this process.
         on_cpu: Whether the platform is a CPU.
         on_gpu: Whether the platform is a GPU of NVIDIA or AMD.
@@ -34,6 +35,7 @@ class Context:
 
     targets: Mapping[str, Target]
     relied_on: Sequence[Target]
+    offloading: Sequence[Target]
     strategies: Strategies
     on_cpu: bool
     on_gpu: bool

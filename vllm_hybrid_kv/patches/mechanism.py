@@ -251,14 +251,7 @@ class ActivePatches:
         """
         self.patches = list(patches)
         self._edits = [edit for patch in self.patches for edit in patch.edits]
-        problems = [problem for edit in self._edits for problem in edit.problems()]
-        _lines.cache_clear()
-        if problems:
-            raise HybridKVFingerprintError(
-                f"hybrid_kv {__version__} does not support this vLLM: {'; '.join(problems)}. If "
-                "another plugin or a manual change patches vLLM, undo that patch; otherwise "
-                "reinstall vLLM"
-            )
+        check_sources(self._edits)
         try:
             for edit in self._edits:
                 edit.apply()
@@ -299,6 +292,22 @@ class ActivePatches:
     def _rebindings(self) -> list[Rebinding]:
         rebindings = [edit for edit in self._edits if isinstance(edit, Rebinding)]
         return [edit for edit in rebindings if edit.replacement is not None]
+
+
+def check_sources(targets: Iterable[Edit | Target]) -> None:
+    """Check that the sources of functions, or of the functions that edits change, are supported.
+
+    Raises:
+        HybridKVFingerprintError: A function has another source, or does not exist.
+    """
+    problems = [problem for target in targets for problem in target.problems()]
+    _lines.cache_clear()
+    if problems:
+        raise HybridKVFingerprintError(
+            f"hybrid_kv {__version__} does not support this vLLM: {'; '.join(problems)}. If "
+            "another plugin or a manual change patches vLLM, undo that patch; otherwise "
+            "reinstall vLLM"
+        )
 
 
 def _raise_if_any(failures: Iterable[str]) -> None:

@@ -98,36 +98,6 @@ PATCHED: Table = {
 """The functions that are patched, or whose behaviour a patch depends on."""
 
 RELIED_ON: Table = {
-    "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler": {
-        "OffloadingConnectorScheduler.__init__": ("0c98e15b531804a0", "ceeeca36898080a5"),
-        "OffloadingConnectorScheduler._build_connector_meta": (None, "d413214a36ea93ed"),
-        "OffloadingConnectorScheduler._build_partial_tail_store_jobs": (
-            "4a0269bed5924e78",
-            "3ab9aa39459c4a65",
-        ),
-        "OffloadingConnectorScheduler._build_store_jobs": ("90fc13bc2ad9ad9a", "cef70f7339002585"),
-        "OffloadingConnectorScheduler._lookup": ("ea832a4bad98411a", "1b1889f59948d048"),
-        "OffloadingConnectorScheduler._reset_cache": (None, "0edf5c37bbd1b031"),
-        "OffloadingConnectorScheduler._update_connector_output": (None, "c702d674a64cb9b7"),
-        "OffloadingConnectorScheduler._update_req_states": ("8c10fc1653f3d67a", "ce9d5dc9933e77f1"),
-        "OffloadingConnectorScheduler.build_connector_meta": (
-            "f4e503b3ba21d60f",
-            "4409fa5296bde894",
-        ),
-        "OffloadingConnectorScheduler.get_num_new_matched_tokens": (
-            "8f30a562b9f48464",
-            "7338ec53fed3e458",
-        ),
-        "OffloadingConnectorScheduler.reset_cache": ("33808e5313ec5e98", "9c0b4487b6debfdf"),
-        "OffloadingConnectorScheduler.update_connector_output": (
-            "f4f8571b3201a424",
-            "a0f2e02247f799a4",
-        ),
-        "OffloadingConnectorScheduler.update_state_after_alloc": (
-            "770f1238dba54c09",
-            "9a1e32bcc2c3fe16",
-        ),
-    },
     "vllm.v1.core.block_pool": {
         "BlockHashToBlockMap.insert": ("6303d7d4d73e9820", "6303d7d4d73e9820"),
         "BlockHashToBlockMap.pop": ("9d63f827ca0a59eb", "9d63f827ca0a59eb"),
@@ -176,6 +146,40 @@ RELIED_ON: Table = {
         ),
         "SlidingWindowManager._contiguous_blocks_for_hit": ("f22c02c6fa72ceaa", "f22c02c6fa72ceaa"),
     },
+}
+"""The methods of vLLM that define the private members that the coordinator uses."""
+
+OFFLOADING: Table = {
+    "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler": {
+        "OffloadingConnectorScheduler.__init__": ("0c98e15b531804a0", "ceeeca36898080a5"),
+        "OffloadingConnectorScheduler._build_connector_meta": (None, "d413214a36ea93ed"),
+        "OffloadingConnectorScheduler._build_partial_tail_store_jobs": (
+            "4a0269bed5924e78",
+            "3ab9aa39459c4a65",
+        ),
+        "OffloadingConnectorScheduler._build_store_jobs": ("90fc13bc2ad9ad9a", "cef70f7339002585"),
+        "OffloadingConnectorScheduler._lookup": ("ea832a4bad98411a", "1b1889f59948d048"),
+        "OffloadingConnectorScheduler._reset_cache": (None, "0edf5c37bbd1b031"),
+        "OffloadingConnectorScheduler._update_connector_output": (None, "c702d674a64cb9b7"),
+        "OffloadingConnectorScheduler._update_req_states": ("8c10fc1653f3d67a", "ce9d5dc9933e77f1"),
+        "OffloadingConnectorScheduler.build_connector_meta": (
+            "f4e503b3ba21d60f",
+            "4409fa5296bde894",
+        ),
+        "OffloadingConnectorScheduler.get_num_new_matched_tokens": (
+            "8f30a562b9f48464",
+            "7338ec53fed3e458",
+        ),
+        "OffloadingConnectorScheduler.reset_cache": ("33808e5313ec5e98", "9c0b4487b6debfdf"),
+        "OffloadingConnectorScheduler.update_connector_output": (
+            "f4f8571b3201a424",
+            "a0f2e02247f799a4",
+        ),
+        "OffloadingConnectorScheduler.update_state_after_alloc": (
+            "770f1238dba54c09",
+            "9a1e32bcc2c3fe16",
+        ),
+    },
     "vllm.v1.kv_offload.cpu.shared_offload_region": {
         "SharedOffloadRegion.__init__": ("952bfaa11606b34e", "3828730200c32aef"),
         "SharedOffloadRegion.cleanup": ("90c2382eea9633fd", "e2a49b2e90e84bad"),
@@ -197,7 +201,8 @@ RELIED_ON: Table = {
         "CPUOffloadingSpec.get_manager": ("f32904e039476530", "701c7b83f6a6cea2"),
     },
 }
-"""The methods of vLLM that define the private members that the plugin uses."""
+"""The methods that `transfer` relies on. They are checked only in engines with OffloadingConnector,
+because other processes do not import their modules."""
 
 
 def targets_of(minor: str, table: Table = PATCHED) -> dict[str, Target]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from vllm_hybrid_kv.patches.context import Context
-from vllm_hybrid_kv.patches.mechanism import Patch
+from vllm_hybrid_kv.patches.mechanism import Patch, check_sources
 from vllm_hybrid_kv.transfer.connectors import init_example_connector
 from vllm_hybrid_kv.transfer.fingerprint import marked
 
@@ -57,7 +57,8 @@ def host_tier_patch(context: Context) -> Patch:
     """Let the OffloadingConnector run on CPUs."""
 
     def get_spec_cls(original: Any, *args: Any) -> Any:
-        # Import late, because only engines with this connector need the module.
+        # Check and import late, because only engines with this connector need the modules.
+        check_sources(context.offloading)
         from vllm_hybrid_kv.transfer.cpu_offloading import SPECS
 
         spec = original(*args)
@@ -77,8 +78,8 @@ def offloaded_checkpoints_patch(context: Context) -> Patch:
 
     def bind_kv_cache_manager(original: Any, self: Any, kv_cache_manager: Any) -> None:
         original(self, kv_cache_manager)
-        if hasattr(self, "connector_scheduler"):
-            # Import late, because only engines with this connector need the module.
+        if "OffloadingConnector" in [base.__name__ for base in type(self).mro()]:
+            check_sources(context.offloading)
             from vllm_hybrid_kv.transfer.checkpoint_offloading import offload_checkpoints
 
             offload_checkpoints(self, kv_cache_manager.coordinator)

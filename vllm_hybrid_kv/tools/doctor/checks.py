@@ -263,7 +263,7 @@ def patches(facts: Facts) -> None:
     """Record which edits are active or, if the plugin is not loaded, which could be applied."""
     from vllm_hybrid_kv.patches import patches_for
     from vllm_hybrid_kv.patches.context import Context
-    from vllm_hybrid_kv.patches.targets import RELIED_ON, targets_of
+    from vllm_hybrid_kv.patches.targets import OFFLOADING, RELIED_ON, targets_of
     from vllm_hybrid_kv.plugin import built_in_strategies
     from vllm_hybrid_kv.state import STATE
 
@@ -273,6 +273,7 @@ def patches(facts: Facts) -> None:
         context = Context(
             targets=targets_of(facts["minor"]),
             relied_on=list(targets_of(facts["minor"], RELIED_ON).values()),
+            offloading=list(targets_of(facts["minor"], OFFLOADING).values()),
             strategies=built_in_strategies(),
             on_cpu=facts["platform"]["cpu"],
             on_gpu=facts["platform"]["gpu"],
