@@ -11,7 +11,7 @@ from matplotlib import image
 from testing import processes
 from testing.models import large_state_config
 from vllm_hybrid_kv.tools.options import memory_size
-from vllm_hybrid_kv.tools.output import format_size
+from vllm_hybrid_kv.tools.output import ToolError, format_size
 from vllm_hybrid_kv.tools.replay.trace import TracedRequest, write_trace
 
 
@@ -102,3 +102,32 @@ def test_the_hit_rates_are_drawn(outcome):
     # Each strategy's curve has its own colour.
     colours = {tuple(pixel) for pixel in (drawn[..., :3] * 255).astype(int).reshape(-1, 3)}
     assert {(31, 119, 180), (255, 127, 14), (44, 160, 44)} <= colours
+
+
+def test_host_memory_adds_hits_and_no_host_memory_changes_nothing(outcome):
+    folder, _ = outcome
+    command = [
+        *(Path(sys.executable).with_name("vllm-hybrid-kv"), "replay", "trace.jsonl"),
+        *("--model", "hybrid.json", "--concurrency", "2", "--memory", "64MiB"),
+        *("--host-memory", "0", "--host-memory", "256MiB"),
+        *("--json", "host.json", "--plot", "host.png"),
+    ]
+    done = processes.run(command, cwd=folder, COLUMNS="100", VLLM_PLUGINS="hybrid_kv")
+    assert done.returncode == 0, done.stderr
+    assert "from host memory" in done.stdout
+    without, with_host = json.loads((folder / "host.json").read_text())
+    before = json.loads((folder / "outcome.json").read_text())[2]
+    timed = ("step_ms", "request_ms")
+    assert {k: v for k, v in without.items() if k not in timed} == {
+        k: v for k, v in before.items() if k not in timed
+    }
+    assert (without["host_memory"], with_host["host_memory"]) == (0, 256 << 20)
+    assert 0 < with_host["host_hit_tokens"] <= with_host["hit_tokens"]
+    assert with_host["hit_tokens"] > without["hit_tokens"]
+    assert with_host["host_saved_seconds"] == with_host["host_hit_tokens"] / 20_000
+    assert image.imread(folder / "host.png").shape[:2] == (675, 1050)
+
+
+def test_a_wrong_size_of_host_memory_names_its_option():
+    with pytest.raises(ToolError, match=r"--host-memory: '-1' is not a size of at least 0 bytes"):
+        memory_size("-1", "--host-memory", least=0)
