@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -194,10 +195,10 @@ def replay(
             arguments["max_num_seqs"] = concurrency
         models: dict[int, Model] = {}
         for host in dict.fromkeys(hosts):
-            # `kv_offloading_size` is in GiB.
+            # `kv_offloading_size` is in GiB. vLLM writes it into the transfer config, so copy that.
             tier = {"kv_offloading_size": host / (1 << 30)} if host else {}
             with description.errors_in_one_line():
-                models[host] = Model(arguments | tier)
+                models[host] = Model(copy.deepcopy(arguments) | tier)
         for size, name, host in product(sizes, strategies, models):
             unit = "stock" if name == "stock" else match_unit
             try:
