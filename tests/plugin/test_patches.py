@@ -293,7 +293,7 @@ def test_on_other_devices_vllms_own_backend_stays(monkeypatch):
         "prefix_match_unit",
         "state_blocks",
         "startup",
-        "offloaded_checkpoints",
+        "host_memory",
     }
 
 

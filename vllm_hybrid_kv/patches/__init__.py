@@ -37,7 +37,7 @@ def patches_for(context: Context) -> list[Patch]:
         coordination.coordinator_patch,
         coordination.prefix_match_unit_patch,
         coordination.block_copies_patch,
-        transfer.offloaded_checkpoints_patch,
+        transfer.host_memory_patch,
         startup.startup_patch,
     ]
     if context.on_cpu or context.on_gpu:
@@ -57,6 +57,6 @@ def patches_for(context: Context) -> list[Patch]:
         makers += [
             sampling.seeded_sampling_patch,
             attention.selection_patch,
-            transfer.host_tier_patch,
+            transfer.cpu_offloading_patch,
         ]
     return [make(context) for make in makers]

@@ -53,7 +53,7 @@ def stored_pages_patch(context: Context) -> Patch:
     )
 
 
-def host_tier_patch(context: Context) -> Patch:
+def cpu_offloading_patch(context: Context) -> Patch:
     """Let the OffloadingConnector run on CPUs."""
 
     def get_spec_cls(original: Any, *args: Any) -> Any:
@@ -65,7 +65,7 @@ def host_tier_patch(context: Context) -> Patch:
         return SPECS.get(spec, spec)
 
     return Patch(
-        "host_tier",
+        "cpu_offloading",
         replaces="OffloadingSpecFactory.get_spec_cls, to replace the workers of vLLM's specs",
         why="the workers copy with CUDA streams, and a spec's name cannot be registered twice",
         until="vLLM's offloading specs have workers for CPUs",
@@ -73,7 +73,7 @@ def host_tier_patch(context: Context) -> Patch:
     )
 
 
-def offloaded_checkpoints_patch(context: Context) -> Patch:
+def host_memory_patch(context: Context) -> Patch:
     """Make the OffloadingConnector store, find and evict the checkpoints of `hybrid_aware`."""
 
     def bind_kv_cache_manager(original: Any, self: Any, kv_cache_manager: Any) -> None:
@@ -85,7 +85,7 @@ def offloaded_checkpoints_patch(context: Context) -> Patch:
             offload_checkpoints(self, kv_cache_manager.coordinator)
 
     return Patch(
-        "offloaded_checkpoints",
+        "host_memory",
         replaces="KVConnectorBase_V1.bind_kv_cache_manager, which it wraps",
         why="OffloadingConnector stores every full block, finds a state inside a block only next "
         "to a state at a block's end, and evicts single blocks",
