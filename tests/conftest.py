@@ -54,7 +54,7 @@ SECONDS = {
     "kernels/triton/test_attention.py": 50,
     "attention/test_cuda_graphs.py": 40,
     "tools/eval/test_engines.py": 45,
-    "tools/test_replay_command.py": 45,
+    "tools/test_replay_command.py": 60,
     "e2e/test_layers_and_pages.py": 60,
     "tools/plan/test_plan.py": 35,
 }

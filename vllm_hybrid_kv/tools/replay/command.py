@@ -72,8 +72,11 @@ class Outcome:
     @property
     def name(self) -> str:
         """The heading of its column."""
-        host = f" + {format_size(self.host_memory)}" if self.host_memory else ""
-        return f"{self.coordinator}{host}"
+        if not self.host_memory:
+            return self.coordinator
+        # Non-breaking spaces keep the size on one line.
+        host = f"+ {format_size(self.host_memory)}".replace(" ", "\N{NO-BREAK SPACE}")
+        return f"{self.coordinator} {host}"
 
     @property
     def saved_seconds(self) -> float:
