@@ -2,8 +2,8 @@
 """A simulated scheduler that runs the cache policies of peers.
 
 A step computes at most `max_num_batched_tokens` tokens: one for each request that answers, the rest
-for prompts, first come first served. A request starts when its whole prompt and answer fit beside
-those of the running requests, so none is preempted.
+for prompts, first come first served. A request starts when its whole prompt and answer fit together
+with those of the running requests, so none is preempted.
 """
 
 from __future__ import annotations
