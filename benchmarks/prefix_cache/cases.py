@@ -27,7 +27,8 @@ STOCK = "stock"
 STOCK_16 = "stock, unit 16"
 FIXED_POINT = "fixed_point"
 HYBRID_AWARE = "hybrid_aware"
-VLLM_BEST = "stock, unit 16, dense"
+STOCK_SHARED = "stock, unit 16, shared prefixes"
+STOCK_DENSE = "stock, unit 16, all blocks"
 SGLANG, MARCONI = PEERS
 STRATEGIES = {
     STOCK: {"coordinator": "stock", "prefix_match_unit": "stock"},
@@ -35,22 +36,24 @@ STRATEGIES = {
     STOCK_16: {"coordinator": "stock", "prefix_match_unit": "auto"},
     FIXED_POINT: {"coordinator": "fixed_point", "prefix_match_unit": "auto"},
     HYBRID_AWARE: {"coordinator": "hybrid_aware", "prefix_match_unit": "auto"},
-    VLLM_BEST: {"coordinator": "stock", "prefix_match_unit": "stock"},
+    STOCK_SHARED: {"coordinator": "stock", "prefix_match_unit": "stock"},
+    STOCK_DENSE: {"coordinator": "stock", "prefix_match_unit": "stock"},
     # Peers are simulated, so they have no settings.
     SGLANG: {},
     MARCONI: {},
 }
 """The plugin's settings of each strategy, by the strategy's name in tables and plots."""
 
+_UNIT_16 = {
+    # On vLLM 0.33 `auto` chooses whole blocks for the main model if the coordinator is `stock`.
+    "prefix_match_unit": 16,
+    # vLLM ignores it without draft tokens.
+    "enable_mamba_shared_prefix_checkpoint": True,
+}
 ENGINE_ARGUMENTS: dict[str, dict[str, Any]] = {
-    VLLM_BEST: {
-        # On vLLM 0.33 `auto` chooses whole blocks for this model if the coordinator is `stock`.
-        "prefix_match_unit": 16,
-        # Cache the state of every block. By default vLLM caches only those at ends of prompts.
-        "prefix_cache_retention_interval": None,
-        # Has no effect without draft tokens.
-        "enable_mamba_shared_prefix_checkpoint": True,
-    }
+    STOCK_SHARED: _UNIT_16,
+    # Cache the state of every block. By default vLLM caches those where prompts end or branch.
+    STOCK_DENSE: {**_UNIT_16, "prefix_cache_retention_interval": None},
 }
 """Further arguments of vLLM's engine, by strategy."""
 
@@ -93,7 +96,10 @@ PARTS = {
         (4, 20, 80, 200, 400),
     ),
     "peers": Part(
-        "Peers", (STOCK, STOCK_16, VLLM_BEST, SGLANG, MARCONI, HYBRID_AWARE), 3000, (4, 20, 80)
+        "Other systems",
+        (STOCK, STOCK_SHARED, STOCK_DENSE, SGLANG, MARCONI, HYBRID_AWARE),
+        3000,
+        (4, 20, 80),
     ),
     "models": Part(
         "Models and KV cache dtypes",

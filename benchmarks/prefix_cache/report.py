@@ -29,9 +29,9 @@ def markdown(result: Mapping[str, Any]) -> str:
         "",
         "Percent of the prompt tokens that came from the cache, by GiB of KV cache, with 32 "
         "requests in flight. `stock, unit 16` is vLLM's coordinator with `prefix_match_unit=16`, "
-        "`fixed_point` and `hybrid_aware` have `prefix_match_unit=auto`. `stock, unit 16, dense` "
-        "also caches the state of every block (`--prefix-cache-retention-interval`). `sglang` and "
-        "`marconi` are simulations.",
+        "`fixed_point` and `hybrid_aware` have `prefix_match_unit=auto`. `shared prefixes` has "
+        "`--prefix-match-unit 16` and `--enable-mamba-shared-prefix-checkpoint`, `all blocks` also "
+        "`prefix_cache_retention_interval=None`. `sglang` and `marconi` are simulations.",
     ]
     for (part,), rows in split(result["rows"], "part").items():
         lines += ["", f"## {PARTS[part].title}", "", *_table(rows, result["shareable"])]
@@ -166,7 +166,7 @@ def draw(path: Path, rows: Iterable[Row]) -> None:
     )
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
-    markers = dict(zip(STRATEGIES, "s+^oxvd", strict=True))
+    markers = dict(zip(STRATEGIES, "s+^oxvd*", strict=True))
     for axes, ((_, model, trace, requests), some) in zip(grid.flat, panels.items(), strict=False):
         for (dtype, strategy), line in split(some, "dtype", "strategy").items():
             axes.plot(

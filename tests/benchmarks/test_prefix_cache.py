@@ -18,11 +18,14 @@ from benchmarks.prefix_cache.cases import (
     HYBRID_AWARE,
     MAIN_DTYPE,
     MAIN_MODEL,
+    MARCONI,
     PUBLIC,
+    SGLANG,
     SHAPES,
     STOCK,
     STOCK_16,
-    STRATEGIES,
+    STOCK_DENSE,
+    STOCK_SHARED,
     SYNTHETIC,
     Case,
     requests_of,
@@ -204,13 +207,14 @@ def run(folder: Path) -> dict[str, Any]:
     command = [
         *(sys.executable, "-W", "ignore", "-m", "benchmarks.prefix_cache"),
         *("--trace", folder / "trace.jsonl", "--out", folder, "--jobs", "2"),
-        *("--parts", "memory", "control", "overhead", "--models", MAIN_MODEL, ATTENTION_ONLY),
+        *("--parts", "memory", "peers", "control", "overhead"),
+        *("--models", MAIN_MODEL, ATTENTION_ONLY),
         *("--requests", "12", "--gib", "4", "20", "--rounds", "2"),
     ]
     # The benchmark must ignore the settings of the user's shell.
     done = run_command(command, cwd=ROOT, timeout_s=500, VLLM_HYBRID_KV_COORDINATOR="stock")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "[14/14] " in done.stdout
+    assert "[26/26] " in done.stdout
     return json.loads((folder / "prefix_cache.json").read_text())
 
 
@@ -220,11 +224,21 @@ def rows_of(result: dict[str, Any], part: str) -> dict[tuple[float, str], dict[s
 
 
 def test_every_strategy_runs_at_every_size(run: dict[str, Any]) -> None:
+    names = (STOCK, STOCK_16, FIXED_POINT, HYBRID_AWARE)
     rows = rows_of(run, "memory")
-    assert list(rows) == [(memory, name) for memory in (4, 20) for name in STRATEGIES]
+    assert list(rows) == [(memory, name) for memory in (4, 20) for name in names]
     assert rows[4, HYBRID_AWARE]["hit_tokens"] >= rows[4, STOCK]["hit_tokens"] > 0
-    units = {name: rows[4, name]["match_tokens"] for name in STRATEGIES}
+    units = {name: rows[4, name]["match_tokens"] for name in names}
     assert units == {STOCK: 2768, STOCK_16: 16, FIXED_POINT: 16, HYBRID_AWARE: 16}
+
+
+def test_other_systems_run_at_every_size(run: dict[str, Any], folder: Path) -> None:
+    rows = rows_of(run, "peers")
+    names = (STOCK, STOCK_SHARED, STOCK_DENSE, SGLANG, MARCONI, HYBRID_AWARE)
+    assert set(rows) == {(memory, name) for memory in (4, 20) for name in names}
+    assert {rows[4, name]["match_tokens"] for name in (STOCK_SHARED, STOCK_DENSE)} == {16}
+    assert rows[20, SGLANG]["hit_tokens"] > 0 < rows[20, MARCONI]["hit_tokens"]
+    assert "## Other systems" in (folder / "prefix_cache.md").read_text()
 
 
 def test_attention_only_models_hit_like_stock_or_do_not_fit(
