@@ -237,7 +237,8 @@ def test_other_systems_run_at_every_size(run: dict[str, Any], folder: Path) -> N
     names = (STOCK, STOCK_SHARED, STOCK_DENSE, SGLANG, MARCONI, HYBRID_AWARE)
     assert set(rows) == {(memory, name) for memory in (4, 20) for name in names}
     assert {rows[4, name]["match_tokens"] for name in (STOCK_SHARED, STOCK_DENSE)} == {16}
-    assert rows[20, SGLANG]["hit_tokens"] > 0 < rows[20, MARCONI]["hit_tokens"]
+    assert len({row["prompt_tokens"] for row in rows.values()}) == 1
+    assert {rows[4, name]["match_tokens"] for name in (SGLANG, MARCONI)} == {64, 16}
     assert "## Other systems" in (folder / "prefix_cache.md").read_text()
 
 
