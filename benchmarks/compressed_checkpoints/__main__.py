@@ -25,8 +25,8 @@ INTRODUCTION = [
     "",
     "`recall, points` is the share of right answers minus that with exact float32 checkpoints, in "
     "percentage points, and its 95 % interval. The answers of a conversation count as one sample. "
-    "If no answer changed, the interval is that of the rule of three, which takes the answers as "
-    "independent. `KL, nats` is the mean KL "
+    "An interval is at least that of the rule of three, which takes the answers as independent. "
+    "`KL, nats` is the mean KL "
     "divergence of the answers from the distribution with exact checkpoints. `error of a state` is "
     "the mean relative error (norm) of the states at the end of turn 16, stored once. A row of "
     "int8 codes has the key dims of one value dim and one bfloat16 scale. `running` rounds the "

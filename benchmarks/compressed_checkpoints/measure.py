@@ -56,8 +56,8 @@ class Tally:
     def difference(self) -> tuple[float, float]:
         """Return the difference of recall in points, and half of its 95 % interval.
 
-        The answers of a conversation count as one sample. If no answer changed, the interval is
-        that of the rule of three.
+        The answers of a conversation count as one sample. The interval is at least that of the
+        rule of three, which takes the answers as independent.
         """
         right, exact = torch.cat(self.right).double(), torch.cat(self.exact).double()
         points = 100 * (right - exact).mean(1)
