@@ -17,7 +17,7 @@ from testing.model_cases import case_of, settings
 from testing.processes import wait_until
 from testing.tokenizer import random_prompt
 
-pytestmark = [pytest.mark.engine, pytest.mark.both_minors]
+pytestmark = pytest.mark.engine
 
 CASE = case_of("qwen3-next")
 UNIT = 64

@@ -196,7 +196,6 @@ def test_k8v4_copies_token_by_token_in_a_mixed_batch_and_from_the_prefix_cache(
     assert engine.metrics()["vllm:prefix_cache_hits"] > before
 
 
-@pytest.mark.both_minors
 def test_k8v4_copies_token_by_token_from_host_memory(plain: Plain) -> None:
     transfer = {
         "kv_connector": "OffloadingConnector",

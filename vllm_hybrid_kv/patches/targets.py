@@ -26,7 +26,7 @@ PATCHED: Table = {
         )
     },
     "vllm.distributed.kv_transfer.kv_connector.v1.base": {
-        "KVConnectorBase_V1.bind_kv_cache_manager": ("6846244bd3f3241f", "6846244bd3f3241f"),
+        "KVConnectorBase_V1.bind_kv_cache_manager": ("6846244bd3f3241f", "6846244bd3f3241f")
     },
     "vllm.distributed.kv_transfer.kv_connector.v1.example_connector": {
         "ExampleConnector.__init__": ("d3e9436607777ed5", "d3e9436607777ed5")
@@ -152,15 +152,12 @@ RELIED_ON: Table = {
 OFFLOADING: Table = {
     "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler": {
         "OffloadingConnectorScheduler.__init__": ("0c98e15b531804a0", "ceeeca36898080a5"),
-        "OffloadingConnectorScheduler._build_connector_meta": (None, "d413214a36ea93ed"),
         "OffloadingConnectorScheduler._build_partial_tail_store_jobs": (
             "4a0269bed5924e78",
             "3ab9aa39459c4a65",
         ),
         "OffloadingConnectorScheduler._build_store_jobs": ("90fc13bc2ad9ad9a", "cef70f7339002585"),
         "OffloadingConnectorScheduler._lookup": ("ea832a4bad98411a", "1b1889f59948d048"),
-        "OffloadingConnectorScheduler._reset_cache": (None, "0edf5c37bbd1b031"),
-        "OffloadingConnectorScheduler._update_connector_output": (None, "c702d674a64cb9b7"),
         "OffloadingConnectorScheduler._update_req_states": ("8c10fc1653f3d67a", "ce9d5dc9933e77f1"),
         "OffloadingConnectorScheduler.build_connector_meta": (
             "f4e503b3ba21d60f",
