@@ -282,11 +282,10 @@ class HybridAwareCoordinator(FixedPointCoordinator):
             running.prompt_end = self._enter(running, tokens, CheckpointKind.PROMPT)
         elif tokens == request.shared_prefix_boundary:
             self._enter(running, tokens, CheckpointKind.BRANCH)
-        elif (
-            tokens % self._block_tokens == tokens % self._cache_hit_alignment_tokens == 0
-            and self._enter(running, tokens, CheckpointKind.BOUNDARY) is None
-        ):
-            self._keep_from_connector(request.request_id, tokens)
+        elif tokens % self._block_tokens == tokens % self._cache_hit_alignment_tokens == 0:
+            entered = self._enter(running, tokens, CheckpointKind.BOUNDARY)
+            if entered is None and self.collects_answers:
+                self._keep_from_connector(request.request_id, tokens)
 
     def _prompt_ends(self, request: Request) -> set[int]:
         """Return where the next turn (with drafts, also the same prompt) can resume, in tokens."""
