@@ -123,13 +123,35 @@ def test_block_hashes_differ_from_those_of_a_server_without_the_plugin(engine, m
     assert none_hash(monkeypatch) == unquantised != ours
 
 
-def stored(config):
-    """Set up vLLM's offloading tier `fs`. Returns the path and the description of its store."""
+def offloading_config(config):
     spec = FullAttentionSpec(
         block_size=128, num_kv_heads=2, head_size=64, dtype=torch.uint8, state_content_bytes=100
     )
     cache = KVCacheConfig(8, [], [KVCacheGroupSpec(["layer"], spec)])
-    built = offloading.build_offloading_config(config, cache)
+    return offloading.build_offloading_config(config, cache)
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "chosen", "only_prompts"),
+    [
+        ("hybrid_aware", {}, False),
+        ("hybrid_aware", {"offload_prompt_only": True}, True),
+        ("stock", {}, None),
+    ],
+)
+def test_answers_are_offloaded_with_hybrid_aware_unless_the_user_decides_otherwise(
+    coordinator, chosen, only_prompts, engine
+):
+    config = engine(
+        connector="OffloadingConnector", block_size=128, settings={"coordinator": coordinator}
+    )
+    config.kv_transfer_config.kv_connector_extra_config = chosen
+    assert offloading_config(config).extra_config.get("offload_prompt_only") is only_prompts
+
+
+def stored(config):
+    """Set up vLLM's offloading tier `fs`. Returns the path and the description of its store."""
+    built = offloading_config(config)
     mapper = FileMapper.from_offloading_spec("/store", SimpleNamespace(config=built))
     return mapper.base_path, mapper.get_run_config()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patches that make vLLM's KV connectors compare the fingerprint of k8v4 pages."""
+"""Patches of vLLM's KV connectors: fingerprints of k8v4 pages, and checkpoints in host memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm_hybrid_kv.patches.context import Context
 from vllm_hybrid_kv.patches.mechanism import Patch, check_sources
+from vllm_hybrid_kv.state import STATE
 from vllm_hybrid_kv.transfer.connectors import init_example_connector
 from vllm_hybrid_kv.transfer.fingerprint import marked
 
@@ -34,8 +35,10 @@ def stored_pages_patch(context: Context) -> Patch:
     def build_offloading_config(original: Any, *args: Any, **kwargs: Any) -> Any:
         config = original(*args, **kwargs)
         model = replace(config.model, dtype=marked(config.model.dtype))
-        # The states at the ends of answers are worth as much as those at the ends of prompts.
-        extra_config = {"offload_prompt_only": False, **config.extra_config}
+        extra_config = config.extra_config
+        if STATE.settings.coordinator == "hybrid_aware":
+            # The states at the ends of answers are worth as much as those at the ends of prompts.
+            extra_config = {"offload_prompt_only": False, **extra_config}
         return replace(config, model=model, extra_config=extra_config)
 
     return Patch(
