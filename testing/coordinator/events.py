@@ -7,7 +7,13 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
 
-from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVCacheEvent
+from vllm.distributed.kv_events import (
+    MEDIUM_CPU,
+    AllBlocksCleared,
+    BlockRemoved,
+    BlockStored,
+    KVCacheEvent,
+)
 from vllm.utils.hashing import sha256
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import (
@@ -51,6 +57,9 @@ class EventReplay:
                 self.copies.clear()
                 continue
             assert isinstance(event, BlockStored | BlockRemoved)
+            if event.medium == MEDIUM_CPU:
+                # vLLM's events of host memory have no tokens, and are not about this cache.
+                continue
             keys = [(event.group_idx, one) for one in event.block_hashes]
             if isinstance(event, BlockStored):
                 if well_formed:

@@ -177,13 +177,6 @@ OFFLOADING: Table = {
             "9a1e32bcc2c3fe16",
         ),
     },
-    "vllm.v1.kv_offload.cpu.shared_offload_region": {
-        "SharedOffloadRegion.__init__": ("952bfaa11606b34e", "3828730200c32aef"),
-        "SharedOffloadRegion.cleanup": ("90c2382eea9633fd", "e2a49b2e90e84bad"),
-    },
-    "vllm.v1.kv_offload.tiering.spec": {
-        "TieringOffloadingSpec.get_manager": ("f71c76d49d0b699d", "46ae2f8e15374aaf"),
-    },
     "vllm.v1.kv_offload.cpu.manager": {
         "CPUOffloadingManager._prepare_load": ("d205143114d8dfe0", "d205143114d8dfe0"),
         "CPUOffloadingManager.complete_load": ("5e00a3e12e804f63", "5e00a3e12e804f63"),
@@ -193,9 +186,16 @@ OFFLOADING: Table = {
         "CPUOffloadingManager.prepare_store": ("55e3573796dbf80f", "2e9702bee7939fd6"),
         "CPUOffloadingManager.reset_cache": ("5471c415a2297362", "5471c415a2297362"),
     },
+    "vllm.v1.kv_offload.cpu.shared_offload_region": {
+        "SharedOffloadRegion.__init__": ("952bfaa11606b34e", "3828730200c32aef"),
+        "SharedOffloadRegion.cleanup": ("90c2382eea9633fd", "e2a49b2e90e84bad"),
+    },
     "vllm.v1.kv_offload.cpu.spec": {
         "CPUOffloadingSpec.__init__": ("dbfd2b6127217151", "39527791839f805f"),
         "CPUOffloadingSpec.get_manager": ("f32904e039476530", "701c7b83f6a6cea2"),
+    },
+    "vllm.v1.kv_offload.tiering.spec": {
+        "TieringOffloadingSpec.get_manager": ("f71c76d49d0b699d", "46ae2f8e15374aaf")
     },
 }
 """The methods that `transfer` relies on. They are checked only in engines with OffloadingConnector,
