@@ -11,13 +11,13 @@ from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 from vllm.v1.core.kv_cache_utils import partial_hash_hits_enabled, resolve_dcp_kv_block_size
 from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec, iter_layer_specs
 
-from vllm_hybrid_kv.coordinator.hybrid_policy import HybridAwareCoordinator
-from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
 from vllm_hybrid_kv.hooks import hookimpl
 from vllm_hybrid_kv.state import STATE
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+    from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
 
 
 EXACT = 64
@@ -44,6 +44,9 @@ class FixedPoint:
         return stock(**factory_args)
 
     def _coordinator_class(self, config: KVCacheConfig) -> type[FixedPointCoordinator]:
+        # Import late, because only the scheduler's process needs it.
+        from vllm_hybrid_kv.coordinator.longest_hit import FixedPointCoordinator
+
         return FixedPointCoordinator
 
 
@@ -55,8 +58,11 @@ class HybridAware(FixedPoint):
     """
 
     def _coordinator_class(self, config: KVCacheConfig) -> type[FixedPointCoordinator]:
-        suits = HybridAwareCoordinator.suits(config)
-        return HybridAwareCoordinator if suits else FixedPointCoordinator
+        from vllm_hybrid_kv.coordinator.hybrid_policy import HybridAwareCoordinator
+
+        if HybridAwareCoordinator.suits(config):
+            return HybridAwareCoordinator
+        return super()._coordinator_class(config)
 
 
 class AutoMatchUnit:
