@@ -79,6 +79,15 @@ def test_waiting_checkpoints_lower_the_rate():
     assert curve.rates[FIRST, age_range(10)] < without / 5
 
 
+def test_waiting_checkpoints_are_counted_once_however_often_the_curve_is_updated():
+    curve = ReuseCurve()
+    curve.record(FIRST, 0, 10, returned=True)
+    curve.update([(FIRST, 0, 100)])
+    once = curve.rates.tolist()
+    curve.update([(FIRST, 0, 100)])
+    assert curve.rates.tolist() == once
+
+
 def test_time_counts_for_the_kind_in_which_it_was_spent():
     whole, first, second = ReuseCurve(), ReuseCurve(), ReuseCurve()
     whole.record(FIRST, 0, 700, returned=True)
